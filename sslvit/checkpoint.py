@@ -1,0 +1,200 @@
+"""The one door between training and everything after it: an encoder as a folder, and any file as an encoder.
+
+    encoder.json          settings, preprocessing and where the weights come from
+    encoder.safetensors   the weights
+
+Nothing here unpickles code: safetensors hold numbers only, and torch's files are read with weights only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sslvit.layouts import to_sslvit
+from sslvit.models import ViTEncoder
+from sslvit.settings import EncoderSettings
+
+FORMAT = 1
+
+
+def describe_encoder(encoder: ViTEncoder) -> dict[str, Any]:
+    """The encoder's settings as plain dicts, lists, strings and numbers."""
+    return asdict(encoder.settings)
+
+
+def save_encoder(encoder: ViTEncoder, folder: str | Path, provenance: dict[str, Any] | None = None) -> Path:
+    """Write encoder.json and encoder.safetensors, each whole or not at all.
+
+    Args:
+        encoder: what is written.
+        folder: made if missing; an encoder already there is replaced.
+        provenance: where the weights come from (run settings, step, data), for the reader.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {key: value.detach().cpu().contiguous() for key, value in encoder.state_dict().items()}
+    save_file(weights, folder / "encoder.safetensors.part")
+    about = {"format": FORMAT, "encoder": describe_encoder(encoder), "provenance": provenance or {}}
+    (folder / "encoder.json.part").write_text(json.dumps(about, indent=2) + "\n")
+    for name in ("encoder.safetensors", "encoder.json"):
+        os.replace(folder / f"{name}.part", folder / name)
+    return folder
+
+
+def load_encoder(
+    source: str | Path, layout: str | None = None, heads: int | None = None, **changes: Any
+) -> ViTEncoder:
+    """An encoder in evaluation mode from anything that holds one; never runs code from the file.
+
+    Args:
+        source: a run folder, an encoder folder, a Lightning checkpoint of ours, or a released checkpoint file.
+        layout: of a released file: mae, dino, dinov2, timm or openai_igpt; recognised from the names if None.
+        heads: attention heads of a released file, which does not say them; 64 channels a head are assumed if None.
+        changes: settings that a released file does not say, such as `palette`.
+
+    Raises:
+        FileNotFoundError: nothing is there, or nothing that holds an encoder.
+        ValueError: the file is no checkpoint, would run code, or holds other weights than its settings say.
+    """
+    path = find_encoder(source)
+    if path.is_dir():
+        settings, weights = _read_folder(path)
+    else:
+        content = read_torch_file(path)
+        if "sslvit" in content:
+            settings = settings_from(content["sslvit"]["encoder"], path)
+            prefix = content["sslvit"]["prefix"]
+            weights = {
+                key.removeprefix(prefix): value
+                for key, value in content["state_dict"].items()
+                if key.startswith(prefix)
+            }
+        else:
+            converted = to_sslvit(weights_in(content, path), layout, heads, **changes)
+            for note in converted.notes:
+                print(f"{path.name}: {note}")
+            settings, weights = converted.settings, converted.encoder
+    encoder = ViTEncoder(settings)
+    put_weights(encoder, weights, str(path))
+    return encoder.eval()
+
+
+def find_encoder(source: str | Path) -> Path:
+    """The encoder folder or checkpoint file behind a path: itself, its encoder/ or its last checkpoint."""
+    path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder. Give a run folder, an encoder folder or a checkpoint.")
+    if path.is_file():
+        return path
+    for candidate in (path, path / "encoder"):
+        if (candidate / "encoder.json").exists():
+            return candidate
+    if (path / "checkpoints" / "last.ckpt").exists():
+        return path / "checkpoints" / "last.ckpt"
+    raise FileNotFoundError(
+        f"{path}: holds no encoder (no encoder.json, encoder/encoder.json or checkpoints/last.ckpt). "
+        "Has the run written its first checkpoint?"
+    )
+
+
+def put_weights(encoder: ViTEncoder, weights: dict[str, Tensor], source: str) -> None:
+    """Load weights that must fit exactly.
+
+    Raises:
+        ValueError: they do not; the message lists what is missing, unknown or of another shape.
+    """
+    own = encoder.state_dict()
+    missing = sorted(own.keys() - weights.keys())
+    unknown = sorted(weights.keys() - own.keys())
+    shapes = [
+        f"{key} is {tuple(weights[key].shape)}, here {tuple(own[key].shape)}"
+        for key in own.keys() & weights.keys()
+        if own[key].shape != weights[key].shape
+    ]
+    problems = [
+        f"{title} {', '.join(keys[:4])}{f' and {len(keys) - 4} more' if len(keys) > 4 else ''}"
+        for title, keys in (("missing:", missing), ("unknown:", unknown), ("other shape:", sorted(shapes)))
+        if keys
+    ]
+    if problems:
+        raise ValueError(f"{source}: these weights are of another architecture ({'; '.join(problems)}).")
+    encoder.load_state_dict(weights)
+
+
+def settings_difference(one: EncoderSettings, other: EncoderSettings) -> list[str]:
+    """What differs between two encoders' weights, as 'width: 192 and 384'; chances and memory savers do not count."""
+    ignored = ("dropout", "drop_path", "checkpointing", "feature_layer", "feature_norm", "mean", "std", "interpolation")
+    return [
+        f"{field.name}: {getattr(one, field.name)} and {getattr(other, field.name)}"
+        for field in fields(EncoderSettings)
+        if field.name not in ignored and getattr(one, field.name) != getattr(other, field.name)
+    ]
+
+
+def settings_from(record: dict[str, Any], path: Path) -> EncoderSettings:
+    unknown = sorted(set(record) - {field.name for field in fields(EncoderSettings)})
+    if unknown:
+        raise ValueError(f"{path}: unknown encoder settings {', '.join(unknown)}. Was it written by a newer sslvit?")
+    return EncoderSettings(**record)
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a released file, out of wrappers such as "model", "teacher" or "state_dict"."""
+    return weights_in(read_torch_file(Path(path)), Path(path))
+
+
+def weights_in(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
+    for wrapper in ("teacher", "model", "state_dict"):  # DINO's full checkpoint: the teacher is the result
+        if isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    weights = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    if not weights:
+        raise ValueError(f"{path}: holds no weights (its entries: {', '.join(map(str, list(content)[:6]))}).")
+    return weights
+
+
+def read_torch_file(path: Path) -> dict[str, Any]:
+    """A .safetensors file or a torch file, read so that nothing in it can run.
+
+    Raises:
+        ValueError: it is neither, it is damaged, or it holds more than numbers.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file.")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path}: refused, because it holds objects besides tensors and loading those could run code. "
+            "Ask its author for a file of weights only (.safetensors), or re-save its state dict where you trust it."
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise ValueError(f"{path}: not a readable checkpoint ({reason}). Is the download complete?") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, not a checkpoint with named weights.")
+    return content
+
+
+def _read_folder(folder: Path) -> tuple[EncoderSettings, dict[str, Tensor]]:
+    file = folder / "encoder.json"
+    try:
+        about = json.loads(file.read_text())
+        record = about["encoder"]
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: not an encoder description ({error}).") from error
+    if about.get("format") != FORMAT:
+        raise ValueError(f"{file}: format {about.get('format')}, but this sslvit reads format {FORMAT}. Update sslvit.")
+    return settings_from(record, file), read_torch_file(folder / "encoder.safetensors")

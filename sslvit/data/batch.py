@@ -1,0 +1,46 @@
+"""What every task and every probe receives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """One rank's share of a (micro-)batch.
+
+    Args:
+        views: list of 'b c h w', uint8 as they leave the loader, normalised floats once on the device.
+        labels: class numbers 'b', or None for unlabelled data.
+        samples: number of each sample in its data set, 'b'; the index turns it into a key.
+        valid: False where a row only fills up (an unreadable sample, or padding in evaluation), 'b'.
+        first_row: place of the first row within the global batch; with the step it keys every chance draw.
+    """
+
+    views: list[Tensor]
+    labels: Tensor | None
+    samples: Tensor
+    valid: Tensor
+    first_row: int = 0
+
+    def to(self, *args, **kwargs) -> Batch:
+        """On another device; called by Lightning."""
+        return self._map(lambda tensor: tensor.to(*args, **kwargs))
+
+    def pin_memory(self) -> Batch:
+        """In page-locked memory; called by the DataLoader."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, change) -> Batch:
+        return replace(
+            self,
+            views=[change(view) for view in self.views],
+            labels=None if self.labels is None else change(self.labels),
+            samples=change(self.samples),
+            valid=change(self.valid),
+        )
+
+    def __len__(self) -> int:
+        return len(self.samples)

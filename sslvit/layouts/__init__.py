@@ -1,0 +1,32 @@
+"""Foreign state dicts <-> ours, by renaming and reshaping. One file per layout."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sslvit.layouts import dino, dinov2, mae, openai_igpt, timm
+from sslvit.layouts.vit import Converted
+
+LAYOUTS = {"mae": mae, "openai_igpt": openai_igpt, "dinov2": dinov2, "dino": dino, "timm": timm}
+
+
+def recognise_layout(keys: set[str]) -> str:
+    """The first layout that knows these names; the table goes from the most special to the plainest.
+
+    Raises:
+        ValueError: none does; the message shows some of the names.
+    """
+    for name, layout in LAYOUTS.items():
+        if layout.recognise(keys):
+            return name
+    shown = ", ".join(sorted(keys)[:4])
+    raise ValueError(f"no known layout has these weights ({shown}, ...). Known: {', '.join(LAYOUTS)}.")
+
+
+def to_sslvit(
+    state: dict[str, Tensor], layout: str | None = None, heads: int | None = None, **changes
+) -> Converted:
+    """Convert a foreign state dict; the layout is recognised from the names unless given."""
+    if layout is not None and layout not in LAYOUTS:
+        raise ValueError(f"layout: '{layout}' is not one of {', '.join(LAYOUTS)}.")
+    return LAYOUTS[layout or recognise_layout(set(state))].to_sslvit(state, heads, **changes)

@@ -1,0 +1,35 @@
+"""The layout of DINOv2's released checkpoints.
+
+With registers, positions are resampled to the size itself with antialiasing; without, by a scale factor with
+an offset of 0.1 and no antialiasing. Registers have no position.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sslvit.layouts.vit import Converted, settings_from_shapes
+
+NAMES = {"register_tokens": "reg_token", "mlp.w12.": "mlp.fc1.", "mlp.w3.": "mlp.fc2."}
+
+
+def recognise(keys: set[str]) -> bool:
+    return {"mask_token", "cls_token", "blocks.0.ls1.gamma"} <= keys and "decoder_pos_embed" not in keys
+
+
+def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes) -> Converted:
+    """DINOv2 names -> ours."""
+    notes: list[str] = []
+    encoder = {}
+    for key, value in state.items():
+        for theirs, ours in NAMES.items():
+            key = key.replace(theirs, ours)
+        encoder[key] = value.view(1, 1, -1) if key == "mask_token" else value
+    has_registers = "reg_token" in encoder
+    found = {
+        "interpolate_antialias": has_registers,
+        "interpolate_offset": 0.0 if has_registers else 0.1,
+        "prefix_positions": "class",
+        **changes,
+    }
+    return Converted(settings_from_shapes(encoder, heads, notes, **found), encoder, {}, notes)

@@ -1,0 +1,95 @@
+"""What the released ViTs have in common: settings read from the shapes of a state dict in timm's names."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from sslvit.settings import EncoderSettings
+
+
+@dataclass
+class Converted:
+    """A foreign checkpoint in our terms.
+
+    Args:
+        settings: of the encoder.
+        encoder: state dict of ViTEncoder.
+        extras: other parts under our names ("decoder....", "head....").
+        notes: what was inferred or ignored, one line each, for the reader.
+    """
+
+    settings: EncoderSettings
+    encoder: dict[str, Tensor]
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def infer_heads(width: int, heads: int | None, notes: list[str]) -> int:
+    """Heads are not visible in the weights: as given, or the usual 64 channels a head with a note."""
+    if heads is not None:
+        return heads
+    if width % 64:
+        raise ValueError(f"heads: the file does not say them, and width {width} is not a multiple of 64. Give heads=.")
+    notes.append(f"heads: not in the file; assumed {width // 64} (64 channels each). Give heads= if that is wrong.")
+    return width // 64
+
+
+def settings_from_shapes(state: dict[str, Tensor], heads: int | None, notes: list[str], **changes) -> EncoderSettings:
+    """Settings of a plain ViT from its weights' shapes, in timm's names.
+
+    Args:
+        state: the state dict.
+        heads: attention heads, or None to infer them.
+        notes: gets a line for everything inferred.
+        changes: settings that the file does not say, or that override what it seems to say.
+
+    Raises:
+        ValueError: the position table fits no square grid (give image_size).
+    """
+    width, channels, patch, _ = state["patch_embed.proj.weight"].shape
+    registers = state["reg_token"].shape[1] if "reg_token" in state else 0
+    has_class = "cls_token" in state
+    hidden = state["blocks.0.mlp.fc2.weight"].shape[1]
+    gated = state["blocks.0.mlp.fc1.weight"].shape[0] == 2 * hidden
+    fc_norm = "fc_norm.weight" in state
+    found = {
+        "channels": channels, "patch": patch, "width": width, "depth": count_blocks(state, "blocks."),
+        "heads": infer_heads(width, heads, notes), "mlp": "swiglu" if gated else "gelu",
+        "mlp_ratio": hidden / width, "bias": "blocks.0.attn.qkv.bias" in state,
+        "layer_scale": 1.0 if "blocks.0.ls1.gamma" in state else None,
+        "qk_norm": "blocks.0.attn.q_norm.weight" in state, "class_token": has_class, "registers": registers,
+        "mask_token": "mask_token" in state, "final_norm": "norm.weight" in state, "fc_norm": fc_norm,
+        "pooling": "class" if has_class and not fc_norm else "mean",
+    }  # fmt: skip
+    if gated:
+        found["mlp_ratio"] = 4.0 if (int(4 * width * 2 / 3) + 7) // 8 * 8 == hidden else 1.5 * hidden / width
+    if "pos_embed" in state and state["pos_embed"].ndim == 3:
+        length = state["pos_embed"].shape[1]
+        rows = {"none": 0, "class": int(has_class), "all": int(has_class) + registers}
+        wanted = changes.get("prefix_positions")
+        for kind in [wanted] if wanted else rows:
+            side = math.isqrt(length - rows[kind])
+            if "image_size" in changes or side * side == length - rows[kind]:
+                found["prefix_positions"] = kind
+                found["image_size"] = side * patch
+                break
+        else:
+            raise ValueError(
+                f"pos_embed has {length} rows, which is no square grid with {rows['all']} prefix tokens. "
+                "Give image_size=[height, width]."
+            )
+    return EncoderSettings(**{**found, **changes})
+
+
+def count_blocks(state: dict[str, Tensor], prefix: str) -> int:
+    numbers = {int(key[len(prefix) :].split(".")[0]) for key in state if key.startswith(prefix)}
+    return len(numbers)
+
+
+def split(state: dict[str, Tensor], extras: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The encoder's part of a state dict, and the part whose names start with one of the extras."""
+    other = {key: value for key, value in state.items() if key.startswith(extras)}
+    return {key: value for key, value in state.items() if key not in other}, other

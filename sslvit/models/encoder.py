@@ -1,0 +1,248 @@
+"""The one encoder that every task trains, every probe scores and every export ships.
+
+    images -> tokens -> positions -> prefix tokens -> blocks -> norm
+
+What differs between tasks comes in as an argument (which patches are visible, which are hidden) or as a saved
+property (causal, the tokenizer), so there is no branch on the task.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sslvit.models.pooling import AttentionPool, pool_class, pool_mean
+from sslvit.models.positions import Places, resample_table, rotary_2d, sincos_1d, sincos_2d
+from sslvit.models.tokens import TOKENIZERS, take
+from sslvit.models.transformer import Block, make_norm
+from sslvit.settings import EncoderSettings
+
+
+class ViTEncoder(nn.Module):
+    """A vision transformer. Parameter names follow timm's where timm has the part.
+
+    Args:
+        settings: what it is; see EncoderSettings.
+    """
+
+    def __init__(self, settings: EncoderSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.prefix = settings.prefix
+        width = settings.width
+        self.patch_embed = TOKENIZERS[settings.tokens](settings)
+        if settings.class_token:
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        if settings.registers:
+            self.reg_token = nn.Parameter(torch.zeros(1, settings.registers, width))
+        if settings.mask_token:
+            self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self._make_positions()
+        self.dropout = nn.Dropout(settings.dropout)
+        last = max(settings.depth - 1, 1)
+        self.blocks = nn.ModuleList(
+            Block(settings, settings.drop_path * i / last) for i in range(settings.depth)
+        )
+        self.norm = make_norm(settings, width) if settings.final_norm else nn.Identity()
+        self.attn_pool = AttentionPool(width, settings.heads) if settings.pooling == "attention" else None
+        self.fc_norm = make_norm(settings, width) if settings.fc_norm else nn.Identity()
+        self.reset_parameters()
+
+    # ---- images -> tokens ------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        images: Float[Tensor, "b c h w"],
+        visible: Int[Tensor, "b k"] | None = None,
+        hidden: Bool[Tensor, "b n"] | None = None,
+        path_noise: Float[Tensor, "branches b"] | None = None,
+    ) -> Float[Tensor, "b t d"]:
+        """Tokens after the final norm: prefix tokens, then patches row by row (or as `visible` lists them).
+
+        Args:
+            images: RGB (or as many channels as settings.channels), normalised by settings.mean and std. Any size
+                that the patch divides; positions are stretched to it.
+            visible: patch indices from zero; only these patches are embedded and encoded (MAE).
+            hidden: True where a patch is replaced by the mask token, before positions (DINOv2, SimMIM).
+            path_noise: uniform numbers for stochastic depth, two rows per block; drawn here when None.
+
+        Raises:
+            ValueError: a size that the patch does not divide, other channels, or `hidden` without a mask token.
+        """
+        tokens, places = self.embed(images, visible, hidden)
+        for tokens in self._walk(tokens, places, path_noise):
+            pass
+        return self.norm(tokens)
+
+    def layers(self, images: Float[Tensor, "b c h w"], numbers: list[int]) -> list[Float[Tensor, "b t d"]]:
+        """Outputs of the given blocks, counted from 1, not normalised; 0 is the input of the first block."""
+        wrong = [number for number in numbers if not 0 <= number <= len(self.blocks)]
+        if wrong:
+            raise ValueError(f"layers {wrong} do not exist: this encoder has blocks 1 to {len(self.blocks)}.")
+        tokens, places = self.embed(images)
+        outputs = {0: tokens}
+        for number, tokens in enumerate(self._walk(tokens, places, upto=max(numbers, default=0)), start=1):
+            outputs[number] = tokens
+        return [outputs[number] for number in numbers]
+
+    def features(
+        self, images: Float[Tensor, "b c h w"], layer: int | None = None, pooling: str | None = None
+    ) -> Float[Tensor, "b d"]:
+        """One vector per image, at the layer and pooling that this encoder is probed with unless others are given."""
+        layer = layer or self.settings.feature_layer or len(self.blocks)
+        (tokens,) = self.layers(images, [layer])
+        if self.settings.feature_norm == "next" and layer < len(self.blocks):
+            tokens = self.blocks[layer].norm1(tokens)
+        else:
+            tokens = self.norm(tokens)
+        return self.pool(tokens, pooling)
+
+    def pool(self, tokens: Float[Tensor, "b t d"], pooling: str | None = None) -> Float[Tensor, "b d"]:
+        pooling = pooling or self.settings.pooling
+        if pooling == "attention":
+            if self.attn_pool is None:
+                raise ValueError("pooling: attention, but this encoder has no attention pool. Use mean or class.")
+            pooled = self.attn_pool(tokens)
+        elif pooling == "class":
+            pooled = pool_class(tokens, int(self.settings.class_token))
+        elif pooling == "mean":
+            pooled = pool_mean(tokens, self.prefix)
+        else:
+            raise ValueError(f"pooling: '{pooling}' is not one of class, mean, attention.")
+        return self.fc_norm(pooled)
+
+    def attention(self, images: Float[Tensor, "b c h w"], layer: int) -> Float[Tensor, "b heads t t"]:
+        """Attention weights of one block, counted from 1, by the slow path that gives the same output."""
+        tokens, places = self.embed(images)
+        for tokens in self._walk(tokens, places, upto=layer - 1):
+            pass
+        block = self.blocks[layer - 1]
+        return block.attn.weights(block.norm1(tokens), places)
+
+    def embed(
+        self,
+        images: Float[Tensor, "b c h w"],
+        visible: Int[Tensor, "b k"] | None = None,
+        hidden: Bool[Tensor, "b n"] | None = None,
+    ) -> tuple[Float[Tensor, "b t d"], Places]:
+        """The first block's input, and where its tokens lie."""
+        if images.shape[1] != self.settings.channels:
+            raise ValueError(
+                f"images have {images.shape[1]} channels, this encoder takes {self.settings.channels} "
+                "(encoder.channels)."
+            )
+        grid = self.settings.grid_of(*images.shape[2:])
+        if visible is not None and self.settings.causal:
+            raise ValueError("visible: a causal encoder reads every place in order. Pass no `visible`.")
+        tokens = self.patch_embed(images, visible)  # b k d
+        if hidden is not None:
+            tokens = self._hide(tokens, take(hidden[:, :, None], visible)[:, :, 0])
+        row_prefix, row_patches = self.position_table(grid)
+        if row_patches is not None:
+            rows = row_patches[None].expand(tokens.shape[0], -1, -1) if visible is not None else row_patches[None]
+            tokens = tokens + take(rows, visible)
+        prefix = self._prefix_tokens(row_prefix)
+        if prefix is not None:
+            tokens = torch.cat([prefix.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], 1)
+        places = Places(grid, self.prefix, visible, self._rotation(grid, visible, images.device))
+        return self.dropout(tokens), places
+
+    # ---- positions -------------------------------------------------------------------------------------------
+
+    def _make_positions(self) -> None:
+        settings = self.settings
+        kind, grid, width = settings.positions, settings.grid, settings.width
+        rows = settings.position_rows
+        if kind == "learned_1d":
+            self.pos_embed = nn.Parameter(torch.zeros(1, rows + grid[0] * grid[1], width))
+        elif kind == "learned_2d":
+            self.pos_embed_prefix = nn.Parameter(torch.zeros(1, rows, width)) if rows else None
+            self.pos_embed_row = nn.Parameter(torch.zeros(grid[0], 1, width))
+            self.pos_embed_column = nn.Parameter(torch.zeros(1, grid[1], width))
+        elif kind in ("sincos_1d", "sincos_2d"):
+            table = sincos_2d(grid, width) if kind == "sincos_2d" else sincos_1d(grid[0] * grid[1], width)
+            table = torch.cat([torch.zeros(rows, width), table.float()])
+            self.register_buffer("pos_embed", table[None])
+
+    def position_table(self, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
+        """Rows for the prefix tokens and for the patches of a grid; None where positions are not a table."""
+        settings = self.settings
+        if settings.positions in ("none", "rotary_2d", "relative_bias"):
+            return None, None
+        rows = settings.position_rows
+        if settings.positions == "learned_2d":
+            prefix = None if self.pos_embed_prefix is None else self.pos_embed_prefix[0]
+            patches = (self.pos_embed_row + self.pos_embed_column).flatten(0, 1)
+        else:
+            prefix, patches = self.pos_embed[0, :rows], self.pos_embed[0, rows:]
+        if grid != settings.grid and settings.tokens == "pixel":
+            raise ValueError(
+                f"a pixel sequence is tied to its size: this encoder takes {settings.grid} pixels, not {grid}. "
+                "Resize the images (encoder.image_size)."
+            )
+        if grid == settings.grid:
+            return prefix, patches
+        return prefix, resample_table(
+            patches, settings.grid, grid, settings.interpolate_antialias, settings.interpolate_offset
+        )
+
+    def _rotation(self, grid: tuple[int, int], visible: Tensor | None, device: torch.device):
+        if self.settings.positions != "rotary_2d":
+            return None
+        turns = []
+        for table, still in zip(
+            rotary_2d(grid, self.settings.grid, self.settings.head_width, device), (1.0, 0.0), strict=True
+        ):
+            rows = table[None] if visible is None else take(table[None].expand(len(visible), -1, -1), visible)
+            prefix = rows.new_full((rows.shape[0], self.prefix, rows.shape[2]), still)  # prefix tokens do not turn
+            turns.append(torch.cat([prefix, rows], 1)[:, None])
+        return tuple(turns)
+
+    def _prefix_tokens(self, positions: Tensor | None) -> Tensor | None:
+        tokens = [getattr(self, name) for name in ("cls_token", "reg_token") if hasattr(self, name)]
+        if not tokens:
+            return None
+        prefix = torch.cat(tokens, 1)
+        rows = self.settings.position_rows
+        if positions is None or not rows:
+            return prefix
+        return torch.cat([prefix[:, :rows] + positions, prefix[:, rows:]], 1)
+
+    def _hide(self, tokens: Tensor, is_hidden: Tensor) -> Tensor:
+        if not self.settings.mask_token:
+            raise ValueError("hidden: this encoder has no mask token. Set encoder.mask_token to true.")
+        return torch.where(is_hidden[:, :, None], self.mask_token.to(tokens.dtype), tokens)
+
+    # ---- blocks ----------------------------------------------------------------------------------------------
+
+    def _walk(self, tokens: Tensor, places: Places, path_noise: Tensor | None = None, upto: int | None = None):
+        """Yield the output of each block in turn, up to a number of blocks."""
+        if path_noise is None and self.training and self.settings.drop_path:
+            path_noise = torch.rand(2 * len(self.blocks), tokens.shape[0], device=tokens.device)
+        recompute = self.settings.checkpointing and self.training and torch.is_grad_enabled()
+        for i, block in enumerate(self.blocks[:upto]):
+            noise = None if path_noise is None or not self.training else path_noise[2 * i : 2 * i + 2]
+            if recompute:
+                tokens = checkpoint(block, tokens, places, noise, use_reentrant=False)
+            else:
+                tokens = block(tokens, places, noise)
+            yield tokens
+
+    def reset_parameters(self) -> None:
+        """Truncated normal weights of std 0.02 and zero biases, as timm's and DINO's ViTs start."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        if isinstance(getattr(self.patch_embed, "proj", None), nn.Conv2d):
+            weight = self.patch_embed.proj.weight
+            nn.init.trunc_normal_(weight.view(weight.shape[0], -1), std=0.02)
+            nn.init.zeros_(self.patch_embed.proj.bias)
+        learned = ("cls_token", "reg_token", "mask_token", "pos_embed", "pos_embed_prefix", "pos_embed_row",
+                   "pos_embed_column", "patch_embed.start_token")  # fmt: skip
+        for name, parameter in self.named_parameters():
+            if name in learned:
+                nn.init.trunc_normal_(parameter, std=0.02)

@@ -1,0 +1,42 @@
+"""Tokens -> one vector per image."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+def pool_class(tokens: Float[Tensor, "b t d"], prefix: int) -> Float[Tensor, "b d"]:
+    """The class token, which stands first."""
+    if prefix == 0:
+        raise ValueError("pooling: class, but this encoder has no class token. Use mean or attention.")
+    return tokens[:, 0]
+
+
+def pool_mean(tokens: Float[Tensor, "b t d"], prefix: int) -> Float[Tensor, "b d"]:
+    """The mean over the patches; class and register tokens are left out."""
+    return tokens[:, prefix:].mean(1)
+
+
+class AttentionPool(nn.Module):
+    """A learned query attends to all tokens (the MAP head of Zhai et al. 2022, without its MLP)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Parameter(torch.zeros(1, 1, width))
+        self.kv = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+        nn.init.trunc_normal_(self.query, std=width**-0.5)
+
+    def forward(self, tokens: Float[Tensor, "b t d"]) -> Float[Tensor, "b d"]:
+        key, value = rearrange(
+            self.kv(tokens), "b t (two heads e) -> two b heads t e", two=2, heads=self.heads
+        )
+        query = rearrange(self.query, "1 1 (heads e) -> 1 heads 1 e", heads=self.heads)
+        query = query.expand(tokens.shape[0], -1, -1, -1).to(key.dtype)
+        pooled = F.scaled_dot_product_attention(query, key, value)
+        return self.proj(rearrange(pooled, "b heads 1 e -> b (heads e)"))

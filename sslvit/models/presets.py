@@ -1,0 +1,34 @@
+"""Names for settings: ViT-Ti to ViT-H (Dosovitskiy et al. 2021; Touvron et al. 2021) and iGPT-S to iGPT-L."""
+
+from __future__ import annotations
+
+from sslvit.settings import EncoderSettings
+
+PRESETS: dict[str, dict] = {
+    "vit_tiny": {"width": 192, "depth": 12, "heads": 3},
+    "vit_small": {"width": 384, "depth": 12, "heads": 6},
+    "vit_base": {"width": 768, "depth": 12, "heads": 12},
+    "vit_large": {"width": 1024, "depth": 24, "heads": 16},
+    "vit_huge": {"width": 1280, "depth": 32, "heads": 16},
+}
+_IGPT = {
+    "image_size": 32, "tokens": "pixel", "patch": 1, "norm": "rms", "norm_eps": 1e-5, "mlp": "quick_gelu",
+    "bias": False, "causal": True, "class_token": False, "prefix_positions": "none", "pooling": "mean",
+    "feature_norm": "next", "mean": [0.5] * 3, "std": [0.5] * 3,
+}  # fmt: skip
+PRESETS |= {
+    "igpt_small": {**_IGPT, "width": 512, "depth": 24, "heads": 8},
+    "igpt_medium": {**_IGPT, "width": 1024, "depth": 36, "heads": 8},
+    "igpt_large": {**_IGPT, "width": 1536, "depth": 48, "heads": 16},
+}
+
+
+def preset(name: str, **changes) -> EncoderSettings:
+    """The settings of a named encoder, with changes: ``preset("vit_tiny", patch=4, image_size=32)``.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"encoder.preset: '{name}' is not one of {', '.join(PRESETS)}.")
+    return EncoderSettings(**{**PRESETS[name], **changes})

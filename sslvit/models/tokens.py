@@ -1,0 +1,154 @@
+"""Image -> a sequence of tokens on an (h, w) grid, row by row.
+
+Every tokenizer takes `images` ('b c h w') and `visible` ('b k' patch indices, or None for all) and returns
+'b k d'. Where a patch's token depends on that patch alone, only the visible ones are computed.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor, nn
+
+from sslvit.palette import nearest_colour, uniform_palette
+from sslvit.settings import EncoderSettings
+
+
+def cut_patches(images: Float[Tensor, "b c h w"], patch: int) -> Float[Tensor, "b n cpp"]:
+    """Patches flattened as (channel, row, column), the order of a convolution's weight."""
+    return rearrange(images, "b c (rows p) (cols q) -> b (rows cols) (c p q)", p=patch, q=patch)
+
+
+def take(tokens: Shaped[Tensor, "b n d"], visible: Int[Tensor, "b k"] | None) -> Shaped[Tensor, "b k d"]:
+    """The tokens at the visible places, in the order in which they are listed; all of them for None."""
+    if visible is None:
+        return tokens
+    return tokens.gather(1, visible[:, :, None].expand(-1, -1, tokens.shape[2]))
+
+
+class PatchTokens(nn.Module):
+    """One linear map per patch (Dosovitskiy et al. 2021, section 3.1). `proj` is kept as a convolution's (d, c, p, p)."""
+
+    def __init__(self, settings: EncoderSettings) -> None:
+        super().__init__()
+        self.patch = settings.patch
+        self.proj = nn.Conv2d(settings.channels, settings.width, settings.patch, settings.patch)
+
+    def forward(self, images: Float[Tensor, "b c h w"], visible: Int[Tensor, "b k"] | None = None) -> Tensor:
+        patches = take(cut_patches(images, self.patch), visible)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class ShiftedPatchTokens(nn.Module):
+    """Patches of the image and of four copies shifted diagonally by half a patch (Lee et al. 2021, section 3.1)."""
+
+    def __init__(self, settings: EncoderSettings) -> None:
+        super().__init__()
+        self.patch = settings.patch
+        self.norm = nn.LayerNorm(5 * settings.channels * settings.patch**2)
+        self.proj = nn.Conv2d(5 * settings.channels, settings.width, settings.patch, settings.patch)
+
+    def forward(self, images: Float[Tensor, "b c h w"], visible: Int[Tensor, "b k"] | None = None) -> Tensor:
+        half = self.patch // 2
+        height, width = images.shape[2:]
+        padded = F.pad(images, (half, half, half, half))
+        shifted = [
+            padded[:, :, top : top + height, left : left + width]
+            for top in (0, 2 * half)
+            for left in (0, 2 * half)
+        ]
+        patches = take(cut_patches(torch.cat([images, *shifted], 1), self.patch), visible)
+        return F.linear(self.norm(patches), self.proj.weight.flatten(1), self.proj.bias)
+
+
+class ConvStemTokens(nn.Module):
+    """Early convolutions (Xiao et al. 2021): 3 x 3 of stride 2 until the stride is the patch, then a 1 x 1.
+
+    Neighbouring tokens see each other's pixels, so all are computed before the visible ones are taken.
+    """
+
+    def __init__(self, settings: EncoderSettings) -> None:
+        super().__init__()
+        steps = int(math.log2(settings.patch))
+        widths = [max(settings.width // 2 ** (steps - i), 8) for i in range(1, steps + 1)]
+        layers: list[nn.Module] = []
+        for before, after in zip([settings.channels, *widths], widths, strict=False):
+            layers += [nn.Conv2d(before, after, 3, 2, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+        self.stem = nn.Sequential(*layers)
+        self.proj = nn.Conv2d(widths[-1], settings.width, 1)
+
+    def forward(self, images: Float[Tensor, "b c h w"], visible: Int[Tensor, "b k"] | None = None) -> Tensor:
+        tokens = self.proj(self.stem(images))
+        return take(rearrange(tokens, "b d rows cols -> b (rows cols) d"), visible)
+
+
+class HybridTokens(nn.Module):
+    """The feature map of a ResNet, one token per cell (Dosovitskiy et al. 2021, section 3.1, "Hybrid Architecture")."""
+
+    def __init__(self, settings: EncoderSettings) -> None:
+        super().__init__()
+        from torchvision.models import get_model  # torchvision takes seconds to import; only hybrids pay
+
+        resnet = get_model(settings.cnn, weights=None)
+        if settings.channels != 3:
+            resnet.conv1 = nn.Conv2d(settings.channels, 64, 7, 2, 3, bias=False)
+        stages = [resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4]
+        stages = stages[: int(math.log2(settings.patch)) - 1]
+        self.cnn = nn.Sequential(resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool, *stages)
+        last = [module for module in stages[-1].modules() if isinstance(module, nn.BatchNorm2d)][-1]
+        self.proj = nn.Conv2d(last.num_features, settings.width, 1)
+
+    def forward(self, images: Float[Tensor, "b c h w"], visible: Int[Tensor, "b k"] | None = None) -> Tensor:
+        tokens = self.proj(self.cnn(images))
+        return take(rearrange(tokens, "b d rows cols -> b (rows cols) d"), visible)
+
+
+class PixelTokens(nn.Module):
+    """One token per pixel: the learned vector of its nearest palette colour (iGPT, Chen et al. 2020, section 3.2).
+
+    In a causal encoder the sequence is shifted right by a learned start token: place i carries pixel i - 1, so
+    that nothing computed at place i has seen pixel i.
+    """
+
+    def __init__(self, settings: EncoderSettings) -> None:
+        super().__init__()
+        if settings.palette == "uniform":
+            palette = uniform_palette()
+        else:
+            palette = torch.tensor(settings.palette)
+        if palette.ndim != 2 or palette.shape[1] != settings.channels:
+            raise ValueError(
+                f"encoder.palette: colours of shape {tuple(palette.shape)} for {settings.channels} channels. "
+                "Give a list of colours with one number per channel."
+            )
+        self.shifted = settings.causal
+        self.register_buffer("palette", palette, persistent=False)
+        self.register_buffer("mean", torch.tensor(settings.mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(settings.std).view(-1, 1, 1), persistent=False)
+        self.embed = nn.Embedding(len(palette), settings.width)
+        if self.shifted:
+            self.start_token = nn.Parameter(torch.zeros(1, 1, settings.width))
+
+    def indices(self, images: Float[Tensor, "b c h w"]) -> Int[Tensor, "b n"]:
+        """Palette index of every pixel of normalised images, row by row."""
+        return nearest_colour((images * self.std + self.mean) * 2 - 1, self.palette).flatten(1)
+
+    def forward(self, images: Float[Tensor, "b c h w"], visible: Int[Tensor, "b k"] | None = None) -> Tensor:
+        tokens = self.embed(self.indices(images))
+        if self.shifted:
+            start = self.start_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype)
+            tokens = torch.cat([start, tokens[:, :-1]], 1)
+        return take(tokens, visible)
+
+
+TOKENIZERS = {
+    "patch": PatchTokens,
+    "shifted_patch": ShiftedPatchTokens,
+    "conv_stem": ConvStemTokens,
+    "hybrid": HybridTokens,
+    "pixel": PixelTokens,
+}

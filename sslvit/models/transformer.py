@@ -1,0 +1,168 @@
+"""The transformer block, pre-norm (Dosovitskiy et al. 2021, section 3.1), and its parts."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sslvit.models.positions import Places, RelativeBias, rotate
+from sslvit.settings import EncoderSettings
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), the approximation of iGPT's released model."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+def make_norm(settings: EncoderSettings, width: int) -> nn.Module:
+    if settings.norm == "rms":
+        return nn.RMSNorm(width, eps=settings.norm_eps)
+    return nn.LayerNorm(width, eps=settings.norm_eps)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention (Vaswani et al. 2017), with the encoder's saved options.
+
+    `causal`: a token attends to itself and earlier ones. `locality`: a token does not attend to itself, and each
+    head learns its temperature (Lee et al. 2021, section 3.2).
+    """
+
+    def __init__(self, settings: EncoderSettings) -> None:
+        super().__init__()
+        width = settings.width
+        self.heads = settings.heads
+        self.causal = settings.causal
+        self.locality = settings.locality
+        self.qkv = nn.Linear(width, 3 * width, bias=settings.bias)
+        self.q_norm = make_norm(settings, settings.head_width) if settings.qk_norm else nn.Identity()
+        self.k_norm = make_norm(settings, settings.head_width) if settings.qk_norm else nn.Identity()
+        self.rel_pos = (
+            RelativeBias(settings.heads, settings.grid) if settings.positions == "relative_bias" else None
+        )
+        self.proj = nn.Linear(width, width, bias=settings.bias)
+        scale = torch.full((settings.heads, 1, 1), settings.head_width**-0.5)
+        if self.locality:
+            self.scale = nn.Parameter(scale)
+        else:
+            self.register_buffer("scale", scale, persistent=False)
+
+    def forward(self, tokens: Float[Tensor, "b t d"], places: Places | None = None) -> Float[Tensor, "b t d"]:
+        query, key, value = self.heads_of(tokens, places)
+        if query.device.type == "cpu" and query.dtype == torch.bfloat16:
+            # the fused kernel is several times slower than these two products in bf16 on a CPU
+            mixed = self.scores(query, key, places).softmax(-1).to(value.dtype) @ value
+        elif self.locality or self.rel_pos is not None:
+            bias = self.score_bias(query, places)
+            mixed = F.scaled_dot_product_attention(query * self.scale, key, value, bias, scale=1.0)
+        else:
+            mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
+        return self.proj(rearrange(mixed, "b heads t e -> b t (heads e)"))
+
+    def weights(self, tokens: Float[Tensor, "b t d"], places: Places | None) -> Float[Tensor, "b heads t t"]:
+        """Softmax of the scores: row i says how much token i takes from each token. The slow path, on request."""
+        query, key, _ = self.heads_of(tokens, places)
+        return self.scores(query, key, places).softmax(-1)
+
+    def heads_of(self, tokens: Tensor, places: Places | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each 'b heads t e'."""
+        query, key, value = rearrange(
+            self.qkv(tokens), "b t (three heads e) -> three b heads t e", three=3, heads=self.heads
+        )
+        query, key = self.q_norm(query), self.k_norm(key)
+        if places is not None and places.rotation is not None:
+            query, key = rotate(query, places.rotation), rotate(key, places.rotation)
+        return query, key, value
+
+    def scores(self, query: Tensor, key: Tensor, places: Places | None) -> Float[Tensor, "b heads t t"]:
+        scores = (query * self.scale.to(query.dtype)) @ key.transpose(-2, -1)
+        bias = self.score_bias(query, places)
+        return scores if bias is None else scores + bias
+
+    def score_bias(self, query: Tensor, places: Places | None) -> Tensor | None:
+        """What is added before the softmax, broadcastable to 'b heads t t'; -inf where attention is forbidden."""
+        bias = None
+        if self.rel_pos is not None:
+            bias = self.rel_pos(places)
+        if self.causal or self.locality:
+            length = query.shape[2]
+            every = torch.ones(length, length, dtype=torch.bool, device=query.device)
+            is_forbidden = every.triu(1) if self.causal else torch.zeros_like(every)
+            if self.locality:
+                is_forbidden = is_forbidden | torch.eye(length, dtype=torch.bool, device=query.device)
+            wall = torch.zeros(length, length, device=query.device).masked_fill(is_forbidden, float("-inf"))
+            bias = wall if bias is None else bias + wall
+        return None if bias is None else bias.to(query.dtype)
+
+
+class Mlp(nn.Module):
+    """Two linear maps with an activation between. swiglu (Shazeer 2020): silu(first half) * second half."""
+
+    def __init__(self, settings: EncoderSettings) -> None:
+        super().__init__()
+        self.gated = settings.mlp == "swiglu"
+        hidden = settings.mlp_width
+        self.fc1 = nn.Linear(settings.width, 2 * hidden if self.gated else hidden, bias=settings.bias)
+        self.act = {"gelu": nn.GELU, "quick_gelu": QuickGELU, "swiglu": nn.SiLU}[settings.mlp]()
+        self.fc2 = nn.Linear(hidden, settings.width, bias=settings.bias)
+
+    def forward(self, tokens: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
+        hidden = self.fc1(tokens)
+        if self.gated:
+            gate, hidden = hidden.chunk(2, dim=-1)
+            return self.fc2(self.act(gate) * hidden)
+        return self.fc2(self.act(hidden))
+
+
+class LayerScale(nn.Module):
+    """A learned scale per channel (Touvron et al. 2021, "Going deeper with Image Transformers")."""
+
+    def __init__(self, width: int, value: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), value))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens * self.gamma
+
+
+class Block(nn.Module):
+    """Attention and MLP, each normalised before and added to what came in.
+
+    Args:
+        settings: of the encoder.
+        drop_rate: probability that a sample skips a branch (stochastic depth, Huang et al. 2016).
+    """
+
+    def __init__(self, settings: EncoderSettings, drop_rate: float = 0.0) -> None:
+        super().__init__()
+        width, scale = settings.width, settings.layer_scale
+        self.norm1 = make_norm(settings, width)
+        self.attn = Attention(settings)
+        self.ls1 = nn.Identity() if scale is None else LayerScale(width, scale)
+        self.norm2 = make_norm(settings, width)
+        self.mlp = Mlp(settings)
+        self.ls2 = nn.Identity() if scale is None else LayerScale(width, scale)
+        self.dropout = nn.Dropout(settings.dropout)
+        self.drop_rate = drop_rate
+
+    def forward(
+        self,
+        tokens: Float[Tensor, "b t d"],
+        places: Places | None = None,
+        path_noise: Float[Tensor, "2 b"] | None = None,
+    ) -> Float[Tensor, "b t d"]:
+        """path_noise: uniform numbers; a sample skips a branch where its number is below the drop rate."""
+        attended = self.dropout(self.ls1(self.attn(self.norm1(tokens), places)))
+        tokens = tokens + self.keep_some(attended, path_noise, 0)
+        mixed = self.dropout(self.ls2(self.mlp(self.norm2(tokens))))
+        return tokens + self.keep_some(mixed, path_noise, 1)
+
+    def keep_some(self, branch: Tensor, path_noise: Tensor | None, which: int) -> Tensor:
+        if path_noise is None or not self.drop_rate:
+            return branch
+        is_kept = (path_noise[which] >= self.drop_rate).to(branch.dtype)
+        return branch * (is_kept / (1 - self.drop_rate))[:, None, None]

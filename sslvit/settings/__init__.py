@@ -1,0 +1,21 @@
+"""What a YAML may say. Importing this package imports no torch."""
+
+from sslvit.settings.data import DataSettings, ViewSettings
+from sslvit.settings.encoder import EncoderSettings
+from sslvit.settings.mae import MAESettings
+from sslvit.settings.optim import OptimSettings
+from sslvit.settings.probe import ProbeSettings
+from sslvit.settings.run import TASK_SETTINGS, PretrainSettings
+from sslvit.settings.train import TrainSettings
+
+__all__ = [
+    "TASK_SETTINGS",
+    "DataSettings",
+    "EncoderSettings",
+    "MAESettings",
+    "OptimSettings",
+    "PretrainSettings",
+    "ProbeSettings",
+    "TrainSettings",
+    "ViewSettings",
+]

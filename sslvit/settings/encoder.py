@@ -1,0 +1,201 @@
+"""What an encoder is: every choice that its weights depend on, and how images reach it.
+
+The same record is written beside the weights (``encoder.json``), so an encoder can be rebuilt, fed and probed
+from its folder alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+TokenKind = Literal["patch", "conv_stem", "hybrid", "shifted_patch", "pixel"]
+PositionKind = Literal[
+    "none", "learned_1d", "learned_2d", "sincos_1d", "sincos_2d", "rotary_2d", "relative_bias"
+]
+
+
+@dataclass
+class EncoderSettings:
+    """A vision transformer and its input.
+
+    Args:
+        image_size: height and width in pixels that the position table is made for (one number: a square).
+        channels: input channels.
+        mean: per channel, subtracted from pixels in [0, 1].
+        std: per channel, divides after the mean is subtracted.
+        interpolation: how images are resized on their way in.
+        tokens: patch (one linear map per patch), conv_stem (3 x 3 convolutions of stride 2, then a 1 x 1;
+            Xiao et al. 2021), hybrid (the feature map of a ResNet; Dosovitskiy et al. 2021, section 3.1),
+            shifted_patch (five shifted copies, Lee et al. 2021), pixel (palette indices, Chen et al. 2020).
+        patch: side of a patch in pixels; for conv_stem a power of two; for hybrid 4, 8, 16 or 32; for pixel 1.
+        cnn: for hybrid tokens: which of torchvision's ResNets, cut where its stride is `patch`.
+        palette: for pixel tokens: "uniform" (3 bits a channel, 512 colours) or a list of colours in [-1, 1].
+        width: channels of a token.
+        depth: number of blocks.
+        heads: attention heads; they divide the width.
+        mlp_ratio: hidden width of the MLP over the width. With swiglu the hidden width is 2/3 of that, rounded
+            up to a multiple of 8 (DINOv2).
+        mlp: activation of the MLP.
+        norm: layer (LayerNorm) or rms (RMSNorm: no mean, no bias).
+        norm_eps: added to the variance.
+        bias: biases in the linear layers of the blocks.
+        layer_scale: initial value of a learned scale per channel on each residual branch; null for none.
+        qk_norm: normalise queries and keys per head.
+        locality: Locality Self-Attention (Lee et al. 2021): a token does not attend to itself, and the
+            temperature is learned. Not together with causal.
+        causal: a token attends to itself and earlier ones only.
+        dropout: on the tokens and after each linear layer of a block.
+        drop_path: stochastic depth of the last block; rises linearly from zero (Huang et al. 2016).
+        positions: see sslvit/models/positions.py.
+        prefix_positions: which prefix tokens have a row of their own in the position table.
+        interpolate_antialias: smooth when a position table shrinks to a smaller grid.
+        interpolate_offset: added to the new grid's sides to form a scale factor, as DINO and DINOv2 did (0.1);
+            0 asks for the size itself.
+        class_token: put a learned token in front.
+        registers: number of register tokens (Darcet et al. 2024) after the class token.
+        mask_token: own a learned token for `hidden` patches.
+        final_norm: normalise after the last block.
+        pooling: what one vector per image is: class, mean (over patches) or attention (a learned query).
+        fc_norm: normalise the pooled vector.
+        feature_layer: blocks that an image passes before it is probed; null for all.
+        feature_norm: what normalises those tokens: final (the encoder's last norm) or next (the first norm of
+            the following block, as iGPT's probe does).
+        checkpointing: recompute blocks in the backward pass instead of storing their activations.
+    """
+
+    image_size: int | list[int] = 224
+    channels: int = 3
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    tokens: TokenKind = "patch"
+    patch: int = 16
+    cnn: Literal["resnet18", "resnet34", "resnet50"] = "resnet50"
+    palette: str | list[list[float]] = "uniform"
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_ratio: float = 4.0
+    mlp: Literal["gelu", "quick_gelu", "swiglu"] = "gelu"
+    norm: Literal["layer", "rms"] = "layer"
+    norm_eps: float = 1e-6
+    bias: bool = True
+    layer_scale: float | None = None
+    qk_norm: bool = False
+    locality: bool = False
+    causal: bool = False
+    dropout: float = 0.0
+    drop_path: float = 0.0
+    positions: PositionKind = "learned_1d"
+    prefix_positions: Literal["none", "class", "all"] = "class"
+    interpolate_antialias: bool = True
+    interpolate_offset: float = 0.0
+    class_token: bool = True
+    registers: int = 0
+    mask_token: bool = False
+    final_norm: bool = True
+    pooling: Literal["class", "mean", "attention"] = "class"
+    fc_norm: bool = False
+    feature_layer: int | None = None
+    feature_norm: Literal["final", "next"] = "final"
+    checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.image_size, int):
+            self.image_size = [self.image_size, self.image_size]
+        self.image_size = list(self.image_size)
+        if self.mean is None:
+            self.mean = [0.485, 0.456, 0.406] if self.channels == 3 else [0.5] * self.channels
+        if self.std is None:
+            self.std = [0.229, 0.224, 0.225] if self.channels == 3 else [0.25] * self.channels
+        self.check()
+
+    def check(self) -> None:
+        """Raise ValueError on the first combination that cannot work, naming the keys and the remedy."""
+        if len(self.image_size) != 2:
+            raise ValueError(f"encoder.image_size: {self.image_size} is not one side or [height, width].")
+        self.grid_of(*self.image_size)
+        if self.width % self.heads:
+            raise ValueError(
+                f"encoder.heads: {self.heads} heads do not divide width {self.width}. "
+                f"Use one of {[h for h in range(1, 33) if self.width % h == 0]}."
+            )
+        for key in ("mean", "std"):
+            values = getattr(self, key)
+            if len(values) != self.channels:
+                raise ValueError(
+                    f"encoder.{key}: {len(values)} values for {self.channels} channels. Give one per channel."
+                )
+        if self.pooling == "class" and not self.class_token:
+            raise ValueError(
+                "encoder.pooling: class, but encoder.class_token is false. Set pooling to mean or attention."
+            )
+        if self.tokens == "pixel" and (self.class_token or self.registers):
+            raise ValueError(
+                "encoder.tokens: pixel sequences have no prefix tokens. "
+                "Set class_token to false, registers to 0 and pooling to mean."
+            )
+        if self.tokens == "pixel" and self.patch != 1:
+            raise ValueError(f"encoder.patch: a pixel token is 1 pixel wide, not {self.patch}. Set patch to 1.")
+        if self.causal and self.locality:
+            raise ValueError(
+                "encoder.locality: a causal first token could attend to nothing once its own place is masked. "
+                "Set either causal or locality to false."
+            )
+        if self.tokens == "conv_stem" and (self.patch < 2 or self.patch & (self.patch - 1)):
+            raise ValueError(
+                f"encoder.patch: a convolutional stem halves the image step by step, so {self.patch} "
+                "must be a power of two from 2 on."
+            )
+        if self.tokens == "hybrid" and self.patch not in (4, 8, 16, 32):
+            raise ValueError(f"encoder.patch: a ResNet's strides are 4, 8, 16 and 32, not {self.patch}.")
+        if self.positions == "sincos_2d" and self.width % 4:
+            raise ValueError(f"encoder.width: sincos_2d positions need a multiple of 4, not {self.width}.")
+        if self.positions == "sincos_1d" and self.width % 2:
+            raise ValueError(f"encoder.width: sincos_1d positions need an even width, not {self.width}.")
+        if self.positions == "rotary_2d" and self.head_width % 4:
+            raise ValueError(
+                f"encoder.heads: rotary_2d positions need width / heads in multiples of 4, "
+                f"not {self.width} / {self.heads} = {self.head_width}."
+            )
+        if self.feature_layer is not None and not 1 <= self.feature_layer <= self.depth:
+            raise ValueError(
+                f"encoder.feature_layer: {self.feature_layer} is outside 1..{self.depth} (encoder.depth)."
+            )
+
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches of an image; ValueError where the patch does not divide it."""
+        if height % self.patch or width % self.patch or not height or not width:
+            fitting = [max(1, round(side / self.patch)) * self.patch for side in (height, width)]
+            raise ValueError(
+                f"An image of {height} x {width} pixels cannot be cut into patches of {self.patch} "
+                f"(encoder.patch). Resize it to {fitting[0]} x {fitting[1]} or choose another patch."
+            )
+        return height // self.patch, width // self.patch
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches at image_size."""
+        return self.grid_of(*self.image_size)
+
+    @property
+    def prefix(self) -> int:
+        """Number of tokens in front of the patches."""
+        return int(self.class_token) + self.registers
+
+    @property
+    def position_rows(self) -> int:
+        """Rows of the position table in front of the patches' rows."""
+        return {"none": 0, "class": int(self.class_token), "all": self.prefix}[self.prefix_positions]
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def mlp_width(self) -> int:
+        hidden = int(self.width * self.mlp_ratio)
+        if self.mlp == "swiglu":
+            hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
+        return hidden

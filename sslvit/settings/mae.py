@@ -1,0 +1,35 @@
+"""Masked autoencoder (He et al. 2022)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass
+class MAESettings:
+    """Reconstruct hidden patches from a few visible ones.
+
+    Args:
+        name: which task these settings are for.
+        mask_ratio: share of patches hidden from the encoder.
+        target: normalised (each patch by its own mean and variance) or raw pixels.
+        decoder_width: channels of a decoder token.
+        decoder_depth: blocks of the decoder.
+        decoder_heads: attention heads of the decoder.
+    """
+
+    name: Literal["mae"] = "mae"
+    mask_ratio: float = 0.75
+    target: Literal["normalised", "raw"] = "normalised"
+    decoder_width: int = 512
+    decoder_depth: int = 8
+    decoder_heads: int = 16
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mask_ratio < 1:
+            raise ValueError(f"task.mask_ratio: {self.mask_ratio} is not between 0 and 1 (a usual one is 0.75).")
+        if self.decoder_width % self.decoder_heads:
+            raise ValueError(
+                f"task.decoder_heads: {self.decoder_heads} heads do not divide decoder width {self.decoder_width}."
+            )

@@ -1,0 +1,38 @@
+"""How a frozen encoder is scored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class ProbeSettings:
+    """Logistic regression and nearest neighbours on frozen features.
+
+    Args:
+        train: labelled shards that the heads are fitted on.
+        val: labelled shards that are reported, and never used to choose anything.
+        labels_per_class: fit on this many labels of each class; null for all.
+        draws: with labels_per_class, how many random choices of labels are averaged.
+        layer: blocks that an image passes before it is probed; null for the encoder's own choice.
+        pooling: class, mean or attention; null for the encoder's own choice.
+        neighbours: k of the k-nearest-neighbour vote.
+        temperature: of the vote.
+        batch: images per forward pass.
+        workers: loader processes.
+        baselines: also score raw pixels and the same encoder with untrained weights.
+        seed: of the held-out part that picks the regularisation, of the draws and of the untrained weights.
+    """
+
+    train: str = ""
+    val: str = ""
+    labels_per_class: int | None = None
+    draws: int = 5
+    layer: int | None = None
+    pooling: str | None = None
+    neighbours: int = 20
+    temperature: float = 0.07
+    batch: int = 256
+    workers: int = 0
+    baselines: bool = True
+    seed: int = 0

@@ -1,0 +1,42 @@
+"""One pretraining run: the record that a recipe in configs/ fills in."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+from sslvit.settings.data import DataSettings
+from sslvit.settings.encoder import EncoderSettings
+from sslvit.settings.mae import MAESettings
+from sslvit.settings.optim import OptimSettings
+from sslvit.settings.train import TrainSettings
+
+TASK_SETTINGS = {"mae": MAESettings}
+
+
+@dataclass
+class PretrainSettings:
+    """Everything that decides a run's result.
+
+    Args:
+        task: the pretext task; its name picks the keys.
+        encoder: what is trained.
+        data: what it is trained on.
+        optim: how weights move.
+        train: how long, on what.
+        seed: of the weights, the order of the data, the crops and the masks.
+        out: the run folder.
+        init: an encoder to start from instead of random weights.
+    """
+
+    task: MAESettings = field(default_factory=MAESettings)
+    encoder: EncoderSettings = field(default_factory=EncoderSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    seed: int = 0
+    out: str = "runs/new"
+    init: str | None = None
+
+    def as_dict(self) -> dict:
+        """Plain dicts, lists, strings and numbers, as YAML and checkpoints take them."""
+        return asdict(self)

@@ -1,0 +1,44 @@
+"""How long, on what, and what is kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass
+class TrainSettings:
+    """One run.
+
+    Args:
+        epochs: passes over the data; turned into steps once, from the index and the global batch.
+        steps: optimiser steps; overrides epochs, and the schedules shrink with it.
+        micro_batch: images per forward pass on one rank; null for the rank's whole share. Smaller ones are
+            accumulated, with the same result up to rounding.
+        accelerator: auto, cpu or gpu.
+        devices: processes on this machine.
+        nodes: machines.
+        precision: auto is bf16 where the hardware computes in it, otherwise float32.
+        log_every: steps between two lines of metrics.jsonl.
+        checkpoint_every: steps between two checkpoints; the last step always writes one.
+        threads: CPU threads per process; null leaves torch's choice.
+        deterministic: repeatable kernels on the GPU, at some cost.
+    """
+
+    epochs: float = 800
+    steps: int | None = None
+    micro_batch: int | None = None
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    devices: int = 1
+    nodes: int = 1
+    precision: Literal["auto", "float32", "bf16", "float64"] = "auto"
+    log_every: int = 20
+    checkpoint_every: int = 1000
+    threads: int | None = None
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        for key in ("epochs", "steps", "micro_batch", "devices", "nodes", "log_every", "checkpoint_every"):
+            value = getattr(self, key)
+            if value is not None and value <= 0:
+                raise ValueError(f"train.{key}: {value} is not positive.")

@@ -1,0 +1,111 @@
+"""What every pretext task shares: the optimiser recipe, the rate of each step, chance by key, records.
+
+A task writes its own `training_step`; nothing here knows which task it is.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from sslvit.chance import uniform_rows
+from sslvit.checkpoint import describe_encoder
+from sslvit.data.batch import Batch
+from sslvit.models import ViTEncoder
+from sslvit.optim import decay_groups, warmup_cosine
+from sslvit.settings import EncoderSettings, OptimSettings
+
+
+class PretextTask(pl.LightningModule):
+    """A task around one encoder.
+
+    Args:
+        encoder: settings of the encoder that is trained.
+        optim: how its weights move.
+        total_steps: optimiser steps of the whole run.
+        steps_per_epoch: optimiser steps per pass over the data; turns epochs of a recipe into steps.
+        global_batch: images per optimiser step.
+        seed: of every chance draw.
+    """
+
+    def __init__(
+        self,
+        encoder: EncoderSettings,
+        optim: OptimSettings,
+        total_steps: int,
+        steps_per_epoch: int,
+        global_batch: int,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.encoder = ViTEncoder(encoder)
+        self.optim = optim
+        self.total_steps = total_steps
+        self.warmup_steps = min(optim.warmup_epochs * steps_per_epoch, total_steps)
+        self.peak_rate = optim.peak_rate(global_batch)
+        self.seed = seed
+        self.records: dict[str, list[Tensor]] = defaultdict(list)
+
+    @property
+    def trained_encoder(self) -> ViTEncoder:
+        """The encoder that is saved, probed and exported."""
+        return self.encoder
+
+    def figures(self, batch: Batch) -> dict[str, Any]:
+        """Pictures of what was learned on these images, by name; none unless a task draws some."""
+        return {}
+
+    # ---- weights move ----------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(
+            decay_groups(self, self.optim.weight_decay), lr=self.rate_at(0), betas=tuple(self.optim.betas)
+        )
+
+    def rate_at(self, step: int) -> float:
+        """Learning rate of the update number `step`, counted from zero."""
+        return warmup_cosine(step, self.peak_rate, self.optim.min_rate, self.warmup_steps, self.total_steps)
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer, optimizer_closure=None) -> None:
+        """One update at the rate of this step. Lightning calls this once per global batch, not per micro-batch."""
+        rate = self.rate_at(self.global_step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        self.records["rate"] = [torch.tensor(rate)]
+        optimizer.step(closure=optimizer_closure)
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        """Clip by the norm over all weights, and record it."""
+        norm = nn.utils.clip_grad_norm_(self.parameters(), self.optim.clip or float("inf"))
+        self.records["gradient_norm"] = [norm.detach()]
+
+    # ---- chance ----------------------------------------------------------------------------------------------
+
+    def uniform(self, purpose: str, batch: Batch, columns: int) -> Tensor:
+        """Uniform numbers 'b columns' for this step: the batch's rows of one table for the whole global batch."""
+        table = uniform_rows((self.seed, self.global_step, purpose), batch.first_row, len(batch), columns)
+        return torch.from_numpy(table.astype(np.float32)).to(batch.samples.device)
+
+    def path_noise(self, batch: Batch) -> Tensor | None:
+        """Numbers for stochastic depth ('branches b'), or None where the encoder has none."""
+        if not self.encoder.settings.drop_path:
+            return None
+        return self.uniform("drop path", batch, 2 * self.encoder.settings.depth).T
+
+    # ---- records ---------------------------------------------------------------------------------------------
+
+    def record(self, name: str, value: Tensor) -> None:
+        """Keep a number of this micro-batch; the run log averages it over the global batch when a line is due."""
+        self.records[name].append(value.detach())
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        names = [name for name, module in self.named_modules() if module is self.trained_encoder]
+        checkpoint["sslvit"] = {
+            "encoder": describe_encoder(self.trained_encoder),
+            "prefix": names[0] + ".",
+        }

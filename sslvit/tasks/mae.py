@@ -1,0 +1,243 @@
+"""Masked autoencoder: "Masked Autoencoders Are Scalable Vision Learners" (He et al. 2022), section 3.
+
+The encoder sees the visible patches only; a light decoder gets its tokens, with a learned mask token at every
+hidden place, and predicts the pixels of the hidden patches.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from sslvit.checkpoint import read_weights
+from sslvit.data.batch import Batch
+from sslvit.layouts import mae as layout
+from sslvit.models.positions import sincos_2d
+from sslvit.models.transformer import Block
+from sslvit.settings import EncoderSettings, MAESettings, OptimSettings
+from sslvit.tasks.base import PretextTask
+
+
+def patchify(images: Float[Tensor, "b c h w"], patch: int) -> Float[Tensor, "b n pixels"]:
+    """Patches row by row, each flattened as (row, column, channel), the order of the decoder's outputs."""
+    return rearrange(images, "b c (rows p) (cols q) -> b (rows cols) (p q c)", p=patch, q=patch)
+
+
+def unpatchify(
+    patches: Float[Tensor, "b n pixels"], patch: int, grid: tuple[int, int]
+) -> Float[Tensor, "b c h w"]:
+    """The inverse of patchify."""
+    return rearrange(
+        patches, "b (rows cols) (p q c) -> b c (rows p) (cols q)", rows=grid[0], cols=grid[1], p=patch, q=patch
+    )
+
+
+def visible_count(patches: int, mask_ratio: float) -> int:
+    """How many patches stay visible: rounded down, in the paper's code's arithmetic."""
+    return int(patches * (1 - mask_ratio))
+
+
+def split_by_noise(
+    noise: Float[Tensor, "b n"], visible: int
+) -> tuple[Int[Tensor, "b k"], Bool[Tensor, "b n"]]:
+    """The `visible` patches with the lowest noise, in the order of their noise; and what is hidden (True)."""
+    order = noise.argsort(dim=1, stable=True)
+    is_hidden = torch.ones_like(noise, dtype=torch.bool)
+    is_hidden.scatter_(1, order[:, :visible], False)
+    return order[:, :visible], is_hidden
+
+
+def normalise_patches(patches: Float[Tensor, "b n pixels"]) -> Float[Tensor, "b n pixels"]:
+    """Each patch by its own mean and unbiased variance (section 3, "Reconstruction target"; 1e-6 in the released code)."""
+    mean, variance = patches.mean(2, keepdim=True), patches.var(2, keepdim=True)
+    return (patches - mean) / (variance + 1e-6).sqrt()
+
+
+def hidden_patch_error(
+    predicted: Float[Tensor, "b n pixels"],
+    target: Float[Tensor, "b n pixels"],
+    is_hidden: Bool[Tensor, "b n"],
+) -> Float[Tensor, ""]:
+    """Mean squared error over the patches that the encoder did not see.
+
+    MAE (He et al. 2022), section 3, "Reconstruction target".
+
+    Args:
+        predicted: in the target's units.
+        target: raw pixels, or patches in units of their own standard deviation.
+        is_hidden: True where the patch was hidden from the encoder.
+
+    Raises:
+        ValueError: no patch is hidden, so the mean is empty.
+    """
+    if not is_hidden.any():
+        raise ValueError("no patch is hidden, so there is nothing to reconstruct. Raise task.mask_ratio.")
+    error = (predicted.float() - target.float()).square().mean(2)
+    return error[is_hidden].mean()
+
+
+class MAEDecoder(nn.Module):
+    """A narrow transformer over all places (section 3, "MAE decoder"); used in pretraining only.
+
+    Args:
+        encoder: settings of the encoder whose tokens come in.
+        settings: width, depth and heads.
+    """
+
+    def __init__(self, encoder: EncoderSettings, settings: MAESettings) -> None:
+        super().__init__()
+        width, self.prefix = settings.decoder_width, encoder.prefix
+        plain = EncoderSettings(
+            width=width, depth=settings.decoder_depth, heads=settings.decoder_heads, mlp_ratio=4.0, norm_eps=1e-6
+        )
+        self.embed = nn.Linear(encoder.width, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        table = torch.cat([torch.zeros(self.prefix, width), sincos_2d(encoder.grid, width).float()])
+        self.register_buffer("pos_embed", table[None])
+        self.blocks = nn.ModuleList(Block(plain) for _ in range(settings.decoder_depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.pred = nn.Linear(width, encoder.patch**2 * encoder.channels)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(
+        self, latent: Float[Tensor, "b t d"], visible: Int[Tensor, "b k"]
+    ) -> Float[Tensor, "b n pixels"]:
+        """Predicted pixels of every patch, hidden or not, row by row."""
+        tokens = self.embed(latent)  # b (prefix + k) w
+        prefix, seen = tokens[:, : self.prefix], tokens[:, self.prefix :]
+        patches = self.pos_embed.shape[1] - self.prefix
+        places = self.mask_token.to(tokens.dtype).expand(len(tokens), patches, -1)
+        places = places.scatter(1, visible[:, :, None].expand_as(seen), seen)  # b n w
+        tokens = torch.cat([prefix, places], 1) + self.pos_embed
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.pred(self.norm(tokens))[:, self.prefix :]
+
+
+class MAE(PretextTask):
+    """Args: settings, then those of PretextTask."""
+
+    def __init__(self, settings: MAESettings, encoder: EncoderSettings, optim: OptimSettings, **run) -> None:
+        if encoder.causal or encoder.tokens == "pixel":
+            raise ValueError(
+                "MAE shows the encoder a few patches of an image in any order, which a causal or pixel encoder "
+                "cannot take. Set encoder.causal to false and encoder.tokens to patch (see configs/mae/)."
+            )
+        super().__init__(encoder, optim, **run)
+        self.settings = settings
+        self.patch, self.patches = encoder.patch, encoder.grid[0] * encoder.grid[1]
+        self.visible = visible_count(self.patches, settings.mask_ratio)
+        if not 0 < self.visible < self.patches:
+            raise ValueError(
+                f"task.mask_ratio: {settings.mask_ratio} of {self.patches} patches leaves {self.visible} visible. "
+                "Choose another ratio, or a smaller patch."
+            )
+        self.decoder = MAEDecoder(encoder, settings)
+        self.reset_parameters()
+
+    def training_step(self, batch: Batch, batch_idx: int = 0) -> Tensor:
+        noise = self.uniform("mask", batch, self.patches)               # b n
+        loss = self.loss(batch.views[0], noise, self.path_noise(batch))
+        self.record("loss", loss)
+        return loss
+
+    def loss(
+        self, images: Float[Tensor, "b c h w"], noise: Float[Tensor, "b n"], path_noise: Tensor | None = None
+    ) -> Float[Tensor, ""]:
+        """Figure 1 of the paper. The patches with the lowest noise stay visible."""
+        visible, is_hidden = split_by_noise(noise, self.visible)        # b k, b n
+        latent = self.encoder(images, visible, path_noise=path_noise)   # b t d
+        predicted = self.decoder(latent, visible)                       # b n pixels
+        return hidden_patch_error(predicted, self.target(images), is_hidden)
+
+    def target(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n pixels"]:
+        patches = patchify(images, self.patch)
+        return normalise_patches(patches) if self.settings.target == "normalised" else patches
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform linear weights (appendix A.1), the patch projection seen as one too."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        if isinstance(getattr(self.encoder.patch_embed, "proj", None), nn.Conv2d):
+            nn.init.xavier_uniform_(self.encoder.patch_embed.proj.weight.flatten(1))
+
+    # ---- what was learned ------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def reconstruct(
+        self, images: Float[Tensor, "b c h w"], noise: Float[Tensor, "b n"]
+    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b 1 h w"]]:
+        """The images with their hidden patches predicted, and where these are (1).
+
+        Visible pixels are put back. With a normalised target the network predicts each patch in units of its own
+        mean and deviation, which are taken from the image itself.
+        """
+        visible, is_hidden = split_by_noise(noise, self.visible)
+        predicted = self.decoder(self.encoder(images, visible), visible)
+        patches = patchify(images, self.patch)
+        if self.settings.target == "normalised":
+            deviation = (patches.var(2, keepdim=True) + 1e-6).sqrt()
+            predicted = predicted * deviation + patches.mean(2, keepdim=True)
+        filled = torch.where(is_hidden[:, :, None], predicted, patches)
+        grid = self.encoder.settings.grid_of(*images.shape[2:])
+        area = is_hidden[:, :, None].float().expand(-1, -1, self.patch**2)
+        return unpatchify(filled, self.patch, grid), unpatchify(area, self.patch, grid)
+
+    def figures(self, batch: Batch) -> dict[str, list[np.ndarray]]:
+        """reconstruction: columns of the input, the input with hidden patches grey, and the reconstruction."""
+        images = batch.views[0][:8]
+        noise = self.uniform("figure", batch, self.patches)[: len(images)]
+        filled, is_hidden = self.reconstruct(images, noise)
+        mean, std = (
+            torch.tensor(v, device=images.device).view(-1, 1, 1)
+            for v in (self.encoder.settings.mean, self.encoder.settings.std)
+        )
+        shown, filled = images * std + mean, filled * std + mean
+        masked = shown * (1 - is_hidden) + 0.5 * is_hidden
+        rows = [shown, masked, filled]
+        return {"reconstruction": [row.float().clamp(0, 1).cpu().numpy() for row in rows]}
+
+    # ---- the paper's own checkpoints -------------------------------------------------------------------------
+
+    @classmethod
+    def from_official(cls, path: str, heads: int, decoder_heads: int, **settings) -> MAE:
+        """The released full checkpoint (encoder and decoder) as a task.
+
+        Args:
+            path: a file with the decoder in it (mae_pretrain_vit_..._full.pth).
+            heads: attention heads of the encoder; the file does not say them.
+            decoder_heads: attention heads of the decoder.
+            settings: other fields of MAESettings.
+
+        Raises:
+            ValueError: the file holds no decoder.
+        """
+        return cls.from_state(read_weights(path), heads, decoder_heads, **settings)
+
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor], heads: int, decoder_heads: int, **settings) -> MAE:
+        """from_official, for a state dict in memory."""
+        converted = layout.to_sslvit(state, heads)
+        if not converted.extras:
+            raise ValueError("this checkpoint has an encoder only; MAE.from_official needs one with its decoder.")
+        width, depth = layout.decoder_shape(converted.extras)
+        mae = MAESettings(decoder_width=width, decoder_depth=depth, decoder_heads=decoder_heads, **settings)
+        task = cls(
+            mae, converted.settings, OptimSettings(), total_steps=1, steps_per_epoch=1, global_batch=256
+        )
+        weights = {f"encoder.{key}": value for key, value in converted.encoder.items()}
+        task.load_state_dict(weights | converted.extras)
+        return task
+
+    def official_state(self) -> dict[str, Tensor]:
+        """The weights under the names of the released checkpoints."""
+        weights = self.state_dict()
+        extras = {key: value for key, value in weights.items() if key.startswith("decoder.")}
+        encoder = {key.removeprefix("encoder."): weights[key] for key in weights if key not in extras}
+        return layout.from_sslvit(encoder, extras)
