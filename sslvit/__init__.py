@@ -1,1 +1,30 @@
-"""sslvit."""
+"""Self-supervised pretraining for vision transformers: MAE on one shared encoder, from tar shard to exported encoder.
+
+Importing this package imports no torch; the names below load what they need on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "load_encoder": "sslvit.checkpoint",
+    "save_encoder": "sslvit.checkpoint",
+    "pretrain": "sslvit.api",
+    "ViTEncoder": "sslvit.models",
+    "EncoderSettings": "sslvit.settings",
+    "tasks": "",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'sslvit' has no attribute '{name}'")
+    return getattr(import_module(_LAZY[name]), name) if _LAZY[name] else import_module(f"sslvit.{name}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_LAZY]

@@ -1,7 +1,7 @@
 """Chance as a pure function: the same key gives the same numbers on any rank, worker or resume.
 
 A stream of random numbers would have to be saved, and its position depends on who drew before. Here every draw
-names its key (seed, step or epoch, purpose), and a row of a table can be had without the rows above it.
+names its key (seed, step or epoch, purpose), and any row of an endless table can be had without the others.
 """
 
 from __future__ import annotations
@@ -10,27 +10,39 @@ import zlib
 
 import numpy as np
 
-WORDS_PER_BLOCK = 4  # Philox makes four 64-bit numbers per count
+GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)
+MAX_COLUMNS = 1 << 20
 
 
 def generator(*key: int | str) -> np.random.Generator:
     """A generator that only its key decides; strings name the purpose of a draw."""
-    return np.random.Generator(_philox(key))
+    return np.random.Generator(np.random.Philox(_sequence(key)))
 
 
-def uniform_rows(key: tuple[int | str, ...], first: int, rows: int, columns: int) -> np.ndarray:
-    """Rows first .. first + rows of an endless table of uniform numbers in [0, 1), without making the others.
+def uniform_at(key: tuple[int | str, ...], rows: np.ndarray, columns: int) -> np.ndarray:
+    """The given rows of an endless table of uniform numbers in [0, 1).
+
+    Each cell is the output of SplitMix64 (Steele et al. 2014) at the cell's place in one long sequence, so the
+    cost is that of the rows asked for.
+
+    Args:
+        key: seed, epoch or step, purpose.
+        rows: row numbers, below 2**44, in any order.
+        columns: numbers per row.
 
     Returns:
-        float64, (rows, columns).
+        float64, (len(rows), columns).
     """
-    stride = -(-columns // WORDS_PER_BLOCK)  # blocks a row takes
-    philox = _philox(key)
-    philox.advance(first * stride)
-    table = np.random.Generator(philox).random((rows, stride * WORDS_PER_BLOCK))
-    return table[:, :columns]
+    if columns > MAX_COLUMNS:
+        raise ValueError(f"{columns} columns are more than a row of this table has ({MAX_COLUMNS}).")
+    start = _sequence(key).generate_state(1, np.uint64)[0]
+    place = np.asarray(rows, np.uint64)[:, None] * np.uint64(MAX_COLUMNS) + np.arange(columns, dtype=np.uint64)
+    mixed = start + (place + np.uint64(1)) * GOLDEN_RATIO  # wraps around, as it should
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed ^= mixed >> np.uint64(31)
+    return (mixed >> np.uint64(11)) * 2.0**-53
 
 
-def _philox(key: tuple[int | str, ...]) -> np.random.Philox:
-    numbers = [zlib.crc32(part.encode()) if isinstance(part, str) else int(part) for part in key]
-    return np.random.Philox(key=np.random.SeedSequence(numbers).generate_state(2, np.uint64))
+def _sequence(key: tuple[int | str, ...]) -> np.random.SeedSequence:
+    return np.random.SeedSequence([zlib.crc32(part.encode()) if isinstance(part, str) else int(part) for part in key])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ class Batch:
         samples: number of each sample in its data set, 'b'; the index turns it into a key.
         valid: False where a row only fills up (an unreadable sample, or padding in evaluation), 'b'.
         first_row: place of the first row within the global batch; with the step it keys every chance draw.
+        bad: why a sample could not be read, by sample number.
     """
 
     views: list[Tensor]
@@ -24,6 +25,7 @@ class Batch:
     samples: Tensor
     valid: Tensor
     first_row: int = 0
+    bad: dict[int, str] = field(default_factory=dict)
 
     def to(self, *args, **kwargs) -> Batch:
         """On another device; called by Lightning."""

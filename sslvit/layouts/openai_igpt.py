@@ -11,7 +11,7 @@ import math
 from torch import Tensor
 
 from sslvit.layouts.vit import Converted, count_blocks, infer_heads
-from sslvit.models.presets import preset
+from sslvit.settings import preset
 
 BLOCK = {
     "ln_1.": "norm1.", "ln_2.": "norm2.", "attn.c_attn.": "attn.qkv.", "attn.c_proj.": "attn.proj.",

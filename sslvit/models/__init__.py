@@ -1,6 +1,6 @@
 """Plain torch.nn, shared by every task."""
 
 from sslvit.models.encoder import ViTEncoder
-from sslvit.models.presets import PRESETS, preset
+from sslvit.settings import PRESETS, preset
 
 __all__ = ["PRESETS", "ViTEncoder", "preset"]

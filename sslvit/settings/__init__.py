@@ -4,11 +4,13 @@ from sslvit.settings.data import DataSettings, ViewSettings
 from sslvit.settings.encoder import EncoderSettings
 from sslvit.settings.mae import MAESettings
 from sslvit.settings.optim import OptimSettings
+from sslvit.settings.presets import PRESETS, preset
 from sslvit.settings.probe import ProbeSettings
 from sslvit.settings.run import TASK_SETTINGS, PretrainSettings
 from sslvit.settings.train import TrainSettings
 
 __all__ = [
+    "PRESETS",
     "TASK_SETTINGS",
     "DataSettings",
     "EncoderSettings",
@@ -18,4 +20,5 @@ __all__ = [
     "ProbeSettings",
     "TrainSettings",
     "ViewSettings",
+    "preset",
 ]

@@ -10,10 +10,10 @@ class ProbeSettings:
     """Logistic regression and nearest neighbours on frozen features.
 
     Args:
-        train: labelled shards that the heads are fitted on.
+        train: labelled shards (or an image folder) that the heads are fitted on.
         val: labelled shards that are reported, and never used to choose anything.
-        labels_per_class: fit on this many labels of each class; null for all.
-        draws: with labels_per_class, how many random choices of labels are averaged.
+        labels_per_class: also fit on this many labels of each class; null leaves that column out.
+        draws: how many random choices of those labels are averaged.
         layer: blocks that an image passes before it is probed; null for the encoder's own choice.
         pooling: class, mean or attention; null for the encoder's own choice.
         neighbours: k of the k-nearest-neighbour vote.
@@ -21,11 +21,11 @@ class ProbeSettings:
         batch: images per forward pass.
         workers: loader processes.
         baselines: also score raw pixels and the same encoder with untrained weights.
-        seed: of the held-out part that picks the regularisation, of the draws and of the untrained weights.
+        seed: of the folds that pick the regularisation, of the draws and of the untrained weights.
     """
 
-    train: str = ""
-    val: str = ""
+    train: str
+    val: str
     labels_per_class: int | None = None
     draws: int = 5
     layer: int | None = None
@@ -36,3 +36,9 @@ class ProbeSettings:
     workers: int = 0
     baselines: bool = True
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for key in ("labels_per_class", "draws", "layer", "neighbours", "batch"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ValueError(f"--{key.replace('_', '-')} {value}: must be 1 or more.")

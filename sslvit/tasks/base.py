@@ -6,14 +6,13 @@ A task writes its own `training_step`; nothing here knows which task it is.
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from sslvit.chance import uniform_rows
+from sslvit.chance import uniform_at
 from sslvit.checkpoint import describe_encoder
 from sslvit.data.batch import Batch
 from sslvit.models import ViTEncoder
@@ -56,8 +55,8 @@ class PretextTask(pl.LightningModule):
         """The encoder that is saved, probed and exported."""
         return self.encoder
 
-    def figures(self, batch: Batch) -> dict[str, Any]:
-        """Pictures of what was learned on these images, by name; none unless a task draws some."""
+    def figures(self, batch: Batch) -> dict[str, tuple[list[str], list[np.ndarray]]]:
+        """Pictures of what was learned on these images: name -> (row titles, rows 'b c h w' in [0, 1])."""
         return {}
 
     # ---- weights move ----------------------------------------------------------------------------------------
@@ -80,15 +79,19 @@ class PretextTask(pl.LightningModule):
         optimizer.step(closure=optimizer_closure)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        """Clip by the norm over all weights, and record it."""
-        norm = nn.utils.clip_grad_norm_(self.parameters(), self.optim.clip or float("inf"))
+        """Clip by the norm over all weights where the recipe says so, and record the norm."""
+        if self.optim.clip:
+            norm = nn.utils.clip_grad_norm_(self.parameters(), self.optim.clip)
+        else:
+            norm = nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
         self.records["gradient_norm"] = [norm.detach()]
 
     # ---- chance ----------------------------------------------------------------------------------------------
 
     def uniform(self, purpose: str, batch: Batch, columns: int) -> Tensor:
         """Uniform numbers 'b columns' for this step: the batch's rows of one table for the whole global batch."""
-        table = uniform_rows((self.seed, self.global_step, purpose), batch.first_row, len(batch), columns)
+        rows = batch.first_row + np.arange(len(batch))
+        table = uniform_at((self.seed, self.global_step, purpose), rows, columns)
         return torch.from_numpy(table.astype(np.float32)).to(batch.samples.device)
 
     def path_noise(self, batch: Batch) -> Tensor | None:

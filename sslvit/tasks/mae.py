@@ -12,6 +12,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from sslvit.chance import uniform_at
 from sslvit.checkpoint import read_weights
 from sslvit.data.batch import Batch
 from sslvit.layouts import mae as layout
@@ -189,10 +190,10 @@ class MAE(PretextTask):
         area = is_hidden[:, :, None].float().expand(-1, -1, self.patch**2)
         return unpatchify(filled, self.patch, grid), unpatchify(area, self.patch, grid)
 
-    def figures(self, batch: Batch) -> dict[str, list[np.ndarray]]:
-        """reconstruction: columns of the input, the input with hidden patches grey, and the reconstruction."""
+    def figures(self, batch: Batch) -> dict[str, tuple[list[str], list[np.ndarray]]]:
+        """reconstruction: the input, the input with hidden patches grey, and the reconstruction."""
         images = batch.views[0][:8]
-        noise = self.uniform("figure", batch, self.patches)[: len(images)]
+        noise = torch.from_numpy(uniform_at((self.seed, 0, "figure"), np.arange(len(images)), self.patches))
         filled, is_hidden = self.reconstruct(images, noise)
         mean, std = (
             torch.tensor(v, device=images.device).view(-1, 1, 1)
@@ -201,7 +202,8 @@ class MAE(PretextTask):
         shown, filled = images * std + mean, filled * std + mean
         masked = shown * (1 - is_hidden) + 0.5 * is_hidden
         rows = [shown, masked, filled]
-        return {"reconstruction": [row.float().clamp(0, 1).cpu().numpy() for row in rows]}
+        titles = ["input", "what the\nencoder sees", "reconstruction"]
+        return {"reconstruction": (titles, [row.float().clamp(0, 1).cpu().numpy() for row in rows])}
 
     # ---- the paper's own checkpoints -------------------------------------------------------------------------
 

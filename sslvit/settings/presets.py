@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sslvit.settings import EncoderSettings
+from sslvit.settings.encoder import EncoderSettings
 
 PRESETS: dict[str, dict] = {
     "vit_tiny": {"width": 192, "depth": 12, "heads": 3},
@@ -23,12 +23,17 @@ PRESETS |= {
 }
 
 
-def preset(name: str, **changes) -> EncoderSettings:
-    """The settings of a named encoder, with changes: ``preset("vit_tiny", patch=4, image_size=32)``.
+def preset_values(name: str) -> dict:
+    """The settings that a name stands for.
 
     Raises:
         ValueError: an unknown name.
     """
     if name not in PRESETS:
         raise ValueError(f"encoder.preset: '{name}' is not one of {', '.join(PRESETS)}.")
-    return EncoderSettings(**{**PRESETS[name], **changes})
+    return dict(PRESETS[name])
+
+
+def preset(name: str, **changes) -> EncoderSettings:
+    """The settings of a named encoder, with changes: ``preset("vit_tiny", patch=4, image_size=32)``."""
+    return EncoderSettings(**{**preset_values(name), **changes})

@@ -1,0 +1,249 @@
+"""The `sslvit` command: parse, import one function, call it, print. torch is imported only inside a command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import sslvit
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code. Errors of the user's making are one line, without a traceback."""
+    parser = make_parser()
+    options, rest = parser.parse_known_args(arguments)
+    try:
+        if rest and not getattr(options, "takes_settings", False):
+            raise ValueError(f"{rest[0]}: no such option. See: sslvit {options.command} --help")
+        options.changes = read_changes(rest)
+        options.function(options)
+    except (ValueError, FileNotFoundError, ImportError, RuntimeError, PermissionError) as error:
+        if getattr(options, "traceback", False):
+            raise
+        print(f"sslvit: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("sslvit: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "sslvit", description="Self-supervised pretraining for vision transformers.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"sslvit {sslvit.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, function, summary: str, **more: Any) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name, help=summary, description=summary, allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter, **more,
+        )  # fmt: skip
+        sub.set_defaults(function=function)
+        sub.add_argument("--traceback", action="store_true", help="show where an error came from")
+        return sub
+
+    demo = command("demo", run_demo, "the whole journey on real images, minutes on a CPU")
+    demo.add_argument("--data", default="digits", choices=["digits", "cifar10"])
+    demo.add_argument("--archive", help="for cifar10: a local archive instead of a download")
+    demo.add_argument("--out", default="runs/demo", help="folder for all of it (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--overwrite", action="store_true", help="replace an earlier demo")
+    demo.set_defaults(takes_settings=True)
+
+    shards = command("shards", None, "make and inspect WebDataset shards")
+    actions = shards.add_subparsers(dest="action", required=True, metavar="ACTION")
+    pack = actions.add_parser("pack", help="an image folder -> shards + index", allow_abbrev=False)
+    pack.add_argument("source", metavar="SRC", help="images in class folders, or side by side without labels")
+    pack.add_argument("destination", metavar="DST")
+    pack.add_argument("--holdout", type=float, default=0.0, metavar="SHARE",
+                      help="put the last SHARE of each class into DST/val, the rest into DST/train")  # fmt: skip
+    pack.add_argument("--shard-mb", type=float, default=256, help="size of a shard (default: %(default)s)")
+    pack.add_argument("--overwrite", action="store_true")
+    pack.set_defaults(function=run_pack)
+    index = actions.add_parser("index", help="index shards that others wrote", allow_abbrev=False)
+    index.add_argument("folder", metavar="SHARDS")
+    index.set_defaults(function=run_index)
+    info = actions.add_parser("info", help="what is in a folder of shards", allow_abbrev=False)
+    info.add_argument("folder", metavar="SHARDS")
+    info.set_defaults(function=run_info)
+
+    pretrain = command(
+        "pretrain", run_pretrain, "pretrain an encoder by a recipe",
+        epilog="Every setting of the recipe can be given as --key value, e.g. --train.epochs 10.\n"
+               "All of them: sslvit settings",
+    )  # fmt: skip
+    pretrain.add_argument("--config", required=True, help="a YAML file or a recipe's name, such as mae/digits")
+    pretrain.add_argument("--data", help="folder of images or shards (data.shards)")
+    pretrain.add_argument("--out", help="run folder")
+    pretrain.add_argument("--init", metavar="ENCODER", help="start from these weights")
+    pretrain.add_argument("--resume", action="store_true", help="go on from the folder's last checkpoint")
+    pretrain.add_argument("--overwrite", action="store_true", help="delete an earlier run in the folder first")
+    pretrain.set_defaults(takes_settings=True)
+
+    command("settings", run_settings, "all settings of a recipe, with their defaults and meaning")
+
+    probe = command("probe", run_probe, "score a frozen encoder: linear probe and kNN beside their baselines")
+    probe.add_argument("encoder", metavar="ENCODER", help="run folder, encoder folder or checkpoint file")
+    probe.add_argument("--train", required=True, metavar="SHARDS", help="labelled shards to fit on")
+    probe.add_argument("--val", required=True, metavar="SHARDS", help="labelled shards to report")
+    probe.add_argument("--labels-per-class", type=int, metavar="N", help="also fit on N labels per class")
+    probe.add_argument("--layer", type=int, help="block whose output is probed (default: the encoder's choice)")
+    probe.add_argument("--pooling", choices=["class", "mean", "attention"])
+    probe.add_argument("--neighbours", type=int, default=20, metavar="K")
+    probe.add_argument("--workers", type=int, default=0)
+    probe.add_argument("--no-baselines", action="store_true", help="leave out raw pixels and the untrained encoder")
+    probe.add_argument("--seed", type=int, default=0)
+    probe.add_argument("-o", "--output", metavar="FILE", help="also write the table as JSON")
+    add_layout(probe)
+
+    export = command("export", run_export, "write an encoder for another library, reopen it there and compare")
+    export.add_argument("encoder", metavar="ENCODER")
+    export.add_argument("out", metavar="OUT")
+    export.add_argument("--format", required=True, choices=["timm", "safetensors"])
+    export.add_argument("--overwrite", action="store_true")
+
+    take = command("import", run_import, "released weights -> an encoder folder")
+    take.add_argument("checkpoint", metavar="CHECKPOINT")
+    take.add_argument("out", metavar="OUT")
+    add_layout(take)
+    return parser
+
+
+def add_layout(parser: argparse.ArgumentParser) -> None:
+    layouts = ["mae", "dino", "dinov2", "timm", "openai_igpt"]
+    parser.add_argument("--layout", choices=layouts, help="of a released file (default: recognised by its names)")
+    parser.add_argument("--heads", type=int, help="attention heads of a released file, which does not say them")
+
+
+def read_changes(rest: list[str]) -> dict[str, Any]:
+    """--encoder.width 192 --train.steps=5 -> {"encoder.width": 192, "train.steps": 5}."""
+    changes: dict[str, Any] = {}
+    words = iter(rest)
+    for word in words:
+        match = re.fullmatch(r"--([a-z_]+(?:\.[a-z_]+)*)(?:=(.*))?", word, re.DOTALL)
+        if not match:
+            raise ValueError(f"{word}: expected --key value, as in --train.epochs 10.")
+        key, value = match.groups()
+        if value is None:
+            value = next(words, None)
+        if value is None:
+            raise ValueError(f"--{key}: no value given.")
+        changes[key] = read_value(value)
+    return changes
+
+
+def read_value(text: str) -> Any:
+    """A value as YAML reads it, and 1e-3 as a number too, which YAML takes for text."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?e[+-]?\d+", value, re.IGNORECASE):
+        return float(value)
+    return value
+
+
+def run_demo(options: argparse.Namespace) -> None:
+    from sslvit.report.demo import demo
+
+    demo(options.data, options.archive, options.out, options.overwrite, options.seed, options.changes)
+
+
+def run_pack(options: argparse.Namespace) -> None:
+    from sslvit.data.pack import pack_folder
+
+    for index in pack_folder(
+        options.source, options.destination, options.holdout, options.shard_mb, options.overwrite
+    ):
+        show_index(index)
+
+
+def run_index(options: argparse.Namespace) -> None:
+    from sslvit.data.index import index_shards
+
+    show_index(index_shards(options.folder))
+
+
+def run_info(options: argparse.Namespace) -> None:
+    from sslvit.data.index import load_index
+
+    show_index(load_index(options.folder))
+
+
+def show_index(index) -> None:
+    size = "x".join(map(str, index.image_size)) if index.image_size else "of several sizes"
+    classes = f"{len(index.classes)} classes" if index.classes else "no labels"
+    print(
+        f"{index.folder}: {len(index):,} images ({size}, {index.channels} channels, {classes}) in "
+        f"{len(index.shards)} shards, {sum(shard.bytes for shard in index.shards) / 1e6:.1f} MB; "
+        f"mean {index.mean}, std {index.std}"
+    )
+
+
+def run_pretrain(options: argparse.Namespace) -> None:
+    from sslvit.api import pretrain
+
+    pretrain(
+        options.config, options.data, options.out, options.init, options.resume, options.overwrite,
+        **options.changes,
+    )  # fmt: skip
+
+
+def run_settings(options: argparse.Namespace) -> None:
+    from sslvit.settings.load import describe_settings
+
+    print(describe_settings())
+
+
+def run_probe(options: argparse.Namespace) -> None:
+    from sslvit.settings import ProbeSettings
+
+    settings = ProbeSettings(
+        options.train, options.val, options.labels_per_class, layer=options.layer, pooling=options.pooling,
+        neighbours=options.neighbours, workers=options.workers, baselines=not options.no_baselines,
+        seed=options.seed,
+    )  # fmt: skip
+    if options.output and Path(options.output).exists():
+        raise ValueError(f"{options.output}: already exists. Choose another file.")
+    from sslvit.checkpoint import load_encoder
+    from sslvit.evaluate.probe import probe
+
+    table = probe(load_encoder(options.encoder, options.layout, options.heads), settings)
+    about = table.about
+    print(f"\nRight answers in percent on {about['val_images']:,} images of {about['val']}")
+    print(f"(fitted on {about['train_images']:,} of {about['train']}; layer {about['layer']}, {about['pooling']} pooling;")
+    print(f" {about['linear']})\n\n{table.text()}")
+    if options.output:
+        Path(options.output).write_text(json.dumps(table.as_dict(), indent=1) + "\n")
+
+
+def run_export(options: argparse.Namespace) -> None:
+    from sslvit.export import export_encoder
+
+    verdict = export_encoder(options.encoder, options.out, options.format, options.overwrite)
+    print(
+        f"{options.out}: reopened in {options.format} and compared; largest difference "
+        f"{verdict['largest_difference']:.1e} (allowed {verdict['tolerance']:.0e})"
+    )
+
+
+def run_import(options: argparse.Namespace) -> None:
+    from sslvit.checkpoint import load_encoder, save_encoder
+
+    if Path(options.out).exists():
+        raise ValueError(f"{options.out}: already exists. Choose another folder.")
+    encoder = load_encoder(options.checkpoint, options.layout, options.heads)
+    save_encoder(encoder, options.out, {"imported_from": Path(options.checkpoint).name})
+    print(f"encoder in {options.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Tar shard -> batch."""

@@ -1,0 +1,1 @@
+"""Encoder -> numbers, without a Trainer."""

@@ -1,0 +1,83 @@
+"""Frozen encoder -> one feature per image, in one pass over a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sslvit.data.index import ShardIndex
+from sslvit.data.module import evaluation_loader, normalised_view
+from sslvit.models import ViTEncoder
+from sslvit.progress import track
+from sslvit.settings import EncoderSettings
+
+PIXEL_SIDE = 32  # raw pixels are compared at no more than this size
+
+
+@dataclass
+class Features:
+    """Features of the readable images of a data set, on the CPU.
+
+    Args:
+        values: one row per image.
+        labels: class numbers.
+    """
+
+    values: Float[Tensor, "n d"]
+    labels: Int[Tensor, "n"]
+
+    def __getitem__(self, chosen: Tensor) -> Features:
+        return Features(self.values[chosen], self.labels[chosen])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@torch.no_grad()
+def encoder_features(
+    encoder: ViTEncoder,
+    index: ShardIndex,
+    layer: int | None = None,
+    pooling: str | None = None,
+    batch: int = 256,
+    workers: int = 0,
+) -> Features:
+    """Features of the centre view of every image, from batches of one size whatever the data set's length."""
+    device = next(encoder.parameters()).device
+    encoder.eval()
+
+    def features(images: Tensor) -> Tensor:
+        return encoder.features(images, layer, pooling).float()
+
+    return _collect(features, index, encoder.settings, batch, workers, device)
+
+
+def pixel_features(index: ShardIndex, settings: EncoderSettings, batch: int = 256, workers: int = 0) -> Features:
+    """The pixels themselves, at the encoder's size or 32 x 32 if that is smaller: what a probe gets without learning."""
+
+    def features(images: Tensor) -> Tensor:
+        height, width = (min(PIXEL_SIDE, side) for side in images.shape[2:])
+        if (height, width) != images.shape[2:]:
+            images = F.interpolate(images, size=(height, width), mode="bilinear", antialias=True)
+        return images.flatten(1)
+
+    return _collect(features, index, settings, batch, workers, torch.device("cpu"))
+
+
+def _collect(
+    features: Callable[[Tensor], Tensor], index: ShardIndex, settings: EncoderSettings, batch: int, workers: int,
+    device: torch.device,
+) -> Features:  # fmt: skip
+    _ = index.labels  # refuses unlabelled data before the pass, not after it
+    values, labels = [], []
+    loader = evaluation_loader(index, settings, batch, workers)
+    for piece in track(loader, "features", len(loader) * batch, each=batch):
+        rows = features(normalised_view(piece, settings, device)).cpu()
+        values.append(rows[piece.valid])
+        labels.append(piece.labels[piece.valid])
+    return Features(torch.cat(values), torch.cat(labels))

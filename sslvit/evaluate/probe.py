@@ -1,0 +1,109 @@
+"""One table: an encoder beside raw pixels and beside itself untrained, under the same probes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+
+from sslvit.data.index import ShardIndex, load_index
+from sslvit.evaluate.features import Features, encoder_features, pixel_features
+from sslvit.evaluate.knn import knn_accuracy
+from sslvit.evaluate.linear import draw_labels, fit_probe
+from sslvit.models import ViTEncoder
+from sslvit.settings import ProbeSettings
+
+
+@dataclass
+class ProbeTable:
+    """Scores in percent.
+
+    Args:
+        rows: what was probed -> column -> score.
+        about: what a reader needs to quote them.
+    """
+
+    rows: dict[str, dict[str, float]]
+    about: dict[str, str | int | float]
+
+    def text(self) -> str:
+        """The table for a terminal."""
+        return format_table(self.rows)
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+def probe(encoder: ViTEncoder, settings: ProbeSettings, name: str = "encoder") -> ProbeTable:
+    """Score an encoder on labelled shards.
+
+    Raises:
+        ValueError: data without labels, classes that differ between train and val, or too few labels.
+        FileNotFoundError: no shards there.
+    """
+    train_index, val_index = load_index(settings.train), load_index(settings.val)
+    _check_same_classes(train_index, val_index)
+    sources: dict[str, Callable[[ShardIndex], Features]] = {}
+    options = {"batch": settings.batch, "workers": settings.workers}
+    if settings.baselines:
+        torch.manual_seed(settings.seed)
+        untrained = ViTEncoder(encoder.settings).to(next(encoder.parameters()).device)
+        sources["raw pixels"] = lambda index: pixel_features(index, encoder.settings, **options)
+        sources["untrained encoder"] = lambda index: encoder_features(
+            untrained, index, settings.layer, settings.pooling, **options
+        )
+    sources[name] = lambda index: encoder_features(encoder, index, settings.layer, settings.pooling, **options)
+    classes = len(train_index.classes)
+    rows = {
+        row: score_features(features(train_index), features(val_index), classes, settings)
+        for row, features in sources.items()
+    }
+    about = {
+        "train": str(train_index.folder), "train_images": len(train_index), "val": str(val_index.folder),
+        "val_images": len(val_index), "classes": classes,
+        "linear": "L-BFGS logistic regression on standardised features; strength chosen on held-out training images",
+        "layer": settings.layer or encoder.settings.feature_layer or encoder.settings.depth,
+        "pooling": settings.pooling or encoder.settings.pooling,
+        "neighbours": settings.neighbours, "temperature": settings.temperature, "seed": settings.seed,
+    }  # fmt: skip
+    return ProbeTable(rows, about)
+
+
+def score_features(train: Features, val: Features, classes: int, settings: ProbeSettings) -> dict[str, float]:
+    """The columns of the table for one source of features."""
+    scores = {"linear, all labels": fit_probe(train, classes, settings.seed).accuracy(val)}
+    few = settings.labels_per_class
+    if few:
+        draws = [
+            fit_probe(train[draw_labels(train.labels, few, settings.seed + draw)], classes, settings.seed).accuracy(val)
+            for draw in range(settings.draws)
+        ]
+        scores[f"linear, {few} per class"] = sum(draws) / len(draws)
+    scores[f"kNN, k = {settings.neighbours}"] = knn_accuracy(
+        train, val, classes, settings.neighbours, settings.temperature
+    )
+    return scores
+
+
+def format_table(rows: dict[str, dict[str, float]]) -> str:
+    """Rows and columns in plain text, scores with one decimal."""
+    columns = list(next(iter(rows.values())))
+    first = max(len(name) for name in rows)
+    widths = [max(len(column), 6) for column in columns]
+    lines = ["  ".join([" " * first, *(f"{c:>{w}}" for c, w in zip(columns, widths, strict=True))])]
+    for name, scores in rows.items():
+        cells = (f"{scores[c]:>{w}.1f}" for c, w in zip(columns, widths, strict=True))
+        lines.append("  ".join([f"{name:<{first}}", *cells]))
+    return "\n".join(lines)
+
+
+def _check_same_classes(train: ShardIndex, val: ShardIndex) -> None:
+    for index in (train, val):
+        _ = index.labels  # refuses unlabelled data
+    if train.classes != val.classes:
+        only = sorted(set(train.classes) ^ set(val.classes))
+        raise ValueError(
+            f"{train.folder} and {val.folder} have different classes ({', '.join(only[:5])} in one only). "
+            "Pack both from one folder with --holdout."
+        )

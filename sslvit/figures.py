@@ -1,0 +1,84 @@
+"""Arrays -> pictures: image rows, curves, bars."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+COLOURS = ["#2a6f97", "#e07a5f", "#81b29a", "#f2cc8f", "#3d405b"]
+
+
+def image_rows(path: str | Path, rows: list[np.ndarray], titles: list[str], title: str = "") -> Path:
+    """Rows of small images side by side, a title left of each row.
+
+    Args:
+        path: PNG to write.
+        rows: each 'b c h w' in [0, 1]; 1 channel is drawn grey, of more than 3 the first 3 are drawn.
+        titles: one per row.
+        title: above all.
+    """
+    columns = rows[0].shape[0]
+    cell = 1.0
+    figure = Figure(figsize=(columns * cell + 1.4, len(rows) * cell + (0.5 if title else 0.1)), dpi=120)
+    top = 1 - (0.45 / figure.get_figheight() if title else 0)
+    left = 1.35 / figure.get_figwidth()
+    grid = figure.add_gridspec(
+        len(rows), columns, left=left, right=0.995, top=top, bottom=0.01, wspace=0.06, hspace=0.06
+    )
+    for r, row in enumerate(rows):
+        for c, image in enumerate(row):
+            axes = figure.add_subplot(grid[r, c])
+            axes.set(xticks=[], yticks=[])
+            for spine in axes.spines.values():
+                spine.set_visible(False)
+            pixels = image[:3].transpose(1, 2, 0) if image.shape[0] >= 3 else image[0]
+            axes.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            if c == 0:
+                axes.set_ylabel(titles[r], rotation=0, ha="right", va="center", fontsize=9)
+    if title:
+        figure.suptitle(title, fontsize=10, y=1 - 0.12 / figure.get_figheight(), va="top")
+    return _save(figure, path)
+
+
+def curves(
+    path: str | Path, lines: dict[str, tuple[list[float], list[float]]], x_label: str, y_label: str, title: str = ""
+) -> Path:
+    """One line per entry: name -> (x, y)."""
+    figure = Figure(figsize=(6, 3.4), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    for (name, (x, y)), colour in zip(lines.items(), COLOURS * len(lines), strict=False):
+        axes.plot(x, y, label=name, color=colour, linewidth=1.4, marker="." if len(x) < 20 else None)
+    axes.set(xlabel=x_label, ylabel=y_label)
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(lines) > 1:
+        axes.legend(frameon=False)
+    return _save(figure, path)
+
+
+def bars(path: str | Path, groups: dict[str, dict[str, float]], y_label: str, title: str = "") -> Path:
+    """Grouped bars: group -> name -> height; the height stands on each bar."""
+    names = list(next(iter(groups.values())))
+    figure = Figure(figsize=(6.4, 3.4), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    width = 0.8 / len(names)
+    for i, name in enumerate(names):
+        places = np.arange(len(groups)) + (i - (len(names) - 1) / 2) * width
+        drawn = axes.bar(places, [group[name] for group in groups.values()], width * 0.92, label=name, color=COLOURS[i])
+        axes.bar_label(drawn, fmt="%.0f", fontsize=8)
+    axes.set_xticks(range(len(groups)), list(groups))
+    axes.set_ylabel(y_label)
+    axes.set_title(title, fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, ncols=len(names), loc="upper center", bbox_to_anchor=(0.5, -0.1), fontsize=9)
+    return _save(figure, path)
+
+
+def _save(figure: Figure, path: str | Path) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path

@@ -1,0 +1,186 @@
+"""`sslvit demo`: images -> shards -> pretraining -> probe -> export, on real images and a laptop, in minutes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sslvit.checkpoint import load_encoder
+from sslvit.data.index import ShardIndex
+from sslvit.data.pack import array_samples, folder_samples, pack
+from sslvit.data.views import View
+from sslvit.evaluate.probe import ProbeTable, probe
+from sslvit.export import export_encoder
+from sslvit.figures import bars
+from sslvit.report.page import write_page
+from sslvit.settings import ProbeSettings
+from sslvit.settings.load import load_recipe
+from sslvit.train.run import pretrain
+
+TEST_SHARE = 5  # every fifth digit is for the test
+DRAWING_SEED = 1  # of the evaluation drawings; training draws its own, from the run's seed
+
+
+def demo(
+    data: str = "digits", archive: str | None = None, out: str = "runs/demo", overwrite: bool = False, seed: int = 0,
+    changes: dict | None = None,
+) -> dict:  # fmt: skip
+    """Run the journey and say what to open.
+
+    Args:
+        data: digits (scikit-learn's, no download) or cifar10.
+        archive: for cifar10, a local archive instead of a download: cifar-10-python.tar.gz, or a tar of class
+            folders of images.
+        out: folder for all of it.
+        overwrite: replace an earlier demo there.
+        seed: of weights, order, crops and masks.
+        changes: settings that differ from the recipe's.
+
+    Raises:
+        ValueError: an unknown data set, a folder in use, or an archive of another kind.
+    """
+    start = time.monotonic()
+    folder = Path(out)
+    if data not in ("digits", "cifar10"):
+        raise ValueError(f"demo: '{data}' is not one of digits, cifar10.")
+    if folder.exists() and any(folder.iterdir()):
+        if not overwrite:
+            raise ValueError(f"{folder}: already exists. Pass --overwrite to run the demo anew, or --out elsewhere.")
+        if not (folder / "shards").exists():
+            raise ValueError(f"{folder}: not the folder of a demo (no shards/), so --overwrite leaves it alone.")
+        shutil.rmtree(folder)
+    print(f"1/4  packing {data} into WebDataset shards", flush=True)
+    shards = folder / "shards"
+    source = pack_digits(shards) if data == "digits" else pack_cifar10(shards, archive, folder / "download")
+    print("2/4  pretraining: masked autoencoder", flush=True)
+    settings = load_recipe(
+        f"mae/{data}",
+        {"data.shards": str(source.folder), "out": str(folder / "mae"), "seed": seed, **(changes or {})},
+    )
+    run = pretrain(settings)
+    print("3/4  probing: logistic regression and nearest neighbours on frozen features", flush=True)
+    encoder = load_encoder(run.path)
+    table = probe(
+        encoder, ProbeSettings(str(shards / "train"), str(shards / "test"), labels_per_class=10), name="MAE"
+    )
+    print("4/4  exporting the encoder to timm and comparing its outputs there", flush=True)
+    verdict = export_encoder(run.path, folder / "export" / "timm", "timm")
+    scores = folder / "scores.json"
+    scores.write_text(json.dumps(table.as_dict(), indent=1) + "\n")
+    figures = [
+        run.figures / "reconstruction.png",
+        run.figures / "loss.png",
+        bars(folder / "figures" / "scores.png", table.rows, "right answers, %", "Frozen features, probed"),
+    ]
+    seconds = time.monotonic() - start
+    page = write_page(folder / "report.html", f"sslvit demo: {data}", page_content(data, table, figures, verdict, seconds))
+    print(f"\nRight answers in percent on {table.about['val_images']} test images:\n\n{table.text()}\n")
+    print(f"Done in {seconds / 60:.1f} minutes. Open these:")
+    for path, what in [
+        (page, "the page with everything on it"), (figures[0], "input, what the encoder saw, reconstruction"),
+        (figures[1], "the loss curve"), (scores, "the scores"), (run.encoder, "the encoder, for sslvit"),
+        (folder / "export" / "timm", "the encoder, for timm"),
+    ]:  # fmt: skip
+        print(f"  {path!s:<40} {what}")
+    return table.as_dict()
+
+
+def pack_digits(folder: Path) -> ShardIndex:
+    """Digits for pretraining as they are (8 x 8); for evaluation drawn once on the canvas, with labels.
+
+    Training digits get two drawings' worth of shards: `pretrain` holds the originals, drawn anew at every step;
+    `train` and `test` hold one fixed drawing of each digit.
+    """
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    is_test = np.arange(len(images)) % TEST_SHARE == 0
+    classes = [str(digit) for digit in range(10)]
+    recipe = load_recipe("mae/digits")
+    canvas = View(recipe.data.view, recipe.encoder.image_size, recipe.encoder.interpolation, DRAWING_SEED)
+    drawn = canvas(torch.from_numpy(images)[:, None], np.arange(len(images)), epoch=0)[:, 0].numpy()
+    for name, chosen in (("train", ~is_test), ("test", is_test)):
+        pack(array_samples(drawn[chosen], digits.target[chosen]), folder / name, classes)
+    return pack(array_samples(images[~is_test], digits.target[~is_test]), folder / "pretrain", classes)
+
+
+def pack_cifar10(folder: Path, archive: str | None, download: Path) -> ShardIndex:
+    """CIFAR-10 from torchvision's download or a local archive; without a test split a tenth of each class is held out."""
+    if archive is not None and not Path(archive).is_file():
+        raise ValueError(f"{archive}: no such file. Give cifar-10-python.tar.gz or a tar of class folders.")
+    if archive is None or _is_python_archive(Path(archive)):
+        from torchvision.datasets import CIFAR10
+
+        download.mkdir(parents=True, exist_ok=True)
+        if archive is not None:
+            shutil.copy(archive, download / CIFAR10.filename)  # torchvision checks its MD5 before it reads it
+        parts = {name: CIFAR10(str(download), train=name == "train", download=True) for name in ("train", "test")}
+        indices = {
+            name: pack(array_samples(part.data, part.targets), folder / name, part.classes)
+            for name, part in parts.items()
+        }
+        return indices["train"]
+    with tarfile.open(archive) as tar:
+        tar.extractall(download, filter="data")
+    root = download
+    while len(inside := [entry for entry in root.iterdir() if not entry.name.startswith(".")]) == 1:
+        root = inside[0]  # archives wrap their class folders in a folder or two
+    samples, classes = folder_samples(root)
+    train, test = [], []
+    for label in range(len(classes or [])):
+        of_class = [sample for sample in samples if sample.label == label]
+        cut = len(of_class) - len(of_class) // 10
+        train, test = train + of_class[:cut], test + of_class[cut:]
+    pack(test, folder / "test", classes)
+    return pack(train, folder / "train", classes)
+
+
+def _is_python_archive(path: Path) -> bool:
+    try:
+        with tarfile.open(path) as tar:
+            return tar.next().name.startswith("cifar-10-batches-py")
+    except (tarfile.TarError, AttributeError, EOFError, OSError) as error:
+        raise ValueError(f"{path}: not a readable tar archive ({error}).") from error
+
+
+def page_content(data: str, table: ProbeTable, figures: list[Path], verdict: dict, seconds: float) -> list:
+    """The demo's page, top to bottom: texts, tables and pictures."""
+    about = {
+        "digits": (
+            "scikit-learn's 1,797 handwritten digits (8 x 8 pixels), split once: every fifth digit is for the test, "
+            "and no digit is in both parts. A view is the digit drawn at a random size (8 to 12 pixels) and place on a "
+            "black 12 x 12 canvas. Pretraining draws each digit anew in every epoch and uses no labels; for evaluation "
+            "every digit was drawn once, with a fixed seed."
+        ),
+        "cifar10": (
+            "CIFAR-10 at 32 x 32. Pretraining sees random crops and mirror images and uses no labels; evaluation sees "
+            "the whole image."
+        ),
+    }[data]
+    return [
+        ("text", about),
+        ("heading", "What the features know"),
+        ("table", table.rows),
+        (
+            "text",
+            "Right answers in percent. Raw pixels and the same network with untrained weights get the same probes. "
+            f"{table.about['linear'].capitalize()}; with 10 labels per class the mean of 5 draws. kNN: cosine, "
+            f"weighted by exp(similarity / {table.about['temperature']}).",
+        ),
+        ("picture", figures[2], "The same scores as bars."),
+        ("heading", "What was learned"),
+        ("picture", figures[0], "Input, what the encoder sees (hidden patches grey), and the reconstruction."),
+        ("picture", figures[1], "Training loss."),
+        (
+            "text",
+            f"The exported timm model agrees with the encoder to {verdict['largest_difference']:.1e}. "
+            f"Everything on this page took {seconds / 60:.1f} minutes.",
+        ),
+    ]

@@ -1,0 +1,59 @@
+"""One self-contained HTML page: pictures are inside it, nothing is fetched."""
+
+from __future__ import annotations
+
+import base64
+import html
+from pathlib import Path
+
+STYLE = """
+body { max-width: 46rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif; color: #222; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
+table { border-collapse: collapse; margin: 1rem 0; } th, td { padding: .35rem .9rem; text-align: right; }
+th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid #444; font-weight: 600; }
+tbody tr:last-child { font-weight: 600; } tbody td { border-bottom: 1px solid #ddd; }
+figure { margin: 1.5rem 0; } img { max-width: 100%; } figcaption { color: #555; font-size: .9rem; }
+"""
+
+
+def write_page(path: Path, title: str, content: list[tuple]) -> Path:
+    """Write the page.
+
+    Args:
+        path: HTML file.
+        title: of the page.
+        content: ("text", t), ("heading", t), ("table", rows), ("picture", file, caption), in order.
+    """
+    body = "\n".join(_PARTS[kind](*arguments) for kind, *arguments in content)
+    path.write_text(
+        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n'
+        f"<style>{STYLE}</style>\n<h1>{html.escape(title)}</h1>\n{body}\n</html>\n"
+    )
+    return path
+
+
+def _text(text: str) -> str:
+    return f"<p>{html.escape(text)}</p>"
+
+
+def _heading(text: str) -> str:
+    return f"<h2>{html.escape(text)}</h2>"
+
+
+def _table(rows: dict[str, dict[str, float]]) -> str:
+    columns = list(next(iter(rows.values())))
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in ["", *columns])
+    lines = [
+        f"<tr><td>{html.escape(name)}</td>" + "".join(f"<td>{scores[c]:.1f}</td>" for c in columns) + "</tr>"
+        for name, scores in rows.items()
+    ]
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+
+
+def _picture(path: Path, caption: str) -> str:
+    data = base64.b64encode(Path(path).read_bytes()).decode()
+    text = html.escape(caption)
+    return f'<figure><img src="data:image/png;base64,{data}" alt="{text}"><figcaption>{text}</figcaption></figure>'
+
+
+_PARTS = {"text": _text, "heading": _heading, "table": _table, "picture": _picture}

@@ -1,0 +1,1 @@
+"""A run: Trainer assembly, run folder, callbacks."""

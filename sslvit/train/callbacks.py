@@ -1,0 +1,190 @@
+"""What happens around the steps: records become lines, the state becomes a checkpoint, bad samples become a ledger."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.plugins import CheckpointIO
+from tqdm import tqdm
+
+from sslvit.data.batch import Batch
+from sslvit.data.index import ShardIndex
+from sslvit.data.plan import EpochPlan
+from sslvit.train.folder import RunFolder
+
+
+class WholeCheckpoint(CheckpointIO):
+    """Writes a checkpoint whole or not at all, and reads it without running anything in it."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        with open(part, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict:
+        return torch.load(path, map_location=map_location, weights_only=True)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
+class StepCallback(pl.Callback):
+    """A callback that acts once per optimiser step, not per micro-batch."""
+
+    step = 0
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.step = trainer.global_step
+
+    def on_train_batch_end(self, trainer, module, outputs, batch: Batch, batch_idx: int) -> None:
+        self.on_micro_batch(trainer, batch)
+        if trainer.global_step != self.step:
+            self.step = trainer.global_step
+            self.on_step(trainer, module)
+
+    def on_micro_batch(self, trainer: pl.Trainer, batch: Batch) -> None:
+        pass
+
+    def on_step(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        raise NotImplementedError
+
+
+class RunLog(StepCallback):
+    """Appends a line to metrics.jsonl when it is due, and shows how far the run is.
+
+    Args:
+        folder: of the run.
+        plan: turns steps into epochs.
+        total_steps: of the run.
+        every: steps between two lines.
+    """
+
+    def __init__(self, folder: RunFolder, plan: EpochPlan, total_steps: int, every: int) -> None:
+        self.folder, self.plan, self.total_steps, self.every = folder, plan, total_steps, every
+        self.bar: tqdm | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, module)
+        self.start = self.last = time.monotonic()
+        self.first_step = self.last_step = self.step
+        if trainer.is_global_zero:
+            self.folder.cut_metrics(self.step)
+            if sys.stderr.isatty():
+                self.bar = tqdm(total=self.total_steps, initial=self.step, desc="training", unit=" steps")
+
+    def on_step(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if self.bar is not None:
+            self.bar.update(1)
+        if self.step % self.every and self.step != self.total_steps:
+            module.records.clear()
+            return
+        line = {name: self._mean(trainer, values) for name, values in module.records.items()}
+        module.records.clear()
+        if not trainer.is_global_zero:
+            return
+        now = time.monotonic()
+        done = self.step - self.last_step
+        line = {"step": self.step, "epoch": self.step / self.plan.steps_per_epoch, **line}
+        line["images_per_second"] = done * self.plan.global_batch / (now - self.last)
+        line["elapsed_seconds"] = now - self.start
+        with open(self.folder.metrics, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        self.last, self.last_step = now, self.step
+        self._show(line)
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def _mean(self, trainer: pl.Trainer, values: list[torch.Tensor]) -> float:
+        mean = torch.stack([value.to(torch.float64) for value in values]).mean()
+        return float(trainer.strategy.reduce(mean.to(trainer.strategy.root_device), reduce_op="mean"))
+
+    def _show(self, line: dict[str, float]) -> None:
+        loss, speed = line.get("loss", float("nan")), line["images_per_second"]
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} images/s")
+            return
+        left = (self.total_steps - self.step) * line["elapsed_seconds"] / max(self.step - self.first_step, 1)
+        print(
+            f"step {self.step}/{self.total_steps}  epoch {line['epoch']:.1f}  loss {loss:.4f}  "
+            f"{speed:,.0f} images/s  {_duration(left)} left", flush=True,
+        )  # fmt: skip
+
+
+class Checkpoints(StepCallback):
+    """Writes checkpoints/last.ckpt every so many optimiser steps, and after the last one."""
+
+    def __init__(self, folder: RunFolder, total_steps: int, every: int) -> None:
+        self.folder, self.total_steps, self.every = folder, total_steps, every
+
+    def on_step(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if self.step % self.every == 0 or self.step == self.total_steps:
+            trainer.save_checkpoint(self.folder.checkpoint)
+
+
+class Ledger(StepCallback):
+    """Counts what was read, names what could not be, and stops the run when that is too much.
+
+    Args:
+        folder: of the run.
+        index: turns sample numbers into names.
+        limit: largest share of unreadable samples.
+    """
+
+    def __init__(self, folder: RunFolder, index: ShardIndex, limit: float) -> None:
+        self.folder, self.index, self.limit = folder, index, limit
+        self.read = 0
+        self.bad: dict[str, dict[str, Any]] = {}
+        self.bad_reads = 0
+
+    def on_micro_batch(self, trainer: pl.Trainer, batch: Batch) -> None:
+        self.read += len(batch)
+        if not batch.bad:
+            return
+        for sample, reason in batch.bad.items():
+            self.bad_reads += 1
+            entry = self.bad.setdefault(str(sample), {"key": self.index.key(sample), "reason": reason, "times": 0})
+            entry["times"] += 1
+        if len(self.bad) > max(1, self.limit * len(self.index)):
+            self.save(trainer)
+            first = next(iter(self.bad.values()))
+            raise RuntimeError(
+                f"{len(self.bad)} unreadable samples are more than data.bad_limit ({self.limit:.1%} of "
+                f"{len(self.index)}); the first: {first['key']}: {first['reason']}. All are in {self.folder.ledger}."
+            )
+
+    def on_step(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        pass
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.save(trainer)
+
+    def save(self, trainer: pl.Trainer) -> None:
+        if trainer.is_global_zero:
+            content = {"samples_read": self.read, "bad_reads": self.bad_reads, "bad": list(self.bad.values())}
+            self.folder.ledger.write_text(json.dumps(content, indent=1) + "\n")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"read": self.read, "bad": self.bad, "bad_reads": self.bad_reads}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.read, self.bad, self.bad_reads = state["read"], state["bad"], state["bad_reads"]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

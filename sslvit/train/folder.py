@@ -1,0 +1,69 @@
+"""The run folder: all that a run made, and never overwritten silently.
+
+    config.yaml      exactly what ran
+    metrics.jsonl    one line per logged step, appended
+    checkpoints/     last.ckpt
+    encoder/         encoder.json + encoder.safetensors
+    ledger.json      samples read and skipped
+    figures/
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+class RunFolder:
+    """Paths of one run.
+
+    Args:
+        path: the folder.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.checkpoint = self.path / "checkpoints" / "last.ckpt"
+        self.encoder = self.path / "encoder"
+        self.ledger = self.path / "ledger.json"
+        self.figures = self.path / "figures"
+
+    def check(self, resume: bool, overwrite: bool) -> None:
+        """Whether the folder may be used so; nothing is touched.
+
+        Raises:
+            ValueError: it exists and neither flag is given, both are, or it is not a run to resume or overwrite.
+        """
+        if resume and overwrite:
+            raise ValueError("--resume and --overwrite exclude each other: go on with the old run, or start anew?")
+        is_used = self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir()))
+        if resume and not self.checkpoint.exists():
+            raise ValueError(f"--resume: {self.path} has no checkpoint ({self.checkpoint}). Start without --resume.")
+        if is_used and not (resume or overwrite):
+            raise ValueError(f"{self.path}: already exists. Pass --resume to go on, or --overwrite to start anew.")
+        if is_used and overwrite and not self.config.exists():
+            raise ValueError(f"{self.path}: not a run folder (no config.yaml), so --overwrite leaves it alone.")
+
+    def start(self, settings: dict[str, Any], resume: bool) -> None:
+        """Make the folder (emptied unless the run goes on) and write down what runs."""
+        if self.path.exists() and not resume:
+            shutil.rmtree(self.path)
+        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        self.config.write_text(yaml.safe_dump(settings, sort_keys=False))
+
+    def read_metrics(self) -> list[dict[str, float]]:
+        """The lines of metrics.jsonl."""
+        if not self.metrics.exists():
+            return []
+        return [json.loads(line) for line in self.metrics.read_text().splitlines()]
+
+    def cut_metrics(self, step: int) -> None:
+        """Drop lines after a checkpoint's step, which the resumed run will write again."""
+        kept = [line for line in self.read_metrics() if line["step"] <= step]
+        self.metrics.write_text("".join(json.dumps(line) + "\n" for line in kept))

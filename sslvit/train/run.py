@@ -1,0 +1,236 @@
+"""A pretraining run, from settings to a folder with an encoder in it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+import yaml
+
+from sslvit import __version__
+from sslvit.checkpoint import load_encoder, put_weights, save_encoder, settings_difference
+from sslvit.data.index import ShardIndex, index_shards, load_index
+from sslvit.data.module import ShardDataModule, make_batch
+from sslvit.data.pack import pack_folder
+from sslvit.data.plan import slices
+from sslvit.data.views import normalise
+from sslvit.figures import curves, image_rows
+from sslvit.settings import EncoderSettings, PretrainSettings, TrainSettings
+from sslvit.tasks import task_class
+from sslvit.tasks.base import PretextTask
+from sslvit.train.callbacks import Checkpoints, Ledger, RunLog, WholeCheckpoint
+from sslvit.train.folder import RunFolder
+
+
+def pretrain(settings: PretrainSettings, resume: bool = False, overwrite: bool = False) -> RunFolder:
+    """Pretrain an encoder and leave all that the run made in settings.out.
+
+    Args:
+        settings: what runs.
+        resume: go on from the folder's last checkpoint.
+        overwrite: delete an earlier run in the folder first.
+
+    Raises:
+        ValueError: settings that cannot work together, or a folder that is in use; before any work is done.
+        FileNotFoundError: no data.
+    """
+    folder = RunFolder(settings.out)
+    is_first = _is_first_process()
+    if is_first:
+        folder.check(resume, overwrite)
+    if resume:
+        _check_resumed(folder, settings)
+    train = settings.train
+    slices(settings.data.global_batch, train.devices * train.nodes, train.micro_batch)
+    index = open_shards(settings.data.shards, settings.out)
+    if settings.init:
+        _check_same(load_encoder(settings.init).settings, settings.encoder, settings.init)
+
+    if train.threads:
+        torch.set_num_threads(train.threads)
+    pl.seed_everything(settings.seed, verbose=False)
+    data = ShardDataModule(index, settings.data, settings.encoder, 0, train.micro_batch, settings.seed)
+    steps_per_epoch = data.plan.steps_per_epoch
+    data.total_steps = total_steps = train.steps or max(1, round(train.epochs * steps_per_epoch))
+    task: PretextTask = task_class(settings.task.name)(
+        settings.task, settings.encoder, settings.optim, total_steps=total_steps, steps_per_epoch=steps_per_epoch,
+        global_batch=settings.data.global_batch, seed=settings.seed,
+    )  # fmt: skip
+    if settings.init and not resume:
+        put_weights(task.encoder, load_encoder(settings.init).state_dict(), settings.init)
+    trainer = make_trainer(settings, folder, index, data)
+    if is_first:
+        folder.start(settings.as_dict(), resume)
+        _announce(settings, index, data, task, trainer)
+
+    with warnings.catch_warnings():
+        _silence_needless_warnings()
+        trainer.fit(task, datamodule=data, ckpt_path=folder.checkpoint if resume else None)
+    if trainer.is_global_zero:
+        _finish(settings, folder, index, data, task, trainer)
+    return folder
+
+
+def open_shards(source: str | None, out: str) -> ShardIndex:
+    """The index of a shard folder; shards without one are indexed, an image folder is packed beside the run.
+
+    Raises:
+        FileNotFoundError: nothing given, or nothing there.
+    """
+    if not source:
+        raise FileNotFoundError("data.shards: not given. Pass --data FOLDER (images, or shards from sslvit shards pack).")
+    path = Path(source)
+    if not path.is_dir():
+        raise FileNotFoundError(f"data.shards: {path} is not a folder.")
+    if (path / "index.json").exists():
+        return load_index(path)
+    if any(path.glob("*.tar")):
+        print(f"{path}: shards without an index; indexing them once.")
+        return index_shards(path)
+    if (path / "train" / "index.json").exists():
+        raise FileNotFoundError(f"data.shards: {path} holds train/ and val/. Pass {path / 'train'}.")
+    beside = Path(f"{out.rstrip('/')}-shards")
+    if (beside / "index.json").exists():
+        print(f"{path}: using its shards packed earlier in {beside}.")
+        return load_index(beside)
+    print(f"{path}: an image folder; packing it into {beside} first.")
+    (index,) = pack_folder(path, beside)
+    return index
+
+
+def make_trainer(settings: PretrainSettings, folder: RunFolder, index: ShardIndex, data: ShardDataModule) -> pl.Trainer:
+    """Lightning's Trainer for one run: one pass of `total_steps` global batches, our order, our files."""
+    train = settings.train
+    world = train.devices * train.nodes
+    _, passes = slices(settings.data.global_batch, world, train.micro_batch)
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        _silence_needless_warnings()
+        return pl.Trainer(
+            accelerator=train.accelerator,
+            devices=train.devices,
+            num_nodes=train.nodes,
+            strategy="ddp" if world > 1 else "auto",
+            precision=precision_of(train),
+            max_epochs=1,  # steps, not epochs: one loader covers the whole run, so a resume is always mid-epoch
+            max_steps=data.total_steps,
+            accumulate_grad_batches=passes,
+            use_distributed_sampler=False,
+            deterministic=train.deterministic or None,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            gradient_clip_val=settings.optim.clip,
+            plugins=[WholeCheckpoint()],
+            callbacks=[
+                Ledger(folder, index, settings.data.bad_limit),
+                RunLog(folder, data.plan, data.total_steps, train.log_every),
+                Checkpoints(folder, data.total_steps, train.checkpoint_every),
+            ],
+            default_root_dir=folder.path,
+        )
+
+
+def precision_of(train: TrainSettings) -> str:
+    """Lightning's name for the precision; auto is bf16 where the hardware computes in it."""
+    names = {"float32": "32-true", "bf16": "bf16-mixed", "float64": "64-true"}
+    if train.precision != "auto":
+        return names[train.precision]
+    if train.accelerator != "cpu" and torch.cuda.is_available():
+        return names["bf16" if torch.cuda.is_bf16_supported() else "float32"]
+    known = getattr(torch.cpu, "get_capabilities", dict)()
+    return names["bf16" if known.get("amx_bf16") or known.get("avx512_bf16") else "float32"]
+
+
+def _announce(
+    settings: PretrainSettings, index: ShardIndex, data: ShardDataModule, task: PretextTask, trainer: pl.Trainer
+) -> None:
+    parameters = sum(parameter.numel() for parameter in task.trained_encoder.parameters())
+    plan = data.plan
+    print(
+        f"{settings.task.name}: encoder of {parameters / 1e6:.1f} M parameters on {len(index):,} images; "
+        f"{data.total_steps:,} steps of {plan.global_batch} images "
+        f"({data.total_steps / plan.steps_per_epoch:.1f} epochs, each dropping {plan.dropped_per_epoch} images); "
+        f"peak rate {task.peak_rate:.2e}; {trainer.precision} on {trainer.world_size} x {trainer.strategy.root_device.type}; "
+        f"run folder {settings.out}",
+        flush=True,
+    )
+
+
+def _finish(
+    settings: PretrainSettings, folder: RunFolder, index: ShardIndex, data: ShardDataModule, task: PretextTask,
+    trainer: pl.Trainer,
+) -> None:  # fmt: skip
+    """Encoder and figures of a run that reached its last step."""
+    task.eval()
+    provenance = {
+        "sslvit": __version__, "task": settings.task.name, "step": trainer.global_step,
+        "data": {"shards": str(index.folder), "samples": len(index), "fingerprint": index.fingerprint()},
+        "settings": settings.as_dict(),
+    }  # fmt: skip
+    save_encoder(task.trained_encoder, folder.encoder, provenance)
+    metrics = folder.read_metrics()
+    steps = [line["step"] for line in metrics]
+    curves(
+        folder.figures / "loss.png", {"loss": (steps, [line["loss"] for line in metrics])},
+        "optimiser step", "loss", f"{settings.task.name}: training loss",
+    )  # fmt: skip
+    draw_figures(folder, task, index, data, trainer)
+    print(f"encoder in {folder.encoder}, figures in {folder.figures}")
+
+
+def draw_figures(
+    folder: RunFolder, task: PretextTask, index: ShardIndex, data: ShardDataModule, trainer: pl.Trainer
+) -> None:
+    """The task's own pictures of the first images of the data set."""
+    chosen = torch.arange(min(8, len(index))).numpy()
+    batch = make_batch(data.reader, data.view, chosen, 0, chosen >= 0)
+    batch.views = [normalise(view, data.encoder.mean, data.encoder.std) for view in batch.views]
+    task.to("cpu", torch.float32)
+    for name, (titles, rows) in task.figures(batch).items():
+        image_rows(folder.figures / f"{name}.png", rows, titles)
+
+
+def _check_resumed(folder: RunFolder, settings: PretrainSettings) -> None:
+    """A resumed run must train the same encoder; other changes are said."""
+    before = yaml.safe_load(folder.config.read_text())
+    _check_same(EncoderSettings(**before["encoder"]), settings.encoder, str(folder.checkpoint))
+    old, new = _flat(before), _flat(settings.as_dict())
+    changed = [f"{key} {old.get(key)} -> {new.get(key)}" for key in new if old.get(key) != new.get(key)]
+    if changed:
+        print(f"resuming with changes: {'; '.join(changed)}")
+
+
+def _check_same(there: EncoderSettings, here: EncoderSettings, source: str) -> None:
+    different = settings_difference(there, here)
+    if different:
+        raise ValueError(f"{source}: an encoder of another architecture (there and here {'; '.join(different)}).")
+
+
+def _flat(tree: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _is_first_process() -> bool:
+    """Whether this process may touch the run folder: rank zero under every launcher that Lightning knows."""
+    ranks = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+    return all(rank == "0" for rank in ranks)
+
+
+def _silence_needless_warnings() -> None:
+    for text in (
+        ".*dataloader is not resumable.*",  # it is: the position lies in the data module
+        ".*does not have many workers.*",
+        ".*GPU available but not used.*",
+        ".*isinstance.treespec, LeafSpec.*",
+        ".*does not have a `val_dataloader`.*",
+    ):
+        warnings.filterwarnings("ignore", text)
