@@ -51,9 +51,7 @@ def save_encoder(encoder: ViTEncoder, folder: str | Path, provenance: dict[str, 
     return folder
 
 
-def load_encoder(
-    source: str | Path, layout: str | None = None, heads: int | None = None, **changes: Any
-) -> ViTEncoder:
+def load_encoder(source: str | Path, layout: str | None = None, heads: int | None = None, **changes: Any) -> ViTEncoder:
     """An encoder in evaluation mode from anything that holds one; never runs code from the file.
 
     Args:
@@ -93,7 +91,7 @@ def find_encoder(source: str | Path) -> Path:
     """The encoder folder or checkpoint file behind a path: itself, its encoder/ or its last checkpoint."""
     path = Path(source)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder. Give a run folder, an encoder folder or a checkpoint.")
+        raise FileNotFoundError(f"{path}: no such file or folder. Give a run folder, encoder folder or checkpoint.")
     if path.is_file():
         return path
     for candidate in (path, path / "encoder"):

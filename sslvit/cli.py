@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 import sslvit
+from sslvit.environment import explain
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, FileNotFoundError, ImportError, RuntimeError, PermissionError) as error:
         if getattr(options, "traceback", False):
             raise
-        print(f"sslvit: error: {error}", file=sys.stderr)
+        print(f"sslvit: error: {explain(error) or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("sslvit: interrupted", file=sys.stderr)
@@ -160,9 +161,7 @@ def run_demo(options: argparse.Namespace) -> None:
 def run_pack(options: argparse.Namespace) -> None:
     from sslvit.data.pack import pack_folder
 
-    for index in pack_folder(
-        options.source, options.destination, options.holdout, options.shard_mb, options.overwrite
-    ):
+    for index in pack_folder(options.source, options.destination, options.holdout, options.shard_mb, options.overwrite):
         show_index(index)
 
 
@@ -219,8 +218,8 @@ def run_probe(options: argparse.Namespace) -> None:
     table = probe(load_encoder(options.encoder, options.layout, options.heads), settings)
     about = table.about
     print(f"\nRight answers in percent on {about['val_images']:,} images of {about['val']}")
-    print(f"(fitted on {about['train_images']:,} of {about['train']}; layer {about['layer']}, {about['pooling']} pooling;")
-    print(f" {about['linear']})\n\n{table.text()}")
+    print(f"(fitted on {about['train_images']:,} of {about['train']};")
+    print(f" layer {about['layer']}, {about['pooling']} pooling; {about['linear']})\n\n{table.text()}")
     if options.output:
         Path(options.output).write_text(json.dumps(table.as_dict(), indent=1) + "\n")
 

@@ -17,9 +17,7 @@ def uniform_palette() -> Float[Tensor, "colours 3"]:
     return torch.cartesian_prod(levels, levels, levels).float()
 
 
-def nearest_colour(
-    images: Float[Tensor, "b c h w"], palette: Float[Tensor, "colours c"]
-) -> Int[Tensor, "b h w"]:
+def nearest_colour(images: Float[Tensor, "b c h w"], palette: Float[Tensor, "colours c"]) -> Int[Tensor, "b h w"]:
     """Index of the nearest colour by squared distance; the lowest index on ties.
 
     Args:

@@ -79,8 +79,7 @@ def pack_folder(
     if not train:
         raise ValueError(f"--holdout {holdout}: nothing is left to train on. Use a smaller share.")
     return [
-        pack(part, destination / name, classes, shard_mb, overwrite)
-        for name, part in (("train", train), ("val", val))
+        pack(part, destination / name, classes, shard_mb, overwrite) for name, part in (("train", train), ("val", val))
     ]
 
 
@@ -259,4 +258,3 @@ def _unique_keys(samples: list[Sample]) -> list[str]:
         taken.add(key)
         keys.append(key)
     return keys
-

@@ -74,8 +74,9 @@ class ShardReader:
                     images.append(None)
         if len(bad) == len(samples):
             raise BadImage(f"no sample of a batch is readable (the first: {self.index.key(int(samples[0]))}: {bad[0]})")
+        readable = [i for i in range(len(samples)) if i not in bad] if bad else []
         for i in bad:
-            images[i] = images[next(k % len(samples) for k in range(i, i + len(samples)) if k % len(samples) not in bad)]
+            images[i] = images[next((k for k in readable if k > i), readable[0])]
         return images, bad
 
     def _decode_all(self, size: list[int]) -> Tensor:

@@ -29,7 +29,7 @@ class Features:
     """
 
     values: Float[Tensor, "n d"]
-    labels: Int[Tensor, "n"]
+    labels: Int[Tensor, n]
 
     def __getitem__(self, chosen: Tensor) -> Features:
         return Features(self.values[chosen], self.labels[chosen])
@@ -58,7 +58,7 @@ def encoder_features(
 
 
 def pixel_features(index: ShardIndex, settings: EncoderSettings, batch: int = 256, workers: int = 0) -> Features:
-    """The pixels themselves, at the encoder's size or 32 x 32 if that is smaller: what a probe gets without learning."""
+    """The pixels themselves, at most 32 x 32: what a probe gets without learning."""
 
     def features(images: Tensor) -> Tensor:
         height, width = (min(PIXEL_SIDE, side) for side in images.shape[2:])

@@ -28,9 +28,7 @@ def knn_votes(
     votes = []
     for chunk in F.normalize(queries, dim=1).split(CHUNK):
         similarity, nearest = (chunk @ bank.T).topk(min(neighbours, len(bank)), dim=1)
-        vote = torch.zeros(len(chunk), classes).scatter_add_(
-            1, train.labels[nearest], (similarity / temperature).exp()
-        )
+        vote = torch.zeros(len(chunk), classes).scatter_add_(1, train.labels[nearest], (similarity / temperature).exp())
         votes.append(vote)
     return torch.cat(votes)
 

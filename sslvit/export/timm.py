@@ -1,7 +1,7 @@
 """timm: a folder that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` opens.
 
-    config.json         architecture, its arguments and the preprocessing
-    model.safetensors   the weights, under the names they already have
+config.json         architecture, its arguments and the preprocessing
+model.safetensors   the weights, under the names they already have
 """
 
 from __future__ import annotations

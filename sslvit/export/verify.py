@@ -30,7 +30,9 @@ def compare(encoder: ViTEncoder, reopened: Callable[[Tensor], Tensor], images: l
     for batch in images:
         expected, got = encoder.features(batch), reopened(batch)
         if got.shape != expected.shape:
-            raise RuntimeError(f"the reopened encoder gives features of shape {tuple(got.shape)}, not {tuple(expected.shape)}.")
+            raise RuntimeError(
+                f"the reopened encoder gives features of shape {tuple(got.shape)}, not {tuple(expected.shape)}."
+            )
         worst = max(worst, float((got - expected).abs().max()))
         scale = max(scale, float(expected.abs().max()))
     return {

@@ -23,9 +23,7 @@ def recognise_layout(keys: set[str]) -> str:
     raise ValueError(f"no known layout has these weights ({shown}, ...). Known: {', '.join(LAYOUTS)}.")
 
 
-def to_sslvit(
-    state: dict[str, Tensor], layout: str | None = None, heads: int | None = None, **changes
-) -> Converted:
+def to_sslvit(state: dict[str, Tensor], layout: str | None = None, heads: int | None = None, **changes) -> Converted:
     """Convert a foreign state dict; the layout is recognised from the names unless given."""
     if layout is not None and layout not in LAYOUTS:
         raise ValueError(f"layout: '{layout}' is not one of {', '.join(LAYOUTS)}.")

@@ -8,6 +8,8 @@ property (causal, the tokenizer), so there is no branch on the task.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -42,9 +44,7 @@ class ViTEncoder(nn.Module):
         self._make_positions()
         self.dropout = nn.Dropout(settings.dropout)
         last = max(settings.depth - 1, 1)
-        self.blocks = nn.ModuleList(
-            Block(settings, settings.drop_path * i / last) for i in range(settings.depth)
-        )
+        self.blocks = nn.ModuleList(Block(settings, settings.drop_path * i / last) for i in range(settings.depth))
         self.norm = make_norm(settings, width) if settings.final_norm else nn.Identity()
         self.attn_pool = AttentionPool(width, settings.heads) if settings.pooling == "attention" else None
         self.fc_norm = make_norm(settings, width) if settings.fc_norm else nn.Identity()
@@ -72,8 +72,7 @@ class ViTEncoder(nn.Module):
             ValueError: a size that the patch does not divide, other channels, or `hidden` without a mask token.
         """
         tokens, places = self.embed(images, visible, hidden)
-        for tokens in self._walk(tokens, places, path_noise):
-            pass
+        tokens, _ = self._run_blocks(tokens, places, path_noise=path_noise)
         return self.norm(tokens)
 
     def layers(self, images: Float[Tensor, "b c h w"], numbers: list[int]) -> list[Float[Tensor, "b t d"]]:
@@ -82,9 +81,7 @@ class ViTEncoder(nn.Module):
         if wrong:
             raise ValueError(f"layers {wrong} do not exist: this encoder has blocks 1 to {len(self.blocks)}.")
         tokens, places = self.embed(images)
-        outputs = {0: tokens}
-        for number, tokens in enumerate(self._walk(tokens, places, upto=max(numbers, default=0)), start=1):
-            outputs[number] = tokens
+        _, outputs = self._run_blocks(tokens, places, upto=max(numbers, default=0), kept=set(numbers))
         return [outputs[number] for number in numbers]
 
     def features(
@@ -116,8 +113,7 @@ class ViTEncoder(nn.Module):
     def attention(self, images: Float[Tensor, "b c h w"], layer: int) -> Float[Tensor, "b heads t t"]:
         """Attention weights of one block, counted from 1, by the slow path that gives the same output."""
         tokens, places = self.embed(images)
-        for tokens in self._walk(tokens, places, upto=layer - 1):
-            pass
+        tokens, _ = self._run_blocks(tokens, places, upto=layer - 1)
         block = self.blocks[layer - 1]
         return block.attn.weights(block.norm1(tokens), places)
 
@@ -217,18 +213,30 @@ class ViTEncoder(nn.Module):
 
     # ---- blocks ----------------------------------------------------------------------------------------------
 
-    def _walk(self, tokens: Tensor, places: Places, path_noise: Tensor | None = None, upto: int | None = None):
-        """Yield the output of each block in turn, up to a number of blocks."""
-        if path_noise is None and self.training and self.settings.drop_path:
+    def _run_blocks(
+        self,
+        tokens: Float[Tensor, "b t d"],
+        places: Places,
+        upto: int | None = None,
+        kept: Collection[int] = (),
+        path_noise: Tensor | None = None,
+    ) -> tuple[Float[Tensor, "b t d"], dict[int, Tensor]]:
+        """Through the first `upto` blocks; also the outputs of the blocks to be kept (0: the input of the first)."""
+        if not self.training:
+            path_noise = None
+        elif path_noise is None and self.settings.drop_path:
             path_noise = torch.rand(2 * len(self.blocks), tokens.shape[0], device=tokens.device)
         recompute = self.settings.checkpointing and self.training and torch.is_grad_enabled()
-        for i, block in enumerate(self.blocks[:upto]):
-            noise = None if path_noise is None or not self.training else path_noise[2 * i : 2 * i + 2]
+        outputs = {0: tokens} if 0 in kept else {}
+        for number, block in enumerate(self.blocks[:upto], start=1):
+            noise = None if path_noise is None else path_noise[2 * number - 2 : 2 * number]
             if recompute:
                 tokens = checkpoint(block, tokens, places, noise, use_reentrant=False)
             else:
                 tokens = block(tokens, places, noise)
-            yield tokens
+            if number in kept:
+                outputs[number] = tokens
+        return tokens, outputs
 
     def reset_parameters(self) -> None:
         """Truncated normal weights of std 0.02 and zero biases, as timm's and DINO's ViTs start."""

@@ -6,7 +6,7 @@ Kinds (`encoder.positions`):
     learned_2d     a learned row per grid row plus one per grid column
     sincos_1d/_2d  fixed sines and cosines (Vaswani et al. 2017; MAE's 2-D table, He et al. 2022, appendix A.1)
     rotary_2d      queries and keys turned by angles that grow along rows and columns (Heo et al. 2024)
-    relative_bias  a learned bias w[i - j] per head on the attention scores before the softmax (CoAtNet, Dai et al. 2021)
+    relative_bias  a learned bias w[i - j] per head, added before the softmax (CoAtNet, Dai et al. 2021)
 
 The first four are a table that is added to the tokens and resampled for other grids; rotary coordinates and the
 bias table are stretched in the same way.
@@ -95,8 +95,7 @@ def rotary_2d(
     """
     frequencies = 100.0 ** (-torch.arange(width // 4, device=device) / (width // 4))
     sides = [
-        (torch.arange(new, device=device) + 0.5) * old / new - 0.5
-        for new, old in zip(grid, trained_grid, strict=True)
+        (torch.arange(new, device=device) + 0.5) * old / new - 0.5 for new, old in zip(grid, trained_grid, strict=True)
     ]
     by_row, by_column = torch.meshgrid(*sides, indexing="ij")
     angles = torch.cat([by_row.reshape(-1, 1) * frequencies, by_column.reshape(-1, 1) * frequencies], 1)

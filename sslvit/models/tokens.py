@@ -31,7 +31,7 @@ def take(tokens: Shaped[Tensor, "b n d"], visible: Int[Tensor, "b k"] | None) ->
 
 
 class PatchTokens(nn.Module):
-    """One linear map per patch (Dosovitskiy et al. 2021, section 3.1). `proj` is kept as a convolution's (d, c, p, p)."""
+    """One linear map per patch (Dosovitskiy et al. 2021, section 3.1), kept in a convolution's shape (d, c, p, p)."""
 
     def __init__(self, settings: EncoderSettings) -> None:
         super().__init__()
@@ -57,9 +57,7 @@ class ShiftedPatchTokens(nn.Module):
         height, width = images.shape[2:]
         padded = F.pad(images, (half, half, half, half))
         shifted = [
-            padded[:, :, top : top + height, left : left + width]
-            for top in (0, 2 * half)
-            for left in (0, 2 * half)
+            padded[:, :, top : top + height, left : left + width] for top in (0, 2 * half) for left in (0, 2 * half)
         ]
         patches = take(cut_patches(torch.cat([images, *shifted], 1), self.patch), visible)
         return F.linear(self.norm(patches), self.proj.weight.flatten(1), self.proj.bias)

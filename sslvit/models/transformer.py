@@ -41,9 +41,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=settings.bias)
         self.q_norm = make_norm(settings, settings.head_width) if settings.qk_norm else nn.Identity()
         self.k_norm = make_norm(settings, settings.head_width) if settings.qk_norm else nn.Identity()
-        self.rel_pos = (
-            RelativeBias(settings.heads, settings.grid) if settings.positions == "relative_bias" else None
-        )
+        self.rel_pos = RelativeBias(settings.heads, settings.grid) if settings.positions == "relative_bias" else None
         self.proj = nn.Linear(width, width, bias=settings.bias)
         scale = torch.full((settings.heads, 1, 1), settings.head_width**-0.5)
         if self.locality:
@@ -58,7 +56,7 @@ class Attention(nn.Module):
             mixed = self.scores(query, key, places).softmax(-1).to(value.dtype) @ value
         elif self.locality or self.rel_pos is not None:
             bias = self.score_bias(query, places)
-            mixed = F.scaled_dot_product_attention(query * self.scale, key, value, bias, scale=1.0)
+            mixed = F.scaled_dot_product_attention(query * self.scale.to(query.dtype), key, value, bias, scale=1.0)
         else:
             mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
         return self.proj(rearrange(mixed, "b heads t e -> b t (heads e)"))

@@ -66,9 +66,7 @@ def demo(
     run = pretrain(settings)
     print("3/4  probing: logistic regression and nearest neighbours on frozen features", flush=True)
     encoder = load_encoder(run.path)
-    table = probe(
-        encoder, ProbeSettings(str(shards / "train"), str(shards / "test"), labels_per_class=10), name="MAE"
-    )
+    table = probe(encoder, ProbeSettings(str(shards / "train"), str(shards / "test"), labels_per_class=10), name="MAE")
     print("4/4  exporting the encoder to timm and comparing its outputs there", flush=True)
     verdict = export_encoder(run.path, folder / "export" / "timm", "timm")
     scores = folder / "scores.json"
@@ -79,7 +77,9 @@ def demo(
         bars(folder / "figures" / "scores.png", table.rows, "right answers, %", "Frozen features, probed"),
     ]
     seconds = time.monotonic() - start
-    page = write_page(folder / "report.html", f"sslvit demo: {data}", page_content(data, table, figures, verdict, seconds))
+    page = write_page(
+        folder / "report.html", f"sslvit demo: {data}", page_content(data, table, figures, verdict, seconds)
+    )
     print(f"\nRight answers in percent on {table.about['val_images']} test images:\n\n{table.text()}\n")
     print(f"Done in {seconds / 60:.1f} minutes. Open these:")
     for path, what in [
@@ -112,7 +112,7 @@ def pack_digits(folder: Path) -> ShardIndex:
 
 
 def pack_cifar10(folder: Path, archive: str | None, download: Path) -> ShardIndex:
-    """CIFAR-10 from torchvision's download or a local archive; without a test split a tenth of each class is held out."""
+    """CIFAR-10 by torchvision or from a local archive; one without test images gives a tenth of each class for it."""
     if archive is not None and not Path(archive).is_file():
         raise ValueError(f"{archive}: no such file. Give cifar-10-python.tar.gz or a tar of class folders.")
     if archive is None or _is_python_archive(Path(archive)):

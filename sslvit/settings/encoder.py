@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 TokenKind = Literal["patch", "conv_stem", "hybrid", "shifted_patch", "pixel"]
-PositionKind = Literal[
-    "none", "learned_1d", "learned_2d", "sincos_1d", "sincos_2d", "rotary_2d", "relative_bias"
-]
+PositionKind = Literal["none", "learned_1d", "learned_2d", "sincos_1d", "sincos_2d", "rotary_2d", "relative_bias"]
 
 
 @dataclass
@@ -160,9 +158,7 @@ class EncoderSettings:
                 f"not {self.width} / {self.heads} = {self.head_width}."
             )
         if self.feature_layer is not None and not 1 <= self.feature_layer <= self.depth:
-            raise ValueError(
-                f"encoder.feature_layer: {self.feature_layer} is outside 1..{self.depth} (encoder.depth)."
-            )
+            raise ValueError(f"encoder.feature_layer: {self.feature_layer} is outside 1..{self.depth} (encoder.depth).")
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches of an image; ValueError where the patch does not divide it."""

@@ -86,7 +86,9 @@ def known_keys(kind: type, kinds: dict[str, type] | None = None, prefix: str = "
     return keys
 
 
-def check_keys(kind: type, tree: dict[str, Any], kinds: dict[str, type], prefix: str = "", root: type | None = None) -> None:
+def check_keys(
+    kind: type, tree: dict[str, Any], kinds: dict[str, type], prefix: str = "", root: type | None = None
+) -> None:
     """Raise ValueError on the first key that the dataclass does not know, with the nearest one that it does."""
     root = root or kind
     hints = typing.get_type_hints(kind)

@@ -27,9 +27,7 @@ def patchify(images: Float[Tensor, "b c h w"], patch: int) -> Float[Tensor, "b n
     return rearrange(images, "b c (rows p) (cols q) -> b (rows cols) (p q c)", p=patch, q=patch)
 
 
-def unpatchify(
-    patches: Float[Tensor, "b n pixels"], patch: int, grid: tuple[int, int]
-) -> Float[Tensor, "b c h w"]:
+def unpatchify(patches: Float[Tensor, "b n pixels"], patch: int, grid: tuple[int, int]) -> Float[Tensor, "b c h w"]:
     """The inverse of patchify."""
     return rearrange(
         patches, "b (rows cols) (p q c) -> b c (rows p) (cols q)", rows=grid[0], cols=grid[1], p=patch, q=patch
@@ -41,9 +39,7 @@ def visible_count(patches: int, mask_ratio: float) -> int:
     return int(patches * (1 - mask_ratio))
 
 
-def split_by_noise(
-    noise: Float[Tensor, "b n"], visible: int
-) -> tuple[Int[Tensor, "b k"], Bool[Tensor, "b n"]]:
+def split_by_noise(noise: Float[Tensor, "b n"], visible: int) -> tuple[Int[Tensor, "b k"], Bool[Tensor, "b n"]]:
     """The `visible` patches with the lowest noise, in the order of their noise; and what is hidden (True)."""
     order = noise.argsort(dim=1, stable=True)
     is_hidden = torch.ones_like(noise, dtype=torch.bool)
@@ -52,7 +48,7 @@ def split_by_noise(
 
 
 def normalise_patches(patches: Float[Tensor, "b n pixels"]) -> Float[Tensor, "b n pixels"]:
-    """Each patch by its own mean and unbiased variance (section 3, "Reconstruction target"; 1e-6 in the released code)."""
+    """Each patch by its own mean and unbiased variance plus 1e-6 (section 3, "Reconstruction target")."""
     mean, variance = patches.mean(2, keepdim=True), patches.var(2, keepdim=True)
     return (patches - mean) / (variance + 1e-6).sqrt()
 
@@ -103,9 +99,7 @@ class MAEDecoder(nn.Module):
         self.pred = nn.Linear(width, encoder.patch**2 * encoder.channels)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(
-        self, latent: Float[Tensor, "b t d"], visible: Int[Tensor, "b k"]
-    ) -> Float[Tensor, "b n pixels"]:
+    def forward(self, latent: Float[Tensor, "b t d"], visible: Int[Tensor, "b k"]) -> Float[Tensor, "b n pixels"]:
         """Predicted pixels of every patch, hidden or not, row by row."""
         tokens = self.embed(latent)  # b (prefix + k) w
         prefix, seen = tokens[:, : self.prefix], tokens[:, self.prefix :]
@@ -140,7 +134,7 @@ class MAE(PretextTask):
         self.reset_parameters()
 
     def training_step(self, batch: Batch, batch_idx: int = 0) -> Tensor:
-        noise = self.uniform("mask", batch, self.patches)               # b n
+        noise = self.uniform("mask", batch, self.patches)  # b n
         loss = self.loss(batch.views[0], noise, self.path_noise(batch))
         self.record("loss", loss)
         return loss
@@ -149,9 +143,9 @@ class MAE(PretextTask):
         self, images: Float[Tensor, "b c h w"], noise: Float[Tensor, "b n"], path_noise: Tensor | None = None
     ) -> Float[Tensor, ""]:
         """Figure 1 of the paper. The patches with the lowest noise stay visible."""
-        visible, is_hidden = split_by_noise(noise, self.visible)        # b k, b n
-        latent = self.encoder(images, visible, path_noise=path_noise)   # b t d
-        predicted = self.decoder(latent, visible)                       # b n pixels
+        visible, is_hidden = split_by_noise(noise, self.visible)  # b k, b n
+        latent = self.encoder(images, visible, path_noise=path_noise)  # b t d
+        predicted = self.decoder(latent, visible)  # b n pixels
         return hidden_patch_error(predicted, self.target(images), is_hidden)
 
     def target(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n pixels"]:
@@ -230,9 +224,7 @@ class MAE(PretextTask):
             raise ValueError("this checkpoint has an encoder only; MAE.from_official needs one with its decoder.")
         width, depth = layout.decoder_shape(converted.extras)
         mae = MAESettings(decoder_width=width, decoder_depth=depth, decoder_heads=decoder_heads, **settings)
-        task = cls(
-            mae, converted.settings, OptimSettings(), total_steps=1, steps_per_epoch=1, global_batch=256
-        )
+        task = cls(mae, converted.settings, OptimSettings(), total_steps=1, steps_per_epoch=1, global_batch=256)
         weights = {f"encoder.{key}": value for key, value in converted.encoder.items()}
         task.load_state_dict(weights | converted.extras)
         return task

@@ -132,7 +132,7 @@ class Checkpoints(StepCallback):
 
     def on_step(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if self.step % self.every == 0 or self.step == self.total_steps:
-            trainer.save_checkpoint(self.folder.checkpoint)
+            trainer.save_checkpoint(self.folder.checkpoint, weights_only=False)  # with the optimiser
 
 
 class Ledger(StepCallback):

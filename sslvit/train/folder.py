@@ -1,11 +1,11 @@
 """The run folder: all that a run made, and never overwritten silently.
 
-    config.yaml      exactly what ran
-    metrics.jsonl    one line per logged step, appended
-    checkpoints/     last.ckpt
-    encoder/         encoder.json + encoder.safetensors
-    ledger.json      samples read and skipped
-    figures/
+config.yaml      exactly what ran
+metrics.jsonl    one line per logged step, appended
+checkpoints/     last.ckpt
+encoder/         encoder.json + encoder.safetensors
+ledger.json      samples read and skipped
+figures/
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def pretrain(settings: PretrainSettings, resume: bool = False, overwrite: bool =
 
     with warnings.catch_warnings():
         _silence_needless_warnings()
-        trainer.fit(task, datamodule=data, ckpt_path=folder.checkpoint if resume else None)
+        trainer.fit(task, datamodule=data, ckpt_path=folder.checkpoint if resume else None, weights_only=True)
     if trainer.is_global_zero:
         _finish(settings, folder, index, data, task, trainer)
     return folder
@@ -82,7 +82,7 @@ def open_shards(source: str | None, out: str) -> ShardIndex:
         FileNotFoundError: nothing given, or nothing there.
     """
     if not source:
-        raise FileNotFoundError("data.shards: not given. Pass --data FOLDER (images, or shards from sslvit shards pack).")
+        raise FileNotFoundError("data.shards: not given. Pass --data FOLDER, of images or of shards.")
     path = Path(source)
     if not path.is_dir():
         raise FileNotFoundError(f"data.shards: {path} is not a folder.")
@@ -156,7 +156,8 @@ def _announce(
         f"{settings.task.name}: encoder of {parameters / 1e6:.1f} M parameters on {len(index):,} images; "
         f"{data.total_steps:,} steps of {plan.global_batch} images "
         f"({data.total_steps / plan.steps_per_epoch:.1f} epochs, each dropping {plan.dropped_per_epoch} images); "
-        f"peak rate {task.peak_rate:.2e}; {trainer.precision} on {trainer.world_size} x {trainer.strategy.root_device.type}; "
+        f"peak rate {task.peak_rate:.2e}; "
+        f"{trainer.precision} on {trainer.world_size} x {trainer.strategy.root_device.type}; "
         f"run folder {settings.out}",
         flush=True,
     )

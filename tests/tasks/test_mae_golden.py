@@ -69,7 +69,7 @@ def test_loss_and_gradients(golden: Golden, target: str, name: str) -> None:
         for key, parameter in zip(task.official_state(), task.official_state().values(), strict=True)
     }
     own = dict(task.named_parameters())
-    official = {key: None for key in gradients}
+    official = dict.fromkeys(gradients)
     for key in own:
         short = key.removeprefix("encoder.") if key.startswith("encoder.") else None
         if short in official:
@@ -90,9 +90,7 @@ def test_fixed_position_tables_are_the_ones_we_make(golden: Golden) -> None:
         mae_of(golden).encoder.settings, OptimSettings(), total_steps=1, steps_per_epoch=1, global_batch=256,
     )  # fmt: skip
     torch.testing.assert_close(fresh.encoder.pos_embed, golden["param_sincos/pos_embed"], atol=1e-6, rtol=0)
-    torch.testing.assert_close(
-        fresh.decoder.pos_embed, golden["param_sincos/decoder_pos_embed"], atol=1e-6, rtol=0
-    )
+    torch.testing.assert_close(fresh.decoder.pos_embed, golden["param_sincos/decoder_pos_embed"], atol=1e-6, rtol=0)
     for target, name in [("raw", "pix"), ("normalised", "norm_pix")]:
         task = mae_of(golden, target=target)
         task.encoder.pos_embed.copy_(fresh.encoder.pos_embed)
@@ -217,7 +215,7 @@ def test_layer_wise_rates_of_the_released_code() -> None:
     from sslvit.settings import EncoderSettings
 
     encoder = ViTEncoder(
-        EncoderSettings(image_size=32, patch=8, width=24, depth=4, heads=2, pooling="mean", fc_norm=True, final_norm=False)
+        EncoderSettings(32, patch=8, width=24, depth=4, heads=2, pooling="mean", fc_norm=True, final_norm=False)
     )  # fmt: skip
     encoder.head = torch.nn.Linear(24, 10)
     groups = layer_decay_groups(encoder, 4, config["weight_decay"], config["layer_decay"])

@@ -1,0 +1,37 @@
+# `make demo`, `make test`: everything from a fresh clone, with Python >= 3.11, git and make only.
+#   make demo                                  handwritten digits, minutes on a CPU
+#   make demo DATA=cifar10                     downloads CIFAR-10
+#   make demo DATA=cifar10 ARCHIVE=file.tar.gz a local archive instead
+#   make demo OVERWRITE=1                      anew, over an earlier demo
+
+PYTHON ?= $(firstword $(foreach name,python3.12 python3.11 python3,$(shell command -v $(name) 2>/dev/null)))
+DATA ?= digits
+OUT ?= runs/demo$(if $(filter-out digits,$(DATA)),-$(DATA))
+READY := .venv/.ready
+
+.PHONY: demo test test-all lint clean
+
+demo: $(READY)
+	.venv/bin/sslvit demo --data $(DATA) --out $(OUT) $(if $(ARCHIVE),--archive $(ARCHIVE)) $(if $(OVERWRITE),--overwrite)
+
+test: $(READY)
+	.venv/bin/python -m pytest -m "not slow"
+
+test-all: $(READY) lint
+	.venv/bin/python -m pytest
+
+lint: $(READY)
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+$(READY): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "sslvit needs Python 3.11 or newer; $(PYTHON) is older. Use: make PYTHON=/path/to/python3.12"; exit 1; }
+	@echo "setting up .venv (once; some minutes, 5 GB with the default torch)"
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	.venv/bin/python -m sslvit.environment
+	@touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info

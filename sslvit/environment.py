@@ -1,0 +1,34 @@
+"""Whether the installed libraries fit together; run by `make` after installing: ``python -m sslvit.environment``."""
+
+from __future__ import annotations
+
+import sys
+
+MISFIT = (
+    "torch and torchvision are of different builds (a CPU-only torch beside the default torchvision, say), so "
+    "torchvision cannot load. Install both from the same index: pip install --force-reinstall "
+    "'torch>=2.11,<2.16' 'torchvision>=0.26,<0.30', with the same --index-url for both if you give one."
+)
+
+
+def explain(error: BaseException) -> str | None:
+    """The remedy for an error that stems from libraries that do not fit together, or None."""
+    text = str(error)
+    is_misfit = "torchvision::nms does not exist" in text or "partially initialized module 'torchvision'" in text
+    return MISFIT if is_misfit else None
+
+
+def check() -> str | None:
+    """What does not fit, or None."""
+    try:
+        import torchvision  # noqa: F401
+    except (RuntimeError, AttributeError, ImportError) as error:
+        return explain(error) or f"torchvision cannot be imported: {error}"
+    return None
+
+
+if __name__ == "__main__":
+    problem = check()
+    if problem:
+        print(f"sslvit: error: {problem}", file=sys.stderr)
+    sys.exit(1 if problem else 0)
