@@ -10,9 +10,8 @@ from torch import Tensor
 
 from sslvit.data.decode import BadImage, decode
 from sslvit.data.index import ShardIndex
+from sslvit.data.views import SMALL_SIDE
 from sslvit.progress import track
-
-SMALL_SIDE = 96  # images up to this side are kept decoded; larger ones cost more memory than decoding is worth
 
 
 class ShardReader:

@@ -18,6 +18,7 @@ from torch import Tensor
 from sslvit.chance import uniform_at
 from sslvit.settings import ViewSettings
 
+SMALL_SIDE = 96  # images up to this side are kept decoded and resampled a batch at a time
 TRIES = 10  # boxes drawn before the fallback, as in torchvision's RandomResizedCrop
 
 
@@ -65,7 +66,8 @@ class View:
         top, left, height, width = (
             int(values[0]) for values in (box.top.round(), box.left.round(), box.height.round(), box.width.round())
         )
-        if top < 0 or left < 0 or top + height > image.shape[1] or left + width > image.shape[2]:
+        is_small = max(image.shape[1:]) <= SMALL_SIDE  # the same arithmetic as for a whole batch of them
+        if is_small or top < 0 or left < 0 or top + height > image.shape[1] or left + width > image.shape[2]:
             return resample(image[None], box, self.size, self.interpolation)
         part = image[None, :, top : top + height, left : left + width]
         view = F.interpolate(part, size=self.size, mode=self.interpolation, antialias=True)

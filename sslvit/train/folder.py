@@ -61,7 +61,8 @@ class RunFolder:
         """The lines of metrics.jsonl."""
         if not self.metrics.exists():
             return []
-        return [json.loads(line) for line in self.metrics.read_text().splitlines()]
+        lines = self.metrics.read_text().split("\n")
+        return [json.loads(line) for line in lines[:-1]]  # a killed run may leave half a line behind the last break
 
     def cut_metrics(self, step: int) -> None:
         """Drop lines after a checkpoint's step, which the resumed run will write again."""

@@ -1,0 +1,382 @@
+"""What each option of the encoder does."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from sslvit.models import ViTEncoder, preset
+from sslvit.settings import PRESETS, EncoderSettings
+
+POSITIONS = ["none", "learned_1d", "learned_2d", "sincos_1d", "sincos_2d", "rotary_2d", "relative_bias"]
+TOKENS = ["patch", "conv_stem", "shifted_patch", "hybrid"]
+
+
+def make(**changes) -> ViTEncoder:
+    torch.manual_seed(0)
+    encoder = ViTEncoder(
+        EncoderSettings(**{"image_size": 32, "patch": 8, "width": 48, "depth": 3, "heads": 4} | changes)
+    )
+    with torch.no_grad():
+        for parameter in encoder.parameters():  # no term is silently zero or one
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return encoder.eval()
+
+
+def pixels(**changes) -> ViTEncoder:
+    return make(
+        tokens="pixel", patch=1, image_size=6, class_token=False, prefix_positions="none", pooling="mean", **changes
+    )
+
+
+def images(height: int = 32, width: int = 32, channels: int = 3) -> torch.Tensor:
+    return torch.randn(2, channels, height, width, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("tokens", "positions"), itertools.product(TOKENS, POSITIONS))
+def test_visible_patches_alone_equal_a_full_pass_cut_before_the_first_block(tokens: str, positions: str) -> None:
+    encoder = make(cnn="resnet18", tokens=tokens, positions=positions)
+    everything = torch.arange(16).flip(0).expand(2, -1)  # all patches in another order
+    shuffled, plain = encoder(images(), visible=everything), encoder(images())
+    torch.testing.assert_close(shuffled[:, 0], plain[:, 0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(shuffled[:, 1:].flip(1), plain[:, 1:], atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_hidden_pixels_do_not_reach_the_visible_tokens() -> None:
+    encoder = make()
+    visible = torch.tensor([[5, 0, 3], [1, 15, 2]])
+    one, other = images(), images()
+    other[0, :, 24:, 24:] += 1.0  # patch 15 of the first image, not visible there
+    other[1, :, 24:, 24:] += 1.0  # patch 15 of the second image, visible there
+    before, after = encoder(one, visible), encoder(other, visible)
+    assert torch.equal(before[0], after[0])
+    assert not torch.equal(before[1], after[1])
+
+
+def test_visible_patches_cost_only_themselves() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    encoder = make(class_token=False, pooling="mean", positions="sincos_2d", prefix_positions="none", depth=1)
+    counts = []
+    for visible in (None, torch.arange(4).expand(2, -1)):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            encoder(images(), visible)
+        counts.append(counter.get_total_flops())
+    linear = sum(p.numel() for name, p in encoder.named_parameters() if p.ndim > 1)
+    attention = {16: 2 * 2 * 16 * 16 * 48, 4: 2 * 2 * 4 * 4 * 48}
+    assert counts == [2 * 2 * n * linear + 2 * attention[n] for n in (16, 4)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [*TOKENS, "pixel"])
+def test_mask_tokens_stand_where_patches_are_hidden(tokens: str) -> None:
+    encoder = pixels(mask_token=True) if tokens == "pixel" else make(cnn="resnet18", tokens=tokens, mask_token=True)
+    side = encoder.settings.image_size[0]
+    is_hidden = torch.zeros(2, encoder.settings.grid[0] ** 2, dtype=torch.bool)
+    is_hidden[:, 3] = True
+    tokens_before, _ = encoder.embed(images(side, side))
+    tokens_after, _ = encoder.embed(images(side, side), hidden=is_hidden)
+    changed = (tokens_before != tokens_after).any(2)
+    expected = torch.zeros_like(changed)
+    expected[:, encoder.prefix + 3] = True
+    assert torch.equal(changed, expected)
+    _, patches = encoder.position_table(encoder.settings.grid)
+    torch.testing.assert_close(tokens_after[0, encoder.prefix + 3], encoder.mask_token[0, 0] + patches[3])
+
+
+def test_hidden_without_a_mask_token_is_refused() -> None:
+    with pytest.raises(ValueError, match="mask_token to true"):
+        make()(images(), hidden=torch.zeros(2, 16, dtype=torch.bool))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_positions_see_order_and_none_does_not(positions: str) -> None:
+    encoder = make(positions=positions)
+    swapped = images().clone()
+    swapped[:, :, :8, :8], swapped[:, :, :8, 8:16] = images()[:, :, :8, 8:16], images()[:, :, :8, :8]
+    difference = (encoder(images())[:, 0] - encoder(swapped)[:, 0]).abs().max()
+    assert (difference < 1e-5) == (positions == "none")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("positions", ["rotary_2d", "relative_bias"])
+def test_relative_positions_do_not_see_a_common_shift(positions: str) -> None:
+    """A 2 x 2 pattern of visible patches gives the same tokens wherever it lies."""
+    encoder = make(positions=positions, class_token=False, pooling="mean")  # a class token has no place to turn by
+    pattern = images(16, 16)
+    tokens = []
+    for top, left in ((0, 0), (1, 2)):
+        canvas = torch.zeros(2, 3, 32, 32)
+        canvas[:, :, top * 8 : top * 8 + 16, left * 8 : left * 8 + 16] = pattern
+        visible = torch.tensor([(top + r) * 4 + left + c for r in (0, 1) for c in (0, 1)]).expand(2, -1)
+        tokens.append(encoder(canvas, visible))
+    torch.testing.assert_close(tokens[0], tokens[1], atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("tokens", "positions"), itertools.product(TOKENS, POSITIONS))
+def test_other_sizes_pass_and_the_own_size_is_not_resampled(tokens: str, positions: str) -> None:
+    encoder = make(cnn="resnet18", tokens=tokens, positions=positions)
+    assert encoder(images(40, 64)).shape == (2, 1 + 5 * 8, 48)
+    if positions in ("learned_1d", "learned_2d", "sincos_1d", "sincos_2d"):
+        _, own = encoder.position_table((4, 4))
+        _, other = encoder.position_table((8, 8))
+        smooth = torch.nn.functional.avg_pool2d(other.T.reshape(1, 48, 8, 8), 2)[0].flatten(1).T
+        assert torch.nn.functional.cosine_similarity(smooth, own).min() > 0.7
+
+
+def test_size_that_the_patch_does_not_divide_is_refused_with_a_remedy() -> None:
+    with pytest.raises(ValueError, match=r"30 x 32 .*patches of 8.*Resize it to 32 x 32"):
+        EncoderSettings(image_size=[30, 32], patch=8)
+    with pytest.raises(ValueError, match=r"33 x 32 "):
+        make()(images(33, 32))
+    with pytest.raises(ValueError, match="1 channels, this encoder takes 3"):
+        make()(images(channels=1))
+
+
+def test_a_pixel_sequence_keeps_its_size() -> None:
+    with pytest.raises(ValueError, match="tied to its size"):
+        pixels(causal=True)(images(7, 7))
+
+
+@torch.no_grad()
+def test_causal_pixels_depend_on_earlier_pixels_only() -> None:
+    encoder = pixels(causal=True)
+    base = images(6, 6)
+    before = encoder(base)
+    for place in range(36):
+        other = base.clone()
+        other[:, :, place // 6, place % 6] *= -1
+        changed = (encoder(other) != before).any(2).any(0)
+        assert not changed[: place + 1].any(), f"place {place} leaks into itself or earlier places"
+        assert place == 35 or changed[place + 1 :].any(), f"place {place} reaches nobody"
+
+
+@torch.no_grad()
+def test_unshifted_pixels_see_themselves_and_later_ones() -> None:
+    encoder = pixels()
+    other = images(6, 6).clone()
+    other[:, :, 5, 5] *= -1
+    assert (encoder(other) != encoder(images(6, 6))).any(2).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_channels_are_free(tokens: str) -> None:
+    for channels in (1, 2, 5):
+        encoder = make(cnn="resnet18", tokens=tokens, channels=channels)
+        assert encoder(images(channels=channels)).shape == (2, 17, 48)
+
+
+@torch.no_grad()
+def test_shifted_patches_see_half_a_patch_around_themselves() -> None:
+    encoder = make(tokens="shifted_patch")
+    seen = []
+    for row in range(32):
+        other = images().clone()
+        other[:, :, row] += 1
+        before, after = (encoder.patch_embed(x)[:, 5] for x in (images(), other))  # rows 8 to 16 of the image
+        seen.append(bool((before != after).any()))
+    assert [row for row, is_seen in enumerate(seen) if is_seen] == list(range(4, 20))
+
+
+@torch.no_grad()
+def test_conv_stem_and_hybrid_look_beyond_their_patch() -> None:
+    for tokens in ("conv_stem", "hybrid"):
+        encoder = make(cnn="resnet18", tokens=tokens)
+        other = images().clone()
+        other[:, :, 7] += 1  # the last row above patch 5
+        assert (encoder.patch_embed(images())[:, 5] != encoder.patch_embed(other)[:, 5]).any(), tokens
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"locality": True}, {"positions": "relative_bias"}, {"positions": "rotary_2d"},
+                                     {"qk_norm": True}, {"causal": True, "positions": "learned_1d"}])  # fmt: skip
+def test_attention_weights_give_the_output_of_the_fast_path(options: dict) -> None:
+    encoder = make(**options)
+    attention = encoder.attention(images(), 2)
+    torch.testing.assert_close(attention.sum(-1), torch.ones(2, 4, 17))
+    _, places = encoder.embed(images())
+    inside = encoder.blocks[1].attn
+    normed = encoder.blocks[1].norm1(encoder.layers(images(), [1])[0])
+    _, _, value = inside.heads_of(normed, places)
+    slow = inside.proj((attention @ value).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(slow, inside(normed, places), atol=1e-5, rtol=1e-4)
+    if options.get("locality"):
+        assert (attention.diagonal(dim1=-2, dim2=-1) == 0).all()
+    if options.get("causal"):
+        assert (attention.triu(1) == 0).all()
+
+
+def test_locality_learns_its_temperature() -> None:
+    encoder = make(locality=True)
+    encoder(images()).sum().backward()
+    assert encoder.blocks[0].attn.scale.grad.abs().max() > 0
+    assert "blocks.0.attn.scale" not in make().state_dict()
+
+
+@torch.no_grad()
+def test_registers_stand_between_class_token_and_patches_and_are_left_out_of_the_mean() -> None:
+    encoder = make(registers=2, pooling="mean")
+    tokens = encoder(images())
+    assert tokens.shape == (2, 1 + 2 + 16, 48)
+    torch.testing.assert_close(encoder.features(images()), tokens[:, 3:].mean(1))
+    before, _ = encoder.embed(images())
+    encoder.reg_token += 1
+    after, _ = encoder.embed(images())
+    assert (before != after).any(2)[0].nonzero().flatten().tolist() == [1, 2]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "rows"), [("none", 0), ("class", 1), ("all", 3)])
+def test_prefix_tokens_have_positions_as_asked(kind: str, rows: int) -> None:
+    encoder = make(registers=2, prefix_positions=kind)
+    assert encoder.pos_embed.shape[1] == rows + 16
+    tokens, _ = encoder.embed(images())
+    bare = torch.cat([encoder.cls_token, encoder.reg_token], 1)[0]
+    assert ((tokens[0, :3] - bare).abs().amax(1) > 0).tolist() == [i < rows for i in range(3)]
+
+
+@torch.no_grad()
+def test_stochastic_depth_drops_whole_samples_and_keeps_the_mean() -> None:
+    encoder = make(drop_path=0.5, depth=2).train()
+    noise = torch.ones(4, 2)
+    noise[2:, 0] = 0.0  # the first image skips both branches of the second block
+    tokens = encoder(images(), path_noise=noise)
+    one = encoder.norm(encoder.eval().layers(images(), [1])[0])
+    torch.testing.assert_close(tokens[0], one[0])
+    assert (tokens[1] - one[1]).abs().max() > 1e-3
+    block = encoder.blocks[1]
+    branch = torch.ones(20_000, 1, 1)
+    kept = block.keep_some(branch, torch.rand(2, 20_000, generator=torch.Generator().manual_seed(0)), 0)
+    assert set(kept.unique().tolist()) == {0.0, 2.0}
+    assert abs(kept.mean() - 1) < 0.02
+
+
+@torch.no_grad()
+def test_dropout_acts_in_training_only() -> None:
+    encoder = make(dropout=0.5)
+    assert torch.equal(encoder(images()), encoder(images()))
+    encoder.train()
+    assert not torch.equal(encoder(images()), encoder(images()))
+
+
+@torch.no_grad()
+def test_pooling_options_differ_and_attention_pool_sees_all_tokens() -> None:
+    encoder = make(pooling="attention", fc_norm=True)
+    features = {kind: encoder.features(images(), pooling=kind) for kind in ("class", "mean", "attention")}
+    for one, other in itertools.combinations(features.values(), 2):
+        assert not torch.allclose(one, other)
+    tokens = encoder(images())
+    for place in (0, 16):
+        moved = tokens.clone()
+        moved[:, place] += 1
+        assert not torch.allclose(encoder.attn_pool(moved), encoder.attn_pool(tokens))
+    normed = features["mean"]
+    assert abs(normed.mean()) < 0.5
+    torch.testing.assert_close(normed, encoder.fc_norm(tokens[:, 1:].mean(1)))
+
+
+def test_class_pooling_without_a_class_token_is_refused() -> None:
+    with pytest.raises(ValueError, match="Set pooling to mean"):
+        EncoderSettings(class_token=False)
+    with pytest.raises(ValueError, match="no class token"):
+        make(class_token=False, pooling="mean").features(images(), pooling="class")
+
+
+@torch.no_grad()
+def test_features_come_from_the_saved_layer() -> None:
+    encoder = make(feature_layer=2, feature_norm="next", pooling="mean")
+    (tokens,) = encoder.layers(images(), [2])
+    torch.testing.assert_close(encoder.features(images()), encoder.blocks[2].norm1(tokens)[:, 1:].mean(1))
+    last = encoder.features(images(), layer=3)
+    torch.testing.assert_close(last, encoder(images())[:, 1:].mean(1))
+    with pytest.raises(ValueError, match="blocks 1 to 3"):
+        encoder.layers(images(), [4])
+
+
+def test_checkpointing_changes_memory_and_not_gradients() -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        encoder = make(checkpointing=checkpointing, drop_path=0.5).train()
+        noise = torch.rand(6, 2, generator=torch.Generator().manual_seed(0))
+        encoder(images(), path_noise=noise).square().sum().backward()
+        gradients.append(encoder.patch_embed.proj.weight.grad)
+    assert torch.equal(*gradients)
+
+
+@torch.no_grad()
+def test_mlp_and_norm_options_compute_what_they_say() -> None:
+    x = torch.randn(2, 5, 48)
+    swiglu = make(mlp="swiglu").blocks[0].mlp
+    gate, value = (x @ swiglu.fc1.weight.T + swiglu.fc1.bias).chunk(2, -1)
+    expected = (torch.nn.functional.silu(gate) * value) @ swiglu.fc2.weight.T + swiglu.fc2.bias
+    torch.testing.assert_close(swiglu(x), expected, atol=1e-5, rtol=1e-4)
+    assert swiglu.fc2.in_features == 128
+    rms = make(norm="rms").norm
+    torch.testing.assert_close(rms(x), x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * rms.weight)
+    scaled = make(layer_scale=1e-5).blocks[0]
+    assert scaled.ls1.gamma.shape == (48,)
+    assert not any("bias" in name for name, _ in make(bias=False, norm="rms").blocks.named_parameters())
+
+
+@torch.no_grad()
+def test_bf16_path_on_the_cpu_agrees_with_float32() -> None:
+    for options in ({}, {"causal": True}, {"positions": "relative_bias"}):
+        encoder = make(**options)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = encoder(images())
+        assert (half.float() - encoder(images())).abs().mean() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("vit_tiny", 5.5), ("vit_small", 21.7), ("vit_base", 85.8), ("vit_large", 303.3), ("vit_huge", 630.9),
+     ("igpt_small", 76), ("igpt_medium", 455), ("igpt_large", 1362)],
+)  # fmt: skip
+def test_presets_have_the_published_number_of_parameters(name: str, millions: float) -> None:
+    """Dosovitskiy et al. 2021, table 1, without the classifier; iGPT's README, with its output matrix."""
+    settings = preset(name)
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in ViTEncoder(settings).parameters())
+    head = 512 * settings.width if name.startswith("igpt") else 0
+    assert (count + head) / 1e6 == pytest.approx(millions, rel=0.01)
+
+
+@pytest.mark.parametrize("patch", [4, 8, 14, 16])
+def test_presets_take_every_patch(patch: int) -> None:
+    with torch.device("meta"):
+        encoder = ViTEncoder(preset("vit_tiny", patch=patch, image_size=16 * patch))
+        assert encoder(torch.zeros(1, 3, 16 * patch, 16 * patch)).shape == (1, 257, 192)
+
+
+def test_unknown_preset_lists_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="vit_tiny, vit_small"):
+        preset("vit_tny")
+    assert set(PRESETS) >= {"vit_huge", "igpt_large"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"width": 50, "heads": 4}, r"4 heads do not divide width 50"),
+        ({"tokens": "pixel", "patch": 1, "image_size": 8}, "pixel sequences have no prefix tokens"),
+        ({"tokens": "pixel", "class_token": False, "pooling": "mean"}, "1 pixel wide"),
+        ({"tokens": "conv_stem", "patch": 12, "image_size": 24}, "power of two"),
+        ({"tokens": "hybrid", "patch": 2}, "4, 8, 16 and 32"),
+        ({"causal": True, "locality": True}, "either causal or locality"),
+        ({"positions": "sincos_2d", "width": 50, "heads": 5}, "multiple of 4"),
+        ({"positions": "rotary_2d", "width": 60, "heads": 10}, "multiples of 4"),
+        ({"mean": [0.5]}, "1 values for 3 channels"),
+        ({"feature_layer": 13}, r"outside 1\.\.12"),
+        ({"image_size": [1, 2, 3]}, "not one side or"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EncoderSettings(**changes)

@@ -1,0 +1,125 @@
+"""MAE's behaviour beyond the fixtures."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sslvit.data.batch import Batch
+from sslvit.settings import EncoderSettings, MAESettings, OptimSettings
+from sslvit.tasks.mae import MAE, hidden_patch_error, patchify
+
+
+def make(**changes) -> MAE:
+    torch.manual_seed(0)
+    encoder = EncoderSettings(
+        **{"image_size": 16, "patch": 4, "width": 32, "depth": 2, "heads": 2, "channels": 1} | changes
+    )
+    settings = MAESettings(mask_ratio=0.5, decoder_width=16, decoder_depth=1, decoder_heads=2)
+    return MAE(settings, encoder, OptimSettings(), total_steps=10, steps_per_epoch=5, global_batch=256)
+
+
+def batch_of(images: torch.Tensor, first_row: int = 0) -> Batch:
+    count = len(images)
+    return Batch([images], None, torch.arange(count), torch.ones(count, dtype=torch.bool), first_row)
+
+
+def test_loss_counts_hidden_patches_only() -> None:
+    predicted, target = torch.zeros(2, 3, 4), torch.zeros(2, 3, 4)
+    target[0, 1], target[1, 2] = 2.0, 4.0
+    is_hidden = torch.tensor([[False, True, False], [True, False, False]])
+    assert hidden_patch_error(predicted, target, is_hidden) == 2.0  # (2^2 + 0) / 2
+    with pytest.raises(ValueError, match=r"Raise task.mask_ratio"):
+        hidden_patch_error(predicted, target, torch.zeros_like(is_hidden))
+
+
+def test_rows_of_a_global_batch_draw_the_same_masks_however_it_is_cut() -> None:
+    task = make()
+    images = torch.randn(8, 1, 16, 16)
+    whole = task.uniform("mask", batch_of(images), 16)
+    parts = [task.uniform("mask", batch_of(images[i : i + 2], first_row=i), 16) for i in range(0, 8, 2)]
+    assert torch.equal(torch.cat(parts), whole)
+    assert not torch.equal(task.uniform("drop path", batch_of(images), 16), whole)
+    assert len({tuple(row) for row in whole.argsort(1).tolist()}) == 8
+
+
+def test_reconstruction_keeps_visible_pixels_and_fills_the_others() -> None:
+    task = make().eval()
+    images = torch.randn(3, 1, 16, 16)
+    noise = torch.rand(3, 16)
+    filled, area = task.reconstruct(images, noise)
+    is_hidden = area.bool().expand_as(images)
+    assert torch.equal(filled[~is_hidden], images[~is_hidden])
+    assert (filled[is_hidden] != images[is_hidden]).all()
+    assert patchify(area, 4).mean(2).sum(1).tolist() == [8, 8, 8]
+
+
+def test_reconstruction_undoes_the_normalisation_of_each_patch() -> None:
+    task = make().eval()
+    images = torch.randn(2, 1, 16, 16) * 5 + 3
+    task.decoder.pred.weight.data.zero_()
+    task.decoder.pred.bias.data.zero_()  # predicts zero deviations from each patch's mean
+    filled, area = task.reconstruct(images, torch.rand(2, 16))
+    patches, hidden = patchify(filled, 4), patchify(area, 4)[:, :, 0].bool()
+    expected = patchify(images, 4).mean(2, keepdim=True).expand_as(patches)
+    torch.testing.assert_close(patches[hidden], expected[hidden])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"registers": 2},
+        {"class_token": False, "pooling": "mean"},
+        {"positions": "rotary_2d"},
+        {"positions": "relative_bias"},
+        {"tokens": "conv_stem"},
+        {"image_size": [8, 16]},
+    ],
+)
+def test_every_trained_parameter_gets_a_gradient(options: dict) -> None:
+    task = make(**options)
+    height, width = task.encoder.settings.image_size
+    task.loss(torch.randn(4, 1, height, width), torch.rand(4, task.patches)).backward()
+    without = [name for name, p in task.named_parameters() if p.requires_grad and p.grad is None]
+    assert not without
+
+
+def test_a_few_steps_lower_the_loss_on_one_batch() -> None:
+    task = make()
+    optimiser = torch.optim.AdamW(task.parameters(), lr=3e-3)
+    images, noise = torch.randn(8, 1, 16, 16), torch.rand(8, 16)
+    losses = []
+    for _ in range(60):
+        loss = task.loss(images, noise)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("encoder", "message"),
+    [
+        ({"causal": True}, "Set encoder.causal to false"),
+        ({"patch": 16}, r"0.5 of 1 patches leaves 0 visible"),
+    ],
+)
+def test_encoders_that_cannot_be_masked_are_refused(encoder: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(**encoder)
+
+
+def test_an_encoder_alone_is_no_mae(tmp_path) -> None:
+    task = make(channels=3)
+    weights = {
+        key: value for key, value in task.official_state().items() if "decoder" not in key and key != "mask_token"
+    }
+    torch.save({"model": weights}, tmp_path / "encoder.pth")
+    with pytest.raises(ValueError, match="needs one with its decoder"):
+        MAE.from_official(str(tmp_path / "encoder.pth"), heads=2, decoder_heads=2)
+    torch.save({"model": task.official_state()}, tmp_path / "full.pth")
+    again = MAE.from_official(str(tmp_path / "full.pth"), heads=2, decoder_heads=2)
+    images, noise = torch.randn(2, 3, 16, 16), torch.rand(2, 16)
+    again.visible = task.visible
+    torch.testing.assert_close(again.loss(images, noise), task.loss(images, noise))

@@ -1,0 +1,145 @@
+"""Encoders go into folders and come back; files that are something else are refused with the reason."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from golden_fixtures import Golden
+from safetensors.torch import save_file
+
+from sslvit.checkpoint import load_encoder, save_encoder, settings_difference
+from sslvit.models import ViTEncoder, preset
+from sslvit.settings import EncoderSettings
+
+SMALL = {"image_size": 16, "patch": 4, "width": 32, "depth": 2, "heads": 2}
+
+
+def small(**changes) -> ViTEncoder:
+    torch.manual_seed(0)
+    return ViTEncoder(EncoderSettings(**SMALL | changes)).eval()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"positions": "rotary_2d", "norm": "rms", "mlp": "swiglu", "registers": 3, "layer_scale": 0.1},
+        {"tokens": "pixel", "patch": 1, "image_size": 6, "class_token": False, "pooling": "mean", "causal": True,
+         "prefix_positions": "none", "feature_layer": 1, "feature_norm": "next", "channels": 1,
+         "palette": [[-1.0], [-0.123456789], [0.7]]},
+    ],
+)  # fmt: skip
+def test_a_saved_encoder_comes_back_to_the_last_bit(tmp_path: Path, options: dict) -> None:
+    encoder = small(**options)
+    save_encoder(encoder, tmp_path / "e", {"step": 3})
+    again = load_encoder(tmp_path / "e")
+    assert again.settings == encoder.settings
+    assert not again.training
+    images = torch.randn(2, encoder.settings.channels, *encoder.settings.image_size)
+    assert torch.equal(again.features(images), encoder.features(images))
+    assert json.loads((tmp_path / "e" / "encoder.json").read_text())["provenance"] == {"step": 3}
+
+
+class _Hostile:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("name", ["hostile.pth", "hostile.ckpt", "run/checkpoints/last.ckpt"])
+@pytest.mark.parametrize("forced", [False, True])
+def test_a_file_that_would_run_code_is_refused_and_runs_nothing(
+    tmp_path: Path, name: str, forced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if forced:
+        monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    file, trace = tmp_path / name, tmp_path / "trace"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"model": {"x": torch.zeros(1)}, "extra": _Hostile(str(trace))}, file)
+    with pytest.raises(ValueError, match="refused, because it holds objects besides tensors"):
+        load_encoder(tmp_path / "run" if name.startswith("run") else file)
+    assert not trace.exists()
+
+
+def test_files_that_are_no_checkpoint_are_named(tmp_path: Path) -> None:
+    (tmp_path / "text.pth").write_text("hello")
+    (tmp_path / "cut.safetensors").write_bytes(b"\x10\x00\x00")
+    torch.save([1, 2], tmp_path / "list.pth")
+    torch.save({"a": 1}, tmp_path / "empty.pth")
+    save_file({"layer1.conv.weight": torch.zeros(3)}, tmp_path / "resnet.safetensors")
+    for name, message in [
+        ("text.pth", "text.pth: (refused|not a readable)"),
+        ("cut.safetensors", "not a readable checkpoint"),
+        ("list.pth", "holds a list"),
+        ("empty.pth", "holds no weights"),
+        ("resnet.safetensors", r"no known layout has these weights \(layer1.conv.weight"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            load_encoder(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        load_encoder(tmp_path / "nothing")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds no encoder"):
+        load_encoder(tmp_path / "folder")
+
+
+def test_another_architecture_is_refused_with_what_differs(tmp_path: Path) -> None:
+    save_encoder(small(), tmp_path)
+    about = json.loads((tmp_path / "encoder.json").read_text())
+    about["encoder"] |= {"depth": 3, "patch": 8}
+    (tmp_path / "encoder.json").write_text(json.dumps(about))
+    with pytest.raises(
+        ValueError, match=r"another architecture.*missing: blocks.2.*other shape: patch_embed.proj.weight"
+    ):
+        load_encoder(tmp_path)
+    about["encoder"]["depht"] = 2
+    (tmp_path / "encoder.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="unknown encoder settings depht"):
+        load_encoder(tmp_path)
+    about["format"] = 99
+    (tmp_path / "encoder.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="format 99"):
+        load_encoder(tmp_path)
+
+
+def test_differences_that_leave_the_weights_alone_do_not_count() -> None:
+    base = preset("vit_tiny")
+    assert settings_difference(base, preset("vit_tiny", drop_path=0.1, checkpointing=True)) == []
+    assert settings_difference(base, preset("vit_small")) == ["width: 192 and 384", "heads: 3 and 6"]
+
+
+@pytest.mark.parametrize(
+    ("fixture", "layout", "wrap"),
+    [
+        ("mae_model", "mae", lambda w: {"model": w, "epoch": 3}),
+        ("mae_encoder_features_gap", "timm", lambda w: {"model": w}),
+        ("dino_vit", "dino", lambda w: {"student": {}, "teacher": {f"module.backbone.{k}": v for k, v in w.items()}}),
+        ("dinov2_vit_reg4", "dinov2", lambda w: w),
+        ("timm_vit_token", "timm", lambda w: w),
+        ("igpt_model", "openai_igpt", lambda w: w),
+    ],
+)
+def test_released_files_are_recognised(tmp_path: Path, fixture: str, layout: str, wrap) -> None:
+    weights = {key: value.clone() for key, value in Golden(fixture).under("param/").items()}
+    torch.save(wrap(weights), tmp_path / "released.pth")
+    recognised = load_encoder(
+        tmp_path / "released.pth", heads=3 if weights.get("norm.bias", torch.zeros(36)).shape[0] % 3 == 0 else 4
+    )
+    told = load_encoder(tmp_path / "released.pth", layout=layout, heads=recognised.settings.heads)
+    assert recognised.settings == told.settings
+
+
+def test_heads_are_assumed_aloud_or_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    encoder = ViTEncoder(EncoderSettings(image_size=16, patch=4, width=128, depth=1, heads=2))
+    save_file(encoder.state_dict(), tmp_path / "vit.safetensors")
+    assert load_encoder(tmp_path / "vit.safetensors").settings.heads == 2
+    assert "assumed 2 (64 channels each)" in capsys.readouterr().out
+    save_file(small().state_dict(), tmp_path / "narrow.safetensors")
+    with pytest.raises(ValueError, match="Give heads="):
+        load_encoder(tmp_path / "narrow.safetensors")

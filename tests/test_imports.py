@@ -1,0 +1,84 @@
+"""The house's rules as code: imports flow one way, and looking at the front door costs no torch."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "sslvit"
+
+# a room imports from lower numbers only; data and models stand side by side
+ROOMS = {
+    "settings": 0, "chance": 0, "palette": 1, "figures": 0, "progress": 0, "environment": 0,
+    "data": 2, "models": 2, "optim": 3, "layouts": 4, "checkpoint": 5, "tasks": 6, "evaluate": 7, "train": 8,
+    "export": 9, "api": 9, "report": 10, "cli": 11,
+}  # fmt: skip
+
+
+def room_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).parts
+    return parts[0].removesuffix(".py")
+
+
+def imported_rooms(path: Path) -> set[str]:
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module] if node.module != "sslvit" else [f"sslvit.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        rooms |= {name.split(".")[1] for name in names if name.startswith("sslvit.")}
+    return rooms - {"__version__"}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_file_imports_only_from_its_own_and_lower_rooms(path: Path) -> None:
+    room = room_of(path)
+    if room == "__init__":
+        return
+    upward = [other for other in imported_rooms(path) if other != room and ROOMS[other] >= ROOMS[room]]
+    assert not upward, f"{room} ({ROOMS[room]}) imports {upward}"
+
+
+def modules_after(code: str) -> set[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; {code}; print(' '.join(sys.modules))"],
+        capture_output=True, text=True, check=True, cwd=PACKAGE.parent,
+    )  # fmt: skip
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import sslvit",
+        "import sslvit.settings",
+        "import sslvit.cli; sslvit.cli.make_parser()",
+        "from sslvit.settings.load import load_recipe; load_recipe('mae/digits')",
+    ],
+)
+def test_the_front_door_imports_no_torch(code: str) -> None:
+    assert "torch" not in modules_after(code)
+
+
+def test_every_folder_of_the_package_is_installed() -> None:
+    config = configparser.ConfigParser()
+    config.read(PACKAGE.parent / "setup.cfg")
+    listed = set(config["options"]["packages"].split())
+    folders = {".".join(p.parent.relative_to(PACKAGE.parent).parts) for p in PACKAGE.rglob("__init__.py")}
+    assert listed == folders | {"sslvit.configs"}
+
+
+def test_lazy_names_exist() -> None:
+    import sslvit
+
+    for name in sslvit._LAZY:
+        assert getattr(sslvit, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'MEA'"):
+        _ = sslvit.MEA

@@ -1,0 +1,254 @@
+"""A run on a CPU: what it leaves behind, and that stopping it changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import sslvit
+from sslvit.checkpoint import load_encoder
+from sslvit.data.pack import array_samples, pack
+from sslvit.settings.load import load_recipe
+from sslvit.train.folder import RunFolder
+from sslvit.train.run import pretrain
+
+TINY = {
+    "encoder.image_size": 8, "encoder.patch": 2, "encoder.width": 16, "encoder.depth": 1, "encoder.heads": 2,
+    "encoder.drop_path": 0.2, "task.decoder_width": 16, "task.decoder_depth": 1, "task.decoder_heads": 2,
+    "data.global_batch": 8, "data.workers": 0, "data.view.kind": "crop", "data.view.scale": [0.5, 1.0],
+    "train.steps": 7, "train.log_every": 1, "train.checkpoint_every": 3, "train.precision": "float32",
+    "train.accelerator": "cpu", "optim.warmup_epochs": 0.5,
+}  # fmt: skip
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    source = np.random.default_rng(0)
+    pack(
+        array_samples(source.integers(0, 255, (30, 8, 8)).astype(np.uint8), source.integers(0, 3, 30)),
+        tmp_path / "s",
+        ["a", "b", "c"],
+    )
+    return tmp_path / "s"
+
+
+def run(shards: Path, out: Path, resume: bool = False, overwrite: bool = False, **changes) -> RunFolder:
+    settings = load_recipe("mae/digits", TINY | {"data.shards": str(shards), "out": str(out)} | changes)
+    return pretrain(settings, resume=resume, overwrite=overwrite)
+
+
+def weights(folder: RunFolder) -> dict[str, torch.Tensor]:
+    return torch.load(folder.checkpoint, weights_only=True)["state_dict"]
+
+
+def metrics(folder: RunFolder) -> list[dict]:
+    timings = ("images_per_second", "elapsed_seconds")
+    return [{k: v for k, v in line.items() if k not in timings} for line in folder.read_metrics()]
+
+
+def same(one: RunFolder, other: RunFolder) -> bool:
+    a, b = weights(one), weights(other)
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) and metrics(one) == metrics(other)
+
+
+def test_a_run_leaves_everything_in_its_folder(shards: Path, tmp_path: Path) -> None:
+    folder = run(shards, tmp_path / "run")
+    lines = folder.read_metrics()
+    assert [line["step"] for line in lines] == list(range(1, 8))
+    assert {"step", "epoch", "loss", "rate", "gradient_norm", "images_per_second"} <= lines[0].keys()
+    assert lines[0]["rate"] == 0  # the first update of a warm-up
+    assert lines[2]["epoch"] == 1.0  # 30 images, 8 a step, 6 dropped
+    assert (folder.figures / "loss.png").stat().st_size > 1000
+    assert (folder.figures / "reconstruction.png").stat().st_size > 1000
+    assert json.loads(folder.ledger.read_text()) == {"samples_read": 56, "bad_reads": 0, "bad": []}
+    config = yaml.safe_load(folder.config.read_text())
+    assert config["encoder"]["width"] == 16
+    assert config["data"]["view"]["scale"] == [0.5, 1.0]
+    encoder, last = load_encoder(tmp_path / "run"), load_encoder(folder.checkpoint)
+    images = torch.randn(2, 1, 8, 8)
+    assert torch.equal(encoder.features(images), last.features(images))
+    assert json.loads((folder.encoder / "encoder.json").read_text())["provenance"]["step"] == 7
+
+
+def test_the_same_settings_give_the_same_run_and_another_seed_another(shards: Path, tmp_path: Path) -> None:
+    one, two, other = (run(shards, tmp_path / n, seed=s) for n, s in (("a", 0), ("b", 0), ("c", 1)))
+    assert same(one, two)
+    assert not same(one, other)
+
+
+@pytest.mark.parametrize("changes", [{}, {"train.micro_batch": 2}, {"data.workers": 2, "data.memory_limit_mb": 0}])
+def test_a_stopped_run_resumes_to_the_same_weights_and_metrics(
+    shards: Path, tmp_path: Path, changes: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(shards, tmp_path / "whole", **changes)
+    from sslvit.tasks.mae import MAE
+
+    step = MAE.training_step
+
+    def stop_at_six(self, batch, batch_idx=0):
+        if self.global_step == 5:
+            raise KeyboardInterrupt
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(MAE, "training_step", stop_at_six)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        run(shards, tmp_path / "cut", **changes)
+    monkeypatch.setattr(MAE, "training_step", step)
+    assert torch.load(RunFolder(tmp_path / "cut").checkpoint, weights_only=True)["global_step"] == 3
+    assert same(run(shards, tmp_path / "cut", resume=True, **changes), whole)
+
+
+def test_micro_batches_and_workers_leave_the_run_as_it_is(shards: Path, tmp_path: Path) -> None:
+    base = {"train.precision": "float64", "train.steps": 5}
+    plain = run(shards, tmp_path / "plain", **base)
+    for i, changes in enumerate(({"train.micro_batch": 2}, {"data.workers": 1, "data.memory_limit_mb": 0})):
+        other = run(shards, tmp_path / f"other{i}", **base, **changes)
+        for one, two in zip(metrics(plain), metrics(other), strict=True):
+            assert one["loss"] == pytest.approx(two["loss"], rel=1e-6)
+        for key, value in weights(plain).items():
+            torch.testing.assert_close(weights(other)[key], value, rtol=1e-6, atol=1e-8)
+
+
+def test_folders_are_not_overwritten_silently(shards: Path, tmp_path: Path) -> None:
+    run(shards, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"already exists. Pass --resume to go on, or --overwrite"):
+        run(shards, tmp_path / "run")
+    with pytest.raises(ValueError, match="exclude each other"):
+        run(shards, tmp_path / "run", resume=True, overwrite=True)
+    with pytest.raises(ValueError, match="has no checkpoint"):
+        run(shards, tmp_path / "new", resume=True)
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="not a run folder"):
+        run(shards, tmp_path / "mine", overwrite=True)
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+    assert len(run(shards, tmp_path / "run", overwrite=True, **{"train.steps": 2}).read_metrics()) == 2
+
+
+def test_a_resume_with_another_encoder_batch_or_data_is_refused(shards: Path, tmp_path: Path) -> None:
+    run(shards, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"another architecture \(there and here depth: 1 and 2\)"):
+        run(shards, tmp_path / "run", resume=True, **{"encoder.depth": 2})
+    with pytest.raises(ValueError, match=r"global_batch 8 then, 4 now.*--init"):
+        run(shards, tmp_path / "run", resume=True, **{"data.global_batch": 4, "train.steps": 9})
+
+
+def test_impossible_runs_stop_before_anything_is_made(shards: Path, tmp_path: Path) -> None:
+    for changes, message in [
+        ({"data.global_batch": 31}, "more than the 30 samples"),
+        ({"train.micro_batch": 3}, "does not divide a rank's share"),
+        ({"data.shards": str(tmp_path / "none")}, "is not a folder"),
+        ({"init": str(tmp_path / "none")}, "no such file or folder"),
+    ]:
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            run(shards, tmp_path / "run", **changes)
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_run_starts_from_another_encoder(shards: Path, tmp_path: Path) -> None:
+    first = run(shards, tmp_path / "first")
+    second = run(shards, tmp_path / "second", init=str(tmp_path / "first"), **{"train.steps": 1, "seed": 5})
+    start = load_encoder(tmp_path / "first").state_dict()
+    after = load_encoder(tmp_path / "second").state_dict()
+    assert all(torch.equal(start[k], after[k]) for k in start)  # one step at rate zero
+    assert second.path != first.path
+    with pytest.raises(ValueError, match="another architecture"):
+        run(shards, tmp_path / "third", init=str(tmp_path / "first"), **{"encoder.width": 32})
+
+
+def test_an_image_folder_is_packed_beside_the_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    from PIL import Image
+
+    (tmp_path / "photos").mkdir()
+    for i in range(10):
+        Image.fromarray(np.full((9 + i, 8), 20 * i, np.uint8)).save(tmp_path / "photos" / f"{i}.png")
+    run(tmp_path / "photos", tmp_path / "run")
+    assert "an image folder; packing it into" in capsys.readouterr().out
+    assert (tmp_path / "run-shards" / "index.json").exists()
+
+
+@pytest.mark.parametrize(("limit", "stops"), [(0.01, True), (0.5, False)])
+def test_bad_samples_are_counted_and_stop_the_run_only_above_the_limit(
+    shards: Path, tmp_path: Path, limit: float, stops: bool
+) -> None:
+    from sslvit.data.index import load_index
+
+    index = load_index(shards)
+    for sample in (3, 4, 5):
+        path, offset, size = index.locate(sample)
+        with open(path, "r+b") as file:
+            file.seek(offset)
+            file.write(bytes(size))
+    if stops:
+        with pytest.raises(RuntimeError, match=r"unreadable samples are more than data.bad_limit \(1.0% of 30\)"):
+            run(shards, tmp_path / "run", **{"data.bad_limit": limit})
+    else:
+        run(shards, tmp_path / "run", **{"data.bad_limit": limit})
+    bad = json.loads((tmp_path / "run" / "ledger.json").read_text())["bad"]
+    assert {entry["reason"] for entry in bad} == {"not an image (UnidentifiedImageError)"}
+    assert all(entry["key"].startswith("shard-000000.tar/0000") for entry in bad)
+
+
+def test_the_python_door(shards: Path, tmp_path: Path) -> None:
+    folder = sslvit.pretrain("mae/digits", data=shards, out=tmp_path / "run", **TINY)
+    assert sslvit.load_encoder(folder.path)(torch.randn(1, 1, 8, 8)).shape == (1, 17, 16)
+
+
+@pytest.mark.slow
+def test_kill_at_any_step_and_resume_is_bit_identical(shards: Path, tmp_path: Path) -> None:
+    changes = [f"--{k}={json.dumps(v)}" for k, v in (TINY | {"train.steps": 60, "train.threads": 1}).items()]
+    command = [
+        sys.executable,
+        "-m",
+        "sslvit.cli",
+        "pretrain",
+        "--config",
+        "mae/digits",
+        "--data",
+        str(shards),
+        *changes,
+    ]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run([*command, "--out", str(tmp_path / "whole")], check=True, env=env)
+    cut = RunFolder(tmp_path / "cut")
+    resume: list[str] = []
+    kills = 0
+    for wanted in (7, 20, 41):
+        process = subprocess.Popen([*command, "--out", str(cut.path), *resume], env=env)
+        while process.poll() is None and (len(cut.read_metrics()) if cut.metrics.exists() else 0) < wanted:
+            time.sleep(0.01)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+        resume = ["--resume"]
+    subprocess.run([*command, "--out", str(cut.path), "--resume"], check=True, env=env)
+    assert kills == 3
+    assert same(cut, RunFolder(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one(shards: Path, tmp_path: Path) -> None:
+    changes = [f"--{k}={json.dumps(v)}" for k, v in (TINY | {"train.precision": "float64"}).items()]
+    for ranks in (1, 2):
+        command = [sys.executable, "-m", "sslvit.cli", "pretrain", "--config", "mae/digits", "--data", str(shards)]
+        command += [*changes, "--out", str(tmp_path / f"r{ranks}"), f"--train.devices={ranks}"]
+        subprocess.run(
+            command, check=True, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}, timeout=300
+        )
+    one, two = RunFolder(tmp_path / "r1"), RunFolder(tmp_path / "r2")
+    for a, b in zip(metrics(one), metrics(two), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
+    for key, value in weights(one).items():
+        torch.testing.assert_close(weights(two)[key], value, rtol=1e-6, atol=1e-8)
