@@ -1,0 +1,146 @@
+"""What a person types, and the one line they get when it is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import sslvit
+from sslvit.cli import main, read_changes
+from sslvit.environment import explain
+from sslvit.settings import TASK_SETTINGS
+from sslvit.settings.load import describe_settings, load_recipe, recipes_folder
+from sslvit.tasks import TASKS
+
+
+def failing(capsys: pytest.CaptureFixture, *words: str) -> str:
+    assert main(list(words)) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("sslvit: error: ")
+    assert error.count("\n") == 1, "an error is one line"
+    return error
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    for label in ("cat", "dog"):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for i in range(6):
+            Image.fromarray(np.full((8, 8, 3), 40 * i, np.uint8)).save(tmp_path / "photos" / label / f"{i}.png")
+    return tmp_path / "photos"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--encoder.wdith", "3"], "encoder.wdith: no such setting. Did you mean encoder.width?"),
+        (["--mask_ratio=0.5"], "Did you mean task.mask_ratio?"),
+        (["--train.max_step", "3"], "train.max_step: no such setting"),
+        (["--train.steps", "many"], "train.steps: 'many' is not a whole number or null"),
+        (["--encoder.tokens", "pach"], "not one of patch, conv_stem"),
+        (["--encoder.image_size", "13"], "13 x 13 pixels cannot be cut into patches of 2"),
+        (["--encoder.preset", "vit_tny"], "not one of vit_tiny"),
+        (["--task.name", "may"], "task.name: 'may' is not one of mae"),
+        (["--task.mask_ratio", "1.5"], "not between 0 and 1"),
+        (["--train.steps"], "--train.steps: no value given"),
+        (["oops"], "oops: expected --key value"),
+        (["--train.epochs", "0"], "train.epochs: 0"),
+    ],
+)
+def test_a_wrong_setting_is_named_before_data_is_touched(
+    capsys, tmp_path: Path, words: list[str], message: str
+) -> None:
+    error = failing(capsys, "pretrain", "--config", "mae/digits", "--data", str(tmp_path / "none"), *words)
+    assert message in error
+
+
+def test_a_wrong_recipe_names_the_nearest(capsys, tmp_path: Path) -> None:
+    assert "Did you mean mae/digits" in failing(capsys, "pretrain", "--config", "mae/digit")
+    (tmp_path / "bad.yaml").write_text("encoder: [")
+    assert "bad.yaml: not readable as YAML" in failing(capsys, "pretrain", "--config", str(tmp_path / "bad.yaml"))
+    (tmp_path / "list.yaml").write_text("- 1")
+    assert "expected keys and values" in failing(capsys, "pretrain", "--config", str(tmp_path / "list.yaml"))
+
+
+def test_options_of_other_commands_are_refused(capsys, photos: Path) -> None:
+    assert "--hold: no such option" in failing(capsys, "shards", "pack", str(photos), "out", "--hold", "0.1")
+
+
+def test_values_are_read_as_yaml_reads_them() -> None:
+    changes = read_changes(["--optim.base_rate", "1e-3", "--data.view.scale=[0.2, 1]", "--out", "x", "--init=null"])
+    assert changes == {"optim.base_rate": 1e-3, "data.view.scale": [0.2, 1], "out": "x", "init": None}
+    assert read_changes(["--optim.min_rate", "-1"]) == {"optim.min_rate": -1}
+
+
+@pytest.mark.parametrize(
+    "name", [str(p.relative_to(recipes_folder())) for p in sorted(recipes_folder().rglob("*.yaml"))]
+)
+def test_every_recipe_loads_and_opens_with_its_command_hardware_and_score(name: str) -> None:
+    settings = load_recipe(name)
+    assert settings.encoder.grid
+    text = (recipes_folder() / name).read_text()
+    for word in ("#   sslvit ", "Hardware:", "core"):
+        assert word in text, f"{name} does not say {word}"
+    numbers = ("published", "measured", "Scores: see", "not measured")
+    assert any(word in text for word in numbers)
+
+
+def test_paper_recipes_have_the_papers_numbers() -> None:
+    """MAE, appendix A.1, table 8."""
+    recipe = load_recipe("mae/vit_base_in1k")
+    assert (recipe.encoder.width, recipe.encoder.depth, recipe.encoder.patch) == (768, 12, 16)
+    assert (recipe.task.decoder_width, recipe.task.decoder_depth, recipe.task.decoder_heads) == (512, 8, 16)
+    assert (recipe.task.mask_ratio, recipe.task.target) == (0.75, "normalised")
+    assert recipe.optim.peak_rate(recipe.data.global_batch) == pytest.approx(2.4e-3)
+    assert (recipe.optim.betas, recipe.optim.weight_decay, recipe.optim.warmup_epochs) == ([0.9, 0.95], 0.05, 40)
+    assert (recipe.data.view.scale, recipe.data.view.flip) == ([0.2, 1.0], 0.5)
+
+
+def test_settings_explain_every_key() -> None:
+    text = describe_settings()
+    for key in ("task.mask_ratio (0.75): share", "data.view.flip (0.5): ", "encoder.mean (null): ", "seed (0): "):
+        assert key in text
+    assert all(line == "" or ": " in line for line in text.splitlines())
+
+
+def test_every_task_has_settings_and_a_class() -> None:
+    assert TASKS.keys() == TASK_SETTINGS.keys()
+    for name, settings in TASK_SETTINGS.items():
+        assert settings().name == name
+
+
+def test_pack_info_and_index(capsys, photos: Path, tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    assert main(["shards", "pack", str(photos), str(shards), "--holdout", "0.34"]) == 0
+    out = capsys.readouterr().out
+    assert f"{shards / 'train'}: 8 images (8x8, 3 channels, 2 classes)" in out
+    assert f"{shards / 'val'}: 4 images" in out
+    assert "already holds shards" in failing(capsys, "shards", "pack", str(photos), str(shards), "--holdout", "0.34")
+    assert main(["shards", "info", str(shards / "val")]) == 0
+    (shards / "val" / "index.json").unlink()
+    assert f"sslvit shards index {shards / 'val'}" in failing(capsys, "shards", "info", str(shards / "val"))
+    assert main(["shards", "index", str(shards / "val")]) == 0
+    assert "4 images" in capsys.readouterr().out
+    assert "no images there" in failing(capsys, "shards", "pack", str(tmp_path / "shards"), str(tmp_path / "x"))
+
+
+def test_import_then_probe_files_that_are_not_there(capsys, tmp_path: Path) -> None:
+    encoder = sslvit.ViTEncoder(sslvit.EncoderSettings(16, patch=4, width=64, depth=1, heads=1))
+    save_file(encoder.state_dict(), tmp_path / "vit.safetensors")
+    assert main(["import", str(tmp_path / "vit.safetensors"), str(tmp_path / "e")]) == 0
+    images = torch.randn(1, 3, 16, 16)
+    assert torch.equal(sslvit.load_encoder(tmp_path / "e").features(images), encoder.eval().features(images))
+    assert "already exists" in failing(capsys, "import", str(tmp_path / "vit.safetensors"), str(tmp_path / "e"))
+    none = str(tmp_path / "none")
+    assert "no index.json there" in failing(capsys, "probe", str(tmp_path / "e"), "--train", none, "--val", none)
+    assert "no such file or folder" in failing(capsys, "export", none, str(tmp_path / "o"), "--format", "timm")
+
+
+def test_torch_and_torchvision_that_do_not_fit_are_explained() -> None:
+    assert "Install both from the same index" in explain(RuntimeError("operator torchvision::nms does not exist"))
+    assert explain(ValueError("something else")) is None
