@@ -53,6 +53,7 @@ def model_arguments(settings: EncoderSettings) -> dict:
         "init_values": settings.layer_scale, "class_token": settings.class_token,
         "reg_tokens": settings.registers, "no_embed_class": rows < max(settings.prefix, 1),
         "global_pool": {"class": "token", "mean": "avg"}[settings.pooling],
-        "fc_norm": settings.fc_norm, "final_norm": settings.final_norm, "dynamic_img_size": True,
+        "fc_norm": settings.fc_norm, "dynamic_img_size": True,
+        "final_norm": True,  # timm: one norm, behind the pooling with fc_norm and before it without
     }  # fmt: skip
     return arguments
