@@ -102,6 +102,7 @@ def make_parser() -> argparse.ArgumentParser:
     probe.add_argument("--workers", type=int, default=0)
     probe.add_argument("--no-baselines", action="store_true", help="leave out raw pixels and the untrained encoder")
     probe.add_argument("--seed", type=int, default=0)
+    probe.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     probe.add_argument("-o", "--output", metavar="FILE", help="also write the table as JSON")
     add_layout(probe)
 
@@ -209,6 +210,7 @@ def run_probe(options: argparse.Namespace) -> None:
         options.train, options.val, options.labels_per_class, layer=options.layer, pooling=options.pooling,
         neighbours=options.neighbours, workers=options.workers, baselines=not options.no_baselines,
         seed=options.seed,
+        device=options.device,
     )  # fmt: skip
     if options.output and Path(options.output).exists():
         raise ValueError(f"{options.output}: already exists. Choose another file.")

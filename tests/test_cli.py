@@ -137,7 +137,7 @@ def test_import_then_probe_files_that_are_not_there(capsys, tmp_path: Path) -> N
     assert torch.equal(sslvit.load_encoder(tmp_path / "e").features(images), encoder.eval().features(images))
     assert "already exists" in failing(capsys, "import", str(tmp_path / "vit.safetensors"), str(tmp_path / "e"))
     none = str(tmp_path / "none")
-    assert "no index.json there" in failing(capsys, "probe", str(tmp_path / "e"), "--train", none, "--val", none)
+    assert "none is not a folder" in failing(capsys, "probe", str(tmp_path / "e"), "--train", none, "--val", none)
     assert "no such file or folder" in failing(capsys, "export", none, str(tmp_path / "o"), "--format", "timm")
 
 

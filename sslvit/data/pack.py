@@ -19,7 +19,7 @@ from PIL import Image
 
 from sslvit.chance import generator
 from sslvit.data.decode import BadImage, decode, open_image
-from sslvit.data.index import IMAGE_SUFFIXES, NO_LABEL, RECORD, Shard, ShardIndex, sha256_of
+from sslvit.data.index import IMAGE_SUFFIXES, NO_LABEL, RECORD, Shard, ShardIndex, index_shards, load_index, sha256_of
 from sslvit.progress import track
 
 STATISTICS_SAMPLES = 10_000  # channel mean and std are measured on at most this many images
@@ -41,6 +41,36 @@ class Sample:
     suffix: str
     read: Callable[[], bytes]
     label: int = NO_LABEL
+
+
+def open_shards(source: str | Path, beside: str | Path) -> ShardIndex:
+    """The index of a shard folder; shards without one are indexed, and an image folder is packed first.
+
+    Args:
+        source: a folder of shards or of images.
+        beside: where the shards of an image folder go, or lie already.
+
+    Raises:
+        FileNotFoundError: nothing given, or nothing there.
+        ValueError: no images there, or a damaged index.
+    """
+    path, beside = Path(source), Path(beside)
+    if not source or not path.is_dir():
+        given = f"{path} is not a folder" if source else "no data given"
+        raise FileNotFoundError(f"{given}. Pass a folder of images or of shards (sslvit shards pack SRC DST).")
+    if (path / "index.json").exists():
+        return load_index(path)
+    if any(path.glob("*.tar")):
+        print(f"{path}: shards without an index; indexing them once.")
+        return index_shards(path)
+    if (path / "train" / "index.json").exists():
+        raise FileNotFoundError(f"{path}: holds train/ and val/, not shards. Pass {path / 'train'}.")
+    if (beside / "index.json").exists():
+        print(f"{path}: an image folder; using its shards packed earlier in {beside} (delete them to pack anew).")
+        return load_index(beside)
+    print(f"{path}: an image folder; packing it into {beside} first.")
+    (index,) = pack_folder(path, beside)
+    return index
 
 
 def pack_folder(

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from sslvit.data.index import ShardIndex, load_index
+from sslvit.data.index import ShardIndex
+from sslvit.data.pack import open_shards
 from sslvit.evaluate.features import Features, encoder_features, pixel_features
 from sslvit.evaluate.knn import knn_accuracy
 from sslvit.evaluate.linear import draw_labels, fit_probe
@@ -42,13 +43,19 @@ def probe(encoder: ViTEncoder, settings: ProbeSettings, name: str = "encoder") -
         ValueError: data without labels, classes that differ between train and val, or too few labels.
         FileNotFoundError: no shards there.
     """
-    train_index, val_index = load_index(settings.train), load_index(settings.val)
+    train_index, val_index = (
+        open_shards(source, f"{source.rstrip('/')}-shards") for source in (settings.train, settings.val)
+    )
     _check_same_classes(train_index, val_index)
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    encoder = encoder.to(device)
     sources: dict[str, Callable[[ShardIndex], Features]] = {}
     options = {"batch": settings.batch, "workers": settings.workers}
     if settings.baselines:
         torch.manual_seed(settings.seed)
-        untrained = ViTEncoder(encoder.settings).to(next(encoder.parameters()).device)
+        untrained = ViTEncoder(encoder.settings).to(device)
         sources["raw pixels"] = lambda index: pixel_features(index, encoder.settings, **options)
         sources["untrained encoder"] = lambda index: encoder_features(
             untrained, index, settings.layer, settings.pooling, **options

@@ -27,4 +27,11 @@ def to_sslvit(state: dict[str, Tensor], layout: str | None = None, heads: int | 
     """Convert a foreign state dict; the layout is recognised from the names unless given."""
     if layout is not None and layout not in LAYOUTS:
         raise ValueError(f"layout: '{layout}' is not one of {', '.join(LAYOUTS)}.")
-    return LAYOUTS[layout or recognise_layout(set(state))].to_sslvit(state, heads, **changes)
+    name = layout or recognise_layout(set(state))
+    converted = LAYOUTS[name].to_sslvit(state, heads, **changes)
+    if layout is None and name == "timm":
+        converted.notes.append(
+            "layout: taken for timm's. Bare encoders of MAE and DINO have the same names but resample positions in "
+            "other ways; give the layout (mae, dino) if it is one of them."
+        )
+    return converted

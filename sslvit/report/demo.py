@@ -59,7 +59,9 @@ def demo(
         raise ValueError(f"demo: '{data}' is not one of {', '.join(RECIPES)}.")
     if folder.exists() and any(folder.iterdir()):
         if not overwrite:
-            raise ValueError(f"{folder}: already exists. Pass --overwrite to run it anew (make demo OVERWRITE=1), or --out elsewhere.")
+            raise ValueError(
+                f"{folder}: already exists. Pass --overwrite (make demo OVERWRITE=1) to run anew, or --out elsewhere."
+            )
         if not (folder / "shards").exists():
             raise ValueError(f"{folder}: not the folder of a demo (no shards/), so --overwrite leaves it alone.")
         shutil.rmtree(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass
@@ -22,6 +23,7 @@ class ProbeSettings:
         workers: loader processes.
         baselines: also score raw pixels and the same encoder with untrained weights.
         seed: of the folds that pick the regularisation, of the draws and of the untrained weights.
+        device: that runs the encoder; auto is a GPU where there is one.
     """
 
     train: str
@@ -36,6 +38,7 @@ class ProbeSettings:
     workers: int = 0
     baselines: bool = True
     seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
         for key in ("labels_per_class", "draws", "layer", "neighbours", "batch"):

@@ -37,6 +37,10 @@ class PretrainSettings:
     out: str = "runs/new"
     init: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed: {self.seed} is negative. Use 0 or more.")
+
     def as_dict(self) -> dict:
         """Plain dicts, lists, strings and numbers, as YAML and checkpoints take them."""
         return asdict(self)

@@ -12,12 +12,15 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins import CheckpointIO
+from torch import distributed
 from tqdm import tqdm
 
 from sslvit.data.batch import Batch
 from sslvit.data.index import ShardIndex
 from sslvit.data.plan import EpochPlan
 from sslvit.train.folder import RunFolder
+
+STEPS_BETWEEN_COUNTS = 50  # with several ranks: how often they add up their unreadable samples
 
 
 class WholeCheckpoint(CheckpointIO):
@@ -109,8 +112,10 @@ class RunLog(StepCallback):
             self.bar.close()
 
     def _mean(self, trainer: pl.Trainer, values: list[torch.Tensor]) -> float:
-        mean = torch.stack([value.to(torch.float64) for value in values]).mean()
-        return float(trainer.strategy.reduce(mean.to(trainer.strategy.root_device), reduce_op="mean"))
+        mean = torch.stack([value.cpu().double() for value in values]).mean()
+        if trainer.world_size > 1:
+            mean = trainer.strategy.reduce(mean.to(trainer.strategy.root_device), reduce_op="mean")
+        return float(mean)
 
     def _show(self, line: dict[str, float]) -> None:
         loss, speed = line.get("loss", float("nan")), line["images_per_second"]
@@ -141,47 +146,58 @@ class Ledger(StepCallback):
     Args:
         folder: of the run.
         index: turns sample numbers into names.
+        global_batch: images per step.
         limit: largest share of unreadable samples.
     """
 
-    def __init__(self, folder: RunFolder, index: ShardIndex, limit: float) -> None:
-        self.folder, self.index, self.limit = folder, index, limit
-        self.read = 0
-        self.bad: dict[str, dict[str, Any]] = {}
-        self.bad_reads = 0
+    def __init__(self, folder: RunFolder, index: ShardIndex, global_batch: int, limit: float) -> None:
+        self.folder, self.index, self.global_batch, self.limit = folder, index, global_batch, limit
+        self.earlier: dict[str, dict[str, Any]] = {}  # from the checkpoint: the same on every rank
+        self.own: dict[str, dict[str, Any]] = {}  # met by this rank since
 
     def on_micro_batch(self, trainer: pl.Trainer, batch: Batch) -> None:
-        self.read += len(batch)
-        if not batch.bad:
-            return
         for sample, reason in batch.bad.items():
-            self.bad_reads += 1
-            entry = self.bad.setdefault(str(sample), {"key": self.index.key(sample), "reason": reason, "times": 0})
+            entry = self.own.setdefault(str(sample), {"key": self.index.key(sample), "reason": reason, "times": 0})
             entry["times"] += 1
-        if len(self.bad) > max(1, self.limit * len(self.index)):
-            self.save(trainer)
-            first = next(iter(self.bad.values()))
+
+    def on_step(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if trainer.world_size > 1 and self.step % STEPS_BETWEEN_COUNTS:
+            return  # ranks decide together, and counting together is not free
+        bad = self.of_all_ranks()
+        if len(bad) > max(1, self.limit * len(self.index)):
+            self.save(trainer, bad)
+            first = next(iter(bad.values()))
             raise RuntimeError(
-                f"{len(self.bad)} unreadable samples are more than data.bad_limit ({self.limit:.1%} of "
+                f"{len(bad)} unreadable samples are more than data.bad_limit ({self.limit:.1%} of "
                 f"{len(self.index)}); the first: {first['key']}: {first['reason']}. All are in {self.folder.ledger}."
             )
 
-    def on_step(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        pass
-
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.save(trainer)
+        self.save(trainer, self.of_all_ranks())
 
-    def save(self, trainer: pl.Trainer) -> None:
+    def of_all_ranks(self) -> dict[str, dict[str, Any]]:
+        """Bad samples of the whole run, by sample number."""
+        shares = [self.own]
+        if distributed.is_available() and distributed.is_initialized():
+            shares = [{} for _ in range(distributed.get_world_size())]
+            distributed.all_gather_object(shares, self.own)
+        merged = {sample: dict(entry) for sample, entry in self.earlier.items()}
+        for share in shares:
+            for sample, entry in share.items():
+                before = merged.get(sample, {"times": 0})["times"]
+                merged[sample] = entry | {"times": entry["times"] + before}
+        return merged
+
+    def save(self, trainer: pl.Trainer, bad: dict[str, dict[str, Any]]) -> None:
         if trainer.is_global_zero:
-            content = {"samples_read": self.read, "bad_reads": self.bad_reads, "bad": list(self.bad.values())}
+            content = {"samples_read": trainer.global_step * self.global_batch, "bad": list(bad.values())}
             self.folder.ledger.write_text(json.dumps(content, indent=1) + "\n")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"read": self.read, "bad": self.bad, "bad_reads": self.bad_reads}
+        return self.of_all_ranks()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.read, self.bad, self.bad_reads = state["read"], state["bad"], state["bad_reads"]
+        self.earlier = state
 
 
 def _duration(seconds: float) -> str:

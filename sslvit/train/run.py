@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
@@ -13,9 +12,9 @@ import yaml
 
 from sslvit import __version__
 from sslvit.checkpoint import load_encoder, put_weights, save_encoder, settings_difference
-from sslvit.data.index import ShardIndex, index_shards, load_index
+from sslvit.data.index import ShardIndex
 from sslvit.data.module import ShardDataModule, make_batch
-from sslvit.data.pack import pack_folder
+from sslvit.data.pack import open_shards
 from sslvit.data.plan import slices
 from sslvit.data.views import normalise
 from sslvit.figures import curves, image_rows
@@ -46,7 +45,7 @@ def pretrain(settings: PretrainSettings, resume: bool = False, overwrite: bool =
         _check_resumed(folder, settings)
     train = settings.train
     slices(settings.data.global_batch, train.devices * train.nodes, train.micro_batch)
-    index = open_shards(settings.data.shards, settings.out)
+    index = open_shards(settings.data.shards or "", f"{settings.out.rstrip('/')}-shards")
     if settings.init:
         _check_same(load_encoder(settings.init).settings, settings.encoder, settings.init)
 
@@ -75,33 +74,6 @@ def pretrain(settings: PretrainSettings, resume: bool = False, overwrite: bool =
     return folder
 
 
-def open_shards(source: str | None, out: str) -> ShardIndex:
-    """The index of a shard folder; shards without one are indexed, an image folder is packed beside the run.
-
-    Raises:
-        FileNotFoundError: nothing given, or nothing there.
-    """
-    if not source:
-        raise FileNotFoundError("data.shards: not given. Pass --data FOLDER, of images or of shards.")
-    path = Path(source)
-    if not path.is_dir():
-        raise FileNotFoundError(f"data.shards: {path} is not a folder.")
-    if (path / "index.json").exists():
-        return load_index(path)
-    if any(path.glob("*.tar")):
-        print(f"{path}: shards without an index; indexing them once.")
-        return index_shards(path)
-    if (path / "train" / "index.json").exists():
-        raise FileNotFoundError(f"data.shards: {path} holds train/ and val/. Pass {path / 'train'}.")
-    beside = Path(f"{out.rstrip('/')}-shards")
-    if (beside / "index.json").exists():
-        print(f"{path}: using its shards packed earlier in {beside}.")
-        return load_index(beside)
-    print(f"{path}: an image folder; packing it into {beside} first.")
-    (index,) = pack_folder(path, beside)
-    return index
-
-
 def make_trainer(settings: PretrainSettings, folder: RunFolder, index: ShardIndex, data: ShardDataModule) -> pl.Trainer:
     """Lightning's Trainer for one run: one pass of `total_steps` global batches, our order, our files."""
     train = settings.train
@@ -128,7 +100,7 @@ def make_trainer(settings: PretrainSettings, folder: RunFolder, index: ShardInde
             gradient_clip_val=settings.optim.clip,
             plugins=[WholeCheckpoint()],
             callbacks=[
-                Ledger(folder, index, settings.data.bad_limit),
+                Ledger(folder, index, settings.data.global_batch, settings.data.bad_limit),
                 RunLog(folder, data.plan, data.total_steps, train.log_every),
                 Checkpoints(folder, data.total_steps, train.checkpoint_every),
             ],

@@ -327,7 +327,12 @@ def test_mlp_and_norm_options_compute_what_they_say() -> None:
 
 @torch.no_grad()
 def test_bf16_path_on_the_cpu_agrees_with_float32() -> None:
-    for options in ({}, {"causal": True}, {"positions": "relative_bias"}):
+    for options in (
+        {},
+        {"causal": True},
+        {"positions": "relative_bias"},
+        {"qk_norm": True, "positions": "relative_bias"},
+    ):
         encoder = make(**options)
         with torch.autocast("cpu", torch.bfloat16):
             half = encoder(images())
