@@ -4,7 +4,9 @@
 #   make demo DATA=cifar10 ARCHIVE=file.tar.gz a local archive instead
 #   make demo OVERWRITE=1                      anew, over an earlier demo
 
-PYTHON ?= $(firstword $(foreach name,python3.12 python3.11 python3,$(shell command -v $(name) 2>/dev/null)))
+# the first of these that runs and is new enough
+PYTHON ?= $(shell for name in python3 python3.12 python3.11 python3.13; do \
+	$$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$name; break; }; done)
 DATA ?= digits
 OUT ?= runs/demo$(if $(filter-out digits,$(DATA)),-$(DATA))
 READY := .venv/.ready
@@ -25,8 +27,7 @@ lint: $(READY)
 	.venv/bin/ruff format --check .
 
 $(READY): setup.cfg pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "sslvit needs Python 3.11 or newer; $(PYTHON) is older. Use: make PYTHON=/path/to/python3.12"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "sslvit needs Python 3.11 or newer. Use: make PYTHON=/path/to/python3.12"; exit 1; }
 	@echo "setting up .venv (once; some minutes, 5 GB with the default torch)"
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'

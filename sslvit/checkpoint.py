@@ -8,6 +8,7 @@ Nothing here unpickles code: safetensors hold numbers only, and torch's files ar
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import pickle
@@ -22,8 +23,14 @@ from torch import Tensor
 from sslvit.layouts import to_sslvit
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings
+from sslvit.settings.load import build
 
 FORMAT = 1
+POSITION_TABLES = ("learned_1d", "sincos_1d", "sincos_2d")
+NOT_IN_THE_WEIGHTS = (
+    "dropout", "drop_path", "checkpointing", "initialisation", "mean", "std", "interpolation", "feature_layer",
+    "feature_norm", "pooling", "interpolate_antialias", "interpolate_offset",
+)  # fmt: skip
 
 
 def describe_encoder(encoder: ViTEncoder) -> dict[str, Any]:
@@ -129,20 +136,27 @@ def put_weights(encoder: ViTEncoder, weights: dict[str, Tensor], source: str) ->
 
 
 def settings_difference(one: EncoderSettings, other: EncoderSettings) -> list[str]:
-    """What differs between two encoders' weights, as 'width: 192 and 384'; chances and memory savers do not count."""
-    ignored = ("dropout", "drop_path", "checkpointing", "feature_layer", "feature_norm", "mean", "std", "interpolation")
-    return [
-        f"{field.name}: {getattr(one, field.name)} and {getattr(other, field.name)}"
-        for field in fields(EncoderSettings)
-        if field.name not in ignored and getattr(one, field.name) != getattr(other, field.name)
-    ]
+    """What makes the same weights mean something else, as 'width: 192 and 384'.
+
+    Chance, memory savers, pooling and how positions are resampled for other sizes do not count; a learned and a
+    fixed position table are both a table.
+    """
+    differences = []
+    for field in fields(EncoderSettings):
+        values = [getattr(settings, field.name) for settings in (one, other)]
+        if field.name == "positions":
+            values = ["a table" if value in POSITION_TABLES else value for value in values]
+        if field.name not in NOT_IN_THE_WEIGHTS and values[0] != values[1]:
+            differences.append(f"{field.name}: {values[0]} and {values[1]}")
+    return differences
 
 
 def settings_from(record: dict[str, Any], path: Path) -> EncoderSettings:
-    unknown = sorted(set(record) - {field.name for field in fields(EncoderSettings)})
-    if unknown:
-        raise ValueError(f"{path}: unknown encoder settings {', '.join(unknown)}. Was it written by a newer sslvit?")
-    return EncoderSettings(**record)
+    """Settings from a file, checked like those of a recipe."""
+    try:
+        return build(EncoderSettings, record)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error} Was it written by another version of sslvit?") from error
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -171,7 +185,8 @@ def read_torch_file(path: Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # DINO's files hold their command line
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path}: refused, because it holds objects besides tensors and loading those could run code. "

@@ -24,13 +24,13 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"{rest[0]}: no such option. See: sslvit {options.command} --help")
         options.changes = read_changes(rest)
         options.function(options)
-    except (ValueError, FileNotFoundError, ImportError, RuntimeError, PermissionError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
         if getattr(options, "traceback", False):
             raise
         print(f"sslvit: error: {explain(error) or error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("sslvit: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"sslvit: {error or 'interrupted'}", file=sys.stderr)
         return 130
     return 0
 
@@ -123,6 +123,9 @@ def add_layout(parser: argparse.ArgumentParser) -> None:
     layouts = ["mae", "dino", "dinov2", "timm", "openai_igpt"]
     parser.add_argument("--layout", choices=layouts, help="of a released file (default: recognised by its names)")
     parser.add_argument("--heads", type=int, help="attention heads of a released file, which does not say them")
+    parser.add_argument(
+        "--image-size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="that a released file was trained at"
+    )
 
 
 def read_changes(rest: list[str]) -> dict[str, Any]:
@@ -203,6 +206,10 @@ def run_settings(options: argparse.Namespace) -> None:
     print(describe_settings())
 
 
+def size_of(options: argparse.Namespace) -> dict[str, list[int]]:
+    return {"image_size": options.image_size} if options.image_size else {}
+
+
 def run_probe(options: argparse.Namespace) -> None:
     from sslvit.settings import ProbeSettings
 
@@ -212,12 +219,15 @@ def run_probe(options: argparse.Namespace) -> None:
         seed=options.seed,
         device=options.device,
     )  # fmt: skip
-    if options.output and Path(options.output).exists():
-        raise ValueError(f"{options.output}: already exists. Choose another file.")
+    if options.output:
+        if Path(options.output).exists():
+            raise ValueError(f"{options.output}: already exists. Choose another file.")
+        if not Path(options.output).parent.is_dir():
+            raise ValueError(f"{options.output}: its folder does not exist. Make it first.")
     from sslvit.checkpoint import load_encoder
     from sslvit.evaluate.probe import probe
 
-    table = probe(load_encoder(options.encoder, options.layout, options.heads), settings)
+    table = probe(load_encoder(options.encoder, options.layout, options.heads, **size_of(options)), settings)
     about = table.about
     print(f"\nRight answers in percent on {about['val_images']:,} images of {about['val']}")
     print(f"(fitted on {about['train_images']:,} of {about['train']};")
@@ -241,7 +251,7 @@ def run_import(options: argparse.Namespace) -> None:
 
     if Path(options.out).exists():
         raise ValueError(f"{options.out}: already exists. Choose another folder.")
-    encoder = load_encoder(options.checkpoint, options.layout, options.heads)
+    encoder = load_encoder(options.checkpoint, options.layout, options.heads, **size_of(options))
     save_encoder(encoder, options.out, {"imported_from": Path(options.checkpoint).name})
     print(f"encoder in {options.out}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 from pathlib import Path
@@ -100,7 +101,7 @@ def test_another_architecture_is_refused_with_what_differs(tmp_path: Path) -> No
         load_encoder(tmp_path)
     about["encoder"]["depht"] = 2
     (tmp_path / "encoder.json").write_text(json.dumps(about))
-    with pytest.raises(ValueError, match="unknown encoder settings depht"):
+    with pytest.raises(ValueError, match="depht: no such setting. Did you mean depth"):
         load_encoder(tmp_path)
     about["format"] = 99
     (tmp_path / "encoder.json").write_text(json.dumps(about))
@@ -111,6 +112,8 @@ def test_another_architecture_is_refused_with_what_differs(tmp_path: Path) -> No
 def test_differences_that_leave_the_weights_alone_do_not_count() -> None:
     base = preset("vit_tiny")
     assert settings_difference(base, preset("vit_tiny", drop_path=0.1, checkpointing=True)) == []
+    assert settings_difference(base, preset("vit_tiny", positions="sincos_2d", pooling="mean")) == []
+    assert settings_difference(base, preset("vit_tiny", positions="rotary_2d")) == ["positions: a table and rotary_2d"]
     assert settings_difference(base, preset("vit_small")) == ["width: 192 and 384", "heads: 3 and 6"]
 
 
@@ -119,7 +122,15 @@ def test_differences_that_leave_the_weights_alone_do_not_count() -> None:
     [
         ("mae_model", "mae", lambda w: {"model": w, "epoch": 3}),
         ("mae_encoder_features_gap", "timm", lambda w: {"model": w}),
-        ("dino_vit", "dino", lambda w: {"student": {}, "teacher": {f"module.backbone.{k}": v for k, v in w.items()}}),
+        (
+            "dino_vit",
+            "dino",
+            lambda w: {
+                "args": argparse.Namespace(lr=1),
+                "student": {},
+                "teacher": {f"module.backbone.{k}": v for k, v in w.items()},
+            },
+        ),
         ("dinov2_vit_reg4", "dinov2", lambda w: w),
         ("timm_vit_token", "timm", lambda w: w),
         ("igpt_model", "openai_igpt", lambda w: w),
@@ -143,3 +154,13 @@ def test_heads_are_assumed_aloud_or_asked_for(tmp_path: Path, capsys: pytest.Cap
     save_file(small().state_dict(), tmp_path / "narrow.safetensors")
     with pytest.raises(ValueError, match="Give heads="):
         load_encoder(tmp_path / "narrow.safetensors")
+
+
+def test_a_table_that_fits_two_grids_asks_for_the_size(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    torch.save(small(image_size=[16, 24]).state_dict(), tmp_path / "wide.pth")  # 1 + 4 x 6 rows, or 5 x 5
+    wide = load_encoder(tmp_path / "wide.pth", heads=2, image_size=[16, 24]).settings
+    assert (wide.image_size, wide.prefix_positions) == ([16, 24], "class")
+    assert load_encoder(tmp_path / "wide.pth", heads=2).settings.prefix_positions == "none"
+    assert "5 x 5 patches without a row for the class token" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no grid of"):
+        load_encoder(tmp_path / "wide.pth", heads=2, image_size=[16, 32])

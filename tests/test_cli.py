@@ -50,6 +50,18 @@ def photos(tmp_path: Path) -> Path:
         (["--train.steps"], "--train.steps: no value given"),
         (["oops"], "oops: expected --key value"),
         (["--train.epochs", "0"], "train.epochs: 0"),
+        (["--train.epochs", ".nan"], "train.epochs: nan"),
+        (["--encoder.patch", "0"], "encoder.patch: 0 is not above zero"),
+        (["--encoder.heads", "0"], "encoder.heads: 0 is not above zero"),
+        (["--encoder.drop_path", "1"], "encoder.drop_path: 1.0"),
+        (["--task.decoder_heads", "0"], "task.decoder_heads: 0"),
+        (["--task.decoder_width", "30"], "multiple of 4, not 30"),
+        (["--optim.betas", "[0.9]"], "optim.betas: [0.9]"),
+        (["--encoder.channels", "5", "--encoder.mean", "[0,0,0,0,0]", "--encoder.std", "[1,1,1,1,1]"], "images decode"),
+        (["--train.accelerator", "gpu"], "train.accelerator: gpu, but torch sees none"),
+        (["--task", "[1]"], "task.name: '[1]'"),
+        (["--encoder.preset", "[a]"], "encoder.preset: '['a']'"),
+        (["--seed", "-1"], "seed: -1 is negative"),
     ],
 )
 def test_a_wrong_setting_is_named_before_data_is_touched(
@@ -84,10 +96,12 @@ def test_every_recipe_loads_and_opens_with_its_command_hardware_and_score(name: 
     settings = load_recipe(name)
     assert settings.encoder.grid
     text = (recipes_folder() / name).read_text()
-    for word in ("#   sslvit ", "Hardware:", "core"):
+    for word in ("#   sslvit ", "# Hardware: ", "# Hours: ", "# Score: "):
         assert word in text, f"{name} does not say {word}"
-    numbers = ("published", "measured", "Scores: see", "not measured")
-    assert any(word in text for word in numbers)
+    for claim in ("# Hours: ", "# Score: "):
+        said = text.split(claim, 1)[1].split("\n# ", 1)[0].split("\ntask:")[0]
+        is_sourced = any(word in said for word in ("published, ", "measured here", "not measured yet"))
+        assert is_sourced, f"{name}: {said}"
 
 
 def test_paper_recipes_have_the_papers_numbers() -> None:

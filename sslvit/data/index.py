@@ -21,6 +21,7 @@ FORMAT = 1
 RECORD = np.dtype([("offset", "<i8"), ("size", "<u4"), ("label", "<i4")])
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"}
 NO_LABEL = -1
+FIELDS = ("classes", "channels", "mean", "std", "image_size", "skipped")
 
 
 @dataclass
@@ -136,11 +137,12 @@ def load_index(folder: str | Path) -> ShardIndex:
             raise ValueError(f"format {about['format']}, this sslvit reads {FORMAT}")
         shards = [Shard(**shard) for shard in about["shards"]]
         records = np.load(folder / "index.npy", mmap_mode="r", allow_pickle=False)
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError, OSError) as error:
+        fields = {name: about[name] for name in FIELDS}
+        expected = about["samples"]
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError, OSError, EOFError) as error:
         raise ValueError(f"{file}: unreadable ({error}). Make it again: sslvit shards index {folder}") from error
-    names = ("classes", "channels", "mean", "std", "image_size", "skipped")
-    index = ShardIndex(folder, shards, records, **{name: about[name] for name in names})
-    if records.dtype != RECORD or len(records) != about["samples"] or index.first_of_shard[-1] != len(records):
+    index = ShardIndex(folder, shards, records, **fields)
+    if records.dtype != RECORD or len(records) != expected or index.first_of_shard[-1] != len(records):
         raise ValueError(f"{file}: does not fit index.npy. Make it again: sslvit shards index {folder}")
     for shard in shards:
         path = folder / shard.name
@@ -189,12 +191,15 @@ def _scan(path: Path) -> list[tuple[int, int, int]]:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 name = PurePosixPath(member.name)
+                stem, _, field = name.name.partition(".")
+                key = str(name.parent / stem)
                 if not member.isfile():
                     continue
-                key = str(name.parent / name.name.split(".", 1)[0])
-                if name.suffix.lower() in IMAGE_SUFFIXES:
+                if f".{field.lower()}" in IMAGE_SUFFIXES:  # KEY.seg.png is another field, not the image
+                    if key in images:
+                        raise ValueError(f"{key} has two images")
                     images[key] = (member.offset_data, member.size)
-                elif name.suffix == ".cls":
+                elif field == "cls":
                     labels[key] = int(tar.extractfile(member).read())
     except (tarfile.TarError, ValueError) as error:
         raise ValueError(f"{path}: not a readable tar shard ({error}).") from error

@@ -7,6 +7,7 @@ unchanged, in an order shuffled by a fixed seed, and the same input gives the sa
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import tarfile
@@ -65,11 +66,17 @@ def open_shards(source: str | Path, beside: str | Path) -> ShardIndex:
         return index_shards(path)
     if (path / "train" / "index.json").exists():
         raise FileNotFoundError(f"{path}: holds train/ and val/, not shards. Pass {path / 'train'}.")
+    samples, _ = folder_samples(path)
+    origin = {"folder": str(path.resolve()), "images": len(samples)}
+    noted = beside / "source.json"
     if (beside / "index.json").exists():
-        print(f"{path}: an image folder; using its shards packed earlier in {beside} (delete them to pack anew).")
+        if not noted.exists() or json.loads(noted.read_text()) != origin:
+            raise ValueError(f"{beside}: holds shards of other images than {path} has now. Delete it, or pack by hand.")
+        print(f"{path}: an image folder; using its shards packed earlier in {beside}.")
         return load_index(beside)
     print(f"{path}: an image folder; packing it into {beside} first.")
     (index,) = pack_folder(path, beside)
+    noted.write_text(json.dumps(origin) + "\n")
     return index
 
 
@@ -101,16 +108,28 @@ def pack_folder(
     samples, classes = folder_samples(source)
     if not holdout:
         return [pack(samples, destination, classes, shard_mb, overwrite)]
-    train, val = [], []
-    for label in sorted({sample.label for sample in samples}):
-        of_class = [sample for sample in samples if sample.label == label]
-        cut = len(of_class) - max(1, round(holdout * len(of_class)))
-        train, val = train + of_class[:cut], val + of_class[cut:]
-    if not train:
-        raise ValueError(f"--holdout {holdout}: nothing is left to train on. Use a smaller share.")
+    for name in ("train", "val"):
+        check_destination(destination / name, overwrite)
+    train, val = hold_out(samples, holdout)
     return [
         pack(part, destination / name, classes, shard_mb, overwrite) for name, part in (("train", train), ("val", val))
     ]
+
+
+def hold_out(samples: list[Sample], share: float) -> tuple[list[Sample], list[Sample]]:
+    """Train and validation: the last share of each class, at least one image, unless it has only one.
+
+    Raises:
+        ValueError: every class has one image.
+    """
+    train, val = [], []
+    for label in sorted({sample.label for sample in samples}):
+        of_class = [sample for sample in samples if sample.label == label]
+        cut = max(1, len(of_class) - max(1, round(share * len(of_class))))
+        train, val = train + of_class[:cut], val + of_class[cut:]
+    if not val:
+        raise ValueError(f"--holdout {share}: no class has two images, so none can be held out.")
+    return train, val
 
 
 def folder_samples(source: Path) -> tuple[list[Sample], list[str] | None]:
@@ -119,7 +138,7 @@ def folder_samples(source: Path) -> tuple[list[Sample], list[str] | None]:
         raise ValueError(f"{source}: no such folder.")
     try:
         entries = sorted(entry for entry in source.iterdir() if not entry.name.startswith("."))
-    except PermissionError as error:
+    except OSError as error:
         raise ValueError(f"{source}: not readable ({error.strerror}). Check its permissions.") from error
     folders = [entry for entry in entries if entry.is_dir()]
     here = [entry for entry in entries if entry.is_file() and entry.suffix.lower() in IMAGE_SUFFIXES]
@@ -133,8 +152,8 @@ def folder_samples(source: Path) -> tuple[list[Sample], list[str] | None]:
     samples = [
         _file_sample(path, source, label)
         for label, folder in enumerate(folders)
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+        for path in _files_below(folder)
+        if path.suffix.lower() in IMAGE_SUFFIXES
     ]
     if not samples:
         raise ValueError(
@@ -143,8 +162,10 @@ def folder_samples(source: Path) -> tuple[list[Sample], list[str] | None]:
     return samples, [folder.name for folder in folders]
 
 
-def array_samples(images: np.ndarray, labels: Iterable[int] | None = None) -> list[Sample]:
-    """Images in memory (uint8, 'n h w' or 'n h w c') as PNG samples."""
+def array_samples(
+    images: np.ndarray, labels: Iterable[int] | None = None, numbers: Iterable[int] | None = None
+) -> list[Sample]:
+    """Images in memory (uint8, 'n h w' or 'n h w c') as PNG samples, named by their numbers (0, 1, ... for None)."""
 
     def png(image: np.ndarray) -> bytes:
         buffer = io.BytesIO()
@@ -152,9 +173,10 @@ def array_samples(images: np.ndarray, labels: Iterable[int] | None = None) -> li
         return buffer.getvalue()
 
     labels = [NO_LABEL] * len(images) if labels is None else labels
+    numbers = range(len(images)) if numbers is None else numbers
     return [
-        Sample(f"{i:06d}", ".png", lambda image=image: png(image), int(label))
-        for i, (image, label) in enumerate(zip(images, labels, strict=True))
+        Sample(f"{number:06d}", ".png", lambda image=image: png(image), int(label))
+        for number, image, label in zip(numbers, images, labels, strict=True)
     ]
 
 
@@ -173,11 +195,7 @@ def pack(
     destination = Path(destination)
     if not samples:
         raise ValueError(f"{destination}: no images to pack.")
-    if any(destination.glob("*.tar")) or (destination / "index.json").exists():
-        if not overwrite:
-            raise ValueError(f"{destination}: already holds shards. Choose another folder, or pass --overwrite.")
-        for old in [*destination.glob("shard-*.tar"), *destination.glob("index.*")]:
-            old.unlink()
+    check_destination(destination, overwrite)
     destination.mkdir(parents=True, exist_ok=True)
     order = generator(0, "pack").permutation(len(samples))
     records: list[tuple[int, int, int]] = []
@@ -199,9 +217,13 @@ def pack(
         records.append(shard.add(keys[i], sample, content))
     shards.append(shard.close())
     if not records:
-        (destination / shards[0].name).unlink()
+        shard.part.unlink()
         name, reason = next(iter(skipped.items()))
         raise ValueError(f"{destination}: none of {len(samples)} images is readable (the first: {name}: {reason}).")
+    for old in [*destination.glob("shard-*.tar"), *destination.glob("index.*")]:
+        old.unlink()  # with --overwrite, and only now that the new ones are whole
+    for new in shards:
+        os.replace(destination / f"{new.name}.part", destination / new.name)
     index = ShardIndex(destination, shards, np.array(records, RECORD), classes, skipped=skipped)
     measure_images(index)
     index.save()
@@ -211,41 +233,45 @@ def pack(
     return index
 
 
+def check_destination(folder: Path, overwrite: bool) -> None:
+    """Raise ValueError if shards lie there and may not be replaced."""
+    if not overwrite and (any(folder.glob("*.tar")) or (folder / "index.json").exists()):
+        raise ValueError(f"{folder}: already holds shards. Choose another folder, or pass --overwrite.")
+
+
 def measure_images(index: ShardIndex) -> None:
     """Fill in channels, common size, and mean and std of the channels (on up to 10,000 images spread over the set)."""
     from sslvit.data.reader import ShardReader
 
     reader = ShardReader(index, memory_limit_mb=0)
     chosen = np.unique(np.linspace(0, len(index) - 1, min(len(index), STATISTICS_SAMPLES)).astype(int))
-    images, is_grey = {}, True
-    for sample in chosen:
+    moments, sizes, readable, is_grey = np.zeros((2, 3)), set(), 0, True
+    for sample in track(chosen, "measuring", len(chosen)):
         try:
-            content = reader.read(sample)
-            mode = open_image(content).mode
-            images[sample] = decode(content)
+            content = reader.read(int(sample))
+            image, mode = decode(content), open_image(content).mode
         except BadImage:
             continue
+        pixels = image.numpy().reshape(3, -1) / 255
+        moments += np.stack([pixels.mean(1), (pixels**2).mean(1)])  # every image counts the same, whatever its size
+        sizes.add(tuple(image.shape[1:]))
         is_grey &= mode in ("L", "1") or mode.startswith("I")
-    if not images:
+        readable += 1
+    if not readable:
         raise ValueError(f"{index.folder}: none of the images can be decoded.")
-    sizes = {tuple(image.shape[1:]) for image in images.values()}
     index.image_size = list(sizes.pop()) if len(sizes) == 1 else None
     index.channels = 1 if is_grey else 3
-    moments = np.zeros((2, 3))
-    for image in images.values():  # every image counts the same, whatever its size
-        pixels = image.numpy().reshape(3, -1) / 255
-        moments += np.stack([pixels.mean(1), (pixels**2).mean(1)])
-    mean, square = moments[:, : index.channels] / len(images)
+    mean, square = moments[:, : index.channels] / readable
     index.mean = mean.round(4).tolist()
-    index.std = np.sqrt(square - mean**2).round(4).tolist()
+    index.std = np.sqrt((square - mean**2).clip(min=0)).round(4).tolist()
 
 
 class _ShardWriter:
-    """A tar file under a temporary name until it is closed."""
+    """A tar file under a temporary name."""
 
     def __init__(self, folder: Path, number: int) -> None:
-        self.path = folder / f"shard-{number:06d}.tar"
-        self.part = self.path.with_suffix(".tar.part")
+        self.name = f"shard-{number:06d}.tar"
+        self.part = folder / f"{self.name}.part"
         self.tar = tarfile.open(self.part, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 closed in close()
         self.samples = 0
 
@@ -269,8 +295,17 @@ class _ShardWriter:
 
     def close(self) -> Shard:
         self.tar.close()
-        os.replace(self.part, self.path)
-        return Shard(self.path.name, self.samples, self.path.stat().st_size, sha256_of(self.path))
+        return Shard(self.name, self.samples, self.part.stat().st_size, sha256_of(self.part))
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """All files at any depth, in the order of their names; an unreadable folder is an error, not an empty class."""
+
+    def refuse(error: OSError) -> None:
+        raise ValueError(f"{error.filename}: not readable ({error.strerror}). Check its permissions.") from error
+
+    found = [Path(root) / name for root, _, names in os.walk(folder, onerror=refuse) for name in names]
+    return sorted(found)
 
 
 def _file_sample(path: Path, root: Path, label: int) -> Sample:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import OrderedDict
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,6 +14,8 @@ from sslvit.data.decode import BadImage, decode
 from sslvit.data.index import ShardIndex
 from sslvit.data.views import SMALL_SIDE
 from sslvit.progress import track
+
+OPEN_SHARDS = 64  # files kept open per process
 
 
 class ShardReader:
@@ -26,7 +30,7 @@ class ShardReader:
     def __init__(self, index: ShardIndex, channels: int = 3, memory_limit_mb: int = 1024) -> None:
         self.index = index
         self.channels = channels
-        self.files: dict[str, int] = {}
+        self.files: OrderedDict[str, int] = OrderedDict()
         self.decoded: Tensor | None = None
         self.bad: dict[int, str] = {}
         size = index.image_size
@@ -42,10 +46,7 @@ class ShardReader:
             BadImage: the shard ends before them.
         """
         path, offset, size = self.index.locate(sample)
-        file = self.files.get(path.name)
-        if file is None:
-            file = self.files[path.name] = os.open(path, os.O_RDONLY)
-        content = os.pread(file, size, offset)
+        content = os.pread(self._open(path), size, offset)
         if len(content) < size:
             raise BadImage("shard ends early")
         return content
@@ -55,10 +56,7 @@ class ShardReader:
 
         Returns:
             One tensor 'b c h w' for a set kept in memory, else a list of 'c h w'. An unreadable image is replaced
-            by the next readable one of the same call, so that shapes and order stay.
-
-        Raises:
-            BadImage: none is readable.
+            by the next readable one of the same call (black if there is none), so that shapes and order stay.
         """
         if self.decoded is not None:
             bad = {i: self.bad[s] for i, s in enumerate(samples) if s in self.bad} if self.bad else {}
@@ -71,12 +69,23 @@ class ShardReader:
                 except BadImage as error:
                     bad[i] = str(error)
                     images.append(None)
-        if len(bad) == len(samples):
-            raise BadImage(f"no sample of a batch is readable (the first: {self.index.key(int(samples[0]))}: {bad[0]})")
         readable = [i for i in range(len(samples)) if i not in bad] if bad else []
         for i in bad:
-            images[i] = images[next((k for k in readable if k > i), readable[0])]
+            if readable:
+                images[i] = images[next((k for k in readable if k > i), readable[0])]
+            elif images[i] is None:
+                images[i] = torch.zeros(self.channels, SMALL_SIDE, SMALL_SIDE, dtype=torch.uint8)
         return images, bad
+
+    def _open(self, path: Path) -> int:
+        """The shard's file descriptor; the least recently used is closed when there are many."""
+        file = self.files.pop(path.name, None)
+        if file is None:
+            file = os.open(path, os.O_RDONLY)
+            if len(self.files) >= OPEN_SHARDS:
+                os.close(self.files.popitem(last=False)[1])
+        self.files[path.name] = file
+        return file
 
     def _decode_all(self, size: list[int]) -> Tensor:
         everything = torch.zeros(len(self.index), self.channels, *size, dtype=torch.uint8)
@@ -91,4 +100,4 @@ class ShardReader:
         return everything
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"files": {}}  # a worker opens its own files
+        return self.__dict__ | {"files": OrderedDict()}  # a worker opens its own files

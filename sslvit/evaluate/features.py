@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sslvit.data.index import ShardIndex
 from sslvit.data.module import evaluation_loader, normalised_view
+from sslvit.data.reader import ShardReader
 from sslvit.models import ViTEncoder
 from sslvit.progress import track
 from sslvit.settings import EncoderSettings
@@ -29,7 +29,7 @@ class Features:
     """
 
     values: Float[Tensor, "n d"]
-    labels: Int[Tensor, n]
+    labels: Int[Tensor, "n"]
 
     def __getitem__(self, chosen: Tensor) -> Features:
         return Features(self.values[chosen], self.labels[chosen])
@@ -41,7 +41,7 @@ class Features:
 @torch.no_grad()
 def encoder_features(
     encoder: ViTEncoder,
-    index: ShardIndex,
+    reader: ShardReader,
     layer: int | None = None,
     pooling: str | None = None,
     batch: int = 256,
@@ -54,10 +54,10 @@ def encoder_features(
     def features(images: Tensor) -> Tensor:
         return encoder.features(images, layer, pooling).float()
 
-    return _collect(features, index, encoder.settings, batch, workers, device)
+    return _collect(features, reader, encoder.settings, batch, workers, device)
 
 
-def pixel_features(index: ShardIndex, settings: EncoderSettings, batch: int = 256, workers: int = 0) -> Features:
+def pixel_features(reader: ShardReader, settings: EncoderSettings, batch: int = 256, workers: int = 0) -> Features:
     """The pixels themselves, at most 32 x 32: what a probe gets without learning."""
 
     def features(images: Tensor) -> Tensor:
@@ -66,16 +66,16 @@ def pixel_features(index: ShardIndex, settings: EncoderSettings, batch: int = 25
             images = F.interpolate(images, size=(height, width), mode="bilinear", antialias=True)
         return images.flatten(1)
 
-    return _collect(features, index, settings, batch, workers, torch.device("cpu"))
+    return _collect(features, reader, settings, batch, workers, torch.device("cpu"))
 
 
 def _collect(
-    features: Callable[[Tensor], Tensor], index: ShardIndex, settings: EncoderSettings, batch: int, workers: int,
+    features: Callable[[Tensor], Tensor], reader: ShardReader, settings: EncoderSettings, batch: int, workers: int,
     device: torch.device,
 ) -> Features:  # fmt: skip
-    _ = index.labels  # refuses unlabelled data before the pass, not after it
+    _ = reader.index.labels  # refuses unlabelled data before the pass, not after it
     values, labels = [], []
-    loader = evaluation_loader(index, settings, batch, workers)
+    loader = evaluation_loader(reader, settings, batch, workers)
     for piece in track(loader, "features", len(loader) * batch, each=batch):
         rows = features(normalised_view(piece, settings, device)).cpu()
         values.append(rows[piece.valid])

@@ -20,6 +20,7 @@ from sslvit.evaluate.features import Features
 STRENGTHS = [10.0**exponent for exponent in range(1, -7, -1)]
 FEW = 1_000  # up to this many training images the strength is chosen by 5 folds instead of one held-out fifth
 FOLDS = 5
+TRIAL_ITERATIONS = 150  # of a fit that only compares strengths; the chosen one is fitted to convergence
 HISTORY = 10  # steps that L-BFGS remembers
 
 
@@ -62,7 +63,7 @@ def fit_probe(features: Features, classes: int, seed: int = 0) -> LinearHead:
     is_kept = torch.stack([fold == f for f in range(FOLDS if len(features) <= FEW else 1)])  # folds n
     used = rearrange(~is_kept, "f n -> f 1 n").expand(-1, len(STRENGTHS), -1).flatten(0, 1)
     strengths = torch.tensor(STRENGTHS, dtype=torch.float64).repeat(len(is_kept))
-    weight, bias = fit_logistic(values, features.labels, classes, strengths, used)
+    weight, bias = fit_logistic(values, features.labels, classes, strengths, used, TRIAL_ITERATIONS)
     right, loss = torch.zeros(2, len(STRENGTHS), dtype=torch.float64)
     for f, kept in enumerate(is_kept):
         for i in range(len(STRENGTHS)):
@@ -77,9 +78,9 @@ def fit_probe(features: Features, classes: int, seed: int = 0) -> LinearHead:
 
 def fit_logistic(
     values: Float[Tensor, "n d"],
-    labels: Int[Tensor, n],
+    labels: Int[Tensor, "n"],
     classes: int,
-    strengths: Float[Tensor, p],
+    strengths: Float[Tensor, "p"],
     used: Tensor | None = None,
     max_iterations: int = 500,
     tolerance: float = 1e-6,
@@ -98,7 +99,11 @@ def fit_logistic(
     Returns:
         Weights and biases of each problem.
     """
+    axes, spread = principal_axes(values)
+    values = values @ axes
     problems, width = len(strengths), values.shape[1]
+    # half the features' covariance bounds the curvature (Boehning 1992), and along its axes it is diagonal
+    curvature = torch.cat([spread / 2 + strengths[:, None], torch.full((problems, 1), 0.5)], 1)
     share = torch.ones(problems, len(values), dtype=torch.float64) if used is None else used.double()
     share = rearrange(share / share.sum(1, keepdim=True), "p n -> n p 1")
     extended = torch.cat([values, values.new_ones(len(values), 1)], 1)  # the last feature is the bias
@@ -114,31 +119,38 @@ def fit_logistic(
         gradient = (residual.flatten(1).T @ extended).view_as(theta) + penalty * theta
         return loss, gradient.flatten(1)
 
-    start = torch.zeros(problems, classes * (width + 1), dtype=torch.float64)
-    theta = minimise(objective, start, max_iterations, tolerance).view(problems, classes, width + 1)
-    return theta[:, :, :-1].contiguous(), theta[:, :, -1].contiguous()
+    inverse = (1 / curvature)[:, None].expand(-1, classes, -1).flatten(1)
+    theta, is_solved = minimise(objective, inverse, max_iterations, tolerance)
+    if not is_solved and max_iterations > TRIAL_ITERATIONS:
+        print(f"logistic regression: not converged to {tolerance:.0e} after {max_iterations} iterations")
+    theta = theta.view(problems, classes, width + 1)
+    return theta[:, :, :-1] @ axes.T, theta[:, :, -1].contiguous()
 
 
-def minimise(objective, theta: Float[Tensor, "p k"], max_iterations: int, tolerance: float) -> Float[Tensor, "p k"]:
-    """L-BFGS (Liu and Nocedal 1989) on p independent smooth convex problems side by side, with halved steps.
+def minimise(
+    objective, inverse: Float[Tensor, "p k"], max_iterations: int, tolerance: float
+) -> tuple[Float[Tensor, "p k"], bool]:
+    """L-BFGS (Liu and Nocedal 1989) on p independent smooth convex problems side by side, from zero.
 
     Args:
         objective: theta -> values 'p' and gradients 'p k'.
-        theta: where to start.
+        inverse: a guess at the inverse of the curvature, entry by entry; the better, the fewer steps.
         max_iterations: at most.
         tolerance: largest entry of a gradient at which its problem is done.
+
+    Returns:
+        Where each search ended, and whether all reached the tolerance.
     """
+    theta = torch.zeros_like(inverse)
     value, gradient = objective(theta)
     steps: list[tuple[Tensor, Tensor, Tensor]] = []  # step, change of gradient, 1 / their product
     for _ in range(max_iterations):
         is_open = gradient.abs().amax(1) > tolerance
         if not is_open.any():
-            break
-        direction = -_quasi_newton(gradient, steps)
+            return theta, True
+        direction = -_quasi_newton(gradient, inverse, steps)
         slope = (direction * gradient).sum(1)
         length = is_open.double()
-        if not steps:
-            length = length / gradient.norm(dim=1).clamp(min=1)
         while True:
             new_theta = theta + length[:, None] * direction
             new_value, new_gradient = objective(new_theta)
@@ -149,30 +161,42 @@ def minimise(objective, theta: Float[Tensor, "p k"], max_iterations: int, tolera
             length = torch.where(is_short, length / 2, length)
         step, change = new_theta - theta, new_gradient - gradient
         product = (step * change).sum(1)
-        inverse = torch.where(product > 1e-300, 1 / product, torch.zeros_like(product))
-        steps = [*steps[1 - HISTORY :], (step, change, inverse)]
+        weight = torch.where(product > 1e-300, 1 / product, torch.zeros_like(product))
+        steps = [*steps[1 - HISTORY :], (step, change, weight)]
         theta, value, gradient = new_theta, new_value, new_gradient
-    return theta
+    return theta, False
 
 
-def _quasi_newton(gradient: Tensor, steps: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-    """The inverse curvature seen in the last steps, applied to the gradient (the two-loop recursion)."""
+def principal_axes(values: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "d m"], Float[Tensor, "m"]]:
+    """Axes of the features' covariance and the variance along each; as many as there can be (m = min(n, d)).
+
+    Weights of a penalised linear model lie in the span of its features, so nothing is lost where n is below d.
+    """
+    if len(values) < values.shape[1]:
+        _, lengths, axes = torch.linalg.svd(values, full_matrices=False)
+        return axes.T, lengths.square() / len(values)
+    spread, axes = torch.linalg.eigh(values.T @ values / len(values))
+    return axes, spread.clamp(min=0)
+
+
+def _quasi_newton(gradient: Tensor, inverse: Tensor, steps: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """The inverse curvature, as guessed and as seen in the last steps, applied to the gradient (two-loop recursion)."""
     direction = gradient
-    weights = []
-    for step, change, inverse in reversed(steps):
-        weight = inverse * (step * direction).sum(1)
-        direction = direction - weight[:, None] * change
-        weights.append(weight)
+    alphas = []
+    for step, change, weight in reversed(steps):
+        alphas.append(weight * (step * direction).sum(1))
+        direction = direction - alphas[-1][:, None] * change
+    direction = direction * inverse
     if steps:
-        step, change, inverse = steps[-1]
-        size = (step * change).sum(1) / change.square().sum(1).clamp(min=1e-300)
-        direction = direction * torch.where(inverse > 0, size, torch.ones_like(size))[:, None]
-    for (step, change, inverse), weight in zip(steps, reversed(weights), strict=True):
-        direction = direction + (weight - inverse * (change * direction).sum(1))[:, None] * step
+        step, change, weight = steps[-1]
+        size = (step * change).sum(1) / (change.square() * inverse).sum(1).clamp(min=1e-300)
+        direction = direction * torch.where(weight > 0, size, torch.ones_like(size))[:, None]
+    for (step, change, weight), alpha in zip(steps, reversed(alphas), strict=True):
+        direction = direction + (alpha - weight * (change * direction).sum(1))[:, None] * step
     return direction
 
 
-def stratified_folds(labels: Int[Tensor, n], seed: int) -> Int[Tensor, n]:
+def stratified_folds(labels: Int[Tensor, "n"], seed: int) -> Int[Tensor, "n"]:
     """A fold number for each image, every class spread evenly over the folds."""
     fold = torch.empty_like(labels)
     for label in labels.unique().tolist():
@@ -182,7 +206,7 @@ def stratified_folds(labels: Int[Tensor, n], seed: int) -> Int[Tensor, n]:
     return fold
 
 
-def draw_labels(labels: Int[Tensor, n], per_class: int, seed: int) -> Int[Tensor, m]:
+def draw_labels(labels: Int[Tensor, "n"], per_class: int, seed: int) -> Int[Tensor, "m"]:
     """Places of `per_class` random images of each class.
 
     Raises:

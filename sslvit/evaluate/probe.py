@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 
 from sslvit.data.index import ShardIndex
 from sslvit.data.pack import open_shards
+from sslvit.data.reader import ShardReader
 from sslvit.evaluate.features import Features, encoder_features, pixel_features
 from sslvit.evaluate.knn import knn_accuracy
 from sslvit.evaluate.linear import draw_labels, fit_probe
@@ -46,26 +48,28 @@ def probe(encoder: ViTEncoder, settings: ProbeSettings, name: str = "encoder") -
     train_index, val_index = (
         open_shards(source, f"{source.rstrip('/')}-shards") for source in (settings.train, settings.val)
     )
-    _check_same_classes(train_index, val_index)
+    _check_classes(train_index, val_index, settings.labels_per_class)
     device = settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     encoder = encoder.to(device)
-    sources: dict[str, Callable[[ShardIndex], Features]] = {}
+    channels = encoder.settings.channels
+    train, val = ShardReader(train_index, channels), ShardReader(val_index, channels)  # decoded once for all rows
+    sources: dict[str, Callable[[ShardReader], Features]] = {}
     options = {"batch": settings.batch, "workers": settings.workers}
     if settings.baselines:
         torch.manual_seed(settings.seed)
         untrained = ViTEncoder(encoder.settings).to(device)
-        sources["raw pixels"] = lambda index: pixel_features(index, encoder.settings, **options)
-        sources["untrained encoder"] = lambda index: encoder_features(
-            untrained, index, settings.layer, settings.pooling, **options
+        sources["raw pixels"] = lambda reader: pixel_features(reader, encoder.settings, **options)
+        sources["untrained encoder"] = lambda reader: encoder_features(
+            untrained, reader, settings.layer, settings.pooling, **options
         )
-    sources[name] = lambda index: encoder_features(encoder, index, settings.layer, settings.pooling, **options)
+    sources[name] = lambda reader: encoder_features(encoder, reader, settings.layer, settings.pooling, **options)
     classes = len(train_index.classes)
-    rows = {
-        row: score_features(features(train_index), features(val_index), classes, settings)
-        for row, features in sources.items()
-    }
+    rows = {}
+    for row, features in sources.items():
+        print(f"probing {row}", flush=True)
+        rows[row] = score_features(features(train), features(val), classes, settings)
     about = {
         "train": str(train_index.folder), "train_images": len(train_index), "val": str(val_index.folder),
         "val_images": len(val_index), "classes": classes,
@@ -105,7 +109,8 @@ def format_table(rows: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def _check_same_classes(train: ShardIndex, val: ShardIndex) -> None:
+def _check_classes(train: ShardIndex, val: ShardIndex, few: int | None) -> None:
+    """Refuse data that cannot be probed before any feature is computed."""
     for index in (train, val):
         _ = index.labels  # refuses unlabelled data
     if train.classes != val.classes:
@@ -114,3 +119,7 @@ def _check_same_classes(train: ShardIndex, val: ShardIndex) -> None:
             f"{train.folder} and {val.folder} have different classes ({', '.join(only[:5])} in one only). "
             "Pack both from one folder with --holdout."
         )
+    counts = np.bincount(train.labels, minlength=len(train.classes))
+    if few and counts.min() < few:
+        smallest = train.classes[int(counts.argmin())]
+        raise ValueError(f"--labels-per-class {few}: class {smallest} has only {counts.min()} training images.")

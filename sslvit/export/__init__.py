@@ -28,7 +28,7 @@ def export_encoder(source: str | Path, out: str | Path, kind: str, overwrite: bo
 
     Raises:
         ValueError: the folder is in use, the format is unknown or cannot hold the encoder.
-        RuntimeError: what was written gives other outputs; the folder keeps it, with the verdict.
+        RuntimeError: what was written gives other outputs; it stays in OUT.part, with the verdict.
     """
     out = Path(out)
     if kind not in FORMATS:
@@ -41,16 +41,18 @@ def export_encoder(source: str | Path, out: str | Path, kind: str, overwrite: bo
     encoder = load_encoder(source)
     writer = FORMATS[kind]
     writer.check(encoder.settings)
-    if out.exists():
-        shutil.rmtree(out)
-    out.mkdir(parents=True)
-    writer.write(encoder, out)
-    images = check_inputs(encoder.settings)
-    verdict = {"format": kind, **compare(encoder, writer.reopen(out), images)}
-    (out / "verdict.json").write_text(json.dumps(verdict, indent=1) + "\n")
+    part = out.with_name(f"{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    writer.write(encoder, part)
+    verdict = {"format": kind, **compare(encoder, writer.reopen(part), check_inputs(encoder.settings))}
+    (part / "verdict.json").write_text(json.dumps(verdict, indent=1) + "\n")
     if not verdict["passed"]:
         raise RuntimeError(
-            f"{out}: the reopened encoder differs by {verdict['largest_difference']:.1e} "
-            f"(allowed {verdict['tolerance']:.0e}); see verdict.json."
+            f"{out}: not written, because the reopened encoder differs by {verdict['largest_difference']:.1e} "
+            f"(allowed {verdict['tolerance']:.0e}); what was tried is in {part}."
         )
+    if out.exists():
+        shutil.rmtree(out)
+    part.rename(out)
     return verdict

@@ -33,7 +33,8 @@ def compare(encoder: ViTEncoder, reopened: Callable[[Tensor], Tensor], images: l
             raise RuntimeError(
                 f"the reopened encoder gives features of shape {tuple(got.shape)}, not {tuple(expected.shape)}."
             )
-        worst = max(worst, float((got - expected).abs().max()))
+        difference = (got - expected).abs().max()
+        worst = float("inf") if difference.isnan() else max(worst, float(difference))
         scale = max(scale, float(expected.abs().max()))
     return {
         "largest_difference": worst, "largest_feature": scale, "tolerance": TOLERANCE * max(scale, 1.0),

@@ -32,7 +32,9 @@ def infer_heads(width: int, heads: int | None, notes: list[str]) -> int:
     if heads is not None:
         return heads
     if width % 64:
-        raise ValueError(f"heads: the file does not say them, and width {width} is not a multiple of 64. Give heads=.")
+        raise ValueError(
+            f"heads: the file does not say them, and width {width} is not a multiple of 64. Give heads= (--heads)."
+        )
     notes.append(f"heads: not in the file; assumed {width // 64} (64 channels each). Give heads= if that is wrong.")
     return width // 64
 
@@ -67,21 +69,32 @@ def settings_from_shapes(state: dict[str, Tensor], heads: int | None, notes: lis
     if gated:
         found["mlp_ratio"] = 4.0 if (int(4 * width * 2 / 3) + 7) // 8 * 8 == hidden else 1.5 * hidden / width
     if "pos_embed" in state and state["pos_embed"].ndim == 3:
-        length = state["pos_embed"].shape[1]
-        rows = {"none": 0, "class": int(has_class), "all": int(has_class) + registers}
-        wanted = changes.get("prefix_positions")
-        for kind in [wanted] if wanted else rows:
-            side = math.isqrt(length - rows[kind])
-            if "image_size" in changes or side * side == length - rows[kind]:
-                found["prefix_positions"] = kind
-                found["image_size"] = side * patch
-                break
-        else:
-            raise ValueError(
-                f"pos_embed has {length} rows, which is no square grid with {rows['all']} prefix tokens. "
-                "Give image_size=[height, width]."
-            )
+        found |= _grid_of_positions(state["pos_embed"].shape[1], patch, has_class, registers, notes, changes)
     return EncoderSettings(**{**found, **changes})
+
+
+def _grid_of_positions(
+    length: int, patch: int, has_class: bool, registers: int, notes: list[str], changes: dict
+) -> dict:
+    """Image size and prefix rows of a position table of some length: a square grid unless image_size is given."""
+    rows = {"class": int(has_class), "all": int(has_class) + registers, "none": 0}
+    kinds = [changes["prefix_positions"]] if "prefix_positions" in changes else list(rows)
+    size = changes.get("image_size")
+    for kind in kinds:
+        patches = length - rows[kind]
+        side = math.isqrt(patches)
+        if size is None and side * side == patches:
+            if kind == "none" and has_class:
+                notes.append(f"pos_embed: taken for {side} x {side} patches without a row for the class token.")
+            return {"image_size": side * patch, "prefix_positions": kind}
+        if size is not None:
+            height, width = [size, size] if isinstance(size, int) else size
+            if (height // patch) * (width // patch) == patches:
+                return {"prefix_positions": kind}
+    raise ValueError(
+        f"pos_embed: {length} rows are no {'square grid' if size is None else f'grid of {size} pixels'} of patches of "
+        f"{patch} with {rows['all']} prefix tokens. Give image_size=[height, width] (--image-size HEIGHT WIDTH)."
+    )
 
 
 def count_blocks(state: dict[str, Tensor], prefix: str) -> int:

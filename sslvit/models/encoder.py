@@ -77,9 +77,7 @@ class ViTEncoder(nn.Module):
 
     def layers(self, images: Float[Tensor, "b c h w"], numbers: list[int]) -> list[Float[Tensor, "b t d"]]:
         """Outputs of the given blocks, counted from 1, not normalised; 0 is the input of the first block."""
-        wrong = [number for number in numbers if not 0 <= number <= len(self.blocks)]
-        if wrong:
-            raise ValueError(f"layers {wrong} do not exist: this encoder has blocks 1 to {len(self.blocks)}.")
+        self._check_layers(numbers, first=0)
         tokens, places = self.embed(images)
         _, outputs = self._run_blocks(tokens, places, upto=max(numbers, default=0), kept=set(numbers))
         return [outputs[number] for number in numbers]
@@ -88,7 +86,8 @@ class ViTEncoder(nn.Module):
         self, images: Float[Tensor, "b c h w"], layer: int | None = None, pooling: str | None = None
     ) -> Float[Tensor, "b d"]:
         """One vector per image, at the layer and pooling that this encoder is probed with unless others are given."""
-        layer = layer or self.settings.feature_layer or len(self.blocks)
+        if layer is None:
+            layer = self.settings.feature_layer or len(self.blocks)
         (tokens,) = self.layers(images, [layer])
         if self.settings.feature_norm == "next" and layer < len(self.blocks):
             tokens = self.blocks[layer].norm1(tokens)
@@ -112,10 +111,16 @@ class ViTEncoder(nn.Module):
 
     def attention(self, images: Float[Tensor, "b c h w"], layer: int) -> Float[Tensor, "b heads t t"]:
         """Attention weights of one block, counted from 1, by the slow path that gives the same output."""
+        self._check_layers([layer], first=1)
         tokens, places = self.embed(images)
         tokens, _ = self._run_blocks(tokens, places, upto=layer - 1)
         block = self.blocks[layer - 1]
         return block.attn.weights(block.norm1(tokens), places)
+
+    def _check_layers(self, numbers: list[int], first: int) -> None:
+        wrong = [number for number in numbers if not first <= number <= len(self.blocks)]
+        if wrong:
+            raise ValueError(f"layers {wrong} do not exist: this encoder has blocks 1 to {len(self.blocks)}.")
 
     def embed(
         self,
@@ -132,6 +137,8 @@ class ViTEncoder(nn.Module):
         grid = self.settings.grid_of(*images.shape[2:])
         if visible is not None and self.settings.causal:
             raise ValueError("visible: a causal encoder reads every place in order. Pass no `visible`.")
+        if hidden is not None and self.settings.causal and self.settings.tokens == "pixel":
+            raise ValueError("hidden: a causal pixel sequence is shifted by one place. Set encoder.causal to false.")
         tokens = self.patch_embed(images, visible)  # b k d
         if hidden is not None:
             tokens = self._hide(tokens, take(hidden[:, :, None], visible)[:, :, 0])
@@ -239,18 +246,25 @@ class ViTEncoder(nn.Module):
         return tokens, outputs
 
     def reset_parameters(self) -> None:
-        """Truncated normal weights of std 0.02 and zero biases, as timm's and DINO's ViTs start."""
+        """Linear maps by settings.initialisation, zero biases, and tokens and tables of std 0.02."""
+        start = nn.init.xavier_uniform_ if self.settings.initialisation == "xavier" else _small_normal
         for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-        if isinstance(getattr(self.patch_embed, "proj", None), nn.Conv2d):
-            weight = self.patch_embed.proj.weight
-            nn.init.trunc_normal_(weight.view(weight.shape[0], -1), std=0.02)
-            nn.init.zeros_(self.patch_embed.proj.bias)
-        learned = ("cls_token", "reg_token", "mask_token", "pos_embed", "pos_embed_prefix", "pos_embed_row",
-                   "pos_embed_column", "patch_embed.start_token")  # fmt: skip
+            if isinstance(module, nn.Linear):
+                start(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                _small_normal(module.weight)
+        projection = getattr(self.patch_embed, "proj", None)
+        if projection is not None:  # a linear map in a convolution's shape
+            start(projection.weight.flatten(1))
+            nn.init.zeros_(projection.bias)
+        tables = ("cls_token", "reg_token", "mask_token", "pos_embed", "pos_embed_prefix", "pos_embed_row",
+                  "pos_embed_column", "patch_embed.start_token")  # fmt: skip
         for name, parameter in self.named_parameters():
-            if name in learned:
-                nn.init.trunc_normal_(parameter, std=0.02)
+            if name in tables:
+                _small_normal(parameter)
+
+
+def _small_normal(weight: Tensor) -> None:
+    nn.init.trunc_normal_(weight, std=0.02)

@@ -105,7 +105,7 @@ def rotary_2d(
 def rotate(heads: Float[Tensor, "b heads t e"], rotation: tuple[Tensor, Tensor]) -> Tensor:
     """Turn each pair (channel i, channel i + e/2) by its angle."""
     cos, sin = rotation
-    first, second = heads.float().chunk(2, dim=-1)
+    first, second = heads.to(torch.promote_types(heads.dtype, torch.float32)).chunk(2, dim=-1)
     turned = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
     return turned.to(heads.dtype)
 

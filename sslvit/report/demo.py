@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import tarfile
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ import torch
 
 from sslvit.checkpoint import load_encoder
 from sslvit.data.index import ShardIndex
-from sslvit.data.pack import array_samples, folder_samples, pack
+from sslvit.data.pack import array_samples, folder_samples, hold_out, pack
 from sslvit.data.views import View
 from sslvit.evaluate.probe import ProbeTable, probe
 from sslvit.export import export_encoder
@@ -31,6 +33,8 @@ CIFAR10_ON_A_CPU = {
     "optim.warmup_epochs": 0.15,
     "train.steps": 400,
 }
+MARK = "demo.json"  # tells a demo's folder from others
+MADE = ("shards", "download", "mae", "export", "figures")
 TEST_SHARE = 5  # every fifth digit is for the test
 DRAWING_SEED = 1  # of the evaluation drawings; training draws its own, from the run's seed
 
@@ -62,9 +66,13 @@ def demo(
             raise ValueError(
                 f"{folder}: already exists. Pass --overwrite (make demo OVERWRITE=1) to run anew, or --out elsewhere."
             )
-        if not (folder / "shards").exists():
-            raise ValueError(f"{folder}: not the folder of a demo (no shards/), so --overwrite leaves it alone.")
-        shutil.rmtree(folder)
+        if not (folder / MARK).exists():
+            raise ValueError(f"{folder}: not the folder of a demo (no {MARK}), so --overwrite leaves it alone.")
+        for made in MADE:
+            shutil.rmtree(folder / made, ignore_errors=True)
+    importlib.import_module("timm")  # the last step needs it: missing, it is said now
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARK).write_text(json.dumps({"data": data, "seed": seed}) + "\n")
     print(f"1/4  packing {data} into WebDataset shards", flush=True)
     shards = folder / "shards"
     source = pack_digits(shards) if data == "digits" else pack_cifar10(shards, archive, folder / "download")
@@ -76,10 +84,10 @@ def demo(
     print("3/4  probing: logistic regression and nearest neighbours on frozen features", flush=True)
     encoder = load_encoder(run.path)
     table = probe(encoder, ProbeSettings(str(shards / "train"), str(shards / "test"), labels_per_class=10), name="MAE")
-    print("4/4  exporting the encoder to timm and comparing its outputs there", flush=True)
-    verdict = export_encoder(run.path, folder / "export" / "timm", "timm")
     scores = folder / "scores.json"
     scores.write_text(json.dumps(table.as_dict(), indent=1) + "\n")
+    print("4/4  exporting the encoder to timm and comparing its outputs there", flush=True)
+    verdict = export_encoder(run.path, folder / "export" / "timm", "timm")
     figures = [
         run.figures / "reconstruction.png",
         run.figures / "loss.png",
@@ -103,21 +111,26 @@ def demo(
 def pack_digits(folder: Path) -> ShardIndex:
     """Digits for pretraining as they are (8 x 8); for evaluation drawn once on the canvas, with labels.
 
-    Training digits get two drawings' worth of shards: `pretrain` holds the originals, drawn anew at every step;
-    `train` and `test` hold one fixed drawing of each digit.
+    `pretrain` holds the originals, drawn anew at every step; `train` and `test` hold one fixed drawing of each digit.
+    Images are named by the digit's number, so that a digit can be followed through all three.
     """
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    is_test = np.arange(len(images)) % TEST_SHARE == 0
+    numbers = np.arange(len(images))
+    is_test = numbers % TEST_SHARE == 0
     classes = [str(digit) for digit in range(10)]
     recipe = load_recipe(RECIPES["digits"])
     canvas = View(recipe.data.view, recipe.encoder.image_size, recipe.encoder.interpolation, DRAWING_SEED)
-    drawn = canvas(torch.from_numpy(images)[:, None], np.arange(len(images)), epoch=0)[:, 0].numpy()
-    for name, chosen in (("train", ~is_test), ("test", is_test)):
-        pack(array_samples(drawn[chosen], digits.target[chosen]), folder / name, classes)
-    return pack(array_samples(images[~is_test], digits.target[~is_test]), folder / "pretrain", classes)
+    drawn = canvas(torch.from_numpy(images)[:, None], numbers, epoch=0)[:, 0].numpy()
+
+    def write(name: str, pixels: np.ndarray, chosen: np.ndarray) -> ShardIndex:
+        return pack(array_samples(pixels[chosen], digits.target[chosen], numbers[chosen]), folder / name, classes)
+
+    write("train", drawn, ~is_test)
+    write("test", drawn, is_test)
+    return write("pretrain", images, ~is_test)
 
 
 def pack_cifar10(folder: Path, archive: str | None, download: Path) -> ShardIndex:
@@ -136,17 +149,18 @@ def pack_cifar10(folder: Path, archive: str | None, download: Path) -> ShardInde
             for name, part in parts.items()
         }
         return indices["train"]
-    with tarfile.open(archive) as tar:
-        tar.extractall(download, filter="data")
+    try:
+        with tarfile.open(archive) as tar:
+            tar.extractall(download, filter="data")
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise ValueError(f"{archive}: damaged ({error}). Is the download complete?") from error
     root = download
     while len(inside := [entry for entry in root.iterdir() if not entry.name.startswith(".")]) == 1:
         root = inside[0]  # archives wrap their class folders in a folder or two
     samples, classes = folder_samples(root)
-    train, test = [], []
-    for label in range(len(classes or [])):
-        of_class = [sample for sample in samples if sample.label == label]
-        cut = len(of_class) - len(of_class) // 10
-        train, test = train + of_class[:cut], test + of_class[cut:]
+    if classes is None:
+        raise ValueError(f"{archive}: holds no class folders.")
+    train, test = hold_out(samples, 0.1)
     pack(test, folder / "test", classes)
     return pack(train, folder / "train", classes)
 
@@ -185,7 +199,12 @@ def page_content(data: str, table: ProbeTable, figures: list[Path], verdict: dic
         ),
         ("picture", figures[2], "The same scores as bars."),
         ("heading", "What was learned"),
-        ("picture", figures[0], "Input, what the encoder sees (hidden patches grey), and the reconstruction."),
+        (
+            "picture",
+            figures[0],
+            "Input, what the encoder sees (hidden patches grey), and the reconstruction; each predicted patch has the "
+            "true patch's mean and contrast, since the network predicts it in those units.",
+        ),
         ("picture", figures[1], "Training loss."),
         (
             "text",

@@ -59,6 +59,7 @@ class EncoderSettings:
         feature_layer: blocks that an image passes before it is probed; null for all.
         feature_norm: what normalises those tokens: final (the encoder's last norm) or next (the first norm of
             the following block, as iGPT's probe does).
+        initialisation: of the linear maps: normal (truncated, std 0.02: timm, DINO) or xavier (uniform: MAE).
         checkpointing: recompute blocks in the backward pass instead of storing their activations.
     """
 
@@ -97,6 +98,7 @@ class EncoderSettings:
     fc_norm: bool = False
     feature_layer: int | None = None
     feature_norm: Literal["final", "next"] = "final"
+    initialisation: Literal["normal", "xavier"] = "normal"
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
@@ -111,6 +113,14 @@ class EncoderSettings:
 
     def check(self) -> None:
         """Raise ValueError on the first combination that cannot work, naming the keys and the remedy."""
+        for key in ("channels", "patch", "width", "depth", "heads", "mlp_ratio", "norm_eps"):
+            if not getattr(self, key) > 0:
+                raise ValueError(f"encoder.{key}: {getattr(self, key)} is not above zero.")
+        for key in ("dropout", "drop_path"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ValueError(f"encoder.{key}: {getattr(self, key)} is not a share from 0 up to, not including, 1.")
+        if self.registers < 0:
+            raise ValueError(f"encoder.registers: {self.registers} is negative. Use 0 for none.")
         if len(self.image_size) != 2:
             raise ValueError(f"encoder.image_size: {self.image_size} is not one side or [height, width].")
         self.grid_of(*self.image_size)

@@ -36,7 +36,7 @@ def load_recipe(config: str | Path, changes: dict[str, Any] | None = None) -> Pr
         _put(tree, key, value)
     task = tree.get("task") or {}
     name = task.get("name", "mae") if isinstance(task, dict) else task
-    if name not in TASK_SETTINGS:
+    if not isinstance(name, str) or name not in TASK_SETTINGS:
         raise ValueError(f"task.name: '{name}' is not one of {', '.join(TASK_SETTINGS)}.")
     if isinstance(tree.get("encoder"), dict) and "preset" in tree["encoder"]:
         encoder = tree["encoder"]

@@ -29,6 +29,11 @@ class MAESettings:
     def __post_init__(self) -> None:
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f"task.mask_ratio: {self.mask_ratio} is not between 0 and 1 (a usual one is 0.75).")
+        for key in ("decoder_width", "decoder_depth", "decoder_heads"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"task.{key}: {getattr(self, key)} is not above zero.")
+        if self.decoder_width % 4:
+            raise ValueError(f"task.decoder_width: positions need a multiple of 4, not {self.decoder_width}.")
         if self.decoder_width % self.decoder_heads:
             raise ValueError(
                 f"task.decoder_heads: {self.decoder_heads} heads do not divide decoder width {self.decoder_width}."

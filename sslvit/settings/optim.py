@@ -25,5 +25,14 @@ class OptimSettings:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     clip: float | None = None
 
+    def __post_init__(self) -> None:
+        for key in ("base_rate", "min_rate", "warmup_epochs", "weight_decay"):
+            if not 0 <= getattr(self, key) < float("inf"):
+                raise ValueError(f"optim.{key}: {getattr(self, key)} is not zero or more.")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optim.betas: {self.betas} is not two numbers from 0 up to, not including, 1.")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"optim.clip: {self.clip} is not above zero. Use null for none.")
+
     def peak_rate(self, global_batch: int) -> float:
         return self.base_rate * global_batch / 256

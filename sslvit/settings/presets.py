@@ -29,7 +29,7 @@ def preset_values(name: str) -> dict:
     Raises:
         ValueError: an unknown name.
     """
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ValueError(f"encoder.preset: '{name}' is not one of {', '.join(PRESETS)}.")
     return dict(PRESETS[name])
 

@@ -41,6 +41,8 @@ class ProbeSettings:
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
+        if self.labels_per_class == 1:
+            raise ValueError("--labels-per-class 1: the strength is chosen on held-out labels; use 2 or more.")
         for key in ("labels_per_class", "draws", "layer", "neighbours", "batch"):
             value = getattr(self, key)
             if value is not None and value < 1:

@@ -38,7 +38,7 @@ class TrainSettings:
     deterministic: bool = False
 
     def __post_init__(self) -> None:
-        for key in ("epochs", "steps", "micro_batch", "devices", "nodes", "log_every", "checkpoint_every"):
+        for key in ("epochs", "steps", "micro_batch", "devices", "nodes", "log_every", "checkpoint_every", "threads"):
             value = getattr(self, key)
-            if value is not None and value <= 0:
+            if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"train.{key}: {value} is not positive.")

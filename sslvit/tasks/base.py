@@ -62,9 +62,8 @@ class PretextTask(pl.LightningModule):
     # ---- weights move ----------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(
-            decay_groups(self, self.optim.weight_decay), lr=self.rate_at(0), betas=tuple(self.optim.betas)
-        )
+        groups = decay_groups(self, self.optim.weight_decay)
+        return torch.optim.AdamW(groups, lr=self.rate_at(0), betas=tuple(self.optim.betas), fused=True)
 
     def rate_at(self, step: int) -> float:
         """Learning rate of the update number `step`, counted from zero."""
@@ -105,6 +104,17 @@ class PretextTask(pl.LightningModule):
     def record(self, name: str, value: Tensor) -> None:
         """Keep a number of this micro-batch; the run log averages it over the global batch when a line is due."""
         self.records[name].append(value.detach())
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        """Tell Lightning's counters how many micro-batches the steps done are now.
+
+        They are saved as they were, but a run may go on with other micro-batches, or with more steps than it had.
+        """
+        done = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for count in ("total", "current"):
+            progress[count] |= {"ready": done, "started": done, "processed": done, "completed": done - 1}
+        progress["is_last_batch"] = False
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         names = [name for name, module in self.named_modules() if module is self.trained_encoder]

@@ -66,14 +66,9 @@ def hidden_patch_error(
         predicted: in the target's units.
         target: raw pixels, or patches in units of their own standard deviation.
         is_hidden: True where the patch was hidden from the encoder.
-
-    Raises:
-        ValueError: no patch is hidden, so the mean is empty.
     """
-    if not is_hidden.any():
-        raise ValueError("no patch is hidden, so there is nothing to reconstruct. Raise task.mask_ratio.")
     error = (predicted.float() - target.float()).square().mean(2)
-    return error[is_hidden].mean()
+    return (error * is_hidden).sum() / is_hidden.sum()  # indexing by the mask would wait for the device
 
 
 class MAEDecoder(nn.Module):
@@ -98,6 +93,10 @@ class MAEDecoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.pred = nn.Linear(width, encoder.patch**2 * encoder.channels)
         nn.init.normal_(self.mask_token, std=0.02)
+        for module in self.modules():  # appendix A.1, as encoder.initialisation: xavier
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
 
     def forward(self, latent: Float[Tensor, "b t d"], visible: Int[Tensor, "b k"]) -> Float[Tensor, "b n pixels"]:
         """Predicted pixels of every patch, hidden or not, row by row."""
@@ -116,10 +115,16 @@ class MAE(PretextTask):
     """Args: settings, then those of PretextTask."""
 
     def __init__(self, settings: MAESettings, encoder: EncoderSettings, optim: OptimSettings, **run) -> None:
-        if encoder.causal or encoder.tokens == "pixel":
+        if encoder.causal or encoder.tokens != "patch":
             raise ValueError(
-                "MAE shows the encoder a few patches of an image in any order, which a causal or pixel encoder "
-                "cannot take. Set encoder.causal to false and encoder.tokens to patch (see configs/mae/)."
+                "MAE shows the encoder a few patches alone, in any order: it can neither be causal nor have tokens "
+                f"that see beyond their patch (here causal: {str(encoder.causal).lower()}, tokens: {encoder.tokens}). "
+                "Set encoder.causal to false and encoder.tokens to patch (see configs/mae/)."
+            )
+        if encoder.pooling == "attention":
+            raise ValueError(
+                "MAE trains without labels, so an attention pool would stay random. "
+                "Set encoder.pooling to class or mean."
             )
         super().__init__(encoder, optim, **run)
         self.settings = settings
@@ -131,7 +136,9 @@ class MAE(PretextTask):
                 "Choose another ratio, or a smaller patch."
             )
         self.decoder = MAEDecoder(encoder, settings)
-        self.reset_parameters()
+        self.encoder.fc_norm.requires_grad_(False)  # for fine-tuning; an unused parameter would stop DDP
+        if encoder.mask_token:
+            self.encoder.mask_token.requires_grad_(False)
 
     def training_step(self, batch: Batch, batch_idx: int = 0) -> Tensor:
         noise = self.uniform("mask", batch, self.patches)  # b n
@@ -151,16 +158,6 @@ class MAE(PretextTask):
     def target(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n pixels"]:
         patches = patchify(images, self.patch)
         return normalise_patches(patches) if self.settings.target == "normalised" else patches
-
-    def reset_parameters(self) -> None:
-        """Xavier-uniform linear weights (appendix A.1), the patch projection seen as one too."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        if isinstance(getattr(self.encoder.patch_embed, "proj", None), nn.Conv2d):
-            nn.init.xavier_uniform_(self.encoder.patch_embed.proj.weight.flatten(1))
 
     # ---- what was learned ------------------------------------------------------------------------------------
 

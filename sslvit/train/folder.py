@@ -11,6 +11,7 @@ figures/
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -47,13 +48,17 @@ class RunFolder:
             raise ValueError(f"--resume: {self.path} has no checkpoint ({self.checkpoint}). Start without --resume.")
         if is_used and not (resume or overwrite):
             raise ValueError(f"{self.path}: already exists. Pass --resume to go on, or --overwrite to start anew.")
-        if is_used and overwrite and not self.config.exists():
-            raise ValueError(f"{self.path}: not a run folder (no config.yaml), so --overwrite leaves it alone.")
+        if is_used and overwrite and not (self.config.exists() and self.checkpoint.parent.is_dir()):
+            raise ValueError(f"{self.path}: not a run folder (no config.yaml and checkpoints/), so it is left alone.")
 
     def start(self, settings: dict[str, Any], resume: bool) -> None:
-        """Make the folder (emptied unless the run goes on) and write down what runs."""
-        if self.path.exists() and not resume:
-            shutil.rmtree(self.path)
+        """Make the folder and write down what runs; an earlier run's files go, unless the run goes on."""
+        if not resume:
+            for made in (self.checkpoint.parent, self.figures):
+                shutil.rmtree(made, ignore_errors=True)
+            for made in (self.metrics, self.ledger):
+                made.unlink(missing_ok=True)
+        shutil.rmtree(self.encoder, ignore_errors=True)  # the checkpoint is newer from now on
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         self.config.write_text(yaml.safe_dump(settings, sort_keys=False))
 
@@ -67,4 +72,6 @@ class RunFolder:
     def cut_metrics(self, step: int) -> None:
         """Drop lines after a checkpoint's step, which the resumed run will write again."""
         kept = [line for line in self.read_metrics() if line["step"] <= step]
-        self.metrics.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        part = self.metrics.with_suffix(".part")
+        part.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(part, self.metrics)

@@ -11,7 +11,15 @@ import torch
 import yaml
 
 from sslvit import __version__
-from sslvit.checkpoint import load_encoder, put_weights, save_encoder, settings_difference
+from sslvit.checkpoint import (
+    load_encoder,
+    put_weights,
+    read_torch_file,
+    save_encoder,
+    settings_difference,
+    settings_from,
+)
+from sslvit.data.decode import MODES
 from sslvit.data.index import ShardIndex
 from sslvit.data.module import ShardDataModule, make_batch
 from sslvit.data.pack import open_shards
@@ -41,13 +49,13 @@ def pretrain(settings: PretrainSettings, resume: bool = False, overwrite: bool =
     is_first = _is_first_process()
     if is_first:
         folder.check(resume, overwrite)
-    if resume:
-        _check_resumed(folder, settings)
     train = settings.train
-    slices(settings.data.global_batch, train.devices * train.nodes, train.micro_batch)
+    _check_machine(settings)
     index = open_shards(settings.data.shards or "", f"{settings.out.rstrip('/')}-shards")
-    if settings.init:
-        _check_same(load_encoder(settings.init).settings, settings.encoder, settings.init)
+    start = None
+    if settings.init and not resume:
+        start = load_encoder(settings.init)
+        _check_same(start.settings, settings.encoder, settings.init)
 
     if train.threads:
         torch.set_num_threads(train.threads)
@@ -59,8 +67,12 @@ def pretrain(settings: PretrainSettings, resume: bool = False, overwrite: bool =
         settings.task, settings.encoder, settings.optim, total_steps=total_steps, steps_per_epoch=steps_per_epoch,
         global_batch=settings.data.global_batch, seed=settings.seed,
     )  # fmt: skip
-    if settings.init and not resume:
-        put_weights(task.encoder, load_encoder(settings.init).state_dict(), settings.init)
+    if start is not None:
+        put_weights(task.encoder, start.state_dict(), settings.init)
+    if train.precision == "float64":
+        task.double()  # before a checkpoint is loaded, which would otherwise pass through float32
+    if resume:
+        _check_resumed(folder, settings, data)
     trainer = make_trainer(settings, folder, index, data)
     if is_first:
         folder.start(settings.as_dict(), resume)
@@ -68,7 +80,13 @@ def pretrain(settings: PretrainSettings, resume: bool = False, overwrite: bool =
 
     with warnings.catch_warnings():
         _silence_needless_warnings()
-        trainer.fit(task, datamodule=data, ckpt_path=folder.checkpoint if resume else None, weights_only=True)
+        try:
+            trainer.fit(task, datamodule=data, ckpt_path=folder.checkpoint if resume else None, weights_only=True)
+        except SystemExit as error:  # Lightning's answer to Ctrl-C
+            saved = "; go on from its last checkpoint with --resume" if folder.checkpoint.exists() else ""
+            raise KeyboardInterrupt(f"stopped at step {trainer.global_step} of {total_steps}{saved}") from error
+    if trainer.global_step != total_steps:
+        raise RuntimeError(f"training ended at step {trainer.global_step} instead of {total_steps}.")
     if trainer.is_global_zero:
         _finish(settings, folder, index, data, task, trainer)
     return folder
@@ -114,7 +132,7 @@ def precision_of(train: TrainSettings) -> str:
     if train.precision != "auto":
         return names[train.precision]
     if train.accelerator != "cpu" and torch.cuda.is_available():
-        return names["bf16" if torch.cuda.is_bf16_supported() else "float32"]
+        return names["bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"]
     known = getattr(torch.cpu, "get_capabilities", dict)()
     return names["bf16" if known.get("amx_bf16") or known.get("avx512_bf16") else "float32"]
 
@@ -169,10 +187,28 @@ def draw_figures(
         image_rows(folder.figures / f"{name}.png", rows, titles)
 
 
-def _check_resumed(folder: RunFolder, settings: PretrainSettings) -> None:
-    """A resumed run must train the same encoder; other changes are said."""
-    before = yaml.safe_load(folder.config.read_text())
-    _check_same(EncoderSettings(**before["encoder"]), settings.encoder, str(folder.checkpoint))
+def _check_machine(settings: PretrainSettings) -> None:
+    """Refuse what cannot run here, before data is touched."""
+    train = settings.train
+    slices(settings.data.global_batch, train.devices * train.nodes, train.micro_batch)
+    if train.accelerator == "gpu" and not torch.cuda.is_available():
+        raise ValueError("train.accelerator: gpu, but torch sees none here. Use auto or cpu.")
+    if settings.encoder.channels not in MODES:
+        raise ValueError(f"encoder.channels: images decode to {list(MODES)} channels, not {settings.encoder.channels}.")
+
+
+def _check_resumed(folder: RunFolder, settings: PretrainSettings, data: ShardDataModule) -> None:
+    """A resumed run must train the same encoder on the same data in the same order; other changes are said."""
+    content = read_torch_file(folder.checkpoint)
+    try:
+        trained, position = content["sslvit"]["encoder"], content[ShardDataModule.__qualname__]
+        before = yaml.safe_load(folder.config.read_text())
+    except (KeyError, yaml.YAMLError, OSError) as error:
+        raise ValueError(f"--resume: {folder.path} is not a run of sslvit that can go on ({error}).") from error
+    _check_same(settings_from(trained, folder.checkpoint), settings.encoder, str(folder.checkpoint))
+    data.load_state_dict(position)
+    if data.start_step > data.total_steps:
+        raise ValueError(f"--resume: {folder.path} is at step {data.start_step} already, past {data.total_steps}.")
     old, new = _flat(before), _flat(settings.as_dict())
     changed = [f"{key} {old.get(key)} -> {new.get(key)}" for key in new if old.get(key) != new.get(key)]
     if changed:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from sslvit.data.decode import BadImage, decode
 from sslvit.data.index import index_shards, load_index
-from sslvit.data.pack import array_samples, pack, pack_folder
+from sslvit.data.pack import array_samples, open_shards, pack, pack_folder
 from sslvit.data.reader import ShardReader
 
 
@@ -140,8 +140,9 @@ def test_a_damaged_sample_is_replaced_and_named(tmp_path: Path, kept: bool) -> N
     assert list(bad) == [1]
     assert torch.equal(images[1], images[2])
     assert torch.equal(reader.images(np.array([3, 4]))[0][1], images[0])
-    with pytest.raises(BadImage, match="no sample of a batch is readable"):
-        reader.images(np.array([4, 4]))
+    alone, bad = reader.images(np.array([4, 4]))
+    assert list(bad) == [0, 1]
+    assert all((image == 0).all() for image in alone)
 
 
 def test_images_of_other_modes_are_converted() -> None:
@@ -186,6 +187,70 @@ def test_bad_sources_are_refused_before_anything_is_written(tmp_path: Path) -> N
     with pytest.raises(ValueError, match="share between 0 and 1"):
         pack_folder(mixed, tmp_path / "out", holdout=1.5)
     assert not (tmp_path / "out").exists()
+
+
+def test_other_fields_of_a_sample_are_not_its_image(tmp_path: Path) -> None:
+    import webdataset
+
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
+        for i in range(4):
+            image, mask = (Image.fromarray(np.full((4, 4, 3), v, np.uint8)) for v in (i, 200))
+            writer.write({"__key__": f"{i:04d}", "png": image, "seg.png": mask})
+    images, _ = ShardReader(index_shards(tmp_path)).images(np.arange(4))
+    assert images[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
+
+
+def test_more_shards_than_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sslvit.data.reader.OPEN_SHARDS", 2)
+    (index,) = pack_folder(image_folder(tmp_path / "in"), tmp_path / "out", shard_mb=0.002)
+    assert len(index.shards) > 5
+    reader = ShardReader(index, memory_limit_mb=0)
+    for samples in (np.arange(20), np.arange(20)[::-1]):
+        reader.images(samples)
+        assert len(reader.files) == 2
+
+
+def test_an_image_folder_is_packed_once_and_another_one_is_not_mistaken_for_it(tmp_path: Path) -> None:
+    one, other = image_folder(tmp_path / "one"), image_folder(tmp_path / "other", count=3)
+    assert len(open_shards(one, tmp_path / "beside")) == 20
+    assert len(open_shards(one, tmp_path / "beside")) == 20
+    with pytest.raises(ValueError, match="shards of other images"):
+        open_shards(other, tmp_path / "beside")
+    with pytest.raises(FileNotFoundError, match="no data given"):
+        open_shards("", tmp_path / "beside")
+
+
+def test_a_class_of_one_image_stays_in_training(tmp_path: Path) -> None:
+    source = image_folder(tmp_path / "in")
+    (source / "emu").mkdir()
+    Image.fromarray(np.full((6, 8, 3), 2, np.uint8)).save(source / "emu" / "only.png")
+    train, val = pack_folder(source, tmp_path / "out", holdout=0.2)
+    assert len(train) == 17
+    assert len(val) == 4
+
+
+def test_overwriting_keeps_the_old_shards_until_the_new_are_whole(tmp_path: Path) -> None:
+    (old,) = pack_folder(image_folder(tmp_path / "in"), tmp_path / "out")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "x.png").write_text("not an image")
+    with pytest.raises(ValueError, match="none of 1 images is readable"):
+        pack_folder(tmp_path / "bad", tmp_path / "out", overwrite=True)
+    assert load_index(tmp_path / "out").fingerprint() == old.fingerprint()
+
+
+def test_an_unreadable_class_folder_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    source, scandir = image_folder(tmp_path / "in"), os.scandir
+
+    def refuse(path):
+        if str(path).endswith("dog"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ValueError, match="dog: not readable .Permission denied.. Check its permissions"):
+        pack_folder(source, tmp_path / "out")
 
 
 def test_shards_are_not_overwritten_silently(tmp_path: Path) -> None:

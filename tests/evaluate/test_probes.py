@@ -9,6 +9,7 @@ from golden_fixtures import Golden
 from sklearn.linear_model import LogisticRegression
 
 from sslvit.data.pack import array_samples, pack
+from sslvit.data.reader import ShardReader
 from sslvit.evaluate.features import Features, encoder_features, pixel_features
 from sslvit.evaluate.knn import knn_votes
 from sslvit.evaluate.linear import STRENGTHS, draw_labels, fit_logistic, fit_probe, stratified_folds
@@ -81,6 +82,37 @@ def test_selection_never_sees_the_reported_set(monkeypatch: pytest.MonkeyPatch) 
     assert torch.equal(heads[0].weight, heads[1].weight)
 
 
+def test_fewer_images_than_features_reach_the_same_optimum() -> None:
+    features = clouds(count=10, width=40)
+    values, strength = features.values.double(), torch.tensor([0.1]).double()
+    weight, bias = (part.clone().requires_grad_() for part in fit_logistic(values, features.labels, 4, strength))
+    loss = torch.nn.functional.cross_entropy(values @ weight[0].T + bias[0], features.labels)
+    (loss + 0.05 * weight.square().sum()).backward()
+    assert max(weight.grad.abs().max(), bias.grad.abs().max()) < 1e-5
+
+
+def test_an_unfinished_fit_says_so(capsys: pytest.CaptureFixture) -> None:
+    features = clouds()
+    fit_logistic(features.values.double(), features.labels, 4, torch.tensor([1e-2]).double())
+    assert capsys.readouterr().out == ""
+    fit_logistic(features.values.double(), features.labels, 4, torch.tensor([1e-2]).double(), tolerance=0.0)
+    assert "not converged to 0e+00 after 500 iterations" in capsys.readouterr().out
+
+
+def test_the_untrained_baseline_is_what_training_starts_from() -> None:
+    from sslvit.settings.load import load_recipe
+    from sslvit.tasks.mae import MAE
+
+    recipe = load_recipe("mae/digits")
+    torch.manual_seed(0)
+    run = {"total_steps": 1, "steps_per_epoch": 1, "global_batch": 64}
+    start = MAE(recipe.task, recipe.encoder, recipe.optim, **run).encoder.state_dict()
+    torch.manual_seed(0)
+    baseline = ViTEncoder(recipe.encoder).state_dict()
+    assert all(torch.equal(start[key], baseline[key]) for key in start)
+    assert baseline["blocks.0.mlp.fc1.weight"].std() > 0.05  # Xavier, not 0.02
+
+
 def test_constant_features_do_no_harm() -> None:
     features = clouds()
     with_constant = Features(torch.cat([features.values, torch.full((300, 2), 3.0)], 1), features.labels)
@@ -135,13 +167,13 @@ def test_features_do_not_depend_on_the_batch(shards) -> None:
 
     torch.manual_seed(0)
     encoder = ViTEncoder(EncoderSettings(image_size=8, patch=4, width=16, depth=1, heads=2))
-    index = load_index(shards / "val")
-    one, other = (encoder_features(encoder, index, batch=batch) for batch in (4, 15))
+    reader = ShardReader(load_index(shards / "val"))
+    one, other = (encoder_features(encoder, reader, batch=batch) for batch in (4, 15))
     assert len(one) == 15
     torch.testing.assert_close(one.values, other.values)
-    assert torch.equal(one.labels, torch.from_numpy(index.labels.astype(np.int64)))
+    assert torch.equal(one.labels, torch.from_numpy(reader.index.labels.astype(np.int64)))
     large = EncoderSettings(image_size=64, patch=4, width=16, depth=1, heads=2)
-    assert pixel_features(index, large).values.shape == (15, 3 * 32 * 32)
+    assert pixel_features(reader, large).values.shape == (15, 3 * 32 * 32)
 
 
 def test_the_table_has_baselines_and_solves_an_easy_set(shards) -> None:
@@ -165,5 +197,9 @@ def test_unlabelled_or_different_data_is_refused(shards) -> None:
         probe(encoder, ProbeSettings(str(shards / "train"), str(shards / "plain")))
     with pytest.raises(ValueError, match=r"different classes \(bright, light"):
         probe(encoder, ProbeSettings(str(shards / "train"), str(shards / "other")))
+    with pytest.raises(ValueError, match=r"--labels-per-class 30: class (dark|light) has only"):
+        probe(encoder, ProbeSettings(str(shards / "train"), str(shards / "val"), labels_per_class=30))
+    with pytest.raises(ValueError, match="use 2 or more"):
+        ProbeSettings("a", "b", labels_per_class=1)
     with pytest.raises(ValueError, match="--labels-per-class 0"):
         ProbeSettings("a", "b", labels_per_class=0)

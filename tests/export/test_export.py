@@ -91,9 +91,13 @@ def test_a_wrong_export_fails_and_says_so(tmp_path: Path, monkeypatch: pytest.Mo
     saved(tmp_path / "e")
     reopen = timm_format.reopen
     monkeypatch.setattr(timm_format, "reopen", lambda folder: lambda images: reopen(folder)(images) + 1e-3)
-    with pytest.raises(RuntimeError, match="the reopened encoder differs by 1.0e-03"):
+    with pytest.raises(RuntimeError, match="not written, because the reopened encoder differs by 1.0e-03"):
         export_encoder(tmp_path / "e", tmp_path / "out", "timm")
-    assert json.loads((tmp_path / "out" / "verdict.json").read_text())["passed"] is False
+    assert json.loads((tmp_path / "out.part" / "verdict.json").read_text())["passed"] is False
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(timm_format, "reopen", lambda folder: lambda images: reopen(folder)(images) * float("nan"))
+    with pytest.raises(RuntimeError, match="differs by inf"):
+        export_encoder(tmp_path / "e", tmp_path / "out", "timm")
 
 
 def test_exports_are_not_overwritten_silently(tmp_path: Path) -> None:

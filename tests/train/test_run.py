@@ -91,21 +91,60 @@ def test_a_stopped_run_resumes_to_the_same_weights_and_metrics(
     shards: Path, tmp_path: Path, changes: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(shards, tmp_path / "whole", **changes)
+    interrupted(shards, tmp_path / "cut", 5, monkeypatch, **changes)
+    assert torch.load(RunFolder(tmp_path / "cut").checkpoint, weights_only=True)["global_step"] == 3
+    assert same(run(shards, tmp_path / "cut", resume=True, **changes), whole)
+
+
+def interrupted(shards: Path, out: Path, at: int, monkeypatch: pytest.MonkeyPatch, **changes) -> None:
+    """A run that is stopped by Ctrl-C in the middle of a step."""
     from sslvit.tasks.mae import MAE
 
     step = MAE.training_step
 
-    def stop_at_six(self, batch, batch_idx=0):
-        if self.global_step == 5:
+    def stop(self, batch, batch_idx=0):
+        if self.global_step == at:
             raise KeyboardInterrupt
         return step(self, batch, batch_idx)
 
-    monkeypatch.setattr(MAE, "training_step", stop_at_six)
-    with pytest.raises((KeyboardInterrupt, SystemExit)):
-        run(shards, tmp_path / "cut", **changes)
+    monkeypatch.setattr(MAE, "training_step", stop)
+    with pytest.raises(KeyboardInterrupt, match=f"stopped at step {at} of .*--resume"):
+        run(shards, out, **changes)
     monkeypatch.setattr(MAE, "training_step", step)
-    assert torch.load(RunFolder(tmp_path / "cut").checkpoint, weights_only=True)["global_step"] == 3
-    assert same(run(shards, tmp_path / "cut", resume=True, **changes), whole)
+
+
+def test_a_resume_may_cut_the_batch_in_other_micro_batches(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = {"train.precision": "float64"}
+    whole = run(shards, tmp_path / "whole", **base)
+    interrupted(shards, tmp_path / "cut", 5, monkeypatch, **base)
+    again = run(shards, tmp_path / "cut", resume=True, **base, **{"train.micro_batch": 2})
+    for one, two in zip(metrics(whole), metrics(again), strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-6)
+    for key, value in weights(whole).items():
+        torch.testing.assert_close(weights(again)[key], value, rtol=1e-6, atol=1e-8)
+
+
+def test_a_finished_run_can_be_made_longer(shards: Path, tmp_path: Path) -> None:
+    run(shards, tmp_path / "run", **{"train.steps": 4})
+    longer = run(shards, tmp_path / "run", resume=True, **{"train.steps": 9})
+    assert [line["step"] for line in longer.read_metrics()] == list(range(1, 10))
+    assert json.loads((longer.encoder / "encoder.json").read_text())["provenance"]["step"] == 9
+    with pytest.raises(ValueError, match="is at step 9 already, past 4"):
+        run(shards, tmp_path / "run", resume=True, **{"train.steps": 4})
+
+
+def test_while_a_run_goes_on_its_encoder_is_that_of_the_checkpoint(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(shards, tmp_path / "run", **{"train.steps": 3})
+    from sslvit.train import run as module
+
+    monkeypatch.setattr(module, "_finish", lambda *_: None)
+    folder = run(shards, tmp_path / "run", resume=True, **{"train.steps": 6})
+    state = weights(folder)["encoder.blocks.0.attn.qkv.weight"]
+    assert torch.equal(load_encoder(folder.path).blocks[0].attn.qkv.weight, state)
 
 
 def test_micro_batches_and_workers_leave_the_run_as_it_is(shards: Path, tmp_path: Path) -> None:
@@ -130,10 +169,13 @@ def test_folders_are_not_overwritten_silently(shards: Path, tmp_path: Path) -> N
     assert not (tmp_path / "new").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    (tmp_path / "mine" / "config.yaml").write_text("mine: too")
     with pytest.raises(ValueError, match="not a run folder"):
         run(shards, tmp_path / "mine", overwrite=True)
     assert (tmp_path / "mine" / "thesis.txt").exists()
+    (tmp_path / "run" / "notes.txt").write_text("my own notes")
     assert len(run(shards, tmp_path / "run", overwrite=True, **{"train.steps": 2}).read_metrics()) == 2
+    assert (tmp_path / "run" / "notes.txt").exists()
 
 
 def test_a_resume_with_another_encoder_batch_or_data_is_refused(shards: Path, tmp_path: Path) -> None:
@@ -142,6 +184,10 @@ def test_a_resume_with_another_encoder_batch_or_data_is_refused(shards: Path, tm
         run(shards, tmp_path / "run", resume=True, **{"encoder.depth": 2})
     with pytest.raises(ValueError, match=r"global_batch 8 then, 4 now.*--init"):
         run(shards, tmp_path / "run", resume=True, **{"data.global_batch": 4, "train.steps": 9})
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]["global_batch"] == 8
+    (tmp_path / "run" / "checkpoints" / "last.ckpt").write_bytes(b"")
+    with pytest.raises(ValueError, match="last.ckpt: not a readable checkpoint"):
+        run(shards, tmp_path / "run", resume=True)
 
 
 def test_impossible_runs_stop_before_anything_is_made(shards: Path, tmp_path: Path) -> None:
