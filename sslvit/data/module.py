@@ -55,12 +55,9 @@ class ShardDataModule(pl.LightningDataModule):
         index: of the shards.
         settings: batch, view and loading.
         encoder: size, channels and normalisation of its input.
+        plan: the order; its seed is also that of the views.
         total_steps: optimiser steps of the run.
         micro_batch: images per forward pass on one rank, or None for the rank's share.
-        seed: of order and views.
-
-    Raises:
-        ValueError: fewer samples than a batch.
     """
 
     def __init__(
@@ -68,21 +65,20 @@ class ShardDataModule(pl.LightningDataModule):
         index: ShardIndex,
         settings: DataSettings,
         encoder: EncoderSettings,
+        plan: EpochPlan,
         total_steps: int,
         micro_batch: int | None = None,
-        seed: int = 0,
     ) -> None:
         super().__init__()
         self.index, self.settings, self.encoder = index, settings, encoder
-        self.total_steps, self.micro_batch = total_steps, micro_batch
-        self.plan = EpochPlan(len(index), settings.global_batch, seed)
-        self.view = View(settings.view, encoder.image_size, encoder.interpolation, seed)
+        self.plan, self.total_steps, self.micro_batch = plan, total_steps, micro_batch
+        self.view = View(settings.view, encoder.image_size, encoder.interpolation, plan.seed)
         self.start_step = 0
         self.reader: ShardReader | None = None
 
     def train_dataloader(self) -> DataLoader:
         trainer = self.trainer
-        micro, passes = slices(self.settings.global_batch, trainer.world_size, self.micro_batch)
+        micro, passes = slices(self.plan.global_batch, trainer.world_size, self.micro_batch)
         if self.reader is None:
             self.reader = ShardReader(self.index, self.encoder.channels, self.settings.memory_limit_mb)
         batches = TrainingBatches(self.reader, self.view, self.plan, trainer.global_rank, micro, passes)
@@ -118,7 +114,7 @@ class ShardDataModule(pl.LightningDataModule):
 
     def _identity(self) -> dict[str, int | str]:
         return {
-            "samples": len(self.index), "global_batch": self.settings.global_batch, "seed": self.plan.seed,
+            "samples": len(self.index), "global_batch": self.plan.global_batch, "seed": self.plan.seed,
             "shards": self.index.fingerprint(),
         }  # fmt: skip
 

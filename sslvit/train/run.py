@@ -23,7 +23,7 @@ from sslvit.data.decode import MODES
 from sslvit.data.index import ShardIndex
 from sslvit.data.module import ShardDataModule, make_batch
 from sslvit.data.pack import open_shards
-from sslvit.data.plan import slices
+from sslvit.data.plan import EpochPlan, slices
 from sslvit.data.views import normalise
 from sslvit.figures import curves, image_rows
 from sslvit.settings import EncoderSettings, PretrainSettings, TrainSettings
@@ -60,12 +60,12 @@ def pretrain(settings: PretrainSettings, resume: bool = False, overwrite: bool =
     if train.threads:
         torch.set_num_threads(train.threads)
     pl.seed_everything(settings.seed, verbose=False)
-    data = ShardDataModule(index, settings.data, settings.encoder, 0, train.micro_batch, settings.seed)
-    steps_per_epoch = data.plan.steps_per_epoch
-    data.total_steps = total_steps = train.steps or max(1, round(train.epochs * steps_per_epoch))
+    plan = EpochPlan(len(index), settings.data.global_batch, settings.seed)
+    total_steps = train.steps or max(1, round(train.epochs * plan.steps_per_epoch))
+    data = ShardDataModule(index, settings.data, settings.encoder, plan, total_steps, train.micro_batch)
     task: PretextTask = task_class(settings.task.name)(
-        settings.task, settings.encoder, settings.optim, total_steps=total_steps, steps_per_epoch=steps_per_epoch,
-        global_batch=settings.data.global_batch, seed=settings.seed,
+        settings.task, settings.encoder, settings.optim, total_steps=total_steps,
+        steps_per_epoch=plan.steps_per_epoch, global_batch=plan.global_batch, seed=settings.seed,
     )  # fmt: skip
     if start is not None:
         put_weights(task.encoder, start.state_dict(), settings.init)
@@ -171,13 +171,11 @@ def _finish(
         folder.figures / "loss.png", {"loss": (steps, [line["loss"] for line in metrics])},
         "optimiser step", "loss", f"{settings.task.name}: training loss",
     )  # fmt: skip
-    draw_figures(folder, task, index, data, trainer)
+    draw_figures(folder, task, index, data)
     print(f"encoder in {folder.encoder}, figures in {folder.figures}")
 
 
-def draw_figures(
-    folder: RunFolder, task: PretextTask, index: ShardIndex, data: ShardDataModule, trainer: pl.Trainer
-) -> None:
+def draw_figures(folder: RunFolder, task: PretextTask, index: ShardIndex, data: ShardDataModule) -> None:
     """The task's own pictures of the first images of the data set."""
     chosen = torch.arange(min(8, len(index))).numpy()
     batch = make_batch(data.reader, data.view, chosen, 0, chosen >= 0)
