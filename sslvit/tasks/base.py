@@ -74,7 +74,7 @@ class PretextTask(pl.LightningModule):
         rate = self.rate_at(self.global_step)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        self.records["rate"] = [torch.tensor(rate)]
+        self.records["rate"] = [torch.tensor(rate, dtype=torch.float64)]
         optimizer.step(closure=optimizer_closure)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
