@@ -139,7 +139,8 @@ class ViTEncoder(nn.Module):
             raise ValueError("visible: a causal encoder reads every place in order. Pass no `visible`.")
         if hidden is not None and self.settings.causal and self.settings.tokens == "pixel":
             raise ValueError("hidden: a causal pixel sequence is shifted by one place. Set encoder.causal to false.")
-        tokens = self.patch_embed(images, visible)  # b k d
+        # under autocast the residual stream keeps the images' precision, whatever the positions
+        tokens = self.patch_embed(images, visible).to(images.dtype)  # b k d
         if hidden is not None:
             tokens = self._hide(tokens, take(hidden[:, :, None], visible)[:, :, 0])
         row_prefix, row_patches = self.position_table(grid)

@@ -336,6 +336,7 @@ def test_bf16_path_on_the_cpu_agrees_with_float32() -> None:
         encoder = make(**options)
         with torch.autocast("cpu", torch.bfloat16):
             half = encoder(images())
+            assert all(tokens.dtype == torch.float32 for tokens in encoder.layers(images(), [0, 1, 3]))
         assert (half.float() - encoder(images())).abs().mean() < 0.05
 
 
