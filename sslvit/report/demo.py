@@ -143,7 +143,13 @@ def pack_cifar10(folder: Path, archive: str | None, download: Path) -> ShardInde
         download.mkdir(parents=True, exist_ok=True)
         if archive is not None:
             shutil.copy(archive, download / CIFAR10.filename)  # torchvision checks its MD5 before it reads it
-        parts = {name: CIFAR10(str(download), train=name == "train", download=True) for name in ("train", "test")}
+        try:
+            parts = {name: CIFAR10(str(download), train=name == "train", download=True) for name in ("train", "test")}
+        except (OSError, RuntimeError) as error:
+            raise ValueError(
+                f"CIFAR-10 could not be had ({error}). Give a local archive: --archive FILE "
+                "(make demo DATA=cifar10 ARCHIVE=FILE)."
+            ) from error
         indices = {
             name: pack(array_samples(part.data, part.targets), folder / name, part.classes)
             for name, part in parts.items()
