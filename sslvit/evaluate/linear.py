@@ -82,7 +82,7 @@ def fit_logistic(
     classes: int,
     strengths: Float[Tensor, "p"],
     used: Tensor | None = None,
-    max_iterations: int = 500,
+    max_iterations: int = 5000,
     tolerance: float = 1e-6,
 ) -> tuple[Float[Tensor, "p classes d"], Float[Tensor, "p classes"]]:
     """Minimise mean cross-entropy + strength / 2 * |weight|^2 for p problems on the same features, by L-BFGS.

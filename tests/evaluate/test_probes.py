@@ -95,7 +95,9 @@ def test_an_unfinished_fit_says_so(capsys: pytest.CaptureFixture) -> None:
     features = clouds()
     fit_logistic(features.values.double(), features.labels, 4, torch.tensor([1e-2]).double())
     assert capsys.readouterr().out == ""
-    fit_logistic(features.values.double(), features.labels, 4, torch.tensor([1e-2]).double(), tolerance=0.0)
+    fit_logistic(
+        features.values.double(), features.labels, 4, torch.tensor([1e-2]).double(), max_iterations=500, tolerance=0.0
+    )
     assert "not converged to 0e+00 after 500 iterations" in capsys.readouterr().out
 
 
