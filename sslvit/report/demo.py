@@ -200,7 +200,7 @@ def page_content(data: str, table: ProbeTable, figures: list[Path], verdict: dic
         (
             "text",
             "Right answers in percent. Raw pixels and the same network with untrained weights get the same probes. "
-            f"{table.about['linear'].capitalize()}; with 10 labels per class the mean of 5 draws. kNN: cosine, "
+            f"Linear: {table.about['linear']}; with 10 labels per class the mean of 5 draws. kNN: cosine, "
             f"weighted by exp(similarity / {table.about['temperature']}).",
         ),
         ("picture", figures[2], "The same scores as bars."),
