@@ -95,7 +95,9 @@ def demo(
     ]
     seconds = time.monotonic() - start
     page = write_page(
-        folder / "report.html", f"sslvit demo: {data}", page_content(data, table, figures, verdict, seconds)
+        folder / "report.html",
+        f"sslvit demo: {data}",
+        page_content(data, settings.task.target, table, figures, verdict, seconds),
     )
     print(f"\nRight answers in percent on {table.about['val_images']} test images:\n\n{table.text()}\n")
     print(f"Done in {seconds / 60:.1f} minutes. Open these:")
@@ -179,7 +181,7 @@ def _is_python_archive(path: Path) -> bool:
         raise ValueError(f"{path}: not a readable tar archive ({error}).") from error
 
 
-def page_content(data: str, table: ProbeTable, figures: list[Path], verdict: dict, seconds: float) -> list:
+def page_content(data: str, target: str, table: ProbeTable, figures: list[Path], verdict: dict, seconds: float) -> list:
     """The demo's page, top to bottom: texts, tables and pictures."""
     about = {
         "digits": (
@@ -193,6 +195,9 @@ def page_content(data: str, table: ProbeTable, figures: list[Path], verdict: dic
             "the whole image."
         ),
     }[data]
+    units = ""
+    if target == "normalised":
+        units = ", each predicted patch with the true one's mean and contrast: it is predicted in those units"
     return [
         ("text", about),
         ("heading", "What the features know"),
@@ -208,8 +213,7 @@ def page_content(data: str, table: ProbeTable, figures: list[Path], verdict: dic
         (
             "picture",
             figures[0],
-            "Input, what the encoder sees (hidden patches grey), and the reconstruction; each predicted patch has the "
-            "true patch's mean and contrast, since the network predicts it in those units.",
+            "Input, what the encoder sees (hidden patches grey), and the reconstruction" + units,
         ),
         ("picture", figures[1], "Training loss."),
         (
