@@ -170,7 +170,7 @@ def run_pack(options: argparse.Namespace) -> None:
 
 
 def run_index(options: argparse.Namespace) -> None:
-    from sslvit.data.index import index_shards
+    from sslvit.data.scan import index_shards
 
     show_index(index_shards(options.folder))
 

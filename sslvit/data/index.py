@@ -13,7 +13,7 @@ import json
 import os
 import tarfile
 from dataclasses import asdict, dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 
@@ -154,56 +154,6 @@ def load_index(folder: str | Path) -> ShardIndex:
                 f"changed on purpose: sslvit shards index {folder}"
             )
     return index
-
-
-def index_shards(folder: str | Path) -> ShardIndex:
-    """Make the index of tar shards that others wrote (WebDataset format): KEY.jpg beside KEY.cls.
-
-    Raises:
-        ValueError: no shard, a damaged one, or none with an image in it.
-    """
-    from sslvit.data.pack import measure_images  # reads through an index, so it stands above this file
-
-    folder = Path(folder)
-    paths = sorted(folder.glob("*.tar"))
-    if not paths:
-        raise ValueError(f"{folder}: no .tar files there.")
-    shards, records = [], []
-    for path in paths:
-        found = _scan(path)
-        shards.append(Shard(path.name, len(found), path.stat().st_size, sha256_of(path)))
-        records += found
-    if not records:
-        raise ValueError(f"{folder}: the shards hold no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
-    table = np.array(records, RECORD)
-    top = int(table["label"].max())
-    classes = None if (table["label"] == NO_LABEL).any() else [str(label) for label in range(top + 1)]
-    index = ShardIndex(folder, shards, table, classes)
-    measure_images(index)
-    index.save()
-    return index
-
-
-def _scan(path: Path) -> list[tuple[int, int, int]]:
-    images: dict[str, tuple[int, int]] = {}
-    labels: dict[str, int] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                name = PurePosixPath(member.name)
-                stem, _, field = name.name.partition(".")
-                key = str(name.parent / stem)
-                if not member.isfile():
-                    continue
-                if f".{field.lower()}" in IMAGE_SUFFIXES:  # KEY.seg.png is another field, not the image
-                    if key in images:
-                        raise ValueError(f"{key} has two images")
-                    images[key] = (member.offset_data, member.size)
-                elif field == "cls":
-                    labels[key] = int(tar.extractfile(member).read())
-    except (tarfile.TarError, ValueError) as error:
-        raise ValueError(f"{path}: not a readable tar shard ({error}).") from error
-    return [(offset, size, labels.get(key, NO_LABEL)) for key, (offset, size) in images.items()]
 
 
 def sha256_of(path: Path) -> str:

@@ -145,11 +145,9 @@ class _EvaluationBatches(Dataset):
         return len(self.batches)
 
 
-def evaluation_loader(
-    reader: ShardReader, encoder: EncoderSettings, batch: int = 256, workers: int = 0, centre_fraction: float = 1.0
-) -> DataLoader:
+def evaluation_loader(reader: ShardReader, encoder: EncoderSettings, batch: int = 256, workers: int = 0) -> DataLoader:
     """Every sample once, in order, seen through a centre crop, in uint8 batches of one size."""
-    view = View(ViewSettings(kind="centre", centre_fraction=centre_fraction), encoder.image_size, encoder.interpolation)
+    view = View(ViewSettings(kind="centre"), encoder.image_size, encoder.interpolation)
     return DataLoader(_EvaluationBatches(reader, view, batch), batch_size=None, num_workers=workers)
 
 

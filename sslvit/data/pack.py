@@ -19,11 +19,11 @@ import numpy as np
 from PIL import Image
 
 from sslvit.chance import generator
-from sslvit.data.decode import BadImage, decode, open_image
-from sslvit.data.index import IMAGE_SUFFIXES, NO_LABEL, RECORD, Shard, ShardIndex, index_shards, load_index, sha256_of
+from sslvit.data.decode import BadImage, open_image
+from sslvit.data.index import IMAGE_SUFFIXES, NO_LABEL, RECORD, Shard, ShardIndex, load_index, sha256_of
+from sslvit.data.scan import index_shards, measure_images
 from sslvit.progress import track
 
-STATISTICS_SAMPLES = 10_000  # channel mean and std are measured on at most this many images
 MAX_MEMBER_NAME = 100  # of the plain tar header
 
 
@@ -237,33 +237,6 @@ def check_destination(folder: Path, overwrite: bool) -> None:
     """Raise ValueError if shards lie there and may not be replaced."""
     if not overwrite and (any(folder.glob("*.tar")) or (folder / "index.json").exists()):
         raise ValueError(f"{folder}: already holds shards. Choose another folder, or pass --overwrite.")
-
-
-def measure_images(index: ShardIndex) -> None:
-    """Fill in channels, common size, and mean and std of the channels (on up to 10,000 images spread over the set)."""
-    from sslvit.data.reader import ShardReader
-
-    reader = ShardReader(index, memory_limit_mb=0)
-    chosen = np.unique(np.linspace(0, len(index) - 1, min(len(index), STATISTICS_SAMPLES)).astype(int))
-    moments, sizes, readable, is_grey = np.zeros((2, 3)), set(), 0, True
-    for sample in track(chosen, "measuring", len(chosen)):
-        try:
-            content = reader.read(int(sample))
-            image, mode = decode(content), open_image(content).mode
-        except BadImage:
-            continue
-        pixels = image.numpy().reshape(3, -1) / 255
-        moments += np.stack([pixels.mean(1), (pixels**2).mean(1)])  # every image counts the same, whatever its size
-        sizes.add(tuple(image.shape[1:]))
-        is_grey &= mode in ("L", "1") or mode.startswith("I")
-        readable += 1
-    if not readable:
-        raise ValueError(f"{index.folder}: none of the images can be decoded.")
-    index.image_size = list(sizes.pop()) if len(sizes) == 1 else None
-    index.channels = 1 if is_grey else 3
-    mean, square = moments[:, : index.channels] / readable
-    index.mean = mean.round(4).tolist()
-    index.std = np.sqrt((square - mean**2).clip(min=0)).round(4).tolist()
 
 
 class _ShardWriter:

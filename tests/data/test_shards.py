@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 from sslvit.data.decode import BadImage, decode
-from sslvit.data.index import index_shards, load_index
+from sslvit.data.index import load_index
 from sslvit.data.pack import array_samples, open_shards, pack, pack_folder
 from sslvit.data.reader import ShardReader
+from sslvit.data.scan import index_shards
 
 
 def image_folder(root: Path, classes: tuple[str, ...] = ("cat", "dog"), count: int = 10) -> Path:

@@ -131,6 +131,10 @@ def test_a_finished_run_can_be_made_longer(shards: Path, tmp_path: Path) -> None
     longer = run(shards, tmp_path / "run", resume=True, **{"train.steps": 9})
     assert [line["step"] for line in longer.read_metrics()] == list(range(1, 10))
     assert json.loads((longer.encoder / "encoder.json").read_text())["provenance"]["step"] == 9
+    run(shards, tmp_path / "run", resume=True, **{"train.steps": 9})  # nothing left to do, and nothing lost
+    assert load_encoder(longer.encoder).settings.width == 16
+    assert (longer.figures / "reconstruction.png").exists()
+    assert len(longer.read_metrics()) == 9
     with pytest.raises(ValueError, match="is at step 9 already, past 4"):
         run(shards, tmp_path / "run", resume=True, **{"train.steps": 4})
 
