@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
         if rest and not getattr(options, "takes_settings", False):
             raise ValueError(f"{rest[0]}: no such option. See: sslvit {options.command} --help")
         options.changes = read_changes(rest)
-        options.function(options)
+        code = options.function(options)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         if getattr(options, "traceback", False):
             raise
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         print(f"sslvit: {error or 'interrupted'}", file=sys.stderr)
         return 130
-    return 0
+    return code or 0
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -61,20 +61,37 @@ def make_parser() -> argparse.ArgumentParser:
 
     shards = command("shards", None, "make and inspect WebDataset shards")
     actions = shards.add_subparsers(dest="action", required=True, metavar="ACTION")
-    pack = actions.add_parser("pack", help="an image folder -> shards + index", allow_abbrev=False)
-    pack.add_argument("source", metavar="SRC", help="images in class folders, or side by side without labels")
+
+    def action(name: str, function, summary: str) -> argparse.ArgumentParser:
+        sub = actions.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        sub.set_defaults(function=function)
+        sub.add_argument("--workers", type=int, help="processes (default: one per core)")
+        return sub
+
+    pack = action("pack", run_pack, "images -> shards + index")
+    pack.add_argument(
+        "source", metavar="SRC",
+        help="images in class folders, or side by side without labels; a list (.csv, .tsv, .jsonl) with a column path "
+        "and perhaps label; an array (.npy, .npz); an IDX file",
+    )  # fmt: skip
     pack.add_argument("destination", metavar="DST")
     pack.add_argument("--holdout", type=float, default=0.0, metavar="SHARE",
                       help="put the last SHARE of each class into DST/val, the rest into DST/train")  # fmt: skip
     pack.add_argument("--shard-mb", type=float, default=256, help="size of a shard (default: %(default)s)")
+    pack.add_argument("--resize", type=int, metavar="SIDE", help="shrink the shorter side of larger images to SIDE")
+    pack.add_argument("--encode", default="keep", help="keep (default), jpg, png or webp")
+    pack.add_argument("--quality", type=int, default=92, help="of jpg and webp (default: %(default)s)")
+    pack.add_argument("--part", metavar="I/N", help="write the I-th of N parts only, as one machine of several")
     pack.add_argument("--overwrite", action="store_true")
-    pack.set_defaults(function=run_pack)
-    index = actions.add_parser("index", help="index shards that others wrote", allow_abbrev=False)
+    index = action("index", run_index, "index shards that others wrote, or join the parts of a packing")
     index.add_argument("folder", metavar="SHARDS")
-    index.set_defaults(function=run_index)
-    info = actions.add_parser("info", help="what is in a folder of shards", allow_abbrev=False)
+    index.add_argument("--merge", action="store_true", help="join what shards pack --part wrote")
+    index.add_argument("--overwrite", action="store_true", help="with --merge: replace shards that are already there")
+    check = action("check", run_check, "verify checksums and decode everything; exit code 1 if something is wrong")
+    check.add_argument("folder", metavar="SHARDS")
+    info = action("info", run_info, "what is in shards, and what a job on them needs")
     info.add_argument("folder", metavar="SHARDS")
-    info.set_defaults(function=run_info)
+    info.add_argument("--global-batch", type=int, metavar="B", help="images per optimiser step (default: up to 4096)")
 
     pretrain = command(
         "pretrain", run_pretrain, "pretrain an encoder by a recipe",
@@ -163,32 +180,55 @@ def run_demo(options: argparse.Namespace) -> None:
 
 
 def run_pack(options: argparse.Namespace) -> None:
-    from sslvit.data.pack import pack_folder
+    from sslvit.data.pack import PackSettings, pack_source
 
-    for index in pack_folder(options.source, options.destination, options.holdout, options.shard_mb, options.overwrite):
-        show_index(index)
+    settings = PackSettings(options.shard_mb, options.resize, options.encode, options.quality)
+    indices = pack_source(
+        options.source, options.destination, settings, options.holdout, options.overwrite, options.workers,
+        options.part,
+    )  # fmt: skip
+    for index in indices:
+        show_shards(index)
 
 
 def run_index(options: argparse.Namespace) -> None:
+    from sslvit.data.pack import finish_packing
     from sslvit.data.scan import index_shards
 
-    show_index(index_shards(options.folder))
+    folder = Path(options.folder)
+    if not options.merge:
+        show_shards(index_shards(folder, options.workers))
+        return
+    parts = [folder / name for name in ("train", "val") if (folder / name / "packing").is_dir()]
+    for part in parts or [folder]:
+        show_shards(finish_packing(part, options.overwrite))
+
+
+def run_check(options: argparse.Namespace) -> int:
+    from sslvit.data.inspect import check_shards
+
+    index = find_shards(options.folder)
+    found = check_shards(index, options.workers)
+    print(found.text(index.location))
+    return 0 if found.is_whole else 1
 
 
 def run_info(options: argparse.Namespace) -> None:
+    show_shards(find_shards(options.folder), options.global_batch)
+
+
+def find_shards(name: str):
+    """Shards with an index, a pattern or an address; nothing is packed or indexed in a folder of the user's."""
     from sslvit.data.index import load_index
+    from sslvit.data.open import open_shards
 
-    show_index(load_index(options.folder))
+    return load_index(name) if "{" not in name and "://" not in name else open_shards(name, "")
 
 
-def show_index(index) -> None:
-    size = "x".join(map(str, index.image_size)) if index.image_size else "of several sizes"
-    classes = f"{len(index.classes)} classes" if index.classes else "no labels"
-    print(
-        f"{index.folder}: {len(index):,} images ({size}, {index.channels} channels, {classes}) in "
-        f"{len(index.shards)} shards, {sum(shard.bytes for shard in index.shards) / 1e6:.1f} MB; "
-        f"mean {index.mean}, std {index.std}"
-    )
+def show_shards(index, global_batch: int | None = None) -> None:
+    from sslvit.data.inspect import describe_shards
+
+    print(describe_shards(index, global_batch))
 
 
 def run_pretrain(options: argparse.Namespace) -> None:

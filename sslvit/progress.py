@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from tqdm import tqdm
 
 Item = TypeVar("Item")
-SECONDS_BETWEEN_LINES = 10
+SECONDS_BEFORE_FIRST = 2.0
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Counter:
+    """Units done so far."""
+
+    def __init__(self) -> None:
+        self.done = 0
+
+    def tick(self, units: int = 1) -> None:
+        self.done += units
 
 
 def track(items: Iterable[Item], what: str, total: int, unit: str = "images", each: int = 1) -> Iterator[Item]:
@@ -23,18 +36,48 @@ def track(items: Iterable[Item], what: str, total: int, unit: str = "images", ea
         unit: what is counted.
         each: units per item.
     """
+    with track_counter(what, total, unit) as counter:
+        for item in items:
+            yield item
+            counter.tick(each)
+
+
+@contextmanager
+def track_counter(
+    what: str, total: int, unit: str = "images", done: Callable[[], int] | None = None
+) -> Iterator[Counter]:
+    """Say how far it is while the block runs, from a thread of its own.
+
+    Args:
+        what: is being done.
+        total: how many units in all.
+        unit: what is counted.
+        done: asks for the units done; None to count what the yielded counter is told.
+    """
+    counter, finished = Counter(), threading.Event()
+    read = done or (lambda: counter.done)
+    thread = threading.Thread(target=_show, args=(what, total, unit, read, finished), daemon=True)
+    thread.start()
+    try:
+        yield counter
+    finally:
+        finished.set()
+        thread.join()
+
+
+def _show(what: str, total: int, unit: str, done: Callable[[], int], finished: threading.Event) -> None:
+    start = time.monotonic()
     if sys.stderr.isatty():
-        with tqdm(total=total, desc=what, unit=f" {unit}", delay=2, leave=False) as bar:
-            for item in items:
-                yield item
-                bar.update(each)
+        if not finished.wait(SECONDS_BEFORE_FIRST):
+            with tqdm(total=total, desc=what, unit=f" {unit}", leave=False) as bar:
+                bar.start_t = bar.last_print_t = time.time() - SECONDS_BEFORE_FIRST
+                while not finished.wait(0.2):
+                    bar.update(done() - bar.n)
         return
-    start, due = time.monotonic(), 2.0
-    for done, item in enumerate(items):
-        elapsed = time.monotonic() - start
-        if elapsed > due and done:
-            due = elapsed + SECONDS_BETWEEN_LINES
-            rate = done * each / elapsed
-            left = (total - done * each) / rate
-            print(f"{what}: {done * each:,} of {total:,} {unit}, {rate:,.0f}/s, {left:.0f} s left", flush=True)
-        yield item
+    wait = SECONDS_BEFORE_FIRST
+    while not finished.wait(wait):
+        wait = SECONDS_BETWEEN_LINES
+        count = done()
+        rate = count / (time.monotonic() - start)
+        left = f", {(total - count) / rate:.0f} s left" if count else ""
+        print(f"{what}: {count:,} of {total:,} {unit}, {rate:,.0f}/s{left}", flush=True)

@@ -57,7 +57,12 @@ def photos(tmp_path: Path) -> Path:
         (["--task.decoder_heads", "0"], "task.decoder_heads: 0"),
         (["--task.decoder_width", "30"], "multiple of 4, not 30"),
         (["--optim.betas", "[0.9]"], "optim.betas: [0.9]"),
-        (["--encoder.channels", "5", "--encoder.mean", "[0,0,0,0,0]", "--encoder.std", "[1,1,1,1,1]"], "images decode"),
+        (["--data.view.kind", "crops"], "data.view.kind: 'crops' is not one of crop, square, centre"),
+        (["--data.view.kind", "crop", "--data.view.side", "[0.5, 1]"], "data.view.side: no such setting"),
+        (["--data.view.side", "[0.9, 0.5]"], "data.view.side: [0.9, 0.5] is not [smallest, largest]"),
+        (["--data.mixture", "{a: 1}", "--data.shards", "b"], "exclude each other"),
+        (["--data.lanes", "0"], "data.lanes: 0 is not positive"),
+        (["--data.resolutions", "[]"], "data.resolutions: [] is not a list of sides"),
         (["--train.accelerator", "gpu"], "train.accelerator: gpu, but torch sees none"),
         (["--task", "[1]"], "task.name: '[1]'"),
         (["--encoder.preset", "[a]"], "encoder.preset: '['a']'"),
@@ -117,7 +122,13 @@ def test_paper_recipes_have_the_papers_numbers() -> None:
 
 def test_settings_explain_every_key() -> None:
     text = describe_settings()
-    for key in ("task.mask_ratio (0.75): share", "data.view.flip (0.5): ", "encoder.mean (null): ", "seed (0): "):
+    for key in (
+        "task.mask_ratio (0.75): share",
+        "data.view.kind (crop): ",
+        "data.view.local_crops (8): ",
+        "encoder.mean (null): ",
+        "seed (0): ",
+    ):
         assert key in text
     assert all(line == "" or ": " in line for line in text.splitlines())
 

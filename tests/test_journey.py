@@ -113,7 +113,7 @@ def test_the_cifar_demo_takes_a_local_archive_of_class_folders(tmp_path: Path, w
             tar.add(folder, f"train/{folder.name}" if wrapped else folder.name)
     index = pack_cifar10(tmp_path / "shards", str(tmp_path / "a.tar.gz"), tmp_path / "download")
     assert len(index) == 108
-    assert json.loads((tmp_path / "shards" / "test" / "index.json").read_text())["samples"] == 12
+    assert json.loads((tmp_path / "shards" / "test" / "_info.json").read_text())["splits"]["test"]["num_samples"] == 12
     (tmp_path / "no.tar.gz").write_text("text")
     with pytest.raises(ValueError, match="not a readable tar archive"):
         pack_cifar10(tmp_path / "x", str(tmp_path / "no.tar.gz"), tmp_path / "y")

@@ -12,20 +12,24 @@ class Batch:
     """One rank's share of a (micro-)batch.
 
     Args:
-        views: list of 'b c h w', uint8 as they leave the loader, normalised floats once on the device.
+        views: list of 'b c h w': pixels 0 to 255 as they leave the loader, normalised floats once on the device.
         labels: class numbers 'b', or None for unlabelled data.
         samples: number of each sample in its data set, 'b'; the index turns it into a key.
         valid: False where a row only fills up (an unreadable sample, or padding in evaluation), 'b'.
+        epochs: the pass over its data set that each sample is in, 'b'.
         first_row: place of the first row within the global batch; with the step it keys every chance draw.
-        bad: why a sample could not be read, by sample number.
+        bad: why a sample could not be read, by its key.
+        colours: changes of colour still to be made, one 'b draws' per view, or None.
     """
 
     views: list[Tensor]
     labels: Tensor | None
     samples: Tensor
     valid: Tensor
+    epochs: Tensor
     first_row: int = 0
-    bad: dict[int, str] = field(default_factory=dict)
+    bad: dict[str, str] = field(default_factory=dict)
+    colours: list[Tensor] | None = None
 
     def to(self, *args, **kwargs) -> Batch:
         """On another device; called by Lightning."""
@@ -42,6 +46,7 @@ class Batch:
             labels=None if self.labels is None else change(self.labels),
             samples=change(self.samples),
             valid=change(self.valid),
+            colours=None if self.colours is None else [change(draws) for draws in self.colours],
         )
 
     def __len__(self) -> int:

@@ -4,6 +4,7 @@
     index.npy    one record per sample: where its image starts in its shard, its length, its label
 
 With it, any sample is one read by offset, an epoch's length is known before it starts, and nothing is scanned.
+index.json is a superset of the _info.json that timm reads, which is written beside it.
 """
 
 from __future__ import annotations
@@ -12,16 +13,18 @@ import hashlib
 import json
 import os
 import tarfile
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
-FORMAT = 1
+FORMAT = 2
 RECORD = np.dtype([("offset", "<i8"), ("size", "<u4"), ("label", "<i4")])
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"}
 NO_LABEL = -1
-FIELDS = ("classes", "channels", "mean", "std", "image_size", "skipped")
+FIELDS = ("classes", "channels", "bits", "mean", "std", "image_size", "encoding", "skipped")
+SPLITS = ("train", "val", "validation", "test")  # a folder of this name is a split for timm; others are its train
 
 
 @dataclass
@@ -29,7 +32,7 @@ class Shard:
     """One tar file.
 
     Args:
-        name: file name in the index's folder.
+        name: file name in the index's folder, or a path or address of its own.
         samples: how many it holds.
         bytes: its length.
         sha256: of its bytes.
@@ -41,82 +44,204 @@ class Shard:
     sha256: str
 
 
+class Index(Protocol):
+    """What readers ask of one data set, or of several joined."""
+
+    location: str
+    shards: list[Shard]
+    classes: list[str] | None
+    channels: int
+    bits: int
+    mean: list[float]
+    std: list[float]
+    image_size: list[int] | None
+
+    def __len__(self) -> int: ...
+    def locate(self, sample: int) -> tuple[int, int, int]: ...
+    def shard_path(self, shard: int) -> Path: ...
+    def key(self, sample: int) -> str: ...
+    def labels_of(self, samples: np.ndarray) -> np.ndarray: ...
+    def fingerprint(self) -> str: ...
+
+
 @dataclass
 class ShardIndex:
     """All shards of a data set.
 
     Args:
-        folder: where the shards lie.
+        location: folder or address where the shards lie.
         shards: in order; samples are numbered through them from zero.
         records: one RECORD per sample.
         classes: names by label, or None for unlabelled data.
-        channels: of the images (1, 3 or 4).
+        channels: of the images.
+        bits: 8, or 16 if all images have them.
         mean: per channel, of pixels in [0, 1].
         std: per channel.
         image_size: height and width if all images share them.
+        encoding: what packing did to the images, in words; empty for nothing.
         skipped: files that packing left out, with the reason.
+        fetch: brings a shard here from the network and returns its path.
     """
 
-    folder: Path
+    location: str
     shards: list[Shard]
     records: np.ndarray
     classes: list[str] | None = None
     channels: int = 3
+    bits: int = 8
     mean: list[float] = field(default_factory=list)
     std: list[float] = field(default_factory=list)
     image_size: list[int] | None = None
+    encoding: str = ""
     skipped: dict[str, str] = field(default_factory=dict)
+    fetch: Callable[[str, Shard], Path] | None = None
 
     def __post_init__(self) -> None:
-        self.first_of_shard = np.concatenate([[0], np.cumsum([shard.samples for shard in self.shards])])
+        self.location = str(self.location)
+        self.first_of_shard = np.concatenate([[0], np.cumsum([shard.samples for shard in self.shards])]).astype(int)
 
     def __len__(self) -> int:
         return len(self.records)
 
     @property
-    def labels(self) -> np.ndarray:
-        """Label of every sample."""
+    def shard_samples(self) -> np.ndarray:
+        return np.diff(self.first_of_shard)
+
+    def labels_of(self, samples: np.ndarray | slice) -> np.ndarray:
+        """Class numbers.
+
+        Raises:
+            ValueError: these images have none.
+        """
         if self.classes is None:
             raise ValueError(
-                f"{self.folder}: these images have no labels, and a probe needs them. "
+                f"{self.location}: these images have no labels, and a probe needs them. "
                 "Pack a folder with one sub-folder per class."
             )
-        return self.records["label"]
+        return self.records["label"][samples]
 
-    def locate(self, sample: int) -> tuple[Path, int, int]:
-        """Shard file, offset and length of a sample's image."""
+    def locate(self, sample: int) -> tuple[int, int, int]:
+        """Number of the shard, offset and length of a sample's image."""
         shard = int(np.searchsorted(self.first_of_shard, sample, side="right")) - 1
         record = self.records[sample]
-        return self.folder / self.shards[shard].name, int(record["offset"]), int(record["size"])
+        return shard, int(record["offset"]), int(record["size"])
+
+    def shard_path(self, shard: int) -> Path:
+        """The tar file on this machine; one from the network is fetched first."""
+        name = self.shards[shard].name
+        address = name if "://" in name or os.path.isabs(name) else f"{self.location.rstrip('/')}/{name}"
+        return self.fetch(address, self.shards[shard]) if self.fetch and "://" in address else Path(address)
 
     def key(self, sample: int) -> str:
         """A sample's name for people: shard and member."""
-        path, offset, _ = self.locate(sample)
-        with open(path, "rb") as file:
-            file.seek(offset - tarfile.BLOCKSIZE)
-            header = file.read(tarfile.BLOCKSIZE)
+        shard, offset, _ = self.locate(sample)
+        name = Path(self.shards[shard].name).name
         try:
-            name = tarfile.TarInfo.frombuf(header, "utf-8", "replace").name
-        except tarfile.HeaderError:
-            name = f"(damaged header at byte {offset - tarfile.BLOCKSIZE})"
-        return f"{path.name}/{name}"
+            with open(self.shard_path(shard), "rb") as file:
+                file.seek(offset - tarfile.BLOCKSIZE)
+                member = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "replace").name
+        except (tarfile.HeaderError, OSError, ValueError):
+            member = f"(image at byte {offset})"
+        return f"{name}/{member}"
 
-    def save(self) -> None:
-        """Write both files, each whole or not at all; index.json last, so that its presence means all is there."""
-        np.save(self.folder / "index.part.npy", self.records)
-        os.replace(self.folder / "index.part.npy", self.folder / "index.npy")
+    def absent(self) -> dict[str, str]:
+        """Shards on this machine that are missing or have another length, with what is wrong."""
+        wrong = {}
+        for number, shard in enumerate(self.shards):
+            if self.fetch and "://" in self.location + shard.name:
+                continue
+            try:
+                size = self.shard_path(number).stat().st_size
+            except OSError:
+                wrong[shard.name] = "missing shard"
+                continue
+            if size != shard.bytes:
+                wrong[shard.name] = f"{size} bytes, index.json says {shard.bytes}"
+        return wrong
+
+    def save(self, folder: str | Path | None = None) -> None:
+        """Write the files, each whole or not at all; index.json last, so that its presence means all is there."""
+        folder = Path(folder or self.location)
+        np.save(folder / "index.part.npy", self.records)
+        os.replace(folder / "index.part.npy", folder / "index.npy")
+        split = folder.name if folder.name in SPLITS else "train"
         about = {
-            "format": FORMAT, "samples": len(self), "classes": self.classes, "channels": self.channels,
-            "mean": self.mean, "std": self.std, "image_size": self.image_size, "skipped": self.skipped,
-            "shards": [asdict(shard) for shard in self.shards],
+            "name": split, "num_samples": len(self),
+            "filenames": [shard.name for shard in self.shards],
+            "shard_lengths": [shard.samples for shard in self.shards],
         }  # fmt: skip
-        part = self.folder / "index.json.part"
-        part.write_text(json.dumps(about, indent=1) + "\n")
-        os.replace(part, self.folder / "index.json")
+        more = {"bytes": [s.bytes for s in self.shards], "sha256": [s.sha256 for s in self.shards]}
+        content = {
+            "format": FORMAT, "records_sha256": sha256_of(folder / "index.npy"),
+            **{name: getattr(self, name) for name in FIELDS}, "splits": {split: about | more},
+        }  # fmt: skip
+        _write_json(folder / "_info.json", {"splits": {split: about}})
+        _write_json(folder / "index.json", content)
 
     def fingerprint(self) -> str:
         """Short name of the exact bytes of all shards."""
         return hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()[:16]
+
+
+class JoinedIndex:
+    """Several data sets as one: their samples and shards numbered through, without labels.
+
+    Args:
+        parts: the data sets.
+        weights: share of each in a batch, for the channel statistics.
+
+    Raises:
+        ValueError: they have different numbers of channels.
+    """
+
+    def __init__(self, parts: Sequence[ShardIndex], weights: Sequence[float]) -> None:
+        self.parts = list(parts)
+        self.location = " + ".join(part.location for part in self.parts)
+        self.first_sample = np.concatenate([[0], np.cumsum([len(part) for part in self.parts])])
+        self.first_shard = np.concatenate([[0], np.cumsum([len(part.shards) for part in self.parts])])
+        self.shards = [shard for part in self.parts for shard in part.shards]
+        self.classes = None
+        self.channels = max(part.channels for part in self.parts)
+        self.bits = min(part.bits for part in self.parts)
+        sizes = [part.image_size for part in self.parts]
+        self.image_size = sizes[0] if all(size == sizes[0] for size in sizes) else None
+        share = np.array(weights)[:, None] / sum(weights)
+        means, stds = (
+            np.array([getattr(part, name) * (self.channels // part.channels) for part in self.parts])
+            for name in ("mean", "std")
+        )
+        mean = (share * means).sum(0)
+        self.mean = mean.round(4).tolist()
+        self.std = np.sqrt((share * (stds**2 + means**2)).sum(0) - mean**2).round(4).tolist()
+
+    def __len__(self) -> int:
+        return int(self.first_sample[-1])
+
+    def locate(self, sample: int) -> tuple[int, int, int]:
+        part, own = self._part_of(sample)
+        shard, offset, size = self.parts[part].locate(own)
+        return int(self.first_shard[part]) + shard, offset, size
+
+    def shard_path(self, shard: int) -> Path:
+        part = int(np.searchsorted(self.first_shard, shard, side="right")) - 1
+        return self.parts[part].shard_path(shard - int(self.first_shard[part]))
+
+    def key(self, sample: int) -> str:
+        part, own = self._part_of(sample)
+        return f"{self.parts[part].location}/{self.parts[part].key(own)}"
+
+    def labels_of(self, samples: np.ndarray) -> np.ndarray:
+        raise ValueError("a mixture has no labels.")
+
+    def absent(self) -> dict[str, str]:
+        return {name: wrong for part in self.parts for name, wrong in part.absent().items()}
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256("".join(part.fingerprint() for part in self.parts).encode()).hexdigest()[:16]
+
+    def _part_of(self, sample: int) -> tuple[int, int]:
+        part = int(np.searchsorted(self.first_sample, sample, side="right")) - 1
+        return part, int(sample - self.first_sample[part])
 
 
 def load_index(folder: str | Path) -> ShardIndex:
@@ -124,38 +249,49 @@ def load_index(folder: str | Path) -> ShardIndex:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is damaged, of another format, or does not fit the shards beside it.
+        ValueError: it is damaged, or of another format.
     """
     folder = Path(folder)
     file = folder / "index.json"
     if not file.exists():
         hint = f"Run: sslvit shards index {folder}" if any(folder.glob("*.tar")) else "Run: sslvit shards pack SRC DST"
+        if (folder / "packing").is_dir():
+            hint = "Packing was not finished there: run the same sslvit shards pack again, or shards index --merge."
         raise FileNotFoundError(f"{folder}: no index.json there. {hint}")
+    return read_index(file.read_bytes(), folder / "index.npy", str(folder))
+
+
+def read_index(content: bytes, records_file: Path, location: str) -> ShardIndex:
+    """An index from the bytes of its index.json and the file of its records."""
+    again = f"Make it again: sslvit shards index {location}"
     try:
-        about = json.loads(file.read_text())
+        about = json.loads(content)
         if about["format"] != FORMAT:
             raise ValueError(f"format {about['format']}, this sslvit reads {FORMAT}")
-        shards = [Shard(**shard) for shard in about["shards"]]
-        records = np.load(folder / "index.npy", mmap_mode="r", allow_pickle=False)
+        (split,) = about["splits"].values()
+        columns = [split[name] for name in ("filenames", "shard_lengths", "bytes", "sha256")]
+        shards = [Shard(*values) for values in zip(*columns, strict=True)]
+        if not all(isinstance(s.name, str) and isinstance(s.bytes, int) and s.samples >= 0 for s in shards):
+            raise ValueError("its list of shards is damaged")
+        records = np.load(records_file, mmap_mode="r", allow_pickle=False)
         fields = {name: about[name] for name in FIELDS}
-        expected = about["samples"]
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{file}: unreadable ({error}). Make it again: sslvit shards index {folder}") from error
-    index = ShardIndex(folder, shards, records, **fields)
-    if records.dtype != RECORD or len(records) != expected or index.first_of_shard[-1] != len(records):
-        raise ValueError(f"{file}: does not fit index.npy. Make it again: sslvit shards index {folder}")
+    except Exception as error:  # besides the usual, numpy parses headers with Python's own parser and its errors
+        raise ValueError(f"{location}/index.json: unreadable ({error}). {again}") from error
+    index = ShardIndex(location, shards, records, **fields)
+    if records.dtype != RECORD or records.ndim != 1 or index.first_of_shard[-1] != len(records):
+        raise ValueError(f"{location}/index.json: does not fit index.npy. {again}")
     for shard in shards:
-        path = folder / shard.name
-        if not path.exists():
-            raise ValueError(f"{path}: missing, though index.json lists it.")
-        if path.stat().st_size != shard.bytes:
-            raise ValueError(
-                f"{path}: {path.stat().st_size} bytes, index.json says {shard.bytes}. Copy it again, or if it was "
-                f"changed on purpose: sslvit shards index {folder}"
-            )
+        if ".." in Path(shard.name).parts:
+            raise ValueError(f"{location}/index.json: the shard {shard.name} lies outside of its folder. {again}")
     return index
 
 
 def sha256_of(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_json(path: Path, content: dict) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(part, path)

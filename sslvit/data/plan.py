@@ -1,44 +1,97 @@
 """Which samples make up each batch: a pure function of (seed, step). No I/O, and no state but the step.
 
-Every epoch is one permutation of all samples, keyed by seed and epoch. Global batch t is its next B samples; rank
-r takes the contiguous slice r of it, and micro-batch m the contiguous slice m of that. So the batch at step t is
-the same for any number of ranks, workers and micro-batches, and a resume needs the step and nothing else.
+Global batch t of B samples is the same, in the same order, for any number of ranks, workers and micro-batches;
+rank r takes the contiguous slice r of it, and micro-batch m the contiguous slice m of that. A resume needs the
+step and nothing else.
+
+A small set is permuted as a whole in every epoch. A large one cannot be: every batch would touch B shards. There
+the shards are permuted into a ring, L lanes of equal length are cut from it at a random place, and each lane is
+shuffled inside a window of a few shards; a batch takes B/L samples of every lane. L and the window are properties of
+the run, never of its ranks or workers.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
 from sslvit.chance import generator
 
+FULL_PERMUTATION_SAMPLES = 1_000_000  # sets up to this size are permuted as a whole
+LANES = 64
 
-@dataclass
-class EpochPlan:
-    """The order of a training set.
 
-    Args:
-        samples: N, how many there are.
-        global_batch: B, samples per optimiser step over all ranks.
-        seed: another seed is another order.
-
-    Raises:
-        ValueError: fewer samples than one batch.
-    """
+class Plan(Protocol):
+    """What the loader asks of an order."""
 
     samples: int
     global_batch: int
-    seed: int = 0
-    _epoch: int = field(default=-1, repr=False)
-    _order: np.ndarray | None = field(default=None, repr=False)
+    seed: int
 
-    def __post_init__(self) -> None:
-        if self.samples < self.global_batch:
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches in one pass."""
+
+    @property
+    def dropped_per_epoch(self) -> int:
+        """Samples left over at the end of each epoch; others in each."""
+
+    def batch(self, step: int, start: int = 0, stop: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Rows start to stop of global batch `step`, counted over the whole run: (sample numbers, their epochs)."""
+
+    def shards_near(self, step: int, start: int = 0, stop: int | None = None) -> list[int]:
+        """Shards that these rows read at this step, then those of the windows that follow."""
+
+    def shards_at_once(self, start: int = 0, stop: int | None = None) -> int:
+        """Shards that these rows need within reach at any time."""
+
+    def identity(self) -> dict[str, int | str]:
+        """All that decides the order; a run can go on only with the same."""
+
+
+class EpochPlan:
+    """The order of one training set.
+
+    Args:
+        shard_samples: how many samples each shard holds; samples are numbered through them.
+        global_batch: B, samples per optimiser step over all ranks.
+        seed: another seed is another order.
+        lanes: L; None for one up to a million samples and gcd(64, B) above.
+        window_shards: shards of a lane that are shuffled together.
+
+    Raises:
+        ValueError: fewer samples than one batch, or lanes that do not divide the batch.
+    """
+
+    def __init__(
+        self,
+        shard_samples: Sequence[int] | np.ndarray,
+        global_batch: int,
+        seed: int = 0,
+        lanes: int | None = None,
+        window_shards: int = 4,
+    ) -> None:
+        self.shard_samples = np.asarray(shard_samples, np.int64)
+        self.first_of_shard = np.concatenate([[0], np.cumsum(self.shard_samples)])
+        self.samples, self.global_batch, self.seed = int(self.first_of_shard[-1]), global_batch, seed
+        if self.samples < global_batch:
             raise ValueError(
-                f"data.global_batch: {self.global_batch} is more than the {self.samples} samples there are. "
+                f"data.global_batch: {global_batch} is more than the {self.samples} samples there are. "
                 f"Set it to {self.samples} or less."
             )
+        self.is_whole = lanes is None and self.samples <= FULL_PERMUTATION_SAMPLES
+        self.lanes = 1 if self.is_whole else lanes or math.gcd(LANES, global_batch)
+        if global_batch % self.lanes:
+            fitting = [n for n in range(1, min(global_batch, 256) + 1) if global_batch % n == 0]
+            raise ValueError(f"data.lanes: {lanes} does not divide data.global_batch ({global_batch}). Use {fitting}.")
+        self.window = window_shards * math.ceil(self.samples / len(self.shard_samples))
+        self.per_lane = global_batch // self.lanes  # rows of a batch that come from one lane
+        self.lane_length = self.steps_per_epoch * self.per_lane
+        self._ring: tuple[int, np.ndarray, np.ndarray, int] | None = None
+        self._windows: dict[int, tuple[tuple[int, int], np.ndarray]] = {}
 
     @property
     def steps_per_epoch(self) -> int:
@@ -46,18 +99,191 @@ class EpochPlan:
 
     @property
     def dropped_per_epoch(self) -> int:
-        """Samples left over at the end of each epoch; others in each."""
         return self.samples % self.global_batch
 
-    def epoch_of(self, step: int) -> int:
-        return step // self.steps_per_epoch
-
-    def batch(self, step: int) -> np.ndarray:
-        """Sample numbers of global batch `step`, counted from zero over the whole run."""
+    def batch(self, step: int, start: int = 0, stop: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         epoch, place = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, generator(self.seed, epoch, "order").permutation(self.samples)
-        return self._order[place * self.global_batch :][: self.global_batch]
+        rows = np.arange(start, self.global_batch if stop is None else stop)
+        lane_of_row, within = np.divmod(rows, self.per_lane)
+        samples = np.empty(len(rows), np.int64)
+        for lane in np.unique(lane_of_row):
+            chosen = lane_of_row == lane
+            samples[chosen] = self._at(epoch, int(lane), place * self.per_lane + within[chosen])
+        return samples, np.full(len(rows), epoch)
+
+    def shards_near(self, step: int, start: int = 0, stop: int | None = None) -> list[int]:
+        if self.is_whole:
+            return list(range(len(self.shard_samples)))
+        epoch, place = divmod(step, self.steps_per_epoch)
+        first, last = self._lanes_of(start, stop)
+        now: list[int] = []
+        ahead: list[int] = []
+        for lane in range(first, last + 1):
+            window = self._window_of(lane, place * self.per_lane)
+            now += self._shards_of(epoch, lane, window)
+            if self._window_range(lane, window)[1] < self.lane_length:
+                ahead += self._shards_of(epoch, lane, window + 1)
+            else:
+                ahead += self._shards_of(epoch + 1, lane, 0)
+        return list(dict.fromkeys(now + ahead))
+
+    def shards_at_once(self, start: int = 0, stop: int | None = None) -> int:
+        if self.is_whole:
+            return len(self.shard_samples)
+        first, last = self._lanes_of(start, stop)
+        smallest_first = np.cumsum(np.sort(self.shard_samples))
+        window_shards = int(np.searchsorted(smallest_first, self.window)) + 2  # it may begin and end inside shards
+        return min(len(self.shard_samples), (last - first + 1) * 2 * window_shards)  # this window and the next
+
+    def identity(self) -> dict[str, int | str]:
+        return {
+            "samples": self.samples, "global_batch": self.global_batch, "seed": self.seed,
+            "lanes": self.lanes, "window": self.samples if self.is_whole else self.window,
+        }  # fmt: skip
+
+    def _at(self, epoch: int, lane: int, places: np.ndarray) -> np.ndarray:
+        """Sample numbers at places of a lane."""
+        samples = np.empty(len(places), np.int64)
+        windows = np.full(len(places), 0) if self.is_whole else self._window_of(lane, places)
+        for window in np.unique(windows):
+            chosen = windows == window
+            begin, order = self._window_order(epoch, lane, int(window))
+            samples[chosen] = order[places[chosen] - begin]
+        return samples
+
+    def _window_order(self, epoch: int, lane: int, window: int) -> tuple[int, np.ndarray]:
+        """First place of a window in its lane, and its samples in their order. The latest of each lane is kept."""
+        if self.is_whole:
+            begin, stop = 0, self.samples
+        else:
+            begin, stop = self._window_range(lane, window)
+        known = self._windows.get(lane)
+        if known is not None and known[0] == (epoch, window):
+            return begin, known[1]
+        if self.is_whole:
+            order = generator(self.seed, epoch, "order").permutation(self.samples)
+        else:
+            shuffled = generator(self.seed, epoch, "order", lane, window).permutation(stop - begin)
+            order = self._samples_on_ring(epoch, lane * self.lane_length + begin + shuffled)
+        self._windows[lane] = (epoch, window), order
+        return begin, order
+
+    def _window_of(self, lane: int, place: int | np.ndarray) -> int | np.ndarray:
+        return (place + self.window - self._first_window(lane)) // self.window
+
+    def _window_range(self, lane: int, window: int) -> tuple[int, int]:
+        """Places of a lane that its window covers."""
+        begin = window * self.window - (self.window - self._first_window(lane))
+        return max(0, begin), min(begin + self.window, self.lane_length)
+
+    def _first_window(self, lane: int) -> int:
+        """Length of a lane's first window: another for each, so that lanes do not all need new shards at once."""
+        return max(1, self.window * (lane + 1) // self.lanes)
+
+    def _lanes_of(self, start: int, stop: int | None) -> tuple[int, int]:
+        stop = self.global_batch if stop is None else stop
+        return start // self.per_lane, (stop - 1) // self.per_lane
+
+    def _ring_of(self, epoch: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """This epoch's shards in their order, where each starts on the ring, and where the first lane does.
+
+        The samples that the epoch drops lie between the last lane and the first: at a random place, so that no
+        sample is dropped more often than others.
+        """
+        if self._ring is None or self._ring[0] != epoch:
+            chance = generator(self.seed, epoch, "shards")
+            shards = chance.permutation(len(self.shard_samples))
+            starts = np.concatenate([[0], np.cumsum(self.shard_samples[shards])])
+            self._ring = epoch, shards, starts, int(chance.integers(self.samples))
+        return self._ring[1:]
+
+    def _samples_on_ring(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        shards, starts, turn = self._ring_of(epoch)
+        places = (places + turn) % self.samples
+        ordinal = np.searchsorted(starts, places, side="right") - 1
+        return self.first_of_shard[shards[ordinal]] + places - starts[ordinal]
+
+    def _shards_of(self, epoch: int, lane: int, window: int) -> list[int]:
+        shards, starts, turn = self._ring_of(epoch)
+        begin, stop = self._window_range(lane, window)
+        ends = (lane * self.lane_length + np.array([begin, stop - 1]) + turn) % self.samples
+        first, last = np.searchsorted(starts, ends, side="right") - 1
+        if ends[0] <= ends[1]:
+            return shards[first : last + 1].tolist()
+        return [*shards[first:].tolist(), *shards[: last + 1].tolist()]
+
+
+class MixturePlan:
+    """A fixed share of every batch for each source, and each source its own order and epochs.
+
+    Rows of the sources are spread evenly over the batch, so that every rank gets its share of each.
+
+    Args:
+        plans: one per source; their batches add up to the mixture's.
+    """
+
+    def __init__(self, plans: Sequence[EpochPlan]) -> None:
+        self.plans = list(plans)
+        shares = [plan.global_batch for plan in self.plans]
+        self.samples, self.global_batch = sum(plan.samples for plan in self.plans), sum(shares)
+        self.seed = self.plans[0].seed
+        self.first_sample = np.concatenate([[0], np.cumsum([plan.samples for plan in self.plans])])
+        self.first_shard = np.concatenate([[0], np.cumsum([len(plan.shard_samples) for plan in self.plans])])
+        place = np.concatenate([(np.arange(share) + 0.5) / share for share in shares])
+        source = np.repeat(np.arange(len(shares)), shares)
+        self.source_of_row = source[np.argsort(place, kind="stable")]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """As many batches as the sources hold together; each source has epochs of its own length."""
+        return self.samples // self.global_batch
+
+    @property
+    def dropped_per_epoch(self) -> int:
+        return sum(plan.dropped_per_epoch for plan in self.plans)
+
+    def batch(self, step: int, start: int = 0, stop: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        sources = self.source_of_row[start:stop]
+        samples, epochs = np.empty((2, len(sources)), np.int64)
+        for i, plan, first, last in self._parts(start, stop):
+            own, epoch = plan.batch(step, first, last)
+            samples[sources == i], epochs[sources == i] = self.first_sample[i] + own, epoch
+        return samples, epochs
+
+    def shards_near(self, step: int, start: int = 0, stop: int | None = None) -> list[int]:
+        parts = self._parts(start, stop)
+        return [self.first_shard[i] + shard for i, plan, *rows in parts for shard in plan.shards_near(step, *rows)]
+
+    def shards_at_once(self, start: int = 0, stop: int | None = None) -> int:
+        return sum(plan.shards_at_once(*rows) for _, plan, *rows in self._parts(start, stop))
+
+    def identity(self) -> dict[str, int | str]:
+        return {f"source {i}, {key}": value for i, p in enumerate(self.plans) for key, value in p.identity().items()}
+
+    def _parts(self, start: int, stop: int | None) -> list[tuple[int, EpochPlan, int, int]]:
+        """(source, its plan, and the rows of its own batch) for those that have any of these rows."""
+        before = np.bincount(self.source_of_row[:start], minlength=len(self.plans))
+        own = np.bincount(self.source_of_row[start:stop], minlength=len(self.plans))
+        return [(i, plan, before[i], before[i] + own[i]) for i, plan in enumerate(self.plans) if own[i]]
+
+
+def shares_of_batch(shares: Sequence[float], global_batch: int) -> list[int]:
+    """Rows of a batch for each source, as near to its share as whole rows allow (largest remainders).
+
+    Raises:
+        ValueError: a share is not positive, or too small for one row.
+    """
+    if not all(0 < share < math.inf for share in shares):
+        raise ValueError(f"data.mixture: the shares {list(shares)} must all be positive numbers.")
+    exact = np.array(shares) / sum(shares) * global_batch
+    rows = np.floor(exact).astype(int)
+    rows[np.argsort(rows - exact, kind="stable")[: global_batch - rows.sum()]] += 1
+    if not rows.all():
+        raise ValueError(
+            f"data.mixture: a share of {shares[int(rows.argmin())]} in {sum(shares)} is less than one image of "
+            f"data.global_batch ({global_batch}). Raise the share or the batch."
+        )
+    return rows.tolist()
 
 
 def slices(global_batch: int, ranks: int, micro_batch: int | None) -> tuple[int, int]:
@@ -67,11 +293,10 @@ def slices(global_batch: int, ranks: int, micro_batch: int | None) -> tuple[int,
         ValueError: the ranks or the micro-batch do not divide the batch; the message names what would.
     """
     if global_batch % ranks:
-        fitting = [n for n in range(1, global_batch + 1) if global_batch % n == 0 and n <= max(2 * ranks, 8)]
         near = round(global_batch / ranks) * ranks or ranks
         raise ValueError(
             f"data.global_batch: {global_batch} images cannot be shared equally by {ranks} ranks. "
-            f"Use {near} images, or one of {fitting} ranks."
+            f"Use {near} images, or one of {fitting_ranks(global_batch, max(2 * ranks, 8))} ranks."
         )
     share = global_batch // ranks
     micro = micro_batch or share
@@ -84,14 +309,19 @@ def slices(global_batch: int, ranks: int, micro_batch: int | None) -> tuple[int,
     return micro, share // micro
 
 
-def evaluation_batches(samples: int, batch: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Every sample exactly once, in order, in batches of one size: (sample numbers, valid).
+def fitting_ranks(global_batch: int, most: int) -> list[int]:
+    """Numbers of ranks, up to `most`, that share a batch equally."""
+    return [n for n in range(1, min(global_batch, most) + 1) if global_batch % n == 0]
 
-    The last batch is filled up by repeating its last sample, marked False in `valid`, so that features do not
-    depend on how many samples happen to be left.
+
+def evaluation_batches(samples: int, batch: int, rank: int = 0, ranks: int = 1) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Every sample exactly once over all ranks, in batches of one size and equally many on each: (numbers, valid).
+
+    Batch t of rank r holds the samples from (t * ranks + r) * batch on. Places past the end repeat the last sample
+    and are marked False in `valid`, so that features do not depend on how many samples happen to be left.
     """
     plan = []
-    for start in range(0, samples, batch):
+    for start in range(rank * batch, math.ceil(samples / (batch * ranks)) * batch * ranks, batch * ranks):
         places = np.arange(start, start + batch)
         plan.append((places.clip(max=samples - 1), places < samples))
     return plan

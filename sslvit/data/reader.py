@@ -1,21 +1,26 @@
-"""Address -> bytes by offset -> images; small sets decoded once and kept in memory."""
+"""Address -> bytes by offset; small sets decoded once and kept in memory."""
 
 from __future__ import annotations
 
 import os
+import threading
 from collections import OrderedDict
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sslvit.data.decode import BadImage, decode
-from sslvit.data.index import ShardIndex
-from sslvit.data.views import SMALL_SIDE
-from sslvit.progress import track
+from sslvit.data.index import Index
+from sslvit.data.resample import SMALL_SIDE
+from sslvit.progress import track_counter
 
 OPEN_SHARDS = 64  # files kept open per process
+DECODERS = 4  # threads that decode a small set
+DECODE_AT_ONCE = 256  # images per piece of their work
+FETCHERS = 2  # shards that a process brings from the network ahead of time
 
 
 class ShardReader:
@@ -27,77 +32,97 @@ class ShardReader:
         memory_limit_mb: sets of small equal images are decoded once if they fit.
     """
 
-    def __init__(self, index: ShardIndex, channels: int = 3, memory_limit_mb: int = 1024) -> None:
+    def __init__(self, index: Index, channels: int = 3, memory_limit_mb: int = 1024) -> None:
         self.index = index
-        self.channels = channels
-        self.files: OrderedDict[str, int] = OrderedDict()
+        self.channels, self.bits = channels, index.bits
+        self.files: OrderedDict[int, int] = OrderedDict()
+        self.bad_shards: dict[int, str] = {}
         self.decoded: Tensor | None = None
         self.bad: dict[int, str] = {}
+        self.fetching: tuple[ThreadPoolExecutor, dict[int, Future]] | None = None
         size = index.image_size
         if size is not None and max(size) <= SMALL_SIDE:
-            wanted = len(index) * channels * size[0] * size[1]
-            if wanted <= memory_limit_mb * 2**20:
-                self.decoded = self._decode_all(size)
+            pixel = torch.uint8 if index.bits == 8 else torch.float32
+            if len(index) * channels * size[0] * size[1] * pixel.itemsize <= memory_limit_mb * 2**20:
+                self.decoded = self._decode_all(size, pixel)
 
     def read(self, sample: int) -> bytes:
         """The image's bytes.
 
         Raises:
-            BadImage: the shard ends before them.
+            BadImage: the shard is missing, or ends before them.
         """
-        path, offset, size = self.index.locate(sample)
-        content = os.pread(self._open(path), size, offset)
+        shard, offset, size = self.index.locate(sample)
+        content = os.pread(self._open(shard), size, offset)
         if len(content) < size:
-            raise BadImage("shard ends early")
+            raise BadImage("truncated shard")
         return content
 
-    def images(self, samples: Sequence[int]) -> tuple[Tensor | list[Tensor], dict[int, str]]:
-        """uint8 images of the given samples, and for unreadable ones the reason by place.
+    def key(self, sample: int) -> str:
+        """A sample's name for people."""
+        return self.index.key(sample)
 
-        Returns:
-            One tensor 'b c h w' for a set kept in memory, else a list of 'c h w'. An unreadable image is replaced
-            by the next readable one of the same call (black if there is none), so that shapes and order stay.
-        """
-        if self.decoded is not None:
-            bad = {i: self.bad[s] for i, s in enumerate(samples) if s in self.bad} if self.bad else {}
-            images: Tensor | list = self.decoded[torch.as_tensor(samples)]
-        else:
-            bad, images = {}, []
-            for i, sample in enumerate(samples):
-                try:
-                    images.append(decode(self.read(int(sample)), self.channels))
-                except BadImage as error:
-                    bad[i] = str(error)
-                    images.append(None)
-        readable = [i for i in range(len(samples)) if i not in bad] if bad else []
-        for i in bad:
-            if readable:
-                images[i] = images[next((k for k in readable if k > i), readable[0])]
-            elif images[i] is None:
-                images[i] = torch.zeros(self.channels, SMALL_SIDE, SMALL_SIDE, dtype=torch.uint8)
-        return images, bad
+    def labels_of(self, samples: np.ndarray) -> np.ndarray | None:
+        """Class numbers, or None for unlabelled data."""
+        return None if self.index.classes is None else self.index.labels_of(samples).astype(np.int64)
 
-    def _open(self, path: Path) -> int:
+    def kept(self, samples: np.ndarray) -> tuple[Tensor, dict[int, str]]:
+        """Images 'b c h w' of a set kept in memory, and for unreadable ones the reason by row."""
+        bad = {i: self.bad[int(s)] for i, s in enumerate(samples) if int(s) in self.bad} if self.bad else {}
+        return self.decoded[torch.from_numpy(samples)], bad
+
+    def fetch_ahead(self, shards: Iterable[int]) -> None:
+        """Bring shards from the network while others are read; those that are here cost nothing."""
+        if self.fetching is None:
+            self.fetching = ThreadPoolExecutor(FETCHERS, "fetch"), {}
+        pool, known = self.fetching
+        wanted = set(shards)
+        for shard in known.keys() - wanted:
+            known.pop(shard).cancel()
+        for shard in wanted - known.keys():
+            known[shard] = pool.submit(self.index.shard_path, shard)  # who reads it meets the error
+
+    def _open(self, shard: int) -> int:
         """The shard's file descriptor; the least recently used is closed when there are many."""
-        file = self.files.pop(path.name, None)
+        file = self.files.pop(shard, None)
         if file is None:
-            file = os.open(path, os.O_RDONLY)
+            if shard in self.bad_shards:
+                raise BadImage(self.bad_shards[shard])
+            try:
+                file = os.open(self.index.shard_path(shard), os.O_RDONLY)
+            except FileNotFoundError:
+                self.bad_shards[shard] = "missing shard"
+                raise BadImage("missing shard") from None
+            except BadImage as error:
+                self.bad_shards[shard] = str(error)
+                raise
             if len(self.files) >= OPEN_SHARDS:
                 os.close(self.files.popitem(last=False)[1])
-        self.files[path.name] = file
+        self.files[shard] = file
         return file
 
-    def _decode_all(self, size: list[int]) -> Tensor:
-        everything = torch.zeros(len(self.index), self.channels, *size, dtype=torch.uint8)
-        for sample in track(range(len(self.index)), "decoding", len(self.index)):
-            try:
-                image = decode(self.read(sample), self.channels)
-                if list(image.shape[1:]) != size:
-                    raise BadImage(f"{list(image.shape[1:])} pixels, the index says {size}")
-                everything[sample] = image
-            except BadImage as error:
-                self.bad[sample] = str(error)
+    def _decode_all(self, size: list[int], pixel: torch.dtype) -> Tensor:
+        everything = torch.zeros(len(self.index), self.channels, *size, dtype=pixel)
+        contiguous = everything.numpy()
+
+        def decode_some(samples: range) -> None:
+            for sample in samples:
+                try:
+                    with lock:
+                        content = self.read(sample)
+                    image = decode(content, self.channels, self.bits)
+                    if list(image.shape[1:]) != size:
+                        raise BadImage(f"{list(image.shape[1:])} pixels, the index says {size}")
+                    contiguous[sample] = image
+                except BadImage as error:
+                    self.bad[sample] = str(error)
+                counter.tick()
+
+        lock, total = threading.Lock(), len(self.index)
+        pieces = [range(i, min(i + DECODE_AT_ONCE, total)) for i in range(0, total, DECODE_AT_ONCE)]
+        with track_counter("decoding", total) as counter, ThreadPoolExecutor(DECODERS) as pool:
+            list(pool.map(decode_some, pieces))
         return everything
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"files": OrderedDict()}  # a worker opens its own files
+        return self.__dict__ | {"files": OrderedDict(), "fetching": None}  # a worker opens its own

@@ -1,88 +1,318 @@
-"""What shards hold: their members, and the channels, sizes and statistics of their images."""
+"""What one shard holds: its members by offset, and the channels, sizes and statistics of its images.
+
+Packing and indexing both make one report per shard, in parallel and in any order; together they are the index.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
-from sslvit.data.decode import BadImage, decode, open_image
-from sslvit.data.index import IMAGE_SUFFIXES, NO_LABEL, RECORD, Shard, ShardIndex, sha256_of
-from sslvit.data.reader import ShardReader
-from sslvit.progress import track
+from sslvit.data.decode import IMAGE_SUFFIXES, MODES, BadImage, Header, decode, read_header
+from sslvit.data.index import NO_LABEL, RECORD, Shard, ShardIndex, sha256_of
+from sslvit.progress import track_counter
 
-STATISTICS_SAMPLES = 10_000  # channel mean and std are measured on at most this many images
+STATISTICS_SAMPLES = 10_000  # channel mean and std are measured on about this many images
+PICKLES = {".pyd", ".pkl", ".pickle", ".pth", ".pt"}  # what other readers would unpickle, that is: run
 
 
-def index_shards(folder: str | Path) -> ShardIndex:
+@dataclass
+class Measured:
+    """Properties of images, added up.
+
+    Args:
+        moments: sums over images of the mean of each channel, and of its mean square.
+        channels: of the images that were decoded for the moments.
+        images: how many these are.
+        sizes: how often each (height, width) occurs.
+        modes: how often each mode occurs.
+        kinds: how often each (channels, bits) occurs.
+    """
+
+    moments: list[list[float]] = field(default_factory=list)
+    channels: int = 0
+    images: int = 0
+    sizes: Counter = field(default_factory=Counter)
+    modes: Counter = field(default_factory=Counter)
+    kinds: Counter = field(default_factory=Counter)
+
+    def count(self, header: Header) -> None:
+        self.sizes[header.height, header.width] += 1
+        self.modes[header.mode] += 1
+        self.kinds[header.channels, header.bits] += 1
+
+    def measure(self, content: bytes, header: Header) -> None:
+        """Add the moments of one image; those of another number of channels are left out."""
+        channels = 3 if header.channels in MODES else header.channels
+        if self.images and channels != self.channels:
+            return
+        pixels = decode(content, channels, header.bits, header=header).numpy().reshape(channels, -1) / 255
+        here = np.stack([pixels.mean(1), np.square(pixels).mean(1)])  # every image counts the same, whatever its size
+        self.moments = (np.array(self.moments) + here if self.images else here).tolist()
+        self.channels, self.images = channels, self.images + 1
+
+    def add(self, other: Measured) -> None:
+        for name in ("sizes", "modes", "kinds"):
+            getattr(self, name).update(getattr(other, name))
+        if other.images and (not self.images or self.channels == other.channels):
+            self.moments = (np.array(self.moments) + other.moments if self.images else other.moments)  # fmt: skip
+            self.moments = np.asarray(self.moments).tolist()
+            self.channels, self.images = other.channels, self.images + other.images
+
+    def describe(self, location: str) -> dict[str, Any]:
+        """Fields of the index.
+
+        Raises:
+            ValueError: no image could be decoded.
+        """
+        if not self.images:
+            raise ValueError(f"{location}: none of the images can be decoded.")
+        kinds = {channels for channels, _ in self.kinds}
+        channels = 1 if kinds == {1} else 3 if kinds <= set(MODES) else self.channels
+        mean, square = np.array(self.moments)[:, :channels] / self.images
+        return {
+            "channels": channels,
+            "bits": 16 if {bits for _, bits in self.kinds} == {16} else 8,
+            "mean": mean.round(4).tolist(),
+            "std": np.sqrt((square - mean**2).clip(min=0)).round(4).tolist(),
+            "image_size": list(next(iter(self.sizes))) if len(self.sizes) == 1 else None,
+        }
+
+
+@dataclass
+class ShardReport:
+    """All that the index needs of one shard.
+
+    Args:
+        shard: name, counts, checksum.
+        records: of its samples.
+        measured: properties of its images.
+        skipped: images that were left out, with the reason.
+    """
+
+    shard: Shard
+    records: np.ndarray
+    measured: Measured = field(default_factory=Measured)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All but the records, as JSON takes it."""
+        measured = dict(vars(self.measured))
+        for name in ("sizes", "kinds"):  # JSON has no keys of two numbers
+            measured[name] = [[*key, count] for key, count in measured[name].items()]
+        return {"shard": asdict(self.shard), "measured": measured, "skipped": self.skipped}
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any], records: np.ndarray) -> ShardReport:
+        measured = dict(content["measured"])
+        for name in ("sizes", "kinds"):
+            measured[name] = Counter({(a, b): count for a, b, count in measured[name]})
+        measured["modes"] = Counter(measured["modes"])
+        return cls(Shard(**content["shard"]), records, Measured(**measured), content["skipped"])
+
+
+def join_reports(
+    reports: list[ShardReport], location: str | Path, classes: list[str] | None, encoding: str = ""
+) -> ShardIndex:
+    """The index of all shards; empty ones are left out.
+
+    Raises:
+        ValueError: no image could be decoded.
+    """
+    measured = Measured()
+    skipped: dict[str, str] = {}
+    for report in reports:
+        measured.add(report.measured)
+        skipped |= report.skipped
+    kept = [report for report in reports if report.shard.samples]
+    records = np.concatenate([report.records for report in kept]) if kept else np.empty(0, RECORD)
+    return ShardIndex(
+        str(location), [report.shard for report in kept], records, classes, encoding=encoding, skipped=skipped,
+        **measured.describe(str(location)),
+    )  # fmt: skip
+
+
+def index_shards(folder: str | Path, workers: int | None = None) -> ShardIndex:
     """Make the index of tar shards that others wrote (WebDataset format): KEY.jpg beside KEY.cls.
+
+    Args:
+        folder: where they lie, and where the index goes.
+        workers: processes; None for one per core.
 
     Raises:
         ValueError: no shard, a damaged one, or none with an image in it.
     """
-    folder = Path(folder)
-    paths = sorted(folder.glob("*.tar"))
-    if not paths:
+    names = sorted(path.name for path in Path(folder).glob("*.tar"))
+    if not names:
         raise ValueError(f"{folder}: no .tar files there.")
-    shards, records = [], []
-    for path in paths:
-        found = _scan(path)
-        shards.append(Shard(path.name, len(found), path.stat().st_size, sha256_of(path)))
-        records += found
-    if not records:
-        raise ValueError(f"{folder}: the shards hold no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
-    table = np.array(records, RECORD)
-    top = int(table["label"].max())
-    classes = None if (table["label"] == NO_LABEL).any() else [str(label) for label in range(top + 1)]
-    index = ShardIndex(folder, shards, table, classes)
-    measure_images(index)
+    index = index_names(str(folder), names, lambda name: Path(folder) / name, workers)
     index.save()
     return index
 
 
-def _scan(path: Path) -> list[tuple[int, int, int]]:
+def index_names(
+    location: str, names: list[str], path_of: Callable[[str], Path], workers: int | None = None
+) -> ShardIndex:
+    """The index of shards by name, wherever they are.
+
+    Args:
+        location: of the index.
+        names: of the shards.
+        path_of: brings a shard to this machine, where it is not, and returns its path.
+        workers: processes; None for one per core.
+    """
+    reports = list(in_parallel(_ScanJob(names, path_of), len(names), workers, "indexing", len(names), "shards"))
+    if not any(report.shard.samples for report in reports):
+        raise ValueError(f"{location}: the shards hold no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
+    labels = np.concatenate([report.records["label"] for report in reports])
+    classes = None if (labels == NO_LABEL).any() else [str(label) for label in range(int(labels.max()) + 1)]
+    index = join_reports(reports, location, classes)
+    if index.skipped:
+        name, reason = next(iter(index.skipped.items()))
+        print(f"left out {len(index.skipped)} members (the first: {name}: {reason}); all are in index.json")
+    return index
+
+
+@dataclass
+class _ScanJob:
+    names: list[str]
+    path_of: Callable[[str], Path]
+
+    def __call__(self, number: int, tick: Callable[[int], None]) -> ShardReport:
+        report = scan_shard(self.path_of(self.names[number]), len(self.names))
+        report.shard.name = self.names[number]
+        tick(1)
+        return report
+
+
+def scan_shard(path: Path, shards: int = 1) -> ShardReport:
+    """Members, checksum and image properties of one tar file, one of so many.
+
+    Members that could do harm (absolute paths, "..", pickles) are left out and named.
+
+    Raises:
+        ValueError: not a readable tar, or two images under one key.
+    """
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, int] = {}
+    skipped: dict[str, str] = {}
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 name = PurePosixPath(member.name)
-                stem, _, field = name.name.partition(".")
+                stem, _, field_name = name.name.partition(".")
                 key = str(name.parent / stem)
                 if not member.isfile():
                     continue
-                if f".{field.lower()}" in IMAGE_SUFFIXES:  # KEY.seg.png is another field, not the image
+                if name.is_absolute() or ".." in name.parts:
+                    skipped[f"{path.name}/{member.name}"] = "a path that leads out of its folder"
+                elif name.suffix.lower() in PICKLES:
+                    skipped[f"{path.name}/{member.name}"] = "a pickle, which would run code"
+                elif f".{field_name.lower()}" in IMAGE_SUFFIXES:  # KEY.seg.png is another field, not the image
                     if key in images:
                         raise ValueError(f"{key} has two images")
                     images[key] = (member.offset_data, member.size)
-                elif field == "cls":
-                    labels[key] = int(tar.extractfile(member).read())
-    except (tarfile.TarError, ValueError) as error:
+                elif field_name == "cls":
+                    labels[key] = _label(key, tar.extractfile(member).read(32))
+    except (tarfile.TarError, ValueError, OSError, EOFError) as error:
         raise ValueError(f"{path}: not a readable tar shard ({error}).") from error
-    return [(offset, size, labels.get(key, NO_LABEL)) for key, (offset, size) in images.items()]
+    if path.stat().st_size < max((offset + size for offset, size in images.values()), default=0):
+        raise ValueError(f"{path}: not a readable tar shard (it ends early). Copy it again.")
+    rows = [(offset, size, labels.get(key, NO_LABEL)) for key, (offset, size) in images.items()]
+    records = np.array(rows, RECORD)
+    shard = Shard(path.name, len(records), path.stat().st_size, sha256_of(path))
+    return ShardReport(shard, records, measure_shard(path, records, shards), skipped)
 
 
-def measure_images(index: ShardIndex) -> None:
-    """Fill in channels, common size, and mean and std of the channels (on up to 10,000 images spread over the set)."""
-    reader = ShardReader(index, memory_limit_mb=0)
-    chosen = np.unique(np.linspace(0, len(index) - 1, min(len(index), STATISTICS_SAMPLES)).astype(int))
-    moments, sizes, readable, is_grey = np.zeros((2, 3)), set(), 0, True
-    for sample in track(chosen, "measuring", len(chosen)):
+def _label(key: str, text: bytes) -> int:
+    try:
+        label = int(text)
+    except ValueError:
+        label = -1
+    if not 0 <= label < 2**31:
+        raise ValueError(f"{key}.cls holds {text!r} instead of a class number")
+    return label
+
+
+def measure_shard(path: Path, records: np.ndarray, shards: int) -> Measured:
+    """Sizes and modes of all images of a shard, and moments of its part of STATISTICS_SAMPLES."""
+    measured = Measured()
+    most = min(len(records), max(50, STATISTICS_SAMPLES // shards))
+    chosen = set(np.linspace(0, len(records) - 1, most).astype(int).tolist())
+    with open(path, "rb") as file:
+        for place, record in enumerate(records):
+            content = os.pread(file.fileno(), int(record["size"]), int(record["offset"]))
+            try:
+                header = read_header(content)
+                measured.count(header)
+                if place in chosen:
+                    measured.measure(content, header)
+            except BadImage:
+                continue
+    return measured
+
+
+# ---- many shards at once -----------------------------------------------------------------------------------------
+
+_state: tuple[Callable, Any] | None = None  # of a worker process: the job, and the counter that it moves
+
+
+def in_parallel(
+    job: Callable[[int, Callable[[int], None]], Any], jobs: int | list[int], workers: int | None, what: str,
+    total: int, unit: str = "images",
+) -> Iterator[Any]:  # fmt: skip
+    """job(number, tick) for every number, in processes, results in order; shows how far it is.
+
+    Args:
+        job: does one; calls tick(n) when n more units are done.
+        jobs: how many, or which numbers.
+        workers: processes; None for one per core.
+        what: is being done, as in "packing".
+        total: units in all.
+        unit: what is counted.
+    """
+    numbers = list(range(jobs)) if isinstance(jobs, int) else jobs
+    workers = min(workers or os.cpu_count() or 1, len(numbers))
+    context = multiprocessing.get_context("fork") if "fork" in multiprocessing.get_all_start_methods() else None
+    if workers <= 1 or context is None:
+        with track_counter(what, total, unit) as counter:
+            for number in numbers:
+                yield job(number, counter.tick)
+        return
+    done = context.Value("q", 0)
+    with ProcessPoolExecutor(workers, context, _start, (job, done)) as pool:
         try:
-            content = reader.read(int(sample))
-            image, mode = decode(content), open_image(content).mode
-        except BadImage:
-            continue
-        pixels = image.numpy().reshape(3, -1) / 255
-        moments += np.stack([pixels.mean(1), (pixels**2).mean(1)])  # every image counts the same, whatever its size
-        sizes.add(tuple(image.shape[1:]))
-        is_grey &= mode in ("L", "1") or mode.startswith("I")
-        readable += 1
-    if not readable:
-        raise ValueError(f"{index.folder}: none of the images can be decoded.")
-    index.image_size = list(sizes.pop()) if len(sizes) == 1 else None
-    index.channels = 1 if is_grey else 3
-    mean, square = moments[:, : index.channels] / readable
-    index.mean = mean.round(4).tolist()
-    index.std = np.sqrt((square - mean**2).clip(min=0)).round(4).tolist()
+            with track_counter(what, total, unit, lambda: done.value):
+                yield from pool.map(_run, numbers)
+        except BrokenProcessPool as error:
+            raise RuntimeError(f"{what}: a process was killed, perhaps for its memory. Use fewer --workers.") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _start(job: Callable, done: Any) -> None:
+    global _state
+    import torch
+
+    torch.set_num_threads(1)
+    _state = job, done
+
+
+def _run(number: int) -> Any:
+    job, done = _state
+
+    def tick(units: int) -> None:
+        with done.get_lock():
+            done.value += units
+
+    return job(number, tick)

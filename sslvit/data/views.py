@@ -1,170 +1,213 @@
-"""Image -> view: which box of the image is seen, and the box resampled to the encoder's size.
+"""Image -> views: which boxes of the image are seen, at which size, in which colours.
 
 A view is a box in pixels of its image (it may reach outside: black) and whether it is mirrored. Boxes are drawn
-for a whole batch at once from uniform numbers keyed by (seed, epoch, sample), so a sample's view does not depend
-on who loads it.
+for a whole batch at once from uniform numbers keyed by (seed, epoch, sample), so a sample's views do not depend
+on who loads it. An image is decoded once, at the resolution that its most magnified view needs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from sslvit.chance import uniform_at
-from sslvit.settings import ViewSettings
+from sslvit.data.colour import change_colours, draw_colours
+from sslvit.data.resample import Boxes, resample, view_of_one
+from sslvit.settings.views import (
+    CanvasSettings,
+    CentreSettings,
+    CropSettings,
+    MultiCropSettings,
+    SquareSettings,
+    ViewSettings,
+)
 
-SMALL_SIDE = 96  # images up to this side are kept decoded and resampled a batch at a time
 TRIES = 10  # boxes drawn before the fallback, as in torchvision's RandomResizedCrop
+DrawBoxes = Callable[[np.ndarray, np.ndarray, np.ndarray, list[int]], Boxes]
 
 
 @dataclass
-class Boxes:
-    """What is seen of each image, in its pixels; all arrays have one entry per image."""
-
-    top: np.ndarray
-    left: np.ndarray
-    height: np.ndarray
-    width: np.ndarray
-    is_mirrored: np.ndarray
-
-    def __getitem__(self, i: int) -> Boxes:
-        return Boxes(*(values[i : i + 1] for values in vars(self).values()))
-
-
-class View:
-    """One view per image, all of one size.
+class OneView:
+    """One of the views of an image.
 
     Args:
-        settings: how boxes are drawn.
-        size: height and width of the view.
+        size: height and width.
+        draw: (uniform numbers 'b columns', heights, widths, size) -> boxes.
+    """
+
+    size: list[int]
+    draw: DrawBoxes
+
+
+class Views:
+    """All views of a batch of images.
+
+    Args:
+        settings: which views, and how their boxes are drawn.
+        size: height and width of the encoder's input.
         interpolation: bilinear or bicubic, always antialiased.
         seed: of the draws.
+        colour_here: change colours here; otherwise whoever gets the batch does (data.colour_on).
     """
 
-    def __init__(self, settings: ViewSettings, size: list[int], interpolation: str, seed: int = 0) -> None:
+    def __init__(
+        self, settings: ViewSettings, size: list[int], interpolation: str, seed: int = 0, colour_here: bool = True
+    ) -> None:
         self.settings, self.size, self.interpolation, self.seed = settings, size, interpolation, seed
-        self.draw = {"crop": random_crops, "centre": centre_crops, "canvas": canvas_places}[settings.kind]
+        self.colour_here = colour_here
 
-    def __call__(self, images: Tensor | list[Tensor], samples: np.ndarray, epoch: int) -> Tensor:
-        """uint8 'b c h w' of the view's size."""
-        if isinstance(images, Tensor):
-            sides = np.tile(images.shape[2:], (len(images), 1))
-        else:
-            sides = np.array([image.shape[1:] for image in images])
-        uniform = uniform_at((self.seed, epoch, "view"), samples, 2 * TRIES + 3)
-        boxes = self.draw(self.settings, uniform, sides[:, 0], sides[:, 1], self.size)
-        if isinstance(images, Tensor):
-            return resample(images, boxes, self.size, self.interpolation)
-        return torch.cat([self._one(image, boxes[i]) for i, image in enumerate(images)])
+    def of_size(self, size: list[int] | None = None) -> list[OneView]:
+        """The views, with the main ones of another size than the encoder's if one is given."""
+        settings, size = self.settings, size or self.size
+        match settings:
+            case CropSettings():
+                return [OneView(size, random_crops(settings.scale, settings.ratio, settings.flip))]
+            case SquareSettings():
+                return [OneView(size, random_squares(settings.side, settings.flip))]
+            case CanvasSettings():
+                return [OneView(size, canvas_places(settings.side, settings.flip))]
+            case CentreSettings():
+                return [OneView(size, centre_crops(settings.fraction))]
+            case MultiCropSettings():
+                large = OneView(size, random_crops(settings.global_scale, settings.ratio, settings.flip))
+                small = OneView(
+                    [settings.local_size] * 2, random_crops(settings.local_scale, settings.ratio, settings.flip)
+                )
+                return [large, large] + [small] * settings.local_crops
+        raise TypeError(f"no views for {type(settings).__name__}")
 
-    def _one(self, image: Tensor, box: Boxes) -> Tensor:
-        top, left, height, width = (
-            int(values[0]) for values in (box.top.round(), box.left.round(), box.height.round(), box.width.round())
-        )
-        is_small = max(image.shape[1:]) <= SMALL_SIDE  # the same arithmetic as for a whole batch of them
-        if is_small or top < 0 or left < 0 or top + height > image.shape[1] or left + width > image.shape[2]:
-            return resample(image[None], box, self.size, self.interpolation)
-        part = image[None, :, top : top + height, left : left + width]
-        view = F.interpolate(part, size=self.size, mode=self.interpolation, antialias=True)
-        return view.flip(3) if box.is_mirrored[0] else view
+    def draw(
+        self, sides: np.ndarray, samples: np.ndarray, epochs: np.ndarray, size: list[int] | None = None
+    ) -> list[tuple[list[int], Boxes]]:
+        """(size, boxes) of each view.
+
+        Args:
+            sides: heights and widths of the images, 'b 2'.
+            samples: their numbers.
+            epochs: the epoch that each is in.
+            size: of the main views, if not the encoder's.
+        """
+        drawn = []
+        for number, view in enumerate(self.of_size(size)):
+            purpose = f"view {number}" if number else "view"
+            uniform = by_epoch(lambda e, s, p=purpose: uniform_at((self.seed, e, p), s, 2 * TRIES + 3), samples, epochs)
+            drawn.append((view.size, view.draw(uniform, sides[:, 0], sides[:, 1], view.size)))
+        return drawn
+
+    def draw_colours(self, samples: np.ndarray, epochs: np.ndarray) -> list[Tensor] | None:
+        """What happens to the colours of each view, or None if nothing does."""
+        settings = self.settings
+        if not isinstance(settings, MultiCropSettings):
+            return None
+        drawn = [
+            by_epoch(lambda e, s, v=view: draw_colours(settings, v, (self.seed, e), s), samples, epochs)
+            for view in range(2 + settings.local_crops)
+        ]
+        return [torch.from_numpy(draws) for draws in drawn]
+
+    def of_batch(
+        self, images: Tensor, samples: np.ndarray, epochs: np.ndarray, size: list[int] | None = None
+    ) -> list[Tensor]:
+        """Views 'b c h w' of equally large images 'b c h w', before their colours change."""
+        sides = np.tile(images.shape[2:], (len(images), 1))
+        return [
+            resample(images, boxes, size_of_view, self.interpolation)
+            for size_of_view, boxes in self.draw(sides, samples, epochs, size)
+        ]
+
+    def of_one(self, image: Tensor, drawn: list[tuple[list[int], Boxes]], row: int, reduction: int = 1) -> list[Tensor]:
+        """Views 'c h w' of the image in one row of what was drawn for a batch."""
+        return [view_of_one(image, boxes[row], size, self.interpolation, reduction) for size, boxes in drawn]
 
 
-def random_crops(
-    settings: ViewSettings, uniform: np.ndarray, heights: np.ndarray, widths: np.ndarray, size: list[int]
-) -> Boxes:
+def by_epoch(make: Callable[[int, np.ndarray], np.ndarray], samples: np.ndarray, epochs: np.ndarray) -> np.ndarray:
+    """make(epoch, samples) for each epoch that occurs (a mixture's sources differ), in the rows' own order."""
+    parts = {int(epoch): epochs == epoch for epoch in np.unique(epochs)}
+    made = [(rows, make(epoch, samples[rows])) for epoch, rows in parts.items()]
+    if len(made) == 1:
+        return made[0][1]
+    whole = np.empty((len(samples), *made[0][1].shape[1:]), made[0][1].dtype)
+    for rows, part in made:
+        whole[rows] = part
+    return whole
+
+
+def random_crops(scale: list[float], ratio: list[float], flip: float) -> DrawBoxes:
     """Random resized crop (Szegedy et al. 2015), with torchvision's rules: the first of ten boxes that fits."""
-    area = np.interp(uniform[:, :TRIES], [0, 1], settings.scale) * (heights * widths)[:, None]
-    ratio = np.exp(np.interp(uniform[:, TRIES : 2 * TRIES], [0, 1], np.log(settings.ratio)))
-    width = np.round(np.sqrt(area * ratio))
-    height = np.round(np.sqrt(area / ratio))
-    fits = (width >= 1) & (height >= 1) & (width <= widths[:, None]) & (height <= heights[:, None])
-    first = np.arange(len(fits)), fits.argmax(1)
-    # none fits: the largest centred box whose ratio is allowed
-    wide = widths / heights
-    fallback_width = np.where(wide > settings.ratio[1], np.round(heights * settings.ratio[1]), widths)
-    fallback_height = np.where(wide < settings.ratio[0], np.round(widths / settings.ratio[0]), heights)
-    none = ~fits.any(1)
-    width = np.where(none, fallback_width, width[first])
-    height = np.where(none, fallback_height, height[first])
-    place = uniform[:, 2 * TRIES :]
-    top = np.where(none, (heights - height) // 2, np.floor(place[:, 0] * (heights - height + 1)))
-    left = np.where(none, (widths - width) // 2, np.floor(place[:, 1] * (widths - width + 1)))
-    return Boxes(top, left, height, width, place[:, 2] < settings.flip)
+
+    def draw(uniform: np.ndarray, heights: np.ndarray, widths: np.ndarray, size: list[int]) -> Boxes:
+        area = np.interp(uniform[:, :TRIES], [0, 1], scale) * (heights * widths)[:, None]
+        ratios = np.exp(np.interp(uniform[:, TRIES : 2 * TRIES], [0, 1], np.log(ratio)))
+        width = np.round(np.sqrt(area * ratios))
+        height = np.round(np.sqrt(area / ratios))
+        fits = (width >= 1) & (height >= 1) & (width <= widths[:, None]) & (height <= heights[:, None])
+        first = np.arange(len(fits)), fits.argmax(1)
+        # none fits: the largest centred box whose ratio is allowed
+        wide = widths / heights
+        fallback_width = np.where(wide > ratio[1], np.round(heights * ratio[1]), widths)
+        fallback_height = np.where(wide < ratio[0], np.round(widths / ratio[0]), heights)
+        none = ~fits.any(1)
+        width = np.where(none, fallback_width, width[first])
+        height = np.where(none, fallback_height, height[first])
+        place = uniform[:, 2 * TRIES :]
+        top = np.where(none, (heights - height) // 2, np.floor(place[:, 0] * (heights - height + 1)))
+        left = np.where(none, (widths - width) // 2, np.floor(place[:, 1] * (widths - width + 1)))
+        return Boxes(top, left, height, width, place[:, 2] < flip)
+
+    return draw
 
 
-def centre_crops(
-    settings: ViewSettings, uniform: np.ndarray, heights: np.ndarray, widths: np.ndarray, size: list[int]
-) -> Boxes:
-    """The largest centred box of the view's shape, shrunk to centre_fraction of its sides."""
-    scale = np.minimum(heights / size[0], widths / size[1]) * settings.centre_fraction
-    height, width = scale * size[0], scale * size[1]
-    return Boxes((heights - height) / 2, (widths - width) / 2, height, width, np.zeros(len(heights), bool))
+def random_squares(side: list[float], flip: float) -> DrawBoxes:
+    """A box of the view's shape at a random place, its side a random share of the image's."""
+
+    def draw(uniform: np.ndarray, heights: np.ndarray, widths: np.ndarray, size: list[int]) -> Boxes:
+        scale = np.minimum(heights / size[0], widths / size[1]) * np.interp(uniform[:, 0], [0, 1], side)
+        height, width = (np.maximum(1, np.round(scale * length)) for length in size)
+        top = np.floor(uniform[:, 1] * (heights - height + 1))
+        left = np.floor(uniform[:, 2] * (widths - width + 1))
+        return Boxes(top, left, height, width, uniform[:, 3] < flip)
+
+    return draw
 
 
-def canvas_places(
-    settings: ViewSettings, uniform: np.ndarray, heights: np.ndarray, widths: np.ndarray, size: list[int]
-) -> Boxes:
+def centre_crops(fraction: float) -> DrawBoxes:
+    """The largest centred box of the view's shape, shrunk to a fraction of its sides."""
+
+    def draw(uniform: np.ndarray, heights: np.ndarray, widths: np.ndarray, size: list[int]) -> Boxes:
+        scale = np.minimum(heights / size[0], widths / size[1]) * fraction
+        height, width = scale * size[0], scale * size[1]
+        return Boxes((heights - height) / 2, (widths - width) / 2, height, width, np.zeros(len(heights), bool))
+
+    return draw
+
+
+def canvas_places(side: list[float], flip: float) -> DrawBoxes:
     """The whole image at a random size (whole pixels) and place on a black canvas."""
-    least, most = (np.round(side * min(size)) for side in settings.scale)
-    side = least + np.floor(uniform[:, 0] * (most - least + 1))
-    zoom = np.maximum(heights, widths) / side  # image pixels per canvas pixel
-    room = [np.round(length - pixels / zoom) for length, pixels in zip(size, (heights, widths), strict=True)]
-    top, left = (np.floor(uniform[:, i + 1] * (room[i] + 1)) for i in (0, 1))
-    is_mirrored = uniform[:, 3] < settings.flip
-    return Boxes(-top * zoom, -left * zoom, size[0] * zoom, size[1] * zoom, is_mirrored)
+
+    def draw(uniform: np.ndarray, heights: np.ndarray, widths: np.ndarray, size: list[int]) -> Boxes:
+        least, most = (np.round(share * min(size)) for share in side)
+        length = least + np.floor(uniform[:, 0] * (most - least + 1))
+        zoom = np.maximum(heights, widths) / length  # image pixels per canvas pixel
+        room = [np.round(total - pixels / zoom) for total, pixels in zip(size, (heights, widths), strict=True)]
+        top, left = (np.floor(uniform[:, i + 1] * (room[i] + 1)) for i in (0, 1))
+        return Boxes(-top * zoom, -left * zoom, size[0] * zoom, size[1] * zoom, uniform[:, 3] < flip)
+
+    return draw
 
 
-def resample(images: Tensor, boxes: Boxes, size: list[int], interpolation: str) -> Tensor:
-    """Boxes of equally large images, antialiased, as two matrix products per image.
-
-    Resampling is separable and linear, so a box, its mirror image and the black around an image are all a matrix
-    of rows and one of columns.
-
-    Args:
-        images: uint8 'b c h w'.
-        boxes: one per image; pixels outside the image are black.
-        size: of the result.
-        interpolation: bilinear or bicubic.
-    """
-    rows = _weights(images.shape[2], boxes.top, boxes.height, size[0], interpolation)
-    columns = _weights(images.shape[3], boxes.left, boxes.width, size[1], interpolation)
-    is_mirrored = torch.from_numpy(boxes.is_mirrored)
-    columns[is_mirrored] = columns[is_mirrored].flip(1)
-    pixels = rearrange(images.float(), "b c h w -> b h (c w)")
-    pixels = rearrange(rows @ pixels, "b rows (c w) -> b (rows c) w", c=images.shape[1])
-    pixels = pixels @ columns.transpose(1, 2).contiguous()  # a batched product of a transposed view is 10x slower
-    views = rearrange(pixels, "b (rows c) cols -> b c rows cols", c=images.shape[1])
-    return views.round_().clamp_(0, 255).to(torch.uint8).contiguous()
-
-
-def _weights(length: int, start: np.ndarray, extent: np.ndarray, out: int, interpolation: str) -> Tensor:
-    """(b, out, length): how much of each input pixel goes into each output pixel, along one axis."""
-    start, extent = (torch.from_numpy(np.asarray(v, np.float32))[:, None, None] for v in (start, extent))
-    scale = extent / out
-    centre = start + (torch.arange(out)[:, None] + 0.5) * scale
-    pixel = torch.arange(length) + 0.5
-    distance = (pixel - centre).abs_() / scale.clamp(min=1)  # shrinking widens the filter: antialiasing
-    if interpolation == "bilinear":
-        weight = 1 - distance.clamp_(max=1)
-    else:  # Keys' cubic with a = -0.5, the antialiased one of PIL and torch
-        distance.clamp_(max=2)
-        near = ((1.5 * distance - 2.5) * distance * distance).add_(1)
-        far = (((2.5 - 0.5 * distance) * distance - 4) * distance).add_(2)
-        weight = torch.where(distance < 1, near, far)
-    # only pixels of the box take part, as if it had been cut out first
-    weight *= (pixel > start) & (pixel < start + extent)
-    total = weight.sum(2, keepdim=True)
-    is_black = (centre < 0) | (centre > length) | (total == 0)
-    return (weight / total).masked_fill_(is_black, 0)
-
-
-def normalise(view: Tensor, mean: list[float], std: list[float]) -> Tensor:
-    """uint8 -> float32 in units of the channel's deviation, on the view's device."""
-    centre = torch.tensor(mean, device=view.device).view(-1, 1, 1) * 255
-    spread = torch.tensor(std, device=view.device).view(-1, 1, 1) * 255
-    return (view.float() - centre) / spread
+def change_views(views: list[Tensor], colours: list[Tensor]) -> list[Tensor]:
+    """Change the colours of every view; neighbours of one size go together."""
+    changed: list[Tensor] = []
+    start = 0
+    while start < len(views):
+        stop = start + 1
+        while stop < len(views) and views[stop].shape == views[start].shape:
+            stop += 1
+        together = change_colours(torch.cat(views[start:stop]), torch.cat(colours[start:stop]))
+        changed += together.chunk(stop - start)
+        start = stop
+    return changed

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sslvit.data.module import evaluation_loader, normalised_view
+from sslvit.data.loader import evaluation_loader, normalised_view
 from sslvit.data.reader import ShardReader
 from sslvit.models import ViTEncoder
 from sslvit.progress import track
@@ -73,7 +74,7 @@ def _collect(
     features: Callable[[Tensor], Tensor], reader: ShardReader, settings: EncoderSettings, batch: int, workers: int,
     device: torch.device,
 ) -> Features:  # fmt: skip
-    _ = reader.index.labels  # refuses unlabelled data before the pass, not after it
+    reader.index.labels_of(np.arange(0))  # refuses unlabelled data before the pass, not after it
     values, labels = [], []
     loader = evaluation_loader(reader, settings, batch, workers)
     for piece in track(loader, "features", len(loader) * batch, each=batch):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from sslvit.data.index import ShardIndex
-from sslvit.data.pack import open_shards
+from sslvit.data.open import check_present, open_shards
 from sslvit.data.reader import ShardReader
 from sslvit.evaluate.features import Features, encoder_features, pixel_features
 from sslvit.evaluate.knn import knn_accuracy
@@ -71,7 +71,7 @@ def probe(encoder: ViTEncoder, settings: ProbeSettings, name: str = "encoder") -
         print(f"probing {row}", flush=True)
         rows[row] = score_features(features(train), features(val), classes, settings)
     about = {
-        "train": str(train_index.folder), "train_images": len(train_index), "val": str(val_index.folder),
+        "train": train_index.location, "train_images": len(train_index), "val": val_index.location,
         "val_images": len(val_index), "classes": classes,
         "linear": "L-BFGS logistic regression on standardised features; strength chosen on held-out training images",
         "layer": settings.layer or encoder.settings.feature_layer or encoder.settings.depth,
@@ -112,14 +112,15 @@ def format_table(rows: dict[str, dict[str, float]]) -> str:
 def _check_classes(train: ShardIndex, val: ShardIndex, few: int | None) -> None:
     """Refuse data that cannot be probed before any feature is computed."""
     for index in (train, val):
-        _ = index.labels  # refuses unlabelled data
+        check_present(index, 0.0)
+        index.labels_of(np.arange(0))  # refuses unlabelled data
     if train.classes != val.classes:
         only = sorted(set(train.classes) ^ set(val.classes))
         raise ValueError(
-            f"{train.folder} and {val.folder} have different classes ({', '.join(only[:5])} in one only). "
+            f"{train.location} and {val.location} have different classes ({', '.join(only[:5])} in one only). "
             "Pack both from one folder with --holdout."
         )
-    counts = np.bincount(train.labels, minlength=len(train.classes))
+    counts = np.bincount(train.labels_of(slice(None)), minlength=len(train.classes))
     if few and counts.min() < few:
         smallest = train.classes[int(counts.argmin())]
         raise ValueError(f"--labels-per-class {few}: class {smallest} has only {counts.min()} training images.")

@@ -15,8 +15,9 @@ import torch
 
 from sslvit.checkpoint import load_encoder
 from sslvit.data.index import ShardIndex
-from sslvit.data.pack import array_samples, folder_samples, hold_out, pack
-from sslvit.data.views import View
+from sslvit.data.pack import pack
+from sslvit.data.sources import array_samples, folder_samples, hold_out
+from sslvit.data.views import Views
 from sslvit.evaluate.probe import ProbeTable, probe
 from sslvit.export import export_encoder
 from sslvit.figures import bars
@@ -78,7 +79,7 @@ def demo(
     source = pack_digits(shards) if data == "digits" else pack_cifar10(shards, archive, folder / "download")
     print("2/4  pretraining: masked autoencoder", flush=True)
     short = CIFAR10_ON_A_CPU if data == "cifar10" and not torch.cuda.is_available() else {}
-    given = {"data.shards": str(source.folder), "out": str(folder / "mae"), "seed": seed}
+    given = {"data.shards": source.location, "out": str(folder / "mae"), "seed": seed}
     settings = load_recipe(RECIPES[data], short | given | (changes or {}))
     run = pretrain(settings)
     print("3/4  probing: logistic regression and nearest neighbours on frozen features", flush=True)
@@ -124,8 +125,9 @@ def pack_digits(folder: Path) -> ShardIndex:
     is_test = numbers % TEST_SHARE == 0
     classes = [str(digit) for digit in range(10)]
     recipe = load_recipe(RECIPES["digits"])
-    canvas = View(recipe.data.view, recipe.encoder.image_size, recipe.encoder.interpolation, DRAWING_SEED)
-    drawn = canvas(torch.from_numpy(images)[:, None], numbers, epoch=0)[:, 0].numpy()
+    canvas = Views(recipe.data.view, recipe.encoder.image_size, recipe.encoder.interpolation, DRAWING_SEED)
+    (drawn,) = canvas.of_batch(torch.from_numpy(images)[:, None], numbers, np.zeros_like(numbers))
+    drawn = drawn[:, 0].numpy()
 
     def write(name: str, pixels: np.ndarray, chosen: np.ndarray) -> ShardIndex:
         return pack(array_samples(pixels[chosen], digits.target[chosen], numbers[chosen]), folder / name, classes)

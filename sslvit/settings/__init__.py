@@ -1,6 +1,6 @@
 """What a YAML may say. Importing this package imports no torch."""
 
-from sslvit.settings.data import DataSettings, ViewSettings
+from sslvit.settings.data import DataSettings
 from sslvit.settings.encoder import EncoderSettings
 from sslvit.settings.mae import MAESettings
 from sslvit.settings.optim import OptimSettings
@@ -8,10 +8,12 @@ from sslvit.settings.presets import PRESETS, preset
 from sslvit.settings.probe import ProbeSettings
 from sslvit.settings.run import TASK_SETTINGS, PretrainSettings
 from sslvit.settings.train import TrainSettings
+from sslvit.settings.views import VIEW_SETTINGS, ViewSettings
 
 __all__ = [
     "PRESETS",
     "TASK_SETTINGS",
+    "VIEW_SETTINGS",
     "DataSettings",
     "EncoderSettings",
     "MAESettings",

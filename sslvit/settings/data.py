@@ -5,38 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-
-@dataclass
-class ViewSettings:
-    """How one image becomes one view of encoder.image_size.
-
-    Args:
-        kind: crop (a random part, resized), centre (the middle part), or canvas (the whole image, drawn at a
-            random size and place on black).
-        scale: for crop the smallest and largest share of the image's area (MAE, appendix A.1: 0.2 to 1); for
-            canvas the smallest and largest side of the drawing as a share of the canvas.
-        ratio: for crop the smallest and largest width over height.
-        flip: probability of a horizontal flip.
-        centre_fraction: for centre the share of the shorter side that is kept (224 of 256: 0.875).
-    """
-
-    kind: Literal["crop", "centre", "canvas"] = "crop"
-    scale: list[float] = field(default_factory=lambda: [0.2, 1.0])
-    ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
-    flip: float = 0.5
-    centre_fraction: float = 1.0
-
-    def __post_init__(self) -> None:
-        for key in ("scale", "ratio"):
-            values = getattr(self, key)
-            if len(values) != 2 or not 0 < values[0] <= values[1]:
-                raise ValueError(f"data.view.{key}: {values} is not [smallest, largest] with 0 < smallest.")
-        if self.scale[1] > 1:
-            raise ValueError(f"data.view.scale: {self.scale[1]} is more than the whole image (1.0).")
-        if not 0 <= self.flip <= 1:
-            raise ValueError(f"data.view.flip: {self.flip} is not a probability.")
-        if not 0 < self.centre_fraction <= 1:
-            raise ValueError(f"data.view.centre_fraction: {self.centre_fraction} is not in (0, 1].")
+from sslvit.settings.views import CropSettings, ViewSettings
 
 
 @dataclass
@@ -44,23 +13,53 @@ class DataSettings:
     """The stream of batches.
 
     Args:
-        shards: a folder of shards with index.json, or an image folder (packed first, beside the run).
-        view: how an image is seen.
+        shards: a folder of shards, a pattern such as shards/{000000..000099}.tar, the address of either
+            (https, s3, gs), or an image folder (packed first, beside the run).
+        mixture: several of these instead, each with its share of every batch, such as {shards/a: 3, shards/b: 1}.
+        view: how an image is seen; its kind picks the keys.
         global_batch: images per optimiser step, over all ranks and micro-batches.
+        resolutions: sides in pixels, one of which is drawn for each step; null for encoder.image_size.
         workers: loader processes per rank; the order of the data does not depend on it.
         memory_limit_mb: a data set of small equal images is decoded once and kept in memory up to this size.
+        lanes: places of the data set that are read side by side; null for one whole permutation up to a million
+            samples, and for the greatest common divisor of 64 and the batch above.
+        window_shards: shards of a lane that are shuffled together.
+        colour_on: where colours are changed; auto is the training device if it is a GPU, otherwise the workers.
+        cache: folder for shards from the network.
+        cache_gb: size that this folder is kept within.
+        stream_samples: for gzipped tars and pipes, which cannot be indexed: how many images they hold, about.
+        allow_pipe: run commands given as pipe:COMMAND. They can do anything that you can.
         bad_limit: share of unreadable samples above which the run stops.
+        ledger: write down which samples every step read.
     """
 
     shards: str | None = None
-    view: ViewSettings = field(default_factory=ViewSettings)
+    mixture: dict[str, float] | None = None
+    view: ViewSettings = field(default_factory=CropSettings)
     global_batch: int = 4096
+    resolutions: list[int] | None = None
     workers: int = 4
     memory_limit_mb: int = 1024
+    lanes: int | None = None
+    window_shards: int = 4
+    colour_on: Literal["auto", "device", "workers"] = "auto"
+    cache: str = "~/.cache/sslvit"
+    cache_gb: float = 200
+    stream_samples: int | None = None
+    allow_pipe: bool = False
     bad_limit: float = 0.01
+    ledger: bool = False
 
     def __post_init__(self) -> None:
+        if self.shards and self.mixture:
+            raise ValueError("data.shards and data.mixture exclude each other. Name the shards in the mixture only.")
         if self.global_batch < 1:
             raise ValueError(f"data.global_batch: {self.global_batch} is less than one image.")
         if self.workers < 0:
             raise ValueError(f"data.workers: {self.workers} is negative. Use 0 to load in the main process.")
+        for key in ("lanes", "window_shards", "cache_gb", "stream_samples"):
+            value = getattr(self, key)
+            if value is not None and not value > 0:
+                raise ValueError(f"data.{key}: {value} is not positive.")
+        if self.resolutions is not None and not (self.resolutions and min(self.resolutions) > 0):
+            raise ValueError(f"data.resolutions: {self.resolutions} is not a list of sides in pixels.")

@@ -15,8 +15,14 @@ import yaml
 
 from sslvit.settings.presets import preset_values
 from sslvit.settings.run import TASK_SETTINGS, PretrainSettings
+from sslvit.settings.views import VIEW_SETTINGS
 
 Settings = TypeVar("Settings")
+# sections that are one of several records: the key that picks it, its default, and the records
+CHOICES: dict[str, tuple[str, str, dict[str, type]]] = {
+    "task": ("name", "mae", TASK_SETTINGS),
+    "data.view": ("kind", "crop", VIEW_SETTINGS),
+}
 
 
 def load_recipe(config: str | Path, changes: dict[str, Any] | None = None) -> PretrainSettings:
@@ -32,16 +38,29 @@ def load_recipe(config: str | Path, changes: dict[str, Any] | None = None) -> Pr
     """
     path = find_recipe(config)
     tree = _read_yaml(path)
-    for key, value in (changes or {}).items():
+    changes = changes or {}
+    for section, (key, default, _) in CHOICES.items():
+        if f"{section}.{key}" in changes and changes[f"{section}.{key}"] != _chosen(tree, section, key, default):
+            _put(tree, section, {})  # the recipe's other keys there belong to its own choice
+    for key, value in changes.items():
         _put(tree, key, value)
-    task = tree.get("task") or {}
-    name = task.get("name", "mae") if isinstance(task, dict) else task
-    if not isinstance(name, str) or name not in TASK_SETTINGS:
-        raise ValueError(f"task.name: '{name}' is not one of {', '.join(TASK_SETTINGS)}.")
+    kinds = {}
+    for section, (key, default, choices) in CHOICES.items():
+        name = _chosen(tree, section, key, default)
+        if not isinstance(name, str) or name not in choices:
+            raise ValueError(f"{section}.{key}: '{name}' is not one of {', '.join(choices)}.")
+        kinds[section] = choices[name]
     if isinstance(tree.get("encoder"), dict) and "preset" in tree["encoder"]:
         encoder = tree["encoder"]
         tree["encoder"] = {**preset_values(encoder.pop("preset")), **encoder}
-    return build(PretrainSettings, tree, {"task": TASK_SETTINGS[name]})
+    return build(PretrainSettings, tree, kinds)
+
+
+def _chosen(tree: Any, section: str, key: str, default: str) -> Any:
+    """Which of several records a section of the recipe is."""
+    for part in section.split("."):
+        tree = (tree.get(part) or {}) if isinstance(tree, dict) else {}
+    return tree.get(key, default) if isinstance(tree, dict) else tree
 
 
 def build(kind: type[Settings], tree: dict[str, Any], kinds: dict[str, type] | None = None) -> Settings:
@@ -175,12 +194,15 @@ def describe_settings(kind: type = PretrainSettings, prefix: str = "") -> str:
     lines = []
     for field in fields(kind):
         hint = typing.get_type_hints(kind)[field.name]
-        if is_dataclass(hint):
-            lines += ["", describe_settings(hint, f"{prefix}{field.name}.")]
+        section = prefix + field.name
+        records = list(CHOICES[section][2].values()) if section in CHOICES else [hint] if is_dataclass(hint) else []
+        for record in records:
+            lines += ["", describe_settings(record, f"{section}.")]
+        if records:
             continue
         default = field.default_factory() if field.default is MISSING else field.default
         shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
-        lines.append(f"{prefix}{field.name} ({shown}): {meanings[field.name]}")
+        lines.append(f"{section} ({shown}): {meanings[field.name]}")
     return "\n".join(lines).strip("\n") if not prefix else "\n".join(lines)
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from torch import distributed
 from tqdm import tqdm
 
 from sslvit.data.batch import Batch
-from sslvit.data.index import ShardIndex
-from sslvit.data.plan import EpochPlan
+from sslvit.data.index import Index
+from sslvit.data.plan import Plan
 from sslvit.train.folder import RunFolder
 
 STEPS_BETWEEN_COUNTS = 50  # with several ranks: how often they add up their unreadable samples
@@ -74,7 +75,7 @@ class RunLog(StepCallback):
         every: steps between two lines.
     """
 
-    def __init__(self, folder: RunFolder, plan: EpochPlan, total_steps: int, every: int) -> None:
+    def __init__(self, folder: RunFolder, plan: Plan, total_steps: int, every: int) -> None:
         self.folder, self.plan, self.total_steps, self.every = folder, plan, total_steps, every
         self.bar: tqdm | None = None
 
@@ -146,19 +147,31 @@ class Ledger(StepCallback):
     Args:
         folder: of the run.
         index: turns sample numbers into names.
-        global_batch: images per step.
+        plan: of the run.
         limit: largest share of unreadable samples.
+        writes_keys: also write down the name of every sample that this rank reads.
     """
 
-    def __init__(self, folder: RunFolder, index: ShardIndex, global_batch: int, limit: float) -> None:
-        self.folder, self.index, self.global_batch, self.limit = folder, index, global_batch, limit
+    def __init__(self, folder: RunFolder, index: Index, plan: Plan, limit: float, writes_keys: bool = False) -> None:
+        self.folder, self.index, self.plan, self.limit, self.writes_keys = folder, index, plan, limit, writes_keys
         self.earlier: dict[str, dict[str, Any]] = {}  # from the checkpoint: the same on every rank
         self.own: dict[str, dict[str, Any]] = {}  # met by this rank since
 
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, module)
+        if trainer.is_global_zero:
+            self.folder.cut_samples_read(self.step)
+        trainer.strategy.barrier()  # no rank writes before all files are cut
+
     def on_micro_batch(self, trainer: pl.Trainer, batch: Batch) -> None:
-        for sample, reason in batch.bad.items():
-            entry = self.own.setdefault(str(sample), {"key": self.index.key(sample), "reason": reason, "times": 0})
+        for key, reason in batch.bad.items():
+            entry = self.own.setdefault(key, {"key": key, "reason": reason, "times": 0})
             entry["times"] += 1
+        if self.writes_keys:
+            rows = zip(batch.samples.tolist(), batch.epochs.tolist(), strict=True)
+            lines = [{"step": self.step, "epoch": epoch, "key": self.index.key(sample)} for sample, epoch in rows]
+            with open(self.folder.samples_read(trainer.global_rank), "a") as file:
+                file.write("".join(json.dumps(line) + "\n" for line in lines))
 
     def on_step(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if trainer.world_size > 1 and self.step % STEPS_BETWEEN_COUNTS:
@@ -176,21 +189,26 @@ class Ledger(StepCallback):
         self.save(trainer, self.of_all_ranks())
 
     def of_all_ranks(self) -> dict[str, dict[str, Any]]:
-        """Bad samples of the whole run, by sample number."""
+        """Bad samples of the whole run, by key."""
         shares = [self.own]
         if distributed.is_available() and distributed.is_initialized():
             shares = [{} for _ in range(distributed.get_world_size())]
             distributed.all_gather_object(shares, self.own)
-        merged = {sample: dict(entry) for sample, entry in self.earlier.items()}
+        merged = {key: dict(entry) for key, entry in self.earlier.items()}
         for share in shares:
-            for sample, entry in share.items():
-                before = merged.get(sample, {"times": 0})["times"]
-                merged[sample] = entry | {"times": entry["times"] + before}
+            for key, entry in share.items():
+                before = merged.get(key, {"times": 0})["times"]
+                merged[key] = entry | {"times": entry["times"] + before}
         return merged
 
     def save(self, trainer: pl.Trainer, bad: dict[str, dict[str, Any]]) -> None:
         if trainer.is_global_zero:
-            content = {"samples_read": trainer.global_step * self.global_batch, "bad": list(bad.values())}
+            epochs = trainer.global_step // self.plan.steps_per_epoch
+            content = {
+                "samples_read": trainer.global_step * self.plan.global_batch,
+                "dropped_per_epoch": self.plan.dropped_per_epoch, "epochs_finished": epochs,
+                "bad_by_reason": dict(Counter(entry["reason"] for entry in bad.values())), "bad": list(bad.values()),
+            }  # fmt: skip
             self.folder.ledger.write_text(json.dumps(content, indent=1) + "\n")
 
     def state_dict(self) -> dict[str, Any]:

@@ -4,7 +4,8 @@ config.yaml      exactly what ran
 metrics.jsonl    one line per logged step, appended
 checkpoints/     last.ckpt
 encoder/         encoder.json + encoder.safetensors
-ledger.json      samples read and skipped
+ledger.json      how many samples were read, which could not be and why
+ledger/          with data.ledger: one file per rank, a line per sample that it read
 figures/
 """
 
@@ -33,6 +34,7 @@ class RunFolder:
         self.checkpoint = self.path / "checkpoints" / "last.ckpt"
         self.encoder = self.path / "encoder"
         self.ledger = self.path / "ledger.json"
+        self.samples = self.path / "ledger"
         self.figures = self.path / "figures"
 
     def check(self, resume: bool, overwrite: bool) -> None:
@@ -54,13 +56,26 @@ class RunFolder:
     def start(self, settings: dict[str, Any], resume: bool) -> None:
         """Make the folder and write down what runs; an earlier run's files go, unless the run goes on."""
         if not resume:
-            for made in (self.checkpoint.parent, self.figures):
+            for made in (self.checkpoint.parent, self.figures, self.samples):
                 shutil.rmtree(made, ignore_errors=True)
             for made in (self.metrics, self.ledger):
                 made.unlink(missing_ok=True)
         shutil.rmtree(self.encoder, ignore_errors=True)  # the checkpoint is newer from now on
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         self.config.write_text(yaml.safe_dump(settings, sort_keys=False))
+
+    def samples_read(self, rank: int) -> Path:
+        """The file of a rank's sample keys."""
+        self.samples.mkdir(exist_ok=True)
+        return self.samples / f"rank-{rank:05d}.jsonl"
+
+    def cut_samples_read(self, step: int) -> None:
+        """Drop samples of steps after a checkpoint's, which the resumed run will read again."""
+        for path in self.samples.glob("rank-*.jsonl"):
+            part = path.with_suffix(".part")
+            with open(path) as old, open(part, "w") as new:
+                new.writelines(line for line in old if line.endswith("\n") and json.loads(line)["step"] < step)
+            os.replace(part, path)
 
     def read_metrics(self) -> list[dict[str, float]]:
         """The lines of metrics.jsonl."""

@@ -20,11 +20,12 @@ from sslvit.checkpoint import (
     settings_from,
 )
 from sslvit.data.decode import MODES
-from sslvit.data.index import ShardIndex
-from sslvit.data.module import ShardDataModule, make_batch
-from sslvit.data.pack import open_shards
-from sslvit.data.plan import EpochPlan, slices
-from sslvit.data.views import normalise
+from sslvit.data.index import Index
+from sslvit.data.module import ShardDataModule
+from sslvit.data.open import check_present, open_data
+from sslvit.data.plan import Plan, slices
+from sslvit.data.remote import is_address
+from sslvit.data.stream import StreamIndex
 from sslvit.figures import curves, image_rows
 from sslvit.settings import EncoderSettings, PretrainSettings, TrainSettings
 from sslvit.tasks import task_class
@@ -51,7 +52,9 @@ def pretrain(settings: PretrainSettings, resume: bool = False, overwrite: bool =
         folder.check(resume, overwrite)
     train = settings.train
     _check_machine(settings)
-    index = open_shards(settings.data.shards or "", f"{settings.out.rstrip('/')}-shards")
+    index, plan = open_data(settings.data, f"{settings.out.rstrip('/')}-shards", settings.seed)
+    if is_first:
+        _check_data(settings, index, plan)
     start = None
     if settings.init and not resume:
         start = load_encoder(settings.init)
@@ -60,7 +63,6 @@ def pretrain(settings: PretrainSettings, resume: bool = False, overwrite: bool =
     if train.threads:
         torch.set_num_threads(train.threads)
     pl.seed_everything(settings.seed, verbose=False)
-    plan = EpochPlan(len(index), settings.data.global_batch, settings.seed)
     total_steps = train.steps or max(1, round(train.epochs * plan.steps_per_epoch))
     data = ShardDataModule(index, settings.data, settings.encoder, plan, total_steps, train.micro_batch)
     task: PretextTask = task_class(settings.task.name)(
@@ -92,7 +94,7 @@ def pretrain(settings: PretrainSettings, resume: bool = False, overwrite: bool =
     return folder
 
 
-def make_trainer(settings: PretrainSettings, folder: RunFolder, index: ShardIndex, data: ShardDataModule) -> pl.Trainer:
+def make_trainer(settings: PretrainSettings, folder: RunFolder, index: Index, data: ShardDataModule) -> pl.Trainer:
     """Lightning's Trainer for one run: one pass of `total_steps` global batches, our order, our files."""
     train = settings.train
     world = train.devices * train.nodes
@@ -118,7 +120,7 @@ def make_trainer(settings: PretrainSettings, folder: RunFolder, index: ShardInde
             gradient_clip_val=settings.optim.clip,
             plugins=[WholeCheckpoint()],
             callbacks=[
-                Ledger(folder, index, settings.data.global_batch, settings.data.bad_limit),
+                Ledger(folder, index, data.plan, settings.data.bad_limit, settings.data.ledger),
                 RunLog(folder, data.plan, data.total_steps, train.log_every),
                 Checkpoints(folder, data.total_steps, train.checkpoint_every),
             ],
@@ -138,7 +140,7 @@ def precision_of(train: TrainSettings) -> str:
 
 
 def _announce(
-    settings: PretrainSettings, index: ShardIndex, data: ShardDataModule, task: PretextTask, trainer: pl.Trainer
+    settings: PretrainSettings, index: Index, data: ShardDataModule, task: PretextTask, trainer: pl.Trainer
 ) -> None:
     parameters = sum(parameter.numel() for parameter in task.trained_encoder.parameters())
     plan = data.plan
@@ -154,14 +156,14 @@ def _announce(
 
 
 def _finish(
-    settings: PretrainSettings, folder: RunFolder, index: ShardIndex, data: ShardDataModule, task: PretextTask,
+    settings: PretrainSettings, folder: RunFolder, index: Index, data: ShardDataModule, task: PretextTask,
     trainer: pl.Trainer,
 ) -> None:  # fmt: skip
     """Encoder and figures of a run that reached its last step."""
     task.eval()
     provenance = {
         "sslvit": __version__, "task": settings.task.name, "step": trainer.global_step,
-        "data": {"shards": str(index.folder), "samples": len(index), "fingerprint": index.fingerprint()},
+        "data": {"shards": index.location, "samples": len(index), "fingerprint": index.fingerprint()},
         "settings": settings.as_dict(),
     }  # fmt: skip
     save_encoder(task.trained_encoder, folder.encoder, provenance)
@@ -171,17 +173,14 @@ def _finish(
         folder.figures / "loss.png", {"loss": (steps, [line["loss"] for line in metrics])},
         "optimiser step", "loss", f"{settings.task.name}: training loss",
     )  # fmt: skip
-    draw_figures(folder, task, index, data)
+    draw_figures(folder, task, data)
     print(f"encoder in {folder.encoder}, figures in {folder.figures}")
 
 
-def draw_figures(folder: RunFolder, task: PretextTask, index: ShardIndex, data: ShardDataModule) -> None:
+def draw_figures(folder: RunFolder, task: PretextTask, data: ShardDataModule) -> None:
     """The task's own pictures of the first images of the data set."""
-    chosen = torch.arange(min(8, len(index))).numpy()
-    batch = make_batch(data.reader, data.view, chosen, 0, chosen >= 0)
-    batch.views = [normalise(view, data.encoder.mean, data.encoder.std) for view in batch.views]
     task.to("cpu", torch.float32)
-    for name, (titles, rows) in task.figures(batch).items():
+    for name, (titles, rows) in task.figures(data.examples(8)).items():
         image_rows(folder.figures / f"{name}.png", rows, titles)
 
 
@@ -191,8 +190,29 @@ def _check_machine(settings: PretrainSettings) -> None:
     slices(settings.data.global_batch, train.devices * train.nodes, train.micro_batch)
     if train.accelerator == "gpu" and not torch.cuda.is_available():
         raise ValueError("train.accelerator: gpu, but torch sees none here. Use auto or cpu.")
-    if settings.encoder.channels not in MODES:
-        raise ValueError(f"encoder.channels: images decode to {list(MODES)} channels, not {settings.encoder.channels}.")
+
+
+def _check_data(settings: PretrainSettings, index: Index, plan: Plan) -> None:
+    """Refuse data that this run cannot read, before step 0."""
+    data, encoder = settings.data, settings.encoder
+    if index.channels != encoder.channels and not {index.channels, encoder.channels} <= set(MODES):
+        raise ValueError(
+            f"encoder.channels: {encoder.channels}, but the images of {index.location} have {index.channels}. "
+            f"Images are converted between {', '.join(map(str, MODES))} channels only."
+        )
+    for side in data.resolutions or []:
+        if side % encoder.patch:
+            raise ValueError(f"data.resolutions: {side} is not a multiple of encoder.patch ({encoder.patch}).")
+    if data.ledger and isinstance(index, StreamIndex):
+        raise ValueError("data.ledger: a stream cannot promise each sample once. Pack it into shards, or leave it off.")
+    check_present(index, data.bad_limit)
+    largest = max((shard.bytes for shard in index.shards if is_address(index.location + shard.name)), default=0)
+    needed = plan.shards_at_once(0, plan.global_batch // settings.train.nodes) * largest / 2**30
+    if needed > data.cache_gb:
+        raise ValueError(
+            f"data.cache_gb: {data.cache_gb:g} GB cannot hold the shards that each machine reads side by side "
+            f"({needed:.1f} GB). Raise it, or set data.lanes or data.window_shards lower."
+        )
 
 
 def _check_resumed(folder: RunFolder, settings: PretrainSettings, data: ShardDataModule) -> None:

@@ -2,54 +2,164 @@
 
 from __future__ import annotations
 
+import json
+import time
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sslvit.chance import generator, uniform_at
-from sslvit.data.plan import EpochPlan, evaluation_batches, slices
+from sslvit.data.plan import EpochPlan, MixturePlan, evaluation_batches, fitting_ranks, shares_of_batch, slices
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 300), st.integers(1, 50), st.integers(0, 2**40))
-def test_an_epoch_reads_each_sample_once_and_drops_the_remainder(samples: int, batch: int, seed: int) -> None:
-    if samples < batch:
-        with pytest.raises(ValueError, match=f"Set it to {samples} or less"):
-            EpochPlan(samples, batch, seed)
-        return
-    plan = EpochPlan(samples, batch, seed)
-    seen = np.concatenate([plan.batch(step) for step in range(plan.steps_per_epoch)])
-    assert len(set(seen.tolist())) == len(seen) == samples - plan.dropped_per_epoch
-    assert plan.dropped_per_epoch == samples % batch
-    assert set(seen.tolist()) <= set(range(samples))
+def epoch_of(plan: EpochPlan, epoch: int) -> np.ndarray:
+    """All sample numbers of one epoch, in their order."""
+    steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
+    return np.concatenate([plan.batch(step)[0] for step in steps])
+
+
+@st.composite
+def plans(draw) -> EpochPlan:
+    """Any shard sizes, batch, number of lanes and window."""
+    shards = draw(st.lists(st.integers(1, 40), min_size=1, max_size=12))
+    lanes = draw(st.sampled_from([None, 1, 2, 3, 4]))
+    batch = (lanes or 1) * draw(st.integers(1, 12))
+    if batch > sum(shards):
+        batch = lanes = 1
+    return EpochPlan(shards, batch, draw(st.integers(0, 2**40)), lanes, draw(st.integers(1, 5)))
+
+
+@settings(max_examples=200, deadline=None)
+@given(plans(), st.integers(0, 3))
+def test_an_epoch_reads_each_sample_at_most_once_and_drops_exactly_the_remainder(plan: EpochPlan, epoch: int) -> None:
+    seen = epoch_of(plan, epoch).tolist()
+    assert len(set(seen)) == len(seen) == plan.samples - plan.samples % plan.global_batch
+    assert plan.dropped_per_epoch == plan.samples % plan.global_batch
+    assert set(seen) <= set(range(plan.samples))
+
+
+@settings(max_examples=100, deadline=None)
+@given(plans(), st.data())
+def test_any_rows_of_any_step_can_be_had_without_the_others(plan: EpochPlan, data: st.DataObject) -> None:
+    step = data.draw(st.integers(0, 3 * plan.steps_per_epoch))
+    start = data.draw(st.integers(0, plan.global_batch - 1))
+    stop = data.draw(st.integers(start + 1, plan.global_batch))
+    fresh = EpochPlan(
+        plan.shard_samples, plan.global_batch, plan.seed, None if plan.is_whole else plan.lanes,
+        plan.window // -(-plan.samples // len(plan.shard_samples)),
+    )  # fmt: skip
+    whole, epochs = plan.batch(step)
+    assert np.array_equal(fresh.batch(step, start, stop)[0], whole[start:stop])
+    assert (epochs == step // plan.steps_per_epoch).all()
+    shard_of = np.searchsorted(plan.first_of_shard, whole[start:stop], side="right") - 1
+    near = fresh.shards_near(step, start, stop)
+    assert set(shard_of.tolist()) <= set(near)
+    assert len(near) <= fresh.shards_at_once(start, stop)
+
+
+def test_more_samples_in_a_batch_than_there_are_is_an_error() -> None:
+    with pytest.raises(ValueError, match="Set it to 7 or less"):
+        EpochPlan([3, 4], 8)
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 1), (1, 2), (3, 1), (3, 2)])
+def test_odd_counts_over_ranks_and_workers(ranks: int, workers: int) -> None:
+    """10,003 samples in 7 shards: every row of every batch is made once, by one worker of one rank."""
+    sizes, batch = [1429, 1429, 1429, 1429, 1429, 1429, 1429], 96
+    assert sum(sizes) == 10_003
+    rank_plans = [[EpochPlan(sizes, batch, 5, lanes=4) for _ in range(workers)] for _ in range(ranks)]
+    steps = rank_plans[0][0].steps_per_epoch
+    share = batch // ranks
+    seen: list[int] = []
+    for step in range(steps):
+        whole = EpochPlan(sizes, batch, 5, lanes=4).batch(step)[0] if step % 20 == 0 else None
+        rows = [
+            rank_plans[rank][step % workers].batch(step, rank * share, (rank + 1) * share)[0] for rank in range(ranks)
+        ]
+        assert whole is None or np.array_equal(np.concatenate(rows), whole)
+        seen += np.concatenate(rows).tolist()
+    assert len(seen) == len(set(seen)) == 10_003 - 10_003 % batch
 
 
 def test_a_step_needs_no_steps_before_it() -> None:
-    walked, jumped = EpochPlan(1000, 32, 7), EpochPlan(1000, 32, 7)
-    batches = [walked.batch(step) for step in range(100)]
-    for step in (99, 3, 64, 31):
-        assert np.array_equal(jumped.batch(step), batches[step])
+    for lanes in (None, 4):
+        walked, jumped = (EpochPlan([400, 600], 32, 7, lanes, 1) for _ in range(2))
+        batches = [walked.batch(step)[0] for step in range(100)]
+        for step in (99, 3, 64, 31):
+            assert np.array_equal(jumped.batch(step)[0], batches[step])
 
 
-def test_seeds_and_epochs_give_other_orders_and_neighbours() -> None:
-    def epoch(seed: int, number: int) -> np.ndarray:
-        plan = EpochPlan(1000, 10, seed)
-        return np.concatenate([plan.batch(number * 100 + step) for step in range(100)])
+@pytest.mark.parametrize("lanes", [None, 4])
+def test_seeds_and_epochs_give_other_orders_and_neighbours(lanes: int | None) -> None:
+    def order(seed: int, epoch: int) -> np.ndarray:
+        return epoch_of(EpochPlan([50] * 100, 20, seed, lanes), epoch)
 
-    assert np.array_equal(epoch(0, 0), epoch(0, 0))
+    assert np.array_equal(order(0, 0), order(0, 0))
     pairs = []
-    for order in (epoch(0, 0), epoch(0, 1), epoch(1, 0)):
-        pairs.append(set(zip(order[:-1].tolist(), order[1:].tolist(), strict=True)))
-    assert max(len(pairs[0] & pairs[1]), len(pairs[0] & pairs[2])) < 10  # one is expected by chance
+    for sequence in (order(0, 0), order(0, 1), order(1, 0)):
+        pairs.append(set(zip(sequence[:-1].tolist(), sequence[1:].tolist(), strict=True)))
+    # by chance a pair of 5,000 repeats once; within a window of 200 samples that share shards, some 4,000/200 times
+    assert max(len(pairs[0] & pairs[1]), len(pairs[0] & pairs[2])) < (10 if lanes is None else 30)
+
+
+@pytest.mark.parametrize("lanes", [1, 8])
+def test_samples_of_one_shard_meet_new_company_in_each_epoch(lanes: int) -> None:
+    """How many of a sample's companions in its batch come from its own shard, and how many stay for the next epoch."""
+    sizes, batch = [100] * 64, 64
+    plan = EpochPlan(sizes, batch, 1, lanes, window_shards=4)
+    companions = []
+    for epoch in range(2):
+        batches = epoch_of(plan, epoch).reshape(-1, batch)
+        companions.append({int(sample): set(row.tolist()) for row in batches for sample in row})
+        same_shard = np.mean([(row // 100 == row[0] // 100).mean() for row in batches])
+        assert same_shard < (0.4 if lanes == 1 else 0.12)
+    kept = np.mean([len(companions[0][s] & companions[1][s]) - 1 for s in companions[0] if s in companions[1]])
+    # a full permutation keeps 63 * 63 / 6399 = 0.6 of 63 companions
+    assert kept < (5 if lanes == 1 else 1.2)
+
+
+def test_every_sample_is_dropped_as_often_as_others() -> None:
+    """The samples that an epoch leaves out are picked by chance, not always the tails of shards."""
+    plan = EpochPlan([50] * 20, 90, 0, lanes=2, window_shards=2)
+    counts = np.zeros(1000)
+    for epoch in range(200):
+        counts[np.setdiff1d(np.arange(1000), epoch_of(plan, epoch))] += 1
+    by_place = counts.reshape(20, 50).mean(0)  # by place within the shard
+    assert counts.sum() == 200 * 10
+    assert by_place.min() > 0.5 * by_place.mean()
+    assert by_place.max() < 1.6 * by_place.mean()
+
+
+def test_lanes_do_not_all_need_new_shards_at_once() -> None:
+    plan = EpochPlan([100] * 64, 64, 0, lanes=16, window_shards=2)
+    fresh: list[int] = []
+    known = set(plan.shards_near(0))
+    for step in range(1, plan.steps_per_epoch):
+        near = set(plan.shards_near(step))
+        fresh.append(len(near - known))
+        known = near
+    assert max(fresh) <= 8
+
+
+def test_a_lane_touches_few_shards_at_a_time() -> None:
+    plan = EpochPlan([1000] * 640, 64, 0, lanes=64, window_shards=4)
+    step_shards = np.unique(plan.batch(100, 0, 1)[0] // 1000)
+    per_rank = {int(s) for step in range(100, 164) for s in plan.batch(step, 0, 1)[0] // 1000}
+    assert len(step_shards) == 1
+    assert len(per_rank) <= 6
+    assert plan.shards_at_once(0, 1) <= 12
 
 
 @pytest.mark.parametrize(("ranks", "micro"), [(1, None), (2, 6), (3, 4), (4, 1), (12, 2)])
 def test_ranks_and_micro_batches_cut_the_global_batch_without_changing_it(ranks: int, micro: int | None) -> None:
     size, passes = slices(24, ranks, micro)
-    batch = EpochPlan(100, 24).batch(2)
-    parts = [batch[(r * passes + m) * size :][:size] for r in range(ranks) for m in range(passes)]
-    assert np.array_equal(np.concatenate(parts), batch)
+    batch = EpochPlan([100], 24).batch(2)[0]
+    plan = EpochPlan([100], 24)
+    starts = [(r * passes + m) * size for r in range(ranks) for m in range(passes)]
+    assert np.array_equal(np.concatenate([plan.batch(2, start, start + size)[0] for start in starts]), batch)
 
 
 def test_a_batch_that_does_not_divide_names_what_would() -> None:
@@ -59,13 +169,78 @@ def test_a_batch_that_does_not_divide_names_what_would() -> None:
         slices(10, 3, None)
     with pytest.raises(ValueError, match=r"train.micro_batch: 4 .*Use one of \[1, 2, 3, 6\]"):
         slices(12, 2, 4)
+    with pytest.raises(ValueError, match=r"data.lanes: 5 does not divide data.global_batch \(12\)"):
+        EpochPlan([100], 12, lanes=5)
+    assert fitting_ranks(4096, 20) == [1, 2, 4, 8, 16]
 
 
-@pytest.mark.parametrize(("samples", "batch"), [(10, 4), (8, 4), (1, 4), (5, 1)])
-def test_evaluation_covers_each_sample_once_in_batches_of_one_size(samples: int, batch: int) -> None:
-    plan = evaluation_batches(samples, batch)
-    assert all(len(numbers) == batch for numbers, _ in plan)
-    assert np.concatenate([numbers[valid] for numbers, valid in plan]).tolist() == list(range(samples))
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 20), st.integers(1, 7))
+def test_evaluation_covers_each_sample_once_on_any_number_of_ranks(samples: int, batch: int, ranks: int) -> None:
+    of_ranks = [evaluation_batches(samples, batch, rank, ranks) for rank in range(ranks)]
+    assert len({len(batches) for batches in of_ranks}) == 1
+    rows = [row for turn in zip(*of_ranks, strict=True) for row in turn]
+    assert all(len(numbers) == batch and numbers.max() < samples for numbers, _ in rows)
+    assert np.concatenate([numbers[valid] for numbers, valid in rows]).tolist() == list(range(samples))
+
+
+def test_a_mixture_gives_each_source_its_share_of_every_batch_and_its_own_epochs() -> None:
+    small, large = EpochPlan([30], 2, 1), EpochPlan([40, 60], 6, 2)
+    mixture = MixturePlan([small, large])
+    assert mixture.global_batch == 8
+    assert mixture.steps_per_epoch == 130 // 8
+    from_small: list[int] = []
+    for step in range(15):
+        samples, epochs = mixture.batch(step)
+        assert (samples < 30).sum() == 2
+        assert ((samples >= 30) & (samples < 130)).sum() == 6
+        assert np.array_equal(samples[samples < 30], small.batch(step)[0])
+        assert np.array_equal(samples[samples >= 30] - 30, large.batch(step)[0])
+        parts = [mixture.batch(step, start, start + 2) for start in range(0, 8, 2)]
+        assert np.array_equal(np.concatenate([part[0] for part in parts]), samples)
+        assert np.array_equal(np.concatenate([part[1] for part in parts]), epochs)
+        from_small += samples[samples < 30].tolist()
+    assert sorted(from_small) == list(range(30))
+    assert mixture.batch(15)[1].tolist().count(1) == 2  # the small source is in its second epoch
+    halves = [(mixture.batch(3, start, start + 4)[0] < 30).sum() for start in (0, 4)]
+    assert halves == [1, 1]  # every rank has its share of each source
+    assert set(mixture.shards_near(0)) == {0, 1, 2}
+
+
+def test_shares_become_whole_rows_that_sum_to_the_batch() -> None:
+    assert shares_of_batch([3, 1], 64) == [48, 16]
+    assert shares_of_batch([1, 1, 1], 64) == [22, 21, 21]
+    with pytest.raises(ValueError, match=r"less than one image of data.global_batch \(64\)"):
+        shares_of_batch([1000, 1], 64)
+    with pytest.raises(ValueError, match="must all be positive"):
+        shares_of_batch([1, 0], 64)
+
+
+def test_a_billion_samples_on_thousands_of_ranks_start_at_once() -> None:
+    """100,000 shards of 10,000 samples, 4,096 ranks x 8 workers, resumed deep inside the third epoch."""
+    sizes, ranks = np.full(100_000, 10_000), 4096
+    batch = ranks * 16
+    began = time.perf_counter()
+    plan = EpochPlan(sizes, batch, 3)
+    step = 2 * plan.steps_per_epoch + 9_876
+    plan.batch(step, 0, 16)
+    assert time.perf_counter() - began < 5
+    assert plan.lanes == 64
+    whole = plan.batch(step)[0]
+    assert len(np.unique(whole)) == batch
+    for rank in (0, 1, 2047, 4095):
+        own = EpochPlan(sizes, batch, 3)
+        assert np.array_equal(own.batch(step, rank * 16, rank * 16 + 16)[0], whole[rank * 16 :][:16])
+        assert len(own.shards_near(step, rank * 16, rank * 16 + 16)) <= own.shards_at_once(0, 16) <= 12
+
+
+def test_the_order_of_a_seed_is_pinned() -> None:
+    """A change here would give every saved run another order after a resume."""
+    pinned = json.loads((Path(__file__).parent / "orders.json").read_text())
+    assert EpochPlan([10, 7], 5, 3).batch(4)[0].tolist() == pinned["whole"]
+    assert EpochPlan([10, 7, 30], 6, 3, lanes=2, window_shards=1).batch(9)[0].tolist() == pinned["lanes"]
+    assert generator(1, 2, "a").integers(1000, size=4).tolist() == pinned["generator"]
+    assert uniform_at((1, 2, "a"), np.array([5]), 2)[0].tolist() == pinned["uniform"]
 
 
 def test_uniform_rows_do_not_depend_on_which_rows_are_asked_for() -> None:

@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sslvit.data.views import Boxes, View, centre_crops, normalise, random_crops, resample
-from sslvit.settings import ViewSettings
+from sslvit.data.resample import Boxes, normalise, resample, view_of_one
+from sslvit.data.views import Views, by_epoch, centre_crops, random_crops, random_squares
+from sslvit.settings.views import CanvasSettings, CentreSettings, CropSettings, MultiCropSettings, SquareSettings
 
 
 def smooth_images(count: int = 6, height: int = 40, width: int = 56) -> torch.Tensor:
@@ -46,30 +47,45 @@ def test_outside_of_the_image_is_black() -> None:
     assert torch.equal(view[0, 0], expected)
 
 
-@pytest.mark.parametrize("kind", ["crop", "centre", "canvas"])
-def test_one_image_at_a_time_and_all_at_once_agree(kind: str) -> None:
-    view = View(ViewSettings(kind=kind, centre_fraction=0.9), [24, 24], "bicubic", seed=3)
+def views_of(view: Views, images: torch.Tensor, samples: np.ndarray, epoch: int = 0) -> torch.Tensor:
+    return view.of_batch(images, samples, np.full(len(samples), epoch))[0]
+
+
+@pytest.mark.parametrize("settings", [CropSettings(), CentreSettings(0.9), CanvasSettings(), SquareSettings()])
+def test_one_image_at_a_time_and_all_at_once_agree(settings) -> None:
+    view = Views(settings, [24, 24], "bicubic", seed=3)
+    samples = np.arange(6)
     for height, width, bound in ((40, 56, 0.001), (140, 100, 0.6)):  # large images are cut at whole pixels
         images = smooth_images(6, height, width)
-        together, single = (view(batch, np.arange(6), 2).float() for batch in (images, list(images)))
-        assert (together - single).abs().mean() < bound
+        drawn = view.draw(np.tile([height, width], (6, 1)), samples, np.full(6, 2))
+        single = torch.stack([view.of_one(image, drawn, i)[0] for i, image in enumerate(images)])
+        assert (views_of(view, images, samples, 2).float() - single.float()).abs().mean() < bound
 
 
 def test_a_view_depends_on_seed_epoch_and_sample_and_not_on_its_neighbours() -> None:
-    images, view = smooth_images(), View(ViewSettings(), [16, 16], "bicubic", seed=3)
-    base = view(images, np.arange(6), 0)
-    assert torch.equal(view(images[[4, 1]], np.array([4, 1]), 0), base[[4, 1]])
-    assert not torch.equal(view(images, np.arange(6), 1), base)
-    assert not torch.equal(view(images, np.arange(6) + 10, 0), base)
-    assert not torch.equal(View(ViewSettings(), [16, 16], "bicubic", seed=4)(images, np.arange(6), 0), base)
+    images, view = smooth_images(), Views(CropSettings(), [16, 16], "bicubic", seed=3)
+    base = views_of(view, images, np.arange(6))
+    assert torch.equal(views_of(view, images[[4, 1]], np.array([4, 1])), base[[4, 1]])
+    assert not torch.equal(views_of(view, images, np.arange(6), 1), base)
+    assert not torch.equal(views_of(view, images, np.arange(6) + 10), base)
+    assert not torch.equal(views_of(Views(CropSettings(), [16, 16], "bicubic", seed=4), images, np.arange(6)), base)
+
+
+def test_rows_of_several_epochs_draw_as_each_epoch_alone() -> None:
+    images, view = smooth_images(), Views(CropSettings(), [16, 16], "bicubic", seed=3)
+    epochs = np.array([0, 1, 0, 1, 1, 0])
+    mixed = view.of_batch(images, np.arange(6), epochs)[0]
+    for epoch in (0, 1):
+        assert torch.equal(mixed[epochs == epoch], views_of(view, images, np.arange(6), epoch)[epochs == epoch])
+    assert by_epoch(lambda e, s: s * 10 + e, np.array([1, 2, 3]), np.array([4, 5, 4])).tolist() == [14, 25, 34]
 
 
 def test_random_crops_have_torchvisions_statistics() -> None:
     from torchvision.transforms import RandomResizedCrop
 
-    count, settings = 4000, ViewSettings(scale=[0.2, 1.0])
+    count = 4000
     uniform = np.random.default_rng(0).random((count, 23))
-    ours = random_crops(settings, uniform, np.full(count, 40), np.full(count, 56), [16, 16])
+    ours = random_crops([0.2, 1.0], [3 / 4, 4 / 3], 0.5)(uniform, np.full(count, 40), np.full(count, 56), [16, 16])
     torch.manual_seed(0)
     image = smooth_images(1)[0]
     theirs = np.array([RandomResizedCrop.get_params(image, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(count)])
@@ -83,15 +99,15 @@ def test_random_crops_have_torchvisions_statistics() -> None:
 
 def test_crops_of_extreme_images_fall_back_to_the_largest_allowed_box() -> None:
     uniform = np.random.default_rng(0).random((2, 23))
-    boxes = random_crops(ViewSettings(scale=[1.0, 1.0]), uniform, np.array([10, 1000]), np.array([1000, 10]), [8, 8])
+    boxes = random_crops([1.0, 1.0], [3 / 4, 4 / 3], 0.5)(uniform, np.array([10, 1000]), np.array([1000, 10]), [8, 8])
     assert boxes.height.tolist() == [10, 13]
     assert boxes.width.tolist() == [13, 10]
 
 
 def test_canvas_holds_the_whole_drawing_within_its_borders() -> None:
     images = torch.full((500, 1, 8, 8), 255, dtype=torch.uint8)
-    view = View(ViewSettings(kind="canvas", scale=[2 / 3, 1.0], flip=0.0), [12, 12], "bilinear")
-    drawn = view(images, np.arange(500), 0)[:, 0] == 255
+    view = Views(CanvasSettings(side=[2 / 3, 1.0]), [12, 12], "bilinear")
+    drawn = views_of(view, images, np.arange(500))[:, 0] == 255
     sides = drawn.any(1).sum(1)
     assert sorted(sides.unique().tolist()) == [8, 9, 10, 11, 12]
     assert torch.equal(sides, drawn.any(2).sum(1))
@@ -100,13 +116,7 @@ def test_canvas_holds_the_whole_drawing_within_its_borders() -> None:
 
 
 def test_centre_crop_keeps_the_middle_of_the_shorter_side() -> None:
-    boxes = centre_crops(
-        ViewSettings(kind="centre", centre_fraction=0.875),
-        np.zeros((1, 1)),
-        np.array([256]),
-        np.array([320]),
-        [224, 224],
-    )
+    boxes = centre_crops(0.875)(np.zeros((1, 1)), np.array([256]), np.array([320]), [224, 224])
     assert (boxes.top[0], boxes.left[0], boxes.height[0], boxes.width[0]) == (16, 48, 224, 224)
 
 
@@ -115,14 +125,50 @@ def test_normalise_is_mean_and_deviation_of_pixels_in_zero_to_one() -> None:
     torch.testing.assert_close(normalise(view, [0.5], [0.25]).flatten(), torch.tensor([-2.0, 2.0]))
 
 
+def test_a_square_takes_its_share_of_the_shorter_side() -> None:
+    uniform = np.random.default_rng(0).random((2000, 4))
+    boxes = random_squares([0.5, 0.9], 0.5)(uniform, np.full(2000, 100), np.full(2000, 160), [32, 32])
+    assert np.array_equal(boxes.height, boxes.width)
+    assert (boxes.height.min(), boxes.height.max()) == (50, 90)
+    assert (boxes.top + boxes.height).max() == 100
+    assert boxes.left.min() == 0
+    assert (boxes.left + boxes.width).max() == 160
+
+
+def test_multi_crop_gives_two_large_and_several_small_views() -> None:
+    settings = MultiCropSettings(local_crops=4, local_size=12)
+    view = Views(settings, [24, 24], "bicubic", seed=1)
+    pictures = view.of_batch(smooth_images(3), np.arange(3), np.zeros(3, int))
+    assert [tuple(p.shape[1:]) for p in pictures] == [(3, 24, 24)] * 2 + [(3, 12, 12)] * 4
+    assert not torch.equal(pictures[0], pictures[1])
+    assert not torch.equal(pictures[2], pictures[3])
+    sides = np.tile([100, 120], (2000, 1))
+    drawn = view.draw(sides, np.arange(2000), np.zeros(2000, int))
+    shares = [(boxes.height * boxes.width / 12_000).mean() for _, boxes in drawn]
+    assert 0.5 < shares[0] < 0.625  # 0.25 to 1, less those that do not fit
+    assert shares[3] == pytest.approx(0.15, abs=0.01)  # 0.05 to 0.25
+
+
+def test_a_reduced_image_gives_nearly_the_same_view() -> None:
+    image = smooth_images(1, 400, 600)[0]
+    half = F.interpolate(image[None].float(), scale_factor=0.5, mode="area")[0].round().to(torch.uint8)
+    box = boxes_of(40, 60, 300, 320, mirrored=True)
+    full, reduced = (view_of_one(i, box, [64, 64], "bicubic", r) for i, r in ((image, 1), (half, 2)))
+    assert (full.float() - reduced.float()).abs().mean() < 1
+
+
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("kind", "changes", "message"),
     [
-        ({"scale": [0.5, 0.2]}, "smallest, largest"),
-        ({"scale": [0.5, 1.2]}, "whole image"),
-        ({"flip": 2}, "probability"),
+        (CropSettings, {"scale": [0.5, 0.2]}, "smallest, largest"),
+        (CropSettings, {"scale": [0.5, 1.2]}, "whole image"),
+        (CropSettings, {"flip": 2}, "probability"),
+        (CentreSettings, {"fraction": 1.5}, "smallest, largest"),
+        (MultiCropSettings, {"blur": [1.0]}, "first global, second global, local crops"),
+        (MultiCropSettings, {"hue": 0.7}, "data.view.hue"),
+        (MultiCropSettings, {"solarise": [0, 2, 0]}, "data.view.solarise"),
     ],
 )
-def test_impossible_views_are_refused(changes: dict, message: str) -> None:
+def test_impossible_views_are_refused(kind: type, changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ViewSettings(**changes)
+        kind(**changes)

@@ -8,8 +8,9 @@ import torch
 from golden_fixtures import Golden
 from sklearn.linear_model import LogisticRegression
 
-from sslvit.data.pack import array_samples, pack
+from sslvit.data.pack import pack
 from sslvit.data.reader import ShardReader
+from sslvit.data.sources import array_samples
 from sslvit.evaluate.features import Features, encoder_features, pixel_features
 from sslvit.evaluate.knn import knn_votes
 from sslvit.evaluate.linear import STRENGTHS, draw_labels, fit_logistic, fit_probe, stratified_folds
@@ -173,7 +174,7 @@ def test_features_do_not_depend_on_the_batch(shards) -> None:
     one, other = (encoder_features(encoder, reader, batch=batch) for batch in (4, 15))
     assert len(one) == 15
     torch.testing.assert_close(one.values, other.values)
-    assert torch.equal(one.labels, torch.from_numpy(reader.index.labels.astype(np.int64)))
+    assert torch.equal(one.labels, torch.from_numpy(reader.labels_of(slice(None))))
     large = EncoderSettings(image_size=64, patch=4, width=16, depth=1, heads=2)
     assert pixel_features(reader, large).values.shape == (15, 3 * 32 * 32)
 

@@ -21,7 +21,9 @@ def make(**changes) -> MAE:
 
 def batch_of(images: torch.Tensor, first_row: int = 0) -> Batch:
     count = len(images)
-    return Batch([images], None, torch.arange(count), torch.ones(count, dtype=torch.bool), first_row)
+    return Batch(
+        [images], None, torch.arange(count), torch.ones(count, dtype=torch.bool), torch.zeros(count), first_row
+    )
 
 
 def test_loss_counts_hidden_patches_only() -> None:

@@ -137,7 +137,9 @@ def test_training_steps_of_the_released_loop(tmp_path) -> None:
     micro = config["steps_per_epoch"] * config["epochs_run"]
     task.noise = [golden[f"input/noise_{k}"] for k in range(micro)]
     everyone = torch.ones(4, dtype=torch.bool)
-    batches = [Batch([golden[f"input/images_{k}"]], None, torch.full((4,), k), everyone) for k in range(micro)]
+    batches = [
+        Batch([golden[f"input/images_{k}"]], None, torch.full((4,), k), everyone, everyone) for k in range(micro)
+    ]
     seen: list[tuple[float, float]] = []
     after: dict[int, dict] = {}
 

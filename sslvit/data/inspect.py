@@ -1,0 +1,181 @@
+"""What a person wants to know of shards before a job: are they whole, what is in them, what do they need."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from sslvit.data.decode import BadImage, decode, read_header
+from sslvit.data.index import ShardIndex, sha256_of
+from sslvit.data.plan import EpochPlan, fitting_ranks
+from sslvit.data.scan import in_parallel
+
+LARGE_PIXELS = 50_000_000  # slow to decode; half of what is refused
+
+
+@dataclass
+class ShardCheck:
+    """What one shard, or all of them, turned out to hold.
+
+    Args:
+        damaged: shards with another checksum, or missing.
+        corrupt: images that cannot be decoded, with the reason.
+        large: images of more than LARGE_PIXELS.
+        digests: keys by the digest of their bytes.
+        sizes: shorter sides of the images.
+        modes: how often each mode occurs.
+    """
+
+    damaged: dict[str, str] = field(default_factory=dict)
+    corrupt: dict[str, str] = field(default_factory=dict)
+    large: dict[str, str] = field(default_factory=dict)
+    digests: dict[bytes, list[str]] = field(default_factory=dict)
+    sizes: Counter = field(default_factory=Counter)
+    modes: Counter = field(default_factory=Counter)
+
+    def add(self, other: ShardCheck) -> None:
+        for name in ("damaged", "corrupt", "large"):
+            getattr(self, name).update(getattr(other, name))
+        for digest, keys in other.digests.items():
+            self.digests.setdefault(digest, []).extend(keys)
+        self.sizes.update(other.sizes)
+        self.modes.update(other.modes)
+
+    @property
+    def duplicates(self) -> list[list[str]]:
+        """Keys of images with the same bytes."""
+        return [keys for keys in self.digests.values() if len(keys) > 1]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every shard is as it was written and every image can be decoded."""
+        return not (self.damaged or self.corrupt)
+
+    def text(self, location: str) -> str:
+        lines = [f"{location}: {sum(self.modes.values()):,} images decoded"]
+        for what, found in (("damaged shards", self.damaged), ("corrupt images", self.corrupt),
+                            (f"images of more than {LARGE_PIXELS / 1e6:.0f} million pixels", self.large)):  # fmt: skip
+            lines.append(f"  {what}: {len(found):,}")
+            lines += [f"    {name}: {reason}" for name, reason in list(found.items())[:10]]
+            lines += [f"    and {len(found) - 10:,} more"] if len(found) > 10 else []
+        lines.append(f"  images that occur more than once (same bytes): {len(self.duplicates):,}")
+        lines += [f"    {' = '.join(keys[:4])}" for keys in self.duplicates[:10]]
+        modes = ", ".join(f"{mode} {count:,}" for mode, count in self.modes.most_common())
+        return "\n".join([*lines, f"  modes: {modes}", "  shorter side in pixels:", *_histogram(self.sizes)])
+
+
+def check_shards(index: ShardIndex, workers: int | None = None) -> ShardCheck:
+    """Verify every checksum and decode every image.
+
+    Args:
+        index: of the shards.
+        workers: processes; None for one per core.
+    """
+    whole = ShardCheck()
+    for part in in_parallel(_CheckJob(index), len(index.shards), workers, "checking", len(index)):
+        whole.add(part)
+    return whole
+
+
+@dataclass
+class _CheckJob:
+    index: ShardIndex
+
+    def __call__(self, number: int, tick: Callable[[int], None]) -> ShardCheck:
+        found, shard = ShardCheck(), self.index.shards[number]
+        try:
+            path = self.index.shard_path(number)
+            if sha256_of(path) != shard.sha256:
+                found.damaged[shard.name] = "its bytes do not have the checksum in index.json"
+        except (OSError, BadImage) as error:
+            found.damaged[shard.name] = f"missing ({error})"
+            tick(shard.samples)
+            return found
+        self._check_images(path, number, found, tick)
+        return found
+
+    def _check_images(self, path: Path, number: int, found: ShardCheck, tick: Callable[[int], None]) -> None:
+        first, end = self.index.first_of_shard[number : number + 2]
+        with open(path, "rb") as file:
+            for sample in range(first, end):
+                tick(1)
+                _, offset, size = self.index.locate(sample)
+                content = os.pread(file.fileno(), size, offset)
+                try:
+                    if len(content) < size:
+                        raise BadImage("truncated shard")
+                    header = read_header(content)
+                    decode(content, header.channels, header=header)
+                except BadImage as error:
+                    found.corrupt[self.index.key(sample)] = str(error)
+                    continue
+                if header.height * header.width > LARGE_PIXELS:
+                    found.large[self.index.key(sample)] = f"{header.width} x {header.height}"
+                found.modes[header.mode] += 1
+                found.sizes[min(header.height, header.width)] += 1
+                digest = hashlib.blake2b(content, digest_size=16).digest()
+                found.digests.setdefault(digest, []).append(self.index.key(sample))
+
+
+def describe_shards(index: ShardIndex, global_batch: int | None = None) -> str:
+    """Counts, statistics, and what a job on these shards needs."""
+    size = "x".join(map(str, index.image_size)) if index.image_size else "of several sizes"
+    depth = f", {index.bits} bits" if index.bits != 8 else ""
+    classes = f"{len(index.classes)} classes" if index.classes else "no labels"
+    total = sum(shard.bytes for shard in index.shards)
+    lines = [
+        f"{index.location}: {len(index):,} images ({size}, {index.channels} channels{depth}, {classes}) in "
+        f"{len(index.shards)} shards, {total / 1e6:,.1f} MB",
+        f"  mean {index.mean}, std {index.std} (of pixels from 0 to 1)",
+    ]
+    if index.encoding:
+        lines.append(f"  packed with: {index.encoding}")
+    if index.skipped:
+        reasons = Counter(index.skipped.values()).most_common()
+        lines.append(f"  left out: {', '.join(f'{count} x {reason}' for reason, count in reasons)}")
+    absent = index.absent()
+    lines += [f"  {name}: {problem}" for name, problem in list(absent.items())[:10]]
+    if index.classes:
+        counts = np.bincount(index.labels_of(slice(None)), minlength=len(index.classes))
+        lines.append(
+            f"  images per class: {counts.min():,} ({index.classes[int(counts.argmin())]}) to {counts.max():,} "
+            f"({index.classes[int(counts.argmax())]})"
+        )
+    batch = global_batch or min(4096, 1 << (len(index).bit_length() - 1))
+    plan = EpochPlan(index.shard_samples, batch)
+    lines.append(
+        f"  at a global batch of {batch:,}: {plan.steps_per_epoch:,} steps per epoch, each dropping "
+        f"{plan.dropped_per_epoch:,} images; ranks that fit: {', '.join(map(str, fitting_ranks(batch, 1024)))}"
+    )
+    largest = max(shard.bytes for shard in index.shards) / 2**30
+    needs = {
+        hosts: plan.shards_at_once(0, batch // hosts) * largest for hosts in (1, 2, 4, 8, 16) if batch % hosts == 0
+    }
+    lines.append(
+        "  read over the network, each host needs a cache of about "
+        + ", ".join(f"{need:.2g} GB on {hosts}" for hosts, need in needs.items())
+        + " hosts"
+    )
+    return "\n".join(lines)
+
+
+def _histogram(counts: Counter, bars: int = 10, width: int = 40) -> list[str]:
+    """Lines of text: how often values lie in each of a few ranges of equal length."""
+    if not counts:
+        return []
+    low, high = min(counts), max(counts)
+    step = max(1, -(-(high - low + 1) // bars))
+    ranges = Counter()
+    for value, count in counts.items():
+        ranges[(value - low) // step] += count
+    most = max(ranges.values())
+    return [
+        f"    {low + i * step:>6} to {low + (i + 1) * step - 1:<6} {count:>9,} " + "#" * max(1, width * count // most)
+        for i, count in sorted(ranges.items())
+    ]

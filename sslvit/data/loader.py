@@ -1,0 +1,205 @@
+"""Sample numbers -> batches: read, decode, view."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from sslvit.chance import generator
+from sslvit.data.batch import Batch
+from sslvit.data.decode import BadImage, decode, read_header, reduction_for
+from sslvit.data.plan import Plan, evaluation_batches
+from sslvit.data.reader import ShardReader
+from sslvit.data.resample import normalise
+from sslvit.data.views import Views, change_views
+from sslvit.settings import EncoderSettings
+from sslvit.settings.views import CentreSettings
+
+
+def make_batch(
+    reader: ShardReader | MemoryReader,
+    views: Views,
+    samples: np.ndarray,
+    epochs: np.ndarray,
+    valid: np.ndarray | None = None,
+    first_row: int = 0,
+    size: list[int] | None = None,
+) -> Batch:
+    """Read, decode and view the given samples.
+
+    Args:
+        reader: of the data set.
+        views: what is seen of each image.
+        samples: their numbers.
+        epochs: the pass over the data set that each is in.
+        valid: False for rows that only fill up; None for no such rows.
+        first_row: place within the global batch.
+        size: of the main views, if not the encoder's.
+    """
+    pictures, bad = view_samples(reader, views, samples, epochs, size)
+    colours = views.draw_colours(samples, epochs)
+    if colours is not None and views.colour_here:
+        changed = change_views(pictures, colours)
+        pictures, colours = [new.to(old.dtype) for new, old in zip(changed, pictures, strict=True)], None
+    valid = np.ones(len(samples), bool) if valid is None else valid.copy()
+    valid[list(bad)] = False
+    labels = reader.labels_of(samples)
+    return Batch(
+        views=pictures,
+        labels=None if labels is None else torch.from_numpy(labels),
+        samples=torch.from_numpy(samples),
+        valid=torch.from_numpy(valid),
+        epochs=torch.from_numpy(epochs),
+        first_row=first_row,
+        bad={reader.key(int(samples[i])): reason for i, reason in bad.items()},
+        colours=colours,
+    )
+
+
+def view_samples(
+    reader: ShardReader | MemoryReader,
+    views: Views,
+    samples: np.ndarray,
+    epochs: np.ndarray,
+    size: list[int] | None = None,
+) -> tuple[list[Tensor], dict[int, str]]:
+    """Views 'b c h w' of the given samples, and for unreadable ones the reason by row.
+
+    The views of an unreadable image are those of the next readable one of the batch (black if there is none), so
+    that shapes and order stay.
+    """
+    if reader.decoded is not None:
+        images, bad = reader.kept(samples)
+        pictures = views.of_batch(images, samples, epochs, size)
+    else:
+        pictures, bad = _decode_and_view(reader, views, samples, epochs, size)
+    if bad:
+        readable = [i for i in range(len(samples)) if i not in bad]
+        for view in pictures:
+            for i in bad:
+                view[i] = view[next((k for k in readable if k > i), readable[0])] if readable else 0
+    return pictures, bad
+
+
+def _decode_and_view(
+    reader: ShardReader | MemoryReader, views: Views, samples: np.ndarray, epochs: np.ndarray, size: list[int] | None
+) -> tuple[list[Tensor], dict[int, str]]:
+    """Each image is decoded once for all of its views, at the resolution that they need."""
+    bits = reader.bits
+    bad: dict[int, str] = {}
+    found = {}
+    sides = np.ones((len(samples), 2), int)
+    for i, sample in enumerate(samples):
+        try:
+            content = reader.read(int(sample))
+            header = read_header(content)
+            found[i], sides[i] = (content, header), (header.height, header.width)
+        except BadImage as error:
+            bad[i] = str(error)
+    drawn = views.draw(sides, samples, epochs, size)
+    zoom = np.min([boxes.zoom(size_of_view) for size_of_view, boxes in drawn], axis=0)
+    pixel = torch.uint8 if bits == 8 else torch.float32
+    pictures = [torch.zeros(len(samples), reader.channels, *size_of_view, dtype=pixel) for size_of_view, _ in drawn]
+    for i, (content, header) in found.items():
+        try:
+            reduction = reduction_for(zoom[i])
+            image = decode(content, reader.channels, bits, reduction, header)
+        except BadImage as error:
+            bad[i] = str(error)
+            continue
+        reduction = reduction if image.shape[1] < header.height else 1  # not every format can
+        for view, picture in zip(pictures, views.of_one(image, drawn, i, reduction), strict=True):
+            view[i] = picture
+    return pictures, bad
+
+
+class MemoryReader:
+    """Encoded images that are here already, in the place of a ShardReader.
+
+    Args:
+        contents: key and bytes by sample number.
+        channels: of the images handed out.
+    """
+
+    decoded = None
+    bits = 8
+
+    def __init__(self, contents: dict[int, tuple[str, bytes]], channels: int) -> None:
+        self.contents, self.channels = contents, channels
+
+    def read(self, sample: int) -> bytes:
+        return self.contents[sample][1]
+
+    def key(self, sample: int) -> str:
+        return self.contents[sample][0]
+
+    def labels_of(self, samples: np.ndarray) -> None:
+        return None
+
+
+class TrainingBatches(Dataset):
+    """Micro-batch i of one rank, counted over the whole run. Each worker makes whole batches.
+
+    Args:
+        reader: of the data set.
+        views: what is seen of each image.
+        plan: the order.
+        rank: of this process.
+        micro: images per micro-batch.
+        passes: micro-batches per optimiser step on one rank.
+        resolutions: sides of the main views, one of which is drawn for each step; None for the encoder's size.
+    """
+
+    def __init__(
+        self, reader: ShardReader, views: Views, plan: Plan, rank: int, micro: int, passes: int,
+        resolutions: list[int] | None = None,
+    ) -> None:  # fmt: skip
+        self.reader, self.views, self.plan = reader, views, plan
+        self.rank, self.micro, self.passes, self.resolutions = rank, micro, passes, resolutions
+        self.is_remote = any("://" in part for part in (reader.index.location, reader.index.shards[0].name))
+
+    def __getitem__(self, number: int) -> Batch:
+        step, part = divmod(number, self.passes)
+        first_row = (self.rank * self.passes + part) * self.micro
+        samples, epochs = self.plan.batch(step, first_row, first_row + self.micro)
+        if self.is_remote:
+            first = self.rank * self.passes * self.micro
+            self.reader.fetch_ahead(self.plan.shards_near(step, first, first + self.passes * self.micro))
+        size = resolution_of(self.resolutions, self.plan.seed, step)
+        return make_batch(self.reader, self.views, samples, epochs, first_row=first_row, size=size)
+
+
+def resolution_of(resolutions: list[int] | None, seed: int, step: int) -> list[int] | None:
+    """Height and width of the main views at this step: the same on every rank."""
+    if resolutions is None:
+        return None
+    return [resolutions[generator(seed, step, "resolution").integers(len(resolutions))]] * 2
+
+
+class _EvaluationBatches(Dataset):
+    def __init__(self, reader: ShardReader, views: Views, batch: int, rank: int, ranks: int) -> None:
+        self.reader, self.views = reader, views
+        self.batches = evaluation_batches(len(reader.index), batch, rank, ranks)
+
+    def __getitem__(self, number: int) -> Batch:
+        samples, valid = self.batches[number]
+        return make_batch(self.reader, self.views, samples, np.zeros_like(samples), valid)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def evaluation_loader(
+    reader: ShardReader, encoder: EncoderSettings, batch: int = 256, workers: int = 0, rank: int = 0, ranks: int = 1
+) -> DataLoader:
+    """Every sample once, in order, seen through a centre crop, in batches of one size."""
+    views = Views(CentreSettings(), encoder.image_size, encoder.interpolation)
+    batches = _EvaluationBatches(reader, views, batch, rank, ranks)
+    return DataLoader(batches, batch_size=None, num_workers=workers)
+
+
+def normalised_view(batch: Batch, encoder: EncoderSettings, device: torch.device) -> torch.Tensor:
+    """The one view of an evaluation batch, on the device, as the encoder takes it."""
+    return normalise(batch.views[0].to(device), encoder.mean, encoder.std)

@@ -1,0 +1,223 @@
+"""What a user names as data -> an index: folders, patterns, addresses, image folders, mixtures."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+from braceexpand import UnbalancedBracesError, braceexpand
+
+from sslvit.data.decode import BadImage
+from sslvit.data.index import Index, JoinedIndex, ShardIndex, load_index, read_index, sha256_of
+from sslvit.data.pack import pack
+from sslvit.data.plan import EpochPlan, MixturePlan, Plan, shares_of_batch
+from sslvit.data.remote import ShardCache, is_address
+from sslvit.data.scan import index_names, index_shards
+from sslvit.data.sources import folder_samples
+from sslvit.data.stream import StreamIndex, is_stream
+from sslvit.settings import DataSettings
+
+
+def open_data(settings: DataSettings, beside: str | Path, seed: int) -> tuple[Index, Plan]:
+    """The index of a run's data and the order in which it is read.
+
+    Args:
+        settings: of the run.
+        beside: where the shards of image folders go.
+        seed: of the order.
+
+    Raises:
+        FileNotFoundError: nothing given, or nothing there.
+        ValueError: no images there, a damaged index, or a batch that does not fit.
+    """
+    if settings.shards and is_stream(settings.shards):
+        stream = StreamIndex(expand(settings.shards), settings.stream_samples, settings.allow_pipe, cache_of(settings))
+        return stream, EpochPlan([len(stream)], settings.global_batch, seed)
+    if not settings.mixture:
+        index = open_shards(settings.shards or "", beside, cache_of(settings))
+        return index, _plan(index, settings, settings.global_batch, seed)
+    rows = shares_of_batch(list(settings.mixture.values()), settings.global_batch)
+    parts = [
+        open_shards(source, Path(f"{beside}-{number}"), cache_of(settings))
+        for number, source in enumerate(settings.mixture)
+    ]
+    plans = []
+    for number, (index, share) in enumerate(zip(parts, rows, strict=True)):
+        try:
+            plans.append(_plan(index, settings, share, seed + (number << 32)))
+        except ValueError as error:
+            raise ValueError(f"data.mixture, {index.location}: its {share} images of each batch: {error}") from error
+    return JoinedIndex(parts, rows), MixturePlan(plans)
+
+
+def open_shards(source: str | Path, beside: str | Path, cache: ShardCache | None = None) -> ShardIndex:
+    """The index of a data set; shards without one are indexed, and an image folder is packed first.
+
+    Args:
+        source: a folder of shards or of images, a pattern of shards, or an address of either.
+        beside: where the shards of an image folder go, or lie already.
+        cache: for shards from the network; None for the default place.
+
+    Raises:
+        FileNotFoundError: nothing given, or nothing there.
+        ValueError: no images there, or a damaged index.
+    """
+    name, cache = str(source), cache or cache_of(DataSettings())
+    if "{" in name or name.endswith(".tar"):
+        return _open_pattern(name, cache)
+    if is_address(name):
+        return _open_address(name, cache)
+    path = Path(source)
+    if not name or not path.is_dir():
+        given = f"{path} is not a folder" if name else "no data given"
+        raise FileNotFoundError(f"{given}. Pass a folder of images or of shards (sslvit shards pack SRC DST).")
+    if (path / "index.json").exists():
+        return load_index(path)
+    if any(path.glob("*.tar")) and not (path / "packing").is_dir():
+        print(f"{path}: shards without an index; indexing them once.")
+        return index_shards(path)
+    if (path / "packing").is_dir():
+        return load_index(path)  # says what to do
+    if (path / "train" / "index.json").exists():
+        raise FileNotFoundError(f"{path}: holds train/ and val/, not shards. Pass {path / 'train'}.")
+    return _open_images(path, Path(beside))
+
+
+def check_present(index: Index, limit: float) -> None:
+    """Whether the shards on this machine are there and as long as the index says.
+
+    Args:
+        index: of the shards.
+        limit: largest share of samples in missing ones; those below are said and skipped.
+
+    Raises:
+        ValueError: more are missing.
+    """
+    absent = index.absent()
+    lost = sum(shard.samples for shard in index.shards if shard.name in absent)
+    if not lost:
+        return
+    name, problem = next(iter(absent.items()))
+    text = f"{index.location}: {len(absent)} shards cannot be read, {lost} of {len(index)} samples ({name}: {problem})"
+    if lost > limit * len(index):
+        raise ValueError(f"{text}. Copy them again, or if they were changed on purpose: sslvit shards index FOLDER")
+    print(f"warning: {text}; they are skipped and counted.")
+
+
+def cache_of(settings: DataSettings) -> ShardCache:
+    """The place for shards from the network."""
+    return ShardCache(settings.cache, settings.cache_gb)
+
+
+def expand(pattern: str) -> list[str]:
+    """The names that a pattern stands for, as WebDataset expands them: shard-{000000..000099}.tar.
+
+    Raises:
+        ValueError: braces that do not close.
+    """
+    try:
+        return list(braceexpand(pattern, escape=False))
+    except UnbalancedBracesError as error:
+        raise ValueError(
+            f"data.shards: {pattern}: braces that do not close. Example: shard-{{000..099}}.tar"
+        ) from error
+
+
+def _plan(index: ShardIndex, settings: DataSettings, batch: int, seed: int) -> EpochPlan:
+    lanes = settings.lanes
+    if settings.mixture and lanes:
+        lanes = int(np.gcd(lanes, batch))
+    return EpochPlan(index.shard_samples, batch, seed, lanes, settings.window_shards)
+
+
+def _open_images(path: Path, beside: Path) -> ShardIndex:
+    """The shards of an image folder, packed beside the run on first use."""
+    samples, classes = folder_samples(path)
+    origin = {"folder": str(path.resolve()), "images": len(samples)}
+    noted = beside / "source.json"
+    if (beside / "index.json").exists():
+        if not noted.exists() or json.loads(noted.read_text()) != origin:
+            raise ValueError(f"{beside}: holds shards of other images than {path} has now. Delete it, or pack by hand.")
+        print(f"{path}: an image folder; using its shards packed earlier in {beside}.")
+        return load_index(beside)
+    print(f"{path}: an image folder; packing it into {beside} first.")
+    index = pack(samples, beside, classes)
+    noted.write_text(json.dumps(origin) + "\n")
+    return index
+
+
+def _open_pattern(pattern: str, cache: ShardCache) -> ShardIndex:
+    """Some shards of a folder or an address: those of its index if it lists them all, otherwise indexed once."""
+    names = expand(pattern)
+    folder = names[0].rpartition("/")[0] or "."
+    is_one_folder = all((name.rpartition("/")[0] or ".") == folder for name in names)
+    if is_one_folder:
+        try:
+            whole = _open_address(folder, cache) if is_address(folder) else load_index(folder)
+        except FileNotFoundError:
+            whole = None
+        if whole is not None:
+            chosen = _choose(whole, [name.rpartition("/")[2] for name in names])
+            if chosen is not None:
+                return chosen
+    return _index_names(pattern, names, cache)
+
+
+def _choose(whole: ShardIndex, names: list[str]) -> ShardIndex | None:
+    """The part of an index that some of its shards make up; None if it does not list them all."""
+    number_of = {shard.name: number for number, shard in enumerate(whole.shards)}
+    if not all(name in number_of for name in names):
+        return None
+    numbers = [number_of[name] for name in names]
+    records = [whole.records[whole.first_of_shard[n] : whole.first_of_shard[n + 1]] for n in numbers]
+    shards = [whole.shards[n] for n in numbers]
+    return dataclasses.replace(whole, shards=shards, records=np.concatenate(records))
+
+
+def _index_names(pattern: str, names: list[str], cache: ShardCache) -> ShardIndex:
+    """Index shards wherever they lie; the result is kept in the cache under the pattern's name."""
+    kept = cache.folder / f"index-{hashlib.sha256(pattern.encode()).hexdigest()[:32]}"
+    if (kept / "index.json").exists():
+        index = dataclasses.replace(load_index(kept), location=".", fetch=cache.shard)
+        if not index.absent():
+            return index
+    print(f"{pattern}: shards without an index; indexing them once.")
+
+    def path_of(name: str) -> Path:
+        try:
+            path = cache.get(name) if is_address(name) else Path(name)
+        except BadImage as error:
+            raise FileNotFoundError(f"data.shards: {error}") from error
+        if not path.exists():
+            raise FileNotFoundError(f"data.shards: {name} does not exist (of {pattern}).")
+        return path
+
+    names = [name if is_address(name) else str(Path(name).resolve()) for name in names]
+    index = dataclasses.replace(index_names(".", names, path_of), fetch=cache.shard)
+    kept.mkdir(parents=True, exist_ok=True)
+    index.save(kept)
+    return index
+
+
+def _open_address(address: str, cache: ShardCache) -> ShardIndex:
+    """The index that lies beside shards on the network."""
+    address = address.rstrip("/")
+    try:
+        content = cache.get(f"{address}/index.json").read_bytes()
+        about = json.loads(content)
+        records = cache.path_of(f"{address}/index.npy")
+        if not records.exists() or sha256_of(records) != about["records_sha256"]:
+            records = cache.get(f"{address}/index.npy")
+            if sha256_of(records) != about["records_sha256"]:
+                raise ValueError(f"{address}/index.npy: not the one that index.json describes. Upload both again.")
+    except BadImage as error:
+        raise FileNotFoundError(
+            f"{address}: no index there ({error}). Run sslvit shards index where the shards lie and upload index.json "
+            "and index.npy beside them, or name the shards: ADDRESS/shard-{000000..000099}.tar"
+        ) from error
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{address}/index.json: not an index of sslvit ({error}).") from error
+    return dataclasses.replace(read_index(content, records, address), fetch=cache.shard)

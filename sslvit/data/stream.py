@@ -1,0 +1,182 @@
+"""Sources that cannot be indexed (gzipped tars, pipes), read from end to end by the webdataset library.
+
+What that library leaves to chance is decided here: the order of the shards and of the shuffle buffer are drawn from
+(seed, epoch, rank, worker), rank and world size come from the trainer, no member is unpickled, and the run has a
+fixed number of steps. What a stream cannot give is an exact position: a resumed run reads on in a new order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from torch.utils.data import IterableDataset, get_worker_info
+
+from sslvit.chance import generator
+from sslvit.data.batch import Batch
+from sslvit.data.decode import IMAGE_SUFFIXES
+from sslvit.data.index import Shard
+from sslvit.data.loader import MemoryReader, make_batch
+from sslvit.data.remote import ShardCache, is_address
+from sslvit.data.views import Views
+
+PIPE = "pipe:"
+GZIPPED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+BUFFER = 2_000  # images among which the next one is drawn
+NUMBER_BITS = 43  # of the number that stands for a key in draws
+
+
+def is_stream(source: str) -> bool:
+    """Whether it can only be read from end to end."""
+    return source.startswith(PIPE) or source.endswith(GZIPPED)
+
+
+class StreamIndex:
+    """What is known of a stream before it is read.
+
+    Args:
+        urls: of its shards.
+        samples: about how many images they hold.
+        allow_pipe: commands may run.
+        cache: for shards from the network.
+
+    Raises:
+        ValueError: no number of images, or a command without permission.
+        FileNotFoundError: a file does not exist.
+    """
+
+    def __init__(self, urls: list[str], samples: int | None, allow_pipe: bool, cache: ShardCache) -> None:
+        pipes = [url for url in urls if url.startswith(PIPE)]
+        if pipes and not allow_pipe:
+            raise ValueError(
+                f"data.shards: {pipes[0]} would run a command. If you trust it, pass --data.allow_pipe true."
+            )
+        if samples is None:
+            raise ValueError(
+                f"data.shards: {urls[0]} can only be read from end to end, so its length is not known. "
+                "Give about how many images there are: --data.stream_samples 1000000"
+            )
+        for url in urls:
+            if not url.startswith(PIPE) and not is_address(url) and not Path(url).exists():
+                raise FileNotFoundError(f"data.shards: {url} does not exist.")
+        self.urls, self.samples, self.cache = urls, samples, cache
+        self.location = urls[0] if len(urls) == 1 else f"{urls[0]} and {len(urls) - 1} more"
+        self.shards = [Shard(url, 0, 0, "") for url in urls]
+        self.classes, self.image_size, self.channels, self.bits = None, None, 3, 8
+        self.mean: list[float] = []
+        self.std: list[float] = []
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def absent(self) -> dict[str, str]:
+        return {}
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256("\n".join(self.urls).encode()).hexdigest()[:16]
+
+    def local(self, url: str) -> str:
+        """What the webdataset library opens."""
+        return str(self.cache.get(url)) if is_address(url) and not url.startswith(PIPE) else url
+
+
+class StreamBatches(IterableDataset):
+    """Micro-batches of one rank without end; each worker reads shards of its own.
+
+    Args:
+        index: of the stream.
+        views: what is seen of each image.
+        channels: of the images.
+        rank: of this process.
+        ranks: how many there are.
+        micro: images per micro-batch.
+        passes: micro-batches per optimiser step on one rank.
+        start_step: of the run; another one is another order.
+    """
+
+    def __init__(
+        self, index: StreamIndex, views: Views, channels: int, rank: int, ranks: int, micro: int, passes: int,
+        start_step: int = 0,
+    ) -> None:  # fmt: skip
+        self.index, self.views, self.channels = index, views, channels
+        self.rank, self.ranks, self.micro, self.passes, self.start_step = rank, ranks, micro, passes, start_step
+        if ranks > len(index.urls):
+            raise ValueError(
+                f"data.shards: {len(index.urls)} streams cannot be shared by {ranks} ranks. "
+                f"Use at most {len(index.urls)} ranks, or more and smaller files."
+            )
+
+    def workers(self, wanted: int) -> int:
+        """As many as have a shard of their own."""
+        return min(wanted, len(self.index.urls) // self.ranks)
+
+    def __iter__(self) -> Iterator[Batch]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        samples = self._samples(worker, workers)
+        for number in itertools.count(worker, workers):
+            rows = list(itertools.islice(samples, self.micro))
+            contents = {number_of(key): (key, content) for _, key, content, _ in rows}
+            first_row = (self.rank * self.passes + number % self.passes) * self.micro
+            numbers, epochs = np.array([number_of(key) for _, key, *_ in rows]), np.array([row[0] for row in rows])
+            reader = MemoryReader(contents, self.channels)
+            batch = make_batch(reader, self.views, numbers, epochs, first_row=first_row)
+            batch.bad |= {name: reason for *_, problems in rows for name, reason in problems.items()}
+            yield batch
+
+    def _samples(self, worker: int, workers: int) -> Iterator[tuple[int, str, bytes, dict[str, str]]]:
+        """(epoch, key, bytes of the image, what could not be read on the way) without end, shuffled."""
+        for epoch in itertools.count():
+            key = (self.views.seed, epoch, "stream", self.start_step)
+            urls = [self.index.urls[i] for i in generator(*key).permutation(len(self.index.urls))]
+            own = urls[self.rank :: self.ranks][worker::workers]
+            chance = generator(*key, self.rank, worker)
+            problems: dict[str, str] = {}
+            buffer: list[tuple[str, bytes]] = []
+            count = 0
+            for found in self._read(own, problems):
+                count += 1
+                if len(buffer) < BUFFER:
+                    buffer.append(found)
+                    continue
+                place = int(chance.integers(BUFFER))
+                chosen, buffer[place] = buffer[place], found
+                yield epoch, *chosen, _taken(problems)
+            for place in chance.permutation(len(buffer)):
+                yield epoch, *buffer[place], _taken(problems)
+            if not count:
+                reason = "; ".join(f"{name}: {text}" for name, text in problems.items())
+                raise ValueError(f"data.shards: no image in {', '.join(own)}. {reason}")
+
+    def _read(self, urls: list[str], problems: dict[str, str]) -> Iterator[tuple[str, bytes]]:
+        """(key, bytes) of every image; a damaged stream ends early and is named."""
+        import webdataset
+
+        def note(error: Exception) -> bool:
+            problems[f"{getattr(error, 'args', ('',))[-1]}"[:200]] = f"damaged stream ({type(error).__name__})"
+            return True
+
+        sources = ({"url": self.index.local(url)} for url in urls)
+        for sample in webdataset.tariterators.tarfile_samples(sources, handler=note):
+            key = sample["__key__"]
+            if PurePosixPath(key).is_absolute() or ".." in PurePosixPath(key).parts:
+                problems[key] = "a path that leads out of its folder"
+                continue
+            for name, content in sample.items():
+                if f".{name.lower()}" in IMAGE_SUFFIXES and isinstance(content, bytes):
+                    yield key, content
+                    break
+
+
+def number_of(key: str) -> int:
+    """A number that stands for a key, the same everywhere."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) >> (64 - NUMBER_BITS)
+
+
+def _taken(problems: dict[str, str]) -> dict[str, str]:
+    taken = dict(problems)
+    problems.clear()
+    return taken

@@ -1,0 +1,168 @@
+"""How one image becomes the views that a task sees; `data.view.kind` picks one of these records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class CropSettings:
+    """A random part of the image, resized (Szegedy et al. 2015): MAE's view.
+
+    Args:
+        kind: crop.
+        scale: smallest and largest share of the image's area (MAE, appendix A.1: 0.2 to 1).
+        ratio: smallest and largest width over height.
+        flip: probability of a horizontal flip.
+    """
+
+    kind: Literal["crop"] = "crop"
+    scale: list[float] = field(default_factory=lambda: [0.2, 1.0])
+    ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
+    flip: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_range("scale", self.scale, most=1.0)
+        check_range("ratio", self.ratio)
+        check_probability("flip", self.flip)
+
+
+@dataclass
+class SquareSettings:
+    """A random square of nearly the whole image, resized to few pixels: iGPT's view.
+
+    Args:
+        kind: square.
+        side: smallest and largest side as a share of the image's shorter one (iGPT, section 4.1, crops 224 of a
+            shorter side of 256 to 384: 0.583 to 0.875).
+        flip: probability of a horizontal flip.
+    """
+
+    kind: Literal["square"] = "square"
+    side: list[float] = field(default_factory=lambda: [224 / 384, 224 / 256])
+    flip: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_range("side", self.side, most=1.0)
+        check_probability("flip", self.flip)
+
+
+@dataclass
+class CentreSettings:
+    """The middle of the image, the same in every epoch: the view of probes.
+
+    Args:
+        kind: centre.
+        fraction: share of the shorter side that is kept (224 of 256: 0.875).
+    """
+
+    kind: Literal["centre"] = "centre"
+    fraction: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_range("fraction", [self.fraction, 1.0])
+
+
+@dataclass
+class CanvasSettings:
+    """The whole image, drawn at a random size and place on black.
+
+    Args:
+        kind: canvas.
+        side: smallest and largest side of the drawing as a share of the canvas.
+        flip: probability of a horizontal flip.
+    """
+
+    kind: Literal["canvas"] = "canvas"
+    side: list[float] = field(default_factory=lambda: [2 / 3, 1.0])
+    flip: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_range("side", self.side, most=1.0)
+        check_probability("flip", self.flip)
+
+
+@dataclass
+class MultiCropSettings:
+    """Two large crops and several small ones, with changed colours: DINO's views (Caron et al. 2021, section 3.1).
+
+    The defaults are those of the released recipes for vision transformers. A list with three entries gives the
+    first global crop, the second, and the local ones.
+
+    Args:
+        kind: multi_crop.
+        global_scale: smallest and largest share of the area in a global crop, of encoder.image_size.
+        local_crops: how many small crops.
+        local_size: their side in pixels.
+        local_scale: smallest and largest share of the area in a local crop.
+        ratio: smallest and largest width over height.
+        flip: probability of a horizontal flip.
+        jitter: probability that brightness, contrast, saturation and hue change.
+        brightness: largest relative change.
+        contrast: largest relative change.
+        saturation: largest relative change.
+        hue: largest turn, as a share of the colour circle.
+        grey: probability of no colour.
+        blur: three probabilities of a blur.
+        blur_sigma: smallest and largest deviation of the blur in pixels.
+        solarise: three probabilities that bright pixels (128 and more) are inverted.
+    """
+
+    kind: Literal["multi_crop"] = "multi_crop"
+    global_scale: list[float] = field(default_factory=lambda: [0.25, 1.0])
+    local_crops: int = 8
+    local_size: int = 96
+    local_scale: list[float] = field(default_factory=lambda: [0.05, 0.25])
+    ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
+    flip: float = 0.5
+    jitter: float = 0.8
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1
+    grey: float = 0.2
+    blur: list[float] = field(default_factory=lambda: [1.0, 0.1, 0.5])
+    blur_sigma: list[float] = field(default_factory=lambda: [0.1, 2.0])
+    solarise: list[float] = field(default_factory=lambda: [0.0, 0.2, 0.0])
+
+    def __post_init__(self) -> None:
+        for key in ("global_scale", "local_scale"):
+            check_range(key, getattr(self, key), most=1.0)
+        check_range("ratio", self.ratio)
+        check_range("blur_sigma", self.blur_sigma)
+        for key in ("flip", "jitter", "grey"):
+            check_probability(key, getattr(self, key))
+        for key in ("blur", "solarise"):
+            values = getattr(self, key)
+            if len(values) != 3:
+                raise ValueError(f"data.view.{key}: {values} is not [first global, second global, local crops].")
+            for value in values:
+                check_probability(key, value)
+        for key in ("brightness", "contrast", "saturation"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ValueError(f"data.view.{key}: {getattr(self, key)} is not between 0 (none) and 1.")
+        if not 0 <= self.hue <= 0.5:
+            raise ValueError(f"data.view.hue: {self.hue} is not between 0 (none) and 0.5 (any colour).")
+        if self.local_crops < 0 or self.local_size < 1:
+            raise ValueError("data.view: local_crops must be 0 or more, and local_size at least one pixel.")
+
+
+ViewSettings = CropSettings | SquareSettings | CentreSettings | CanvasSettings | MultiCropSettings
+VIEW_SETTINGS: dict[str, type] = {
+    "crop": CropSettings, "square": SquareSettings, "centre": CentreSettings, "canvas": CanvasSettings,
+    "multi_crop": MultiCropSettings,
+}  # fmt: skip
+
+
+def check_range(key: str, values: list[float], most: float = float("inf")) -> None:
+    """Raise ValueError unless values are [smallest, largest] with 0 < smallest and largest <= most."""
+    if len(values) != 2 or not 0 < values[0] <= values[1]:
+        raise ValueError(f"data.view.{key}: {values} is not [smallest, largest] with 0 < smallest.")
+    if values[1] > most:
+        raise ValueError(f"data.view.{key}: {values[1]} is more than the whole image ({most}).")
+
+
+def check_probability(key: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"data.view.{key}: {value} is not a probability.")

@@ -1,0 +1,289 @@
+"""Shards of others are read and ours are read by others; what is damaged or dangerous is named."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from shard_fixtures import contents, encoded, image_folder, numbered_shards, numbers_of, photograph
+
+from sslvit.cli import main
+from sslvit.data.decode import decode
+from sslvit.data.index import load_index
+from sslvit.data.inspect import check_shards, describe_shards
+from sslvit.data.open import expand, open_shards
+from sslvit.data.pack import pack_source
+from sslvit.data.reader import ShardReader
+from sslvit.data.remote import ShardCache
+from sslvit.data.scan import index_shards
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, content in members.items():
+            about = tarfile.TarInfo(name)
+            about.size = len(content)
+            tar.addfile(about, io.BytesIO(content))
+
+
+def png(value: int) -> bytes:
+    return encoded(Image.new("L", (4, 4), value), "PNG")
+
+
+def test_webdataset_reads_our_shards(tmp_path: Path) -> None:
+    import webdataset
+
+    (index,) = pack_source(image_folder(tmp_path / "in"), tmp_path / "out")
+    found = webdataset.WebDataset(str(tmp_path / "out" / index.shards[0].name), shardshuffle=False).to_tuple(
+        "png", "cls"
+    )
+    labels = {decode(png)[:2, 0, 0].numpy().tobytes(): int(cls) for png, cls in found}
+    assert len(labels) == 20
+    assert all(key[0] == label for key, label in labels.items())
+
+
+@pytest.mark.parametrize("compact", [True, False])
+def test_shards_written_by_webdataset_are_indexed(tmp_path: Path, compact: bool) -> None:
+    import webdataset
+
+    (tmp_path / "theirs").mkdir()
+    with webdataset.ShardWriter(str(tmp_path / "theirs" / "x-%03d.tar"), maxcount=3, verbose=0) as writer:
+        for i in range(10):
+            pixels = np.full((6, 8, 3), (i % 2, i, 0), np.uint8)
+            sample = {"__key__": f"s/{i:04d}", "png": Image.fromarray(pixels), "cls": i % 2, "json": {"i": i}}
+            writer.write(sample if compact else sample | {"seg.png": Image.new("L", (4, 4), 200)})
+    index = index_shards(tmp_path / "theirs")
+    assert [shard.samples for shard in index.shards] == [3, 3, 3, 1]
+    assert contents(index) == {(i % 2, i): i % 2 for i in range(10)}
+    assert load_index(tmp_path / "theirs").classes == ["0", "1"]
+
+
+def test_timm_reads_our_shards_by_the_file_that_it_expects(tmp_path: Path) -> None:
+    from timm.data import create_dataset
+
+    numbered_shards(tmp_path / "train", 20, shard_mb=0.01)
+    dataset = create_dataset(
+        "wds/numbers", root=str(tmp_path / "train"), split="train", is_training=False, batch_size=1,
+        input_img_mode="L",
+    )  # fmt: skip
+    found = [(np.asarray(image)[0, 0], label) for image, label in dataset]
+    assert sorted(found) == [(i, i % 2) for i in range(20)]
+    theirs, ours = (json.loads((tmp_path / "train" / name).read_text()) for name in ("_info.json", "index.json"))
+    assert theirs["splits"]["train"].items() <= ours["splits"]["train"].items()
+
+
+def test_the_index_is_plain_tar_arithmetic(tmp_path: Path) -> None:
+    (index,) = pack_source(image_folder(tmp_path / "in"), tmp_path / "out")
+    with tarfile.open(tmp_path / "out" / index.shards[0].name) as tar:
+        members = {m.offset_data: m for m in tar if m.name.endswith(".png")}
+    sizes = {offset: member.size for offset, member in members.items()}
+    assert {int(record["offset"]): int(record["size"]) for record in index.records} == sizes
+    assert all(member.mtime == 0 for member in members.values())
+
+
+def test_indexing_packed_shards_again_finds_the_same(tmp_path: Path) -> None:
+    index = numbered_shards(tmp_path, 20, shard_mb=0.01)
+    again = index_shards(tmp_path)
+    assert np.array_equal(again.records, index.records)
+    assert (again.mean, again.std, again.image_size) == (index.mean, index.std, index.image_size)
+    assert again.fingerprint() == index.fingerprint()
+
+
+class Harmful:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_dangerous_members_are_refused_and_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    content = pickle.dumps(Harmful(tmp_path / "harmed"))
+    write_tar(tmp_path / "a.tar", {
+        "ok.png": png(5), "../up.png": png(6), "/root.png": png(7), "b.pyd": content, "c.pth": content,
+        "c.png": png(8), "d.pkl": content,
+    })  # fmt: skip
+    index = index_shards(tmp_path, workers=1)
+    assert sorted(numbers_of(index)) == [5, 8]
+    assert index.skipped == {
+        "a.tar/../up.png": "a path that leads out of its folder",
+        "a.tar//root.png": "a path that leads out of its folder",
+        "a.tar/b.pyd": "a pickle, which would run code", "a.tar/c.pth": "a pickle, which would run code",
+        "a.tar/d.pkl": "a pickle, which would run code",
+    }  # fmt: skip
+    assert "left out 5 members" in capsys.readouterr().out
+    assert not (tmp_path / "harmed").exists()
+    assert load_index(tmp_path).skipped == index.skipped
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"a.png": png(1), "a.jpg": png(2)}, "a has two images"),
+        ({"a.png": png(1), "a.cls": b"dog"}, "a.cls holds b'dog' instead of a class number"),
+        ({"a.png": png(1), "a.cls": b"-3"}, "instead of a class number"),
+        ({"a.txt": b"hello"}, "hold no images"),
+        ({"a.png": b"nonsense"}, "none of the images can be decoded"),
+    ],
+)
+def test_shards_that_make_no_sense_are_refused(tmp_path: Path, members: dict, message: str) -> None:
+    write_tar(tmp_path / "a.tar", members)
+    with pytest.raises(ValueError, match=message):
+        index_shards(tmp_path)
+
+
+def test_a_damaged_index_is_named(tmp_path: Path) -> None:
+    index = numbered_shards(tmp_path, 3)
+    with pytest.raises(FileNotFoundError, match="sslvit shards pack"):
+        load_index(tmp_path / "elsewhere")
+    whole = (tmp_path / "index.json").read_text()
+    about = json.loads(whole)
+    split = about["splits"]["train"]
+    for change in ({"shard_lengths": [4]}, {"shard_lengths": []}, {"filenames": [3]}, {"bytes": "x"}):
+        (tmp_path / "index.json").write_text(json.dumps(about | {"splits": {"train": split | change}}))
+        with pytest.raises(ValueError, match="Make it again: sslvit shards index"):
+            load_index(tmp_path)
+    (tmp_path / "index.json").write_text(whole.replace(index.shards[0].name, "../../etc/passwd"))
+    with pytest.raises(ValueError, match="lies outside of its folder"):
+        load_index(tmp_path)
+    (tmp_path / "index.json").write_text("{")
+    with pytest.raises(ValueError, match="Make it again"):
+        load_index(tmp_path)
+    (tmp_path / "index.json").write_text(json.dumps(about | {"format": 99}))
+    with pytest.raises(ValueError, match="format 99, this sslvit reads"):
+        load_index(tmp_path)
+
+
+def test_damaged_tars_and_indices_are_errors_or_skips_and_never_more(tmp_path: Path) -> None:
+    """Random damage to shard and index: a clear error, or readable samples; never a crash or a wrong exception."""
+    numbered_shards(tmp_path / "whole", 12)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    rng = np.random.default_rng(0)
+    outcomes = set()
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    for turn in range(200):
+        name = ["shard-000000.tar", "index.json", "index.npy"][turn % 3]
+        for each, content in files.items():
+            (folder / each).write_bytes(content)
+        damaged = bytearray(files[name])
+        for place in rng.integers(0, len(damaged), rng.integers(1, 40)):
+            damaged[place] = rng.integers(256)
+        cut = int(rng.integers(1, len(damaged))) if turn % 4 == 0 else len(damaged)
+        (folder / name).write_bytes(damaged[:cut])
+        try:
+            index = load_index(folder)
+            outcomes.add(("read", -1 in numbers_of(index)))
+            index.key(int(rng.integers(len(index))))
+        except ValueError as error:
+            outcomes.add("refused" if "sslvit shards index" in str(error) else f"without a remedy: {error}")
+        if name.endswith(".tar"):
+            try:
+                outcomes.add(("indexed", len(index_shards(folder, workers=1)) > 0))
+            except ValueError:
+                outcomes.add("not indexed")
+    assert not {outcome for outcome in outcomes if "without" in outcome}
+    assert outcomes >= {("read", True), ("read", False), "refused", ("indexed", True), "not indexed"}
+
+
+def test_patterns_name_some_shards_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    index = numbered_shards(tmp_path / "in", 30, shard_mb=0.01)
+    cache = ShardCache(tmp_path / "cache")
+    names = [shard.name for shard in index.shards]
+    assert expand(f"{tmp_path}/in/shard-{{000000..000002}}.tar") == [f"{tmp_path}/in/{name}" for name in names[:3]]
+    part = open_shards(f"{tmp_path}/in/shard-{{000001..000002}}.tar", "", cache)
+    first, last = index.first_of_shard[[1, 3]]
+    assert numbers_of(part) == numbers_of(index)[first:last]
+    assert part.classes == ["even", "odd"]
+    for name in ("index.json", "index.npy"):
+        (tmp_path / "in" / name).unlink()
+    for _ in range(2):
+        assert numbers_of(open_shards(f"{tmp_path}/in/shard-{{000001..000002}}.tar", "", cache)) == numbers_of(part)
+    assert capsys.readouterr().out.count("indexing them once") == 1
+    with pytest.raises(FileNotFoundError, match="shard-000077.tar does not exist"):
+        open_shards(f"{tmp_path}/in/shard-{{000077..000078}}.tar", "", cache)
+    with pytest.raises(ValueError, match="braces that do not close"):
+        open_shards(f"{tmp_path}/in/shard-{{00..03.tar", "", cache)
+
+
+def test_check_finds_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    source = image_folder(tmp_path / "in")
+    (source / "dog" / "again.png").write_bytes((source / "dog" / "im.003.png").read_bytes())
+    (source / "cat" / "grey.png").write_bytes(encoded(photograph(40, 50).convert("L"), "PNG"))
+    (index,) = pack_source(source, tmp_path / "out", workers=1)
+    found = check_shards(index, workers=1)
+    assert found.is_whole
+    assert [sorted(keys) for keys in found.duplicates] == [
+        ["shard-000000.tar/dog/again.png", "shard-000000.tar/dog/im_003.png"]
+    ]
+    assert found.modes == {"RGB": 21, "L": 1}
+    assert found.sizes == {6: 21, 40: 1}
+    assert main(["shards", "check", str(tmp_path / "out")]) == 0
+    shard, offset, size = index.locate(5)
+    with open(index.shard_path(shard), "r+b") as file:
+        file.seek(offset)
+        file.write(bytes(size))
+    capsys.readouterr()
+    assert main(["shards", "check", str(tmp_path / "out"), "--workers", "1"]) == 1
+    out = capsys.readouterr().out
+    assert "damaged shards: 1\n    shard-000000.tar: its bytes do not have the checksum" in out
+    assert f"corrupt images: 1\n    {index.key(5)}: not an image" in out
+    assert "more than once (same bytes): 1" in out
+    index.shard_path(shard).unlink()
+    assert main(["shards", "check", str(tmp_path / "out")]) == 1
+
+
+def test_info_says_what_a_job_needs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    index = numbered_shards(tmp_path, 30, shard_mb=0.01)
+    text = describe_shards(index, 24)
+    assert "30 images (8x8, 1 channels, 2 classes)" in text
+    assert "at a global batch of 24: 1 steps per epoch, each dropping 6 images" in text
+    assert "ranks that fit: 1, 2, 3, 4, 6, 8, 12, 24" in text
+    assert "images per class: 15 (even) to 15" in text
+    assert "cache" in text
+    assert main(["shards", "info", str(tmp_path), "--global-batch", "8"]) == 0
+    assert "ranks that fit: 1, 2, 4, 8" in capsys.readouterr().out
+
+
+def test_a_sparse_index_of_a_billion_samples_opens_at_once(tmp_path: Path) -> None:
+    """100,000 shards x 10,000 samples: only what is touched is read."""
+    import time
+
+    from sslvit.data.index import RECORD, Shard, ShardIndex
+    from sslvit.data.plan import EpochPlan
+
+    shards, each = 100_000, 10_000
+    part = np.lib.format.open_memmap(tmp_path / "index.npy", "w+", RECORD, (shards * each,))
+    del part
+    index = ShardIndex(tmp_path, [Shard(f"shard-{i:06d}.tar", each, 1 << 28, "0" * 64) for i in range(shards)], [])
+    split = {
+        "name": "train", "num_samples": shards * each, "filenames": [s.name for s in index.shards],
+        "shard_lengths": [each] * shards, "bytes": [1 << 28] * shards, "sha256": ["0" * 64] * shards,
+    }  # fmt: skip
+    fields = {"classes": None, "channels": 3, "bits": 8, "mean": [0.0] * 3, "std": [1.0] * 3, "image_size": None}
+    about = {"format": 2, **fields, "encoding": "", "skipped": {}, "splits": {"train": split}}
+    (tmp_path / "index.json").write_text(json.dumps(about))
+    began = time.perf_counter()
+    index = load_index(tmp_path)
+    plan = EpochPlan(index.shard_samples, 65_536)
+    samples, _ = plan.batch(40_000, 160, 176)
+    places = [index.locate(int(sample)) for sample in samples]
+    assert time.perf_counter() - began < 5
+    assert [place[0] for place in places] == (samples // each).tolist()
+
+
+def test_unreadable_images_do_not_hide_in_statistics(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", {"a.png": png(100), "b.png": b"nonsense", "c.png": png(200)})
+    index = index_shards(tmp_path)
+    assert len(index) == 3
+    assert index.mean == pytest.approx([150 / 255], abs=1e-4)
+    assert numbers_of(index) == [100, -1, 200]
+    assert ShardReader(index, 1).bad.keys() == {1}

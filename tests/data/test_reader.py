@@ -1,0 +1,220 @@
+"""Any sample is one read by offset; what cannot be read is replaced and named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from shard_fixtures import encoded, image_folder, numbered_shards, numbers_of, photograph
+
+from sslvit.data.decode import BadImage
+from sslvit.data.index import JoinedIndex
+from sslvit.data.loader import TrainingBatches, evaluation_loader, make_batch, resolution_of, view_samples
+from sslvit.data.pack import pack, pack_source
+from sslvit.data.plan import EpochPlan, MixturePlan
+from sslvit.data.reader import ShardReader
+from sslvit.data.sources import array_samples
+from sslvit.data.views import Views
+from sslvit.settings import EncoderSettings
+from sslvit.settings.views import CentreSettings, CropSettings, MultiCropSettings
+
+WHOLE = Views(CentreSettings(), [8, 8], "bilinear")
+
+
+def seen(reader: ShardReader, samples: list[int], views: Views = WHOLE):
+    chosen = np.array(samples)
+    (view,), bad = view_samples(reader, views, chosen, np.zeros_like(chosen))
+    return view, bad
+
+
+def damage(index, sample: int) -> None:
+    shard, offset, size = index.locate(sample)
+    with open(index.shard_path(shard), "r+b") as file:
+        file.seek(offset + 8)
+        file.write(bytes(size - 8))
+
+
+def test_small_equal_images_are_kept_decoded_and_equal_to_reading(tmp_path: Path) -> None:
+    index = numbered_shards(tmp_path, 30)
+    kept, read = ShardReader(index), ShardReader(index, memory_limit_mb=0)
+    assert kept.decoded is not None
+    assert read.decoded is None
+    for views in (WHOLE, Views(CropSettings(), [6, 6], "bicubic", seed=1)):
+        assert torch.equal(seen(kept, [3, 17, 3], views)[0], seen(read, [3, 17, 3], views)[0])
+
+
+@pytest.mark.parametrize("limit", [1024, 0])
+def test_a_damaged_sample_is_replaced_and_named(tmp_path: Path, limit: int) -> None:
+    index = numbered_shards(tmp_path, 20)
+    damage(index, 4)
+    reader = ShardReader(index, memory_limit_mb=limit)
+    view, bad = seen(reader, [3, 4, 5])
+    assert list(bad) == [1]
+    assert torch.equal(view[1], view[2])
+    assert torch.equal(seen(reader, [3, 4])[0][1], view[0])
+    alone, bad = seen(reader, [4, 4])
+    assert list(bad) == [0, 1]
+    assert (alone == 0).all()
+    batch = make_batch(reader, WHOLE, np.array([3, 4]), np.zeros(2, int))
+    assert batch.valid.tolist() == [True, False]
+    assert list(batch.bad) == [index.key(4)]
+    assert batch.labels.tolist() == index.labels_of(np.array([3, 4])).tolist()
+
+
+@pytest.mark.parametrize("harm", ["missing", "truncated"])
+def test_samples_of_a_harmed_shard_are_bad_and_others_are_not(tmp_path: Path, harm: str) -> None:
+    index = numbered_shards(tmp_path, 30, shard_mb=0.01)
+    assert len(index.shards) >= 3
+    path = index.shard_path(1)
+    if harm == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:600])
+    numbers = numbers_of(index)
+    first, last = index.first_of_shard[1:3]
+    assert min(numbers[:first] + numbers[last:]) >= 0
+    assert set(numbers[first + 1 : last]) == {-1}
+    with pytest.raises(BadImage, match=f"{harm} shard"):
+        ShardReader(index, memory_limit_mb=0).read(int(last) - 1)
+    assert list(index.absent()) == [index.shards[1].name]
+
+
+def test_more_shards_than_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sslvit.data.reader.OPEN_SHARDS", 2)
+    index = numbered_shards(tmp_path, 20, shard_mb=0.004)
+    assert len(index.shards) > 5
+    reader = ShardReader(index, memory_limit_mb=0)
+    for samples in (range(20), reversed(range(20))):
+        for sample in samples:
+            reader.read(sample)
+        assert len(reader.files) == 2
+    assert ShardReader(index, 1).decoded[:, 0, 0, 0].tolist() == numbers_of(index)
+
+
+def test_an_image_is_decoded_once_for_all_of_its_crops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(3):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / f"{i}.jpg").write_bytes(encoded(photograph(900, 1200, i), "JPEG"))
+    (index,) = pack_source(tmp_path / "in", tmp_path / "out", workers=1)
+    decoded = []
+    original = __import__("sslvit.data.loader", fromlist=["decode"]).decode
+    monkeypatch.setattr("sslvit.data.loader.decode", lambda *a: decoded.append(a[3]) or original(*a))
+    settings = MultiCropSettings(local_crops=6, local_size=32)
+    views = Views(settings, [64, 64], "bicubic", seed=2)
+    batch = make_batch(ShardReader(index), views, np.arange(3), np.zeros(3, int))
+    assert len(decoded) == 3
+    assert [tuple(v.shape) for v in batch.views] == [(3, 3, 64, 64)] * 2 + [(3, 3, 32, 32)] * 6
+    assert max(decoded) > 1  # large images are decoded at a reduced scale
+    monkeypatch.setattr("sslvit.data.loader.reduction_for", lambda zoom: 1)
+    full = make_batch(ShardReader(index), views, np.arange(3), np.zeros(3, int))
+    difference = np.mean([(a.float() - b.float()).abs().mean() for a, b in zip(batch.views, full.views, strict=True)])
+    assert difference < 2.5
+
+
+def test_colours_change_alike_in_workers_and_on_the_device(tmp_path: Path) -> None:
+    (index,) = pack_source(image_folder(tmp_path / "in"), tmp_path / "out", workers=1)
+    from sslvit.data.views import change_views
+
+    settings, samples = MultiCropSettings(local_crops=2, local_size=12), np.arange(6)
+    here, there = (Views(settings, [24, 24], "bicubic", seed=2, colour_here=place) for place in (True, False))
+    one, other = (make_batch(ShardReader(index), views, samples, np.zeros(6, int)) for views in (here, there))
+    assert one.colours is None
+    assert all(view.dtype == torch.uint8 for view in one.views + other.views)
+    for a, b in zip(one.views, change_views(other.views, other.colours), strict=True):
+        assert torch.equal(a.float(), b)
+
+
+def training_rows(index, views: Views, plan, ranks: int, workers: int, steps: range, micro: int) -> torch.Tensor:
+    """The global batches of some steps, as that many ranks and loader workers make them."""
+    passes = plan.global_batch // ranks // micro
+    parts = []
+    for rank in range(ranks):
+        batches = TrainingBatches(ShardReader(index, 1), views, plan, rank, micro, passes)
+        wanted = [step * passes + part for step in steps for part in range(passes)]
+        loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=wanted, num_workers=workers)
+        parts.append(torch.cat([batch.views[0] for batch in loader]).unflatten(0, (len(steps), -1)))
+    return torch.cat(parts, 1)
+
+
+def test_the_global_batch_is_the_same_for_any_ranks_and_workers(tmp_path: Path) -> None:
+    index = numbered_shards(tmp_path, 203, shard_mb=0.05)
+    plan = EpochPlan(index.shard_samples, 12, 5, lanes=4, window_shards=1)
+    views = Views(CropSettings(), [6, 6], "bicubic", seed=5)
+    steps = range(14, 20)  # over the border of an epoch
+    base = training_rows(index, views, plan, 1, 0, steps, 12)
+    for ranks, workers, micro in [(1, 3, 12), (2, 1, 6), (4, 0, 1), (2, 3, 3)]:
+        assert torch.equal(training_rows(index, views, plan, ranks, workers, steps, micro), base), (ranks, workers)
+
+
+def test_evaluation_reads_every_sample_once_on_any_number_of_ranks(tmp_path: Path) -> None:
+    index = numbered_shards(tmp_path, 103)
+    encoder = EncoderSettings(image_size=8, patch=4, channels=1, mean=[0.5], std=[0.5])
+    for ranks, workers in [(1, 0), (3, 2)]:
+        found = []
+        for rank in range(ranks):
+            for batch in evaluation_loader(ShardReader(index, 1), encoder, 7, workers, rank, ranks):
+                found += batch.samples[batch.valid].tolist()
+                assert len(batch) == 7
+        assert sorted(found) == list(range(103))
+
+
+def test_a_mixture_reads_from_each_source(tmp_path: Path) -> None:
+    one, other = numbered_shards(tmp_path / "a", 20), numbered_shards(tmp_path / "b", 30)
+    joined = JoinedIndex([one, other], [1, 3])
+    plan = MixturePlan([EpochPlan(one.shard_samples, 2, 1), EpochPlan(other.shard_samples, 6, 2)])
+    assert len(joined) == 50
+    assert numbers_of(joined) == numbers_of(one) + numbers_of(other)
+    assert joined.key(25).startswith(str(tmp_path / "b"))
+    assert joined.mean[0] == pytest.approx(0.25 * one.mean[0] + 0.75 * other.mean[0], abs=1e-4)
+    batch = TrainingBatches(ShardReader(joined, 1), WHOLE, plan, 0, 8, 1)[3]
+    numbers = np.array(numbers_of(joined))
+    assert batch.views[0][:, 0, 0, 0].tolist() == numbers[batch.samples].tolist()
+    assert (batch.samples < 20).sum() == 2
+    assert batch.labels is None
+
+
+def test_the_resolution_of_a_step_is_the_same_everywhere_and_all_occur(tmp_path: Path) -> None:
+    index = numbered_shards(tmp_path, 40)
+    plan = EpochPlan(index.shard_samples, 8, 3)
+    drawn = [resolution_of([4, 6, 8], 3, step)[0] for step in range(60)]
+    assert set(drawn) == {4, 6, 8}
+    for rank in (0, 1):
+        batches = TrainingBatches(ShardReader(index, 1), WHOLE, plan, rank, 4, 1, [4, 6, 8])
+        assert [batches[step].views[0].shape[2] for step in range(10)] == drawn[:10]
+    assert resolution_of(None, 3, 0) is None
+
+
+def test_sixteen_bit_sets_keep_their_depth_up_to_the_encoder(tmp_path: Path) -> None:
+    images = (np.arange(12 * 64).reshape(12, 8, 8) * 80).astype(np.uint16)
+    index = pack(array_samples(images), tmp_path, workers=1)
+    assert (index.bits, index.channels) == (16, 1)
+    order = [int(index.key(i).split("/")[1].split(".")[0]) for i in range(12)]
+    for limit in (1024, 0):
+        view, _ = seen(ShardReader(index, 1, memory_limit_mb=limit), list(range(12)))
+        assert view.dtype == torch.float32
+        torch.testing.assert_close(
+            view[:, 0], torch.from_numpy(images[order].astype(np.float32)) / 257, atol=1e-3, rtol=0
+        )
+    assert index.mean[0] == pytest.approx(images.mean() / 65535, abs=1e-4)
+
+
+def test_images_of_six_channels_pass_through(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 6)).astype(np.uint8)
+    index = pack(array_samples(images), tmp_path, workers=1)
+    assert index.channels == 6
+    order = [int(index.key(i).split("/")[1].split(".")[0]) for i in range(9)]
+    view, bad = seen(ShardReader(index, 6), list(range(9)))
+    assert not bad
+    assert torch.equal(view, torch.from_numpy(images[order]).permute(0, 3, 1, 2))
+
+
+def test_a_photograph_among_grey_images_is_bad_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    photograph(40, 50).save(tmp_path / "in" / "a.png")
+    Image.new("L", (30, 60), 9).save(tmp_path / "in" / "b.png")
+    (index,) = pack_source(tmp_path / "in", tmp_path / "out", workers=1)
+    assert index.channels == 3
+    assert seen(ShardReader(index), [0, 1])[1] == {}

@@ -1,0 +1,67 @@
+"""Small data sets whose pixels say which image they are."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from sslvit.data.decode import BadImage, decode
+from sslvit.data.pack import PackSettings, pack
+from sslvit.data.reader import ShardReader
+from sslvit.data.sources import array_samples
+
+
+def image_folder(root: Path, classes: tuple[str, ...] = ("cat", "dog"), count: int = 10) -> Path:
+    """PNG images in class folders; every pixel is (class, number, 0)."""
+    for label, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = np.zeros((6, 8, 3), np.uint8)
+            pixels[:] = (label, i, 0)
+            Image.fromarray(pixels).save(root / name / f"im.{i:03d}.png")
+    return root
+
+
+def numbered_shards(folder: Path, count: int, shard_mb: float = 256, side: int = 8):
+    """Grey images, each pixel its number, in shards of about the given size; labels by number modulo 2."""
+    images = np.repeat(np.arange(count, dtype=np.uint8), side * side).reshape(count, side, side)
+    samples = array_samples(images, np.arange(count) % 2)
+    for sample in samples:
+        sample.bytes = len(sample.read())
+    return pack(samples, folder, ["even", "odd"], PackSettings(shard_mb=shard_mb), workers=1)
+
+
+def numbers_of(index) -> list[int]:
+    """The number in the pixels of each sample, in the index's order; -1 for one that cannot be read."""
+    reader, numbers = ShardReader(index, 1, memory_limit_mb=0), []
+    for sample in range(len(index)):
+        try:
+            numbers.append(int(decode(reader.read(sample), 1)[0, 0, 0]))
+        except BadImage:
+            numbers.append(-1)
+    return numbers
+
+
+def contents(index) -> dict[tuple[int, int], int]:
+    """(class, number) in the pixels of image_folder's images -> label in the index, read by offset."""
+    reader = ShardReader(index, memory_limit_mb=0)
+    images = [decode(reader.read(sample)) for sample in range(len(index))]
+    labels = index.labels_of(slice(None))
+    return {tuple(int(v) for v in image[:2, 0, 0]): int(label) for image, label in zip(images, labels, strict=True)}
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def photograph(height: int, width: int, seed: int = 0) -> Image.Image:
+    """Smooth colours with some detail, as JPEG likes them."""
+    rng = np.random.default_rng(seed)
+    rough = Image.fromarray(rng.integers(0, 256, (9, 12, 3)).astype(np.uint8)).resize((width, height), 3)
+    noise = rng.normal(0, 4, (height, width, 1))
+    return Image.fromarray((np.asarray(rough) + noise).clip(0, 255).astype(np.uint8))
