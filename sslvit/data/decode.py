@@ -73,7 +73,14 @@ def read_header(content: bytes) -> Header:
 def decode(
     content: bytes, channels: int = 3, bits: int = 8, reduction: int = 1, header: Header | None = None
 ) -> Tensor:
-    """Decode to 'c h w' (channels last in memory); other modes (palette, CMYK, ...) are converted.
+    """decode_pixels as a tensor 'c h w', channels last in memory."""
+    return torch.from_numpy(decode_pixels(content, channels, bits, reduction, header)).permute(2, 0, 1)
+
+
+def decode_pixels(
+    content: bytes, channels: int = 3, bits: int = 8, reduction: int = 1, header: Header | None = None
+) -> np.ndarray:
+    """Decode to 'h w c'; other modes (palette, CMYK, ...) are converted.
 
     Args:
         content: of the file.
@@ -92,7 +99,7 @@ def decode(
         raise
     except Exception as error:  # PIL raises whatever its format plugins raise
         raise BadImage(f"damaged image ({error})") from error
-    return torch.from_numpy(pixels).reshape(*pixels.shape[:2], channels).permute(2, 0, 1)
+    return pixels.reshape(*pixels.shape[:2], channels)
 
 
 def reduction_for(least_zoom: float) -> int:

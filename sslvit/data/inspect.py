@@ -13,8 +13,8 @@ import numpy as np
 
 from sslvit.data.decode import BadImage, decode, read_header
 from sslvit.data.index import ShardIndex, sha256_of
+from sslvit.data.parallel import in_parallel
 from sslvit.data.plan import EpochPlan, fitting_ranks
-from sslvit.data.scan import in_parallel
 
 LARGE_PIXELS = 50_000_000  # slow to decode; half of what is refused
 

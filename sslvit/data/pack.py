@@ -28,7 +28,8 @@ from PIL import Image
 from sslvit.chance import generator
 from sslvit.data.decode import NPY, BadImage, read_header
 from sslvit.data.index import NO_LABEL, RECORD, Shard, ShardIndex
-from sslvit.data.scan import ShardReport, in_parallel, join_reports, measure_shard
+from sslvit.data.parallel import in_parallel
+from sslvit.data.scan import ShardReport, join_reports, measure_shard
 from sslvit.data.sources import Sample, hold_out, read_source
 
 BLOCK = tarfile.BLOCKSIZE
