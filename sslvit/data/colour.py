@@ -1,9 +1,9 @@
 """Changes of colour, batched, on any device: jitter, no colour, blur, solarisation (DINO, section 3.1).
 
-What happens to an image is drawn by key, once; how it is done is one affine map of its colours, because brightness,
-contrast, saturation and a turn of the hue all are, in any order. Against PIL's chain of four steps two things
-differ: values are cut to 0..255 once at the end instead of after each step, and the hue turns in the YIQ plane
-(a rotation of all colours) instead of in HSV. docs/data.md has the measured differences.
+What happens to an image is drawn by key, once. Brightness, contrast and saturation commute with each other, so of
+their random order with the hue only one thing matters: which of them come before it. An image is therefore mapped
+once before its hue turns (in HSV, exactly as in PIL) and once after it. Against PIL's chain of steps one thing
+differs: values are rounded at the end and cut to 0..255 twice, not after each step.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from sslvit.chance import uniform_at
 from sslvit.settings.views import MultiCropSettings
 
 GREY = (0.299, 0.587, 0.114)  # ITU-R 601-2, as in PIL
-TO_YIQ = ((0.299, 0.587, 0.114), (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135))
 DRAWS = ("brightness", "contrast", "saturation", "hue", "order", "is_grey", "sigma", "is_solarised")
 ORDERS = list(itertools.permutations(range(4)))
+HUE = DRAWS.index("hue")
 SOLARISE_FROM = 128
 REACH = 3  # a blur's kernel ends at this many deviations
+PIXELS_AT_ONCE = 50_000  # on a CPU: what is worked on stays in its cache
 
 
 def draw_colours(settings: MultiCropSettings, view: int, key: tuple[int, int], samples: np.ndarray) -> np.ndarray:
@@ -59,61 +60,83 @@ def change_colours(images: Tensor, draws: Tensor) -> Tensor:
     Returns:
         float32 'b c h w', whole numbers 0 to 255.
     """
+    if images.device.type != "cpu":
+        return _change(images, draws)
+    at_once = max(1, PIXELS_AT_ONCE // (images.shape[2] * images.shape[3]))
+    pieces = zip(images.split(at_once), draws.split(at_once), strict=True)
+    return torch.cat([_change(piece, drawn) for piece, drawn in pieces])
+
+
+def _change(images: Tensor, draws: Tensor) -> Tensor:
     b, c, h, w = images.shape
-    pixels = images.float().reshape(b, c, h * w)
-    matrix, offset = _colour_maps(pixels.mean(2), draws)
-    pixels = torch.baddbmm(offset, matrix, pixels).clamp_(0, 255).view(b, c, h, w)
-    sigma, is_solarised = draws[:, 6], draws[:, 7].bool()
-    _blur_in_place(pixels, sigma)
+    pixels = images.to(torch.float32, copy=True).reshape(b, c, h * w)
+    hue = draws[:, HUE]
+    rank = torch.tensor(ORDERS, device=images.device).argsort(1)[draws[:, 4].long()]  # b steps: the place of each
+    is_before = rank[:, :HUE] < rank[:, HUE:]  # brightness, contrast, saturation
+    factors = draws[:, :HUE]
+    if c == 3:
+        turned = hue.nonzero()[:, 0]
+        if len(turned):
+            part = pixels if len(turned) == b else pixels[turned]
+            _scale_in_place(part, torch.where(is_before, factors, 1.0)[turned])
+            _turn_hue_in_place(part.clamp_(0, 255), hue[turned])
+            if part is not pixels:
+                pixels[turned] = part
+            factors = torch.where(is_before & (hue != 0)[:, None], 1.0, factors)
+        _scale_in_place(pixels, factors, draws[:, 5])
+    else:
+        _scale_in_place(pixels, factors)
+    pixels = pixels.clamp_(0, 255).view(b, c, h, w)
+    _blur_in_place(pixels, draws[:, 6])
     pixels.round_()
-    return torch.where((is_solarised[:, None, None, None]) & (pixels >= SOLARISE_FROM), 255 - pixels, pixels)
+    is_solarised = draws[:, 7].nonzero()[:, 0]
+    if len(is_solarised):
+        chosen = pixels[is_solarised]
+        pixels[is_solarised] = torch.where(chosen >= SOLARISE_FROM, 255 - chosen, chosen)
+    return pixels
 
 
-def _colour_maps(mean: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-    """One affine map per image, 'b c c' and 'b c 1', that stands for all steps in their drawn order.
+def _scale_in_place(pixels: Tensor, factors: Tensor, is_grey: Tensor | None = None) -> None:
+    """Brightness, contrast (around the image's mean grey) and saturation at once, then perhaps no colour.
 
     Args:
-        mean: of each channel 'b c'; contrast is relative to the mean grey of the image as the earlier steps left it.
-        draws: of draw_colours.
+        pixels: 'b c n'.
+        factors: of the three, 'b 3'.
+        is_grey: 1 where colour goes, 'b'.
     """
-    b, c = mean.shape
-    brightness, contrast, saturation, hue = (draws[:, i, None, None] for i in range(4))
-    order = torch.tensor(ORDERS, device=mean.device)[draws[:, 4].long()]  # b steps
-    identity = torch.eye(c, device=mean.device).expand(b, c, c)
-    grey = torch.tensor(GREY, device=mean.device) if c == 3 else torch.full((c,), 1 / c, device=mean.device)
-    to_grey = grey.expand(c, c)
-    nothing = torch.zeros(b, c, 1, device=mean.device)
-    matrix, offset = identity, nothing
-    for step in range(4):
-        left = grey @ (matrix @ mean[:, :, None] + offset)  # b 1: mean grey so far
-        maps = torch.stack(
-            [
-                brightness * identity,
-                contrast * identity,
-                saturation * identity + (1 - saturation) * to_grey if c == 3 else identity,
-                _turn(hue) if c == 3 else identity,
-            ],
-            1,
-        )  # b 4 c c
-        shifts = torch.stack([nothing, ((1 - contrast) * left[:, :, None]).expand(b, c, 1), nothing, nothing], 1)
-        kind = order[:, step]
-        chosen = torch.arange(b, device=mean.device)
-        now, shift = maps[chosen, kind], shifts[chosen, kind]
-        matrix, offset = now @ matrix, now @ offset + shift
-    if c == 3:
-        is_grey = draws[:, 5, None, None].bool()
-        matrix, offset = torch.where(is_grey, to_grey @ matrix, matrix), torch.where(is_grey, to_grey @ offset, offset)
-    return matrix, offset
+    brightness, contrast, saturation = (factors[:, i, None] for i in range(3))
+    if pixels.shape[1] == 3:
+        grey = (pixels[:, 0] * GREY[0]).add_(pixels[:, 1], alpha=GREY[1]).add_(pixels[:, 2], alpha=GREY[2])  # b n
+        if is_grey is not None:
+            saturation = saturation * (1 - is_grey[:, None])
+    else:
+        grey, saturation = pixels.mean(1), torch.ones_like(saturation)
+    middle = brightness * (1 - contrast) * grey.mean(1, keepdim=True)
+    share = brightness * contrast
+    pixels.mul_((share * saturation)[:, None]).add_(grey.mul_(share * (1 - saturation)).add_(middle)[:, None])
 
 
-def _turn(hue: Tensor) -> Tensor:
-    """Turn all colours around the grey axis: 'b 3 3' from shares of the circle 'b 1 1'."""
-    to_yiq = torch.tensor(TO_YIQ, device=hue.device)
-    # PIL's hue runs from red over green to blue, the IQ angle the other way
-    cosine, sine = torch.cos(-2 * math.pi * hue), torch.sin(-2 * math.pi * hue)
-    one, zero = torch.ones_like(hue), torch.zeros_like(hue)
-    rows = [torch.cat([one, zero, zero], 2), torch.cat([zero, cosine, -sine], 2), torch.cat([zero, sine, cosine], 2)]
-    return torch.linalg.inv(to_yiq) @ torch.cat(rows, 1) @ to_yiq
+def _turn_hue_in_place(pixels: Tensor, hue: Tensor) -> None:
+    """Turn the hue of HSV, which leaves each pixel's largest and smallest value as they are.
+
+    Args:
+        pixels: 'b 3 n', 0 to 255.
+        hue: by which share of the circle, 'b'.
+    """
+    red, green, blue = pixels.unbind(1)
+    largest = torch.maximum(torch.maximum(red, green), blue)
+    span = largest - torch.minimum(torch.minimum(red, green), blue)
+    # 0 where the channel is the largest, otherwise 1; comparisons and torch.where take ten times as long
+    not_red, not_green = ((largest - channel).mul_(1e6).clamp_(max=1) for channel in (red, green))
+    # the hue as a share of the circle from red over green to blue, turned
+    place = torch.lerp(green - blue, torch.lerp(blue - red, red - green, not_green), not_red)
+    place.div_(span.clamp(min=1e-6).mul_(6))
+    place.add_(not_green.add_(1).mul_(not_red).div_(3)).add_(hue[:, None])
+    for channel, opposite in enumerate((1 / 2, 5 / 6, 1 / 6)):  # where a channel is at its smallest: a sixth each side
+        distance = place - opposite
+        distance.sub_(distance.round()).abs_()  # on the circle
+        below = distance.mul_(-6).add_(2).clamp_(0, 1)
+        torch.addcmul(largest, span, below, value=-1, out=pixels[:, channel])
 
 
 def _blur_in_place(images: Tensor, sigma: Tensor) -> None:

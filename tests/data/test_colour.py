@@ -1,0 +1,195 @@
+"""Colours change as in the papers' pipelines, batched and reproducible."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.functional as V
+from PIL import Image, ImageFilter, ImageOps
+from shard_fixtures import photograph
+
+from sslvit.data.colour import DRAWS, ORDERS, change_colours, draw_colours
+from sslvit.data.views import change_views
+from sslvit.settings.views import MultiCropSettings
+
+
+def pixels(count: int = 4, side: int = 48, low: int = 70, high: int = 180) -> torch.Tensor:
+    """Photographs of middling brightness, so that few values are cut at 0 and 255."""
+    images = [np.asarray(photograph(side, side, seed)) for seed in range(count)]
+    stack = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()
+    return (low + stack * (high - low) / 255).round().to(torch.uint8)
+
+
+def draws_of(count: int, **values: float) -> torch.Tensor:
+    """Nothing changes but what is named."""
+    table = torch.zeros(count, len(DRAWS))
+    table[:, :3] = 1
+    for name, value in values.items():
+        table[:, DRAWS.index(name)] = value
+    return table
+
+
+def by_torchvision(images: torch.Tensor, change) -> torch.Tensor:
+    changed = [np.asarray(change(V.to_pil_image(image))) for image in images]
+    return torch.from_numpy(np.stack(changed)).permute(0, 3, 1, 2).float()
+
+
+def test_no_change_is_none() -> None:
+    images = pixels()
+    assert torch.equal(change_colours(images, draws_of(4)), images.float())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "change", "tolerance"),
+    [
+        ("brightness", 1.3, V.adjust_brightness, 1.0),
+        ("brightness", 0.6, V.adjust_brightness, 1.0),
+        ("contrast", 1.4, V.adjust_contrast, 1.5),
+        ("contrast", 0.6, V.adjust_contrast, 1.5),
+        ("saturation", 0.8, V.adjust_saturation, 1.5),
+        ("saturation", 1.2, V.adjust_saturation, 1.5),
+    ],
+)
+def test_one_step_is_pils(name: str, value: float, change, tolerance: float) -> None:
+    images = pixels()
+    ours = change_colours(images, draws_of(4, **{name: value}))
+    assert (ours - by_torchvision(images, lambda image: change(image, value))).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize("turn", [-0.5, -0.1, 0.05, 0.1, 0.3])
+def test_hue_is_that_of_hsv(turn: float) -> None:
+    images = pixels(low=0, high=255)
+    ours = change_colours(images, draws_of(4, hue=turn))
+    exact = V.adjust_hue(images.double() / 255, turn) * 255
+    assert (ours - exact).abs().max() <= 0.51
+    theirs = by_torchvision(images, lambda image: V.adjust_hue(image, turn))
+    assert (ours - theirs).abs().mean() < 2  # PIL keeps the hue in 8 bits
+    grey = torch.full((1, 3, 4, 4), 99, dtype=torch.uint8)
+    assert torch.equal(change_colours(grey, draws_of(1, hue=turn)), grey.float())
+
+
+def test_steps_in_their_drawn_order_are_torchvisions_chain() -> None:
+    images = pixels(1)
+    steps = [V.adjust_brightness, V.adjust_contrast, V.adjust_saturation, V.adjust_hue]
+    factors = [1.2, 0.6, 0.7, 0.1]
+    results = []
+    for number, order in enumerate(ORDERS):
+        chained = images.double() / 255
+        for kind in order:
+            chained = steps[kind](chained, factors[kind])
+        draws = draws_of(1, **dict(zip(DRAWS, factors, strict=False)), order=number)
+        results.append(change_colours(images, draws))
+        assert (results[-1] - chained * 255).abs().max() <= 0.6, order
+    assert max((a - results[0]).abs().max() for a in results) > 1  # the order matters, a little
+
+
+def test_the_pipeline_has_pils_statistics() -> None:
+    """Crops aside: mean and deviation of what comes out, against torchvision on PIL images, over 400 draws."""
+    from torchvision.transforms import ColorJitter, RandomApply, RandomGrayscale
+
+    settings = MultiCropSettings()
+    images = pixels(8, side=32, low=0, high=255)
+    rows = torch.arange(400) % 8
+    ours = change_colours(images[rows], torch.from_numpy(draw_colours(settings, 1, (0, 0), np.arange(400))))
+
+    def chain(image: Image.Image) -> Image.Image:
+        image = RandomApply([ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8)(image)
+        image = RandomGrayscale(0.2)(image)
+        if torch.rand(()) < 0.1:
+            image = image.filter(ImageFilter.GaussianBlur(float(torch.empty(()).uniform_(0.1, 2.0))))
+        return ImageOps.solarize(image) if torch.rand(()) < 0.2 else image
+
+    torch.manual_seed(0)
+    theirs = by_torchvision(images[rows], chain)
+    for measure in (lambda x: x.mean((2, 3)), lambda x: x.std((2, 3)), lambda x: x.amax(1).mean((1, 2))[:, None]):
+        a, b = measure(ours), measure(theirs)
+        error = torch.sqrt((a.var(0) + b.var(0)) / 400)
+        assert ((a.mean(0) - b.mean(0)).abs() < 3.5 * error).all()
+
+
+def test_no_colour_is_pils_grey() -> None:
+    images = pixels()
+    ours = change_colours(images, draws_of(4, is_grey=1.0))
+    assert (ours - by_torchvision(images, lambda image: V.to_grayscale(image, 3))).abs().max() <= 1
+
+
+def test_solarisation_inverts_bright_pixels() -> None:
+    images = pixels(low=0, high=255)
+    ours = change_colours(images, draws_of(4, is_solarised=1.0))
+    assert torch.equal(ours, by_torchvision(images, lambda image: ImageOps.solarize(image, 128)))
+
+
+@pytest.mark.parametrize("sigma", [0.3, 1.0, 2.0])
+def test_blur_is_a_gaussian(sigma: float) -> None:
+    images = pixels()
+    ours = change_colours(images, draws_of(4, sigma=sigma))
+    reference = V.gaussian_blur(images.float(), [2 * int(np.ceil(3 * sigma)) + 1] * 2, [sigma] * 2)
+    assert (ours - reference).abs().max() <= 0.51
+    theirs = by_torchvision(images, lambda image: image.filter(ImageFilter.GaussianBlur(sigma)))
+    inside = (slice(None), slice(None), slice(6, -6), slice(6, -6))  # borders are mirrored here, repeated in PIL
+    assert (ours - theirs)[inside].abs().mean() < 1
+    impulse = torch.zeros(1, 1, 33, 33)
+    impulse[..., 16, 16] = 255
+    spread = change_colours(impulse, draws_of(1, sigma=sigma))
+    assert torch.equal(spread, spread.flip(2).flip(3))
+
+
+def test_rows_are_changed_each_on_its_own() -> None:
+    settings, images = MultiCropSettings(), pixels(6)
+    draws = torch.from_numpy(draw_colours(settings, 0, (3, 1), np.arange(6)))
+    together = change_colours(images, draws)
+    for i in range(6):
+        assert (change_colours(images[i : i + 1], draws[i : i + 1]) - together[i]).abs().max() <= 1
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 6])
+def test_other_numbers_of_channels_pass(channels: int) -> None:
+    images = torch.randint(0, 256, (5, channels, 12, 12), dtype=torch.uint8)
+    draws = torch.from_numpy(draw_colours(MultiCropSettings(), 1, (0, 0), np.arange(5)))
+    changed = change_colours(images, draws)
+    assert changed.shape == images.shape
+    assert changed.min() >= 0
+    assert changed.max() <= 255
+    brighter = change_colours(images, draws_of(5, brightness=1.1, saturation=0.1, hue=0.3, is_grey=1.0))
+    assert (brighter - (images * 1.1).clamp(max=255)).abs().max() <= 0.51  # colour is for three channels
+
+
+def test_draws_have_the_stated_probabilities_and_ranges() -> None:
+    """Caron et al. 2021, section 3.1, after BYOL: the released recipe's numbers."""
+    settings, samples = MultiCropSettings(), np.arange(20_000)
+    for view, (blur, solarise) in enumerate([(1.0, 0.0), (0.1, 0.2), (0.5, 0.0), (0.5, 0.0)]):
+        draws = dict(zip(DRAWS, draw_colours(settings, view, (0, 0), samples).T, strict=True))
+        is_changed = draws["brightness"] != 1
+        assert is_changed.mean() == pytest.approx(0.8, abs=0.01)
+        assert draws["is_grey"].mean() == pytest.approx(0.2, abs=0.01)
+        assert (draws["sigma"] > 0).mean() == pytest.approx(blur, abs=0.011)
+        assert draws["is_solarised"].mean() == pytest.approx(solarise, abs=0.01)
+        for name, reach in [("brightness", 0.4), ("contrast", 0.4), ("saturation", 0.2)]:
+            low, high = draws[name].min(), draws[name].max()
+            assert (low, high) == (pytest.approx(1 - reach, abs=0.01), pytest.approx(1 + reach, abs=0.01))
+        assert np.abs(draws["hue"]).max() == pytest.approx(0.1, abs=0.001)
+        assert draws["sigma"].max() == pytest.approx(2.0, abs=0.01)
+        assert sorted(set(draws["order"].astype(int))) == list(range(24))
+    again = draw_colours(settings, 1, (0, 0), samples[5:7])
+    assert np.array_equal(again, draw_colours(settings, 1, (0, 0), samples)[5:7])
+    assert not np.array_equal(again, draw_colours(settings, 0, (0, 0), samples[5:7]))
+    assert not np.array_equal(again, draw_colours(settings, 1, (0, 1), samples[5:7]))
+
+
+def test_views_of_one_size_change_together_as_each_alone() -> None:
+    images = pixels(3)
+    small = images[:, :, ::2, ::2]
+    draws = [torch.from_numpy(draw_colours(MultiCropSettings(), v, (1, 0), np.arange(3))) for v in range(3)]
+    together = change_views([images, images, small], draws)
+    for view, changed, own in zip([images, images, small], together, draws, strict=True):
+        assert (change_colours(view, own) - changed).abs().max() <= 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_changes_colours_as_the_cpu_does() -> None:
+    images = pixels(8)
+    draws = torch.from_numpy(draw_colours(MultiCropSettings(), 1, (1, 0), np.arange(8)))
+    there = change_colours(images.cuda(), draws.cuda()).cpu()
+    here = change_colours(images, draws)
+    assert (there - here).abs().max() <= 1 or ((there - here).abs() > 1).float().mean() < 1e-3  # ties of solarisation
