@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sslvit.chance import generator
 from sslvit.data.batch import Batch
-from sslvit.data.decode import BadImage, decode, read_header, reduction_for
+from sslvit.data.decode import BadImage, Scratch, decode, read_header, reduction_for
 from sslvit.data.plan import Plan, evaluation_batches
 from sslvit.data.reader import ShardReader
 from sslvit.data.resample import normalise
@@ -105,7 +105,7 @@ def _decode_and_view(
     for i, (content, header) in found.items():
         try:
             reduction = reduction_for(zoom[i])
-            image = decode(content, reader.channels, bits, reduction, header)
+            image = decode(content, reader.channels, bits, reduction, header, reader.scratch)
         except BadImage as error:
             bad[i] = str(error)
             continue
@@ -127,7 +127,7 @@ class MemoryReader:
     bits = 8
 
     def __init__(self, contents: dict[int, tuple[str, bytes]], channels: int) -> None:
-        self.contents, self.channels = contents, channels
+        self.contents, self.channels, self.scratch = contents, channels, Scratch()
 
     def read(self, sample: int) -> bytes:
         return self.contents[sample][1]

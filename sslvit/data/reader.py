@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sslvit.data.decode import BadImage, decode_pixels
+from sslvit.data.decode import BadImage, Scratch, decode_pixels
 from sslvit.data.index import Index
 from sslvit.data.parallel import in_parallel
 from sslvit.data.resample import SMALL_SIDE
@@ -36,6 +36,7 @@ class ShardReader:
         self.index = index
         self.channels, self.bits = channels, index.bits
         self.files: OrderedDict[int, int] = OrderedDict()
+        self.scratch = Scratch()
         self.bad_shards: dict[int, str] = {}
         self.decoded: Tensor | None = None
         self.bad: dict[int, str] = {}
