@@ -27,12 +27,18 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         if getattr(options, "traceback", False):
             raise
-        print(f"sslvit: error: {explain(error) or error}", file=sys.stderr)
+        print(f"sslvit: error: {explain(error) or last_words(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
         print(f"sslvit: {error or 'interrupted'}", file=sys.stderr)
         return 130
     return code or 0
+
+
+def last_words(error: BaseException) -> str:
+    """The message alone where a loader process sent its whole traceback."""
+    text = str(error).strip()
+    return re.sub(r"^[\w.]+: ", "", text.splitlines()[-1]) if "Original Traceback" in text else text
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -209,7 +215,7 @@ def run_check(options: argparse.Namespace) -> int:
 
     index = find_shards(options.folder)
     found = check_shards(index, options.workers)
-    print(found.text(index.location))
+    print(found.text(index))
     return 0 if found.is_whole else 1
 
 

@@ -58,7 +58,7 @@ def change_colours(images: Tensor, draws: Tensor) -> Tensor:
         draws: of draw_colours, on the images' device.
 
     Returns:
-        float32 'b c h w', whole numbers 0 to 255.
+        float32 'b c h w', 0 to 255; whole numbers if the images' were.
     """
     if images.device.type != "cpu":
         return _change(images, draws)
@@ -88,7 +88,8 @@ def _change(images: Tensor, draws: Tensor) -> Tensor:
         _scale_in_place(pixels, factors)
     pixels = pixels.clamp_(0, 255).view(b, c, h, w)
     _blur_in_place(pixels, draws[:, 6])
-    pixels.round_()
+    if not images.is_floating_point():
+        pixels.round_()
     is_solarised = draws[:, 7].nonzero()[:, 0]
     if len(is_solarised):
         chosen = pixels[is_solarised]

@@ -22,6 +22,7 @@ except ImportError:
 MAX_PIXELS = 100_000_000  # a header that promises more is a decompression bomb, not a training image
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # other numbers of channels are stored as arrays
 REDUCTIONS = (8, 4, 2)  # at which a JPEG can be decoded without computing all of its pixels
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")  # others, such as EPS, would start programs
 NPY = b"\x93NUMPY"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif", ".npy"}
 
@@ -145,7 +146,7 @@ def _pixels(
         pixels = _jpeg_pixels(content, header, channels, reduction, scratch)
         if pixels is not None:
             return pixels
-    image = Image.open(io.BytesIO(content))
+    image = Image.open(io.BytesIO(content), formats=FORMATS)
     if reduction > 1 and image.mode == "RGB":
         image.draft("RGB", (image.width // reduction, image.height // reduction))
     if header.bits == 16:
@@ -162,9 +163,11 @@ def _with_alpha(grey: np.ndarray) -> np.ndarray:
 
 def _pil_header(content: bytes) -> Header:
     try:
-        image = Image.open(io.BytesIO(content))
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
     except Exception as error:
         raise BadImage(f"not an image ({type(error).__name__})") from error
+    if image.mode == "F":
+        raise BadImage("an image of floating-point numbers, which have no agreed range; store 8 or 16 bits")
     is_deep, is_jpeg = image.mode.startswith("I"), image.format == "JPEG" and image.mode in ("RGB", "L")
     channels = 1 if is_deep or image.mode in ("1", "L") else 4 if image.mode in ("RGBA", "LA", "PA") else 3
     return Header(image.height, image.width, image.mode, channels, 16 if is_deep else 8, is_jpeg)

@@ -13,16 +13,20 @@ import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+from urllib.parse import quote
 
 import numpy as np
+
+from sslvit.data.decode import MODES, BadImage
 
 FORMAT = 2
 RECORD = np.dtype([("offset", "<i8"), ("size", "<u4"), ("label", "<i4")])
 NO_LABEL = -1
+CHECKED_BYTES = 64 * 2**20  # up to this length index.npy is compared with its checksum at each start
 FIELDS = ("classes", "channels", "bits", "mean", "std", "image_size", "encoding", "skipped")
 SPLITS = ("train", "val", "validation", "test")  # a folder of this name is a split for timm; others are its train
 
@@ -80,7 +84,7 @@ class ShardIndex:
         image_size: height and width if all images share them.
         encoding: what packing did to the images, in words; empty for nothing.
         skipped: files that packing left out, with the reason.
-        fetch: brings a shard here from the network and returns its path.
+        cache: brings shards here from the network (remote.ShardCache), or None.
     """
 
     location: str
@@ -94,7 +98,7 @@ class ShardIndex:
     image_size: list[int] | None = None
     encoding: str = ""
     skipped: dict[str, str] = field(default_factory=dict)
-    fetch: Callable[[str, Shard], Path] | None = None
+    cache: Any = None
 
     def __post_init__(self) -> None:
         self.location = str(self.location)
@@ -121,23 +125,48 @@ class ShardIndex:
         return self.records["label"][samples]
 
     def locate(self, sample: int) -> tuple[int, int, int]:
-        """Number of the shard, offset and length of a sample's image."""
+        """Number of the shard, offset and length of a sample's image.
+
+        Raises:
+            BadImage: the record is damaged.
+        """
         shard = int(np.searchsorted(self.first_of_shard, sample, side="right")) - 1
         record = self.records[sample]
-        return shard, int(record["offset"]), int(record["size"])
+        offset, size = int(record["offset"]), int(record["size"])
+        if not 0 <= offset <= self.shards[shard].bytes - size:
+            raise BadImage("damaged record in index.npy")
+        return shard, offset, size
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether any shard has to come from the network."""
+        return is_address(self.location) or any(is_address(shard.name) for shard in self.shards)
+
+    def address(self, shard: int) -> str:
+        """Path or address of a tar file."""
+        name = self.shards[shard].name
+        if is_address(name) or os.path.isabs(name):
+            return name
+        if self.location.startswith(("http://", "https://")):
+            name = quote(name)
+        return f"{self.location.rstrip('/')}/{name}"
 
     def shard_path(self, shard: int) -> Path:
         """The tar file on this machine; one from the network is fetched first."""
-        name = self.shards[shard].name
-        address = name if "://" in name or os.path.isabs(name) else f"{self.location.rstrip('/')}/{name}"
-        return self.fetch(address, self.shards[shard]) if self.fetch and "://" in address else Path(address)
+        address = self.address(shard)
+        return self.cache.shard(address, self.shards[shard]) if is_address(address) else Path(address)
+
+    def known_path(self, shard: int) -> Path:
+        """Where the tar file is if it is here; nothing is fetched."""
+        address = self.address(shard)
+        return self.cache.path_of(address, self.shards[shard].sha256) if is_address(address) else Path(address)
 
     def key(self, sample: int) -> str:
         """A sample's name for people: shard and member."""
-        shard, offset, _ = self.locate(sample)
-        name = Path(self.shards[shard].name).name
+        shard = int(np.searchsorted(self.first_of_shard, sample, side="right")) - 1
+        name, offset = Path(self.shards[shard].name).name, int(self.records[sample]["offset"])
         try:
-            with open(self.shard_path(shard), "rb") as file:
+            with open(self.known_path(shard), "rb") as file:
                 file.seek(offset - tarfile.BLOCKSIZE)
                 member = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "replace").name
         except (tarfile.HeaderError, OSError, ValueError):
@@ -148,7 +177,7 @@ class ShardIndex:
         """Shards on this machine that are missing or have another length, with what is wrong."""
         wrong = {}
         for number, shard in enumerate(self.shards):
-            if self.fetch and "://" in self.location + shard.name:
+            if is_address(self.address(number)):
                 continue
             try:
                 size = self.shard_path(number).stat().st_size
@@ -162,8 +191,9 @@ class ShardIndex:
     def save(self, folder: str | Path | None = None) -> None:
         """Write the files, each whole or not at all; index.json last, so that its presence means all is there."""
         folder = Path(folder or self.location)
-        np.save(folder / "index.part.npy", self.records)
-        os.replace(folder / "index.part.npy", folder / "index.npy")
+        part = folder / f"index.{os.getpid()}.part.npy"
+        np.save(part, self.records)
+        os.replace(part, folder / "index.npy")
         split = folder.name if folder.name in SPLITS else "train"
         about = {
             "name": split, "num_samples": len(self),
@@ -191,10 +221,14 @@ class JoinedIndex:
         weights: share of each in a batch, for the channel statistics.
 
     Raises:
-        ValueError: they have different numbers of channels.
+        ValueError: their images cannot be converted to one number of channels.
     """
 
     def __init__(self, parts: Sequence[ShardIndex], weights: Sequence[float]) -> None:
+        channels = {part.channels for part in parts}
+        if len(channels) > 1 and not channels <= set(MODES):
+            named = ", ".join(f"{part.location}: {part.channels}" for part in parts)
+            raise ValueError(f"data.mixture: sources with other numbers of channels ({named}) cannot be mixed.")
         self.parts = list(parts)
         self.location = " + ".join(part.location for part in self.parts)
         self.first_sample = np.concatenate([[0], np.cumsum([len(part) for part in self.parts])])
@@ -207,7 +241,7 @@ class JoinedIndex:
         self.image_size = sizes[0] if all(size == sizes[0] for size in sizes) else None
         share = np.array(weights)[:, None] / sum(weights)
         means, stds = (
-            np.array([getattr(part, name) * (self.channels // part.channels) for part in self.parts])
+            np.array([(getattr(part, name) * self.channels)[: self.channels] for part in self.parts])
             for name in ("mean", "std")
         )
         mean = (share * means).sum(0)
@@ -232,6 +266,10 @@ class JoinedIndex:
 
     def labels_of(self, samples: np.ndarray) -> np.ndarray:
         raise ValueError("a mixture has no labels.")
+
+    @property
+    def is_remote(self) -> bool:
+        return any(part.is_remote for part in self.parts)
 
     def absent(self) -> dict[str, str]:
         return {name: wrong for part in self.parts for name, wrong in part.absent().items()}
@@ -261,8 +299,15 @@ def load_index(folder: str | Path) -> ShardIndex:
     return read_index(file.read_bytes(), folder / "index.npy", str(folder))
 
 
-def read_index(content: bytes, records_file: Path, location: str) -> ShardIndex:
-    """An index from the bytes of its index.json and the file of its records."""
+def read_index(content: bytes, records_file: Path, location: str, is_own: bool = False) -> ShardIndex:
+    """An index from the bytes of its index.json and the file of its records.
+
+    Args:
+        content: of index.json.
+        records_file: index.npy.
+        location: of the shards.
+        is_own: made here, so it may name shards anywhere; others only in their own folder.
+    """
     again = f"Make it again: sslvit shards index {location}"
     try:
         about = json.loads(content)
@@ -271,6 +316,8 @@ def read_index(content: bytes, records_file: Path, location: str) -> ShardIndex:
         (split,) = about["splits"].values()
         columns = [split[name] for name in ("filenames", "shard_lengths", "bytes", "sha256")]
         shards = [Shard(*values) for values in zip(*columns, strict=True)]
+        if os.path.getsize(records_file) <= CHECKED_BYTES and sha256_of(records_file) != about["records_sha256"]:
+            raise ValueError("index.npy is not the one that it describes")
         if not all(isinstance(s.name, str) and isinstance(s.bytes, int) and s.samples >= 0 for s in shards):
             raise ValueError("its list of shards is damaged")
         records = np.load(records_file, mmap_mode="r", allow_pickle=False)
@@ -281,9 +328,14 @@ def read_index(content: bytes, records_file: Path, location: str) -> ShardIndex:
     if records.dtype != RECORD or records.ndim != 1 or index.first_of_shard[-1] != len(records):
         raise ValueError(f"{location}/index.json: does not fit index.npy. {again}")
     for shard in shards:
-        if ".." in Path(shard.name).parts:
+        if not is_own and (".." in Path(shard.name).parts or os.path.isabs(shard.name) or is_address(shard.name)):
             raise ValueError(f"{location}/index.json: the shard {shard.name} lies outside of its folder. {again}")
     return index
+
+
+def is_address(source: str) -> bool:
+    """Whether it names something on the network."""
+    return "://" in source
 
 
 def sha256_of(path: Path) -> str:
@@ -292,6 +344,6 @@ def sha256_of(path: Path) -> str:
 
 
 def _write_json(path: Path, content: dict) -> None:
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     part.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(part, path)

@@ -27,7 +27,7 @@ class ShardCheck:
         damaged: shards with another checksum, or missing.
         corrupt: images that cannot be decoded, with the reason.
         large: images of more than LARGE_PIXELS.
-        digests: keys by the digest of their bytes.
+        digests: numbers of samples by the digest of their bytes.
         sizes: shorter sides of the images.
         modes: how often each mode occurs.
     """
@@ -35,37 +35,37 @@ class ShardCheck:
     damaged: dict[str, str] = field(default_factory=dict)
     corrupt: dict[str, str] = field(default_factory=dict)
     large: dict[str, str] = field(default_factory=dict)
-    digests: dict[bytes, list[str]] = field(default_factory=dict)
+    digests: dict[bytes, list[int]] = field(default_factory=dict)
     sizes: Counter = field(default_factory=Counter)
     modes: Counter = field(default_factory=Counter)
 
     def add(self, other: ShardCheck) -> None:
         for name in ("damaged", "corrupt", "large"):
             getattr(self, name).update(getattr(other, name))
-        for digest, keys in other.digests.items():
-            self.digests.setdefault(digest, []).extend(keys)
+        for digest, samples in other.digests.items():
+            self.digests.setdefault(digest, []).extend(samples)
         self.sizes.update(other.sizes)
         self.modes.update(other.modes)
 
     @property
-    def duplicates(self) -> list[list[str]]:
-        """Keys of images with the same bytes."""
-        return [keys for keys in self.digests.values() if len(keys) > 1]
+    def duplicates(self) -> list[list[int]]:
+        """Samples with the same bytes."""
+        return [samples for samples in self.digests.values() if len(samples) > 1]
 
     @property
     def is_whole(self) -> bool:
         """Whether every shard is as it was written and every image can be decoded."""
         return not (self.damaged or self.corrupt)
 
-    def text(self, location: str) -> str:
-        lines = [f"{location}: {sum(self.modes.values()):,} images decoded"]
+    def text(self, index: ShardIndex) -> str:
+        lines = [f"{index.location}: {sum(self.modes.values()):,} images decoded"]
         for what, found in (("damaged shards", self.damaged), ("corrupt images", self.corrupt),
                             (f"images of more than {LARGE_PIXELS / 1e6:.0f} million pixels", self.large)):  # fmt: skip
             lines.append(f"  {what}: {len(found):,}")
             lines += [f"    {name}: {reason}" for name, reason in list(found.items())[:10]]
             lines += [f"    and {len(found) - 10:,} more"] if len(found) > 10 else []
         lines.append(f"  images that occur more than once (same bytes): {len(self.duplicates):,}")
-        lines += [f"    {' = '.join(keys[:4])}" for keys in self.duplicates[:10]]
+        lines += [f"    {' = '.join(index.key(sample) for sample in same[:4])}" for same in self.duplicates[:10]]
         modes = ", ".join(f"{mode} {count:,}" for mode, count in self.modes.most_common())
         return "\n".join([*lines, f"  modes: {modes}", "  shorter side in pixels:", *_histogram(self.sizes)])
 
@@ -105,9 +105,9 @@ class _CheckJob:
         with open(path, "rb") as file:
             for sample in range(first, end):
                 tick(1)
-                _, offset, size = self.index.locate(sample)
-                content = os.pread(file.fileno(), size, offset)
                 try:
+                    _, offset, size = self.index.locate(sample)
+                    content = os.pread(file.fileno(), size, offset)
                     if len(content) < size:
                         raise BadImage("truncated shard")
                     header = read_header(content)
@@ -120,7 +120,7 @@ class _CheckJob:
                 found.modes[header.mode] += 1
                 found.sizes[min(header.height, header.width)] += 1
                 digest = hashlib.blake2b(content, digest_size=16).digest()
-                found.digests.setdefault(digest, []).append(self.index.key(sample))
+                found.digests.setdefault(digest, []).append(int(sample))
 
 
 def describe_shards(index: ShardIndex, global_batch: int | None = None) -> str:

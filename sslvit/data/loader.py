@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,6 +19,8 @@ from sslvit.data.views import Views, change_views
 from sslvit.settings import EncoderSettings
 from sslvit.settings.views import CentreSettings
 
+MOST_SPARES = 64  # tried in the place of an unreadable sample before it is shown black
+
 
 def make_batch(
     reader: ShardReader | MemoryReader,
@@ -26,6 +30,7 @@ def make_batch(
     valid: np.ndarray | None = None,
     first_row: int = 0,
     size: list[int] | None = None,
+    spares: Callable[[int], Iterable[tuple[int, int]]] | None = None,
 ) -> Batch:
     """Read, decode and view the given samples.
 
@@ -37,9 +42,19 @@ def make_batch(
         valid: False for rows that only fill up; None for no such rows.
         first_row: place within the global batch.
         size: of the main views, if not the encoder's.
+        spares: for a row, samples and their epochs of which the first readable one is shown in its place.
     """
     pictures, bad = view_samples(reader, views, samples, epochs, size)
-    colours = views.draw_colours(samples, epochs)
+    shown, shown_epochs = samples.copy(), epochs.copy()
+    for row in bad if spares else ():
+        for spare, epoch in spares(row):
+            (instead, problem) = view_samples(reader, views, np.array([spare]), np.array([epoch]), size)
+            if not problem:
+                shown[row], shown_epochs[row] = spare, epoch
+                for picture, view in zip(pictures, instead, strict=True):
+                    picture[row] = view[0]
+                break
+    colours = views.draw_colours(shown, shown_epochs)
     if colours is not None and views.colour_here:
         changed = change_views(pictures, colours)
         pictures, colours = [new.to(old.dtype) for new, old in zip(changed, pictures, strict=True)], None
@@ -65,21 +80,14 @@ def view_samples(
     epochs: np.ndarray,
     size: list[int] | None = None,
 ) -> tuple[list[Tensor], dict[int, str]]:
-    """Views 'b c h w' of the given samples, and for unreadable ones the reason by row.
-
-    The views of an unreadable image are those of the next readable one of the batch (black if there is none), so
-    that shapes and order stay.
-    """
+    """Views 'b c h w' of the given samples, black for unreadable ones, and the reason for these by row."""
     if reader.decoded is not None:
         images, bad = reader.kept(samples)
         pictures = views.of_batch(images, samples, epochs, size)
     else:
         pictures, bad = _decode_and_view(reader, views, samples, epochs, size)
-    if bad:
-        readable = [i for i in range(len(samples)) if i not in bad]
         for view in pictures:
-            for i in bad:
-                view[i] = view[next((k for k in readable if k > i), readable[0])] if readable else 0
+            view[list(bad)] = 0
     return pictures, bad
 
 
@@ -158,7 +166,7 @@ class TrainingBatches(Dataset):
     ) -> None:  # fmt: skip
         self.reader, self.views, self.plan = reader, views, plan
         self.rank, self.micro, self.passes, self.resolutions = rank, micro, passes, resolutions
-        self.is_remote = any("://" in part for part in (reader.index.location, reader.index.shards[0].name))
+        self.is_remote = reader.index.is_remote
 
     def __getitem__(self, number: int) -> Batch:
         step, part = divmod(number, self.passes)
@@ -168,7 +176,15 @@ class TrainingBatches(Dataset):
             first = self.rank * self.passes * self.micro
             self.reader.fetch_ahead(self.plan.shards_near(step, first, first + self.passes * self.micro))
         size = resolution_of(self.resolutions, self.plan.seed, step)
-        return make_batch(self.reader, self.views, samples, epochs, first_row=first_row, size=size)
+
+        def spares(row: int) -> Iterable[tuple[int, int]]:
+            """The rows that follow in the global batch, whoever they belong to: the same for any number of ranks."""
+            for further in range(1, min(MOST_SPARES, self.plan.global_batch)):
+                place = (first_row + row + further) % self.plan.global_batch
+                (sample,), (epoch,) = self.plan.batch(step, place, place + 1)
+                yield int(sample), int(epoch)
+
+        return make_batch(self.reader, self.views, samples, epochs, first_row=first_row, size=size, spares=spares)
 
 
 def resolution_of(resolutions: list[int] | None, seed: int, step: int) -> list[int] | None:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 from braceexpand import UnbalancedBracesError, braceexpand
+from filelock import FileLock
 
 from sslvit.data.decode import BadImage
-from sslvit.data.index import Index, JoinedIndex, ShardIndex, load_index, read_index, sha256_of
-from sslvit.data.pack import pack
+from sslvit.data.index import Index, JoinedIndex, ShardIndex, is_address, load_index, read_index
+from sslvit.data.pack import digest_of, pack
 from sslvit.data.plan import EpochPlan, MixturePlan, Plan, shares_of_batch
-from sslvit.data.remote import ShardCache, is_address
+from sslvit.data.remote import ShardCache
 from sslvit.data.scan import index_names, index_shards
 from sslvit.data.sources import folder_samples
 from sslvit.data.stream import StreamIndex, is_stream
@@ -77,8 +79,11 @@ def open_shards(source: str | Path, beside: str | Path, cache: ShardCache | None
     if (path / "index.json").exists():
         return load_index(path)
     if any(path.glob("*.tar")) and not (path / "packing").is_dir():
-        print(f"{path}: shards without an index; indexing them once.")
-        return index_shards(path)
+        with FileLock(path / ".index.lock"):  # every rank of a run comes here at once
+            if not (path / "index.json").exists():
+                print(f"{path}: shards without an index; indexing them once.")
+                return index_shards(path)
+        return load_index(path)
     if (path / "packing").is_dir():
         return load_index(path)  # says what to do
     if (path / "train" / "index.json").exists():
@@ -136,17 +141,20 @@ def _plan(index: ShardIndex, settings: DataSettings, batch: int, seed: int) -> E
 def _open_images(path: Path, beside: Path) -> ShardIndex:
     """The shards of an image folder, packed beside the run on first use."""
     samples, classes = folder_samples(path)
-    origin = {"folder": str(path.resolve()), "images": len(samples)}
+    origin = {"folder": str(path.resolve()), "images": len(samples), "digest": digest_of(samples)}
     noted = beside / "source.json"
-    if (beside / "index.json").exists():
-        if not noted.exists() or json.loads(noted.read_text()) != origin:
-            raise ValueError(f"{beside}: holds shards of other images than {path} has now. Delete it, or pack by hand.")
-        print(f"{path}: an image folder; using its shards packed earlier in {beside}.")
-        return load_index(beside)
-    print(f"{path}: an image folder; packing it into {beside} first.")
-    index = pack(samples, beside, classes)
-    noted.write_text(json.dumps(origin) + "\n")
-    return index
+    beside.mkdir(parents=True, exist_ok=True)
+    with FileLock(beside / ".pack.lock"):  # every rank of a run comes here at once
+        if (beside / "index.json").exists():
+            if not noted.exists() or json.loads(noted.read_text()) != origin:
+                raise ValueError(
+                    f"{beside}: holds shards of other images than {path} has now. Delete it, or pack by hand."
+                )
+            print(f"{path}: an image folder; using its shards packed earlier in {beside}.")
+            return load_index(beside)
+        print(f"{path}: an image folder; packing it into {beside} first.")
+        noted.write_text(json.dumps(origin) + "\n")
+        return pack(samples, beside, classes)
 
 
 def _open_pattern(pattern: str, cache: ShardCache) -> ShardIndex:
@@ -179,12 +187,9 @@ def _choose(whole: ShardIndex, names: list[str]) -> ShardIndex | None:
 
 def _index_names(pattern: str, names: list[str], cache: ShardCache) -> ShardIndex:
     """Index shards wherever they lie; the result is kept in the cache under the pattern's name."""
-    kept = cache.folder / f"index-{hashlib.sha256(pattern.encode()).hexdigest()[:32]}"
-    if (kept / "index.json").exists():
-        index = dataclasses.replace(load_index(kept), location=".", fetch=cache.shard)
-        if not index.absent():
-            return index
-    print(f"{pattern}: shards without an index; indexing them once.")
+    names = [name if is_address(name) else str(Path(name).resolve()) for name in names]
+    versions = [_version(name) for name in names]
+    kept = cache.folder / f"index-{hashlib.sha256(repr((names, versions)).encode()).hexdigest()[:32]}"
 
     def path_of(name: str) -> Path:
         try:
@@ -195,11 +200,21 @@ def _index_names(pattern: str, names: list[str], cache: ShardCache) -> ShardInde
             raise FileNotFoundError(f"data.shards: {name} does not exist (of {pattern}).")
         return path
 
-    names = [name if is_address(name) else str(Path(name).resolve()) for name in names]
-    index = dataclasses.replace(index_names(".", names, path_of), fetch=cache.shard)
     kept.mkdir(parents=True, exist_ok=True)
-    index.save(kept)
-    return index
+    with FileLock(kept / ".index.lock"):
+        if not (kept / "index.json").exists():
+            print(f"{pattern}: shards without an index; indexing them once.")
+            index_names(".", names, path_of).save(kept)
+        index = read_index((kept / "index.json").read_bytes(), kept / "index.npy", ".", is_own=True)
+    return dataclasses.replace(index, cache=cache)
+
+
+def _version(name: str) -> tuple[int, int] | None:
+    """What tells a replaced local file from the one that was indexed; one from the network has its checksum."""
+    if is_address(name) or not os.path.exists(name):
+        return None
+    about = os.stat(name)
+    return about.st_size, about.st_mtime_ns
 
 
 def _open_address(address: str, cache: ShardCache) -> ShardIndex:
@@ -208,16 +223,16 @@ def _open_address(address: str, cache: ShardCache) -> ShardIndex:
     try:
         content = cache.get(f"{address}/index.json").read_bytes()
         about = json.loads(content)
-        records = cache.path_of(f"{address}/index.npy")
-        if not records.exists() or sha256_of(records) != about["records_sha256"]:
-            records = cache.get(f"{address}/index.npy")
-            if sha256_of(records) != about["records_sha256"]:
-                raise ValueError(f"{address}/index.npy: not the one that index.json describes. Upload both again.")
+        records = cache.get(f"{address}/index.npy", sha256=str(about["records_sha256"]))
     except BadImage as error:
+        if "checksum" in str(error):
+            raise ValueError(
+                f"{address}/index.npy: not the one that index.json describes. Upload both again."
+            ) from error
         raise FileNotFoundError(
             f"{address}: no index there ({error}). Run sslvit shards index where the shards lie and upload index.json "
             "and index.npy beside them, or name the shards: ADDRESS/shard-{000000..000099}.tar"
         ) from error
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{address}/index.json: not an index of sslvit ({error}).") from error
-    return dataclasses.replace(read_index(content, records, address), fetch=cache.shard)
+    return dataclasses.replace(read_index(content, records, address), cache=cache)

@@ -23,14 +23,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 from PIL import Image
 
 from sslvit.chance import generator
-from sslvit.data.decode import NPY, BadImage, read_header
+from sslvit.data.decode import FORMATS, NPY, BadImage, read_header
 from sslvit.data.index import NO_LABEL, RECORD, Shard, ShardIndex
 from sslvit.data.parallel import in_parallel
 from sslvit.data.scan import ShardReport, join_reports, measure_shard
-from sslvit.data.sources import Sample, hold_out, read_source
+from sslvit.data.sources import ArrayImages, Sample, hold_out, read_source
 
 BLOCK = tarfile.BLOCKSIZE
 MAX_MEMBER_NAME = 100  # of the plain tar header
@@ -96,6 +97,9 @@ class PackJob:
     def __post_init__(self) -> None:
         self.keys = _unique_keys(self.samples)
         self.order = generator(0, "pack").permutation(len(self.samples))
+
+    def cut(self) -> None:
+        """Decide where shards begin."""
         self.starts = _shard_starts(self._stored_bytes(), self.settings.shard_mb * 2**20)
 
     @property
@@ -104,12 +108,8 @@ class PackJob:
 
     def identity(self, classes: list[str] | None) -> dict:
         """What must be the same for a restart to go on."""
-        digest = hashlib.sha256()
-        for sample in self.samples:
-            digest.update(f"{sample.key}\0{sample.suffix}\0{sample.label}\0{sample.bytes}\n".encode())
-        return {
-            "images": len(self.samples), "source": digest.hexdigest(), "classes": classes, **asdict(self.settings)
-        }  # fmt: skip
+        source = digest_of(self.samples)
+        return {"images": len(self.samples), "source": source, "classes": classes, **asdict(self.settings)}
 
     def _stored_bytes(self) -> np.ndarray:
         """About how long each sample becomes, in the order of packing; files that stay as they are exactly so."""
@@ -136,7 +136,7 @@ class PackJob:
         if finished is not None:
             tick(len(chosen))
             return finished
-        part, skipped = self.folder / f"{shard_name(number)}.part", {}
+        part, skipped = self.folder / f"{shard_name(number)}.{os.getpid()}.part", {}
         rows: list[tuple[int, int, int]] = []
         with TarWriter(part) as tar:
             for i in chosen:
@@ -223,7 +223,7 @@ def pack(
     check_destination(destination, overwrite)
     folder = destination / "packing"
     job = PackJob(samples, folder, settings)
-    _begin(folder, job.identity(classes) | {"shards": job.shards}, overwrite)
+    _begin(job, job.identity(classes), overwrite)
     number, of = part
     chosen = list(range(job.shards))[number - 1 :: of]
     sizes = np.diff(job.starts)
@@ -249,11 +249,12 @@ def finish_packing(destination: str | Path, overwrite: bool = False) -> ShardInd
         )
     check_destination(destination, overwrite)
     job = json.loads((folder / "job.json").read_text())
-    reports = [load_report(folder, number) for number in range(job["shards"])]
+    shards = len(job["starts"]) - 1
+    reports = [load_report(folder, number) for number in range(shards)]
     missing = [number for number, report in enumerate(reports) if report is None]
     if missing:
         raise ValueError(
-            f"{destination}: {len(missing)} of {job['shards']} shards are not packed yet (the first: "
+            f"{destination}: {len(missing)} of {shards} shards are not packed yet (the first: "
             f"{shard_name(missing[0])}). Run the missing parts first."
         )
     skipped = {name: reason for report in reports for name, reason in report.skipped.items()}
@@ -296,13 +297,18 @@ def store(content: bytes, suffix: str, settings: PackSettings) -> tuple[bytes, s
         return content, suffix
     kind = SAVED_AS.get(settings.encode)
     try:
-        image = Image.open(io.BytesIO(content))
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
         kind = kind or (image.format if image.format in SAVED_AS.values() else "PNG")
+        if header.bits == 16:
+            image = Image.fromarray(np.asarray(image).astype(np.float32))  # PIL resizes no 16 bits
+        elif image.mode not in ("RGB", "L", "RGBA") or (kind != "PNG" and image.mode == "RGBA"):
+            image = image.convert("RGBA" if header.channels == 4 and kind == "PNG" else "RGB")
         if is_large:
             scale = settings.resize / min(image.size)
             image = image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
-        if kind != "PNG" and image.mode not in ("RGB", "L"):
-            image = image.convert("RGB")
+        if header.bits == 16:
+            deep = np.asarray(image).round().clip(0, 65535).astype(np.uint16)
+            image = Image.fromarray(deep if kind == "PNG" else (deep >> 8).astype(np.uint8))
         buffer = io.BytesIO()
         image.save(buffer, kind, **({} if kind == "PNG" else {"quality": settings.quality}))
     except Exception as error:  # PIL raises whatever its format plugins raise
@@ -364,7 +370,7 @@ def shard_name(number: int) -> str:
 
 def save_report(folder: Path, number: int, report: ShardReport) -> None:
     np.save(folder / f"shard-{number:06d}.npy", report.records)
-    part = folder / f"shard-{number:06d}.json.part"
+    part = folder / f"shard-{number:06d}.json.{os.getpid()}.part"
     part.write_text(json.dumps(report.as_dict()))
     os.replace(part, folder / f"shard-{number:06d}.json")
 
@@ -377,27 +383,42 @@ def load_report(folder: Path, number: int) -> ShardReport | None:
     return ShardReport.from_dict(json.loads(path.read_text()), np.load(path.with_suffix(".npy"), allow_pickle=False))
 
 
-def _begin(folder: Path, identity: dict, overwrite: bool) -> None:
-    """Make the folder, or go on with what an earlier try left there."""
-    noted = folder / "job.json"
+def digest_of(samples: Sequence[Sample]) -> str:
+    """Of names, labels and lengths, and for arrays of their pixels: what tells one source from another."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(f"{sample.key}\0{sample.suffix}\0{sample.label}\0{sample.bytes}\n".encode())
+    for source in {id(sample.source): sample.source for sample in samples}.values():
+        digest.update(source.digest().encode() if isinstance(source, ArrayImages) else b"")
+    return digest.hexdigest()
+
+
+def _begin(job: PackJob, identity: dict, overwrite: bool) -> None:
+    """Make the folder and decide where shards begin, or go on with what an earlier try left there."""
+    noted = job.folder / "job.json"
     if noted.exists():
         before = json.loads(noted.read_text())
         changed = [key for key in identity if before.get(key) != identity[key]]
         if not changed:
-            done = sum(1 for _ in folder.glob("shard-*.json"))
+            job.starts = np.array(before["starts"])
+            done = sum(1 for _ in job.folder.glob("shard-*.json"))
             if done:
-                print(f"{folder}: going on; {done} of {identity['shards']} shards are packed already.")
+                print(f"{job.folder}: going on; {done} of {job.shards} shards are packed already.")
             return
         if not overwrite:
             raise ValueError(
-                f"{folder}: an unfinished packing of something else (other {', '.join(changed)}). "
+                f"{job.folder}: an unfinished packing of something else (other {', '.join(changed)}). "
                 "Finish it, delete that folder, or pass --overwrite."
             )
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f"job.json.{os.getpid()}.part"
-    part.write_text(json.dumps(identity))
-    os.replace(part, noted)
+        shutil.rmtree(job.folder)
+    job.folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(job.folder / "job.lock"):  # of several parts that begin at once, the first decides
+        if not noted.exists():
+            job.cut()
+            part = noted.with_name("job.json.part")
+            part.write_text(json.dumps(identity | {"starts": job.starts.tolist()}))
+            os.replace(part, noted)
+    job.starts = np.array(json.loads(noted.read_text())["starts"])
 
 
 def _shard_starts(sizes: np.ndarray, limit: float) -> np.ndarray:
@@ -427,6 +448,8 @@ def _unique_keys(samples: Sequence[Sample]) -> list[str]:
         key = re.sub(r"[^\w/+-]", "_", sample.key).strip("/")
         if key in taken or not key or len(key.encode()) + len(sample.suffix) + 1 > MAX_MEMBER_NAME:
             key = f"{number:09d}"
+            while key in taken:
+                key += "_"
         taken.add(key)
         keys.append(key)
     return keys

@@ -29,7 +29,8 @@ def in_parallel(
         unit: what is counted.
     """
     numbers = list(range(jobs)) if isinstance(jobs, int) else jobs
-    workers = min(workers or os.cpu_count() or 1, len(numbers))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(workers or cores, len(numbers))
     context = multiprocessing.get_context("fork") if "fork" in multiprocessing.get_all_start_methods() else None
     if workers <= 1 or context is None:
         with track_counter(what, total, unit) as counter:

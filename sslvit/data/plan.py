@@ -90,7 +90,7 @@ class EpochPlan:
         self.window = window_shards * math.ceil(self.samples / len(self.shard_samples))
         self.per_lane = global_batch // self.lanes  # rows of a batch that come from one lane
         self.lane_length = self.steps_per_epoch * self.per_lane
-        self._ring: tuple[int, np.ndarray, np.ndarray, int] | None = None
+        self._rings: dict[int, tuple[np.ndarray, np.ndarray, int]] = {}
         self._windows: dict[int, tuple[tuple[int, int], np.ndarray]] = {}
 
     @property
@@ -190,12 +190,13 @@ class EpochPlan:
         The samples that the epoch drops lie between the last lane and the first: at a random place, so that no
         sample is dropped more often than others.
         """
-        if self._ring is None or self._ring[0] != epoch:
+        if epoch not in self._rings:
             chance = generator(self.seed, epoch, "shards")
             shards = chance.permutation(len(self.shard_samples))
             starts = np.concatenate([[0], np.cumsum(self.shard_samples[shards])])
-            self._ring = epoch, shards, starts, int(chance.integers(self.samples))
-        return self._ring[1:]
+            self._rings = {known: ring for known, ring in self._rings.items() if abs(known - epoch) == 1}
+            self._rings[epoch] = shards, starts, int(chance.integers(self.samples))
+        return self._rings[epoch]
 
     def _samples_on_ring(self, epoch: int, places: np.ndarray) -> np.ndarray:
         shards, starts, turn = self._ring_of(epoch)

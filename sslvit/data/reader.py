@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import threading
+import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -40,7 +42,7 @@ class ShardReader:
         self.bad_shards: dict[int, str] = {}
         self.decoded: Tensor | None = None
         self.bad: dict[int, str] = {}
-        self.fetching: tuple[ThreadPoolExecutor, dict[int, Future]] | None = None
+        self.fetcher: _Fetcher | None = None
         size = index.image_size
         if size is not None and max(size) <= SMALL_SIDE:
             pixel = torch.uint8 if index.bits == 8 else torch.float32
@@ -54,7 +56,10 @@ class ShardReader:
             BadImage: the shard is missing, or ends before them.
         """
         shard, offset, size = self.index.locate(sample)
-        content = os.pread(self._open(shard), size, offset)
+        try:
+            content = os.pread(self._open(shard), size, offset)
+        except OSError as error:
+            raise BadImage(f"unreadable shard ({error.strerror})") from error
         if len(content) < size:
             raise BadImage("truncated shard")
         return content
@@ -72,16 +77,11 @@ class ShardReader:
         bad = {i: self.bad[int(s)] for i, s in enumerate(samples) if int(s) in self.bad} if self.bad else {}
         return self.decoded.index_select(0, torch.from_numpy(samples)), bad  # 15 times as fast as indexing
 
-    def fetch_ahead(self, shards: Iterable[int]) -> None:
-        """Bring shards from the network while others are read; those that are here cost nothing."""
-        if self.fetching is None:
-            self.fetching = ThreadPoolExecutor(FETCHERS, "fetch"), {}
-        pool, known = self.fetching
-        wanted = set(shards)
-        for shard in known.keys() - wanted:
-            known.pop(shard).cancel()
-        for shard in wanted - known.keys():
-            known[shard] = pool.submit(self.index.shard_path, shard)  # who reads it meets the error
+    def fetch_ahead(self, shards: list[int]) -> None:
+        """Bring shards from the network, in this order, while others are read; those that are here cost nothing."""
+        if self.fetcher is None:
+            self.fetcher = _Fetcher(self.index)
+        self.fetcher.wanted = shards
 
     def _open(self, shard: int) -> int:
         """The shard's file descriptor; the least recently used is closed when there are many."""
@@ -90,10 +90,7 @@ class ShardReader:
             if shard in self.bad_shards:
                 raise BadImage(self.bad_shards[shard])
             try:
-                file = os.open(self.index.shard_path(shard), os.O_RDONLY)
-            except FileNotFoundError:
-                self.bad_shards[shard] = "missing shard"
-                raise BadImage("missing shard") from None
+                file = self._open_file(shard)
             except BadImage as error:
                 self.bad_shards[shard] = str(error)
                 raise
@@ -101,6 +98,17 @@ class ShardReader:
                 os.close(self.files.popitem(last=False)[1])
         self.files[shard] = file
         return file
+
+    def _open_file(self, shard: int) -> int:
+        for is_last in (False, True):
+            try:
+                return os.open(self.index.shard_path(shard), os.O_RDONLY)
+            except FileNotFoundError:  # once: the cache may just have made room
+                if is_last or not self.index.is_remote:
+                    raise BadImage("missing shard") from None
+            except OSError as error:
+                raise BadImage(f"unreadable shard ({error.strerror})") from error
+        raise AssertionError
 
     def _decode_all(self, size: list[int], pixel: torch.dtype) -> Tensor:
         """Decode everything, in processes that write into memory that they share."""
@@ -130,4 +138,31 @@ class ShardReader:
         return everything
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"files": OrderedDict(), "fetching": None}  # a worker opens its own
+        return self.__dict__ | {"files": OrderedDict(), "fetcher": None}  # a worker opens its own
+
+
+class _Fetcher:
+    """Threads that bring wanted shards here, first things first; whoever reads a shard meets its error."""
+
+    def __init__(self, index: Index) -> None:
+        self.index, self.wanted, self.known = index, [], set()
+        self.lock = threading.Lock()
+        for _ in range(FETCHERS):
+            threading.Thread(target=self._work, daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            shard = self._next()
+            if shard is None:
+                time.sleep(0.05)
+                continue
+            with suppress(Exception):
+                self.index.shard_path(shard)
+
+    def _next(self) -> int | None:
+        with self.lock:
+            wanted = self.wanted
+            self.known &= set(wanted)  # what is no longer near may have been evicted when it comes again
+            shard = next((shard for shard in wanted if shard not in self.known), None)
+            self.known.add(shard)
+        return shard

@@ -13,25 +13,38 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from http.client import HTTPException, IncompleteRead
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 
 from sslvit.data.decode import BadImage
 from sslvit.data.index import Shard, sha256_of
 
-TRIES = 5
+TRIES = 8  # without a byte of progress: with the waits below, some two minutes
 FIRST_WAIT_SECONDS = 1.0  # before the second try; doubled for each further one
+LONGEST_WAIT_SECONDS = 60.0
 READ_TIMEOUT_SECONDS = 60.0  # without a single byte
 CHUNK = 2**20
 FSSPEC_CHUNK = 16 * 2**20
-GONE = (401, 403, 404, 410)  # answers that another try does not change
+GONE = (404, 410)  # the server does not have it
+REFUSED = (400, 401, 403)  # nor will it give it
+RANGE_NOT_SATISFIABLE = 416
+REMEMBERED_SECONDS = 600  # for which other processes do not ask again for a shard that is missing or damaged
+PART_DAYS = 2  # after which an unfinished download is given up
 
 
 class RemoteError(RuntimeError):
     """The network or the server failed for good; the message names the address."""
+
+
+class _TryAgain(Exception):
+    """What went wrong, and when the server wants to be asked again."""
+
+    def __init__(self, problem: str, wait_seconds: float = 0.0) -> None:
+        super().__init__(problem)
+        self.wait_seconds = wait_seconds
 
 
 class ShardCache:
@@ -40,7 +53,7 @@ class ShardCache:
     Args:
         folder: on a disk of this machine.
         limit_gb: size of the folder.
-        tries: how often a transfer is begun or continued before it has failed.
+        tries: how often a transfer may fail without a byte of progress.
         first_wait_seconds: before the second try; doubled for each further one.
         timeout_seconds: without a byte, after which a connection is given up.
     """
@@ -63,91 +76,127 @@ class ShardCache:
         return self.get(address, shard.bytes, shard.sha256)
 
     def get(self, address: str, size: int | None = None, sha256: str | None = None) -> Path:
-        """Any file; without a size and a checksum it is fetched anew each time."""
-        path = self.path_of(address)
-        if size is not None and self._is_whole(path, size):
-            os.utime(path)  # used just now
-            return path
+        """Any file; without a checksum it is fetched anew each time."""
+        path = self.path_of(address, sha256)
+        if sha256 is not None and _touch(path):
+            return path  # it got this name only after its checksum agreed
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
-            if size is not None and self._is_whole(path, size):
+            if sha256 is not None and _touch(path):
                 return path  # another process was faster
+            self._recall_failure(path)
             self._make_room(size or 0, path)
-            self._download(address, path, size, sha256)
+            try:
+                self._download(address, path, size, sha256)
+            except BadImage as error:
+                path.with_name(path.name + ".bad").write_text(str(error))
+                raise
+            if size is None:
+                self._make_room(0, path)
         return path
 
-    def path_of(self, address: str) -> Path:
-        """Where a file is kept: named after the whole address, so that equal base names never collide."""
-        digest = hashlib.sha256(address.encode()).hexdigest()
+    def path_of(self, address: str, sha256: str | None = None) -> Path:
+        """Where a file is kept: named after the whole address and its content, so that none is taken for another."""
+        digest = hashlib.sha256(f"{address} {sha256 or ''}".encode()).hexdigest()
         return self.folder / digest[:2] / f"{digest[:32]}-{Path(address.split('?')[0]).name[-80:]}"
 
-    def _is_whole(self, path: Path, size: int) -> bool:
-        try:
-            return path.stat().st_size == size  # it was renamed to this name only after its checksum agreed
-        except FileNotFoundError:
-            return False
+    def _recall_failure(self, path: Path) -> None:
+        noted = path.with_name(path.name + ".bad")
+        with suppress(FileNotFoundError):
+            if time.time() - noted.stat().st_mtime < REMEMBERED_SECONDS:
+                raise BadImage(noted.read_text())
+            noted.unlink()
 
     def _download(self, address: str, path: Path, size: int | None, sha256: str | None) -> None:
         part = path.with_name(path.name + ".part")
         if size is None:
             part.unlink(missing_ok=True)
-        problem = ""
-        for attempt in range(self.tries):
-            if attempt:
-                time.sleep(self.first_wait * 2 ** (attempt - 1) * (0.5 + random.random()))  # not all hosts at once
+        failures = damages = 0
+        while True:
+            before = part.stat().st_size if part.exists() else 0
             try:
                 self._transfer(address, part, size)
-            except urllib.error.HTTPError as error:
-                if error.code in GONE:
-                    raise BadImage(f"missing shard (the server answers {error.code} for {address})") from error
-                problem = f"the server answers {error.code} {error.reason}"
-                continue
-            except FileNotFoundError as error:
-                raise BadImage(f"missing shard ({address})") from error
-            except (OSError, HTTPException) as error:
-                problem = f"{type(error).__name__}: {error}"
-                continue
-            length = part.stat().st_size
-            if size is not None and length != size:
-                problem = f"{length} bytes instead of {size}"
-                if length > size:
-                    part.unlink()
-                continue
-            if sha256 is not None and sha256_of(part) != sha256:
-                problem = "its bytes do not have the checksum in index.json"
-                part.unlink()
-                continue
-            with open(part, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(part, path)
-            return
-        if "instead of" in problem or "checksum" in problem:
-            part.unlink(missing_ok=True)
-            raise BadImage(f"damaged shard ({address}: {problem}, {self.tries} times). Upload it again.")
-        raise RemoteError(
-            f"{address}: not fetched in {self.tries} tries; the last: {problem}. Check the network and the server, "
-            "then go on with --resume."
-        )
+                self._check(part, size, sha256)
+                break
+            except _Gone:
+                raise
+            except BadImage as error:  # another transfer may be better
+                damages += 1
+                if damages == self.tries:
+                    raise BadImage(
+                        f"damaged shard ({address}: {error}, {damages} times). Upload it again, and its index with it."
+                    ) from error
+                problem, wait = str(error), 0.0
+            except _TryAgain as error:
+                problem, wait = str(error), error.wait_seconds
+            after = part.stat().st_size if part.exists() else 0
+            failures = 0 if after > before else failures + 1
+            if failures >= self.tries:
+                raise RemoteError(
+                    f"{address}: not fetched in {failures} tries; the last: {problem}. Check the network and the "
+                    "server, then go on with --resume."
+                )
+            wait = max(wait, self.first_wait * 2 ** max(failures - 1, 0) * (0.5 + random.random()))  # not all at once
+            time.sleep(min(wait, LONGEST_WAIT_SECONDS))
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+
+    def _check(self, part: Path, size: int | None, sha256: str | None) -> None:
+        """Raise BadImage for a file that is not the one of the index; it is deleted."""
+        length = part.stat().st_size
+        if size is not None and length != size:
+            part.unlink()  # though the server says that this is all: the next try begins anew
+            raise BadImage(f"{length} bytes instead of {size}")
+        if sha256 is not None and sha256_of(part) != sha256:
+            part.unlink()
+            raise BadImage("its bytes do not have the checksum in index.json")
 
     def _transfer(self, address: str, part: Path, size: int | None) -> None:
-        """Append to what is there already."""
+        """Append to what is there already, to the end of the file.
+
+        Raises:
+            BadImage: there is no such file.
+            RemoteError: the server refuses.
+            _TryAgain: anything that may pass.
+        """
         start = part.stat().st_size if part.exists() else 0
+        if size is not None and start > size:
+            part.unlink()
+            start = 0
         if size is not None and start == size:
             return
         is_http = address.startswith(("http://", "https://"))
-        chunks = self._http(address, start) if is_http else _fsspec_chunks(address, start)
-        with open(part, "r+b" if start else "wb") as file:
-            for place, chunk in chunks:
-                file.seek(place)
-                file.truncate()
-                file.write(chunk)
+        chunks = self._http(address, start, part) if is_http else _fsspec_chunks(address, start)
+        try:
+            with open(part, "r+b" if start else "wb") as file:
+                for place, chunk in chunks:
+                    file.seek(place)
+                    file.truncate()
+                    file.write(chunk)
+        except (BadImage, RemoteError, _TryAgain):
+            raise
+        except (OSError, HTTPException) as error:
+            raise _TryAgain(f"{type(error).__name__}: {error}") from error
 
-    def _http(self, address: str, start: int) -> Iterator[tuple[int, bytes]]:
+    def _http(self, address: str, start: int, part: Path) -> Iterator[tuple[int, bytes]]:
         """(place in the file, bytes) from `start`, or from 0 where the server does not serve parts."""
         request = urllib.request.Request(address, headers={"User-Agent": "sslvit", "Accept-Encoding": "identity"})
         if start:
             request.add_header("Range", f"bytes={start}-")
-        with urllib.request.urlopen(request, timeout=self.timeout) as response:
+        try:
+            response = urllib.request.urlopen(request, timeout=self.timeout)
+        except urllib.error.HTTPError as error:
+            answer = f"the server answers {error.code} {error.reason}"
+            if error.code in GONE:
+                raise _Gone(f"missing shard ({answer} for {address})") from error
+            if error.code in REFUSED:
+                raise RemoteError(f"{address}: {answer}. Check the address and your access to it.") from error
+            if error.code == RANGE_NOT_SATISFIABLE:
+                part.unlink(missing_ok=True)
+            retry_after = error.headers.get("Retry-After") or ""
+            raise _TryAgain(answer, float(retry_after) if retry_after.isdecimal() else 0.0) from error
+        with response:
             place = start if response.status == 206 else 0
             promised = response.headers.get("Content-Length")
             received = 0
@@ -164,14 +213,37 @@ class ShardCache:
                 f"data.cache_gb: {self.limit / 2**30:g} GB cannot hold one shard of {size / 2**30:.2f} GB. Raise it."
             )
         with FileLock(self.folder / "room.lock"):
-            files = [(f.stat(), f) for f in self.folder.glob("??/*") if f.suffix not in (".lock", ".part")]
-            used = sum(about.st_size for about, _ in files) + size
-            for about, file in sorted(files, key=lambda pair: pair[0].st_mtime):
+            files = []
+            for file in self.folder.glob("??/*"):
+                with suppress(FileNotFoundError):
+                    about = file.stat()
+                    is_old_part = file.suffix == ".part" and time.time() - about.st_mtime > PART_DAYS * 86_400
+                    if is_old_part:
+                        file.unlink()
+                    elif file.suffix not in (".lock", ".bad"):
+                        files.append((about.st_mtime, about.st_size, file))
+            used = sum(length for _, length, _ in files) + size
+            for _, length, file in sorted(files):
                 if used <= self.limit:
                     return
-                if file != keep:
+                if file != keep and file.suffix != ".part":
                     file.unlink(missing_ok=True)
-                    used -= about.st_size
+                    used -= length
+
+
+class _Gone(BadImage):
+    """No other try would find it."""
+
+
+def _touch(path: Path) -> bool:
+    """Whether the file is there; if so it was used just now."""
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        return False
+    except OSError:  # someone else's file: it is there, only its time cannot be set
+        return True
+    return True
 
 
 def _fsspec_chunks(address: str, start: int) -> Iterator[tuple[int, bytes]]:
@@ -182,11 +254,13 @@ def _fsspec_chunks(address: str, start: int) -> Iterator[tuple[int, bytes]]:
         files, path = fsspec.core.url_to_fs(address)
     except (ImportError, ValueError) as error:
         raise ValueError(f"{address}: {error}") from error
-    total: Any = files.info(path)["size"]
-    for place in range(start, total, FSSPEC_CHUNK):
-        yield place, files.cat_file(path, start=place, end=min(place + FSSPEC_CHUNK, total))
-
-
-def is_address(source: str) -> bool:
-    """Whether it names something on the network."""
-    return "://" in source
+    try:
+        total = int(files.info(path)["size"])
+        for place in range(start, total, FSSPEC_CHUNK):
+            yield place, files.cat_file(path, start=place, end=min(place + FSSPEC_CHUNK, total))
+    except FileNotFoundError as error:
+        raise _Gone(f"missing shard ({address})") from error
+    except PermissionError as error:
+        raise RemoteError(f"{address}: {error}. Check the address and your access to it.") from error
+    except Exception as error:  # every file system has errors of its own
+        raise _TryAgain(f"{type(error).__name__}: {error}") from error

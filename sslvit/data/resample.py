@@ -56,6 +56,8 @@ def view_of_one(image: Tensor, box: Boxes, size: list[int], interpolation: str, 
         return resample(image[None], box, size, interpolation)[0]
     part = image[None, :, top : top + tall, left : left + wide].contiguous(memory_format=torch.channels_last)
     view = F.interpolate(part, size=size, mode=interpolation, antialias=True)[0]
+    if view.is_floating_point():
+        view.clamp_(0, 255)  # bicubic weights overshoot
     return view.flip(2) if box.is_mirrored[0] else view
 
 

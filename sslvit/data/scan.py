@@ -5,10 +5,12 @@ Packing and indexing both make one report per shard, in parallel and in any orde
 
 from __future__ import annotations
 
+import json
 import os
 import tarfile
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,6 +21,7 @@ from sslvit.data.decode import IMAGE_SUFFIXES, MODES, BadImage, Header, decode, 
 from sslvit.data.index import NO_LABEL, RECORD, Shard, ShardIndex, sha256_of
 from sslvit.data.parallel import in_parallel
 
+MOST_CLASSES_PER_IMAGE = 2  # larger labels are other numbers
 STATISTICS_SAMPLES = 10_000  # channel mean and std are measured on about this many images
 PICKLES = {".pyd", ".pkl", ".pickle", ".pth", ".pt"}  # what other readers would unpickle, that is: run
 
@@ -50,7 +53,8 @@ class Measured:
 
     def measure(self, content: bytes, header: Header) -> None:
         """Add the moments of one image; those of another number of channels are left out."""
-        channels = 3 if header.channels in MODES else header.channels
+        is_mixed = header.mode != "array" and header.channels < 4
+        channels = 3 if is_mixed else header.channels  # grey images among colours count as colours
         if self.images and channels != self.channels:
             return
         pixels = decode(content, channels, header.bits, header=header).numpy().reshape(channels, -1) / 255
@@ -75,7 +79,8 @@ class Measured:
         if not self.images:
             raise ValueError(f"{location}: none of the images can be decoded.")
         kinds = {channels for channels, _ in self.kinds}
-        channels = 1 if kinds == {1} else 3 if kinds <= set(MODES) else self.channels
+        only = next(iter(kinds)) if len(kinds) == 1 else 0
+        channels = only or (3 if kinds <= set(MODES) else self.channels)
         mean, square = np.array(self.moments)[:, :channels] / self.images
         return {
             "channels": channels,
@@ -153,6 +158,11 @@ def index_shards(folder: str | Path, workers: int | None = None) -> ShardIndex:
     if not names:
         raise ValueError(f"{folder}: no .tar files there.")
     index = index_names(str(folder), names, lambda name: Path(folder) / name, workers)
+    with suppress(FileNotFoundError, ValueError, KeyError, TypeError):  # what an earlier index knows and tars do not
+        before = json.loads((Path(folder) / "index.json").read_text())
+        if index.classes and before["classes"] and len(before["classes"]) >= len(index.classes):
+            index.classes = before["classes"]
+        index.encoding = before["encoding"]
     index.save()
     return index
 
@@ -172,11 +182,18 @@ def index_names(
     if not any(report.shard.samples for report in reports):
         raise ValueError(f"{location}: the shards hold no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
     labels = np.concatenate([report.records["label"] for report in reports])
-    classes = None if (labels == NO_LABEL).any() else [str(label) for label in range(int(labels.max()) + 1)]
+    missing, top = int((labels == NO_LABEL).sum()), int(labels.max())
+    classes = None
+    if 0 < missing < len(labels):
+        print(f"{location}: {missing} of {len(labels)} images have no label, so the others' are not used either")
+    elif not missing and top >= MOST_CLASSES_PER_IMAGE * len(labels) + 1000:
+        print(f"{location}: labels up to {top} for {len(labels)} images are no class numbers; they are not used")
+    elif not missing:
+        classes = [str(label) for label in range(top + 1)]
     index = join_reports(reports, location, classes)
     if index.skipped:
         name, reason = next(iter(index.skipped.items()))
-        print(f"left out {len(index.skipped)} members (the first: {name}: {reason}); all are in index.json")
+        print(f"left out {len(index.skipped)} things (the first: {name}: {reason}); all are in index.json")
     return index
 
 
@@ -195,50 +212,63 @@ class _ScanJob:
 def scan_shard(path: Path, shards: int = 1) -> ShardReport:
     """Members, checksum and image properties of one tar file, one of so many.
 
-    Members that could do harm (absolute paths, "..", pickles) are left out and named.
-
-    Raises:
-        ValueError: not a readable tar, or two images under one key.
+    What could do harm (absolute paths, "..", pickles) is left out and named; so is what cannot be read.
     """
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, int] = {}
     skipped: dict[str, str] = {}
+    length = path.stat().st_size
     try:
         with tarfile.open(path, "r:") as tar:
+            end = 0
             for member in tar:
-                name = PurePosixPath(member.name)
-                stem, _, field_name = name.name.partition(".")
-                key = str(name.parent / stem)
-                if not member.isfile():
-                    continue
-                if name.is_absolute() or ".." in name.parts:
-                    skipped[f"{path.name}/{member.name}"] = "a path that leads out of its folder"
-                elif name.suffix.lower() in PICKLES:
-                    skipped[f"{path.name}/{member.name}"] = "a pickle, which would run code"
-                elif f".{field_name.lower()}" in IMAGE_SUFFIXES:  # KEY.seg.png is another field, not the image
-                    if key in images:
-                        raise ValueError(f"{key} has two images")
-                    images[key] = (member.offset_data, member.size)
-                elif field_name == "cls":
-                    labels[key] = _label(key, tar.extractfile(member).read(32))
-    except (tarfile.TarError, ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{path}: not a readable tar shard ({error}).") from error
-    if path.stat().st_size < max((offset + size for offset, size in images.values()), default=0):
-        raise ValueError(f"{path}: not a readable tar shard (it ends early). Copy it again.")
+                if member.size < 0 or member.offset < end or member.offset_data + member.size > length:
+                    raise tarfile.ReadError("a member ends beyond the file")
+                end = member.offset_data + member.size
+                if member.isfile():
+                    problem = _take(member, tar, images, labels)
+                    if problem:
+                        skipped[f"{path.name}/{member.name}"] = problem
+            if not _ends_there(path, tar.offset):  # tarfile stops without a word at a damaged header
+                raise tarfile.ReadError("no end mark after the last member")
+    except (tarfile.TarError, ValueError, OverflowError, OSError, EOFError) as error:
+        skipped[path.name] = f"truncated tar: {len(images)} images read, what follows is lost ({error})"
     rows = [(offset, size, labels.get(key, NO_LABEL)) for key, (offset, size) in images.items()]
     records = np.array(rows, RECORD)
-    shard = Shard(path.name, len(records), path.stat().st_size, sha256_of(path))
+    shard = Shard(path.name, len(records), length, sha256_of(path))
     return ShardReport(shard, records, measure_shard(path, records, shards), skipped)
 
 
-def _label(key: str, text: bytes) -> int:
-    try:
-        label = int(text)
-    except ValueError:
-        label = -1
-    if not 0 <= label < 2**31:
-        raise ValueError(f"{key}.cls holds {text!r} instead of a class number")
-    return label
+def _take(
+    member: tarfile.TarInfo, tar: tarfile.TarFile, images: dict[str, tuple[int, int]], labels: dict[str, int]
+) -> str:
+    """Note an image or a label; returns why a member is left out, if it is."""
+    name = PurePosixPath(member.name)
+    stem, _, field_name = name.name.partition(".")
+    key = str(name.parent / stem)
+    if name.is_absolute() or ".." in name.parts:
+        return "a path that leads out of its folder"
+    if name.suffix.lower() in PICKLES:
+        return "a pickle, which would run code"
+    if f".{field_name.lower()}" in IMAGE_SUFFIXES:  # KEY.seg.png is another field, not the image
+        if key in images:
+            return "a second image of its key"
+        if member.size >= 2**32:
+            return "more than 4 GB"
+        images[key] = (member.offset_data, member.size)
+    elif field_name == "cls":
+        text = tar.extractfile(member).read(32)
+        if not text.strip().isdigit() or int(text) >= 2**31:
+            return f"{text!r} instead of a class number"
+        labels[key] = int(text)
+    return ""
+
+
+def _ends_there(path: Path, place: int) -> bool:
+    """Whether a tar's end mark, a block of zeros, stands where its members end."""
+    with open(path, "rb") as file:
+        file.seek(place)
+        return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
 
 
 def measure_shard(path: Path, records: np.ndarray, shards: int) -> Measured:

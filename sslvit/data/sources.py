@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 import io
 import json
 import os
 import struct
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +67,11 @@ class ArrayImages:
         channels = images.shape[3] if images.ndim == 4 else 1
         is_grey = channels == 1
         self.suffix = ".png" if is_grey or (channels in MODES and images.dtype == np.uint8) else ".npy"
+
+    def digest(self) -> str:
+        """Of up to 1,024 images spread over the array."""
+        chosen = np.unique(np.linspace(0, len(self.images) - 1, min(len(self.images), 1024)).astype(int))
+        return hashlib.sha256(b"".join(self.images[place].tobytes() for place in chosen)).hexdigest()
 
     def read(self, place: int) -> bytes:
         image, buffer = np.ascontiguousarray(self.images[place]), io.BytesIO()
@@ -139,6 +146,7 @@ def folder_samples(source: Path) -> tuple[list[Sample], list[str] | None]:
         for label, folder in enumerate(folders)
         for path in _files_below(folder)
         if _is_image(path)
+        and (os.path.isfile(path) or not os.path.exists(path))  # no pipes; links to nowhere are named
     ]
     if not samples:
         raise ValueError(
@@ -170,7 +178,10 @@ def list_samples(path: Path) -> tuple[list[Sample], list[str] | None]:
         if not os.path.isfile(full):
             raise ValueError(f"{path}, line {line}: {full} does not exist.")
         found.append((full, str(name), label))
-    classes, number_of = _classes([label for *_, label in found]) if label_column else (None, {})
+    try:
+        classes, number_of = _classes([label for *_, label in found]) if label_column else (None, {})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     samples = []
     for full, name, label in found:
         stem, suffix = os.path.splitext(name)
@@ -291,7 +302,7 @@ def _read_idx(path: Path) -> np.ndarray:
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
         try:
             content = file.read()
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f"{path}: not readable ({error}).") from error
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] != IDX_BYTES:
         raise ValueError(f"{path}: not an IDX file of unsigned bytes.")
@@ -307,6 +318,15 @@ def _read_idx(path: Path) -> np.ndarray:
 
 def _rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
     """(line number, columns) of a list."""
+    try:
+        yield from _parsed_rows(path)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not in UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8.") from error
+    except csv.Error as error:
+        raise ValueError(f"{path}: not readable ({error}).") from error
+
+
+def _parsed_rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
     with open(path, newline="", encoding="utf-8-sig") as file:
         if path.suffix.lower() == ".jsonl":
             for line, text in enumerate(file, 1):
@@ -322,13 +342,22 @@ def _rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
         else:
             reader = csv.DictReader(file, delimiter=LISTS[path.suffix.lower()])
             for row in reader:
+                if None in row:
+                    raise ValueError(f"{path}, line {reader.line_num}: more fields than the {len(row) - 1} columns.")
                 yield reader.line_num, row
 
 
 def _classes(labels: list[Any]) -> tuple[list[str], dict[str, int]]:
     """Class names and the number of each: whole numbers keep theirs, names are numbered in alphabetical order."""
     names = {str(label) for label in labels}
+    negative = next((name for name in names if name.startswith("-") and name[1:].isdecimal()), None)
+    if negative:
+        raise ValueError(
+            f"a label of {negative}; classes count from 0. Leave the column of labels out if there are none."
+        )
     if all(name.isdecimal() for name in names):
+        if max(map(int, names)) >= 2 * len(labels) + 1000:
+            raise ValueError(f"labels up to {max(map(int, names))} for {len(labels)} images are no class numbers.")
         classes = [str(number) for number in range(max(map(int, names)) + 1)]
         return classes, {name: int(name) for name in names}
     classes = sorted(names)
@@ -346,8 +375,9 @@ def _files_below(folder: Path) -> list[str]:
     def refuse(error: OSError) -> None:
         raise ValueError(f"{error.filename}: not readable ({error.strerror}). Check its permissions.") from error
 
-    found = [Path(root) / name for root, _, names in os.walk(folder, onerror=refuse) for name in names]
-    return [str(path) for path in sorted(found)]
+    found = sorted(Path(root) / name for root, _, names in os.walk(folder, onerror=refuse) for name in names)
+    # no pipes and devices, which would hang; links to nowhere stay, to be named
+    return [str(path) for path in found if path.is_file() or not path.exists()]
 
 
 def _file_sample(files: FileImages, path: str, root: str, label: int) -> Sample:

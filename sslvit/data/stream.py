@@ -18,9 +18,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 from sslvit.chance import generator
 from sslvit.data.batch import Batch
 from sslvit.data.decode import IMAGE_SUFFIXES
-from sslvit.data.index import Shard
+from sslvit.data.index import Shard, is_address
 from sslvit.data.loader import MemoryReader, make_batch
-from sslvit.data.remote import ShardCache, is_address
+from sslvit.data.remote import ShardCache
 from sslvit.data.views import Views
 
 PIPE = "pipe:"
@@ -66,6 +66,7 @@ class StreamIndex:
         self.location = urls[0] if len(urls) == 1 else f"{urls[0]} and {len(urls) - 1} more"
         self.shards = [Shard(url, 0, 0, "") for url in urls]
         self.classes, self.image_size, self.channels, self.bits = None, None, 3, 8
+        self.is_remote = False
         self.mean: list[float] = []
         self.std: list[float] = []
 
@@ -119,23 +120,23 @@ class StreamBatches(IterableDataset):
         samples = self._samples(worker, workers)
         for number in itertools.count(worker, workers):
             rows = list(itertools.islice(samples, self.micro))
-            contents = {number_of(key): (key, content) for _, key, content, _ in rows}
+            contents = {number: (key, content) for _, number, key, content, _ in rows}
             first_row = (self.rank * self.passes + number % self.passes) * self.micro
-            numbers, epochs = np.array([number_of(key) for _, key, *_ in rows]), np.array([row[0] for row in rows])
+            numbers, epochs = np.array([row[1] for row in rows]), np.array([row[0] for row in rows])
             reader = MemoryReader(contents, self.channels)
             batch = make_batch(reader, self.views, numbers, epochs, first_row=first_row)
             batch.bad |= {name: reason for *_, problems in rows for name, reason in problems.items()}
             yield batch
 
-    def _samples(self, worker: int, workers: int) -> Iterator[tuple[int, str, bytes, dict[str, str]]]:
-        """(epoch, key, bytes of the image, what could not be read on the way) without end, shuffled."""
+    def _samples(self, worker: int, workers: int) -> Iterator[tuple[int, int, str, bytes, dict[str, str]]]:
+        """(epoch, number, key, bytes of the image, what could not be read on the way) without end, shuffled."""
         for epoch in itertools.count():
             key = (self.views.seed, epoch, "stream", self.start_step)
             urls = [self.index.urls[i] for i in generator(*key).permutation(len(self.index.urls))]
             own = urls[self.rank :: self.ranks][worker::workers]
             chance = generator(*key, self.rank, worker)
             problems: dict[str, str] = {}
-            buffer: list[tuple[str, bytes]] = []
+            buffer: list[tuple[int, str, bytes]] = []
             count = 0
             for found in self._read(own, problems):
                 count += 1
@@ -151,8 +152,8 @@ class StreamBatches(IterableDataset):
                 reason = "; ".join(f"{name}: {text}" for name, text in problems.items())
                 raise ValueError(f"data.shards: no image in {', '.join(own)}. {reason}")
 
-    def _read(self, urls: list[str], problems: dict[str, str]) -> Iterator[tuple[str, bytes]]:
-        """(key, bytes) of every image; a damaged stream ends early and is named."""
+    def _read(self, urls: list[str], problems: dict[str, str]) -> Iterator[tuple[int, str, bytes]]:
+        """(number, key, bytes) of every image; a damaged stream ends early and is named."""
         import webdataset
 
         def note(error: Exception) -> bool:
@@ -167,12 +168,12 @@ class StreamBatches(IterableDataset):
                 continue
             for name, content in sample.items():
                 if f".{name.lower()}" in IMAGE_SUFFIXES and isinstance(content, bytes):
-                    yield key, content
+                    yield number_of(f"{sample['__url__']} {key}"), key, content
                     break
 
 
 def number_of(key: str) -> int:
-    """A number that stands for a key, the same everywhere."""
+    """A number that stands for a sample's shard and key, the same everywhere."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) >> (64 - NUMBER_BITS)
 
 

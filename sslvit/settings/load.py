@@ -38,6 +38,8 @@ def load_recipe(config: str | Path, changes: dict[str, Any] | None = None) -> Pr
     """
     path = find_recipe(config)
     tree = _read_yaml(path)
+    if isinstance(tree.get("data"), dict) and tree["data"].get("allow_pipe"):
+        raise ValueError(f"{path}: data.allow_pipe is for you to give, not for a file: --data.allow_pipe true")
     changes = changes or {}
     for section, (key, default, _) in CHOICES.items():
         if f"{section}.{key}" in changes and changes[f"{section}.{key}"] != _chosen(tree, section, key, default):

@@ -21,6 +21,7 @@ from sslvit.data.index import Index
 from sslvit.data.plan import Plan
 from sslvit.train.folder import RunFolder
 
+ROWS_THAT_SAY_MUCH = 100  # unreadable ones from which on their share of what was read counts
 STEPS_BETWEEN_COUNTS = 50  # with several ranks: how often they add up their unreadable samples
 
 
@@ -176,17 +177,25 @@ class Ledger(StepCallback):
     def on_step(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if trainer.world_size > 1 and self.step % STEPS_BETWEEN_COUNTS:
             return  # ranks decide together, and counting together is not free
-        bad = self.of_all_ranks()
-        if len(bad) > max(1, self.limit * len(self.index)):
-            self.save(trainer, bad)
-            first = next(iter(bad.values()))
-            raise RuntimeError(
-                f"{len(bad)} unreadable samples are more than data.bad_limit ({self.limit:.1%} of "
-                f"{len(self.index)}); the first: {first['key']}: {first['reason']}. All are in {self.folder.ledger}."
-            )
+        self.check(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.check(trainer)
         self.save(trainer, self.of_all_ranks())
+
+    def check(self, trainer: pl.Trainer) -> None:
+        """End the run if too much is unreadable, of the data set or of what was read so far."""
+        bad = self.of_all_ranks()
+        rows = sum(entry["times"] for entry in bad.values())
+        is_much = rows >= ROWS_THAT_SAY_MUCH and rows > self.limit * self.step * self.plan.global_batch
+        if is_much or len(bad) > (max(1, self.limit * len(self.index)) if self.limit else 0):
+            self.save(trainer, bad)
+            first = next(iter(bad.values()))
+            of = min(len(self.index), self.step * self.plan.global_batch)
+            raise RuntimeError(
+                f"{len(bad)} unreadable samples are more than data.bad_limit ({self.limit:.1%} of {of}); "
+                f"the first: {first['key']}: {first['reason']}. All are in {self.folder.ledger}."
+            )
 
     def of_all_ranks(self) -> dict[str, dict[str, Any]]:
         """Bad samples of the whole run, by key."""
@@ -209,7 +218,9 @@ class Ledger(StepCallback):
                 "dropped_per_epoch": self.plan.dropped_per_epoch, "epochs_finished": epochs,
                 "bad_by_reason": dict(Counter(entry["reason"] for entry in bad.values())), "bad": list(bad.values()),
             }  # fmt: skip
-            self.folder.ledger.write_text(json.dumps(content, indent=1) + "\n")
+            part = self.folder.ledger.with_suffix(".part")
+            part.write_text(json.dumps(content, indent=1) + "\n")
+            os.replace(part, self.folder.ledger)
 
     def state_dict(self) -> dict[str, Any]:
         return self.of_all_ranks()

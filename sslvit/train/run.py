@@ -24,7 +24,6 @@ from sslvit.data.index import Index
 from sslvit.data.module import ShardDataModule
 from sslvit.data.open import check_present, open_data
 from sslvit.data.plan import Plan, slices
-from sslvit.data.remote import is_address
 from sslvit.data.stream import StreamIndex
 from sslvit.figures import curves, image_rows
 from sslvit.settings import EncoderSettings, PretrainSettings, TrainSettings
@@ -206,7 +205,7 @@ def _check_data(settings: PretrainSettings, index: Index, plan: Plan) -> None:
     if data.ledger and isinstance(index, StreamIndex):
         raise ValueError("data.ledger: a stream cannot promise each sample once. Pack it into shards, or leave it off.")
     check_present(index, data.bad_limit)
-    largest = max((shard.bytes for shard in index.shards if is_address(index.location + shard.name)), default=0)
+    largest = max(shard.bytes for shard in index.shards) if index.is_remote else 0
     needed = plan.shards_at_once(0, plan.global_batch // settings.train.nodes) * largest / 2**30
     if needed > data.cache_gb:
         raise ValueError(

@@ -90,6 +90,7 @@ def test_the_index_is_plain_tar_arithmetic(tmp_path: Path) -> None:
 def test_indexing_packed_shards_again_finds_the_same(tmp_path: Path) -> None:
     index = numbered_shards(tmp_path, 20, shard_mb=0.01)
     again = index_shards(tmp_path)
+    assert again.classes == ["even", "odd"]  # which the tars do not know
     assert np.array_equal(again.records, index.records)
     assert (again.mean, again.std, again.image_size) == (index.mean, index.std, index.image_size)
     assert again.fingerprint() == index.fingerprint()
@@ -119,25 +120,65 @@ def test_dangerous_members_are_refused_and_named(tmp_path: Path, capsys: pytest.
         "a.tar/b.pyd": "a pickle, which would run code", "a.tar/c.pth": "a pickle, which would run code",
         "a.tar/d.pkl": "a pickle, which would run code",
     }  # fmt: skip
-    assert "left out 5 members" in capsys.readouterr().out
+    assert "left out 5 things" in capsys.readouterr().out
     assert not (tmp_path / "harmed").exists()
     assert load_index(tmp_path).skipped == index.skipped
 
 
 @pytest.mark.parametrize(
     ("members", "message"),
-    [
-        ({"a.png": png(1), "a.jpg": png(2)}, "a has two images"),
-        ({"a.png": png(1), "a.cls": b"dog"}, "a.cls holds b'dog' instead of a class number"),
-        ({"a.png": png(1), "a.cls": b"-3"}, "instead of a class number"),
-        ({"a.txt": b"hello"}, "hold no images"),
-        ({"a.png": b"nonsense"}, "none of the images can be decoded"),
-    ],
+    [({"a.txt": b"hello"}, "hold no images"), ({"a.png": b"nonsense"}, "none of the images can be decoded")],
 )
-def test_shards_that_make_no_sense_are_refused(tmp_path: Path, members: dict, message: str) -> None:
+def test_shards_without_images_are_refused(tmp_path: Path, members: dict, message: str) -> None:
     write_tar(tmp_path / "a.tar", members)
     with pytest.raises(ValueError, match=message):
         index_shards(tmp_path)
+
+
+def test_odd_members_are_left_out_and_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    write_tar(tmp_path / "a.tar", {
+        "a.png": png(1), "a.jpg": png(2), "a.cls": b"0", "b.png": png(3), "b.cls": b"dog",
+        "c.png": png(4), "c.cls": b"-3",
+    })  # fmt: skip
+    index = index_shards(tmp_path)
+    assert sorted(numbers_of(index)) == [1, 3, 4]
+    assert index.classes is None
+    assert index.skipped == {
+        "a.tar/a.jpg": "a second image of its key", "a.tar/b.cls": "b'dog' instead of a class number",
+        "a.tar/c.cls": "b'-3' instead of a class number",
+    }  # fmt: skip
+    assert "2 of 3 images have no label, so the others' are not used either" in capsys.readouterr().out
+
+
+def test_numbers_that_are_no_classes_are_not_taken_for_some(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    write_tar(tmp_path / "a.tar", {"a.png": png(1), "a.cls": b"30000000"})
+    assert index_shards(tmp_path).classes is None
+    assert "labels up to 30000000 for 1 images are no class numbers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("harm", ["header", "cut at a member", "cut in a header", "cut in an image", "negative size"])
+def test_a_truncated_tar_gives_what_is_readable_and_says_so(tmp_path: Path, harm: str) -> None:
+    write_tar(tmp_path / "a.tar", {f"{i}.png": png(i) for i in range(10)})
+    content = bytearray((tmp_path / "a.tar").read_bytes())
+    each = 1024  # header and one block
+    if harm == "header":
+        content[5 * each + 150] ^= 0xFF
+    elif harm == "negative size":
+        about = tarfile.TarInfo("5.txt")
+        about.size = -512
+        content[5 * each : 5 * each + 512] = about.tobuf(tarfile.GNU_FORMAT)
+    else:
+        del content[5 * each + {"cut at a member": 0, "cut in a header": 100, "cut in an image": 530}[harm] :]
+    (tmp_path / "a.tar").write_bytes(content)
+    write_tar(tmp_path / "b.tar", {"x.png": png(200)})
+    index = index_shards(tmp_path, workers=1)
+    assert numbers_of(index) == [0, 1, 2, 3, 4, 200]
+    assert "truncated tar: 5 images read, what follows is lost" in index.skipped["a.tar"]
+
+
+def test_programs_are_not_started_for_images(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", {"a.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "b.png": png(7)})
+    assert numbers_of(index_shards(tmp_path)) == [-1, 7]
 
 
 def test_a_damaged_index_is_named(tmp_path: Path) -> None:
@@ -162,11 +203,12 @@ def test_a_damaged_index_is_named(tmp_path: Path) -> None:
         load_index(tmp_path)
 
 
-def test_damaged_tars_and_indices_are_errors_or_skips_and_never_more(tmp_path: Path) -> None:
+@pytest.mark.parametrize("seed", [0, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
+def test_damaged_tars_and_indices_are_errors_or_skips_and_never_more(tmp_path: Path, seed: int) -> None:
     """Random damage to shard and index: a clear error, or readable samples; never a crash or a wrong exception."""
     numbered_shards(tmp_path / "whole", 12)
     files = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     outcomes = set()
     folder = tmp_path / "damaged"
     folder.mkdir()
@@ -221,7 +263,7 @@ def test_check_finds_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture
     (index,) = pack_source(source, tmp_path / "out", workers=1)
     found = check_shards(index, workers=1)
     assert found.is_whole
-    assert [sorted(keys) for keys in found.duplicates] == [
+    assert [sorted(map(index.key, samples)) for samples in found.duplicates] == [
         ["shard-000000.tar/dog/again.png", "shard-000000.tar/dog/im_003.png"]
     ]
     assert found.modes == {"RGB": 21, "L": 1}
@@ -269,7 +311,7 @@ def test_a_sparse_index_of_a_billion_samples_opens_at_once(tmp_path: Path) -> No
         "shard_lengths": [each] * shards, "bytes": [1 << 28] * shards, "sha256": ["0" * 64] * shards,
     }  # fmt: skip
     fields = {"classes": None, "channels": 3, "bits": 8, "mean": [0.0] * 3, "std": [1.0] * 3, "image_size": None}
-    about = {"format": 2, **fields, "encoding": "", "skipped": {}, "splits": {"train": split}}
+    about = {"format": 2, "records_sha256": "", **fields, "encoding": "", "skipped": {}, "splits": {"train": split}}
     (tmp_path / "index.json").write_text(json.dumps(about))
     began = time.perf_counter()
     index = load_index(tmp_path)

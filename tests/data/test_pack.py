@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from shard_fixtures import contents, image_folder, numbered_shards, numbers_of, photograph
+from shard_fixtures import contents, encoded, image_folder, numbered_shards, numbers_of, photograph
 
 from sslvit.data.decode import decode
 from sslvit.data.index import load_index
@@ -60,6 +60,25 @@ def test_any_number_of_workers_and_parts_gives_the_same_bytes(tmp_path: Path) ->
     assert names == sorted(path.name for path in (tmp_path / "w1").iterdir())
     index_files = [(tmp_path / name / "index.json").read_bytes() for name in ("w1", "w3", "parts")]
     assert len(set(index_files)) == 1
+
+
+def test_parts_of_different_arrays_are_not_joined(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        np.save(tmp_path / f"{name}.npy", np.full((30, 8, 8), ord(name), np.uint8))
+    pack_source(tmp_path / "a.npy", tmp_path / "out", SMALL, part="1/2")
+    with pytest.raises(ValueError, match="unfinished packing of something else .other source"):
+        pack_source(tmp_path / "b.npy", tmp_path / "out", SMALL, part="2/2")
+
+
+def test_every_part_keeps_to_the_boundaries_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = image_folder(tmp_path / "in", count=25)
+    settings = PackSettings(shard_mb=0.01, encode="webp")
+    pack_source(source, tmp_path / "out", settings, part="1/2")
+    monkeypatch.setattr("sslvit.data.pack.TRIAL_IMAGES", 2)  # another estimate
+    pack_source(source, tmp_path / "out", settings, part="2/2")
+    index = finish_packing(tmp_path / "out")
+    keys = [index.key(i) for i in range(len(index))]
+    assert len(set(keys)) == len(keys) == 50
 
 
 def test_missing_parts_are_named(tmp_path: Path) -> None:
@@ -199,6 +218,9 @@ def test_numbers_in_a_list_stay_class_numbers_and_labels_may_be_absent(tmp_path:
         ("a.csv", "", "an empty list"),
         ("a.jsonl", '{"path": "in/cat/im.001.png"}\n{"path\n', "line 2: not JSON"),
         ("a.jsonl", "[1]\n", "line 1: expected an object"),
+        ("a.csv", "path\nin/cat/im.001.png,extra\n", "line 2: more fields than the 1 columns"),
+        ("a.csv", "path,label\nin/cat/im.001.png,-1\n", "a.csv: a label of -1; classes count from 0"),
+        ("a.csv", "path,label\nin/cat/im.001.png,99999\n", "labels up to 99999 for 1 images are no class numbers"),
         ("a.txt", "", "neither a folder, nor a list"),
     ],
 )
@@ -330,6 +352,39 @@ def test_bad_sources_are_refused_before_anything_is_written(tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
+def test_keys_that_look_like_fallbacks_stay_unique(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("000000001.png", "000000001.jpg", "x.png", "x.jpg"):
+        Image.new("RGB", (8, 8), 9).save(tmp_path / "in" / name)
+    (index,) = pack_source(tmp_path / "in", tmp_path / "out")
+    assert len({Path(index.key(i)).stem for i in range(4)}) == 4
+
+
+def test_a_pipe_among_the_images_does_not_hang(tmp_path: Path) -> None:
+    source = image_folder(tmp_path / "in", count=2)
+    os.mkfifo(source / "cat" / "pipe.jpg")
+    assert len(pack_source(source, tmp_path / "out")[0]) == 4
+
+
+def test_sixteen_bits_and_palettes_are_encoded_as_what_they_show(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
+    Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / "in" / "deep.png")
+    (jpg,) = pack_source(tmp_path / "in", tmp_path / "jpg", PackSettings(encode="jpg", quality=95))
+    shown = decode(ShardReader(jpg, 1).read(0), 1)[0].float().numpy()
+    assert np.abs(shown - ramp / 257).mean() < 2
+    (small,) = pack_source(tmp_path / "in", tmp_path / "small", PackSettings(resize=32))
+    assert small.bits == 16
+    half = decode(ShardReader(small, 1).read(0), 1, bits=16)[0].numpy()
+    assert np.abs(half - ramp.reshape(32, 2, 32, 2).mean((1, 3)) / 257).mean() < 1
+    (tmp_path / "palette").mkdir()
+    picture = photograph(80, 80).quantize(64)
+    picture.save(tmp_path / "palette" / "p.png")
+    (index,) = pack_source(tmp_path / "palette", tmp_path / "p", PackSettings(resize=40))
+    expected = np.asarray(picture.convert("RGB").resize((40, 40), Image.Resampling.BICUBIC), np.float32)
+    assert np.abs(decode(ShardReader(index).read(0)).permute(1, 2, 0).numpy() - expected).mean() < 0.5
+
+
 def test_keys_never_lead_out_of_their_folder(tmp_path: Path) -> None:
     samples = array_samples(np.zeros((3, 4, 4), np.uint8))
     for sample, key in zip(samples, ("../up", "/root/x", "a..b/c"), strict=True):
@@ -380,6 +435,10 @@ def test_an_image_folder_is_packed_once_and_another_one_is_not_mistaken_for_it(t
     one, other = image_folder(tmp_path / "one"), image_folder(tmp_path / "other", count=3)
     assert len(open_shards(one, tmp_path / "beside")) == 20
     assert len(open_shards(one, tmp_path / "beside")) == 20
+    changed = one / "cat" / "im.001.png"
+    changed.write_bytes(encoded(Image.new("RGB", (6, 8), (9, 9, 9)), "PNG") + b"more")
+    with pytest.raises(ValueError, match="shards of other images"):
+        open_shards(one, tmp_path / "beside")
     with pytest.raises(ValueError, match="shards of other images"):
         open_shards(other, tmp_path / "beside")
     with pytest.raises(FileNotFoundError, match="no data given"):

@@ -47,20 +47,33 @@ def test_small_equal_images_are_kept_decoded_and_equal_to_reading(tmp_path: Path
 
 
 @pytest.mark.parametrize("limit", [1024, 0])
-def test_a_damaged_sample_is_replaced_and_named(tmp_path: Path, limit: int) -> None:
+def test_a_damaged_sample_is_named_and_the_next_of_the_global_batch_shown(tmp_path: Path, limit: int) -> None:
+    index = numbered_shards(tmp_path, 24)
+    plan = EpochPlan(index.shard_samples, 8, 3)
+    order = plan.batch(1)[0]
+    for row in (2, 3, 7):
+        damage(index, int(order[row]))
+    numbers = numbers_of(index)
+    expected = [numbers[order[row]] for row in (0, 1, 4, 4, 4, 5, 6, 0)]
+    for ranks, micro in [(1, 8), (2, 4), (4, 1)]:
+        batches = []
+        for rank in range(ranks):
+            reader = ShardReader(index, 1, memory_limit_mb=limit)
+            passes = 8 // ranks // micro
+            own = TrainingBatches(reader, WHOLE, plan, rank, micro, passes)
+            batches += [own[passes + part] for part in range(passes)]
+        shown = torch.cat([batch.views[0][:, 0, 0, 0] for batch in batches]).tolist()
+        assert shown == expected
+        assert torch.cat([batch.valid for batch in batches]).tolist() == [row not in (2, 3, 7) for row in range(8)]
+        assert {key for batch in batches for key in batch.bad} == {index.key(int(order[row])) for row in (2, 3, 7)}
+
+
+def test_where_nothing_can_be_read_the_view_is_black(tmp_path: Path) -> None:
     index = numbered_shards(tmp_path, 20)
     damage(index, 4)
-    reader = ShardReader(index, memory_limit_mb=limit)
-    view, bad = seen(reader, [3, 4, 5])
-    assert list(bad) == [1]
-    assert torch.equal(view[1], view[2])
-    assert torch.equal(seen(reader, [3, 4])[0][1], view[0])
-    alone, bad = seen(reader, [4, 4])
-    assert list(bad) == [0, 1]
-    assert (alone == 0).all()
-    batch = make_batch(reader, WHOLE, np.array([3, 4]), np.zeros(2, int))
+    batch = make_batch(ShardReader(index, 1), WHOLE, np.array([3, 4]), np.zeros(2, int))
     assert batch.valid.tolist() == [True, False]
-    assert list(batch.bad) == [index.key(4)]
+    assert (batch.views[0][1] == 0).all()
     assert batch.labels.tolist() == index.labels_of(np.array([3, 4])).tolist()
 
 
@@ -77,7 +90,7 @@ def test_samples_of_a_harmed_shard_are_bad_and_others_are_not(tmp_path: Path, ha
     first, last = index.first_of_shard[1:3]
     assert min(numbers[:first] + numbers[last:]) >= 0
     assert set(numbers[first + 1 : last]) == {-1}
-    with pytest.raises(BadImage, match=f"{harm} shard"):
+    with pytest.raises(BadImage, match=f"{harm} shard|damaged record"):
         ShardReader(index, memory_limit_mb=0).read(int(last) - 1)
     assert list(index.absent()) == [index.shards[1].name]
 
@@ -176,6 +189,13 @@ def test_a_mixture_reads_from_each_source(tmp_path: Path) -> None:
     assert batch.labels is None
 
 
+def test_sources_of_other_channels_are_not_mixed(tmp_path: Path) -> None:
+    six = pack(array_samples(np.zeros((4, 8, 8, 6), np.uint8)), tmp_path / "six", workers=1)
+    grey = numbered_shards(tmp_path / "grey", 4)
+    with pytest.raises(ValueError, match="six: 6, .*grey: 1. cannot be mixed"):
+        JoinedIndex([six, grey], [1, 1])
+
+
 def test_the_resolution_of_a_step_is_the_same_everywhere_and_all_occur(tmp_path: Path) -> None:
     index = numbered_shards(tmp_path, 40)
     plan = EpochPlan(index.shard_samples, 8, 3)
@@ -201,14 +221,18 @@ def test_sixteen_bit_sets_keep_their_depth_up_to_the_encoder(tmp_path: Path) -> 
     assert index.mean[0] == pytest.approx(images.mean() / 65535, abs=1e-4)
 
 
-def test_images_of_six_channels_pass_through(tmp_path: Path) -> None:
-    images = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 6)).astype(np.uint8)
+@pytest.mark.parametrize(
+    ("channels", "kind"), [(6, np.uint8), (4, np.uint8), (4, np.uint16), (2, np.uint16), (1, np.uint8)]
+)
+def test_images_of_any_number_of_channels_pass_through(tmp_path: Path, channels: int, kind: type) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (9, 8, 8, channels)).astype(kind)
     index = pack(array_samples(images), tmp_path, workers=1)
-    assert index.channels == 6
+    assert (index.channels, index.bits) == (channels, 8 * kind().itemsize)
+    images = images / np.float32(257) if kind == np.uint16 else images
     order = [int(index.key(i).split("/")[1].split(".")[0]) for i in range(9)]
-    view, bad = seen(ShardReader(index, 6), list(range(9)))
+    view, bad = seen(ShardReader(index, channels), list(range(9)))
     assert not bad
-    assert torch.equal(view, torch.from_numpy(images[order]).permute(0, 3, 1, 2))
+    torch.testing.assert_close(view, torch.from_numpy(images[order]).permute(0, 3, 1, 2), atol=1e-3, rtol=0)
 
 
 def test_a_photograph_among_grey_images_is_bad_nowhere(tmp_path: Path) -> None:

@@ -1,0 +1,151 @@
+"""Gzipped tars and pipes: read from end to end, shared out, shuffled by the seed, and never trusted."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from shard_fixtures import encoded
+
+from sslvit.data.open import open_data
+from sslvit.data.stream import StreamBatches, StreamIndex, number_of
+from sslvit.data.views import Views
+from sslvit.settings import DataSettings
+from sslvit.settings.views import CentreSettings
+
+WHOLE = Views(CentreSettings(), [4, 4], "bilinear", seed=1)
+
+
+def gzipped(path: Path, numbers: range, more: dict[str, bytes] | None = None) -> Path:
+    members = {f"{n:04d}.png": encoded(Image.new("L", (4, 4), n), "PNG") for n in numbers} | (more or {})
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in members.items():
+            about = tarfile.TarInfo(name)
+            about.size = len(content)
+            tar.addfile(about, io.BytesIO(content))
+    return path
+
+
+@pytest.fixture
+def streams(tmp_path: Path) -> list[str]:
+    return [str(gzipped(tmp_path / f"{i}.tar.gz", range(10 * i, 10 * i + 10))) for i in range(6)]
+
+
+def index_of(urls: list[str], tmp_path: Path, **options) -> StreamIndex:
+    settings = DataSettings(cache=str(tmp_path / "cache"))
+    from sslvit.data.open import cache_of
+
+    return StreamIndex(urls, options.get("samples", 60), options.get("allow_pipe", False), cache_of(settings))
+
+
+def read(index: StreamIndex, batches: int, rank: int = 0, ranks: int = 1, workers: int = 0, micro: int = 5, **more):
+    stream = StreamBatches(index, WHOLE, 1, rank, ranks, micro, 1, **more)
+    loader = torch.utils.data.DataLoader(stream, batch_size=None, num_workers=stream.workers(workers))
+    iterator = iter(loader)
+    return [next(iterator) for _ in range(batches)]
+
+
+def pixels(batches) -> list[int]:
+    return [int(v) for batch in batches for v in batch.views[0][:, 0, 0, 0]]
+
+
+def test_an_epoch_reads_every_image_once_in_a_shuffled_order(streams: list[str], tmp_path: Path) -> None:
+    first = pixels(read(index_of(streams, tmp_path), 24))
+    assert sorted(first[:60]) == sorted(first[60:]) == list(range(60))
+    assert first[:60] != first[60:]
+    assert first[:60] != list(range(60))
+    assert first == pixels(read(index_of(streams, tmp_path), 24))
+    assert first != pixels(read(index_of(streams, tmp_path), 24, start_step=7))
+
+
+def test_ranks_and_workers_share_the_shards(streams: list[str], tmp_path: Path) -> None:
+    seen: list[int] = []
+    for rank in range(3):
+        batches = read(index_of(streams, tmp_path), 4, rank, 3, workers=2)
+        seen += pixels(batches)
+        assert [batch.first_row for batch in batches] == [rank * 5] * 4
+    assert sorted(seen) == list(range(60))
+    with pytest.raises(ValueError, match="6 streams cannot be shared by 7 ranks"):
+        read(index_of(streams, tmp_path), 1, 0, 7)
+
+
+def test_draws_follow_the_key_and_not_the_place(streams: list[str], tmp_path: Path) -> None:
+    (batch,) = read(index_of(streams, tmp_path), 1)
+    expected = [number_of(f"{streams[value // 10]} {value:04d}") for value in pixels([batch])]
+    assert batch.samples.tolist() == expected
+
+
+def test_equal_keys_in_two_shards_are_two_images(tmp_path: Path) -> None:
+    urls = []
+    for shard in range(3):
+        images = {f"{n:04d}.png": encoded(Image.new("L", (4, 4), 50 * shard + n), "PNG") for n in range(10)}
+        urls.append(str(gzipped(tmp_path / f"{shard}.tar.gz", range(0), images)))
+    seen = pixels(read(index_of(urls, tmp_path), 6))
+    assert sorted(seen) == sorted(50 * shard + n for shard in range(3) for n in range(10))
+
+
+class Harmful:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_pickles_are_never_opened_and_bad_members_are_counted(tmp_path: Path) -> None:
+    harm = pickle.dumps(Harmful(tmp_path / "harmed"))
+    members = {"a.pyd": harm, "b.pth": harm, "../up.png": b"x", "zz.png": b"not an image"}
+    url = str(gzipped(tmp_path / "x.tar.gz", range(9), members))
+    batches = read(index_of([url], tmp_path), 2)
+    bad = {name: reason for batch in batches for name, reason in batch.bad.items()}
+    assert bad["zz"].startswith("not an image")
+    assert "leads out of its folder" in bad["../up"]
+    assert sum(int(batch.valid.sum()) for batch in batches) == 9
+    assert not (tmp_path / "harmed").exists()
+
+
+def test_a_truncated_stream_is_counted_and_the_rest_is_read(streams: list[str], tmp_path: Path) -> None:
+    content = Path(streams[2]).read_bytes()
+    Path(streams[2]).write_bytes(content[: len(content) // 2])
+    batches = read(index_of(streams, tmp_path), 20)
+    seen = set(pixels(batches))
+    assert set(range(60)) - set(range(20, 30)) <= seen
+    assert any("damaged stream" in reason for batch in batches for reason in batch.bad.values())
+
+
+def test_a_stream_without_images_is_an_error_and_not_a_hang(tmp_path: Path) -> None:
+    url = str(gzipped(tmp_path / "x.tar.gz", range(0), {"a.txt": b"hello"}))
+    with pytest.raises(ValueError, match="no image in .*x.tar.gz"):
+        read(index_of([url], tmp_path), 1)
+    (tmp_path / "y.tar.gz").write_bytes(gzip.compress(b"no tar"))
+    with pytest.raises(ValueError, match="no image in .*y.tar.gz"):
+        read(index_of([str(tmp_path / "y.tar.gz")], tmp_path), 1)
+
+
+def test_commands_run_only_by_permission(tmp_path: Path) -> None:
+    url = f"pipe:cat {gzipped(tmp_path / 'x.tar.gz', range(10))} | gunzip"
+    options = {"shards": url, "global_batch": 4, "cache": str(tmp_path / "cache")}
+    with pytest.raises(ValueError, match="would run a command. If you trust it, pass --data.allow_pipe true"):
+        open_data(DataSettings(**options), tmp_path, 0)
+    with pytest.raises(ValueError, match="can only be read from end to end.*--data.stream_samples"):
+        open_data(DataSettings(**options, allow_pipe=True), tmp_path, 0)
+    index, plan = open_data(DataSettings(**options, allow_pipe=True, stream_samples=10), tmp_path, 0)
+    assert (len(index), plan.steps_per_epoch) == (10, 2)
+    assert sorted(pixels(read(index, 2))) == list(range(10))
+    with pytest.raises(FileNotFoundError, match="none.tar.gz does not exist"):
+        index_of([str(tmp_path / "none.tar.gz")], tmp_path)
+
+
+def test_sizes_and_values_of_views_are_those_of_shards(streams: list[str], tmp_path: Path) -> None:
+    (batch,) = read(index_of(streams, tmp_path), 1)
+    assert batch.views[0].shape == (5, 1, 4, 4)
+    assert batch.views[0].dtype == torch.uint8
+    assert np.unique(batch.views[0].numpy().reshape(5, -1).std(1)).tolist() == [0.0]
+    assert batch.labels is None
