@@ -16,7 +16,7 @@ from sslvit.chance import uniform_at
 from sslvit.checkpoint import read_weights
 from sslvit.data.batch import Batch
 from sslvit.layouts import mae as layout
-from sslvit.models.positions import sincos_2d
+from sslvit.models.positions import resample_table, sincos_2d
 from sslvit.models.transformer import Block
 from sslvit.settings import EncoderSettings, MAESettings, OptimSettings
 from sslvit.tasks.base import PretextTask
@@ -81,7 +81,7 @@ class MAEDecoder(nn.Module):
 
     def __init__(self, encoder: EncoderSettings, settings: MAESettings) -> None:
         super().__init__()
-        width, self.prefix = settings.decoder_width, encoder.prefix
+        width, self.prefix, self.grid = settings.decoder_width, encoder.prefix, encoder.grid
         plain = EncoderSettings(
             width=width, depth=settings.decoder_depth, heads=settings.decoder_heads, mlp_ratio=4.0, norm_eps=1e-6
         )
@@ -98,17 +98,26 @@ class MAEDecoder(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, latent: Float[Tensor, "b t d"], visible: Int[Tensor, "b k"]) -> Float[Tensor, "b n pixels"]:
-        """Predicted pixels of every patch, hidden or not, row by row."""
+    def forward(
+        self, latent: Float[Tensor, "b t d"], visible: Int[Tensor, "b k"], grid: tuple[int, int] | None = None
+    ) -> Float[Tensor, "b n pixels"]:
+        """Predicted pixels of every patch, hidden or not, row by row; on a grid that is not the encoder's own too."""
         tokens = self.embed(latent)  # b (prefix + k) w
         prefix, seen = tokens[:, : self.prefix], tokens[:, self.prefix :]
-        patches = self.pos_embed.shape[1] - self.prefix
-        places = self.mask_token.to(tokens.dtype).expand(len(tokens), patches, -1)
+        positions = self.positions(grid or self.grid)  # 1 (prefix + n) w
+        places = self.mask_token.to(tokens.dtype).expand(len(tokens), positions.shape[1] - self.prefix, -1)
         places = places.scatter(1, visible[:, :, None].expand_as(seen), seen)  # b n w
-        tokens = torch.cat([prefix, places], 1) + self.pos_embed
+        tokens = torch.cat([prefix, places], 1) + positions
         for block in self.blocks:
             tokens = block(tokens)
         return self.pred(self.norm(tokens))[:, self.prefix :]
+
+    def positions(self, grid: tuple[int, int]) -> Float[Tensor, "1 t d"]:
+        """The table of the encoder's own grid, resampled for others."""
+        if grid == self.grid:
+            return self.pos_embed
+        table = resample_table(self.pos_embed[0, self.prefix :], self.grid, grid)
+        return torch.cat([self.pos_embed[:, : self.prefix], table[None]], 1)
 
 
 class MAE(PretextTask):
@@ -128,11 +137,12 @@ class MAE(PretextTask):
             )
         super().__init__(encoder, optim, **run)
         self.settings = settings
-        self.patch, self.patches = encoder.patch, encoder.grid[0] * encoder.grid[1]
-        self.visible = visible_count(self.patches, settings.mask_ratio)
-        if not 0 < self.visible < self.patches:
+        self.patch = encoder.patch
+        patches = encoder.grid[0] * encoder.grid[1]
+        visible = visible_count(patches, settings.mask_ratio)
+        if not 0 < visible < patches:
             raise ValueError(
-                f"task.mask_ratio: {settings.mask_ratio} of {self.patches} patches leaves {self.visible} visible. "
+                f"task.mask_ratio: {settings.mask_ratio} of {patches} patches leaves {visible} visible. "
                 "Choose another ratio, or a smaller patch."
             )
         self.decoder = MAEDecoder(encoder, settings)
@@ -141,8 +151,9 @@ class MAE(PretextTask):
             self.encoder.mask_token.requires_grad_(False)
 
     def training_step(self, batch: Batch, batch_idx: int = 0) -> Tensor:
-        noise = self.uniform("mask", batch, self.patches)  # b n
-        loss = self.loss(batch.views[0], noise, self.path_noise(batch))
+        images = batch.views[0]  # b c h w
+        noise = self.uniform("mask", batch, self.patches_of(images))  # b n
+        loss = self.loss(images, noise, self.path_noise(batch))
         self.record("loss", loss)
         return loss
 
@@ -150,14 +161,21 @@ class MAE(PretextTask):
         self, images: Float[Tensor, "b c h w"], noise: Float[Tensor, "b n"], path_noise: Tensor | None = None
     ) -> Float[Tensor, ""]:
         """Figure 1 of the paper. The patches with the lowest noise stay visible."""
-        visible, is_hidden = split_by_noise(noise, self.visible)  # b k, b n
+        visible, is_hidden = split_by_noise(noise, visible_count(noise.shape[1], self.settings.mask_ratio))  # b k, b n
         latent = self.encoder(images, visible, path_noise=path_noise)  # b t d
-        predicted = self.decoder(latent, visible)  # b n pixels
+        predicted = self.decoder(latent, visible, self.grid_of(images))  # b n pixels
         return hidden_patch_error(predicted, self.target(images), is_hidden)
 
     def target(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n pixels"]:
         patches = patchify(images, self.patch)
         return normalise_patches(patches) if self.settings.target == "normalised" else patches
+
+    def grid_of(self, images: Float[Tensor, "b c h w"]) -> tuple[int, int]:
+        return self.encoder.settings.grid_of(*images.shape[2:])
+
+    def patches_of(self, images: Float[Tensor, "b c h w"]) -> int:
+        rows, columns = self.grid_of(images)
+        return rows * columns
 
     # ---- what was learned ------------------------------------------------------------------------------------
 
@@ -170,21 +188,21 @@ class MAE(PretextTask):
         Visible pixels are put back. With a normalised target the network predicts each patch in units of its own
         mean and deviation, which are taken from the image itself.
         """
-        visible, is_hidden = split_by_noise(noise, self.visible)
-        predicted = self.decoder(self.encoder(images, visible), visible)
+        visible, is_hidden = split_by_noise(noise, visible_count(noise.shape[1], self.settings.mask_ratio))
+        predicted = self.decoder(self.encoder(images, visible), visible, self.grid_of(images))
         patches = patchify(images, self.patch)
         if self.settings.target == "normalised":
             deviation = (patches.var(2, keepdim=True) + 1e-6).sqrt()
             predicted = predicted * deviation + patches.mean(2, keepdim=True)
         filled = torch.where(is_hidden[:, :, None], predicted, patches)
-        grid = self.encoder.settings.grid_of(*images.shape[2:])
+        grid = self.grid_of(images)
         area = is_hidden[:, :, None].float().expand(-1, -1, self.patch**2)
         return unpatchify(filled, self.patch, grid), unpatchify(area, self.patch, grid)
 
     def figures(self, batch: Batch) -> dict[str, tuple[list[str], list[np.ndarray]]]:
         """reconstruction: the input, the input with hidden patches grey, and the reconstruction."""
         images = batch.views[0][:8]
-        noise = torch.from_numpy(uniform_at((self.seed, 0, "figure"), np.arange(len(images)), self.patches))
+        noise = torch.from_numpy(uniform_at((self.seed, 0, "figure"), np.arange(len(images)), self.patches_of(images)))
         filled, is_hidden = self.reconstruct(images, noise)
         mean, std = (
             torch.tensor(v, device=images.device).view(-1, 1, 1)

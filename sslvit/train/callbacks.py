@@ -191,10 +191,10 @@ class Ledger(StepCallback):
         if is_much or len(bad) > (max(1, self.limit * len(self.index)) if self.limit else 0):
             self.save(trainer, bad)
             first = next(iter(bad.values()))
-            of = min(len(self.index), self.step * self.plan.global_batch)
             raise RuntimeError(
-                f"{len(bad)} unreadable samples are more than data.bad_limit ({self.limit:.1%} of {of}); "
-                f"the first: {first['key']}: {first['reason']}. All are in {self.folder.ledger}."
+                f"{len(bad)} unreadable samples are more than data.bad_limit ({self.limit:.1%} of {len(self.index)} "
+                f"in all, or of the {self.step * self.plan.global_batch} read so far); the first: {first['key']}: "
+                f"{first['reason']}. All are in {self.folder.ledger}."
             )
 
     def of_all_ranks(self) -> dict[str, dict[str, Any]]:

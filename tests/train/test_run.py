@@ -243,7 +243,7 @@ def test_bad_samples_are_counted_and_stop_the_run_only_above_the_limit(
             file.seek(offset)
             file.write(bytes(size))
     if stops:
-        with pytest.raises(RuntimeError, match=r"unreadable samples are more than data.bad_limit \(1.0% of 30\)"):
+        with pytest.raises(RuntimeError, match=r"unreadable samples are more than data.bad_limit \(1.0% of 30"):
             run(shards, tmp_path / "run", **{"data.bad_limit": limit})
     else:
         run(shards, tmp_path / "run", **{"data.bad_limit": limit})
@@ -304,3 +304,146 @@ def test_two_ranks_train_as_one(shards: Path, tmp_path: Path) -> None:
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
     for key, value in weights(one).items():
         torch.testing.assert_close(weights(two)[key], value, rtol=1e-6, atol=1e-8)
+
+
+# ---- what was read -----------------------------------------------------------------------------------------------
+
+
+def read_keys(folder: RunFolder) -> dict[int, list[str]]:
+    """The keys that all ranks read, by epoch, in the order of the steps."""
+    texts = [path.read_text() for path in sorted(folder.samples.glob("*.jsonl"))]
+    lines = [json.loads(line) for text in texts for line in text.splitlines()]
+    lines.sort(key=lambda line: line["step"])
+    return {epoch: [line["key"] for line in lines if line["epoch"] == epoch] for epoch in {x["epoch"] for x in lines}}
+
+
+def test_the_ledger_names_each_sample_once_per_epoch_also_after_a_resume(shards: Path, tmp_path: Path) -> None:
+    options = {"data.ledger": True, "data.global_batch": 6, "train.micro_batch": 3, "train.checkpoint_every": 4}
+    whole = run(shards, tmp_path / "whole", **options, **{"train.steps": 10})
+    run(shards, tmp_path / "cut", **options, **{"train.steps": 6})
+    line = json.dumps({"step": 6, "epoch": 1, "key": "of a step that the checkpoint does not know"})
+    with open(tmp_path / "cut" / "ledger" / "rank-00000.jsonl", "a") as file:
+        file.write(line + "\n" + line[:20])
+    cut = run(shards, tmp_path / "cut", resume=True, **options, **{"train.steps": 10})
+    for folder in (whole, cut):
+        keys = read_keys(folder)
+        assert [len(set(keys[epoch])) for epoch in (0, 1)] == [len(keys[epoch]) for epoch in (0, 1)] == [30, 30]
+    assert read_keys(whole) == read_keys(cut)
+    ledger = json.loads(whole.ledger.read_text())
+    assert (ledger["samples_read"], ledger["epochs_finished"], ledger["dropped_per_epoch"]) == (60, 2, 0)
+    again = run(shards, tmp_path / "cut", overwrite=True, **options, **{"train.steps": 5})
+    assert len(read_keys(again)) == 1
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumed_on_other_ranks_reads_exactly_what_was_left(shards: Path, tmp_path: Path) -> None:
+    """kill -9 on two ranks, then one rank, killed again, then three: every epoch reads each sample once."""
+    options = TINY | {
+        "data.ledger": True, "data.global_batch": 6, "train.checkpoint_every": 2, "train.steps": 60, "data.workers": 1,
+        "data.memory_limit_mb": 0, "data.lanes": 2, "data.window_shards": 1,
+    }  # fmt: skip
+    command = [sys.executable, "-m", "sslvit.cli", "pretrain", "--config", "mae/digits", "--data", str(shards)]
+    command += [f"--{key}={json.dumps(value)}" for key, value in options.items()] + ["--out", str(tmp_path / "run")]
+    folder = RunFolder(tmp_path / "run")
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    resume: list[str] = []
+    kills = 0
+    for ranks, wanted in ((2, 9), (1, 25), (3, 99)):
+        process = subprocess.Popen(
+            [*command, *resume, f"--train.devices={ranks}"], env=env, start_new_session=True, stdout=subprocess.DEVNULL
+        )
+        while process.poll() is None and (len(folder.read_metrics()) if folder.metrics.exists() else 0) < wanted:
+            time.sleep(0.01)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            kills += 1
+        process.wait()
+        resume = ["--resume"]
+    assert kills == 2
+    assert process.returncode == 0
+    keys = read_keys(folder)
+    assert sorted(keys) == list(range(12))
+    for epoch, read in keys.items():
+        assert len(read) == len(set(read)) == 30, epoch
+
+
+def test_a_mixture_and_several_resolutions_train(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    other = pack(array_samples(np.full((12, 8, 8), 99, np.uint8)), tmp_path / "other")
+    options = {
+        "data.shards": None, "data.mixture": {str(shards): 3, other.location: 1}, "data.resolutions": [8, 12, 16],
+        "data.ledger": True,
+    }  # fmt: skip
+    folder = run(shards, tmp_path / "run", **options)
+    assert len(folder.read_metrics()) == 7
+    keys = [key for epoch in read_keys(folder).values() for key in epoch]
+    assert sum(key.startswith(other.location) for key in keys) == 7 * 2
+    assert sum(key.startswith(str(shards)) for key in keys) == 7 * 6
+    assert sslvit.load_encoder(folder.path).settings.image_size == [8, 8]
+    with pytest.raises(ValueError, match="data.resolutions: 9 is not a multiple of encoder.patch"):
+        run(shards, tmp_path / "new", **{"data.resolutions": [9]})
+
+
+def test_a_stream_trains_for_a_fixed_number_of_steps(tmp_path: Path) -> None:
+    import io
+    import tarfile
+
+    from PIL import Image
+
+    with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as tar:
+        for i in range(20):
+            buffer = io.BytesIO()
+            Image.fromarray(np.full((8, 8), i, np.uint8)).save(buffer, "PNG")
+            about = tarfile.TarInfo(f"{i}.png")
+            about.size = len(buffer.getvalue())
+            tar.addfile(about, io.BytesIO(buffer.getvalue()))
+    options = {"data.stream_samples": 20, "data.workers": 1}
+    folder = run(tmp_path / "x.tar.gz", tmp_path / "run", **options)
+    assert len(folder.read_metrics()) == 7
+    assert (folder.figures / "reconstruction.png").exists()
+    resumed = run(tmp_path / "x.tar.gz", tmp_path / "run", resume=True, **options, **{"train.steps": 9})
+    assert [line["step"] for line in resumed.read_metrics()] == list(range(1, 10))
+    with pytest.raises(ValueError, match="data.ledger: a stream cannot promise each sample once"):
+        run(tmp_path / "x.tar.gz", tmp_path / "new", **options, **{"data.ledger": True})
+
+
+def test_data_that_does_not_fit_is_refused_before_the_first_step(shards: Path, tmp_path: Path) -> None:
+    six = pack(array_samples(np.zeros((9, 8, 8, 6), np.uint8)), tmp_path / "six")
+    with pytest.raises(ValueError, match="encoder.channels: 1, but the images of .*six have 6"):
+        run(six.location, tmp_path / "run")
+    path = shards / "shard-000000.tar"
+    path.rename(shards / "moved")
+    with pytest.raises(ValueError, match=r"1 shards cannot be read, 30 of 30 samples .shard-000000.tar: missing shard"):
+        run(shards, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unreachable_server_ends_the_run_in_one_line(shards: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    """Also from a loader process, whose exceptions bring their whole traceback along."""
+    import functools
+    import http.server
+    import threading
+
+    from sslvit.cli import main
+    from sslvit.data import remote
+
+    monkeypatch.setattr(remote.ShardCache.__init__, "__defaults__", (200, 2, 0.01, 1.0))
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(shards))
+    monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "log_message", lambda *_: None)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    options = TINY | {"data.cache": str(tmp_path / "cache"), "data.memory_limit_mb": 0}
+    words = [f"--{key}={json.dumps(value)}" for key, value in options.items()]
+    command = ["pretrain", "--config", "mae/digits", "--data", address, *words]
+    assert main([*command, "--out", str(tmp_path / "fine")]) == 0
+    assert same(RunFolder(tmp_path / "fine"), run(shards, tmp_path / "local", **{"data.memory_limit_mb": 0}))
+    for path in (tmp_path / "cache").glob("??/*.tar"):
+        path.unlink()
+    original = remote.ShardCache.shard
+    elsewhere = "http://127.0.0.1:1/x"
+    monkeypatch.setattr(remote.ShardCache, "shard", lambda self, _, shard: original(self, elsewhere, shard))
+    capsys.readouterr()
+    assert main([*command, "--out", str(tmp_path / "new"), "--data.workers=1"]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("sslvit: error: http://127.0.0.1:1/x: not fetched in 2 tries")
+    assert "Traceback" not in error
