@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -146,26 +147,30 @@ def _blur_in_place(images: Tensor, sigma: Tensor) -> None:
     if not len(chosen):
         return
     most = min(images.shape[2:]) - 1  # a mirror image has no more
-    if images.device.type == "cpu":  # one by one: each stays in the processor's cache, with no more taps than it needs
+    if images.device.type == "cpu":  # one by one: no more taps than each needs, and plain numbers are faster
         for i in chosen.tolist():
-            images[i : i + 1] = _blur(images[i : i + 1], sigma[i : i + 1], min(_reach(float(sigma[i])), most))
+            taps = _kernel(sigma[i : i + 1], most)[0].tolist()
+            images[i : i + 1] = _blur(images[i : i + 1], taps, lambda sum_, part, tap: sum_.add_(part, alpha=tap))
     else:
-        images[chosen] = _blur(images[chosen], sigma[chosen], min(_reach(float(sigma.max())), most))
+        taps = list(_kernel(sigma[chosen], most)[:, :, None, None, None].unbind(1))  # each b 1 1 1
+        images[chosen] = _blur(images[chosen], taps, Tensor.addcmul_)
 
 
-def _reach(sigma: float) -> int:
-    return max(1, math.ceil(REACH * sigma))
-
-
-def _blur(images: Tensor, sigma: Tensor, reach: int) -> Tensor:
-    place = torch.arange(-reach, reach + 1, device=images.device)
+def _kernel(sigma: Tensor, most: int) -> Tensor:
+    """Weights 'b taps' that sum to one; beyond REACH deviations of a row they are zero."""
+    reach = min(max(1, math.ceil(REACH * float(sigma.max()))), most)
+    place = torch.arange(-reach, reach + 1, device=sigma.device)
     weights = torch.exp(-0.5 * (place / sigma[:, None]) ** 2)
     weights *= place.abs() <= torch.ceil(REACH * sigma[:, None]).clamp(min=1)
-    weights = (weights / weights.sum(1, keepdim=True))[:, :, None, None, None]  # b taps 1 1 1
+    return weights / weights.sum(1, keepdim=True)
+
+
+def _blur(images: Tensor, taps: list, add_weighted: Callable[[Tensor, Tensor, float | Tensor], Tensor]) -> Tensor:
+    reach = len(taps) // 2
     for axis, padding in ((3, (reach, reach, 0, 0)), (2, (0, 0, reach, reach))):
         padded = F.pad(images, padding, mode="reflect")
         length = images.shape[axis]
-        images = padded.narrow(axis, 0, length) * weights[:, 0]
-        for tap in range(1, 2 * reach + 1):
-            images.addcmul_(padded.narrow(axis, tap, length), weights[:, tap])
+        images = padded.narrow(axis, 0, length) * taps[0]
+        for place, tap in enumerate(taps[1:], 1):
+            add_weighted(images, padded.narrow(axis, place, length), tap)
     return images

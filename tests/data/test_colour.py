@@ -142,6 +142,17 @@ def test_blur_is_a_gaussian(sigma: float) -> None:
     assert torch.equal(spread, spread.flip(2).flip(3))
 
 
+def test_rows_blurred_together_as_on_a_gpu_are_as_one_by_one() -> None:
+    from sslvit.data.colour import _blur, _blur_in_place, _kernel
+
+    sigma = torch.tensor([0.2, 2.0, 1.1, 0.7])
+    one_by_one = pixels().float()
+    taps = list(_kernel(sigma, 47)[:, :, None, None, None].unbind(1))
+    together = _blur(one_by_one.clone(), taps, torch.Tensor.addcmul_)
+    _blur_in_place(one_by_one, sigma)
+    torch.testing.assert_close(together, one_by_one, atol=1e-3, rtol=0)
+
+
 def test_rows_are_changed_each_on_its_own() -> None:
     settings, images = MultiCropSettings(), pixels(6)
     draws = torch.from_numpy(draw_colours(settings, 0, (3, 1), np.arange(6)))
