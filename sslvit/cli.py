@@ -186,7 +186,8 @@ def run_demo(options: argparse.Namespace) -> None:
 
 
 def run_pack(options: argparse.Namespace) -> None:
-    from sslvit.data.pack import PackSettings, pack_source
+    from sslvit.data.pack import pack_source
+    from sslvit.data.store import PackSettings
 
     settings = PackSettings(options.shard_mb, options.resize, options.encode, options.quality)
     indices = pack_source(

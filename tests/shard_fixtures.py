@@ -9,9 +9,10 @@ import numpy as np
 from PIL import Image
 
 from sslvit.data.decode import BadImage, decode
-from sslvit.data.pack import PackSettings, pack
+from sslvit.data.pack import pack
 from sslvit.data.reader import ShardReader
 from sslvit.data.sources import array_samples
+from sslvit.data.store import PackSettings
 
 
 def image_folder(root: Path, classes: tuple[str, ...] = ("cat", "dog"), count: int = 10) -> Path:

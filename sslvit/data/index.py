@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +20,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from sslvit.data.decode import MODES, BadImage
+from sslvit.data.decode import BadImage
 
 FORMAT = 2
 RECORD = np.dtype([("offset", "<i8"), ("size", "<u4"), ("label", "<i4")])
@@ -211,75 +210,6 @@ class ShardIndex:
     def fingerprint(self) -> str:
         """Short name of the exact bytes of all shards."""
         return hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()[:16]
-
-
-class JoinedIndex:
-    """Several data sets as one: their samples and shards numbered through, without labels.
-
-    Args:
-        parts: the data sets.
-        weights: share of each in a batch, for the channel statistics.
-
-    Raises:
-        ValueError: their images cannot be converted to one number of channels.
-    """
-
-    def __init__(self, parts: Sequence[ShardIndex], weights: Sequence[float]) -> None:
-        channels = {part.channels for part in parts}
-        if len(channels) > 1 and not channels <= set(MODES):
-            named = ", ".join(f"{part.location}: {part.channels}" for part in parts)
-            raise ValueError(f"data.mixture: sources with other numbers of channels ({named}) cannot be mixed.")
-        self.parts = list(parts)
-        self.location = " + ".join(part.location for part in self.parts)
-        self.first_sample = np.concatenate([[0], np.cumsum([len(part) for part in self.parts])])
-        self.first_shard = np.concatenate([[0], np.cumsum([len(part.shards) for part in self.parts])])
-        self.shards = [shard for part in self.parts for shard in part.shards]
-        self.classes = None
-        self.channels = max(part.channels for part in self.parts)
-        self.bits = min(part.bits for part in self.parts)
-        sizes = [part.image_size for part in self.parts]
-        self.image_size = sizes[0] if all(size == sizes[0] for size in sizes) else None
-        share = np.array(weights)[:, None] / sum(weights)
-        means, stds = (
-            np.array([(getattr(part, name) * self.channels)[: self.channels] for part in self.parts])
-            for name in ("mean", "std")
-        )
-        mean = (share * means).sum(0)
-        self.mean = mean.round(4).tolist()
-        self.std = np.sqrt((share * (stds**2 + means**2)).sum(0) - mean**2).round(4).tolist()
-
-    def __len__(self) -> int:
-        return int(self.first_sample[-1])
-
-    def locate(self, sample: int) -> tuple[int, int, int]:
-        part, own = self._part_of(sample)
-        shard, offset, size = self.parts[part].locate(own)
-        return int(self.first_shard[part]) + shard, offset, size
-
-    def shard_path(self, shard: int) -> Path:
-        part = int(np.searchsorted(self.first_shard, shard, side="right")) - 1
-        return self.parts[part].shard_path(shard - int(self.first_shard[part]))
-
-    def key(self, sample: int) -> str:
-        part, own = self._part_of(sample)
-        return f"{self.parts[part].location}/{self.parts[part].key(own)}"
-
-    def labels_of(self, samples: np.ndarray) -> np.ndarray:
-        raise ValueError("a mixture has no labels.")
-
-    @property
-    def is_remote(self) -> bool:
-        return any(part.is_remote for part in self.parts)
-
-    def absent(self) -> dict[str, str]:
-        return {name: wrong for part in self.parts for name, wrong in part.absent().items()}
-
-    def fingerprint(self) -> str:
-        return hashlib.sha256("".join(part.fingerprint() for part in self.parts).encode()).hexdigest()[:16]
-
-    def _part_of(self, sample: int) -> tuple[int, int]:
-        part = int(np.searchsorted(self.first_sample, sample, side="right")) - 1
-        return part, int(sample - self.first_sample[part])
 
 
 def load_index(folder: str | Path) -> ShardIndex:

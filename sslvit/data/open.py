@@ -13,9 +13,10 @@ from braceexpand import UnbalancedBracesError, braceexpand
 from filelock import FileLock
 
 from sslvit.data.decode import BadImage
-from sslvit.data.index import Index, JoinedIndex, ShardIndex, is_address, load_index, read_index
+from sslvit.data.index import Index, ShardIndex, is_address, load_index, read_index
+from sslvit.data.mixture import JoinedIndex, MixturePlan, shares_of_batch
 from sslvit.data.pack import digest_of, pack
-from sslvit.data.plan import EpochPlan, MixturePlan, Plan, shares_of_batch
+from sslvit.data.plan import EpochPlan, Plan
 from sslvit.data.remote import ShardCache
 from sslvit.data.scan import index_names, index_shards
 from sslvit.data.sources import folder_samples

@@ -12,66 +12,27 @@ any number of workers and machines: which sample goes in which shard is decided 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import re
 import shutil
-import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 from filelock import FileLock
-from PIL import Image
 
 from sslvit.chance import generator
-from sslvit.data.decode import FORMATS, NPY, BadImage, read_header
+from sslvit.data.decode import BadImage
 from sslvit.data.index import NO_LABEL, RECORD, Shard, ShardIndex
 from sslvit.data.parallel import in_parallel
 from sslvit.data.scan import ShardReport, join_reports, measure_shard
 from sslvit.data.sources import ArrayImages, Sample, hold_out, read_source
+from sslvit.data.store import BLOCK, PackSettings, TarWriter, store
 
-BLOCK = tarfile.BLOCKSIZE
 MAX_MEMBER_NAME = 100  # of the plain tar header
 TRIAL_IMAGES = 64  # encoded ahead to estimate how long the others become
-SAVED_AS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
-
-
-@dataclass
-class PackSettings:
-    """How images become shards.
-
-    Args:
-        shard_mb: size at which a new shard is begun.
-        resize: shorter side of larger images; None leaves all as they are.
-        encode: keep, jpg, png or webp.
-        quality: of jpg and webp.
-    """
-
-    shard_mb: float = 256
-    resize: int | None = None
-    encode: str = "keep"
-    quality: int = 92
-
-    def __post_init__(self) -> None:
-        if not 0 < self.shard_mb < 2**20:
-            raise ValueError(f"--shard-mb {self.shard_mb}: not a size in megabytes.")
-        if self.resize is not None and self.resize < 1:
-            raise ValueError(f"--resize {self.resize}: not a side in pixels.")
-        if self.encode not in ("keep", *SAVED_AS):
-            raise ValueError(f"--encode {self.encode}: not one of keep, {', '.join(SAVED_AS)}.")
-        if not 1 <= self.quality <= 100:
-            raise ValueError(f"--quality {self.quality}: not between 1 and 100.")
-
-    def describe(self) -> str:
-        """What happens to the images, in words; empty for nothing."""
-        if not self.resize and self.encode == "keep":
-            return ""
-        size = f"shorter side at most {self.resize} (bicubic), " if self.resize else ""
-        kind = "encoded again in their own format" if self.encode == "keep" else f"encoded as {self.encode}"
-        return size + kind + ("" if self.encode == "png" else f", quality {self.quality}")
 
 
 @dataclass
@@ -283,85 +244,6 @@ def check_destination(folder: Path, overwrite: bool) -> None:
     is_finishing = (folder / "packing" / "job.json").exists() and not (folder / "index.json").exists()
     if not overwrite and not is_finishing and (any(folder.glob("*.tar")) or (folder / "index.json").exists()):
         raise ValueError(f"{folder}: already holds shards. Choose another folder, or pass --overwrite.")
-
-
-def store(content: bytes, suffix: str, settings: PackSettings) -> tuple[bytes, str]:
-    """The bytes that go into a shard, and their suffix.
-
-    Raises:
-        BadImage: unreadable.
-    """
-    header = read_header(content)
-    is_large = settings.resize is not None and min(header.height, header.width) > settings.resize
-    if (settings.encode == "keep" and not is_large) or content.startswith(NPY):
-        return content, suffix
-    kind = SAVED_AS.get(settings.encode)
-    try:
-        image = Image.open(io.BytesIO(content), formats=FORMATS)
-        kind = kind or (image.format if image.format in SAVED_AS.values() else "PNG")
-        if header.bits == 16:
-            image = Image.fromarray(np.asarray(image).astype(np.float32))  # PIL resizes no 16 bits
-        elif image.mode not in ("RGB", "L", "RGBA") or (kind != "PNG" and image.mode == "RGBA"):
-            image = image.convert("RGBA" if header.channels == 4 and kind == "PNG" else "RGB")
-        if is_large:
-            scale = settings.resize / min(image.size)
-            image = image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
-        if header.bits == 16:
-            deep = np.asarray(image).round().clip(0, 65535).astype(np.uint16)
-            image = Image.fromarray(deep if kind == "PNG" else (deep >> 8).astype(np.uint8))
-        buffer = io.BytesIO()
-        image.save(buffer, kind, **({} if kind == "PNG" else {"quality": settings.quality}))
-    except Exception as error:  # PIL raises whatever its format plugins raise
-        raise BadImage(f"damaged image ({error})") from error
-    return buffer.getvalue(), f".{next(name for name, format_ in SAVED_AS.items() if format_ == kind)}"
-
-
-class TarWriter:
-    """A plain tar file, its bytes digested on the way and on the disk when it closes.
-
-    Headers are those of tarfile's USTAR format with its defaults, at a twentieth of the time.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.file = open(path, "wb", buffering=1 << 20)  # noqa: SIM115 closed in __exit__
-        self.digest = hashlib.sha256()
-        self.offset = 0
-
-    def add(self, name: str, content: bytes) -> int:
-        """Write a member; returns where its content begins."""
-        self._write(tar_header(name, len(content)))
-        start = self.offset
-        self._write(content + bytes(-len(content) % BLOCK))
-        return start
-
-    def _write(self, data: bytes) -> None:
-        self.file.write(data)
-        self.digest.update(data)
-        self.offset += len(data)
-
-    def __enter__(self) -> TarWriter:
-        return self
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if kind is None:
-            end = 2 * BLOCK
-            self._write(bytes(end + -(self.offset + end) % tarfile.RECORDSIZE))
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        self.file.close()
-
-
-_PLAIN_HEADER = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)  # no owner, no time, mode 644
-
-
-def tar_header(name: str, size: int) -> bytes:
-    """The 512 bytes before a regular file: tarfile's own for no name, with name, size and checksum filled in."""
-    header, encoded = bytearray(_PLAIN_HEADER), name.encode()
-    header[: len(encoded)] = encoded
-    header[124:136] = b"%011o\0" % size
-    header[148:156] = b" " * 8
-    header[148:156] = b"%06o\0 " % sum(header)
-    return bytes(header)
 
 
 def shard_name(number: int) -> str:

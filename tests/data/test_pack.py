@@ -21,9 +21,10 @@ from shard_fixtures import contents, encoded, image_folder, numbered_shards, num
 from sslvit.data.decode import decode
 from sslvit.data.index import load_index
 from sslvit.data.open import open_shards
-from sslvit.data.pack import PackSettings, finish_packing, pack, pack_source, tar_header
+from sslvit.data.pack import finish_packing, pack, pack_source
 from sslvit.data.reader import ShardReader
 from sslvit.data.sources import array_samples, dataset_samples, folder_samples, read_source
+from sslvit.data.store import PackSettings, tar_header
 
 SMALL = PackSettings(shard_mb=0.005)
 

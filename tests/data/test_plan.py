@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sslvit.chance import generator, uniform_at
-from sslvit.data.plan import EpochPlan, MixturePlan, evaluation_batches, fitting_ranks, shares_of_batch, slices
+from sslvit.data.mixture import MixturePlan, shares_of_batch
+from sslvit.data.plan import EpochPlan, evaluation_batches, fitting_ranks, slices
 
 
 def epoch_of(plan: EpochPlan, epoch: int) -> np.ndarray:

@@ -11,10 +11,10 @@ from PIL import Image
 from shard_fixtures import encoded, image_folder, numbered_shards, numbers_of, photograph
 
 from sslvit.data.decode import BadImage
-from sslvit.data.index import JoinedIndex
 from sslvit.data.loader import TrainingBatches, evaluation_loader, make_batch, resolution_of, view_samples
+from sslvit.data.mixture import JoinedIndex, MixturePlan
 from sslvit.data.pack import pack, pack_source
-from sslvit.data.plan import EpochPlan, MixturePlan
+from sslvit.data.plan import EpochPlan
 from sslvit.data.reader import ShardReader
 from sslvit.data.sources import array_samples
 from sslvit.data.views import Views

@@ -210,8 +210,9 @@ def test_shards_uploaded_anew_are_not_taken_for_the_old_ones(server: Server, cac
     old = {path.name: path.stat().st_size for path in (server.folder / "a").glob("*.tar")}
     for path in (server.folder / "a").iterdir():
         path.unlink()
-    from sslvit.data.pack import PackSettings, pack
+    from sslvit.data.pack import pack
     from sslvit.data.sources import array_samples
+    from sslvit.data.store import PackSettings
 
     images = np.repeat(np.arange(100, 140, dtype=np.uint8), 64).reshape(40, 8, 8)
     samples = array_samples(images, np.arange(40) % 2)

@@ -29,10 +29,11 @@ from torchvision.datasets import ImageFolder
 from sslvit.data.decode import Scratch, decode_pixels
 from sslvit.data.index import RECORD, Shard, ShardIndex, load_index
 from sslvit.data.loader import TrainingBatches
-from sslvit.data.pack import PackSettings, pack_source
+from sslvit.data.pack import pack_source
 from sslvit.data.plan import EpochPlan
 from sslvit.data.reader import ShardReader
 from sslvit.data.resample import normalise
+from sslvit.data.store import PackSettings
 from sslvit.data.views import Views
 from sslvit.settings.views import CropSettings, MultiCropSettings
 
