@@ -36,7 +36,7 @@ def images(height: int = 32, width: int = 32, channels: int = 3) -> torch.Tensor
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("tokens", "positions"), itertools.product(TOKENS, POSITIONS))
+@pytest.mark.parametrize(("tokens", "positions"), list(itertools.product(TOKENS, POSITIONS)))
 def test_visible_patches_alone_equal_a_full_pass_cut_before_the_first_block(tokens: str, positions: str) -> None:
     encoder = make(cnn="resnet18", tokens=tokens, positions=positions)
     everything = torch.arange(16).flip(0).expand(2, -1)  # all patches in another order
@@ -119,7 +119,7 @@ def test_relative_positions_do_not_see_a_common_shift(positions: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("tokens", "positions"), itertools.product(TOKENS, POSITIONS))
+@pytest.mark.parametrize(("tokens", "positions"), list(itertools.product(TOKENS, POSITIONS)))
 def test_other_sizes_pass_and_the_own_size_is_not_resampled(tokens: str, positions: str) -> None:
     encoder = make(cnn="resnet18", tokens=tokens, positions=positions)
     assert encoder(images(40, 64)).shape == (2, 1 + 5 * 8, 48)

@@ -122,7 +122,8 @@ def test_an_encoder_alone_is_no_mae(tmp_path) -> None:
     with pytest.raises(ValueError, match="needs one with its decoder"):
         MAE.from_official(str(tmp_path / "encoder.pth"), heads=2, decoder_heads=2)
     torch.save({"model": task.official_state()}, tmp_path / "full.pth")
-    again = MAE.from_official(str(tmp_path / "full.pth"), heads=2, decoder_heads=2)
+    ratio = task.settings.mask_ratio
+    again = MAE.from_official(str(tmp_path / "full.pth"), heads=2, decoder_heads=2, mask_ratio=ratio)
     images, noise = torch.randn(2, 3, 16, 16), torch.rand(2, 16)
     torch.testing.assert_close(again.loss(images, noise), task.loss(images, noise))
 
