@@ -32,6 +32,8 @@ class PretextTask(pl.LightningModule):
         seed: of every chance draw.
     """
 
+    view_kinds: tuple[str, ...] = ("crop", "square", "centre", "canvas")  # of data.view: those that make one view
+
     def __init__(
         self,
         encoder: EncoderSettings,

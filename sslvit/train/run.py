@@ -187,6 +187,11 @@ def _check_machine(settings: PretrainSettings) -> None:
     """Refuse what cannot run here, before data is touched."""
     train = settings.train
     slices(settings.data.global_batch, train.devices * train.nodes, train.micro_batch)
+    kinds = task_class(settings.task.name).view_kinds
+    if settings.data.view.kind not in kinds:
+        raise ValueError(
+            f"data.view.kind: {settings.data.view.kind} is not for {settings.task.name}. Use {' or '.join(kinds)}."
+        )
     if train.accelerator == "gpu" and not torch.cuda.is_available():
         raise ValueError("train.accelerator: gpu, but torch sees none here. Use auto or cpu.")
 
