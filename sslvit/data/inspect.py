@@ -157,11 +157,10 @@ def describe_shards(index: ShardIndex, global_batch: int | None = None) -> str:
     needs = {
         hosts: plan.shards_at_once(0, batch // hosts) * largest for hosts in (1, 2, 4, 8, 16) if batch % hosts == 0
     }
-    lines.append(
-        "  read over the network, each host needs a cache of about "
-        + ", ".join(f"{need:.2g} GB on {hosts}" for hosts, need in needs.items())
-        + " hosts"
-    )
+    shown = [f"{need:.2g} GB on {hosts}" for hosts, need in needs.items()]
+    if len(set(needs.values())) == 1:
+        shown = [f"{needs[1]:.2g} GB on any number"]
+    lines.append(f"  read over the network, each host needs a cache of about {', '.join(shown)} of hosts")
     return "\n".join(lines)
 
 

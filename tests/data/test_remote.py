@@ -139,6 +139,7 @@ def test_a_dropped_transfer_goes_on_where_it_was(server: Server, cache: ShardCac
     server.serves_ranges = False
     server.fail["a/shard-000002.tar"] = ["drop"]
     assert index.shard_path(2).read_bytes() == (server.folder / "a" / "shard-000002.tar").read_bytes()
+    assert server.requests["a/shard-000002.tar"] == 2  # where parts are not served, the whole file from its start
 
 
 @pytest.mark.parametrize("problem", ["truncated file", "other bytes"])
