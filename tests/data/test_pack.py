@@ -388,7 +388,7 @@ def test_sixteen_bits_and_palettes_are_encoded_as_what_they_show(tmp_path: Path)
 
 def test_keys_never_lead_out_of_their_folder(tmp_path: Path) -> None:
     samples = array_samples(np.zeros((3, 4, 4), np.uint8))
-    for sample, key in zip(samples, ("../up", "/root/x", "a..b/c"), strict=True):
+    for sample, key in zip(samples, ("../up", "/etc/x", "a..b/c"), strict=True):
         sample.key = key
     index = pack(samples, tmp_path, workers=1)
     with tarfile.open(tmp_path / index.shards[0].name) as tar:
