@@ -100,15 +100,14 @@ class ShardReader:
         return file
 
     def _open_file(self, shard: int) -> int:
-        for is_last in (False, True):
-            try:
+        try:
+            with suppress(FileNotFoundError):  # the cache may just have made room: once more, then
                 return os.open(self.index.shard_path(shard), os.O_RDONLY)
-            except FileNotFoundError:  # once: the cache may just have made room
-                if is_last or not self.index.is_remote:
-                    raise BadImage("missing shard") from None
-            except OSError as error:
-                raise BadImage(f"unreadable shard ({error.strerror})") from error
-        raise AssertionError
+            return os.open(self.index.shard_path(shard), os.O_RDONLY)
+        except FileNotFoundError:
+            raise BadImage("missing shard") from None
+        except OSError as error:
+            raise BadImage(f"unreadable shard ({error.strerror})") from error
 
     def _decode_all(self, size: list[int], pixel: torch.dtype) -> Tensor:
         """Decode everything, in processes that write into memory that they share."""
