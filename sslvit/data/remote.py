@@ -31,7 +31,7 @@ FSSPEC_CHUNK = 16 * 2**20
 GONE = (404, 410)  # the server does not have it
 REFUSED = (400, 401, 403)  # nor will it give it
 RANGE_NOT_SATISFIABLE = 416
-REMEMBERED_SECONDS = 600  # for which other processes do not ask again for a shard that is missing or damaged
+REMEMBERED_SECONDS = 120  # for which other processes do not ask again for a shard that is missing or damaged
 PART_DAYS = 2  # after which an unfinished download is given up
 
 
@@ -84,12 +84,14 @@ class ShardCache:
         with FileLock(f"{path}.lock"):
             if sha256 is not None and _touch(path):
                 return path  # another process was faster
-            self._recall_failure(path)
+            if size is not None:  # a shard; who looks for an index anew has perhaps just uploaded it
+                self._recall_failure(path)
             self._make_room(size or 0, path)
             try:
                 self._download(address, path, size, sha256)
             except BadImage as error:
-                path.with_name(path.name + ".bad").write_text(str(error))
+                if size is not None:
+                    path.with_name(path.name + ".bad").write_text(str(error))
                 raise
             if size is None:
                 self._make_room(0, path)

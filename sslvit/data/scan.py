@@ -66,8 +66,7 @@ class Measured:
         for name in ("sizes", "modes", "kinds"):
             getattr(self, name).update(getattr(other, name))
         if other.images and (not self.images or self.channels == other.channels):
-            self.moments = (np.array(self.moments) + other.moments if self.images else other.moments)  # fmt: skip
-            self.moments = np.asarray(self.moments).tolist()
+            self.moments = (np.array(self.moments) + other.moments).tolist() if self.images else other.moments
             self.channels, self.images = other.channels, self.images + other.images
 
     def describe(self, location: str) -> dict[str, Any]:
@@ -152,7 +151,7 @@ def index_shards(folder: str | Path, workers: int | None = None) -> ShardIndex:
         workers: processes; None for one per core.
 
     Raises:
-        ValueError: no shard, a damaged one, or none with an image in it.
+        ValueError: no shard, or none with an image in it; damaged ones are read as far as they go, and named.
     """
     names = sorted(path.name for path in Path(folder).glob("*.tar"))
     if not names:

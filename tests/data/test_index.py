@@ -256,6 +256,17 @@ def test_patterns_name_some_shards_of_a_folder(tmp_path: Path, capsys: pytest.Ca
         open_shards(f"{tmp_path}/in/shard-{{00..03.tar", "", cache)
 
 
+def test_shards_in_a_folder_that_one_may_only_read_are_indexed_in_the_cache(tmp_path: Path, monkeypatch) -> None:
+    index = numbered_shards(tmp_path / "theirs", 20, shard_mb=0.01)
+    for name in ("index.json", "index.npy", "_info.json"):
+        (tmp_path / "theirs" / name).unlink()
+    before = sorted((tmp_path / "theirs").iterdir())
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    found = open_shards(tmp_path / "theirs", "", ShardCache(tmp_path / "cache"))
+    assert numbers_of(found) == numbers_of(index)
+    assert sorted((tmp_path / "theirs").iterdir()) == before
+
+
 def test_check_finds_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     source = image_folder(tmp_path / "in")
     (source / "dog" / "again.png").write_bytes((source / "dog" / "im.003.png").read_bytes())

@@ -297,10 +297,16 @@ def test_the_cache_stays_within_its_size(server: Server, tmp_path: Path) -> None
 
 def test_a_pattern_of_addresses_needs_no_index(server: Server, cache: ShardCache, capsys) -> None:
     local = open_shards(server.folder / "a", "")
-    for name in ("index.json", "index.npy", "_info.json"):
+    files = {name: (server.folder / "a" / name).read_bytes() for name in ("index.json", "index.npy")}
+    for name in files:
         (server.folder / "a" / name).unlink()
     with pytest.raises(FileNotFoundError, match="no index there .*shard-{000000..000099}.tar"):
         open_shards(f"{server.address}/a", "", cache)
+    for name, content in files.items():
+        (server.folder / "a" / name).write_bytes(content)
+    assert numbers_of(open_shards(f"{server.address}/a", "", cache)) == numbers_of(local)  # uploaded: found at once
+    for name in files:
+        (server.folder / "a" / name).unlink()
     pattern = f"{server.address}/a/shard-{{000000..000001}}.tar"
     for _ in range(2):
         assert numbers_of(open_shards(pattern, "", cache)) == numbers_of(local)[: local.first_of_shard[2]]
@@ -316,6 +322,7 @@ def test_shards_are_fetched_ahead_of_their_use(server: Server, cache: ShardCache
     limit = time.monotonic() + 10
     while sum(server.requests[f"a/shard-{i:06d}.tar"] for i in range(3)) < 3 and time.monotonic() < limit:
         time.sleep(0.01)
+    assert sum(server.requests[f"a/shard-{i:06d}.tar"] for i in range(3)) == 3
     reader.fetch_ahead([2, 1, 0])
     numbers_of(index)
     assert [server.requests[f"a/shard-{i:06d}.tar"] for i in range(3)] == [1, 1, 1]

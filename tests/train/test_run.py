@@ -437,6 +437,9 @@ def test_an_unreachable_server_ends_the_run_in_one_line(shards: Path, tmp_path: 
     command = ["pretrain", "--config", "mae/digits", "--data", address, *words]
     assert main([*command, "--out", str(tmp_path / "fine")]) == 0
     assert same(RunFolder(tmp_path / "fine"), run(shards, tmp_path / "local", **{"data.memory_limit_mb": 0}))
+    assert main([*command, "--out", str(tmp_path / "small"), "--data.cache_gb=1e-6"]) == 1
+    assert "data.cache_gb: 1e-06 GB cannot hold the shards that each machine reads" in capsys.readouterr().err
+    assert not (tmp_path / "small").exists()
     for path in (tmp_path / "cache").glob("??/*.tar"):
         path.unlink()
     original = remote.ShardCache.shard
