@@ -137,14 +137,19 @@ def by_epoch(make: Callable[[int, np.ndarray], np.ndarray], samples: np.ndarray,
 
 
 def random_crops(scale: list[float], ratio: list[float], flip: float) -> DrawBoxes:
-    """Random resized crop (Szegedy et al. 2015), with torchvision's rules: the first of ten boxes that fits."""
+    """Random resized crop (Szegedy et al. 2015), with torchvision's rules: the first of ten boxes that fits.
+
+    With areas above the image's, a box need not fit: the image is then drawn somewhere on black.
+    """
 
     def draw(uniform: np.ndarray, heights: np.ndarray, widths: np.ndarray, size: list[int]) -> Boxes:
         area = np.interp(uniform[:, :TRIES], [0, 1], scale) * (heights * widths)[:, None]
         ratios = np.exp(np.interp(uniform[:, TRIES : 2 * TRIES], [0, 1], np.log(ratio)))
         width = np.round(np.sqrt(area * ratios))
         height = np.round(np.sqrt(area / ratios))
-        fits = (width >= 1) & (height >= 1) & (width <= widths[:, None]) & (height <= heights[:, None])
+        fits = (width >= 1) & (height >= 1)
+        if scale[1] <= 1:  # otherwise a box may reach outside
+            fits &= (width <= widths[:, None]) & (height <= heights[:, None])
         first = np.arange(len(fits)), fits.argmax(1)
         # none fits: the largest centred box whose ratio is allowed
         wide = widths / heights
@@ -154,8 +159,11 @@ def random_crops(scale: list[float], ratio: list[float], flip: float) -> DrawBox
         width = np.where(none, fallback_width, width[first])
         height = np.where(none, fallback_height, height[first])
         place = uniform[:, 2 * TRIES :]
-        top = np.where(none, (heights - height) // 2, np.floor(place[:, 0] * (heights - height + 1)))
-        left = np.where(none, (widths - width) // 2, np.floor(place[:, 1] * (widths - width + 1)))
+        rooms = [heights - height, widths - width]  # below zero where the image is the smaller one and moves in the box
+        top, left = (
+            np.where(none, room // 2, np.sign(room) * np.floor(place[:, i] * (np.abs(room) + 1)))
+            for i, room in enumerate(rooms)
+        )
         return Boxes(top, left, height, width, place[:, 2] < flip)
 
     return draw
@@ -202,12 +210,13 @@ def canvas_places(side: list[float], flip: float) -> DrawBoxes:
 def change_views(views: list[Tensor], colours: list[Tensor]) -> list[Tensor]:
     """Change the colours of every view; neighbours of one size go together."""
     changed: list[Tensor] = []
-    start = 0
-    while start < len(views):
-        stop = start + 1
-        while stop < len(views) and views[stop].shape == views[start].shape:
-            stop += 1
+    for start, stop in runs_of_one_size(views):
         together = change_colours(torch.cat(views[start:stop]), torch.cat(colours[start:stop]))
         changed += together.chunk(stop - start)
-        start = stop
     return changed
+
+
+def runs_of_one_size(views: list[Tensor]) -> list[tuple[int, int]]:
+    """Where neighbouring views have one shape: (first, one after the last) of each run."""
+    starts = [i for i, view in enumerate(views) if not i or view.shape != views[i - 1].shape]
+    return list(zip(starts, [*starts[1:], len(views)], strict=True))

@@ -22,3 +22,20 @@ def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes) -> 
     encoder = {key.removeprefix("backbone."): value for key, value in encoder.items()}
     found = {"interpolate_antialias": False, "interpolate_offset": 0.1, **changes}
     return Converted(settings_from_shapes(encoder, heads, notes, **found), encoder, head, notes)
+
+
+def head_shape(head: dict[str, Tensor]) -> dict[str, int | bool]:
+    """Fields of DINOSettings that the head's weights tell.
+
+    Raises:
+        ValueError: there is no head.
+    """
+    if "head.last_layer.weight_v" not in head:
+        raise ValueError("these weights hold no projection head (head.last_layer.weight_v).")
+    out_dim, bottleneck = head["head.last_layer.weight_v"].shape
+    matrices = [value for key, value in sorted(head.items()) if key.startswith("head.mlp") and value.ndim == 2]
+    return {
+        "out_dim": out_dim, "bottleneck": bottleneck, "head_layers": len(matrices),
+        "head_width": matrices[0].shape[0], "batch_norm": any("running_mean" in key for key in head),
+        "norm_last_layer": bool((head["head.last_layer.weight_g"] == 1).all()),
+    }  # fmt: skip

@@ -17,8 +17,8 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
             is_vector = parameter.ndim <= 1 or name.endswith(".bias")
             (spared if is_vector else decayed).append(parameter)
     return [
-        {"params": spared, "weight_decay": 0.0},
-        {"params": decayed, "weight_decay": weight_decay},
+        {"params": spared, "weight_decay": 0.0, "decays": False},
+        {"params": decayed, "weight_decay": weight_decay, "decays": True},
     ]
 
 

@@ -5,13 +5,28 @@ from __future__ import annotations
 import math
 
 
-def warmup_cosine(step: float, peak: float, final: float, warmup_steps: float, total_steps: float) -> float:
-    """Straight from zero to the peak, then along half a cosine to the final value.
+def cosine(step: float, start: float, final: float, total_steps: float) -> float:
+    """Half a cosine from start to final, which would be reached at total_steps, one step after the last update."""
+    progress = min(step / max(total_steps, 1e-12), 1.0)
+    return final + (start - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
-    MAE (He et al. 2022, appendix A.1): the first update has rate zero where there is a warm-up, and the final
-    value would be reached at total_steps, one step after the last update.
+
+def warmup_cosine(
+    step: float, peak: float, final: float, warmup_steps: float, total_steps: float, start: float = 0.0,
+    twice_at_peak: bool = False,
+) -> float:  # fmt: skip
+    """Straight from the start to the peak, then along half a cosine to the final value.
+
+    Args:
+        step: counted from zero.
+        peak: value after the warm-up.
+        final: value at total_steps.
+        warmup_steps: steps of the straight part; its first one has the start value.
+        total_steps: of both parts.
+        start: value at step zero.
+        twice_at_peak: the straight part reaches the peak in its last step, and the cosine starts there again (DINO's
+            released code); otherwise the cosine's first step is the first at the peak (MAE's).
     """
-    if step < warmup_steps:
-        return peak * step / warmup_steps
-    progress = min((step - warmup_steps) / max(total_steps - warmup_steps, 1e-12), 1.0)
-    return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
+    if step >= warmup_steps:
+        return cosine(step - warmup_steps, peak, final, total_steps - warmup_steps)
+    return start + (peak - start) * step / max(warmup_steps - twice_at_peak, 1)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from sslvit.settings.task import TaskSettings
+
 
 @dataclass
-class MAESettings:
+class MAESettings(TaskSettings):
     """Reconstruct hidden patches from a few visible ones.
 
     Args:

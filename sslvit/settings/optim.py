@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
+
+LONGEST_WARMUP = 12_500  # steps: 10 epochs of ImageNet in batches of 1024 (Caron et al. 2021, section 3.2)
 
 
 @dataclass
@@ -12,27 +15,37 @@ class OptimSettings:
     Args:
         base_rate: learning rate at a global batch of 256; the peak rate is base_rate x global_batch / 256.
         min_rate: rate at the last step.
-        warmup_epochs: epochs in which the rate rises from zero.
+        warmup_epochs: epochs in which the rate rises from zero; null for a tenth of the run, at most 12,500 steps.
         weight_decay: decoupled decay of matrices; biases, norms and other vectors are spared.
+        final_weight_decay: what it grows to along half a cosine (DINO); null leaves it as it is.
         betas: AdamW's averages.
-        clip: largest gradient norm over all weights; null leaves gradients alone.
+        clip: largest gradient norm; null leaves gradients alone.
+        clip_by: whose norm that is: all weights together, or each parameter on its own (DINO).
     """
 
     base_rate: float = 1.5e-4
     min_rate: float = 0.0
-    warmup_epochs: float = 40
+    warmup_epochs: float | None = 40
     weight_decay: float = 0.05
+    final_weight_decay: float | None = None
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     clip: float | None = None
+    clip_by: Literal["all", "parameter"] = "all"
 
     def __post_init__(self) -> None:
-        for key in ("base_rate", "min_rate", "warmup_epochs", "weight_decay"):
-            if not 0 <= getattr(self, key) < float("inf"):
-                raise ValueError(f"optim.{key}: {getattr(self, key)} is not zero or more.")
+        for key in ("base_rate", "min_rate", "warmup_epochs", "weight_decay", "final_weight_decay"):
+            value = getattr(self, key)
+            if value is not None and not 0 <= value < float("inf"):
+                raise ValueError(f"optim.{key}: {value} is not zero or more.")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optim.betas: {self.betas} is not two numbers from 0 up to, not including, 1.")
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"optim.clip: {self.clip} is not above zero. Use null for none.")
+
+    def warmup_steps(self, steps_per_epoch: int, total_steps: int) -> float:
+        if self.warmup_epochs is None:
+            return min(total_steps // 10, LONGEST_WARMUP)
+        return min(self.warmup_epochs * steps_per_epoch, total_steps)
 
     def peak_rate(self, global_batch: int) -> float:
         return self.base_rate * global_batch / 256

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 
 from sslvit.settings.data import DataSettings
+from sslvit.settings.dino import DINOSettings
 from sslvit.settings.encoder import EncoderSettings
 from sslvit.settings.mae import MAESettings
 from sslvit.settings.optim import OptimSettings
+from sslvit.settings.task import TaskSettings
 from sslvit.settings.train import TrainSettings
 
-TASK_SETTINGS = {"mae": MAESettings}
+TASK_SETTINGS: dict[str, type[TaskSettings]] = {"mae": MAESettings, "dino": DINOSettings}
 
 
 @dataclass
@@ -28,7 +30,7 @@ class PretrainSettings:
         init: an encoder to start from instead of random weights.
     """
 
-    task: MAESettings = field(default_factory=MAESettings)
+    task: MAESettings | DINOSettings = field(default_factory=MAESettings)
     encoder: EncoderSettings = field(default_factory=EncoderSettings)
     data: DataSettings = field(default_factory=DataSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)

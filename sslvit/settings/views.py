@@ -92,7 +92,8 @@ class MultiCropSettings:
 
     Args:
         kind: multi_crop.
-        global_scale: smallest and largest share of the area in a global crop, of encoder.image_size.
+        global_scale: smallest and largest share of the area in a global crop, of encoder.image_size; where it is
+            above 1, the image is drawn somewhere on black.
         local_crops: how many small crops.
         local_size: their side in pixels.
         local_scale: smallest and largest share of the area in a local crop.
@@ -128,7 +129,7 @@ class MultiCropSettings:
 
     def __post_init__(self) -> None:
         for key in ("global_scale", "local_scale"):
-            check_range(key, getattr(self, key), most=1.0)
+            check_range(key, getattr(self, key))
         check_range("ratio", self.ratio)
         check_range("blur_sigma", self.blur_sigma)
         for key in ("flip", "jitter", "grey"):

@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-TASKS = {"mae": ("sslvit.tasks.mae", "MAE")}
+TASKS = {"mae": ("sslvit.tasks.mae", "MAE"), "dino": ("sslvit.tasks.dino", "DINO")}
 
 
 def task_class(name: str) -> type:

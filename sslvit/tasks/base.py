@@ -10,20 +10,22 @@ from collections import defaultdict
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from sslvit.chance import uniform_at
-from sslvit.checkpoint import describe_encoder
+from sslvit.checkpoint import describe_encoder, put_weights
 from sslvit.data.batch import Batch
 from sslvit.models import ViTEncoder
-from sslvit.optim import decay_groups, warmup_cosine
-from sslvit.settings import EncoderSettings, OptimSettings
+from sslvit.optim import clip_each, cosine, decay_groups, warmup_cosine
+from sslvit.settings import EncoderSettings, OptimSettings, TaskSettings
 
 
 class PretextTask(pl.LightningModule):
     """A task around one encoder.
 
     Args:
+        settings: of the task.
         encoder: settings of the encoder that is trained.
         optim: how its weights move.
         total_steps: optimiser steps of the whole run.
@@ -36,6 +38,7 @@ class PretextTask(pl.LightningModule):
 
     def __init__(
         self,
+        settings: TaskSettings,
         encoder: EncoderSettings,
         optim: OptimSettings,
         total_steps: int,
@@ -44,13 +47,16 @@ class PretextTask(pl.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        self.settings = settings.fitted(steps_per_epoch * global_batch, global_batch, total_steps)
         self.encoder = ViTEncoder(encoder)
         self.optim = optim
-        self.total_steps = total_steps
-        self.warmup_steps = min(optim.warmup_epochs * steps_per_epoch, total_steps)
+        self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
+        self.warmup_steps = optim.warmup_steps(steps_per_epoch, total_steps)
         self.peak_rate = optim.peak_rate(global_batch)
         self.seed = seed
         self.records: dict[str, list[Tensor]] = defaultdict(list)
+        self.is_watched = False
+        self.watched: dict[str, list[Tensor]] = defaultdict(list)
 
     @property
     def trained_encoder(self) -> ViTEncoder:
@@ -71,17 +77,26 @@ class PretextTask(pl.LightningModule):
         """Learning rate of the update number `step`, counted from zero."""
         return warmup_cosine(step, self.peak_rate, self.optim.min_rate, self.warmup_steps, self.total_steps)
 
+    def decay_at(self, step: int) -> float:
+        """Weight decay of the update number `step`."""
+        if self.optim.final_weight_decay is None:
+            return self.optim.weight_decay
+        return cosine(step, self.optim.weight_decay, self.optim.final_weight_decay, self.total_steps)
+
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer, optimizer_closure=None) -> None:
         """One update at the rate of this step. Lightning calls this once per global batch, not per micro-batch."""
-        rate = self.rate_at(self.global_step)
+        rate, decay = self.rate_at(self.global_step), self.decay_at(self.global_step)
         for group in optimizer.param_groups:
             group["lr"] = rate
+            group["weight_decay"] = decay if group["decays"] else 0.0
         self.records["rate"] = [torch.tensor(rate, dtype=torch.float64)]
         optimizer.step(closure=optimizer_closure)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        """Clip by the norm over all weights where the recipe says so, and record the norm."""
-        if self.optim.clip:
+        """Clip where the recipe says so, and record the norm over all weights before that."""
+        if self.optim.clip and self.optim.clip_by == "parameter":
+            norm = clip_each(self.parameters(), self.optim.clip).norm()
+        elif self.optim.clip:
             norm = nn.utils.clip_grad_norm_(self.parameters(), self.optim.clip)
         else:
             norm = nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
@@ -95,17 +110,36 @@ class PretextTask(pl.LightningModule):
         table = uniform_at((self.seed, self.global_step, purpose), rows, columns)
         return torch.from_numpy(table.astype(np.float32)).to(batch.samples.device)
 
-    def path_noise(self, batch: Batch) -> Tensor | None:
-        """Numbers for stochastic depth ('branches b'), or None where the encoder has none."""
+    def path_noise(self, batch: Batch, views: int = 1) -> Tensor | None:
+        """Numbers for stochastic depth, 'branches (views b)', or None where the encoder has none."""
         if not self.encoder.settings.drop_path:
             return None
-        return self.uniform("drop path", batch, 2 * self.encoder.settings.depth).T
+        noise = self.uniform("drop path", batch, views * 2 * self.encoder.settings.depth)
+        return rearrange(noise, "b (views branches) -> branches (views b)", views=views)
 
     # ---- records ---------------------------------------------------------------------------------------------
 
     def record(self, name: str, value: Tensor) -> None:
         """Keep a number of this micro-batch; the run log averages it over the global batch when a line is due."""
         self.records[name].append(value.detach())
+
+    def watch(self, **tensors: Tensor) -> None:
+        """Show what this micro-batch made to the health check, in steps that it looks at (train/health.py).
+
+        Args:
+            tensors: features ('b d', of the encoder that is trained) and targets ('b k', shares of prototypes).
+        """
+        if self.is_watched:
+            for name, tensor in tensors.items():
+                self.watched[name].append(tensor.detach())
+
+    def start_from(self, weights: dict[str, Tensor], source: str) -> None:
+        """Begin with a trained encoder's weights.
+
+        Raises:
+            ValueError: they do not fit.
+        """
+        put_weights(self.encoder, weights, source)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Tell Lightning's counters how many micro-batches the steps done are now.

@@ -135,8 +135,7 @@ class MAE(PretextTask):
                 "MAE trains without labels, so an attention pool would stay random. "
                 "Set encoder.pooling to class or mean."
             )
-        super().__init__(encoder, optim, **run)
-        self.settings = settings
+        super().__init__(settings, encoder, optim, **run)
         self.patch = encoder.patch
         patches = encoder.grid[0] * encoder.grid[1]
         visible = visible_count(patches, settings.mask_ratio)

@@ -1,0 +1,119 @@
+"""Self-distillation with no labels (Caron et al. 2021)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from sslvit.settings.task import TaskSettings
+
+IMAGES_PER_PROTOTYPE = 20  # ImageNet's 1.28 M images for 65,536 outputs (Caron et al. 2021, section 3.2)
+PAPER_BATCH, PAPER_MOMENTUM = 1024, 0.996  # section 3.2, "Implementation details"
+SHORTEST_RUN = 40  # the teacher averages over at most this part of the run
+
+
+@dataclass
+class DINOSettings(TaskSettings):
+    """A student learns to name crops as its own average, the teacher, names them.
+
+    Keys that are null are chosen for the data set and the batch, and printed at the start (docs/dino.md).
+
+    Args:
+        name: which task these settings are for.
+        out_dim: prototypes, the length of the heads' output; null for one per 20 images, from 256 to 65,536.
+        head_layers: linear maps of the head's MLP.
+        head_width: channels between them.
+        bottleneck: channels that the MLP ends in, before the last layer.
+        batch_norm: normalise over the batch inside the MLP.
+        norm_last_layer: keep the prototypes' lengths at one; false learns them (better for a small model with
+            a fitting temperature, less stable).
+        student_temperature: of the student's softmax.
+        teacher_temperature: of the teacher's softmax after its warm-up; lower is sharper. null for 0.07 at
+            global batches from 512 on, otherwise 0.04.
+        warmup_teacher_temperature: with which it begins.
+        warmup_teacher_epochs: epochs until it is reached, in equal parts; null for 30, or a tenth of a shorter run.
+        momentum: share of the teacher that stays at the first update; null for 0.996 at a batch of 1024, as strong
+            per image at others, and an average over at most a fortieth of the run.
+        final_momentum: the same at the last update.
+        centring: what keeps the teacher from one output for all: mean (subtract a moving average) or sinkhorn
+            (Sinkhorn-Knopp: use all prototypes equally in every batch; DINOv2).
+        centre_momentum: share of the centre that stays at an update; 1 for no centring.
+        sinkhorn_iterations: of Sinkhorn-Knopp.
+        koleo: weight of a term that spreads the student's features (KoLeo; DINOv2 uses 0.1).
+        freeze_last_layer: epochs in which the student's last layer stays as it is.
+    """
+
+    name: Literal["dino"] = "dino"
+    out_dim: int | None = None
+    head_layers: int = 3
+    head_width: int = 2048
+    bottleneck: int = 256
+    batch_norm: bool = False
+    norm_last_layer: bool = True
+    student_temperature: float = 0.1
+    teacher_temperature: float | None = None
+    warmup_teacher_temperature: float = 0.04
+    warmup_teacher_epochs: float | None = None
+    momentum: float | None = None
+    final_momentum: float = 1.0
+    centring: Literal["mean", "sinkhorn"] = "mean"
+    centre_momentum: float = 0.9
+    sinkhorn_iterations: int = 3
+    koleo: float = 0.0
+    freeze_last_layer: float = 1
+
+    def __post_init__(self) -> None:
+        for key in ("out_dim", "head_layers", "head_width", "bottleneck", "sinkhorn_iterations"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ValueError(f"task.{key}: {value} is less than 1.")
+        for key in ("student_temperature", "teacher_temperature", "warmup_teacher_temperature"):
+            value = getattr(self, key)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"task.{key}: {value} is not above zero.")
+        for key in ("momentum", "final_momentum", "centre_momentum"):
+            value = getattr(self, key)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"task.{key}: {value} is not between 0 and 1.")
+        for key in ("warmup_teacher_epochs", "koleo", "freeze_last_layer"):
+            value = getattr(self, key)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"task.{key}: {value} is not zero or more.")
+        if self.out_dim == 1:
+            raise ValueError("task.out_dim: with 1 prototype there is nothing to tell apart. Use 2 or more.")
+
+    def fitted(self, images: int, global_batch: int, total_steps: int) -> DINOSettings:
+        """The same with every null replaced by what suits the job.
+
+        Args:
+            images: in the data set.
+            global_batch: images per optimiser step.
+            total_steps: of the run.
+        """
+        epochs = total_steps * global_batch / images
+        fitting = {
+            "out_dim": prototypes_for(images),
+            "teacher_temperature": 0.07 if global_batch >= PAPER_BATCH // 2 else 0.04,
+            "warmup_teacher_epochs": min(30.0, epochs / 10),
+            "momentum": momentum_for(global_batch, total_steps),
+        }
+        return replace(self, **{key: value for key, value in fitting.items() if getattr(self, key) is None})
+
+
+def prototypes_for(images: int) -> int:
+    """The power of two nearest to one prototype per 20 images, from 256 to 65,536.
+
+    The paper's 65,536 for ImageNet; it found 1,024 to be 2 points of kNN worse there, so the number is not delicate.
+    """
+    return 2 ** min(max(round(math.log2(max(images, 1) / IMAGES_PER_PROTOTYPE)), 8), 16)
+
+
+def momentum_for(global_batch: int, total_steps: int) -> float:
+    """The teacher's first momentum.
+
+    The paper's 0.996 at a batch of 1024; an average over as many images at others (Busbridge et al. 2023, "How to
+    scale your EMA"); but over no more than a fortieth of the run, which matters for short runs only (docs/dino.md).
+    """
+    per_batch = PAPER_MOMENTUM ** (global_batch / PAPER_BATCH)
+    return round(min(per_batch, 1 - min(SHORTEST_RUN / total_steps, 0.5)), 6)

@@ -1,0 +1,19 @@
+"""What the settings of every pretext task share."""
+
+from __future__ import annotations
+
+from typing import Self
+
+
+class TaskSettings:
+    """Base of a task's settings."""
+
+    def fitted(self, images: int, global_batch: int, total_steps: int) -> Self:
+        """The same with every null replaced by what suits the job; here there are none.
+
+        Args:
+            images: in the data set.
+            global_batch: images per optimiser step.
+            total_steps: of the run.
+        """
+        return self

@@ -1,0 +1,279 @@
+"""DINO against numbers of its released code."""
+
+from __future__ import annotations
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from golden_fixtures import Golden
+from torch import nn
+
+from sslvit.data.batch import Batch
+from sslvit.layouts import dino as layout
+from sslvit.optim import clip_each, cosine, decay_groups, move_average, warmup_cosine
+from sslvit.settings import DINOSettings, EncoderSettings, OptimSettings
+from sslvit.tasks.dino import DINO, DINOHead, centred_shares, cross_entropy_of_pairs, embed_views
+
+
+def head_of(config: dict, state: dict[str, torch.Tensor]) -> DINOHead:
+    settings = DINOSettings(
+        out_dim=config["out_dim"], head_layers=config["nlayers"], head_width=config["hidden_dim"],
+        bottleneck=config["bottleneck_dim"], batch_norm=config["use_bn"], norm_last_layer=config["norm_last_layer"],
+    )  # fmt: skip
+    head = DINOHead(config["in_dim"], settings)
+    head.load_state_dict(state)
+    return head
+
+
+@pytest.mark.parametrize("name", ["norm_last", "free_last", "bn", "1layer"])
+def test_head(name: str) -> None:
+    golden = Golden(f"dino_head_{name}")
+    head = head_of(golden.config, golden.under("param/"))
+    x = golden["input/x"].clone().requires_grad_()
+    bottleneck: list[torch.Tensor] = []
+    head.last_layer.register_forward_hook(lambda module, inputs, output: bottleneck.append(inputs[0].detach()))
+    golden.check("output/y", head.eval()(x).detach())
+    golden.check("output/bottleneck_normalised", bottleneck[0])
+    output = head.train()(x)
+    if "output/y_train" in golden:
+        golden.check("output/y_train", output.detach())
+    (output * golden["input/cotangent"]).sum().backward()
+    golden.check("grad_input/x", x.grad)
+    own = dict(head.named_parameters())
+    without = {key for key, parameter in own.items() if parameter.grad is None}
+    assert without == set(golden.about["info"]["no_grad"])
+    for key in golden.keys_under("grad/"):
+        golden.check(f"grad/{key}", own[key].grad)
+    for key in golden.keys_under("output/after_train/"):
+        golden.check(f"output/after_train/{key}", head.state_dict()[key])
+
+
+def test_a_heads_settings_are_read_from_its_weights() -> None:
+    for name in ("norm_last", "bn", "1layer"):
+        golden = Golden(f"dino_head_{name}")
+        config = golden.config
+        shape = layout.head_shape({f"head.{key}": value for key, value in golden.under("param/").items()})
+        expected = (config["out_dim"], config["bottleneck_dim"], config["nlayers"], config["use_bn"])
+        assert (shape["out_dim"], shape["bottleneck"], shape["head_layers"], shape["batch_norm"]) == expected
+        assert config["nlayers"] == 1 or shape["head_width"] == config["hidden_dim"]
+
+
+def tiny_task(**changes) -> DINO:
+    """A task whose networks do not matter, for its schedules and its loss."""
+    encoder = EncoderSettings(image_size=16, patch=4, width=24, depth=1, heads=2)
+    settings = DINOSettings(**{"out_dim": 16, "head_width": 8, "bottleneck": 4, "momentum": 0.9} | changes)
+    return DINO(settings, encoder, OptimSettings(), total_steps=10, steps_per_epoch=1, global_batch=256)
+
+
+def test_loss_and_centre_over_three_steps() -> None:
+    golden = Golden("dino_loss")
+    config = golden.config
+    task = tiny_task(
+        out_dim=config["out_dim"], warmup_teacher_temperature=config["warmup_teacher_temp"],
+        teacher_temperature=config["teacher_temp"], warmup_teacher_epochs=config["warmup_teacher_temp_epochs"],
+        centre_momentum=config["center_momentum"],
+    )  # fmt: skip
+    schedule = [task.temperature_at(epoch) for epoch in range(config["nepochs"])]
+    torch.testing.assert_close(
+        torch.tensor(schedule, dtype=torch.float64), golden["output/teacher_temp_schedule"].double(), atol=1e-7, rtol=0
+    )
+    for step, epoch in enumerate(config["epochs_of_steps"]):
+        student = golden[f"input/student_step{step}"].clone().requires_grad_()
+        outputs = golden[f"input/teacher_step{step}"].unflatten(0, (2, config["batch"]))
+        task.temperature_at = lambda _, epoch=epoch: schedule[epoch]
+        targets = task.targets(outputs)
+        torch.testing.assert_close(targets, centred_shares(outputs, task.centre, schedule[epoch]))
+        logits = student.unflatten(0, (config["ncrops"], config["batch"])) / config["student_temp"]
+        loss = cross_entropy_of_pairs(targets, logits)
+        golden.check(f"output/loss_step{step}", loss.detach().view(1))
+        loss.backward()
+        golden.check(f"grad/student_step{step}", student.grad)
+        task.move_centre()
+        golden.check(f"output/center_step{step}", task.centre[None])
+
+
+def test_each_gradient_is_clipped_by_its_own_norm() -> None:
+    golden = Golden("dino_step_ops")
+    names = golden.about["info"]["names"]
+    for clip in golden.config["clips"]:
+        parameters = [nn.Parameter(golden[f"param/student.{name}"].clone()) for name in names]
+        for name, parameter in zip(names, parameters, strict=True):
+            parameter.grad = golden[f"input/grad/{name}"].clone()
+        prefix = f"output/clip{clip:g}"
+        golden.check(f"{prefix}/norms", clip_each(parameters, clip).double())
+        for name, parameter in zip(names, parameters, strict=True):
+            golden.check(f"{prefix}/clipped/{name}", parameter.grad)
+
+
+def test_the_teacher_follows_the_student() -> None:
+    golden = Golden("dino_step_ops")
+    for momentum in golden.config["momenta"]:
+        teacher, student = (
+            head_of(golden.config["head"], golden.under(f"param/{name}.")) for name in ("teacher", "student")
+        )
+        move_average(teacher, student, momentum)
+        for key, parameter in teacher.named_parameters():
+            golden.check(f"output/ema_m{momentum:g}/{key}", parameter.detach())
+
+
+def test_the_last_layer_is_frozen_in_the_epochs_that_the_released_code_freezes_it() -> None:
+    info = Golden("dino_step_ops").about["info"]
+    for case in info["frozen"]:
+        task = tiny_task(freeze_last_layer=case["freeze_last_layer"], norm_last_layer=False)
+        for parameter in task.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        task.steps_per_epoch = 3
+        for step in range(3 * case["epoch"], 3 * case["epoch"] + 3):
+            trained = _at_step(task, step)
+            trained.configure_gradient_clipping(None)
+            without = {f"last_layer.{k}" for k, p in task.head.last_layer.named_parameters() if p.grad is None}
+            assert without == set(case["without_grad"])
+            others = [name for name, p in task.named_parameters() if p.grad is None and "head.last_layer" not in name]
+            assert not others
+
+
+class _AtStep(DINO):
+    """A task that believes to be at some step."""
+
+    global_step = 0
+
+
+def _at_step(task: DINO, step: int) -> DINO:
+    task.__class__ = type("DINOAtStep", (_AtStep,), {"global_step": step})
+    return task
+
+
+def test_crops_of_one_size_go_through_the_encoder_together() -> None:
+    golden = Golden("multi_crop")
+    student = golden.under("param/")
+    task = DINO.from_state(student, student, golden.config["vit"]["num_heads"]).eval()
+    assert not task.settings.norm_last_layer  # its prototypes have other lengths than one
+    calls: list[list[int]] = []
+    task.encoder.register_forward_pre_hook(lambda module, inputs: calls.append(list(inputs[0].shape)))
+    for name, order in golden.config["orders"].items():
+        calls.clear()
+        views = [golden[f"input/crop_{i}"] for i in order]
+        with torch.no_grad():
+            outputs = task.each(task.head, embed_views(task.encoder, views))
+        golden.check(f"output/{name}/y", outputs.flatten(0, 1))
+        assert calls == golden.about["info"]["backbone_batches"][name]
+
+
+def test_schedules_of_the_released_code() -> None:
+    golden = Golden("schedules_dino")
+    for name, run in golden.config["runs"].items():
+        total = run["epochs"] * run["niter_per_ep"]
+        if "warmup_epochs" in run:
+            warmup = run["warmup_epochs"] * run["niter_per_ep"]
+            start = run.get("start_warmup_value", 0.0)
+            ours = [
+                warmup_cosine(step, run["base_value"], run["final_value"], warmup, total, start, twice_at_peak=True)
+                for step in range(total)
+            ]
+        else:
+            ours = [cosine(step, run["base_value"], run["final_value"], total) for step in range(total)]
+        ours = torch.tensor(ours, dtype=torch.float64)
+        torch.testing.assert_close(ours, golden[f"output/{name}"], atol=1e-9, rtol=1e-6)
+
+
+@pytest.mark.parametrize("unit_length", [True, False])
+def test_weight_decay_groups_of_the_released_code(unit_length: bool) -> None:
+    golden = Golden("schedules_dino")
+    vit, head = golden.config["vit"], golden.config["head"]
+    encoder = EncoderSettings(
+        image_size=vit["img_size"], patch=vit["patch_size"], width=vit["embed_dim"], depth=vit["depth"],
+        heads=vit["num_heads"],
+    )  # fmt: skip
+    settings = DINOSettings(
+        out_dim=head["out_dim"], head_width=head["hidden_dim"], bottleneck=head["bottleneck_dim"],
+        batch_norm=head["use_bn"], norm_last_layer=unit_length,
+    )  # fmt: skip
+    task = DINO(settings, encoder, OptimSettings(), total_steps=1, steps_per_epoch=1, global_batch=256)
+    names = {id(p): name.replace("encoder.", "backbone.") for name, p in task.named_parameters()}
+    spared, decayed = ({names[id(p)] for p in group["params"]} for group in decay_groups(task, 0.04))
+    expected = golden.about["info"]["groups"][f"norm_last_layer={unit_length}"]
+    assert spared == set(expected["not_regularized"])
+    assert decayed == set(expected["regularized"])
+
+
+def test_training_steps_of_the_released_loop(tmp_path) -> None:
+    golden = Golden("dino_train_steps")
+    config = golden.config
+    networks = {name: golden.under(f"param/{name}.") for name in ("student", "teacher")}
+    task = DINO.from_state(
+        networks["student"], networks["teacher"], config["vit"]["num_heads"],
+        teacher_temperature=config["teacher_temp"], warmup_teacher_temperature=config["warmup_teacher_temp"],
+        warmup_teacher_epochs=config["warmup_teacher_temp_epochs"], momentum=config["momentum_teacher"],
+        freeze_last_layer=config["freeze_last_layer"],
+    )  # fmt: skip
+    per_epoch, micro = config["steps_per_epoch"], config["steps_per_epoch"] * config["epochs_run"]
+    task.optim = OptimSettings(
+        base_rate=config["lr"], min_rate=config["min_lr"], weight_decay=config["weight_decay"],
+        final_weight_decay=config["weight_decay_end"], betas=[0.9, 0.999], clip=config["clip_grad"],
+        clip_by="parameter",
+    )  # fmt: skip
+    task.peak_rate, task.warmup_steps = config["lr"], config["warmup_epochs"] * per_epoch
+    task.total_steps, task.steps_per_epoch = config["epochs"] * per_epoch, per_epoch
+    everyone = torch.ones(config["batch"], dtype=torch.bool)
+    batches = [
+        Batch(
+            [golden[f"input/crops/it{k}_crop{i}"] for i in range(len(config["crop_sizes"]))],
+            None, torch.arange(config["batch"]), everyone, everyone,
+        )
+        for k in range(micro)
+    ]  # fmt: skip
+    after: dict[int, dict[str, dict]] = {}
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, k) -> None:
+            golden.check(f"output/loss_{k}", module.records["loss"][-1].view(1))
+            golden.check(f"output/center_{k}", module.centre[None])
+            spared, decayed = trainer.optimizers[0].param_groups
+            assert spared["lr"] == decayed["lr"] == pytest.approx(float(golden["output/lr_schedule"][k]), abs=1e-9)
+            assert spared["weight_decay"] == 0
+            assert decayed["weight_decay"] == pytest.approx(float(golden["output/wd_schedule"][k]), abs=1e-9)
+            if (k + 1) % per_epoch == 0:
+                after[k // per_epoch] = {
+                    "student": _official(module.encoder, module.head),
+                    "teacher": _official(module.teacher, module.teacher_head),
+                }
+
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[Watch()], gradient_clip_val=config["clip_grad"],
+        default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(task, torch.utils.data.DataLoader(batches, batch_size=None))
+    assert len(after) == config["epochs_run"]
+    for epoch, pair in after.items():
+        for network, state in pair.items():
+            for key, expected in golden.under(f"output/{network}_after_epoch{epoch}/").items():
+                comparable = golden[f"output/comparable/{key}"].bool() if f"output/comparable/{key}" in golden else ...
+                bound = 2e-3 * (expected - networks[network][key]).abs().max()
+                difference = (state[key] - expected).abs()[comparable].max()
+                assert difference <= bound, f"{network} {key} after epoch {epoch}: {difference:.2e} > {bound:.2e}"
+
+
+def _official(encoder: nn.Module, head: nn.Module) -> dict[str, torch.Tensor]:
+    parts = (("backbone.", encoder), ("head.", head))
+    return {prefix + key: value.clone() for prefix, part in parts for key, value in part.state_dict().items()}
+
+
+def test_the_full_checkpoint_loads_with_heads_and_centre(tmp_path) -> None:
+    golden = Golden("dino_train_steps")
+    content = {"student": {f"module.{k}": v for k, v in golden.under("param/student.").items()}}
+    content["teacher"] = golden.under("param/teacher.")
+    content["dino_loss"] = {"center": golden["output/center_3"]}
+    torch.save(content, tmp_path / "full.pth")
+    task = DINO.from_official(str(tmp_path / "full.pth"), heads=golden.config["vit"]["num_heads"])
+    for network, state in (
+        ("student", _official(task.encoder, task.head)), ("teacher", _official(task.teacher, task.teacher_head)),
+    ):  # fmt: skip
+        expected = golden.under(f"param/{network}.")
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[key], expected[key]) for key in expected)
+    assert torch.equal(task.centre, golden["output/center_3"][0])
+    torch.save(content["teacher"], tmp_path / "one.pth")
+    with pytest.raises(ValueError, match="no student and teacher"):
+        DINO.from_official(str(tmp_path / "one.pth"), heads=2)
+    assert task.settings.norm_last_layer
