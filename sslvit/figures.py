@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 COLOURS = ["#2a6f97", "#e07a5f", "#81b29a", "#f2cc8f", "#3d405b"]
@@ -40,6 +41,29 @@ def image_rows(path: str | Path, rows: list[np.ndarray], titles: list[str], titl
     if title:
         figure.suptitle(title, fontsize=10, y=1 - 0.12 / figure.get_figheight(), va="top")
     return _save(figure, path)
+
+
+def heat_over(images: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """Each image dimmed, with a map of numbers over it as colours from black to yellow: 'b 3 h w' in [0, 1].
+
+    Args:
+        images: 'b c h w' in [0, 1].
+        heat: 'b rows cols', zero or more; each map's largest number becomes the brightest colour.
+    """
+    large = _as_large_as(heat, images)
+    colours = colormaps["inferno"](large / np.maximum(large.max((1, 2), keepdims=True), 1e-12))[..., :3]
+    return 0.3 * images[:, :3].mean(1, keepdims=True) + 0.7 * colours.transpose(0, 3, 1, 2)
+
+
+def only_where(images: np.ndarray, is_kept: np.ndarray) -> np.ndarray:
+    """The images 'b c h w', nearly black outside of the patches 'b rows cols' that are kept."""
+    return images * np.where(_as_large_as(is_kept, images), 1.0, 0.15)[:, None]
+
+
+def _as_large_as(maps: np.ndarray, images: np.ndarray) -> np.ndarray:
+    """Each number of a map 'b rows cols' as the square of pixels that it stands for."""
+    rows, columns = (pixels // cells for pixels, cells in zip(images.shape[2:], maps.shape[1:], strict=True))
+    return maps.repeat(rows, 1).repeat(columns, 2)
 
 
 def curves(

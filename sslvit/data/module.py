@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytorch_lightning as pl
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sslvit.data.batch import Batch
@@ -17,6 +18,7 @@ from sslvit.data.resample import normalise
 from sslvit.data.stream import StreamBatches, StreamIndex
 from sslvit.data.views import Views, change_views
 from sslvit.settings import DataSettings, EncoderSettings
+from sslvit.settings.views import CentreSettings
 
 
 class ShardDataModule(pl.LightningDataModule):
@@ -72,15 +74,21 @@ class ShardDataModule(pl.LightningDataModule):
     def make_reader(self) -> ShardReader:
         return ShardReader(self.index, self.encoder.channels, self.settings.memory_limit_mb)
 
-    def examples(self, count: int) -> Batch:
-        """The first images of the data set, as a training batch on the CPU."""
+    def examples(self, count: int, views: Views | None = None) -> Batch:
+        """The first images of the data set as a batch on the CPU, seen as in training or through other views."""
+        views = views or self.views
         if isinstance(self.index, StreamIndex):
-            batch = next(iter(StreamBatches(self.index, self.views, self.encoder.channels, 0, 1, count, 1)))
+            batch = next(iter(StreamBatches(self.index, views, self.encoder.channels, 0, 1, count, 1)))
         else:
             self.reader = self.reader or self.make_reader()
             chosen = np.arange(min(count, len(self.index)))
-            batch = make_batch(self.reader, self.views, chosen, np.zeros_like(chosen))
+            batch = make_batch(self.reader, views, chosen, np.zeros_like(chosen))
         return self.prepare(batch)
+
+    def whole_images(self, count: int, scale: int = 1) -> Tensor:
+        """The middle of the first images, 'b c h w', at a multiple of the encoder's size."""
+        size = [scale * side for side in self.encoder.image_size]
+        return self.examples(count, Views(CentreSettings(), size, self.encoder.interpolation)).views[0]
 
     def prepare(self, batch: Batch) -> Batch:
         """Colours and units as the encoder takes them, on the batch's device."""

@@ -55,6 +55,7 @@ class PretextTask(pl.LightningModule):
         self.peak_rate = optim.peak_rate(global_batch)
         self.seed = seed
         self.records: dict[str, list[Tensor]] = defaultdict(list)
+        self.settled_from = self.warmup_steps  # step after which a network must not look like a new one
         self.is_watched = False
         self.watched: dict[str, list[Tensor]] = defaultdict(list)
 

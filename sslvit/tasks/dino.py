@@ -169,6 +169,7 @@ class DINO(PretextTask):
         for teacher, student in ((self.teacher, self.encoder), (self.teacher_head, self.head)):
             teacher.load_state_dict(student.state_dict())
             teacher.requires_grad_(False)
+        self.settled_from = max(self.warmup_steps, self.settings.freeze_last_layer * self.steps_per_epoch)
         if encoder.mask_token:
             self.encoder.mask_token.requires_grad_(False)  # no crop hides a patch; an unused one would stop DDP
 

@@ -95,7 +95,7 @@ class RunLog(StepCallback):
         if self.step % self.every and self.step != self.total_steps:
             module.records.clear()
             return
-        line = {name: self._mean(trainer, values) for name, values in module.records.items()}
+        line = {name: mean_over_ranks(trainer, values) for name, values in module.records.items()}
         module.records.clear()
         if not trainer.is_global_zero:
             return
@@ -113,12 +113,6 @@ class RunLog(StepCallback):
         if self.bar is not None:
             self.bar.close()
 
-    def _mean(self, trainer: pl.Trainer, values: list[torch.Tensor]) -> float:
-        mean = torch.stack([value.cpu().double() for value in values]).mean()
-        if trainer.world_size > 1:
-            mean = trainer.strategy.reduce(mean.to(trainer.strategy.root_device), reduce_op="mean")
-        return float(mean)
-
     def _show(self, line: dict[str, float]) -> None:
         loss, speed = line.get("loss", float("nan")), line["images_per_second"]
         if self.bar is not None:
@@ -129,6 +123,14 @@ class RunLog(StepCallback):
             f"step {self.step}/{self.total_steps}  epoch {line['epoch']:.1f}  loss {loss:.4f}  "
             f"{speed:,.0f} images/s  {_duration(left)} left", flush=True,
         )  # fmt: skip
+
+
+def mean_over_ranks(trainer: pl.Trainer, values: list[torch.Tensor]) -> float:
+    """The mean over micro-batches and ranks; every rank must ask for it."""
+    mean = torch.stack([value.cpu().double() for value in values]).mean()
+    if trainer.world_size > 1:
+        mean = trainer.strategy.reduce(mean.to(trainer.strategy.root_device), reduce_op="mean")
+    return float(mean)
 
 
 class Checkpoints(StepCallback):

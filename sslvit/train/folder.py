@@ -6,6 +6,7 @@ checkpoints/     last.ckpt
 encoder/         encoder.json + encoder.safetensors
 ledger.json      how many samples were read, which could not be and why
 ledger/          with data.ledger: one file per rank, a line per sample that it read
+health.json      whether training has collapsed, and what to do about it
 figures/
 """
 
@@ -34,6 +35,7 @@ class RunFolder:
         self.checkpoint = self.path / "checkpoints" / "last.ckpt"
         self.encoder = self.path / "encoder"
         self.ledger = self.path / "ledger.json"
+        self.health = self.path / "health.json"
         self.samples = self.path / "ledger"
         self.figures = self.path / "figures"
 
@@ -58,7 +60,7 @@ class RunFolder:
         if not resume:
             for made in (self.checkpoint.parent, self.figures, self.samples):
                 shutil.rmtree(made, ignore_errors=True)
-            for made in (self.metrics, self.ledger):
+            for made in (self.metrics, self.ledger, self.health):
                 made.unlink(missing_ok=True)
         shutil.rmtree(self.encoder, ignore_errors=True)  # the checkpoint is newer from now on
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,6 @@ import yaml
 from sslvit import __version__
 from sslvit.checkpoint import (
     load_encoder,
-    put_weights,
     read_torch_file,
     save_encoder,
     settings_difference,
@@ -25,12 +24,14 @@ from sslvit.data.module import ShardDataModule
 from sslvit.data.open import check_present, open_data
 from sslvit.data.plan import Plan, slices
 from sslvit.data.stream import StreamIndex
-from sslvit.figures import curves, image_rows
-from sslvit.settings import EncoderSettings, PretrainSettings, TrainSettings
+from sslvit.settings import EncoderSettings, PretrainSettings, TaskSettings, TrainSettings
+from sslvit.settings.views import MultiCropSettings
 from sslvit.tasks import task_class
 from sslvit.tasks.base import PretextTask
 from sslvit.train.callbacks import Checkpoints, Ledger, RunLog, WholeCheckpoint
 from sslvit.train.folder import RunFolder
+from sslvit.train.health import Health
+from sslvit.train.pictures import draw_pictures
 
 
 def pretrain(settings: PretrainSettings, resume: bool = False, overwrite: bool = False) -> RunFolder:
@@ -68,8 +69,10 @@ def pretrain(settings: PretrainSettings, resume: bool = False, overwrite: bool =
         settings.task, settings.encoder, settings.optim, total_steps=total_steps,
         steps_per_epoch=plan.steps_per_epoch, global_batch=plan.global_batch, seed=settings.seed,
     )  # fmt: skip
+    chosen = _fitted(settings.task, task.settings)
+    settings.task = task.settings
     if start is not None:
-        put_weights(task.encoder, start.state_dict(), settings.init)
+        task.start_from(start.state_dict(), settings.init)
     if train.precision == "float64":
         task.double()  # before a checkpoint is loaded, which would otherwise pass through float32
     if resume:
@@ -78,6 +81,8 @@ def pretrain(settings: PretrainSettings, resume: bool = False, overwrite: bool =
     if is_first:
         folder.start(settings.as_dict(), resume)
         _announce(settings, index, data, task, trainer)
+        if chosen:
+            print(f"chosen for {len(index):,} images, {plan.global_batch} a step: {', '.join(chosen)}", flush=True)
 
     with warnings.catch_warnings():
         _silence_needless_warnings()
@@ -111,6 +116,7 @@ def make_trainer(settings: PretrainSettings, folder: RunFolder, index: Index, da
             max_steps=data.total_steps,
             accumulate_grad_batches=passes,
             use_distributed_sampler=False,
+            sync_batchnorm=train.accelerator != "cpu" and torch.cuda.is_available(),  # torch has it for GPUs only
             deterministic=train.deterministic or None,
             logger=False,
             enable_checkpointing=False,
@@ -120,6 +126,7 @@ def make_trainer(settings: PretrainSettings, folder: RunFolder, index: Index, da
             plugins=[WholeCheckpoint()],
             callbacks=[
                 Ledger(folder, index, data.plan, settings.data.bad_limit, settings.data.ledger),
+                Health(folder, data.total_steps, train.log_every),
                 RunLog(folder, data.plan, data.total_steps, train.log_every),
                 Checkpoints(folder, data.total_steps, train.checkpoint_every),
             ],
@@ -166,21 +173,8 @@ def _finish(
         "settings": settings.as_dict(),
     }  # fmt: skip
     save_encoder(task.trained_encoder, folder.encoder, provenance)
-    metrics = folder.read_metrics()
-    steps = [line["step"] for line in metrics]
-    curves(
-        folder.figures / "loss.png", {"loss": (steps, [line["loss"] for line in metrics])},
-        "optimiser step", "loss", f"{settings.task.name}: training loss",
-    )  # fmt: skip
-    draw_figures(folder, task, data)
+    draw_pictures(folder, task, data)
     print(f"encoder in {folder.encoder}, figures in {folder.figures}")
-
-
-def draw_figures(folder: RunFolder, task: PretextTask, data: ShardDataModule) -> None:
-    """The task's own pictures of the first images of the data set."""
-    task.to("cpu", torch.float32)
-    for name, (titles, rows) in task.figures(data.examples(8)).items():
-        image_rows(folder.figures / f"{name}.png", rows, titles)
 
 
 def _check_machine(settings: PretrainSettings) -> None:
@@ -204,9 +198,13 @@ def _check_data(settings: PretrainSettings, index: Index, plan: Plan) -> None:
             f"encoder.channels: {encoder.channels}, but the images of {index.location} have {index.channels}. "
             f"Images are converted between {', '.join(map(str, MODES))} channels only."
         )
-    for side in data.resolutions or []:
-        if side % encoder.patch:
-            raise ValueError(f"data.resolutions: {side} is not a multiple of encoder.patch ({encoder.patch}).")
+    sides = {"data.resolutions": data.resolutions or []}
+    if isinstance(data.view, MultiCropSettings) and data.view.local_crops:
+        sides["data.view.local_size"] = [data.view.local_size]
+    for key, wanted in sides.items():
+        for side in wanted:
+            if side % encoder.patch:
+                raise ValueError(f"{key}: {side} is not a multiple of encoder.patch ({encoder.patch}).")
     if data.ledger and isinstance(index, StreamIndex):
         raise ValueError("data.ledger: a stream cannot promise each sample once. Pack it into shards, or leave it off.")
     check_present(index, data.bad_limit)
@@ -241,6 +239,12 @@ def _check_same(there: EncoderSettings, here: EncoderSettings, source: str) -> N
     different = settings_difference(there, here)
     if different:
         raise ValueError(f"{source}: an encoder of another architecture (there and here {'; '.join(different)}).")
+
+
+def _fitted(given: TaskSettings, fitted: TaskSettings) -> list[str]:
+    """What was left open and is chosen now, as "task.out_dim 256"."""
+    before, after = vars(given), vars(fitted)
+    return [f"task.{key} {after[key]:g}" for key in after if before[key] is None and after[key] is not None]
 
 
 def _flat(tree: dict, prefix: str = "") -> dict:

@@ -1,0 +1,50 @@
+"""Where an encoder looks, as pictures' worth of numbers."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sslvit.models import ViTEncoder
+
+
+@torch.no_grad()
+def class_attention(encoder: ViTEncoder, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b heads rows cols"]:
+    """How much the class token takes from each patch in the last block, per head (DINO, figure 1).
+
+    Raises:
+        ValueError: the encoder has no class token.
+    """
+    if not encoder.settings.class_token:
+        raise ValueError("attention of the class token: this encoder has none (encoder.class_token: false).")
+    weights = encoder.attention(images, len(encoder.blocks))[:, :, 0, encoder.prefix :]  # b heads n
+    rows, columns = encoder.settings.grid_of(*images.shape[2:])
+    return rearrange(weights, "b heads (rows cols) -> b heads rows cols", rows=rows, cols=columns)
+
+
+def mass_mask(attention: Float[Tensor, "b heads rows cols"], share: float = 0.6) -> Bool[Tensor, "b heads rows cols"]:
+    """The fewest patches that hold a share of each head's attention (DINO, figure 4: 60 %)."""
+    flat = attention.flatten(2)
+    flat = flat / flat.sum(2, keepdim=True)
+    ordered, places = flat.sort(2, descending=True)
+    is_kept = ordered.cumsum(2) - ordered < share  # until the share is reached, the patch that reaches it included
+    return torch.zeros_like(is_kept).scatter(2, places, is_kept).view(attention.shape)
+
+
+@torch.no_grad()
+def patch_colours(encoder: ViTEncoder, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 rows cols"]:
+    """The first three principal components of all images' patch tokens as red, green and blue, each from 0 to 1.
+
+    As in DINOv2 (Oquab et al. 2024, figure 1): patches of one colour have similar features, also across images.
+    """
+    tokens = encoder(images)[:, encoder.prefix :]  # b n d
+    rows, columns = encoder.settings.grid_of(*images.shape[2:])
+    centred = (tokens - tokens.mean((0, 1))).flatten(0, 1).double()
+    _, _, axes = torch.linalg.svd(centred, full_matrices=False)
+    axes = axes[:3] * axes[:3].sum(1, keepdim=True).sign()  # a component and its negative are the same: pick one
+    components = centred @ axes.T  # (b n) 3
+    low, high = (components.quantile(level, dim=0) for level in (0.02, 0.98))
+    colours = ((components - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).float()
+    return rearrange(colours, "(b rows cols) colour -> b colour rows cols", rows=rows, cols=columns)

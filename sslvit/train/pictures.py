@@ -1,0 +1,65 @@
+"""The pictures that every run leaves: its loss, what the task shows, and where the encoder looks."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sslvit.data.module import ShardDataModule
+from sslvit.evaluate.attention import class_attention, mass_mask, patch_colours
+from sslvit.figures import curves, heat_over, image_rows, only_where
+from sslvit.models import ViTEncoder
+from sslvit.tasks.base import PretextTask
+from sslvit.train.folder import RunFolder
+
+IMAGES = 8
+LARGER = 2  # times the training resolution
+MASS = 0.6  # of the attention, in the masks
+MOST_HEADS = 6  # shown
+
+
+def draw_pictures(folder: RunFolder, task: PretextTask, data: ShardDataModule) -> None:
+    """Draw them all from the first images of the data set; the task is left on the CPU."""
+    metrics = folder.read_metrics()
+    steps = [line["step"] for line in metrics]
+    losses = {"loss": (steps, [line["loss"] for line in metrics])}
+    curves(
+        folder.figures / "loss.png", losses, "optimiser step", "loss", f"{type(task).__name__}: training loss"
+    )  # fmt: skip
+    task.to("cpu", torch.float32)
+    for name, (titles, rows) in task.figures(data.examples(IMAGES)).items():
+        image_rows(folder.figures / f"{name}.png", rows, titles)
+    encoder = task.trained_encoder
+    if encoder.settings.tokens == "pixel":
+        return  # a pixel sequence is tied to its size, and its tokens are no patches
+    sizes = {"": data.whole_images(IMAGES), "_larger": data.whole_images(IMAGES, LARGER)}
+    if encoder.settings.pooling == "class":
+        for suffix, images in sizes.items():
+            titles, rows = attention_rows(encoder, images)
+            image_rows(folder.figures / f"attention{suffix}.png", rows, titles)
+    titles, rows = ["input"], [shown(encoder, sizes["_larger"])]
+    for images in sizes.values():
+        titles.append(f"patches at\n{images.shape[2]} x {images.shape[3]}")
+        rows.append(patch_colours(encoder, images).numpy())
+    image_rows(folder.figures / "patches.png", rows, titles)
+
+
+def attention_rows(encoder: ViTEncoder, images: Tensor) -> tuple[list[str], list[np.ndarray]]:
+    """The class token's attention in the last block: per head over the input, and the patches that hold most of it."""
+    maps = class_attention(encoder, images)  # b heads rows cols
+    mean = maps.mean(1, keepdim=True)
+    pixels = shown(encoder, images)
+    titles, rows = [f"input\n{images.shape[2]} x {images.shape[3]}"], [pixels]
+    for head in range(min(maps.shape[1], MOST_HEADS)):
+        titles.append(f"head {head + 1}")
+        rows.append(heat_over(pixels, maps[:, head].numpy()))
+    titles += ["mean of heads", f"{MASS:.0%} of it"]
+    rows += [heat_over(pixels, mean[:, 0].numpy()), only_where(pixels, mass_mask(mean, MASS)[:, 0].numpy())]
+    return titles, rows
+
+
+def shown(encoder: ViTEncoder, images: Tensor) -> np.ndarray:
+    """Normalised images as pixels from 0 to 1."""
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (encoder.settings.mean, encoder.settings.std))
+    return (images * std + mean).clamp(0, 1).numpy()

@@ -1,0 +1,179 @@
+"""DINO's behaviour beyond the fixtures."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from sslvit.data.batch import Batch
+from sslvit.settings import DINOSettings, EncoderSettings, OptimSettings
+from sslvit.settings.dino import momentum_for, prototypes_for
+from sslvit.tasks.dino import DINO, cross_entropy_of_pairs, embed_views, koleo, sinkhorn_shares
+
+
+def make(task: dict | None = None, **encoder) -> DINO:
+    torch.manual_seed(0)
+    encoder = EncoderSettings(
+        **{"image_size": 16, "patch": 4, "width": 32, "depth": 2, "heads": 2, "channels": 1} | encoder
+    )
+    settings = DINOSettings(**{"out_dim": 12, "head_width": 16, "bottleneck": 8} | (task or {}))
+    return DINO(settings, encoder, OptimSettings(), total_steps=100, steps_per_epoch=5, global_batch=256)
+
+
+def batch_of(count: int = 6, local_crops: int = 2, first_row: int = 0) -> Batch:
+    noise = torch.Generator().manual_seed(first_row)
+    sides = [16, 16] + [8] * local_crops
+    views = [torch.randn(count, 1, side, side, generator=noise) for side in sides]
+    return Batch(
+        views, None, torch.arange(count), torch.ones(count, dtype=torch.bool), torch.zeros(count), first_row
+    )  # fmt: skip
+
+
+def test_a_view_is_never_compared_with_itself() -> None:
+    """Teacher view t names image b by prototype t, and so does the student: every other pair is wrong, and counts."""
+    targets = torch.eye(3)[:2, None].expand(2, 4, 3)  # t b k
+    logits = 50 * torch.eye(3)[:, None].expand(3, 4, 3)  # s b k
+    assert cross_entropy_of_pairs(targets, logits) == pytest.approx(50, rel=1e-4)
+    one_of_them = logits.clone()
+    one_of_them[1] = logits[0]  # student view 1 agrees with teacher view 0 now: one of the four pairs is right
+    assert cross_entropy_of_pairs(targets, one_of_them) == pytest.approx(50 * 3 / 4, rel=1e-4)
+    shares = torch.rand(2, 5, 7).softmax(-1)
+    scores = torch.randn(4, 5, 7)
+    plain = [
+        -(shares[t] * scores[s].log_softmax(-1)).sum(-1).mean() for t in range(2) for s in range(4) if s != t
+    ]  # fmt: skip
+    torch.testing.assert_close(cross_entropy_of_pairs(shares, scores), torch.stack(plain).mean())
+
+
+def test_the_teacher_gets_no_gradient_and_is_what_is_saved() -> None:
+    task = make()
+    task.training_step(batch_of()).backward()
+    assert all(p.grad is None for network in (task.teacher, task.teacher_head) for p in network.parameters())
+    without = [n for n, p in task.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert without == []  # and every trained weight gets one
+    assert task.trained_encoder is task.teacher
+    assert not task.head.last_layer.weight_g.requires_grad
+    assert make({"norm_last_layer": False}).head.last_layer.weight_g.requires_grad
+
+
+def test_teacher_and_student_start_alike_also_from_another_encoder() -> None:
+    task, other = make(), make()
+    other.encoder.cls_token.data += 1
+    task.start_from(other.encoder.state_dict(), "other")
+    for student, teacher in ((task.encoder, task.teacher), (task.head, task.teacher_head)):
+        for key, value in student.state_dict().items():
+            assert torch.equal(value, teacher.state_dict()[key])
+    assert torch.equal(task.teacher.cls_token, other.encoder.cls_token)
+
+
+def test_stochastic_depth_is_the_students_alone_and_follows_the_rows() -> None:
+    task = make(drop_path=0.5)
+    assert task.teacher.settings.drop_path == 0
+    whole = batch_of(8)
+    noise = task.path_noise(whole, views=4)  # branches (v b)
+    half = Batch(
+        [view[4:] for view in whole.views], None, whole.samples[4:], whole.valid[4:], whole.epochs[4:], first_row=4
+    )  # fmt: skip
+    by_view = noise.view(-1, 4, 8)
+    torch.testing.assert_close(task.path_noise(half, views=4).view(-1, 4, 4), by_view[:, :, 4:])
+    assert len(by_view.flatten().unique()) == by_view.numel()
+    torch.testing.assert_close(
+        embed_views(task.encoder, half.views, task.path_noise(half, 4)),
+        embed_views(task.encoder, whole.views, noise)[:, 4:],
+    )
+
+
+def test_grouped_crops_give_what_single_crops_give() -> None:
+    task = make().eval()
+    views = batch_of().views
+    together = embed_views(task.encoder, views)
+    alone = torch.stack([task.encoder.features(view) for view in views])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_logits_and_loss_are_float32_under_bf16() -> None:
+    task = make()
+    with torch.autocast("cpu", torch.bfloat16):
+        features = embed_views(task.encoder, batch_of().views)
+        logits = task.each(task.head, features)
+        loss = task.training_step(batch_of())
+    assert logits.dtype == loss.dtype == torch.float32
+    assert not torch.equal(logits, logits.bfloat16().float())  # not merely bf16 numbers in a larger type
+    assert math.isfinite(loss)
+
+
+def test_sinkhorn_uses_every_prototype_equally_and_keeps_each_images_preference() -> None:
+    outputs = torch.randn(2, 30, 6)
+    outputs[..., 0] += 3  # all images like prototype 0 most
+    shares = sinkhorn_shares(outputs, 0.2, iterations=50)
+    torch.testing.assert_close(shares.sum(-1), torch.ones(2, 30), atol=1e-5, rtol=0)
+    torch.testing.assert_close(shares.sum((0, 1)), torch.full((6,), 10.0), atol=1e-2, rtol=0)
+    plain = sinkhorn_shares(outputs, 0.2, iterations=3)
+    torch.testing.assert_close(plain, sinkhorn_shares(outputs + 100, 0.2, iterations=3), atol=1e-4, rtol=0)
+    task = make({"centring": "sinkhorn"})
+    task.training_step(batch_of())
+    task.move_centre()
+    assert not task.centre.any()
+
+
+def test_koleo_is_large_where_images_coincide() -> None:
+    angles = torch.tensor([0.0, 0.1, 2.0, 2.3])
+    points = torch.stack([angles.cos(), angles.sin()], 1) * torch.tensor([[1.0], [5.0], [2.0], [3.0]])
+    chord = 2 * torch.sin(torch.tensor([0.05, 0.15]))
+    torch.testing.assert_close(koleo(points), -chord.log().mean(), atol=1e-4, rtol=0)
+    assert koleo(points[[0, 0, 2]]) > koleo(points[:3]) + 2
+    task, plain = make({"koleo": 0.5}), make()
+    loss = task.training_step(batch_of())
+    extra = sum(koleo(view) for view in embed_views(task.encoder, batch_of().views)[:2])
+    torch.testing.assert_close(loss, plain.training_step(batch_of()) + 0.5 * extra)
+    torch.testing.assert_close(task.records["koleo"][0], extra.detach())
+
+
+def test_the_centre_counts_every_micro_batch_once() -> None:
+    whole, parts = make(), make()
+    batch = batch_of(6)
+    whole.training_step(batch)
+    for start in (0, 2, 4):
+        rows = slice(start, start + 2)
+        parts.training_step(
+            Batch(
+                [v[rows] for v in batch.views], None, batch.samples[rows], batch.valid[rows], batch.epochs[rows], start
+            )
+        )
+        assert not parts.centre.any()  # it moves with the update, not with the micro-batch
+    for task in (whole, parts):
+        task.move_centre()
+    assert whole.centre.abs().max() > 1e-3
+    torch.testing.assert_close(whole.centre, parts.centre)
+    before = whole.centre.clone()
+    whole.move_centre()
+    assert torch.equal(whole.centre, before)
+
+
+def test_what_suits_a_job() -> None:
+    imagenet = DINOSettings().fitted(1_281_167, 1024, 125_000)
+    assert (imagenet.out_dim, imagenet.momentum) == (65_536, 0.996)  # the paper's
+    assert (imagenet.teacher_temperature, imagenet.warmup_teacher_epochs) == (0.07, pytest.approx(10, rel=0.01))
+    assert [prototypes_for(images) for images in (100, 50_000, 10**9)] == [256, 2048, 65_536]
+    assert momentum_for(256, 10**6) == pytest.approx(0.999, abs=1e-5)  # a quarter of the images an update
+    assert momentum_for(64, 800) == 0.9875  # an average over a tenth of so short a run
+    assert DINOSettings().fitted(50_000, 256, 10**5).teacher_temperature == 0.04
+    given = {"out_dim": 99, "momentum": 0.9, "teacher_temperature": 0.05, "warmup_teacher_epochs": 7.0}
+    fitted = DINOSettings(**given).fitted(1_281_167, 1024, 125_000)
+    assert {key: getattr(fitted, key) for key in given} == given
+
+
+def test_what_cannot_work_is_refused_by_name() -> None:
+    for changes, message in [
+        ({"out_dim": 1}, "task.out_dim: with 1 prototype"),
+        ({"momentum": 1.5}, "task.momentum: 1.5 is not between 0 and 1"),
+        ({"teacher_temperature": 0.0}, "task.teacher_temperature: 0.0 is not above zero"),
+        ({"head_layers": 0}, "task.head_layers: 0 is less than 1"),
+        ({"koleo": -1.0}, "task.koleo: -1.0 is not zero or more"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            DINOSettings(**changes)
+    with pytest.raises(ValueError, match="a pixel sequence is tied to one"):
+        make(tokens="pixel", patch=1, class_token=False, pooling="mean")
