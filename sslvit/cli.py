@@ -274,11 +274,12 @@ def run_probe(options: argparse.Namespace) -> None:
     from sslvit.checkpoint import load_encoder
     from sslvit.evaluate.probe import probe
 
-    table = probe(load_encoder(options.encoder, options.layout, options.heads, **size_of(options)), settings)
+    encoder = load_encoder(options.encoder, options.layout, options.heads, **size_of(options))
+    table = probe({"encoder": encoder}, settings)
     about = table.about
     print(f"\nRight answers in percent on {about['val_images']:,} images of {about['val']}")
     print(f"(fitted on {about['train_images']:,} of {about['train']};")
-    print(f" layer {about['layer']}, {about['pooling']} pooling; {about['linear']})\n\n{table.text()}")
+    print(f" {about['features']['encoder']}; {about['linear']})\n\n{table.text()}")
     if options.output:
         Path(options.output).write_text(json.dumps(table.as_dict(), indent=1) + "\n")
 

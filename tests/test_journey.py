@@ -16,7 +16,7 @@ from sslvit.cli import main
 from sslvit.data.index import load_index
 from sslvit.report.demo import demo, pack_digits
 
-SHORT = {"train.steps": 4, "train.log_every": 2, "encoder.width": 32, "encoder.depth": 2, "task.decoder_width": 16}
+SHORT = {"train.steps": 4, "train.log_every": 2, "encoder.width": 32, "encoder.depth": 1, "task.decoder_width": 16}
 
 
 def stripes(folder: Path) -> Path:
@@ -71,13 +71,13 @@ def test_images_become_an_encoder_that_timm_opens(tmp_path: Path, capsys: pytest
 def test_the_demo_writes_what_it_names(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "demo"
     table = demo(out=str(out), changes=SHORT)
-    assert list(table["rows"]) == ["raw pixels", "untrained encoder", "MAE"]
+    assert list(table["rows"]) == ["raw pixels", "MAE untrained", "MAE", "DINO untrained", "DINO"]
     assert list(table["rows"]["MAE"]) == ["linear, all labels", "linear, 10 per class", "kNN, k = 20"]
     named = [Path(line.split()[0]) for line in capsys.readouterr().out.split("Open these:")[1].strip().splitlines()]
-    assert len(named) == 6
+    assert len(named) == 8
     assert all(path.exists() for path in named)
     page = (out / "report.html").read_text()
-    assert page.count("data:image/png;base64") == 3
+    assert page.count("data:image/png;base64") == 7
     assert 'src="http' not in page
     assert "no digit is in both parts" in page
     with pytest.raises(ValueError, match="Pass --overwrite"):

@@ -1,9 +1,10 @@
-"""One table: an encoder beside raw pixels and beside itself untrained, under the same probes."""
+"""One table: encoders beside raw pixels and beside themselves untrained, under the same probes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ class ProbeTable:
     """
 
     rows: dict[str, dict[str, float]]
-    about: dict[str, str | int | float]
+    about: dict[str, Any]
 
     def text(self) -> str:
         """The table for a terminal."""
@@ -38,11 +39,16 @@ class ProbeTable:
         return asdict(self)
 
 
-def probe(encoder: ViTEncoder, settings: ProbeSettings, name: str = "encoder") -> ProbeTable:
-    """Score an encoder on labelled shards.
+def probe(encoders: dict[str, ViTEncoder], settings: ProbeSettings) -> ProbeTable:
+    """Score encoders on labelled shards.
+
+    Args:
+        encoders: by the name of their row; one untrained encoder stands beside all that are built alike.
+        settings: data and probes.
 
     Raises:
-        ValueError: data without labels, classes that differ between train and val, or too few labels.
+        ValueError: data without labels, classes that differ between train and val, too few labels, or encoders that
+            take images of different channels.
         FileNotFoundError: no shards there.
     """
     train_index, val_index = (
@@ -52,19 +58,23 @@ def probe(encoder: ViTEncoder, settings: ProbeSettings, name: str = "encoder") -
     device = settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    encoder = encoder.to(device)
-    channels = encoder.settings.channels
+    encoders = {name: encoder.to(device) for name, encoder in encoders.items()}
+    first = next(iter(encoders.values())).settings
+    channels = first.channels
+    if any(encoder.settings.channels != channels for encoder in encoders.values()):
+        raise ValueError(f"{', '.join(encoders)}: these encoders take images of different channels. Probe each alone.")
     train, val = ShardReader(train_index, channels), ShardReader(val_index, channels)  # decoded once for all rows
     sources: dict[str, Callable[[ShardReader], Features]] = {}
     options = {"batch": settings.batch, "workers": settings.workers}
     if settings.baselines:
-        torch.manual_seed(settings.seed)
-        untrained = ViTEncoder(encoder.settings).to(device)
-        sources["raw pixels"] = lambda reader: pixel_features(reader, encoder.settings, **options)
-        sources["untrained encoder"] = lambda reader: encoder_features(
-            untrained, reader, settings.layer, settings.pooling, **options
-        )
-    sources[name] = lambda reader: encoder_features(encoder, reader, settings.layer, settings.pooling, **options)
+        sources["raw pixels"] = lambda reader: pixel_features(reader, first, **options)
+    for name, encoder in encoders.items():
+        alike = [other for other in encoders if encoders[other].settings == encoder.settings]
+        if settings.baselines and alike[0] == name:
+            torch.manual_seed(settings.seed)
+            row = f"{', '.join(alike)} untrained" if len(encoders) > 1 else "untrained encoder"
+            sources[row] = _features_of(ViTEncoder(encoder.settings).to(device).eval(), settings, options)
+        sources[name] = _features_of(encoder, settings, options)
     classes = len(train_index.classes)
     rows = {}
     for row, features in sources.items():
@@ -74,11 +84,19 @@ def probe(encoder: ViTEncoder, settings: ProbeSettings, name: str = "encoder") -
         "train": train_index.location, "train_images": len(train_index), "val": val_index.location,
         "val_images": len(val_index), "classes": classes,
         "linear": "L-BFGS logistic regression on standardised features; strength chosen on held-out training images",
-        "layer": settings.layer or encoder.settings.feature_layer or encoder.settings.depth,
-        "pooling": settings.pooling or encoder.settings.pooling,
+        "features": {name: _describe(encoder, settings) for name, encoder in encoders.items()},
         "neighbours": settings.neighbours, "temperature": settings.temperature, "seed": settings.seed,
     }  # fmt: skip
     return ProbeTable(rows, about)
+
+
+def _features_of(encoder: ViTEncoder, settings: ProbeSettings, options: dict) -> Callable[[ShardReader], Features]:
+    return lambda reader: encoder_features(encoder, reader, settings.layer, settings.pooling, **options)
+
+
+def _describe(encoder: ViTEncoder, settings: ProbeSettings) -> str:
+    layer = settings.layer or encoder.settings.feature_layer or encoder.settings.depth
+    return f"layer {layer}, {settings.pooling or encoder.settings.pooling} pooling"
 
 
 def score_features(train: Features, val: Features, classes: int, settings: ProbeSettings) -> dict[str, float]:

@@ -23,19 +23,19 @@ from sslvit.export import export_encoder
 from sslvit.figures import bars
 from sslvit.report.page import write_page
 from sslvit.settings import ProbeSettings
-from sslvit.settings.load import load_recipe
+from sslvit.settings.load import by_dotted_key, load_recipe
+from sslvit.train.folder import RunFolder
 from sslvit.train.run import pretrain
 
-RECIPES = {"digits": "mae/digits", "cifar10": "mae/vit_tiny_cifar10"}
-# on a CPU the demo shows the way on CIFAR-10, not the result: the recipe's 800 epochs would take weeks there
-CIFAR10_ON_A_CPU = {
-    "data.global_batch": 128,
-    "optim.base_rate": 1e-3,
-    "optim.warmup_epochs": 0.15,
-    "train.steps": 400,
+TASKS = {"mae": "masked autoencoder", "dino": "self-distillation"}
+RECIPES = {"digits": "digits", "cifar10": "vit_tiny_cifar10"}  # below configs/TASK/
+# on a CPU the demo shows the way on CIFAR-10, not the result: the recipes' full length would take weeks there
+CIFAR10_ON_A_CPU: dict[str, dict] = {
+    "mae": {"data.global_batch": 128, "optim.base_rate": 1e-3, "optim.warmup_epochs": 0.15, "train.steps": 400},
+    "dino": {"data.global_batch": 64, "optim.base_rate": 2e-3, "optim.warmup_epochs": None, "train.steps": 100},
 }
 MARK = "demo.json"  # tells a demo's folder from others
-MADE = ("shards", "download", "mae", "export", "figures")
+MADE = ("shards", "download", *TASKS, "export", "figures")
 TEST_SHARE = 5  # every fifth digit is for the test
 DRAWING_SEED = 1  # of the evaluation drawings; training draws its own, from the run's seed
 
@@ -53,7 +53,7 @@ def demo(
         out: folder for all of it.
         overwrite: replace an earlier demo there.
         seed: of weights, order, crops and masks.
-        changes: settings that differ from the recipe's.
+        changes: settings that differ from the recipes'; each task takes those that it has.
 
     Raises:
         ValueError: an unknown data set, a folder in use, or an archive of another kind.
@@ -77,38 +77,50 @@ def demo(
     print(f"1/4  packing {data} into WebDataset shards", flush=True)
     shards = folder / "shards"
     source = pack_digits(shards) if data == "digits" else pack_cifar10(shards, archive, folder / "download")
-    print("2/4  pretraining: masked autoencoder", flush=True)
-    short = CIFAR10_ON_A_CPU if data == "cifar10" and not torch.cuda.is_available() else {}
-    given = {"data.shards": source.location, "out": str(folder / "mae"), "seed": seed}
-    settings = load_recipe(RECIPES[data], short | given | (changes or {}))
-    run = pretrain(settings)
+    encoders, runs = {}, {}
+    given = {"data.shards": source.location, "seed": seed}
+    for task, changed in split_changes(RECIPES[data], changes or {}).items():
+        print(f"2/4  pretraining: {TASKS[task]}", flush=True)
+        short = CIFAR10_ON_A_CPU[task] if data == "cifar10" and not torch.cuda.is_available() else {}
+        settings = load_recipe(f"{task}/{RECIPES[data]}", short | given | {"out": str(folder / task)} | changed)
+        runs[task] = pretrain(settings)
+        encoders[task.upper()] = load_encoder(runs[task].path)
     print("3/4  probing: logistic regression and nearest neighbours on frozen features", flush=True)
-    encoder = load_encoder(run.path)
-    table = probe(encoder, ProbeSettings(str(shards / "train"), str(shards / "test"), labels_per_class=10), name="MAE")
+    table = probe(encoders, ProbeSettings(str(shards / "train"), str(shards / "test"), labels_per_class=10))
     scores = folder / "scores.json"
     scores.write_text(json.dumps(table.as_dict(), indent=1) + "\n")
-    print("4/4  exporting the encoder to timm and comparing its outputs there", flush=True)
-    verdict = export_encoder(run.path, folder / "export" / "timm", "timm")
-    figures = [
-        run.figures / "reconstruction.png",
-        run.figures / "loss.png",
-        bars(folder / "figures" / "scores.png", table.rows, "right answers, %", "Frozen features, probed"),
-    ]
+    print("4/4  exporting MAE's encoder to timm and comparing its outputs there", flush=True)
+    verdict = export_encoder(runs["mae"].path, folder / "export" / "timm", "timm")
+    bars_file = bars(folder / "figures" / "scores.png", table.rows, "right answers, %", "Frozen features, probed")
     seconds = time.monotonic() - start
-    page = write_page(
-        folder / "report.html",
-        f"sslvit demo: {data}",
-        page_content(data, settings.task.target, table, figures, verdict, seconds),
-    )
+    title = f"sslvit demo: {data}"
+    page = write_page(folder / "report.html", title, page_content(data, table, runs, bars_file, verdict, seconds))
     print(f"\nRight answers in percent on {table.about['val_images']} test images:\n\n{table.text()}\n")
     print(f"Done in {seconds / 60:.1f} minutes. Open these:")
     for path, what in [
-        (page, "the page with everything on it"), (figures[0], "input, what the encoder saw, reconstruction"),
-        (figures[1], "the loss curve"), (scores, "the scores"), (run.encoder, "the encoder, for sslvit"),
-        (folder / "export" / "timm", "the encoder, for timm"),
+        (page, "the page with everything on it"),
+        (runs["mae"].figures / "reconstruction.png", "MAE: input, what the encoder saw, reconstruction"),
+        (runs["dino"].figures / "attention.png", "DINO: where the class token looks"),
+        (runs["dino"].figures / "patches.png", "DINO: its patches, alike ones in one colour"),
+        (scores, "the scores"), *((run.encoder, f"{task.upper()}'s encoder, for sslvit") for task, run in runs.items()),
+        (folder / "export" / "timm", "MAE's encoder, for timm"),
     ]:  # fmt: skip
         print(f"  {path!s:<40} {what}")
     return table.as_dict()
+
+
+def split_changes(recipe: str, changes: dict) -> dict[str, dict]:
+    """By task, the changes that its recipe has keys for; what none has goes to the first, which will say so."""
+    known = {task: by_dotted_key(load_recipe(f"{task}/{recipe}").as_dict()) for task in TASKS}
+    first = next(iter(TASKS))
+    return {
+        task: {
+            key: value
+            for key, value in changes.items()
+            if key in keys or (task == first and not any(key in other for other in known.values()))
+        }
+        for task, keys in known.items()
+    }
 
 
 def pack_digits(folder: Path) -> ShardIndex:
@@ -124,7 +136,7 @@ def pack_digits(folder: Path) -> ShardIndex:
     numbers = np.arange(len(images))
     is_test = numbers % TEST_SHARE == 0
     classes = [str(digit) for digit in range(10)]
-    recipe = load_recipe(RECIPES["digits"])
+    recipe = load_recipe("mae/digits")
     canvas = Views(recipe.data.view, recipe.encoder.image_size, recipe.encoder.interpolation, DRAWING_SEED)
     (drawn,) = canvas.of_batch(torch.from_numpy(images)[:, None], numbers, np.zeros_like(numbers))
     drawn = drawn[:, 0].numpy()
@@ -183,44 +195,68 @@ def _is_python_archive(path: Path) -> bool:
         raise ValueError(f"{path}: not a readable tar archive ({error}).") from error
 
 
-def page_content(data: str, target: str, table: ProbeTable, figures: list[Path], verdict: dict, seconds: float) -> list:
+def page_content(
+    data: str, table: ProbeTable, runs: dict[str, RunFolder], bars_file: Path, verdict: dict, seconds: float
+) -> list[tuple]:
     """The demo's page, top to bottom: texts, tables and pictures."""
     about = {
         "digits": (
             "scikit-learn's 1,797 handwritten digits (8 x 8 pixels), split once: every fifth digit is for the test, "
             "and no digit is in both parts. A view is the digit drawn at a random size (8 to 12 pixels) and place on a "
-            "black 12 x 12 canvas. Pretraining draws each digit anew in every epoch and uses no labels; for evaluation "
-            "every digit was drawn once, with a fixed seed."
+            "black 12 x 12 canvas; DINO also gets small canvases with a part of it. Pretraining draws each digit anew "
+            "in every epoch and uses no labels; for evaluation every digit was drawn once, with a fixed seed."
         ),
         "cifar10": (
             "CIFAR-10 at 32 x 32. Pretraining sees random crops and mirror images and uses no labels; evaluation sees "
             "the whole image."
         ),
     }[data]
+    features = "; ".join(f"{name}: {what}" for name, what in table.about["features"].items())
     units = ""
-    if target == "normalised":
+    if load_recipe(f"mae/{RECIPES[data]}").task.target == "normalised":
         units = ", each predicted patch with the true one's mean and contrast: it is predicted in those units"
+    health = json.loads(runs["dino"].health.read_text())
     return [
         ("text", about),
         ("heading", "What the features know"),
         ("table", table.rows),
         (
             "text",
-            "Right answers in percent. Raw pixels and the same network with untrained weights get the same probes. "
+            "Right answers in percent. Raw pixels and the same networks with untrained weights get the same probes. "
+            f"Features: {features}. "
             f"Linear: {table.about['linear']}; with 10 labels per class the mean of 5 draws. kNN: cosine, "
             f"weighted by exp(similarity / {table.about['temperature']}).",
         ),
-        ("picture", figures[2], "The same scores as bars."),
-        ("heading", "What was learned"),
+        ("picture", bars_file, "The same scores as bars."),
+        ("heading", "What MAE learned"),
         (
             "picture",
-            figures[0],
+            runs["mae"].figures / "reconstruction.png",
             "Input, what the encoder sees (hidden patches grey), and the reconstruction" + units,
         ),
-        ("picture", figures[1], "Training loss."),
+        ("picture", runs["mae"].figures / "loss.png", "Training loss."),
+        ("heading", "What DINO learned"),
+        (
+            "picture",
+            runs["dino"].figures / "attention.png",
+            "How much the class token takes from each patch in the last block, head by head; below, the patches that "
+            "hold 60 % of the heads' mean. Nobody told the network what belongs to the object.",
+        ),
+        ("picture", runs["dino"].figures / "attention_larger.png", "The same at twice the training resolution."),
+        (
+            "picture",
+            runs["dino"].figures / "patches.png",
+            "The first three principal components of the patches' features as red, green and blue, over all images.",
+        ),
+        (
+            "picture",
+            runs["dino"].figures / "loss.png",
+            f"Training loss. It says little by itself: a collapsed run has a low one too. This run's health: "
+            f"{health['verdict']}.",
+        ),
         (
             "text",
-            f"The exported timm model agrees with the encoder to {verdict['largest_difference']:.1e}. "
+            f"The exported timm model agrees with MAE's encoder to {verdict['largest_difference']:.1e}. "
             f"Everything on this page took {seconds / 60:.1f} minutes.",
         ),
     ]

@@ -77,6 +77,14 @@ def build(kind: type[Settings], tree: dict[str, Any], kinds: dict[str, type] | N
     return _instantiate(kind, tree, kinds or {}, "")
 
 
+def by_dotted_key(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train": {"steps": 5}} -> {"train.steps": 5}."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= by_dotted_key(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
 def find_recipe(name: str | Path) -> Path:
     """The file behind a path or a recipe name."""
     path = Path(name)

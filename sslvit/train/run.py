@@ -25,6 +25,7 @@ from sslvit.data.open import check_present, open_data
 from sslvit.data.plan import Plan, slices
 from sslvit.data.stream import StreamIndex
 from sslvit.settings import EncoderSettings, PretrainSettings, TaskSettings, TrainSettings
+from sslvit.settings.load import by_dotted_key
 from sslvit.settings.views import MultiCropSettings
 from sslvit.tasks import task_class
 from sslvit.tasks.base import PretextTask
@@ -229,7 +230,7 @@ def _check_resumed(folder: RunFolder, settings: PretrainSettings, data: ShardDat
     data.load_state_dict(position)
     if data.start_step > data.total_steps:
         raise ValueError(f"--resume: {folder.path} is at step {data.start_step} already, past {data.total_steps}.")
-    old, new = _flat(before), _flat(settings.as_dict())
+    old, new = by_dotted_key(before), by_dotted_key(settings.as_dict())
     changed = [f"{key} {old.get(key)} -> {new.get(key)}" for key in new if old.get(key) != new.get(key)]
     if changed:
         print(f"resuming with changes: {'; '.join(changed)}")
@@ -245,13 +246,6 @@ def _fitted(given: TaskSettings, fitted: TaskSettings) -> list[str]:
     """What was left open and is chosen now, as "task.out_dim 256"."""
     before, after = vars(given), vars(fitted)
     return [f"task.{key} {after[key]:g}" for key in after if before[key] is None and after[key] is not None]
-
-
-def _flat(tree: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def _is_first_process() -> bool:

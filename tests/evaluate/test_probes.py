@@ -183,11 +183,11 @@ def test_the_table_has_baselines_and_solves_an_easy_set(shards) -> None:
     torch.manual_seed(0)
     encoder = ViTEncoder(EncoderSettings(image_size=8, patch=4, width=16, depth=1, heads=2))
     settings = ProbeSettings(str(shards / "train"), str(shards / "val"), labels_per_class=5, draws=2, neighbours=3)
-    table = probe(encoder, settings, name="mine")
+    table = probe({"mine": encoder}, settings)
     assert list(table.rows) == ["raw pixels", "untrained encoder", "mine"]
     assert list(table.rows["mine"]) == ["linear, all labels", "linear, 5 per class", "kNN, k = 3"]
     assert table.rows["raw pixels"]["linear, all labels"] == 100
-    assert probe(encoder, settings).rows["raw pixels"] == table.rows["raw pixels"]
+    assert probe({"again": encoder}, settings).rows["raw pixels"] == table.rows["raw pixels"]
     assert "raw pixels" in table.text()
     assert format_table({"a": {"x": 12.345}}).splitlines()[1].endswith("12.3")
 
@@ -197,11 +197,11 @@ def test_unlabelled_or_different_data_is_refused(shards) -> None:
     pack(array_samples(np.zeros((4, 8, 8, 3), np.uint8), [0, 1, 0, 1]), shards / "other", ["dark", "bright"])
     encoder = ViTEncoder(EncoderSettings(image_size=8, patch=4, width=16, depth=1, heads=2))
     with pytest.raises(ValueError, match="have no labels"):
-        probe(encoder, ProbeSettings(str(shards / "train"), str(shards / "plain")))
+        probe({"mine": encoder}, ProbeSettings(str(shards / "train"), str(shards / "plain")))
     with pytest.raises(ValueError, match=r"different classes \(bright, light"):
-        probe(encoder, ProbeSettings(str(shards / "train"), str(shards / "other")))
+        probe({"mine": encoder}, ProbeSettings(str(shards / "train"), str(shards / "other")))
     with pytest.raises(ValueError, match=r"--labels-per-class 30: class (dark|light) has only"):
-        probe(encoder, ProbeSettings(str(shards / "train"), str(shards / "val"), labels_per_class=30))
+        probe({"mine": encoder}, ProbeSettings(str(shards / "train"), str(shards / "val"), labels_per_class=30))
     with pytest.raises(ValueError, match="use 2 or more"):
         ProbeSettings("a", "b", labels_per_class=1)
     with pytest.raises(ValueError, match="--labels-per-class 0"):
