@@ -172,3 +172,19 @@ def test_a_reduced_image_gives_nearly_the_same_view() -> None:
 def test_impossible_views_are_refused(kind: type, changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kind(**changes)
+
+
+def test_a_crop_larger_than_the_image_draws_all_of_it_somewhere_on_black() -> None:
+    settings = MultiCropSettings(
+        global_scale=[2.25, 2.25], ratio=[1.0, 1.0], local_crops=1, local_size=4, local_scale=[0.25, 0.25], flip=0.0
+    )
+    views = Views(settings, [12, 12], "bilinear", seed=3)
+    samples, epochs = np.arange(40), np.zeros(40, int)
+    first, second, local = views.of_batch(torch.full((40, 1, 8, 8), 200, dtype=torch.uint8), samples, epochs)
+    for view in (first, second):
+        assert (view == 200).sum((1, 2, 3)).tolist() == [64] * 40
+        assert (view == 0).sum((1, 2, 3)).tolist() == [80] * 40
+        tops = {int((picture[0] == 200).any(1).nonzero()[0]) for picture in view}
+        assert tops == {0, 1, 2, 3, 4}
+    assert (local == 200).all()  # a part of the image, as ever
+    assert not torch.equal(first, second)

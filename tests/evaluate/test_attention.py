@@ -1,0 +1,61 @@
+"""What the attention and patch pictures are made of."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sslvit.evaluate.attention import class_attention, mass_mask, patch_colours
+from sslvit.models import ViTEncoder
+from sslvit.settings import EncoderSettings
+
+SMALL = {"image_size": 16, "patch": 4, "width": 32, "depth": 2, "heads": 4, "channels": 1}
+
+
+def test_class_attention_is_the_first_row_of_the_last_block_on_the_images_grid() -> None:
+    torch.manual_seed(0)
+    encoder = ViTEncoder(EncoderSettings(**SMALL, registers=2)).eval()
+    for size, grid in (((16, 16), (4, 4)), ((24, 32), (6, 8))):
+        images = torch.randn(3, 1, *size)
+        maps = class_attention(encoder, images)
+        assert maps.shape == (3, 4, *grid)
+        with torch.no_grad():
+            weights = encoder.attention(images, 2)
+        assert torch.equal(
+            maps[1, 2, 3], weights[1, 2, 0, 3 + 3 * grid[1] :][: grid[1]]
+        )  # row 3, after 3 prefix tokens
+    with pytest.raises(ValueError, match="encoder.class_token: false"):
+        class_attention(ViTEncoder(EncoderSettings(**SMALL, class_token=False, pooling="mean")), images)
+
+
+def test_masks_hold_the_fewest_patches_with_enough_attention() -> None:
+    attention = torch.tensor([[5.0, 1.0], [3.0, 1.0]])[None, None]
+    assert mass_mask(attention, 0.4).tolist() == [[[[True, False], [False, False]]]]
+    assert mass_mask(attention, 0.6).tolist() == [[[[True, False], [True, False]]]]
+    assert mass_mask(attention * 7, 0.79).sum() == 2  # shares of the sum, whatever that is
+    assert mass_mask(attention, 0.85).sum() == 3
+
+
+class _Planted(ViTEncoder):
+    """An encoder whose patch tokens are what a test says."""
+
+    planted: torch.Tensor
+
+    def forward(self, images, *args, **kwargs):
+        return self.planted
+
+
+def test_patches_with_similar_features_get_similar_colours_also_across_images() -> None:
+    torch.manual_seed(0)
+    encoder = _Planted(EncoderSettings(**SMALL))
+    kinds = torch.randint(0, 3, (2, 16))
+    directions = 10 * torch.eye(3, 32)
+    encoder.planted = torch.cat([torch.zeros(2, 1, 32), directions[kinds] + 0.1 * torch.randn(2, 16, 32)], 1)
+    colours = patch_colours(encoder, torch.zeros(2, 1, 16, 16))  # b 3 4 4
+    assert colours.shape == (2, 3, 4, 4)
+    assert 0 <= colours.min() < 0.1
+    assert 0.9 < colours.max() <= 1
+    flat = colours.permute(0, 2, 3, 1).reshape(-1, 3)[:, :2]  # three kinds span two components; the third is noise
+    middles = torch.stack([flat[kinds.flatten() == kind].mean(0) for kind in range(3)])
+    assert torch.equal(torch.cdist(flat, middles).argmin(1), kinds.flatten())
+    assert torch.pdist(middles).min() > 0.4
