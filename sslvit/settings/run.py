@@ -30,7 +30,7 @@ class PretrainSettings:
         init: an encoder to start from instead of random weights.
     """
 
-    task: MAESettings | DINOSettings = field(default_factory=MAESettings)
+    task: TaskSettings = field(default_factory=MAESettings)
     encoder: EncoderSettings = field(default_factory=EncoderSettings)
     data: DataSettings = field(default_factory=DataSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
