@@ -14,7 +14,7 @@ from PIL import Image
 from sslvit.checkpoint import load_encoder
 from sslvit.cli import main
 from sslvit.data.index import load_index
-from sslvit.report.demo import demo, pack_digits
+from sslvit.report.demo import demo, pack_digits, split_changes
 
 SHORT = {"train.steps": 4, "train.log_every": 2, "encoder.width": 32, "encoder.depth": 1, "task.decoder_width": 16}
 
@@ -82,6 +82,15 @@ def test_the_demo_writes_what_it_names(tmp_path: Path, capsys: pytest.CaptureFix
     assert "no digit is in both parts" in page
     with pytest.raises(ValueError, match="Pass --overwrite"):
         demo(out=str(out), changes=SHORT)
+
+
+def test_the_demo_gives_each_task_the_changes_that_it_knows() -> None:
+    changes = {"train.steps": 3, "task.mask_ratio": 0.5, "task.out_dim": 9, "data.view.side": [0.5, 1.0], "oops": 1}
+    split = split_changes("digits", changes)
+    assert split == {
+        "mae": {"train.steps": 3, "task.mask_ratio": 0.5, "data.view.side": [0.5, 1.0], "oops": 1},
+        "dino": {"train.steps": 3, "task.out_dim": 9},
+    }
 
 
 def test_no_digit_is_in_both_splits_and_drawings_are_fixed(tmp_path: Path) -> None:

@@ -10,8 +10,7 @@ from sslvit.settings.task import TaskSettings
 
 IMAGES_PER_PROTOTYPE = 20  # ImageNet's 1.28 M images for 65,536 outputs (Caron et al. 2021, section 3.2)
 PAPER_BATCH, PAPER_MOMENTUM = 1024, 0.996  # section 3.2, "Implementation details"
-PARTS_OF_A_RUN = 40  # the teacher averages over at most one of them
-FEWEST_UPDATES = 33  # but over that many also in a short run
+PARTS_OF_A_RUN = 10  # the teacher averages over at most one of them
 
 
 @dataclass
@@ -35,7 +34,7 @@ class DINOSettings(TaskSettings):
         warmup_teacher_temperature: with which it begins.
         warmup_teacher_epochs: epochs until it is reached, in equal parts; null for 30, or a tenth of a shorter run.
         momentum: share of the teacher that stays at the first update; null for 0.996 at a batch of 1024, as strong
-            per image at others, and an average over at most a fortieth of the run (or 33 updates).
+            per image at others, and an average over at most a tenth of the run.
         final_momentum: the same at the last update.
         centring: what keeps the teacher from one output for all: mean (subtract a moving average) or sinkhorn
             (Sinkhorn-Knopp: use all prototypes equally in every batch; DINOv2).
@@ -114,9 +113,9 @@ def momentum_for(global_batch: int, total_steps: int) -> float:
     """The teacher's first momentum.
 
     The paper's 0.996 at a batch of 1024; an average over as many images at others (Busbridge et al. 2023, "How to
-    scale your EMA"); but over no more than a fortieth of the run or 33 updates, which matters in short runs: on the
-    digits (1,232 updates) averages over 33, 123 and 500 updates gave a kNN of 85, 81 and 71 (docs/dino.md).
+    scale your EMA"); but over no more than a tenth of the run, which matters in short runs: on the digits a third of
+    the run was worse than a tenth or a fortieth (docs/dino.md).
     """
     per_batch = PAPER_MOMENTUM ** (global_batch / PAPER_BATCH)
-    per_run = 1 - 1 / max(total_steps / PARTS_OF_A_RUN, FEWEST_UPDATES)
+    per_run = 1 - min(PARTS_OF_A_RUN / total_steps, 0.5)
     return round(min(per_batch, per_run), 6)

@@ -192,6 +192,22 @@ def test_the_table_has_baselines_and_solves_an_easy_set(shards) -> None:
     assert format_table({"a": {"x": 12.345}}).splitlines()[1].endswith("12.3")
 
 
+def test_encoders_that_are_built_alike_share_an_untrained_row(shards) -> None:
+    small = EncoderSettings(image_size=8, patch=4, width=16, depth=1, heads=2)
+    wide = EncoderSettings(image_size=8, patch=4, width=32, depth=1, heads=2)
+    settings = ProbeSettings(str(shards / "train"), str(shards / "val"), neighbours=3, pooling="mean")
+    encoders = {"a": ViTEncoder(small), "b": ViTEncoder(wide), "c": ViTEncoder(small)}
+    table = probe(encoders, settings)
+    assert list(table.rows) == ["raw pixels", "a, c untrained", "a", "b untrained", "b", "c"]
+    assert table.about["features"] == dict.fromkeys("abc", "layer 1, mean pooling")
+    alone = probe({"a": encoders["a"]}, settings)
+    assert alone.rows["untrained encoder"] == table.rows["a, c untrained"]
+    assert alone.rows["a"] == table.rows["a"]
+    grey = ViTEncoder(EncoderSettings(image_size=8, patch=4, width=16, depth=1, heads=2, channels=1))
+    with pytest.raises(ValueError, match="a, grey: these encoders take images of different channels"):
+        probe({"a": encoders["a"], "grey": grey}, settings)
+
+
 def test_unlabelled_or_different_data_is_refused(shards) -> None:
     pack(array_samples(np.zeros((4, 8, 8, 3), np.uint8)), shards / "plain")
     pack(array_samples(np.zeros((4, 8, 8, 3), np.uint8), [0, 1, 0, 1]), shards / "other", ["dark", "bright"])
