@@ -89,7 +89,7 @@ def test_the_demo_gives_each_task_the_changes_that_it_knows() -> None:
     split = split_changes("digits", changes)
     assert split == {
         "mae": {"train.steps": 3, "task.mask_ratio": 0.5, "data.view.side": [0.5, 1.0], "oops": 1},
-        "dino": {"train.steps": 3, "task.out_dim": 9},
+        "dino": {"train.steps": 3, "task.out_dim": 9, "oops": 1},  # for the recipe to refuse
     }
 
 

@@ -139,7 +139,7 @@ def by_epoch(make: Callable[[int, np.ndarray], np.ndarray], samples: np.ndarray,
 def random_crops(scale: list[float], ratio: list[float], flip: float) -> DrawBoxes:
     """Random resized crop (Szegedy et al. 2015), with torchvision's rules: the first of ten boxes that fits.
 
-    With areas above the image's, a box need not fit: the image is then drawn somewhere on black.
+    Where the largest area is above the image's, no box need fit: what is outside is black.
     """
 
     def draw(uniform: np.ndarray, heights: np.ndarray, widths: np.ndarray, size: list[int]) -> Boxes:

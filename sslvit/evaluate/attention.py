@@ -19,7 +19,8 @@ def class_attention(encoder: ViTEncoder, images: Float[Tensor, "b c h w"]) -> Fl
     """
     if not encoder.settings.class_token:
         raise ValueError("attention of the class token: this encoder has none (encoder.class_token: false).")
-    weights = encoder.attention(images, len(encoder.blocks))[:, :, 0, encoder.prefix :]  # b heads n
+    last = len(encoder.blocks)  # image by image: of 't t' weights only one row is kept
+    weights = torch.cat([encoder.attention(image[None], last)[:, :, 0, encoder.prefix :] for image in images])
     rows, columns = encoder.settings.grid_of(*images.shape[2:])
     return rearrange(weights, "b heads (rows cols) -> b heads rows cols", rows=rows, cols=columns)
 

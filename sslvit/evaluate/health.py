@@ -1,9 +1,9 @@
-"""Measures that need no labels: how much a batch's features and targets differ from image to image."""
+"""Measures that need no labels: how much a batch's features and choices differ from image to image."""
 
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -20,18 +20,15 @@ def rankme(features: Float[Tensor, "b d"]) -> float:
     """Effective rank: the exponential of the entropy of the singular values' shares (Garrido et al. 2023, section 3).
 
     Between 1 (all features on one line) and the smaller of images and channels. Compare it only between equally
-    many images.
+    many images. NaN where a feature is not finite.
     """
+    if not features.isfinite().all():
+        return float("nan")
     values = torch.linalg.svdvals(features)
     shares = values / values.sum().clamp(min=1e-12) + 1e-7
     return float(torch.exp(-(shares * shares.log()).sum()))
 
 
-def mean_entropy(shares: Float[Tensor, "b k"]) -> float:
-    """Entropy of an image's shares of the prototypes in nats, averaged: from 0 (one prototype) to ln k (all alike)."""
-    return float(-torch.xlogy(shares, shares).sum(1).mean())
-
-
-def largest_prototype_share(shares: Float[Tensor, "b k"]) -> float:
-    """Share of the images whose first choice is the prototype that most of them choose: 1 where all choose one."""
-    return float(shares.argmax(1).bincount().max() / len(shares))
+def largest_share(choices: Int[Tensor, "b"]) -> float:
+    """Share of the images that chose what most of them chose: 1 where all chose the same."""
+    return float(choices.bincount().max() / len(choices))

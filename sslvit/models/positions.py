@@ -75,14 +75,31 @@ def resample_table(
     if grid == to:
         return table
     image = rearrange(table, "(rows cols) d -> 1 d rows cols", rows=grid[0])
-    if offset:
-        factors = [(new + offset) / old for new, old in zip(to, grid, strict=True)]
-        stretched = F.interpolate(image, scale_factor=factors, mode="bicubic", antialias=antialias)
-    else:
-        stretched = F.interpolate(image, size=to, mode="bicubic", antialias=antialias)
+    return rearrange(stretch(image, to, antialias, offset), "1 d rows cols -> (rows cols) d")
+
+
+def stretch(
+    image: Float[Tensor, "1 d rows cols"], to: tuple[int, int], antialias: bool = True, offset: float = 0.0
+) -> Float[Tensor, "1 d rows2 cols2"]:
+    """Bicubic interpolation; where repeatable kernels are asked for, as a product with its matrix."""
+    grid = tuple(image.shape[2:])
+    if torch.are_deterministic_algorithms_enabled() and image.requires_grad:
+        # on a GPU the gradient of interpolation has no repeatable kernel
+        cells = torch.eye(grid[0] * grid[1], dtype=image.dtype, device=image.device)
+        weights = interpolate(rearrange(cells, "n (rows cols) -> 1 n rows cols", rows=grid[0]), to, antialias, offset)
+        return torch.einsum("bdn,bnrc->bdrc", image.flatten(2), weights)
+    return interpolate(image, to, antialias, offset)
+
+
+def interpolate(image: Tensor, to: tuple[int, int], antialias: bool, offset: float) -> Tensor:
+    """By the size wanted, or by DINO's scale factors."""
+    if not offset:
+        return F.interpolate(image, size=to, mode="bicubic", antialias=antialias)
+    factors = [(new + offset) / old for new, old in zip(to, image.shape[2:], strict=True)]
+    stretched = F.interpolate(image, scale_factor=factors, mode="bicubic", antialias=antialias)
     if stretched.shape[2:] != to:
         raise ValueError(f"positions stretched to {tuple(stretched.shape[2:])} instead of {to}")
-    return rearrange(stretched, "1 d rows cols -> (rows cols) d")
+    return stretched
 
 
 def rotary_2d(
@@ -122,7 +139,7 @@ class RelativeBias(nn.Module):
         table = self.table
         wanted = (2 * rows - 1, 2 * columns - 1)
         if table.shape[1:] != wanted:
-            table = F.interpolate(table[None], size=wanted, mode="bicubic", antialias=True)[0]
+            table = stretch(table[None], wanted)[0]
         place = torch.arange(rows * columns, device=table.device)
         if places.visible is not None:
             place = places.visible

@@ -32,7 +32,7 @@ RECIPES = {"digits": "digits", "cifar10": "vit_tiny_cifar10"}  # below configs/T
 # on a CPU the demo shows the way on CIFAR-10, not the result: the recipes' full length would take weeks there
 CIFAR10_ON_A_CPU: dict[str, dict] = {
     "mae": {"data.global_batch": 128, "optim.base_rate": 1e-3, "optim.warmup_epochs": 0.15, "train.steps": 400},
-    "dino": {"data.global_batch": 64, "optim.base_rate": 2e-3, "optim.warmup_epochs": None, "train.steps": 100},
+    "dino": {"data.global_batch": 64, "optim.warmup_epochs": None, "task.momentum": 0.99, "train.steps": 100},
 }
 MARK = "demo.json"  # tells a demo's folder from others
 MADE = ("shards", "download", *TASKS, "export", "figures")
@@ -110,15 +110,11 @@ def demo(
 
 
 def split_changes(recipe: str, changes: dict) -> dict[str, dict]:
-    """By task, the changes that its recipe has keys for; what none has goes to the first, which will say so."""
+    """By task, the changes that its recipe has keys for, and those that no recipe has (presets; or a mistake)."""
     known = {task: by_dotted_key(load_recipe(f"{task}/{recipe}").as_dict()) for task in TASKS}
-    first = next(iter(TASKS))
+    everywhere = [key for key in changes if not any(key in keys for keys in known.values())]
     return {
-        task: {
-            key: value
-            for key, value in changes.items()
-            if key in keys or (task == first and not any(key in other for other in known.values()))
-        }
+        task: {key: value for key, value in changes.items() if key in keys or key in everywhere}
         for task, keys in known.items()
     }
 

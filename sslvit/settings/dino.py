@@ -30,7 +30,7 @@ class DINOSettings(TaskSettings):
             a fitting temperature, less stable).
         student_temperature: of the student's softmax.
         teacher_temperature: of the teacher's softmax after its warm-up; lower is sharper. null for 0.07 at
-            global batches from 512 on, otherwise 0.04.
+            global batches from 1024 on, otherwise 0.04.
         warmup_teacher_temperature: with which it begins.
         warmup_teacher_epochs: epochs until it is reached, in equal parts; null for 30, or a tenth of a shorter run.
         momentum: share of the teacher that stays at the first update; null for 0.996 at a batch of 1024, as strong
@@ -41,7 +41,7 @@ class DINOSettings(TaskSettings):
         centre_momentum: share of the centre that stays at an update; 1 for no centring.
         sinkhorn_iterations: of Sinkhorn-Knopp.
         koleo: weight of a term that spreads the student's features (KoLeo; DINOv2 uses 0.1).
-        freeze_last_layer: epochs in which the student's last layer stays as it is.
+        freeze_last_layer: epochs in which the student's last layer stays as it is; at most a quarter of the run.
     """
 
     name: Literal["dino"] = "dino"
@@ -80,6 +80,10 @@ class DINOSettings(TaskSettings):
             value = getattr(self, key)
             if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"task.{key}: {value} is not zero or more.")
+        if self.momentum is not None and self.momentum > self.final_momentum:
+            raise ValueError(
+                f"task.final_momentum: {self.final_momentum} is below task.momentum ({self.momentum}), but it rises."
+            )
         if self.out_dim == 1:
             raise ValueError("task.out_dim: with 1 prototype there is nothing to tell apart. Use 2 or more.")
 
@@ -94,7 +98,7 @@ class DINOSettings(TaskSettings):
         epochs = total_steps * global_batch / images
         fitting = {
             "out_dim": prototypes_for(images),
-            "teacher_temperature": 0.07 if global_batch >= PAPER_BATCH // 2 else 0.04,
+            "teacher_temperature": 0.07 if global_batch >= PAPER_BATCH else 0.04,
             "warmup_teacher_epochs": min(30.0, epochs / 10),
             "momentum": momentum_for(global_batch, total_steps),
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 LONGEST_WARMUP = 12_500  # steps: 10 epochs of ImageNet in batches of 1024 (Caron et al. 2021, section 3.2)
@@ -42,10 +42,21 @@ class OptimSettings:
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"optim.clip: {self.clip} is not above zero. Use null for none.")
 
-    def warmup_steps(self, steps_per_epoch: int, total_steps: int) -> float:
+    def fitted(self, steps_per_epoch: int, total_steps: int) -> OptimSettings:
+        """The same with every null that stands for a choice replaced by what suits the job."""
+        if self.warmup_epochs is not None:
+            return self
+        return replace(self, warmup_epochs=min(total_steps // 10, LONGEST_WARMUP) / steps_per_epoch)
+
+    def warmup_steps(self, steps_per_epoch: int, total_steps: int) -> int:
+        """Whole steps; fewer than the recipe's where the run is shorter than that.
+
+        Raises:
+            ValueError: the warm-up is still to be chosen.
+        """
         if self.warmup_epochs is None:
-            return min(total_steps // 10, LONGEST_WARMUP)
-        return min(self.warmup_epochs * steps_per_epoch, total_steps)
+            raise ValueError("optim.warmup_epochs: still null. Call OptimSettings.fitted first.")
+        return min(round(self.warmup_epochs * steps_per_epoch), total_steps)
 
     def peak_rate(self, global_batch: int) -> float:
         return self.base_rate * global_batch / 256

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+MOST_AROUND = 16.0  # times its area that a crop may be larger than the image
+
 
 @dataclass
 class CropSettings:
@@ -93,7 +95,7 @@ class MultiCropSettings:
     Args:
         kind: multi_crop.
         global_scale: smallest and largest share of the area in a global crop, of encoder.image_size; where it is
-            above 1, the image is drawn somewhere on black.
+            above 1, crops may reach beyond the image: it is then drawn somewhere on black.
         local_crops: how many small crops.
         local_size: their side in pixels.
         local_scale: smallest and largest share of the area in a local crop.
@@ -128,8 +130,8 @@ class MultiCropSettings:
     solarise: list[float] = field(default_factory=lambda: [0.0, 0.2, 0.0])
 
     def __post_init__(self) -> None:
-        for key in ("global_scale", "local_scale"):
-            check_range(key, getattr(self, key))
+        check_range("global_scale", self.global_scale, most=MOST_AROUND)
+        check_range("local_scale", self.local_scale, most=1.0)
         check_range("ratio", self.ratio)
         check_range("blur_sigma", self.blur_sigma)
         for key in ("flip", "jitter", "grey"):
@@ -161,7 +163,7 @@ def check_range(key: str, values: list[float], most: float = float("inf")) -> No
     if len(values) != 2 or not 0 < values[0] <= values[1]:
         raise ValueError(f"data.view.{key}: {values} is not [smallest, largest] with 0 < smallest.")
     if values[1] > most:
-        raise ValueError(f"data.view.{key}: {values[1]} is more than the whole image ({most}).")
+        raise ValueError(f"data.view.{key}: {values[1]} is above {most:g}. It is a share, where 1 is the whole image.")
 
 
 def check_probability(key: str, value: float) -> None:

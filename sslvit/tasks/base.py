@@ -47,7 +47,7 @@ class PretextTask(pl.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.settings = settings.fitted(steps_per_epoch * global_batch, global_batch, total_steps)
+        self.settings = settings
         self.encoder = ViTEncoder(encoder)
         self.optim = optim
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
@@ -55,7 +55,7 @@ class PretextTask(pl.LightningModule):
         self.peak_rate = optim.peak_rate(global_batch)
         self.seed = seed
         self.records: dict[str, list[Tensor]] = defaultdict(list)
-        self.settled_from = self.warmup_steps  # step after which a network must not look like a new one
+        self.young_until = min(self.warmup_steps, total_steps // 4)  # the step up to which it may look like a new one
         self.is_watched = False
         self.watched: dict[str, list[Tensor]] = defaultdict(list)
 
@@ -124,15 +124,19 @@ class PretextTask(pl.LightningModule):
         """Keep a number of this micro-batch; the run log averages it over the global batch when a line is due."""
         self.records[name].append(value.detach())
 
-    def watch(self, **tensors: Tensor) -> None:
+    def watch(self, features: Tensor, shares: Tensor | None = None) -> None:
         """Show what this micro-batch made to the health check, in steps that it looks at (train/health.py).
 
         Args:
-            tensors: features ('b d', of the encoder that is trained) and targets ('b k', shares of prototypes).
+            features: 'b d', of the encoder that is trained.
+            shares: 'b k', of the prototypes, where the task has some.
         """
-        if self.is_watched:
-            for name, tensor in tensors.items():
-                self.watched[name].append(tensor.detach())
+        if not self.is_watched:
+            return
+        self.watched["features"].append(features.detach())
+        if shares is not None:
+            self.watched["entropy"].append(-torch.xlogy(shares, shares).sum(1))
+            self.watched["choice"].append(shares.argmax(1))
 
     def start_from(self, weights: dict[str, Tensor], source: str) -> None:
         """Begin with a trained encoder's weights.

@@ -8,6 +8,7 @@ everywhere) and sharpened (not all prototypes win equally).
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from sslvit.checkpoint import read_torch_file
 from sslvit.data.batch import Batch
@@ -23,6 +24,7 @@ from sslvit.data.views import runs_of_one_size
 from sslvit.layouts import dino as layout
 from sslvit.models import ViTEncoder
 from sslvit.optim import cosine, move_average, warmup_cosine
+from sslvit.ranks import count_ranks, logsumexp_over_ranks, sum_over_ranks
 from sslvit.settings import DINOSettings, EncoderSettings, OptimSettings
 from sslvit.tasks.base import PretextTask
 
@@ -103,18 +105,15 @@ def centred_shares(
 def sinkhorn_shares(outputs: Float[Tensor, "v b k"], temperature: float, iterations: int) -> Float[Tensor, "v b k"]:
     """Shares of which each prototype gets equally much over the batch of all ranks.
 
-    Sinkhorn-Knopp as in SwAV (Caron et al. 2020, section 3.1) and DINOv2 (Oquab et al. 2024, section 4).
+    Sinkhorn-Knopp as in SwAV (Caron et al. 2020, section 3.1) and DINOv2 (Oquab et al. 2024, section 4), on
+    logarithms: a prototype that no image likes would otherwise divide zero by zero.
     """
-    scores = rearrange(outputs, "v b k -> (v b) k") / temperature
-    largest = scores.max()
-    if is_distributed():
-        distributed.all_reduce(largest, distributed.ReduceOp.MAX)
-    shares = (scores - largest).exp()
-    images = sum_over_ranks(shares.new_tensor(len(shares)))
+    log_shares = rearrange(outputs, "v b k -> (v b) k") / temperature
+    images, prototypes = log_shares.shape[0] * count_ranks(), log_shares.shape[1]
     for _ in range(iterations):
-        shares = shares / (sum_over_ranks(shares.sum(0)) * shares.shape[1])  # each prototype: 1 / k
-        shares = shares / (shares.sum(1, keepdim=True) * images)  # each image: 1 / images
-    return rearrange(shares * images, "(v b) k -> v b k", v=len(outputs))
+        log_shares = log_shares - logsumexp_over_ranks(log_shares.logsumexp(0)) - math.log(prototypes)
+        log_shares = log_shares - log_shares.logsumexp(1, keepdim=True) - math.log(images)
+    return rearrange((log_shares + math.log(images)).exp(), "(v b) k -> v b k", v=len(outputs))
 
 
 def cross_entropy_of_pairs(targets: Float[Tensor, "t b k"], logits: Float[Tensor, "s b k"]) -> Float[Tensor, ""]:
@@ -159,17 +158,25 @@ class DINO(PretextTask):
                 "DINO shows the encoder crops of several sizes, and a pixel sequence is tied to one. "
                 "Set encoder.tokens to patch (see configs/dino/)."
             )
+        if encoder.causal and encoder.pooling == "class":
+            raise ValueError(
+                "DINO would train the class token of a causal encoder, which sees no patch: all images look alike. "
+                "Set encoder.causal to false, or encoder.pooling to mean."
+            )
+        open_keys = [f"task.{key}" for key, value in vars(settings).items() if value is None]
+        if open_keys:
+            raise ValueError(f"{', '.join(open_keys)}: still null. Call DINOSettings.fitted first.")
         super().__init__(settings, encoder, optim, **run)
         self.teacher = ViTEncoder(EncoderSettings(**{**vars(encoder), "drop_path": 0.0, "dropout": 0.0}))
-        self.head = DINOHead(encoder.width, self.settings)
-        self.teacher_head = DINOHead(encoder.width, self.settings)
-        self.register_buffer("centre", torch.zeros(self.settings.out_dim))
-        self.register_buffer("outputs_seen", torch.zeros(self.settings.out_dim), persistent=False)
+        self.head = DINOHead(encoder.width, settings)
+        self.teacher_head = DINOHead(encoder.width, settings)
+        self.register_buffer("centre", torch.zeros(settings.out_dim))
+        self.register_buffer("outputs_seen", torch.zeros(settings.out_dim), persistent=False)
         self.rows_seen = 0
         for teacher, student in ((self.teacher, self.encoder), (self.teacher_head, self.head)):
             teacher.load_state_dict(student.state_dict())
             teacher.requires_grad_(False)
-        self.settled_from = max(self.warmup_steps, self.settings.freeze_last_layer * self.steps_per_epoch)
+        self.young_until = max(self.young_until, self.frozen_steps)
         if encoder.mask_token:
             self.encoder.mask_token.requires_grad_(False)  # no crop hides a patch; an unused one would stop DDP
 
@@ -187,7 +194,7 @@ class DINO(PretextTask):
         logits = self.each(self.head, features) / self.settings.student_temperature  # v b k
         loss = cross_entropy_of_pairs(targets, logits)
         self.record("loss", loss)
-        self.watch(features=seen[0], targets=targets[0])
+        self.watch(seen[0], targets[0])
         return loss + self.spread(features)
 
     def each(self, head: DINOHead, features: Float[Tensor, "v b d"]) -> Float[Tensor, "v b k"]:
@@ -225,16 +232,21 @@ class DINO(PretextTask):
         """Towards the mean output of all micro-batches and ranks since the last update (equation 4)."""
         if not self.rows_seen:
             return
-        rows = sum_over_ranks(self.outputs_seen.new_tensor(self.rows_seen))
-        self.centre.lerp_(sum_over_ranks(self.outputs_seen) / rows, 1 - self.settings.centre_momentum)
+        mean = sum_over_ranks(self.outputs_seen) / (self.rows_seen * count_ranks())
+        self.centre.lerp_(mean, 1 - self.settings.centre_momentum)
         self.outputs_seen.zero_()
         self.rows_seen = 0
 
     def configure_gradient_clipping(self, *args, **kwargs) -> None:
         super().configure_gradient_clipping(*args, **kwargs)
-        if self.global_step < self.settings.freeze_last_layer * self.steps_per_epoch:
+        if self.global_step < self.frozen_steps:
             for parameter in self.head.last_layer.parameters():
                 parameter.grad = None  # the optimiser passes it by, moments and decay included
+
+    @property
+    def frozen_steps(self) -> int:
+        """Updates in which the prototypes stay; a run that is shorter than its recipe gives them a quarter at most."""
+        return min(round(self.settings.freeze_last_layer * self.steps_per_epoch), self.total_steps // 4)
 
     def rate_at(self, step: int) -> float:
         return warmup_cosine(
@@ -286,7 +298,7 @@ class DINO(PretextTask):
         networks = {"": layout.to_sslvit(student, heads), "teacher": layout.to_sslvit(teacher, heads)}
         shape = layout.head_shape(networks[""].extras)
         task = cls(
-            DINOSettings(**{**shape, **settings}), networks[""].settings, OptimSettings(),
+            DINOSettings(**{**shape, **settings}).fitted(1, 256, 1), networks[""].settings, OptimSettings(),
             total_steps=1, steps_per_epoch=1, global_batch=256,
         )  # fmt: skip
         for prefix, network in networks.items():
@@ -294,15 +306,3 @@ class DINO(PretextTask):
             encoder.load_state_dict(network.encoder)
             head.load_state_dict({key.removeprefix("head."): value for key, value in network.extras.items()})
         return task
-
-
-def is_distributed() -> bool:
-    return distributed.is_available() and distributed.is_initialized()
-
-
-def sum_over_ranks(values: Tensor) -> Tensor:
-    """The sum of a tensor over all ranks, on each of them."""
-    if is_distributed():
-        values = values.clone()
-        distributed.all_reduce(values)
-    return values

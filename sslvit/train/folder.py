@@ -79,6 +79,21 @@ class RunFolder:
                 new.writelines(line for line in old if line.endswith("\n") and json.loads(line)["step"] < step)
             os.replace(part, path)
 
+    def read_config(self) -> dict[str, Any]:
+        """What config.yaml says.
+
+        Raises:
+            ValueError: it is missing or damaged.
+        """
+        try:
+            content = yaml.safe_load(self.config.read_text())
+        except (OSError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise ValueError(f"--resume: {self.path} is not a run of sslvit that can go on ({reason}).") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"--resume: {self.config} holds no settings, so the run cannot go on.")
+        return content
+
     def read_metrics(self) -> list[dict[str, float]]:
         """The lines of metrics.jsonl."""
         if not self.metrics.exists():

@@ -2,7 +2,7 @@
 
 A collapse shows in three ways (DINO, section 5.3): the teacher spreads every image over all prototypes alike; or it
 gives every image to the same prototype; or the features themselves hardly differ from image to image. A sign must be
-there in several looks in a row, after the warm-up, since a network that has just begun looks much the same.
+there in most of the last looks, after the warm-up, since a network that has just begun looks much the same.
 """
 
 from __future__ import annotations
@@ -15,19 +15,24 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from torch import Tensor
 
-from sslvit.evaluate.health import feature_std, largest_prototype_share, mean_entropy, rankme
+from sslvit.evaluate.health import feature_std, largest_share, rankme
+from sslvit.ranks import gather_over_ranks
 from sslvit.settings import DINOSettings, OptimSettings, TaskSettings
 from sslvit.tasks.base import PretextTask
 from sslvit.train.callbacks import StepCallback, mean_over_ranks
 from sslvit.train.folder import RunFolder
 
-LOOKS_IN_A_ROW = 3  # at least; in long runs for one fiftieth of their steps
+FEWEST_LOOKS = 3  # that a verdict rests on; in long runs as many as fit in one fiftieth of their steps
 PART_OF_THE_RUN = 50
+ILL_FROM = 0.8  # share of ill looks among the last ones that makes a collapse; one minus it, a recovery
 EVEN_FROM = 0.98  # entropy over ln K from which the teacher counts as even
 STUCK_WITHIN = 0.002  # of ln K: a loss that close to it says that the student has learned nothing
 ONE_FROM = 0.9  # share of the images in one prototype from which it counts as the only one
 FEATURES_ALIKE_BELOW = 0.01  # deviation over images, as a share of the features' size
+ONE_DIRECTION_BELOW = 1.5  # effective rank
+FEWEST_IMAGES = 16  # below which a batch says nothing about how images differ
 
 
 @dataclass
@@ -45,87 +50,91 @@ class Sign:
     remedy: str
 
 
-def measure(watched: dict[str, torch.Tensor]) -> dict[str, float]:
+def measure(watched: dict[str, Tensor], prototypes: int | None) -> dict[str, float]:
     """The measures of what a task showed in one step.
 
     Args:
-        watched: features ('b d') and, of tasks with prototypes, targets ('b k').
+        watched: features ('b d') and, of tasks with prototypes, each image's entropy and first choice ('b').
+        prototypes: how many there are.
     """
     measures = {}
     if "features" in watched:
         features = watched["features"].float()
         measures |= {"feature_std": feature_std(features), "rankme": rankme(features)}
-    if "targets" in watched:
-        targets = watched["targets"].float()
-        entropy = mean_entropy(targets)
+    if "entropy" in watched:
+        entropy = float(watched["entropy"].double().mean())
+        share = largest_share(watched["choice"])
         measures |= {
             "teacher_entropy": entropy,
-            "teacher_uniform_kl": math.log(targets.shape[1]) - entropy,
-            "largest_prototype_share": largest_prototype_share(targets),
+            "teacher_uniform_kl": math.log(prototypes) - entropy,
+            "largest_prototype_share": share,
         }
     return measures
 
 
-def find_sign(measures: dict[str, float], task: TaskSettings, optim: OptimSettings) -> Sign | None:
+def find_sign(measures: dict[str, float], images: int, task: TaskSettings, optim: OptimSettings) -> Sign | None:
     """What is wrong in one look, if anything is.
 
     Args:
         measures: of `measure`, and the loss.
+        images: in the batch that was measured.
         task: settings of the task; the remedy names its knobs.
         optim: settings of the optimiser.
     """
-    loss = measures.get("loss", 0.0)
     rate = f"optim.base_rate ({optim.base_rate:g})"
-    if not math.isfinite(loss):
-        return Sign("not finite", f"the loss is {loss}", f"Lower {rate}, or set optim.clip.")
-    if isinstance(task, DINOSettings) and "teacher_entropy" in measures:
-        most = math.log(task.out_dim)
-        entropy, share = measures["teacher_entropy"], measures["largest_prototype_share"]
-        if entropy > EVEN_FROM * most:
-            seen = (
-                f"the teacher spreads each image evenly over all prototypes (entropy {entropy:.2f} of at most "
-                f"ln {task.out_dim} = {most:.2f}, loss {loss:.2f})"
-            )
-            return Sign("even", seen, _sharpen(task, rate))
-        if share > ONE_FROM:
-            seen = f"the teacher gives {share:.0%} of the images to one prototype (entropy {entropy:.2f})"
-            return Sign("one prototype", seen, _centre(task, rate))
-        if abs(loss - most) < STUCK_WITHIN * most:
-            seen = f"the loss sits at ln {task.out_dim} = {most:.3f}: the student says the same of every prototype"
-            return Sign("stuck", seen, f"Change {rate}: lower it, or raise it if it is far below a recipe's.")
-    if measures.get("feature_std", 1.0) < FEATURES_ALIKE_BELOW:
+    for name, value in measures.items():
+        if not math.isfinite(value):
+            remedy = f"Lower {rate}" + ("." if optim.clip else ", or set optim.clip.")
+            return Sign("not finite", f"its {name.replace('_', ' ')} is {value}", remedy)
+    if not isinstance(task, DINOSettings):
+        return None
+    most, entropy, loss = math.log(task.out_dim), measures["teacher_entropy"], measures["loss"]
+    if entropy > EVEN_FROM * most:
         seen = (
-            f"features hardly differ between images (deviation {measures['feature_std']:.4f} of their size, RankMe "
-            f"{measures['rankme']:.1f})"
+            f"the teacher spreads each image evenly over all prototypes (entropy {entropy:.2f} of at most "
+            f"ln {task.out_dim} = {most:.2f}, loss {loss:.2f})"
         )
+        return Sign("even", seen, _sharpen(task, rate))
+    if abs(loss - most) < STUCK_WITHIN * most:
+        seen = f"the loss sits at ln {task.out_dim} = {most:.3f}: the student says the same of every prototype"
+        return Sign("stuck", seen, f"Change {rate}: lower it, or raise it if it is far below a recipe's.")
+    if images < FEWEST_IMAGES:
+        return None
+    share, deviation, rank = (measures[name] for name in ("largest_prototype_share", "feature_std", "rankme"))
+    if share > ONE_FROM:
+        seen = f"the teacher gives {share:.0%} of the images to one prototype (entropy {entropy:.2f})"
+        return Sign("one prototype", seen, _centre(task, rate))
+    if deviation < FEATURES_ALIKE_BELOW or rank < ONE_DIRECTION_BELOW:
+        seen = f"features hardly differ between images (deviation {deviation:.4f} of their size, RankMe {rank:.1f})"
         return Sign("features", seen, f"Lower {rate}, or raise data.global_batch or optim.warmup_epochs.")
     return None
 
 
 def _sharpen(task: DINOSettings, rate: str) -> str:
     """The knob for a teacher that is too even."""
-    temperature = f"task.teacher_temperature ({task.teacher_temperature:g})"
-    if task.teacher_temperature >= task.student_temperature:
+    hottest = max(("teacher_temperature", "warmup_teacher_temperature"), key=lambda key: getattr(task, key))
+    temperature = f"task.{hottest} ({getattr(task, hottest):g})"
+    if getattr(task, hottest) >= task.student_temperature:
         return (
             f"Set {temperature} well below task.student_temperature ({task.student_temperature:g}): "
             "0.04 to 0.07 is usual."
         )
-    if task.teacher_temperature > 0.07 or task.warmup_teacher_temperature > 0.07:
-        return f"Lower {temperature} and task.warmup_teacher_temperature; 0.04 to 0.07 is usual."
-    return (
-        f"Lower {rate} or {temperature}; for small data or batches set task.batch_norm to true, or another "
-        f"task.out_dim ({task.out_dim})."
-    )
+    if getattr(task, hottest) > 0.07:
+        return f"Lower {temperature}; 0.04 to 0.07 is usual."
+    norm = "" if task.batch_norm else "; for small data or batches set task.batch_norm to true"
+    return f"Lower {rate} or {temperature}{norm}; or try another task.out_dim ({task.out_dim})."
 
 
 def _centre(task: DINOSettings, rate: str) -> str:
     """The knob for a teacher with one prototype."""
     if task.centring == "mean" and task.centre_momentum > 0.99:
         return f"The centre hardly moves: lower task.centre_momentum ({task.centre_momentum:g}); 0.9 is usual."
-    return (
-        f"Lower {rate}, or raise data.global_batch or task.teacher_temperature ({task.teacher_temperature:g}); for "
-        "small data set task.batch_norm to true; task.centring: sinkhorn keeps all prototypes in use."
-    )
+    others = [f"Lower {rate}, or raise data.global_batch or task.teacher_temperature ({task.teacher_temperature:g})"]
+    if not task.batch_norm:
+        others.append("for small data set task.batch_norm to true")
+    if task.centring == "mean":
+        others.append("task.centring: sinkhorn keeps all prototypes in use")
+    return "; ".join(others) + "."
 
 
 class Health(StepCallback):
@@ -139,9 +148,10 @@ class Health(StepCallback):
 
     def __init__(self, folder: RunFolder, total_steps: int, every: int) -> None:
         self.folder, self.total_steps, self.every = folder, total_steps, every
-        self.looks_needed = max(LOOKS_IN_A_ROW, total_steps // (PART_OF_THE_RUN * every))
-        self.streak: dict[str, Any] = {"name": None, "looks": 0, "since": 0}
+        self.looks_needed = max(FEWEST_LOOKS, total_steps // (PART_OF_THE_RUN * every))
+        self.looks: list[str | None] = []  # signs of the last looks, None for a healthy one
         self.messages: list[dict[str, Any]] = []
+        self.verdict = "too early to say"
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: PretextTask, batch: Any, batch_idx: int) -> None:
         coming = trainer.global_step + 1
@@ -150,38 +160,59 @@ class Health(StepCallback):
     def on_step(self, trainer: pl.Trainer, module: PretextTask) -> None:
         if not module.is_watched:
             return
-        watched = {name: torch.cat(parts) for name, parts in module.watched.items()}
+        watched = {name: gather_over_ranks(torch.cat(parts)) for name, parts in module.watched.items()}
         module.watched.clear()
-        measures = {name: torch.tensor(value, dtype=torch.float64) for name, value in measure(watched).items()}
-        if not measures:
-            return
+        measures = measure(watched, getattr(module.settings, "out_dim", None))
         for name, value in measures.items():
-            module.record(name, value)
-        line = {name: mean_over_ranks(trainer, module.records[name]) for name in [*measures, "loss"]}
+            module.record(name, torch.tensor(value, dtype=torch.float64))
+        measures["loss"] = mean_over_ranks(trainer, module.records["loss"])
+        images = len(watched["features"]) if watched else 0
+        sign = find_sign(measures, images, module.settings, module.optim)
         if trainer.is_global_zero:
-            self.judge(line, module)
+            self.judge(sign, measures, is_young=self.step <= module.young_until)
 
-    def judge(self, measures: dict[str, float], module: PretextTask) -> None:
-        """Count how long a sign has been there; say it once when that is long enough."""
-        sign = find_sign(measures, module.settings, module.optim)
-        name = sign.name if sign else None
-        if name != self.streak["name"]:
-            self.streak = {"name": name, "looks": 0, "since": self.step}
-        is_early = self.step <= module.settled_from and name != "not finite"
-        self.streak["looks"] += not is_early
-        is_ill = sign is not None and self.streak["looks"] >= (1 if name == "not finite" else self.looks_needed)
-        if is_ill and name not in [message["sign"] for message in self.messages]:
-            text = f"step {self.step}: this run has probably collapsed: {sign.seen}. {sign.remedy}"
-            self.messages.append({"step": self.step, "sign": name, "message": text})
-            print(text, flush=True)
-        verdict = "too early to say" if is_early else "collapsed" if is_ill else "healthy"
-        content = {"verdict": verdict, "step": self.step, "measures": measures, "messages": self.messages}
+    def judge(self, sign: Sign | None, measures: dict[str, float], is_young: bool = False) -> None:
+        """Weigh the last looks; say a collapse, or a recovery, once; write health.json.
+
+        Args:
+            sign: what this look found.
+            measures: that it found it in.
+            is_young: the network may still look like a new one.
+        """
+        is_broken = sign is not None and sign.name == "not finite"
+        if not is_young or is_broken:
+            self.looks = [*self.looks, sign.name if sign else None][-self.looks_needed :]
+        ill = sum(look is not None for look in self.looks)
+        needed = self.looks_needed
+        if self.step == self.total_steps:
+            needed = min(needed, max(len(self.looks), 2))  # a short run has no more
+        if is_broken or (len(self.looks) >= needed and ill >= ILL_FROM * len(self.looks)):
+            if sign and (self.verdict != "collapsed" or sign.name not in [said["sign"] for said in self.messages]):
+                self.say(sign.name, f"this run has probably collapsed: {sign.seen}. {sign.remedy}")
+            self.verdict = "collapsed"
+        elif self.verdict == "collapsed":
+            if ill <= (1 - ILL_FROM) * len(self.looks):
+                self.say("recovered", "this run has recovered from its collapse.")
+                self.verdict = "healthy"
+        else:
+            self.verdict = "too early to say" if is_young else "suspicious" if sign else "healthy"
+        self.write(measures)
+
+    def say(self, sign: str, text: str) -> None:
+        message = f"step {self.step}: {text}"
+        self.messages.append({"step": self.step, "sign": sign, "message": message})
+        print(message, flush=True)
+
+    def write(self, measures: dict[str, float]) -> None:
+        """health.json, whole; a number that is not finite becomes null."""
+        shown = {name: value if math.isfinite(value) else None for name, value in measures.items()}
+        content = {"verdict": self.verdict, "step": self.step, "measures": shown, "messages": self.messages}
         part = self.folder.health.with_suffix(".part")
         part.write_text(json.dumps(content, indent=1) + "\n")
         os.replace(part, self.folder.health)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"streak": self.streak, "messages": self.messages}
+        return {"looks": self.looks, "messages": self.messages, "verdict": self.verdict}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.streak, self.messages = dict(state["streak"]), list(state["messages"])
+        self.looks, self.messages, self.verdict = list(state["looks"]), list(state["messages"]), state["verdict"]

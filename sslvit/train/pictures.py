@@ -16,7 +16,7 @@ from sslvit.train.folder import RunFolder
 IMAGES = 8
 LARGER = 2  # times the training resolution
 MASS = 0.6  # of the attention, in the masks
-MOST_HEADS = 6  # shown
+MOST_HEADS = 16  # shown
 
 
 def draw_pictures(folder: RunFolder, task: PretextTask, data: ShardDataModule) -> None:
@@ -28,6 +28,9 @@ def draw_pictures(folder: RunFolder, task: PretextTask, data: ShardDataModule) -
         folder.figures / "loss.png", losses, "optimiser step", "loss", f"{type(task).__name__}: training loss"
     )  # fmt: skip
     task.to("cpu", torch.float32)
+    if not all(parameter.isfinite().all() for parameter in task.parameters()):
+        print("no pictures: the weights are not finite")
+        return
     for name, (titles, rows) in task.figures(data.examples(IMAGES)).items():
         image_rows(folder.figures / f"{name}.png", rows, titles)
     encoder = task.trained_encoder

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from dataclasses import replace
 
 import pytorch_lightning as pl
 import torch
-import yaml
 
 from sslvit import __version__
 from sslvit.checkpoint import (
@@ -24,7 +24,8 @@ from sslvit.data.module import ShardDataModule
 from sslvit.data.open import check_present, open_data
 from sslvit.data.plan import Plan, slices
 from sslvit.data.stream import StreamIndex
-from sslvit.settings import EncoderSettings, PretrainSettings, TaskSettings, TrainSettings
+from sslvit.optim import decay_groups
+from sslvit.settings import EncoderSettings, PretrainSettings, TrainSettings
 from sslvit.settings.load import by_dotted_key
 from sslvit.settings.views import MultiCropSettings
 from sslvit.tasks import task_class
@@ -65,24 +66,24 @@ def pretrain(settings: PretrainSettings, resume: bool = False, overwrite: bool =
         torch.set_num_threads(train.threads)
     pl.seed_everything(settings.seed, verbose=False)
     total_steps = train.steps or max(1, round(train.epochs * plan.steps_per_epoch))
+    asked = settings
+    settings = fit(settings, folder if resume else None, len(index), plan, total_steps)
     data = ShardDataModule(index, settings.data, settings.encoder, plan, total_steps, train.micro_batch)
     task: PretextTask = task_class(settings.task.name)(
         settings.task, settings.encoder, settings.optim, total_steps=total_steps,
         steps_per_epoch=plan.steps_per_epoch, global_batch=plan.global_batch, seed=settings.seed,
     )  # fmt: skip
-    chosen = _fitted(settings.task, task.settings)
-    settings.task = task.settings
     if start is not None:
         task.start_from(start.state_dict(), settings.init)
     if train.precision == "float64":
         task.double()  # before a checkpoint is loaded, which would otherwise pass through float32
     if resume:
-        _check_resumed(folder, settings, data)
+        _check_resumed(folder, settings, data, task)
     trainer = make_trainer(settings, folder, index, data)
     if is_first:
         folder.start(settings.as_dict(), resume)
         _announce(settings, index, data, task, trainer)
-        if chosen:
+        if chosen := _chosen(asked, settings):
             print(f"chosen for {len(index):,} images, {plan.global_batch} a step: {', '.join(chosen)}", flush=True)
 
     with warnings.catch_warnings():
@@ -218,20 +219,58 @@ def _check_data(settings: PretrainSettings, index: Index, plan: Plan) -> None:
         )
 
 
-def _check_resumed(folder: RunFolder, settings: PretrainSettings, data: ShardDataModule) -> None:
+def fit(
+    settings: PretrainSettings, earlier: RunFolder | None, images: int, plan: Plan, total_steps: int
+) -> PretrainSettings:
+    """The same settings with what was left open chosen for the job; a resumed run keeps what it chose before.
+
+    Args:
+        settings: as given.
+        earlier: the folder of the run that goes on, if one does.
+        images: in the data set.
+        plan: the order of the data.
+        total_steps: of the run.
+    """
+    task = settings.task.fitted(images, plan.global_batch, total_steps)
+    optim = settings.optim.fitted(plan.steps_per_epoch, total_steps)
+    fitted = replace(settings, task=task, optim=optim)
+    if earlier is not None:
+        before, asked = by_dotted_key(earlier.read_config()), by_dotted_key(settings.as_dict())
+        for name, part in (("task", task), ("optim", optim)):
+            was_open = {key: before.get(f"{name}.{key}") for key in vars(part) if asked[f"{name}.{key}"] is None}
+            kept = {key: value for key, value in was_open.items() if value is not None and vars(part)[key] is not None}
+            fitted = replace(fitted, **{name: replace(part, **kept)})
+    return fitted
+
+
+def _chosen(asked: PretrainSettings, settings: PretrainSettings) -> list[str]:
+    """What was left open and is chosen now, as "task.out_dim 256"."""
+    before, after = by_dotted_key(asked.as_dict()), by_dotted_key(settings.as_dict())
+    return [f"{key} {after[key]:.4g}" for key in after if before[key] is None and after[key] is not None]
+
+
+def _check_resumed(folder: RunFolder, settings: PretrainSettings, data: ShardDataModule, task: PretextTask) -> None:
     """A resumed run must train the same encoder on the same data in the same order; other changes are said."""
     content = read_torch_file(folder.checkpoint)
     try:
         trained, position = content["sslvit"]["encoder"], content[ShardDataModule.__qualname__]
-        before = yaml.safe_load(folder.config.read_text())
-    except (KeyError, yaml.YAMLError, OSError) as error:
+        shapes = {key: value.shape for key, value in content["state_dict"].items()}
+        moved = [len(group["params"]) for group in content["optimizer_states"][0]["param_groups"]]
+    except (KeyError, TypeError) as error:
         raise ValueError(f"--resume: {folder.path} is not a run of sslvit that can go on ({error}).") from error
     _check_same(settings_from(trained, folder.checkpoint), settings.encoder, str(folder.checkpoint))
     data.load_state_dict(position)
     if data.start_step > data.total_steps:
         raise ValueError(f"--resume: {folder.path} is at step {data.start_step} already, past {data.total_steps}.")
-    old, new = by_dotted_key(before), by_dotted_key(settings.as_dict())
+    old, new = by_dotted_key(folder.read_config()), by_dotted_key(settings.as_dict())
     changed = [f"{key} {old.get(key)} -> {new.get(key)}" for key in new if old.get(key) != new.get(key)]
+    same_shapes = shapes == {key: value.shape for key, value in task.state_dict().items()}
+    if not same_shapes or moved != [len(group["params"]) for group in decay_groups(task, 0.0)]:
+        guilty = [change for change in changed if change.startswith("task.")] or changed or ["another task"]
+        raise ValueError(
+            f"--resume: the weights in {folder.checkpoint} do not fit these settings ({'; '.join(guilty)}). "
+            "Restore them, or start a new run from its encoder with --init."
+        )
     if changed:
         print(f"resuming with changes: {'; '.join(changed)}")
 
@@ -240,12 +279,6 @@ def _check_same(there: EncoderSettings, here: EncoderSettings, source: str) -> N
     different = settings_difference(there, here)
     if different:
         raise ValueError(f"{source}: an encoder of another architecture (there and here {'; '.join(different)}).")
-
-
-def _fitted(given: TaskSettings, fitted: TaskSettings) -> list[str]:
-    """What was left open and is chosen now, as "task.out_dim 256"."""
-    before, after = vars(given), vars(fitted)
-    return [f"task.{key} {after[key]:g}" for key in after if before[key] is None and after[key] is not None]
 
 
 def _is_first_process() -> bool:

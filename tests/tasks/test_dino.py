@@ -18,7 +18,7 @@ def make(task: dict | None = None, **encoder) -> DINO:
     encoder = EncoderSettings(
         **{"image_size": 16, "patch": 4, "width": 32, "depth": 2, "heads": 2, "channels": 1} | encoder
     )
-    settings = DINOSettings(**{"out_dim": 12, "head_width": 16, "bottleneck": 8} | (task or {}))
+    settings = DINOSettings(**{"out_dim": 12, "head_width": 16, "bottleneck": 8} | (task or {})).fitted(1280, 256, 100)
     return DINO(settings, encoder, OptimSettings(), total_steps=100, steps_per_epoch=5, global_batch=256)
 
 
@@ -112,6 +112,11 @@ def test_sinkhorn_uses_every_prototype_equally_and_keeps_each_images_preference(
     torch.testing.assert_close(shares.sum((0, 1)), torch.full((6,), 10.0), atol=1e-2, rtol=0)
     plain = sinkhorn_shares(outputs, 0.2, iterations=3)
     torch.testing.assert_close(plain, sinkhorn_shares(outputs + 100, 0.2, iterations=3), atol=1e-4, rtol=0)
+    unloved = torch.randn(1, 20, 4)
+    unloved[..., 3] = -400  # nobody's choice: its scores underflow
+    shares = sinkhorn_shares(unloved, 0.04, iterations=3)
+    assert shares.isfinite().all()
+    torch.testing.assert_close(shares.sum(-1), torch.ones(1, 20), atol=1e-4, rtol=0)
     task = make({"centring": "sinkhorn"})
     task.training_step(batch_of())
     task.move_centre()
@@ -155,6 +160,7 @@ def test_the_centre_counts_every_micro_batch_once() -> None:
 def test_what_suits_a_job() -> None:
     imagenet = DINOSettings().fitted(1_281_167, 1024, 125_000)
     assert (imagenet.out_dim, imagenet.momentum) == (65_536, 0.996)  # the paper's
+    assert DINOSettings().fitted(1_281_167, 512, 250_000).teacher_temperature == 0.04  # the released default
     assert (imagenet.teacher_temperature, imagenet.warmup_teacher_epochs) == (0.07, pytest.approx(10, rel=0.01))
     assert [prototypes_for(images) for images in (100, 50_000, 10**9)] == [256, 2048, 65_536]
     assert momentum_for(256, 10**6) == pytest.approx(0.999, abs=1e-5)  # a quarter of the images an update
@@ -172,8 +178,33 @@ def test_what_cannot_work_is_refused_by_name() -> None:
         ({"teacher_temperature": 0.0}, "task.teacher_temperature: 0.0 is not above zero"),
         ({"head_layers": 0}, "task.head_layers: 0 is less than 1"),
         ({"koleo": -1.0}, "task.koleo: -1.0 is not zero or more"),
+        ({"momentum": 0.99, "final_momentum": 0.9}, "task.final_momentum: 0.9 is below task.momentum"),
     ]:
         with pytest.raises(ValueError, match=message):
             DINOSettings(**changes)
     with pytest.raises(ValueError, match="a pixel sequence is tied to one"):
         make(tokens="pixel", patch=1, class_token=False, pooling="mean")
+    with pytest.raises(ValueError, match="a causal encoder, which sees no patch"):
+        make(causal=True)
+    make(causal=True, pooling="mean").training_step(batch_of())
+    with pytest.raises(ValueError, match=r"task.out_dim, .* still null"):
+        DINO(DINOSettings(), EncoderSettings(), OptimSettings(), total_steps=1, steps_per_epoch=1, global_batch=1)
+
+
+def test_the_rate_never_passes_its_peak() -> None:
+    for warmup_epochs in (0, 0.5, 2.1, 30):
+        task = make()
+        task.warmup_steps = OptimSettings(warmup_epochs=warmup_epochs).warmup_steps(5, 100)
+        rates = [task.rate_at(step) for step in range(100)]
+        assert max(rates) == pytest.approx(task.peak_rate)
+        assert rates[0] == (task.peak_rate if warmup_epochs == 0 else 0)
+    assert OptimSettings(warmup_epochs=None).fitted(50, 1000).warmup_epochs == 2
+    assert OptimSettings(warmup_epochs=None).fitted(1250, 10**6).warmup_steps(1250, 10**6) == 12_500
+    with pytest.raises(ValueError, match="optim.warmup_epochs: still null"):
+        OptimSettings(warmup_epochs=None).warmup_steps(5, 100)
+
+
+def test_a_run_shorter_than_its_recipe_still_trains_its_prototypes() -> None:
+    assert make({"freeze_last_layer": 2}).frozen_steps == 10
+    assert make({"freeze_last_layer": 1000}).frozen_steps == 25  # a quarter of 100
+    assert make({"freeze_last_layer": 2}).young_until == 25  # the warm-up of 40 epochs is longer than the run

@@ -61,8 +61,9 @@ def test_a_heads_settings_are_read_from_its_weights() -> None:
 def tiny_task(**changes) -> DINO:
     """A task whose networks do not matter, for its schedules and its loss."""
     encoder = EncoderSettings(image_size=16, patch=4, width=24, depth=1, heads=2)
-    settings = DINOSettings(**{"out_dim": 16, "head_width": 8, "bottleneck": 4, "momentum": 0.9} | changes)
-    return DINO(settings, encoder, OptimSettings(), total_steps=10, steps_per_epoch=1, global_batch=256)
+    small = {"out_dim": 16, "head_width": 8, "bottleneck": 4, "momentum": 0.9}
+    settings = DINOSettings(**small | changes).fitted(256, 256, 100)
+    return DINO(settings, encoder, OptimSettings(), total_steps=100, steps_per_epoch=1, global_batch=256)
 
 
 def test_loss_and_centre_over_three_steps() -> None:
@@ -187,7 +188,7 @@ def test_weight_decay_groups_of_the_released_code(unit_length: bool) -> None:
     settings = DINOSettings(
         out_dim=head["out_dim"], head_width=head["hidden_dim"], bottleneck=head["bottleneck_dim"],
         batch_norm=head["use_bn"], norm_last_layer=unit_length,
-    )  # fmt: skip
+    ).fitted(256, 256, 1)  # fmt: skip
     task = DINO(settings, encoder, OptimSettings(), total_steps=1, steps_per_epoch=1, global_batch=256)
     names = {id(p): name.replace("encoder.", "backbone.") for name, p in task.named_parameters()}
     spared, decayed = ({names[id(p)] for p in group["params"]} for group in decay_groups(task, 0.04))

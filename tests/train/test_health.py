@@ -14,11 +14,12 @@ from sklearn.datasets import load_digits
 
 from sslvit.data.pack import pack
 from sslvit.data.sources import array_samples
-from sslvit.evaluate.health import feature_std, largest_prototype_share, mean_entropy, rankme
-from sslvit.settings import DINOSettings, OptimSettings
+from sslvit.evaluate.health import feature_std, rankme
+from sslvit.settings import DINOSettings, EncoderSettings, OptimSettings
 from sslvit.settings.load import load_recipe
+from sslvit.tasks.base import PretextTask
 from sslvit.train.folder import RunFolder
-from sslvit.train.health import find_sign, measure
+from sslvit.train.health import Health, Sign, find_sign, measure
 from sslvit.train.run import pretrain
 
 
@@ -39,12 +40,17 @@ def test_rankme_counts_directions() -> None:
 
 
 def test_prototype_measures() -> None:
+    task = PretextTask(DINOSettings(), EncoderSettings(32), OptimSettings(), 9, steps_per_epoch=3, global_batch=4)
     shares = torch.tensor([[1.0, 0, 0, 0], [0.5, 0.5, 0, 0], [0.25, 0.25, 0.25, 0.25], [0, 0, 0.1, 0.9]])
+    task.watch(torch.randn(4, 8), shares)
+    assert not task.watched  # nobody looks at this step
+    task.is_watched = True
+    task.watch(torch.randn(4, 8), shares)
+    looked = measure({name: torch.cat(parts) for name, parts in task.watched.items()}, prototypes=4)
     entropy = (0 + math.log(2) + math.log(4) - 0.1 * math.log(0.1) - 0.9 * math.log(0.9)) / 4
-    assert mean_entropy(shares) == pytest.approx(entropy, abs=1e-6)
-    assert largest_prototype_share(shares) == 0.75
-    looked = measure({"features": torch.randn(4, 8), "targets": shares})
+    assert looked["teacher_entropy"] == pytest.approx(entropy, abs=1e-6)
     assert looked["teacher_uniform_kl"] == pytest.approx(math.log(4) - entropy, abs=1e-6)
+    assert looked["largest_prototype_share"] == 0.75
 
 
 HEALTHY = {"loss": 3.4, "teacher_entropy": 2.7, "largest_prototype_share": 0.2, "feature_std": 0.5, "rankme": 20.0}
@@ -61,14 +67,62 @@ HEALTHY = {"loss": 3.4, "teacher_entropy": 2.7, "largest_prototype_share": 0.2, 
         ({"largest_prototype_share": 0.97}, {}, "one prototype", "task.centring: sinkhorn"),
         ({"loss": math.log(256)}, {}, "stuck", "optim.base_rate"),
         ({"feature_std": 0.004}, {}, "features", "optim.base_rate"),
+        ({"rankme": 1.1}, {}, "features", "optim.base_rate"),
         ({"loss": float("nan")}, {}, "not finite", "optim.clip"),
+        ({"rankme": float("nan")}, {}, "not finite", "Lower optim.base_rate"),
+        ({"teacher_entropy": 5.5}, {"warmup_teacher_temperature": 0.3}, "even", "task.warmup_teacher_temperature"),
     ],
 )
 def test_each_sign_names_its_knob(seen: dict, task: dict, name: str | None, knob: str) -> None:
     settings = DINOSettings(**{"out_dim": 256, "teacher_temperature": 0.04} | task)
-    sign = find_sign(HEALTHY | seen, settings, OptimSettings())
+    sign = find_sign(HEALTHY | seen, 64, settings, OptimSettings())
     assert (sign.name if sign else None) == name
     assert sign is None or knob in sign.remedy
+
+
+def test_a_remedy_is_not_what_is_set_already() -> None:
+    settings = DINOSettings(out_dim=256, teacher_temperature=0.04, centring="sinkhorn", batch_norm=True)
+    one = find_sign(HEALTHY | {"largest_prototype_share": 1.0}, 64, settings, OptimSettings(clip=3.0))
+    assert "sinkhorn" not in one.remedy
+    assert "batch_norm" not in one.remedy
+    assert "clip" not in find_sign(HEALTHY | {"loss": math.inf}, 64, settings, OptimSettings(clip=3.0)).remedy
+    few = HEALTHY | {"largest_prototype_share": 1.0, "feature_std": 0.0}
+    assert find_sign(few, 2, settings, OptimSettings()) is None  # two images can be alike by chance
+
+
+def judged(tmp_path: Path, looks: str, total: int = 1000, young: int = 0) -> list[str]:
+    """The verdict after each look: e(ven), o(ne prototype), n(ot finite) or . for a healthy one."""
+    folder = RunFolder(tmp_path)
+    health = Health(folder, total, every=10)
+    names = {"e": "even", "o": "one prototype", "n": "not finite"}
+    verdicts = []
+    for number, look in enumerate(looks, start=1):
+        health.step = 10 * number
+        sign = Sign(names[look], "seen", "Remedy.") if look in names else None
+        health.judge(sign, {"loss": 1.0}, is_young=number <= young)
+        verdicts.append(json.loads(folder.health.read_text())["verdict"])
+        again = Health(folder, total, every=10)  # as a resumed run
+        again.load_state_dict(json.loads(json.dumps(health.state_dict())))
+        health = again
+    return verdicts
+
+
+def test_a_verdict_rests_on_several_looks(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert judged(tmp_path, "..e..") == ["healthy", "healthy", "suspicious", "healthy", "healthy"]
+    assert capsys.readouterr().out == ""
+    assert judged(tmp_path, "eeee", young=3)[:3] == ["too early to say"] * 3
+    assert judged(tmp_path, "eoeo")[-1] == "collapsed"  # it swings between two ways to fail
+    capsys.readouterr()
+    assert judged(tmp_path, "eee.ee...") == [
+        "suspicious", "suspicious", *["collapsed"] * 6, "healthy",
+    ]  # fmt: skip
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in said] == ["step 30", "step 90"]
+    assert said[1].endswith("this run has recovered from its collapse.")
+    assert judged(tmp_path, "n") == ["collapsed"]
+    assert judged(tmp_path, "ee", total=20) == ["suspicious", "collapsed"]  # a short run has no third look
+    long = judged(tmp_path, "e" * 30, total=10_000)  # a fiftieth of it: 20 looks
+    assert [long.index("collapsed"), long.count("collapsed")] == [19, 11]
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +182,18 @@ def test_a_healthy_run_is_left_in_peace(
     last = folder.read_metrics()[-1]
     assert last["teacher_entropy"] == pytest.approx(health["measures"]["teacher_entropy"])
     assert {"teacher_uniform_kl", "feature_std", "rankme", "largest_prototype_share"} <= last.keys()
+
+
+@pytest.mark.parametrize("recipe", ["dino/digits", "mae/digits"])
+def test_a_run_that_explodes_says_so_and_ends_in_order(
+    recipe: str, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    changes = TINY | {"optim.base_rate": 1e30, "train.steps": 8, "train.log_every": 1, "optim.warmup_epochs": 0}
+    if recipe == "mae/digits":
+        changes = {key: value for key, value in changes.items() if not key.startswith(("task.", "data.view."))}
+        changes["encoder.tokens"] = "patch"
+    folder = pretrain(load_recipe(recipe, changes | {"data.shards": str(shards), "out": str(tmp_path / "run")}))
+    health = json.loads(folder.health.read_text(), parse_constant=pytest.fail)
+    assert health["verdict"] == "collapsed"
+    assert [message["sign"] for message in health["messages"]] == ["not finite"]
+    assert "no pictures: the weights are not finite" in capsys.readouterr().out
