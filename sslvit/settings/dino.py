@@ -117,8 +117,8 @@ def momentum_for(global_batch: int, total_steps: int) -> float:
     """The teacher's first momentum.
 
     The paper's 0.996 at a batch of 1024; an average over as many images at others (Busbridge et al. 2023, "How to
-    scale your EMA"); but over no more than a tenth of the run, which matters in short runs: on the digits a third of
-    the run was worse than a tenth or a fortieth (docs/dino.md).
+    scale your EMA"); but over no more than a tenth of the run, which matters in short runs: on the digits two fifths
+    of it were worse than a tenth or a fortieth (docs/dino.md).
     """
     per_batch = PAPER_MOMENTUM ** (global_batch / PAPER_BATCH)
     per_run = 1 - min(PARTS_OF_A_RUN / total_steps, 0.5)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sslvit.models import ViTEncoder, preset
+from sslvit.models.positions import resample_table
 from sslvit.settings import PRESETS, EncoderSettings
 
 POSITIONS = ["none", "learned_1d", "learned_2d", "sincos_1d", "sincos_2d", "rotary_2d", "relative_bias"]
@@ -386,3 +387,29 @@ def test_unknown_preset_lists_the_known_ones() -> None:
 def test_settings_that_cannot_work_are_refused(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EncoderSettings(**changes)
+
+
+@pytest.mark.parametrize(("antialias", "offset"), [(True, 0.0), (False, 0.1)])
+def test_repeatable_kernels_stretch_positions_to_the_same_values_and_gradients(antialias: bool, offset: float) -> None:
+    """On a GPU the gradient of interpolation has no repeatable kernel; a product with its matrix has."""
+    torch.manual_seed(0)
+    results = []
+    table, weights = torch.randn(20, 6, requires_grad=True), torch.randn(6, 6)
+    for is_repeatable in (False, True):
+        table.grad = None
+        torch.use_deterministic_algorithms(is_repeatable)
+        try:
+            stretched = resample_table(table, (4, 5), (3, 2), antialias, offset)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        (stretched * weights).sum().backward()
+        results.append((stretched.detach(), table.grad, stretched.grad_fn.next_functions))
+    torch.testing.assert_close(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1])
+    assert "upsample" in graph_of(results[0][2])
+    assert "upsample" not in graph_of(results[1][2])
+
+
+def graph_of(functions) -> str:
+    """The names of all operations behind a result."""
+    return " ".join(f"{node.name().lower()} {graph_of(node.next_functions)}" for node, _ in functions if node)
