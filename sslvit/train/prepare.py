@@ -1,0 +1,124 @@
+"""What is decided and refused before the first step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from sslvit.checkpoint import read_torch_file, settings_difference, settings_from
+from sslvit.data.decode import MODES
+from sslvit.data.index import Index
+from sslvit.data.module import ShardDataModule
+from sslvit.data.open import check_present
+from sslvit.data.plan import Plan, slices
+from sslvit.data.stream import StreamIndex
+from sslvit.optim import decay_groups
+from sslvit.settings import EncoderSettings, PretrainSettings
+from sslvit.settings.load import by_dotted_key
+from sslvit.settings.views import MultiCropSettings
+from sslvit.tasks import task_class
+from sslvit.tasks.base import PretextTask
+from sslvit.train.folder import RunFolder
+
+
+def check_machine(settings: PretrainSettings) -> None:
+    """Refuse what cannot run here, before data is touched."""
+    train = settings.train
+    slices(settings.data.global_batch, train.devices * train.nodes, train.micro_batch)
+    kinds = task_class(settings.task.name).view_kinds
+    if settings.data.view.kind not in kinds:
+        raise ValueError(
+            f"data.view.kind: {settings.data.view.kind} is not for {settings.task.name}. Use {' or '.join(kinds)}."
+        )
+    if train.accelerator == "gpu" and not torch.cuda.is_available():
+        raise ValueError("train.accelerator: gpu, but torch sees none here. Use auto or cpu.")
+
+
+def check_data(settings: PretrainSettings, index: Index, plan: Plan) -> None:
+    """Refuse data that this run cannot read, before step 0."""
+    data, encoder = settings.data, settings.encoder
+    if index.channels != encoder.channels and not {index.channels, encoder.channels} <= set(MODES):
+        raise ValueError(
+            f"encoder.channels: {encoder.channels}, but the images of {index.location} have {index.channels}. "
+            f"Images are converted between {', '.join(map(str, MODES))} channels only."
+        )
+    sides = {"data.resolutions": data.resolutions or []}
+    if isinstance(data.view, MultiCropSettings) and data.view.local_crops:
+        sides["data.view.local_size"] = [data.view.local_size]
+    for key, wanted in sides.items():
+        for side in wanted:
+            if side % encoder.patch:
+                raise ValueError(f"{key}: {side} is not a multiple of encoder.patch ({encoder.patch}).")
+    if data.ledger and isinstance(index, StreamIndex):
+        raise ValueError("data.ledger: a stream cannot promise each sample once. Pack it into shards, or leave it off.")
+    check_present(index, data.bad_limit)
+    largest = max(shard.bytes for shard in index.shards) if index.is_remote else 0
+    needed = plan.shards_at_once(0, plan.global_batch // settings.train.nodes) * largest / 2**30
+    if needed > data.cache_gb:
+        raise ValueError(
+            f"data.cache_gb: {data.cache_gb:g} GB cannot hold the shards that each machine reads side by side "
+            f"({needed:.1f} GB). Raise it, or set data.lanes or data.window_shards lower."
+        )
+
+
+def fit(
+    settings: PretrainSettings, earlier: RunFolder | None, images: int, plan: Plan, total_steps: int
+) -> PretrainSettings:
+    """The same settings with what was left open chosen for the job; a resumed run keeps what it chose before.
+
+    Args:
+        settings: as given.
+        earlier: the folder of the run that goes on, if one does.
+        images: in the data set.
+        plan: the order of the data.
+        total_steps: of the run.
+    """
+    task = settings.task.fitted(images, plan.global_batch, total_steps)
+    optim = settings.optim.fitted(plan.steps_per_epoch, total_steps)
+    fitted = replace(settings, task=task, optim=optim)
+    if earlier is not None:
+        before, asked = by_dotted_key(earlier.read_config()), by_dotted_key(settings.as_dict())
+        for name, part in (("task", task), ("optim", optim)):
+            was_open = {key: before.get(f"{name}.{key}") for key in vars(part) if asked[f"{name}.{key}"] is None}
+            kept = {key: value for key, value in was_open.items() if value is not None and vars(part)[key] is not None}
+            fitted = replace(fitted, **{name: replace(part, **kept)})
+    return fitted
+
+
+def chosen(asked: PretrainSettings, settings: PretrainSettings) -> list[str]:
+    """What was left open and is chosen now, as "task.out_dim 256"."""
+    before, after = by_dotted_key(asked.as_dict()), by_dotted_key(settings.as_dict())
+    return [f"{key} {after[key]:.4g}" for key in after if before[key] is None and after[key] is not None]
+
+
+def check_resumed(folder: RunFolder, settings: PretrainSettings, data: ShardDataModule, task: PretextTask) -> None:
+    """A resumed run must train the same encoder on the same data in the same order; other changes are said."""
+    content = read_torch_file(folder.checkpoint)
+    try:
+        trained, position = content["sslvit"]["encoder"], content[ShardDataModule.__qualname__]
+        shapes = {key: value.shape for key, value in content["state_dict"].items()}
+        moved = [len(group["params"]) for group in content["optimizer_states"][0]["param_groups"]]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"--resume: {folder.path} is not a run of sslvit that can go on ({error}).") from error
+    check_same(settings_from(trained, folder.checkpoint), settings.encoder, str(folder.checkpoint))
+    data.load_state_dict(position)
+    if data.start_step > data.total_steps:
+        raise ValueError(f"--resume: {folder.path} is at step {data.start_step} already, past {data.total_steps}.")
+    old, new = by_dotted_key(folder.read_config()), by_dotted_key(settings.as_dict())
+    changed = [f"{key} {old.get(key)} -> {new.get(key)}" for key in new if old.get(key) != new.get(key)]
+    same_shapes = shapes == {key: value.shape for key, value in task.state_dict().items()}
+    if not same_shapes or moved != [len(group["params"]) for group in decay_groups(task, 0.0)]:
+        guilty = [change for change in changed if change.startswith("task.")] or changed or ["another task"]
+        raise ValueError(
+            f"--resume: the weights in {folder.checkpoint} do not fit these settings ({'; '.join(guilty)}). "
+            "Restore them, or start a new run from its encoder with --init."
+        )
+    if changed:
+        print(f"resuming with changes: {'; '.join(changed)}")
+
+
+def check_same(there: EncoderSettings, here: EncoderSettings, source: str) -> None:
+    different = settings_difference(there, here)
+    if different:
+        raise ValueError(f"{source}: an encoder of another architecture (there and here {'; '.join(different)}).")
