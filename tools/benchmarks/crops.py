@@ -63,6 +63,17 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=10)
     options = parser.parse_args()
     recipe = load_recipe(options.recipe, {"encoder.drop_path": 0.0})
+    plain = {
+        "layer_scale": None,
+        "qk_norm": False,
+        "locality": False,
+        "causal": False,
+        "dropout": 0.0,
+        "pooling": "class",
+    }
+    other = [key for key, value in plain.items() if getattr(recipe.encoder, key) != value]
+    if other or recipe.encoder.positions in ("rotary_2d", "relative_bias"):
+        parser.error(f"{options.recipe}: packing is written for plain encoders ({', '.join(other) or 'positions'}).")
     encoder = ViTEncoder(recipe.encoder).to(options.device)
     sizes = [view.size for view in Views(recipe.data.view, recipe.encoder.image_size, "bicubic").of_size()]
     views = [torch.randn(options.batch, recipe.encoder.channels, *size, device=options.device) for size in sizes]
