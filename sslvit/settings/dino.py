@@ -104,6 +104,35 @@ class DINOSettings(TaskSettings):
         }
         return replace(self, **{key: value for key, value in fitting.items() if getattr(self, key) is None})
 
+    def remedy(self, sign: str, rate: str) -> str:
+        """The knob for a teacher that is too even, or that has one prototype for all."""
+        return self._sharpen(rate) if sign == "even" else self._centre(rate)
+
+    def _sharpen(self, rate: str) -> str:
+        hottest = max(("teacher_temperature", "warmup_teacher_temperature"), key=lambda key: getattr(self, key))
+        value = getattr(self, hottest)
+        temperature = f"task.{hottest} ({value:g})"
+        if value >= self.student_temperature:
+            return (
+                f"Set {temperature} well below task.student_temperature ({self.student_temperature:g}): "
+                "0.04 to 0.07 is usual."
+            )
+        if value > 0.07:
+            return f"Lower {temperature}; 0.04 to 0.07 is usual."
+        norm = "" if self.batch_norm else "; for small data or batches set task.batch_norm to true"
+        return f"Lower {rate} or {temperature}{norm}; or try another task.out_dim ({self.out_dim})."
+
+    def _centre(self, rate: str) -> str:
+        if self.centring == "mean" and self.centre_momentum > 0.99:
+            return f"The centre hardly moves: lower task.centre_momentum ({self.centre_momentum:g}); 0.9 is usual."
+        temperature = f"task.teacher_temperature ({self.teacher_temperature:g})"
+        parts = [f"Lower {rate}, or raise data.global_batch or {temperature}"]
+        if not self.batch_norm:
+            parts.append("for small data set task.batch_norm to true")
+        if self.centring == "mean":
+            parts.append("task.centring: sinkhorn keeps all prototypes in use")
+        return "; ".join(parts) + "."
+
 
 def prototypes_for(images: int) -> int:
     """The power of two nearest to one prototype per 20 images, from 256 to 65,536.

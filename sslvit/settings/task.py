@@ -17,3 +17,12 @@ class TaskSettings:
             total_steps: of the run.
         """
         return self
+
+    def remedy(self, sign: str, rate: str) -> str:
+        """Which knob to turn when training has failed; a task with knobs of its own names them.
+
+        Args:
+            sign: what is seen: even (all prototypes alike) or one prototype (train/health.py).
+            rate: the rate's key and value, in words.
+        """
+        return f"Lower {rate}, or raise data.global_batch."

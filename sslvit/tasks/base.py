@@ -5,6 +5,7 @@ A task writes its own `training_step`; nothing here knows which task it is.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 
 import numpy as np
@@ -135,7 +136,9 @@ class PretextTask(pl.LightningModule):
             return
         self.watched["features"].append(features.detach())
         if shares is not None:
-            self.watched["entropy"].append(-torch.xlogy(shares, shares).sum(1))
+            entropy = -torch.xlogy(shares, shares).sum(1)  # b, in nats
+            self.watched["entropy"].append(entropy)
+            self.watched["uniform_kl"].append(math.log(shares.shape[1]) - entropy)
             self.watched["choice"].append(shares.argmax(1))
 
     def start_from(self, weights: dict[str, Tensor], source: str) -> None:

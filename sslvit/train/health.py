@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sslvit.evaluate.health import feature_std, largest_share, rankme
 from sslvit.ranks import gather_over_ranks
-from sslvit.settings import DINOSettings, OptimSettings, TaskSettings
+from sslvit.settings import OptimSettings, TaskSettings
 from sslvit.tasks.base import PretextTask
 from sslvit.train.callbacks import StepCallback, mean_over_ranks
 from sslvit.train.folder import RunFolder
@@ -50,24 +50,22 @@ class Sign:
     remedy: str
 
 
-def measure(watched: dict[str, Tensor], prototypes: int | None) -> dict[str, float]:
+def measure(watched: dict[str, Tensor]) -> dict[str, float]:
     """The measures of what a task showed in one step.
 
     Args:
-        watched: features ('b d') and, of tasks with prototypes, each image's entropy and first choice ('b').
-        prototypes: how many there are.
+        watched: features ('b d') and, of tasks with prototypes, each image's entropy, distance to even shares and
+            first choice ('b').
     """
     measures = {}
     if "features" in watched:
         features = watched["features"].float()
         measures |= {"feature_std": feature_std(features), "rankme": rankme(features)}
     if "entropy" in watched:
-        entropy = float(watched["entropy"].double().mean())
-        share = largest_share(watched["choice"])
         measures |= {
-            "teacher_entropy": entropy,
-            "teacher_uniform_kl": math.log(prototypes) - entropy,
-            "largest_prototype_share": share,
+            "teacher_entropy": float(watched["entropy"].double().mean()),
+            "teacher_uniform_kl": float(watched["uniform_kl"].double().mean()),
+            "largest_prototype_share": largest_share(watched["choice"]),
         }
     return measures
 
@@ -86,55 +84,30 @@ def find_sign(measures: dict[str, float], images: int, task: TaskSettings, optim
         if not math.isfinite(value):
             remedy = f"Lower {rate}" + ("." if optim.clip else ", or set optim.clip.")
             return Sign("not finite", f"its {name.replace('_', ' ')} is {value}", remedy)
-    if not isinstance(task, DINOSettings):
+    if "teacher_entropy" not in measures:
         return None
-    most, entropy, loss = math.log(task.out_dim), measures["teacher_entropy"], measures["loss"]
+    entropy, loss = measures["teacher_entropy"], measures["loss"]
+    most = entropy + measures["teacher_uniform_kl"]  # ln K
+    prototypes = f"ln {math.exp(most):.0f} = {most:.3f}"
     if entropy > EVEN_FROM * most:
         seen = (
-            f"the teacher spreads each image evenly over all prototypes (entropy {entropy:.2f} of at most "
-            f"ln {task.out_dim} = {most:.2f}, loss {loss:.2f})"
+            f"the teacher spreads each image evenly over all prototypes (entropy {entropy:.3f} of at most "
+            f"{prototypes}, loss {loss:.3f})"
         )
-        return Sign("even", seen, _sharpen(task, rate))
+        return Sign("even", seen, task.remedy("even", rate))
     if abs(loss - most) < STUCK_WITHIN * most:
-        seen = f"the loss sits at ln {task.out_dim} = {most:.3f}: the student says the same of every prototype"
+        seen = f"the loss sits at {prototypes}: the student says the same of every prototype"
         return Sign("stuck", seen, f"Change {rate}: lower it, or raise it if it is far below a recipe's.")
     if images < FEWEST_IMAGES:
         return None
     share, deviation, rank = (measures[name] for name in ("largest_prototype_share", "feature_std", "rankme"))
     if share > ONE_FROM:
         seen = f"the teacher gives {share:.0%} of the images to one prototype (entropy {entropy:.2f})"
-        return Sign("one prototype", seen, _centre(task, rate))
+        return Sign("one prototype", seen, task.remedy("one prototype", rate))
     if deviation < FEATURES_ALIKE_BELOW or rank < ONE_DIRECTION_BELOW:
         seen = f"features hardly differ between images (deviation {deviation:.4f} of their size, RankMe {rank:.1f})"
         return Sign("features", seen, f"Lower {rate}, or raise data.global_batch or optim.warmup_epochs.")
     return None
-
-
-def _sharpen(task: DINOSettings, rate: str) -> str:
-    """The knob for a teacher that is too even."""
-    hottest = max(("teacher_temperature", "warmup_teacher_temperature"), key=lambda key: getattr(task, key))
-    temperature = f"task.{hottest} ({getattr(task, hottest):g})"
-    if getattr(task, hottest) >= task.student_temperature:
-        return (
-            f"Set {temperature} well below task.student_temperature ({task.student_temperature:g}): "
-            "0.04 to 0.07 is usual."
-        )
-    if getattr(task, hottest) > 0.07:
-        return f"Lower {temperature}; 0.04 to 0.07 is usual."
-    norm = "" if task.batch_norm else "; for small data or batches set task.batch_norm to true"
-    return f"Lower {rate} or {temperature}{norm}; or try another task.out_dim ({task.out_dim})."
-
-
-def _centre(task: DINOSettings, rate: str) -> str:
-    """The knob for a teacher with one prototype."""
-    if task.centring == "mean" and task.centre_momentum > 0.99:
-        return f"The centre hardly moves: lower task.centre_momentum ({task.centre_momentum:g}); 0.9 is usual."
-    others = [f"Lower {rate}, or raise data.global_batch or task.teacher_temperature ({task.teacher_temperature:g})"]
-    if not task.batch_norm:
-        others.append("for small data set task.batch_norm to true")
-    if task.centring == "mean":
-        others.append("task.centring: sinkhorn keeps all prototypes in use")
-    return "; ".join(others) + "."
 
 
 class Health(StepCallback):
@@ -162,7 +135,7 @@ class Health(StepCallback):
             return
         watched = {name: gather_over_ranks(torch.cat(parts)) for name, parts in module.watched.items()}
         module.watched.clear()
-        measures = measure(watched, getattr(module.settings, "out_dim", None))
+        measures = measure(watched)
         for name, value in measures.items():
             module.record(name, torch.tensor(value, dtype=torch.float64))
         measures["loss"] = mean_over_ranks(trainer, module.records["loss"])

@@ -46,14 +46,17 @@ def test_prototype_measures() -> None:
     assert not task.watched  # nobody looks at this step
     task.is_watched = True
     task.watch(torch.randn(4, 8), shares)
-    looked = measure({name: torch.cat(parts) for name, parts in task.watched.items()}, prototypes=4)
+    looked = measure({name: torch.cat(parts) for name, parts in task.watched.items()})
     entropy = (0 + math.log(2) + math.log(4) - 0.1 * math.log(0.1) - 0.9 * math.log(0.9)) / 4
     assert looked["teacher_entropy"] == pytest.approx(entropy, abs=1e-6)
     assert looked["teacher_uniform_kl"] == pytest.approx(math.log(4) - entropy, abs=1e-6)
     assert looked["largest_prototype_share"] == 0.75
 
 
-HEALTHY = {"loss": 3.4, "teacher_entropy": 2.7, "largest_prototype_share": 0.2, "feature_std": 0.5, "rankme": 20.0}
+HEALTHY = {
+    "loss": 3.4, "teacher_entropy": 2.7, "teacher_uniform_kl": math.log(256) - 2.7, "largest_prototype_share": 0.2,
+    "feature_std": 0.5, "rankme": 20.0,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -75,7 +78,9 @@ HEALTHY = {"loss": 3.4, "teacher_entropy": 2.7, "largest_prototype_share": 0.2, 
 )
 def test_each_sign_names_its_knob(seen: dict, task: dict, name: str | None, knob: str) -> None:
     settings = DINOSettings(**{"out_dim": 256, "teacher_temperature": 0.04} | task)
-    sign = find_sign(HEALTHY | seen, 64, settings, OptimSettings())
+    seen = HEALTHY | seen
+    seen["teacher_uniform_kl"] = math.log(256) - seen["teacher_entropy"]
+    sign = find_sign(seen, 64, settings, OptimSettings())
     assert (sign.name if sign else None) == name
     assert sign is None or knob in sign.remedy
 
