@@ -1,75 +1,24 @@
-"""A run on a CPU: what it leaves behind, and that stopping it changes nothing."""
+"""A run on a CPU, and what it leaves behind."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from run_fixtures import RECIPES, TINY, metrics, read_keys, run, same, weights
 
 import sslvit
 from sslvit.checkpoint import load_encoder
 from sslvit.data.pack import pack
 from sslvit.data.sources import array_samples
-from sslvit.settings.load import load_recipe
-from sslvit.tasks import task_class
 from sslvit.train.folder import RunFolder
-from sslvit.train.run import pretrain
-
-TINY = {
-    "encoder.image_size": 8, "encoder.patch": 2, "encoder.width": 16, "encoder.depth": 1, "encoder.heads": 2,
-    "encoder.drop_path": 0.2, "task.decoder_width": 16, "task.decoder_depth": 1, "task.decoder_heads": 2,
-    "data.global_batch": 8, "data.workers": 0, "data.view.kind": "crop", "data.view.scale": [0.5, 1.0],
-    "train.steps": 7, "train.log_every": 1, "train.checkpoint_every": 3, "train.precision": "float32",
-    "train.accelerator": "cpu", "optim.warmup_epochs": 0.5,
-}  # fmt: skip
-
-TINY_DINO = {key: value for key, value in TINY.items() if not key.startswith(("task.", "data.view."))} | {
-    "encoder.tokens": "patch", "encoder.pooling": "class", "data.view.local_crops": 2, "data.view.local_size": 4,
-    "data.view.jitter": 0.5, "task.batch_norm": False, "task.koleo": 0.0, "task.out_dim": 12, "task.head_width": 16,
-    "task.bottleneck": 8, "task.momentum": 0.9, "task.teacher_temperature": 0.06, "task.freeze_last_layer": 0.5,
-}  # fmt: skip
-RECIPES = {"mae/digits": TINY, "dino/digits": TINY_DINO}
-
-
-@pytest.fixture
-def shards(tmp_path: Path) -> Path:
-    source = np.random.default_rng(0)
-    pack(
-        array_samples(source.integers(0, 255, (30, 8, 8)).astype(np.uint8), source.integers(0, 3, 30)),
-        tmp_path / "s",
-        ["a", "b", "c"],
-    )
-    return tmp_path / "s"
-
-
-def run(
-    shards: Path, out: Path, resume: bool = False, overwrite: bool = False, recipe: str = "mae/digits", **changes
-) -> RunFolder:
-    settings = load_recipe(recipe, RECIPES[recipe] | {"data.shards": str(shards), "out": str(out)} | changes)
-    return pretrain(settings, resume=resume, overwrite=overwrite)
-
-
-def weights(folder: RunFolder) -> dict[str, torch.Tensor]:
-    return torch.load(folder.checkpoint, weights_only=True)["state_dict"]
-
-
-def metrics(folder: RunFolder) -> list[dict]:
-    timings = ("images_per_second", "elapsed_seconds")
-    return [{k: v for k, v in line.items() if k not in timings} for line in folder.read_metrics()]
-
-
-def same(one: RunFolder, other: RunFolder) -> bool:
-    a, b = weights(one), weights(other)
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) and metrics(one) == metrics(other)
 
 
 def test_a_run_leaves_everything_in_its_folder(shards: Path, tmp_path: Path) -> None:
@@ -96,79 +45,6 @@ def test_the_same_settings_give_the_same_run_and_another_seed_another(shards: Pa
     one, two, other = (run(shards, tmp_path / n, seed=s) for n, s in (("a", 0), ("b", 0), ("c", 1)))
     assert same(one, two)
     assert not same(one, other)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"train.micro_batch": 2},
-        {"data.workers": 2, "data.memory_limit_mb": 0},
-        {"recipe": "dino/digits"},
-        {"recipe": "dino/digits", "train.micro_batch": 2, "task.batch_norm": True},
-    ],
-)
-def test_a_stopped_run_resumes_to_the_same_weights_and_metrics(
-    shards: Path, tmp_path: Path, changes: dict, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = run(shards, tmp_path / "whole", **changes)
-    interrupted(shards, tmp_path / "cut", 5, monkeypatch, **changes)
-    assert torch.load(RunFolder(tmp_path / "cut").checkpoint, weights_only=True)["global_step"] == 3
-    assert same(run(shards, tmp_path / "cut", resume=True, **changes), whole)
-
-
-def interrupted(shards: Path, out: Path, at: int, monkeypatch: pytest.MonkeyPatch, **changes) -> None:
-    """A run that is stopped by Ctrl-C in the middle of a step."""
-    task = task_class(changes.get("recipe", "mae/digits").split("/")[0])
-    step = task.training_step
-
-    def stop(self, batch, batch_idx=0):
-        if self.global_step == at:
-            raise KeyboardInterrupt
-        return step(self, batch, batch_idx)
-
-    monkeypatch.setattr(task, "training_step", stop)
-    with pytest.raises(KeyboardInterrupt, match=f"stopped at step {at} of .*--resume"):
-        run(shards, out, **changes)
-    monkeypatch.setattr(task, "training_step", step)
-
-
-def test_a_resume_may_cut_the_batch_in_other_micro_batches(
-    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    base = {"train.precision": "float64"}
-    whole = run(shards, tmp_path / "whole", **base)
-    interrupted(shards, tmp_path / "cut", 5, monkeypatch, **base)
-    again = run(shards, tmp_path / "cut", resume=True, **base, **{"train.micro_batch": 2})
-    for one, two in zip(metrics(whole), metrics(again), strict=True):
-        assert one["loss"] == pytest.approx(two["loss"], rel=1e-6)
-    for key, value in weights(whole).items():
-        torch.testing.assert_close(weights(again)[key], value, rtol=1e-6, atol=1e-8)
-
-
-def test_a_finished_run_can_be_made_longer(shards: Path, tmp_path: Path) -> None:
-    run(shards, tmp_path / "run", **{"train.steps": 4})
-    longer = run(shards, tmp_path / "run", resume=True, **{"train.steps": 9})
-    assert [line["step"] for line in longer.read_metrics()] == list(range(1, 10))
-    assert json.loads((longer.encoder / "encoder.json").read_text())["provenance"]["step"] == 9
-    run(shards, tmp_path / "run", resume=True, **{"train.steps": 9})  # nothing left to do, and nothing lost
-    assert load_encoder(longer.encoder).settings.width == 16
-    assert (longer.figures / "reconstruction.png").exists()
-    assert len(longer.read_metrics()) == 9
-    with pytest.raises(ValueError, match="is at step 9 already, past 4"):
-        run(shards, tmp_path / "run", resume=True, **{"train.steps": 4})
-
-
-def test_while_a_run_goes_on_its_encoder_is_that_of_the_checkpoint(
-    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run(shards, tmp_path / "run", **{"train.steps": 3})
-    from sslvit.train import run as module
-
-    monkeypatch.setattr(module, "_finish", lambda *_: None)
-    folder = run(shards, tmp_path / "run", resume=True, **{"train.steps": 6})
-    state = weights(folder)["encoder.blocks.0.attn.qkv.weight"]
-    assert torch.equal(load_encoder(folder.path).blocks[0].attn.qkv.weight, state)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -225,54 +101,6 @@ def test_folders_are_not_overwritten_silently(shards: Path, tmp_path: Path) -> N
     (tmp_path / "run" / "notes.txt").write_text("my own notes")
     assert len(run(shards, tmp_path / "run", overwrite=True, **{"train.steps": 2}).read_metrics()) == 2
     assert (tmp_path / "run" / "notes.txt").exists()
-
-
-def test_a_resume_with_another_encoder_batch_or_data_is_refused(shards: Path, tmp_path: Path) -> None:
-    run(shards, tmp_path / "run")
-    with pytest.raises(ValueError, match=r"another architecture \(there and here depth: 1 and 2\)"):
-        run(shards, tmp_path / "run", resume=True, **{"encoder.depth": 2})
-    with pytest.raises(ValueError, match=r"global_batch 8 then, 4 now.*--init"):
-        run(shards, tmp_path / "run", resume=True, **{"data.global_batch": 4, "train.steps": 9})
-    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]["global_batch"] == 8
-    (tmp_path / "run" / "checkpoints" / "last.ckpt").write_bytes(b"")
-    with pytest.raises(ValueError, match="last.ckpt: not a readable checkpoint"):
-        run(shards, tmp_path / "run", resume=True)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"task.out_dim": 24}, "task.out_dim 12 -> 24"),
-        ({"task.norm_last_layer": False}, "task.norm_last_layer True -> False"),
-        ({"recipe": "mae/digits", "encoder.pooling": "class"}, "task.name dino -> mae"),
-    ],
-)
-def test_a_resume_with_another_task_is_refused_and_changes_nothing(
-    shards: Path, tmp_path: Path, changes: dict, message: str
-) -> None:
-    dino = {"recipe": "dino/digits", "train.steps": 2}
-    folder = run(shards, tmp_path / "run", **dino)
-    before = folder.config.read_text()
-    with pytest.raises(ValueError, match=f"do not fit these settings .*{message}.* --init"):
-        run(shards, tmp_path / "run", resume=True, **dino | changes | {"train.steps": 4})
-    assert folder.config.read_text() == before
-    assert (folder.encoder / "encoder.json").exists()
-
-
-def test_what_was_chosen_for_a_run_stays_when_it_is_made_longer(
-    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    options = {"recipe": "dino/digits", "task.momentum": None, "optim.warmup_epochs": None}
-    first = yaml.safe_load(run(shards, tmp_path / "run", **options, **{"train.steps": 20}).config.read_text())
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("chosen for 30 images, 8 a step:")]
-    assert "task.momentum 0.5" in said[0]
-    assert "optim.warmup_epochs 0.6667" in said[0]
-    longer = run(shards, tmp_path / "run", resume=True, **options, **{"train.steps": 40})
-    second = yaml.safe_load(longer.config.read_text())
-    assert (second["task"], second["optim"]) == (first["task"], first["optim"])
-    assert first["task"]["momentum"] == 0.5  # an average over a tenth of 20 updates
-    fresh = yaml.safe_load(run(shards, tmp_path / "new", **options, **{"train.steps": 40}).config.read_text())
-    assert fresh["task"]["momentum"] == 0.75
 
 
 def test_impossible_runs_stop_before_anything_is_made(shards: Path, tmp_path: Path) -> None:
@@ -337,40 +165,6 @@ def test_the_python_door(shards: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_kill_at_any_step_and_resume_is_bit_identical(shards: Path, tmp_path: Path, recipe: str) -> None:
-    changes = [f"--{k}={json.dumps(v)}" for k, v in (RECIPES[recipe] | {"train.steps": 60, "train.threads": 1}).items()]
-    command = [
-        sys.executable,
-        "-m",
-        "sslvit.cli",
-        "pretrain",
-        "--config",
-        recipe,
-        "--data",
-        str(shards),
-        *changes,
-    ]
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    subprocess.run([*command, "--out", str(tmp_path / "whole")], check=True, env=env)
-    cut = RunFolder(tmp_path / "cut")
-    resume: list[str] = []
-    kills = 0
-    for wanted in (7, 20, 41):
-        process = subprocess.Popen([*command, "--out", str(cut.path), *resume], env=env)
-        while process.poll() is None and (len(cut.read_metrics()) if cut.metrics.exists() else 0) < wanted:
-            time.sleep(0.01)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.wait()
-        resume = ["--resume"]
-    subprocess.run([*command, "--out", str(cut.path), "--resume"], check=True, env=env)
-    assert kills == 3
-    assert same(cut, RunFolder(tmp_path / "whole"))
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "special"),
     [
@@ -398,14 +192,6 @@ def test_two_ranks_train_as_one(shards: Path, tmp_path: Path, recipe: str, speci
 # ---- what was read -----------------------------------------------------------------------------------------------
 
 
-def read_keys(folder: RunFolder) -> dict[int, list[str]]:
-    """The keys that all ranks read, by epoch, in the order of the steps."""
-    texts = [path.read_text() for path in sorted(folder.samples.glob("*.jsonl"))]
-    lines = [json.loads(line) for text in texts for line in text.splitlines()]
-    lines.sort(key=lambda line: line["step"])
-    return {epoch: [line["key"] for line in lines if line["epoch"] == epoch] for epoch in {x["epoch"] for x in lines}}
-
-
 def test_the_ledger_names_each_sample_once_per_epoch_also_after_a_resume(shards: Path, tmp_path: Path) -> None:
     options = {"data.ledger": True, "data.global_batch": 6, "train.micro_batch": 3, "train.checkpoint_every": 4}
     whole = run(shards, tmp_path / "whole", **options, **{"train.steps": 10})
@@ -422,38 +208,6 @@ def test_the_ledger_names_each_sample_once_per_epoch_also_after_a_resume(shards:
     assert (ledger["samples_read"], ledger["epochs_finished"], ledger["dropped_per_epoch"]) == (60, 2, 0)
     again = run(shards, tmp_path / "cut", overwrite=True, **options, **{"train.steps": 5})
     assert len(read_keys(again)) == 1
-
-
-@pytest.mark.slow
-def test_a_killed_run_resumed_on_other_ranks_reads_exactly_what_was_left(shards: Path, tmp_path: Path) -> None:
-    """kill -9 on two ranks, then one rank, killed again, then three: every epoch reads each sample once."""
-    options = TINY | {
-        "data.ledger": True, "data.global_batch": 6, "train.checkpoint_every": 2, "train.steps": 60, "data.workers": 1,
-        "data.memory_limit_mb": 0, "data.lanes": 2, "data.window_shards": 1,
-    }  # fmt: skip
-    command = [sys.executable, "-m", "sslvit.cli", "pretrain", "--config", "mae/digits", "--data", str(shards)]
-    command += [f"--{key}={json.dumps(value)}" for key, value in options.items()] + ["--out", str(tmp_path / "run")]
-    folder = RunFolder(tmp_path / "run")
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    resume: list[str] = []
-    kills = 0
-    for ranks, wanted in ((2, 9), (1, 25), (3, 99)):
-        process = subprocess.Popen(
-            [*command, *resume, f"--train.devices={ranks}"], env=env, start_new_session=True, stdout=subprocess.DEVNULL
-        )
-        while process.poll() is None and (len(folder.read_metrics()) if folder.metrics.exists() else 0) < wanted:
-            time.sleep(0.01)
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            kills += 1
-        process.wait()
-        resume = ["--resume"]
-    assert kills == 2
-    assert process.returncode == 0
-    keys = read_keys(folder)
-    assert sorted(keys) == list(range(12))
-    for epoch, read in keys.items():
-        assert len(read) == len(set(read)) == 30, epoch
 
 
 def test_a_mixture_and_several_resolutions_train(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

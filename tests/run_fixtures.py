@@ -1,0 +1,59 @@
+"""Tiny runs of each task, and what they left."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from sslvit.settings.load import load_recipe
+from sslvit.train.folder import RunFolder
+from sslvit.train.run import pretrain
+
+TINY = {
+    "encoder.image_size": 8, "encoder.patch": 2, "encoder.width": 16, "encoder.depth": 1, "encoder.heads": 2,
+    "encoder.drop_path": 0.2, "task.decoder_width": 16, "task.decoder_depth": 1, "task.decoder_heads": 2,
+    "data.global_batch": 8, "data.workers": 0, "data.view.kind": "crop", "data.view.scale": [0.5, 1.0],
+    "train.steps": 7, "train.log_every": 1, "train.checkpoint_every": 3, "train.precision": "float32",
+    "train.accelerator": "cpu", "optim.warmup_epochs": 0.5,
+}  # fmt: skip
+
+
+TINY_DINO = {key: value for key, value in TINY.items() if not key.startswith(("task.", "data.view."))} | {
+    "encoder.tokens": "patch", "encoder.pooling": "class", "data.view.local_crops": 2, "data.view.local_size": 4,
+    "data.view.jitter": 0.5, "task.batch_norm": False, "task.koleo": 0.0, "task.out_dim": 12, "task.head_width": 16,
+    "task.bottleneck": 8, "task.momentum": 0.9, "task.teacher_temperature": 0.06, "task.freeze_last_layer": 0.5,
+}  # fmt: skip
+
+
+RECIPES = {"mae/digits": TINY, "dino/digits": TINY_DINO}
+
+
+def run(
+    shards: Path, out: Path, resume: bool = False, overwrite: bool = False, recipe: str = "mae/digits", **changes
+) -> RunFolder:
+    settings = load_recipe(recipe, RECIPES[recipe] | {"data.shards": str(shards), "out": str(out)} | changes)
+    return pretrain(settings, resume=resume, overwrite=overwrite)
+
+
+def weights(folder: RunFolder) -> dict[str, torch.Tensor]:
+    return torch.load(folder.checkpoint, weights_only=True)["state_dict"]
+
+
+def metrics(folder: RunFolder) -> list[dict]:
+    timings = ("images_per_second", "elapsed_seconds")
+    return [{k: v for k, v in line.items() if k not in timings} for line in folder.read_metrics()]
+
+
+def same(one: RunFolder, other: RunFolder) -> bool:
+    a, b = weights(one), weights(other)
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) and metrics(one) == metrics(other)
+
+
+def read_keys(folder: RunFolder) -> dict[int, list[str]]:
+    """The keys that all ranks read, by epoch, in the order of the steps."""
+    texts = [path.read_text() for path in sorted(folder.samples.glob("*.jsonl"))]
+    lines = [json.loads(line) for text in texts for line in text.splitlines()]
+    lines.sort(key=lambda line: line["step"])
+    return {epoch: [line["key"] for line in lines if line["epoch"] == epoch] for epoch in {x["epoch"] for x in lines}}
