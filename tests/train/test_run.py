@@ -189,9 +189,6 @@ def test_two_ranks_train_as_one(shards: Path, tmp_path: Path, recipe: str, speci
         torch.testing.assert_close(weights(two)[key], value, rtol=1e-6, atol=1e-8)
 
 
-# ---- what was read -----------------------------------------------------------------------------------------------
-
-
 def test_the_ledger_names_each_sample_once_per_epoch_also_after_a_resume(shards: Path, tmp_path: Path) -> None:
     options = {"data.ledger": True, "data.global_batch": 6, "train.micro_batch": 3, "train.checkpoint_every": 4}
     whole = run(shards, tmp_path / "whole", **options, **{"train.steps": 10})
