@@ -16,6 +16,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -28,8 +29,8 @@ from sslvit.settings.load import build
 FORMAT = 1
 POSITION_TABLES = ("learned_1d", "sincos_1d", "sincos_2d")
 NOT_IN_THE_WEIGHTS = (
-    "dropout", "drop_path", "checkpointing", "initialisation", "mean", "std", "interpolation", "feature_layer",
-    "feature_norm", "pooling", "interpolate_antialias", "interpolate_offset",
+    "dropout", "drop_path", "checkpointing", "initialisation", "colour_start", "mean", "std", "interpolation",
+    "feature_layer", "feature_norm", "pooling", "interpolate_antialias", "interpolate_offset",
 )  # fmt: skip
 
 
@@ -175,7 +176,7 @@ def weights_in(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
 
 
 def read_torch_file(path: Path) -> dict[str, Any]:
-    """A .safetensors file or a torch file, read so that nothing in it can run.
+    """A .safetensors file, an .npz of arrays or a torch file, read so that nothing in it can run.
 
     Raises:
         ValueError: it is neither, it is damaged, or it holds more than numbers.
@@ -185,6 +186,9 @@ def read_torch_file(path: Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
         with torch.serialization.safe_globals([argparse.Namespace]):  # DINO's files hold their command line
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 COLOURS = ["#2a6f97", "#e07a5f", "#81b29a", "#f2cc8f", "#3d405b"]
@@ -31,11 +32,7 @@ def image_rows(path: str | Path, rows: list[np.ndarray], titles: list[str], titl
     for r, row in enumerate(rows):
         for c, image in enumerate(row):
             axes = figure.add_subplot(grid[r, c])
-            axes.set(xticks=[], yticks=[])
-            for spine in axes.spines.values():
-                spine.set_visible(False)
-            pixels = image[:3].transpose(1, 2, 0) if image.shape[0] >= 3 else image[0]
-            axes.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            _show(axes, image.transpose(1, 2, 0))
             if c == 0:
                 axes.set_ylabel(titles[r], rotation=0, ha="right", va="center", fontsize=9)
     if title:
@@ -67,18 +64,21 @@ def _as_large_as(maps: np.ndarray, images: np.ndarray) -> np.ndarray:
 
 
 def curves(
-    path: str | Path, lines: dict[str, tuple[list[float], list[float]]], x_label: str, y_label: str, title: str = ""
-) -> Path:
-    """One line per entry: name -> (x, y)."""
+    path: str | Path, lines: dict[str, tuple[list[float], list[float]]], x_label: str, y_label: str, title: str = "",
+    mark: tuple[float, str] | None = None,
+) -> Path:  # fmt: skip
+    """One line per entry: name -> (x, y); `mark` is an x with its name, drawn as a dashed line."""
     figure = Figure(figsize=(6, 3.4), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     for (name, (x, y)), colour in zip(lines.items(), COLOURS * len(lines), strict=False):
         axes.plot(x, y, label=name, color=colour, linewidth=1.4, marker="." if len(x) < 20 else None)
+    if mark is not None:
+        axes.axvline(mark[0], label=mark[1], color="0.5", linewidth=1, linestyle="--")
     axes.set(xlabel=x_label, ylabel=y_label)
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    if len(lines) > 1:
+    if len(lines) > 1 or mark is not None:
         axes.legend(frameon=False)
     return _save(figure, path)
 
@@ -99,6 +99,42 @@ def bars(path: str | Path, groups: dict[str, dict[str, float]], y_label: str, ti
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, ncols=len(names), loc="upper center", bbox_to_anchor=(0.5, -0.1), fontsize=9)
     return _save(figure, path)
+
+
+def palette_picture(path: str | Path, colours: np.ndarray, images: np.ndarray, near: np.ndarray) -> Path:
+    """A palette as squares, and images before and after they are painted with it.
+
+    Args:
+        path: PNG to write.
+        colours: 'colours c' in [0, 1].
+        images: 'b c h w' in [0, 1].
+        near: the same images in the palette's colours.
+    """
+    columns = min(len(colours), 32)
+    rows = -(-len(colours) // columns)
+    squares = np.ones((rows * columns, colours.shape[1]))
+    squares[: len(colours)] = colours
+    figure = Figure(figsize=(8, 2.3 + 0.25 * rows), dpi=120, layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=[0.3 + 0.25 * rows, 2])
+    axes = top.add_subplot()
+    _show(axes, squares.reshape(rows, columns, -1))
+    axes.set_title(f"{len(colours)} colours", fontsize=10)
+    for number, (row, title) in enumerate([(images, "image"), (near, "in the palette")]):
+        for column, image in enumerate(row):
+            axes = bottom.add_subplot(2, len(row), number * len(row) + column + 1)
+            _show(axes, image.transpose(1, 2, 0))
+            if column == 0:
+                axes.set_ylabel(title, rotation=0, ha="right", va="center", fontsize=9)
+    return _save(figure, path)
+
+
+def _show(axes: Axes, pixels: np.ndarray) -> None:
+    """One image 'h w c' in [0, 1] without ticks: 1 channel grey, of more than 3 the first 3."""
+    axes.set(xticks=[], yticks=[])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    shown = pixels[..., :3] if pixels.shape[2] >= 3 else pixels[..., 0]
+    axes.imshow(shown, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
 
 
 def _save(figure: Figure, path: str | Path) -> Path:

@@ -1,15 +1,23 @@
-"""Colours against the fixture: indices must match exactly."""
+"""Colours against the fixture (indices must match exactly), and palettes fitted on pixels."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 from golden_fixtures import Golden
 
-from sslvit.palette import colours_of, nearest_colour, uniform_palette
-
-
-def as_bytes(colours: torch.Tensor) -> torch.Tensor:
-    return ((colours + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+from sslvit.models import ViTEncoder
+from sslvit.palette import (
+    PIECE,
+    bytes_of,
+    colours_of,
+    fit_palette,
+    nearest_colour,
+    nearest_rows,
+    squared_error,
+    uniform_palette,
+)
+from sslvit.settings import EncoderSettings
 
 
 def test_nearest_colours_and_back() -> None:
@@ -18,10 +26,8 @@ def test_nearest_colours_and_back() -> None:
     for name, palette in (("kmeans", golden["input/palette"]), ("uniform", uniform_palette())):
         indices = nearest_colour(images, palette)
         golden.check(f"output/{name}/indices", indices.flatten(1))
-    golden.check(
-        "output/kmeans/decoded",
-        as_bytes(colours_of(nearest_colour(images, golden["input/palette"]), golden["input/palette"])),
-    )
+    near = colours_of(nearest_colour(images, golden["input/palette"]), golden["input/palette"])
+    golden.check("output/kmeans/decoded", bytes_of(near).permute(0, 2, 3, 1))
 
 
 def test_ties_go_to_the_lowest_index() -> None:
@@ -29,3 +35,70 @@ def test_ties_go_to_the_lowest_index() -> None:
     palette = golden["input/tie_palette"]
     colours = palette.T.reshape(1, 3, 4, 4)
     golden.check("output/tie/indices", nearest_colour(colours, palette).flatten())
+
+
+def test_many_pixels_are_the_same_in_pieces() -> None:
+    pixels, palette = torch.rand(2 * PIECE + 5, 3) * 2 - 1, torch.rand(70, 3) * 2 - 1
+    distance = (pixels.double()[:, None] - palette.double()).square().sum(2)
+    assert torch.equal(nearest_rows(pixels, palette), distance.argmin(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(nearest_rows(pixels, palette), distance.argmin(1))
+
+
+def test_the_uniform_palette_of_greys_holds_bytes_by_their_upper_three_bits() -> None:
+    values = torch.arange(256)
+    greys = uniform_palette(1)
+    assert torch.equal(nearest_rows(values[:, None] / 127.5 - 1, greys), values // 32)
+
+
+@pytest.mark.parametrize(("channels", "palette"), [(3, "uniform"), (1, "uniform"), (1, [[-1.0], [-0.2], [0.9]])])
+def test_the_encoders_colours_come_back_exactly(channels: int, palette) -> None:
+    settings = EncoderSettings(
+        image_size=4, channels=channels, tokens="pixel", patch=1, palette=palette, width=8, depth=1, heads=1,
+        class_token=False, prefix_positions="none", pooling="mean",
+    )  # fmt: skip
+    pixels = ViTEncoder(settings).patch_embed
+    indices = torch.randint(0, len(pixels.palette), (5, 16))
+    images = pixels.images_of(indices, (4, 4))
+    assert torch.equal(pixels.indices(images), indices)
+    shown = images * pixels.std + pixels.mean
+    torch.testing.assert_close(shown.permute(0, 2, 3, 1).flatten(1, 2), (pixels.palette[indices] + 1) / 2)
+
+
+def clouds(centres: torch.Tensor, each: int = 200) -> torch.Tensor:
+    noise = torch.randn(len(centres) * each, centres.shape[1], generator=torch.Generator().manual_seed(0)) * 0.01
+    return centres.repeat_interleave(each, 0) + noise
+
+
+def test_clusters_are_found_and_sorted_from_dark_to_light() -> None:
+    centres = torch.tensor([[0.8, 0.7, 0.9], [-0.9, -0.8, -0.9], [0.5, -0.5, 0.1], [-0.5, 0.6, -0.4]])
+    pixels = clouds(centres)
+    palette = fit_palette(pixels, 4)
+    order = centres.sum(1).argsort()
+    torch.testing.assert_close(palette, centres[order], atol=0.01, rtol=0)
+    assert squared_error(pixels, palette) == pytest.approx(1e-4, rel=0.1)  # the noise's variance
+    assert torch.equal(fit_palette(pixels, 4), palette)
+
+
+def test_the_rounds_of_k_means_end_in_a_local_optimum() -> None:
+    pixels = torch.rand(20_000, 3, generator=torch.Generator().manual_seed(0)) ** 2 * 2 - 1
+    palette = fit_palette(pixels, 64)
+    nearest = nearest_rows(pixels, palette)
+    means = torch.stack([pixels[nearest == colour].mean(0) for colour in range(64)])
+    assert (means - palette).abs().max() < 0.02
+    assert squared_error(pixels, palette) < 0.95 * squared_error(pixels, fit_palette(pixels, 64, rounds=range(1)))
+    assert len(palette.unique(dim=0)) == 64
+
+
+def test_few_colours_are_taken_as_they_are_and_too_many_are_refused() -> None:
+    pixels = torch.tensor([[0.5], [-1.0], [0.25]]).repeat(50, 1)
+    assert fit_palette(pixels, 3).tolist() == [[-1.0], [0.25], [0.5]]
+    with pytest.raises(ValueError, match="--colours 4: these images have only 3 different ones"):
+        fit_palette(pixels, 4)
+
+
+def test_a_colour_without_pixels_moves_to_where_it_is_needed() -> None:
+    # 997 pixels are alike and three are not: k-means++ on a part of them can begin with colours that are of no use
+    pixels = torch.cat([torch.zeros(997, 3), torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]])])
+    for seed in range(5):
+        assert squared_error(pixels, fit_palette(pixels, 3, seed)) <= 1 / 1000 * 2 / 3 / 2 + 1e-6

@@ -14,8 +14,11 @@ from einops import rearrange
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from sslvit.palette import nearest_colour, uniform_palette
+from sslvit.palette import colours_of, nearest_colour, uniform_palette
 from sslvit.settings import EncoderSettings
+
+FREQUENCY = 2.0  # radians per unit of colour, of the Fourier features that colours may start from
+AMPLITUDE = 0.3
 
 
 def cut_patches(images: Float[Tensor, "b c h w"], patch: int) -> Float[Tensor, "b n cpp"]:
@@ -114,15 +117,8 @@ class PixelTokens(nn.Module):
 
     def __init__(self, settings: EncoderSettings) -> None:
         super().__init__()
-        if settings.palette == "uniform":
-            palette = uniform_palette()
-        else:
-            palette = torch.tensor(settings.palette)
-        if palette.ndim != 2 or palette.shape[1] != settings.channels:
-            raise ValueError(
-                f"encoder.palette: colours of shape {tuple(palette.shape)} for {settings.channels} channels. "
-                "Give a list of colours with one number per channel."
-            )
+        is_uniform = settings.palette == "uniform"
+        palette = uniform_palette(settings.channels) if is_uniform else torch.tensor(settings.palette)
         self.shifted = settings.causal
         self.register_buffer("palette", palette, persistent=False)
         self.register_buffer("mean", torch.tensor(settings.mean).view(-1, 1, 1), persistent=False)
@@ -131,16 +127,30 @@ class PixelTokens(nn.Module):
         if self.shifted:
             self.start_token = nn.Parameter(torch.zeros(1, 1, settings.width))
 
+    @torch.no_grad()
+    def start_from_colours(self) -> None:
+        """Vectors of near colours start alike: random Fourier features (Rahimi and Recht 2007)."""
+        turns = torch.randn(self.palette.shape[1], self.embed.embedding_dim) * FREQUENCY
+        phases = torch.rand(self.embed.embedding_dim) * 2 * math.pi
+        self.embed.weight.copy_((self.palette @ turns + phases).cos() * AMPLITUDE)
+
     def indices(self, images: Float[Tensor, "b c h w"]) -> Int[Tensor, "b n"]:
         """Palette index of every pixel of normalised images, row by row."""
         return nearest_colour((images * self.std + self.mean) * 2 - 1, self.palette).flatten(1)
 
+    def images_of(self, indices: Int[Tensor, "b n"], grid: tuple[int, int]) -> Float[Tensor, "b c h w"]:
+        """The inverse of `indices`: normalised images in the palette's colours."""
+        colours = colours_of(indices.unflatten(1, grid), self.palette)
+        return ((colours + 1) / 2 - self.mean) / self.std
+
     def forward(self, images: Float[Tensor, "b c h w"], visible: Int[Tensor, "b k"] | None = None) -> Tensor:
-        tokens = self.embed(self.indices(images))
-        if self.shifted:
-            start = self.start_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype)
-            tokens = torch.cat([start, tokens[:, :-1]], 1)
-        return take(tokens, visible)
+        indices = self.indices(images)
+        return take(self.begin(indices[:, :-1]) if self.shifted else self.embed(indices), visible)
+
+    def begin(self, indices: Int[Tensor, "b k"]) -> Float[Tensor, "b k1 d"]:
+        """The start token, then the given first pixels."""
+        tokens = self.embed(indices)
+        return torch.cat([self.start_token.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], 1)
 
 
 TOKENIZERS = {

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from sslvit.settings.palette import check_palette
+
 TokenKind = Literal["patch", "conv_stem", "hybrid", "shifted_patch", "pixel"]
 PositionKind = Literal["none", "learned_1d", "learned_2d", "sincos_1d", "sincos_2d", "rotary_2d", "relative_bias"]
 
@@ -28,7 +30,10 @@ class EncoderSettings:
             shifted_patch (five shifted copies, Lee et al. 2021), pixel (palette indices, Chen et al. 2020).
         patch: side of a patch in pixels; for conv_stem a power of two; for hybrid 4, 8, 16 or 32; for pixel 1.
         cnn: for hybrid tokens: which of torchvision's ResNets, cut where its stride is `patch`.
-        palette: for pixel tokens: "uniform" (3 bits a channel, 512 colours) or a list of colours in [-1, 1].
+        palette: for pixel tokens: uniform (3 bits a channel: 512 colours or 8 greys), a palette file (`sslvit palette`
+            makes one), or a list of colours in [-1, 1].
+        colour_start: what the vectors of a palette's colours start as: normal (random numbers: iGPT) or fourier
+            (random Fourier features of the colours, Rahimi and Recht 2007: near colours start alike).
         width: channels of a token.
         depth: number of blocks.
         heads: attention heads; they divide the width.
@@ -72,6 +77,7 @@ class EncoderSettings:
     patch: int = 16
     cnn: Literal["resnet18", "resnet34", "resnet50"] = "resnet50"
     palette: str | list[list[float]] = "uniform"
+    colour_start: Literal["normal", "fourier"] = "normal"
     width: int = 768
     depth: int = 12
     heads: int = 12
@@ -146,6 +152,8 @@ class EncoderSettings:
             )
         if self.tokens == "pixel" and self.patch != 1:
             raise ValueError(f"encoder.patch: a pixel token is 1 pixel wide, not {self.patch}. Set patch to 1.")
+        if self.tokens == "pixel":
+            check_palette(self.palette, self.channels)
         if self.causal and self.locality:
             raise ValueError(
                 "encoder.locality: a causal first token could attend to nothing once its own place is masked. "

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from sslvit.settings.palette import UNIFORM, read_palette
 from sslvit.settings.presets import preset_values
 from sslvit.settings.run import TASK_SETTINGS, PretrainSettings
 from sslvit.settings.views import VIEW_SETTINGS
@@ -55,6 +56,12 @@ def load_recipe(config: str | Path, changes: dict[str, Any] | None = None) -> Pr
     if isinstance(tree.get("encoder"), dict) and "preset" in tree["encoder"]:
         encoder = tree["encoder"]
         tree["encoder"] = {**preset_values(encoder.pop("preset")), **encoder}
+    palette = tree["encoder"].get("palette", UNIFORM) if isinstance(tree.get("encoder"), dict) else UNIFORM
+    if isinstance(palette, str) and palette != UNIFORM:
+        beside = path.parent / palette  # a recipe may bring its palette along
+        tree["encoder"]["palette"] = read_palette(
+            palette if Path(palette).exists() else beside if beside.exists() else palette
+        )
     return build(PretrainSettings, tree, kinds)
 
 

@@ -1,0 +1,108 @@
+"""Shards -> pixels -> a palette fitted on them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from sslvit.chance import generator
+from sslvit.data.index import ShardIndex
+from sslvit.data.loader import make_batch
+from sslvit.data.reader import ShardReader
+from sslvit.data.resample import normalise
+from sslvit.data.views import Views
+from sslvit.figures import palette_picture
+from sslvit.palette import LEVELS, ROUNDS, fit_palette, nearest_colour, squared_error, uniform_palette
+from sslvit.progress import track
+from sslvit.settings.views import CentreSettings
+
+PIXELS = 2**19  # that a palette is fitted on
+MOST_IMAGES = 20_000  # that they are taken from
+BATCH = 64
+SHOWN = 8  # images in the picture
+DIGITS = 6  # behind the point of a saved colour: a thousandth of a byte is 1e-5
+
+
+def make_palette(
+    index: ShardIndex, out: str | Path, colours: int | None = None, image_size: int = 32, seed: int = 0
+) -> dict:
+    """Fit a palette on a data set's pixels; write it as JSON, and as a picture beside that.
+
+    Args:
+        index: of the data set.
+        out: the JSON file; the picture has its name with .png.
+        colours: how many; None for 8 per channel: 512, or 8 greys.
+        image_size: side of the images that the encoder will see.
+        seed: of the pixels that are drawn, and of the first centres.
+
+    Returns:
+        What the file says.
+
+    Raises:
+        ValueError: more colours than the images have, a file in use, or no readable image.
+    """
+    out = Path(out)
+    if out.suffix != ".json":
+        raise ValueError(f"{out}: a palette is written as JSON. Choose a name that ends in .json.")
+    picture = out.with_suffix(".png")
+    for path in (out, picture):
+        if path.exists():
+            raise ValueError(f"{path}: already exists. Choose another file.")
+    if colours is not None and colours < 2:
+        raise ValueError(f"--colours {colours}: a palette has two or more.")
+    colours = colours or (LEVELS if index.channels == 1 else LEVELS**3)
+    pixels, images = draw_pixels(index, image_size, seed)
+    palette = fit_palette(pixels, colours, seed, track(range(ROUNDS), "k-means", ROUNDS, unit="rounds at most"))
+    palette = palette.double().round(decimals=DIGITS).float()
+    content = {
+        "kind": "k-means", "colours": [[round(value, DIGITS) for value in row] for row in palette.tolist()],
+        "mean_squared_error": squared_error(pixels, palette),
+        "mean_squared_error_uniform": squared_error(pixels, uniform_palette(index.channels)),
+        "pixels": len(pixels), "image_size": image_size, "seed": seed,
+        "data": {"shards": index.location, "images": len(index), "fingerprint": index.fingerprint()},
+    }  # fmt: skip
+    shown = images[:SHOWN]
+    near = rearrange(palette[nearest_colour(shown, palette)], "b h w c -> b c h w")
+    palette_picture(picture, *(((values + 1) / 2).numpy() for values in (palette, shown, near)))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(f"{out.name}.part")
+    part.write_text(json.dumps(content) + "\n")
+    part.replace(out)
+    return content
+
+
+def draw_pixels(index: ShardIndex, image_size: int, seed: int) -> tuple[Float[Tensor, "n c"], Float[Tensor, "b c h w"]]:
+    """Pixels in [-1, 1] from all over a data set, the same for the same seed; and the first images whole.
+
+    Each image gives as many, from random places; of more than MOST_IMAGES images a random choice is read, in the
+    order in which they lie.
+    """
+    chosen = np.arange(len(index))
+    if len(index) > MOST_IMAGES:
+        chosen = np.sort(generator(seed, "palette images").permutation(len(index))[:MOST_IMAGES])
+    each = min(-(-PIXELS // len(chosen)), image_size**2)
+    reader = ShardReader(index, index.channels, memory_limit_mb=0)
+    views = Views(CentreSettings(), [image_size, image_size], "bicubic")
+    half = [0.5] * index.channels
+    pieces, first, missing = [], [], 0
+    batches = [chosen[start : start + BATCH] for start in range(0, len(chosen), BATCH)]
+    for samples in track(batches, "reading pixels", len(batches) * BATCH, each=BATCH):
+        batch = make_batch(reader, views, samples, np.zeros_like(samples))
+        images = normalise(batch.views[0][batch.valid], half, half)
+        missing += int((~batch.valid).sum())
+        for image, sample in zip(images, samples[batch.valid.numpy()], strict=True):
+            places = generator(seed, int(sample), "palette").permutation(image_size**2)[:each]
+            pieces.append(image.flatten(1)[:, torch.from_numpy(places)].T)
+        if len(first) < SHOWN:
+            first += images
+    if not pieces:
+        raise ValueError(f"{index.location}: none of {len(chosen)} images could be read.")
+    if missing:
+        print(f"warning: {missing} of {len(chosen)} images could not be read (sslvit shards check names them).")
+    return torch.cat(pieces), torch.stack(first)

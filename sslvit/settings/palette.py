@@ -1,0 +1,74 @@
+"""Palette files: ours, the released one of iGPT, and that of transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+UNIFORM = "uniform"
+FURTHEST = 1.01  # from zero: the mean of many ones may be a little more
+
+
+def read_palette(path: str | Path) -> list[list[float]]:
+    """The colours in a file, in [-1, 1]; nothing in it can run.
+
+    Args:
+        path: what `sslvit palette` wrote (.json), the released clusters of iGPT (.npy), or transformers'
+            preprocessor_config.json.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is no palette.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"encoder.palette: {path} is not a file. Make one with: sslvit palette SHARDS -o {path}, or use {UNIFORM}."
+        )
+    try:
+        colours = _read_array(path) if path.suffix == ".npy" else _read_json(path)
+        colours = [[float(value) for value in colour] for colour in colours]
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise ValueError(f"encoder.palette: {path} is no palette ({' '.join(str(error).split())[:100]}).") from error
+    try:
+        check_palette(colours, len(colours[0]) if colours else 0)
+    except ValueError as error:
+        raise ValueError(f"{error} (in {path})") from error
+    return colours
+
+
+def check_palette(palette: str | list[list[float]], channels: int) -> None:
+    """Raise ValueError unless it is "uniform" or a list of different colours in [-1, 1], one number per channel."""
+    if palette == UNIFORM:
+        if channels not in (1, 3):
+            raise ValueError(
+                f"encoder.palette: {UNIFORM} is for 1 or 3 channels, not {channels}. "
+                "Fit one: sslvit palette SHARDS -o FILE"
+            )
+        return
+    if isinstance(palette, str):
+        raise ValueError(f"encoder.palette: '{palette}' is neither {UNIFORM} nor a list of colours.")
+    if len(palette) < 2:
+        raise ValueError(f"encoder.palette: {len(palette)} colours. A palette has two or more.")
+    lengths = {len(colour) for colour in palette}
+    if lengths != {channels}:
+        raise ValueError(
+            f"encoder.palette: colours of {' and '.join(map(str, sorted(lengths)))} numbers for {channels} channels. "
+            "Give each colour one number per channel (encoder.channels)."
+        )
+    values = [value for colour in palette for value in colour]
+    outside = [value for value in values if not abs(value) <= FURTHEST]
+    if outside:
+        raise ValueError(f"encoder.palette: {outside[0]:g} is outside [-1, 1]. Bytes v become v / 127.5 - 1.")
+
+
+def _read_array(path: Path) -> list:
+    import numpy as np  # only for this kind of file
+
+    return np.load(path, allow_pickle=False).tolist()
+
+
+def _read_json(path: Path) -> list:
+    content: Any = json.loads(path.read_text())
+    return content["colours"] if "colours" in content else content["clusters"]

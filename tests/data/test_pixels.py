@@ -1,0 +1,121 @@
+"""A palette from shards to JSON, picture and recipe."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from shard_fixtures import image_folder
+
+from sslvit.cli import main
+from sslvit.data import pixels
+from sslvit.data.pack import pack
+from sslvit.data.pixels import draw_pixels, make_palette
+from sslvit.data.sources import array_samples
+from sslvit.settings.load import load_recipe
+from sslvit.settings.palette import read_palette
+
+
+@pytest.fixture
+def index(tmp_path: Path):
+    images = np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3)).astype(np.uint8)
+    return pack(array_samples(images), tmp_path / "shards")
+
+
+def test_a_palette_is_written_with_its_error_and_drawn(index, tmp_path: Path) -> None:
+    made = make_palette(index, tmp_path / "p" / "palette.json", colours=16, image_size=8)
+    written = json.loads((tmp_path / "p" / "palette.json").read_text())
+    assert written == made
+    assert (tmp_path / "p" / "palette.png").exists()
+    assert len(written["colours"]) == 16
+    assert written["pixels"] == 30 * 64
+    drawn, _ = draw_pixels(index, 8, 0)
+    nearest = np.square(drawn.numpy()[:, None] - np.array(written["colours"])).mean(2).min(1)
+    assert written["mean_squared_error"] == pytest.approx(nearest.mean(), rel=1e-5)
+    assert written["mean_squared_error_uniform"] == pytest.approx((2 / 8) ** 2 / 12, rel=0.05)  # of equal boxes
+    assert read_palette(tmp_path / "p" / "palette.json") == written["colours"]
+
+
+def test_the_same_seed_gives_the_same_palette_and_nothing_is_overwritten(index, tmp_path: Path) -> None:
+    one, other, third = (
+        make_palette(index, tmp_path / f"{name}.json", 16, 8, seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
+    assert one["colours"] == other["colours"] != third["colours"]
+    with pytest.raises(ValueError, match="a.json: already exists"):
+        make_palette(index, tmp_path / "a.json")
+    with pytest.raises(ValueError, match=r"palette is written as JSON"):
+        make_palette(index, tmp_path / "a.txt")
+    with pytest.raises(ValueError, match="--colours 1: a palette has two or more"):
+        make_palette(index, tmp_path / "d.json", colours=1)
+
+
+def test_pixels_come_from_all_over_a_large_data_set(index, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pixels, "MOST_IMAGES", 10)
+    monkeypatch.setattr(pixels, "PIXELS", 50)
+    drawn, shown = draw_pixels(index, 8, 0)
+    assert drawn.shape == (50, 3)
+    assert shown.shape == (10, 3, 8, 8)
+    again, _ = draw_pixels(index, 8, 0)
+    other, _ = draw_pixels(index, 8, 1)
+    assert (drawn == again).all()
+    assert not (drawn == other).all()
+
+
+def test_grey_images_get_greys(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (20, 8, 8)).astype(np.uint8)
+    pack(array_samples(images), tmp_path / "shards")
+    words = ["palette", str(tmp_path / "shards"), "-o", str(tmp_path / "grey.json"), "--image-size", "8"]
+    assert main(words) == 0
+    assert "8 colours fitted on 1,280 pixels" in capsys.readouterr().out
+    colours = read_palette(tmp_path / "grey.json")
+    assert [len(colour) for colour in colours] == [1] * 8
+    assert colours == sorted(colours)
+    assert main(words) == 1
+    assert "already exists" in capsys.readouterr().err
+
+
+def test_an_image_folder_and_unreadable_images(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = image_folder(tmp_path / "images", count=4)
+    assert main(["palette", str(folder), "-o", str(tmp_path / "p.json"), "--colours", "2"]) == 0
+    assert (tmp_path / "images-shards" / "index.json").exists()
+
+
+def test_a_recipe_names_a_palette_file_beside_it_or_where_the_user_stands(tmp_path: Path, monkeypatch) -> None:
+    recipe = (Path(__file__).parents[2] / "configs" / "igpt" / "digits.yaml").read_text()
+    (tmp_path / "recipe.yaml").write_text(recipe.replace("palette: uniform", "palette: mine.json"))
+    (tmp_path / "mine.json").write_text(json.dumps({"colours": [[-1.0], [1.0]]}))
+    settings = load_recipe(tmp_path / "recipe.yaml")
+    assert settings.encoder.palette == [[-1.0], [1.0]]
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "mine.json").write_text(json.dumps({"colours": [[-1.0], [0.0], [1.0]]}))
+    monkeypatch.chdir(tmp_path / "here")
+    assert len(load_recipe(tmp_path / "recipe.yaml").encoder.palette) == 3
+    with pytest.raises(FileNotFoundError, match="other.json is not a file. Make one with: sslvit palette"):
+        load_recipe(tmp_path / "recipe.yaml", {"encoder.palette": "other.json"})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", "{", "a.json is no palette"),
+        ("b.json", '{"colour": []}', "b.json is no palette"),
+        ("c.json", '{"colours": [[1, 2], [0.5]]}', "colours of 1 and 2 numbers"),
+        ("d.json", '{"colours": [[0], [255]]}', r"255 is outside \[-1, 1\]"),
+        ("e.json", '{"colours": []}', "0 colours"),
+        ("f.json", '{"colours": [[null], [1]]}', "f.json is no palette"),
+        ("g.npy", "text", "g.npy is no palette"),
+        ("h.json", "[1, 2]", "h.json is no palette"),
+    ],
+)
+def test_files_that_are_no_palettes_are_refused(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_palette(tmp_path / name)
+
+
+def test_an_array_of_objects_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="a.npy is no palette"):
+        read_palette(tmp_path / "a.npy")
