@@ -1,17 +1,19 @@
-"""iGPT's released weights under the names of transformers' ImageGPT.
+"""iGPT's released weights: the TensorFlow variables as arrays, and transformers' ImageGPT.
 
-Linear weights are stored (in, out) there; the start token is the last row of the token table; the output matrix
-is untied and becomes the extra `head.weight`.
+In transformers' layout linear weights are stored (in, out), the start token is the last row of the token table, and the
+output matrix is untied; it becomes the extra `head.weight`. TensorFlow's variables are brought into that layout first.
 """
 
 from __future__ import annotations
 
 import math
+import re
 
+import torch
 from torch import Tensor
 
 from sslvit.layouts.vit import Converted, count_blocks, infer_heads
-from sslvit.settings import preset
+from sslvit.settings import PRESETS, preset
 
 BLOCK = {
     "ln_1.": "norm1.", "ln_2.": "norm2.", "attn.c_attn.": "attn.qkv.", "attn.c_proj.": "attn.proj.",
@@ -19,13 +21,63 @@ BLOCK = {
 }  # fmt: skip
 
 
+NOT_WEIGHTS = ("adam", "global_step", "_step", "beta1_power", "beta2_power", "clf")  # in TensorFlow's names
+
+
 def recognise(keys: set[str]) -> bool:
-    return any(key.removeprefix("transformer.") == "wte.weight" for key in keys)
+    names = {key.removeprefix("transformer.") for key in keys}
+    return "wte.weight" in names or is_tensorflow(keys)
+
+
+def is_tensorflow(keys: set[str]) -> bool:
+    return {"wte", "sos", "wpe"} <= {plain_name(key) for key in keys}
+
+
+def plain_name(key: str) -> str:
+    """model/h0/attn/q_proj:0 -> h0/attn/q_proj."""
+    return key.removeprefix("model/").removesuffix(":0")
+
+
+def released_heads(width: int, depth: int) -> int | None:
+    """Of the model that was released in this size, if one was."""
+    shapes = {(values["width"], values["depth"]): values for name, values in PRESETS.items() if name.startswith("igpt")}
+    return shapes[width, depth]["heads"] if (width, depth) in shapes else None
+
+
+def from_tensorflow(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], int]:
+    """TensorFlow's variables -> transformers' state dict, and the number of heads, which their shapes say.
+
+    Queries, keys and values are stored (heads, channels of a head, width), as is the projection behind them.
+    """
+    state = {plain_name(key): value for key, value in state.items()}
+    state = {key: value for key, value in state.items() if not any(part in key.lower() for part in NOT_WEIGHTS)}
+    width = state["wte"].shape[1]
+    found = {
+        "wte.weight": torch.cat([state.pop("wte"), state.pop("sos").reshape(1, width)]),
+        "wpe.weight": state.pop("wpe").reshape(-1, width),
+    }
+    if "wtet" in state:
+        found["lm_head.weight"] = state.pop("wtet").reshape(-1, width)
+    heads = state["h0/attn/q_proj"].shape[0]
+    for key, value in state.items():
+        if match := re.fullmatch(r"h(\d+)/attn/q_proj", key):
+            parts = [state[f"h{match[1]}/attn/{part}_proj"].reshape(width, width) for part in "qkv"]
+            found[f"h.{match[1]}.attn.c_attn.weight"] = torch.cat(parts).T
+        elif match := re.fullmatch(r"h(\d+)/attn/c_proj", key):
+            found[f"h.{match[1]}.attn.c_proj.weight"] = value.reshape(width, width)
+        elif not key.endswith(("/k_proj", "/v_proj")):
+            name = re.sub(r"^h(\d+)/", r"h.\1.", key).replace("/", ".")
+            name = re.sub(r"\.[gw]$", ".weight", name)  # a norm's gain, a linear map
+            found[re.sub(r"\.b$", ".bias", name)] = value.squeeze()
+    return found, heads
 
 
 def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes) -> Converted:
-    """transformers' ImageGPT -> ours. The palette is not in the file: pass palette=, or the uniform one is set."""
+    """Either layout -> ours. The palette is not in the file: pass palette=, or the uniform one is set."""
     notes: list[str] = []
+    if is_tensorflow(set(state)):
+        state, known_heads = from_tensorflow(state)
+        heads = heads or known_heads
     state = {key.removeprefix("transformer."): value for key, value in state.items()}
     table = state["wte.weight"]
     width = table.shape[1]
@@ -48,12 +100,12 @@ def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes) -> 
             encoder.setdefault(f"blocks.{number}.attn.qkv.bias", table.new_zeros(3 * width))
     extras = {"head.weight": state["lm_head.weight"]} if "lm_head.weight" in state else {}
     if "palette" not in changes:
-        notes.append("palette: not in the file; set to uniform. Give palette= if the model was trained on clusters.")
+        notes.append("palette: not in the file; set to uniform. Give the released clusters: palette= (--palette FILE).")
     found = {
         "image_size": math.isqrt(state["wpe.weight"].shape[0]),
         "width": width,
         "depth": count_blocks(state, "h."),
-        "heads": infer_heads(width, heads, notes),
+        "heads": infer_heads(width, heads or released_heads(width, count_blocks(state, "h.")), notes),
         "mlp_ratio": encoder["blocks.0.mlp.fc1.weight"].shape[0] / width,
         "bias": "blocks.0.attn.proj.bias" in encoder,
     }

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from sslvit.models.pooling import AttentionPool, pool_class, pool_mean
 from sslvit.models.positions import Places, resample_table, rotary_2d, sincos_1d, sincos_2d
 from sslvit.models.tokens import TOKENIZERS, take
-from sslvit.models.transformer import Block, make_norm
+from sslvit.models.transformer import Block, Memory, make_norm
 from sslvit.settings import EncoderSettings
 
 
@@ -75,6 +75,46 @@ class ViTEncoder(nn.Module):
         tokens, _ = self._run_blocks(tokens, places, path_noise=path_noise)
         return self.norm(tokens)
 
+    def begin_reading(self, batch: int) -> list[Memory]:
+        """Empty memories for `read_on`, one per block.
+
+        Raises:
+            ValueError: the encoder is no causal pixel encoder, so later pixels change what earlier ones mean.
+        """
+        settings = self.settings
+        if not settings.causal or settings.tokens != "pixel":
+            raise ValueError(
+                "only a causal encoder of pixels can be read on pixel by pixel "
+                f"(here causal: {str(settings.causal).lower()}, tokens: {settings.tokens})."
+            )
+        length = settings.grid[0] * settings.grid[1]
+        return [Memory(batch, length, settings, self.patch_embed.embed.weight) for _ in self.blocks]
+
+    def read_on(self, indices: Int[Tensor, "b k"], memories: list[Memory]) -> Float[Tensor, "b t d"]:
+        """Tokens after the final norm at the places that the next k pixels open: what `forward` gives there.
+
+        The first call also opens place 0, with the start token, so it may have no pixels. The last pixel of an image
+        opens no place.
+
+        Args:
+            indices: palette indices of the pixels that follow those read so far.
+            memories: from `begin_reading`; these pixels are added to them.
+        """
+        start = memories[0].length
+        tokens = self.patch_embed.embed(indices) if start else self.patch_embed.begin(indices)
+        stop = start + tokens.shape[1]
+        grid = self.settings.grid
+        _, rows = self.position_table(grid)
+        if rows is not None:
+            tokens = tokens + rows[start:stop]
+        rotation = self._rotation(grid, None, tokens.device)
+        if rotation is not None:
+            rotation = tuple(turn[:, :, start:stop] for turn in rotation)
+        places = Places(grid, 0, None, rotation)
+        for block, memory in zip(self.blocks, memories, strict=True):
+            tokens = block(tokens, places, memory=memory)
+        return self.norm(tokens)
+
     def layers(self, images: Float[Tensor, "b c h w"], numbers: list[int]) -> list[Float[Tensor, "b t d"]]:
         """Outputs of the given blocks, counted from 1, not normalised; 0 is the input of the first block."""
         self._check_layers(numbers, first=0)
@@ -88,12 +128,19 @@ class ViTEncoder(nn.Module):
         """One vector per image, at the layer and pooling that this encoder is probed with unless others are given."""
         if layer is None:
             layer = self.settings.feature_layer or len(self.blocks)
-        (tokens,) = self.layers(images, [layer])
-        if self.settings.feature_norm == "next" and layer < len(self.blocks):
-            tokens = self.blocks[layer].norm1(tokens)
-        else:
-            tokens = self.norm(tokens)
-        return self.pool(tokens, pooling)
+        return self.features_of_layers(images, [layer], pooling)[0]
+
+    def features_of_layers(
+        self, images: Float[Tensor, "b c h w"], numbers: list[int], pooling: str | None = None
+    ) -> list[Float[Tensor, "b d"]]:
+        """`features` of several blocks, counted from 1, in one pass."""
+        self._check_layers(numbers, first=1)
+        features = []
+        for number, tokens in zip(numbers, self.layers(images, numbers), strict=True):
+            is_next = self.settings.feature_norm == "next" and number < len(self.blocks)
+            norm = self.blocks[number].norm1 if is_next else self.norm
+            features.append(self.pool(norm(tokens), pooling))
+        return features
 
     def pool(self, tokens: Float[Tensor, "b t d"], pooling: str | None = None) -> Float[Tensor, "b d"]:
         pooling = pooling or self.settings.pooling
@@ -256,6 +303,8 @@ class ViTEncoder(nn.Module):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 _small_normal(module.weight)
+        if self.settings.tokens == "pixel" and self.settings.colour_start == "fourier":
+            self.patch_embed.start_from_colours()
         projection = getattr(self.patch_embed, "proj", None)
         if projection is not None:  # a linear map in a convolution's shape
             start(projection.weight.flatten(1))

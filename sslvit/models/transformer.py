@@ -12,6 +12,29 @@ from sslvit.models.positions import Places, RelativeBias, rotate
 from sslvit.settings import EncoderSettings
 
 
+class Memory:
+    """Keys and values of the places that one block has read already, for reading on without reading again.
+
+    Args:
+        batch: sequences side by side.
+        length: places of a whole sequence.
+        settings: of the encoder.
+        like: gives the device and the type of the numbers.
+    """
+
+    def __init__(self, batch: int, length: int, settings: EncoderSettings, like: Tensor) -> None:
+        shape = (batch, settings.heads, length, settings.head_width)
+        self.keys, self.values = like.new_empty(shape), like.new_empty(shape)
+        self.length = 0
+
+    def add(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep the next places; keys and values of all places so far, 'b heads t e'."""
+        start, self.length = self.length, self.length + key.shape[2]
+        self.keys[:, :, start : self.length] = key
+        self.values[:, :, start : self.length] = value
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+
 class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x), the approximation of iGPT's released model."""
 
@@ -49,9 +72,15 @@ class Attention(nn.Module):
         else:
             self.register_buffer("scale", scale, persistent=False)
 
-    def forward(self, tokens: Float[Tensor, "b t d"], places: Places | None = None) -> Float[Tensor, "b t d"]:
+    def forward(
+        self, tokens: Float[Tensor, "b t d"], places: Places | None = None, memory: Memory | None = None
+    ) -> Float[Tensor, "b t d"]:
+        """memory: of the places before these; they are attended to as well, and these are added to them."""
         query, key, value = self.heads_of(tokens, places)
-        if query.device.type == "cpu" and query.dtype == torch.bfloat16:
+        if memory is not None:
+            key, value = memory.add(key, value)
+            mixed = F.scaled_dot_product_attention(query, key, value, self.bias_after(query, memory.length, places))
+        elif query.device.type == "cpu" and query.dtype == torch.bfloat16:
             # the fused kernel is several times slower than these two products in bf16 on a CPU
             mixed = self.scores(query, key, places).softmax(-1).to(value.dtype) @ value
         elif self.locality or self.rel_pos is not None:
@@ -81,13 +110,21 @@ class Attention(nn.Module):
         bias = self.score_bias(query, places)
         return scores if bias is None else scores + bias
 
+    def bias_after(self, query: Tensor, length: int, places: Places | None) -> Tensor | None:
+        """score_bias for the last places of `length` ones."""
+        if query.shape[2] == 1 and self.rel_pos is None:
+            return None  # the last place attends to all
+        whole = query.new_empty(1, 1, length, 0)
+        bias = self.score_bias(whole, places)
+        return bias[..., length - query.shape[2] : length, :length]
+
     def score_bias(self, query: Tensor, places: Places | None) -> Tensor | None:
         """What is added before the softmax, broadcastable to 'b heads t t'; -inf where attention is forbidden."""
         bias = None
+        length = query.shape[2]
         if self.rel_pos is not None:
-            bias = self.rel_pos(places)
+            bias = self.rel_pos(places)[..., :length, :length]
         if self.causal or self.locality:
-            length = query.shape[2]
             every = torch.ones(length, length, dtype=torch.bool, device=query.device)
             is_forbidden = every.triu(1) if self.causal else torch.zeros_like(every)
             if self.locality:
@@ -152,9 +189,10 @@ class Block(nn.Module):
         tokens: Float[Tensor, "b t d"],
         places: Places | None = None,
         path_noise: Float[Tensor, "2 b"] | None = None,
+        memory: Memory | None = None,
     ) -> Float[Tensor, "b t d"]:
         """path_noise: uniform numbers; a sample skips a branch where its number is below the drop rate."""
-        attended = self.dropout(self.ls1(self.attn(self.norm1(tokens), places)))
+        attended = self.dropout(self.ls1(self.attn(self.norm1(tokens), places, memory)))
         tokens = tokens + self.keep_some(attended, path_noise, 0)
         mixed = self.dropout(self.ls2(self.mlp(self.norm2(tokens))))
         return tokens + self.keep_some(mixed, path_noise, 1)

@@ -3,6 +3,7 @@
 from sslvit.settings.data import DataSettings
 from sslvit.settings.dino import DINOSettings
 from sslvit.settings.encoder import EncoderSettings
+from sslvit.settings.igpt import IGPTSettings
 from sslvit.settings.mae import MAESettings
 from sslvit.settings.optim import OptimSettings
 from sslvit.settings.presets import PRESETS, preset
@@ -19,6 +20,7 @@ __all__ = [
     "DINOSettings",
     "DataSettings",
     "EncoderSettings",
+    "IGPTSettings",
     "MAESettings",
     "OptimSettings",
     "PretrainSettings",

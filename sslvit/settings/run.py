@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass, field
 from sslvit.settings.data import DataSettings
 from sslvit.settings.dino import DINOSettings
 from sslvit.settings.encoder import EncoderSettings
+from sslvit.settings.igpt import IGPTSettings
 from sslvit.settings.mae import MAESettings
 from sslvit.settings.optim import OptimSettings
 from sslvit.settings.task import TaskSettings
 from sslvit.settings.train import TrainSettings
 
-TASK_SETTINGS: dict[str, type[TaskSettings]] = {"mae": MAESettings, "dino": DINOSettings}
+TASK_SETTINGS: dict[str, type[TaskSettings]] = {"mae": MAESettings, "dino": DINOSettings, "igpt": IGPTSettings}
 
 
 @dataclass

@@ -2,7 +2,11 @@
 
 from importlib import import_module
 
-TASKS = {"mae": ("sslvit.tasks.mae", "MAE"), "dino": ("sslvit.tasks.dino", "DINO")}
+TASKS = {
+    "mae": ("sslvit.tasks.mae", "MAE"),
+    "dino": ("sslvit.tasks.dino", "DINO"),
+    "igpt": ("sslvit.tasks.igpt", "IGPT"),
+}
 
 
 def task_class(name: str) -> type:

@@ -1,0 +1,36 @@
+"""How images are drawn from a model of pixels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class SampleSettings:
+    """Sampling pixel by pixel.
+
+    Args:
+        temperature: divides the logits; 1 draws from the model as it is, 0 always takes the likeliest colour.
+        top_k: draw from this many of the likeliest colours only; null for all.
+        top_p: draw from the fewest colours that together have this probability (Holtzman et al. 2020); 1 for all.
+        seed: of the draws. Image number i gets the same draws in any batch.
+        batch: images side by side.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    seed: int = 0
+    batch: int = 32
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"--temperature {self.temperature}: must be 0 or more (1 draws from the model as it is).")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"--top-k {self.top_k}: must be 1 or more.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"--top-p {self.top_p}: must be above 0 and at most 1 (all colours).")
+        if self.seed < 0:
+            raise ValueError(f"--seed {self.seed}: must be 0 or more.")
+        if self.batch < 1:
+            raise ValueError(f"--batch {self.batch}: must be 1 or more.")

@@ -1,0 +1,86 @@
+"""Drawing images from a causal model of pixels, one pixel after the other (Chen et al. 2020, figure 3).
+
+The keys and values of the pixels so far are kept, so that a new pixel costs one token and not the whole sequence.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sslvit.chance import uniform_at
+from sslvit.models import ViTEncoder
+from sslvit.progress import track_counter
+from sslvit.settings.sample import SampleSettings
+
+BELOW_ONE = 1 - 1e-12  # so that no rounding puts a draw behind the last colour
+
+
+@torch.no_grad()
+def complete(
+    encoder: ViTEncoder, head: nn.Module, given: Int[Tensor, "b k"], settings: SampleSettings
+) -> Int[Tensor, "b n"]:
+    """Images that begin with the given pixels and go on as the model draws them.
+
+    Args:
+        encoder: causal, of pixels.
+        head: tokens -> logits of the colours.
+        given: palette indices of the first pixels, row by row; none of them for images from nothing.
+        settings: temperature, cuts, seed, batch.
+
+    Returns:
+        Palette indices of whole images, row by row.
+    """
+    places = encoder.settings.grid[0] * encoder.settings.grid[1]
+    device = encoder.patch_embed.palette.device
+    table = uniform_at((settings.seed, "sampling"), np.arange(len(given)), places)
+    numbers = torch.from_numpy(table).to(device)
+    drawn = F.pad(given.to(device), (0, places - given.shape[1]))  # b n
+    todo = len(given) * (places - given.shape[1])
+    with track_counter("sampling", todo, unit="pixels") as counter:
+        for start in range(0, len(given), settings.batch):
+            piece = slice(start, start + settings.batch)
+            _complete_batch(encoder, head, drawn[piece], given.shape[1], numbers[piece], settings, counter)
+    return drawn
+
+
+def _complete_batch(encoder, head, drawn, known, numbers, settings: SampleSettings, counter) -> None:
+    """Fill in the pixels of `drawn` ('b n') from number `known` on."""
+    memories = encoder.begin_reading(len(drawn))
+    places = drawn.shape[1]
+    if known == places:
+        return
+    tokens = encoder.read_on(drawn[:, :known], memories)  # b (known + 1) d
+    for place in range(known, places):
+        shares = likely_shares(head(tokens[:, -1]), settings)  # b colours
+        drawn[:, place] = draw_colours(shares, numbers[:, place])
+        counter.tick(len(drawn))
+        if place < places - 1:
+            tokens = encoder.read_on(drawn[:, place : place + 1], memories)  # b 1 d
+
+
+def likely_shares(logits: Float[Tensor, "b colours"], settings: SampleSettings) -> Float[Tensor, "b colours"]:
+    """What each colour's chance is, after temperature, top-k and top-p; rows sum to one."""
+    if settings.temperature == 0:
+        return F.one_hot(logits.argmax(1), logits.shape[1]).double()
+    logits = logits.double() / settings.temperature
+    if settings.top_k is not None and settings.top_k < logits.shape[1]:
+        order = logits.argsort(dim=1, descending=True, stable=True)
+        logits = logits.scatter(1, order[:, settings.top_k :], float("-inf"))
+    shares = logits.softmax(1)
+    if settings.top_p < 1:
+        ordered, order = shares.sort(dim=1, descending=True, stable=True)
+        is_needless = ordered.cumsum(1) - ordered >= settings.top_p  # the likelier ones are enough
+        shares = shares.scatter(1, order, ordered.masked_fill(is_needless, 0))
+        shares = shares / shares.sum(1, keepdim=True)
+    return shares
+
+
+def draw_colours(shares: Float[Tensor, "b colours"], numbers: Float[Tensor, "b"]) -> Int[Tensor, "b"]:
+    """The colour in whose part of [0, 1) each uniform number lies."""
+    upper = shares.cumsum(1)
+    target = numbers[:, None] * upper[:, -1:] * BELOW_ONE
+    return torch.searchsorted(upper, target, right=True)[:, 0]

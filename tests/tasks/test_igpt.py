@@ -1,0 +1,183 @@
+"""iGPT's behaviour beyond the fixtures."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from test_mae import batch_of
+
+from sslvit.settings import EncoderSettings, IGPTSettings, OptimSettings
+from sslvit.settings.palette import check_palette
+from sslvit.tasks.igpt import IGPT, colour_error, hide_some, load_igpt
+
+PIXELS = {
+    "image_size": 4, "channels": 1, "mean": [0.5], "std": [0.5], "tokens": "pixel", "patch": 1, "width": 32, "depth": 2,
+    "heads": 2, "class_token": False, "prefix_positions": "none", "pooling": "mean", "feature_norm": "next",
+    "causal": True,
+}  # fmt: skip
+BERT = {"causal": False, "mask_token": True}
+
+
+def make(objective: str = "autoregressive", **changes) -> IGPT:
+    torch.manual_seed(0)
+    task = IGPT(
+        IGPTSettings(objective=objective), EncoderSettings(**PIXELS | changes), OptimSettings(),
+        total_steps=10, steps_per_epoch=5, global_batch=256,
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in task.parameters():  # no term is silently zero or one
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return task
+
+
+def grey(count: int = 2, side: int = 4) -> torch.Tensor:
+    return torch.rand(count, 1, side, side, generator=torch.Generator().manual_seed(3)) * 2 - 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("positions", ["none", "learned_1d", "sincos_2d", "rotary_2d", "relative_bias"])
+def test_each_pixels_prediction_depends_on_the_pixels_before_it_only(positions: str) -> None:
+    task = make(positions=positions).eval()
+    images = grey(1)
+    before = task.head(task.encoder(images))[0]  # n colours
+    for changed in range(16):
+        other = images.clone()
+        other.view(-1)[changed] *= -1  # another colour
+        after = task.head(task.encoder(other))[0]
+        assert torch.equal(after[: changed + 1], before[: changed + 1])  # its own prediction has not seen it
+        moved = (after[changed + 1 :] - before[changed + 1 :]).abs().amax(1)
+        assert (moved > 1e-4).all()  # and every later one has
+
+
+def test_loss_is_the_mean_over_all_pixels_in_nats_and_bits() -> None:
+    task = make()
+    task.head.weight.data.zero_()
+    loss = task.training_step(batch_of(grey()))
+    torch.testing.assert_close(float(loss.detach()), math.log(8))
+    torch.testing.assert_close(float(task.records["bits"][0]), 3.0)
+    logits = torch.tensor([[[2.0, 0.0], [0.0, 1.0]]])
+    colours = torch.tensor([[0, 0]])
+    parts = [-math.log(math.exp(2) / (math.exp(2) + 1)), -math.log(1 / (1 + math.e))]
+    torch.testing.assert_close(float(colour_error(logits, colours)), sum(parts) / 2)
+    torch.testing.assert_close(float(colour_error(logits, colours, torch.tensor([[False, True]]))), parts[1])
+
+
+def test_a_new_model_finds_all_colours_alike() -> None:
+    torch.manual_seed(0)
+    encoder = EncoderSettings(**PIXELS)
+    task = IGPT(IGPTSettings(), encoder, OptimSettings(), total_steps=1, steps_per_epoch=1, global_batch=256)
+    assert float(task.training_step(batch_of(grey()))) == pytest.approx(math.log(8), abs=1e-6)
+
+
+def test_bert_sees_around_a_hidden_pixel_but_not_the_pixel() -> None:
+    task = make("bert", **BERT).eval()
+    images = grey(1)
+    is_hidden = torch.zeros(1, 16, dtype=torch.bool)
+    is_hidden[0, 5] = True
+    with torch.no_grad():
+        before = task.encoder(images, hidden=is_hidden)[0, 5]
+        for changed, is_seen in ((5, False), (3, True), (11, True)):
+            other = images.clone()
+            other.view(-1)[changed] *= -1
+            after = task.encoder(other, hidden=is_hidden)[0, 5]
+            assert torch.equal(after, before) != is_seen
+
+
+def test_bert_counts_hidden_pixels_only_and_hides_as_many_in_every_image() -> None:
+    task = make("bert", **BERT)
+    batch = batch_of(grey(6))
+    is_hidden = task.draw_mask(batch)
+    assert is_hidden.sum(1).tolist() == [2] * 6  # 15 % of 16
+    assert len({tuple(row) for row in is_hidden.tolist()}) > 1
+    loss = task.training_step(batch)
+    logits = task.head(task.encoder(batch.views[0], hidden=is_hidden))
+    colours = task.encoder.patch_embed.indices(batch.views[0])
+    expected = torch.nn.functional.cross_entropy(logits[is_hidden], colours[is_hidden])
+    torch.testing.assert_close(loss, expected)
+    noise = torch.tensor([[0.5, 0.1, 0.1, 0.9]])
+    assert hide_some(noise, 1).tolist() == [[False, True, False, False]]
+
+
+@pytest.mark.parametrize(
+    ("objective", "options"),
+    [("autoregressive", {}), ("autoregressive", {"mask_token": True, "fc_norm": True, "positions": "rotary_2d"}),
+     ("bert", BERT)],
+)  # fmt: skip
+def test_every_trained_parameter_gets_a_gradient(objective: str, options: dict) -> None:
+    task = make(objective, **options)
+    task.training_step(batch_of(grey(4))).backward()
+    idle = [name for name, p in task.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert idle == []
+
+
+def test_a_few_steps_lower_the_loss_on_one_batch() -> None:
+    task, batch = make(), batch_of(grey(4))
+    optimizer = torch.optim.AdamW(task.parameters(), 1e-2)
+    losses = []
+    for _ in range(60):
+        loss = task.training_step(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < 0.2 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("objective", "encoder", "message"),
+    [
+        ("autoregressive", {"causal": False}, "iGPT predicts each pixel from earlier ones"),
+        ("autoregressive", {"tokens": "patch", "causal": False}, "Set encoder.tokens to pixel"),
+        ("bert", {}, "Set encoder.causal to false and encoder.mask_token to true"),
+        ("bert", {"causal": False}, "encoder.mask_token to true"),
+        ("autoregressive", {"pooling": "attention"}, "Set encoder.pooling to mean"),
+        ("bert", BERT | {"image_size": 1}, "task.mask_ratio: 0.15 of 1 pixels hides 0"),
+    ],
+)
+def test_encoders_that_cannot_learn_it_are_refused(objective: str, encoder: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(objective, **encoder)
+
+
+@pytest.mark.parametrize(
+    ("palette", "channels", "message"),
+    [
+        ("uniform", 4, "uniform is for 1 or 3 channels, not 4"),
+        ("grey", 1, "neither uniform nor a list"),
+        ([[0.5]], 1, "A palette has two or more"),
+        ([[0.5], [0.1]], 3, "numbers for 3 channels"),
+        ([[0.5], [255.0]], 1, "255 is outside \\[-1, 1\\]"),
+    ],
+)
+def test_palettes_that_cannot_work_are_refused(palette, channels: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_palette(palette, channels)
+
+
+def test_pictures_show_images_from_nothing_and_completed_halves() -> None:
+    task = make().eval()
+    figures = task.figures(batch_of(grey(3)))
+    titles, rows = figures["completed"]
+    assert titles == ["input", "completion 1", "completion 2", "original"]
+    original = rows[-1]
+    assert all(np.array_equal(row[:, :, :2], original[:, :, :2]) for row in rows)
+    assert (rows[0][:, :, 2:] == 0.5).all()
+    assert not np.array_equal(rows[1], rows[2])
+    assert [row.shape for row in figures["generated"][1]] == [(3, 1, 4, 4)] * 2
+    titles, rows = make("bert", **BERT).eval().figures(batch_of(grey(3)))["filled"]
+    is_seen = rows[0] != 0.5
+    assert np.array_equal(rows[1][is_seen], rows[2][is_seen])
+
+
+def test_a_file_without_pixels_to_predict_is_refused(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match="no checkpoints/last.ckpt there"):
+        load_igpt(tmp_path)
+    task = make("bert", **BERT)
+    saved: dict = {"state_dict": task.state_dict()}
+    task.on_save_checkpoint(saved)
+    torch.save(saved, tmp_path / "bert.ckpt")
+    with pytest.raises(ValueError, match="not trained by iGPT to predict the next pixel"):
+        load_igpt(tmp_path / "bert.ckpt")

@@ -1,0 +1,125 @@
+"""iGPT against numbers of the released code: loss, gradients, and both layouts of its weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from golden_fixtures import Golden
+from test_mae import batch_of
+
+from sslvit.checkpoint import load_encoder
+from sslvit.settings.palette import read_palette
+from sslvit.tasks.igpt import IGPT, load_igpt
+
+NAMES = ["igpt_model", "igpt_model_nobias"]
+
+
+def task_of(golden: Golden) -> IGPT:
+    return IGPT.from_state(golden.under("param/"), heads=golden.config["n_head"])
+
+
+def images_of(golden: Golden, task: IGPT) -> torch.Tensor:
+    return task.encoder.patch_embed.images_of(golden["input/pixels"], task.encoder.settings.grid)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loss_logits_and_gradients(name: str) -> None:
+    golden = Golden(name)
+    task = task_of(golden)
+    images = images_of(golden, task)
+    golden.check("output/logits", task.head(task.encoder(images)))
+    loss = task.training_step(batch_of(images))
+    golden.check("output/loss", loss.detach())
+    if name == "igpt_model_nobias":
+        golden.check("output/official_tf/loss", loss.detach())
+    loss.backward()
+    encoder = task.encoder
+    pixels = encoder.patch_embed
+    ours = {
+        "wpe.weight": encoder.pos_embed.grad[0],
+        "wte.weight": torch.cat([pixels.embed.weight.grad, pixels.start_token.grad[0]]),
+        "ln_f.weight": encoder.norm.weight.grad,
+    }  # fmt: skip
+    for number, block in enumerate(encoder.blocks):
+        parts = {"attn.c_attn": block.attn.qkv, "attn.c_proj": block.attn.proj, "mlp.c_fc": block.mlp.fc1,
+                 "mlp.c_proj": block.mlp.fc2, "ln_1": block.norm1, "ln_2": block.norm2}  # fmt: skip
+        for theirs, part in parts.items():
+            ours[f"h.{number}.{theirs}.weight"] = part.weight.grad.T if part.weight.ndim == 2 else part.weight.grad
+            if getattr(part, "bias", None) is not None:
+                ours[f"h.{number}.{theirs}.bias"] = part.bias.grad
+    stored = golden.keys_under("grad/transformer.")
+    assert stored
+    for key in stored:
+        golden.check(f"grad/transformer.{key}", ours[key])
+
+
+def tensorflow_names(golden: Golden) -> dict[str, np.ndarray]:
+    """The fixture's weights as the released TensorFlow variables hold them (the fixture's "conventions")."""
+    heads = golden.config["n_head"]
+    state = {key.removeprefix("transformer."): value.numpy() for key, value in golden.under("param/").items()}
+    width = state["wte.weight"].shape[1]
+    found = {
+        "model/wte": state["wte.weight"][:-1], "model/sos": state["wte.weight"][-1], "model/wpe": state["wpe.weight"],
+        "model/wtet": state["lm_head.weight"], "model/ln_f/g": state["ln_f.weight"],
+        "model/clf": np.zeros((width, 10), np.float32), "global_step": np.array(1),
+        "model/wte/Adam": np.zeros_like(state["wte.weight"][:-1]),
+    }  # fmt: skip
+    split = (heads, width // heads, width)
+    for number in range(golden.config["n_layer"]):
+        ours, theirs = f"h.{number}.", f"model/h{number}/"
+        parts = np.split(state[f"{ours}attn.c_attn.weight"].T, 3)  # each (out, in)
+        found |= {f"{theirs}attn/{p}_proj": part.reshape(split) for p, part in zip("qkv", parts, strict=True)}
+        found[f"{theirs}attn/c_proj"] = state[f"{ours}attn.c_proj.weight"].reshape(split)
+        for norm in ("ln_1", "ln_2"):
+            found[f"{theirs}{norm}/g"] = state[f"{ours}{norm}.weight"]
+        for linear in ("c_fc", "c_proj"):
+            found[f"{theirs}mlp/{linear}/w"] = state[f"{ours}mlp.{linear}.weight"][None]
+    return found
+
+
+@pytest.mark.parametrize("prefix", ["model/", ""])
+def test_tensorflow_variables_exported_as_arrays(tmp_path: Path, prefix: str) -> None:
+    golden = Golden("igpt_model_nobias")
+    variables = {name.replace("model/", prefix, 1): value for name, value in tensorflow_names(golden).items()}
+    np.savez(tmp_path / "model.npz", **variables)
+    task = load_igpt(tmp_path / "model.npz")  # the heads are in the shapes
+    assert not task.encoder.settings.bias
+    golden.check("output/official_tf/logits", task.head(task.encoder(images_of(golden, task))))
+    encoder = load_encoder(tmp_path / "model.npz")
+    golden.check("output/ln_f", encoder(images_of(golden, task)))
+
+
+def test_an_array_file_with_objects_is_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "model.npz", wte=np.array([{"a": 1}], dtype=object))
+    with pytest.raises(ValueError, match="not a readable checkpoint"):
+        load_igpt(tmp_path / "model.npz")
+
+
+def test_the_released_sizes_have_their_heads() -> None:
+    from sslvit.layouts.openai_igpt import released_heads
+
+    assert [released_heads(*shape) for shape in ((512, 24), (1024, 36), (1536, 48), (512, 3))] == [8, 8, 16, None]
+
+
+def test_a_released_file_takes_the_released_palette(tmp_path: Path) -> None:
+    golden, colours = Golden("igpt_model"), Golden("palette")["input/palette"]
+    np.save(tmp_path / "kmeans_centers.npy", colours.numpy())
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"clusters": colours.tolist(), "size": 32}))
+    torch.save(golden.under("param/"), tmp_path / "pytorch_model.bin")
+    palettes = [read_palette(tmp_path / name) for name in ("kmeans_centers.npy", "preprocessor_config.json")]
+    for palette in palettes:
+        task = IGPT.from_official(tmp_path / "pytorch_model.bin", heads=golden.config["n_head"], palette=palette)
+        assert torch.equal(task.encoder.patch_embed.palette, colours)
+        assert torch.equal(task.encoder.patch_embed.indices(images_of(golden, task)), golden["input/pixels"])
+        golden.check("output/logits", task.head(task.encoder(images_of(golden, task))))
+
+
+def test_a_model_without_its_output_matrix_is_no_igpt() -> None:
+    state = Golden("igpt_model").under("param/")
+    state.pop("lm_head.weight")
+    with pytest.raises(ValueError, match="no output matrix"):
+        IGPT.from_state(state, heads=4)

@@ -1,0 +1,111 @@
+"""Sampling: the cache changes nothing, and the cuts cut what they say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_igpt import grey, make
+
+from sslvit.settings.sample import SampleSettings
+from sslvit.tasks.sampling import complete, draw_colours, likely_shares
+
+POSITIONS = ["none", "learned_1d", "learned_2d", "sincos_1d", "rotary_2d", "relative_bias"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("cuts", [[0, 1, 2, 3], [7], [0, 5, 6, 15], [15]])
+def test_reading_on_gives_the_logits_of_reading_all(positions: str, cuts: list[int]) -> None:
+    task = make(positions=positions, qk_norm=positions == "rotary_2d").eval()
+    encoder = task.encoder
+    images = grey(3)
+    colours = encoder.patch_embed.indices(images)
+    memories = encoder.begin_reading(3)
+    parts = [encoder.read_on(colours[:, a:b], memories) for a, b in zip([0, *cuts], [*cuts, 15], strict=True)
+             if b > a or (a == 0 and not memories[0].length)]  # fmt: skip
+    cached, whole = task.head(torch.cat(parts, 1)), task.head(encoder(images))
+    torch.testing.assert_close(cached, whole, atol=1e-5, rtol=1e-5)
+
+
+def test_an_encoder_that_looks_both_ways_cannot_be_read_on() -> None:
+    encoder = make("bert", causal=False, mask_token=True).encoder
+    with pytest.raises(ValueError, match="only a causal encoder of pixels"):
+        encoder.begin_reading(1)
+
+
+def slow_completion(task, given: torch.Tensor, settings: SampleSettings) -> torch.Tensor:
+    """The same by running the whole sequence again for each pixel."""
+    import numpy as np
+
+    from sslvit.chance import uniform_at
+
+    encoder = task.encoder
+    numbers = torch.from_numpy(uniform_at((settings.seed, "sampling"), np.arange(len(given)), 16))
+    drawn = torch.zeros(len(given), 16, dtype=torch.long)
+    drawn[:, : given.shape[1]] = given
+    for place in range(given.shape[1], 16):
+        logits = task.head(encoder(encoder.patch_embed.images_of(drawn, (4, 4))))[:, place]
+        drawn[:, place] = draw_colours(likely_shares(logits, settings), numbers[:, place])
+    return drawn
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("known", [0, 1, 8, 15])
+def test_completions_keep_what_is_given_and_equal_those_without_a_cache(known: int) -> None:
+    task = make().eval().double()
+    given = task.encoder.patch_embed.indices(grey(5))[:, :known]
+    settings = SampleSettings(batch=2, top_p=0.9, seed=4)
+    drawn = complete(task.encoder, task.head, given, settings)
+    assert torch.equal(drawn[:, :known], given)
+    assert torch.equal(drawn, slow_completion(task, given, settings))
+    assert drawn.max() < 8
+
+
+@torch.no_grad()
+def test_an_image_is_the_same_in_any_batch_and_another_under_another_seed() -> None:
+    task = make().eval()
+    nothing = torch.zeros(6, 0, dtype=torch.long)
+    one, other, more = (complete(task.encoder, task.head, nothing, SampleSettings(batch=b, seed=s))
+                        for b, s in ((6, 0), (4, 0), (6, 1)))  # fmt: skip
+    assert torch.equal(one, other)
+    assert not torch.equal(one, more)
+    assert len({tuple(row) for row in one.tolist()}) > 1
+
+
+def test_temperature_divides_and_zero_takes_the_likeliest() -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    torch.testing.assert_close(likely_shares(logits, SampleSettings()), logits.double().softmax(1))
+    torch.testing.assert_close(likely_shares(logits, SampleSettings(temperature=0.5)), (2 * logits).double().softmax(1))
+    assert likely_shares(logits, SampleSettings(temperature=0)).tolist() == [[0, 1, 0]]
+
+
+def test_top_k_keeps_exactly_k_also_in_a_tie() -> None:
+    logits = torch.tensor([[1.0, 1.0, 1.0, 0.0]])
+    assert likely_shares(logits, SampleSettings(top_k=2)).tolist() == [[0.5, 0.5, 0, 0]]
+    torch.testing.assert_close(likely_shares(logits, SampleSettings(top_k=9)), logits.double().softmax(1))
+
+
+def test_top_p_keeps_the_fewest_colours_that_have_that_probability() -> None:
+    logits = torch.tensor([[0.1, 0.5, 0.15, 0.25]]).log()
+    for top_p, kept in ((0.5, [0, 1, 0, 0]), (0.51, [0, 2 / 3, 0, 1 / 3]), (0.01, [0, 1, 0, 0]), (1.0, None)):
+        expected = [[0.1, 0.5, 0.15, 0.25] if kept is None else kept]
+        shares = likely_shares(logits, SampleSettings(top_p=top_p))
+        torch.testing.assert_close(shares, torch.tensor(expected, dtype=torch.float64), atol=1e-6, rtol=0)
+
+
+def test_colours_are_drawn_as_often_as_they_are_likely_and_never_where_they_are_not() -> None:
+    shares = torch.tensor([[0.0, 0.5, 0.0, 0.3, 0.2, 0.0]], dtype=torch.float64).expand(1000, -1)
+    numbers = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    assert torch.bincount(draw_colours(shares, numbers), minlength=6).tolist() == [0, 500, 0, 300, 200, 0]
+    edges = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
+    assert draw_colours(shares[:2], edges).tolist() == [1, 4]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"temperature": -1}, "--temperature"), ({"top_k": 0}, "--top-k 0"), ({"top_p": 0}, "--top-p 0"),
+     ({"top_p": 1.1}, "--top-p 1.1"), ({"seed": -1}, "--seed"), ({"batch": 0}, "--batch")],
+)  # fmt: skip
+def test_settings_that_cannot_be_sampled_with_are_refused(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SampleSettings(**changes)
