@@ -99,6 +99,16 @@ def make_parser() -> argparse.ArgumentParser:
     info.add_argument("folder", metavar="SHARDS")
     info.add_argument("--global-batch", type=int, metavar="B", help="images per optimiser step (default: up to 4096)")
 
+    palette = command("palette", run_palette, "few colours for pixel sequences, fitted on images; also drawn")
+    palette.add_argument("shards", metavar="SHARDS", help="shards, or a folder of images")
+    palette.add_argument(
+        "-o", "--output", required=True, metavar="FILE", help="the palette as JSON, FILE.png beside it"
+    )
+    palette.add_argument("--colours", type=int, metavar="N", help="how many (default: 512; 8 for grey images)")
+    palette.add_argument("--image-size", type=int, default=32, metavar="SIDE",
+                         help="that the encoder will see (default: %(default)s)")  # fmt: skip
+    palette.add_argument("--seed", type=int, default=0)
+
     pretrain = command(
         "pretrain", run_pretrain, "pretrain an encoder by a recipe",
         epilog="Every setting of the recipe can be given as --key value, e.g. --train.epochs 10.\n"
@@ -120,14 +130,42 @@ def make_parser() -> argparse.ArgumentParser:
     probe.add_argument("--val", required=True, metavar="SHARDS", help="labelled shards to report")
     probe.add_argument("--labels-per-class", type=int, metavar="N", help="also fit on N labels per class")
     probe.add_argument("--layer", type=int, help="block whose output is probed (default: the encoder's choice)")
+    probe.add_argument("--layers", metavar="all|1,4,8", help="score these blocks side by side, and draw them")
+    probe.add_argument("--figure", metavar="FILE", help="with --layers: the PNG (default: in the run's figures)")
     probe.add_argument("--pooling", choices=["class", "mean", "attention"])
     probe.add_argument("--neighbours", type=int, default=20, metavar="K")
     probe.add_argument("--workers", type=int, default=0)
     probe.add_argument("--no-baselines", action="store_true", help="leave out raw pixels and the untrained encoder")
     probe.add_argument("--seed", type=int, default=0)
-    probe.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    add_device(probe)
     probe.add_argument("-o", "--output", metavar="FILE", help="also write the table as JSON")
     add_layout(probe)
+
+    sample = command("sample", run_sample, "draw images from a model of pixels, or complete given ones")
+    sample.add_argument("run", metavar="RUN", help="run folder or checkpoint of an iGPT run, or a released file")
+    sample.add_argument("--complete", metavar="IMAGES", help="shards or a folder of images to complete")
+    sample.add_argument("--given", type=float, default=0.5, metavar="SHARE",
+                        help="share of each image that is given, from the top (default: %(default)s)")  # fmt: skip
+    sample.add_argument("--draws", type=int, default=3, metavar="N", help="completions of each (default: %(default)s)")
+    sample.add_argument("--count", type=int, metavar="N", help="images (default: 16, or 8 to complete)")
+    sample.add_argument("--temperature", type=float, default=1.0, help="0 for the likeliest (default: %(default)s)")
+    sample.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest colours only")
+    sample.add_argument("--top-p", type=float, default=1.0, metavar="P",
+                        help="draw from the fewest colours that have probability P (default: all)")  # fmt: skip
+    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--batch", type=int, default=32, help="images side by side (default: %(default)s)")
+    sample.add_argument("-o", "--output", metavar="FILE", help="PNG (default: below RUN/figures)")
+    add_device(sample)
+    add_layout(sample)
+
+    likelihood = command("likelihood", run_likelihood, "nats per pixel of an iGPT run, beside what counting gives")
+    likelihood.add_argument("run", metavar="RUN", help="run folder or checkpoint of an iGPT run, or a released file")
+    likelihood.add_argument("--train", required=True, metavar="SHARDS", help="images that colours are counted on")
+    likelihood.add_argument("--val", required=True, metavar="SHARDS", help="images that are scored")
+    likelihood.add_argument("--batch", type=int, default=16, help="images per forward pass (default: %(default)s)")
+    likelihood.add_argument("-o", "--output", metavar="FILE", help="also write the table as JSON")
+    add_device(likelihood)
+    add_layout(likelihood)
 
     export = command("export", run_export, "write an encoder for another library, reopen it there and compare")
     export.add_argument("encoder", metavar="ENCODER")
@@ -142,6 +180,10 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+
+
 def add_layout(parser: argparse.ArgumentParser) -> None:
     layouts = ["mae", "dino", "dinov2", "timm", "openai_igpt"]
     parser.add_argument("--layout", choices=layouts, help="of a released file (default: recognised by its names)")
@@ -149,6 +191,7 @@ def add_layout(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image-size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="that a released file was trained at"
     )
+    parser.add_argument("--palette", metavar="FILE", help="colours of a released iGPT, which its file does not hold")
 
 
 def read_changes(rest: list[str]) -> dict[str, Any]:
@@ -238,6 +281,21 @@ def show_shards(index, global_batch: int | None = None) -> None:
     print(describe_shards(index, global_batch))
 
 
+def run_palette(options: argparse.Namespace) -> None:
+    from sslvit.data.open import open_shards
+    from sslvit.data.pixels import make_palette
+
+    index = open_shards(options.shards, f"{options.shards.rstrip('/')}-shards")
+    made = make_palette(index, options.output, options.colours, options.image_size, options.seed)
+    error, uniform = made["mean_squared_error"], made["mean_squared_error_uniform"]
+    print(
+        f"{options.output}: {len(made['colours'])} colours fitted on {made['pixels']:,} pixels; "
+        f"mean squared error {error:.2e} of values in [-1, 1], {error**0.5 * 127.5:.1f} of 255 on average "
+        f"(uniform palette: {uniform:.2e}, {uniform**0.5 * 127.5:.1f})\n"
+        f"use it with --encoder.palette {options.output}; drawn in {Path(options.output).with_suffix('.png')}"
+    )
+
+
 def run_pretrain(options: argparse.Namespace) -> None:
     from sslvit.api import pretrain
 
@@ -253,8 +311,12 @@ def run_settings(options: argparse.Namespace) -> None:
     print(describe_settings())
 
 
-def size_of(options: argparse.Namespace) -> dict[str, list[int]]:
-    return {"image_size": options.image_size} if options.image_size else {}
+def unsaid(options: argparse.Namespace) -> dict[str, Any]:
+    """Settings that a released file does not say, where they are given."""
+    from sslvit.settings.palette import read_palette
+
+    given = {"image_size": options.image_size} if options.image_size else {}
+    return given | {"palette": read_palette(options.palette)} if options.palette else given
 
 
 def run_probe(options: argparse.Namespace) -> None:
@@ -266,15 +328,26 @@ def run_probe(options: argparse.Namespace) -> None:
         seed=options.seed,
         device=options.device,
     )  # fmt: skip
-    if options.output:
-        if Path(options.output).exists():
-            raise ValueError(f"{options.output}: already exists. Choose another file.")
-        if not Path(options.output).parent.is_dir():
-            raise ValueError(f"{options.output}: its folder does not exist. Make it first.")
+    figure = options.figure
+    if options.layers and figure is None:
+        folder = Path(options.encoder) / "figures"
+        figure = folder / "layers.png" if folder.is_dir() else Path("layers.png")
+    if options.layers and options.layer:
+        raise ValueError("--layer and --layers exclude each other: one block for the table, or several side by side?")
+    for path in (options.output, figure):
+        check_new(path)
     from sslvit.checkpoint import load_encoder
+    from sslvit.evaluate.layers import layer_numbers, probe_layers
     from sslvit.evaluate.probe import probe
 
-    encoder = load_encoder(options.encoder, options.layout, options.heads, **size_of(options))
+    encoder = load_encoder(options.encoder, options.layout, options.heads, **unsaid(options))
+    if options.layers:
+        numbers = layer_numbers(options.layers, encoder.settings.depth)
+        curve = probe_layers(encoder, settings, numbers, figure)
+        print(f"\n{curve.text()}\n{figure}")
+        if options.output:
+            Path(options.output).write_text(json.dumps(curve.as_dict(), indent=1) + "\n")
+        return
     table = probe({"encoder": encoder}, settings)
     about = table.about
     print(f"\nRight answers in percent on {about['val_images']:,} images of {about['val']}")
@@ -282,6 +355,65 @@ def run_probe(options: argparse.Namespace) -> None:
     print(f" {about['features']['encoder']}; {about['linear']})\n\n{table.text()}")
     if options.output:
         Path(options.output).write_text(json.dumps(table.as_dict(), indent=1) + "\n")
+
+
+def check_new(path: str | Path | None) -> None:
+    """Refuse, before any work, a file that could not be written or would replace another."""
+    if path is None:
+        return
+    if Path(path).exists():
+        raise ValueError(f"{path}: already exists. Choose another file.")
+    if not Path(path).parent.is_dir():
+        raise ValueError(f"{path}: its folder does not exist. Make it first.")
+
+
+def run_sample(options: argparse.Namespace) -> None:
+    from sslvit.settings.sample import SampleSettings
+
+    settings = SampleSettings(options.temperature, options.top_k, options.top_p, options.seed, options.batch)
+    for key in ("count", "draws"):
+        value = getattr(options, key)
+        if value is not None and value < 1:
+            raise ValueError(f"--{key} {value}: must be 1 or more.")
+    out = options.output
+    if out is None:
+        if not Path(options.run).is_dir():
+            raise ValueError(f"{options.run}: not a run folder, so say where the picture goes: -o FILE.png")
+        out = Path(options.run) / "figures" / ("completions.png" if options.complete else "samples.png")
+        out.parent.mkdir(exist_ok=True)
+    check_new(out)
+    from sslvit.report.samples import draw_completions, draw_samples
+
+    task = load_task(options)
+    if options.complete:
+        count = options.count or 8
+        draw_completions(task, options.complete, out, count, options.given, options.draws, settings)
+    else:
+        draw_samples(task, out, options.count or 16, settings)
+    print(out)
+
+
+def run_likelihood(options: argparse.Namespace) -> None:
+    check_new(options.output)
+    from sslvit.data.open import open_shards
+    from sslvit.evaluate.likelihood import likelihood
+    from sslvit.evaluate.probe import format_table
+
+    task = load_task(options)
+    train, val = (open_shards(source, f"{source.rstrip('/')}-shards") for source in (options.train, options.val))
+    rows = likelihood(task, train, val, options.batch)
+    print(f"\n{len(val):,} images of {val.location}; counted on {len(train):,} of {train.location}\n")
+    print(format_table(rows, decimals=4))
+    if options.output:
+        Path(options.output).write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def load_task(options: argparse.Namespace):
+    """An iGPT with its output matrix, on the device asked for."""
+    from sslvit.evaluate.features import pick_device
+    from sslvit.tasks.igpt import load_igpt
+
+    return load_igpt(options.run, options.heads, **unsaid(options)).to(pick_device(options.device))
 
 
 def run_export(options: argparse.Namespace) -> None:
@@ -299,7 +431,7 @@ def run_import(options: argparse.Namespace) -> None:
 
     if Path(options.out).exists():
         raise ValueError(f"{options.out}: already exists. Choose another folder.")
-    encoder = load_encoder(options.checkpoint, options.layout, options.heads, **size_of(options))
+    encoder = load_encoder(options.checkpoint, options.layout, options.heads, **unsaid(options))
     save_encoder(encoder, options.out, {"imported_from": Path(options.checkpoint).name})
     print(f"encoder in {options.out}")
 

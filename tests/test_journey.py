@@ -14,7 +14,7 @@ from PIL import Image
 from sslvit.checkpoint import load_encoder
 from sslvit.cli import main
 from sslvit.data.index import load_index
-from sslvit.report.demo import demo, pack_digits, split_changes
+from sslvit.report.demo import RECIPES, demo, pack_digits, split_changes
 
 SHORT = {"train.steps": 4, "train.log_every": 2, "encoder.width": 32, "encoder.depth": 1, "task.decoder_width": 16}
 
@@ -71,13 +71,14 @@ def test_images_become_an_encoder_that_timm_opens(tmp_path: Path, capsys: pytest
 def test_the_demo_writes_what_it_names(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "demo"
     table = demo(out=str(out), changes=SHORT)
-    assert list(table["rows"]) == ["raw pixels", "MAE untrained", "MAE", "DINO untrained", "DINO"]
+    assert list(table["rows"]) == ["raw pixels", "MAE untrained", "MAE", "DINO untrained", "DINO",
+                                  "iGPT untrained", "iGPT"]  # fmt: skip
     assert list(table["rows"]["MAE"]) == ["linear, all labels", "linear, 10 per class", "kNN, k = 20"]
     named = [Path(line.split()[0]) for line in capsys.readouterr().out.split("Open these:")[1].strip().splitlines()]
-    assert len(named) == 8
+    assert len(named) == 11
     assert all(path.exists() for path in named)
     page = (out / "report.html").read_text()
-    assert page.count("data:image/png;base64") == 7
+    assert page.count("data:image/png;base64") == 11
     assert 'src="http' not in page
     assert "no digit is in both parts" in page
     with pytest.raises(ValueError, match="Pass --overwrite"):
@@ -86,10 +87,11 @@ def test_the_demo_writes_what_it_names(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_the_demo_gives_each_task_the_changes_that_it_knows() -> None:
     changes = {"train.steps": 3, "task.mask_ratio": 0.5, "task.out_dim": 9, "data.view.side": [0.5, 1.0], "oops": 1}
-    split = split_changes("digits", changes)
+    split = split_changes(RECIPES["digits"], changes)
     assert split == {
         "mae": {"train.steps": 3, "task.mask_ratio": 0.5, "data.view.side": [0.5, 1.0], "oops": 1},
         "dino": {"train.steps": 3, "task.out_dim": 9, "oops": 1},  # for the recipe to refuse
+        "igpt": {"train.steps": 3, "task.mask_ratio": 0.5, "data.view.side": [0.5, 1.0], "oops": 1},
     }
 
 

@@ -20,6 +20,17 @@ from sslvit.settings import EncoderSettings
 PIXEL_SIDE = 32  # raw pixels are compared at no more than this size
 
 
+def pick_device(name: str) -> str:
+    """The device behind a name: auto is a GPU where there is one.
+
+    Raises:
+        ValueError: cuda is asked for and not there.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU here. Use auto or cpu.")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
 @dataclass
 class Features:
     """Features of the readable images of a data set, on the CPU.
@@ -49,13 +60,30 @@ def encoder_features(
     workers: int = 0,
 ) -> Features:
     """Features of the centre view of every image, from batches of one size whatever the data set's length."""
+    (features,) = layer_features(encoder, reader, [layer], pooling, batch, workers)
+    return features
+
+
+@torch.no_grad()
+def layer_features(
+    encoder: ViTEncoder,
+    reader: ShardReader,
+    layers: list[int | None],
+    pooling: str | None = None,
+    batch: int = 256,
+    workers: int = 0,
+) -> list[Features]:
+    """encoder_features of several layers in one pass over the data; None is the encoder's own layer."""
     device = next(encoder.parameters()).device
+    own = encoder.settings.feature_layer or encoder.settings.depth
+    numbers = [layer or own for layer in layers]
     encoder.eval()
 
     def features(images: Tensor) -> Tensor:
-        return encoder.features(images, layer, pooling).float()
+        return torch.cat(encoder.features_of_layers(images, numbers, pooling), 1).float()  # b (layers d)
 
-    return _collect(features, reader, encoder.settings, batch, workers, device)
+    found = _collect(features, reader, encoder.settings, batch, workers, device)
+    return [Features(values, found.labels) for values in found.values.chunk(len(numbers), 1)]
 
 
 def pixel_features(reader: ShardReader, settings: EncoderSettings, batch: int = 256, workers: int = 0) -> Features:

@@ -34,6 +34,7 @@ class LinearHead:
         weight: (classes, d).
         bias: (classes,).
         strength: of the squared penalty on the weight that it was fitted with.
+        held_out: right answers in percent on training images held out, under that strength.
     """
 
     mean: Tensor
@@ -41,6 +42,7 @@ class LinearHead:
     weight: Tensor
     bias: Tensor
     strength: float
+    held_out: float
 
     def logits(self, values: Float[Tensor, "n d"]) -> Float[Tensor, "n classes"]:
         return (values.double() - self.mean) / self.scale @ self.weight.T + self.bias
@@ -71,9 +73,10 @@ def fit_probe(features: Features, classes: int, seed: int = 0) -> LinearHead:
             logits = values[kept] @ weight[problem].T + bias[problem]
             right[i] += (logits.argmax(1) == features.labels[kept]).sum()
             loss[i] += F.cross_entropy(logits, features.labels[kept], reduction="sum")
-    best = STRENGTHS[min(range(len(STRENGTHS)), key=lambda i: (-right[i], loss[i]))]
-    weight, bias = fit_logistic(values, features.labels, classes, torch.tensor([best], dtype=torch.float64))
-    return LinearHead(mean, scale, weight[0], bias[0], best)
+    best = min(range(len(STRENGTHS)), key=lambda i: (-right[i], loss[i]))
+    strength = STRENGTHS[best]
+    weight, bias = fit_logistic(values, features.labels, classes, torch.tensor([strength], dtype=torch.float64))
+    return LinearHead(mean, scale, weight[0], bias[0], strength, 100 * float(right[best] / is_kept.sum()))
 
 
 def fit_logistic(

@@ -12,9 +12,9 @@ import torch
 from sslvit.data.index import ShardIndex
 from sslvit.data.open import check_present, open_shards
 from sslvit.data.reader import ShardReader
-from sslvit.evaluate.features import Features, encoder_features, pixel_features
+from sslvit.evaluate.features import Features, encoder_features, pick_device, pixel_features
 from sslvit.evaluate.knn import knn_accuracy
-from sslvit.evaluate.linear import draw_labels, fit_probe
+from sslvit.evaluate.linear import LinearHead, draw_labels, fit_probe
 from sslvit.models import ViTEncoder
 from sslvit.settings import ProbeSettings
 
@@ -51,13 +51,8 @@ def probe(encoders: dict[str, ViTEncoder], settings: ProbeSettings) -> ProbeTabl
             take images of different channels.
         FileNotFoundError: no shards there.
     """
-    train_index, val_index = (
-        open_shards(source, f"{source.rstrip('/')}-shards") for source in (settings.train, settings.val)
-    )
-    _check_classes(train_index, val_index, settings.labels_per_class)
-    device = settings.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    train_index, val_index = open_labelled(settings)
+    device = pick_device(settings.device)
     encoders = {name: encoder.to(device) for name, encoder in encoders.items()}
     first = next(iter(encoders.values())).settings
     channels = first.channels
@@ -71,9 +66,8 @@ def probe(encoders: dict[str, ViTEncoder], settings: ProbeSettings) -> ProbeTabl
     for name, encoder in encoders.items():
         alike = [other for other in encoders if encoders[other].settings == encoder.settings]
         if settings.baselines and alike[0] == name:
-            torch.manual_seed(settings.seed)
             row = f"{', '.join(alike)} untrained" if len(encoders) > 1 else "untrained encoder"
-            sources[row] = _features_of(ViTEncoder(encoder.settings).to(device).eval(), settings, options)
+            sources[row] = _features_of(untrained(encoder, settings.seed), settings, options)
         sources[name] = _features_of(encoder, settings, options)
     classes = len(train_index.classes)
     rows = {}
@@ -90,6 +84,12 @@ def probe(encoders: dict[str, ViTEncoder], settings: ProbeSettings) -> ProbeTabl
     return ProbeTable(rows, about)
 
 
+def untrained(encoder: ViTEncoder, seed: int) -> ViTEncoder:
+    """The same encoder with the weights that a training would start from."""
+    torch.manual_seed(seed)
+    return ViTEncoder(encoder.settings).to(next(encoder.parameters()).device).eval()
+
+
 def _features_of(encoder: ViTEncoder, settings: ProbeSettings, options: dict) -> Callable[[ShardReader], Features]:
     return lambda reader: encoder_features(encoder, reader, settings.layer, settings.pooling, **options)
 
@@ -99,9 +99,12 @@ def _describe(encoder: ViTEncoder, settings: ProbeSettings) -> str:
     return f"layer {layer}, {settings.pooling or encoder.settings.pooling} pooling"
 
 
-def score_features(train: Features, val: Features, classes: int, settings: ProbeSettings) -> dict[str, float]:
-    """The columns of the table for one source of features."""
-    scores = {"linear, all labels": fit_probe(train, classes, settings.seed).accuracy(val)}
+def score_features(
+    train: Features, val: Features, classes: int, settings: ProbeSettings, head: LinearHead | None = None
+) -> dict[str, float]:
+    """The columns of the table for one source of features; `head` is the probe on all labels, if it is there."""
+    head = head or fit_probe(train, classes, settings.seed)
+    scores = {"linear, all labels": head.accuracy(val)}
     few = settings.labels_per_class
     if few:
         draws = [
@@ -115,16 +118,23 @@ def score_features(train: Features, val: Features, classes: int, settings: Probe
     return scores
 
 
-def format_table(rows: dict[str, dict[str, float]]) -> str:
-    """Rows and columns in plain text, scores with one decimal."""
+def format_table(rows: dict[str, dict[str, float]], decimals: int = 1) -> str:
+    """Rows and columns in plain text."""
     columns = list(next(iter(rows.values())))
     first = max(len(name) for name in rows)
     widths = [max(len(column), 6) for column in columns]
     lines = ["  ".join([" " * first, *(f"{c:>{w}}" for c, w in zip(columns, widths, strict=True))])]
     for name, scores in rows.items():
-        cells = (f"{scores[c]:>{w}.1f}" for c, w in zip(columns, widths, strict=True))
+        cells = (f"{scores[c]:>{w}.{decimals}f}" for c, w in zip(columns, widths, strict=True))
         lines.append("  ".join([f"{name:<{first}}", *cells]))
     return "\n".join(lines)
+
+
+def open_labelled(settings: ProbeSettings) -> tuple[ShardIndex, ShardIndex]:
+    """The two data sets of a probe, once they are known to fit together."""
+    train, val = (open_shards(source, f"{source.rstrip('/')}-shards") for source in (settings.train, settings.val))
+    _check_classes(train, val, settings.labels_per_class)
+    return train, val
 
 
 def _check_classes(train: ShardIndex, val: ShardIndex, few: int | None) -> None:

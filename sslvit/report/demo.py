@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import shutil
 import tarfile
 import time
@@ -18,6 +19,7 @@ from sslvit.data.index import ShardIndex
 from sslvit.data.pack import pack
 from sslvit.data.sources import array_samples, folder_samples, hold_out
 from sslvit.data.views import Views
+from sslvit.evaluate.layers import HELD_OUT, LayerTable, probe_layers
 from sslvit.evaluate.probe import ProbeTable, probe
 from sslvit.export import export_encoder
 from sslvit.figures import bars
@@ -27,12 +29,25 @@ from sslvit.settings.load import by_dotted_key, load_recipe
 from sslvit.train.folder import RunFolder
 from sslvit.train.run import pretrain
 
-TASKS = {"mae": "masked autoencoder", "dino": "self-distillation"}
-RECIPES = {"digits": "digits", "cifar10": "vit_tiny_cifar10"}  # below configs/TASK/
+TASKS = {"mae": "masked autoencoder", "dino": "self-distillation", "igpt": "next-pixel prediction"}
+NAMES = {"mae": "MAE", "dino": "DINO", "igpt": "iGPT"}
+RECIPES = {
+    "digits": {"mae": "mae/digits", "dino": "dino/digits", "igpt": "igpt/digits"},
+    "cifar10": {"mae": "mae/vit_tiny_cifar10", "dino": "dino/vit_tiny_cifar10", "igpt": "igpt/small_cifar10"},
+}
 # on a CPU the demo shows the way on CIFAR-10, not the result: the recipes' full length would take weeks there
 CIFAR10_ON_A_CPU: dict[str, dict] = {
     "mae": {"data.global_batch": 128, "optim.base_rate": 1e-3, "optim.warmup_epochs": 0.15, "train.steps": 400},
     "dino": {"data.global_batch": 64, "optim.warmup_epochs": None, "task.momentum": 0.99, "train.steps": 100},
+    "igpt": {
+        "encoder.width": 96,
+        "encoder.depth": 4,
+        "encoder.heads": 3,
+        "data.global_batch": 4,
+        "optim.base_rate": 0.256,
+        "optim.warmup_epochs": None,
+        "train.steps": 300,
+    },
 }
 MARK = "demo.json"  # tells a demo's folder from others
 MADE = ("shards", "download", *TASKS, "export", "figures")
@@ -82,11 +97,15 @@ def demo(
     for task, changed in split_changes(RECIPES[data], changes or {}).items():
         print(f"2/4  pretraining: {TASKS[task]}", flush=True)
         short = CIFAR10_ON_A_CPU[task] if data == "cifar10" and not torch.cuda.is_available() else {}
-        settings = load_recipe(f"{task}/{RECIPES[data]}", short | given | {"out": str(folder / task)} | changed)
+        settings = load_recipe(RECIPES[data][task], short | given | {"out": str(folder / task)} | changed)
         runs[task] = pretrain(settings)
-        encoders[task.upper()] = load_encoder(runs[task].path)
+        encoders[NAMES[task]] = load_encoder(runs[task].path)
     print("3/4  probing: logistic regression and nearest neighbours on frozen features", flush=True)
-    table = probe(encoders, ProbeSettings(str(shards / "train"), str(shards / "test"), labels_per_class=10))
+    splits = (str(shards / "train"), str(shards / "test"))
+    table = probe(encoders, ProbeSettings(*splits, labels_per_class=10))
+    depth = encoders["iGPT"].settings.depth
+    layers_file = folder / "figures" / "layers.png"
+    layers = probe_layers(encoders["iGPT"], ProbeSettings(*splits), list(range(1, depth + 1)), layers_file)
     scores = folder / "scores.json"
     scores.write_text(json.dumps(table.as_dict(), indent=1) + "\n")
     print("4/4  exporting MAE's encoder to timm and comparing its outputs there", flush=True)
@@ -94,7 +113,9 @@ def demo(
     bars_file = bars(folder / "figures" / "scores.png", table.rows, "right answers, %", "Frozen features, probed")
     seconds = time.monotonic() - start
     title = f"sslvit demo: {data}"
-    page = write_page(folder / "report.html", title, page_content(data, table, runs, bars_file, verdict, seconds))
+    page = write_page(
+        folder / "report.html", title, page_content(data, table, runs, bars_file, layers, layers_file, verdict, seconds)
+    )
     print(f"\nRight answers in percent on {table.about['val_images']} test images:\n\n{table.text()}\n")
     print(f"Done in {seconds / 60:.1f} minutes. Open these:")
     for path, what in [
@@ -102,16 +123,18 @@ def demo(
         (runs["mae"].figures / "reconstruction.png", "MAE: input, what the encoder saw, reconstruction"),
         (runs["dino"].figures / "attention.png", "DINO: where the class token looks"),
         (runs["dino"].figures / "patches.png", "DINO: its patches, alike ones in one colour"),
-        (scores, "the scores"), *((run.encoder, f"{task.upper()}'s encoder, for sslvit") for task, run in runs.items()),
+        (runs["igpt"].figures / "generated.png", "iGPT: images from nothing"),
+        (runs["igpt"].figures / "completed.png", "iGPT: upper halves, completed"),
+        (scores, "the scores"), *((run.encoder, f"{NAMES[task]}'s encoder, for sslvit") for task, run in runs.items()),
         (folder / "export" / "timm", "MAE's encoder, for timm"),
     ]:  # fmt: skip
         print(f"  {path!s:<40} {what}")
     return table.as_dict()
 
 
-def split_changes(recipe: str, changes: dict) -> dict[str, dict]:
+def split_changes(recipes: dict[str, str], changes: dict) -> dict[str, dict]:
     """By task, the changes that its recipe has keys for, and those that no recipe has (presets; or a mistake)."""
-    known = {task: by_dotted_key(load_recipe(f"{task}/{recipe}").as_dict()) for task in TASKS}
+    known = {task: by_dotted_key(load_recipe(recipe).as_dict()) for task, recipe in recipes.items()}
     everywhere = [key for key in changes if not any(key in keys for keys in known.values())]
     return {
         task: {key: value for key, value in changes.items() if key in keys or key in everywhere}
@@ -192,8 +215,9 @@ def _is_python_archive(path: Path) -> bool:
 
 
 def page_content(
-    data: str, table: ProbeTable, runs: dict[str, RunFolder], bars_file: Path, verdict: dict, seconds: float
-) -> list[tuple]:
+    data: str, table: ProbeTable, runs: dict[str, RunFolder], bars_file: Path, layers: LayerTable, layers_file: Path,
+    verdict: dict, seconds: float,
+) -> list[tuple]:  # fmt: skip
     """The demo's page, top to bottom: texts, tables and pictures."""
     about = {
         "digits": (
@@ -209,9 +233,11 @@ def page_content(
     }[data]
     features = "; ".join(f"{name}: {what}" for name, what in table.about["features"].items())
     units = ""
-    if load_recipe(f"mae/{RECIPES[data]}").task.target == "normalised":
+    if load_recipe(RECIPES[data]["mae"]).task.target == "normalised":
         units = ", each predicted patch with the true one's mean and contrast: it is predicted in those units"
     health = json.loads(runs["dino"].health.read_text())
+    nats = runs["igpt"].read_metrics()[-1]["loss"]
+    scores = {number: layers.rows[f"layer {number}"]["linear, all labels"] for number in (layers.best, layers.last)}
     return [
         ("text", about),
         ("heading", "What the features know"),
@@ -249,6 +275,24 @@ def page_content(
             runs["dino"].figures / "loss.png",
             f"Training loss. It says little by itself: a collapsed run has a low one too. This run's health: "
             f"{health['verdict']}.",
+        ),
+        ("heading", "What iGPT learned"),
+        ("picture", runs["igpt"].figures / "generated.png", "Drawn from nothing, pixel by pixel, row by row."),
+        (
+            "picture",
+            runs["igpt"].figures / "completed.png",
+            "It is given the upper half (the rest is grey here) and draws the lower one, twice; below, the original.",
+        ),
+        (
+            "picture",
+            runs["igpt"].figures / "loss.png",
+            f"Training loss in nats per pixel; at the end {nats:.2f} nats, {nats / math.log(2):.2f} bits.",
+        ),
+        (
+            "picture",
+            layers_file,
+            f"The linear probe at each depth. Block {layers.best} is the best on {HELD_OUT}: it has "
+            f"{scores[layers.best]:.1f} % on the test images, the last block {scores[layers.last]:.1f} %.",
         ),
         (
             "text",

@@ -1,0 +1,192 @@
+"""How well pixels are predicted, in nats: a model beside what counting alone gives."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from sslvit.data.index import ShardIndex
+from sslvit.data.loader import evaluation_loader, normalised_view
+from sslvit.data.reader import ShardReader
+from sslvit.progress import track
+from sslvit.tasks.igpt import IGPT, colour_error
+
+HELD_OUT = 10  # every tenth training image tunes the table of neighbours
+MOST_TUNED = 1_000  # of them
+DISCOUNTS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9)
+LEFT_SHARES = (0.3, 0.4, 0.5, 0.6, 0.7)
+
+
+@dataclass
+class Counts:
+    """How often each colour followed each context.
+
+    Args:
+        keys: context x colours + colour, sorted, those that occurred.
+        counts: of each key.
+        contexts: sorted, those that occurred.
+        totals: of each context.
+        distinct: different colours that followed each context.
+        colours: of the palette.
+    """
+
+    keys: np.ndarray
+    counts: np.ndarray
+    contexts: np.ndarray
+    totals: np.ndarray
+    distinct: np.ndarray
+    colours: int
+
+    @classmethod
+    def of(cls, context: np.ndarray, colour: np.ndarray, colours: int) -> Counts:
+        keys, counts = np.unique(context * colours + colour, return_counts=True)
+        contexts, first = np.unique(keys // colours, return_index=True)
+        return cls(keys, counts, contexts, np.add.reduceat(counts, first), np.diff([*first, len(keys)]), colours)
+
+    def look_up(self, context: np.ndarray, colour: np.ndarray) -> Found:
+        """What is known of each place's context and colour."""
+        at = _find(self.keys, context * self.colours + colour)
+        seen = np.where(at >= 0, self.counts[at], 0)
+        at = _find(self.contexts, context)
+        return Found(seen, np.where(at >= 0, self.totals[at], 0), np.where(at >= 0, self.distinct[at], 0))
+
+
+@dataclass
+class Found:
+    """Counts at some places.
+
+    Args:
+        seen: how often the place's colour followed its context.
+        totals: how often any did.
+        distinct: how many different ones did.
+    """
+
+    seen: np.ndarray
+    totals: np.ndarray
+    distinct: np.ndarray
+
+    def shares(self, discount: float, lower: np.ndarray) -> np.ndarray:
+        """p(colour | context) by absolute discounting (Ney et al. 1994).
+
+        Args:
+            discount: taken off each count; what is taken goes to the lower estimate.
+            lower: p(colour) with less context.
+        """
+        totals = np.maximum(self.totals, 1)
+        known = np.maximum(self.seen - discount, 0) / totals + discount * self.distinct / totals * lower
+        return np.where(self.totals > 0, known, lower)
+
+
+class NeighbourTable:
+    """p(colour | left neighbour, upper neighbour), counted on images.
+
+    Backs off to a mixture of p(colour | left) and p(colour | upper), each of which backs off to p(colour) with one
+    added to each count. Beyond the edge lies a colour of its own.
+
+    Args:
+        images: palette indices, 'b h w'.
+        colours: of the palette.
+    """
+
+    def __init__(self, images: np.ndarray, colours: int) -> None:
+        self.colours = colours
+        left, upper, colour = self.contexts_of(images)
+        self.alone = (np.bincount(colour, minlength=colours) + 1) / (len(colour) + colours)
+        self.by_left, self.by_upper = Counts.of(left, colour, colours), Counts.of(upper, colour, colours)
+        self.by_both = Counts.of(left * (colours + 1) + upper, colour, colours)
+
+    def contexts_of(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Left neighbour, upper neighbour and colour of every pixel."""
+        framed = np.pad(images.astype(np.int64), ((0, 0), (1, 0), (1, 0)), constant_values=self.colours)
+        return framed[:, 1:, :-1].ravel(), framed[:, :-1, 1:].ravel(), images.astype(np.int64).ravel()
+
+    def nats(self, images: np.ndarray, trials: list[tuple[float, float, float]]) -> list[float]:
+        """Mean negative log-likelihood per pixel under each choice of smoothing.
+
+        Args:
+            images: palette indices, 'b h w'.
+            trials: discount of the counts with one neighbour, of those with two, and the left neighbour's weight.
+        """
+        left, upper, colour = self.contexts_of(images)
+        alone = self.alone[colour]
+        by_left, by_upper = self.by_left.look_up(left, colour), self.by_upper.look_up(upper, colour)
+        by_both = self.by_both.look_up(left * (self.colours + 1) + upper, colour)
+        nats = []
+        for single, both, left_share in trials:
+            mixed = left_share * by_left.shares(single, alone) + (1 - left_share) * by_upper.shares(single, alone)
+            nats.append(float(-np.log(by_both.shares(both, mixed)).mean()))
+        return nats
+
+
+def neighbour_nats(train: np.ndarray, val: np.ndarray, colours: int) -> float:
+    """Nats per pixel of `val` by a table counted on `train`, its smoothing chosen on some training images."""
+    is_held = np.arange(len(train)) % HELD_OUT == 0
+    trials = list(itertools.product(DISCOUNTS, DISCOUNTS, LEFT_SHARES))
+    nats = NeighbourTable(train[~is_held], colours).nats(train[is_held][:MOST_TUNED], trials)
+    best = trials[int(np.argmin(nats))]
+    return NeighbourTable(train, colours).nats(val, [best])[0]
+
+
+def unigram_nats(train: np.ndarray, val: np.ndarray, colours: int) -> float:
+    """Nats per pixel of `val` by how often each colour is in `train`, one added to each count."""
+    shares = (np.bincount(train.ravel(), minlength=colours) + 1) / (train.size + colours)
+    return float(-np.log(shares[val.ravel()]).mean())
+
+
+@torch.no_grad()
+def likelihood(task: IGPT, train: ShardIndex, val: ShardIndex, batch: int = 16) -> dict[str, dict[str, float]]:
+    """Nats and bits per pixel of `val`: all colours alike, by counting on `train`, and by the model.
+
+    Args:
+        task: trained, on the device that it shall run on.
+        train: images that are counted; the model should have been trained on the same.
+        val: images that are scored, each seen once, in the middle and at the encoder's size.
+        batch: images per forward pass.
+    """
+    task.eval()
+    colours = task.head.out_features
+    counted, scored = palette_images(task, train), palette_images(task, val)
+    nats = {
+        f"{colours} colours alike": math.log(colours),
+        "how often each colour is": unigram_nats(counted, scored, colours),
+        "left and upper neighbour, counted": neighbour_nats(counted, scored, colours),
+        "iGPT": model_nats(task, torch.from_numpy(scored).flatten(1), batch),
+    }
+    return {name: {"nats per pixel": value, "bits per pixel": value / math.log(2)} for name, value in nats.items()}
+
+
+def model_nats(task: IGPT, colours: Int[Tensor, "b n"], batch: int) -> float:
+    """Mean nats per pixel of images given as palette indices."""
+    encoder, total = task.encoder, 0.0
+    device = encoder.patch_embed.palette.device
+    for piece in track(colours.split(batch), "scoring", len(colours), each=batch):
+        piece = piece.long().to(device)
+        images = encoder.patch_embed.images_of(piece, encoder.settings.grid)
+        total += float(colour_error(task.head(encoder(images)), piece)) * len(piece)
+    return total / len(colours)
+
+
+def palette_images(task: IGPT, index: ShardIndex) -> np.ndarray:
+    """The middle of every readable image as palette indices, 'b h w'."""
+    encoder = task.encoder
+    pixels = encoder.patch_embed
+    reader = ShardReader(index, encoder.settings.channels)
+    loader = evaluation_loader(reader, encoder.settings)
+    pieces = []
+    for batch in track(loader, "images into the palette", len(loader) * 256, each=256):
+        indices = pixels.indices(normalised_view(batch, encoder.settings, pixels.palette.device))[batch.valid]
+        pieces.append(indices.cpu().numpy().astype(np.int16).reshape(-1, *encoder.settings.grid))
+    return np.concatenate(pieces)
+
+
+def _find(sorted_values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """The place of each wanted value, -1 where it is not there."""
+    at = np.searchsorted(sorted_values, wanted)
+    at = np.minimum(at, len(sorted_values) - 1)
+    return np.where(sorted_values[at] == wanted, at, -1)

@@ -1,0 +1,111 @@
+"""Nats per pixel: the counts against hand-made and known processes, the model against its own loss."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sslvit.cli import main
+from sslvit.data.index import load_index
+from sslvit.data.pack import pack
+from sslvit.data.sources import array_samples
+from sslvit.evaluate.likelihood import NeighbourTable, likelihood, model_nats, neighbour_nats, unigram_nats
+from sslvit.settings import EncoderSettings, IGPTSettings, OptimSettings
+from sslvit.tasks.igpt import IGPT, colour_error
+
+
+def noise(count: int, colours: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, colours, (count, 6, 5)).astype(np.int16)
+
+
+def test_shares_of_all_colours_sum_to_one_in_any_context() -> None:
+    table = NeighbourTable(noise(4, 5) // 2, 5)  # colours 3 and 4 never occur
+    for left in range(6):
+        for upper in range(6):
+            context = np.full(5, left), np.full(5, upper)
+            found = [table.by_left.look_up(context[0], np.arange(5)), table.by_upper.look_up(context[1], np.arange(5))]
+            mixed = 0.3 * found[0].shares(0.7, table.alone) + 0.7 * found[1].shares(0.7, table.alone)
+            both = table.by_both.look_up(context[0] * 6 + context[1], np.arange(5)).shares(0.8, mixed)
+            assert both.sum() == pytest.approx(1)
+            assert (both > 0).all()
+
+
+def test_discounting_by_hand() -> None:
+    # one image of 1 x 4: the left neighbours of 0, 0, 1, 0 are edge, 0, 0, 1; above all of them is the edge
+    table = NeighbourTable(np.array([[[0, 0, 1, 0]]], dtype=np.int16), 2)
+    assert table.alone.tolist() == [4 / 6, 2 / 6]
+    after_zero = table.by_left.look_up(np.array([0, 0]), np.array([0, 1])).shares(0.5, table.alone)
+    np.testing.assert_allclose(after_zero, [0.5 / 2 + 0.5 * 2 / 2 * 4 / 6, 0.5 / 2 + 0.5 * 2 / 2 * 2 / 6])
+    unknown = table.by_upper.look_up(np.array([1]), np.array([1])).shares(0.5, table.alone[1:])
+    assert unknown.tolist() == [2 / 6]
+
+
+def test_neighbours_predict_what_depends_on_them_and_nothing_else() -> None:
+    rows = np.repeat(noise(300, 4)[:, :, :1], 5, axis=2)  # each pixel is its left neighbour
+    assert neighbour_nats(rows[:200], rows[200:], 4) == pytest.approx(math.log(4) / 5, rel=0.03)
+    columns = np.repeat(noise(300, 4)[:, :1], 6, axis=1)  # each pixel is its upper neighbour
+    assert neighbour_nats(columns[:200], columns[200:], 4) == pytest.approx(math.log(4) / 6, rel=0.03)
+    pure = noise(3000, 4)
+    assert neighbour_nats(pure[:2000], pure[2000:], 4) == pytest.approx(math.log(4), rel=0.01)
+
+
+def test_the_upper_right_neighbour_is_not_looked_at() -> None:
+    images = noise(400, 4)
+    images[:, 1:, :-1] = images[:, :-1, 1:]  # each pixel is its upper right neighbour
+    assert neighbour_nats(images[:300], images[300:], 4) > 0.95 * math.log(4)
+
+
+def test_single_colours_by_how_often_they_are() -> None:
+    train = np.zeros((1, 2, 50), np.int16)
+    train[0, 0, :25] = 1
+    shares = np.array([76, 26]) / 102
+    val = np.array([[[0, 1]]], np.int16)
+    assert unigram_nats(train, val, 2) == pytest.approx(-np.log(shares).mean())
+
+
+@pytest.fixture
+def task() -> IGPT:
+    encoder = EncoderSettings(
+        image_size=6, channels=1, mean=[0.5], std=[0.5], tokens="pixel", patch=1, width=16, depth=1, heads=2,
+        class_token=False, prefix_positions="none", pooling="mean", causal=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    task = IGPT(IGPTSettings(), encoder, OptimSettings(), total_steps=1, steps_per_epoch=1, global_batch=8)
+    torch.nn.init.normal_(task.head.weight)
+    return task.eval()
+
+
+@torch.no_grad()
+def test_the_models_nats_are_its_loss_whatever_the_batch(task: IGPT) -> None:
+    colours = torch.randint(0, 8, (7, 36))
+    images = task.encoder.patch_embed.images_of(colours, (6, 6))
+    loss = float(colour_error(task.head(task.encoder(images)), colours))
+    assert model_nats(task, colours, 3) == pytest.approx(loss, rel=1e-6)
+    assert model_nats(task, colours, 7) == pytest.approx(loss, rel=1e-6)
+
+
+def test_the_table_and_its_command(task: IGPT, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    source = np.random.default_rng(0)
+    for name, count in (("train", 40), ("val", 10)):
+        pack(array_samples(source.integers(0, 64, (count, 6, 6)).astype(np.uint8)), tmp_path / name)
+    train, val = load_index(tmp_path / "train"), load_index(tmp_path / "val")
+    rows = likelihood(task, train, val)
+    names = ["8 colours alike", "how often each colour is", "left and upper neighbour, counted", "iGPT"]
+    assert list(rows) == names
+    assert rows[names[0]] == {"nats per pixel": math.log(8), "bits per pixel": 3.0}
+    assert rows[names[1]]["bits per pixel"] == pytest.approx(1, abs=0.05)  # bytes below 64 are two of the greys
+    saved: dict = {"state_dict": task.state_dict()}
+    task.on_save_checkpoint(saved)
+    torch.save(saved, tmp_path / "igpt.ckpt")
+    words = ["likelihood", str(tmp_path / "igpt.ckpt"), "--train", str(tmp_path / "train"), "--val",
+             str(tmp_path / "val"), "-o", str(tmp_path / "n.json")]  # fmt: skip
+    assert main(words) == 0
+    assert json.loads((tmp_path / "n.json").read_text()) == rows
+    assert "2.0794" in capsys.readouterr().out
+    assert main(words) == 1
+    assert "n.json: already exists" in capsys.readouterr().err
