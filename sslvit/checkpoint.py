@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import pickle
+import re
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from torch import Tensor
 from sslvit.layouts import to_sslvit
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings
-from sslvit.settings.load import build
+from sslvit.settings.load import brief, build
 
 FORMAT = 1
 POSITION_TABLES = ("learned_1d", "sincos_1d", "sincos_2d")
@@ -52,7 +53,9 @@ def save_encoder(encoder: ViTEncoder, folder: str | Path, provenance: dict[str, 
     weights = {key: value.detach().cpu().contiguous() for key, value in encoder.state_dict().items()}
     save_file(weights, folder / "encoder.safetensors.part")
     about = {"format": FORMAT, "encoder": describe_encoder(encoder), "provenance": provenance or {}}
-    (folder / "encoder.json.part").write_text(json.dumps(about, indent=2) + "\n")
+    # numbers of one list on one line: a palette has 512 of them
+    text = re.sub(r"\[[-+.\de,\s]+\]", lambda found: re.sub(r"\s+", " ", found[0]), json.dumps(about, indent=2))
+    (folder / "encoder.json.part").write_text(text + "\n")
     for name in ("encoder.safetensors", "encoder.json"):
         os.replace(folder / f"{name}.part", folder / name)
     return folder
@@ -148,7 +151,7 @@ def settings_difference(one: EncoderSettings, other: EncoderSettings) -> list[st
         if field.name == "positions":
             values = ["a table" if value in POSITION_TABLES else value for value in values]
         if field.name not in NOT_IN_THE_WEIGHTS and values[0] != values[1]:
-            differences.append(f"{field.name}: {values[0]} and {values[1]}")
+            differences.append(f"{field.name}: {brief(values[0])} and {brief(values[1])}")
     return differences
 
 

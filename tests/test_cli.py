@@ -68,6 +68,11 @@ def photos(tmp_path: Path) -> Path:
         (["--task", "[1]"], "task.name: '[1]'"),
         (["--encoder.preset", "[a]"], "encoder.preset: '['a']'"),
         (["--seed", "-1"], "seed: -1 is negative"),
+        (["--encoder.palette", "my.json"], "my.json is not a file. Make one with: sslvit palette SHARDS -o my.json"),
+        (
+            ["--encoder.palette", "[[0, a]]"],
+            "encoder.palette: [[0.0, 'a']] is not a text or a list of lists of numbers",
+        ),
     ],
 )
 def test_a_wrong_setting_is_named_before_data_is_touched(
@@ -119,6 +124,18 @@ def test_paper_recipes_have_the_papers_numbers() -> None:
     assert recipe.optim.peak_rate(recipe.data.global_batch) == pytest.approx(2.4e-3)
     assert (recipe.optim.betas, recipe.optim.weight_decay, recipe.optim.warmup_epochs) == ([0.9, 0.95], 0.05, 40)
     assert (recipe.data.view.scale, recipe.data.view.flip) == ([0.2, 1.0], 0.5)
+
+
+def test_igpt_recipes_have_the_papers_numbers() -> None:
+    """iGPT, section 3.3 and the appendix on training."""
+    for size, parameters in (("small", (512, 24, 8)), ("medium", (1024, 36, 8)), ("large", (1536, 48, 16))):
+        recipe = load_recipe(f"igpt/{size}_in1k")
+        assert (recipe.encoder.width, recipe.encoder.depth, recipe.encoder.heads) == parameters
+        assert (recipe.encoder.image_size, recipe.encoder.causal, recipe.encoder.bias) == ([32, 32], True, False)
+        assert (recipe.train.steps, recipe.data.global_batch, recipe.optim.warmup_epochs) == (1_000_000, 128, 1)
+        assert (recipe.optim.betas, recipe.optim.weight_decay, recipe.encoder.dropout) == ([0.9, 0.95], 0, 0)
+        assert recipe.data.view.side == [224 / 384, 224 / 256]
+    assert load_recipe("igpt/small_in1k").optim.peak_rate(128) == pytest.approx(3e-3)
 
 
 def test_settings_explain_every_key() -> None:

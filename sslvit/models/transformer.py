@@ -79,7 +79,9 @@ class Attention(nn.Module):
         query, key, value = self.heads_of(tokens, places)
         if memory is not None:
             key, value = memory.add(key, value)
-            mixed = F.scaled_dot_product_attention(query, key, value, self.bias_after(query, memory.length, places))
+            is_first = memory.length == query.shape[2] and self.rel_pos is None
+            bias = None if is_first else self.bias_after(query, memory.length, places)
+            mixed = F.scaled_dot_product_attention(query, key, value, bias, is_causal=is_first and self.causal)
         elif query.device.type == "cpu" and query.dtype == torch.bfloat16:
             # the fused kernel is several times slower than these two products in bf16 on a CPU
             mixed = self.scores(query, key, places).softmax(-1).to(value.dtype) @ value

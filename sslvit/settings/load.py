@@ -92,6 +92,12 @@ def by_dotted_key(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def brief(value: Any) -> str:
+    """A value in a message: a palette of 512 colours would fill the screen."""
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:40]} ..."
+
+
 def find_recipe(name: str | Path) -> Path:
     """The file behind a path or a recipe name."""
     path = Path(name)
@@ -163,12 +169,20 @@ def _typed(hint: Any, value: Any, key: str) -> Any:
     """The value as the annotation wants it, checked by jsonargparse."""
     from jsonargparse import ArgumentError, ArgumentParser
 
+    if list[list[float]] in typing.get_args(hint) and _is_table(value):
+        return [[float(number) for number in row] for row in value]  # jsonargparse takes seconds for a palette
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=hint)
     try:
         return parser.parse_object({"value": value}).value
     except ArgumentError as error:
         raise ValueError(f"{key}: {value!r} is not {_describe(hint)}.") from error
+
+
+def _is_table(value: Any) -> bool:
+    """Whether it is a list of lists of numbers."""
+    rows = value if isinstance(value, list) else [None]
+    return all(isinstance(row, list) and all(type(number) in (int, float) for number in row) for row in rows)
 
 
 def _describe(hint: Any) -> str:
@@ -182,7 +196,8 @@ def _describe(hint: Any) -> str:
     if origin in (types.UnionType, typing.Union):
         return " or ".join(_describe(argument) for argument in arguments)
     if origin is list:
-        return f"a list (of {_describe(arguments[0]).removeprefix('a ')}s)"
+        inner = _describe(arguments[0]).removeprefix("a ")
+        return f"a list of {inner.replace('list', 'lists', 1) if inner.startswith('list') else inner + 's'}"
     return str(hint)
 
 

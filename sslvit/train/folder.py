@@ -21,6 +21,14 @@ from typing import Any
 import yaml
 
 
+class _Dumper(yaml.SafeDumper):
+    """Lists of plain values on one line."""
+
+    def represent_sequence(self, tag: str, sequence: list, flow_style: bool | None = None) -> yaml.Node:
+        is_plain = not any(isinstance(value, (list, dict)) for value in sequence)
+        return super().represent_sequence(tag, sequence, flow_style=is_plain)
+
+
 class RunFolder:
     """Paths of one run.
 
@@ -64,7 +72,7 @@ class RunFolder:
                 made.unlink(missing_ok=True)
         shutil.rmtree(self.encoder, ignore_errors=True)  # the checkpoint is newer from now on
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        self.config.write_text(yaml.safe_dump(settings, sort_keys=False))
+        self.config.write_text(yaml.dump(settings, Dumper=_Dumper, sort_keys=False, width=120))
 
     def samples_read(self, rank: int) -> Path:
         """The file of a rank's sample keys."""

@@ -15,7 +15,7 @@ from sslvit.data.plan import Plan, slices
 from sslvit.data.stream import StreamIndex
 from sslvit.optim import decay_groups
 from sslvit.settings import EncoderSettings, PretrainSettings
-from sslvit.settings.load import by_dotted_key
+from sslvit.settings.load import brief, by_dotted_key
 from sslvit.settings.views import MultiCropSettings
 from sslvit.tasks import task_class
 from sslvit.tasks.base import PretextTask
@@ -106,7 +106,7 @@ def check_resumed(folder: RunFolder, settings: PretrainSettings, data: ShardData
     if data.start_step > data.total_steps:
         raise ValueError(f"--resume: {folder.path} is at step {data.start_step} already, past {data.total_steps}.")
     old, new = by_dotted_key(folder.read_config()), by_dotted_key(settings.as_dict())
-    changed = [f"{key} {old.get(key)} -> {new.get(key)}" for key in new if old.get(key) != new.get(key)]
+    changed = [f"{key} {brief(old.get(key))} -> {brief(new.get(key))}" for key in new if old.get(key) != new.get(key)]
     same_shapes = shapes == {key: value.shape for key, value in task.state_dict().items()}
     if not same_shapes or moved != [len(group["params"]) for group in decay_groups(task, 0.0)]:
         guilty = [change for change in changed if change.startswith("task.")] or changed or ["another task"]
