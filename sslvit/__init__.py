@@ -1,4 +1,4 @@
-"""Self-supervised pretraining for vision transformers: MAE on one shared encoder, from tar shard to exported encoder.
+"""Self-supervised pretraining for vision transformers: MAE, DINO and iGPT on one shared encoder, from shard to export.
 
 Importing this package imports no torch; the names below load what they need on first use.
 """

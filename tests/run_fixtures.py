@@ -27,7 +27,10 @@ TINY_DINO = {key: value for key, value in TINY.items() if not key.startswith(("t
 }  # fmt: skip
 
 
-RECIPES = {"mae/digits": TINY, "dino/digits": TINY_DINO}
+TINY_IGPT = {key: value for key, value in TINY.items() if not key.startswith("task.")} | {"encoder.patch": 1}
+BERT = {"task.objective": "bert", "encoder.causal": False, "encoder.mask_token": True}
+
+RECIPES = {"mae/digits": TINY, "dino/digits": TINY_DINO, "igpt/digits": TINY_IGPT}
 
 
 def run(

@@ -43,7 +43,8 @@ def colour_error(
         is_counted: True where a pixel counts; None for all.
     """
     # float32: a bf16 softmax over 512 colours loses its tail
-    error = F.cross_entropy(logits.flatten(0, 1).float(), colours.flatten(), reduction="none").view_as(colours)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    error = F.cross_entropy(logits.flatten(0, 1), colours.flatten(), reduction="none").view_as(colours)
     if is_counted is None:
         return error.mean()
     return (error * is_counted).sum() / is_counted.sum()

@@ -189,14 +189,18 @@ def test_a_healthy_run_is_left_in_peace(
     assert {"teacher_uniform_kl", "feature_std", "rankme", "largest_prototype_share"} <= last.keys()
 
 
-@pytest.mark.parametrize("recipe", ["dino/digits", "mae/digits"])
+@pytest.mark.parametrize("recipe", ["dino/digits", "mae/digits", "igpt/digits"])
 def test_a_run_that_explodes_says_so_and_ends_in_order(
     recipe: str, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     changes = TINY | {"optim.base_rate": 1e30, "train.steps": 8, "train.log_every": 1, "optim.warmup_epochs": 0}
-    if recipe == "mae/digits":
+    if recipe != "dino/digits":
         changes = {key: value for key, value in changes.items() if not key.startswith(("task.", "data.view."))}
-        changes["encoder.tokens"] = "patch"
+        kind = {
+            "mae/digits": {"encoder.tokens": "patch"},
+            "igpt/digits": {"encoder.tokens": "pixel", "encoder.patch": 1},
+        }
+        changes |= kind[recipe]
     folder = pretrain(load_recipe(recipe, changes | {"data.shards": str(shards), "out": str(tmp_path / "run")}))
     health = json.loads(folder.health.read_text(), parse_constant=pytest.fail)
     assert health["verdict"] == "collapsed"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from run_fixtures import RECIPES, TINY, metrics, read_keys, run, same, weights
+from run_fixtures import BERT, RECIPES, TINY, metrics, read_keys, run, same, weights
 
 from sslvit.checkpoint import load_encoder
 from sslvit.tasks import task_class
@@ -28,6 +28,8 @@ from sslvit.train.folder import RunFolder
         {"data.workers": 2, "data.memory_limit_mb": 0},
         {"recipe": "dino/digits"},
         {"recipe": "dino/digits", "train.micro_batch": 2, "task.batch_norm": True},
+        {"recipe": "igpt/digits"},
+        {"recipe": "igpt/digits", **BERT},
     ],
 )
 def test_a_stopped_run_resumes_to_the_same_weights_and_metrics(

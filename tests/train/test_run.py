@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from run_fixtures import RECIPES, TINY, metrics, read_keys, run, same, weights
+from run_fixtures import BERT, RECIPES, TINY, metrics, read_keys, run, same, weights
 
 import sslvit
 from sslvit.checkpoint import load_encoder
@@ -47,9 +47,11 @@ def test_the_same_settings_give_the_same_run_and_another_seed_another(shards: Pa
     assert not same(one, other)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_micro_batches_and_workers_leave_the_run_as_it_is(shards: Path, tmp_path: Path, recipe: str) -> None:
-    base = {"train.precision": "float64", "train.steps": 5, "recipe": recipe}
+@pytest.mark.parametrize(("recipe", "special"), [*((recipe, {}) for recipe in RECIPES), ("igpt/digits", BERT)])
+def test_micro_batches_and_workers_leave_the_run_as_it_is(
+    shards: Path, tmp_path: Path, recipe: str, special: dict
+) -> None:
+    base = {"train.precision": "float64", "train.steps": 5, "recipe": recipe} | special
     plain = run(shards, tmp_path / "plain", **base)
     for i, changes in enumerate(({"train.micro_batch": 2}, {"data.workers": 1, "data.memory_limit_mb": 0})):
         other = run(shards, tmp_path / f"other{i}", **base, **changes)
@@ -171,6 +173,8 @@ def test_the_python_door(shards: Path, tmp_path: Path) -> None:
         ("mae/digits", {}),
         ("dino/digits", {"train.micro_batch": 2}),
         ("dino/digits", {"task.centring": "sinkhorn"}),  # balanced over the batch of all ranks
+        ("igpt/digits", {}),
+        ("igpt/digits", BERT),
     ],
 )
 def test_two_ranks_train_as_one(shards: Path, tmp_path: Path, recipe: str, special: dict) -> None:
