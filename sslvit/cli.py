@@ -377,6 +377,8 @@ def run_sample(options: argparse.Namespace) -> None:
             raise ValueError(f"--{key} {value}: must be 1 or more.")
     out = options.output
     if out is None:
+        if not Path(options.run).exists():
+            raise FileNotFoundError(f"{options.run}: no such file or folder. Give the folder of an iGPT run.")
         if not Path(options.run).is_dir():
             raise ValueError(f"{options.run}: not a run folder, so say where the picture goes: -o FILE.png")
         out = Path(options.run) / "figures" / ("completions.png" if options.complete else "samples.png")

@@ -1,0 +1,105 @@
+"""`sslvit sample`: pictures from nothing and completed ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from shard_fixtures import image_folder
+
+from sslvit.cli import main
+from sslvit.report import samples
+from sslvit.settings import EncoderSettings, IGPTSettings, OptimSettings
+from sslvit.tasks.igpt import IGPT
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run folder with the checkpoint of a tiny model of 6 x 6 pixels in colour."""
+    encoder = EncoderSettings(
+        image_size=6, mean=[0.5] * 3, std=[0.5] * 3, tokens="pixel", patch=1, width=16, depth=1, heads=2, causal=True,
+        class_token=False, prefix_positions="none", pooling="mean", palette=[[-1.0] * 3, [0.0] * 3, [1.0] * 3],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    task = IGPT(IGPTSettings(), encoder, OptimSettings(), total_steps=1, steps_per_epoch=1, global_batch=8)
+    torch.nn.init.normal_(task.head.weight)
+    saved: dict = {"state_dict": task.state_dict()}
+    task.on_save_checkpoint(saved)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    torch.save(saved, tmp_path / "run" / "checkpoints" / "last.ckpt")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list:
+    """What was handed to the drawing: rows and titles."""
+    kept: list = []
+    draw = samples.image_rows
+
+    def keep(path, rows, titles, title=""):
+        kept.append((rows, titles))
+        return draw(path, rows, titles, title)
+
+    monkeypatch.setattr(samples, "image_rows", keep)
+    return kept
+
+
+def test_images_from_nothing_by_seed(run: Path, drawn: list, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["sample", str(run), "--count", "11", "--batch", "4"]) == 0
+    assert Image.open(run / "figures" / "samples.png").width > 100
+    assert main(["sample", str(run), "--count", "11", "-o", str(tmp_path / "again.png")]) == 0
+    assert main(["sample", str(run), "--count", "11", "--seed", "1", "-o", str(tmp_path / "other.png")]) == 0
+    one, again, other = (np.concatenate(rows) for rows, _ in drawn)
+    assert [len(row) for row in drawn[0][0]] == [8, 3]
+    assert one.shape == (11, 3, 6, 6)
+    assert set(np.unique(one)) <= {0.0, 0.5, 1.0}
+    assert np.array_equal(one, again)
+    assert not np.array_equal(one, other)
+    capsys.readouterr()
+    assert main(["sample", str(run)]) == 1
+    assert "samples.png: already exists" in capsys.readouterr().err
+
+
+def test_completions_stand_between_input_and_original(run: Path, drawn: list, tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "images", count=4)
+    (folder / "cat" / "im.001.png").write_bytes(b"no picture")
+    words = ["sample", str(run), "--complete", str(folder), "--count", "8", "--draws", "2", "--given", "0.4"]
+    assert main(words) == 0
+    assert (run / "figures" / "completions.png").exists()
+    ((rows, titles),) = drawn
+    assert titles == ["input", "completion 1", "completion 2", "original"]
+    assert {row.shape for row in rows} == {(7, 3, 6, 6)}  # one of eight cannot be read
+    seen, *completed, original = (row.reshape(7, 3, 36) for row in rows)
+    known = 14  # 0.4 of 36
+    assert all(np.array_equal(row[:, :, :known], original[:, :, :known]) for row in (seen, *completed))
+    assert (seen[:, :, known:] == 0.5).all()
+    assert not np.array_equal(*completed)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--complete", "IMAGES", "--given", "1"], "--given 1.0: that is 36 of 36 pixels"),
+        (["--complete", "IMAGES", "--given", "-0.1"], "--given -0.1"),
+        (["--complete", "missing"], "missing is not a folder"),
+        (["--count", "0"], "--count 0: must be 1 or more"),
+        (["--temperature", "-1"], "--temperature -1.0"),
+        (["-o", "nowhere/x.png"], "nowhere/x.png: its folder does not exist"),
+    ],
+)
+def test_what_cannot_be_sampled_is_said_in_one_line(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture, words: list[str], message: str
+) -> None:
+    folder = image_folder(tmp_path / "images", count=1)
+    assert main(["sample", str(run), *(str(folder) if word == "IMAGES" else word for word in words)]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_run_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["sample", str(tmp_path / "none")]) == 1
+    assert "no such file or folder" in capsys.readouterr().err
