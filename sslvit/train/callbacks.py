@@ -115,12 +115,13 @@ class RunLog(StepCallback):
 
     def _show(self, line: dict[str, float]) -> None:
         loss, speed = line.get("loss", float("nan")), line["images_per_second"]
+        bits = f" ({line['bits']:.4f} bits)" if "bits" in line else ""
         if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} images/s")
+            self.bar.set_postfix_str(f"loss {loss:.4f}{bits}, {speed:,.0f} images/s")
             return
         left = (self.total_steps - self.step) * line["elapsed_seconds"] / max(self.step - self.first_step, 1)
         print(
-            f"step {self.step}/{self.total_steps}  epoch {line['epoch']:.1f}  loss {loss:.4f}  "
+            f"step {self.step}/{self.total_steps}  epoch {line['epoch']:.1f}  loss {loss:.4f}{bits}  "
             f"{speed:,.0f} images/s  {_duration(left)} left", flush=True,
         )  # fmt: skip
 

@@ -50,6 +50,10 @@ def check_data(settings: PretrainSettings, index: Index, plan: Plan) -> None:
         for side in wanted:
             if side % encoder.patch:
                 raise ValueError(f"{key}: {side} is not a multiple of encoder.patch ({encoder.patch}).")
+    if encoder.tokens == "pixel" and data.resolutions:
+        raise ValueError(
+            "data.resolutions: a pixel sequence is tied to its size (encoder.image_size). Leave data.resolutions out."
+        )
     if data.ledger and isinstance(index, StreamIndex):
         raise ValueError("data.ledger: a stream cannot promise each sample once. Pack it into shards, or leave it off.")
     check_present(index, data.bad_limit)

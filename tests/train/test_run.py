@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -59,6 +60,18 @@ def test_micro_batches_and_workers_leave_the_run_as_it_is(
             assert one == pytest.approx(two, rel=1e-6)
         for key, value in weights(plain).items():
             torch.testing.assert_close(weights(other)[key], value, rtol=1e-6, atol=1e-8)
+
+
+def test_a_model_of_pixels_logs_nats_and_bits_and_draws(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = run(shards, tmp_path / "run", recipe="igpt/digits", **{"train.steps": 2})
+    last = folder.read_metrics()[-1]
+    assert last["bits"] == pytest.approx(last["loss"] / math.log(2))
+    assert f"loss {last['loss']:.4f} ({last['bits']:.4f} bits)" in capsys.readouterr().out
+    assert {"generated.png", "completed.png", "loss.png"} <= {path.name for path in folder.figures.iterdir()}
+    filled = run(shards, tmp_path / "bert", recipe="igpt/digits", **BERT, **{"train.steps": 2})
+    assert (filled.figures / "filled.png").exists()
 
 
 def test_the_teacher_moves_once_per_update_as_written_in_the_paper(shards: Path, tmp_path: Path) -> None:
@@ -254,6 +267,8 @@ def test_data_that_does_not_fit_is_refused_before_the_first_step(shards: Path, t
     six = pack(array_samples(np.zeros((9, 8, 8, 6), np.uint8)), tmp_path / "six")
     with pytest.raises(ValueError, match="encoder.channels: 1, but the images of .*six have 6"):
         run(six.location, tmp_path / "run")
+    with pytest.raises(ValueError, match="data.resolutions: a pixel sequence is tied to its size"):
+        run(shards, tmp_path / "run", recipe="igpt/digits", **{"data.resolutions": [8, 4]})
     path = shards / "shard-000000.tar"
     path.rename(shards / "moved")
     with pytest.raises(ValueError, match=r"1 shards cannot be read, 30 of 30 samples .shard-000000.tar: missing shard"):
