@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from test_igpt import grey, make
+from test_mae import batch_of
 
 from sslvit.settings.sample import SampleSettings
 from sslvit.tasks.sampling import complete, draw_colours, likely_shares
@@ -109,3 +110,22 @@ def test_colours_are_drawn_as_often_as_they_are_likely_and_never_where_they_are_
 def test_settings_that_cannot_be_sampled_with_are_refused(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SampleSettings(**changes)
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_quantises_and_completes_as_the_cpu_does() -> None:
+    task = make(positions="rotary_2d").eval().double()
+    images, settings = grey(40), SampleSettings(batch=16, top_p=0.9)
+    results = []
+    for device in ("cpu", "cuda"):
+        task = task.to(device)
+        with torch.autocast(device, torch.bfloat16):
+            colours = task.encoder.patch_embed.indices(images.to(device))
+        drawn = complete(task.encoder, task.head, colours[:, :8], settings)
+        figures = task.figures(batch_of(images[:4].to(device)))
+        results.append((colours.cpu(), drawn.cpu(), figures["completed"][1]))
+    (one, drawn_one, rows_one), (other, drawn_other, rows_other) = results
+    assert torch.equal(one, other)
+    assert torch.equal(drawn_one, drawn_other)
+    assert all((a == b).all() for a, b in zip(rows_one, rows_other, strict=True))
