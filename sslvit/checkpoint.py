@@ -54,7 +54,7 @@ def save_encoder(encoder: ViTEncoder, folder: str | Path, provenance: dict[str, 
     save_file(weights, folder / "encoder.safetensors.part")
     about = {"format": FORMAT, "encoder": describe_encoder(encoder), "provenance": provenance or {}}
     # numbers of one list on one line: a palette has 512 of them
-    text = re.sub(r"\[[-+.\de,\s]+\]", lambda found: re.sub(r"\s+", " ", found[0]), json.dumps(about, indent=2))
+    text = re.sub(r"\[\n[-+.\de,\s]+\]", lambda found: re.sub(r"\s+", " ", found[0]), json.dumps(about, indent=2))
     (folder / "encoder.json.part").write_text(text + "\n")
     for name in ("encoder.safetensors", "encoder.json"):
         os.replace(folder / f"{name}.part", folder / name)
@@ -80,13 +80,7 @@ def load_encoder(source: str | Path, layout: str | None = None, heads: int | Non
     else:
         content = read_torch_file(path)
         if "sslvit" in content:
-            settings = settings_from(content["sslvit"]["encoder"], path)
-            prefix = content["sslvit"]["prefix"]
-            weights = {
-                key.removeprefix(prefix): value
-                for key, value in content["state_dict"].items()
-                if key.startswith(prefix)
-            }
+            settings, weights, _ = own_parts(content, path)
         else:
             converted = to_sslvit(weights_in(content, path), layout, heads, **changes)
             for note in converted.notes:
@@ -95,6 +89,21 @@ def load_encoder(source: str | Path, layout: str | None = None, heads: int | Non
     encoder = ViTEncoder(settings)
     put_weights(encoder, weights, str(path))
     return encoder.eval()
+
+
+def own_parts(content: dict[str, Any], path: Path) -> tuple[EncoderSettings, dict[str, Tensor], dict[str, Tensor]]:
+    """Of a checkpoint of a run: the trained encoder's settings, its weights, and all other weights.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        record, prefix, state = content["sslvit"]["encoder"], content["sslvit"]["prefix"], content["state_dict"]
+        encoder = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        others = {key: value for key, value in state.items() if not key.startswith(prefix)}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a whole checkpoint of sslvit ({error}).") from error
+    return settings_from(record, path), encoder, others
 
 
 def find_encoder(source: str | Path) -> Path:

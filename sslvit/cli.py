@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -134,6 +135,7 @@ def make_parser() -> argparse.ArgumentParser:
     probe.add_argument("--figure", metavar="FILE", help="with --layers: the PNG (default: in the run's figures)")
     probe.add_argument("--pooling", choices=["class", "mean", "attention"])
     probe.add_argument("--neighbours", type=int, default=20, metavar="K")
+    probe.add_argument("--batch", type=int, default=256, help="images per forward pass (default: %(default)s)")
     probe.add_argument("--workers", type=int, default=0)
     probe.add_argument("--no-baselines", action="store_true", help="leave out raw pixels and the untrained encoder")
     probe.add_argument("--seed", type=int, default=0)
@@ -144,9 +146,9 @@ def make_parser() -> argparse.ArgumentParser:
     sample = command("sample", run_sample, "draw images from a model of pixels, or complete given ones")
     sample.add_argument("run", metavar="RUN", help="run folder or checkpoint of an iGPT run, or a released file")
     sample.add_argument("--complete", metavar="IMAGES", help="shards or a folder of images to complete")
-    sample.add_argument("--given", type=float, default=0.5, metavar="SHARE",
-                        help="share of each image that is given, from the top (default: %(default)s)")  # fmt: skip
-    sample.add_argument("--draws", type=int, default=3, metavar="N", help="completions of each (default: %(default)s)")
+    sample.add_argument("--given", type=float, metavar="SHARE",
+                        help="share of each image that is given, from the top (default: 0.5)")  # fmt: skip
+    sample.add_argument("--draws", type=int, metavar="N", help="completions of each (default: 3)")
     sample.add_argument("--count", type=int, metavar="N", help="images (default: 16, or 8 to complete)")
     sample.add_argument("--temperature", type=float, default=1.0, help="0 for the likeliest (default: %(default)s)")
     sample.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest colours only")
@@ -156,7 +158,7 @@ def make_parser() -> argparse.ArgumentParser:
     sample.add_argument("--batch", type=int, default=32, help="images side by side (default: %(default)s)")
     sample.add_argument("-o", "--output", metavar="FILE", help="PNG (default: below RUN/figures)")
     add_device(sample)
-    add_layout(sample)
+    add_released(sample)
 
     likelihood = command("likelihood", run_likelihood, "nats per pixel of an iGPT run, beside what counting gives")
     likelihood.add_argument("run", metavar="RUN", help="run folder or checkpoint of an iGPT run, or a released file")
@@ -165,7 +167,7 @@ def make_parser() -> argparse.ArgumentParser:
     likelihood.add_argument("--batch", type=int, default=16, help="images per forward pass (default: %(default)s)")
     likelihood.add_argument("-o", "--output", metavar="FILE", help="also write the table as JSON")
     add_device(likelihood)
-    add_layout(likelihood)
+    add_released(likelihood)
 
     export = command("export", run_export, "write an encoder for another library, reopen it there and compare")
     export.add_argument("encoder", metavar="ENCODER")
@@ -187,6 +189,11 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 def add_layout(parser: argparse.ArgumentParser) -> None:
     layouts = ["mae", "dino", "dinov2", "timm", "openai_igpt"]
     parser.add_argument("--layout", choices=layouts, help="of a released file (default: recognised by its names)")
+    add_released(parser)
+
+
+def add_released(parser: argparse.ArgumentParser) -> None:
+    """What a released file does not say."""
     parser.add_argument("--heads", type=int, help="attention heads of a released file, which does not say them")
     parser.add_argument(
         "--image-size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="that a released file was trained at"
@@ -291,7 +298,7 @@ def run_palette(options: argparse.Namespace) -> None:
     print(
         f"{options.output}: {len(made['colours'])} colours fitted on {made['pixels']:,} pixels; "
         f"mean squared error {error:.2e} of values in [-1, 1], {error**0.5 * 127.5:.1f} of 255 on average "
-        f"(uniform palette: {uniform:.2e}, {uniform**0.5 * 127.5:.1f})\n"
+        f"{f' (uniform palette: {uniform:.2e}, {uniform**0.5 * 127.5:.1f})' if uniform is not None else ''}\n"
         f"use it with --encoder.palette {options.output}; drawn in {Path(options.output).with_suffix('.png')}"
     )
 
@@ -313,10 +320,12 @@ def run_settings(options: argparse.Namespace) -> None:
 
 def unsaid(options: argparse.Namespace) -> dict[str, Any]:
     """Settings that a released file does not say, where they are given."""
-    from sslvit.settings.palette import read_palette
+    from sslvit.settings.palette import UNIFORM, read_palette
 
     given = {"image_size": options.image_size} if options.image_size else {}
-    return given | {"palette": read_palette(options.palette)} if options.palette else given
+    if options.palette:
+        given["palette"] = UNIFORM if options.palette == UNIFORM else read_palette(options.palette)
+    return given
 
 
 def run_probe(options: argparse.Namespace) -> None:
@@ -324,7 +333,7 @@ def run_probe(options: argparse.Namespace) -> None:
 
     settings = ProbeSettings(
         options.train, options.val, options.labels_per_class, layer=options.layer, pooling=options.pooling,
-        neighbours=options.neighbours, workers=options.workers, baselines=not options.no_baselines,
+        neighbours=options.neighbours, batch=options.batch, workers=options.workers, baselines=not options.no_baselines,
         seed=options.seed,
         device=options.device,
     )  # fmt: skip
@@ -332,21 +341,24 @@ def run_probe(options: argparse.Namespace) -> None:
     if options.layers and figure is None:
         folder = Path(options.encoder) / "figures"
         figure = folder / "layers.png" if folder.is_dir() else Path("layers.png")
+    if options.figure and not options.layers:
+        raise ValueError("--figure is for --layers.")
     if options.layers and options.layer:
         raise ValueError("--layer and --layers exclude each other: one block for the table, or several side by side?")
-    for path in (options.output, figure):
-        check_new(path)
+    check_new(options.output)
+    check_new_picture(figure)
     from sslvit.checkpoint import load_encoder
-    from sslvit.evaluate.layers import layer_numbers, probe_layers
+    from sslvit.evaluate.layers import draw_layers, layer_numbers, probe_layers
     from sslvit.evaluate.probe import probe
 
     encoder = load_encoder(options.encoder, options.layout, options.heads, **unsaid(options))
     if options.layers:
         numbers = layer_numbers(options.layers, encoder.settings.depth)
-        curve = probe_layers(encoder, settings, numbers, figure)
-        print(f"\n{curve.text()}\n{figure}")
+        curve = probe_layers(encoder, settings, numbers)
+        print(f"\n{curve.text()}")
         if options.output:
             Path(options.output).write_text(json.dumps(curve.as_dict(), indent=1) + "\n")
+        print(draw_layers(curve, numbers, figure))
         return
     table = probe({"encoder": encoder}, settings)
     about = table.about
@@ -365,6 +377,15 @@ def check_new(path: str | Path | None) -> None:
         raise ValueError(f"{path}: already exists. Choose another file.")
     if not Path(path).parent.is_dir():
         raise ValueError(f"{path}: its folder does not exist. Make it first.")
+    if not os.access(Path(path).parent, os.W_OK):
+        raise ValueError(f"{path}: its folder cannot be written to. Choose another.")
+
+
+def check_new_picture(path: str | Path | None) -> None:
+    """check_new for a picture."""
+    if path is not None and Path(path).suffix != ".png":
+        raise ValueError(f"{path}: a picture is written as PNG. Choose a name that ends in .png.")
+    check_new(path)
 
 
 def run_sample(options: argparse.Namespace) -> None:
@@ -382,14 +403,17 @@ def run_sample(options: argparse.Namespace) -> None:
         if not Path(options.run).is_dir():
             raise ValueError(f"{options.run}: not a run folder, so say where the picture goes: -o FILE.png")
         out = Path(options.run) / "figures" / ("completions.png" if options.complete else "samples.png")
-        out.parent.mkdir(exist_ok=True)
-    check_new(out)
+    if Path(out).parent.is_dir() or options.output:
+        check_new_picture(out)
+    if not options.complete and (options.draws, options.given) != (None, None):
+        raise ValueError("--draws and --given are for --complete IMAGES.")
     from sslvit.report.samples import draw_completions, draw_samples
 
     task = load_task(options)
     if options.complete:
-        count = options.count or 8
-        draw_completions(task, options.complete, out, count, options.given, options.draws, settings)
+        count, draws = options.count or 8, options.draws or 3
+        given = 0.5 if options.given is None else options.given
+        draw_completions(task, options.complete, out, count, given, draws, settings)
     else:
         draw_samples(task, out, options.count or 16, settings)
     print(out)
@@ -412,7 +436,7 @@ def run_likelihood(options: argparse.Namespace) -> None:
 
 def load_task(options: argparse.Namespace):
     """An iGPT with its output matrix, on the device asked for."""
-    from sslvit.evaluate.features import pick_device
+    from sslvit.environment import pick_device
     from sslvit.tasks.igpt import load_igpt
 
     return load_igpt(options.run, options.heads, **unsaid(options)).to(pick_device(options.device))

@@ -1,4 +1,4 @@
-"""Whether the installed libraries fit together; run by `make` after installing: ``python -m sslvit.environment``."""
+"""What is there to run on: libraries that fit together (``python -m sslvit.environment``, run by `make`), a GPU."""
 
 from __future__ import annotations
 
@@ -25,6 +25,19 @@ def check() -> str | None:
     except (RuntimeError, AttributeError, ImportError) as error:
         return explain(error) or f"torchvision cannot be imported: {error}"
     return None
+
+
+def pick_device(name: str = "auto") -> str:
+    """The device behind a name: auto is a GPU where there is one.
+
+    Raises:
+        ValueError: cuda is asked for and not there.
+    """
+    import torch  # seconds; a command that needs no device need not wait for it
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU here. Use auto or cpu.")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 if __name__ == "__main__":

@@ -23,9 +23,10 @@ def image_rows(path: str | Path, rows: list[np.ndarray], titles: list[str], titl
     """
     columns = rows[0].shape[0]
     cell = 1.0
-    figure = Figure(figsize=(columns * cell + 1.4, len(rows) * cell + (0.5 if title else 0.1)), dpi=120)
+    margin = 1.35 if any(titles) else 0.05
+    figure = Figure(figsize=(columns * cell + margin + 0.05, len(rows) * cell + (0.5 if title else 0.1)), dpi=120)
     top = 1 - (0.45 / figure.get_figheight() if title else 0)
-    left = 1.35 / figure.get_figwidth()
+    left = margin / figure.get_figwidth()
     grid = figure.add_gridspec(
         len(rows), columns, left=left, right=0.995, top=top, bottom=0.01, wspace=0.06, hspace=0.06
     )

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int
 from torch import Tensor
 
 PIECE = 2048  # pixels whose distances to all colours fit into a processor's cache
@@ -53,11 +53,6 @@ def nearest_rows(pixels: Float[Tensor, "n c"], palette: Float[Tensor, "colours c
 def colours_of(indices: Int[Tensor, "b h w"], palette: Float[Tensor, "colours c"]) -> Float[Tensor, "b c h w"]:
     """The palette's colours at the given indices, in [-1, 1]."""
     return rearrange(palette[indices], "b h w c -> b c h w")
-
-
-def bytes_of(colours: Float[Tensor, "*n"]) -> UInt8[Tensor, "*n"]:
-    """Colours in [-1, 1] as bytes, rounded to the nearest."""
-    return ((colours + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def squared_error(pixels: Float[Tensor, "n c"], palette: Float[Tensor, "colours c"]) -> float:

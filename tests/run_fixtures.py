@@ -27,7 +27,9 @@ TINY_DINO = {key: value for key, value in TINY.items() if not key.startswith(("t
 }  # fmt: skip
 
 
-TINY_IGPT = {key: value for key, value in TINY.items() if not key.startswith("task.")} | {"encoder.patch": 1}
+TINY_IGPT = {key: value for key, value in TINY.items() if not key.startswith("task.")} | {
+    "encoder.patch": 1, "encoder.feature_layer": 1,
+}  # fmt: skip
 BERT = {"task.objective": "bert", "encoder.causal": False, "encoder.mask_token": True}
 
 RECIPES = {"mae/digits": TINY, "dino/digits": TINY_DINO, "igpt/digits": TINY_IGPT}

@@ -90,6 +90,35 @@ def test_a_wrong_recipe_names_the_nearest(capsys, tmp_path: Path) -> None:
     assert "expected keys and values" in failing(capsys, "pretrain", "--config", str(tmp_path / "list.yaml"))
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["palette", "PHOTOS", "-o", "p.txt"], "p.txt: a palette is written as JSON"),
+        (["palette", "PHOTOS", "-o", "p.json", "--image-size", "0"], "--image-size 0: must be 1 or more"),
+        (["palette", "PHOTOS", "-o", "p.json", "--seed", "-1"], "--seed -1: must be from 0"),
+        (["palette", "PHOTOS", "-o", "p.json"], "--colours 512: these images have only 6 different ones"),
+        (["palette", "none", "-o", "p.json"], "none is not a folder"),
+        (["sample", "PHOTOS"], "no checkpoints/last.ckpt there"),
+        (["sample", "PHOTOS", "-o", "x.jpg"], "x.jpg: a picture is written as PNG"),
+        (["sample", "PHOTOS", "--given", "0.5"], "--draws and --given are for --complete"),
+        (["probe", "x", "--train", "a", "--val", "b", "--figure", "f.png"], "--figure is for --layers"),
+        (
+            ["probe", "x", "--train", "a", "--val", "b", "--layers", "all", "--figure", "f"],
+            "f: a picture is written as PNG",
+        ),
+        (["probe", "x", "--train", "a", "--val", "b", "--batch", "0"], "--batch 0: must be 1 or more"),
+        (["likelihood", "none.ckpt", "--train", "a", "--val", "b"], "none.ckpt: no such file"),
+    ],
+)
+def test_what_the_commands_of_pixels_refuse(
+    capsys, photos: Path, words: list[str], message: str, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = set(photos.rglob("*"))
+    assert message in failing(capsys, *(str(photos) if word == "PHOTOS" else word for word in words))
+    assert set(photos.rglob("*")) == before  # nothing is made in a folder that is no run
+
+
 def test_options_of_other_commands_are_refused(capsys, photos: Path) -> None:
     assert "--hold: no such option" in failing(capsys, "shards", "pack", str(photos), "out", "--hold", "0.1")
 

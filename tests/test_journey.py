@@ -16,7 +16,10 @@ from sslvit.cli import main
 from sslvit.data.index import load_index
 from sslvit.report.demo import RECIPES, demo, pack_digits, split_changes
 
-SHORT = {"train.steps": 4, "train.log_every": 2, "encoder.width": 32, "encoder.depth": 1, "task.decoder_width": 16}
+SHORT = {
+    "train.steps": 4, "train.log_every": 2, "encoder.width": 32, "encoder.depth": 1, "encoder.feature_layer": 1,
+    "task.decoder_width": 16,
+}  # fmt: skip
 
 
 def stripes(folder: Path) -> Path:

@@ -9,7 +9,6 @@ from golden_fixtures import Golden
 from sslvit.models import ViTEncoder
 from sslvit.palette import (
     PIECE,
-    bytes_of,
     colours_of,
     fit_palette,
     nearest_colour,
@@ -27,7 +26,7 @@ def test_nearest_colours_and_back() -> None:
         indices = nearest_colour(images, palette)
         golden.check(f"output/{name}/indices", indices.flatten(1))
     near = colours_of(nearest_colour(images, golden["input/palette"]), golden["input/palette"])
-    golden.check("output/kmeans/decoded", bytes_of(near).permute(0, 2, 3, 1))
+    golden.check("output/kmeans/decoded", ((near + 1) * 127.5).round().permute(0, 2, 3, 1))
 
 
 def test_ties_go_to_the_lowest_index() -> None:
@@ -97,8 +96,32 @@ def test_few_colours_are_taken_as_they_are_and_too_many_are_refused() -> None:
         fit_palette(pixels, 4)
 
 
-def test_a_colour_without_pixels_moves_to_where_it_is_needed() -> None:
-    # 997 pixels are alike and three are not: k-means++ on a part of them can begin with colours that are of no use
-    pixels = torch.cat([torch.zeros(997, 3), torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]])])
-    for seed in range(5):
-        assert squared_error(pixels, fit_palette(pixels, 3, seed)) <= 1 / 1000 * 2 / 3 / 2 + 1e-6
+def test_a_colour_without_pixels_moves_to_where_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sklearn.cluster
+
+    def two_alike(values, count, random_state):
+        return values[[0, 0, -1]], None
+
+    monkeypatch.setattr(sklearn.cluster, "kmeans_plusplus", two_alike)
+    centres = torch.tensor([[-0.8], [0.1], [0.9]])
+    torch.testing.assert_close(fit_palette(clouds(centres), 3), centres, atol=0.01, rtol=0)
+
+
+def test_near_colours_start_alike_if_asked_to() -> None:
+    def likeness(start: str) -> tuple[float, float]:
+        torch.manual_seed(0)
+        settings = EncoderSettings(
+            image_size=4, tokens="pixel", patch=1, width=64, depth=1, heads=1, class_token=False, pooling="mean",
+            prefix_positions="none", colour_start=start,
+        )  # fmt: skip
+        pixels = ViTEncoder(settings).patch_embed
+        directions = torch.nn.functional.normalize(pixels.embed.weight, dim=1)
+        distance = torch.cdist(pixels.palette, pixels.palette)
+        products = directions @ directions.T
+        return float(products[(distance > 0) & (distance < 0.3)].mean()), float(products[distance > 2].mean())
+
+    near, far = likeness("fourier")
+    assert near > 0.8
+    assert abs(far) < 0.1
+    near, far = likeness("normal")
+    assert abs(near) < 0.05

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -18,7 +17,15 @@ from sslvit.data.reader import ShardReader
 from sslvit.data.resample import normalise
 from sslvit.data.views import Views
 from sslvit.figures import palette_picture
-from sslvit.palette import LEVELS, ROUNDS, fit_palette, nearest_colour, squared_error, uniform_palette
+from sslvit.palette import (
+    LEVELS,
+    ROUNDS,
+    colours_of,
+    fit_palette,
+    nearest_colour,
+    squared_error,
+    uniform_palette,
+)
 from sslvit.progress import track
 from sslvit.settings.views import CentreSettings
 
@@ -56,6 +63,11 @@ def make_palette(
             raise ValueError(f"{path}: already exists. Choose another file.")
     if colours is not None and colours < 2:
         raise ValueError(f"--colours {colours}: a palette has two or more.")
+    if image_size < 1:
+        raise ValueError(f"--image-size {image_size}: must be 1 or more.")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"--seed {seed}: must be from 0 to {2**32 - 1}.")
+    out.parent.mkdir(parents=True, exist_ok=True)  # a place that cannot be is said before the work
     colours = colours or (LEVELS if index.channels == 1 else LEVELS**3)
     pixels, images = draw_pixels(index, image_size, seed)
     palette = fit_palette(pixels, colours, seed, track(range(ROUNDS), "k-means", ROUNDS, unit="rounds at most"))
@@ -63,14 +75,15 @@ def make_palette(
     content = {
         "kind": "k-means", "colours": [[round(value, DIGITS) for value in row] for row in palette.tolist()],
         "mean_squared_error": squared_error(pixels, palette),
-        "mean_squared_error_uniform": squared_error(pixels, uniform_palette(index.channels)),
+        "mean_squared_error_uniform": None,
         "pixels": len(pixels), "image_size": image_size, "seed": seed,
         "data": {"shards": index.location, "images": len(index), "fingerprint": index.fingerprint()},
     }  # fmt: skip
+    if index.channels in (1, 3):
+        content["mean_squared_error_uniform"] = squared_error(pixels, uniform_palette(index.channels))
     shown = images[:SHOWN]
-    near = rearrange(palette[nearest_colour(shown, palette)], "b h w c -> b c h w")
+    near = colours_of(nearest_colour(shown, palette), palette)
     palette_picture(picture, *(((values + 1) / 2).numpy() for values in (palette, shown, near)))
-    out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f"{out.name}.part")
     part.write_text(json.dumps(content) + "\n")
     part.replace(out)

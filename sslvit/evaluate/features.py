@@ -20,17 +20,6 @@ from sslvit.settings import EncoderSettings
 PIXEL_SIDE = 32  # raw pixels are compared at no more than this size
 
 
-def pick_device(name: str) -> str:
-    """The device behind a name: auto is a GPU where there is one.
-
-    Raises:
-        ValueError: cuda is asked for and not there.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no GPU here. Use auto or cpu.")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-
-
 @dataclass
 class Features:
     """Features of the readable images of a data set, on the CPU.
@@ -76,7 +65,7 @@ def layer_features(
     """encoder_features of several layers in one pass over the data; None is the encoder's own layer."""
     device = next(encoder.parameters()).device
     own = encoder.settings.feature_layer or encoder.settings.depth
-    numbers = [layer or own for layer in layers]
+    numbers = [own if layer is None else layer for layer in layers]
     encoder.eval()
 
     def features(images: Tensor) -> Tensor:

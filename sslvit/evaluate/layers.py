@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from sslvit.data.reader import ShardReader
-from sslvit.evaluate.features import layer_features, pick_device, pixel_features
+from sslvit.environment import pick_device
+from sslvit.evaluate.features import layer_features, pixel_features
 from sslvit.evaluate.linear import fit_probe
 from sslvit.evaluate.probe import format_table, open_labelled, score_features, untrained
 from sslvit.figures import curves
@@ -65,16 +66,13 @@ def layer_numbers(text: str, depth: int) -> list[int]:
     return numbers
 
 
-def probe_layers(
-    encoder: ViTEncoder, settings: ProbeSettings, numbers: list[int], figure: str | Path | None = None
-) -> LayerTable:
+def probe_layers(encoder: ViTEncoder, settings: ProbeSettings, numbers: list[int]) -> LayerTable:
     """Score blocks of one encoder, from one pass over each data set.
 
     Args:
         encoder: what is probed.
         settings: data and probes.
         numbers: of the blocks, from 1.
-        figure: PNG of the linear probe against depth.
     """
     train_index, val_index = open_labelled(settings)
     classes = len(train_index.classes)
@@ -100,10 +98,7 @@ def probe_layers(
         "val_images": len(val_index), "classes": classes, "pooling": settings.pooling or encoder.settings.pooling,
         "norm": encoder.settings.feature_norm, "seed": settings.seed,
     }  # fmt: skip
-    table = LayerTable(rows, best, numbers[-1], about)
-    if figure is not None:
-        draw_layers(table, numbers, figure)
-    return table
+    return LayerTable(rows, best, numbers[-1], about)
 
 
 def draw_layers(table: LayerTable, numbers: list[int], path: str | Path) -> Path:

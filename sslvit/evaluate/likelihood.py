@@ -19,6 +19,7 @@ from sslvit.tasks.igpt import IGPT, colour_error
 
 HELD_OUT = 10  # every tenth training image tunes the table of neighbours
 MOST_TUNED = 1_000  # of them
+FEWEST = 10  # images to count on
 DISCOUNTS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9)
 LEFT_SHARES = (0.3, 0.4, 0.5, 0.6, 0.7)
 
@@ -126,11 +127,15 @@ class NeighbourTable:
 
 def neighbour_nats(train: np.ndarray, val: np.ndarray, colours: int) -> float:
     """Nats per pixel of `val` by a table counted on `train`, its smoothing chosen on some training images."""
-    is_held = np.arange(len(train)) % HELD_OUT == 0
+    return NeighbourTable(train, colours).nats(val, [tune_smoothing(train, colours)])[0]
+
+
+def tune_smoothing(images: np.ndarray, colours: int) -> tuple[float, float, float]:
+    """The smoothing that is best on every tenth image for a table counted on the others."""
+    is_held = np.arange(len(images)) % HELD_OUT == 0
     trials = list(itertools.product(DISCOUNTS, DISCOUNTS, LEFT_SHARES))
-    nats = NeighbourTable(train[~is_held], colours).nats(train[is_held][:MOST_TUNED], trials)
-    best = trials[int(np.argmin(nats))]
-    return NeighbourTable(train, colours).nats(val, [best])[0]
+    nats = NeighbourTable(images[~is_held], colours).nats(images[is_held][:MOST_TUNED], trials)
+    return trials[int(np.argmin(nats))]
 
 
 def unigram_nats(train: np.ndarray, val: np.ndarray, colours: int) -> float:
@@ -148,7 +153,16 @@ def likelihood(task: IGPT, train: ShardIndex, val: ShardIndex, batch: int = 16) 
         train: images that are counted; the model should have been trained on the same.
         val: images that are scored, each seen once, in the middle and at the encoder's size.
         batch: images per forward pass.
+
+    Raises:
+        ValueError: too few images to count on, none that can be read, or predictions that are not finite.
     """
+    if batch < 1:
+        raise ValueError(f"--batch {batch}: must be 1 or more.")
+    if len(train) < FEWEST:
+        raise ValueError(
+            f"--train {train.location}: {len(train)} images are too few to count on. Give {FEWEST} or more."
+        )
     task.eval()
     colours = task.head.out_features
     counted, scored = palette_images(task, train), palette_images(task, val)
@@ -158,6 +172,8 @@ def likelihood(task: IGPT, train: ShardIndex, val: ShardIndex, batch: int = 16) 
         "left and upper neighbour, counted": neighbour_nats(counted, scored, colours),
         "iGPT": model_nats(task, torch.from_numpy(scored).flatten(1), batch),
     }
+    if not all(math.isfinite(value) for value in nats.values()):
+        raise ValueError("the model's predictions are not finite numbers: its training has probably failed.")
     return {name: {"nats per pixel": value, "bits per pixel": value / math.log(2)} for name, value in nats.items()}
 
 
@@ -178,11 +194,18 @@ def palette_images(task: IGPT, index: ShardIndex) -> np.ndarray:
     pixels = encoder.patch_embed
     reader = ShardReader(index, encoder.settings.channels)
     loader = evaluation_loader(reader, encoder.settings)
-    pieces = []
+    pieces, bad = [], {}
     for batch in track(loader, "images into the palette", len(loader) * 256, each=256):
         indices = pixels.indices(normalised_view(batch, encoder.settings, pixels.palette.device))[batch.valid]
-        pieces.append(indices.cpu().numpy().astype(np.int16).reshape(-1, *encoder.settings.grid))
-    return np.concatenate(pieces)
+        pieces.append(indices.cpu().numpy().astype(np.int32).reshape(-1, *encoder.settings.grid))
+        bad |= batch.bad
+    images = np.concatenate(pieces)
+    if bad:
+        key, reason = next(iter(bad.items()))
+        print(f"warning: {index.location}: {len(bad)} of {len(index)} images are left out, e.g. {key}: {reason}")
+    if not len(images):
+        raise ValueError(f"{index.location}: none of its images can be read.")
+    return images
 
 
 def _find(sorted_values: np.ndarray, wanted: np.ndarray) -> np.ndarray:

@@ -12,7 +12,8 @@ import torch
 from sslvit.data.index import ShardIndex
 from sslvit.data.open import check_present, open_shards
 from sslvit.data.reader import ShardReader
-from sslvit.evaluate.features import Features, encoder_features, pick_device, pixel_features
+from sslvit.environment import pick_device
+from sslvit.evaluate.features import Features, encoder_features, pixel_features
 from sslvit.evaluate.knn import knn_accuracy
 from sslvit.evaluate.linear import LinearHead, draw_labels, fit_probe
 from sslvit.models import ViTEncoder

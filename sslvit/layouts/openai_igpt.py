@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sslvit.layouts.vit import Converted, count_blocks, infer_heads
 from sslvit.settings import PRESETS, preset
+from sslvit.settings.palette import UNIFORM, read_palette
 
 BLOCK = {
     "ln_1.": "norm1.", "ln_2.": "norm2.", "attn.c_attn.": "attn.qkv.", "attn.c_proj.": "attn.proj.",
@@ -73,12 +74,30 @@ def from_tensorflow(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], int]:
 
 
 def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes) -> Converted:
-    """Either layout -> ours. The palette is not in the file: pass palette=, or the uniform one is set."""
+    """Either layout -> ours.
+
+    Args:
+        state: the weights.
+        heads: of attention; None to take those of the released model of this size, or 64 channels each.
+        changes: settings that the file does not say. The palette is one: a file of colours, a list of them, or
+            uniform, which is set with a note if none is given.
+
+    Raises:
+        ValueError: weights are missing, or the palette has another number of colours.
+    """
     notes: list[str] = []
-    if is_tensorflow(set(state)):
-        state, known_heads = from_tensorflow(state)
-        heads = heads or known_heads
-    state = {key.removeprefix("transformer."): value for key, value in state.items()}
+    try:
+        if is_tensorflow(set(state)):
+            state, known_heads = from_tensorflow(state)
+            heads = heads or known_heads
+        state = {key.removeprefix("transformer."): value for key, value in state.items()}
+        return _convert(state, heads, notes, changes)
+    except KeyError as error:
+        raise ValueError(f"layout openai_igpt: {error} is missing. Is the file complete, and iGPT's?") from error
+
+
+def _convert(state: dict[str, Tensor], heads: int | None, notes: list[str], changes: dict) -> Converted:
+    """transformers' names -> ours."""
     table = state["wte.weight"]
     width = table.shape[1]
     encoder = {
@@ -99,10 +118,19 @@ def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes) -> 
         if f"blocks.{number}.attn.proj.bias" in encoder:
             encoder.setdefault(f"blocks.{number}.attn.qkv.bias", table.new_zeros(3 * width))
     extras = {"head.weight": state["lm_head.weight"]} if "lm_head.weight" in state else {}
+    palette = changes.get("palette", UNIFORM)
+    if not isinstance(palette, list) and palette != UNIFORM:
+        changes["palette"] = palette = read_palette(palette)
+    colours = 512 if palette == UNIFORM else len(palette)
+    if colours != len(table) - 1:
+        raise ValueError(f"palette: {colours} colours for a model of {len(table) - 1}. Give the one it was trained on.")
     if "palette" not in changes:
         notes.append("palette: not in the file; set to uniform. Give the released clusters: palette= (--palette FILE).")
+    places = state["wpe.weight"].shape[0]
+    if math.isqrt(places) ** 2 != places and "image_size" not in changes:
+        raise ValueError(f"{places} places are no square. Give image_size=[height, width] (--image-size).")
     found = {
-        "image_size": math.isqrt(state["wpe.weight"].shape[0]),
+        "image_size": math.isqrt(places),
         "width": width,
         "depth": count_blocks(state, "h."),
         "heads": infer_heads(width, heads or released_heads(width, count_blocks(state, "h.")), notes),

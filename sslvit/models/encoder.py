@@ -8,7 +8,7 @@ property (causal, the tokenizer), so there is no branch on the task.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -99,11 +99,20 @@ class ViTEncoder(nn.Module):
         Args:
             indices: palette indices of the pixels that follow those read so far.
             memories: from `begin_reading`; these pixels are added to them.
+
+        Raises:
+            ValueError: another number of images than the memories are for, or more pixels than open places.
         """
         start = memories[0].length
         tokens = self.patch_embed.embed(indices) if start else self.patch_embed.begin(indices)
         stop = start + tokens.shape[1]
         grid = self.settings.grid
+        images, length = memories[0].keys.shape[0], memories[0].keys.shape[2]
+        if len(tokens) != images or stop > length:
+            raise ValueError(
+                f"{len(tokens)} images and {stop} places, but these memories are for {images} images of {length} "
+                "pixels, the last of which opens no place."
+            )
         _, rows = self.position_table(grid)
         if rows is not None:
             tokens = tokens + rows[start:stop]
@@ -135,12 +144,15 @@ class ViTEncoder(nn.Module):
     ) -> list[Float[Tensor, "b d"]]:
         """`features` of several blocks, counted from 1, in one pass."""
         self._check_layers(numbers, first=1)
-        features = []
-        for number, tokens in zip(numbers, self.layers(images, numbers), strict=True):
+
+        def feature(number: int, tokens: Tensor) -> Tensor:
             is_next = self.settings.feature_norm == "next" and number < len(self.blocks)
             norm = self.blocks[number].norm1 if is_next else self.norm
-            features.append(self.pool(norm(tokens), pooling))
-        return features
+            return self.pool(norm(tokens), pooling)
+
+        tokens, places = self.embed(images)
+        _, found = self._run_blocks(tokens, places, upto=max(numbers), kept=set(numbers), as_what=feature)
+        return [found[number] for number in numbers]
 
     def pool(self, tokens: Float[Tensor, "b t d"], pooling: str | None = None) -> Float[Tensor, "b d"]:
         pooling = pooling or self.settings.pooling
@@ -220,6 +232,11 @@ class ViTEncoder(nn.Module):
     def position_table(self, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
         """Rows for the prefix tokens and for the patches of a grid; None where positions are not a table."""
         settings = self.settings
+        if grid != settings.grid and settings.tokens == "pixel":
+            raise ValueError(
+                f"a pixel sequence is tied to its size: this encoder takes {settings.grid} pixels, not {grid}. "
+                "Resize the images (encoder.image_size)."
+            )
         if settings.positions in ("none", "rotary_2d", "relative_bias"):
             return None, None
         rows = settings.position_rows
@@ -228,11 +245,6 @@ class ViTEncoder(nn.Module):
             patches = (self.pos_embed_row + self.pos_embed_column).flatten(0, 1)
         else:
             prefix, patches = self.pos_embed[0, :rows], self.pos_embed[0, rows:]
-        if grid != settings.grid and settings.tokens == "pixel":
-            raise ValueError(
-                f"a pixel sequence is tied to its size: this encoder takes {settings.grid} pixels, not {grid}. "
-                "Resize the images (encoder.image_size)."
-            )
         if grid == settings.grid:
             return prefix, patches
         return prefix, resample_table(
@@ -275,14 +287,18 @@ class ViTEncoder(nn.Module):
         upto: int | None = None,
         kept: Collection[int] = (),
         path_noise: Tensor | None = None,
+        as_what: Callable[[int, Tensor], Tensor] = lambda number, tokens: tokens,
     ) -> tuple[Float[Tensor, "b t d"], dict[int, Tensor]]:
-        """Through the first `upto` blocks; also the outputs of the blocks to be kept (0: the input of the first)."""
+        """Through the first `upto` blocks; also the outputs of the blocks to be kept (0: the input of the first).
+
+        as_what(number, output) is what is kept, so that features need not wait as tokens.
+        """
         if not self.training:
             path_noise = None
         elif path_noise is None and self.settings.drop_path:
             path_noise = torch.rand(2 * len(self.blocks), tokens.shape[0], device=tokens.device)
         recompute = self.settings.checkpointing and self.training and torch.is_grad_enabled()
-        outputs = {0: tokens} if 0 in kept else {}
+        outputs = {0: as_what(0, tokens)} if 0 in kept else {}
         for number, block in enumerate(self.blocks[:upto], start=1):
             noise = None if path_noise is None else path_noise[2 * number - 2 : 2 * number]
             if recompute:
@@ -290,7 +306,7 @@ class ViTEncoder(nn.Module):
             else:
                 tokens = block(tokens, places, noise)
             if number in kept:
-                outputs[number] = tokens
+                outputs[number] = as_what(number, tokens)
         return tokens, outputs
 
     def reset_parameters(self) -> None:
@@ -314,6 +330,17 @@ class ViTEncoder(nn.Module):
         for name, parameter in self.named_parameters():
             if name in tables:
                 _small_normal(parameter)
+        if self.settings.initialisation == "igpt":
+            self._start_as_igpt()
+
+    def _start_as_igpt(self) -> None:
+        """What iGPT's released code starts otherwise than with a deviation of 0.02."""
+        width, depth = self.settings.width, self.settings.depth
+        for block in self.blocks:
+            nn.init.normal_(block.attn.qkv.weight, std=width**-0.5)
+            nn.init.normal_(block.attn.proj.weight, std=(width * depth) ** -0.5)
+        if isinstance(getattr(self, "pos_embed", None), nn.Parameter):
+            nn.init.normal_(self.pos_embed, std=0.01)
 
 
 def _small_normal(weight: Tensor) -> None:

@@ -19,7 +19,7 @@ from sslvit.data.index import ShardIndex
 from sslvit.data.pack import pack
 from sslvit.data.sources import array_samples, folder_samples, hold_out
 from sslvit.data.views import Views
-from sslvit.evaluate.layers import HELD_OUT, LayerTable, probe_layers
+from sslvit.evaluate.layers import HELD_OUT, LayerTable, draw_layers, probe_layers
 from sslvit.evaluate.probe import ProbeTable, probe
 from sslvit.export import export_encoder
 from sslvit.figures import bars
@@ -105,7 +105,8 @@ def demo(
     table = probe(encoders, ProbeSettings(*splits, labels_per_class=10))
     depth = encoders["iGPT"].settings.depth
     layers_file = folder / "figures" / "layers.png"
-    layers = probe_layers(encoders["iGPT"], ProbeSettings(*splits), list(range(1, depth + 1)), layers_file)
+    layers = probe_layers(encoders["iGPT"], ProbeSettings(*splits), list(range(1, depth + 1)))
+    draw_layers(layers, list(range(1, depth + 1)), layers_file)
     scores = folder / "scores.json"
     scores.write_text(json.dumps(table.as_dict(), indent=1) + "\n")
     print("4/4  exporting MAE's encoder to timm and comparing its outputs there", flush=True)

@@ -53,8 +53,8 @@ def draw_completions(
     """
     encoder = task.encoder.settings
     pixels = encoder.grid[0] * encoder.grid[1]
-    known = round(given * pixels)
-    if not 0 <= known < pixels:
+    known = round(given * pixels) if 0 <= given < 1 else pixels
+    if known == pixels:
         raise ValueError(f"--given {given}: that is {known} of {pixels} pixels. Use a share from 0 to below 1.")
     index = open_shards(images, f"{images.rstrip('/')}-shards")
     chosen = torch.arange(min(count, len(index))).numpy()

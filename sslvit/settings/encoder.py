@@ -30,8 +30,8 @@ class EncoderSettings:
             shifted_patch (five shifted copies, Lee et al. 2021), pixel (palette indices, Chen et al. 2020).
         patch: side of a patch in pixels; for conv_stem a power of two; for hybrid 4, 8, 16 or 32; for pixel 1.
         cnn: for hybrid tokens: which of torchvision's ResNets, cut where its stride is `patch`.
-        palette: for pixel tokens: uniform (3 bits a channel: 512 colours or 8 greys), a palette file (`sslvit palette`
-            makes one), or a list of colours in [-1, 1].
+        palette: for pixel tokens: uniform (3 bits a channel: 512 colours or 8 greys), a list of colours in [-1, 1], or,
+            in a recipe and on the command line, a file of them (`sslvit palette` makes one).
         colour_start: what the vectors of a palette's colours start as: normal (random numbers: iGPT) or fourier
             (random Fourier features of the colours, Rahimi and Recht 2007: near colours start alike).
         width: channels of a token.
@@ -64,7 +64,9 @@ class EncoderSettings:
         feature_layer: blocks that an image passes before it is probed; null for all.
         feature_norm: what normalises those tokens: final (the encoder's last norm) or next (the first norm of
             the following block, as iGPT's probe does).
-        initialisation: of the linear maps: normal (truncated, std 0.02: timm, DINO) or xavier (uniform: MAE).
+        initialisation: of the linear maps: normal (truncated, std 0.02: timm, DINO), xavier (uniform: MAE) or igpt (its
+            released code: queries, keys and values 1 / sqrt(width), the map behind them 1 / sqrt(width x depth), the
+            position table 0.01, all else 0.02).
         checkpointing: recompute blocks in the backward pass instead of storing their activations.
     """
 
@@ -104,7 +106,7 @@ class EncoderSettings:
     fc_norm: bool = False
     feature_layer: int | None = None
     feature_norm: Literal["final", "next"] = "final"
-    initialisation: Literal["normal", "xavier"] = "normal"
+    initialisation: Literal["normal", "xavier", "igpt"] = "normal"
     checkpointing: bool = False
 
     def __post_init__(self) -> None:

@@ -29,7 +29,7 @@ def read_palette(path: str | Path) -> list[list[float]]:
     try:
         colours = _read_array(path) if path.suffix == ".npy" else _read_json(path)
         colours = [[float(value) for value in colour] for colour in colours]
-    except (ValueError, TypeError, KeyError, OSError) as error:
+    except Exception as error:  # damaged bytes make numpy's reader raise almost anything
         raise ValueError(f"encoder.palette: {path} is no palette ({' '.join(str(error).split())[:100]}).") from error
     try:
         check_palette(colours, len(colours[0]) if colours else 0)
@@ -48,7 +48,10 @@ def check_palette(palette: str | list[list[float]], channels: int) -> None:
             )
         return
     if isinstance(palette, str):
-        raise ValueError(f"encoder.palette: '{palette}' is neither {UNIFORM} nor a list of colours.")
+        raise ValueError(
+            f"encoder.palette: '{palette}' is neither {UNIFORM} nor a list of colours. "
+            "Recipes and --encoder.palette take a file; in Python: palette=read_palette(file)."
+        )
     if len(palette) < 2:
         raise ValueError(f"encoder.palette: {len(palette)} colours. A palette has two or more.")
     lengths = {len(colour) for colour in palette}
@@ -57,6 +60,8 @@ def check_palette(palette: str | list[list[float]], channels: int) -> None:
             f"encoder.palette: colours of {' and '.join(map(str, sorted(lengths)))} numbers for {channels} channels. "
             "Give each colour one number per channel (encoder.channels)."
         )
+    if len({tuple(colour) for colour in palette}) < len(palette):
+        raise ValueError("encoder.palette: some colours are the same, so one of them would never be seen.")
     values = [value for colour in palette for value in colour]
     outside = [value for value in values if not abs(value) <= FURTHEST]
     if outside:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+COLDEST = 0.001  # below, the likeliest colour has all of the probability anyway
+
 
 @dataclass
 class SampleSettings:
@@ -24,8 +26,10 @@ class SampleSettings:
     batch: int = 32
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"--temperature {self.temperature}: must be 0 or more (1 draws from the model as it is).")
+        if self.temperature and not COLDEST <= self.temperature < float("inf"):
+            raise ValueError(
+                f"--temperature {self.temperature}: must be 0, or {COLDEST} or more (1: the model as it is)."
+            )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"--top-k {self.top_k}: must be 1 or more.")
         if not 0 < self.top_p <= 1:

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sslvit.checkpoint import read_torch_file, settings_from, weights_in
+from sslvit.checkpoint import own_parts, put_weights, read_torch_file, weights_in
 from sslvit.data.batch import Batch
+from sslvit.environment import pick_device
 from sslvit.layouts import openai_igpt as layout
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings, IGPTSettings, OptimSettings
@@ -98,10 +99,15 @@ class IGPT(PretextTask):
     def figures(self, batch: Batch) -> dict[str, tuple[list[str], list[np.ndarray]]]:
         """Images from nothing and completed lower halves; with the BERT objective, hidden pixels filled in."""
         images = batch.views[0]
-        pixels = self.encoder.patch_embed
-        colours = pixels.indices(images)  # b n
+        self.to(pick_device())  # pixel after pixel of a large model would take the CPU an hour
+        figures = self._figures(batch, images.to(pick_device()))
+        self.to(images.device)
+        return figures
+
+    def _figures(self, batch: Batch, images: Float[Tensor, "b c h w"]) -> dict[str, tuple[list[str], list[np.ndarray]]]:
+        colours = self.encoder.patch_embed.indices(images)  # b n
         if self.settings.objective == "bert":
-            is_hidden = self.draw_mask(batch)
+            is_hidden = self.draw_mask(batch).to(images.device)
             likeliest = self.head(self.encoder(images, hidden=is_hidden)).argmax(2)
             filled = torch.where(is_hidden, likeliest, colours)
             rows = [self.shown(colours, ~is_hidden), self.shown(filled), self.shown(colours)]
@@ -121,22 +127,24 @@ class IGPT(PretextTask):
     # ---- released weights ------------------------------------------------------------------------------------
 
     @classmethod
-    def from_official(
-        cls, path: str | Path, heads: int | None = None, palette: str | list[list[float]] = "uniform"
-    ) -> IGPT:
+    def from_official(cls, path: str | Path, palette: str | Path | list[list[float]], heads: int | None = None) -> IGPT:
         """The released model from a file, with its output matrix.
 
         Args:
             path: transformers' weights, or the TensorFlow variables as arrays (.npz).
-            heads: of attention; read from the shapes of TensorFlow variables, otherwise 64 channels each for None.
-            palette: the released clusters, as `sslvit.settings.palette.read_palette` gives them.
+            palette: the released clusters: their file, or the colours; uniform for a model that was trained on that.
+            heads: of attention; None for those of the released sizes.
         """
         return cls.from_state(weights_in(read_torch_file(Path(path)), Path(path)), heads, palette=palette)
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor], heads: int | None = None, **changes) -> IGPT:
         """from_official, for a state dict in memory."""
+        if not layout.recognise(set(state)):
+            raise ValueError(f"not iGPT's weights ({', '.join(sorted(state)[:3])}, ...).")
         converted = layout.to_sslvit(state, heads, **changes)
+        for note in converted.notes:
+            print(f"iGPT: {note}")
         if "head.weight" not in converted.extras:
             raise ValueError("this checkpoint has no output matrix (lm_head.weight or wtet), so it predicts no pixels.")
         return cls.from_parts(converted.settings, converted.encoder, converted.extras["head.weight"])
@@ -145,7 +153,10 @@ class IGPT(PretextTask):
     def from_parts(cls, settings: EncoderSettings, encoder: dict[str, Tensor], head: Tensor) -> IGPT:
         """A task of a trained encoder and output matrix, to sample from and to score, in evaluation mode."""
         task = cls(IGPTSettings(), settings, OptimSettings(), total_steps=1, steps_per_epoch=1, global_batch=256)
-        task.load_state_dict({f"encoder.{key}": value for key, value in encoder.items()} | {"head.weight": head})
+        put_weights(task.encoder, encoder, "iGPT")
+        if head.shape != task.head.weight.shape:
+            raise ValueError(f"iGPT: an output matrix of {tuple(head.shape)}, not {tuple(task.head.weight.shape)}.")
+        task.head.load_state_dict({"weight": head})
         return task.eval()
 
 
@@ -155,11 +166,11 @@ def load_igpt(source: str | Path, heads: int | None = None, **changes) -> IGPT:
     Args:
         source: where it is.
         heads: of a released file.
-        changes: settings that a released file does not say, such as `palette`.
+        changes: settings that a released file does not say; `palette` must be among them.
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: it was not trained by iGPT to predict the next pixel.
+        ValueError: it was not trained by iGPT to predict the next pixel, or a released file's palette is not given.
     """
     path = Path(source)
     if path.is_dir():
@@ -171,13 +182,17 @@ def load_igpt(source: str | Path, heads: int | None = None, **changes) -> IGPT:
             )
     content = read_torch_file(path)
     if "sslvit" not in content:
-        return IGPT.from_state(weights_in(content, path), heads, **changes)
-    settings, prefix = settings_from(content["sslvit"]["encoder"], path), content["sslvit"]["prefix"]
-    state = content["state_dict"]
-    if settings.tokens != "pixel" or not settings.causal or "head.weight" not in state:
+        weights = weights_in(content, path)
+        if layout.recognise(set(weights)) and "palette" not in changes:
+            raise ValueError(f"{source}: a released file does not hold its colours. Give --palette FILE (or uniform).")
+        return IGPT.from_state(weights, heads, **changes)
+    if changes or heads:
+        given = ", ".join(["heads"] * bool(heads) + list(changes))
+        raise ValueError(f"{source}: a run says its own settings. Leave out what is for released files ({given}).")
+    settings, encoder, others = own_parts(content, path)
+    if settings.tokens != "pixel" or not settings.causal or "head.weight" not in others:
         raise ValueError(f"{source}: not trained by iGPT to predict the next pixel, so nothing can be sampled from it.")
-    encoder = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    return IGPT.from_parts(settings, encoder, state["head.weight"])
+    return IGPT.from_parts(settings, encoder, others["head.weight"])
 
 
 def check_encoder(settings: IGPTSettings, encoder: EncoderSettings) -> None:

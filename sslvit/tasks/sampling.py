@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sslvit.chance import uniform_at
 from sslvit.models import ViTEncoder
-from sslvit.progress import track_counter
+from sslvit.progress import Counter, track_counter
 from sslvit.settings.sample import SampleSettings
 
 BELOW_ONE = 1 - 1e-12  # so that no rounding puts a draw behind the last colour
@@ -33,8 +33,13 @@ def complete(
 
     Returns:
         Palette indices of whole images, row by row.
+
+    Raises:
+        ValueError: more pixels than an image has, an encoder that cannot be read on, predictions that are not finite.
     """
     places = encoder.settings.grid[0] * encoder.settings.grid[1]
+    if given.shape[1] > places:
+        raise ValueError(f"{given.shape[1]} pixels are given, but this encoder's images have {places}.")
     device = encoder.patch_embed.palette.device
     table = uniform_at((settings.seed, "sampling"), np.arange(len(given)), places)
     numbers = torch.from_numpy(table).to(device)
@@ -47,13 +52,18 @@ def complete(
     return drawn
 
 
-def _complete_batch(encoder, head, drawn, known, numbers, settings: SampleSettings, counter) -> None:
-    """Fill in the pixels of `drawn` ('b n') from number `known` on."""
-    memories = encoder.begin_reading(len(drawn))
+def _complete_batch(
+    encoder: ViTEncoder, head: nn.Module, drawn: Int[Tensor, "b n"], known: int, numbers: Float[Tensor, "b n"],
+    settings: SampleSettings, counter: Counter,
+) -> None:  # fmt: skip
+    """Fill in the pixels of `drawn` from number `known` on."""
     places = drawn.shape[1]
     if known == places:
         return
+    memories = encoder.begin_reading(len(drawn))
     tokens = encoder.read_on(drawn[:, :known], memories)  # b (known + 1) d
+    if not torch.isfinite(head(tokens[:, -1])).all():
+        raise ValueError("the model's predictions are not finite numbers: its training has probably failed.")
     for place in range(known, places):
         shares = likely_shares(head(tokens[:, -1]), settings)  # b colours
         drawn[:, place] = draw_colours(shares, numbers[:, place])

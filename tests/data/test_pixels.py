@@ -63,6 +63,28 @@ def test_pixels_come_from_all_over_a_large_data_set(index, monkeypatch: pytest.M
     assert not (drawn == other).all()
 
 
+def test_pixels_are_of_all_images_all_places_and_readable_ones(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(pixels, "MOST_IMAGES", 8)
+    monkeypatch.setattr(pixels, "PIXELS", 64)  # 8 of each of 8 images
+    places = np.tile(np.arange(64, dtype=np.uint8).reshape(8, 8), (40, 1, 1))
+    drawn, _ = draw_pixels(pack(array_samples(places), tmp_path / "places"), 8, 0)
+    found = ((drawn + 1) * 127.5).round().int().view(8, 8)
+    assert found.max() > 55  # not the upper rows only
+    assert len({tuple(row.sort().values.tolist()) for row in found}) == 8  # other places of each image
+    assert all(len(set(row.tolist())) == 8 for row in found)  # each place once
+    numbers = np.repeat(np.arange(40, dtype=np.uint8), 64).reshape(40, 8, 8)
+    drawn, _ = draw_pixels(pack(array_samples(numbers), tmp_path / "numbers"), 8, 0)
+    chosen = set(((drawn + 1) * 127.5).round().int().view(-1).tolist())
+    assert len(chosen) == 8
+    assert max(chosen) > 20
+    white = pack(array_samples(np.full((4, 8, 8), 255, np.uint8)), tmp_path / "white")
+    tar = tmp_path / "white" / "shard-000000.tar"
+    tar.write_bytes(tar.read_bytes().replace(b"IHDR", b"XXXX", 1))
+    drawn, shown = draw_pixels(white, 8, 0)
+    assert len(shown) == 3
+    assert (drawn == 1).all()  # the unreadable image, black, is not among them
+
+
 def test_grey_images_get_greys(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     images = np.random.default_rng(0).integers(0, 256, (20, 8, 8)).astype(np.uint8)
     pack(array_samples(images), tmp_path / "shards")
@@ -76,7 +98,7 @@ def test_grey_images_get_greys(tmp_path: Path, capsys: pytest.CaptureFixture) ->
     assert "already exists" in capsys.readouterr().err
 
 
-def test_an_image_folder_and_unreadable_images(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_an_image_folder_is_packed_first(tmp_path: Path) -> None:
     folder = image_folder(tmp_path / "images", count=4)
     assert main(["palette", str(folder), "-o", str(tmp_path / "p.json"), "--colours", "2"]) == 0
     assert (tmp_path / "images-shards" / "index.json").exists()

@@ -9,12 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from shard_fixtures import image_folder
 
 from sslvit.cli import main
 from sslvit.data.index import load_index
 from sslvit.data.pack import pack
-from sslvit.data.sources import array_samples
-from sslvit.evaluate.likelihood import NeighbourTable, likelihood, model_nats, neighbour_nats, unigram_nats
+from sslvit.data.sources import array_samples, folder_samples
+from sslvit.evaluate.likelihood import (
+    NeighbourTable,
+    likelihood,
+    model_nats,
+    neighbour_nats,
+    palette_images,
+    tune_smoothing,
+    unigram_nats,
+)
 from sslvit.settings import EncoderSettings, IGPTSettings, OptimSettings
 from sslvit.tasks.igpt import IGPT, colour_error
 
@@ -60,6 +69,22 @@ def test_the_upper_right_neighbour_is_not_looked_at() -> None:
     assert neighbour_nats(images[:300], images[300:], 4) > 0.95 * math.log(4)
 
 
+def test_smoothing_is_tuned_on_images_that_were_not_counted() -> None:
+    # noise in few images: pairs that were counted say nothing, so nearly all must be taken off them; on images that
+    # were counted too, taking off nothing would look best
+    assert tune_smoothing(noise(40, 12), 12)[1] == 0.9
+    copies = np.tile(noise(1, 12), (40, 1, 1))  # all alike: what was counted says all
+    assert tune_smoothing(copies, 12)[1] == 0.1
+    rows = np.repeat(noise(300, 4)[:, :, :1], 5, axis=2)  # the left neighbour says all, the upper one nothing
+    assert tune_smoothing(rows, 4)[2] == 0.7
+
+
+def test_the_final_table_counts_all_training_images() -> None:
+    train, val = noise(40, 4), noise(10, 4, seed=1)
+    expected = NeighbourTable(train, 4).nats(val, [tune_smoothing(train, 4)])[0]
+    assert neighbour_nats(train, val, 4) == expected
+
+
 def test_single_colours_by_how_often_they_are() -> None:
     train = np.zeros((1, 2, 50), np.int16)
     train[0, 0, :25] = 1
@@ -89,16 +114,29 @@ def test_the_models_nats_are_its_loss_whatever_the_batch(task: IGPT) -> None:
     assert model_nats(task, colours, 7) == pytest.approx(loss, rel=1e-6)
 
 
+def test_unreadable_images_are_left_out(task: IGPT, tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "images", count=3)
+    samples, classes = folder_samples(folder)
+    index = pack(samples, tmp_path / "shards", classes)
+    path = tmp_path / "shards" / "shard-000000.tar"
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"IHDR", b"XXXX", 1))
+    assert palette_images(task, index).shape == (5, 6, 6)
+
+
 def test_the_table_and_its_command(task: IGPT, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     source = np.random.default_rng(0)
-    for name, count in (("train", 40), ("val", 10)):
-        pack(array_samples(source.integers(0, 64, (count, 6, 6)).astype(np.uint8)), tmp_path / name)
+    for name, count, most in (("train", 40, 64), ("val", 10, 96)):
+        pack(array_samples(source.integers(0, most, (count, 6, 6)).astype(np.uint8)), tmp_path / name)
     train, val = load_index(tmp_path / "train"), load_index(tmp_path / "val")
     rows = likelihood(task, train, val)
     names = ["8 colours alike", "how often each colour is", "left and upper neighbour, counted", "iGPT"]
     assert list(rows) == names
     assert rows[names[0]] == {"nats per pixel": math.log(8), "bits per pixel": 3.0}
-    assert rows[names[1]]["bits per pixel"] == pytest.approx(1, abs=0.05)  # bytes below 64 are two of the greys
+    counted, scored = palette_images(task, train), palette_images(task, val)
+    assert rows[names[1]]["nats per pixel"] == unigram_nats(counted, scored, 8)
+    assert rows[names[1]]["bits per pixel"] > 2  # a third of the pixels has a grey that is not in the training images
+    assert rows[names[2]]["nats per pixel"] == neighbour_nats(counted, scored, 8)
     saved: dict = {"state_dict": task.state_dict()}
     task.on_save_checkpoint(saved)
     torch.save(saved, tmp_path / "igpt.ckpt")

@@ -159,6 +159,41 @@ def test_causal_pixels_depend_on_earlier_pixels_only() -> None:
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_causal_pixels_depend_on_earlier_pixels_only_in_bf16_and_recomputed() -> None:
+    encoder = pixels(causal=True, positions="learned_1d", checkpointing=True).train()
+    one = torch.randn(1, 3, 6, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = encoder(one)
+        for changed in range(36):
+            other = one.clone()
+            other.view(3, 36)[:, changed] *= -1
+            after = encoder(other)
+            assert torch.equal(after[:, : changed + 1], before[:, : changed + 1])
+
+
+@torch.no_grad()
+def test_reading_on_beyond_the_image_or_with_other_images_is_refused() -> None:
+    encoder = pixels(causal=True)
+    memories = encoder.begin_reading(2)
+    with pytest.raises(ValueError, match=r"1 images and 4 places, but these memories are for 2 images of 36"):
+        encoder.read_on(torch.zeros(1, 3, dtype=torch.long), memories)
+    encoder.read_on(torch.zeros(2, 35, dtype=torch.long), memories)
+    with pytest.raises(ValueError, match="2 images and 37 places"):
+        encoder.read_on(torch.zeros(2, 1, dtype=torch.long), memories)
+
+
+def test_igpts_initialisation_is_that_of_its_released_code() -> None:
+    torch.manual_seed(0)
+    encoder = ViTEncoder(preset("igpt_small", depth=4, width=256, heads=4))
+    deviation = {name: float(parameter.std()) for name, parameter in encoder.named_parameters() if parameter.ndim > 1}
+    assert deviation["blocks.2.attn.qkv.weight"] == pytest.approx(256**-0.5, rel=0.02)
+    assert deviation["blocks.2.attn.proj.weight"] == pytest.approx((256 * 4) ** -0.5, rel=0.02)
+    assert deviation["blocks.2.mlp.fc1.weight"] == pytest.approx(0.02, rel=0.02)
+    assert deviation["pos_embed"] == pytest.approx(0.01, rel=0.02)
+    assert deviation["patch_embed.embed.weight"] == pytest.approx(0.02, rel=0.02)
+
+
 def test_unshifted_pixels_see_themselves_and_later_ones() -> None:
     encoder = pixels()
     other = images(6, 6).clone()

@@ -65,11 +65,21 @@ def test_loss_is_the_mean_over_all_pixels_in_nats_and_bits() -> None:
     torch.testing.assert_close(float(colour_error(logits, colours, torch.tensor([[False, True]]))), parts[1])
 
 
+def test_the_loss_is_computed_in_float32_and_keeps_float64() -> None:
+    logits = torch.randn(2, 5, 8) * 20
+    colours = torch.randint(0, 8, (2, 5))
+    loss = colour_error(logits.bfloat16(), colours)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, colour_error(logits.bfloat16().float(), colours), rtol=0, atol=0)
+    assert colour_error(logits.double(), colours).dtype == torch.float64
+
+
 def test_a_new_model_finds_all_colours_alike() -> None:
     torch.manual_seed(0)
     encoder = EncoderSettings(**PIXELS)
     task = IGPT(IGPTSettings(), encoder, OptimSettings(), total_steps=1, steps_per_epoch=1, global_batch=256)
-    assert float(task.training_step(batch_of(grey()))) == pytest.approx(math.log(8), abs=1e-6)
+    assert float(task.training_step(batch_of(grey())).detach()) == pytest.approx(math.log(8), abs=1e-6)
+    assert task.encoder.patch_embed.start_token.detach().std() == pytest.approx(0.02, rel=0.5)
 
 
 def test_bert_sees_around_a_hidden_pixel_but_not_the_pixel() -> None:

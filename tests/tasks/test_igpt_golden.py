@@ -12,6 +12,7 @@ from golden_fixtures import Golden
 from test_mae import batch_of
 
 from sslvit.checkpoint import load_encoder
+from sslvit.layouts import to_sslvit
 from sslvit.settings.palette import read_palette
 from sslvit.tasks.igpt import IGPT, load_igpt
 
@@ -86,7 +87,7 @@ def test_tensorflow_variables_exported_as_arrays(tmp_path: Path, prefix: str) ->
     golden = Golden("igpt_model_nobias")
     variables = {name.replace("model/", prefix, 1): value for name, value in tensorflow_names(golden).items()}
     np.savez(tmp_path / "model.npz", **variables)
-    task = load_igpt(tmp_path / "model.npz")  # the heads are in the shapes
+    task = load_igpt(tmp_path / "model.npz", palette="uniform")  # the heads are in the shapes
     assert not task.encoder.settings.bias
     golden.check("output/official_tf/logits", task.head(task.encoder(images_of(golden, task))))
     encoder = load_encoder(tmp_path / "model.npz")
@@ -99,10 +100,30 @@ def test_an_array_file_with_objects_is_refused(tmp_path: Path) -> None:
         load_igpt(tmp_path / "model.npz")
 
 
+@pytest.mark.parametrize("missing", ["model/wpe", "model/h0/attn/q_proj", "model/h1/mlp/c_fc/w", "model/ln_f/g"])
+def test_a_file_with_missing_weights_is_refused(tmp_path: Path, missing: str) -> None:
+    variables = tensorflow_names(Golden("igpt_model_nobias"))
+    variables.pop(missing)
+    np.savez(tmp_path / "model.npz", **variables)
+    with pytest.raises(ValueError, match=r"missing|not iGPT's weights|another architecture"):
+        load_igpt(tmp_path / "model.npz", palette="uniform")
+    torch.save(Golden("mae_model").under("param/"), tmp_path / "mae.pth")
+    with pytest.raises(ValueError, match="not iGPT's weights"):
+        load_igpt(tmp_path / "mae.pth")
+
+
 def test_the_released_sizes_have_their_heads() -> None:
     from sslvit.layouts.openai_igpt import released_heads
 
     assert [released_heads(*shape) for shape in ((512, 24), (1024, 36), (1536, 48), (512, 3))] == [8, 8, 16, None]
+    with torch.device("meta"):  # iGPT-M, whose heads are 128 wide, without its 2 GB
+        state = {
+            "wte.weight": torch.empty(513, 1024), "wpe.weight": torch.empty(1024, 1024),
+            "ln_f.weight": torch.empty(1024),
+        }  # fmt: skip
+        for number in range(36):
+            state[f"h.{number}.mlp.c_fc.weight"] = torch.empty(1024, 4096)
+        assert to_sslvit(state).settings.heads == 8
 
 
 def test_a_released_file_takes_the_released_palette(tmp_path: Path) -> None:
@@ -112,10 +133,16 @@ def test_a_released_file_takes_the_released_palette(tmp_path: Path) -> None:
     torch.save(golden.under("param/"), tmp_path / "pytorch_model.bin")
     palettes = [read_palette(tmp_path / name) for name in ("kmeans_centers.npy", "preprocessor_config.json")]
     for palette in palettes:
-        task = IGPT.from_official(tmp_path / "pytorch_model.bin", heads=golden.config["n_head"], palette=palette)
+        task = IGPT.from_official(tmp_path / "pytorch_model.bin", palette, golden.config["n_head"])
         assert torch.equal(task.encoder.patch_embed.palette, colours)
         assert torch.equal(task.encoder.patch_embed.indices(images_of(golden, task)), golden["input/pixels"])
         golden.check("output/logits", task.head(task.encoder(images_of(golden, task))))
+    by_file = IGPT.from_official(tmp_path / "pytorch_model.bin", tmp_path / "kmeans_centers.npy", 4)
+    assert torch.equal(by_file.encoder.patch_embed.palette, colours)
+    with pytest.raises(ValueError, match="does not hold its colours. Give --palette FILE"):
+        load_igpt(tmp_path / "pytorch_model.bin", heads=4)
+    with pytest.raises(ValueError, match="2 colours for a model of 512"):
+        load_igpt(tmp_path / "pytorch_model.bin", heads=4, palette=[[0.0] * 3, [1.0] * 3])
 
 
 def test_a_model_without_its_output_matrix_is_no_igpt() -> None:

@@ -10,7 +10,7 @@ from test_mae import batch_of
 from sslvit.settings.sample import SampleSettings
 from sslvit.tasks.sampling import complete, draw_colours, likely_shares
 
-POSITIONS = ["none", "learned_1d", "learned_2d", "sincos_1d", "rotary_2d", "relative_bias"]
+POSITIONS = ["none", "learned_1d", "learned_2d", "sincos_1d", "sincos_2d", "rotary_2d", "relative_bias"]
 
 
 @torch.no_grad()

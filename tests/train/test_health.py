@@ -198,7 +198,12 @@ def test_a_run_that_explodes_says_so_and_ends_in_order(
         changes = {key: value for key, value in changes.items() if not key.startswith(("task.", "data.view."))}
         changes["encoder.tokens"] = "patch"
     if recipe == "igpt/digits":
-        changes |= {"encoder.tokens": "pixel", "encoder.patch": 1, "encoder.pooling": "mean"}
+        changes |= {
+            "encoder.tokens": "pixel",
+            "encoder.patch": 1,
+            "encoder.pooling": "mean",
+            "encoder.feature_layer": 1,
+        }
     folder = pretrain(load_recipe(recipe, changes | {"data.shards": str(shards), "out": str(tmp_path / "run")}))
     health = json.loads(folder.health.read_text(), parse_constant=pytest.fail)
     assert health["verdict"] == "collapsed"

@@ -68,6 +68,7 @@ def test_a_model_of_pixels_logs_nats_and_bits_and_draws(
     folder = run(shards, tmp_path / "run", recipe="igpt/digits", **{"train.steps": 2})
     last = folder.read_metrics()[-1]
     assert last["bits"] == pytest.approx(last["loss"] / math.log(2))
+    assert {"feature_std", "rankme"} <= last.keys()
     assert f"loss {last['loss']:.4f} ({last['bits']:.4f} bits)" in capsys.readouterr().out
     assert {"generated.png", "completed.png", "loss.png"} <= {path.name for path in folder.figures.iterdir()}
     filled = run(shards, tmp_path / "bert", recipe="igpt/digits", **BERT, **{"train.steps": 2})
