@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 COLOURS = ["#2a6f97", "#e07a5f", "#81b29a", "#f2cc8f", "#3d405b"]
 
@@ -76,6 +77,7 @@ def curves(
     if mark is not None:
         axes.axvline(mark[0], label=mark[1], color="0.5", linewidth=1, linestyle="--")
     axes.set(xlabel=x_label, ylabel=y_label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # steps, blocks
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
@@ -94,11 +96,11 @@ def bars(path: str | Path, groups: dict[str, dict[str, float]], y_label: str, ti
         places = np.arange(len(groups)) + (i - (len(names) - 1) / 2) * width
         drawn = axes.bar(places, [group[name] for group in groups.values()], width * 0.92, label=name, color=COLOURS[i])
         axes.bar_label(drawn, fmt="%.0f", fontsize=8)
-    axes.set_xticks(range(len(groups)), list(groups))
+    axes.set_xticks(range(len(groups)), [group.replace(" ", "\n") for group in groups])
     axes.set_ylabel(y_label)
     axes.set_title(title, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, ncols=len(names), loc="upper center", bbox_to_anchor=(0.5, -0.1), fontsize=9)
+    axes.legend(frameon=False, ncols=len(names), loc="upper center", bbox_to_anchor=(0.5, -0.15), fontsize=9)
     return _save(figure, path)
 
 
