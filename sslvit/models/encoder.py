@@ -330,11 +330,11 @@ class ViTEncoder(nn.Module):
         for name, parameter in self.named_parameters():
             if name in tables:
                 _small_normal(parameter)
-        if self.settings.initialisation == "igpt":
-            self._start_as_igpt()
+        if self.settings.initialisation == "scaled":
+            self._start_scaled()
 
-    def _start_as_igpt(self) -> None:
-        """What iGPT's released code starts otherwise than with a deviation of 0.02."""
+    def _start_scaled(self) -> None:
+        """What does not start with a deviation of 0.02 but by width and depth, as in iGPT's released code."""
         width, depth = self.settings.width, self.settings.depth
         for block in self.blocks:
             nn.init.normal_(block.attn.qkv.weight, std=width**-0.5)

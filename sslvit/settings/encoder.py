@@ -64,9 +64,9 @@ class EncoderSettings:
         feature_layer: blocks that an image passes before it is probed; null for all.
         feature_norm: what normalises those tokens: final (the encoder's last norm) or next (the first norm of
             the following block, as iGPT's probe does).
-        initialisation: of the linear maps: normal (truncated, std 0.02: timm, DINO), xavier (uniform: MAE) or igpt (its
-            released code: queries, keys and values 1 / sqrt(width), the map behind them 1 / sqrt(width x depth), the
-            position table 0.01, all else 0.02).
+        initialisation: of the linear maps: normal (truncated, std 0.02: timm, DINO), xavier (uniform: MAE) or scaled
+            (as in iGPT's released code: queries, keys and values 1 / sqrt(width), the map behind them
+            1 / sqrt(width x depth), the position table 0.01, all else 0.02).
         checkpointing: recompute blocks in the backward pass instead of storing their activations.
     """
 
@@ -106,7 +106,7 @@ class EncoderSettings:
     fc_norm: bool = False
     feature_layer: int | None = None
     feature_norm: Literal["final", "next"] = "final"
-    initialisation: Literal["normal", "xavier", "igpt"] = "normal"
+    initialisation: Literal["normal", "xavier", "scaled"] = "normal"
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
