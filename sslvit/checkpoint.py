@@ -72,20 +72,22 @@ def load_encoder(source: str | Path, layout: str | None = None, heads: int | Non
 
     Raises:
         FileNotFoundError: nothing is there, or nothing that holds an encoder.
-        ValueError: the file is no checkpoint, would run code, or holds other weights than its settings say.
+        ValueError: the file is no checkpoint, would run code, holds other weights than its settings say, or says what
+            is to be changed.
     """
     path = find_encoder(source)
-    if path.is_dir():
-        settings, weights = _read_folder(path)
+    content = {} if path.is_dir() else read_torch_file(path)
+    if path.is_dir() or "sslvit" in content:
+        if changes:
+            raise ValueError(
+                f"{path}: says its own settings. Leave out what is for released files ({', '.join(changes)})."
+            )
+        settings, weights = _read_folder(path) if path.is_dir() else own_parts(content, path)[:2]
     else:
-        content = read_torch_file(path)
-        if "sslvit" in content:
-            settings, weights, _ = own_parts(content, path)
-        else:
-            converted = to_sslvit(weights_in(content, path), layout, heads, **changes)
-            for note in converted.notes:
-                print(f"{path.name}: {note}")
-            settings, weights = converted.settings, converted.encoder
+        converted = to_sslvit(weights_in(content, path), layout, heads, **changes)
+        for note in converted.notes:
+            print(f"{path.name}: {note}")
+        settings, weights = converted.settings, converted.encoder
     encoder = ViTEncoder(settings)
     put_weights(encoder, weights, str(path))
     return encoder.eval()

@@ -37,6 +37,8 @@ def small(**changes) -> ViTEncoder:
 def test_a_saved_encoder_comes_back_to_the_last_bit(tmp_path: Path, options: dict) -> None:
     encoder = small(**options)
     save_encoder(encoder, tmp_path / "e", {"step": 3})
+    with pytest.raises(ValueError, match="says its own settings. Leave out what is for released files .palette"):
+        load_encoder(tmp_path / "e", palette="uniform")
     again = load_encoder(tmp_path / "e")
     assert again.settings == encoder.settings
     assert not again.training
