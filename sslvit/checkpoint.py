@@ -9,6 +9,7 @@ Nothing here unpickles code: safetensors hold numbers only, and torch's files ar
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import pickle
@@ -38,6 +39,15 @@ NOT_IN_THE_WEIGHTS = (
 def describe_encoder(encoder: ViTEncoder) -> dict[str, Any]:
     """The encoder's settings as plain dicts, lists, strings and numbers."""
     return asdict(encoder.settings)
+
+
+def fingerprint(encoder: ViTEncoder) -> str:
+    """A name for exactly these settings and weights."""
+    content = hashlib.sha256(json.dumps(describe_encoder(encoder), sort_keys=True).encode())
+    for key, value in sorted(encoder.state_dict().items()):
+        content.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+        content.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return content.hexdigest()
 
 
 def save_encoder(encoder: ViTEncoder, folder: str | Path, provenance: dict[str, Any] | None = None) -> Path:

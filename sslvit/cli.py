@@ -126,22 +126,19 @@ def make_parser() -> argparse.ArgumentParser:
     command("settings", commands.run_settings, "all settings of a recipe, with their defaults and meaning")
 
     probe = command("probe", commands.run_probe, "score a frozen encoder: linear probe and kNN beside their baselines")
-    probe.add_argument("encoder", metavar="ENCODER", help="run folder, encoder folder or checkpoint file")
-    probe.add_argument("--train", required=True, metavar="SHARDS", help="labelled shards to fit on")
-    probe.add_argument("--val", required=True, metavar="SHARDS", help="labelled shards to report")
+    add_probe(probe)
+    probe.add_argument(
+        "--protocol", default="logreg", choices=["logreg", "mae", "dino", "dinov2", "igpt"],
+        help="of the linear probe (default: %(default)s); its settings by --protocol.KEY VALUE",
+    )  # fmt: skip
     probe.add_argument("--labels-per-class", type=int, metavar="N", help="also fit on N labels per class")
-    probe.add_argument("--layer", type=int, help="block whose output is probed (default: the encoder's choice)")
+    probe.add_argument("--labels-percent", type=float, metavar="P", help="also fit on P %% of each class's labels")
+    probe.add_argument("--draws", type=int, default=5, help="random choices of those labels (default: %(default)s)")
     probe.add_argument("--layers", metavar="all|1,4,8", help="score these blocks side by side, and draw them")
     probe.add_argument("--figure", metavar="FILE", help="with --layers: the PNG (default: in the run's figures)")
-    probe.add_argument("--pooling", choices=["class", "mean", "attention"])
-    probe.add_argument("--neighbours", type=int, default=20, metavar="K")
-    probe.add_argument("--batch", type=int, default=256, help="images per forward pass (default: %(default)s)")
-    probe.add_argument("--workers", type=int, default=0)
-    probe.add_argument("--no-baselines", action="store_true", help="leave out raw pixels and the untrained encoder")
-    probe.add_argument("--seed", type=int, default=0)
-    add_device(probe)
-    probe.add_argument("-o", "--output", metavar="FILE", help="also write the table as JSON")
-    add_layout(probe)
+    probe.set_defaults(takes_settings=True)
+    knn = command("knn", commands.run_knn, "score a frozen encoder by its nearest neighbours alone")
+    add_probe(knn)
 
     sample = command("sample", commands.run_sample, "draw images from a model of pixels, or complete given ones")
     sample.add_argument("run", metavar="RUN", help="run folder or checkpoint of an iGPT run, or a released file")
@@ -182,6 +179,28 @@ def make_parser() -> argparse.ArgumentParser:
     take.add_argument("out", metavar="OUT")
     add_layout(take)
     return parser
+
+
+def add_probe(parser: argparse.ArgumentParser) -> None:
+    """What `probe` and `knn` have in common."""
+    parser.add_argument("encoder", metavar="ENCODER", help="run folder, encoder folder or checkpoint file")
+    parser.add_argument("--train", required=True, metavar="SHARDS", help="labelled shards to fit on")
+    parser.add_argument("--val", required=True, metavar="SHARDS", help="labelled shards to report")
+    parser.add_argument("--layer", type=int, help="block whose output is probed (default: the encoder's choice)")
+    parser.add_argument("--blocks", type=int, default=1, help="blocks up to it, side by side (default: %(default)s)")
+    parser.add_argument("--pooling", choices=["class", "mean", "class+mean", "attention"])
+    parser.add_argument("--neighbours", type=int, nargs="*", default=[10, 20, 100, 200], metavar="K",
+                        help="each k of the vote (default: 10 20 100 200)")  # fmt: skip
+    parser.add_argument("--batch", type=int, default=256, help="images per forward pass (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=0, help="loader processes (default: %(default)s)")
+    parser.add_argument("--no-baselines", action="store_true", help="leave out raw pixels and the untrained encoder")
+    parser.add_argument("--seeds", type=int, default=1, help="draw all chance so often anew (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cache", metavar="FOLDER", default="~/.cache/sslvit-features",
+                        help="keeps features; none for no such folder (default: %(default)s)")  # fmt: skip
+    add_device(parser)
+    parser.add_argument("-o", "--output", metavar="FILE", help="also write the table as JSON")
+    add_layout(parser)
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

@@ -109,14 +109,7 @@ def unsaid(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_probe(options: argparse.Namespace) -> None:
-    from sslvit.settings import ProbeSettings
-
-    settings = ProbeSettings(
-        options.train, options.val, options.labels_per_class, layer=options.layer, pooling=options.pooling,
-        neighbours=options.neighbours, batch=options.batch, workers=options.workers, baselines=not options.no_baselines,
-        seed=options.seed,
-        device=options.device,
-    )  # fmt: skip
+    settings = probe_settings(options)
     figure = options.figure
     if options.layers and figure is None:
         folder = Path(options.encoder) / "figures"
@@ -129,24 +122,71 @@ def run_probe(options: argparse.Namespace) -> None:
     check_new_picture(figure)
     from sslvit.checkpoint import load_encoder
     from sslvit.evaluate.layers import draw_layers, layer_numbers, probe_layers
-    from sslvit.evaluate.probe import probe
+    from sslvit.ranks import all_ranks, is_first_rank
 
-    encoder = load_encoder(options.encoder, options.layout, options.heads, **unsaid(options))
-    if options.layers:
+    with all_ranks():
+        encoder = load_encoder(options.encoder, options.layout, options.heads, **unsaid(options))
+        if not options.layers:
+            show_probe(encoder, settings, options.output)
+            return
         numbers = layer_numbers(options.layers, encoder.settings.depth)
         curve = probe_layers(encoder, settings, numbers)
-        print(f"\n{curve.text()}")
-        if options.output:
-            Path(options.output).write_text(json.dumps(curve.as_dict(), indent=1) + "\n")
-        print(draw_layers(curve, numbers, figure))
-        return
+        if is_first_rank():
+            print(f"\n{curve.text()}")
+            write_table(curve, options.output)
+            print(draw_layers(curve, numbers, figure))
+
+
+def run_knn(options: argparse.Namespace) -> None:
+    settings = probe_settings(options)
+    check_new(options.output)
+    from sslvit.checkpoint import load_encoder
+    from sslvit.ranks import all_ranks
+
+    with all_ranks():
+        encoder = load_encoder(options.encoder, options.layout, options.heads, **unsaid(options))
+        show_probe(encoder, settings, options.output)
+
+
+def probe_settings(options: argparse.Namespace):
+    """What `probe` and `knn` have in common, and what only one of them knows."""
+    from sslvit.settings import ProbeSettings
+    from sslvit.settings.load import read_protocol
+
+    common = ("train", "val", "layer", "blocks", "pooling", "neighbours", "batch", "workers", "seeds", "seed", "device")
+    given = {key: getattr(options, key) for key in common}
+    if options.command == "probe":
+        given |= {key: getattr(options, key) for key in ("labels_per_class", "labels_percent", "draws")}
+        given["protocol"] = read_protocol(options.protocol, options.changes)
+    else:
+        given["protocol"] = None
+    cache = None if options.cache == "none" else options.cache
+    return ProbeSettings(**given, baselines=not options.no_baselines, cache=cache)
+
+
+def show_probe(encoder, settings, output: str | None) -> None:
+    """Probe one encoder, print the table with all that a reader needs to quote it, and write it down."""
+    from sslvit.evaluate.probe import probe
+    from sslvit.ranks import is_first_rank
+
     table = probe({"encoder": encoder}, settings)
+    if not is_first_rank():
+        return
     about = table.about
     print(f"\nRight answers in percent on {about['val_images']:,} images of {about['val']}")
-    print(f"(fitted on {about['train_images']:,} of {about['train']};")
-    print(f" {about['features']['encoder']}; {about['linear']})\n\n{table.text()}")
-    if options.output:
-        Path(options.output).write_text(json.dumps(table.as_dict(), indent=1) + "\n")
+    print(f"(heads fitted on {about['train_images']:,} of {about['train']})")
+    of_encoder = about["probed"]["encoder"]
+    if about["protocol"]:
+        print(f"linear probe: {about['protocol']} ({about['source']})")
+        print("  " + "; ".join(f"{key.replace('_', ' ')} {value}" for key, value in of_encoder["linear"].items()))
+    print(f"few labels and kNN: {of_encoder['features']}; temperature {about['temperature']}; seed {about['seed']}")
+    print(f"\n{table.text()}")
+    write_table(table, output)
+
+
+def write_table(table, output: str | None) -> None:
+    if output:
+        Path(output).write_text(json.dumps(table.as_dict(), indent=1) + "\n")
 
 
 def check_new(path: str | Path | None) -> None:
@@ -203,13 +243,13 @@ def run_likelihood(options: argparse.Namespace) -> None:
     check_new(options.output)
     from sslvit.data.open import open_shards
     from sslvit.evaluate.likelihood import likelihood
-    from sslvit.evaluate.probe import format_table
+    from sslvit.evaluate.scores import format_table
 
     task = load_task(options)
     train, val = (open_shards(source, f"{source.rstrip('/')}-shards") for source in (options.train, options.val))
     rows = likelihood(task, train, val, options.batch)
     print(f"\n{len(val):,} images of {val.location}; counted on {len(train):,} of {train.location}\n")
-    print(format_table(rows, decimals=4))
+    print(format_table({row: {column: [value] for column, value in of.items()} for row, of in rows.items()}, 4))
     if options.output:
         Path(options.output).write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 MISFIT = (
@@ -28,7 +29,7 @@ def check() -> str | None:
 
 
 def pick_device(name: str = "auto") -> str:
-    """The device behind a name: auto is a GPU where there is one.
+    """The device behind a name: auto is a GPU where there is one. Of several processes each gets its own.
 
     Raises:
         ValueError: cuda is asked for and not there.
@@ -37,7 +38,9 @@ def pick_device(name: str = "auto") -> str:
 
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU here. Use auto or cpu.")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    if name == "cpu" or not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
 
 
 if __name__ == "__main__":

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from datetime import timedelta
+from typing import Any
+
 import torch
 from torch import Tensor, distributed
 
@@ -38,3 +44,41 @@ def gather_over_ranks(values: Tensor) -> Tensor:
     parts = [torch.empty_like(values) for _ in range(count_ranks())]
     distributed.all_gather(parts, values.contiguous())
     return torch.cat(parts)
+
+
+def rank() -> int:
+    return distributed.get_rank() if is_distributed() else 0
+
+
+def is_first_rank() -> bool:
+    return rank() == 0
+
+
+def said_by_first(value: Any) -> Any:
+    """What the first rank says, on each of them."""
+    if not is_distributed():
+        return value
+    said = [value]
+    distributed.broadcast_object_list(said)
+    return said[0]
+
+
+@contextmanager
+def all_ranks() -> Iterator[None]:
+    """Join the processes that torchrun started, if it did; the first one speaks for all.
+
+    Tensors are exchanged on the CPU. The others may wait for long while the first one works alone.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    distributed.init_process_group("gloo", timeout=timedelta(days=7))
+    with open(os.devnull, "w") as nowhere:
+        try:
+            if is_first_rank():
+                yield
+            else:
+                with redirect_stdout(nowhere), redirect_stderr(nowhere):
+                    yield
+        finally:
+            distributed.destroy_process_group()

@@ -17,7 +17,7 @@ from sslvit.data.reader import ShardReader
 from sslvit.data.resample import normalise
 from sslvit.data.views import Views, change_views
 from sslvit.settings import EncoderSettings
-from sslvit.settings.views import CentreSettings
+from sslvit.settings.views import CentreSettings, ViewSettings
 
 MOST_SPARES = 64  # tried in the place of an unreadable sample before it is shown black
 
@@ -195,24 +195,38 @@ def resolution_of(resolutions: list[int] | None, seed: int, step: int) -> list[i
 
 
 class _EvaluationBatches(Dataset):
-    def __init__(self, reader: ShardReader, views: Views, batch: int, rank: int, ranks: int) -> None:
-        self.reader, self.views = reader, views
+    def __init__(self, reader: ShardReader, views: Views, batch: int, rank: int, ranks: int, epoch: int) -> None:
+        self.reader, self.views, self.epoch = reader, views, epoch
         self.batches = evaluation_batches(len(reader.index), batch, rank, ranks)
 
     def __getitem__(self, number: int) -> Batch:
         samples, valid = self.batches[number]
-        return make_batch(self.reader, self.views, samples, np.zeros_like(samples), valid)
+        return make_batch(self.reader, self.views, samples, np.full_like(samples, self.epoch), valid)
 
     def __len__(self) -> int:
         return len(self.batches)
 
 
 def evaluation_loader(
-    reader: ShardReader, encoder: EncoderSettings, batch: int = 256, workers: int = 0, rank: int = 0, ranks: int = 1
-) -> DataLoader:
-    """Every sample once, in order, seen through a centre crop, in batches of one size."""
-    views = Views(CentreSettings(), encoder.image_size, encoder.interpolation)
-    batches = _EvaluationBatches(reader, views, batch, rank, ranks)
+    reader: ShardReader, encoder: EncoderSettings, batch: int = 256, workers: int = 0, rank: int = 0, ranks: int = 1,
+    view: ViewSettings | None = None, epoch: int = 0, seed: int = 0, interpolation: str | None = None,
+) -> DataLoader:  # fmt: skip
+    """Every sample once, in order, in batches of one size, seen through a centre crop unless another view is given.
+
+    Args:
+        reader: of the data set.
+        encoder: size and interpolation of its input.
+        batch: images in each.
+        workers: loader processes.
+        rank: of this process.
+        ranks: that share the data set.
+        view: of each image; a random one draws from (seed, epoch, sample).
+        epoch: of that chance.
+        seed: of that chance.
+        interpolation: instead of the encoder's.
+    """
+    views = Views(view or CentreSettings(), encoder.image_size, interpolation or encoder.interpolation, seed)
+    batches = _EvaluationBatches(reader, views, batch, rank, ranks, epoch)
     return DataLoader(batches, batch_size=None, num_workers=workers)
 
 

@@ -1,101 +1,106 @@
-"""Frozen encoder -> one feature per image, in one pass over a data set."""
+"""Frozen encoder -> features of a data set, in one pass, over any number of layers and poolings.
+
+A pass is cut into batches of one size, keyed by position, so features do not depend on how many processes share it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from sslvit.data.loader import evaluation_loader, normalised_view
-from sslvit.data.reader import ShardReader
-from sslvit.models import ViTEncoder
+from sslvit.evaluate.cache import FeatureCache, key_of
+from sslvit.evaluate.sources import FeatureTable, LabelledSet, Place, Source
 from sslvit.progress import track
-from sslvit.settings import EncoderSettings
-
-PIXEL_SIDE = 32  # raw pixels are compared at no more than this size
+from sslvit.ranks import count_ranks, gather_over_ranks, is_first_rank, rank, said_by_first
+from sslvit.settings.views import CentreSettings, ViewSettings
 
 
 @dataclass
-class Features:
-    """Features of the readable images of a data set, on the CPU.
+class Pass:
+    """How features are computed.
 
     Args:
-        values: one row per image.
-        labels: class numbers.
+        batch: images per forward pass.
+        workers: loader processes.
+        cache: where passes over centre views are kept, or None.
     """
 
-    values: Float[Tensor, "n d"]
-    labels: Int[Tensor, "n"]
+    batch: int = 256
+    workers: int = 0
+    cache: FeatureCache | None = None
+    _source: Source | None = None
+    _held: dict[tuple[int, float], FeatureTable] = field(default_factory=dict)
 
-    def __getitem__(self, chosen: Tensor) -> Features:
-        return Features(self.values[chosen], self.labels[chosen])
+    def features(
+        self, source: Source, data: LabelledSet, places: Sequence[Place], fraction: float = 1.0
+    ) -> FeatureTable:
+        """Features of the centre view of every image; those of the last source are held, others may be in the cache."""
+        if source is not self._source:
+            self._source, self._held = source, {}
+        held = self._held.get((id(data), fraction))
+        wanted = [place for place in dict.fromkeys(places) if held is None or place not in held.columns]
+        if wanted:
+            made = self._through_cache(source, data, wanted, CentreSettings(fraction=fraction))
+            held = FeatureTable((held.columns if held else {}) | made.columns, made.labels)
+            self._held[id(data), fraction] = held
+        return held
 
-    def __len__(self) -> int:
-        return len(self.labels)
+    def _through_cache(
+        self, source: Source, data: LabelledSet, places: Sequence[Place], view: CentreSettings
+    ) -> FeatureTable:
+        if self.cache is None:
+            return self.run(source, data, places, view)
+        key = key_of(source, data.index, view, self.batch)
+        found = self.cache.find(key, places) if is_first_rank() else None
+        missing = said_by_first([place for place in places if found is None or place not in found.columns])
+        if not missing:
+            return found or made_nowhere(places)
+        made = self.run(source, data, missing, view)
+        if is_first_rank():
+            self.cache.put(key, made)
+        return FeatureTable((found.columns if found else {}) | made.columns, made.labels)
+
+    @torch.no_grad()
+    def run(
+        self, source: Source, data: LabelledSet, places: Sequence[Place], view: ViewSettings, epoch: int = 0,
+        seed: int = 0, interpolation: str | None = None,
+    ) -> FeatureTable:  # fmt: skip
+        """One pass over the images, each seen once through a view; every rank takes part, the first gets the table.
+
+        Args:
+            source: of the features.
+            data: the images.
+            places: that are kept.
+            view: of each image.
+            epoch: of the views' chance.
+            seed: of the views' chance.
+            interpolation: of the view; the encoder's own for None.
+        """
+        settings = source.settings
+        loader = evaluation_loader(
+            data.reader, settings, self.batch, self.workers, rank(), count_ranks(), view, epoch, seed, interpolation
+        )
+        rows: dict[Place, list[Tensor]] = {place: [] for place in places}
+        labels = []
+        for piece in track(
+            loader, "features", len(loader) * self.batch * count_ranks(), each=self.batch * count_ranks()
+        ):
+            found = source.features_at(normalised_view(piece, settings, source.device), places)
+            valid, numbers = gather_over_ranks(piece.valid), gather_over_ranks(piece.labels)
+            gathered = [gather_over_ranks(values.float().cpu()) for values in found]
+            if is_first_rank():
+                labels.append(numbers[valid])
+                for place, values in zip(places, gathered, strict=True):
+                    rows[place].append(values[valid])
+        if not is_first_rank():
+            return made_nowhere(places)
+        return FeatureTable({place: torch.cat(pieces) for place, pieces in rows.items()}, torch.cat(labels))
 
 
-@torch.no_grad()
-def encoder_features(
-    encoder: ViTEncoder,
-    reader: ShardReader,
-    layer: int | None = None,
-    pooling: str | None = None,
-    batch: int = 256,
-    workers: int = 0,
-) -> Features:
-    """Features of the centre view of every image, from batches of one size whatever the data set's length."""
-    (features,) = layer_features(encoder, reader, [layer], pooling, batch, workers)
-    return features
-
-
-@torch.no_grad()
-def layer_features(
-    encoder: ViTEncoder,
-    reader: ShardReader,
-    layers: list[int | None],
-    pooling: str | None = None,
-    batch: int = 256,
-    workers: int = 0,
-) -> list[Features]:
-    """encoder_features of several layers in one pass over the data; None is the encoder's own layer."""
-    device = next(encoder.parameters()).device
-    own = encoder.settings.feature_layer or encoder.settings.depth
-    numbers = [own if layer is None else layer for layer in layers]
-    encoder.eval()
-
-    def features(images: Tensor) -> Tensor:
-        return torch.cat(encoder.features_of_layers(images, numbers, pooling), 1).float()  # b (layers d)
-
-    found = _collect(features, reader, encoder.settings, batch, workers, device)
-    return [Features(values, found.labels) for values in found.values.chunk(len(numbers), 1)]
-
-
-def pixel_features(reader: ShardReader, settings: EncoderSettings, batch: int = 256, workers: int = 0) -> Features:
-    """The pixels themselves, at most 32 x 32: what a probe gets without learning."""
-
-    def features(images: Tensor) -> Tensor:
-        height, width = (min(PIXEL_SIDE, side) for side in images.shape[2:])
-        if (height, width) != images.shape[2:]:
-            images = F.interpolate(images, size=(height, width), mode="bilinear", antialias=True)
-        return images.flatten(1)
-
-    return _collect(features, reader, settings, batch, workers, torch.device("cpu"))
-
-
-def _collect(
-    features: Callable[[Tensor], Tensor], reader: ShardReader, settings: EncoderSettings, batch: int, workers: int,
-    device: torch.device,
-) -> Features:  # fmt: skip
-    reader.index.labels_of(np.arange(0))  # refuses unlabelled data before the pass, not after it
-    values, labels = [], []
-    loader = evaluation_loader(reader, settings, batch, workers)
-    for piece in track(loader, "features", len(loader) * batch, each=batch):
-        rows = features(normalised_view(piece, settings, device)).cpu()
-        values.append(rows[piece.valid])
-        labels.append(piece.labels[piece.valid])
-    return Features(torch.cat(values), torch.cat(labels))
+def made_nowhere(places: Sequence[Place]) -> FeatureTable:
+    """What ranks other than the first have after a pass: nothing, in the same form."""
+    return FeatureTable({place: torch.empty(0, 1) for place in places}, torch.empty(0, dtype=torch.long))

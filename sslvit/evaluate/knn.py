@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from sslvit.evaluate.features import Features
+from sslvit.evaluate.sources import Features
 
-CHUNK = 1024  # queries at a time
+QUERIES_AT_ONCE = 1024
+BANK_AT_ONCE = 131_072  # training images: half a gigabyte of similarities
 
 
 def knn_votes(
@@ -25,15 +26,45 @@ def knn_votes(
         temperature: small values let the nearest decide.
     """
     bank = F.normalize(train.values, dim=1)
-    votes = []
-    for chunk in F.normalize(queries, dim=1).split(CHUNK):
-        similarity, nearest = (chunk @ bank.T).topk(min(neighbours, len(bank)), dim=1)
-        vote = torch.zeros(len(chunk), classes).scatter_add_(1, train.labels[nearest], (similarity / temperature).exp())
-        votes.append(vote)
-    return torch.cat(votes)
+    chunks = F.normalize(queries, dim=1).split(QUERIES_AT_ONCE)
+    return torch.cat([votes(*nearest(chunk, bank, train.labels, neighbours), classes, temperature) for chunk in chunks])
 
 
-def knn_accuracy(train: Features, val: Features, classes: int, neighbours: int, temperature: float) -> float:
-    """Share of right answers, in percent."""
-    votes = knn_votes(train, val.values, classes, neighbours, temperature)
-    return 100 * float((votes.argmax(1) == val.labels).double().mean())
+def knn_accuracies(
+    train: Features, val: Features, classes: int, neighbours: list[int], temperature: float, device: str = "cpu"
+) -> dict[int, float]:
+    """Share of right answers in percent for each k, from one search."""
+    bank, known = F.normalize(train.values.to(device), dim=1), train.labels.to(device)
+    right = dict.fromkeys(neighbours, 0)
+    rows = zip(val.values.split(QUERIES_AT_ONCE), val.labels.split(QUERIES_AT_ONCE), strict=True)
+    for values, labels in rows:
+        similarity, found = nearest(F.normalize(values.to(device), dim=1), bank, known, max(neighbours))
+        for k in neighbours:
+            guesses = votes(similarity[:, :k], found[:, :k], classes, temperature).argmax(1)
+            right[k] += int((guesses == labels.to(device)).sum())
+    return {k: 100 * count / len(val) for k, count in right.items()}
+
+
+def nearest(
+    queries: Float[Tensor, "m d"], bank: Float[Tensor, "n d"], labels: Int[Tensor, "n"], neighbours: int
+) -> tuple[Float[Tensor, "m k"], Int[Tensor, "m k"]]:
+    """Similarities and labels of each query's nearest rows of the bank, nearest first."""
+    best, found = None, None
+    for start in range(0, len(bank), BANK_AT_ONCE):
+        part = bank[start : start + BANK_AT_ONCE]
+        similarity, place = (queries @ part.T).topk(min(neighbours, len(part)), dim=1)
+        named = labels[start : start + BANK_AT_ONCE][place]
+        if best is not None:
+            similarity, named = torch.cat([best, similarity], 1), torch.cat([found, named], 1)
+            similarity, place = similarity.topk(min(neighbours, similarity.shape[1]), dim=1)
+            named = named.gather(1, place)
+        best, found = similarity, named
+    return best, found
+
+
+def votes(
+    similarity: Float[Tensor, "m k"], labels: Int[Tensor, "m k"], classes: int, temperature: float
+) -> Float[Tensor, "m classes"]:
+    """The sum of exp(similarity / temperature) of each class's neighbours."""
+    empty = similarity.new_zeros(len(similarity), classes)
+    return empty.scatter_add_(1, labels, (similarity / temperature).exp())

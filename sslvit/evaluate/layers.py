@@ -2,51 +2,50 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from sslvit.data.reader import ShardReader
 from sslvit.environment import pick_device
-from sslvit.evaluate.features import layer_features, pixel_features
-from sslvit.evaluate.linear import fit_probe
-from sslvit.evaluate.probe import format_table, open_labelled, score_features, untrained
+from sslvit.evaluate.cache import FeatureCache
+from sslvit.evaluate.features import Pass
+from sslvit.evaluate.probe import LINEAR, ProbeTable, describe, open_labelled, score, untrained
+from sslvit.evaluate.protocols import Bench
+from sslvit.evaluate.scores import Draws, format_table
+from sslvit.evaluate.sources import FrozenEncoder, LabelledSet, RawPixels, Source
 from sslvit.figures import curves
 from sslvit.models import ViTEncoder
-from sslvit.settings import ProbeSettings
+from sslvit.ranks import is_first_rank
+from sslvit.settings import LogregSettings, ProbeSettings
 
 HELD_OUT = "held-out training images"
-LINEAR = "linear, all labels"
 
 
 @dataclass
-class LayerTable:
+class LayerTable(ProbeTable):
     """Scores in percent of each block.
 
     Args:
-        rows: "layer 3", "untrained, layer 3", "raw pixels" -> column -> score.
+        draws: "layer 3", "untrained, layer 3", "raw pixels" -> column -> scores.
+        about: what a reader needs to quote them.
         best: the block with the best linear probe on training images held out; the reported images choose nothing.
         last: the deepest block that was probed.
-        about: what a reader needs to quote them.
     """
 
-    rows: dict[str, dict[str, float]]
     best: int
     last: int
-    about: dict[str, Any]
 
     def text(self) -> str:
         """The table for a terminal, and the best layer in words."""
         scores = {number: self.rows[f"layer {number}"][LINEAR] for number in (self.best, self.last)}
         return (
             f"Right answers in percent on {self.about['val_images']:,} images of {self.about['val']}\n\n"
-            f"{format_table(self.rows)}\n\n"
+            f"{format_table(self.draws)}\n\n"
             f"best layer, by {HELD_OUT}: {self.best} (linear {scores[self.best]:.1f}; "
             f"the last probed, {self.last}: {scores[self.last]:.1f})"
         )
 
     def as_dict(self) -> dict:
-        return asdict(self)
+        return super().as_dict() | {"best": self.best, "last": self.last}
 
 
 def layer_numbers(text: str, depth: int) -> list[int]:
@@ -73,32 +72,39 @@ def probe_layers(encoder: ViTEncoder, settings: ProbeSettings, numbers: list[int
         encoder: what is probed.
         settings: data and probes.
         numbers: of the blocks, from 1.
+
+    Raises:
+        ValueError: a protocol that does not hold out training images to choose by.
     """
-    train_index, val_index = open_labelled(settings)
-    classes = len(train_index.classes)
-    encoder = encoder.to(pick_device(settings.device))
-    readers = [ShardReader(index, encoder.settings.channels) for index in (train_index, val_index)]
-    options = {"batch": settings.batch, "workers": settings.workers}
-    sources = {"layer {}": encoder}
+    if not isinstance(settings.protocol, LogregSettings):
+        raise ValueError("--layers: the best layer is chosen by logistic regression. Leave out --protocol.")
+    indices = open_labelled(settings)
+    device = pick_device(settings.device)
+    train, val = (LabelledSet(index, encoder.settings.channels) for index in indices)
+    cache = FeatureCache(settings.cache, settings.cache_gb) if settings.cache else None
+    reading = Pass(settings.batch, settings.workers, cache)
+    sources: dict[str, Source] = {"layer {}": FrozenEncoder(encoder.to(device))}
     if settings.baselines:
-        sources["untrained, layer {}"] = untrained(encoder, settings.seed)
-    rows = {}
-    for name, network in sources.items():
-        train, val = (layer_features(network, reader, numbers, settings.pooling, **options) for reader in readers)
-        for number, train_part, val_part in zip(numbers, train, val, strict=True):
+        sources["untrained, layer {}"] = FrozenEncoder(untrained(encoder, settings.seed))
+        sources["raw pixels"] = RawPixels(encoder.settings)
+    draws: Draws = {}
+    for name, source in sources.items():
+        bench = Bench(source, train, val, len(indices[0].classes), reading, device)
+        asked = numbers if "{}" in name else numbers[-1:]
+        places = [place for number in asked for place in source.places(number, settings.blocks, settings.pooling)]
+        for data in (train, val):
+            reading.features(source, data, list(dict.fromkeys(places)))  # all blocks in one pass
+        for number in asked:
             row = name.format(number)
             print(f"probing {row}", flush=True)
-            rows[row] = _scores(train_part, val_part, classes, settings)
-    if settings.baselines:
-        train, val = (pixel_features(reader, encoder.settings, **options) for reader in readers)
-        rows["raw pixels"] = _scores(train, val, classes, settings)
-    best = max(numbers, key=lambda number: rows[f"layer {number}"][HELD_OUT])
-    about = {
-        "train": train_index.location, "train_images": len(train_index), "val": val_index.location,
-        "val_images": len(val_index), "classes": classes, "pooling": settings.pooling or encoder.settings.pooling,
-        "norm": encoder.settings.feature_norm, "seed": settings.seed,
+            draws[row] = _scores(bench, replace(settings, layer=number))
+    if not is_first_rank():
+        return LayerTable(draws, {}, numbers[0], numbers[-1])
+    best = max(numbers, key=lambda number: draws[f"layer {number}"][HELD_OUT][0])
+    about = describe(bench, settings, {}) | {
+        "pooling": settings.pooling or encoder.settings.pooling, "norm": encoder.settings.feature_norm
     }  # fmt: skip
-    return LayerTable(rows, best, numbers[-1], about)
+    return LayerTable(draws, about, best, numbers[-1])
 
 
 def draw_layers(table: LayerTable, numbers: list[int], path: str | Path) -> Path:
@@ -111,6 +117,7 @@ def draw_layers(table: LayerTable, numbers: list[int], path: str | Path) -> Path
     return curves(path, lines, "block", "linear probe, right answers in %", mark=mark)
 
 
-def _scores(train, val, classes: int, settings: ProbeSettings) -> dict[str, float]:
-    head = fit_probe(train, classes, settings.seed)
-    return {HELD_OUT: head.held_out, **score_features(train, val, classes, settings, head)}
+def _scores(bench: Bench, settings: ProbeSettings) -> dict[str, list[float]]:
+    scores, about = score(bench, settings, settings.seed)
+    held_out = about["linear"]["right answers on training images held out"] if scores else 0.0
+    return {HELD_OUT: [held_out], **scores}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections import defaultdict
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,13 +11,20 @@ import torch
 
 from sslvit.data.index import ShardIndex
 from sslvit.data.open import check_present, open_shards
-from sslvit.data.reader import ShardReader
 from sslvit.environment import pick_device
-from sslvit.evaluate.features import Features, encoder_features, pixel_features
-from sslvit.evaluate.knn import knn_accuracy
-from sslvit.evaluate.linear import LinearHead, draw_labels, fit_probe
+from sslvit.evaluate.cache import FeatureCache
+from sslvit.evaluate.features import Pass
+from sslvit.evaluate.knn import knn_accuracies
+from sslvit.evaluate.linear import draw_labels, fit_probe
+from sslvit.evaluate.protocols import Bench, linear_probe, places_of, words
+from sslvit.evaluate.scores import Draws, format_table, interval, mean, sampling_interval
+from sslvit.evaluate.sources import Features, FrozenEncoder, LabelledSet, RawPixels, Source
 from sslvit.models import ViTEncoder
+from sslvit.ranks import is_first_rank
 from sslvit.settings import ProbeSettings
+
+LINEAR = "linear, all labels"
+PAPER_RULE = "the same, chosen on the reported images as the paper did"
 
 
 @dataclass
@@ -25,23 +32,39 @@ class ProbeTable:
     """Scores in percent.
 
     Args:
-        rows: what was probed -> column -> score.
+        draws: what was probed -> column -> one score for each draw or seed.
         about: what a reader needs to quote them.
     """
 
-    rows: dict[str, dict[str, float]]
+    draws: Draws
     about: dict[str, Any]
 
+    @property
+    def rows(self) -> dict[str, dict[str, float]]:
+        """Means over draws and seeds."""
+        return {row: {column: mean(values) for column, values in of.items()} for row, of in self.draws.items()}
+
     def text(self) -> str:
-        """The table for a terminal."""
-        return format_table(self.rows)
+        """The table for a terminal, and what stands below it."""
+        images = self.about["val_images"]
+        below = [
+            f"one percentage of {images:,} images is uncertain by up to ± {sampling_interval(images):.1f} by that alone"
+        ]
+        if any(len(values) > 1 for scores in self.draws.values() for values in scores.values()):
+            below.append("± is half the 95 % interval of a mean over draws or seeds")
+        if paper := self.about.get("chosen_by_paper"):
+            below.append(f"the paper chose on the images that it reports: {paper}")
+        return format_table(self.draws) + "\n\n" + "\n".join(below)
 
     def as_dict(self) -> dict:
-        return asdict(self)
+        intervals = {row: {column: interval(values) for column, values in of.items()} for row, of in self.draws.items()}
+        return {"rows": self.rows, "intervals": intervals, "draws": self.draws, "about": self.about}
 
 
 def probe(encoders: dict[str, ViTEncoder], settings: ProbeSettings) -> ProbeTable:
     """Score encoders on labelled shards.
+
+    Several processes share the passes through the encoders; the first one fits the heads and has the table.
 
     Args:
         encoders: by the name of their row; one untrained encoder stands beside all that are built alike.
@@ -56,33 +79,48 @@ def probe(encoders: dict[str, ViTEncoder], settings: ProbeSettings) -> ProbeTabl
     device = pick_device(settings.device)
     encoders = {name: encoder.to(device) for name, encoder in encoders.items()}
     first = next(iter(encoders.values())).settings
-    channels = first.channels
-    if any(encoder.settings.channels != channels for encoder in encoders.values()):
+    if any(encoder.settings.channels != first.channels for encoder in encoders.values()):
         raise ValueError(f"{', '.join(encoders)}: these encoders take images of different channels. Probe each alone.")
-    train, val = ShardReader(train_index, channels), ShardReader(val_index, channels)  # decoded once for all rows
-    sources: dict[str, Callable[[ShardReader], Features]] = {}
-    options = {"batch": settings.batch, "workers": settings.workers}
+    train, val = (LabelledSet(index, first.channels) for index in (train_index, val_index))  # decoded once for all rows
+    rows: dict[str, list[tuple[Source, int]]] = {}  # each source with the seeds that it is scored under
+    seeds = range(settings.seed, settings.seed + settings.seeds)
     if settings.baselines:
-        sources["raw pixels"] = lambda reader: pixel_features(reader, first, **options)
+        rows["raw pixels"] = [(RawPixels(first), seed) for seed in seeds]
     for name, encoder in encoders.items():
         alike = [other for other in encoders if encoders[other].settings == encoder.settings]
         if settings.baselines and alike[0] == name:
             row = f"{', '.join(alike)} untrained" if len(encoders) > 1 else "untrained encoder"
-            sources[row] = _features_of(untrained(encoder, settings.seed), settings, options)
-        sources[name] = _features_of(encoder, settings, options)
-    classes = len(train_index.classes)
-    rows = {}
-    for row, features in sources.items():
+            rows[row] = [(FrozenEncoder(untrained(encoder, seed)), seed) for seed in seeds]
+        rows[name] = [(FrozenEncoder(encoder), seed) for seed in seeds]
+    for sources in rows.values():
+        places_of(sources[0][0], settings)  # what cannot be probed is refused before the first pass
+    cache = FeatureCache(settings.cache, settings.cache_gb) if settings.cache else None
+    reading = Pass(settings.batch, settings.workers, cache)
+    draws: Draws = {}
+    probed: dict[str, dict[str, Any]] = {}
+    for row, sources in rows.items():
         print(f"probing {row}", flush=True)
-        rows[row] = score_features(features(train), features(val), classes, settings)
-    about = {
-        "train": train_index.location, "train_images": len(train_index), "val": val_index.location,
-        "val_images": len(val_index), "classes": classes,
-        "linear": "L-BFGS logistic regression on standardised features; strength chosen on held-out training images",
-        "features": {name: _describe(encoder, settings) for name, encoder in encoders.items()},
-        "neighbours": settings.neighbours, "temperature": settings.temperature, "seed": settings.seed,
+        draws[row] = defaultdict(list)
+        for source, seed in sources:
+            bench = Bench(source, train, val, len(train_index.classes), reading, device)
+            scores, probed[row] = score(bench, settings, seed)
+            for column, values in scores.items():
+                draws[row][column] += values
+    return ProbeTable({row: dict(scores) for row, scores in draws.items()}, describe(bench, settings, probed))
+
+
+def describe(bench: Bench, settings: ProbeSettings, probed: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What a reader needs to quote the scores."""
+    train, val = bench.train.index, bench.val.index
+    protocol = settings.protocol
+    return {
+        "train": train.location, "train_images": len(train), "val": val.location, "val_images": len(val),
+        "classes": bench.classes, "fingerprints": {"train": train.fingerprint(), "val": val.fingerprint()},
+        "protocol": protocol.name if protocol else None, "source": protocol.source if protocol else None,
+        "chosen_by_paper": protocol.chosen_by_paper if protocol else None, "probed": probed,
+        "neighbours": settings.neighbours, "temperature": settings.temperature, "draws": settings.draws,
+        "seeds": settings.seeds, "seed": settings.seed,
     }  # fmt: skip
-    return ProbeTable(rows, about)
 
 
 def untrained(encoder: ViTEncoder, seed: int) -> ViTEncoder:
@@ -91,54 +129,67 @@ def untrained(encoder: ViTEncoder, seed: int) -> ViTEncoder:
     return ViTEncoder(encoder.settings).to(next(encoder.parameters()).device).eval()
 
 
-def _features_of(encoder: ViTEncoder, settings: ProbeSettings, options: dict) -> Callable[[ShardReader], Features]:
-    return lambda reader: encoder_features(encoder, reader, settings.layer, settings.pooling, **options)
+def score(bench: Bench, settings: ProbeSettings, seed: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """The columns of the table for one source of features under one seed, and how it was probed.
+
+    Both are empty on ranks other than the first.
+    """
+    scores: dict[str, list[float]] = {}
+    places = places_of(bench.source, settings)
+    about: dict[str, Any] = {"features": words(places)}
+    if settings.protocol is not None:
+        result = linear_probe(bench, settings, seed)
+        if result is not None:
+            name = settings.protocol.name
+            column = LINEAR if name == "logreg" else f"linear ({name}), all labels"
+            scores[column], about["linear"] = [result.score], result.about
+            if result.held_out is not None:
+                about["linear"]["right answers on training images held out"] = result.held_out
+            if result.paper_rule is not None:
+                scores[PAPER_RULE] = [result.paper_rule]
+    few = settings.labels_per_class or settings.labels_percent
+    if few or settings.neighbours:
+        train, val = bench.of(bench.train, places), bench.of(bench.val, places)
+        if is_first_rank():
+            scores |= few_labels(train, val, bench, settings, seed) | neighbours(train, val, bench, settings)
+    return scores, about
 
 
-def _describe(encoder: ViTEncoder, settings: ProbeSettings) -> str:
-    layer = settings.layer or encoder.settings.feature_layer or encoder.settings.depth
-    return f"layer {layer}, {settings.pooling or encoder.settings.pooling} pooling"
-
-
-def score_features(
-    train: Features, val: Features, classes: int, settings: ProbeSettings, head: LinearHead | None = None
-) -> dict[str, float]:
-    """The columns of the table for one source of features; `head` is the probe on all labels, if it is there."""
-    head = head or fit_probe(train, classes, settings.seed)
-    scores = {"linear, all labels": head.accuracy(val)}
-    few = settings.labels_per_class
-    if few:
-        draws = [
-            fit_probe(train[draw_labels(train.labels, few, settings.seed + draw)], classes, settings.seed).accuracy(val)
-            for draw in range(settings.draws)
+def few_labels(
+    train: Features, val: Features, bench: Bench, settings: ProbeSettings, seed: int
+) -> dict[str, list[float]]:
+    """Logistic regression on random draws of a few labels, one score for each draw."""
+    wanted = {}
+    if settings.labels_per_class:
+        wanted[f"linear, {settings.labels_per_class} per class"] = (settings.labels_per_class, None)
+    if settings.labels_percent:
+        wanted[f"linear, {settings.labels_percent:g} % of labels"] = (None, settings.labels_percent)
+    scores = {}
+    for column, (per_class, percent) in wanted.items():
+        scores[column] = [
+            fit_probe(train[draw_labels(train.labels, per_class, percent, number)], bench.classes, number).accuracy(val)
+            for number in range(seed * settings.draws, (seed + 1) * settings.draws)
         ]
-        scores[f"linear, {few} per class"] = sum(draws) / len(draws)
-    scores[f"kNN, k = {settings.neighbours}"] = knn_accuracy(
-        train, val, classes, settings.neighbours, settings.temperature
-    )
     return scores
 
 
-def format_table(rows: dict[str, dict[str, float]], decimals: int = 1) -> str:
-    """Rows and columns in plain text."""
-    columns = list(next(iter(rows.values())))
-    first = max(len(name) for name in rows)
-    widths = [max(len(column), 6) for column in columns]
-    lines = ["  ".join([" " * first, *(f"{c:>{w}}" for c, w in zip(columns, widths, strict=True))])]
-    for name, scores in rows.items():
-        cells = (f"{scores[c]:>{w}.{decimals}f}" for c, w in zip(columns, widths, strict=True))
-        lines.append("  ".join([f"{name:<{first}}", *cells]))
-    return "\n".join(lines)
+def neighbours(train: Features, val: Features, bench: Bench, settings: ProbeSettings) -> dict[str, list[float]]:
+    """The vote of the nearest training images, for each k that there are enough of."""
+    ks = [k for k in settings.neighbours if k <= len(train)] or [len(train)] * bool(settings.neighbours)
+    if not ks:
+        return {}
+    found = knn_accuracies(train, val, bench.classes, ks, settings.temperature, bench.device)
+    return {f"kNN, k = {k}": [value] for k, value in found.items()}
 
 
 def open_labelled(settings: ProbeSettings) -> tuple[ShardIndex, ShardIndex]:
     """The two data sets of a probe, once they are known to fit together."""
     train, val = (open_shards(source, f"{source.rstrip('/')}-shards") for source in (settings.train, settings.val))
-    _check_classes(train, val, settings.labels_per_class)
+    check_classes(train, val, settings)
     return train, val
 
 
-def _check_classes(train: ShardIndex, val: ShardIndex, few: int | None) -> None:
+def check_classes(train: ShardIndex, val: ShardIndex, settings: ProbeSettings) -> None:
     """Refuse data that cannot be probed before any feature is computed."""
     for index in (train, val):
         check_present(index, 0.0)
@@ -150,6 +201,11 @@ def _check_classes(train: ShardIndex, val: ShardIndex, few: int | None) -> None:
             "Pack both from one folder with --holdout."
         )
     counts = np.bincount(train.labels_of(slice(None)), minlength=len(train.classes))
+    few, smallest = settings.labels_per_class, train.classes[int(counts.argmin())]
     if few and counts.min() < few:
-        smallest = train.classes[int(counts.argmin())]
         raise ValueError(f"--labels-per-class {few}: class {smallest} has only {counts.min()} training images.")
+    if settings.labels_percent and round(counts.min() * settings.labels_percent / 100) < 2:
+        raise ValueError(
+            f"--labels-percent {settings.labels_percent:g}: of class {smallest} ({counts.min()} training images) less "
+            "than 2 would be drawn. Give a larger percentage, or --labels-per-class."
+        )

@@ -8,9 +8,11 @@ property (causal, the tokenizer), so there is no branch on the task.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -137,22 +139,39 @@ class ViTEncoder(nn.Module):
         """One vector per image, at the layer and pooling that this encoder is probed with unless others are given."""
         if layer is None:
             layer = self.settings.feature_layer or len(self.blocks)
-        return self.features_of_layers(images, [layer], pooling)[0]
+        return self.features_at(images, [(layer, pooling or self.settings.pooling)])[0]
 
-    def features_of_layers(
-        self, images: Float[Tensor, "b c h w"], numbers: list[int], pooling: str | None = None
+    def features_at(
+        self, images: Float[Tensor, "b c h w"], places: Sequence[tuple[int, str]]
     ) -> list[Float[Tensor, "b d"]]:
-        """`features` of several blocks, counted from 1, in one pass."""
-        self._check_layers(numbers, first=1)
+        """`features` at several places (a block, counted from 1, and a pooling), in one pass."""
+        numbers = {number for number, _ in places}
+        self._check_layers(sorted(numbers), first=1)
 
-        def feature(number: int, tokens: Tensor) -> Tensor:
-            is_next = self.settings.feature_norm == "next" and number < len(self.blocks)
-            norm = self.blocks[number].norm1 if is_next else self.norm
-            return self.pool(norm(tokens), pooling)
+        def feature(number: int, tokens: Tensor) -> dict[str, Tensor]:
+            tokens = self.feature_norm_of(number)(tokens)
+            return {pooling: self.pool(tokens, pooling) for at, pooling in places if at == number}
 
-        tokens, places = self.embed(images)
-        _, found = self._run_blocks(tokens, places, upto=max(numbers), kept=set(numbers), as_what=feature)
-        return [found[number] for number in numbers]
+        tokens, where = self.embed(images)
+        _, found = self._run_blocks(tokens, where, upto=max(numbers), kept=numbers, as_what=feature)
+        return [found[number][pooling] for number, pooling in places]
+
+    def patch_features(
+        self, images: Float[Tensor, "b c h w"], layer: int | None = None
+    ) -> Float[Tensor, "b d rows columns"]:
+        """The patches' tokens at the layer that this encoder is probed with unless another is given, as a map."""
+        number = layer or self.settings.feature_layer or len(self.blocks)
+        self._check_layers([number], first=1)
+        tokens, where = self.embed(images)
+        tokens, _ = self._run_blocks(tokens, where, upto=number)
+        rows, columns = where.grid
+        patches = self.feature_norm_of(number)(tokens)[:, self.prefix :]
+        return rearrange(patches, "b (rows columns) d -> b d rows columns", rows=rows, columns=columns)
+
+    def feature_norm_of(self, number: int) -> nn.Module:
+        """What normalises a block's output before it is probed."""
+        is_next = self.settings.feature_norm == "next" and number < len(self.blocks)
+        return self.blocks[number].norm1 if is_next else self.norm
 
     def pool(self, tokens: Float[Tensor, "b t d"], pooling: str | None = None) -> Float[Tensor, "b d"]:
         pooling = pooling or self.settings.pooling
@@ -287,8 +306,8 @@ class ViTEncoder(nn.Module):
         upto: int | None = None,
         kept: Collection[int] = (),
         path_noise: Tensor | None = None,
-        as_what: Callable[[int, Tensor], Tensor] = lambda number, tokens: tokens,
-    ) -> tuple[Float[Tensor, "b t d"], dict[int, Tensor]]:
+        as_what: Callable[[int, Tensor], Any] = lambda number, tokens: tokens,
+    ) -> tuple[Float[Tensor, "b t d"], dict[int, Any]]:
         """Through the first `upto` blocks; also the outputs of the blocks to be kept (0: the input of the first).
 
         as_what(number, output) is what is kept, so that features need not wait as tokens.

@@ -6,6 +6,8 @@ import base64
 import html
 from pathlib import Path
 
+from sslvit.evaluate.scores import Draws, columns_of, shown
+
 STYLE = """
 body { max-width: 46rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif; color: #222; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
@@ -40,11 +42,11 @@ def _heading(text: str) -> str:
     return f"<h2>{html.escape(text)}</h2>"
 
 
-def _table(rows: dict[str, dict[str, float]]) -> str:
-    columns = list(next(iter(rows.values())))
+def _table(rows: Draws) -> str:
+    columns = columns_of(rows)
     head = "".join(f"<th>{html.escape(column)}</th>" for column in ["", *columns])
     lines = [
-        f"<tr><td>{html.escape(name)}</td>" + "".join(f"<td>{scores[c]:.1f}</td>" for c in columns) + "</tr>"
+        f"<tr><td>{html.escape(name)}</td>" + "".join(f"<td>{shown(scores.get(c))}</td>" for c in columns) + "</tr>"
         for name, scores in rows.items()
     ]
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"

@@ -8,6 +8,7 @@ from sslvit.settings.mae import MAESettings
 from sslvit.settings.optim import OptimSettings
 from sslvit.settings.presets import PRESETS, preset
 from sslvit.settings.probe import ProbeSettings
+from sslvit.settings.protocols import LogregSettings
 from sslvit.settings.run import TASK_SETTINGS, PretrainSettings
 from sslvit.settings.task import TaskSettings
 from sslvit.settings.train import TrainSettings
@@ -21,6 +22,7 @@ __all__ = [
     "DataSettings",
     "EncoderSettings",
     "IGPTSettings",
+    "LogregSettings",
     "MAESettings",
     "OptimSettings",
     "PretrainSettings",

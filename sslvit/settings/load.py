@@ -15,6 +15,7 @@ import yaml
 
 from sslvit.settings.palette import UNIFORM, read_palette
 from sslvit.settings.presets import preset_values
+from sslvit.settings.protocols import PROTOCOLS, ProtocolSettings
 from sslvit.settings.run import TASK_SETTINGS, PretrainSettings
 from sslvit.settings.views import VIEW_SETTINGS
 
@@ -63,6 +64,27 @@ def load_recipe(config: str | Path, changes: dict[str, Any] | None = None) -> Pr
             palette if Path(palette).exists() else beside if beside.exists() else palette
         )
     return build(PretrainSettings, tree, kinds)
+
+
+def read_protocol(name: str, changes: dict[str, Any]) -> ProtocolSettings:
+    """The linear probe of a name, with changes such as {"protocol.epochs": 10}.
+
+    Raises:
+        ValueError: an unknown key, or a value that does not fit.
+    """
+    if name not in PROTOCOLS:
+        raise ValueError(f"--protocol {name}: not one of {', '.join(PROTOCOLS)}.")
+    tree = {}
+    for key, value in changes.items():
+        if not key.startswith("protocol."):
+            raise ValueError(f"--{key}: no such option. Settings of the linear probe are --protocol.KEY.")
+        tree[key.removeprefix("protocol.")] = value
+    if "name" in tree:
+        raise ValueError("--protocol.name: say --protocol NAME.")
+    try:
+        return build(PROTOCOLS[name], tree)
+    except ValueError as error:
+        raise ValueError(f"--protocol {name}: {error}") from error
 
 
 def _chosen(tree: Any, section: str, key: str, default: str) -> Any:

@@ -37,18 +37,18 @@ def shards(tmp_path: Path) -> ProbeSettings:
         labels = source.integers(0, 3, count)
         images = source.integers(0, 100, (count, 8, 8, 3)) + (labels * 20)[:, None, None, None]
         pack(array_samples(images.astype(np.uint8), labels), tmp_path / name, ["a", "b", "c"])
-    return ProbeSettings(str(tmp_path / "train"), str(tmp_path / "val"), neighbours=3)
+    return ProbeSettings(str(tmp_path / "train"), str(tmp_path / "val"), neighbours=[3], cache=None)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("norm", ["final", "next"])
 def test_one_pass_gives_what_a_pass_for_each_layer_gives(norm: str) -> None:
     encoder, images = make(feature_norm=norm), torch.randn(2, 3, 8, 8)
-    together = encoder.features_of_layers(images, [3, 1, 2])
+    together = encoder.features_at(images, [(number, "mean") for number in (3, 1, 2)])
     for number, features in zip([3, 1, 2], together, strict=True):
         assert torch.equal(features, encoder.features(images, number))
     with pytest.raises(ValueError, match=r"layers \[0\] do not exist: this encoder has blocks 1 to 3"):
-        encoder.features_of_layers(images, [0])
+        encoder.features_at(images, [(0, "mean")])
 
 
 def test_each_layer_scores_as_it_does_alone(shards: ProbeSettings, tmp_path: Path) -> None:
@@ -59,7 +59,9 @@ def test_each_layer_scores_as_it_does_alone(shards: ProbeSettings, tmp_path: Pat
                                 "raw pixels"]  # fmt: skip
     assert (tmp_path / "layers.png").exists()
     for number in (1, 3):
-        alone = probe({"e": encoder}, ProbeSettings(shards.train, shards.val, layer=number, neighbours=3)).rows
+        alone = probe(
+            {"e": encoder}, ProbeSettings(shards.train, shards.val, layer=number, neighbours=[3], cache=None)
+        ).rows
         for row, name in ((f"layer {number}", "e"), (f"untrained, layer {number}", "untrained encoder")):
             assert {key: value for key, value in table.rows[row].items() if key != HELD_OUT} == alone[name]
         assert table.rows["raw pixels"][LINEAR] == alone["raw pixels"][LINEAR]
@@ -70,20 +72,20 @@ def test_the_best_layer_is_chosen_without_the_reported_images(
 ) -> None:
     scores = iter([(60.0, 90.0), (70.0, 50.0), (70.0, 80.0)])  # held out, reported; the shallower of equals is taken
 
-    def give(*_) -> dict[str, float]:
+    def give(*_) -> dict[str, list[float]]:
         held_out, reported = next(scores)
-        return {HELD_OUT: held_out, LINEAR: reported}
+        return {HELD_OUT: [held_out], LINEAR: [reported]}
 
     monkeypatch.setattr(layers, "_scores", give)
-    settings = ProbeSettings(shards.train, shards.val, baselines=False)
+    settings = ProbeSettings(shards.train, shards.val, baselines=False, cache=None)
     table = probe_layers(make(), settings, [1, 2, 3])
     assert (table.best, table.last) == (2, 3)
     assert "best layer, by held-out training images: 2 (linear 50.0; the last probed, 3: 80.0)" in table.text()
 
 
 def test_held_out_scores_are_of_images_that_the_fit_has_not_seen(shards: ProbeSettings) -> None:
-    from sslvit.evaluate.features import Features
     from sslvit.evaluate.linear import fit_probe
+    from sslvit.evaluate.sources import Features
 
     values = torch.randn(200, 150, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(200) % 4  # nothing to learn: a perfect fit of what is seen, chance on what is not
@@ -109,7 +111,7 @@ def test_the_command_writes_table_and_picture(
     run = tmp_path / "run"
     save_encoder(make(), run / "encoder")
     (run / "figures").mkdir()
-    words = ["probe", str(run), "--train", shards.train, "--val", shards.val, "--layers", "all"]
+    words = ["probe", str(run), "--train", shards.train, "--val", shards.val, "--layers", "all", "--cache", "none"]
     assert main([*words, "-o", str(tmp_path / "layers.json")]) == 0
     written = json.loads((tmp_path / "layers.json").read_text())
     assert written["best"] in (1, 2, 3)

@@ -1,0 +1,94 @@
+"""Features on disk, under a key of encoder, shards and view."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from sslvit.data.index import ShardIndex
+from sslvit.evaluate.sources import FeatureTable, Place, Source
+from sslvit.settings.views import ViewSettings
+
+FORMAT = 1  # raised when the same key would mean other numbers
+
+
+def key_of(source: Source, index: ShardIndex, view: ViewSettings, batch: int) -> str:
+    """What decides the features: weights and settings, images, view, and what moves their last digits."""
+    settings = asdict(source.settings)
+    content = {
+        "format": FORMAT, "source": source.fingerprint(), "settings": settings, "shards": index.fingerprint(),
+        "view": asdict(view), "batch": batch, "device": source.device.type,
+    }  # fmt: skip
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+class FeatureCache:
+    """A folder of features, kept within a size; the longest unused go first.
+
+    Args:
+        folder: made when something is put there.
+        limit_gb: size of the folder.
+    """
+
+    def __init__(self, folder: str | Path, limit_gb: float = 20.0) -> None:
+        self.folder, self.limit_gb = Path(folder).expanduser(), limit_gb
+
+    def find(self, key: str, places: Sequence[Place]) -> FeatureTable | None:
+        """Those of the places that are there, or None if none is; a damaged file counts as not there."""
+        try:
+            labels = load_file(self.folder / key / "labels.safetensors")["labels"]
+        except (OSError, SafetensorError, KeyError):
+            return None
+        columns = {}
+        for place in places:
+            try:
+                values = load_file(self.folder / key / _name(place))["values"]
+            except (OSError, SafetensorError, KeyError):
+                continue
+            if len(values) == len(labels):
+                columns[place] = values
+        os.utime(self.folder / key)
+        return FeatureTable(columns, labels) if columns else None
+
+    def put(self, key: str, table: FeatureTable) -> None:
+        """Keep a table beside what is there under its key. A full disk or a read-only folder is no error."""
+        folder = self.folder / key
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write({"labels": table.labels}, folder / "labels.safetensors")
+            for place, values in table.columns.items():
+                _write({"values": values.contiguous()}, folder / _name(place))
+            os.utime(folder)
+            self._shrink(folder)
+        except OSError as error:
+            print(f"features are not cached: {error}", flush=True)
+
+    def _shrink(self, newest: Path) -> None:
+        sizes = {}
+        for entry in self.folder.iterdir():
+            if (entry / "labels.safetensors").exists():
+                sizes[entry] = sum(file.stat().st_size for file in entry.iterdir())
+        for entry in sorted(sizes, key=lambda entry: entry.stat().st_mtime):
+            if sum(sizes.values()) <= self.limit_gb * 2**30 or entry == newest:
+                return
+            shutil.rmtree(entry, ignore_errors=True)
+            del sizes[entry]
+
+
+def _name(place: Place) -> str:
+    return f"{place[0]}-{place[1]}.safetensors"
+
+
+def _write(tensors: dict, path: Path) -> None:
+    part = path.with_suffix(f".{os.getpid()}-{time.monotonic_ns()}.part")
+    save_file(tensors, part)
+    os.replace(part, path)

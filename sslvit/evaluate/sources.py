@@ -1,0 +1,162 @@
+"""What is probed, on what, and the features that come out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sslvit.checkpoint import fingerprint
+from sslvit.data.index import ShardIndex
+from sslvit.data.reader import ShardReader
+from sslvit.models import ViTEncoder
+from sslvit.settings import EncoderSettings
+
+PIXEL_SIDE = 32  # raw pixels are compared at no more than this size
+Place = tuple[int, str]  # a block, counted from 1, and a pooling
+
+
+@dataclass
+class Features:
+    """Features of the readable images of a data set, on the CPU.
+
+    Args:
+        values: one row per image.
+        labels: class numbers.
+    """
+
+    values: Float[Tensor, "n d"]
+    labels: Int[Tensor, "n"]
+
+    def __getitem__(self, chosen: Tensor) -> Features:
+        return Features(self.values[chosen], self.labels[chosen])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass
+class FeatureTable:
+    """What one pass gives.
+
+    Args:
+        columns: features 'n d' by place.
+        labels: class numbers 'n'.
+    """
+
+    columns: dict[Place, Tensor]
+    labels: Tensor
+
+    def at(self, places: Sequence[Place]) -> Features:
+        """The features of several places side by side."""
+        values = [self.columns[place] for place in places]
+        return Features(values[0] if len(values) == 1 else torch.cat(values, 1), self.labels)
+
+
+class Source(ABC):
+    """What is probed.
+
+    Args:
+        settings: how images reach it.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, settings: EncoderSettings) -> None:
+        self.settings = settings
+
+    @abstractmethod
+    def places(self, layer: int | None, blocks: int, pooling: str | None) -> list[Place]:
+        """Where `blocks` blocks that end at a layer (None: its own choice) are pooled.
+
+        Raises:
+            ValueError: there are not so many, or there is no such pooling.
+        """
+
+    @abstractmethod
+    def features_at(self, images: Tensor, places: Sequence[Place]) -> list[Tensor]:
+        """One vector per image 'b d' at each place."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A name for exactly these features."""
+
+
+class FrozenEncoder(Source):
+    """An encoder as a source of features.
+
+    Args:
+        encoder: in evaluation mode from here on.
+    """
+
+    def __init__(self, encoder: ViTEncoder) -> None:
+        super().__init__(encoder.settings)
+        self.encoder = encoder.eval()
+        self.device = next(encoder.parameters()).device
+
+    def places(self, layer: int | None, blocks: int, pooling: str | None) -> list[Place]:
+        """ "class+mean" is each block's class token and the mean over the last one's patches (DINOv2)."""
+        settings = self.settings
+        layer = layer or settings.feature_layer or settings.depth
+        pooling = pooling or settings.pooling
+        if not 1 <= layer <= settings.depth:
+            raise ValueError(f"--layer {layer}: this encoder has blocks 1 to {settings.depth}.")
+        if blocks > layer:
+            raise ValueError(f"--blocks {blocks}: there are only {layer} blocks up to layer {layer}.")
+        if "class" in pooling and not settings.class_token:
+            raise ValueError(f"--pooling {pooling}: this encoder has no class token. Use mean.")
+        if pooling == "attention" and settings.pooling != "attention":
+            raise ValueError("--pooling attention: this encoder has no attention pool. Use mean or class.")
+        numbers = range(layer - blocks + 1, layer + 1)
+        if pooling == "class+mean":
+            return [*((number, "class") for number in numbers), (layer, "mean")]
+        return [(number, pooling) for number in numbers]
+
+    def features_at(self, images: Tensor, places: Sequence[Place]) -> list[Tensor]:
+        return self.encoder.features_at(images, places)
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.encoder)
+
+
+class RawPixels(Source):
+    """The pixels themselves, at most 32 x 32: what a probe gets without learning.
+
+    Args:
+        settings: of the encoder that they stand beside, for the same view of the images.
+    """
+
+    def places(self, layer: int | None, blocks: int, pooling: str | None) -> list[Place]:
+        return [(0, "pixels")]
+
+    def features_at(self, images: Tensor, places: Sequence[Place]) -> list[Tensor]:
+        height, width = (min(PIXEL_SIDE, side) for side in images.shape[2:])
+        if (height, width) != images.shape[2:]:
+            images = F.interpolate(images, size=(height, width), mode="bilinear", antialias=True)
+        return [images.flatten(1)] * len(places)
+
+    def fingerprint(self) -> str:
+        return f"pixels {PIXEL_SIDE}"
+
+
+@dataclass
+class LabelledSet:
+    """A data set to probe on, opened when a pass first needs its images.
+
+    Args:
+        index: of its shards.
+        channels: that its images are read with.
+    """
+
+    index: ShardIndex
+    channels: int
+
+    @cached_property
+    def reader(self) -> ShardReader:
+        return ShardReader(self.index, self.channels)

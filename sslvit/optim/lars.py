@@ -1,0 +1,51 @@
+"""Layer-wise adaptive rates (You et al. 2017)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+
+class LARS(torch.optim.Optimizer):
+    """Momentum SGD whose step on each matrix is scaled to the matrix's norm, as in MAE's linear probe.
+
+    Vectors neither decay nor are scaled.
+
+    Args:
+        parameters: that move.
+        lr: applied outside the momentum, so a changing rate acts on the whole history.
+        weight_decay: added to the gradients of matrices.
+        momentum: of the scaled gradients.
+        trust: length of a matrix's step, as a share of its own norm, at a rate of 1.
+    """
+
+    def __init__(
+        self, parameters: Iterable[Tensor], lr: float, weight_decay: float = 0.0, momentum: float = 0.9,
+        trust: float = 1e-3,
+    ) -> None:  # fmt: skip
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "trust": trust})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                change = parameter.grad
+                if parameter.ndim > 1:
+                    change = change + group["weight_decay"] * parameter
+                    size, step = parameter.norm(), change.norm()
+                    is_zero = (size == 0) | (step == 0)
+                    change = change * torch.where(is_zero, 1.0, group["trust"] * size / step)
+                state = self.state[parameter]
+                if "momentum" not in state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                state["momentum"].mul_(group["momentum"]).add_(change)
+                parameter.sub_(group["lr"] * state["momentum"])
+        return loss

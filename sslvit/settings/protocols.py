@@ -1,0 +1,182 @@
+"""Linear probes by name: whose evaluation is repeated, and with which numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+
+@dataclass
+class ProtocolSettings:
+    """What all protocols say about themselves.
+
+    Args:
+        name: of the protocol.
+    """
+
+    name: str
+    source: ClassVar[str]
+    chosen_by_paper: ClassVar[str | None] = None  # what the paper chose on the very set that it reports
+    fraction: ClassVar[float] = 1.0
+
+
+@dataclass
+class LogregSettings(ProtocolSettings):
+    """Logistic regression to convergence on standardised features of the centre view.
+
+    Args:
+        name: logreg.
+    """
+
+    name: Literal["logreg"] = "logreg"
+    source: ClassVar[str] = "multinomial logistic regression by L-BFGS, to convergence"
+
+
+@dataclass
+class IGPTProbeSettings(ProtocolSettings):
+    """iGPT's probe: logistic regression on the mean over all pixels in the middle of the depth (Chen et al. 2020).
+
+    Args:
+        name: igpt.
+    """
+
+    name: Literal["igpt"] = "igpt"
+    source: ClassVar[str] = "Chen et al. 2020, and its author in issue 12 of the released code"
+    chosen_by_paper: ClassVar[str | None] = "the best layer; here it is the encoder's own, or the middle one"
+
+
+@dataclass
+class SteppedSettings(ProtocolSettings):
+    """A head trained step by step on random crops through the frozen encoder.
+
+    Args:
+        name: of the protocol.
+        epochs: passes over the training images.
+        batch: images per step; all of them where there are fewer.
+        base_rate: learning rate at a batch of 256; the rate is base_rate x batch / 256.
+        momentum: of the steps.
+        scale: smallest and largest share of the area in a crop.
+        flip: probability of a horizontal flip.
+        fraction: share of the shorter side that the centre view of the reported images keeps (224 of 256).
+        augment: new crops in every epoch, each a pass through the encoder; without, one pass over centre views.
+    """
+
+    name: str
+    epochs: float = 100
+    batch: int = 1024
+    base_rate: float = 1e-3
+    momentum: float = 0.9
+    scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
+    flip: float = 0.5
+    fraction: float = 0.875
+    augment: bool = True
+
+    def __post_init__(self) -> None:
+        for key in ("epochs", "batch", "base_rate"):
+            if not 0 < getattr(self, key) < float("inf"):
+                raise ValueError(f"--protocol.{key} {getattr(self, key)}: must be above zero.")
+        for key in ("momentum", "flip"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ValueError(f"--protocol.{key} {getattr(self, key)}: must be between 0 and 1.")
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"--protocol.fraction {self.fraction}: must be above 0 and at most 1.")
+        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"--protocol.scale {self.scale}: expected [smallest, largest] share of the area.")
+
+    def rate(self, batch: int) -> float:
+        """The effective learning rate at the batch that is really used."""
+        return self.base_rate * batch / 256
+
+
+@dataclass
+class MAEProbeSettings(SteppedSettings):
+    """MAE's linear probe (He et al. 2022, appendix A.1): batch norm without affine, LARS.
+
+    Args:
+        name: mae.
+        epochs: passes over the training images (90 for ViT-B, 50 for ViT-L and H).
+        batch: images per step; all of them where there are fewer.
+        base_rate: learning rate at a batch of 256; the rate is base_rate x batch / 256.
+        warmup_epochs: in which the rate rises from zero.
+        augment: new crops in every epoch, each a pass through the encoder; without, one pass over centre views.
+        momentum: of LARS.
+        scale: smallest and largest share of the area in a crop.
+        flip: probability of a horizontal flip.
+        fraction: share of the shorter side that the centre view of the reported images keeps (224 of 256).
+    """
+
+    name: Literal["mae"] = "mae"
+    epochs: float = 90
+    batch: int = 16384
+    base_rate: float = 0.1
+    warmup_epochs: float = 10
+    source: ClassVar[str] = "He et al. 2022, appendix A.1; released main_linprobe.py"
+    chosen_by_paper: ClassVar[str | None] = None
+
+
+@dataclass
+class DINOProbeSettings(SteppedSettings):
+    """DINO's linear probe (Caron et al. 2021): SGD on the last blocks' class tokens.
+
+    Args:
+        name: dino.
+        blocks: whose class tokens are put side by side; null for 4, or for 1 beside the mean over the patches in an
+            encoder as wide as ViT-B.
+        epochs: passes over the training images.
+        batch: images per step; all of them where there are fewer.
+        base_rate: learning rate at a batch of 256; the rate is base_rate x batch / 256.
+        momentum: of SGD.
+        scale: smallest and largest share of the area in a crop.
+        flip: probability of a horizontal flip.
+        fraction: share of the shorter side that the centre view of the reported images keeps (224 of 256).
+        augment: new crops in every epoch, each a pass through the encoder; without, one pass over centre views.
+    """
+
+    name: Literal["dino"] = "dino"
+    blocks: int | None = None
+    source: ClassVar[str] = "Caron et al. 2021, released eval_linear.py"
+    chosen_by_paper: ClassVar[str | None] = "the best epoch"
+
+
+@dataclass
+class DINOv2ProbeSettings(SteppedSettings):
+    """DINOv2's linear probe (Oquab et al. 2024): 13 rates x 4 features, trained side by side.
+
+    Args:
+        name: dinov2.
+        rates: learning rates at a batch of 256.
+        blocks: how many last blocks' class tokens are put side by side; each also with the mean over the patches.
+        iterations: steps.
+        held_out: share of the training images on which the best of the heads is chosen.
+        batch: images per step; all of them where there are fewer.
+        momentum: of SGD.
+        scale: smallest and largest share of the area in a crop.
+        flip: probability of a horizontal flip.
+        fraction: share of the shorter side that the centre view of the reported images keeps (224 of 256).
+        augment: new crops in every epoch, each a pass through the encoder; without, one pass over centre views.
+    """
+
+    name: Literal["dinov2"] = "dinov2"
+    rates: list[float] = field(
+        default_factory=lambda: [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1]
+    )
+    blocks: list[int] = field(default_factory=lambda: [1, 4])
+    iterations: int = 12_500
+    held_out: float = 0.1
+    source: ClassVar[str] = "Oquab et al. 2024, released eval/linear.py"
+    chosen_by_paper: ClassVar[str | None] = "the best of the heads"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.rates or min(self.rates) <= 0:
+            raise ValueError(f"--protocol.rates {self.rates}: expected rates above zero.")
+        if not self.blocks or min(self.blocks) < 1:
+            raise ValueError(f"--protocol.blocks {self.blocks}: expected numbers of blocks from 1.")
+        if self.iterations < 1 or not 0 < self.held_out < 1:
+            raise ValueError("--protocol.iterations must be 1 or more, and --protocol.held_out between 0 and 1.")
+
+
+PROTOCOLS: dict[str, type[ProtocolSettings]] = {
+    "logreg": LogregSettings, "mae": MAEProbeSettings, "dino": DINOProbeSettings, "dinov2": DINOv2ProbeSettings,
+    "igpt": IGPTProbeSettings,
+}  # fmt: skip

@@ -1,0 +1,257 @@
+"""The table: baselines, seeds, caches, ranks, and data that is refused."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sslvit.checkpoint import save_encoder
+from sslvit.cli import main
+from sslvit.data.index import load_index
+from sslvit.data.pack import pack
+from sslvit.data.sources import array_samples
+from sslvit.evaluate import features as features_module
+from sslvit.evaluate.cache import FeatureCache
+from sslvit.evaluate.features import Pass
+from sslvit.evaluate.probe import probe
+from sslvit.evaluate.scores import format_table, interval, markdown_table, shown
+from sslvit.evaluate.sources import FrozenEncoder, LabelledSet, RawPixels
+from sslvit.models import ViTEncoder
+from sslvit.settings import EncoderSettings, ProbeSettings
+
+SMALL = {"image_size": 8, "patch": 4, "width": 16, "depth": 1, "heads": 2}
+
+
+def make(seed: int = 0, **changes) -> ViTEncoder:
+    torch.manual_seed(seed)
+    return ViTEncoder(EncoderSettings(**SMALL | changes)).eval()
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    source = np.random.default_rng(0)
+    for name, count in (("train", 40), ("val", 15)):
+        labels = source.integers(0, 2, count)
+        images = (
+            source.integers(0, 100, (count, 8, 8, 3)).astype(np.uint8)
+            + (labels * 100).astype(np.uint8)[:, None, None, None]
+        )
+        pack(array_samples(images, labels), tmp_path / name, ["dark", "light"])
+    return tmp_path
+
+
+def settings_of(shards: Path, **changes) -> ProbeSettings:
+    usual = {"neighbours": [3], "cache": None}
+    return ProbeSettings(str(shards / "train"), str(shards / "val"), **usual | changes)
+
+
+def test_features_do_not_depend_on_the_batch(shards: Path) -> None:
+    source, data = FrozenEncoder(make()), LabelledSet(load_index(shards / "val"), 3)
+    places = source.places(None, 1, None)
+    one, other = (Pass(batch).features(source, data, places).at(places) for batch in (4, 15))
+    assert len(one) == 15
+    torch.testing.assert_close(one.values, other.values)
+    assert torch.equal(one.labels, torch.from_numpy(data.reader.labels_of(slice(None))))
+    pixels = RawPixels(EncoderSettings(image_size=64, patch=4, width=16, depth=1, heads=2))
+    assert Pass().features(pixels, data, [(0, "pixels")]).columns[0, "pixels"].shape == (15, 3 * 32 * 32)
+
+
+def test_the_places_of_a_probe() -> None:
+    source = FrozenEncoder(make(depth=4, class_token=True))
+    assert source.places(None, 1, None) == [(4, "class")]
+    assert source.places(3, 2, "mean") == [(2, "mean"), (3, "mean")]
+    assert source.places(None, 4, "class+mean") == [*((i, "class") for i in (1, 2, 3, 4)), (4, "mean")]
+    for wrong, message in [
+        ((5, 1, None), "--layer 5: this encoder has blocks 1 to 4"),
+        ((2, 3, None), "--blocks 3: there are only 2 blocks up to layer 2"),
+        ((None, 1, "attention"), "no attention pool"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            source.places(*wrong)
+    with pytest.raises(ValueError, match="--pooling class: this encoder has no class token"):
+        FrozenEncoder(make(class_token=False, pooling="mean")).places(None, 1, "class")
+
+
+@torch.no_grad()
+def test_one_pass_gives_every_layer_and_pooling() -> None:
+    encoder, images = make(depth=3), torch.randn(2, 3, 8, 8)
+    places = [(3, "class"), (1, "mean"), (3, "mean"), (2, "class")]
+    for (layer, pooling), found in zip(places, encoder.features_at(images, places), strict=True):
+        assert torch.equal(found, encoder.features(images, layer, pooling))
+    grid = encoder.patch_features(images, 2)
+    torch.testing.assert_close(grid.mean((2, 3)), encoder.features(images, 2, "mean"))
+    assert grid.shape == (2, 16, 2, 2)
+
+
+def test_the_table_has_baselines_and_solves_an_easy_set(shards: Path) -> None:
+    settings = settings_of(shards, labels_per_class=5, labels_percent=50.0, draws=2)
+    table = probe({"mine": make()}, settings)
+    assert list(table.rows) == ["raw pixels", "untrained encoder", "mine"]
+    assert list(table.rows["mine"]) == [
+        "linear, all labels", "linear, 5 per class", "linear, 50 % of labels", "kNN, k = 3"
+    ]  # fmt: skip
+    assert table.rows["raw pixels"]["linear, all labels"] == 100
+    assert [len(values) for values in table.draws["mine"].values()] == [1, 2, 2, 1]
+    assert probe({"again": make()}, settings).rows["raw pixels"] == table.rows["raw pixels"]
+    assert "raw pixels" in table.text()
+    assert "uncertain by up to ± 25.3 by that alone" in table.text()
+    assert table.as_dict()["intervals"]["mine"]["kNN, k = 3"] is None
+
+
+def test_seeds_draw_the_untrained_weights_anew(shards: Path) -> None:
+    settings = settings_of(shards, seeds=3)
+    table = probe({"mine": make()}, settings)
+    alone = [probe({"mine": make()}, replace(settings, seeds=1, seed=seed)) for seed in range(3)]
+    for row in table.draws:
+        for column, values in table.draws[row].items():
+            assert values == [one.draws[row][column][0] for one in alone]
+
+
+def test_intervals_are_students() -> None:
+    assert interval([1.0]) is None
+    assert interval([1.0, 2.0, 3.0]) == pytest.approx(4.303 * 1 / 3**0.5, rel=1e-3)  # t, 2 degrees of freedom
+    assert shown([60.0]) == "60.0"
+    assert shown([59.0, 61.0]) == "60.0 ± 12.7"
+    rows = {"a": {"x": [12.345]}, "b": {"x": [1.0], "y": [2.0]}}
+    assert format_table(rows).splitlines()[1].split() == ["a", "12.3", "–"]
+    assert markdown_table(rows).splitlines() == [
+        "| | x | y |",
+        "|---|---|---|",
+        "| a | 12.3 | – |",
+        "| b | 1.0 | 2.0 |",
+    ]
+
+
+def test_encoders_that_are_built_alike_share_an_untrained_row(shards: Path) -> None:
+    settings = settings_of(shards, pooling="mean")
+    encoders = {"a": make(), "b": make(width=32), "c": make()}
+    table = probe(encoders, settings)
+    assert list(table.rows) == ["raw pixels", "a, c untrained", "a", "b untrained", "b", "c"]
+    assert {table.about["probed"][name]["features"] for name in "abc"} == {"layer 1, mean pooling"}
+    alone = probe({"a": encoders["a"]}, settings)
+    assert alone.rows["untrained encoder"] == table.rows["a, c untrained"]
+    assert alone.rows["a"] == table.rows["a"]
+    with pytest.raises(ValueError, match="a, grey: these encoders take images of different channels"):
+        probe({"a": encoders["a"], "grey": make(channels=1)}, settings)
+
+
+def test_unlabelled_or_different_data_is_refused(shards: Path) -> None:
+    pack(array_samples(np.zeros((4, 8, 8, 3), np.uint8)), shards / "plain")
+    pack(array_samples(np.zeros((4, 8, 8, 3), np.uint8), [0, 1, 0, 1]), shards / "other", ["dark", "bright"])
+    settings = settings_of(shards)
+    for changes, message in [
+        ({"val": str(shards / "plain")}, "have no labels"),
+        ({"val": str(shards / "other")}, r"different classes \(bright, light"),
+        ({"labels_per_class": 30}, r"--labels-per-class 30: class (dark|light) has only"),
+        ({"labels_percent": 2.0}, r"--labels-percent 2: of class .* less than 2 would be drawn"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            probe({"mine": make()}, replace(settings, **changes))
+    for wrong, message in [
+        ({"labels_per_class": 1}, "use 2 or more"),
+        ({"labels_per_class": 0}, "--labels-per-class 0"),
+        ({"labels_percent": 100.0}, "--labels-percent 100"),
+        ({"neighbours": [0]}, "--neighbours"),
+        ({"pooling": "max"}, "--pooling max: not one of class, mean"),
+        ({"temperature": 0}, "--temperature 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            ProbeSettings("a", "b", **wrong)
+
+
+def test_a_second_probe_reads_features_from_the_cache(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = settings_of(shards, cache=str(shards / "cache"))
+    first = probe({"mine": make()}, settings)
+    monkeypatch.setattr(features_module, "evaluation_loader", None)  # a pass would fail
+    assert probe({"mine": make()}, settings).draws == first.draws
+    with pytest.raises(TypeError):
+        probe({"mine": make(seed=1)}, settings)  # other weights
+    with pytest.raises(TypeError):
+        probe({"mine": make()}, replace(settings, batch=7))  # other last digits
+    with pytest.raises(TypeError):
+        probe({"mine": make(mean=[0.4] * 3)}, settings)  # seen otherwise
+
+
+def test_a_damaged_cache_is_made_anew_and_a_full_one_forgets_the_oldest(shards: Path) -> None:
+    cache = FeatureCache(shards / "cache")
+    source, data = FrozenEncoder(make(depth=2)), LabelledSet(load_index(shards / "val"), 3)
+    wanted = Pass(cache=cache).features(source, data, [(1, "class"), (2, "mean")])
+    (entry,) = cache.folder.iterdir()
+    for name in ("1-class.safetensors", "labels.safetensors"):
+        (entry / name).write_bytes(b"half")
+        again = Pass(cache=cache).features(source, data, [(1, "class"), (2, "mean")])
+        assert torch.equal(again.columns[1, "class"], wanted.columns[1, "class"])
+        assert torch.equal(again.labels, wanted.labels)
+    small = FeatureCache(cache.folder, limit_gb=1e-9)
+    Pass(cache=small).features(FrozenEncoder(make(seed=1)), data, [(1, "class")])
+    assert [path.name for path in cache.folder.iterdir()] != [entry.name]
+    assert len(list(cache.folder.iterdir())) == 1
+
+
+def test_the_command_says_what_is_needed_to_quote_it(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    save_encoder(make(), tmp_path / "encoder")
+    words = [str(tmp_path / "encoder"), "--train", str(shards / "train"), "--val", str(shards / "val"),
+             "--neighbours", "3", "5", "--cache", "none"]  # fmt: skip
+    assert main(["probe", *words, "-o", str(tmp_path / "scores.json")]) == 0
+    said = capsys.readouterr().out
+    assert "linear probe: logreg" in said
+    assert "strength chosen on training images held out" in said
+    assert "kNN, k = 5" in said
+    assert main(["knn", *words, "--no-baselines"]) == 0
+    said = capsys.readouterr().out
+    assert "linear," not in said
+    assert "raw pixels" not in said
+    assert main(["probe", *words, "--protocol", "mae", "--protocol.epoch", "3"]) == 1
+    assert "--protocol mae: epoch: no such setting. Did you mean epochs?" in capsys.readouterr().err
+    assert main(["probe", *words, "--epochs", "3"]) == 1
+    assert "--epochs" in capsys.readouterr().err
+
+
+RANKS = """
+import json, sys
+import torch
+from sslvit.checkpoint import load_encoder
+from sslvit.evaluate.probe import probe
+from sslvit.ranks import all_ranks, is_first_rank
+from sslvit.settings import ProbeSettings
+from sslvit.settings.load import read_protocol
+torch.set_num_threads(1)
+encoder, train, val, protocol = sys.argv[1:]
+changes = {} if protocol == "logreg" else {"protocol.batch": 16, "protocol.epochs": 2}
+if protocol == "dinov2":
+    changes = {"protocol.batch": 16, "protocol.iterations": 5, "protocol.rates": [0.1, 1.0], "protocol.blocks": [1]}
+with all_ranks():
+    settings = ProbeSettings(train, val, read_protocol(protocol, changes), labels_per_class=4, draws=2, batch=4,
+                             neighbours=[3], cache=None)
+    table = probe({"mine": load_encoder(encoder)}, settings)
+    if is_first_rank():
+        print("RESULT" + json.dumps(table.draws))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("protocol", ["logreg", "mae", "dino", "dinov2"])
+def test_scores_are_the_same_on_one_two_and_three_ranks(shards: Path, tmp_path: Path, protocol: str) -> None:
+    save_encoder(make(), tmp_path / "encoder")
+    found = []
+    for ranks in (1, 2, 3):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        (tmp_path / "probe.py").write_text(RANKS)
+        arguments = [tmp_path / "encoder", shards / "train", shards / "val", protocol]
+        done = subprocess.run(
+            [*command, str(tmp_path / "probe.py"), *map(str, arguments)], capture_output=True, text=True, timeout=240,
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+        found.append(line)
+    assert found[0] == found[1] == found[2]

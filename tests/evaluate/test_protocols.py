@@ -1,0 +1,216 @@
+"""The papers' own probes: heads and optimisers against released code, and who sees what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from golden_fixtures import Golden
+
+from sslvit.data.pack import pack
+from sslvit.data.sources import array_samples
+from sslvit.evaluate import protocols
+from sslvit.evaluate.probe import PAPER_RULE, probe
+from sslvit.evaluate.sources import Features
+from sslvit.evaluate.stepped import BatchNormHead, HeadGrid, in_batches
+from sslvit.models import ViTEncoder
+from sslvit.optim.lars import LARS
+from sslvit.settings import EncoderSettings, ProbeSettings
+from sslvit.settings.load import read_protocol
+
+
+@pytest.mark.parametrize("run", ["linprobe", "decayed"])
+def test_lars_moves_as_in_maes_released_code(run: str) -> None:
+    golden = Golden("lars")
+    numbers = golden.config["runs"][run]
+    parameters = {name: torch.nn.Parameter(golden[f"param/{name}"].clone()) for name in golden.config["shapes"]}
+    optimiser = LARS(
+        parameters.values(), numbers["lr"], numbers["weight_decay"], numbers["momentum"], numbers["trust_coefficient"]
+    )
+    for step in range(1, golden.config["steps"] + 1):
+        for name, parameter in parameters.items():
+            parameter.grad = golden[f"input/grad_step{step}/{name}"].clone()
+        optimiser.step()
+        for name, parameter in parameters.items():
+            golden.check(f"output/{run}/step{step}/{name}", parameter.detach())
+    for name, parameter in parameters.items():
+        golden.check(f"output/{run}/mu/{name}", optimiser.state[parameter]["momentum"])
+
+
+def test_the_probe_head_is_maes() -> None:
+    golden = Golden("linear_probe_head")
+    width, classes = golden.config["dim"], golden.config["classes"]
+    head = BatchNormHead(width, classes)
+
+    def start() -> None:
+        state = {key.removeprefix("head."): value for key, value in golden.under("param/").items()}
+        head.load_state_dict(state)
+        head.train()
+
+    start()
+    for i in range(3):
+        golden.check(f"output/train_{i}", head(golden[f"input/train_features_{i}"]).detach())
+        golden.check(f"output/after_{i}/running_mean", head[0].running_mean)
+        golden.check(f"output/after_{i}/running_var", head[0].running_var)
+    golden.check("output/eval", head.eval()(golden["input/eval_features"]).detach())
+    start()
+    optimiser = LARS(head.parameters(), lr=0.0)
+    for step, rate in enumerate(golden.config["lr_per_step"], start=1):
+        optimiser.param_groups[0]["lr"] = rate
+        optimiser.zero_grad()
+        i = step - 1
+        loss = F.cross_entropy(head(golden[f"input/train_features_{i}"]), golden[f"input/train_labels_{i}"])
+        loss.backward()
+        optimiser.step()
+        golden.check(f"output/sgd_step{step}/loss", loss.detach())
+        golden.check(f"output/sgd_step{step}/head.1.weight", head[1].weight.detach())
+        golden.check(f"output/sgd_step{step}/head.1.bias", head[1].bias.detach())
+
+
+def test_a_grid_of_heads_is_as_many_heads_under_torchs_sgd() -> None:
+    source = torch.Generator().manual_seed(0)
+    places = [(1, "class"), (2, "class"), (2, "mean")]
+    features = [[places[1]], [places[1], places[2]], places]
+    values, labels = torch.randn(64, 12, generator=source), torch.randint(0, 3, (64,), generator=source)
+    rates = [0.05, 0.5]
+    grid = HeadGrid.start(features, dict.fromkeys(places, 4), rates, 3, seed=1)
+    columns = [range(4, 8), range(4, 12), range(12)]
+    heads = []
+    for number, part in enumerate(columns):
+        for i, rate in enumerate(rates):
+            head = torch.nn.Linear(len(part), 3)
+            head.weight.data.copy_(grid.weight[number].view(2, 3, -1)[i])
+            head.bias.data.zero_()
+            heads.append((head, list(part), torch.optim.SGD(head.parameters(), lr=rate, momentum=0.9), rate))
+    batches = [
+        (step, Features(values[16 * step : 16 * step + 16], labels[16 * step : 16 * step + 16])) for step in range(4)
+    ]
+    grid.fit(iter(batches), lambda step: 1 - step / 8)
+    for head, part, optimiser, rate in heads:
+        for step, batch in batches:
+            optimiser.param_groups[0]["lr"] = rate * (1 - step / 8)
+            optimiser.zero_grad()
+            F.cross_entropy(head(batch.values[:, part]), batch.labels).backward()
+            optimiser.step()
+    scores = grid.accuracies(Features(values, labels))
+    for number in range(3):
+        for i in range(2):
+            head, part, _, _ = heads[2 * number + i]
+            torch.testing.assert_close(grid.weight[number].view(2, 3, -1)[i], head.weight.detach())
+            torch.testing.assert_close(grid.bias[number].view(2, 3)[i], head.bias.detach())
+            right = (head(values[:, part]).argmax(1) == labels).double().mean()
+            assert scores[number, i] == pytest.approx(100 * float(right), abs=1e-3)
+
+
+def test_an_epoch_is_gone_through_once_and_in_another_order_each_time() -> None:
+    from sslvit.evaluate.sources import FeatureTable
+
+    table = FeatureTable({(1, "class"): torch.arange(10.0)[:, None]}, torch.zeros(10, dtype=torch.long))
+    rows = torch.tensor([0, 1, 2, 3, 4, 5, 6])
+    seen = [batch.values[:, 0].tolist() for _, batch in in_batches(iter([table] * 3), [(1, "class")], rows, 3, 5, 0)]
+    assert len(seen) == 5
+    assert len({*seen[0], *seen[1]}) == 6
+    assert {*seen[0], *seen[1]} <= set(range(7))
+    assert seen[:2] != seen[2:4]
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """Classes that brightness tells apart, two thirds of the time."""
+    source = np.random.default_rng(0)
+    for name, count in (("train", 120), ("val", 60)):
+        labels = source.integers(0, 2, count)
+        shift = np.where(source.uniform(size=count) < 0.67, labels, 1 - labels) * 60
+        images = source.integers(0, 100, (count, 8, 8, 3)) + shift[:, None, None, None]
+        pack(array_samples(images.astype(np.uint8), labels), tmp_path / name, ["dark", "light"])
+    return tmp_path
+
+
+def settings_of(shards: Path, name: str, **changes) -> ProbeSettings:
+    short = {"protocol.batch": 30, "protocol.base_rate": 3.0}
+    short |= {"protocol.iterations": 20} if name == "dinov2" else {"protocol.epochs": 5}
+    protocol = read_protocol(name, {} if name in ("logreg", "igpt") else short | changes)
+    return ProbeSettings(str(shards / "train"), str(shards / "val"), protocol, neighbours=[], cache=None)
+
+
+def encoder() -> ViTEncoder:
+    torch.manual_seed(0)
+    return ViTEncoder(EncoderSettings(image_size=8, patch=4, width=16, depth=2, heads=2)).eval()
+
+
+@pytest.mark.parametrize("name", ["logreg", "mae", "dino", "dinov2", "igpt"])
+def test_every_protocol_learns_and_says_its_settings(shards: Path, name: str) -> None:
+    table = probe({"mine": encoder()}, settings_of(shards, name))
+    column = "linear, all labels" if name == "logreg" else f"linear ({name}), all labels"
+    assert table.rows["mine"][column] > 55
+    about = table.about["probed"]["mine"]["linear"]
+    assert about["name"] == name
+    assert about["features"]
+    if name in ("mae", "dino"):
+        assert about["effective rate"] == pytest.approx(3.0 * 30 / 256)
+        assert about["steps"] == 20
+    if name == "dinov2":
+        assert about["effective rates"][0] == pytest.approx(1e-5 * 30 / 256)
+        assert about["heads"] == 13 * 4
+    assert (PAPER_RULE in table.rows["mine"]) == (name in ("dino", "dinov2"))
+    assert ("the paper chose" in table.text()) == (name in ("dino", "dinov2", "igpt"))
+
+
+def test_crops_differ_from_epoch_to_epoch_unless_told_otherwise(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = []
+    run = protocols.Pass.run
+    monkeypatch.setattr(protocols.Pass, "run", lambda *a, **k: passes.append(run(*a, **k)) or passes[-1])
+    probe({"mine": encoder()}, settings_of(shards, "mae"))
+    of_one = passes[-5:]  # five epochs
+    values = [table.columns[2, "class"] for table in of_one]
+    assert all(len(value) == 120 for value in values)
+    assert not torch.equal(values[0], values[1])
+    passes.clear()
+    probe({"mine": encoder()}, settings_of(shards, "mae", **{"protocol.augment": False}))
+    assert len(passes) == 3 * 2  # three rows, two data sets
+
+
+@pytest.mark.parametrize("name", ["logreg", "mae", "dino", "dinov2", "igpt"])
+def test_selection_never_sees_the_reported_labels(shards: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads, strengths and choices are the same whatever the reported images' labels are.
+
+    The labels are planted where a selection that peeked would find them: permuted, so that another choice would be the
+    best one on them.
+    """
+    settings = settings_of(shards, name)
+    chosen = []
+    of = protocols.Bench.of
+    for turn in (0, 1):
+
+        def planted(bench, data, places, fraction=1.0, turn=turn):
+            features = of(bench, data, places, fraction)
+            return Features(features.values, (features.labels + turn) % 2) if data is bench.val else features
+
+        monkeypatch.setattr(protocols.Bench, "of", planted)
+        table = probe({"mine": encoder()}, settings)
+        chosen.append((table.about["probed"]["mine"]["linear"], table.rows["mine"]))
+    (one, score), (other, opposite) = chosen
+    assert one == other
+    for column in score:
+        if column != PAPER_RULE:  # the same answers against the opposite labels
+            assert score[column] + opposite[column] == pytest.approx(100, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("mae", {"protocol.epochs": 0}, "--protocol mae: --protocol.epochs 0"),
+        ("dinov2", {"protocol.rates": []}, "--protocol.rates"),
+        ("dinov2", {"protocol.held_out": 1.5}, "--protocol.held_out"),
+        ("dino", {"protocol.scale": [0.5, 2]}, "--protocol.scale"),
+        ("dino", {"train.steps": 2}, "--train.steps: no such option"),
+        ("knn", {}, "--protocol knn: not one of logreg, mae"),
+        ("logreg", {"protocol.batch": 2}, "--protocol logreg: batch: no such setting"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(name: str, changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_protocol(name, changes)
