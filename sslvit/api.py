@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sslvit.checkpoint import load_encoder
+from sslvit.settings import SupervisedSettings
 from sslvit.settings.load import load_recipe
 from sslvit.train.folder import RunFolder
 from sslvit.train.run import pretrain as run_settings
@@ -33,3 +36,39 @@ def pretrain(
     given = {"data.shards": data, "out": out, "init": init}
     changes |= {key: str(value) for key, value in given.items() if value is not None}
     return run_settings(load_recipe(config, changes), resume=resume, overwrite=overwrite)
+
+
+def finetune(
+    encoder: str | Path,
+    train: str | Path,
+    val: str | Path,
+    config: str | Path = "finetune/small_images",
+    out: str | Path | None = None,
+    scratch: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+    **changes: Any,
+) -> RunFolder:
+    """Train an encoder on with labels, and score it on others.
+
+    Args:
+        encoder: anything that holds one.
+        train: labelled shards, or a folder of class folders.
+        val: the same, to report on.
+        config: a YAML file, or the name of a recipe; its encoder settings change the encoder's.
+        out: the run folder; replaces the recipe's.
+        scratch: start from random weights instead: the baseline.
+        resume: go on from the run folder's last checkpoint.
+        overwrite: delete an earlier run there first.
+        changes: other settings by dotted key: ``**{"train.epochs": 10}``.
+
+    Raises:
+        ValueError: a recipe for something else, or data without labels.
+    """
+    start = replace(load_encoder(encoder).settings, feature_layer=None, feature_norm="final")
+    task = load_recipe(config, base=start).task
+    if not isinstance(task, SupervisedSettings):
+        raise ValueError(f"--config {config}: trains {task.name}, not with labels. Use finetune/small_images.")
+    given = {"data.shards": train, "task.val": val, "out": out, "init": None if scratch else encoder}
+    changes |= {key: str(value) for key, value in given.items() if value is not None}
+    return run_settings(load_recipe(config, changes, start), resume=resume, overwrite=overwrite)

@@ -7,6 +7,8 @@ names its key (seed, step or epoch, purpose), and any row of an endless table ca
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -17,6 +19,19 @@ MAX_COLUMNS = 1 << 20
 def generator(*key: int | str) -> np.random.Generator:
     """A generator that only its key decides; strings name the purpose of a draw."""
     return np.random.Generator(np.random.Philox(_sequence(key)))
+
+
+@contextmanager
+def torch_chance(*key: int | str) -> Iterator[None]:
+    """torch's generator on the CPU, set by a key for a while: torchvision's transforms draw from nothing else."""
+    import torch  # settings and plans draw without it
+
+    before = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(int(generator(*key).integers(2**62)))
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(before)
 
 
 def uniform_at(key: tuple[int | str, ...], rows: np.ndarray, columns: int) -> np.ndarray:

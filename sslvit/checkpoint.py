@@ -14,6 +14,7 @@ import json
 import os
 import pickle
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,14 @@ def settings_difference(one: EncoderSettings, other: EncoderSettings) -> list[st
         if field.name not in NOT_IN_THE_WEIGHTS and values[0] != values[1]:
             differences.append(f"{field.name}: {brief(values[0])} and {brief(values[1])}")
     return differences
+
+
+def check_same(there: EncoderSettings, here: EncoderSettings, source: str, besides: Sequence[str] = ()) -> None:
+    """Refuse weights that would mean something else here; `besides` are settings that may differ."""
+    different = settings_difference(there, here)
+    different = [text for text in different if text.split(":")[0] not in besides]
+    if different:
+        raise ValueError(f"{source}: an encoder of another architecture (there and here {'; '.join(different)}).")
 
 
 def settings_from(record: dict[str, Any], path: Path) -> EncoderSettings:

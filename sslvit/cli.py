@@ -123,6 +123,21 @@ def make_parser() -> argparse.ArgumentParser:
     pretrain.add_argument("--overwrite", action="store_true", help="delete an earlier run in the folder first")
     pretrain.set_defaults(takes_settings=True)
 
+    finetune = command(
+        "finetune", commands.run_finetune, "train an encoder on with labels, or the same from scratch",
+        epilog="Every setting of the recipe can be given as --key value, e.g. --encoder.image_size 48.\n"
+               "All of them: sslvit settings",
+    )  # fmt: skip
+    finetune.add_argument("encoder", metavar="ENCODER", help="run folder, encoder folder or checkpoint file")
+    finetune.add_argument("--train", required=True, metavar="SHARDS", help="labelled shards to train on")
+    finetune.add_argument("--val", required=True, metavar="SHARDS", help="labelled shards to report")
+    finetune.add_argument("--config", default="finetune/small_images", help="a recipe (default: %(default)s)")
+    finetune.add_argument("--out", required=True, help="run folder")
+    finetune.add_argument("--scratch", action="store_true", help="start from random weights: the baseline")
+    finetune.add_argument("--resume", action="store_true", help="go on from the folder's last checkpoint")
+    finetune.add_argument("--overwrite", action="store_true", help="delete an earlier run in the folder first")
+    finetune.set_defaults(takes_settings=True)
+
     command("settings", commands.run_settings, "all settings of a recipe, with their defaults and meaning")
 
     probe = command("probe", commands.run_probe, "score a frozen encoder: linear probe and kNN beside their baselines")

@@ -23,8 +23,10 @@ def count_ranks() -> int:
 def sum_over_ranks(values: Tensor) -> Tensor:
     """The sum of a tensor over all ranks, on each of them."""
     if is_distributed():
-        values = values.clone()
+        home = values.device
+        values = values.clone().to(_exchange_device(values))
         distributed.all_reduce(values)
+        values = values.to(home)
     return values
 
 
@@ -41,9 +43,18 @@ def gather_over_ranks(values: Tensor) -> Tensor:
     """Equally long tensors of all ranks, one after the other, on each of them."""
     if not is_distributed():
         return values
+    home = values.device
+    values = values.contiguous().to(_exchange_device(values))
     parts = [torch.empty_like(values) for _ in range(count_ranks())]
-    distributed.all_gather(parts, values.contiguous())
-    return torch.cat(parts)
+    distributed.all_gather(parts, values)
+    return torch.cat(parts).to(home)
+
+
+def _exchange_device(values: Tensor) -> torch.device:
+    """Where the backend can exchange a tensor: NCCL knows GPUs only."""
+    if distributed.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return values.device
 
 
 def rank() -> int:

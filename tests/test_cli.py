@@ -58,7 +58,7 @@ def photos(tmp_path: Path) -> Path:
         (["--task.decoder_width", "30"], "multiple of 4, not 30"),
         (["--optim.betas", "[0.9]"], "optim.betas: [0.9]"),
         (["--data.view.kind", "multi_crop"], "multi_crop is not for mae. Use crop or square or centre or canvas"),
-        (["--data.view.kind", "crops"], "data.view.kind: 'crops' is not one of crop, square, centre"),
+        (["--data.view.kind", "crops"], "data.view.kind: 'crops' is not one of augment, crop, square, centre"),
         (["--data.view.kind", "crop", "--data.view.side", "[0.5, 1]"], "data.view.side: no such setting"),
         (["--data.view.side", "[0.9, 0.5]"], "data.view.side: [0.9, 0.5] is not [smallest, largest]"),
         (["--data.mixture", "{a: 1}", "--data.shards", "b"], "exclude each other"),

@@ -58,9 +58,10 @@ def make_batch(
     if colours is not None and views.colour_here:
         changed = change_views(pictures, colours)
         pictures, colours = [new.to(old.dtype) for new, old in zip(changed, pictures, strict=True)], None
+    pictures = views.augment(pictures, shown, shown_epochs)
     valid = np.ones(len(samples), bool) if valid is None else valid.copy()
     valid[list(bad)] = False
-    labels = reader.labels_of(samples)
+    labels = reader.labels_of(shown)
     return Batch(
         views=pictures,
         labels=None if labels is None else torch.from_numpy(labels),
@@ -195,12 +196,17 @@ def resolution_of(resolutions: list[int] | None, seed: int, step: int) -> list[i
 
 
 class _EvaluationBatches(Dataset):
-    def __init__(self, reader: ShardReader, views: Views, batch: int, rank: int, ranks: int, epoch: int) -> None:
+    def __init__(
+        self, reader: ShardReader, views: Views, batch: int, rank: int, ranks: int, epoch: int,
+        chosen: np.ndarray | None,
+    ) -> None:  # fmt: skip
         self.reader, self.views, self.epoch = reader, views, epoch
-        self.batches = evaluation_batches(len(reader.index), batch, rank, ranks)
+        self.chosen = np.arange(len(reader.index)) if chosen is None else chosen
+        self.batches = evaluation_batches(len(self.chosen), batch, rank, ranks)
 
     def __getitem__(self, number: int) -> Batch:
-        samples, valid = self.batches[number]
+        places, valid = self.batches[number]
+        samples = self.chosen[places]
         return make_batch(self.reader, self.views, samples, np.full_like(samples, self.epoch), valid)
 
     def __len__(self) -> int:
@@ -209,7 +215,7 @@ class _EvaluationBatches(Dataset):
 
 def evaluation_loader(
     reader: ShardReader, encoder: EncoderSettings, batch: int = 256, workers: int = 0, rank: int = 0, ranks: int = 1,
-    view: ViewSettings | None = None, epoch: int = 0, seed: int = 0, interpolation: str | None = None,
+    view: ViewSettings | None = None, epoch: int = 0, seed: int = 0, chosen: np.ndarray | None = None,
 ) -> DataLoader:  # fmt: skip
     """Every sample once, in order, in batches of one size, seen through a centre crop unless another view is given.
 
@@ -223,10 +229,10 @@ def evaluation_loader(
         view: of each image; a random one draws from (seed, epoch, sample).
         epoch: of that chance.
         seed: of that chance.
-        interpolation: instead of the encoder's.
+        chosen: numbers of the samples that are seen; None for all.
     """
-    views = Views(view or CentreSettings(), encoder.image_size, interpolation or encoder.interpolation, seed)
-    batches = _EvaluationBatches(reader, views, batch, rank, ranks, epoch)
+    views = Views(view or CentreSettings(), encoder.image_size, encoder.interpolation, seed)
+    batches = _EvaluationBatches(reader, views, batch, rank, ranks, epoch, chosen)
     return DataLoader(batches, batch_size=None, num_workers=workers)
 
 

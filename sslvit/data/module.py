@@ -18,7 +18,7 @@ from sslvit.data.resample import normalise
 from sslvit.data.stream import StreamBatches, StreamIndex
 from sslvit.data.views import Views, change_views
 from sslvit.settings import DataSettings, EncoderSettings
-from sslvit.settings.views import CentreSettings
+from sslvit.settings.views import AugmentSettings, CentreSettings
 
 
 class ShardDataModule(pl.LightningDataModule):
@@ -66,8 +66,9 @@ class ShardDataModule(pl.LightningDataModule):
             batches = TrainingBatches(
                 self.reader, self.views, self.plan, trainer.global_rank, micro, passes, self.settings.resolutions
             )
-            # a set kept in memory has no decoding to spread over processes
-            workers = 0 if self.reader.decoded is not None else self.settings.workers
+            # a set kept in memory has no decoding to spread over processes, but changing image by image is work
+            is_light = self.reader.decoded is not None and not isinstance(self.settings.view, AugmentSettings)
+            workers = 0 if is_light else self.settings.workers
             order = _From(self.start_step * passes, self.total_steps * passes)
         return DataLoader(batches, batch_size=None, sampler=order, num_workers=workers, pin_memory=is_gpu)
 

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision.transforms import v2
 
-from sslvit.chance import uniform_at
+from sslvit.chance import torch_chance, uniform_at
 from sslvit.data.colour import change_colours, draw_colours
 from sslvit.data.resample import Boxes, resample, view_of_one
 from sslvit.settings.views import (
+    AugmentSettings,
     CanvasSettings,
     CentreSettings,
     CropSettings,
@@ -64,7 +66,7 @@ class Views:
         """The views, with the main ones of another size than the encoder's if one is given."""
         settings, size = self.settings, size or self.size
         match settings:
-            case CropSettings():
+            case CropSettings() | AugmentSettings():
                 return [OneView(size, random_crops(settings.scale, settings.ratio, settings.flip))]
             case SquareSettings():
                 return [OneView(size, random_squares(settings.side, settings.flip))]
@@ -108,6 +110,18 @@ class Views:
             for view in range(2 + settings.local_crops)
         ]
         return [torch.from_numpy(draws) for draws in drawn]
+
+    def augment(self, views: list[Tensor], samples: np.ndarray, epochs: np.ndarray) -> list[Tensor]:
+        """The views after RandAugment, image by image, each drawn from (seed, epoch, sample)."""
+        settings = self.settings
+        if not (isinstance(settings, AugmentSettings) and settings.operations):
+            return views
+        change = v2.RandAugment(settings.operations, settings.magnitude)
+        for view in views:
+            for row, (sample, epoch) in enumerate(zip(samples.tolist(), epochs.tolist(), strict=True)):
+                with torch_chance(self.seed, epoch, sample, "augment"):
+                    view[row] = change(view[row])
+        return views
 
     def of_batch(
         self, images: Tensor, samples: np.ndarray, epochs: np.ndarray, size: list[int] | None = None

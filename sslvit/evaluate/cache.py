@@ -14,19 +14,19 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from sslvit.data.index import ShardIndex
-from sslvit.evaluate.sources import FeatureTable, Place, Source
+from sslvit.evaluate.sources import FeatureTable, LabelledSet, Place, Source
 from sslvit.settings.views import ViewSettings
 
 FORMAT = 1  # raised when the same key would mean other numbers
 
 
-def key_of(source: Source, index: ShardIndex, view: ViewSettings, batch: int) -> str:
+def key_of(source: Source, data: LabelledSet, view: ViewSettings, batch: int) -> str:
     """What decides the features: weights and settings, images, view, and what moves their last digits."""
     settings = asdict(source.settings)
     content = {
-        "format": FORMAT, "source": source.fingerprint(), "settings": settings, "shards": index.fingerprint(),
-        "view": asdict(view), "batch": batch, "device": source.device.type,
+        "format": FORMAT, "source": source.fingerprint(), "settings": settings, "shards": data.index.fingerprint(),
+        "chosen": None if data.chosen is None else data.chosen.tolist(), "view": asdict(view), "batch": batch,
+        "device": source.device.type,
     }  # fmt: skip
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 

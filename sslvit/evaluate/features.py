@@ -54,7 +54,7 @@ class Pass:
     ) -> FeatureTable:
         if self.cache is None:
             return self.run(source, data, places, view)
-        key = key_of(source, data.index, view, self.batch)
+        key = key_of(source, data, view, self.batch)
         found = self.cache.find(key, places) if is_first_rank() else None
         missing = said_by_first([place for place in places if found is None or place not in found.columns])
         if not missing:
@@ -67,7 +67,7 @@ class Pass:
     @torch.no_grad()
     def run(
         self, source: Source, data: LabelledSet, places: Sequence[Place], view: ViewSettings, epoch: int = 0,
-        seed: int = 0, interpolation: str | None = None,
+        seed: int = 0,
     ) -> FeatureTable:  # fmt: skip
         """One pass over the images, each seen once through a view; every rank takes part, the first gets the table.
 
@@ -78,11 +78,10 @@ class Pass:
             view: of each image.
             epoch: of the views' chance.
             seed: of the views' chance.
-            interpolation: of the view; the encoder's own for None.
         """
         settings = source.settings
         loader = evaluation_loader(
-            data.reader, settings, self.batch, self.workers, rank(), count_ranks(), view, epoch, seed, interpolation
+            data.reader, settings, self.batch, self.workers, rank(), count_ranks(), view, epoch, seed, data.chosen
         )
         rows: dict[Place, list[Tensor]] = {place: [] for place in places}
         labels = []

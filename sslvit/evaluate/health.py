@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -27,6 +28,39 @@ def rankme(features: Float[Tensor, "b d"]) -> float:
     values = torch.linalg.svdvals(features)
     shares = values / values.sum().clamp(min=1e-12) + 1e-7
     return float(torch.exp(-(shares * shares.log()).sum()))
+
+
+def alpha_of_spectrum(features: Float[Tensor, "b d"]) -> float:
+    """Decay alpha of the covariance's eigenvalues, i ** -alpha (Agrawal et al. 2022): near 1 in good representations.
+
+    Fitted by least squares on log-log axes between the 10th part of the eigenvalues and the place where they have
+    fallen to a millionth. NaN with fewer than three such eigenvalues.
+    """
+    centred = features.double() - features.double().mean(0)
+    spread = torch.linalg.svdvals(centred).square()
+    spread = spread[spread > 1e-6 * spread[0]] if len(spread) and spread[0] > 0 else spread[:0]
+    first = max(1, min(len(spread) // 10, 10))
+    if len(spread) - first < 2:
+        return float("nan")
+    place = torch.arange(first + 1, len(spread) + 1, dtype=torch.float64).log()
+    height = spread[first:].log()
+    place = place - place.mean()
+    return float(-(place * height).sum() / place.square().sum())
+
+
+def alignment(one: Float[Tensor, "b d"], other: Float[Tensor, "b d"]) -> float:
+    """Mean squared distance on the unit sphere between two views of an image (Wang and Isola 2020): 0 if they agree."""
+    return float((F.normalize(one, dim=1) - F.normalize(other, dim=1)).square().sum(1).mean())
+
+
+def uniformity(features: Float[Tensor, "b d"]) -> float:
+    """log of the mean of exp(-2 distance^2) over pairs on the unit sphere (Wang and Isola 2020): 0 where all are alike.
+
+    The lower, the more evenly the images are spread.
+    """
+    unit = F.normalize(features.double(), dim=1)
+    distances = torch.pdist(unit).square()
+    return float((-2 * distances).exp().mean().log())
 
 
 def largest_share(choices: Int[Tensor, "b"]) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -152,10 +153,12 @@ class LabelledSet:
     Args:
         index: of its shards.
         channels: that its images are read with.
+        chosen: numbers of the samples that are used; None for all.
     """
 
     index: ShardIndex
     channels: int
+    chosen: np.ndarray | None = None
 
     @cached_property
     def reader(self) -> ShardReader:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 
 
@@ -34,18 +36,28 @@ def layer_of(name: str, depth: int) -> int:
     return depth + 1
 
 
-def layer_decay_groups(module: nn.Module, depth: int, weight_decay: float, layer_decay: float) -> list[dict]:
+def layer_decay_groups(
+    named: Iterable[tuple[str, nn.Parameter]], depth: int, weight_decay: float, layer_decay: float
+) -> list[dict]:
     """One group per layer and decay, each with `rate_scale` = layer_decay ** (depth + 1 - layer).
 
     Vectors, the class token and the position table do not decay.
+
+    Args:
+        named: parameters under the encoder's names; all others count as behind it.
+        depth: of the encoder.
+        weight_decay: of matrices.
+        layer_decay: rate of a layer over that of the one behind it.
     """
     groups: dict[tuple[int, float], dict] = {}
-    for name, parameter in module.named_parameters():
+    for name, parameter in named:
         if not parameter.requires_grad:
             continue
         is_spared = parameter.ndim == 1 or name in ("cls_token", "pos_embed")
         key = (layer_of(name, depth), 0.0 if is_spared else weight_decay)
         scale = layer_decay ** (depth + 1 - key[0])
-        group = groups.setdefault(key, {"params": [], "weight_decay": key[1], "rate_scale": scale})
+        group = groups.setdefault(
+            key, {"params": [], "weight_decay": key[1], "decays": not is_spared, "rate_scale": scale}
+        )
         group["params"].append(parameter)
     return list(groups.values())

@@ -10,6 +10,7 @@ from sslvit.settings.presets import PRESETS, preset
 from sslvit.settings.probe import ProbeSettings
 from sslvit.settings.protocols import LogregSettings
 from sslvit.settings.run import TASK_SETTINGS, PretrainSettings
+from sslvit.settings.supervised import SupervisedSettings
 from sslvit.settings.task import TaskSettings
 from sslvit.settings.train import TrainSettings
 from sslvit.settings.views import VIEW_SETTINGS, ViewSettings
@@ -27,6 +28,7 @@ __all__ = [
     "OptimSettings",
     "PretrainSettings",
     "ProbeSettings",
+    "SupervisedSettings",
     "TaskSettings",
     "TrainSettings",
     "ViewSettings",

@@ -87,7 +87,7 @@ class DINOSettings(TaskSettings):
         if self.out_dim == 1:
             raise ValueError("task.out_dim: with 1 prototype there is nothing to tell apart. Use 2 or more.")
 
-    def fitted(self, images: int, global_batch: int, total_steps: int) -> DINOSettings:
+    def fitted(self, images: int, global_batch: int, total_steps: int, classes: int | None = None) -> DINOSettings:
         """The same with every null replaced by what suits the job.
 
         Args:

@@ -7,12 +7,13 @@ import inspect
 import re
 import types
 import typing
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
+from sslvit.settings.encoder import EncoderSettings
 from sslvit.settings.palette import UNIFORM, read_palette
 from sslvit.settings.presets import preset_values
 from sslvit.settings.protocols import PROTOCOLS, ProtocolSettings
@@ -27,12 +28,15 @@ CHOICES: dict[str, tuple[str, str, dict[str, type]]] = {
 }
 
 
-def load_recipe(config: str | Path, changes: dict[str, Any] | None = None) -> PretrainSettings:
+def load_recipe(
+    config: str | Path, changes: dict[str, Any] | None = None, base: EncoderSettings | None = None
+) -> PretrainSettings:
     """The settings of a recipe with changes.
 
     Args:
         config: a YAML file, or the name of one in configs/ such as mae/digits.
         changes: dotted keys and their values, such as {"train.epochs": 10}; they win over the recipe.
+        base: the encoder that the recipe's settings change; None for one that it describes itself.
 
     Raises:
         FileNotFoundError: no such recipe (the nearest names are shown).
@@ -57,6 +61,8 @@ def load_recipe(config: str | Path, changes: dict[str, Any] | None = None) -> Pr
     if isinstance(tree.get("encoder"), dict) and "preset" in tree["encoder"]:
         encoder = tree["encoder"]
         tree["encoder"] = {**preset_values(encoder.pop("preset")), **encoder}
+    if base is not None:
+        tree["encoder"] = {**asdict(base), **(tree.get("encoder") or {})}
     palette = tree["encoder"].get("palette", UNIFORM) if isinstance(tree.get("encoder"), dict) else UNIFORM
     if isinstance(palette, str) and palette != UNIFORM:
         beside = path.parent / palette  # a recipe may bring its palette along

@@ -9,11 +9,15 @@ from sslvit.settings.dino import DINOSettings
 from sslvit.settings.encoder import EncoderSettings
 from sslvit.settings.igpt import IGPTSettings
 from sslvit.settings.mae import MAESettings
+from sslvit.settings.online import OnlineSettings
 from sslvit.settings.optim import OptimSettings
+from sslvit.settings.supervised import SupervisedSettings
 from sslvit.settings.task import TaskSettings
 from sslvit.settings.train import TrainSettings
 
-TASK_SETTINGS: dict[str, type[TaskSettings]] = {"mae": MAESettings, "dino": DINOSettings, "igpt": IGPTSettings}
+TASK_SETTINGS: dict[str, type[TaskSettings]] = {
+    "mae": MAESettings, "dino": DINOSettings, "igpt": IGPTSettings, "supervised": SupervisedSettings,
+}  # fmt: skip
 
 
 @dataclass
@@ -26,6 +30,7 @@ class PretrainSettings:
         data: what it is trained on.
         optim: how weights move.
         train: how long, on what.
+        online: what labels say while it trains.
         seed: of the weights, the order of the data, the crops and the masks.
         out: the run folder.
         init: an encoder to start from instead of random weights.
@@ -36,6 +41,7 @@ class PretrainSettings:
     data: DataSettings = field(default_factory=DataSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
+    online: OnlineSettings = field(default_factory=OnlineSettings)
     seed: int = 0
     out: str = "runs/new"
     init: str | None = None

@@ -8,13 +8,14 @@ from typing import Self
 class TaskSettings:
     """Base of a task's settings."""
 
-    def fitted(self, images: int, global_batch: int, total_steps: int) -> Self:
+    def fitted(self, images: int, global_batch: int, total_steps: int, classes: int | None = None) -> Self:
         """The same with every null replaced by what suits the job; here there are none.
 
         Args:
             images: in the data set.
             global_batch: images per optimiser step.
             total_steps: of the run.
+            classes: of the data set; None where it has no labels.
         """
         return self
 

@@ -151,8 +151,39 @@ class MultiCropSettings:
             raise ValueError("data.view: local_crops must be 0 or more, and local_size at least one pixel.")
 
 
-ViewSettings = CropSettings | SquareSettings | CentreSettings | CanvasSettings | MultiCropSettings
+@dataclass
+class AugmentSettings:
+    """A random part of the image, changed by RandAugment (Cubuk et al. 2020): the view of training with labels.
+
+    Args:
+        kind: augment.
+        scale: smallest and largest share of the image's area.
+        ratio: smallest and largest width over height.
+        flip: probability of a horizontal flip.
+        operations: how many changes each image gets; 0 for none.
+        magnitude: how strong they are, from 0 to 30.
+    """
+
+    kind: Literal["augment"] = "augment"
+    scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
+    ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
+    flip: float = 0.5
+    operations: int = 2
+    magnitude: int = 9
+
+    def __post_init__(self) -> None:
+        check_range("scale", self.scale, most=1.0)
+        check_range("ratio", self.ratio)
+        check_probability("flip", self.flip)
+        if self.operations < 0:
+            raise ValueError(f"data.view.operations: {self.operations} is negative. Use 0 for none.")
+        if not 0 <= self.magnitude <= 30:
+            raise ValueError(f"data.view.magnitude: {self.magnitude} is not between 0 and 30.")
+
+
+ViewSettings = AugmentSettings | CropSettings | SquareSettings | CentreSettings | CanvasSettings | MultiCropSettings
 VIEW_SETTINGS: dict[str, type] = {
+    "augment": AugmentSettings,
     "crop": CropSettings, "square": SquareSettings, "centre": CentreSettings, "canvas": CanvasSettings,
     "multi_crop": MultiCropSettings,
 }  # fmt: skip

@@ -6,6 +6,7 @@ TASKS = {
     "mae": ("sslvit.tasks.mae", "MAE"),
     "dino": ("sslvit.tasks.dino", "DINO"),
     "igpt": ("sslvit.tasks.igpt", "IGPT"),
+    "supervised": ("sslvit.tasks.supervised", "Supervised"),
 }
 
 

@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from sslvit.chance import uniform_at
-from sslvit.checkpoint import describe_encoder, put_weights
+from sslvit.checkpoint import check_same, describe_encoder, put_weights
 from sslvit.data.batch import Batch
 from sslvit.models import ViTEncoder
 from sslvit.optim import clip_each, cosine, decay_groups, warmup_cosine
@@ -72,8 +72,11 @@ class PretextTask(pl.LightningModule):
     # ---- weights move ----------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        groups = decay_groups(self, self.optim.weight_decay)
-        return torch.optim.AdamW(groups, lr=self.rate_at(0), betas=tuple(self.optim.betas), fused=True)
+        return torch.optim.AdamW(self.parameter_groups(), lr=self.rate_at(0), betas=tuple(self.optim.betas), fused=True)
+
+    def parameter_groups(self) -> list[dict]:
+        """Which weights decay, and by which share of the rate they move."""
+        return decay_groups(self, self.optim.weight_decay)
 
     def rate_at(self, step: int) -> float:
         """Learning rate of the update number `step`, counted from zero."""
@@ -89,7 +92,7 @@ class PretextTask(pl.LightningModule):
         """One update at the rate of this step. Lightning calls this once per global batch, not per micro-batch."""
         rate, decay = self.rate_at(self.global_step), self.decay_at(self.global_step)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("rate_scale", 1.0)
             group["weight_decay"] = decay if group["decays"] else 0.0
         self.records["rate"] = [torch.tensor(rate, dtype=torch.float64)]
         optimizer.step(closure=optimizer_closure)
@@ -141,13 +144,14 @@ class PretextTask(pl.LightningModule):
             self.watched["uniform_kl"].append(math.log(shares.shape[1]) - entropy)
             self.watched["choice"].append(shares.argmax(1))
 
-    def start_from(self, weights: dict[str, Tensor], source: str) -> None:
+    def start_from(self, start: ViTEncoder, source: str) -> None:
         """Begin with a trained encoder's weights.
 
         Raises:
-            ValueError: they do not fit.
+            ValueError: it is of another architecture.
         """
-        put_weights(self.encoder, weights, source)
+        check_same(start.settings, self.encoder.settings, source)
+        put_weights(self.encoder, start.state_dict(), source)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Tell Lightning's counters how many micro-batches the steps done are now.

@@ -6,6 +6,7 @@ checkpoints/     last.ckpt
 encoder/         encoder.json + encoder.safetensors
 ledger.json      how many samples were read, which could not be and why
 ledger/          with data.ledger: one file per rank, a line per sample that it read
+scores.json      of a classifier: right answers on the reported images
 health.json      whether training has collapsed, and what to do about it
 figures/
 """
@@ -46,6 +47,7 @@ class RunFolder:
         self.health = self.path / "health.json"
         self.samples = self.path / "ledger"
         self.figures = self.path / "figures"
+        self.scores = self.path / "scores.json"
 
     def check(self, resume: bool, overwrite: bool) -> None:
         """Whether the folder may be used so; nothing is touched.
@@ -68,7 +70,7 @@ class RunFolder:
         if not resume:
             for made in (self.checkpoint.parent, self.figures, self.samples):
                 shutil.rmtree(made, ignore_errors=True)
-            for made in (self.metrics, self.ledger, self.health):
+            for made in (self.metrics, self.ledger, self.health, self.scores):
                 made.unlink(missing_ok=True)
         shutil.rmtree(self.encoder, ignore_errors=True)  # the checkpoint is newer from now on
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)

@@ -6,17 +6,16 @@ from dataclasses import replace
 
 import torch
 
-from sslvit.checkpoint import read_torch_file, settings_difference, settings_from
+from sslvit.checkpoint import check_same, read_torch_file, settings_from
 from sslvit.data.decode import MODES
 from sslvit.data.index import Index
 from sslvit.data.module import ShardDataModule
 from sslvit.data.open import check_present
 from sslvit.data.plan import Plan, slices
 from sslvit.data.stream import StreamIndex
-from sslvit.optim import decay_groups
-from sslvit.settings import EncoderSettings, PretrainSettings
+from sslvit.settings import PretrainSettings
 from sslvit.settings.load import brief, by_dotted_key
-from sslvit.settings.views import MultiCropSettings
+from sslvit.settings.views import AugmentSettings, MultiCropSettings
 from sslvit.tasks import task_class
 from sslvit.tasks.base import PretextTask
 from sslvit.train.folder import RunFolder
@@ -56,6 +55,11 @@ def check_data(settings: PretrainSettings, index: Index, plan: Plan) -> None:
         )
     if data.ledger and isinstance(index, StreamIndex):
         raise ValueError("data.ledger: a stream cannot promise each sample once. Pack it into shards, or leave it off.")
+    if isinstance(data.view, AugmentSettings) and (index.bits != 8 or encoder.channels not in (1, 3)):
+        raise ValueError(
+            "data.view.kind: augment changes 8-bit images of 1 or 3 channels only, "
+            f"not {index.bits}-bit ones of {encoder.channels}. Use crop."
+        )
     check_present(index, data.bad_limit)
     largest = max(shard.bytes for shard in index.shards) if index.is_remote else 0
     needed = plan.shards_at_once(0, plan.global_batch // settings.train.nodes) * largest / 2**30
@@ -67,18 +71,20 @@ def check_data(settings: PretrainSettings, index: Index, plan: Plan) -> None:
 
 
 def fit(
-    settings: PretrainSettings, earlier: RunFolder | None, images: int, plan: Plan, total_steps: int
+    settings: PretrainSettings, earlier: RunFolder | None, index: Index, plan: Plan, total_steps: int
 ) -> PretrainSettings:
     """The same settings with what was left open chosen for the job; a resumed run keeps what it chose before.
 
     Args:
         settings: as given.
         earlier: the folder of the run that goes on, if one does.
-        images: in the data set.
+        index: of the data set.
         plan: the order of the data.
         total_steps: of the run.
     """
-    task = settings.task.fitted(images, plan.global_batch, total_steps)
+    task = settings.task.fitted(
+        len(index), plan.global_batch, total_steps, len(index.classes) if index.classes else None
+    )
     optim = settings.optim.fitted(plan.steps_per_epoch, total_steps)
     fitted = replace(settings, task=task, optim=optim)
     if earlier is not None:
@@ -112,7 +118,7 @@ def check_resumed(folder: RunFolder, settings: PretrainSettings, data: ShardData
     old, new = by_dotted_key(folder.read_config()), by_dotted_key(settings.as_dict())
     changed = [f"{key} {brief(old.get(key))} -> {brief(new.get(key))}" for key in new if old.get(key) != new.get(key)]
     same_shapes = shapes == {key: value.shape for key, value in task.state_dict().items()}
-    if not same_shapes or moved != [len(group["params"]) for group in decay_groups(task, 0.0)]:
+    if not same_shapes or moved != [len(group["params"]) for group in task.parameter_groups()]:
         guilty = [change for change in changed if change.startswith("task.")] or changed or ["another task"]
         raise ValueError(
             f"--resume: the weights in {folder.checkpoint} do not fit these settings ({'; '.join(guilty)}). "
@@ -120,9 +126,3 @@ def check_resumed(folder: RunFolder, settings: PretrainSettings, data: ShardData
         )
     if changed:
         print(f"resuming with changes: {'; '.join(changed)}")
-
-
-def check_same(there: EncoderSettings, here: EncoderSettings, source: str) -> None:
-    different = settings_difference(there, here)
-    if different:
-        raise ValueError(f"{source}: an encoder of another architecture (there and here {'; '.join(different)}).")

@@ -15,14 +15,15 @@ from sslvit.data.index import Index
 from sslvit.data.module import ShardDataModule
 from sslvit.data.open import open_data
 from sslvit.data.plan import slices
-from sslvit.settings import PretrainSettings, TrainSettings
+from sslvit.settings import PretrainSettings, SupervisedSettings, TrainSettings
 from sslvit.tasks import task_class
 from sslvit.tasks.base import PretextTask
 from sslvit.train.callbacks import Checkpoints, Ledger, RunLog, WholeCheckpoint
 from sslvit.train.folder import RunFolder
 from sslvit.train.health import Health
+from sslvit.train.online import OnlineProbe, Validation
 from sslvit.train.pictures import draw_pictures
-from sslvit.train.prepare import check_data, check_machine, check_resumed, check_same, chosen, fit
+from sslvit.train.prepare import check_data, check_machine, check_resumed, chosen, fit
 
 
 def pretrain(settings: PretrainSettings, resume: bool = False, overwrite: bool = False) -> RunFolder:
@@ -46,24 +47,21 @@ def pretrain(settings: PretrainSettings, resume: bool = False, overwrite: bool =
     index, plan = open_data(settings.data, f"{settings.out.rstrip('/')}-shards", settings.seed)
     if is_first:
         check_data(settings, index, plan)
-    start = None
-    if settings.init and not resume:
-        start = load_encoder(settings.init)
-        check_same(start.settings, settings.encoder, settings.init)
+    start = load_encoder(settings.init) if settings.init and not resume else None
 
     if train.threads:
         torch.set_num_threads(train.threads)
     pl.seed_everything(settings.seed, verbose=False)
     total_steps = train.steps or max(1, round(train.epochs * plan.steps_per_epoch))
     asked = settings
-    settings = fit(settings, folder if resume else None, len(index), plan, total_steps)
+    settings = fit(settings, folder if resume else None, index, plan, total_steps)
     data = ShardDataModule(index, settings.data, settings.encoder, plan, total_steps, train.micro_batch)
     task: PretextTask = task_class(settings.task.name)(
         settings.task, settings.encoder, settings.optim, total_steps=total_steps,
         steps_per_epoch=plan.steps_per_epoch, global_batch=plan.global_batch, seed=settings.seed,
     )  # fmt: skip
     if start is not None:
-        task.start_from(start.state_dict(), settings.init)
+        task.start_from(start, settings.init)
     if train.precision == "float64":
         task.double()  # before a checkpoint is loaded, which would otherwise pass through float32
     if resume:
@@ -118,11 +116,22 @@ def make_trainer(settings: PretrainSettings, folder: RunFolder, index: Index, da
             callbacks=[
                 Ledger(folder, index, data.plan, settings.data.bad_limit, settings.data.ledger),
                 Health(folder, data.total_steps, train.log_every),
+                *scoring(settings, folder, index, data.total_steps),
                 RunLog(folder, data.plan, data.total_steps, train.log_every),
                 Checkpoints(folder, data.total_steps, train.checkpoint_every),
             ],
             default_root_dir=folder.path,
         )
+
+
+def scoring(settings: PretrainSettings, folder: RunFolder, index: Index, total_steps: int) -> list[pl.Callback]:
+    """What looks at labelled images while the run trains."""
+    callbacks: list[pl.Callback] = []
+    if settings.online.train is not None:
+        callbacks.append(OnlineProbe(settings, total_steps))
+    if isinstance(settings.task, SupervisedSettings) and settings.task.val is not None:
+        callbacks.append(Validation(settings, folder, index, total_steps))
+    return callbacks
 
 
 def precision_of(train: TrainSettings) -> str:

@@ -220,7 +220,7 @@ def test_layer_wise_rates_of_the_released_code() -> None:
         EncoderSettings(32, patch=8, width=24, depth=4, heads=2, pooling="mean", fc_norm=True, final_norm=False)
     )  # fmt: skip
     encoder.head = torch.nn.Linear(24, 10)
-    groups = layer_decay_groups(encoder, 4, config["weight_decay"], config["layer_decay"])
+    groups = layer_decay_groups(encoder.named_parameters(), 4, config["weight_decay"], config["layer_decay"])
     by_id = {id(p): group for group in groups for p in group["params"]}
     names = dict(encoder.named_parameters())
     assert len(golden.about["info"]["lrd"]) == len(names)

@@ -1,0 +1,30 @@
+"""Weights for one image size -> the same weights for another."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sslvit.models.positions import resample_table
+from sslvit.settings import EncoderSettings
+
+TABLES = ("learned_1d", "sincos_1d", "sincos_2d")
+
+
+def resize_weights(weights: dict[str, Tensor], old: EncoderSettings, new: EncoderSettings) -> dict[str, Tensor]:
+    """Weights whose position table fits the new image size, stretched once (MAE and DINO fine-tune so).
+
+    Raises:
+        ValueError: positions that cannot be stretched, or a pixel sequence, which is tied to its size.
+    """
+    if old.grid == new.grid or old.positions == "none":
+        return weights
+    if old.positions not in TABLES or old.tokens == "pixel":
+        what = "a pixel sequence" if old.tokens == "pixel" else f"{old.positions} positions"
+        raise ValueError(
+            f"encoder.image_size: {what} cannot be moved from {old.image_size} to {new.image_size} pixels."
+        )
+    table = weights["pos_embed"][0]
+    rows = old.position_rows
+    patches = resample_table(table[rows:], old.grid, new.grid, new.interpolate_antialias, new.interpolate_offset)
+    return weights | {"pos_embed": torch.cat([table[:rows], patches])[None]}

@@ -1,0 +1,62 @@
+"""Fine-tuning, and training from scratch with labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from sslvit.settings.task import TaskSettings
+
+
+@dataclass
+class SupervisedSettings(TaskSettings):
+    """A linear head on the pooled tokens; all weights move. The defaults are MAE's for ViT-B (He et al. 2022, A.1).
+
+    Args:
+        name: supervised.
+        classes: of the data; null for as many as its shards name.
+        val: labelled shards that are reported, and never used to choose anything.
+        fraction: share of the shorter side that the reported view keeps (224 of 256: 0.875).
+        validate_every: steps between two looks at `val`, rounded up to lines of metrics.jsonl; null for the last step
+            alone. The last one is what is reported.
+        layer_decay: rate of a block over that of the block behind it.
+        smoothing: share of the label that is spread over all classes (Szegedy et al. 2016).
+        mixup: alpha of mixup (Zhang et al. 2018); 0 for none.
+        cutmix: alpha of CutMix (Yun et al. 2019); 0 for none. Where both are given, each batch draws one.
+        erase: probability that a random box of the image is filled with noise (Zhong et al. 2020).
+    """
+
+    name: Literal["supervised"] = "supervised"
+    classes: int | None = None
+    val: str | None = None
+    fraction: float = 0.875
+    validate_every: int | None = None
+    layer_decay: float = 0.65
+    smoothing: float = 0.1
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    erase: float = 0.25
+
+    def __post_init__(self) -> None:
+        if self.classes is not None and self.classes < 2:
+            raise ValueError(f"task.classes: {self.classes} is less than 2. Nothing could be told apart.")
+        if self.validate_every is not None and self.validate_every < 1:
+            raise ValueError(f"task.validate_every: {self.validate_every} must be 1 or more.")
+        for key in ("fraction", "layer_decay"):
+            if not 0 < getattr(self, key) <= 1:
+                raise ValueError(f"task.{key}: {getattr(self, key)} is not above 0 and at most 1.")
+        for key in ("smoothing", "erase"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ValueError(f"task.{key}: {getattr(self, key)} is not between 0 and 1.")
+        for key in ("mixup", "cutmix"):
+            if not 0 <= getattr(self, key) < float("inf"):
+                raise ValueError(f"task.{key}: {getattr(self, key)} is not zero or more.")
+
+    def fitted(
+        self, images: int, global_batch: int, total_steps: int, classes: int | None = None
+    ) -> SupervisedSettings:
+        if classes is None:
+            raise ValueError("task: supervised training needs labels, and this data has none.")
+        if self.classes is not None and self.classes != classes:
+            raise ValueError(f"task.classes: {self.classes}, but the data has {classes}. Leave it out.")
+        return replace(self, classes=classes)

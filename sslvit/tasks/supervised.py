@@ -1,0 +1,115 @@
+"""Training with labels: fine-tuning of a pretrained encoder, and the same from scratch as its baseline.
+
+MAE's fine-tuning (He et al. 2022, appendix A.1): AdamW with rates that fall from the head to the patches, stochastic
+depth, RandAugment (in the view), mixup, CutMix, random erasing, label smoothing, a linear head on the pooled tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from sslvit.chance import torch_chance
+from sslvit.checkpoint import check_same
+from sslvit.data.batch import Batch
+from sslvit.models import ViTEncoder
+from sslvit.models.resize import resize_weights
+from sslvit.optim import layer_decay_groups
+from sslvit.settings import EncoderSettings, OptimSettings, SupervisedSettings
+from sslvit.tasks.base import PretextTask
+
+NOT_COMPARED = ("image_size", "final_norm", "fc_norm", "mask_token", "pooling")  # a fine-tuned encoder may differ here
+ENDS = ("norm.", "fc_norm.", "attn_pool.")  # of the encoder, that may be new
+HEAD_STD = 2e-5
+
+
+class Supervised(PretextTask):
+    """An encoder and a linear head.
+
+    Args:
+        settings: see SupervisedSettings; `classes` must be known.
+        encoder: that is trained; its `pooling` and `fc_norm` make the head's input.
+        optim: how weights move.
+        run: see PretextTask.
+    """
+
+    view_kinds = ("augment", "crop", "square", "centre", "canvas")
+
+    def __init__(
+        self, settings: SupervisedSettings, encoder: EncoderSettings, optim: OptimSettings, **run: int
+    ) -> None:
+        super().__init__(settings, encoder, optim, **run)
+        if settings.classes is None:
+            raise ValueError("task.classes: still null. Call SupervisedSettings.fitted first.")
+        self.head = nn.Linear(encoder.width, settings.classes)
+        nn.init.trunc_normal_(self.head.weight, std=HEAD_STD)
+        nn.init.zeros_(self.head.bias)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        images, target = self.mix(self.erase(batch), batch)  # b c h w, b classes
+        tokens = self.encoder(images, path_noise=self.path_noise(batch))  # b t d
+        pooled = self.encoder.pool(tokens)  # b d
+        logits = self.head(pooled)  # b classes
+        loss = F.cross_entropy(logits.float(), target, label_smoothing=self.settings.smoothing)
+        self.record("loss", loss)
+        self.watch(pooled)
+        return loss
+
+    def logits(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b classes"]:
+        """What it takes images for; in evaluation mode."""
+        return self.head(self.encoder.pool(self.encoder(images)))
+
+    # ---- chance ----------------------------------------------------------------------------------------------
+
+    def erase(self, batch: Batch) -> Float[Tensor, "b c h w"]:
+        """A box of some images filled with noise; drawn by seed, epoch and sample."""
+        (images,) = batch.views
+        if not self.settings.erase:
+            return images
+        is_erased = self.uniform("erase", batch, 1)[:, 0] < self.settings.erase
+        images = images.clone()
+        eraser = v2.RandomErasing(p=1.0, value="random")
+        for row in torch.nonzero(is_erased)[:, 0].tolist():
+            with torch_chance(self.seed, "erase", int(batch.epochs[row]), int(batch.samples[row])):
+                images[row] = eraser(images[row])
+        return images
+
+    def mix(self, images: Tensor, batch: Batch) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b classes"]]:
+        """Each image with its neighbour in the micro-batch, by a share drawn by seed and step."""
+        settings = self.settings
+        makers = [
+            kind(alpha=alpha, num_classes=settings.classes)
+            for kind, alpha in ((v2.MixUp, settings.mixup), (v2.CutMix, settings.cutmix))
+            if alpha
+        ]
+        if not makers or len(images) < 2:
+            return images, F.one_hot(batch.labels, settings.classes).to(images.dtype)
+        with torch_chance(self.seed, "mix", self.global_step):
+            images, target = v2.RandomChoice(makers)(images, batch.labels)
+        return images, target.to(images.dtype)
+
+    # ---- weights ---------------------------------------------------------------------------------------------
+
+    def parameter_groups(self) -> list[dict]:
+        named = [(name.removeprefix("encoder."), parameter) for name, parameter in self.named_parameters()]
+        depth = self.encoder.settings.depth
+        return layer_decay_groups(named, depth, self.optim.weight_decay, self.settings.layer_decay)
+
+    def start_from(self, start: ViTEncoder, source: str) -> None:
+        """Begin with a pretrained encoder, its positions stretched to this size; what is behind the blocks may be new.
+
+        Raises:
+            ValueError: it is of another architecture, or cannot be stretched.
+        """
+        check_same(start.settings, self.encoder.settings, source, besides=NOT_COMPARED)
+        own = self.encoder.state_dict()
+        given = resize_weights(start.state_dict(), start.settings, self.encoder.settings)
+        weights = {key: value for key, value in given.items() if key in own}
+        new = [key for key in own if key not in weights]
+        wrong = [key for key in new if not key.startswith(ENDS)]
+        if wrong:
+            raise ValueError(f"{source}: has no weights for {', '.join(wrong[:4])}.")
+        self.encoder.load_state_dict(own | weights)

@@ -1,0 +1,151 @@
+"""Scores while a run trains: a probe of a pretext task's encoder, or the accuracy of a classifier.
+
+Both look at the module in evaluation mode and without gradients, and draw no chance, so a run with them has the same
+weights as one without.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from safetensors.torch import save_file
+
+from sslvit.data.index import ShardIndex
+from sslvit.data.open import open_shards
+from sslvit.data.reader import ShardReader
+from sslvit.evaluate.classify import accuracy
+from sslvit.evaluate.features import Pass
+from sslvit.evaluate.health import alpha_of_spectrum
+from sslvit.evaluate.knn import knn_accuracies
+from sslvit.evaluate.linear import fit_probe
+from sslvit.evaluate.probe import check_classes, open_labelled
+from sslvit.evaluate.sources import FrozenEncoder, LabelledSet
+from sslvit.ranks import is_first_rank, said_by_first
+from sslvit.settings import PretrainSettings, ProbeSettings
+from sslvit.tasks.base import PretextTask
+from sslvit.tasks.supervised import Supervised
+from sslvit.train.callbacks import StepCallback
+from sslvit.train.folder import RunFolder
+
+IMAGES_AT_ONCE = 256
+
+
+@contextmanager
+def looking(module: PretextTask) -> Iterator[None]:
+    """Evaluation mode, and afterwards every part as it was."""
+    was_training = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part, training in was_training.items():
+            part.training = training
+
+
+class ScoringCallback(StepCallback):
+    """Scores when a line of metrics.jsonl is due, every so many steps, and after the last one.
+
+    Args:
+        every: steps between two looks; None for the last step alone.
+        log_every: steps between two lines.
+        total_steps: of the run.
+    """
+
+    def __init__(self, every: int | None, log_every: int, total_steps: int) -> None:
+        self.every = math.ceil(every / log_every) * log_every if every else total_steps
+        self.total_steps = total_steps
+
+    def on_step(self, trainer: pl.Trainer, module: PretextTask) -> None:
+        if self.step % self.every and self.step != self.total_steps:
+            return
+        with looking(module):
+            for name, value in self.scores(trainer, module).items():
+                module.record(name, torch.tensor(value, dtype=torch.float64))
+
+    def scores(self, trainer: pl.Trainer, module: PretextTask) -> dict[str, float]:
+        """Names and values for the line, the same on every rank."""
+        raise NotImplementedError
+
+
+class OnlineProbe(ScoringCallback):
+    """kNN and logistic regression on some labelled images, and the decay of the features' spectrum."""
+
+    def __init__(self, settings: PretrainSettings, total_steps: int) -> None:
+        online = self.online = settings.online
+        super().__init__(online.every, settings.train.log_every, total_steps)
+        self.seed = settings.seed
+        indices = open_labelled(ProbeSettings(online.train, online.val))
+        channels = settings.encoder.channels
+        self.train, self.val = (LabelledSet(index, channels, spread(len(index), online.images)) for index in indices)
+
+    def scores(self, trainer: pl.Trainer, module: PretextTask) -> dict[str, float]:
+        source = FrozenEncoder(module.trained_encoder)
+        places = source.places(None, 1, None)
+        reading = Pass(min(IMAGES_AT_ONCE, self.online.images))
+        train, val = (reading.features(source, data, places).at(places) for data in (self.train, self.val))
+        found = {}
+        if is_first_rank():
+            classes = len(self.train.index.classes)
+            k = min(self.online.neighbours, len(train))
+            found = {
+                "online_knn": knn_accuracies(train, val, classes, [k], 0.07)[k],
+                "online_linear": fit_probe(train, classes, self.seed).accuracy(val),
+                "online_alpha": alpha_of_spectrum(val.values),
+            }
+        return said_by_first(found)
+
+
+class Validation(ScoringCallback):
+    """A classifier's right answers on the reported images; the last ones are written to scores.json with its head."""
+
+    def __init__(self, settings: PretrainSettings, folder: RunFolder, index: ShardIndex, total_steps: int) -> None:
+        super().__init__(settings.task.validate_every, settings.train.log_every, total_steps)
+        self.settings, self.folder = settings, folder
+        self.index = open_val(settings, index)
+        self.reader: ShardReader | None = None
+        self.start = time.monotonic()
+
+    def scores(self, trainer: pl.Trainer, module: Supervised) -> dict[str, float]:
+        encoder, data = self.settings.encoder, self.settings.data
+        self.reader = self.reader or ShardReader(self.index, encoder.channels, data.memory_limit_mb)
+        workers = 0 if self.reader.decoded is not None else data.workers
+        found = accuracy(
+            lambda images: module.logits(images.to(module.dtype)), self.reader, encoder, module.device, IMAGES_AT_ONCE,
+            workers, self.settings.task.fraction,
+        )  # fmt: skip
+        if self.step == self.total_steps and trainer.is_global_zero:
+            self.write(found, module)
+        return {"val_top1": found.top1}
+
+    def write(self, found, module: Supervised) -> None:
+        about = {
+            **asdict(found), "val": self.index.location, "fingerprint": self.index.fingerprint(), "step": self.step,
+            "init": self.settings.init, "seed": self.settings.seed, "reported": "the last step",
+            "seconds_since_start": time.monotonic() - self.start,
+        }  # fmt: skip
+        self.folder.scores.write_text(json.dumps(about, indent=1) + "\n")
+        head = {f"head.{key}": value.detach().cpu().contiguous() for key, value in module.head.state_dict().items()}
+        self.folder.encoder.mkdir(parents=True, exist_ok=True)
+        save_file(head, self.folder.encoder / "head.safetensors", {"classes": json.dumps(self.index.classes)})
+
+
+def open_val(settings: PretrainSettings, index: ShardIndex) -> ShardIndex:
+    """The labelled set that a classifier is scored on, once it is known to fit the training set."""
+    name = settings.task.val
+    val = open_shards(name, f"{name.rstrip('/')}-shards")
+    check_classes(index, val, ProbeSettings("", ""))
+    return val
+
+
+def spread(images: int, most: int) -> np.ndarray:
+    """Numbers of at most so many samples, evenly spread over a data set."""
+    return np.unique(np.linspace(0, images - 1, min(images, most)).astype(int))

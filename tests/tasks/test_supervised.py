@@ -1,0 +1,234 @@
+"""Fine-tuning: what it starts from, what moves how fast, and that it learns from labels."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import sslvit
+from sslvit.checkpoint import load_encoder, save_encoder
+from sslvit.cli import main
+from sslvit.data.batch import Batch
+from sslvit.data.pack import pack
+from sslvit.data.sources import array_samples
+from sslvit.models import ViTEncoder
+from sslvit.settings import EncoderSettings, OptimSettings, SupervisedSettings
+from sslvit.tasks.supervised import Supervised
+
+SMALL = {"image_size": 8, "patch": 4, "width": 16, "depth": 2, "heads": 2}
+RUN = {"total_steps": 10, "steps_per_epoch": 5, "global_batch": 8}
+SHORT = {
+    "data.global_batch": 16, "data.workers": 0, "train.steps": 60, "train.log_every": 10, "train.precision": "float32",
+    "train.accelerator": "cpu", "optim.base_rate": 0.05, "task.mixup": 0.0, "task.cutmix": 0.0,
+    "encoder.drop_path": 0.0,
+}  # fmt: skip
+
+
+def make(seed: int = 0, **changes) -> ViTEncoder:
+    torch.manual_seed(seed)
+    encoder = ViTEncoder(EncoderSettings(**SMALL | changes))
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return encoder
+
+
+def task_for(encoder: EncoderSettings, **changes) -> Supervised:
+    torch.manual_seed(1)
+    return Supervised(SupervisedSettings(classes=3, **changes), encoder, OptimSettings(), **RUN)
+
+
+def batch_of(count: int = 6) -> Batch:
+    source = torch.Generator().manual_seed(0)
+    views = [torch.rand(count, 3, 8, 8, generator=source)]
+    number = torch.arange(count)
+    return Batch(views, number % 3, number, torch.ones(count, dtype=torch.bool), torch.zeros_like(number))
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    source = np.random.default_rng(0)
+    for name, count in (("train", 64), ("val", 30)):
+        labels = np.arange(count) % 3
+        images = source.integers(0, 60, (count, 8, 8, 3)) + labels[:, None, None, None] * 80
+        pack(array_samples(images.astype(np.uint8), labels), tmp_path / name, ["a", "b", "c"])
+    save_encoder(make(), tmp_path / "encoder")
+    return tmp_path
+
+
+def test_it_starts_from_the_encoder_and_what_is_behind_the_blocks_is_new() -> None:
+    start = make()
+    settings = replace(start.settings, pooling="mean", fc_norm=True, final_norm=False, drop_path=0.1)
+    task = task_for(settings)
+    task.start_from(start, "there")
+    own, given = task.encoder.state_dict(), start.state_dict()
+    assert all(torch.equal(own[key], given[key]) for key in own if not key.startswith("fc_norm."))
+    assert "norm.weight" not in own
+    assert own["fc_norm.weight"].eq(1).all()
+    with_query = task_for(replace(start.settings, pooling="attention"))
+    with_query.start_from(start, "there")
+    assert "attn_pool.query" in with_query.encoder.state_dict()
+    with pytest.raises(ValueError, match="there: an encoder of another architecture .*width: 16 and 32"):
+        task_for(replace(start.settings, width=32)).start_from(start, "there")
+
+
+def test_positions_are_stretched_to_a_larger_size() -> None:
+    start = make()
+    task = task_for(replace(start.settings, image_size=16))
+    task.start_from(start, "there")
+    images = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(task.encoder.eval()(images), start.eval()(images))  # as it does by itself at that size
+    assert task.encoder.pos_embed.shape == (1, 1 + 16, 16)
+    turning = make(positions="rotary_2d")
+    with pytest.raises(
+        ValueError, match=r"image_size: rotary_2d positions cannot be moved from \[8, 8\] to \[16, 16\]"
+    ):
+        task_for(replace(turning.settings, image_size=16)).start_from(turning, "there")
+
+
+def test_rates_fall_from_the_head_to_the_patches() -> None:
+    task = task_for(EncoderSettings(**SMALL), layer_decay=0.5)
+    optimiser = task.configure_optimizers()
+    rate_of = {}
+    for group in optimiser.param_groups:
+        for parameter in group["params"]:
+            rate_of[id(parameter)] = (group["rate_scale"], group["decays"])
+    assert rate_of[id(task.head.weight)] == (1.0, True)
+    assert rate_of[id(task.head.bias)] == (1.0, False)
+    assert rate_of[id(task.encoder.norm.weight)] == (1.0, False)
+    assert rate_of[id(task.encoder.blocks[1].attn.qkv.weight)] == (0.5, True)
+    assert rate_of[id(task.encoder.blocks[0].attn.qkv.weight)] == (0.25, True)
+    assert rate_of[id(task.encoder.patch_embed.proj.weight)] == (0.125, True)
+    assert rate_of[id(task.encoder.pos_embed)] == (0.125, False)
+    assert len(rate_of) == len(list(task.parameters()))
+    task._trainer = type("T", (), {"global_step": 3, "optimizers": []})()
+    optimiser.step = lambda closure=None: None
+    task.optimizer_step(0, 0, optimiser)
+    rates = {group["rate_scale"]: group["lr"] for group in optimiser.param_groups}
+    assert rates[0.125] == pytest.approx(rates[1.0] / 8)
+    assert {group["weight_decay"] for group in optimiser.param_groups if not group["decays"]} == {0.0}
+
+
+def test_mixing_and_erasing_are_drawn_by_key_and_leave_torchs_stream_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = task_for(EncoderSettings(**SMALL), erase=0.5)
+    step = [0]
+    monkeypatch.setattr(Supervised, "global_step", property(lambda self: step[0]))
+    before = torch.get_rng_state()
+
+    def once() -> tuple[torch.Tensor, torch.Tensor]:
+        batch = batch_of()
+        return task.mix(task.erase(batch), batch)
+
+    one, other = once(), once()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(one[0], other[0])
+    torch.testing.assert_close(one[1].sum(1), torch.ones(6))
+    assert (one[1].max(1).values < 1).any()
+    step[0] = 1
+    assert not torch.equal(one[1], once()[1])
+    plain = task_for(EncoderSettings(**SMALL), erase=0.0, mixup=0.0, cutmix=0.0)
+    images, target = plain.mix(plain.erase(batch_of()), batch_of())
+    assert torch.equal(images, batch_of().views[0])
+    assert torch.equal(target.argmax(1), batch_of().labels)
+
+
+def test_erasing_follows_its_probability() -> None:
+    erased = 0
+    for seed in range(40):
+        task = Supervised(
+            SupervisedSettings(classes=3, erase=0.25), EncoderSettings(**SMALL), OptimSettings(), **RUN, seed=seed
+        )
+        task._trainer = type("T", (), {"global_step": 0})()
+        changed = (task.erase(batch_of()) != batch_of().views[0]).flatten(1).any(1)
+        erased += int(changed.sum())
+    assert 0.15 < erased / 240 < 0.35
+
+
+def test_the_command_learns_and_writes_what_it_reports(shards: Path, capsys: pytest.CaptureFixture) -> None:
+    words = ["finetune", str(shards / "encoder"), "--train", str(shards / "train"), "--val", str(shards / "val")]
+    changes = [word for key, value in SHORT.items() for word in (f"--{key}", str(value))]
+    assert main([*words, "--out", str(shards / "run"), *changes, "--task.validate_every", "25"]) == 0
+    assert "% right of 30 images" in capsys.readouterr().out
+    scores = json.loads((shards / "run" / "scores.json").read_text())
+    assert scores["top1"] > 60
+    assert scores["images"] == 30
+    lines = [json.loads(line) for line in (shards / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "val_top1" in line] == [30, 60]  # 25, rounded up to a line
+    assert lines[-1]["val_top1"] == scores["top1"]
+    encoder = load_encoder(shards / "run")
+    assert encoder.settings.fc_norm
+    head = load_file(shards / "run" / "encoder" / "head.safetensors")
+    assert head["head.weight"].shape == (3, 16)
+    # what was written classifies as what was scored
+    from sslvit.data.index import load_index
+    from sslvit.data.reader import ShardReader
+    from sslvit.evaluate.classify import accuracy
+
+    def logits(images: torch.Tensor) -> torch.Tensor:
+        return encoder.features(images) @ head["head.weight"].T + head["head.bias"]
+
+    reader = ShardReader(load_index(shards / "val"))
+    assert accuracy(logits, reader, encoder.settings, torch.device("cpu"), 7).top1 == pytest.approx(scores["top1"])
+    assert main([*words, "--out", str(shards / "run"), *changes]) == 1
+    assert "already exists" in capsys.readouterr().err
+
+
+def test_a_resumed_run_ends_with_the_same_weights(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sslvit.train.callbacks import Checkpoints
+
+    changes = SHORT | {"train.steps": 7, "train.checkpoint_every": 3, "train.log_every": 1, "task.mixup": 0.8,
+                       "task.cutmix": 1.0, "task.erase": 0.5, "encoder.drop_path": 0.2}  # fmt: skip
+    paths = [str(shards / name) for name in ("encoder", "train", "val")]
+    whole = sslvit.finetune(*paths, out=shards / "whole", **changes)
+    on_step = Checkpoints.on_step
+
+    def fail_after_step_5(callback, trainer, module) -> None:
+        on_step(callback, trainer, module)
+        if callback.step == 5:
+            raise RuntimeError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "on_step", fail_after_step_5)
+        with pytest.raises(RuntimeError, match="stopped"):
+            sslvit.finetune(*paths, out=shards / "cut", **changes)
+    cut = sslvit.finetune(*paths, out=shards / "cut", resume=True, **changes)
+    one, other = (torch.load(run.checkpoint, weights_only=True)["state_dict"] for run in (whole, cut))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_what_cannot_be_fine_tuned_is_refused(shards: Path, capsys: pytest.CaptureFixture) -> None:
+    pack(array_samples(np.zeros((16, 8, 8, 3), np.uint8)), shards / "plain")
+    pack(array_samples(np.zeros((4, 8, 8, 3), np.uint8), [0, 1, 0, 1]), shards / "other", ["a", "d"])
+
+    def failing(train: str, val: str, *more: str) -> str:
+        words = ["finetune", str(shards / "encoder"), "--train", str(shards / train), "--val", str(shards / val)]
+        assert main([*words, "--out", str(shards / "new"), "--data.global_batch", "8", *more]) == 1
+        assert not (shards / "new").exists()
+        return capsys.readouterr().err
+
+    assert "supervised training needs labels, and this data has none" in failing("plain", "val")
+    assert "have no labels" in failing("train", "plain")
+    assert "have different classes" in failing("train", "other")
+    assert "trains mae, not with labels" in failing("train", "val", "--config", "mae/digits")
+    assert "task.smoothing: 2" in failing("train", "val", "--task.smoothing", "2")
+    assert "task.classes: 5, but the data has 3" in failing("train", "val", "--task.classes", "5")
+
+
+def test_training_from_scratch_differs_in_its_start_alone(shards: Path) -> None:
+    changes = SHORT | {"train.steps": 1}
+    paths = [str(shards / name) for name in ("encoder", "train", "val")]
+    tuned, scratch = (
+        sslvit.finetune(*paths, out=shards / name, scratch=name == "scratch", **changes)
+        for name in ("tuned", "scratch")
+    )
+    one, other = (run.read_config() for run in (tuned, scratch))
+    assert one.pop("init") == str(shards / "encoder")
+    assert other.pop("init") is None
+    one.pop("out"), other.pop("out")
+    assert one == other
