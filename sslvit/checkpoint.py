@@ -24,12 +24,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sslvit.layouts import to_sslvit
+from sslvit.layouts import Converted, timm, to_sslvit, transformers
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings
 from sslvit.settings.load import brief, build
 
 FORMAT = 1
+TIMM = "timm:"  # before the name of one of timm's pretrained models
 POSITION_TABLES = ("learned_1d", "sincos_1d", "sincos_2d")
 NOT_IN_THE_WEIGHTS = (
     "dropout", "drop_path", "checkpointing", "initialisation", "colour_start", "mean", "std", "interpolation",
@@ -76,7 +77,8 @@ def load_encoder(source: str | Path, layout: str | None = None, heads: int | Non
     """An encoder in evaluation mode from anything that holds one; never runs code from the file.
 
     Args:
-        source: a run folder, an encoder folder, a Lightning checkpoint of ours, or a released checkpoint file.
+        source: a run folder, an encoder folder, a Lightning checkpoint of ours, a released checkpoint file, a folder
+            that transformers wrote, or timm:NAME for a pretrained model of timm's.
         layout: of a released file: mae, dino, dinov2, timm or openai_igpt; recognised from the names if None.
         heads: attention heads of a released file, which does not say them; 64 channels a head are assumed if None.
         changes: settings that a released file does not say, such as `palette`.
@@ -86,7 +88,14 @@ def load_encoder(source: str | Path, layout: str | None = None, heads: int | Non
         ValueError: the file is no checkpoint, would run code, holds other weights than its settings say, or says what
             is to be changed.
     """
+    if str(source).startswith(TIMM):
+        return _converted(timm.from_name(str(source).removeprefix(TIMM), **changes), str(source))
     path = find_encoder(source)
+    if path.is_dir() and transformers.is_folder(path):
+        transformers.read_config(path)  # says what the folder is, if it is not of such a model
+        return _converted(
+            transformers.to_sslvit(read_torch_file(path / "model.safetensors"), path, **changes), path.name
+        )
     content = {} if path.is_dir() else read_torch_file(path)
     if path.is_dir() or "sslvit" in content:
         if changes:
@@ -95,12 +104,17 @@ def load_encoder(source: str | Path, layout: str | None = None, heads: int | Non
             )
         settings, weights = _read_folder(path) if path.is_dir() else own_parts(content, path)[:2]
     else:
-        converted = to_sslvit(weights_in(content, path), layout, heads, **changes)
-        for note in converted.notes:
-            print(f"{path.name}: {note}")
-        settings, weights = converted.settings, converted.encoder
+        return _converted(to_sslvit(weights_in(content, path), layout, heads, **changes), path.name)
     encoder = ViTEncoder(settings)
     put_weights(encoder, weights, str(path))
+    return encoder.eval()
+
+
+def _converted(converted: Converted, source: str) -> ViTEncoder:
+    for note in converted.notes:
+        print(f"{source}: {note}")
+    encoder = ViTEncoder(converted.settings)
+    put_weights(encoder, converted.encoder, source)
     return encoder.eval()
 
 
@@ -125,6 +139,8 @@ def find_encoder(source: str | Path) -> Path:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder. Give a run folder, encoder folder or checkpoint.")
     if path.is_file():
+        return path
+    if transformers.is_folder(path):
         return path
     for candidate in (path, path / "encoder"):
         if (candidate / "encoder.json").exists():

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from sslvit.layouts.vit import Converted, settings_from_shapes, split
+from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings
+
+TOLERANCE = 1e-3  # of outputs that are about 1 in size
 
 
 def recognise(keys: set[str]) -> bool:
@@ -57,3 +61,42 @@ def model_arguments(settings: EncoderSettings) -> dict:
         "final_norm": True,  # timm: one norm, behind the pooling with fc_norm and before it without
     }  # fmt: skip
     return arguments
+
+
+def from_name(name: str, **changes) -> Converted:
+    """A pretrained model of timm's by its name; timm fetches the weights.
+
+    Raises:
+        ImportError: timm is not installed.
+        ValueError: an unknown name, weights that cannot be had, or a model that is no plain ViT or computes otherwise.
+    """
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError(f"timm:{name} needs timm. Install it: pip install 'sslvit[timm]'") from error
+    try:
+        model = timm.create_model(name, pretrained=True, num_classes=0).eval()
+    except Exception as error:  # the hub raises almost anything when it cannot be reached
+        near = timm.list_models(f"{name.split('.')[0][:12]}*", pretrained=True)[:3]
+        reason = str(error).splitlines()[0][:160]
+        raise ValueError(f"timm:{name}: {reason}.{f' Did you mean {near}?' if near else ''}") from error
+    if not isinstance(model, timm.models.vision_transformer.VisionTransformer):
+        raise ValueError(f"timm:{name}: a {type(model).__name__}, and only plain vision transformers can be probed.")
+    about = model.pretrained_cfg
+    found = {
+        "image_size": list(model.patch_embed.img_size), "mean": list(about["mean"]), "std": list(about["std"]),
+        "interpolation": "bilinear" if about["interpolation"] == "bilinear" else "bicubic",
+        "norm_eps": model.blocks[0].norm1.eps, **changes,
+    }  # fmt: skip
+    converted = to_sslvit(model.state_dict(), model.blocks[0].attn.num_heads, **found)
+    images = torch.randn(2, converted.settings.channels, *converted.settings.image_size)
+    with torch.no_grad():
+        ours = ViTEncoder(converted.settings).eval()
+        if set(ours.state_dict()) != set(converted.encoder):
+            odd = sorted(set(ours.state_dict()) ^ set(converted.encoder))[:4]
+            raise ValueError(f"timm:{name}: has parts that a plain vision transformer has not ({', '.join(odd)}).")
+        ours.load_state_dict(converted.encoder)
+        difference = float((ours(images) - model.forward_features(images)).abs().max())
+    if not difference < TOLERANCE:
+        raise ValueError(f"timm:{name}: computes otherwise than a plain vision transformer (by {difference:.1e}).")
+    return converted

@@ -1,0 +1,99 @@
+"""Encoders of timm by name and of transformers by folder give the features that they give there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from sslvit.checkpoint import load_encoder
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+
+def give_random_weights(monkeypatch: pytest.MonkeyPatch) -> list:
+    """timm's models without a download."""
+    made, create = [], timm.create_model
+
+    def without_download(name: str, pretrained: bool, **options):
+        assert pretrained
+        torch.manual_seed(0)
+        made.append(create(name, pretrained=False, **options).eval())
+        for parameter in made[-1].parameters():
+            parameter.data.add_(0.02 * torch.randn_like(parameter))
+        return made[-1]
+
+    monkeypatch.setattr(timm, "create_model", without_download)
+    return made
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "vit_small_patch16_224.dino", "vit_small_patch14_reg4_dinov2"]
+)
+def test_timm_by_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = give_random_weights(monkeypatch)
+    encoder = load_encoder(f"timm:{name}")
+    images = torch.randn(2, 3, *encoder.settings.image_size)
+    torch.testing.assert_close(encoder(images), made[0].forward_features(images), atol=1e-5, rtol=1e-4)
+    assert encoder.settings.mean == list(made[0].pretrained_cfg["mean"])
+
+
+def test_models_of_timm_that_are_no_plain_vit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"timm:vit_tinny.*Did you mean|timm:vit_tinny"):
+        load_encoder("timm:vit_tinny")
+    give_random_weights(monkeypatch)
+    with pytest.raises(ValueError, match="timm:resnet18: a ResNet, and only plain vision transformers can be probed"):
+        load_encoder("timm:resnet18")
+    with pytest.raises(ValueError, match="timm:vit_base_patch32_clip_224.openai: (has parts|computes otherwise)"):
+        load_encoder("timm:vit_base_patch32_clip_224.openai")
+
+
+SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 28, "patch_size": 14}
+
+
+def folder_of(kind: str, tmp_path: Path, **options):
+    config = getattr(transformers, f"{kind}Config")(**SHAPE | options)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}Model")(config).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path)
+    preprocessing = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4], "resample": 2}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(preprocessing))
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("ViT", {"intermediate_size": 128, "layer_norm_eps": 1e-12}),
+        ("ViT", {"intermediate_size": 128, "qkv_bias": False}),
+        ("Dinov2", {"mlp_ratio": 4}),
+        ("Dinov2", {"use_swiglu_ffn": True}),
+        ("Dinov2WithRegisters", {"num_register_tokens": 4}),
+    ],
+)
+def test_transformers_by_folder(kind: str, options: dict, tmp_path: Path) -> None:
+    model = folder_of(kind, tmp_path, **options)
+    encoder = load_encoder(tmp_path)
+    images = torch.randn(2, 3, 28, 28)
+    torch.testing.assert_close(encoder(images), model(images).last_hidden_state, atol=1e-5, rtol=1e-4)
+    assert encoder.settings.mean == [0.4, 0.5, 0.6]
+    assert encoder.settings.interpolation == "bilinear"
+    if kind != "ViT":
+        large = torch.randn(1, 3, 56, 42)
+        torch.testing.assert_close(encoder(large), model(large).last_hidden_state, atol=1e-5, rtol=1e-4)
+
+
+def test_folders_of_other_models_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(ValueError, match=r"a transformers folder of another model \(bert\)"):
+        load_encoder(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json: damaged"):
+        load_encoder(tmp_path)
