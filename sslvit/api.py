@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sslvit.checkpoint import load_encoder
-from sslvit.settings import SupervisedSettings
+from sslvit.settings import EncoderSettings, SupervisedSettings
 from sslvit.settings.load import load_recipe
 from sslvit.train.folder import RunFolder
 from sslvit.train.run import pretrain as run_settings
@@ -65,10 +65,15 @@ def finetune(
     Raises:
         ValueError: a recipe for something else, or data without labels.
     """
-    start = replace(load_encoder(encoder).settings, feature_layer=None, feature_norm="final")
+    start = for_labels(load_encoder(encoder).settings)
     task = load_recipe(config, base=start).task
     if not isinstance(task, SupervisedSettings):
         raise ValueError(f"--config {config}: trains {task.name}, not with labels. Use finetune/small_images.")
     given = {"data.shards": train, "task.val": val, "out": out, "init": None if scratch else encoder}
     changes |= {key: str(value) for key, value in given.items() if value is not None}
     return run_settings(load_recipe(config, changes, start), resume=resume, overwrite=overwrite)
+
+
+def for_labels(settings: EncoderSettings) -> EncoderSettings:
+    """The settings that a recipe of fine-tuning changes: the encoder's, read out behind its last block."""
+    return replace(settings, feature_layer=None, feature_norm="final")

@@ -155,6 +155,13 @@ def make_parser() -> argparse.ArgumentParser:
     knn = command("knn", commands.run_knn, "score a frozen encoder by its nearest neighbours alone")
     add_probe(knn)
 
+    bench = command(
+        "bench", commands.run_bench, "encoders x protocols x data sets -> one table; goes on where it stopped"
+    )
+    bench.add_argument("config", metavar="CONFIG", help="a YAML such as configs/bench/cifar10.yaml")
+    bench.add_argument("--out", help="folder for all of it (default: the YAML's)")
+    bench.add_argument("--device", choices=["auto", "cpu", "cuda"], help="(default: the YAML's)")
+
     sample = command("sample", commands.run_sample, "draw images from a model of pixels, or complete given ones")
     sample.add_argument("run", metavar="RUN", help="run folder or checkpoint of an iGPT run, or a released file")
     sample.add_argument("--complete", metavar="IMAGES", help="shards or a folder of images to complete")

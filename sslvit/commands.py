@@ -204,6 +204,14 @@ def write_table(table, output: str | None) -> None:
         Path(output).write_text(json.dumps(table.as_dict(), indent=1) + "\n")
 
 
+def run_bench(options: argparse.Namespace) -> None:
+    from sslvit.report.bench import bench
+    from sslvit.settings.bench import load_bench
+
+    given = {key: getattr(options, key) for key in ("out", "device")}
+    bench(load_bench(options.config, {key: value for key, value in given.items() if value is not None}))
+
+
 def check_new(path: str | Path | None) -> None:
     """Refuse, before any work, a file that could not be written or would replace another."""
     if path is None:

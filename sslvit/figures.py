@@ -87,14 +87,16 @@ def curves(
 
 
 def bars(path: str | Path, groups: dict[str, dict[str, float]], y_label: str, title: str = "") -> Path:
-    """Grouped bars: group -> name -> height; the height stands on each bar."""
-    names = list(next(iter(groups.values())))
-    figure = Figure(figsize=(6.4, 3.4), dpi=120, layout="constrained")
+    """Grouped bars: group -> name -> height; the height stands on each bar, and a missing one leaves a gap."""
+    names = list(dict.fromkeys(name for group in groups.values() for name in group))
+    figure = Figure(figsize=(max(6.4, 1.1 * len(groups)), 3.4), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     width = 0.8 / len(names)
     for i, name in enumerate(names):
         places = np.arange(len(groups)) + (i - (len(names) - 1) / 2) * width
-        drawn = axes.bar(places, [group[name] for group in groups.values()], width * 0.92, label=name, color=COLOURS[i])
+        drawn = axes.bar(
+            places, [group.get(name, np.nan) for group in groups.values()], width * 0.92, label=name, color=COLOURS[i]
+        )
         axes.bar_label(drawn, fmt="%.0f", fontsize=8)
     axes.set_xticks(range(len(groups)), [group.replace(" ", "\n") for group in groups])
     axes.set_ylabel(y_label)

@@ -1,0 +1,161 @@
+"""The matrix: every row and column, gone on with where it stopped, refused before any work."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from sslvit.checkpoint import save_encoder
+from sslvit.cli import main
+from sslvit.data.pack import pack
+from sslvit.data.sources import array_samples
+from sslvit.models import ViTEncoder
+from sslvit.report import bench as module
+from sslvit.settings import EncoderSettings
+from sslvit.settings.bench import load_bench
+from sslvit.settings.load import recipes_folder
+
+SHORT = {
+    "config": "finetune/small_images", "data.global_batch": 16, "data.workers": 0, "train.steps": 4,
+    "train.log_every": 2, "train.precision": "float32", "data.view.operations": 0,
+}  # fmt: skip
+
+
+def make(seed: int, **changes) -> ViTEncoder:
+    torch.manual_seed(seed)
+    small = {"image_size": 8, "patch": 4, "width": 16, "depth": 2, "heads": 2}
+    return ViTEncoder(EncoderSettings(**small | changes))
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict:
+    source = np.random.default_rng(0)
+    for name, count in (("train", 48), ("val", 24)):
+        labels = np.arange(count) % 2
+        images = source.integers(0, 150, (count, 8, 8, 3)) + labels[:, None, None, None] * 50
+        pack(array_samples(images.astype(np.uint8), labels), tmp_path / name, ["dark", "light"])
+    for i in range(3):
+        save_encoder(make(i, **{"pooling": "mean"} if i == 2 else {}), tmp_path / f"e{i}")
+    return {
+        "data": {"toy": {"train": str(tmp_path / "train"), "val": str(tmp_path / "val")}},
+        "encoders": {"A": [str(tmp_path / "e0"), str(tmp_path / "e1")], "B": str(tmp_path / "e2")},
+        "columns": {
+            "linear": "linear",
+            "dinov2": {"protocol": {"name": "dinov2", "iterations": 3, "batch": 16, "rates": [0.1, 1.0]}},
+            "kNN": {"kind": "knn", "neighbours": 3},
+            "few": {"kind": "few", "labels_per_class": 4, "draws": 3},
+            "fine-tuned": {"kind": "finetune", **SHORT},
+        },
+        "out": str(tmp_path / "bench"), "device": "cpu",
+    }  # fmt: skip
+
+
+def write(files: dict, tmp_path: Path, **changes) -> str:
+    (tmp_path / "bench.yaml").write_text(yaml.safe_dump(files | changes))
+    return str(tmp_path / "bench.yaml")
+
+
+def test_one_command_fills_the_table_and_goes_on_where_it_stopped(
+    files: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    measured = []
+    probed = module.BenchRun.probed
+
+    def stop_after_three(self, *arguments):
+        if len(measured) == 3:
+            raise KeyboardInterrupt("stopped")
+        measured.append(arguments)
+        return probed(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.BenchRun, "probed", stop_after_three)
+        assert main(["bench", write(files, tmp_path)]) == 130
+    done = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "bench" / "cells").iterdir()}
+    assert len(done) == 3
+    assert main(["bench", write(files, tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert all((tmp_path / "bench" / "cells" / name).stat().st_mtime_ns == time for name, time in done.items())
+    rows = [
+        "raw pixels",
+        "A untrained",
+        "A from scratch with labels",
+        "B untrained",
+        "B from scratch with labels",
+        "A",
+        "B",
+    ]
+    content = json.loads((tmp_path / "bench" / "table.json").read_text())
+    found = {(cell["row"], cell["column"]): cell for cell in content["cells"]}
+    assert list(dict.fromkeys(row for row, _ in found)) == rows
+    assert {row for row, column in found if column == "fine-tuned"} == set(rows[1:])
+    assert all(len([c for r, c in found if r == row]) == (4 if row == "raw pixels" else 5) for row in rows)
+    assert [len(found["A", column]["values"]) for column in files["columns"]] == [2] * 5  # two runs
+    assert len(found["B", "few"]["values"]) == 3  # three draws
+    assert found["A", "linear"]["interval"] is not None
+    assert found["B", "linear"]["interval"] is None
+    untrained, scratch = (found[f"B {kind}", "fine-tuned"] for kind in ("untrained", "from scratch with labels"))
+    assert untrained["values"] == scratch["values"]  # from scratch, both
+    markdown = (tmp_path / "bench" / "table.md").read_text()
+    assert "| raw pixels |" in markdown
+    assert "The reported images choose nothing" in markdown
+    with open(tmp_path / "bench" / "table.csv") as file:
+        assert len(list(csv.DictReader(file))) == len(content["cells"])
+    assert "<table>" in (tmp_path / "bench" / "report.html").read_text()
+    assert "A from scratch with labels" in said
+    capsys.readouterr()
+    assert main(["bench", write(files, tmp_path)]) == 0  # nothing is measured again
+    assert "toy: " not in capsys.readouterr().out
+    assert main(["bench", write(files, tmp_path, seed=1)]) == 0
+    assert "toy: B untrained: linear" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"colums": {}}, "colums: no such key. Known: data, encoders, columns"),
+        ({"encoders": {}}, "encoders: expected at least one name"),
+        ({"encoders": {"A": 3}}, "encoders.A: expected an encoder"),
+        ({"columns": {"x": {"kind": "few"}}}, "columns.x: few labels need labels_per_class or labels_percent"),
+        ({"columns": {"x": {"kind": "magic"}}}, "columns.x.kind: 'magic' is not one of linear, few, knn"),
+        ({"columns": {"x": {"protocol": "best"}}}, "columns.x.protocol: best is not one of logreg"),
+        ({"columns": {"x": {"protocol": {"name": "mae", "epoch": 1}}}}, "columns.x.protocol.epoch: no such setting"),
+        ({"columns": {"x": {"neighbors": 3}}}, "columns.x.neighbors: no such setting. Did you mean neighbours?"),
+        ({"data": {"toy": {"train": "a"}}}, "data.toy: missing"),
+        ({"baselines": ["none"]}, "baselines: .* is not a list of pixels, untrained, scratch"),
+        ({"columns": {"x": {"kind": "finetune", "train.step": 3}}}, "columns.x: train.step: no such setting"),
+        (
+            {"columns": {"x": {"kind": "finetune", "config": "mae/digits"}}},
+            "columns.x.config: mae/digits does not train",
+        ),
+        ({"columns": {"x": {"layer": 7}}}, "--layer 7: this encoder has blocks 1 to 2"),
+        ({"seeds": 0}, "seeds: 0 must be a whole number from 1"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_any_work(
+    files: dict, tmp_path: Path, changes: dict, message: str, capsys: pytest.CaptureFixture
+) -> None:
+    import re
+
+    assert main(["bench", write(files, tmp_path, **changes)]) == 1
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "bench").exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(files: dict, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "thesis.tex").write_text("x")
+    assert main(["bench", write(files, tmp_path)]) == 1
+    assert "in use, and not by a bench" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "bench").iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("path", sorted((recipes_folder() / "bench").glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_benches_load(path: Path) -> None:
+    assert load_bench(path, {}).columns
+    assert "#   sslvit bench " in path.read_text()
