@@ -155,6 +155,40 @@ def make_parser() -> argparse.ArgumentParser:
     knn = command("knn", commands.run_knn, "score a frozen encoder by its nearest neighbours alone")
     add_probe(knn)
 
+    health = command("health", commands.run_health, "what features are worth without labels: rank, spread, alignment")
+    health.add_argument("encoder", metavar="ENCODER")
+    health.add_argument("data", metavar="SHARDS", help="images, with labels or without")
+    health.add_argument("--images", type=int, default=5000, help="evenly spread (default: %(default)s)")
+    health.add_argument("--layer", type=int, help="block whose output is measured (default: the encoder's choice)")
+    health.add_argument("--pooling", choices=["class", "mean", "class+mean", "attention"])
+    health.add_argument("--batch", type=int, default=256, help="images per forward pass (default: %(default)s)")
+    health.add_argument("--workers", type=int, default=0, help="loader processes (default: %(default)s)")
+    health.add_argument("--seed", type=int, default=0)
+    add_device(health)
+    health.add_argument("-o", "--output", metavar="FILE", help="also write the table as JSON")
+    add_layout(health)
+
+    segment = command("segment", commands.run_segment, "score patch tokens by linear segmentation: mean IoU")
+    segment.add_argument("encoder", metavar="ENCODER")
+    segment.add_argument("--train", required=True, metavar="FOLDER", help="with images/NAME.jpg and masks/NAME.png")
+    segment.add_argument("--val", required=True, metavar="FOLDER", help="the same, to report")
+    segment.add_argument("--batch", type=int, default=16, help="images per forward pass (default: %(default)s)")
+    segment.add_argument("--no-baselines", action="store_true", help="leave out raw pixels and the untrained encoder")
+    segment.add_argument("--seed", type=int, default=0)
+    add_device(segment)
+    segment.add_argument("--figure", metavar="FILE", help="draw images, masks and guesses as PNG")
+    segment.add_argument("-o", "--output", metavar="FILE", help="also write the table as JSON")
+    add_layout(segment)
+
+    show = command("show", commands.run_show, "draw what an encoder does with images")
+    show.add_argument("what", choices=["attention", "distance", "field"],
+                      help="of the class token; of each head; which pixels reach a patch")  # fmt: skip
+    show.add_argument("encoder", metavar="ENCODER")
+    show.add_argument("data", metavar="SHARDS", help="shards or a folder of images")
+    show.add_argument("--images", type=int, default=8, help="evenly spread (default: %(default)s)")
+    show.add_argument("-o", "--output", metavar="FILE", help="PNG (default: WHAT.png, below ENCODER/figures)")
+    add_layout(show)
+
     bench = command(
         "bench", commands.run_bench, "encoders x protocols x data sets -> one table; goes on where it stopped"
     )

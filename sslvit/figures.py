@@ -106,6 +106,23 @@ def bars(path: str | Path, groups: dict[str, dict[str, float]], y_label: str, ti
     return _save(figure, path)
 
 
+def points(path: str | Path, panels: dict[str, dict[str, list[list[float]]]], x_label: str) -> Path:
+    """Panels side by side: label -> group -> for each place from 1 its values, one point each and a line of means."""
+    figure = Figure(figsize=(4.6 * len(panels), 3.4), dpi=120, layout="constrained")
+    for number, (label, groups) in enumerate(panels.items()):
+        axes = figure.add_subplot(1, len(panels), number + 1)
+        for (name, rows), colour in zip(groups.items(), COLOURS, strict=False):
+            for place, values in enumerate(rows, start=1):
+                axes.scatter([place] * len(values), values, color=colour, s=14, alpha=0.6, linewidths=0)
+            axes.plot(range(1, len(rows) + 1), [np.mean(values) for values in rows], color=colour, label=name)
+        axes.set(xlabel=x_label, ylabel=label)
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=9)
+    return _save(figure, path)
+
+
 def palette_picture(path: str | Path, colours: np.ndarray, images: np.ndarray, near: np.ndarray) -> Path:
     """A palette as squares, and images before and after they are painted with it.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
@@ -49,3 +51,48 @@ def patch_colours(encoder: ViTEncoder, images: Float[Tensor, "b c h w"]) -> Floa
     low, high = (components.quantile(level, dim=0) for level in (0.02, 0.98))
     colours = ((components - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).float()
     return rearrange(colours, "(b rows cols) colour -> b colour rows cols", rows=rows, cols=columns)
+
+
+@torch.no_grad()
+def attention_measures(
+    encoder: ViTEncoder, images: Float[Tensor, "b c h w"]
+) -> tuple[Float[Tensor, "layers heads"], Float[Tensor, "layers heads"]]:
+    """How far each head looks, in pixels of the image, and how spread its attention is, in nats.
+
+    The distance is that of patch centres, weighted by the attention that a patch pays to patches (ViT, Dosovitskiy
+    et al. 2021, figure 7); the entropy is that of a token's whole row. Both are means over tokens and images.
+    """
+    rows, columns = encoder.settings.grid_of(*images.shape[2:])
+    grid = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), 2).flatten(0, 1)
+    pixels = torch.cdist(grid.double(), grid.double()).to(images) * encoder.settings.patch  # n n
+    tokens, places = encoder.embed(images)
+    far, spread = [], []
+    for block in encoder.blocks:
+        weights = block.attn.weights(block.norm1(tokens), places).float()  # b heads t t
+        spread.append(-torch.xlogy(weights, weights).sum(3).mean((0, 2)))
+        between = weights[:, :, encoder.prefix :, encoder.prefix :]
+        between = between / between.sum(3, keepdim=True).clamp(min=1e-12)
+        far.append((between * pixels).sum(3).mean((0, 2)))
+        tokens = block(tokens, places)
+    return torch.stack(far).cpu(), torch.stack(spread).cpu()
+
+
+def receptive_field(
+    features: Callable[[Float[Tensor, "b c h w"]], Float[Tensor, "b d"]],
+    images: Float[Tensor, "b c h w"],
+    seed: int = 0,
+) -> Float[Tensor, "h w"]:
+    """How much each pixel moves a feature, from 0 to 1: the mean size of its gradient (Luo et al. 2016).
+
+    Args:
+        features: images -> the features of one place of a network.
+        images: normalised.
+        seed: of the random direction in feature space whose gradient is taken, one per image.
+    """
+    images = images.clone().requires_grad_()
+    with torch.enable_grad():
+        found = features(images)
+        direction = torch.randn(found.shape, generator=torch.Generator().manual_seed(seed)).to(found)
+        (gradient,) = torch.autograd.grad((found * direction).sum(), images)
+    field = gradient.abs().sum(1).mean(0)
+    return (field / field.max().clamp(min=1e-30)).detach().cpu()

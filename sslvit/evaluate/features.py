@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from sslvit.data.batch import Batch
 from sslvit.data.loader import evaluation_loader, normalised_view
 from sslvit.evaluate.cache import FeatureCache, key_of
 from sslvit.evaluate.sources import FeatureTable, LabelledSet, Place, Source
@@ -89,7 +90,7 @@ class Pass:
             loader, "features", len(loader) * self.batch * count_ranks(), each=self.batch * count_ranks()
         ):
             found = source.features_at(normalised_view(piece, settings, source.device), places)
-            valid, numbers = gather_over_ranks(piece.valid), gather_over_ranks(piece.labels)
+            valid, numbers = gather_over_ranks(piece.valid), gather_over_ranks(labels_of(piece))
             gathered = [gather_over_ranks(values.float().cpu()) for values in found]
             if is_first_rank():
                 labels.append(numbers[valid])
@@ -103,3 +104,8 @@ class Pass:
 def made_nowhere(places: Sequence[Place]) -> FeatureTable:
     """What ranks other than the first have after a pass: nothing, in the same form."""
     return FeatureTable({place: torch.empty(0, 1) for place in places}, torch.empty(0, dtype=torch.long))
+
+
+def labels_of(batch: Batch) -> Tensor:
+    """Class numbers; -1 for images without labels, which measures that need none may use."""
+    return torch.full((len(batch),), -1) if batch.labels is None else batch.labels

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -30,12 +32,24 @@ def rankme(features: Float[Tensor, "b d"]) -> float:
     return float(torch.exp(-(shares * shares.log()).sum()))
 
 
+def label_free(features: Float[Tensor, "b d"]) -> dict[str, float]:
+    """All measures of one set of features; those that so few images cannot give are left out."""
+    found = {
+        "feature_std": feature_std(features), "rankme": rankme(features), "alpha": alpha_of_spectrum(features),
+        "uniformity": uniformity(features),
+    }  # fmt: skip
+    few = ("alpha", "uniformity")
+    return {name: value for name, value in found.items() if name not in few or math.isfinite(value)}
+
+
 def alpha_of_spectrum(features: Float[Tensor, "b d"]) -> float:
     """Decay alpha of the covariance's eigenvalues, i ** -alpha (Agrawal et al. 2022): near 1 in good representations.
 
     Fitted by least squares on log-log axes between the 10th part of the eigenvalues and the place where they have
     fallen to a millionth. NaN with fewer than three such eigenvalues.
     """
+    if not features.isfinite().all():
+        return float("nan")
     centred = features.double() - features.double().mean(0)
     spread = torch.linalg.svdvals(centred).square()
     spread = spread[spread > 1e-6 * spread[0]] if len(spread) and spread[0] > 0 else spread[:0]
@@ -58,6 +72,8 @@ def uniformity(features: Float[Tensor, "b d"]) -> float:
 
     The lower, the more evenly the images are spread.
     """
+    if len(features) < 2:
+        return float("nan")
     unit = F.normalize(features.double(), dim=1)
     distances = torch.pdist(unit).square()
     return float((-2 * distances).exp().mean().log())

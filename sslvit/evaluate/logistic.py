@@ -23,7 +23,7 @@ def fit_logistic(
     labels: Int[Tensor, "n"] | Float[Tensor, "n classes"],
     classes: int,
     strengths: Float[Tensor, "p"],
-    used: Bool[Tensor, "p n"] | None = None,
+    used: Bool[Tensor, "p n"] | Float[Tensor, "p n"] | None = None,
     max_iterations: int = 5000,
     tolerance: float = 1e-5,
 ) -> tuple[Float[Tensor, "p classes d"], Float[Tensor, "p classes"], bool]:
@@ -34,7 +34,7 @@ def fit_logistic(
         labels: class numbers, or each row's shares of the classes.
         classes: how many there are.
         strengths: of the penalty on the weights, one per problem, float64; the bias is free.
-        used: which rows each problem is fitted on; all of them for None.
+        used: which rows each problem is fitted on, or how much each counts; all alike for None.
         max_iterations: at most, in each precision.
         tolerance: largest entry of the gradient at which a problem counts as solved.
 

@@ -17,7 +17,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from sslvit.evaluate.health import feature_std, largest_share, rankme
+from sslvit.evaluate.health import label_free, largest_share
 from sslvit.ranks import gather_over_ranks
 from sslvit.settings import OptimSettings, TaskSettings
 from sslvit.tasks.base import PretextTask
@@ -60,7 +60,7 @@ def measure(watched: dict[str, Tensor]) -> dict[str, float]:
     measures = {}
     if "features" in watched:
         features = watched["features"].float()
-        measures |= {"feature_std": feature_std(features), "rankme": rankme(features)}
+        measures |= label_free(features)
     if "entropy" in watched:
         measures |= {
             "teacher_entropy": float(watched["entropy"].double().mean()),

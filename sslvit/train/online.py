@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from safetensors.torch import save_file
@@ -23,8 +22,8 @@ from sslvit.data.open import open_shards
 from sslvit.data.reader import ShardReader
 from sslvit.evaluate.classify import accuracy
 from sslvit.evaluate.features import Pass
-from sslvit.evaluate.health import alpha_of_spectrum
 from sslvit.evaluate.knn import knn_accuracies
+from sslvit.evaluate.label_free import measures_of, spread
 from sslvit.evaluate.linear import fit_probe
 from sslvit.evaluate.probe import check_classes, open_labelled
 from sslvit.evaluate.sources import FrozenEncoder, LabelledSet
@@ -77,7 +76,7 @@ class ScoringCallback(StepCallback):
 
 
 class OnlineProbe(ScoringCallback):
-    """kNN and logistic regression on some labelled images, and the decay of the features' spectrum."""
+    """kNN and logistic regression on some labelled images, and all measures without labels."""
 
     def __init__(self, settings: PretrainSettings, total_steps: int) -> None:
         online = self.online = settings.online
@@ -92,14 +91,14 @@ class OnlineProbe(ScoringCallback):
         places = source.places(None, 1, None)
         reading = Pass(min(IMAGES_AT_ONCE, self.online.images))
         train, val = (reading.features(source, data, places).at(places) for data in (self.train, self.val))
-        found = {}
+        found = measures_of(source, self.val, reading, seed=self.seed)
+        found = {f"online_{name}": value for name, value in found.items()}
         if is_first_rank():
             classes = len(self.train.index.classes)
             k = min(self.online.neighbours, len(train))
-            found = {
+            found |= {
                 "online_knn": knn_accuracies(train, val, classes, [k], 0.07)[k],
                 "online_linear": fit_probe(train, classes, self.seed).accuracy(val),
-                "online_alpha": alpha_of_spectrum(val.values),
             }
         return said_by_first(found)
 
@@ -144,8 +143,3 @@ def open_val(settings: PretrainSettings, index: ShardIndex) -> ShardIndex:
     val = open_shards(name, f"{name.rstrip('/')}-shards")
     check_classes(index, val, ProbeSettings("", ""))
     return val
-
-
-def spread(images: int, most: int) -> np.ndarray:
-    """Numbers of at most so many samples, evenly spread over a data set."""
-    return np.unique(np.linspace(0, images - 1, min(images, most)).astype(int))

@@ -1,0 +1,253 @@
+"""Dense probe: linear segmentation on frozen patch tokens, from images and masks in a folder, as mean IoU.
+
+A patch's target is the share of each class among its labelled pixels, so the loss is that of all pixels under one
+guess per patch. Guesses are stretched to the pixels before they are counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, Int
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from sslvit.chance import generator
+from sslvit.data.decode import MODES
+from sslvit.data.resample import normalise
+from sslvit.environment import pick_device
+from sslvit.evaluate.linear import STRENGTHS, TRIAL_ITERATIONS, TRIAL_TOLERANCE
+from sslvit.evaluate.logistic import fit_logistic
+from sslvit.evaluate.scores import Draws, format_table
+from sslvit.models import ViTEncoder
+from sslvit.progress import track
+from sslvit.settings import EncoderSettings
+
+IGNORED = 255  # in a mask: a pixel without a label
+HELD_OUT_IMAGES = 5  # every fifth training image chooses the strength
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+FIT = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+@dataclass
+class MaskedImages:
+    """Images with a class number for every pixel.
+
+    Args:
+        folder: that holds images/ and masks/.
+        names: of the images, without ending.
+        images: their files.
+        masks: the masks' files.
+    """
+
+    folder: Path
+    names: list[str]
+    images: list[Path]
+    masks: list[Path]
+
+    @classmethod
+    def open(cls, folder: str | Path) -> MaskedImages:
+        """The pairs in a folder: images/NAME.jpg (or .png, .webp, .bmp) with masks/NAME.png.
+
+        Raises:
+            FileNotFoundError: no such folders.
+            ValueError: no images, or images without a mask.
+        """
+        folder = Path(folder)
+        for part in ("images", "masks"):
+            if not (folder / part).is_dir():
+                raise FileNotFoundError(
+                    f"{folder / part}: no such folder. Put NAME.jpg in images/, NAME.png in masks/."
+                )
+        images = sorted(file for file in (folder / "images").iterdir() if file.suffix.lower() in ENDINGS)
+        masks = [folder / "masks" / f"{file.stem}.png" for file in images]
+        if not images:
+            raise ValueError(f"{folder / 'images'}: holds no images ({', '.join(ENDINGS)}).")
+        missing = [mask.name for mask in masks if not mask.is_file()]
+        if missing:
+            raise ValueError(f"{folder / 'masks'}: {len(missing)} masks are missing, the first: {missing[0]}.")
+        return cls(folder, [file.stem for file in images], images, masks)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, number: int, settings: EncoderSettings) -> tuple[Tensor, np.ndarray]:
+        """Image 'c h w' (bytes) and mask 'h w': the same centred box of both, at the encoder's size."""
+        size = (settings.image_size[1], settings.image_size[0])
+        try:
+            with Image.open(self.images[number]) as image, Image.open(self.masks[number]) as mask:
+                if mask.mode not in ("L", "P", "1", "I;16", "I"):
+                    raise ValueError(
+                        f"{self.masks[number]}: a mask of mode {mask.mode}. Expected one number per pixel."
+                    )
+                if mask.size != image.size:
+                    raise ValueError(f"{self.masks[number]}: {mask.size} pixels, but its image has {image.size}.")
+                pixels = ImageOps.fit(image.convert(MODES[settings.channels]), size, FIT[settings.interpolation])
+                classes = np.array(ImageOps.fit(mask, size, Image.Resampling.NEAREST))
+        except (UnidentifiedImageError, OSError) as error:
+            raise ValueError(f"{self.images[number]}: unreadable, or its mask is ({error}).") from error
+        values = np.atleast_3d(np.asarray(pixels))
+        return torch.from_numpy(values.copy()).permute(2, 0, 1), classes.astype(np.int64)
+
+
+@dataclass
+class DenseTable:
+    """Scores in percent.
+
+    Args:
+        draws: what was probed -> mean IoU, pixel accuracy, and the IoU of each class.
+        about: what a reader needs to quote them.
+        guesses: per row, class numbers of the first reported images 'b h w', to be drawn.
+    """
+
+    draws: Draws
+    about: dict[str, Any]
+    guesses: dict[str, np.ndarray]
+
+    def text(self) -> str:
+        return format_table(self.draws)
+
+
+def segment(
+    encoders: dict[str, ViTEncoder | None], train: MaskedImages, val: MaskedImages, batch: int = 16, shown: int = 6,
+    seed: int = 0, device: str = "auto",
+) -> DenseTable:  # fmt: skip
+    """Score frozen patch tokens by a linear map to classes.
+
+    Args:
+        encoders: by the name of their row; None stands for the patches' own pixels. One at least is an encoder.
+        train: that the maps are fitted on; every fifth image chooses the strength of the penalty.
+        val: that is reported, and chooses nothing.
+        batch: images per forward pass.
+        shown: how many guesses are kept to be drawn.
+        seed: of the held-out images.
+        device: that runs the encoder and fits the maps.
+
+    Raises:
+        ValueError: classes in `val` that are not in `train`, or fewer than two.
+    """
+    device = pick_device(device)
+    settings = next(encoder.settings for encoder in encoders.values() if encoder is not None)
+    classes, counted = _classes(train, settings), _classes(val, settings)
+    if len(classes) < 2:
+        raise ValueError(f"{train.folder}: its masks hold {len(classes)} classes. Two or more can be told apart.")
+    unknown = sorted(set(counted) - set(classes))
+    if unknown:
+        raise ValueError(f"{val.folder}: class {unknown[0]} is in no training mask.")
+    is_held = np.zeros(len(train), bool)
+    is_held[generator(seed, "dense").permutation(len(train))[: max(1, len(train) // HELD_OUT_IMAGES)]] = True
+    draws: Draws = {}
+    guesses = {}
+    for row, encoder in encoders.items():
+        print(f"probing {row}", flush=True)
+        source = None if encoder is None else encoder.to(device).eval()
+        tokens, shares, weight, of_image = [], [], [], []
+        for number, (maps, masks) in enumerate(_maps(source, train, settings, batch, device)):
+            share, labelled = _shares(masks, classes, maps.shape[2:])
+            tokens.append(rearrange(maps, "b d rows columns -> (b rows columns) d").cpu())
+            shares.append(share)
+            weight.append(labelled)
+            of_image += [number * batch + i for i in range(len(masks)) for _ in range(labelled.numel() // len(masks))]
+        values, target, counts = torch.cat(tokens), torch.cat(shares), torch.cat(weight)
+        held = torch.from_numpy(is_held[np.array(of_image)]) & (counts > 0)
+        head = _fit(values.to(device), target.to(device), counts.to(device), held.to(device), len(classes))
+        confusion = torch.zeros(len(classes), len(classes), dtype=torch.long)
+        kept = []
+        for maps, masks in _maps(source, val, settings, batch, device):
+            logits = (
+                torch.einsum("bdhw,cd->bchw", (maps.double() - head[2]) / head[3], head[0]) + head[1][:, None, None]
+            )
+            logits = F.interpolate(logits.float(), size=masks.shape[1:], mode="bilinear", align_corners=False)
+            guess = logits.argmax(1).cpu()
+            kept += [classes[one] for one in guess.numpy()]
+            truth = torch.from_numpy(_renumbered(masks, classes))
+            seen = truth >= 0
+            confusion += torch.bincount(
+                truth[seen] * len(classes) + guess[seen], minlength=len(classes) ** 2
+            ).view_as(confusion)  # fmt: skip
+        draws[row] = {name: [value] for name, value in measures(confusion, classes).items()}
+        guesses[row] = np.stack(kept[:shown])
+    about = {
+        "train": str(train.folder), "train_images": len(train), "val": str(val.folder), "val_images": len(val),
+        "classes": classes.tolist(), "size": settings.image_size, "strength": "chosen on held-out training images",
+        "seed": seed,
+    }  # fmt: skip
+    return DenseTable(draws, about, guesses)
+
+
+def measures(confusion: Int[Tensor, "classes classes"], classes: np.ndarray) -> dict[str, float]:
+    """Mean IoU over the classes that occur, pixel accuracy, and each class's IoU, in percent.
+
+    Args:
+        confusion: pixels by class (rows) and guess (columns), over the whole data set.
+        classes: their numbers in the masks.
+    """
+    right, total = confusion.diagonal().double(), confusion.sum().double()
+    union = confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
+    iou = 100 * right / union
+    occurs = confusion.sum(1) > 0
+    found = {"mean IoU": float(iou[occurs].mean()), "pixel accuracy": float(100 * right.sum() / total)}
+    return found | {f"class {number}": float(iou[i]) for i, number in enumerate(classes.tolist()) if occurs[i]}
+
+
+def _classes(data: MaskedImages, settings: EncoderSettings) -> np.ndarray:
+    """All class numbers of a folder's masks, which are thereby known to be readable."""
+    found: set[int] = set()
+    for number in track(range(len(data)), "reading masks", len(data)):
+        found |= set(np.unique(data.read(number, settings)[1]).tolist())
+    return np.array(sorted(found - {IGNORED}))
+
+
+@torch.no_grad()
+def _maps(encoder: ViTEncoder | None, data: MaskedImages, settings: EncoderSettings, batch: int, device: str):
+    """Batches of patch features 'b d rows columns' and masks 'b h w'."""
+    for start in track(range(0, len(data), batch), "features", len(data), each=batch):
+        pairs = [data.read(number, settings) for number in range(start, min(start + batch, len(data)))]
+        images = normalise(torch.stack([image for image, _ in pairs]).to(device), settings.mean, settings.std)
+        if encoder is None:
+            maps = F.pixel_unshuffle(images, max(settings.patch, 2))
+        else:
+            maps = encoder.patch_features(images).float()
+        yield maps, np.stack([mask for _, mask in pairs])
+
+
+def _renumbered(masks: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """Class numbers -> places in the list of classes; -1 for pixels without a label."""
+    place = np.searchsorted(classes, masks).clip(max=len(classes) - 1)
+    return np.where(classes[place] == masks, place, -1)
+
+
+def _shares(masks: np.ndarray, classes: np.ndarray, grid) -> tuple[Tensor, Tensor]:
+    """Of every patch: the share of each class among its labelled pixels, and how many pixels are labelled."""
+    places = torch.from_numpy(_renumbered(masks, classes))
+    one_hot = torch.stack([(places == i).float() for i in range(len(classes))], 1)  # b classes h w
+    counts = F.adaptive_avg_pool2d(one_hot, tuple(grid))
+    counts = rearrange(counts, "b classes rows columns -> (b rows columns) classes")
+    labelled = counts.sum(1)
+    return counts / labelled.clamp(min=1e-12)[:, None], labelled
+
+
+def _fit(
+    values: Float[Tensor, "n d"], target: Float[Tensor, "n classes"], counts: Float[Tensor, "n"], held: Tensor,
+    classes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Weight, bias, and mean and scale of each channel; the strength has the lowest loss on held-out images."""
+    values = values.double()
+    mean, scale = values.mean(0), values.std(0, correction=0).clamp(min=1e-12)
+    values, counts = (values - mean) / scale, counts.double()
+    tried = torch.tensor(STRENGTHS, dtype=torch.float64, device=values.device)
+    used = (counts * ~held).expand(len(tried), -1)
+    weight, bias, _ = fit_logistic(values, target, classes, tried, used, TRIAL_ITERATIONS, TRIAL_TOLERANCE)
+    losses = []
+    for i in range(len(tried)):
+        logits = values[held] @ weight[i].T + bias[i]
+        losses.append(float((F.cross_entropy(logits, target[held].double(), reduction="none") * counts[held]).sum()))
+    best = int(np.argmin(losses))
+    weight, bias, _ = fit_logistic(values, target, classes, tried[best : best + 1], counts[None])
+    return weight[0], bias[0], mean.view(1, -1, 1, 1), scale.view(1, -1, 1, 1)

@@ -1,0 +1,109 @@
+"""Linear segmentation on patch tokens: what is counted, what is learned, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sslvit.checkpoint import save_encoder
+from sslvit.cli import main
+from sslvit.evaluate.dense import MaskedImages, measures, segment
+from sslvit.models import ViTEncoder
+from sslvit.settings import EncoderSettings
+
+
+def make() -> ViTEncoder:
+    torch.manual_seed(0)
+    return ViTEncoder(EncoderSettings(image_size=16, patch=4, width=16, depth=1, heads=2)).eval()
+
+
+def write(folder: Path, count: int, seed: int, classes: tuple[int, int] = (0, 7)) -> Path:
+    """A bright square on a dark ground; the mask says which is which, and its border is without a label."""
+    source = np.random.default_rng(seed)
+    (folder / "images").mkdir(parents=True)
+    (folder / "masks").mkdir()
+    for i in range(count):
+        image, mask = source.integers(0, 90, (16, 16, 3)), np.full((16, 16), classes[0])
+        top, left = source.integers(0, 8, 2)
+        image[top : top + 8, left : left + 8] += 150
+        mask[top : top + 8, left : left + 8] = classes[1]
+        mask[:, 0] = 255
+        Image.fromarray(image.astype(np.uint8)).save(folder / "images" / f"{i:02d}.png")
+        Image.fromarray(mask.astype(np.uint8)).save(folder / "masks" / f"{i:02d}.png")
+    return folder
+
+
+def test_mean_iou_by_hand() -> None:
+    confusion = torch.tensor([[3, 1, 0], [2, 4, 0], [0, 0, 0]])  # the third class does not occur
+    found = measures(confusion, np.array([0, 5, 9]))
+    assert found["class 0"] == pytest.approx(100 * 3 / 6)
+    assert found["class 5"] == pytest.approx(100 * 4 / 7)
+    assert found["mean IoU"] == pytest.approx((50 + 400 / 7) / 2)
+    assert found["pixel accuracy"] == pytest.approx(70)
+    assert "class 9" not in found
+
+
+def test_the_mean_is_over_the_data_set_not_over_images(tmp_path: Path) -> None:
+    train, val = (MaskedImages.open(write(tmp_path / name, n, i)) for i, (name, n) in enumerate([("t", 12), ("v", 6)]))
+    one, other = (segment({"e": make()}, train, val, batch) for batch in (1, 5))
+    for name, value in one.draws["e"].items():
+        assert other.draws["e"][name] == pytest.approx(value, abs=1e-6)
+
+
+def test_the_command_learns_an_easy_task_and_draws_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    train, val = write(tmp_path / "train", 24, 0), write(tmp_path / "val", 8, 1)
+    save_encoder(make(), tmp_path / "encoder")
+    words = ["segment", str(tmp_path / "encoder"), "--train", str(train), "--val", str(val)]
+    words += ["--figure", str(tmp_path / "guesses.png"), "-o", str(tmp_path / "scores.json")]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    rows = json.loads((tmp_path / "scores.json").read_text())["rows"]
+    assert list(rows) == ["raw pixels", "untrained encoder", "encoder"]
+    assert rows["raw pixels"]["mean IoU"][0] > 60
+    assert rows["encoder"]["mean IoU"][0] > 60  # all ground would be 37
+    assert "mean IoU" in said
+    with Image.open(tmp_path / "guesses.png") as picture:
+        assert picture.size[0] > 300
+    assert main(words) == 1
+    assert "already exists" in capsys.readouterr().err
+
+
+def test_reported_masks_choose_nothing(tmp_path: Path) -> None:
+    train, val = (MaskedImages.open(write(tmp_path / name, n, i)) for i, (name, n) in enumerate([("t", 12), ("v", 4)]))
+    table = segment({"e": make()}, train, val)
+    for file in val.masks:
+        mask = np.array(Image.open(file))
+        Image.fromarray(np.where(mask == 255, 255, 7 - mask).astype(np.uint8)).save(file)  # the classes exchanged
+    other = segment({"e": make()}, train, val)
+    assert np.array_equal(table.guesses["e"], other.guesses["e"])
+    accuracies = [one.draws["e"]["pixel accuracy"][0] for one in (table, other)]
+    assert sum(accuracies) == pytest.approx(100)
+
+
+def test_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="images: no such folder. Put NAME.jpg in images/"):
+        MaskedImages.open(tmp_path)
+    train = write(tmp_path / "train", 3, 0)
+    (train / "masks" / "01.png").unlink()
+    with pytest.raises(ValueError, match="1 masks are missing, the first: 01.png"):
+        MaskedImages.open(train)
+    good, other = write(tmp_path / "good", 3, 0), write(tmp_path / "other", 3, 0, (0, 9))
+    with pytest.raises(ValueError, match="other: class 9 is in no training mask"):
+        segment({"e": make()}, MaskedImages.open(good), MaskedImages.open(other))
+    flat = write(tmp_path / "flat", 3, 0, (0, 0))
+    with pytest.raises(ValueError, match="its masks hold 1 classes"):
+        segment({"e": make()}, MaskedImages.open(flat), MaskedImages.open(good))
+    Image.new("RGB", (16, 16)).save(good / "masks" / "00.png")
+    with pytest.raises(ValueError, match=r"00.png: a mask of mode RGB. Expected one number per pixel"):
+        segment({"e": make()}, MaskedImages.open(good), MaskedImages.open(good))
+    Image.new("L", (8, 8)).save(good / "masks" / "00.png")
+    with pytest.raises(ValueError, match=r"00.png: \(8, 8\) pixels, but its image has \(16, 16\)"):
+        segment({"e": make()}, MaskedImages.open(good), MaskedImages.open(good))
+    (good / "masks" / "00.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"00.png: unreadable, or its mask is"):
+        segment({"e": make()}, MaskedImages.open(good), MaskedImages.open(good))
