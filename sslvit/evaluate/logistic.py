@@ -14,7 +14,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 HISTORY = 10  # steps that L-BFGS remembers
-ROUGH = 2e-5  # largest entry of a gradient from which on float32 is too coarse
+ROWS_FOR_AXES = 10_000
+ROUGH = 1e-5  # largest entry of a gradient from which on float32 is too coarse
 LARGEST_PIECE = 2**27  # logits at a time: half a gigabyte in float32
 
 
@@ -138,14 +139,15 @@ def minimise(
 
 
 def principal_axes(values: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "d m"], Float[Tensor, "m"]]:
-    """Axes of the features' covariance and the variance along each; as many as there can be (m = min(n, d)).
+    """Axes of the features' covariance and about the variance along each; as many as there can be (m = min(n, d)).
 
     Weights of a penalised linear model lie in the span of its features, so nothing is lost where n is below d.
     """
     if len(values) < values.shape[1]:
         _, lengths, axes = torch.linalg.svd(values, full_matrices=False)
         return axes.T, lengths.square() / len(values)
-    spread, axes = torch.linalg.eigh(values.T @ values / len(values))
+    some = values[:: max(1, len(values) // ROWS_FOR_AXES)]  # they only have to be about right
+    spread, axes = torch.linalg.eigh(some.T @ some / len(some))
     return axes, spread.clamp(min=0)
 
 

@@ -59,6 +59,10 @@ class FeatureTable:
         values = [self.columns[place] for place in places]
         return Features(values[0] if len(values) == 1 else torch.cat(values, 1), self.labels)
 
+    def rows(self, chosen: Tensor, places: Sequence[Place]) -> Features:
+        """`at` for some rows, without putting the whole columns side by side."""
+        return Features(torch.cat([self.columns[place][chosen] for place in places], 1), self.labels[chosen])
+
 
 class Source(ABC):
     """What is probed.

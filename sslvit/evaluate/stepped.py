@@ -154,11 +154,10 @@ def in_batches(
     """
     step = 0
     for epoch, table in enumerate(tables):
-        features = table.at(places)
-        used = torch.arange(len(features)) if rows is None else rows
+        used = torch.arange(len(table.labels)) if rows is None else rows
         order = used[torch.from_numpy(generator(seed, epoch, "probe order").permutation(len(used)))]
         for start in range(0, len(order) - batch + 1, batch):
             if step == steps:
                 return
-            yield step, features[order[start : start + batch]]
+            yield step, table.rows(order[start : start + batch], places)
             step += 1
