@@ -113,7 +113,7 @@ def _mae(bench: Bench, settings: ProbeSettings, seed: int) -> LinearResult | Non
     run = _Stepped.plan(bench, protocol, places, None, seed)
     if run is None:
         return None
-    peak, warmup = protocol.rate(run.batch), protocol.warmup_epochs * run.per_epoch
+    peak, warmup = protocol.base_rate * run.batch / 256, protocol.warmup_epochs * run.per_epoch
     head = fit_batch_norm_head(
         run.batches, val.values.shape[1], bench.classes,
         lambda step: warmup_cosine(step, peak, 0.0, warmup, run.steps), protocol.momentum, seed, bench.device,
@@ -134,7 +134,7 @@ def _dino(bench: Bench, settings: ProbeSettings, seed: int) -> LinearResult | No
     run = _Stepped.plan(bench, protocol, places, None, seed)
     if run is None:
         return None
-    rate = protocol.rate(run.batch)
+    rate = protocol.base_rate * run.batch / 256
     grid = HeadGrid.start([places], run.widths(val, [places]), [rate], bench.classes, seed, bench.device)
     scores = []
     for epoch in range(math.ceil(run.steps / run.per_epoch)):  # the rate changes by epoch, as in the released code
@@ -199,8 +199,7 @@ class _Stepped:
         images = kept or len(bench.train.index)
         batch = min(protocol.batch, images)
         per_epoch = images // batch
-        steps = protocol.iterations if isinstance(protocol, DINOv2ProbeSettings) else round(protocol.epochs * per_epoch)
-        steps = max(1, steps)
+        steps = protocol.steps(per_epoch)
         epochs = cls._epochs(bench, protocol, places, math.ceil(steps / per_epoch), seed)
         if not is_first_rank():
             for _ in epochs:

@@ -51,9 +51,7 @@ class SteppedSettings(ProtocolSettings):
 
     Args:
         name: of the protocol.
-        epochs: passes over the training images.
         batch: images per step; all of them where there are fewer.
-        base_rate: learning rate at a batch of 256; the rate is base_rate x batch / 256.
         momentum: of the steps.
         scale: smallest and largest share of the area in a crop.
         flip: probability of a horizontal flip.
@@ -62,9 +60,7 @@ class SteppedSettings(ProtocolSettings):
     """
 
     name: str
-    epochs: float = 100
     batch: int = 1024
-    base_rate: float = 1e-3
     momentum: float = 0.9
     scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
     flip: float = 0.5
@@ -72,9 +68,8 @@ class SteppedSettings(ProtocolSettings):
     augment: bool = True
 
     def __post_init__(self) -> None:
-        for key in ("epochs", "batch", "base_rate"):
-            if not 0 < getattr(self, key) < float("inf"):
-                raise ValueError(f"--protocol.{key} {getattr(self, key)}: must be above zero.")
+        if self.batch < 2:
+            raise ValueError(f"--protocol.batch {self.batch}: must be 2 or more.")
         for key in ("momentum", "flip"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ValueError(f"--protocol.{key} {getattr(self, key)}: must be between 0 and 1.")
@@ -82,10 +77,13 @@ class SteppedSettings(ProtocolSettings):
             raise ValueError(f"--protocol.fraction {self.fraction}: must be above 0 and at most 1.")
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError(f"--protocol.scale {self.scale}: expected [smallest, largest] share of the area.")
+        for key in ("epochs", "base_rate"):
+            if not 0 < getattr(self, key, 1) < float("inf"):
+                raise ValueError(f"--protocol.{key} {getattr(self, key)}: must be above zero.")
 
-    def rate(self, batch: int) -> float:
-        """The effective learning rate at the batch that is really used."""
-        return self.base_rate * batch / 256
+    def steps(self, per_epoch: int) -> int:
+        """Steps in all, if an epoch has so many."""
+        raise NotImplementedError
 
 
 @dataclass
@@ -106,12 +104,21 @@ class MAEProbeSettings(SteppedSettings):
     """
 
     name: Literal["mae"] = "mae"
-    epochs: float = 90
+    epochs: float = 90.0
     batch: int = 16384
     base_rate: float = 0.1
-    warmup_epochs: float = 10
+    warmup_epochs: float = 10.0
     source: ClassVar[str] = "He et al. 2022, appendix A.1; released main_linprobe.py"
-    chosen_by_paper: ClassVar[str | None] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.warmup_epochs < self.epochs:
+            raise ValueError(
+                f"--protocol.warmup_epochs {self.warmup_epochs:g}: must be below --protocol.epochs ({self.epochs:g})."
+            )
+
+    def steps(self, per_epoch: int) -> int:
+        return max(1, round(self.epochs * per_epoch))
 
 
 @dataclass
@@ -134,8 +141,13 @@ class DINOProbeSettings(SteppedSettings):
 
     name: Literal["dino"] = "dino"
     blocks: int | None = None
+    epochs: float = 100.0
+    base_rate: float = 1e-3
     source: ClassVar[str] = "Caron et al. 2021, released eval_linear.py"
     chosen_by_paper: ClassVar[str | None] = "the best epoch"
+
+    def steps(self, per_epoch: int) -> int:
+        return max(1, round(self.epochs * per_epoch))
 
 
 @dataclass
@@ -174,6 +186,9 @@ class DINOv2ProbeSettings(SteppedSettings):
             raise ValueError(f"--protocol.blocks {self.blocks}: expected numbers of blocks from 1.")
         if self.iterations < 1 or not 0 < self.held_out < 1:
             raise ValueError("--protocol.iterations must be 1 or more, and --protocol.held_out between 0 and 1.")
+
+    def steps(self, per_epoch: int) -> int:
+        return self.iterations
 
 
 PROTOCOLS: dict[str, type[ProtocolSettings]] = {

@@ -112,7 +112,8 @@ def test_seeds_draw_the_untrained_weights_anew(shards: Path) -> None:
     alone = [probe({"mine": make()}, replace(settings, seeds=1, seed=seed)) for seed in range(3)]
     for row in table.draws:
         for column, values in table.draws[row].items():
-            assert values == [one.draws[row][column][0] for one in alone]
+            drawn = 1 if column == "kNN, k = 3" and row != "untrained encoder" else 3  # nothing is drawn there
+            assert values == [one.draws[row][column][0] for one in alone][:drawn]
 
 
 def test_intervals_are_students() -> None:
@@ -228,7 +229,7 @@ from sslvit.settings.load import read_protocol
 torch.set_num_threads(1)
 encoder, train, val = sys.argv[1:]
 short = {"protocol.batch": 16, "protocol.epochs": 2}
-changes = {"logreg": {}, "mae": short, "dino": short, "dinov2": {
+changes = {"logreg": {}, "mae": short | {"protocol.warmup_epochs": 1}, "dino": short, "dinov2": {
     "protocol.batch": 16, "protocol.iterations": 5, "protocol.rates": [0.1, 1.0], "protocol.blocks": [1]}}
 found = {}
 with all_ranks():

@@ -130,8 +130,9 @@ def shards(tmp_path: Path) -> Path:
 
 
 def settings_of(shards: Path, name: str, **changes) -> ProbeSettings:
-    short = {"protocol.batch": 30, "protocol.base_rate": 3.0}
-    short |= {"protocol.iterations": 20} if name == "dinov2" else {"protocol.epochs": 5}
+    short = {"protocol.batch": 30}
+    short |= {"protocol.iterations": 20} if name == "dinov2" else {"protocol.epochs": 5, "protocol.base_rate": 3.0}
+    short |= {"protocol.warmup_epochs": 1} if name == "mae" else {}
     protocol = read_protocol(name, {} if name in ("logreg", "igpt") else short | changes)
     return ProbeSettings(str(shards / "train"), str(shards / "val"), protocol, neighbours=[], cache=None)
 
@@ -203,6 +204,8 @@ def test_selection_never_sees_the_reported_labels(shards: Path, name: str, monke
     ("name", "changes", "message"),
     [
         ("mae", {"protocol.epochs": 0}, "--protocol mae: --protocol.epochs 0"),
+        ("mae", {"protocol.epochs": 10}, "--protocol.warmup_epochs 10: must be below --protocol.epochs"),
+        ("dinov2", {"protocol.epochs": 10}, "--protocol dinov2: epochs: no such setting"),
         ("dinov2", {"protocol.rates": []}, "--protocol.rates"),
         ("dinov2", {"protocol.held_out": 1.5}, "--protocol.held_out"),
         ("dino", {"protocol.scale": [0.5, 2]}, "--protocol.scale"),

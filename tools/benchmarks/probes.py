@@ -86,8 +86,8 @@ def grid(images: int, width: int) -> None:
     one, _ = timed(lambda: fit([places], rates[:1]))
     all_of_them, _ = timed(lambda: fit(features, rates))
     print(
-        f"{len(features)} features x {len(rates)} rates, {STEPS} steps of {BATCH}: {all_of_them:.2f} s; one head on the "
-        f"widest feature {one:.2f} s: {all_of_them / one:.2f} times as long for {len(features) * len(rates)} times as many"
+        f"{len(features)} features x {len(rates)} rates, {STEPS} steps of {BATCH}: {all_of_them:.2f} s; one head on "
+        f"the widest feature {one:.2f} s: {all_of_them / one:.2f} times as long for {len(features) * len(rates)} heads"
     )
 
 
