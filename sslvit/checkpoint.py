@@ -78,7 +78,7 @@ def load_encoder(source: str | Path, layout: str | None = None, heads: int | Non
 
     Args:
         source: a run folder, an encoder folder, a Lightning checkpoint of ours, a released checkpoint file, a folder
-            that transformers wrote, or timm:NAME for a pretrained model of timm's.
+            that transformers or timm opens, or timm:NAME for a pretrained model of timm's.
         layout: of a released file: mae, dino, dinov2, timm or openai_igpt; recognised from the names if None.
         heads: attention heads of a released file, which does not say them; 64 channels a head are assumed if None.
         changes: settings that a released file does not say, such as `palette`.
@@ -91,6 +91,8 @@ def load_encoder(source: str | Path, layout: str | None = None, heads: int | Non
     if str(source).startswith(TIMM):
         return _converted(timm.from_name(str(source).removeprefix(TIMM), **changes), str(source))
     path = find_encoder(source)
+    if path.is_dir() and (converted := timm.from_folder(path, **changes)) is not None:
+        return _converted(converted, path.name)
     if path.is_dir() and transformers.is_folder(path):
         transformers.read_config(path)  # says what the folder is, if it is not of such a model
         return _converted(

@@ -9,7 +9,10 @@ import pytest
 import timm
 import torch
 
-from sslvit.checkpoint import load_encoder
+from sslvit.checkpoint import load_encoder, save_encoder
+from sslvit.export import export_encoder
+from sslvit.models import ViTEncoder
+from sslvit.settings import EncoderSettings
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -50,6 +53,20 @@ def test_models_of_timm_that_are_no_plain_vit_are_refused(monkeypatch: pytest.Mo
         load_encoder("timm:resnet18")
     with pytest.raises(ValueError, match="timm:vit_base_patch32_clip_224.openai: (has parts|computes otherwise)"):
         load_encoder("timm:vit_base_patch32_clip_224.openai")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pooling", ["class", "mean"])
+def test_an_export_to_timm_is_an_encoder_again(pooling: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    settings = EncoderSettings(image_size=8, channels=1, patch=4, width=16, depth=1, heads=2, pooling=pooling)
+    encoder = ViTEncoder(settings).eval()
+    save_encoder(encoder, tmp_path / "encoder")
+    export_encoder(tmp_path / "encoder", tmp_path / "timm", "timm")
+    again = load_encoder(tmp_path / "timm")
+    images = torch.randn(2, 1, 8, 8)
+    torch.testing.assert_close(again.features(images), encoder.features(images), atol=1e-5, rtol=1e-4)
+    assert again.settings.mean == encoder.settings.mean
 
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 28, "patch_size": 14}

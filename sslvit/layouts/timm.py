@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -63,6 +66,16 @@ def model_arguments(settings: EncoderSettings) -> dict:
     return arguments
 
 
+def from_folder(path: Path, **changes) -> Converted | None:
+    """A folder that timm opens (`sslvit export --format timm` writes such); None if it is none."""
+    try:
+        config = json.loads((path / "config.json").read_text())
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+        return None
+    is_timms = isinstance(config, dict) and {"architecture", "pretrained_cfg"} <= config.keys()
+    return from_name(f"local-dir:{path}", **changes) if is_timms else None
+
+
 def from_name(name: str, **changes) -> Converted:
     """A pretrained model of timm's by its name; timm fetches the weights.
 
@@ -86,7 +99,8 @@ def from_name(name: str, **changes) -> Converted:
     found = {
         "image_size": list(model.patch_embed.img_size), "mean": list(about["mean"]), "std": list(about["std"]),
         "interpolation": "bilinear" if about["interpolation"] == "bilinear" else "bicubic",
-        "norm_eps": model.blocks[0].norm1.eps, **changes,
+        "norm_eps": model.blocks[0].norm1.eps,
+        "pooling": {"token": "class", "avg": "mean"}.get(model.global_pool, "mean"), **changes,
     }  # fmt: skip
     converted = to_sslvit(model.state_dict(), model.blocks[0].attn.num_heads, **found)
     images = torch.randn(2, converted.settings.channels, *converted.settings.image_size)
