@@ -162,3 +162,13 @@ def test_neighbours_are_found_piece_by_piece(monkeypatch: pytest.MonkeyPatch) ->
 def test_more_neighbours_than_images_is_all_of_them() -> None:
     features = clouds(30)
     assert torch.equal(knn_votes(features, features.values, 4, 100), knn_votes(features, features.values, 4, 30))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_heads_and_neighbours_on_a_gpu_are_those_of_the_cpu() -> None:
+    train, val = clouds(), clouds(200, seed=1)
+    one, other = (fit_probe(train, 4, 0, device) for device in ("cpu", "cuda"))
+    assert one.strength == other.strength
+    torch.testing.assert_close(one.weight, other.weight, atol=1e-4, rtol=1e-3)
+    here, there = (knn_accuracies(train, val, 4, [5, 20], 0.07, device) for device in ("cpu", "cuda"))
+    assert here == pytest.approx(there, abs=0.5)  # a tie may break otherwise
