@@ -1,4 +1,4 @@
-"""The `sslvit` command: what it understands. torch is imported only inside a command (commands.py)."""
+"""The `sslvit` command: what it understands. torch is imported only inside a command (commands/)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 import sslvit
-from sslvit import commands
+from sslvit.commands import evaluation, in_and_out, packing, pixels, training
 from sslvit.environment import explain
 
 
@@ -56,7 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
         sub.add_argument("--traceback", action="store_true", help="show where an error came from")
         return sub
 
-    demo = command("demo", commands.run_demo, "the whole journey on real images, minutes on a CPU")
+    demo = command("demo", training.run_demo, "the whole journey on real images, minutes on a CPU")
     demo.add_argument("--data", default="digits", choices=["digits", "cifar10"])
     demo.add_argument("--archive", help="for cifar10: a local archive instead of a download")
     demo.add_argument("--out", default="runs/demo", help="folder for all of it (default: %(default)s)")
@@ -73,7 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
         sub.add_argument("--workers", type=int, help="processes (default: one per core)")
         return sub
 
-    pack = action("pack", commands.run_pack, "images -> shards + index")
+    pack = action("pack", packing.run_pack, "images -> shards + index")
     pack.add_argument(
         "source", metavar="SRC",
         help="images in class folders, or side by side without labels; a list (.csv, .tsv, .jsonl) with a column path "
@@ -88,19 +88,19 @@ def make_parser() -> argparse.ArgumentParser:
     pack.add_argument("--quality", type=int, default=92, help="of jpg and webp (default: %(default)s)")
     pack.add_argument("--part", metavar="I/N", help="write the I-th of N parts only, as one machine of several")
     pack.add_argument("--overwrite", action="store_true")
-    index = action("index", commands.run_index, "index shards that others wrote, or join the parts of a packing")
+    index = action("index", packing.run_index, "index shards that others wrote, or join the parts of a packing")
     index.add_argument("folder", metavar="SHARDS")
     index.add_argument("--merge", action="store_true", help="join what shards pack --part wrote")
     index.add_argument("--overwrite", action="store_true", help="with --merge: replace shards that are already there")
     check = action(
-        "check", commands.run_check, "verify checksums and decode everything; exit code 1 if something is wrong"
+        "check", packing.run_check, "verify checksums and decode everything; exit code 1 if something is wrong"
     )
     check.add_argument("folder", metavar="SHARDS")
-    info = action("info", commands.run_info, "what is in shards, and what a job on them needs")
+    info = action("info", packing.run_info, "what is in shards, and what a job on them needs")
     info.add_argument("folder", metavar="SHARDS")
     info.add_argument("--global-batch", type=int, metavar="B", help="images per optimiser step (default: up to 4096)")
 
-    palette = command("palette", commands.run_palette, "few colours for pixel sequences, fitted on images; also drawn")
+    palette = command("palette", packing.run_palette, "few colours for pixel sequences, fitted on images")
     palette.add_argument("shards", metavar="SHARDS", help="shards, or a folder of images")
     palette.add_argument(
         "-o", "--output", required=True, metavar="FILE", help="the palette as JSON, FILE.png beside it"
@@ -111,7 +111,7 @@ def make_parser() -> argparse.ArgumentParser:
     palette.add_argument("--seed", type=int, default=0)
 
     pretrain = command(
-        "pretrain", commands.run_pretrain, "pretrain an encoder by a recipe",
+        "pretrain", training.run_pretrain, "pretrain an encoder by a recipe",
         epilog="Every setting of the recipe can be given as --key value, e.g. --train.epochs 10.\n"
                "All of them: sslvit settings",
     )  # fmt: skip
@@ -124,7 +124,7 @@ def make_parser() -> argparse.ArgumentParser:
     pretrain.set_defaults(takes_settings=True)
 
     finetune = command(
-        "finetune", commands.run_finetune, "train an encoder on with labels, or the same from scratch",
+        "finetune", training.run_finetune, "train an encoder on with labels, or the same from scratch",
         epilog="Every setting of the recipe can be given as --key value, e.g. --encoder.image_size 48.\n"
                "All of them: sslvit settings",
     )  # fmt: skip
@@ -138,9 +138,9 @@ def make_parser() -> argparse.ArgumentParser:
     finetune.add_argument("--overwrite", action="store_true", help="delete an earlier run in the folder first")
     finetune.set_defaults(takes_settings=True)
 
-    command("settings", commands.run_settings, "all settings of a recipe, with their defaults and meaning")
+    command("settings", training.run_settings, "all settings of a recipe, with their defaults and meaning")
 
-    probe = command("probe", commands.run_probe, "score a frozen encoder: linear probe and kNN beside their baselines")
+    probe = command("probe", evaluation.run_probe, "score a frozen encoder: linear probe and kNN, with baselines")
     add_probe(probe)
     probe.add_argument(
         "--protocol", default="logreg", choices=["logreg", "mae", "dino", "dinov2", "igpt"],
@@ -152,10 +152,10 @@ def make_parser() -> argparse.ArgumentParser:
     probe.add_argument("--layers", metavar="all|1,4,8", help="score these blocks side by side, and draw them")
     probe.add_argument("--figure", metavar="FILE", help="with --layers: the PNG (default: in the run's figures)")
     probe.set_defaults(takes_settings=True)
-    knn = command("knn", commands.run_knn, "score a frozen encoder by its nearest neighbours alone")
+    knn = command("knn", evaluation.run_knn, "score a frozen encoder by its nearest neighbours alone")
     add_probe(knn)
 
-    health = command("health", commands.run_health, "what features are worth without labels: rank, spread, alignment")
+    health = command("health", evaluation.run_health, "what features are worth without labels: rank, spread, alignment")
     health.add_argument("encoder", metavar="ENCODER")
     health.add_argument("data", metavar="SHARDS", help="images, with labels or without")
     health.add_argument("--images", type=int, default=5000, help="evenly spread (default: %(default)s)")
@@ -168,7 +168,7 @@ def make_parser() -> argparse.ArgumentParser:
     health.add_argument("-o", "--output", metavar="FILE", help="also write the table as JSON")
     add_layout(health)
 
-    segment = command("segment", commands.run_segment, "score patch tokens by linear segmentation: mean IoU")
+    segment = command("segment", evaluation.run_segment, "score patch tokens by linear segmentation: mean IoU")
     segment.add_argument("encoder", metavar="ENCODER")
     segment.add_argument("--train", required=True, metavar="FOLDER", help="with images/NAME.jpg and masks/NAME.png")
     segment.add_argument("--val", required=True, metavar="FOLDER", help="the same, to report")
@@ -180,7 +180,7 @@ def make_parser() -> argparse.ArgumentParser:
     segment.add_argument("-o", "--output", metavar="FILE", help="also write the table as JSON")
     add_layout(segment)
 
-    show = command("show", commands.run_show, "draw what an encoder does with images")
+    show = command("show", evaluation.run_show, "draw what an encoder does with images")
     show.add_argument("what", choices=["attention", "distance", "field"],
                       help="of the class token; of each head; which pixels reach a patch")  # fmt: skip
     show.add_argument("encoder", metavar="ENCODER")
@@ -190,13 +190,13 @@ def make_parser() -> argparse.ArgumentParser:
     add_layout(show)
 
     bench = command(
-        "bench", commands.run_bench, "encoders x protocols x data sets -> one table; goes on where it stopped"
+        "bench", evaluation.run_bench, "encoders x protocols x data sets -> one table; goes on where it stopped"
     )
     bench.add_argument("config", metavar="CONFIG", help="a YAML such as configs/bench/cifar10.yaml")
     bench.add_argument("--out", help="folder for all of it (default: the YAML's)")
     bench.add_argument("--device", choices=["auto", "cpu", "cuda"], help="(default: the YAML's)")
 
-    sample = command("sample", commands.run_sample, "draw images from a model of pixels, or complete given ones")
+    sample = command("sample", pixels.run_sample, "draw images from a model of pixels, or complete given ones")
     sample.add_argument("run", metavar="RUN", help="run folder or checkpoint of an iGPT run, or a released file")
     sample.add_argument("--complete", metavar="IMAGES", help="shards or a folder of images to complete")
     sample.add_argument("--given", type=float, metavar="SHARE",
@@ -214,7 +214,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_released(sample)
 
     likelihood = command(
-        "likelihood", commands.run_likelihood, "nats per pixel of an iGPT run, beside what counting gives"
+        "likelihood", pixels.run_likelihood, "nats per pixel of an iGPT run, beside what counting gives"
     )
     likelihood.add_argument("run", metavar="RUN", help="run folder or checkpoint of an iGPT run, or a released file")
     likelihood.add_argument("--train", required=True, metavar="SHARDS", help="images that colours are counted on")
@@ -224,13 +224,13 @@ def make_parser() -> argparse.ArgumentParser:
     add_device(likelihood)
     add_released(likelihood)
 
-    export = command("export", commands.run_export, "write an encoder for another library, reopen it there and compare")
+    export = command("export", in_and_out.run_export, "write an encoder for another library, and compare there")
     export.add_argument("encoder", metavar="ENCODER")
     export.add_argument("out", metavar="OUT")
     export.add_argument("--format", required=True, choices=["timm", "safetensors"])
     export.add_argument("--overwrite", action="store_true")
 
-    take = command("import", commands.run_import, "released weights -> an encoder folder")
+    take = command("import", in_and_out.run_import, "released weights -> an encoder folder")
     take.add_argument("checkpoint", metavar="CHECKPOINT")
     take.add_argument("out", metavar="OUT")
     add_layout(take)

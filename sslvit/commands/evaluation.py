@@ -1,0 +1,181 @@
+"""Scores and pictures of an encoder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from sslvit.commands.files import check_new, check_new_picture, unsaid
+
+
+def run_probe(options: argparse.Namespace) -> None:
+    settings = probe_settings(options)
+    figure = options.figure
+    if options.layers and figure is None:
+        folder = Path(options.encoder) / "figures"
+        figure = folder / "layers.png" if folder.is_dir() else Path("layers.png")
+    if options.figure and not options.layers:
+        raise ValueError("--figure is for --layers.")
+    if options.layers and options.layer:
+        raise ValueError("--layer and --layers exclude each other: one block for the table, or several side by side?")
+    check_new(options.output)
+    check_new_picture(figure)
+    from sslvit.checkpoint import load_encoder
+    from sslvit.evaluate.layers import draw_layers, layer_numbers, probe_layers
+    from sslvit.ranks import all_ranks, is_first_rank
+
+    with all_ranks():
+        encoder = load_encoder(options.encoder, options.layout, options.heads, **unsaid(options))
+        if not options.layers:
+            show_probe(encoder, settings, options.output)
+            return
+        numbers = layer_numbers(options.layers, encoder.settings.depth)
+        curve = probe_layers(encoder, settings, numbers)
+        if is_first_rank():
+            print(f"\n{curve.text()}")
+            write_table(curve, options.output)
+            print(draw_layers(curve, numbers, figure))
+
+
+def run_knn(options: argparse.Namespace) -> None:
+    settings = probe_settings(options)
+    check_new(options.output)
+    from sslvit.checkpoint import load_encoder
+    from sslvit.ranks import all_ranks
+
+    with all_ranks():
+        encoder = load_encoder(options.encoder, options.layout, options.heads, **unsaid(options))
+        show_probe(encoder, settings, options.output)
+
+
+def probe_settings(options: argparse.Namespace):
+    """What `probe` and `knn` have in common, and what only one of them knows."""
+    from sslvit.settings import ProbeSettings
+    from sslvit.settings.load import read_protocol
+
+    common = ("train", "val", "layer", "blocks", "pooling", "neighbours", "batch", "workers", "seeds", "seed", "device")
+    given = {key: getattr(options, key) for key in common}
+    if options.command == "probe":
+        given |= {key: getattr(options, key) for key in ("labels_per_class", "labels_percent", "draws")}
+        given["protocol"] = read_protocol(options.protocol, options.changes)
+    else:
+        given["protocol"] = None
+    cache = None if options.cache == "none" else options.cache
+    return ProbeSettings(**given, baselines=not options.no_baselines, cache=cache)
+
+
+def show_probe(encoder, settings, output: str | None) -> None:
+    """Probe one encoder, print the table with all that a reader needs to quote it, and write it down."""
+    from sslvit.evaluate.probe import probe
+    from sslvit.ranks import is_first_rank
+
+    table = probe({"encoder": encoder}, settings)
+    if not is_first_rank():
+        return
+    about = table.about
+    print(f"\nRight answers in percent on {about['val_images']:,} images of {about['val']}")
+    print(f"(heads fitted on {about['train_images']:,} of {about['train']})")
+    of_encoder = about["probed"]["encoder"]
+    if about["protocol"]:
+        print(f"linear probe: {about['protocol']} ({about['source']})")
+        print("  " + "; ".join(f"{key.replace('_', ' ')} {value}" for key, value in of_encoder["linear"].items()))
+    print(f"few labels and kNN: {of_encoder['features']}; temperature {about['temperature']}; seed {about['seed']}")
+    print(f"\n{table.text()}")
+    write_table(table, output)
+
+
+def write_table(table, output: str | None) -> None:
+    if output:
+        Path(output).write_text(json.dumps(table.as_dict(), indent=1) + "\n")
+
+
+def run_health(options: argparse.Namespace) -> None:
+    if options.images < 2:
+        raise ValueError(f"--images {options.images}: how images differ takes 2 or more.")
+    check_new(options.output)
+    from sslvit.checkpoint import load_encoder
+    from sslvit.data.open import open_shards
+    from sslvit.environment import pick_device
+    from sslvit.evaluate.label_free import measure_health
+    from sslvit.evaluate.scores import format_table
+
+    encoder = load_encoder(options.encoder, options.layout, options.heads, **unsaid(options))
+    index = open_shards(options.data, f"{options.data.rstrip('/')}-shards")
+    rows = measure_health(
+        encoder.to(pick_device(options.device)), index, options.images, options.layer, options.pooling, options.batch,
+        options.workers, options.seed,
+    )  # fmt: skip
+    print(f"\nwithout labels, on {min(options.images, len(index)):,} images of {index.location}\n")
+    print(format_table({row: {name: [value] for name, value in of.items()} for row, of in rows.items()}, 3))
+    if options.output:
+        Path(options.output).write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def run_segment(options: argparse.Namespace) -> None:
+    check_new(options.output)
+    check_new_picture(options.figure)
+    from sslvit.checkpoint import load_encoder
+    from sslvit.evaluate.dense import MaskedImages, segment
+    from sslvit.evaluate.probe import untrained
+    from sslvit.figures import image_rows
+    from sslvit.report.show import mask_colours
+
+    train, val = (MaskedImages.open(folder) for folder in (options.train, options.val))
+    encoder = load_encoder(options.encoder, options.layout, options.heads, **unsaid(options))
+    rows = {"encoder": encoder}
+    if not options.no_baselines:
+        rows = {"raw pixels": None, "untrained encoder": untrained(encoder, options.seed), **rows}
+    table = segment(rows, train, val, options.batch, seed=options.seed, device=options.device)
+    print(f"\nPercent on {len(val):,} images of {val.folder} (maps fitted on {len(train):,} of {train.folder});")
+    print(f"images and masks at {encoder.settings.image_size}, {table.about['strength']}\n\n{table.text()}")
+    if options.output:
+        content = {"rows": table.draws, "about": table.about}
+        Path(options.output).write_text(json.dumps(content, indent=1) + "\n")
+    if options.figure:
+        pairs = [val.read(number, encoder.settings) for number in range(len(table.guesses["encoder"]))]
+        masks = np_stack([mask for _, mask in pairs])
+        classes = table.about["classes"]
+        drawn = [np_stack([image.numpy() / 255 for image, _ in pairs]), mask_colours(masks, classes)]
+        drawn += [mask_colours(guess, classes) for guess in table.guesses.values()]
+        print(image_rows(options.figure, drawn, ["image", "mask", *table.guesses]))
+
+
+def np_stack(arrays: list):
+    import numpy as np
+
+    return np.stack(arrays)
+
+
+def run_show(options: argparse.Namespace) -> None:
+    out = options.output
+    if out is None:
+        folder = Path(options.encoder) / "figures"
+        out = (folder if folder.is_dir() else Path()) / f"{options.what}.png"
+    if options.images < 1:
+        raise ValueError(f"--images {options.images}: must be 1 or more.")
+    check_new_picture(out)
+    numbers_file = Path(out).with_suffix(".json")
+    if options.what == "distance":
+        check_new(numbers_file)
+    from sslvit.checkpoint import load_encoder
+    from sslvit.report import show
+
+    encoder = load_encoder(options.encoder, options.layout, options.heads, **unsaid(options))
+    images = show.first_images(encoder.settings, options.data, options.images)
+    if options.what == "attention":
+        print(show.draw_attention(encoder, images, out))
+    elif options.what == "field":
+        print(show.draw_field(encoder, images, out))
+    else:
+        path, numbers = show.draw_distance(encoder, images, out)
+        numbers_file.write_text(json.dumps(numbers, indent=1) + "\n")
+        print(f"{path}\n{numbers_file}")
+
+
+def run_bench(options: argparse.Namespace) -> None:
+    from sslvit.report.bench import bench
+    from sslvit.settings.bench import load_bench
+
+    given = {key: getattr(options, key) for key in ("out", "device")}
+    bench(load_bench(options.config, {key: value for key, value in given.items() if value is not None}))

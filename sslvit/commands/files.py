@@ -1,0 +1,37 @@
+"""What the commands share: files that may be written, encoders that are named."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+
+def check_new(path: str | Path | None) -> None:
+    """Refuse, before any work, a file that could not be written or would replace another."""
+    if path is None:
+        return
+    if Path(path).exists():
+        raise ValueError(f"{path}: already exists. Choose another file.")
+    if not Path(path).parent.is_dir():
+        raise ValueError(f"{path}: its folder does not exist. Make it first.")
+    if not os.access(Path(path).parent, os.W_OK):
+        raise ValueError(f"{path}: its folder cannot be written to. Choose another.")
+
+
+def check_new_picture(path: str | Path | None) -> None:
+    """check_new for a picture."""
+    if path is not None and Path(path).suffix != ".png":
+        raise ValueError(f"{path}: a picture is written as PNG. Choose a name that ends in .png.")
+    check_new(path)
+
+
+def unsaid(options: argparse.Namespace) -> dict[str, Any]:
+    """Settings that a released file does not say, where they are given."""
+    from sslvit.settings.palette import UNIFORM, read_palette
+
+    given = {"image_size": options.image_size} if options.image_size else {}
+    if options.palette:
+        given["palette"] = UNIFORM if options.palette == UNIFORM else read_palette(options.palette)
+    return given

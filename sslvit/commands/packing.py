@@ -1,0 +1,74 @@
+"""Shards and palettes: pack, index, check, info, palette."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def run_pack(options: argparse.Namespace) -> None:
+    from sslvit.data.pack import pack_source
+    from sslvit.data.store import PackSettings
+
+    settings = PackSettings(options.shard_mb, options.resize, options.encode, options.quality)
+    indices = pack_source(
+        options.source, options.destination, settings, options.holdout, options.overwrite, options.workers,
+        options.part,
+    )  # fmt: skip
+    for index in indices:
+        show_shards(index)
+
+
+def run_index(options: argparse.Namespace) -> None:
+    from sslvit.data.pack import finish_packing
+    from sslvit.data.scan import index_shards
+
+    folder = Path(options.folder)
+    if not options.merge:
+        show_shards(index_shards(folder, options.workers))
+        return
+    parts = [folder / name for name in ("train", "val") if (folder / name / "packing").is_dir()]
+    for part in parts or [folder]:
+        show_shards(finish_packing(part, options.overwrite))
+
+
+def run_check(options: argparse.Namespace) -> int:
+    from sslvit.data.inspect import check_shards
+
+    index = find_shards(options.folder)
+    found = check_shards(index, options.workers)
+    print(found.text(index))
+    return 0 if found.is_whole else 1
+
+
+def run_info(options: argparse.Namespace) -> None:
+    show_shards(find_shards(options.folder), options.global_batch)
+
+
+def find_shards(name: str):
+    """Shards with an index, a pattern or an address; nothing is packed or indexed in a folder of the user's."""
+    from sslvit.data.index import load_index
+    from sslvit.data.open import open_shards
+
+    return load_index(name) if "{" not in name and "://" not in name else open_shards(name, "")
+
+
+def show_shards(index, global_batch: int | None = None) -> None:
+    from sslvit.data.inspect import describe_shards
+
+    print(describe_shards(index, global_batch))
+
+
+def run_palette(options: argparse.Namespace) -> None:
+    from sslvit.data.open import open_shards
+    from sslvit.data.pixels import make_palette
+
+    index = open_shards(options.shards, f"{options.shards.rstrip('/')}-shards")
+    made = make_palette(index, options.output, options.colours, options.image_size, options.seed)
+    error, uniform = made["mean_squared_error"], made["mean_squared_error_uniform"]
+    print(
+        f"{options.output}: {len(made['colours'])} colours fitted on {made['pixels']:,} pixels; "
+        f"mean squared error {error:.2e} of values in [-1, 1], {error**0.5 * 127.5:.1f} of 255 on average "
+        f"{f' (uniform palette: {uniform:.2e}, {uniform**0.5 * 127.5:.1f})' if uniform is not None else ''}\n"
+        f"use it with --encoder.palette {options.output}; drawn in {Path(options.output).with_suffix('.png')}"
+    )
