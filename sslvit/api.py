@@ -69,6 +69,9 @@ def finetune(
     task = load_recipe(config, base=start).task
     if not isinstance(task, SupervisedSettings):
         raise ValueError(f"--config {config}: trains {task.name}, not with labels. Use finetune/small_images.")
+    for key, instead in (("init", "ENCODER"), ("data.shards", "--train"), ("task.val", "--val")):
+        if key in changes:
+            raise ValueError(f"--{key}: fine-tuning takes {instead} for that.")
     given = {"data.shards": train, "task.val": val, "out": out, "init": None if scratch else encoder}
     changes |= {key: str(value) for key, value in given.items() if value is not None}
     return run_settings(load_recipe(config, changes, start), resume=resume, overwrite=overwrite)

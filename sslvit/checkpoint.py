@@ -100,6 +100,7 @@ def load_encoder(source: str | Path, layout: str | None = None, heads: int | Non
         )
     content = {} if path.is_dir() else read_torch_file(path)
     if path.is_dir() or "sslvit" in content:
+        changes |= {key: value for key, value in (("layout", layout), ("heads", heads)) if value is not None}
         if changes:
             raise ValueError(
                 f"{path}: says its own settings. Leave out what is for released files ({', '.join(changes)})."

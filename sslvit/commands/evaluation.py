@@ -85,6 +85,13 @@ def show_probe(encoder, settings, output: str | None) -> None:
     write_table(table, output)
 
 
+def check_least(options: argparse.Namespace, **least: int) -> None:
+    """Refuse options below their least value."""
+    for key, value in least.items():
+        if getattr(options, key) < value:
+            raise ValueError(f"--{key} {getattr(options, key)}: must be {value} or more.")
+
+
 def write_table(table, output: str | None) -> None:
     if output:
         Path(output).write_text(json.dumps(table.as_dict(), indent=1) + "\n")
@@ -93,6 +100,7 @@ def write_table(table, output: str | None) -> None:
 def run_health(options: argparse.Namespace) -> None:
     if options.images < 2:
         raise ValueError(f"--images {options.images}: how images differ takes 2 or more.")
+    check_least(options, batch=1, workers=0, seed=0)
     check_new(options.output)
     from sslvit.checkpoint import load_encoder
     from sslvit.data.open import open_shards
@@ -113,6 +121,7 @@ def run_health(options: argparse.Namespace) -> None:
 
 
 def run_segment(options: argparse.Namespace) -> None:
+    check_least(options, batch=1, seed=0)
     check_new(options.output)
     check_new_picture(options.figure)
     from sslvit.checkpoint import load_encoder

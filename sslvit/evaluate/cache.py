@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -41,6 +42,8 @@ class FeatureCache:
 
     def __init__(self, folder: str | Path, limit_gb: float = 20.0) -> None:
         self.folder, self.limit_gb = Path(folder).expanduser(), limit_gb
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"--cache {folder}: not a folder. Give one, or none.")
 
     def find(self, key: str, places: Sequence[Place]) -> FeatureTable | None:
         """Those of the places that are there, or None if none is; a damaged file counts as not there."""
@@ -56,7 +59,8 @@ class FeatureCache:
                 continue
             if len(values) == len(labels):
                 columns[place] = values
-        os.utime(self.folder / key)
+        with suppress(OSError):  # another process may have made room
+            os.utime(self.folder / key)
         return FeatureTable(columns, labels) if columns else None
 
     def put(self, key: str, table: FeatureTable) -> None:

@@ -22,7 +22,7 @@ from sslvit.chance import generator
 from sslvit.data.decode import MODES
 from sslvit.data.resample import normalise
 from sslvit.environment import pick_device
-from sslvit.evaluate.linear import STRENGTHS, TRIAL_ITERATIONS, TRIAL_TOLERANCE
+from sslvit.evaluate.linear import STRENGTHS, TRIAL_ITERATIONS, TRIAL_TOLERANCE, UNSOLVED
 from sslvit.evaluate.logistic import fit_logistic
 from sslvit.evaluate.scores import Draws, format_table
 from sslvit.models import ViTEncoder
@@ -135,6 +135,10 @@ def segment(
     device = pick_device(device)
     settings = next(encoder.settings for encoder in encoders.values() if encoder is not None)
     classes, counted = _classes(train, settings), _classes(val, settings)
+    if len(train) < 2:
+        raise ValueError(f"{train.folder}: one image. Two or more are needed, since some choose the penalty.")
+    if not len(counted):
+        raise ValueError(f"{val.folder}: its masks label no pixel (all {IGNORED}).")
     if len(classes) < 2:
         raise ValueError(f"{train.folder}: its masks hold {len(classes)} classes. Two or more can be told apart.")
     unknown = sorted(set(counted) - set(classes))
@@ -249,5 +253,7 @@ def _fit(
         logits = values[held] @ weight[i].T + bias[i]
         losses.append(float((F.cross_entropy(logits, target[held].double(), reduction="none") * counts[held]).sum()))
     best = int(np.argmin(losses))
-    weight, bias, _ = fit_logistic(values, target, classes, tried[best : best + 1], counts[None])
+    weight, bias, is_solved = fit_logistic(values, target, classes, tried[best : best + 1], counts[None])
+    if not is_solved:
+        print(UNSOLVED, flush=True)
     return weight[0], bias[0], mean.view(1, -1, 1, 1), scale.view(1, -1, 1, 1)

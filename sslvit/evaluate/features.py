@@ -98,7 +98,14 @@ class Pass:
                     rows[place].append(values[valid])
         if not is_first_rank():
             return made_nowhere(places)
-        return FeatureTable({place: torch.cat(pieces) for place, pieces in rows.items()}, torch.cat(labels))
+        table = FeatureTable({place: torch.cat(pieces) for place, pieces in rows.items()}, torch.cat(labels))
+        for (layer, pooling), values in table.columns.items():
+            if not values.isfinite().all():
+                raise ValueError(
+                    f"features of layer {layer} ({pooling}) are not finite on {data.index.location}: the weights are "
+                    "broken. Has the run diverged (health.json)?"
+                )
+        return table
 
 
 def made_nowhere(places: Sequence[Place]) -> FeatureTable:

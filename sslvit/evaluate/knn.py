@@ -27,7 +27,12 @@ def knn_votes(
     """
     bank = F.normalize(train.values, dim=1)
     chunks = F.normalize(queries, dim=1).split(QUERIES_AT_ONCE)
-    return torch.cat([votes(*nearest(chunk, bank, train.labels, neighbours), classes, temperature) for chunk in chunks])
+    found = []
+    for chunk in chunks:
+        similarity, labels = nearest(chunk, bank, train.labels, neighbours)
+        largest = (similarity[:, :1] / temperature).exp()
+        found.append(votes(similarity, labels, classes, temperature) * largest)
+    return torch.cat(found)
 
 
 def knn_accuracies(
@@ -65,6 +70,9 @@ def nearest(
 def votes(
     similarity: Float[Tensor, "m k"], labels: Int[Tensor, "m k"], classes: int, temperature: float
 ) -> Float[Tensor, "m classes"]:
-    """The sum of exp(similarity / temperature) of each class's neighbours."""
+    """The sum of exp((similarity - the nearest's) / temperature) of each class's neighbours, nearest first.
+
+    Without the difference the sum of a small temperature would be beyond float32.
+    """
     empty = similarity.new_zeros(len(similarity), classes)
-    return empty.scatter_add_(1, labels, (similarity / temperature).exp())
+    return empty.scatter_add_(1, labels, ((similarity - similarity[:, :1]) / temperature).exp())

@@ -78,6 +78,8 @@ def probe_layers(encoder: ViTEncoder, settings: ProbeSettings, numbers: list[int
     """
     if not isinstance(settings.protocol, LogregSettings):
         raise ValueError("--layers: the best layer is chosen by logistic regression. Leave out --protocol.")
+    if settings.seeds != 1:
+        raise ValueError(f"--seeds {settings.seeds}: --layers has one curve per seed. Give --seed one by one.")
     indices = open_labelled(settings)
     device = pick_device(settings.device)
     train, val = (LabelledSet(index, encoder.settings.channels) for index in indices)

@@ -20,6 +20,7 @@ FOLDS = 5
 FEWEST_LABELS = 2  # of a class: the strength is chosen on held-out ones
 TRIAL_ITERATIONS = 150  # of a fit that only compares strengths; the chosen one is fitted to convergence
 TRIAL_TOLERANCE = 1e-4
+UNSOLVED = "logistic regression: not converged; the score may be a little low"
 
 
 @dataclass
@@ -77,7 +78,7 @@ def fit_probe(features: Features, classes: int, seed: int = 0, device: str = "cp
     best = min(range(len(STRENGTHS)), key=lambda i: (-right[i], loss[i]))
     weight, bias, is_solved = fit_logistic(values, labels, classes, tried[best : best + 1])
     if not is_solved:
-        print("logistic regression: not converged; the score may be a little low", flush=True)
+        print(UNSOLVED, flush=True)
     held_out = 100 * float(right[best] / is_kept.sum())
     return LinearHead(*(part.cpu() for part in (mean, scale, weight[0], bias[0])), STRENGTHS[best], held_out)
 

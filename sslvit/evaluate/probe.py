@@ -16,7 +16,7 @@ from sslvit.evaluate.cache import FeatureCache
 from sslvit.evaluate.features import Pass
 from sslvit.evaluate.knn import knn_accuracies
 from sslvit.evaluate.linear import draw_labels, fit_probe
-from sslvit.evaluate.protocols import Bench, linear_probe, places_of, words
+from sslvit.evaluate.protocols import Bench, check_places, linear_probe, places_of, words
 from sslvit.evaluate.scores import Draws, format_table, interval, mean, sampling_interval
 from sslvit.evaluate.sources import Features, FrozenEncoder, LabelledSet, RawPixels, Source
 from sslvit.models import ViTEncoder
@@ -55,6 +55,8 @@ class ProbeTable:
             below.append("± is half the 95 % interval of a mean over draws or seeds")
         if paper := self.about.get("chosen_by_paper"):
             below.append(f"the paper chose on the images that it reports: {paper}")
+        if any(k > self.about["train_images"] for k in self.about["neighbours"]):
+            below.append(f"no kNN with more neighbours than the {self.about['train_images']:,} training images")
         if any(PAPER_RULE in scores for scores in self.draws.values()):
             below.append(f"{PAPER_RULE}: made on the reported images, for comparison with published numbers only")
         steps = [of["linear"]["steps"] for of in self.about["probed"].values() if "steps" in of.get("linear", {})]
@@ -102,7 +104,7 @@ def probe(encoders: dict[str, ViTEncoder], settings: ProbeSettings) -> ProbeTabl
             rows[row] = [(FrozenEncoder(untrained(encoder, seed)), seed) for seed in seeds]
         rows[name] = [(source, seed) for source in [FrozenEncoder(encoder)] for seed in seeds]
     for sources in rows.values():
-        places_of(sources[0][0], settings)  # what cannot be probed is refused before the first pass
+        check_places(sources[0][0], settings)  # what cannot be probed is refused before the first pass
     cache = FeatureCache(settings.cache, settings.cache_gb) if settings.cache else None
     reading = Pass(settings.batch, settings.workers, cache)
     draws: Draws = {}
@@ -185,7 +187,7 @@ def few_labels(
 
 def neighbours(train: Features, val: Features, bench: Bench, settings: ProbeSettings) -> dict[str, list[float]]:
     """The vote of the nearest training images, for each k that there are enough of."""
-    ks = [k for k in settings.neighbours if k <= len(train)] or [len(train)] * bool(settings.neighbours)
+    ks = [k for k in settings.neighbours if k <= len(train)]
     if not ks:
         return {}
     found = knn_accuracies(train, val, bench.classes, ks, settings.temperature, bench.device)
@@ -211,6 +213,8 @@ def check_classes(train: ShardIndex, val: ShardIndex, settings: ProbeSettings) -
             "Pack both from one folder with --holdout."
         )
     counts = np.bincount(train.labels_of(slice(None)), minlength=len(train.classes))
+    if settings.neighbours and min(settings.neighbours) > len(train):
+        raise ValueError(f"--neighbours {min(settings.neighbours)}: there are only {len(train):,} training images.")
     few, smallest = settings.labels_per_class, train.classes[int(counts.argmin())]
     if few and counts.min() < few:
         raise ValueError(f"--labels-per-class {few}: class {smallest} has only {counts.min()} training images.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import islice, repeat
+from itertools import chain, count, islice, repeat
 from typing import Any
 
 import torch
@@ -95,6 +95,48 @@ def places_of(source: Source, settings: ProbeSettings) -> list[Place]:
     return source.places(layer, settings.blocks, pooling)
 
 
+def check_places(source: Source, settings: ProbeSettings) -> None:
+    """Refuse, before any pass, layers and poolings that a probe could not read.
+
+    Raises:
+        ValueError: the source does not have them, or an option that the protocol decides itself.
+    """
+    places_of(source, settings)
+    match settings.protocol:
+        case DINOProbeSettings() | DINOv2ProbeSettings() if settings.blocks != 1:
+            raise ValueError(f"--blocks {settings.blocks}: {settings.protocol.name} has --protocol.blocks.")
+        case DINOProbeSettings():
+            _dino_places(source, settings)
+        case DINOv2ProbeSettings():
+            _dinov2_features(source, settings)
+        case MAEProbeSettings():
+            _mae_places(source, settings)
+
+
+def _mae_places(source: Source, settings: ProbeSettings) -> list[Place]:
+    pooling = settings.pooling or ("class" if source.settings.class_token else None)
+    return source.places(settings.layer, settings.blocks, pooling)
+
+
+def _dino_places(source: Source, settings: ProbeSettings) -> list[Place]:
+    is_wide = source.settings.width >= WIDE
+    last = settings.layer or source.settings.depth
+    pooling = settings.pooling or _with_class(source, "class+mean" if is_wide else "class")
+    return source.places(last, settings.protocol.blocks or min(1 if is_wide else 4, last), pooling)
+
+
+def _dinov2_features(source: Source, settings: ProbeSettings) -> list[list[Place]]:
+    last = settings.layer or source.settings.depth
+    usual = [_with_class(source, pooling) for pooling in ("class", "class+mean")]
+    features: list[list[Place]] = []
+    for blocks in settings.protocol.blocks:
+        for pooling in [settings.pooling] if settings.pooling else usual:
+            places = source.places(last, min(blocks, last), pooling)
+            if places not in features:
+                features.append(places)
+    return features
+
+
 def _logistic(bench: Bench, settings: ProbeSettings, seed: int) -> LinearResult | None:
     places = places_of(bench.source, settings)
     train, val = bench.of(bench.train, places), bench.of(bench.val, places)
@@ -106,9 +148,7 @@ def _logistic(bench: Bench, settings: ProbeSettings, seed: int) -> LinearResult 
 
 
 def _mae(bench: Bench, settings: ProbeSettings, seed: int) -> LinearResult | None:
-    protocol, source = settings.protocol, bench.source
-    pooling = settings.pooling or ("class" if source.settings.class_token else None)
-    places = source.places(settings.layer, settings.blocks, pooling)
+    protocol, places = settings.protocol, _mae_places(bench.source, settings)
     val = bench.of(bench.val, places, protocol.fraction)
     run = _Stepped.plan(bench, protocol, places, None, seed)
     if run is None:
@@ -125,11 +165,7 @@ def _mae(bench: Bench, settings: ProbeSettings, seed: int) -> LinearResult | Non
 
 
 def _dino(bench: Bench, settings: ProbeSettings, seed: int) -> LinearResult | None:
-    protocol, source = settings.protocol, bench.source
-    is_wide = source.settings.width >= WIDE
-    last = settings.layer or source.settings.depth
-    pooling = settings.pooling or _with_class(source, "class+mean" if is_wide else "class")
-    places = source.places(last, protocol.blocks or min(1 if is_wide else 4, last), pooling)
+    protocol, places = settings.protocol, _dino_places(bench.source, settings)
     val = bench.of(bench.val, places, protocol.fraction)
     run = _Stepped.plan(bench, protocol, places, None, seed)
     if run is None:
@@ -146,21 +182,16 @@ def _dino(bench: Bench, settings: ProbeSettings, seed: int) -> LinearResult | No
 
 
 def _dinov2(bench: Bench, settings: ProbeSettings, seed: int) -> LinearResult | None:
-    protocol, source = settings.protocol, bench.source
-    last = settings.layer or source.settings.depth
-    poolings = (
-        [settings.pooling] if settings.pooling else [_with_class(source, "class"), _with_class(source, "class+mean")]
-    )
-    features = []
-    for blocks in dict.fromkeys(min(blocks, last) for blocks in protocol.blocks):
-        for pooling in poolings:
-            places = source.places(last, blocks, pooling)
-            if places not in features:
-                features.append(places)
+    protocol, features = settings.protocol, _dinov2_features(bench.source, settings)
     order = sorted({place for places in features for place in places})
     val = bench.of(bench.val, order, protocol.fraction)
     still = bench.of(bench.train, order, protocol.fraction)
-    is_held = held_out_rows(still.labels, protocol.held_out, seed) if is_first_rank() else None
+    is_held = None
+    if is_first_rank():
+        is_held = held_out_rows(still.labels, protocol.held_out, seed)
+        kept = still.labels[~is_held].unique()
+        if len(kept) < len(still.labels.unique()):
+            raise ValueError(f"--protocol.held_out {protocol.held_out:g}: leaves no image of some class to fit on.")
     run = _Stepped.plan(bench, protocol, order, is_held, seed)
     if run is None:
         return None
@@ -195,12 +226,13 @@ class _Stepped:
         cls, bench: Bench, protocol: SteppedSettings, places: list[Place], is_held: Tensor | None, seed: int
     ) -> _Stepped | None:
         """None on ranks other than the first, once they have done their share of all passes."""
-        kept = said_by_first(None if is_held is None else len(is_held) - int(is_held.sum()))
-        images = kept or len(bench.train.index)
+        endless = cls._epochs(bench, protocol, places, seed)
+        first = next(endless)  # tells how many images are readable
+        images = said_by_first(len(first.labels) if is_held is None else len(is_held) - int(is_held.sum()))
         batch = min(protocol.batch, images)
         per_epoch = images // batch
         steps = protocol.steps(per_epoch)
-        epochs = cls._epochs(bench, protocol, places, math.ceil(steps / per_epoch), seed)
+        epochs = chain([first], islice(endless, math.ceil(steps / per_epoch) - 1))
         if not is_first_rank():
             for _ in epochs:
                 pass
@@ -209,16 +241,12 @@ class _Stepped:
         return cls(protocol, places, batch, per_epoch, steps, in_batches(epochs, places, rows, batch, steps, seed))
 
     @staticmethod
-    def _epochs(
-        bench: Bench, protocol: SteppedSettings, places: list[Place], epochs: int, seed: int
-    ) -> Iterator[FeatureTable]:
-        """The training images' features, epoch by epoch: new crops in each, or the same centre views."""
+    def _epochs(bench: Bench, protocol: SteppedSettings, places: list[Place], seed: int) -> Iterator[FeatureTable]:
+        """The training images' features, epoch by epoch without end: new crops in each, or the same centre views."""
         if not protocol.augment:
-            once = bench.reading.features(bench.source, bench.train, places, protocol.fraction)
-            yield from repeat(once, epochs)
-            return
+            yield from repeat(bench.reading.features(bench.source, bench.train, places, protocol.fraction))
         view = CropSettings(scale=protocol.scale, flip=protocol.flip)
-        for epoch in range(epochs):
+        for epoch in count():
             yield bench.reading.run(bench.source, bench.train, places, view, epoch, seed)
 
     def widths(self, features: Features, of: list[list[Place]]) -> dict[Place, int]:

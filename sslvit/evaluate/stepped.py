@@ -161,3 +161,5 @@ def in_batches(
                 return
             yield step, table.rows(order[start : start + batch], places)
             step += 1
+    if step < steps:
+        raise RuntimeError(f"a head took {step} of {steps} steps: an epoch had fewer readable images than the first.")

@@ -28,3 +28,13 @@ def resize_weights(weights: dict[str, Tensor], old: EncoderSettings, new: Encode
     rows = old.position_rows
     patches = resample_table(table[rows:], old.grid, new.grid, new.interpolate_antialias, new.interpolate_offset)
     return weights | {"pos_embed": torch.cat([table[:rows], patches])[None]}
+
+
+def check_resizable(old: EncoderSettings, new: EncoderSettings) -> None:
+    """Raise ValueError unless weights for one size can be used at the other."""
+    is_same = old.grid == new.grid or (old.positions == "none" and old.tokens != "pixel")
+    if not is_same and (old.positions not in TABLES or old.tokens == "pixel"):
+        what = "a pixel sequence" if old.tokens == "pixel" else f"{old.positions} positions"
+        raise ValueError(
+            f"encoder.image_size: {what} cannot be moved from {old.image_size} to {new.image_size} pixels."
+        )

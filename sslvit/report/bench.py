@@ -10,9 +10,11 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from sslvit.api import finetune, for_labels
 from sslvit.checkpoint import fingerprint, load_encoder
@@ -20,19 +22,20 @@ from sslvit.environment import pick_device
 from sslvit.evaluate.cache import FeatureCache
 from sslvit.evaluate.features import Pass
 from sslvit.evaluate.probe import few_labels, neighbours, open_labelled, untrained
-from sslvit.evaluate.protocols import Bench, linear_probe, places_of
+from sslvit.evaluate.protocols import Bench, check_places, linear_probe, places_of
 from sslvit.evaluate.scores import Draws, columns_of, format_table, interval, markdown_table, mean, sampling_interval
 from sslvit.evaluate.sources import FrozenEncoder, LabelledSet, RawPixels, Source
 from sslvit.figures import bars
 from sslvit.models import ViTEncoder
+from sslvit.models.resize import check_resizable
 from sslvit.report.page import write_page
 from sslvit.settings import SupervisedSettings
-from sslvit.settings.bench import BenchSettings, FinetuneColumn, ProbeColumn, SplitSettings
+from sslvit.settings.bench import PIXELS, BenchSettings, FinetuneColumn, ProbeColumn, SplitSettings
 from sslvit.settings.load import load_recipe
+from sslvit.train.folder import RunFolder
 
 FORMAT = 1  # raised when the same cell would mean another number
 MARK = "bench.json"
-PIXELS = "raw pixels"
 
 
 @dataclass
@@ -96,29 +99,44 @@ class BenchRun:
             self.sets[name] = tuple(LabelledSet(index, kinds.copy().pop()) for index in indices)
         for encoders in self.encoders.values():
             for column in settings.columns.values():
-                if isinstance(column, ProbeColumn):
-                    places_of(FrozenEncoder(encoders[0]), column.settings(SplitSettings("", "")))
-        for name, column in {**settings.columns, "scratch": settings.scratch}.items():
+                for encoder in encoders if isinstance(column, ProbeColumn) else []:
+                    check_places(FrozenEncoder(encoder), column.settings(SplitSettings("", "")))
+        trained = {f"columns.{name}": column for name, column in settings.columns.items()}
+        if "scratch" in settings.baselines and not any(isinstance(one, FinetuneColumn) for one in trained.values()):
+            trained["scratch"] = settings.scratch
+        for where, column in trained.items():
             if isinstance(column, FinetuneColumn):
-                self.check_finetuning(name, column)
+                self.check_finetuning(where, column)
+            elif column.kind == "knn":
+                fewest = min(len(train.index) for train, _ in self.sets.values())
+                if column.neighbours > fewest:
+                    raise ValueError(
+                        f"{where}.neighbours: {column.neighbours}, but there are {fewest} training images."
+                    )
         cache = FeatureCache(self.folder / "features")
         self.reading = Pass(settings.batch, settings.workers, cache)
 
-    def check_finetuning(self, name: str, column: FinetuneColumn) -> None:
+    def check_finetuning(self, where: str, column: FinetuneColumn) -> None:
         """Refuse a recipe or a change that no fine-tuning could run with."""
         for encoders in self.encoders.values():
-            try:
-                recipe = load_recipe(column.config, column.changes, for_labels(encoders[0].settings))
-            except ValueError as error:
-                raise ValueError(f"columns.{name}: {error}") from error
-            if not isinstance(recipe.task, SupervisedSettings):
-                raise ValueError(f"columns.{name}.config: {column.config} does not train with labels.")
-            if recipe.train.devices * recipe.train.nodes > 1:
-                raise ValueError(f"columns.{name}.train.devices: a bench trains on one device.")
+            for encoder in encoders:
+                start = for_labels(encoder.settings)
+                try:
+                    recipe = load_recipe(column.config, column.changes, start)
+                    check_resizable(start, recipe.encoder)
+                except ValueError as error:
+                    raise ValueError(f"{where}: {error}") from error
+                if not isinstance(recipe.task, SupervisedSettings):
+                    raise ValueError(f"{where}.config: {column.config} does not train with labels.")
+                if recipe.train.devices * recipe.train.nodes > 1:
+                    raise ValueError(f"{where}.train.devices: a bench trains on one device.")
+                fewest = min(len(train.index) for train, _ in self.sets.values())
+                if recipe.data.global_batch > fewest:
+                    batch = recipe.data.global_batch
+                    raise ValueError(f"{where}: data.global_batch {batch}, but there are {fewest} training images.")
 
     def run(self) -> dict[str, Path]:
         """Fill the tables cell by cell; returns what was written."""
-        self._claim()
         tables: dict[str, Draws] = {}
         cells: list[dict[str, Any]] = []
         for data in self.settings.data:
@@ -141,10 +159,14 @@ class BenchRun:
                 self.write(tables, cells)  # what is there can be read while the rest is made
         return self.write(tables, cells)
 
-    def _claim(self) -> None:
+    def claim(self) -> None:
         """Go on in a folder of a bench, or make a new one; nothing else is touched."""
-        if self.folder.exists() and any(self.folder.iterdir()) and not (self.folder / MARK).exists():
-            raise ValueError(f"{self.folder}: in use, and not by a bench (no {MARK}). Choose another --out.")
+        if self.folder.exists() and any(self.folder.iterdir()):
+            if not (self.folder / MARK).exists():
+                raise ValueError(f"{self.folder}: in use, and not by a bench (no {MARK}). Choose another --out.")
+            earlier = json.loads((self.folder / MARK).read_text()).get("name")
+            if earlier != self.settings.name:
+                raise ValueError(f"{self.folder}: holds the tables of another bench ({earlier}). Choose another --out.")
         (self.folder / "cells").mkdir(parents=True, exist_ok=True)
         (self.folder / MARK).write_text(json.dumps(asdict(self.settings), indent=1) + "\n")
 
@@ -183,7 +205,8 @@ class BenchRun:
 
     def trained_from_scratch(self, data: str, path: str, seed: int) -> ViTEncoder:
         columns = [column for column in self.settings.columns.values() if isinstance(column, FinetuneColumn)]
-        return load_encoder(self.finetuned(data, columns[0] if columns else self.settings.scratch, path, True, seed))
+        folder, _ = self.finetuned(data, columns[0] if columns else self.settings.scratch, path, True, seed)
+        return load_encoder(folder)
 
     # ---- cells -----------------------------------------------------------------------------------------------
 
@@ -191,7 +214,7 @@ class BenchRun:
         """A measurement, done now or before; None where there is none to do."""
         wanted = self.settings.columns[column]
         if isinstance(wanted, FinetuneColumn):
-            return None if entry.path is None else self.finetune_cell(data, row, column, wanted, entry)
+            return None if entry.path is None else self.finetune_cell(data, wanted, entry)
         encoder = None if entry.encoder is None else entry.encoder().to(self.device)
         first = next(iter(self.encoders.values()))[0].settings
         source: Source = RawPixels(first) if encoder is None else FrozenEncoder(encoder)
@@ -212,7 +235,12 @@ class BenchRun:
         settings = column.settings(SplitSettings("", ""))
         if column.kind == "linear":
             result = linear_probe(bench, settings, seed)
-            return [result.score], result.about
+            about = result.about
+            if result.held_out is not None:
+                about |= {"right answers on training images held out": result.held_out}
+            if result.paper_rule is not None:
+                about |= {"score by the paper's choice, made on the reported images": result.paper_rule}
+            return [result.score], about
         places = places_of(source, settings)
         features = [bench.of(data, places) for data in (train, val)]
         made = few_labels(*features, bench, settings, seed) if column.kind == "few" else neighbours(
@@ -221,39 +249,34 @@ class BenchRun:
         (values,) = made.values()
         return values, asdict(column)
 
-    def finetune_cell(self, data: str, row: str, column: str, wanted: FinetuneColumn, entry: Entry) -> Cell:
-        train, val = self.sets[data]
-        identity = self._finetune_identity(wanted, entry.path, entry.is_scratch, entry.seed) | {
-            "train": train.index.fingerprint(), "val": val.index.fingerprint(),
-        }  # fmt: skip
+    def finetune_cell(self, data: str, wanted: FinetuneColumn, entry: Entry) -> Cell:
+        path, key = self.finetuned(data, wanted, entry.path, entry.is_scratch, entry.seed)
+        folder = RunFolder(path)
+        scores = json.loads(folder.scores.read_text())
+        start = "random weights" if entry.is_scratch else entry.path
+        about = {"config": wanted.config, **wanted.changes, "started from": start, "run": str(path)}
+        return Cell([scores["top1"]], _training_seconds(folder), about, key)
 
-        def measure() -> tuple[list[float], dict[str, Any]]:
-            folder = self.finetuned(data, wanted, entry.path, entry.is_scratch, entry.seed)
-            scores = json.loads((folder / "scores.json").read_text())
-            return [scores["top1"]], asdict(wanted) | {"run": str(folder), "scratch": entry.is_scratch}
-
-        return self.kept(identity, f"{data}: {row}: {column}", measure)
-
-    def _finetune_identity(self, wanted: FinetuneColumn, path: str, is_scratch: bool, seed: int) -> dict[str, Any]:
+    def finetuned(self, data: str, wanted: FinetuneColumn, path: str, is_scratch: bool, seed: int) -> tuple[Path, str]:
+        """The run folder of a fine-tuning (made now, gone on with, or finished before) and the key of what decides it."""
         encoder = load_encoder(path)
-        start = asdict(encoder.settings) if is_scratch else fingerprint(encoder)
-        return {"start": start, "scratch": is_scratch, "column": asdict(wanted), "seed": seed}
-
-    def finetuned(self, data: str, wanted: FinetuneColumn, path: str, is_scratch: bool, seed: int) -> Path:
-        """The run folder of a fine-tuning, made now, gone on with, or finished before."""
-        identity = self._finetune_identity(wanted, path, is_scratch, seed) | {"data": data}
-        folder = self.folder / "finetune" / _key(identity)
-        if (folder / "scores.json").exists():
-            return folder
-        is_begun = (folder / "checkpoints" / "last.ckpt").exists()
-        if not is_begun:
-            shutil.rmtree(folder, ignore_errors=True)
-        split = self.settings.data[data]
-        finetune(
-            path, split.train, split.val, wanted.config, folder, is_scratch, resume=is_begun,
-            **wanted.changes, seed=seed, **{"train.accelerator": "cpu" if self.device == "cpu" else "gpu"},
+        recipe = asdict(load_recipe(wanted.config, wanted.changes, for_labels(encoder.settings)))
+        train, val = (part.index.fingerprint() for part in self.sets[data])
+        key = _key(
+            {"start": None if is_scratch else fingerprint(encoder), "recipe": recipe, "seed": seed, "train": train,
+             "val": val, "device": self.device.split(":")[0]}
         )  # fmt: skip
-        return folder
+        folder = RunFolder(self.folder / "finetune" / key)
+        if not (folder.scores.exists() and (folder.encoder / "encoder.json").exists()):  # the last things written
+            if not folder.checkpoint.exists():
+                shutil.rmtree(folder.path, ignore_errors=True)
+            print(f"{data}: training with labels, {'from scratch' if is_scratch else f'from {path}'}", flush=True)
+            split = self.settings.data[data]
+            finetune(
+                path, split.train, split.val, wanted.config, folder.path, is_scratch, resume=folder.checkpoint.exists(),
+                **wanted.changes, seed=seed, **{"train.accelerator": "cpu" if self.device == "cpu" else "gpu"},
+            )  # fmt: skip
+        return folder.path, key
 
     def kept(self, identity: dict[str, Any], title: str, measure: Callable[[], tuple[list[float], dict]]) -> Cell:
         """The cell of this identity: from its file, or measured and written there."""
@@ -287,18 +310,23 @@ class BenchRun:
             markdown += [f"## {data}", "", markdown_table(rows), "", note, ""]
             content += [("heading", data), ("table", rows), ("text", note)]
             full = {row: {c: mean(v) for c, v in scores.items()} for row, scores in rows.items()}
-            if all(columns_of(rows)) and full:
+            if columns_of(rows):
                 picture = bars(self.folder / f"{data}.png", full, "right answers, %", data)
                 content.append(("picture", picture, "The same as bars."))
         spent: dict[str, float] = {}
         for cell in {cell["key"]: cell for cell in cells}.values():  # rows may share one
             spent[cell["column"]] = spent.get(cell["column"], 0.0) + cell["seconds"]
         cost = "Minutes of each column: " + "; ".join(f"{column} {s / 60:.1f}" for column, s in spent.items()) + "."
-        markdown += [cost, ""]
-        content += [("heading", "Cost and settings"), ("text", cost)]
+        said = [
+            f"{name}: the paper chose on the images that it reports ({column.protocol.chosen_by_paper}); not so here."
+            for name, column in self.settings.columns.items()
+            if isinstance(column, ProbeColumn) and column.kind == "linear" and column.protocol.chosen_by_paper
+        ]
+        markdown += [line for text in [*said, cost] for line in (text, "")]
+        content += [("heading", "Cost and settings"), *(("text", text) for text in [*said, cost])]
         for cell in cells:
-            said = "; ".join(f"{key} {value}" for key, value in cell["about"].items())
-            content.append(("text", f"{cell['data']}, {cell['row']}, {cell['column']}: {said}."))
+            settings = "; ".join(f"{key} {value}" for key, value in cell["about"].items())
+            content.append(("text", f"{cell['data']}, {cell['row']}, {cell['column']}: {settings}."))
         lines = io.StringIO()
         writer = csv.DictWriter(lines, ["data", "row", "column", "mean", "interval", "values", "seconds"])
         writer.writeheader()
@@ -318,8 +346,15 @@ def bench(settings: BenchSettings) -> dict[str, Path]:
     """Run a bench, or go on with it, and print its tables."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("bench: runs in one process. Start it without torchrun.")
-    run = BenchRun(replace(settings))
-    files = run.run()
+    run = BenchRun(settings)
+    run.claim()
+    try:
+        with FileLock(run.folder / ".lock", timeout=0):
+            files = run.run()
+    except Timeout:
+        raise ValueError(
+            f"{run.folder}: another process runs this bench. Wait for it, or choose another --out."
+        ) from None
     print()
     content = json.loads(files["table.json"].read_text())
     for data in settings.data:
@@ -331,6 +366,16 @@ def bench(settings: BenchSettings) -> dict[str, Path]:
     for file in files.values():
         print(f"  {file}")
     return files
+
+
+def _training_seconds(folder: RunFolder) -> float:
+    """That the steps of a run took, over all parts of it that were gone on with."""
+    seconds, step = 0.0, 0
+    batch = folder.read_config()["data"]["global_batch"]
+    for line in folder.read_metrics():
+        seconds += (line["step"] - step) * batch / line["images_per_second"]
+        step = line["step"]
+    return seconds
 
 
 def _key(identity: dict[str, Any]) -> str:

@@ -86,7 +86,7 @@ def draw_field(encoder: ViTEncoder, images: Tensor, out: str | Path, seed: int =
         cnn.conv1 = nn.Conv2d(settings.channels, 64, 7, 2, 3, bias=False)
     fields = [receptive_field(middle_of_stage(cnn, stage), images, seed) for stage in range(1, 5)]
     rows.append(_as_row(fields[: len(blocks)]))
-    titles.append("ResNet-18,\nuntrained,\nstages 1 to 4")
+    titles.append(f"ResNet-18,\nuntrained,\nstages 1 to {len(blocks)}")
     return image_rows(out, rows, titles)
 
 

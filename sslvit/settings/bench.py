@@ -13,6 +13,20 @@ from sslvit.settings.probe import ProbeSettings
 from sslvit.settings.protocols import PROTOCOLS, LogregSettings, ProtocolSettings
 
 BASELINES = ("pixels", "untrained", "scratch")
+PIXELS = "raw pixels"  # the name of that row
+GIVEN = (
+    "seed",
+    "out",
+    "init",
+    "data.shards",
+    "task.val",
+    "train.accelerator",
+    "task",
+    "train",
+    "data",
+    "encoder",
+    "optim",
+)
 
 
 @dataclass
@@ -95,7 +109,8 @@ class BenchSettings:
         batch: images per forward pass.
         workers: loader processes.
         device: auto, cpu or cuda.
-        out: folder for all of it.
+        out: folder for all of it; null for runs/bench-NAME.
+        name: of the bench: the YAML's.
     """
 
     data: dict[str, SplitSettings]
@@ -108,7 +123,17 @@ class BenchSettings:
     batch: int = 256
     workers: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    out: str = "runs/bench"
+    out: str | None = None
+    name: str = "bench"
+
+    def __post_init__(self) -> None:
+        self.out = self.out or f"runs/bench-{self.name}"
+        for key, least in (("seeds", 1), ("batch", 1), ("seed", 0), ("workers", 0)):
+            if getattr(self, key) < least:
+                raise ValueError(f"{key}: {getattr(self, key)} must be {least} or more.")
+        wrong = [one for one in self.baselines if one not in BASELINES]
+        if wrong:
+            raise ValueError(f"baselines: {wrong[0]} is not one of {', '.join(BASELINES)}.")
 
 
 def load_bench(path: str | Path, changes: dict[str, Any]) -> BenchSettings:
@@ -125,7 +150,7 @@ def load_bench(path: str | Path, changes: dict[str, Any]) -> BenchSettings:
     path = Path(path)
     try:
         tree = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
         raise ValueError(f"{path}: not readable as YAML ({' '.join(str(error).split())[:160]}).") from error
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file. Start from configs/bench/cifar10.yaml.") from None
@@ -133,7 +158,7 @@ def load_bench(path: str | Path, changes: dict[str, Any]) -> BenchSettings:
         raise ValueError(f"{path}: expected keys and values, found {type(tree).__name__}.")
     tree |= changes
     try:
-        return _read(tree)
+        return _read({**tree, "name": path.stem})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -146,25 +171,34 @@ def _read(tree: dict[str, Any]) -> BenchSettings:
     for key in ("data", "encoders", "columns"):
         if not isinstance(tree.get(key), dict) or not tree[key]:
             raise ValueError(f"{key}: expected at least one name and what it stands for.")
+        for name in tree[key]:
+            if not isinstance(name, str) or not name or set(name) & set("/|\\\n") or name == PIXELS:
+                raise ValueError(f"{key}: {name!r} is no name for a table. Use words, without / and |.")
     data = {name: _built(SplitSettings, value, f"data.{name}") for name, value in tree["data"].items()}
-    for name, split in data.items():
-        if not (split.train and split.val):
-            raise ValueError(f"data.{name}: needs train and val.")
     encoders = {}
     for name, value in tree["encoders"].items():
         encoders[name] = [value] if isinstance(value, str) else value
-        if not isinstance(encoders[name], list) or not all(isinstance(one, str) for one in encoders[name]):
+        if not isinstance(value, (str, list)) or not value or not all(isinstance(one, str) for one in encoders[name]):
             raise ValueError(f"encoders.{name}: expected an encoder, or a list of them.")
     columns = {name: _column(value, f"columns.{name}") for name, value in tree["columns"].items()}
     plain = {key: value for key, value in tree.items() if key not in ("data", "encoders", "columns", "scratch")}
-    baselines = plain.get("baselines", list(BASELINES))
-    if not isinstance(baselines, list) or set(baselines) - set(BASELINES):
-        raise ValueError(f"baselines: {baselines} is not a list of {', '.join(BASELINES)}.")
+    checked = build(_Plain, plain)
     scratch = _finetune(tree.get("scratch", {}), "scratch")
-    for key in ("seeds", "batch"):
-        if not isinstance(plain.get(key, 1), int) or plain.get(key, 1) < 1:
-            raise ValueError(f"{key}: {plain[key]} must be a whole number from 1.")
-    return BenchSettings(data, encoders, columns, scratch=scratch, **plain)
+    return BenchSettings(data, encoders, columns, scratch=scratch, **vars(checked))
+
+
+@dataclass
+class _Plain:
+    """The keys of a bench that are single values, with their types."""
+
+    baselines: list[str] = field(default_factory=lambda: list(BASELINES))
+    seeds: int = 1
+    seed: int = 0
+    batch: int = 256
+    workers: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    out: str | None = None
+    name: str = "bench"
 
 
 def _column(value: Any, where: str) -> ProbeColumn | FinetuneColumn:
@@ -192,7 +226,13 @@ def _column(value: Any, where: str) -> ProbeColumn | FinetuneColumn:
 def _finetune(value: Any, where: str) -> FinetuneColumn:
     if not isinstance(value, dict):
         raise ValueError(f"{where}: expected config and changes by dotted key.")
+    for key in GIVEN:
+        if key in value:
+            what = "Give its keys with dots, as in train.steps" if isinstance(value[key], dict) else "The bench sets it"
+            raise ValueError(f"{where}.{key}: cannot stand here. {what}.")
     config = value.get("config", FinetuneColumn.config)
+    if not isinstance(config, str):
+        raise ValueError(f"{where}.config: {config} is not a recipe's name.")
     return FinetuneColumn(config, {key: part for key, part in value.items() if key != "config"})
 
 

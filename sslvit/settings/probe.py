@@ -64,6 +64,9 @@ class ProbeSettings:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ValueError(f"--{key.replace('_', '-')} {value}: must be 1 or more.")
+        for key in ("seed", "workers"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"--{key} {getattr(self, key)}: must be 0 or more.")
         if self.labels_percent is not None and not 0 < self.labels_percent < 100:
             raise ValueError(f"--labels-percent {self.labels_percent:g}: must be between 0 and 100.")
         if any(k < 1 for k in self.neighbours) or len(set(self.neighbours)) != len(self.neighbours):

@@ -146,6 +146,11 @@ class DINOProbeSettings(SteppedSettings):
     source: ClassVar[str] = "Caron et al. 2021, released eval_linear.py"
     chosen_by_paper: ClassVar[str | None] = "the best epoch"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.blocks is not None and self.blocks < 1:
+            raise ValueError(f"--protocol.blocks {self.blocks}: must be 1 or more.")
+
     def steps(self, per_epoch: int) -> int:
         return max(1, round(self.epochs * per_epoch))
 
@@ -180,7 +185,7 @@ class DINOv2ProbeSettings(SteppedSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.rates or min(self.rates) <= 0:
+        if not self.rates or not all(0 < rate < float("inf") for rate in self.rates):
             raise ValueError(f"--protocol.rates {self.rates}: expected rates above zero.")
         if not self.blocks or min(self.blocks) < 1:
             raise ValueError(f"--protocol.blocks {self.blocks}: expected numbers of blocks from 1.")

@@ -52,6 +52,12 @@ class SupervisedSettings(TaskSettings):
             if not 0 <= getattr(self, key) < float("inf"):
                 raise ValueError(f"task.{key}: {getattr(self, key)} is not zero or more.")
 
+    def check_micro_batch(self, micro: int) -> None:
+        if micro < 2 and (self.mixup or self.cutmix):
+            raise ValueError(
+                "task.mixup and task.cutmix mix images of one micro-batch: 1 is too few. Raise it, or set them to 0."
+            )
+
     def fitted(
         self, images: int, global_batch: int, total_steps: int, classes: int | None = None
     ) -> SupervisedSettings:

@@ -19,6 +19,9 @@ class TaskSettings:
         """
         return self
 
+    def check_micro_batch(self, micro: int) -> None:
+        """Raise ValueError where a task needs more images side by side."""
+
     def remedy(self, sign: str, rate: str) -> str:
         """Which knob to turn when training has failed; a task with knobs of its own names them.
 

@@ -65,6 +65,10 @@ class PretextTask(pl.LightningModule):
         """The encoder that is saved, probed and exported."""
         return self.encoder
 
+    def extra_weights(self) -> dict[str, Tensor]:
+        """What is saved beside the trained encoder, as head.safetensors; nothing for pretext tasks."""
+        return {}
+
     def figures(self, batch: Batch) -> dict[str, tuple[list[str], list[np.ndarray]]]:
         """Pictures of what was learned on these images: name -> (row titles, rows 'b c h w' in [0, 1])."""
         return {}

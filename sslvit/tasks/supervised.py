@@ -85,11 +85,14 @@ class Supervised(PretextTask):
             for kind, alpha in ((v2.MixUp, settings.mixup), (v2.CutMix, settings.cutmix))
             if alpha
         ]
-        if not makers or len(images) < 2:
+        if not makers:
             return images, F.one_hot(batch.labels, settings.classes).to(images.dtype)
         with torch_chance(self.seed, "mix", self.global_step):
             images, target = v2.RandomChoice(makers)(images, batch.labels)
         return images, target.to(images.dtype)
+
+    def extra_weights(self) -> dict[str, Tensor]:
+        return {f"head.{key}": value for key, value in self.head.state_dict().items()}
 
     # ---- weights ---------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,12 +16,11 @@ from dataclasses import asdict
 
 import pytorch_lightning as pl
 import torch
-from safetensors.torch import save_file
 
 from sslvit.data.index import ShardIndex
 from sslvit.data.open import open_shards
 from sslvit.data.reader import ShardReader
-from sslvit.evaluate.classify import accuracy
+from sslvit.evaluate.classify import Accuracy, accuracy
 from sslvit.evaluate.features import Pass
 from sslvit.evaluate.knn import knn_accuracies
 from sslvit.evaluate.label_free import measures_of, spread
@@ -104,7 +104,7 @@ class OnlineProbe(ScoringCallback):
 
 
 class Validation(ScoringCallback):
-    """A classifier's right answers on the reported images; the last ones are written to scores.json with its head."""
+    """A classifier's right answers on the reported images; the last ones are written to scores.json."""
 
     def __init__(self, settings: PretrainSettings, folder: RunFolder, index: ShardIndex, total_steps: int) -> None:
         super().__init__(settings.task.validate_every, settings.train.log_every, total_steps)
@@ -122,19 +122,18 @@ class Validation(ScoringCallback):
             workers, self.settings.task.fraction,
         )  # fmt: skip
         if self.step == self.total_steps and trainer.is_global_zero:
-            self.write(found, module)
+            self.write(found)
         return {"val_top1": found.top1}
 
-    def write(self, found, module: Supervised) -> None:
+    def write(self, found: Accuracy) -> None:
         about = {
             **asdict(found), "val": self.index.location, "fingerprint": self.index.fingerprint(), "step": self.step,
             "init": self.settings.init, "seed": self.settings.seed, "reported": "the last step",
             "seconds_since_start": time.monotonic() - self.start,
         }  # fmt: skip
-        self.folder.scores.write_text(json.dumps(about, indent=1) + "\n")
-        head = {f"head.{key}": value.detach().cpu().contiguous() for key, value in module.head.state_dict().items()}
-        self.folder.encoder.mkdir(parents=True, exist_ok=True)
-        save_file(head, self.folder.encoder / "head.safetensors", {"classes": json.dumps(self.index.classes)})
+        part = self.folder.scores.with_suffix(".part")
+        part.write_text(json.dumps(about, indent=1) + "\n")
+        os.replace(part, self.folder.scores)
 
 
 def open_val(settings: PretrainSettings, index: ShardIndex) -> ShardIndex:

@@ -24,7 +24,8 @@ from sslvit.train.folder import RunFolder
 def check_machine(settings: PretrainSettings) -> None:
     """Refuse what cannot run here, before data is touched."""
     train = settings.train
-    slices(settings.data.global_batch, train.devices * train.nodes, train.micro_batch)
+    micro, _ = slices(settings.data.global_batch, train.devices * train.nodes, train.micro_batch)
+    settings.task.check_micro_batch(micro)
     kinds = task_class(settings.task.name).view_kinds
     if settings.data.view.kind not in kinds:
         raise ValueError(

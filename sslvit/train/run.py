@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import warnings
 
 import pytorch_lightning as pl
 import torch
+from safetensors.torch import save_file
 
 from sslvit import __version__
 from sslvit.checkpoint import load_encoder, save_encoder
@@ -24,6 +26,8 @@ from sslvit.train.health import Health
 from sslvit.train.online import OnlineProbe, Validation
 from sslvit.train.pictures import draw_pictures
 from sslvit.train.prepare import check_data, check_machine, check_resumed, chosen, fit
+
+HEAD = "head.safetensors"
 
 
 def pretrain(settings: PretrainSettings, resume: bool = False, overwrite: bool = False) -> RunFolder:
@@ -173,6 +177,9 @@ def _finish(
         "settings": settings.as_dict(),
     }  # fmt: skip
     save_encoder(task.trained_encoder, folder.encoder, provenance)
+    if extra := task.extra_weights():
+        classes = {"classes": json.dumps(index.classes)}
+        save_file({key: value.cpu().contiguous() for key, value in extra.items()}, folder.encoder / HEAD, classes)
     draw_pictures(folder, task, data)
     print(f"encoder in {folder.encoder}, figures in {folder.figures}")
 
