@@ -107,12 +107,6 @@ class BenchRun:
         for where, column in trained.items():
             if isinstance(column, FinetuneColumn):
                 self.check_finetuning(where, column)
-            elif column.kind == "knn":
-                fewest = min(len(train.index) for train, _ in self.sets.values())
-                if column.neighbours > fewest:
-                    raise ValueError(
-                        f"{where}.neighbours: {column.neighbours}, but there are {fewest} training images."
-                    )
         cache = FeatureCache(self.folder / "features")
         self.reading = Pass(settings.batch, settings.workers, cache)
 
@@ -258,7 +252,7 @@ class BenchRun:
         return Cell([scores["top1"]], _training_seconds(folder), about, key)
 
     def finetuned(self, data: str, wanted: FinetuneColumn, path: str, is_scratch: bool, seed: int) -> tuple[Path, str]:
-        """The run folder of a fine-tuning (made now, gone on with, or finished before) and the key of what decides it."""
+        """The run folder of a fine-tuning, made now, gone on with or finished before; and the key of all behind it."""
         encoder = load_encoder(path)
         recipe = asdict(load_recipe(wanted.config, wanted.changes, for_labels(encoder.settings)))
         train, val = (part.index.fingerprint() for part in self.sets[data])

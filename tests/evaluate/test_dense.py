@@ -98,6 +98,13 @@ def test_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     flat = write(tmp_path / "flat", 3, 0, (0, 0))
     with pytest.raises(ValueError, match="its masks hold 1 classes"):
         segment({"e": make()}, MaskedImages.open(flat), MaskedImages.open(good))
+    one = write(tmp_path / "one", 1, 0)
+    with pytest.raises(ValueError, match="one: one image. Two or more are needed"):
+        segment({"e": make()}, MaskedImages.open(one), MaskedImages.open(good))
+    for mask in (flat / "masks").iterdir():
+        Image.new("L", (16, 16), 255).save(mask)
+    with pytest.raises(ValueError, match="flat: its masks label no pixel"):
+        segment({"e": make()}, MaskedImages.open(good), MaskedImages.open(flat))
     Image.new("RGB", (16, 16)).save(good / "masks" / "00.png")
     with pytest.raises(ValueError, match=r"00.png: a mask of mode RGB. Expected one number per pixel"):
         segment({"e": make()}, MaskedImages.open(good), MaskedImages.open(good))

@@ -26,6 +26,7 @@ from sslvit.evaluate.scores import format_table, interval, markdown_table, shown
 from sslvit.evaluate.sources import FrozenEncoder, LabelledSet, RawPixels
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings, ProbeSettings
+from sslvit.settings.protocols import DINOProbeSettings
 
 SMALL = {"image_size": 8, "patch": 4, "width": 16, "depth": 1, "heads": 2}
 
@@ -152,6 +153,9 @@ def test_unlabelled_or_different_data_is_refused(shards: Path) -> None:
         ({"val": str(shards / "plain")}, "have no labels"),
         ({"val": str(shards / "other")}, r"different classes \(bright, light"),
         ({"labels_per_class": 30}, r"--labels-per-class 30: class (dark|light) has only"),
+        ({"neighbours": [5000]}, "--neighbours 5000: there are only 40 training images"),
+        ({"protocol": DINOProbeSettings(), "blocks": 2}, "--blocks 2: dino has --protocol.blocks"),
+        ({"cache": __file__}, "not a folder. Give one, or none"),
         ({"labels_percent": 2.0}, r"--labels-percent 2: of class .* less than 2 would be drawn"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -163,6 +167,8 @@ def test_unlabelled_or_different_data_is_refused(shards: Path) -> None:
         ({"neighbours": [0]}, "--neighbours"),
         ({"pooling": "max"}, "--pooling max: not one of class, mean"),
         ({"temperature": 0}, "--temperature 0"),
+        ({"seed": -1}, "--seed -1: must be 0 or more"),
+        ({"workers": -1}, "--workers -1: must be 0 or more"),
     ]:
         with pytest.raises(ValueError, match=message):
             ProbeSettings("a", "b", **wrong)
@@ -179,6 +185,26 @@ def test_a_second_probe_reads_features_from_the_cache(shards: Path, monkeypatch:
         probe({"mine": make()}, replace(settings, batch=7))  # other last digits
     with pytest.raises(TypeError):
         probe({"mine": make(mean=[0.4] * 3)}, settings)  # seen otherwise
+
+
+def test_the_cache_tells_views_and_data_apart(shards: Path, tmp_path: Path) -> None:
+    from sslvit.evaluate.cache import key_of
+    from sslvit.settings.views import CentreSettings
+
+    source = FrozenEncoder(make())
+    train, val = (LabelledSet(load_index(shards / name), 3) for name in ("train", "val"))
+    some = LabelledSet(train.index, 3, np.arange(4))
+    keys = [
+        key_of(source, data, CentreSettings(fraction=fraction), batch)
+        for data, fraction, batch in [
+            (train, 1.0, 4),
+            (val, 1.0, 4),
+            (some, 1.0, 4),
+            (train, 0.875, 4),
+            (train, 1.0, 5),
+        ]
+    ]
+    assert len(set(keys)) == 5
 
 
 def test_a_damaged_cache_is_made_anew_and_a_full_one_forgets_the_oldest(shards: Path) -> None:

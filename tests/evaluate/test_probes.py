@@ -159,6 +159,13 @@ def test_neighbours_are_found_piece_by_piece(monkeypatch: pytest.MonkeyPatch) ->
     assert min(expected.values()) > 80
 
 
+def test_a_small_temperature_lets_the_nearest_decide() -> None:
+    train, val = clouds(), clouds(60, seed=1)
+    nearest_alone = knn_accuracies(train, val, 4, [1], 0.07)[1]
+    for temperature in (0.01, 1e-4):  # exp(1 / 0.01) is beyond float32
+        assert knn_accuracies(train, val, 4, [20], temperature)[20] == pytest.approx(nearest_alone, abs=2)
+
+
 def test_more_neighbours_than_images_is_all_of_them() -> None:
     features = clouds(30)
     assert torch.equal(knn_votes(features, features.values, 4, 100), knn_votes(features, features.values, 4, 30))

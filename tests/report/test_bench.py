@@ -115,9 +115,102 @@ def test_one_command_fills_the_table_and_goes_on_where_it_stopped(
     assert "toy: B untrained: linear" in capsys.readouterr().out
 
 
+def cells_of(tmp_path: Path) -> dict[tuple[str, str], dict]:
+    content = json.loads((tmp_path / "bench" / "table.json").read_text())
+    return {(cell["row"], cell["column"]): cell for cell in content["cells"]}
+
+
+def test_other_data_recipes_or_weights_are_measured_anew(
+    files: dict, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    recipe = recipes_folder() / "finetune" / "small_images.yaml"
+    (tmp_path / "own.yaml").write_text(recipe.read_text())
+    tuned = {"kind": "finetune", **SHORT, "config": str(tmp_path / "own.yaml")}
+    files |= {"encoders": {"B": files["encoders"]["B"]}, "columns": {"fine-tuned": tuned}, "baselines": ["pixels"]}
+
+    def key() -> str:
+        assert main(["bench", write(files, tmp_path)]) == 0
+        said = capsys.readouterr().out
+        cell = cells_of(tmp_path)["B", "fine-tuned"]
+        assert cell["seconds"] > 0
+        return cell["key"], "toy: training with labels" in said
+
+    first, was_made = key()
+    assert was_made
+    assert key() == (first, False)
+    (tmp_path / "own.yaml").write_text(recipe.read_text().replace("layer_decay: 0.75", "layer_decay: 0.5"))
+    second, was_made = key()
+    assert was_made
+    assert second != first
+    swapped = {"train": files["data"]["toy"]["val"], "val": files["data"]["toy"]["train"]}
+    files["data"] = {"toy": swapped}
+    third, was_made = key()
+    assert was_made
+    assert third not in (first, second)
+    save_encoder(make(9, pooling="mean"), tmp_path / "e2")
+    assert key()[0] not in (first, second, third)
+
+
+def test_a_fine_tuning_that_was_cut_off_is_finished_before_it_counts(
+    files: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sslvit.train import run as runs
+
+    tuned = {"kind": "finetune", **SHORT, "train.checkpoint_every": 2}
+    files |= {"encoders": {"B": files["encoders"]["B"]}, "columns": {"fine-tuned": tuned}, "baselines": []}
+
+    def stop(*_) -> None:
+        raise KeyboardInterrupt("stopped")  # scores.json is there, the encoder is not
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "_finish", stop)
+        assert main(["bench", write(files, tmp_path)]) == 130
+    (folder,) = (tmp_path / "bench" / "finetune").iterdir()
+    assert (folder / "scores.json").exists()
+    assert main(["bench", write(files, tmp_path)]) == 0
+    assert (folder / "encoder" / "encoder.json").exists()
+    assert (folder / "encoder" / "head.safetensors").exists()
+
+
+def test_a_papers_choice_is_said_and_not_made(files: dict, tmp_path: Path) -> None:
+    files |= {"columns": {"dinov2": files["columns"]["dinov2"]}, "baselines": ["pixels"]}
+    assert main(["bench", write(files, tmp_path)]) == 0
+    text = (tmp_path / "bench" / "table.md").read_text()
+    assert "dinov2: the paper chose on the images that it reports (the best of the heads); not so here" in text
+    cell = cells_of(tmp_path)["B", "dinov2"]
+    assert cell["about"]["score by the paper's choice, made on the reported images"] >= cell["mean"]
+
+
+def test_two_benches_do_not_share_a_folder(files: dict, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    files |= {"columns": {"kNN": files["columns"]["kNN"]}, "baselines": ["pixels"]}
+    assert main(["bench", write(files, tmp_path)]) == 0
+    (tmp_path / "other.yaml").write_text((tmp_path / "bench.yaml").read_text())
+    capsys.readouterr()
+    assert main(["bench", str(tmp_path / "other.yaml")]) == 1
+    assert "holds the tables of another bench (bench)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"encoders": {"A": []}}, "encoders.A: expected an encoder"),
+        ({"encoders": {"raw pixels": "x"}}, "encoders: 'raw pixels' is no name for a table"),
+        ({"encoders": {3: "x"}}, "encoders: 3 is no name for a table"),
+        ({"columns": {"a|b": "linear"}}, "is no name for a table"),
+        ({"seed": "a"}, "seed: 'a' is not a whole number"),
+        ({"workers": -1}, "workers: -1 must be 0 or more"),
+        ({"device": "gpu"}, "device: 'gpu' is not one of auto, cpu, cuda"),
+        ({"columns": {"x": {"kind": "finetune", "seed": 3}}}, "columns.x.seed: cannot stand here. The bench sets it"),
+        (
+            {"columns": {"x": {"kind": "finetune", "train": {"steps": 3}}}},
+            "columns.x.train: cannot stand here. Give its",
+        ),
+        ({"columns": {"x": {"kind": "knn", "neighbours": 99}}}, "--neighbours 99: there are only 48 training images"),
+        (
+            {"columns": {"x": {"kind": "finetune"}}},
+            "columns.x: data.global_batch 128, but there are 48 training images",
+        ),
+        ({"columns": {"x": {"protocol": {"name": "dino", "blocks": 3}}}}, "--blocks 3: there are only 2 blocks"),
         ({"colums": {}}, "colums: no such key. Known: data, encoders, columns"),
         ({"encoders": {}}, "encoders: expected at least one name"),
         ({"encoders": {"A": 3}}, "encoders.A: expected an encoder"),

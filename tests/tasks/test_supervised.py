@@ -138,6 +138,20 @@ def test_mixing_and_erasing_are_drawn_by_key_and_leave_torchs_stream_alone(monke
     assert torch.equal(target.argmax(1), batch_of().labels)
 
 
+def test_labels_are_smoothed() -> None:
+    def loss(smoothing: float) -> float:
+        task = task_for(EncoderSettings(**SMALL), smoothing=smoothing, mixup=0.0, cutmix=0.0, erase=0.0)
+        task.head.weight.data.normal_(generator=torch.Generator().manual_seed(0))
+        task._trainer = type("T", (), {"global_step": 0})()
+        logits = task.logits(batch_of().views[0]).detach()
+        expected = torch.nn.functional.cross_entropy(logits, batch_of().labels, label_smoothing=smoothing)
+        found = task.training_step(batch_of(), 0)
+        assert float(found) == pytest.approx(float(expected), rel=1e-5)
+        return float(found)
+
+    assert loss(0.2) != pytest.approx(loss(0.0), rel=1e-3)
+
+
 def test_erasing_follows_its_probability() -> None:
     erased = 0
     for seed in range(40):
@@ -216,6 +230,8 @@ def test_what_cannot_be_fine_tuned_is_refused(shards: Path, capsys: pytest.Captu
     assert "have no labels" in failing("train", "plain")
     assert "have different classes" in failing("train", "other")
     assert "trains mae, not with labels" in failing("train", "val", "--config", "mae/digits")
+    assert "--init: fine-tuning takes ENCODER for that" in failing("train", "val", "--init", "x")
+    assert "1 is too few" in failing("train", "val", "--train.micro_batch", "1")
     assert "task.smoothing: 2" in failing("train", "val", "--task.smoothing", "2")
     assert "task.classes: 5, but the data has 3" in failing("train", "val", "--task.classes", "5")
 
