@@ -268,8 +268,8 @@ class DINO(PretextTask):
 
     # ---- other people's weights ------------------------------------------------------------------------------
 
-    def start_from(self, weights: dict[str, Tensor], source: str) -> None:
-        super().start_from(weights, source)
+    def start_from(self, start: ViTEncoder, source: str) -> None:
+        super().start_from(start, source)
         self.teacher.load_state_dict(self.encoder.state_dict())
 
     @classmethod

@@ -61,7 +61,7 @@ def test_the_teacher_gets_no_gradient_and_is_what_is_saved() -> None:
 def test_teacher_and_student_start_alike_also_from_another_encoder() -> None:
     task, other = make(), make()
     other.encoder.cls_token.data += 1
-    task.start_from(other.encoder.state_dict(), "other")
+    task.start_from(other.encoder, "other")
     for student, teacher in ((task.encoder, task.teacher), (task.head, task.teacher_head)):
         for key, value in student.state_dict().items():
             assert torch.equal(value, teacher.state_dict()[key])
