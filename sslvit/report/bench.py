@@ -84,6 +84,11 @@ class BenchRun:
         self.device = pick_device(settings.device)
         # everything that can be refused is refused here, before the first pass
         self.encoders = {name: [load_encoder(path) for path in paths] for name, paths in settings.encoders.items()}
+        for name, (first, *others) in self.encoders.items():
+            if any(other.settings != first.settings for other in others):
+                raise ValueError(
+                    f"encoders.{name}: its runs are of different architectures. Give each a row of its own."
+                )
         kinds = {encoder.settings.channels for encoders in self.encoders.values() for encoder in encoders}
         if len(kinds) > 1:
             raise ValueError(

@@ -205,6 +205,7 @@ def test_two_benches_do_not_share_a_folder(files: dict, tmp_path: Path, capsys: 
             {"columns": {"x": {"kind": "finetune", "train": {"steps": 3}}}},
             "columns.x.train: cannot stand here. Give its",
         ),
+        ({"encoders": {"A": ["{tmp}/e0", "{tmp}/e2"]}}, "encoders.A: its runs are of different architectures"),
         ({"columns": {"x": {"kind": "knn", "neighbours": 99}}}, "--neighbours 99: there are only 48 training images"),
         (
             {"columns": {"x": {"kind": "finetune"}}},
@@ -235,6 +236,7 @@ def test_what_cannot_be_compared_is_refused_before_any_work(
 ) -> None:
     import re
 
+    changes = json.loads(json.dumps(changes).replace("{tmp}", str(tmp_path))) if "{tmp}" in str(changes) else changes
     assert main(["bench", write(files, tmp_path, **changes)]) == 1
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "bench").exists()

@@ -236,6 +236,16 @@ def test_what_cannot_be_fine_tuned_is_refused(shards: Path, capsys: pytest.Captu
     assert "task.classes: 5, but the data has 3" in failing("train", "val", "--task.classes", "5")
 
 
+def test_a_learned_query_and_a_larger_size_are_trained_and_saved(shards: Path) -> None:
+    changes = SHORT | {"train.steps": 2, "encoder.image_size": 16, "encoder.pooling": "attention"}
+    paths = [str(shards / name) for name in ("encoder", "train", "val")]
+    run = sslvit.finetune(*paths, out=shards / "run", **changes)
+    encoder = load_encoder(run.path)
+    assert encoder.settings.image_size == [16, 16]
+    assert encoder.features(torch.randn(1, 3, 16, 16)).shape == (1, 16)
+    assert "attn_pool.query" in encoder.state_dict()
+
+
 def test_training_from_scratch_differs_in_its_start_alone(shards: Path) -> None:
     changes = SHORT | {"train.steps": 1}
     paths = [str(shards / name) for name in ("encoder", "train", "val")]
