@@ -34,9 +34,7 @@ def give_random_weights(monkeypatch: pytest.MonkeyPatch) -> list:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "name", ["vit_tiny_patch16_224", "vit_small_patch16_224.dino", "vit_small_patch14_reg4_dinov2"]
-)
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_224.dino", "vit_wee_patch16_reg1_gap_256"])
 def test_timm_by_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = give_random_weights(monkeypatch)
     encoder = load_encoder(f"timm:{name}")
