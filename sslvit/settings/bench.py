@@ -93,17 +93,13 @@ class ProbeColumn:
         return ProbeSettings(split.train, split.val, **given, **more)
 
 
-@dataclass
-class BenchSettings:
-    """What is compared with what.
+@dataclass(kw_only=True)
+class BenchOptions:
+    """What a bench says besides its rows and columns.
 
     Args:
-        data: data sets by name.
-        encoders: rows by name: an encoder, or a list of them from several seeds, whose mean is shown with an interval.
-        columns: protocols by name.
-        baselines: rows besides them: pixels, untrained (the same networks with fresh weights) and scratch (the same
-            networks trained with labels, then scored like the others).
-        scratch: how the last ones are trained.
+        baselines: rows besides the encoders: pixels, untrained (the same networks with fresh weights) and scratch (the
+            same networks trained with labels, then scored like the others).
         seeds: how often everything by chance is drawn anew, untrained weights included.
         seed: the first of them.
         batch: images per forward pass.
@@ -113,11 +109,7 @@ class BenchSettings:
         name: of the bench: the YAML's.
     """
 
-    data: dict[str, SplitSettings]
-    encoders: dict[str, list[str]]
-    columns: dict[str, ProbeColumn | FinetuneColumn]
     baselines: list[str] = field(default_factory=lambda: list(BASELINES))
-    scratch: FinetuneColumn = field(default_factory=FinetuneColumn)
     seeds: int = 1
     seed: int = 0
     batch: int = 256
@@ -134,6 +126,24 @@ class BenchSettings:
         wrong = [one for one in self.baselines if one not in BASELINES]
         if wrong:
             raise ValueError(f"baselines: {wrong[0]} is not one of {', '.join(BASELINES)}.")
+
+
+@dataclass(kw_only=True)
+class BenchSettings(BenchOptions):
+    """What is compared with what; and the options.
+
+    Args:
+        data: data sets by name.
+        encoders: rows by name: encoders of one architecture, from several seeds if there are several, whose mean is
+            shown with an interval.
+        columns: protocols by name.
+        scratch: how the baseline from scratch is trained where no column trains.
+    """
+
+    data: dict[str, SplitSettings]
+    encoders: dict[str, list[str]]
+    columns: dict[str, ProbeColumn | FinetuneColumn]
+    scratch: FinetuneColumn = field(default_factory=FinetuneColumn)
 
 
 def load_bench(path: str | Path, changes: dict[str, Any]) -> BenchSettings:
@@ -182,23 +192,9 @@ def _read(tree: dict[str, Any]) -> BenchSettings:
             raise ValueError(f"encoders.{name}: expected an encoder, or a list of them.")
     columns = {name: _column(value, f"columns.{name}") for name, value in tree["columns"].items()}
     plain = {key: value for key, value in tree.items() if key not in ("data", "encoders", "columns", "scratch")}
-    checked = build(_Plain, plain)
+    options = build(BenchOptions, plain)
     scratch = _finetune(tree.get("scratch", {}), "scratch")
-    return BenchSettings(data, encoders, columns, scratch=scratch, **vars(checked))
-
-
-@dataclass
-class _Plain:
-    """The keys of a bench that are single values, with their types."""
-
-    baselines: list[str] = field(default_factory=lambda: list(BASELINES))
-    seeds: int = 1
-    seed: int = 0
-    batch: int = 256
-    workers: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    out: str | None = None
-    name: str = "bench"
+    return BenchSettings(data=data, encoders=encoders, columns=columns, scratch=scratch, **vars(options))
 
 
 def _column(value: Any, where: str) -> ProbeColumn | FinetuneColumn:

@@ -212,7 +212,7 @@ def test_two_benches_do_not_share_a_folder(files: dict, tmp_path: Path, capsys: 
             "columns.x: data.global_batch 128, but there are 48 training images",
         ),
         ({"columns": {"x": {"protocol": {"name": "dino", "blocks": 3}}}}, "--blocks 3: there are only 2 blocks"),
-        ({"colums": {}}, "colums: no such key. Known: data, encoders, columns"),
+        ({"colums": {}}, "colums: no such key. Known: baselines, .*data, encoders, columns"),
         ({"encoders": {}}, "encoders: expected at least one name"),
         ({"encoders": {"A": 3}}, "encoders.A: expected an encoder"),
         ({"columns": {"x": {"kind": "few"}}}, "columns.x: few labels need labels_per_class or labels_percent"),
