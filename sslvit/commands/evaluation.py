@@ -127,8 +127,7 @@ def run_segment(options: argparse.Namespace) -> None:
     from sslvit.checkpoint import load_encoder
     from sslvit.evaluate.dense import MaskedImages, segment
     from sslvit.evaluate.probe import untrained
-    from sslvit.figures import image_rows
-    from sslvit.report.show import mask_colours
+    from sslvit.report.show import draw_guesses
 
     train, val = (MaskedImages.open(folder) for folder in (options.train, options.val))
     encoder = load_encoder(options.encoder, options.layout, options.heads, **unsaid(options))
@@ -142,18 +141,7 @@ def run_segment(options: argparse.Namespace) -> None:
         content = {"rows": table.draws, "about": table.about}
         Path(options.output).write_text(json.dumps(content, indent=1) + "\n")
     if options.figure:
-        pairs = [val.read(number, encoder.settings) for number in range(len(table.guesses["encoder"]))]
-        masks = np_stack([mask for _, mask in pairs])
-        classes = table.about["classes"]
-        drawn = [np_stack([image.numpy() / 255 for image, _ in pairs]), mask_colours(masks, classes)]
-        drawn += [mask_colours(guess, classes) for guess in table.guesses.values()]
-        print(image_rows(options.figure, drawn, ["image", "mask", *table.guesses]))
-
-
-def np_stack(arrays: list):
-    import numpy as np
-
-    return np.stack(arrays)
+        print(draw_guesses(table, val, encoder.settings, options.figure))
 
 
 def run_show(options: argparse.Namespace) -> None:
@@ -171,7 +159,7 @@ def run_show(options: argparse.Namespace) -> None:
     from sslvit.report import show
 
     encoder = load_encoder(options.encoder, options.layout, options.heads, **unsaid(options))
-    images = show.first_images(encoder.settings, options.data, options.images)
+    images = show.some_images(encoder.settings, options.data, options.images)
     if options.what == "attention":
         print(show.draw_attention(encoder, images, out))
     elif options.what == "field":

@@ -114,6 +114,7 @@ class DenseTable:
         return format_table(self.draws)
 
 
+@torch.no_grad()
 def segment(
     encoders: dict[str, ViTEncoder | None], train: MaskedImages, val: MaskedImages, batch: int = 16, shown: int = 6,
     seed: int = 0, device: str = "auto",
@@ -208,7 +209,6 @@ def _classes(data: MaskedImages, settings: EncoderSettings) -> np.ndarray:
     return np.array(sorted(found - {IGNORED}))
 
 
-@torch.no_grad()
 def _maps(encoder: ViTEncoder | None, data: MaskedImages, settings: EncoderSettings, batch: int, device: str):
     """Batches of patch features 'b d rows columns' and masks 'b h w'."""
     for start in track(range(0, len(data), batch), "features", len(data), each=batch):

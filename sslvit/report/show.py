@@ -14,6 +14,8 @@ from sslvit.data.open import open_shards
 from sslvit.data.reader import ShardReader
 from sslvit.data.views import Views
 from sslvit.evaluate.attention import attention_measures, receptive_field
+from sslvit.evaluate.dense import DenseTable, MaskedImages
+from sslvit.evaluate.label_free import spread
 from sslvit.evaluate.probe import untrained
 from sslvit.figures import heat_over, image_rows, points
 from sslvit.models import ViTEncoder
@@ -24,14 +26,14 @@ from sslvit.train.pictures import attention_rows
 FIELD_COLUMNS = 4  # depths at which receptive fields are drawn
 
 
-def first_images(settings: EncoderSettings, source: str, count: int) -> Tensor:
-    """The first images of a data set, evenly spread over it, normalised, 'b c h w'.
+def some_images(settings: EncoderSettings, source: str, count: int) -> Tensor:
+    """Images evenly spread over a data set, normalised, 'b c h w'.
 
     Raises:
         ValueError: one of them cannot be read.
     """
     index = open_shards(source, f"{source.rstrip('/')}-shards")
-    chosen = np.unique(np.linspace(0, len(index) - 1, min(count, len(index))).astype(int))
+    chosen = spread(len(index), count)
     views = Views(CentreSettings(), settings.image_size, settings.interpolation)
     batch = make_batch(ShardReader(index, settings.channels, 0), views, chosen, np.zeros_like(chosen))
     if batch.bad:
@@ -113,6 +115,15 @@ def _as_row(fields: list[Tensor]) -> np.ndarray:
     """Fields as colours, their square roots, so that what is faint can be seen."""
     heat = torch.stack(fields).sqrt().numpy()
     return heat_over(np.zeros((len(fields), 1, *heat.shape[1:])), heat) / 0.7
+
+
+def draw_guesses(table: DenseTable, val: MaskedImages, settings: EncoderSettings, out: str | Path) -> Path:
+    """The first reported images, their masks, and what each row of a segmentation guessed."""
+    pairs = [val.read(number, settings) for number in range(len(next(iter(table.guesses.values()))))]
+    images = np.stack([image.numpy() / 255 for image, _ in pairs])
+    masks = {"mask": np.stack([mask for _, mask in pairs]), **table.guesses}
+    drawn = [mask_colours(mask, table.about["classes"]) for mask in masks.values()]
+    return image_rows(out, [images, *drawn], ["image", *masks])
 
 
 def mask_colours(masks: np.ndarray, classes: list[int]) -> np.ndarray:

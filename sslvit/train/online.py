@@ -82,7 +82,7 @@ class OnlineProbe(ScoringCallback):
         online = self.online = settings.online
         super().__init__(online.every, settings.train.log_every, total_steps)
         self.seed = settings.seed
-        indices = open_labelled(ProbeSettings(online.train, online.val))
+        indices = open_labelled(ProbeSettings(online.train, online.val, neighbours=[]))
         channels = settings.encoder.channels
         self.train, self.val = (LabelledSet(index, channels, spread(len(index), online.images)) for index in indices)
 
@@ -140,5 +140,5 @@ def open_val(settings: PretrainSettings, index: ShardIndex) -> ShardIndex:
     """The labelled set that a classifier is scored on, once it is known to fit the training set."""
     name = settings.task.val
     val = open_shards(name, f"{name.rstrip('/')}-shards")
-    check_classes(index, val, ProbeSettings("", ""))
+    check_classes(index, val, ProbeSettings("", "", neighbours=[]))
     return val

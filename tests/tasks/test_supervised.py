@@ -246,6 +246,14 @@ def test_a_learned_query_and_a_larger_size_are_trained_and_saved(shards: Path) -
     assert "attn_pool.query" in encoder.state_dict()
 
 
+def test_few_images_are_enough(shards: Path) -> None:
+    """What only neighbours need (as many images as their k) is not asked of fine-tuning."""
+    pack(array_samples(np.zeros((6, 8, 8, 3), np.uint8), [0, 1, 2] * 2), shards / "six", ["a", "b", "c"])
+    changes = SHORT | {"train.steps": 1, "data.global_batch": 4}
+    run = sslvit.finetune(shards / "encoder", shards / "six", shards / "val", out=shards / "run", **changes)
+    assert run.scores.exists()
+
+
 def test_training_from_scratch_differs_in_its_start_alone(shards: Path) -> None:
     changes = SHORT | {"train.steps": 1}
     paths = [str(shards / name) for name in ("encoder", "train", "val")]
