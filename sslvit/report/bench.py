@@ -246,7 +246,9 @@ class BenchRun:
             *features, bench, settings
         )  # fmt: skip
         (values,) = made.values()
-        return values, asdict(column)
+        about = asdict(column)
+        del about["protocol"]  # of linear probes
+        return values, about
 
     def finetune_cell(self, data: str, wanted: FinetuneColumn, entry: Entry) -> Cell:
         path, key = self.finetuned(data, wanted, entry.path, entry.is_scratch, entry.seed)

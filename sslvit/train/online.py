@@ -1,7 +1,7 @@
 """Scores while a run trains: a probe of a pretext task's encoder, or the accuracy of a classifier.
 
-Both look at the module in evaluation mode and without gradients, and draw no chance, so a run with them has the same
-weights as one without.
+Both look at the module in evaluation mode and without gradients, and give torch's stream of chance back as it was, so a
+run with them has the same weights as one without.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ IMAGES_AT_ONCE = 256
 
 @contextmanager
 def looking(module: PretextTask) -> Iterator[None]:
-    """Evaluation mode, and afterwards every part as it was."""
+    """Evaluation mode, and afterwards every part and torch's stream of chance as they were."""
     was_training = {part: part.training for part in module.modules()}
     module.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):  # a loader draws its workers' seed when it starts
             yield
     finally:
         for part, training in was_training.items():

@@ -145,7 +145,7 @@ def test_labels_are_smoothed() -> None:
         task._trainer = type("T", (), {"global_step": 0})()
         logits = task.logits(batch_of().views[0]).detach()
         expected = torch.nn.functional.cross_entropy(logits, batch_of().labels, label_smoothing=smoothing)
-        found = task.training_step(batch_of(), 0)
+        found = task.training_step(batch_of(), 0).detach()
         assert float(found) == pytest.approx(float(expected), rel=1e-5)
         return float(found)
 
