@@ -168,6 +168,20 @@ def make_parser() -> argparse.ArgumentParser:
     health.add_argument("-o", "--output", metavar="FILE", help="also write the table as JSON")
     add_layout(health)
 
+    embed = command("embed", evaluation.run_embed, "features of images as arrays in one .npz file")
+    embed.add_argument("encoder", metavar="ENCODER")
+    embed.add_argument("data", metavar="IMAGES", help="shards or a folder, with labels or without")
+    embed.add_argument("-o", "--output", metavar="FILE", required=True, help="ends in .npz")
+    embed.add_argument("--layer", type=int, help="block whose output is taken (default: the encoder's choice)")
+    embed.add_argument("--blocks", type=int, default=1, help="blocks up to it, side by side (default: %(default)s)")
+    embed.add_argument("--pooling", choices=["class", "mean", "class+mean", "attention"])
+    embed.add_argument("--fraction", type=float, default=1.0,
+                       help="share of the shorter side that the centre crop keeps (default: %(default)s)")  # fmt: skip
+    embed.add_argument("--batch", type=int, default=256, help="images per forward pass (default: %(default)s)")
+    embed.add_argument("--workers", type=int, default=0, help="loader processes (default: %(default)s)")
+    add_device(embed)
+    add_layout(embed)
+
     segment = command("segment", evaluation.run_segment, "score patch tokens by linear segmentation: mean IoU")
     segment.add_argument("encoder", metavar="ENCODER")
     segment.add_argument("--train", required=True, metavar="FOLDER", help="with images/NAME.jpg and masks/NAME.png")

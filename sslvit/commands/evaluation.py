@@ -170,6 +170,30 @@ def run_show(options: argparse.Namespace) -> None:
         print(f"{path}\n{numbers_file}")
 
 
+def run_embed(options: argparse.Namespace) -> None:
+    check_least(options, batch=1, workers=0, blocks=1)
+    if not 0 < options.fraction <= 1:
+        raise ValueError(f"--fraction {options.fraction:g}: must be above 0 and at most 1.")
+    if Path(options.output).suffix != ".npz":
+        raise ValueError(f"{options.output}: features are written as .npz. Choose a name that ends in .npz.")
+    check_new(options.output)
+    from sslvit.checkpoint import load_encoder
+    from sslvit.data.open import open_shards
+    from sslvit.environment import pick_device
+    from sslvit.evaluate.embed import embed
+    from sslvit.evaluate.sources import FrozenEncoder, LabelledSet
+
+    encoder = load_encoder(options.encoder, options.layout, options.heads, **unsaid(options))
+    source = FrozenEncoder(encoder.to(pick_device(options.device)))
+    places = source.places(options.layer, options.blocks, options.pooling)
+    index = open_shards(options.data, f"{options.data.rstrip('/')}-shards")
+    made = embed(source, LabelledSet(index, encoder.settings.channels), places, options.batch, options.workers,
+                 options.fraction)  # fmt: skip
+    made.save(Path(options.output))
+    arrays = "features, keys, labels and classes" if made.labels is not None else "features and keys"
+    print(f"{options.output}: {arrays} of {len(made.features):,} images, {made.features.shape[1]} numbers each")
+
+
 def run_bench(options: argparse.Namespace) -> None:
     from sslvit.report.bench import bench
     from sslvit.settings.bench import load_bench

@@ -1,0 +1,69 @@
+"""Features of a folder of images as one file of arrays, for use without sslvit."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sslvit.data.loader import evaluation_loader, normalised_view
+from sslvit.evaluate.sources import LabelledSet, Place, Source
+from sslvit.progress import track
+from sslvit.settings.views import CentreSettings
+
+
+@dataclass
+class Embeddings:
+    """Of the readable images of a data set, in its order.
+
+    Args:
+        features: float32 'n d'.
+        keys: the images' names.
+        labels: class numbers 'n', or None where there are none.
+        classes: names of the classes; empty where there are none.
+    """
+
+    features: np.ndarray
+    keys: np.ndarray
+    labels: np.ndarray | None
+    classes: list[str]
+
+    def save(self, file: Path) -> None:
+        """As .npz: features, keys, and, where there are labels, labels and classes; whole or not at all."""
+        arrays = {"features": self.features, "keys": self.keys}
+        if self.labels is not None:
+            arrays |= {"labels": self.labels, "classes": np.array(self.classes)}
+        part = file.with_name(f"{file.name}.part")
+        with part.open("wb") as out:
+            np.savez(out, **arrays)
+        os.replace(part, file)
+
+
+@torch.no_grad()
+def embed(
+    source: Source, data: LabelledSet, places: list[Place], batch: int = 256, workers: int = 0, fraction: float = 1.0
+) -> Embeddings:
+    """Features of the centre view of every image that can be read.
+
+    Args:
+        source: of the features.
+        data: the images, labelled or not.
+        places: whose features stand side by side.
+        batch: images per forward pass.
+        workers: loader processes.
+        fraction: share of the shorter side that the view keeps.
+    """
+    settings, index = source.settings, data.index
+    loader = evaluation_loader(data.reader, settings, batch, workers, 0, 1, CentreSettings(fraction=fraction))
+    rows, samples = [], []
+    for piece in track(loader, "features", len(loader) * batch, each=batch):
+        values = torch.cat(source.features_at(normalised_view(piece, settings, source.device), places), 1)
+        rows.append(values.float().cpu()[piece.valid])
+        samples.append(piece.samples[piece.valid])
+    numbers = torch.cat(samples).numpy()
+    labels = index.labels_of(numbers) if index.classes else None
+    keys = np.array([index.key(number) for number in numbers])
+    return Embeddings(torch.cat(rows).numpy(), keys, labels, list(index.classes or []))
