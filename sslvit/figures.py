@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -95,14 +96,18 @@ def bars(path: str | Path, groups: dict[str, dict[str, float]], y_label: str, ti
     for i, name in enumerate(names):
         places = np.arange(len(groups)) + (i - (len(names) - 1) / 2) * width
         drawn = axes.bar(
-            places, [group.get(name, np.nan) for group in groups.values()], width * 0.92, label=name, color=COLOURS[i]
+            places,
+            [group.get(name, np.nan) for group in groups.values()],
+            width * 0.92,
+            label=name,
+            color=COLOURS[i % len(COLOURS)],
         )
         axes.bar_label(drawn, fmt="%.0f", fontsize=8)
-    axes.set_xticks(range(len(groups)), [group.replace(" ", "\n") for group in groups])
+    axes.set_xticks(range(len(groups)), [textwrap.fill(group, 13) for group in groups])
     axes.set_ylabel(y_label)
     axes.set_title(title, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, ncols=len(names), loc="upper center", bbox_to_anchor=(0.5, -0.15), fontsize=9)
+    figure.legend(frameon=False, ncols=min(len(names), 5), loc="outside lower center", fontsize=9)
     return _save(figure, path)
 
 
