@@ -6,7 +6,7 @@ import pytest
 import torch
 from golden_fixtures import Golden
 
-from sslvit.layouts import to_sslvit
+from sslvit.layouts import from_sslvit, to_sslvit
 from sslvit.models import ViTEncoder
 from sslvit.models.positions import resample_table, sincos_2d
 
@@ -16,6 +16,41 @@ def encoder_of(golden: Golden, layout: str, heads: int, prefix: str = "param/", 
     encoder = ViTEncoder(converted.settings)
     encoder.load_state_dict(converted.encoder)
     return encoder.eval(), converted.extras
+
+
+WAYS = {
+    "mae": ["mae_model", "mae_encoder_features_cls", "mae_encoder_features_gap"],
+    "dino": ["dino_vit"],
+    "dinov2": ["dinov2_vit_offset", "dinov2_vit_reg4", "dinov2_vit_swiglu"],
+    "timm": [
+        f"timm_vit_{name}" for name in ("token", "avg", "noclass_avg", "reg4_dynamic", "reg4_noembed", "ls_qknorm")
+    ],
+    "openai_igpt": ["igpt_model", "igpt_model_nobias"],
+}
+
+
+@pytest.mark.parametrize(("layout", "name"), [(layout, name) for layout, names in WAYS.items() for name in names])
+def test_there_and_back_again_changes_no_tensor(layout: str, name: str) -> None:
+    official = Golden(name).under("param/")
+    converted = to_sslvit(official, layout, heads=4 if layout in ("mae", "openai_igpt") else 3)
+    encoder = ViTEncoder(converted.settings)
+    encoder.load_state_dict(converted.encoder)
+    back = from_sslvit(encoder.state_dict(), layout, converted.extras)
+    # the released iGPT has no biases for queries, keys and values; transformers' module has, so zeros are written
+    added = back.keys() - official.keys()
+    assert all(key.endswith("attn.c_attn.bias") and not back[key].any() for key in added)
+    assert official.keys() <= back.keys()
+    assert all(torch.equal(back[key], official[key]) for key in official)
+
+
+def test_full_checkpoints_of_dino_there_and_back_again() -> None:
+    golden = Golden("dino_train_steps")
+    for network in ("student", "teacher"):
+        official = golden.under(f"param/{network}.")
+        converted = to_sslvit(official, "dino", heads=golden.config["vit"]["num_heads"])
+        back = from_sslvit(converted.encoder, "dino", converted.extras)
+        assert {key.removeprefix("module."): value for key, value in official.items()}.keys() == back.keys()
+        assert all(torch.equal(back[key.removeprefix("module.")], value) for key, value in official.items())
 
 
 def check_small_tokens(golden: Golden, encoder: ViTEncoder, norm: torch.nn.Module) -> None:

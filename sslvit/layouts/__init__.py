@@ -23,6 +23,16 @@ def recognise_layout(keys: set[str]) -> str:
     raise ValueError(f"no known layout has these weights ({shown}, ...). Known: {', '.join(LAYOUTS)}.")
 
 
+def from_sslvit(encoder: dict[str, Tensor], layout: str, extras: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The way back: our weights, and other parts of the model, under the names of a layout.
+
+    Only names and shapes change; settings are for whoever builds the model there.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: '{layout}' is not one of {', '.join(LAYOUTS)}.")
+    return LAYOUTS[layout].from_sslvit(encoder, extras or {})
+
+
 def to_sslvit(state: dict[str, Tensor], layout: str | None = None, heads: int | None = None, **changes) -> Converted:
     """Convert a foreign state dict; the layout is recognised from the names unless given."""
     if layout is not None and layout not in LAYOUTS:

@@ -24,6 +24,11 @@ def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes) -> 
     return Converted(settings_from_shapes(encoder, heads, notes, **found), encoder, head, notes)
 
 
+def from_sslvit(encoder: dict[str, Tensor], extras: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our names -> DINO's: the bare backbone, or `backbone.` and `head.` where there is a head."""
+    return {f"backbone.{key}": value for key, value in encoder.items()} | extras if extras else dict(encoder)
+
+
 def head_shape(head: dict[str, Tensor]) -> dict[str, int | bool]:
     """Fields of DINOSettings that the head's weights tell.
 

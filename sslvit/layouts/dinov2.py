@@ -33,3 +33,15 @@ def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes) -> 
         **changes,
     }
     return Converted(settings_from_shapes(encoder, heads, notes, **found), encoder, {}, notes)
+
+
+def from_sslvit(encoder: dict[str, Tensor], extras: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our names -> DINOv2's."""
+    is_gated = encoder["blocks.0.mlp.fc1.weight"].shape[0] == 2 * encoder["blocks.0.mlp.fc2.weight"].shape[1]
+    found = {}
+    for key, value in encoder.items():
+        key = key.replace("reg_token", "register_tokens")
+        if is_gated:
+            key = key.replace("mlp.fc1.", "mlp.w12.").replace("mlp.fc2.", "mlp.w3.")
+        found[key] = value.view(1, -1) if key == "mask_token" else value
+    return found | extras

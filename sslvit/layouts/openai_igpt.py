@@ -96,6 +96,29 @@ def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes) -> 
         raise ValueError(f"layout openai_igpt: {error} is missing. Is the file complete, and iGPT's?") from error
 
 
+def from_sslvit(encoder: dict[str, Tensor], extras: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our names -> those of transformers' ImageGPT; biases that our encoder does not have are zero there."""
+    found = {
+        "wte.weight": torch.cat([encoder["patch_embed.embed.weight"], encoder["patch_embed.start_token"][0]]),
+        "wpe.weight": encoder["pos_embed"][0],
+        "ln_f.weight": encoder["norm.weight"],
+    }
+    for key, value in encoder.items():
+        if not key.startswith("blocks."):
+            continue
+        key = key.replace("blocks.", "h.", 1)
+        for theirs, ours in BLOCK.items():
+            key = key.replace(f".{ours}", f".{theirs}", 1)
+        found[key] = value.T.contiguous() if value.ndim == 2 else value
+        if value.ndim == 2:
+            found.setdefault(key.replace("weight", "bias"), value.new_zeros(len(value)))
+    if "head.weight" in extras:
+        found = {f"transformer.{key}": value for key, value in found.items()} | {
+            "lm_head.weight": extras["head.weight"]
+        }
+    return found
+
+
 def _convert(state: dict[str, Tensor], heads: int | None, notes: list[str], changes: dict) -> Converted:
     """transformers' names -> ours."""
     table = state["wte.weight"]

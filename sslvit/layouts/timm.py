@@ -26,6 +26,11 @@ def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes) -> 
     return Converted(settings_from_shapes(encoder, heads, notes, **changes), encoder, head, notes)
 
 
+def from_sslvit(encoder: dict[str, Tensor], extras: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Ours -> timm; there is no mask token there."""
+    return {key: value for key, value in encoder.items() if key != "mask_token"} | extras
+
+
 def model_arguments(settings: EncoderSettings) -> dict:
     """Arguments of timm's VisionTransformer for these settings.
 
