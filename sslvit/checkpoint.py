@@ -3,34 +3,34 @@
     encoder.json          settings, preprocessing and where the weights come from
     encoder.safetensors   the weights
 
-Nothing here unpickles code: safetensors hold numbers only, and torch's files are read with weights only.
+Nothing here unpickles code (weight_files.py).
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
-import pickle
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+import yaml
+from safetensors.torch import save_file
 from torch import Tensor
 
 from sslvit.layouts import Converted, timm, to_sslvit, transformers
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings
 from sslvit.settings.load import brief, build
+from sslvit.weight_files import read_folder_weights, read_torch_file, weights_in
 
 FORMAT = 1
 TIMM = "timm:"  # before the name of one of timm's pretrained models
+STUDENT, TEACHER = "encoder.", "teacher."  # of a checkpoint's names, where a task trains both
 POSITION_TABLES = ("learned_1d", "sincos_1d", "sincos_2d")
 NOT_IN_THE_WEIGHTS = (
     "dropout", "drop_path", "checkpointing", "initialisation", "colour_start", "mean", "std", "interpolation",
@@ -73,7 +73,9 @@ def save_encoder(encoder: ViTEncoder, folder: str | Path, provenance: dict[str, 
     return folder
 
 
-def load_encoder(source: str | Path, layout: str | None = None, heads: int | None = None, **changes: Any) -> ViTEncoder:
+def load_encoder(
+    source: str | Path, layout: str | None = None, heads: int | None = None, weights: str | None = None, **changes: Any
+) -> ViTEncoder:
     """An encoder in evaluation mode from anything that holds one; never runs code from the file.
 
     Args:
@@ -81,6 +83,7 @@ def load_encoder(source: str | Path, layout: str | None = None, heads: int | Non
             that transformers or timm opens, or timm:NAME for a pretrained model of timm's.
         layout: of a released file: mae, dino, dinov2, timm or openai_igpt; recognised from the names if None.
         heads: attention heads of a released file, which does not say them; 64 channels a head are assumed if None.
+        weights: student or teacher, of a checkpoint that holds both; None for what its task calls the result.
         changes: settings that a released file does not say, such as `palette`.
 
     Raises:
@@ -88,47 +91,73 @@ def load_encoder(source: str | Path, layout: str | None = None, heads: int | Non
         ValueError: the file is no checkpoint, would run code, holds other weights than its settings say, or says what
             is to be changed.
     """
+    said = {key: value for key, value in (("layout", layout), ("heads", heads), ("weights", weights)) if value}
     if str(source).startswith(TIMM):
+        _check_unsaid(str(source), said)
         return _converted(timm.from_name(str(source).removeprefix(TIMM), **changes), str(source))
-    path = find_encoder(source)
-    if path.is_dir() and (converted := timm.from_folder(path, **changes)) is not None:
-        return _converted(converted, path.name)
-    if path.is_dir() and transformers.is_folder(path):
-        transformers.read_config(path)  # says what the folder is, if it is not of such a model
-        return _converted(
-            transformers.to_sslvit(read_torch_file(path / "model.safetensors"), path, **changes), path.name
-        )
-    content = {} if path.is_dir() else read_torch_file(path)
-    if path.is_dir() or "sslvit" in content:
-        changes |= {key: value for key, value in (("layout", layout), ("heads", heads)) if value is not None}
-        if changes:
-            raise ValueError(
-                f"{path}: says its own settings. Leave out what is for released files ({', '.join(changes)})."
-            )
-        settings, weights = _read_folder(path) if path.is_dir() else own_parts(content, path)[:2]
-    else:
-        return _converted(to_sslvit(weights_in(content, path), layout, heads, **changes), path.name)
-    encoder = ViTEncoder(settings)
-    put_weights(encoder, weights, str(path))
-    return encoder.eval()
+    path = find_encoder(source, by_network=weights is not None)
+    if path.is_dir():
+        converted = _from_library(path, changes)
+        _check_unsaid(str(path), said if converted else said | changes)
+        return _converted(converted, path.name) if converted else _assembled(*_read_folder(path), path)
+    content = read_torch_file(path)
+    if "sslvit" not in content:
+        return _converted(to_sslvit(weights_in(content, path, weights), layout, heads, **changes), path.name)
+    said.pop("weights", None)
+    _check_unsaid(str(path), said | changes)
+    settings, state, _ = own_parts(content, path, weights)
+    return _assembled(settings, state, path)
+
+
+def _from_library(path: Path, changes: dict[str, Any]) -> Converted | None:
+    """What timm or transformers wrote; None for other folders."""
+    if (converted := timm.from_folder(path, **changes)) is not None:
+        return converted
+    if not transformers.is_folder(path):
+        return None
+    transformers.read_config(path)  # says what the folder is, if it is not of such a model
+    return transformers.to_sslvit(read_folder_weights(path), path, **changes)
+
+
+def _check_unsaid(source: str, said: dict[str, Any]) -> None:
+    if "weights" in said:
+        raise ValueError(f"{source}: holds one network, no student beside a teacher. Leave out weights (--weights).")
+    if said:
+        raise ValueError(f"{source}: says its own settings. Leave out what is for released files ({', '.join(said)}).")
 
 
 def _converted(converted: Converted, source: str) -> ViTEncoder:
     for note in converted.notes:
         print(f"{source}: {note}")
-    encoder = ViTEncoder(converted.settings)
-    put_weights(encoder, converted.encoder, source)
+    encoder = _assembled(converted.settings, converted.encoder, source)
+    print(f"{source}: {converted.account()}")
+    return encoder
+
+
+def _assembled(settings: EncoderSettings, weights: dict[str, Tensor], source: str | Path) -> ViTEncoder:
+    encoder = ViTEncoder(settings)
+    put_weights(encoder, weights, str(source))
     return encoder.eval()
 
 
-def own_parts(content: dict[str, Any], path: Path) -> tuple[EncoderSettings, dict[str, Tensor], dict[str, Tensor]]:
-    """Of a checkpoint of a run: the trained encoder's settings, its weights, and all other weights.
+def own_parts(
+    content: dict[str, Any], path: Path, network: str | None = None
+) -> tuple[EncoderSettings, dict[str, Tensor], dict[str, Tensor]]:
+    """Of a checkpoint of a run: an encoder's settings, its weights, and all other weights.
+
+    Args:
+        content: as read.
+        path: for messages.
+        network: student or teacher; None for the one that the task calls its result.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: it is damaged, or has no student beside a teacher.
     """
     try:
         record, prefix, state = content["sslvit"]["encoder"], content["sslvit"]["prefix"], content["state_dict"]
+        if network is not None and prefix != TEACHER:
+            raise ValueError(f"{path}: its task trains one network. Leave out weights (--weights).")
+        prefix = STUDENT if network == "student" else prefix
         encoder = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         others = {key: value for key, value in state.items() if not key.startswith(prefix)}
     except (KeyError, TypeError, AttributeError) as error:
@@ -136,24 +165,40 @@ def own_parts(content: dict[str, Any], path: Path) -> tuple[EncoderSettings, dic
     return settings_from(record, path), encoder, others
 
 
-def find_encoder(source: str | Path) -> Path:
-    """The encoder folder or checkpoint file behind a path: itself, its encoder/ or its last checkpoint."""
+def find_encoder(source: str | Path, by_network: bool = False) -> Path:
+    """The encoder folder or checkpoint file behind a path: itself, its encoder/ or its last checkpoint.
+
+    Args:
+        source: a path.
+        by_network: prefer a checkpoint, which holds the student too.
+    """
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder. Give a run folder, encoder folder or checkpoint.")
-    if path.is_file():
+    if path.is_file() or transformers.is_folder(path):
         return path
-    if transformers.is_folder(path):
-        return path
-    for candidate in (path, path / "encoder"):
-        if (candidate / "encoder.json").exists():
-            return candidate
-    if (path / "checkpoints" / "last.ckpt").exists():
-        return path / "checkpoints" / "last.ckpt"
+    checkpoint = path / "checkpoints" / "last.ckpt"
+    folders = [folder for folder in (path, path / "encoder") if (folder / "encoder.json").exists()]
+    if checkpoint.exists() and (by_network or not folders):
+        return checkpoint
+    if folders:
+        return folders[0]
     raise FileNotFoundError(
         f"{path}: holds no encoder (no encoder.json, encoder/encoder.json or checkpoints/last.ckpt). "
         "Has the run written its first checkpoint?"
     )
+
+
+def provenance_of(source: str | Path) -> dict[str, Any]:
+    """Where the weights come from, as far as their folder says: task, step, data and settings of a run."""
+    path = Path(source)
+    run = path.parent.parent if path.parent.name == "checkpoints" else path
+    for file in (run / "encoder.json", run / "encoder" / "encoder.json"):
+        if file.is_file():
+            return _read_description(file).get("provenance", {})
+    if (run / "config.yaml").is_file():
+        return {"settings": yaml.safe_load((run / "config.yaml").read_text())}  # of a run that has not ended
+    return {"imported_from": path.name}
 
 
 def put_weights(encoder: ViTEncoder, weights: dict[str, Tensor], source: str) -> None:
@@ -212,57 +257,18 @@ def settings_from(record: dict[str, Any], path: Path) -> EncoderSettings:
         raise ValueError(f"{path}: {error} Was it written by another version of sslvit?") from error
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a released file, out of wrappers such as "model", "teacher" or "state_dict"."""
-    return weights_in(read_torch_file(Path(path)), Path(path))
-
-
-def weights_in(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
-    for wrapper in ("teacher", "model", "state_dict"):  # DINO's full checkpoint: the teacher is the result
-        if isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    weights = {key: value for key, value in content.items() if isinstance(value, Tensor)}
-    if not weights:
-        raise ValueError(f"{path}: holds no weights (its entries: {', '.join(map(str, list(content)[:6]))}).")
-    return weights
-
-
-def read_torch_file(path: Path) -> dict[str, Any]:
-    """A .safetensors file, an .npz of arrays or a torch file, read so that nothing in it can run.
-
-    Raises:
-        ValueError: it is neither, it is damaged, or it holds more than numbers.
-    """
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file.")
+def _read_description(file: Path) -> dict[str, Any]:
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
-                return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-        with torch.serialization.safe_globals([argparse.Namespace]):  # DINO's files hold their command line
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path}: refused, because it holds objects besides tensors and loading those could run code. "
-            "Ask its author for a file of weights only (.safetensors), or re-save its state dict where you trust it."
-        ) from error
-    except Exception as error:  # damaged bytes make torch's reader raise almost anything
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: not a readable checkpoint ({reason}). Is the download complete?") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, not a checkpoint with named weights.")
-    return content
+        about = json.loads(file.read_text())
+        about["encoder"]
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: not an encoder description ({error}).") from error
+    return about
 
 
 def _read_folder(folder: Path) -> tuple[EncoderSettings, dict[str, Tensor]]:
     file = folder / "encoder.json"
-    try:
-        about = json.loads(file.read_text())
-        record = about["encoder"]
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: not an encoder description ({error}).") from error
+    about = _read_description(file)
     if about.get("format") != FORMAT:
         raise ValueError(f"{file}: format {about.get('format')}, but this sslvit reads format {FORMAT}. Update sslvit.")
-    return settings_from(record, file), read_torch_file(folder / "encoder.safetensors")
+    return settings_from(about["encoder"], file), read_torch_file(folder / "encoder.safetensors")

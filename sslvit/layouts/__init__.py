@@ -39,6 +39,7 @@ def to_sslvit(state: dict[str, Tensor], layout: str | None = None, heads: int | 
         raise ValueError(f"layout: '{layout}' is not one of {', '.join(LAYOUTS)}.")
     name = layout or recognise_layout(set(state))
     converted = LAYOUTS[name].to_sslvit(state, heads, **changes)
+    converted.read = len(state)
     if layout is None and name == "timm":
         converted.notes.append(
             "layout: taken for timm's. Bare encoders of MAE and DINO have the same names but resample positions in "

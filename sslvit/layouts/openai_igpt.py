@@ -45,13 +45,14 @@ def released_heads(width: int, depth: int) -> int | None:
     return shapes[width, depth]["heads"] if (width, depth) in shapes else None
 
 
-def from_tensorflow(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], int]:
-    """TensorFlow's variables -> transformers' state dict, and the number of heads, which their shapes say.
+def from_tensorflow(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], int, list[str]]:
+    """TensorFlow's variables -> transformers' state dict, the number of heads (their shapes say it), names left out.
 
     Queries, keys and values are stored (heads, channels of a head, width), as is the projection behind them.
     """
     state = {plain_name(key): value for key, value in state.items()}
-    state = {key: value for key, value in state.items() if not any(part in key.lower() for part in NOT_WEIGHTS)}
+    ignored = [key for key in state if any(part in key.lower() for part in NOT_WEIGHTS)]
+    state = {key: value for key, value in state.items() if key not in ignored}
     width = state["wte"].shape[1]
     found = {
         "wte.weight": torch.cat([state.pop("wte"), state.pop("sos").reshape(1, width)]),
@@ -70,7 +71,7 @@ def from_tensorflow(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], int]:
             name = re.sub(r"^h(\d+)/", r"h.\1.", key).replace("/", ".")
             name = re.sub(r"\.[gw]$", ".weight", name)  # a norm's gain, a linear map
             found[re.sub(r"\.b$", ".bias", name)] = value.squeeze()
-    return found, heads
+    return found, heads, ignored
 
 
 def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes) -> Converted:
@@ -86,12 +87,13 @@ def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes) -> 
         ValueError: weights are missing, or the palette has another number of colours.
     """
     notes: list[str] = []
+    ignored: list[str] = []
     try:
         if is_tensorflow(set(state)):
-            state, known_heads = from_tensorflow(state)
+            state, known_heads, ignored = from_tensorflow(state)
             heads = heads or known_heads
         state = {key.removeprefix("transformer."): value for key, value in state.items()}
-        return _convert(state, heads, notes, changes)
+        return _convert(state, heads, notes, ignored, changes)
     except KeyError as error:
         raise ValueError(f"layout openai_igpt: {error} is missing. Is the file complete, and iGPT's?") from error
 
@@ -119,7 +121,9 @@ def from_sslvit(encoder: dict[str, Tensor], extras: dict[str, Tensor]) -> dict[s
     return found
 
 
-def _convert(state: dict[str, Tensor], heads: int | None, notes: list[str], changes: dict) -> Converted:
+def _convert(
+    state: dict[str, Tensor], heads: int | None, notes: list[str], ignored: list[str], changes: dict
+) -> Converted:
     """transformers' names -> ours."""
     table = state["wte.weight"]
     width = table.shape[1]
@@ -129,8 +133,14 @@ def _convert(state: dict[str, Tensor], heads: int | None, notes: list[str], chan
         "pos_embed": state["wpe.weight"][None],
         "norm.weight": state["ln_f.weight"],
     }
+    extras = {"head.weight": state["lm_head.weight"]} if "lm_head.weight" in state else {}
+    named = {"wte.weight", "wpe.weight", "ln_f.weight", "lm_head.weight"}
     for key, value in state.items():
-        if key.startswith("h.") and not key.endswith((".attn.bias", ".attn.masked_bias")):
+        if not key.startswith("h.") and key not in named:
+            extras[key] = value
+        elif key.endswith((".attn.bias", ".attn.masked_bias")):  # of the causal mask
+            ignored.append(key)
+        elif key.startswith("h."):
             number, part = key.removeprefix("h.").split(".", 1)
             for theirs, ours in BLOCK.items():
                 if part.startswith(theirs):
@@ -140,7 +150,6 @@ def _convert(state: dict[str, Tensor], heads: int | None, notes: list[str], chan
     for number in range(count_blocks(state, "h.")):  # biases of only some linear layers: the others are zero
         if f"blocks.{number}.attn.proj.bias" in encoder:
             encoder.setdefault(f"blocks.{number}.attn.qkv.bias", table.new_zeros(3 * width))
-    extras = {"head.weight": state["lm_head.weight"]} if "lm_head.weight" in state else {}
     palette = changes.get("palette", UNIFORM)
     if not isinstance(palette, list) and palette != UNIFORM:
         changes["palette"] = palette = read_palette(palette)
@@ -160,4 +169,4 @@ def _convert(state: dict[str, Tensor], heads: int | None, notes: list[str], chan
         "mlp_ratio": encoder["blocks.0.mlp.fc1.weight"].shape[0] / width,
         "bias": "blocks.0.attn.proj.bias" in encoder,
     }
-    return Converted(preset("igpt_small", **{**found, **changes}), encoder, extras, notes)
+    return Converted(preset("igpt_small", **{**found, **changes}), encoder, extras, notes, ignored)

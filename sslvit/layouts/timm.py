@@ -108,6 +108,7 @@ def from_name(name: str, **changes) -> Converted:
         "pooling": {"token": "class", "avg": "mean"}.get(model.global_pool, "mean"), **changes,
     }  # fmt: skip
     converted = to_sslvit(model.state_dict(), model.blocks[0].attn.num_heads, **found)
+    converted.read = len(model.state_dict())
     images = torch.randn(2, converted.settings.channels, *converted.settings.image_size)
     with torch.no_grad():
         ours = ViTEncoder(converted.settings).eval()

@@ -64,7 +64,9 @@ def to_sslvit(state: dict[str, Tensor], path: Path, **changes) -> Converted:
     """
     config = read_config(path)
     if config["model_type"] == "imagegpt":
-        return openai_igpt.to_sslvit(state, config["n_head"], **changes)
+        converted = openai_igpt.to_sslvit(state, config["n_head"], **_preprocessing(path) | _palette(path) | changes)
+        converted.read = len(state)
+        return converted
     activation = "silu" if config.get("use_swiglu_ffn") else config.get("hidden_act", "gelu")
     if activation not in ("gelu", "silu"):
         raise ValueError(f"{path}: hidden_act {activation} is not gelu, so this encoder cannot be held.")
@@ -74,9 +76,11 @@ def to_sslvit(state: dict[str, Tensor], path: Path, **changes) -> Converted:
         "norm_eps": config["layer_norm_eps"], "image_size": config["image_size"], "prefix_positions": "class",
         "interpolate_antialias": config["model_type"] == "dinov2_with_registers", **_preprocessing(path), **changes,
     }  # fmt: skip
-    if not is_dinov2:
-        encoder.pop("mask_token", None)
-    return Converted(settings_from_shapes(encoder, config["num_attention_heads"], [], **found), encoder, extras)
+    ignored = []
+    if not is_dinov2 and encoder.pop("mask_token", None) is not None:
+        ignored.append("embeddings.mask_token")
+    settings = settings_from_shapes(encoder, config["num_attention_heads"], [], **found)
+    return Converted(settings, encoder, extras, ignored=ignored, read=len(state))
 
 
 def rename(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -121,6 +125,13 @@ def _preprocessing(path: Path) -> dict[str, Any]:
     if content.get("resample") in RESAMPLE:
         found["interpolation"] = RESAMPLE[content["resample"]]
     return {key: value for key, value in found.items() if value is not None}
+
+
+def _palette(path: Path) -> dict[str, Any]:
+    """The colours that an ImageGPT's processor maps pixels to."""
+    file = path / "preprocessor_config.json"
+    clusters = _read_json(file).get("clusters") if file.is_file() else None
+    return {} if clusters is None else {"palette": clusters}
 
 
 def _read_json(file: Path) -> dict[str, Any]:

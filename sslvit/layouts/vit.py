@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -18,13 +19,26 @@ class Converted:
         settings: of the encoder.
         encoder: state dict of ViTEncoder.
         extras: other parts under our names ("decoder....", "head....").
-        notes: what was inferred or ignored, one line each, for the reader.
+        notes: what was inferred, one line each, for the reader.
+        ignored: names in the file that are no weights of any part (masks, counters).
+        read: tensors in the file.
     """
 
     settings: EncoderSettings
     encoder: dict[str, Tensor]
     extras: dict[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+    read: int = 0
+
+    def account(self) -> str:
+        """Where every tensor of the file went, in one line."""
+        loaded = self.read - len(self.extras) - len(self.ignored)
+        parts = Counter(key.split(".")[0] for key in self.extras)
+        aside = f"; not the encoder's: {', '.join(f'{part} ({n})' for part, n in parts.items())}" if parts else ""
+        shown = ", ".join(self.ignored[:3]) + (", ..." if len(self.ignored) > 3 else "")
+        ignored = f"; ignored: {len(self.ignored)} ({shown})" if self.ignored else ""
+        return f"{self.read} tensors: {loaded} loaded, none missing{aside}{ignored}"
 
 
 def infer_heads(width: int, heads: int | None, notes: list[str]) -> int:

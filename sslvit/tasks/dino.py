@@ -18,7 +18,6 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sslvit.checkpoint import read_torch_file
 from sslvit.data.batch import Batch
 from sslvit.data.views import runs_of_one_size
 from sslvit.layouts import dino as layout
@@ -27,6 +26,7 @@ from sslvit.optim import cosine, move_average, warmup_cosine
 from sslvit.ranks import count_ranks, logsumexp_over_ranks, sum_over_ranks
 from sslvit.settings import DINOSettings, EncoderSettings, OptimSettings
 from sslvit.tasks.base import PretextTask
+from sslvit.weight_files import read_torch_file
 
 GLOBAL_VIEWS = 2
 

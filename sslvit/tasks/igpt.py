@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sslvit.checkpoint import own_parts, put_weights, read_torch_file, weights_in
+from sslvit.checkpoint import own_parts, put_weights
 from sslvit.data.batch import Batch
 from sslvit.environment import pick_device
 from sslvit.layouts import openai_igpt as layout
@@ -25,6 +25,7 @@ from sslvit.settings import EncoderSettings, IGPTSettings, OptimSettings
 from sslvit.settings.sample import SampleSettings
 from sslvit.tasks.base import PretextTask
 from sslvit.tasks.sampling import complete
+from sslvit.weight_files import read_torch_file, weights_in
 
 DRAWN = 2  # completions of each image in a run's pictures
 

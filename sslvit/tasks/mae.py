@@ -13,13 +13,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sslvit.chance import uniform_at
-from sslvit.checkpoint import read_weights
 from sslvit.data.batch import Batch
 from sslvit.layouts import mae as layout
 from sslvit.models.positions import resample_table, sincos_2d
 from sslvit.models.transformer import Block
 from sslvit.settings import EncoderSettings, MAESettings, OptimSettings
 from sslvit.tasks.base import PretextTask
+from sslvit.weight_files import read_weights
 
 
 def patchify(images: Float[Tensor, "b c h w"], patch: int) -> Float[Tensor, "b n pixels"]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from sslvit.checkpoint import check_same, read_torch_file, settings_from
+from sslvit.checkpoint import check_same, settings_from
 from sslvit.data.decode import MODES
 from sslvit.data.index import Index
 from sslvit.data.module import ShardDataModule
@@ -19,6 +19,7 @@ from sslvit.settings.views import AugmentSettings, MultiCropSettings
 from sslvit.tasks import task_class
 from sslvit.tasks.base import PretextTask
 from sslvit.train.folder import RunFolder
+from sslvit.weight_files import read_torch_file
 
 
 def check_machine(settings: PretrainSettings) -> None:

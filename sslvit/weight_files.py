@@ -1,0 +1,101 @@
+"""Files that others wrote -> named tensors, so that nothing in a file can run.
+
+safetensors and .npz hold numbers only; torch's pickles are read with weights only, also where an environment variable
+asks otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+WRAPPERS = ("teacher", "model", "state_dict")  # DINO's full checkpoint: the teacher is the result
+FOLDER_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")  # of transformers
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a released file, out of wrappers such as "model", "teacher" or "state_dict"."""
+    return weights_in(read_torch_file(Path(path)), Path(path))
+
+
+def weights_in(content: dict[str, Any], path: Path, network: str | None = None) -> dict[str, Tensor]:
+    """The weights of a released file's content.
+
+    Args:
+        content: as read.
+        path: for messages.
+        network: student or teacher, of a file with both; None for the teacher, or what there is.
+
+    Raises:
+        ValueError: there are none, or not of this network.
+    """
+    if network is not None and not isinstance(content.get(network), dict):
+        raise ValueError(f"{path}: holds no {network} (its entries: {', '.join(map(str, list(content)[:6]))}).")
+    for wrapper in WRAPPERS if network is None else (network,):
+        if isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    weights = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    if not weights:
+        raise ValueError(f"{path}: holds no weights (its entries: {', '.join(map(str, list(content)[:6]))}).")
+    return weights
+
+
+def read_torch_file(path: Path) -> dict[str, Any]:
+    """A .safetensors file, an .npz of arrays or a torch file, read so that nothing in it can run.
+
+    Raises:
+        ValueError: it is neither, it is damaged, or it holds more than numbers.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file.")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+        with torch.serialization.safe_globals([argparse.Namespace]):  # DINO's files hold their command line
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path}: refused, because it holds objects besides tensors and loading those could run code. "
+            "Ask its author for a file of weights only (.safetensors), or re-save its state dict where you trust it."
+        ) from error
+    except Exception as error:  # damaged bytes make torch's reader raise almost anything
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise ValueError(f"{path}: not a readable checkpoint ({reason}). Is the download complete?") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, not a checkpoint with named weights.")
+    return content
+
+
+def read_folder_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights in a folder of transformers: one file, or several named by an index.
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: a file is damaged, holds more than numbers, or is named outside the folder.
+    """
+    file = next((folder / name for name in FOLDER_FILES if (folder / name).is_file()), None)
+    if file is None:
+        raise FileNotFoundError(f"{folder}: no weights there ({', '.join(FOLDER_FILES)}). Is the download complete?")
+    if file.suffix != ".json":
+        return weights_in(read_torch_file(file), file)
+    try:
+        names = sorted(set(json.loads(file.read_text())["weight_map"].values()))
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{file}: damaged ({error}). Is the download complete?") from error
+    weights: dict[str, Tensor] = {}
+    for name in names:
+        if Path(name).name != name:
+            raise ValueError(f"{file}: names {name}, which is outside its folder.")
+        weights |= read_torch_file(folder / name)
+    return weights
