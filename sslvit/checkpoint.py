@@ -29,6 +29,7 @@ from sslvit.settings.load import brief, build
 from sslvit.weight_files import read_folder_weights, read_torch_file, weights_in
 
 FORMAT = 1
+HEAD = "head.safetensors"  # beside an encoder: the classifier that was trained with it
 TIMM = "timm:"  # before the name of one of timm's pretrained models
 STUDENT, TEACHER = "encoder.", "teacher."  # of a checkpoint's names, where a task trains both
 POSITION_TABLES = ("learned_1d", "sincos_1d", "sincos_2d")

@@ -241,8 +241,16 @@ def make_parser() -> argparse.ArgumentParser:
     export = command("export", in_and_out.run_export, "write an encoder for another library, and compare there")
     export.add_argument("encoder", metavar="ENCODER")
     export.add_argument("out", metavar="OUT")
-    export.add_argument("--format", required=True, choices=["timm", "safetensors"])
-    export.add_argument("--overwrite", action="store_true")
+    formats = ["timm", "transformers", "onnx", "torch", "safetensors"]
+    export.add_argument("--format", required=True, choices=formats, help="torch: a program of torch.export")
+    export.add_argument("--outputs", choices=["tokens", "features", "logits"], default="features",
+                        help="the encoder alone, pooled, or a classifier's (default: %(default)s)")  # fmt: skip
+    export.add_argument("--size", choices=["fixed", "dynamic"],
+                        help="image sizes that it takes (default: dynamic for timm and transformers where they stretch "
+                             "positions as this encoder does; otherwise fixed)")  # fmt: skip
+    export.add_argument("--scores", metavar="FILE", nargs="*", default=[], help="scores for the card, by probe -o")
+    export.add_argument("--overwrite", action="store_true", help="replace an earlier export there")
+    add_layout(export)
 
     take = command("import", in_and_out.run_import, "released weights -> an encoder folder")
     take.add_argument("checkpoint", metavar="CHECKPOINT")
@@ -280,6 +288,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 def add_layout(parser: argparse.ArgumentParser) -> None:
     layouts = ["mae", "dino", "dinov2", "timm", "openai_igpt"]
     parser.add_argument("--layout", choices=layouts, help="of a released file (default: recognised by its names)")
+    parser.add_argument("--weights", choices=["student", "teacher"], help="of a checkpoint that holds both")
     add_released(parser)
 
 

@@ -41,6 +41,8 @@ def nearest_rows(pixels: Float[Tensor, "n c"], palette: Float[Tensor, "colours c
     pixels, palette = pixels.float(), palette.float()
     # the smallest |x - c|^2 is the largest x.c - |c|^2 / 2: |x|^2 is the same for every colour
     offset = -palette.square().sum(1) / 2
+    if torch.compiler.is_exporting():  # the number of pieces would be a constant of the program
+        return torch.addmm(offset, pixels, palette.T).argmax(1)
     piece = PIECE if pixels.device.type == "cpu" else 2**20 // max(len(palette) // 512, 1)
     found = torch.empty(len(pixels), dtype=torch.long, device=pixels.device)
     with torch.autocast(pixels.device.type, enabled=False):  # bf16 cannot tell neighbouring colours apart

@@ -32,6 +32,8 @@ def unsaid(options: argparse.Namespace) -> dict[str, Any]:
     from sslvit.settings.palette import UNIFORM, read_palette
 
     given = {"image_size": options.image_size} if options.image_size else {}
+    if getattr(options, "weights", None):
+        given["weights"] = options.weights
     if options.palette:
         given["palette"] = UNIFORM if options.palette == UNIFORM else read_palette(options.palette)
     return given

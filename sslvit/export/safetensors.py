@@ -1,24 +1,45 @@
-"""sslvit's own format: encoder.json + encoder.safetensors."""
+"""sslvit's own format: encoder.json + encoder.safetensors, and head.safetensors where there is a classifier."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors.torch import save_file
 from torch import Tensor
 
-from sslvit.checkpoint import load_encoder, save_encoder
-from sslvit.models import ViTEncoder
-from sslvit.settings import EncoderSettings
+from sslvit.checkpoint import HEAD, load_encoder, save_encoder
+from sslvit.export.exported import Exported, with_outputs
 
 
-def check(settings: EncoderSettings) -> None:
-    """It holds every encoder."""
+def check(exported: Exported, size: str | None) -> bool:
+    """It holds every encoder, at every size that the encoder takes.
+
+    Raises:
+        ValueError: one size is asked for, or other sizes of an encoder that is tied to its own.
+    """
+    if size == "fixed":
+        raise ValueError("--size fixed: is for other formats; safetensors hold the encoder as it is.")
+    if size == "dynamic" and exported.settings.tokens == "pixel":
+        raise ValueError("--size dynamic: a pixel sequence is tied to its size.")
+    return exported.settings.tokens == "pixel"
 
 
-def write(encoder: ViTEncoder, folder: Path) -> None:
-    save_encoder(encoder, folder)
+def write(exported: Exported, folder: Path, is_fixed: bool) -> None:
+    save_encoder(exported.encoder, folder)
+    if exported.head is not None:
+        weights = {f"head.{key}": value.contiguous() for key, value in exported.head.state_dict().items()}
+        save_file(weights, folder / HEAD, {"classes": json.dumps(exported.classes)})
 
 
-def reopen(folder: Path) -> Callable[[Tensor], Tensor]:
-    return load_encoder(folder).features
+def reopen(folder: Path, exported: Exported, is_fixed: bool) -> Callable[[Tensor], Tensor]:
+    return with_outputs(load_encoder(folder), folder, exported.outputs)
+
+
+def how_to_open(exported: Exported, is_fixed: bool) -> str:
+    call = {"tokens": "encoder(images)", "features": "encoder.features(images)", "logits": "encoder.features(images)"}
+    return f"""import sslvit
+
+encoder = sslvit.load_encoder("FOLDER")
+{"features" if exported.outputs == "logits" else exported.outputs} = {call[exported.outputs]}"""

@@ -10,46 +10,82 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from PIL.Image import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sslvit.layouts.timm import model_arguments
-from sslvit.models import ViTEncoder
-from sslvit.settings import EncoderSettings
+from sslvit.export.exported import Exported
+from sslvit.layouts.timm import from_sslvit, model_arguments, resampling_differs, rows_kept
+from sslvit.layouts.vit import state_with_table
 
 ARCHITECTURE = "vit_base_patch16_224"  # any plain ViT: the arguments below replace all that it says
 
 
-def check(settings: EncoderSettings) -> None:
-    """Raise ValueError if timm's plain ViT cannot hold this encoder, ImportError if timm is not there."""
-    model_arguments(settings)
+def check(exported: Exported, size: str | None) -> bool:
+    """Whether it will take images of one size only.
+
+    Raises:
+        ValueError: timm's plain ViT cannot hold this encoder, or not at other sizes, which are asked for.
+        ImportError: timm is not installed.
+    """
+    arguments_of(exported)
+    differs = resampling_differs(exported.settings)
+    if size == "dynamic" and differs:
+        raise ValueError(f"--size dynamic: timm stretches positions in another way ({differs}). Use --size fixed.")
     try:
         import timm  # noqa: F401
     except ImportError as error:
         raise ImportError("--format timm: timm is not installed. Run: pip install 'sslvit[timm]'") from error
+    return size == "fixed" or differs is not None
 
 
-def write(encoder: ViTEncoder, folder: Path) -> None:
-    settings = encoder.settings
-    arguments = model_arguments(settings)
-    weights = {key: value.contiguous() for key, value in encoder.state_dict().items() if key != "mask_token"}
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+def arguments_of(exported: Exported) -> dict:
+    return model_arguments(
+        exported.settings, exported.outputs, 0 if exported.head is None else exported.head.out_features
+    )
+
+
+def write(exported: Exported, folder: Path, is_fixed: bool) -> None:
+    settings = exported.settings
+    arguments = {**arguments_of(exported), "dynamic_img_size": not is_fixed}
+    classifier = {} if exported.head is None else {f"head.{k}": v for k, v in exported.head.state_dict().items()}
+    weights = from_sslvit(state_with_table(exported.encoder, rows_kept(settings), exported.outputs), classifier)
+    save_file(
+        {key: value.contiguous() for key, value in weights.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
     about = {
         "architecture": ARCHITECTURE,
-        "num_classes": 0,
+        "num_classes": arguments["num_classes"],
         "num_features": settings.width,
         "global_pool": arguments["global_pool"],
         "model_args": arguments,
         "pretrained_cfg": {
-            "input_size": [settings.channels, *settings.image_size], "fixed_input_size": False,
+            "input_size": [settings.channels, *settings.image_size], "fixed_input_size": is_fixed,
             "interpolation": settings.interpolation, "crop_pct": 1.0, "mean": settings.mean, "std": settings.std,
-            "num_classes": 0, "pool_size": None, "first_conv": "patch_embed.proj", "classifier": "head",
+            "num_classes": arguments["num_classes"], "pool_size": None, "first_conv": "patch_embed.proj",
+            "classifier": "head", **({"label_names": exported.classes} if exported.classes else {}),
         },
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(about, indent=1) + "\n")
 
 
-def reopen(folder: Path) -> Callable[[Tensor], Tensor]:
+def reopen(folder: Path, exported: Exported, is_fixed: bool) -> Callable[[Tensor], Tensor]:
     import timm
 
     return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+
+
+def preprocessing(folder: Path, exported: Exported) -> Callable[[Image], Tensor]:
+    """What timm does to an image on its way in."""
+    import timm
+
+    model = timm.create_model(f"local-dir:{folder}", pretrained=False)
+    return timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+
+
+def how_to_open(exported: Exported, is_fixed: bool) -> str:
+    return f"""import timm
+
+model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+{exported.outputs} = model(transform(image)[None])"""

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sslvit.layouts.vit import Converted, count_blocks, infer_heads
-from sslvit.settings import PRESETS, preset
+from sslvit.layouts.vit import Converted, count_blocks, infer_heads, refuse_if
+from sslvit.settings import PRESETS, EncoderSettings, preset
 from sslvit.settings.palette import UNIFORM, read_palette
 
 BLOCK = {
@@ -96,6 +97,32 @@ def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes) -> 
         return _convert(state, heads, notes, ignored, changes)
     except KeyError as error:
         raise ValueError(f"layout openai_igpt: {error} is missing. Is the file complete, and iGPT's?") from error
+
+
+def model_arguments(settings: EncoderSettings) -> dict[str, Any]:
+    """Arguments of transformers' ImageGPTConfig for these settings.
+
+    Raises:
+        ValueError: ImageGPT cannot hold an option; all such options are named.
+    """
+    refuse_if("transformers' imagegpt", {
+        "causal: false": not settings.causal,
+        f"channels: {settings.channels}": settings.channels != 3,
+        f"norm: {settings.norm}": settings.norm != "rms",
+        f"mlp: {settings.mlp}": settings.mlp != "quick_gelu",
+        f"positions: {settings.positions}": settings.positions not in ("learned_1d", "sincos_1d", "sincos_2d"),
+        "locality: true": settings.locality,
+        "qk_norm: true": settings.qk_norm,
+        f"layer_scale: {settings.layer_scale}": settings.layer_scale is not None,
+        "final_norm: false": not settings.final_norm,
+        "mask_token: true": settings.mask_token,
+    })  # fmt: skip
+    return {
+        "vocab_size": (512 if settings.palette == UNIFORM else len(settings.palette)) + 1,
+        "n_positions": settings.grid[0] * settings.grid[1], "n_embd": settings.width, "n_layer": settings.depth,
+        "n_head": settings.heads, "n_inner": settings.mlp_width, "layer_norm_epsilon": settings.norm_eps,
+        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+    }  # fmt: skip
 
 
 def from_sslvit(encoder: dict[str, Tensor], extras: dict[str, Tensor]) -> dict[str, Tensor]:

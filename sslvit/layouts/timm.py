@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sslvit.layouts.vit import Converted, settings_from_shapes, split
+from sslvit.layouts.vit import (
+    Converted,
+    not_plain,
+    refuse_if,
+    resampling_other_than,
+    settings_from_shapes,
+    split,
+)
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings
 
@@ -31,44 +39,45 @@ def from_sslvit(encoder: dict[str, Tensor], extras: dict[str, Tensor]) -> dict[s
     return {key: value for key, value in encoder.items() if key != "mask_token"} | extras
 
 
-def model_arguments(settings: EncoderSettings) -> dict:
+def rows_kept(settings: EncoderSettings) -> int:
+    """Rows of the position table in front of the patches' rows: timm has them for all prefix tokens or for none."""
+    return settings.prefix if settings.position_rows == settings.prefix else 0
+
+
+def model_arguments(settings: EncoderSettings, outputs: str = "features", classes: int = 0) -> dict[str, Any]:
     """Arguments of timm's VisionTransformer for these settings.
+
+    Args:
+        settings: of the encoder.
+        outputs: tokens, features or logits.
+        classes: of the classifier, for logits.
 
     Raises:
         ValueError: timm's plain ViT cannot hold an option; all such options are named.
     """
-    rows = settings.position_rows
-    cannot = {
-        f"tokens: {settings.tokens}": settings.tokens != "patch",
-        f"positions: {settings.positions}": settings.positions not in ("learned_1d", "sincos_1d", "sincos_2d"),
-        "prefix_positions that differ between class token and registers": 0 < rows < settings.prefix,
-        f"norm: {settings.norm}": settings.norm != "layer",
-        f"norm_eps: {settings.norm_eps}": settings.norm_eps != 1e-6,
+    refuse_if("timm's VisionTransformer", {
+        **not_plain(settings, outputs),
+        f"norm_eps: {settings.norm_eps:g}": settings.norm_eps != 1e-6,
         f"mlp: {settings.mlp}": settings.mlp != "gelu",
-        "bias: false": not settings.bias,
-        "causal: true": settings.causal,
-        "locality: true": settings.locality,
-        "pooling: attention": settings.pooling == "attention",
-        "both final_norm and fc_norm": settings.final_norm and settings.fc_norm,
-        "neither final_norm nor fc_norm": not settings.final_norm and not settings.fc_norm,
-        "interpolate_antialias: false": not settings.interpolate_antialias,
-        f"interpolate_offset: {settings.interpolate_offset}": settings.interpolate_offset != 0,
-        f"feature_layer: {settings.feature_layer}": settings.feature_layer not in (None, settings.depth),
-    }
-    if any(cannot.values()):
-        refused = "; ".join(option for option, is_refused in cannot.items() if is_refused)
-        raise ValueError(f"timm's VisionTransformer cannot hold this encoder ({refused}). Use --format safetensors.")
-    arguments = {
+        "both final_norm and fc_norm": settings.final_norm and settings.fc_norm and outputs != "tokens",
+    })  # fmt: skip
+    pooling = "" if outputs == "tokens" else {"class": "token", "mean": "avg"}[settings.pooling]
+    fc_norm = settings.fc_norm and outputs != "tokens"
+    return {
         "img_size": list(settings.image_size), "patch_size": settings.patch, "in_chans": settings.channels,
         "embed_dim": settings.width, "depth": settings.depth, "num_heads": settings.heads,
-        "mlp_ratio": settings.mlp_width / settings.width, "qk_norm": settings.qk_norm,
-        "init_values": settings.layer_scale, "class_token": settings.class_token,
-        "reg_tokens": settings.registers, "no_embed_class": rows < max(settings.prefix, 1),
-        "global_pool": {"class": "token", "mean": "avg"}[settings.pooling],
-        "fc_norm": settings.fc_norm, "dynamic_img_size": True,
-        "final_norm": True,  # timm: one norm, behind the pooling with fc_norm and before it without
+        "mlp_ratio": settings.mlp_width / settings.width, "qk_norm": settings.qk_norm, "qkv_bias": settings.bias,
+        "proj_bias": settings.bias, "init_values": settings.layer_scale, "class_token": settings.class_token,
+        "reg_tokens": settings.registers, "no_embed_class": rows_kept(settings) < max(settings.prefix, 1),
+        "pos_embed": "none" if settings.positions == "none" else "learn",
+        "global_pool": pooling, "num_classes": classes, "dynamic_img_size": True,
+        "fc_norm": fc_norm, "final_norm": settings.final_norm or fc_norm,  # its one norm, behind the pooling or before
     }  # fmt: skip
-    return arguments
+
+
+def resampling_differs(settings: EncoderSettings) -> str | None:
+    """The setting for which timm gives other positions at other sizes, or None."""
+    return resampling_other_than(settings, antialias=True)
 
 
 def from_folder(path: Path, **changes) -> Converted | None:

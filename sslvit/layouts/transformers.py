@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from sslvit.layouts import openai_igpt
-from sslvit.layouts.vit import Converted, settings_from_shapes
+from sslvit.layouts.vit import (
+    Converted,
+    count_blocks,
+    not_plain,
+    refuse_if,
+    resampling_other_than,
+    settings_from_shapes,
+)
+from sslvit.settings import EncoderSettings
 
 PREFIX = re.compile(r"^(vit|dinov2|dinov2_with_registers|transformer)\.")
 NAMES = {
@@ -81,6 +89,114 @@ def to_sslvit(state: dict[str, Tensor], path: Path, **changes) -> Converted:
         ignored.append("embeddings.mask_token")
     settings = settings_from_shapes(encoder, config["num_attention_heads"], [], **found)
     return Converted(settings, encoder, extras, ignored=ignored, read=len(state))
+
+
+def kind_of(settings: EncoderSettings, outputs: str) -> str:
+    """The model of transformers, as its config names it, that holds these settings or comes nearest."""
+    if settings.tokens == "pixel":
+        return "imagegpt"
+    if settings.registers:
+        return "dinov2_with_registers"
+    # Dinov2's classifier reads the mean over patches too, which ViT's does not
+    is_mean = outputs == "logits" and settings.pooling == "mean"
+    return "dinov2" if settings.layer_scale is not None or settings.mlp == "swiglu" or is_mean else "vit"
+
+
+def model_arguments(settings: EncoderSettings, outputs: str = "features") -> dict[str, Any]:
+    """Arguments of transformers' config for these settings.
+
+    Raises:
+        ValueError: its model cannot hold an option; all such options are named.
+    """
+    kind = kind_of(settings, outputs)
+    if kind == "imagegpt":
+        return openai_igpt.model_arguments(settings)
+    is_pooled = outputs != "tokens"
+    is_square = settings.image_size[0] == settings.image_size[1]
+    activations = ("gelu",) if kind == "vit" else ("gelu", "swiglu")
+    ratio = settings.mlp_ratio
+    refuse_if(f"transformers' {kind}", {
+        **not_plain(settings, outputs),
+        "positions: none": settings.positions == "none",
+        f"mlp: {settings.mlp}": settings.mlp not in activations,
+        f"mlp_ratio: {ratio:g}, which is no whole number": kind != "vit" and ratio != int(ratio),
+        "bias: false": not settings.bias,
+        "qk_norm: true": settings.qk_norm,
+        "class_token: false": not settings.class_token,
+        "final_norm: false": not settings.final_norm,
+        "fc_norm: true": settings.fc_norm and is_pooled,
+        f"image_size: {settings.image_size}, which is no square": kind != "vit" and not is_square,
+    })  # fmt: skip
+    common = {
+        "hidden_size": settings.width, "num_hidden_layers": settings.depth, "num_attention_heads": settings.heads,
+        "layer_norm_eps": settings.norm_eps, "patch_size": settings.patch, "num_channels": settings.channels,
+        "image_size": settings.image_size[0] if is_square else list(settings.image_size),
+    }  # fmt: skip
+    if kind == "vit":
+        return common | {"intermediate_size": settings.mlp_width}
+    registers = {"num_register_tokens": settings.registers} if settings.registers else {}
+    return common | registers | {"mlp_ratio": int(ratio), "use_swiglu_ffn": settings.mlp == "swiglu"}
+
+
+def resampling_differs(settings: EncoderSettings, outputs: str) -> str | None:
+    """The setting for which transformers gives other positions at other sizes, or None."""
+    kind = kind_of(settings, outputs)
+    if kind == "imagegpt":
+        return "a pixel sequence is tied to its size"
+    if settings.image_size[0] != settings.image_size[1]:
+        return f"image_size: {settings.image_size}, which is no square"
+    return resampling_other_than(settings, antialias=kind == "dinov2_with_registers")
+
+
+def from_sslvit(encoder: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+    """Ours -> transformers' names, for one of its models.
+
+    Args:
+        encoder: with a position table that has one row in front of the patches' (layouts/vit.py).
+        kind: vit, dinov2 or dinov2_with_registers. The latter two multiply each branch by a scale per channel, one
+            where we have none, and own a mask token, zero where we have none.
+    """
+    names = {ours: theirs for theirs, ours in NAMES.items()}
+    inner, outer = (encoder[f"blocks.0.mlp.fc{number}.weight"].shape for number in (1, 2))
+    block = {"attn.proj.": "attention.output.dense.", "ls1.gamma": "layer_scale1.lambda1",
+             "ls2.gamma": "layer_scale2.lambda1"}  # fmt: skip
+    if kind == "vit":
+        block |= {"norm1.": "layernorm_before.", "norm2.": "layernorm_after.", "mlp.fc1.": "intermediate.dense.",
+                  "mlp.fc2.": "output.dense."}  # fmt: skip
+    elif inner[0] == 2 * outer[1]:  # gated
+        block |= {"mlp.fc1.": "mlp.weights_in.", "mlp.fc2.": "mlp.weights_out."}
+    found: dict[str, Tensor] = {}
+    for key, value in encoder.items():
+        if not key.startswith("blocks."):
+            ours = next(ours for ours in names if key.startswith(ours))
+            found[key.replace(ours, names[ours], 1)] = value.view(1, -1) if key == "mask_token" else value
+            continue
+        _, number, part = key.split(".", 2)
+        layer = f"encoder.layer.{number}."
+        if part.startswith("attn.qkv."):
+            for name, third in zip(("query", "key", "value"), value.chunk(3), strict=True):
+                found[f"{layer}attention.attention.{name}.{part.rsplit('.', 1)[1]}"] = third.contiguous()
+            continue
+        ours = next((ours for ours in block if part.startswith(ours)), None)
+        found[layer + (part if ours is None else part.replace(ours, block[ours], 1))] = value
+    if kind == "vit":
+        found.pop("embeddings.mask_token", None)
+        return found
+    width = encoder["norm.weight"].shape[0]
+    found.setdefault("embeddings.mask_token", torch.zeros(1, width))
+    for number in range(count_blocks(encoder, "blocks.")):
+        for which in (1, 2):
+            found.setdefault(f"encoder.layer.{number}.layer_scale{which}.lambda1", torch.ones(width))
+    return found
+
+
+def classifier(head: dict[str, Tensor], kind: str, pooling: str) -> dict[str, Tensor]:
+    """A classifier under transformers' names. Dinov2's reads the class token beside the mean over patches."""
+    weight = head["weight"]
+    if kind != "vit":
+        nothing = torch.zeros_like(weight)
+        weight = torch.cat([weight, nothing] if pooling == "class" else [nothing, weight], 1)
+    return {"classifier.weight": weight, "classifier.bias": head["bias"]}
 
 
 def rename(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -6,8 +6,10 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
+from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings
 
 
@@ -84,6 +86,8 @@ def settings_from_shapes(state: dict[str, Tensor], heads: int | None, notes: lis
         found["mlp_ratio"] = 4.0 if (int(4 * width * 2 / 3) + 7) // 8 * 8 == hidden else 1.5 * hidden / width
     if "pos_embed" in state and state["pos_embed"].ndim == 3:
         found |= _grid_of_positions(state["pos_embed"].shape[1], patch, has_class, registers, notes, changes)
+    elif not any(key.startswith("pos_embed") for key in state):
+        found["positions"] = "none"
     return EncoderSettings(**{**found, **changes})
 
 
@@ -109,6 +113,63 @@ def _grid_of_positions(
         f"pos_embed: {length} rows are no {'square grid' if size is None else f'grid of {size} pixels'} of patches of "
         f"{patch} with {rows['all']} prefix tokens. Give image_size=[height, width] (--image-size HEIGHT WIDTH)."
     )
+
+
+TABLES = ("learned_1d", "learned_2d", "sincos_1d", "sincos_2d")
+
+
+def not_plain(settings: EncoderSettings, outputs: str) -> dict[str, bool]:
+    """Options that no ViT of another library has -> whether this encoder has them, and the outputs depend on them."""
+    is_pooled = outputs != "tokens"
+    return {
+        f"tokens: {settings.tokens}": settings.tokens != "patch",
+        f"positions: {settings.positions}": settings.positions not in (*TABLES, "none"),
+        f"norm: {settings.norm}": settings.norm != "layer",
+        "causal: true": settings.causal,
+        "locality: true": settings.locality,
+        "pooling: attention": is_pooled and settings.pooling == "attention",
+        f"feature_layer: {settings.feature_layer}": is_pooled and settings.feature_layer not in (None, settings.depth),
+    }
+
+
+def refuse_if(what: str, cannot: dict[str, bool]) -> None:
+    """Raise ValueError with all options that apply."""
+    refused = "; ".join(option for option, applies in cannot.items() if applies)
+    if refused:
+        raise ValueError(f"{what} cannot hold this encoder ({refused}). Use --format onnx, torch or safetensors.")
+
+
+def resampling_other_than(settings: EncoderSettings, antialias: bool) -> str | None:
+    """The setting by which positions of other image sizes differ from a plain resampling to the size, or None."""
+    if settings.positions == "none":
+        return None
+    if settings.interpolate_offset:
+        return f"interpolate_offset: {settings.interpolate_offset:g}"
+    if settings.interpolate_antialias != antialias:
+        return f"interpolate_antialias: {str(settings.interpolate_antialias).lower()}"
+    return None
+
+
+def state_with_table(encoder: ViTEncoder, rows: int, outputs: str) -> dict[str, Tensor]:
+    """Weights with one position table that has `rows` rows in front of the patches' rows; the same function.
+
+    A prefix token's row beyond those becomes part of the token itself; a row that is missing is zero.
+    """
+    settings = encoder.settings
+    left_out = ("pos_embed", "fc_norm.", "attn_pool.") if outputs == "tokens" else ("pos_embed",)
+    state = {key: value for key, value in encoder.state_dict().items() if not key.startswith(left_out)}
+    prefix, patches = encoder.position_table(settings.grid)
+    if patches is None:
+        return state
+    names = ["cls_token"] * settings.class_token + ["reg_token"] * bool(settings.registers)
+    if rows < len(prefix):
+        tokens = torch.cat([state[name] for name in names], 1).clone()
+        tokens[0, rows : len(prefix)] += prefix[rows:]
+        parts = tokens.split([state[name].shape[1] for name in names], 1)
+        state |= {name: part.contiguous() for name, part in zip(names, parts, strict=True)}
+    kept = torch.cat([prefix[:rows], prefix.new_zeros(max(rows - len(prefix), 0), settings.width)])
+    state["pos_embed"] = torch.cat([kept, patches])[None].detach()
+    return state
 
 
 def count_blocks(state: dict[str, Tensor], prefix: str) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sslvit.models.pooling import AttentionPool, pool_class, pool_mean
-from sslvit.models.positions import Places, resample_table, rotary_2d, sincos_1d, sincos_2d
+from sslvit.models.positions import Places, is_same, resample_table, rotary_2d, sincos_1d, sincos_2d
 from sslvit.models.tokens import TOKENIZERS, take
 from sslvit.models.transformer import Block, Memory, make_norm
 from sslvit.settings import EncoderSettings
@@ -251,7 +251,7 @@ class ViTEncoder(nn.Module):
     def position_table(self, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
         """Rows for the prefix tokens and for the patches of a grid; None where positions are not a table."""
         settings = self.settings
-        if grid != settings.grid and settings.tokens == "pixel":
+        if settings.tokens == "pixel" and grid != settings.grid:
             raise ValueError(
                 f"a pixel sequence is tied to its size: this encoder takes {settings.grid} pixels, not {grid}. "
                 "Resize the images (encoder.image_size)."
@@ -264,7 +264,7 @@ class ViTEncoder(nn.Module):
             patches = (self.pos_embed_row + self.pos_embed_column).flatten(0, 1)
         else:
             prefix, patches = self.pos_embed[0, :rows], self.pos_embed[0, rows:]
-        if grid == settings.grid:
+        if is_same(grid, settings.grid):
             return prefix, patches
         return prefix, resample_table(
             patches, settings.grid, grid, settings.interpolate_antialias, settings.interpolate_offset

@@ -72,10 +72,15 @@ def resample_table(
         offset: 0 samples for the size itself (MAE, timm, DINOv2 with registers). DINO and DINOv2 passed
             (cells + 0.1) / old cells as a scale factor, which also shifts the sampling points; 0.1 repeats that.
     """
-    if grid == to:
+    if is_same(grid, to):
         return table
     image = rearrange(table, "(rows cols) d -> 1 d rows cols", rows=grid[0])
     return rearrange(stretch(image, to, antialias, offset), "1 d rows cols -> (rows cols) d")
+
+
+def is_same(grid: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether two grids are one. While a program for any size is traced, a size is a symbol and equals no number."""
+    return all(isinstance(side, int) for side in (*grid, *other)) and tuple(grid) == tuple(other)
 
 
 def stretch(
@@ -138,7 +143,7 @@ class RelativeBias(nn.Module):
         rows, columns = places.grid
         table = self.table
         wanted = (2 * rows - 1, 2 * columns - 1)
-        if table.shape[1:] != wanted:
+        if not is_same(tuple(table.shape[1:]), wanted):
             table = stretch(table[None], wanted)[0]
         place = torch.arange(rows * columns, device=table.device)
         if places.visible is not None:

@@ -150,7 +150,7 @@ class PixelTokens(nn.Module):
     def begin(self, indices: Int[Tensor, "b k"]) -> Float[Tensor, "b k1 d"]:
         """The start token, then the given first pixels."""
         tokens = self.embed(indices)
-        return torch.cat([self.start_token.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], 1)
+        return torch.cat([self.start_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], 1)
 
 
 TOKENIZERS = {

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from sslvit import __version__
-from sslvit.checkpoint import load_encoder, save_encoder
+from sslvit.checkpoint import HEAD, load_encoder, save_encoder
 from sslvit.data.index import Index
 from sslvit.data.module import ShardDataModule
 from sslvit.data.open import open_data
@@ -26,8 +26,6 @@ from sslvit.train.health import Health
 from sslvit.train.online import OnlineProbe, Validation
 from sslvit.train.pictures import draw_pictures
 from sslvit.train.prepare import check_data, check_machine, check_resumed, chosen, fit
-
-HEAD = "head.safetensors"
 
 
 def pretrain(settings: PretrainSettings, resume: bool = False, overwrite: bool = False) -> RunFolder:

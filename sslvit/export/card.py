@@ -1,0 +1,118 @@
+"""What a reader of an export must know: card.json for programs, README.md for people."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sslvit import __version__
+from sslvit.checkpoint import provenance_of
+from sslvit.export.exported import Exported
+
+NOT_TOLD = ("out", "init", "seed", "online")  # of a run's settings: the author's own paths, and what changes no weight
+
+
+def make_card(
+    exported: Exported, source: str | Path, kind: str, is_fixed: bool, weights: str | None, scores: list[Path]
+) -> dict[str, Any]:
+    """Facts about an export.
+
+    Args:
+        exported: what was written.
+        source: where the encoder came from.
+        kind: of the format.
+        is_fixed: images have one size.
+        weights: student or teacher, where one was asked for.
+        scores: files that `sslvit probe -o` and its relatives wrote.
+    """
+    settings = exported.settings
+    provenance = provenance_of(source)
+    recipe = {key: value for key, value in provenance.get("settings", {}).items() if key not in NOT_TOLD}
+    return {
+        "format": kind, "sslvit": __version__, "outputs": exported.outputs,
+        "image_sizes": "fixed" if is_fixed else "any",
+        "parameters": sum(parameter.numel() for parameter in exported.parameters()),
+        "encoder": asdict(settings), "weights": weights, "classes": exported.classes,
+        "preprocessing": {
+            "crop": "the largest centred box with the proportions of size", "size": settings.image_size,
+            "channels": settings.channels, "interpolation": settings.interpolation, "scale": "0 to 1",
+            "mean": settings.mean, "std": settings.std,
+        },
+        "task": provenance.get("task"), "step": provenance.get("step"), "data": provenance.get("data"),
+        "recipe": recipe, "imported_from": provenance.get("imported_from"), "scores": known_scores(source, scores),
+    }  # fmt: skip
+
+
+def known_scores(source: str | Path, files: list[Path]) -> dict[str, Any]:
+    """File -> what it says: those given, and a fine-tuned run's own.
+
+    Raises:
+        ValueError: a file is no JSON of scores.
+    """
+    own = Path(source) / "scores.json"
+    found = {}
+    for file in [*([own] if own.is_file() else []), *files]:
+        try:
+            found[file.name] = json.loads(file.read_text())
+        except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"--scores {file}: not readable as scores ({error}).") from error
+        if not isinstance(found[file.name], dict):
+            raise ValueError(f"--scores {file}: holds a {type(found[file.name]).__name__}, not scores.")
+    return found
+
+
+def write_card(card: dict[str, Any], verdict: dict[str, Any], how: str, folder: Path, name: str) -> None:
+    """card.json and README.md."""
+    (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+    (folder / "README.md").write_text("\n".join(_lines(card, verdict, how, name)) + "\n")
+
+
+def _lines(card: dict[str, Any], verdict: dict[str, Any], how: str, name: str) -> list[str]:
+    encoder, prepared = card["encoder"], card["preprocessing"]
+    height, width = prepared["size"]
+    lines = [
+        f"# {name}", "",
+        f"A vision transformer of {card['parameters'] / 1e6:.1f} M parameters ({encoder['depth']} blocks, width "
+        f"{encoder['width']}, {encoder['heads']} heads, patch {encoder['patch']}), written by sslvit {card['sslvit']} "
+        f"for {card['format']}. It gives {card['outputs']}.", "",
+        "```python", how, "```", "",
+        "## Preprocessing", "",
+        f"{prepared['crop'].capitalize()}, resized to {height} x {width} ({prepared['interpolation']}); pixels from "
+        f"0 to 1, minus mean {_numbers(prepared['mean'])}, over std {_numbers(prepared['std'])}.",
+        "It takes images of this size only." if card["image_sizes"] == "fixed"
+        else f"It takes other sizes too, in multiples of {encoder['patch']}.", "",
+        "## Origin", "",
+    ]  # fmt: skip
+    if card["task"]:
+        which = f", the {card['weights']}'s weights" if card["weights"] else ""
+        lines.append(f"Trained by {card['task']}, {card['step']:,} steps{which}; the recipe stands in card.json.")
+    elif card["recipe"]:
+        lines.append("From a checkpoint of a run that had not ended; its recipe stands in card.json.")
+    else:
+        lines.append(f"Imported from {card['imported_from']}.")
+    if card["data"]:
+        data = card["data"]
+        lines.append(f"Data: {data['samples']:,} images, fingerprint {data['fingerprint']}.")
+    lines += ["", "## Scores", ""]
+    lines += [f"- {file}: {_brief(content)}" for file, content in card["scores"].items()] or ["None known."]
+    lines += [
+        "", "## Verdict", "",
+        f"Reopened in {card['format']} and compared on fixed images: largest difference "
+        f"{verdict['largest_difference']:.1e}, allowed {verdict['tolerance']:.0e} (verdict.json).",
+    ]  # fmt: skip
+    if card["classes"]:
+        lines += ["", "## Classes", "", ", ".join(card["classes"])]
+    return lines
+
+
+def _numbers(values: list[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
+def _brief(content: dict[str, Any]) -> str:
+    """The scores of one file in a line."""
+    if "top1" in content:
+        return f"{content['top1']:.1f} % right of {content['images']:,} images"
+    return json.dumps(content.get("rows", content))[:400]

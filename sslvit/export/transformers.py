@@ -1,0 +1,176 @@
+"""transformers: a folder that ``from_pretrained`` opens, as ViT, Dinov2, Dinov2WithRegisters or ImageGPT.
+
+config.json                 the model and its settings
+model.safetensors           the weights under transformers' names
+preprocessor_config.json    how images reach it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sslvit.export.exported import Exported
+from sslvit.layouts import openai_igpt
+from sslvit.layouts.transformers import classifier, from_sslvit, kind_of, model_arguments, resampling_differs
+from sslvit.layouts.vit import state_with_table
+
+CLASSES = {"vit": "ViT", "dinov2": "Dinov2", "dinov2_with_registers": "Dinov2WithRegisters", "imagegpt": "ImageGPT"}
+RESAMPLE = {"bilinear": 2, "bicubic": 3}  # PIL's numbers
+
+
+def check(exported: Exported, size: str | None) -> bool:
+    """Whether it will take images of one size only.
+
+    Raises:
+        ValueError: no model of transformers holds this encoder, or not at other sizes, which are asked for.
+        ImportError: transformers is not installed.
+    """
+    settings, outputs = exported.settings, exported.outputs
+    model_arguments(settings, outputs)
+    if settings.tokens == "pixel" and outputs == "logits":
+        raise ValueError("--outputs logits: transformers' ImageGPT classifies otherwise. Use features.")
+    differs = resampling_differs(settings, outputs)
+    if size == "dynamic" and differs:
+        raise ValueError(
+            f"--size dynamic: transformers stretches positions in another way ({differs}). Use --size fixed."
+        )
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "--format transformers: transformers is not installed. Run: pip install 'sslvit[transformers]'"
+        ) from error
+    return size == "fixed" or differs is not None
+
+
+def write(exported: Exported, folder: Path, is_fixed: bool) -> None:
+    import transformers
+
+    settings, outputs = exported.settings, exported.outputs
+    kind = kind_of(settings, outputs)
+    labels = {"id2label": dict(enumerate(exported.classes))} if exported.classes else {}
+    if exported.head is not None and not exported.classes:
+        labels = {"num_labels": exported.head.out_features}
+    config = getattr(transformers, f"{CLASSES[kind]}Config")(**model_arguments(settings, outputs), **labels)
+    config.architectures = [f"{CLASSES[kind]}{'Model' if exported.head is None else 'ForImageClassification'}"]
+    config.save_pretrained(folder)
+    if kind == "imagegpt":
+        weights = openai_igpt.from_sslvit(exported.encoder.state_dict(), {})
+    else:
+        weights = from_sslvit(state_with_table(exported.encoder, 1, outputs), kind)
+    if exported.head is not None:
+        weights = {f"{kind}.{key}": value for key, value in weights.items()}
+        weights |= classifier(exported.head.state_dict(), kind, settings.pooling)
+    save_file(
+        {key: value.contiguous() for key, value in weights.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+    processor_of(exported).save_pretrained(folder)
+
+
+def processor_of(exported: Exported) -> Any:
+    """The image processor that does what sslvit does to an image of the right proportions."""
+    import transformers
+
+    settings = exported.settings
+    height, width = settings.image_size
+    common = {"resample": RESAMPLE[settings.interpolation], "image_mean": settings.mean, "image_std": settings.std}
+    if settings.tokens == "pixel":
+        common |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # palettes are in [-1, 1]
+        clusters = exported.encoder.patch_embed.palette.tolist()
+        return transformers.ImageGPTImageProcessor(clusters, size={"height": height, "width": width}, **common)
+    common["do_convert_rgb"] = settings.channels == 3
+    if height != width:
+        return transformers.ViTImageProcessor(size={"height": height, "width": width}, **common)
+    crop = {"height": height, "width": width}
+    return transformers.BitImageProcessor(size={"shortest_edge": height}, crop_size=crop, **common)
+
+
+def reopen(folder: Path, exported: Exported, is_fixed: bool) -> Callable[[Tensor], Tensor]:
+    import transformers
+
+    settings, outputs = exported.settings, exported.outputs
+    if outputs == "logits":
+        model = transformers.AutoModelForImageClassification.from_pretrained(folder)
+    else:
+        more = {"add_pooling_layer": False} if kind_of(settings, outputs) == "vit" else {}
+        model = transformers.AutoModel.from_pretrained(folder, **more)
+    model = model.eval()
+
+    def run(images: Tensor) -> Tensor:
+        if settings.tokens == "pixel":
+            indices = exported.encoder.patch_embed.indices(images)
+            start = torch.full((len(indices), 1), model.config.vocab_size - 1)
+            found = model(input_ids=torch.cat([start, indices[:, :-1]], 1), output_hidden_states=True)
+            if outputs == "tokens":
+                return found.last_hidden_state
+            layer = settings.feature_layer or settings.depth
+            if layer == settings.depth:
+                return found.last_hidden_state.mean(1)
+            norm = model.h[layer].ln_1 if settings.feature_norm == "next" else model.ln_f
+            return norm(found.hidden_states[layer]).mean(1)
+        is_stretched = kind_of(settings, outputs) == "vit" and list(images.shape[2:]) != settings.image_size
+        found = model(pixel_values=images, **({"interpolate_pos_encoding": True} if is_stretched else {}))
+        if outputs == "logits":
+            return found.logits
+        tokens = found.last_hidden_state
+        if outputs == "tokens":
+            return tokens
+        return tokens[:, 0] if settings.pooling == "class" else tokens[:, settings.prefix :].mean(1)
+
+    return run
+
+
+def preprocessing(folder: Path, exported: Exported) -> Callable[[Image], Tensor]:
+    """What transformers does to an image on its way in; of ImageGPT, the colours that the indices stand for."""
+    import transformers
+
+    processor = transformers.AutoImageProcessor.from_pretrained(folder)
+
+    def prepare(image: Image) -> Tensor:
+        return processor(image, return_tensors="pt")["pixel_values"][0]
+
+    return prepare
+
+
+def how_to_open(exported: Exported, is_fixed: bool) -> str:
+    settings, outputs = exported.settings, exported.outputs
+    is_vit = kind_of(settings, outputs) == "vit"
+    auto = "AutoModelForImageClassification" if outputs == "logits" else "AutoModel"
+    more = ", add_pooling_layer=False" if is_vit and outputs != "logits" else ""
+    lines = [
+        f"from transformers import AutoImageProcessor, {auto}", "",
+        'processor = AutoImageProcessor.from_pretrained("FOLDER")',
+        f'model = {auto}.from_pretrained("FOLDER"{more}).eval()',
+    ]  # fmt: skip
+    if settings.tokens == "pixel":
+        lines += [
+            'indices = processor(image, return_tensors="pt")["input_ids"]',
+            "start = torch.full((len(indices), 1), model.config.vocab_size - 1)",
+            "found = model(input_ids=torch.cat([start, indices[:, :-1]], 1), output_hidden_states=True)",
+        ]
+        layer = settings.feature_layer or settings.depth
+        if outputs == "tokens" or layer == settings.depth:
+            lines.append("tokens = found.last_hidden_state")
+        else:
+            norm = f"h[{layer}].ln_1" if settings.feature_norm == "next" else "ln_f"
+            lines.append(f"tokens = model.{norm}(found.hidden_states[{layer}])")
+    else:
+        size = ", interpolate_pos_encoding=True" if is_vit and not is_fixed else ""
+        result = "logits" if outputs == "logits" else "last_hidden_state"
+        lines += [
+            'pixels = processor(image, return_tensors="pt")["pixel_values"]',
+            f"{'logits' if outputs == 'logits' else 'tokens'} = model(pixels{size}).{result}",
+        ]
+    if outputs == "features":
+        prefix = settings.prefix
+        lines.append(
+            "features = tokens[:, 0]" if settings.pooling == "class" else f"features = tokens[:, {prefix}:].mean(1)"
+        )
+    return "\n".join(lines)
