@@ -72,7 +72,11 @@ def to_sslvit(state: dict[str, Tensor], path: Path, **changes) -> Converted:
     """
     config = read_config(path)
     if config["model_type"] == "imagegpt":
-        converted = openai_igpt.to_sslvit(state, config["n_head"], **_preprocessing(path) | _palette(path) | changes)
+        activation = config.get("activation_function", "quick_gelu")
+        if activation != "quick_gelu":
+            raise ValueError(f"{path}: activation_function {activation} is not quick_gelu, so it cannot be held.")
+        found = {"norm_eps": config.get("layer_norm_epsilon", 1e-5), **_preprocessing(path), **_palette(path)}
+        converted = openai_igpt.to_sslvit(state, config["n_head"], **found | changes)
         converted.read = len(state)
         return converted
     activation = "silu" if config.get("use_swiglu_ffn") else config.get("hidden_act", "gelu")

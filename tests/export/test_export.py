@@ -1,4 +1,4 @@
-"""What is exported opens in the library that it is for, with the same features."""
+"""An export is reopened and compared before it stands there, says where it comes from, and replaces nothing."""
 
 from __future__ import annotations
 
@@ -8,76 +8,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from conftest import saved
+from safetensors.torch import save_file
 
-from sslvit.checkpoint import load_encoder, save_encoder
+from sslvit.checkpoint import load_encoder
+from sslvit.cli import main
 from sslvit.export import export_encoder
 from sslvit.export import timm as timm_format
-from sslvit.models import ViTEncoder
-from sslvit.settings import EncoderSettings
-
-SMALL = {"image_size": 16, "patch": 4, "width": 32, "depth": 2, "heads": 2}
-
-
-def saved(folder: Path, **changes) -> ViTEncoder:
-    torch.manual_seed(0)
-    encoder = ViTEncoder(EncoderSettings(**SMALL | changes))
-    with torch.no_grad():
-        for parameter in encoder.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    save_encoder(encoder, folder)
-    return encoder.eval()
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"pooling": "mean"},
-        {"pooling": "mean", "fc_norm": True, "final_norm": False},
-        {"class_token": False, "pooling": "mean", "prefix_positions": "none"},
-        {"registers": 2, "prefix_positions": "all"},
-        {"registers": 2, "prefix_positions": "none", "layer_scale": 0.1, "qk_norm": True},
-        {"positions": "sincos_2d", "channels": 1, "image_size": [16, 24]},
-        {"mask_token": True, "mlp_ratio": 2.0},
-    ],
-)
-def test_timm_gives_the_features_of_the_checkpoint(tmp_path: Path, options: dict) -> None:
-    encoder = saved(tmp_path / "e", **options)
-    verdict = export_encoder(tmp_path / "e", tmp_path / "timm", "timm")
-    assert verdict["passed"]
-    assert len(verdict["shapes"]) == 2  # another size and batch too
-    model = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
-    height, width = encoder.settings.image_size
-    images = torch.randn(3, encoder.settings.channels, height + 4, width)
-    with torch.no_grad():
-        torch.testing.assert_close(model(images), encoder.features(images), atol=1e-5, rtol=1e-5)
-    config = model.pretrained_cfg
-    assert config["input_size"] == (encoder.settings.channels, height, width)
-    assert list(config["mean"]) == encoder.settings.mean
-    assert config["interpolation"] == "bicubic"
-
-
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ({"positions": "relative_bias"}, "positions: relative_bias"),
-        ({"positions": "rotary_2d"}, "positions: rotary_2d"),
-        ({"norm": "rms"}, "norm: rms"),
-        ({"causal": True}, "causal: true"),
-        ({"locality": True}, "locality: true"),
-        ({"tokens": "conv_stem"}, "tokens: conv_stem"),
-        ({"pooling": "attention"}, "pooling: attention"),
-        ({"registers": 2}, "prefix_positions"),
-        ({"mlp": "swiglu"}, "mlp: swiglu"),
-        ({"interpolate_antialias": False}, "interpolate_antialias: false"),
-        ({"feature_layer": 1}, "feature_layer: 1"),
-    ],
-)
-def test_what_timm_cannot_hold_is_refused_with_the_reason(tmp_path: Path, options: dict, reason: str) -> None:
-    saved(tmp_path / "e", **options)
-    with pytest.raises(ValueError, match=reason):
-        export_encoder(tmp_path / "e", tmp_path / "timm", "timm")
-    assert not (tmp_path / "timm").exists()
 
 
 def test_safetensors_hold_every_encoder(tmp_path: Path) -> None:
@@ -90,13 +27,21 @@ def test_safetensors_hold_every_encoder(tmp_path: Path) -> None:
 def test_a_wrong_export_fails_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved(tmp_path / "e")
     reopen = timm_format.reopen
-    monkeypatch.setattr(timm_format, "reopen", lambda folder: lambda images: reopen(folder)(images) + 1e-3)
+    monkeypatch.setattr(timm_format, "reopen", lambda *args: lambda images: reopen(*args)(images) + 1e-3)
     with pytest.raises(RuntimeError, match="not written, because the reopened encoder differs by 1.0e-03"):
         export_encoder(tmp_path / "e", tmp_path / "out", "timm")
     assert json.loads((tmp_path / "out.part" / "verdict.json").read_text())["passed"] is False
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(timm_format, "reopen", lambda folder: lambda images: reopen(folder)(images) * float("nan"))
+    monkeypatch.setattr(timm_format, "reopen", lambda *args: lambda images: reopen(*args)(images) * float("nan"))
     with pytest.raises(RuntimeError, match="differs by inf"):
+        export_encoder(tmp_path / "e", tmp_path / "out", "timm")
+
+
+def test_wrong_preprocessing_fails_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path / "e")
+    prepare = timm_format.preprocessing
+    monkeypatch.setattr(timm_format, "preprocessing", lambda *args: lambda image: prepare(*args)(image) * 1.01)
+    with pytest.raises(RuntimeError, match="not written, because its preprocessing differs"):
         export_encoder(tmp_path / "e", tmp_path / "out", "timm")
 
 
@@ -110,3 +55,54 @@ def test_exports_are_not_overwritten_silently(tmp_path: Path) -> None:
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="leaves it alone"):
         export_encoder(tmp_path / "e", tmp_path / "mine", "timm", overwrite=True)
+
+
+def test_a_card_says_where_the_weights_come_from(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    saved(tmp_path / "e", interpolation="bilinear", mean=[0.1, 0.2, 0.3])
+    (tmp_path / "probe.json").write_text(json.dumps({"rows": {"encoder": {"linear": [77.7]}}}))
+    words = ["export", str(tmp_path / "e"), str(tmp_path / "out"), "--format", "timm"]
+    assert main([*words, "--scores", str(tmp_path / "probe.json")]) == 0
+    said = capsys.readouterr().out
+    assert "reopened in timm and compared" in said
+    assert "images of any size" in said
+    card = json.loads((tmp_path / "out" / "card.json").read_text())
+    assert card["preprocessing"]["mean"] == [0.1, 0.2, 0.3]
+    assert card["preprocessing"]["interpolation"] == "bilinear"
+    assert (card["task"], card["step"], card["data"]["fingerprint"]) == ("mae", 7, "f00d")
+    assert card["recipe"] == {"optim": {"base_rate": 1e-3}}  # and nobody's paths
+    assert card["scores"]["probe.json"]["rows"]["encoder"]["linear"] == [77.7]
+    text = (tmp_path / "out" / "README.md").read_text()
+    for part in ("Trained by mae, 7 steps", "fingerprint f00d", "mean 0.1, 0.2, 0.3", "77.7", "bilinear"):
+        assert part in text
+    assert main([*words[:2], str(tmp_path / "other"), *words[3:], "--scores", str(tmp_path / "none.json")]) == 1
+    assert "none.json: not readable as scores" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_classifier_goes_along(tmp_path: Path) -> None:
+    encoder = saved(tmp_path / "run" / "encoder", pooling="mean", fc_norm=True, final_norm=False)
+    with pytest.raises(ValueError, match="has no classifier"):
+        export_encoder(tmp_path / "run", tmp_path / "out", "timm", "logits")
+    weight, bias = torch.randn(3, 32), torch.randn(3)
+    file = tmp_path / "run" / "encoder" / "head.safetensors"
+    save_file({"head.weight": weight, "head.bias": bias}, file, {"classes": '["cat", "dog", "owl"]'})
+    assert export_encoder(tmp_path / "run", tmp_path / "out", "timm", "logits")["passed"]
+    model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        expected = encoder.features(images) @ weight.T + bias
+        torch.testing.assert_close(model(images), expected, atol=1e-4, rtol=1e-5)
+    assert model.pretrained_cfg["label_names"] == ["cat", "dog", "owl"]
+    assert json.loads((tmp_path / "out" / "card.json").read_text())["classes"] == ["cat", "dog", "owl"]
+    assert export_encoder(tmp_path / "run", tmp_path / "own", "safetensors", "logits")["largest_difference"] == 0
+
+
+def test_unknown_words_are_refused(tmp_path: Path) -> None:
+    saved(tmp_path / "e")
+    with pytest.raises(ValueError, match="--format tflite: not one of timm, transformers, onnx, torch, safetensors"):
+        export_encoder(tmp_path / "e", tmp_path / "out", "tflite")
+    with pytest.raises(ValueError, match="--outputs maps: not one of tokens, features, logits"):
+        export_encoder(tmp_path / "e", tmp_path / "out", "timm", "maps")
+    with pytest.raises(ValueError, match="holds one network, no student beside a teacher"):
+        export_encoder(tmp_path / "e", tmp_path / "out", "timm", weights="student")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["e"]

@@ -1,0 +1,349 @@
+"""What each format holds, what it cannot hold, and that the libraries give the same numbers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import SMALL, saved, shaken
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from sslvit.checkpoint import load_encoder, save_encoder
+from sslvit.data.resample import normalise
+from sslvit.export import export_encoder
+from sslvit.models import ViTEncoder, preset
+from sslvit.settings import EncoderSettings
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+
+IGPT = {"tokens": "pixel", "patch": 1, "image_size": 8, "class_token": False, "pooling": "mean", "causal": True,
+        "norm": "rms", "mlp": "quick_gelu"}  # fmt: skip
+
+
+# ---- timm ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"pooling": "mean"},
+        {"pooling": "mean", "fc_norm": True, "final_norm": False},
+        {"class_token": False, "pooling": "mean", "prefix_positions": "none"},
+        {"registers": 2, "prefix_positions": "all"},
+        {"registers": 2, "prefix_positions": "class"},
+        {"registers": 2, "prefix_positions": "none", "layer_scale": 0.1, "qk_norm": True},
+        {"positions": "sincos_2d", "channels": 1, "image_size": [16, 24]},
+        {"positions": "learned_2d"},
+        {"positions": "none", "bias": False},
+        {"mask_token": True, "mlp_ratio": 2.0},
+        {"final_norm": False},
+    ],
+)
+def test_timm_gives_the_features_of_the_checkpoint(tmp_path: Path, options: dict) -> None:
+    encoder = saved(tmp_path / "e", **options)
+    verdict = export_encoder(tmp_path / "e", tmp_path / "timm", "timm")
+    assert verdict["image_sizes"] == "any"
+    assert len(verdict["shapes"]) == 3  # another batch, another size
+    model = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
+    height, width = encoder.settings.image_size
+    images = torch.randn(3, encoder.settings.channels, height + 4, width)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), encoder.features(images), atol=1e-5, rtol=1e-5)
+    config = model.pretrained_cfg
+    assert config["input_size"] == (encoder.settings.channels, height, width)
+    assert list(config["mean"]) == encoder.settings.mean
+    assert config["interpolation"] == "bicubic"
+
+
+def test_timm_opens_the_weights_by_path_too(tmp_path: Path) -> None:
+    encoder = saved(tmp_path / "e")
+    export_encoder(tmp_path / "e", tmp_path / "timm", "timm")
+    shape = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
+    file = str(tmp_path / "timm" / "model.safetensors")
+    images = torch.randn(2, 3, 16, 16)
+    for given_file in ({"checkpoint_path": file}, {"pretrained": True, "pretrained_cfg_overlay": {"file": file}}):
+        model = timm.create_model("vit_base_patch16_224", **given_file, **shape).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(model(images), encoder.features(images), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"positions": "relative_bias"}, "positions: relative_bias"),
+        ({"positions": "rotary_2d"}, "positions: rotary_2d"),
+        ({"norm": "rms"}, "norm: rms"),
+        ({"causal": True}, "causal: true"),
+        ({"locality": True}, "locality: true"),
+        ({"tokens": "conv_stem"}, "tokens: conv_stem"),
+        ({"pooling": "attention"}, "pooling: attention"),
+        ({"mlp": "swiglu"}, "mlp: swiglu"),
+        ({"norm_eps": 1e-5}, "norm_eps: 1e-05"),
+        ({"fc_norm": True}, "both final_norm and fc_norm"),
+        ({"feature_layer": 1}, "feature_layer: 1"),
+    ],
+)
+def test_what_timm_cannot_hold_is_refused_with_the_reason(tmp_path: Path, options: dict, reason: str) -> None:
+    saved(tmp_path / "e", **options)
+    with pytest.raises(ValueError, match=reason):
+        export_encoder(tmp_path / "e", tmp_path / "timm", "timm")
+    assert not (tmp_path / "timm").exists()
+
+
+# ---- transformers --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "model", "sizes"),
+    [
+        ({"interpolate_antialias": False}, "ViTModel", "any"),
+        ({"pooling": "mean"}, "ViTModel", "fixed"),  # its positions are stretched without antialiasing
+        ({"image_size": [16, 24], "prefix_positions": "none", "channels": 1}, "ViTModel", "fixed"),
+        ({"positions": "learned_2d", "mask_token": True}, "ViTModel", "fixed"),
+        ({"layer_scale": 0.1, "interpolate_antialias": False}, "Dinov2Model", "any"),
+        ({"mlp": "swiglu", "pooling": "mean"}, "Dinov2Model", "fixed"),
+        ({"registers": 2, "layer_scale": 0.1, "mask_token": True}, "Dinov2WithRegistersModel", "any"),
+        ({"registers": 2, "prefix_positions": "all", "pooling": "mean"}, "Dinov2WithRegistersModel", "any"),
+        ({"registers": 3, "interpolate_offset": 0.1}, "Dinov2WithRegistersModel", "fixed"),
+        (IGPT, "ImageGPTModel", "fixed"),
+        (IGPT | {"feature_layer": 1, "feature_norm": "next", "bias": False}, "ImageGPTModel", "fixed"),
+        (IGPT | {"palette": [[-1.0, -1.0, -1.0], [0.0, 0.5, 0.0], [1.0, 1.0, 1.0]]}, "ImageGPTModel", "fixed"),
+    ],
+)
+def test_transformers_gives_the_features_of_the_checkpoint(tmp_path: Path, options, model: str, sizes: str) -> None:
+    encoder = saved(tmp_path / "e", **options)
+    for outputs in ("features", "tokens"):
+        verdict = export_encoder(tmp_path / "e", tmp_path / outputs, "transformers", outputs)
+        assert verdict["image_sizes"] == sizes
+    opened = transformers.AutoModel.from_pretrained(tmp_path / "tokens")
+    assert type(opened).__name__ == model
+    again = load_encoder(tmp_path / "tokens", **({"pooling": "mean"} if encoder.settings.pooling == "mean" else {}))
+    pixels = torch.rand(2, encoder.settings.channels, *encoder.settings.image_size)
+    mine, theirs = (normalise(pixels * 255, one.settings.mean, one.settings.std) for one in (encoder, again))
+    torch.testing.assert_close(again(theirs), encoder(mine), atol=1e-5, rtol=1e-5)
+    assert again.settings.mean == encoder.settings.mean or model == "ImageGPTModel"  # palettes are in [-1, 1]
+
+
+def test_a_processor_of_imagegpt_gives_the_colours_that_the_encoder_sees(tmp_path: Path) -> None:
+    encoder = saved(tmp_path / "e", **IGPT)
+    export_encoder(tmp_path / "e", tmp_path / "out", "transformers")
+    pixels = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8)
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
+    found = processor(pixels, return_tensors="pt")["input_ids"]
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (encoder.settings.mean, encoder.settings.std))
+    assert torch.equal(found, encoder.patch_embed.indices(((pixels / 255 - mean) / std)[None]))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"pooling": "mean"}, {"registers": 2}, {"layer_scale": 0.5, "pooling": "mean"}]
+)
+def test_transformers_classifies(tmp_path: Path, options: dict) -> None:
+    saved(tmp_path / "run" / "encoder", **options)
+    head = {"head.weight": torch.randn(2, 32), "head.bias": torch.randn(2)}
+    save_file(head, tmp_path / "run" / "encoder" / "head.safetensors", {"classes": '["cat", "dog"]'})
+    assert export_encoder(tmp_path / "run", tmp_path / "out", "transformers", "logits")["passed"]
+    model = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    assert model.config.id2label == {0: "cat", 1: "dog"}
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"qk_norm": True}, "vit cannot hold this encoder .qk_norm: true"),
+        ({"positions": "none"}, "positions: none"),
+        ({"bias": False}, "bias: false"),
+        ({"final_norm": False}, "final_norm: false"),
+        ({"fc_norm": True}, "fc_norm: true"),
+        ({"class_token": False, "pooling": "mean"}, "class_token: false"),
+        ({"registers": 2, "image_size": [16, 24]}, r"image_size: \[16, 24\], which is no square"),
+        ({"layer_scale": 0.1, "mlp_ratio": 2.5}, "mlp_ratio: 2.5, which is no whole number"),
+        (IGPT | {"causal": False}, "causal: false"),
+        (IGPT | {"channels": 1}, "channels: 1"),
+    ],
+)
+def test_what_transformers_cannot_hold_is_refused_with_the_reason(tmp_path: Path, options: dict, reason: str) -> None:
+    saved(tmp_path / "e", **options)
+    with pytest.raises(ValueError, match=reason):
+        export_encoder(tmp_path / "e", tmp_path / "out", "transformers")
+    assert not (tmp_path / "out").exists()
+
+
+# ---- programs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "size"),
+    [
+        ("torch", {"registers": 2}, "dynamic"),
+        ("torch", {"positions": "relative_bias", "locality": True}, "dynamic"),
+        ("torch", IGPT, None),
+        ("onnx", {"registers": 2, "layer_scale": 0.1}, "dynamic"),
+        ("onnx", {"interpolate_offset": 0.1, "pooling": "attention"}, None),
+        ("onnx", IGPT, None),
+    ],
+)
+def test_programs_give_the_features_of_the_checkpoint(tmp_path: Path, kind: str, options: dict, size) -> None:
+    saved(tmp_path / "e", **options)
+    verdict = export_encoder(tmp_path / "e", tmp_path / "out", kind, size=size)
+    assert verdict["passed"]
+    assert verdict["image_sizes"] == ("any" if size else "fixed")
+    assert [shape[0] for shape in verdict["shapes"]] == ([2, 3, 1] if size else [2, 3])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["torch", "onnx"])
+@pytest.mark.parametrize("outputs", ["tokens", "features", "logits"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"tokens": "conv_stem"}, {"tokens": "shifted_patch"}, {"positions": "rotary_2d"},
+        {"positions": "learned_2d"},
+        {"positions": "none", "norm": "rms"}, {"positions": "sincos_1d", "mlp": "swiglu"}, {"locality": True},
+        {"qk_norm": True, "bias": False}, {"causal": True, "pooling": "mean"}, {"pooling": "attention"},
+        {"feature_layer": 1}, {"image_size": [16, 24], "channels": 1}, {"tokens": "hybrid", "cnn": "resnet18"},
+    ],
+)  # fmt: skip
+def test_every_option_becomes_a_program(tmp_path: Path, kind: str, outputs: str, options: dict) -> None:
+    saved(tmp_path / "e", **options)
+    save_file({"head.weight": torch.randn(3, 32), "head.bias": torch.randn(3)}, tmp_path / "e" / "head.safetensors")
+    assert export_encoder(tmp_path / "e", tmp_path / "out", kind, outputs, "dynamic")["passed"]
+
+
+# ---- sizes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "reason"),
+    [
+        ("timm", {"interpolate_antialias": False}, "interpolate_antialias: false"),
+        ("timm", {"interpolate_offset": 0.1}, "interpolate_offset: 0.1"),
+        ("transformers", {}, "interpolate_antialias: true"),
+        ("transformers", {"registers": 1, "interpolate_antialias": False}, "interpolate_antialias: false"),
+        ("torch", {"interpolate_offset": 0.1}, "interpolate_offset: 0.1"),
+        ("torch", IGPT, "tokens: pixel"),
+        ("onnx", {"positions": "relative_bias"}, "positions: relative_bias"),
+        ("safetensors", IGPT, "a pixel sequence is tied to its size"),
+    ],
+)
+def test_sizes_at_which_positions_would_differ_are_refused(tmp_path: Path, kind: str, options, reason: str) -> None:
+    saved(tmp_path / "e", **options)
+    with pytest.raises(ValueError, match=f"--size dynamic: .*{reason}"):
+        export_encoder(tmp_path / "e", tmp_path / "out", kind, size="dynamic")
+
+
+def test_an_export_of_one_size_takes_no_other(tmp_path: Path) -> None:
+    saved(tmp_path / "e", interpolate_antialias=False)
+    assert export_encoder(tmp_path / "e", tmp_path / "timm", "timm")["image_sizes"] == "fixed"
+    model = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True)
+    with pytest.raises(AssertionError, match="doesn't match model"):
+        model(torch.randn(1, 3, 20, 16))
+
+
+# ---- ViT-Ti --------------------------------------------------------------------------------------------------------
+
+
+def outputs_of(kind: str, folder: Path, images: torch.Tensor, pooling: str) -> torch.Tensor:
+    """Features as a user of the library gets them."""
+    if kind == "timm":
+        return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()(images)
+    if kind == "transformers":
+        tokens = transformers.AutoModel.from_pretrained(folder)(images).last_hidden_state
+        return tokens[:, 0] if pooling == "class" else tokens[:, 5:].mean(1)
+    session = onnxruntime.InferenceSession(folder / "model.onnx")
+    return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pooling", ["class", "mean"])
+@pytest.mark.parametrize("kind", ["timm", "transformers", pytest.param("onnx", marks=pytest.mark.slow)])
+def test_libraries_agree_on_a_vit_tiny_with_registers_and_layer_scale(tmp_path: Path, kind: str, pooling: str) -> None:
+    """Within 1e-5, at another size than the 224 x 224 of training too."""
+    torch.manual_seed(0)
+    encoder = ViTEncoder(preset("vit_tiny", registers=4, layer_scale=0.1, pooling=pooling)).eval()
+    for name, parameter in encoder.named_parameters():
+        if "token" in name or "bias" in name or "pos_embed" in name:
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    save_encoder(encoder, tmp_path / "e")
+    export_encoder(tmp_path / "e", tmp_path / kind, kind, size="dynamic")
+    for size in ([224, 224], [288, 192]):
+        images = torch.randn(2, 3, *size)
+        difference = outputs_of(kind, tmp_path / kind, images, pooling) - encoder.features(images)
+        assert float(difference.abs().max()) < 1e-5, size
+
+
+# ---- any options ---------------------------------------------------------------------------------------------------
+
+OPTIONS = st.fixed_dictionaries(
+    {},
+    optional={
+        "tokens": st.sampled_from(["patch", "shifted_patch"]),
+        "positions": st.sampled_from(["none", "learned_1d", "learned_2d", "sincos_1d", "sincos_2d", "rotary_2d"]),
+        "prefix_positions": st.sampled_from(["none", "class", "all"]),
+        "class_token": st.booleans(), "registers": st.integers(0, 3), "mask_token": st.booleans(),
+        "mlp": st.sampled_from(["gelu", "quick_gelu", "swiglu"]), "mlp_ratio": st.sampled_from([1.5, 2.0, 4.0]),
+        "norm": st.sampled_from(["layer", "rms"]), "norm_eps": st.sampled_from([1e-6, 1e-3]),
+        "bias": st.booleans(), "layer_scale": st.sampled_from([None, 0.5]), "qk_norm": st.booleans(),
+        "locality": st.booleans(), "causal": st.booleans(), "final_norm": st.booleans(), "fc_norm": st.booleans(),
+        "interpolate_antialias": st.booleans(), "interpolate_offset": st.sampled_from([0.0, 0.1]),
+        "image_size": st.sampled_from([16, [16, 8]]), "channels": st.sampled_from([1, 3]),
+        "pooling": st.sampled_from(["class", "mean", "attention"]),
+    },
+)  # fmt: skip
+
+
+COMMON = {
+    "prefix_positions": st.sampled_from(["none", "class", "all"]), "registers": st.integers(0, 3),
+    "mask_token": st.booleans(), "layer_scale": st.sampled_from([None, 0.5]), "channels": st.sampled_from([1, 3]),
+    "interpolate_antialias": st.booleans(), "interpolate_offset": st.sampled_from([0.0, 0.1]),
+    "mlp_ratio": st.sampled_from([2.0, 4.0]), "pooling": st.sampled_from(["class", "mean"]),
+    "positions": st.sampled_from(["learned_1d", "learned_2d", "sincos_1d", "sincos_2d"]),
+}  # fmt: skip
+HELD = {
+    "timm": st.fixed_dictionaries(
+        {}, optional=COMMON | {"qk_norm": st.booleans(), "bias": st.booleans(), "image_size": st.just([16, 8])}
+    ),
+    "transformers": st.fixed_dictionaries({}, optional=COMMON | {"norm_eps": st.sampled_from([1e-6, 1e-3])}),
+}
+RANDOMLY = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+
+
+def there_and_back(folder: Path, kind: str, chosen: EncoderSettings) -> None:
+    """Export, and read what was exported: every feature is the same to the last bit."""
+    torch.manual_seed(0)
+    encoder = shaken(ViTEncoder(chosen))
+    save_encoder(encoder, folder / "e")
+    export_encoder(folder / "e", folder / "out", kind)
+    again = load_encoder(folder / "out", **({"pooling": chosen.pooling} if kind == "transformers" else {}))
+    images = torch.randn(2, chosen.channels, *chosen.image_size)
+    assert torch.equal(again.features(images), encoder.features(images)), asdict(chosen)
+
+
+@pytest.mark.parametrize("kind", ["timm", "transformers"])
+@RANDOMLY
+@given(data=st.data())
+def test_an_encoder_that_a_format_holds_comes_back_exactly(tmp_path_factory, kind: str, data: st.DataObject) -> None:
+    chosen = EncoderSettings(**SMALL | data.draw(HELD[kind]))
+    there_and_back(tmp_path_factory.mktemp("any"), kind, chosen)
+
+
+@pytest.mark.parametrize("kind", ["timm", "transformers"])
+@RANDOMLY
+@given(options=OPTIONS)
+def test_any_other_encoder_is_refused_with_the_reason(tmp_path_factory, kind: str, options: dict) -> None:
+    """Or held, and then it comes back exactly as well."""
+    try:
+        chosen = EncoderSettings(**SMALL | options)
+    except ValueError:
+        return  # no such encoder
+    try:
+        there_and_back(tmp_path_factory.mktemp("any"), kind, chosen)
+    except ValueError as error:
+        if "cannot hold this encoder (" not in str(error):
+            raise
