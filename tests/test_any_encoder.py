@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
 
 from sslvit.checkpoint import load_encoder, save_encoder
 from sslvit.export import export_encoder
@@ -112,3 +114,26 @@ def test_folders_of_other_models_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json: damaged"):
         load_encoder(tmp_path)
+
+
+@torch.no_grad()
+def test_folders_with_a_pickled_file_or_several(tmp_path: Path) -> None:
+    model = folder_of("ViT", tmp_path / "one", intermediate_size=128)
+    state = load_file(tmp_path / "one" / "model.safetensors")
+    images = torch.randn(2, 3, 28, 28)
+    expected = model(images).last_hidden_state
+    for name in ("pickled", "parts"):
+        (tmp_path / name).mkdir()
+        for file in ("config.json", "preprocessor_config.json"):
+            shutil.copy(tmp_path / "one" / file, tmp_path / name / file)
+    torch.save(state, tmp_path / "pickled" / "pytorch_model.bin")
+    keys, files = sorted(state), ("model-1.safetensors", "model-2.safetensors")
+    for number, file in enumerate(files):
+        save_file({key: state[key] for key in keys[number::2]}, tmp_path / "parts" / file)
+    index = {"weight_map": {key: files[number % 2] for number, key in enumerate(keys)}}
+    (tmp_path / "parts" / "model.safetensors.index.json").write_text(json.dumps(index))
+    for name in ("pickled", "parts"):
+        torch.testing.assert_close(load_encoder(tmp_path / name)(images), expected, atol=1e-5, rtol=1e-4)
+    (tmp_path / "pickled" / "pytorch_model.bin").unlink()
+    with pytest.raises(FileNotFoundError, match="pickled: no weights there"):
+        load_encoder(tmp_path / "pickled")

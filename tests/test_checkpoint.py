@@ -166,3 +166,52 @@ def test_a_table_that_fits_two_grids_asks_for_the_size(tmp_path: Path, capsys: p
     assert "5 x 5 patches without a row for the class token" in capsys.readouterr().out
     with pytest.raises(ValueError, match="no grid of"):
         load_encoder(tmp_path / "wide.pth", heads=2, image_size=[16, 32])
+
+
+def test_student_or_teacher_of_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Of a run and of DINO's released full checkpoint; the teacher unless the student is asked for."""
+    golden = Golden("dino_train_steps")
+    networks = {name: golden.under(f"param/{name}.") for name in ("student", "teacher")}
+    networks["student"] = {f"module.{key.removeprefix('module.')}": value for key, value in networks["student"].items()}
+    torch.save(networks | {"epoch": 3, "args": argparse.Namespace(lr=1)}, tmp_path / "full.pth")
+    for name, prefix in (("student", "module.backbone."), ("teacher", "backbone.")):
+        encoder = load_encoder(tmp_path / "full.pth", heads=3, weights=name)
+        assert torch.equal(encoder.cls_token, networks[name][f"{prefix}cls_token"])
+        assert "none missing; not the encoder's: head (" in capsys.readouterr().out
+    assert torch.equal(
+        load_encoder(tmp_path / "full.pth", heads=3).cls_token, networks["teacher"]["backbone.cls_token"]
+    )
+    torch.save({"model": networks["teacher"]}, tmp_path / "one.pth")
+    with pytest.raises(ValueError, match="one.pth: holds no student .its entries: model"):
+        load_encoder(tmp_path / "one.pth", heads=3, weights="student")
+
+
+@pytest.mark.parametrize(
+    ("fixture", "layout", "more", "account"),
+    [
+        ("mae_model", "mae", {}, "not the encoder's: decoder ("),
+        ("mae_encoder_features_cls", "mae", {}, "not the encoder's: head (2)"),
+        ("timm_vit_avg", "timm", {}, "not the encoder's: head (2)"),
+        ("dinov2_vit_reg4", "dinov2", {}, "loaded, none missing\n"),
+        ("igpt_model", "openai_igpt", {"transformer.h.0.attn.bias": torch.ones(1)}, "ignored: 1 (h.0.attn.bias)"),
+        ("igpt_model", "openai_igpt", {"score.weight": torch.ones(1)}, "head (1), score (1)"),
+    ],
+)
+def test_every_tensor_of_a_file_is_accounted_for(
+    tmp_path: Path, fixture: str, layout: str, more: dict, account: str, capsys: pytest.CaptureFixture
+) -> None:
+    weights = {key: value.clone() for key, value in Golden(fixture).under("param/").items()} | more
+    torch.save(weights, tmp_path / "released.pth")
+    load_encoder(tmp_path / "released.pth", layout=layout, heads=4 if layout in ("mae", "openai_igpt") else 3)
+    said = capsys.readouterr().out
+    assert account in said
+    assert f"{len(weights)} tensors: " in said
+
+
+@pytest.mark.parametrize("layout", ["mae", "dino", "dinov2", "timm"])
+def test_a_tensor_that_nobody_knows_is_named(tmp_path: Path, layout: str) -> None:
+    fixture = {"mae": "mae_model", "dino": "dino_vit", "dinov2": "dinov2_vit_reg4", "timm": "timm_vit_token"}[layout]
+    weights = {key: value.clone() for key, value in Golden(fixture).under("param/").items()}
+    torch.save(weights | {"blocks.0.adapter.weight": torch.ones(1)}, tmp_path / "odd.pth")
+    with pytest.raises(ValueError, match="unknown: blocks.0.adapter.weight"):
+        load_encoder(tmp_path / "odd.pth", layout=layout, heads=4 if layout == "mae" else 3)

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 from conftest import saved
+from run_fixtures import run, weights
 from safetensors.torch import save_file
 
 from sslvit.checkpoint import load_encoder
 from sslvit.cli import main
+from sslvit.data.pack import pack
+from sslvit.data.sources import array_samples
 from sslvit.export import export_encoder
 from sslvit.export import timm as timm_format
+from sslvit.models import ViTEncoder
 
 
 def test_safetensors_hold_every_encoder(tmp_path: Path) -> None:
@@ -106,3 +112,37 @@ def test_unknown_words_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds one network, no student beside a teacher"):
         export_encoder(tmp_path / "e", tmp_path / "out", "timm", weights="student")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["e"]
+
+
+def test_the_student_of_a_run_of_dino(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (16, 8, 8), dtype=np.uint8)
+    pack(array_samples(images), tmp_path / "shards")
+    folder = run(tmp_path / "shards", tmp_path / "run", recipe="dino/digits")
+    state = weights(folder)
+    pixels = torch.randn(2, 1, 8, 8)
+    found = {}
+    for network, prefix in (("student", "encoder."), ("teacher", "teacher."), (None, "teacher.")):
+        out = tmp_path / f"out-{network}"
+        export_encoder(tmp_path / "run", out, "timm", weights=network)
+        encoder = load_encoder(out)
+        expected = ViTEncoder(encoder.settings).eval()
+        own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        expected.load_state_dict({key: own[key] for key in expected.state_dict()})
+        with torch.no_grad():
+            found[network] = encoder(pixels)
+            torch.testing.assert_close(found[network], expected(pixels))
+        assert json.loads((out / "card.json").read_text())["weights"] == network
+    assert not torch.equal(found["student"], found["teacher"])
+    assert torch.equal(found["teacher"], found[None])
+    assert "the student's weights" in (tmp_path / "out-student" / "README.md").read_text()
+
+
+def test_a_run_that_has_not_ended_has_a_card_too(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (16, 8, 8), dtype=np.uint8)
+    pack(array_samples(images), tmp_path / "shards")
+    folder = run(tmp_path / "shards", tmp_path / "run")
+    shutil.rmtree(folder.encoder)
+    export_encoder(tmp_path / "run", tmp_path / "out", "safetensors")
+    card = json.loads((tmp_path / "out" / "card.json").read_text())
+    assert card["recipe"]["task"]["name"] == "mae"
+    assert "a run that had not ended" in (tmp_path / "out" / "README.md").read_text()
