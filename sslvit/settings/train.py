@@ -21,6 +21,7 @@ class TrainSettings:
         precision: auto is bf16 where the hardware computes in it, otherwise float32.
         log_every: steps between two lines of metrics.jsonl.
         checkpoint_every: steps between two checkpoints; the last step always writes one.
+        requeue: when preempted as a batch job of SLURM, ask it to run the job again.
         threads: CPU threads per process; null leaves torch's choice.
         deterministic: repeatable kernels on the GPU, at some cost.
     """
@@ -34,6 +35,7 @@ class TrainSettings:
     precision: Literal["auto", "float32", "bf16", "float64"] = "auto"
     log_every: int = 20
     checkpoint_every: int = 1000
+    requeue: bool = True
     threads: int | None = None
     deterministic: bool = False
 

@@ -6,9 +6,11 @@ import json
 import logging
 import os
 import warnings
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.plugins.environments import SLURMEnvironment
 from safetensors.torch import save_file
 
 from sslvit import __version__
@@ -18,6 +20,7 @@ from sslvit.data.module import ShardDataModule
 from sslvit.data.open import open_data
 from sslvit.data.plan import slices
 from sslvit.settings import PretrainSettings, SupervisedSettings, TrainSettings
+from sslvit.stopping import Preempted
 from sslvit.tasks import task_class
 from sslvit.tasks.base import PretextTask
 from sslvit.train.callbacks import Checkpoints, Ledger, RunLog, WholeCheckpoint
@@ -25,6 +28,7 @@ from sslvit.train.folder import RunFolder
 from sslvit.train.health import Health
 from sslvit.train.online import OnlineProbe, Validation
 from sslvit.train.pictures import draw_pictures
+from sslvit.train.preemption import Preemption, requeue
 from sslvit.train.prepare import check_data, check_machine, check_resumed, chosen, fit
 
 
@@ -79,6 +83,10 @@ def pretrain(settings: PretrainSettings, resume: bool = False, overwrite: bool =
         _silence_needless_warnings()
         try:
             trainer.fit(task, datamodule=data, ckpt_path=folder.checkpoint if resume else None, weights_only=True)
+        except Preempted:
+            if is_first and train.requeue:
+                requeue()
+            raise
         except SystemExit as error:  # Lightning's answer to Ctrl-C
             saved = "; go on from its last checkpoint with --resume" if folder.checkpoint.exists() else ""
             raise KeyboardInterrupt(f"stopped at step {trainer.global_step} of {total_steps}{saved}") from error
@@ -94,6 +102,9 @@ def make_trainer(settings: PretrainSettings, folder: RunFolder, index: Index, da
     train = settings.train
     world = train.devices * train.nodes
     _, passes = slices(settings.data.global_batch, world, train.micro_batch)
+    plugins: list[Any] = [WholeCheckpoint()]
+    if SLURMEnvironment.detect():
+        plugins.append(SLURMEnvironment(auto_requeue=False))  # preemption.py saves and requeues
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
     with warnings.catch_warnings():
         _silence_needless_warnings()
@@ -114,13 +125,14 @@ def make_trainer(settings: PretrainSettings, folder: RunFolder, index: Index, da
             enable_progress_bar=False,
             enable_model_summary=False,
             gradient_clip_val=settings.optim.clip,
-            plugins=[WholeCheckpoint()],
+            plugins=plugins,
             callbacks=[
                 Ledger(folder, index, data.plan, settings.data.bad_limit, settings.data.ledger),
                 Health(folder, data.total_steps, train.log_every),
                 *scoring(settings, folder, index, data.total_steps),
                 RunLog(folder, data.plan, data.total_steps, train.log_every),
                 Checkpoints(folder, data.total_steps, train.checkpoint_every),
+                Preemption(folder, data.total_steps),
             ],
             default_root_dir=folder.path,
         )

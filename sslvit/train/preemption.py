@@ -1,0 +1,82 @@
+"""Told to stop: a whole checkpoint at the next step boundary, then an exit that a scheduler can tell from a failure.
+
+SIGTERM and SIGUSR1 only set a flag, so a second one changes nothing. After each step the ranks agree (one of them may
+have been told alone), the first writes the checkpoint, and all leave together.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from types import FrameType
+
+import pytorch_lightning as pl
+import torch
+from torch import distributed
+
+from sslvit.stopping import Preempted
+from sslvit.train.callbacks import StepCallback
+from sslvit.train.folder import RunFolder
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Preemption(StepCallback):
+    """Stops the run at the next step boundary after a signal.
+
+    Args:
+        folder: of the run.
+        total_steps: of the run; after the last one there is nothing to stop.
+    """
+
+    def __init__(self, folder: RunFolder, total_steps: int) -> None:
+        self.folder, self.total_steps = folder, total_steps
+        self.told: str | None = None
+        self.group: distributed.ProcessGroup | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, module)
+        if trainer.world_size > 1:
+            self.group = distributed.new_group(backend="gloo")  # flags lie on the CPU: no device is waited for
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:  # after Lightning's own, which would stop without a checkpoint
+                signal.signal(number, self.hear)
+
+    def hear(self, number: int, frame: FrameType | None) -> None:
+        self.told = signal.Signals(number).name
+
+    def on_step(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if not self.is_agreed() or self.step == self.total_steps:
+            return
+        trainer.save_checkpoint(self.folder.checkpoint, weights_only=False)
+        trainer.strategy.barrier()  # no rank leaves before the checkpoint is whole
+        raise Preempted(
+            f"stopped at step {self.step} of {self.total_steps}, as {self.told or 'another rank'} asked; "
+            f"the checkpoint is whole: go on with --resume"
+        )
+
+    def is_agreed(self) -> bool:
+        """Whether any rank has been told."""
+        if self.group is None:
+            return self.told is not None
+        flag = torch.tensor([self.told is not None], dtype=torch.uint8)
+        distributed.all_reduce(flag, distributed.ReduceOp.MAX, group=self.group)
+        return bool(flag)
+
+
+def requeue() -> None:
+    """Ask SLURM to run this job again, where it runs as a batch job; says so where that fails."""
+    job = os.environ.get("SLURM_JOB_ID", "")
+    if not re.fullmatch(r"\d+", job) or os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):
+        return
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
+        reason = done.stderr.strip() if done.returncode else ""
+    except (OSError, subprocess.TimeoutExpired) as error:
+        reason = str(error)
+    said = f"was not taken: {reason}. Submit it again." if reason else "is in the queue again."
+    print(f"SLURM job {job} {said}", file=sys.stderr, flush=True)

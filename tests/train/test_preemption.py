@@ -1,0 +1,130 @@
+"""A run that is told to stop leaves a whole checkpoint, says so by its exit code, and goes on as if nothing was."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from run_fixtures import TINY, run, same
+
+from sslvit.cli import main
+from sslvit.stopping import Preempted
+from sslvit.tasks import task_class
+from sslvit.train.folder import RunFolder
+from sslvit.train.preemption import requeue
+
+
+def signalled(monkeypatch: pytest.MonkeyPatch, numbers: list[int], at: int) -> None:
+    """Signals that reach the process in the middle of a step."""
+    task = task_class("mae")
+    step = task.training_step
+
+    def told(self, batch, batch_idx=0):
+        if self.global_step == at:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(task, "training_step", told)
+
+
+@pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGUSR1], [signal.SIGUSR1, signal.SIGTERM]])
+@pytest.mark.parametrize("changes", [{}, {"train.micro_batch": 2}])
+def test_a_signal_ends_the_step_and_writes_it_down(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, numbers: list[int], changes: dict
+) -> None:
+    whole = run(shards, tmp_path / "whole", **changes)
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    with monkeypatch.context() as patch:
+        signalled(patch, numbers, at=4)
+        name = signal.Signals(numbers[-1]).name
+        with pytest.raises(Preempted, match=f"stopped at step 5 of 7, as {name} asked.*--resume"):
+            run(shards, tmp_path / "cut", **changes)
+    folder = RunFolder(tmp_path / "cut")
+    assert torch.load(folder.checkpoint, weights_only=True)["global_step"] == 5
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
+    assert same(run(shards, tmp_path / "cut", resume=True, **changes), whole)
+
+
+def test_a_signal_in_the_last_step_lets_the_run_end(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signalled(monkeypatch, [signal.SIGTERM], at=6)
+    assert (run(shards, tmp_path / "run").encoder / "encoder.json").exists()
+
+
+def test_the_exit_code_says_try_again(shards: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    signalled(monkeypatch, [signal.SIGTERM], at=2)
+    words = ["pretrain", "--config", "mae/digits", "--data", str(shards), "--out", str(tmp_path / "run")]
+    assert main([*words, *(word for key, value in TINY.items() for word in (f"--{key}", str(value)))]) == 75
+    assert "stopped at step 3 of 7, as SIGTERM asked" in capsys.readouterr().err
+
+
+def test_slurm_is_asked_to_run_the_job_again(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "bin").mkdir()
+    command = tmp_path / "bin" / "scontrol"
+    command.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    requeue()
+    assert not (tmp_path / "asked").exists()  # not a job of SLURM
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    monkeypatch.setenv("SLURM_JOB_NAME", "pretrain")
+    signalled(monkeypatch, [signal.SIGUSR1], at=2)
+    with pytest.raises(Preempted):
+        run(shards, tmp_path / "run")
+    assert (tmp_path / "asked").read_text() == "requeue 4711\n"
+    assert "SLURM job 4711 is in the queue again" in capsys.readouterr().err
+    with pytest.raises(Preempted):
+        run(shards, tmp_path / "other", **{"train.requeue": False})
+    assert (tmp_path / "asked").read_text() == "requeue 4711\n"
+    command.write_text("#!/bin/sh\necho no such job >&2\nexit 1\n")
+    requeue()
+    assert "was not taken: no such job. Submit it again." in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whom", ["parent", "child", "all"])
+def test_ranks_stop_together_whichever_was_told(shards: Path, tmp_path: Path, whom: str) -> None:
+    steps = {"train.steps": 400, "train.checkpoint_every": 1000, "train.devices": 2}
+    command = [
+        sys.executable,
+        "-m",
+        "sslvit.cli",
+        "pretrain",
+        "--config",
+        "mae/digits",
+        "--data",
+        str(shards),
+        "--out",
+        str(tmp_path / "run"),
+        *(w for k, v in (TINY | steps).items() for w in (f"--{k}", str(v))),
+    ]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    folder = RunFolder(tmp_path / "run")
+    deadline = time.monotonic() + 120
+    while len(folder.read_metrics()) < 5:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout
+    told = {
+        "parent": [process.pid],
+        "child": [int(children.split()[0])],
+        "all": [process.pid, int(children.split()[0])],
+    }
+    for pid in told[whom]:
+        os.kill(pid, signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 75, said
+    state = torch.load(folder.checkpoint, weights_only=True)
+    assert 5 <= state["global_step"] < 400
+    assert not list(folder.checkpoint.parent.glob("*.part"))
