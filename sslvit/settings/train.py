@@ -22,6 +22,9 @@ class TrainSettings:
         log_every: steps between two lines of metrics.jsonl.
         checkpoint_every: steps between two checkpoints; the last step always writes one.
         requeue: when preempted as a batch job of SLURM, ask it to run the job again.
+        keep_last: checkpoints that stay, the last one included; more than one have names by their step.
+        keep_every: checkpoints at multiples of so many steps stay for good; null for none.
+        checkpoint_in_background: write checkpoints in a thread while training goes on, from a copy in memory.
         threads: CPU threads per process; null leaves torch's choice.
         deterministic: repeatable kernels on the GPU, at some cost.
     """
@@ -36,11 +39,18 @@ class TrainSettings:
     log_every: int = 20
     checkpoint_every: int = 1000
     requeue: bool = True
+    keep_last: int = 1
+    keep_every: int | None = None
+    checkpoint_in_background: bool = False
     threads: int | None = None
     deterministic: bool = False
 
     def __post_init__(self) -> None:
-        for key in ("epochs", "steps", "micro_batch", "devices", "nodes", "log_every", "checkpoint_every", "threads"):
+        counts = ("devices", "nodes", "log_every", "checkpoint_every", "keep_last", "keep_every", "threads")
+        for key in ("epochs", "steps", "micro_batch", *counts):
             value = getattr(self, key)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"train.{key}: {value} is not positive.")
+        if self.keep_every is not None and self.keep_every % self.checkpoint_every:
+            often = self.checkpoint_every
+            raise ValueError(f"train.keep_every: {self.keep_every} is no multiple of train.checkpoint_every ({often}).")

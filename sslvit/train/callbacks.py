@@ -1,4 +1,4 @@
-"""What happens around the steps: records become lines, the state becomes a checkpoint, bad samples become a ledger."""
+"""What happens around the steps: records become lines, bad samples become a ledger."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ import os
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from lightning_fabric.plugins import CheckpointIO
 from torch import distributed
 from tqdm import tqdm
 
@@ -23,26 +21,6 @@ from sslvit.train.folder import RunFolder
 
 ROWS_THAT_SAY_MUCH = 100  # unreadable ones from which on their share of what was read counts
 STEPS_BETWEEN_COUNTS = 50  # with several ranks: how often they add up their unreadable samples
-
-
-class WholeCheckpoint(CheckpointIO):
-    """Writes a checkpoint whole or not at all, and reads it without running anything in it."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        with open(part, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-
-    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict:
-        return torch.load(path, map_location=map_location, weights_only=True)
-
-    def remove_checkpoint(self, path: str | Path) -> None:
-        Path(path).unlink(missing_ok=True)
 
 
 class StepCallback(pl.Callback):
@@ -132,17 +110,6 @@ def mean_over_ranks(trainer: pl.Trainer, values: list[torch.Tensor]) -> float:
     if trainer.world_size > 1:
         mean = trainer.strategy.reduce(mean.to(trainer.strategy.root_device), reduce_op="mean")
     return float(mean)
-
-
-class Checkpoints(StepCallback):
-    """Writes checkpoints/last.ckpt every so many optimiser steps, and after the last one."""
-
-    def __init__(self, folder: RunFolder, total_steps: int, every: int) -> None:
-        self.folder, self.total_steps, self.every = folder, total_steps, every
-
-    def on_step(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if self.step % self.every == 0 or self.step == self.total_steps:
-            trainer.save_checkpoint(self.folder.checkpoint, weights_only=False)  # with the optimiser
 
 
 class Ledger(StepCallback):

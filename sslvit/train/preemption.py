@@ -53,6 +53,7 @@ class Preemption(StepCallback):
         if not self.is_agreed() or self.step == self.total_steps:
             return
         trainer.save_checkpoint(self.folder.checkpoint, weights_only=False)
+        trainer.strategy.checkpoint_io.teardown()  # waits for a writer in the background
         trainer.strategy.barrier()  # no rank leaves before the checkpoint is whole
         raise Preempted(
             f"stopped at step {self.step} of {self.total_steps}, as {self.told or 'another rank'} asked; "

@@ -23,7 +23,8 @@ from sslvit.settings import PretrainSettings, SupervisedSettings, TrainSettings
 from sslvit.stopping import Preempted
 from sslvit.tasks import task_class
 from sslvit.tasks.base import PretextTask
-from sslvit.train.callbacks import Checkpoints, Ledger, RunLog, WholeCheckpoint
+from sslvit.train.callbacks import Ledger, RunLog
+from sslvit.train.checkpoints import Checkpoints, WholeCheckpoint
 from sslvit.train.folder import RunFolder
 from sslvit.train.health import Health
 from sslvit.train.online import OnlineProbe, Validation
@@ -102,7 +103,7 @@ def make_trainer(settings: PretrainSettings, folder: RunFolder, index: Index, da
     train = settings.train
     world = train.devices * train.nodes
     _, passes = slices(settings.data.global_batch, world, train.micro_batch)
-    plugins: list[Any] = [WholeCheckpoint()]
+    plugins: list[Any] = [WholeCheckpoint(train)]
     if SLURMEnvironment.detect():
         plugins.append(SLURMEnvironment(auto_requeue=False))  # preemption.py saves and requeues
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
@@ -131,7 +132,7 @@ def make_trainer(settings: PretrainSettings, folder: RunFolder, index: Index, da
                 Health(folder, data.total_steps, train.log_every),
                 *scoring(settings, folder, index, data.total_steps),
                 RunLog(folder, data.plan, data.total_steps, train.log_every),
-                Checkpoints(folder, data.total_steps, train.checkpoint_every),
+                Checkpoints(folder, train, data.total_steps),
                 Preemption(folder, data.total_steps),
             ],
             default_root_dir=folder.path,

@@ -194,7 +194,7 @@ def test_the_command_learns_and_writes_what_it_reports(shards: Path, capsys: pyt
 
 
 def test_a_resumed_run_ends_with_the_same_weights(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sslvit.train.callbacks import Checkpoints
+    from sslvit.train.checkpoints import Checkpoints
 
     changes = SHORT | {"train.steps": 7, "train.checkpoint_every": 3, "train.log_every": 1, "task.mixup": 0.8,
                        "task.cutmix": 1.0, "task.erase": 0.5, "encoder.drop_path": 0.2}  # fmt: skip

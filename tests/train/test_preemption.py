@@ -95,19 +95,9 @@ def test_slurm_is_asked_to_run_the_job_again(
 @pytest.mark.parametrize("whom", ["parent", "child", "all"])
 def test_ranks_stop_together_whichever_was_told(shards: Path, tmp_path: Path, whom: str) -> None:
     steps = {"train.steps": 400, "train.checkpoint_every": 1000, "train.devices": 2}
-    command = [
-        sys.executable,
-        "-m",
-        "sslvit.cli",
-        "pretrain",
-        "--config",
-        "mae/digits",
-        "--data",
-        str(shards),
-        "--out",
-        str(tmp_path / "run"),
-        *(w for k, v in (TINY | steps).items() for w in (f"--{k}", str(v))),
-    ]
+    words = ["pretrain", "--config", "mae/digits", "--data", str(shards), "--out", str(tmp_path / "run")]
+    words += [word for key, value in (TINY | steps).items() for word in (f"--{key}", str(value))]
+    command = [sys.executable, "-m", "sslvit.cli", *words]
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
     folder = RunFolder(tmp_path / "run")
     deadline = time.monotonic() + 120

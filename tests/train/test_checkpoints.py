@@ -1,0 +1,166 @@
+"""A checkpoint is whole or absent, whatever happens to the disk or to the writer."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from run_fixtures import metrics, run, same, weights
+
+from sslvit.settings import TrainSettings
+from sslvit.train import checkpoints
+from sslvit.train.checkpoints import WholeCheckpoint, keep_some, write_whole
+
+
+def step_of(path: Path) -> int:
+    return torch.load(path, weights_only=True)["global_step"]
+
+
+@pytest.fixture
+def full_disk() -> object:
+    """Files of this process end at some bytes, with the error that a full disk gives."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(tmp_path: Path, full_disk) -> None:
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    write_whole({"global_step": 3, "x": torch.zeros(10)}, last)
+    full_disk(200_000)
+    with pytest.raises(RuntimeError, match="checkpoint of step 6 could not be written.*before it is whole.*--resume"):
+        write_whole({"global_step": 6, "x": torch.zeros(1_000_000)}, last)
+    assert step_of(last) == 3
+    assert [path.name for path in last.parent.iterdir()] == ["last.ckpt"]
+    with pytest.raises(RuntimeError, match="There is none before it"):
+        write_whole({"global_step": 6, "x": torch.zeros(1_000_000)}, tmp_path / "other.ckpt")
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_run_on_a_full_disk_ends_and_goes_on_when_there_is_room(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_background: bool
+) -> None:
+    changes = {"train.checkpoint_in_background": in_background}
+    whole = run(shards, tmp_path / "whole", **changes)
+    save = torch.save
+
+    def full(checkpoint, file):
+        if checkpoint["global_step"] == 6:
+            file.write(b"half")
+            raise OSError(28, "No space left on device")
+        save(checkpoint, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(RuntimeError, match="of step 6 could not be written .No space left on device"):
+            run(shards, tmp_path / "cut", **changes)
+    assert step_of(tmp_path / "cut" / "checkpoints" / "last.ckpt") == 3
+    assert same(run(shards, tmp_path / "cut", resume=True, **changes), whole)
+
+
+@pytest.mark.slow
+def test_a_writer_that_is_killed_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    code = """
+        import sys, torch
+        from pathlib import Path
+        from sslvit.train.checkpoints import write_whole
+        for step in range(1, 10_000):
+            write_whole({"global_step": step, "x": torch.full((2_000_000,), float(step))}, Path(sys.argv[1]))
+            print(step, flush=True)
+    """
+    last = tmp_path / "last.ckpt"
+    seen = set()
+    for delay in (0.0, 0.003, 0.007, 0.011):
+        process = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(code), str(last)], stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        written = int(process.stdout.readline())
+        time.sleep(delay)
+        process.kill()
+        process.wait()
+        state = torch.load(last, weights_only=True)
+        assert state["global_step"] >= written
+        assert (state["x"] == state["global_step"]).all()
+        seen.add(last.with_suffix(".part").exists())
+    assert True in seen  # at least one was killed in the middle of a file
+
+
+def test_a_background_writer_gives_the_same_checkpoints(shards: Path, tmp_path: Path, monkeypatch) -> None:
+    """Steps that are taken while it writes do not show in what it writes."""
+    write, at = checkpoints.write_whole, []
+
+    def slowly(checkpoint, path):
+        time.sleep(0.3)
+        at.append(checkpoint["global_step"])
+        write(checkpoint, path)
+
+    kept = {"train.keep_last": 9}
+    plain = run(shards, tmp_path / "plain", **kept)
+    monkeypatch.setattr(checkpoints, "write_whole", slowly)
+    behind = run(shards, tmp_path / "behind", **kept, **{"train.checkpoint_in_background": True})
+    assert at == [3, 6, 7]
+    assert same(behind, plain)
+    for name in ("step-00000003.ckpt", "step-00000006.ckpt"):
+        one, other = (torch.load(folder.checkpoint.with_name(name), weights_only=True) for folder in (plain, behind))
+        assert all(torch.equal(value, other["state_dict"][key]) for key, value in one["state_dict"].items())
+        assert str(one["optimizer_states"]) == str(other["optimizer_states"])
+
+
+def test_some_checkpoints_are_kept_by_their_step(tmp_path: Path) -> None:
+    last = tmp_path / "last.ckpt"
+    for keep_last, keep_every, names in (
+        (1, None, []),
+        (3, None, [80, 90, 100]),
+        (1, 40, [40, 80]),
+        (2, 40, [40, 80, 90, 100]),
+    ):
+        for step in range(10, 101, 10):
+            write_whole({"global_step": step}, last)
+            keep_some(last, step, keep_last, keep_every)
+        assert sorted(path.name for path in tmp_path.glob("step-*")) == [f"step-{step:08d}.ckpt" for step in names]
+        assert all(step_of(tmp_path / f"step-{step:08d}.ckpt") == step for step in names)
+        for path in tmp_path.iterdir():
+            path.unlink()
+
+
+def test_kept_checkpoints_need_no_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "link", refuse)
+    write_whole({"global_step": 5}, tmp_path / "last.ckpt")
+    keep_some(tmp_path / "last.ckpt", 5, 2, None)
+    assert step_of(tmp_path / "step-00000005.ckpt") == 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "step-00000005.ckpt"]
+
+
+def test_a_kept_checkpoint_is_an_encoder_and_a_place_to_go_on_from(shards: Path, tmp_path: Path) -> None:
+    from sslvit.checkpoint import load_encoder
+
+    folder = run(shards, tmp_path / "run", **{"train.keep_every": 3})
+    names = sorted(path.name for path in folder.checkpoint.parent.iterdir())
+    assert names == ["last.ckpt", "step-00000003.ckpt", "step-00000006.ckpt"]
+    whole, lines = weights(folder), metrics(folder)
+    assert load_encoder(folder.checkpoint.with_name(names[1])).settings.width == 16
+    os.replace(folder.checkpoint.with_name(names[1]), folder.checkpoint)
+    again = run(shards, tmp_path / "run", resume=True, **{"train.keep_every": 3})
+    assert all(torch.equal(value, whole[key]) for key, value in weights(again).items())
+    assert metrics(again) == lines
+
+
+def test_settings_that_cannot_work_are_refused() -> None:
+    with pytest.raises(ValueError, match="train.keep_every: 1500 is no multiple of train.checkpoint_every .1000"):
+        TrainSettings(keep_every=1500)
+    with pytest.raises(ValueError, match="train.keep_last: 0 is not positive"):
+        TrainSettings(keep_last=0)
+    assert WholeCheckpoint(TrainSettings()).writer is None
