@@ -142,6 +142,11 @@ def make_parser() -> argparse.ArgumentParser:
     finetune.add_argument("--overwrite", action="store_true", help="delete an earlier run in the folder first")
     finetune.set_defaults(takes_settings=True)
 
+    replay = command(
+        "replay", training.run_replay, "take the step of an incident again in float32: where does it fail?"
+    )
+    replay.add_argument("incident", metavar="INCIDENT", help="incident/ of a run that ended so")
+
     command("settings", training.run_settings, "all settings of a recipe, with their defaults and meaning")
 
     probe = command("probe", evaluation.run_probe, "score a frozen encoder: linear probe and kNN, with baselines")

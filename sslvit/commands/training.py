@@ -36,6 +36,12 @@ def run_finetune(options: argparse.Namespace) -> None:
     )
 
 
+def run_replay(options: argparse.Namespace) -> None:
+    from sslvit.train.replay import replay
+
+    print("\n".join(replay(options.incident)))
+
+
 def run_settings(options: argparse.Namespace) -> None:
     from sslvit.settings.load import describe_settings
 

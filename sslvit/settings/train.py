@@ -21,6 +21,7 @@ class TrainSettings:
         precision: auto is bf16 where the hardware computes in it, otherwise float32.
         log_every: steps between two lines of metrics.jsonl.
         checkpoint_every: steps between two checkpoints; the last step always writes one.
+        skip_limit: steps in a row that may be skipped, as their loss or gradient is not finite, before the run ends.
         requeue: when preempted as a batch job of SLURM, ask it to run the job again.
         keep_last: checkpoints that stay, the last one included; more than one have names by their step.
         keep_every: checkpoints at multiples of so many steps stay for good; null for none.
@@ -38,6 +39,7 @@ class TrainSettings:
     precision: Literal["auto", "float32", "bf16", "float64"] = "auto"
     log_every: int = 20
     checkpoint_every: int = 1000
+    skip_limit: int = 10
     requeue: bool = True
     keep_last: int = 1
     keep_every: int | None = None
@@ -46,7 +48,16 @@ class TrainSettings:
     deterministic: bool = False
 
     def __post_init__(self) -> None:
-        counts = ("devices", "nodes", "log_every", "checkpoint_every", "keep_last", "keep_every", "threads")
+        counts = (
+            "devices",
+            "nodes",
+            "log_every",
+            "checkpoint_every",
+            "keep_last",
+            "keep_every",
+            "skip_limit",
+            "threads",
+        )
         for key in ("epochs", "steps", "micro_batch", *counts):
             value = getattr(self, key)
             if value is not None and not 0 < value < float("inf"):

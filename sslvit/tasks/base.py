@@ -57,6 +57,8 @@ class PretextTask(pl.LightningModule):
         self.seed = seed
         self.records: dict[str, list[Tensor]] = defaultdict(list)
         self.young_until = min(self.warmup_steps, total_steps // 4)  # the step up to which it may look like a new one
+        self.is_skipped = False  # the last step
+        self.not_finite: list[str] = []  # weights with such gradients in it
         self.is_watched = False
         self.watched: dict[str, list[Tensor]] = defaultdict(list)
 
@@ -101,8 +103,15 @@ class PretextTask(pl.LightningModule):
         self.records["rate"] = [torch.tensor(rate, dtype=torch.float64)]
         optimizer.step(closure=optimizer_closure)
 
+    def backward(self, loss: Tensor, *args, **kwargs) -> None:
+        """A loss that is not finite makes every gradient so, on every rank, and the step is skipped."""
+        loss.backward(torch.where(loss.detach().isfinite(), 1.0, math.nan).to(loss), *args, **kwargs)
+
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        """Clip where the recipe says so, and record the norm over all weights before that."""
+        """Clip where the recipe says so, and record the norm over all weights before that.
+
+        Where it is not finite the optimiser finds no gradients: weights, moments and decay stay as they were.
+        """
         if self.optim.clip and self.optim.clip_by == "parameter":
             norm = clip_each(self.parameters(), self.optim.clip).norm()
         elif self.optim.clip:
@@ -110,6 +119,12 @@ class PretextTask(pl.LightningModule):
         else:
             norm = nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
         self.records["gradient_norm"] = [norm.detach()]
+        self.is_skipped = not bool(norm.isfinite())  # all ranks have the same gradients
+        self.not_finite = []
+        if self.is_skipped:
+            gradients = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
+            self.not_finite = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+            self.zero_grad(set_to_none=True)
 
     # ---- chance ----------------------------------------------------------------------------------------------
 

@@ -223,6 +223,10 @@ class DINO(PretextTask):
     def optimizer_step(self, *args, **kwargs) -> None:
         step = self.global_step
         super().optimizer_step(*args, **kwargs)
+        if self.is_skipped:
+            self.outputs_seen.zero_()
+            self.rows_seen = 0
+            return
         momentum = self.momentum_at(step)
         move_average(self.teacher, self.encoder, momentum)
         move_average(self.teacher_head, self.head, momentum)

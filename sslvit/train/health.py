@@ -133,6 +133,12 @@ class Health(StepCallback):
     def on_step(self, trainer: pl.Trainer, module: PretextTask) -> None:
         if not module.is_watched:
             return
+        if module.is_skipped:  # train/incidents.py counts it; only many of them are a collapse
+            module.watched.clear()
+            sign = find_sign({"loss": math.nan}, 0, module.settings, module.optim)
+            if trainer.is_global_zero:
+                self.judge(sign, {"loss": math.nan}, is_skipped=True)
+            return
         watched = {name: gather_over_ranks(torch.cat(parts)) for name, parts in module.watched.items()}
         module.watched.clear()
         measures = measure(watched)
@@ -144,15 +150,18 @@ class Health(StepCallback):
         if trainer.is_global_zero:
             self.judge(sign, measures, is_young=self.step <= module.young_until)
 
-    def judge(self, sign: Sign | None, measures: dict[str, float], is_young: bool = False) -> None:
+    def judge(
+        self, sign: Sign | None, measures: dict[str, float], is_young: bool = False, is_skipped: bool = False
+    ) -> None:
         """Weigh the last looks; say a collapse, or a recovery, once; write health.json.
 
         Args:
             sign: what this look found.
             measures: that it found it in.
             is_young: the network may still look like a new one.
+            is_skipped: the step changed nothing, so the next one may be sound.
         """
-        is_broken = sign is not None and sign.name == "not finite"
+        is_broken = sign is not None and sign.name == "not finite" and not is_skipped
         if not is_young or is_broken:
             self.looks = [*self.looks, sign.name if sign else None][-self.looks_needed :]
         ill = sum(look is not None for look in self.looks)

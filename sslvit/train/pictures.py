@@ -28,10 +28,13 @@ def draw_pictures(folder: RunFolder, task: PretextTask, data: ShardDataModule) -
         folder.figures / "loss.png", losses, "optimiser step", "loss", f"{type(task).__name__}: training loss"
     )  # fmt: skip
     task.to("cpu", torch.float32)
-    if not all(parameter.isfinite().all() for parameter in task.parameters()):
-        print("no pictures: the weights are not finite")
+    examples = data.examples(IMAGES)
+    with torch.no_grad():
+        is_sound = bool(task.trained_encoder(examples.views[0]).isfinite().all())
+    if not is_sound:
+        print("no pictures: what the encoder gives is not finite")
         return
-    for name, (titles, rows) in task.figures(data.examples(IMAGES)).items():
+    for name, (titles, rows) in task.figures(examples).items():
         image_rows(folder.figures / f"{name}.png", rows, titles)
     encoder = task.trained_encoder
     if encoder.settings.tokens == "pixel":

@@ -27,6 +27,7 @@ from sslvit.train.callbacks import Ledger, RunLog
 from sslvit.train.checkpoints import Checkpoints, WholeCheckpoint
 from sslvit.train.folder import RunFolder
 from sslvit.train.health import Health
+from sslvit.train.incidents import Incidents
 from sslvit.train.online import OnlineProbe, Validation
 from sslvit.train.pictures import draw_pictures
 from sslvit.train.preemption import Preemption, requeue
@@ -129,6 +130,7 @@ def make_trainer(settings: PretrainSettings, folder: RunFolder, index: Index, da
             plugins=plugins,
             callbacks=[
                 Ledger(folder, index, data.plan, settings.data.bad_limit, settings.data.ledger),
+                Incidents(folder, index, train.skip_limit),
                 Health(folder, data.total_steps, train.log_every),
                 *scoring(settings, folder, index, data.total_steps),
                 RunLog(folder, data.plan, data.total_steps, train.log_every),

@@ -208,4 +208,5 @@ def test_a_run_that_explodes_says_so_and_ends_in_order(
     health = json.loads(folder.health.read_text(), parse_constant=pytest.fail)
     assert health["verdict"] == "collapsed"
     assert [message["sign"] for message in health["messages"]] == ["not finite"]
-    assert "no pictures: the weights are not finite" in capsys.readouterr().out
+    if recipe != "igpt/digits":  # a norm keeps its outputs finite
+        assert "no pictures: what the encoder gives is not finite" in capsys.readouterr().out

@@ -1,0 +1,100 @@
+"""Numbers gone wrong: steps whose loss or gradient is not finite are skipped; too many in a row end the run.
+
+What such a run leaves in incident/ is enough to take the step again elsewhere (`sslvit replay`):
+
+config.yaml     the run's
+incident.json   step, seed, and which weights had gradients that are not finite
+state.ckpt      the state before the step, which skipping left as it was
+batch-rank-00000-0.safetensors and so on: what each rank saw, micro-batch by micro-batch
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytorch_lightning as pl
+import torch
+from safetensors.torch import save_file
+
+from sslvit.data.batch import Batch
+from sslvit.data.index import Index
+from sslvit.data.loader import TrainingBatches
+from sslvit.tasks.base import PretextTask
+from sslvit.train.callbacks import StepCallback
+from sslvit.train.folder import RunFolder
+
+
+class Incidents(StepCallback):
+    """Counts skipped steps, and ends a run that does nothing but skip.
+
+    Args:
+        folder: of the run.
+        index: names the samples.
+        limit: steps skipped in a row that end the run.
+    """
+
+    def __init__(self, folder: RunFolder, index: Index, limit: int) -> None:
+        self.folder, self.index, self.limit = folder, index, limit
+        self.skipped = self.in_a_row = 0
+
+    def on_step(self, trainer: pl.Trainer, module: PretextTask) -> None:
+        self.in_a_row = self.in_a_row + 1 if module.is_skipped else 0
+        self.skipped += module.is_skipped
+        if self.skipped:
+            module.record("skipped_steps", torch.tensor(float(self.skipped), dtype=torch.float64))
+        if not module.is_skipped:
+            return
+        where = ", ".join(module.not_finite[:3]) or "the loss"
+        if trainer.is_global_zero:
+            print(f"step {self.step}: skipped, not finite ({where}; {self.skipped} so far)", flush=True)
+        if self.in_a_row >= self.limit:
+            self.save(trainer, module)
+            trainer.strategy.barrier()
+            raise RuntimeError(
+                f"step {self.step}: {self.in_a_row} steps in a row were not finite (train.skip_limit). Look at the "
+                f"last: sslvit replay {self.folder.incident}. Then lower optim.base_rate, set optim.clip or "
+                "train.precision float32, and go on from the last checkpoint with --resume."
+            )
+
+    def save(self, trainer: pl.Trainer, module: PretextTask) -> None:
+        """The step that was just skipped, with all that decided it."""
+        self.folder.incident.mkdir(exist_ok=True)
+        step = self.step - 1
+        dataset, passes = trainer.train_dataloader.dataset, trainer.accumulate_grad_batches
+        names = []
+        if isinstance(dataset, TrainingBatches):  # a stream cannot give the same images again
+            for part in range(passes):
+                batch = trainer.datamodule.prepare(dataset[step * passes + part])
+                name = f"batch-rank-{trainer.global_rank:05d}-{part}.safetensors"
+                save_file(as_tensors(batch), self.folder.incident / name, {"first_row": str(batch.first_row)})
+                names.append([self.index.key(sample) for sample in batch.samples.tolist()])
+        trainer.save_checkpoint(self.folder.incident / "state.ckpt", weights_only=False)
+        trainer.strategy.checkpoint_io.teardown()
+        if trainer.is_global_zero:
+            about = {
+                "step": step, "seed": module.seed, "rank": trainer.global_rank, "ranks": trainer.world_size,
+                "precision": str(trainer.precision), "total_steps": module.total_steps,
+                "steps_per_epoch": module.steps_per_epoch, "not_finite": module.not_finite, "samples": names,
+            }  # fmt: skip
+            shutil.copy(self.folder.config, self.folder.incident / "config.yaml")
+            (self.folder.incident / "incident.json").write_text(json.dumps(about, indent=1) + "\n")
+
+    def state_dict(self) -> dict[str, int]:
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
+
+
+def as_tensors(batch: Batch) -> dict[str, torch.Tensor]:
+    """A prepared batch as named tensors."""
+    named = {f"view_{number:02d}": view.contiguous() for number, view in enumerate(batch.views)}
+    named |= {"samples": batch.samples, "valid": batch.valid, "epochs": torch.as_tensor(batch.epochs)}
+    return named | ({} if batch.labels is None else {"labels": batch.labels})
+
+
+def from_tensors(named: dict[str, torch.Tensor], first_row: int) -> Batch:
+    """The batch of `as_tensors`."""
+    views = [named[name] for name in sorted(named) if name.startswith("view_")]
+    return Batch(views, named.get("labels"), named["samples"], named["valid"], named["epochs"], first_row)

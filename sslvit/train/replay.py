@@ -1,0 +1,123 @@
+"""`sslvit replay`: a step that was not finite, taken again in float32, to see where it goes wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from sslvit.data.batch import Batch
+from sslvit.settings.load import load_recipe
+from sslvit.tasks import task_class
+from sslvit.tasks.base import PretextTask
+from sslvit.train.incidents import from_tensors
+from sslvit.weight_files import read_torch_file
+
+
+def replay(folder: str | Path) -> list[str]:
+    """What happens in the step of an incident, in words, one line each.
+
+    Args:
+        folder: incident/ of a run.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: it is not whole.
+    """
+    folder = Path(folder)
+    if not (folder / "incident.json").is_file():
+        raise FileNotFoundError(f"{folder}: no incident.json there. Give the incident/ folder of a run.")
+    try:
+        about = json.loads((folder / "incident.json").read_text())
+        settings, step = load_recipe(folder / "config.yaml"), about["step"]
+        run = {"total_steps": about["total_steps"], "steps_per_epoch": about["steps_per_epoch"], "seed": about["seed"]}
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / 'incident.json'}: damaged ({error}).") from error
+    task = task_class(settings.task.name)(
+        settings.task, settings.encoder, settings.optim, global_batch=settings.data.global_batch, **run
+    )
+    task.load_state_dict(read_torch_file(folder / "state.ckpt")["state_dict"])
+    task._trainer = SimpleNamespace(global_step=step)  # chance is keyed by the step
+    files = sorted(folder.glob("batch-rank-*.safetensors"))
+    said = [f"step {step} of {settings.task.name}, seed {about['seed']}, was taken in {about['precision']}"]
+    said += weights_in_words(task)
+    if not files:
+        return [*said, "no batch was saved: a stream cannot give the same images again"]
+    for file in files:
+        said += [f"{file.stem}: {line}" for line in batch_in_words(task, read_batch(file))]
+    return said
+
+
+def read_batch(file: Path) -> Batch:
+    with safe_open(file, "pt") as content:
+        first_row = int((content.metadata() or {}).get("first_row", 0))
+    return from_tensors(load_file(file), first_row)
+
+
+def weights_in_words(task: PretextTask) -> list[str]:
+    broken = [name for name, value in task.state_dict().items() if not is_finite(value)]
+    return [f"weights that are not finite before the step: {named(broken)}"] if broken else []
+
+
+def named(names: list[str]) -> str:
+    return f"{', '.join(names[:4])} ({len(names)} in all)"
+
+
+def batch_in_words(task: PretextTask, batch: Batch) -> list[str]:
+    """One micro-batch: its images, its loss, the first part whose output is not finite, gradients, anomalies."""
+    said = []
+    for number, view in enumerate(batch.views):
+        rows = [int(row) for row in torch.nonzero(~view.isfinite().flatten(1).all(1))[:, 0]]
+        if rows:
+            samples = [int(batch.samples[row]) for row in rows[:4]]
+            said.append(f"view {number}: pixels that are not finite in {len(rows)} images (samples {samples})")
+    largest = max(float(view.nan_to_num(posinf=0, neginf=0).abs().max()) for view in batch.views)
+    task.zero_grad()
+    first: list[str] = []
+    hooks = [module.register_forward_hook(watcher(name, first)) for name, module in task.named_modules() if name]
+    anomaly = ""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with torch.autograd.set_detect_anomaly(True):
+                loss = task.training_step(batch, 0)
+                loss.backward()
+            value = float(loss.detach())
+        except RuntimeError as error:
+            anomaly, value = str(error).splitlines()[0], math.nan
+    for hook in hooks:
+        hook.remove()
+    said.append(f"largest pixel {largest:.3g} deviations from the mean; loss in float32: {value:.6g}")
+    if first:
+        said.append(f"first output that is not finite: {first[0]}")
+    if anomaly:
+        found = re.search(r"Function '(\w+)'", anomaly)
+        said.append(f"backward: {found[1] if found else anomaly} gives a gradient that is not finite")
+    broken = [name for name, p in task.named_parameters() if p.grad is not None and not is_finite(p.grad)]
+    if broken:
+        said.append(f"gradients that are not finite: {named(broken)}")
+    if not (first or anomaly or broken) and math.isfinite(value):
+        said.append("finite in float32: the step fails in its own precision only. Try train.precision float32")
+    return said
+
+
+def watcher(name: str, first: list[str]):
+    """A hook that writes down the first module whose output is not finite."""
+
+    def look(module: nn.Module, given: tuple, output: object) -> None:
+        if isinstance(output, Tensor) and not first and not is_finite(output):
+            first.append(f"{name} ({type(module).__name__})")
+
+    return look
+
+
+def is_finite(value: Tensor) -> bool:
+    return not value.is_floating_point() or bool(value.isfinite().all())

@@ -1,0 +1,123 @@
+"""Numbers gone wrong: a step is skipped as if it had not been, too many end the run, and can be taken again."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from run_fixtures import metrics, run, weights
+
+from sslvit.cli import main
+from sslvit.tasks import task_class
+from sslvit.train.folder import RunFolder
+
+
+def broken_at(monkeypatch: pytest.MonkeyPatch, name: str, is_broken: Callable[[int], bool], how: str) -> None:
+    """Steps whose loss is nan, or infinite, or whose gradients alone are nan."""
+    task = task_class(name)
+    step = task.training_step
+
+    def wrong(self, batch, batch_idx=0):
+        loss = step(self, batch, batch_idx)
+        if not is_broken(self.global_step):
+            return loss
+        if how == "gradient":
+            loss.register_hook(lambda gradient: gradient * math.nan)
+            return loss
+        return loss + (math.nan if how == "loss" else math.inf)
+
+    monkeypatch.setattr(task, "training_step", wrong)
+
+
+@pytest.mark.parametrize("how", ["loss", "infinite", "gradient"])
+@pytest.mark.parametrize("recipe", ["mae/digits", "dino/digits"])
+@pytest.mark.parametrize("changes", [{}, {"train.micro_batch": 4, "optim.clip": 1.0}])
+def test_a_step_that_is_not_finite_changes_nothing(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, how: str, changes: dict
+) -> None:
+    """Weights, teacher, centre and moments after the skipped step are those before it."""
+    changes = {"recipe": recipe, "train.keep_every": 1, "train.checkpoint_every": 1, **changes}
+    broken_at(monkeypatch, recipe.split("/")[0], lambda step: step == 3, how)
+    folder = run(shards, tmp_path / "run", **changes)
+    before, after = (
+        torch.load(folder.checkpoint.with_name(f"step-{step:08d}.ckpt"), weights_only=True) for step in (3, 4)
+    )
+    assert after["global_step"] == before["global_step"] + 1
+    assert all(torch.equal(after["state_dict"][key], value) for key, value in before["state_dict"].items())
+    assert str(after["optimizer_states"][0]["state"]) == str(before["optimizer_states"][0]["state"])
+    lines = metrics(folder)
+    assert [line.get("skipped_steps") for line in lines] == [None] * 3 + [1.0] * 4
+    assert all(math.isfinite(line["loss"]) for line in lines[4:])
+    assert all(value.isfinite().all() for value in weights(folder).values())
+
+
+def test_too_many_in_a_row_end_the_run_and_can_be_taken_again(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    with monkeypatch.context() as patch:
+        broken_at(patch, "mae", lambda step: step >= 4, "gradient")
+        with pytest.raises(RuntimeError, match=r"step 6: 2 steps in a row were not finite \(train.skip_limit\)"):
+            run(shards, tmp_path / "run", **{"train.skip_limit": 2, "train.micro_batch": 4})
+    folder = RunFolder(tmp_path / "run")
+    about = json.loads((folder.incident / "incident.json").read_text())
+    assert (about["step"], about["seed"]) == (5, 0)
+    assert len(about["samples"]) == 2  # micro-batches
+    assert about["not_finite"]
+    capsys.readouterr()
+    assert main(["replay", str(folder.incident)]) == 0
+    said = capsys.readouterr().out
+    assert "step 5 of mae" in said
+    assert said.count("finite in float32: the step fails in its own precision only") == 2
+    kept = run(shards, tmp_path / "run", resume=True)  # from step 3, and the incident stays to be read
+    assert len(kept.read_metrics()) == 7
+    assert (folder.incident / "incident.json").exists()
+
+
+def test_now_and_then_does_not_end_the_run(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken_at(monkeypatch, "mae", lambda step: step % 2 == 1, "loss")
+    folder = run(shards, tmp_path / "run", **{"train.skip_limit": 2})
+    assert metrics(folder)[-1]["skipped_steps"] == 3
+    assert not folder.incident.exists()
+
+
+def test_the_count_goes_on_after_a_resume(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken_at(monkeypatch, "mae", lambda step: step in (1, 5), "loss")
+    whole = run(shards, tmp_path / "whole")
+    run(shards, tmp_path / "cut", **{"train.steps": 4})
+    assert metrics(run(shards, tmp_path / "cut", resume=True, **{"train.steps": 7}))[-1]["skipped_steps"] == 2
+    assert metrics(whole)[-1]["skipped_steps"] == 2
+
+
+def test_a_replay_names_the_part_and_the_image(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """A weight that overflows, and a pixel that is not a number."""
+    with monkeypatch.context() as patch:
+        broken_at(patch, "mae", lambda step: step >= 4, "loss")
+        with pytest.raises(RuntimeError, match="sslvit replay"):
+            run(shards, tmp_path / "run", **{"train.skip_limit": 1})
+    folder = RunFolder(tmp_path / "run").incident
+    state = torch.load(folder / "state.ckpt", weights_only=True)
+    state["state_dict"]["encoder.blocks.0.mlp.fc1.weight"][0] = 3e38
+    torch.save(state, folder / "state.ckpt")
+    capsys.readouterr()
+    assert main(["replay", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert "first output that is not finite: encoder.blocks.0.mlp.fc1 (Linear)" in said
+    assert "gives a gradient that is not finite" in said
+    state["state_dict"]["encoder.blocks.0.mlp.fc1.weight"][0] = math.nan
+    torch.save(state, folder / "state.ckpt")
+    main(["replay", str(folder)])
+    assert "weights that are not finite before the step: encoder.blocks.0.mlp.fc1.weight" in capsys.readouterr().out
+
+
+def test_what_is_no_incident_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["replay", str(tmp_path)]) == 1
+    assert "no incident.json there" in capsys.readouterr().err
+    (tmp_path / "incident.json").write_text("{")
+    assert main(["replay", str(tmp_path)]) == 1
+    assert "incident.json: damaged" in capsys.readouterr().err
