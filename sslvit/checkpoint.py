@@ -130,7 +130,8 @@ def _check_unsaid(source: str, said: dict[str, Any]) -> None:
 def _converted(converted: Converted, source: str) -> ViTEncoder:
     for note in converted.notes:
         print(f"{source}: {note}")
-    encoder = _assembled(converted.settings, converted.encoder, source)
+    settings = settings_from(asdict(converted.settings), source)  # what a foreign file says is checked as well
+    encoder = _assembled(settings, converted.encoder, source)
     print(f"{source}: {converted.account()}")
     return encoder
 
@@ -190,16 +191,39 @@ def find_encoder(source: str | Path, by_network: bool = False) -> Path:
     )
 
 
-def provenance_of(source: str | Path) -> dict[str, Any]:
-    """Where the weights come from, as far as their folder says: task, step, data and settings of a run."""
-    path = Path(source)
-    run = path.parent.parent if path.parent.name == "checkpoints" else path
-    for file in (run / "encoder.json", run / "encoder" / "encoder.json"):
-        if file.is_file():
-            return _read_description(file).get("provenance", {})
-    if (run / "config.yaml").is_file():
-        return {"settings": yaml.safe_load((run / "config.yaml").read_text())}  # of a run that has not ended
-    return {"imported_from": path.name}
+def provenance_of(source: str | Path, weights: str | None = None) -> dict[str, Any]:
+    """Where the weights come from, as far as their files say: task, step, data and settings of a run.
+
+    Args:
+        source: as for load_encoder.
+        weights: student or teacher, where one was asked for.
+    """
+    said = {} if weights is None else {"weights": weights}
+    if str(source).startswith(TIMM):
+        return {"imported_from": str(source)}
+    path = find_encoder(source, by_network=weights is not None)
+    if path.is_dir():
+        if not (path / "encoder.json").is_file():
+            return {"imported_from": path.name}
+        found = _read_description(path / "encoder.json").get("provenance")
+        found = found if isinstance(found, dict) else {}
+        return found | ({"weights": "teacher"} if found.get("task") == "dino" and "weights" not in found else {}) | said
+    content = read_torch_file(path)
+    if "sslvit" not in content:
+        return {"imported_from": path.name} | said
+    settings = _run_settings(path.parent.parent / "config.yaml")
+    found = {"task": settings["task"].get("name"), "settings": settings} if settings else {}
+    return found | {"step": content.get("global_step"), "checkpoint": path.name} | said
+
+
+def _run_settings(file: Path) -> dict[str, Any] | None:
+    """config.yaml of a run; None if it is missing or something else."""
+    try:
+        content = yaml.safe_load(file.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    is_ours = isinstance(content, dict) and all(isinstance(content.get(key), dict) for key in ("task", "encoder"))
+    return content if is_ours else None
 
 
 def put_weights(encoder: ViTEncoder, weights: dict[str, Tensor], source: str) -> None:
@@ -250,9 +274,11 @@ def check_same(there: EncoderSettings, here: EncoderSettings, source: str, besid
         raise ValueError(f"{source}: an encoder of another architecture (there and here {'; '.join(different)}).")
 
 
-def settings_from(record: dict[str, Any], path: Path) -> EncoderSettings:
+def settings_from(record: dict[str, Any], path: str | Path) -> EncoderSettings:
     """Settings from a file, checked like those of a recipe."""
     try:
+        if not isinstance(record, dict):
+            raise ValueError(f"its encoder is a {type(record).__name__}, not settings.")
         return build(EncoderSettings, record)
     except ValueError as error:
         raise ValueError(f"{path}: {error} Was it written by another version of sslvit?") from error

@@ -43,7 +43,7 @@ def weights_in(content: dict[str, Any], path: Path, network: str | None = None) 
         if isinstance(content.get(wrapper), dict):
             content = content[wrapper]
     weights = {key: value for key, value in content.items() if isinstance(value, Tensor)}
-    if not weights:
+    if not weights or not all(isinstance(key, str) for key in weights):
         raise ValueError(f"{path}: holds no weights (its entries: {', '.join(map(str, list(content)[:6]))}).")
     return weights
 
@@ -56,6 +56,8 @@ def read_torch_file(path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file.")
+    if path.suffix == ".npy":
+        raise ValueError(f"{path}: one array, not a checkpoint. Give the .npz of all arrays.")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -90,7 +92,7 @@ def read_folder_weights(folder: Path) -> dict[str, Tensor]:
     if file.suffix != ".json":
         return weights_in(read_torch_file(file), file)
     try:
-        names = sorted(set(json.loads(file.read_text())["weight_map"].values()))
+        names = sorted({str(name) for name in json.loads(file.read_text())["weight_map"].values()})
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{file}: damaged ({error}). Is the download complete?") from error
     weights: dict[str, Tensor] = {}

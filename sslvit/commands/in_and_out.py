@@ -29,8 +29,5 @@ def run_import(options: argparse.Namespace) -> None:
     if Path(options.out).exists():
         raise ValueError(f"{options.out}: already exists. Choose another folder.")
     encoder = load_encoder(options.checkpoint, options.layout, options.heads, **unsaid(options))
-    provenance = provenance_of(options.checkpoint)
-    if options.weights:
-        provenance["weights"] = options.weights
-    save_encoder(encoder, options.out, provenance)
+    save_encoder(encoder, options.out, provenance_of(options.checkpoint, options.weights))
     print(f"encoder in {options.out}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,12 +12,13 @@ from typing import Any
 
 from sslvit.checkpoint import load_encoder
 from sslvit.export import onnx, safetensors, timm, torch, transformers
-from sslvit.export.card import known_scores, make_card, write_card
+from sslvit.export.card import CARD, known_scores, make_card, write_card
 from sslvit.export.exported import with_outputs
-from sslvit.export.verify import check_inputs, compare, compare_preprocessing
+from sslvit.export.verify import SHOWN, check_inputs, compare, compare_preprocessing
 
 FORMATS = {"timm": timm, "transformers": transformers, "onnx": onnx, "torch": torch, "safetensors": safetensors}
 MARK = "verdict.json"
+MAKING = ".export-in-the-making"
 
 
 def export_encoder(
@@ -48,41 +51,83 @@ def export_encoder(
 
     Raises:
         ValueError: the folder is in use, the format is unknown or cannot hold the encoder.
-        RuntimeError: what was written gives other outputs; it stays in OUT.part, with the verdict.
+        RuntimeError: what was written gives other outputs, or none; it stays in OUT.part, with the verdict.
     """
     out = Path(out)
     if kind not in FORMATS:
         raise ValueError(f"--format {kind}: not one of {', '.join(FORMATS)}.")
-    if out.exists() and (out.is_file() or any(out.iterdir())):
+    check_place(out, overwrite)
+    known_scores(source, [Path(file) for file in scores])
+    exported = with_outputs(load_encoder(source, weights=weights, **released), source, outputs, weights)
+    writer = FORMATS[kind]
+    is_fixed = writer.check(exported, size)
+    part = fresh_part(out)
+    verdict: dict[str, Any] = {"format": kind, "outputs": outputs, "image_sizes": "fixed" if is_fixed else "any"}
+    failure = ""
+    try:
+        writer.write(exported, part, is_fixed)
+        verdict |= compare(exported, writer.reopen(part, exported, is_fixed), check_inputs(exported.settings, is_fixed))
+        if hasattr(writer, "preprocessing") and exported.settings.channels in SHOWN:
+            verdict["preprocessing"] = compare_preprocessing(exported, writer.preprocessing(part, exported))
+    except Exception as error:  # of another library: it may raise anything
+        failure = " ".join(str(error).split())[:300] or type(error).__name__
+        verdict |= {"passed": False, "failure": failure}
+    for what, found in (("the reopened encoder", verdict), ("its preprocessing", verdict.get("preprocessing", {}))):
+        if not failure and found.get("passed") is False:
+            failure = f"{what} differs by {found['largest_difference']:.1e} (allowed {found['tolerance']:.0e})"
+    verdict["passed"] = not failure
+    verdict["files"] = sorted([*(path.name for path in part.iterdir() if path.name != MAKING), MARK, *CARD])
+    (part / MARK).write_text(json.dumps(in_json(verdict), indent=1) + "\n")
+    if failure:
+        raise RuntimeError(f"{out}: not written, because {failure}; what was tried is in {part}.")
+    card = make_card(exported, source, kind, is_fixed, [Path(file) for file in scores])
+    write_card(card, verdict, writer.how_to_open(exported, is_fixed).replace("FOLDER", str(out)), part, out.name)
+    (part / MAKING).unlink()
+    if out.exists():
+        keep_others(out, part)
+        shutil.rmtree(out)
+    part.rename(out)
+    return verdict
+
+
+def check_place(out: Path, overwrite: bool) -> None:
+    """Refuse, before any work, a folder that is in use or cannot be made."""
+    if out.is_symlink() or out.is_file():
+        raise ValueError(f"{out}: is a {'link' if out.is_symlink() else 'file'}. Choose the name of a new folder.")
+    if out.exists() and any(out.iterdir()):
         if not overwrite:
             raise ValueError(f"{out}: already exists. Choose another folder, or pass --overwrite.")
         if not (out / MARK).exists():
             raise ValueError(f"{out}: not an earlier export (no {MARK}), so --overwrite leaves it alone.")
-    known_scores(source, [Path(file) for file in scores])
-    exported = with_outputs(load_encoder(source, weights=weights, **released), source, outputs)
-    writer = FORMATS[kind]
-    is_fixed = writer.check(exported, size)
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"{out}: {parent} is no folder that can be written to. Choose another place.")
+
+
+def fresh_part(out: Path) -> Path:
+    """An empty folder beside the place; what an export that failed left there goes, nothing else does."""
     part = out.with_name(f"{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    writer.write(exported, part, is_fixed)
-    verdict: dict[str, Any] = {"format": kind, "outputs": outputs, "image_sizes": "fixed" if is_fixed else "any"}
-    verdict |= compare(exported, writer.reopen(part, exported, is_fixed), check_inputs(exported.settings, is_fixed))
-    if hasattr(writer, "preprocessing") and exported.settings.tokens != "pixel":
-        verdict["preprocessing"] = compare_preprocessing(exported, writer.preprocessing(part, exported))
-    (part / MARK).write_text(json.dumps(verdict, indent=1) + "\n")
-    for what, found in (
-        ("the reopened encoder", verdict),
-        ("its preprocessing", verdict.get("preprocessing", verdict)),
-    ):
-        if not found["passed"]:
-            raise RuntimeError(
-                f"{out}: not written, because {what} differs by {found['largest_difference']:.1e} "
-                f"(allowed {found['tolerance']:.0e}); what was tried is in {part}."
-            )
-    card = make_card(exported, source, kind, is_fixed, weights, [Path(file) for file in scores])
-    write_card(card, verdict, writer.how_to_open(exported, is_fixed).replace("FOLDER", str(out)), part, out.name)
-    if out.exists():
-        shutil.rmtree(out)
-    part.rename(out)
-    return verdict
+    if part.exists() and not (part.is_dir() and (part / MAKING).exists()):
+        raise ValueError(f"{part}: in the way, and not of an earlier export. Move it, or choose another name.")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"{part}: cannot be made ({error.strerror}). Choose another place.") from error
+    (part / MAKING).write_text("an export is made here; the folder may go\n")
+    return part
+
+
+def keep_others(old: Path, new: Path) -> None:
+    """What others put into an earlier export stays."""
+    made = json.loads((old / MARK).read_text()).get("files", [])
+    for path in old.iterdir():
+        if path.name not in made and path.name not in (MARK, *CARD) and not (new / path.name).exists():
+            path.rename(new / path.name)
+
+
+def in_json(value: Any) -> Any:
+    """With null for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: in_json(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from sslvit import __version__
-from sslvit.checkpoint import provenance_of
 from sslvit.export.exported import Exported
 
+CARD = ("card.json", "README.md")
 NOT_TOLD = ("out", "init", "seed", "online")  # of a run's settings: the author's own paths, and what changes no weight
 
 
-def make_card(
-    exported: Exported, source: str | Path, kind: str, is_fixed: bool, weights: str | None, scores: list[Path]
-) -> dict[str, Any]:
+def make_card(exported: Exported, source: str | Path, kind: str, is_fixed: bool, scores: list[Path]) -> dict[str, Any]:
     """Facts about an export.
 
     Args:
@@ -24,21 +22,24 @@ def make_card(
         source: where the encoder came from.
         kind: of the format.
         is_fixed: images have one size.
-        weights: student or teacher, where one was asked for.
         scores: files that `sslvit probe -o` and its relatives wrote.
     """
     settings = exported.settings
-    provenance = provenance_of(source)
-    recipe = {key: value for key, value in provenance.get("settings", {}).items() if key not in NOT_TOLD}
+    provenance, run = exported.provenance, exported.provenance.get("settings")
+    recipe = {key: value for key, value in run.items() if key not in NOT_TOLD} if isinstance(run, dict) else {}
+    # transformers' ImageGPT maps pixels in [-1, 1] to colours, whatever units the encoder's images have
+    is_palette = kind == "transformers" and settings.tokens == "pixel"
+    mean, std = ([0.5] * settings.channels,) * 2 if is_palette else (settings.mean, settings.std)
     return {
         "format": kind, "sslvit": __version__, "outputs": exported.outputs,
         "image_sizes": "fixed" if is_fixed else "any",
         "parameters": sum(parameter.numel() for parameter in exported.parameters()),
-        "encoder": asdict(settings), "weights": weights, "classes": exported.classes,
+        "encoder": asdict(settings), "weights": provenance.get("weights"),
+        "classes": exported.classes,
         "preprocessing": {
             "crop": "the largest centred box with the proportions of size", "size": settings.image_size,
             "channels": settings.channels, "interpolation": settings.interpolation, "scale": "0 to 1",
-            "mean": settings.mean, "std": settings.std,
+            "mean": mean, "std": std,
         },
         "task": provenance.get("task"), "step": provenance.get("step"), "data": provenance.get("data"),
         "recipe": recipe, "imported_from": provenance.get("imported_from"), "scores": known_scores(source, scores),
@@ -52,14 +53,17 @@ def known_scores(source: str | Path, files: list[Path]) -> dict[str, Any]:
         ValueError: a file is no JSON of scores.
     """
     own = Path(source) / "scores.json"
-    found = {}
+    found: dict[str, Any] = {}
     for file in [*([own] if own.is_file() else []), *files]:
         try:
-            found[file.name] = json.loads(file.read_text())
+            content = json.loads(file.read_text())
         except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"--scores {file}: not readable as scores ({error}).") from error
-        if not isinstance(found[file.name], dict):
-            raise ValueError(f"--scores {file}: holds a {type(found[file.name]).__name__}, not scores.")
+        if not isinstance(content, dict):
+            raise ValueError(f"--scores {file}: holds a {type(content).__name__}, not scores.")
+        if file.name in found:
+            raise ValueError(f"--scores {file}: two files of this name. Rename one, so that the card tells them apart.")
+        found[file.name] = content
     return found
 
 
@@ -85,16 +89,16 @@ def _lines(card: dict[str, Any], verdict: dict[str, Any], how: str, name: str) -
         else f"It takes other sizes too, in multiples of {encoder['patch']}.", "",
         "## Origin", "",
     ]  # fmt: skip
+    which = f", the {card['weights']}'s weights" if card["weights"] else ""
     if card["task"]:
-        which = f", the {card['weights']}'s weights" if card["weights"] else ""
-        lines.append(f"Trained by {card['task']}, {card['step']:,} steps{which}; the recipe stands in card.json.")
-    elif card["recipe"]:
-        lines.append("From a checkpoint of a run that had not ended; its recipe stands in card.json.")
+        steps = f", {card['step']:,} steps" if isinstance(card["step"], int) else ""
+        lines.append(f"Trained by {card['task']}{steps}{which}; the recipe stands in card.json.")
+    elif card["imported_from"]:
+        lines.append(f"Imported from {card['imported_from']}{which}.")
     else:
-        lines.append(f"Imported from {card['imported_from']}.")
-    if card["data"]:
-        data = card["data"]
-        lines.append(f"Data: {data['samples']:,} images, fingerprint {data['fingerprint']}.")
+        lines.append("Not known.")
+    if isinstance(data := card["data"], dict):
+        lines.append(f"Data: {data.get('samples')} images, fingerprint {data.get('fingerprint')}.")
     lines += ["", "## Scores", ""]
     lines += [f"- {file}: {_brief(content)}" for file, content in card["scores"].items()] or ["None known."]
     lines += [
@@ -113,6 +117,7 @@ def _numbers(values: list[float]) -> str:
 
 def _brief(content: dict[str, Any]) -> str:
     """The scores of one file in a line."""
-    if "top1" in content:
-        return f"{content['top1']:.1f} % right of {content['images']:,} images"
+    top1, images = content.get("top1"), content.get("images")
+    if isinstance(top1, float) and isinstance(images, int):
+        return f"{top1:.1f} % right of {images:,} images"
     return json.dumps(content.get("rows", content))[:400]

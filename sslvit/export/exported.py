@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from jaxtyping import Float
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from sslvit.checkpoint import HEAD, find_encoder
+from sslvit.checkpoint import HEAD, find_encoder, own_parts, provenance_of
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings
+from sslvit.weight_files import read_torch_file
 
 OUTPUTS = ("tokens", "features", "logits")
 
@@ -22,19 +24,18 @@ class Exported(nn.Module):
     Args:
         encoder: in evaluation mode.
         outputs: tokens (the encoder alone), features (pooled) or logits (a classifier's).
-        head: linear map from features to classes, for logits.
+        head: linear map from pooled tokens to classes, for logits.
         classes: their names.
+        provenance: where the weights come from.
     """
 
     def __init__(
-        self,
-        encoder: ViTEncoder,
-        outputs: str = "features",
-        head: nn.Linear | None = None,
-        classes: list[str] | None = None,
-    ) -> None:
+        self, encoder: ViTEncoder, outputs: str = "features", head: nn.Linear | None = None,
+        classes: list[str] | None = None, provenance: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.encoder, self.outputs, self.head, self.classes = encoder, outputs, head, classes or []
+        self.encoder, self.outputs, self.head = encoder, outputs, head
+        self.classes, self.provenance = classes or [], provenance or {}
         self.eval()
 
     @property
@@ -45,32 +46,62 @@ class Exported(nn.Module):
         """'b t d', 'b d' or 'b classes'."""
         if self.outputs == "tokens":
             return self.encoder(images)
-        features = self.encoder.features(images)
-        return features if self.head is None else self.head(features)
+        if self.head is None:
+            return self.encoder.features(images)
+        return self.head(self.encoder.pool(self.encoder(images)))  # as it was trained (tasks/supervised.py)
 
 
-def with_outputs(encoder: ViTEncoder, source: str | Path, outputs: str) -> Exported:
+def with_outputs(encoder: ViTEncoder, source: str | Path, outputs: str, weights: str | None = None) -> Exported:
     """The encoder of a source with what is to follow it.
 
     Args:
         encoder: of the source.
         source: where a fine-tuned run keeps its classifier.
         outputs: tokens, features or logits.
+        weights: student or teacher, where one was asked for.
 
     Raises:
-        ValueError: logits of an encoder that has no classifier.
+        ValueError: logits of an encoder that has no classifier, or a damaged one.
     """
     if outputs not in OUTPUTS:
         raise ValueError(f"--outputs {outputs}: not one of {', '.join(OUTPUTS)}.")
+    provenance = provenance_of(source, weights)
     if outputs != "logits":
-        return Exported(encoder, outputs)
+        return Exported(encoder, outputs, provenance=provenance)
+    head, classes = read_classifier(source, encoder.settings.width)
+    return Exported(encoder, outputs, head, classes, provenance)
+
+
+def read_classifier(source: str | Path, width: int) -> tuple[nn.Linear, list[str]]:
+    """The classifier beside an encoder, or in the checkpoint of a fine-tuning, and the names of its classes.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
     path = find_encoder(source)
-    file = (path if path.is_dir() else path.parent.parent / "encoder") / HEAD
-    if not file.is_file():
+    file = path / HEAD if path.is_dir() else path
+    beside = file if path.is_dir() else path.parent.parent / "encoder" / HEAD
+    classes: Any = []
+    try:
+        state = read_torch_file(file)
+        if not path.is_dir():
+            state = own_parts(state, path)[2] if "sslvit" in state else {}
+        state = {key.removeprefix("head."): value for key, value in state.items() if key.startswith("head.")}
+        if beside.is_file():
+            with safe_open(beside, "pt") as content:
+                classes = json.loads((content.metadata() or {}).get("classes", "[]"))
+    except FileNotFoundError:
+        state = {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{beside}: the names of its classes are damaged ({error}).") from error
+    if not state:
         raise ValueError(f"--outputs logits: {source} has no classifier ({HEAD}). Fine-tune first (sslvit finetune).")
-    with safe_open(file, "pt") as weights:
-        state = {key.removeprefix("head."): weights.get_tensor(key) for key in weights.keys()}  # noqa: SIM118
-        classes = json.loads((weights.metadata() or {}).get("classes", "[]"))
-    head = nn.Linear(state["weight"].shape[1], state["weight"].shape[0])
+    rows = state["bias"].shape[0] if set(state) == {"weight", "bias"} and state["bias"].ndim == 1 else 0
+    if not rows or tuple(state["weight"].shape) != (rows, width):
+        shapes = ", ".join(f"{key} {tuple(value.shape)}" for key, value in state.items())
+        raise ValueError(f"{file}: no classifier of an encoder of width {width} ({shapes}).")
+    if not isinstance(classes, list) or len(classes) not in (0, rows):
+        raise ValueError(f"{beside}: names {len(classes)} classes for a classifier of {rows}.")
+    head = nn.Linear(width, rows)
     head.load_state_dict(state)
-    return Exported(encoder, outputs, head, classes)
+    return head, [str(name) for name in classes]

@@ -27,7 +27,7 @@ def check(exported: Exported, size: str | None) -> bool:
 
 
 def write(exported: Exported, folder: Path, is_fixed: bool) -> None:
-    save_encoder(exported.encoder, folder)
+    save_encoder(exported.encoder, folder, exported.provenance)
     if exported.head is not None:
         weights = {f"head.{key}": value.contiguous() for key, value in exported.head.state_dict().items()}
         save_file(weights, folder / HEAD, {"classes": json.dumps(exported.classes)})
@@ -38,8 +38,11 @@ def reopen(folder: Path, exported: Exported, is_fixed: bool) -> Callable[[Tensor
 
 
 def how_to_open(exported: Exported, is_fixed: bool) -> str:
-    call = {"tokens": "encoder(images)", "features": "encoder.features(images)", "logits": "encoder.features(images)"}
-    return f"""import sslvit
-
-encoder = sslvit.load_encoder("FOLDER")
-{"features" if exported.outputs == "logits" else exported.outputs} = {call[exported.outputs]}"""
+    lines = ["import sslvit", "", 'encoder = sslvit.load_encoder("FOLDER")']
+    if exported.outputs == "logits":
+        lines = ["from safetensors.torch import load_file", *lines, f'head = load_file("FOLDER/{HEAD}")']
+    call = {
+        "tokens": "encoder(images)", "features": "encoder.features(images)",
+        "logits": 'encoder.pool(encoder(images)) @ head["head.weight"].T + head["head.bias"]',
+    }  # fmt: skip
+    return "\n".join([*lines, f"{exported.outputs} = {call[exported.outputs]}"])

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL.Image import Image
+from PIL import ImageOps
+from PIL.Image import Image, Resampling
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from sslvit.export.exported import Exported
 from sslvit.layouts import openai_igpt
 from sslvit.layouts.transformers import classifier, from_sslvit, kind_of, model_arguments, resampling_differs
 from sslvit.layouts.vit import state_with_table
+from sslvit.settings import EncoderSettings
 
 CLASSES = {"vit": "ViT", "dinov2": "Dinov2", "dinov2_with_registers": "Dinov2WithRegisters", "imagegpt": "ImageGPT"}
 RESAMPLE = {"bilinear": 2, "bicubic": 3}  # PIL's numbers
@@ -55,7 +57,8 @@ def write(exported: Exported, folder: Path, is_fixed: bool) -> None:
 
     settings, outputs = exported.settings, exported.outputs
     kind = kind_of(settings, outputs)
-    labels = {"id2label": dict(enumerate(exported.classes))} if exported.classes else {}
+    names = dict(enumerate(exported.classes))
+    labels = {"id2label": names, "label2id": {name: number for number, name in names.items()}} if names else {}
     if exported.head is not None and not exported.classes:
         labels = {"num_labels": exported.head.out_features}
     config = getattr(transformers, f"{CLASSES[kind]}Config")(**model_arguments(settings, outputs), **labels)
@@ -86,8 +89,8 @@ def processor_of(exported: Exported) -> Any:
         clusters = exported.encoder.patch_embed.palette.tolist()
         return transformers.ImageGPTImageProcessor(clusters, size={"height": height, "width": width}, **common)
     common["do_convert_rgb"] = settings.channels == 3
-    if height != width:
-        return transformers.ViTImageProcessor(size={"height": height, "width": width}, **common)
+    if height != width:  # its processors would squash an image into these proportions
+        return transformers.ViTImageProcessor(do_resize=False, **common)
     crop = {"height": height, "width": width}
     return transformers.BitImageProcessor(size={"shortest_edge": height}, crop_size=crop, **common)
 
@@ -132,11 +135,26 @@ def preprocessing(folder: Path, exported: Exported) -> Callable[[Image], Tensor]
     import transformers
 
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
+    settings = exported.settings
 
     def prepare(image: Image) -> Tensor:
-        return processor(image, return_tensors="pt")["pixel_values"][0]
+        found = processor(fitted(image, settings) if is_fitted(settings) else image, return_tensors="pt")
+        if settings.tokens == "pixel":
+            return exported.encoder.patch_embed.images_of(found["input_ids"], tuple(settings.image_size))[0]
+        return found["pixel_values"][0]
 
     return prepare
+
+
+def is_fitted(settings: EncoderSettings) -> bool:
+    """Whether images are cropped before transformers' processor, which would squash them."""
+    return settings.tokens == "pixel" or settings.image_size[0] != settings.image_size[1]
+
+
+def fitted(image: Image, settings: EncoderSettings) -> Image:
+    """The largest centred box with the encoder's proportions, resized."""
+    height, width = settings.image_size
+    return ImageOps.fit(image, (width, height), Resampling[settings.interpolation.upper()])
 
 
 def how_to_open(exported: Exported, is_fixed: bool) -> str:
@@ -144,11 +162,17 @@ def how_to_open(exported: Exported, is_fixed: bool) -> str:
     is_vit = kind_of(settings, outputs) == "vit"
     auto = "AutoModelForImageClassification" if outputs == "logits" else "AutoModel"
     more = ", add_pooling_layer=False" if is_vit and outputs != "logits" else ""
+    height, width = settings.image_size
     lines = [
+        *(["import torch"] if settings.tokens == "pixel" else []),
+        *(["from PIL import Image, ImageOps"] if is_fitted(settings) else []),
         f"from transformers import AutoImageProcessor, {auto}", "",
         'processor = AutoImageProcessor.from_pretrained("FOLDER")',
         f'model = {auto}.from_pretrained("FOLDER"{more}).eval()',
     ]  # fmt: skip
+    if is_fitted(settings):
+        resampling = f"Image.Resampling.{settings.interpolation.upper()}"
+        lines.append(f"image = ImageOps.fit(image, ({width}, {height}), {resampling})  # the processor would squash it")
     if settings.tokens == "pixel":
         lines += [
             'indices = processor(image, return_tensors="pt")["input_ids"]',

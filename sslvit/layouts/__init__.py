@@ -38,7 +38,10 @@ def to_sslvit(state: dict[str, Tensor], layout: str | None = None, heads: int | 
     if layout is not None and layout not in LAYOUTS:
         raise ValueError(f"layout: '{layout}' is not one of {', '.join(LAYOUTS)}.")
     name = layout or recognise_layout(set(state))
-    converted = LAYOUTS[name].to_sslvit(state, heads, **changes)
+    try:
+        converted = LAYOUTS[name].to_sslvit(state, heads, **changes)
+    except (KeyError, IndexError) as error:
+        raise ValueError(f"layout {name}: {error} is missing. Is the file complete, and of this layout?") from error
     converted.read = len(state)
     if layout is None and name == "timm":
         converted.notes.append(

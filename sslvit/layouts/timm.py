@@ -110,11 +110,14 @@ def from_name(name: str, **changes) -> Converted:
     if not isinstance(model, timm.models.vision_transformer.VisionTransformer):
         raise ValueError(f"timm:{name}: a {type(model).__name__}, and only plain vision transformers can be probed.")
     about = model.pretrained_cfg
+    usual = "mean" if model.cls_token is None else "class"  # of a model without pooling
+    if not all(isinstance(about.get(key), (list, tuple)) for key in ("mean", "std")):
+        raise ValueError(f"timm:{name}: says no mean and std of its images.")
     found = {
         "image_size": list(model.patch_embed.img_size), "mean": list(about["mean"]), "std": list(about["std"]),
         "interpolation": "bilinear" if about["interpolation"] == "bilinear" else "bicubic",
         "norm_eps": model.blocks[0].norm1.eps,
-        "pooling": {"token": "class", "avg": "mean"}.get(model.global_pool, "mean"), **changes,
+        "pooling": {"token": "class", "avg": "mean"}.get(model.global_pool) or usual, **changes,
     }  # fmt: skip
     converted = to_sslvit(model.state_dict(), model.blocks[0].attn.num_heads, **found)
     converted.read = len(model.state_dict())

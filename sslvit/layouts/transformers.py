@@ -71,6 +71,17 @@ def to_sslvit(state: dict[str, Tensor], path: Path, **changes) -> Converted:
         ValueError: an option that the encoder does not have.
     """
     config = read_config(path)
+    try:
+        return _convert(state, config, path, changes)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: its settings or weights are damaged ({error}).") from error
+
+
+def _convert(state: dict[str, Tensor], config: dict[str, Any], path: Path, changes: dict[str, Any]) -> Converted:
+    notes = _unusual(path)
+    size = config.get("image_size", 0)
+    if not isinstance(size, int) and not (isinstance(size, list) and [type(side) for side in size] == [int, int]):
+        raise ValueError(f"{path}: image_size {size!r} is no side in pixels and no pair of them.")
     if config["model_type"] == "imagegpt":
         activation = config.get("activation_function", "quick_gelu")
         if activation != "quick_gelu":
@@ -78,6 +89,7 @@ def to_sslvit(state: dict[str, Tensor], path: Path, **changes) -> Converted:
         found = {"norm_eps": config.get("layer_norm_epsilon", 1e-5), **_preprocessing(path), **_palette(path)}
         converted = openai_igpt.to_sslvit(state, config["n_head"], **found | changes)
         converted.read = len(state)
+        converted.notes += notes
         return converted
     activation = "silu" if config.get("use_swiglu_ffn") else config.get("hidden_act", "gelu")
     if activation not in ("gelu", "silu"):
@@ -91,8 +103,8 @@ def to_sslvit(state: dict[str, Tensor], path: Path, **changes) -> Converted:
     ignored = []
     if not is_dinov2 and encoder.pop("mask_token", None) is not None:
         ignored.append("embeddings.mask_token")
-    settings = settings_from_shapes(encoder, config["num_attention_heads"], [], **found)
-    return Converted(settings, encoder, extras, ignored=ignored, read=len(state))
+    settings = settings_from_shapes(encoder, config["num_attention_heads"], notes, **found)
+    return Converted(settings, encoder, extras, notes, ignored, len(state))
 
 
 def kind_of(settings: EncoderSettings, outputs: str) -> str:
@@ -242,9 +254,22 @@ def _preprocessing(path: Path) -> dict[str, Any]:
         return {"mean": [0.5] * 3, "std": [0.5] * 3}  # what its image processors start from
     content = _read_json(file)
     found = {"mean": content.get("image_mean"), "std": content.get("image_std")}
-    if content.get("resample") in RESAMPLE:
-        found["interpolation"] = RESAMPLE[content["resample"]]
+    if content.get("do_normalize") is False:
+        found = {"mean": [0.0] * 3, "std": [1.0] * 3}
+    found["interpolation"] = RESAMPLE.get(content.get("resample"))
     return {key: value for key, value in found.items() if value is not None}
+
+
+def _unusual(path: Path) -> list[str]:
+    """What the image processor does otherwise than sslvit would, for the reader."""
+    file = path / "preprocessor_config.json"
+    content = _read_json(file) if file.is_file() else {}
+    notes = []
+    if content.get("do_rescale") is False or abs(content.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-3:
+        notes.append("preprocessing: its pixels are not scaled to 0 to 1, and here they are; mean and std may not fit.")
+    if content.get("resample", 3) not in RESAMPLE:
+        notes.append(f"preprocessing: resample {content['resample']} is not bilinear or bicubic; bicubic is used.")
+    return notes
 
 
 def _palette(path: Path) -> dict[str, Any]:

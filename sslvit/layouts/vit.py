@@ -65,9 +65,15 @@ def settings_from_shapes(state: dict[str, Tensor], heads: int | None, notes: lis
         changes: settings that the file does not say, or that override what it seems to say.
 
     Raises:
-        ValueError: the position table fits no square grid (give image_size).
+        ValueError: the position table fits no square grid (give image_size), or the patches are no squares.
+        KeyError: a weight that every ViT has is missing.
     """
-    width, channels, patch, _ = state["patch_embed.proj.weight"].shape
+    if "palette" in changes:
+        raise ValueError("palette: is for models of pixels (iGPT), and this one reads patches. Leave it out.")
+    patches = state["patch_embed.proj.weight"]
+    if patches.ndim != 4 or patches.shape[2] != patches.shape[3]:
+        raise ValueError(f"patch_embed.proj.weight: {tuple(patches.shape)} is no convolution of square patches.")
+    width, channels, patch, _ = patches.shape
     registers = state["reg_token"].shape[1] if "reg_token" in state else 0
     has_class = "cls_token" in state
     hidden = state["blocks.0.mlp.fc2.weight"].shape[1]

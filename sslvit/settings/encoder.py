@@ -143,6 +143,8 @@ class EncoderSettings:
                 raise ValueError(
                     f"encoder.{key}: {len(values)} values for {self.channels} channels. Give one per channel."
                 )
+        if not all(std > 0 for std in self.std):
+            raise ValueError(f"encoder.std: {self.std} must be above zero.")
         if self.pooling == "class" and not self.class_token:
             raise ValueError(
                 "encoder.pooling: class, but encoder.class_token is false. Set pooling to mean or attention."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -10,17 +11,20 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import saved
+from conftest import SMALL, saved, shaken
 from run_fixtures import run, weights
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from sslvit.checkpoint import load_encoder
+from sslvit.checkpoint import load_encoder, save_encoder
 from sslvit.cli import main
 from sslvit.data.pack import pack
 from sslvit.data.sources import array_samples
-from sslvit.export import export_encoder
+from sslvit.export import MAKING, export_encoder
 from sslvit.export import timm as timm_format
+from sslvit.export.exported import Exported
+from sslvit.export.verify import check_inputs, compare
 from sslvit.models import ViTEncoder
+from sslvit.settings import EncoderSettings
 
 
 def test_safetensors_hold_every_encoder(tmp_path: Path) -> None:
@@ -103,6 +107,182 @@ def test_a_classifier_goes_along(tmp_path: Path) -> None:
     assert export_encoder(tmp_path / "run", tmp_path / "own", "safetensors", "logits")["largest_difference"] == 0
 
 
+def test_logits_are_those_that_were_trained(tmp_path: Path) -> None:
+    """The classifier reads the pooled last tokens (tasks/supervised.py), whatever layer the encoder is probed at."""
+    encoder = saved(tmp_path / "e", feature_layer=1)
+    weight, bias = torch.randn(2, 32), torch.randn(2)
+    save_file({"head.weight": weight, "head.bias": bias}, tmp_path / "e" / "head.safetensors")
+    export_encoder(tmp_path / "e", tmp_path / "out", "torch", "logits")
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        expected = encoder(images)[:, 0] @ weight.T + bias
+        found = torch.export.load(tmp_path / "out" / "model.pt2").module()(images)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_checkpoint_brings_its_own_classifier(tmp_path: Path) -> None:
+    labels = np.arange(16) % 2
+    pack(array_samples(np.zeros((16, 8, 8), np.uint8), labels), tmp_path / "shards", ["a", "b"])
+    saved(tmp_path / "e", image_size=8, channels=1)
+    words = ["finetune", str(tmp_path / "e"), "--train", str(tmp_path / "shards"), "--val", str(tmp_path / "shards")]
+    changes = {"train.steps": 4, "train.checkpoint_every": 2, "train.keep_every": 2, "data.global_batch": 8,
+               "data.workers": 0, "train.precision": "float32", "optim.base_rate": 0.1}  # fmt: skip
+    words += [word for key, value in changes.items() for word in (f"--{key}", str(value))]
+    assert main([*words, "--out", str(tmp_path / "run")]) == 0
+    earlier = tmp_path / "run" / "checkpoints" / "step-00000002.ckpt"
+    export_encoder(earlier, tmp_path / "out", "safetensors", "logits")
+    state = torch.load(earlier, weights_only=True)["state_dict"]
+    assert torch.equal(load_file(tmp_path / "out" / "head.safetensors")["head.weight"], state["head.weight"])
+    card = json.loads((tmp_path / "out" / "card.json").read_text())
+    assert (card["task"], card["step"], card["classes"]) == ("supervised", 2, ["a", "b"])
+    export_encoder(tmp_path / "run", tmp_path / "last", "timm", "logits")
+    card = json.loads((tmp_path / "last" / "card.json").read_text())
+    assert card["step"] == 4
+    assert "top1" in card["scores"]["scores.json"]
+    assert "init" not in card["recipe"]
+    assert str(tmp_path / "e") not in (tmp_path / "last" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("state", "classes", "reason"),
+    [
+        ({"head.weight": torch.zeros(3, 32), "head.bias": torch.zeros(3)}, '["a", "b"]', "names 2 classes for .* of 3"),
+        ({"head.weight": torch.zeros(3, 32), "head.bias": torch.zeros(3)}, '"abcd"', "names 4 classes"),
+        ({"head.weight": torch.zeros(3, 32), "head.bias": torch.zeros(3)}, "[", "names of its classes are damaged"),
+        (
+            {"head.weight": torch.zeros(3, 8), "head.bias": torch.zeros(3)},
+            "[]",
+            "no classifier of an encoder of width 32",
+        ),
+        ({"head.bias": torch.zeros(3)}, "[]", "no classifier of an encoder of width"),
+        (None, "", "not a readable checkpoint"),
+    ],
+)
+def test_a_damaged_classifier_is_refused(tmp_path: Path, state: dict | None, classes: str, reason: str) -> None:
+    saved(tmp_path / "e")
+    file = tmp_path / "e" / "head.safetensors"
+    if state is None:
+        file.write_bytes(b"junk")
+    else:
+        save_file(state, file, {"classes": classes})
+    with pytest.raises(ValueError, match=reason):
+        export_encoder(tmp_path / "e", tmp_path / "out", "timm", "logits")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["e"]
+
+
+def test_a_verdict_needs_numbers_and_judges_small_logits_by_their_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = saved(tmp_path / "e")
+    with torch.no_grad():
+        encoder.norm.weight.mul_(math.inf)
+    save_encoder(encoder, tmp_path / "inf")
+    with pytest.raises(RuntimeError, match="differs by inf"):
+        export_encoder(tmp_path / "inf", tmp_path / "out", "safetensors")
+    verdict = json.loads((tmp_path / "out.part" / "verdict.json").read_text(), parse_constant=pytest.fail)
+    assert verdict["largest_difference"] is None
+    save_file({"head.weight": torch.randn(2, 32) * 1e-8, "head.bias": torch.zeros(2)}, tmp_path / "e/head.safetensors")
+    assert export_encoder(tmp_path / "e", tmp_path / "right", "timm", "logits")["passed"]
+    reopen = timm_format.reopen
+    monkeypatch.setattr(timm_format, "reopen", lambda *args: lambda images: reopen(*args)(images).flip(1))
+    with pytest.raises(RuntimeError, match="the reopened encoder differs"):
+        export_encoder(tmp_path / "e", tmp_path / "flipped", "timm", "logits")
+
+
+def test_the_worst_of_all_batches_counts_and_2e_5_is_too_much() -> None:
+    encoder = shaken(ViTEncoder(EncoderSettings(**SMALL)))
+    exported, inputs = Exported(encoder), check_inputs(encoder.settings, False)
+    assert [batch.shape[0] for batch in inputs] == [2, 3, 1]
+
+    def off_by(difference: float, batch: int | None = None) -> dict:
+        numbers = iter(range(3))
+        return compare(
+            exported, lambda images: exported(images) + difference * (batch in (None, next(numbers))), inputs
+        )
+
+    for batch in range(3):
+        assert off_by(2e-4, batch)["largest_difference"] == pytest.approx(2e-4, rel=0.01)
+    scale = off_by(0)["largest_output"]
+    assert not off_by(2e-5 * scale)["passed"]
+    assert off_by(2e-6 * scale)["passed"]
+
+
+def test_a_library_that_fails_leaves_a_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_) -> None:
+        raise KeyError("a part of timm")
+
+    saved(tmp_path / "e")
+    monkeypatch.setattr(timm_format, "reopen", fail)
+    with pytest.raises(RuntimeError, match="not written, because 'a part of timm'; what was tried"):
+        export_encoder(tmp_path / "e", tmp_path / "out", "timm")
+    assert json.loads((tmp_path / "out.part" / "verdict.json").read_text())["failure"] == "'a part of timm'"
+    monkeypatch.undo()
+    assert export_encoder(tmp_path / "e", tmp_path / "out", "timm")["passed"]  # what failed makes way
+    assert not (tmp_path / "out.part").exists()
+    assert not (tmp_path / "out" / MAKING).exists()
+
+
+def test_nothing_of_the_users_is_lost(tmp_path: Path) -> None:
+    saved(tmp_path / "e")
+    (tmp_path / "out.part").mkdir()
+    (tmp_path / "out.part" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="out.part: in the way, and not of an earlier export"):
+        export_encoder(tmp_path / "e", tmp_path / "out", "timm")
+    assert (tmp_path / "out.part" / "thesis.txt").exists()
+    export_encoder(tmp_path / "e", tmp_path / "other", "timm")
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    export_encoder(tmp_path / "e", tmp_path / "other", "safetensors", overwrite=True)
+    names = {path.name for path in (tmp_path / "other").iterdir()}
+    assert names == {"notes.txt", "encoder.json", "encoder.safetensors", "card.json", "README.md", "verdict.json"}
+
+
+def test_places_that_cannot_be_used_are_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    for out, reason in (("file", "is a file"), ("link", "is a link"), ("file/out", "is no folder that can be written")):
+        with pytest.raises(ValueError, match=reason):
+            export_encoder(tmp_path / "no such encoder", tmp_path / out, "timm")
+
+
+def test_the_way_through_our_own_format_keeps_the_origin(tmp_path: Path) -> None:
+    saved(tmp_path / "e")
+    export_encoder(tmp_path / "e", tmp_path / "plain", "safetensors")
+    export_encoder(tmp_path / "plain", tmp_path / "timm", "timm")
+    assert json.loads((tmp_path / "timm" / "card.json").read_text())["data"]["fingerprint"] == "f00d"
+    save_encoder(load_encoder(tmp_path / "e"), tmp_path / "unknown")
+    export_encoder(tmp_path / "unknown", tmp_path / "other", "timm")
+    assert "Not known." in (tmp_path / "other" / "README.md").read_text()
+
+
+def test_scores_of_one_name_or_form_are_refused(tmp_path: Path) -> None:
+    saved(tmp_path / "e")
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "probe.json").write_text(json.dumps({"top1": 3}))
+    files = [tmp_path / name / "probe.json" for name in ("a", "b")]
+    with pytest.raises(ValueError, match="two files of this name"):
+        export_encoder(tmp_path / "e", tmp_path / "out", "timm", scores=files)
+    assert export_encoder(tmp_path / "e", tmp_path / "out", "timm", scores=files[:1])["passed"]
+
+
+@pytest.mark.parametrize("description", [{"encoder": [1]}, {"encoder": None}, {"encoder": {"std": [0, 0, 0]}}, []])
+def test_a_damaged_description_is_refused(tmp_path: Path, description) -> None:
+    saved(tmp_path / "e")
+    content = description | {"format": 1} if isinstance(description, dict) else description
+    (tmp_path / "e" / "encoder.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="encoder.json: "):
+        export_encoder(tmp_path / "e", tmp_path / "out", "timm")
+
+
+def test_only_a_runs_own_settings_are_told(tmp_path: Path) -> None:
+    encoder = saved(tmp_path / "e")
+    (tmp_path / "proj" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "proj" / "config.yaml").write_text("secret: mine")
+    torch.save(encoder.state_dict(), tmp_path / "proj" / "checkpoints" / "vit.pth")
+    export_encoder(tmp_path / "proj/checkpoints/vit.pth", tmp_path / "out", "timm", heads=2)
+    assert "mine" not in (tmp_path / "out" / "card.json").read_text()
+
+
 def test_unknown_words_are_refused(tmp_path: Path) -> None:
     saved(tmp_path / "e")
     with pytest.raises(ValueError, match="--format tflite: not one of timm, transformers, onnx, torch, safetensors"):
@@ -131,7 +311,7 @@ def test_the_student_of_a_run_of_dino(tmp_path: Path) -> None:
         with torch.no_grad():
             found[network] = encoder(pixels)
             torch.testing.assert_close(found[network], expected(pixels))
-        assert json.loads((out / "card.json").read_text())["weights"] == network
+        assert json.loads((out / "card.json").read_text())["weights"] == (network or "teacher")
     assert not torch.equal(found["student"], found["teacher"])
     assert torch.equal(found["teacher"], found[None])
     assert "the student's weights" in (tmp_path / "out-student" / "README.md").read_text()
@@ -145,4 +325,4 @@ def test_a_run_that_has_not_ended_has_a_card_too(tmp_path: Path) -> None:
     export_encoder(tmp_path / "run", tmp_path / "out", "safetensors")
     card = json.loads((tmp_path / "out" / "card.json").read_text())
     assert card["recipe"]["task"]["name"] == "mae"
-    assert "a run that had not ended" in (tmp_path / "out" / "README.md").read_text()
+    assert "Trained by mae, 7 steps" in (tmp_path / "out" / "README.md").read_text()

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 from conftest import SMALL, saved, shaken
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import save_file
 
 from sslvit.checkpoint import load_encoder, save_encoder
 from sslvit.data.resample import normalise
-from sslvit.export import export_encoder
+from sslvit.export import FORMATS, export_encoder
+from sslvit.export.exported import Exported, with_outputs
+from sslvit.export.verify import compare_preprocessing, normalised
 from sslvit.models import ViTEncoder, preset
 from sslvit.settings import EncoderSettings
 
+onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 
@@ -175,6 +182,32 @@ def test_what_transformers_cannot_hold_is_refused_with_the_reason(tmp_path: Path
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("kind", ["timm", "transformers"])
+def test_preprocessing_of_a_photograph_is_that_of_the_card(tmp_path: Path, kind: str, interpolation: str) -> None:
+    """A verdict over an image that must be cropped and resized fails where a library does it otherwise."""
+    for name, size in (("square", 16), ("tall", [24, 16])):
+        saved(tmp_path / name, image_size=size, interpolation=interpolation)
+        export_encoder(tmp_path / name, tmp_path / f"{name}-{kind}", kind)
+        verdict = json.loads((tmp_path / f"{name}-{kind}" / "verdict.json").read_text())
+        assert verdict["preprocessing"]["mean_difference"] < 1e-3
+    other = {"bilinear": "bicubic", "bicubic": "bilinear"}[interpolation]
+    encoder = load_encoder(tmp_path / "square")
+    encoder.settings.interpolation = other
+    module = FORMATS[kind]
+    prepare = module.preprocessing(tmp_path / f"square-{kind}", Exported(encoder))
+    assert not compare_preprocessing(Exported(encoder), prepare)["passed"]
+
+
+def test_a_transformers_processor_takes_pictures_of_all_kinds(tmp_path: Path) -> None:
+    saved(tmp_path / "e")
+    export_encoder(tmp_path / "e", tmp_path / "out", "transformers")
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
+    for mode in ("L", "RGBA", "P", "RGB"):
+        found = processor(Image.new(mode, (40, 30)), return_tensors="pt")["pixel_values"]
+        assert found.shape == (1, 3, 16, 16), mode
+
+
 # ---- programs ------------------------------------------------------------------------------------------------------
 
 
@@ -195,6 +228,43 @@ def test_programs_give_the_features_of_the_checkpoint(tmp_path: Path, kind: str,
     assert verdict["passed"]
     assert verdict["image_sizes"] == ("any" if size else "fixed")
     assert [shape[0] for shape in verdict["shapes"]] == ([2, 3, 1] if size else [2, 3])
+
+
+def test_an_onnx_file_says_its_opset_and_how_images_reach_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path / "e", mean=[0.1, 0.2, 0.3])
+    monkeypatch.setattr(FORMATS["onnx"], "MOST_BYTES", 1000)
+    verdict = export_encoder(tmp_path / "e", tmp_path / "out", "onnx")
+    assert verdict["files"] == ["README.md", "card.json", "model.onnx", "model.onnx.data", "verdict.json"]
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx")
+    about = json.loads(session.get_modelmeta().custom_metadata_map["preprocessing"])
+    assert (about["size"], about["mean"]) == ([16, 16], [0.1, 0.2, 0.3])
+    opsets = {one.domain: one.version for one in onnx.load(tmp_path / "out" / "model.onnx").opset_import}
+    assert opsets[""] == 18
+
+
+@pytest.mark.parametrize(
+    ("kind", "outputs", "options"),
+    [
+        ("timm", "features", {}), ("timm", "tokens", {}), ("timm", "logits", {}), ("torch", "features", {}),
+        ("transformers", "features", {"interpolate_antialias": False}), ("transformers", "tokens", {"registers": 2}),
+        ("transformers", "features", {"image_size": [16, 24], "pooling": "mean"}), ("transformers", "logits", {}),
+        ("transformers", "features", IGPT | {"feature_layer": 1, "feature_norm": "next"}),
+        ("onnx", "logits", {}), ("safetensors", "logits", {}), ("safetensors", "features", {}),
+    ],
+)  # fmt: skip
+def test_the_snippet_of_a_card_gives_what_the_card_says(tmp_path: Path, kind: str, outputs: str, options: dict) -> None:
+    saved(tmp_path / "e", **options)
+    head = {"head.weight": torch.randn(3, 32), "head.bias": torch.randn(3)}
+    save_file(head, tmp_path / "e" / "head.safetensors", {"classes": '["a", "b", "c"]'})
+    export_encoder(tmp_path / "e", tmp_path / "out", kind, outputs)
+    exported = with_outputs(load_encoder(tmp_path / "e"), tmp_path / "e", outputs)
+    size = (*exported.settings.image_size, 3)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, size, np.uint8))
+    images = normalised(image, exported.settings)[None]
+    (snippet,) = re.findall(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.DOTALL)
+    left = {"image": image, "images": images.numpy() if kind == "onnx" else images}
+    exec(compile(snippet, "README.md", "exec"), left)
+    torch.testing.assert_close(torch.as_tensor(left[outputs]), exported(images), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.slow
