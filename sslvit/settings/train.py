@@ -26,6 +26,8 @@ class TrainSettings:
         keep_last: checkpoints that stay, the last one included; more than one have names by their step.
         keep_every: checkpoints at multiples of so many steps stay for good; null for none.
         checkpoint_in_background: write checkpoints in a thread while training goes on, from a copy in memory.
+        tensorboard: also write the metrics, and the figures at the end, for TensorBoard (tensorboard/ of the run).
+        wandb: project of Weights & Biases to log to as well; null for none. WANDB_MODE=offline needs no account.
         threads: CPU threads per process; null leaves torch's choice.
         deterministic: repeatable kernels on the GPU, at some cost.
     """
@@ -44,6 +46,8 @@ class TrainSettings:
     keep_last: int = 1
     keep_every: int | None = None
     checkpoint_in_background: bool = False
+    tensorboard: bool = False
+    wandb: str | None = None
     threads: int | None = None
     deterministic: bool = False
 

@@ -18,6 +18,7 @@ from sslvit.data.batch import Batch
 from sslvit.data.index import Index
 from sslvit.data.plan import Plan
 from sslvit.train.folder import RunFolder
+from sslvit.train.logs import log_line
 
 ROWS_THAT_SAY_MUCH = 100  # unreadable ones from which on their share of what was read counts
 STEPS_BETWEEN_COUNTS = 50  # with several ranks: how often they add up their unreadable samples
@@ -84,6 +85,7 @@ class RunLog(StepCallback):
         line["elapsed_seconds"] = now - self.start
         with open(self.folder.metrics, "a") as file:
             file.write(json.dumps(line) + "\n")
+        log_line(trainer, line)
         self.last, self.last_step = now, self.step
         self._show(line)
 

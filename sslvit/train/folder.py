@@ -8,6 +8,7 @@ ledger.json      how many samples were read, which could not be and why
 ledger/          with data.ledger: one file per rank, a line per sample that it read
 scores.json      of a classifier: right answers on the reported images
 health.json      whether training has collapsed, and what to do about it
+tensorboard/     wandb/      what those were told, where the settings ask for it
 incident/        a step that was not finite, of a run that ended so
 figures/
 """
@@ -48,6 +49,8 @@ class RunFolder:
         self.health = self.path / "health.json"
         self.samples = self.path / "ledger"
         self.incident = self.path / "incident"
+        self.tensorboard = self.path / "tensorboard"
+        self.wandb = self.path / "wandb"
         self.figures = self.path / "figures"
         self.scores = self.path / "scores.json"
 
@@ -70,7 +73,14 @@ class RunFolder:
     def start(self, settings: dict[str, Any], resume: bool) -> None:
         """Make the folder and write down what runs; an earlier run's files go, unless the run goes on."""
         if not resume:
-            for made in (self.checkpoint.parent, self.figures, self.samples, self.incident):
+            for made in (
+                self.checkpoint.parent,
+                self.figures,
+                self.samples,
+                self.incident,
+                self.tensorboard,
+                self.wandb,
+            ):
                 shutil.rmtree(made, ignore_errors=True)
             for made in (self.metrics, self.ledger, self.health, self.scores):
                 made.unlink(missing_ok=True)

@@ -19,6 +19,7 @@ from sslvit.settings.views import AugmentSettings, MultiCropSettings
 from sslvit.tasks import task_class
 from sslvit.tasks.base import PretextTask
 from sslvit.train.folder import RunFolder
+from sslvit.train.logs import check_loggers
 from sslvit.weight_files import read_torch_file
 
 
@@ -32,6 +33,7 @@ def check_machine(settings: PretrainSettings) -> None:
         raise ValueError(
             f"data.view.kind: {settings.data.view.kind} is not for {settings.task.name}. Use {' or '.join(kinds)}."
         )
+    check_loggers(train)
     if train.accelerator == "gpu" and not torch.cuda.is_available():
         raise ValueError("train.accelerator: gpu, but torch sees none here. Use auto or cpu.")
 

@@ -28,6 +28,7 @@ from sslvit.train.checkpoints import Checkpoints, WholeCheckpoint
 from sslvit.train.folder import RunFolder
 from sslvit.train.health import Health
 from sslvit.train.incidents import Incidents
+from sslvit.train.logs import log_pictures, make_loggers
 from sslvit.train.online import OnlineProbe, Validation
 from sslvit.train.pictures import draw_pictures
 from sslvit.train.preemption import Preemption, requeue
@@ -77,6 +78,7 @@ def pretrain(settings: PretrainSettings, resume: bool = False, overwrite: bool =
     trainer = make_trainer(settings, folder, index, data)
     if is_first:
         folder.start(settings.as_dict(), resume)
+        trainer.loggers = make_loggers(train, folder)
         _announce(settings, index, data, task, trainer)
         if picked := chosen(asked, settings):
             print(f"chosen for {len(index):,} images, {plan.global_batch} a step: {', '.join(picked)}", flush=True)
@@ -194,6 +196,7 @@ def _finish(
         classes = {"classes": json.dumps(index.classes)}
         save_file({key: value.cpu().contiguous() for key, value in extra.items()}, folder.encoder / HEAD, classes)
     draw_pictures(folder, task, data)
+    log_pictures(trainer, folder.figures, trainer.global_step)
     print(f"encoder in {folder.encoder}, figures in {folder.figures}")
 
 

@@ -1,0 +1,60 @@
+"""TensorBoard and Weights & Biases get what metrics.jsonl gets, and a resumed run goes on in the same place."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from run_fixtures import TINY, metrics, run
+
+from sslvit.train import logs
+
+
+def test_tensorboard_holds_the_lines_and_the_pictures(shards: Path, tmp_path: Path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="no tensorboard")
+    folder = run(shards, tmp_path / "run", **{"train.tensorboard": True, "train.log_every": 2})
+    log = events.EventAccumulator(str(folder.path / "tensorboard"), size_guidance={"images": 0})
+    log.Reload()
+    losses = {event.step: event.value for event in log.Scalars("loss")}
+    assert losses == pytest.approx({line["step"]: line["loss"] for line in folder.read_metrics()})
+    assert sorted(losses) == [2, 4, 6, 7]
+    assert set(log.Tags()["images"]) == {file.stem for file in folder.figures.glob("*.png")}
+
+
+def test_no_logger_changes_the_run(shards: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="no tensorboard")
+    plain = run(shards, tmp_path / "plain")
+    logged = run(shards, tmp_path / "logged", **{"train.tensorboard": True})
+    assert metrics(plain) == metrics(logged)
+
+
+@pytest.mark.slow
+def test_weights_and_biases_offline_and_again_after_a_resume(shards: Path, tmp_path: Path) -> None:
+    """In a process of its own, without an account; both parts carry one id."""
+    pytest.importorskip("wandb", reason="no wandb")
+    words = [sys.executable, "-m", "sslvit.cli", "pretrain", "--config", "mae/digits", "--data", str(shards), "--out",
+             str(tmp_path / "run"), "--train.wandb", "ours"]  # fmt: skip
+    words += [word for key, value in TINY.items() for word in (f"--{key}", str(value))]
+    env = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    subprocess.run([*words, "--train.steps", "4"], check=True, env=env, capture_output=True)
+    subprocess.run([*words, "--train.steps", "7", "--resume"], check=True, env=env, capture_output=True)
+    name = (tmp_path / "run" / "wandb" / "run-id").read_text().strip()
+    parts = [folder.name for folder in (tmp_path / "run" / "wandb").glob("offline-run-*")]
+    assert len(parts) == 2
+    assert all(part.endswith(name) for part in parts)
+    subprocess.run([*words, "--overwrite"], check=True, env=env, capture_output=True)
+    assert (tmp_path / "run" / "wandb" / "run-id").read_text().strip() != name
+
+
+def test_a_logger_that_is_not_installed_is_refused_before_anything_is_written(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(logs.importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name))
+    with pytest.raises(ImportError, match="train.wandb: wandb is not installed. Run: pip install wandb"):
+        run(shards, tmp_path / "run", **{"train.wandb": "ours"})
+    assert not (tmp_path / "run").exists()
