@@ -142,6 +142,17 @@ def make_parser() -> argparse.ArgumentParser:
     finetune.add_argument("--overwrite", action="store_true", help="delete an earlier run in the folder first")
     finetune.set_defaults(takes_settings=True)
 
+    plan = command("plan", training.run_plan, "parameters, FLOPs, memory, steps and hours of a run, before it runs")
+    plan.add_argument("--config", required=True, help="a recipe's name or YAML file")
+    plan.add_argument("--data", metavar="SHARDS", help="the images (default: the recipe's)")
+    plan.add_argument("--images", type=int, help="how many there are, instead of --data")
+    plan.add_argument("--classes", type=int, help="of labelled images, beside --images")
+    plan.add_argument("--tflops", type=float, help="of one device, in the run's precision (default: some GPUs)")
+    plan.add_argument("--utilisation", type=float, default=0.35,
+                      help="share of them that is used: an assumption (default: %(default)s)")  # fmt: skip
+    plan.add_argument("--figure", metavar="FILE.png", help="draw rate, weight decay and the task's own schedules")
+    plan.set_defaults(takes_settings=True)
+
     replay = command(
         "replay", training.run_replay, "take the step of an incident again in float32: where does it fail?"
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
+from sslvit.commands.files import check_new_picture
+
 
 def run_demo(options: argparse.Namespace) -> None:
     from sslvit.report.demo import demo
@@ -34,6 +36,39 @@ def run_finetune(options: argparse.Namespace) -> None:
         f"{found['top1']:.1f} % right{among} of {found['images']:,} images of {found['val']}, after the last step; "
         f"more in {folder.scores}"
     )
+
+
+def run_plan(options: argparse.Namespace) -> None:
+    check_new_picture(options.figure)
+    if options.images is not None and options.data is not None:
+        raise ValueError("--images and --data: give one, a number of images or the images.")
+    if not 0 < options.utilisation <= 1:
+        raise ValueError(f"--utilisation {options.utilisation:g}: must be above 0 and at most 1.")
+    if options.tflops is not None and not options.tflops > 0:
+        raise ValueError(f"--tflops {options.tflops:g}: must be above zero.")
+    from pathlib import Path
+
+    from sslvit.data.open import open_shards
+    from sslvit.settings.load import load_recipe
+    from sslvit.train.forecast import PEAKS, draw_schedules, forecast
+
+    settings = load_recipe(options.config, options.changes)
+    data = options.data or settings.data.shards
+    images, classes = options.images, options.classes
+    if images is None:
+        if data is None:
+            raise ValueError("--images N or --data SHARDS: how many images are there?")
+        index = open_shards(str(data), f"{str(data).rstrip('/')}-shards")
+        images, classes = len(index), len(index.classes) if index.classes else None
+    found, task = forecast(settings, images, classes)
+    print(found.text())
+    for name, tflops in ({"given": options.tflops} if options.tflops else PEAKS).items():
+        hours = found.hours(tflops, options.utilisation)
+        print(
+            f"hours        {hours:,.1f} on {found.ranks} x {name} ({tflops:g} TFLOP/s, {options.utilisation:.0%} used)"
+        )
+    if options.figure:
+        print(draw_schedules(task, Path(options.figure)))
 
 
 def run_replay(options: argparse.Namespace) -> None:

@@ -1,0 +1,126 @@
+"""What `sslvit plan` says beforehand is what a run does."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from run_fixtures import BERT, RECIPES, run, weights
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from sslvit.cli import main
+from sslvit.settings.load import load_recipe
+from sslvit.tasks import task_class
+from sslvit.train.forecast import FEW, example, forecast
+
+
+@pytest.mark.parametrize("recipe", ["mae/digits", "dino/digits", "igpt/digits"])
+def test_flops_parameters_and_activations_are_those_of_a_real_step(recipe: str) -> None:
+    settings = load_recipe(recipe, {**RECIPES[recipe], "train.steps": 9})
+    found, _ = forecast(settings, 100)
+    task = task_class(settings.task.name)(
+        settings.task.fitted(100, 8, 9), settings.encoder, settings.optim.fitted(12, 9), total_steps=9,
+        steps_per_epoch=12, global_batch=8,
+    )  # fmt: skip
+    own = {value.untyped_storage().data_ptr() for value in [*task.parameters(), *task.buffers()]}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(value: torch.Tensor) -> torch.Tensor:
+        if value.untyped_storage().data_ptr() not in own:
+            kept[value.untyped_storage().data_ptr()] = value.untyped_storage()
+        return value
+
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        task.training_step(example(settings), 0).backward()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        task.training_step(example(settings), 0)
+    assert found.flops_per_image == counter.get_total_flops() // FEW
+    assert found.activations_per_image == sum(storage.nbytes() for storage in kept.values()) // FEW
+    assert found.trained == sum(p.numel() for p in task.parameters() if p.requires_grad)
+    assert found.encoder == sum(p.numel() for p in task.trained_encoder.parameters())
+
+
+def test_steps_and_batches_are_those_of_the_run(shards: Path, tmp_path: Path) -> None:
+    changes = {"train.steps": None, "train.epochs": 2.5, "train.micro_batch": 4}
+    settings = load_recipe("mae/digits", RECIPES["mae/digits"] | changes)
+    found, _ = forecast(settings, 30)
+    assert (found.steps, found.steps_per_epoch, found.micro, found.passes) == (8, 3, 4, 2)
+    folder = run(shards, tmp_path / "run", **changes)
+    assert folder.read_metrics()[-1]["step"] == found.steps
+    assert sum(value.numel() for value in weights(folder).values()) == found.held
+
+
+def test_more_work_costs_more(tmp_path: Path) -> None:
+    def of(**changes) -> tuple:
+        found, _ = forecast(load_recipe("igpt/digits", RECIPES["igpt/digits"] | changes), 100)
+        return found.flops_per_image, sum(found.memory.values()), found.hours(1.0, 0.5)
+
+    plain = of()
+    assert of(**BERT)[0] > 0
+    assert of(**{"encoder.depth": 2})[0] > 1.5 * plain[0]
+    assert of(**{"data.global_batch": 16})[2] == pytest.approx(2 * plain[2])
+    assert of(**{"data.global_batch": 16})[1] > plain[1]
+    assert of(**{"encoder.checkpointing": True})[1] < plain[1]
+    assert of(**{"train.devices": 2})[2] == pytest.approx(plain[2] / 2)
+
+
+def test_the_command_prints_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    words = ["plan", "--config", "dino/digits", "--images", "1437", "--figure", str(tmp_path / "s.png")]
+    assert main([*words, "--tflops", "10", "--utilisation", "0.5"]) == 0
+    said = capsys.readouterr().out
+    for part in ("parameters   encoder ", "FLOPs ", "memory ", "epochs of 1,437 images", "(10 TFLOP/s, 50% used)"):
+        assert part in said
+    assert (tmp_path / "s.png").exists()
+    for more, reason in (
+        (["--config", "mae/digits"], "how many images are there"),
+        (["--config", "mae/digits", "--images", "3"], "data.global_batch: 64 is more than the 3 images"),
+        (["--config", "mae/digits", "--images", "99", "--utilisation", "2"], "--utilisation 2"),
+        (["--config", "finetune/small_images", "--images", "999", "--classes", "3"], "Plan it without"),
+    ):
+        assert main(["plan", *more]) == 1
+        assert reason in capsys.readouterr().err
+
+
+MEASURE = """
+import gc, resource, sys, torch
+from sslvit.settings.load import load_recipe
+from sslvit.tasks import task_class
+from sslvit.train import forecast as plan
+
+torch.set_num_threads(1)
+name, micro = sys.argv[1], int(sys.argv[2])
+settings = load_recipe(name, {"data.global_batch": micro, "train.steps": 9})
+found, _ = plan.forecast(settings, 1_000_000)
+task = task_class(settings.task.name)(
+    settings.task.fitted(1_000_000, micro, 9), settings.encoder, settings.optim.fitted(99, 9), total_steps=9,
+    steps_per_epoch=99, global_batch=micro)
+gc.collect()
+status = next(line for line in open("/proc/self/status") if line.startswith("VmRSS"))
+base = int(status.split()[1]) * 1024 - 4 * found.held
+optimiser = task.configure_optimizers()
+plan.FEW = micro
+batch = plan.example(settings)
+for _ in range(2):
+    task.training_step(batch, 0).backward()
+    optimiser.step()
+    optimiser.zero_grad()
+images = sum(view.numel() * 4 for view in batch.views)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - base - images
+print(sum(found.memory.values()) / peak)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("recipe", "micro"), [("mae/vit_tiny_cifar10", 256), ("igpt/small_cifar10", 6)])
+def test_memory_is_within_15_percent_of_what_a_process_takes(recipe: str, micro: int) -> None:
+    """On the CPU, in float32: the growth of the process over two whole steps."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, recipe, str(micro)], check=True, capture_output=True, text=True
+    )
+    ratio = float(done.stdout.splitlines()[-1])
+    assert math.isclose(ratio, 1.0, abs_tol=0.15), ratio
