@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -69,7 +69,8 @@ class Forecast:
         return {
             "weights": 4.0 * self.held, "gradients": 4.0 * self.trained, "optimiser": 8.0 * self.trained,
             "activations": float(self.activations_per_image) * self.micro,
-            "working": 2.0 * self.largest_per_image * self.micro,  # a gradient coming in, another going out
+            # gradients of an activation that is written in parts: two coming in, two going out
+            "working": 4.0 * self.largest_per_image * self.micro,
         }  # fmt: skip
 
     def hours(self, tflops: float, utilisation: float) -> float:
@@ -120,7 +121,7 @@ def forecast(settings: PretrainSettings, images: int, classes: int | None = None
             task.to_empty(device="cpu")
             flops = count_flops(task, settings)
             kept, largest = count_activations(task, settings)
-    except DynamicOutputShapeException as error:
+    except (DynamicOutputShapeException, DataDependentOutputException) as error:
         raise ValueError(
             f"task.name: a step of {settings.task.name} depends on what is drawn for each image. Plan it without "
             "(--task.erase 0 --task.mixup 0 --task.cutmix 0)."
