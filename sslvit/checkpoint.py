@@ -206,8 +206,7 @@ def provenance_of(source: str | Path, weights: str | None = None) -> dict[str, A
         if not (path / "encoder.json").is_file():
             return {"imported_from": path.name}
         found = _read_description(path / "encoder.json").get("provenance")
-        found = found if isinstance(found, dict) else {}
-        return found | ({"weights": "teacher"} if found.get("task") == "dino" and "weights" not in found else {}) | said
+        return (found if isinstance(found, dict) else {}) | said
     content = read_torch_file(path)
     if "sslvit" not in content:
         return {"imported_from": path.name} | said

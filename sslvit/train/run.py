@@ -191,6 +191,8 @@ def _finish(
         "data": {"shards": index.location, "samples": len(index), "fingerprint": index.fingerprint()},
         "settings": settings.as_dict(),
     }  # fmt: skip
+    if task.trained_encoder is not task.encoder:
+        provenance["weights"] = "teacher"
     save_encoder(task.trained_encoder, folder.encoder, provenance)
     if extra := task.extra_weights():
         classes = {"classes": json.dumps(index.classes)}
