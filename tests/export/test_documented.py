@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import saved
+from export_fixtures import saved
 from PIL import Image
 
 from sslvit.cli import main

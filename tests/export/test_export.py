@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import SMALL, saved, shaken
+from export_fixtures import SMALL, saved, shaken
 from run_fixtures import run, weights
 from safetensors.torch import load_file, save_file
 

@@ -33,9 +33,15 @@ def broken_at(monkeypatch: pytest.MonkeyPatch, name: str, is_broken: Callable[[i
     monkeypatch.setattr(task, "training_step", wrong)
 
 
-@pytest.mark.parametrize("how", ["loss", "infinite", "gradient"])
-@pytest.mark.parametrize("recipe", ["mae/digits", "dino/digits"])
-@pytest.mark.parametrize("changes", [{}, {"train.micro_batch": 4, "optim.clip": 1.0}])
+@pytest.mark.parametrize(
+    ("recipe", "how", "changes"),
+    [
+        ("mae/digits", "loss", {}),
+        ("mae/digits", "infinite", {"train.micro_batch": 4, "optim.clip": 1.0}),
+        ("dino/digits", "gradient", {}),
+        ("dino/digits", "loss", {"train.micro_batch": 4, "optim.clip": 1.0}),
+    ],
+)
 def test_a_step_that_is_not_finite_changes_nothing(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, how: str, changes: dict
 ) -> None:

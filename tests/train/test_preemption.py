@@ -34,8 +34,14 @@ def signalled(monkeypatch: pytest.MonkeyPatch, numbers: list[int], at: int) -> N
     monkeypatch.setattr(task, "training_step", told)
 
 
-@pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGUSR1], [signal.SIGUSR1, signal.SIGTERM]])
-@pytest.mark.parametrize("changes", [{}, {"train.micro_batch": 2}])
+@pytest.mark.parametrize(
+    ("numbers", "changes"),
+    [
+        ([signal.SIGTERM], {}),
+        ([signal.SIGUSR1], {"train.micro_batch": 2}),
+        ([signal.SIGUSR1, signal.SIGTERM], {}),
+    ],
+)
 def test_a_signal_ends_the_step_and_writes_it_down(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, numbers: list[int], changes: dict
 ) -> None:
