@@ -52,17 +52,8 @@ class TrainSettings:
     deterministic: bool = False
 
     def __post_init__(self) -> None:
-        counts = (
-            "devices",
-            "nodes",
-            "log_every",
-            "checkpoint_every",
-            "keep_last",
-            "keep_every",
-            "skip_limit",
-            "threads",
-        )
-        for key in ("epochs", "steps", "micro_batch", *counts):
+        counts = ("devices", "nodes", "log_every", "checkpoint_every", "keep_last", "keep_every", "skip_limit")
+        for key in ("epochs", "steps", "micro_batch", "threads", *counts):
             value = getattr(self, key)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"train.{key}: {value} is not positive.")

@@ -17,6 +17,9 @@ from sslvit.settings import TrainSettings
 from sslvit.train.callbacks import StepCallback
 from sslvit.train.folder import RunFolder
 
+LAST = "last.ckpt"
+NAMED = f"step-{'[0-9]' * 8}.ckpt"  # and not what a user calls step-best.ckpt
+
 
 class WholeCheckpoint(CheckpointIO):
     """Writes a checkpoint whole or not at all, and reads it without running anything in it.
@@ -43,7 +46,8 @@ class WholeCheckpoint(CheckpointIO):
 
     def write(self, checkpoint: dict[str, Any], path: Path) -> None:
         write_whole(checkpoint, path)
-        keep_some(path, checkpoint["global_step"], self.settings.keep_last, self.settings.keep_every)
+        if path.name == LAST:  # not the state in incident/
+            keep_some(path, checkpoint["global_step"], self.settings.keep_last, self.settings.keep_every)
 
     def _try_to_write(self, checkpoint: dict[str, Any], path: Path) -> None:
         try:
@@ -117,7 +121,7 @@ def keep_some(last: Path, step: int, keep_last: int, keep_every: int | None) -> 
             part = own.with_suffix(".part")
             shutil.copyfile(last, part)
             os.replace(part, own)
-    named = sorted((int(path.stem.removeprefix("step-")), path) for path in last.parent.glob("step-*.ckpt"))
+    named = sorted((int(path.stem.removeprefix("step-")), path) for path in last.parent.glob(NAMED))
     passing = [path for number, path in named if not (keep_every and number % keep_every == 0)]
     newest = {path for _, path in named[-keep_last:]} if keep_last > 1 else set()
     for path in passing:

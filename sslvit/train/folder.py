@@ -73,14 +73,8 @@ class RunFolder:
     def start(self, settings: dict[str, Any], resume: bool) -> None:
         """Make the folder and write down what runs; an earlier run's files go, unless the run goes on."""
         if not resume:
-            for made in (
-                self.checkpoint.parent,
-                self.figures,
-                self.samples,
-                self.incident,
-                self.tensorboard,
-                self.wandb,
-            ):
+            folders = (self.figures, self.samples, self.incident, self.tensorboard, self.wandb)
+            for made in (self.checkpoint.parent, *folders):
                 shutil.rmtree(made, ignore_errors=True)
             for made in (self.metrics, self.ledger, self.health, self.scores):
                 made.unlink(missing_ok=True)

@@ -59,7 +59,10 @@ class Incidents(StepCallback):
 
     def save(self, trainer: pl.Trainer, module: PretextTask) -> None:
         """The step that was just skipped, with all that decided it."""
-        self.folder.incident.mkdir(exist_ok=True)
+        if trainer.is_global_zero:
+            shutil.rmtree(self.folder.incident, ignore_errors=True)  # of an earlier end
+            self.folder.incident.mkdir()
+        trainer.strategy.barrier()
         step = self.step - 1
         dataset, passes = trainer.train_dataloader.dataset, trainer.accumulate_grad_batches
         names = []

@@ -118,6 +118,7 @@ def test_a_background_writer_gives_the_same_checkpoints(shards: Path, tmp_path: 
 
 def test_some_checkpoints_are_kept_by_their_step(tmp_path: Path) -> None:
     last = tmp_path / "last.ckpt"
+    (tmp_path / "step-best.ckpt").write_text("mine")
     for keep_last, keep_every, names in (
         (1, None, []),
         (3, None, [80, 90, 100]),
@@ -127,9 +128,10 @@ def test_some_checkpoints_are_kept_by_their_step(tmp_path: Path) -> None:
         for step in range(10, 101, 10):
             write_whole({"global_step": step}, last)
             keep_some(last, step, keep_last, keep_every)
-        assert sorted(path.name for path in tmp_path.glob("step-*")) == [f"step-{step:08d}.ckpt" for step in names]
+        assert sorted(path.name for path in tmp_path.glob("step-0*")) == [f"step-{step:08d}.ckpt" for step in names]
         assert all(step_of(tmp_path / f"step-{step:08d}.ckpt") == step for step in names)
-        for path in tmp_path.iterdir():
+        assert (tmp_path / "step-best.ckpt").read_text() == "mine"
+        for path in tmp_path.glob("step-0*"):
             path.unlink()
 
 

@@ -67,12 +67,13 @@ def test_too_many_in_a_row_end_the_run_and_can_be_taken_again(
     with monkeypatch.context() as patch:
         broken_at(patch, "mae", lambda step: step >= 4, "gradient")
         with pytest.raises(RuntimeError, match=r"step 6: 2 steps in a row were not finite \(train.skip_limit\)"):
-            run(shards, tmp_path / "run", **{"train.skip_limit": 2, "train.micro_batch": 4})
+            run(shards, tmp_path / "run", **{"train.skip_limit": 2, "train.micro_batch": 4, "train.keep_last": 2})
     folder = RunFolder(tmp_path / "run")
     about = json.loads((folder.incident / "incident.json").read_text())
     assert (about["step"], about["seed"]) == (5, 0)
     assert len(about["samples"]) == 2  # micro-batches
     assert about["not_finite"]
+    assert [path.name for path in folder.incident.glob("*.ckpt")] == ["state.ckpt"]
     capsys.readouterr()
     assert main(["replay", str(folder.incident)]) == 0
     said = capsys.readouterr().out
