@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 WRAPPERS = ("teacher", "model", "state_dict")  # DINO's full checkpoint: the teacher is the result
+SHARD, SHARDS = "shard", "shards"  # in a checkpoint: what stands for a tensor that lies in parts; where the parts are
 FOLDER_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")  # of transformers
 
 
@@ -76,7 +77,56 @@ def read_torch_file(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not a readable checkpoint ({reason}). Is the download complete?") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, not a checkpoint with named weights.")
-    return content
+    return joined(content, path) if isinstance(content.get(SHARDS), dict) else content
+
+
+def shards_folder(head: dict[str, Any], path: Path) -> Path:
+    """Where the parts of a checkpoint are that was written by ranks that each hold a part of every weight.
+
+    Raises:
+        ValueError: it names a place elsewhere.
+    """
+    name = str(head[SHARDS].get("folder"))
+    if Path(name).name != name:
+        raise ValueError(f"{path}: its parts are in {name}, which is outside its folder.")
+    return path.parent / SHARDS / name
+
+
+def shard_file(head: dict[str, Any], path: Path, rank: int) -> Path:
+    return shards_folder(head, path) / f"rank-{rank:05d}.pt"
+
+
+def joined(head: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A checkpoint in parts, whole: the rows of each tensor, rank by rank.
+
+    Raises:
+        FileNotFoundError: a part is missing.
+        ValueError: the parts do not fit.
+    """
+    ranks = head[SHARDS].get("ranks")
+    if not isinstance(ranks, int) or not 0 < ranks < 1 << 20:
+        raise ValueError(f"{path}: says that it has {ranks} parts. Is it damaged?")
+    files = [shard_file(head, path, rank) for rank in range(ranks)]
+    missing = [file for file in files if not file.exists()]
+    if missing:
+        raise FileNotFoundError(f"{missing[0]}: a part of {path} is missing. Copy the folder {SHARDS}/ along with it.")
+    parts = [read_torch_file(file) for file in files]
+
+    def whole(value: Any) -> Any:
+        if isinstance(value, dict) and value.keys() == {SHARD, "shape"}:
+            tensor = torch.cat([part["tensors"][value[SHARD]] for part in parts])
+            if list(tensor.shape) != value["shape"]:
+                raise ValueError(f"{value[SHARD]} is {list(tensor.shape)}, not {value['shape']}")
+            return tensor
+        if isinstance(value, dict):
+            return {key: whole(item) for key, item in value.items()}
+        return [whole(item) for item in value] if isinstance(value, list) else value
+
+    try:
+        return whole({key: value for key, value in head.items() if key != SHARDS})
+    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise ValueError(f"{path}: its parts do not fit together ({reason}). Are they of one checkpoint?") from error
 
 
 def read_folder_weights(folder: Path) -> dict[str, Tensor]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -10,6 +13,7 @@ import torch
 from sslvit.settings.load import load_recipe
 from sslvit.train.folder import RunFolder
 from sslvit.train.run import pretrain
+from sslvit.weight_files import read_torch_file
 
 TINY = {
     "encoder.image_size": 8, "encoder.patch": 2, "encoder.width": 16, "encoder.depth": 1, "encoder.heads": 2,
@@ -42,13 +46,32 @@ def run(
     return pretrain(settings, resume=resume, overwrite=overwrite)
 
 
+def command(shards: Path, out: Path, *flags: str, recipe: str = "mae/digits", **changes) -> list[str]:
+    """The same as words of a command line."""
+    given = [f"--{key}={json.dumps(value)}" for key, value in (RECIPES[recipe] | changes).items()]
+    words = ["--config", recipe, "--data", str(shards), "--out", str(out), *given, *flags]
+    return [sys.executable, "-m", "sslvit.cli", "pretrain", *words]
+
+
+def run_ranks(shards: Path, out: Path, *flags: str, **changes) -> RunFolder:
+    """A run in processes of its own."""
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command(shards, out, *flags, **changes), env=env, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return RunFolder(out)
+
+
 def weights(folder: RunFolder) -> dict[str, torch.Tensor]:
-    return torch.load(folder.checkpoint, weights_only=True)["state_dict"]
+    return read_torch_file(folder.checkpoint)["state_dict"]
+
+
+def is_timing(name: str) -> bool:
+    """Names of metrics that differ from run to run."""
+    return name.endswith(("_seconds", "_per_second")) or name in ("mfu", "tflops")
 
 
 def metrics(folder: RunFolder) -> list[dict]:
-    timings = ("images_per_second", "elapsed_seconds")
-    return [{k: v for k, v in line.items() if k not in timings} for line in folder.read_metrics()]
+    return [{k: v for k, v in line.items() if not is_timing(k)} for line in folder.read_metrics()]
 
 
 def same(one: RunFolder, other: RunFolder) -> bool:

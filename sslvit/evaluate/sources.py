@@ -124,7 +124,8 @@ class FrozenEncoder(Source):
         return [(number, pooling) for number in numbers]
 
     def features_at(self, images: Tensor, places: Sequence[Place]) -> list[Tensor]:
-        return self.encoder.features_at(images, places)
+        kind = next(self.encoder.parameters()).dtype  # float64, where a run trains in it
+        return [found.to(images.dtype) for found in self.encoder.features_at(images.to(kind), places)]
 
     def fingerprint(self) -> str:
         return fingerprint(self.encoder)

@@ -1,18 +1,35 @@
-"""Bounds on gradients."""
+"""Norms of gradients, and bounds on them; a gradient may lie in parts on all ranks (FSDP2)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from sslvit.ranks import sum_over_ranks
+
+
+def own_part(value: Tensor) -> Tensor:
+    """This rank's part of a tensor that is spread over ranks, the same memory; any other tensor itself."""
+    return value.to_local() if hasattr(value, "to_local") else value
 
 
 @torch.no_grad()
-def clip_each(parameters: Iterable[nn.Parameter], largest: float) -> Tensor:
-    """Shrink every gradient whose own norm is above the largest (DINO's released code); the norms before that."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norms = torch.stack(torch._foreach_norm(gradients))
-    factors = (largest / (norms + 1e-6)).clamp(max=1)
-    torch._foreach_mul_(gradients, list(factors.unbind()))
+def norms_of(gradients: list[Tensor]) -> Tensor:
+    """Norm of each whole gradient, the same on every rank."""
+    norms = torch.stack(torch._foreach_norm([own_part(gradient) for gradient in gradients]))
+    if any(hasattr(gradient, "to_local") for gradient in gradients):
+        norms = sum_over_ranks(norms.square()).sqrt()
     return norms
+
+
+@torch.no_grad()
+def clip_all(gradients: list[Tensor], norms: Tensor, largest: float) -> None:
+    """Shrink all gradients by one factor where the norm over them all is above the largest."""
+    torch._foreach_mul_([own_part(gradient) for gradient in gradients], (largest / (norms.norm() + 1e-6)).clamp(max=1))
+
+
+@torch.no_grad()
+def clip_each(gradients: list[Tensor], norms: Tensor, largest: float) -> None:
+    """Shrink every gradient whose own norm is above the largest (DINO's released code)."""
+    factors = (largest / (norms + 1e-6)).clamp(max=1)
+    torch._foreach_mul_([own_part(gradient) for gradient in gradients], list(factors.unbind()))

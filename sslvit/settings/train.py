@@ -18,6 +18,11 @@ class TrainSettings:
         accelerator: auto, cpu or gpu.
         devices: processes on this machine.
         nodes: machines.
+        strategy: ddp: each process holds all weights; fsdp: each holds a part of them (FSDP2), for models whose
+            weights, gradients and moments do not fit one GPU. The result is the same up to rounding, and a run that
+            goes on may change it.
+        timeout_seconds: how long a process waits for the others before the run ends with an error.
+        compile: torch.compile for the blocks; pays on GPUs.
         precision: auto is bf16 where the hardware computes in it, otherwise float32.
         log_every: steps between two lines of metrics.jsonl.
         checkpoint_every: steps between two checkpoints; the last step always writes one.
@@ -38,6 +43,9 @@ class TrainSettings:
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: int = 1
     nodes: int = 1
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    timeout_seconds: float = 900
+    compile: bool = False
     precision: Literal["auto", "float32", "bf16", "float64"] = "auto"
     log_every: int = 20
     checkpoint_every: int = 1000
@@ -53,7 +61,7 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         counts = ("devices", "nodes", "log_every", "checkpoint_every", "keep_last", "keep_every", "skip_limit")
-        for key in ("epochs", "steps", "micro_batch", "threads", *counts):
+        for key in ("epochs", "steps", "micro_batch", "threads", "timeout_seconds", *counts):
             value = getattr(self, key)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"train.{key}: {value} is not positive.")

@@ -12,13 +12,14 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from sslvit.chance import uniform_at
 from sslvit.checkpoint import check_same, describe_encoder, put_weights
 from sslvit.data.batch import Batch
 from sslvit.models import ViTEncoder
-from sslvit.optim import clip_each, cosine, decay_groups, warmup_cosine
+from sslvit.optim import clip_all, clip_each, cosine, decay_groups, norms_of, warmup_cosine
 from sslvit.settings import EncoderSettings, OptimSettings, TaskSettings
 
 
@@ -51,7 +52,7 @@ class PretextTask(pl.LightningModule):
         self.settings = settings
         self.encoder = ViTEncoder(encoder)
         self.optim = optim
-        self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
+        self.total_steps, self.steps_per_epoch, self.global_batch = total_steps, steps_per_epoch, global_batch
         self.warmup_steps = optim.warmup_steps(steps_per_epoch, total_steps)
         self.peak_rate = optim.peak_rate(global_batch)
         self.seed = seed
@@ -66,6 +67,21 @@ class PretextTask(pl.LightningModule):
     def trained_encoder(self) -> ViTEncoder:
         """The encoder that is saved, probed and exported."""
         return self.encoder
+
+    def whole(self) -> PretextTask:
+        """The task itself, or, where its weights are spread over ranks (FSDP2), a copy with all of them, to look at.
+
+        All ranks must ask for it. The copy draws from torch's stream of chance.
+        """
+        weights = self.state_dict()
+        if not any(isinstance(value, DTensor) for value in weights.values()):
+            return self
+        copy = type(self)(
+            self.settings, self.encoder.settings, self.optim, total_steps=self.total_steps,
+            steps_per_epoch=self.steps_per_epoch, global_batch=self.global_batch, seed=self.seed,
+        ).to(self.dtype)  # fmt: skip
+        copy.load_state_dict({k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in weights.items()})
+        return copy.to(self.device).train(self.training)
 
     def extra_weights(self) -> dict[str, Tensor]:
         """What is saved beside the trained encoder, as head.safetensors; nothing for pretext tasks."""
@@ -112,18 +128,17 @@ class PretextTask(pl.LightningModule):
 
         Where it is not finite the optimiser finds no gradients: weights, moments and decay stay as they were.
         """
-        if self.optim.clip and self.optim.clip_by == "parameter":
-            norm = clip_each(self.parameters(), self.optim.clip).norm()
-        elif self.optim.clip:
-            norm = nn.utils.clip_grad_norm_(self.parameters(), self.optim.clip)
-        else:
-            norm = nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
-        self.records["gradient_norm"] = [norm.detach()]
-        self.is_skipped = not bool(norm.isfinite())  # all ranks have the same gradients
+        gradients = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
+        norms = norms_of(list(gradients.values()))  # the same on every rank, and so is what follows from them
+        if self.optim.clip:
+            clip = clip_each if self.optim.clip_by == "parameter" else clip_all
+            clip(list(gradients.values()), norms, self.optim.clip)
+        self.records["gradient_norm"] = [norms.norm()]
+        self.is_skipped = not bool(norms.norm().isfinite())
         self.not_finite = []
         if self.is_skipped:
-            gradients = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
-            self.not_finite = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+            self.not_finite = [name for name, norm in zip(gradients, norms.tolist(), strict=True)
+                               if not math.isfinite(norm)]  # fmt: skip
             self.zero_grad(set_to_none=True)
 
     # ---- chance ----------------------------------------------------------------------------------------------

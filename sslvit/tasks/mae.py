@@ -67,7 +67,8 @@ def hidden_patch_error(
         target: raw pixels, or patches in units of their own standard deviation.
         is_hidden: True where the patch was hidden from the encoder.
     """
-    error = (predicted.float() - target.float()).square().mean(2)
+    kind = torch.promote_types(predicted.dtype, torch.float32)  # float32 at least
+    error = (predicted.to(kind) - target.to(kind)).square().mean(2)
     return (error * is_hidden).sum() / is_hidden.sum()  # indexing by the mask would wait for the device
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from torch import Tensor
 from sslvit.settings import TrainSettings
 from sslvit.train.callbacks import StepCallback
 from sslvit.train.folder import RunFolder
+from sslvit.weight_files import SHARDS, read_torch_file, shard_file, shards_folder
 
 LAST = "last.ckpt"
 NAMED = f"step-{'[0-9]' * 8}.ckpt"  # and not what a user calls step-best.ckpt
@@ -37,21 +41,62 @@ class WholeCheckpoint(CheckpointIO):
         self.failure: OSError | RuntimeError | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        if not self.settings.checkpoint_in_background:
-            self.write(checkpoint, Path(path))
-            return
         self.finish()
-        self.writer = threading.Thread(target=self._try_to_write, args=(copied(checkpoint), Path(path)))
-        self.writer.start()
+        self._carry_out(partial(self.write, self._kept(checkpoint), Path(path)))
+
+    def save_shard(
+        self, head: dict[str, Any], own: dict[str, Tensor], path: Path, name: str, rank: int, ranks: int
+    ) -> None:
+        """One rank's part of a checkpoint whose tensors are spread over ranks; each calls it.
+
+        Args:
+            head: the checkpoint, with places for those tensors; the first rank writes it once all parts are there.
+            own: this rank's parts.
+            path: of the head.
+            name: of this checkpoint's folder of parts, the same on every rank and new.
+            rank: of this process.
+            ranks: how many there are.
+        """
+        self.finish()
+        head = self._kept(head) | {SHARDS: {"folder": name, "ranks": ranks}}
+        self._carry_out(partial(self.write_shard, head, self._kept(own), path, rank))
 
     def write(self, checkpoint: dict[str, Any], path: Path) -> None:
         write_whole(checkpoint, path)
         if path.name == LAST:  # not the state in incident/
             keep_some(path, checkpoint["global_step"], self.settings.keep_last, self.settings.keep_every)
+            drop_unnamed_shards(path.parent)
 
-    def _try_to_write(self, checkpoint: dict[str, Any], path: Path) -> None:
+    def write_shard(self, head: dict[str, Any], own: dict[str, Tensor], path: Path, rank: int) -> None:
+        write_whole({"global_step": head["global_step"], "tensors": own}, shard_file(head, path, rank), path)
+        if rank:
+            return
+        parts = [shard_file(head, path, number) for number in range(head[SHARDS]["ranks"])]
+        deadline = time.monotonic() + self.settings.timeout_seconds
+        while missing := [part for part in parts if not part.exists()]:
+            if time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"{missing[0]}: another rank has not written its part of the checkpoint of step "
+                    f"{head['global_step']} in {self.settings.timeout_seconds:g} s (train.timeout_seconds). Is the run "
+                    "folder on a disk that all machines share?"
+                )
+            time.sleep(0.01)
+        self.write(head, path)
+
+    def _kept(self, values: dict[str, Any]) -> dict[str, Any]:
+        """What a writer in the background may look at while training goes on."""
+        return copied(values) if self.settings.checkpoint_in_background else values
+
+    def _carry_out(self, work: Callable[[], None]) -> None:
+        if not self.settings.checkpoint_in_background:
+            work()
+            return
+        self.writer = threading.Thread(target=self._try, args=(work,))
+        self.writer.start()
+
+    def _try(self, work: Callable[[], None]) -> None:
         try:
-            self.write(checkpoint, path)
+            work()
         except (OSError, RuntimeError) as error:
             self.failure = error
 
@@ -68,14 +113,19 @@ class WholeCheckpoint(CheckpointIO):
         self.finish()
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict:
-        return torch.load(path, map_location=map_location, weights_only=True)
+        return read_torch_file(Path(path))
 
     def remove_checkpoint(self, path: str | Path) -> None:
         Path(path).unlink(missing_ok=True)
 
 
-def write_whole(checkpoint: dict[str, Any], path: Path) -> None:
+def write_whole(checkpoint: dict[str, Any], path: Path, last: Path | None = None) -> None:
     """Beside its place, synced, renamed.
+
+    Args:
+        checkpoint: what is written.
+        path: its place.
+        last: of the newest whole checkpoint, if that is not this place.
 
     Raises:
         RuntimeError: the disk is full or cannot be written to; the checkpoint before is as it was.
@@ -95,7 +145,7 @@ def write_whole(checkpoint: dict[str, Any], path: Path) -> None:
             os.close(folder)
     except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
         part.unlink(missing_ok=True)
-        before = "The checkpoint before it is whole" if path.exists() else "There is none before it"
+        before = "The checkpoint before it is whole" if (last or path).exists() else "There is none before it"
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
         raise RuntimeError(
             f"{path}: the checkpoint of step {checkpoint.get('global_step')} could not be written ({reason}). "
@@ -127,6 +177,20 @@ def keep_some(last: Path, step: int, keep_last: int, keep_every: int | None) -> 
     for path in passing:
         if path not in newest:
             path.unlink()
+
+
+def drop_unnamed_shards(folder: Path) -> None:
+    """Let go of parts of checkpoints that no file in the folder names: of older ones, and of half-written ones."""
+    if not (folder / SHARDS).is_dir():
+        return
+    named = set()
+    for path in folder.glob("*.ckpt"):
+        head = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if SHARDS in head:
+            named.add(shards_folder(head, path))
+    for parts in (folder / SHARDS).iterdir():
+        if parts not in named:
+            shutil.rmtree(parts, ignore_errors=True)
 
 
 def copied(value: Any) -> Any:

@@ -38,13 +38,12 @@ IMAGES_AT_ONCE = 256
 
 
 @contextmanager
-def looking(module: PretextTask) -> Iterator[None]:
-    """Evaluation mode, and afterwards every part and torch's stream of chance as they were."""
+def looking(module: PretextTask) -> Iterator[PretextTask]:
+    """All weights in evaluation mode, and afterwards every part and torch's stream of chance as they were."""
     was_training = {part: part.training for part in module.modules()}
-    module.eval()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):  # a loader draws its workers' seed when it starts
-            yield
+            yield module.whole().eval()
     finally:
         for part, training in was_training.items():
             part.training = training
@@ -66,8 +65,8 @@ class ScoringCallback(StepCallback):
     def on_step(self, trainer: pl.Trainer, module: PretextTask) -> None:
         if self.step % self.every and self.step != self.total_steps:
             return
-        with looking(module):
-            for name, value in self.scores(trainer, module).items():
+        with looking(module) as whole:
+            for name, value in self.scores(trainer, whole).items():
                 module.record(name, torch.tensor(value, dtype=torch.float64))
 
     def scores(self, trainer: pl.Trainer, module: PretextTask) -> dict[str, float]:

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+from datetime import timedelta
 from types import FrameType
 
 import pytorch_lightning as pl
@@ -31,17 +32,20 @@ class Preemption(StepCallback):
     Args:
         folder: of the run.
         total_steps: of the run; after the last one there is nothing to stop.
+        timeout_seconds: how long to wait for the other ranks.
     """
 
-    def __init__(self, folder: RunFolder, total_steps: int) -> None:
+    def __init__(self, folder: RunFolder, total_steps: int, timeout_seconds: float) -> None:
         self.folder, self.total_steps = folder, total_steps
+        self.timeout = timedelta(seconds=timeout_seconds)
         self.told: str | None = None
         self.group: distributed.ProcessGroup | None = None
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         super().on_train_start(trainer, module)
         if trainer.world_size > 1:
-            self.group = distributed.new_group(backend="gloo")  # flags lie on the CPU: no device is waited for
+            # flags lie on the CPU: no device is waited for
+            self.group = distributed.new_group(backend="gloo", timeout=self.timeout)
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:  # after Lightning's own, which would stop without a checkpoint
                 signal.signal(number, self.hear)

@@ -20,7 +20,7 @@ from sslvit.data.module import ShardDataModule
 from sslvit.data.open import open_data
 from sslvit.data.plan import slices
 from sslvit.settings import PretrainSettings, SupervisedSettings, TrainSettings
-from sslvit.stopping import Preempted
+from sslvit.stopping import Preempted, RankLost
 from sslvit.tasks import task_class
 from sslvit.tasks.base import PretextTask
 from sslvit.train.callbacks import Ledger, RunLog
@@ -33,6 +33,7 @@ from sslvit.train.online import OnlineProbe, Validation
 from sslvit.train.pictures import draw_pictures
 from sslvit.train.preemption import Preemption, requeue
 from sslvit.train.prepare import check_data, check_machine, check_resumed, chosen, fit
+from sslvit.train.strategies import compile_blocks, is_lost_rank, make_strategy
 
 
 def pretrain(settings: PretrainSettings, resume: bool = False, overwrite: bool = False) -> RunFolder:
@@ -75,6 +76,8 @@ def pretrain(settings: PretrainSettings, resume: bool = False, overwrite: bool =
         task.double()  # before a checkpoint is loaded, which would otherwise pass through float32
     if resume:
         check_resumed(folder, settings, data, task)
+    if train.compile:
+        compile_blocks(task)
     trainer = make_trainer(settings, folder, index, data)
     if is_first:
         folder.start(settings.as_dict(), resume)
@@ -91,14 +94,29 @@ def pretrain(settings: PretrainSettings, resume: bool = False, overwrite: bool =
             if is_first and train.requeue:
                 requeue()
             raise
+        except RuntimeError as error:
+            if not is_lost_rank(error, trainer.world_size):
+                raise
+            raise RankLost(
+                f"stopped at step {trainer.global_step} of {total_steps}: another rank has ended, or did not answer "
+                f"for {train.timeout_seconds:g} s (train.timeout_seconds). See what it said, and whether the network "
+                f"stands{_way_on(folder)} ({str(error).splitlines()[0][:120]})"
+            ) from error
         except SystemExit as error:  # Lightning's answer to Ctrl-C
-            saved = "; go on from its last checkpoint with --resume" if folder.checkpoint.exists() else ""
-            raise KeyboardInterrupt(f"stopped at step {trainer.global_step} of {total_steps}{saved}") from error
+            raise KeyboardInterrupt(
+                f"stopped at step {trainer.global_step} of {total_steps}{_way_on(folder)}"
+            ) from error
     if trainer.global_step != total_steps:
         raise RuntimeError(f"training ended at step {trainer.global_step} instead of {total_steps}.")
+    compile_blocks(task, undo=True)
+    task = task.whole()  # together: each rank may hold a part of it
     if trainer.is_global_zero:
         _finish(settings, folder, index, data, task, trainer)
     return folder
+
+
+def _way_on(folder: RunFolder) -> str:
+    return "; go on from its last checkpoint with --resume" if folder.checkpoint.exists() else ""
 
 
 def make_trainer(settings: PretrainSettings, folder: RunFolder, index: Index, data: ShardDataModule) -> pl.Trainer:
@@ -116,7 +134,7 @@ def make_trainer(settings: PretrainSettings, folder: RunFolder, index: Index, da
             accelerator=train.accelerator,
             devices=train.devices,
             num_nodes=train.nodes,
-            strategy="ddp" if world > 1 else "auto",
+            strategy=make_strategy(train),
             precision=precision_of(train),
             max_epochs=1,  # steps, not epochs: one loader covers the whole run, so a resume is always mid-epoch
             max_steps=data.total_steps,
@@ -137,7 +155,7 @@ def make_trainer(settings: PretrainSettings, folder: RunFolder, index: Index, da
                 *scoring(settings, folder, index, data.total_steps),
                 RunLog(folder, data.plan, data.total_steps, train.log_every),
                 Checkpoints(folder, train, data.total_steps),
-                Preemption(folder, data.total_steps),
+                Preemption(folder, data.total_steps, train.timeout_seconds),
             ],
             default_root_dir=folder.path,
         )

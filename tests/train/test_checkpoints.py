@@ -18,6 +18,7 @@ from run_fixtures import metrics, run, same, weights
 from sslvit.settings import TrainSettings
 from sslvit.train import checkpoints
 from sslvit.train.checkpoints import WholeCheckpoint, keep_some, write_whole
+from sslvit.weight_files import read_torch_file
 
 
 def step_of(path: Path) -> int:
@@ -166,3 +167,69 @@ def test_settings_that_cannot_work_are_refused() -> None:
     with pytest.raises(ValueError, match="train.keep_last: 0 is not positive"):
         TrainSettings(keep_last=0)
     assert WholeCheckpoint(TrainSettings()).writer is None
+
+
+def in_parts(path: Path, ranks: int, name: str, value: torch.Tensor, step: int = 3, **settings) -> None:
+    """A checkpoint of several ranks, each holding some rows."""
+    head = {"global_step": step, "state_dict": {"w": {"shard": "/w", "shape": list(value.shape)}, "b": torch.ones(2)}}
+    for rank in reversed(range(ranks)):  # the first one waits for all others
+        own = {"/w": value.chunk(ranks)[rank]}
+        WholeCheckpoint(TrainSettings(**settings)).save_shard(head, own, path, name, rank, ranks)
+
+
+def test_a_checkpoint_in_parts_is_read_whole(tmp_path: Path) -> None:
+    last, value = tmp_path / "last.ckpt", torch.arange(14.0).view(7, 2)
+    in_parts(last, 3, "00000003-a", value)
+    state = read_torch_file(last)
+    assert torch.equal(state["state_dict"]["w"], value)
+    assert state["state_dict"]["b"].tolist() == [1, 1]
+    assert state["global_step"] == 3
+    assert "shards" not in state
+
+
+def test_parts_live_as_long_as_a_file_names_them(tmp_path: Path) -> None:
+    last, value = tmp_path / "last.ckpt", torch.arange(4.0)
+    (tmp_path / "shards" / "00000009-half-written").mkdir(parents=True)
+    for step in (3, 6, 9):
+        in_parts(last, 2, f"{step:08d}-x", value + step, step, keep_last=2)
+    assert sorted(path.name for path in (tmp_path / "shards").iterdir()) == ["00000006-x", "00000009-x"]
+    assert read_torch_file(tmp_path / "step-00000006.ckpt")["state_dict"]["w"].tolist() == [6, 7, 8, 9]
+    write = WholeCheckpoint(TrainSettings())
+    write.save_checkpoint({"global_step": 12}, last)  # by ranks that each hold everything
+    assert not list((tmp_path / "shards").iterdir())
+
+
+def test_a_part_that_does_not_come_ends_the_wait_and_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    last = tmp_path / "last.ckpt"
+    write_whole({"global_step": 3}, last)
+    with pytest.raises(RuntimeError, match="rank-00001.pt: another rank has not written .* in 0.05 s .*all machines"):
+        WholeCheckpoint(TrainSettings(timeout_seconds=0.05)).save_shard({"global_step": 6}, {}, last, "6", 0, 2)
+    assert step_of(last) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"folder": "../../elsewhere"}, ValueError, "last.ckpt: its parts are in ../../elsewhere, which is outside"),
+        ({"ranks": 3}, FileNotFoundError, "rank-00002.pt: a part of .* is missing. Copy the folder shards/"),
+        ({"ranks": -1}, ValueError, "says that it has -1 parts"),
+        ({"ranks": 1}, ValueError, "its parts do not fit together .* Are they of one checkpoint"),
+    ],
+)
+def test_parts_that_are_missing_or_elsewhere_are_refused(
+    tmp_path: Path, change: dict, error: type[Exception], message: str
+) -> None:
+    last = tmp_path / "last.ckpt"
+    in_parts(last, 2, "00000003-a", torch.arange(4.0))
+    head = torch.load(last, weights_only=True)
+    torch.save(head | {"shards": head["shards"] | change}, last)
+    with pytest.raises(error, match=message):
+        read_torch_file(last)
+
+
+def test_a_part_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    last, part = tmp_path / "last.ckpt", tmp_path / "shards" / "3" / "rank-00001.pt"
+    in_parts(last, 2, "3", torch.arange(4.0))
+    torch.save({"tensors": {"/w": Path("code")}}, part)
+    with pytest.raises(ValueError, match="rank-00001.pt: refused, because it holds objects besides tensors"):
+        read_torch_file(last)

@@ -45,7 +45,11 @@ def test_online_scores_leave_the_training_as_it_was(shards: Path, recipe: str) -
 
 
 def test_a_look_gives_back_the_mode_of_every_part() -> None:
-    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout())
+    class Task(torch.nn.Sequential):
+        def whole(self):
+            return self
+
+    module = Task(torch.nn.Linear(2, 2), torch.nn.Dropout())
     module[1].eval()
     with looking(module):
         assert not any(part.training for part in module.modules())

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -178,33 +175,6 @@ def test_bad_samples_are_counted_and_stop_the_run_only_above_the_limit(
 def test_the_python_door(shards: Path, tmp_path: Path) -> None:
     folder = sslvit.pretrain("mae/digits", data=shards, out=tmp_path / "run", **TINY)
     assert sslvit.load_encoder(folder.path)(torch.randn(1, 1, 8, 8)).shape == (1, 17, 16)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("recipe", "special"),
-    [
-        ("mae/digits", {}),
-        ("dino/digits", {"train.micro_batch": 2}),
-        ("dino/digits", {"task.centring": "sinkhorn"}),  # balanced over the batch of all ranks
-        ("igpt/digits", {}),
-        ("igpt/digits", BERT),
-    ],
-)
-def test_two_ranks_train_as_one(shards: Path, tmp_path: Path, recipe: str, special: dict) -> None:
-    options = RECIPES[recipe] | {"train.precision": "float64"} | special
-    changes = [f"--{k}={json.dumps(v)}" for k, v in options.items()]
-    for ranks in (1, 2):
-        command = [sys.executable, "-m", "sslvit.cli", "pretrain", "--config", recipe, "--data", str(shards)]
-        command += [*changes, "--out", str(tmp_path / f"r{ranks}"), f"--train.devices={ranks}"]
-        subprocess.run(
-            command, check=True, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}, timeout=300
-        )
-    one, two = RunFolder(tmp_path / "r1"), RunFolder(tmp_path / "r2")
-    for a, b in zip(metrics(one), metrics(two), strict=True):
-        assert a == pytest.approx(b, rel=1e-5)  # measures of health included: RankMe of float32
-    for key, value in weights(one).items():
-        torch.testing.assert_close(weights(two)[key], value, rtol=1e-6, atol=1e-8)
 
 
 def test_the_ledger_names_each_sample_once_per_epoch_also_after_a_resume(shards: Path, tmp_path: Path) -> None:

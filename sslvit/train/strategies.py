@@ -1,0 +1,147 @@
+"""How the ranks of a run share its work: every rank holds all weights (DDP), or each a part of them (FSDP2).
+
+Either way one step is the same to rounding, and a checkpoint of one is a checkpoint of the other.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.strategies import DDPStrategy
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from sslvit.models.transformer import Block
+from sslvit.settings import TrainSettings
+from sslvit.train.checkpoints import WholeCheckpoint
+from sslvit.weight_files import SHARD
+
+# what gloo and its sockets say when the other side is gone
+SILENCE = r"(?i)gloo|connection (closed|reset|refused)|timed out (waiting|after)|broken pipe|no route to host"
+
+
+def make_strategy(settings: TrainSettings) -> DDPStrategy | str:
+    """Lightning's strategy for a run; with one process there is nothing to share."""
+    if settings.devices * settings.nodes == 1:
+        return "auto"
+    kind = {"ddp": Replicated, "fsdp": Sharded}[settings.strategy]
+    return kind(timeout=timedelta(seconds=settings.timeout_seconds))
+
+
+class Replicated(DDPStrategy):
+    """Every rank holds all weights and moves them alike; gradients are averaged while the backward pass goes on."""
+
+
+class Sharded(DDPStrategy):
+    """Each rank holds a part of every weight, gradient and moment (fully_shard; Zhao et al. 2023).
+
+    A block's weights are gathered when it runs and let go again. Each rank writes its own file of a checkpoint, and the
+    first one the file that names them; `weight_files.py` joins them.
+    """
+
+    def model_to_device(self) -> None:
+        """Nothing yet: the whole model might not fit, so blocks move one by one as they are sharded."""
+
+    def _setup_model(self, model: pl.LightningModule) -> pl.LightningModule:
+        shard(model, self.root_device.type)
+        return model.to(self.root_device)  # what is no weight
+
+    def _register_ddp_hooks(self) -> None:
+        pass
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        io = self.checkpoint_io
+        assert isinstance(io, WholeCheckpoint)
+        name = f"{checkpoint['global_step']:08d}-{self.broadcast(uuid.uuid4().hex[:8])}"  # never that of an older part
+        own: dict[str, Tensor] = {}
+        head = without_shards(checkpoint, own)
+        io.save_shard(head, own, Path(filepath), name, self.global_rank, self.world_size)
+
+    def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:
+        """The state of whole weights; each rank keeps its part."""
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            for number, values in state["state"].items():
+                like = parameters[number]
+                for name, value in values.items():
+                    if value.shape == like.shape:
+                        values[name] = part_of(value, like)
+            optimizer.load_state_dict(state)
+
+    def teardown(self) -> None:
+        """Weights stay where they are: the run is still to be finished from them."""
+        self.cluster_environment.teardown()
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
+        self.checkpoint_io.teardown()
+
+
+def is_lost_rank(error: RuntimeError, ranks: int) -> bool:
+    """Whether an error says that another rank no longer answers, and not that something is wrong here."""
+    return ranks > 1 and (isinstance(error, torch.distributed.DistError) or bool(re.search(SILENCE, str(error))))
+
+
+def shard(task: pl.LightningModule, device: str) -> None:
+    """Spread the weights of a task over all ranks, block by block, then what is left of each of its networks.
+
+    Raises:
+        ValueError: the task owns weights outside of its networks, which no forward pass would gather.
+    """
+    mesh = init_device_mesh(device, (torch.distributed.get_world_size(),))
+    own = [name for name, _ in task.named_parameters(recurse=False)]
+    if own:
+        raise ValueError(
+            f"train.strategy: fsdp gathers weights when a module runs, but {type(task).__name__} holds {own[0]} "
+            "itself. Put it into a module, or use ddp."
+        )
+    for network in task.children():
+        for module in network.modules():
+            if isinstance(module, Block) and module is not network:
+                fully_shard(module, mesh=mesh)
+        if any(True for _ in network.parameters()):
+            fully_shard(network, mesh=mesh)
+
+
+def part_of(whole: Tensor, like: DTensor) -> DTensor:
+    """This rank's part of a tensor that lies on every rank, cut as another one is."""
+    mesh = like.device_mesh
+    parts = whole.chunk(mesh.size(), dim=0)  # fully_shard's cut
+    rank = mesh.get_local_rank()
+    part = parts[rank] if rank < len(parts) else whole.narrow(0, 0, 0)
+    local = part.to(like.device, copy=True)
+    return DTensor.from_local(local, mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
+
+
+def without_shards(value: Any, own: dict[str, Tensor], path: str = "") -> Any:
+    """A checkpoint in which a number and a shape stand for each tensor that is spread over ranks.
+
+    Args:
+        value: the checkpoint, or a part of it.
+        own: gets this rank's parts, by number.
+        path: of the value in the checkpoint.
+    """
+    if isinstance(value, DTensor):
+        own[path] = value.to_local().detach()
+        return {SHARD: path, "shape": list(value.shape)}
+    if isinstance(value, dict):
+        return {key: without_shards(item, own, f"{path}/{key}") for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_shards(item, own, f"{path}/{i}") for i, item in enumerate(value)]
+    return value
+
+
+def compile_blocks(task: nn.Module, undo: bool = False) -> None:
+    """Compile the forward pass of every block, or no longer; names and weights stay as they are."""
+    for module in task.modules():
+        if isinstance(module, Block):
+            module.__dict__.pop("forward", None)
+            if not undo:
+                module.forward = torch.compile(module.forward)

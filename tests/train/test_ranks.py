@@ -1,0 +1,182 @@
+"""One run is the same on any number of ranks, whether each holds all weights or a part of them."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from run_fixtures import BERT, RECIPES, command, metrics, run, run_ranks, same, weights
+
+from sslvit.checkpoint import load_encoder
+from sslvit.evaluate.probe import probe
+from sslvit.settings import ProbeSettings
+from sslvit.settings.load import load_recipe
+from sslvit.train.folder import RunFolder
+from sslvit.train.strategies import compile_blocks, make_strategy, shard
+from sslvit.weight_files import read_torch_file
+
+WAYS = {
+    "2 ranks, 2 passes": {"train.devices": 2, "train.micro_batch": 2},
+    "4 ranks": {"train.devices": 4},
+    "2 parts": {"train.devices": 2, "train.strategy": "fsdp"},
+    "4 parts": {"train.devices": 4, "train.strategy": "fsdp", "encoder.checkpointing": True},
+}
+FLOAT64 = {"train.precision": "float64"}
+
+
+def assert_alike(one: RunFolder, two: RunFolder, rel: float = 1e-6) -> None:
+    """Loss curve, measures of health, weights, centre and teacher."""
+    for a, b in zip(metrics(one), metrics(two), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=rel)
+        assert a == pytest.approx(b, rel=1e-5)  # measures of health included: RankMe of float32
+    for key, value in weights(one).items():
+        torch.testing.assert_close(weights(two)[key], value, rtol=rel, atol=1e-8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "special", "ways"),
+    [
+        ("mae/digits", {"optim.clip": 0.5}, ["2 ranks, 2 passes", "4 ranks", "2 parts"]),
+        ("dino/digits", {"optim.clip_by": "parameter", "optim.clip": 0.1}, ["2 ranks, 2 passes", "4 parts"]),
+        ("dino/digits", {"task.centring": "sinkhorn"}, ["4 ranks"]),  # balanced over the batch of all ranks
+        ("igpt/digits", {}, ["4 ranks", "2 parts"]),
+        ("igpt/digits", BERT, ["2 ranks, 2 passes"]),
+    ],
+)
+def test_ranks_train_as_one(shards: Path, tmp_path: Path, recipe: str, special: dict, ways: list[str]) -> None:
+    """The tolerance of a run whose number of ranks changes: 1e-6 in float64."""
+    one = run(shards, tmp_path / "one", recipe=recipe, **FLOAT64, **special)
+    score = probe_score(shards, one)
+    for way in ways:
+        other = run_ranks(shards, tmp_path / way, recipe=recipe, **FLOAT64, **special, **WAYS[way])
+        assert_alike(one, other)
+        assert probe_score(shards, other) == score
+        assert (other.figures / "loss.png").exists()
+
+
+def probe_score(shards: Path, folder: RunFolder) -> dict:
+    """Linear and nearest-neighbour scores, images of training as those that are reported."""
+    settings = ProbeSettings(str(shards), str(shards), neighbours=[3], cache=None)
+    return probe({"it": load_encoder(folder.path)}, settings).as_dict()["rows"]["it"]
+
+
+@pytest.mark.slow
+def test_in_float32_a_run_that_changes_its_ranks_agrees_to_a_stated_tolerance(shards: Path, tmp_path: Path) -> None:
+    """docs/cluster.md: 1e-3 of each loss over some dozens of steps."""
+    whole = run(shards, tmp_path / "whole", **{"train.steps": 40})
+    stopped_at(shards, tmp_path / "cut", 8, resume=False, **{"train.steps": 40, "train.devices": 2})
+    cut = run_ranks(shards, tmp_path / "cut", "--resume", **{"train.steps": 40, "train.devices": 4})
+    assert [a["loss"] for a in metrics(cut)] == pytest.approx([b["loss"] for b in metrics(whole)], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_in_parts_is_one_of_any_other_number_of_ranks(shards: Path, tmp_path: Path) -> None:
+    """Two ranks with parts, then three, then two that hold everything, then one: as one that was never stopped."""
+    options = {**FLOAT64, "recipe": "dino/digits", "data.global_batch": 6, "train.steps": 12}
+    whole = run(shards, tmp_path / "whole", **options)
+    ways = ({"train.devices": 2, "train.strategy": "fsdp"}, {"train.devices": 3, "train.strategy": "fsdp"},
+            {"train.devices": 2}, {"train.devices": 1})  # fmt: skip
+    for number, way in enumerate(ways, start=1):
+        stop = {"train.steps": 12, "train.checkpoint_every": 3}
+        cut = stopped_at(shards, tmp_path / "cut", 3 * number, resume=number > 1, **options | stop | way)
+        assert read_torch_file(cut.checkpoint)["global_step"] >= 3 * number
+    assert_alike(whole, cut)
+    assert not list((cut.checkpoint.parent / "shards").iterdir())  # nothing names them any longer
+
+
+def stopped_at(shards: Path, out: Path, step: int, resume: bool, **options) -> RunFolder:
+    """A run that is told to stop once it has logged so many steps; it may have ended by then."""
+    flags = ["--resume"] if resume else []
+    process = subprocess.Popen(command(shards, out, *flags, **options), stderr=subprocess.PIPE, text=True)
+    folder, deadline = RunFolder(out), time.monotonic() + 200
+    while process.poll() is None and len(folder.read_metrics()) < step:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    if step < options["train.steps"] and process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=200)
+    assert process.returncode in (0, 75), said
+    return folder
+
+
+@pytest.mark.slow
+def test_a_killed_run_with_parts_goes_on_bit_by_bit(shards: Path, tmp_path: Path) -> None:
+    """kill -9 of all ranks, whose threads write; what they had half written is let go."""
+    options = {"train.devices": 2, "train.strategy": "fsdp", "train.steps": 40, "train.checkpoint_every": 3,
+               "train.checkpoint_in_background": True, "train.keep_last": 2}  # fmt: skip
+    whole = run_ranks(shards, tmp_path / "whole", **options)
+    cut = RunFolder(tmp_path / "cut")
+    process = subprocess.Popen(command(shards, cut.path, **options), start_new_session=True)
+    deadline = time.monotonic() + 200
+    while len(cut.read_metrics()) < 17:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    subprocess.run(["pkill", "-9", "-s", str(process.pid)], check=True)
+    process.wait()
+    run_ranks(shards, cut.path, "--resume", **options)
+    assert same(whole, cut)
+    names = sorted(path.name for path in cut.checkpoint.parent.iterdir())
+    assert names == ["last.ckpt", "shards", "step-00000039.ckpt", "step-00000040.ckpt"]
+    parts = sorted((cut.checkpoint.parent / "shards").iterdir())
+    assert [path.name[:8] for path in parts] == ["00000039", "00000040"]
+    teacher = load_encoder(cut.checkpoint.with_name("step-00000039.ckpt"))
+    assert teacher.settings.width == RECIPES["mae/digits"]["encoder.width"]
+
+
+@pytest.mark.slow
+def test_what_looks_at_the_encoder_sees_all_of_it(shards: Path, tmp_path: Path) -> None:
+    """Scores while a run trains, with parts as without."""
+    options = {"online.train": str(shards), "online.val": str(shards), "online.every": 3, **FLOAT64}
+    one = run(shards, tmp_path / "one", **options)
+    other = run_ranks(shards, tmp_path / "other", **options, **WAYS["2 parts"])
+    scores = [line["online_linear"] for line in metrics(one) if "online_linear" in line]
+    assert scores == [line["online_linear"] for line in metrics(other) if "online_linear" in line]
+    assert len(scores) == 3
+
+
+def test_a_task_that_holds_weights_itself_cannot_be_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sslvit.train.strategies.init_device_mesh", lambda *_: None)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    task = torch.nn.Module()
+    task.scale = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match="train.strategy: fsdp gathers .*Module holds scale itself.*or use ddp"):
+        shard(task, "cpu")
+
+
+def test_one_process_shares_nothing() -> None:
+    settings = load_recipe("mae/digits", {"train.strategy": "fsdp"}).train
+    assert make_strategy(settings) == "auto"
+    assert make_strategy(load_recipe("mae/digits", {"train.devices": 2, "train.timeout_seconds": 5}).train)._timeout \
+        .total_seconds() == 5  # fmt: skip
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_alike(shards: Path, tmp_path: Path) -> None:
+    """In processes of their own, without the checks of shapes."""
+    options = {"recipe": "mae/digits", "train.steps": 3}
+    plain = run_ranks(shards, tmp_path / "plain", **options)
+    compiled = run_ranks(shards, tmp_path / "compiled", **options, **{"train.compile": True})
+    assert weights(compiled).keys() == weights(plain).keys()
+    assert [a["loss"] for a in metrics(compiled)] == pytest.approx([b["loss"] for b in metrics(plain)], rel=1e-4)
+    assert json.loads((compiled.encoder / "encoder.json").read_text())["provenance"]["step"] == 3
+
+
+def test_compiling_changes_no_name_and_can_be_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda call: lambda *given: call(*given))
+    from sslvit.models import ViTEncoder
+    from sslvit.settings import EncoderSettings
+
+    encoder = ViTEncoder(EncoderSettings(image_size=8, patch=4, width=16, depth=2, heads=2))
+    before = list(encoder.state_dict())
+    compile_blocks(encoder)
+    assert all("forward" in vars(block) for block in encoder.blocks)
+    assert list(encoder.state_dict()) == before
+    compile_blocks(encoder, undo=True)
+    assert not any("forward" in vars(block) for block in encoder.blocks)
