@@ -12,7 +12,7 @@ import yaml
 import sslvit
 from sslvit.commands import evaluation, in_and_out, packing, pixels, training
 from sslvit.environment import explain
-from sslvit.stopping import TRY_AGAIN, Preempted
+from sslvit.stopping import TRY_AGAIN, Preempted, RankLost
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"sslvit: error: {explain(error) or last_words(error)}", file=sys.stderr)
         return 1
-    except Preempted as error:
+    except (Preempted, RankLost) as error:
         print(f"sslvit: {error}", file=sys.stderr)
         return TRY_AGAIN
     except KeyboardInterrupt as error:

@@ -7,3 +7,7 @@ TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 
 class Preempted(Exception):
     """A run was told to stop, wrote a checkpoint and can go on with --resume."""
+
+
+class RankLost(Exception):
+    """Another rank no longer answers: its machine has stopped, or the network has. The run can go on with --resume."""
