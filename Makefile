@@ -16,11 +16,15 @@ READY := .venv/.ready
 demo: $(READY)
 	.venv/bin/sslvit demo --data $(DATA) --out $(OUT) $(if $(ARCHIVE),--archive $(ARCHIVE)) $(if $(OVERWRITE),--overwrite)
 
+# side by side on two cores, each with one thread; the slow ones start processes of their own, and some measure
+SIDE_BY_SIDE := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not slow" -n 2 --dist worksteal
+
 test: $(READY)
-	.venv/bin/python -m pytest -m "not slow"
+	$(SIDE_BY_SIDE)
 
 test-all: $(READY) lint
-	.venv/bin/python -m pytest
+	$(SIDE_BY_SIDE)
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m slow
 
 lint: $(READY)
 	.venv/bin/ruff check .

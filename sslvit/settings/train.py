@@ -33,6 +33,8 @@ class TrainSettings:
         checkpoint_in_background: write checkpoints in a thread while training goes on, from a copy in memory.
         tensorboard: also write the metrics, and the figures at the end, for TensorBoard (tensorboard/ of the run).
         wandb: project of Weights & Biases to log to as well; null for none. WANDB_MODE=offline needs no account.
+        peak_tflops: of each device, in TFLOP/s; the metrics say which share of it the model's products use (mfu);
+            null for what is known of the GPU by name.
         threads: CPU threads per process; null leaves torch's choice.
         deterministic: repeatable kernels on the GPU, at some cost.
     """
@@ -56,12 +58,13 @@ class TrainSettings:
     checkpoint_in_background: bool = False
     tensorboard: bool = False
     wandb: str | None = None
+    peak_tflops: float | None = None
     threads: int | None = None
     deterministic: bool = False
 
     def __post_init__(self) -> None:
         counts = ("devices", "nodes", "log_every", "checkpoint_every", "keep_last", "keep_every", "skip_limit")
-        for key in ("epochs", "steps", "micro_batch", "threads", "timeout_seconds", *counts):
+        for key in ("epochs", "steps", "micro_batch", "threads", "timeout_seconds", "peak_tflops", *counts):
             value = getattr(self, key)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"train.{key}: {value} is not positive.")

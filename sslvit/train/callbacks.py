@@ -19,8 +19,10 @@ from sslvit.data.index import Index
 from sslvit.data.plan import Plan
 from sslvit.train.folder import RunFolder
 from sslvit.train.logs import log_line
+from sslvit.train.timing import Clock
 
 ROWS_THAT_SAY_MUCH = 100  # unreadable ones from which on their share of what was read counts
+MUCH_WAITING = 0.1  # of a step
 STEPS_BETWEEN_COUNTS = 50  # with several ranks: how often they add up their unreadable samples
 
 
@@ -53,10 +55,16 @@ class RunLog(StepCallback):
         plan: turns steps into epochs.
         total_steps: of the run.
         every: steps between two lines.
+        clock: knows where the time went.
+        rate_of_peak: share of the devices' peak that one image a second takes (MFU); None where that is not known.
     """
 
-    def __init__(self, folder: RunFolder, plan: Plan, total_steps: int, every: int) -> None:
+    def __init__(
+        self, folder: RunFolder, plan: Plan, total_steps: int, every: int, clock: Clock,
+        rate_of_peak: float | None = None,
+    ) -> None:  # fmt: skip
         self.folder, self.plan, self.total_steps, self.every = folder, plan, total_steps, every
+        self.clock, self.rate_of_peak = clock, rate_of_peak
         self.bar: tqdm | None = None
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -74,14 +82,20 @@ class RunLog(StepCallback):
         if self.step % self.every and self.step != self.total_steps:
             module.records.clear()
             return
-        line = {name: mean_over_ranks(trainer, values) for name, values in module.records.items()}
+        line = {name: float(mean_over_ranks(trainer, values)) for name, values in module.records.items()}
         module.records.clear()
+        done = self.step - self.last_step
+        seconds = self.clock.take()
+        times = torch.tensor([value / done for value in seconds.values()], dtype=torch.float64)
+        times = mean_over_ranks(trainer, [times]).tolist()
         if not trainer.is_global_zero:
             return
         now = time.monotonic()
-        done = self.step - self.last_step
         line = {"step": self.step, "epoch": self.step / self.plan.steps_per_epoch, **line}
         line["images_per_second"] = done * self.plan.global_batch / (now - self.last)
+        if self.rate_of_peak is not None:
+            line["mfu"] = line["images_per_second"] * self.rate_of_peak
+        line |= {f"{part}_seconds": value for part, value in zip(seconds, times, strict=True)}
         line["elapsed_seconds"] = now - self.start
         with open(self.folder.metrics, "a") as file:
             file.write(json.dumps(line) + "\n")
@@ -96,22 +110,25 @@ class RunLog(StepCallback):
     def _show(self, line: dict[str, float]) -> None:
         loss, speed = line.get("loss", float("nan")), line["images_per_second"]
         bits = f" ({line['bits']:.4f} bits)" if "bits" in line else ""
+        waiting = line["data_seconds"] * speed / self.plan.global_batch
+        mfu = f", MFU {line['mfu']:.0%}" if "mfu" in line else ""
+        pace = f"{speed:,.0f} images/s{mfu}" + (f", {waiting:.0%} waiting for data" if waiting > MUCH_WAITING else "")
         if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {loss:.4f}{bits}, {speed:,.0f} images/s")
+            self.bar.set_postfix_str(f"loss {loss:.4f}{bits}, {pace}")
             return
         left = (self.total_steps - self.step) * line["elapsed_seconds"] / max(self.step - self.first_step, 1)
         print(
             f"step {self.step}/{self.total_steps}  epoch {line['epoch']:.1f}  loss {loss:.4f}{bits}  "
-            f"{speed:,.0f} images/s  {_duration(left)} left", flush=True,
+            f"{pace}  {_duration(left)} left", flush=True,
         )  # fmt: skip
 
 
-def mean_over_ranks(trainer: pl.Trainer, values: list[torch.Tensor]) -> float:
+def mean_over_ranks(trainer: pl.Trainer, values: list[torch.Tensor]) -> torch.Tensor:
     """The mean over micro-batches and ranks; every rank must ask for it."""
-    mean = torch.stack([value.cpu().double() for value in values]).mean()
+    mean = torch.stack([value.cpu().double() for value in values]).mean(0)
     if trainer.world_size > 1:
-        mean = trainer.strategy.reduce(mean.to(trainer.strategy.root_device), reduce_op="mean")
-    return float(mean)
+        mean = trainer.strategy.reduce(mean.to(trainer.strategy.root_device), reduce_op="mean").cpu()
+    return mean
 
 
 class Ledger(StepCallback):

@@ -6,7 +6,7 @@ those of every matrix product of the step, forward and backward; activations are
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sslvit.data.batch import Batch
+from sslvit.data.index import Index
 from sslvit.data.plan import slices
 from sslvit.data.views import Views
 from sslvit.figures import curves
@@ -24,7 +25,7 @@ from sslvit.tasks import task_class
 from sslvit.tasks.base import PretextTask
 
 # TFLOP/s of 16-bit matrix products without sparsity (NVIDIA's data sheets)
-PEAKS = {"h200": 989.0, "h100": 989.0, "a100": 312.0, "l40s": 362.0, "rtx4090": 165.0, "v100": 125.0}
+PEAKS = {"h200": 989.0, "h100pcie": 756.0, "h100": 989.0, "a100": 312.0, "l40s": 362.0, "rtx4090": 165.0, "v100": 125.0}
 FEW = 4  # images that the counts are made with
 POINTS = 400  # of a schedule's curve
 
@@ -135,6 +136,30 @@ def forecast(settings: PretrainSettings, images: int, classes: int | None = None
         micro=micro, passes=passes, ranks=ranks, steps=steps, steps_per_epoch=per_epoch,
     )  # fmt: skip
     return found, task
+
+
+def rate_of_peak(settings: PretrainSettings, index: Index) -> float | None:
+    """Share of all devices' peak that one image a second takes; None where the peak or the work is not known.
+
+    The work is that of the model's products in a step, without what is computed again to save memory.
+
+    Args:
+        settings: of a run.
+        index: of its data.
+    """
+    train = settings.train
+    peak = train.peak_tflops
+    if peak is None and train.accelerator != "cpu" and torch.cuda.is_available():
+        name = torch.cuda.get_device_name().lower().replace(" ", "")
+        peak = next((tflops for key, tflops in PEAKS.items() if key in name), None)
+    if peak is None:
+        return None
+    once = replace(settings, encoder=replace(settings.encoder, checkpointing=False))
+    try:
+        found, _ = forecast(once, len(index), len(index.classes) if index.classes else None)
+    except ValueError:  # the work depends on what is drawn for each image
+        return None
+    return found.flops_per_image / (peak * 1e12 * train.devices * train.nodes)
 
 
 def example(settings: PretrainSettings) -> Batch:

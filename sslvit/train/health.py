@@ -144,7 +144,7 @@ class Health(StepCallback):
         measures = measure(watched)
         for name, value in measures.items():
             module.record(name, torch.tensor(value, dtype=torch.float64))
-        measures["loss"] = mean_over_ranks(trainer, module.records["loss"])
+        measures["loss"] = float(mean_over_ranks(trainer, module.records["loss"]))
         images = len(watched["features"]) if watched else 0
         sign = find_sign(measures, images, module.settings, module.optim)
         if trainer.is_global_zero:

@@ -26,6 +26,7 @@ from sslvit.tasks.base import PretextTask
 from sslvit.train.callbacks import Ledger, RunLog
 from sslvit.train.checkpoints import Checkpoints, WholeCheckpoint
 from sslvit.train.folder import RunFolder
+from sslvit.train.forecast import rate_of_peak
 from sslvit.train.health import Health
 from sslvit.train.incidents import Incidents
 from sslvit.train.logs import log_pictures, make_loggers
@@ -34,6 +35,7 @@ from sslvit.train.pictures import draw_pictures
 from sslvit.train.preemption import Preemption, requeue
 from sslvit.train.prepare import check_data, check_machine, check_resumed, chosen, fit
 from sslvit.train.strategies import compile_blocks, is_lost_rank, make_strategy
+from sslvit.train.timing import Clock, StepTimes, WaitForData
 
 
 def pretrain(settings: PretrainSettings, resume: bool = False, overwrite: bool = False) -> RunFolder:
@@ -125,6 +127,7 @@ def make_trainer(settings: PretrainSettings, folder: RunFolder, index: Index, da
     world = train.devices * train.nodes
     _, passes = slices(settings.data.global_batch, world, train.micro_batch)
     plugins: list[Any] = [WholeCheckpoint(train)]
+    clock = Clock()
     if SLURMEnvironment.detect():
         plugins.append(SLURMEnvironment(auto_requeue=False))  # preemption.py saves and requeues
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
@@ -134,7 +137,7 @@ def make_trainer(settings: PretrainSettings, folder: RunFolder, index: Index, da
             accelerator=train.accelerator,
             devices=train.devices,
             num_nodes=train.nodes,
-            strategy=make_strategy(train),
+            strategy=make_strategy(train, clock),
             precision=precision_of(train),
             max_epochs=1,  # steps, not epochs: one loader covers the whole run, so a resume is always mid-epoch
             max_steps=data.total_steps,
@@ -149,13 +152,15 @@ def make_trainer(settings: PretrainSettings, folder: RunFolder, index: Index, da
             gradient_clip_val=settings.optim.clip,
             plugins=plugins,
             callbacks=[
+                StepTimes(clock),
                 Ledger(folder, index, data.plan, settings.data.bad_limit, settings.data.ledger),
                 Incidents(folder, index, train.skip_limit),
                 Health(folder, data.total_steps, train.log_every),
                 *scoring(settings, folder, index, data.total_steps),
-                RunLog(folder, data.plan, data.total_steps, train.log_every),
+                RunLog(folder, data.plan, data.total_steps, train.log_every, clock, rate_of_peak(settings, index)),
                 Checkpoints(folder, train, data.total_steps),
                 Preemption(folder, data.total_steps, train.timeout_seconds),
+                WaitForData(clock),
             ],
             default_root_dir=folder.path,
         )

@@ -22,22 +22,35 @@ from torch.distributed.tensor import DTensor
 from sslvit.models.transformer import Block
 from sslvit.settings import TrainSettings
 from sslvit.train.checkpoints import WholeCheckpoint
+from sslvit.train.timing import Clock
 from sslvit.weight_files import SHARD
 
 # what gloo and its sockets say when the other side is gone
 SILENCE = r"(?i)gloo|connection (closed|reset|refused)|timed out (waiting|after)|broken pipe|no route to host"
 
 
-def make_strategy(settings: TrainSettings) -> DDPStrategy | str:
-    """Lightning's strategy for a run; with one process there is nothing to share."""
+def make_strategy(settings: TrainSettings, clock: Clock) -> DDPStrategy | str:
+    """Lightning's strategy for a run; with one process there is nothing to share.
+
+    Args:
+        settings: of the run.
+        clock: is told when gradients are ready to be exchanged.
+    """
     if settings.devices * settings.nodes == 1:
         return "auto"
-    kind = {"ddp": Replicated, "fsdp": Sharded}[settings.strategy]
-    return kind(timeout=timedelta(seconds=settings.timeout_seconds))
+    timeout = timedelta(seconds=settings.timeout_seconds)
+    if settings.strategy == "fsdp":
+        return Sharded(timeout=timeout)
+    return Replicated(timeout=timeout, ddp_comm_hook=clock.mark_gradients)
 
 
 class Replicated(DDPStrategy):
     """Every rank holds all weights and moves them alike; gradients are averaged while the backward pass goes on."""
+
+    def _register_ddp_hooks(self) -> None:
+        """Lightning registers them on GPUs only."""
+        assert isinstance(self.model, DistributedDataParallel)
+        self.model.register_comm_hook(None, self._ddp_comm_hook)
 
 
 class Sharded(DDPStrategy):

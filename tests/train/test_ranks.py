@@ -18,6 +18,7 @@ from sslvit.settings import ProbeSettings
 from sslvit.settings.load import load_recipe
 from sslvit.train.folder import RunFolder
 from sslvit.train.strategies import compile_blocks, make_strategy, shard
+from sslvit.train.timing import Clock
 from sslvit.weight_files import read_torch_file
 
 WAYS = {
@@ -152,9 +153,9 @@ def test_a_task_that_holds_weights_itself_cannot_be_shared_out(monkeypatch: pyte
 
 def test_one_process_shares_nothing() -> None:
     settings = load_recipe("mae/digits", {"train.strategy": "fsdp"}).train
-    assert make_strategy(settings) == "auto"
-    assert make_strategy(load_recipe("mae/digits", {"train.devices": 2, "train.timeout_seconds": 5}).train)._timeout \
-        .total_seconds() == 5  # fmt: skip
+    assert make_strategy(settings, Clock()) == "auto"
+    settings = load_recipe("mae/digits", {"train.devices": 2, "train.timeout_seconds": 5}).train
+    assert make_strategy(settings, Clock())._timeout.total_seconds() == 5
 
 
 @pytest.mark.slow

@@ -1,0 +1,96 @@
+"""The parts of a step's time, and the share of the device's peak, are those of what was done."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from run_fixtures import RECIPES, metrics, run
+
+from sslvit.data.module import ShardDataModule
+from sslvit.settings.load import load_recipe
+from sslvit.tasks import task_class
+from sslvit.train import forecast
+from sslvit.train.timing import PARTS, Clock
+
+PAUSE = 0.08
+
+
+@pytest.mark.parametrize("part", ["data", "forward", "backward", "optimiser"])
+def test_a_part_that_takes_long_is_named(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, capsys: pytest.CaptureFixture
+) -> None:
+    task = task_class("mae")
+    step, prepare, update = task.training_step, ShardDataModule.prepare, task.optimizer_step
+
+    def slow_data(self, batch):
+        time.sleep(PAUSE)
+        return prepare(self, batch)
+
+    def slow_step(self, batch, batch_idx=0):
+        loss = step(self, batch, batch_idx)
+        if part == "forward":
+            time.sleep(PAUSE)
+        elif part == "backward":
+            loss.register_hook(lambda gradient: time.sleep(PAUSE))
+        return loss
+
+    def slow_update(self, *given, **named):
+        update(self, *given, **named)
+        time.sleep(PAUSE)
+
+    if part == "data":
+        monkeypatch.setattr(ShardDataModule, "prepare", slow_data)
+    elif part == "optimiser":
+        monkeypatch.setattr(task, "optimizer_step", slow_update)
+    else:
+        monkeypatch.setattr(task, "training_step", slow_step)
+    folder = run(shards, tmp_path / "run", **{"train.micro_batch": 4, "train.log_every": 3})
+    said = capsys.readouterr().out
+    passes = 1 if part == "optimiser" else 2
+    for line in folder.read_metrics()[1:]:  # the first step does things once
+        taken = {name: line[f"{name}_seconds"] for name in PARTS}
+        assert PAUSE * passes <= taken.pop(part) < PAUSE * (passes + 1)
+        assert max(taken.values()) < PAUSE / 2
+        assert taken.get("communication", 0) == 0  # one process
+    assert ("waiting for data" in said) == (part == "data")
+
+
+def test_the_share_of_the_peak_is_the_work_over_the_time(shards: Path, tmp_path: Path) -> None:
+    folder = run(shards, tmp_path / "run", **{"train.peak_tflops": 0.5, "encoder.checkpointing": True})
+    found, _ = forecast.forecast(load_recipe("mae/digits", RECIPES["mae/digits"]), 30)
+    for line in folder.read_metrics():
+        assert line["mfu"] == pytest.approx(line["images_per_second"] * found.flops_per_image / 0.5e12)
+    assert not any("mfu" in line for line in metrics(folder))  # a timing
+    assert "mfu" not in run(shards, tmp_path / "cpu").read_metrics()[0]  # no peak is known of a CPU
+
+
+def test_the_peak_of_a_gpu_is_known_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Images:
+        classes = None
+
+        def __len__(self) -> int:
+            return 30
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    settings = load_recipe("mae/digits", RECIPES["mae/digits"] | {"train.accelerator": "auto"})
+    found, _ = forecast.forecast(settings, 30)
+    for name, tflops in (("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA GeForce RTX 4090", 165)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
+        assert forecast.rate_of_peak(settings, Images()) == found.flops_per_image / (tflops * 1e12)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    assert forecast.rate_of_peak(settings, Images()) is None
+    augmented = load_recipe("finetune/small_images", {"task.classes": 3, "train.peak_tflops": 1.0})
+    assert forecast.rate_of_peak(augmented, Images()) is None  # its work depends on the images
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_moments_are_those_of_its_stream() -> None:
+    clock = Clock()
+    clock.is_gpu = True
+    clock.mark("start")
+    torch.cuda._sleep(200_000_000)  # cycles, a tenth of a second, which nothing here waits for
+    clock.mark("forward")
+    assert clock.take()["forward"] > 0.02
