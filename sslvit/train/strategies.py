@@ -49,7 +49,6 @@ class Replicated(DDPStrategy):
 
     def _register_ddp_hooks(self) -> None:
         """Lightning registers them on GPUs only."""
-        assert isinstance(self.model, DistributedDataParallel)
         self.model.register_comm_hook(None, self._ddp_comm_hook)
 
 
