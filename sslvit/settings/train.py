@@ -21,7 +21,7 @@ class TrainSettings:
         strategy: ddp: each process holds all weights; fsdp: each holds a part of them (FSDP2), for models whose
             weights, gradients and moments do not fit one GPU. The result is the same up to rounding, and a run that
             goes on may change it.
-        timeout_seconds: how long a process waits for the others before the run ends with an error.
+        timeout_seconds: how long a process waits for the others, also to start, before the run ends with an error.
         compile: torch.compile for the blocks; pays on GPUs.
         precision: auto is bf16 where the hardware computes in it, otherwise float32.
         log_every: steps between two lines of metrics.jsonl.

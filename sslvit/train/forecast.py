@@ -1,11 +1,12 @@
 """`sslvit plan`: parameters, FLOPs, memory, steps and hours of a run, before anything runs.
 
 One step is taken with tensors that have shapes and no content, so nothing is estimated that can be counted: FLOPs are
-those of every matrix product of the step, forward and backward; activations are what the backward pass keeps.
+those of every matrix product of the step, forward and backward; memory is the most that is alive at once.
 """
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import numpy as np
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from sslvit.data.batch import Batch
@@ -20,6 +23,7 @@ from sslvit.data.index import Index
 from sslvit.data.plan import slices
 from sslvit.data.views import Views
 from sslvit.figures import curves
+from sslvit.models.transformer import Block
 from sslvit.settings import PretrainSettings
 from sslvit.tasks import task_class
 from sslvit.tasks.base import PretextTask
@@ -39,8 +43,9 @@ class Forecast:
         trained: parameters that the optimiser moves.
         held: numbers of the whole state, teacher and buffers included.
         flops_per_image: of a step, forward and backward.
-        activations_per_image: bytes that the backward pass keeps, in float32.
-        largest_per_image: of the largest tensor among them.
+        peak: most bytes that a step on one rank's micro-batch holds at once besides weights and moments, in float32.
+        block: numbers in the largest block of a network.
+        outside: numbers of weights that lie in no block.
         images: in the data set.
         global_batch: images per optimiser step.
         micro: images per forward pass on one rank.
@@ -54,8 +59,9 @@ class Forecast:
     trained: int
     held: int
     flops_per_image: int
-    activations_per_image: int
-    largest_per_image: int
+    peak: int
+    block: int
+    outside: int
     images: int
     global_batch: int
     micro: int
@@ -64,15 +70,23 @@ class Forecast:
     steps: int
     steps_per_epoch: int
 
-    @property
-    def memory(self) -> dict[str, float]:
-        """Bytes on each rank in float32, every rank holding everything (DDP)."""
-        return {
-            "weights": 4.0 * self.held, "gradients": 4.0 * self.trained, "optimiser": 8.0 * self.trained,
-            "activations": float(self.activations_per_image) * self.micro,
-            # gradients of an activation that is written in parts: two coming in, two going out
-            "working": 4.0 * self.largest_per_image * self.micro,
+    def memory(self, strategy: str) -> dict[str, float]:
+        """Bytes on each rank in float32.
+
+        Args:
+            strategy: ddp or fsdp.
+        """
+        gradients = 4.0 * self.trained
+        whole = {
+            "weights": 4.0 * self.held, "moments": 8.0 * self.trained, "gradients": gradients,
+            "activations": self.peak - gradients,
         }  # fmt: skip
+        if strategy == "ddp" or self.ranks == 1:
+            return whole
+        parts = {name: size / self.ranks for name, size in whole.items() if name != "activations"}
+        # at once whole: what lies in no block, the block that runs and the next, and the gradients of one
+        gathered = 4.0 * (self.outside + 3 * self.block)
+        return parts | {"gathered": gathered, "activations": whole["activations"]}
 
     def hours(self, tflops: float, utilisation: float) -> float:
         """On devices of so many TFLOP/s, of which a share is used."""
@@ -81,12 +95,17 @@ class Forecast:
 
     def text(self) -> str:
         """For a reader."""
-        memory = self.memory
-        parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items())
+        memory = []
+        for strategy in ("ddp", "fsdp"):
+            sizes = self.memory(strategy)
+            parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in sizes.items())
+            memory.append(
+                f"memory       {strategy}: {sum(sizes.values()) / 2**30:.2f} GiB per rank in float32 ({parts})"
+            )
         return "\n".join([
             f"parameters   encoder {self.encoder:,}, trained {self.trained:,}, held {self.held:,}",
             f"FLOPs        {self.flops_per_image / 1e9:,.3f} G per image (forward and backward)",
-            f"memory       {sum(memory.values()) / 2**30:.2f} GiB per rank in float32: {parts} GiB",
+            *memory[: 1 if self.ranks == 1 else 2],
             f"batch        {self.global_batch:,} images: {self.ranks} ranks x {self.passes} passes x {self.micro}",
             f"steps        {self.steps:,} ({self.steps / self.steps_per_epoch:,.1f} epochs of {self.images:,} images)",
         ])  # fmt: skip
@@ -121,17 +140,20 @@ def forecast(settings: PretrainSettings, images: int, classes: int | None = None
         with FakeTensorMode(allow_non_fake_inputs=True):
             task.to_empty(device="cpu")
             flops = count_flops(task, settings)
-            kept, largest = count_activations(task, settings)
+            peak = count_peak(task, settings, micro, passes)
     except (DynamicOutputShapeException, DataDependentOutputException) as error:
         raise ValueError(
             f"task.name: a step of {settings.task.name} depends on what is drawn for each image. Plan it without "
             "(--task.erase 0 --task.mixup 0 --task.cutmix 0)."
         ) from error
+    blocks = {name: sum(p.numel() for p in module.parameters())
+              for name, module in task.named_modules() if isinstance(module, Block)}  # fmt: skip
     found = Forecast(
         encoder=sum(p.numel() for p in task.trained_encoder.parameters()),
         trained=sum(p.numel() for p in task.parameters() if p.requires_grad),
         held=sum(value.numel() for value in state.values()),
-        flops_per_image=flops // FEW, activations_per_image=kept // FEW, largest_per_image=largest // FEW,
+        flops_per_image=flops // FEW, peak=peak, block=max(blocks.values(), default=0),
+        outside=sum(p.numel() for p in task.parameters()) - sum(blocks.values()),
         images=images, global_batch=batch,
         micro=micro, passes=passes, ranks=ranks, steps=steps, steps_per_epoch=per_epoch,
     )  # fmt: skip
@@ -162,12 +184,12 @@ def rate_of_peak(settings: PretrainSettings, index: Index) -> float | None:
     return found.flops_per_image / (peak * 1e12 * train.devices * train.nodes)
 
 
-def example(settings: PretrainSettings) -> Batch:
-    """A few images as the task would get them."""
+def example(settings: PretrainSettings, count: int = FEW) -> Batch:
+    """Some images as the task would get them."""
     views = Views(settings.data.view, settings.encoder.image_size, settings.encoder.interpolation).of_size()
-    numbers = torch.zeros(FEW, dtype=torch.long)
-    images = [torch.zeros(FEW, settings.encoder.channels, *view.size) for view in views]
-    return Batch(images, numbers, numbers, torch.ones(FEW, dtype=torch.bool), numbers)
+    numbers = torch.zeros(count, dtype=torch.long)
+    images = [torch.zeros(count, settings.encoder.channels, *view.size) for view in views]
+    return Batch(images, numbers, numbers, torch.ones(count, dtype=torch.bool), numbers)
 
 
 def count_flops(task: PretextTask, settings: PretrainSettings) -> int:
@@ -178,21 +200,44 @@ def count_flops(task: PretextTask, settings: PretrainSettings) -> int:
     return counter.get_total_flops()
 
 
-def count_activations(task: PretextTask, settings: PretrainSettings) -> tuple[int, int]:
-    """Bytes that the backward pass of a step on a few images keeps besides weights, each storage once; the largest."""
-    own = {value.untyped_storage()._cdata for value in [*task.parameters(), *task.buffers()]}
-    kept = {}
+def count_peak(task: PretextTask, settings: PretrainSettings, micro: int, passes: int) -> int:
+    """Most bytes besides weights that are held at once in the passes of a step, gradients and images included."""
+    with LiveBytes([*task.parameters(), *task.buffers()]) as live:
+        for _ in range(min(passes, 2)):  # the gradients of the first stay while the second runs
+            task.training_step(example(settings, micro), 0).backward()
+    task.zero_grad()
+    return live.peak
 
-    def keep(value: torch.Tensor) -> torch.Tensor:
+
+class LiveBytes(TorchDispatchMode):
+    """While it is on, counts the bytes of the tensors that are alive, each storage once; `peak` is the most.
+
+    Args:
+        known: tensors that do not count.
+    """
+
+    def __init__(self, known: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.alive = {value.untyped_storage()._cdata: 0 for value in known}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self.meet, result)
+        return result
+
+    def meet(self, value: torch.Tensor) -> torch.Tensor:
         storage = value.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage  # held, so that no other takes its place
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.alive:
+            self.alive[key] = size
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.part, key)
         return value
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
-        task.training_step(example(settings), 0)
-    sizes = [storage.nbytes() for storage in kept.values()]
-    return sum(sizes), max(sizes)
+    def part(self, key: int) -> None:
+        self.now -= self.alive.pop(key)
 
 
 def draw_schedules(task: PretextTask, path: Path) -> Path:

@@ -31,7 +31,7 @@ class Clock:
             now.record()
         self.moments.append((ended, now))
 
-    def mark_gradients(self, state: None, bucket: distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    def mark_gradients(self, state, bucket):  # torch compares annotations with its types, and here they are strings
         """Averages gradients over ranks as DDP does, and notes when the last of them are ready to be sent.
 
         What comes after that in the backward pass is communication that no computation hides.

@@ -58,6 +58,8 @@ def test_ranks_train_as_one(shards: Path, tmp_path: Path, recipe: str, special: 
         other = run_ranks(shards, tmp_path / way, recipe=recipe, **FLOAT64, **special, **WAYS[way])
         assert_alike(one, other)
         assert probe_score(shards, other) == score
+        is_exchanged = WAYS[way].get("train.strategy") != "fsdp"  # there it is in forward and backward
+        assert all((line["communication_seconds"] > 0) == is_exchanged for line in other.read_metrics())
         assert (other.figures / "loss.png").exists()
 
 

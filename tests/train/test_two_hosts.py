@@ -13,7 +13,7 @@ from run_fixtures import command, metrics, read_keys, run_ranks, same, weights
 from sslvit.train.folder import RunFolder
 
 TOOL = Path(__file__).parents[2] / "tools" / "two_hosts" / "two_hosts.py"
-SECONDS = 12  # train.timeout_seconds
+SECONDS = 30  # train.timeout_seconds, which the start of the other host counts for as well
 OPTIONS = {"train.steps": 40, "train.checkpoint_every": 5, "train.timeout_seconds": SECONDS, "data.ledger": True}
 
 
@@ -69,8 +69,8 @@ def test_a_network_that_fails_ends_both_hosts_in_time(shards: Path, tmp_path: Pa
         tool.wait_for_step(out, 8, processes)
         hosts.cut() if what == "cut" else hosts.slow("1kbit")
         start = time.monotonic()
-        assert [process.wait(timeout=120) for process in processes] == [75, 75]
-        assert time.monotonic() - start < 3 * SECONDS
+        assert [process.wait(timeout=200) for process in processes] == [75, 75]
+        assert time.monotonic() - start < 2 * SECONDS
     for host in (0, 1):
         said = (tmp_path / "said" / f"host-{host}.txt").read_text()
         assert f"did not answer for {SECONDS} s (train.timeout_seconds)" in said
