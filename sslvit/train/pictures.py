@@ -1,4 +1,4 @@
-"""The pictures that every run leaves: its loss, what the task shows, and where the encoder looks."""
+"""The pictures that every run leaves: its loss, its views, what the task shows, and where the encoder looks."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ def draw_pictures(folder: RunFolder, task: PretextTask, data: ShardDataModule) -
     )  # fmt: skip
     task.to("cpu", torch.float32)
     examples = data.examples(IMAGES)
+    titles = [f"view {number}\n{view.shape[2]} x {view.shape[3]}" for number, view in enumerate(examples.views, 1)]
+    image_rows(folder.figures / "views.png", [shown(task.encoder, view) for view in examples.views], titles)
     with torch.no_grad():
         is_sound = bool(task.trained_encoder(examples.views[0]).isfinite().all())
     if not is_sound:

@@ -280,3 +280,20 @@ def test_an_unreachable_server_ends_the_run_in_one_line(shards: Path, tmp_path: 
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("sslvit: error: http://127.0.0.1:1/x: not fetched in 2 tries")
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(("recipe", "sizes"), [("mae/digits", {8: 1}), ("dino/digits", {8: 2, 4: 2})])
+def test_the_views_of_training_are_drawn(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, sizes: dict[int, int]
+) -> None:
+    drawn = {}
+
+    def note(path, rows, titles, title=""):
+        drawn[path.name] = (rows, titles)
+
+    monkeypatch.setattr("sslvit.train.pictures.image_rows", note)
+    run(shards, tmp_path / "run", recipe=recipe, **{"train.steps": 1})
+    rows, titles = drawn["views.png"]
+    assert [row.shape for row in rows] == [(8, 1, size, size) for size, count in sizes.items() for _ in range(count)]
+    assert titles[0] == "view 1\n8 x 8"
+    assert all(row.min() >= 0 and row.max() <= 1 and row.std() > 0.05 for row in rows)

@@ -1,0 +1,69 @@
+"""What only a GPU can show; with none, or one, each says why it is skipped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from run_fixtures import RECIPES, metrics, run, run_ranks, same
+from test_ranks import assert_alike
+
+from sslvit.settings.load import load_recipe
+from sslvit.tasks import task_class
+from sslvit.train.forecast import example, forecast
+
+GPU = {"train.accelerator": "gpu"}
+needs_one = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+@needs_one
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_a_resume_with_repeatable_kernels_is_bit_identical(
+    shards: Path, tmp_path: Path, recipe: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from test_resume import interrupted
+
+    options = {**GPU, "train.deterministic": True, "train.precision": precision, "train.micro_batch": 4,
+               "data.workers": 2, "data.memory_limit_mb": 0, "recipe": recipe}  # fmt: skip
+    whole = run(shards, tmp_path / "whole", **options)
+    interrupted(shards, tmp_path / "cut", 5, monkeypatch, **options)
+    assert same(run(shards, tmp_path / "cut", resume=True, **options), whole)
+
+
+@needs_one
+def test_a_compiled_run_is_a_run(shards: Path, tmp_path: Path) -> None:
+    plain = run_ranks(shards, tmp_path / "plain", **GPU)
+    compiled = run_ranks(shards, tmp_path / "compiled", **GPU, **{"train.compile": True})
+    assert [a["loss"] for a in metrics(compiled)] == pytest.approx([b["loss"] for b in metrics(plain)], rel=1e-3)
+
+
+@needs_one
+@pytest.mark.parametrize(("recipe", "micro"), [("mae/vit_base_in1k", 32), ("dino/vit_small_in1k_100", 16)])
+def test_planned_memory_is_what_the_gpu_holds(recipe: str, micro: int) -> None:
+    """In float32, within 15 %."""
+    settings = load_recipe(recipe, {"data.global_batch": micro, "train.steps": 9, "train.devices": 1, "train.nodes": 1})
+    found, _ = forecast(settings, 1_000_000)
+    task = task_class(settings.task.name)(
+        settings.task.fitted(1_000_000, micro, 9), settings.encoder, settings.optim.fitted(99, 9), total_steps=9,
+        steps_per_epoch=99, global_batch=micro,
+    ).cuda()  # fmt: skip
+    optimiser, batch = task.configure_optimizers(), example(settings, micro).to("cuda")
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        task.training_step(batch, 0).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    assert sum(found.memory("ddp").values()) == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.15)
+
+
+@needs_two
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_two_gpus_train_as_one(shards: Path, tmp_path: Path, recipe: str, strategy: str) -> None:
+    options = {**GPU, "train.precision": "float64", "recipe": recipe}
+    one = run_ranks(shards, tmp_path / "one", **options)
+    two = run_ranks(shards, tmp_path / "two", **options, **{"train.devices": 2, "train.strategy": strategy})
+    assert_alike(one, two)
