@@ -6,6 +6,8 @@ On a GPU the moments are events in its stream, read when a line of metrics.jsonl
 from __future__ import annotations
 
 import time
+from collections import defaultdict
+from itertools import pairwise
 from typing import Any
 
 import pytorch_lightning as pl
@@ -13,6 +15,7 @@ import torch
 from torch import distributed
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
+MOST_MOMENTS = 4096  # kept until a line is due
 PARTS = ("data", "forward", "backward", "communication", "optimiser")
 
 
@@ -22,6 +25,7 @@ class Clock:
     def __init__(self) -> None:
         self.is_gpu = False
         self.moments: list[tuple[str, Any]] = []
+        self.seconds: dict[str, float] = defaultdict(float)
         self.is_exchanging = False  # gradients are complete here, and the ranks exchange the last of them
 
     def mark(self, ended: str) -> None:
@@ -30,6 +34,8 @@ class Clock:
             now = torch.cuda.Event(enable_timing=True)
             now.record()
         self.moments.append((ended, now))
+        if len(self.moments) > MOST_MOMENTS:
+            self._add_up(MOST_MOMENTS // 2)  # long past, so nothing is waited for
 
     def mark_gradients(self, state, bucket):  # torch compares annotations with its types, and here they are strings
         """Averages gradients over ranks as DDP does, and notes when the last of them are ready to be sent.
@@ -43,14 +49,19 @@ class Clock:
 
     def take(self) -> dict[str, float]:
         """Seconds since the last call by what they went into; there may be others."""
-        if self.is_gpu and self.moments:
-            self.moments[-1][1].synchronize()
-        seconds = dict.fromkeys(PARTS, 0.0)
-        for (_, start), (ended, stop) in zip(self.moments, self.moments[1:], strict=False):
-            passed = start.elapsed_time(stop) / 1000 if self.is_gpu else stop - start
-            seconds[ended] = seconds.get(ended, 0.0) + passed
-        self.moments = self.moments[-1:]
-        return {part: seconds[part] for part in PARTS}
+        self._add_up(len(self.moments))
+        taken = {part: self.seconds[part] for part in PARTS}
+        self.seconds.clear()
+        return taken
+
+    def _add_up(self, count: int) -> None:
+        """The oldest moments; the last of them is where the next time begins."""
+        old = self.moments[:count]
+        if self.is_gpu and old:
+            old[-1][1].synchronize()
+        for (_, start), (ended, stop) in pairwise(old):
+            self.seconds[ended] += start.elapsed_time(stop) / 1000 if self.is_gpu else stop - start
+        del self.moments[: count - 1]
 
 
 class StepTimes(pl.Callback):
