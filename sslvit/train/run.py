@@ -238,5 +238,6 @@ def _silence_needless_warnings() -> None:
         ".*GPU available but not used.*",
         ".*isinstance.treespec, LeafSpec.*",
         ".*does not have a `val_dataloader`.*",
+        ".*silently drop the pre-backward hook.*",  # of a view that is changed in place; none is
     ):
         warnings.filterwarnings("ignore", text)

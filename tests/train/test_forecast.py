@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 from itertools import accumulate
@@ -115,10 +116,11 @@ print(sum(found.memory("ddp").values()) / peak)
 @pytest.mark.parametrize(
     ("recipe", "micro"), [("mae/vit_tiny_cifar10", 256), ("dino/vit_small_in1k_100", 4), ("igpt/small_cifar10", 8)]
 )
-def test_memory_is_within_15_percent_of_what_a_process_takes(recipe: str, micro: int) -> None:
-    """On the CPU, in float32: the growth of the process over two whole steps."""
+def test_memory_is_within_5_percent_of_what_a_process_takes(recipe: str, micro: int) -> None:
+    """In float32: the growth of the process over two whole steps, without the holes of its C library's heap."""
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000"}
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, recipe, str(micro)], check=True, capture_output=True, text=True
+        [sys.executable, "-c", MEASURE, recipe, str(micro)], check=True, capture_output=True, text=True, env=env
     )
     ratio = float(done.stdout.splitlines()[-1])
-    assert math.isclose(ratio, 1.0, abs_tol=0.15), ratio
+    assert math.isclose(ratio, 1.0, abs_tol=0.05), ratio

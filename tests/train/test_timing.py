@@ -60,9 +60,7 @@ def test_a_part_that_takes_long_is_named(
     for line in folder.read_metrics():
         taken = {name: line[f"{name}_seconds"] for name in PARTS}
         assert taken == {name: PAUSE * passes if name == part else 0 for name in PARTS}
-        assert line["images_per_second"] == pytest.approx(
-            8 / (PAUSE * passes), rel=0.3
-        )
+        assert line["images_per_second"] == pytest.approx(8 / (PAUSE * passes), rel=0.3)
     assert ("waiting for data" in capsys.readouterr().out) == (part == "data")
 
 
