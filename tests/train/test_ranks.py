@@ -17,7 +17,7 @@ from sslvit.evaluate.probe import probe
 from sslvit.settings import ProbeSettings
 from sslvit.settings.load import load_recipe
 from sslvit.train.folder import RunFolder
-from sslvit.train.strategies import compile_blocks, make_strategy, shard
+from sslvit.train.strategies import compile_blocks, is_lost_rank, make_strategy, shard
 from sslvit.train.timing import Clock
 from sslvit.weight_files import read_torch_file
 
@@ -183,3 +183,11 @@ def test_compiling_changes_no_name_and_can_be_undone(monkeypatch: pytest.MonkeyP
     assert list(encoder.state_dict()) == before
     compile_blocks(encoder, undo=True)
     assert not any("forward" in vars(block) for block in encoder.blocks)
+
+
+def test_only_the_silence_of_others_is_a_lost_rank() -> None:
+    gone = RuntimeError("[gloo/transport/tcp/pair.cc:545] Read error [10.77.0.2]:64151: Connection reset by peer")
+    assert is_lost_rank(gone, 2)
+    assert is_lost_rank(torch.distributed.DistNetworkError("timed out after 30 s, 1/2 workers joined"), 2)
+    assert not is_lost_rank(gone, 1)
+    assert not is_lost_rank(RuntimeError("https://images.example/0.tar: Connection refused"), 2)
