@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+TRIES = 3  # to read a checkpoint that is replaced meanwhile
 WRAPPERS = ("teacher", "model", "state_dict")  # DINO's full checkpoint: the teacher is the result
 SHARD, SHARDS = "shard", "shards"  # in a checkpoint: what stands for a tensor that lies in parts; where the parts are
 FOLDER_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")  # of transformers
@@ -52,9 +53,25 @@ def weights_in(content: dict[str, Any], path: Path, network: str | None = None) 
 def read_torch_file(path: Path) -> dict[str, Any]:
     """A .safetensors file, an .npz of arrays or a torch file, read so that nothing in it can run.
 
+    A checkpoint in parts comes whole. A run that goes on may replace it while it is read; then the newer one is read.
+
     Raises:
         ValueError: it is neither, it is damaged, or it holds more than numbers.
     """
+    for _ in range(TRIES):
+        content = read_one_file(path)
+        if not isinstance(content.get(SHARDS), dict):
+            return content
+        try:
+            return joined(content, path)
+        except FileNotFoundError:
+            if read_one_file(path).get(SHARDS) == content[SHARDS]:
+                raise
+    raise ValueError(f"{path}: replaced again and again while it was read. Read it when the run has ended.")
+
+
+def read_one_file(path: Path) -> dict[str, Any]:
+    """read_torch_file for one file, whole or a part."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file.")
     if path.suffix == ".npy":
@@ -77,7 +94,7 @@ def read_torch_file(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not a readable checkpoint ({reason}). Is the download complete?") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, not a checkpoint with named weights.")
-    return joined(content, path) if isinstance(content.get(SHARDS), dict) else content
+    return content
 
 
 def shards_folder(head: dict[str, Any], path: Path) -> Path:
@@ -87,7 +104,7 @@ def shards_folder(head: dict[str, Any], path: Path) -> Path:
         ValueError: it names a place elsewhere.
     """
     name = str(head[SHARDS].get("folder"))
-    if Path(name).name != name:
+    if Path(name).name != name or name in ("", ".", ".."):
         raise ValueError(f"{path}: its parts are in {name}, which is outside its folder.")
     return path.parent / SHARDS / name
 
@@ -110,7 +127,7 @@ def joined(head: dict[str, Any], path: Path) -> dict[str, Any]:
     missing = [file for file in files if not file.exists()]
     if missing:
         raise FileNotFoundError(f"{missing[0]}: a part of {path} is missing. Copy the folder {SHARDS}/ along with it.")
-    parts = [read_torch_file(file) for file in files]
+    parts = [read_one_file(file) for file in files]
 
     def whole(value: Any) -> Any:
         if isinstance(value, dict) and value.keys() == {SHARD, "shape"}:

@@ -84,7 +84,7 @@ class RunLog(StepCallback):
             return
         line = {name: float(mean_over_ranks(trainer, values)) for name, values in module.records.items()}
         module.records.clear()
-        done = self.step - self.last_step
+        done, self.last_step = self.step - self.last_step, self.step  # on every rank
         seconds = self.clock.take()
         times = torch.tensor([value / done for value in seconds.values()], dtype=torch.float64)
         times = mean_over_ranks(trainer, [times]).tolist()
@@ -100,7 +100,7 @@ class RunLog(StepCallback):
         with open(self.folder.metrics, "a") as file:
             file.write(json.dumps(line) + "\n")
         log_line(trainer, line)
-        self.last, self.last_step = now, self.step
+        self.last = now
         self._show(line)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,13 @@ from lightning_fabric.plugins import CheckpointIO
 from torch import Tensor
 
 from sslvit.settings import TrainSettings
+from sslvit.stopping import RankLost
 from sslvit.train.callbacks import StepCallback
 from sslvit.train.folder import RunFolder
 from sslvit.weight_files import SHARDS, read_torch_file, shard_file, shards_folder
 
 LAST = "last.ckpt"
+FAILED = ".failed"  # beside a part that could not be written: why
 NAMED = f"step-{'[0-9]' * 8}.ckpt"  # and not what a user calls step-best.ckpt
 
 
@@ -38,7 +42,8 @@ class WholeCheckpoint(CheckpointIO):
     def __init__(self, settings: TrainSettings) -> None:
         self.settings = settings
         self.writer: threading.Thread | None = None
-        self.failure: OSError | RuntimeError | None = None
+        self.failure: Exception | None = None
+        self.is_given_up = threading.Event()  # the run has ended with an error: no part is waited for
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         self.finish()
@@ -68,20 +73,38 @@ class WholeCheckpoint(CheckpointIO):
             drop_unnamed_shards(path.parent)
 
     def write_shard(self, head: dict[str, Any], own: dict[str, Tensor], path: Path, rank: int) -> None:
-        write_whole({"global_step": head["global_step"], "tensors": own}, shard_file(head, path, rank), path)
-        if rank:
-            return
-        parts = [shard_file(head, path, number) for number in range(head[SHARDS]["ranks"])]
-        deadline = time.monotonic() + self.settings.timeout_seconds
+        own_file = shard_file(head, path, rank)
+        try:
+            write_whole({"global_step": head["global_step"], "tensors": own}, own_file, path)
+        except RuntimeError as error:
+            with suppress(OSError):
+                own_file.with_suffix(FAILED).write_text(str(error))  # for the first rank, which would wait in vain
+            raise
+        if rank == 0:
+            self.wait_for_parts([shard_file(head, path, number) for number in range(head[SHARDS]["ranks"])])
+            self.write(head, path)
+
+    def wait_for_parts(self, parts: list[Path]) -> None:
+        """Until all ranks have written theirs.
+
+        Raises:
+            RankLost: one has not, in train.timeout_seconds.
+            RuntimeError: one could not, or the run has ended meanwhile.
+        """
+        deadline, waited = time.monotonic() + self.settings.timeout_seconds, self.settings.timeout_seconds
         while missing := [part for part in parts if not part.exists()]:
+            failed = [part.with_suffix(FAILED) for part in missing if part.with_suffix(FAILED).exists()]
+            if failed:
+                raise RuntimeError(failed[0].read_text())
+            if self.is_given_up.is_set():
+                raise RuntimeError(f"{missing[0]}: not written, as the run ended; the checkpoint before is as it was.")
             if time.monotonic() > deadline:
-                raise RuntimeError(
-                    f"{missing[0]}: another rank has not written its part of the checkpoint of step "
-                    f"{head['global_step']} in {self.settings.timeout_seconds:g} s (train.timeout_seconds). Is the run "
-                    "folder on a disk that all machines share?"
+                raise RankLost(
+                    f"{missing[0]}: another rank has not written its part of the checkpoint in {waited:g} s "
+                    "(train.timeout_seconds). Has it ended, and is the run folder on a disk that all machines share? "
+                    "Go on from the checkpoint before with --resume"
                 )
             time.sleep(0.01)
-        self.write(head, path)
 
     def _kept(self, values: dict[str, Any]) -> dict[str, Any]:
         """What a writer in the background may look at while training goes on."""
@@ -97,7 +120,7 @@ class WholeCheckpoint(CheckpointIO):
     def _try(self, work: Callable[[], None]) -> None:
         try:
             work()
-        except (OSError, RuntimeError) as error:
+        except Exception as error:  # whatever it is, it must reach the run
             self.failure = error
 
     def finish(self) -> None:
@@ -110,7 +133,13 @@ class WholeCheckpoint(CheckpointIO):
             raise failure
 
     def teardown(self) -> None:
-        self.finish()
+        ended_by = sys.exc_info()[1]
+        try:
+            self.finish()
+        except Exception as error:
+            if ended_by is None:
+                raise
+            print(error, file=sys.stderr, flush=True)  # and the run's own error goes on
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict:
         return read_torch_file(Path(path))
@@ -185,9 +214,11 @@ def drop_unnamed_shards(folder: Path) -> None:
         return
     named = set()
     for path in folder.glob("*.ckpt"):
-        head = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if SHARDS in head:
-            named.add(shards_folder(head, path))
+        try:
+            head = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            named |= {shards_folder(head, path)} if SHARDS in head else set()
+        except Exception:  # somebody's file, or one that is being copied: it may name any of them
+            return
     for parts in (folder / SHARDS).iterdir():
         if parts not in named:
             shutil.rmtree(parts, ignore_errors=True)

@@ -92,6 +92,8 @@ def pretrain(settings: PretrainSettings, resume: bool = False, overwrite: bool =
         _silence_needless_warnings()
         try:
             trainer.fit(task, datamodule=data, ckpt_path=folder.checkpoint if resume else None, weights_only=True)
+            compile_blocks(task, undo=True)
+            task = task.whole()  # together: each rank may hold a part of it
         except Preempted:
             if is_first and train.requeue:
                 requeue()
@@ -110,8 +112,6 @@ def pretrain(settings: PretrainSettings, resume: bool = False, overwrite: bool =
             ) from error
     if trainer.global_step != total_steps:
         raise RuntimeError(f"training ended at step {trainer.global_step} instead of {total_steps}.")
-    compile_blocks(task, undo=True)
-    task = task.whole()  # together: each rank may hold a part of it
     if trainer.is_global_zero:
         _finish(settings, folder, index, data, task, trainer)
     return folder

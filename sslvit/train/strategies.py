@@ -5,6 +5,7 @@ Either way one step is the same to rounding, and a checkpoint of one is a checkp
 
 from __future__ import annotations
 
+import re
 import uuid
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +24,12 @@ from sslvit.settings import TrainSettings
 from sslvit.train.checkpoints import WholeCheckpoint
 from sslvit.train.timing import Clock
 from sslvit.weight_files import SHARD
+
+# what an exchange between ranks says when another one is gone, and when the fault is here
+SILENCE = (
+    r"(?i)connection (was )?(closed|reset|refused)|timed? ?out|broken pipe|no route|unreachable|remote process|socket"
+)
+OWN_FAULT = r"(?i)address already in use|EADDRINUSE|invalid ?usage|out of memory|duplicate gpu"
 
 
 def make_strategy(settings: TrainSettings, clock: Clock) -> DDPStrategy | str:
@@ -85,6 +92,10 @@ class Sharded(DDPStrategy):
                         values[name] = part_of(value, like)
             optimizer.load_state_dict(state)
 
+    def on_exception(self, exception: BaseException) -> None:
+        self.checkpoint_io.is_given_up.set()
+        super().on_exception(exception)
+
     def teardown(self) -> None:
         """Weights stay where they are: the run is still to be finished from them."""
         self.cluster_environment.teardown()
@@ -95,7 +106,9 @@ class Sharded(DDPStrategy):
 
 def is_lost_rank(error: RuntimeError, ranks: int) -> bool:
     """Whether an error says that another rank no longer answers, and not that something is wrong here."""
-    return ranks > 1 and (isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower())
+    said = str(error)
+    is_exchange = isinstance(error, torch.distributed.DistError) or "gloo/transport" in said or "Gloo connect" in said
+    return ranks > 1 and is_exchange and bool(re.search(SILENCE, said)) and not re.search(OWN_FAULT, said)
 
 
 def shard(task: pl.LightningModule, device: str) -> None:

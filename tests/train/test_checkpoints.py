@@ -15,7 +15,9 @@ import pytest
 import torch
 from run_fixtures import metrics, run, same, weights
 
+from sslvit import weight_files
 from sslvit.settings import TrainSettings
+from sslvit.stopping import RankLost
 from sslvit.train import checkpoints
 from sslvit.train.checkpoints import WholeCheckpoint, keep_some, write_whole
 from sslvit.weight_files import read_torch_file
@@ -202,7 +204,7 @@ def test_parts_live_as_long_as_a_file_names_them(tmp_path: Path) -> None:
 def test_a_part_that_does_not_come_ends_the_wait_and_leaves_the_checkpoint_before(tmp_path: Path) -> None:
     last = tmp_path / "last.ckpt"
     write_whole({"global_step": 3}, last)
-    with pytest.raises(RuntimeError, match="rank-00001.pt: another rank has not written .* in 0.05 s .*all machines"):
+    with pytest.raises(RankLost, match="rank-00001.pt: another rank has not written .* in 0.05 s .*all machines"):
         WholeCheckpoint(TrainSettings(timeout_seconds=0.05)).save_shard({"global_step": 6}, {}, last, "6", 0, 2)
     assert step_of(last) == 3
 
@@ -211,6 +213,7 @@ def test_a_part_that_does_not_come_ends_the_wait_and_leaves_the_checkpoint_befor
     ("change", "error", "message"),
     [
         ({"folder": "../../elsewhere"}, ValueError, "last.ckpt: its parts are in ../../elsewhere, which is outside"),
+        ({"folder": ".."}, ValueError, "its parts are in .., which is outside"),
         ({"ranks": 3}, FileNotFoundError, "rank-00002.pt: a part of .* is missing. Copy the folder shards/"),
         ({"ranks": -1}, ValueError, "says that it has -1 parts"),
         ({"ranks": 1}, ValueError, "its parts do not fit together .* Are they of one checkpoint"),
@@ -233,3 +236,50 @@ def test_a_part_that_would_run_code_is_refused(tmp_path: Path) -> None:
     torch.save({"tensors": {"/w": Path("code")}}, part)
     with pytest.raises(ValueError, match="rank-00001.pt: refused, because it holds objects besides tensors"):
         read_torch_file(last)
+
+
+def test_the_first_rank_says_why_another_could_not_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    last = tmp_path / "last.ckpt"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(RuntimeError, match="No space left"):
+            WholeCheckpoint(TrainSettings()).save_shard({"global_step": 6}, {}, last, "6", 1, 2)
+    with pytest.raises(
+        RuntimeError, match="rank-00001.pt: the checkpoint of step 6 could not be written .No space left"
+    ):
+        WholeCheckpoint(TrainSettings()).save_shard({"global_step": 6}, {}, last, "6", 0, 2)
+    assert not last.exists()
+
+
+def test_an_error_of_the_run_is_not_hidden_by_its_writer(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    write = WholeCheckpoint(TrainSettings(checkpoint_in_background=True))
+    write.save_shard({"global_step": 6}, {}, tmp_path / "last.ckpt", "6", 0, 2)  # waits for the other one
+    write.is_given_up.set()
+    try:
+        raise ValueError("the run's own")
+    except ValueError:
+        write.teardown()
+    assert "not written, as the run ended" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_read_keeps_all_parts(tmp_path: Path) -> None:
+    in_parts(tmp_path / "last.ckpt", 2, "00000003-a", torch.arange(4.0), 3)
+    (tmp_path / "half-copied.ckpt").write_bytes(b"PK")
+    in_parts(tmp_path / "last.ckpt", 2, "00000006-a", torch.arange(4.0), 6)
+    assert len(list((tmp_path / "shards").iterdir())) == 2
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read_is_read_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last, read = tmp_path / "last.ckpt", weight_files.read_one_file
+    in_parts(last, 2, "00000003-a", torch.arange(4.0), 3)
+
+    def replaced(path: Path) -> dict:
+        content = read(path)
+        if path == last and content["global_step"] == 3:
+            in_parts(last, 2, "00000006-a", torch.arange(4.0) + 1, 6)
+        return content
+
+    monkeypatch.setattr(weight_files, "read_one_file", replaced)
+    assert read_torch_file(last)["state_dict"]["w"].tolist() == [1, 2, 3, 4]

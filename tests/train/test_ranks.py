@@ -18,7 +18,7 @@ from sslvit.settings import ProbeSettings
 from sslvit.settings.load import load_recipe
 from sslvit.train.folder import RunFolder
 from sslvit.train.strategies import compile_blocks, is_lost_rank, make_strategy, shard
-from sslvit.train.timing import Clock
+from sslvit.train.timing import PARTS, Clock
 from sslvit.weight_files import read_torch_file
 
 WAYS = {
@@ -60,6 +60,9 @@ def test_ranks_train_as_one(shards: Path, tmp_path: Path, recipe: str, special: 
         assert probe_score(shards, other) == score
         is_exchanged = WAYS[way].get("train.strategy") != "fsdp"  # there it is in forward and backward
         assert all((line["communication_seconds"] > 0) == is_exchanged for line in other.read_metrics())
+        for line in other.read_metrics()[1:]:  # one step each, so the parts are most of its time
+            parts = sum(line[f"{part}_seconds"] for part in PARTS)
+            assert 0.3 < parts * line["images_per_second"] / 8 < 1.1
         assert (other.figures / "loss.png").exists()
 
 
@@ -190,4 +193,6 @@ def test_only_the_silence_of_others_is_a_lost_rank() -> None:
     assert is_lost_rank(gone, 2)
     assert is_lost_rank(torch.distributed.DistNetworkError("timed out after 30 s, 1/2 workers joined"), 2)
     assert not is_lost_rank(gone, 1)
+    assert not is_lost_rank(RuntimeError("2 unreadable samples; the first: gloo/1.jpg: timed out"), 2)
+    assert not is_lost_rank(torch.distributed.DistNetworkError("address already in use, the socket cannot listen"), 2)
     assert not is_lost_rank(RuntimeError("https://images.example/0.tar: Connection refused"), 2)

@@ -81,6 +81,7 @@ class TwoHosts:
             log: a folder for host-0.txt and host-1.txt.
         """
         log.mkdir(parents=True, exist_ok=True)
+        self.started = time.time()
         started = []
         for host, name in enumerate(self.names):
             env = os.environ | {
@@ -125,14 +126,16 @@ def ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
 
 
-def wait_for_step(run: Path, step: int, processes: Sequence[subprocess.Popen], timeout: float = 300) -> None:
-    """Until the run has logged a step.
+def wait_for_step(
+    run: Path, step: int, processes: Sequence[subprocess.Popen], since: float = 0.0, timeout: float = 300
+) -> None:
+    """Until the run has logged a step, in lines written since a time.
 
     Raises:
         RuntimeError: it ended before, or that took too long.
     """
     deadline, metrics = time.monotonic() + timeout, run / "metrics.jsonl"
-    while not metrics.exists() or len(metrics.read_text().splitlines()) == 0 or last_step(metrics) < step:
+    while not metrics.exists() or metrics.stat().st_mtime < since or last_step(metrics) < step:
         if any(process.poll() is not None for process in processes) or time.monotonic() > deadline:
             raise RuntimeError(f"{run}: ended, or stood still, before step {step}.")
         time.sleep(0.02)
@@ -166,7 +169,7 @@ def main() -> int:
             (options.slow, lambda: hosts.slow(options.rate)),
         ):  # fmt: skip
             if step is not None:
-                wait_for_step(out, step, processes)
+                wait_for_step(out, step, processes, hosts.started)
                 act()
         start = time.monotonic()
         for host, process in enumerate(processes):
