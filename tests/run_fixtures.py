@@ -67,7 +67,7 @@ def weights(folder: RunFolder) -> dict[str, torch.Tensor]:
 
 def is_timing(name: str) -> bool:
     """Names of metrics that differ from run to run."""
-    return name.endswith(("_seconds", "_per_second")) or name in ("mfu", "tflops")
+    return name.endswith(("_seconds", "_per_second")) or name == "mfu"
 
 
 def metrics(folder: RunFolder) -> list[dict]:
