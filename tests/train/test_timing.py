@@ -14,6 +14,8 @@ from sslvit.data.module import ShardDataModule
 from sslvit.settings.load import load_recipe
 from sslvit.tasks import task_class
 from sslvit.train import forecast
+from sslvit.train.callbacks import RunLog
+from sslvit.train.folder import RunFolder
 from sslvit.train.timing import MOST_MOMENTS, PARTS, Clock
 
 PAUSE = 0.25
@@ -113,3 +115,23 @@ def test_on_a_gpu_moments_are_those_of_its_stream() -> None:
     torch.cuda._sleep(200_000_000)  # cycles, a tenth of a second, which nothing here waits for
     clock.mark("forward")
     assert clock.take()["forward"] > 0.02
+
+
+def test_each_rank_counts_the_steps_between_two_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a rank that is not the first: a second a step, whatever line it is."""
+    watch = SimpleNamespace(now=0.0, perf_counter=lambda: watch.now, monotonic=lambda: watch.now)
+    monkeypatch.setattr("sslvit.train.timing.time", watch)
+    monkeypatch.setattr("sslvit.train.callbacks.time", watch)
+    shared: list[torch.Tensor] = []
+    mean = lambda _, values: shared.append(values[0]) or values[0]  # noqa: E731
+    monkeypatch.setattr("sslvit.train.callbacks.mean_over_ranks", mean)
+    clock = Clock()
+    clock.mark("start")
+    log = RunLog(RunFolder(tmp_path), None, 9, 3, clock)
+    rank, module = SimpleNamespace(is_global_zero=False, global_step=0), SimpleNamespace(records={})
+    log.on_train_start(rank, module)
+    for log.step in range(1, 10):
+        watch.now += 1
+        clock.mark("forward")
+        log.on_step(rank, module)
+    assert [times.tolist() for times in shared] == [[0, 1, 0, 0, 0]] * 3
