@@ -1,0 +1,147 @@
+"""Files are whole or absent, folders are held by one process, and names from files cannot forge a line."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sslvit.files import (
+    WriteError,
+    cache_folder,
+    expand_path,
+    explain_os_error,
+    held_folder,
+    new_file,
+    printable,
+    write_atomically,
+)
+
+
+def test_a_failed_write_leaves_the_old_content_and_no_part(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_atomically(path, "old")
+    said = "a.txt: could not be written \\(No space left on device\\). Make room"
+    with pytest.raises(WriteError, match=said), new_file(path) as part:
+        part.write_text("half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_an_interrupted_write_leaves_no_part(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), new_file(tmp_path / "a.txt"):
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("save", [torch.save, save_file], ids=["torch", "safetensors"])
+def test_a_disk_that_takes_no_more_is_named_by_each_writer(tmp_path: Path, save) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the limit on the length of a file stands for a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(WriteError, match="weights: could not be written"), new_file(tmp_path / "weights") as part:
+            save({"a": torch.zeros(100_000)}, part)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.glob("*weights*"))
+
+
+def test_a_bug_in_the_writer_is_not_called_a_full_disk(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="shapes"), new_file(tmp_path / "a"):
+        raise RuntimeError("shapes do not fit")
+
+
+def test_new_files_have_the_mode_of_their_neighbours(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "a", "text")
+    with new_file(tmp_path / "b") as part:
+        save_file({"a": torch.zeros(3)}, part)
+        part.chmod(0o600)
+    modes = {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in "ab"}
+    (tmp_path / "plain").write_text("")
+    assert modes == {stat.S_IMODE((tmp_path / "plain").stat().st_mode)}
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("photo é 猫.jpg", "photo é 猫.jpg"),
+        ("a\nsslvit: done", "a\\x0asslvit: done"),
+        ("\x1b[2Jgone", "\\x1b[2Jgone"),
+        ("caf\udce9.jpg", "caf\\xe9.jpg"),
+        ("a\u202egpj.exe", "a\\u202egpj.exe"),
+        ("x" * 300, "x" * 196 + " ..."),
+    ],
+)
+def test_names_from_files_are_one_harmless_line(text: str, shown: str) -> None:
+    assert printable(text) == shown
+    printable(text).encode()
+
+
+def test_errors_of_the_system_name_file_and_remedy() -> None:
+    error = OSError(errno.EROFS, os.strerror(errno.EROFS), "/data/x")
+    assert explain_os_error(error) == (
+        "/data/x: read-only file system. That disk is mounted read-only: choose another place."
+    )
+    assert explain_os_error(OSError("words of its own")) is None
+
+
+HOLD = """
+import sys, time
+from sslvit.files import held_folder
+with held_folder(sys.argv[1], "train"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_folder_is_held_by_one_process_and_free_again_after_kill_9(tmp_path: Path) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
+    )
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(ValueError, match="another process is at work there.*to pack"), held_folder(tmp_path, "pack"):
+        pass
+    holder.kill()
+    holder.wait()
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            with held_folder(tmp_path, "pack"):
+                return
+        except ValueError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def test_home_and_variables_are_expanded_and_addresses_are_not(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DATA", "/data")
+    assert expand_path("~/photos") == f"{tmp_path}/photos"
+    assert expand_path("$DATA/photos") == "/data/photos"
+    assert expand_path("https://host/~me/$x") == "https://host/~me/$x"
+    assert cache_folder("~/.cache/sslvit") == tmp_path / ".cache/sslvit"
+
+
+@pytest.mark.parametrize("home", ["/nonexistent-home", None], ids=["not writable", "unknown"])
+def test_caches_go_to_a_private_temporary_folder_without_a_home(monkeypatch, tmp_path: Path, capsys, home) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("sslvit.files._told", set())
+    monkeypatch.setenv("HOME", home or "~nobody-here")
+    if home:
+        monkeypatch.setattr("os.access", lambda path, mode: False)
+    folder = cache_folder("~/.cache/sslvit")
+    assert folder == tmp_path / f"sslvit-{os.getuid()}" / ".cache/sslvit"
+    assert stat.S_IMODE((tmp_path / f"sslvit-{os.getuid()}").stat().st_mode) == 0o700
+    assert "no home folder" in capsys.readouterr().out
