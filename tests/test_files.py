@@ -32,7 +32,7 @@ def test_a_failed_write_leaves_the_old_content_and_no_part(tmp_path: Path) -> No
     path = tmp_path / "a.txt"
     write_atomically(path, "old")
     said = "a.txt: could not be written \\(No space left on device\\). Make room"
-    with pytest.raises(WriteError, match=said), new_file(path) as part:
+    with pytest.raises(WriteError, match=said), new_file(path) as part:  # noqa: PT012
         part.write_text("half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert path.read_text() == "old"
