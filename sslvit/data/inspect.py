@@ -110,7 +110,7 @@ class _CheckJob:
                     content = os.pread(file.fileno(), size, offset)
                     if len(content) < size:
                         raise BadImage("truncated shard")
-                    header = read_header(content)
+                    header = read_header(content, upright=self.index.orientation == "upright")
                     decode(content, header.channels, header=header)
                 except BadImage as error:
                     found.corrupt[self.index.key(sample)] = str(error)
