@@ -22,9 +22,8 @@ import numpy as np
 
 from sslvit.data.decode import BadImage
 
-FORMAT = 2
+FORMAT = 3
 RECORD = np.dtype([("offset", "<i8"), ("size", "<u4"), ("label", "<i4")])
-NO_LABEL = -1
 CHECKED_BYTES = 64 * 2**20  # up to this length index.npy is compared with its checksum at each start
 FIELDS = ("classes", "channels", "bits", "mean", "std", "image_size", "encoding", "orientation", "skipped")
 SPLITS = ("train", "val", "validation", "test")  # a folder of this name is a split for timm; others are its train

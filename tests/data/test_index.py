@@ -241,19 +241,19 @@ def test_patterns_name_some_shards_of_a_folder(tmp_path: Path, capsys: pytest.Ca
     cache = ShardCache(tmp_path / "cache")
     names = [shard.name for shard in index.shards]
     assert expand(f"{tmp_path}/in/shard-{{000000..000002}}.tar") == [f"{tmp_path}/in/{name}" for name in names[:3]]
-    part = open_shards(f"{tmp_path}/in/shard-{{000001..000002}}.tar", "", cache)
+    part = open_shards(f"{tmp_path}/in/shard-{{000001..000002}}.tar", cache)
     first, last = index.first_of_shard[[1, 3]]
     assert numbers_of(part) == numbers_of(index)[first:last]
     assert part.classes == ["even", "odd"]
     for name in ("index.json", "index.npy"):
         (tmp_path / "in" / name).unlink()
     for _ in range(2):
-        assert numbers_of(open_shards(f"{tmp_path}/in/shard-{{000001..000002}}.tar", "", cache)) == numbers_of(part)
+        assert numbers_of(open_shards(f"{tmp_path}/in/shard-{{000001..000002}}.tar", cache)) == numbers_of(part)
     assert capsys.readouterr().out.count("indexing them once") == 1
     with pytest.raises(FileNotFoundError, match="shard-000077.tar does not exist"):
-        open_shards(f"{tmp_path}/in/shard-{{000077..000078}}.tar", "", cache)
+        open_shards(f"{tmp_path}/in/shard-{{000077..000078}}.tar", cache)
     with pytest.raises(ValueError, match="braces that do not close"):
-        open_shards(f"{tmp_path}/in/shard-{{00..03.tar", "", cache)
+        open_shards(f"{tmp_path}/in/shard-{{00..03.tar", cache)
 
 
 def test_shards_in_a_folder_that_one_may_only_read_are_indexed_in_the_cache(tmp_path: Path, monkeypatch) -> None:
@@ -262,7 +262,7 @@ def test_shards_in_a_folder_that_one_may_only_read_are_indexed_in_the_cache(tmp_
         (tmp_path / "theirs" / name).unlink()
     before = sorted((tmp_path / "theirs").iterdir())
     monkeypatch.setattr("os.access", lambda path, mode: False)
-    found = open_shards(tmp_path / "theirs", "", ShardCache(tmp_path / "cache"))
+    found = open_shards(tmp_path / "theirs", ShardCache(tmp_path / "cache"))
     assert numbers_of(found) == numbers_of(index)
     assert sorted((tmp_path / "theirs").iterdir()) == before
 

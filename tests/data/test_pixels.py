@@ -11,10 +11,10 @@ from shard_fixtures import image_folder
 
 from sslvit.cli import main
 from sslvit.data import pixels
+from sslvit.data.arrays import array_samples
 from sslvit.data.index import load_index
 from sslvit.data.pack import pack
 from sslvit.data.pixels import draw_pixels, make_palette
-from sslvit.data.sources import array_samples
 from sslvit.settings.load import load_recipe
 from sslvit.settings.palette import read_palette
 

@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 from shard_fixtures import encoded, image_folder, numbered_shards, numbers_of, photograph
 
+from sslvit.data.arrays import array_samples
 from sslvit.data.decode import BadImage
 from sslvit.data.loader import TrainingBatches, evaluation_loader, make_batch, resolution_of, view_samples
 from sslvit.data.mixture import JoinedIndex, MixturePlan
 from sslvit.data.pack import pack, pack_source
 from sslvit.data.plan import EpochPlan
 from sslvit.data.reader import ShardReader
-from sslvit.data.sources import array_samples
 from sslvit.data.views import Views
 from sslvit.settings import EncoderSettings
 from sslvit.settings.views import CentreSettings, CropSettings, MultiCropSettings
