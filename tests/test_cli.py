@@ -192,6 +192,18 @@ def test_every_task_has_settings_and_a_class() -> None:
         assert settings().name == name
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of "
+        "shared memory. Please try to raise your shared memory limit.",
+        "unable to write to file </torch_7_1_0>: No space left on device (28), unable to mmap 1024 bytes",
+    ],
+)
+def test_a_small_dev_shm_is_named_with_its_remedy(text: str) -> None:
+    assert "--data.workers 0" in explain(RuntimeError(text))
+
+
 def test_pack_info_and_index(capsys, photos: Path, tmp_path: Path) -> None:
     shards = tmp_path / "shards"
     assert main(["shards", "pack", str(photos), str(shards), "--holdout", "0.34"]) == 0

@@ -14,7 +14,7 @@ class DataSettings:
 
     Args:
         shards: a folder of shards, a pattern such as shards/{000000..000099}.tar, the address of either
-            (https, s3, gs), or an image folder (packed first, beside the run).
+            (https, s3, gs), or an image folder (packed first, into the cache).
         mixture: several of these instead, each with its share of every batch, such as {shards/a: 3, shards/b: 1}.
         view: how an image is seen; its kind picks the keys.
         global_batch: images per optimiser step, over all ranks and micro-batches.
@@ -25,7 +25,7 @@ class DataSettings:
             samples, and for the greatest common divisor of 64 and the batch above.
         window_shards: shards of a lane that are shuffled together.
         colour_on: where colours are changed; auto is the training device if it is a GPU, otherwise the workers.
-        cache: folder for shards from the network.
+        cache: folder for shards from the network and of image folders.
         cache_gb: size that this folder is kept within.
         stream_samples: for gzipped tars and pipes, which cannot be indexed: how many images they hold, about.
         allow_pipe: run commands given as pipe:COMMAND. They can do anything that you can.
