@@ -7,6 +7,7 @@ turned upright as their EXIF orientation says, unless their stored pixels are as
 from __future__ import annotations
 
 import io
+import logging
 import math
 import re
 import warnings
@@ -44,6 +45,7 @@ HAS_TIFFFILE = find_spec("tifffile") is not None
 FORMATS = (  # others, such as EPS, would start programs
     "JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF", *(["AVIF"] if HAS_AVIF else []),
 )  # fmt: skip
+MAX_REASON = 250  # characters
 NPY = b"\x93NUMPY"
 TIFFS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 HEIF = re.compile(rb".{4}ftyp(heic|heix|hevc|heim|heis|mif1|msf1)", re.DOTALL)
@@ -56,13 +58,16 @@ EXTRAS = {  # what reads other files that people have, by ending
     ".heif": "pip install 'sslvit[heif]'",
 }  # fmt: skip
 
-# read_header has looked at the size before PIL does, and palettes with transparency are converted as they should be
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-warnings.filterwarnings("ignore", message="Palette images with Transparency", module="PIL")
+# what is wrong with an image is said by BadImage; PIL's and tifffile's own words would come once more, for each image
+warnings.filterwarnings("ignore", module="PIL")
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 
 
 class BadImage(ValueError):
-    """An image that cannot be used; the message is the reason."""
+    """An image that cannot be used; the message is the reason, in one short line whatever the file says."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(printable(reason, MAX_REASON))
 
 
 @dataclass
@@ -213,7 +218,7 @@ def decode_pixels(
     except BadImage:
         raise
     except Exception as error:  # PIL raises whatever its format plugins raise
-        raise BadImage(f"damaged image ({printable(error)})") from error
+        raise BadImage(f"damaged image ({error})") from error
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
@@ -273,16 +278,21 @@ def open_image(content: bytes) -> Image.Image:
 
 def _pil_header(content: bytes, max_pixels: int, upright: bool) -> Header:
     try:
-        image = open_image(content)
+        return _header_of(open_image(content), content, max_pixels, upright)
+    except BadImage:
+        raise
     except Image.DecompressionBombError as error:
         pixels = re.search(r"\d+", str(error))
         raise BadImage(
             f"{pixels[0] if pixels else 'too many'} pixels, more than {max_pixels} (data.max_pixels)"
         ) from error
-    except Exception as error:
+    except Exception as error:  # PIL raises whatever its format plugins raise
         if content.startswith(TIFFS):
             return _tiff_header(content)
         raise BadImage(f"not an image ({type(error).__name__})") from error
+
+
+def _header_of(image: Image.Image, content: bytes, max_pixels: int, upright: bool) -> Header:
     if image.format == "TIFF" and image.tag_v2.get(277, 1) > 4:  # of planes side by side, PIL shows the first
         return _tiff_header(content)
     if image.mode == "F":
@@ -298,10 +308,9 @@ def _pil_header(content: bytes, max_pixels: int, upright: bool) -> Header:
         return header if upright else header.turned(inverse_orientation(image.tag_v2.get(274, 1)))
     if not upright:
         return header
-    is_known = content.startswith(
-        (b"\xff\xd8", b"\x89PNG")
-    )  # PIL would decode a PNG to look for what follows its pixels
-    return header.turned(exif_orientation(content) if is_known else image.getexif().get(274, 1))
+    is_known = content.startswith((b"\xff\xd8", b"\x89PNG"))  # PIL decodes a PNG to look for what follows its pixels
+    found = exif_orientation(content) if is_known else image.getexif().get(274, 1)
+    return header.turned(found if found in range(1, 9) else 1)
 
 
 def _tiff_header(content: bytes) -> Header:
@@ -330,7 +339,7 @@ def _read_tiff(content: bytes, only_shape: bool = False) -> np.ndarray:
     except BadImage:
         raise
     except Exception as error:  # tifffile raises almost anything for damaged bytes
-        raise BadImage(f"damaged image ({printable(error)})") from error
+        raise BadImage(f"damaged image ({error})") from error
     return np.moveaxis(pixels, 0, 2) if axes == "SYX" else pixels
 
 
@@ -369,7 +378,7 @@ def _array_header(content: bytes) -> Header:
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, kind = read(file)
     except Exception as error:
-        raise BadImage(f"damaged array ({printable(error)})") from error
+        raise BadImage(f"damaged array ({error})") from error
     if kind not in (np.uint8, np.uint16) or len(shape) not in (2, 3) or 0 in shape:
         raise BadImage(f"an array of {kind} and shape {shape}; images are uint8 or uint16, 'h w' or 'h w c'")
     if math.prod(shape) * kind.itemsize > len(content) - file.tell():

@@ -111,7 +111,7 @@ class PackJob:
             records = np.array(rows, RECORD)
             shard = Shard(shard_name(number), len(records), part.stat().st_size, tar.digest.hexdigest())
             upright = self.settings.orientation == "upright"
-            measured, _ = measure_shard(part, records, self.shards, upright, self.settings.max_pixels)
+            measured, _ = measure_shard(part, records, self.shards, upright, self.settings.max_pixels, is_checked=True)
         report = ShardReport(shard, records, measured, skipped)
         save_report(self.folder, number, report)
         return report

@@ -13,7 +13,6 @@ import numpy as np
 from PIL import Image
 
 from sslvit.data.decode import MAX_PIXELS, MODES, BadImage, open_image, problem_of, read_header
-from sslvit.files import printable
 
 BLOCK = tarfile.BLOCKSIZE
 SAVED_AS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
@@ -105,7 +104,7 @@ def store(content: bytes, suffix: str, settings: PackSettings) -> tuple[bytes, s
         image.info.pop("exif", None)  # whose orientation would turn it once more
         image.save(buffer, kind, **({} if kind == "PNG" else {"quality": settings.quality}))
     except Exception as error:  # PIL raises whatever its format plugins raise
-        raise BadImage(f"damaged image ({printable(error)})") from error
+        raise BadImage(f"damaged image ({error})") from error
     return buffer.getvalue(), f".{next(name for name, format_ in SAVED_AS.items() if format_ == kind)}"
 
 
