@@ -318,7 +318,7 @@ def add_probe(parser: argparse.ArgumentParser) -> None:
 
 def add_orientation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--orientation", choices=["upright", "stored"], default="upright",
+        "--orientation", choices=["upright", "stored"],
         help="turn images as EXIF says when they are read, or take them as stored (default: upright)",
     )  # fmt: skip
 

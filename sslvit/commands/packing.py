@@ -12,8 +12,8 @@ def run_pack(options: argparse.Namespace) -> None:
     from sslvit.data.store import PackSettings
 
     settings = PackSettings(
-        options.shard_mb, options.resize, options.encode, options.quality, options.orientation, options.decode,
-        options.max_pixels,
+        options.shard_mb, options.resize, options.encode, options.quality,
+        options.orientation or "upright", options.decode, options.max_pixels,
     )  # fmt: skip
     of_source = SourceOptions(options.labels, options.label_column, options.images, options.layout, options.convert)
     indices = pack_source(

@@ -60,7 +60,8 @@ EXTRAS = {  # what reads other files that people have, by ending
 
 # what is wrong with an image is said by BadImage; PIL's and tifffile's own words would come once more, for each image
 warnings.filterwarnings("ignore", module="PIL")
-logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+for name in ("tifffile", "PIL.TiffImagePlugin"):
+    logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 class BadImage(ValueError):

@@ -5,12 +5,10 @@ Packing and indexing both make one report per shard, in parallel and in any orde
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ from sslvit.data.decode import (
     problem_of,
     read_header,
 )
-from sslvit.data.index import RECORD, Shard, ShardIndex, sha256_of
+from sslvit.data.index import RECORD, Shard, ShardIndex, load_index, sha256_of
 from sslvit.data.labels import NO_LABEL, NotClasses, brief_names, number_labels
 from sslvit.data.parallel import in_parallel
 from sslvit.data.tars import COMPRESSED_TARS, TarMembers, choose_images, compressed_kind
@@ -183,14 +181,25 @@ def index_shards(folder: str | Path, workers: int | None = None, options: IndexO
     names = sorted(path.name for path in Path(folder).glob("*.tar"))
     if not names:
         raise ValueError(f"{printable(folder)}: no .tar files there{_what_instead(Path(folder))}.")
+    options, before = options or IndexOptions(), _index_before(Path(folder))
+    if options.orientation is None and before.get("orientation") == "stored":
+        options = replace(options, orientation="stored")
     index = index_names(str(folder), names, lambda name: Path(folder) / name, workers, options)
-    with suppress(FileNotFoundError, ValueError, KeyError, TypeError):  # what an earlier index knows and tars do not
-        before = json.loads((Path(folder) / "index.json").read_text())
-        if index.classes and before["classes"] and len(before["classes"]) >= len(index.classes):
-            index.classes = before["classes"]
-        index.encoding = before["encoding"]
+    known = before.get("classes") or []  # names that packing wrote; the tars know their numbers
+    if index.classes and all(name.isdecimal() for name in index.classes) and len(known) >= len(index.classes):
+        index.classes = known
+    index.encoding = before.get("encoding", "")
     index.save()
     return index
+
+
+def _index_before(folder: Path) -> dict[str, Any]:
+    """What an earlier index says that the tars do not; nothing if it is missing or damaged."""
+    try:
+        before = load_index(folder)
+    except (FileNotFoundError, ValueError):
+        return {}
+    return {"classes": before.classes, "encoding": before.encoding, "orientation": before.orientation}
 
 
 def _what_instead(folder: Path) -> str:
@@ -210,12 +219,13 @@ class IndexOptions:
     Args:
         labels: field that holds the class of an image; None for cls, or txt where that holds few names.
         image: field that holds the image, such as left.jpg, where a key has several.
-        orientation: upright turns images as EXIF says, stored takes their pixels as they lie.
+        orientation: upright turns images as EXIF says, stored takes their pixels as they lie; None for what an earlier
+            index says, otherwise upright.
     """
 
     labels: str | None = None
     image: str | None = None
-    orientation: str = "upright"
+    orientation: str | None = None
 
 
 def index_names(
@@ -240,7 +250,7 @@ def index_names(
     if not any(report.shard.samples for report in reports):
         raise ValueError(f"{printable(location)}: the shards hold no images{_cause(reports)}.")
     classes = number_reports(printable(location), reports, options.labels)
-    index = join_reports(reports, location, classes, orientation=options.orientation)
+    index = join_reports(reports, location, classes, orientation=options.orientation or "upright")
     if index.skipped:
         name, reason = next(iter(index.skipped.items()))
         print(
@@ -334,7 +344,7 @@ def scan_shard(path: Path, shards: int = 1, options: IndexOptions | None = None)
     labels = members.labels(images, options.labels)
     rows = [(image.offset, image.size, number) for number, image in enumerate(images)]
     records = np.array(rows, RECORD)
-    measured, unreadable = measure_shard(path, records, shards, options.orientation == "upright")
+    measured, unreadable = measure_shard(path, records, shards, options.orientation != "stored")
     for place, reason in unreadable.items():
         skipped[f"{path.name}/{images[place].name}"] = reason
     kept = [place for place in range(len(records)) if place not in unreadable]

@@ -487,4 +487,5 @@ def test_shards_of_others_keep_their_pixels_as_stored_if_asked(tmp_path: Path) -
     assert index_shards(tmp_path).image_size == [8, 4]
     stored = index_shards(tmp_path, options=IndexOptions(orientation="stored"))
     assert (stored.image_size, load_index(tmp_path).orientation) == ([4, 8], "stored")
+    assert index_shards(tmp_path).orientation == "stored"  # what was chosen once stays
     assert check_shards(stored).is_whole
