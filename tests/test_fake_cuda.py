@@ -380,6 +380,7 @@ def move_to_fake_gpu(task: PretextTask) -> None:
                 module._buffers[name] = torch.empty(value.shape, dtype=value.dtype, device=GPU)
 
 
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="torch's own fake GPU needs a torch built for GPUs")
 @pytest.mark.parametrize("name", STEPS)
 def test_by_torchs_own_rules_the_forward_pass_of_a_step_mixes_no_devices(
     name: str, monkeypatch: pytest.MonkeyPatch
