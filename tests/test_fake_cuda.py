@@ -144,8 +144,9 @@ RUNS = {
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_pretraining_run_on_a_gpu_reaches_its_end(
-    name: str, shards: Path, tmp_path: Path, request: pytest.FixtureRequest
+    name: str, shards: Path, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("sslvit.train.pictures.IMAGES", 2)  # drawing takes longer than all the rest
     recipe, changes, figures = RUNS[name]
     online = {"online.train": str(shards / "train"), "online.val": str(shards / "val"), "online.every": 2,
               "online.images": 9}  # fmt: skip
