@@ -11,7 +11,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import sslvit
-from sslvit.cli import main, read_changes
+from sslvit.cli import main
+from sslvit.commands.arguments import read_changes
 from sslvit.environment import explain
 from sslvit.settings import TASK_SETTINGS
 from sslvit.settings.load import describe_settings, load_recipe, recipes_folder
@@ -66,7 +67,7 @@ def photos(tmp_path: Path) -> Path:
         (["--data.resolutions", "[]"], "data.resolutions: [] is not a list of sides"),
         (["--train.accelerator", "gpu"], "train.accelerator: gpu, but torch sees none"),
         (["--task", "[1]"], "task.name: '[1]'"),
-        (["--encoder.preset", "[a]"], "encoder.preset: '['a']'"),
+        (["--encoder.preset", "[a]"], "encoder.preset: ['a'] is not one of"),
         (["--seed", "-1"], "seed: -1 is negative"),
         (["--encoder.palette", "my.json"], "my.json is not a file. Make one with: sslvit palette SHARDS -o my.json"),
         (
@@ -183,7 +184,10 @@ def test_settings_explain_every_key() -> None:
         "seed (0): ",
     ):
         assert key in text
-    assert all(line == "" or ": " in line for line in text.splitlines())
+    assert all(line == "" or ": " in line or line.startswith("    ") for line in text.splitlines())
+    assert max(map(len, text.splitlines())) <= 100
+    assert "task.name (dino): one of mae, dino, igpt, supervised; the keys below are those of dino." in text
+    assert "One of gelu, quick_gelu, swiglu." in text
 
 
 def test_every_task_has_settings_and_a_class() -> None:

@@ -130,8 +130,8 @@ class BenchRun:
                 if recipe.train.devices * recipe.train.nodes > 1:
                     raise ValueError(f"{where}.train.devices: a bench trains on one device.")
                 fewest = min(len(train.index) for train, _ in self.sets.values())
-                if recipe.data.global_batch > fewest:
-                    batch = recipe.data.global_batch
+                batch = recipe.data.fitted(fewest).global_batch
+                if batch > fewest:
                     raise ValueError(f"{where}: data.global_batch {batch}, but there are {fewest} training images.")
 
     def run(self) -> dict[str, Path]:

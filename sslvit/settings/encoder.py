@@ -6,9 +6,10 @@ from its folder alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from sslvit.files import brief
 from sslvit.settings.palette import check_palette
 
 TokenKind = Literal["patch", "conv_stem", "hybrid", "shifted_patch", "pixel"]
@@ -113,6 +114,8 @@ class EncoderSettings:
         if isinstance(self.image_size, int):
             self.image_size = [self.image_size, self.image_size]
         self.image_size = list(self.image_size)
+        # not a field: encoder.json holds numbers, wherever they came from
+        self.has_default_units = self.mean is None and self.std is None
         if self.mean is None:
             self.mean = [0.485, 0.456, 0.406] if self.channels == 3 else [0.5] * self.channels
         if self.std is None:
@@ -130,8 +133,13 @@ class EncoderSettings:
         if self.registers < 0:
             raise ValueError(f"encoder.registers: {self.registers} is negative. Use 0 for none.")
         if len(self.image_size) != 2:
-            raise ValueError(f"encoder.image_size: {self.image_size} is not one side or [height, width].")
-        self.grid_of(*self.image_size)
+            raise ValueError(f"encoder.image_size: {brief(self.image_size)} is not one side or [height, width].")
+        if not all(side > 0 and side % self.patch == 0 for side in self.image_size):
+            raise ValueError(
+                f"encoder.image_size: {' x '.join(map(str, self.image_size))} pixels cannot be cut into patches of "
+                f"{self.patch} (encoder.patch). Set encoder.image_size to {self._nearest(*self.image_size)}, or "
+                "encoder.patch to another side."
+            )
         if self.width % self.heads:
             raise ValueError(
                 f"encoder.heads: {self.heads} heads do not divide width {self.width}. "
@@ -144,7 +152,7 @@ class EncoderSettings:
                     f"encoder.{key}: {len(values)} values for {self.channels} channels. Give one per channel."
                 )
         if not all(std > 0 for std in self.std):
-            raise ValueError(f"encoder.std: {self.std} must be above zero.")
+            raise ValueError(f"encoder.std: {brief(self.std)} must be above zero.")
         if self.pooling == "class" and not self.class_token:
             raise ValueError(
                 "encoder.pooling: class, but encoder.class_token is false. Set pooling to mean or attention."
@@ -182,15 +190,31 @@ class EncoderSettings:
         if self.feature_layer is not None and not 1 <= self.feature_layer <= self.depth:
             raise ValueError(f"encoder.feature_layer: {self.feature_layer} is outside 1..{self.depth} (encoder.depth).")
 
+    def fitted(self, mean: list[float], std: list[float]) -> EncoderSettings:
+        """The same, with a data set's own mean and deviation where none were given and no usual ones exist.
+
+        Args:
+            mean: of the data set's channels, of pixels from 0 to 1.
+            std: the same; 0 for a channel that is constant.
+        """
+        is_usual = self.channels in (1, 3)
+        if not self.has_default_units or is_usual or not len(mean) == len(std) == self.channels:
+            return self
+        return replace(self, mean=list(mean), std=[deviation or 1.0 for deviation in std])
+
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches of an image; ValueError where the patch does not divide it."""
         if height % self.patch or width % self.patch or not height or not width:
-            fitting = [max(1, round(side / self.patch)) * self.patch for side in (height, width)]
             raise ValueError(
-                f"An image of {height} x {width} pixels cannot be cut into patches of {self.patch} "
-                f"(encoder.patch). Resize it to {fitting[0]} x {fitting[1]} or choose another patch."
+                f"An image of {height} x {width} pixels cannot be cut into patches of {self.patch} (encoder.patch). "
+                f"Resize it (encoder.image_size) to {self._nearest(height, width)}, or choose another patch."
             )
         return height // self.patch, width // self.patch
+
+    def _nearest(self, height: int, width: int) -> str:
+        """Sides that the patch divides, near to these."""
+        near = [max(1, round(side / self.patch)) * self.patch for side in (height, width)]
+        return str(near[0]) if near[0] == near[1] else str(near)
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -56,7 +56,9 @@ def pretrain(settings: PretrainSettings, resume: bool = False, overwrite: bool =
         folder.check(resume, overwrite)
     train = settings.train
     check_machine(settings)
-    index, plan = open_data(settings.data, f"{settings.out.rstrip('/')}-shards", settings.seed)
+    index, plan = open_data(
+        settings.data, f"{settings.out.rstrip('/')}-shards", settings.seed, train.devices * train.nodes
+    )
     if is_first:
         check_data(settings, index, plan)
     start = load_encoder(settings.init) if settings.init and not resume else None
@@ -85,8 +87,8 @@ def pretrain(settings: PretrainSettings, resume: bool = False, overwrite: bool =
         folder.start(settings.as_dict(), resume)
         trainer.loggers = make_loggers(train, folder)
         _announce(settings, index, data, task, trainer)
-        if picked := chosen(asked, settings):
-            print(f"chosen for {len(index):,} images, {plan.global_batch} a step: {', '.join(picked)}", flush=True)
+        if picked := chosen(asked, settings, plan.steps_per_epoch):
+            print(f"chosen for {len(index):,} images, {plan.global_batch} a step: {'; '.join(picked)}", flush=True)
 
     with warnings.catch_warnings():
         _silence_needless_warnings()
