@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from typing import Any
@@ -23,9 +24,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options = read_options(make_parser(), arguments)
         code = options.function(options)
+        sys.stdout.flush()
     except UnknownCommand as error:
         print(f"sslvit: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever reads our output, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         if "--traceback" in arguments:
             raise

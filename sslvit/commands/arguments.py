@@ -38,14 +38,11 @@ def read_options(parser: argparse.ArgumentParser, arguments: list[str]) -> argpa
     """
     name, used = find_parser(parser, arguments)
     words, settings = take_settings(arguments, used._option_string_actions)
-    if not used.get_default("takes_settings") and settings:
-        word = settings[0].partition("=")[0]
-        raise ValueError(f"{brief(word)}: no such option.{hint_for_option(word, used)} See: {name} --help")
+    for word in [setting.partition("=")[0] for setting in settings if setting.startswith("--")]:
+        hint = "" if "." in word else hint_for_option(word, used)
+        if hint or not used.get_default("takes_settings"):
+            raise ValueError(f"{brief(word)}: no such option.{hint} See: {name} --help")
     changes = read_changes(settings)
-    for key in changes:
-        hint = "" if "." in key else hint_for_option(f"--{key}", used)
-        if hint:
-            raise ValueError(f"--{brief(key)}: no such option.{hint} See: {name} --help")
     options, rest = parser.parse_known_args(words)
     if rest and used.get_default("takes_settings"):
         raise ValueError(f"{brief(rest[0])}: expected --key value, as in --train.epochs 10.")

@@ -19,6 +19,7 @@ from sslvit.evaluate.linear import draw_labels, fit_probe
 from sslvit.evaluate.protocols import Bench, check_places, linear_probe, places_of, words
 from sslvit.evaluate.scores import Draws, format_table, interval, mean, sampling_interval
 from sslvit.evaluate.sources import Features, FrozenEncoder, LabelledSet, RawPixels, Source
+from sslvit.files import brief
 from sslvit.models import ViTEncoder
 from sslvit.ranks import is_first_rank
 from sslvit.settings import ProbeSettings
@@ -201,15 +202,23 @@ def open_labelled(settings: ProbeSettings) -> tuple[ShardIndex, ShardIndex]:
     return train, val
 
 
+def _differing(classes: list[str], others: list[str]) -> str:
+    """In what two lists of classes differ, in words."""
+    only = sorted(set(classes) ^ set(others))
+    if only:
+        return f"{', '.join(map(brief, only[:5]))} in one only"
+    number = next(n for n, (one, other) in enumerate(zip(classes, others, strict=True)) if one != other)
+    return f"the same in another order: number {number} is {brief(classes[number])} and {brief(others[number])}"
+
+
 def check_classes(train: ShardIndex, val: ShardIndex, settings: ProbeSettings) -> None:
     """Refuse data that cannot be probed before any feature is computed."""
     for index in (train, val):
         check_present(index, 0.0)
         index.labels_of(np.arange(0))  # refuses unlabelled data
     if train.classes != val.classes:
-        only = sorted(set(train.classes) ^ set(val.classes))
         raise ValueError(
-            f"{train.location} and {val.location} have different classes ({', '.join(only[:5])} in one only). "
+            f"{train.location} and {val.location} have different classes ({_differing(train.classes, val.classes)}). "
             "Pack both from one folder with --holdout."
         )
     counts = np.bincount(train.labels_of(slice(None)), minlength=len(train.classes))
@@ -217,9 +226,9 @@ def check_classes(train: ShardIndex, val: ShardIndex, settings: ProbeSettings) -
         raise ValueError(f"--neighbours {min(settings.neighbours)}: there are only {len(train):,} training images.")
     few, smallest = settings.labels_per_class, train.classes[int(counts.argmin())]
     if few and counts.min() < few:
-        raise ValueError(f"--labels-per-class {few}: class {smallest} has only {counts.min()} training images.")
+        raise ValueError(f"--labels-per-class {few}: class {brief(smallest)} has only {counts.min()} training images.")
     if settings.labels_percent and round(counts.min() * settings.labels_percent / 100) < 2:
         raise ValueError(
-            f"--labels-percent {settings.labels_percent:g}: of class {smallest} ({counts.min()} training images) less "
-            "than 2 would be drawn. Give a larger percentage, or --labels-per-class."
+            f"--labels-percent {settings.labels_percent:g}: of class {brief(smallest)} ({counts.min()} training "
+            "images) less than 2 would be drawn. Give a larger percentage, or --labels-per-class."
         )

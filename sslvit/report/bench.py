@@ -26,6 +26,7 @@ from sslvit.evaluate.protocols import Bench, check_places, linear_probe, places_
 from sslvit.evaluate.scores import Draws, columns_of, format_table, interval, markdown_table, mean, sampling_interval
 from sslvit.evaluate.sources import FrozenEncoder, LabelledSet, RawPixels, Source
 from sslvit.figures import bars
+from sslvit.files import write_atomically
 from sslvit.models import ViTEncoder
 from sslvit.models.resize import check_resizable
 from sslvit.report.page import write_page
@@ -167,7 +168,7 @@ class BenchRun:
             if earlier != self.settings.name:
                 raise ValueError(f"{self.folder}: holds the tables of another bench ({earlier}). Choose another --out.")
         (self.folder / "cells").mkdir(parents=True, exist_ok=True)
-        (self.folder / MARK).write_text(json.dumps(asdict(self.settings), indent=1) + "\n")
+        write_atomically(self.folder / MARK, json.dumps(asdict(self.settings), indent=1) + "\n")
 
     # ---- rows ------------------------------------------------------------------------------------------------
 
@@ -290,9 +291,7 @@ class BenchRun:
         start = time.monotonic()
         values, about = measure()
         cell = Cell(values, time.monotonic() - start, about, key)
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps({**asdict(cell), "identity": identity}, indent=1, default=str) + "\n")
-        os.replace(part, file)
+        write_atomically(file, json.dumps({**asdict(cell), "identity": identity}, indent=1, default=str) + "\n")
         return cell
 
     # ---- tables ----------------------------------------------------------------------------------------------
@@ -338,7 +337,7 @@ class BenchRun:
             "table.json": json.dumps({"cells": cells, "settings": asdict(self.settings)}, indent=1) + "\n",
         }  # fmt: skip
         for name, text in files.items():
-            (self.folder / name).write_text(text)
+            write_atomically(self.folder / name, text)
         page = write_page(self.folder / "report.html", "sslvit bench", content)
         return {"page": page, **{name: self.folder / name for name in files}}
 
