@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 import sslvit
 from sslvit.cli import main
 from sslvit.commands.arguments import read_changes
+from sslvit.commands.evaluation import in_words
 from sslvit.environment import explain
 from sslvit.settings import TASK_SETTINGS
 from sslvit.settings.bench import load_bench
@@ -296,6 +297,19 @@ def test_what_the_commands_of_pixels_refuse(
     before = set(photos.rglob("*"))
     assert message in failing(capsys, *(str(photos) if word == "PHOTOS" else word for word in words))
     assert set(photos.rglob("*")) == before  # nothing is made in a folder that is no run
+
+
+def test_a_palettes_name_is_refused_before_images_are_packed(capsys, photos: Path) -> None:
+    for words in (["-o", "p.txt"], ["-o", "p.json", "--colours", "1"]):
+        failing(capsys, "palette", str(photos), *words)
+        assert [path.name for path in photos.parent.iterdir()] == ["photos"]
+
+
+def test_results_are_printed_with_the_digits_that_somebody_reads() -> None:
+    held_out = "right answers on training images held out"
+    assert in_words(held_out, 67.5925925925926) == f"{held_out} 67.6 %"
+    assert in_words("effective_rate", 0.010416666666666666) == "effective rate 0.01042"
+    assert in_words("batch", 1024) == "batch 1024"
 
 
 def test_options_of_other_commands_are_refused(capsys, photos: Path) -> None:
