@@ -24,6 +24,8 @@ class DataSettings:
         global_batch: images per optimiser step, over all ranks and micro-batches.
         fit_batch: lower global_batch where the data set holds fewer images; in a recipe true unless global_batch is
             given on the command line. config.yaml holds the batch that ran.
+        fit_normalization: take encoder.mean and encoder.std from the index; in a recipe true for other than 1 or 3
+            channels unless they are given.
         resolutions: sides in pixels, one of which is drawn for each step; null for encoder.image_size.
         workers: loader processes per rank; the order of the data does not depend on it.
         memory_limit_mb: a data set of small equal images is decoded once and kept in memory up to this size.
@@ -44,6 +46,7 @@ class DataSettings:
     view: ViewSettings = field(default_factory=CropSettings)
     global_batch: int = 4096
     fit_batch: bool = False
+    fit_normalization: bool = False
     resolutions: list[int] | None = None
     workers: int = 4
     memory_limit_mb: int = 1024

@@ -6,7 +6,7 @@ from its folder alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from sslvit.files import brief
@@ -114,8 +114,6 @@ class EncoderSettings:
         if isinstance(self.image_size, int):
             self.image_size = [self.image_size, self.image_size]
         self.image_size = list(self.image_size)
-        # not a field: encoder.json holds numbers, wherever they came from
-        self.has_default_units = self.mean is None and self.std is None
         if self.mean is None:
             self.mean = [0.485, 0.456, 0.406] if self.channels == 3 else [0.5] * self.channels
         if self.std is None:
@@ -189,18 +187,6 @@ class EncoderSettings:
             )
         if self.feature_layer is not None and not 1 <= self.feature_layer <= self.depth:
             raise ValueError(f"encoder.feature_layer: {self.feature_layer} is outside 1..{self.depth} (encoder.depth).")
-
-    def fitted(self, mean: list[float], std: list[float]) -> EncoderSettings:
-        """The same, with a data set's own mean and deviation where none were given and no usual ones exist.
-
-        Args:
-            mean: of the data set's channels, of pixels from 0 to 1.
-            std: the same; 0 for a channel that is constant.
-        """
-        is_usual = self.channels in (1, 3)
-        if not self.has_default_units or is_usual or not len(mean) == len(std) == self.channels:
-            return self
-        return replace(self, mean=list(mean), std=[deviation or 1.0 for deviation in std])
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches of an image; ValueError where the patch does not divide it."""

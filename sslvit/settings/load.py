@@ -111,10 +111,20 @@ def load_recipe(
         tree["encoder"]["palette"] = read_palette(
             palette if Path(palette).exists() else beside if beside.exists() else palette
         )
-    data = tree.setdefault("data", {})
-    if isinstance(data, dict) and not {"data", "data.global_batch"} & changes.keys():
-        data.setdefault("fit_batch", True)  # the recipe's author did not know how many images there would be
+    _leave_open(tree, changes)
     return build(PretrainSettings, tree, kinds)
+
+
+def _leave_open(tree: dict[str, Any], changes: dict[str, Any]) -> None:
+    """Mark what the recipe's author could not know of the data and nobody has given."""
+    data, encoder = tree.setdefault("data", {}), tree.get("encoder")
+    if not isinstance(data, dict):
+        return
+    if not {"data", "data.global_batch"} & changes.keys():
+        data.setdefault("fit_batch", True)
+    if isinstance(encoder, dict) and encoder.get("channels", 3) not in (1, 3):
+        is_given = any(encoder.get(key) is not None for key in ("mean", "std"))
+        data.setdefault("fit_normalization", not is_given)
 
 
 def read_protocol(name: str, changes: dict[str, Any]) -> ProtocolSettings:

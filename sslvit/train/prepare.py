@@ -90,8 +90,10 @@ def fit(
         len(index), plan.global_batch, total_steps, len(index.classes) if index.classes else None
     )
     optim = settings.optim.fitted(plan.steps_per_epoch, total_steps)
-    data = replace(settings.data, global_batch=plan.global_batch, fit_batch=False)
-    encoder = settings.encoder.fitted(index.mean, index.std)
+    data = replace(settings.data, global_batch=plan.global_batch, fit_batch=False, fit_normalization=False)
+    encoder = settings.encoder
+    if settings.data.fit_normalization and len(index.mean) == encoder.channels:  # a stream knows none
+        encoder = replace(encoder, mean=list(index.mean), std=[std or 1.0 for std in index.std])  # 0: constant
     fitted = replace(settings, task=task, optim=optim, data=data, encoder=encoder)
     if data.global_batch != settings.data.global_batch:
         check_machine(fitted)
@@ -109,7 +111,7 @@ def chosen(asked: PretrainSettings, settings: PretrainSettings, steps_per_epoch:
     before, after = by_dotted_key(asked.as_dict()), by_dotted_key(settings.as_dict())
     found = []
     for key, value in after.items():
-        if before[key] == value or key == "data.fit_batch":
+        if before[key] == value or key in ("data.fit_batch", "data.fit_normalization"):
             continue
         text = f"{value:.4g}" if isinstance(value, float) else brief(value)
         if key.endswith("_epochs"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -92,10 +91,16 @@ def test_five_channels_get_the_mean_and_deviation_of_their_shards(tmp_path: Path
 
 
 def test_photographs_keep_the_usual_mean_and_an_encoder_its_own() -> None:
-    assert EncoderSettings().fitted([0.1] * 3, [0.2] * 3).mean == [0.485, 0.456, 0.406]
-    own = EncoderSettings(**asdict(EncoderSettings(channels=5)))
-    assert own.fitted([0.1] * 5, [0.2] * 5).mean == [0.5] * 5
-    assert EncoderSettings(channels=5).fitted([], []).mean == [0.5] * 5  # a stream knows none
+    def is_open(**changes) -> bool:
+        base = changes.pop("base", None)
+        return load_recipe("mae/digits", {f"encoder.{k}": v for k, v in changes.items()}, base).data.fit_normalization
+
+    open_keys = {"mean": None, "std": None}
+    assert is_open(channels=5, **open_keys)
+    assert not is_open(channels=3, **open_keys)
+    assert not is_open(channels=2, mean=[0.5, 0.5], std=None)
+    own = EncoderSettings(16, channels=5, patch=4)
+    assert not load_recipe("finetune/small_images", {}, own).data.fit_normalization
 
 
 def test_a_loss_far_off_is_short() -> None:
