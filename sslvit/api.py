@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sslvit.checkpoint import load_encoder
+from sslvit.files import expand_path
 from sslvit.settings import EncoderSettings, SupervisedSettings
 from sslvit.settings.load import load_recipe
 from sslvit.train.folder import RunFolder
@@ -33,6 +34,9 @@ def pretrain(
         overwrite: delete an earlier run there first.
         changes: other settings by dotted key: ``**{"train.epochs": 10}``.
     """
+    for key in ("data.shards", "data.mixture"):
+        if data is not None and key in changes:
+            raise ValueError(f"--data and --{key} exclude each other: give one of them.")
     given = {"data.shards": data, "out": out, "init": init}
     changes |= {key: str(value) for key, value in given.items() if value is not None}
     return run_settings(load_recipe(config, changes), resume=resume, overwrite=overwrite)
@@ -65,11 +69,12 @@ def finetune(
     Raises:
         ValueError: a recipe for something else, or data without labels.
     """
+    encoder = expand_path(encoder)
     start = for_labels(load_encoder(encoder).settings)
     task = load_recipe(config, base=start).task
     if not isinstance(task, SupervisedSettings):
         raise ValueError(f"--config {config}: trains {task.name}, not with labels. Use finetune/small_images.")
-    for key, instead in (("init", "ENCODER"), ("data.shards", "--train"), ("task.val", "--val")):
+    for key, instead in (("init", "ENCODER"), ("data", "--train"), ("data.shards", "--train"), ("task.val", "--val")):
         if key in changes:
             raise ValueError(f"--{key}: fine-tuning takes {instead} for that.")
     given = {"data.shards": train, "task.val": val, "out": out, "init": None if scratch else encoder}

@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from typing import Any
 
-import yaml
-
 import sslvit
 from sslvit.commands import evaluation, in_and_out, packing, pixels, training
+from sslvit.commands.arguments import UnknownCommand, read_options
 from sslvit.environment import explain
+from sslvit.files import explain_os_error, printable
 from sslvit.stopping import TRY_AGAIN, Preempted, RankLost
+
+MAX_MESSAGE = 1000  # characters
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code. Errors of the user's making are one line, without a traceback."""
-    parser = make_parser()
-    options, rest = parser.parse_known_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        if rest and not getattr(options, "takes_settings", False):
-            raise ValueError(f"{rest[0]}: no such option. See: sslvit {options.command} --help")
-        options.changes = read_changes(rest)
+        options = read_options(make_parser(), arguments)
         code = options.function(options)
+        sys.stdout.flush()
+    except UnknownCommand as error:
+        print(f"sslvit: error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # whoever reads our output, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        if getattr(options, "traceback", False):
+        if "--traceback" in arguments:
             raise
         print(f"sslvit: error: {explain(error) or last_words(error)}", file=sys.stderr)
         return 1
@@ -39,9 +46,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def last_words(error: BaseException) -> str:
-    """The message alone where a loader process sent its whole traceback."""
-    text = str(error).strip()
-    return re.sub(r"^[\w.]+: ", "", text.splitlines()[-1]) if "Original Traceback" in text else text
+    """The message in one line; alone where a loader process sent its whole traceback."""
+    text = (explain_os_error(error) if isinstance(error, OSError) else None) or str(error).strip()
+    if "Original Traceback" in text:
+        text = re.sub(r"^[\w.]+: ", "", text.splitlines()[-1])
+    return printable(" ".join(text.split()), MAX_MESSAGE) or type(error).__name__
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -50,6 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"sslvit {sslvit.__version__}")
     words = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.set_defaults(commands=words.choices)
 
     def command(name: str, function, summary: str, **more: Any) -> argparse.ArgumentParser:
         sub = words.add_parser(
@@ -70,10 +80,13 @@ def make_parser() -> argparse.ArgumentParser:
 
     shards = command("shards", None, "make and inspect WebDataset shards")
     actions = shards.add_subparsers(dest="action", required=True, metavar="ACTION")
+    shards.set_defaults(commands=actions.choices)
 
     def action(name: str, function, summary: str) -> argparse.ArgumentParser:
         sub = actions.add_parser(name, help=summary, description=summary, allow_abbrev=False)
         sub.set_defaults(function=function)
+        sub.add_argument("--traceback", action="store_true", default=argparse.SUPPRESS,
+                         help="show where an error came from")  # fmt: skip
         sub.add_argument("--workers", type=int, help="processes (default: one per core)")
         return sub
 
@@ -173,7 +186,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     replay.add_argument("incident", metavar="INCIDENT", help="incident/ of a run that ended so")
 
-    command("settings", training.run_settings, "all settings of a recipe, with their defaults and meaning")
+    settings = command("settings", training.run_settings, "all settings of a recipe, with their defaults and meaning")
+    settings.add_argument("--recipes", action="store_true", help="instead, the recipes that come with sslvit")
 
     probe = command("probe", evaluation.run_probe, "score a frozen encoder: linear probe and kNN, with baselines")
     add_probe(probe)
@@ -341,34 +355,6 @@ def add_released(parser: argparse.ArgumentParser) -> None:
         "--image-size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="that a released file was trained at"
     )
     parser.add_argument("--palette", metavar="FILE", help="colours of a released iGPT, which its file does not hold")
-
-
-def read_changes(rest: list[str]) -> dict[str, Any]:
-    """--encoder.width 192 --train.steps=5 -> {"encoder.width": 192, "train.steps": 5}."""
-    changes: dict[str, Any] = {}
-    words = iter(rest)
-    for word in words:
-        match = re.fullmatch(r"--([a-z_]+(?:\.[a-z_]+)*)(?:=(.*))?", word, re.DOTALL)
-        if not match:
-            raise ValueError(f"{word}: expected --key value, as in --train.epochs 10.")
-        key, value = match.groups()
-        if value is None:
-            value = next(words, None)
-        if value is None:
-            raise ValueError(f"--{key}: no value given.")
-        changes[key] = read_value(value)
-    return changes
-
-
-def read_value(text: str) -> Any:
-    """A value as YAML reads it, and 1e-3 as a number too, which YAML takes for text."""
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?e[+-]?\d+", value, re.IGNORECASE):
-        return float(value)
-    return value
 
 
 if __name__ == "__main__":

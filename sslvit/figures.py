@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
-from sslvit.files import printable
+from sslvit.files import new_file, printable
 
 COLOURS = ["#2a6f97", "#e07a5f", "#81b29a", "#f2cc8f", "#3d405b"]
 
@@ -197,7 +197,8 @@ def _show(axes: Axes, pixels: np.ndarray) -> None:
 
 
 def _save(figure: Figure, path: str | Path) -> Path:
+    """Draw into a file that is whole or absent; its name decides the format."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with new_file(path, sync=False) as part:
+        figure.savefig(part, format=path.suffix.lstrip(".") or "png")
     return path

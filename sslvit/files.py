@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import reprlib
 import shutil
 import tempfile
 import time
@@ -31,6 +32,10 @@ REMEDIES = {
     errno.EISDIR: "It is a folder; give a file.",
 }
 MAX_PRINTED = 200  # characters of a name from a file in a message
+MAX_VALUE = 60  # characters of a value in a message
+_SHORT = reprlib.Repr()  # never looks at the whole of a large value
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxdict, _SHORT.maxlong = 3, 16, 16, 8, 40
+_SHORT.maxstring = _SHORT.maxother = MAX_VALUE
 
 
 class WriteError(OSError):
@@ -100,8 +105,20 @@ def explain_os_error(error: OSError) -> str | None:
 
 def printable(text: object, limit: int = MAX_PRINTED) -> str:
     """Text from a file as one line of a message: control and bidirectional characters and bad bytes escaped, cut."""
-    shown = "".join(character if _is_harmless(character) else _escaped(character) for character in str(text))
+    start = str(text)[: limit + 1]  # of what may be far longer
+    shown = "".join(character if _is_harmless(character) else _escaped(character) for character in start)
     return shown if len(shown) <= limit else f"{shown[: limit - 4]} ..."
+
+
+def brief(value: object) -> str:
+    """A value in a message: one line, and short however large the value is."""
+    text = value[: 2 * MAX_VALUE] if isinstance(value, str) else _SHORT.repr(value)
+    return printable(text, MAX_VALUE)
+
+
+def quoted(value: object) -> str:
+    """The same, where text stands in quotes."""
+    return f"'{brief(value)}'" if isinstance(value, str) else brief(value)
 
 
 @contextmanager

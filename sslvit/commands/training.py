@@ -26,6 +26,8 @@ def run_pretrain(options: argparse.Namespace) -> None:
 def run_finetune(options: argparse.Namespace) -> None:
     from sslvit.api import finetune
 
+    if "encoder" in options.changes:
+        raise ValueError("--encoder: ENCODER is what is trained on; its settings are --encoder.KEY value.")
     folder = finetune(
         options.encoder, options.train, options.val, options.config, options.out, options.scratch, options.resume,
         options.overwrite, **options.changes,
@@ -62,6 +64,8 @@ def run_plan(options: argparse.Namespace) -> None:
         images, classes = len(index), len(index.classes) if index.classes else None
     found, task = forecast(settings, images, classes)
     print(found.text())
+    if found.global_batch != settings.data.global_batch:
+        print(f"             instead of the recipe's {settings.data.global_batch:,} images, more than there are")
     for name, tflops in ({"given": options.tflops} if options.tflops else PEAKS).items():
         hours = found.hours(tflops, options.utilisation)
         print(
@@ -78,6 +82,13 @@ def run_replay(options: argparse.Namespace) -> None:
 
 
 def run_settings(options: argparse.Namespace) -> None:
-    from sslvit.settings.load import describe_settings
+    import shutil
 
-    print(describe_settings())
+    from sslvit.settings.load import describe_settings, recipe_names, recipes_folder
+
+    if not options.recipes:
+        print(describe_settings(width=min(max(shutil.get_terminal_size((100, 24)).columns, 60), 120)))
+        return
+    for name in recipe_names():
+        first = (recipes_folder() / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
+        print(f"{name:<28} {first.removeprefix('# ')}")

@@ -36,7 +36,7 @@ from sslvit.evaluate.scores import (
 )
 from sslvit.evaluate.sources import FrozenEncoder, LabelledSet, RawPixels, Source
 from sslvit.figures import bars
-from sslvit.files import printable
+from sslvit.files import printable, write_atomically
 from sslvit.models import ViTEncoder
 from sslvit.models.resize import check_resizable
 from sslvit.report.page import write_page
@@ -141,8 +141,8 @@ class BenchRun:
                 if recipe.train.devices * recipe.train.nodes > 1:
                     raise ValueError(f"{where}.train.devices: a bench trains on one device.")
                 fewest = min(len(train.index) for train, _ in self.sets.values())
-                if recipe.data.global_batch > fewest:
-                    batch = recipe.data.global_batch
+                batch = recipe.data.fitted(fewest).global_batch
+                if batch > fewest:
                     raise ValueError(f"{where}: data.global_batch {batch}, but there are {fewest} training images.")
 
     def run(self) -> dict[str, Path]:
@@ -178,7 +178,7 @@ class BenchRun:
             if earlier != self.settings.name:
                 raise ValueError(f"{self.folder}: holds the tables of another bench ({earlier}). Choose another --out.")
         (self.folder / "cells").mkdir(parents=True, exist_ok=True)
-        (self.folder / MARK).write_text(json.dumps(asdict(self.settings), indent=1) + "\n")
+        write_atomically(self.folder / MARK, json.dumps(asdict(self.settings), indent=1) + "\n")
 
     # ---- rows ------------------------------------------------------------------------------------------------
 
@@ -302,9 +302,7 @@ class BenchRun:
         start = time.monotonic()
         values, about = measure()
         cell = Cell(values, time.monotonic() - start, about, key)
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps({**asdict(cell), "identity": identity}, indent=1, default=str) + "\n")
-        os.replace(part, file)
+        write_atomically(file, json.dumps({**asdict(cell), "identity": identity}, indent=1, default=str) + "\n")
         return cell
 
     # ---- tables ----------------------------------------------------------------------------------------------
@@ -353,7 +351,7 @@ class BenchRun:
             "table.json": json.dumps({"cells": cells, "settings": asdict(self.settings)}, indent=1) + "\n",
         }  # fmt: skip
         for name, text in files.items():
-            (self.folder / name).write_text(text)
+            write_atomically(self.folder / name, text)
         page = write_page(self.folder / "report.html", "sslvit bench", content)
         return {"page": page, **{name: self.folder / name for name in files}}
 

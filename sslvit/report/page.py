@@ -6,6 +6,7 @@ import base64
 from pathlib import Path
 
 from sslvit.evaluate.scores import Draws, columns_of, html_text, shown
+from sslvit.files import write_atomically
 
 STYLE = """
 body { max-width: 46rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif; color: #222; }
@@ -26,9 +27,10 @@ def write_page(path: Path, title: str, content: list[tuple]) -> Path:
         content: ("text", t), ("heading", t), ("table", rows), ("picture", file, caption), in order.
     """
     body = "\n".join(_PARTS[kind](*arguments) for kind, *arguments in content)
-    path.write_text(
+    write_atomically(
+        path,
         f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{html_text(title)}</title>\n'
-        f"<style>{STYLE}</style>\n<h1>{html_text(title)}</h1>\n{body}\n</html>\n"
+        f"<style>{STYLE}</style>\n<h1>{html_text(title)}</h1>\n{body}\n</html>\n",
     )
     return path
 

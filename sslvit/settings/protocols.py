@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from sslvit.files import brief
+
 
 @dataclass
 class ProtocolSettings:
@@ -76,7 +78,7 @@ class SteppedSettings(ProtocolSettings):
         if not 0 < self.fraction <= 1:
             raise ValueError(f"--protocol.fraction {self.fraction}: must be above 0 and at most 1.")
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"--protocol.scale {self.scale}: expected [smallest, largest] share of the area.")
+            raise ValueError(f"--protocol.scale {brief(self.scale)}: expected [smallest, largest] share of the area.")
         for key in ("epochs", "base_rate"):
             if not 0 < getattr(self, key, 1) < float("inf"):
                 raise ValueError(f"--protocol.{key} {getattr(self, key)}: must be above zero.")
@@ -186,9 +188,9 @@ class DINOv2ProbeSettings(SteppedSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.rates or not all(0 < rate < float("inf") for rate in self.rates):
-            raise ValueError(f"--protocol.rates {self.rates}: expected rates above zero.")
+            raise ValueError(f"--protocol.rates {brief(self.rates)}: expected rates above zero.")
         if not self.blocks or min(self.blocks) < 1:
-            raise ValueError(f"--protocol.blocks {self.blocks}: expected numbers of blocks from 1.")
+            raise ValueError(f"--protocol.blocks {brief(self.blocks)}: expected numbers of blocks from 1.")
         if self.iterations < 1 or not 0 < self.held_out < 1:
             raise ValueError("--protocol.iterations must be 1 or more, and --protocol.held_out between 0 and 1.")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from sslvit.files import brief
+
 MOST_AROUND = 16.0  # times its area that a crop may be larger than the image
 
 
@@ -139,7 +141,7 @@ class MultiCropSettings:
         for key in ("blur", "solarise"):
             values = getattr(self, key)
             if len(values) != 3:
-                raise ValueError(f"data.view.{key}: {values} is not [first global, second global, local crops].")
+                raise ValueError(f"data.view.{key}: {brief(values)} is not [first global, second global, local crops].")
             for value in values:
                 check_probability(key, value)
         for key in ("brightness", "contrast", "saturation"):
@@ -192,7 +194,7 @@ VIEW_SETTINGS: dict[str, type] = {
 def check_range(key: str, values: list[float], most: float = float("inf")) -> None:
     """Raise ValueError unless values are [smallest, largest] with 0 < smallest and largest <= most."""
     if len(values) != 2 or not 0 < values[0] <= values[1]:
-        raise ValueError(f"data.view.{key}: {values} is not [smallest, largest] with 0 < smallest.")
+        raise ValueError(f"data.view.{key}: {brief(values)} is not [smallest, largest] with 0 < smallest.")
     if values[1] > most:
         raise ValueError(f"data.view.{key}: {values[1]} is above {most:g}. It is a share, where 1 is the whole image.")
 

@@ -91,7 +91,13 @@ def fit(
         len(index), plan.global_batch, total_steps, len(index.classes) if index.classes else None
     )
     optim = settings.optim.fitted(plan.steps_per_epoch, total_steps)
-    fitted = replace(settings, task=task, optim=optim)
+    data = replace(settings.data, global_batch=plan.global_batch, fit_batch=False, fit_normalization=False)
+    encoder = settings.encoder
+    if settings.data.fit_normalization and len(index.mean) == encoder.channels:  # a stream knows none
+        encoder = replace(encoder, mean=list(index.mean), std=[std or 1.0 for std in index.std])  # 0: constant
+    fitted = replace(settings, task=task, optim=optim, data=data, encoder=encoder)
+    if data.global_batch != settings.data.global_batch:
+        check_machine(fitted)
     if earlier is not None:
         before, asked = by_dotted_key(earlier.read_config()), by_dotted_key(settings.as_dict())
         for name, part in (("task", task), ("optim", optim)):
@@ -101,10 +107,18 @@ def fit(
     return fitted
 
 
-def chosen(asked: PretrainSettings, settings: PretrainSettings) -> list[str]:
-    """What was left open and is chosen now, as "task.out_dim 256"."""
+def chosen(asked: PretrainSettings, settings: PretrainSettings, steps_per_epoch: int) -> list[str]:
+    """What was left open or did not fit and is chosen now, as "task.out_dim 256"."""
     before, after = by_dotted_key(asked.as_dict()), by_dotted_key(settings.as_dict())
-    return [f"{key} {after[key]:.4g}" for key in after if before[key] is None and after[key] is not None]
+    found = []
+    for key, value in after.items():
+        if before[key] == value or key in ("data.fit_batch", "data.fit_normalization"):
+            continue
+        text = f"{value:.4g}" if isinstance(value, float) else brief(value)
+        if key.endswith("_epochs"):
+            text = f"{round(value * steps_per_epoch):,} steps ({value:.2g} epochs)"
+        found.append(f"{key} {text}" + ("" if before[key] is None else f" instead of {brief(before[key])}"))
+    return found
 
 
 def check_resumed(

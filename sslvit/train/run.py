@@ -66,7 +66,7 @@ def pretrain(settings: PretrainSettings, resume: bool = False, overwrite: bool =
 def _pretrain(settings: PretrainSettings, folder: RunFolder, is_first: bool, goes_on: bool) -> RunFolder:
     train = settings.train
     check_machine(settings)
-    index, plan = open_data(settings.data, settings.seed)
+    index, plan = open_data(settings.data, settings.seed, train.devices * train.nodes)
     if is_first:
         check_data(settings, index, plan)
     checkpoint = folder.newest_checkpoint() if goes_on else None
@@ -96,8 +96,8 @@ def _pretrain(settings: PretrainSettings, folder: RunFolder, is_first: bool, goe
         folder.start(settings.as_dict(), goes_on)
         trainer.loggers = make_loggers(train, folder)
         _announce(settings, index, data, task, trainer)
-        if picked := chosen(asked, settings):
-            print(f"chosen for {len(index):,} images, {plan.global_batch} a step: {', '.join(picked)}", flush=True)
+        if picked := chosen(asked, settings, plan.steps_per_epoch):
+            print(f"chosen for {len(index):,} images, {plan.global_batch} a step: {'; '.join(picked)}", flush=True)
 
     with warnings.catch_warnings():
         _silence_needless_warnings()

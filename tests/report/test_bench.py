@@ -209,7 +209,7 @@ def test_two_benches_do_not_share_a_folder(files: dict, tmp_path: Path, capsys: 
         ({"encoders": {"A": ["{tmp}/e0", "{tmp}/e2"]}}, "encoders.A: its runs are of different architectures"),
         ({"columns": {"x": {"kind": "knn", "neighbours": 99}}}, "--neighbours 99: there are only 48 training images"),
         (
-            {"columns": {"x": {"kind": "finetune"}}},
+            {"columns": {"x": {"kind": "finetune", "data.global_batch": 128}}},
             "columns.x: data.global_batch 128, but there are 48 training images",
         ),
         ({"columns": {"x": {"protocol": {"name": "dino", "blocks": 3}}}}, "--blocks 3: there are only 2 blocks"),
