@@ -244,7 +244,13 @@ def _write_index(folder: Path, index: ShardIndex) -> None:
     columns = [[getattr(shard, name) for shard in index.shards] for name in names]
     split = dict(zip(("filenames", "shard_lengths", "bytes", "sha256"), columns, strict=True))
     fields = ("classes", "channels", "bits", "mean", "std", "image_size", "encoding", "skipped")
-    about = {"format": 2, **{name: getattr(index, name) for name in fields}, "splits": {"train": split}}
+    split |= {"name": "train", "num_samples": sum(split["shard_lengths"])}
+    about = {
+        "format": 2,
+        "records_sha256": "0" * 64,
+        **{name: getattr(index, name) for name in fields},
+        "splits": {"train": split},
+    }
     (folder / "index.json").write_text(json.dumps(about))
 
 
