@@ -125,7 +125,7 @@ def checked_job(content: object, settings: type) -> dict[str, Any]:
         kinds = (hint, int) if hint is float else hint
         if not isinstance(value, kinds) or (isinstance(value, bool) and hint is not bool):
             raise ValueError(f"{name} is {_shown(value)}, expected {getattr(hint, '__name__', hint)}")
-        if isinstance(value, (int, float)):
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
             _number(name, value)
         if isinstance(value, str) and (len(value) > MAX_SETTING or not value.isprintable()):
             raise ValueError(f"{name} is {_shown(value)}, which is no setting")

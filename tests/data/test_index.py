@@ -430,6 +430,55 @@ def test_what_is_no_json_is_refused_in_one_line(tmp_path: Path, monkeypatch, con
     assert_clear(error.value)
 
 
+WRONG_FIELDS = {
+    "channels": [0, 4097, True, 3.0, "3", None], "bits": [7, 32, True, "8"], "image_size": [[8], [8, 0], [8, 8.0], 8],
+    "mean": [[], [0.1, 0.2], [math.nan], [math.inf], ["x"], [True], None], "std": [[-0.1], [0.1, 0.2]],
+    "classes": [[1], "even", {"even": 0}, ["even"]], "encoding": [None, 3], "skipped": [[], {"a": 1}, None],
+    "records_sha256": ["", "0" * 63, "G" * 64, 0], "splits": [{}, [], {"train": {}, "val": {}}, {"train": None}],
+}  # fmt: skip
+WRONG_COLUMNS = {
+    "num_samples": [11, -1, True, "12", None], "filenames": [[], ["x.tar"] * 9, "x.tar", [None], ["../x.tar"]],
+    "shard_lengths": [[13], [-1], [12.0], [True], None], "bytes": [[-1], [2**63], ["1"]], "sha256": [[""], ["x" * 64]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [(key, value) for table in (WRONG_FIELDS, WRONG_COLUMNS) for key, values in table.items() for value in values],
+)
+def test_each_field_of_an_index_is_checked_and_named(tmp_path: Path, monkeypatch, key: str, value: object) -> None:
+    monkeypatch.chdir(tmp_path)
+    numbered_shards(Path("s"), 12)
+    about = json.loads(Path("s/index.json").read_text())
+    content = about | {key: value}
+    if key in WRONG_COLUMNS:
+        content = about | {"splits": {"train": about["splits"]["train"] | {key: value}}}
+    Path("s/index.json").write_text(json.dumps(content))
+    others = {"classes": "class", "splits": "split", "filenames": "shard|filenames", "shard_lengths": "shard"}
+    named = others.get(key, key)
+    with pytest.raises(ValueError, match=rf"^s/index.json: .*({named}).*Make it again: sslvit shards index") as raised:
+        load_index("s")
+    assert_clear(raised.value)
+    del about[key if key in WRONG_FIELDS else "bits"]
+    Path("s/index.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="the index has no "):
+        load_index("s")
+
+
+def test_records_of_another_number_or_kind_are_refused(tmp_path: Path) -> None:
+    index = numbered_shards(tmp_path, 12)
+    about = json.loads((tmp_path / "index.json").read_text())
+    for records, problem in ((index.records[:11], "11 records for 12 images"), (np.zeros(12), "something else")):
+        np.save(tmp_path / "index.npy", records)
+        digest = hashlib.sha256((tmp_path / "index.npy").read_bytes()).hexdigest()
+        (tmp_path / "index.json").write_text(json.dumps(about | {"records_sha256": digest}))
+        with pytest.raises(ValueError, match=f"index.npy holds {problem}.*Make it again"):
+            load_index(tmp_path)
+    (tmp_path / "index.npy").unlink()
+    with pytest.raises(ValueError, match="index.npy is missing.*Make it again"):
+        load_index(tmp_path)
+
+
 def test_whatever_stands_in_the_records_is_used_or_refused_in_one_line(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     numbered_shards(Path("s"), 12)
@@ -495,6 +544,17 @@ def test_whatever_stands_in_the_files_of_a_packing_is_used_or_refused_in_one_lin
         except ValueError as error:
             assert_clear(error)
     assert 20 < read < 2000
+    measured = whole["measured"]
+    for change, problem in (
+        ({"images": 0}, "moments"), ({"channels": 0, "moments": [[], []]}, "moments"), ({"other": 1}, "unknown"),
+        ({"kinds": [[1, 7, 4]]}, "8 or 16"), ({"sizes": [[4, 0, 1]]}, "sizes"), ({"modes": {"L": -1}}, "modes"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=problem):
+            checked_report(whole | {"measured": measured | change}, "shard-000000.tar")
+    for change in ({"quality": True}, {"resize": 8.0}, {"shard_mb": "8"}, {"shard_mb": math.nan}, {"encode": "\x1b"}):
+        with pytest.raises(ValueError, match=next(iter(change))):
+            checked_job(job | change, PackSettings)
+    assert checked_job(job | {"shard_mb": 8, "resize": None, "classes": None}, PackSettings)
     for name in ("../../x", "/x", "shard-000001.tar", "s3://b/x"):
         with pytest.raises(ValueError, match="it is a report on '.*, not on shard-000000.tar"):
             checked_report(whole | {"shard": whole["shard"] | {"name": name}}, "shard-000000.tar")
