@@ -22,11 +22,11 @@ from urllib.parse import quote
 import numpy as np
 
 from sslvit.data.decode import BadImage
+from sslvit.data.labels import NO_LABEL
 from sslvit.data.schema import FORMAT, INDEX_FIELDS, checked_index, parse_json
 from sslvit.files import new_file, printable, write_atomically
 
 RECORD = np.dtype([("offset", "<i8"), ("size", "<u4"), ("label", "<i4")])
-NO_LABEL = -1
 CHECKED_BYTES = 64 * 2**20  # up to this length index.npy is compared with its checksum at each start
 MAX_REPEATED = 80  # characters of a path that is said once more in the remedy
 SPLITS = ("train", "val", "validation", "test")  # a folder of this name is a split for timm; others are its train
@@ -60,6 +60,7 @@ class Index(Protocol):
     mean: list[float]
     std: list[float]
     image_size: list[int] | None
+    orientation: str
     is_remote: bool
 
     def __len__(self) -> int: ...
@@ -86,6 +87,7 @@ class ShardIndex:
         std: per channel.
         image_size: height and width if all images share them.
         encoding: what packing did to the images, in words; empty for nothing.
+        orientation: upright if images are turned as EXIF says, stored if their pixels are taken as they lie.
         skipped: files that packing left out, with the reason.
         cache: brings shards here from the network (remote.ShardCache), or None.
     """
@@ -100,6 +102,7 @@ class ShardIndex:
     std: list[float] = field(default_factory=list)
     image_size: list[int] | None = None
     encoding: str = ""
+    orientation: str = "upright"
     skipped: dict[str, str] = field(default_factory=dict)
     cache: Any = None
 

@@ -15,7 +15,7 @@ from typing import Any, get_type_hints
 
 from sslvit.files import printable
 
-FORMAT = 2
+FORMAT = 3
 MAX_CHANNELS = 4096
 MAX_COUNT = 2**62  # of samples and bytes: sums stay within 64 bits
 MAX_SIDE = 2**31 - 1
@@ -120,6 +120,7 @@ def checked_job(content: object, settings: type) -> dict[str, Any]:
     images = _count("images", _get(content, "images", "the job"))
     _text("source", _get(content, "source", "the job"))
     _classes("classes", _get(content, "classes", "the job"))
+    _names("passed_over", _get(content, "passed_over", "the job"))
     for name, hint in get_type_hints(settings).items():
         value = _get(content, name, "the job")
         kinds = (hint, int) if hint is float else hint
@@ -224,6 +225,11 @@ def _image_size(key: str, value: object) -> None:
         _row(key, value, (MAX_SIDE, MAX_SIDE))
 
 
+def _orientation(key: str, value: object) -> None:
+    if value not in ("upright", "stored"):
+        raise ValueError(f"{key} is {_shown(value)}, expected upright or stored")
+
+
 def _names(key: str, value: object) -> None:
     if not isinstance(value, dict):
         raise ValueError(f"{key} is {_shown(value)}, expected names with reasons")
@@ -240,5 +246,6 @@ INDEX_FIELDS: dict[str, Callable[[str, object], Any]] = {
     "std": _list,
     "image_size": _image_size,
     "encoding": _text,
+    "orientation": _orientation,
     "skipped": _names,
 }
