@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import tempfile
+import time
 import unicodedata
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 REMEDIES = {
@@ -104,30 +105,76 @@ def printable(text: object, limit: int = MAX_PRINTED) -> str:
 
 
 @contextmanager
-def held_folder(folder: str | Path, doing: str, name: str = ".lock") -> Iterator[None]:
+def held_folder(folder: str | Path, doing: str, name: str = ".lock", wait_seconds: float = 0.0) -> Iterator[None]:
     """Hold a folder for this process while the block runs; the system lets go of it even after kill -9.
 
     Args:
-        folder: made if missing.
+        folder: made if missing, and gone again if nothing was put there.
         doing: what this process wants to do, for the message, as in "pack into it".
-        name: of the lock's file.
+        name: of the lock's file, which goes when the block ends.
+        wait_seconds: how long to wait for another process that may be ending.
 
     Raises:
         ValueError: another process holds it.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / name)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ValueError(
-            f"{folder}: another process is at work there. Wait until it has ended to {doing}, or choose another folder."
-        ) from error
+    path, deadline, is_told = Path(folder) / name, time.monotonic() + wait_seconds, False
+    is_new = not path.parent.exists()
+    while (handle := _try_to_hold(path)) is None:
+        if time.monotonic() >= deadline:
+            raise ValueError(
+                f"{printable(folder)}: another process is at work there. Wait until it has ended to {doing}, or choose "
+                "another folder."
+            )
+        if not is_told:
+            is_told = True
+            print(
+                f"{printable(folder)}: another process is at work there; waiting up to {wait_seconds:g} s", flush=True
+            )
+        time.sleep(0.1)
+    _held.add(handle)
     try:
         yield
     finally:
-        lock.release()
+        _held.discard(handle)
+        path.unlink(missing_ok=True)  # while it is held: whoever has opened it meanwhile sees that it is another file
+        if is_new:
+            with suppress(OSError):
+                path.parent.rmdir()  # nothing was made there
+        os.close(handle)
+
+
+_held: set[int] = set()  # handles of locks, which a forked process must not keep alive
+
+
+def _try_to_hold(path: Path) -> int | None:
+    """A handle that holds a lock; None while another process does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_own = os.path.samestat(os.fstat(handle), os.stat(path))
+    except (BlockingIOError, FileNotFoundError):
+        is_own = False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            os.close(handle)
+            raise
+        print(f"warning: {printable(path.parent)}: its file system has no locks, so two processes may use it at once")
+        is_own = True
+    if is_own:
+        return handle
+    os.close(handle)
+    return None
+
+
+def _let_go_in_child() -> None:
+    for handle in _held:
+        with suppress(OSError):
+            os.close(handle)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 def expand_path(path: str | Path) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from sslvit.checkpoint import load_encoder
 from sslvit.export import onnx, safetensors, timm, torch, transformers
-from sslvit.export.card import CARD, known_scores, make_card, write_card
+from sslvit.export.card import CARD, in_quotes, known_scores, make_card, write_card
 from sslvit.export.exported import with_outputs
 from sslvit.export.verify import SHOWN, check_inputs, compare, compare_preprocessing
 
@@ -81,7 +81,7 @@ def export_encoder(
     if failure:
         raise RuntimeError(f"{out}: not written, because {failure}; what was tried is in {part}.")
     card = make_card(exported, source, kind, is_fixed, [Path(file) for file in scores])
-    write_card(card, verdict, writer.how_to_open(exported, is_fixed).replace("FOLDER", str(out)), part, out.name)
+    write_card(card, verdict, writer.how_to_open(exported, is_fixed).replace("FOLDER", in_quotes(out)), part, out.name)
     (part / MAKING).unlink()
     if out.exists():
         keep_others(out, part)

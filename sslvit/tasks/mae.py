@@ -202,8 +202,8 @@ class MAE(PretextTask):
     def figures(self, batch: Batch) -> dict[str, tuple[list[str], list[np.ndarray]]]:
         """reconstruction: the input, the input with hidden patches grey, and the reconstruction."""
         images = batch.views[0][:8]
-        noise = torch.from_numpy(uniform_at((self.seed, 0, "figure"), np.arange(len(images)), self.patches_of(images)))
-        filled, is_hidden = self.reconstruct(images, noise)
+        noise = uniform_at((self.seed, 0, "figure"), np.arange(len(images)), self.patches_of(images))
+        filled, is_hidden = self.reconstruct(images, torch.from_numpy(noise).to(images.device))
         mean, std = (
             torch.tensor(v, device=images.device).view(-1, 1, 1)
             for v in (self.encoder.settings.mean, self.encoder.settings.std)

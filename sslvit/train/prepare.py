@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -106,16 +107,18 @@ def chosen(asked: PretrainSettings, settings: PretrainSettings) -> list[str]:
     return [f"{key} {after[key]:.4g}" for key in after if before[key] is None and after[key] is not None]
 
 
-def check_resumed(folder: RunFolder, settings: PretrainSettings, data: ShardDataModule, task: PretextTask) -> None:
+def check_resumed(
+    folder: RunFolder, checkpoint: Path, settings: PretrainSettings, data: ShardDataModule, task: PretextTask
+) -> None:
     """A resumed run must train the same encoder on the same data in the same order; other changes are said."""
-    content = read_torch_file(folder.checkpoint)
+    content = read_torch_file(checkpoint)
     try:
         trained, position = content["sslvit"]["encoder"], content[ShardDataModule.__qualname__]
         shapes = {key: value.shape for key, value in content["state_dict"].items()}
         moved = [len(group["params"]) for group in content["optimizer_states"][0]["param_groups"]]
     except (KeyError, TypeError) as error:
         raise ValueError(f"--resume: {folder.path} is not a run of sslvit that can go on ({error}).") from error
-    check_same(settings_from(trained, folder.checkpoint), settings.encoder, str(folder.checkpoint))
+    check_same(settings_from(trained, checkpoint), settings.encoder, str(checkpoint))
     data.load_state_dict(position)
     if data.start_step > data.total_steps:
         raise ValueError(f"--resume: {folder.path} is at step {data.start_step} already, past {data.total_steps}.")
@@ -125,7 +128,7 @@ def check_resumed(folder: RunFolder, settings: PretrainSettings, data: ShardData
     if not same_shapes or moved != [len(group["params"]) for group in task.parameter_groups()]:
         guilty = [change for change in changed if change.startswith("task.")] or changed or ["another task"]
         raise ValueError(
-            f"--resume: the weights in {folder.checkpoint} do not fit these settings ({'; '.join(guilty)}). "
+            f"--resume: the weights in {checkpoint} do not fit these settings ({'; '.join(guilty)}). "
             "Restore them, or start a new run from its encoder with --init."
         )
     if changed:

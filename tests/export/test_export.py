@@ -89,6 +89,28 @@ def test_a_card_says_where_the_weights_come_from(tmp_path: Path, capsys: pytest.
     assert not (tmp_path / "other").exists()
 
 
+def test_names_in_a_card_are_text(tmp_path: Path) -> None:
+    evil, out = "<img src=x>[y](http://z)", tmp_path / 'ou"t\n```'
+    saved(tmp_path / "e", pooling="mean")
+    file = tmp_path / "e" / "encoder.json"
+    content = json.loads(file.read_text())
+    content["provenance"] = {"task": evil, "weights": evil, "step": 3, "data": {"samples": evil, "fingerprint": evil}}
+    file.write_text(json.dumps(content))
+    weights = {"head.weight": torch.randn(3, 32), "head.bias": torch.randn(3)}
+    classes = json.dumps([evil, "# cat", "a|b\n---"])
+    save_file(weights, tmp_path / "e" / "head.safetensors", {"classes": classes})
+    (tmp_path / "<b>.json").write_text(json.dumps({"rows": {evil: {"`": [1.0]}}}))
+    export_encoder(tmp_path / "e", out, "safetensors", "logits", scores=[tmp_path / "<b>.json"])
+    text = (out / "README.md").read_text()
+    assert "<" not in text
+    assert "](" not in text.replace("\\](", "")
+    assert text.count("&lt;img src=x&gt;") == 6
+    code = text.split("```python\n")[1].split("\n```\n")[0]
+    assert 'ou\\"t\\n' in code
+    compile(code, "card", "exec")
+    assert json.loads((out / "card.json").read_text())["classes"][0] == evil
+
+
 def test_a_classifier_goes_along(tmp_path: Path) -> None:
     encoder = saved(tmp_path / "run" / "encoder", pooling="mean", fc_norm=True, final_norm=False)
     with pytest.raises(ValueError, match="has no classifier"):
