@@ -14,7 +14,7 @@ from sslvit.checkpoint import load_encoder
 from sslvit.export import onnx, safetensors, timm, torch, transformers
 from sslvit.export.card import CARD, known_scores, make_card, write_card
 from sslvit.export.exported import with_outputs
-from sslvit.export.verify import SHOWN, check_inputs, compare, compare_preprocessing
+from sslvit.export.verify import SHOWN, check_inputs, compare, compare_preprocessing, shortfall
 
 FORMATS = {"timm": timm, "transformers": transformers, "onnx": onnx, "torch": torch, "safetensors": safetensors}
 MARK = "verdict.json"
@@ -74,7 +74,7 @@ def export_encoder(
         verdict |= {"passed": False, "failure": failure}
     for what, found in (("the reopened encoder", verdict), ("its preprocessing", verdict.get("preprocessing", {}))):
         if not failure and found.get("passed") is False:
-            failure = f"{what} differs by {found['largest_difference']:.1e} (allowed {found['tolerance']:.0e})"
+            failure = f"{what} {shortfall(found)}"
     verdict["passed"] = not failure
     verdict["files"] = sorted([*(path.name for path in part.iterdir() if path.name != MAKING), MARK, *CARD])
     (part / MARK).write_text(json.dumps(in_json(verdict), indent=1) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +67,20 @@ def model_arguments(settings: EncoderSettings, outputs: str = "features", classe
     return {
         "img_size": list(settings.image_size), "patch_size": settings.patch, "in_chans": settings.channels,
         "embed_dim": settings.width, "depth": settings.depth, "num_heads": settings.heads,
-        "mlp_ratio": settings.mlp_width / settings.width, "qk_norm": settings.qk_norm, "qkv_bias": settings.bias,
+        "mlp_ratio": ratio_cut(settings.width, settings.mlp_width), "qk_norm": settings.qk_norm,
+        "qkv_bias": settings.bias,
         "proj_bias": settings.bias, "init_values": settings.layer_scale, "class_token": settings.class_token,
         "reg_tokens": settings.registers, "no_embed_class": rows_kept(settings) < max(settings.prefix, 1),
         "pos_embed": "none" if settings.positions == "none" else "learn",
         "global_pool": pooling, "num_classes": classes, "dynamic_img_size": True,
         "fc_norm": fc_norm, "final_norm": settings.final_norm or fc_norm,  # its one norm, behind the pooling or before
     }  # fmt: skip
+
+
+def ratio_cut(width: int, hidden: int) -> float:
+    """A ratio whose product with the width is the hidden width when timm cuts it to a whole number."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def resampling_differs(settings: EncoderSettings) -> str | None:
