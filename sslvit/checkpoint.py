@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import yaml
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from sslvit.layouts import Converted, timm, to_sslvit, transformers
 from sslvit.models import ViTEncoder
@@ -225,13 +225,13 @@ def _run_settings(file: Path) -> dict[str, Any] | None:
     return content if is_ours else None
 
 
-def put_weights(encoder: ViTEncoder, weights: dict[str, Tensor], source: str) -> None:
+def put_weights(module: nn.Module, weights: dict[str, Tensor], source: str) -> None:
     """Load weights that must fit exactly.
 
     Raises:
         ValueError: they do not; the message lists what is missing, unknown or of another shape.
     """
-    own = encoder.state_dict()
+    own = module.state_dict()
     missing = sorted(own.keys() - weights.keys())
     unknown = sorted(weights.keys() - own.keys())
     shapes = [
@@ -246,7 +246,7 @@ def put_weights(encoder: ViTEncoder, weights: dict[str, Tensor], source: str) ->
     ]
     if problems:
         raise ValueError(f"{source}: these weights are of another architecture ({'; '.join(problems)}).")
-    encoder.load_state_dict(weights)
+    module.load_state_dict(weights)
 
 
 def settings_difference(one: EncoderSettings, other: EncoderSettings) -> list[str]:

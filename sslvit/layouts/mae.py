@@ -40,9 +40,20 @@ def from_sslvit(encoder: dict[str, Tensor], extras: dict[str, Tensor]) -> dict[s
     return encoder | {_rename(key, back): value for key, value in extras.items()}
 
 
-def decoder_shape(extras: dict[str, Tensor]) -> tuple[int, int]:
-    """Width and depth of the decoder among the extras."""
-    return extras["decoder.embed.weight"].shape[0], count_blocks(extras, "decoder.blocks.")
+def decoder_shape(extras: dict[str, Tensor]) -> dict[str, int | float]:
+    """Fields of MAESettings that the decoder's weights tell.
+
+    Raises:
+        ValueError: there is no decoder, or not all of it.
+    """
+    embed, inner = (extras.get(f"decoder.{key}.weight") for key in ("embed", "blocks.0.mlp.fc1"))
+    if embed is None or inner is None:
+        raise ValueError("this checkpoint has an encoder only; MAE.from_official needs one with its decoder.")
+    width = embed.shape[0]
+    return {
+        "decoder_width": width, "decoder_depth": count_blocks(extras, "decoder.blocks."),
+        "decoder_mlp_ratio": inner.shape[0] / width,
+    }  # fmt: skip
 
 
 def _rename(key: str, table: dict[str, str]) -> str:

@@ -37,8 +37,8 @@ class EncoderSettings:
         width: channels of a token.
         depth: number of blocks.
         heads: attention heads; they divide the width.
-        mlp_ratio: hidden width of the MLP over the width. With swiglu the hidden width is 2/3 of that, rounded
-            up to a multiple of 8 (DINOv2).
+        mlp_ratio: hidden width of the MLP over the width; their product is rounded. With swiglu the hidden width is 2/3
+            of that, rounded up to a multiple of 8 (DINOv2).
         mlp: activation of the MLP.
         norm: layer (LayerNorm) or rms (RMSNorm: no mean, no bias).
         norm_eps: added to the variance.
@@ -213,7 +213,7 @@ class EncoderSettings:
 
     @property
     def mlp_width(self) -> int:
-        hidden = int(self.width * self.mlp_ratio)
+        hidden = round(self.width * self.mlp_ratio)
         if self.mlp == "swiglu":
             hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
         return hidden
