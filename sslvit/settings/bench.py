@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import yaml
 
+from sslvit.settings.choices import checked
 from sslvit.settings.load import build
 from sslvit.settings.probe import ProbeSettings
 from sslvit.settings.protocols import PROTOCOLS, LogregSettings, ProtocolSettings
@@ -56,6 +57,7 @@ class FinetuneColumn:
 
 
 @dataclass
+@checked("")
 class ProbeColumn:
     """A column of scores on frozen features.
 
@@ -94,6 +96,7 @@ class ProbeColumn:
 
 
 @dataclass(kw_only=True)
+@checked("")
 class BenchOptions:
     """What a bench says besides its rows and columns.
 

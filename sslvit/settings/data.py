@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from sslvit.settings.choices import checked
 from sslvit.settings.views import CropSettings, ViewSettings
 
 
 @dataclass
+@checked("data.")
 class DataSettings:
     """The stream of batches.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from sslvit.settings.choices import checked
 from sslvit.settings.palette import check_palette
 
 TokenKind = Literal["patch", "conv_stem", "hybrid", "shifted_patch", "pixel"]
@@ -16,6 +17,7 @@ PositionKind = Literal["none", "learned_1d", "learned_2d", "sincos_1d", "sincos_
 
 
 @dataclass
+@checked("encoder.")
 class EncoderSettings:
     """A vision transformer and its input.
 

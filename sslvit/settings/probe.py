@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from sslvit.settings.choices import checked
 from sslvit.settings.protocols import LogregSettings, ProtocolSettings
 
 POOLINGS = ("class", "mean", "class+mean", "attention")
 
 
 @dataclass
+@checked("--")
 class ProbeSettings:
     """A linear probe and nearest neighbours on frozen features.
 
