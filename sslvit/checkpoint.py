@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -22,6 +21,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sslvit.files import new_file, remove_left_parts
 from sslvit.layouts import Converted, timm, to_sslvit, transformers
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings
@@ -60,17 +60,21 @@ def save_encoder(encoder: ViTEncoder, folder: str | Path, provenance: dict[str, 
         encoder: what is written.
         folder: made if missing; an encoder already there is replaced.
         provenance: where the weights come from (run settings, step, data), for the reader.
+
+    Raises:
+        WriteError: the disk is full or cannot be written to; an encoder already there stays.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     weights = {key: value.detach().cpu().contiguous() for key, value in encoder.state_dict().items()}
-    save_file(weights, folder / "encoder.safetensors.part")
     about = {"format": FORMAT, "encoder": describe_encoder(encoder), "provenance": provenance or {}}
     # numbers of one list on one line: a palette has 512 of them
     text = re.sub(r"\[\n[-+.\de,\s]+\]", lambda found: re.sub(r"\s+", " ", found[0]), json.dumps(about, indent=2))
-    (folder / "encoder.json.part").write_text(text + "\n")
-    for name in ("encoder.safetensors", "encoder.json"):
-        os.replace(folder / f"{name}.part", folder / name)
+    files = [folder / name for name in ("encoder.json", "encoder.safetensors")]
+    for file in files:
+        remove_left_parts(file)
+    with new_file(files[0]) as description, new_file(files[1]) as part:  # the inner one takes its place first
+        save_file(weights, part)
+        description.write_text(text + "\n")
     return folder
 
 
