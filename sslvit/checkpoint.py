@@ -8,6 +8,7 @@ Nothing here unpickles code (weight_files.py).
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
@@ -21,8 +22,9 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sslvit.files import new_file, remove_left_parts
+from sslvit.files import new_file, printable, remove_left_parts
 from sslvit.layouts import Converted, timm, to_sslvit, transformers
+from sslvit.layouts.vit import count_blocks
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings
 from sslvit.settings.load import brief, build
@@ -141,6 +143,7 @@ def _converted(converted: Converted, source: str) -> ViTEncoder:
 
 
 def _assembled(settings: EncoderSettings, weights: dict[str, Tensor], source: str | Path) -> ViTEncoder:
+    check_fits(settings, weights, str(source))
     encoder = ViTEncoder(settings)
     put_weights(encoder, weights, str(source))
     return encoder.eval()
@@ -235,7 +238,31 @@ def put_weights(module: nn.Module, weights: dict[str, Tensor], source: str) -> N
     Raises:
         ValueError: they do not; the message lists what is missing, unknown or of another shape.
     """
-    own = module.state_dict()
+    _compare_shapes(module.state_dict(), weights, source)
+    module.load_state_dict(weights)
+
+
+def check_fits(settings: EncoderSettings, weights: dict[str, Tensor], source: str) -> None:
+    """Refuse weights that settings from a file do not describe, before memory is taken for what they describe.
+
+    Raises:
+        ValueError: they do not fit; the message lists what is missing, unknown or of another shape.
+    """
+    shape = copy.copy(settings)
+    shape.depth = min(settings.depth, count_blocks(weights, "blocks.") + 1)
+    shape.colour_start = "normal"
+    if shape.positions in POSITION_TABLES:
+        shape.positions = "learned_1d"  # a table of the same shape, without its arithmetic
+    try:
+        with torch.device("meta"):
+            expected = ViTEncoder(shape).state_dict()
+    except (RuntimeError, OverflowError, TypeError, MemoryError) as error:  # sizes beyond what a tensor can have
+        reason = printable(str(error).splitlines()[0], 120)
+        raise ValueError(f"{source}: its settings describe no network that can be built ({reason}).") from error
+    _compare_shapes(expected, weights, source, f" of {settings.depth:,} blocks" if shape.depth < settings.depth else "")
+
+
+def _compare_shapes(own: dict[str, Tensor], weights: dict[str, Tensor], source: str, more: str = "") -> None:
     missing = sorted(own.keys() - weights.keys())
     unknown = sorted(weights.keys() - own.keys())
     shapes = [
@@ -244,13 +271,12 @@ def put_weights(module: nn.Module, weights: dict[str, Tensor], source: str) -> N
         if own[key].shape != weights[key].shape
     ]
     problems = [
-        f"{title} {', '.join(keys[:4])}{f' and {len(keys) - 4} more' if len(keys) > 4 else ''}"
+        f"{title} {printable(', '.join(keys[:4]))}{f' and {len(keys) - 4} more' if len(keys) > 4 else ''}"
         for title, keys in (("missing:", missing), ("unknown:", unknown), ("other shape:", sorted(shapes)))
         if keys
     ]
     if problems:
-        raise ValueError(f"{source}: these weights are of another architecture ({'; '.join(problems)}).")
-    module.load_state_dict(weights)
+        raise ValueError(f"{source}: these weights are of another architecture{more} ({'; '.join(problems)}).")
 
 
 def settings_difference(one: EncoderSettings, other: EncoderSettings) -> list[str]:

@@ -179,8 +179,9 @@ def state_with_table(encoder: ViTEncoder, rows: int, outputs: str) -> dict[str, 
 
 
 def count_blocks(state: dict[str, Tensor], prefix: str) -> int:
-    numbers = {int(key[len(prefix) :].split(".")[0]) for key in state if key.startswith(prefix)}
-    return len(numbers)
+    """How many different numbers follow the prefix."""
+    numbers = {key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)}
+    return sum(number.isdecimal() for number in numbers)
 
 
 def split(state: dict[str, Tensor], extras: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -15,6 +15,8 @@ from sslvit.settings.palette import check_palette
 TokenKind = Literal["patch", "conv_stem", "hybrid", "shifted_patch", "pixel"]
 PositionKind = Literal["none", "learned_1d", "learned_2d", "sincos_1d", "sincos_2d", "rotary_2d", "relative_bias"]
 
+MAX_CHANNELS = 10_000  # before lists of that length are made
+
 
 @dataclass
 @checked("encoder.")
@@ -115,6 +117,8 @@ class EncoderSettings:
         if isinstance(self.image_size, int):
             self.image_size = [self.image_size, self.image_size]
         self.image_size = list(self.image_size)
+        if self.channels > MAX_CHANNELS:
+            raise ValueError(f"encoder.channels: {self.channels} is above {MAX_CHANNELS:,}.")
         if self.mean is None:
             self.mean = [0.485, 0.456, 0.406] if self.channels == 3 else [0.5] * self.channels
         if self.std is None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sslvit.checkpoint import own_parts, put_weights
+from sslvit.checkpoint import check_fits, own_parts, put_weights
 from sslvit.data.batch import Batch
 from sslvit.environment import pick_device
 from sslvit.layouts import openai_igpt as layout
@@ -153,6 +153,7 @@ class IGPT(PretextTask):
     @classmethod
     def from_parts(cls, settings: EncoderSettings, encoder: dict[str, Tensor], head: Tensor) -> IGPT:
         """A task of a trained encoder and output matrix, to sample from and to score, in evaluation mode."""
+        check_fits(settings, encoder, "iGPT")
         task = cls(IGPTSettings(), settings, OptimSettings(), total_steps=1, steps_per_epoch=1, global_batch=256)
         put_weights(task.encoder, encoder, "iGPT")
         if head.shape != task.head.weight.shape:
