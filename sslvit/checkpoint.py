@@ -24,15 +24,17 @@ from torch import Tensor, nn
 
 from sslvit.files import new_file, printable, remove_left_parts
 from sslvit.layouts import Converted, timm, to_sslvit, transformers
+from sslvit.layouts.unwrap import unwrap
 from sslvit.layouts.vit import count_blocks
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings
 from sslvit.settings.load import brief, build
-from sslvit.weight_files import read_folder_weights, read_torch_file, weights_in
+from sslvit.weight_files import FOLDER_FILES, read_folder_weights, read_torch_file
 
 FORMAT = 1
 HEAD = "head.safetensors"  # beside an encoder: the classifier that was trained with it
 TIMM = "timm:"  # before the name of one of timm's pretrained models
+SNAPSHOTS = "snapshots"  # of a model in the hub's cache
 STUDENT, TEACHER = "encoder.", "teacher."  # of a checkpoint's names, where a task trains both
 POSITION_TABLES = ("learned_1d", "sincos_1d", "sincos_2d")
 NOT_IN_THE_WEIGHTS = (
@@ -88,9 +90,11 @@ def load_encoder(
     Args:
         source: a run folder, an encoder folder, a Lightning checkpoint of ours, a released checkpoint file, a folder
             that transformers or timm opens, or timm:NAME for a pretrained model of timm's.
-        layout: of a released file: mae, dino, dinov2, timm or openai_igpt; recognised from the names if None.
+        layout: of a released file: mae, dino, dinov2, timm, transformers or openai_igpt; recognised from the names if
+            None.
         heads: attention heads of a released file, which does not say them; 64 channels a head are assumed if None.
-        weights: student or teacher, of a checkpoint that holds both; None for what its task calls the result.
+        weights: which network of a file with several, by a part of its name, such as student or model_ema; None for
+            what its task calls the result, the teacher, or an average over training.
         changes: settings that a released file does not say, such as `palette`.
 
     Raises:
@@ -103,13 +107,18 @@ def load_encoder(
         _check_unsaid(str(source), said)
         return _converted(timm.from_name(str(source).removeprefix(TIMM), **changes), str(source))
     path = find_encoder(source, by_network=weights is not None)
+    if path.parent.name == SNAPSHOTS:
+        print(f"{printable(source)}: snapshot {printable(path.name)}")
     if path.is_dir():
         converted = _from_library(path, changes)
         _check_unsaid(str(path), said if converted else said | changes)
         return _converted(converted, path.name) if converted else _assembled(*_read_folder(path), path)
+    if not said and (beside := _described_beside(path)) is not None:
+        print(f"{path.name}: read with config.json beside it")
+        return _converted(_from_library(beside, changes), path.name)
     content = read_torch_file(path)
     if "sslvit" not in content:
-        return _converted(to_sslvit(weights_in(content, path, weights), layout, heads, **changes), path.name)
+        return _converted(to_sslvit(content, layout, heads, weights, str(path), **changes), path.name)
     said.pop("weights", None)
     _check_unsaid(str(path), said | changes)
     settings, state, _ = own_parts(content, path, weights)
@@ -123,7 +132,22 @@ def _from_library(path: Path, changes: dict[str, Any]) -> Converted | None:
     if not transformers.is_folder(path):
         return None
     transformers.read_config(path)  # says what the folder is, if it is not of such a model
-    return transformers.to_sslvit(read_folder_weights(path), path, **changes)
+    weights = unwrap(read_folder_weights(path), str(path)).everything
+    return transformers.to_sslvit(weights, path, **changes)
+
+
+def _described_beside(file: Path) -> Path | None:
+    """The folder of timm or transformers that a file of weights is part of, if its config.json says that it is one."""
+    if file.name not in FOLDER_FILES or not transformers.is_folder(file.parent):
+        return None
+    try:
+        config = json.loads((file.parent / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    is_known = isinstance(config, dict) and (
+        "pretrained_cfg" in config or config.get("model_type") in transformers.MODELS
+    )
+    return file.parent if is_known else None
 
 
 def _check_unsaid(source: str, said: dict[str, Any]) -> None:
@@ -134,6 +158,7 @@ def _check_unsaid(source: str, said: dict[str, Any]) -> None:
 
 
 def _converted(converted: Converted, source: str) -> ViTEncoder:
+    source = printable(source)
     for note in converted.notes:
         print(f"{source}: {note}")
     settings = settings_from(asdict(converted.settings), source)  # what a foreign file says is checked as well
@@ -166,6 +191,8 @@ def own_parts(
         record, prefix, state = content["sslvit"]["encoder"], content["sslvit"]["prefix"], content["state_dict"]
         if network is not None and prefix != TEACHER:
             raise ValueError(f"{path}: its task trains one network. Leave out weights (--weights).")
+        if network not in (None, "student", "teacher"):
+            raise ValueError(f"{path}: holds a student and a teacher, no {network}.")
         prefix = STUDENT if network == "student" else prefix
         encoder = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         others = {key: value for key, value in state.items() if not key.startswith(prefix)}
@@ -184,6 +211,8 @@ def find_encoder(source: str | Path, by_network: bool = False) -> Path:
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder. Give a run folder, encoder folder or checkpoint.")
+    if (path / SNAPSHOTS).is_dir():
+        path = _snapshot(path)
     if path.is_file() or transformers.is_folder(path):
         return path
     checkpoint = path / "checkpoints" / "last.ckpt"
@@ -192,10 +221,30 @@ def find_encoder(source: str | Path, by_network: bool = False) -> Path:
         return checkpoint
     if folders:
         return folders[0]
+    there = sorted(entry.name for entry in path.iterdir())
+    shown = ", ".join(there[:5]) + (f" and {len(there) - 5} more" if len(there) > 5 else "") if there else "nothing"
     raise FileNotFoundError(
-        f"{path}: holds no encoder (no encoder.json, encoder/encoder.json or checkpoints/last.ckpt). "
-        "Has the run written its first checkpoint?"
+        f"{path}: holds no encoder (no encoder.json, encoder/encoder.json or checkpoints/last.ckpt, nor a config.json "
+        f"of transformers or timm; there is {printable(shown)}). Has the run written its first checkpoint?"
     )
+
+
+def _snapshot(folder: Path) -> Path:
+    """The snapshot in a folder of the hub's cache (models--NAME) that its main branch stands for.
+
+    Raises:
+        ValueError: there are several, or none.
+    """
+    try:
+        main = (folder / "refs" / "main").read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        main = ""
+    found = sorted(entry for entry in (folder / SNAPSHOTS).iterdir() if entry.is_dir())
+    named = [entry for entry in found if entry.name == main]
+    if len(named or found) != 1:
+        names = ", ".join(entry.name for entry in found) or "none"
+        raise ValueError(f"{folder}: which snapshot? Give one of {folder / SNAPSHOTS} ({printable(names)}).")
+    return (named or found)[0]
 
 
 def provenance_of(source: str | Path, weights: str | None = None) -> dict[str, Any]:

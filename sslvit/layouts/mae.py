@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sslvit.layouts.vit import Converted, count_blocks, settings_from_shapes, split
+from sslvit.layouts.vit import HEADS, Converted, count_blocks, settings_from_shapes, split
 
 DECODER = {
     "mask_token": "decoder.mask_token",
@@ -27,7 +27,7 @@ def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes) -> 
     """Official MAE names -> ours. With a decoder its parts are the extras, under the names of tasks/mae.py."""
     notes: list[str] = []
     encoder, decoder = split(state, tuple(DECODER))
-    encoder, head = split(encoder, ("head.",))
+    encoder, head = split(encoder, HEADS)
     found = {"positions": "sincos_2d" if decoder else "learned_1d", "interpolate_antialias": False, **changes}
     settings = settings_from_shapes(encoder, heads, notes, **found)
     extras = {_rename(key, DECODER): value for key, value in decoder.items()} | head

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sslvit.files import printable
 from sslvit.layouts.vit import (
+    HEADS,
     Converted,
     count_blocks,
     not_plain,
@@ -36,7 +37,7 @@ def recognise(keys: set[str]) -> bool:
 def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes) -> Converted:
     """timm -> ours; the classifier is the extras."""
     notes: list[str] = []
-    encoder, head = split(state, ("head.",))
+    encoder, head = split(state, HEADS)
     return Converted(settings_from_shapes(encoder, heads, notes, **changes), encoder, head, notes)
 
 

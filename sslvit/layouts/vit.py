@@ -184,6 +184,14 @@ def count_blocks(state: dict[str, Tensor], prefix: str) -> int:
     return sum(number.isdecimal() for number in numbers)
 
 
+HEADS = (
+    "head.", "heads.", "head_dist.", "fc.", "classifier.", "linear.", "linear_head.", "linear_classifier.", "mlp_head.",
+    "lm_head.", "score.", "pooler.", "pre_logits.", "projector.", "projection_head.", "predictor.", "prediction_head.",
+    "last_layer.", "dino_head.", "ibot_head.",
+)  # fmt: skip
+"""What training puts behind an encoder, in one file with it: classifiers, projections, predictors."""
+
+
 def split(state: dict[str, Tensor], extras: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The encoder's part of a state dict, and the part whose names start with one of the extras."""
     other = {key: value for key, value in state.items() if key.startswith(extras)}

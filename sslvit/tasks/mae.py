@@ -6,6 +6,8 @@ hidden place, and predicts the pixels of the hidden patches.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from einops import rearrange
@@ -16,11 +18,12 @@ from sslvit.chance import uniform_at
 from sslvit.checkpoint import put_weights
 from sslvit.data.batch import Batch
 from sslvit.layouts import mae as layout
+from sslvit.layouts.unwrap import unwrap
 from sslvit.models.positions import resample_table, sincos_2d
 from sslvit.models.transformer import Block
 from sslvit.settings import EncoderSettings, MAESettings, OptimSettings
 from sslvit.tasks.base import PretextTask
-from sslvit.weight_files import read_weights
+from sslvit.weight_files import read_torch_file
 
 
 def patchify(images: Float[Tensor, "b c h w"], patch: int) -> Float[Tensor, "b n pixels"]:
@@ -231,7 +234,8 @@ class MAE(PretextTask):
         Raises:
             ValueError: the file holds no decoder.
         """
-        return cls.from_state(read_weights(path), heads, decoder_heads, **settings)
+        state = unwrap(read_torch_file(Path(path)), str(path)).everything
+        return cls.from_state(state, heads, decoder_heads, **settings)
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor], heads: int, decoder_heads: int, **settings) -> MAE:
