@@ -19,6 +19,7 @@ from sslvit.export.card import CARD, known_scores, make_card, write_card
 from sslvit.export.exported import with_outputs
 from sslvit.export.verify import SHOWN, check_inputs, compare, compare_preprocessing, shortfall
 from sslvit.files import WriteError, is_of_the_disk, write_error
+from sslvit.progress import without_bars_of_others
 
 FORMATS = {"timm": timm, "transformers": transformers, "onnx": onnx, "torch": torch, "safetensors": safetensors}
 MARK = "verdict.json"
@@ -69,7 +70,7 @@ def export_encoder(
     part = fresh_part(out)
     verdict: dict[str, Any] = {"format": kind, "outputs": outputs, "image_sizes": "fixed" if is_fixed else "any"}
     failure = ""
-    with whole_folder(part):
+    with whole_folder(part), without_bars_of_others():
         try:
             writer.write(exported, part, is_fixed)
             reopened = writer.reopen(part, exported, is_fixed)

@@ -22,6 +22,7 @@ from sslvit.layouts.vit import (
     split,
 )
 from sslvit.models import ViTEncoder
+from sslvit.progress import without_bars_of_others
 from sslvit.settings import EncoderSettings
 from sslvit.weight_files import read_folder_weights
 
@@ -125,6 +126,8 @@ def _from_timm(name: str, weights: dict[str, Tensor] | None, **changes) -> Conve
     _library(name)
     if weights is not None:
         _check_fits(name, weights)
+    if weights is None:
+        print(f"timm:{name}: fetching its weights, unless they are in the hub's cache", flush=True)
     model = _create(name, pretrained=True).eval()
     _check_plain(name, model)
     about = model.pretrained_cfg
@@ -139,6 +142,10 @@ def _from_timm(name: str, weights: dict[str, Tensor] | None, **changes) -> Conve
     }  # fmt: skip
     converted = to_sslvit(model.state_dict(), model.blocks[0].attn.num_heads, **found)
     converted.read = len(model.state_dict())
+    if isinstance(share := about.get("crop_pct"), float) and share < 1:
+        converted.notes.append(
+            f"preprocessing: timm evaluates the middle {share:.1%} of each side; here the largest centred box is taken."
+        )
     if math.prod(converted.settings.grid) > MAX_PATCHES:
         raise ValueError(f"timm:{name}: images of {converted.settings.image_size} pixels are too large to be compared.")
     images = torch.randn(2, converted.settings.channels, *converted.settings.image_size)
@@ -166,7 +173,8 @@ def _create(name: str, pretrained: bool, **options) -> nn.Module:
     """A model of timm's without its classifier; whatever it raises in one line."""
     timm = _library(name)
     try:
-        return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+        with without_bars_of_others():
+            return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
     except Exception as error:  # the hub raises almost anything when it cannot be reached
         near = timm.list_models(f"{name.split('.')[0][:12]}*", pretrained=True)[:3]
         reason = printable(str(error).splitlines()[0], 160) if str(error) else type(error).__name__

@@ -84,10 +84,10 @@ def to_sslvit(state: dict[str, Tensor], path: Path, **changes) -> Converted:
 
 
 def _convert(state: dict[str, Tensor], config: dict[str, Any], path: Path, changes: dict[str, Any]) -> Converted:
-    notes = _unusual(path)
     size = config.get("image_size", 0)
     if not isinstance(size, int) and not (isinstance(size, list) and [type(side) for side in size] == [int, int]):
         raise ValueError(f"{path}: image_size {size!r} is no side in pixels and no pair of them.")
+    notes = _unusual(path, size)
     if config["model_type"] == "imagegpt":
         activation = config.get("activation_function", "quick_gelu")
         if activation != "quick_gelu":
@@ -268,7 +268,7 @@ def _preprocessing(path: Path) -> dict[str, Any]:
     return {key: value for key, value in found.items() if value is not None}
 
 
-def _unusual(path: Path) -> list[str]:
+def _unusual(path: Path, image_size: int | list[int]) -> list[str]:
     """What the image processor does otherwise than sslvit would, for the reader."""
     file = path / "preprocessor_config.json"
     content = _read_json(file) if file.is_file() else {}
@@ -277,7 +277,23 @@ def _unusual(path: Path) -> list[str]:
         notes.append("preprocessing: its pixels are not scaled to 0 to 1, and here they are; mean and std may not fit.")
     if content.get("resample", 3) not in RESAMPLE:
         notes.append(f"preprocessing: resample {content['resample']} is not bilinear or bicubic; bicubic is used.")
-    return notes
+    return notes + _framing(content, image_size)
+
+
+def _framing(content: dict[str, Any], image_size: int | list[int]) -> list[str]:
+    """How an image processor cuts images otherwise than sslvit, which resizes the largest centred box to image_size."""
+    size, crop = content.get("size"), content.get("crop_size") if content.get("do_center_crop", True) else None
+    size = {"shortest_edge": size} if isinstance(size, int) else size if isinstance(size, dict) else {}
+    crop = crop.get("height") if isinstance(crop, dict) else crop
+    if content.get("do_resize") is False:
+        return []
+    edge = size.get("shortest_edge")
+    ours = f"here the largest centred box is resized to {image_size}"
+    if edge and crop and crop != edge:
+        return [f"preprocessing: there the shorter side is resized to {edge} and the middle {crop} are kept; {ours}."]
+    if size.get("height") and not crop:
+        return [f"preprocessing: there images are squashed to {size['height']} x {size.get('width')}; {ours}."]
+    return []
 
 
 def _palette(path: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 from safetensors.torch import save_file
 
 from sslvit.checkpoint import load_encoder, save_encoder
+from sslvit.cli import main
 from sslvit.data.resample import normalise
 from sslvit.export import FORMATS, export_encoder
 from sslvit.export.exported import Exported, with_outputs
@@ -198,6 +199,24 @@ def test_preprocessing_of_a_photograph_is_that_of_the_card(tmp_path: Path, kind:
     module = FORMATS[kind]
     prepare = module.preprocessing(tmp_path / f"square-{kind}", Exported(encoder))
     assert not compare_preprocessing(Exported(encoder), prepare)["passed"]
+
+
+@pytest.mark.parametrize("kind", ["timm", "transformers"])
+def test_other_libraries_put_nothing_among_our_output(
+    tmp_path: Path, kind: str, capfd: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved(tmp_path / "e")
+    assert main(["export", str(tmp_path / "e"), str(tmp_path / "out"), "--format", kind]) == 0
+    assert main(["import", str(tmp_path / "out"), str(tmp_path / "again")]) == 0
+    out, err = capfd.readouterr()
+    assert err == ""
+    assert [line.split(":")[0] for line in out.splitlines()] == [
+        str(tmp_path / "out"),
+        "out",
+        f"encoder in {tmp_path}/again",
+    ]
+    assert not [record for record in caplog.records if record.name.split(".")[0] in ("transformers", "timm")]
+    assert transformers.utils.logging.is_progress_bar_enabled()  # others' settings are as they were
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
