@@ -342,9 +342,9 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def add_layout(parser: argparse.ArgumentParser) -> None:
-    layouts = ["mae", "dino", "dinov2", "timm", "openai_igpt"]
+    layouts = ["mae", "dino", "dinov2", "timm", "transformers", "openai_igpt"]
     parser.add_argument("--layout", choices=layouts, help="of a released file (default: recognised by its names)")
-    parser.add_argument("--weights", choices=["student", "teacher"], help="of a checkpoint that holds both")
+    parser.add_argument("--weights", metavar="NAME", help="which network of a file with several: student, model_ema")
     add_released(parser)
 
 

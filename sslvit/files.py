@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import os
 import reprlib
 import shutil
@@ -68,7 +69,7 @@ def new_file(path: str | Path, sync: bool = True) -> Iterator[Path]:
             _sync(path.parent)
     except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors have their own for a full disk
         part.unlink(missing_ok=True)
-        if isinstance(error, WriteError) or not _is_of_the_disk(error):
+        if isinstance(error, WriteError) or not is_of_the_disk(error):
             raise
         raise write_error(path, error) from error
     except BaseException:
@@ -84,6 +85,25 @@ def write_atomically(path: str | Path, content: str | bytes, sync: bool = True) 
     """
     with new_file(path, sync) as part:
         part.write_bytes(content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content)
+
+
+def remove_left_parts(path: str | Path) -> None:
+    """Remove what new_file left beside a path in processes of this machine that were killed."""
+    path = Path(path)
+    for part in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
+        number = part.name.removeprefix(f"{path.name}.").removesuffix(".part")
+        if number.isdecimal() and int(number) != os.getpid() and not _is_running(int(number)):
+            part.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # somebody else's, or no process at all
+        return True
+    return True
 
 
 def write_error(path: str | Path, error: BaseException) -> WriteError:
@@ -250,7 +270,7 @@ def free_bytes(folder: str | Path) -> int:
     return shutil.disk_usage(_existing(str(folder))).free
 
 
-def _is_of_the_disk(error: BaseException) -> bool:
+def is_of_the_disk(error: BaseException) -> bool:
     """Whether a write failed, and not the program that wrote."""
     if isinstance(error, (OSError, SafetensorError)):
         return True

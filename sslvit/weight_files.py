@@ -20,36 +20,8 @@ from torch import Tensor
 
 CHUNK = 2**22
 TRIES = 3  # to read a checkpoint that is replaced meanwhile
-WRAPPERS = ("teacher", "model", "state_dict")  # DINO's full checkpoint: the teacher is the result
 SHARD, SHARDS = "shard", "shards"  # in a checkpoint: what stands for a tensor that lies in parts; where the parts are
 FOLDER_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")  # of transformers
-
-
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a released file, out of wrappers such as "model", "teacher" or "state_dict"."""
-    return weights_in(read_torch_file(Path(path)), Path(path))
-
-
-def weights_in(content: dict[str, Any], path: Path, network: str | None = None) -> dict[str, Tensor]:
-    """The weights of a released file's content.
-
-    Args:
-        content: as read.
-        path: for messages.
-        network: student or teacher, of a file with both; None for the teacher, or what there is.
-
-    Raises:
-        ValueError: there are none, or not of this network.
-    """
-    if network is not None and not isinstance(content.get(network), dict):
-        raise ValueError(f"{path}: holds no {network} (its entries: {', '.join(map(str, list(content)[:6]))}).")
-    for wrapper in WRAPPERS if network is None else (network,):
-        if isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    weights = {key: value for key, value in content.items() if isinstance(value, Tensor)}
-    if not weights or not all(isinstance(key, str) for key in weights):
-        raise ValueError(f"{path}: holds no weights (its entries: {', '.join(map(str, list(content)[:6]))}).")
-    return weights
 
 
 def read_torch_file(path: Path) -> dict[str, Any]:
@@ -204,8 +176,8 @@ def joined(head: dict[str, Any], path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: its parts do not fit together ({reason}). Are they of one checkpoint?") from error
 
 
-def read_folder_weights(folder: Path) -> dict[str, Tensor]:
-    """The weights in a folder of transformers: one file, or several named by an index.
+def read_folder_weights(folder: Path) -> dict[str, Any]:
+    """The content of the weights in a folder of transformers: one file, or several named by an index.
 
     Raises:
         FileNotFoundError: there are none.
@@ -215,7 +187,7 @@ def read_folder_weights(folder: Path) -> dict[str, Tensor]:
     if file is None:
         raise FileNotFoundError(f"{folder}: no weights there ({', '.join(FOLDER_FILES)}). Is the download complete?")
     if file.suffix != ".json":
-        return weights_in(read_torch_file(file), file)
+        return read_torch_file(file)
     try:
         names = sorted({str(name) for name in json.loads(file.read_text())["weight_map"].values()})
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as error:

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from sslvit.commands.files import write_json
+from sslvit.data.arrays import array_samples
 from sslvit.data.pack import pack
 from sslvit.data.pixels import make_palette
-from sslvit.data.sources import array_samples
 from sslvit.evaluate.embed import Embeddings
 from sslvit.figures import bars, image_rows
 from sslvit.files import WriteError

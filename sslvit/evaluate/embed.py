@@ -10,7 +10,7 @@ import torch
 
 from sslvit.data.loader import evaluation_loader, normalised_view
 from sslvit.evaluate.sources import LabelledSet, Place, Source
-from sslvit.files import new_file
+from sslvit.files import new_file, remove_left_parts
 from sslvit.progress import track
 from sslvit.settings.views import CentreSettings
 
@@ -32,10 +32,15 @@ class Embeddings:
     classes: list[str]
 
     def save(self, file: Path) -> None:
-        """As .npz: features, keys, and, where there are labels, labels and classes; whole or not at all."""
+        """As .npz: features, keys, and, where there are labels, labels and classes; whole or not at all.
+
+        Raises:
+            WriteError: the disk is full or cannot be written to.
+        """
         arrays = {"features": self.features, "keys": self.keys}
         if self.labels is not None:
             arrays |= {"labels": self.labels, "classes": np.array(self.classes)}
+        remove_left_parts(file)
         with new_file(file) as part, part.open("wb") as out:
             np.savez(out, **arrays)
 

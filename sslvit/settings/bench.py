@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sslvit.files import brief, expand_path, printable, quoted
+from sslvit.settings.choices import checked
 from sslvit.settings.load import build, read_yaml, recipe_names, recipes_folder
 from sslvit.settings.probe import ProbeSettings
 from sslvit.settings.protocols import PROTOCOLS, LogregSettings, ProtocolSettings
@@ -58,6 +59,7 @@ class FinetuneColumn:
 
 
 @dataclass
+@checked("")
 class ProbeColumn:
     """A column of scores on frozen features.
 
@@ -96,6 +98,7 @@ class ProbeColumn:
 
 
 @dataclass(kw_only=True)
+@checked("")
 class BenchOptions:
     """What a bench says besides its rows and columns.
 

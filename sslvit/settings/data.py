@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from sslvit.files import brief, expand_path
+from sslvit.settings.choices import checked
 from sslvit.settings.views import CropSettings, ViewSettings
 
 MIN_STEPS_PER_EPOCH = 4  # that a batch which is made smaller leaves
@@ -13,6 +14,7 @@ MIN_IMAGES_PER_RANK = 4  # below which it is not made for that
 
 
 @dataclass
+@checked("data.")
 class DataSettings:
     """The stream of batches.
 

@@ -10,13 +10,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sslvit.files import brief
+from sslvit.settings.choices import checked
 from sslvit.settings.palette import check_palette
 
 TokenKind = Literal["patch", "conv_stem", "hybrid", "shifted_patch", "pixel"]
 PositionKind = Literal["none", "learned_1d", "learned_2d", "sincos_1d", "sincos_2d", "rotary_2d", "relative_bias"]
 
+MAX_CHANNELS = 10_000  # before lists of that length are made
+
 
 @dataclass
+@checked("encoder.")
 class EncoderSettings:
     """A vision transformer and its input.
 
@@ -38,8 +42,8 @@ class EncoderSettings:
         width: channels of a token.
         depth: number of blocks.
         heads: attention heads; they divide the width.
-        mlp_ratio: hidden width of the MLP over the width. With swiglu the hidden width is 2/3 of that, rounded
-            up to a multiple of 8 (DINOv2).
+        mlp_ratio: hidden width of the MLP over the width; their product is rounded. With swiglu the hidden width is 2/3
+            of that, rounded up to a multiple of 8 (DINOv2).
         mlp: activation of the MLP.
         norm: layer (LayerNorm) or rms (RMSNorm: no mean, no bias).
         norm_eps: added to the variance.
@@ -114,6 +118,8 @@ class EncoderSettings:
         if isinstance(self.image_size, int):
             self.image_size = [self.image_size, self.image_size]
         self.image_size = list(self.image_size)
+        if self.channels > MAX_CHANNELS:
+            raise ValueError(f"encoder.channels: {self.channels} is above {MAX_CHANNELS:,}.")
         if self.mean is None:
             self.mean = [0.485, 0.456, 0.406] if self.channels == 3 else [0.5] * self.channels
         if self.std is None:
@@ -223,7 +229,7 @@ class EncoderSettings:
 
     @property
     def mlp_width(self) -> int:
-        hidden = int(self.width * self.mlp_ratio)
+        hidden = round(self.width * self.mlp_ratio)
         if self.mlp == "swiglu":
             hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
         return hidden

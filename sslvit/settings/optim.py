@@ -6,11 +6,13 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from sslvit.files import brief
+from sslvit.settings.choices import checked
 
 LONGEST_WARMUP = 12_500  # steps: 10 epochs of ImageNet in batches of 1024 (Caron et al. 2021, section 3.2)
 
 
 @dataclass
+@checked("optim.")
 class OptimSettings:
     """AdamW with a rate that warms up linearly and decays along a half cosine, step by step.
 

@@ -6,12 +6,14 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from sslvit.files import brief, expand_path
+from sslvit.settings.choices import checked
 from sslvit.settings.protocols import LogregSettings, ProtocolSettings
 
 POOLINGS = ("class", "mean", "class+mean", "attention")
 
 
 @dataclass
+@checked("--")
 class ProbeSettings:
     """A linear probe and nearest neighbours on frozen features.
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from sslvit.files import brief
+from sslvit.settings.choices import checked
 
 
 @dataclass
@@ -23,6 +24,7 @@ class ProtocolSettings:
 
 
 @dataclass
+@checked("--protocol.")
 class LogregSettings(ProtocolSettings):
     """Logistic regression to convergence on standardised features of the centre view.
 
@@ -35,6 +37,7 @@ class LogregSettings(ProtocolSettings):
 
 
 @dataclass
+@checked("--protocol.")
 class IGPTProbeSettings(ProtocolSettings):
     """iGPT's probe: logistic regression on the mean over all pixels in the middle of the depth (Chen et al. 2020).
 
@@ -89,6 +92,7 @@ class SteppedSettings(ProtocolSettings):
 
 
 @dataclass
+@checked("--protocol.")
 class MAEProbeSettings(SteppedSettings):
     """MAE's linear probe (He et al. 2022, appendix A.1): batch norm without affine, LARS.
 
@@ -124,6 +128,7 @@ class MAEProbeSettings(SteppedSettings):
 
 
 @dataclass
+@checked("--protocol.")
 class DINOProbeSettings(SteppedSettings):
     """DINO's linear probe (Caron et al. 2021): SGD on the last blocks' class tokens.
 
@@ -158,6 +163,7 @@ class DINOProbeSettings(SteppedSettings):
 
 
 @dataclass
+@checked("--protocol.")
 class DINOv2ProbeSettings(SteppedSettings):
     """DINOv2's linear probe (Oquab et al. 2024): 13 rates x 4 features, trained side by side.
 

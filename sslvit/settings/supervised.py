@@ -6,10 +6,12 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from sslvit.files import expand_path
+from sslvit.settings.choices import checked
 from sslvit.settings.task import TaskSettings
 
 
 @dataclass
+@checked("task.")
 class SupervisedSettings(TaskSettings):
     """A linear head on the pooled tokens; all weights move. The defaults are MAE's for ViT-B (He et al. 2022, A.1).
 

@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from sslvit.files import brief
+from sslvit.settings.choices import checked
 
 MOST_AROUND = 16.0  # times its area that a crop may be larger than the image
 
 
 @dataclass
+@checked("data.view.")
 class CropSettings:
     """A random part of the image, resized (Szegedy et al. 2015): MAE's view.
 
@@ -33,6 +35,7 @@ class CropSettings:
 
 
 @dataclass
+@checked("data.view.")
 class SquareSettings:
     """A random square of nearly the whole image, resized to few pixels: iGPT's view.
 
@@ -53,6 +56,7 @@ class SquareSettings:
 
 
 @dataclass
+@checked("data.view.")
 class CentreSettings:
     """The middle of the image, the same in every epoch: the view of probes.
 
@@ -69,6 +73,7 @@ class CentreSettings:
 
 
 @dataclass
+@checked("data.view.")
 class CanvasSettings:
     """The whole image, drawn at a random size and place on black.
 
@@ -88,6 +93,7 @@ class CanvasSettings:
 
 
 @dataclass
+@checked("data.view.")
 class MultiCropSettings:
     """Two large crops and several small ones, with changed colours: DINO's views (Caron et al. 2021, section 3.1).
 
@@ -154,6 +160,7 @@ class MultiCropSettings:
 
 
 @dataclass
+@checked("data.view.")
 class AugmentSettings:
     """A random part of the image, changed by RandAugment (Cubuk et al. 2020): the view of training with labels.
 

@@ -448,3 +448,18 @@ def test_repeatable_kernels_stretch_positions_to_the_same_values_and_gradients(a
 def graph_of(functions) -> str:
     """The names of all operations behind a result."""
     return " ".join(f"{node.name().lower()} {graph_of(node.next_functions)}" for node, _ in functions if node)
+
+
+@pytest.mark.parametrize(
+    ("width", "ratio", "hidden"), [(208, 4.1, 853), (24, 4.1, 98), (192, 4.0, 768), (10, 2.55, 26)]
+)
+def test_the_hidden_width_of_an_mlp_is_rounded_not_cut(width: int, ratio: float, hidden: int) -> None:
+    assert EncoderSettings(width=width, heads=1, mlp_ratio=ratio).mlp_width == hidden
+
+
+def test_every_hidden_width_comes_back_from_its_ratio() -> None:
+    settings = EncoderSettings(width=208, heads=1)
+    for width in (24, 208, 387, 1280):
+        for hidden in range(width, 5 * width):
+            settings.width, settings.mlp_ratio = width, hidden / width
+            assert settings.mlp_width == hidden

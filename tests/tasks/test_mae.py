@@ -142,3 +142,33 @@ def test_other_resolutions_train_and_the_own_one_is_as_it_was(side: int) -> None
     assert task.decoder.positions((side // 4, side // 4)).shape == (1, 1 + (side // 4) ** 2, 16)
     filled, _ = task.reconstruct(images, torch.rand(4, task.patches_of(images)))
     assert filled.shape == images.shape
+
+
+def released(ratio: float, decoder_ratio: float | None, width: int = 24) -> dict[str, torch.Tensor]:
+    """A full checkpoint whose MLPs have these ratios, under the official names."""
+    encoder = EncoderSettings(image_size=16, patch=8, width=width, depth=1, heads=1, mlp_ratio=ratio)
+    settings = MAESettings(decoder_width=24, decoder_depth=1, decoder_heads=2, decoder_mlp_ratio=decoder_ratio)
+    return MAE(settings, encoder, OptimSettings(), total_steps=1, steps_per_epoch=1, global_batch=4).official_state()
+
+
+@pytest.mark.parametrize(("ratio", "decoder_ratio"), [(3.0, None), (4.0, 3.0), (2.5, 4.1), (4.1, 2.0)])
+def test_a_released_file_says_the_mlp_ratios_of_encoder_and_decoder(ratio: float, decoder_ratio: float | None) -> None:
+    official = released(ratio, decoder_ratio)
+    again = MAE.from_state(official, heads=1, decoder_heads=2)
+    assert again.decoder.blocks[0].mlp.fc1.weight.shape[0] == round(24 * (decoder_ratio or ratio))
+    back = again.official_state()
+    assert back.keys() == official.keys()
+    assert all(torch.equal(back[key], value) for key, value in official.items())
+
+
+def test_the_decoder_has_the_ratio_of_the_encoder_as_in_the_papers_code() -> None:
+    assert make(mlp_ratio=3.0).decoder.blocks[0].mlp.fc1.weight.shape == (48, 16)
+
+
+def test_a_released_file_whose_parts_do_not_fit_is_refused_in_a_line() -> None:
+    official = released(4.0, None)
+    official["decoder_blocks.0.mlp.fc2.weight"] = torch.zeros(24, 95)
+    with pytest.raises(
+        ValueError, match=r"other shape: decoder.blocks.0.mlp.fc2.weight is \(24, 95\), here \(24, 96\)"
+    ):
+        MAE.from_state(official, heads=1, decoder_heads=2)

@@ -10,9 +10,9 @@ import yaml
 from run_fixtures import TINY, run
 
 from sslvit.cli import main
+from sslvit.data.arrays import array_samples
 from sslvit.data.open import open_data
 from sslvit.data.pack import pack
-from sslvit.data.sources import array_samples
 from sslvit.settings import DataSettings, EncoderSettings, OptimSettings
 from sslvit.settings.load import load_recipe
 from sslvit.train.callbacks import _short
