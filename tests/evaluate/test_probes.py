@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from golden_fixtures import Golden
+from golden_fixtures import Golden, looks_at
 from sklearn.linear_model import LogisticRegression
 
 from sslvit.evaluate import knn
@@ -29,7 +29,9 @@ def clouds(count: int = 300, width: int = 12, classes: int = 4, seed: int = 0, n
 def test_logistic_regression_reaches_scikit_learns_optimum(strength: float) -> None:
     features = clouds()
     values = features.values.double()
-    weight, bias, is_solved = fit_logistic(values, features.labels, 4, torch.tensor([strength]).double())
+    problem = (values, features.labels, 4, torch.tensor([strength]).double())
+    assert fit_logistic(*problem)[2]
+    weight, bias, is_solved = fit_logistic(*problem, tolerance=1e-8)
     assert is_solved
     theirs = LogisticRegression(C=1 / (strength * len(values)), max_iter=10_000, tol=1e-10).fit(
         values.numpy(), features.labels.numpy()
@@ -138,13 +140,24 @@ def test_folds_and_draws_are_stratified_and_repeatable() -> None:
         draw_labels(labels, None, 1.0, 0)
 
 
-def test_neighbours_vote_as_in_dinos_evaluation() -> None:
-    golden = Golden("knn")
-    train = Features(golden["input/train_features"], golden["input/train_labels"])
-    for k in golden.config["ks"]:
-        votes = knn_votes(train, golden["input/test_features"], golden.config["classes"], k, golden.config["T"])
+@looks_at("knn", "input/*", "output/*", "info/*", "config/classes", "config/dim", "config/n_*", "config/ks", "config/T")
+def test_neighbours_vote_as_in_dinos_evaluation(golden: Golden) -> None:
+    config, classes, temperature = golden.config, golden.config["classes"], golden.config["T"]
+    train, val = (Features(golden[f"input/{p}_features"], golden[f"input/{p}_labels"]) for p in ("train", "test"))
+    assert train.values.shape == (config["n_train"], config["dim"])
+    assert val.values.shape == (config["n_test"], config["dim"])
+    accuracies = knn_accuracies(train, val, classes, config["ks"], temperature)
+    assert list(accuracies) == config["ks"]
+    for k in config["ks"]:
+        votes = knn_votes(train, val.values, classes, k, temperature)
         golden.check(f"output/k{k}/scores", votes)
         golden.check(f"output/k{k}/prediction", votes.argmax(1))
+        for n in (1, 5):
+            is_right = (votes.topk(n, dim=1).indices == val.labels[:, None]).any(1)
+            golden.check(f"output/k{k}/correct{n}", is_right)
+            share = 100 * float(is_right.double().mean())
+            assert share == golden.info[f"k{k}"][f"top{n}"] == float(golden[f"output/k{k}/top{n}"])
+        assert accuracies[k] == golden.info[f"k{k}"]["top1"]  # one search, and each k by its own neighbours
 
 
 def test_neighbours_are_found_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
