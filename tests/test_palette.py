@@ -130,3 +130,13 @@ def test_near_colours_start_alike_if_asked_to() -> None:
     assert abs(far) < 0.1
     near, far = likeness("normal")
     assert abs(near) < 0.05
+
+
+def test_fourier_vectors_of_colours_start_as_cosines_of_a_small_amplitude() -> None:
+    settings = EncoderSettings(
+        image_size=4, tokens="pixel", patch=1, width=256, depth=1, heads=1, class_token=False, pooling="mean",
+        prefix_positions="none", colour_start="fourier",
+    )  # fmt: skip
+    vectors = ViTEncoder(settings).patch_embed.embed.weight.detach()
+    assert 0.29 < vectors.abs().max() <= 0.3
+    assert vectors.std() == pytest.approx(0.3 / 2**0.5, rel=0.05)
