@@ -65,6 +65,26 @@ def test_strength_is_chosen_by_held_out_training_images() -> None:
     assert min(STRENGTHS) == pytest.approx(1e-6)
 
 
+def test_among_strengths_with_as_many_right_answers_the_lowest_loss_wins() -> None:
+    features = clouds(noise=0.01)  # so far apart that any penalty gets all of them right
+    assert fit_probe(features, 4).held_out == 100
+    assert fit_probe(features, 4).strength == min(STRENGTHS)
+
+
+def test_each_channel_counts_alike_whatever_its_scale_and_offset() -> None:
+    features = clouds()
+    scale, offset = torch.logspace(-3, 3, 12), torch.linspace(-5, 5, 12)
+    other = Features(features.values * scale + offset * scale, features.labels)
+    one, same = fit_probe(features, 4), fit_probe(other, 4)
+    assert (one.strength, one.held_out) == (same.strength, same.held_out)
+    torch.testing.assert_close(one.logits(features.values), same.logits(other.values), atol=1e-3, rtol=1e-3)
+
+
+def test_held_out_answers_are_a_share_of_the_images_held_out_also_of_many_images() -> None:
+    features = clouds(count=1200, noise=0.3)  # one fifth is held out; of up to 1,000 every image is, once
+    assert fit_probe(features, 4).held_out > 95
+
+
 def test_fewer_images_than_features_reach_the_same_optimum() -> None:
     features = clouds(count=10, width=40)
     values, strength = features.values.double(), torch.tensor([0.1]).double()
@@ -170,6 +190,14 @@ def test_neighbours_are_found_piece_by_piece(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(knn, "QUERIES_AT_ONCE", 7)
     assert knn_accuracies(train, val, 4, [5, 60], 0.07) == pytest.approx(expected)
     assert min(expected.values()) > 80
+
+
+def test_only_the_direction_of_features_decides_who_is_near() -> None:
+    train, val = clouds(300), clouds(50, seed=1)
+    sizes = torch.logspace(-2, 2, 300)[torch.randperm(300, generator=torch.Generator().manual_seed(0))]
+    longer = Features(train.values * sizes[:, None], train.labels)
+    assert knn_accuracies(longer, val, 4, [5, 20], 0.07) == knn_accuracies(train, val, 4, [5, 20], 0.07)
+    torch.testing.assert_close(knn_votes(longer, 3 * val.values, 4), knn_votes(train, val.values, 4), rtol=1e-3, atol=1)
 
 
 def test_a_small_temperature_lets_the_nearest_decide() -> None:

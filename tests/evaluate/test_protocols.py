@@ -79,6 +79,19 @@ def test_the_probe_head_is_maes(golden: Golden) -> None:
         golden.check(f"output/sgd_step{step}/head.1.bias", head[1].bias.detach())
 
 
+def test_heads_start_small_by_seed_and_without_bias() -> None:
+    """From N(0, 0.01), as in the released probes of MAE, DINO and DINOv2."""
+    place = (1, "class")
+    heads = [BatchNormHead(64, 50, seed) for seed in (0, 0, 1)]
+    grids = [HeadGrid.start([[place]], {place: 64}, [0.1, 1.0], 25, seed) for seed in (0, 0, 1)]
+    for one, same, other in ([head[1].weight.detach() for head in heads], [grid.weight[0] for grid in grids]):
+        assert float(one.std()) == pytest.approx(0.01, rel=0.05)
+        assert torch.equal(one, same)
+        assert not torch.equal(one, other)
+    assert not heads[0][1].bias.any()
+    assert not grids[0].bias[0].any()
+
+
 def test_a_grid_of_heads_is_as_many_heads_under_torchs_sgd() -> None:
     source = torch.Generator().manual_seed(0)
     places = [(1, "class"), (2, "class"), (2, "mean")]
