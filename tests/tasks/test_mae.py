@@ -7,7 +7,7 @@ import torch
 
 from sslvit.data.batch import Batch
 from sslvit.settings import EncoderSettings, MAESettings, OptimSettings
-from sslvit.tasks.mae import MAE, hidden_patch_error, patchify
+from sslvit.tasks.mae import MAE, MAEDecoder, hidden_patch_error, patchify
 
 
 def make(**changes) -> MAE:
@@ -41,6 +41,36 @@ def test_rows_of_a_global_batch_draw_the_same_masks_however_it_is_cut() -> None:
     assert torch.equal(torch.cat(parts), whole)
     assert not torch.equal(task.uniform("drop path", batch_of(images), 16), whole)
     assert len({tuple(row) for row in whole.argsort(1).tolist()}) == 8
+
+
+def test_masks_differ_from_step_to_step_and_from_seed_to_seed() -> None:
+    batch, drawn = batch_of(torch.randn(4, 1, 16, 16)), []
+    for seed, step in ((0, 0), (0, 1), (0, 2), (1, 0)):
+        task = make()
+        task.seed = seed
+        task.__class__ = type("MAEAtStep", (MAE,), {"global_step": step})
+        drawn.append(task.uniform("mask", batch, 16))
+        assert torch.equal(task.uniform("mask", batch, 16), drawn[-1])
+    every = torch.stack(drawn)
+    assert len(every.flatten().unique()) == every.numel()
+
+
+def test_each_use_of_chance_in_a_step_has_numbers_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks and skipped branches from the same numbers would go together."""
+    task, drawn, uniform = make(drop_path=0.5), [], MAE.uniform
+    monkeypatch.setattr(MAE, "uniform", lambda *key: drawn.append(uniform(*key)) or drawn[-1])
+    task.training_step(batch_of(torch.randn(4, 1, 16, 16)))
+    assert [numbers.shape for numbers in drawn] == [(4, 16), (4, 2 * 2)]  # patches; two branches of two blocks
+    assert len(torch.cat(drawn, 1).unique()) == 4 * (16 + 4)
+
+
+def test_a_decoder_starts_with_a_small_random_mask_token_and_xavier_maps() -> None:
+    encoder = EncoderSettings(image_size=16, patch=4, width=64, depth=1, heads=2)
+    decoder = MAEDecoder(encoder, MAESettings(decoder_width=512, decoder_depth=1, decoder_heads=2))
+    assert float(decoder.mask_token.detach().std()) == pytest.approx(0.02, rel=0.2)
+    bound = (6 / (64 + 512)) ** 0.5
+    assert 0.98 * bound < float(decoder.embed.weight.abs().max()) <= bound
+    assert not decoder.embed.bias.any()
 
 
 def test_reconstruction_keeps_visible_pixels_and_fills_the_others() -> None:
@@ -139,7 +169,11 @@ def test_other_resolutions_train_and_the_own_one_is_as_it_was(side: int) -> None
     task.loss(images, torch.rand(4, task.patches_of(images))).backward()
     assert task.encoder.patch_embed.proj.weight.grad.abs().sum() > 0
     assert torch.equal(task.decoder.positions((4, 4)), task.decoder.pos_embed)
-    assert task.decoder.positions((side // 4, side // 4)).shape == (1, 1 + (side // 4) ** 2, 16)
+    table = task.decoder.pos_embed
+    cells = table[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+    stretched = torch.nn.functional.interpolate(cells, (side // 4, side // 4), mode="bicubic", antialias=True)
+    expected = torch.cat([table[:, :1], stretched.flatten(2).transpose(1, 2)], 1)
+    torch.testing.assert_close(task.decoder.positions((side // 4, side // 4)), expected)
     filled, _ = task.reconstruct(images, torch.rand(4, task.patches_of(images)))
     assert filled.shape == images.shape
 
