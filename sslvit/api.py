@@ -42,6 +42,27 @@ def pretrain(
     return run_settings(load_recipe(config, changes), resume=resume, overwrite=overwrite)
 
 
+def resume(run: str | Path, **changes: Any) -> RunFolder:
+    """Go on with a run that has stopped, by its own config.yaml.
+
+    Args:
+        run: its folder, which may have moved.
+        changes: settings that become others by dotted key: ``**{"train.steps": 1000}``. They are printed; what would
+            make another run of it is refused.
+
+    Raises:
+        ValueError: not a run folder, or a change that a run cannot take.
+    """
+    folder = RunFolder(run)
+    if not folder.config.is_file():
+        raise ValueError(f"{run}: not a run folder (no config.yaml). Give the folder that --out named.")
+    for key in ("out", "init"):
+        if key in changes:
+            raise ValueError(f"--{key}: a run that goes on keeps its folder and its start. Leave it out.")
+    folder.read_config()  # says in one line if it is damaged
+    return run_settings(load_recipe(folder.config, {"out": str(run), "init": None} | changes), resume=True)
+
+
 def finetune(
     encoder: str | Path,
     train: str | Path,

@@ -13,18 +13,22 @@ from sslvit.commands import evaluation, in_and_out, packing, pixels, training
 from sslvit.commands.arguments import UnknownCommand, read_options
 from sslvit.environment import explain
 from sslvit.files import explain_os_error, printable
-from sslvit.stopping import TRY_AGAIN, Preempted, RankLost
+from sslvit.stopping import TRY_AGAIN, Preempted, RankLost, is_first_process, requeue, stopping_at_once
 
 MAX_MESSAGE = 1000  # characters
+TRAINING = (["pretrain"], ["finetune"], ["resume"])
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code. Errors of the user's making are one line, without a traceback."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    options = argparse.Namespace(function=None)
+    when = " before the first step, so there is nothing to save yet" if arguments[:1] in TRAINING else ""
     try:
-        options = read_options(make_parser(), arguments)
-        code = options.function(options)
-        sys.stdout.flush()
+        with stopping_at_once(f"{when}: give the same command again"):
+            options = read_options(make_parser(), arguments)
+            code = options.function(options)
+            sys.stdout.flush()
     except UnknownCommand as error:
         print(f"sslvit: error: {error}", file=sys.stderr)
         return 2
@@ -38,6 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except (Preempted, RankLost) as error:
         print(f"sslvit: {error}", file=sys.stderr)
+        is_early = isinstance(error, Preempted) and not error.is_requeued
+        if is_early and is_first_process() and training.wants_requeue(options):
+            requeue()
         return TRY_AGAIN
     except KeyboardInterrupt as error:
         print(f"sslvit: {error or 'interrupted'}", file=sys.stderr)
@@ -154,6 +161,13 @@ def make_parser() -> argparse.ArgumentParser:
     pretrain.add_argument("--resume", action="store_true", help="go on from the folder's last checkpoint")
     pretrain.add_argument("--overwrite", action="store_true", help="delete an earlier run in the folder first")
     pretrain.set_defaults(takes_settings=True)
+
+    again = command(
+        "resume", training.run_resume, "go on with a run that has stopped, by its own settings",
+        epilog="Settings may become others, e.g. --train.steps 2000; they are printed, and what cannot change is refused.",
+    )  # fmt: skip
+    again.add_argument("run", metavar="RUN", help="run folder")
+    again.set_defaults(takes_settings=True)
 
     finetune = command(
         "finetune", training.run_finetune, "train an encoder on with labels, or the same from scratch",

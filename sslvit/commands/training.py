@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
 from sslvit.commands.files import check_new_picture
 
@@ -32,6 +33,31 @@ def run_finetune(options: argparse.Namespace) -> None:
         options.encoder, options.train, options.val, options.config, options.out, options.scratch, options.resume,
         options.overwrite, **options.changes,
     )  # fmt: skip
+    show_scores(folder)
+
+
+def run_resume(options: argparse.Namespace) -> None:
+    from sslvit.api import resume
+
+    folder = resume(options.run, **options.changes)
+    if folder.scores.exists():
+        show_scores(folder)
+
+
+def wants_requeue(options: argparse.Namespace) -> bool:
+    """Whether a training command that was stopped before it read its settings is to be put into the queue again."""
+    from sslvit.settings.load import load_recipe
+
+    if options.function not in (run_pretrain, run_finetune, run_resume):
+        return False
+    config = Path(options.run) / "config.yaml" if options.function is run_resume else options.config
+    try:
+        return load_recipe(config, options.changes).train.requeue
+    except (ValueError, OSError):
+        return bool(options.changes.get("train.requeue", True))
+
+
+def show_scores(folder) -> None:
     found = json.loads(folder.scores.read_text())
     among = "" if found["top5"] is None else f", {found['top5']:.1f} % among five"
     print(
@@ -48,8 +74,6 @@ def run_plan(options: argparse.Namespace) -> None:
         raise ValueError(f"--utilisation {options.utilisation:g}: must be above 0 and at most 1.")
     if options.tflops is not None and not options.tflops > 0:
         raise ValueError(f"--tflops {options.tflops:g}: must be above zero.")
-    from pathlib import Path
-
     from sslvit.data.open import open_shards
     from sslvit.settings.load import load_recipe
     from sslvit.train.forecast import PEAKS, draw_schedules, forecast

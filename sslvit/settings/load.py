@@ -77,9 +77,9 @@ def load_recipe(
     """
     path = find_recipe(config)
     tree = read_yaml(path)
-    if isinstance(tree.get("data"), dict) and tree["data"].get("allow_pipe"):
-        raise ValueError(f"{path}: data.allow_pipe is for you to give, not for a file: --data.allow_pipe true")
     changes = changes or {}
+    if isinstance(tree.get("data"), dict) and tree["data"].get("allow_pipe") and not changes.get("data.allow_pipe"):
+        raise ValueError(f"{path}: data.allow_pipe is for you to give, not for a file: --data.allow_pipe true")
     for given, other in SET_ASIDE.items():
         if given in changes and other not in changes:
             _drop(tree, other)

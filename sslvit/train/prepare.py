@@ -23,6 +23,13 @@ from sslvit.train.folder import RunFolder
 from sslvit.train.logs import check_loggers
 from sslvit.weight_files import read_torch_file
 
+# what a run that goes on keeps, besides its encoder, its data and its task, which are compared with the checkpoint
+FIXED = {
+    "seed": "masks, crops and the order of the data follow from it",
+    "optim.betas": "the optimizer's averages in the checkpoint were made with it",
+    "task.layer_decay": "the checkpoint's parameter groups hold each layer's rate",
+}
+
 
 def check_machine(settings: PretrainSettings) -> None:
     """Refuse what cannot run here, before data is touched."""
@@ -137,6 +144,12 @@ def check_resumed(
     if data.start_step > data.total_steps:
         raise ValueError(f"--resume: {folder.path} is at step {data.start_step} already, past {data.total_steps}.")
     old, new = by_dotted_key(folder.read_config()), by_dotted_key(settings.as_dict())
+    for key, reason in FIXED.items():
+        if key in new and old.get(key) != new[key]:
+            raise ValueError(
+                f"--resume: {key} was {brief(old.get(key))} and cannot become {brief(new[key])}, since {reason}. "
+                "Restore it, or start a new run from this one's encoder with --init."
+            )
     changed = [f"{key} {brief(old.get(key))} -> {brief(new.get(key))}" for key in new if old.get(key) != new.get(key)]
     same_shapes = shapes == {key: value.shape for key, value in task.state_dict().items()}
     if not same_shapes or moved != [len(group["params"]) for group in task.parameter_groups()]:

@@ -19,8 +19,9 @@ from sslvit.data.index import Index
 from sslvit.data.module import ShardDataModule
 from sslvit.data.open import open_data
 from sslvit.data.plan import slices
+from sslvit.files import new_file
 from sslvit.settings import PretrainSettings, SupervisedSettings, TrainSettings
-from sslvit.stopping import Preempted, RankLost, is_first_process, requeue
+from sslvit.stopping import Preempted, RankLost, is_first_process, requeue, stopping_at_once
 from sslvit.tasks import task_class
 from sslvit.tasks.base import PretextTask
 from sslvit.train.callbacks import Ledger, RunLog
@@ -120,7 +121,8 @@ def _pretrain(settings: PretrainSettings, folder: RunFolder, is_first: bool, goe
     if trainer.global_step != total_steps:
         raise RuntimeError(f"training ended at step {trainer.global_step} instead of {total_steps}.")
     if trainer.is_global_zero:
-        _finish(settings, folder, index, data, task, trainer)
+        with stopping_at_once(" after the last step; --resume draws the figures"):
+            _finish(settings, folder, index, data, task, trainer)
     return folder
 
 
@@ -226,7 +228,8 @@ def _finish(
     save_encoder(task.trained_encoder, folder.encoder, provenance)
     if extra := task.extra_weights():
         classes = {"classes": json.dumps(index.classes)}
-        save_file({key: value.cpu().contiguous() for key, value in extra.items()}, folder.encoder / HEAD, classes)
+        with new_file(folder.encoder / HEAD) as part:
+            save_file({key: value.cpu().contiguous() for key, value in extra.items()}, part, classes)
     draw_pictures(folder, task, data)
     log_pictures(trainer, folder.figures, trainer.global_step)
     print(f"encoder in {folder.encoder}, figures in {folder.figures}")
