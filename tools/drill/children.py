@@ -32,7 +32,7 @@ class Child:
         self, work: Callable[[], int | None], log: Path, environment: dict[str, str] | None = None,
         limits: dict[int, int] | None = None,
     ) -> None:  # fmt: skip
-        self.log, self.code = log, None
+        self.log, self.code, self.peak_bytes = log, None, 0
         reader, writer = os.pipe()
         sys.stdout.flush(), sys.stderr.flush()
         self.pid = os.fork()
@@ -47,8 +47,9 @@ class Child:
     def poll(self) -> int | None:
         """The exit code, negative for a signal; None while it lives."""
         if self.code is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.code = os.waitstatus_to_exitcode(status) if pid else None
+            pid, status, usage = os.wait4(self.pid, os.WNOHANG)
+            if pid:
+                self.code, self.peak_bytes = os.waitstatus_to_exitcode(status), usage.ru_maxrss << 10
         return self.code
 
     def wait(self, seconds: float = LONGEST) -> int | None:
@@ -116,12 +117,14 @@ def in_child(work: Callable[[], int | None], log: Path) -> None:
         raise RuntimeError(f"preparing the drill failed ({child.code}): {child.text()[-2000:]}")
 
 
-def command(*words: object) -> Callable[[], int | None]:
-    """`sslvit WORDS` as the work of a child."""
+def command(*words: object, folder: Path | None = None) -> Callable[[], int | None]:
+    """`sslvit WORDS` as the work of a child, in a folder."""
 
     def work() -> int | None:
         from sslvit.cli import main
 
+        if folder is not None:
+            os.chdir(folder)
         try:
             return main([str(word) for word in words])
         except SystemExit as error:  # argparse
@@ -130,9 +133,9 @@ def command(*words: object) -> Callable[[], int | None]:
     return work
 
 
-def sslvit(log: Path, *words: object, **more) -> Child:
-    """`sslvit WORDS`, begun."""
-    return Child(command(*words), log, **more)
+def sslvit(log: Path, *words: object, folder: Path | None = None, **more) -> Child:
+    """`sslvit WORDS`, begun in a folder."""
+    return Child(command(*words, folder=folder), log, **more)
 
 
 def ranks(words: list[str], count: int, folder: Path) -> list[Child]:

@@ -28,6 +28,7 @@ import shutil
 import sys
 import tempfile
 import time
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -48,8 +49,10 @@ def main(arguments: list[str] | None = None) -> int:
     from trials import run_parts
 
     rows, start = [], time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="drill-", dir=memory_folder()) as scratch:
-        workshop = Workshop(Path(scratch) / "workshop")
+    with (
+        tempfile.TemporaryDirectory(prefix="drill-", dir=memory_folder()) as scratch,
+        closing(Workshop(Path(scratch) / "workshop")) as workshop,
+    ):
         for number, kind in enumerate(options.kinds):
             left = options.seconds - (time.monotonic() - start)
             share = SHARES[kind] / sum(SHARES[later] for later in options.kinds[number:])

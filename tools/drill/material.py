@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from children import command, in_child
+from children import Child, command, in_child
 from export_fixtures import saved
 from run_fixtures import command as pretrain_command
 from run_fixtures import metrics, read_keys
@@ -40,6 +40,11 @@ class Workshop:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder / "log.txt"
+        self.helpers: list[Child] = []  # processes that go on beside the trials
+
+    def close(self) -> None:
+        for child in self.helpers:
+            child.kill_all()
 
     @cache  # noqa: B019 there is one workshop
     def shards(self) -> Path:
