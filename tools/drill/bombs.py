@@ -120,8 +120,8 @@ def networks(work: Path, rng: random.Random) -> list[list]:
     file = work / "own" / "encoder.json"
     about = json.loads(file.read_text())
     about["encoder"] |= rng.choice((
-        {"depth": 10_000_000}, {"width": 1 << 20, "heads": 1}, {"image_size": [1 << 20, 1 << 20]}, {"registers": 1 << 30},
-        {"mlp_ratio": 1e9}, {"depth": 4000, "width": 8192, "heads": 8},
+        {"depth": 10_000_000}, {"width": 1 << 20, "heads": 1}, {"image_size": [1 << 20, 1 << 20]},
+        {"registers": 1 << 30}, {"mlp_ratio": 1e9}, {"depth": 4000, "width": 8192, "heads": 8},
     ))  # fmt: skip
     file.write_text(json.dumps(about))
     return [["import", "own", "out"], ["probe", "own", "--train", "shards", "--val", "shards", "--cache", "none"]]

@@ -8,6 +8,7 @@ import re
 import resource
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from pathlib import Path
 import yaml
 from children import Child, command, in_child, one_line_error, sslvit
 from kill import pack_words
-from material import Workshop, left_parts, tree
+from material import Workshop, differences, import_libraries, left_parts, tree
 from trials import Part, Trial
 
 from sslvit.checkpoint import load_encoder
@@ -53,11 +54,13 @@ class Scene:
 def parts(workshop: Workshop) -> list[Part]:
     promise = "a disk that fills up in {}: one line with file and remedy, nothing lost, the next try works"
     goes_on = "a disk that fills up in {} does not end the command"
-    return [
+    full = [
         Part(name, (goes_on if scene.survives else promise).format(SPOKEN.get(name, name.replace("-", " to "))),
              lambda trial, scene=scene: fill_up(trial, workshop, scene), 10)
         for name, scene in scenes(workshop).items()
     ]  # fmt: skip
+    bit = "a checkpoint with a flipped bit is noticed, and the run goes on from the one before it to the same bits"
+    return [*full, Part("bit", bit, lambda trial: flip_a_bit(trial, workshop), 20)]
 
 
 def scenes(workshop: Workshop) -> dict[str, Scene]:
@@ -111,6 +114,8 @@ def scenes(workshop: Workshop) -> dict[str, Scene]:
 
 
 def fill_up(trial: Trial, workshop: Workshop, scene: Scene) -> None:
+    if trial.name.startswith(("export-timm", "export-transformers")):
+        import_libraries()
     least, needed = room_needed(trial, workshop, scene)
     with small_disk(trial.folder / "disk") as folder:
         if scene.before:
@@ -132,6 +137,22 @@ def fill_up(trial: Trial, workshop: Workshop, scene: Scene) -> None:
         again = sslvit(trial.folder / "again.txt", *(scene.again or scene.words)(folder))
         trial.expect(again.wait() == 0, f"with room again: {again.code}, {again.last_line()[-400:]}")
         trial.expect(not (left := left_parts(folder)), f"left behind: {', '.join(left[:4])}")
+
+
+def flip_a_bit(trial: Trial, workshop: Workshop) -> None:
+    whole, _ = workshop.whole_run("dino")  # which keeps two checkpoints
+    cut = RunFolder(trial.folder / "run")
+    child = sslvit(trial.folder / "first.txt", *workshop.pretrain("dino", cut.path))
+    while child.poll() is None and len(list(cut.checkpoint.parent.glob("step-*.ckpt"))) < 2:
+        time.sleep(0.002)
+    child.kill()
+    content = bytearray(cut.checkpoint.read_bytes())
+    content[trial.rng.randrange(len(content))] ^= 1 << trial.rng.randrange(8)
+    with open(cut.checkpoint, "r+b") as file:  # in its place, as a disk does it: other names of the file see it too
+        file.write(content)
+    again = sslvit(trial.folder / "again.txt", *workshop.go_on("dino", cut.path, by_folder=trial.rng.random() < 0.5))
+    if trial.expect(again.wait() == 0, f"with a flipped bit: {again.code}, {again.last_line()[-400:]}"):
+        trial.expect(not (found := differences(whole, cut)), f"goes on with the flipped bit: other {', '.join(found)}")
 
 
 def check_words(trial: Trial, child: Child, folder: Path) -> None:
