@@ -90,10 +90,25 @@ def make_parser() -> argparse.ArgumentParser:
     pack.add_argument("--resize", type=int, metavar="SIDE", help="shrink the shorter side of larger images to SIDE")
     pack.add_argument("--encode", default="keep", help="keep (default), jpg, png or webp")
     pack.add_argument("--quality", type=int, default=92, help="of jpg and webp (default: %(default)s)")
+    pack.add_argument("--label-column", metavar="NAME", help="of a list: the column of labels (default: by its name)")
+    pack.add_argument("--labels", metavar="KEY", help="of an .npz: the array of labels, or a file of them")
+    pack.add_argument("--images", metavar="KEY", help="of an .npz: the array of images")
+    pack.add_argument("--layout", help="of an array: nhw, nhwc or nchw (default: as its shape tells)")
+    pack.add_argument("--convert",
+                      help="values of an array that are not 8 or 16 bits: unit (0 to 1), signed (-1 to 1), byte (0 to "
+                      "255) or deep (0 to 65,535)")  # fmt: skip
+    add_orientation(pack)
+    pack.add_argument("--decode", action="store_true",
+                      help="decode every image to find damage inside (default: header and end of each)")  # fmt: skip
+    pack.add_argument("--max-pixels", type=int, default=100_000_000, metavar="N",
+                      help="leave out larger images (default: %(default)s)")  # fmt: skip
     pack.add_argument("--part", metavar="I/N", help="write the I-th of N parts only, as one machine of several")
     pack.add_argument("--overwrite", action="store_true")
     index = action("index", packing.run_index, "index shards that others wrote, or join the parts of a packing")
     index.add_argument("folder", metavar="SHARDS")
+    index.add_argument("--labels", metavar="FIELD", help="members that hold class numbers or names (default: cls)")
+    index.add_argument("--image", metavar="FIELD", help="the image of a key that has several, such as left.jpg")
+    add_orientation(index)
     index.add_argument("--merge", action="store_true", help="join what shards pack --part wrote")
     index.add_argument("--overwrite", action="store_true", help="with --merge: replace shards that are already there")
     check = action(
@@ -299,6 +314,13 @@ def add_probe(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
     parser.add_argument("-o", "--output", metavar="FILE", help="also write the table as JSON")
     add_layout(parser)
+
+
+def add_orientation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--orientation", choices=["upright", "stored"],
+        help="turn images as EXIF says when they are read, or take them as stored (default: upright)",
+    )  # fmt: skip
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

@@ -12,9 +12,17 @@ MISFIT = (
 )
 
 
+SHARED_MEMORY = (
+    "the loader's processes have no shared memory left (/dev/shm). Use --data.workers 0 (or --workers 0), or give the "
+    "container more: docker run --shm-size 8g"
+)
+
+
 def explain(error: BaseException) -> str | None:
-    """The remedy for an error that stems from libraries that do not fit together, or None."""
+    """The remedy for an error that stems from the machine or from libraries that do not fit together, or None."""
     text = str(error)
+    if "shared memory" in text or "Bus error" in text or "unable to mmap" in text or "torch_shm" in text:
+        return SHARED_MEMORY
     is_misfit = "torchvision::nms does not exist" in text or "partially initialized module 'torchvision'" in text
     return MISFIT if is_misfit else None
 

@@ -146,7 +146,12 @@ def expand_path(path: str | Path) -> str:
 
 
 def cache_folder(path: str | Path) -> Path:
-    """A folder for what can be made again; without a home that can be written to, one in the temporary folder."""
+    """A folder for what can be made again; without a home that can be written to, one in the temporary folder.
+
+    $XDG_CACHE_HOME stands for ~/.cache where it is set, as for other programs.
+    """
+    if os.environ.get("XDG_CACHE_HOME") and str(path).startswith("~/.cache/"):
+        return Path(os.environ["XDG_CACHE_HOME"], str(path).removeprefix("~/.cache/"))
     try:
         folder = expand_path(path)
         is_usable = not str(path).startswith("~") or os.access(_existing(folder), os.W_OK)

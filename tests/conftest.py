@@ -1,11 +1,18 @@
-"""Shapes in signatures are checked while the tests run."""
+"""Shapes in signatures are checked while the tests run, and caches are not the user's."""
 
 from __future__ import annotations
 
+import atexit
+import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 from jaxtyping import install_import_hook
 
 sys.path.insert(0, str(Path(__file__).parent))
 install_import_hook(["sslvit.models", "sslvit.tasks", "sslvit.palette", "sslvit.evaluate"], "beartype.beartype")
+
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="sslvit-tests-")  # of other processes that tests start, too
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], True)

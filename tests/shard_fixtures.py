@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from sslvit.data.arrays import array_samples
 from sslvit.data.decode import BadImage, decode
 from sslvit.data.pack import pack
 from sslvit.data.reader import ShardReader
-from sslvit.data.sources import array_samples
 from sslvit.data.store import PackSettings
 
 

@@ -128,6 +128,8 @@ def test_a_folder_is_held_by_one_process_and_free_again_after_kill_9(tmp_path: P
 def test_home_and_variables_are_expanded_and_addresses_are_not(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("DATA", "/data")
+    assert cache_folder("~/.cache/sslvit") == Path(os.environ["XDG_CACHE_HOME"]) / "sslvit"
+    monkeypatch.delenv("XDG_CACHE_HOME")
     assert expand_path("~/photos") == f"{tmp_path}/photos"
     assert expand_path("$DATA/photos") == "/data/photos"
     assert expand_path("https://host/~me/$x") == "https://host/~me/$x"
@@ -138,6 +140,7 @@ def test_home_and_variables_are_expanded_and_addresses_are_not(monkeypatch, tmp_
 def test_caches_go_to_a_private_temporary_folder_without_a_home(monkeypatch, tmp_path: Path, capsys, home) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr("sslvit.files._told", set())
+    monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", home or "~nobody-here")
     if home:
         monkeypatch.setattr("os.access", lambda path, mode: False)

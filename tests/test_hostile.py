@@ -14,8 +14,8 @@ from run_fixtures import run
 
 from sslvit.checkpoint import save_encoder
 from sslvit.cli import main
+from sslvit.data.arrays import array_samples
 from sslvit.data.pack import pack
-from sslvit.data.sources import array_samples
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings
 from sslvit.tasks.dino import DINO

@@ -109,7 +109,7 @@ def run_health(options: argparse.Namespace) -> None:
     from sslvit.evaluate.scores import format_table
 
     encoder = load_encoder(options.encoder, options.layout, options.heads, **unsaid(options))
-    index = open_shards(options.data, f"{options.data.rstrip('/')}-shards")
+    index = open_shards(options.data)
     rows = measure_health(
         encoder.to(pick_device(options.device)), index, options.images, options.layer, options.pooling, options.batch,
         options.workers, options.seed,
@@ -186,7 +186,7 @@ def run_embed(options: argparse.Namespace) -> None:
     encoder = load_encoder(options.encoder, options.layout, options.heads, **unsaid(options))
     source = FrozenEncoder(encoder.to(pick_device(options.device)))
     places = source.places(options.layer, options.blocks, options.pooling)
-    index = open_shards(options.data, f"{options.data.rstrip('/')}-shards")
+    index = open_shards(options.data)
     made = embed(source, LabelledSet(index, encoder.settings.channels), places, options.batch, options.workers,
                  options.fraction)  # fmt: skip
     made.save(Path(options.output))

@@ -7,13 +7,18 @@ from pathlib import Path
 
 
 def run_pack(options: argparse.Namespace) -> None:
+    from sslvit.data.any_source import SourceOptions
     from sslvit.data.pack import pack_source
     from sslvit.data.store import PackSettings
 
-    settings = PackSettings(options.shard_mb, options.resize, options.encode, options.quality)
+    settings = PackSettings(
+        options.shard_mb, options.resize, options.encode, options.quality,
+        options.orientation or "upright", options.decode, options.max_pixels,
+    )  # fmt: skip
+    of_source = SourceOptions(options.labels, options.label_column, options.images, options.layout, options.convert)
     indices = pack_source(
         options.source, options.destination, settings, options.holdout, options.overwrite, options.workers,
-        options.part,
+        options.part, of_source,
     )  # fmt: skip
     for index in indices:
         show_shards(index)
@@ -21,11 +26,12 @@ def run_pack(options: argparse.Namespace) -> None:
 
 def run_index(options: argparse.Namespace) -> None:
     from sslvit.data.pack import finish_packing
-    from sslvit.data.scan import index_shards
+    from sslvit.data.scan import IndexOptions, index_shards
 
     folder = Path(options.folder)
     if not options.merge:
-        show_shards(index_shards(folder, options.workers))
+        given = IndexOptions(options.labels, options.image, options.orientation)
+        show_shards(index_shards(folder, options.workers, given))
         return
     parts = [folder / name for name in ("train", "val") if (folder / name / "packing").is_dir()]
     for part in parts or [folder]:
@@ -46,11 +52,13 @@ def run_info(options: argparse.Namespace) -> None:
 
 
 def find_shards(name: str):
-    """Shards with an index, a pattern or an address; nothing is packed or indexed in a folder of the user's."""
+    """Shards by folder, pattern or address; those without an index are indexed, but no image folder is packed."""
     from sslvit.data.index import load_index
     from sslvit.data.open import open_shards
 
-    return load_index(name) if "{" not in name and "://" not in name else open_shards(name, "")
+    folder = Path(name)
+    has_shards = not folder.is_dir() or any(folder.glob("*.tar"))
+    return open_shards(name) if has_shards else load_index(folder)
 
 
 def show_shards(index, global_batch: int | None = None) -> None:
@@ -63,7 +71,7 @@ def run_palette(options: argparse.Namespace) -> None:
     from sslvit.data.open import open_shards
     from sslvit.data.pixels import make_palette
 
-    index = open_shards(options.shards, f"{options.shards.rstrip('/')}-shards")
+    index = open_shards(options.shards)
     made = make_palette(index, options.output, options.colours, options.image_size, options.seed)
     error, uniform = made["mean_squared_error"], made["mean_squared_error_uniform"]
     print(

@@ -47,7 +47,7 @@ def run_likelihood(options: argparse.Namespace) -> None:
     from sslvit.evaluate.scores import format_table
 
     task = load_task(options)
-    train, val = (open_shards(source, f"{source.rstrip('/')}-shards") for source in (options.train, options.val))
+    train, val = (open_shards(source) for source in (options.train, options.val))
     rows = likelihood(task, train, val, options.batch)
     print(f"\n{len(val):,} images of {val.location}; counted on {len(train):,} of {train.location}\n")
     print(format_table({row: {column: [value] for column, value in of.items()} for row, of in rows.items()}, 4))

@@ -58,7 +58,7 @@ def run_plan(options: argparse.Namespace) -> None:
     if images is None:
         if data is None:
             raise ValueError("--images N or --data SHARDS: how many images are there?")
-        index = open_shards(str(data), f"{str(data).rstrip('/')}-shards")
+        index = open_shards(str(data))
         images, classes = len(index), len(index.classes) if index.classes else None
     found, task = forecast(settings, images, classes)
     print(found.text())

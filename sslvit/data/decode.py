@@ -1,18 +1,33 @@
 """Bytes -> image, at the resolution that its views need.
 
-Pixels are uint8, or float32 in the same units (0 to 255) for sets of 16-bit images, which lose nothing so.
+Pixels are uint8, or float32 in the same units (0 to 255) for sets of 16-bit images, which lose nothing so. Images are
+turned upright as their EXIF orientation says, unless their stored pixels are asked for.
 """
 
 from __future__ import annotations
 
 import io
+import logging
 import math
+import re
+import warnings
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from sslvit.data.orientation import (
+    START_OF_SCAN,
+    exif_orientation,
+    inverse_orientation,
+    jpeg_segments,
+    swaps_sides,
+    turn,
+)
+from sslvit.files import printable
 
 try:  # 1.4 times as many JPEGs per second as PIL, with the same pixels
     import simplejpeg
@@ -20,15 +35,40 @@ except ImportError:
     simplejpeg = None
 
 MAX_PIXELS = 100_000_000  # a header that promises more is a decompression bomb, not a training image
+MANY_PIXELS = 1_000_000  # from which on a file with almost no bytes is not believed
+MAX_PIXELS_PER_BYTE = 2000  # deflate's limit is 1032 values to a byte
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # other numbers of channels are stored as arrays
 REDUCTIONS = (8, 4, 2)  # at which a JPEG can be decoded without computing all of its pixels
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")  # others, such as EPS, would start programs
+HAS_AVIF = find_spec("PIL._avif") is not None
+HAS_HEIF = find_spec("pillow_heif") is not None
+HAS_TIFFFILE = find_spec("tifffile") is not None
+FORMATS = (  # others, such as EPS, would start programs
+    "JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF", *(["AVIF"] if HAS_AVIF else []),
+)  # fmt: skip
+MAX_REASON = 250  # characters
 NPY = b"\x93NUMPY"
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif", ".npy"}
+TIFFS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+HEIF = re.compile(rb".{4}ftyp(heic|heix|hevc|heim|heis|mif1|msf1)", re.DOTALL)
+IMAGE_SUFFIXES = {
+    ".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif", ".npy",
+    *([".avif"] if HAS_AVIF else []), *([".heic", ".heif"] if HAS_HEIF else []),
+}  # fmt: skip
+EXTRAS = {  # what reads other files that people have, by ending
+    ".avif": "a Pillow that was built with AVIF", ".heic": "pip install 'sslvit[heif]'",
+    ".heif": "pip install 'sslvit[heif]'",
+}  # fmt: skip
+
+# what is wrong with an image is said by BadImage; PIL's and tifffile's own words would come once more, for each image
+warnings.filterwarnings("ignore", module="PIL")
+for name in ("tifffile", "PIL.TiffImagePlugin"):
+    logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 class BadImage(ValueError):
-    """An image that cannot be used; the message is the reason."""
+    """An image that cannot be used; the message is the reason, in one short line whatever the file says."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(printable(reason, MAX_REASON))
 
 
 @dataclass
@@ -36,12 +76,13 @@ class Header:
     """What an image says of itself before its pixels are computed.
 
     Args:
-        height: in pixels.
-        width: in pixels.
+        height: in pixels, as the image is handed out.
+        width: in pixels, as the image is handed out.
         mode: PIL's name (RGB, L, I;16, CMYK ...), or "array".
         channels: 1, 3 or 4, or those of an array.
         bits: 8 or 16 per channel.
         is_jpeg: it can be decoded at a reduced scale.
+        orientation: how the stored pixels are turned to be handed out, as EXIF counts; 1 for not at all.
     """
 
     height: int
@@ -50,6 +91,19 @@ class Header:
     channels: int
     bits: int = 8
     is_jpeg: bool = False
+    orientation: int = 1
+
+    def turned(self, orientation: int) -> Header:
+        """The same image, handed out in this orientation."""
+        if swaps_sides(orientation):
+            self.height, self.width = self.width, self.height
+        self.orientation = orientation
+        return self
+
+    @property
+    def stored_sides(self) -> tuple[int, int]:
+        """Height and width of the pixels in the file."""
+        return (self.width, self.height) if swaps_sides(self.orientation) else (self.height, self.width)
 
 
 class Scratch:
@@ -64,8 +118,13 @@ class Scratch:
         return self.memory
 
 
-def read_header(content: bytes) -> Header:
+def read_header(content: bytes, max_pixels: int = MAX_PIXELS, upright: bool = True) -> Header:
     """Size and kind of an image.
+
+    Args:
+        content: of the file.
+        max_pixels: of the largest image that is accepted.
+        upright: turn it as its EXIF orientation says; otherwise its pixels stay as they are stored.
 
     Raises:
         BadImage: empty, of unknown format, or too large.
@@ -77,10 +136,48 @@ def read_header(content: bytes) -> Header:
         header = _array_header(content)
     elif simplejpeg is not None and content.startswith(b"\xff\xd8"):
         header = _jpeg_header(content)
-    header = header or _pil_header(content)
-    if header.height * header.width > MAX_PIXELS:
-        raise BadImage(f"{header.width} x {header.height} pixels, more than {MAX_PIXELS}")
+        if header is not None and upright:
+            header.turned(exif_orientation(content))
+    header = header or _pil_header(content, max_pixels, upright)
+    pixels = header.height * header.width
+    if pixels > max_pixels:
+        raise BadImage(f"{header.width} x {header.height} pixels, more than {max_pixels} (data.max_pixels)")
+    if pixels > MANY_PIXELS and pixels > MAX_PIXELS_PER_BYTE * len(content):
+        raise BadImage(f"damaged image ({header.width} x {header.height} pixels in {len(content)} bytes)")
     return header
+
+
+def problem_of(content: bytes, header: Header, fully: bool = False) -> str:
+    """What is wrong with the pixels of an image whose header is right, or nothing.
+
+    Whether a file is whole is asked of its end, which takes no time; only one without a proper end is decoded.
+
+    Args:
+        content: of the file.
+        header: of it.
+        fully: decode it in any case.
+    """
+    if not fully and ends_properly(content):
+        return ""
+    try:
+        decode_pixels(content, header.channels, header.bits, header=header)
+    except BadImage as error:
+        return str(error)
+    return ""
+
+
+def ends_properly(content: bytes) -> bool:
+    """Whether the file goes on to the mark that ends an image of its format; False also where there is none."""
+    if content.startswith(b"\xff\xd8"):
+        scans = [place for marker, place, _ in jpeg_segments(content) if marker == START_OF_SCAN]
+        return bool(scans) and content.rfind(b"\xff\xd9") > scans[0]  # a thumbnail in a segment has an end of its own
+    if content.startswith(b"\x89PNG"):
+        return b"IEND" in content[-64:]
+    if content.startswith(b"RIFF"):
+        return len(content) >= 8 + int.from_bytes(content[4:8], "little")
+    if content.startswith(b"GIF8"):
+        return content.rstrip(b"\0").endswith(b";")
+    return content.startswith(NPY)  # whose header has told the length
 
 
 def decode(
@@ -118,7 +215,7 @@ def decode_pixels(
     """
     header = header or read_header(content)
     try:
-        pixels = _pixels(content, header, channels, bits, reduction, scratch)
+        pixels = turn(_pixels(content, header, channels, bits, reduction, scratch), header.orientation)
     except BadImage:
         raise
     except Exception as error:  # PIL raises whatever its format plugins raise
@@ -126,13 +223,22 @@ def decode_pixels(
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
-def reduction_for(least_zoom: float) -> int:
+def reduction_for(least_zoom: float, header: Header) -> int:
     """The strongest reduction that leaves every view at least as many pixels as it shows.
 
     Args:
         least_zoom: image pixels per view pixel, of the view that magnifies most.
+        header: of the image. One that is turned is only reduced by what divides its sides: the pixels at its far edge
+            would be incomplete, and turning would bring them to the near one.
     """
-    return next((reduction for reduction in REDUCTIONS if least_zoom >= reduction), 1)
+    return next(
+        (
+            reduction for reduction in REDUCTIONS
+            if least_zoom >= reduction
+            and (header.orientation == 1 or header.height % reduction == header.width % reduction == 0)
+        ),
+        1,
+    )  # fmt: skip
 
 
 def _pixels(
@@ -146,12 +252,12 @@ def _pixels(
         pixels = _jpeg_pixels(content, header, channels, reduction, scratch)
         if pixels is not None:
             return pixels
-    image = Image.open(io.BytesIO(content), formats=FORMATS)
+    image = open_image(content)
     if reduction > 1 and image.mode == "RGB":
         image.draft("RGB", (image.width // reduction, image.height // reduction))
     if header.bits == 16:
-        deep = np.asarray(image).astype(np.float32).clip(0, 65535)
-        pixels = deep / np.float32(257) if bits == 16 else (deep.astype(np.uint32) >> 8).astype(np.uint8)
+        deep = np.asarray(image).clip(0, 65535).astype(np.uint16, copy=False)
+        pixels = deep / np.float32(257) if bits == 16 else (deep >> 8).astype(np.uint8)
         return np.repeat(pixels[..., None], channels, 2) if channels < 4 else _with_alpha(pixels)
     pixels = np.array(image.convert(MODES[channels]))
     return pixels if bits == 8 else pixels.astype(np.float32)
@@ -161,16 +267,81 @@ def _with_alpha(grey: np.ndarray) -> np.ndarray:
     return np.stack([grey, grey, grey, np.full_like(grey, 255)], 2)
 
 
-def _pil_header(content: bytes) -> Header:
+def open_image(content: bytes) -> Image.Image:
+    """The image as PIL opens it, in the formats that start no programs."""
+    if HAS_HEIF and HEIF.match(content[:12]):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+        return Image.open(io.BytesIO(content), formats=("HEIF",))
+    return Image.open(io.BytesIO(content), formats=FORMATS)
+
+
+def _pil_header(content: bytes, max_pixels: int, upright: bool) -> Header:
     try:
-        image = Image.open(io.BytesIO(content), formats=FORMATS)
-    except Exception as error:
+        return _header_of(open_image(content), content, max_pixels, upright)
+    except BadImage:
+        raise
+    except Image.DecompressionBombError as error:
+        pixels = re.search(r"\d+", str(error))
+        raise BadImage(
+            f"{pixels[0] if pixels else 'too many'} pixels, more than {max_pixels} (data.max_pixels)"
+        ) from error
+    except Exception as error:  # PIL raises whatever its format plugins raise
+        if content.startswith(TIFFS):
+            return _tiff_header(content)
         raise BadImage(f"not an image ({type(error).__name__})") from error
+
+
+def _header_of(image: Image.Image, content: bytes, max_pixels: int, upright: bool) -> Header:
+    if image.format == "TIFF" and image.tag_v2.get(277, 1) > 4:  # of planes side by side, PIL shows the first
+        return _tiff_header(content)
     if image.mode == "F":
         raise BadImage("an image of floating-point numbers, which have no agreed range; store 8 or 16 bits")
-    is_deep, is_jpeg = image.mode.startswith("I"), image.format == "JPEG" and image.mode in ("RGB", "L")
+    is_deep, is_jpeg = image.mode.startswith("I"), image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
     channels = 1 if is_deep or image.mode in ("1", "L") else 4 if image.mode in ("RGBA", "LA", "PA") else 3
-    return Header(image.height, image.width, image.mode, channels, 16 if is_deep else 8, is_jpeg)
+    header = Header(image.height, image.width, image.mode, channels, 16 if is_deep else 8, is_jpeg)
+    if image.format == "TIFF":
+        tile = int(image.tag_v2.get(322, 1)) * int(image.tag_v2.get(323, 1))
+        if tile > max_pixels:
+            raise BadImage(f"damaged image (a tile of {tile} pixels)")
+        # PIL turns these by itself
+        return header if upright else header.turned(inverse_orientation(image.tag_v2.get(274, 1)))
+    if not upright:
+        return header
+    is_known = content.startswith((b"\xff\xd8", b"\x89PNG"))  # PIL decodes a PNG to look for what follows its pixels
+    found = exif_orientation(content) if is_known else image.getexif().get(274, 1)
+    return header.turned(found if found in range(1, 9) else 1)
+
+
+def _tiff_header(content: bytes) -> Header:
+    """Of a TIFF that PIL does not open, which has five channels and more."""
+    array = _read_tiff(content, only_shape=True)
+    return Header(array.shape[0], array.shape[1], "array", array.shape[2], 8 * array.dtype.itemsize)
+
+
+def _read_tiff(content: bytes, only_shape: bool = False) -> np.ndarray:
+    """A TIFF of any number of channels as 'h w c'."""
+    if not HAS_TIFFFILE:
+        raise BadImage("a TIFF that needs tifffile, as those of five and more channels do (pip install 'sslvit[tiff]')")
+    import tifffile
+
+    try:
+        with tifffile.TiffFile(io.BytesIO(content)) as file:
+            page = file.pages[0]
+            shape, axes, kind = page.shape, page.axes, np.dtype(page.dtype)
+            if axes not in ("YXS", "SYX") or kind not in (np.uint8, np.uint16) or 0 in shape:
+                raise BadImage(
+                    f"a TIFF of {kind} and axes {axes} {shape}; images are 8 or 16 bits, channels in one page"
+                )
+            if math.prod(shape) > MAX_PIXELS * 4:
+                raise BadImage(f"a TIFF of shape {shape}, more than {MAX_PIXELS} pixels")
+            pixels = np.broadcast_to(np.zeros((), kind), shape) if only_shape else page.asarray()
+    except BadImage:
+        raise
+    except Exception as error:  # tifffile raises almost anything for damaged bytes
+        raise BadImage(f"damaged image ({error})") from error
+    return np.moveaxis(pixels, 0, 2) if axes == "SYX" else pixels
 
 
 def _jpeg_header(content: bytes) -> Header | None:
@@ -190,12 +361,10 @@ def _jpeg_pixels(
     """None where PIL should decide: other channels, or a file that libjpeg complains of."""
     if channels != 3 and header.channels != channels:
         return None
-    options: dict = {} if scratch is None else {"buffer": scratch.of(header.height * header.width * header.channels)}
+    height, width = header.stored_sides
+    options: dict = {} if scratch is None else {"buffer": scratch.of(height * width * header.channels)}
     if reduction > 1:
-        options |= {
-            "min_height": math.ceil(header.height / reduction),
-            "min_width": math.ceil(header.width / reduction),
-        }
+        options |= {"min_height": math.ceil(height / reduction), "min_width": math.ceil(width / reduction)}
     try:
         pixels = simplejpeg.decode_jpeg(content, "GRAY" if header.channels == 1 else "RGB", min_factor=2, **options)
     except ValueError:
@@ -221,7 +390,8 @@ def _array_header(content: bytes) -> Header:
 def _array_pixels(content: bytes, header: Header, channels: int, bits: int) -> np.ndarray:
     if header.channels != channels:
         raise BadImage(f"an array of {header.channels} channels, but {channels} are wanted")
-    pixels = np.load(io.BytesIO(content), allow_pickle=False)
+    is_npy = content.startswith(NPY)
+    pixels = np.load(io.BytesIO(content), allow_pickle=False) if is_npy else _read_tiff(content)
     if header.bits == 16:
         return (pixels / np.float32(257)) if bits == 16 else (pixels >> 8).astype(np.uint8)
     return pixels if bits == 8 else pixels.astype(np.float32)

@@ -22,11 +22,10 @@ import numpy as np
 
 from sslvit.data.decode import BadImage
 
-FORMAT = 2
+FORMAT = 3
 RECORD = np.dtype([("offset", "<i8"), ("size", "<u4"), ("label", "<i4")])
-NO_LABEL = -1
 CHECKED_BYTES = 64 * 2**20  # up to this length index.npy is compared with its checksum at each start
-FIELDS = ("classes", "channels", "bits", "mean", "std", "image_size", "encoding", "skipped")
+FIELDS = ("classes", "channels", "bits", "mean", "std", "image_size", "encoding", "orientation", "skipped")
 SPLITS = ("train", "val", "validation", "test")  # a folder of this name is a split for timm; others are its train
 
 
@@ -58,6 +57,7 @@ class Index(Protocol):
     mean: list[float]
     std: list[float]
     image_size: list[int] | None
+    orientation: str
     is_remote: bool
 
     def __len__(self) -> int: ...
@@ -84,6 +84,7 @@ class ShardIndex:
         std: per channel.
         image_size: height and width if all images share them.
         encoding: what packing did to the images, in words; empty for nothing.
+        orientation: upright if images are turned as EXIF says, stored if their pixels are taken as they lie.
         skipped: files that packing left out, with the reason.
         cache: brings shards here from the network (remote.ShardCache), or None.
     """
@@ -98,6 +99,7 @@ class ShardIndex:
     std: list[float] = field(default_factory=list)
     image_size: list[int] | None = None
     encoding: str = ""
+    orientation: str = "upright"
     skipped: dict[str, str] = field(default_factory=dict)
     cache: Any = None
 

@@ -15,6 +15,7 @@ from sslvit.data.decode import BadImage, decode, read_header
 from sslvit.data.index import ShardIndex, sha256_of
 from sslvit.data.parallel import in_parallel
 from sslvit.data.plan import EpochPlan, fitting_ranks
+from sslvit.files import printable
 
 LARGE_PIXELS = 50_000_000  # slow to decode; half of what is refused
 
@@ -62,10 +63,12 @@ class ShardCheck:
         for what, found in (("damaged shards", self.damaged), ("corrupt images", self.corrupt),
                             (f"images of more than {LARGE_PIXELS / 1e6:.0f} million pixels", self.large)):  # fmt: skip
             lines.append(f"  {what}: {len(found):,}")
-            lines += [f"    {name}: {reason}" for name, reason in list(found.items())[:10]]
+            lines += [f"    {printable(name)}: {printable(reason)}" for name, reason in list(found.items())[:10]]
             lines += [f"    and {len(found) - 10:,} more"] if len(found) > 10 else []
         lines.append(f"  images that occur more than once (same bytes): {len(self.duplicates):,}")
-        lines += [f"    {' = '.join(index.key(sample) for sample in same[:4])}" for same in self.duplicates[:10]]
+        lines += [
+            f"    {' = '.join(printable(index.key(sample)) for sample in same[:4])}" for same in self.duplicates[:10]
+        ]
         modes = ", ".join(f"{mode} {count:,}" for mode, count in self.modes.most_common())
         return "\n".join([*lines, f"  modes: {modes}", "  shorter side in pixels:", *_histogram(self.sizes)])
 
@@ -110,7 +113,7 @@ class _CheckJob:
                     content = os.pread(file.fileno(), size, offset)
                     if len(content) < size:
                         raise BadImage("truncated shard")
-                    header = read_header(content)
+                    header = read_header(content, upright=self.index.orientation == "upright")
                     decode(content, header.channels, header=header)
                 except BadImage as error:
                     found.corrupt[self.index.key(sample)] = str(error)
@@ -134,25 +137,43 @@ def describe_shards(index: ShardIndex, global_batch: int | None = None) -> str:
         f"{len(index.shards)} shards, {total / 1e6:,.1f} MB",
         f"  mean {index.mean}, std {index.std} (of pixels from 0 to 1)",
     ]
+    if not index.classes:
+        lines.append(
+            "  NO LABELS: enough for pretraining; probes and fine-tuning need them (class folders, a list with a "
+            "column label, an array of labels, or .cls members)"
+        )
+    constant = [str(number) for number, std in enumerate(index.std) if std == 0]
+    if constant:
+        lines.append(
+            f"  warning: channel {', '.join(constant)} is the same everywhere (standard deviation 0), so it cannot be "
+            "divided by it: set encoder.std for it to 1, or leave the channel out"
+        )
+    if index.orientation != "upright":
+        lines.append("  images are read as their pixels are stored, whatever EXIF says of their orientation")
     if index.encoding:
         lines.append(f"  packed with: {index.encoding}")
     if index.skipped:
         reasons = Counter(index.skipped.values()).most_common()
-        lines.append(f"  left out: {', '.join(f'{count} x {reason}' for reason, count in reasons)}")
+        shown = ", ".join(f"{count} x {printable(reason, 80)}" for reason, count in reasons[:10])
+        lines.append(f"  left out: {shown}{', ...' if len(reasons) > 10 else ''} (by name in index.json)")
     absent = index.absent()
-    lines += [f"  {name}: {problem}" for name, problem in list(absent.items())[:10]]
+    lines += [f"  {printable(name)}: {problem}" for name, problem in list(absent.items())[:10]]
     if index.classes:
         counts = np.bincount(index.labels_of(slice(None)), minlength=len(index.classes))
-        lines.append(
-            f"  images per class: {counts.min():,} ({index.classes[int(counts.argmin())]}) to {counts.max():,} "
-            f"({index.classes[int(counts.argmax())]})"
-        )
+        ends = (int(counts.argmin()), int(counts.argmax()))
+        fewest, most = (f"{counts[i]:,} ({printable(index.classes[i], 40)})" for i in ends)
+        equal = f"{counts[0]:,}" if counts.min() == counts.max() else f"{fewest} to {most}"
+        lines.append(f"  images per class: {equal}")
+    if global_batch is not None and global_batch > len(index):
+        lines.append(f"  a global batch of {global_batch:,} does not fit: choose at most {len(index):,}")
+        return "\n".join(lines)
     batch = global_batch or min(4096, 1 << (len(index).bit_length() - 1))
     plan = EpochPlan(index.shard_samples, batch)
-    lines.append(
-        f"  at a global batch of {batch:,}: {plan.steps_per_epoch:,} steps per epoch, each dropping "
-        f"{plan.dropped_per_epoch:,} images; ranks that fit: {', '.join(map(str, fitting_ranks(batch, 1024)))}"
-    )
+    if global_batch is not None:
+        lines.append(
+            f"  at a global batch of {batch:,}: {plan.steps_per_epoch:,} steps per epoch, each dropping "
+            f"{plan.dropped_per_epoch:,} images; ranks that fit: {', '.join(map(str, fitting_ranks(batch, 1024)))}"
+        )
     largest = max(shard.bytes for shard in index.shards) / 2**30
     needs = {
         hosts: plan.shards_at_once(0, batch // hosts) * largest for hosts in (1, 2, 4, 8, 16) if batch % hosts == 0

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sslvit.chance import generator
 from sslvit.data.batch import Batch
-from sslvit.data.decode import BadImage, Scratch, decode, read_header, reduction_for
+from sslvit.data.decode import MAX_PIXELS, BadImage, Header, Scratch, decode, read_header, reduction_for
 from sslvit.data.plan import Plan, evaluation_batches
 from sslvit.data.reader import ShardReader
 from sslvit.data.resample import normalise
@@ -103,7 +103,7 @@ def _decode_and_view(
     for i, sample in enumerate(samples):
         try:
             content = reader.read(int(sample))
-            header = read_header(content)
+            header = reader.header(content)
             found[i], sides[i] = (content, header), (header.height, header.width)
         except BadImage as error:
             bad[i] = str(error)
@@ -113,7 +113,7 @@ def _decode_and_view(
     pictures = [torch.zeros(len(samples), reader.channels, *size_of_view, dtype=pixel) for size_of_view, _ in drawn]
     for i, (content, header) in found.items():
         try:
-            reduction = reduction_for(zoom[i])
+            reduction = reduction_for(zoom[i], header)
             image = decode(content, reader.channels, bits, reduction, header, reader.scratch)
         except BadImage as error:
             bad[i] = str(error)
@@ -130,13 +130,17 @@ class MemoryReader:
     Args:
         contents: key and bytes by sample number.
         channels: of the images handed out.
+        max_pixels: of the largest image that is accepted.
     """
 
     decoded = None
     bits = 8
 
-    def __init__(self, contents: dict[int, tuple[str, bytes]], channels: int) -> None:
-        self.contents, self.channels, self.scratch = contents, channels, Scratch()
+    def __init__(self, contents: dict[int, tuple[str, bytes]], channels: int, max_pixels: int = MAX_PIXELS) -> None:
+        self.contents, self.channels, self.max_pixels, self.scratch = contents, channels, max_pixels, Scratch()
+
+    def header(self, content: bytes) -> Header:
+        return read_header(content, self.max_pixels)
 
     def read(self, sample: int) -> bytes:
         return self.contents[sample][1]

@@ -30,7 +30,13 @@ class JoinedIndex:
         if len(channels) > 1 and not channels <= set(MODES):
             named = ", ".join(f"{part.location}: {part.channels}" for part in parts)
             raise ValueError(f"data.mixture: sources with other numbers of channels ({named}) cannot be mixed.")
-        self.parts = list(parts)
+        if len({part.orientation for part in parts}) > 1:
+            named = ", ".join(f"{part.location}: {part.orientation}" for part in parts)
+            raise ValueError(
+                f"data.mixture: some sources are read upright, others as stored ({named}). Pack or index one of them "
+                "again with the other's --orientation."
+            )
+        self.parts, self.orientation = list(parts), parts[0].orientation
         self.location = " + ".join(part.location for part in self.parts)
         self.first_sample = np.concatenate([[0], np.cumsum([len(part) for part in self.parts])])
         self.first_shard = np.concatenate([[0], np.cumsum([len(part.shards) for part in self.parts])])

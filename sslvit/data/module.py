@@ -73,7 +73,8 @@ class ShardDataModule(pl.LightningDataModule):
         return DataLoader(batches, batch_size=None, sampler=order, num_workers=workers, pin_memory=is_gpu)
 
     def make_reader(self) -> ShardReader:
-        return ShardReader(self.index, self.encoder.channels, self.settings.memory_limit_mb)
+        settings = self.settings
+        return ShardReader(self.index, self.encoder.channels, settings.memory_limit_mb, settings.max_pixels)
 
     def examples(self, count: int, views: Views | None = None) -> Batch:
         """The first images of the data set as a batch on the CPU, seen as in training or through other views."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,40 +15,43 @@ from braceexpand import UnbalancedBracesError, braceexpand
 from filelock import FileLock
 
 from sslvit.data.decode import BadImage
+from sslvit.data.folders import folder_source
 from sslvit.data.index import Index, ShardIndex, is_address, load_index, read_index
 from sslvit.data.mixture import JoinedIndex, MixturePlan, shares_of_batch
 from sslvit.data.pack import digest_of, pack
 from sslvit.data.plan import EpochPlan, Plan
 from sslvit.data.remote import ShardCache
 from sslvit.data.scan import index_names, index_shards
-from sslvit.data.sources import folder_samples
-from sslvit.data.stream import StreamIndex, is_stream
+from sslvit.data.sources import ImageSource
+from sslvit.data.stream import PIPE, StreamIndex, is_stream
+from sslvit.files import expand_path, printable
 from sslvit.settings import DataSettings
 
+PATTERN_SIGNS = "{*?["
+WANTED = "Pass a folder of images or of shards (sslvit shards pack SRC DST)."
 
-def open_data(settings: DataSettings, beside: str | Path, seed: int) -> tuple[Index, Plan]:
+
+def open_data(settings: DataSettings, seed: int) -> tuple[Index, Plan]:
     """The index of a run's data and the order in which it is read.
 
     Args:
         settings: of the run.
-        beside: where the shards of image folders go.
         seed: of the order.
 
     Raises:
         FileNotFoundError: nothing given, or nothing there.
         ValueError: no images there, a damaged index, or a batch that does not fit.
     """
-    if settings.shards and is_stream(settings.shards):
-        stream = StreamIndex(expand(settings.shards), settings.stream_samples, settings.allow_pipe, cache_of(settings))
+    if settings.shards and is_stream(settings.shards) and not Path(expand_path(settings.shards)).is_dir():
+        stream = StreamIndex(
+            expand(expand_path(settings.shards)), settings.stream_samples, settings.allow_pipe, cache_of(settings)
+        )
         return stream, EpochPlan([len(stream)], settings.global_batch, seed)
     if not settings.mixture:
-        index = open_shards(settings.shards or "", beside, cache_of(settings))
+        index = open_shards(settings.shards or "", cache_of(settings))
         return index, _plan(index, settings, settings.global_batch, seed)
     rows = shares_of_batch(list(settings.mixture.values()), settings.global_batch)
-    parts = [
-        open_shards(source, Path(f"{beside}-{number}"), cache_of(settings))
-        for number, source in enumerate(settings.mixture)
-    ]
+    parts = [open_shards(source, cache_of(settings)) for source in settings.mixture]
     plans = []
     for number, (index, share) in enumerate(zip(parts, rows, strict=True)):
         try:
@@ -56,27 +61,27 @@ def open_data(settings: DataSettings, beside: str | Path, seed: int) -> tuple[In
     return JoinedIndex(parts, rows), MixturePlan(plans)
 
 
-def open_shards(source: str | Path, beside: str | Path, cache: ShardCache | None = None) -> ShardIndex:
+def open_shards(source: str | Path, cache: ShardCache | None = None) -> ShardIndex:
     """The index of a data set; shards without one are indexed, and an image folder is packed first.
 
     Args:
         source: a folder of shards or of images, a pattern of shards, or an address of either.
-        beside: where the shards of an image folder go, or lie already.
-        cache: for shards from the network; None for the default place.
+        cache: for shards from the network and for those of image folders; None for the default place.
 
     Raises:
         FileNotFoundError: nothing given, or nothing there.
         ValueError: no images there, or a damaged index.
     """
-    name, cache = str(source), cache or cache_of(DataSettings())
-    if "{" in name or name.endswith(".tar"):
-        return _open_pattern(name, cache)
-    if is_address(name):
-        return _open_address(name, cache)
-    path = Path(source)
-    if not name or not path.is_dir():
-        given = f"{path} is not a folder" if name else "no data given"
-        raise FileNotFoundError(f"{given}. Pass a folder of images or of shards (sslvit shards pack SRC DST).")
+    name, cache = expand_path(source), cache or cache_of(DataSettings())
+    path = Path(name)
+    if not name:
+        raise FileNotFoundError(f"no data given. {WANTED}")
+    if not path.is_dir():  # a folder may be called anything, also like a pattern
+        if any(sign in name for sign in PATTERN_SIGNS) or name.endswith(".tar"):
+            return _open_pattern(name, cache)
+        if is_address(name):
+            return _open_address(name, cache)
+        raise FileNotFoundError(f"{printable(path)} is not a folder. {WANTED}")
     if (path / "index.json").exists():
         return load_index(path)
     if any(path.glob("*.tar")) and not (path / "packing").is_dir():
@@ -84,14 +89,14 @@ def open_shards(source: str | Path, beside: str | Path, cache: ShardCache | None
             return _index_names(name, [str(tar) for tar in sorted(path.glob("*.tar"))], cache)
         with FileLock(path / ".index.lock"):  # every rank of a run comes here at once
             if not (path / "index.json").exists():
-                print(f"{path}: shards without an index; indexing them once.")
+                print(f"{printable(path)}: shards without an index; indexing them once.")
                 return index_shards(path)
         return load_index(path)
     if (path / "packing").is_dir():
         return load_index(path)  # says what to do
     if (path / "train" / "index.json").exists():
-        raise FileNotFoundError(f"{path}: holds train/ and val/, not shards. Pass {path / 'train'}.")
-    return _open_images(path, Path(beside))
+        raise FileNotFoundError(f"{printable(path)}: holds train/ and val/, not shards. Pass {path / 'train'}.")
+    return _open_images(path, cache)
 
 
 def check_present(index: Index, limit: float) -> None:
@@ -116,22 +121,35 @@ def check_present(index: Index, limit: float) -> None:
 
 
 def cache_of(settings: DataSettings) -> ShardCache:
-    """The place for shards from the network."""
+    """The place for shards from the network and of image folders."""
     return ShardCache(settings.cache, settings.cache_gb)
 
 
 def expand(pattern: str) -> list[str]:
-    """The names that a pattern stands for, as WebDataset expands them: shard-{000000..000099}.tar.
+    """The names that a pattern stands for: shard-{00..99}.tar as WebDataset expands it, shards/*.tar as a shell does.
 
     Raises:
         ValueError: braces that do not close.
+        FileNotFoundError: no file fits.
     """
+    if os.path.exists(pattern):
+        return [pattern]
     try:
-        return list(braceexpand(pattern, escape=False))
+        names = list(braceexpand(pattern, escape=False))
     except UnbalancedBracesError as error:
         raise ValueError(
-            f"data.shards: {pattern}: braces that do not close. Example: shard-{{000..099}}.tar"
+            f"data.shards: {printable(pattern)}: braces that do not close. Example: shard-{{000..099}}.tar"
         ) from error
+    found: list[str] = []
+    for name in names:
+        if is_address(name) or name.startswith(PIPE) or not any(sign in name for sign in "*?["):
+            found.append(name)
+            continue
+        fitting = sorted(glob.glob(name, recursive=True))
+        if not fitting:
+            raise FileNotFoundError(f"data.shards: no file fits {printable(name)}.")
+        found += fitting
+    return found
 
 
 def _plan(index: ShardIndex, settings: DataSettings, batch: int, seed: int) -> EpochPlan:
@@ -141,23 +159,26 @@ def _plan(index: ShardIndex, settings: DataSettings, batch: int, seed: int) -> E
     return EpochPlan(index.shard_samples, batch, seed, lanes, settings.window_shards)
 
 
-def _open_images(path: Path, beside: Path) -> ShardIndex:
-    """The shards of an image folder, packed beside the run on first use."""
-    samples, classes = folder_samples(path)
-    origin = {"folder": str(path.resolve()), "images": len(samples), "digest": digest_of(samples)}
-    noted = beside / "source.json"
-    beside.mkdir(parents=True, exist_ok=True)
-    with FileLock(beside / ".pack.lock"):  # every rank of a run comes here at once
-        if (beside / "index.json").exists():
-            if not noted.exists() or json.loads(noted.read_text()) != origin:
-                raise ValueError(
-                    f"{beside}: holds shards of other images than {path} has now. Delete it, or pack by hand."
-                )
-            print(f"{path}: an image folder; using its shards packed earlier in {beside}.")
-            return load_index(beside)
-        print(f"{path}: an image folder; packing it into {beside} first.")
-        noted.write_text(json.dumps(origin) + "\n")
-        return pack(samples, beside, classes)
+def _open_images(path: Path, cache: ShardCache) -> ShardIndex:
+    """The shards of an image folder, packed into the cache on first use; its name there is that of its content."""
+    found = folder_source(path)
+    folder = packed_folder(path, found, cache)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".pack.lock"):  # every rank of a run comes here at once
+        if (folder / "index.json").exists():
+            print(f"{printable(path)}: an image folder; using its shards packed earlier in {folder}.")
+            return load_index(folder)
+        for note in found.notes:
+            print(f"{printable(path)}: {note}")
+        print(f"{printable(path)}: an image folder; packing it into {folder} first.")
+        return pack(found.samples, folder, found.classes, passed_over=found.skipped)
+
+
+def packed_folder(path: Path, found: ImageSource, cache: ShardCache) -> Path:
+    """Where the shards of an image folder are kept; another folder with the same images shares them."""
+    digest = hashlib.sha256(f"{digest_of(found.samples)} {found.classes}".encode("utf-8", "surrogateescape"))
+    name = re.sub(r"[^\w-]", "_", path.resolve().name) or "images"
+    return cache.folder / "packed" / f"{name[:40]}-{digest.hexdigest()[:16]}"
 
 
 def _open_pattern(pattern: str, cache: ShardCache) -> ShardIndex:

@@ -24,12 +24,16 @@ import numpy as np
 from filelock import FileLock
 
 from sslvit.chance import generator
+from sslvit.data.any_source import SourceOptions, read_source
+from sslvit.data.arrays import ArrayImages
 from sslvit.data.decode import BadImage
-from sslvit.data.index import NO_LABEL, RECORD, Shard, ShardIndex
+from sslvit.data.index import RECORD, Shard, ShardIndex
+from sslvit.data.labels import NO_LABEL
 from sslvit.data.parallel import in_parallel
 from sslvit.data.scan import ShardReport, join_reports, measure_shard
-from sslvit.data.sources import ArrayImages, Sample, hold_out, read_source
+from sslvit.data.sources import Sample, hold_out
 from sslvit.data.store import BLOCK, PackSettings, TarWriter, store
+from sslvit.files import held_folder, new_file, printable, write_atomically
 
 MAX_MEMBER_NAME = 100  # of the plain tar header
 TRIAL_IMAGES = 64  # encoded ahead to estimate how long the others become
@@ -97,27 +101,36 @@ class PackJob:
         if finished is not None:
             tick(len(chosen))
             return finished
-        part, skipped = self.folder / f"{shard_name(number)}.{os.getpid()}.part", {}
         rows: list[tuple[int, int, int]] = []
-        with TarWriter(part) as tar:
-            for i in chosen:
-                sample = self.samples[i]
-                tick(1)
-                try:
-                    content, suffix = store(sample.read(), sample.suffix, self.settings)
-                except (BadImage, OSError) as error:
-                    skipped[sample.key + sample.suffix] = str(error)
-                    continue
-                offset = tar.add(self.keys[i] + suffix, content)
-                if sample.label != NO_LABEL:
-                    tar.add(self.keys[i] + ".cls", str(sample.label).encode())
-                rows.append((offset, len(content), sample.label))
-        records = np.array(rows, RECORD)
-        shard = Shard(shard_name(number), len(records), part.stat().st_size, tar.digest.hexdigest())
-        report = ShardReport(shard, records, measure_shard(part, records, self.shards), skipped)
-        os.replace(part, self.folder / shard.name)
+        skipped: dict[str, str] = {}
+        with new_file(self.folder / shard_name(number)) as part:
+            with TarWriter(part) as tar:
+                for i in chosen:
+                    tick(1)
+                    self._add(tar, i, rows, skipped)
+            records = np.array(rows, RECORD)
+            shard = Shard(shard_name(number), len(records), part.stat().st_size, tar.digest.hexdigest())
+            upright = self.settings.orientation == "upright"
+            measured, _ = measure_shard(part, records, self.shards, upright, self.settings.max_pixels, is_checked=True)
+        report = ShardReport(shard, records, measured, skipped)
         save_report(self.folder, number, report)
         return report
+
+    def _add(self, tar: TarWriter, number: int, rows: list[tuple[int, int, int]], skipped: dict[str, str]) -> None:
+        """Write one sample, or note why not."""
+        sample = self.samples[number]
+        try:
+            content, suffix = store(sample.read(), sample.suffix, self.settings)
+        except BadImage as error:
+            skipped[sample.key + sample.suffix] = str(error)
+            return
+        except OSError as error:  # of reading; what the disk says of writing ends the packing
+            skipped[sample.key + sample.suffix] = error.strerror or str(error)
+            return
+        offset = tar.add(self.keys[number] + suffix, content)
+        if sample.label != NO_LABEL:
+            tar.add(self.keys[number] + ".cls", str(sample.label).encode())
+        rows.append((offset, len(content), sample.label))
 
 
 def pack_source(
@@ -128,17 +141,19 @@ def pack_source(
     overwrite: bool = False,
     workers: int | None = None,
     part: str | None = None,
+    options: SourceOptions | None = None,
 ) -> list[ShardIndex]:
     """Pack a folder of images, a list, an array or an IDX file.
 
     Args:
-        source: of the images (see sources.read_source).
+        source: of the images (see any_source.read_source).
         destination: folder for the shards; with a holdout its train/ and val/.
         settings: how images are stored.
         holdout: share of each class, the last by file name, that goes to val/ instead.
         overwrite: replace shards that are already there.
         workers: processes; None for one per core.
         part: "3/64" writes the third of 64 parts only, as one machine of several.
+        options: what only the user knows of the source.
 
     Returns:
         The index, or those of train and val; nothing for a part.
@@ -150,14 +165,19 @@ def pack_source(
     if not 0 <= holdout < 1:
         raise ValueError(f"--holdout {holdout}: not a share between 0 and 1 (0.1 keeps a tenth for validation).")
     share = _read_part(part)
-    samples, classes = read_source(source)
+    found = read_source(source, options)
     settings = settings or PackSettings()
-    parts = [(destination, samples)]
+    parts = [(destination, found.samples)]
     if holdout:
-        parts = list(zip((destination / "train", destination / "val"), hold_out(samples, holdout), strict=True))
+        parts = list(zip((destination / "train", destination / "val"), hold_out(found.samples, holdout), strict=True))
     for folder, _ in parts:
         check_destination(folder, overwrite)
-    packed = [pack(chosen, folder, classes, settings, overwrite, workers, share) for folder, chosen in parts]
+    for note in found.notes:
+        print(f"{printable(source)}: {note}")
+    packed = [
+        pack(chosen, folder, found.classes, settings, overwrite, workers, share, found.skipped)
+        for folder, chosen in parts
+    ]
     return [index for index in packed if index is not None]
 
 
@@ -169,8 +189,19 @@ def pack(
     overwrite: bool = False,
     workers: int | None = None,
     part: tuple[int, int] = (1, 1),
+    passed_over: dict[str, str] | None = None,
 ) -> ShardIndex | None:
     """Write shards and their index; unreadable images are left out, counted and named in the index.
+
+    Args:
+        samples: images in the order of their source.
+        destination: folder for the shards.
+        classes: names by label, or None for images without labels.
+        settings: how images are stored.
+        overwrite: replace shards that are already there.
+        workers: processes; None for one per core.
+        part: which of how many parts this process writes.
+        passed_over: what was left out of the source already, with the reason.
 
     Returns:
         The index, or None if other parts are still to come (finish_packing joins them).
@@ -183,17 +214,18 @@ def pack(
         raise ValueError(f"{destination}: no images to pack.")
     check_destination(destination, overwrite)
     folder = destination / "packing"
-    job = PackJob(samples, folder, settings)
-    _begin(job, job.identity(classes), overwrite)
     number, of = part
-    chosen = list(range(job.shards))[number - 1 :: of]
-    sizes = np.diff(job.starts)
-    for _ in in_parallel(job, chosen, workers, "packing", int(sizes[chosen].sum())):
-        pass
-    if of > 1:
-        print(f"{folder}: part {number} of {of} is done. When all are: sslvit shards index --merge {destination}")
-        return None
-    return finish_packing(destination, overwrite)
+    with held_folder(folder, "pack into it", f".part-{number}-of-{of}.lock"):
+        job = PackJob(samples, folder, settings)
+        _begin(job, job.identity(classes), overwrite, passed_over or {})
+        chosen = list(range(job.shards))[number - 1 :: of]
+        sizes = np.diff(job.starts)
+        for _ in in_parallel(job, chosen, workers, "packing", int(sizes[chosen].sum())):
+            pass
+        if of == 1:
+            return finish_packing(destination, overwrite)
+    print(f"{folder}: part {number} of {of} is done. When all are: sslvit shards index --merge {destination}")
+    return None
 
 
 def finish_packing(destination: str | Path, overwrite: bool = False) -> ShardIndex:
@@ -209,6 +241,11 @@ def finish_packing(destination: str | Path, overwrite: bool = False) -> ShardInd
             f"{destination}: no packing to finish there (sslvit shards pack SRC {destination} --part 1/8)."
         )
     check_destination(destination, overwrite)
+    with held_folder(folder, "finish its packing", ".finish.lock"):
+        return _finish(destination, folder)
+
+
+def _finish(destination: Path, folder: Path) -> ShardIndex:
     job = json.loads((folder / "job.json").read_text())
     shards = len(job["starts"]) - 1
     reports = [load_report(folder, number) for number in range(shards)]
@@ -222,9 +259,13 @@ def finish_packing(destination: str | Path, overwrite: bool = False) -> ShardInd
     if not any(report.shard.samples for report in reports):
         shutil.rmtree(folder)
         name, reason = next(iter(skipped.items()))
-        raise ValueError(f"{destination}: none of {job['images']} images is readable (the first: {name}: {reason}).")
+        raise ValueError(
+            f"{printable(destination)}: none of {job['images']} images is readable (the first: {printable(name)}: "
+            f"{printable(reason)})."
+        )
     settings = PackSettings(**{name: job[name] for name in asdict(PackSettings())})
-    index = join_reports(reports, destination, job["classes"], settings.describe())
+    index = join_reports(reports, destination, job["classes"], settings.describe(), settings.orientation)
+    index.skipped = job["passed_over"] | index.skipped
     for old in [*destination.glob("shard-*.tar"), *destination.glob("index.*")]:
         if old.name not in {shard.name for shard in index.shards} or (folder / old.name).exists():
             old.unlink()  # with --overwrite, and only now that the new ones are whole
@@ -235,7 +276,10 @@ def finish_packing(destination: str | Path, overwrite: bool = False) -> ShardInd
     shutil.rmtree(folder)
     if skipped:
         name, reason = next(iter(skipped.items()))
-        print(f"left out {len(skipped)} of {job['images']} images (the first: {name}: {reason}); all are in index.json")
+        print(
+            f"left out {len(skipped)} of {job['images']} images (the first: {printable(name)}: {printable(reason)}); "
+            "all are in index.json"
+        )
     return index
 
 
@@ -251,10 +295,9 @@ def shard_name(number: int) -> str:
 
 
 def save_report(folder: Path, number: int, report: ShardReport) -> None:
-    np.save(folder / f"shard-{number:06d}.npy", report.records)
-    part = folder / f"shard-{number:06d}.json.{os.getpid()}.part"
-    part.write_text(json.dumps(report.as_dict()))
-    os.replace(part, folder / f"shard-{number:06d}.json")
+    with new_file(folder / f"shard-{number:06d}.npy") as part, open(part, "wb") as file:
+        np.save(file, report.records)
+    write_atomically(folder / f"shard-{number:06d}.json", json.dumps(report.as_dict()))
 
 
 def load_report(folder: Path, number: int) -> ShardReport | None:
@@ -269,13 +312,14 @@ def digest_of(samples: Sequence[Sample]) -> str:
     """Of names, labels and lengths, and for arrays of their pixels: what tells one source from another."""
     digest = hashlib.sha256()
     for sample in samples:
-        digest.update(f"{sample.key}\0{sample.suffix}\0{sample.label}\0{sample.bytes}\n".encode())
+        about = f"{sample.key}\0{sample.suffix}\0{sample.label}\0{sample.bytes}\n"
+        digest.update(about.encode("utf-8", "surrogateescape"))  # names need not be UTF-8
     for source in {id(sample.source): sample.source for sample in samples}.values():
         digest.update(source.digest().encode() if isinstance(source, ArrayImages) else b"")
     return digest.hexdigest()
 
 
-def _begin(job: PackJob, identity: dict, overwrite: bool) -> None:
+def _begin(job: PackJob, identity: dict, overwrite: bool, passed_over: dict[str, str]) -> None:
     """Make the folder and decide where shards begin, or go on with what an earlier try left there."""
     noted = job.folder / "job.json"
     if noted.exists():
@@ -292,14 +336,13 @@ def _begin(job: PackJob, identity: dict, overwrite: bool) -> None:
                 f"{job.folder}: an unfinished packing of something else (other {', '.join(changed)}). "
                 "Finish it, delete that folder, or pass --overwrite."
             )
-        shutil.rmtree(job.folder)
+        for old in job.folder.glob("[sj]*"):  # shards, reports and the job; not the locks that are held
+            old.unlink()
     job.folder.mkdir(parents=True, exist_ok=True)
     with FileLock(job.folder / "job.lock"):  # of several parts that begin at once, the first decides
         if not noted.exists():
             job.cut()
-            part = noted.with_name("job.json.part")
-            part.write_text(json.dumps(identity | {"starts": job.starts.tolist()}))
-            os.replace(part, noted)
+            write_atomically(noted, json.dumps(identity | {"starts": job.starts.tolist(), "passed_over": passed_over}))
     job.starts = np.array(json.loads(noted.read_text())["starts"])
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -11,6 +14,7 @@ from typing import Any
 
 from sslvit.progress import track_counter
 
+SECONDS_BETWEEN_LOOKS = 0.5  # of a worker at its parent
 _state: tuple[Callable, Any] | None = None  # of a worker process: the job, and the counter that it moves
 
 
@@ -52,8 +56,18 @@ def _start(job: Callable, done: Any) -> None:
     global _state
     import torch
 
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # what the parent does then is not for its workers
+        signal.signal(number, signal.SIG_DFL)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)
     _state = job, done
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent has: one that was killed tells nobody, and its workers would wait for ever."""
+    while os.getppid() == parent:
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    os._exit(1)
 
 
 def _run(number: int) -> Any:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sslvit.data.decode import BadImage, Scratch, decode_pixels
+from sslvit.data.decode import MAX_PIXELS, BadImage, Header, Scratch, decode_pixels, read_header
 from sslvit.data.index import Index
 from sslvit.data.parallel import in_parallel
 from sslvit.data.resample import SMALL_SIDE
@@ -32,10 +32,13 @@ class ShardReader:
         index: of the shards.
         channels: of the images handed out.
         memory_limit_mb: sets of small equal images are decoded once if they fit.
+        max_pixels: of the largest image that is accepted.
     """
 
-    def __init__(self, index: Index, channels: int = 3, memory_limit_mb: int = 1024) -> None:
-        self.index = index
+    def __init__(
+        self, index: Index, channels: int = 3, memory_limit_mb: int = 1024, max_pixels: int = MAX_PIXELS
+    ) -> None:
+        self.index, self.max_pixels = index, max_pixels
         self.channels, self.bits = channels, index.bits
         self.files: OrderedDict[int, int] = OrderedDict()
         self.scratch = Scratch()
@@ -63,6 +66,14 @@ class ShardReader:
         if len(content) < size:
             raise BadImage("truncated shard")
         return content
+
+    def header(self, content: bytes) -> Header:
+        """What an image says of itself, handed out as the index wants it: upright or as stored.
+
+        Raises:
+            BadImage: it is none, or too large.
+        """
+        return read_header(content, self.max_pixels, self.index.orientation == "upright")
 
     def key(self, sample: int) -> str:
         """A sample's name for people."""
@@ -121,7 +132,8 @@ class ShardReader:
             samples = range(piece * DECODE_AT_ONCE, min((piece + 1) * DECODE_AT_ONCE, len(self.index)))
             for sample in samples:
                 try:
-                    image = decode_pixels(self.read(sample), self.channels, self.bits)
+                    content = self.read(sample)
+                    image = decode_pixels(content, self.channels, self.bits, header=self.header(content))
                     if list(image.shape[:2]) != size:
                         raise BadImage(f"{list(image.shape[:2])} pixels, the index says {size}")
                     pixels[sample] = image.transpose(2, 0, 1)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 SMALL_SIDE = 96  # images up to this side are kept decoded and resampled a batch at a time
 AT_ONCE = 128  # images that are resampled together: what they need fits the processor's cache
+FLOATS_AT_ONCE = 2**24  # pixels of images that are floats at the same time
 TABLE_BYTES = 64 * 2**20  # boxes at whole pixels of small images have their weights in a table up to this size
 
 
@@ -79,12 +80,22 @@ def resample(images: Tensor, boxes: Boxes, size: list[int], interpolation: str) 
     views = torch.empty(b, c, *size, dtype=images.dtype)
     for start in range(0, b, AT_ONCE):
         some = slice(start, start + AT_ONCE)
-        wide = torch.bmm(images[some].float().reshape(-1, c * h, w), columns[some].transpose(1, 2))  # b (c h) width
-        view = rows[some, None] @ wide.view(-1, c, h, size[1])
+        view = rows[some, None] @ _along_columns(images[some], columns[some])
         if images.dtype == torch.uint8:
             view = view.round_().to(torch.int16)  # twice as fast as from float to uint8 in one step
         views[some] = view.clamp_(0, 255)
     return views
+
+
+def _along_columns(images: Tensor, columns: Tensor) -> Tensor:
+    """Images 'b c h w' times 'b width w': 'b c h width'. A large image is turned to floats some rows at a time."""
+    b, c, h, w = images.shape
+    at_once = max(1, FLOATS_AT_ONCE // (b * c * w))
+    parts = []
+    for start in range(0, h, at_once):
+        part = images[:, :, start : start + at_once].float()
+        parts.append(torch.bmm(part.reshape(b, -1, w), columns.transpose(1, 2)).view(b, c, -1, columns.shape[1]))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
 def _weights(

@@ -5,25 +5,34 @@ Packing and indexing both make one report per shard, in parallel and in any orde
 
 from __future__ import annotations
 
-import json
 import os
-import tarfile
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
-from pathlib import Path, PurePosixPath
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sslvit.data.decode import IMAGE_SUFFIXES, MODES, BadImage, Header, decode, read_header
-from sslvit.data.index import NO_LABEL, RECORD, Shard, ShardIndex, sha256_of
+from sslvit.data.decode import (
+    IMAGE_SUFFIXES,
+    MAX_PIXELS,
+    MODES,
+    BadImage,
+    Header,
+    decode_pixels,
+    problem_of,
+    read_header,
+)
+from sslvit.data.index import RECORD, Shard, ShardIndex, load_index, sha256_of
+from sslvit.data.labels import NO_LABEL, NotClasses, brief_names, number_labels
 from sslvit.data.parallel import in_parallel
+from sslvit.data.tars import COMPRESSED_TARS, TarMembers, choose_images, compressed_kind
+from sslvit.files import printable
 
-MOST_CLASSES_PER_IMAGE = 2  # larger labels are other numbers
+LABEL_FIELDS = ("cls", "txt", "json", "label", "class", "cls.txt")  # that people keep labels in
 STATISTICS_SAMPLES = 10_000  # channel mean and std are measured on about this many images
-PICKLES = {".pyd", ".pkl", ".pickle", ".pth", ".pt"}  # what other readers would unpickle, that is: run
+ROWS_OF_PIXELS = 2**20  # pixels of an image that are numbers with fractions at the same time
 
 
 @dataclass
@@ -57,8 +66,7 @@ class Measured:
         channels = 3 if is_mixed else header.channels  # grey images among colours count as colours
         if self.images and channels != self.channels:
             return
-        pixels = decode(content, channels, header.bits, header=header).numpy().reshape(channels, -1) / 255
-        here = np.stack([pixels.mean(1), np.square(pixels).mean(1)])  # every image counts the same, whatever its size
+        here = moments_of(decode_pixels(content, channels, header.bits, header=header))
         self.moments = (np.array(self.moments) + here if self.images else here).tolist()
         self.channels, self.images = channels, self.images + 1
 
@@ -90,6 +98,16 @@ class Measured:
         }
 
 
+def moments_of(pixels: np.ndarray) -> np.ndarray:
+    """Mean and mean square of each channel of an image 'h w c', of pixels from 0 to 1; a few rows at a time."""
+    height, width, channels = pixels.shape
+    sums = np.zeros((2, channels))
+    for start in range(0, height, max(1, ROWS_OF_PIXELS // width)):
+        part = pixels[start : start + max(1, ROWS_OF_PIXELS // width)].reshape(-1, channels) / 255
+        sums += np.stack([part.sum(0, dtype=np.float64), np.square(part).sum(0, dtype=np.float64)])
+    return sums / (height * width)  # every image counts the same, whatever its size
+
+
 @dataclass
 class ShardReport:
     """All that the index needs of one shard.
@@ -99,15 +117,20 @@ class ShardReport:
         records: of its samples.
         measured: properties of its images.
         skipped: images that were left out, with the reason.
+        labels: what the label of each sample says, where it still has to become a number; then the label of a record
+            is its place in this list.
+        fields: other members beside the images, by field, counted.
     """
 
     shard: Shard
     records: np.ndarray
     measured: Measured = field(default_factory=Measured)
     skipped: dict[str, str] = field(default_factory=dict)
+    labels: list[str] = field(default_factory=list)
+    fields: Counter = field(default_factory=Counter)
 
     def as_dict(self) -> dict[str, Any]:
-        """All but the records, as JSON takes it."""
+        """All of a packed shard but the records, as JSON takes it."""
         measured = dict(vars(self.measured))
         for name in ("sizes", "kinds"):  # JSON has no keys of two numbers
             measured[name] = [[*key, count] for key, count in measured[name].items()]
@@ -123,8 +146,9 @@ class ShardReport:
 
 
 def join_reports(
-    reports: list[ShardReport], location: str | Path, classes: list[str] | None, encoding: str = ""
-) -> ShardIndex:
+    reports: list[ShardReport], location: str | Path, classes: list[str] | None, encoding: str = "",
+    orientation: str = "upright",
+) -> ShardIndex:  # fmt: skip
     """The index of all shards; empty ones are left out.
 
     Raises:
@@ -139,35 +163,77 @@ def join_reports(
     records = np.concatenate([report.records for report in kept]) if kept else np.empty(0, RECORD)
     return ShardIndex(
         str(location), [report.shard for report in kept], records, classes, encoding=encoding, skipped=skipped,
-        **measured.describe(str(location)),
+        orientation=orientation, **measured.describe(str(location)),
     )  # fmt: skip
 
 
-def index_shards(folder: str | Path, workers: int | None = None) -> ShardIndex:
+def index_shards(folder: str | Path, workers: int | None = None, options: IndexOptions | None = None) -> ShardIndex:
     """Make the index of tar shards that others wrote (WebDataset format): KEY.jpg beside KEY.cls.
 
     Args:
         folder: where they lie, and where the index goes.
         workers: processes; None for one per core.
+        options: what only the user knows of them.
 
     Raises:
         ValueError: no shard, or none with an image in it; damaged ones are read as far as they go, and named.
     """
     names = sorted(path.name for path in Path(folder).glob("*.tar"))
     if not names:
-        raise ValueError(f"{folder}: no .tar files there.")
-    index = index_names(str(folder), names, lambda name: Path(folder) / name, workers)
-    with suppress(FileNotFoundError, ValueError, KeyError, TypeError):  # what an earlier index knows and tars do not
-        before = json.loads((Path(folder) / "index.json").read_text())
-        if index.classes and before["classes"] and len(before["classes"]) >= len(index.classes):
-            index.classes = before["classes"]
-        index.encoding = before["encoding"]
+        raise ValueError(f"{printable(folder)}: no .tar files there{_what_instead(Path(folder))}.")
+    options, before = options or IndexOptions(), _index_before(Path(folder))
+    if options.orientation is None and before.get("orientation") == "stored":
+        options = replace(options, orientation="stored")
+    index = index_names(str(folder), names, lambda name: Path(folder) / name, workers, options)
+    known = before.get("classes") or []  # names that packing wrote; the tars know their numbers
+    if index.classes and all(name.isdecimal() for name in index.classes) and len(known) >= len(index.classes):
+        index.classes = known
+    index.encoding = before.get("encoding", "")
     index.save()
     return index
 
 
+def _index_before(folder: Path) -> dict[str, Any]:
+    """What an earlier index says that the tars do not; nothing if it is missing or damaged."""
+    try:
+        before = load_index(folder)
+    except (FileNotFoundError, ValueError):
+        return {}
+    return {"classes": before.classes, "encoding": before.encoding, "orientation": before.orientation}
+
+
+def _what_instead(folder: Path) -> str:
+    packed = [path.name for path in sorted(folder.iterdir()) if path.name.endswith(COMPRESSED_TARS)]
+    if not packed:
+        return ""
+    return (
+        f", but {len(packed)} compressed ones ({printable(packed[0])}, ...), which cannot be read by offset. Unpack "
+        f"them once (gunzip), or stream them: --data.shards '{printable(folder / '*.tar.gz')}' --data.stream_samples N"
+    )
+
+
+@dataclass
+class IndexOptions:
+    """What only the user knows of shards that others wrote.
+
+    Args:
+        labels: field that holds the class of an image; None for cls, or txt where that holds few names.
+        image: field that holds the image, such as left.jpg, where a key has several.
+        orientation: upright turns images as EXIF says, stored takes their pixels as they lie; None for what an earlier
+            index says, otherwise upright.
+    """
+
+    labels: str | None = None
+    image: str | None = None
+    orientation: str | None = None
+
+
 def index_names(
-    location: str, names: list[str], path_of: Callable[[str], Path], workers: int | None = None
+    location: str,
+    names: list[str],
+    path_of: Callable[[str], Path],
+    workers: int | None = None,
+    options: IndexOptions | None = None,
 ) -> ShardIndex:
     """The index of shards by name, wherever they are.
 
@@ -176,113 +242,151 @@ def index_names(
         names: of the shards.
         path_of: brings a shard to this machine, where it is not, and returns its path.
         workers: processes; None for one per core.
+        options: what only the user knows of them.
     """
-    reports = list(in_parallel(_ScanJob(names, path_of), len(names), workers, "indexing", len(names), "shards"))
+    options = options or IndexOptions()
+    job = _ScanJob(names, path_of, options)
+    reports = list(in_parallel(job, len(names), workers, "indexing", len(names), "shards"))
     if not any(report.shard.samples for report in reports):
-        raise ValueError(f"{location}: the shards hold no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
-    labels = np.concatenate([report.records["label"] for report in reports])
-    missing, top = int((labels == NO_LABEL).sum()), int(labels.max())
-    classes = None
-    if 0 < missing < len(labels):
-        print(f"{location}: {missing} of {len(labels)} images have no label, so the others' are not used either")
-    elif not missing and top >= MOST_CLASSES_PER_IMAGE * len(labels) + 1000:
-        print(f"{location}: labels up to {top} for {len(labels)} images are no class numbers; they are not used")
-    elif not missing:
-        classes = [str(label) for label in range(top + 1)]
-    index = join_reports(reports, location, classes)
+        raise ValueError(f"{printable(location)}: the shards hold no images{_cause(reports)}.")
+    classes = number_reports(printable(location), reports, options.labels)
+    index = join_reports(reports, location, classes, orientation=options.orientation or "upright")
     if index.skipped:
         name, reason = next(iter(index.skipped.items()))
-        print(f"left out {len(index.skipped)} things (the first: {name}: {reason}); all are in index.json")
+        print(
+            f"left out {len(index.skipped)} things (the first: {printable(name)}: {printable(reason)}); "
+            "all are in index.json"
+        )
     return index
+
+
+def _cause(reports: list[ShardReport]) -> str:
+    """Why there are none, from the first thing that was left out."""
+    for report in reports:
+        for name, reason in report.skipped.items():
+            return f" ({printable(name)}: {printable(reason)})"
+    fields = sum((report.fields for report in reports), Counter())
+    shown = ", ".join(f"{count} x .{printable(name, 40)}" for name, count in fields.most_common(5))
+    return f" ({f'their members: {shown}; ' if shown else ''}images end in {', '.join(sorted(IMAGE_SUFFIXES))})"
+
+
+def number_reports(location: str, reports: list[ShardReport], wanted: str | None) -> list[str] | None:
+    """Class names; the labels in the records become their numbers. Whatever is not used is said."""
+    samples = sum(report.shard.samples for report in reports)
+    fields = sum((report.fields for report in reports), Counter())
+    texts = [text for report in reports for text in report.labels]
+    field_name = wanted or "cls"
+    if not texts or "" in texts:
+        missing = samples if not texts else sum(text == "" for text in texts)
+        if wanted and missing:
+            raise ValueError(f"--labels {wanted}: {missing} of {samples} images of {location} have none.")
+        if missing < samples:
+            print(
+                f"{location}: {missing} of {samples} images have no label (.{field_name}), so the others' are not used "
+                "either"
+            )
+        elif others := [name for name in fields if name in LABEL_FIELDS]:
+            print(f"{location}: the .{others[0]} members are not used as labels (--labels {others[0]} uses them)")
+        return _without(reports)
+    try:
+        if wanted is None and fields["txt"] and not fields["cls"] and len(set(texts)) > samples / 2:
+            raise NotClasses(f"{len(set(texts))} different texts (.txt) for {samples} images are no classes")
+        classes, numbers = number_labels(texts)
+    except NotClasses as error:
+        if wanted:
+            raise ValueError(f"--labels {wanted}: {error}.") from error
+        print(f"{location}: {error}; they are not used")
+        return _without(reports)
+    names = [text for text in set(texts) if not text.isdecimal()]
+    if names and len(names) < len(set(texts)):
+        print(f"{location}: some labels are numbers, others names ({brief_names(names, 3)}); all are taken as names")
+    number_of = dict(zip(texts, numbers, strict=True))
+    for report in reports:
+        report.records["label"] = [number_of[text] for text in report.labels]
+    return classes
+
+
+def _without(reports: list[ShardReport]) -> None:
+    for report in reports:
+        report.records["label"] = NO_LABEL
 
 
 @dataclass
 class _ScanJob:
     names: list[str]
     path_of: Callable[[str], Path]
+    options: IndexOptions
 
     def __call__(self, number: int, tick: Callable[[int], None]) -> ShardReport:
-        report = scan_shard(self.path_of(self.names[number]), len(self.names))
+        report = scan_shard(self.path_of(self.names[number]), len(self.names), self.options)
         report.shard.name = self.names[number]
         tick(1)
         return report
 
 
-def scan_shard(path: Path, shards: int = 1) -> ShardReport:
+def scan_shard(path: Path, shards: int = 1, options: IndexOptions | None = None) -> ShardReport:
     """Members, checksum and image properties of one tar file, one of so many.
 
-    What could do harm (absolute paths, "..", pickles) is left out and named; so is what cannot be read.
+    What could do harm (absolute paths, "..", pickles) is left out and named; so is what cannot be read. Every member
+    that looks like an image is a sample or stands among what is left out.
     """
-    images: dict[str, tuple[int, int]] = {}
-    labels: dict[str, int] = {}
-    skipped: dict[str, str] = {}
+    options = options or IndexOptions()
     length = path.stat().st_size
-    try:
-        with tarfile.open(path, "r:") as tar:
-            end = 0
-            for member in tar:
-                if member.size < 0 or member.offset < end or member.offset_data + member.size > length:
-                    raise tarfile.ReadError("a member ends beyond the file")
-                end = member.offset_data + member.size
-                if member.isfile():
-                    problem = _take(member, tar, images, labels)
-                    if problem:
-                        skipped[f"{path.name}/{member.name}"] = problem
-            if not _ends_there(path, tar.offset):  # tarfile stops without a word at a damaged header
-                raise tarfile.ReadError("no end mark after the last member")
-    except (tarfile.TarError, ValueError, OverflowError, OSError, EOFError) as error:
-        skipped[path.name] = f"truncated tar: {len(images)} images read, what follows is lost ({error})"
-    rows = [(offset, size, labels.get(key, NO_LABEL)) for key, (offset, size) in images.items()]
-    records = np.array(rows, RECORD)
-    shard = Shard(path.name, len(records), length, sha256_of(path))
-    return ShardReport(shard, records, measure_shard(path, records, shards), skipped)
-
-
-def _take(
-    member: tarfile.TarInfo, tar: tarfile.TarFile, images: dict[str, tuple[int, int]], labels: dict[str, int]
-) -> str:
-    """Note an image or a label; returns why a member is left out, if it is."""
-    name = PurePosixPath(member.name)
-    stem, _, field_name = name.name.partition(".")
-    key = str(name.parent / stem)
-    if name.is_absolute() or ".." in name.parts:
-        return "a path that leads out of its folder"
-    if name.suffix.lower() in PICKLES:
-        return "a pickle, which would run code"
-    if f".{field_name.lower()}" in IMAGE_SUFFIXES:  # KEY.seg.png is another field, not the image
-        if key in images:
-            return "a second image of its key"
-        if member.size >= 2**32:
-            return "more than 4 GB"
-        images[key] = (member.offset_data, member.size)
-    elif field_name == "cls":
-        text = tar.extractfile(member).read(32)
-        if not text.strip().isdigit() or int(text) >= 2**31:
-            return f"{text!r} instead of a class number"
-        labels[key] = int(text)
-    return ""
-
-
-def _ends_there(path: Path, place: int) -> bool:
-    """Whether a tar's end mark, a block of zeros, stands where its members end."""
     with open(path, "rb") as file:
-        file.seek(place)
-        return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+        members = TarMembers(file, length)
+        if kind := compressed_kind(file):
+            members.skipped[path.name] = (
+                f"{kind}, not a plain tar. Unpack it once, or name it .tar.gz and stream it (--data.stream_samples)"
+            )
+        else:
+            members.read(path.name)
+    images, skipped = choose_images(members, path.name, options)
+    labels = members.labels(images, options.labels)
+    rows = [(image.offset, image.size, number) for number, image in enumerate(images)]
+    records = np.array(rows, RECORD)
+    measured, unreadable = measure_shard(path, records, shards, options.orientation != "stored")
+    for place, reason in unreadable.items():
+        skipped[f"{path.name}/{images[place].name}"] = reason
+    kept = [place for place in range(len(records)) if place not in unreadable]
+    records, labels = records[kept], [labels[place] for place in kept]
+    records["label"] = np.arange(len(records)) if any(labels) else NO_LABEL
+    shard = Shard(path.name, len(records), length, sha256_of(path))
+    return ShardReport(
+        shard, records, measured, members.skipped | skipped, labels if any(labels) else [], members.fields
+    )
 
 
-def measure_shard(path: Path, records: np.ndarray, shards: int) -> Measured:
-    """Sizes and modes of all images of a shard, and moments of its part of STATISTICS_SAMPLES."""
-    measured = Measured()
+def measure_shard(
+    path: Path,
+    records: np.ndarray,
+    shards: int,
+    upright: bool = True,
+    max_pixels: int = MAX_PIXELS,
+    is_checked: bool = False,
+) -> tuple[Measured, dict[int, str]]:
+    """Sizes and modes of all images of a shard, moments of its part of STATISTICS_SAMPLES; what is not readable.
+
+    Args:
+        path: of the tar file.
+        records: of its samples.
+        shards: in the whole set.
+        upright: whether images are turned as EXIF says.
+        max_pixels: of the largest image that is accepted.
+        is_checked: the images are known to be whole.
+    """
+    measured, unreadable = Measured(), {}
     most = min(len(records), max(50, STATISTICS_SAMPLES // shards))
     chosen = set(np.linspace(0, len(records) - 1, most).astype(int).tolist())
     with open(path, "rb") as file:
         for place, record in enumerate(records):
             content = os.pread(file.fileno(), int(record["size"]), int(record["offset"]))
             try:
-                header = read_header(content)
-                measured.count(header)
+                header = read_header(content, max_pixels, upright)
+                if not is_checked and (problem := problem_of(content, header)):
+                    raise BadImage(problem)
                 if place in chosen:
                     measured.measure(content, header)
-            except BadImage:
-                continue
-    return measured
+                measured.count(header)
+            except BadImage as error:
+                unreadable[place] = str(error)
+    return measured, unreadable

@@ -12,10 +12,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sslvit.data.decode import FORMATS, NPY, BadImage, read_header
+from sslvit.data.decode import MAX_PIXELS, MODES, BadImage, open_image, problem_of, read_header
 
 BLOCK = tarfile.BLOCKSIZE
 SAVED_AS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
+# what an image is saved as when it keeps its format; MPO is a JPEG with a second picture behind it
+OWN_KINDS = {"JPEG": "JPEG", "MPO": "JPEG", "HEIF": "JPEG", "AVIF": "JPEG", "PNG": "PNG", "WEBP": "WEBP"}
+TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 
 
 @dataclass
@@ -27,12 +34,18 @@ class PackSettings:
         resize: shorter side of larger images; None leaves all as they are.
         encode: keep, jpg, png or webp.
         quality: of jpg and webp.
+        orientation: upright turns images as EXIF says when they are read or resized; stored takes them as they lie.
+        decode: decode every image fully to see whether it is damaged; otherwise only its header and end are looked at.
+        max_pixels: of the largest image that is packed.
     """
 
     shard_mb: float = 256
     resize: int | None = None
     encode: str = "keep"
     quality: int = 92
+    orientation: str = "upright"
+    decode: bool = False
+    max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
         if not 0 < self.shard_mb < 2**20:
@@ -43,6 +56,10 @@ class PackSettings:
             raise ValueError(f"--encode {self.encode}: not one of keep, {', '.join(SAVED_AS)}.")
         if not 1 <= self.quality <= 100:
             raise ValueError(f"--quality {self.quality}: not between 1 and 100.")
+        if self.orientation not in ("upright", "stored"):
+            raise ValueError(f"--orientation {self.orientation}: not one of upright, stored.")
+        if self.max_pixels < 1:
+            raise ValueError(f"--max-pixels {self.max_pixels}: must be 1 or more.")
 
     def describe(self) -> str:
         """What happens to the images, in words; empty for nothing."""
@@ -50,27 +67,33 @@ class PackSettings:
             return ""
         size = f"shorter side at most {self.resize} (bicubic), " if self.resize else ""
         kind = "encoded again in their own format" if self.encode == "keep" else f"encoded as {self.encode}"
-        return size + kind + ("" if self.encode == "png" else f", quality {self.quality}")
+        quality = "" if self.encode == "png" else f", quality {self.quality}"
+        return f"{size}{kind}{quality}; arrays of other numbers of channels as they are"
 
 
 def store(content: bytes, suffix: str, settings: PackSettings) -> tuple[bytes, str]:
     """The bytes that go into a shard, and their suffix.
 
     Raises:
-        BadImage: unreadable.
+        BadImage: unreadable, cut off or, with settings.decode, damaged.
     """
-    header = read_header(content)
+    header = read_header(content, settings.max_pixels, settings.orientation == "upright")
+    if problem := problem_of(content, header, settings.decode):
+        raise BadImage(problem)
     is_large = settings.resize is not None and min(header.height, header.width) > settings.resize
-    if (settings.encode == "keep" and not is_large) or content.startswith(NPY):
+    if (settings.encode == "keep" and not is_large) or header.mode == "array":
         return content, suffix
     kind = SAVED_AS.get(settings.encode)
     try:
-        image = Image.open(io.BytesIO(content), formats=FORMATS)
-        kind = kind or (image.format if image.format in SAVED_AS.values() else "PNG")
+        image = open_image(content)
+        own = OWN_KINDS.get(image.format, "PNG")  # asked before the image is turned, which forgets it
+        kind = kind or own
         if header.bits == 16:
             image = Image.fromarray(np.asarray(image).astype(np.float32))  # PIL resizes no 16 bits
         elif image.mode not in ("RGB", "L", "RGBA") or (kind != "PNG" and image.mode == "RGBA"):
-            image = image.convert("RGBA" if header.channels == 4 and kind == "PNG" else "RGB")
+            image = image.convert("RGBA" if header.channels == 4 and kind == "PNG" else MODES[min(header.channels, 3)])
+        if header.orientation in TRANSPOSE:
+            image = image.transpose(TRANSPOSE[header.orientation])
         if is_large:
             scale = settings.resize / min(image.size)
             image = image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
@@ -78,6 +101,7 @@ def store(content: bytes, suffix: str, settings: PackSettings) -> tuple[bytes, s
             deep = np.asarray(image).round().clip(0, 65535).astype(np.uint16)
             image = Image.fromarray(deep if kind == "PNG" else (deep >> 8).astype(np.uint8))
         buffer = io.BytesIO()
+        image.info.pop("exif", None)  # whose orientation would turn it once more
         image.save(buffer, kind, **({} if kind == "PNG" else {"quality": settings.quality}))
     except Exception as error:  # PIL raises whatever its format plugins raise
         raise BadImage(f"damaged image ({error})") from error

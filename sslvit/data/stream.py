@@ -67,6 +67,7 @@ class StreamIndex:
         self.shards = [Shard(url, 0, 0, "") for url in urls]
         self.classes, self.image_size, self.channels, self.bits = None, None, 3, 8
         self.is_remote = False
+        self.orientation = "upright"
         self.mean: list[float] = []
         self.std: list[float] = []
 

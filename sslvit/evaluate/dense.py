@@ -19,7 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from sslvit.chance import generator
-from sslvit.data.decode import MODES
+from sslvit.data.decode import BadImage, decode_pixels, read_header
 from sslvit.data.resample import normalise
 from sslvit.environment import pick_device
 from sslvit.evaluate.linear import STRENGTHS, TRIAL_ITERATIONS, TRIAL_TOLERANCE, UNSOLVED
@@ -81,19 +81,32 @@ class MaskedImages:
         """Image 'c h w' (bytes) and mask 'h w': the same centred box of both, at the encoder's size."""
         size = (settings.image_size[1], settings.image_size[0])
         try:
-            with Image.open(self.images[number]) as image, Image.open(self.masks[number]) as mask:
+            with Image.open(self.masks[number], formats=("PNG",)) as mask:
                 if mask.mode not in ("L", "P", "1", "I;16", "I"):
                     raise ValueError(
                         f"{self.masks[number]}: a mask of mode {mask.mode}. Expected one number per pixel."
                     )
-                if mask.size != image.size:
-                    raise ValueError(f"{self.masks[number]}: {mask.size} pixels, but its image has {image.size}.")
-                pixels = ImageOps.fit(image.convert(MODES[settings.channels]), size, FIT[settings.interpolation])
+                image = self._image(number, mask.size, settings.channels)
+                pixels = ImageOps.fit(image, size, FIT[settings.interpolation])
                 classes = np.array(ImageOps.fit(mask, size, Image.Resampling.NEAREST))
         except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"{self.images[number]}: unreadable, or its mask is ({error}).") from error
+            raise ValueError(f"{self.masks[number]}: unreadable ({error}).") from error
         values = np.atleast_3d(np.asarray(pixels))
         return torch.from_numpy(values.copy()).permute(2, 0, 1), classes.astype(np.int64)
+
+    def _image(self, number: int, size: tuple[int, int], channels: int) -> Image.Image:
+        """An image, upright or as stored, whichever its mask was drawn on."""
+        content = self.images[number].read_bytes()
+        try:
+            headers = [read_header(content, upright=upright) for upright in (True, False)]
+            header = next((header for header in headers if (header.width, header.height) == size), None)
+            if header is None:
+                sides = (headers[0].width, headers[0].height)
+                raise ValueError(f"{self.masks[number]}: {size} pixels, but its image has {sides}.")
+            pixels = decode_pixels(content, channels, header=header)
+        except BadImage as error:
+            raise ValueError(f"{self.images[number]}: unreadable ({error}).") from error
+        return Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
 
 
 @dataclass

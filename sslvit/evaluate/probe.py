@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from sslvit.data.index import ShardIndex
+from sslvit.data.labels import brief_names, sorted_names
 from sslvit.data.open import check_present, open_shards
 from sslvit.environment import pick_device
 from sslvit.evaluate.cache import FeatureCache
@@ -196,9 +197,22 @@ def neighbours(train: Features, val: Features, bench: Bench, settings: ProbeSett
 
 def open_labelled(settings: ProbeSettings) -> tuple[ShardIndex, ShardIndex]:
     """The two data sets of a probe, once they are known to fit together."""
-    train, val = (open_shards(source, f"{source.rstrip('/')}-shards") for source in (settings.train, settings.val))
+    train, val = (open_shards(source) for source in (settings.train, settings.val))
     check_classes(train, val, settings)
     return train, val
+
+
+def class_difference(train: ShardIndex, val: ShardIndex) -> str:
+    """What differs between the classes of two data sets, in words."""
+    missing = [
+        f"{brief_names(sorted_names(set(one.classes) - set(other.classes)))} only in {one.location}"
+        for one, other in ((train, val), (val, train))
+        if set(one.classes) - set(other.classes)
+    ]
+    if missing:
+        return "; ".join(missing)
+    place = next(i for i, (one, other) in enumerate(zip(train.classes, val.classes, strict=True)) if one != other)
+    return f"the same names in another order (number {place} is {train.classes[place]} and {val.classes[place]})"
 
 
 def check_classes(train: ShardIndex, val: ShardIndex, settings: ProbeSettings) -> None:
@@ -207,9 +221,8 @@ def check_classes(train: ShardIndex, val: ShardIndex, settings: ProbeSettings) -
         check_present(index, 0.0)
         index.labels_of(np.arange(0))  # refuses unlabelled data
     if train.classes != val.classes:
-        only = sorted(set(train.classes) ^ set(val.classes))
         raise ValueError(
-            f"{train.location} and {val.location} have different classes ({', '.join(only[:5])} in one only). "
+            f"{train.location} and {val.location} have different classes: {class_difference(train, val)}. "
             "Pack both from one folder with --holdout."
         )
     counts = np.bincount(train.labels_of(slice(None)), minlength=len(train.classes))

@@ -15,9 +15,11 @@ import numpy as np
 import torch
 
 from sslvit.checkpoint import load_encoder
+from sslvit.data.arrays import array_samples
+from sslvit.data.folders import folder_source
 from sslvit.data.index import ShardIndex
 from sslvit.data.pack import pack
-from sslvit.data.sources import array_samples, folder_samples, hold_out
+from sslvit.data.sources import hold_out
 from sslvit.data.views import Views
 from sslvit.evaluate.layers import HELD_OUT, LayerTable, draw_layers, probe_layers
 from sslvit.evaluate.probe import ProbeTable, probe
@@ -201,12 +203,12 @@ def pack_cifar10(folder: Path, archive: str | None, download: Path) -> ShardInde
     root = download
     while len(inside := [entry for entry in root.iterdir() if not entry.name.startswith(".")]) == 1:
         root = inside[0]  # archives wrap their class folders in a folder or two
-    samples, classes = folder_samples(root)
-    if classes is None:
+    found = folder_source(root)
+    if found.classes is None:
         raise ValueError(f"{archive}: holds no class folders.")
-    train, test = hold_out(samples, 0.1)
-    pack(test, folder / "test", classes)
-    return pack(train, folder / "train", classes)
+    train, test = hold_out(found.samples, 0.1)
+    pack(test, folder / "test", found.classes)
+    return pack(train, folder / "train", found.classes)
 
 
 def _is_python_archive(path: Path) -> bool:

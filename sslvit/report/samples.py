@@ -56,7 +56,7 @@ def draw_completions(
     known = round(given * pixels) if 0 <= given < 1 else pixels
     if known == pixels:
         raise ValueError(f"--given {given}: that is {known} of {pixels} pixels. Use a share from 0 to below 1.")
-    index = open_shards(images, f"{images.rstrip('/')}-shards")
+    index = open_shards(images)
     chosen = torch.arange(min(count, len(index))).numpy()
     views = Views(CentreSettings(), encoder.image_size, encoder.interpolation)
     batch = make_batch(ShardReader(index, encoder.channels, memory_limit_mb=0), views, chosen, 0 * chosen)

@@ -32,7 +32,7 @@ def some_images(settings: EncoderSettings, source: str, count: int) -> Tensor:
     Raises:
         ValueError: one of them cannot be read.
     """
-    index = open_shards(source, f"{source.rstrip('/')}-shards")
+    index = open_shards(source)
     chosen = spread(len(index), count)
     views = Views(CentreSettings(), settings.image_size, settings.interpolation)
     batch = make_batch(ShardReader(index, settings.channels, 0), views, chosen, np.zeros_like(chosen))

@@ -14,7 +14,7 @@ class DataSettings:
 
     Args:
         shards: a folder of shards, a pattern such as shards/{000000..000099}.tar, the address of either
-            (https, s3, gs), or an image folder (packed first, beside the run).
+            (https, s3, gs), or an image folder (packed first, into the cache).
         mixture: several of these instead, each with its share of every batch, such as {shards/a: 3, shards/b: 1}.
         view: how an image is seen; its kind picks the keys.
         global_batch: images per optimiser step, over all ranks and micro-batches.
@@ -25,10 +25,11 @@ class DataSettings:
             samples, and for the greatest common divisor of 64 and the batch above.
         window_shards: shards of a lane that are shuffled together.
         colour_on: where colours are changed; auto is the training device if it is a GPU, otherwise the workers.
-        cache: folder for shards from the network.
+        cache: folder for shards from the network and of image folders.
         cache_gb: size that this folder is kept within.
         stream_samples: for gzipped tars and pipes, which cannot be indexed: how many images they hold, about.
         allow_pipe: run commands given as pipe:COMMAND. They can do anything that you can.
+        max_pixels: of the largest image that is decoded; a larger one counts as unreadable.
         bad_limit: share of unreadable samples above which the run stops.
         ledger: write down which samples every step read.
     """
@@ -47,6 +48,7 @@ class DataSettings:
     cache_gb: float = 200
     stream_samples: int | None = None
     allow_pipe: bool = False
+    max_pixels: int = 100_000_000
     bad_limit: float = 0.01
     ledger: bool = False
 
@@ -57,7 +59,7 @@ class DataSettings:
             raise ValueError(f"data.global_batch: {self.global_batch} is less than one image.")
         if self.workers < 0:
             raise ValueError(f"data.workers: {self.workers} is negative. Use 0 to load in the main process.")
-        for key in ("lanes", "window_shards", "cache_gb", "stream_samples"):
+        for key in ("lanes", "window_shards", "cache_gb", "stream_samples", "max_pixels"):
             value = getattr(self, key)
             if value is not None and not value > 0:
                 raise ValueError(f"data.{key}: {value} is not positive.")

@@ -138,6 +138,6 @@ class Validation(ScoringCallback):
 def open_val(settings: PretrainSettings, index: ShardIndex) -> ShardIndex:
     """The labelled set that a classifier is scored on, once it is known to fit the training set."""
     name = settings.task.val
-    val = open_shards(name, f"{name.rstrip('/')}-shards")
+    val = open_shards(name)
     check_classes(index, val, ProbeSettings("", "", neighbours=[]))
     return val

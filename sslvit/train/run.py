@@ -56,7 +56,7 @@ def pretrain(settings: PretrainSettings, resume: bool = False, overwrite: bool =
         folder.check(resume, overwrite)
     train = settings.train
     check_machine(settings)
-    index, plan = open_data(settings.data, f"{settings.out.rstrip('/')}-shards", settings.seed)
+    index, plan = open_data(settings.data, settings.seed)
     if is_first:
         check_data(settings, index, plan)
     start = load_encoder(settings.init) if settings.init and not resume else None

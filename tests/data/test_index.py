@@ -21,7 +21,7 @@ from sslvit.data.open import expand, open_shards
 from sslvit.data.pack import pack_source
 from sslvit.data.reader import ShardReader
 from sslvit.data.remote import ShardCache
-from sslvit.data.scan import index_shards
+from sslvit.data.scan import IndexOptions, index_shards
 
 
 def write_tar(path: Path, members: dict[str, bytes]) -> None:
@@ -127,7 +127,7 @@ def test_dangerous_members_are_refused_and_named(tmp_path: Path, capsys: pytest.
 
 @pytest.mark.parametrize(
     ("members", "message"),
-    [({"a.txt": b"hello"}, "hold no images"), ({"a.png": b"nonsense"}, "none of the images can be decoded")],
+    [({"a.txt": b"hello"}, "hold no images"), ({"a.png": b"nonsense"}, "hold no images .a.tar/a.png: not an image")],
 )
 def test_shards_without_images_are_refused(tmp_path: Path, members: dict, message: str) -> None:
     write_tar(tmp_path / "a.tar", members)
@@ -143,11 +143,16 @@ def test_odd_members_are_left_out_and_named(tmp_path: Path, capsys: pytest.Captu
     index = index_shards(tmp_path)
     assert sorted(numbers_of(index)) == [1, 3, 4]
     assert index.classes is None
-    assert index.skipped == {
-        "a.tar/a.jpg": "a second image of its key", "a.tar/b.cls": "b'dog' instead of a class number",
-        "a.tar/c.cls": "b'-3' instead of a class number",
-    }  # fmt: skip
-    assert "2 of 3 images have no label, so the others' are not used either" in capsys.readouterr().out
+    assert index.skipped == {"a.tar/a.jpg": "a second image of its key"}
+    assert "a label of -3; classes count from 0; they are not used" in capsys.readouterr().out
+
+
+def test_labels_that_only_some_images_have_are_not_used_and_it_is_said(tmp_path: Path, capsys) -> None:
+    write_tar(tmp_path / "a.tar", {"a.png": png(1), "a.cls": b"0", "b.png": png(2), "c.png": png(3)})
+    assert index_shards(tmp_path).classes is None
+    assert "2 of 3 images have no label (.cls), so the others' are not used either" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--labels cls: 2 of 3 images of .* have none"):
+        index_shards(tmp_path, options=IndexOptions(labels="cls"))
 
 
 def test_numbers_that_are_no_classes_are_not_taken_for_some(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -178,7 +183,9 @@ def test_a_truncated_tar_gives_what_is_readable_and_says_so(tmp_path: Path, harm
 
 def test_programs_are_not_started_for_images(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", {"a.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "b.png": png(7)})
-    assert numbers_of(index_shards(tmp_path)) == [-1, 7]
+    index = index_shards(tmp_path)
+    assert numbers_of(index) == [7]
+    assert index.skipped == {"a.tar/a.png": "not an image (UnidentifiedImageError)"}
 
 
 def test_a_damaged_index_is_named(tmp_path: Path) -> None:
@@ -241,19 +248,19 @@ def test_patterns_name_some_shards_of_a_folder(tmp_path: Path, capsys: pytest.Ca
     cache = ShardCache(tmp_path / "cache")
     names = [shard.name for shard in index.shards]
     assert expand(f"{tmp_path}/in/shard-{{000000..000002}}.tar") == [f"{tmp_path}/in/{name}" for name in names[:3]]
-    part = open_shards(f"{tmp_path}/in/shard-{{000001..000002}}.tar", "", cache)
+    part = open_shards(f"{tmp_path}/in/shard-{{000001..000002}}.tar", cache)
     first, last = index.first_of_shard[[1, 3]]
     assert numbers_of(part) == numbers_of(index)[first:last]
     assert part.classes == ["even", "odd"]
     for name in ("index.json", "index.npy"):
         (tmp_path / "in" / name).unlink()
     for _ in range(2):
-        assert numbers_of(open_shards(f"{tmp_path}/in/shard-{{000001..000002}}.tar", "", cache)) == numbers_of(part)
+        assert numbers_of(open_shards(f"{tmp_path}/in/shard-{{000001..000002}}.tar", cache)) == numbers_of(part)
     assert capsys.readouterr().out.count("indexing them once") == 1
     with pytest.raises(FileNotFoundError, match="shard-000077.tar does not exist"):
-        open_shards(f"{tmp_path}/in/shard-{{000077..000078}}.tar", "", cache)
+        open_shards(f"{tmp_path}/in/shard-{{000077..000078}}.tar", cache)
     with pytest.raises(ValueError, match="braces that do not close"):
-        open_shards(f"{tmp_path}/in/shard-{{00..03.tar", "", cache)
+        open_shards(f"{tmp_path}/in/shard-{{00..03.tar", cache)
 
 
 def test_shards_in_a_folder_that_one_may_only_read_are_indexed_in_the_cache(tmp_path: Path, monkeypatch) -> None:
@@ -262,7 +269,7 @@ def test_shards_in_a_folder_that_one_may_only_read_are_indexed_in_the_cache(tmp_
         (tmp_path / "theirs" / name).unlink()
     before = sorted((tmp_path / "theirs").iterdir())
     monkeypatch.setattr("os.access", lambda path, mode: False)
-    found = open_shards(tmp_path / "theirs", "", ShardCache(tmp_path / "cache"))
+    found = open_shards(tmp_path / "theirs", ShardCache(tmp_path / "cache"))
     assert numbers_of(found) == numbers_of(index)
     assert sorted((tmp_path / "theirs").iterdir()) == before
 
@@ -300,7 +307,7 @@ def test_info_says_what_a_job_needs(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "30 images (8x8, 1 channels, 2 classes)" in text
     assert "at a global batch of 24: 1 steps per epoch, each dropping 6 images" in text
     assert "ranks that fit: 1, 2, 3, 4, 6, 8, 12, 24" in text
-    assert "images per class: 15 (even) to 15" in text
+    assert "images per class: 15\n" in text
     assert "cache" in text
     assert main(["shards", "info", str(tmp_path), "--global-batch", "8"]) == 0
     assert "ranks that fit: 1, 2, 4, 8" in capsys.readouterr().out
@@ -322,7 +329,15 @@ def test_a_sparse_index_of_a_billion_samples_opens_at_once(tmp_path: Path) -> No
         "shard_lengths": [each] * shards, "bytes": [1 << 28] * shards, "sha256": ["0" * 64] * shards,
     }  # fmt: skip
     fields = {"classes": None, "channels": 3, "bits": 8, "mean": [0.0] * 3, "std": [1.0] * 3, "image_size": None}
-    about = {"format": 2, "records_sha256": "", **fields, "encoding": "", "skipped": {}, "splits": {"train": split}}
+    about = {
+        "format": 3,
+        "orientation": "upright",
+        "records_sha256": "",
+        **fields,
+        "encoding": "",
+        "skipped": {},
+        "splits": {"train": split},
+    }
     (tmp_path / "index.json").write_text(json.dumps(about))
     began = time.perf_counter()
     index = load_index(tmp_path)
@@ -336,7 +351,141 @@ def test_a_sparse_index_of_a_billion_samples_opens_at_once(tmp_path: Path) -> No
 def test_unreadable_images_do_not_hide_in_statistics(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", {"a.png": png(100), "b.png": b"nonsense", "c.png": png(200)})
     index = index_shards(tmp_path)
-    assert len(index) == 3
     assert index.mean == pytest.approx([150 / 255], abs=1e-4)
-    assert numbers_of(index) == [100, -1, 200]
+    assert numbers_of(index) == [100, 200]
+    assert index.skipped == {"a.tar/b.png": "not an image (UnidentifiedImageError)"}
+    with open(tmp_path / "a.tar", "r+b") as file:  # damage that came later
+        file.seek(index.locate(1)[1])
+        file.write(bytes(16))
     assert ShardReader(index, 1).bad.keys() == {1}
+
+
+# ---- tars as people write them -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("field_name", ["cls", "txt"])
+def test_class_names_in_shards_become_classes_as_those_of_folders_do(tmp_path: Path, field_name: str) -> None:
+    for number, names in enumerate((("cat", "dog"), ("ant", "cat"))):
+        members = {f"{i}.png": png(10 * number + i) for i in range(2)}
+        members |= {f"{i}.{field_name}": f"{name}\n".encode() for i, name in enumerate(names)}
+        write_tar(tmp_path / f"{number}.tar", members | {f"x{number}.png": png(90), f"x{number}.{field_name}": b"cat"})
+    index = index_shards(tmp_path, workers=1)
+    assert index.classes == ["ant", "cat", "dog"]
+    named = [index.classes[label] for label in index.labels_of(slice(None))]
+    assert dict(zip(numbers_of(index), named, strict=True)) == {0: "cat", 1: "dog", 10: "ant", 11: "cat", 90: "cat"}
+    assert load_index(tmp_path).classes == index.classes
+
+
+def test_captions_are_not_classes_unless_asked_for_and_it_is_said(tmp_path: Path, capsys) -> None:
+    members = {f"{i}.png": png(i) for i in range(4)} | {f"{i}.txt": f"a photo number {i}".encode() for i in range(4)}
+    write_tar(tmp_path / "a.tar", members)
+    assert index_shards(tmp_path, workers=1).classes is None
+    assert "4 different texts (.txt) for 4 images are no classes; they are not used" in capsys.readouterr().out
+    write_tar(tmp_path / "a.tar", members | {"0.txt": b"long " * 100, "1.json": b"{}"})
+    assert index_shards(tmp_path, workers=1).classes is None
+    assert "the .txt members are not used as labels (--labels txt uses them)" in capsys.readouterr().out
+    write_tar(tmp_path / "a.tar", members)
+    assert len(index_shards(tmp_path, workers=1, options=IndexOptions(labels="txt")).classes) == 4
+
+
+def test_numbers_and_names_together_are_names_and_it_is_said(tmp_path: Path, capsys) -> None:
+    write_tar(tmp_path / "a.tar", {"a.png": png(1), "a.cls": b"0", "b.png": png(2), "b.cls": b"dog"})
+    assert index_shards(tmp_path).classes == ["0", "dog"]
+    assert "some labels are numbers, others names (dog); all are taken as names" in capsys.readouterr().out
+
+
+def test_keys_with_dots_are_samples_and_other_fields_are_not(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", {
+        "photo.0001.jpg": png(1), "photo.0002.jpg": png(2), "photo.0001.cls": b"cat", "photo.0002.cls": b"dog",
+        "photo.jpg": png(3), "photo.cls": b"cat", "x.seg.png": png(90), "x.png": png(4), "x.cls": b"dog",
+        "y.edited.png": png(5), "y.cls": b"cat",
+    })  # fmt: skip
+    index = index_shards(tmp_path, workers=1)
+    assert numbers_of(index) == [1, 2, 3, 4, 5]
+    assert index.labels_of(slice(None)).tolist() == [0, 1, 0, 1, 0]
+    assert index.skipped == {
+        "a.tar/*.seg.png": "1 images in another field of their keys (--image seg.png takes these instead)"
+    }
+    assert [index.key(i) for i in range(2)] == ["a.tar/photo.0001.jpg", "a.tar/photo.0002.jpg"]
+
+
+def test_of_two_images_to_a_key_the_user_chooses(tmp_path: Path, capsys) -> None:
+    pairs = {f"{i}.{side}.png": png(10 * i + (side == "right")) for i in range(3) for side in ("left", "right")}
+    write_tar(tmp_path / "a.tar", pairs)
+    with pytest.raises(ValueError, match=r"hold no images \(a.tar/0.\*: 2 images of one key \(left.png, right.png\): "
+                                         r"choose one, as with --image left.png"):  # fmt: skip
+        index_shards(tmp_path, workers=1)
+    index = index_shards(tmp_path, workers=1, options=IndexOptions(image="right.png"))
+    assert numbers_of(index) == [1, 11, 21]
+    assert index.skipped.keys() == {"a.tar/*.left.png"}
+    assert main(["shards", "index", str(tmp_path), "--image", "left.png"]) == 0
+    assert numbers_of(load_index(tmp_path)) == [0, 10, 20]
+
+
+def test_archives_put_one_behind_the_other_are_read_to_the_last(tmp_path: Path) -> None:
+    for number in range(3):
+        write_tar(tmp_path / f"{number}.part", {f"{number}-{i}.png": png(10 * number + i) for i in range(2)})
+    whole = b"".join((tmp_path / f"{number}.part").read_bytes() for number in range(3))
+    (tmp_path / "a.tar").write_bytes(whole)
+    index = index_shards(tmp_path, workers=1)
+    assert numbers_of(index) == [0, 1, 10, 11, 20, 21]
+    assert not index.skipped
+
+
+def test_links_in_a_tar_are_the_images_they_point_to(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        about = tarfile.TarInfo("d/a.png")
+        about.size = len(png(7))
+        tar.addfile(about, io.BytesIO(png(7)))
+        for name, kind, target in [
+            ("d/hard.png", tarfile.LNKTYPE, "d/a.png"), ("e/soft.png", tarfile.SYMTYPE, "../d/a.png"),
+            ("lost.png", tarfile.SYMTYPE, "/etc/passwd"), ("pipe.png", tarfile.FIFOTYPE, ""),
+        ]:  # fmt: skip
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, target
+            tar.addfile(link)
+    index = index_shards(tmp_path, workers=1)
+    assert numbers_of(index) == [7, 7, 7]
+    assert index.skipped == {
+        "a.tar/lost.png": "a link to /etc/passwd, which is not before it in the tar",
+        "a.tar/pipe.png": "not a regular file",
+    }
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("w:gz", "a gzip file"), ("w:bz2", "a bzip2 file"), ("w:xz", "an xz file")])
+def test_a_compressed_tar_is_called_one(tmp_path: Path, mode: str, kind: str) -> None:
+    with tarfile.open(tmp_path / "a.tar", mode) as tar:
+        about = tarfile.TarInfo("a.png")
+        about.size = len(png(7))
+        tar.addfile(about, io.BytesIO(png(7)))
+    with pytest.raises(ValueError, match=f"hold no images .a.tar: {kind}, not a plain tar. Unpack it once"):
+        index_shards(tmp_path, workers=1)
+    (tmp_path / "a.tar").rename(tmp_path / "a.tar.gz")
+    with pytest.raises(
+        ValueError, match="no .tar files there, but 1 compressed ones .a.tar.gz, ....*--data.stream_samples"
+    ):
+        index_shards(tmp_path, workers=1)
+
+
+def test_leftovers_of_macos_and_names_that_forge_a_line_do_no_harm(tmp_path: Path, capsys) -> None:
+    write_tar(tmp_path / "a.tar", {
+        "a.png": png(1), "._a.png": b"junk", "__MACOSX/a.png": b"junk", "b\nsslvit: done.png": b"nonsense",
+        "\x1b[2Jc.png": b"nonsense",
+    })  # fmt: skip
+    index = index_shards(tmp_path, workers=1)
+    assert numbers_of(index) == [1]
+    assert len(index.skipped) == 4
+    text = capsys.readouterr().out + describe_shards(index)
+    assert "\x1b" not in text
+    assert "\nsslvit: done" not in text
+
+
+def test_shards_of_others_keep_their_pixels_as_stored_if_asked(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    write_tar(tmp_path / "a.tar", {"a.png": encoded(Image.new("L", (8, 4), 9), "PNG", exif=exif)})
+    assert index_shards(tmp_path).image_size == [8, 4]
+    stored = index_shards(tmp_path, options=IndexOptions(orientation="stored"))
+    assert (stored.image_size, load_index(tmp_path).orientation) == ([4, 8], "stored")
+    assert index_shards(tmp_path).orientation == "stored"  # what was chosen once stays
+    assert check_shards(stored).is_whole

@@ -11,10 +11,10 @@ from shard_fixtures import image_folder
 
 from sslvit.cli import main
 from sslvit.data import pixels
+from sslvit.data.arrays import array_samples
 from sslvit.data.index import load_index
 from sslvit.data.pack import pack
 from sslvit.data.pixels import draw_pixels, make_palette
-from sslvit.data.sources import array_samples
 from sslvit.settings.load import load_recipe
 from sslvit.settings.palette import read_palette
 
@@ -102,10 +102,11 @@ def test_grey_images_get_greys(tmp_path: Path, capsys: pytest.CaptureFixture) ->
     assert "already exists" in capsys.readouterr().err
 
 
-def test_an_image_folder_is_packed_first(tmp_path: Path) -> None:
+def test_an_image_folder_is_packed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = image_folder(tmp_path / "images", count=4)
     assert main(["palette", str(folder), "-o", str(tmp_path / "p.json"), "--colours", "2"]) == 0
-    assert (tmp_path / "images-shards" / "index.json").exists()
+    assert len(list((tmp_path / "cache" / "sslvit").rglob("images-*/index.json"))) == 1
 
 
 def test_a_recipe_names_a_palette_file_beside_it_or_where_the_user_stands(tmp_path: Path, monkeypatch) -> None:

@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 from shard_fixtures import encoded, image_folder, numbered_shards, numbers_of, photograph
 
+from sslvit.data.arrays import array_samples
 from sslvit.data.decode import BadImage
 from sslvit.data.loader import TrainingBatches, evaluation_loader, make_batch, resolution_of, view_samples
 from sslvit.data.mixture import JoinedIndex, MixturePlan
 from sslvit.data.pack import pack, pack_source
 from sslvit.data.plan import EpochPlan
 from sslvit.data.reader import ShardReader
-from sslvit.data.sources import array_samples
 from sslvit.data.views import Views
 from sslvit.settings import EncoderSettings
 from sslvit.settings.views import CentreSettings, CropSettings, MultiCropSettings
@@ -121,7 +121,7 @@ def test_an_image_is_decoded_once_for_all_of_its_crops(tmp_path: Path, monkeypat
     assert len(decoded) == 3
     assert [tuple(v.shape) for v in batch.views] == [(3, 3, 64, 64)] * 2 + [(3, 3, 32, 32)] * 6
     assert max(decoded) > 1  # large images are decoded at a reduced scale
-    monkeypatch.setattr("sslvit.data.loader.reduction_for", lambda zoom: 1)
+    monkeypatch.setattr("sslvit.data.loader.reduction_for", lambda zoom, header: 1)
     full = make_batch(ShardReader(index), views, np.arange(3), np.zeros(3, int))
     difference = np.mean([(a.float() - b.float()).abs().mean() for a, b in zip(batch.views, full.views, strict=True)])
     assert difference < 2.5

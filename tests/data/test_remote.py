@@ -108,9 +108,9 @@ def cache(tmp_path: Path) -> ShardCache:
 
 
 def test_remote_shards_are_read_like_local_ones_and_fetched_once(server: Server, cache: ShardCache) -> None:
-    local = open_shards(server.folder / "a", "")
+    local = open_shards(server.folder / "a")
     for _ in range(2):
-        remote = open_shards(f"{server.address}/a/", "", cache)
+        remote = open_shards(f"{server.address}/a/", cache)
         assert numbers_of(remote) == numbers_of(local)
         assert remote.fingerprint() == local.fingerprint()
         assert remote.key(7) == local.key(7)
@@ -124,14 +124,14 @@ def test_remote_shards_are_read_like_local_ones_and_fetched_once(server: Server,
     "problems", [["drop"], ["drop", "drop"], [500, 503], ["truncated file"], ["other bytes"], ["stall"], [500, "drop"]]
 )
 def test_a_server_that_fails_for_a_while_delivers_in_the_end(server: Server, cache: ShardCache, problems: list) -> None:
-    index = open_shards(f"{server.address}/a", "", cache)
+    index = open_shards(f"{server.address}/a", cache)
     server.fail["a/shard-000001.tar"] = list(problems)
-    assert numbers_of(index) == numbers_of(open_shards(server.folder / "a", ""))
+    assert numbers_of(index) == numbers_of(open_shards(server.folder / "a"))
     assert server.requests["a/shard-000001.tar"] == len(problems) + 1
 
 
 def test_a_dropped_transfer_goes_on_where_it_was(server: Server, cache: ShardCache) -> None:
-    index = open_shards(f"{server.address}/a", "", cache)
+    index = open_shards(f"{server.address}/a", cache)
     half = index.shards[1].bytes // 2
     server.fail["a/shard-000001.tar"] = ["drop"]
     index.shard_path(1)
@@ -144,7 +144,7 @@ def test_a_dropped_transfer_goes_on_where_it_was(server: Server, cache: ShardCac
 
 @pytest.mark.parametrize("problem", ["truncated file", "other bytes"])
 def test_a_damaged_shard_on_the_server_is_bad_samples(server: Server, cache: ShardCache, problem: str) -> None:
-    index = open_shards(f"{server.address}/a", "", cache)
+    index = open_shards(f"{server.address}/a", cache)
     server.fail["a/shard-000001.tar"] = [problem] * 99
     first, last = index.first_of_shard[1:3]
     numbers = numbers_of(index)
@@ -155,7 +155,7 @@ def test_a_damaged_shard_on_the_server_is_bad_samples(server: Server, cache: Sha
 
 
 def test_a_shard_that_the_server_does_not_have_is_bad_samples(server: Server, cache: ShardCache) -> None:
-    index = open_shards(f"{server.address}/a", "", cache)
+    index = open_shards(f"{server.address}/a", cache)
     (server.folder / "a" / "shard-000001.tar").unlink()
     reader = ShardReader(index, 1, 0)
     for _ in range(3):
@@ -165,7 +165,7 @@ def test_a_shard_that_the_server_does_not_have_is_bad_samples(server: Server, ca
 
 
 def test_a_server_that_dies_for_good_is_an_error_that_names_it(server: Server, cache: ShardCache) -> None:
-    index = open_shards(f"{server.address}/a", "", cache)
+    index = open_shards(f"{server.address}/a", cache)
     server.fail["a/shard-000000.tar"] = [500] * 99
     with pytest.raises(
         RemoteError, match=r"shard-000000.tar: not fetched in 4 tries; the last: the server answers 500"
@@ -178,7 +178,7 @@ def test_a_server_that_dies_for_good_is_an_error_that_names_it(server: Server, c
 
 
 def test_a_kept_part_of_a_killed_process_is_continued(server: Server, cache: ShardCache) -> None:
-    index = open_shards(f"{server.address}/a", "", cache)
+    index = open_shards(f"{server.address}/a", cache)
     whole = (server.folder / "a" / "shard-000000.tar").read_bytes()
     path = index.known_path(0)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -191,7 +191,7 @@ def test_a_kept_part_of_a_killed_process_is_continued(server: Server, cache: Sha
 
 
 def test_a_part_longer_than_the_shard_is_begun_anew(server: Server, cache: ShardCache) -> None:
-    index = open_shards(f"{server.address}/a", "", cache)
+    index = open_shards(f"{server.address}/a", cache)
     path = index.known_path(0)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_name(path.name + ".part").write_bytes(bytes(10**6))
@@ -201,18 +201,18 @@ def test_a_part_longer_than_the_shard_is_begun_anew(server: Server, cache: Shard
 
 
 def test_a_slow_transfer_that_gets_on_is_not_given_up(server: Server, cache: ShardCache) -> None:
-    index = open_shards(f"{server.address}/a", "", cache)
+    index = open_shards(f"{server.address}/a", cache)
     server.fail["a/shard-000000.tar"] = ["drop"] * 10  # half of what is left each time: more drops than tries
     assert index.shard_path(0).read_bytes() == (server.folder / "a" / "shard-000000.tar").read_bytes()
 
 
 def test_shards_uploaded_anew_are_not_taken_for_the_old_ones(server: Server, cache: ShardCache) -> None:
-    numbers_of(open_shards(f"{server.address}/a", "", cache))
+    numbers_of(open_shards(f"{server.address}/a", cache))
     old = {path.name: path.stat().st_size for path in (server.folder / "a").glob("*.tar")}
     for path in (server.folder / "a").iterdir():
         path.unlink()
+    from sslvit.data.arrays import array_samples
     from sslvit.data.pack import pack
-    from sslvit.data.sources import array_samples
     from sslvit.data.store import PackSettings
 
     images = np.repeat(np.arange(100, 140, dtype=np.uint8), 64).reshape(40, 8, 8)
@@ -221,11 +221,11 @@ def test_shards_uploaded_anew_are_not_taken_for_the_old_ones(server: Server, cac
         sample.bytes = len(sample.read())
     pack(samples, server.folder / "a", ["even", "odd"], PackSettings(shard_mb=0.02), workers=1)
     assert {path.name: path.stat().st_size for path in (server.folder / "a").glob("*.tar")} == old
-    assert sorted(numbers_of(open_shards(f"{server.address}/a", "", cache))) == list(range(100, 140))
+    assert sorted(numbers_of(open_shards(f"{server.address}/a", cache))) == list(range(100, 140))
 
 
 def test_a_missing_shard_costs_one_request_whoever_asks(server: Server, cache: ShardCache) -> None:
-    index = open_shards(f"{server.address}/a", "", cache)
+    index = open_shards(f"{server.address}/a", cache)
     server.fail["a/shard-000001.tar"] = [404] * 99
     for _ in range(3):
         with pytest.raises(BadImage, match="answers 404"):
@@ -236,7 +236,7 @@ def test_a_missing_shard_costs_one_request_whoever_asks(server: Server, cache: S
 
 @pytest.mark.parametrize("code", [401, 403])
 def test_a_server_that_refuses_is_an_error_and_not_bad_samples(server: Server, cache: ShardCache, code: int) -> None:
-    index = open_shards(f"{server.address}/a", "", cache)
+    index = open_shards(f"{server.address}/a", cache)
     server.fail["a/shard-000001.tar"] = [code] * 99
     with pytest.raises(RemoteError, match=f"answers {code}.*your access to it"):
         index.shard_path(1)
@@ -244,22 +244,22 @@ def test_a_server_that_refuses_is_an_error_and_not_bad_samples(server: Server, c
 
 
 def test_names_with_spaces_are_quoted(server: Server, cache: ShardCache) -> None:
-    whole = open_shards(server.folder / "a", "")
+    whole = open_shards(server.folder / "a")
     (server.folder / "a" / "shard-000001.tar").rename(server.folder / "a" / "my shard%20#1.tar")
     whole.shards[1].name = "my shard%20#1.tar"
     whole.save()
-    assert numbers_of(open_shards(f"{server.address}/a", "", cache)) == numbers_of(open_shards(server.folder / "a", ""))
+    assert numbers_of(open_shards(f"{server.address}/a", cache)) == numbers_of(open_shards(server.folder / "a"))
 
 
 def test_equal_names_at_two_addresses_do_not_collide(server: Server, cache: ShardCache, tmp_path: Path) -> None:
     other = numbered_shards(tmp_path / "served" / "b", 25)
-    one, two = (open_shards(f"{server.address}/{name}", "", cache) for name in ("a", "b"))
+    one, two = (open_shards(f"{server.address}/{name}", cache) for name in ("a", "b"))
     assert sorted(numbers_of(one)) == list(range(40))
     assert numbers_of(two) == numbers_of(other)
 
 
 def _fetch(address: str, folder: Path, done) -> None:
-    index = open_shards(address, "", ShardCache(folder, first_wait_seconds=0.01))
+    index = open_shards(address, ShardCache(folder, first_wait_seconds=0.01))
     numbers_of(index)
     done.put(os.getpid())
 
@@ -279,11 +279,11 @@ def test_many_processes_fetch_each_shard_once(server: Server, tmp_path: Path) ->
 
 
 def test_the_cache_stays_within_its_size(server: Server, tmp_path: Path) -> None:
-    local = open_shards(server.folder / "a", "")
+    local = open_shards(server.folder / "a")
     largest = max(shard.bytes for shard in local.shards)
     assert len(local.shards) >= 3
     cache = ShardCache(tmp_path / "cache", limit_gb=2.5 * largest / 2**30)
-    index = open_shards(f"{server.address}/a", "", cache)
+    index = open_shards(f"{server.address}/a", cache)
     reader = ShardReader(index, 1, 0)
     for sample in range(len(index)):
         reader.read(sample)
@@ -292,31 +292,31 @@ def test_the_cache_stays_within_its_size(server: Server, tmp_path: Path) -> None
     assert sorted(numbers_of(index)) == list(range(40))
     small = ShardCache(tmp_path / "small", limit_gb=largest / 4 / 2**30)
     with pytest.raises(ValueError, match="data.cache_gb: .* cannot hold one shard"):
-        open_shards(f"{server.address}/a", "", small).shard_path(0)
+        open_shards(f"{server.address}/a", small).shard_path(0)
 
 
 def test_a_pattern_of_addresses_needs_no_index(server: Server, cache: ShardCache, capsys) -> None:
-    local = open_shards(server.folder / "a", "")
+    local = open_shards(server.folder / "a")
     files = {name: (server.folder / "a" / name).read_bytes() for name in ("index.json", "index.npy")}
     for name in files:
         (server.folder / "a" / name).unlink()
     with pytest.raises(FileNotFoundError, match="no index there .*shard-{000000..000099}.tar"):
-        open_shards(f"{server.address}/a", "", cache)
+        open_shards(f"{server.address}/a", cache)
     for name, content in files.items():
         (server.folder / "a" / name).write_bytes(content)
-    assert numbers_of(open_shards(f"{server.address}/a", "", cache)) == numbers_of(local)  # uploaded: found at once
+    assert numbers_of(open_shards(f"{server.address}/a", cache)) == numbers_of(local)  # uploaded: found at once
     for name in files:
         (server.folder / "a" / name).unlink()
     pattern = f"{server.address}/a/shard-{{000000..000001}}.tar"
     for _ in range(2):
-        assert numbers_of(open_shards(pattern, "", cache)) == numbers_of(local)[: local.first_of_shard[2]]
+        assert numbers_of(open_shards(pattern, cache)) == numbers_of(local)[: local.first_of_shard[2]]
     assert capsys.readouterr().out.count("indexing them once") == 1
     with pytest.raises(FileNotFoundError, match="missing shard .the server answers 404"):
-        open_shards(f"{server.address}/a/shard-{{000000..000055}}.tar", "", cache)
+        open_shards(f"{server.address}/a/shard-{{000000..000055}}.tar", cache)
 
 
 def test_shards_are_fetched_ahead_of_their_use(server: Server, cache: ShardCache) -> None:
-    index = open_shards(f"{server.address}/a", "", cache)
+    index = open_shards(f"{server.address}/a", cache)
     reader = ShardReader(index, 1, 0)
     reader.fetch_ahead([0, 1, 2])
     limit = time.monotonic() + 10
@@ -335,7 +335,7 @@ def test_other_file_systems_go_through_fsspec(tmp_path: Path, cache: ShardCache)
     memory = fsspec.filesystem("memory")
     for path in (tmp_path / "local").iterdir():
         memory.pipe(f"/bucket/{path.name}", path.read_bytes())
-    remote = open_shards("memory://bucket", "", cache)
+    remote = open_shards("memory://bucket", cache)
     assert numbers_of(remote) == numbers_of(local)
     part = remote.known_path(1)
     part.unlink()
@@ -346,7 +346,7 @@ def test_other_file_systems_go_through_fsspec(tmp_path: Path, cache: ShardCache)
     with pytest.raises(BadImage, match="missing shard .memory://bucket/shard-000001.tar"):
         remote.shard_path(1)
     with pytest.raises((ValueError, FileNotFoundError), match="nonsense://"):
-        open_shards("nonsense://bucket", "", cache)
+        open_shards("nonsense://bucket", cache)
 
 
 def test_a_mixture_of_local_and_remote_sources(server: Server, tmp_path: Path) -> None:
@@ -354,13 +354,13 @@ def test_a_mixture_of_local_and_remote_sources(server: Server, tmp_path: Path) -
     settings = DataSettings(
         mixture={str(tmp_path / "near"): 1, f"{server.address}/a": 3}, global_batch=8, cache=str(tmp_path / "cache")
     )
-    index, plan = open_data(settings, tmp_path / "beside", 0)
+    index, plan = open_data(settings, 0)
     samples, _ = plan.batch(0)
     assert (samples < 30).sum() == 2
     assert len(index) == 70
     assert numbers_of(index)[:30] == numbers_of(index.parts[0])
     with pytest.raises(ValueError, match=r"near.*its 32 images of each batch.*more than the 30 samples"):
-        open_data(DataSettings(mixture=settings.mixture, global_batch=128, cache=settings.cache), tmp_path, 0)
+        open_data(DataSettings(mixture=settings.mixture, global_batch=128, cache=settings.cache), 0)
 
 
 def test_an_index_that_is_none_is_named(server: Server, cache: ShardCache) -> None:
@@ -369,10 +369,10 @@ def test_an_index_that_is_none_is_named(server: Server, cache: ShardCache) -> No
     about["splits"]["train"]["filenames"][1] = "http://elsewhere/x.tar"
     path.write_text(json.dumps(about))
     with pytest.raises(ValueError, match="lies outside of its folder"):
-        open_shards(f"{server.address}/a", "", cache)
+        open_shards(f"{server.address}/a", cache)
     path.write_text("<html>hello</html>")
     with pytest.raises(ValueError, match=r"/a/index.json: not an index of sslvit"):
-        open_shards(f"{server.address}/a", "", cache)
+        open_shards(f"{server.address}/a", cache)
     path.write_text(json.dumps(about | {"records_sha256": "0" * 64}))
     with pytest.raises(ValueError, match="not the one that index.json describes"):
-        open_shards(f"{server.address}/a", "", cache)
+        open_shards(f"{server.address}/a", cache)

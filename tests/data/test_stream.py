@@ -133,10 +133,10 @@ def test_commands_run_only_by_permission(tmp_path: Path) -> None:
     url = f"pipe:cat {gzipped(tmp_path / 'x.tar.gz', range(10))} | gunzip"
     options = {"shards": url, "global_batch": 4, "cache": str(tmp_path / "cache")}
     with pytest.raises(ValueError, match="would run a command. If you trust it, pass --data.allow_pipe true"):
-        open_data(DataSettings(**options), tmp_path, 0)
+        open_data(DataSettings(**options), 0)
     with pytest.raises(ValueError, match="can only be read from end to end.*--data.stream_samples"):
-        open_data(DataSettings(**options, allow_pipe=True), tmp_path, 0)
-    index, plan = open_data(DataSettings(**options, allow_pipe=True, stream_samples=10), tmp_path, 0)
+        open_data(DataSettings(**options, allow_pipe=True), 0)
+    index, plan = open_data(DataSettings(**options, allow_pipe=True, stream_samples=10), 0)
     assert (len(index), plan.steps_per_epoch) == (10, 2)
     assert sorted(pixels(read(index, 2))) == list(range(10))
     with pytest.raises(FileNotFoundError, match="none.tar.gz does not exist"):

@@ -112,5 +112,30 @@ def test_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"00.png: \(8, 8\) pixels, but its image has \(16, 16\)"):
         segment({"e": make()}, MaskedImages.open(good), MaskedImages.open(good))
     (good / "masks" / "00.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"00.png: unreadable, or its mask is"):
+    with pytest.raises(ValueError, match=r"masks.00.png: unreadable"):
         segment({"e": make()}, MaskedImages.open(good), MaskedImages.open(good))
+
+
+@pytest.mark.parametrize("is_upright", [True, False])
+def test_a_photograph_is_turned_as_its_mask_was_drawn(tmp_path: Path, is_upright: bool) -> None:
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+    pixels = np.zeros((16, 32, 3), np.uint8)
+    pixels[:, :16] = 250
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "images" / "a.png", exif=exif)
+    mask = Image.fromarray((pixels[:, :, 0] > 99).astype(np.uint8))
+    (mask.transpose(Image.Transpose.ROTATE_270) if is_upright else mask).save(tmp_path / "masks" / "a.png")
+    shape = (32, 16) if is_upright else (16, 32)
+    settings = EncoderSettings(image_size=list(shape), patch=4, width=16, depth=1, heads=2)
+    image, classes = MaskedImages.open(tmp_path).read(0, settings)
+    assert image.shape[1:] == classes.shape == shape
+    assert ((image[0].numpy() > 99) == (classes == 1)).all()
+
+
+def test_a_program_in_the_place_of_an_image_is_not_started(tmp_path: Path) -> None:
+    write(tmp_path, 1, 0)
+    (tmp_path / "images" / "00.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n")
+    with pytest.raises(ValueError, match="00.png: unreadable .not an image"):
+        MaskedImages.open(tmp_path).read(0, make().settings)

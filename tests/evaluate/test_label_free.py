@@ -12,8 +12,8 @@ import torch
 
 from sslvit.checkpoint import save_encoder
 from sslvit.cli import main
+from sslvit.data.arrays import array_samples
 from sslvit.data.pack import pack
-from sslvit.data.sources import array_samples
 from sslvit.evaluate.attention import attention_measures, receptive_field
 from sslvit.evaluate.health import alignment, alpha_of_spectrum, label_free, uniformity
 from sslvit.models import ViTEncoder

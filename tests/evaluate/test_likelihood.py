@@ -12,9 +12,10 @@ import torch
 from shard_fixtures import image_folder
 
 from sslvit.cli import main
+from sslvit.data.arrays import array_samples
+from sslvit.data.folders import folder_source
 from sslvit.data.index import load_index
 from sslvit.data.pack import pack
-from sslvit.data.sources import array_samples, folder_samples
 from sslvit.evaluate.likelihood import (
     NeighbourTable,
     likelihood,
@@ -116,8 +117,8 @@ def test_the_models_nats_are_its_loss_whatever_the_batch(task: IGPT) -> None:
 
 def test_unreadable_images_are_left_out(task: IGPT, tmp_path: Path) -> None:
     folder = image_folder(tmp_path / "images", count=3)
-    samples, classes = folder_samples(folder)
-    index = pack(samples, tmp_path / "shards", classes)
+    found = folder_source(folder)
+    index = pack(found.samples, tmp_path / "shards", found.classes)
     path = tmp_path / "shards" / "shard-000000.tar"
     content = path.read_bytes()
     path.write_bytes(content.replace(b"IHDR", b"XXXX", 1))

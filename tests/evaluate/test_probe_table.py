@@ -15,9 +15,9 @@ import torch
 
 from sslvit.checkpoint import save_encoder
 from sslvit.cli import main
+from sslvit.data.arrays import array_samples
 from sslvit.data.index import load_index
 from sslvit.data.pack import pack
-from sslvit.data.sources import array_samples
 from sslvit.evaluate import features as features_module
 from sslvit.evaluate.cache import FeatureCache
 from sslvit.evaluate.features import Pass

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from golden_fixtures import Golden
 
+from sslvit.data.arrays import array_samples
 from sslvit.data.pack import pack
-from sslvit.data.sources import array_samples
 from sslvit.evaluate import protocols
 from sslvit.evaluate.probe import PAPER_RULE, probe
 from sslvit.evaluate.sources import Features

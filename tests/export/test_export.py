@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from sslvit.checkpoint import load_encoder, save_encoder
 from sslvit.cli import main
+from sslvit.data.arrays import array_samples
 from sslvit.data.pack import pack
-from sslvit.data.sources import array_samples
 from sslvit.export import MAKING, export_encoder
 from sslvit.export import timm as timm_format
 from sslvit.export.exported import Exported

@@ -13,8 +13,8 @@ import yaml
 
 from sslvit.checkpoint import save_encoder
 from sslvit.cli import main
+from sslvit.data.arrays import array_samples
 from sslvit.data.pack import pack
-from sslvit.data.sources import array_samples
 from sslvit.models import ViTEncoder
 from sslvit.report import bench as module
 from sslvit.settings import EncoderSettings

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 import sslvit
 from sslvit.checkpoint import load_encoder, save_encoder
 from sslvit.cli import main
+from sslvit.data.arrays import array_samples
 from sslvit.data.batch import Batch
 from sslvit.data.pack import pack
-from sslvit.data.sources import array_samples
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings, OptimSettings, SupervisedSettings
 from sslvit.tasks.supervised import Supervised

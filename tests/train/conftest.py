@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sslvit.data.arrays import array_samples
 from sslvit.data.pack import pack
-from sslvit.data.sources import array_samples
 
 
 @pytest.fixture

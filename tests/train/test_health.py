@@ -12,8 +12,8 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
+from sslvit.data.arrays import array_samples
 from sslvit.data.pack import pack
-from sslvit.data.sources import array_samples
 from sslvit.evaluate.health import feature_std, rankme
 from sslvit.settings import DINOSettings, EncoderSettings, OptimSettings
 from sslvit.settings.load import load_recipe

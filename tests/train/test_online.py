@@ -9,8 +9,8 @@ import pytest
 import torch
 from run_fixtures import metrics, run, weights
 
+from sslvit.data.arrays import array_samples
 from sslvit.data.pack import pack
-from sslvit.data.sources import array_samples
 from sslvit.evaluate.label_free import spread
 from sslvit.settings import load
 from sslvit.train.online import ScoringCallback, looking

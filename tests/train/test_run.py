@@ -14,8 +14,8 @@ from run_fixtures import BERT, RECIPES, TINY, metrics, read_keys, run, same, wei
 
 import sslvit
 from sslvit.checkpoint import load_encoder
+from sslvit.data.arrays import array_samples
 from sslvit.data.pack import pack
-from sslvit.data.sources import array_samples
 from sslvit.train.folder import RunFolder
 
 
@@ -139,15 +139,18 @@ def test_a_run_starts_from_another_encoder(shards: Path, tmp_path: Path) -> None
         run(shards, tmp_path / "third", init=str(tmp_path / "first"), **{"encoder.width": 32})
 
 
-def test_an_image_folder_is_packed_beside_the_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_an_image_folder_is_packed_once_for_all_runs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     from PIL import Image
 
+    cache = {"data.cache": str(tmp_path / "cache")}
     (tmp_path / "photos").mkdir()
     for i in range(10):
         Image.fromarray(np.full((9 + i, 8), 20 * i, np.uint8)).save(tmp_path / "photos" / f"{i}.png")
-    run(tmp_path / "photos", tmp_path / "run")
+    run(tmp_path / "photos", tmp_path / "run", **cache)
     assert "an image folder; packing it into" in capsys.readouterr().out
-    assert (tmp_path / "run-shards" / "index.json").exists()
+    run(tmp_path / "photos", tmp_path / "second", **cache)
+    assert "using its shards packed earlier in" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "photos", "run", "second"]
 
 
 @pytest.mark.parametrize(("limit", "stops"), [(0.01, True), (0.5, False)])

@@ -1,0 +1,71 @@
+"""Whatever a path names -> images to pack."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sslvit.data.arrays import CONVERSIONS, LAYOUTS, array_source, idx_source
+from sslvit.data.folders import folder_source
+from sslvit.data.lists import LISTS, list_source
+from sslvit.data.sources import ImageSource
+from sslvit.files import printable
+
+
+@dataclass
+class SourceOptions:
+    """What only the user knows of a source; None where it tells by itself.
+
+    Args:
+        labels: array of labels in an .npz, or a file of them.
+        label_column: of a list.
+        images: array of images in an .npz.
+        layout: of arrays: nhw, nhwc or nchw.
+        convert: how the values of an array become pixels: unit, signed, byte or deep.
+    """
+
+    labels: str | None = None
+    label_column: str | None = None
+    images: str | None = None
+    layout: str | None = None
+    convert: str | None = None
+
+    def __post_init__(self) -> None:
+        for key, known in (("layout", LAYOUTS), ("convert", tuple(CONVERSIONS))):
+            value = getattr(self, key)
+            if value is not None and value not in known:
+                raise ValueError(f"--{key} {value}: not one of {', '.join(known)}.")
+
+    def refuse_others(self, source: Path, kind: str, *usable: str) -> None:
+        """Raise ValueError if an option is given that this kind of source has no use for."""
+        for name, value in vars(self).items():
+            if value is not None and name not in usable:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: {printable(source)} is {kind}. Leave it out.")
+
+
+def read_source(source: str | Path, options: SourceOptions | None = None) -> ImageSource:
+    """Samples and class names of whatever a path names: a folder, a list, an array or an IDX file.
+
+    Raises:
+        ValueError: nothing there that is known, or an option that is for another kind of source.
+    """
+    path, options = Path(source), options or SourceOptions()
+    if path.is_dir():
+        options.refuse_others(path, "a folder")
+        return folder_source(path)
+    if not path.exists():
+        raise ValueError(f"{printable(path)}: no such file or folder.")
+    name = path.name.lower()
+    if path.suffix.lower() in LISTS:
+        options.refuse_others(path, "a list", "label_column")
+        return list_source(path, options.label_column)
+    if path.suffix.lower() in (".npy", ".npz"):
+        options.refuse_others(path, "an array", "labels", "images", "layout", "convert")
+        return array_source(path, options.labels, options.images, options.layout, options.convert)
+    if "ubyte" in name or ".idx" in name or "-idx" in name:
+        options.refuse_others(path, "an IDX file")
+        return idx_source(path)
+    raise ValueError(
+        f"{printable(path)}: neither a folder, nor a list ({', '.join(LISTS)}), nor an array (.npy, .npz), nor an IDX "
+        "file."
+    )

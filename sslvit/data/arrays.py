@@ -1,0 +1,349 @@
+"""Arrays of images (.npy, .npz) and IDX files -> samples; their layout, units and labels are found or asked for."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import math
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from sslvit.data.decode import MODES, BadImage
+from sslvit.data.labels import NAMES, NO_LABEL, NotClasses, brief_names, labels_in, number_labels
+from sslvit.data.sources import ImageSource, Sample
+from sslvit.files import printable
+
+IDX_BYTES = 0x08  # the IDX type code of unsigned bytes
+MAX_INFLATION = 1032  # of deflate: a compressed file that promises more is damaged
+LAYOUTS = ("nhw", "nhwc", "nchw")
+# how values become pixels, by name: what they are, the kind they become, and how
+CONVERSIONS: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
+    "unit": ("from 0 to 1, times 255", lambda values: (values.astype(np.float32) * 255).round().astype(np.uint8)),
+    "signed": (
+        "from -1 to 1, to 0 to 255",
+        lambda values: ((values.astype(np.float32) + 1) * 127.5).round().astype(np.uint8),
+    ),
+    "byte": ("from 0 to 255, rounded", lambda values: values.round().astype(np.uint8)),
+    "deep": ("from 0 to 65,535, rounded", lambda values: values.round().astype(np.uint16)),
+}
+RANGES = {"unit": (0.0, 1.0), "signed": (-1.0, 1.0), "byte": (0.0, 255.0), "deep": (0.0, 65535.0)}
+
+
+class ArrayImages:
+    """Images in memory or mapped from a file; the place is a number.
+
+    Args:
+        images: 'n h w' or 'n h w c'.
+        convert: of CONVERSIONS, to 8 or 16 bits; None for arrays that have them.
+    """
+
+    def __init__(self, images: np.ndarray, convert: str | None = None) -> None:
+        self.images, self.convert = images, convert
+        channels = images.shape[3] if images.ndim == 4 else 1
+        is_deep = convert == "deep" or images.dtype == np.uint16
+        self.suffix = ".png" if channels == 1 or (channels in MODES and not is_deep) else ".npy"
+
+    def digest(self) -> str:
+        """Of up to 1,024 images spread over the array."""
+        chosen = np.unique(np.linspace(0, len(self.images) - 1, min(len(self.images), 1024)).astype(int))
+        return hashlib.sha256(b"".join(self.images[place].tobytes() for place in chosen)).hexdigest()
+
+    def read(self, place: int) -> bytes:
+        image, buffer = np.ascontiguousarray(self.images[place]), io.BytesIO()
+        if self.convert is not None:
+            low, high = RANGES[self.convert]
+            if not (np.isfinite(image).all() and low <= image.min() and image.max() <= high):
+                raise BadImage(f"values outside {low:g} to {high:g}, which --convert {self.convert} takes")
+            image = CONVERSIONS[self.convert][1](image)
+        if self.suffix == ".npy":
+            np.save(buffer, image)
+        else:
+            Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image).save(buffer, "PNG")
+        return buffer.getvalue()
+
+
+def array_samples(
+    images: np.ndarray,
+    labels: Iterable[int] | None = None,
+    numbers: Iterable[int] | None = None,
+    convert: str | None = None,
+) -> list[Sample]:
+    """Images in an array, 'n h w' or 'n h w c', named by their numbers (0, 1, ... for None).
+
+    Raises:
+        ValueError: neither uint8 nor uint16 and without a conversion, or of another shape.
+    """
+    if images.ndim not in (3, 4) or (convert is None and images.dtype not in (np.uint8, np.uint16)):
+        raise ValueError(
+            f"an array of {images.dtype} and shape {images.shape}; images are uint8 or uint16, 'n h w' or 'n h w c'."
+        )
+    labels = None if labels is None else list(labels)
+    if labels is not None and len(labels) != len(images):
+        raise ValueError(f"{len(labels)} labels for {len(images)} images.")
+    source = ArrayImages(images, convert)
+    labels = [NO_LABEL] * len(images) if labels is None else labels
+    numbers = range(len(images)) if numbers is None else numbers
+    size = int(np.prod(images.shape[1:])) * (2 if convert == "deep" else 1 if convert else images.itemsize)
+    return [
+        Sample(f"{number:06d}", source.suffix, source, place, int(label), size)
+        for place, (number, label) in enumerate(zip(numbers, labels, strict=True))
+    ]
+
+
+def array_source(
+    path: Path, labels: str | None = None, images: str | None = None, layout: str | None = None,
+    convert: str | None = None,
+) -> ImageSource:  # fmt: skip
+    """An .npy file of images, or an .npz with them and perhaps labels.
+
+    Args:
+        path: of the file.
+        labels: name of the array of labels in an .npz, or a file of them; None for one that fits.
+        images: name of the array of images in an .npz; None for the only one.
+        layout: of LAYOUTS; None where the shape tells.
+        convert: of CONVERSIONS; None for arrays of 8 or 16 bits.
+
+    Raises:
+        ValueError: no array of images, several of them, values or a layout that only the user knows.
+    """
+    about = _headers(path)
+    name = _images_in(path, about, images)
+    shape, kind = about[name]
+    notes: list[str] = []
+    taken, classes, numbers = _labels_in(path, about, labels, name, shape[0], notes)
+    unused = [other for other in about if other not in (name, taken)]
+    if unused:
+        remedy = "" if taken else f" (for labels: --labels {printable(unused[0])})"
+        notes.append(f"arrays that are not used: {brief_names(unused)}{remedy}")
+    order = _layout_of(path, shape, layout, notes)
+    if kind not in (np.uint8, np.uint16) and kind.kind not in "biuf":
+        raise ValueError(f"{printable(path)}: {printable(name)} holds {kind}, not pixels.")
+    array = _load(path, name)
+    convert = _conversion_of(path, array, convert, notes)
+    if order == "nchw":
+        array = array.transpose(0, 2, 3, 1)
+    try:
+        samples = array_samples(array, numbers, convert=convert)
+    except ValueError as error:
+        raise ValueError(f"{printable(path)}: {error}") from error
+    return ImageSource(samples, classes, notes=notes)
+
+
+def idx_source(path: Path) -> ImageSource:
+    """An IDX file of images (MNIST's layout), with its labels if the file beside it holds them.
+
+    The labels of train-images-idx3-ubyte are looked for in train-labels-idx1-ubyte; each may be gzipped.
+    """
+    images = _read_idx(path)
+    beside = path.name.replace("images", "labels").replace("idx3", "idx1").removesuffix(".gz")
+    candidates = [path.with_name(name) for name in (beside, f"{beside}.gz")]
+    file = next((file for file in candidates if file.exists() and file.name != path.name), None)
+    classes, numbers, notes = None, None, []
+    if file is not None and beside != path.name.removesuffix(".gz"):
+        labels = _read_idx(file)
+        try:
+            classes, numbers = number_labels(labels_in(labels, len(images)))
+        except NotClasses as error:
+            raise ValueError(f"{printable(file)}: {error}.") from error
+        notes.append(f"labels: {printable(file.name)}")
+    try:
+        return ImageSource(array_samples(images, numbers), classes, notes=notes)
+    except ValueError as error:
+        raise ValueError(f"{printable(path)}: {error}") from error
+
+
+def _headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shape and kind of each array of a file; nothing is unpacked.
+
+    Raises:
+        ValueError: damaged, or pickled objects.
+    """
+    try:
+        if path.suffix.lower() == ".npy":
+            with open(path, "rb") as file:
+                return {"images": _read_header(file)}
+        with zipfile.ZipFile(path) as archive:
+            about = {}
+            for entry in archive.infolist():
+                if not entry.filename.endswith(".npy"):
+                    continue
+                with archive.open(entry) as file:
+                    shape, kind = _read_header(file)
+                if math.prod(shape) * kind.itemsize > entry.file_size or entry.file_size > (
+                    MAX_INFLATION * entry.compress_size + 1024
+                ):
+                    raise ValueError(f"{printable(entry.filename)} is shorter than it says")
+                about[entry.filename.removesuffix(".npy")] = shape, kind
+            return about
+    except Exception as error:  # zip, header and pickle errors; numpy parses headers with Python's parser
+        raise ValueError(f"{printable(path)}: not a readable array ({printable(error, 120)}).") from error
+
+
+def _read_header(file: Any) -> tuple[tuple[int, ...], np.dtype]:
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, kind = read(file)
+    if kind.hasobject:
+        raise ValueError("it holds Python objects, and loading those could run code")
+    return shape, kind
+
+
+def _load(path: Path, name: str) -> np.ndarray:
+    try:
+        if path.suffix.lower() == ".npy":
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        with np.load(path, allow_pickle=False) as arrays:
+            return arrays[name]
+    except Exception as error:
+        raise ValueError(f"{printable(path)}: not a readable array ({printable(error, 120)}).") from error
+
+
+def _images_in(path: Path, about: dict, wanted: str | None) -> str:
+    if wanted is not None:
+        if wanted not in about:
+            raise ValueError(f"--images {wanted}: not in {printable(path)} (it holds {brief_names(about)}).")
+        return wanted
+    found = [name for name, (shape, _) in about.items() if len(shape) in (3, 4) and 0 not in shape]
+    if len(found) == 1:
+        return found[0]
+    shapes = ", ".join(f"{printable(name, 40)} {shape}" for name, (shape, _) in list(about.items())[:8])
+    remedy = f" Choose: --images {printable(found[0])}" if found else ""
+    raise ValueError(f"{printable(path)}: expected one array of images, found {shapes or 'none'}.{remedy}")
+
+
+def _labels_in(
+    path: Path, about: dict, wanted: str | None, images: str, count: int, notes: list[str]
+) -> tuple[str | None, list[str] | None, list[int] | None]:
+    """Name of the array of labels, classes and class numbers; all None without."""
+    if wanted is not None:
+        file = Path(wanted)
+        if wanted not in about and not file.is_file():
+            raise ValueError(
+                f"--labels {wanted}: neither an array of {printable(path)} ({brief_names(about)}) nor a file."
+            )
+        try:
+            array = _load(path, wanted) if wanted in about else _label_file(file)
+            classes, numbers = number_labels(labels_in(array, count))
+        except NotClasses as error:
+            raise ValueError(f"--labels {wanted}: {error}.") from error
+        notes.append(f"labels: {printable(wanted)}")
+        return wanted, classes, numbers
+    others = [name for name in about if name != images and len(about[name][0]) <= 2 and about[name][0][:1] == (count,)]
+    usual = [name for name in others if _is_usual(name)]
+    name = next(iter(usual or others), None) if len(usual or others) == 1 else None
+    if name is None:
+        return None, None, None
+    try:
+        classes, numbers = number_labels(labels_in(_load(path, name), count))
+    except NotClasses as error:
+        notes.append(f"{printable(name)} is not used for labels: {error}")
+        return name, None, None
+    notes.append(f"labels: {printable(name)}")
+    return name, classes, numbers
+
+
+def _is_usual(name: str) -> bool:
+    """Whether it is called like labels, as y_train and train_labels are."""
+    parts = name.lower().replace("-", "_").split("_")
+    return name.lower() in NAMES or any(part in NAMES for part in parts)
+
+
+def _label_file(file: Path) -> np.ndarray:
+    if file.suffix.lower() == ".npy":
+        return _load(file, "")
+    return _read_idx(file)
+
+
+def _layout_of(path: Path, shape: tuple[int, ...], wanted: str | None, notes: list[str]) -> str:
+    """Of LAYOUTS, as asked or as the shape tells.
+
+    Raises:
+        ValueError: it could be either, or is not of this shape.
+    """
+    options = ("nhw",) if len(shape) == 3 else ("nhwc", "nchw")
+    if wanted is not None:
+        if wanted not in options:
+            raise ValueError(f"--layout {wanted}: {printable(path)} has the shape {shape}, so {' or '.join(options)}.")
+        return wanted
+    if len(shape) == 3:
+        if shape[2] in (3, 4) and shape[0] > 4:
+            raise ValueError(
+                f"{printable(path)}: the shape {shape} is that of one image 'h w c', or of {shape[0]} images of "
+                f"{shape[1]} x {shape[2]}. Store it as an image, or pass --layout nhw."
+            )
+        return "nhw"
+    first, last = shape[1] in MODES, shape[3] in MODES
+    if last and not first:
+        return "nhwc"
+    if first and not last:
+        notes.append(
+            f"read as 'n c h w': {shape[1]} channels first, as the shape {shape} tells (--layout says otherwise)"
+        )
+        return "nchw"
+    if not first and shape[3] < min(shape[1], shape[2]):
+        return "nhwc"
+    if not first and shape[1] < min(shape[2], shape[3]):
+        notes.append(
+            f"read as 'n c h w': {shape[1]} channels first, as the shape {shape} tells (--layout says otherwise)"
+        )
+        return "nchw"
+    raise ValueError(
+        f"{printable(path)}: the shape {shape} could be 'n h w c' or 'n c h w'. Say which: --layout nhwc or --layout "
+        "nchw."
+    )
+
+
+def _conversion_of(path: Path, array: np.ndarray, wanted: str | None, notes: list[str]) -> str | None:
+    """Of CONVERSIONS, as asked; None for pixels of 8 or 16 bits.
+
+    Raises:
+        ValueError: values that only the user knows, with the conversions that would fit.
+    """
+    if wanted is None and array.dtype in (np.uint8, np.uint16):
+        return None
+    if wanted is not None:
+        notes.append(f"values {CONVERSIONS[wanted][0]} (--convert {wanted})")
+        return wanted
+    low, high = (float(f(array[:: max(1, len(array) // 256)])) for f in (np.min, np.max))
+    fitting = [name for name, (least, most) in RANGES.items() if least <= low and high <= most]
+    ways = "; ".join(f"--convert {name} ({CONVERSIONS[name][0]})" for name in fitting)
+    raise ValueError(
+        f"{printable(path)}: values of {array.dtype} from {low:g} to {high:g}, and images are uint8 or uint16. "
+        + (f"Say how they become pixels: {ways}" if ways else "Scale them to 0 to 255 and store them as uint8.")
+    )
+
+
+def _read_idx(path: Path) -> np.ndarray:
+    """IDX: two zero bytes, type, number of axes, their lengths as big-endian 32 bits, then the values."""
+    compressed = os.path.getsize(path)
+    is_gzipped = path.suffix == ".gz"
+    with (gzip.open if is_gzipped else open)(path, "rb") as file:
+        try:
+            head = file.read(4)
+            if len(head) < 4 or head[:2] != b"\0\0" or head[2] != IDX_BYTES:
+                raise ValueError(f"{printable(path)}: not an IDX file of unsigned bytes.")
+            axes = file.read(4 * head[3])
+            if len(axes) < 4 * head[3]:
+                raise ValueError(f"{printable(path)}: ends within its header.")
+            shape = struct.unpack(f">{head[3]}I", axes)
+            count = math.prod(shape)
+            if count > (MAX_INFLATION if is_gzipped else 1) * compressed:
+                raise ValueError(f"{printable(path)}: {compressed} bytes, but its header says {shape}.")
+            content = file.read(count + 1)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{printable(path)}: not readable ({printable(error, 80)}).") from error
+    if len(content) != count:
+        more = "more than" if len(content) > count else f"{len(content)}"
+        raise ValueError(
+            f"{printable(path)}: {more} {count if len(content) > count else 'values'}, but its header says {shape}."
+        )
+    return np.frombuffer(content, np.uint8).reshape(shape)

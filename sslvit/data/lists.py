@@ -1,0 +1,119 @@
+"""A list of image files (CSV, TSV, JSONL), perhaps with labels -> samples."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from sslvit.data.labels import NAMES, NO_LABEL, NotClasses, brief_names, number_labels
+from sslvit.data.sources import FileImages, ImageSource, Sample
+from sslvit.files import printable
+
+PATH_COLUMNS = ("path", "file", "filename", "image", "filepath", "file_name", "image_path", "img")
+LISTS = {".csv": ",", ".tsv": "\t", ".jsonl": None}
+
+
+def list_source(path: Path, label_column: str | None = None) -> ImageSource:
+    """The images of a CSV, TSV or JSONL list with a column of paths, relative to the list, and perhaps one of labels.
+
+    Args:
+        path: of the list.
+        label_column: that holds the labels; None for one of the usual names.
+
+    Raises:
+        ValueError: no such column, a line that cannot be read, or an image that is not there; the line is named.
+    """
+    rows = list(_rows(path))
+    if not rows:
+        raise ValueError(f"{printable(path)}: an empty list.")
+    columns = list(dict.fromkeys(column for _, row in rows for column in row))  # a first row may lack some
+    by_name = {column.strip().lower(): column for column in reversed(columns)}
+    path_column = next((by_name[name] for name in PATH_COLUMNS if name in by_name), None)
+    if path_column is None:
+        raise ValueError(
+            f"{printable(path)}: no column of paths among {brief_names(columns)}. "
+            f"Name it one of {', '.join(PATH_COLUMNS)}."
+        )
+    if label_column is None:
+        chosen = next((by_name[name] for name in NAMES if name in by_name), None)
+    elif (chosen := by_name.get(label_column.strip().lower())) is None:
+        raise ValueError(f"--label-column {label_column}: not a column of {printable(path)} ({brief_names(columns)}).")
+    files, found = FileImages(), []
+    for line, row in rows:
+        name, label = row.get(path_column), row.get(chosen) if chosen else None
+        if not name or (chosen and label in (None, "")):
+            missing = chosen if name else path_column
+            raise ValueError(f"{printable(path)}, line {line}: no {printable(missing.strip())} given.")
+        full = _find(path.parent, str(name))
+        if full is None:
+            raise ValueError(f"{printable(path)}, line {line}: {printable(path.parent / str(name))} does not exist.")
+        found.append((full, str(name).strip(), label))
+    classes, numbers = None, [NO_LABEL] * len(found)
+    if chosen:
+        try:
+            classes, numbers = number_labels([label for *_, label in found])
+        except NotClasses as error:
+            raise ValueError(
+                f"{printable(path)}: {error} (column {printable(chosen.strip())}). Leave that column out, or name the "
+                "one that holds classes with --label-column."
+            ) from error
+    samples = []
+    for (full, name, _), number in zip(found, numbers, strict=True):
+        stem, suffix = os.path.splitext(name)
+        samples.append(Sample(stem, suffix.lower(), files, full, number, os.path.getsize(full)))
+    others = [column.strip() for column in columns if column not in (path_column, chosen)]
+    notes = [f"labels: column {printable(chosen.strip())}"] if chosen else []
+    if others:
+        remedy = "" if chosen else f" (for labels: --label-column {printable(others[0])})"
+        notes.append(f"columns that are not used: {brief_names(others)}{remedy}")
+    return ImageSource(samples, classes, notes=notes)
+
+
+def _find(folder: Path, name: str) -> str | None:
+    """The file that a list names, also behind the blanks that follow a comma."""
+    for text in (name, name.strip()):
+        full = os.path.join(folder, text)
+        if "\0" not in text and os.path.isfile(full):
+            return full
+    return None
+
+
+def _rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
+    """(line number, columns) of a list."""
+    try:
+        yield from _parsed_rows(path)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{printable(path)}: not in UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8."
+        ) from error
+    except csv.Error as error:
+        raise ValueError(f"{printable(path)}: not readable ({error}).") from error
+
+
+def _parsed_rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        if path.suffix.lower() == ".jsonl":
+            for line, text in enumerate(file, 1):
+                if not text.strip():
+                    continue
+                try:
+                    row = json.loads(text)
+                except (json.JSONDecodeError, RecursionError) as error:
+                    raise ValueError(f"{printable(path)}, line {line}: not JSON ({printable(error, 80)}).") from error
+                if not isinstance(row, dict):
+                    raise ValueError(
+                        f"{printable(path)}, line {line}: expected an object with keys, found {printable(row, 40)}."
+                    )
+                yield line, row
+        else:
+            reader = csv.DictReader(file, delimiter=LISTS[path.suffix.lower()], skipinitialspace=True)
+            for row in reader:
+                if None in row:
+                    raise ValueError(
+                        f"{printable(path)}, line {reader.line_num}: more fields than the {len(row) - 1} columns."
+                    )
+                yield reader.line_num, row

@@ -1,0 +1,96 @@
+"""Which way up an image is: its EXIF orientation, and pixels turned by it.
+
+Cameras store pixels as the sensor lies and note how to turn them (tag 0x0112, "Orientation", 1 to 8: EXIF 2.32,
+section 4.6.4). 1 is upright; 2 to 4 mirror or turn by half; 5 to 8 swap the sides.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+
+import numpy as np
+
+TAG = 0x0112
+MAX_TAGS = 1000  # of a directory that is believed
+START_OF_SCAN, END_OF_IMAGE, APP1 = 0xDA, 0xD9, 0xE1  # markers of JPEG (ITU T.81, table B.1)
+
+
+def swaps_sides(orientation: int) -> bool:
+    """Whether width and height change places."""
+    return orientation >= 5
+
+
+def inverse_orientation(orientation: int) -> int:
+    """The orientation that undoes another."""
+    return {6: 8, 8: 6}.get(orientation, orientation) if orientation in range(1, 9) else 1
+
+
+def turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Pixels 'h w c' as a viewer shows them; a copy unless they are upright already."""
+    if orientation not in range(2, 9):
+        return pixels
+    if swaps_sides(orientation):
+        pixels = pixels.swapaxes(0, 1)
+    rows = -1 if orientation in (3, 4, 7, 8) else 1
+    columns = -1 if orientation in (2, 3, 6, 7) else 1
+    return np.ascontiguousarray(pixels[::rows, ::columns])
+
+
+def exif_orientation(content: bytes) -> int:
+    """The orientation that a JPEG or PNG file notes; 1 where it notes none, or nonsense."""
+    try:
+        exif = _jpeg_exif(content) if content.startswith(b"\xff\xd8") else _png_exif(content)
+        found = _orientation_in(exif) if exif else 1
+    except (struct.error, IndexError):
+        return 1
+    return found if 1 <= found <= 8 else 1
+
+
+def jpeg_segments(content: bytes) -> Iterator[tuple[int, int, int]]:
+    """(marker, where its content begins, its length) of the segments of a JPEG up to its first scan."""
+    place = 2
+    while place + 4 <= len(content) and content[place] == 0xFF:
+        marker = content[place + 1]
+        if marker == 0xFF or marker == 0x01 or 0xD0 <= marker <= 0xD8:  # padding, or a marker without content
+            place += 1 if marker == 0xFF else 2
+            continue
+        length = max(int.from_bytes(content[place + 2 : place + 4]), 2)
+        yield marker, place + 4, length - 2
+        if marker in (START_OF_SCAN, END_OF_IMAGE):
+            return
+        place += 2 + length
+
+
+def _jpeg_exif(content: bytes) -> bytes:
+    """The TIFF structure in the APP1 segment of a JPEG; empty if there is none before the pixels."""
+    for marker, place, length in jpeg_segments(content):
+        if marker == APP1 and content[place : place + 6] == b"Exif\0\0":
+            return content[place + 6 : place + length]
+    return b""
+
+
+def _png_exif(content: bytes) -> bytes:
+    """The eXIf chunk of a PNG, wherever it is."""
+    place = 8
+    while place + 8 <= len(content):
+        length, kind = int.from_bytes(content[place : place + 4]), content[place + 4 : place + 8]
+        if kind == b"eXIf":
+            return content[place + 8 : place + 8 + length].removeprefix(b"Exif\0\0")
+        place += 12 + length
+    return b""
+
+
+def _orientation_in(tiff: bytes) -> int:
+    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    if order is None:
+        return 1
+    (start,) = struct.unpack_from(f"{order}I", tiff, 4)
+    (tags,) = struct.unpack_from(f"{order}H", tiff, start)
+    for number in range(min(tags, MAX_TAGS)):
+        tag, kind, _ = struct.unpack_from(f"{order}HHI", tiff, start + 2 + 12 * number)
+        if tag == TAG:
+            return struct.unpack_from(order + {3: "H", 4: "I", 1: "B"}.get(kind, "H"), tiff, start + 10 + 12 * number)[
+                0
+            ]
+    return 1

@@ -1,0 +1,212 @@
+"""The members of a tar file by offset, and which of them are images: WebDataset's keys and fields, and exceptions.
+
+WebDataset splits a name at its first dot: photo.jpg is the field jpg of the key photo. People also write names with
+dots (photo.0001.jpg), several images to a key (7.left.jpg, 7.right.jpg) and links; each of these is an image by its
+last suffix, and either a sample or named among what is left out.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tarfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, BinaryIO
+
+from sslvit.data.decode import IMAGE_SUFFIXES
+from sslvit.files import printable
+
+PICKLES = {".pyd", ".pkl", ".pickle", ".pth", ".pt"}  # what other readers would unpickle, that is: run
+COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+MAGIC = {
+    b"\x1f\x8b": "a gzip file", b"BZh": "a bzip2 file", b"\xfd7zXZ\0": "an xz file", b"\x28\xb5\x2f\xfd": "a zstd file",
+    b"PK\3\4": "a zip file", b"\x89HDF": "an HDF5 file",
+}  # fmt: skip
+CHUNK = 2**20
+MAX_LABEL_BYTES = 256  # of a class name
+NUMBERS = re.compile(r"[\d._-]+")  # between the first dot of a name and its last
+
+
+@dataclass
+class TarImage:
+    """A member that looks like an image.
+
+    Args:
+        name: of the member.
+        key: up to its first dot, with its folder.
+        field: behind that dot.
+        stem: the whole name without its last suffix.
+        offset: where its content begins.
+        size: of its content.
+    """
+
+    name: str
+    key: str
+    field: str
+    stem: str
+    offset: int
+    size: int
+
+    @property
+    def middle(self) -> str:
+        """Between the first and the last dot, empty for most."""
+        return self.field.rpartition(".")[0]
+
+
+class TarMembers:
+    """What a tar file holds.
+
+    Args:
+        file: open for reading.
+        length: of it.
+    """
+
+    def __init__(self, file: BinaryIO, length: int) -> None:
+        self.file, self.length = file, length
+        self.images: list[TarImage] = []
+        self.texts: dict[tuple[str, str], str] = {}  # by stem and field
+        self.fields: Counter = Counter()  # of members that are no images
+        self.skipped: dict[str, str] = {}
+        self._places: dict[str, tuple[int, int]] = {}  # of regular files, for links to them
+
+    def read(self, name: str) -> None:
+        """All members, also of archives that were put one behind the other; damage ends it and is named."""
+        start = 0
+        try:
+            while start is not None:
+                start = self._next_archive(self._read_archive(start, name))
+        except (tarfile.TarError, ValueError, OverflowError, OSError, EOFError) as error:
+            found = len(self.images)
+            self.skipped[name] = f"truncated tar: {found} images read, what follows is lost ({printable(error, 80)})"
+
+    def _read_archive(self, start: int, name: str) -> int:
+        """Members up to the next end mark; returns where that is."""
+        self.file.seek(start)
+        with tarfile.open(fileobj=self.file, mode="r:") as tar:
+            end = start
+            for member in tar:
+                if member.size < 0 or member.offset < end or member.offset_data + member.size > self.length:
+                    raise tarfile.ReadError("a member ends beyond the file")
+                end = member.offset_data + (member.size if member.isreg() else 0)
+                if problem := self._take(member, tar):
+                    self.skipped[f"{name}/{member.name}"] = problem
+            self.file.seek(tar.offset)  # tarfile stops without a word at a damaged header
+            if self.file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError("no end mark after the last member")
+            return tar.offset
+
+    def _next_archive(self, end: int) -> int | None:
+        """Where another archive begins behind an end mark, or None."""
+        self.file.seek(end)
+        while chunk := self.file.read(CHUNK):
+            rest = chunk.lstrip(b"\0")
+            if rest:
+                place = self.file.tell() - len(rest)
+                return place - place % tarfile.BLOCKSIZE
+        return None
+
+    def _take(self, member: tarfile.TarInfo, tar: tarfile.TarFile) -> str:
+        """Note an image or a text; returns why a member is left out, if it is."""
+        if member.isdir():
+            return ""
+        path = PurePosixPath(member.name)
+        suffix = path.suffix.lower()
+        looks_like_image = suffix in IMAGE_SUFFIXES
+        if path.is_absolute() or ".." in path.parts:
+            return "a path that leads out of its folder"
+        if suffix in PICKLES:
+            return "a pickle, which would run code"
+        if path.name.startswith("._") or "__MACOSX" in path.parts:
+            return "a leftover of macOS" if looks_like_image else ""
+        place = (member.offset_data, member.size)
+        if member.islnk() or member.issym():
+            target = member.linkname if member.islnk() else os.path.normpath(path.parent / member.linkname)
+            if target not in self._places:
+                return f"a link to {printable(target)}, which is not before it in the tar" if looks_like_image else ""
+            place = self._places[target]
+        elif member.issparse() or not member.isreg():
+            return "a sparse file" if member.issparse() else "not a regular file"
+        self._places[member.name] = place
+        stem, _, field_name = path.name.partition(".")
+        key, whole = str(path.parent / stem), str(path.with_suffix(""))
+        if looks_like_image:
+            if place[1] >= 2**32:
+                return "more than 4 GB"
+            self.images.append(TarImage(member.name, key, field_name.lower(), whole, *place))
+            return ""
+        self.fields[field_name.lower()] += 1
+        if place[1] <= MAX_LABEL_BYTES:
+            self.file.seek(place[0])
+            text = self.file.read(place[1]).decode("utf-8", "surrogateescape").strip()
+            self.texts[whole, suffix.removeprefix(".")] = text
+            self.texts[key, field_name] = text
+        return ""
+
+    def labels(self, images: list[TarImage], wanted: str | None) -> list[str]:
+        """What the label of each image says, empty for none."""
+        for name in [wanted] if wanted else ["cls", "txt"]:
+            found = [self.texts.get((image.stem, name), self.texts.get((image.key, name), "")) for image in images]
+            if all(found) or (any(found) and name != "txt"):  # captions, some of them too long for a name
+                return found
+        return [""] * len(images)
+
+
+def choose_images(members: TarMembers, tar: str, options: Any) -> tuple[list[TarImage], dict[str, str]]:
+    """The images that are samples, and the others with the reason.
+
+    A plain field (photo.jpg) is the image of its key. A name with more dots is a sample of its own if what is between
+    its dots is a number (photo.0001.jpg) or if it is the only image of its key; otherwise it is another field of its
+    key, such as 7.seg.png beside 7.jpg, or one of several among which the user chooses.
+    """
+    skipped: dict[str, str] = {}
+    chosen: list[TarImage] = []
+    by_key: dict[str, list[TarImage]] = {}
+    for image in members.images:
+        by_key.setdefault(image.key, []).append(image)
+    others: Counter = Counter()
+    for key, images in by_key.items():
+        if options.image is not None:
+            wanted = [image for image in images if image.field == options.image.lower()]
+            others.update(image.field for image in images if image not in wanted)
+        else:
+            wanted, left = _of_one_key(images)
+            fields = {image.field for image in left}
+            if wanted:
+                for image in left:
+                    if "." in image.field:
+                        others[image.field] += 1
+                    else:
+                        skipped[f"{tar}/{image.name}"] = "a second image of its key"
+            elif left:
+                choices = ", ".join(sorted(fields)[:3])
+                skipped[f"{tar}/{key}.*"] = (
+                    f"{len(left)} images of one key ({printable(choices)}): choose one, as with --image {min(fields)}"
+                )
+        chosen += wanted
+    for name, count in others.items():
+        skipped[f"{tar}/*.{name}"] = (
+            f"{count} images in another field of their keys (--image {name} takes these instead)"
+        )
+    chosen.sort(key=lambda image: image.offset)
+    return chosen, skipped
+
+
+def _of_one_key(images: list[TarImage]) -> tuple[list[TarImage], list[TarImage]]:
+    """(samples, others) among the images of one key."""
+    plain, numbered, named = [], [], []
+    for image in images:
+        kind = plain if not image.middle else numbered if NUMBERS.fullmatch(image.middle) else named
+        kind.append(image)
+    if plain or numbered:
+        return plain[:1] + numbered, plain[1:] + named
+    return (named, []) if len(named) == 1 else ([], named)
+
+
+def compressed_kind(file: BinaryIO) -> str:
+    """What a file is that is no plain tar, by its first bytes; empty if they do not tell."""
+    file.seek(0)
+    start = file.read(8)
+    file.seek(0)
+    return next((kind for magic, kind in MAGIC.items() if start.startswith(magic)), "")
