@@ -19,11 +19,11 @@ from mutations import damage_bytes, damage_json, damage_values
 from shard_fixtures import encoded, photograph
 from targets import Payload, Reader, Shared, Target, copied, npy, one_file, prepare_shards
 
+from sslvit.data.any_source import read_source
 from sslvit.data.index import RECORD, load_index, sha256_of
 from sslvit.data.inspect import describe_shards
 from sslvit.data.pack import finish_packing
 from sslvit.data.scan import scan_shard
-from sslvit.data.sources import read_source
 from sslvit.settings.palette import read_palette
 
 
@@ -116,8 +116,7 @@ def made_tars() -> list[bytes]:
 
 
 def read_and_open(path: Path) -> None:
-    samples, _ = read_source(path)
-    for sample in samples[:3]:
+    for sample in read_source(path).samples[:3]:
         sample.read()
 
 
@@ -129,7 +128,7 @@ def open_idx(folder: Path) -> Reader:
     return Reader(
         lambda content, is_packed: (packed if is_packed else plain).read(content),
         lambda rng: (*(packed if (zipped := rng.random() < 0.4) else plain).damaged(rng), zipped),
-        lambda: (images, False), "train-images-idx3-ubyte",
+        lambda: (images, False), "-ubyte",  # of the images or of the labels
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
     python tools/drill/drill.py                                  every kind, ten minutes
     python tools/drill/drill.py kill fuzz --seconds 60 --seed 7  some kinds, another draw
+    python tools/drill/drill.py fuzz:tar fuzz:jpeg               some parts of a kind
     python tools/drill/drill.py fuzz --seed 7 --only tar-12.44   one trial again, as a failure names it
 
     kill         kill -9 at random moments: runs of each task, packing, and the short commands
@@ -53,10 +54,13 @@ def main(arguments: list[str] | None = None) -> int:
         tempfile.TemporaryDirectory(prefix="drill-", dir=memory_folder()) as scratch,
         closing(Workshop(Path(scratch) / "workshop")) as workshop,
     ):
-        for number, kind in enumerate(options.kinds):
+        shares = [SHARES[word.partition(":")[0]] for word in options.kinds]
+        for number, word in enumerate(options.kinds):
+            kind, _, name = word.partition(":")
             left = options.seconds - (time.monotonic() - start)
-            share = SHARES[kind] / sum(SHARES[later] for later in options.kinds[number:])
+            share = shares[number] / sum(shares[number:])
             parts = importlib.import_module(MODULES.get(kind, kind)).parts(workshop)
+            parts = [part for part in parts if name in ("", part.name)]
             found = run_parts(kind, parts, left * share, options.seed, Path(scratch), options.only)
             rows += found
             print(as_text(found), flush=True)
@@ -74,14 +78,14 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__.splitlines()[0], epilog="\n".join(__doc__.splitlines()[1:]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"{', '.join(SHARES)} (default: all)")
+    parser.add_argument("kinds", nargs="*", metavar="KIND[:PART]", help=f"{', '.join(SHARES)} (default: all)")
     parser.add_argument("--seconds", type=float, default=600, help="for all of it (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of all chance (default: %(default)s)")
     parser.add_argument("--only", metavar="TRIAL", help="one trial of one kind, as in mae-3 or tar-12.44")
     parser.add_argument("--out", metavar="FOLDER", help="for report.json and report.md")
     options = parser.parse_args(arguments)
     options.kinds = options.kinds or list(SHARES)
-    unknown = [kind for kind in options.kinds if kind not in SHARES]
+    unknown = [word for word in options.kinds if word.partition(":")[0] not in SHARES]
     if unknown:
         parser.error(f"{unknown[0]}: not one of {', '.join(SHARES)}")
     if options.only and len(options.kinds) != 1:

@@ -86,6 +86,8 @@ def run_parts(
         scratch: folder for the trials.
         only: the name of one trial, such as mae-3 or tar-5.17.
     """
+    if not parts:
+        raise ValueError(f"{kind}: no such part.")
     rows = {part.name: Row(kind, part.name, part.promise) for part in parts}
     deadline = time.monotonic() + seconds
     if only is not None:
