@@ -81,7 +81,8 @@ def fetch(trial: Trial, workshop: Workshop, fault: str, times: int, file: str | 
     else:
         problem = one_line_error(child)
         trial.expect(not problem, f"{name}: {problem}")
-        trial.expect("File too large" not in child.last_line(), f"{name}: took {ENDLESS_BYTES // 2} bytes and more")
+        is_bounded = plan["file"] == "index.json" or "File too large" not in child.last_line()  # its length is unknown
+        trial.expect(is_bounded, f"{name}: took {ENDLESS_BYTES // 2} bytes and more")
         is_whole = False
     if times != LASTING and fault in (PASSING if plan["file"].endswith(".tar") else FOLLOWED):
         trial.expect(is_whole, f"{name}: not everything arrived: {child.last_line()[-300:]}")
@@ -178,9 +179,8 @@ def misbehave(handler: BaseHTTPRequestHandler, plan: dict, body: bytes, number: 
         return
     if fault == "drip":
         begin(handler, len(body), b"")
-        end = time.monotonic() + 2 * SECONDS
-        while time.monotonic() < end:
-            handler.wfile.write(body[:1])
+        for place in range(min(len(body), int(20 * SECONDS))):
+            handler.wfile.write(body[place : place + 1])
             time.sleep(0.1)
         return
     if fault == "silent":
