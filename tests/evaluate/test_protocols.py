@@ -15,7 +15,7 @@ from sslvit.data.sources import array_samples
 from sslvit.evaluate import protocols
 from sslvit.evaluate.probe import PAPER_RULE, probe
 from sslvit.evaluate.sources import Features
-from sslvit.evaluate.stepped import BatchNormHead, HeadGrid, in_batches
+from sslvit.evaluate.stepped import BatchNormHead, HeadGrid, fit_batch_norm_head, in_batches
 from sslvit.models import ViTEncoder
 from sslvit.optim.lars import LARS
 from sslvit.settings import EncoderSettings, ProbeSettings
@@ -90,6 +90,14 @@ def test_heads_start_small_by_seed_and_without_bias() -> None:
         assert not torch.equal(one, other)
     assert not heads[0][1].bias.any()
     assert not grids[0].bias[0].any()
+
+
+def test_a_fitted_batch_norm_head_judges_each_image_alone() -> None:
+    values, labels = torch.randn(32, 6), torch.arange(32) % 3
+    batches = ((step, Features(values, labels)) for step in range(5))
+    head = fit_batch_norm_head(batches, 6, 3, lambda step: 0.5)
+    together = head(values)
+    torch.testing.assert_close(torch.cat([head(row) for row in values.split(1)]), together)
 
 
 def test_a_grid_of_heads_is_as_many_heads_under_torchs_sgd() -> None:
