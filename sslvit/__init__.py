@@ -14,6 +14,7 @@ _LAZY = {
     "load_encoder": "sslvit.checkpoint",
     "save_encoder": "sslvit.checkpoint",
     "pretrain": "sslvit.api",
+    "resume": "sslvit.api",
     "finetune": "sslvit.api",
     "ViTEncoder": "sslvit.models",
     "EncoderSettings": "sslvit.settings",

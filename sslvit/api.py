@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sslvit.checkpoint import load_encoder
+from sslvit.files import expand_path
 from sslvit.settings import EncoderSettings, SupervisedSettings
 from sslvit.settings.load import load_recipe
 from sslvit.train.folder import RunFolder
@@ -33,9 +34,33 @@ def pretrain(
         overwrite: delete an earlier run there first.
         changes: other settings by dotted key: ``**{"train.epochs": 10}``.
     """
+    for key in ("data.shards", "data.mixture"):
+        if data is not None and key in changes:
+            raise ValueError(f"--data and --{key} exclude each other: give one of them.")
     given = {"data.shards": data, "out": out, "init": init}
     changes |= {key: str(value) for key, value in given.items() if value is not None}
     return run_settings(load_recipe(config, changes), resume=resume, overwrite=overwrite)
+
+
+def resume(run: str | Path, **changes: Any) -> RunFolder:
+    """Go on with a run that has stopped, by its own config.yaml.
+
+    Args:
+        run: its folder, which may have moved.
+        changes: settings that become others by dotted key: ``**{"train.steps": 1000}``. They are printed; what would
+            make another run of it is refused.
+
+    Raises:
+        ValueError: not a run folder, or a change that a run cannot take.
+    """
+    folder = RunFolder(run)
+    if not folder.config.is_file():
+        raise ValueError(f"{run}: not a run folder (no config.yaml). Give the folder that --out named.")
+    for key in ("out", "init"):
+        if key in changes:
+            raise ValueError(f"--{key}: a run that goes on keeps its folder and its start. Leave it out.")
+    folder.read_config()  # says in one line if it is damaged
+    return run_settings(load_recipe(folder.config, {"out": str(run), "init": None} | changes), resume=True)
 
 
 def finetune(
@@ -65,11 +90,12 @@ def finetune(
     Raises:
         ValueError: a recipe for something else, or data without labels.
     """
+    encoder = expand_path(encoder)
     start = for_labels(load_encoder(encoder).settings)
     task = load_recipe(config, base=start).task
     if not isinstance(task, SupervisedSettings):
         raise ValueError(f"--config {config}: trains {task.name}, not with labels. Use finetune/small_images.")
-    for key, instead in (("init", "ENCODER"), ("data.shards", "--train"), ("task.val", "--val")):
+    for key, instead in (("init", "ENCODER"), ("data", "--train"), ("data.shards", "--train"), ("task.val", "--val")):
         if key in changes:
             raise ValueError(f"--{key}: fine-tuning takes {instead} for that.")
     given = {"data.shards": train, "task.val": val, "out": out, "init": None if scratch else encoder}

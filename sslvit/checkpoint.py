@@ -8,9 +8,9 @@ Nothing here unpickles code (weight_files.py).
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -20,17 +20,21 @@ from typing import Any
 import torch
 import yaml
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from sslvit.files import new_file, printable, remove_left_parts
 from sslvit.layouts import Converted, timm, to_sslvit, transformers
+from sslvit.layouts.unwrap import unwrap
+from sslvit.layouts.vit import count_blocks
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings
 from sslvit.settings.load import brief, build
-from sslvit.weight_files import read_folder_weights, read_torch_file, weights_in
+from sslvit.weight_files import FOLDER_FILES, read_folder_weights, read_torch_file
 
 FORMAT = 1
 HEAD = "head.safetensors"  # beside an encoder: the classifier that was trained with it
 TIMM = "timm:"  # before the name of one of timm's pretrained models
+SNAPSHOTS = "snapshots"  # of a model in the hub's cache
 STUDENT, TEACHER = "encoder.", "teacher."  # of a checkpoint's names, where a task trains both
 POSITION_TABLES = ("learned_1d", "sincos_1d", "sincos_2d")
 NOT_IN_THE_WEIGHTS = (
@@ -60,17 +64,21 @@ def save_encoder(encoder: ViTEncoder, folder: str | Path, provenance: dict[str, 
         encoder: what is written.
         folder: made if missing; an encoder already there is replaced.
         provenance: where the weights come from (run settings, step, data), for the reader.
+
+    Raises:
+        WriteError: the disk is full or cannot be written to; an encoder already there stays.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     weights = {key: value.detach().cpu().contiguous() for key, value in encoder.state_dict().items()}
-    save_file(weights, folder / "encoder.safetensors.part")
     about = {"format": FORMAT, "encoder": describe_encoder(encoder), "provenance": provenance or {}}
     # numbers of one list on one line: a palette has 512 of them
     text = re.sub(r"\[\n[-+.\de,\s]+\]", lambda found: re.sub(r"\s+", " ", found[0]), json.dumps(about, indent=2))
-    (folder / "encoder.json.part").write_text(text + "\n")
-    for name in ("encoder.safetensors", "encoder.json"):
-        os.replace(folder / f"{name}.part", folder / name)
+    files = [folder / name for name in ("encoder.json", "encoder.safetensors")]
+    for file in files:
+        remove_left_parts(file)
+    with new_file(files[0]) as description, new_file(files[1]) as part:  # the inner one takes its place first
+        save_file(weights, part)
+        description.write_text(text + "\n")
     return folder
 
 
@@ -82,9 +90,11 @@ def load_encoder(
     Args:
         source: a run folder, an encoder folder, a Lightning checkpoint of ours, a released checkpoint file, a folder
             that transformers or timm opens, or timm:NAME for a pretrained model of timm's.
-        layout: of a released file: mae, dino, dinov2, timm or openai_igpt; recognised from the names if None.
+        layout: of a released file: mae, dino, dinov2, timm, transformers or openai_igpt; recognised from the names if
+            None.
         heads: attention heads of a released file, which does not say them; 64 channels a head are assumed if None.
-        weights: student or teacher, of a checkpoint that holds both; None for what its task calls the result.
+        weights: which network of a file with several, by a part of its name, such as student or model_ema; None for
+            what its task calls the result, the teacher, or an average over training.
         changes: settings that a released file does not say, such as `palette`.
 
     Raises:
@@ -97,13 +107,18 @@ def load_encoder(
         _check_unsaid(str(source), said)
         return _converted(timm.from_name(str(source).removeprefix(TIMM), **changes), str(source))
     path = find_encoder(source, by_network=weights is not None)
+    if path.parent.name == SNAPSHOTS:
+        print(f"{printable(source)}: snapshot {printable(path.name)}")
     if path.is_dir():
         converted = _from_library(path, changes)
         _check_unsaid(str(path), said if converted else said | changes)
         return _converted(converted, path.name) if converted else _assembled(*_read_folder(path), path)
+    if not said and (beside := _described_beside(path)) is not None:
+        print(f"{path.name}: read with config.json beside it")
+        return _converted(_from_library(beside, changes), path.name)
     content = read_torch_file(path)
     if "sslvit" not in content:
-        return _converted(to_sslvit(weights_in(content, path, weights), layout, heads, **changes), path.name)
+        return _converted(to_sslvit(content, layout, heads, weights, str(path), **changes), path.name)
     said.pop("weights", None)
     _check_unsaid(str(path), said | changes)
     settings, state, _ = own_parts(content, path, weights)
@@ -117,7 +132,22 @@ def _from_library(path: Path, changes: dict[str, Any]) -> Converted | None:
     if not transformers.is_folder(path):
         return None
     transformers.read_config(path)  # says what the folder is, if it is not of such a model
-    return transformers.to_sslvit(read_folder_weights(path), path, **changes)
+    weights = unwrap(read_folder_weights(path), str(path)).everything
+    return transformers.to_sslvit(weights, path, **changes)
+
+
+def _described_beside(file: Path) -> Path | None:
+    """The folder of timm or transformers that a file of weights is part of, if its config.json says that it is one."""
+    if file.name not in FOLDER_FILES or not transformers.is_folder(file.parent):
+        return None
+    try:
+        config = json.loads((file.parent / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    is_known = isinstance(config, dict) and (
+        "pretrained_cfg" in config or config.get("model_type") in transformers.MODELS
+    )
+    return file.parent if is_known else None
 
 
 def _check_unsaid(source: str, said: dict[str, Any]) -> None:
@@ -128,6 +158,7 @@ def _check_unsaid(source: str, said: dict[str, Any]) -> None:
 
 
 def _converted(converted: Converted, source: str) -> ViTEncoder:
+    source = printable(source)
     for note in converted.notes:
         print(f"{source}: {note}")
     settings = settings_from(asdict(converted.settings), source)  # what a foreign file says is checked as well
@@ -137,6 +168,7 @@ def _converted(converted: Converted, source: str) -> ViTEncoder:
 
 
 def _assembled(settings: EncoderSettings, weights: dict[str, Tensor], source: str | Path) -> ViTEncoder:
+    check_fits(settings, weights, str(source))
     encoder = ViTEncoder(settings)
     put_weights(encoder, weights, str(source))
     return encoder.eval()
@@ -159,6 +191,8 @@ def own_parts(
         record, prefix, state = content["sslvit"]["encoder"], content["sslvit"]["prefix"], content["state_dict"]
         if network is not None and prefix != TEACHER:
             raise ValueError(f"{path}: its task trains one network. Leave out weights (--weights).")
+        if network not in (None, "student", "teacher"):
+            raise ValueError(f"{path}: holds a student and a teacher, no {network}.")
         prefix = STUDENT if network == "student" else prefix
         encoder = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         others = {key: value for key, value in state.items() if not key.startswith(prefix)}
@@ -177,6 +211,8 @@ def find_encoder(source: str | Path, by_network: bool = False) -> Path:
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder. Give a run folder, encoder folder or checkpoint.")
+    if (path / SNAPSHOTS).is_dir():
+        path = _snapshot(path)
     if path.is_file() or transformers.is_folder(path):
         return path
     checkpoint = path / "checkpoints" / "last.ckpt"
@@ -185,10 +221,30 @@ def find_encoder(source: str | Path, by_network: bool = False) -> Path:
         return checkpoint
     if folders:
         return folders[0]
+    there = sorted(entry.name for entry in path.iterdir())
+    shown = ", ".join(there[:5]) + (f" and {len(there) - 5} more" if len(there) > 5 else "") if there else "nothing"
     raise FileNotFoundError(
-        f"{path}: holds no encoder (no encoder.json, encoder/encoder.json or checkpoints/last.ckpt). "
-        "Has the run written its first checkpoint?"
+        f"{path}: holds no encoder (no encoder.json, encoder/encoder.json or checkpoints/last.ckpt, nor a config.json "
+        f"of transformers or timm; there is {printable(shown)}). Has the run written its first checkpoint?"
     )
+
+
+def _snapshot(folder: Path) -> Path:
+    """The snapshot in a folder of the hub's cache (models--NAME) that its main branch stands for.
+
+    Raises:
+        ValueError: there are several, or none.
+    """
+    try:
+        main = (folder / "refs" / "main").read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        main = ""
+    found = sorted(entry for entry in (folder / SNAPSHOTS).iterdir() if entry.is_dir())
+    named = [entry for entry in found if entry.name == main]
+    if len(named or found) != 1:
+        names = ", ".join(entry.name for entry in found) or "none"
+        raise ValueError(f"{folder}: which snapshot? Give one of {folder / SNAPSHOTS} ({printable(names)}).")
+    return (named or found)[0]
 
 
 def provenance_of(source: str | Path, weights: str | None = None) -> dict[str, Any]:
@@ -225,13 +281,37 @@ def _run_settings(file: Path) -> dict[str, Any] | None:
     return content if is_ours else None
 
 
-def put_weights(encoder: ViTEncoder, weights: dict[str, Tensor], source: str) -> None:
+def put_weights(module: nn.Module, weights: dict[str, Tensor], source: str) -> None:
     """Load weights that must fit exactly.
 
     Raises:
         ValueError: they do not; the message lists what is missing, unknown or of another shape.
     """
-    own = encoder.state_dict()
+    _compare_shapes(module.state_dict(), weights, source)
+    module.load_state_dict(weights)
+
+
+def check_fits(settings: EncoderSettings, weights: dict[str, Tensor], source: str) -> None:
+    """Refuse weights that settings from a file do not describe, before memory is taken for what they describe.
+
+    Raises:
+        ValueError: they do not fit; the message lists what is missing, unknown or of another shape.
+    """
+    shape = copy.copy(settings)
+    shape.depth = min(settings.depth, count_blocks(weights, "blocks.") + 1)
+    shape.colour_start = "normal"
+    if shape.positions in POSITION_TABLES:
+        shape.positions = "learned_1d"  # a table of the same shape, without its arithmetic
+    try:
+        with torch.device("meta"):
+            expected = ViTEncoder(shape).state_dict()
+    except (RuntimeError, OverflowError, TypeError, MemoryError) as error:  # sizes beyond what a tensor can have
+        reason = printable(str(error).splitlines()[0], 120)
+        raise ValueError(f"{source}: its settings describe no network that can be built ({reason}).") from error
+    _compare_shapes(expected, weights, source, f" of {settings.depth:,} blocks" if shape.depth < settings.depth else "")
+
+
+def _compare_shapes(own: dict[str, Tensor], weights: dict[str, Tensor], source: str, more: str = "") -> None:
     missing = sorted(own.keys() - weights.keys())
     unknown = sorted(weights.keys() - own.keys())
     shapes = [
@@ -240,13 +320,12 @@ def put_weights(encoder: ViTEncoder, weights: dict[str, Tensor], source: str) ->
         if own[key].shape != weights[key].shape
     ]
     problems = [
-        f"{title} {', '.join(keys[:4])}{f' and {len(keys) - 4} more' if len(keys) > 4 else ''}"
+        f"{title} {printable(', '.join(keys[:4]))}{f' and {len(keys) - 4} more' if len(keys) > 4 else ''}"
         for title, keys in (("missing:", missing), ("unknown:", unknown), ("other shape:", sorted(shapes)))
         if keys
     ]
     if problems:
-        raise ValueError(f"{source}: these weights are of another architecture ({'; '.join(problems)}).")
-    encoder.load_state_dict(weights)
+        raise ValueError(f"{source}: these weights are of another architecture{more} ({'; '.join(problems)}).")
 
 
 def settings_difference(one: EncoderSettings, other: EncoderSettings) -> list[str]:

@@ -3,34 +3,48 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from typing import Any
 
-import yaml
-
 import sslvit
 from sslvit.commands import evaluation, in_and_out, packing, pixels, training
+from sslvit.commands.arguments import UnknownCommand, read_options
 from sslvit.environment import explain
-from sslvit.stopping import TRY_AGAIN, Preempted, RankLost
+from sslvit.files import explain_os_error, printable
+from sslvit.stopping import TRY_AGAIN, Preempted, RankLost, is_first_process, requeue, stopping_at_once
+
+MAX_MESSAGE = 1000  # characters
+TRAINING = (["pretrain"], ["finetune"], ["resume"])
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code. Errors of the user's making are one line, without a traceback."""
-    parser = make_parser()
-    options, rest = parser.parse_known_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = argparse.Namespace(function=None)
+    when = " before the first step, so there is nothing to save yet" if arguments[:1] in TRAINING else ""
     try:
-        if rest and not getattr(options, "takes_settings", False):
-            raise ValueError(f"{rest[0]}: no such option. See: sslvit {options.command} --help")
-        options.changes = read_changes(rest)
-        code = options.function(options)
+        with stopping_at_once(f"{when}: give the same command again"):
+            options = read_options(make_parser(), arguments)
+            code = options.function(options)
+            sys.stdout.flush()
+    except UnknownCommand as error:
+        print(f"sslvit: error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # whoever reads our output, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        if getattr(options, "traceback", False):
+        if "--traceback" in arguments:
             raise
         print(f"sslvit: error: {explain(error) or last_words(error)}", file=sys.stderr)
         return 1
     except (Preempted, RankLost) as error:
         print(f"sslvit: {error}", file=sys.stderr)
+        is_early = isinstance(error, Preempted) and not error.is_requeued
+        if is_early and is_first_process() and training.wants_requeue(options):
+            requeue()
         return TRY_AGAIN
     except KeyboardInterrupt as error:
         print(f"sslvit: {error or 'interrupted'}", file=sys.stderr)
@@ -39,9 +53,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def last_words(error: BaseException) -> str:
-    """The message alone where a loader process sent its whole traceback."""
-    text = str(error).strip()
-    return re.sub(r"^[\w.]+: ", "", text.splitlines()[-1]) if "Original Traceback" in text else text
+    """The message in one line; alone where a loader process sent its whole traceback."""
+    text = (explain_os_error(error) if isinstance(error, OSError) else None) or str(error).strip()
+    if "Original Traceback" in text:
+        text = re.sub(r"^[\w.]+: ", "", text.splitlines()[-1])
+    return printable(" ".join(text.split()), MAX_MESSAGE) or type(error).__name__
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -50,6 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"sslvit {sslvit.__version__}")
     words = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.set_defaults(commands=words.choices)
 
     def command(name: str, function, summary: str, **more: Any) -> argparse.ArgumentParser:
         sub = words.add_parser(
@@ -70,10 +87,13 @@ def make_parser() -> argparse.ArgumentParser:
 
     shards = command("shards", None, "make and inspect WebDataset shards")
     actions = shards.add_subparsers(dest="action", required=True, metavar="ACTION")
+    shards.set_defaults(commands=actions.choices)
 
     def action(name: str, function, summary: str) -> argparse.ArgumentParser:
         sub = actions.add_parser(name, help=summary, description=summary, allow_abbrev=False)
         sub.set_defaults(function=function)
+        sub.add_argument("--traceback", action="store_true", default=argparse.SUPPRESS,
+                         help="show where an error came from")  # fmt: skip
         sub.add_argument("--workers", type=int, help="processes (default: one per core)")
         return sub
 
@@ -142,6 +162,13 @@ def make_parser() -> argparse.ArgumentParser:
     pretrain.add_argument("--overwrite", action="store_true", help="delete an earlier run in the folder first")
     pretrain.set_defaults(takes_settings=True)
 
+    again = command(
+        "resume", training.run_resume, "go on with a run that has stopped, by its own settings",
+        epilog="Settings may become others, e.g. --train.steps 2000; they are printed, and what cannot change is refused.",
+    )  # fmt: skip
+    again.add_argument("run", metavar="RUN", help="run folder")
+    again.set_defaults(takes_settings=True)
+
     finetune = command(
         "finetune", training.run_finetune, "train an encoder on with labels, or the same from scratch",
         epilog="Every setting of the recipe can be given as --key value, e.g. --encoder.image_size 48.\n"
@@ -173,7 +200,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     replay.add_argument("incident", metavar="INCIDENT", help="incident/ of a run that ended so")
 
-    command("settings", training.run_settings, "all settings of a recipe, with their defaults and meaning")
+    settings = command("settings", training.run_settings, "all settings of a recipe, with their defaults and meaning")
+    settings.add_argument("--recipes", action="store_true", help="instead, the recipes that come with sslvit")
 
     probe = command("probe", evaluation.run_probe, "score a frozen encoder: linear probe and kNN, with baselines")
     add_probe(probe)
@@ -328,9 +356,9 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def add_layout(parser: argparse.ArgumentParser) -> None:
-    layouts = ["mae", "dino", "dinov2", "timm", "openai_igpt"]
+    layouts = ["mae", "dino", "dinov2", "timm", "transformers", "openai_igpt"]
     parser.add_argument("--layout", choices=layouts, help="of a released file (default: recognised by its names)")
-    parser.add_argument("--weights", choices=["student", "teacher"], help="of a checkpoint that holds both")
+    parser.add_argument("--weights", metavar="NAME", help="which network of a file with several: student, model_ema")
     add_released(parser)
 
 
@@ -341,34 +369,6 @@ def add_released(parser: argparse.ArgumentParser) -> None:
         "--image-size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="that a released file was trained at"
     )
     parser.add_argument("--palette", metavar="FILE", help="colours of a released iGPT, which its file does not hold")
-
-
-def read_changes(rest: list[str]) -> dict[str, Any]:
-    """--encoder.width 192 --train.steps=5 -> {"encoder.width": 192, "train.steps": 5}."""
-    changes: dict[str, Any] = {}
-    words = iter(rest)
-    for word in words:
-        match = re.fullmatch(r"--([a-z_]+(?:\.[a-z_]+)*)(?:=(.*))?", word, re.DOTALL)
-        if not match:
-            raise ValueError(f"{word}: expected --key value, as in --train.epochs 10.")
-        key, value = match.groups()
-        if value is None:
-            value = next(words, None)
-        if value is None:
-            raise ValueError(f"--{key}: no value given.")
-        changes[key] = read_value(value)
-    return changes
-
-
-def read_value(text: str) -> Any:
-    """A value as YAML reads it, and 1e-3 as a number too, which YAML takes for text."""
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?e[+-]?\d+", value, re.IGNORECASE):
-        return float(value)
-    return value
 
 
 if __name__ == "__main__":

@@ -3,15 +3,49 @@
 from __future__ import annotations
 
 import textwrap
+import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
+from sslvit.files import new_file, printable
+
 COLOURS = ["#2a6f97", "#e07a5f", "#81b29a", "#f2cc8f", "#3d405b"]
+
+
+class TextFigure(Figure):
+    """A figure whose texts are names, shown as they are: no dollar sign starts a formula, no character ends a drawing.
+
+    All figures are of this kind, so that no text of a user can be forgotten.
+    """
+
+    def savefig(self, *args: Any, **options: Any) -> None:
+        for text in self.findobj(Text):
+            text.set_parse_math(False)
+            text.set_text("\n".join(printable(line) for line in text.get_text().split("\n")))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from")  # a name of another script is drawn as boxes
+            super().savefig(*args, **options)
+
+
+def add_legend(owner: Axes | Figure, drawn: dict[str, Artist], **options: Any) -> None:
+    """A legend that also shows names with an underscore in front, which matplotlib takes for a wish to be left out.
+
+    Args:
+        owner: of the legend.
+        drawn: what was drawn, by name.
+        options: of matplotlib's legend.
+    """
+    legend = owner.legend(list(drawn.values()), ["name"] * len(drawn), frameon=False, **options)
+    for text, name in zip(legend.get_texts(), drawn, strict=True):
+        text.set_text(name)
 
 
 def image_rows(path: str | Path, rows: list[np.ndarray], titles: list[str], title: str = "") -> Path:
@@ -26,7 +60,7 @@ def image_rows(path: str | Path, rows: list[np.ndarray], titles: list[str], titl
     columns = rows[0].shape[0]
     cell = 1.0
     margin = 1.35 if any(titles) else 0.05
-    figure = Figure(figsize=(columns * cell + margin + 0.05, len(rows) * cell + (0.5 if title else 0.1)), dpi=120)
+    figure = TextFigure(figsize=(columns * cell + margin + 0.05, len(rows) * cell + (0.5 if title else 0.1)), dpi=120)
     top = 1 - (0.45 / figure.get_figheight() if title else 0)
     left = margin / figure.get_figwidth()
     grid = figure.add_gridspec(
@@ -71,60 +105,58 @@ def curves(
     mark: tuple[float, str] | None = None,
 ) -> Path:  # fmt: skip
     """One line per entry: name -> (x, y); `mark` is an x with its name, drawn as a dashed line."""
-    figure = Figure(figsize=(6, 3.4), dpi=120, layout="constrained")
+    figure = TextFigure(figsize=(6, 3.4), dpi=120, layout="constrained")
     axes = figure.add_subplot()
+    drawn: dict[str, Artist] = {}
     for (name, (x, y)), colour in zip(lines.items(), COLOURS * len(lines), strict=False):
-        axes.plot(x, y, label=name, color=colour, linewidth=1.4, marker="." if len(x) < 20 else None)
+        (drawn[name],) = axes.plot(x, y, color=colour, linewidth=1.4, marker="." if len(x) < 20 else None)
     if mark is not None:
-        axes.axvline(mark[0], label=mark[1], color="0.5", linewidth=1, linestyle="--")
+        drawn[mark[1]] = axes.axvline(mark[0], color="0.5", linewidth=1, linestyle="--")
     axes.set(xlabel=x_label, ylabel=y_label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # steps, blocks
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    if len(lines) > 1 or mark is not None:
-        axes.legend(frameon=False)
+    if len(drawn) > 1:
+        add_legend(axes, drawn)
     return _save(figure, path)
 
 
 def bars(path: str | Path, groups: dict[str, dict[str, float]], y_label: str, title: str = "") -> Path:
     """Grouped bars: group -> name -> height; the height stands on each bar, and a missing one leaves a gap."""
     names = list(dict.fromkeys(name for group in groups.values() for name in group))
-    figure = Figure(figsize=(max(6.4, 1.1 * len(groups)), 3.4), dpi=120, layout="constrained")
+    figure = TextFigure(figsize=(max(6.4, 1.1 * len(groups)), 3.4), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     width = 0.8 / len(names)
+    drawn: dict[str, Artist] = {}
     for i, name in enumerate(names):
         places = np.arange(len(groups)) + (i - (len(names) - 1) / 2) * width
-        drawn = axes.bar(
-            places,
-            [group.get(name, np.nan) for group in groups.values()],
-            width * 0.92,
-            label=name,
-            color=COLOURS[i % len(COLOURS)],
-        )
-        axes.bar_label(drawn, fmt="%.0f", fontsize=8)
-    axes.set_xticks(range(len(groups)), [textwrap.fill(group, 13) for group in groups])
+        heights = [group.get(name, np.nan) for group in groups.values()]
+        drawn[name] = axes.bar(places, heights, width * 0.92, color=COLOURS[i % len(COLOURS)])
+        axes.bar_label(drawn[name], fmt="%.0f", fontsize=8)
+    axes.set_xticks(range(len(groups)), [textwrap.fill(printable(group), 13) for group in groups])
     axes.set_ylabel(y_label)
     axes.set_title(title, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(frameon=False, ncols=min(len(names), 5), loc="outside lower center", fontsize=9)
+    add_legend(figure, drawn, ncols=min(len(names), 5), loc="outside lower center", fontsize=9)
     return _save(figure, path)
 
 
 def points(path: str | Path, panels: dict[str, dict[str, list[list[float]]]], x_label: str) -> Path:
     """Panels side by side: label -> group -> for each place from 1 its values, one point each and a line of means."""
-    figure = Figure(figsize=(4.6 * len(panels), 3.4), dpi=120, layout="constrained")
+    figure = TextFigure(figsize=(4.6 * len(panels), 3.4), dpi=120, layout="constrained")
     for number, (label, groups) in enumerate(panels.items()):
         axes = figure.add_subplot(1, len(panels), number + 1)
+        drawn: dict[str, Artist] = {}
         for (name, rows), colour in zip(groups.items(), COLOURS, strict=False):
             for place, values in enumerate(rows, start=1):
                 axes.scatter([place] * len(values), values, color=colour, s=14, alpha=0.6, linewidths=0)
-            axes.plot(range(1, len(rows) + 1), [np.mean(values) for values in rows], color=colour, label=name)
+            (drawn[name],) = axes.plot(range(1, len(rows) + 1), [np.mean(values) for values in rows], color=colour)
         axes.set(xlabel=x_label, ylabel=label)
         axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=9)
+        add_legend(axes, drawn, fontsize=9)
     return _save(figure, path)
 
 
@@ -141,7 +173,7 @@ def palette_picture(path: str | Path, colours: np.ndarray, images: np.ndarray, n
     rows = -(-len(colours) // columns)
     squares = np.ones((rows * columns, colours.shape[1]))
     squares[: len(colours)] = colours
-    figure = Figure(figsize=(8, 2.3 + 0.25 * rows), dpi=120, layout="constrained")
+    figure = TextFigure(figsize=(8, 2.3 + 0.25 * rows), dpi=120, layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=[0.3 + 0.25 * rows, 2])
     axes = top.add_subplot()
     _show(axes, squares.reshape(rows, columns, -1))
@@ -165,7 +197,8 @@ def _show(axes: Axes, pixels: np.ndarray) -> None:
 
 
 def _save(figure: Figure, path: str | Path) -> Path:
+    """Draw into a file that is whole or absent; its name decides the format."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with new_file(path, sync=False) as part:
+        figure.savefig(part, format=path.suffix.lstrip(".") or "png")
     return path

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import glob
 import os
+import reprlib
 import shutil
 import tempfile
+import time
 import unicodedata
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 REMEDIES = {
@@ -30,6 +33,10 @@ REMEDIES = {
     errno.EISDIR: "It is a folder; give a file.",
 }
 MAX_PRINTED = 200  # characters of a name from a file in a message
+MAX_VALUE = 60  # characters of a value in a message
+_SHORT = reprlib.Repr()  # never looks at the whole of a large value
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxdict, _SHORT.maxlong = 3, 16, 16, 8, 40
+_SHORT.maxstring = _SHORT.maxother = MAX_VALUE
 
 
 class WriteError(OSError):
@@ -62,7 +69,7 @@ def new_file(path: str | Path, sync: bool = True) -> Iterator[Path]:
             _sync(path.parent)
     except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors have their own for a full disk
         part.unlink(missing_ok=True)
-        if isinstance(error, WriteError) or not _is_of_the_disk(error):
+        if isinstance(error, WriteError) or not is_of_the_disk(error):
             raise
         raise write_error(path, error) from error
     except BaseException:
@@ -78,6 +85,25 @@ def write_atomically(path: str | Path, content: str | bytes, sync: bool = True) 
     """
     with new_file(path, sync) as part:
         part.write_bytes(content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content)
+
+
+def remove_left_parts(path: str | Path) -> None:
+    """Remove what new_file left beside a path in processes of this machine that were killed."""
+    path = Path(path)
+    for part in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
+        number = part.name.removeprefix(f"{path.name}.").removesuffix(".part")
+        if number.isdecimal() and int(number) != os.getpid() and not _is_running(int(number)):
+            part.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # somebody else's, or no process at all
+        return True
+    return True
 
 
 def write_error(path: str | Path, error: BaseException) -> WriteError:
@@ -99,35 +125,93 @@ def explain_os_error(error: OSError) -> str | None:
 
 def printable(text: object, limit: int = MAX_PRINTED) -> str:
     """Text from a file as one line of a message: control and bidirectional characters and bad bytes escaped, cut."""
-    shown = "".join(character if _is_harmless(character) else _escaped(character) for character in str(text))
+    start = str(text)[: limit + 1]  # of what may be far longer
+    shown = "".join(character if _is_harmless(character) else _escaped(character) for character in start)
     return shown if len(shown) <= limit else f"{shown[: limit - 4]} ..."
 
 
+def brief(value: object) -> str:
+    """A value in a message: one line, and short however large the value is."""
+    text = value[: 2 * MAX_VALUE] if isinstance(value, str) else _SHORT.repr(value)
+    return printable(text, MAX_VALUE)
+
+
+def quoted(value: object) -> str:
+    """The same, where text stands in quotes."""
+    return f"'{brief(value)}'" if isinstance(value, str) else brief(value)
+
+
 @contextmanager
-def held_folder(folder: str | Path, doing: str, name: str = ".lock") -> Iterator[None]:
+def held_folder(folder: str | Path, doing: str, name: str = ".lock", wait_seconds: float = 0.0) -> Iterator[None]:
     """Hold a folder for this process while the block runs; the system lets go of it even after kill -9.
 
     Args:
-        folder: made if missing.
+        folder: made if missing, and gone again if nothing was put there.
         doing: what this process wants to do, for the message, as in "pack into it".
-        name: of the lock's file.
+        name: of the lock's file, which goes when the block ends.
+        wait_seconds: how long to wait for another process that may be ending.
 
     Raises:
         ValueError: another process holds it.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / name)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ValueError(
-            f"{folder}: another process is at work there. Wait until it has ended to {doing}, or choose another folder."
-        ) from error
+    path, deadline, is_told = Path(folder) / name, time.monotonic() + wait_seconds, False
+    is_new = not path.parent.exists()
+    while (handle := _try_to_hold(path)) is None:
+        if time.monotonic() >= deadline:
+            raise ValueError(
+                f"{printable(folder)}: another process is at work there. Wait until it has ended to {doing}, or choose "
+                "another folder."
+            )
+        if not is_told:
+            is_told = True
+            print(
+                f"{printable(folder)}: another process is at work there; waiting up to {wait_seconds:g} s", flush=True
+            )
+        time.sleep(0.1)
+    _held.add(handle)
     try:
         yield
     finally:
-        lock.release()
+        _held.discard(handle)
+        path.unlink(missing_ok=True)  # while it is held: whoever has opened it meanwhile sees that it is another file
+        if is_new:
+            with suppress(OSError):
+                path.parent.rmdir()  # nothing was made there
+        os.close(handle)
+
+
+_held: set[int] = set()  # handles of locks, which a forked process must not keep alive
+
+
+def _try_to_hold(path: Path) -> int | None:
+    """A handle that holds a lock; None while another process does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_own = os.path.samestat(os.fstat(handle), os.stat(path))
+    except (BlockingIOError, FileNotFoundError):
+        is_own = False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            os.close(handle)
+            raise
+        print(f"warning: {printable(path.parent)}: its file system has no locks, so two processes may use it at once")
+        is_own = True
+    if is_own:
+        return handle
+    os.close(handle)
+    return None
+
+
+def _let_go_in_child() -> None:
+    for handle in _held:
+        with suppress(OSError):
+            os.close(handle)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 def expand_path(path: str | Path) -> str:
@@ -186,7 +270,7 @@ def free_bytes(folder: str | Path) -> int:
     return shutil.disk_usage(_existing(str(folder))).free
 
 
-def _is_of_the_disk(error: BaseException) -> bool:
+def is_of_the_disk(error: BaseException) -> bool:
     """Whether a write failed, and not the program that wrote."""
     if isinstance(error, (OSError, SafetensorError)):
         return True

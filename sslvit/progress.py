@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import time
@@ -81,3 +82,30 @@ def _show(what: str, total: int, unit: str, done: Callable[[], int], finished: t
         rate = count / (time.monotonic() - start)
         left = f", {(total - count) / rate:.0f} s left" if count else ""
         print(f"{what}: {count:,} of {total:,} {unit}, {rate:,.0f}/s{left}", flush=True)
+
+
+@contextmanager
+def without_bars_of_others() -> Iterator[None]:
+    """While the block runs, libraries that load models show no bars and no reports of theirs among our output."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub", "timm")]
+    levels = [logger.level for logger in loggers]
+    had_bars = {}
+    for name in ("transformers.utils.logging", "huggingface_hub.utils"):
+        module = sys.modules.get(name)  # one that is not imported shows nothing
+        if module is not None:
+            is_transformers = name.startswith("transformers")
+            had_bars[name] = (
+                module.is_progress_bar_enabled() if is_transformers else not module.are_progress_bars_disabled()
+            )
+            (module.disable_progress_bar if is_transformers else module.disable_progress_bars)()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        for name, had in had_bars.items():
+            if had:
+                module = sys.modules[name]
+                (module.enable_progress_bar if name.startswith("transformers") else module.enable_progress_bars)()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -17,37 +18,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+CHUNK = 2**22
 TRIES = 3  # to read a checkpoint that is replaced meanwhile
-WRAPPERS = ("teacher", "model", "state_dict")  # DINO's full checkpoint: the teacher is the result
 SHARD, SHARDS = "shard", "shards"  # in a checkpoint: what stands for a tensor that lies in parts; where the parts are
 FOLDER_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")  # of transformers
-
-
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a released file, out of wrappers such as "model", "teacher" or "state_dict"."""
-    return weights_in(read_torch_file(Path(path)), Path(path))
-
-
-def weights_in(content: dict[str, Any], path: Path, network: str | None = None) -> dict[str, Tensor]:
-    """The weights of a released file's content.
-
-    Args:
-        content: as read.
-        path: for messages.
-        network: student or teacher, of a file with both; None for the teacher, or what there is.
-
-    Raises:
-        ValueError: there are none, or not of this network.
-    """
-    if network is not None and not isinstance(content.get(network), dict):
-        raise ValueError(f"{path}: holds no {network} (its entries: {', '.join(map(str, list(content)[:6]))}).")
-    for wrapper in WRAPPERS if network is None else (network,):
-        if isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    weights = {key: value for key, value in content.items() if isinstance(value, Tensor)}
-    if not weights or not all(isinstance(key, str) for key in weights):
-        raise ValueError(f"{path}: holds no weights (its entries: {', '.join(map(str, list(content)[:6]))}).")
-    return weights
 
 
 def read_torch_file(path: Path) -> dict[str, Any]:
@@ -76,6 +50,8 @@ def read_one_file(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: no such file.")
     if path.suffix == ".npy":
         raise ValueError(f"{path}: one array, not a checkpoint. Give the .npz of all arrays.")
+    if path.suffix not in (".safetensors", ".npz"):
+        check_zip(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -97,6 +73,47 @@ def read_one_file(path: Path) -> dict[str, Any]:
     return content
 
 
+def check_checkpoint(path: Path) -> None:
+    """Whether a checkpoint's bytes, and those of its parts, are the ones that were written.
+
+    Raises:
+        ValueError: a file is damaged or missing.
+    """
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path}: not a readable checkpoint (its end is damaged or missing).")
+    check_zip(path)
+    head = read_one_file(path)
+    if isinstance(head.get(SHARDS), dict):
+        for part in shard_files(head, path):
+            check_zip(part)
+
+
+_checked: set[tuple[str, int, int, int]] = set()
+
+
+def check_zip(path: Path) -> None:
+    """Compare a torch file's checksums, which torch writes and does not look at; other kinds of files have none.
+
+    Raises:
+        ValueError: its bytes are not those that were written.
+    """
+    about = path.stat()
+    mark = (str(path), about.st_ino, about.st_size, about.st_mtime_ns)
+    if mark in _checked or not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                with archive.open(entry) as file:
+                    while file.read(CHUNK):
+                        pass
+    except Exception as error:  # damaged headers make zipfile raise almost anything
+        raise ValueError(
+            f"{path}: damaged: its bytes are not those that were written ({type(error).__name__}: {str(error)[:80]})."
+        ) from error
+    _checked.add(mark)
+
+
 def shards_folder(head: dict[str, Any], path: Path) -> Path:
     """Where the parts of a checkpoint are that was written by ranks that each hold a part of every weight.
 
@@ -113,6 +130,26 @@ def shard_file(head: dict[str, Any], path: Path, rank: int) -> Path:
     return shards_folder(head, path) / f"rank-{rank:05d}.pt"
 
 
+def shard_files(head: dict[str, Any], path: Path) -> list[Path]:
+    """The parts of a checkpoint, all of which are there.
+
+    Raises:
+        FileNotFoundError: a part is missing.
+        ValueError: it says an impossible number of parts.
+    """
+    ranks = head[SHARDS].get("ranks")
+    if not isinstance(ranks, int) or not 0 < ranks < 1 << 20:
+        raise ValueError(f"{path}: says that it has {str(ranks)[:40]} parts. Is it damaged?")
+    files = []
+    for rank in range(ranks):
+        files.append(shard_file(head, path, rank))
+        if not files[-1].exists():  # said at the first, however many it promises
+            raise FileNotFoundError(
+                f"{files[-1]}: a part of {path} is missing. Copy the folder {SHARDS}/ along with it."
+            )
+    return files
+
+
 def joined(head: dict[str, Any], path: Path) -> dict[str, Any]:
     """A checkpoint in parts, whole: the rows of each tensor, rank by rank.
 
@@ -120,14 +157,7 @@ def joined(head: dict[str, Any], path: Path) -> dict[str, Any]:
         FileNotFoundError: a part is missing.
         ValueError: the parts do not fit.
     """
-    ranks = head[SHARDS].get("ranks")
-    if not isinstance(ranks, int) or not 0 < ranks < 1 << 20:
-        raise ValueError(f"{path}: says that it has {ranks} parts. Is it damaged?")
-    files = [shard_file(head, path, rank) for rank in range(ranks)]
-    missing = [file for file in files if not file.exists()]
-    if missing:
-        raise FileNotFoundError(f"{missing[0]}: a part of {path} is missing. Copy the folder {SHARDS}/ along with it.")
-    parts = [read_one_file(file) for file in files]
+    parts = [read_one_file(file) for file in shard_files(head, path)]
 
     def whole(value: Any) -> Any:
         if isinstance(value, dict) and value.keys() == {SHARD, "shape"}:
@@ -146,8 +176,8 @@ def joined(head: dict[str, Any], path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: its parts do not fit together ({reason}). Are they of one checkpoint?") from error
 
 
-def read_folder_weights(folder: Path) -> dict[str, Tensor]:
-    """The weights in a folder of transformers: one file, or several named by an index.
+def read_folder_weights(folder: Path) -> dict[str, Any]:
+    """The content of the weights in a folder of transformers: one file, or several named by an index.
 
     Raises:
         FileNotFoundError: there are none.
@@ -157,7 +187,7 @@ def read_folder_weights(folder: Path) -> dict[str, Tensor]:
     if file is None:
         raise FileNotFoundError(f"{folder}: no weights there ({', '.join(FOLDER_FILES)}). Is the download complete?")
     if file.suffix != ".json":
-        return weights_in(read_torch_file(file), file)
+        return read_torch_file(file)
     try:
         names = sorted({str(name) for name in json.loads(file.read_text())["weight_map"].values()})
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as error:

@@ -137,3 +137,30 @@ def test_folders_with_a_pickled_file_or_several(tmp_path: Path) -> None:
     (tmp_path / "pickled" / "pytorch_model.bin").unlink()
     with pytest.raises(FileNotFoundError, match="pickled: no weights there"):
         load_encoder(tmp_path / "pickled")
+
+
+@pytest.mark.parametrize(
+    ("prepared", "note"),
+    [
+        ({"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}, "to 256 and the middle 224 are"),
+        ({"size": 256, "crop_size": 224}, "to 256 and the middle 224 are"),
+        ({"size": {"height": 28, "width": 28}}, "there images are squashed to 28 x 28; here the largest"),
+        ({"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}, None),
+        ({"size": {"shortest_edge": 28}, "crop_size": 14, "do_center_crop": False}, None),
+        ({}, None),
+    ],
+)
+def test_a_processor_that_cuts_images_otherwise_is_said(
+    tmp_path: Path, prepared: dict, note: str | None, capsys: pytest.CaptureFixture
+) -> None:
+    folder_of("Dinov2", tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(prepared))
+    load_encoder(tmp_path)
+    said = capsys.readouterr().out
+    assert note in said if note else "preprocessing" not in said
+
+
+def test_a_crop_of_timms_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    give_random_weights(monkeypatch)
+    load_encoder("timm:vit_tiny_patch16_224")
+    assert "preprocessing: timm evaluates the middle 90.0% of each side" in capsys.readouterr().out

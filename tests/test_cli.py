@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +13,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import sslvit
-from sslvit.cli import main, read_changes
+from sslvit.cli import main
+from sslvit.commands.arguments import read_changes
+from sslvit.commands.evaluation import in_words
 from sslvit.environment import explain
 from sslvit.settings import TASK_SETTINGS
+from sslvit.settings.bench import load_bench
 from sslvit.settings.load import describe_settings, load_recipe, recipes_folder
 from sslvit.tasks import TASKS
 
@@ -66,7 +71,7 @@ def photos(tmp_path: Path) -> Path:
         (["--data.resolutions", "[]"], "data.resolutions: [] is not a list of sides"),
         (["--train.accelerator", "gpu"], "train.accelerator: gpu, but torch sees none"),
         (["--task", "[1]"], "task.name: '[1]'"),
-        (["--encoder.preset", "[a]"], "encoder.preset: '['a']'"),
+        (["--encoder.preset", "[a]"], "encoder.preset: ['a'] is not one of"),
         (["--seed", "-1"], "seed: -1 is negative"),
         (["--encoder.palette", "my.json"], "my.json is not a file. Make one with: sslvit palette SHARDS -o my.json"),
         (
@@ -82,12 +87,187 @@ def test_a_wrong_setting_is_named_before_data_is_touched(
     assert message in error
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--optim.lr", "1e-3"],
+            "optim.lr: no such setting. Did you mean optim.base_rate (the rate at a batch of 256)?",
+        ),
+        (["--lr", "1e-3"], "lr: no such setting. Did you mean optim.base_rate"),
+        (["--batch-size", "4"], "batch-size: no such setting. Did you mean data.global_batch?"),
+        (["--data.global-batch", "4"], "data.global-batch: no such setting. Did you mean data.global_batch?"),
+        (["--overwite"], "--overwite: no such option. Did you mean --overwrite?"),
+        (["--task.out_dim", "9"], "task.out_dim: no such setting. task.out_dim is a setting of task.name dino."),
+        (["--data.view.local_crops", "9"], "data.view.local_crops is a setting of data.view.kind multi_crop."),
+        (["--train.precision", "fp32"], "Did you mean float32?"),
+        (["--train.precision", "bf16-mixed"], "Did you mean bf16?"),
+        (["--train.precision", "32"], "Did you mean float32?"),
+        (["--train.accelerator", "cuda"], "Did you mean gpu?"),
+        (["--encoder.mlp", "swiglue"], "Did you mean swiglu?"),
+        (["--task.name", "dinov"], "Did you mean dino?"),
+        (["--encoder.patch", "5"], "Set encoder.image_size to 10, or encoder.patch to another side."),
+        (["--train.compile", "--train.steps", "3"], "--train.compile: no value given"),
+        (["--train.steps", "1" + 50 * "0"], "train.steps: 1000"),
+    ],
+)
+def test_what_other_libraries_call_a_setting_names_ours(capsys, tmp_path: Path, words: list[str], message: str) -> None:
+    error = failing(capsys, "pretrain", "--config", "mae/digits", "--data", str(tmp_path / "none"), *words)
+    assert message in error
+
+
+def test_a_misspelt_command_names_the_nearest(capsys) -> None:
+    for words, meant in ((["pretran"], "pretrain"), (["shards", "pakc", "a", "b"], "pack")):
+        assert main(words) == 2
+        assert f"no such command. Did you mean {meant}?" in capsys.readouterr().err
+
+
+def test_settings_may_stand_before_positional_arguments(capsys, tmp_path: Path) -> None:
+    given = ["--train", "a", "--val", "b", "--out", str(tmp_path / "c")]
+    for setting in (
+        ["--encoder.image_size", "48"],
+        ["--encoder.image_size=48"],
+        ["--seed", "3"],
+        ["--optim.min_rate", "-1"],
+    ):
+        assert "runs/nothing" in failing(capsys, "finetune", *setting, "runs/nothing", *given)
+        assert "runs/nothing" in failing(capsys, "finetune", "runs/nothing", *setting, *given)
+    assert "--lr: no value given" in failing(capsys, "finetune", "runs/nothing", *given, "--lr")
+
+
+def test_a_traceback_can_be_asked_for_everywhere(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        main(["shards", "info", str(tmp_path / "none"), "--traceback"])
+
+
+def test_whoever_reads_only_the_head_of_the_output_causes_no_error() -> None:
+    command = f"{sys.executable} -m sslvit.cli settings | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=Path(sslvit.__file__).parents[1])
+    assert done.stdout.startswith("task.name (mae)")
+    assert done.stderr == ""
+
+
 def test_a_wrong_recipe_names_the_nearest(capsys, tmp_path: Path) -> None:
     assert "Did you mean mae/digits" in failing(capsys, "pretrain", "--config", "mae/digit")
+    error = failing(capsys, "pretrain", "--config", str(tmp_path / "nofile.yaml"))
+    assert "nofile.yaml: no such file or recipe" in error
+    assert "sslvit settings --recipes" in error
+    assert "a folder. Give a YAML" in failing(capsys, "pretrain", "--config", str(tmp_path))
     (tmp_path / "bad.yaml").write_text("encoder: [")
     assert "bad.yaml: not readable as YAML" in failing(capsys, "pretrain", "--config", str(tmp_path / "bad.yaml"))
     (tmp_path / "list.yaml").write_text("- 1")
     assert "expected keys and values" in failing(capsys, "pretrain", "--config", str(tmp_path / "list.yaml"))
+    (tmp_path / "empty.yaml").write_text("data:\n")
+    for more in ([], ["--data", "shards"]):
+        error = failing(capsys, "pretrain", "--config", str(tmp_path / "empty.yaml"), *more)
+        assert "data: an empty section. Put settings below it, or leave it out." in error
+
+
+def test_recipes_are_listed_and_each_can_be_loaded(capsys) -> None:
+    assert main(["settings", "--recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "mae/digits" in lines[-2] or any(line.startswith("mae/digits ") for line in lines)
+    assert all(load_recipe(line.split()[0]).encoder.grid for line in lines)
+
+
+LONG = 3600 * "x"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"out: [{LONG}]",
+        f"{LONG}: 1",
+        f"task: {LONG}",
+        f"task: {{name: {LONG}}}",
+        f"task: {{{LONG}: 1}}",
+        f"encoder: {{preset: {LONG}}}",
+        f"encoder: {{tokens: {LONG}}}",
+        f"encoder: {{palette: {LONG}}}",
+        f"encoder: {{image_size: {[16] * 1000}}}",
+        f"encoder: {{std: {[0] * 1000}, channels: 1000}}",
+        f"data: {{view: {{kind: crop, scale: {[1] * 1000}}}}}",
+        f"data: {{resolutions: {[-1] * 1000}}}",
+        f"data: {{mixture: {{{LONG}: a}}}}",
+        f"optim: {{betas: {[0.5] * 1000}}}",
+        f"train: {{steps: 1{LONG.replace('x', '0')}}}",
+        f"train: {{epochs: {{a: {LONG}}}}}",
+        f"{LONG} {LONG}: [",
+        'task: {name: "\\e[31mred\\nsslvit: all is well"}',
+        '"\\e[31mred\\nsslvit: all is well": 1',
+        "a: &a [x, x, x, x]\nb: &b [*a, *a, *a, *a]\nc: &c [*b, *b, *b, *b]\nout: [*c, *c]",
+        "out: &a [*a]",
+        100_000 * "[",
+    ],
+    ids=range(22),
+)
+def test_a_message_never_echoes_a_whole_value(capsys, tmp_path: Path, text: str) -> None:
+    (tmp_path / "long.yaml").write_text(text)
+    error = failing(capsys, "pretrain", "--config", str(tmp_path / "long.yaml"))
+    assert len(error) < 400 + len(str(tmp_path)), error
+    assert error[:-1].isprintable()
+
+
+def test_aliases_that_stand_for_a_billion_values_are_refused(capsys, tmp_path: Path) -> None:
+    lines = ["a0: &a0 [1, 2, 3, 4, 5, 6, 7, 8, 9]"]
+    lines += [f"a{n}: &a{n} [{', '.join(9 * [f'*a{n - 1}'])}]" for n in range(1, 9)]
+    (tmp_path / "bomb.yaml").write_text("\n".join(lines))
+    error = failing(capsys, "pretrain", "--config", str(tmp_path / "bomb.yaml"))
+    assert "holds more values than settings ever have" in error
+
+
+def test_home_and_variables_are_expanded_wherever_a_path_is_meant(tmp_path: Path, monkeypatch) -> None:
+    home = str(tmp_path)
+    monkeypatch.setenv("HOME", home)
+    (tmp_path / "p.json").write_text('{"colours": [[-1.0], [1.0]]}')
+    (tmp_path / "own.yaml").write_text(
+        "data: {mixture: {~/a: 1, $HOME/b: 3}, cache: $HOME/c}\nout: ~/run\ninit: ~/start\n"
+        "online: {train: ~/t, val: $HOME/v}\n"
+        "encoder: {channels: 1, tokens: pixel, patch: 1, image_size: 8, class_token: false, pooling: mean, "
+        "palette: ~/p.json}\n"
+    )
+    settings = load_recipe("~/own.yaml")
+    assert settings.data.mixture == {f"{home}/a": 1, f"{home}/b": 3}
+    assert (settings.data.cache, settings.out, settings.init) == (f"{home}/c", f"{home}/run", f"{home}/start")
+    assert (settings.online.train, settings.online.val) == (f"{home}/t", f"{home}/v")
+    assert settings.encoder.palette == [[-1.0], [1.0]]
+    given = {"data.shards": "~/s", "task.name": "supervised", "task.val": "$HOME/v"}
+    settings = load_recipe("mae/digits", given)
+    assert (settings.data.shards, settings.task.val) == (f"{home}/s", f"{home}/v")
+    assert load_recipe("mae/digits", {"data.shards": "pipe:cat ~/x"}).data.shards == "pipe:cat ~/x"
+    (tmp_path / "bench.yaml").write_text(
+        "data: {d: {train: ~/t, val: $HOME/v}}\nencoders: {e: ~/e}\ncolumns: {k: knn}\nout: ~/tables\n"
+    )
+    bench = load_bench("~/bench.yaml", {})
+    assert (bench.data["d"].train, bench.data["d"].val) == (f"{home}/t", f"{home}/v")
+    assert (bench.encoders, bench.out) == ({"e": [f"{home}/e"]}, f"{home}/tables")
+
+
+def test_home_is_expanded_in_options_that_no_shell_expands(capsys, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert f"{tmp_path}/none" in failing(capsys, "pretrain", "--config", "mae/digits", "--data=~/none")
+    assert f"{tmp_path}/none" in failing(capsys, "shards", "info", "$HOME/none")
+    assert f"{tmp_path}/none" in failing(capsys, "export", "~/none", "o", "--format", "timm")
+
+
+def test_what_is_given_last_wins_over_the_recipe(tmp_path: Path) -> None:
+    recipe = load_recipe("mae/digits", {"encoder.preset": "vit_small"})
+    assert (recipe.encoder.width, recipe.encoder.depth, recipe.encoder.heads) == (384, 12, 6)
+    assert (recipe.encoder.image_size, recipe.encoder.channels) == ([12, 12], 1)  # not of the preset
+    assert load_recipe("mae/digits", {"encoder.preset": "vit_small", "encoder.width": 96}).encoder.width == 96
+    assert load_recipe("igpt/small_in1k", {"encoder.preset": "igpt_medium"}).encoder.width == 1024
+    assert load_recipe("igpt/small_in1k", {"train.epochs": 10}).train.steps is None
+    assert load_recipe("igpt/small_in1k", {"train.epochs": 10, "train.steps": 7}).train.steps == 7
+    (tmp_path / "mixed.yaml").write_text("data: {mixture: {a: 1, b: 2}}")
+    assert load_recipe(tmp_path / "mixed.yaml", {"data.shards": "c"}).data.mixture is None
+
+
+def test_a_folder_is_no_bench_and_benches_have_names(capsys, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cifar10").mkdir()
+    error = failing(capsys, "bench", "cifar10")
+    assert "cifar10: a folder, not the YAML of a bench. Start from one that comes with sslvit: bench/cifar10" in error
+    assert load_bench("bench/cifar10", {}).name == "cifar10"
 
 
 @pytest.mark.parametrize(
@@ -117,6 +297,19 @@ def test_what_the_commands_of_pixels_refuse(
     before = set(photos.rglob("*"))
     assert message in failing(capsys, *(str(photos) if word == "PHOTOS" else word for word in words))
     assert set(photos.rglob("*")) == before  # nothing is made in a folder that is no run
+
+
+def test_a_palettes_name_is_refused_before_images_are_packed(capsys, photos: Path) -> None:
+    for words in (["-o", "p.txt"], ["-o", "p.json", "--colours", "1"]):
+        failing(capsys, "palette", str(photos), *words)
+        assert [path.name for path in photos.parent.iterdir()] == ["photos"]
+
+
+def test_results_are_printed_with_the_digits_that_somebody_reads() -> None:
+    held_out = "right answers on training images held out"
+    assert in_words(held_out, 67.5925925925926) == f"{held_out} 67.6 %"
+    assert in_words("effective_rate", 0.010416666666666666) == "effective rate 0.01042"
+    assert in_words("batch", 1024) == "batch 1024"
 
 
 def test_options_of_other_commands_are_refused(capsys, photos: Path) -> None:
@@ -183,7 +376,10 @@ def test_settings_explain_every_key() -> None:
         "seed (0): ",
     ):
         assert key in text
-    assert all(line == "" or ": " in line for line in text.splitlines())
+    assert all(line == "" or ": " in line or line.startswith("    ") for line in text.splitlines())
+    assert max(map(len, text.splitlines())) <= 100
+    assert "task.name (dino): one of mae, dino, igpt, supervised; the keys below are those of dino." in text
+    assert "One of gelu, quick_gelu, swiglu." in text
 
 
 def test_every_task_has_settings_and_a_class() -> None:

@@ -1,10 +1,16 @@
-"""Numbers over pictures."""
+"""Numbers over pictures, and names in them."""
 
 from __future__ import annotations
 
-import numpy as np
+from pathlib import Path
 
+import numpy as np
+import pytest
+from matplotlib.text import Text
+
+from sslvit import figures
 from sslvit.figures import heat_over, only_where
+from sslvit.files import printable
 
 
 def test_the_largest_number_of_a_map_is_its_brightest_place() -> None:
@@ -27,3 +33,33 @@ def test_only_the_kept_patches_stay_bright() -> None:
     assert (shown[0, :, :2, :2] == 1).all()
     assert (shown[0, :, 2:, 2:] == 1).all()
     assert (shown[0, :, :2, 2:] < 0.2).all()
+
+
+NAMES = ["$x_$", "$\\frac{1}{$", "_hidden", "=1+1", "<script>", "a|b", "two\nlines", "\x1b[31mred", "\udcff.png",
+         "日本", "{}", "%s", "\\n", ""]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", NAMES)
+def test_any_name_can_stand_in_a_picture(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    paint = Text.draw
+
+    def note(self, renderer) -> None:
+        shown.append(self.get_text())
+        assert not self.get_parse_math()
+        paint(self, renderer)
+
+    monkeypatch.setattr(Text, "draw", note)
+    other = f"{name} 2"
+    image = np.zeros((2, 1, 4, 4))
+    line = ([1.0, 2.0], [0.0, 1.0])
+    drawings = [
+        figures.image_rows(tmp_path / "rows.png", [image, image], [name, other], name),
+        figures.curves(tmp_path / "curves.png", {name: line, other: line}, name, name, name, (1.5, f"{name} 3")),
+        figures.bars(tmp_path / "bars.png", {name: {name: 1.0, other: 2.0}, other: {name: 3.0}}, name, name),
+        figures.points(tmp_path / "points.png", {name: {name: [[1.0]], other: [[2.0, 3.0]]}}, name),
+    ]
+    assert all(drawing.stat().st_size > 1000 for drawing in drawings)
+    whole = "\n".join(printable(part) for part in name.split("\n"))
+    assert shown.count(whole) >= (9 if "\n" in name else 10)  # legends of curves, bars and points among them

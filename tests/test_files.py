@@ -125,6 +125,48 @@ def test_a_folder_is_held_by_one_process_and_free_again_after_kill_9(tmp_path: P
             time.sleep(0.05)
 
 
+def test_a_forked_child_does_not_keep_a_folder_of_its_killed_parent(tmp_path: Path) -> None:
+    code = """
+import os, sys, time
+from sslvit.files import held_folder
+with held_folder(sys.argv[1], "train"):
+    if os.fork() == 0:
+        time.sleep(5)
+        os._exit(0)
+    print("held", flush=True)
+    time.sleep(60)
+"""
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
+    )
+    assert holder.stdout.readline() == "held\n"
+    holder.kill()
+    holder.wait()
+    with held_folder(tmp_path, "train", wait_seconds=2):
+        pass
+    assert os.listdir(tmp_path) == []
+    with held_folder(tmp_path / "new", "train"):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_process_that_waits_gets_the_folder_when_the_other_has_ended(tmp_path: Path, capsys) -> None:
+    import threading
+
+    def hold() -> None:
+        with held_folder(tmp_path, "train"):
+            is_held.set()
+            time.sleep(0.4)
+
+    is_held = threading.Event()
+    thread = threading.Thread(target=hold)
+    thread.start()
+    is_held.wait()
+    with held_folder(tmp_path, "train", wait_seconds=10):
+        assert not thread.is_alive() or thread.join(1) is None
+    assert capsys.readouterr().out.count("waiting up to 10 s") == 1
+
+
 def test_home_and_variables_are_expanded_and_addresses_are_not(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("DATA", "/data")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from run_fixtures import run
+from safetensors.torch import save_file
 
 from sslvit.checkpoint import save_encoder
 from sslvit.cli import main
@@ -128,7 +131,7 @@ def test_every_command_that_takes_an_encoder(here: Path, door: str, make, capsys
     ("make", "reason"),
     [
         (folder_of(VIT), "refused, because it holds objects besides tensors"),
-        (folder_of(TIMM), "Unsupported globals: posix.mkdir"),
+        (folder_of(TIMM), "refused, because it holds objects besides tensors"),
         (in_parts, "refused, because it holds objects besides tensors"),
         (arrays, "allow_pickle=False"),
     ],
@@ -181,6 +184,61 @@ def test_an_index_cannot_name_files_elsewhere(here: Path, capsys: pytest.Capture
     (here / "theirs" / "model.safetensors.index.json").write_text(json.dumps(index))
     assert main(["import", "theirs", "out"]) == 1
     assert "which is outside its folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["depth", "width", "registers", "image_size", "mlp_ratio", "channels", "heads"])
+@pytest.mark.parametrize("value", [1_000_000, 10**15])
+def test_a_description_of_a_huge_network_is_refused_before_it_is_built(
+    here: Path, key: str, value: int, capsys: pytest.CaptureFixture
+) -> None:
+    file = here / "own" / "encoder.json"
+    about = json.loads(file.read_text())
+    changes = {key: value, "width": value} if key == "heads" else {key: value}
+    about["encoder"] |= {"channels": 1, "mean": None, "std": None} | changes
+    file.write_text(json.dumps(about))
+    start = time.process_time()
+    assert main(["import", "own", "out"]) == 1
+    assert time.process_time() - start < 5  # also where the machine is busy
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert len(said) < 600
+    assert not (here / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"depth": 10**7}, "says a depth of 10000000, and its weights have 1 blocks"),
+        ({"embed_dim": 10**6}, "says .* for cls_token, which is .* among its weights"),
+        ({"img_size": 10**6}, "says .* for pos_embed|cannot be|Storage size"),
+        ({"reg_tokens": 10**9}, "for reg_token, which is missing among its weights|for pos_embed"),
+        ({"depth": "many"}, "says a depth of many"),
+    ],
+)
+def test_a_folder_of_timms_with_a_huge_network_is_refused_before_it_is_built(
+    here: Path, changes: dict, reason: str, capsys: pytest.CaptureFixture
+) -> None:
+    (here / "theirs").mkdir()
+    config = TIMM | {"model_args": TIMM["model_args"] | changes}
+    (here / "theirs" / "config.json").write_text(json.dumps(config))
+    save_file(ViTEncoder(EncoderSettings(**SMALL | {"channels": 3})).state_dict(), here / "theirs/model.safetensors")
+    start = time.process_time()
+    assert main(["import", "theirs", "out"]) == 1
+    assert time.process_time() - start < 10  # timm itself is imported meanwhile
+    said = capsys.readouterr().err
+    assert re.search(reason, said), said
+    assert said.count("\n") == 1
+
+
+def test_a_folder_of_timms_with_another_model_is_refused_before_it_is_built(
+    here: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (here / "theirs").mkdir()
+    config = TIMM | {"architecture": "resnet18", "model_args": {"layers": [10**8] * 4}}
+    (here / "theirs" / "config.json").write_text(json.dumps(config))
+    save_file({"conv1.weight": torch.zeros(3)}, here / "theirs" / "model.safetensors")
+    assert main(["import", "theirs", "out"]) == 1
+    assert "a resnet18, and only plain vision transformers can be probed" in capsys.readouterr().err
 
 
 def test_the_trace_is_left_where_nothing_guards(here: Path) -> None:

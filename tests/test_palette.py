@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from golden_fixtures import Golden
+from golden_fixtures import Golden, looks_at
 
 from sslvit.models import ViTEncoder
 from sslvit.palette import (
@@ -19,18 +19,23 @@ from sslvit.palette import (
 from sslvit.settings import EncoderSettings
 
 
-def test_nearest_colours_and_back() -> None:
-    golden = Golden("palette")
+@looks_at("palette", "config/*", "input/images", "input/palette", "output/kmeans/*", "output/uniform/*")
+def test_nearest_colours_and_back(golden: Golden) -> None:
     images = golden["input/images"].permute(0, 3, 1, 2) / 127.5 - 1
+    assert images.shape == (golden.config["batch"], 3, *[golden.config["size"]] * 2)
     for name, palette in (("kmeans", golden["input/palette"]), ("uniform", uniform_palette())):
         indices = nearest_colour(images, palette)
         golden.check(f"output/{name}/indices", indices.flatten(1))
-    near = colours_of(nearest_colour(images, golden["input/palette"]), golden["input/palette"])
-    golden.check("output/kmeans/decoded", ((near + 1) * 127.5).round().permute(0, 2, 3, 1))
+        decoded = ((colours_of(indices, palette) + 1) * 127.5).permute(0, 2, 3, 1)
+        if name == "uniform":  # the middle of a box lies half-way between two bytes: the fixture takes the upper one
+            decoded = decoded + 0.01
+        golden.check(f"output/{name}/decoded", decoded.round())
+    level = torch.stack([indices // 64, indices // 8 % 8, indices % 8], 3)  # the other convention: black to white
+    golden.check("output/uniform/decoded_full_range", (level * 255 / 7).round())
 
 
-def test_ties_go_to_the_lowest_index() -> None:
-    golden = Golden("palette")
+@looks_at("palette", "input/tie_palette", "output/tie/*")
+def test_ties_go_to_the_lowest_index(golden: Golden) -> None:
     palette = golden["input/tie_palette"]
     colours = palette.T.reshape(1, 3, 4, 4)
     golden.check("output/tie/indices", nearest_colour(colours, palette).flatten())
@@ -125,3 +130,13 @@ def test_near_colours_start_alike_if_asked_to() -> None:
     assert abs(far) < 0.1
     near, far = likeness("normal")
     assert abs(near) < 0.05
+
+
+def test_fourier_vectors_of_colours_start_as_cosines_of_a_small_amplitude() -> None:
+    settings = EncoderSettings(
+        image_size=4, tokens="pixel", patch=1, width=256, depth=1, heads=1, class_token=False, pooling="mean",
+        prefix_positions="none", colour_start="fourier",
+    )  # fmt: skip
+    vectors = ViTEncoder(settings).patch_embed.embed.weight.detach()
+    assert 0.29 < vectors.abs().max() <= 0.3
+    assert vectors.std() == pytest.approx(0.3 / 2**0.5, rel=0.05)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
+from typing import Any
 
-from sslvit.commands.files import check_new, check_new_picture, unsaid
+from sslvit.commands.files import check_new, check_new_picture, unsaid, write_json
 
 
 def run_probe(options: argparse.Namespace) -> None:
@@ -34,7 +34,7 @@ def run_probe(options: argparse.Namespace) -> None:
         curve = probe_layers(encoder, settings, numbers)
         if is_first_rank():
             print(f"\n{curve.text()}")
-            write_table(curve, options.output)
+            write_json(options.output, curve.as_dict())
             print(draw_layers(curve, numbers, figure))
 
 
@@ -79,10 +79,17 @@ def show_probe(encoder, settings, output: str | None) -> None:
     of_encoder = about["probed"]["encoder"]
     if about["protocol"]:
         print(f"linear probe: {about['protocol']} ({about['source']})")
-        print("  " + "; ".join(f"{key.replace('_', ' ')} {value}" for key, value in of_encoder["linear"].items()))
+        print("  " + "; ".join(in_words(key, value) for key, value in of_encoder["linear"].items()))
     print(f"few labels and kNN: {of_encoder['features']}; temperature {about['temperature']}; seed {about['seed']}")
     print(f"\n{table.text()}")
-    write_table(table, output)
+    write_json(output, table.as_dict())
+
+
+def in_words(key: str, value: Any) -> str:
+    """A setting or a result of a probe, with as many digits as somebody reads."""
+    if "right answers" in key or "score" in key:
+        return f"{key} {value:.1f} %"
+    return f"{key.replace('_', ' ')} {f'{value:.4g}' if isinstance(value, float) else value}"
 
 
 def check_least(options: argparse.Namespace, **least: int) -> None:
@@ -90,11 +97,6 @@ def check_least(options: argparse.Namespace, **least: int) -> None:
     for key, value in least.items():
         if getattr(options, key) < value:
             raise ValueError(f"--{key} {getattr(options, key)}: must be {value} or more.")
-
-
-def write_table(table, output: str | None) -> None:
-    if output:
-        Path(output).write_text(json.dumps(table.as_dict(), indent=1) + "\n")
 
 
 def run_health(options: argparse.Namespace) -> None:
@@ -116,8 +118,7 @@ def run_health(options: argparse.Namespace) -> None:
     )  # fmt: skip
     print(f"\nwithout labels, on {min(options.images, len(index)):,} images of {index.location}\n")
     print(format_table({row: {name: [value] for name, value in of.items()} for row, of in rows.items()}, 3))
-    if options.output:
-        Path(options.output).write_text(json.dumps(rows, indent=1) + "\n")
+    write_json(options.output, rows)
 
 
 def run_segment(options: argparse.Namespace) -> None:
@@ -137,9 +138,7 @@ def run_segment(options: argparse.Namespace) -> None:
     table = segment(rows, train, val, options.batch, seed=options.seed, device=options.device)
     print(f"\nPercent on {len(val):,} images of {val.folder} (maps fitted on {len(train):,} of {train.folder});")
     print(f"images and masks at {encoder.settings.image_size}, {table.about['strength']}\n\n{table.text()}")
-    if options.output:
-        content = {"rows": table.draws, "about": table.about}
-        Path(options.output).write_text(json.dumps(content, indent=1) + "\n")
+    write_json(options.output, {"rows": table.draws, "about": table.about})
     if options.figure:
         print(draw_guesses(table, val, encoder.settings, options.figure))
 
@@ -166,7 +165,7 @@ def run_show(options: argparse.Namespace) -> None:
         print(show.draw_field(encoder, images, out))
     else:
         path, numbers = show.draw_distance(encoder, images, out)
-        numbers_file.write_text(json.dumps(numbers, indent=1) + "\n")
+        write_json(numbers_file, numbers)
         print(f"{path}\n{numbers_file}")
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from pathlib import Path
 from typing import Any
+
+from sslvit.files import write_atomically
 
 
 def check_new(path: str | Path | None) -> None:
@@ -18,6 +21,12 @@ def check_new(path: str | Path | None) -> None:
         raise ValueError(f"{path}: its folder does not exist. Make it first.")
     if not os.access(Path(path).parent, os.W_OK):
         raise ValueError(f"{path}: its folder cannot be written to. Choose another.")
+
+
+def write_json(path: str | Path | None, content: Any) -> None:
+    """Numbers for a file that was asked for; None if none was."""
+    if path is not None:
+        write_atomically(path, json.dumps(content, indent=1) + "\n")
 
 
 def check_new_picture(path: str | Path | None) -> None:

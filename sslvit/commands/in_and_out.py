@@ -25,9 +25,13 @@ def run_export(options: argparse.Namespace) -> None:
 
 def run_import(options: argparse.Namespace) -> None:
     from sslvit.checkpoint import load_encoder, provenance_of, save_encoder
+    from sslvit.export import check_place, fresh_part, take_place, whole_folder
 
-    if Path(options.out).exists():
-        raise ValueError(f"{options.out}: already exists. Choose another folder.")
+    out = Path(options.out)
+    check_place(out, may_overwrite=False)
     encoder = load_encoder(options.checkpoint, options.layout, options.heads, **unsaid(options))
-    save_encoder(encoder, options.out, provenance_of(options.checkpoint, options.weights))
-    print(f"encoder in {options.out}")
+    part = fresh_part(out)
+    with whole_folder(part):
+        save_encoder(encoder, part, provenance_of(options.checkpoint, options.weights))
+    take_place(part, out)
+    print(f"encoder in {out}")

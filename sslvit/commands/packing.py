@@ -69,8 +69,9 @@ def show_shards(index, global_batch: int | None = None) -> None:
 
 def run_palette(options: argparse.Namespace) -> None:
     from sslvit.data.open import open_shards
-    from sslvit.data.pixels import make_palette
+    from sslvit.data.pixels import check_palette_options, make_palette
 
+    check_palette_options(options.output, options.colours, options.image_size, options.seed)
     index = open_shards(options.shards)
     made = make_palette(index, options.output, options.colours, options.image_size, options.seed)
     error, uniform = made["mean_squared_error"], made["mean_squared_error_uniform"]

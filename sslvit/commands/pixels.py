@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
-from sslvit.commands.files import check_new, check_new_picture, unsaid
+from sslvit.commands.files import check_new, check_new_picture, unsaid, write_json
 
 
 def run_sample(options: argparse.Namespace) -> None:
@@ -51,8 +50,7 @@ def run_likelihood(options: argparse.Namespace) -> None:
     rows = likelihood(task, train, val, options.batch)
     print(f"\n{len(val):,} images of {val.location}; counted on {len(train):,} of {train.location}\n")
     print(format_table({row: {column: [value] for column, value in of.items()} for row, of in rows.items()}, 4))
-    if options.output:
-        Path(options.output).write_text(json.dumps(rows, indent=1) + "\n")
+    write_json(options.output, rows)
 
 
 def load_task(options: argparse.Namespace):

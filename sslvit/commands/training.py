@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
 from sslvit.commands.files import check_new_picture
 
@@ -26,10 +27,37 @@ def run_pretrain(options: argparse.Namespace) -> None:
 def run_finetune(options: argparse.Namespace) -> None:
     from sslvit.api import finetune
 
+    if "encoder" in options.changes:
+        raise ValueError("--encoder: ENCODER is what is trained on; its settings are --encoder.KEY value.")
     folder = finetune(
         options.encoder, options.train, options.val, options.config, options.out, options.scratch, options.resume,
         options.overwrite, **options.changes,
     )  # fmt: skip
+    show_scores(folder)
+
+
+def run_resume(options: argparse.Namespace) -> None:
+    from sslvit.api import resume
+
+    folder = resume(options.run, **options.changes)
+    if folder.scores.exists():
+        show_scores(folder)
+
+
+def wants_requeue(options: argparse.Namespace) -> bool:
+    """Whether a training command that was stopped before it read its settings is to be put into the queue again."""
+    from sslvit.settings.load import load_recipe
+
+    if options.function not in (run_pretrain, run_finetune, run_resume):
+        return False
+    config = Path(options.run) / "config.yaml" if options.function is run_resume else options.config
+    try:
+        return load_recipe(config, options.changes).train.requeue
+    except (ValueError, OSError):
+        return bool(options.changes.get("train.requeue", True))
+
+
+def show_scores(folder) -> None:
     found = json.loads(folder.scores.read_text())
     among = "" if found["top5"] is None else f", {found['top5']:.1f} % among five"
     print(
@@ -46,8 +74,6 @@ def run_plan(options: argparse.Namespace) -> None:
         raise ValueError(f"--utilisation {options.utilisation:g}: must be above 0 and at most 1.")
     if options.tflops is not None and not options.tflops > 0:
         raise ValueError(f"--tflops {options.tflops:g}: must be above zero.")
-    from pathlib import Path
-
     from sslvit.data.open import open_shards
     from sslvit.settings.load import load_recipe
     from sslvit.train.forecast import PEAKS, draw_schedules, forecast
@@ -62,6 +88,8 @@ def run_plan(options: argparse.Namespace) -> None:
         images, classes = len(index), len(index.classes) if index.classes else None
     found, task = forecast(settings, images, classes)
     print(found.text())
+    if found.global_batch != settings.data.global_batch:
+        print(f"             instead of the recipe's {settings.data.global_batch:,} images, more than there are")
     for name, tflops in ({"given": options.tflops} if options.tflops else PEAKS).items():
         hours = found.hours(tflops, options.utilisation)
         print(
@@ -78,6 +106,13 @@ def run_replay(options: argparse.Namespace) -> None:
 
 
 def run_settings(options: argparse.Namespace) -> None:
-    from sslvit.settings.load import describe_settings
+    import shutil
 
-    print(describe_settings())
+    from sslvit.settings.load import describe_settings, recipe_names, recipes_folder
+
+    if not options.recipes:
+        print(describe_settings(width=min(max(shutil.get_terminal_size((100, 24)).columns, 60), 120)))
+        return
+    for name in recipe_names():
+        first = (recipes_folder() / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
+        print(f"{name:<28} {first.removeprefix('# ')}")

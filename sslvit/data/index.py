@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import tarfile
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,11 +22,13 @@ from urllib.parse import quote
 import numpy as np
 
 from sslvit.data.decode import BadImage
+from sslvit.data.labels import NO_LABEL
+from sslvit.data.schema import FORMAT, INDEX_FIELDS, checked_index, parse_json
+from sslvit.files import new_file, printable, write_atomically
 
-FORMAT = 3
 RECORD = np.dtype([("offset", "<i8"), ("size", "<u4"), ("label", "<i4")])
 CHECKED_BYTES = 64 * 2**20  # up to this length index.npy is compared with its checksum at each start
-FIELDS = ("classes", "channels", "bits", "mean", "std", "image_size", "encoding", "orientation", "skipped")
+MAX_REPEATED = 80  # characters of a path that is said once more in the remedy
 SPLITS = ("train", "val", "validation", "test")  # a folder of this name is a split for timm; others are its train
 
 
@@ -118,14 +121,19 @@ class ShardIndex:
         """Class numbers.
 
         Raises:
-            ValueError: these images have none.
+            ValueError: these images have none, or the index is damaged.
         """
         if self.classes is None:
             raise ValueError(
                 f"{self.location}: these images have no labels, and a probe needs them. "
                 "Pack a folder with one sub-folder per class."
             )
-        return self.records["label"][samples]
+        labels = self.records["label"][samples]
+        try:
+            _check_labels(labels, self.classes, "index.npy")
+        except ValueError as error:
+            raise ValueError(f"{printable(self.location)}/{error}. {_make_again(self.location)}") from error
+        return labels
 
     def locate(self, sample: int) -> tuple[int, int, int]:
         """Number of the shard, offset and length of a sample's image.
@@ -151,7 +159,7 @@ class ShardIndex:
         if is_address(name) or os.path.isabs(name):
             return name
         if self.location.startswith(("http://", "https://")):
-            name = quote(name)
+            name = quote(name, errors="surrogateescape")
         return f"{self.location.rstrip('/')}/{name}"
 
     def shard_path(self, shard: int) -> Path:
@@ -165,13 +173,13 @@ class ShardIndex:
         return self.cache.path_of(address, self.shards[shard].sha256) if is_address(address) else Path(address)
 
     def key(self, sample: int) -> str:
-        """A sample's name for people: shard and member."""
+        """A sample's name for people: shard and member, as they are; bytes that are not UTF-8 as Python keeps them."""
         shard = int(np.searchsorted(self.first_of_shard, sample, side="right")) - 1
         name, offset = Path(self.shards[shard].name).name, int(self.records[sample]["offset"])
         try:
             with open(self.known_path(shard), "rb") as file:
                 file.seek(offset - tarfile.BLOCKSIZE)
-                member = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "replace").name
+                member = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape").name
         except (tarfile.HeaderError, OSError, ValueError):
             member = f"(image at byte {offset})"
         return f"{name}/{member}"
@@ -194,9 +202,9 @@ class ShardIndex:
     def save(self, folder: str | Path | None = None) -> None:
         """Write the files, each whole or not at all; index.json last, so that its presence means all is there."""
         folder = Path(folder or self.location)
-        part = folder / f"index.{os.getpid()}.part.npy"
-        np.save(part, self.records)
-        os.replace(part, folder / "index.npy")
+        with new_file(folder / "index.npy") as part, open(part, "wb") as file:
+            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(self.records))
+            file.write(np.ascontiguousarray(self.records).data)  # numpy's own way says nothing of a full disk
         split = folder.name if folder.name in SPLITS else "train"
         about = {
             "name": split, "num_samples": len(self),
@@ -206,7 +214,7 @@ class ShardIndex:
         more = {"bytes": [s.bytes for s in self.shards], "sha256": [s.sha256 for s in self.shards]}
         content = {
             "format": FORMAT, "records_sha256": sha256_of(folder / "index.npy"),
-            **{name: getattr(self, name) for name in FIELDS}, "splits": {split: about | more},
+            **{name: getattr(self, name) for name in INDEX_FIELDS}, "splits": {split: about | more},
         }  # fmt: skip
         _write_json(folder / "_info.json", {"splits": {split: about}})
         _write_json(folder / "index.json", content)
@@ -241,30 +249,70 @@ def read_index(content: bytes, records_file: Path, location: str, is_own: bool =
         records_file: index.npy.
         location: of the shards.
         is_own: made here, so it may name shards anywhere; others only in their own folder.
+
+    Raises:
+        ValueError: it is damaged, of another format, or names shards outside of its folder.
     """
-    again = f"Make it again: sslvit shards index {location}"
     try:
-        about = json.loads(content)
-        if about["format"] != FORMAT:
-            raise ValueError(f"format {about['format']}, this sslvit reads {FORMAT}")
+        about = checked_index(parse_json(content), is_own)
         (split,) = about["splits"].values()
-        columns = [split[name] for name in ("filenames", "shard_lengths", "bytes", "sha256")]
-        shards = [Shard(*values) for values in zip(*columns, strict=True)]
-        if os.path.getsize(records_file) <= CHECKED_BYTES and sha256_of(records_file) != about["records_sha256"]:
-            raise ValueError("index.npy is not the one that it describes")
-        if not all(isinstance(s.name, str) and isinstance(s.bytes, int) and s.samples >= 0 for s in shards):
-            raise ValueError("its list of shards is damaged")
-        records = np.load(records_file, mmap_mode="r", allow_pickle=False)
-        fields = {name: about[name] for name in FIELDS}
+        _check_sum(records_file, about["records_sha256"])
+        records = load_records(records_file, split["num_samples"], about["classes"])
+    except ValueError as error:
+        folder = printable(records_file.parent if is_own else location)
+        again = "Delete that folder: it is made again." if is_own else _make_again(location)
+        raise ValueError(f"{folder}/index.json: {printable(error)}. {again}") from error
+    columns = [split[name] for name in ("filenames", "shard_lengths", "bytes", "sha256")]
+    shards = [Shard(*values) for values in zip(*columns, strict=True)]
+    return ShardIndex(location, shards, records, **{name: about[name] for name in INDEX_FIELDS})
+
+
+def load_records(file: Path, samples: int, classes: list[str] | None) -> np.ndarray:
+    """The records of so many samples; of large files the labels are checked only when they are used.
+
+    Raises:
+        ValueError: the file is missing, damaged, or holds something else.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"):  # Python's own, about the syntax of a damaged header
+            records = np.load(file, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError as error:
+        raise ValueError(f"{file.name} is missing") from error
     except Exception as error:  # besides the usual, numpy parses headers with Python's own parser and its errors
-        raise ValueError(f"{location}/index.json: unreadable ({error}). {again}") from error
-    index = ShardIndex(location, shards, records, **fields)
-    if records.dtype != RECORD or records.ndim != 1 or index.first_of_shard[-1] != len(records):
-        raise ValueError(f"{location}/index.json: does not fit index.npy. {again}")
-    for shard in shards:
-        if not is_own and (".." in Path(shard.name).parts or os.path.isabs(shard.name) or is_address(shard.name)):
-            raise ValueError(f"{location}/index.json: the shard {shard.name} lies outside of its folder. {again}")
-    return index
+        raise ValueError(f"{file.name} is unreadable ({printable(error, 80)})") from error
+    if not isinstance(records, np.ndarray) or records.dtype != RECORD or records.ndim != 1:
+        raise ValueError(f"{file.name} holds something else than records")
+    if len(records) != samples:
+        raise ValueError(f"{file.name} holds {len(records)} records for {samples} images")
+    if records.nbytes <= CHECKED_BYTES:
+        _check_labels(records["label"], classes, file.name)
+    return records
+
+
+def _make_again(location: str) -> str:
+    if is_address(location):
+        return "Make it again where the shards lie (sslvit shards index FOLDER); upload index.json and index.npy."
+    return f"Make it again: sslvit shards index {printable(location) if len(location) <= MAX_REPEATED else 'FOLDER'}"
+
+
+def _check_sum(records_file: Path, expected: str) -> None:
+    """Raise ValueError if a records file of moderate length has other bytes."""
+    try:
+        is_other = os.path.getsize(records_file) <= CHECKED_BYTES and sha256_of(records_file) != expected
+    except FileNotFoundError as error:
+        raise ValueError(f"{records_file.name} is missing") from error
+    if is_other:
+        raise ValueError(f"{records_file.name} is not the one that it describes")
+
+
+def _check_labels(labels: np.ndarray, classes: list[str] | None, name: str) -> None:
+    """Raise ValueError for class numbers without a class: counting them would ask for any amount of memory."""
+    if not labels.size:
+        return
+    least, most = int(labels.min()), int(labels.max())
+    if least < NO_LABEL or (classes is not None and most >= len(classes)):
+        wrong = least if least < NO_LABEL else most
+        raise ValueError(f"{name} has the label {wrong}, which is none of its {len(classes or [])} classes")
 
 
 def is_address(source: str) -> bool:
@@ -278,6 +326,4 @@ def sha256_of(path: Path) -> str:
 
 
 def _write_json(path: Path, content: dict) -> None:
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(part, path)
+    write_atomically(path, json.dumps(content, indent=1) + "\n")  # in ASCII: bytes that are not UTF-8 as \\udcXX

@@ -31,12 +31,13 @@ PATTERN_SIGNS = "{*?["
 WANTED = "Pass a folder of images or of shards (sslvit shards pack SRC DST)."
 
 
-def open_data(settings: DataSettings, seed: int) -> tuple[Index, Plan]:
+def open_data(settings: DataSettings, seed: int, ranks: int = 1) -> tuple[Index, Plan]:
     """The index of a run's data and the order in which it is read.
 
     Args:
         settings: of the run.
         seed: of the order.
+        ranks: that share each batch; a batch that may be lowered to what is there stays a multiple of them.
 
     Raises:
         FileNotFoundError: nothing given, or nothing there.
@@ -46,12 +47,15 @@ def open_data(settings: DataSettings, seed: int) -> tuple[Index, Plan]:
         stream = StreamIndex(
             expand(expand_path(settings.shards)), settings.stream_samples, settings.allow_pipe, cache_of(settings)
         )
-        return stream, EpochPlan([len(stream)], settings.global_batch, seed)
+        return stream, EpochPlan([len(stream)], settings.fitted(len(stream), ranks).global_batch, seed)
     if not settings.mixture:
         index = open_shards(settings.shards or "", cache_of(settings))
-        return index, _plan(index, settings, settings.global_batch, seed)
-    rows = shares_of_batch(list(settings.mixture.values()), settings.global_batch)
+        return index, _plan(index, settings, settings.fitted(len(index), ranks).global_batch, seed)
+    shares = list(settings.mixture.values())
+    rows = shares_of_batch(shares, settings.global_batch)
     parts = [open_shards(source, cache_of(settings)) for source in settings.mixture]
+    fillable = min(len(index) * sum(shares) / share for index, share in zip(parts, shares, strict=True))
+    rows = shares_of_batch(shares, settings.fitted(int(fillable), ranks).global_batch)
     plans = []
     for number, (index, share) in enumerate(zip(parts, rows, strict=True)):
         try:

@@ -17,6 +17,7 @@ from sslvit.data.reader import ShardReader
 from sslvit.data.resample import normalise
 from sslvit.data.views import Views
 from sslvit.figures import palette_picture
+from sslvit.files import write_atomically, write_error
 from sslvit.palette import (
     LEVELS,
     ROUNDS,
@@ -53,21 +54,11 @@ def make_palette(
 
     Raises:
         ValueError: more colours than the images have, a file in use, or no readable image.
+        OSError: the file cannot be written.
     """
+    check_palette_options(out, colours, image_size, seed)
     out = Path(out)
-    if out.suffix != ".json":
-        raise ValueError(f"{out}: a palette is written as JSON. Choose a name that ends in .json.")
     picture = out.with_suffix(".png")
-    for path in (out, picture):
-        if path.exists():
-            raise ValueError(f"{path}: already exists. Choose another file.")
-    if colours is not None and colours < 2:
-        raise ValueError(f"--colours {colours}: a palette has two or more.")
-    if image_size < 1:
-        raise ValueError(f"--image-size {image_size}: must be 1 or more.")
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"--seed {seed}: must be from 0 to {2**32 - 1}.")
-    out.parent.mkdir(parents=True, exist_ok=True)  # a place that cannot be is said before the work
     colours = colours or (LEVELS if index.channels == 1 else LEVELS**3)
     pixels, images = draw_pixels(index, image_size, seed)
     palette = fit_palette(pixels, colours, seed, track(range(ROUNDS), "k-means", ROUNDS, unit="rounds at most"))
@@ -84,10 +75,28 @@ def make_palette(
     shown = images[:SHOWN]
     near = colours_of(nearest_colour(shown, palette), palette)
     palette_picture(picture, *(((values + 1) / 2).numpy() for values in (palette, shown, near)))
-    part = out.with_name(f"{out.name}.part")
-    part.write_text(json.dumps(content) + "\n")
-    part.replace(out)
+    write_atomically(out, json.dumps(content) + "\n")
     return content
+
+
+def check_palette_options(out: str | Path, colours: int | None, image_size: int, seed: int) -> None:
+    """Raise ValueError on options that no palette could be made with, before any work."""
+    out = Path(out)
+    if out.suffix != ".json":
+        raise ValueError(f"{out}: a palette is written as JSON. Choose a name that ends in .json.")
+    for path in (out, out.with_suffix(".png")):
+        if path.exists():
+            raise ValueError(f"{path}: already exists. Choose another file.")
+    if colours is not None and colours < 2:
+        raise ValueError(f"--colours {colours}: a palette has two or more.")
+    if image_size < 1:
+        raise ValueError(f"--image-size {image_size}: must be 1 or more.")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"--seed {seed}: must be from 0 to {2**32 - 1}.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(out, error) from error
 
 
 def draw_pixels(index: ShardIndex, image_size: int, seed: int) -> tuple[Float[Tensor, "n c"], Float[Tensor, "b c h w"]]:

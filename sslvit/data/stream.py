@@ -17,16 +17,19 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from sslvit.chance import generator
 from sslvit.data.batch import Batch
-from sslvit.data.decode import IMAGE_SUFFIXES
+from sslvit.data.decode import IMAGE_SUFFIXES, BadImage
 from sslvit.data.index import Shard, is_address
 from sslvit.data.loader import MemoryReader, make_batch
 from sslvit.data.remote import ShardCache
+from sslvit.data.tars import NUMBERS
 from sslvit.data.views import Views
+from sslvit.files import printable
 
 PIPE = "pipe:"
 GZIPPED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 BUFFER = 2_000  # images among which the next one is drawn
 NUMBER_BITS = 43  # of the number that stands for a key in draws
+MAX_REASONS = 5  # of what could not be read, in a message
 
 
 def is_stream(source: str) -> bool:
@@ -52,16 +55,16 @@ class StreamIndex:
         pipes = [url for url in urls if url.startswith(PIPE)]
         if pipes and not allow_pipe:
             raise ValueError(
-                f"data.shards: {pipes[0]} would run a command. If you trust it, pass --data.allow_pipe true."
+                f"data.shards: {printable(pipes[0])} would run a command. If you trust it, pass --data.allow_pipe true."
             )
         if samples is None:
             raise ValueError(
-                f"data.shards: {urls[0]} can only be read from end to end, so its length is not known. "
+                f"data.shards: {printable(urls[0])} can only be read from end to end, so its length is not known. "
                 "Give about how many images there are: --data.stream_samples 1000000"
             )
         for url in urls:
             if not url.startswith(PIPE) and not is_address(url) and not Path(url).exists():
-                raise FileNotFoundError(f"data.shards: {url} does not exist.")
+                raise FileNotFoundError(f"data.shards: {printable(url)} does not exist.")
         self.urls, self.samples, self.cache = urls, samples, cache
         self.location = urls[0] if len(urls) == 1 else f"{urls[0]} and {len(urls) - 1} more"
         self.shards = [Shard(url, 0, 0, "") for url in urls]
@@ -78,7 +81,7 @@ class StreamIndex:
         return {}
 
     def fingerprint(self) -> str:
-        return hashlib.sha256("\n".join(self.urls).encode()).hexdigest()[:16]
+        return hashlib.sha256("\n".join(self.urls).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
     def local(self, url: str) -> str:
         """What the webdataset library opens."""
@@ -105,6 +108,7 @@ class StreamBatches(IterableDataset):
     ) -> None:  # fmt: skip
         self.index, self.views, self.channels = index, views, channels
         self.rank, self.ranks, self.micro, self.passes, self.start_step = rank, ranks, micro, passes, start_step
+        self.unused: set[str] = set()  # fields with images that it was said of
         if ranks > len(index.urls):
             raise ValueError(
                 f"data.shards: {len(index.urls)} streams cannot be shared by {ranks} ranks. "
@@ -150,32 +154,78 @@ class StreamBatches(IterableDataset):
             for place in chance.permutation(len(buffer)):
                 yield epoch, *buffer[place], _taken(problems)
             if not count:
-                reason = "; ".join(f"{name}: {text}" for name, text in problems.items())
-                raise ValueError(f"data.shards: no image in {', '.join(own)}. {reason}")
+                reasons = [f"{name}: {text}" for name, text in itertools.islice(problems.items(), MAX_REASONS)]
+                raise ValueError(f"data.shards: no image in {printable(', '.join(own))}. {'; '.join(reasons)}")
 
     def _read(self, urls: list[str], problems: dict[str, str]) -> Iterator[tuple[int, str, bytes]]:
-        """(number, key, bytes) of every image; a damaged stream ends early and is named."""
-        import webdataset
+        """(number, key, bytes) of every image, the key safe to print; a damaged stream ends early and is named."""
+        from webdataset.tariterators import group_by_keys, tar_file_expander, url_opener
+
+        url_of: dict[str, str] = {}  # by what is opened in its place
+
+        def sources() -> Iterator[dict[str, str]]:
+            for url in urls:
+                try:
+                    local = self.index.local(url)
+                except BadImage as error:
+                    problems[printable(url)] = str(error)
+                    continue
+                url_of[local] = url
+                yield {"url": local}
 
         def note(error: Exception) -> bool:
-            problems[f"{getattr(error, 'args', ('',))[-1]}"[:200]] = f"damaged stream ({type(error).__name__})"
+            url = next(reversed(url_of.values()), "")
+            text = str(error.args[0]) if error.args else ""
+            member, is_second, _ = text.partition(": duplicate file name")
+            if is_second:
+                problems[printable(f"{url}/{member}")] = "a second member of this name"
+            else:
+                problems[printable(url)] = printable(f"damaged stream ({type(error).__name__}: {text})")
             return True
 
-        sources = ({"url": self.index.local(url)} for url in urls)
-        for sample in webdataset.tariterators.tarfile_samples(sources, handler=note):
+        members = tar_file_expander(url_opener(sources(), handler=note), handler=note)
+        for sample in group_by_keys(members, keys=_key_and_field, handler=note):
             key = sample["__key__"]
             if PurePosixPath(key).is_absolute() or ".." in PurePosixPath(key).parts:
-                problems[key] = "a path that leads out of its folder"
+                problems[printable(key)] = "a path that leads out of its folder"
                 continue
-            for name, content in sample.items():
-                if f".{name.lower()}" in IMAGE_SUFFIXES and isinstance(content, bytes):
-                    yield number_of(f"{sample['__url__']} {key}"), key, content
-                    break
+            images, others = _images_of(sample)
+            if len(images) == 1:
+                yield number_of(f"{url_of[sample['__url__']]} {key}"), printable(key), sample[images[0]]
+            elif images:
+                shown = printable(", ".join(images), 60)
+                problems[printable(f"{key}.*")] = f"{len(images)} images of one key ({shown}): none of them is used"
+            self._say_unused(key, others)
+
+    def _say_unused(self, key: str, fields: list[str]) -> None:
+        """Images beside the one of a key, the first time that such a field is met."""
+        for name in set(fields) - self.unused:
+            self.unused.add(name)
+            print(f"data.shards: images such as {printable(f'{key}.{name}')} are not used, only one of each key is")
+
+
+def _key_and_field(name: str) -> tuple[str | None, str | None]:
+    """WebDataset's key and field of a member, except that photo.0001.jpg is an image of its own (see tars.py)."""
+    from webdataset.tariterators import base_plus_ext
+
+    key, field = base_plus_ext(name)
+    middle, _, suffix = (field or "").rpartition(".")
+    if NUMBERS.fullmatch(middle) and f".{suffix.lower()}" in IMAGE_SUFFIXES:
+        return f"{key}.{middle}", suffix
+    return key, field
+
+
+def _images_of(sample: dict[str, str | bytes]) -> tuple[list[str], list[str]]:
+    """Fields with the image of a key, of which there should be one, and those with others that stand beside it."""
+    names = [name for name, content in sample.items() if isinstance(content, bytes)]
+    names = [name for name in names if f".{name.lower().rpartition('.')[2]}" in IMAGE_SUFFIXES]
+    plain = [name for name in names if "." not in name]
+    return (plain[:1], [name for name in names if name != plain[0]]) if plain else (names, [])
 
 
 def number_of(key: str) -> int:
     """A number that stands for a sample's shard and key, the same everywhere."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) >> (64 - NUMBER_BITS)
+    return int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()[:8]) >> (64 - NUMBER_BITS)
 
 
 def _taken(problems: dict[str, str]) -> dict[str, str]:

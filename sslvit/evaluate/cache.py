@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from sslvit.evaluate.sources import FeatureTable, LabelledSet, Place, Source
+from sslvit.files import cache_folder, new_file, remove_left_parts
 from sslvit.settings.views import ViewSettings
 
 FORMAT = 1  # raised when the same key would mean other numbers
@@ -33,7 +34,7 @@ def key_of(source: Source, data: LabelledSet, view: ViewSettings, batch: int) ->
 
 
 class FeatureCache:
-    """A folder of features, kept within a size; the longest unused go first.
+    """A folder of features, kept within a size; the longest unused go first. Files of others in it are left alone.
 
     Args:
         folder: made when something is put there.
@@ -41,7 +42,7 @@ class FeatureCache:
     """
 
     def __init__(self, folder: str | Path, limit_gb: float = 20.0) -> None:
-        self.folder, self.limit_gb = Path(folder).expanduser(), limit_gb
+        self.folder, self.limit_gb = cache_folder(folder), limit_gb
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"--cache {folder}: not a folder. Give one, or none.")
 
@@ -79,7 +80,7 @@ class FeatureCache:
     def _shrink(self, newest: Path) -> None:
         sizes = {}
         for entry in self.folder.iterdir():
-            if (entry / "labels.safetensors").exists():
+            if _is_ours(entry):
                 sizes[entry] = sum(file.stat().st_size for file in entry.iterdir())
         for entry in sorted(sizes, key=lambda entry: entry.stat().st_mtime):
             if sum(sizes.values()) <= self.limit_gb * 2**30 or entry == newest:
@@ -88,11 +89,18 @@ class FeatureCache:
             del sizes[entry]
 
 
+def _is_ours(entry: Path) -> bool:
+    """Whether a folder was made here: its name is a key, and it holds nothing but tables and parts of them."""
+    if not re.fullmatch(r"[0-9a-f]{32}", entry.name) or entry.is_symlink() or not entry.is_dir():
+        return False
+    return all(re.fullmatch(r"(labels|\d+-[a-z+]+)\.safetensors(\.\d+\.part)?", file.name) for file in entry.iterdir())
+
+
 def _name(place: Place) -> str:
     return f"{place[0]}-{place[1]}.safetensors"
 
 
 def _write(tensors: dict, path: Path) -> None:
-    part = path.with_suffix(f".{os.getpid()}-{time.monotonic_ns()}.part")
-    save_file(tensors, part)
-    os.replace(part, path)
+    remove_left_parts(path)
+    with new_file(path, sync=False) as part:  # what a power cut damages counts as not there
+        save_file(tensors, part)

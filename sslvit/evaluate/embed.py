@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 
 from sslvit.data.loader import evaluation_loader, normalised_view
 from sslvit.evaluate.sources import LabelledSet, Place, Source
+from sslvit.files import new_file, remove_left_parts
 from sslvit.progress import track
 from sslvit.settings.views import CentreSettings
 
@@ -32,14 +32,17 @@ class Embeddings:
     classes: list[str]
 
     def save(self, file: Path) -> None:
-        """As .npz: features, keys, and, where there are labels, labels and classes; whole or not at all."""
+        """As .npz: features, keys, and, where there are labels, labels and classes; whole or not at all.
+
+        Raises:
+            WriteError: the disk is full or cannot be written to.
+        """
         arrays = {"features": self.features, "keys": self.keys}
         if self.labels is not None:
             arrays |= {"labels": self.labels, "classes": np.array(self.classes)}
-        part = file.with_name(f"{file.name}.part")
-        with part.open("wb") as out:
+        remove_left_parts(file)
+        with new_file(file) as part, part.open("wb") as out:
             np.savez(out, **arrays)
-        os.replace(part, file)
 
 
 @torch.no_grad()

@@ -58,7 +58,7 @@ def alpha_of_spectrum(features: Float[Tensor, "b d"]) -> float:
     first = max(1, min(len(spread) // 10, 10))
     if len(spread) - first < 2:
         return float("nan")
-    place = torch.arange(first + 1, len(spread) + 1, dtype=torch.float64).log()
+    place = torch.arange(first + 1, len(spread) + 1, dtype=spread.dtype, device=spread.device).log()
     height = spread[first:].log()
     place = place - place.mean()
     return float(-(place * height).sum() / place.square().sum())

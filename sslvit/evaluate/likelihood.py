@@ -14,6 +14,7 @@ from torch import Tensor
 from sslvit.data.index import ShardIndex
 from sslvit.data.loader import evaluation_loader, normalised_view
 from sslvit.data.reader import ShardReader
+from sslvit.files import printable
 from sslvit.progress import track
 from sslvit.tasks.igpt import IGPT, colour_error
 
@@ -202,7 +203,10 @@ def palette_images(task: IGPT, index: ShardIndex) -> np.ndarray:
     images = np.concatenate(pieces)
     if bad:
         key, reason = next(iter(bad.items()))
-        print(f"warning: {index.location}: {len(bad)} of {len(index)} images are left out, e.g. {key}: {reason}")
+        print(
+            f"warning: {index.location}: {len(bad)} of {len(index)} images are left out, e.g. {printable(key)}: "
+            f"{printable(reason)}"
+        )
     if not len(images):
         raise ValueError(f"{index.location}: none of its images can be read.")
     return images

@@ -20,6 +20,7 @@ from sslvit.evaluate.linear import draw_labels, fit_probe
 from sslvit.evaluate.protocols import Bench, check_places, linear_probe, places_of, words
 from sslvit.evaluate.scores import Draws, format_table, interval, mean, sampling_interval
 from sslvit.evaluate.sources import Features, FrozenEncoder, LabelledSet, RawPixels, Source
+from sslvit.files import brief
 from sslvit.models import ViTEncoder
 from sslvit.ranks import is_first_rank
 from sslvit.settings import ProbeSettings
@@ -230,9 +231,9 @@ def check_classes(train: ShardIndex, val: ShardIndex, settings: ProbeSettings) -
         raise ValueError(f"--neighbours {min(settings.neighbours)}: there are only {len(train):,} training images.")
     few, smallest = settings.labels_per_class, train.classes[int(counts.argmin())]
     if few and counts.min() < few:
-        raise ValueError(f"--labels-per-class {few}: class {smallest} has only {counts.min()} training images.")
+        raise ValueError(f"--labels-per-class {few}: class {brief(smallest)} has only {counts.min()} training images.")
     if settings.labels_percent and round(counts.min() * settings.labels_percent / 100) < 2:
         raise ValueError(
-            f"--labels-percent {settings.labels_percent:g}: of class {smallest} ({counts.min()} training images) less "
-            "than 2 would be drawn. Give a larger percentage, or --labels-per-class."
+            f"--labels-percent {settings.labels_percent:g}: of class {brief(smallest)} ({counts.min()} training "
+            "images) less than 2 would be drawn. Give a larger percentage, or --labels-per-class."
         )

@@ -1,10 +1,45 @@
-"""Scores, their intervals and their tables."""
+"""Scores, their intervals and their tables; names of users and files in these tables are text and nothing else."""
 
 from __future__ import annotations
 
+import html
 import math
+import re
+
+from sslvit.files import printable
 
 Draws = dict[str, dict[str, list[float]]]  # row -> column -> one score for each draw or seed
+MAX_CHARACTERS = 10_000  # of a text from outside in a table or a page
+STARTS_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # of a spreadsheet's cell, in front of anything but a number
+MARKDOWN_SIGNS = re.compile(r"[\\`*\[\]$~#|!]|(?<![^\W_])_|_(?![^\W_])")  # an underscore inside a word is none
+MARKDOWN_STARTS = re.compile(r"^(\s*)([-+=]|\d+(?=[.)](?:\s|$)))")  # a list, or a line's underline
+
+
+def markdown_text(text: object) -> str:
+    """Text from outside as one line of Markdown, in which nothing is a tag, a link, mathematics or a cell's edge."""
+    line = html.escape(printable(text, MAX_CHARACTERS), quote=False)
+    line = MARKDOWN_SIGNS.sub(lambda sign: f"\\{sign[0]}", line)
+    return MARKDOWN_STARTS.sub(lambda start: f"{start[1]}{_as_entity(start[2])}", line)
+
+
+def _as_entity(sign: str) -> str:
+    return f"&#{ord(sign[0])};{sign[1:]}"
+
+
+def html_text(text: object) -> str:
+    """Text from outside for a page."""
+    return html.escape(printable(text, MAX_CHARACTERS))
+
+
+def spreadsheet_cell(value: object) -> object:
+    """A value for a CSV file: text that a spreadsheet would take for a formula gets an apostrophe in front."""
+    if not isinstance(value, str) or not value.startswith(STARTS_FORMULA):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
 
 
 def mean(values: list[float]) -> float:
@@ -44,11 +79,12 @@ def columns_of(rows: Draws) -> list[str]:
 def format_table(rows: Draws, decimals: int = 1) -> str:
     """Rows and columns in plain text."""
     columns = columns_of(rows)
-    first = max(len(name) for name in rows)
-    cells = {name: [shown(scores.get(column), decimals) for column in columns] for name, scores in rows.items()}
-    widths = [max([len(column), *(len(line[i]) for line in cells.values())]) for i, column in enumerate(columns)]
+    cells = [(printable(name), [shown(of.get(column), decimals) for column in columns]) for name, of in rows.items()]
+    columns = [printable(column) for column in columns]
+    first = max(len(name) for name, _ in cells)
+    widths = [max([len(column), *(len(line[i]) for _, line in cells)]) for i, column in enumerate(columns)]
     lines = ["  ".join([" " * first, *(f"{c:>{w}}" for c, w in zip(columns, widths, strict=True))])]
-    for name, line in cells.items():
+    for name, line in cells:
         lines.append("  ".join([f"{name:<{first}}", *(f"{c:>{w}}" for c, w in zip(line, widths, strict=True))]))
     return "\n".join(lines)
 
@@ -56,8 +92,9 @@ def format_table(rows: Draws, decimals: int = 1) -> str:
 def markdown_table(rows: Draws, decimals: int = 1) -> str:
     """The same for a README."""
     columns = columns_of(rows)
-    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    titles = " | ".join(markdown_text(column) for column in columns)
+    lines = [f"| | {titles} |", "|---" * (len(columns) + 1) + "|"]
     for name, scores in rows.items():
         cells = [shown(scores.get(column), decimals) for column in columns]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append(f"| {markdown_text(name)} | {' | '.join(cells)} |")
     return "\n".join(lines)

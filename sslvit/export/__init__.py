@@ -6,15 +6,20 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from sslvit.checkpoint import load_encoder
 from sslvit.export import onnx, safetensors, timm, torch, transformers
-from sslvit.export.card import CARD, known_scores, make_card, write_card
+from sslvit.export.card import CARD, in_quotes, known_scores, make_card, write_card
 from sslvit.export.exported import with_outputs
-from sslvit.export.verify import SHOWN, check_inputs, compare, compare_preprocessing
+from sslvit.export.verify import SHOWN, check_inputs, compare, compare_preprocessing, shortfall
+from sslvit.files import WriteError, is_of_the_disk, write_error
+from sslvit.progress import without_bars_of_others
 
 FORMATS = {"timm": timm, "transformers": transformers, "onnx": onnx, "torch": torch, "safetensors": safetensors}
 MARK = "verdict.json"
@@ -51,6 +56,7 @@ def export_encoder(
 
     Raises:
         ValueError: the folder is in use, the format is unknown or cannot hold the encoder.
+        WriteError: the disk is full or cannot be written to; nothing is left.
         RuntimeError: what was written gives other outputs, or none; it stays in OUT.part, with the verdict.
     """
     out = Path(out)
@@ -64,39 +70,110 @@ def export_encoder(
     part = fresh_part(out)
     verdict: dict[str, Any] = {"format": kind, "outputs": outputs, "image_sizes": "fixed" if is_fixed else "any"}
     failure = ""
-    try:
-        writer.write(exported, part, is_fixed)
-        verdict |= compare(exported, writer.reopen(part, exported, is_fixed), check_inputs(exported.settings, is_fixed))
-        if hasattr(writer, "preprocessing") and exported.settings.channels in SHOWN:
-            verdict["preprocessing"] = compare_preprocessing(exported, writer.preprocessing(part, exported))
-    except Exception as error:  # of another library: it may raise anything
-        failure = " ".join(str(error).split())[:300] or type(error).__name__
-        verdict |= {"passed": False, "failure": failure}
-    for what, found in (("the reopened encoder", verdict), ("its preprocessing", verdict.get("preprocessing", {}))):
-        if not failure and found.get("passed") is False:
-            failure = f"{what} differs by {found['largest_difference']:.1e} (allowed {found['tolerance']:.0e})"
-    verdict["passed"] = not failure
-    verdict["files"] = sorted([*(path.name for path in part.iterdir() if path.name != MAKING), MARK, *CARD])
-    (part / MARK).write_text(json.dumps(in_json(verdict), indent=1) + "\n")
-    if failure:
-        raise RuntimeError(f"{out}: not written, because {failure}; what was tried is in {part}.")
-    card = make_card(exported, source, kind, is_fixed, [Path(file) for file in scores])
-    write_card(card, verdict, writer.how_to_open(exported, is_fixed).replace("FOLDER", str(out)), part, out.name)
-    (part / MAKING).unlink()
-    if out.exists():
-        keep_others(out, part)
-        shutil.rmtree(out)
-    part.rename(out)
+    with whole_folder(part), without_bars_of_others():
+        try:
+            writer.write(exported, part, is_fixed)
+            reopened = writer.reopen(part, exported, is_fixed)
+            verdict |= compare(exported, reopened, check_inputs(exported.settings, is_fixed))
+            if hasattr(writer, "preprocessing") and exported.settings.channels in SHOWN:
+                verdict["preprocessing"] = compare_preprocessing(exported, writer.preprocessing(part, exported))
+        except Exception as error:  # of another library: it may raise anything
+            if is_full_disk(error):
+                raise
+            failure = " ".join(str(error).split())[:300] or type(error).__name__
+            verdict |= {"passed": False, "failure": failure}
+        for what, found in (("the reopened encoder", verdict), ("its preprocessing", verdict.get("preprocessing", {}))):
+            if not failure and found.get("passed") is False:
+                failure = f"{what} {shortfall(found)}"
+        verdict["passed"] = not failure
+        verdict["files"] = sorted([*(path.name for path in part.iterdir() if path.name != MAKING), MARK, *CARD])
+        (part / MARK).write_text(json.dumps(in_json(verdict), indent=1) + "\n")
+        if failure:
+            raise RuntimeError(f"{out}: not written, because {failure}; what was tried is in {part}.")
+        card = make_card(exported, source, kind, is_fixed, [Path(file) for file in scores])
+        write_card(
+            card, verdict, writer.how_to_open(exported, is_fixed).replace("FOLDER", in_quotes(out)), part, out.name
+        )
+    take_place(part, out)
     return verdict
 
 
-def check_place(out: Path, overwrite: bool) -> None:
-    """Refuse, before any work, a folder that is in use or cannot be made."""
+def is_full_disk(error: BaseException) -> bool:
+    """Whether a write failed. What other libraries raise as OSError without a number is something else."""
+    if isinstance(error, OSError) and not isinstance(error, WriteError):
+        return error.errno is not None and not isinstance(error, FileNotFoundError)
+    if isinstance(error, SafetensorError):
+        return "os error" in str(error)  # and not a file that it cannot read
+    return is_of_the_disk(error)
+
+
+@contextmanager
+def whole_folder(part: Path) -> Iterator[None]:
+    """A folder that is written while the block runs, and removed where the disk does not take it.
+
+    Raises:
+        WriteError: the disk is full or cannot be written to.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not is_full_disk(error):
+            raise
+        shutil.rmtree(part, ignore_errors=True)
+        raise error if isinstance(error, WriteError) else write_error(part, error) from error
+    except KeyboardInterrupt:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def take_place(part: Path, out: Path) -> None:
+    """A finished folder takes the place that was asked for; what others put into an earlier export moves over.
+
+    The earlier one steps aside and goes last, so that nothing of it is lost where this process is killed in between.
+    """
+    (part / MAKING).unlink()
+    old = replaced_by(out)
+    if out.exists():
+        out.rename(old)
+    part.rename(out)
+    finish_replacement(out)
+
+
+def replaced_by(out: Path) -> Path:
+    """Where an earlier export waits until the new one is in its place."""
+    return out.with_name(f"{out.name}.replaced")
+
+
+def finish_replacement(out: Path) -> None:
+    """Remove an export that was replaced, once what others put into it has moved; put it back where nothing did."""
+    old = replaced_by(out)
+    if not old.is_dir() or old.is_symlink() or (any(old.iterdir()) and not (old / MARK).exists()):
+        return
+    if not out.exists():
+        old.rename(out)
+        return
+    keep_others(old, out)
+    if not set(os.listdir(old)) - {*made_in(old)}:
+        shutil.rmtree(old)
+
+
+def check_place(out: Path, overwrite: bool = False, may_overwrite: bool = True) -> None:
+    """Refuse, before any work, a folder that is in use or cannot be made.
+
+    Args:
+        out: the folder.
+        overwrite: an earlier export there is to be replaced.
+        may_overwrite: the command has --overwrite.
+    """
+    finish_replacement(out)
+    if replaced_by(out).exists():
+        raise ValueError(f"{replaced_by(out)}: in the way. Move it, or choose another name.")
     if out.is_symlink() or out.is_file():
         raise ValueError(f"{out}: is a {'link' if out.is_symlink() else 'file'}. Choose the name of a new folder.")
     if out.exists() and any(out.iterdir()):
         if not overwrite:
-            raise ValueError(f"{out}: already exists. Choose another folder, or pass --overwrite.")
+            more = ", or pass --overwrite" if may_overwrite else ""
+            raise ValueError(f"{out}: already exists. Choose another folder{more}.")
         if not (out / MARK).exists():
             raise ValueError(f"{out}: not an earlier export (no {MARK}), so --overwrite leaves it alone.")
     parent = next(folder for folder in out.absolute().parents if folder.exists())
@@ -107,7 +184,8 @@ def check_place(out: Path, overwrite: bool) -> None:
 def fresh_part(out: Path) -> Path:
     """An empty folder beside the place; what an export that failed left there goes, nothing else does."""
     part = out.with_name(f"{out.name}.part")
-    if part.exists() and not (part.is_dir() and (part / MAKING).exists()):
+    is_left = part.is_dir() and ((part / MAKING).exists() or (part / MARK).exists() or not any(part.iterdir()))
+    if part.is_symlink() or (part.exists() and not is_left):
         raise ValueError(f"{part}: in the way, and not of an earlier export. Move it, or choose another name.")
     try:
         shutil.rmtree(part, ignore_errors=True)
@@ -118,11 +196,20 @@ def fresh_part(out: Path) -> Path:
     return part
 
 
+def made_in(folder: Path) -> set[str]:
+    """Names that an export wrote there itself, as far as its verdict can be read."""
+    try:
+        made = json.loads((folder / MARK).read_text()).get("files", [])
+    except (OSError, ValueError, AttributeError):
+        made = []
+    return {MARK, *CARD, *(name for name in made if isinstance(name, str))}
+
+
 def keep_others(old: Path, new: Path) -> None:
     """What others put into an earlier export stays."""
-    made = json.loads((old / MARK).read_text()).get("files", [])
+    made = made_in(old)
     for path in old.iterdir():
-        if path.name not in made and path.name not in (MARK, *CARD) and not (new / path.name).exists():
+        if path.name not in made and not (new / path.name).exists():
             path.rename(new / path.name)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sslvit import __version__
+from sslvit.evaluate.scores import markdown_text
 from sslvit.export.exported import Exported
 
 CARD = ("card.json", "README.md")
@@ -67,6 +68,11 @@ def known_scores(source: str | Path, files: list[Path]) -> dict[str, Any]:
     return found
 
 
+def in_quotes(path: str | Path) -> str:
+    """A path as it stands between the quotes of a program."""
+    return json.dumps(str(path), ensure_ascii=not str(path).isprintable())[1:-1]
+
+
 def write_card(card: dict[str, Any], verdict: dict[str, Any], how: str, folder: Path, name: str) -> None:
     """card.json and README.md."""
     (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n")
@@ -77,7 +83,7 @@ def _lines(card: dict[str, Any], verdict: dict[str, Any], how: str, name: str) -
     encoder, prepared = card["encoder"], card["preprocessing"]
     height, width = prepared["size"]
     lines = [
-        f"# {name}", "",
+        f"# {markdown_text(name)}", "",
         f"A vision transformer of {card['parameters'] / 1e6:.1f} M parameters ({encoder['depth']} blocks, width "
         f"{encoder['width']}, {encoder['heads']} heads, patch {encoder['patch']}), written by sslvit {card['sslvit']} "
         f"for {card['format']}. It gives {card['outputs']}.", "",
@@ -89,25 +95,28 @@ def _lines(card: dict[str, Any], verdict: dict[str, Any], how: str, name: str) -
         else f"It takes other sizes too, in multiples of {encoder['patch']}.", "",
         "## Origin", "",
     ]  # fmt: skip
-    which = f", the {card['weights']}'s weights" if card["weights"] else ""
-    if card["task"]:
+    told = {key: markdown_text(card[key]) for key in ("weights", "task", "imported_from") if card[key]}
+    which = f", the {told['weights']}'s weights" if "weights" in told else ""
+    if "task" in told:
         steps = f", {card['step']:,} steps" if isinstance(card["step"], int) else ""
-        lines.append(f"Trained by {card['task']}{steps}{which}; the recipe stands in card.json.")
-    elif card["imported_from"]:
-        lines.append(f"Imported from {card['imported_from']}{which}.")
+        lines.append(f"Trained by {told['task']}{steps}{which}; the recipe stands in card.json.")
+    elif "imported_from" in told:
+        lines.append(f"Imported from {told['imported_from']}{which}.")
     else:
         lines.append("Not known.")
     if isinstance(data := card["data"], dict):
-        lines.append(f"Data: {data.get('samples')} images, fingerprint {data.get('fingerprint')}.")
+        samples, known = (markdown_text(data.get(key)) for key in ("samples", "fingerprint"))
+        lines.append(f"Data: {samples} images, fingerprint {known}.")
     lines += ["", "## Scores", ""]
-    lines += [f"- {file}: {_brief(content)}" for file, content in card["scores"].items()] or ["None known."]
+    found = [f"- {markdown_text(file)}: {markdown_text(_brief(content))}" for file, content in card["scores"].items()]
+    lines += found or ["None known."]
     lines += [
         "", "## Verdict", "",
         f"Reopened in {card['format']} and compared on fixed images: largest difference "
         f"{verdict['largest_difference']:.1e}, allowed {verdict['tolerance']:.0e} (verdict.json).",
     ]  # fmt: skip
     if card["classes"]:
-        lines += ["", "## Classes", "", ", ".join(card["classes"])]
+        lines += ["", "## Classes", "", ", ".join(markdown_text(name) for name in card["classes"])]
     return lines
 
 

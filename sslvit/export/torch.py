@@ -5,6 +5,7 @@ The batch is dynamic; height and width are those of training, or, with --size dy
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -54,7 +55,9 @@ def trace(exported: Exported, is_fixed: bool) -> ExportedProgram:
 
 
 def write(exported: Exported, folder: Path, is_fixed: bool) -> None:
-    torch.export.save(trace(exported, is_fixed), folder / FILE)
+    made = io.BytesIO()  # torch's writer of files ends the whole process on a full disk, in a destructor
+    torch.export.save(trace(exported, is_fixed), made)
+    (folder / FILE).write_bytes(made.getbuffer())
 
 
 def reopen(folder: Path, exported: Exported, is_fixed: bool) -> Callable[[Tensor], Tensor]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sslvit.layouts.vit import Converted, settings_from_shapes, split
+from sslvit.layouts.vit import HEADS, Converted, settings_from_shapes, split
 
 
 def recognise(keys: set[str]) -> bool:
@@ -18,7 +18,7 @@ def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes) -> 
     """DINO names -> ours; `module.` and `backbone.` prefixes go, the projection head becomes the extras."""
     notes: list[str] = []
     state = {key.removeprefix("module."): value for key, value in state.items()}
-    encoder, head = split(state, ("head.",))
+    encoder, head = split(state, HEADS)
     encoder = {key.removeprefix("backbone."): value for key, value in encoder.items()}
     found = {"interpolate_antialias": False, "interpolate_offset": 0.1, **changes}
     return Converted(settings_from_shapes(encoder, heads, notes, **found), encoder, head, notes)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sslvit.layouts.vit import Converted, settings_from_shapes
+from sslvit.layouts.vit import HEADS, Converted, settings_from_shapes, split
 
 NAMES = {"register_tokens": "reg_token", "mlp.w12.": "mlp.fc1.", "mlp.w3.": "mlp.fc2."}
 
@@ -18,10 +18,11 @@ def recognise(keys: set[str]) -> bool:
 
 
 def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes) -> Converted:
-    """DINOv2 names -> ours."""
+    """DINOv2 names -> ours; heads of training become the extras."""
     notes: list[str] = []
     encoder = {}
-    for key, value in state.items():
+    backbone, heads_of_training = split(state, HEADS)
+    for key, value in backbone.items():
         for theirs, ours in NAMES.items():
             key = key.replace(theirs, ours)
         encoder[key] = value.view(1, 1, -1) if key == "mask_token" else value
@@ -32,7 +33,7 @@ def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes) -> 
         "prefix_positions": "class",
         **changes,
     }
-    return Converted(settings_from_shapes(encoder, heads, notes, **found), encoder, {}, notes)
+    return Converted(settings_from_shapes(encoder, heads, notes, **found), encoder, heads_of_training, notes)
 
 
 def from_sslvit(encoder: dict[str, Tensor], extras: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sslvit.layouts.vit import Converted, count_blocks, settings_from_shapes, split
+from sslvit.layouts.vit import HEADS, Converted, count_blocks, settings_from_shapes, split
 
 DECODER = {
     "mask_token": "decoder.mask_token",
@@ -27,7 +27,7 @@ def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes) -> 
     """Official MAE names -> ours. With a decoder its parts are the extras, under the names of tasks/mae.py."""
     notes: list[str] = []
     encoder, decoder = split(state, tuple(DECODER))
-    encoder, head = split(encoder, ("head.",))
+    encoder, head = split(encoder, HEADS)
     found = {"positions": "sincos_2d" if decoder else "learned_1d", "interpolate_antialias": False, **changes}
     settings = settings_from_shapes(encoder, heads, notes, **found)
     extras = {_rename(key, DECODER): value for key, value in decoder.items()} | head
@@ -40,9 +40,20 @@ def from_sslvit(encoder: dict[str, Tensor], extras: dict[str, Tensor]) -> dict[s
     return encoder | {_rename(key, back): value for key, value in extras.items()}
 
 
-def decoder_shape(extras: dict[str, Tensor]) -> tuple[int, int]:
-    """Width and depth of the decoder among the extras."""
-    return extras["decoder.embed.weight"].shape[0], count_blocks(extras, "decoder.blocks.")
+def decoder_shape(extras: dict[str, Tensor]) -> dict[str, int | float]:
+    """Fields of MAESettings that the decoder's weights tell.
+
+    Raises:
+        ValueError: there is no decoder, or not all of it.
+    """
+    embed, inner = (extras.get(f"decoder.{key}.weight") for key in ("embed", "blocks.0.mlp.fc1"))
+    if embed is None or inner is None:
+        raise ValueError("this checkpoint has an encoder only; MAE.from_official needs one with its decoder.")
+    width = embed.shape[0]
+    return {
+        "decoder_width": width, "decoder_depth": count_blocks(extras, "decoder.blocks."),
+        "decoder_mlp_ratio": inner.shape[0] / width,
+    }  # fmt: skip
 
 
 def _rename(key: str, table: dict[str, str]) -> str:

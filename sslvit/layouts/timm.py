@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from sslvit.files import printable
 from sslvit.layouts.vit import (
+    HEADS,
     Converted,
+    count_blocks,
     not_plain,
     refuse_if,
     resampling_other_than,
@@ -18,9 +22,13 @@ from sslvit.layouts.vit import (
     split,
 )
 from sslvit.models import ViTEncoder
+from sslvit.progress import without_bars_of_others
 from sslvit.settings import EncoderSettings
+from sslvit.weight_files import read_folder_weights
 
 TOLERANCE = 1e-3  # of outputs that are about 1 in size
+MODULES = ("vision_transformer", "deit")  # of timm, with plain vision transformers
+MAX_PATCHES = 1 << 16  # of the images on which both are compared
 
 
 def recognise(keys: set[str]) -> bool:
@@ -30,7 +38,7 @@ def recognise(keys: set[str]) -> bool:
 def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes) -> Converted:
     """timm -> ours; the classifier is the extras."""
     notes: list[str] = []
-    encoder, head = split(state, ("head.",))
+    encoder, head = split(state, HEADS)
     return Converted(settings_from_shapes(encoder, heads, notes, **changes), encoder, head, notes)
 
 
@@ -66,7 +74,8 @@ def model_arguments(settings: EncoderSettings, outputs: str = "features", classe
     return {
         "img_size": list(settings.image_size), "patch_size": settings.patch, "in_chans": settings.channels,
         "embed_dim": settings.width, "depth": settings.depth, "num_heads": settings.heads,
-        "mlp_ratio": settings.mlp_width / settings.width, "qk_norm": settings.qk_norm, "qkv_bias": settings.bias,
+        "mlp_ratio": ratio_cut(settings.width, settings.mlp_width), "qk_norm": settings.qk_norm,
+        "qkv_bias": settings.bias,
         "proj_bias": settings.bias, "init_values": settings.layer_scale, "class_token": settings.class_token,
         "reg_tokens": settings.registers, "no_embed_class": rows_kept(settings) < max(settings.prefix, 1),
         "pos_embed": "none" if settings.positions == "none" else "learn",
@@ -75,19 +84,31 @@ def model_arguments(settings: EncoderSettings, outputs: str = "features", classe
     }  # fmt: skip
 
 
+def ratio_cut(width: int, hidden: int) -> float:
+    """A ratio whose product with the width is the hidden width when timm cuts it to a whole number."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
+
+
 def resampling_differs(settings: EncoderSettings) -> str | None:
     """The setting for which timm gives other positions at other sizes, or None."""
     return resampling_other_than(settings, antialias=True)
 
 
 def from_folder(path: Path, **changes) -> Converted | None:
-    """A folder that timm opens (`sslvit export --format timm` writes such); None if it is none."""
+    """A folder that timm opens (`sslvit export --format timm` writes such); None if it is none.
+
+    Raises:
+        ValueError: as from_name, or its settings describe another network than its weights.
+    """
     try:
         config = json.loads((path / "config.json").read_text())
     except (OSError, json.JSONDecodeError, UnicodeDecodeError):
         return None
-    is_timms = isinstance(config, dict) and {"architecture", "pretrained_cfg"} <= config.keys()
-    return from_name(f"local-dir:{path}", **changes) if is_timms else None
+    if not isinstance(config, dict) or not {"architecture", "pretrained_cfg"} <= config.keys():
+        return None
+    weights = read_folder_weights(path)
+    return _from_timm(f"local-dir:{path}", weights, **changes)
 
 
 def from_name(name: str, **changes) -> Converted:
@@ -97,18 +118,18 @@ def from_name(name: str, **changes) -> Converted:
         ImportError: timm is not installed.
         ValueError: an unknown name, weights that cannot be had, or a model that is no plain ViT or computes otherwise.
     """
-    try:
-        import timm
-    except ImportError as error:
-        raise ImportError(f"timm:{name} needs timm. Install it: pip install 'sslvit[timm]'") from error
-    try:
-        model = timm.create_model(name, pretrained=True, num_classes=0).eval()
-    except Exception as error:  # the hub raises almost anything when it cannot be reached
-        near = timm.list_models(f"{name.split('.')[0][:12]}*", pretrained=True)[:3]
-        reason = str(error).splitlines()[0][:160]
-        raise ValueError(f"timm:{name}: {reason}.{f' Did you mean {near}?' if near else ''}") from error
-    if not isinstance(model, timm.models.vision_transformer.VisionTransformer):
-        raise ValueError(f"timm:{name}: a {type(model).__name__}, and only plain vision transformers can be probed.")
+    return _from_timm(name, None, **changes)
+
+
+def _from_timm(name: str, weights: dict[str, Tensor] | None, **changes) -> Converted:
+    """from_name, or, with its weights, from a folder, whose settings are compared with them before they are used."""
+    _library(name)
+    if weights is not None:
+        _check_fits(name, weights)
+    if weights is None:
+        print(f"timm:{name}: fetching its weights, unless they are in the hub's cache", flush=True)
+    model = _create(name, pretrained=True).eval()
+    _check_plain(name, model)
     about = model.pretrained_cfg
     usual = "mean" if model.cls_token is None else "class"  # of a model without pooling
     if not all(isinstance(about.get(key), (list, tuple)) for key in ("mean", "std")):
@@ -121,6 +142,12 @@ def from_name(name: str, **changes) -> Converted:
     }  # fmt: skip
     converted = to_sslvit(model.state_dict(), model.blocks[0].attn.num_heads, **found)
     converted.read = len(model.state_dict())
+    if isinstance(share := about.get("crop_pct"), float) and share < 1:
+        converted.notes.append(
+            f"preprocessing: timm evaluates the middle {share:.1%} of each side; here the largest centred box is taken."
+        )
+    if math.prod(converted.settings.grid) > MAX_PATCHES:
+        raise ValueError(f"timm:{name}: images of {converted.settings.image_size} pixels are too large to be compared.")
     images = torch.randn(2, converted.settings.channels, *converted.settings.image_size)
     with torch.no_grad():
         ours = ViTEncoder(converted.settings).eval()
@@ -132,3 +159,50 @@ def from_name(name: str, **changes) -> Converted:
     if not difference < TOLERANCE:
         raise ValueError(f"timm:{name}: computes otherwise than a plain vision transformer (by {difference:.1e}).")
     return converted
+
+
+def _library(name: str):
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError(f"timm:{name} needs timm. Install it: pip install 'sslvit[timm]'") from error
+    return timm
+
+
+def _create(name: str, pretrained: bool, **options) -> nn.Module:
+    """A model of timm's without its classifier; whatever it raises in one line."""
+    timm = _library(name)
+    try:
+        with without_bars_of_others():
+            return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+    except Exception as error:  # the hub raises almost anything when it cannot be reached
+        near = timm.list_models(f"{name.split('.')[0][:12]}*", pretrained=True)[:3]
+        reason = printable(str(error).splitlines()[0], 160) if str(error) else type(error).__name__
+        raise ValueError(f"timm:{name}: {reason}.{f' Did you mean {near}?' if near else ''}") from error
+
+
+def _check_plain(name: str, model: nn.Module) -> None:
+    if not isinstance(model, _library(name).models.vision_transformer.VisionTransformer):
+        raise ValueError(f"timm:{name}: a {type(model).__name__}, and only plain vision transformers can be probed.")
+
+
+def _check_fits(name: str, weights: dict[str, Tensor]) -> None:
+    """Refuse a folder whose settings describe another network than its weights, before memory is taken for it."""
+    config = json.loads((Path(name.removeprefix("local-dir:")) / "config.json").read_text())
+    arguments, architecture = config.get("model_args") or {}, config["architecture"]
+    if not isinstance(architecture, str) or not _library(name).models.is_model_in_modules(architecture, MODULES):
+        raise ValueError(
+            f"timm:{name}: a {printable(architecture, 40)}, and only plain vision transformers can be probed."
+        )
+    depth = arguments.get("depth") if isinstance(arguments, dict) else None
+    blocks = count_blocks(weights, "blocks.")
+    if depth is not None and depth != blocks:
+        raise ValueError(f"timm:{name}: says a depth of {printable(depth, 40)}, and its weights have {blocks} blocks.")
+    with torch.device("meta"):
+        model = _create(name, pretrained=False)
+    _check_plain(name, model)
+    for key, value in model.state_dict().items():
+        there = tuple(weights[key].shape) if key in weights else "missing"
+        is_table = key == "pos_embed" and key in weights and value.shape[1] <= MAX_PATCHES  # timm may stretch it
+        if there != tuple(value.shape) and not is_table:
+            raise ValueError(f"timm:{name}: says {tuple(value.shape)} for {key}, which is {there} among its weights.")

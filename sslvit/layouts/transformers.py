@@ -34,9 +34,15 @@ BLOCK = {
     "layernorm_before.": "norm1.", "layernorm_after.": "norm2.", "attention.output.dense.": "attn.proj.",
     "intermediate.dense.": "mlp.fc1.", "output.dense.": "mlp.fc2.", "layer_scale1.lambda1": "ls1.gamma",
     "layer_scale2.lambda1": "ls2.gamma", "mlp.weights_in.": "mlp.fc1.", "mlp.weights_out.": "mlp.fc2.",
+    "attention.o_proj.": "attn.proj.", "mlp.down_proj.": "mlp.fc2.",
 }  # fmt: skip
-PART = re.compile(r"^encoder\.layer\.(\d+)\.(.+)$")
-ATTENTION = re.compile(r"^attention\.attention\.(query|key|value)\.(weight|bias)$")
+# from its fifth version on, names in memory (a saved state_dict) are others than in its own files
+PART = re.compile(r"^(?:encoder\.layer|layers)\.(\d+)\.(.+)$")
+PIECE = re.compile(
+    r"^(?:attention\.attention\.(query|key|value)|attention\.([qkv]_proj)|mlp\.(gate_proj|up_proj))\.(weight|bias)$"
+)
+PIECES = {"attn.qkv": (("query", "key", "value"), ("q_proj", "k_proj", "v_proj")),
+          "mlp.fc1": (("gate_proj", "up_proj"),)}  # fmt: skip
 MODELS = ("vit", "dinov2", "dinov2_with_registers", "imagegpt")
 RESAMPLE = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
@@ -78,10 +84,10 @@ def to_sslvit(state: dict[str, Tensor], path: Path, **changes) -> Converted:
 
 
 def _convert(state: dict[str, Tensor], config: dict[str, Any], path: Path, changes: dict[str, Any]) -> Converted:
-    notes = _unusual(path)
     size = config.get("image_size", 0)
     if not isinstance(size, int) and not (isinstance(size, list) and [type(side) for side in size] == [int, int]):
         raise ValueError(f"{path}: image_size {size!r} is no side in pixels and no pair of them.")
+    notes = _unusual(path, size)
     if config["model_type"] == "imagegpt":
         activation = config.get("activation_function", "quick_gelu")
         if activation != "quick_gelu":
@@ -219,7 +225,7 @@ def rename(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tenso
     """The encoder under our names, and the rest (pooler, classifier) under its own."""
     encoder: dict[str, Tensor] = {}
     extras: dict[str, Tensor] = {}
-    thirds: dict[str, dict[str, Tensor]] = {}
+    pieces: dict[str, dict[str, Tensor]] = {}
     for key, value in state.items():
         key = PREFIX.sub("", key)
         block = PART.match(key)
@@ -233,16 +239,18 @@ def rename(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tenso
                 encoder[ours] = value.view(1, 1, -1) if ours == "mask_token" else value
             continue
         number, name = block.groups()
-        if attention := ATTENTION.match(name):
-            thirds.setdefault(f"blocks.{number}.attn.qkv.{attention[2]}", {})[attention[1]] = value
+        if piece := PIECE.match(name):
+            ours = "mlp.fc1" if piece[3] else "attn.qkv"
+            pieces.setdefault(f"blocks.{number}.{ours}.{piece[4]}", {})[piece[1] or piece[2] or piece[3]] = value
             continue
         for theirs, ours in BLOCK.items():
             if name.startswith(theirs):
                 name = name.replace(theirs, ours, 1)
                 break
         encoder[f"blocks.{number}.{name}"] = value
-    for key, parts in thirds.items():
-        encoder[key] = torch.cat([parts[name] for name in ("query", "key", "value")])
+    for key, parts in pieces.items():
+        names = next(names for names in PIECES[".".join(key.split(".")[2:4])] if parts.keys() & set(names))
+        encoder[key] = torch.cat([parts[name] for name in names])
     for key in [key for key in encoder if key.endswith("attn.proj.bias")]:  # without qkv_bias the others stay
         encoder.setdefault(key.replace("proj", "qkv"), torch.zeros(3 * len(encoder[key])))
     return encoder, extras
@@ -260,7 +268,7 @@ def _preprocessing(path: Path) -> dict[str, Any]:
     return {key: value for key, value in found.items() if value is not None}
 
 
-def _unusual(path: Path) -> list[str]:
+def _unusual(path: Path, image_size: int | list[int]) -> list[str]:
     """What the image processor does otherwise than sslvit would, for the reader."""
     file = path / "preprocessor_config.json"
     content = _read_json(file) if file.is_file() else {}
@@ -269,7 +277,23 @@ def _unusual(path: Path) -> list[str]:
         notes.append("preprocessing: its pixels are not scaled to 0 to 1, and here they are; mean and std may not fit.")
     if content.get("resample", 3) not in RESAMPLE:
         notes.append(f"preprocessing: resample {content['resample']} is not bilinear or bicubic; bicubic is used.")
-    return notes
+    return notes + _framing(content, image_size)
+
+
+def _framing(content: dict[str, Any], image_size: int | list[int]) -> list[str]:
+    """How an image processor cuts images otherwise than sslvit, which resizes the largest centred box to image_size."""
+    size, crop = content.get("size"), content.get("crop_size") if content.get("do_center_crop", True) else None
+    size = {"shortest_edge": size} if isinstance(size, int) else size if isinstance(size, dict) else {}
+    crop = crop.get("height") if isinstance(crop, dict) else crop
+    if content.get("do_resize") is False:
+        return []
+    edge = size.get("shortest_edge")
+    ours = f"here the largest centred box is resized to {image_size}"
+    if edge and crop and crop != edge:
+        return [f"preprocessing: there the shorter side is resized to {edge} and the middle {crop} are kept; {ours}."]
+    if size.get("height") and not crop:
+        return [f"preprocessing: there images are squashed to {size['height']} x {size.get('width')}; {ours}."]
+    return []
 
 
 def _palette(path: Path) -> dict[str, Any]:

@@ -179,8 +179,17 @@ def state_with_table(encoder: ViTEncoder, rows: int, outputs: str) -> dict[str, 
 
 
 def count_blocks(state: dict[str, Tensor], prefix: str) -> int:
-    numbers = {int(key[len(prefix) :].split(".")[0]) for key in state if key.startswith(prefix)}
-    return len(numbers)
+    """How many different numbers follow the prefix."""
+    numbers = {key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)}
+    return sum(number.isdecimal() for number in numbers)
+
+
+HEADS = (
+    "head.", "heads.", "head_dist.", "fc.", "classifier.", "linear.", "linear_head.", "linear_classifier.", "mlp_head.",
+    "lm_head.", "score.", "pooler.", "pre_logits.", "projector.", "projection_head.", "predictor.", "prediction_head.",
+    "last_layer.", "dino_head.", "ibot_head.",
+)  # fmt: skip
+"""What training puts behind an encoder, in one file with it: classifiers, projections, predictors."""
 
 
 def split(state: dict[str, Tensor], extras: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

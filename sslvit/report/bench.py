@@ -23,9 +23,20 @@ from sslvit.evaluate.cache import FeatureCache
 from sslvit.evaluate.features import Pass
 from sslvit.evaluate.probe import few_labels, neighbours, open_labelled, untrained
 from sslvit.evaluate.protocols import Bench, check_places, linear_probe, places_of
-from sslvit.evaluate.scores import Draws, columns_of, format_table, interval, markdown_table, mean, sampling_interval
+from sslvit.evaluate.scores import (
+    Draws,
+    columns_of,
+    format_table,
+    interval,
+    markdown_table,
+    markdown_text,
+    mean,
+    sampling_interval,
+    spreadsheet_cell,
+)
 from sslvit.evaluate.sources import FrozenEncoder, LabelledSet, RawPixels, Source
 from sslvit.figures import bars
+from sslvit.files import printable, write_atomically
 from sslvit.models import ViTEncoder
 from sslvit.models.resize import check_resizable
 from sslvit.report.page import write_page
@@ -130,8 +141,8 @@ class BenchRun:
                 if recipe.train.devices * recipe.train.nodes > 1:
                     raise ValueError(f"{where}.train.devices: a bench trains on one device.")
                 fewest = min(len(train.index) for train, _ in self.sets.values())
-                if recipe.data.global_batch > fewest:
-                    batch = recipe.data.global_batch
+                batch = recipe.data.fitted(fewest).global_batch
+                if batch > fewest:
                     raise ValueError(f"{where}: data.global_batch {batch}, but there are {fewest} training images.")
 
     def run(self) -> dict[str, Path]:
@@ -167,7 +178,7 @@ class BenchRun:
             if earlier != self.settings.name:
                 raise ValueError(f"{self.folder}: holds the tables of another bench ({earlier}). Choose another --out.")
         (self.folder / "cells").mkdir(parents=True, exist_ok=True)
-        (self.folder / MARK).write_text(json.dumps(asdict(self.settings), indent=1) + "\n")
+        write_atomically(self.folder / MARK, json.dumps(asdict(self.settings), indent=1) + "\n")
 
     # ---- rows ------------------------------------------------------------------------------------------------
 
@@ -271,7 +282,8 @@ class BenchRun:
         if not (folder.scores.exists() and (folder.encoder / "encoder.json").exists()):  # the last things written
             if not folder.checkpoint.exists():
                 shutil.rmtree(folder.path, ignore_errors=True)
-            print(f"{data}: training with labels, {'from scratch' if is_scratch else f'from {path}'}", flush=True)
+            start = "from scratch" if is_scratch else f"from {path}"
+            print(printable(f"{data}: training with labels, {start}"), flush=True)
             split = self.settings.data[data]
             finetune(
                 path, split.train, split.val, wanted.config, folder.path, is_scratch, resume=folder.checkpoint.exists(),
@@ -286,13 +298,11 @@ class BenchRun:
         if file.exists():
             found = json.loads(file.read_text())
             return Cell(found["values"], found["seconds"], found["about"], key)
-        print(title, flush=True)
+        print(printable(title), flush=True)
         start = time.monotonic()
         values, about = measure()
         cell = Cell(values, time.monotonic() - start, about, key)
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps({**asdict(cell), "identity": identity}, indent=1, default=str) + "\n")
-        os.replace(part, file)
+        write_atomically(file, json.dumps({**asdict(cell), "identity": identity}, indent=1, default=str) + "\n")
         return cell
 
     # ---- tables ----------------------------------------------------------------------------------------------
@@ -308,11 +318,11 @@ class BenchRun:
                 "95 % interval over draws, seeds or runs; one percentage of so many images is uncertain by up to "
                 f"± {sampling_interval(images):.1f} by that alone. The reported images choose nothing."
             )
-            markdown += [f"## {data}", "", markdown_table(rows), "", note, ""]
+            markdown += [f"## {markdown_text(data)}", "", markdown_table(rows), "", markdown_text(note), ""]
             content += [("heading", data), ("table", rows), ("text", note)]
             full = {row: {c: mean(v) for c, v in scores.items()} for row, scores in rows.items()}
             if columns_of(rows):
-                picture = bars(self.folder / f"{data}.png", full, "right answers, %", data)
+                picture = bars(self.folder / f"{printable(data)}.png", full, "right answers, %", data)
                 content.append(("picture", picture, "The same as bars."))
         spent: dict[str, float] = {}
         for cell in {cell["key"]: cell for cell in cells}.values():  # rows may share one
@@ -323,22 +333,25 @@ class BenchRun:
             for name, column in self.settings.columns.items()
             if isinstance(column, ProbeColumn) and column.kind == "linear" and column.protocol.chosen_by_paper
         ]
-        markdown += [line for text in [*said, cost] for line in (text, "")]
+        markdown += [line for text in [*said, cost] for line in (markdown_text(text), "")]
         content += [("heading", "Cost and settings"), *(("text", text) for text in [*said, cost])]
         for cell in cells:
             settings = "; ".join(f"{key} {value}" for key, value in cell["about"].items())
             content.append(("text", f"{cell['data']}, {cell['row']}, {cell['column']}: {settings}."))
         lines = io.StringIO()
-        writer = csv.DictWriter(lines, ["data", "row", "column", "mean", "interval", "values", "seconds"])
-        writer.writeheader()
+        # quoted: where a semicolon separates cells, one in a name must not begin another
+        writer = csv.writer(lines, quoting=csv.QUOTE_NONNUMERIC)
+        titles = ["data", "row", "column", "mean", "interval", "values", "seconds"]
+        writer.writerow(titles)
         for cell in cells:
-            writer.writerow({key: cell[key] for key in writer.fieldnames} | {"values": len(cell["values"])})
+            line = {key: cell[key] for key in titles} | {"values": len(cell["values"])}
+            writer.writerow([spreadsheet_cell(value) for value in line.values()])
         files = {
             "table.md": "\n".join(markdown), "table.csv": lines.getvalue(),
             "table.json": json.dumps({"cells": cells, "settings": asdict(self.settings)}, indent=1) + "\n",
         }  # fmt: skip
         for name, text in files.items():
-            (self.folder / name).write_text(text)
+            write_atomically(self.folder / name, text)
         page = write_page(self.folder / "report.html", "sslvit bench", content)
         return {"page": page, **{name: self.folder / name for name in files}}
 
@@ -363,7 +376,7 @@ def bench(settings: BenchSettings) -> dict[str, Path]:
         for cell in content["cells"]:
             if cell["data"] == data:
                 rows.setdefault(cell["row"], {})[cell["column"]] = cell["values"]
-        print(f"{data}\n\n{format_table(rows)}\n")
+        print(f"{printable(data)}\n\n{format_table(rows)}\n")
     for file in files.values():
         print(f"  {file}")
     return files

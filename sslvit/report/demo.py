@@ -25,6 +25,7 @@ from sslvit.evaluate.layers import HELD_OUT, LayerTable, draw_layers, probe_laye
 from sslvit.evaluate.probe import ProbeTable, probe
 from sslvit.export import export_encoder
 from sslvit.figures import bars
+from sslvit.files import write_atomically
 from sslvit.report.page import write_page
 from sslvit.settings import ProbeSettings
 from sslvit.settings.load import by_dotted_key, load_recipe
@@ -90,7 +91,7 @@ def demo(
             shutil.rmtree(folder / made, ignore_errors=True)
     importlib.import_module("timm")  # the last step needs it: missing, it is said now
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / MARK).write_text(json.dumps({"data": data, "seed": seed}) + "\n")
+    write_atomically(folder / MARK, json.dumps({"data": data, "seed": seed}) + "\n")
     print(f"1/4  packing {data} into WebDataset shards", flush=True)
     shards = folder / "shards"
     source = pack_digits(shards) if data == "digits" else pack_cifar10(shards, archive, folder / "download")
@@ -112,7 +113,7 @@ def demo(
     )
     draw_layers(layers, list(range(1, depth + 1)), layers_file)
     scores = folder / "scores.json"
-    scores.write_text(json.dumps(table.as_dict(), indent=1) + "\n")
+    write_atomically(scores, json.dumps(table.as_dict(), indent=1) + "\n")
     print("4/4  exporting MAE's encoder to timm and comparing its outputs there", flush=True)
     verdict = export_encoder(runs["mae"].path, folder / "export" / "timm", "timm")
     bars_file = bars(folder / "figures" / "scores.png", table.rows, "right answers, %", "Frozen features, probed")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import base64
-import html
 from pathlib import Path
 
-from sslvit.evaluate.scores import Draws, columns_of, shown
+from sslvit.evaluate.scores import Draws, columns_of, html_text, shown
+from sslvit.files import write_atomically
 
 STYLE = """
 body { max-width: 46rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif; color: #222; }
@@ -27,26 +27,27 @@ def write_page(path: Path, title: str, content: list[tuple]) -> Path:
         content: ("text", t), ("heading", t), ("table", rows), ("picture", file, caption), in order.
     """
     body = "\n".join(_PARTS[kind](*arguments) for kind, *arguments in content)
-    path.write_text(
-        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n'
-        f"<style>{STYLE}</style>\n<h1>{html.escape(title)}</h1>\n{body}\n</html>\n"
+    write_atomically(
+        path,
+        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{html_text(title)}</title>\n'
+        f"<style>{STYLE}</style>\n<h1>{html_text(title)}</h1>\n{body}\n</html>\n",
     )
     return path
 
 
 def _text(text: str) -> str:
-    return f"<p>{html.escape(text)}</p>"
+    return f"<p>{html_text(text)}</p>"
 
 
 def _heading(text: str) -> str:
-    return f"<h2>{html.escape(text)}</h2>"
+    return f"<h2>{html_text(text)}</h2>"
 
 
 def _table(rows: Draws) -> str:
     columns = columns_of(rows)
-    head = "".join(f"<th>{html.escape(column)}</th>" for column in ["", *columns])
+    head = "".join(f"<th>{html_text(column)}</th>" for column in ["", *columns])
     lines = [
-        f"<tr><td>{html.escape(name)}</td>" + "".join(f"<td>{shown(scores.get(c))}</td>" for c in columns) + "</tr>"
+        f"<tr><td>{html_text(name)}</td>" + "".join(f"<td>{shown(scores.get(c))}</td>" for c in columns) + "</tr>"
         for name, scores in rows.items()
     ]
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
@@ -54,7 +55,7 @@ def _table(rows: Draws) -> str:
 
 def _picture(path: Path, caption: str) -> str:
     data = base64.b64encode(Path(path).read_bytes()).decode()
-    text = html.escape(caption)
+    text = html_text(caption)
     return f'<figure><img src="data:image/png;base64,{data}" alt="{text}"><figcaption>{text}</figcaption></figure>'
 
 

@@ -11,6 +11,7 @@ from sslvit.data.open import open_shards
 from sslvit.data.reader import ShardReader
 from sslvit.data.views import Views
 from sslvit.figures import image_rows
+from sslvit.files import printable
 from sslvit.settings.sample import SampleSettings
 from sslvit.settings.views import CentreSettings
 from sslvit.tasks.igpt import IGPT, completion_rows, shown
@@ -61,7 +62,7 @@ def draw_completions(
     views = Views(CentreSettings(), encoder.image_size, encoder.interpolation)
     batch = make_batch(ShardReader(index, encoder.channels, memory_limit_mb=0), views, chosen, 0 * chosen)
     for key, reason in batch.bad.items():
-        print(f"warning: {key} is left out: {reason}")
+        print(f"warning: {printable(key)} is left out: {printable(reason)}")
     if not batch.valid.any():
         raise ValueError(f"{images}: none of its first {len(chosen)} images can be read.")
     embed = task.encoder.patch_embed

@@ -18,6 +18,7 @@ from sslvit.evaluate.dense import DenseTable, MaskedImages
 from sslvit.evaluate.label_free import spread
 from sslvit.evaluate.probe import untrained
 from sslvit.figures import heat_over, image_rows, points
+from sslvit.files import printable
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings
 from sslvit.settings.views import CentreSettings
@@ -38,7 +39,7 @@ def some_images(settings: EncoderSettings, source: str, count: int) -> Tensor:
     batch = make_batch(ShardReader(index, settings.channels, 0), views, chosen, np.zeros_like(chosen))
     if batch.bad:
         key, reason = next(iter(batch.bad.items()))
-        raise ValueError(f"{source}: {key} cannot be read ({reason}).")
+        raise ValueError(f"{source}: {printable(key)} cannot be read ({printable(reason)}).")
     return normalised_view(batch, settings, torch.device("cpu"))
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from sslvit.settings.load import build
+from sslvit.files import brief, expand_path, printable, quoted
+from sslvit.settings.choices import checked
+from sslvit.settings.load import build, read_yaml, recipe_names, recipes_folder
 from sslvit.settings.probe import ProbeSettings
 from sslvit.settings.protocols import PROTOCOLS, LogregSettings, ProtocolSettings
 
@@ -41,6 +41,9 @@ class SplitSettings:
     train: str
     val: str
 
+    def __post_init__(self) -> None:
+        self.train, self.val = expand_path(self.train), expand_path(self.val)
+
 
 @dataclass
 class FinetuneColumn:
@@ -56,6 +59,7 @@ class FinetuneColumn:
 
 
 @dataclass
+@checked("")
 class ProbeColumn:
     """A column of scores on frozen features.
 
@@ -94,6 +98,7 @@ class ProbeColumn:
 
 
 @dataclass(kw_only=True)
+@checked("")
 class BenchOptions:
     """What a bench says besides its rows and columns.
 
@@ -119,13 +124,13 @@ class BenchOptions:
     name: str = "bench"
 
     def __post_init__(self) -> None:
-        self.out = self.out or f"runs/bench-{self.name}"
+        self.out = expand_path(self.out or f"runs/bench-{self.name}")
         for key, least in (("seeds", 1), ("batch", 1), ("seed", 0), ("workers", 0)):
             if getattr(self, key) < least:
                 raise ValueError(f"{key}: {getattr(self, key)} must be {least} or more.")
         wrong = [one for one in self.baselines if one not in BASELINES]
         if wrong:
-            raise ValueError(f"baselines: {wrong[0]} is not one of {', '.join(BASELINES)}.")
+            raise ValueError(f"baselines: {quoted(wrong[0])} is not one of {', '.join(BASELINES)}.")
 
 
 @dataclass(kw_only=True)
@@ -150,47 +155,53 @@ def load_bench(path: str | Path, changes: dict[str, Any]) -> BenchSettings:
     """Read and check a bench's YAML before any work.
 
     Args:
-        path: of the file.
+        path: of the file, or the name of one in configs/, such as bench/cifar10.
         changes: top-level settings, such as {"out": "runs/bench"}.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: an unknown key or a value that does not fit; the message names file and key.
     """
-    path = Path(path)
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise ValueError(f"{path}: not readable as YAML ({' '.join(str(error).split())[:160]}).") from error
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file. Start from configs/bench/cifar10.yaml.") from None
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path}: expected keys and values, found {type(tree).__name__}.")
-    tree |= changes
+    path = _find_bench(path)
+    tree = read_yaml(path) | changes
     try:
         return _read({**tree, "name": path.stem})
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{printable(path)}: {error}") from error
+
+
+def _find_bench(name: str | Path) -> Path:
+    """The file behind a path or a name in configs/."""
+    path, ours = Path(expand_path(name)), recipe_names("bench")
+    if str(name) in ours:
+        return recipes_folder() / f"{name}.yaml"
+    start = f"Start from one that comes with sslvit: {', '.join(ours)}."
+    if path.is_dir():
+        raise ValueError(f"{printable(path)}: a folder, not the YAML of a bench. {start}")
+    if not path.exists():
+        raise FileNotFoundError(f"{printable(path)}: no such file. {start}")
+    return path
 
 
 def _read(tree: dict[str, Any]) -> BenchSettings:
     known = [field.name for field in fields(BenchSettings)]
     for key in tree:
         if key not in known:
-            raise ValueError(f"{key}: no such key. Known: {', '.join(known)}.")
+            raise ValueError(f"{brief(key)}: no such key. Known: {', '.join(known)}.")
     for key in ("data", "encoders", "columns"):
         if not isinstance(tree.get(key), dict) or not tree[key]:
             raise ValueError(f"{key}: expected at least one name and what it stands for.")
         for name in tree[key]:
-            if not isinstance(name, str) or not name or set(name) & set("/|\\\n") or name == PIXELS:
-                raise ValueError(f"{key}: {name!r} is no name for a table. Use words, without / and |.")
-    data = {name: _built(SplitSettings, value, f"data.{name}") for name, value in tree["data"].items()}
+            if not isinstance(name, str) or not name or set(name) & set("/|\\\n") or name == PIXELS or len(name) > 100:
+                raise ValueError(f"{key}: {quoted(name)} is no name for a table. Use a few words, without / and |.")
+    data = {name: _built(SplitSettings, value, f"data.{brief(name)}") for name, value in tree["data"].items()}
     encoders = {}
     for name, value in tree["encoders"].items():
         encoders[name] = [value] if isinstance(value, str) else value
         if not isinstance(value, (str, list)) or not value or not all(isinstance(one, str) for one in encoders[name]):
-            raise ValueError(f"encoders.{name}: expected an encoder, or a list of them.")
-    columns = {name: _column(value, f"columns.{name}") for name, value in tree["columns"].items()}
+            raise ValueError(f"encoders.{brief(name)}: expected an encoder, or a list of them.")
+        encoders[name] = [expand_path(one) for one in encoders[name]]
+    columns = {name: _column(value, f"columns.{brief(name)}") for name, value in tree["columns"].items()}
     plain = {key: value for key, value in tree.items() if key not in ("data", "encoders", "columns", "scratch")}
     options = build(BenchOptions, plain)
     scratch = _finetune(tree.get("scratch", {}), "scratch")
@@ -207,8 +218,8 @@ def _column(value: Any, where: str) -> ProbeColumn | FinetuneColumn:
     protocol = value.get("protocol", "logreg")
     protocol = {"name": protocol} if isinstance(protocol, str) else protocol
     name = protocol.get("name") if isinstance(protocol, dict) else None
-    if name not in PROTOCOLS:
-        raise ValueError(f"{where}.protocol: {name} is not one of {', '.join(PROTOCOLS)}.")
+    if not isinstance(name, str) or name not in PROTOCOLS:
+        raise ValueError(f"{where}.protocol: {quoted(name)} is not one of {', '.join(PROTOCOLS)}.")
     read = _built(PROTOCOLS[name], {k: v for k, v in protocol.items() if k != "name"}, f"{where}.protocol")
     rest = {key: part for key, part in value.items() if key != "protocol"}
     column = _built(ProbeColumn, rest, where, {"protocol": LogregSettings})
@@ -226,9 +237,12 @@ def _finetune(value: Any, where: str) -> FinetuneColumn:
         if key in value:
             what = "Give its keys with dots, as in train.steps" if isinstance(value[key], dict) else "The bench sets it"
             raise ValueError(f"{where}.{key}: cannot stand here. {what}.")
+    for key in value:
+        if not isinstance(key, str):
+            raise ValueError(f"{where}: {brief(key)} is no key of a recipe. Give keys with dots, as in train.steps.")
     config = value.get("config", FinetuneColumn.config)
     if not isinstance(config, str):
-        raise ValueError(f"{where}.config: {config} is not a recipe's name.")
+        raise ValueError(f"{where}.config: {brief(config)} is not a recipe's name.")
     return FinetuneColumn(config, {key: part for key, part in value.items() if key != "config"})
 
 

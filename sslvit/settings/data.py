@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from sslvit.files import brief, expand_path
+from sslvit.settings.choices import checked
 from sslvit.settings.views import CropSettings, ViewSettings
+
+MIN_STEPS_PER_EPOCH = 4  # that a batch which is made smaller leaves
+MIN_IMAGES_PER_RANK = 4  # below which it is not made for that
 
 
 @dataclass
+@checked("data.")
 class DataSettings:
     """The stream of batches.
 
@@ -18,6 +24,10 @@ class DataSettings:
         mixture: several of these instead, each with its share of every batch, such as {shards/a: 3, shards/b: 1}.
         view: how an image is seen; its kind picks the keys.
         global_batch: images per optimiser step, over all ranks and micro-batches.
+        fit_batch: lower global_batch where the data set holds fewer images; in a recipe true unless global_batch is
+            given on the command line. config.yaml holds the batch that ran.
+        fit_normalization: take encoder.mean and encoder.std from the index; in a recipe true for other than 1 or 3
+            channels unless they are given.
         resolutions: sides in pixels, one of which is drawn for each step; null for encoder.image_size.
         workers: loader processes per rank; the order of the data does not depend on it.
         memory_limit_mb: a data set of small equal images is decoded once and kept in memory up to this size.
@@ -38,6 +48,8 @@ class DataSettings:
     mixture: dict[str, float] | None = None
     view: ViewSettings = field(default_factory=CropSettings)
     global_batch: int = 4096
+    fit_batch: bool = False
+    fit_normalization: bool = False
     resolutions: list[int] | None = None
     workers: int = 4
     memory_limit_mb: int = 1024
@@ -53,6 +65,10 @@ class DataSettings:
     ledger: bool = False
 
     def __post_init__(self) -> None:
+        self.shards = self.shards and expand_path(self.shards)
+        self.mixture = self.mixture and {expand_path(source): share for source, share in self.mixture.items()}
+        if self.cache != DataSettings.cache:  # without a home the default lies elsewhere
+            self.cache = expand_path(self.cache)
         if self.shards and self.mixture:
             raise ValueError("data.shards and data.mixture exclude each other. Name the shards in the mixture only.")
         if self.global_batch < 1:
@@ -64,4 +80,22 @@ class DataSettings:
             if value is not None and not value > 0:
                 raise ValueError(f"data.{key}: {value} is not positive.")
         if self.resolutions is not None and not (self.resolutions and min(self.resolutions) > 0):
-            raise ValueError(f"data.resolutions: {self.resolutions} is not a list of sides in pixels.")
+            raise ValueError(f"data.resolutions: {brief(self.resolutions)} is not a list of sides in pixels.")
+
+    def fitted(self, images: int, ranks: int = 1) -> DataSettings:
+        """The same with a batch that the data set fills, if it may be lowered and must be.
+
+        It becomes a power of two on each rank, with a few steps in an epoch.
+
+        Args:
+            images: in the data set.
+            ranks: that share the batch equally.
+        """
+        if not self.fit_batch or images >= self.global_batch:
+            return self
+        batch = ranks
+        while 2 * batch <= images and (
+            2 * batch * MIN_STEPS_PER_EPOCH <= images or 2 * batch <= MIN_IMAGES_PER_RANK * ranks
+        ):
+            batch *= 2
+        return replace(self, global_batch=min(batch, self.global_batch))

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from sslvit.settings.choices import checked
 from sslvit.settings.task import TaskSettings
 
 IMAGES_PER_PROTOTYPE = 20  # ImageNet's 1.28 M images for 65,536 outputs (Caron et al. 2021, section 3.2)
@@ -14,6 +15,7 @@ PARTS_OF_A_RUN = 10  # the teacher averages over at most one of them
 
 
 @dataclass
+@checked("task.")
 class DINOSettings(TaskSettings):
     """A student learns to name crops as its own average, the teacher, names them.
 

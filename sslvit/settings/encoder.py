@@ -9,13 +9,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from sslvit.files import brief
+from sslvit.settings.choices import checked
 from sslvit.settings.palette import check_palette
 
 TokenKind = Literal["patch", "conv_stem", "hybrid", "shifted_patch", "pixel"]
 PositionKind = Literal["none", "learned_1d", "learned_2d", "sincos_1d", "sincos_2d", "rotary_2d", "relative_bias"]
 
+MAX_CHANNELS = 10_000  # before lists of that length are made
+
 
 @dataclass
+@checked("encoder.")
 class EncoderSettings:
     """A vision transformer and its input.
 
@@ -37,8 +42,8 @@ class EncoderSettings:
         width: channels of a token.
         depth: number of blocks.
         heads: attention heads; they divide the width.
-        mlp_ratio: hidden width of the MLP over the width. With swiglu the hidden width is 2/3 of that, rounded
-            up to a multiple of 8 (DINOv2).
+        mlp_ratio: hidden width of the MLP over the width; their product is rounded. With swiglu the hidden width is 2/3
+            of that, rounded up to a multiple of 8 (DINOv2).
         mlp: activation of the MLP.
         norm: layer (LayerNorm) or rms (RMSNorm: no mean, no bias).
         norm_eps: added to the variance.
@@ -113,6 +118,8 @@ class EncoderSettings:
         if isinstance(self.image_size, int):
             self.image_size = [self.image_size, self.image_size]
         self.image_size = list(self.image_size)
+        if self.channels > MAX_CHANNELS:
+            raise ValueError(f"encoder.channels: {self.channels} is above {MAX_CHANNELS:,}.")
         if self.mean is None:
             self.mean = [0.485, 0.456, 0.406] if self.channels == 3 else [0.5] * self.channels
         if self.std is None:
@@ -130,8 +137,13 @@ class EncoderSettings:
         if self.registers < 0:
             raise ValueError(f"encoder.registers: {self.registers} is negative. Use 0 for none.")
         if len(self.image_size) != 2:
-            raise ValueError(f"encoder.image_size: {self.image_size} is not one side or [height, width].")
-        self.grid_of(*self.image_size)
+            raise ValueError(f"encoder.image_size: {brief(self.image_size)} is not one side or [height, width].")
+        if not all(side > 0 and side % self.patch == 0 for side in self.image_size):
+            raise ValueError(
+                f"encoder.image_size: {' x '.join(map(str, self.image_size))} pixels cannot be cut into patches of "
+                f"{self.patch} (encoder.patch). Set encoder.image_size to {self._nearest(*self.image_size)}, or "
+                "encoder.patch to another side."
+            )
         if self.width % self.heads:
             raise ValueError(
                 f"encoder.heads: {self.heads} heads do not divide width {self.width}. "
@@ -144,7 +156,7 @@ class EncoderSettings:
                     f"encoder.{key}: {len(values)} values for {self.channels} channels. Give one per channel."
                 )
         if not all(std > 0 for std in self.std):
-            raise ValueError(f"encoder.std: {self.std} must be above zero.")
+            raise ValueError(f"encoder.std: {brief(self.std)} must be above zero.")
         if self.pooling == "class" and not self.class_token:
             raise ValueError(
                 "encoder.pooling: class, but encoder.class_token is false. Set pooling to mean or attention."
@@ -185,12 +197,16 @@ class EncoderSettings:
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches of an image; ValueError where the patch does not divide it."""
         if height % self.patch or width % self.patch or not height or not width:
-            fitting = [max(1, round(side / self.patch)) * self.patch for side in (height, width)]
             raise ValueError(
-                f"An image of {height} x {width} pixels cannot be cut into patches of {self.patch} "
-                f"(encoder.patch). Resize it to {fitting[0]} x {fitting[1]} or choose another patch."
+                f"An image of {height} x {width} pixels cannot be cut into patches of {self.patch} (encoder.patch). "
+                f"Resize it (encoder.image_size) to {self._nearest(height, width)}, or choose another patch."
             )
         return height // self.patch, width // self.patch
+
+    def _nearest(self, height: int, width: int) -> str:
+        """Sides that the patch divides, near to these."""
+        near = [max(1, round(side / self.patch)) * self.patch for side in (height, width)]
+        return str(near[0]) if near[0] == near[1] else str(near)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -213,7 +229,7 @@ class EncoderSettings:
 
     @property
     def mlp_width(self) -> int:
-        hidden = int(self.width * self.mlp_ratio)
+        hidden = round(self.width * self.mlp_ratio)
         if self.mlp == "swiglu":
             hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
         return hidden

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from sslvit.settings.choices import checked
 from sslvit.settings.task import TaskSettings
 
 
 @dataclass
+@checked("task.")
 class IGPTSettings(TaskSettings):
     """Predict the palette colour of pixels.
 

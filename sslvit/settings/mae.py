@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from sslvit.settings.choices import checked
 from sslvit.settings.task import TaskSettings
 
 
 @dataclass
+@checked("task.")
 class MAESettings(TaskSettings):
     """Reconstruct hidden patches from a few visible ones.
 
@@ -19,6 +21,8 @@ class MAESettings(TaskSettings):
         decoder_width: channels of a decoder token.
         decoder_depth: blocks of the decoder.
         decoder_heads: attention heads of the decoder.
+        decoder_mlp_ratio: hidden width of the decoder's MLPs over its width; null for encoder.mlp_ratio, as in the
+            paper's code.
     """
 
     name: Literal["mae"] = "mae"
@@ -27,12 +31,14 @@ class MAESettings(TaskSettings):
     decoder_width: int = 512
     decoder_depth: int = 8
     decoder_heads: int = 16
+    decoder_mlp_ratio: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f"task.mask_ratio: {self.mask_ratio} is not between 0 and 1 (a usual one is 0.75).")
-        for key in ("decoder_width", "decoder_depth", "decoder_heads"):
-            if getattr(self, key) < 1:
+        for key in ("decoder_width", "decoder_depth", "decoder_heads", "decoder_mlp_ratio"):
+            value = getattr(self, key)
+            if value is not None and not value > 0:
                 raise ValueError(f"task.{key}: {getattr(self, key)} is not above zero.")
         if self.decoder_width % 4:
             raise ValueError(f"task.decoder_width: positions need a multiple of 4, not {self.decoder_width}.")

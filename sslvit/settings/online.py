@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sslvit.files import expand_path
+
 
 @dataclass
 class OnlineSettings:
@@ -26,6 +28,7 @@ class OnlineSettings:
     def __post_init__(self) -> None:
         if (self.train is None) != (self.val is None):
             raise ValueError("online.train and online.val belong together: give both, or neither.")
+        self.train, self.val = (part and expand_path(part) for part in (self.train, self.val))
         for key in ("every", "images", "neighbours"):
             if getattr(self, key) < 1:
                 raise ValueError(f"online.{key}: {getattr(self, key)} must be 1 or more.")

@@ -5,17 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from sslvit.files import brief
+from sslvit.settings.choices import checked
+
 LONGEST_WARMUP = 12_500  # steps: 10 epochs of ImageNet in batches of 1024 (Caron et al. 2021, section 3.2)
 
 
 @dataclass
+@checked("optim.")
 class OptimSettings:
     """AdamW with a rate that warms up linearly and decays along a half cosine, step by step.
 
     Args:
         base_rate: learning rate at a global batch of 256; the peak rate is base_rate x global_batch / 256.
         min_rate: rate at the last step.
-        warmup_epochs: epochs in which the rate rises from zero; null for a tenth of the run, at most 12,500 steps.
+        warmup_epochs: epochs in which the rate rises from zero; null for a tenth of the run, at most 12,500 steps,
+            which also takes the place of a warm-up that would last the whole run.
         weight_decay: decoupled decay of matrices; biases, norms and other vectors are spared.
         final_weight_decay: what it grows to along half a cosine (DINO); null leaves it as it is.
         betas: AdamW's averages.
@@ -38,13 +43,13 @@ class OptimSettings:
             if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"optim.{key}: {value} is not zero or more.")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"optim.betas: {self.betas} is not two numbers from 0 up to, not including, 1.")
+            raise ValueError(f"optim.betas: {brief(self.betas)} is not two numbers from 0 up to, not including, 1.")
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"optim.clip: {self.clip} is not above zero. Use null for none.")
 
     def fitted(self, steps_per_epoch: int, total_steps: int) -> OptimSettings:
-        """The same with every null that stands for a choice replaced by what suits the job."""
-        if self.warmup_epochs is not None:
+        """The same with every null that stands for a choice, or a warm-up without an end, replaced by what suits."""
+        if self.warmup_epochs is not None and self.warmup_epochs * steps_per_epoch < max(total_steps, 1):
             return self
         return replace(self, warmup_epochs=min(total_steps // 10, LONGEST_WARMUP) / steps_per_epoch)
 

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sslvit.files import brief, expand_path, printable
+
 UNIFORM = "uniform"
 FURTHEST = 1.01  # from zero: the mean of many ones may be a little more
 
@@ -21,16 +23,19 @@ def read_palette(path: str | Path) -> list[list[float]]:
         FileNotFoundError: no such file.
         ValueError: it is no palette.
     """
-    path = Path(path)
+    path = Path(expand_path(path))
     if not path.is_file():
         raise FileNotFoundError(
-            f"encoder.palette: {path} is not a file. Make one with: sslvit palette SHARDS -o {path}, or use {UNIFORM}."
+            f"encoder.palette: {printable(path)} is not a file. "
+            f"Make one with: sslvit palette SHARDS -o {printable(path)}, or use {UNIFORM}."
         )
     try:
         colours = _read_array(path) if path.suffix == ".npy" else _read_json(path)
         colours = [[float(value) for value in colour] for colour in colours]
     except Exception as error:  # damaged bytes make numpy's reader raise almost anything
-        raise ValueError(f"encoder.palette: {path} is no palette ({' '.join(str(error).split())[:100]}).") from error
+        raise ValueError(
+            f"encoder.palette: {printable(path)} is no palette ({printable(' '.join(str(error).split()), 100)})."
+        ) from error
     try:
         check_palette(colours, len(colours[0]) if colours else 0)
     except ValueError as error:
@@ -49,7 +54,7 @@ def check_palette(palette: str | list[list[float]], channels: int) -> None:
         return
     if isinstance(palette, str):
         raise ValueError(
-            f"encoder.palette: '{palette}' is neither {UNIFORM} nor a list of colours. "
+            f"encoder.palette: '{brief(palette)}' is neither {UNIFORM} nor a list of colours. "
             "Recipes and --encoder.palette take a file; in Python: palette=read_palette(file)."
         )
     if len(palette) < 2:
@@ -57,8 +62,8 @@ def check_palette(palette: str | list[list[float]], channels: int) -> None:
     lengths = {len(colour) for colour in palette}
     if lengths != {channels}:
         raise ValueError(
-            f"encoder.palette: colours of {' and '.join(map(str, sorted(lengths)))} numbers for {channels} channels. "
-            "Give each colour one number per channel (encoder.channels)."
+            f"encoder.palette: colours of {' and '.join(map(str, sorted(lengths)[:4]))} numbers for {channels} "
+            "channels. Give each colour one number per channel (encoder.channels)."
         )
     if len({tuple(colour) for colour in palette}) < len(palette):
         raise ValueError("encoder.palette: some colours are the same, so one of them would never be seen.")
@@ -75,5 +80,5 @@ def _read_array(path: Path) -> list:
 
 
 def _read_json(path: Path) -> list:
-    content: Any = json.loads(path.read_text())
+    content: Any = json.loads(path.read_text(encoding="utf-8"))
     return content["colours"] if "colours" in content else content["clusters"]

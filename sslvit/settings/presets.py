@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+
+from sslvit.files import brief, quoted
 from sslvit.settings.encoder import EncoderSettings
 
 PRESETS: dict[str, dict] = {
@@ -30,7 +33,9 @@ def preset_values(name: str) -> dict:
         ValueError: an unknown name.
     """
     if not isinstance(name, str) or name not in PRESETS:
-        raise ValueError(f"encoder.preset: '{name}' is not one of {', '.join(PRESETS)}.")
+        near = difflib.get_close_matches(brief(name), PRESETS, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ValueError(f"encoder.preset: {quoted(name)} is not one of {', '.join(PRESETS)}.{hint}")
     return dict(PRESETS[name])
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from sslvit.files import brief, expand_path
+from sslvit.settings.choices import checked
 from sslvit.settings.protocols import LogregSettings, ProtocolSettings
 
 POOLINGS = ("class", "mean", "class+mean", "attention")
 
 
 @dataclass
+@checked("--")
 class ProbeSettings:
     """A linear probe and nearest neighbours on frozen features.
 
@@ -58,6 +61,7 @@ class ProbeSettings:
     cache_gb: float = 20.0
 
     def __post_init__(self) -> None:
+        self.train, self.val = expand_path(self.train), expand_path(self.val)
         if self.labels_per_class == 1:
             raise ValueError("--labels-per-class 1: the strength is chosen on held-out labels; use 2 or more.")
         for key in ("labels_per_class", "draws", "layer", "blocks", "batch", "seeds"):
@@ -70,9 +74,9 @@ class ProbeSettings:
         if self.labels_percent is not None and not 0 < self.labels_percent < 100:
             raise ValueError(f"--labels-percent {self.labels_percent:g}: must be between 0 and 100.")
         if any(k < 1 for k in self.neighbours) or len(set(self.neighbours)) != len(self.neighbours):
-            raise ValueError(f"--neighbours {self.neighbours}: expected different numbers from 1.")
+            raise ValueError(f"--neighbours {brief(self.neighbours)}: expected different numbers from 1.")
         if self.pooling is not None and self.pooling not in POOLINGS:
-            raise ValueError(f"--pooling {self.pooling}: not one of {', '.join(POOLINGS)}.")
+            raise ValueError(f"--pooling {brief(self.pooling)}: not one of {', '.join(POOLINGS)}.")
         for key in ("temperature", "cache_gb"):
             if not getattr(self, key) > 0:
                 raise ValueError(f"--{key.replace('_', '-')} {getattr(self, key)}: must be above zero.")

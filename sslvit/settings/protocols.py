@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from sslvit.files import brief
+from sslvit.settings.choices import checked
+
 
 @dataclass
 class ProtocolSettings:
@@ -21,6 +24,7 @@ class ProtocolSettings:
 
 
 @dataclass
+@checked("--protocol.")
 class LogregSettings(ProtocolSettings):
     """Logistic regression to convergence on standardised features of the centre view.
 
@@ -33,6 +37,7 @@ class LogregSettings(ProtocolSettings):
 
 
 @dataclass
+@checked("--protocol.")
 class IGPTProbeSettings(ProtocolSettings):
     """iGPT's probe: logistic regression on the mean over all pixels in the middle of the depth (Chen et al. 2020).
 
@@ -76,7 +81,7 @@ class SteppedSettings(ProtocolSettings):
         if not 0 < self.fraction <= 1:
             raise ValueError(f"--protocol.fraction {self.fraction}: must be above 0 and at most 1.")
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"--protocol.scale {self.scale}: expected [smallest, largest] share of the area.")
+            raise ValueError(f"--protocol.scale {brief(self.scale)}: expected [smallest, largest] share of the area.")
         for key in ("epochs", "base_rate"):
             if not 0 < getattr(self, key, 1) < float("inf"):
                 raise ValueError(f"--protocol.{key} {getattr(self, key)}: must be above zero.")
@@ -87,6 +92,7 @@ class SteppedSettings(ProtocolSettings):
 
 
 @dataclass
+@checked("--protocol.")
 class MAEProbeSettings(SteppedSettings):
     """MAE's linear probe (He et al. 2022, appendix A.1): batch norm without affine, LARS.
 
@@ -122,6 +128,7 @@ class MAEProbeSettings(SteppedSettings):
 
 
 @dataclass
+@checked("--protocol.")
 class DINOProbeSettings(SteppedSettings):
     """DINO's linear probe (Caron et al. 2021): SGD on the last blocks' class tokens.
 
@@ -156,6 +163,7 @@ class DINOProbeSettings(SteppedSettings):
 
 
 @dataclass
+@checked("--protocol.")
 class DINOv2ProbeSettings(SteppedSettings):
     """DINOv2's linear probe (Oquab et al. 2024): 13 rates x 4 features, trained side by side.
 
@@ -186,9 +194,9 @@ class DINOv2ProbeSettings(SteppedSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.rates or not all(0 < rate < float("inf") for rate in self.rates):
-            raise ValueError(f"--protocol.rates {self.rates}: expected rates above zero.")
+            raise ValueError(f"--protocol.rates {brief(self.rates)}: expected rates above zero.")
         if not self.blocks or min(self.blocks) < 1:
-            raise ValueError(f"--protocol.blocks {self.blocks}: expected numbers of blocks from 1.")
+            raise ValueError(f"--protocol.blocks {brief(self.blocks)}: expected numbers of blocks from 1.")
         if self.iterations < 1 or not 0 < self.held_out < 1:
             raise ValueError("--protocol.iterations must be 1 or more, and --protocol.held_out between 0 and 1.")
 

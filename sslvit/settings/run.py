@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 
+from sslvit.files import expand_path
 from sslvit.settings.data import DataSettings
 from sslvit.settings.dino import DINOSettings
 from sslvit.settings.encoder import EncoderSettings
@@ -47,6 +48,8 @@ class PretrainSettings:
     init: str | None = None
 
     def __post_init__(self) -> None:
+        self.out = expand_path(self.out)
+        self.init = self.init and expand_path(self.init)
         if self.seed < 0:
             raise ValueError(f"seed: {self.seed} is negative. Use 0 or more.")
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from sslvit.files import expand_path
+from sslvit.settings.choices import checked
 from sslvit.settings.task import TaskSettings
 
 
 @dataclass
+@checked("task.")
 class SupervisedSettings(TaskSettings):
     """A linear head on the pooled tokens; all weights move. The defaults are MAE's for ViT-B (He et al. 2022, A.1).
 
@@ -38,6 +41,7 @@ class SupervisedSettings(TaskSettings):
     erase: float = 0.25
 
     def __post_init__(self) -> None:
+        self.val = self.val and expand_path(self.val)
         if self.classes is not None and self.classes < 2:
             raise ValueError(f"task.classes: {self.classes} is less than 2. Nothing could be told apart.")
         if self.validate_every is not None and self.validate_every < 1:

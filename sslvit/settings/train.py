@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from sslvit.settings.choices import checked
+
 
 @dataclass
+@checked("train.")
 class TrainSettings:
     """One run.
 

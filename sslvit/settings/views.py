@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from sslvit.files import brief
+from sslvit.settings.choices import checked
+
 MOST_AROUND = 16.0  # times its area that a crop may be larger than the image
 
 
 @dataclass
+@checked("data.view.")
 class CropSettings:
     """A random part of the image, resized (Szegedy et al. 2015): MAE's view.
 
@@ -31,6 +35,7 @@ class CropSettings:
 
 
 @dataclass
+@checked("data.view.")
 class SquareSettings:
     """A random square of nearly the whole image, resized to few pixels: iGPT's view.
 
@@ -51,6 +56,7 @@ class SquareSettings:
 
 
 @dataclass
+@checked("data.view.")
 class CentreSettings:
     """The middle of the image, the same in every epoch: the view of probes.
 
@@ -67,6 +73,7 @@ class CentreSettings:
 
 
 @dataclass
+@checked("data.view.")
 class CanvasSettings:
     """The whole image, drawn at a random size and place on black.
 
@@ -86,6 +93,7 @@ class CanvasSettings:
 
 
 @dataclass
+@checked("data.view.")
 class MultiCropSettings:
     """Two large crops and several small ones, with changed colours: DINO's views (Caron et al. 2021, section 3.1).
 
@@ -139,7 +147,7 @@ class MultiCropSettings:
         for key in ("blur", "solarise"):
             values = getattr(self, key)
             if len(values) != 3:
-                raise ValueError(f"data.view.{key}: {values} is not [first global, second global, local crops].")
+                raise ValueError(f"data.view.{key}: {brief(values)} is not [first global, second global, local crops].")
             for value in values:
                 check_probability(key, value)
         for key in ("brightness", "contrast", "saturation"):
@@ -152,6 +160,7 @@ class MultiCropSettings:
 
 
 @dataclass
+@checked("data.view.")
 class AugmentSettings:
     """A random part of the image, changed by RandAugment (Cubuk et al. 2020): the view of training with labels.
 
@@ -192,7 +201,7 @@ VIEW_SETTINGS: dict[str, type] = {
 def check_range(key: str, values: list[float], most: float = float("inf")) -> None:
     """Raise ValueError unless values are [smallest, largest] with 0 < smallest and largest <= most."""
     if len(values) != 2 or not 0 < values[0] <= values[1]:
-        raise ValueError(f"data.view.{key}: {values} is not [smallest, largest] with 0 < smallest.")
+        raise ValueError(f"data.view.{key}: {brief(values)} is not [smallest, largest] with 0 < smallest.")
     if values[1] > most:
         raise ValueError(f"data.view.{key}: {values[1]} is above {most:g}. It is a share, where 1 is the whole image.")
 

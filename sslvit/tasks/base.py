@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from sslvit.chance import uniform_at
-from sslvit.checkpoint import check_same, describe_encoder, put_weights
+from sslvit.checkpoint import describe_encoder
 from sslvit.data.batch import Batch
 from sslvit.models import ViTEncoder
 from sslvit.optim import clip_all, clip_each, cosine, decay_groups, norms_of, warmup_cosine
 from sslvit.settings import EncoderSettings, OptimSettings, TaskSettings
+from sslvit.tasks.start import begin_with
 
 
 class PretextTask(pl.LightningModule):
@@ -179,13 +180,12 @@ class PretextTask(pl.LightningModule):
             self.watched["choice"].append(shares.argmax(1))
 
     def start_from(self, start: ViTEncoder, source: str) -> None:
-        """Begin with a trained encoder's weights.
+        """Begin with a trained encoder's weights; what is not as it was is said (start.py).
 
         Raises:
             ValueError: it is of another architecture.
         """
-        check_same(start.settings, self.encoder.settings, source)
-        put_weights(self.encoder, start.state_dict(), source)
+        begin_with(self.encoder, start, source)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Tell Lightning's counters how many micro-batches the steps done are now.

@@ -16,16 +16,17 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sslvit.checkpoint import own_parts, put_weights
+from sslvit.checkpoint import check_fits, own_parts, put_weights
 from sslvit.data.batch import Batch
 from sslvit.environment import pick_device
 from sslvit.layouts import openai_igpt as layout
+from sslvit.layouts.unwrap import unwrap
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings, IGPTSettings, OptimSettings
 from sslvit.settings.sample import SampleSettings
 from sslvit.tasks.base import PretextTask
 from sslvit.tasks.sampling import complete
-from sslvit.weight_files import read_torch_file, weights_in
+from sslvit.weight_files import read_torch_file
 
 DRAWN = 2  # completions of each image in a run's pictures
 
@@ -136,7 +137,7 @@ class IGPT(PretextTask):
             palette: the released clusters: their file, or the colours; uniform for a model that was trained on that.
             heads: of attention; None for those of the released sizes.
         """
-        return cls.from_state(weights_in(read_torch_file(Path(path)), Path(path)), heads, palette=palette)
+        return cls.from_state(unwrap(read_torch_file(Path(path)), str(path)).everything, heads, palette=palette)
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor], heads: int | None = None, **changes) -> IGPT:
@@ -153,6 +154,7 @@ class IGPT(PretextTask):
     @classmethod
     def from_parts(cls, settings: EncoderSettings, encoder: dict[str, Tensor], head: Tensor) -> IGPT:
         """A task of a trained encoder and output matrix, to sample from and to score, in evaluation mode."""
+        check_fits(settings, encoder, "iGPT")
         task = cls(IGPTSettings(), settings, OptimSettings(), total_steps=1, steps_per_epoch=1, global_batch=256)
         put_weights(task.encoder, encoder, "iGPT")
         if head.shape != task.head.weight.shape:
@@ -183,7 +185,7 @@ def load_igpt(source: str | Path, heads: int | None = None, **changes) -> IGPT:
             )
     content = read_torch_file(path)
     if "sslvit" not in content:
-        weights = weights_in(content, path)
+        weights = unwrap(content, str(path)).everything
         if layout.recognise(set(weights)) and "palette" not in changes:
             raise ValueError(f"{source}: a released file does not hold its colours. Give --palette FILE (or uniform).")
         return IGPT.from_state(weights, heads, **changes)

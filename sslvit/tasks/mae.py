@@ -6,6 +6,8 @@ hidden place, and predicts the pixels of the hidden patches.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from einops import rearrange
@@ -13,13 +15,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sslvit.chance import uniform_at
+from sslvit.checkpoint import put_weights
 from sslvit.data.batch import Batch
 from sslvit.layouts import mae as layout
+from sslvit.layouts.unwrap import unwrap
 from sslvit.models.positions import resample_table, sincos_2d
 from sslvit.models.transformer import Block
 from sslvit.settings import EncoderSettings, MAESettings, OptimSettings
 from sslvit.tasks.base import PretextTask
-from sslvit.weight_files import read_weights
+from sslvit.weight_files import read_torch_file
 
 
 def patchify(images: Float[Tensor, "b c h w"], patch: int) -> Float[Tensor, "b n pixels"]:
@@ -77,15 +81,16 @@ class MAEDecoder(nn.Module):
 
     Args:
         encoder: settings of the encoder whose tokens come in.
-        settings: width, depth and heads.
+        settings: width, depth, heads and the ratio of its MLPs.
     """
 
     def __init__(self, encoder: EncoderSettings, settings: MAESettings) -> None:
         super().__init__()
         width, self.prefix, self.grid = settings.decoder_width, encoder.prefix, encoder.grid
         plain = EncoderSettings(
-            width=width, depth=settings.decoder_depth, heads=settings.decoder_heads, mlp_ratio=4.0, norm_eps=1e-6
-        )
+            width=width, depth=settings.decoder_depth, heads=settings.decoder_heads, norm_eps=1e-6,
+            mlp_ratio=settings.decoder_mlp_ratio or encoder.mlp_ratio,
+        )  # fmt: skip
         self.embed = nn.Linear(encoder.width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         table = torch.cat([torch.zeros(self.prefix, width), sincos_2d(encoder.grid, width).float()])
@@ -202,8 +207,8 @@ class MAE(PretextTask):
     def figures(self, batch: Batch) -> dict[str, tuple[list[str], list[np.ndarray]]]:
         """reconstruction: the input, the input with hidden patches grey, and the reconstruction."""
         images = batch.views[0][:8]
-        noise = torch.from_numpy(uniform_at((self.seed, 0, "figure"), np.arange(len(images)), self.patches_of(images)))
-        filled, is_hidden = self.reconstruct(images, noise)
+        noise = uniform_at((self.seed, 0, "figure"), np.arange(len(images)), self.patches_of(images))
+        filled, is_hidden = self.reconstruct(images, torch.from_numpy(noise).to(images.device))
         mean, std = (
             torch.tensor(v, device=images.device).view(-1, 1, 1)
             for v in (self.encoder.settings.mean, self.encoder.settings.std)
@@ -229,19 +234,18 @@ class MAE(PretextTask):
         Raises:
             ValueError: the file holds no decoder.
         """
-        return cls.from_state(read_weights(path), heads, decoder_heads, **settings)
+        state = unwrap(read_torch_file(Path(path)), str(path)).everything
+        return cls.from_state(state, heads, decoder_heads, **settings)
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor], heads: int, decoder_heads: int, **settings) -> MAE:
         """from_official, for a state dict in memory."""
         converted = layout.to_sslvit(state, heads)
-        if not converted.extras:
-            raise ValueError("this checkpoint has an encoder only; MAE.from_official needs one with its decoder.")
-        width, depth = layout.decoder_shape(converted.extras)
-        mae = MAESettings(decoder_width=width, decoder_depth=depth, decoder_heads=decoder_heads, **settings)
+        shape = layout.decoder_shape(converted.extras)
+        mae = MAESettings(**{**shape, "decoder_heads": decoder_heads, **settings})
         task = cls(mae, converted.settings, OptimSettings(), total_steps=1, steps_per_epoch=1, global_batch=256)
         weights = {f"encoder.{key}": value for key, value in converted.encoder.items()}
-        task.load_state_dict(weights | converted.extras)
+        put_weights(task, weights | converted.extras, "MAE")
         return task
 
     def official_state(self) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from sslvit.models import ViTEncoder
 from sslvit.progress import Counter, track_counter
 from sslvit.settings.sample import SampleSettings
 
-BELOW_ONE = 1 - 1e-12  # so that no rounding puts a draw behind the last colour
+PARTS = 2**48  # of a whole, in which probabilities are counted: sums of integers are the same in any order
 
 
 @torch.no_grad()
@@ -83,7 +83,8 @@ def likely_shares(logits: Float[Tensor, "b colours"], settings: SampleSettings) 
     shares = logits.softmax(1)
     if settings.top_p < 1:
         ordered, order = shares.sort(dim=1, descending=True, stable=True)
-        is_needless = ordered.cumsum(1) - ordered >= settings.top_p  # the likelier ones are enough
+        parts = in_parts(ordered)
+        is_needless = parts.cumsum(1) - parts >= round(settings.top_p * PARTS)  # the likelier ones are enough
         shares = shares.scatter(1, order, ordered.masked_fill(is_needless, 0))
         shares = shares / shares.sum(1, keepdim=True)
     return shares
@@ -91,6 +92,12 @@ def likely_shares(logits: Float[Tensor, "b colours"], settings: SampleSettings) 
 
 def draw_colours(shares: Float[Tensor, "b colours"], numbers: Float[Tensor, "b"]) -> Int[Tensor, "b"]:
     """The colour in whose part of [0, 1) each uniform number lies."""
-    upper = shares.cumsum(1)
-    target = numbers[:, None] * upper[:, -1:] * BELOW_ONE
+    upper = in_parts(shares).cumsum(1)
+    total = upper[:, -1:]
+    target = (numbers[:, None] * total).long().clamp(max=total - 1)  # no rounding puts a draw behind the last colour
     return torch.searchsorted(upper, target, right=True)[:, 0]
+
+
+def in_parts(shares: Float[Tensor, "b colours"]) -> Int[Tensor, "b colours"]:
+    """Probabilities in whole parts: a GPU has no repeatable kernel for running sums of fractions in every torch."""
+    return (shares * PARTS).long()

@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from sslvit.chance import torch_chance
-from sslvit.checkpoint import check_same
 from sslvit.data.batch import Batch
 from sslvit.models import ViTEncoder
-from sslvit.models.resize import resize_weights
 from sslvit.optim import layer_decay_groups
 from sslvit.settings import EncoderSettings, OptimSettings, SupervisedSettings
 from sslvit.tasks.base import PretextTask
+from sslvit.tasks.start import begin_with
 
 NOT_COMPARED = ("image_size", "final_norm", "fc_norm", "mask_token", "pooling")  # a fine-tuned encoder may differ here
 ENDS = ("norm.", "fc_norm.", "attn_pool.")  # of the encoder, that may be new
@@ -107,12 +106,4 @@ class Supervised(PretextTask):
         Raises:
             ValueError: it is of another architecture, or cannot be stretched.
         """
-        check_same(start.settings, self.encoder.settings, source, besides=NOT_COMPARED)
-        own = self.encoder.state_dict()
-        given = resize_weights(start.state_dict(), start.settings, self.encoder.settings)
-        weights = {key: value for key, value in given.items() if key in own}
-        new = [key for key in own if key not in weights]
-        wrong = [key for key in new if not key.startswith(ENDS)]
-        if wrong:
-            raise ValueError(f"{source}: has no weights for {', '.join(wrong[:4])}.")
-        self.encoder.load_state_dict(own | weights)
+        begin_with(self.encoder, start, source, NOT_COMPARED, ENDS)

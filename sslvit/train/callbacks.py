@@ -22,6 +22,7 @@ from sslvit.train.logs import log_line
 from sslvit.train.timing import Clock
 
 ROWS_THAT_SAY_MUCH = 100  # unreadable ones from which on their share of what was read counts
+FAR_OFF = 1e6  # a loss from which on its decimals say nothing
 MUCH_WAITING = 0.1  # of a step
 STEPS_BETWEEN_COUNTS = 50  # with several ranks: how often they add up their unreadable samples
 
@@ -109,18 +110,23 @@ class RunLog(StepCallback):
 
     def _show(self, line: dict[str, float]) -> None:
         loss, speed = line.get("loss", float("nan")), line["images_per_second"]
-        bits = f" ({line['bits']:.4f} bits)" if "bits" in line else ""
+        bits = f" ({_short(line['bits'])} bits)" if "bits" in line else ""
         waiting = line["data_seconds"] * speed / self.plan.global_batch
         mfu = f", MFU {line['mfu']:.0%}" if "mfu" in line else ""
         pace = f"{speed:,.0f} images/s{mfu}" + (f", {waiting:.0%} waiting for data" if waiting > MUCH_WAITING else "")
         if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {loss:.4f}{bits}, {pace}")
+            self.bar.set_postfix_str(f"loss {_short(loss)}{bits}, {pace}")
             return
         left = (self.total_steps - self.step) * line["elapsed_seconds"] / max(self.step - self.first_step, 1)
         print(
-            f"step {self.step}/{self.total_steps}  epoch {line['epoch']:.1f}  loss {loss:.4f}{bits}  "
+            f"step {self.step}/{self.total_steps}  epoch {line['epoch']:.1f}  loss {_short(loss)}{bits}  "
             f"{pace}  {_duration(left)} left", flush=True,
         )  # fmt: skip
+
+
+def _short(value: float) -> str:
+    """Four decimals, or two digits of a number that has gone far off."""
+    return f"{value:.4f}" if abs(value) < FAR_OFF or value != value else f"{value:.2g}"
 
 
 def mean_over_ranks(trainer: pl.Trainer, values: list[torch.Tensor]) -> torch.Tensor:

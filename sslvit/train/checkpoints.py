@@ -21,12 +21,11 @@ from torch import Tensor
 from sslvit.settings import TrainSettings
 from sslvit.stopping import RankLost
 from sslvit.train.callbacks import StepCallback
-from sslvit.train.folder import RunFolder
+from sslvit.train.folder import NAMED, RunFolder
 from sslvit.weight_files import SHARDS, read_torch_file, shard_file, shards_folder
 
 LAST = "last.ckpt"
 FAILED = ".failed"  # beside a part that could not be written: why
-NAMED = f"step-{'[0-9]' * 8}.ckpt"  # and not what a user calls step-best.ckpt
 
 
 class WholeCheckpoint(CheckpointIO):
@@ -43,6 +42,7 @@ class WholeCheckpoint(CheckpointIO):
         self.settings = settings
         self.writer: threading.Thread | None = None
         self.failure: Exception | None = None
+        self.written: set[Path] = set()
         self.is_given_up = threading.Event()  # the run has ended with an error: no part is waited for
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -67,7 +67,10 @@ class WholeCheckpoint(CheckpointIO):
         self._carry_out(partial(self.write_shard, head, self._kept(own), path, rank))
 
     def write(self, checkpoint: dict[str, Any], path: Path) -> None:
+        if path in self.written and not path.exists():
+            print(f"warning: {path}: the checkpoint before was deleted meanwhile; a new one is written", flush=True)
         write_whole(checkpoint, path)
+        self.written.add(path)
         if path.name == LAST:  # not the state in incident/
             keep_some(path, checkpoint["global_step"], self.settings.keep_last, self.settings.keep_every)
             drop_unnamed_shards(path.parent)

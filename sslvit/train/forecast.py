@@ -122,10 +122,11 @@ def forecast(settings: PretrainSettings, images: int, classes: int | None = None
     Raises:
         ValueError: fewer images than a batch, or a step whose course depends on what the images show.
     """
-    train, batch = settings.train, settings.data.global_batch
+    train = settings.train
+    ranks = train.devices * train.nodes
+    batch = settings.data.fitted(images, ranks).global_batch
     if images < batch:
         raise ValueError(f"data.global_batch: {batch} is more than the {images} images there are.")
-    ranks = train.devices * train.nodes
     micro, passes = slices(batch, ranks, train.micro_batch)
     per_epoch = images // batch
     steps = train.steps or max(1, round(train.epochs * per_epoch))

@@ -1,16 +1,12 @@
 """Told to stop: a whole checkpoint at the next step boundary, then an exit that a scheduler can tell from a failure.
 
-SIGTERM and SIGUSR1 only set a flag, so a second one changes nothing. After each step the ranks agree (one of them may
-have been told alone), the first writes the checkpoint, and all leave together.
+From the first step on, SIGTERM and SIGUSR1 only set a flag, so a second one changes nothing. After each step the ranks
+agree (one of them may have been told alone), the first writes the checkpoint, and all leave together.
 """
 
 from __future__ import annotations
 
-import os
-import re
 import signal
-import subprocess
-import sys
 import threading
 from datetime import timedelta
 from types import FrameType
@@ -19,11 +15,9 @@ import pytorch_lightning as pl
 import torch
 from torch import distributed
 
-from sslvit.stopping import Preempted
+from sslvit.stopping import SIGNALS, Preempted
 from sslvit.train.callbacks import StepCallback
 from sslvit.train.folder import RunFolder
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Preemption(StepCallback):
@@ -59,9 +53,9 @@ class Preemption(StepCallback):
         trainer.save_checkpoint(self.folder.checkpoint, weights_only=False)
         trainer.strategy.checkpoint_io.teardown()  # waits for a writer in the background
         trainer.strategy.barrier()  # no rank leaves before the checkpoint is whole
+        why = f"received {self.told}" if self.told else "another rank was told to"
         raise Preempted(
-            f"stopped at step {self.step} of {self.total_steps}, as {self.told or 'another rank'} asked; "
-            f"the checkpoint is whole: go on with --resume"
+            f"stopped at step {self.step} of {self.total_steps}: {why}; the checkpoint is whole: go on with --resume"
         )
 
     def is_agreed(self) -> bool:
@@ -71,17 +65,3 @@ class Preemption(StepCallback):
         flag = torch.tensor([self.told is not None], dtype=torch.uint8)
         distributed.all_reduce(flag, distributed.ReduceOp.MAX, group=self.group)
         return bool(flag)
-
-
-def requeue() -> None:
-    """Ask SLURM to run this job again, where it runs as a batch job; says so where that fails."""
-    job = os.environ.get("SLURM_JOB_ID", "")
-    if not re.fullmatch(r"\d+", job) or os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):
-        return
-    try:
-        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
-        reason = done.stderr.strip() if done.returncode else ""
-    except (OSError, subprocess.TimeoutExpired) as error:
-        reason = str(error)
-    said = f"was not taken: {reason}. Submit it again." if reason else "is in the queue again."
-    print(f"SLURM job {job} {said}", file=sys.stderr, flush=True)

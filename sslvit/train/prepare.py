@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -21,6 +22,13 @@ from sslvit.tasks.base import PretextTask
 from sslvit.train.folder import RunFolder
 from sslvit.train.logs import check_loggers
 from sslvit.weight_files import read_torch_file
+
+# what a run that goes on keeps, besides its encoder, its data and its task, which are compared with the checkpoint
+FIXED = {
+    "seed": "masks, crops and the order of the data follow from it",
+    "optim.betas": "the optimizer's averages in the checkpoint were made with it",
+    "task.layer_decay": "the checkpoint's parameter groups hold each layer's rate",
+}
 
 
 def check_machine(settings: PretrainSettings) -> None:
@@ -90,7 +98,13 @@ def fit(
         len(index), plan.global_batch, total_steps, len(index.classes) if index.classes else None
     )
     optim = settings.optim.fitted(plan.steps_per_epoch, total_steps)
-    fitted = replace(settings, task=task, optim=optim)
+    data = replace(settings.data, global_batch=plan.global_batch, fit_batch=False, fit_normalization=False)
+    encoder = settings.encoder
+    if settings.data.fit_normalization and len(index.mean) == encoder.channels:  # a stream knows none
+        encoder = replace(encoder, mean=list(index.mean), std=[std or 1.0 for std in index.std])  # 0: constant
+    fitted = replace(settings, task=task, optim=optim, data=data, encoder=encoder)
+    if data.global_batch != settings.data.global_batch:
+        check_machine(fitted)
     if earlier is not None:
         before, asked = by_dotted_key(earlier.read_config()), by_dotted_key(settings.as_dict())
         for name, part in (("task", task), ("optim", optim)):
@@ -100,32 +114,48 @@ def fit(
     return fitted
 
 
-def chosen(asked: PretrainSettings, settings: PretrainSettings) -> list[str]:
-    """What was left open and is chosen now, as "task.out_dim 256"."""
+def chosen(asked: PretrainSettings, settings: PretrainSettings, steps_per_epoch: int) -> list[str]:
+    """What was left open or did not fit and is chosen now, as "task.out_dim 256"."""
     before, after = by_dotted_key(asked.as_dict()), by_dotted_key(settings.as_dict())
-    return [f"{key} {after[key]:.4g}" for key in after if before[key] is None and after[key] is not None]
+    found = []
+    for key, value in after.items():
+        if before[key] == value or key in ("data.fit_batch", "data.fit_normalization"):
+            continue
+        text = f"{value:.4g}" if isinstance(value, float) else brief(value)
+        if key.endswith("_epochs"):
+            text = f"{round(value * steps_per_epoch):,} steps ({value:.2g} epochs)"
+        found.append(f"{key} {text}" + ("" if before[key] is None else f" instead of {brief(before[key])}"))
+    return found
 
 
-def check_resumed(folder: RunFolder, settings: PretrainSettings, data: ShardDataModule, task: PretextTask) -> None:
+def check_resumed(
+    folder: RunFolder, checkpoint: Path, settings: PretrainSettings, data: ShardDataModule, task: PretextTask
+) -> None:
     """A resumed run must train the same encoder on the same data in the same order; other changes are said."""
-    content = read_torch_file(folder.checkpoint)
+    content = read_torch_file(checkpoint)
     try:
         trained, position = content["sslvit"]["encoder"], content[ShardDataModule.__qualname__]
         shapes = {key: value.shape for key, value in content["state_dict"].items()}
         moved = [len(group["params"]) for group in content["optimizer_states"][0]["param_groups"]]
     except (KeyError, TypeError) as error:
         raise ValueError(f"--resume: {folder.path} is not a run of sslvit that can go on ({error}).") from error
-    check_same(settings_from(trained, folder.checkpoint), settings.encoder, str(folder.checkpoint))
+    check_same(settings_from(trained, checkpoint), settings.encoder, str(checkpoint))
     data.load_state_dict(position)
     if data.start_step > data.total_steps:
         raise ValueError(f"--resume: {folder.path} is at step {data.start_step} already, past {data.total_steps}.")
     old, new = by_dotted_key(folder.read_config()), by_dotted_key(settings.as_dict())
+    for key, reason in FIXED.items():
+        if key in new and old.get(key) != new[key]:
+            raise ValueError(
+                f"--resume: {key} was {brief(old.get(key))} and cannot become {brief(new[key])}, since {reason}. "
+                "Restore it, or start a new run from this one's encoder with --init."
+            )
     changed = [f"{key} {brief(old.get(key))} -> {brief(new.get(key))}" for key in new if old.get(key) != new.get(key)]
     same_shapes = shapes == {key: value.shape for key, value in task.state_dict().items()}
     if not same_shapes or moved != [len(group["params"]) for group in task.parameter_groups()]:
         guilty = [change for change in changed if change.startswith("task.")] or changed or ["another task"]
         raise ValueError(
-            f"--resume: the weights in {folder.checkpoint} do not fit these settings ({'; '.join(guilty)}). "
+            f"--resume: the weights in {checkpoint} do not fit these settings ({'; '.join(guilty)}). "
             "Restore them, or start a new run from its encoder with --init."
         )
     if changed:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import pytorch_lightning as pl
@@ -19,8 +19,9 @@ from sslvit.data.index import Index
 from sslvit.data.module import ShardDataModule
 from sslvit.data.open import open_data
 from sslvit.data.plan import slices
+from sslvit.files import new_file
 from sslvit.settings import PretrainSettings, SupervisedSettings, TrainSettings
-from sslvit.stopping import Preempted, RankLost
+from sslvit.stopping import Preempted, RankLost, is_first_process, requeue, stopping_at_once
 from sslvit.tasks import task_class
 from sslvit.tasks.base import PretextTask
 from sslvit.train.callbacks import Ledger, RunLog
@@ -32,7 +33,7 @@ from sslvit.train.incidents import Incidents
 from sslvit.train.logs import log_pictures, make_loggers
 from sslvit.train.online import OnlineProbe, Validation
 from sslvit.train.pictures import draw_pictures
-from sslvit.train.preemption import Preemption, requeue
+from sslvit.train.preemption import Preemption
 from sslvit.train.prepare import check_data, check_machine, check_resumed, chosen, fit
 from sslvit.train.strategies import compile_blocks, is_lost_rank, make_strategy
 from sslvit.train.timing import Clock, StepTimes, WaitForData
@@ -43,30 +44,41 @@ def pretrain(settings: PretrainSettings, resume: bool = False, overwrite: bool =
 
     Args:
         settings: what runs.
-        resume: go on from the folder's last checkpoint.
+        resume: go on from the folder's newest whole checkpoint; at step 0 where the run ended before it wrote one.
         overwrite: delete an earlier run in the folder first.
 
     Raises:
         ValueError: settings that cannot work together, or a folder that is in use; before any work is done.
         FileNotFoundError: no data.
     """
-    folder = RunFolder(settings.out)
-    is_first = _is_first_process()
-    if is_first:
-        folder.check(resume, overwrite)
+    folder, is_first = RunFolder(settings.out), is_first_process()
+    try:
+        with folder.held(waits=resume) if is_first else nullcontext():
+            if is_first:
+                folder.check(resume, overwrite)
+            return _pretrain(settings, folder, is_first, goes_on=resume and folder.goes_on)
+    except Preempted as error:
+        if is_first and settings.train.requeue and not error.is_requeued:
+            requeue()
+        error.is_requeued = True
+        raise
+
+
+def _pretrain(settings: PretrainSettings, folder: RunFolder, is_first: bool, goes_on: bool) -> RunFolder:
     train = settings.train
     check_machine(settings)
-    index, plan = open_data(settings.data, settings.seed)
+    index, plan = open_data(settings.data, settings.seed, train.devices * train.nodes)
     if is_first:
         check_data(settings, index, plan)
-    start = load_encoder(settings.init) if settings.init and not resume else None
+    checkpoint = folder.newest_checkpoint() if goes_on else None
+    start = load_encoder(settings.init) if settings.init and not goes_on else None
 
     if train.threads:
         torch.set_num_threads(train.threads)
     pl.seed_everything(settings.seed, verbose=False)
     total_steps = train.steps or max(1, round(train.epochs * plan.steps_per_epoch))
     asked = settings
-    settings = fit(settings, folder if resume else None, index, plan, total_steps)
+    settings = fit(settings, folder if goes_on else None, index, plan, total_steps)
     data = ShardDataModule(index, settings.data, settings.encoder, plan, total_steps, train.micro_batch)
     task: PretextTask = task_class(settings.task.name)(
         settings.task, settings.encoder, settings.optim, total_steps=total_steps,
@@ -76,28 +88,24 @@ def pretrain(settings: PretrainSettings, resume: bool = False, overwrite: bool =
         task.start_from(start, settings.init)
     if train.precision == "float64":
         task.double()  # before a checkpoint is loaded, which would otherwise pass through float32
-    if resume:
-        check_resumed(folder, settings, data, task)
+    if checkpoint is not None:
+        check_resumed(folder, checkpoint, settings, data, task)
     if train.compile:
         compile_blocks(task)
     trainer = make_trainer(settings, folder, index, data)
     if is_first:
-        folder.start(settings.as_dict(), resume)
+        folder.start(settings.as_dict(), goes_on)
         trainer.loggers = make_loggers(train, folder)
         _announce(settings, index, data, task, trainer)
-        if picked := chosen(asked, settings):
-            print(f"chosen for {len(index):,} images, {plan.global_batch} a step: {', '.join(picked)}", flush=True)
+        if picked := chosen(asked, settings, plan.steps_per_epoch):
+            print(f"chosen for {len(index):,} images, {plan.global_batch} a step: {'; '.join(picked)}", flush=True)
 
     with warnings.catch_warnings():
         _silence_needless_warnings()
         try:
-            trainer.fit(task, datamodule=data, ckpt_path=folder.checkpoint if resume else None, weights_only=True)
+            trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
             compile_blocks(task, undo=True)
             task = task.whole()  # together: each rank may hold a part of it
-        except Preempted:
-            if is_first and train.requeue:
-                requeue()
-            raise
         except RuntimeError as error:
             if not is_lost_rank(error, trainer.world_size):
                 raise
@@ -113,7 +121,8 @@ def pretrain(settings: PretrainSettings, resume: bool = False, overwrite: bool =
     if trainer.global_step != total_steps:
         raise RuntimeError(f"training ended at step {trainer.global_step} instead of {total_steps}.")
     if trainer.is_global_zero:
-        _finish(settings, folder, index, data, task, trainer)
+        with stopping_at_once(" after the last step; --resume draws the figures"):
+            _finish(settings, folder, index, data, task, trainer)
     return folder
 
 
@@ -219,16 +228,11 @@ def _finish(
     save_encoder(task.trained_encoder, folder.encoder, provenance)
     if extra := task.extra_weights():
         classes = {"classes": json.dumps(index.classes)}
-        save_file({key: value.cpu().contiguous() for key, value in extra.items()}, folder.encoder / HEAD, classes)
+        with new_file(folder.encoder / HEAD) as part:
+            save_file({key: value.cpu().contiguous() for key, value in extra.items()}, part, classes)
     draw_pictures(folder, task, data)
     log_pictures(trainer, folder.figures, trainer.global_step)
     print(f"encoder in {folder.encoder}, figures in {folder.figures}")
-
-
-def _is_first_process() -> bool:
-    """Whether this process may touch the run folder: rank zero under every launcher that Lightning knows."""
-    ranks = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
-    return all(rank == "0" for rank in ranks)
 
 
 def _silence_needless_warnings() -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
+import re
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
@@ -16,10 +20,12 @@ import numpy as np
 import pytest
 from shard_fixtures import numbered_shards, numbers_of
 
+from sslvit.data import remote as remote_module
 from sslvit.data.decode import BadImage
 from sslvit.data.open import open_data, open_shards
 from sslvit.data.reader import ShardReader
-from sslvit.data.remote import RemoteError, ShardCache
+from sslvit.data.remote import SUB_FOLDER, RemoteError, ShardCache
+from sslvit.files import WriteError
 from sslvit.settings import DataSettings
 
 
@@ -47,16 +53,20 @@ class Server:
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.http.daemon_threads = True
-        self.thread = threading.Thread(target=self.http.serve_forever, daemon=True)
+        self.thread = threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True)
         self.thread.start()
         self.address = f"http://127.0.0.1:{self.http.server_port}"
 
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
-        name = unquote(handler.path.strip("/").split("?")[0])
+        name = unquote(handler.path.strip("/").split("?")[0], errors="surrogateescape")
         self.requests[name] += 1
         self.ranges.append(handler.headers.get("Range"))
         problem = self.fail.get(name, []).pop(0) if self.fail.get(name) else None
         path = self.folder / name
+        if callable(problem):
+            with suppress(ConnectionError):
+                problem(handler, path.read_bytes())
+            return
         if isinstance(problem, int):
             handler.send_error(problem)
             return
@@ -376,3 +386,224 @@ def test_an_index_that_is_none_is_named(server: Server, cache: ShardCache) -> No
     path.write_text(json.dumps(about | {"records_sha256": "0" * 64}))
     with pytest.raises(ValueError, match="not the one that index.json describes"):
         open_shards(f"{server.address}/a", cache)
+
+
+def answer(
+    handler: BaseHTTPRequestHandler, body: bytes = b"", status: int = 200, reason: str | None = None, **headers: object
+) -> None:
+    """A whole answer with just these headers."""
+    handler.send_response(status, reason)
+    for name, value in headers.items():
+        handler.send_header(name.replace("_", "-"), str(value))
+    handler.end_headers()
+    handler.wfile.write(body)
+    handler.wfile.flush()
+
+
+def test_files_of_the_user_in_the_cache_folder_are_never_touched(server: Server, tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    theirs = [folder / "ab" / "holiday.jpg", folder / "cd" / "thesis.part", folder / "photo.jpg"]
+    for path in theirs:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(10**6))
+        os.utime(path, (0, 0))
+    local = open_shards(server.folder / "a")
+    limit_gb = 1.5 * max(shard.bytes for shard in local.shards) / 2**30
+    cache = ShardCache(folder, limit_gb)
+    assert sorted(numbers_of(open_shards(f"{server.address}/a", cache))) == list(range(40))
+    assert cache.folder == folder / SUB_FOLDER
+    later = cache.folder / "ab" / f"{'ab' * 16}.jpg"  # put there by hand, after the folder was marked
+    later.parent.mkdir(exist_ok=True)
+    later.write_bytes(bytes(10**6))
+    os.utime(later, (0, 0))
+    again = ShardCache(folder, limit_gb)
+    assert sorted(numbers_of(open_shards(f"{server.address}/a", again))) == list(range(40))
+    assert all(path.stat().st_size == 10**6 for path in [*theirs, later])
+
+
+def test_a_cache_folder_is_made_when_needed_and_is_the_same_for_all(tmp_path: Path) -> None:
+    one, two = ShardCache(tmp_path / "new"), ShardCache(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "new").mkdir()
+    assert one.folder == two.folder == ShardCache(tmp_path / "new").folder == tmp_path / "new"
+    (tmp_path / "full" / SUB_FOLDER).mkdir(parents=True)
+    (tmp_path / "full" / SUB_FOLDER / "shard-000000.tar").touch()
+    with pytest.raises(ValueError, match="data.cache: .*not of this cache. Choose an empty or a new folder"):
+        _ = ShardCache(tmp_path / "full").folder
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="data.cache: .*/file is not a folder"):
+        _ = ShardCache(tmp_path / "file").folder
+
+
+def drip(handler: BaseHTTPRequestHandler, content: bytes) -> None:
+    """A byte now and then, so that the connection never falls silent."""
+    answer(handler, Content_Length=len(content))
+    for i in range(200):
+        handler.wfile.write(content[i : i + 1])
+        time.sleep(0.05)
+
+
+def drip_headers(handler: BaseHTTPRequestHandler, content: bytes) -> None:
+    for byte in b"HTTP/1.1 200 OK\r\nX: " + 200 * b"x":
+        handler.wfile.write(bytes([byte]))
+        time.sleep(0.05)
+
+
+def drip_interim_answers(handler: BaseHTTPRequestHandler, content: bytes) -> None:
+    for _ in range(200):
+        handler.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("problem", [drip, drip_headers, drip_interim_answers])
+def test_a_server_that_drips_is_given_up(server: Server, tmp_path: Path, problem: Callable) -> None:
+    cache = ShardCache(tmp_path / "cache", tries=2, first_wait_seconds=0.01, timeout_seconds=0.3)
+    server.fail["a/index.json"] = [problem] * 99
+    began = time.monotonic()
+    with pytest.raises(RemoteError, match="not fetched in 2 tries; .* bytes in 0.3 s, less than 4096 a second"):
+        cache.get(f"{server.address}/a/index.json")
+    assert time.monotonic() - began < 5  # 10 for a single one that is waited for
+    assert server.requests["a/index.json"] == 2
+
+
+def test_a_byte_per_connection_is_no_progress(server: Server, cache: ShardCache) -> None:
+    index = open_shards(f"{server.address}/a", cache)
+
+    def one_byte(handler: BaseHTTPRequestHandler, content: bytes) -> None:
+        start = int((handler.headers["Range"] or "bytes=0-")[6:-1])
+        place = {"Content_Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if start else {}
+        answer(handler, content[start : start + 1], 206 if start else 200, Content_Length=len(content) - start, **place)
+
+    server.fail["a/shard-000000.tar"] = [one_byte] * 999
+    with pytest.raises(RemoteError, match="not fetched in 4 tries; the last: .*bytes early"):
+        index.shard_path(0)
+    assert 4 <= server.requests["a/shard-000000.tar"] <= 8
+
+
+def endless(handler: BaseHTTPRequestHandler, content: bytes) -> None:
+    handler.send_response(200)
+    handler.end_headers()
+    for _ in range(10_000):
+        handler.wfile.write(bytes(2**16))
+
+
+def test_no_more_is_taken_than_a_file_can_have(server: Server, cache: ShardCache, monkeypatch) -> None:
+    index = open_shards(f"{server.address}/a", cache)
+    server.fail["a/shard-000000.tar"] = [endless] * 99
+    with pytest.raises(BadImage, match=f"more than {index.shards[0].bytes} bytes instead of {index.shards[0].bytes}"):
+        index.shard_path(0)
+    monkeypatch.setitem(remote_module.MAX_INDEX_BYTES, "index.json", 2**20)
+    server.fail["a/index.json"] = [endless, lambda handler, _: answer(handler, Content_Length=2**40)]
+    for problem in ("more than 1048576 bytes are not taken", "1099511627776 bytes are not taken"):
+        with pytest.raises(RemoteError, match=f"/a/index.json: {problem}. Check the address and the server"):
+            cache.get(f"{server.address}/a/index.json")
+    assert server.requests["a/index.json"] == 3
+    assert sum(path.stat().st_size for path in cache.folder.rglob("*.part")) <= 2**20
+    small = ShardCache(cache.requested, limit_gb=2**20 / 2**30)
+    server.fail["a/shard-000001.tar"] = [endless]
+    with pytest.raises(RemoteError, match="more than 1048576 bytes are not taken"):
+        small.get(f"{server.address}/a/shard-000001.tar")
+
+
+@pytest.mark.parametrize("length", ["abc", "-1", "1_0", "9" * 400])
+def test_a_length_that_is_no_number_is_said_in_one_line(server: Server, cache: ShardCache, length: str) -> None:
+    server.fail["a/index.json"] = [lambda handler, content: answer(handler, content, Content_Length=length)] * 99
+    with pytest.raises(RemoteError, match=f"says a Content-Length of {length[:30]}") as error:
+        cache.get(f"{server.address}/a/index.json")
+    assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("target", ["file:///etc/passwd", "ftp://127.0.0.1/x", "data:,x", "http://[bad", ""])
+def test_redirects_lead_to_http_only(server: Server, cache: ShardCache, target: str) -> None:
+    server.fail["a/index.json"] = [lambda handler, _: answer(handler, status=302, Location=target)] * 99
+    with pytest.raises(RemoteError, match="a/index.json: the server ") as error:
+        cache.get(f"{server.address}/a/index.json")
+    assert "\n" not in str(error.value)
+    assert server.requests["a/index.json"] <= 11
+    server.fail["a/index.json"] = [lambda handler, _: answer(handler, status=301, Location="/a/shard-000000.tar")]
+    whole = (server.folder / "a" / "shard-000000.tar").read_bytes()
+    assert cache.get(f"{server.address}/a/index.json").read_bytes() == whole
+
+
+@pytest.mark.parametrize("status", [302, 403, 404, 500])
+def test_words_of_the_server_cannot_forge_lines(server: Server, cache: ShardCache, status: int) -> None:
+    reason = "bad\x1b[2J\r\x85done: 100 %" + "x" * 3000
+    server.fail["a/index.json"] = [lambda handler, _: answer(handler, b"", status, reason)] * 99
+    with pytest.raises((RemoteError, BadImage)) as error:
+        cache.get(f"{server.address}/a/index.json")
+    assert not re.search(r"[\x00-\x1f\x7f-\x9f]", str(error.value))
+    assert len(str(error.value)) < 600
+
+
+def test_a_part_from_another_place_is_noticed_without_a_checksum(server: Server, cache: ShardCache) -> None:
+    def half(handler: BaseHTTPRequestHandler, content: bytes) -> None:
+        answer(handler, content[: len(content) // 2], ETag='"1"', Content_Length=len(content))
+
+    def other_place(handler: BaseHTTPRequestHandler, content: bytes) -> None:
+        answer(handler, content[:50], 206, ETag='"1"', Content_Range=f"bytes 0-49/{len(content)}")
+
+    whole = (server.folder / "a" / "index.json").read_bytes()
+    server.fail["a/index.json"] = [half, other_place]
+    assert cache.get(f"{server.address}/a/index.json").read_bytes() == whole
+    assert server.ranges == [None, f"bytes={len(whole) // 2}-", None]
+    server.fail["a/index.json"] = [half, other_place] * 99
+    with pytest.raises(RemoteError, match="not fetched in 4 tries"):
+        cache.get(f"{server.address}/a/index.json")
+
+
+@pytest.mark.parametrize("validator", ["ETag", "Last-Modified", "weak", "none"])
+def test_a_file_that_changes_between_its_parts_is_not_patched_together(
+    server: Server, cache: ShardCache, validator: str
+) -> None:
+    old, new = b"a" * 1000, b"b" * 1000
+    conditions = []
+
+    def headers(version: int) -> dict[str, str]:
+        return {"ETag": {"ETag": f'"{version}"'}, "weak": {"ETag": f'W/"{version}"'}, "none": {}}.get(
+            validator, {"Last_Modified": f"Mon, 0{version} Jan 2024 00:00:00 GMT"}
+        )
+
+    def first_half(handler: BaseHTTPRequestHandler, content: bytes) -> None:
+        answer(handler, old[:500], Content_Length=1000, **headers(1))
+
+    def second_half(handler: BaseHTTPRequestHandler, content: bytes) -> None:
+        conditions.append(handler.headers["If-Range"])
+        if handler.headers["Range"] is None:
+            answer(handler, new, Content_Length=1000, **headers(2))
+        else:  # a server that does not know If-Range
+            answer(handler, new[500:], 206, Content_Range="bytes 500-999/1000", Content_Length=500, **headers(2))
+
+    server.fail["a/index.json"] = [first_half, second_half, second_half]
+    assert cache.get(f"{server.address}/a/index.json").read_bytes() == new
+    known = {"ETag": '"1"', "Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT"}
+    assert conditions[0] == known.get(validator)
+
+
+def test_a_full_disk_is_not_called_a_problem_of_the_network(server: Server, cache: ShardCache, monkeypatch) -> None:
+    index = open_shards(f"{server.address}/a", cache)
+
+    class FullDisk:
+        def __init__(self, path: Path, mode: str) -> None:
+            self.file = open(path, mode)  # noqa: SIM115
+            self.seek, self.truncate, self.close = self.file.seek, self.file.truncate, self.file.close
+
+        def write(self, _: bytes) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(remote_module, "open", FullDisk, raising=False)
+    with pytest.raises(WriteError, match="data.cache: .*No space left on device.*Make room on that disk"):
+        index.shard_path(0)
+    assert server.requests["a/shard-000000.tar"] == 1
+    assert not list(cache.folder.rglob("*.part"))
+
+
+@pytest.mark.parametrize("address", ["http://[::1/x.tar", "http://127.0.0.1:port/x.tar"])
+def test_what_is_no_address_is_said_at_once(cache: ShardCache, address: str) -> None:
+    with pytest.raises(ValueError, match="not an address"):
+        cache.get(address)
+
+
+@pytest.mark.parametrize("name", ["caf\udce9.tar", "two words.tar", 60 * "\u65e5"])
+def test_addresses_may_hold_any_characters(server: Server, cache: ShardCache, name: str) -> None:
+    (server.folder / name).write_bytes(b"content")
+    assert cache.get(f"{server.address}/{name}").read_bytes() == b"content"

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from shard_fixtures import encoded
 
+from sslvit.data.decode import BadImage
 from sslvit.data.open import open_data
 from sslvit.data.stream import StreamBatches, StreamIndex, number_of
 from sslvit.data.views import Views
@@ -149,3 +150,70 @@ def test_sizes_and_values_of_views_are_those_of_shards(streams: list[str], tmp_p
     assert batch.views[0].dtype == torch.uint8
     assert np.unique(batch.views[0].numpy().reshape(5, -1).std(1)).tolist() == [0.0]
     assert batch.labels is None
+
+
+def test_names_that_are_not_utf8_are_read_and_never_reach_the_screen_raw(tmp_path: Path, capsys) -> None:
+    forged = "x\x1b[2J\ndone: 100 %"
+    images = {f"caf\udce9-{n}.png": encoded(Image.new("L", (4, 4), n), "PNG") for n in range(4)}
+    bad = {"\udcff.png": b"no image", f"{forged}.png": b"no image", f"../{forged}.png": b"up"}
+    url = str(gzipped(tmp_path / "x.tar.gz", range(10, 14), images | bad))
+    batches = read(index_of([url], tmp_path), 2)
+    seen = {value for batch in batches for value in batch.views[0][:, 0, 0, 0][batch.valid].tolist()}
+    assert seen == {0, 1, 2, 3, 10, 11, 12, 13}
+    named = {name for batch in batches for name in batch.bad}
+    assert named == {"\\xff", "x\\x1b[2J\\x0adone: 100 %", "../x\\x1b[2J\\x0adone: 100 %"}
+    url = str(gzipped(tmp_path / "y.tar.gz", range(0), {f"../{forged}.png": b"up", "caf\udce9.txt": b"hello"}))
+    with pytest.raises(ValueError, match="no image in .*y.tar.gz") as error:
+        read(index_of([url], tmp_path), 1)
+    assert str(error.value).isprintable()
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_damage_of_any_kind_is_named_by_its_stream(streams: list[str], tmp_path: Path, monkeypatch) -> None:
+    from webdataset import tariterators
+
+    original = tariterators.gopen.gopen
+
+    def failing(url: str, **options):
+        if url == streams[3]:
+            raise OSError  # without a word
+        return original(url, **options)
+
+    monkeypatch.setattr(tariterators.gopen, "gopen", failing)
+    twice = {"a.png": encoded(Image.new("L", (4, 4), 200), "PNG")}
+    with tarfile.open(streams[4], "w:gz") as tar:
+        for name, content in [*twice.items(), *twice.items()]:
+            about = tarfile.TarInfo(name)
+            about.size = len(content)
+            tar.addfile(about, io.BytesIO(content))
+    Path(streams[5]).write_bytes(b"no tar")
+    batches = read(index_of(streams, tmp_path), 12)
+    bad = {name: reason for batch in batches for name, reason in batch.bad.items()}
+    assert bad[f"{streams[4]}/a.png"] == "a second member of this name"
+    assert bad[streams[3]].startswith("damaged stream (OSError: ")
+    assert bad[streams[5]].startswith("damaged stream (ReadError: ")
+    assert {*range(30), 200} <= set(pixels(batches))
+
+
+def test_images_whose_names_hold_dots_are_read_or_named(tmp_path: Path, capsys) -> None:
+    images = {n: encoded(Image.new("L", (4, 4), n), "PNG") for n in range(20)}
+    members = {f"photo.{n:04d}.png": images[n] for n in range(4)}
+    members |= {"a.png": images[4], "a.seg.png": images[10], "b.png": images[5], "b.seg.png": images[11]}
+    members |= {"c.thumbnail.png": images[6], "d.left.png": images[12], "d.right.png": images[13]}
+    batches = read(index_of([str(gzipped(tmp_path / "x.tar.gz", range(0), members))], tmp_path), 2)
+    assert set(pixels(batches)) == set(range(7))
+    bad = {name: reason for batch in batches for name, reason in batch.bad.items()}
+    assert bad == {"d.*": "2 images of one key (left.png, right.png): none of them is used"}
+    assert capsys.readouterr().out.count("images such as a.seg.png are not used") == 1
+
+
+def test_a_stream_that_the_server_does_not_have_is_counted(streams: list[str], tmp_path: Path, monkeypatch) -> None:
+    index = index_of([*streams, "http://127.0.0.1:9/none.tar.gz"], tmp_path)
+
+    def gone(address: str) -> Path:
+        raise BadImage(f"missing shard ({address})")
+
+    monkeypatch.setattr(index.cache, "get", gone)
+    batches = read(index, 13)
+    assert set(pixels(batches)) == set(range(60))
+    assert {name for batch in batches for name in batch.bad} == {"http://127.0.0.1:9/none.tar.gz"}

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from disk_fixtures import files_up_to
 from PIL import Image
 
 from sslvit.checkpoint import load_encoder, save_encoder
@@ -61,3 +62,16 @@ def test_what_cannot_be_embedded_is_refused(here: Path, capsys: pytest.CaptureFi
         assert main([*words, *more]) == 1
         assert reason in capsys.readouterr().err
     assert not (here / "out.npz").exists()
+
+
+def test_a_disk_that_takes_no_more_and_a_killed_embedding_leave_nothing(
+    here: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (here / f"out.npz.{2**22 + 1}.part").write_text("half")  # of a process that is no more
+    words = ["embed", str(here / "encoder"), str(here / "photos"), "-o", str(here / "out.npz")]
+    main(words)
+    (here / "out.npz").unlink()
+    with files_up_to(100):
+        assert main(words) == 1
+    assert "out.npz: could not be written (File too large)" in capsys.readouterr().err
+    assert not list(here.glob("*.npz*"))

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from disk_fixtures import files_up_to
 
 from sslvit.checkpoint import save_encoder
 from sslvit.cli import main
@@ -221,6 +222,29 @@ def test_a_damaged_cache_is_made_anew_and_a_full_one_forgets_the_oldest(shards: 
     Pass(cache=small).features(FrozenEncoder(make(seed=1)), data, [(1, "class")])
     assert [path.name for path in cache.folder.iterdir()] != [entry.name]
     assert len(list(cache.folder.iterdir())) == 1
+
+
+def test_a_disk_that_takes_no_more_is_said_and_ends_no_probe(shards: Path, capsys: pytest.CaptureFixture) -> None:
+    source, data = FrozenEncoder(make(depth=2)), LabelledSet(load_index(shards / "val"), 3)
+    cache = FeatureCache(shards / "cache")
+    with files_up_to(50):
+        found = Pass(cache=cache).features(source, data, [(1, "class")])
+    assert len(found.labels) == len(data.index)
+    said = capsys.readouterr().out
+    assert "features are not cached: " in said
+    assert "labels.safetensors: could not be written (" in said
+    assert not [file for file in cache.folder.rglob("*") if file.is_file()]
+
+
+def test_a_full_cache_leaves_the_files_of_others(shards: Path) -> None:
+    """Also a folder that looks like one of its own, and one of its own that somebody put a file into."""
+    cache = FeatureCache(shards / "cache", limit_gb=1e-9)
+    others = [cache.folder / "thesis" / "labels.safetensors", cache.folder / ("0" * 32) / "thesis.txt"]
+    for file in (*others, cache.folder / ("0" * 32) / "labels.safetensors"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("years of work")
+    Pass(cache=cache).features(FrozenEncoder(make()), LabelledSet(load_index(shards / "val"), 3), [(1, "class")])
+    assert all(file.exists() for file in others)
 
 
 def test_the_command_says_what_is_needed_to_quote_it(

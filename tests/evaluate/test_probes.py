@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from golden_fixtures import Golden
+from golden_fixtures import Golden, looks_at
 from sklearn.linear_model import LogisticRegression
 
 from sslvit.evaluate import knn
@@ -29,7 +29,9 @@ def clouds(count: int = 300, width: int = 12, classes: int = 4, seed: int = 0, n
 def test_logistic_regression_reaches_scikit_learns_optimum(strength: float) -> None:
     features = clouds()
     values = features.values.double()
-    weight, bias, is_solved = fit_logistic(values, features.labels, 4, torch.tensor([strength]).double())
+    problem = (values, features.labels, 4, torch.tensor([strength]).double())
+    assert fit_logistic(*problem)[2]
+    weight, bias, is_solved = fit_logistic(*problem, tolerance=1e-8)
     assert is_solved
     theirs = LogisticRegression(C=1 / (strength * len(values)), max_iter=10_000, tol=1e-10).fit(
         values.numpy(), features.labels.numpy()
@@ -61,6 +63,26 @@ def test_strength_is_chosen_by_held_out_training_images() -> None:
     assert fit_probe(features, 4).strength < 10
     assert fit_probe(features, 4).accuracy(clouds(noise=0.3, seed=5)) > 95
     assert min(STRENGTHS) == pytest.approx(1e-6)
+
+
+def test_among_strengths_with_as_many_right_answers_the_lowest_loss_wins() -> None:
+    features = clouds(noise=0.01)  # so far apart that any penalty gets all of them right
+    assert fit_probe(features, 4).held_out == 100
+    assert fit_probe(features, 4).strength == min(STRENGTHS)
+
+
+def test_each_channel_counts_alike_whatever_its_scale_and_offset() -> None:
+    features = clouds()
+    scale, offset = torch.logspace(-3, 3, 12), torch.linspace(-5, 5, 12)
+    other = Features(features.values * scale + offset * scale, features.labels)
+    one, same = fit_probe(features, 4), fit_probe(other, 4)
+    assert (one.strength, one.held_out) == (same.strength, same.held_out)
+    torch.testing.assert_close(one.logits(features.values), same.logits(other.values), atol=1e-3, rtol=1e-3)
+
+
+def test_held_out_answers_are_a_share_of_the_images_held_out_also_of_many_images() -> None:
+    features = clouds(count=1200, noise=0.3)  # one fifth is held out; of up to 1,000 every image is, once
+    assert fit_probe(features, 4).held_out > 95
 
 
 def test_fewer_images_than_features_reach_the_same_optimum() -> None:
@@ -138,13 +160,24 @@ def test_folds_and_draws_are_stratified_and_repeatable() -> None:
         draw_labels(labels, None, 1.0, 0)
 
 
-def test_neighbours_vote_as_in_dinos_evaluation() -> None:
-    golden = Golden("knn")
-    train = Features(golden["input/train_features"], golden["input/train_labels"])
-    for k in golden.config["ks"]:
-        votes = knn_votes(train, golden["input/test_features"], golden.config["classes"], k, golden.config["T"])
+@looks_at("knn", "input/*", "output/*", "info/*", "config/classes", "config/dim", "config/n_*", "config/ks", "config/T")
+def test_neighbours_vote_as_in_dinos_evaluation(golden: Golden) -> None:
+    config, classes, temperature = golden.config, golden.config["classes"], golden.config["T"]
+    train, val = (Features(golden[f"input/{p}_features"], golden[f"input/{p}_labels"]) for p in ("train", "test"))
+    assert train.values.shape == (config["n_train"], config["dim"])
+    assert val.values.shape == (config["n_test"], config["dim"])
+    accuracies = knn_accuracies(train, val, classes, config["ks"], temperature)
+    assert list(accuracies) == config["ks"]
+    for k in config["ks"]:
+        votes = knn_votes(train, val.values, classes, k, temperature)
         golden.check(f"output/k{k}/scores", votes)
         golden.check(f"output/k{k}/prediction", votes.argmax(1))
+        for n in (1, 5):
+            is_right = (votes.topk(n, dim=1).indices == val.labels[:, None]).any(1)
+            golden.check(f"output/k{k}/correct{n}", is_right)
+            share = 100 * float(is_right.double().mean())
+            assert share == golden.info[f"k{k}"][f"top{n}"] == float(golden[f"output/k{k}/top{n}"])
+        assert accuracies[k] == golden.info[f"k{k}"]["top1"]  # one search, and each k by its own neighbours
 
 
 def test_neighbours_are_found_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,6 +190,14 @@ def test_neighbours_are_found_piece_by_piece(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(knn, "QUERIES_AT_ONCE", 7)
     assert knn_accuracies(train, val, 4, [5, 60], 0.07) == pytest.approx(expected)
     assert min(expected.values()) > 80
+
+
+def test_only_the_direction_of_features_decides_who_is_near() -> None:
+    train, val = clouds(300), clouds(50, seed=1)
+    sizes = torch.logspace(-2, 2, 300)[torch.randperm(300, generator=torch.Generator().manual_seed(0))]
+    longer = Features(train.values * sizes[:, None], train.labels)
+    assert knn_accuracies(longer, val, 4, [5, 20], 0.07) == knn_accuracies(train, val, 4, [5, 20], 0.07)
+    torch.testing.assert_close(knn_votes(longer, 3 * val.values, 4), knn_votes(train, val.values, 4), rtol=1e-3, atol=1)
 
 
 def test_a_small_temperature_lets_the_nearest_decide() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from golden_fixtures import Golden
+from golden_fixtures import Golden, looks_at
 
 from sslvit.data.arrays import array_samples
 from sslvit.data.pack import pack
@@ -22,11 +22,18 @@ from sslvit.settings import EncoderSettings, ProbeSettings
 from sslvit.settings.load import read_protocol
 
 
-@pytest.mark.parametrize("run", ["linprobe", "decayed"])
-def test_lars_moves_as_in_maes_released_code(run: str) -> None:
-    golden = Golden("lars")
+@looks_at("lars", "*")
+def test_lars_moves_as_in_maes_released_code(golden: Golden) -> None:
+    for run in golden.config["runs"]:
+        check_lars(golden, run)
+
+
+def check_lars(golden: Golden, run: str) -> None:
     numbers = golden.config["runs"][run]
-    parameters = {name: torch.nn.Parameter(golden[f"param/{name}"].clone()) for name in golden.config["shapes"]}
+    parameters = {}
+    for name, shape in golden.config["shapes"].items():
+        parameters[name] = torch.nn.Parameter(golden[f"param/{name}"].clone())
+        assert list(parameters[name].shape) == shape
     optimiser = LARS(
         parameters.values(), numbers["lr"], numbers["weight_decay"], numbers["momentum"], numbers["trust_coefficient"]
     )
@@ -40,8 +47,8 @@ def test_lars_moves_as_in_maes_released_code(run: str) -> None:
         golden.check(f"output/{run}/mu/{name}", optimiser.state[parameter]["momentum"])
 
 
-def test_the_probe_head_is_maes() -> None:
-    golden = Golden("linear_probe_head")
+@looks_at("linear_probe_head", "*")
+def test_the_probe_head_is_maes(golden: Golden) -> None:
     width, classes = golden.config["dim"], golden.config["classes"]
     head = BatchNormHead(width, classes)
 
@@ -52,7 +59,9 @@ def test_the_probe_head_is_maes() -> None:
 
     start()
     for i in range(3):
-        golden.check(f"output/train_{i}", head(golden[f"input/train_features_{i}"]).detach())
+        values = golden[f"input/train_features_{i}"]
+        assert len(values) == golden.config["batch"]
+        golden.check(f"output/train_{i}", head(values).detach())
         golden.check(f"output/after_{i}/running_mean", head[0].running_mean)
         golden.check(f"output/after_{i}/running_var", head[0].running_var)
     golden.check("output/eval", head.eval()(golden["input/eval_features"]).detach())
@@ -68,6 +77,19 @@ def test_the_probe_head_is_maes() -> None:
         golden.check(f"output/sgd_step{step}/loss", loss.detach())
         golden.check(f"output/sgd_step{step}/head.1.weight", head[1].weight.detach())
         golden.check(f"output/sgd_step{step}/head.1.bias", head[1].bias.detach())
+
+
+def test_heads_start_small_by_seed_and_without_bias() -> None:
+    """From N(0, 0.01), as in the released probes of MAE, DINO and DINOv2."""
+    place = (1, "class")
+    heads = [BatchNormHead(64, 50, seed) for seed in (0, 0, 1)]
+    grids = [HeadGrid.start([[place]], {place: 64}, [0.1, 1.0], 25, seed) for seed in (0, 0, 1)]
+    for one, same, other in ([head[1].weight.detach() for head in heads], [grid.weight[0] for grid in grids]):
+        assert float(one.std()) == pytest.approx(0.01, rel=0.05)
+        assert torch.equal(one, same)
+        assert not torch.equal(one, other)
+    assert not heads[0][1].bias.any()
+    assert not grids[0].bias[0].any()
 
 
 def test_a_grid_of_heads_is_as_many_heads_under_torchs_sgd() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from disk_fixtures import files_up_to
 from export_fixtures import SMALL, saved, shaken
 from run_fixtures import run, weights
 from safetensors.torch import load_file, save_file
@@ -19,10 +21,11 @@ from sslvit.checkpoint import load_encoder, save_encoder
 from sslvit.cli import main
 from sslvit.data.arrays import array_samples
 from sslvit.data.pack import pack
-from sslvit.export import MAKING, export_encoder
+from sslvit.export import MAKING, export_encoder, keep_others
 from sslvit.export import timm as timm_format
 from sslvit.export.exported import Exported
 from sslvit.export.verify import check_inputs, compare
+from sslvit.files import WriteError
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings
 
@@ -87,6 +90,28 @@ def test_a_card_says_where_the_weights_come_from(tmp_path: Path, capsys: pytest.
     assert main([*words[:2], str(tmp_path / "other"), *words[3:], "--scores", str(tmp_path / "none.json")]) == 1
     assert "none.json: not readable as scores" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+
+
+def test_names_in_a_card_are_text(tmp_path: Path) -> None:
+    evil, out = "<img src=x>[y](http://z)", tmp_path / 'ou"t\n```'
+    saved(tmp_path / "e", pooling="mean")
+    file = tmp_path / "e" / "encoder.json"
+    content = json.loads(file.read_text())
+    content["provenance"] = {"task": evil, "weights": evil, "step": 3, "data": {"samples": evil, "fingerprint": evil}}
+    file.write_text(json.dumps(content))
+    weights = {"head.weight": torch.randn(3, 32), "head.bias": torch.randn(3)}
+    classes = json.dumps([evil, "# cat", "a|b\n---"])
+    save_file(weights, tmp_path / "e" / "head.safetensors", {"classes": classes})
+    (tmp_path / "<b>.json").write_text(json.dumps({"rows": {evil: {"`": [1.0]}}}))
+    export_encoder(tmp_path / "e", out, "safetensors", "logits", scores=[tmp_path / "<b>.json"])
+    text = (out / "README.md").read_text()
+    assert "<" not in text
+    assert "](" not in text.replace("\\](", "")
+    assert text.count("&lt;img src=x&gt;") == 6
+    code = text.split("```python\n")[1].split("\n```\n")[0]
+    assert 'ou\\"t\\n' in code
+    compile(code, "card", "exec")
+    assert json.loads((out / "card.json").read_text())["classes"][0] == evil
 
 
 def test_a_classifier_goes_along(tmp_path: Path) -> None:
@@ -326,3 +351,79 @@ def test_a_run_that_has_not_ended_has_a_card_too(tmp_path: Path) -> None:
     card = json.loads((tmp_path / "out" / "card.json").read_text())
     assert card["recipe"]["task"]["name"] == "mae"
     assert "Trained by mae, 7 steps" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kind", ["timm", "transformers", "torch", "safetensors"])
+def test_a_disk_that_takes_no_more_is_named_and_leaves_nothing(tmp_path: Path, kind: str) -> None:
+    saved(tmp_path / "e")
+    with files_up_to(5_000), pytest.raises(WriteError, match="out.part.*: could not be written .*File too large"):
+        export_encoder(tmp_path / "e", tmp_path / "out", kind)
+    assert [path.name for path in tmp_path.iterdir()] == ["e"]
+    assert export_encoder(tmp_path / "e", tmp_path / "out", kind)["passed"]
+
+
+def test_an_import_that_the_disk_does_not_take_can_be_tried_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    torch.save(saved(tmp_path / "e").state_dict(), tmp_path / "vit.pth")
+    words = ["import", str(tmp_path / "vit.pth"), str(tmp_path / "out"), "--heads", "2"]
+    with files_up_to(5_000):
+        assert main(words) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"sslvit: error: {tmp_path}/out.part/encoder.safetensors: could not be written")
+    assert said.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["e", "vit.pth"]
+    assert main(words) == 0
+    assert main(words) == 1
+    assert "out: already exists. Choose another folder.\n" in capsys.readouterr().err
+
+
+def test_an_encoder_has_the_mode_of_its_neighbors(tmp_path: Path) -> None:
+    saved(tmp_path / "e")
+    (tmp_path / "plain").write_text("")
+    modes = {file.stat().st_mode for file in (*(tmp_path / "e").iterdir(), tmp_path / "plain")}
+    assert len(modes) == 1
+
+
+@pytest.mark.parametrize("moment", ["begun", "marked", "verdict", "empty"])
+def test_what_a_killed_export_or_import_left_goes(tmp_path: Path, moment: str) -> None:
+    saved(tmp_path / "e")
+    part = tmp_path / "out.part"
+    part.mkdir()
+    left = {"begun": [MAKING], "marked": [MAKING, "verdict.json"], "verdict": ["verdict.json"], "empty": []}[moment]
+    for name in left:
+        (part / name).write_text("{}")
+    torch.save(load_encoder(tmp_path / "e").state_dict(), tmp_path / "vit.pth")
+    assert main(["import", str(tmp_path / "vit.pth"), str(tmp_path / "out"), "--heads", "2"]) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["encoder.json", "encoder.safetensors"]
+    assert not part.exists()
+
+
+@pytest.mark.parametrize("killed", ["before the new one is in place", "before others' files moved", "at the end"])
+def test_an_export_that_is_killed_while_it_replaces_another_loses_nothing(tmp_path: Path, killed: str) -> None:
+    saved(tmp_path / "e")
+    export_encoder(tmp_path / "e", tmp_path / "out", "timm")
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    (tmp_path / "out").rename(tmp_path / "out.replaced")
+    if killed != "before the new one is in place":
+        export_encoder(tmp_path / "e", tmp_path / "new", "safetensors")
+        (tmp_path / "new").rename(tmp_path / "out")
+    if killed == "at the end":
+        keep_others(tmp_path / "out.replaced", tmp_path / "out")
+    export_encoder(tmp_path / "e", tmp_path / "out", "torch", overwrite=True)
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["e", "out"]
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"notes.txt", "model.pt2", "card.json", "README.md", "verdict.json"}
+
+
+def test_a_killed_save_leaves_no_part_behind(tmp_path: Path) -> None:
+    (tmp_path / "e").mkdir()
+    left = tmp_path / "e" / f"encoder.safetensors.{2**22 + 1}.part"  # of a process that is no more
+    left.write_text("half")
+    mine = tmp_path / "e" / f"encoder.safetensors.{os.getppid()}.part"  # of one that runs
+    mine.write_text("half")
+    saved(tmp_path / "e")
+    assert sorted(path.name for path in (tmp_path / "e").iterdir()) == [
+        "encoder.json", "encoder.safetensors", mine.name,
+    ]  # fmt: skip

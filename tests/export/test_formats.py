@@ -14,10 +14,11 @@ import torch
 from export_fixtures import SMALL, saved, shaken
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import save_file
 
 from sslvit.checkpoint import load_encoder, save_encoder
+from sslvit.cli import main
 from sslvit.data.resample import normalise
 from sslvit.export import FORMATS, export_encoder
 from sslvit.export.exported import Exported, with_outputs
@@ -50,6 +51,7 @@ IGPT = {"tokens": "pixel", "patch": 1, "image_size": 8, "class_token": False, "p
         {"positions": "learned_2d"},
         {"positions": "none", "bias": False},
         {"mask_token": True, "mlp_ratio": 2.0},
+        {"width": 22, "mlp_ratio": 15 / 11},  # its product with the width is 29.999... in floats
         {"final_norm": False},
     ],
 )
@@ -197,6 +199,54 @@ def test_preprocessing_of_a_photograph_is_that_of_the_card(tmp_path: Path, kind:
     module = FORMATS[kind]
     prepare = module.preprocessing(tmp_path / f"square-{kind}", Exported(encoder))
     assert not compare_preprocessing(Exported(encoder), prepare)["passed"]
+
+
+@pytest.mark.parametrize("kind", ["timm", "transformers"])
+def test_other_libraries_put_nothing_among_our_output(
+    tmp_path: Path, kind: str, capfd: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved(tmp_path / "e")
+    assert main(["export", str(tmp_path / "e"), str(tmp_path / "out"), "--format", kind]) == 0
+    assert main(["import", str(tmp_path / "out"), str(tmp_path / "again")]) == 0
+    out, err = capfd.readouterr()
+    assert err == ""
+    assert [line.split(":")[0] for line in out.splitlines()] == [
+        str(tmp_path / "out"),
+        "out",
+        f"encoder in {tmp_path}/again",
+    ]
+    assert not [record for record in caplog.records if record.name.split(".")[0] in ("transformers", "timm")]
+    assert transformers.utils.logging.is_progress_bar_enabled()  # others' settings are as they were
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [224, 448, 518])  # 518: the crop of a photograph 3 : 2 begins at half a pixel
+@pytest.mark.parametrize("kind", ["timm", "transformers"])
+def test_released_image_sizes_pass_the_comparison(tmp_path: Path, kind: str, size: int, interpolation: str) -> None:
+    """Those of DINOv2; the verdict is over what the libraries make of images that must be cropped and resized."""
+    shape = {"image_size": size, "patch": 14, "width": 8, "depth": 1, "heads": 1}
+    saved(tmp_path / "e", **shape, interpolation=interpolation, interpolate_offset=0.1, layer_scale=1.0)
+    prepared = export_encoder(tmp_path / "e", tmp_path / "out", kind)["preprocessing"]
+    assert prepared["mean_difference"] < 1e-5
+    assert prepared["largest_difference"] < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["timm", "transformers"])
+def test_a_failed_verdict_names_the_measure_that_failed(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path / "e")
+    prepare = FORMATS[kind].preprocessing
+
+    def shifted(*args):
+        return lambda image: prepare(*args)(image if image.size == (16, 16) else ImageOps.mirror(image))
+
+    monkeypatch.setattr(FORMATS[kind], "preprocessing", shifted)
+    with pytest.raises(RuntimeError, match="cropped and resized differs on average by 1.[0-9]e.00 .allowed 5e-03"):
+        export_encoder(tmp_path / "e", tmp_path / "out", kind)
+    monkeypatch.setattr(FORMATS[kind], "preprocessing", lambda *args: lambda image: prepare(*args)(image) + 2e-5)
+    with pytest.raises(RuntimeError, match="its preprocessing differs by 2.0e-05 .allowed 1e-05"):
+        export_encoder(tmp_path / "e", tmp_path / "out", kind)
 
 
 def test_a_transformers_processor_takes_pictures_of_all_kinds(tmp_path: Path) -> None:

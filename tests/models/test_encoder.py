@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
 from sslvit.models import ViTEncoder, preset
-from sslvit.models.positions import resample_table
+from sslvit.models.positions import Places, RelativeBias, resample_table, rotary_2d, rotate
+from sslvit.models.resize import resize_weights
 from sslvit.settings import PRESETS, EncoderSettings
 
 POSITIONS = ["none", "learned_1d", "learned_2d", "sincos_1d", "sincos_2d", "rotary_2d", "relative_bias"]
@@ -89,6 +91,18 @@ def test_mask_tokens_stand_where_patches_are_hidden(tokens: str) -> None:
     torch.testing.assert_close(tokens_after[0, encoder.prefix + 3], encoder.mask_token[0, 0] + patches[3])
 
 
+@torch.no_grad()
+def test_hidden_patches_are_named_by_their_place_in_the_image_also_among_visible_ones() -> None:
+    encoder = make(mask_token=True)
+    is_hidden = torch.zeros(2, 16, dtype=torch.bool)
+    is_hidden[0, 5] = is_hidden[1, 2] = True
+    visible = torch.tensor([[9, 5, 1], [2, 9, 5]])
+    some, _ = encoder.embed(images(), visible, is_hidden)
+    every, _ = encoder.embed(images(), hidden=is_hidden)
+    for row in range(2):
+        torch.testing.assert_close(some[row, 1:], every[row, 1 + visible[row]])
+
+
 def test_hidden_without_a_mask_token_is_refused() -> None:
     with pytest.raises(ValueError, match="mask_token to true"):
         make()(images(), hidden=torch.zeros(2, 16, dtype=torch.bool))
@@ -102,6 +116,36 @@ def test_positions_see_order_and_none_does_not(positions: str) -> None:
     swapped[:, :, :8, :8], swapped[:, :, :8, 8:16] = images()[:, :, :8, 8:16], images()[:, :, :8, :8]
     difference = (encoder(images())[:, 0] - encoder(swapped)[:, 0]).abs().max()
     assert (difference < 1e-5) == (positions == "none")
+
+
+@torch.no_grad()
+def test_rotary_angles_by_hand() -> None:
+    """A quarter of a head by row, a quarter by column, base 100; other grids lie on the trained one."""
+    for grid, stretch in (((2, 3), 1.0), ((4, 6), 0.5)):
+        cos, sin = rotary_2d(grid, (2, 3), 8, torch.device("cpu"))
+        row, column = (torch.arange(side) * stretch + (stretch - 1) / 2 for side in grid)
+        for place, (r, c) in enumerate(itertools.product(row.tolist(), column.tolist())):
+            angles = torch.tensor([r, r / 10, c, c / 10])
+            torch.testing.assert_close(cos[place], angles.cos())
+            torch.testing.assert_close(sin[place], angles.sin())
+    head = torch.tensor([1.0, 0, 0, 0, 0, 0, 0, 0]).view(1, 1, 1, 8)
+    turned = rotate(head, (torch.zeros(1, 4), torch.ones(1, 4)))  # by a quarter turn
+    assert turned.flatten().tolist() == [0, 0, 0, 0, 1, 0, 0, 0]
+
+
+@torch.no_grad()
+def test_the_bias_between_two_patches_is_that_of_their_offset() -> None:
+    bias = RelativeBias(heads=2, grid=(2, 3))
+    bias.table.copy_(torch.randn(2, 3, 5))
+    whole = bias(Places((2, 3), prefix=1))
+    assert not whole[:, 0].any()
+    assert not whole[:, :, 0].any()
+    for (one, (r, c)), (other, (s, d)) in itertools.product(enumerate(itertools.product(range(2), range(3))), repeat=2):
+        assert torch.equal(whole[:, 1 + one, 1 + other], bias.table[:, r - s + 1, c - d + 2])
+    larger = bias(Places((3, 3), prefix=0))
+    wide = torch.nn.functional.interpolate(bias.table[None], (5, 5), mode="bicubic", antialias=True)[0]
+    torch.testing.assert_close(larger[:, 0, 8], wide[:, 0, 0])
+    torch.testing.assert_close(larger[:, 7, 0], wide[:, 4, 3])
 
 
 @torch.no_grad()
@@ -222,6 +266,12 @@ def test_shifted_patches_see_half_a_patch_around_themselves() -> None:
 
 
 @torch.no_grad()
+def test_a_conv_stem_doubles_its_channels_until_they_are_the_width() -> None:
+    convolutions = [layer for layer in make(tokens="conv_stem").patch_embed.stem if isinstance(layer, torch.nn.Conv2d)]
+    assert [(layer.in_channels, layer.out_channels) for layer in convolutions] == [(3, 12), (12, 24), (24, 48)]
+    assert all(layer.stride == (2, 2) and layer.kernel_size == (3, 3) for layer in convolutions)
+
+
 def test_conv_stem_and_hybrid_look_beyond_their_patch() -> None:
     for tokens in ("conv_stem", "hybrid"):
         encoder = make(cnn="resnet18", tokens=tokens)
@@ -303,6 +353,28 @@ def test_dropout_acts_in_training_only() -> None:
 
 
 @torch.no_grad()
+@torch.no_grad()
+@pytest.mark.parametrize("silent", ["attn.proj", "mlp.fc2"])
+def test_both_branches_of_a_block_drop_channels(silent: str) -> None:
+    block = make(dropout=0.5).blocks[0].train()
+    for parameter in block.get_submodule(silent).parameters():
+        parameter.zero_()  # what the other branch adds is left alone
+    tokens = torch.randn(4, 20, 48)
+    share = ((block(tokens) - tokens) == 0).double().mean()
+    assert share == pytest.approx(0.5, abs=0.05)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("antialias", "offset"), [(True, 0.0), (False, 0.0), (False, 0.1)])
+def test_weights_resized_once_are_those_that_the_encoder_stretches_each_time(antialias: bool, offset: float) -> None:
+    encoder = make(interpolate_antialias=antialias, interpolate_offset=offset)
+    for size in (16, 48):
+        settings = replace(encoder.settings, image_size=size)
+        resized = ViTEncoder(settings).eval()
+        resized.load_state_dict(resize_weights(encoder.state_dict(), encoder.settings, settings))
+        torch.testing.assert_close(resized(images(size, size)), encoder(images(size, size)))
+
+
 def test_pooling_options_differ_and_attention_pool_sees_all_tokens() -> None:
     encoder = make(pooling="attention", fc_norm=True)
     features = {kind: encoder.features(images(), pooling=kind) for kind in ("class", "mean", "attention")}
@@ -316,6 +388,21 @@ def test_pooling_options_differ_and_attention_pool_sees_all_tokens() -> None:
     normed = features["mean"]
     assert abs(normed.mean()) < 0.5
     torch.testing.assert_close(normed, encoder.fc_norm(tokens[:, 1:].mean(1)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pooling", ["class", "mean", "attention"])
+def test_the_pooled_vector_is_normalised_where_asked_whatever_the_pooling(pooling: str) -> None:
+    encoder = make(pooling=pooling, fc_norm=True, final_norm=False)
+    tokens = encoder(images())
+    pooled = {"class": tokens[:, 0], "mean": tokens[:, 1:].mean(1)}.get(pooling)
+    pooled = encoder.attn_pool(tokens) if pooled is None else pooled
+    torch.testing.assert_close(encoder.features(images()), encoder.fc_norm(pooled))
+
+
+def test_the_query_of_an_attention_pool_starts_at_random_and_not_at_zero() -> None:
+    settings = EncoderSettings(image_size=32, patch=8, width=256, depth=1, heads=4, pooling="attention")
+    assert float(ViTEncoder(settings).attn_pool.query.std()) == pytest.approx(256**-0.5, rel=0.3)
 
 
 def test_class_pooling_without_a_class_token_is_refused() -> None:
@@ -448,3 +535,18 @@ def test_repeatable_kernels_stretch_positions_to_the_same_values_and_gradients(a
 def graph_of(functions) -> str:
     """The names of all operations behind a result."""
     return " ".join(f"{node.name().lower()} {graph_of(node.next_functions)}" for node, _ in functions if node)
+
+
+@pytest.mark.parametrize(
+    ("width", "ratio", "hidden"), [(208, 4.1, 853), (24, 4.1, 98), (192, 4.0, 768), (10, 2.55, 26)]
+)
+def test_the_hidden_width_of_an_mlp_is_rounded_not_cut(width: int, ratio: float, hidden: int) -> None:
+    assert EncoderSettings(width=width, heads=1, mlp_ratio=ratio).mlp_width == hidden
+
+
+def test_every_hidden_width_comes_back_from_its_ratio() -> None:
+    settings = EncoderSettings(width=208, heads=1)
+    for width in (24, 208, 387, 1280):
+        for hidden in range(width, 5 * width):
+            settings.width, settings.mlp_ratio = width, hidden / width
+            assert settings.mlp_width == hidden

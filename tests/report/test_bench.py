@@ -15,6 +15,7 @@ from sslvit.checkpoint import save_encoder
 from sslvit.cli import main
 from sslvit.data.arrays import array_samples
 from sslvit.data.pack import pack
+from sslvit.evaluate import scores
 from sslvit.models import ViTEncoder
 from sslvit.report import bench as module
 from sslvit.settings import EncoderSettings
@@ -208,7 +209,7 @@ def test_two_benches_do_not_share_a_folder(files: dict, tmp_path: Path, capsys: 
         ({"encoders": {"A": ["{tmp}/e0", "{tmp}/e2"]}}, "encoders.A: its runs are of different architectures"),
         ({"columns": {"x": {"kind": "knn", "neighbours": 99}}}, "--neighbours 99: there are only 48 training images"),
         (
-            {"columns": {"x": {"kind": "finetune"}}},
+            {"columns": {"x": {"kind": "finetune", "data.global_batch": 128}}},
             "columns.x: data.global_batch 128, but there are 48 training images",
         ),
         ({"columns": {"x": {"protocol": {"name": "dino", "blocks": 3}}}}, "--blocks 3: there are only 2 blocks"),
@@ -254,3 +255,61 @@ def test_a_folder_of_something_else_is_left_alone(files: dict, tmp_path: Path, c
 def test_shipped_benches_load(path: Path) -> None:
     assert load_bench(path, {}).columns
     assert "#   sslvit bench " in path.read_text()
+
+
+def test_names_are_text_in_every_table_and_picture(
+    files: dict, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:  # fmt: skip
+    data, first, other, column = "$x_$", "<img src=x onerror=alert(1)>", "=1+1; 2", "@SUM(1+1)\x1b[31m"
+    encoders = {first: files["encoders"]["B"], other: files["encoders"]["B"]}
+    assert main(["bench", write(files, tmp_path, data={data: files["data"]["toy"]}, encoders=encoders, baselines=[],
+                                columns={column: {"kind": "knn", "neighbours": 3}})]) == 0  # fmt: skip
+    said, folder = capsys.readouterr().out, tmp_path / "bench"
+    assert "\x1b" not in said
+    assert f"{data}: {first}: @SUM(1+1)\\x1b[31m" in said
+    with open(folder / "table.csv") as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["data"], line["row"], line["column"]) for line in lines] == [
+        (data, first, f"'{column}"), (data, f"'{other}", f"'{column}")
+    ]  # fmt: skip
+    assert all(float(line["mean"]) >= 0 for line in lines)
+    assert f'"\'{other}"' in (folder / "table.csv").read_text()  # in quotes, so that a semicolon begins no cell
+    for file in ("table.md", "report.html"):
+        text = (folder / file).read_text()
+        assert "<img src=x" not in text
+        assert "&lt;img src=x onerror=alert(1)&gt;" in text
+        assert "\x1b" not in text
+    assert "## \\$x\\_\\$" in (folder / "table.md").read_text()
+    assert (folder / f"{data}.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("$x_$", "\\$x\\_\\$"), ("vit_tiny", "vit_tiny"), ("<script>", "&lt;script&gt;"), ("a|b", "a\\|b"),
+        ("two\nlines", "two\\\\x0alines"), ("[x](http://y)", "\\[x\\](http://y)"), ("`x`", "\\`x\\`"),
+        ("# x", "\\# x"), ("- x", "&#45; x"), ("1. x", "&#49;. x"), ("&lt;", "&amp;lt;"), ("\x1b[31m", "\\\\x1b\\[31m"),
+        ("\udcff", "\\\\xff"), ("63.2 ± 1.4", "63.2 ± 1.4"),
+    ],
+)  # fmt: skip
+def test_a_name_in_markdown_is_that_name(name: str, expected: str) -> None:
+    assert scores.markdown_text(name) == expected
+    table = scores.markdown_table({name: {name: [1.0]}})
+    assert all(line.replace("\\|", "").count("|") == 3 for line in table.split("\n"))
+
+
+@pytest.mark.parametrize("cell", ["=1+1", "+1+1", "-1+1", "@SUM(1)", "\t=1", "\r=1", "\n=1", "-x", "=cmd|' /C'!A0"])
+def test_a_formula_in_a_spreadsheet_is_text(cell: str) -> None:
+    assert scores.spreadsheet_cell(cell) == f"'{cell}"
+
+
+@pytest.mark.parametrize("cell", ["-1", "+1.5", "-1e-3", "vit", "1=1", "", -1.0, None, 3])
+def test_numbers_and_words_stay_as_they_are_in_a_spreadsheet(cell: object) -> None:
+    assert scores.spreadsheet_cell(cell) == cell
+
+
+def test_names_in_a_terminals_table_are_one_line_each() -> None:
+    table = scores.format_table({"a\nb": {"\x1b[2J": [1.0]}, "c": {"\x1b[2J": [2.0]}})
+    assert table.count("\n") == 2
+    assert "\x1b" not in table
+    assert len({len(line) for line in table.split("\n")}) == 1

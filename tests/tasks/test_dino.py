@@ -10,6 +10,7 @@ import torch
 from sslvit.data.batch import Batch
 from sslvit.settings import DINOSettings, EncoderSettings, OptimSettings
 from sslvit.settings.dino import momentum_for, prototypes_for
+from sslvit.tasks.base import PretextTask
 from sslvit.tasks.dino import DINO, cross_entropy_of_pairs, embed_views, koleo, sinkhorn_shares
 
 
@@ -155,6 +156,22 @@ def test_the_centre_counts_every_micro_batch_once() -> None:
     before = whole.centre.clone()
     whole.move_centre()
     assert torch.equal(whole.centre, before)
+
+
+def test_a_step_that_is_skipped_leaves_no_trace_in_centre_or_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    task, undisturbed = make(), make()
+    broken = batch_of(6, first_row=100)
+    task.training_step(broken)
+    teacher = {key: value.clone() for key, value in task.teacher.state_dict().items()}
+    monkeypatch.setattr(PretextTask, "optimizer_step", lambda self: setattr(self, "is_skipped", True))
+    task.encoder.cls_token.data += 1
+    task.optimizer_step()
+    assert not task.centre.any()
+    assert all(torch.equal(value, teacher[key]) for key, value in task.teacher.state_dict().items())
+    for one in (task, undisturbed):
+        one.training_step(batch_of())
+        one.move_centre()
+    torch.testing.assert_close(task.centre, undisturbed.centre)
 
 
 def test_what_suits_a_job() -> None:

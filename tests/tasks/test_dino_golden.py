@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import pytorch_lightning as pl
 import torch
-from golden_fixtures import Golden
+from golden_fixtures import Golden, check_shape, looks_at
 from torch import nn
 
 from sslvit.data.batch import Batch
@@ -25,11 +25,11 @@ def head_of(config: dict, state: dict[str, torch.Tensor]) -> DINOHead:
     return head
 
 
-@pytest.mark.parametrize("name", ["norm_last", "free_last", "bn", "1layer"])
-def test_head(name: str) -> None:
-    golden = Golden(f"dino_head_{name}")
+@looks_at(["dino_head_norm_last", "dino_head_free_last", "dino_head_bn", "dino_head_1layer"], "*")
+def test_head(golden: Golden) -> None:
     head = head_of(golden.config, golden.under("param/"))
     x = golden["input/x"].clone().requires_grad_()
+    assert len(x) == golden.config["batch"]
     bottleneck: list[torch.Tensor] = []
     head.last_layer.register_forward_hook(lambda module, inputs, output: bottleneck.append(inputs[0].detach()))
     golden.check("output/y", head.eval()(x).detach())
@@ -41,7 +41,7 @@ def test_head(name: str) -> None:
     golden.check("grad_input/x", x.grad)
     own = dict(head.named_parameters())
     without = {key for key, parameter in own.items() if parameter.grad is None}
-    assert without == set(golden.about["info"]["no_grad"])
+    assert without == set(golden.info["no_grad"])
     for key in golden.keys_under("grad/"):
         golden.check(f"grad/{key}", own[key].grad)
     for key in golden.keys_under("output/after_train/"):
@@ -66,8 +66,8 @@ def tiny_task(**changes) -> DINO:
     return DINO(settings, encoder, OptimSettings(), total_steps=100, steps_per_epoch=1, global_batch=256)
 
 
-def test_loss_and_centre_over_three_steps() -> None:
-    golden = Golden("dino_loss")
+@looks_at("dino_loss", "*")
+def test_loss_and_centre_over_three_steps(golden: Golden) -> None:
     config = golden.config
     task = tiny_task(
         out_dim=config["out_dim"], warmup_teacher_temperature=config["warmup_teacher_temp"],
@@ -78,6 +78,7 @@ def test_loss_and_centre_over_three_steps() -> None:
     torch.testing.assert_close(
         torch.tensor(schedule, dtype=torch.float64), golden["output/teacher_temp_schedule"].double(), atol=1e-7, rtol=0
     )
+    assert config["steps"] == len(config["epochs_of_steps"])
     for step, epoch in enumerate(config["epochs_of_steps"]):
         student = golden[f"input/student_step{step}"].clone().requires_grad_()
         outputs = golden[f"input/teacher_step{step}"].unflatten(0, (2, config["batch"]))
@@ -93,9 +94,9 @@ def test_loss_and_centre_over_three_steps() -> None:
         golden.check(f"output/center_step{step}", task.centre[None])
 
 
-def test_each_gradient_is_clipped_by_its_own_norm() -> None:
-    golden = Golden("dino_step_ops")
-    names = golden.about["info"]["names"]
+@looks_at("dino_step_ops", "config/clips", "info/names", "input/*", "output/clip*")
+def test_each_gradient_is_clipped_by_its_own_norm(golden: Golden) -> None:
+    names = golden.info["names"]
     for clip in golden.config["clips"]:
         gradients = [golden[f"input/grad/{name}"].clone() for name in names]
         norms = norms_of(gradients)
@@ -106,8 +107,8 @@ def test_each_gradient_is_clipped_by_its_own_norm() -> None:
             golden.check(f"{prefix}/clipped/{name}", gradient)
 
 
-def test_the_teacher_follows_the_student() -> None:
-    golden = Golden("dino_step_ops")
+@looks_at("dino_step_ops", "config/head/*", "config/momenta", "param/*", "output/ema_*")
+def test_the_teacher_follows_the_student(golden: Golden) -> None:
     for momentum in golden.config["momenta"]:
         teacher, student = (
             head_of(golden.config["head"], golden.under(f"param/{name}.")) for name in ("teacher", "student")
@@ -117,9 +118,9 @@ def test_the_teacher_follows_the_student() -> None:
             golden.check(f"output/ema_m{momentum:g}/{key}", parameter.detach())
 
 
-def test_the_last_layer_is_frozen_in_the_epochs_that_the_released_code_freezes_it() -> None:
-    info = Golden("dino_step_ops").about["info"]
-    for case in info["frozen"]:
+@looks_at("dino_step_ops", "info/frozen")
+def test_the_last_layer_is_frozen_in_the_epochs_that_the_released_code_freezes_it(golden: Golden) -> None:
+    for case in golden.info["frozen"]:
         task = tiny_task(freeze_last_layer=case["freeze_last_layer"], norm_last_layer=False)
         for parameter in task.parameters():
             parameter.grad = torch.ones_like(parameter)
@@ -144,11 +145,15 @@ def _at_step(task: DINO, step: int) -> DINO:
     return task
 
 
-def test_crops_of_one_size_go_through_the_encoder_together() -> None:
-    golden = Golden("multi_crop")
+@looks_at("multi_crop", "*")
+def test_crops_of_one_size_go_through_the_encoder_together(golden: Golden) -> None:
     student = golden.under("param/")
     task = DINO.from_state(student, student, golden.config["vit"]["num_heads"]).eval()
     assert not task.settings.norm_last_layer  # its prototypes have other lengths than one
+    check_shape(golden.config["vit"], task.encoder.settings)
+    check_head(golden.config["head"], task)
+    for i, side in enumerate(golden.config["crop_sizes"]):
+        assert golden[f"input/crop_{i}"].shape == (golden.config["batch"], 3, side, side)
     calls: list[list[int]] = []
     task.encoder.register_forward_pre_hook(lambda module, inputs: calls.append(list(inputs[0].shape)))
     for name, order in golden.config["orders"].items():
@@ -157,11 +162,11 @@ def test_crops_of_one_size_go_through_the_encoder_together() -> None:
         with torch.no_grad():
             outputs = task.each(task.head, embed_views(task.encoder, views))
         golden.check(f"output/{name}/y", outputs.flatten(0, 1))
-        assert calls == golden.about["info"]["backbone_batches"][name]
+        assert calls == golden.info["backbone_batches"][name]
 
 
-def test_schedules_of_the_released_code() -> None:
-    golden = Golden("schedules_dino")
+@looks_at("schedules_dino", "config/runs/*", "output/*")
+def test_schedules_of_the_released_code(golden: Golden) -> None:
     for name, run in golden.config["runs"].items():
         total = run["epochs"] * run["niter_per_ep"]
         if "warmup_epochs" in run:
@@ -177,28 +182,35 @@ def test_schedules_of_the_released_code() -> None:
         torch.testing.assert_close(ours, golden[f"output/{name}"], atol=1e-9, rtol=1e-6)
 
 
-@pytest.mark.parametrize("unit_length", [True, False])
-def test_weight_decay_groups_of_the_released_code(unit_length: bool) -> None:
-    golden = Golden("schedules_dino")
+@looks_at("schedules_dino", "config/vit/*", "config/head/*", "info/*")
+def test_weight_decay_groups_of_the_released_code(golden: Golden) -> None:
+    for unit_length in (True, False):
+        check_decay_groups(golden, unit_length)
+
+
+def check_decay_groups(golden: Golden, unit_length: bool) -> None:
     vit, head = golden.config["vit"], golden.config["head"]
     encoder = EncoderSettings(
         image_size=vit["img_size"], patch=vit["patch_size"], width=vit["embed_dim"], depth=vit["depth"],
-        heads=vit["num_heads"],
+        heads=vit["num_heads"], mlp_ratio=vit["mlp_ratio"],
     )  # fmt: skip
     settings = DINOSettings(
         out_dim=head["out_dim"], head_width=head["hidden_dim"], bottleneck=head["bottleneck_dim"],
-        batch_norm=head["use_bn"], norm_last_layer=unit_length,
+        batch_norm=head["use_bn"], norm_last_layer=unit_length, head_layers=head["nlayers"],
     ).fitted(256, 256, 1)  # fmt: skip
     task = DINO(settings, encoder, OptimSettings(), total_steps=1, steps_per_epoch=1, global_batch=256)
+    assert (head["in_dim"], head["norm_last_layer"]) == (encoder.width, True)  # the other kind has its list too
     names = {id(p): name.replace("encoder.", "backbone.") for name, p in task.named_parameters()}
     spared, decayed = ({names[id(p)] for p in group["params"]} for group in decay_groups(task, 0.04))
-    expected = golden.about["info"]["groups"][f"norm_last_layer={unit_length}"]
+    expected = golden.info["groups"][f"norm_last_layer={unit_length}"]
     assert spared == set(expected["not_regularized"])
     assert decayed == set(expected["regularized"])
+    student = [name for name in names.values() if not name.startswith("teacher")]
+    assert set(student) - spared - decayed == set(expected["not_trained"])
 
 
-def test_training_steps_of_the_released_loop(tmp_path) -> None:
-    golden = Golden("dino_train_steps")
+@looks_at("dino_train_steps", "*")
+def test_training_steps_of_the_released_loop(golden: Golden, tmp_path) -> None:
     config = golden.config
     networks = {name: golden.under(f"param/{name}.") for name in ("student", "teacher")}
     task = DINO.from_state(
@@ -207,6 +219,10 @@ def test_training_steps_of_the_released_loop(tmp_path) -> None:
         warmup_teacher_epochs=config["warmup_teacher_temp_epochs"], momentum=config["momentum_teacher"],
         freeze_last_layer=config["freeze_last_layer"],
     )  # fmt: skip
+    check_shape(config["vit"], task.encoder.settings)
+    check_head(config["head"], task)
+    for key, share in golden.info["comparable_fraction"].items():  # of all other weights everything is compared
+        assert float(golden[f"output/comparable/{key}"].float().mean()) == pytest.approx(share)
     per_epoch, micro = config["steps_per_epoch"], config["steps_per_epoch"] * config["epochs_run"]
     task.optim = OptimSettings(
         base_rate=config["lr"], min_rate=config["min_lr"], weight_decay=config["weight_decay"],
@@ -215,6 +231,10 @@ def test_training_steps_of_the_released_loop(tmp_path) -> None:
     )  # fmt: skip
     task.peak_rate, task.warmup_steps = config["lr"], config["warmup_epochs"] * per_epoch
     task.total_steps, task.steps_per_epoch = config["epochs"] * per_epoch, per_epoch
+    momenta = [task.momentum_at(step) for step in range(task.total_steps)]
+    torch.testing.assert_close(
+        torch.tensor(momenta, dtype=torch.float64), golden["output/momentum_schedule"], atol=1e-9, rtol=0
+    )
     everyone = torch.ones(config["batch"], dtype=torch.bool)
     batches = [
         Batch(
@@ -223,6 +243,7 @@ def test_training_steps_of_the_released_loop(tmp_path) -> None:
         )
         for k in range(micro)
     ]  # fmt: skip
+    assert [view.shape[-1] for view in batches[0].views] == config["crop_sizes"]
     after: dict[int, dict[str, dict]] = {}
 
     class Watch(pl.Callback):
@@ -253,6 +274,17 @@ def test_training_steps_of_the_released_loop(tmp_path) -> None:
                 bound = 2e-3 * (expected - networks[network][key]).abs().max()
                 difference = (state[key] - expected).abs()[comparable].max()
                 assert difference <= bound, f"{network} {key} after epoch {epoch}: {difference:.2e} > {bound:.2e}"
+
+
+def check_head(config, task: DINO) -> None:
+    """The official names of a head against the settings that were read from its weights."""
+    settings = task.settings
+    ours = {
+        "in_dim": task.encoder.settings.width, "out_dim": settings.out_dim, "hidden_dim": settings.head_width,
+        "bottleneck_dim": settings.bottleneck, "nlayers": settings.head_layers, "use_bn": settings.batch_norm,
+        "norm_last_layer": settings.norm_last_layer,
+    }  # fmt: skip
+    assert dict(config) == ours
 
 
 def _official(encoder: nn.Module, head: nn.Module) -> dict[str, torch.Tensor]:

@@ -8,15 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from golden_fixtures import Golden
+from golden_fixtures import Golden, looks_at
 from test_mae import batch_of
 
 from sslvit.checkpoint import load_encoder
 from sslvit.layouts import to_sslvit
 from sslvit.settings.palette import read_palette
-from sslvit.tasks.igpt import IGPT, load_igpt
-
-NAMES = ["igpt_model", "igpt_model_nobias"]
+from sslvit.tasks.igpt import IGPT, colour_error, load_igpt
 
 
 def task_of(golden: Golden) -> IGPT:
@@ -27,23 +25,33 @@ def images_of(golden: Golden, task: IGPT) -> torch.Tensor:
     return task.encoder.patch_embed.images_of(golden["input/pixels"], task.encoder.settings.grid)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_loss_logits_and_gradients(name: str) -> None:
-    golden = Golden(name)
+@looks_at(
+    ["igpt_model", "igpt_model_nobias"], "grad/*", "info/*", "output/logits", "output/loss", "output/official_tf/*",
+    "output/hf_internal_loss",
+)  # fmt: skip
+def test_loss_logits_and_gradients(golden: Golden) -> None:
     task = task_of(golden)
-    images = images_of(golden, task)
-    golden.check("output/logits", task.head(task.encoder(images)))
+    images, pixels = images_of(golden, task), golden["input/pixels"]
+    logits = task.head(task.encoder(images))
+    golden.check("output/logits", logits)
     loss = task.training_step(batch_of(images))
     golden.check("output/loss", loss.detach())
-    if name == "igpt_model_nobias":
+    # transformers' own loss shifts once more: the output that predicts pixel i + 1 against pixel i
+    golden.check("output/hf_internal_loss", colour_error(logits[:, :-1], pixels[:, :-1]).detach())
+    if golden.name == "igpt_model_nobias":
+        golden.check("output/official_tf/logits", logits)
         golden.check("output/official_tf/loss", loss.detach())
+        apart = (golden["output/logits"] - golden["output/official_tf/logits"]).abs().max()
+        assert float(apart) == pytest.approx(golden.info["hf_vs_official_tf_max_abs_logit_diff"])
+        apart = (golden["output/loss"] - golden["output/official_tf/loss"]).abs()
+        assert float(apart) == pytest.approx(golden.info["hf_vs_official_tf_abs_loss_diff"])
     loss.backward()
     encoder = task.encoder
     pixels = encoder.patch_embed
     ours = {
         "wpe.weight": encoder.pos_embed.grad[0],
         "wte.weight": torch.cat([pixels.embed.weight.grad, pixels.start_token.grad[0]]),
-        "ln_f.weight": encoder.norm.weight.grad,
+        "ln_f.weight": encoder.norm.weight.grad, "lm_head.weight": task.head.weight.grad,
     }  # fmt: skip
     for number, block in enumerate(encoder.blocks):
         parts = {"attn.c_attn": block.attn.qkv, "attn.c_proj": block.attn.proj, "mlp.c_fc": block.mlp.fc1,
@@ -52,10 +60,10 @@ def test_loss_logits_and_gradients(name: str) -> None:
             ours[f"h.{number}.{theirs}.weight"] = part.weight.grad.T if part.weight.ndim == 2 else part.weight.grad
             if getattr(part, "bias", None) is not None:
                 ours[f"h.{number}.{theirs}.bias"] = part.bias.grad
-    stored = golden.keys_under("grad/transformer.")
+    stored = golden.keys_under("grad/")
     assert stored
     for key in stored:
-        golden.check(f"grad/transformer.{key}", ours[key])
+        golden.check(f"grad/{key}", ours[key.removeprefix("transformer.")])
 
 
 def tensorflow_names(golden: Golden) -> dict[str, np.ndarray]:

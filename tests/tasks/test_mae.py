@@ -7,7 +7,7 @@ import torch
 
 from sslvit.data.batch import Batch
 from sslvit.settings import EncoderSettings, MAESettings, OptimSettings
-from sslvit.tasks.mae import MAE, hidden_patch_error, patchify
+from sslvit.tasks.mae import MAE, MAEDecoder, hidden_patch_error, patchify
 
 
 def make(**changes) -> MAE:
@@ -41,6 +41,36 @@ def test_rows_of_a_global_batch_draw_the_same_masks_however_it_is_cut() -> None:
     assert torch.equal(torch.cat(parts), whole)
     assert not torch.equal(task.uniform("drop path", batch_of(images), 16), whole)
     assert len({tuple(row) for row in whole.argsort(1).tolist()}) == 8
+
+
+def test_masks_differ_from_step_to_step_and_from_seed_to_seed() -> None:
+    batch, drawn = batch_of(torch.randn(4, 1, 16, 16)), []
+    for seed, step in ((0, 0), (0, 1), (0, 2), (1, 0)):
+        task = make()
+        task.seed = seed
+        task.__class__ = type("MAEAtStep", (MAE,), {"global_step": step})
+        drawn.append(task.uniform("mask", batch, 16))
+        assert torch.equal(task.uniform("mask", batch, 16), drawn[-1])
+    every = torch.stack(drawn)
+    assert len(every.flatten().unique()) == every.numel()
+
+
+def test_each_use_of_chance_in_a_step_has_numbers_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks and skipped branches from the same numbers would go together."""
+    task, drawn, uniform = make(drop_path=0.5), [], MAE.uniform
+    monkeypatch.setattr(MAE, "uniform", lambda *key: drawn.append(uniform(*key)) or drawn[-1])
+    task.training_step(batch_of(torch.randn(4, 1, 16, 16)))
+    assert [numbers.shape for numbers in drawn] == [(4, 16), (4, 2 * 2)]  # patches; two branches of two blocks
+    assert len(torch.cat(drawn, 1).unique()) == 4 * (16 + 4)
+
+
+def test_a_decoder_starts_with_a_small_random_mask_token_and_xavier_maps() -> None:
+    encoder = EncoderSettings(image_size=16, patch=4, width=64, depth=1, heads=2)
+    decoder = MAEDecoder(encoder, MAESettings(decoder_width=512, decoder_depth=1, decoder_heads=2))
+    assert float(decoder.mask_token.detach().std()) == pytest.approx(0.02, rel=0.2)
+    bound = (6 / (64 + 512)) ** 0.5
+    assert 0.98 * bound < float(decoder.embed.weight.abs().max()) <= bound
+    assert not decoder.embed.bias.any()
 
 
 def test_reconstruction_keeps_visible_pixels_and_fills_the_others() -> None:
@@ -139,6 +169,40 @@ def test_other_resolutions_train_and_the_own_one_is_as_it_was(side: int) -> None
     task.loss(images, torch.rand(4, task.patches_of(images))).backward()
     assert task.encoder.patch_embed.proj.weight.grad.abs().sum() > 0
     assert torch.equal(task.decoder.positions((4, 4)), task.decoder.pos_embed)
-    assert task.decoder.positions((side // 4, side // 4)).shape == (1, 1 + (side // 4) ** 2, 16)
+    table = task.decoder.pos_embed
+    cells = table[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+    stretched = torch.nn.functional.interpolate(cells, (side // 4, side // 4), mode="bicubic", antialias=True)
+    expected = torch.cat([table[:, :1], stretched.flatten(2).transpose(1, 2)], 1)
+    torch.testing.assert_close(task.decoder.positions((side // 4, side // 4)), expected)
     filled, _ = task.reconstruct(images, torch.rand(4, task.patches_of(images)))
     assert filled.shape == images.shape
+
+
+def released(ratio: float, decoder_ratio: float | None, width: int = 24) -> dict[str, torch.Tensor]:
+    """A full checkpoint whose MLPs have these ratios, under the official names."""
+    encoder = EncoderSettings(image_size=16, patch=8, width=width, depth=1, heads=1, mlp_ratio=ratio)
+    settings = MAESettings(decoder_width=24, decoder_depth=1, decoder_heads=2, decoder_mlp_ratio=decoder_ratio)
+    return MAE(settings, encoder, OptimSettings(), total_steps=1, steps_per_epoch=1, global_batch=4).official_state()
+
+
+@pytest.mark.parametrize(("ratio", "decoder_ratio"), [(3.0, None), (4.0, 3.0), (2.5, 4.1), (4.1, 2.0)])
+def test_a_released_file_says_the_mlp_ratios_of_encoder_and_decoder(ratio: float, decoder_ratio: float | None) -> None:
+    official = released(ratio, decoder_ratio)
+    again = MAE.from_state(official, heads=1, decoder_heads=2)
+    assert again.decoder.blocks[0].mlp.fc1.weight.shape[0] == round(24 * (decoder_ratio or ratio))
+    back = again.official_state()
+    assert back.keys() == official.keys()
+    assert all(torch.equal(back[key], value) for key, value in official.items())
+
+
+def test_the_decoder_has_the_ratio_of_the_encoder_as_in_the_papers_code() -> None:
+    assert make(mlp_ratio=3.0).decoder.blocks[0].mlp.fc1.weight.shape == (48, 16)
+
+
+def test_a_released_file_whose_parts_do_not_fit_is_refused_in_a_line() -> None:
+    official = released(4.0, None)
+    official["decoder_blocks.0.mlp.fc2.weight"] = torch.zeros(24, 95)
+    with pytest.raises(
+        ValueError, match=r"other shape: decoder.blocks.0.mlp.fc2.weight is \(24, 95\), here \(24, 96\)"
+    ):
+        MAE.from_state(official, heads=1, decoder_heads=2)

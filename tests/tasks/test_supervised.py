@@ -164,6 +164,18 @@ def test_erasing_follows_its_probability() -> None:
     assert 0.15 < erased / 240 < 0.35
 
 
+def test_an_image_is_erased_elsewhere_in_another_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = task_for(EncoderSettings(**SMALL), erase=0.999)
+    monkeypatch.setattr(Supervised, "global_step", property(lambda self: 0))
+    erased = []
+    for epoch in (0, 0, 1):
+        batch = batch_of()
+        batch.epochs = torch.full((6,), epoch)
+        erased.append(task.erase(batch))
+    assert torch.equal(erased[0], erased[1])
+    assert all(not torch.equal(one, other) for one, other in zip(erased[0], erased[2], strict=True))
+
+
 def test_the_command_learns_and_writes_what_it_reports(shards: Path, capsys: pytest.CaptureFixture) -> None:
     words = ["finetune", str(shards / "encoder"), "--train", str(shards / "train"), "--val", str(shards / "val")]
     changes = [word for key, value in SHORT.items() for word in (f"--{key}", str(value))]

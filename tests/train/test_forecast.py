@@ -77,7 +77,10 @@ def test_the_command_prints_and_draws(tmp_path: Path, capsys: pytest.CaptureFixt
     assert (tmp_path / "s.png").exists()
     for more, reason in (
         (["--config", "mae/digits"], "how many images are there"),
-        (["--config", "mae/digits", "--images", "3"], "data.global_batch: 64 is more than the 3 images"),
+        (
+            ["--config", "mae/digits", "--images", "3", "--data.global_batch", "64"],
+            "data.global_batch: 64 is more than the 3 images",
+        ),
         (["--config", "mae/digits", "--images", "99", "--utilisation", "2"], "--utilisation 2"),
         (["--config", "finetune/small_images", "--images", "999", "--classes", "3"], "Plan it without"),
     ):

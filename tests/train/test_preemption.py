@@ -14,10 +14,9 @@ import torch
 from run_fixtures import TINY, run, same
 
 from sslvit.cli import main
-from sslvit.stopping import Preempted
+from sslvit.stopping import Preempted, requeue
 from sslvit.tasks import task_class
 from sslvit.train.folder import RunFolder
-from sslvit.train.preemption import requeue
 
 
 def signalled(monkeypatch: pytest.MonkeyPatch, numbers: list[int], at: int) -> None:
@@ -50,7 +49,7 @@ def test_a_signal_ends_the_step_and_writes_it_down(
     with monkeypatch.context() as patch:
         signalled(patch, numbers, at=4)
         name = signal.Signals(numbers[-1]).name
-        with pytest.raises(Preempted, match=f"stopped at step 5 of 7, as {name} asked.*--resume"):
+        with pytest.raises(Preempted, match=f"stopped at step 5 of 7: received {name}; .*--resume"):
             run(shards, tmp_path / "cut", **changes)
     folder = RunFolder(tmp_path / "cut")
     assert torch.load(folder.checkpoint, weights_only=True)["global_step"] == 5
@@ -69,7 +68,7 @@ def test_the_exit_code_says_try_again(shards: Path, tmp_path: Path, monkeypatch,
     signalled(monkeypatch, [signal.SIGTERM], at=2)
     words = ["pretrain", "--config", "mae/digits", "--data", str(shards), "--out", str(tmp_path / "run")]
     assert main([*words, *(word for key, value in TINY.items() for word in (f"--{key}", str(value)))]) == 75
-    assert "stopped at step 3 of 7, as SIGTERM asked" in capsys.readouterr().err
+    assert "stopped at step 3 of 7: received SIGTERM" in capsys.readouterr().err
 
 
 def test_slurm_is_asked_to_run_the_job_again(

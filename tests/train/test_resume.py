@@ -134,7 +134,7 @@ def test_what_was_chosen_for_a_run_stays_when_it_is_made_longer(
     first = yaml.safe_load(run(shards, tmp_path / "run", **options, **{"train.steps": 20}).config.read_text())
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("chosen for 30 images, 8 a step:")]
     assert "task.momentum 0.5" in said[0]
-    assert "optim.warmup_epochs 0.6667" in said[0]
+    assert "optim.warmup_epochs 2 steps (0.67 epochs)" in said[0]
     longer = run(shards, tmp_path / "run", resume=True, **options, **{"train.steps": 40})
     second = yaml.safe_load(longer.config.read_text())
     assert (second["task"], second["optim"]) == (first["task"], first["optim"])

@@ -33,6 +33,7 @@ from sslvit.data.pack import pack_source
 from sslvit.data.plan import EpochPlan
 from sslvit.data.reader import ShardReader
 from sslvit.data.resample import normalise
+from sslvit.data.schema import FORMAT, INDEX_FIELDS
 from sslvit.data.store import PackSettings
 from sslvit.data.views import Views
 from sslvit.settings.views import CropSettings, MultiCropSettings
@@ -243,8 +244,9 @@ def _write_index(folder: Path, index: ShardIndex) -> None:
     names = ("name", "samples", "bytes", "sha256")
     columns = [[getattr(shard, name) for shard in index.shards] for name in names]
     split = dict(zip(("filenames", "shard_lengths", "bytes", "sha256"), columns, strict=True))
-    fields = ("classes", "channels", "bits", "mean", "std", "image_size", "encoding", "skipped")
-    about = {"format": 2, **{name: getattr(index, name) for name in fields}, "splits": {"train": split}}
+    split |= {"name": "train", "num_samples": sum(split["shard_lengths"])}
+    about = {"format": FORMAT, "records_sha256": "0" * 64, "splits": {"train": split}}
+    about |= {name: getattr(index, name) for name in INDEX_FIELDS}
     (folder / "index.json").write_text(json.dumps(about))
 
 

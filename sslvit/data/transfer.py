@@ -1,0 +1,302 @@
+"""Bytes of a file on the network, from a place on: what is too slow, endless, moved or changed is noticed.
+
+http(s) is read with the standard library; s3, gs and others through fsspec.
+"""
+
+from __future__ import annotations
+
+import http.client
+import io
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NoReturn
+from urllib.parse import quote, urljoin, urlsplit
+
+from sslvit.data.decode import BadImage
+from sslvit.files import printable
+
+CHUNK = 2**18
+FSSPEC_CHUNK = 16 * 2**20
+GONE = (404, 410)  # the server does not have it
+REFUSED = (400, 401, 403)  # nor will it give it
+RANGE_NOT_SATISFIABLE = 416
+LEFT_AS_IT_IS = "%/:?#[]@!$&'()*+,;=~"  # characters of an address that mean something there
+CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", re.ASCII)
+FSSPEC_VERSION = ("ETag", "etag", "LastModified", "updated", "mtime", "generation")  # in which file systems tell it
+
+
+class RemoteError(RuntimeError):
+    """The network or the server failed for good; the message names the address."""
+
+
+class Gone(BadImage):
+    """No other try would find it."""
+
+
+class TryAgain(Exception):
+    """Something that may pass.
+
+    Args:
+        problem: what went wrong.
+        wait_seconds: when the server wants to be asked again.
+        start_anew: what was fetched so far does not fit what would follow.
+    """
+
+    def __init__(self, problem: str, wait_seconds: float = 0.0, start_anew: bool = False) -> None:
+        super().__init__(printable(problem))
+        self.wait_seconds, self.start_anew = wait_seconds, start_anew
+
+
+class RemoteFile:
+    """One file on the network while it is fetched, perhaps in several tries.
+
+    Args:
+        address: of the file.
+        size: its length, or None if only the server knows.
+        max_bytes: a longer answer is not taken.
+        timeout_seconds: after which a connection without the least rate is given up.
+        least_bytes_per_second: over each such time.
+    """
+
+    def __init__(
+        self, address: str, size: int | None, max_bytes: int, timeout_seconds: float, least_bytes_per_second: float
+    ) -> None:
+        self.address, self.size, self.max_bytes = address, size, max_bytes
+        self.timeout, self.least_rate = timeout_seconds, least_bytes_per_second
+        self.version: dict[str, str] = {}  # what tells the file of the first answer from another one
+
+    def chunks(self, start: int) -> Iterator[tuple[int, bytes]]:
+        """(place in the file, bytes) from `start` on, or from 0 where the server does not serve parts.
+
+        Raises:
+            Gone: there is no such file.
+            BadImage: it is not as long as it should be.
+            RemoteError: the server refuses, or answers what is not taken.
+            TryAgain: anything that may pass.
+            ValueError: the address is none.
+        """
+        is_http = self.address.startswith(("http://", "https://"))
+        try:
+            for place, chunk in self._http(start) if is_http else self._fsspec(start):
+                if place + len(chunk) > self._limit():
+                    self._refuse(f"more than {self._limit()} bytes")
+                yield place, chunk
+        except (OSError, http.client.HTTPException) as error:
+            raise TryAgain(f"{type(error).__name__}: {error}") from error
+
+    def _limit(self) -> int:
+        return self.max_bytes if self.size is None else self.size
+
+    def _refuse(self, problem: str) -> NoReturn:
+        """An answer of the wrong length: for a shard another transfer may be better."""
+        if self.size is not None:
+            raise BadImage(f"{problem} instead of {self.size}")
+        raise RemoteError(f"{printable(self.address)}: {problem} are not taken. Check the address and the server.")
+
+    def _expect(self, total: int | None) -> None:
+        """Refuse a file of the wrong length before its bytes are fetched."""
+        if total is not None and (total > self.max_bytes or self.size not in (None, total)):
+            self._refuse(f"{total} bytes")
+
+    def _note_version(self, version: dict[str, str], is_more: bool, start: int) -> None:
+        """Remember the version of a first answer; one that goes on has to be of the same.
+
+        Raises:
+            TryAgain: it is of another version, or there is no telling.
+        """
+        if is_more and self.version:
+            common = self.version.keys() & version.keys()
+            if not common or any(self.version[key] != version[key] for key in common):
+                raise TryAgain(f"the file has changed on the server after byte {start}", start_anew=True)
+        else:
+            self.version = version
+
+    def _http(self, start: int) -> Iterator[tuple[int, bytes]]:
+        pace = _Pace(self.timeout, self.least_rate)
+        with self._ask(start, pace) as response:
+            place, total = self._place_of(response, start)
+            self._expect(total)
+            pace.restart()
+            while chunk := response.read1(CHUNK):
+                pace.bytes += len(chunk)
+                yield place, chunk
+                place += len(chunk)
+            if total is not None and place < total:
+                raise TryAgain(f"the connection ended {total - place} bytes early")
+
+    def _ask(self, start: int, pace: _Pace) -> http.client.HTTPResponse:
+        headers = {"User-Agent": "sslvit", "Accept-Encoding": "identity"}
+        if start:
+            headers["Range"] = f"bytes={start}-"
+            etag = self.version.get("ETag", "W/")
+            condition = self.version.get("Last-Modified") if etag.startswith("W/") else etag
+            if condition:  # a changed file comes whole
+                headers["If-Range"] = condition
+        try:
+            address = quote(self.address, LEFT_AS_IT_IS, errors="surrogateescape")
+            return _opener(pace).open(urllib.request.Request(address, headers=headers), timeout=self.timeout)
+        except urllib.error.HTTPError as error:
+            with error:
+                self._explain(error)
+        except (ValueError, http.client.InvalidURL) as error:
+            raise ValueError(f"{printable(self.address)}: not an address ({printable(error)}).") from error
+
+    def _explain(self, error: urllib.error.HTTPError) -> NoReturn:
+        """Raise what an answer other than the file means."""
+        answer, address = printable(f"the server answers {error.code} {error.reason}"), printable(self.address)
+        if error.code in GONE:
+            raise Gone(f"missing shard ({answer} for {address})") from error
+        if error.code in REFUSED:
+            raise RemoteError(f"{address}: {answer}. Check the address and your access to it.") from error
+        if error.code < 400:
+            raise RemoteError(f"{address}: {answer}. Give the address where the file itself lies.") from error
+        retry_after = error.headers.get("Retry-After") or ""
+        wait = float(retry_after) if retry_after.isdecimal() else 0.0
+        raise TryAgain(answer, wait, start_anew=error.code == RANGE_NOT_SATISFIABLE) from error
+
+    def _place_of(self, response: http.client.HTTPResponse, start: int) -> tuple[int, int | None]:
+        """Where an answer's bytes belong, and how long the whole file is if the server says it."""
+        version = {key: response.headers[key] for key in ("ETag", "Last-Modified") if response.headers[key]}
+        length = response.headers["Content-Length"]
+        if length is not None and not re.fullmatch(r"\d{1,18}", length.strip(), re.ASCII):
+            raise TryAgain(f"the server says a Content-Length of {printable(length, 40)}")
+        if response.status == 206:
+            content_range = response.headers["Content-Range"] or "no place"
+            match = CONTENT_RANGE.fullmatch(content_range.strip())
+            if not match or int(match[1]) != start:
+                problem = f"asked for the bytes from {start} on, the server sends {printable(content_range, 60)}"
+                raise TryAgain(problem, start_anew=True)
+            total = None if match[3] == "*" else int(match[3])
+            self._note_version(version, start > 0, start)
+            return start, total
+        if response.status != 200:
+            raise TryAgain(f"the server answers {response.status} {response.reason}")
+        self._note_version(version, False, 0)
+        return 0, None if length is None else int(length)
+
+    def _fsspec(self, start: int) -> Iterator[tuple[int, bytes]]:
+        import fsspec
+
+        address = printable(self.address)
+        try:
+            files, path = fsspec.core.url_to_fs(self.address)
+        except (ImportError, ValueError) as error:
+            raise ValueError(f"{address}: {printable(error)}") from error
+        try:
+            about = files.info(path)
+            total = int(about["size"])
+            self._expect(total)
+            self._note_version({key: str(about[key]) for key in FSSPEC_VERSION if about.get(key)}, start > 0, start)
+            for place in range(start, total, FSSPEC_CHUNK):
+                end = min(place + FSSPEC_CHUNK, total)
+                chunk = files.cat_file(path, start=place, end=end)
+                if len(chunk) != end - place:
+                    raise TryAgain(f"{len(chunk)} bytes came for the {end - place} from {place} on")
+                yield place, chunk
+        except (TryAgain, BadImage, RemoteError):
+            raise
+        except FileNotFoundError as error:
+            raise Gone(f"missing shard ({address})") from error
+        except PermissionError as error:
+            raise RemoteError(f"{address}: {printable(error)}. Check the address and your access to it.") from error
+        except Exception as error:  # every file system has errors of its own
+            raise TryAgain(f"{type(error).__name__}: {error}") from error
+
+
+class _Pace:
+    """Whether an answer gets on: in each window of time the least number of bytes of the file."""
+
+    def __init__(self, seconds: float, least_rate: float) -> None:
+        self.seconds, self.least_rate = seconds, least_rate
+        self.restart()
+
+    def restart(self) -> None:
+        self.began, self.bytes = time.monotonic(), 0
+
+    def check(self) -> None:
+        if time.monotonic() - self.began < self.seconds:
+            return
+        if self.bytes < self.least_rate * self.seconds:
+            raise TimeoutError(f"{self.bytes} bytes in {self.seconds:g} s, less than {self.least_rate:g} a second")
+        self.restart()
+
+
+class _PacedStream(io.RawIOBase):
+    """A connection, looked at before each read, also while status and headers come drop by drop."""
+
+    def __init__(self, raw: io.RawIOBase, pace: _Pace) -> None:
+        self.raw, self.pace = raw, pace
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        self.pace.check()
+        return self.raw.readinto(buffer)
+
+    def close(self) -> None:
+        self.raw.close()
+        super().close()
+
+
+class _PacedResponse(http.client.HTTPResponse):
+    def __init__(self, pace: _Pace, sock: Any, *args: Any, **options: Any) -> None:
+        super().__init__(sock, *args, **options)
+        pace.restart()
+        self.fp = io.BufferedReader(_PacedStream(self.fp.detach(), pace))
+
+
+class _Paced(urllib.request.AbstractHTTPHandler):
+    def __init__(self, pace: _Pace) -> None:
+        super().__init__()
+        self.pace = pace
+
+    def do_open(self, http_class: type, req: urllib.request.Request, **options: Any) -> http.client.HTTPResponse:
+        def connection(host: str, **more: Any) -> http.client.HTTPConnection:
+            made = http_class(host, **more)
+            made.response_class = partial(_PacedResponse, self.pace)
+            return made
+
+        return super().do_open(connection, req, **options)
+
+
+class _PacedHTTP(_Paced, urllib.request.HTTPHandler):
+    pass
+
+
+class _PacedHTTPS(_Paced, urllib.request.HTTPSHandler):
+    pass
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows a server to other http(s) addresses only: not to files of this machine, nor to FTP."""
+
+    def http_error_302(self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any) -> Any:
+        address, target = printable(req.full_url), headers["Location"] or headers["URI"] or ""
+        try:
+            scheme = urlsplit(urljoin(req.full_url, target)).scheme
+        except ValueError:
+            scheme = ""
+        if scheme not in ("http", "https"):
+            raise RemoteError(
+                f"{address}: the server sends on to {printable(target, 80)}, and only http and https are followed. "
+                "Check the address."
+            )
+        return super().http_error_302(req, fp, code, msg, headers)
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
+
+
+def _opener(pace: _Pace) -> urllib.request.OpenerDirector:
+    """What opens http(s) and nothing else."""
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler(), _PacedHTTP(pace), _PacedHTTPS(pace), _Redirects(),
+        urllib.request.HTTPDefaultErrorHandler(), urllib.request.HTTPErrorProcessor(), urllib.request.UnknownHandler(),
+    ):  # fmt: skip
+        opener.add_handler(handler)
+    return opener

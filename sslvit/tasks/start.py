@@ -1,0 +1,78 @@
+"""A trained encoder's weights as the beginning of a run: what differs is adapted and said, or refused."""
+
+from __future__ import annotations
+
+import torch
+from pytorch_lightning.utilities import rank_zero_only
+from torch import Tensor
+
+from sslvit.checkpoint import POSITION_TABLES, check_same, put_weights
+from sslvit.files import printable
+from sslvit.models import ViTEncoder
+from sslvit.models.resize import resize_weights
+from sslvit.settings.load import brief
+
+CLOSE = 1e-4  # of a position table to the fixed one, whose entries are up to 1
+# what the weights were trained with and the run may do otherwise; its own settings hold
+READINGS = ("mean", "std", "interpolation", "pooling", "feature_layer", "feature_norm", "interpolate_antialias",
+            "interpolate_offset")  # fmt: skip
+
+
+def begin_with(
+    encoder: ViTEncoder, start: ViTEncoder, source: str, besides: tuple[str, ...] = (), ends: tuple[str, ...] = ()
+) -> None:
+    """Load a trained encoder's weights into a new one, and say what is not as it was.
+
+    Args:
+        encoder: of the run, with its first weights.
+        start: the trained one.
+        source: where that comes from, for messages.
+        besides: settings that may differ (checkpoint.check_same).
+        ends: parts of the new encoder, as prefixes of names, that may have no weights in the trained one.
+
+    Raises:
+        ValueError: another architecture, or positions that the new encoder does not hold.
+    """
+    there, here = start.settings, encoder.settings
+    check_same(there, here, source, besides=besides)
+    own, notes = encoder.state_dict(), []
+    given = resize_weights(start.state_dict(), there, here)
+    if there.grid != here.grid:
+        grids = [f"{rows} x {columns}" for rows, columns in (there.grid, here.grid)]
+        notes.append(f"positions stretched from {grids[0]} to {grids[1]} patches")
+    notes += _adapt_positions(given, own, there.positions, here.positions, source)
+    if new := [key for key in own if key not in given]:
+        wrong = [key for key in new if not key.startswith(ends)]
+        if wrong or not ends:
+            raise ValueError(f"{source}: has no weights for {printable(', '.join(wrong[:4]))}.")
+        notes.append(f"new: {', '.join(new)}")
+    if left := [key for key in given if key not in own]:
+        notes.append(f"left out: {', '.join(left)}")
+    if different := [
+        f"{key} {brief(getattr(there, key))} -> {brief(getattr(here, key))}"
+        for key in READINGS
+        if getattr(there, key) != getattr(here, key)
+    ]:
+        notes.append(f"the run's settings hold: {', '.join(different)}")
+    put_weights(encoder, own | {key: value for key, value in given.items() if key in own}, source)
+    if notes and rank_zero_only.rank == 0:
+        print(f"starting from {printable(source)}: {'; '.join(notes)}", flush=True)
+
+
+def _adapt_positions(given: dict[str, Tensor], own: dict[str, Tensor], there: str, here: str, source: str) -> list[str]:
+    """Notes on a table of another kind; a fixed table stays the run's own, and only weights that hold it fit.
+
+    Raises:
+        ValueError: the weights' table is another one than the run's fixed one.
+    """
+    if there == here or here not in POSITION_TABLES:
+        return []
+    if here == "learned_1d":
+        return [f"positions: a table of {there}, learned from here on"]
+    if not torch.allclose(given["pos_embed"].float(), own["pos_embed"].float(), rtol=0, atol=CLOSE):
+        raise ValueError(
+            f"{source}: its positions ({there}) are another table than the fixed one of this run (encoder.positions: "
+            f"{here}), which would not learn to be it. Set encoder.positions to {there}, as in the weights."
+        )
+    given["pos_embed"] = own["pos_embed"]
+    return [f"positions: {there} in the weights, and the same table as {here}, which stays fixed"]
