@@ -164,7 +164,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     again = command(
         "resume", training.run_resume, "go on with a run that has stopped, by its own settings",
-        epilog="Settings may become others, e.g. --train.steps 2000; they are printed, and what cannot change is refused.",
+        epilog="Settings may become others, e.g. --train.steps 2000; these are printed, and what cannot is refused.",
     )  # fmt: skip
     again.add_argument("run", metavar="RUN", help="run folder")
     again.set_defaults(takes_settings=True)

@@ -202,9 +202,7 @@ class ShardIndex:
     def save(self, folder: str | Path | None = None) -> None:
         """Write the files, each whole or not at all; index.json last, so that its presence means all is there."""
         folder = Path(folder or self.location)
-        with new_file(folder / "index.npy") as part, open(part, "wb") as file:
-            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(self.records))
-            file.write(np.ascontiguousarray(self.records).data)  # numpy's own way says nothing of a full disk
+        save_records(folder / "index.npy", self.records)
         split = folder.name if folder.name in SPLITS else "train"
         about = {
             "name": split, "num_samples": len(self),
@@ -265,6 +263,13 @@ def read_index(content: bytes, records_file: Path, location: str, is_own: bool =
     columns = [split[name] for name in ("filenames", "shard_lengths", "bytes", "sha256")]
     shards = [Shard(*values) for values in zip(*columns, strict=True)]
     return ShardIndex(location, shards, records, **{name: about[name] for name in INDEX_FIELDS})
+
+
+def save_records(file: Path, records: np.ndarray) -> None:
+    """Write records whole or not at all; numpy's own way says nothing of a full disk."""
+    with new_file(file) as part, open(part, "wb") as out:
+        np.lib.format.write_array_header_1_0(out, np.lib.format.header_data_from_array_1_0(records))
+        out.write(np.ascontiguousarray(records).data)
 
 
 def load_records(file: Path, samples: int, classes: list[str] | None) -> np.ndarray:

@@ -16,6 +16,7 @@ from sslvit.data.plan import Plan, evaluation_batches
 from sslvit.data.reader import ShardReader
 from sslvit.data.resample import normalise
 from sslvit.data.views import Views, change_views
+from sslvit.files import printable
 from sslvit.settings import EncoderSettings
 from sslvit.settings.views import CentreSettings, ViewSettings
 
@@ -69,7 +70,7 @@ def make_batch(
         valid=torch.from_numpy(valid),
         epochs=torch.from_numpy(epochs),
         first_row=first_row,
-        bad={reader.key(int(samples[i])): reason for i, reason in bad.items()},
+        bad={printable(reader.key(int(samples[i]))): reason for i, reason in bad.items()},
         colours=colours,
     )
 

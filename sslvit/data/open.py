@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import glob
 import hashlib
-import json
 import os
 import re
 from pathlib import Path
@@ -22,6 +21,7 @@ from sslvit.data.pack import digest_of, pack
 from sslvit.data.plan import EpochPlan, Plan
 from sslvit.data.remote import ShardCache
 from sslvit.data.scan import index_names, index_shards
+from sslvit.data.schema import checked_index, parse_json
 from sslvit.data.sources import ImageSource
 from sslvit.data.stream import PIPE, StreamIndex, is_stream
 from sslvit.files import expand_path, printable
@@ -250,8 +250,8 @@ def _open_address(address: str, cache: ShardCache) -> ShardIndex:
     address = address.rstrip("/")
     try:
         content = cache.get(f"{address}/index.json").read_bytes()
-        about = json.loads(content)
-        records = cache.get(f"{address}/index.npy", sha256=str(about["records_sha256"]))
+        about = checked_index(parse_json(content))
+        records = cache.get(f"{address}/index.npy", sha256=about["records_sha256"])
     except BadImage as error:
         if "checksum" in str(error):
             raise ValueError(
@@ -261,6 +261,6 @@ def _open_address(address: str, cache: ShardCache) -> ShardIndex:
             f"{address}: no index there ({error}). Run sslvit shards index where the shards lie and upload index.json "
             "and index.npy beside them, or name the shards: ADDRESS/shard-{000000..000099}.tar"
         ) from error
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{address}/index.json: not an index of sslvit ({error}).") from error
+    except ValueError as error:
+        raise ValueError(f"{printable(address)}/index.json: {error}. Index the shards again and upload it.") from error
     return dataclasses.replace(read_index(content, records, address), cache=cache)

@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from filelock import FileLock
@@ -27,10 +28,11 @@ from sslvit.chance import generator
 from sslvit.data.any_source import SourceOptions, read_source
 from sslvit.data.arrays import ArrayImages
 from sslvit.data.decode import BadImage
-from sslvit.data.index import RECORD, Shard, ShardIndex
+from sslvit.data.index import RECORD, Shard, ShardIndex, load_records, save_records
 from sslvit.data.labels import NO_LABEL
 from sslvit.data.parallel import in_parallel
 from sslvit.data.scan import ShardReport, join_reports, measure_shard
+from sslvit.data.schema import checked_job, checked_report, parse_json
 from sslvit.data.sources import Sample, hold_out
 from sslvit.data.store import BLOCK, PackSettings, TarWriter, store
 from sslvit.files import held_folder, new_file, printable, write_atomically
@@ -246,7 +248,7 @@ def finish_packing(destination: str | Path, overwrite: bool = False) -> ShardInd
 
 
 def _finish(destination: Path, folder: Path) -> ShardIndex:
-    job = json.loads((folder / "job.json").read_text())
+    job = load_job(folder)
     shards = len(job["starts"]) - 1
     reports = [load_report(folder, number) for number in range(shards)]
     missing = [number for number, report in enumerate(reports) if report is None]
@@ -295,17 +297,38 @@ def shard_name(number: int) -> str:
 
 
 def save_report(folder: Path, number: int, report: ShardReport) -> None:
-    with new_file(folder / f"shard-{number:06d}.npy") as part, open(part, "wb") as file:
-        np.save(file, report.records)
+    save_records(folder / f"shard-{number:06d}.npy", report.records)
     write_atomically(folder / f"shard-{number:06d}.json", json.dumps(report.as_dict()))
 
 
 def load_report(folder: Path, number: int) -> ShardReport | None:
-    """The report of a finished shard."""
+    """The report of a finished shard.
+
+    Raises:
+        ValueError: it is damaged, or of another shard.
+    """
     path = folder / f"shard-{number:06d}.json"
     if not path.exists():
         return None
-    return ShardReport.from_dict(json.loads(path.read_text()), np.load(path.with_suffix(".npy"), allow_pickle=False))
+    try:
+        report = checked_report(parse_json(path.read_bytes()), shard_name(number))
+        records = load_records(path.with_suffix(".npy"), report["shard"]["samples"], None)
+    except ValueError as error:
+        raise ValueError(f"{printable(path)}: {error}. Delete it and run the same packing again.") from error
+    return ShardReport.from_dict(report, records)
+
+
+def load_job(folder: Path) -> dict[str, Any]:
+    """What an unfinished packing has decided.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    path = folder / "job.json"
+    try:
+        return checked_job(parse_json(path.read_bytes()), PackSettings)
+    except ValueError as error:
+        raise ValueError(f"{printable(path)}: {error}. Delete {printable(folder)} and pack again.") from error
 
 
 def digest_of(samples: Sequence[Sample]) -> str:
@@ -323,7 +346,7 @@ def _begin(job: PackJob, identity: dict, overwrite: bool, passed_over: dict[str,
     """Make the folder and decide where shards begin, or go on with what an earlier try left there."""
     noted = job.folder / "job.json"
     if noted.exists():
-        before = json.loads(noted.read_text())
+        before = load_job(job.folder)
         changed = [key for key in identity if before.get(key) != identity[key]]
         if not changed:
             job.starts = np.array(before["starts"])
@@ -343,7 +366,7 @@ def _begin(job: PackJob, identity: dict, overwrite: bool, passed_over: dict[str,
         if not noted.exists():
             job.cut()
             write_atomically(noted, json.dumps(identity | {"starts": job.starts.tolist(), "passed_over": passed_over}))
-    job.starts = np.array(json.loads(noted.read_text())["starts"])
+    job.starts = np.array(load_job(job.folder)["starts"])
 
 
 def _shard_starts(sizes: np.ndarray, limit: float) -> np.ndarray:

@@ -19,6 +19,7 @@ from sslvit.data.decode import MAX_PIXELS, BadImage, Header, Scratch, decode_pix
 from sslvit.data.index import Index
 from sslvit.data.parallel import in_parallel
 from sslvit.data.resample import SMALL_SIDE
+from sslvit.files import WriteError
 
 OPEN_SHARDS = 64  # files kept open per process
 DECODE_AT_ONCE = 1024  # images of a small set that a process decodes before it takes others
@@ -57,10 +58,12 @@ class ShardReader:
 
         Raises:
             BadImage: the shard is missing, or ends before them.
+            WriteError: it has to be fetched, and the disk of the cache is full.
         """
         shard, offset, size = self.index.locate(sample)
+        file = self._open(shard)
         try:
-            content = os.pread(self._open(shard), size, offset)
+            content = os.pread(file, size, offset)
         except OSError as error:
             raise BadImage(f"unreadable shard ({error.strerror})") from error
         if len(content) < size:
@@ -117,6 +120,8 @@ class ShardReader:
             return os.open(self.index.shard_path(shard), os.O_RDONLY)
         except FileNotFoundError:
             raise BadImage("missing shard") from None
+        except WriteError:
+            raise  # the cache's disk is full: no fault of the shard
         except OSError as error:
             raise BadImage(f"unreadable shard ({error.strerror})") from error
 

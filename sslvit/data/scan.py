@@ -27,6 +27,7 @@ from sslvit.data.decode import (
 from sslvit.data.index import RECORD, Shard, ShardIndex, load_index, sha256_of
 from sslvit.data.labels import NO_LABEL, NotClasses, brief_names, number_labels
 from sslvit.data.parallel import in_parallel
+from sslvit.data.schema import check_shard_name
 from sslvit.data.tars import COMPRESSED_TARS, TarMembers, choose_images, compressed_kind
 from sslvit.files import printable
 
@@ -87,7 +88,7 @@ class Measured:
             raise ValueError(f"{location}: none of the images can be decoded.")
         kinds = {channels for channels, _ in self.kinds}
         only = next(iter(kinds)) if len(kinds) == 1 else 0
-        channels = only or (3 if kinds <= set(MODES) else self.channels)
+        channels = only or (3 if kinds <= set(MODES) and self.channels >= 3 else self.channels)
         mean, square = np.array(self.moments)[:, :channels] / self.images
         return {
             "channels": channels,
@@ -181,6 +182,11 @@ def index_shards(folder: str | Path, workers: int | None = None, options: IndexO
     names = sorted(path.name for path in Path(folder).glob("*.tar"))
     if not names:
         raise ValueError(f"{printable(folder)}: no .tar files there{_what_instead(Path(folder))}.")
+    for name in names:
+        try:
+            check_shard_name(name)
+        except ValueError as error:
+            raise ValueError(f"{printable(folder)}: {error}.") from error
     options, before = options or IndexOptions(), _index_before(Path(folder))
     if options.orientation is None and before.get("orientation") == "stored":
         options = replace(options, orientation="stored")

@@ -130,7 +130,7 @@ class BenchOptions:
                 raise ValueError(f"{key}: {getattr(self, key)} must be {least} or more.")
         wrong = [one for one in self.baselines if one not in BASELINES]
         if wrong:
-            raise ValueError(f"baselines: {quoted(wrong[0])} is not one of {', '.join(BASELINES)}.")
+            raise ValueError(f"baselines: {brief(wrong[0])} is not one of {', '.join(BASELINES)}.")
 
 
 @dataclass(kw_only=True)
@@ -219,7 +219,7 @@ def _column(value: Any, where: str) -> ProbeColumn | FinetuneColumn:
     protocol = {"name": protocol} if isinstance(protocol, str) else protocol
     name = protocol.get("name") if isinstance(protocol, dict) else None
     if not isinstance(name, str) or name not in PROTOCOLS:
-        raise ValueError(f"{where}.protocol: {quoted(name)} is not one of {', '.join(PROTOCOLS)}.")
+        raise ValueError(f"{where}.protocol: {brief(name)} is not one of {', '.join(PROTOCOLS)}.")
     read = _built(PROTOCOLS[name], {k: v for k, v in protocol.items() if k != "name"}, f"{where}.protocol")
     rest = {key: part for key, part in value.items() if key != "protocol"}
     column = _built(ProbeColumn, rest, where, {"protocol": LogregSettings})

@@ -26,6 +26,7 @@ from sslvit.cli import main
 from sslvit.data.decode import BadImage, decode
 from sslvit.data.index import RECORD, load_index, read_index
 from sslvit.data.inspect import check_shards, describe_shards
+from sslvit.data.loader import make_batch
 from sslvit.data.open import expand, open_shards
 from sslvit.data.pack import pack_source
 from sslvit.data.plan import EpochPlan
@@ -34,7 +35,9 @@ from sslvit.data.remote import ShardCache
 from sslvit.data.scan import IndexOptions, ShardReport, index_shards, join_reports, scan_shard
 from sslvit.data.schema import check_shard_name, checked_job, checked_report
 from sslvit.data.store import PackSettings
+from sslvit.data.views import Views
 from sslvit.files import WriteError, printable
+from sslvit.settings.views import CentreSettings
 
 
 def write_tar(path: Path, members: dict[str, bytes]) -> None:
@@ -604,6 +607,10 @@ def test_names_that_are_not_utf8_survive_the_index(tmp_path: Path) -> None:
     assert (again.skipped, again.classes, again.shards) == (index.skipped, index.classes, index.shards)
     assert numbers_of(again) == [7]
     assert os.fsencode(again.key(0)) == b"caf\xe9.tar/\xe9t\xe9.png"
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes().replace(b"IHDR", b"XXXX"))
+    views = Views(CentreSettings(), [4, 4], "bilinear", seed=0)
+    batch = make_batch(ShardReader(again, 1, 0), views, np.array([0]), np.array([0]))
+    assert list(batch.bad) == ["caf\\xe9.tar/\\xe9t\\xe9.png"]  # as it is printed
 
 
 def test_an_index_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch) -> None:

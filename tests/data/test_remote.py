@@ -595,6 +595,8 @@ def test_a_full_disk_is_not_called_a_problem_of_the_network(server: Server, cach
         index.shard_path(0)
     assert server.requests["a/shard-000000.tar"] == 1
     assert not list(cache.folder.rglob("*.part"))
+    with pytest.raises(WriteError, match="data.cache"):  # not a sample to skip
+        ShardReader(index, 1, 0).read(0)
 
 
 @pytest.mark.parametrize("address", ["http://[::1/x.tar", "http://127.0.0.1:port/x.tar"])

@@ -1,0 +1,329 @@
+"""A run folder is one process's at a time, a run that has nothing to lose starts again, and damage is noticed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from run_fixtures import TINY, metrics, run, same, weights
+
+import sslvit
+from sslvit.cli import main
+from sslvit.stopping import Preempted
+from sslvit.tasks import task_class
+from sslvit.train import run as run_module
+from sslvit.train.folder import RunFolder, read_lines
+from sslvit.weight_files import check_checkpoint, read_one_file
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def stopped(shards: Path, out: Path, at: int, monkeypatch: pytest.MonkeyPatch, **changes) -> None:
+    """A run that ends in the middle of a step."""
+    task = task_class("mae")
+    step = task.training_step
+
+    def stop(self, batch, batch_idx=0):
+        if self.global_step == at:
+            raise KeyboardInterrupt
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(task, "training_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(shards, out, **changes)
+
+
+# ---- one process at a time ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [{}, {"resume": True}, {"overwrite": True}])
+def test_a_folder_that_another_process_trains_in_is_left_alone(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: dict
+) -> None:
+    folder = run(shards, tmp_path / "run", **{"train.steps": 3})
+    before = contents(folder.path)
+    monkeypatch.setattr("sslvit.train.folder.WAIT_SECONDS", 0.3)
+    with folder.held(waits=False):
+        with pytest.raises(ValueError, match="another process is at work there. Wait until it has ended"):
+            run(shards, tmp_path / "run", **flags)
+        assert contents(folder.path) == before | {".lock": b""}
+    assert contents(folder.path) == before
+
+
+def test_a_run_holds_its_folder_to_the_end_of_its_pictures(shards: Path, tmp_path: Path, monkeypatch) -> None:
+    tried = []
+
+    def draw(folder, *_) -> None:
+        with pytest.raises(ValueError, match="another process"), RunFolder(folder.path).held(waits=False):
+            pass
+        tried.append(True)
+
+    monkeypatch.setattr(run_module, "draw_pictures", draw)
+    folder = run(shards, tmp_path / "run", **{"train.steps": 2})
+    assert tried == [True]
+    assert not (folder.path / ".lock").exists()
+
+
+# ---- nothing to lose ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_ended_before_its_first_checkpoint_starts_again(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, resume: bool
+) -> None:
+    whole = run(shards, tmp_path / "whole")
+    stopped(shards, tmp_path / "run", 2, monkeypatch)
+    folder = RunFolder(tmp_path / "run")
+    assert len(folder.read_metrics()) == 2
+    assert not folder.goes_on
+    capsys.readouterr()
+    assert same(run(shards, tmp_path / "run", resume=resume), whole)
+    assert capsys.readouterr().out.count("a run that ended before its first checkpoint; it starts at step 0") == 1
+
+
+@pytest.mark.parametrize(
+    "left", [[], ["config.yaml.77.part"], ["config.yaml"], ["config.yaml", "checkpoints/last.part"]]
+)
+def test_a_kill_while_the_folder_is_made_blocks_nothing(shards: Path, tmp_path: Path, left: list[str]) -> None:
+    for name in left:
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).write_text("")
+    (tmp_path / "run").mkdir(exist_ok=True)
+    assert run(shards, tmp_path / "run", **{"train.steps": 2}).goes_on
+
+
+@pytest.mark.parametrize("own", ["notes.txt", "encoder/encoder.json", "incident/incident.json"])
+def test_what_is_more_than_a_beginning_is_not_taken_for_one(shards: Path, tmp_path: Path, own: str) -> None:
+    (tmp_path / "run" / own).parent.mkdir(parents=True)
+    (tmp_path / "run" / own).write_text("mine")
+    (tmp_path / "run" / "config.yaml").write_text("")
+    with pytest.raises(ValueError, match="already exists. Pass --resume"):
+        run(shards, tmp_path / "run")
+    with pytest.raises(ValueError, match="has no checkpoint"):
+        run(shards, tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / own).read_text() == "mine"
+
+
+@pytest.mark.parametrize("flags", [{"resume": True}, {"overwrite": True}])
+def test_a_start_on_a_full_disk_leaves_the_run_as_it_was(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: dict
+) -> None:
+    folder = run(shards, tmp_path / "run", **{"train.steps": 3})
+    before = contents(folder.path)
+
+    def full(*_, **__) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sslvit.train.folder.yaml.dump", full)
+        with pytest.raises(OSError, match="config.yaml: could not be written .No space left on device.. Make room"):
+            run(shards, tmp_path / "run", **flags, **{"train.steps": 6})
+    assert contents(folder.path) == before
+    assert len(run(shards, tmp_path / "run", **flags, **{"train.steps": 6}).read_metrics()) == 6
+
+
+def problem_of(path: Path) -> str:
+    """What is said of a checkpoint, empty for nothing."""
+    try:
+        check_checkpoint(path)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def flip_a_bit(path: Path) -> None:
+    """In the middle of a weight."""
+    content = bytearray(path.read_bytes())
+    weight = read_one_file(path)["state_dict"]["encoder.blocks.0.attn.qkv.weight"].numpy().tobytes()
+    content[content.index(weight) + 100] ^= 1
+    path.write_bytes(content)
+
+
+# ---- damage ------------------------------------------------------------------------------------------------------
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_noticed_or_changes_nothing(shards: Path, tmp_path: Path) -> None:
+    path = run(shards, tmp_path / "run", **{"train.steps": 2}).checkpoint
+    whole, expected = path.read_bytes(), read_one_file(path)["state_dict"]
+    source, noticed = np.random.default_rng(0), 0
+    for place in source.integers(0, len(whole), 200):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << int(source.integers(8))
+        path.write_bytes(damaged)
+        problem = problem_of(path)
+        noticed += bool(problem)
+        if problem:
+            assert "last.ckpt" in problem
+            assert len(problem.splitlines()) == 1
+        else:  # padding, or a date
+            found = read_one_file(path)["state_dict"]
+            assert all(torch.equal(found[key], value) for key, value in expected.items())
+    assert noticed > 150
+
+
+def test_a_resume_takes_the_newest_checkpoint_that_is_whole(shards: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    keep = {"train.keep_last": 2}
+    whole = run(shards, tmp_path / "whole", **keep)
+    stopped(shards, tmp_path / "cut", 6, monkeypatch, **keep, **{"train.checkpoint_every": 2})
+    flip_a_bit(RunFolder(tmp_path / "cut").checkpoint)  # and step-00000006.ckpt with it, which is the same file
+    capsys.readouterr()
+    again = run(shards, tmp_path / "cut", resume=True, **keep)
+    said = capsys.readouterr().out
+    assert "last.ckpt: damaged: its bytes are not those that were written" in said
+    assert "going on from the checkpoint before it: " in said
+    assert "step-00000004.ckpt" in said
+    assert all(torch.equal(value, weights(again)[key]) for key, value in weights(whole).items())
+    assert metrics(again) == metrics(whole)
+
+
+def test_without_a_whole_checkpoint_a_resume_says_what_is_left_to_do(shards: Path, tmp_path: Path) -> None:
+    folder = run(shards, tmp_path / "run", **{"train.steps": 2})
+    flip_a_bit(folder.checkpoint)
+    with pytest.raises(ValueError, match=r"last.ckpt: damaged.* No other checkpoint is kept there \(train.keep_last"):
+        run(shards, tmp_path / "run", resume=True)
+    with pytest.raises(ValueError, match="last.ckpt: damaged"):
+        sslvit.load_encoder(folder.checkpoint)
+    assert (folder.encoder / "encoder.json").exists()
+
+
+def test_checkpoints_that_are_deleted_meanwhile_are_said_and_written_again(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    import shutil
+
+    task = task_class("mae")
+    step = task.training_step
+
+    def delete(self, batch, batch_idx=0):
+        if self.global_step == 4:
+            shutil.rmtree(tmp_path / "run" / "checkpoints")
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(task, "training_step", delete)
+    folder = run(shards, tmp_path / "run")
+    assert folder.checkpoint.exists()
+    assert "last.ckpt: the checkpoint before was deleted meanwhile; a new one is written" in capsys.readouterr().out
+
+
+def test_damaged_lines_of_a_runs_files_are_passed_over_and_said(shards: Path, tmp_path: Path, capsys) -> None:
+    options = {"data.ledger": True, "train.checkpoint_every": 2}
+    folder = run(shards, tmp_path / "run", **options, **{"train.steps": 4})
+    for path in (folder.metrics, folder.samples / "rank-00000.jsonl"):
+        lines = path.read_bytes().splitlines(keepends=True)
+        lines[1] = b'{"step": \xff\n'
+        lines.insert(0, b"[1]\n")
+        path.write_bytes(b"".join(lines) + b'{"step": 9, "ha')
+    longer = run(shards, tmp_path / "run", resume=True, **options, **{"train.steps": 6})
+    said = capsys.readouterr().out
+    assert "metrics.jsonl: line 1 and 1 more damaged and passed over" in said
+    assert "rank-00000.jsonl: line 1 and 1 more damaged and passed over" in said
+    assert [line["step"] for line in longer.read_metrics()] == [1, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "a: [", "\x00", "a: " + "[" * 5000])
+def test_a_damaged_config_is_named(tmp_path: Path, text: str) -> None:
+    folder = RunFolder(tmp_path)
+    folder.config.write_text(text)
+    with pytest.raises(ValueError, match=r"config.yaml: (not the settings of a run|holds no settings)") as error:
+        folder.read_config()
+    assert "\n" not in str(error.value)
+
+
+def test_lines_are_read_as_far_as_they_are_whole(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"step": 1}\n{"step": "x"}\n{"step": 2}\n{"step": 3}')
+    assert [line["step"] for _, line in read_lines(tmp_path / "a.jsonl")] == [1, 2]
+
+
+# ---- going on by itself ------------------------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_by_its_folder_alone(shards: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    whole = run(shards, tmp_path / "whole", **{"train.steps": 9})
+    stopped(shards, tmp_path / "cut", 5, monkeypatch, **{"train.steps": 7})
+    (tmp_path / "cut").rename(tmp_path / "moved")
+    assert main(["resume", str(tmp_path / "moved"), "--train.steps", "9"]) == 0
+    assert "resuming with changes: train.steps 7 -> 9; out" in capsys.readouterr().out
+    moved = RunFolder(tmp_path / "moved")
+    assert [line["step"] for line in moved.read_metrics()] == list(range(1, 10))
+    assert weights(moved).keys() == weights(whole).keys()
+    assert sslvit.resume(tmp_path / "moved").path == moved.path  # nothing left to do, and nothing lost
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 5}, "seed was 0 and cannot become 5|seed 0 then, 5 now"),
+        ({"optim.betas": [0.5, 0.9]}, "optim.betas was .* cannot become .*averages in the checkpoint"),
+        ({"encoder.depth": 2}, "another architecture"),
+        ({"data.global_batch": 4}, "global_batch 8 then, 4 now"),
+        ({"out": "elsewhere"}, "--out: a run that goes on keeps its folder"),
+        ({"init": "other"}, "--init: a run that goes on keeps its folder and its start"),
+        ({"train.stepps": 9}, "train.stepps: no such setting. Did you mean train.steps"),
+    ],
+)
+def test_what_a_run_cannot_become_is_refused_and_nothing_is_changed(
+    shards: Path, tmp_path: Path, changes: dict, message: str
+) -> None:
+    folder = run(shards, tmp_path / "run", **{"train.steps": 3})
+    before = contents(folder.path)
+    with pytest.raises(ValueError, match=message):
+        sslvit.resume(folder.path, **changes | ({} if "train.stepps" in changes else {"train.steps": 6}))
+    assert contents(folder.path) == before
+
+
+def test_only_a_run_folder_goes_on(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not a run folder .no config.yaml.. Give the folder that --out named"):
+        sslvit.resume(tmp_path)
+
+
+# ---- told to stop before the first step --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("place", ["open_data", "make_trainer"])
+def test_a_signal_before_the_first_step_ends_with_try_again(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, number: signal.Signals, place: str
+) -> None:
+    (tmp_path / "bin").mkdir()
+    command = tmp_path / "bin" / "scontrol"
+    command.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    monkeypatch.setenv("SLURM_JOB_NAME", "pretrain")
+    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGUSR1)]
+    words = ["pretrain", "--config", "mae/digits", "--data", str(shards), "--out", str(tmp_path / "run")]
+    words += [word for key, value in TINY.items() for word in (f"--{key}", json.dumps(value))]
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, place, lambda *_: os.kill(os.getpid(), number))
+        assert main(words) == 75
+    said = capsys.readouterr().err
+    assert f"sslvit: received {number.name} before the first step, so there is nothing to save yet" in said
+    assert (tmp_path / "asked").read_text() == "requeue 4711\n"
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGUSR1)] == before
+    assert main(words) == 0  # the same command again
+
+
+def test_a_signal_while_modules_are_imported_is_heard(tmp_path: Path, monkeypatch, capsys) -> None:
+    def stop(options) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("sslvit.commands.packing.run_info", stop)
+    assert main(["shards", "info", str(tmp_path)]) == 75
+    assert "sslvit: received SIGTERM: give the same command again" in capsys.readouterr().err
+
+
+def test_a_signal_while_figures_are_drawn_says_that_all_is_kept(shards: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(run_module, "draw_pictures", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Preempted, match="received SIGTERM after the last step; --resume draws the figures"):
+        run(shards, tmp_path / "run", **{"train.steps": 2})
+    assert RunFolder(tmp_path / "run").goes_on
