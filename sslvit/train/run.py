@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import warnings
 from contextlib import nullcontext
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins.environments import SLURMEnvironment
+from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from safetensors.torch import save_file
 
 from sslvit import __version__
@@ -106,6 +108,10 @@ def _pretrain(settings: PretrainSettings, folder: RunFolder, is_first: bool, goe
             trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
             compile_blocks(task, undo=True)
             task = task.whole()  # together: each rank may hold a part of it
+        except Preempted:
+            if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
+                trainer.strategy.launcher.kill(signal.SIGTERM)  # other ranks, which may still wait for the first step
+            raise
         except RuntimeError as error:
             if not is_lost_rank(error, trainer.world_size):
                 raise
