@@ -101,16 +101,90 @@ def test_a_kill_while_the_folder_is_made_blocks_nothing(shards: Path, tmp_path: 
     assert run(shards, tmp_path / "run", **{"train.steps": 2}).goes_on
 
 
-@pytest.mark.parametrize("own", ["notes.txt", "encoder/encoder.json", "incident/incident.json"])
-def test_what_is_more_than_a_beginning_is_not_taken_for_one(shards: Path, tmp_path: Path, own: str) -> None:
-    (tmp_path / "run" / own).parent.mkdir(parents=True)
+@pytest.mark.parametrize(
+    "own",
+    [
+        "notes.txt", "encoder/encoder.json", "incident/incident.json", "figures/loss.png", "checkpoints/best.pt",
+        "checkpoints/best.ckpt", "scores.json",
+    ],
+)  # fmt: skip
+def test_what_is_more_than_a_beginning_is_not_taken_for_one(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str
+) -> None:
+    stopped(shards, tmp_path / "run", 2, monkeypatch)
+    (tmp_path / "run" / own).parent.mkdir(exist_ok=True)
     (tmp_path / "run" / own).write_text("mine")
-    (tmp_path / "run" / "config.yaml").write_text("")
-    with pytest.raises(ValueError, match="already exists. Pass --resume"):
+    before = contents(tmp_path / "run")
+    with pytest.raises(ValueError, match="already exists. It has no checkpoint to go on from: pass --overwrite"):
         run(shards, tmp_path / "run")
-    with pytest.raises(ValueError, match="has no checkpoint"):
+    with pytest.raises(ValueError, match="has no checkpoint .checkpoints/last.ckpt.. Copy it back, or start anew"):
         run(shards, tmp_path / "run", resume=True)
-    assert (tmp_path / "run" / own).read_text() == "mine"
+    assert contents(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["config.yaml"], ["figures/a.png"], ["wandb/run"], ["checkpoints/model.pt"], ["metrics.jsonl"], ["health.json"]],
+)
+@pytest.mark.parametrize("flags", [{}, {"resume": True}, {"overwrite": True}])
+def test_files_with_the_names_of_a_runs_are_not_taken_for_one(
+    shards: Path, tmp_path: Path, names: list[str], flags: dict
+) -> None:
+    for name in names:
+        (tmp_path / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mine" / name).write_text("defaults: [model, data]\n")
+    before = contents(tmp_path / "mine")
+    with pytest.raises(ValueError, match="already exists|has no checkpoint|not a run folder"):
+        run(shards, tmp_path / "mine", **flags)
+    assert contents(tmp_path / "mine") == before
+
+
+def test_a_run_whose_checkpoints_were_deleted_is_no_beginning(shards: Path, tmp_path: Path, monkeypatch) -> None:
+    stopped(shards, tmp_path / "run", 5, monkeypatch)
+    folder = RunFolder(tmp_path / "run")
+    folder.checkpoint.unlink()
+    with pytest.raises(ValueError, match="already exists"):
+        run(shards, tmp_path / "run")
+    assert len(folder.read_metrics()) == 5
+    folder.checkpoint.parent.rmdir()
+    assert len(run(shards, tmp_path / "run", overwrite=True, **{"train.steps": 2}).read_metrics()) == 2
+
+
+def test_overwriting_leaves_files_that_no_run_made(shards: Path, tmp_path: Path) -> None:
+    folder = run(shards, tmp_path / "run", **{"train.keep_last": 2})
+    own = folder.checkpoint.with_name("best.ckpt")
+    own.write_bytes(folder.checkpoint.read_bytes())
+    run(shards, tmp_path / "run", overwrite=True, **{"train.steps": 2})
+    assert sorted(path.name for path in folder.checkpoint.parent.iterdir()) == ["best.ckpt", "last.ckpt"]
+    folder.config.write_text("")  # as a full disk once left it
+    assert run(shards, tmp_path / "run", overwrite=True, **{"train.steps": 1}).goes_on
+
+
+def test_a_kept_checkpoint_is_enough_to_go_on_from(shards: Path, tmp_path: Path, capsys) -> None:
+    folder = run(shards, tmp_path / "run", **{"train.keep_every": 3})
+    folder.checkpoint.unlink()
+    whole = metrics(folder)
+    assert metrics(run(shards, tmp_path / "run", resume=True, **{"train.keep_every": 3})) == whole
+    assert "going on from the checkpoint before it: " in capsys.readouterr().out
+
+
+def test_the_encoder_of_a_run_that_goes_on_stays_until_a_checkpoint_is_newer(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = run(shards, tmp_path / "run", **{"train.steps": 3})
+    before = contents(folder.encoder)
+    seen = []
+    task = task_class("mae")
+    step = task.training_step
+
+    def look(self, batch, batch_idx=0):
+        seen.append((self.global_step, folder.encoder.exists() and contents(folder.encoder) == before))
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(task, "training_step", look)
+    run(shards, tmp_path / "run", resume=True, **{"train.steps": 7})
+    assert seen == [(3, True), (4, True), (5, True), (6, False)]  # a checkpoint of step 6
+    assert contents(folder.encoder) != before
 
 
 @pytest.mark.parametrize("flags", [{"resume": True}, {"overwrite": True}])
