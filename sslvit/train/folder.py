@@ -155,7 +155,7 @@ class RunFolder:
             return "damaged"
         if content is None:
             return "none"
-        return "run" if isinstance(content, dict) and SECTIONS <= content.keys() else "other"
+        return "run" if isinstance(content, dict) and content.keys() >= SECTIONS else "other"
 
     def _steps_to_first_checkpoint(self) -> int:
         train = self.read_config()["train"]

@@ -36,7 +36,7 @@ from sslvit.train.logs import log_pictures, make_loggers
 from sslvit.train.online import OnlineProbe, Validation
 from sslvit.train.pictures import draw_pictures
 from sslvit.train.preemption import Preemption
-from sslvit.train.prepare import check_data, check_machine, check_resumed, chosen, fit
+from sslvit.train.prepare import check_data, check_machine, check_resumed, chosen, fit, keep_start
 from sslvit.train.strategies import compile_blocks, is_lost_rank, make_strategy
 from sslvit.train.timing import Clock, StepTimes, WaitForData
 
@@ -68,6 +68,8 @@ def pretrain(settings: PretrainSettings, resume: bool = False, overwrite: bool =
 
 def _pretrain(settings: PretrainSettings, folder: RunFolder, is_first: bool, goes_on: bool) -> RunFolder:
     train = settings.train
+    if goes_on:
+        settings = keep_start(settings, folder)
     check_machine(settings)
     index, plan = open_data(settings.data, settings.seed, train.devices * train.nodes)
     if is_first:

@@ -335,10 +335,15 @@ def test_a_run_goes_on_by_its_folder_alone(shards: Path, tmp_path: Path, monkeyp
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seed": 5}, "seed was 0 and cannot become 5|seed 0 then, 5 now"),
+        ({"seed": 5}, "seed was 0 and cannot become 5, since masks"),
         ({"optim.betas": [0.5, 0.9]}, "optim.betas was .* cannot become .*averages in the checkpoint"),
         ({"encoder.depth": 2}, "another architecture"),
-        ({"data.global_batch": 4}, "global_batch 8 then, 4 now"),
+        ({"data.global_batch": 4}, "data.global_batch was 8 and cannot become 4, since the order of the data"),
+        ({"task.decoder_heads": 4}, "task.decoder_heads was 2 and cannot become 4, since it cuts the decoder's"),
+        ({"task.target": "normalised"}, "task.target was raw and cannot become normalised, since the decoder"),
+        ({"encoder.mean": [0.5]}, "encoder.mean was .* cannot become .* since the weights were trained on images"),
+        ({"seed": 1, "optim.betas": [0.5, 0.9]}, "seed was 0 .*; optim.betas was .* Restore them"),
+        ({"train.epochs": 9, "train.steps": 3}, "train.epochs 9.* would change nothing, since train.steps .3. decides"),
         ({"out": "elsewhere"}, "--out: a run that goes on keeps its folder"),
         ({"init": "other"}, "--init: a run that goes on keeps its folder and its start"),
         ({"train.stepps": 9}, "train.stepps: no such setting. Did you mean train.steps"),
@@ -350,8 +355,41 @@ def test_what_a_run_cannot_become_is_refused_and_nothing_is_changed(
     folder = run(shards, tmp_path / "run", **{"train.steps": 3})
     before = contents(folder.path)
     with pytest.raises(ValueError, match=message):
-        sslvit.resume(folder.path, **changes | ({} if "train.stepps" in changes else {"train.steps": 6}))
+        sslvit.resume(folder.path, **{"train.steps": 6} | changes)
     assert contents(folder.path) == before
+
+
+def test_a_run_keeps_the_encoder_that_it_started_from(shards: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    """Also one that is killed before its first checkpoint, and starts again."""
+    first = str(run(shards, tmp_path / "first", **{"train.steps": 2}).path)
+    whole = run(shards, tmp_path / "whole", init=first)
+    stopped(shards, tmp_path / "cut", 2, monkeypatch, init=first)
+    assert same(sslvit.resume(tmp_path / "cut"), whole)
+    again = RunFolder(tmp_path / "cut")
+    assert again.read_config()["init"] == first
+    run(shards, again.path, resume=True, **{"train.steps": 8})  # the recipe names no start
+    assert again.read_config()["init"] == first
+    with pytest.raises(
+        ValueError, match="this run started from .*first, and goes on from its checkpoint, not from .*whole"
+    ):
+        run(shards, again.path, resume=True, init=str(whole.path), **{"train.steps": 9})
+
+
+def test_a_fine_tuning_goes_on_by_its_folder_alone(shards: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    start = str(run(shards, tmp_path / "start", **{"train.steps": 2}).path)
+    words = ["finetune", start, "--train", str(shards), "--val", str(shards), "--out", str(tmp_path / "tuned")]
+    words += [word for key, value in TINY.items() if not key.startswith(("encoder", "task", "data.view"))
+              for word in (f"--{key}", json.dumps(value))]  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(task_class("supervised"), "on_train_end", lambda self: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(run_module, "_finish", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        main(words)
+    (tmp_path / "start").rename(tmp_path / "gone")
+    capsys.readouterr()
+    assert main(["resume", str(tmp_path / "tuned"), "--train.steps", "9"]) == 0
+    assert "% right" in capsys.readouterr().out
+    scores = json.loads(RunFolder(tmp_path / "tuned").scores.read_text())
+    assert (scores["step"], scores["init"]) == (9, start)
 
 
 def test_only_a_run_folder_goes_on(tmp_path: Path) -> None:
