@@ -60,7 +60,7 @@ def resume(run: str | Path, **changes: Any) -> RunFolder:
         if key in changes:
             raise ValueError(f"--{key}: a run that goes on keeps its folder and its start. Leave it out.")
     folder.read_config()  # says in one line if it is damaged
-    return run_settings(load_recipe(folder.config, {"out": str(run), "init": None} | changes), resume=True)
+    return run_settings(load_recipe(folder.config, {"out": str(run)} | changes), resume=True)
 
 
 def finetune(

@@ -13,7 +13,7 @@ from sslvit.commands import evaluation, in_and_out, packing, pixels, training
 from sslvit.commands.arguments import UnknownCommand, read_options
 from sslvit.environment import explain
 from sslvit.files import explain_os_error, printable
-from sslvit.stopping import TRY_AGAIN, Preempted, RankLost, is_first_process, requeue, stopping_at_once
+from sslvit.stopping import TRY_AGAIN, Preempted, RankLost, finishing, is_first_process, requeue, stopping_at_once
 
 MAX_MESSAGE = 1000  # characters
 TRAINING = (["pretrain"], ["finetune"], ["resume"])
@@ -21,7 +21,11 @@ TRAINING = (["pretrain"], ["finetune"], ["resume"])
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code. Errors of the user's making are one line, without a traceback."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    with finishing(is_process_ending=arguments is None):  # its exit code is decided; a scheduler is still to be asked
+        return _run(sys.argv[1:] if arguments is None else arguments)
+
+
+def _run(arguments: list[str]) -> int:
     options = argparse.Namespace(function=None)
     when = " before the first step, so there is nothing to save yet" if arguments[:1] in TRAINING else ""
     try:

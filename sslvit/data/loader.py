@@ -19,6 +19,7 @@ from sslvit.data.views import Views, change_views
 from sslvit.files import printable
 from sslvit.settings import EncoderSettings
 from sslvit.settings.views import CentreSettings, ViewSettings
+from sslvit.stopping import obey_parent_alone
 
 MOST_SPARES = 64  # tried in the place of an unreadable sample before it is shown black
 
@@ -238,7 +239,7 @@ def evaluation_loader(
     """
     views = Views(view or CentreSettings(), encoder.image_size, encoder.interpolation, seed)
     batches = _EvaluationBatches(reader, views, batch, rank, ranks, epoch, chosen)
-    return DataLoader(batches, batch_size=None, num_workers=workers)
+    return DataLoader(batches, batch_size=None, num_workers=workers, worker_init_fn=obey_parent_alone)
 
 
 def normalised_view(batch: Batch, encoder: EncoderSettings, device: torch.device) -> torch.Tensor:

@@ -19,6 +19,7 @@ from sslvit.data.stream import StreamBatches, StreamIndex
 from sslvit.data.views import Views, change_views
 from sslvit.settings import DataSettings, EncoderSettings
 from sslvit.settings.views import AugmentSettings, CentreSettings
+from sslvit.stopping import obey_parent_alone
 
 
 class ShardDataModule(pl.LightningDataModule):
@@ -70,7 +71,8 @@ class ShardDataModule(pl.LightningDataModule):
             is_light = self.reader.decoded is not None and not isinstance(self.settings.view, AugmentSettings)
             workers = 0 if is_light else self.settings.workers
             order = _From(self.start_step * passes, self.total_steps * passes)
-        return DataLoader(batches, batch_size=None, sampler=order, num_workers=workers, pin_memory=is_gpu)
+        processes = {"num_workers": workers, "worker_init_fn": obey_parent_alone}
+        return DataLoader(batches, batch_size=None, sampler=order, pin_memory=is_gpu, **processes)
 
     def make_reader(self) -> ShardReader:
         settings = self.settings

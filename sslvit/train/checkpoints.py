@@ -72,6 +72,9 @@ class WholeCheckpoint(CheckpointIO):
         write_whole(checkpoint, path)
         self.written.add(path)
         if path.name == LAST:  # not the state in incident/
+            shutil.rmtree(
+                RunFolder(path.parents[1]).encoder, ignore_errors=True
+            )  # of an earlier end: older from now on
             keep_some(path, checkpoint["global_step"], self.settings.keep_last, self.settings.keep_every)
             drop_unnamed_shards(path.parent)
 

@@ -21,19 +21,19 @@ import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from sslvit.files import held_folder, new_file, printable, write_atomically
-from sslvit.weight_files import check_checkpoint
+from sslvit.weight_files import SHARDS, check_checkpoint
 
 LOCK = ".lock"
 WAIT_SECONDS = 30.0  # for the process before, which writes its last checkpoint
 NAMED = f"step-{'[0-9]' * 8}.ckpt"  # and not what a user calls step-best.ckpt
+SECTIONS = {"task", "encoder", "data", "train"}  # of a config.yaml
 # what a run has made when it is killed before its first checkpoint
-BEGUN = {"config.yaml", "checkpoints", "metrics.jsonl", "ledger.json", "ledger", "health.json", "figures",
-         "tensorboard", "wandb"}  # fmt: skip
+BEGUN = {"config.yaml", "checkpoints", "metrics.jsonl", "ledger.json", "ledger", "health.json", "tensorboard", "wandb"}
 
 
 class _Dumper(yaml.SafeDumper):
@@ -53,6 +53,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.is_new = False  # it was not there before it was held
         self.config = self.path / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoint = self.path / "checkpoints" / "last.ckpt"
@@ -77,67 +78,113 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{printable(self.path)}: is a file. Choose another run folder.")
+        self.is_new = not self.path.exists()
         return held_folder(self.path, "go on with this run", LOCK, WAIT_SECONDS if waits else 0.0)
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """The last checkpoint and those that are kept by their step, newest first."""
+        kept = sorted(self.checkpoint.parent.glob(NAMED), reverse=True)
+        return [path for path in (self.checkpoint, *kept) if path.is_file()]
 
     @property
     def goes_on(self) -> bool:
         """Whether there is a checkpoint to go on from."""
-        return any(self.checkpoint.parent.glob("*.ckpt"))
+        return bool(self.checkpoints)
 
     def check(self, resume: bool, overwrite: bool) -> None:
         """Whether the folder may be used so; nothing is touched. A run without a checkpoint has nothing to lose.
 
         Raises:
-            ValueError: it holds a run and neither flag is given, both are, or it is not a run to resume or overwrite.
+            ValueError: it holds something else than a beginning and neither flag is given, both are, or it is not a run
+                to resume or overwrite.
         """
         if resume and overwrite:
             raise ValueError("--resume and --overwrite exclude each other: go on with the old run, or start anew?")
-        found = {entry.name for entry in self.path.iterdir()} - {LOCK} if self.path.is_dir() else set()
-        has_only_begun = (
-            not self.goes_on
-            and all(name in BEGUN or name.endswith(".part") for name in found)
-            and bool(found)
-        )  # fmt: skip
-        if has_only_begun:
+        found = {entry.name for entry in self.path.iterdir()} - {LOCK}
+        if not found and not resume:
+            return
+        if not self.is_new and self.has_only_begun(found):
             print(
                 f"{printable(self.path)}: a run that ended before its first checkpoint; it starts at step 0", flush=True
             )
             return
         if resume and not self.goes_on:
+            instead = "Start without --resume." if self.is_new else "Copy it back, or start anew with --overwrite."
             raise ValueError(
-                f"--resume: {printable(self.path)} has no checkpoint ({self.checkpoint.name}). Start without --resume."
+                f"--resume: {printable(self.path)} has no checkpoint (checkpoints/{self.checkpoint.name}). {instead}"
             )
-        if found and not (resume or overwrite):
+        if not resume and not overwrite:
+            way_on = "Pass --resume to go on, or" if self.goes_on else "It has no checkpoint to go on from: pass"
             raise ValueError(
-                f"{printable(self.path)}: already exists. Pass --resume to go on, or --overwrite to start anew."
+                f"{printable(self.path)}: already exists. {way_on} --overwrite to start anew, or choose another --out."
             )
-        if found and overwrite and not (self.config.exists() and self.checkpoint.parent.is_dir()):
+        if overwrite and not self.is_run:
             raise ValueError(
-                f"{printable(self.path)}: not a run folder (no config.yaml and checkpoints/), so it is left alone."
+                f"{printable(self.path)}: not a run folder (no config.yaml of a run), so it is left alone."
             )
+
+    def has_only_begun(self, found: set[str]) -> bool:
+        """Whether all that is there is what a run has made when it ends before its first checkpoint.
+
+        Args:
+            found: names in the folder.
+        """
+        made = {name for name in found if not name.endswith(".part")}
+        config = self._kind_of_config()
+        is_first_write = config == "none" and made <= {"config.yaml", "checkpoints"}
+        if not made <= BEGUN or not (config == "run" or is_first_write):
+            return False
+        inside = list(self.checkpoint.parent.iterdir()) if self.checkpoint.parent.is_dir() else []
+        if any(path.suffix != ".part" and path.name != SHARDS for path in inside):
+            return False
+        lines = self.read_metrics()  # more than its beginning: the checkpoints were there and are gone
+        return not lines or lines[-1]["step"] < self._steps_to_first_checkpoint()
+
+    @property
+    def is_run(self) -> bool:
+        """Whether a run has made the folder, also if its config.yaml is damaged."""
+        config, made = self._kind_of_config(), (self.checkpoint, self.metrics, self.encoder / "encoder.json")
+        return config == "run" or (self.config.exists() and config != "other" and any(path.is_file() for path in made))
+
+    def _kind_of_config(self) -> Literal["run", "none", "damaged", "other"]:
+        """Whether config.yaml is that of a run; "none" if it is missing or empty."""
+        try:
+            content = yaml.safe_load(self.config.read_text()) if self.config.exists() else None
+        except (OSError, ValueError, RecursionError, yaml.YAMLError):
+            return "damaged"
+        if content is None:
+            return "none"
+        return "run" if isinstance(content, dict) and content.keys() >= SECTIONS else "other"
+
+    def _steps_to_first_checkpoint(self) -> int:
+        train = self.read_config()["train"]
+        every = train.get("checkpoint_every") if isinstance(train, dict) else None
+        return every if isinstance(every, int) else 1
 
     def start(self, settings: dict[str, Any], goes_on: bool) -> None:
         """Make the folder and write down what runs; an earlier run's files go, unless the run goes on.
 
-        What is written is on the disk before anything is deleted.
+        What is written is on the disk before anything is deleted. The encoder of a run that goes on stays until a
+        checkpoint is newer.
         """
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         with new_file(self.config) as part:
             part.write_text(yaml.dump(settings, Dumper=_Dumper, sort_keys=False, width=120))
             if not goes_on:
-                for made in (
-                    self.checkpoint.parent,
-                    self.figures,
-                    self.samples,
-                    self.incident,
-                    self.tensorboard,
-                    self.wandb,
-                ):
-                    shutil.rmtree(made, ignore_errors=True)
-                for made in (self.metrics, self.ledger, self.health, self.scores):
-                    made.unlink(missing_ok=True)
-        shutil.rmtree(self.encoder, ignore_errors=True)  # the checkpoint is newer from now on
+                self._delete_run()
         self.checkpoint.parent.mkdir(exist_ok=True)
+
+    def _delete_run(self) -> None:
+        """All that a run made but its config.yaml; what somebody else put beside its checkpoints stays."""
+        folder = self.checkpoint.parent
+        for made in (self.checkpoint, *folder.glob(NAMED), *folder.glob("*.part"), *self.path.glob("*.jsonl.*.part")):
+            made.unlink(missing_ok=True)
+        folders = (folder / SHARDS, self.figures, self.samples, self.incident, self.tensorboard, self.wandb)
+        for made in (*folders, self.encoder):
+            shutil.rmtree(made, ignore_errors=True)
+        for made in (self.metrics, self.ledger, self.health, self.scores):
+            made.unlink(missing_ok=True)
 
     def newest_checkpoint(self) -> Path:
         """The newest checkpoint whose bytes are as they were written; a damaged one is said, and the one before taken.
@@ -145,19 +192,20 @@ class RunFolder:
         Raises:
             ValueError: none is whole.
         """
-        kept = sorted(self.checkpoint.parent.glob(NAMED), reverse=True)
-        candidates = [path for path in [self.checkpoint, *kept] if path.exists()]
         problem: Exception | None = None
-        for path in candidates:
-            if problem is not None and path.samefile(self.checkpoint) and path != self.checkpoint:
-                continue  # the damaged one by its other name
+        damaged = set()
+        for path in self.checkpoints:
+            about = path.stat()
+            if (about.st_dev, about.st_ino) in damaged:
+                continue  # the same by its other name
             try:
                 check_checkpoint(path)
             except (ValueError, OSError) as error:
                 print(f"warning: {error}", flush=True)
                 problem = problem or error
+                damaged.add((about.st_dev, about.st_ino))
                 continue
-            if problem is not None:
+            if path != self.checkpoint:
                 print(f"going on from the checkpoint before it: {printable(path)}", flush=True)
             return path
         raise ValueError(

@@ -15,7 +15,7 @@ import pytorch_lightning as pl
 import torch
 from torch import distributed
 
-from sslvit.stopping import SIGNALS, Preempted
+from sslvit.stopping import SIGNALS, Preempted, note_signal, received_signal
 from sslvit.train.callbacks import StepCallback
 from sslvit.train.folder import RunFolder
 
@@ -40,12 +40,13 @@ class Preemption(StepCallback):
         if trainer.world_size > 1:
             # flags lie on the CPU: no device is waited for
             self.group = distributed.new_group(backend="gloo", timeout=self.timeout)
+        self.told = received_signal()  # while all was prepared, where a library may have swallowed it
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:  # after Lightning's own, which would stop without a checkpoint
                 signal.signal(number, self.hear)
 
     def hear(self, number: int, frame: FrameType | None) -> None:
-        self.told = signal.Signals(number).name
+        self.told = note_signal(number)
 
     def on_step(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if not self.is_agreed() or self.step == self.total_steps:

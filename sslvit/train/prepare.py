@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,12 +25,21 @@ from sslvit.train.folder import RunFolder
 from sslvit.train.logs import check_loggers
 from sslvit.weight_files import read_torch_file
 
-# what a run that goes on keeps, besides its encoder, its data and its task, which are compared with the checkpoint
-FIXED = {
-    "seed": "masks, crops and the order of the data follow from it",
-    "optim.betas": "the optimizer's averages in the checkpoint were made with it",
-    "task.layer_decay": "the checkpoint's parameter groups hold each layer's rate",
-}
+# what a run that goes on keeps, besides the shapes of its weights and the identity of its data, which are compared with
+# the checkpoint: (key, tasks that it is fixed for or None for all, why)
+FIXED = [
+    ("task.name", None, "the checkpoint holds the weights of one task"),
+    ("seed", None, "masks, crops and the order of the data follow from it"),
+    ("data.global_batch", None, "the order of the data and the learning rate follow from it"),
+    ("optim.betas", None, "the optimizer's averages in the checkpoint were made with it"),
+    ("encoder.mean", None, "the weights were trained on images normalized by it"),
+    ("encoder.std", None, "the weights were trained on images normalized by it"),
+    ("encoder.pooling", ("dino", "supervised"), "the head was trained on what it gives"),
+    ("task.layer_decay", ("supervised",), "the checkpoint's parameter groups hold each layer's rate"),
+    ("task.decoder_heads", ("mae",), "it cuts the decoder's weights into heads"),
+    ("task.target", ("mae",), "the decoder was trained for the other"),
+    ("task.objective", ("igpt",), "the head was trained for the other"),
+]
 
 
 def check_machine(settings: PretrainSettings) -> None:
@@ -128,6 +139,49 @@ def chosen(asked: PretrainSettings, settings: PretrainSettings, steps_per_epoch:
     return found
 
 
+def keep_start(settings: PretrainSettings, earlier: RunFolder) -> PretrainSettings:
+    """The settings of a run that goes on, with the encoder that it once started from.
+
+    Raises:
+        ValueError: another one is given.
+    """
+    before = earlier.read_config().get("init")
+    if settings.init and (not before or os.path.realpath(settings.init) != os.path.realpath(before)):
+        raise ValueError(
+            f"--resume: this run started from {before or 'random weights'}, and goes on from its checkpoint, not from "
+            f"{settings.init}. Leave that out, or choose another --out for a new run."
+        )
+    return replace(settings, init=before)
+
+
+def check_changes(old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Refuse settings that a run cannot change on its way.
+
+    Args:
+        old: those of the run so far, by dotted key.
+        new: those that it would go on with.
+
+    Raises:
+        ValueError: some are such; the message names them all, each with its reason.
+    """
+    refused = [
+        f"{key} was {brief(old[key])} and cannot become {brief(new[key])}, since {reason}"
+        for key, tasks, reason in FIXED
+        if key in new and key in old and old[key] != new[key] and (tasks is None or new["task.name"] in tasks)
+    ]
+    if refused:
+        raise ValueError(
+            f"--resume: {'; '.join(refused)}. Restore {'it' if len(refused) == 1 else 'them'}, or start a new run from "
+            "this one's encoder with --init."
+        )
+    steps, epochs = new["train.steps"], new["train.epochs"]
+    if steps is not None and old.get("train.steps") == steps and old.get("train.epochs") != epochs:
+        raise ValueError(
+            f"--resume: train.epochs {brief(epochs)} would change nothing, since train.steps ({steps}) decides. Give "
+            "--train.steps."
+        )
+
+
 def check_resumed(
     folder: RunFolder, checkpoint: Path, settings: PretrainSettings, data: ShardDataModule, task: PretextTask
 ) -> None:
@@ -139,11 +193,12 @@ def check_resumed(
         moved = [len(group["params"]) for group in content["optimizer_states"][0]["param_groups"]]
     except (KeyError, TypeError) as error:
         raise ValueError(f"--resume: {folder.path} is not a run of sslvit that can go on ({error}).") from error
+    old, new = by_dotted_key(folder.read_config()), by_dotted_key(settings.as_dict())
+    check_changes(old, new)
     check_same(settings_from(trained, checkpoint), settings.encoder, str(checkpoint))
     data.load_state_dict(position)
     if data.start_step > data.total_steps:
         raise ValueError(f"--resume: {folder.path} is at step {data.start_step} already, past {data.total_steps}.")
-    old, new = by_dotted_key(folder.read_config()), by_dotted_key(settings.as_dict())
     changed = [f"{key} {brief(old.get(key))} -> {brief(new.get(key))}" for key in new if old.get(key) != new.get(key)]
     same_shapes = shapes == {key: value.shape for key, value in task.state_dict().items()}
     if not same_shapes or moved != [len(group["params"]) for group in task.parameter_groups()]:
@@ -152,11 +207,5 @@ def check_resumed(
             f"--resume: the weights in {checkpoint} do not fit these settings ({'; '.join(guilty)}). "
             "Restore them, or start a new run from its encoder with --init."
         )
-    for key, reason in FIXED.items():
-        if key in new and old.get(key) != new[key]:
-            raise ValueError(
-                f"--resume: {key} was {brief(old.get(key))} and cannot become {brief(new[key])}, since {reason}. "
-                "Restore it, or start a new run from this one's encoder with --init."
-            )
     if changed:
         print(f"resuming with changes: {'; '.join(changed)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import warnings
 from contextlib import nullcontext
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins.environments import SLURMEnvironment
+from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from safetensors.torch import save_file
 
 from sslvit import __version__
@@ -34,7 +36,7 @@ from sslvit.train.logs import log_pictures, make_loggers
 from sslvit.train.online import OnlineProbe, Validation
 from sslvit.train.pictures import draw_pictures
 from sslvit.train.preemption import Preemption
-from sslvit.train.prepare import check_data, check_machine, check_resumed, chosen, fit
+from sslvit.train.prepare import check_data, check_machine, check_resumed, chosen, fit, keep_start
 from sslvit.train.strategies import compile_blocks, is_lost_rank, make_strategy
 from sslvit.train.timing import Clock, StepTimes, WaitForData
 
@@ -66,6 +68,8 @@ def pretrain(settings: PretrainSettings, resume: bool = False, overwrite: bool =
 
 def _pretrain(settings: PretrainSettings, folder: RunFolder, is_first: bool, goes_on: bool) -> RunFolder:
     train = settings.train
+    if goes_on:
+        settings = keep_start(settings, folder)
     check_machine(settings)
     index, plan = open_data(settings.data, settings.seed, train.devices * train.nodes)
     if is_first:
@@ -106,6 +110,10 @@ def _pretrain(settings: PretrainSettings, folder: RunFolder, is_first: bool, goe
             trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
             compile_blocks(task, undo=True)
             task = task.whole()  # together: each rank may hold a part of it
+        except Preempted:
+            if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
+                trainer.strategy.launcher.kill(signal.SIGTERM)  # other ranks, which may still wait for the first step
+            raise
         except RuntimeError as error:
             if not is_lost_rank(error, trainer.world_size):
                 raise

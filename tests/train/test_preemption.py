@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -14,8 +15,9 @@ import torch
 from run_fixtures import TINY, run, same
 
 from sslvit.cli import main
-from sslvit.stopping import Preempted, requeue
+from sslvit.stopping import Preempted, requeue, stopping_at_once
 from sslvit.tasks import task_class
+from sslvit.train import run as run_module
 from sslvit.train.folder import RunFolder
 
 
@@ -62,6 +64,98 @@ def test_a_signal_in_the_last_step_lets_the_run_end(
 ) -> None:
     signalled(monkeypatch, [signal.SIGTERM], at=6)
     assert (run(shards, tmp_path / "run").encoder / "encoder.json").exists()
+
+
+def words_of(shards: Path, out: Path, **changes) -> list[str]:
+    words = ["pretrain", "--config", "mae/digits", "--data", str(shards), "--out", str(out)]
+    return words + [f"--{key}={json.dumps(value)}" for key, value in (TINY | changes).items()]
+
+
+def tell(number: int = signal.SIGTERM) -> None:
+    os.kill(os.getpid(), number)
+
+
+def test_further_signals_change_nothing_while_a_stopped_run_ends(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Neither before the first step, nor after the checkpoint, nor while the scheduler is asked."""
+
+    def open_data(*_) -> None:
+        try:
+            tell()
+        finally:
+            tell()
+            tell(signal.SIGUSR1)
+
+    asked = []
+    monkeypatch.setattr(run_module, "requeue", lambda: asked.append(tell()))
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "open_data", open_data)
+        assert main(words_of(shards, tmp_path / "run")) == 75
+    assert "received SIGTERM before the first step" in capsys.readouterr().err
+    signalled(monkeypatch, [signal.SIGUSR1], at=2)
+    assert main(words_of(shards, tmp_path / "run")) == 75
+    assert "stopped at step 3 of 7: received SIGUSR1" in capsys.readouterr().err
+    assert asked == [None, None]
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_signal_that_a_library_swallows_is_not_lost(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, fails: bool
+) -> None:
+    def swallow(*_) -> None:
+        try:
+            tell()
+        except BaseException:
+            if fails:
+                raise AttributeError("half imported") from None
+
+    monkeypatch.setattr(run_module, "check_data", swallow)
+    assert main(words_of(shards, tmp_path / "run")) == 75
+    said = "received SIGTERM before the first step" if fails else "stopped at step 1 of 7: received SIGTERM"
+    assert said in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main(words_of(shards, tmp_path / "run") + ["--resume"] * (not fails)) == 0  # and nothing is remembered
+
+
+def test_a_forked_process_dies_of_a_signal_as_always(tmp_path: Path) -> None:
+    with stopping_at_once("in the parent"):
+        child = os.fork()
+        if not child:
+            try:
+                signal.pause()
+            finally:
+                os._exit(0)
+        while not is_asleep(child):
+            time.sleep(0.001)
+        os.kill(child, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+
+
+def is_asleep(process: int) -> bool:
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "S"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_all_processes_of_a_job_leaves_its_loaders_to_the_run(
+    shards: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """As SLURM sends it: a run needs its batches until its checkpoint is written."""
+    folder = RunFolder(tmp_path / "run")
+    changes = {"train.steps": 3000, "data.workers": 2, "data.memory_limit_mb": 0}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sslvit.cli", *words_of(shards, folder.path, **changes)],
+        start_new_session=True, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while len(folder.read_metrics()) < 5:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, number)
+    _, said = process.communicate(timeout=120)
+    assert (process.returncode, f"received {number.name}" in said) == (75, True), said
 
 
 def test_the_exit_code_says_try_again(shards: Path, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -99,7 +99,7 @@ def test_a_resume_with_another_encoder_batch_or_data_is_refused(shards: Path, tm
     run(shards, tmp_path / "run")
     with pytest.raises(ValueError, match=r"another architecture \(there and here depth: 1 and 2\)"):
         run(shards, tmp_path / "run", resume=True, **{"encoder.depth": 2})
-    with pytest.raises(ValueError, match=r"global_batch 8 then, 4 now.*--init"):
+    with pytest.raises(ValueError, match=r"data.global_batch was 8 and cannot become 4, since the order.*--init"):
         run(shards, tmp_path / "run", resume=True, **{"data.global_batch": 4, "train.steps": 9})
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]["global_batch"] == 8
     (tmp_path / "run" / "checkpoints" / "last.ckpt").write_bytes(b"")
@@ -110,9 +110,12 @@ def test_a_resume_with_another_encoder_batch_or_data_is_refused(shards: Path, tm
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"task.out_dim": 24}, "task.out_dim 12 -> 24"),
-        ({"task.norm_last_layer": False}, "task.norm_last_layer True -> False"),
-        ({"recipe": "mae/digits", "encoder.pooling": "class"}, "task.name dino -> mae"),
+        ({"task.out_dim": 24}, "do not fit these settings .*task.out_dim 12 -> 24"),
+        ({"task.norm_last_layer": False}, "do not fit these settings .*task.norm_last_layer True -> False"),
+        (
+            {"recipe": "mae/digits", "encoder.pooling": "class"},
+            "task.name was dino and cannot become mae, since .*betas",
+        ),
     ],
 )
 def test_a_resume_with_another_task_is_refused_and_changes_nothing(
@@ -121,7 +124,7 @@ def test_a_resume_with_another_task_is_refused_and_changes_nothing(
     dino = {"recipe": "dino/digits", "train.steps": 2}
     folder = run(shards, tmp_path / "run", **dino)
     before = folder.config.read_text()
-    with pytest.raises(ValueError, match=f"do not fit these settings .*{message}.* --init"):
+    with pytest.raises(ValueError, match=f"{message}.* --init"):
         run(shards, tmp_path / "run", resume=True, **dino | changes | {"train.steps": 4})
     assert folder.config.read_text() == before
     assert (folder.encoder / "encoder.json").exists()

@@ -101,16 +101,90 @@ def test_a_kill_while_the_folder_is_made_blocks_nothing(shards: Path, tmp_path: 
     assert run(shards, tmp_path / "run", **{"train.steps": 2}).goes_on
 
 
-@pytest.mark.parametrize("own", ["notes.txt", "encoder/encoder.json", "incident/incident.json"])
-def test_what_is_more_than_a_beginning_is_not_taken_for_one(shards: Path, tmp_path: Path, own: str) -> None:
-    (tmp_path / "run" / own).parent.mkdir(parents=True)
+@pytest.mark.parametrize(
+    "own",
+    [
+        "notes.txt", "encoder/encoder.json", "incident/incident.json", "figures/loss.png", "checkpoints/best.pt",
+        "checkpoints/best.ckpt", "scores.json",
+    ],
+)  # fmt: skip
+def test_what_is_more_than_a_beginning_is_not_taken_for_one(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str
+) -> None:
+    stopped(shards, tmp_path / "run", 2, monkeypatch)
+    (tmp_path / "run" / own).parent.mkdir(exist_ok=True)
     (tmp_path / "run" / own).write_text("mine")
-    (tmp_path / "run" / "config.yaml").write_text("")
-    with pytest.raises(ValueError, match="already exists. Pass --resume"):
+    before = contents(tmp_path / "run")
+    with pytest.raises(ValueError, match="already exists. It has no checkpoint to go on from: pass --overwrite"):
         run(shards, tmp_path / "run")
-    with pytest.raises(ValueError, match="has no checkpoint"):
+    with pytest.raises(ValueError, match="has no checkpoint .checkpoints/last.ckpt.. Copy it back, or start anew"):
         run(shards, tmp_path / "run", resume=True)
-    assert (tmp_path / "run" / own).read_text() == "mine"
+    assert contents(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["config.yaml"], ["figures/a.png"], ["wandb/run"], ["checkpoints/model.pt"], ["metrics.jsonl"], ["health.json"]],
+)
+@pytest.mark.parametrize("flags", [{}, {"resume": True}, {"overwrite": True}])
+def test_files_with_the_names_of_a_runs_are_not_taken_for_one(
+    shards: Path, tmp_path: Path, names: list[str], flags: dict
+) -> None:
+    for name in names:
+        (tmp_path / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mine" / name).write_text("defaults: [model, data]\n")
+    before = contents(tmp_path / "mine")
+    with pytest.raises(ValueError, match="already exists|has no checkpoint|not a run folder"):
+        run(shards, tmp_path / "mine", **flags)
+    assert contents(tmp_path / "mine") == before
+
+
+def test_a_run_whose_checkpoints_were_deleted_is_no_beginning(shards: Path, tmp_path: Path, monkeypatch) -> None:
+    stopped(shards, tmp_path / "run", 5, monkeypatch)
+    folder = RunFolder(tmp_path / "run")
+    folder.checkpoint.unlink()
+    with pytest.raises(ValueError, match="already exists"):
+        run(shards, tmp_path / "run")
+    assert len(folder.read_metrics()) == 5
+    folder.checkpoint.parent.rmdir()
+    assert len(run(shards, tmp_path / "run", overwrite=True, **{"train.steps": 2}).read_metrics()) == 2
+
+
+def test_overwriting_leaves_files_that_no_run_made(shards: Path, tmp_path: Path) -> None:
+    folder = run(shards, tmp_path / "run", **{"train.keep_last": 2})
+    own = folder.checkpoint.with_name("best.ckpt")
+    own.write_bytes(folder.checkpoint.read_bytes())
+    run(shards, tmp_path / "run", overwrite=True, **{"train.steps": 2})
+    assert sorted(path.name for path in folder.checkpoint.parent.iterdir()) == ["best.ckpt", "last.ckpt"]
+    folder.config.write_text("")  # as a full disk once left it
+    assert run(shards, tmp_path / "run", overwrite=True, **{"train.steps": 1}).goes_on
+
+
+def test_a_kept_checkpoint_is_enough_to_go_on_from(shards: Path, tmp_path: Path, capsys) -> None:
+    folder = run(shards, tmp_path / "run", **{"train.keep_every": 3})
+    folder.checkpoint.unlink()
+    whole = metrics(folder)
+    assert metrics(run(shards, tmp_path / "run", resume=True, **{"train.keep_every": 3})) == whole
+    assert "going on from the checkpoint before it: " in capsys.readouterr().out
+
+
+def test_the_encoder_of_a_run_that_goes_on_stays_until_a_checkpoint_is_newer(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = run(shards, tmp_path / "run", **{"train.steps": 3})
+    before = contents(folder.encoder)
+    seen = []
+    task = task_class("mae")
+    step = task.training_step
+
+    def look(self, batch, batch_idx=0):
+        seen.append((self.global_step, folder.encoder.exists() and contents(folder.encoder) == before))
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(task, "training_step", look)
+    run(shards, tmp_path / "run", resume=True, **{"train.steps": 7})
+    assert seen == [(3, True), (4, True), (5, True), (6, False)]  # a checkpoint of step 6
+    assert contents(folder.encoder) != before
 
 
 @pytest.mark.parametrize("flags", [{"resume": True}, {"overwrite": True}])
@@ -261,10 +335,15 @@ def test_a_run_goes_on_by_its_folder_alone(shards: Path, tmp_path: Path, monkeyp
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seed": 5}, "seed was 0 and cannot become 5|seed 0 then, 5 now"),
+        ({"seed": 5}, "seed was 0 and cannot become 5, since masks"),
         ({"optim.betas": [0.5, 0.9]}, "optim.betas was .* cannot become .*averages in the checkpoint"),
         ({"encoder.depth": 2}, "another architecture"),
-        ({"data.global_batch": 4}, "global_batch 8 then, 4 now"),
+        ({"data.global_batch": 4}, "data.global_batch was 8 and cannot become 4, since the order of the data"),
+        ({"task.decoder_heads": 4}, "task.decoder_heads was 2 and cannot become 4, since it cuts the decoder's"),
+        ({"task.target": "normalised"}, "task.target was raw and cannot become normalised, since the decoder"),
+        ({"encoder.mean": [0.5]}, "encoder.mean was .* cannot become .* since the weights were trained on images"),
+        ({"seed": 1, "optim.betas": [0.5, 0.9]}, "seed was 0 .*; optim.betas was .* Restore them"),
+        ({"train.epochs": 9, "train.steps": 3}, "train.epochs 9.* would change nothing, since train.steps .3. decides"),
         ({"out": "elsewhere"}, "--out: a run that goes on keeps its folder"),
         ({"init": "other"}, "--init: a run that goes on keeps its folder and its start"),
         ({"train.stepps": 9}, "train.stepps: no such setting. Did you mean train.steps"),
@@ -276,8 +355,41 @@ def test_what_a_run_cannot_become_is_refused_and_nothing_is_changed(
     folder = run(shards, tmp_path / "run", **{"train.steps": 3})
     before = contents(folder.path)
     with pytest.raises(ValueError, match=message):
-        sslvit.resume(folder.path, **changes | ({} if "train.stepps" in changes else {"train.steps": 6}))
+        sslvit.resume(folder.path, **{"train.steps": 6} | changes)
     assert contents(folder.path) == before
+
+
+def test_a_run_keeps_the_encoder_that_it_started_from(shards: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    """Also one that is killed before its first checkpoint, and starts again."""
+    first = str(run(shards, tmp_path / "first", **{"train.steps": 2}).path)
+    whole = run(shards, tmp_path / "whole", init=first)
+    stopped(shards, tmp_path / "cut", 2, monkeypatch, init=first)
+    assert same(sslvit.resume(tmp_path / "cut"), whole)
+    again = RunFolder(tmp_path / "cut")
+    assert again.read_config()["init"] == first
+    run(shards, again.path, resume=True, **{"train.steps": 8})  # the recipe names no start
+    assert again.read_config()["init"] == first
+    with pytest.raises(
+        ValueError, match="this run started from .*first, and goes on from its checkpoint, not from .*whole"
+    ):
+        run(shards, again.path, resume=True, init=str(whole.path), **{"train.steps": 9})
+
+
+def test_a_fine_tuning_goes_on_by_its_folder_alone(shards: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    start = str(run(shards, tmp_path / "start", **{"train.steps": 2}).path)
+    words = ["finetune", start, "--train", str(shards), "--val", str(shards), "--out", str(tmp_path / "tuned")]
+    words += [word for key, value in TINY.items() if not key.startswith(("encoder", "task", "data.view"))
+              for word in (f"--{key}", json.dumps(value))]  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(task_class("supervised"), "on_train_end", lambda self: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(run_module, "_finish", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        main(words)
+    (tmp_path / "start").rename(tmp_path / "gone")
+    capsys.readouterr()
+    assert main(["resume", str(tmp_path / "tuned"), "--train.steps", "9"]) == 0
+    assert "% right" in capsys.readouterr().out
+    scores = json.loads(RunFolder(tmp_path / "tuned").scores.read_text())
+    assert (scores["step"], scores["init"]) == (9, start)
 
 
 def test_only_a_run_folder_goes_on(tmp_path: Path) -> None:
