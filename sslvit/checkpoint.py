@@ -12,7 +12,8 @@ import copy
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from sslvit.layouts.unwrap import unwrap
 from sslvit.layouts.vit import count_blocks
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings
-from sslvit.settings.load import brief, build
+from sslvit.settings.load import YAML_ERRORS, brief, build
 from sslvit.weight_files import FOLDER_FILES, read_folder_weights, read_torch_file
 
 FORMAT = 1
@@ -110,7 +111,8 @@ def load_encoder(
     if path.parent.name == SNAPSHOTS:
         print(f"{printable(source)}: snapshot {printable(path.name)}")
     if path.is_dir():
-        converted = _from_library(path, changes)
+        with _named(path):
+            converted = _from_library(path, changes)
         _check_unsaid(str(path), said if converted else said | changes)
         return _converted(converted, path.name) if converted else _assembled(*_read_folder(path), path)
     if not said and (beside := _described_beside(path)) is not None:
@@ -118,11 +120,24 @@ def load_encoder(
         return _converted(_from_library(beside, changes), path.name)
     content = read_torch_file(path)
     if "sslvit" not in content:
-        return _converted(to_sslvit(content, layout, heads, weights, str(path), **changes), path.name)
+        with _named(path):
+            converted = to_sslvit(content, layout, heads, weights, str(path), **changes)
+        return _converted(converted, path.name)
     said.pop("weights", None)
     _check_unsaid(str(path), said | changes)
     settings, state, _ = own_parts(content, path, weights)
     return _assembled(settings, state, path)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors of layouts and settings, which may know nothing of a file, name it."""
+    try:
+        yield
+    except ValueError as error:
+        if path.name in str(error):
+            raise
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _from_library(path: Path, changes: dict[str, Any]) -> Converted | None:
@@ -142,7 +157,7 @@ def _described_beside(file: Path) -> Path | None:
         return None
     try:
         config = json.loads((file.parent / "config.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     is_known = isinstance(config, dict) and (
         "pretrained_cfg" in config or config.get("model_type") in transformers.MODELS
@@ -275,7 +290,7 @@ def _run_settings(file: Path) -> dict[str, Any] | None:
     """config.yaml of a run; None if it is missing or something else."""
     try:
         content = yaml.safe_load(file.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+    except (OSError, *YAML_ERRORS):
         return None
     is_ours = isinstance(content, dict) and all(isinstance(content.get(key), dict) for key in ("task", "encoder"))
     return content if is_ours else None
@@ -297,6 +312,9 @@ def check_fits(settings: EncoderSettings, weights: dict[str, Tensor], source: st
     Raises:
         ValueError: they do not fit; the message lists what is missing, unknown or of another shape.
     """
+    other = next((key for key, value in weights.items() if not isinstance(value, Tensor)), None)
+    if other is not None:
+        raise ValueError(f"{source}: {brief(other)} is a {type(weights[other]).__name__}, not a tensor. Is it damaged?")
     shape = copy.copy(settings)
     shape.depth = min(settings.depth, count_blocks(weights, "blocks.") + 1)
     shape.colour_start = "normal"
@@ -366,7 +384,7 @@ def _read_description(file: Path) -> dict[str, Any]:
     try:
         about = json.loads(file.read_text())
         about["encoder"]
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: not an encoder description ({error}).") from error
     return about
 

@@ -190,7 +190,7 @@ def read_folder_weights(folder: Path) -> dict[str, Any]:
         return read_torch_file(file)
     try:
         names = sorted({str(name) for name in json.loads(file.read_text())["weight_map"].values()})
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, RecursionError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{file}: damaged ({error}). Is the download complete?") from error
     weights: dict[str, Tensor] = {}
     for name in names:

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from sslvit.files import brief, expand_path
+from sslvit.settings.load import YAML_ERRORS
 
 # options that hold a path, of all commands
 PATHS = (
@@ -130,7 +131,7 @@ def read_value(text: str) -> Any:
     """A value as YAML reads it, and 1e-3 as a number too, which YAML takes for text."""
     try:
         value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
+    except YAML_ERRORS:
         return text
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?e[+-]?\d+", value, re.IGNORECASE):
         return float(value)

@@ -20,7 +20,7 @@ from PIL import Image
 from sslvit.data.decode import MODES, BadImage
 from sslvit.data.labels import NAMES, NO_LABEL, NotClasses, brief_names, labels_in, number_labels
 from sslvit.data.sources import ImageSource, Sample
-from sslvit.files import printable
+from sslvit.files import brief, printable
 
 IDX_BYTES = 0x08  # the IDX type code of unsigned bytes
 MAX_INFLATION = 1032  # of deflate: a compressed file that promises more is damaged
@@ -144,6 +144,8 @@ def idx_source(path: Path) -> ImageSource:
     The labels of train-images-idx3-ubyte are looked for in train-labels-idx1-ubyte; each may be gzipped.
     """
     images = _read_idx(path)
+    if images.ndim not in (3, 4):
+        raise ValueError(f"{printable(path)}: its header says {brief(images.shape)}, and images are 'n h w'.")
     beside = path.name.replace("images", "labels").replace("idx3", "idx1").removesuffix(".gz")
     candidates = [path.with_name(name) for name in (beside, f"{beside}.gz")]
     file = next((file for file in candidates if file.exists() and file.name != path.name), None)
@@ -272,12 +274,14 @@ def _layout_of(path: Path, shape: tuple[int, ...], wanted: str | None, notes: li
     options = ("nhw",) if len(shape) == 3 else ("nhwc", "nchw")
     if wanted is not None:
         if wanted not in options:
-            raise ValueError(f"--layout {wanted}: {printable(path)} has the shape {shape}, so {' or '.join(options)}.")
+            raise ValueError(
+                f"--layout {wanted}: {printable(path)} has the shape {brief(shape)}, so {' or '.join(options)}."
+            )
         return wanted
     if len(shape) == 3:
         if shape[2] in (3, 4) and shape[0] > 4:
             raise ValueError(
-                f"{printable(path)}: the shape {shape} is that of one image 'h w c', or of {shape[0]} images of "
+                f"{printable(path)}: the shape {brief(shape)} is that of one image 'h w c', or of {shape[0]} images of "
                 f"{shape[1]} x {shape[2]}. Store it as an image, or pass --layout nhw."
             )
         return "nhw"
@@ -286,19 +290,19 @@ def _layout_of(path: Path, shape: tuple[int, ...], wanted: str | None, notes: li
         return "nhwc"
     if first and not last:
         notes.append(
-            f"read as 'n c h w': {shape[1]} channels first, as the shape {shape} tells (--layout says otherwise)"
+            f"read as 'n c h w': {shape[1]} channels first, as the shape {brief(shape)} tells (--layout says otherwise)"
         )
         return "nchw"
     if not first and shape[3] < min(shape[1], shape[2]):
         return "nhwc"
     if not first and shape[1] < min(shape[2], shape[3]):
         notes.append(
-            f"read as 'n c h w': {shape[1]} channels first, as the shape {shape} tells (--layout says otherwise)"
+            f"read as 'n c h w': {shape[1]} channels first, as the shape {brief(shape)} tells (--layout says otherwise)"
         )
         return "nchw"
     raise ValueError(
-        f"{printable(path)}: the shape {shape} could be 'n h w c' or 'n c h w'. Say which: --layout nhwc or --layout "
-        "nchw."
+        f"{printable(path)}: the shape {brief(shape)} could be 'n h w c' or 'n c h w'. Say which: --layout nhwc "
+        "or --layout nchw."
     )
 
 
@@ -337,13 +341,11 @@ def _read_idx(path: Path) -> np.ndarray:
             shape = struct.unpack(f">{head[3]}I", axes)
             count = math.prod(shape)
             if count > (MAX_INFLATION if is_gzipped else 1) * compressed:
-                raise ValueError(f"{printable(path)}: {compressed} bytes, but its header says {shape}.")
+                raise ValueError(f"{printable(path)}: {compressed} bytes, but its header says {brief(shape)}.")
             content = file.read(count + 1)
         except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f"{printable(path)}: not readable ({printable(error, 80)}).") from error
     if len(content) != count:
-        more = "more than" if len(content) > count else f"{len(content)}"
-        raise ValueError(
-            f"{printable(path)}: {more} {count if len(content) > count else 'values'}, but its header says {shape}."
-        )
+        found = f"more than {count}" if len(content) > count else f"{len(content)} values"
+        raise ValueError(f"{printable(path)}: {found}, but its header says {brief(shape)}.")
     return np.frombuffer(content, np.uint8).reshape(shape)

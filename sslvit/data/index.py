@@ -315,8 +315,9 @@ def _check_labels(labels: np.ndarray, classes: list[str] | None, name: str) -> N
     if not labels.size:
         return
     least, most = int(labels.min()), int(labels.max())
-    if least < NO_LABEL or (classes is not None and most >= len(classes)):
-        wrong = least if least < NO_LABEL else most
+    lowest = NO_LABEL if classes is None else 0
+    if least < lowest or (classes is not None and most >= len(classes)):
+        wrong = least if least < lowest else most
         raise ValueError(f"{name} has the label {wrong}, which is none of its {len(classes or [])} classes")
 
 

@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from sslvit.data.decode import BadImage
 from sslvit.data.folders import folder_source
-from sslvit.data.index import Index, ShardIndex, is_address, load_index, read_index
+from sslvit.data.index import RECORD, Index, ShardIndex, is_address, load_index, read_index
 from sslvit.data.mixture import JoinedIndex, MixturePlan, shares_of_batch
 from sslvit.data.pack import digest_of, pack
 from sslvit.data.plan import EpochPlan, Plan
@@ -27,6 +27,7 @@ from sslvit.data.stream import PIPE, StreamIndex, is_stream
 from sslvit.files import expand_path, printable
 from sslvit.settings import DataSettings
 
+HEADER_BYTES = 4096  # of an .npy file, at most
 PATTERN_SIGNS = "{*?["
 WANTED = "Pass a folder of images or of shards (sslvit shards pack SRC DST)."
 
@@ -251,7 +252,9 @@ def _open_address(address: str, cache: ShardCache) -> ShardIndex:
     try:
         content = cache.get(f"{address}/index.json").read_bytes()
         about = checked_index(parse_json(content))
-        records = cache.get(f"{address}/index.npy", sha256=about["records_sha256"])
+        (split,) = about["splits"].values()
+        most = HEADER_BYTES + RECORD.itemsize * split["num_samples"]
+        records = cache.get(f"{address}/index.npy", sha256=about["records_sha256"], max_bytes=most)
     except BadImage as error:
         if "checksum" in str(error):
             raise ValueError(

@@ -81,8 +81,10 @@ class ShardCache:
         """
         return self.get(address, shard.bytes, shard.sha256)
 
-    def get(self, address: str, size: int | None = None, sha256: str | None = None) -> Path:
-        """Any file; without a checksum it is fetched anew each time."""
+    def get(
+        self, address: str, size: int | None = None, sha256: str | None = None, max_bytes: int | None = None
+    ) -> Path:
+        """Any file; without a checksum it is fetched anew each time, and no more of it than `max_bytes`."""
         path = self.path_of(address, sha256)
         if sha256 is not None and _touch(path):
             return path  # it got this name only after its checksum agreed
@@ -97,7 +99,7 @@ class ShardCache:
                 self._recall_failure(path)
             self._make_room(size or 0, path)
             try:
-                self._download(address, path, size, sha256)
+                self._download(address, path, size, sha256, max_bytes)
             except BadImage as error:
                 if size is not None:
                     with suppress(OSError):  # a note to others, no more
@@ -122,12 +124,14 @@ class ShardCache:
                 raise BadImage(printable(noted.read_text(errors="replace"), 1000))
             noted.unlink()
 
-    def _download(self, address: str, path: Path, size: int | None, sha256: str | None) -> None:
+    def _download(
+        self, address: str, path: Path, size: int | None, sha256: str | None, max_bytes: int | None = None
+    ) -> None:
         part = path.with_name(path.name + ".part")
         if size is None:
             part.unlink(missing_ok=True)
-        max_bytes = self.limit if size is not None else MAX_INDEX_BYTES.get(_name_of(address), self.limit)
-        remote = RemoteFile(address, size, max_bytes, self.timeout, self.least_rate)
+        limit = self.limit if size is not None else MAX_INDEX_BYTES.get(_name_of(address), self.limit)
+        remote = RemoteFile(address, size, min(limit, max_bytes or limit), self.timeout, self.least_rate)
         failures = damages = 0
         reached, since = _length(part), time.monotonic()
         while True:

@@ -121,7 +121,9 @@ def whole_folder(part: Path) -> Iterator[None]:
             raise
         shutil.rmtree(part, ignore_errors=True)
         raise error if isinstance(error, WriteError) else write_error(part, error) from error
-    except KeyboardInterrupt:
+    except Exception:  # the verdict's: what was tried stays
+        raise
+    except BaseException:  # told to stop
         shutil.rmtree(part, ignore_errors=True)
         raise
 
@@ -192,7 +194,8 @@ def fresh_part(out: Path) -> Path:
         part.mkdir(parents=True)
     except OSError as error:
         raise ValueError(f"{part}: cannot be made ({error.strerror}). Choose another place.") from error
-    (part / MAKING).write_text("an export is made here; the folder may go\n")
+    with whole_folder(part):
+        (part / MAKING).write_text("an export is made here; the folder may go\n")
     return part
 
 

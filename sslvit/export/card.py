@@ -58,7 +58,7 @@ def known_scores(source: str | Path, files: list[Path]) -> dict[str, Any]:
     for file in [*([own] if own.is_file() else []), *files]:
         try:
             content = json.loads(file.read_text())
-        except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"--scores {file}: not readable as scores ({error}).") from error
         if not isinstance(content, dict):
             raise ValueError(f"--scores {file}: holds a {type(content).__name__}, not scores.")

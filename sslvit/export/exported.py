@@ -92,7 +92,7 @@ def read_classifier(source: str | Path, width: int) -> tuple[nn.Linear, list[str
                 classes = json.loads((content.metadata() or {}).get("classes", "[]"))
     except FileNotFoundError:
         state = {}
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{beside}: the names of its classes are damaged ({error}).") from error
     if not state:
         raise ValueError(f"--outputs logits: {source} has no classifier ({HEAD}). Fine-tune first (sslvit finetune).")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sslvit.files import printable
+from sslvit.files import brief, printable
 from sslvit.layouts.vit import (
     HEADS,
     Converted,
@@ -103,7 +103,7 @@ def from_folder(path: Path, **changes) -> Converted | None:
     """
     try:
         config = json.loads((path / "config.json").read_text())
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+    except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(config, dict) or not {"architecture", "pretrained_cfg"} <= config.keys():
         return None
@@ -132,8 +132,10 @@ def _from_timm(name: str, weights: dict[str, Tensor] | None, **changes) -> Conve
     _check_plain(name, model)
     about = model.pretrained_cfg
     usual = "mean" if model.cls_token is None else "class"  # of a model without pooling
-    if not all(isinstance(about.get(key), (list, tuple)) for key in ("mean", "std")):
-        raise ValueError(f"timm:{name}: says no mean and std of its images.")
+    for key in ("mean", "std"):
+        values = about.get(key)
+        if not isinstance(values, (list, tuple)) or not all(isinstance(value, (int, float)) for value in values):
+            raise ValueError(f"timm:{name}: says no {key} of its images (pretrained_cfg: {brief(values)}).")
     found = {
         "image_size": list(model.patch_embed.img_size), "mean": list(about["mean"]), "std": list(about["std"]),
         "interpolation": "bilinear" if about["interpolation"] == "bilinear" else "bicubic",

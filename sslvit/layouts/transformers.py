@@ -306,7 +306,7 @@ def _palette(path: Path) -> dict[str, Any]:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: damaged ({error}). Is the download complete?") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file}: holds a {type(content).__name__}, not settings.")

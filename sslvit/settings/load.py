@@ -58,6 +58,8 @@ USUAL_VALUES = {
 EMPTY = "{}: an empty section. Put settings below it, or leave it out."
 MAX_KEY = 100  # characters of a key or a value that are compared with known ones
 MAX_INT = 2**63 - 1
+# what reading YAML may raise: its constructors of dates and numbers have errors of their own for damaged ones
+YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError, AttributeError, TypeError, KeyError, OverflowError)
 MAX_YAML_BYTES = 2**23
 MAX_YAML_VALUES = 500_000  # aliases make few bytes stand for any number of values
 
@@ -299,6 +301,8 @@ def _typed(hint: Any, value: Any, key: str) -> Any:
         return [[float(number) for number in row] for row in value]  # jsonargparse takes seconds for a palette
     if type(value) is int and abs(value) > MAX_INT:
         raise ValueError(f"{key}: {brief(value)} is too large a number.")
+    if value is None and type(None) not in typing.get_args(hint):  # which jsonargparse takes for nothing given
+        raise ValueError(f"{key}: null is not {_describe(hint)}.")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=hint)
     try:
@@ -349,15 +353,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is not YAML, holds something else than keys and values, or far too much.
     """
+    if path.stat().st_size > MAX_YAML_BYTES:
+        raise ValueError(f"{printable(path)}: {path.stat().st_size:,} bytes are too many for settings.")
     try:
-        if path.stat().st_size > MAX_YAML_BYTES:
-            raise ValueError(f"{printable(path)}: {path.stat().st_size:,} bytes are too many for settings.")
         tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        if _count(tree) > MAX_YAML_VALUES:
-            raise ValueError(f"{printable(path)}: holds more values than settings ever have.")
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except YAML_ERRORS as error:
         reason = printable(" ".join(str(error).split()), 160)
         raise ValueError(f"{printable(path)}: not readable as YAML ({reason}).") from error
+    if _count(tree) > MAX_YAML_VALUES:
+        raise ValueError(f"{printable(path)}: holds more values than settings ever have.")
     if not isinstance(tree, dict):
         raise ValueError(f"{printable(path)}: expected keys and values, found {type(tree).__name__}.")
     return tree

@@ -26,6 +26,7 @@ from typing import Any, Literal
 import yaml
 
 from sslvit.files import held_folder, new_file, printable, write_atomically
+from sslvit.settings.load import YAML_ERRORS
 from sslvit.weight_files import SHARDS, check_checkpoint
 
 LOCK = ".lock"
@@ -151,7 +152,7 @@ class RunFolder:
         """Whether config.yaml is that of a run; "none" if it is missing or empty."""
         try:
             content = yaml.safe_load(self.config.read_text()) if self.config.exists() else None
-        except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        except (OSError, *YAML_ERRORS):
             return "damaged"
         if content is None:
             return "none"
@@ -232,7 +233,7 @@ class RunFolder:
         """
         try:
             content = yaml.safe_load(self.config.read_text())
-        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        except (OSError, *YAML_ERRORS) as error:
             reason = printable(" ".join(str(error).split()), 120)
             raise ValueError(f"{printable(self.config)}: not the settings of a run ({reason}).") from error
         if not isinstance(content, dict):

@@ -39,7 +39,7 @@ def replay(folder: str | Path) -> list[str]:
         about = json.loads((folder / "incident.json").read_text())
         settings, step = load_recipe(folder / "config.yaml"), about["step"]
         run = {"total_steps": about["total_steps"], "steps_per_epoch": about["steps_per_epoch"], "seed": about["seed"]}
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'incident.json'}: damaged ({error}).") from error
     task = task_class(settings.task.name)(
         settings.task, settings.encoder, settings.optim, global_batch=settings.data.global_batch, **run
