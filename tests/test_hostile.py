@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -15,12 +16,13 @@ import torch
 from run_fixtures import run
 from safetensors.torch import save_file
 
-from sslvit.checkpoint import save_encoder
+from sslvit.checkpoint import load_encoder, save_encoder
 from sslvit.cli import main
 from sslvit.data.arrays import array_samples
 from sslvit.data.pack import pack
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings
+from sslvit.settings.load import load_recipe
 from sslvit.tasks.dino import DINO
 from sslvit.tasks.igpt import IGPT
 from sslvit.tasks.mae import MAE
@@ -246,3 +248,53 @@ def test_the_trace_is_left_where_nothing_guards(here: Path) -> None:
     released(here)
     torch.load(here / "released.pth", weights_only=False)
     assert (here / "trace").exists()
+
+
+# ---- damaged descriptions end in one line that names the file ----------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 50_000, "\x00", '{"a": 1e999999}'])
+def test_json_of_any_depth_is_an_error_that_names_its_file(tmp_path: Path, text: str) -> None:
+    save_encoder(ViTEncoder(EncoderSettings(**SMALL)), tmp_path / "own")
+    (tmp_path / "own" / "encoder.json").write_text(text)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "config.json").write_text(text)
+    for folder in ("own", "theirs"):
+        with pytest.raises(ValueError, match=folder) as error:
+            load_encoder(tmp_path / folder)
+        assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("key", ["width", "channels", "causal", "positions", "mlp_ratio"])
+def test_a_setting_that_is_null_and_must_not_be_is_named(tmp_path: Path, key: str) -> None:
+    file = save_encoder(ViTEncoder(EncoderSettings(**SMALL)), tmp_path) / "encoder.json"
+    about = json.loads(file.read_text())
+    about["encoder"][key] = None
+    file.write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=f"encoder.json: {key}: null is not"):
+        load_encoder(tmp_path)
+
+
+def test_values_in_the_place_of_weights_are_named(tmp_path: Path) -> None:
+    encoder = ViTEncoder(EncoderSettings(**SMALL))
+    state = {f"encoder.{key}": value for key, value in encoder.state_dict().items()} | {"encoder.cls_token": [1, 2]}
+    record = {"encoder": dataclasses.asdict(encoder.settings), "prefix": "encoder."}
+    torch.save({"sslvit": record, "state_dict": state}, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match="a.ckpt: cls_token is a list, not a tensor"):
+        load_encoder(tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize("text", ["a: 2026-13-45", "a: !!timestamp x", "a: !!int x", "? [1]\n: 2", "a: !!float [1]"])
+def test_yaml_that_its_reader_stumbles_over_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"a.yaml: not readable as YAML|no such setting|expected") as error:
+        load_recipe(tmp_path / "a.yaml")
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_checkpoint_of_half_a_million_parts_is_refused_at_the_first_that_is_missing(tmp_path: Path) -> None:
+    torch.save({"shards": {"folder": "x", "ranks": 500_000}}, tmp_path / "last.ckpt")
+    start = time.monotonic()
+    with pytest.raises(FileNotFoundError, match="rank-00000.pt: a part of .* is missing"):
+        load_encoder(tmp_path / "last.ckpt")
+    assert time.monotonic() - start < 5
