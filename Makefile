@@ -11,7 +11,7 @@ DATA ?= digits
 OUT ?= runs/demo$(if $(filter-out digits,$(DATA)),-$(DATA))
 READY := .venv/.ready
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all drill lint clean
 
 demo: $(READY)
 	.venv/bin/sslvit demo --data $(DATA) --out $(OUT) $(if $(ARCHIVE),--archive $(ARCHIVE)) $(if $(OVERWRITE),--overwrite)
@@ -25,6 +25,13 @@ test: $(READY)
 test-all: $(READY) lint
 	$(SIDE_BY_SIDE)
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m slow
+
+# everything that can stop, damage or attack a job, tried at random: make drill SECONDS=3600 SEED=7
+SECONDS ?= 600
+SEED ?= 0
+
+drill: $(READY)
+	.venv/bin/python tools/drill/drill.py --seconds $(SECONDS) --seed $(SEED) --out runs/drill
 
 lint: $(READY)
 	.venv/bin/ruff check .

@@ -14,9 +14,9 @@ ROOT = Path(__file__).parents[1]
 KINDS = {"kill", "signals", "starts", "disk", "fuzz", "hostile", "network", "concurrency"}
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")]
 
-# a fault, and the kind of trial that has to find it
+# a fault, and the trials that have to find it
 FAULTS = {
-    "files grow in their place": ("kill", """
+    "files grow in their place": ("kill:pack", """
 import os, time
 def grow(source, target, **_):
     content = open(source, "rb").read()
@@ -27,20 +27,20 @@ def grow(source, target, **_):
     os.unlink(source)
 os.replace = grow
 """),
-    "signals are not heard": ("signals", """
+    "signals are not heard": ("signals:igpt", """
 import signal
 signal.signal = lambda number, handler: None
 """),
-    "a lock that holds nobody": ("starts", """
+    "a lock that holds nobody": ("starts:overwrite", """
 import filelock
 filelock.FileLock.acquire = lambda self, *_, **__: None
 """),
-    "a message without file and remedy": ("disk", """
+    "a message without file and remedy": ("disk:index", """
 import sslvit.files
 sslvit.files.write_error = lambda path, error: sslvit.files.WriteError("It did not work.")
 sslvit.files.explain_os_error = lambda error: "It did not work."
 """),
-    "an error that nobody promised": ("fuzz", """
+    "an error that nobody promised": ("fuzz:png", """
 import sslvit.data.decode as module
 whole = module.read_header
 def read_header(content, *more, **options):
@@ -50,16 +50,16 @@ def read_header(content, *more, **options):
         raise KeyError(error)
 module.read_header = read_header
 """),
-    "pickles that are read whole": ("hostile", """
+    "pickles that are read whole": ("hostile:pickle", """
 import torch
 whole = torch.load
 torch.load = lambda *words, **options: whole(*words, **options | {"weights_only": False})
 """),
-    "shards that are taken as they come": ("network", """
-from sslvit.data.remote import ShardCache
-ShardCache._check = lambda *_: None
+    "shards that are taken as they come": ("network:passing", """
+import hashlib, sslvit.data.remote
+sslvit.data.remote.ShardCache._check = lambda *_: None
 """),
-    "a rank that reads what is another's": ("concurrency", """
+    "a rank that reads what is another's": ("concurrency:ledger", """
 from sslvit.data.plan import EpochPlan
 whole = EpochPlan.batch
 def batch(self, step, start=0, stop=None):
@@ -92,11 +92,12 @@ def test_a_short_drill_of_every_kind_finds_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_drill_finds_a_fault_that_was_put_in(tmp_path: Path, fault: str) -> None:
-    kind, before = FAULTS[fault]
-    code, report = drill(tmp_path, kind, "--seconds", "15", "--seed", "1", before=before)
+    part, before = FAULTS[fault]
+    code, report = drill(tmp_path, part, "--seconds", "20", "--seed", "1", before=before)
     failures = [failure for row in report["rows"] for failure in row["failures"]]
     assert code == 1
     assert failures
+    kind = part.partition(":")[0]
     assert all(f"drill.py {kind} --seed 1 --only {failure['trial']}" in failure["command"] for failure in failures)
     assert (tmp_path / "report.md").read_text().startswith("| kind | promised | tried | failed |")
 

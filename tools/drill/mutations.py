@@ -205,7 +205,10 @@ def damage_yaml(content: bytes, rng: random.Random) -> bytes:
     if what < 0.40:
         return b"[" * 5_000
     tree = damage_values(_parsed_yaml(content), rng)
-    return yaml.dump(tree, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper)).encode("utf-8", "surrogatepass")
+    try:
+        return yaml.dump(tree, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper)).encode()
+    except UnicodeEncodeError:  # half a character
+        return json.dumps(tree).encode()
 
 
 @cache

@@ -59,7 +59,7 @@ def fetch(trial: Trial, workshop: Workshop, fault: str, times: int, file: str | 
 
     def work() -> int:
         try:
-            index = open_shards(f"http://127.0.0.1:{port}/{plan_name}", "", ShardCache(cache, **PATIENT))
+            index = open_shards(f"http://127.0.0.1:{port}/{plan_name}", ShardCache(cache, **PATIENT))
             numbers.write_text(json.dumps(numbers_of(index)))
         except (ValueError, OSError, RuntimeError) as error:  # as the command says it
             said = explain_os_error(error) if isinstance(error, OSError) else None
@@ -72,7 +72,7 @@ def fetch(trial: Trial, workshop: Workshop, fault: str, times: int, file: str | 
     name = f"{fault} ({'always' if times == LASTING else f'{times} times'}) for {plan['file']}"
     if not trial.expect(code is not None, f"{name}: still waiting after {SECONDS:g} s"):
         return
-    right = json.loads(json.dumps(numbers_of(open_shards(shards, ""))))
+    right = json.loads(json.dumps(numbers_of(open_shards(shards))))
     if code == 0:
         got = json.loads(numbers.read_text())
         wrong = [(a, b) for a, b in zip(got, right, strict=True) if a not in (b, -1)]

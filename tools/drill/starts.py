@@ -13,6 +13,7 @@ from trials import Part, Trial
 from sslvit.train.folder import RunFolder
 
 OFFSET_SECONDS = 0.3  # at most, between the two; runs and packings last longer
+WAITS = "another process is at work there; waiting"
 STEPS = {"train.steps": 80}  # of a run that outlasts the second start
 
 
@@ -20,7 +21,7 @@ def parts(workshop: Workshop) -> list[Part]:
     return [
         Part("fresh", "of two starts on a new run folder exactly one runs, to the same bits as alone",
              lambda trial: two_runs(trial, workshop), 10),
-        Part("resume", "of two resumes of one run exactly one goes on, to the same bits as alone",
+        Part("resume", "of two resumes of one run one goes on at a time, to the same bits as alone",
              lambda trial: two_resumes(trial, workshop), 10),
         Part("overwrite", "an --overwrite beside a running run is refused and destroys nothing",
              lambda trial: overwrite_running(trial, workshop), 10),
@@ -56,8 +57,9 @@ def overwrite_running(trial: Trial, workshop: Workshop) -> None:
     second = sslvit(trial.folder / "second.txt", *workshop.pretrain("mae", out.path, flag, **STEPS))
     codes = [first.wait(), second.wait()]
     said = f"{first.last_line()[-200:]} | {second.last_line()[-200:]}"
-    if trial.expect(codes == [0, 1], f"exit codes {codes} of a run and {flag} beside it: {said}"):
-        problem = one_line_error(second)
+    waited = flag == "--resume" and WAITS in second.text()
+    if trial.expect(codes == [0, 1] or (waited and codes == [0, 0]), f"exit codes {codes}, {flag} second: {said}"):
+        problem = "" if waited else one_line_error(second)
         trial.expect(not problem, problem)
         check_run(trial, workshop, out)
 
@@ -92,9 +94,11 @@ def begin(trial: Trial, *commands: list[str]) -> list[Child]:
 
 
 def one_of_two(trial: Trial, *commands: list[str]) -> None:
-    """Exactly one ends well, and the other says in one line that it is not its turn."""
+    """Exactly one ends well, and the other says in one line that it is not its turn, or that it waits for its turn."""
     children = begin(trial, *commands)
     codes = [child.wait() for child in children]
+    if codes == [0, 0] and any(WAITS in child.text() for child in children):
+        return  # a resume waits a little for a job that is ending; there was nothing left for it to do
     said = " | ".join(child.last_line()[-200:] for child in children)
     if trial.expect(sorted(map(str, codes)) == ["0", "1"], f"exit codes {codes}, not 0 and 1: {said}"):
         problem = one_line_error(children[codes.index(1)])

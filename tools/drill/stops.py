@@ -26,7 +26,7 @@ def parts(workshop: Workshop) -> list[Part]:
     return [
         *(Part(task, promise.format(task), lambda trial, task=task: signal_run(trial, workshop, task), 20)
           for task in TASKS),
-        Part("ranks", "one of two ranks is told to stop: both leave with 75, and go on",
+        Part("ranks", "one of two ranks is told to stop: both leave with 75 in time, and go on",
              lambda trial: signal_ranks(trial, workshop), 6),
         Part("imports", "told while it still imports, a command leaves with 75 too",
              lambda trial: signal_imports(trial, workshop), 6),
@@ -50,7 +50,7 @@ def signal_run(trial: Trial, workshop: Workshop, task: str) -> None:
 
 def signal_ranks(trial: Trial, workshop: Workshop) -> None:
     cut = RunFolder(trial.folder / "run")
-    both = {"train.devices": 2, "train.steps": 60}
+    both = {"train.devices": 2, "train.steps": 60, "train.timeout_seconds": 30}
     children = ranks(workshop.pretrain("mae", cut.path, **both), 2, trial.folder / "first")
     told = trial.rng.choice(children)
     if told.wait_until(trial.rng.uniform(FIRST_MOMENT, 3.0)):
@@ -74,7 +74,9 @@ def signal_imports(trial: Trial, workshop: Workshop) -> None:
         os.execv(sys.executable, [sys.executable, "-m", "sslvit.cli", *words])
 
     child = Child(work, trial.folder / "first.txt", environment)
-    while child.poll() is None and not is_heard(child.pid) and not is_mapped(child.pid, TORCH):
+    while child.poll() is None and "sslvit.cli" not in read_of(child.pid, "cmdline"):
+        time.sleep(0.001)  # until then it is the drill's own copy
+    while child.poll() is None and not is_heard(child.pid) and TORCH not in read_of(child.pid, "maps"):
         time.sleep(0.001)
     if not trial.expect(child.code is None and is_heard(child.pid), "no signal is heard before torch is imported"):
         child.kill_all()
@@ -105,16 +107,14 @@ def go_on_to_the_end(trial: Trial, workshop: Workshop, task: str, cut: RunFolder
 
 def is_heard(pid: int) -> bool:
     """Whether the process has a handler for SIGTERM."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return False
+    lines = read_of(pid, "status").splitlines()
     caught = next((int(line.split()[1], 16) for line in lines if line.startswith("SigCgt")), 0)
     return bool(caught >> (signal.SIGTERM - 1) & 1)
 
 
-def is_mapped(pid: int, library: str) -> bool:
+def read_of(pid: int, name: str) -> str:
+    """What the kernel says of a process; nothing once it has ended."""
     try:
-        return library in Path(f"/proc/{pid}/maps").read_text()
+        return Path(f"/proc/{pid}/{name}").read_text()
     except OSError:
-        return False
+        return ""
