@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections import Counter
@@ -17,7 +16,8 @@ from tqdm import tqdm
 from sslvit.data.batch import Batch
 from sslvit.data.index import Index
 from sslvit.data.plan import Plan
-from sslvit.train.folder import RunFolder
+from sslvit.files import write_atomically
+from sslvit.train.folder import RunFolder, append_lines
 from sslvit.train.logs import log_line
 from sslvit.train.timing import Clock
 
@@ -98,8 +98,7 @@ class RunLog(StepCallback):
             line["mfu"] = line["images_per_second"] * self.rate_of_peak
         line |= {f"{part}_seconds": value for part, value in zip(seconds, times, strict=True)}
         line["elapsed_seconds"] = now - self.start
-        with open(self.folder.metrics, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        append_lines(self.folder.metrics, [line])
         log_line(trainer, line)
         self.last = now
         self._show(line)
@@ -166,8 +165,7 @@ class Ledger(StepCallback):
         if self.writes_keys:
             rows = zip(batch.samples.tolist(), batch.epochs.tolist(), strict=True)
             lines = [{"step": self.step, "epoch": epoch, "key": self.index.key(sample)} for sample, epoch in rows]
-            with open(self.folder.samples_read(trainer.global_rank), "a") as file:
-                file.write("".join(json.dumps(line) + "\n" for line in lines))
+            append_lines(self.folder.samples_read(trainer.global_rank), lines)
 
     def on_step(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if trainer.world_size > 1 and self.step % STEPS_BETWEEN_COUNTS:
@@ -213,9 +211,7 @@ class Ledger(StepCallback):
                 "dropped_per_epoch": self.plan.dropped_per_epoch, "epochs_finished": epochs,
                 "bad_by_reason": dict(Counter(entry["reason"] for entry in bad.values())), "bad": list(bad.values()),
             }  # fmt: skip
-            part = self.folder.ledger.with_suffix(".part")
-            part.write_text(json.dumps(content, indent=1) + "\n")
-            os.replace(part, self.folder.ledger)
+            write_atomically(self.folder.ledger, json.dumps(content, indent=1) + "\n")
 
     def state_dict(self) -> dict[str, Any]:
         return self.of_all_ranks()

@@ -7,22 +7,24 @@ import shutil
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins import CheckpointIO
 from torch import Tensor
 
+from sslvit.files import new_file
 from sslvit.settings import TrainSettings
 from sslvit.stopping import RankLost
 from sslvit.train.callbacks import StepCallback
 from sslvit.train.folder import NAMED, RunFolder
-from sslvit.weight_files import SHARDS, read_torch_file, shard_file, shards_folder
+from sslvit.weight_files import END, SEAL, SHARDS, read_torch_file, shard_file, shards_folder
 
 LAST = "last.ckpt"
 FAILED = ".failed"  # beside a part that could not be written: why
@@ -154,6 +156,34 @@ class WholeCheckpoint(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
 
+class SummedFile:
+    """A file to which torch writes an archive, and behind it the checksum of all its bytes, as an archive's comment.
+
+    torch has checksums of its records alone, and does not look at them when it reads.
+
+    Args:
+        file: open for writing.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.sum, self.end = file, 0, b""
+
+    def write(self, data: bytes | memoryview) -> int:
+        self.sum = zlib.crc32(data, self.sum)
+        self.end = (self.end + bytes(data[-END:]))[-END:]
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def seal(self) -> None:
+        """Write the comment and its length, which is zero so far."""
+        if self.end.startswith(b"PK\5\6") and self.end.endswith(b"\0\0"):
+            comment = SEAL + b"%08x" % self.sum
+            self.file.seek(-2, os.SEEK_END)
+            self.file.write(len(comment).to_bytes(2, "little") + comment)
+
+
 def write_whole(checkpoint: dict[str, Any], path: Path, last: Path | None = None) -> None:
     """Beside its place, synced, renamed.
 
@@ -169,7 +199,9 @@ def write_whole(checkpoint: dict[str, Any], path: Path, last: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
-            torch.save(checkpoint, file)
+            summed = SummedFile(file)
+            torch.save(checkpoint, summed)
+            summed.seal()
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -203,9 +235,8 @@ def keep_some(last: Path, step: int, keep_last: int, keep_every: int | None) -> 
         try:
             os.link(last, own)
         except OSError:  # a file system without hard links
-            part = own.with_suffix(".part")
-            shutil.copyfile(last, part)
-            os.replace(part, own)
+            with new_file(own) as part:
+                shutil.copyfile(last, part)
     named = sorted((int(path.stem.removeprefix("step-")), path) for path in last.parent.glob(NAMED))
     passing = [path for number, path in named if not (keep_every and number % keep_every == 0)]
     newest = {path for _, path in named[-keep_last:]} if keep_last > 1 else set()

@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import yaml
 
-from sslvit.files import held_folder, new_file, printable, write_atomically
+from sslvit.files import held_folder, new_file, printable, write_atomically, write_error
 from sslvit.settings.load import YAML_ERRORS
 from sslvit.weight_files import SHARDS, check_checkpoint
 
@@ -248,6 +248,19 @@ class RunFolder:
         """Drop lines after a checkpoint's step, which the resumed run will write again."""
         kept = [line for line in self.read_metrics() if line["step"] <= step]
         write_atomically(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def append_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Write lines behind those of a run's .jsonl.
+
+    Raises:
+        WriteError: the disk is full or cannot be written to.
+    """
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
+    except OSError as error:
+        raise write_error(path, error) from error
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

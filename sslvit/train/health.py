@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sslvit.evaluate.health import label_free, largest_share
+from sslvit.files import write_atomically
 from sslvit.ranks import gather_over_ranks
 from sslvit.settings import OptimSettings, TaskSettings
 from sslvit.tasks.base import PretextTask
@@ -189,9 +189,7 @@ class Health(StepCallback):
         """health.json, whole; a number that is not finite becomes null."""
         shown = {name: value if math.isfinite(value) else None for name, value in measures.items()}
         content = {"verdict": self.verdict, "step": self.step, "measures": shown, "messages": self.messages}
-        part = self.folder.health.with_suffix(".part")
-        part.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(part, self.folder.health)
+        write_atomically(self.folder.health, json.dumps(content, indent=1) + "\n", sync=False)  # the next look is near
 
     def state_dict(self) -> dict[str, Any]:
         return {"looks": self.looks, "messages": self.messages, "verdict": self.verdict}

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from sslvit.data.batch import Batch
 from sslvit.data.index import Index
 from sslvit.data.loader import TrainingBatches
+from sslvit.files import new_file, write_atomically
 from sslvit.tasks.base import PretextTask
 from sslvit.train.callbacks import StepCallback
 from sslvit.train.folder import RunFolder
@@ -67,10 +68,11 @@ class Incidents(StepCallback):
         dataset, passes = trainer.train_dataloader.dataset, trainer.accumulate_grad_batches
         names = []
         if isinstance(dataset, TrainingBatches):  # a stream cannot give the same images again
-            for part in range(passes):
-                batch = trainer.datamodule.prepare(dataset[step * passes + part])
-                name = f"batch-rank-{trainer.global_rank:05d}-{part}.safetensors"
-                save_file(as_tensors(batch), self.folder.incident / name, {"first_row": str(batch.first_row)})
+            for number in range(passes):
+                batch = trainer.datamodule.prepare(dataset[step * passes + number])
+                name = f"batch-rank-{trainer.global_rank:05d}-{number}.safetensors"
+                with new_file(self.folder.incident / name) as part:
+                    save_file(as_tensors(batch), part, {"first_row": str(batch.first_row)})
                 names.append([self.index.key(sample) for sample in batch.samples.tolist()])
         trainer.save_checkpoint(self.folder.incident / "state.ckpt", weights_only=False)
         trainer.strategy.checkpoint_io.teardown()
@@ -81,7 +83,7 @@ class Incidents(StepCallback):
                 "steps_per_epoch": module.steps_per_epoch, "not_finite": module.not_finite, "samples": names,
             }  # fmt: skip
             shutil.copy(self.folder.config, self.folder.incident / "config.yaml")
-            (self.folder.incident / "incident.json").write_text(json.dumps(about, indent=1) + "\n")
+            write_atomically(self.folder.incident / "incident.json", json.dumps(about, indent=1) + "\n")
 
     def state_dict(self) -> dict[str, int]:
         return {"skipped": self.skipped, "in_a_row": self.in_a_row}

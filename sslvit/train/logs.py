@@ -10,6 +10,7 @@ import matplotlib.image
 import pytorch_lightning as pl
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 
+from sslvit.files import write_atomically
 from sslvit.settings import TrainSettings
 from sslvit.train.folder import RunFolder
 
@@ -34,7 +35,7 @@ def make_loggers(settings: TrainSettings, folder: RunFolder) -> list[Logger]:
         folder.wandb.mkdir(exist_ok=True)
         file = folder.wandb / "run-id"
         if not file.exists():
-            file.write_text(uuid.uuid4().hex[:12] + "\n")
+            write_atomically(file, uuid.uuid4().hex[:12] + "\n")
         given = {"project": settings.wandb, "id": file.read_text().strip(), "resume": "allow"}
         loggers.append(WandbLogger(folder.path.name, folder.path, **given))
     return loggers

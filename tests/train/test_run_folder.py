@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import signal
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,13 @@ from run_fixtures import TINY, metrics, run, same, weights
 
 import sslvit
 from sslvit.cli import main
+from sslvit.settings import TrainSettings
 from sslvit.stopping import Preempted
 from sslvit.tasks import task_class
 from sslvit.train import run as run_module
+from sslvit.train.checkpoints import WholeCheckpoint, write_whole
 from sslvit.train.folder import RunFolder, read_lines
-from sslvit.weight_files import check_checkpoint, read_one_file
+from sslvit.weight_files import check_checkpoint, read_one_file, read_torch_file
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -225,23 +228,55 @@ def flip_a_bit(path: Path) -> None:
 # ---- damage ------------------------------------------------------------------------------------------------------
 
 
-def test_a_flipped_bit_in_a_checkpoint_is_noticed_or_changes_nothing(shards: Path, tmp_path: Path) -> None:
-    path = run(shards, tmp_path / "run", **{"train.steps": 2}).checkpoint
-    whole, expected = path.read_bytes(), read_one_file(path)["state_dict"]
-    source, noticed = np.random.default_rng(0), 0
-    for place in source.integers(0, len(whole), 200):
+def test_every_flipped_bit_in_a_checkpoint_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    write_whole({"global_step": 1, "state_dict": {f"w{i}": torch.randn(9) for i in range(20)}}, path)
+    whole, source = path.read_bytes(), np.random.default_rng(0)
+    check_checkpoint(path)
+    ends = range(8 * (len(whole) - 50), 8 * len(whole))  # the checksum itself, and the record before it
+    for place in [*source.integers(0, 8 * len(whole), 300), *ends]:
         damaged = bytearray(whole)
-        damaged[place] ^= 1 << int(source.integers(8))
+        damaged[place // 8] ^= 1 << place % 8
         path.write_bytes(damaged)
         problem = problem_of(path)
-        noticed += bool(problem)
-        if problem:
-            assert "last.ckpt" in problem
-            assert len(problem.splitlines()) == 1
-        else:  # padding, or a date
-            found = read_one_file(path)["state_dict"]
-            assert all(torch.equal(found[key], value) for key, value in expected.items())
-    assert noticed > 150
+        assert "last.ckpt" in problem, f"bit {place}"
+        assert len(problem.splitlines()) == 1
+    for size in (0, 10, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        assert problem_of(path), f"cut to {size}"
+    path.write_bytes(whole + b"\0")
+    assert problem_of(path)
+
+
+def test_a_checkpoint_with_its_checksum_is_an_ordinary_file_of_torch(tmp_path: Path) -> None:
+    path, value = tmp_path / "last.ckpt", torch.arange(5000.0)
+    write_whole({"global_step": 1, "x": value}, path)
+    for options in ({}, {"mmap": True}):
+        assert torch.equal(torch.load(path, weights_only=True, **options)["x"], value)
+    assert zipfile.ZipFile(path).testzip() is None
+    torch.save({"x": value}, tmp_path / "other.ckpt")  # without one
+    assert torch.equal(read_one_file(tmp_path / "other.ckpt")["x"], value)
+    content = bytearray((tmp_path / "other.ckpt").read_bytes())
+    content[content.index(value[9:12].numpy().tobytes())] ^= 1
+    (tmp_path / "other.ckpt").write_bytes(content)
+    with pytest.raises(ValueError, match="other.ckpt: damaged"):
+        read_one_file(tmp_path / "other.ckpt")
+
+
+def test_a_flipped_bit_in_a_part_of_a_checkpoint_is_noticed(tmp_path: Path) -> None:
+    last = tmp_path / "last.ckpt"
+    head = {"global_step": 3, "state_dict": {"w": {"shard": "/w", "shape": [4]}}}
+    for rank in (1, 0):
+        own = {"/w": torch.arange(4.0).chunk(2)[rank]}
+        WholeCheckpoint(TrainSettings()).save_shard(head, own, last, "00000003-a", rank, 2)
+    assert not problem_of(last)
+    part = tmp_path / "shards" / "00000003-a" / "rank-00001.pt"
+    content = bytearray(part.read_bytes())
+    content[content.index(torch.tensor([2.0, 3.0]).numpy().tobytes())] ^= 1
+    part.write_bytes(content)
+    assert "rank-00001.pt: damaged" in problem_of(last)
+    with pytest.raises(ValueError, match="rank-00001.pt: damaged"):
+        read_torch_file(last)
 
 
 def test_a_resume_takes_the_newest_checkpoint_that_is_whole(shards: Path, tmp_path: Path, monkeypatch, capsys) -> None:
@@ -439,3 +474,34 @@ def test_a_signal_while_figures_are_drawn_says_that_all_is_kept(shards: Path, tm
     with pytest.raises(Preempted, match="received SIGTERM after the last step; --resume draws the figures"):
         run(shards, tmp_path / "run", **{"train.steps": 2})
     assert RunFolder(tmp_path / "run").goes_on
+
+
+# ---- a full disk -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "ledger/rank-00000.jsonl", "health.json", "ledger.json"])
+def test_a_full_disk_names_the_file_that_it_did_not_take(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, name: str
+) -> None:
+    full, opened, write_bytes = tmp_path / "run" / name, open, Path.write_bytes
+
+    def refuse(path) -> None:
+        if str(path).startswith(str(full)):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # of the system, it names no file
+
+    def open_or_refuse(path, *given, **named):
+        refuse(path)
+        return opened(path, *given, **named)
+
+    def write_or_refuse(path, content) -> int:
+        refuse(path)
+        return write_bytes(path, content)
+
+    monkeypatch.setattr("sslvit.train.folder.open", open_or_refuse, raising=False)
+    monkeypatch.setattr(Path, "write_bytes", write_or_refuse)
+    words = ["pretrain", "--config", "mae/digits", "--data", str(shards), "--out", str(tmp_path / "run")]
+    words += [word for key, value in TINY.items() for word in (f"--{key}", json.dumps(value))]
+    assert main([*words, "--data.ledger", "true", "--train.steps", "2"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"sslvit: error: {full}: could not be written (No space left on device). Make room")
+    assert said.count("\n") == 1
