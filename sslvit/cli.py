@@ -155,7 +155,7 @@ def make_parser() -> argparse.ArgumentParser:
                "All of them: sslvit settings",
     )  # fmt: skip
     pretrain.add_argument("--config", required=True, help="a YAML file or a recipe's name, such as mae/digits")
-    pretrain.add_argument("--data", help="folder of images or shards (data.shards)")
+    pretrain.add_argument("--data", nargs="+", help="folder of images or shards (data.shards), or several .tar files")
     pretrain.add_argument("--out", help="run folder")
     pretrain.add_argument("--init", metavar="ENCODER", help="start from these weights")
     pretrain.add_argument("--resume", action="store_true", help="go on from the folder's last checkpoint")
@@ -186,7 +186,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     plan = command("plan", training.run_plan, "parameters, FLOPs, memory, steps and hours of a run, before it runs")
     plan.add_argument("--config", required=True, help="a recipe's name or YAML file")
-    plan.add_argument("--data", metavar="SHARDS", help="the images (default: the recipe's)")
+    plan.add_argument("--data", metavar="SHARDS", nargs="+", help="the images (default: the recipe's)")
     plan.add_argument("--images", type=int, help="how many there are, instead of --data")
     plan.add_argument("--classes", type=int, help="of labelled images, beside --images")
     plan.add_argument("--tflops", type=float, help="of one device, in the run's precision (default: some GPUs)")

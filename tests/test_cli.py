@@ -388,6 +388,17 @@ def test_every_task_has_settings_and_a_class() -> None:
         assert settings().name == name
 
 
+def test_several_tars_as_a_shell_gives_them_are_one_data_set(capsys, photos: Path, tmp_path: Path) -> None:
+    assert main(["shards", "pack", str(photos), str(tmp_path / "s"), "--shard-mb", "0.01"]) == 0
+    tars = sorted(map(str, (tmp_path / "s").glob("*.tar")))
+    assert len(tars) > 1
+    words = ["plan", "--config", "mae/digits", "--data.global_batch", "2"]
+    assert main([*words, "--data", *tars]) == 0
+    assert "12 images" in capsys.readouterr().out
+    assert "no .tar file. Give one folder" in failing(capsys, *words, "--data", str(photos), str(tmp_path / "s"))
+    assert "braces and commas" in failing(capsys, *words, "--data", "a{.tar", "b.tar")
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from sslvit.files import write_atomically
+from sslvit.files import brief, write_atomically
 
 
 def check_new(path: str | Path | None) -> None:
@@ -46,3 +46,23 @@ def unsaid(options: argparse.Namespace) -> dict[str, Any]:
     if options.palette:
         given["palette"] = UNIFORM if options.palette == UNIFORM else read_palette(options.palette)
     return given
+
+
+def one_source(names: list[str] | None) -> str | None:
+    """What is given as data, as one name: several files, as a shell makes them of *.tar, become a pattern.
+
+    Raises:
+        ValueError: several folders, or names that a pattern cannot hold.
+    """
+    if names is None or len(names) == 1:
+        return names and names[0]
+    other = next((name for name in names if not name.endswith(".tar")), None)
+    if other is not None:
+        raise ValueError(
+            f"--data: {len(names)} names, and {brief(other)} is no .tar file. Give one folder, or mix several: "
+            "--data.mixture '{A: 1, B: 1}'"
+        )
+    odd = next((name for name in names if set(name) & set("{},")), None)
+    if odd is not None:
+        raise ValueError(f"--data: {brief(odd)}: braces and commas in a name of several. Give their folder instead.")
+    return f"{{{','.join(names)}}}"

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from sslvit.commands.files import check_new_picture
+from sslvit.commands.files import check_new_picture, one_source
 
 
 def run_demo(options: argparse.Namespace) -> None:
@@ -19,7 +19,7 @@ def run_pretrain(options: argparse.Namespace) -> None:
     from sslvit.api import pretrain
 
     pretrain(
-        options.config, options.data, options.out, options.init, options.resume, options.overwrite,
+        options.config, one_source(options.data), options.out, options.init, options.resume, options.overwrite,
         **options.changes,
     )  # fmt: skip
 
@@ -79,7 +79,7 @@ def run_plan(options: argparse.Namespace) -> None:
     from sslvit.train.forecast import PEAKS, draw_schedules, forecast
 
     settings = load_recipe(options.config, options.changes)
-    data = options.data or settings.data.shards
+    data = one_source(options.data) or settings.data.shards
     images, classes = options.images, options.classes
     if images is None:
         if data is None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import typing
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from sslvit.files import quoted
+
 Settings = TypeVar("Settings", bound=type)
+MAX_COMPARED = 100  # characters of a value that are compared with known ones
 
 
 def checked(prefix: str) -> Callable[[Settings], Settings]:
@@ -25,7 +29,10 @@ def checked(prefix: str) -> Callable[[Settings], Settings]:
         def __post_init__(self: Any) -> None:
             for key, words in choices_of(type(self)).items():
                 if getattr(self, key) not in words:
-                    raise ValueError(f"{prefix}{key}: {getattr(self, key)!r} is not one of {', '.join(words)}.")
+                    raise ValueError(
+                        f"{prefix}{key}: {quoted(getattr(self, key))} is not one of {', '.join(words)}."
+                        f"{near(getattr(self, key), words)}"
+                    )
             if own is not None:
                 own(self)
             elif hasattr(super(kind, self), "__post_init__"):
@@ -35,6 +42,12 @@ def checked(prefix: str) -> Callable[[Settings], Settings]:
         return kind
 
     return decorate
+
+
+def near(value: Any, words: typing.Iterable[str]) -> str:
+    """Which of some words was meant, as a sentence; empty where none is near."""
+    found = difflib.get_close_matches(value[:MAX_COMPARED], words, n=1) if isinstance(value, str) else []
+    return f" Did you mean {found[0]}?" if found else ""
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import yaml
 
 from sslvit.files import brief, expand_path, printable, quoted
+from sslvit.settings.choices import near
 from sslvit.settings.encoder import EncoderSettings
 from sslvit.settings.palette import UNIFORM, read_palette
 from sslvit.settings.presets import preset_values
@@ -96,7 +97,7 @@ def load_recipe(
         name = _chosen(tree, section, key, default)
         if not isinstance(name, str) or name not in choices:
             raise ValueError(
-                f"{section}.{key}: '{brief(name)}' is not one of {', '.join(choices)}.{_near(name, choices)}"
+                f"{section}.{key}: '{brief(name)}' is not one of {', '.join(choices)}.{near(name, choices)}"
             )
         kinds[section] = choices[name]
     if isinstance(tree.get("encoder"), dict) and "preset" in tree["encoder"]:
@@ -187,9 +188,9 @@ def find_recipe(name: str | Path) -> Path:
         if _is_file(candidate):
             return candidate
     known = recipe_names()
-    near = difflib.get_close_matches(str(name)[:MAX_KEY], known, n=3, cutoff=0.4)
-    hint = f"Did you mean {', '.join(near)}? All recipes: sslvit settings --recipes"
-    if path.suffix in (".yaml", ".yml") or not near:
+    found = difflib.get_close_matches(str(name)[:MAX_KEY], known, n=3, cutoff=0.4)
+    hint = f"Did you mean {', '.join(found)}? All recipes: sslvit settings --recipes"
+    if path.suffix in (".yaml", ".yml") or not found:
         hint = "Check the path, or take a recipe that comes with sslvit (sslvit settings --recipes)."
     if path.is_dir():
         raise ValueError(f"--config {printable(name)}: a folder. Give a YAML file in it, or a recipe's name.")
@@ -268,9 +269,9 @@ def hint_for(key: str, every: list[str]) -> str:
         if owners and section in ("", place) and f"{place}.{chooser}" in every:
             return f" {place}.{last} is a setting of {place}.{chooser} {' or '.join(owners)}."
     siblings = {one.split(".")[-1]: one for one in every if one.rpartition(".")[0] == section}
-    near = [siblings[name] for name in difflib.get_close_matches(last, siblings, n=1)]
-    near = near or difflib.get_close_matches(key, every, n=1, cutoff=0.7)
-    return f" Did you mean {near[0]}?" if near else ""
+    nearest = [siblings[name] for name in difflib.get_close_matches(last, siblings, n=1)]
+    nearest = nearest or difflib.get_close_matches(key, every, n=1, cutoff=0.7)
+    return f" Did you mean {nearest[0]}?" if nearest else ""
 
 
 def _instantiate(kind: type, tree: dict[str, Any], kinds: dict[str, type], prefix: str) -> Any:
@@ -312,12 +313,7 @@ def _meant(hint: Any, value: Any, key: str) -> str:
     for meant, names in USUAL_VALUES.get(key, {}).items():
         if str(value)[:MAX_KEY].lower() in names:
             return f" Did you mean {meant}?"
-    return _near(value, words)
-
-
-def _near(value: Any, words: typing.Iterable[str]) -> str:
-    near = difflib.get_close_matches(value[:MAX_KEY], words, n=1) if isinstance(value, str) else []
-    return f" Did you mean {near[0]}?" if near else ""
+    return near(value, words)
 
 
 def _choices(hint: Any) -> list[str]:

@@ -144,12 +144,6 @@ def check_resumed(
     if data.start_step > data.total_steps:
         raise ValueError(f"--resume: {folder.path} is at step {data.start_step} already, past {data.total_steps}.")
     old, new = by_dotted_key(folder.read_config()), by_dotted_key(settings.as_dict())
-    for key, reason in FIXED.items():
-        if key in new and old.get(key) != new[key]:
-            raise ValueError(
-                f"--resume: {key} was {brief(old.get(key))} and cannot become {brief(new[key])}, since {reason}. "
-                "Restore it, or start a new run from this one's encoder with --init."
-            )
     changed = [f"{key} {brief(old.get(key))} -> {brief(new.get(key))}" for key in new if old.get(key) != new.get(key)]
     same_shapes = shapes == {key: value.shape for key, value in task.state_dict().items()}
     if not same_shapes or moved != [len(group["params"]) for group in task.parameter_groups()]:
@@ -158,5 +152,11 @@ def check_resumed(
             f"--resume: the weights in {checkpoint} do not fit these settings ({'; '.join(guilty)}). "
             "Restore them, or start a new run from its encoder with --init."
         )
+    for key, reason in FIXED.items():
+        if key in new and old.get(key) != new[key]:
+            raise ValueError(
+                f"--resume: {key} was {brief(old.get(key))} and cannot become {brief(new[key])}, since {reason}. "
+                "Restore it, or start a new run from this one's encoder with --init."
+            )
     if changed:
         print(f"resuming with changes: {'; '.join(changed)}")

@@ -8,8 +8,15 @@ import torch
 import torch.nn.functional as F
 
 from sslvit.data.resample import Boxes, normalise, resample, view_of_one
-from sslvit.data.views import Views, by_epoch, centre_crops, random_crops, random_squares
-from sslvit.settings.views import CanvasSettings, CentreSettings, CropSettings, MultiCropSettings, SquareSettings
+from sslvit.data.views import Views, by_epoch, canvas_places, centre_crops, random_crops, random_squares
+from sslvit.settings.views import (
+    AugmentSettings,
+    CanvasSettings,
+    CentreSettings,
+    CropSettings,
+    MultiCropSettings,
+    SquareSettings,
+)
 
 
 def smooth_images(count: int = 6, height: int = 40, width: int = 56) -> torch.Tensor:
@@ -51,7 +58,7 @@ def views_of(view: Views, images: torch.Tensor, samples: np.ndarray, epoch: int 
     return view.of_batch(images, samples, np.full(len(samples), epoch))[0]
 
 
-@pytest.mark.parametrize("settings", [CropSettings(), CentreSettings(0.9), CanvasSettings(), SquareSettings()])
+@pytest.mark.parametrize("settings", [CropSettings(), CentreSettings(fraction=0.9), CanvasSettings(), SquareSettings()])
 def test_one_image_at_a_time_and_all_at_once_agree(settings) -> None:
     view = Views(settings, [24, 24], "bicubic", seed=3)
     samples = np.arange(6)
@@ -97,11 +104,21 @@ def test_random_crops_have_torchvisions_statistics() -> None:
     assert abs(ours.is_mirrored.mean() - 0.5) < 0.03
 
 
+def test_narrow_and_wide_crops_are_drawn_alike_often() -> None:
+    """The logarithm of width over height is uniform, also of crops that always fit."""
+    uniform = np.random.default_rng(0).random((4000, 23))
+    boxes = random_crops([0.05, 0.1], [1 / 4, 4.0], 0.5)(uniform, np.full(4000, 999), np.full(4000, 999), [16, 16])
+    log_ratio = np.log(boxes.width / boxes.height)
+    assert log_ratio.mean() == pytest.approx(0, abs=0.06)
+    assert log_ratio.std() == pytest.approx(np.log(16) / 12**0.5, rel=0.05)
+
+
 def test_crops_of_extreme_images_fall_back_to_the_largest_allowed_box() -> None:
     uniform = np.random.default_rng(0).random((2, 23))
     boxes = random_crops([1.0, 1.0], [3 / 4, 4 / 3], 0.5)(uniform, np.array([10, 1000]), np.array([1000, 10]), [8, 8])
     assert boxes.height.tolist() == [10, 13]
     assert boxes.width.tolist() == [13, 10]
+    assert (boxes.top.tolist(), boxes.left.tolist()) == ([0, 493], [493, 0])  # in the middle
 
 
 def test_canvas_holds_the_whole_drawing_within_its_borders() -> None:
@@ -113,6 +130,46 @@ def test_canvas_holds_the_whole_drawing_within_its_borders() -> None:
     assert torch.equal(sides, drawn.any(2).sum(1))
     first = drawn.any(1).int().argmax(1)
     assert sorted(first[sides == 8].unique().tolist()) == [0, 1, 2, 3, 4]
+
+
+def test_canvas_sizes_are_whole_pixels_each_as_often_as_another() -> None:
+    uniform = np.random.default_rng(0).random((5000, 4))
+    boxes = canvas_places([2 / 3, 1.0], 0.5)(uniform, np.full(5000, 8), np.full(5000, 8), [12, 12])
+    sizes, counts = np.unique(8 * 12 / boxes.height, return_counts=True)
+    assert sizes.tolist() == pytest.approx([8, 9, 10, 11, 12])
+    assert counts / 5000 == pytest.approx(0.2, abs=0.03)
+
+
+@pytest.mark.parametrize("draw", [random_crops([0.2, 0.5], [3 / 4, 4 / 3], 0.5), random_squares([0.3, 0.6], 0.5),
+                                  canvas_places([0.3, 0.6], 0.5)])  # fmt: skip
+def test_place_size_and_mirroring_say_nothing_of_each_other(draw) -> None:
+    uniform = np.random.default_rng(0).random((4000, 23))
+    boxes = draw(uniform, np.full(4000, 500), np.full(4000, 500), [400, 400])
+    rooms = [500 - boxes.height, 500 - boxes.width]
+    drawn = [boxes.top / rooms[0], boxes.left / rooms[1], boxes.height, boxes.is_mirrored]
+    off_diagonal = np.corrcoef(np.stack(drawn)) - np.eye(4)
+    assert np.abs(off_diagonal).max() < 0.06
+
+
+def test_an_image_is_augmented_by_seed_epoch_and_sample() -> None:
+    def of(seed: int, epoch: int, sample: int) -> torch.Tensor:
+        view = Views(AugmentSettings(operations=4, magnitude=20), [40, 56], "bicubic", seed)
+        return view.augment([smooth_images(1)], np.array([sample]), np.array([epoch]))[0]
+
+    before = torch.get_rng_state()
+    first = of(0, 0, 0)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(of(0, 0, 0), first)
+    assert not any(torch.equal(of(*key), first) for key in ((1, 0, 0), (0, 1, 0), (0, 0, 1)))
+
+
+def test_no_view_is_brighter_than_white_or_darker_than_black() -> None:
+    image = torch.zeros(1, 200, 200)
+    image[:, :, 100:] = 255.0  # beside an edge, bicubic weights overshoot
+    for kind in (torch.float32, torch.uint8):
+        view = view_of_one(image.to(kind), boxes_of(0, 0, 200, 200), [333, 333], "bicubic")
+        assert (float(view.min()), float(view.max())) == (0, 255)
+        assert view.dtype == kind
 
 
 def test_centre_crop_keeps_the_middle_of_the_shorter_side() -> None:

@@ -12,7 +12,9 @@ from PIL import Image
 
 from sslvit.checkpoint import save_encoder
 from sslvit.cli import main
+from sslvit.evaluate import dense
 from sslvit.evaluate.dense import MaskedImages, measures, segment
+from sslvit.evaluate.linear import STRENGTHS
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings
 
@@ -46,6 +48,35 @@ def test_mean_iou_by_hand() -> None:
     assert found["mean IoU"] == pytest.approx((50 + 400 / 7) / 2)
     assert found["pixel accuracy"] == pytest.approx(70)
     assert "class 9" not in found
+
+
+def test_a_class_that_is_guessed_and_does_not_occur_is_in_no_mean() -> None:
+    found = measures(torch.tensor([[2, 0, 1], [0, 3, 0], [0, 0, 0]]), np.array([0, 5, 9]))
+    assert found["mean IoU"] == pytest.approx((200 / 3 + 100) / 2)
+    assert "class 9" not in found
+
+
+def test_masks_of_another_size_keep_their_numbers(tmp_path: Path) -> None:
+    data = MaskedImages.open(write(tmp_path / "set", 1, 0, (3, 200)))
+    for side in (8, 12, 40):
+        settings = EncoderSettings(image_size=side, patch=4, width=16, depth=1, heads=2)
+        image, mask = data.read(0, settings)
+        assert image.shape == (3, side, side)
+        assert mask.shape == (side, side)
+        assert set(np.unique(mask)) <= {3, 200, 255}
+
+
+def test_the_strength_is_chosen_on_images_that_the_trials_were_not_fitted_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    fits = []
+    fit = dense.fit_logistic
+    monkeypatch.setattr(dense, "fit_logistic", lambda *given: fits.append(given) or fit(*given))
+    held, counts = torch.arange(40) % 5 == 0, torch.rand(40) + 0.5
+    dense._fit(torch.randn(40, 6), torch.eye(2)[torch.arange(40) % 2], counts, held, 2)
+    trials, final = (given[4] for given in fits)
+    assert len(trials) == len(STRENGTHS)
+    for weight in trials:
+        torch.testing.assert_close(weight, torch.where(held, 0, counts).double())
+    torch.testing.assert_close(final[0], counts.double())
 
 
 def test_the_mean_is_over_the_data_set_not_over_images(tmp_path: Path) -> None:

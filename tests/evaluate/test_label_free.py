@@ -14,8 +14,10 @@ from sslvit.checkpoint import save_encoder
 from sslvit.cli import main
 from sslvit.data.arrays import array_samples
 from sslvit.data.pack import pack
+from sslvit.evaluate import health
 from sslvit.evaluate.attention import attention_measures, receptive_field
 from sslvit.evaluate.health import alignment, alpha_of_spectrum, label_free, uniformity
+from sslvit.evaluate.label_free import spread
 from sslvit.models import ViTEncoder
 from sslvit.report.show import middle_patch
 from sslvit.settings import EncoderSettings
@@ -40,6 +42,27 @@ def test_the_decay_of_a_known_spectrum(alpha: float) -> None:
     assert alpha_of_spectrum(features.float()) == pytest.approx(alpha, abs=0.1)
     assert math.isnan(alpha_of_spectrum(torch.zeros(10, 4)))
     assert math.isnan(alpha_of_spectrum(torch.full((10, 4), float("nan"))))
+
+
+def test_the_first_eigenvalues_do_not_decide_the_decay() -> None:
+    """The tenth part of them, at most ten: a few strong directions say little of how the rest falls off."""
+    source = torch.Generator().manual_seed(0)
+    for count, ignored in ((40, 4), (300, 10)):
+        values = torch.randn(600, count, generator=source, dtype=torch.float64)
+        basis = torch.linalg.qr(values - values.mean(0))[0]
+        spread = torch.arange(1, count + 1, dtype=torch.float64) ** -0.5
+        spread[:ignored] *= 20
+        assert alpha_of_spectrum(basis * spread) == pytest.approx(1, abs=1e-3)
+
+
+def test_the_images_that_are_measured_are_spread_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert spread(10, 4).tolist() == [0, 3, 6, 9]
+    assert spread(3, 10).tolist() == [0, 1, 2]
+    monkeypatch.setattr(health, "MOST_PAIRED", 10)
+    features = torch.randn(25, 6)
+    features[:10] = 1.0  # alike at the beginning, as where a set is sorted by class
+    assert uniformity(features) == pytest.approx(uniformity(features[::3]))
+    assert uniformity(features) < -0.1
 
 
 def test_alignment_and_uniformity_by_hand() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,8 @@ from sslvit.data.arrays import array_samples
 from sslvit.data.pack import pack
 from sslvit.evaluate import protocols
 from sslvit.evaluate.probe import PAPER_RULE, probe
-from sslvit.evaluate.sources import Features
-from sslvit.evaluate.stepped import BatchNormHead, HeadGrid, in_batches
+from sslvit.evaluate.sources import Features, FrozenEncoder, RawPixels
+from sslvit.evaluate.stepped import BatchNormHead, HeadGrid, fit_batch_norm_head, in_batches
 from sslvit.models import ViTEncoder
 from sslvit.optim.lars import LARS
 from sslvit.settings import EncoderSettings, ProbeSettings
@@ -90,6 +91,14 @@ def test_heads_start_small_by_seed_and_without_bias() -> None:
         assert not torch.equal(one, other)
     assert not heads[0][1].bias.any()
     assert not grids[0].bias[0].any()
+
+
+def test_a_fitted_batch_norm_head_judges_each_image_alone() -> None:
+    values, labels = torch.randn(32, 6), torch.arange(32) % 3
+    batches = ((step, Features(values, labels)) for step in range(5))
+    head = fit_batch_norm_head(batches, 6, 3, lambda step: 0.5)
+    together = head(values)
+    torch.testing.assert_close(torch.cat([head(row) for row in values.split(1)]), together)
 
 
 def test_a_grid_of_heads_is_as_many_heads_under_torchs_sgd() -> None:
@@ -266,12 +275,22 @@ def epochs_of(monkeypatch: pytest.MonkeyPatch, shards: Path, name: str, **change
             factors.append(factor_at(step))
             return factors[-1]
 
+        seen["momentum"] = momentum
         fit(grid, batches, factor, momentum)
 
     monkeypatch.setattr(HeadGrid, "fit", watched_fit)
+    accuracies = HeadGrid.accuracies
+
+    def watched_accuracies(grid, features):
+        seen.setdefault("scored", []).append(features)
+        return accuracies(grid, features)
+
+    monkeypatch.setattr(HeadGrid, "accuracies", watched_accuracies)
     head_fit = protocols.fit_batch_norm_head
 
     def watched_head(batches, width, classes, rate_at, *more):
+        seen["momentum"] = more[0]
+
         def rate(step: int) -> float:
             factors.append(rate_at(step))
             return factors[-1]
@@ -297,6 +316,10 @@ def test_the_grids_heads_never_step_on_images_that_choose_among_them(
     assert len(rows) == len(factors) == 200
     assert factors[0] == 1.0
     assert factors[100] == pytest.approx(0.5)
+    assert [len(features) for features in seen["scored"]] == [12, 60]  # chosen on those held out, then reported
+    fitted = {tuple(row) for batch in rows for row in batch.values.tolist()}
+    assert not fitted & {tuple(row) for row in seen["scored"][0].values.tolist()}
+    assert seen["momentum"] == 0.9
     assert seen["places"] == [*((layer, "class") for layer in (3, 4, 5, 6)), (6, "mean")]
     assert seen["table"].about["probed"]["mine"]["linear"]["chosen on"] == "12 training images held out"
 
@@ -308,6 +331,34 @@ def test_dinos_probe_reads_four_class_tokens_and_slows_by_epoch(shards: Path, mo
     assert factors[40] == pytest.approx(0.5)  # epoch 10 of 20, all of its four steps
     assert factors[40:44] == [factors[40]] * 4
     assert read_protocol("dino", {}).base_rate == 1e-3
+    assert [len(features) for features in seen["scored"]] == [60] * 20
+
+
+def test_dinos_probe_reads_one_block_and_the_mean_of_a_wide_encoder() -> None:
+    """ViT-B and wider, as in the released evaluation; four class tokens of a narrower one."""
+    places = {}
+    for width in (384, 768):
+        settings = EncoderSettings(image_size=8, patch=4, width=width, depth=5, heads=6)
+        source = RawPixels(settings)
+        source.places = partial(FrozenEncoder.places, source)  # which places there are is a question of settings
+        places[width] = protocols._dino_places(source, ProbeSettings("t", "v", read_protocol("dino", {}), cache=None))
+    assert places[384] == [(layer, "class") for layer in (2, 3, 4, 5)]
+    assert places[768] == [(5, "class"), (5, "mean")]
+
+
+@pytest.mark.parametrize("name", ["mae", "dino", "dinov2"])
+def test_a_protocols_momentum_reaches_its_optimiser(shards: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = {"protocol.iterations": 4} if name == "dinov2" else {"protocol.epochs": 2}
+    _, _, seen = epochs_of(monkeypatch, shards, name, **short, **{"protocol.momentum": 0.25})
+    assert seen["momentum"] == 0.25
+
+
+def test_images_are_held_out_of_every_class_one_at_least() -> None:
+    labels = torch.tensor([0] * 100 + [1] * 3 + [2] * 15)
+    is_held = protocols.held_out_rows(labels, 0.1, seed=0)
+    assert [int(is_held[labels == label].sum()) for label in range(3)] == [10, 1, 2]
+    assert torch.equal(is_held, protocols.held_out_rows(labels, 0.1, seed=0))
+    assert not torch.equal(is_held, protocols.held_out_rows(labels, 0.1, seed=1))
 
 
 def test_maes_probe_reads_the_class_token_and_warms_up(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:

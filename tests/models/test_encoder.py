@@ -176,7 +176,7 @@ def test_other_sizes_pass_and_the_own_size_is_not_resampled(tokens: str, positio
 
 
 def test_size_that_the_patch_does_not_divide_is_refused_with_a_remedy() -> None:
-    with pytest.raises(ValueError, match=r"30 x 32 .*patches of 8.*Resize it to 32 x 32"):
+    with pytest.raises(ValueError, match=r"30 x 32 .*patches of 8.*Set encoder.image_size to 32"):
         EncoderSettings(image_size=[30, 32], patch=8)
     with pytest.raises(ValueError, match=r"33 x 32 "):
         make()(images(33, 32))
