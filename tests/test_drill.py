@@ -32,8 +32,8 @@ import signal
 signal.signal = lambda number, handler: None
 """),
     "a lock that holds nobody": ("starts:overwrite", """
-import filelock
-filelock.FileLock.acquire = lambda self, *_, **__: None
+import fcntl
+fcntl.flock = lambda *_: None
 """),
     "a message without file and remedy": ("disk:index", """
 import sslvit.files
