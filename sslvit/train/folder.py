@@ -174,6 +174,10 @@ class RunFolder:
             part.write_text(yaml.dump(settings, Dumper=_Dumper, sort_keys=False, width=120))
             if not goes_on:
                 self._delete_run()
+        for folder in (self.path, self.figures, self.encoder, self.samples):
+            for left in folder.glob("*.part"):  # of a process that was killed while it wrote; this one holds the folder
+                if left.suffixes[-2:-1] and left.suffixes[-2][1:].isdecimal():
+                    left.unlink()
         self.checkpoint.parent.mkdir(exist_ok=True)
 
     def _delete_run(self) -> None:

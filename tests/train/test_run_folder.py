@@ -225,6 +225,15 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
+def test_files_that_a_killed_run_was_writing_go_when_it_goes_on(shards: Path, tmp_path: Path) -> None:
+    folder = run(shards, tmp_path / "run", **{"train.steps": 2})
+    for name in ("figures/loss.png.123.part", "metrics.jsonl.123.part", "figures/my.part", "figures/my.notes.part"):
+        (folder.path / name).write_text("half")
+    run(shards, tmp_path / "run", resume=True, **{"train.steps": 4})
+    left = sorted(str(path.relative_to(folder.path)) for path in folder.path.rglob("*.part"))
+    assert left == ["figures/my.notes.part", "figures/my.part"]
+
+
 # ---- damage ------------------------------------------------------------------------------------------------------
 
 
