@@ -21,6 +21,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sslvit.files import printable
+
 CHUNK = 2**22
 UNSURE_NS = 2_000_000_000  # a file written so lately may change without a newer date
 END = 22  # bytes that an archive ends in, before its comment; the last two are the length of that
@@ -72,7 +74,7 @@ def read_one_file(path: Path) -> dict[str, Any]:
             "Ask its author for a file of weights only (.safetensors), or re-save its state dict where you trust it."
         ) from error
     except Exception as error:  # damaged bytes make torch's reader raise almost anything
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        reason = printable(str(error).splitlines()[0], 120) if str(error) else type(error).__name__
         raise ValueError(f"{path}: not a readable checkpoint ({reason}). Is the download complete?") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, not a checkpoint with named weights.")

@@ -9,6 +9,7 @@ from sslvit.data.arrays import CONVERSIONS, LAYOUTS, array_source, idx_source
 from sslvit.data.folders import folder_source
 from sslvit.data.lists import LISTS, list_source
 from sslvit.data.sources import ImageSource
+from sslvit.data.tars import COMPRESSED_TARS
 from sslvit.files import printable
 
 
@@ -65,6 +66,11 @@ def read_source(source: str | Path, options: SourceOptions | None = None) -> Ima
     if "ubyte" in name or ".idx" in name or "-idx" in name:
         options.refuse_others(path, "an IDX file")
         return idx_source(path)
+    if name.endswith((".tar", ".zip", *COMPRESSED_TARS)):
+        raise ValueError(
+            f"{printable(path)}: an archive. Unpack it and pack the folder; a .tar in WebDataset's format needs no "
+            f"packing: sslvit shards index {printable(path.parent)}"
+        )
     raise ValueError(
         f"{printable(path)}: neither a folder, nor a list ({', '.join(LISTS)}), nor an array (.npy, .npz), nor an IDX "
         "file."

@@ -82,7 +82,11 @@ def array_samples(
     Raises:
         ValueError: neither uint8 nor uint16 and without a conversion, or of another shape.
     """
-    if images.ndim not in (3, 4) or (convert is None and images.dtype not in (np.uint8, np.uint16)):
+    if (
+        images.ndim not in (3, 4)
+        or 0 in images.shape
+        or (convert is None and images.dtype not in (np.uint8, np.uint16))
+    ):
         raise ValueError(
             f"an array of {images.dtype} and shape {images.shape}; images are uint8 or uint16, 'n h w' or 'n h w c'."
         )
@@ -144,7 +148,7 @@ def idx_source(path: Path) -> ImageSource:
     The labels of train-images-idx3-ubyte are looked for in train-labels-idx1-ubyte; each may be gzipped.
     """
     images = _read_idx(path)
-    if images.ndim not in (3, 4):
+    if images.ndim not in (3, 4) or 0 in images.shape:
         raise ValueError(f"{printable(path)}: its header says {brief(images.shape)}, and images are 'n h w'.")
     beside = path.name.replace("images", "labels").replace("idx3", "idx1").removesuffix(".gz")
     candidates = [path.with_name(name) for name in (beside, f"{beside}.gz")]
@@ -187,7 +191,8 @@ def _headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
                 about[entry.filename.removesuffix(".npy")] = shape, kind
             return about
     except Exception as error:  # zip, header and pickle errors; numpy parses headers with Python's parser
-        raise ValueError(f"{printable(path)}: not a readable array ({printable(error, 120)}).") from error
+        reason = printable(error, 120) or type(error).__name__
+        raise ValueError(f"{printable(path)}: not a readable array ({reason}).") from error
 
 
 def _read_header(file: Any) -> tuple[tuple[int, ...], np.dtype]:
@@ -206,7 +211,8 @@ def _load(path: Path, name: str) -> np.ndarray:
         with np.load(path, allow_pickle=False) as arrays:
             return arrays[name]
     except Exception as error:
-        raise ValueError(f"{printable(path)}: not a readable array ({printable(error, 120)}).") from error
+        reason = printable(error, 120) or f"{type(error).__name__}: too large for this machine's memory?"
+        raise ValueError(f"{printable(path)}: not a readable array ({reason}).") from error
 
 
 def _images_in(path: Path, about: dict, wanted: str | None) -> str:

@@ -36,6 +36,7 @@ except ImportError:
 
 MAX_PIXELS = 100_000_000  # a header that promises more is a decompression bomb, not a training image
 MANY_PIXELS = 1_000_000  # from which on a file with almost no bytes is not believed
+MAX_SCANS = 100  # of a progressive JPEG and its thumbnails; encoders write about ten
 MAX_PIXELS_PER_BYTE = 2000  # deflate's limit is 1032 values to a byte
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # other numbers of channels are stored as arrays
 REDUCTIONS = (8, 4, 2)  # at which a JPEG can be decoded without computing all of its pixels
@@ -131,6 +132,8 @@ def read_header(content: bytes, max_pixels: int = MAX_PIXELS, upright: bool = Tr
     """
     if not content:
         raise BadImage("zero bytes")
+    if content.startswith(b"\xff\xd8") and (scans := content.count(b"\xff\xda")) > MAX_SCANS:
+        raise BadImage(f"damaged image (a JPEG of {scans} scans, each of which takes as long as the image)")
     header = None
     if content.startswith(NPY):
         header = _array_header(content)

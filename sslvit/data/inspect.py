@@ -133,7 +133,7 @@ def describe_shards(index: ShardIndex, global_batch: int | None = None) -> str:
     classes = f"{len(index.classes)} classes" if index.classes else "no labels"
     total = sum(shard.bytes for shard in index.shards)
     lines = [
-        f"{index.location}: {len(index):,} images ({size}, {index.channels} channels{depth}, {classes}) in "
+        f"{printable(index.location)}: {len(index):,} images ({size}, {index.channels} channels{depth}, {classes}) in "
         f"{len(index.shards)} shards, {total / 1e6:,.1f} MB",
         f"  mean {index.mean}, std {index.std} (of pixels from 0 to 1)",
     ]
@@ -151,7 +151,7 @@ def describe_shards(index: ShardIndex, global_batch: int | None = None) -> str:
     if index.orientation != "upright":
         lines.append("  images are read as their pixels are stored, whatever EXIF says of their orientation")
     if index.encoding:
-        lines.append(f"  packed with: {index.encoding}")
+        lines.append(f"  packed with: {printable(index.encoding)}")
     if index.skipped:
         reasons = Counter(index.skipped.values()).most_common()
         shown = ", ".join(f"{count} x {printable(reason, 80)}" for reason, count in reasons[:10])

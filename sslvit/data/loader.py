@@ -113,7 +113,15 @@ def _decode_and_view(
     zoom = np.min([boxes.zoom(size_of_view) for size_of_view, boxes in drawn], axis=0)
     pixel = torch.uint8 if bits == 8 else torch.float32
     pictures = [torch.zeros(len(samples), reader.channels, *size_of_view, dtype=pixel) for size_of_view, _ in drawn]
+    first: dict[tuple[int, int], int] = {}  # a last batch is filled up with one sample many times
     for i, (content, header) in found.items():
+        same = first.setdefault((int(samples[i]), int(epochs[i])), i)
+        if same != i:
+            if same in bad:
+                bad[i] = bad[same]
+            for view in pictures:
+                view[i] = view[same]
+            continue
         try:
             reduction = reduction_for(zoom[i], header)
             image = decode(content, reader.channels, bits, reduction, header, reader.scratch)

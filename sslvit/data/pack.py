@@ -326,7 +326,9 @@ def load_job(folder: Path) -> dict[str, Any]:
     """
     path = folder / "job.json"
     try:
-        return checked_job(parse_json(path.read_bytes()), PackSettings)
+        job = checked_job(parse_json(path.read_bytes()), PackSettings)
+        PackSettings(**{name: job[name] for name in asdict(PackSettings())})
+        return job
     except ValueError as error:
         raise ValueError(f"{printable(path)}: {error}. Delete {printable(folder)} and pack again.") from error
 

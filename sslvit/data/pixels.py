@@ -17,7 +17,7 @@ from sslvit.data.reader import ShardReader
 from sslvit.data.resample import normalise
 from sslvit.data.views import Views
 from sslvit.figures import palette_picture
-from sslvit.files import write_atomically, write_error
+from sslvit.files import remove_left_parts, write_atomically, write_error
 from sslvit.palette import (
     LEVELS,
     ROUNDS,
@@ -74,8 +74,14 @@ def make_palette(
         content["mean_squared_error_uniform"] = squared_error(pixels, uniform_palette(index.channels))
     shown = images[:SHOWN]
     near = colours_of(nearest_colour(shown, palette), palette)
+    for path in (picture, out):
+        remove_left_parts(path)
     palette_picture(picture, *(((values + 1) / 2).numpy() for values in (palette, shown, near)))
-    write_atomically(out, json.dumps(content) + "\n")
+    try:
+        write_atomically(out, json.dumps(content) + "\n")
+    except BaseException:
+        picture.unlink(missing_ok=True)  # which would refuse the next try
+        raise
     return content
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sslvit.files import brief
 from sslvit.layouts import openai_igpt
 from sslvit.layouts.vit import (
     Converted,
@@ -99,7 +100,7 @@ def _convert(state: dict[str, Tensor], config: dict[str, Any], path: Path, chang
         return converted
     activation = "silu" if config.get("use_swiglu_ffn") else config.get("hidden_act", "gelu")
     if activation not in ("gelu", "silu"):
-        raise ValueError(f"{path}: hidden_act {activation} is not gelu, so this encoder cannot be held.")
+        raise ValueError(f"{path}: hidden_act {brief(activation)} is not gelu, so this encoder cannot be held.")
     encoder, extras = rename(state)
     is_dinov2 = config["model_type"] != "vit"
     found = {

@@ -36,7 +36,7 @@ from sslvit.evaluate.scores import (
 )
 from sslvit.evaluate.sources import FrozenEncoder, LabelledSet, RawPixels, Source
 from sslvit.figures import bars
-from sslvit.files import printable, write_atomically
+from sslvit.files import printable, remove_left_parts, write_atomically
 from sslvit.models import ViTEncoder
 from sslvit.models.resize import check_resizable
 from sslvit.report.page import write_page
@@ -171,7 +171,8 @@ class BenchRun:
 
     def claim(self) -> None:
         """Go on in a folder of a bench, or make a new one; nothing else is touched."""
-        if self.folder.exists() and any(self.folder.iterdir()):
+        remove_left_parts(self.folder / MARK)
+        if self.folder.exists() and any(path.name != "cells" or any(path.iterdir()) for path in self.folder.iterdir()):
             if not (self.folder / MARK).exists():
                 raise ValueError(f"{self.folder}: in use, and not by a bench (no {MARK}). Choose another --out.")
             earlier = json.loads((self.folder / MARK).read_text()).get("name")

@@ -209,6 +209,14 @@ def test_few_bytes_that_promise_many_pixels_are_damaged() -> None:
         read_header(encoded(Image.new("L", (20_000, 20_000)), "GIF"))
 
 
+def test_a_jpeg_of_hundreds_of_scans_is_damaged() -> None:
+    content = encoded(photograph(64, 48), "JPEG", progressive=True)
+    assert read_header(content).is_jpeg
+    start = content.rindex(b"\xff\xda")
+    with pytest.raises(BadImage, match="a JPEG of [0-9]+ scans"):
+        read_header(content[:-2] + content[start:-2] * 100 + content[-2:])
+
+
 def test_a_decompression_bomb_is_refused_by_its_header() -> None:
     header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
     chunk = struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))

@@ -317,6 +317,21 @@ def test_check_finds_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["shards", "check", str(tmp_path / "out")]) == 1
 
 
+def test_what_an_index_says_reaches_the_screen_in_plain_characters(tmp_path: Path) -> None:
+    index = numbered_shards(tmp_path, 3)
+    index.encoding, index.skipped = "\x1b[2J\x07", {"a\x1b": "b\x1b]0;title\x07"}
+    assert not {"\x1b", "\x07"} & set(describe_shards(index))
+
+
+def test_labels_below_zero_are_none_of_the_classes(tmp_path: Path) -> None:
+    index = numbered_shards(tmp_path, 3)
+    index.records = index.records.copy()
+    index.records["label"][1] = -1
+    index.save()
+    with pytest.raises(ValueError, match="has the label -1, which is none of its 2 classes"):
+        load_index(tmp_path)
+
+
 def test_info_says_what_a_job_needs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     index = numbered_shards(tmp_path, 30, shard_mb=0.01)
     text = describe_shards(index, 24)

@@ -232,6 +232,7 @@ def test_numbers_in_a_list_stay_class_numbers_and_labels_may_be_absent(tmp_path:
         ("a.csv", "path,label\nin/cat/im.001.png,-1\n", "a.csv: a label of -1; classes count from 0"),
         ("a.csv", "path,label\nin/cat/im.001.png,99999\n", "labels up to 99999 for 1 images are no class numbers"),
         ("a.txt", "", "neither a folder, nor a list"),
+        ("a.tar", "", "an archive. Unpack it.*needs no packing: sslvit shards index"),
     ],
 )
 def test_a_wrong_list_is_named_with_its_line(tmp_path: Path, name: str, text: str, message: str) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 from shard_fixtures import encoded, image_folder, numbered_shards, numbers_of, photograph
 
 from sslvit.data.arrays import array_samples
-from sslvit.data.decode import BadImage
+from sslvit.data.decode import BadImage, decode
 from sslvit.data.loader import TrainingBatches, evaluation_loader, make_batch, resolution_of, view_samples
 from sslvit.data.mixture import JoinedIndex, MixturePlan
 from sslvit.data.pack import pack, pack_source
@@ -242,3 +242,22 @@ def test_a_photograph_among_grey_images_is_bad_nowhere(tmp_path: Path) -> None:
     (index,) = pack_source(tmp_path / "in", tmp_path / "out", workers=1)
     assert index.channels == 3
     assert seen(ShardReader(index), [0, 1])[1] == {}
+
+
+def test_a_sample_that_fills_up_a_batch_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (index,) = pack_source(image_folder(tmp_path / "in", count=3), tmp_path / "out", workers=1)
+    decoded = []
+
+    def count(content, *more):
+        decoded.append(content)
+        return decode(content, *more)
+
+    monkeypatch.setattr("sslvit.data.loader.decode", count)
+    reader = ShardReader(index, memory_limit_mb=0)
+    batch = make_batch(reader, WHOLE, np.array([0, 4, 4, 4]), np.zeros(4, int))
+    assert len(decoded) == 2
+    assert all(torch.equal(batch.views[0][1], batch.views[0][i]) for i in (2, 3))
+    assert not torch.equal(batch.views[0][0], batch.views[0][1])
+    decoded.clear()
+    make_batch(reader, WHOLE, np.array([4, 4]), np.array([0, 1]))
+    assert len(decoded) == 2  # of another epoch, so another view
