@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import yaml
 
-from sslvit.files import held_folder, new_file, printable, write_atomically, write_error
+from sslvit.files import held_folder, new_file, printable, remove_left_parts, write_atomically, write_error
 from sslvit.settings.load import YAML_ERRORS
 from sslvit.weight_files import SHARDS, check_checkpoint
 
@@ -139,8 +139,9 @@ class RunFolder:
         inside = list(self.checkpoint.parent.iterdir()) if self.checkpoint.parent.is_dir() else []
         if any(path.suffix != ".part" and path.name != SHARDS for path in inside):
             return False
-        lines = self.read_metrics()  # more than its beginning: the checkpoints were there and are gone
-        return not lines or lines[-1]["step"] < self._steps_to_first_checkpoint()
+        lines = self.read_metrics()
+        # a writer in the background may be killed as late as with the second; later, the first was there and is gone
+        return not lines or lines[-1]["step"] < 2 * self._steps_to_first_checkpoint()
 
     @property
     def is_run(self) -> bool:
@@ -170,14 +171,13 @@ class RunFolder:
         checkpoint is newer.
         """
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        for folder in (self.path, self.encoder, self.figures, self.samples, self.incident):
+            for name in {left.name.rsplit(".", 2)[0] for left in folder.glob("*.*.part")}:
+                remove_left_parts(folder / name)
         with new_file(self.config) as part:
             part.write_text(yaml.dump(settings, Dumper=_Dumper, sort_keys=False, width=120))
             if not goes_on:
                 self._delete_run()
-        for folder in (self.path, self.figures, self.encoder, self.samples):
-            for left in folder.glob("*.part"):  # of a process that was killed while it wrote; this one holds the folder
-                if left.suffixes[-2:-1] and left.suffixes[-2][1:].isdecimal():
-                    left.unlink()
         self.checkpoint.parent.mkdir(exist_ok=True)
 
     def _delete_run(self) -> None:

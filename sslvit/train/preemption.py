@@ -40,10 +40,26 @@ class Preemption(StepCallback):
         if trainer.world_size > 1:
             # flags lie on the CPU: no device is waited for
             self.group = distributed.new_group(backend="gloo", timeout=self.timeout)
+            self.check_same_step()
         self.told = received_signal()  # while all was prepared, where a library may have swallowed it
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:  # after Lightning's own, which would stop without a checkpoint
                 signal.signal(number, self.hear)
+
+    def check_same_step(self) -> None:
+        """Refuse ranks that go on from different checkpoints, as when one of them reads a damaged file.
+
+        Raises:
+            RuntimeError: they do.
+        """
+        ends = torch.tensor([self.step, -self.step])
+        distributed.all_reduce(ends, distributed.ReduceOp.MAX, group=self.group)
+        last, first = int(ends[0]), -int(ends[1])
+        if first != last:
+            raise RuntimeError(
+                f"{self.folder.checkpoint}: ranks would go on from steps {first} to {last}, so not all of them can "
+                "read the same checkpoint. See what each says, and check the disk that they share."
+            )
 
     def hear(self, number: int, frame: FrameType | None) -> None:
         self.told = note_signal(number)

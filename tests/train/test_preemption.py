@@ -19,6 +19,7 @@ from sslvit.stopping import Preempted, requeue, stopping_at_once
 from sslvit.tasks import task_class
 from sslvit.train import run as run_module
 from sslvit.train.folder import RunFolder
+from sslvit.train.preemption import Preemption
 
 
 def signalled(monkeypatch: pytest.MonkeyPatch, numbers: list[int], at: int) -> None:
@@ -134,6 +135,20 @@ def test_a_forked_process_dies_of_a_signal_as_always(tmp_path: Path) -> None:
 
 def is_asleep(process: int) -> bool:
     return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "S"
+
+
+def test_ranks_that_read_different_checkpoints_do_not_train_together(tmp_path: Path, monkeypatch) -> None:
+    rank = Preemption(RunFolder(tmp_path), 9, 1.0)
+    rank.step, others = 6, [torch.tensor([6, -6]), torch.tensor([3, -3])]
+
+    def all_reduce(values: torch.Tensor, *_, **__) -> None:
+        values.copy_(torch.stack([values, *others]).amax(0))
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    with pytest.raises(RuntimeError, match="last.ckpt: ranks would go on from steps 3 to 6.* check the disk"):
+        rank.check_same_step()
+    others[1] = others[0]
+    rank.check_same_step()
 
 
 @pytest.mark.slow

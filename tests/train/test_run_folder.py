@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import signal
+import subprocess
 import zipfile
 from pathlib import Path
 
@@ -143,14 +144,42 @@ def test_files_with_the_names_of_a_runs_are_not_taken_for_one(
 
 
 def test_a_run_whose_checkpoints_were_deleted_is_no_beginning(shards: Path, tmp_path: Path, monkeypatch) -> None:
-    stopped(shards, tmp_path / "run", 5, monkeypatch)
-    folder = RunFolder(tmp_path / "run")
+    monkeypatch.setattr(run_module, "_finish", lambda *_: None)
+    folder = run(shards, tmp_path / "run")
     folder.checkpoint.unlink()
     with pytest.raises(ValueError, match="already exists"):
         run(shards, tmp_path / "run")
-    assert len(folder.read_metrics()) == 5
+    assert len(folder.read_metrics()) == 7
     folder.checkpoint.parent.rmdir()
     assert len(run(shards, tmp_path / "run", overwrite=True, **{"train.steps": 2}).read_metrics()) == 2
+
+
+def test_a_first_checkpoint_that_could_not_be_written_leaves_nothing_to_lose(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(RuntimeError, match="step 3 could not be written .No space left on device.. There is none"):
+            run(shards, tmp_path / "run")
+    assert len(RunFolder(tmp_path / "run").read_metrics()) == 3
+    assert run(shards, tmp_path / "run").goes_on
+
+
+def test_what_a_killed_process_was_writing_is_removed_when_its_run_goes_on(shards: Path, tmp_path: Path) -> None:
+    folder = run(shards, tmp_path / "run", **{"train.steps": 2})
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    names = ["config.yaml", "health.json", "figures/loss.png", "encoder/encoder.json"]
+    for name in names:
+        (folder.path / f"{name}.{dead.pid}.part").write_text("half")
+    own = [folder.path / "figures" / name for name in ("film.part", f"views.png.{os.getppid()}.part")]
+    for path in own:
+        path.write_text("somebody's, or of a process that runs")
+    run(shards, folder.path, resume=True, **{"train.steps": 3})
+    assert sorted(folder.path.rglob("*.part")) == sorted(own)
 
 
 def test_overwriting_leaves_files_that_no_run_made(shards: Path, tmp_path: Path) -> None:
@@ -223,15 +252,6 @@ def flip_a_bit(path: Path) -> None:
     weight = read_one_file(path)["state_dict"]["encoder.blocks.0.attn.qkv.weight"].numpy().tobytes()
     content[content.index(weight) + 100] ^= 1
     path.write_bytes(content)
-
-
-def test_files_that_a_killed_run_was_writing_go_when_it_goes_on(shards: Path, tmp_path: Path) -> None:
-    folder = run(shards, tmp_path / "run", **{"train.steps": 2})
-    for name in ("figures/loss.png.123.part", "metrics.jsonl.123.part", "figures/my.part", "figures/my.notes.part"):
-        (folder.path / name).write_text("half")
-    run(shards, tmp_path / "run", resume=True, **{"train.steps": 4})
-    left = sorted(str(path.relative_to(folder.path)) for path in folder.path.rglob("*.part"))
-    assert left == ["figures/my.notes.part", "figures/my.part"]
 
 
 # ---- damage ------------------------------------------------------------------------------------------------------
