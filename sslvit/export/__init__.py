@@ -18,7 +18,7 @@ from sslvit.export import onnx, safetensors, timm, torch, transformers
 from sslvit.export.card import CARD, in_quotes, known_scores, make_card, write_card
 from sslvit.export.exported import with_outputs
 from sslvit.export.verify import SHOWN, check_inputs, compare, compare_preprocessing, shortfall
-from sslvit.files import WriteError, is_of_the_disk, write_atomically, write_error
+from sslvit.files import WriteError, is_of_the_disk, write_error
 from sslvit.progress import without_bars_of_others
 
 FORMATS = {"timm": timm, "transformers": transformers, "onnx": onnx, "torch": torch, "safetensors": safetensors}
