@@ -53,7 +53,7 @@ def photos(tmp_path: Path) -> Path:
         (["--task.name", "may"], "task.name: 'may' is not one of mae"),
         (["--task.mask_ratio", "1.5"], "not between 0 and 1"),
         (["--train.steps"], "--train.steps: no value given"),
-        (["oops"], "oops: expected --key value"),
+        (["oops"], "is no .tar file. Give one folder"),
         (["--train.epochs", "0"], "train.epochs: 0"),
         (["--train.epochs", ".nan"], "train.epochs: nan"),
         (["--encoder.patch", "0"], "encoder.patch: 0 is not above zero"),

@@ -62,7 +62,7 @@ def read_config(path: Path) -> dict[str, Any]:
     config = _read_json(path / "config.json")
     if config.get("model_type") not in MODELS:
         kind = config.get("model_type", "no model_type")
-        raise ValueError(f"{path}: a transformers folder of another model ({kind}). Known: {', '.join(MODELS)}.")
+        raise ValueError(f"{path}: a transformers folder of another model ({brief(kind)}). Known: {', '.join(MODELS)}.")
     return config
 
 

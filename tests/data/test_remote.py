@@ -383,6 +383,7 @@ def test_an_index_that_is_none_is_named(server: Server, cache: ShardCache) -> No
     path.write_text("<html>hello</html>")
     with pytest.raises(ValueError, match=r"/a/index.json: no readable JSON"):
         open_shards(f"{server.address}/a", cache)
+    about["splits"]["train"]["filenames"][1] = "shard-000001.tar"
     path.write_text(json.dumps(about | {"records_sha256": "0" * 64}))
     with pytest.raises(ValueError, match="not the one that index.json describes"):
         open_shards(f"{server.address}/a", cache)
