@@ -10,7 +10,6 @@ import reprlib
 import shutil
 import tempfile
 import time
-import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -278,7 +277,7 @@ def is_of_the_disk(error: BaseException) -> bool:
 
 
 def _is_harmless(character: str) -> bool:
-    return unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+    return character.isprintable()
 
 
 def _escaped(character: str) -> str:

@@ -176,7 +176,10 @@ def _headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     try:
         if path.suffix.lower() == ".npy":
             with open(path, "rb") as file:
-                return {"images": _read_header(file)}
+                shape, kind = _read_header(file)
+                if math.prod(shape) * kind.itemsize > os.path.getsize(path) - file.tell():
+                    raise ValueError("it is shorter than it says")
+                return {"images": (shape, kind)}
         with zipfile.ZipFile(path) as archive:
             about = {}
             for entry in archive.infolist():

@@ -433,6 +433,9 @@ def test_arrays_that_promise_more_than_they_hold_are_refused_before_they_are_unp
         archive.writestr("x.npy", buffer.getvalue())
     with pytest.raises(ValueError, match="x.npy is shorter than it says"):
         read_source(tmp_path / "a.npz")
+    (tmp_path / "a.npy").write_bytes(buffer.getvalue())
+    with pytest.raises(ValueError, match="it is shorter than it says"):
+        read_source(tmp_path / "a.npy")
 
 
 def test_gzipped_idx_images_find_plain_labels(tmp_path: Path) -> None:
