@@ -91,7 +91,7 @@ def load_encoder(
     Args:
         source: a run folder, an encoder folder, a Lightning checkpoint of ours, a released checkpoint file, a folder
             that transformers or timm opens, or timm:NAME for a pretrained model of timm's.
-        layout: of a released file: mae, dino, dinov2, timm, transformers or openai_igpt; recognised from the names if
+        layout: of a released file: mae, dino, dinov2, timm, transformers or openai_igpt; recognized from the names if
             None.
         heads: attention heads of a released file, which does not say them; 64 channels a head are assumed if None.
         weights: which network of a file with several, by a part of its name, such as student or model_ema; None for

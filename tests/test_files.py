@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
-import signal
 import stat
 import subprocess
 import sys
@@ -14,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from disk_fixtures import files_up_to
 from safetensors.torch import save_file
 
 from sslvit.files import (
@@ -47,14 +46,9 @@ def test_an_interrupted_write_leaves_no_part(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("save", [torch.save, save_file], ids=["torch", "safetensors"])
 def test_a_disk_that_takes_no_more_is_named_by_each_writer(tmp_path: Path, save) -> None:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the limit on the length of a file stands for a full disk
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
-    try:
-        with pytest.raises(WriteError, match="weights: could not be written"), new_file(tmp_path / "weights") as part:
-            save({"a": torch.zeros(100_000)}, part)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = "weights: could not be written"
+    with files_up_to(10_000), pytest.raises(WriteError, match=said), new_file(tmp_path / "weights") as part:
+        save({"a": torch.zeros(100_000)}, part)
     assert not list(tmp_path.glob("*weights*"))
 
 
@@ -80,6 +74,7 @@ def test_new_files_have_the_mode_of_their_neighbours(tmp_path: Path) -> None:
         ("a\nsslvit: done", "a\\x0asslvit: done"),
         ("\x1b[2Jgone", "\\x1b[2Jgone"),
         ("caf\udce9.jpg", "caf\\xe9.jpg"),
+        ("unassigned\u05cd", "unassigned\\u05cd"),
         ("a\u202egpj.exe", "a\\u202egpj.exe"),
         ("x" * 300, "x" * 196 + " ..."),
     ],

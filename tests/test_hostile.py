@@ -298,3 +298,10 @@ def test_a_checkpoint_of_half_a_million_parts_is_refused_at_the_first_that_is_mi
     with pytest.raises(FileNotFoundError, match="rank-00000.pt: a part of .* is missing"):
         load_encoder(tmp_path / "last.ckpt")
     assert time.monotonic() - start < 5
+
+
+def test_a_model_type_of_any_length_is_named_in_few_words(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": ["x" * 100] * 1000}))
+    with pytest.raises(ValueError, match="a transformers folder of another model") as error:
+        load_encoder(tmp_path)
+    assert len(str(error.value)) < 400

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import resource
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from disk_fixtures import files_up_to
 
 from sslvit.commands.files import write_json
 from sslvit.data.arrays import array_samples
@@ -22,18 +20,6 @@ from sslvit.files import WriteError
 from sslvit.report.page import write_page
 
 PIXELS = np.random.default_rng(0).random((64, 3, 16, 16))
-
-
-@contextmanager
-def full_disk(limit: int = 1000) -> Iterator[None]:
-    """The limit on the length of a file stands for a full disk."""
-    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def embeddings(path: Path) -> None:
@@ -52,7 +38,7 @@ WRITERS: dict[str, tuple[str, Callable[[Path], object]]] = {
 @pytest.mark.parametrize("writer", WRITERS)
 def test_a_full_disk_is_named_with_file_and_remedy(tmp_path: Path, writer: str) -> None:
     name, write = WRITERS[writer]
-    with full_disk(), pytest.raises(WriteError, match=f"{name}: could not be written .*[Cc]he"):
+    with files_up_to(1000), pytest.raises(WriteError, match=f"{name}: could not be written .*[Cc]he"):
         write(tmp_path / name)
     assert os.listdir(tmp_path) == []
     write(tmp_path / name)
@@ -62,6 +48,6 @@ def test_a_full_disk_is_named_with_file_and_remedy(tmp_path: Path, writer: str) 
 def test_a_palette_is_whole_or_absent(tmp_path: Path) -> None:
     images = (PIXELS * 255).astype(np.uint8).transpose(0, 2, 3, 1)
     index = pack(array_samples(images), tmp_path / "s")
-    with full_disk(), pytest.raises(WriteError, match="could not be written"):
+    with files_up_to(1000), pytest.raises(WriteError, match="could not be written"):
         make_palette(index, tmp_path / "p" / "p.json", 64, 16)
     assert not list((tmp_path / "p").glob("p.json*"))

@@ -88,7 +88,8 @@ def array_samples(
         or (convert is None and images.dtype not in (np.uint8, np.uint16))
     ):
         raise ValueError(
-            f"an array of {images.dtype} and shape {images.shape}; images are uint8 or uint16, 'n h w' or 'n h w c'."
+            f"an array of {images.dtype} and shape {brief(images.shape)}; images are uint8 or uint16, 'n h w' or "
+            "'n h w c'."
         )
     labels = None if labels is None else list(labels)
     if labels is not None and len(labels) != len(images):

@@ -137,8 +137,11 @@ def _is_image(entry: os.DirEntry, root: Path, passed: _Passed) -> bool:
 
 def _sample(files: FileImages, path: str, root: Path) -> Sample:
     stem, suffix = os.path.splitext(os.path.relpath(path, root))
-    size = os.path.getsize(path) if os.path.exists(path) else 0  # a link to nowhere is left out when it is read
-    return Sample(stem, suffix.lower(), files, path, NO_LABEL, size)
+    try:
+        about = os.stat(path)
+    except OSError:  # a link to nowhere is left out when it is read
+        return Sample(stem, suffix.lower(), files, path, NO_LABEL)
+    return Sample(stem, suffix.lower(), files, path, NO_LABEL, about.st_size, about.st_mtime_ns)
 
 
 def _notes(passed: _Passed, empty: list[str]) -> list[str]:

@@ -59,7 +59,7 @@ class ShardDataModule(pl.LightningDataModule):
         if isinstance(self.index, StreamIndex):
             batches: Dataset = StreamBatches(
                 self.index, self.views, self.encoder.channels, trainer.global_rank, trainer.world_size, micro, passes,
-                self.start_step,
+                self.start_step, self.settings.max_pixels,
             )  # fmt: skip
             workers, order = batches.workers(self.settings.workers), None
         else:

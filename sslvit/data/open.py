@@ -165,7 +165,7 @@ def _plan(index: ShardIndex, settings: DataSettings, batch: int, seed: int) -> E
 
 
 def _open_images(path: Path, cache: ShardCache) -> ShardIndex:
-    """The shards of an image folder, packed into the cache on first use; its name there is that of its content."""
+    """The shards of an image folder, packed into the cache on first use."""
     found = folder_source(path)
     folder = packed_folder(path, found, cache)
     folder.mkdir(parents=True, exist_ok=True)
@@ -180,8 +180,9 @@ def _open_images(path: Path, cache: ShardCache) -> ShardIndex:
 
 
 def packed_folder(path: Path, found: ImageSource, cache: ShardCache) -> Path:
-    """Where the shards of an image folder are kept; another folder with the same images shares them."""
+    """Where the shards of an image folder are kept: by names, lengths, times and classes, so that no other is read."""
     digest = hashlib.sha256(f"{digest_of(found.samples)} {found.classes}".encode("utf-8", "surrogateescape"))
+    digest.update(np.array([sample.modified_ns for sample in found.samples], np.int64).tobytes())
     name = re.sub(r"[^\w-]", "_", path.resolve().name) or "images"
     return cache.folder / "packed" / f"{name[:40]}-{digest.hexdigest()[:16]}"
 

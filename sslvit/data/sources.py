@@ -30,6 +30,7 @@ class Sample:
         place: which one of those that it holds.
         label: class number, or NO_LABEL.
         bytes: about how long it is.
+        modified_ns: when its file was changed last, which tells two of equal length apart; 0 for none.
     """
 
     key: str
@@ -38,6 +39,7 @@ class Sample:
     place: Any
     label: int = NO_LABEL
     bytes: int = 0
+    modified_ns: int = 0
 
     def read(self) -> bytes:
         return self.source.read(self.place)

@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from sslvit.chance import generator
 from sslvit.data.batch import Batch
-from sslvit.data.decode import IMAGE_SUFFIXES, BadImage
+from sslvit.data.decode import IMAGE_SUFFIXES, MAX_PIXELS, BadImage
 from sslvit.data.index import Shard, is_address
 from sslvit.data.loader import MemoryReader, make_batch
 from sslvit.data.remote import ShardCache
@@ -100,13 +100,14 @@ class StreamBatches(IterableDataset):
         micro: images per micro-batch.
         passes: micro-batches per optimiser step on one rank.
         start_step: of the run; another one is another order.
+        max_pixels: of the largest image that is accepted.
     """
 
     def __init__(
         self, index: StreamIndex, views: Views, channels: int, rank: int, ranks: int, micro: int, passes: int,
-        start_step: int = 0,
+        start_step: int = 0, max_pixels: int = MAX_PIXELS,
     ) -> None:  # fmt: skip
-        self.index, self.views, self.channels = index, views, channels
+        self.index, self.views, self.channels, self.max_pixels = index, views, channels, max_pixels
         self.rank, self.ranks, self.micro, self.passes, self.start_step = rank, ranks, micro, passes, start_step
         self.unused: set[str] = set()  # fields with images that it was said of
         if ranks > len(index.urls):
@@ -128,7 +129,7 @@ class StreamBatches(IterableDataset):
             contents = {number: (key, content) for _, number, key, content, _ in rows}
             first_row = (self.rank * self.passes + number % self.passes) * self.micro
             numbers, epochs = np.array([row[1] for row in rows]), np.array([row[0] for row in rows])
-            reader = MemoryReader(contents, self.channels)
+            reader = MemoryReader(contents, self.channels, self.max_pixels)
             batch = make_batch(reader, self.views, numbers, epochs, first_row=first_row)
             batch.bad |= {name: reason for *_, problems in rows for name, reason in problems.items()}
             yield batch

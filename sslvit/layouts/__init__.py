@@ -56,7 +56,7 @@ def to_sslvit(
 
     Args:
         content: the state dict, or what a file holds around it (unwrap.py).
-        layout: recognised from the names unless given.
+        layout: recognized from the names unless given.
         heads: of attention, where the weights do not say them.
         network: which one, of a file with several.
         source: for messages.

@@ -146,7 +146,7 @@ def _from_timm(name: str, weights: dict[str, Tensor] | None, **changes) -> Conve
     converted.read = len(model.state_dict())
     if isinstance(share := about.get("crop_pct"), float) and share < 1:
         converted.notes.append(
-            f"preprocessing: timm evaluates the middle {share:.1%} of each side; here the largest centred box is taken."
+            f"preprocessing: timm evaluates the middle {share:.1%} of each side; the largest centered box is used."
         )
     if math.prod(converted.settings.grid) > MAX_PATCHES:
         raise ValueError(f"timm:{name}: images of {converted.settings.image_size} pixels are too large to be compared.")

@@ -282,14 +282,14 @@ def _unusual(path: Path, image_size: int | list[int]) -> list[str]:
 
 
 def _framing(content: dict[str, Any], image_size: int | list[int]) -> list[str]:
-    """How an image processor cuts images otherwise than sslvit, which resizes the largest centred box to image_size."""
+    """How an image processor cuts images unlike sslvit, which resizes the largest centered box to image_size."""
     size, crop = content.get("size"), content.get("crop_size") if content.get("do_center_crop", True) else None
     size = {"shortest_edge": size} if isinstance(size, int) else size if isinstance(size, dict) else {}
     crop = crop.get("height") if isinstance(crop, dict) else crop
     if content.get("do_resize") is False:
         return []
     edge = size.get("shortest_edge")
-    ours = f"here the largest centred box is resized to {image_size}"
+    ours = f"here the largest centered box is resized to {image_size}"
     if edge and crop and crop != edge:
         return [f"preprocessing: there the shorter side is resized to {edge} and the middle {crop} are kept; {ours}."]
     if size.get("height") and not crop:

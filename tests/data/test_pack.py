@@ -768,9 +768,19 @@ def test_an_unreadable_class_folder_is_an_error(tmp_path: Path, monkeypatch: pyt
         folder_source(source)
 
 
-def test_an_image_folder_is_packed_once_into_the_cache_under_the_name_of_its_content(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_folders_whose_files_have_equal_names_and_lengths_do_not_share_shards(tmp_path: Path) -> None:
+    for number, name in enumerate(("one", "other")):
+        (tmp_path / name).mkdir()
+        for i in range(4):
+            Image.new("L", (6, 6), 50 * number + i).save(tmp_path / name / f"{i}.bmp")
+    cache = ShardCache(tmp_path / "cache")
+    for number, name in enumerate(("one", "other")):
+        assert sorted(numbers_of(open_shards(tmp_path / name, cache))) == [50 * number + i for i in range(4)]
+    Image.new("L", (6, 6), 200).save(tmp_path / "one" / "0.bmp")
+    assert sorted(numbers_of(open_shards(tmp_path / "one", cache))) == [1, 2, 3, 200]
+
+
+def test_an_image_folder_is_packed_once_into_the_cache(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     one, other = image_folder(tmp_path / "one"), image_folder(tmp_path / "other", count=3)
     cache = ShardCache(tmp_path / "cache")
     before = open_shards(one, cache)

@@ -140,6 +140,13 @@ def test_a_run_starts_from_another_encoder(shards: Path, tmp_path: Path) -> None
         run(shards, tmp_path / "third", init=str(tmp_path / "first"), **{"encoder.width": 32})
 
 
+@pytest.mark.parametrize("memory", [0, 1024])
+def test_images_of_more_pixels_than_are_allowed_are_unreadable(shards: Path, tmp_path: Path, memory: int) -> None:
+    limits = {"data.max_pixels": 63, "data.memory_limit_mb": memory}
+    with pytest.raises(RuntimeError, match=r"8 x 8 pixels, more than 63 \(data.max_pixels\)"):
+        run(shards, tmp_path / "run", **limits)
+
+
 def test_an_image_folder_is_packed_once_for_all_runs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     from PIL import Image
 
