@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 import subprocess
@@ -143,6 +144,18 @@ with held_folder(sys.argv[1], "train"):
     with held_folder(tmp_path / "new", "train"):
         pass
     assert os.listdir(tmp_path) == []
+
+
+def test_a_lock_whose_file_went_meanwhile_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    take = fcntl.flock
+
+    def late(handle: int, how: int) -> None:
+        (tmp_path / ".lock").unlink()  # by the one who held it, between the opening and the lock
+        take(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(ValueError, match="another process is at work"), held_folder(tmp_path, "train"):
+        pass
 
 
 def test_a_process_that_waits_gets_the_folder_when_the_other_has_ended(tmp_path: Path, capsys) -> None:
