@@ -40,7 +40,8 @@ STUDENT, TEACHER = "encoder.", "teacher."  # of a checkpoint's names, where a ta
 POSITION_TABLES = ("learned_1d", "sincos_1d", "sincos_2d")
 NOT_IN_THE_WEIGHTS = (
     "dropout", "drop_path", "checkpointing", "initialisation", "colour_start", "mean", "std", "interpolation",
-    "feature_layer", "feature_norm", "pooling", "interpolate_antialias", "interpolate_offset",
+    "crop_mode", "crop_fraction", "feature_layer", "feature_norm", "pooling",
+    "interpolate_antialias", "interpolate_offset",
 )  # fmt: skip
 
 

@@ -227,6 +227,11 @@ class _EvaluationBatches(Dataset):
         return len(self.batches)
 
 
+def center_view(encoder: EncoderSettings, fraction: float | None = None) -> CentreSettings:
+    """What evaluation sees of an image: the encoder's own crop, or its crop with another fraction."""
+    return CentreSettings(fraction=fraction or encoder.crop_fraction, mode=encoder.crop_mode)
+
+
 def evaluation_loader(
     reader: ShardReader, encoder: EncoderSettings, batch: int = 256, workers: int = 0, rank: int = 0, ranks: int = 1,
     view: ViewSettings | None = None, epoch: int = 0, seed: int = 0, chosen: np.ndarray | None = None,
@@ -245,7 +250,7 @@ def evaluation_loader(
         seed: of that chance.
         chosen: numbers of the samples that are seen; None for all.
     """
-    views = Views(view or CentreSettings(), encoder.image_size, encoder.interpolation, seed)
+    views = Views(view or center_view(encoder), encoder.image_size, encoder.interpolation, seed)
     batches = _EvaluationBatches(reader, views, batch, rank, ranks, epoch, chosen)
     return DataLoader(batches, batch_size=None, num_workers=workers, worker_init_fn=obey_parent_alone)
 

@@ -73,7 +73,7 @@ class Views:
             case CanvasSettings():
                 return [OneView(size, canvas_places(settings.side, settings.flip))]
             case CentreSettings():
-                return [OneView(size, centre_crops(settings.fraction))]
+                return [OneView(size, centre_crops(settings.fraction, settings.mode))]
             case MultiCropSettings():
                 large = OneView(size, random_crops(settings.global_scale, settings.ratio, settings.flip))
                 small = OneView(
@@ -196,12 +196,15 @@ def random_squares(side: list[float], flip: float) -> DrawBoxes:
     return draw
 
 
-def centre_crops(fraction: float) -> DrawBoxes:
-    """The largest centred box of the view's shape, shrunk to a fraction of its sides."""
+def centre_crops(fraction: float, mode: str = "center") -> DrawBoxes:
+    """The largest centered box of the view's shape, or the whole image, shrunk to a fraction of its sides."""
 
     def draw(uniform: np.ndarray, heights: np.ndarray, widths: np.ndarray, size: list[int]) -> Boxes:
-        scale = np.minimum(heights / size[0], widths / size[1]) * fraction
-        height, width = scale * size[0], scale * size[1]
+        if mode == "squash":
+            height, width = heights * fraction, widths * fraction
+        else:
+            scale = np.minimum(heights / size[0], widths / size[1]) * fraction
+            height, width = scale * size[0], scale * size[1]
         return Boxes((heights - height) / 2, (widths - width) / 2, height, width, np.zeros(len(heights), bool))
 
     return draw

@@ -30,6 +30,9 @@ class EncoderSettings:
         mean: per channel, subtracted from pixels in [0, 1].
         std: per channel, divides after the mean is subtracted.
         interpolation: how images are resized on their way in.
+        crop_mode: what evaluation and exports see of an image: center (the largest centered box with the proportions of
+            image_size) or squash (the whole image, its proportions changed).
+        crop_fraction: share of that box's sides that is kept (224 of 256: 0.875).
         tokens: patch (one linear map per patch), conv_stem (3 x 3 convolutions of stride 2, then a 1 x 1;
             Xiao et al. 2021), hybrid (the feature map of a ResNet; Dosovitskiy et al. 2021, section 3.1),
             shifted_patch (five shifted copies, Lee et al. 2021), pixel (palette indices, Chen et al. 2020).
@@ -80,6 +83,8 @@ class EncoderSettings:
     mean: list[float] | None = None
     std: list[float] | None = None
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    crop_mode: Literal["center", "squash"] = "center"
+    crop_fraction: float = 1.0
     tokens: TokenKind = "patch"
     patch: int = 16
     cnn: Literal["resnet18", "resnet34", "resnet50"] = "resnet50"
@@ -134,6 +139,8 @@ class EncoderSettings:
         for key in ("dropout", "drop_path"):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f"encoder.{key}: {getattr(self, key)} is not a share from 0 up to, not including, 1.")
+        if not 0 < self.crop_fraction <= 1:
+            raise ValueError(f"encoder.crop_fraction: {self.crop_fraction} is not above 0 and at most 1 (everything).")
         if self.registers < 0:
             raise ValueError(f"encoder.registers: {self.registers} is negative. Use 0 for none.")
         if len(self.image_size) != 2:

@@ -62,11 +62,13 @@ class CentreSettings:
 
     Args:
         kind: centre.
-        fraction: share of the shorter side that is kept (224 of 256: 0.875).
+        fraction: share of the box's sides that is kept (224 of 256: 0.875).
+        mode: center (the largest box with the proportions of the encoder's input) or squash (the whole image).
     """
 
     kind: Literal["centre"] = "centre"
     fraction: float = 1.0
+    mode: Literal["center", "squash"] = "center"
 
     def __post_init__(self) -> None:
         check_range("fraction", [self.fraction, 1.0])

@@ -14,8 +14,8 @@ from sslvit.settings.load import brief
 
 CLOSE = 1e-4  # of a position table to the fixed one, whose entries are up to 1
 # what the weights were trained with and the run may do otherwise; its own settings hold
-READINGS = ("mean", "std", "interpolation", "pooling", "feature_layer", "feature_norm", "interpolate_antialias",
-            "interpolate_offset")  # fmt: skip
+READINGS = ("mean", "std", "interpolation", "crop_mode", "crop_fraction", "pooling", "feature_layer", "feature_norm",
+            "interpolate_antialias", "interpolate_offset")  # fmt: skip
 
 
 def begin_with(

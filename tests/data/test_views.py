@@ -7,8 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sslvit.data.loader import center_view
 from sslvit.data.resample import Boxes, normalise, resample, view_of_one
 from sslvit.data.views import Views, by_epoch, canvas_places, centre_crops, random_crops, random_squares
+from sslvit.settings import EncoderSettings
 from sslvit.settings.views import (
     AugmentSettings,
     CanvasSettings,
@@ -245,3 +247,23 @@ def test_a_crop_larger_than_the_image_draws_all_of_it_somewhere_on_black() -> No
         assert tops == {0, 1, 2, 3, 4}
     assert (local == 200).all()  # a part of the image, as ever
     assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("mode", "fraction", "height", "width"),
+    [
+        ("center", 1.0, 24.0, 24.0),
+        ("center", 0.75, 18.0, 18.0),
+        ("squash", 1.0, 24.0, 60.0),
+        ("squash", 0.5, 12.0, 30.0),
+    ],
+)
+def test_evaluation_sees_the_crop_that_the_encoder_names(mode, fraction, height, width):
+    encoder = EncoderSettings(image_size=8, patch=4, crop_mode=mode, crop_fraction=fraction)
+
+    view = Views(center_view(encoder), encoder.image_size, "bilinear")
+    ((size, boxes),) = view.draw(np.array([[24, 60]]), np.array([0]), np.array([0]))
+
+    assert size == [8, 8]
+    assert (boxes.height[0], boxes.width[0]) == (height, width)
+    assert (boxes.top[0], boxes.left[0]) == ((24 - height) / 2, (60 - width) / 2)
