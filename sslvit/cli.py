@@ -228,6 +228,8 @@ def make_parser() -> argparse.ArgumentParser:
     health.add_argument("--images", type=int, default=5000, help="evenly spread (default: %(default)s)")
     health.add_argument("--layer", type=int, help="block whose output is measured (default: the encoder's choice)")
     health.add_argument("--pooling", choices=["class", "mean", "class+mean", "attention"])
+    add_crop(health)
+    add_unreadable(health)
     health.add_argument("--batch", type=int, default=256, help="images per forward pass (default: %(default)s)")
     health.add_argument("--workers", type=int, default=0, help="loader processes (default: %(default)s)")
     health.add_argument("--seed", type=int, default=0)
@@ -242,8 +244,8 @@ def make_parser() -> argparse.ArgumentParser:
     embed.add_argument("--layer", type=int, help="block whose output is taken (default: the encoder's choice)")
     embed.add_argument("--blocks", type=int, default=1, help="blocks up to it, side by side (default: %(default)s)")
     embed.add_argument("--pooling", choices=["class", "mean", "class+mean", "attention"])
-    embed.add_argument("--fraction", type=float, default=1.0,
-                       help="share of the shorter side that the centre crop keeps (default: %(default)s)")  # fmt: skip
+    add_crop(embed)
+    add_unreadable(embed)
     embed.add_argument("--batch", type=int, default=256, help="images per forward pass (default: %(default)s)")
     embed.add_argument("--workers", type=int, default=0, help="loader processes (default: %(default)s)")
     add_device(embed)
@@ -253,6 +255,7 @@ def make_parser() -> argparse.ArgumentParser:
     segment.add_argument("encoder", metavar="ENCODER")
     segment.add_argument("--train", required=True, metavar="FOLDER", help="with images/NAME.jpg and masks/NAME.png")
     segment.add_argument("--val", required=True, metavar="FOLDER", help="the same, to report")
+    add_crop(segment)
     segment.add_argument("--batch", type=int, default=16, help="images per forward pass (default: %(default)s)")
     segment.add_argument("--no-baselines", action="store_true", help="leave out raw pixels and the untrained encoder")
     segment.add_argument("--seed", type=int, default=0)
@@ -268,6 +271,7 @@ def make_parser() -> argparse.ArgumentParser:
     show.add_argument("data", metavar="SHARDS", help="shards or a folder of images")
     show.add_argument("--images", type=int, default=8, help="evenly spread (default: %(default)s)")
     show.add_argument("-o", "--output", metavar="FILE", help="PNG (default: WHAT.png, below ENCODER/figures)")
+    add_crop(show)
     add_layout(show)
 
     bench = command(
@@ -336,6 +340,9 @@ def add_probe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pooling", choices=["class", "mean", "class+mean", "attention"])
     parser.add_argument("--neighbours", type=int, nargs="*", default=[10, 20, 100, 200], metavar="K",
                         help="each k of the vote (default: 10 20 100 200)")  # fmt: skip
+    parser.add_argument("--temperature", type=float, default=0.07, help="of the vote (default: %(default)s)")
+    add_crop(parser)
+    add_unreadable(parser)
     parser.add_argument("--batch", type=int, default=256, help="images per forward pass (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=0, help="loader processes (default: %(default)s)")
     parser.add_argument("--no-baselines", action="store_true", help="leave out raw pixels and the untrained encoder")
@@ -346,6 +353,18 @@ def add_probe(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
     parser.add_argument("-o", "--output", metavar="FILE", help="also write the table as JSON")
     add_layout(parser)
+
+
+def add_crop(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--crop-fraction", type=float, metavar="SHARE",
+        help="of the center crop's sides that is seen, 224 of 256: 0.875 (default: the encoder's own)",
+    )  # fmt: skip
+
+
+def add_unreadable(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-unreadable-fraction", type=float, default=0.01, metavar="SHARE",
+                        help="of images that may be unreadable and are left out (default: %(default)s)")  # fmt: skip
 
 
 def add_orientation(parser: argparse.ArgumentParser) -> None:

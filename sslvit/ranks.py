@@ -74,6 +74,15 @@ def said_by_first(value: Any) -> Any:
     return said[0]
 
 
+def said_by_all(value: Any) -> list[Any]:
+    """What each rank says, in their order, on each of them."""
+    if not is_distributed():
+        return [value]
+    said: list[Any] = [None] * count_ranks()
+    distributed.all_gather_object(said, value)
+    return said
+
+
 @contextmanager
 def all_ranks() -> Iterator[None]:
     """Join the processes that torchrun started, if it did; the first one speaks for all.

@@ -32,7 +32,7 @@ from sslvit.evaluate.label_free import measure_health
 from sslvit.evaluate.likelihood import likelihood
 from sslvit.evaluate.linear import fit_probe
 from sslvit.evaluate.probe import probe
-from sslvit.evaluate.sources import Features
+from sslvit.evaluate.sources import Features, LabelledSet
 from sslvit.models import ViTEncoder
 from sslvit.palette import nearest_colour, squared_error, uniform_palette
 from sslvit.report.samples import draw_completions, draw_samples
@@ -307,7 +307,7 @@ def segmentation(shards: Path) -> None:
 
 
 def without_labels(shards: Path) -> None:
-    measure_health(small_encoder(), load_index(shards / "val"), images=9, batch=4)
+    measure_health(small_encoder(), LabelledSet(load_index(shards / "val"), 3, np.arange(9)), batch=4)
 
 
 def pixels(shards: Path) -> None:

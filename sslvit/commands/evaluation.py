@@ -9,6 +9,18 @@ from typing import Any
 from sslvit.commands.files import check_new, check_new_picture, unsaid, write_json
 
 
+def load_scored(options: argparse.Namespace):
+    """The encoder that a command scores, with the crop that was asked for."""
+    from sslvit.checkpoint import load_encoder
+
+    encoder = load_encoder(options.encoder, options.layout, options.heads, **unsaid(options))
+    if options.crop_fraction is not None:
+        if not 0 < options.crop_fraction <= 1:
+            raise ValueError(f"--crop-fraction {options.crop_fraction:g}: must be above 0 and at most 1.")
+        encoder.settings.crop_fraction = options.crop_fraction
+    return encoder
+
+
 def run_probe(options: argparse.Namespace) -> None:
     settings = probe_settings(options)
     figure = options.figure
@@ -21,12 +33,11 @@ def run_probe(options: argparse.Namespace) -> None:
         raise ValueError("--layer and --layers exclude each other: one block for the table, or several side by side?")
     check_new(options.output)
     check_new_picture(figure)
-    from sslvit.checkpoint import load_encoder
     from sslvit.evaluate.layers import draw_layers, layer_numbers, probe_layers
     from sslvit.ranks import all_ranks, is_first_rank
 
     with all_ranks():
-        encoder = load_encoder(options.encoder, options.layout, options.heads, **unsaid(options))
+        encoder = load_scored(options)
         if not options.layers:
             show_probe(encoder, settings, options.output)
             return
@@ -41,11 +52,10 @@ def run_probe(options: argparse.Namespace) -> None:
 def run_knn(options: argparse.Namespace) -> None:
     settings = probe_settings(options)
     check_new(options.output)
-    from sslvit.checkpoint import load_encoder
     from sslvit.ranks import all_ranks
 
     with all_ranks():
-        encoder = load_encoder(options.encoder, options.layout, options.heads, **unsaid(options))
+        encoder = load_scored(options)
         show_probe(encoder, settings, options.output)
 
 
@@ -54,7 +64,10 @@ def probe_settings(options: argparse.Namespace):
     from sslvit.settings import ProbeSettings
     from sslvit.settings.load import read_protocol
 
-    common = ("train", "val", "layer", "blocks", "pooling", "neighbours", "batch", "workers", "seeds", "seed", "device")
+    common = (
+        "train", "val", "layer", "blocks", "pooling", "neighbours", "temperature", "max_unreadable_fraction", "batch",
+        "workers", "seeds", "seed", "device",
+    )  # fmt: skip
     given = {key: getattr(options, key) for key in common}
     if options.command == "probe":
         given |= {key: getattr(options, key) for key in ("labels_per_class", "labels_percent", "draws")}
@@ -74,8 +87,11 @@ def show_probe(encoder, settings, output: str | None) -> None:
     if not is_first_rank():
         return
     about = table.about
-    print(f"\nRight answers in percent on {about['val_images']:,} images of {about['val']}")
-    print(f"(heads fitted on {about['train_images']:,} of {about['train']})")
+    left_out = {part: f" ({about[f'{part}_unreadable']:,} cannot be read)" if about[f"{part}_unreadable"] else ""
+                for part in ("train", "val")}  # fmt: skip
+    print(f"\nRight answers in percent on {about['val_images']:,} images{left_out['val']} of {about['val']}")
+    print(f"(heads fitted on {about['train_images']:,}{left_out['train']} of {about['train']})")
+    print(f"each image: {about['view']}")
     of_encoder = about["probed"]["encoder"]
     if about["protocol"]:
         print(f"linear probe: {about['protocol']} ({about['source']})")
@@ -104,19 +120,23 @@ def run_health(options: argparse.Namespace) -> None:
         raise ValueError(f"--images {options.images}: how images differ takes 2 or more.")
     check_least(options, batch=1, workers=0, seed=0)
     check_new(options.output)
-    from sslvit.checkpoint import load_encoder
     from sslvit.data.open import open_shards
     from sslvit.environment import pick_device
-    from sslvit.evaluate.label_free import measure_health
+    from sslvit.evaluate.label_free import measure_health, spread
     from sslvit.evaluate.scores import format_table
+    from sslvit.evaluate.sources import LabelledSet
 
-    encoder = load_encoder(options.encoder, options.layout, options.heads, **unsaid(options))
+    encoder = load_scored(options)
     index = open_shards(options.data)
+    data = LabelledSet(
+        index, encoder.settings.channels, spread(len(index), options.images), options.max_unreadable_fraction
+    )
     rows = measure_health(
-        encoder.to(pick_device(options.device)), index, options.images, options.layer, options.pooling, options.batch,
-        options.workers, options.seed,
+        encoder.to(pick_device(options.device)), data, options.layer, options.pooling, options.batch, options.workers,
+        options.seed,
     )  # fmt: skip
-    print(f"\nwithout labels, on {min(options.images, len(index)):,} images of {index.location}\n")
+    print(f"\nwithout labels, on {data.count_in_words} of {index.location}")
+    print(f"each image: {encoder.settings.crop_in_words}\n")
     print(format_table({row: {name: [value] for name, value in of.items()} for row, of in rows.items()}, 3))
     write_json(options.output, rows)
 
@@ -125,19 +145,18 @@ def run_segment(options: argparse.Namespace) -> None:
     check_least(options, batch=1, seed=0)
     check_new(options.output)
     check_new_picture(options.figure)
-    from sslvit.checkpoint import load_encoder
     from sslvit.evaluate.dense import MaskedImages, segment
     from sslvit.evaluate.probe import untrained
     from sslvit.report.show import draw_guesses
 
     train, val = (MaskedImages.open(folder) for folder in (options.train, options.val))
-    encoder = load_encoder(options.encoder, options.layout, options.heads, **unsaid(options))
+    encoder = load_scored(options)
     rows = {"encoder": encoder}
     if not options.no_baselines:
         rows = {"raw pixels": None, "untrained encoder": untrained(encoder, options.seed), **rows}
     table = segment(rows, train, val, options.batch, seed=options.seed, device=options.device)
     print(f"\nPercent on {len(val):,} images of {val.folder} (maps fitted on {len(train):,} of {train.folder});")
-    print(f"images and masks at {encoder.settings.image_size}, {table.about['strength']}\n\n{table.text()}")
+    print(f"of each image and mask: {table.about['view']}; strength {table.about['strength']}\n\n{table.text()}")
     write_json(options.output, {"rows": table.draws, "about": table.about})
     if options.figure:
         print(draw_guesses(table, val, encoder.settings, options.figure))
@@ -154,10 +173,9 @@ def run_show(options: argparse.Namespace) -> None:
     numbers_file = Path(out).with_suffix(".json")
     if options.what == "distance":
         check_new(numbers_file)
-    from sslvit.checkpoint import load_encoder
     from sslvit.report import show
 
-    encoder = load_encoder(options.encoder, options.layout, options.heads, **unsaid(options))
+    encoder = load_scored(options)
     images = show.some_images(encoder.settings, options.data, options.images)
     if options.what == "attention":
         print(show.draw_attention(encoder, images, out))
@@ -171,26 +189,24 @@ def run_show(options: argparse.Namespace) -> None:
 
 def run_embed(options: argparse.Namespace) -> None:
     check_least(options, batch=1, workers=0, blocks=1)
-    if not 0 < options.fraction <= 1:
-        raise ValueError(f"--fraction {options.fraction:g}: must be above 0 and at most 1.")
     if Path(options.output).suffix != ".npz":
         raise ValueError(f"{options.output}: features are written as .npz. Choose a name that ends in .npz.")
     check_new(options.output)
-    from sslvit.checkpoint import load_encoder
     from sslvit.data.open import open_shards
     from sslvit.environment import pick_device
     from sslvit.evaluate.embed import embed
     from sslvit.evaluate.sources import FrozenEncoder, LabelledSet
 
-    encoder = load_encoder(options.encoder, options.layout, options.heads, **unsaid(options))
+    encoder = load_scored(options)
     source = FrozenEncoder(encoder.to(pick_device(options.device)))
     places = source.places(options.layer, options.blocks, options.pooling)
     index = open_shards(options.data)
-    made = embed(source, LabelledSet(index, encoder.settings.channels), places, options.batch, options.workers,
-                 options.fraction)  # fmt: skip
+    data = LabelledSet(index, encoder.settings.channels, None, options.max_unreadable_fraction)
+    made = embed(source, data, places, options.batch, options.workers)
     made.save(Path(options.output))
     arrays = "features, keys, labels and classes" if made.labels is not None else "features and keys"
-    print(f"{options.output}: {arrays} of {len(made.features):,} images, {made.features.shape[1]} numbers each")
+    print(f"{options.output}: {arrays} of {data.count_in_words}, {made.features.shape[1]} numbers each")
+    print(f"each image: {encoder.settings.crop_in_words}")
 
 
 def run_bench(options: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -19,7 +20,7 @@ from sslvit.evaluate.sources import FeatureTable, LabelledSet, Place, Source
 from sslvit.files import cache_folder, new_file, remove_left_parts
 from sslvit.settings.views import ViewSettings
 
-FORMAT = 1  # raised when the same key would mean other numbers
+FORMAT = 2  # raised when the same key would mean other numbers
 
 
 def key_of(source: Source, data: LabelledSet, view: ViewSettings, batch: int) -> str:
@@ -46,11 +47,20 @@ class FeatureCache:
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"--cache {folder}: not a folder. Give one, or none.")
 
-    def find(self, key: str, places: Sequence[Place]) -> FeatureTable | None:
-        """Those of the places that are there, or None if none is; a damaged file counts as not there."""
+    def find(self, key: str, places: Sequence[Place], samples: np.ndarray) -> FeatureTable | None:
+        """Those of the places that are there, or None if none is; a damaged file counts as not there.
+
+        Args:
+            key: see `key_of`.
+            places: that are wanted.
+            samples: numbers of the images that the table must be of, in this order.
+        """
         try:
-            labels = load_file(self.folder / key / "labels.safetensors")["labels"]
+            rows = load_file(self.folder / key / "rows.safetensors")
+            labels, found = rows["labels"], rows["samples"]
         except (OSError, SafetensorError, KeyError):
+            return None
+        if not np.array_equal(found.numpy(), samples) or len(labels) != len(samples):
             return None
         columns = {}
         for place in places:
@@ -62,14 +72,14 @@ class FeatureCache:
                 columns[place] = values
         with suppress(OSError):  # another process may have made room
             os.utime(self.folder / key)
-        return FeatureTable(columns, labels) if columns else None
+        return FeatureTable(columns, labels, found) if columns else None
 
     def put(self, key: str, table: FeatureTable) -> None:
         """Keep a table beside what is there under its key. A full disk or a read-only folder is no error."""
         folder = self.folder / key
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _write({"labels": table.labels}, folder / "labels.safetensors")
+            _write({"labels": table.labels, "samples": table.samples}, folder / "rows.safetensors")
             for place, values in table.columns.items():
                 _write({"values": values.contiguous()}, folder / _name(place))
             os.utime(folder)
@@ -93,7 +103,7 @@ def _is_ours(entry: Path) -> bool:
     """Whether a folder was made here: its name is a key, and it holds nothing but tables and parts of them."""
     if not re.fullmatch(r"[0-9a-f]{32}", entry.name) or entry.is_symlink() or not entry.is_dir():
         return False
-    return all(re.fullmatch(r"(labels|\d+-[a-z+]+)\.safetensors(\.\d+\.part)?", file.name) for file in entry.iterdir())
+    return all(re.fullmatch(r"(rows|\d+-[a-z+]+)\.safetensors(\.\d+\.part)?", file.name) for file in entry.iterdir())
 
 
 def _name(place: Place) -> str:

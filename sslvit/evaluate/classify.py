@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from sslvit.data.loader import evaluation_loader, normalised_view
-from sslvit.data.reader import ShardReader
-from sslvit.ranks import count_ranks, rank, sum_over_ranks
+from sslvit.evaluate.sources import LabelledSet
+from sslvit.ranks import count_ranks, gather_over_ranks, rank, said_by_all, sum_over_ranks
 from sslvit.settings import EncoderSettings
-from sslvit.settings.views import CentreSettings
 
 FIRST = 5  # answers that count for the second measure
 
@@ -25,37 +24,50 @@ class Accuracy:
         top1: share of right answers, in percent.
         top5: share of images with the right answer among the five likeliest; None for five classes or fewer.
         images: how many.
+        unreadable: how many others were left out.
     """
 
     top1: float
     top5: float | None
     images: int
+    unreadable: int
 
 
 @torch.no_grad()
 def accuracy(
-    logits_of: Callable[[Tensor], Tensor], reader: ShardReader, settings: EncoderSettings, device: torch.device,
-    batch: int = 256, workers: int = 0, fraction: float = 1.0,
+    logits_of: Callable[[Tensor], Tensor], data: LabelledSet, settings: EncoderSettings, device: torch.device,
+    batch: int = 256, workers: int = 0,
 ) -> Accuracy:  # fmt: skip
-    """Right answers on centre views.
+    """Right answers on the encoder's center views.
 
     Args:
         logits_of: normalised images 'b c h w' -> 'b classes'.
-        reader: of the labelled data set.
+        data: labelled images.
         settings: how images reach the encoder.
         device: that computes.
         batch: images per forward pass and rank.
         workers: loader processes.
-        fraction: share of the shorter side that the view keeps.
+
+    Raises:
+        ValueError: too many images cannot be read, or logits that are not finite.
     """
-    view = CentreSettings(fraction=fraction)
-    loader = evaluation_loader(reader, settings, batch, workers, rank(), count_ranks(), view)
+    loader = evaluation_loader(data.reader, settings, batch, workers, rank(), count_ranks(), chosen=data.chosen)
     counts = torch.zeros(3, dtype=torch.long)  # right, right among the first, images
-    classes = len(reader.index.classes)
+    classes = len(data.index.classes)
+    samples, bad, is_finite = [], {}, True
     for piece in loader:
         logits = logits_of(normalised_view(piece, settings, device)).float().cpu()
+        is_finite &= bool(logits[piece.valid].isfinite().all())
+        samples.append(gather_over_ranks(piece.samples)[gather_over_ranks(piece.valid)])
+        bad |= piece.bad
         likeliest = logits.topk(min(FIRST, classes), dim=1).indices[piece.valid]
         is_right = likeliest == piece.labels[piece.valid][:, None]
         counts += torch.tensor([is_right[:, 0].sum(), is_right.any(1).sum(), len(is_right)])
+    data.account_for(torch.cat(samples), bad)
+    if not all(said_by_all(is_finite)):
+        raise ValueError(
+            f"the classifier's logits are not finite on {data.index.location}: the weights are broken. Has the run "
+            "diverged (health.json)?"
+        )
     right, near, images = sum_over_ranks(counts).tolist()
-    return Accuracy(100 * right / images, 100 * near / images if classes > FIRST else None, images)
+    return Accuracy(100 * right / images, 100 * near / images if classes > FIRST else None, images, data.unreadable)

@@ -1,7 +1,8 @@
 """Dense probe: linear segmentation on frozen patch tokens, from images and masks in a folder, as mean IoU.
 
 A patch's target is the share of each class among its labelled pixels, so the loss is that of all pixels under one
-guess per patch. Guesses are stretched to the pixels before they are counted.
+guess per patch. Guesses are stretched to the pixels before they are counted. What is fitted and scored is the part of
+each image that the encoder sees, and of that part, all pixels with a label.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from sslvit.chance import generator
 from sslvit.data.decode import BadImage, decode_pixels, read_header
 from sslvit.data.resample import normalise
+from sslvit.data.views import centre_crops
 from sslvit.environment import pick_device
-from sslvit.evaluate.linear import STRENGTHS, TRIAL_ITERATIONS, TRIAL_TOLERANCE, UNSOLVED
+from sslvit.evaluate.linear import STRENGTHS, UNSOLVED
 from sslvit.evaluate.logistic import fit_logistic
 from sslvit.evaluate.scores import Draws, format_table
 from sslvit.models import ViTEncoder
@@ -78,21 +80,35 @@ class MaskedImages:
         return len(self.images)
 
     def read(self, number: int, settings: EncoderSettings) -> tuple[Tensor, np.ndarray]:
-        """Image 'c h w' (bytes) and mask 'h w': the same centred box of both, at the encoder's size."""
+        """Image 'c h w' (bytes) and mask 'h w': the encoder's view of both, at its size."""
         size = (settings.image_size[1], settings.image_size[0])
+        mask = self._mask(number)
+        box = seen_box(mask, settings)
+        pixels = self._image(number, mask.size, settings.channels).resize(size, FIT[settings.interpolation], box)
+        classes = np.array(mask.resize(size, Image.Resampling.NEAREST, box))
+        values = np.atleast_3d(np.asarray(pixels))
+        return torch.from_numpy(values.copy()).permute(2, 0, 1), classes.astype(np.int64)
+
+    def count_labelled(self, number: int, settings: EncoderSettings) -> tuple[int, int]:
+        """Labelled pixels of a mask: those that the encoder sees, and all."""
+        mask = self._mask(number)
+        left, top, right, bottom = seen_box(mask, settings)
+        is_labelled = np.array(mask) != IGNORED
+        rows, columns = (np.arange(length) + 0.5 for length in is_labelled.shape)
+        seen = np.outer((rows > top) & (rows < bottom), (columns > left) & (columns < right))
+        return int((is_labelled & seen).sum()), int(is_labelled.sum())
+
+    def _mask(self, number: int) -> Image.Image:
         try:
             with Image.open(self.masks[number], formats=("PNG",)) as mask:
                 if mask.mode not in ("L", "P", "1", "I;16", "I"):
                     raise ValueError(
                         f"{self.masks[number]}: a mask of mode {mask.mode}. Expected one number per pixel."
                     )
-                image = self._image(number, mask.size, settings.channels)
-                pixels = ImageOps.fit(image, size, FIT[settings.interpolation])
-                classes = np.array(ImageOps.fit(mask, size, Image.Resampling.NEAREST))
+                mask.load()
+                return mask
         except (UnidentifiedImageError, OSError) as error:
             raise ValueError(f"{self.masks[number]}: unreadable ({error}).") from error
-        values = np.atleast_3d(np.asarray(pixels))
-        return torch.from_numpy(values.copy()).permute(2, 0, 1), classes.astype(np.int64)
 
     def _image(self, number: int, size: tuple[int, int], channels: int) -> Image.Image:
         """An image, upright or as stored, whichever its mask was drawn on."""
@@ -107,6 +123,15 @@ class MaskedImages:
         except BadImage as error:
             raise ValueError(f"{self.images[number]}: unreadable ({error}).") from error
         return Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
+
+
+def seen_box(image: Image.Image, settings: EncoderSettings) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of what the encoder sees of an image, in its pixels."""
+    draw = centre_crops(settings.crop_fraction, settings.crop_mode)
+    box = draw(np.empty((1, 0)), np.array([image.height]), np.array([image.width]), settings.image_size)
+    left, top = float(box.left[0]), float(box.top[0])
+    right, bottom = min(left + float(box.width[0]), image.width), min(top + float(box.height[0]), image.height)
+    return max(left, 0.0), max(top, 0.0), right, bottom
 
 
 @dataclass
@@ -124,7 +149,9 @@ class DenseTable:
     guesses: dict[str, np.ndarray]
 
     def text(self) -> str:
-        return format_table(self.draws)
+        """The table for a terminal, and how much of the images it is of."""
+        share = self.about["labelled_pixels_seen_percent"]
+        return f"{format_table(self.draws)}\n\nof the masks' labelled pixels, {share:.1f} % are in these views"
 
 
 @torch.no_grad()
@@ -148,9 +175,12 @@ def segment(
     """
     device = pick_device(device)
     settings = next(encoder.settings for encoder in encoders.values() if encoder is not None)
-    classes, counted = _classes(train, settings), _classes(val, settings)
-    if len(train) < 2:
-        raise ValueError(f"{train.folder}: one image. Two or more are needed, since some choose the penalty.")
+    (classes, labelled, _), (counted, _, coverage) = _classes(train, settings), _classes(val, settings)
+    if len(labelled) < 2:
+        raise ValueError(
+            f"{train.folder}: {len(labelled)} of {len(train)} images have labelled pixels in the encoder's view. Two "
+            "or more are needed, since some choose the penalty."
+        )
     if not len(counted):
         raise ValueError(f"{val.folder}: its masks label no pixel (all {IGNORED}).")
     if len(classes) < 2:
@@ -159,7 +189,8 @@ def segment(
     if unknown:
         raise ValueError(f"{val.folder}: class {unknown[0]} is in no training mask.")
     is_held = np.zeros(len(train), bool)
-    is_held[generator(seed, "dense").permutation(len(train))[: max(1, len(train) // HELD_OUT_IMAGES)]] = True
+    some = generator(seed, "dense").permutation(len(labelled))[: max(1, len(labelled) // HELD_OUT_IMAGES)]
+    is_held[labelled[some]] = True  # an image without labels could choose nothing
     draws: Draws = {}
     guesses = {}
     for row, encoder in encoders.items():
@@ -193,14 +224,16 @@ def segment(
         guesses[row] = np.stack(kept[:shown])
     about = {
         "train": str(train.folder), "train_images": len(train), "val": str(val.folder), "val_images": len(val),
-        "classes": classes.tolist(), "size": settings.image_size, "strength": "chosen on held-out training images",
-        "seed": seed,
+        "classes": classes.tolist(), "view": settings.crop_in_words, "labelled_pixels_seen_percent": 100 * coverage,
+        "strength": "chosen on held-out training images", "seed": seed,
     }  # fmt: skip
     return DenseTable(draws, about, guesses)
 
 
 def measures(confusion: Int[Tensor, "classes classes"], classes: np.ndarray) -> dict[str, float]:
-    """Mean IoU over the classes that occur, pixel accuracy, and each class's IoU, in percent.
+    """Mean IoU over the classes that occur or are guessed, pixel accuracy, and each class's IoU, in percent.
+
+    A class that is guessed and occurs nowhere has an IoU of 0.
 
     Args:
         confusion: pixels by class (rows) and guess (columns), over the whole data set.
@@ -209,17 +242,25 @@ def measures(confusion: Int[Tensor, "classes classes"], classes: np.ndarray) -> 
     right, total = confusion.diagonal().double(), confusion.sum().double()
     union = confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
     iou = 100 * right / union
-    occurs = confusion.sum(1) > 0
-    found = {"mean IoU": float(iou[occurs].mean()), "pixel accuracy": float(100 * right.sum() / total)}
-    return found | {f"class {number}": float(iou[i]) for i, number in enumerate(classes.tolist()) if occurs[i]}
+    counts = union > 0
+    found = {"mean IoU": float(iou[counts].mean()), "pixel accuracy": float(100 * right.sum() / total)}
+    return found | {f"class {number}": float(iou[i]) for i, number in enumerate(classes.tolist()) if counts[i]}
 
 
-def _classes(data: MaskedImages, settings: EncoderSettings) -> np.ndarray:
-    """All class numbers of a folder's masks, which are thereby known to be readable."""
+def _classes(data: MaskedImages, settings: EncoderSettings) -> tuple[np.ndarray, np.ndarray, float]:
+    """Class numbers in the views of a folder, which is thereby known to be readable; numbers of the images with any.
+
+    The third result is the share of all labelled pixels that the views hold.
+    """
     found: set[int] = set()
+    labelled, seen, total = [], 0, 0
     for number in track(range(len(data)), "reading masks", len(data)):
-        found |= set(np.unique(data.read(number, settings)[1]).tolist())
-    return np.array(sorted(found - {IGNORED}))
+        of_image = set(np.unique(data.read(number, settings)[1]).tolist()) - {IGNORED}
+        labelled += [number] if of_image else []
+        found |= of_image
+        counts = data.count_labelled(number, settings)
+        seen, total = seen + counts[0], total + counts[1]
+    return np.array(sorted(found)), np.array(labelled, int), seen / max(total, 1)
 
 
 def _maps(encoder: ViTEncoder | None, data: MaskedImages, settings: EncoderSettings, batch: int, device: str):
@@ -260,13 +301,13 @@ def _fit(
     values, counts = (values - mean) / scale, counts.double()
     tried = torch.tensor(STRENGTHS, dtype=torch.float64, device=values.device)
     used = (counts * ~held).expand(len(tried), -1)
-    weight, bias, _ = fit_logistic(values, target, classes, tried, used, TRIAL_ITERATIONS, TRIAL_TOLERANCE)
+    weight, bias, are_compared = fit_logistic(values, target, classes, tried, used)
     losses = []
     for i in range(len(tried)):
         logits = values[held] @ weight[i].T + bias[i]
         losses.append(float((F.cross_entropy(logits, target[held].double(), reduction="none") * counts[held]).sum()))
     best = int(np.argmin(losses))
     weight, bias, is_solved = fit_logistic(values, target, classes, tried[best : best + 1], counts[None])
-    if not is_solved:
+    if not (is_solved and are_compared):
         print(UNSOLVED, flush=True)
     return weight[0], bias[0], mean.view(1, -1, 1, 1), scale.view(1, -1, 1, 1)

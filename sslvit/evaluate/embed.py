@@ -12,7 +12,6 @@ from sslvit.data.loader import evaluation_loader, normalised_view
 from sslvit.evaluate.sources import LabelledSet, Place, Source
 from sslvit.files import new_file, remove_left_parts
 from sslvit.progress import track
-from sslvit.settings.views import CentreSettings
 
 
 @dataclass
@@ -46,10 +45,8 @@ class Embeddings:
 
 
 @torch.no_grad()
-def embed(
-    source: Source, data: LabelledSet, places: list[Place], batch: int = 256, workers: int = 0, fraction: float = 1.0
-) -> Embeddings:
-    """Features of the centre view of every image that can be read.
+def embed(source: Source, data: LabelledSet, places: list[Place], batch: int = 256, workers: int = 0) -> Embeddings:
+    """Features of the encoder's center view of every image that can be read.
 
     Args:
         source: of the features.
@@ -57,16 +54,23 @@ def embed(
         places: whose features stand side by side.
         batch: images per forward pass.
         workers: loader processes.
-        fraction: share of the shorter side that the view keeps.
+
+    Raises:
+        ValueError: too many images cannot be read, or features that are not finite.
     """
     settings, index = source.settings, data.index
-    loader = evaluation_loader(data.reader, settings, batch, workers, 0, 1, CentreSettings(fraction=fraction))
-    rows, samples = [], []
+    loader = evaluation_loader(data.reader, settings, batch, workers, chosen=data.chosen)
+    rows, samples, bad = [], [], {}
     for piece in track(loader, "features", len(loader) * batch, each=batch):
         values = torch.cat(source.features_at(normalised_view(piece, settings, source.device), places), 1)
         rows.append(values.float().cpu()[piece.valid])
         samples.append(piece.samples[piece.valid])
+        bad |= piece.bad
+    data.account_for(torch.cat(samples), bad)
+    features = torch.cat(rows)
+    if not features.isfinite().all():
+        raise ValueError(f"features are not finite on {index.location}: the weights are broken.")
     numbers = torch.cat(samples).numpy()
     labels = index.labels_of(numbers) if index.classes else None
     keys = np.array([index.key(number) for number in numbers])
-    return Embeddings(torch.cat(rows).numpy(), keys, labels, list(index.classes or []))
+    return Embeddings(features.numpy(), keys, labels, list(index.classes or []))

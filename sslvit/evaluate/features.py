@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sslvit.data.batch import Batch
-from sslvit.data.loader import evaluation_loader, normalised_view
+from sslvit.data.loader import center_view, evaluation_loader, normalised_view
 from sslvit.evaluate.cache import FeatureCache, key_of
 from sslvit.evaluate.sources import FeatureTable, LabelledSet, Place, Source
 from sslvit.progress import track
@@ -37,16 +37,24 @@ class Pass:
     _held: dict[tuple[int, float], FeatureTable] = field(default_factory=dict)
 
     def features(
-        self, source: Source, data: LabelledSet, places: Sequence[Place], fraction: float = 1.0
+        self, source: Source, data: LabelledSet, places: Sequence[Place], fraction: float | None = None
     ) -> FeatureTable:
-        """Features of the centre view of every image; those of the last source are held, others may be in the cache."""
+        """Features of the center view of every image; those of the last source are held, others may be in the cache.
+
+        Args:
+            source: of the features.
+            data: the images.
+            places: that are wanted.
+            fraction: of the center crop; None for the encoder's own.
+        """
+        fraction = fraction or source.settings.crop_fraction
         if source is not self._source:
             self._source, self._held = source, {}
         held = self._held.get((id(data), fraction))
         wanted = [place for place in dict.fromkeys(places) if held is None or place not in held.columns]
         if wanted:
-            made = self._through_cache(source, data, wanted, CentreSettings(fraction=fraction))
-            held = FeatureTable((held.columns if held else {}) | made.columns, made.labels)
+            made = self._through_cache(source, data, wanted, center_view(source.settings, fraction))
+            held = FeatureTable((held.columns if held else {}) | made.columns, made.labels, made.samples)
             self._held[id(data), fraction] = held
         return held
 
@@ -56,14 +64,16 @@ class Pass:
         if self.cache is None:
             return self.run(source, data, places, view)
         key = key_of(source, data, view, self.batch)
-        found = self.cache.find(key, places) if is_first_rank() else None
+        found = self.cache.find(key, places, data.samples) if is_first_rank() else None
+        if said_by_first(found is not None):
+            data.account_for(data.samples, {})  # the cache holds whole data sets only
         missing = said_by_first([place for place in places if found is None or place not in found.columns])
         if not missing:
             return found or made_nowhere(places)
         made = self.run(source, data, missing, view)
-        if is_first_rank():
+        if is_first_rank() and not data.unreadable:
             self.cache.put(key, made)
-        return FeatureTable((found.columns if found else {}) | made.columns, made.labels)
+        return FeatureTable((found.columns if found else {}) | made.columns, made.labels, made.samples)
 
     @torch.no_grad()
     def run(
@@ -72,6 +82,8 @@ class Pass:
     ) -> FeatureTable:  # fmt: skip
         """One pass over the images, each seen once through a view; every rank takes part, the first gets the table.
 
+        Images that cannot be read are left out, and `data` keeps the account.
+
         Args:
             source: of the features.
             data: the images.
@@ -79,38 +91,60 @@ class Pass:
             view: of each image.
             epoch: of the views' chance.
             seed: of the views' chance.
+
+        Raises:
+            ValueError: too many images cannot be read, or other ones than in an earlier pass; features that are not
+                finite.
         """
         settings = source.settings
         loader = evaluation_loader(
             data.reader, settings, self.batch, self.workers, rank(), count_ranks(), view, epoch, seed, data.chosen
         )
         rows: dict[Place, list[Tensor]] = {place: [] for place in places}
-        labels = []
+        labels, samples, bad = [], [], {}
         for piece in track(
             loader, "features", len(loader) * self.batch * count_ranks(), each=self.batch * count_ranks()
         ):
             found = source.features_at(normalised_view(piece, settings, source.device), places)
             valid, numbers = gather_over_ranks(piece.valid), gather_over_ranks(labels_of(piece))
             gathered = [gather_over_ranks(values.float().cpu()) for values in found]
+            samples.append(gather_over_ranks(piece.samples)[valid])
+            bad |= piece.bad
             if is_first_rank():
                 labels.append(numbers[valid])
                 for place, values in zip(places, gathered, strict=True):
                     rows[place].append(values[valid])
+        data.account_for(torch.cat(samples), bad)
         if not is_first_rank():
+            check_finite(None, data)
             return made_nowhere(places)
-        table = FeatureTable({place: torch.cat(pieces) for place, pieces in rows.items()}, torch.cat(labels))
-        for (layer, pooling), values in table.columns.items():
-            if not values.isfinite().all():
-                raise ValueError(
-                    f"features of layer {layer} ({pooling}) are not finite on {data.index.location}: the weights are "
-                    "broken. Has the run diverged (health.json)?"
-                )
+        columns = {place: torch.cat(pieces) for place, pieces in rows.items()}
+        table = FeatureTable(columns, torch.cat(labels), torch.cat(samples))
+        check_finite(table, data)
         return table
+
+
+def check_finite(table: FeatureTable | None, data: LabelledSet) -> None:
+    """Refuse, on all ranks, a table that holds what is not finite; the first rank has it, the others give None.
+
+    Raises:
+        ValueError: some feature is not finite.
+    """
+    columns = {} if table is None else table.columns
+    broken = [place for place, values in columns.items() if not values.isfinite().all()]
+    broken = said_by_first(broken)
+    if broken:
+        layer, pooling = broken[0]
+        raise ValueError(
+            f"features of layer {layer} ({pooling}) are not finite on {data.index.location}: the weights are broken. "
+            "Has the run diverged (health.json)?"
+        )
 
 
 def made_nowhere(places: Sequence[Place]) -> FeatureTable:
     """What ranks other than the first have after a pass: nothing, in the same form."""
-    return FeatureTable({place: torch.empty(0, 1) for place in places}, torch.empty(0, dtype=torch.long))
+    nothing = torch.empty(0, dtype=torch.long)
+    return FeatureTable({place: torch.empty(0, 1) for place in places}, nothing, nothing)
 
 
 def labels_of(batch: Batch) -> Tensor:

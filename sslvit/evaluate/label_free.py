@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from sslvit.data.index import ShardIndex
 from sslvit.data.open import check_present
 from sslvit.evaluate.features import Pass
 from sslvit.evaluate.health import alignment, label_free
@@ -19,29 +18,26 @@ PAIR = CropSettings(scale=[0.2, 1.0])  # two crops of an image, whose features s
 
 
 def measure_health(
-    encoder: ViTEncoder, index: ShardIndex, images: int = 5000, layer: int | None = None, pooling: str | None = None,
-    batch: int = 256, workers: int = 0, seed: int = 0,
+    encoder: ViTEncoder, data: LabelledSet, layer: int | None = None, pooling: str | None = None, batch: int = 256,
+    workers: int = 0, seed: int = 0,
 ) -> dict[str, dict[str, float]]:  # fmt: skip
     """Rows (raw pixels, untrained encoder, encoder) of RankMe, deviation, spectrum, uniformity and alignment.
 
     Args:
         encoder: that is measured, on its device.
-        index: of the images.
-        images: how many are used, evenly spread.
+        data: the images, with labels or without.
         layer: block; None for the encoder's own choice.
         pooling: of its tokens; None for the encoder's own choice.
         batch: images per forward pass.
         workers: loader processes.
         seed: of the crops and the untrained weights.
     """
-    check_present(index, 0.0)
-    chosen = spread(len(index), images)
+    check_present(data.index, 0.0)
     sources: dict[str, Source] = {
         "raw pixels": RawPixels(encoder.settings),
         "untrained encoder": FrozenEncoder(untrained(encoder, seed)),
         "encoder": FrozenEncoder(encoder),
     }
-    data = LabelledSet(index, encoder.settings.channels, chosen)
     return {
         row: measures_of(source, data, Pass(batch, workers), layer, pooling, seed) for row, source in sources.items()
     }

@@ -82,7 +82,8 @@ def probe_layers(encoder: ViTEncoder, settings: ProbeSettings, numbers: list[int
         raise ValueError(f"--seeds {settings.seeds}: --layers has one curve per seed. Give --seed one by one.")
     indices = open_labelled(settings)
     device = pick_device(settings.device)
-    train, val = (LabelledSet(index, encoder.settings.channels) for index in indices)
+    limit = settings.max_unreadable_fraction
+    train, val = (LabelledSet(index, encoder.settings.channels, None, limit) for index in indices)
     cache = FeatureCache(settings.cache, settings.cache_gb) if settings.cache else None
     reading = Pass(settings.batch, settings.workers, cache)
     sources: dict[str, Source] = {"layer {}": FrozenEncoder(encoder.to(device))}

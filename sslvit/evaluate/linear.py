@@ -18,8 +18,6 @@ STRENGTHS = [10.0**exponent for exponent in range(1, -7, -1)]
 FEW = 1_000  # up to this many training images the strength is chosen by 5 folds instead of one held-out fifth
 FOLDS = 5
 FEWEST_LABELS = 2  # of a class: the strength is chosen on held-out ones
-TRIAL_ITERATIONS = 150  # of a fit that only compares strengths; the chosen one is fitted to convergence
-TRIAL_TOLERANCE = 1e-4
 UNSOLVED = "logistic regression: not converged; the score may be a little low"
 
 
@@ -60,14 +58,12 @@ def fit_probe(features: Features, classes: int, seed: int = 0, device: str = "cp
     values, labels = features.values.to(device).double(), features.labels.to(device)
     mean, scale = values.mean(0), values.std(0, correction=0)
     scale = torch.where(scale > 1e-12, scale, torch.ones_like(scale))  # a constant feature stays zero
-    values = values.sub_(mean).div_(scale)
+    values = (values - mean) / scale
     fold = stratified_folds(features.labels, seed).to(device)
     is_kept = torch.stack([fold == f for f in range(FOLDS if len(features) <= FEW else 1)])  # folds n
     tried = torch.tensor(STRENGTHS, dtype=torch.float64, device=device)
     used = rearrange(~is_kept, "f n -> f 1 n").expand(-1, len(STRENGTHS), -1).flatten(0, 1)
-    weight, bias, _ = fit_logistic(
-        values, labels, classes, tried.repeat(len(is_kept)), used, TRIAL_ITERATIONS, TRIAL_TOLERANCE
-    )
+    weight, bias, are_compared = fit_logistic(values, labels, classes, tried.repeat(len(is_kept)), used)
     right, loss = torch.zeros(2, len(STRENGTHS), dtype=torch.float64)
     for f, kept in enumerate(is_kept):
         for i in range(len(STRENGTHS)):
@@ -77,7 +73,7 @@ def fit_probe(features: Features, classes: int, seed: int = 0, device: str = "cp
             loss[i] += F.cross_entropy(logits, labels[kept], reduction="sum").cpu()
     best = min(range(len(STRENGTHS)), key=lambda i: (-right[i], loss[i]))
     weight, bias, is_solved = fit_logistic(values, labels, classes, tried[best : best + 1])
-    if not is_solved:
+    if not (is_solved and are_compared):
         print(UNSOLVED, flush=True)
     held_out = 100 * float(right[best] / is_kept.sum())
     return LinearHead(*(part.cpu() for part in (mean, scale, weight[0], bias[0])), STRENGTHS[best], held_out)

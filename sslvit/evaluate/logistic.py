@@ -1,21 +1,25 @@
 """Multinomial logistic regression to convergence: many problems on the same features, side by side.
 
 They share the features, so one matrix product serves them all. Most of the way is gone in float32; the last steps, and
-the verdict that a problem is solved, are in float64.
+the verdict that a problem is solved, are in float64. A weak penalty bends the loss but little, so what counts as solved
+depends on its strength: a gradient of g leaves weights within g / strength of the best ones.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+SOLVED = 1e-3  # largest entry of the gradient over the strength; weights are right to a thousandth of the largest then
+LARGEST_GRADIENT = 1e-5  # of a solved problem, however strong its penalty
+MOST_ITERATIONS = 2000  # in each precision
 HISTORY = 10  # steps that L-BFGS remembers
 ROWS_FOR_AXES = 10_000
 ROUGH = 1e-5  # largest entry of a gradient from which on float32 is too coarse
+SHORTEST = 1e-10  # part of a step that is tried
+REFRESH = 25  # iterations after which the curvature is looked at anew
 LARGEST_PIECE = 2**27  # logits at a time: half a gigabyte in float32
 
 
@@ -25,10 +29,10 @@ def fit_logistic(
     classes: int,
     strengths: Float[Tensor, "p"],
     used: Bool[Tensor, "p n"] | Float[Tensor, "p n"] | None = None,
-    max_iterations: int = 5000,
-    tolerance: float = 1e-5,
+    max_iterations: int = MOST_ITERATIONS,
+    solved: float = SOLVED,
 ) -> tuple[Float[Tensor, "p classes d"], Float[Tensor, "p classes"], bool]:
-    """Minimise mean cross-entropy + strength / 2 * |weight|^2 for p problems on the same features, by L-BFGS.
+    """Minimize mean cross-entropy + strength / 2 * |weight|^2 for p problems on the same features, by L-BFGS.
 
     Args:
         values: features, float64.
@@ -37,49 +41,61 @@ def fit_logistic(
         strengths: of the penalty on the weights, one per problem, float64; the bias is free.
         used: which rows each problem is fitted on, or how much each counts; all alike for None.
         max_iterations: at most, in each precision.
-        tolerance: largest entry of the gradient at which a problem counts as solved.
+        solved: largest entry of the gradient over the strength at which a problem counts as solved.
 
     Returns:
         Weights and biases of each problem, and whether all are solved.
     """
-    axes, spread = principal_axes(values)
+    tolerance = (solved * strengths).clamp(max=LARGEST_GRADIENT)
+    axes = principal_axes(values)
     values = values @ axes
     problems, width = len(strengths), values.shape[1]
-    # half the features' covariance bounds the curvature (Boehning 1992), and along its axes it is diagonal
-    curvature = torch.cat([spread / 2 + strengths[:, None], spread.new_full((problems, 1), 0.5)], 1)
-    inverse = (1 / curvature)[:, None].expand(-1, classes, -1).flatten(1)
     share = values.new_ones(problems, len(values)) if used is None else used.to(values)
     share = share / share.sum(1, keepdim=True)
     extended = torch.cat([values, values.new_ones(len(values), 1)], 1)  # the last feature is the bias
-    target = (F.one_hot(labels, classes) if labels.ndim == 1 else labels).T.contiguous()  # classes n
+    target = (F.one_hot(labels, classes) if labels.ndim == 1 else labels).T.double().contiguous()  # classes n
+    target = target / target.sum(0).clamp(min=1e-12)  # the gradient takes shares to sum to 1 to the last digit
     penalty = strengths[:, None, None] * torch.cat([values.new_ones(width), values.new_zeros(1)])
-    theta, steps, is_solved = torch.zeros_like(inverse), [], False
-    for dtype, until in ((torch.float32, max(tolerance, ROUGH)), (torch.float64, tolerance)):
-        objective = penalised_loss(*(part.to(dtype) for part in (extended, target, share, penalty)))
-        steps = [tuple(part.to(dtype) for part in step) for step in steps]
-        theta, steps, is_solved = minimise(objective, theta.to(dtype), inverse.to(dtype), max_iterations, until, steps)
+    theta = values.new_zeros(problems, classes * (width + 1))
+    rough = PenalizedLoss(*(part.float() for part in (extended, target, share, penalty)))
+    theta, steps, _ = minimize(rough, theta.float(), max_iterations, tolerance.clamp(min=ROUGH).float(), [])
+    theta = theta.double()
+    exact = PenalizedLoss(extended, target, share, penalty)
+    is_open = exact(theta)[1].abs().amax(1) > tolerance
+    is_solved = not is_open.any()
+    if not is_solved:  # strong penalties are done
+        rest = PenalizedLoss(extended, target, share[is_open], penalty[is_open])
+        steps = [tuple(part[is_open].double() for part in step) for step in steps]
+        theta[is_open], _, is_solved = minimize(rest, theta[is_open], max_iterations, tolerance[is_open], steps)
     theta = theta.view(problems, classes, width + 1)
     return theta[:, :, :-1] @ axes.T, theta[:, :, -1].contiguous(), is_solved
 
 
-def penalised_loss(
-    values: Float[Tensor, "n k"],
-    target: Float[Tensor, "classes n"],
-    share: Float[Tensor, "p n"],
-    penalty: Float[Tensor, "p 1 k"],
-) -> Callable[[Float[Tensor, "p m"]], tuple[Float[Tensor, "p"], Float[Tensor, "p m"]]]:
-    """theta -> cross-entropy, rows weighted by their share, + penalty / 2 * theta^2; and its gradient."""
-    problems, classes, width = len(share), len(target), values.shape[1]
-    rows = max(1, LARGEST_PIECE // (problems * classes))
-    pieces = list(zip(values.split(rows), target.split(rows, 1), share.split(rows, 1), strict=True))
+class PenalizedLoss:
+    """Cross-entropy, rows weighted by their share, + penalty / 2 * theta^2, of p problems side by side.
 
-    def objective(theta: Tensor) -> tuple[Tensor, Tensor]:
-        theta = theta.view(problems, classes, width)
-        loss = (penalty * theta.square()).sum((1, 2)) / 2
-        gradient = penalty * theta
-        for x, right, weight in pieces:  # n k, classes n, p n
-            logits = (theta.flatten(0, 1) @ x.T).view(problems, classes, -1)
-            logits -= logits.amax(1, keepdim=True)
+    Args:
+        values: features, the bias's among them.
+        target: each row's shares of the classes.
+        share: how much each row counts in each problem.
+        penalty: of each feature's weights.
+    """
+
+    def __init__(
+        self, values: Float[Tensor, "n k"], target: Float[Tensor, "classes n"], share: Float[Tensor, "p n"],
+        penalty: Float[Tensor, "p 1 k"],
+    ) -> None:  # fmt: skip
+        self.penalty, self.shape = penalty, (len(share), len(target), values.shape[1])
+        rows = max(1, LARGEST_PIECE // (len(share) * len(target)))
+        self.pieces = list(zip(values.split(rows), target.split(rows, 1), share.split(rows, 1), strict=True))
+
+    def __call__(self, theta: Float[Tensor, "p m"]) -> tuple[Float[Tensor, "p"], Float[Tensor, "p m"]]:
+        """The loss and its gradient."""
+        theta = theta.view(self.shape)
+        loss = (self.penalty * theta.square()).sum((1, 2)) / 2
+        gradient = self.penalty * theta
+        for x, right, weight in self.pieces:  # n k, classes n, p n
+            logits = self.logits(theta, x)
             of_right = (logits * right).sum(1)
             total = logits.exp_().sum(1)  # p n
             loss = loss + ((total.log() - of_right) * weight).sum(1)
@@ -87,24 +103,37 @@ def penalised_loss(
             gradient = gradient + (residual.flatten(0, 1) @ x).view_as(gradient)
         return loss, gradient.flatten(1)
 
-    return objective
+    def curvature(self, theta: Float[Tensor, "p m"]) -> Float[Tensor, "p m"]:
+        """The diagonal of the matrix of second derivatives."""
+        theta = theta.view(self.shape)
+        diagonal = self.penalty.expand(self.shape).clone()
+        for x, _, weight in self.pieces:
+            chance = self.logits(theta, x).softmax(1)
+            spread = chance.mul_(1 - chance).mul_(weight[:, None])  # p classes n
+            diagonal += (spread.flatten(0, 1) @ x.square()).view_as(diagonal)
+        return diagonal.flatten(1)
+
+    def logits(self, theta: Tensor, x: Tensor) -> Tensor:
+        """'p classes n', the largest of each row 0."""
+        problems, classes, _ = self.shape
+        logits = (theta.flatten(0, 1) @ x.T).view(problems, classes, -1)
+        return logits - logits.amax(1, keepdim=True)
 
 
 Step = tuple[Tensor, Tensor, Tensor]  # step, change of gradient, 1 / their product
 
 
-def minimise(
-    objective: Callable, start: Float[Tensor, "p m"], inverse: Float[Tensor, "p m"], max_iterations: int,
-    tolerance: float, steps: list[Step],
+def minimize(
+    objective: PenalizedLoss, start: Float[Tensor, "p m"], max_iterations: int, tolerance: Float[Tensor, "p"],
+    steps: list[Step],
 ) -> tuple[Float[Tensor, "p m"], list[Step], bool]:  # fmt: skip
     """L-BFGS (Liu and Nocedal 1989) on p independent smooth convex problems side by side.
 
     Args:
-        objective: theta -> values 'p' and gradients 'p m'.
+        objective: what is minimized.
         start: where to begin.
-        inverse: a guess at the inverse of the curvature, entry by entry; the better, the fewer steps.
         max_iterations: at most.
-        tolerance: largest entry of a gradient at which its problem is done.
+        tolerance: largest entry of each problem's gradient at which it is done.
         steps: that an earlier search of these problems ended with.
 
     Returns:
@@ -113,7 +142,10 @@ def minimise(
     theta = start
     value, gradient = objective(theta)
     tiny, rounding = torch.finfo(theta.dtype).tiny, 10 * torch.finfo(theta.dtype).eps
-    for _ in range(max_iterations):
+    for iteration in range(max_iterations):
+        if iteration % REFRESH == 0:  # along the covariance's axes the curvature is nearly diagonal
+            curvature = objective.curvature(theta)
+            inverse = 1 / curvature.clamp(min=1e-3 * float(curvature.amax()) * rounding)
         is_open = gradient.abs().amax(1) > tolerance
         if not is_open.any():
             return theta, steps, True
@@ -123,13 +155,14 @@ def minimise(
         while True:
             new_theta = theta + length[:, None] * direction
             new_value, new_gradient = objective(new_theta)
-            is_short = new_value > value + 1e-4 * length * slope + rounding * value
-            is_short &= length > 1e-10
+            # a loss near 0 is still a difference of logits, and as coarse as they are
+            is_short = new_value > value + 1e-4 * length * slope + rounding * (1 + value)
+            is_short &= length > SHORTEST
             if not is_short.any():
                 break
             length = torch.where(is_short, length / 2, length)
         step, change = new_theta - theta, new_gradient - gradient
-        if not step.any():
+        if not (length > SHORTEST).any():
             break  # the precision is spent
         product = (step * change).sum(1)
         weight = torch.where(product > tiny, 1 / product, torch.zeros_like(product))
@@ -138,17 +171,15 @@ def minimise(
     return theta, steps, False
 
 
-def principal_axes(values: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "d m"], Float[Tensor, "m"]]:
-    """Axes of the features' covariance and about the variance along each; as many as there can be (m = min(n, d)).
+def principal_axes(values: Float[Tensor, "n d"]) -> Float[Tensor, "d m"]:
+    """Axes of the features' covariance; as many as there can be (m = min(n, d)).
 
-    Weights of a penalised linear model lie in the span of its features, so nothing is lost where n is below d.
+    Weights of a penalized linear model lie in the span of its features, so nothing is lost where n is below d.
     """
     if len(values) < values.shape[1]:
-        _, lengths, axes = torch.linalg.svd(values, full_matrices=False)
-        return axes.T, lengths.square() / len(values)
+        return torch.linalg.svd(values, full_matrices=False).Vh.T
     some = values[:: max(1, len(values) // ROWS_FOR_AXES)]  # they only have to be about right
-    spread, axes = torch.linalg.eigh(some.T @ some / len(some))
-    return axes, spread.clamp(min=0)
+    return torch.linalg.eigh(some.T @ some / len(some)).eigenvectors
 
 
 def _quasi_newton(gradient: Tensor, inverse: Tensor, steps: list[Step]) -> Tensor:

@@ -18,7 +18,7 @@ from sslvit.evaluate.features import Pass
 from sslvit.evaluate.knn import knn_accuracies
 from sslvit.evaluate.linear import draw_labels, fit_probe
 from sslvit.evaluate.protocols import Bench, check_places, linear_probe, places_of, words
-from sslvit.evaluate.scores import Draws, format_table, interval, mean, sampling_interval
+from sslvit.evaluate.scores import Draws, format_table, independent, interval, mean, sampling_interval
 from sslvit.evaluate.sources import Features, FrozenEncoder, LabelledSet, RawPixels, Source
 from sslvit.files import brief
 from sslvit.models import ViTEncoder
@@ -35,7 +35,7 @@ class ProbeTable:
     """Scores in percent.
 
     Args:
-        draws: what was probed -> column -> one score for each draw or seed.
+        draws: what was probed -> column -> independent scores: each seed's mean, or a single seed's draws.
         about: what a reader needs to quote them.
     """
 
@@ -53,8 +53,11 @@ class ProbeTable:
         below = [
             f"one percentage of {images:,} images is uncertain by up to ± {sampling_interval(images):.1f} by that alone"
         ]
-        if any(len(values) > 1 for scores in self.draws.values() for values in scores.values()):
-            below.append("± is half the 95 % interval of a mean over draws or seeds")
+        if any(interval(values) is not None for scores in self.draws.values() for values in scores.values()):
+            over = (
+                f"{self.about['seeds']} seeds" if self.about["seeds"] > 1 else f"{self.about['draws']} draws of labels"
+            )
+            below.append(f"± is half the 95 % interval of a mean over {over}")
         if paper := self.about.get("chosen_by_paper"):
             below.append(f"the paper chose on the images that it reports: {paper}")
         if any(k > self.about["train_images"] for k in self.about["neighbours"]):
@@ -94,7 +97,8 @@ def probe(encoders: dict[str, ViTEncoder], settings: ProbeSettings) -> ProbeTabl
     first = next(iter(encoders.values())).settings
     if any(encoder.settings.channels != first.channels for encoder in encoders.values()):
         raise ValueError(f"{', '.join(encoders)}: these encoders take images of different channels. Probe each alone.")
-    train, val = (LabelledSet(index, first.channels) for index in (train_index, val_index))  # decoded once for all rows
+    limit = settings.max_unreadable_fraction
+    train, val = (LabelledSet(index, first.channels, None, limit) for index in (train_index, val_index))
     rows: dict[str, list[tuple[Source, int]]] = {}  # each source with the seeds that it is scored under
     seeds = range(settings.seed, settings.seed + settings.seeds)
     if settings.baselines:
@@ -113,14 +117,16 @@ def probe(encoders: dict[str, ViTEncoder], settings: ProbeSettings) -> ProbeTabl
     probed: dict[str, dict[str, Any]] = {}
     for row, sources in rows.items():
         print(f"probing {row}", flush=True)
-        draws[row] = defaultdict(list)
+        by_seed: dict[str, list[list[float]]] = defaultdict(list)
         for source, seed in sources:
             bench = Bench(source, train, val, len(train_index.classes), reading, device)
             is_same = source is sources[0][0] and seed != sources[0][1]
             scores, probed[row] = score(bench, replace(settings, neighbours=[]) if is_same else settings, seed)
             for column, values in scores.items():
-                draws[row][column] += values
-    return ProbeTable({row: dict(scores) for row, scores in draws.items()}, describe(bench, settings, probed))
+                by_seed[column].append(values)
+        draws[row] = {column: independent(values) for column, values in by_seed.items()}
+        probed[row] |= {"fingerprint": sources[-1][0].fingerprint(), "scores": dict(by_seed)}
+    return ProbeTable(draws, describe(bench, settings, probed))
 
 
 def describe(bench: Bench, settings: ProbeSettings, probed: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -128,7 +134,9 @@ def describe(bench: Bench, settings: ProbeSettings, probed: dict[str, dict[str, 
     train, val = bench.train.index, bench.val.index
     protocol = settings.protocol
     return {
-        "train": train.location, "train_images": len(train), "val": val.location, "val_images": len(val),
+        "train": train.location, "train_images": bench.train.images, "train_unreadable": bench.train.unreadable,
+        "val": val.location, "val_images": bench.val.images, "val_unreadable": bench.val.unreadable,
+        "view": bench.source.settings.crop_in_words,
         "classes": bench.classes, "fingerprints": {"train": train.fingerprint(), "val": val.fingerprint()},
         "protocol": protocol.name if protocol else None, "source": protocol.source if protocol else None,
         "chosen_by_paper": protocol.chosen_by_paper if protocol else None, "probed": probed,

@@ -69,8 +69,8 @@ class Bench:
     reading: Pass
     device: str
 
-    def of(self, data: LabelledSet, places: list[Place], fraction: float = 1.0) -> Features:
-        """Centre views of a data set; empty on ranks other than the first."""
+    def of(self, data: LabelledSet, places: list[Place], fraction: float | None = None) -> Features:
+        """Center views of a data set, with the encoder's own crop for None; empty on ranks other than the first."""
         return self.reading.features(self.source, data, places, fraction).at(places)
 
 

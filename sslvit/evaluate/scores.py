@@ -46,9 +46,18 @@ def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
+def independent(by_seed: list[list[float]]) -> list[float]:
+    """The values whose spread tells how sure their mean is: one mean per seed, or the draws of a single seed.
+
+    Draws of labels under one seed share what the seed decides, such as an untrained network's weights, so draws of
+    several seeds are not independent of each other.
+    """
+    return by_seed[0] if len(by_seed) == 1 else [mean(values) for values in by_seed]
+
+
 def interval(values: list[float]) -> float | None:
-    """Half the width of the 95 % interval of the mean (Student's t); None of a single value."""
-    if len(values) < 2:
+    """Half the width of the 95 % interval of the mean (Student's t); None of a single value, or where none differs."""
+    if len(set(values)) < 2:
         return None
     from scipy.stats import t  # a second; most tables need none
 

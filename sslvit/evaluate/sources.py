@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +17,12 @@ from torch import Tensor
 from sslvit.checkpoint import fingerprint
 from sslvit.data.index import ShardIndex
 from sslvit.data.reader import ShardReader
+from sslvit.files import printable
 from sslvit.models import ViTEncoder
+from sslvit.ranks import is_first_rank, said_by_all
 from sslvit.settings import EncoderSettings
 
+MAX_UNREADABLE_FRACTION = 0.01  # of a data set's images, above which there is no score
 PIXEL_SIDE = 32  # raw pixels are compared at no more than this size
 Place = tuple[int, str]  # a block, counted from 1, and a pooling
 
@@ -49,10 +53,12 @@ class FeatureTable:
     Args:
         columns: features 'n d' by place.
         labels: class numbers 'n'.
+        samples: numbers of the images 'n'.
     """
 
     columns: dict[Place, Tensor]
     labels: Tensor
+    samples: Tensor
 
     def at(self, places: Sequence[Place]) -> Features:
         """The features of several places side by side."""
@@ -153,18 +159,75 @@ class RawPixels(Source):
 
 @dataclass
 class LabelledSet:
-    """A data set to probe on, opened when a pass first needs its images.
+    """A data set to score on, opened when a pass first needs its images. All passes must see the same images of it.
 
     Args:
         index: of its shards.
         channels: that its images are read with.
-        chosen: numbers of the samples that are used; None for all.
+        chosen: numbers of the samples that are scored; None for all.
+        max_unreadable_fraction: share of them that may be unreadable, and is left out.
+        memory_limit_mb: sets of small equal images are decoded once if they fit.
     """
 
     index: ShardIndex
     channels: int
     chosen: np.ndarray | None = None
+    max_unreadable_fraction: float = MAX_UNREADABLE_FRACTION
+    memory_limit_mb: int = 1024
+    _used: np.ndarray | None = None
 
     @cached_property
     def reader(self) -> ShardReader:
-        return ShardReader(self.index, self.channels)
+        return ShardReader(self.index, self.channels, self.memory_limit_mb)
+
+    @property
+    def samples(self) -> np.ndarray:
+        """Numbers of the images that are to be scored, readable or not."""
+        return np.arange(len(self.index)) if self.chosen is None else self.chosen
+
+    @property
+    def images(self) -> int:
+        """How many images scores are of: those that a pass could read, or all before the first one."""
+        return len(self.samples if self._used is None else self._used)
+
+    @property
+    def unreadable(self) -> int:
+        """How many images are left out of scores."""
+        return len(self.samples) - self.images
+
+    @property
+    def count_in_words(self) -> str:
+        """ "360 images", or "357 of 360 images (3 cannot be read)"."""
+        if not self.unreadable:
+            return f"{self.images:,} images"
+        return f"{self.images:,} of {len(self.samples):,} images ({self.unreadable:,} cannot be read)"
+
+    def account_for(self, used: Tensor | np.ndarray, bad: dict[str, Any]) -> None:
+        """Take note of the images that a pass of all ranks has seen.
+
+        Args:
+            used: their sample numbers, of all ranks.
+            bad: why others could not be read, by key, on this rank.
+
+        Raises:
+            ValueError: too many could not be read, or others than in an earlier pass.
+        """
+        used = np.sort(np.asarray(used))
+        bad = {key: reason for one in said_by_all(bad) for key, reason in one.items()}
+        example = "".join(f", e.g. {printable(key)}: {printable(reason)}" for key, reason in list(bad.items())[:1])
+        if self._used is None:
+            missing = len(self.samples) - len(used)
+            said = f"{self.index.location}: {missing:,} of {len(self.samples):,} images cannot be read"
+            if missing > self.max_unreadable_fraction * len(self.samples):
+                raise ValueError(
+                    f"{said}, more than the {self.max_unreadable_fraction:.1%} that a score may leave out{example}. "
+                    "Repair or repack these shards, or raise the limit (--max-unreadable-fraction)."
+                )
+            if missing and is_first_rank():
+                print(f"warning: {said} and are left out of all scores{example}", flush=True)
+            self._used = used
+        elif not np.array_equal(used, self._used):
+            raise ValueError(
+                f"{self.index.location}: {len(used):,} images could be read in this pass and {len(self._used):,} in an "
+                f"earlier one{example}. Scores would be of different images: see whether its disk or network fails."
+            )

@@ -27,6 +27,7 @@ from sslvit.evaluate.scores import (
     Draws,
     columns_of,
     format_table,
+    independent,
     interval,
     markdown_table,
     markdown_text,
@@ -45,7 +46,7 @@ from sslvit.settings.bench import PIXELS, BenchSettings, FinetuneColumn, ProbeCo
 from sslvit.settings.load import load_recipe
 from sslvit.train.folder import RunFolder
 
-FORMAT = 1  # raised when the same cell would mean another number
+FORMAT = 2  # raised when the same cell would mean another number
 MARK = "bench.json"
 
 
@@ -112,7 +113,8 @@ class BenchRun:
             ]
             for column in probes:
                 indices = open_labelled(column.settings(split))
-            self.sets[name] = tuple(LabelledSet(index, kinds.copy().pop()) for index in indices)
+            limit = settings.max_unreadable_fraction
+            self.sets[name] = tuple(LabelledSet(index, kinds.copy().pop(), None, limit) for index in indices)
         for encoders in self.encoders.values():
             for column in settings.columns.values():
                 for encoder in encoders if isinstance(column, ProbeColumn) else []:
@@ -158,8 +160,7 @@ class BenchRun:
                     found = [cell for cell in found if cell is not None]
                     if not found:
                         continue
-                    per_entry = [cell.values for cell in found]
-                    values = per_entry[0] if len(per_entry) == 1 else [mean(values) for values in per_entry]
+                    values = independent([cell.values for cell in found])
                     tables[data][row][column] = values
                     cells.append(
                         {"data": data, "row": row, "column": column, "mean": mean(values), "interval": interval(values),
@@ -189,7 +190,7 @@ class BenchRun:
         seeds = range(settings.seed, settings.seed + settings.seeds)
         rows: dict[str, list[Entry]] = {}
         if "pixels" in settings.baselines:
-            rows[PIXELS] = [Entry(None, None, False, settings.seed)]
+            rows[PIXELS] = [Entry(None, None, False, seed) for seed in seeds]
         kinds: dict[str, list[str]] = {}
         for name, (first, *_) in self.encoders.items():
             kinds.setdefault(json.dumps(asdict(first.settings), sort_keys=True), []).append(name)
@@ -236,7 +237,7 @@ class BenchRun:
             "batch": self.settings.batch, "device": self.device.split(":")[0],
         }  # fmt: skip
         return self.kept(
-            identity, f"{data}: {row}: {column}", lambda: self.probed(source, train, val, wanted, entry.seed)
+            identity, f"{data}: {row}: {column}", lambda: self.probed(source, train, val, wanted, entry.seed), data
         )
 
     def probed(
@@ -268,6 +269,8 @@ class BenchRun:
         scores = json.loads(folder.scores.read_text())
         start = "random weights" if entry.is_scratch else entry.path
         about = {"config": wanted.config, **wanted.changes, "started from": start, "run": str(path)}
+        if scores.get("unreadable"):
+            about["reported images that could not be read"] = scores["unreadable"]
         return Cell([scores["top1"]], _training_seconds(folder), about, key)
 
     def finetuned(self, data: str, wanted: FinetuneColumn, path: str, is_scratch: bool, seed: int) -> tuple[Path, str]:
@@ -292,8 +295,10 @@ class BenchRun:
             )  # fmt: skip
         return folder.path, key
 
-    def kept(self, identity: dict[str, Any], title: str, measure: Callable[[], tuple[list[float], dict]]) -> Cell:
-        """The cell of this identity: from its file, or measured and written there."""
+    def kept(
+        self, identity: dict[str, Any], title: str, measure: Callable[[], tuple[list[float], dict]], data: str
+    ) -> Cell:
+        """The cell of this identity: from its file, or measured and, if all images could be read, written there."""
         key = _key(identity)
         file = self.folder / "cells" / f"{key}.json"
         if file.exists():
@@ -303,7 +308,8 @@ class BenchRun:
         start = time.monotonic()
         values, about = measure()
         cell = Cell(values, time.monotonic() - start, about, key)
-        write_atomically(file, json.dumps({**asdict(cell), "identity": identity}, indent=1, default=str) + "\n")
+        if not any(part.unreadable for part in self.sets[data]):
+            write_atomically(file, json.dumps({**asdict(cell), "identity": identity}, indent=1, default=str) + "\n")
         return cell
 
     # ---- tables ----------------------------------------------------------------------------------------------
@@ -312,12 +318,13 @@ class BenchRun:
         """Markdown, CSV, JSON and the page."""
         markdown, content = [], []
         for data, rows in tables.items():
-            images = len(self.sets[data][1].index)
+            train, val = self.sets[data]
             note = (
-                f"Right answers in percent on {images:,} images of {self.settings.data[data].val}; heads and "
-                f"fine-tuning on {len(self.sets[data][0].index):,} of {self.settings.data[data].train}. ± is half the "
-                "95 % interval over draws, seeds or runs; one percentage of so many images is uncertain by up to "
-                f"± {sampling_interval(images):.1f} by that alone. The reported images choose nothing."
+                f"Right answers in percent on {val.count_in_words} of {self.settings.data[data].val}; heads and "
+                f"fine-tuning on {train.count_in_words} of {self.settings.data[data].train}. ± is half the 95 % "
+                "interval of a mean over runs, seeds or, with one seed, draws of labels; one percentage of so many "
+                f"images is uncertain by up to ± {sampling_interval(val.images):.1f} by that alone. The reported "
+                "images choose nothing."
             )
             markdown += [f"## {markdown_text(data)}", "", markdown_table(rows), "", markdown_text(note), ""]
             content += [("heading", data), ("table", rows), ("text", note)]

@@ -107,6 +107,7 @@ class BenchOptions:
             same networks trained with labels, then scored like the others).
         seeds: how often everything by chance is drawn anew, untrained weights included.
         seed: the first of them.
+        max_unreadable_fraction: share of a data set's images that may be unreadable; they are left out and counted.
         batch: images per forward pass.
         workers: loader processes.
         device: auto, cpu or cuda.
@@ -117,6 +118,7 @@ class BenchOptions:
     baselines: list[str] = field(default_factory=lambda: list(BASELINES))
     seeds: int = 1
     seed: int = 0
+    max_unreadable_fraction: float = 0.01
     batch: int = 256
     workers: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -128,6 +130,8 @@ class BenchOptions:
         for key, least in (("seeds", 1), ("batch", 1), ("seed", 0), ("workers", 0)):
             if getattr(self, key) < least:
                 raise ValueError(f"{key}: {getattr(self, key)} must be {least} or more.")
+        if not 0 <= self.max_unreadable_fraction < 1:
+            raise ValueError(f"max_unreadable_fraction: {self.max_unreadable_fraction} must be from 0 to below 1.")
         wrong = [one for one in self.baselines if one not in BASELINES]
         if wrong:
             raise ValueError(f"baselines: {brief(wrong[0])} is not one of {', '.join(BASELINES)}.")

@@ -221,6 +221,13 @@ class EncoderSettings:
         return self.grid_of(*self.image_size)
 
     @property
+    def crop_in_words(self) -> str:
+        """What evaluation and exports see of an image."""
+        share = "" if self.crop_fraction == 1 else f"the middle {100 * self.crop_fraction:g} % of "
+        whole = "the image" if self.crop_mode == "squash" else "the largest centered box of these proportions"
+        return f"{share}{whole}, resized to {' x '.join(map(str, self.image_size))} ({self.interpolation})"
+
+    @property
     def prefix(self) -> int:
         """Number of tokens in front of the patches."""
         return int(self.class_token) + self.registers

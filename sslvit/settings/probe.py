@@ -29,6 +29,7 @@ class ProbeSettings:
         pooling: class, mean, class+mean or attention; null for the encoder's own choice.
         neighbours: each k of the k-nearest-neighbour vote.
         temperature: of the vote.
+        max_unreadable_fraction: share of a data set's images that may be unreadable; they are left out and counted.
         batch: images per forward pass.
         workers: loader processes.
         baselines: also score raw pixels and the same encoder with untrained weights.
@@ -51,6 +52,7 @@ class ProbeSettings:
     pooling: str | None = None
     neighbours: list[int] = field(default_factory=lambda: [10, 20, 100, 200])
     temperature: float = 0.07
+    max_unreadable_fraction: float = 0.01
     batch: int = 256
     workers: int = 0
     baselines: bool = True
@@ -77,6 +79,8 @@ class ProbeSettings:
             raise ValueError(f"--neighbours {brief(self.neighbours)}: expected different numbers from 1.")
         if self.pooling is not None and self.pooling not in POOLINGS:
             raise ValueError(f"--pooling {brief(self.pooling)}: not one of {', '.join(POOLINGS)}.")
+        if not 0 <= self.max_unreadable_fraction < 1:
+            raise ValueError(f"--max-unreadable-fraction {self.max_unreadable_fraction}: must be from 0 to below 1.")
         for key in ("temperature", "cache_gb"):
             if not getattr(self, key) > 0:
                 raise ValueError(f"--{key.replace('_', '-')} {getattr(self, key)}: must be above zero.")

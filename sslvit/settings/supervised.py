@@ -19,7 +19,6 @@ class SupervisedSettings(TaskSettings):
         name: supervised.
         classes: of the data; null for as many as its shards name.
         val: labelled shards that are reported, and never used to choose anything.
-        fraction: share of the shorter side that the reported view keeps (224 of 256: 0.875).
         validate_every: steps between two looks at `val`, rounded up to lines of metrics.jsonl; null for the last step
             alone. The last one is what is reported.
         layer_decay: rate of a block over that of the block behind it.
@@ -32,7 +31,6 @@ class SupervisedSettings(TaskSettings):
     name: Literal["supervised"] = "supervised"
     classes: int | None = None
     val: str | None = None
-    fraction: float = 0.875
     validate_every: int | None = None
     layer_decay: float = 0.65
     smoothing: float = 0.1
@@ -46,9 +44,8 @@ class SupervisedSettings(TaskSettings):
             raise ValueError(f"task.classes: {self.classes} is less than 2. Nothing could be told apart.")
         if self.validate_every is not None and self.validate_every < 1:
             raise ValueError(f"task.validate_every: {self.validate_every} must be 1 or more.")
-        for key in ("fraction", "layer_decay"):
-            if not 0 < getattr(self, key) <= 1:
-                raise ValueError(f"task.{key}: {getattr(self, key)} is not above 0 and at most 1.")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"task.layer_decay: {self.layer_decay} is not above 0 and at most 1.")
         for key in ("smoothing", "erase"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ValueError(f"task.{key}: {getattr(self, key)} is not between 0 and 1.")

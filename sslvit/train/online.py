@@ -18,7 +18,6 @@ import torch
 
 from sslvit.data.index import ShardIndex
 from sslvit.data.open import open_shards
-from sslvit.data.reader import ShardReader
 from sslvit.evaluate.classify import Accuracy, accuracy
 from sslvit.evaluate.features import Pass
 from sslvit.evaluate.knn import knn_accuracies
@@ -66,7 +65,13 @@ class ScoringCallback(StepCallback):
         if self.step % self.every and self.step != self.total_steps:
             return
         with looking(module) as whole:
-            for name, value in self.scores(trainer, whole).items():
+            try:
+                found = self.scores(trainer, whole)
+            except ValueError as error:  # unreadable images, features that are not finite: on all ranks alike
+                found = {}
+                if is_first_rank():
+                    print(f"warning: step {self.step}: no score: {error}", flush=True)
+            for name, value in found.items():
                 module.record(name, torch.tensor(value, dtype=torch.float64))
 
     def scores(self, trainer: pl.Trainer, module: PretextTask) -> dict[str, float]:
@@ -83,7 +88,10 @@ class OnlineProbe(ScoringCallback):
         self.seed = settings.seed
         indices = open_labelled(ProbeSettings(online.train, online.val, neighbours=[]))
         channels = settings.encoder.channels
-        self.train, self.val = (LabelledSet(index, channels, spread(len(index), online.images)) for index in indices)
+        limit = settings.data.bad_limit
+        self.train, self.val = (
+            LabelledSet(index, channels, spread(len(index), online.images), limit) for index in indices
+        )
 
     def scores(self, trainer: pl.Trainer, module: PretextTask) -> dict[str, float]:
         source = FrozenEncoder(module.trained_encoder)
@@ -108,17 +116,17 @@ class Validation(ScoringCallback):
     def __init__(self, settings: PretrainSettings, folder: RunFolder, index: ShardIndex, total_steps: int) -> None:
         super().__init__(settings.task.validate_every, settings.train.log_every, total_steps)
         self.settings, self.folder = settings, folder
-        self.index = open_val(settings, index)
-        self.reader: ShardReader | None = None
+        data = settings.data
+        self.data = LabelledSet(
+            open_val(settings, index), settings.encoder.channels, None, data.bad_limit, data.memory_limit_mb
+        )
         self.start = time.monotonic()
 
     def scores(self, trainer: pl.Trainer, module: Supervised) -> dict[str, float]:
-        encoder, data = self.settings.encoder, self.settings.data
-        self.reader = self.reader or ShardReader(self.index, encoder.channels, data.memory_limit_mb)
-        workers = 0 if self.reader.decoded is not None else data.workers
+        workers = 0 if self.data.reader.decoded is not None else self.settings.data.workers
         found = accuracy(
-            lambda images: module.logits(images.to(module.dtype)), self.reader, encoder, module.device, IMAGES_AT_ONCE,
-            workers, self.settings.task.fraction,
+            lambda images: module.logits(images.to(module.dtype)), self.data, self.settings.encoder, module.device,
+            IMAGES_AT_ONCE, workers,
         )  # fmt: skip
         if self.step == self.total_steps and trainer.is_global_zero:
             self.write(found)
@@ -126,8 +134,8 @@ class Validation(ScoringCallback):
 
     def write(self, found: Accuracy) -> None:
         about = {
-            **asdict(found), "val": self.index.location, "fingerprint": self.index.fingerprint(), "step": self.step,
-            "init": self.settings.init, "seed": self.settings.seed, "reported": "the last step",
+            **asdict(found), "val": self.data.index.location, "fingerprint": self.data.index.fingerprint(),
+            "step": self.step, "init": self.settings.init, "seed": self.settings.seed, "reported": "the last step",
             "seconds_since_start": time.monotonic() - self.start,
         }  # fmt: skip
         write_atomically(self.folder.scores, json.dumps(about, indent=1) + "\n")

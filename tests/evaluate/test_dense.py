@@ -50,10 +50,13 @@ def test_mean_iou_by_hand() -> None:
     assert "class 9" not in found
 
 
-def test_a_class_that_is_guessed_and_does_not_occur_is_in_no_mean() -> None:
-    found = measures(torch.tensor([[2, 0, 1], [0, 3, 0], [0, 0, 0]]), np.array([0, 5, 9]))
-    assert found["mean IoU"] == pytest.approx((200 / 3 + 100) / 2)
-    assert "class 9" not in found
+def test_a_class_that_is_guessed_and_does_not_occur_counts_as_zero_and_one_that_is_neither_does_not() -> None:
+    confusion = torch.tensor([[2, 0, 1, 0], [0, 3, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
+    found = measures(confusion, np.array([0, 5, 9, 11]))
+    assert found["mean IoU"] == pytest.approx((200 / 3 + 100 + 0) / 3)
+    assert found["class 9"] == 0
+    assert "class 11" not in found
+    assert found["pixel accuracy"] == pytest.approx(100 * 5 / 6)
 
 
 def test_masks_of_another_size_keep_their_numbers(tmp_path: Path) -> None:
@@ -130,7 +133,7 @@ def test_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="its masks hold 1 classes"):
         segment({"e": make()}, MaskedImages.open(flat), MaskedImages.open(good))
     one = write(tmp_path / "one", 1, 0)
-    with pytest.raises(ValueError, match="one: one image. Two or more are needed"):
+    with pytest.raises(ValueError, match="one: 1 of 1 images have labelled pixels in the encoder.s view. Two or more"):
         segment({"e": make()}, MaskedImages.open(one), MaskedImages.open(good))
     for mask in (flat / "masks").iterdir():
         Image.new("L", (16, 16), 255).save(mask)
@@ -170,3 +173,47 @@ def test_a_program_in_the_place_of_an_image_is_not_started(tmp_path: Path) -> No
     (tmp_path / "images" / "00.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n")
     with pytest.raises(ValueError, match="00.png: unreadable .not an image"):
         MaskedImages.open(tmp_path).read(0, make().settings)
+
+
+def test_images_without_labels_choose_no_penalty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every image of the training folder but two has an empty mask: the two are split, and one of them chooses."""
+    train = MaskedImages.open(write(tmp_path / "train", 10, 0, (3, 200)))
+    for mask in train.masks[2:]:
+        Image.fromarray(np.full((40, 40), 255, np.uint8)).save(mask)
+        Image.new("RGB", (40, 40)).save(tmp_path / "train" / "images" / f"{mask.stem}.png")
+    held = []
+    fit = dense._fit
+    monkeypatch.setattr(dense, "_fit", lambda v, t, counts, h, n: held.append((counts, h)) or fit(v, t, counts, h, n))
+    encoder = ViTEncoder(EncoderSettings(image_size=8, patch=4, width=16, depth=1, heads=2))
+    segment({"e": encoder}, train, train)
+    ((counts, is_held),) = held
+    assert counts[is_held].sum() > 0
+    assert counts[~is_held].sum() > 0
+    Image.fromarray(np.full(np.array(Image.open(train.masks[1])).shape, 255, np.uint8)).save(train.masks[1])
+    with pytest.raises(ValueError, match="1 of 10 images have labelled pixels"):
+        segment({"e": encoder}, train, train)
+
+
+@pytest.mark.parametrize(
+    ("mode", "fraction", "share"), [("center", 1.0, 0.5), ("center", 0.5, 0.125), ("squash", 1.0, 1.0)]
+)
+def test_what_share_of_the_labels_is_scored_is_said(tmp_path: Path, mode: str, fraction: float, share: float) -> None:
+    for part in ("images", "masks"):
+        (tmp_path / part).mkdir()
+    for name in ("a", "b"):
+        mask = np.zeros((20, 40), np.uint8)
+        mask[:, 20:] = 1
+        Image.fromarray(mask).save(tmp_path / "masks" / f"{name}.png")
+        Image.fromarray(np.stack([mask * 200] * 3, 2)).save(tmp_path / "images" / f"{name}.png")
+    settings = EncoderSettings(
+        image_size=8, patch=4, width=16, depth=1, heads=2, crop_mode=mode, crop_fraction=fraction
+    )
+    data = MaskedImages.open(tmp_path)
+    table = segment({"e": ViTEncoder(settings)}, data, data)
+    assert table.about["labelled_pixels_seen_percent"] == pytest.approx(100 * share)
+    assert f"{100 * share:.1f} % are in these views" in table.text()
+    image, seen = data.read(0, settings)
+    assert (seen[:, :4] == 0).all()
+    assert (seen[:, 4:] == 1).all()
+    assert (image[:, :, :3] == 0).all()
+    assert (image[:, :, 5:] == 200).all()

@@ -56,7 +56,7 @@ def test_what_cannot_be_embedded_is_refused(here: Path, capsys: pytest.CaptureFi
     for more, reason in (
         ([str(here / "out.csv")], "ends in .npz"),
         ([str(here / "no" / "out.npz")], "its folder does not exist"),
-        ([str(here / "out.npz"), "--fraction", "1.5"], "--fraction 1.5"),
+        ([str(here / "out.npz"), "--crop-fraction", "1.5"], "--crop-fraction 1.5"),
         ([str(here / "out.npz"), "--layer", "3"], "blocks 1 to 2"),
     ):
         assert main([*words, *more]) == 1

@@ -223,7 +223,7 @@ def test_a_damaged_cache_is_made_anew_and_a_full_one_forgets_the_oldest(shards: 
     source, data = FrozenEncoder(make(depth=2)), LabelledSet(load_index(shards / "val"), 3)
     wanted = Pass(cache=cache).features(source, data, [(1, "class"), (2, "mean")])
     (entry,) = cache.folder.iterdir()
-    for name in ("1-class.safetensors", "labels.safetensors"):
+    for name in ("1-class.safetensors", "rows.safetensors"):
         (entry / name).write_bytes(b"half")
         again = Pass(cache=cache).features(source, data, [(1, "class"), (2, "mean")])
         assert torch.equal(again.columns[1, "class"], wanted.columns[1, "class"])
@@ -242,15 +242,15 @@ def test_a_disk_that_takes_no_more_is_said_and_ends_no_probe(shards: Path, capsy
     assert len(found.labels) == len(data.index)
     said = capsys.readouterr().out
     assert "features are not cached: " in said
-    assert "labels.safetensors: could not be written (" in said
+    assert "rows.safetensors: could not be written (" in said
     assert not [file for file in cache.folder.rglob("*") if file.is_file()]
 
 
 def test_a_full_cache_leaves_the_files_of_others(shards: Path) -> None:
     """Also a folder that looks like one of its own, and one of its own that somebody put a file into."""
     cache = FeatureCache(shards / "cache", limit_gb=1e-9)
-    others = [cache.folder / "thesis" / "labels.safetensors", cache.folder / ("0" * 32) / "thesis.txt"]
-    for file in (*others, cache.folder / ("0" * 32) / "labels.safetensors"):
+    others = [cache.folder / "thesis" / "rows.safetensors", cache.folder / ("0" * 32) / "thesis.txt"]
+    for file in (*others, cache.folder / ("0" * 32) / "rows.safetensors"):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("years of work")
     Pass(cache=cache).features(FrozenEncoder(make()), LabelledSet(load_index(shards / "val"), 3), [(1, "class")])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -25,13 +27,25 @@ def clouds(count: int = 300, width: int = 12, classes: int = 4, seed: int = 0, n
     return Features(torch.from_numpy(values).float(), torch.from_numpy(labels))
 
 
-@pytest.mark.parametrize("strength", [1.0, 1e-2, 1e-4])
-def test_logistic_regression_reaches_scikit_learns_optimum(strength: float) -> None:
-    features = clouds()
+def wide_clouds(seed: int = 0) -> Features:
+    """Classes that overlap, in channels that are far from independent: weak penalties take long there."""
+    source = np.random.default_rng(0)
+    mixing = source.normal(size=(192, 192)) * np.logspace(0, -2, 192)
+    centers = 0.35 * source.normal(size=(10, 192))
+    source = np.random.default_rng(seed)
+    labels = source.integers(0, 10, 500)
+    values = (centers[labels] + source.normal(size=(500, 192))) @ mixing
+    return Features(torch.from_numpy(values / values.std(0)), torch.from_numpy(labels))
+
+
+@pytest.mark.parametrize("strength", [10.0**-exponent for exponent in range(7)])
+@pytest.mark.parametrize("make", [clouds, wide_clouds])
+def test_logistic_regression_reaches_scikit_learns_optimum(make: Callable, strength: float) -> None:
+    features, others = make(), make(seed=1)
     values = features.values.double()
-    problem = (values, features.labels, 4, torch.tensor([strength]).double())
-    assert fit_logistic(*problem)[2]
-    weight, bias, is_solved = fit_logistic(*problem, tolerance=1e-8)
+    weight, bias, is_solved = fit_logistic(
+        values, features.labels, int(features.labels.max()) + 1, torch.tensor([strength]).double()
+    )
     assert is_solved
     theirs = LogisticRegression(C=1 / (strength * len(values)), max_iter=10_000, tol=1e-10).fit(
         values.numpy(), features.labels.numpy()
@@ -43,15 +57,43 @@ def test_logistic_regression_reaches_scikit_learns_optimum(strength: float) -> N
 
     expected = loss(torch.from_numpy(theirs.coef_), torch.from_numpy(theirs.intercept_))
     assert loss(weight[0], bias[0]) <= expected * (1 + 1e-6)
+    exact = torch.from_numpy(theirs.coef_)
+    assert (weight[0] - exact).abs().max() < 2e-3 * exact.abs().max()
+    guesses = (others.values.double() @ weight[0].T + bias[0]).argmax(1)
+    assert (guesses == torch.from_numpy(theirs.predict(others.values.numpy()))).float().mean() >= 0.995
+
+
+def test_fitting_a_probe_leaves_the_features_as_they_were() -> None:
+    features = Features(clouds().values.double(), clouds().labels)
+    before = features.values.clone()
+    fit_probe(features, 4)
+    assert torch.equal(features.values, before)
+
+
+def test_a_strength_of_every_size_is_compared_with_the_others_at_its_own_optimum(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from sslvit.evaluate import linear
+
+    solved = []
+
+    def fit(*given):
+        found = fit_logistic(*given)
+        solved.append((len(given[3]), found[2]))
+        return found
+
+    monkeypatch.setattr(linear, "fit_logistic", fit)
+    fit_probe(wide_clouds(), 10)
+    assert solved == [(5 * len(STRENGTHS), True), (1, True)]
 
 
 def test_many_problems_at_once_are_the_same_problems() -> None:
     features = clouds()
     values, strengths = features.values.double(), torch.tensor([1e-1, 1e-3]).double()
     used = torch.rand(2, 300, generator=torch.Generator().manual_seed(0)) < 0.7
-    together = fit_logistic(values, features.labels, 4, strengths, used, tolerance=1e-9)
+    together = fit_logistic(values, features.labels, 4, strengths, used, solved=1e-6)
     for i in range(2):
-        alone = fit_logistic(values[used[i]], features.labels[used[i]], 4, strengths[i : i + 1], tolerance=1e-9)
+        alone = fit_logistic(values[used[i]], features.labels[used[i]], 4, strengths[i : i + 1], solved=1e-6)
         torch.testing.assert_close(together[0][i], alone[0][0], atol=1e-5, rtol=1e-4)
 
 
@@ -105,8 +147,8 @@ def test_shares_of_classes_are_fitted_like_as_many_labels() -> None:
     values, labels = features.values.double(), features.labels
     other = (labels + 1) % 4
     shares = (torch.nn.functional.one_hot(labels, 4) + torch.nn.functional.one_hot(other, 4)).double() / 2
-    one = fit_logistic(values, shares, 4, strength, tolerance=1e-9)
-    two = fit_logistic(values.repeat(2, 1), torch.cat([labels, other]), 4, strength, tolerance=1e-9)
+    one = fit_logistic(values, shares, 4, strength, solved=1e-7)
+    two = fit_logistic(values.repeat(2, 1), torch.cat([labels, other]), 4, strength, solved=1e-7)
     torch.testing.assert_close(one[0], two[0], atol=1e-6, rtol=1e-5)
 
 
@@ -114,9 +156,9 @@ def test_large_sets_are_gone_through_in_pieces(monkeypatch: pytest.MonkeyPatch) 
     from sslvit.evaluate import logistic
 
     features, strengths = clouds(), torch.tensor([1e-2, 1e-3]).double()
-    whole = fit_logistic(features.values.double(), features.labels, 4, strengths, tolerance=1e-9)
+    whole = fit_logistic(features.values.double(), features.labels, 4, strengths, solved=1e-6)
     monkeypatch.setattr(logistic, "LARGEST_PIECE", 2 * 4 * 37)  # 37 rows at a time
-    pieces = fit_logistic(features.values.double(), features.labels, 4, strengths, tolerance=1e-9)
+    pieces = fit_logistic(features.values.double(), features.labels, 4, strengths, solved=1e-6)
     torch.testing.assert_close(whole[0], pieces[0], atol=1e-6, rtol=1e-5)
 
 
@@ -220,3 +262,11 @@ def test_heads_and_neighbours_on_a_gpu_are_those_of_the_cpu() -> None:
     torch.testing.assert_close(one.weight, other.weight, atol=1e-4, rtol=1e-3)
     here, there = (knn_accuracies(train, val, 4, [5, 20], 0.07, device) for device in ("cpu", "cuda"))
     assert here == pytest.approx(there, abs=0.5)  # a tie may break otherwise
+
+
+def test_shares_in_single_precision_are_fitted_to_convergence() -> None:
+    features = clouds(60)
+    shares = torch.rand(60, 4, generator=torch.Generator().manual_seed(0))
+    shares = shares / shares.sum(1, keepdim=True)  # to seven digits
+    strengths = torch.tensor(STRENGTHS, dtype=torch.float64)
+    assert fit_logistic(features.values.double(), shares, 4, strengths, max_iterations=200)[2]

@@ -139,7 +139,9 @@ def test_a_grid_of_heads_is_as_many_heads_under_torchs_sgd() -> None:
 def test_an_epoch_is_gone_through_once_and_in_another_order_each_time() -> None:
     from sslvit.evaluate.sources import FeatureTable
 
-    table = FeatureTable({(1, "class"): torch.arange(10.0)[:, None]}, torch.zeros(10, dtype=torch.long))
+    table = FeatureTable(
+        {(1, "class"): torch.arange(10.0)[:, None]}, torch.zeros(10, dtype=torch.long), torch.arange(10)
+    )
     rows = torch.tensor([0, 1, 2, 3, 4, 5, 6])
     seen = [batch.values[:, 0].tolist() for _, batch in in_batches(iter([table] * 3), [(1, "class")], rows, 3, 5, 0)]
     assert len(seen) == 5
@@ -221,7 +223,7 @@ def test_selection_never_sees_the_reported_labels(shards: Path, name: str, monke
     of = protocols.Bench.of
     for turn in (0, 1):
 
-        def planted(bench, data, places, fraction=1.0, turn=turn):
+        def planted(bench, data, places, fraction=None, turn=turn):
             features = of(bench, data, places, fraction)
             return Features(features.values, (features.labels + turn) % 2) if data is bench.val else features
 

@@ -193,14 +193,14 @@ def test_the_command_learns_and_writes_what_it_reports(shards: Path, capsys: pyt
     assert head["head.weight"].shape == (3, 16)
     # what was written classifies as what was scored
     from sslvit.data.index import load_index
-    from sslvit.data.reader import ShardReader
     from sslvit.evaluate.classify import accuracy
+    from sslvit.evaluate.sources import LabelledSet
 
     def logits(images: torch.Tensor) -> torch.Tensor:
         return encoder.features(images) @ head["head.weight"].T + head["head.bias"]
 
-    reader = ShardReader(load_index(shards / "val"))
-    assert accuracy(logits, reader, encoder.settings, torch.device("cpu"), 7).top1 == pytest.approx(scores["top1"])
+    data = LabelledSet(load_index(shards / "val"), 3)
+    assert accuracy(logits, data, encoder.settings, torch.device("cpu"), 7).top1 == pytest.approx(scores["top1"])
     assert main([*words, "--out", str(shards / "run"), *changes]) == 1
     assert "already exists" in capsys.readouterr().err
 

@@ -73,7 +73,9 @@ def logistic(images: int, width: int) -> None:
 def grid(images: int, width: int) -> None:
     places: list[Place] = [(9, "class"), (10, "class"), (11, "class"), (12, "class"), (12, "mean")]
     values, labels = make_features(images, width * len(places))
-    table = FeatureTable(dict(zip(places, values.chunk(len(places), 1), strict=True)), labels)
+    table = FeatureTable(
+        dict(zip(places, values.chunk(len(places), 1), strict=True)), labels, torch.arange(len(labels))
+    )
     features = [[places[3]], places[3:], places[:4], places]
     rates = [rate * BATCH / 256 for rate in DINOv2ProbeSettings().rates]
 

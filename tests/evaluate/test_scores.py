@@ -1,0 +1,105 @@
+"""Intervals cover what they say, and stand only where something varied."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from sslvit.checkpoint import save_encoder
+from sslvit.data.arrays import array_samples
+from sslvit.data.pack import pack
+from sslvit.evaluate.probe import ProbeTable, probe
+from sslvit.evaluate.scores import independent, interval, sampling_interval, shown
+from sslvit.models import ViTEncoder
+from sslvit.report.bench import BenchRun
+from sslvit.settings import EncoderSettings, ProbeSettings
+from sslvit.settings.bench import BenchSettings, ProbeColumn, SplitSettings
+
+
+def test_an_interval_is_students() -> None:
+    values = [61.0, 63.5, 64.0, 60.5]
+    low, high = stats.t.interval(0.95, 3, np.mean(values), stats.sem(values))
+    assert interval(values) == pytest.approx((high - low) / 2)
+
+
+def test_nothing_varied_means_no_interval() -> None:
+    assert interval([61.0]) is None
+    assert interval([61.0, 61.0, 61.0]) is None
+    assert shown([61.0, 61.0, 61.0]) == "61.0"
+    assert shown([61.0, 62.0]) == "61.5 ± 6.4"
+
+
+def test_intervals_over_seeds_cover_the_truth_as_often_as_they_say() -> None:
+    """Three seeds with five draws each; the seed moves a score as much as the draw does."""
+    source = np.random.default_rng(0)
+    covered = {"per seed": 0, "pooled": 0}
+    for _ in range(2000):
+        scores = source.normal(size=(3, 1)) + source.normal(size=(3, 5))
+        by_seed = scores.tolist()
+        for name, values in (("per seed", independent(by_seed)), ("pooled", scores.ravel().tolist())):
+            covered[name] += abs(np.mean(values)) <= interval(values)
+    assert covered["per seed"] / 2000 == pytest.approx(0.95, abs=0.02)
+    assert covered["pooled"] / 2000 < 0.8  # what it would be if draws of one seed counted as independent
+
+
+def test_one_seeds_draws_are_independent_of_each_other() -> None:
+    assert independent([[60.0, 62.0, 64.0]]) == [60.0, 62.0, 64.0]
+    assert independent([[60.0, 62.0], [70.0]]) == [61.0, 70.0]
+
+
+def test_the_sampling_interval_is_a_binomials_at_one_half() -> None:
+    assert sampling_interval(400) == pytest.approx(100 * 1.96 * 0.5 / 20)
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    source = np.random.default_rng(0)
+    for name, count in (("train", 60), ("val", 40)):
+        labels = source.integers(0, 2, count)
+        images = source.integers(0, 200, (count, 8, 8, 3)) + labels[:, None, None, None] * 20
+        pack(array_samples(images.astype(np.uint8), labels), tmp_path / name, ["dark", "light"])
+    torch.manual_seed(0)
+    save_encoder(ViTEncoder(EncoderSettings(image_size=8, patch=4, width=16, depth=1, heads=2)), tmp_path / "encoder")
+    return tmp_path
+
+
+def test_probe_and_bench_say_the_same_of_the_same_data(shards: Path) -> None:
+    from sslvit.checkpoint import load_encoder
+
+    split = SplitSettings(str(shards / "train"), str(shards / "val"))
+    settings = ProbeSettings(
+        split.train, split.val, protocol=None, labels_per_class=5, draws=2, neighbours=[3], seeds=3, cache=None
+    )
+    table = probe({"mine": load_encoder(shards / "encoder")}, settings)
+    bench = BenchSettings(
+        encoders={"mine": [str(shards / "encoder")]}, data={"data": split}, seeds=3, baselines=["pixels", "untrained"],
+        columns={"few": ProbeColumn(kind="few", labels_per_class=5, draws=2), "knn": ProbeColumn(kind="knn", neighbours=3)},
+        out=str(shards / "bench"),
+    )  # fmt: skip
+    run = BenchRun(bench)
+    run.claim()
+    import json
+
+    cells = json.loads(run.run()["table.json"].read_text())["cells"]
+    of_bench = {(cell["row"], cell["column"]): (cell["mean"], cell["interval"]) for cell in cells}
+    names = {"raw pixels": "raw pixels", "untrained encoder": "mine untrained", "mine": "mine"}
+    of_probe = table.as_dict()
+    for row, other in names.items():
+        for column, short in (("linear, 5 per class", "few"), ("kNN, k = 3", "knn")):
+            mine = of_probe["rows"][row][column], of_probe["intervals"][row][column]
+            assert of_bench[other, short] == pytest.approx(mine), (row, column)
+    assert of_probe["intervals"]["raw pixels"]["linear, 5 per class"] is not None
+    assert of_probe["intervals"]["mine"]["kNN, k = 3"] is None  # the same weights, the same images: nothing varies
+    assert of_probe["intervals"]["untrained encoder"]["kNN, k = 3"] is not None
+    assert "mean over 3 seeds" in table.text()
+    assert len(of_probe["about"]["probed"]["mine"]["scores"]["linear, 5 per class"]) == 3
+    assert len(of_probe["about"]["probed"]["mine"]["scores"]["linear, 5 per class"][0]) == 2
+
+
+def test_a_table_of_one_seed_names_draws() -> None:
+    about = {"val_images": 100, "train_images": 100, "neighbours": [], "seeds": 1, "draws": 5, "probed": {}}
+    assert "mean over 5 draws of labels" in ProbeTable({"mine": {"few": [1.0, 2.0]}}, about).text()
