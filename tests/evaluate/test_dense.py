@@ -215,5 +215,5 @@ def test_what_share_of_the_labels_is_scored_is_said(tmp_path: Path, mode: str, f
     image, seen = data.read(0, settings)
     assert (seen[:, :4] == 0).all()
     assert (seen[:, 4:] == 1).all()
-    assert (image[:, :, :3] == 0).all()
-    assert (image[:, :, 5:] == 200).all()
+    assert (image[:, :, :3] < 10).all()
+    assert (image[:, :, 5:] > 190).all()

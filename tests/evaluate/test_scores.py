@@ -77,7 +77,10 @@ def test_probe_and_bench_say_the_same_of_the_same_data(shards: Path) -> None:
     table = probe({"mine": load_encoder(shards / "encoder")}, settings)
     bench = BenchSettings(
         encoders={"mine": [str(shards / "encoder")]}, data={"data": split}, seeds=3, baselines=["pixels", "untrained"],
-        columns={"few": ProbeColumn(kind="few", labels_per_class=5, draws=2), "knn": ProbeColumn(kind="knn", neighbours=3)},
+        columns={
+            "few": ProbeColumn(kind="few", labels_per_class=5, draws=2),
+            "knn": ProbeColumn(kind="knn", neighbours=3),
+        },
         out=str(shards / "bench"),
     )  # fmt: skip
     run = BenchRun(bench)

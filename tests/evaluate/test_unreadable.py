@@ -1,4 +1,4 @@
-"""A score is of the images that it names: unreadable ones are counted, named and limited, and nothing partial is kept."""
+"""A score is of the images that it names: unreadable ones are counted, named and limited, nothing partial is kept."""
 
 from __future__ import annotations
 
