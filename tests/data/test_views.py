@@ -17,7 +17,6 @@ from sslvit.data.resample import Boxes, normalise, resample, view_of_one
 from sslvit.data.views import Views, by_epoch, canvas_places, centre_crops, random_crops, random_squares
 from sslvit.settings import EncoderSettings
 from sslvit.settings.views import (
-    AugmentSettings,
     CanvasSettings,
     CentreSettings,
     CropSettings,
@@ -149,7 +148,7 @@ def test_canvas_sizes_are_whole_pixels_each_as_often_as_another() -> None:
     assert counts / 5000 == pytest.approx(0.2, abs=0.03)
 
 
-@pytest.mark.parametrize("draw", [random_crops([0.2, 0.5], [3 / 4, 4 / 3], 0.5), random_squares([0.3, 0.6], 0.5),
+@pytest.mark.parametrize("draw", [random_crops([0.2, 0.5], [3 / 4, 4 / 3], 0.5), random_squares([100, 200], 60, 0.5),
                                   canvas_places([0.3, 0.6], 0.5)])  # fmt: skip
 def test_place_size_and_mirroring_say_nothing_of_each_other(draw) -> None:
     uniform = np.random.default_rng(0).random((4000, 23))
@@ -158,18 +157,6 @@ def test_place_size_and_mirroring_say_nothing_of_each_other(draw) -> None:
     drawn = [boxes.top / rooms[0], boxes.left / rooms[1], boxes.height, boxes.is_mirrored]
     off_diagonal = np.corrcoef(np.stack(drawn)) - np.eye(4)
     assert np.abs(off_diagonal).max() < 0.06
-
-
-def test_an_image_is_augmented_by_seed_epoch_and_sample() -> None:
-    def of(seed: int, epoch: int, sample: int) -> torch.Tensor:
-        view = Views(AugmentSettings(operations=4, magnitude=20), [40, 56], "bicubic", seed)
-        return view.augment([smooth_images(1)], np.array([sample]), np.array([epoch]))[0]
-
-    before = torch.get_rng_state()
-    first = of(0, 0, 0)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(of(0, 0, 0), first)
-    assert not any(torch.equal(of(*key), first) for key in ((1, 0, 0), (0, 1, 0), (0, 0, 1)))
 
 
 def test_no_view_is_brighter_than_white_or_darker_than_black() -> None:
@@ -191,14 +178,29 @@ def test_normalise_is_mean_and_deviation_of_pixels_in_zero_to_one() -> None:
     torch.testing.assert_close(normalise(view, [0.5], [0.25]).flatten(), torch.tensor([-2.0, 2.0]))
 
 
-def test_a_square_takes_its_share_of_the_shorter_side() -> None:
-    uniform = np.random.default_rng(0).random((2000, 4))
-    boxes = random_squares([0.5, 0.9], 0.5)(uniform, np.full(2000, 100), np.full(2000, 160), [32, 32])
+def test_a_square_is_the_crop_of_a_shorter_side_resized_to_each_length_as_often() -> None:
+    """iGPT, section 4.1: 224 of a shorter side of 256 to 384."""
+    count = 40_000
+    settings = SquareSettings()
+    uniform = np.random.default_rng(0).random((count, 23))
+    draw = random_squares(settings.resize, settings.crop, settings.flip)
+    boxes = draw(uniform, np.full(count, 20_000), np.full(count, 30_000), [32, 32])
     assert np.array_equal(boxes.height, boxes.width)
-    assert (boxes.height.min(), boxes.height.max()) == (50, 90)
-    assert (boxes.top + boxes.height).max() == 100
-    assert boxes.left.min() == 0
-    assert (boxes.left + boxes.width).max() == 160
+    lengths, counts = np.unique(np.round(224 * 20_000 / boxes.height), return_counts=True)
+    assert lengths.tolist() == list(range(256, 385))
+    assert counts / count == pytest.approx(1 / 129, abs=0.002)
+    assert (boxes.height / 20_000).mean() == pytest.approx(np.mean(224 / np.arange(256, 385)), abs=0.001)  # 0.7097
+    assert boxes.is_mirrored.mean() == pytest.approx(0.5, abs=0.01)
+    for start, room in ((boxes.top, 20_000 - boxes.height), (boxes.left, 30_000 - boxes.width)):
+        assert (start / room).mean() == pytest.approx(0.5, abs=0.01)
+        assert (start / room).std() == pytest.approx(12**-0.5, abs=0.005)
+        assert (start.min() >= 0, (start - room).max() <= 0) == (True, True)
+
+
+@pytest.mark.parametrize("changes", [{"resize": [384, 256]}, {"resize": [256]}, {"crop": 257}, {"crop": 0}])
+def test_impossible_squares_are_refused(changes: dict) -> None:
+    with pytest.raises(ValueError, match=f"data.view.{next(iter(changes))}"):
+        SquareSettings(**changes)
 
 
 def test_multi_crop_gives_two_large_and_several_small_views() -> None:
