@@ -16,6 +16,7 @@ FLOATS_AT_ONCE = 2**24  # pixels of images that are floats at the same time
 BAND = 32  # neighboring pixels of a view that are computed together from the part of a large image that they see
 SUPPORT = {"bilinear": 1, "bicubic": 2}  # pixels that a filter reaches to either side
 TABLE_BYTES = 64 * 2**20  # boxes at whole pixels of small images have their weights in a table up to this size
+TABLES_BYTES = 512 * 2**20  # of all tables that are kept; those that were not used for the longest time go first
 
 
 @dataclass
@@ -208,8 +209,20 @@ def _weights(
     return weights.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-@lru_cache(maxsize=8)
+_tables: dict[tuple, tuple[Tensor, Tensor]] = {}  # by what _make_table takes; the one used last stands last
+
+
 def _table(length: int, out: int, interpolation: str, is_columns: bool) -> tuple[Tensor, Tensor]:
+    """_make_table, kept: a batch of each of several resolutions asks for two others."""
+    key = (length, out, interpolation, is_columns)
+    found = _tables.pop(key, None) or _make_table(*key)
+    _tables[key] = found
+    while len(_tables) > 1 and sum(table.nbytes for kept in _tables.values() for table in kept) > TABLES_BYTES:
+        del _tables[next(iter(_tables))]
+    return found
+
+
+def _make_table(length: int, out: int, interpolation: str, is_columns: bool) -> tuple[Tensor, Tensor]:
     """Weights of every box at whole pixels: their row by start * (length + 1) + extent, and the weights.
 
     For columns each row is followed by its mirror image, and both are transposed.

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from shard_fixtures import encoded, photograph
 
+from sslvit.data import resample as resample_module
 from sslvit.data.decode import BadImage, decode
 from sslvit.data.loader import MemoryReader, center_view, make_batch, view_of_image
 from sslvit.data.resample import Boxes, normalise, resample, view_of_one
@@ -50,6 +51,30 @@ def test_the_whole_image_at_its_own_size_is_itself() -> None:
     assert torch.equal(resample(image, boxes_of(0, 0, 40, 56), [40, 56], "bicubic"), image)
     mirrored = resample(image, boxes_of(0, 0, 40, 56, mirrored=True), [40, 56], "bicubic")
     assert torch.equal(mirrored, image.flip(3))
+
+
+def test_resampling_tables_of_many_resolutions_are_kept_up_to_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    make = resample_module._make_table
+    monkeypatch.setattr(resample_module, "_tables", {})
+    monkeypatch.setattr(resample_module, "_make_table", lambda *key: made.append(key) or make(*key))
+    images, boxes = smooth_images(1, 24, 24), boxes_of(3, 4, 12, 14)
+    sizes = range(8, 20, 2)
+    first = [resample(images, boxes, [size, size], "bicubic") for size in sizes]
+    assert len(made) == 12  # rows and columns of each
+    again = [resample(images, boxes, [size, size], "bicubic") for size in sizes]
+    assert len(made) == 12
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    held = sum(tensor.nbytes for table in resample_module._tables.values() for tensor in table)
+    monkeypatch.setattr(resample_module, "TABLES_BYTES", held)
+    resample(images, boxes, [8, 8], "bicubic")
+    resample(images, boxes, [20, 20], "bicubic")  # too much: those of 10 go, of 8 were just used
+    assert len(made) == 14
+    assert sum(tensor.nbytes for table in resample_module._tables.values() for tensor in table) <= held
+    resample(images, boxes, [8, 8], "bicubic")
+    assert len(made) == 14
+    resample(images, boxes, [10, 10], "bicubic")
+    assert len(made) == 16
 
 
 def test_outside_of_the_image_is_black() -> None:
