@@ -18,6 +18,7 @@ from sslvit.data.resample import Boxes, normalise, resample, view_of_one
 from sslvit.data.views import Views, by_epoch, canvas_places, centre_crops, random_crops, random_squares
 from sslvit.settings import EncoderSettings
 from sslvit.settings.views import (
+    AugmentSettings,
     CanvasSettings,
     CentreSettings,
     CropSettings,
@@ -120,21 +121,124 @@ def test_rows_of_several_epochs_draw_as_each_epoch_alone() -> None:
     assert by_epoch(lambda e, s: s * 10 + e, np.array([1, 2, 3]), np.array([4, 5, 4])).tolist() == [14, 25, 34]
 
 
-def test_random_crops_have_torchvisions_statistics() -> None:
+@pytest.mark.parametrize(("scale", "ratio"), [([0.2, 1.0], [3 / 4, 4 / 3]), ([0.08, 0.5], [0.3, 1.5])])
+def test_random_crops_are_distributed_as_torchvisions(scale: list[float], ratio: list[float]) -> None:
+    """Sides and places, and what they have to do with each other: two samples of one distribution, each side of it."""
+    from scipy.stats import ks_2samp
     from torchvision.transforms import RandomResizedCrop
 
-    count = 4000
+    count, height, width = 6000, 400, 560
     uniform = np.random.default_rng(0).random((count, 23))
-    ours = random_crops([0.2, 1.0], [3 / 4, 4 / 3], 0.5)(uniform, np.full(count, 40), np.full(count, 56), [16, 16])
+    ours = random_crops(scale, ratio, 0.5)(uniform, np.full(count, height), np.full(count, width), [16, 16])
     torch.manual_seed(0)
-    image = smooth_images(1)[0]
-    theirs = np.array([RandomResizedCrop.get_params(image, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(count)])
-    for name, column in zip(("top", "left", "height", "width"), theirs.T, strict=True):
-        values = getattr(ours, name)
-        error = np.hypot(values.std(), column.std()) / np.sqrt(count)
-        assert abs(values.mean() - column.mean()) < 4 * error, name
-        assert values.std() == pytest.approx(column.std(), rel=0.06), name
-    assert abs(ours.is_mirrored.mean() - 0.5) < 0.03
+    image = torch.zeros(3, height, width)
+    theirs = np.array([RandomResizedCrop.get_params(image, scale, ratio) for _ in range(count)]).T
+
+    def measures(top, left, tall, wide) -> list[np.ndarray]:
+        bottom, right = height - top - tall, width - left - wide
+        places = [
+            top / (height - tall + 1),
+            left / (width - wide + 1),
+            bottom - top,
+            right - left,
+            top / 400 + left / 560,
+        ]
+        return [top, left, tall, wide, wide / tall, wide * tall, *places]
+
+    for one, other in zip(measures(ours.top, ours.left, ours.height, ours.width), measures(*theirs), strict=True):
+        assert ks_2samp(one, other).pvalue > 0.001
+    assert abs(ours.is_mirrored.mean() - 0.5) < 0.02
+
+
+def test_a_crop_is_the_first_of_ten_boxes_that_fits() -> None:
+    """torchvision's rules, box by box, with the same uniform numbers; and the middle where none fits."""
+    count, height, width = 3000, 40, 70
+    uniform = np.random.default_rng(1).random((count, 23))
+    scale, ratio = [0.6, 1.0], [0.5, 1.2]
+    boxes = random_crops(scale, ratio, 0.3)(uniform, np.full(count, height), np.full(count, width), [8, 8])
+    fallbacks = 0
+    for i, row in enumerate(uniform):
+        for trial in range(10):
+            area = height * width * (scale[0] + row[trial] * (scale[1] - scale[0]))
+            aspect = np.exp(np.log(ratio[0]) + row[10 + trial] * (np.log(ratio[1]) - np.log(ratio[0])))
+            wide, tall = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
+            if wide <= width and tall <= height:
+                top, left = int(row[20] * (height - tall + 1)), int(row[21] * (width - wide + 1))
+                break
+        else:
+            fallbacks += 1
+            tall, wide = height, round(height * ratio[1])
+            top, left = 0, (width - wide) // 2
+        assert (boxes.top[i], boxes.left[i], boxes.height[i], boxes.width[i]) == (top, left, tall, wide)
+        assert boxes.is_mirrored[i] == (row[22] < 0.3)
+    assert 20 < fallbacks < 2500
+
+
+def test_every_kind_of_view_obeys_its_settings() -> None:
+    """Sides, proportions and mirroring of what each record of settings draws."""
+    count = 3000
+    sides, samples, epochs = np.tile([4000, 5000], (count, 1)), np.arange(count), np.zeros(count, int)
+
+    def boxes_of_view(settings, number: int = 0) -> Boxes:
+        return Views(settings, [64, 32], "bicubic", seed=5).draw(sides, samples, epochs)[number][1]
+
+    drawn = {
+        "crop": boxes_of_view(CropSettings(scale=[0.1, 0.2], ratio=[0.5, 0.8], flip=0.2)),
+        "augment": boxes_of_view(AugmentSettings(scale=[0.1, 0.2], ratio=[0.5, 0.8], flip=0.2)),
+    }
+    multi = {"global_scale": [0.1, 0.2], "local_scale": [0.1, 0.2], "ratio": [0.5, 0.8], "flip": 0.2, "local_crops": 3}
+    drawn |= {f"multi_crop {number}": boxes_of_view(MultiCropSettings(**multi), number) for number in range(5)}
+    for name, boxes in drawn.items():
+        shares, ratios = boxes.height * boxes.width / 20e6, boxes.width / boxes.height
+        assert (shares.min(), shares.max()) == (pytest.approx(0.1, abs=1e-3), pytest.approx(0.2, abs=1e-3)), name
+        assert shares.mean() == pytest.approx(0.15, abs=2e-3), name
+        assert (ratios.min(), ratios.max()) == (pytest.approx(0.5, abs=3e-3), pytest.approx(0.8, abs=3e-3)), name
+        assert np.log(ratios).mean() == pytest.approx(np.log(0.4) / 2, abs=0.01), name
+        assert boxes.is_mirrored.mean() == pytest.approx(0.2, abs=0.025), name
+        assert boxes.is_cut, name
+    sizes = [size for size, _ in Views(MultiCropSettings(**multi, local_size=24), [64, 32], "bicubic").draw(
+        sides[:1], samples[:1], epochs[:1])]  # fmt: skip
+    assert sizes == [[64, 32], [64, 32], [24, 24], [24, 24], [24, 24]]
+    canvas = boxes_of_view(CanvasSettings(side=[0.5, 0.75], flip=0.2))
+    lengths = 5000 * 64 / canvas.height  # the longer side of the image, in pixels of the canvas
+    assert (round(lengths.min()), round(lengths.max())) == (16, 24)  # of the shorter side of the canvas
+    assert canvas.is_mirrored.mean() == pytest.approx(0.2, abs=0.025)
+    square = boxes_of_view(SquareSettings(resize=[100, 100], crop=50, flip=0.2))
+    assert set(square.height) == {5000 * 0.4}  # of twice the width: as high as wide were it 2 x 2
+    assert set(square.width) == {1000}
+    assert square.is_mirrored.mean() == pytest.approx(0.2, abs=0.025)
+
+
+@pytest.mark.parametrize("other", ["seed", "epoch", "sample", "view"])
+def test_boxes_of_another_key_have_nothing_to_do_with_these(other: str) -> None:
+    """Not even a part of what is drawn: sides, place or mirroring."""
+    settings, samples, sides = MultiCropSettings(local_crops=2), np.arange(2000), np.tile([900, 1000], (2000, 1))
+
+    def columns(seed: int = 1, epoch: int = 4, first: int = 0, views: tuple = (0, 2)) -> list[np.ndarray]:
+        drawn = Views(settings, [32, 32], "bicubic", seed).draw(sides, samples + first, np.full(2000, epoch))
+        return [
+            np.stack([b.height, b.width, b.top / (901 - b.height), b.left / (1001 - b.width), b.is_mirrored])
+            for b in (drawn[view][1] for view in views)
+        ]
+
+    changed = {"seed": {"seed": 2}, "epoch": {"epoch": 5}, "sample": {"first": 7}, "view": {"views": (1, 3)}}[other]
+    for one, two in zip(columns(), columns(**changed), strict=True):
+        assert np.abs(np.corrcoef(one, two)[:5, 5:]).max() < 0.09
+    assert all(np.array_equal(a, b) for a, b in zip(columns(), columns(), strict=True))
+
+
+@pytest.mark.parametrize("side", [40, 140])
+def test_a_mirrored_box_is_the_mirror_image_of_the_same_box(side: int) -> None:
+    image = smooth_images(1, side, side + 16)[0]
+    for box in ((3, 5, 30, 30), (2.5, 3.25, 30.5, 31.75), (-4, -4, side, side)):
+        straight, mirrored = (view_of_one(image, boxes_of(*box, m), [20, 24], "bicubic") for m in (False, True))
+        assert (straight.flip(2).float() - mirrored.float()).abs().max() <= 1
+        assert not torch.equal(straight, mirrored)
+
+
+def test_an_image_is_only_reduced_as_far_as_its_narrower_axis_allows() -> None:
+    assert boxes_of(0, 0, 800, 100).zoom([100, 50]).tolist() == [2]
+    assert boxes_of(0, 0, 100, 800).zoom([25, 100]).tolist() == [4]
 
 
 def test_narrow_and_wide_crops_are_drawn_alike_often() -> None:
@@ -201,6 +305,11 @@ def test_centre_crop_keeps_the_middle_of_the_shorter_side() -> None:
 def test_normalise_is_mean_and_deviation_of_pixels_in_zero_to_one() -> None:
     view = torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 1, 2)
     torch.testing.assert_close(normalise(view, [0.5], [0.25]).flatten(), torch.tensor([-2.0, 2.0]))
+    images, mean, std = smooth_images(2), [0.1, 0.4, 0.7], [0.2, 0.5, 0.3]
+    expected = (images.double() / 255 - torch.tensor(mean).double().view(3, 1, 1)) / torch.tensor(std).double().view(
+        3, 1, 1
+    )
+    torch.testing.assert_close(normalise(images, mean, std).double(), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_square_is_the_crop_of_a_shorter_side_resized_to_each_length_as_often() -> None:
