@@ -76,7 +76,9 @@ def test_what_a_job_needs_is_what_its_plan_says(tmp_path: Path, monkeypatch: pyt
     assert f"{240 // 16} steps per epoch, each dropping 0 images" in text
     shards = [plan.shards_at_once(0, 16 // hosts) for hosts in (1, 2, 4, 8, 16)]
     assert len(set(shards)) > 1
-    needs = [f"{count * 50_000_000 / 2**30:.2g} GB on {hosts}" for count, hosts in zip(shards, (1, 2, 4, 8, 16), strict=True)]
+    needs = [
+        f"{count * 50_000_000 / 2**30:.2g} GB on {hosts}" for count, hosts in zip(shards, (1, 2, 4, 8, 16), strict=True)
+    ]
     assert ", ".join(needs) in text
     others = [shard for number, shard in enumerate(index.shards) if number != 3]
     total = 50_000_000 + sum((tmp_path / shard.name).stat().st_size for shard in others)

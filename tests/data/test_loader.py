@@ -28,7 +28,7 @@ from sslvit.data.plan import EpochPlan
 from sslvit.data.reader import ShardReader
 from sslvit.data.views import Views
 from sslvit.settings import DataSettings, EncoderSettings
-from sslvit.settings.views import CentreSettings, CropSettings, MultiCropSettings
+from sslvit.settings.views import AugmentSettings, CentreSettings, CropSettings, MultiCropSettings
 
 NAMES = [f"class {number}" for number in range(24)]
 GRAY = EncoderSettings(image_size=8, patch=4, channels=1)
@@ -197,6 +197,15 @@ def test_the_data_module_hands_out_the_views_that_its_settings_name(tmp_path: Pa
     whole = module.whole_images(3, scale=2)
     assert whole.shape == (3, 3, 24, 24)
     assert len(module.examples(100)) == 12
+
+
+def test_the_data_module_fills_what_moves_in_with_the_encoders_mean(tmp_path: Path) -> None:
+    index = pack(array_samples(np.full((60, 16, 16, 3), 255, np.uint8)), tmp_path, workers=1)
+    encoder = EncoderSettings(image_size=16, patch=4, mean=[0.2, 0.4, 0.6], std=[1.0, 1.0, 1.0])
+    settings = DataSettings(global_batch=4, view=AugmentSettings(scale=[1.0, 1.0], operations=1, probability=1.0))
+    batch = ShardDataModule(index, settings, encoder, EpochPlan(index.shard_samples, 4, seed=1), 3).examples(60)
+    corners = batch.views[0][:, :, [0, 0, -1, -1], [0, -1, 0, -1]].abs().amax(1)  # 0: the mean itself
+    assert 5 < int((corners < 0.5 / 255).any(1).sum()) < 40
 
 
 def test_statistics_are_of_images_from_all_over_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
