@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 SMALL_SIDE = 96  # images up to this side are kept decoded and resampled a batch at a time
 AT_ONCE = 128  # images that are resampled together: what they need fits the processor's cache
 FLOATS_AT_ONCE = 2**24  # pixels of images that are floats at the same time
-BAND = 32  # neighboring pixels of a view that are computed together from the part of a large image that they see
 SUPPORT = {"bilinear": 1, "bicubic": 2}  # pixels that a filter reaches to either side
 TABLE_BYTES = 64 * 2**20  # boxes at whole pixels of small images have their weights in a table up to this size
 TABLES_BYTES = 512 * 2**20  # of all tables that are kept; those that were not used for the longest time go first
@@ -70,14 +70,14 @@ def view_of_one(image: Tensor, box: Boxes, size: list[int], interpolation: str, 
         return resample(image[None], box, size, interpolation)[0]
     sides = [float(values[0]) for values in (box.top, box.left, box.height, box.width)]
     top, left, tall, wide = (round(side) for side in sides)
-    is_inside = top >= 0 and left >= 0 and top + tall <= height and left + wide <= width
-    is_whole_image = (tall, wide) == (height, width)
-    if is_inside and np.allclose(sides, (top, left, tall, wide), 0, 1e-6) and (box.is_cut or is_whole_image):
-        view = _by_torch(image[:, top : top + tall, left : left + wide], size, interpolation)
+    is_inside = min(sides[:2]) > -1e-6 and sides[0] + sides[2] < height + 1e-6 and sides[1] + sides[3] < width + 1e-6
+    is_between_pixels = max(abs(side - round(side)) for side in sides) > 1e-6
+    if not is_inside:
+        return resample(image[None], box, size, interpolation)[0]
+    if is_between_pixels or not (box.is_cut or (tall, wide) == (height, width)):
+        view = _between_pixels(image, sides, box.is_cut, size, interpolation)
     else:
-        view = _by_bands(image, sides, box.is_cut, size, interpolation)
-        if image.dtype == torch.uint8:
-            view = view.round_().clamp_(0, 255).to(torch.uint8)
+        view = _by_torch(image[:, top : top + tall, left : left + wide], size, interpolation)
     if view.is_floating_point():
         view.clamp_(0, 255)  # bicubic weights overshoot
     return view.flip(2) if box.is_mirrored[0] else view
@@ -88,10 +88,10 @@ def _by_torch(part: Tensor, size: list[int], interpolation: str) -> Tensor:
     return F.interpolate(part, size=size, mode=interpolation, antialias=True)[0]
 
 
-def _by_bands(image: Tensor, sides: list[float], is_cut: bool, size: list[int], interpolation: str) -> Tensor:
-    """A box anywhere in a large image 'c h w', whose weights are nearly all zero: band by band of the view.
+def _between_pixels(image: Tensor, sides: list[float], is_cut: bool, size: list[int], interpolation: str) -> Tensor:
+    """A box inside of a large image 'c h w' whose sides lie anywhere, through PIL.
 
-    An axis that is seen from end to end goes through torch, which is faster and gives the same.
+    An axis that is seen from end to end goes through torch before, which is faster and gives the same.
 
     Args:
         image: uint8 or float.
@@ -100,49 +100,26 @@ def _by_bands(image: Tensor, sides: list[float], is_cut: bool, size: list[int], 
         size: of the view.
         interpolation: bilinear or bicubic.
     """
-    lengths, starts, extents = image.shape[1:], sides[:2], sides[2:]
-    is_full = [np.allclose((starts[i], extents[i]), (0, lengths[i]), 0, 1e-6) for i in (0, 1)]
-    bands = [
-        None if is_full[i] else _bands(lengths[i], starts[i], extents[i], size[i], interpolation, is_cut)
-        for i in (0, 1)
-    ]
-    hull = [slice(bands[i][0][0], bands[i][-1][1]) if bands[i] else slice(0, lengths[i]) for i in (0, 1)]
-    seen = image[:, hull[0], hull[1]]
-    for axis in sorted((0, 1), key=lambda i: not is_full[i]):
-        if bands[axis] is None:
-            seen = _by_torch(seen, [size[0], seen.shape[2]] if axis == 0 else [seen.shape[1], size[1]], interpolation)
-            continue
-        parts = [(low - hull[axis].start, high - hull[axis].start, weights) for low, high, weights in bands[axis]]
-        channels, height, width = seen.shape
-        if axis == 0:
-            rows = seen.permute(1, 2, 0)  # as images are decoded
-            rows = [weights @ rows[low:high].reshape(high - low, -1).float() for low, high, weights in parts]
-            seen = torch.cat(rows).view(size[0], width, channels).permute(2, 0, 1)
-        else:
-            columns = seen.contiguous().float().view(-1, width)
-            columns = [columns[:, low:high] @ weights.T for low, high, weights in parts]
-            seen = torch.cat(columns, 1).view(channels, height, size[1])
-    return seen
-
-
-@lru_cache(maxsize=16)
-def _bands(
-    length: int, start: float, extent: float, out: int, interpolation: str, is_cut: bool
-) -> list[tuple[int, int, Tensor]]:
-    """(first input pixel, one after the last, weights) of each BAND of output pixels along one axis, in their order."""
-    scale = extent / out
-    reach = SUPPORT[interpolation] * max(scale, 1)
-    centre = start + (torch.arange(out, dtype=torch.float64)[:, None] + 0.5) * scale
-    pixels = (centre - reach).floor().long() + torch.arange(int(np.ceil(2 * reach)) + 1)
-    sides = (torch.tensor(value, dtype=torch.float64) for value in (start, extent, scale))
-    weights = _weights_at(pixels + 0.5, centre, *sides, length, interpolation, is_cut).float()
-    pixels.clamp_(0, length - 1)  # beyond the image weights are zero
-    bands = []
-    for some, near in zip(weights.split(BAND), pixels.split(BAND), strict=True):
-        low, high = int(near[0, 0]), int(near[-1, -1]) + 1
-        dense = torch.zeros(len(some), high - low).scatter_add_(1, near - low, some)
-        bands.append((low, high, dense))
-    return bands
+    starts, ends, hull = sides[:2], [sides[axis] + sides[2 + axis] for axis in (0, 1)], []
+    for axis in (0, 1):
+        length = image.shape[1 + axis]
+        starts[axis], ends[axis] = max(starts[axis], 0.0), min(ends[axis], length)  # of rounding
+        if starts[axis] < 1e-6 and ends[axis] > length - 1e-6:
+            between = list(image.shape[1:])
+            between[axis] = size[axis]
+            image = _by_torch(image, between, interpolation)
+            starts[axis], ends[axis] = 0.0, float(size[axis])
+        margin = 0 if is_cut else SUPPORT[interpolation] * max((ends[axis] - starts[axis]) / size[axis], 1) + 1
+        first = max(math.floor(starts[axis] - margin), 0)
+        hull.append(slice(first, min(math.ceil(ends[axis] + margin), image.shape[1 + axis])))
+        starts[axis], ends[axis] = starts[axis] - first, ends[axis] - first
+    pixels = image[:, hull[0], hull[1]].permute(1, 2, 0)
+    is_color = pixels.shape[2] == 3 and pixels.dtype == torch.uint8
+    planes = [pixels] if is_color else pixels.unbind(2)  # PIL has no other images of several channels
+    box, resampling = (starts[1], starts[0], ends[1], ends[0]), Image.Resampling[interpolation.upper()]
+    seen = [Image.fromarray(plane.contiguous().numpy()).resize((size[1], size[0]), resampling, box) for plane in planes]
+    view = torch.from_numpy(np.array(seen[0])) if is_color else torch.from_numpy(np.stack(seen, 2))
+    return view.permute(2, 0, 1)
 
 
 def resample(images: Tensor, boxes: Boxes, size: list[int], interpolation: str) -> Tensor:
@@ -244,14 +221,7 @@ def _compute_weights(
     start, extent = (torch.from_numpy(np.asarray(v, np.float32))[:, None, None] for v in (start, extent))
     scale = extent / out
     centre = start + (torch.arange(out)[:, None] + 0.5) * scale
-    return _weights_at(torch.arange(length) + 0.5, centre, start, extent, scale, length, interpolation, is_cut)
-
-
-def _weights_at(
-    pixel: Tensor, centre: Tensor, start: Tensor, extent: Tensor, scale: Tensor, length: int,
-    interpolation: str, is_cut: bool,
-) -> Tensor:  # fmt: skip
-    """How much the pixels at some places go into output pixels with their centers at others; sums over pixels are 1."""
+    pixel = torch.arange(length) + 0.5
     distance = (pixel - centre).abs_() / scale.clamp(min=1)  # shrinking widens the filter: antialiasing
     if interpolation == "bilinear":
         weight = 1 - distance.clamp_(max=1)
@@ -261,11 +231,8 @@ def _weights_at(
         far = (((2.5 - 0.5 * distance) * distance - 4) * distance).add_(2)
         weight = torch.where(distance < 1, near, far)
     if is_cut:
-        first, end = start.clamp(min=0), (start + extent).clamp(max=length)
-        weight *= (pixel > first) & (pixel < end)
-    else:
-        weight *= (pixel > 0) & (pixel < length)
-    total = weight.sum(-1, keepdim=True)
+        weight *= (pixel > start) & (pixel < start + extent)
+    total = weight.sum(2, keepdim=True)
     is_black = (centre < 0) | (centre > length) | (total == 0)
     return (weight / total).masked_fill_(is_black, 0)
 

@@ -422,7 +422,7 @@ def test_floats_are_seen_as_bytes_are() -> None:
     drawn = views.draw(np.array([[141, 200]]), np.array([0]), np.array([0]))
     floats, whole = (views.of_one(of, drawn, 0)[0] for of in (image.float(), image))
     assert floats.dtype == torch.float32
-    assert (floats - whole).abs().max() <= 0.5001
+    assert (floats - whole).abs().max() < 1  # bytes are rounded after each axis
 
 
 @pytest.mark.parametrize(
