@@ -53,6 +53,13 @@ def test_the_same_seed_gives_the_same_palette_and_nothing_is_overwritten(index, 
         make_palette(index, tmp_path / "d.json", colours=1)
 
 
+def test_places_within_an_image_depend_on_the_seed(index, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pixels, "PIXELS", 300)  # 10 of each of 30 images
+    drawn = [draw_pixels(index, 8, seed)[0].view(30, 10, 3) for seed in (0, 0, 1)]
+    assert (drawn[0] == drawn[1]).all()
+    assert (drawn[0] != drawn[2]).flatten(1).any(1).all()
+
+
 def test_a_palettes_clusters_are_those_of_its_seed_and_pixels(index, tmp_path: Path) -> None:
     made = make_palette(index, tmp_path / "p.json", 16, 8, seed=1)
     drawn, _ = draw_pixels(index, 8, 1)
