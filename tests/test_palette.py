@@ -84,6 +84,20 @@ def test_clusters_are_found_and_sorted_from_dark_to_light() -> None:
     assert torch.equal(fit_palette(pixels, 4), palette)
 
 
+def test_clusters_start_from_the_seed() -> None:
+    pixels = torch.rand(3000, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    palettes = [fit_palette(pixels, 16, seed, range(1)) for seed in (0, 1, 1)]
+    assert torch.equal(palettes[1], palettes[2])
+    assert not torch.equal(palettes[0], palettes[1])
+
+
+def test_the_error_is_the_mean_over_pixels_and_channels() -> None:
+    pixels = torch.rand(500, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    palette = torch.rand(7, 3, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    distance = ((pixels[:, None].double() - palette.double()) ** 2).mean(2).min(1).values
+    assert squared_error(pixels, palette) == pytest.approx(float(distance.mean()), rel=1e-6)
+
+
 def test_the_rounds_of_k_means_end_in_a_local_optimum() -> None:
     pixels = torch.rand(20_000, 3, generator=torch.Generator().manual_seed(0)) ** 2 * 2 - 1
     palette = fit_palette(pixels, 64)
@@ -108,7 +122,7 @@ def test_a_colour_without_pixels_moves_to_where_it_is_needed(monkeypatch: pytest
         return values[[0, 0, -1]], None
 
     monkeypatch.setattr(sklearn.cluster, "kmeans_plusplus", two_alike)
-    centres = torch.tensor([[-0.8], [0.1], [0.9]])
+    centres = torch.tensor([[-0.8], [0.7], [0.9]])
     torch.testing.assert_close(fit_palette(clouds(centres), 3), centres, atol=0.01, rtol=0)
 
 

@@ -97,7 +97,7 @@ def view_samples(
 def _decode_and_view(
     reader: ShardReader | MemoryReader, views: Views, samples: np.ndarray, epochs: np.ndarray, size: list[int] | None
 ) -> tuple[list[Tensor], dict[int, str]]:
-    """Each image is decoded once for all of its views, at the resolution that they need."""
+    """Each image is decoded once for all of its views, random ones at the resolution that they need."""
     bits = reader.bits
     bad: dict[int, str] = {}
     found = {}
@@ -123,7 +123,7 @@ def _decode_and_view(
                 view[i] = view[same]
             continue
         try:
-            reduction = reduction_for(zoom[i], header)
+            reduction = 1 if views.is_exact else reduction_for(zoom[i], header)
             image = decode(content, reader.channels, bits, reduction, header, reader.scratch)
         except BadImage as error:
             bad[i] = str(error)
@@ -160,6 +160,24 @@ class MemoryReader:
 
     def labels_of(self, samples: np.ndarray) -> None:
         return None
+
+
+def view_of_image(content: bytes, encoder: EncoderSettings) -> Tensor:
+    """What evaluation sees of one encoded image: pixels 'c h w' (0 to 255, uint8) before they are normalized.
+
+    Args:
+        content: bytes of an image file.
+        encoder: channels, size, interpolation and crop of the encoder's input.
+
+    Raises:
+        BadImage: the bytes are no image, or cannot be given the encoder's channels.
+    """
+    reader = MemoryReader({0: ("image", content)}, encoder.channels)
+    views = Views(center_view(encoder), encoder.image_size, encoder.interpolation)
+    batch = make_batch(reader, views, np.zeros(1, int), np.zeros(1, int))
+    if batch.bad:
+        raise BadImage(batch.bad["image"])
+    return batch.views[0][0]
 
 
 class TrainingBatches(Dataset):

@@ -46,7 +46,7 @@ class ShardDataModule(pl.LightningDataModule):
         super().__init__()
         self.index, self.settings, self.encoder = index, settings, encoder
         self.plan, self.total_steps, self.micro_batch = plan, total_steps, micro_batch
-        self.views = Views(settings.view, encoder.image_size, encoder.interpolation, plan.seed)
+        self.views = Views(settings.view, encoder.image_size, encoder.interpolation, plan.seed, fill=encoder.mean)
         self.start_step = 0
         self.reader: ShardReader | None = None
 

@@ -2,37 +2,52 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
+import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 SMALL_SIDE = 96  # images up to this side are kept decoded and resampled a batch at a time
 AT_ONCE = 128  # images that are resampled together: what they need fits the processor's cache
 FLOATS_AT_ONCE = 2**24  # pixels of images that are floats at the same time
+SUPPORT = {"bilinear": 1, "bicubic": 2}  # pixels that a filter reaches to either side
 TABLE_BYTES = 64 * 2**20  # boxes at whole pixels of small images have their weights in a table up to this size
+TABLES_BYTES = 512 * 2**20  # of all tables that are kept; those that were not used for the longest time go first
 
 
 @dataclass
 class Boxes:
-    """What is seen of each image, in its pixels; all arrays have one entry per image."""
+    """What is seen of each image, in its pixels; all arrays have one entry per image.
+
+    Args:
+        top: first row; may lie between pixels, as the other sides may.
+        left: first column.
+        height: number of rows.
+        width: number of columns.
+        is_mirrored: whether left and right change places.
+        is_cut: pixels outside of a box take no part in its view, as if it had been cut out first (random crops);
+            otherwise they smooth its border, as in PIL's resize with a box (center views).
+    """
 
     top: np.ndarray
     left: np.ndarray
     height: np.ndarray
     width: np.ndarray
     is_mirrored: np.ndarray
+    is_cut: bool = True
 
     def __getitem__(self, i: int) -> Boxes:
-        return Boxes(*(values[i : i + 1] for values in vars(self).values()))
+        sides = (self.top, self.left, self.height, self.width, self.is_mirrored)
+        return Boxes(*(values[i : i + 1] for values in sides), self.is_cut)
 
     def reduced(self, reduction: int) -> Boxes:
         """The same boxes in an image whose sides were divided."""
-        sides = (values / reduction for values in (self.top, self.left, self.height, self.width))
-        return Boxes(*sides, self.is_mirrored)
+        sides = {name: getattr(self, name) / reduction for name in ("top", "left", "height", "width")}
+        return replace(self, **sides)
 
     def zoom(self, size: list[int]) -> np.ndarray:
         """Image pixels per view pixel, along the axis where they are fewer."""
@@ -51,15 +66,60 @@ def view_of_one(image: Tensor, box: Boxes, size: list[int], interpolation: str, 
     """
     height, width = image.shape[1:]
     box = box.reduced(reduction)
-    top, left, tall, wide = (int(values[0].round()) for values in (box.top, box.left, box.height, box.width))
-    is_inside = top >= 0 and left >= 0 and top + tall <= height + 1 and left + wide <= width + 1  # 1: of rounding
-    if max(height, width) <= SMALL_SIDE or not is_inside:  # small ones: the same arithmetic as for a whole batch
+    if max(height, width) <= SMALL_SIDE:  # the same arithmetic as for a whole batch
         return resample(image[None], box, size, interpolation)[0]
-    part = image[None, :, top : top + tall, left : left + wide].contiguous(memory_format=torch.channels_last)
-    view = F.interpolate(part, size=size, mode=interpolation, antialias=True)[0]
+    sides = [float(values[0]) for values in (box.top, box.left, box.height, box.width)]
+    top, left, tall, wide = (round(side) for side in sides)
+    is_inside = min(sides[:2]) > -1e-6 and sides[0] + sides[2] < height + 1e-6 and sides[1] + sides[3] < width + 1e-6
+    is_between_pixels = max(abs(side - round(side)) for side in sides) > 1e-6
+    if not is_inside:
+        return resample(image[None], box, size, interpolation)[0]
+    if is_between_pixels or not (box.is_cut or (tall, wide) == (height, width)):
+        view = _between_pixels(image, sides, box.is_cut, size, interpolation)
+    else:
+        view = _by_torch(image[:, top : top + tall, left : left + wide], size, interpolation)
     if view.is_floating_point():
         view.clamp_(0, 255)  # bicubic weights overshoot
     return view.flip(2) if box.is_mirrored[0] else view
+
+
+def _by_torch(part: Tensor, size: list[int], interpolation: str) -> Tensor:
+    part = part[None].contiguous(memory_format=torch.channels_last)
+    return F.interpolate(part, size=size, mode=interpolation, antialias=True)[0]
+
+
+def _between_pixels(image: Tensor, sides: list[float], is_cut: bool, size: list[int], interpolation: str) -> Tensor:
+    """A box inside of a large image 'c h w' whose sides lie anywhere, through PIL.
+
+    An axis that is seen from end to end goes through torch before, which is faster and gives the same.
+
+    Args:
+        image: uint8 or float.
+        sides: top, left, height, width, in pixels or between them.
+        is_cut: see Boxes.
+        size: of the view.
+        interpolation: bilinear or bicubic.
+    """
+    starts, ends, hull = sides[:2], [sides[axis] + sides[2 + axis] for axis in (0, 1)], []
+    for axis in (0, 1):
+        length = image.shape[1 + axis]
+        starts[axis], ends[axis] = max(starts[axis], 0.0), min(ends[axis], length)  # of rounding
+        if starts[axis] < 1e-6 and ends[axis] > length - 1e-6:
+            between = list(image.shape[1:])
+            between[axis] = size[axis]
+            image = _by_torch(image, between, interpolation)
+            starts[axis], ends[axis] = 0.0, float(size[axis])
+        margin = 0 if is_cut else SUPPORT[interpolation] * max((ends[axis] - starts[axis]) / size[axis], 1) + 1
+        first = max(math.floor(starts[axis] - margin), 0)
+        hull.append(slice(first, min(math.ceil(ends[axis] + margin), image.shape[1 + axis])))
+        starts[axis], ends[axis] = starts[axis] - first, ends[axis] - first
+    pixels = image[:, hull[0], hull[1]].permute(1, 2, 0)
+    is_color = pixels.shape[2] == 3 and pixels.dtype == torch.uint8
+    planes = [pixels] if is_color else pixels.unbind(2)  # PIL has no other images of several channels
+    box, resampling = (starts[1], starts[0], ends[1], ends[0]), Image.Resampling[interpolation.upper()]
+    seen = [Image.fromarray(plane.contiguous().numpy()).resize((size[1], size[0]), resampling, box) for plane in planes]
+    view = torch.from_numpy(np.array(seen[0])) if is_color else torch.from_numpy(np.stack(seen, 2))
+    return view.permute(2, 0, 1)
 
 
 def resample(images: Tensor, boxes: Boxes, size: list[int], interpolation: str) -> Tensor:
@@ -70,13 +130,13 @@ def resample(images: Tensor, boxes: Boxes, size: list[int], interpolation: str) 
 
     Args:
         images: uint8, or float in the same units, 'b c h w'.
-        boxes: one per image; pixels outside the image are black.
+        boxes: one per image; what lies outside the image is black.
         size: of the result.
         interpolation: bilinear or bicubic.
     """
     b, c, h, w = images.shape
-    rows = _weights(h, boxes.top, boxes.height, size[0], interpolation)
-    columns = _weights(w, boxes.left, boxes.width, size[1], interpolation, boxes.is_mirrored)
+    rows = _weights(h, boxes.top, boxes.height, size[0], interpolation, boxes.is_cut)
+    columns = _weights(w, boxes.left, boxes.width, size[1], interpolation, boxes.is_cut, boxes.is_mirrored)
     views = torch.empty(b, c, *size, dtype=images.dtype)
     for start in range(0, b, AT_ONCE):
         some = slice(start, start + AT_ONCE)
@@ -99,7 +159,7 @@ def _along_columns(images: Tensor, columns: Tensor) -> Tensor:
 
 
 def _weights(
-    length: int, start: np.ndarray, extent: np.ndarray, out: int, interpolation: str,
+    length: int, start: np.ndarray, extent: np.ndarray, out: int, interpolation: str, is_cut: bool = True,
     is_mirrored: np.ndarray | None = None,
 ) -> Tensor:  # fmt: skip
     """(b, out, length): how much of each input pixel goes into each output pixel, along one axis.
@@ -109,6 +169,7 @@ def _weights(
     """
     is_whole = length * (length + 1) // 2 * out * length * 4 <= TABLE_BYTES and bool(
         ((start >= 0) & (start + extent <= length) & (start % 1 == 0) & (extent % 1 == 0) & (extent >= 1)).all()
+        and (is_cut or (extent == length).all())
     )
     if is_whole:
         row = torch.from_numpy((start * (length + 1) + extent).astype(np.int64))
@@ -117,7 +178,7 @@ def _weights(
             return table.index_select(0, places[row])
         places, table = _table(length, out, interpolation, True)
         return table.index_select(0, places[row] * 2 + torch.from_numpy(is_mirrored)).transpose(1, 2)
-    weights = _compute_weights(length, start, extent, out, interpolation)
+    weights = _compute_weights(length, start, extent, out, interpolation, is_cut)
     if is_mirrored is None:
         return weights
     chosen = torch.from_numpy(is_mirrored)
@@ -125,8 +186,20 @@ def _weights(
     return weights.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-@lru_cache(maxsize=8)
+_tables: dict[tuple, tuple[Tensor, Tensor]] = {}  # by what _make_table takes; the one used last stands last
+
+
 def _table(length: int, out: int, interpolation: str, is_columns: bool) -> tuple[Tensor, Tensor]:
+    """_make_table, kept: a batch of each of several resolutions asks for two others."""
+    key = (length, out, interpolation, is_columns)
+    found = _tables.pop(key, None) or _make_table(*key)
+    _tables[key] = found
+    while len(_tables) > 1 and sum(table.nbytes for kept in _tables.values() for table in kept) > TABLES_BYTES:
+        del _tables[next(iter(_tables))]
+    return found
+
+
+def _make_table(length: int, out: int, interpolation: str, is_columns: bool) -> tuple[Tensor, Tensor]:
     """Weights of every box at whole pixels: their row by start * (length + 1) + extent, and the weights.
 
     For columns each row is followed by its mirror image, and both are transposed.
@@ -142,7 +215,9 @@ def _table(length: int, out: int, interpolation: str, is_columns: bool) -> tuple
     return places, table
 
 
-def _compute_weights(length: int, start: np.ndarray, extent: np.ndarray, out: int, interpolation: str) -> Tensor:
+def _compute_weights(
+    length: int, start: np.ndarray, extent: np.ndarray, out: int, interpolation: str, is_cut: bool = True
+) -> Tensor:
     start, extent = (torch.from_numpy(np.asarray(v, np.float32))[:, None, None] for v in (start, extent))
     scale = extent / out
     centre = start + (torch.arange(out)[:, None] + 0.5) * scale
@@ -155,8 +230,8 @@ def _compute_weights(length: int, start: np.ndarray, extent: np.ndarray, out: in
         near = ((1.5 * distance - 2.5) * distance * distance).add_(1)
         far = (((2.5 - 0.5 * distance) * distance - 4) * distance).add_(2)
         weight = torch.where(distance < 1, near, far)
-    # only pixels of the box take part, as if it had been cut out first
-    weight *= (pixel > start) & (pixel < start + extent)
+    if is_cut:
+        weight *= (pixel > start) & (pixel < start + extent)
     total = weight.sum(2, keepdim=True)
     is_black = (centre < 0) | (centre > length) | (total == 0)
     return (weight / total).masked_fill_(is_black, 0)

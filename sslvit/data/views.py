@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms import v2
 
-from sslvit.chance import torch_chance, uniform_at
+from sslvit.chance import uniform_at
+from sslvit.data.augment import augment_image, draw_operations
 from sslvit.data.colour import change_colours, draw_colours
 from sslvit.data.resample import Boxes, resample, view_of_one
 from sslvit.settings.views import (
@@ -54,13 +54,20 @@ class Views:
         interpolation: bilinear or bicubic, always antialiased.
         seed: of the draws.
         colour_here: change colours here; otherwise whoever gets the batch does (data.colour_on).
+        fill: per channel, from 0 to 1: what RandAugment moves in from outside; None for gray.
     """
 
     def __init__(
-        self, settings: ViewSettings, size: list[int], interpolation: str, seed: int = 0, colour_here: bool = True
-    ) -> None:
+        self, settings: ViewSettings, size: list[int], interpolation: str, seed: int = 0, colour_here: bool = True,
+        fill: list[float] | None = None,
+    ) -> None:  # fmt: skip
         self.settings, self.size, self.interpolation, self.seed = settings, size, interpolation, seed
-        self.colour_here = colour_here
+        self.colour_here, self.fill = colour_here, fill
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether images are decoded in full: what is seen without chance is what other libraries make of an image."""
+        return isinstance(self.settings, CentreSettings)
 
     def of_size(self, size: list[int] | None = None) -> list[OneView]:
         """The views, with the main ones of another size than the encoder's if one is given."""
@@ -69,7 +76,7 @@ class Views:
             case CropSettings() | AugmentSettings():
                 return [OneView(size, random_crops(settings.scale, settings.ratio, settings.flip))]
             case SquareSettings():
-                return [OneView(size, random_squares(settings.side, settings.flip))]
+                return [OneView(size, random_squares(settings.resize, settings.crop, settings.flip))]
             case CanvasSettings():
                 return [OneView(size, canvas_places(settings.side, settings.flip))]
             case CentreSettings():
@@ -116,11 +123,11 @@ class Views:
         settings = self.settings
         if not (isinstance(settings, AugmentSettings) and settings.operations):
             return views
-        change = v2.RandAugment(settings.operations, settings.magnitude)
+        drawn = by_epoch(lambda epoch, rows: draw_operations(settings, (self.seed, epoch), rows), samples, epochs)
         for view in views:
-            for row, (sample, epoch) in enumerate(zip(samples.tolist(), epochs.tolist(), strict=True)):
-                with torch_chance(self.seed, epoch, sample, "augment"):
-                    view[row] = change(view[row])
+            fill = self.fill or [0.5] * view.shape[1]
+            for row, image in enumerate(view):
+                view[row] = augment_image(image, drawn[row], fill, self.interpolation)
         return views
 
     def of_batch(
@@ -183,11 +190,12 @@ def random_crops(scale: list[float], ratio: list[float], flip: float) -> DrawBox
     return draw
 
 
-def random_squares(side: list[float], flip: float) -> DrawBoxes:
-    """A box of the view's shape at a random place, its side a random share of the image's."""
+def random_squares(resize: list[int], crop: int, flip: float) -> DrawBoxes:
+    """What a crop of some pixels shows after the shorter side was resized to a random length; of the view's shape."""
 
     def draw(uniform: np.ndarray, heights: np.ndarray, widths: np.ndarray, size: list[int]) -> Boxes:
-        scale = np.minimum(heights / size[0], widths / size[1]) * np.interp(uniform[:, 0], [0, 1], side)
+        resized = resize[0] + np.floor(uniform[:, 0] * (resize[1] - resize[0] + 1))
+        scale = np.minimum(heights / size[0], widths / size[1]) * crop / resized
         height, width = (np.maximum(1, np.round(scale * length)) for length in size)
         top = np.floor(uniform[:, 1] * (heights - height + 1))
         left = np.floor(uniform[:, 2] * (widths - width + 1))
@@ -205,7 +213,9 @@ def centre_crops(fraction: float, mode: str = "center") -> DrawBoxes:
         else:
             scale = np.minimum(heights / size[0], widths / size[1]) * fraction
             height, width = scale * size[0], scale * size[1]
-        return Boxes((heights - height) / 2, (widths - width) / 2, height, width, np.zeros(len(heights), bool))
+        return Boxes(
+            (heights - height) / 2, (widths - width) / 2, height, width, np.zeros(len(heights), bool), is_cut=False
+        )
 
     return draw
 

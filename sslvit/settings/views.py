@@ -8,6 +8,7 @@ from typing import Literal
 from sslvit.files import brief
 from sslvit.settings.choices import checked
 
+MAX_MAGNITUDE = 10  # of RandAugment's operations
 MOST_AROUND = 16.0  # times its area that a crop may be larger than the image
 
 
@@ -39,19 +40,29 @@ class CropSettings:
 class SquareSettings:
     """A random square of nearly the whole image, resized to few pixels: iGPT's view.
 
+    The paper (section 4.1) resizes the shorter side to a random length of 256 to 384 pixels, each as likely as another,
+    and crops 224: on average 0.71 of the shorter side. Here both are one step.
+
     Args:
         kind: square.
-        side: smallest and largest side as a share of the image's shorter one (iGPT, section 4.1, crops 224 of a
-            shorter side of 256 to 384: 0.583 to 0.875).
+        resize: smallest and largest length of the shorter side, in pixels.
+        crop: side of the square that is then seen, in pixels.
         flip: probability of a horizontal flip.
     """
 
     kind: Literal["square"] = "square"
-    side: list[float] = field(default_factory=lambda: [224 / 384, 224 / 256])
+    resize: list[int] = field(default_factory=lambda: [256, 384])
+    crop: int = 224
     flip: float = 0.5
 
     def __post_init__(self) -> None:
-        check_range("side", self.side, most=1.0)
+        if len(self.resize) != 2 or not 0 < self.resize[0] <= self.resize[1]:
+            raise ValueError(f"data.view.resize: {brief(self.resize)} is not [smallest, largest] with 0 < smallest.")
+        if not 0 < self.crop <= self.resize[0]:
+            raise ValueError(
+                f"data.view.crop: {self.crop} is not above 0 and at most {self.resize[0]}, the smallest shorter side "
+                "(data.view.resize)."
+            )
         check_probability("flip", self.flip)
 
 
@@ -166,13 +177,17 @@ class MultiCropSettings:
 class AugmentSettings:
     """A random part of the image, changed by RandAugment (Cubuk et al. 2020): the view of training with labels.
 
+    The defaults are MAE's fine-tuning: timm's rand-m9-mstd0.5-inc1.
+
     Args:
         kind: augment.
         scale: smallest and largest share of the image's area.
         ratio: smallest and largest width over height.
         flip: probability of a horizontal flip.
-        operations: how many changes each image gets; 0 for none.
-        magnitude: how strong they are, from 0 to 30.
+        operations: how many operations each image draws; 0 for none.
+        probability: that a drawn operation happens.
+        magnitude: how strong operations are on average, from 0 to 10.
+        magnitude_std: standard deviation of the magnitude from operation to operation.
     """
 
     kind: Literal["augment"] = "augment"
@@ -180,16 +195,21 @@ class AugmentSettings:
     ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
     flip: float = 0.5
     operations: int = 2
-    magnitude: int = 9
+    probability: float = 0.5
+    magnitude: float = 9.0
+    magnitude_std: float = 0.5
 
     def __post_init__(self) -> None:
         check_range("scale", self.scale, most=1.0)
         check_range("ratio", self.ratio)
         check_probability("flip", self.flip)
+        check_probability("probability", self.probability)
         if self.operations < 0:
             raise ValueError(f"data.view.operations: {self.operations} is negative. Use 0 for none.")
-        if not 0 <= self.magnitude <= 30:
-            raise ValueError(f"data.view.magnitude: {self.magnitude} is not between 0 and 30.")
+        if not 0 <= self.magnitude <= MAX_MAGNITUDE:
+            raise ValueError(f"data.view.magnitude: {self.magnitude} is not between 0 and {MAX_MAGNITUDE}.")
+        if not 0 <= self.magnitude_std < float("inf"):
+            raise ValueError(f"data.view.magnitude_std: {self.magnitude_std} is not 0 (always the same) or more.")
 
 
 ViewSettings = AugmentSettings | CropSettings | SquareSettings | CentreSettings | CanvasSettings | MultiCropSettings

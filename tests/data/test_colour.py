@@ -10,7 +10,7 @@ from PIL import ImageFilter, ImageOps
 from shard_fixtures import photograph
 
 from sslvit.data.colour import DRAWS, ORDERS, change_colours, draw_colours
-from sslvit.data.views import change_views
+from sslvit.data.views import Views, change_views
 from sslvit.settings.views import MultiCropSettings
 
 
@@ -196,6 +196,80 @@ def test_draws_have_the_stated_probabilities_and_ranges() -> None:
         other = draw_colours(settings, view, (0, epoch), samples)
         one = draw_colours(settings, 1, (0, 0), samples)
         assert np.abs(np.corrcoef(one[:, :5].T, other[:, :5].T)[:5, 5:]).max() < 0.04
+
+
+@pytest.mark.parametrize("view", [0, 1, 2, 5])
+def test_what_is_drawn_for_an_image_is_drawn_independently(view: int) -> None:
+    """Whether colors change, how, in which order, gray, blur and solarization say nothing of each other."""
+    settings = MultiCropSettings(jitter=0.7, grey=0.3, blur=[0.5] * 3, solarise=[0.4] * 3, saturation=0.4)
+    draws = dict(zip(DRAWS, draw_colours(settings, view, (0, 0), np.arange(30_000)).T.astype(float), strict=True))
+    is_changed, is_blurred = draws["brightness"] != 1, draws["sigma"] > 0
+    assert np.array_equal(is_changed, draws["hue"] != 0)
+    for of in (is_changed & is_blurred, is_changed):  # strengths where there are some
+        strengths = [draws[name][of] for name in DRAWS[:6]] + [draws["is_solarised"][of]]
+        strengths += [draws["sigma"][of]] if of is not is_changed else [is_blurred[of]]
+        assert np.abs(np.corrcoef(strengths) - np.eye(8)).max() < 0.035
+    whether = [is_changed, is_blurred, draws["is_grey"], draws["is_solarised"], draws["order"]]
+    assert np.abs(np.corrcoef(whether) - np.eye(5)).max() < 0.03
+    sigma, (low, high) = draws["sigma"][is_blurred], settings.blur_sigma
+    for values, start, stop in [
+        (sigma, low, high), (draws["hue"][is_changed], -0.1, 0.1), (draws["contrast"][is_changed], 0.6, 1.4),
+        (draws["saturation"][is_changed], 0.6, 1.4), (draws["brightness"][is_changed], 0.6, 1.4),
+    ]:  # fmt: skip
+        counts, _ = np.histogram(values, 10, (start, stop))
+        assert counts.sum() == len(values)
+        assert counts / len(values) == pytest.approx(0.1, abs=0.012)  # uniform
+    counts = np.bincount(draws["order"].astype(int), minlength=24) / 30_000
+    assert counts == pytest.approx(1 / 24, abs=0.006)
+
+
+@pytest.mark.parametrize("other", ["seed", "epoch", "sample", "view"])
+def test_draws_of_another_key_have_nothing_to_do_with_these(other: str) -> None:
+    settings = MultiCropSettings(jitter=0.5, grey=0.5, blur=[0.5] * 3, solarise=[0.5] * 3)
+
+    def drawn(seed: int = 1, epoch: int = 2, first: int = 0, views: tuple[int, ...] = (0, 2, 3)) -> list[np.ndarray]:
+        views_drawn = Views(settings, [8, 8], "bicubic", seed).draw_colours(
+            np.arange(5000) + first, np.full(5000, epoch)
+        )
+        return [views_drawn[view].numpy().T for view in views]
+
+    changed = {"seed": {"seed": 3}, "epoch": {"epoch": 3}, "sample": {"first": 1}, "view": {"views": (1, 4, 2)}}[other]
+    for one, two in zip(drawn(), drawn(**changed), strict=True):
+        assert np.abs(np.corrcoef(one, two)[:8, 8:]).max() < 0.06
+    assert all(np.array_equal(a, b) for a, b in zip(drawn(), drawn(), strict=True))
+
+
+def test_every_setting_of_the_colors_has_its_effect() -> None:
+    samples = np.arange(4000)
+
+    def drawn(view: int = 0, **changes) -> dict[str, np.ndarray]:
+        return dict(zip(DRAWS, draw_colours(MultiCropSettings(**changes), view, (0, 0), samples).T, strict=True))
+
+    assert (drawn(jitter=0.0)["hue"] == 0).all()
+    assert (drawn(jitter=1.0)["contrast"] != 1).mean() > 0.99
+    for name in ("brightness", "contrast", "saturation"):
+        assert np.abs(drawn(**{name: 0.9})[name] - 1).max() == pytest.approx(0.9, abs=0.01)
+    assert np.abs(drawn(hue=0.4)["hue"]).max() == pytest.approx(0.4, abs=0.01)
+    assert drawn(grey=0.7)["is_grey"].mean() == pytest.approx(0.7, abs=0.03)
+    for place, views in enumerate([(0,), (1,), (2, 3, 7)]):
+        for view in views:
+            one_of_three = [float(i == place) for i in range(3)]
+            assert (drawn(view, blur=one_of_three)["sigma"] > 0).all()
+            assert drawn(view, solarise=one_of_three)["is_solarised"].all()
+            assert not drawn(view, blur=[1 - p for p in one_of_three])["sigma"].any()
+            assert not drawn(view, solarise=[1 - p for p in one_of_three])["is_solarised"].any()
+    sigma = drawn(blur_sigma=[3.0, 4.0])["sigma"]
+    assert (sigma.min(), sigma.max()) == (pytest.approx(3, abs=0.01), pytest.approx(4, abs=0.01))
+
+
+def test_each_view_gets_its_own_draws() -> None:
+    settings = MultiCropSettings(local_crops=1, blur=[1.0, 0.0, 0.0], solarise=[0.0, 0.0, 1.0], jitter=0.0, grey=0.0)
+    draws = Views(settings, [48, 48], "bicubic").draw_colours(np.arange(3), np.zeros(3, int))
+    first, second, local = change_views([pixels(3)] * 3, draws)
+    assert torch.equal(second, pixels(3).float())
+    assert torch.equal(local, torch.where(pixels(3) >= 128, 255 - pixels(3), pixels(3)).float())
+    assert not torch.equal(first, second)
+    assert first.diff(dim=3).abs().mean() < second.diff(dim=3).abs().mean()
 
 
 def test_views_of_one_size_change_together_as_each_alone() -> None:

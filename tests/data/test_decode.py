@@ -31,13 +31,34 @@ def turned(image: Image.Image, kind: str, orientation: int, **options) -> bytes:
     return encoded(image, kind, exif=exif, **options)
 
 
-def test_images_of_other_modes_are_converted() -> None:
-    grey = Image.fromarray(np.full((4, 4), 77, np.uint8))
-    assert (decode(encoded(grey, "PNG")) == 77).all()
-    assert (decode(encoded(grey.convert("CMYK"), "JPEG")).float() - 77).abs().max() <= 3
-    assert (decode(encoded(grey.convert("P"), "PNG"), 1) == 77).all()
-    assert decode(encoded(grey.convert("RGBA"), "PNG"), 4).shape == (4, 4, 4)
-    assert (decode(encoded(grey.convert("LA"), "PNG"), 3) == 77).all()
+@pytest.mark.parametrize(
+    ("mode", "kind", "channels"),
+    [
+        ("RGB", "PNG", 3), ("RGB", "WEBP", 3), ("RGB", "BMP", 3), ("RGB", "PNG", 1), ("P", "PNG", 3), ("P", "PNG", 1),
+        ("P", "GIF", 3), ("RGBA", "PNG", 3), ("RGBA", "PNG", 4), ("LA", "PNG", 3), ("L", "PNG", 3), ("L", "PNG", 1),
+        ("1", "PNG", 3), ("CMYK", "JPEG", 3), ("CMYK", "TIFF", 3), ("L", "JPEG", 3), ("YCbCr", "JPEG", 3),
+    ],
+)  # fmt: skip
+def test_images_of_other_modes_are_converted(mode: str, kind: str, channels: int) -> None:
+    """As PIL converts them: the colors of a colored image, in the order red, green, blue."""
+    options = {"lossless": True} if kind == "WEBP" else {}
+    content = encoded(photograph(20, 30).convert(mode), kind, **options)
+    with Image.open(io.BytesIO(content)) as image:
+        expected = np.array(image.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels])).reshape(20, 30, channels)
+    found = decode(content, channels).permute(1, 2, 0).numpy()
+    assert np.array_equal(found, expected)
+    if mode not in ("L", "LA", "1") and channels > 1:
+        source = np.array(photograph(20, 30)).astype(int)
+        assert np.abs(found[:, :, :3] - source).mean() < 30
+        assert np.abs(found[:, :, :3] - source[:, :, ::-1]).mean() > 30  # blue is not red
+
+
+def test_images_with_alpha_of_other_modes_keep_their_grays() -> None:
+    gray = Image.fromarray(np.full((4, 4), 77, np.uint8))
+    assert (decode(encoded(gray, "PNG")) == 77).all()
+    assert (decode(encoded(gray.convert("CMYK"), "JPEG")).float() - 77).abs().max() <= 3
+    assert decode(encoded(gray.convert("RGBA"), "PNG"), 4)[3].eq(255).all()
+    assert (decode(encoded(gray.convert("LA"), "PNG"), 3) == 77).all()
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])

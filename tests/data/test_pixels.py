@@ -15,6 +15,7 @@ from sslvit.data.arrays import array_samples
 from sslvit.data.index import load_index
 from sslvit.data.pack import pack
 from sslvit.data.pixels import draw_pixels, make_palette
+from sslvit.palette import fit_palette
 from sslvit.settings.load import load_recipe
 from sslvit.settings.palette import read_palette
 
@@ -50,6 +51,20 @@ def test_the_same_seed_gives_the_same_palette_and_nothing_is_overwritten(index, 
         make_palette(index, tmp_path / "a.txt")
     with pytest.raises(ValueError, match="--colours 1: a palette has two or more"):
         make_palette(index, tmp_path / "d.json", colours=1)
+
+
+def test_places_within_an_image_depend_on_the_seed(index, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pixels, "PIXELS", 300)  # 10 of each of 30 images
+    drawn = [draw_pixels(index, 8, seed)[0].view(30, 10, 3) for seed in (0, 0, 1)]
+    assert (drawn[0] == drawn[1]).all()
+    assert (drawn[0] != drawn[2]).flatten(1).any(1).all()
+
+
+def test_a_palettes_clusters_are_those_of_its_seed_and_pixels(index, tmp_path: Path) -> None:
+    made = make_palette(index, tmp_path / "p.json", 16, 8, seed=1)
+    drawn, _ = draw_pixels(index, 8, 1)
+    assert np.array(made["colours"]) == pytest.approx(fit_palette(drawn, 16, 1).numpy(), abs=1e-6)
+    assert np.abs(np.array(made["colours"]) - fit_palette(drawn, 16, 0).numpy()).max() > 0.01
 
 
 def test_pixels_come_from_all_over_a_large_data_set(index, monkeypatch: pytest.MonkeyPatch) -> None:
