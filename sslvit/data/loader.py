@@ -162,6 +162,24 @@ class MemoryReader:
         return None
 
 
+def view_of_image(content: bytes, encoder: EncoderSettings) -> Tensor:
+    """What evaluation sees of one encoded image: pixels 'c h w' (0 to 255, uint8) before they are normalized.
+
+    Args:
+        content: bytes of an image file.
+        encoder: channels, size, interpolation and crop of the encoder's input.
+
+    Raises:
+        BadImage: the bytes are no image, or cannot be given the encoder's channels.
+    """
+    reader = MemoryReader({0: ("image", content)}, encoder.channels)
+    views = Views(center_view(encoder), encoder.image_size, encoder.interpolation)
+    batch = make_batch(reader, views, np.zeros(1, int), np.zeros(1, int))
+    if batch.bad:
+        raise BadImage(batch.bad["image"])
+    return batch.views[0][0]
+
+
 class TrainingBatches(Dataset):
     """Micro-batch i of one rank, counted over the whole run. Each worker makes whole batches.
 

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from shard_fixtures import encoded, photograph
 
-from sslvit.data.loader import center_view
+from sslvit.data.decode import BadImage
+from sslvit.data.loader import center_view, view_of_image
 from sslvit.data.resample import Boxes, normalise, resample, view_of_one
 from sslvit.data.views import Views, by_epoch, canvas_places, centre_crops, random_crops, random_squares
 from sslvit.settings import EncoderSettings
@@ -267,3 +269,13 @@ def test_evaluation_sees_the_crop_that_the_encoder_names(mode, fraction, height,
     assert size == [8, 8]
     assert (boxes.height[0], boxes.width[0]) == (height, width)
     assert (boxes.top[0], boxes.left[0]) == ((24 - height) / 2, (60 - width) / 2)
+
+
+def test_one_encoded_image_is_seen_as_evaluation_sees_it() -> None:
+    picture = photograph(40, 40)
+    encoder = EncoderSettings(image_size=20, patch=4, crop_fraction=0.5, interpolation="bilinear")
+    view = view_of_image(encoded(picture, "PNG"), encoder)
+    assert view.dtype == torch.uint8
+    assert torch.equal(view, torch.from_numpy(np.array(picture)).permute(2, 0, 1)[:, 10:30, 10:30])
+    with pytest.raises(BadImage, match="not an image"):
+        view_of_image(b"no image at all", encoder)
