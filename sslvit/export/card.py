@@ -10,6 +10,7 @@ from typing import Any
 from sslvit import __version__
 from sslvit.evaluate.scores import markdown_text
 from sslvit.export.exported import Exported
+from sslvit.layouts.preprocessing import crop_words, fraction_held
 
 CARD = ("card.json", "README.md")
 NOT_TOLD = ("out", "init", "seed", "online")  # of a run's settings: the author's own paths, and what changes no weight
@@ -31,6 +32,8 @@ def make_card(exported: Exported, source: str | Path, kind: str, is_fixed: bool,
     # transformers' ImageGPT maps pixels in [-1, 1] to colours, whatever units the encoder's images have
     is_palette = kind == "transformers" and settings.tokens == "pixel"
     mean, std = ([0.5] * settings.channels,) * 2 if is_palette else (settings.mean, settings.std)
+    # timm and transformers resize to whole pixels before they crop
+    fraction = fraction_held(settings) if kind in ("timm", "transformers") else settings.crop_fraction
     return {
         "format": kind, "sslvit": __version__, "outputs": exported.outputs,
         "image_sizes": "fixed" if is_fixed else "any",
@@ -38,7 +41,8 @@ def make_card(exported: Exported, source: str | Path, kind: str, is_fixed: bool,
         "encoder": asdict(settings), "weights": provenance.get("weights"),
         "classes": exported.classes,
         "preprocessing": {
-            "crop": "the largest centred box with the proportions of size", "size": settings.image_size,
+            "crop": crop_words(settings.crop_mode, fraction), "crop_mode": settings.crop_mode,
+            "crop_fraction": fraction, "size": settings.image_size,
             "channels": settings.channels, "interpolation": settings.interpolation, "scale": "0 to 1",
             "mean": mean, "std": std,
         },
@@ -82,6 +86,7 @@ def write_card(card: dict[str, Any], verdict: dict[str, Any], how: str, folder: 
 def _lines(card: dict[str, Any], verdict: dict[str, Any], how: str, name: str) -> list[str]:
     encoder, prepared = card["encoder"], card["preprocessing"]
     height, width = prepared["size"]
+    sentence = f"{prepared['crop'][0].upper()}{prepared['crop'][1:].removesuffix(',')}"
     lines = [
         f"# {markdown_text(name)}", "",
         f"A vision transformer of {card['parameters'] / 1e6:.1f} M parameters ({encoder['depth']} blocks, width "
@@ -89,7 +94,7 @@ def _lines(card: dict[str, Any], verdict: dict[str, Any], how: str, name: str) -
         f"for {card['format']}. It gives {card['outputs']}.", "",
         "```python", how, "```", "",
         "## Preprocessing", "",
-        f"{prepared['crop'].capitalize()}, resized to {height} x {width} ({prepared['interpolation']}); pixels from "
+        f"{sentence}, resized to {height} x {width} ({prepared['interpolation']}); pixels from "
         f"0 to 1, minus mean {_numbers(prepared['mean'])}, over std {_numbers(prepared['std'])}.",
         "It takes images of this size only." if card["image_sizes"] == "fixed"
         else f"It takes other sizes too, in multiples of {encoder['patch']}.", "",

@@ -46,6 +46,19 @@ def crop_words(mode: str, fraction: float) -> str:
     return box if fraction == 1 else f"the middle {100 * fraction:.4g} % (of each side) of {box.removesuffix(',')}"
 
 
+def resized_sides(settings: EncoderSettings) -> list[int]:
+    """Sides that a library resizes to before it keeps the middle: whole pixels, an even number more than are kept.
+
+    With an odd number the middle would lie between two pixels, and a library would shift it by half of one.
+    """
+    return [side + 2 * round((side / settings.crop_fraction - side) / 2) for side in settings.image_size]
+
+
+def fraction_held(settings: EncoderSettings) -> float:
+    """The crop's fraction in a library that resizes to whole pixels."""
+    return settings.image_size[0] / resized_sides(settings)[0]
+
+
 def words(found: dict[str, Any]) -> str:
     """Settings of preprocessing in one line."""
     said = [f"{key} {', '.join(f'{value:.4g}' for value in found[key])}" for key in ("mean", "std") if key in found] + [
