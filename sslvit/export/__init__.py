@@ -63,7 +63,7 @@ def export_encoder(
         The verdict, which also lies in verdict.json.
 
     Raises:
-        ValueError: the folder is in use, the format is unknown or cannot hold the encoder.
+        ValueError: the folder is in use, the format is unknown or cannot hold the encoder, or scores are of another.
         WriteError: the disk is full or cannot be written to; nothing is left.
         RuntimeError: what was written gives other outputs, or none; it stays in OUT.part, with the verdict.
     """
@@ -72,7 +72,9 @@ def export_encoder(
         raise ValueError(f"--format {kind}: not one of {', '.join(FORMATS)}.")
     check_place(out, overwrite)
     known_scores(source, [Path(file) for file in scores])
-    exported = with_outputs(load_encoder(source, weights=weights, **released), source, outputs, weights)
+    encoder = load_encoder(source, weights=weights, **released)
+    known_scores(source, [Path(file) for file in scores], encoder)
+    exported = with_outputs(encoder, source, outputs, weights)
     writer = FORMATS[kind]
     is_fixed = writer.check(exported, size)
     part = fresh_part(out)

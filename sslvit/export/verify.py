@@ -92,10 +92,12 @@ def compare_preprocessing(exported: Exported, prepare: Callable[[Image.Image], T
     source = np.random.default_rng(0)
     height, width = settings.image_size
     rows, columns = resized_sides(exported.settings)
-    if settings.crop_mode == "center":
+    is_squashed = settings.crop_mode == "squash"
+    if not is_squashed:
         columns = width + 2 * math.ceil((width / settings.crop_fraction - width) / 2 - 1e-6)
     exact = Image.fromarray(as_image(source.integers(0, 256, (rows, columns, settings.channels))))
-    down, right = np.mgrid[0 : 2 * rows, 0 : 2 * columns + 4 * max(width // 4, 1)] / max(height, width)
+    sides = (2 * rows, 3 * columns if is_squashed else 2 * columns + 4 * max(width // 4, 1))
+    down, right = np.mgrid[0 : sides[0], 0 : sides[1]] / max(height, width)
     waves = [127 + 90 * np.sin(3 * down + 2 * right * (1 + channel)) for channel in range(settings.channels)]
     noise = source.uniform(-30, 30, (*down.shape, settings.channels))  # tells bilinear from bicubic
     large = Image.fromarray(as_image(np.stack(waves, 2) + noise))
