@@ -97,7 +97,7 @@ def view_samples(
 def _decode_and_view(
     reader: ShardReader | MemoryReader, views: Views, samples: np.ndarray, epochs: np.ndarray, size: list[int] | None
 ) -> tuple[list[Tensor], dict[int, str]]:
-    """Each image is decoded once for all of its views, at the resolution that they need."""
+    """Each image is decoded once for all of its views, random ones at the resolution that they need."""
     bits = reader.bits
     bad: dict[int, str] = {}
     found = {}
@@ -123,7 +123,7 @@ def _decode_and_view(
                 view[i] = view[same]
             continue
         try:
-            reduction = reduction_for(zoom[i], header)
+            reduction = 1 if views.is_exact else reduction_for(zoom[i], header)
             image = decode(content, reader.channels, bits, reduction, header, reader.scratch)
         except BadImage as error:
             bad[i] = str(error)

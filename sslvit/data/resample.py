@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -13,26 +13,40 @@ from torch import Tensor
 SMALL_SIDE = 96  # images up to this side are kept decoded and resampled a batch at a time
 AT_ONCE = 128  # images that are resampled together: what they need fits the processor's cache
 FLOATS_AT_ONCE = 2**24  # pixels of images that are floats at the same time
+BAND = 32  # neighboring pixels of a view that are computed together from the part of a large image that they see
+SUPPORT = {"bilinear": 1, "bicubic": 2}  # pixels that a filter reaches to either side
 TABLE_BYTES = 64 * 2**20  # boxes at whole pixels of small images have their weights in a table up to this size
 
 
 @dataclass
 class Boxes:
-    """What is seen of each image, in its pixels; all arrays have one entry per image."""
+    """What is seen of each image, in its pixels; all arrays have one entry per image.
+
+    Args:
+        top: first row; may lie between pixels, as the other sides may.
+        left: first column.
+        height: number of rows.
+        width: number of columns.
+        is_mirrored: whether left and right change places.
+        is_cut: pixels outside of a box take no part in its view, as if it had been cut out first (random crops);
+            otherwise they smooth its border, as in PIL's resize with a box (center views).
+    """
 
     top: np.ndarray
     left: np.ndarray
     height: np.ndarray
     width: np.ndarray
     is_mirrored: np.ndarray
+    is_cut: bool = True
 
     def __getitem__(self, i: int) -> Boxes:
-        return Boxes(*(values[i : i + 1] for values in vars(self).values()))
+        sides = (self.top, self.left, self.height, self.width, self.is_mirrored)
+        return Boxes(*(values[i : i + 1] for values in sides), self.is_cut)
 
     def reduced(self, reduction: int) -> Boxes:
         """The same boxes in an image whose sides were divided."""
-        sides = (values / reduction for values in (self.top, self.left, self.height, self.width))
-        return Boxes(*sides, self.is_mirrored)
+        sides = {name: getattr(self, name) / reduction for name in ("top", "left", "height", "width")}
+        return replace(self, **sides)
 
     def zoom(self, size: list[int]) -> np.ndarray:
         """Image pixels per view pixel, along the axis where they are fewer."""
@@ -51,15 +65,83 @@ def view_of_one(image: Tensor, box: Boxes, size: list[int], interpolation: str, 
     """
     height, width = image.shape[1:]
     box = box.reduced(reduction)
-    top, left, tall, wide = (int(values[0].round()) for values in (box.top, box.left, box.height, box.width))
-    is_inside = top >= 0 and left >= 0 and top + tall <= height + 1 and left + wide <= width + 1  # 1: of rounding
-    if max(height, width) <= SMALL_SIDE or not is_inside:  # small ones: the same arithmetic as for a whole batch
+    if max(height, width) <= SMALL_SIDE:  # the same arithmetic as for a whole batch
         return resample(image[None], box, size, interpolation)[0]
-    part = image[None, :, top : top + tall, left : left + wide].contiguous(memory_format=torch.channels_last)
-    view = F.interpolate(part, size=size, mode=interpolation, antialias=True)[0]
+    sides = [float(values[0]) for values in (box.top, box.left, box.height, box.width)]
+    top, left, tall, wide = (round(side) for side in sides)
+    is_inside = top >= 0 and left >= 0 and top + tall <= height and left + wide <= width
+    is_whole_image = (tall, wide) == (height, width)
+    if is_inside and np.allclose(sides, (top, left, tall, wide), 0, 1e-6) and (box.is_cut or is_whole_image):
+        view = _by_torch(image[:, top : top + tall, left : left + wide], size, interpolation)
+    else:
+        view = _by_bands(image, sides, box.is_cut, size, interpolation)
+        if image.dtype == torch.uint8:
+            view = view.round_().clamp_(0, 255).to(torch.uint8)
     if view.is_floating_point():
         view.clamp_(0, 255)  # bicubic weights overshoot
     return view.flip(2) if box.is_mirrored[0] else view
+
+
+def _by_torch(part: Tensor, size: list[int], interpolation: str) -> Tensor:
+    part = part[None].contiguous(memory_format=torch.channels_last)
+    return F.interpolate(part, size=size, mode=interpolation, antialias=True)[0]
+
+
+def _by_bands(image: Tensor, sides: list[float], is_cut: bool, size: list[int], interpolation: str) -> Tensor:
+    """A box anywhere in a large image 'c h w', whose weights are nearly all zero: band by band of the view.
+
+    An axis that is seen from end to end goes through torch, which is faster and gives the same.
+
+    Args:
+        image: uint8 or float.
+        sides: top, left, height, width, in pixels or between them.
+        is_cut: see Boxes.
+        size: of the view.
+        interpolation: bilinear or bicubic.
+    """
+    lengths, starts, extents = image.shape[1:], sides[:2], sides[2:]
+    is_full = [np.allclose((starts[i], extents[i]), (0, lengths[i]), 0, 1e-6) for i in (0, 1)]
+    bands = [
+        None if is_full[i] else _bands(lengths[i], starts[i], extents[i], size[i], interpolation, is_cut)
+        for i in (0, 1)
+    ]
+    hull = [slice(bands[i][0][0], bands[i][-1][1]) if bands[i] else slice(0, lengths[i]) for i in (0, 1)]
+    seen = image[:, hull[0], hull[1]]
+    for axis in sorted((0, 1), key=lambda i: not is_full[i]):
+        if bands[axis] is None:
+            seen = _by_torch(seen, [size[0], seen.shape[2]] if axis == 0 else [seen.shape[1], size[1]], interpolation)
+            continue
+        parts = [(low - hull[axis].start, high - hull[axis].start, weights) for low, high, weights in bands[axis]]
+        channels, height, width = seen.shape
+        if axis == 0:
+            rows = seen.permute(1, 2, 0)  # as images are decoded
+            rows = [weights @ rows[low:high].reshape(high - low, -1).float() for low, high, weights in parts]
+            seen = torch.cat(rows).view(size[0], width, channels).permute(2, 0, 1)
+        else:
+            columns = seen.contiguous().float().view(-1, width)
+            columns = [columns[:, low:high] @ weights.T for low, high, weights in parts]
+            seen = torch.cat(columns, 1).view(channels, height, size[1])
+    return seen
+
+
+@lru_cache(maxsize=16)
+def _bands(
+    length: int, start: float, extent: float, out: int, interpolation: str, is_cut: bool
+) -> list[tuple[int, int, Tensor]]:
+    """(first input pixel, one after the last, weights) of each BAND of output pixels along one axis, in their order."""
+    scale = extent / out
+    reach = SUPPORT[interpolation] * max(scale, 1)
+    centre = start + (torch.arange(out, dtype=torch.float64)[:, None] + 0.5) * scale
+    pixels = (centre - reach).floor().long() + torch.arange(int(np.ceil(2 * reach)) + 1)
+    sides = (torch.tensor(value, dtype=torch.float64) for value in (start, extent, scale))
+    weights = _weights_at(pixels + 0.5, centre, *sides, length, interpolation, is_cut).float()
+    pixels.clamp_(0, length - 1)  # beyond the image weights are zero
+    bands = []
+    for some, near in zip(weights.split(BAND), pixels.split(BAND), strict=True):
+        low, high = int(near[0, 0]), int(near[-1, -1]) + 1
+        dense = torch.zeros(len(some), high - low).scatter_add_(1, near - low, some)
+        bands.append((low, high, dense))
+    return bands
 
 
 def resample(images: Tensor, boxes: Boxes, size: list[int], interpolation: str) -> Tensor:
@@ -70,13 +152,13 @@ def resample(images: Tensor, boxes: Boxes, size: list[int], interpolation: str) 
 
     Args:
         images: uint8, or float in the same units, 'b c h w'.
-        boxes: one per image; pixels outside the image are black.
+        boxes: one per image; what lies outside the image is black.
         size: of the result.
         interpolation: bilinear or bicubic.
     """
     b, c, h, w = images.shape
-    rows = _weights(h, boxes.top, boxes.height, size[0], interpolation)
-    columns = _weights(w, boxes.left, boxes.width, size[1], interpolation, boxes.is_mirrored)
+    rows = _weights(h, boxes.top, boxes.height, size[0], interpolation, boxes.is_cut)
+    columns = _weights(w, boxes.left, boxes.width, size[1], interpolation, boxes.is_cut, boxes.is_mirrored)
     views = torch.empty(b, c, *size, dtype=images.dtype)
     for start in range(0, b, AT_ONCE):
         some = slice(start, start + AT_ONCE)
@@ -99,7 +181,7 @@ def _along_columns(images: Tensor, columns: Tensor) -> Tensor:
 
 
 def _weights(
-    length: int, start: np.ndarray, extent: np.ndarray, out: int, interpolation: str,
+    length: int, start: np.ndarray, extent: np.ndarray, out: int, interpolation: str, is_cut: bool = True,
     is_mirrored: np.ndarray | None = None,
 ) -> Tensor:  # fmt: skip
     """(b, out, length): how much of each input pixel goes into each output pixel, along one axis.
@@ -109,6 +191,7 @@ def _weights(
     """
     is_whole = length * (length + 1) // 2 * out * length * 4 <= TABLE_BYTES and bool(
         ((start >= 0) & (start + extent <= length) & (start % 1 == 0) & (extent % 1 == 0) & (extent >= 1)).all()
+        and (is_cut or (extent == length).all())
     )
     if is_whole:
         row = torch.from_numpy((start * (length + 1) + extent).astype(np.int64))
@@ -117,7 +200,7 @@ def _weights(
             return table.index_select(0, places[row])
         places, table = _table(length, out, interpolation, True)
         return table.index_select(0, places[row] * 2 + torch.from_numpy(is_mirrored)).transpose(1, 2)
-    weights = _compute_weights(length, start, extent, out, interpolation)
+    weights = _compute_weights(length, start, extent, out, interpolation, is_cut)
     if is_mirrored is None:
         return weights
     chosen = torch.from_numpy(is_mirrored)
@@ -142,11 +225,20 @@ def _table(length: int, out: int, interpolation: str, is_columns: bool) -> tuple
     return places, table
 
 
-def _compute_weights(length: int, start: np.ndarray, extent: np.ndarray, out: int, interpolation: str) -> Tensor:
+def _compute_weights(
+    length: int, start: np.ndarray, extent: np.ndarray, out: int, interpolation: str, is_cut: bool = True
+) -> Tensor:
     start, extent = (torch.from_numpy(np.asarray(v, np.float32))[:, None, None] for v in (start, extent))
     scale = extent / out
     centre = start + (torch.arange(out)[:, None] + 0.5) * scale
-    pixel = torch.arange(length) + 0.5
+    return _weights_at(torch.arange(length) + 0.5, centre, start, extent, scale, length, interpolation, is_cut)
+
+
+def _weights_at(
+    pixel: Tensor, centre: Tensor, start: Tensor, extent: Tensor, scale: Tensor, length: int,
+    interpolation: str, is_cut: bool,
+) -> Tensor:  # fmt: skip
+    """How much the pixels at some places go into output pixels with their centers at others; sums over pixels are 1."""
     distance = (pixel - centre).abs_() / scale.clamp(min=1)  # shrinking widens the filter: antialiasing
     if interpolation == "bilinear":
         weight = 1 - distance.clamp_(max=1)
@@ -155,9 +247,12 @@ def _compute_weights(length: int, start: np.ndarray, extent: np.ndarray, out: in
         near = ((1.5 * distance - 2.5) * distance * distance).add_(1)
         far = (((2.5 - 0.5 * distance) * distance - 4) * distance).add_(2)
         weight = torch.where(distance < 1, near, far)
-    # only pixels of the box take part, as if it had been cut out first
-    weight *= (pixel > start) & (pixel < start + extent)
-    total = weight.sum(2, keepdim=True)
+    if is_cut:
+        first, end = start.clamp(min=0), (start + extent).clamp(max=length)
+        weight *= (pixel > first) & (pixel < end)
+    else:
+        weight *= (pixel > 0) & (pixel < length)
+    total = weight.sum(-1, keepdim=True)
     is_black = (centre < 0) | (centre > length) | (total == 0)
     return (weight / total).masked_fill_(is_black, 0)
 

@@ -62,6 +62,11 @@ class Views:
         self.settings, self.size, self.interpolation, self.seed = settings, size, interpolation, seed
         self.colour_here = colour_here
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether images are decoded in full: what is seen without chance is what other libraries make of an image."""
+        return isinstance(self.settings, CentreSettings)
+
     def of_size(self, size: list[int] | None = None) -> list[OneView]:
         """The views, with the main ones of another size than the encoder's if one is given."""
         settings, size = self.settings, size or self.size
@@ -205,7 +210,9 @@ def centre_crops(fraction: float, mode: str = "center") -> DrawBoxes:
         else:
             scale = np.minimum(heights / size[0], widths / size[1]) * fraction
             height, width = scale * size[0], scale * size[1]
-        return Boxes((heights - height) / 2, (widths - width) / 2, height, width, np.zeros(len(heights), bool))
+        return Boxes(
+            (heights - height) / 2, (widths - width) / 2, height, width, np.zeros(len(heights), bool), is_cut=False
+        )
 
     return draw
 
