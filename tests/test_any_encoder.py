@@ -61,6 +61,47 @@ def test_models_of_timm_that_are_no_plain_vit_are_refused(monkeypatch: pytest.Mo
         load_encoder("timm:vit_base_patch32_clip_224.openai")
 
 
+def test_the_epsilon_of_a_model_of_timm_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    give_random_weights(monkeypatch)
+    create = timm.create_model
+
+    def with_epsilon(name: str, **options):
+        model = create(name, **options)
+        for module in model.modules():
+            if isinstance(module, torch.nn.LayerNorm):
+                module.eps = 1e-5
+        return model
+
+    monkeypatch.setattr(timm, "create_model", with_epsilon)
+    assert load_encoder("timm:vit_tiny_patch16_224").settings.norm_eps == 1e-5
+
+
+def test_models_of_timm_that_compute_otherwise_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another activation leaves no trace among the names of weights."""
+    give_random_weights(monkeypatch)
+    create = timm.create_model
+
+    def with_activation(name: str, **options):
+        model = create(name, **options)
+        model.blocks[3].mlp.act = torch.nn.ReLU()
+        model.global_pool = ""  # its features are not compared
+        return model
+
+    monkeypatch.setattr(timm, "create_model", with_activation)
+    with pytest.raises(ValueError, match="computes otherwise than a plain vision transformer"):
+        load_encoder("timm:vit_tiny_patch16_224")
+
+
+def test_a_model_of_timm_that_gives_tokens_is_pooled_as_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    give_random_weights(monkeypatch)
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: create(name, global_pool="", **options))
+    assert load_encoder("timm:vit_tiny_patch16_224").settings.pooling == "class"
+    assert "pooling: it gives tokens and pools none; class is used" in capsys.readouterr().out
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("pooling", ["class", "mean"])
 def test_an_export_to_timm_is_an_encoder_again(pooling: str, tmp_path: Path) -> None:

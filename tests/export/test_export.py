@@ -274,6 +274,28 @@ def test_the_worst_of_all_batches_counts_and_2e_5_is_too_much() -> None:
     assert off_by(2e-6 * scale)["passed"]
 
 
+def test_one_output_of_many_counts() -> None:
+    encoder = shaken(ViTEncoder(EncoderSettings(**SMALL)))
+    exported = Exported(encoder, "tokens")
+
+    def off_in_one_place(images: torch.Tensor) -> torch.Tensor:
+        tokens = exported(images)
+        tokens[-1, -1, -1] += 3e-4
+        return tokens
+
+    verdict = compare(exported, off_in_one_place, check_inputs(encoder.settings, True))
+    assert verdict["largest_difference"] == pytest.approx(3e-4, rel=0.01)
+    assert not verdict["passed"]
+
+
+def test_a_card_counts_all_parameters(tmp_path: Path) -> None:
+    encoder = saved(tmp_path / "e")
+    save_file({"head.weight": torch.randn(3, 32), "head.bias": torch.zeros(3)}, tmp_path / "e" / "head.safetensors")
+    export_encoder(tmp_path / "e", tmp_path / "out", "safetensors", "logits")
+    card = json.loads((tmp_path / "out" / "card.json").read_text())
+    assert card["parameters"] == sum(value.numel() for value in encoder.state_dict().values()) + 3 * 32 + 3
+
+
 def test_a_library_that_fails_leaves_a_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_) -> None:
         raise KeyError("a part of timm")

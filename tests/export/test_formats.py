@@ -238,7 +238,7 @@ def test_released_image_sizes_pass_the_comparison(tmp_path: Path, kind: str, siz
     shape = {"image_size": size, "patch": 14, "width": 8, "depth": 1, "heads": 1}
     saved(tmp_path / "e", **shape, interpolation=interpolation, interpolate_offset=0.1, layer_scale=1.0)
     prepared = export_encoder(tmp_path / "e", tmp_path / "out", kind)["preprocessing"]
-    assert prepared["mean_difference"] < 1e-5
+    assert prepared["mean_difference"] < 4e-3  # rounded twice there, once here
     assert prepared["largest_difference"] < 1e-6
 
 
@@ -408,6 +408,34 @@ def test_an_export_whose_blocks_are_others_is_not_written(tmp_path: Path, monkey
         assert verdict["largest_difference"] < verdict["tolerance"]
 
 
+def test_a_tensor_that_only_one_side_has_is_a_difference() -> None:
+    one = {"a": torch.zeros(2), "b": torch.ones(2)}
+    assert compare_weights(one, dict(one)) == {"compared": 2, "differing": [], "passed": True}
+    for other in ({"a": torch.zeros(2)}, one | {"c": torch.zeros(1)}, one | {"b": torch.ones(2, 1)},
+                  one | {"b": torch.ones(2, dtype=torch.float64)}):  # fmt: skip
+        assert not compare_weights(one, other)["passed"]
+        assert not compare_weights(other, one)["passed"]
+
+
+def test_an_onnx_file_whose_blocks_are_others_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = saved(tmp_path / "e", layer_scale=1.0, depth=1)
+    for branch in (encoder.blocks[0].ls1, encoder.blocks[0].ls2):
+        branch.gamma.data.fill_(1e-6)
+    save_encoder(encoder, tmp_path / "e")
+    write = FORMATS["onnx"].write
+
+    def otherwise(exported: Exported, folder: Path, is_fixed: bool) -> None:
+        other = copy.deepcopy(exported)
+        other.encoder.blocks[0].mlp.fc1.weight.data.mul_(1.01)
+        write(other, folder, is_fixed)
+
+    monkeypatch.setattr(FORMATS["onnx"], "write", otherwise)
+    with pytest.raises(RuntimeError, match="with every LayerScale set to one it differs by"):
+        export_encoder(tmp_path / "e", tmp_path / "out", "onnx")
+    verdict = json.loads((tmp_path / "out.part" / "verdict.json").read_text())
+    assert verdict["largest_difference"] < verdict["tolerance"]
+
+
 # ---- crops ----------------------------------------------------------------------------------------------------------
 
 
@@ -471,6 +499,32 @@ def test_exports_show_what_evaluation_shows(tmp_path: Path, options: dict, pct: 
     export_encoder(tmp_path / "e", tmp_path / "plain", "safetensors")
     again = load_encoder(tmp_path / "plain").settings
     assert (again.crop_mode, again.crop_fraction) == (encoder.crop_mode, encoder.crop_fraction)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"crop_fraction": 0.5, "image_size": [28, 56]}, {"crop_fraction": 0.875}, {"crop_mode": "squash"},
+        IGPT | {"crop_fraction": 0.5}, IGPT | {"crop_mode": "squash", "crop_fraction": 0.5},
+        IGPT | {"crop_mode": "squash", "interpolation": "bilinear"},
+    ],
+)  # fmt: skip
+def test_the_snippet_of_a_card_cuts_what_evaluation_cuts(tmp_path: Path, options: dict) -> None:
+    saved(tmp_path / "e", **{"image_size": 56, "patch": 14} | options)
+    export_encoder(tmp_path / "e", tmp_path / "out", "transformers")
+    rows, columns = np.mgrid[0:160, 0:320] / 40
+    waves = [127 + 90 * np.sin(rows + columns * (1 + channel)) for channel in range(3)]
+    image = Image.fromarray(np.stack(waves, 2).astype(np.uint8))
+    (snippet,) = re.findall(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.DOTALL)
+    left = {"image": image}
+    exec(compile(snippet, "README.md", "exec"), left)
+    encoder = load_encoder(tmp_path / "e")
+    expected = evaluated(image, encoder.settings)
+    if encoder.settings.tokens == "pixel":
+        found, expected = left["indices"], encoder.patch_embed.indices(expected[None])
+        assert float((found != expected).float().mean()) < 0.05
+    else:
+        assert float((left["pixels"][0] - expected).abs().mean()) < 0.02
 
 
 @pytest.mark.parametrize("fraction", [0.875, 0.9, 0.95, 0.7, 0.333, 0.99, 224 / 248, 224 / 256, 224 / 230, 1.0])
