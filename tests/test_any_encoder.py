@@ -16,8 +16,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sslvit.checkpoint import load_encoder, save_encoder
-from sslvit.data.loader import MemoryReader, center_view, make_batch, normalised_view
-from sslvit.data.views import Views
+from sslvit.data.loader import view_of_image
+from sslvit.data.resample import normalise
 from sslvit.export import export_encoder
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings
@@ -199,10 +199,8 @@ def seen(image: Image.Image, settings: EncoderSettings) -> torch.Tensor:
     """An image as evaluation shows it to an encoder, 'c h w'."""
     content = io.BytesIO()
     image.save(content, "png")
-    reader = MemoryReader({0: ("one", content.getvalue())}, settings.channels)
-    views = Views(center_view(settings), settings.image_size, settings.interpolation)
-    batch = make_batch(reader, views, np.zeros(1, int), np.zeros(1, int))
-    return normalised_view(batch, settings, torch.device("cpu"))[0]
+    pixels = view_of_image(content.getvalue(), settings)
+    return normalise(pixels[None], settings.mean, settings.std)[0]
 
 
 BIT, VIT = ({"image_processor_type": f"{kind}ImageProcessor"} for kind in ("Bit", "ViT"))
@@ -410,6 +408,8 @@ def test_imagegpt_by_folder_and_attention_that_is_scaled_otherwise(tmp_path: Pat
     images = encoder.patch_embed.images_of(indices, (4, 4))
     torch.testing.assert_close(encoder(images), expected, atol=1e-5, rtol=1e-4)
     assert (encoder.settings.crop_mode, encoder.settings.interpolation) == ("squash", "bilinear")
+    imagegpt_folder(tmp_path / "eps", layer_norm_epsilon=1e-3)
+    assert load_encoder(tmp_path / "eps").settings.norm_eps == 1e-3
     for option, value in (("scale_attn_by_inverse_layer_idx", True), ("scale_attn_weights", False)):
         imagegpt_folder(tmp_path / option, **{option: value})
         with pytest.raises(ValueError, match=f"{option} {value}: scores are scaled otherwise"):
@@ -430,4 +430,25 @@ def test_a_config_and_weights_that_disagree_on_biases_are_refused(tmp_path: Path
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"qkv_bias": False}))
     with pytest.raises(ValueError, match="says qkv_bias: false, and its weights have such biases"):
+        load_encoder(tmp_path)
+
+
+@pytest.mark.parametrize("lost", [r"blocks\.1\.attn\.qkv\.bias", r"qkv\.bias", r"pos_embed", r"^norm\.", r"blocks\.1\.",
+                                  r"cls_token", r"reg_token"])  # fmt: skip
+def test_a_folder_of_timms_that_lacks_what_its_config_says_is_refused(tmp_path: Path, lost: str) -> None:
+    settings = EncoderSettings(image_size=8, patch=4, width=16, depth=2, heads=2, registers=1)
+    save_encoder(ViTEncoder(settings).eval(), tmp_path / "encoder")
+    export_encoder(tmp_path / "encoder", tmp_path / "timm", "timm")
+    state = load_file(tmp_path / "timm" / "model.safetensors")
+    save_file({key: value for key, value in state.items() if not re.search(lost, key)},
+              tmp_path / "timm" / "model.safetensors")  # fmt: skip
+    with pytest.raises(ValueError, match="among its weights|says a depth of 2, and its weights have 1 blocks"):
+        load_encoder(tmp_path / "timm")
+
+
+@pytest.mark.parametrize("activation", ["silu", "relu", "gelu_new", "quick_gelu"])
+def test_activations_that_are_not_gelu_are_refused(tmp_path: Path, activation: str) -> None:
+    """silu stands in the settings of a gated Dinov2 only."""
+    folder_of("ViT", tmp_path, intermediate_size=128, hidden_act=activation)
+    with pytest.raises(ValueError, match=f"hidden_act {activation} is not gelu"):
         load_encoder(tmp_path)

@@ -219,6 +219,16 @@ def test_released_files_are_evaluated_as_by_their_authors(
     assert "std 0.229, 0.224, 0.225; bicubic" in capsys.readouterr().out
 
 
+def test_how_images_reach_an_igpt_without_its_processor_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    torch.save(weights_of("openai_igpt"), tmp_path / "igpt.pth")
+    found = load_encoder(tmp_path / "igpt.pth", heads=4).settings
+    assert (found.mean, found.crop_mode, found.crop_fraction) == ([0.5] * 3, "center", 1.0)
+    said = (
+        "preprocessing: not in the file; assumed: mean 0.5, 0.5, 0.5; std 0.5, 0.5, 0.5; bicubic; the largest centered"
+    )
+    assert said in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("name", "size", "expected", "said"),
     [

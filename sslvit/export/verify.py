@@ -24,7 +24,6 @@ from sslvit.settings import EncoderSettings
 TOLERANCE = 1e-5  # of the largest output, or of one for tokens and features below that; float32 on both sides
 RESIZING = 0.005  # of a channel's deviation, on average: libraries round differently when they resize
 LEVELS = 0.28  # of 255, the same where deviations are small: twice rounded or once
-RIM = 2  # pixels at a cut edge, of which a library that resizes before it crops sees beyond the cut
 SHOWN = (1, 3)  # channels of images that other libraries read
 
 
@@ -111,9 +110,7 @@ def compare_preprocessing(exported: Exported, prepare: Callable[[Image.Image], T
         if got.shape != expected.shape:
             raise ValueError(f"its preprocessing gives {tuple(got.shape)}, not {tuple(expected.shape)}")
         difference = (got - expected).abs()
-        top, left = (min(RIM, (side - 1) // 2) for side in (height, width))
-        inner = difference[:, top : height - top, left : width - left]
-        found[measure] = float(difference.max() if image is exact else inner.mean())
+        found[measure] = float(difference.max() if image is exact else difference.mean())
     levels = LEVELS / 255 / min(settings.std)
     found |= {"tolerance": TOLERANCE, "mean_tolerance": max(RESIZING, levels), "crop_fraction": settings.crop_fraction}
     if settings.tokens == "pixel":

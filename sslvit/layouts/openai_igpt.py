@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sslvit.layouts.preprocessing import words
 from sslvit.layouts.vit import Converted, count_blocks, infer_heads, refuse_if
 from sslvit.settings import PRESETS, EncoderSettings, preset
 from sslvit.settings.palette import UNIFORM, read_palette
@@ -199,4 +200,8 @@ def _convert(
         "mlp_ratio": encoder["blocks.0.mlp.fc1.weight"].shape[0] / width,
         "bias": "blocks.0.attn.proj.bias" in encoder,
     }
-    return Converted(preset("igpt_small", **{**found, **changes}), encoder, extras, notes, ignored)
+    settings = preset("igpt_small", **{**found, **changes})
+    keys = ("mean", "std", "interpolation", "crop_mode", "crop_fraction")
+    if unsaid := {key: getattr(settings, key) for key in keys if key not in changes}:
+        notes.append(f"preprocessing: not in the file; assumed: {words(unsaid)}.")
+    return Converted(settings, encoder, extras, notes, ignored)
