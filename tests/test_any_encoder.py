@@ -416,6 +416,21 @@ def test_imagegpt_by_folder_and_attention_that_is_scaled_otherwise(tmp_path: Pat
             load_encoder(tmp_path / option)
 
 
+def test_weights_of_an_imagegpt_alone_have_all_biases_or_none(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    imagegpt_folder(tmp_path / "folder")
+    state = load_file(tmp_path / "folder" / "model.safetensors")
+    colors = json.loads((tmp_path / "folder" / "preprocessor_config.json").read_text())["clusters"]
+    biases = [key for key in state if key.endswith("c_attn.bias")]
+    assert len(biases) == 2
+    save_file({key: value for key, value in state.items() if key != biases[1]}, tmp_path / "some.safetensors")
+    with pytest.raises(ValueError, match="missing: blocks.1.attn.qkv.bias"):
+        load_encoder(tmp_path / "some.safetensors", heads=2, palette=colors)
+    save_file({key: value for key, value in state.items() if key not in biases}, tmp_path / "none.safetensors")
+    encoder = load_encoder(tmp_path / "none.safetensors", heads=2, palette=colors)
+    assert not encoder.blocks[1].attn.qkv.bias.any()
+    assert "biases: the file has none of queries, keys and values; they are zero" in capsys.readouterr().out
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["ViT", "Dinov2", "Dinov2WithRegisters"])
 def test_features_of_a_folder_are_the_class_token_of_the_model(tmp_path: Path, kind: str) -> None:

@@ -527,7 +527,9 @@ def test_the_snippet_of_a_card_cuts_what_evaluation_cuts(tmp_path: Path, options
         assert float((left["pixels"][0] - expected).abs().mean()) < 0.02
 
 
-@pytest.mark.parametrize("fraction", [0.875, 0.9, 0.95, 0.7, 0.333, 0.99, 224 / 248, 224 / 256, 224 / 230, 1.0])
+@pytest.mark.parametrize(
+    "fraction", [0.875, 0.9, 28 / 50, 0.95, 0.7, 0.333, 0.99, 224 / 248, 224 / 256, 224 / 230, 1.0]
+)
 @pytest.mark.parametrize("side", [16, 28, 64, 224, 384, 518])
 def test_timm_resizes_to_the_side_that_is_meant(side: int, fraction: float) -> None:
     encoder = EncoderSettings(image_size=side, patch=side, crop_fraction=fraction)
