@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sslvit.checkpoint import load_encoder, save_encoder
+from sslvit.data.loader import view_of_image
+from sslvit.data.resample import normalise
 from sslvit.export import export_encoder
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings
@@ -53,6 +59,47 @@ def test_models_of_timm_that_are_no_plain_vit_are_refused(monkeypatch: pytest.Mo
         load_encoder("timm:resnet18")
     with pytest.raises(ValueError, match="timm:vit_base_patch32_clip_224.openai: (has parts|computes otherwise)"):
         load_encoder("timm:vit_base_patch32_clip_224.openai")
+
+
+def test_the_epsilon_of_a_model_of_timm_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    give_random_weights(monkeypatch)
+    create = timm.create_model
+
+    def with_epsilon(name: str, **options):
+        model = create(name, **options)
+        for module in model.modules():
+            if isinstance(module, torch.nn.LayerNorm):
+                module.eps = 1e-5
+        return model
+
+    monkeypatch.setattr(timm, "create_model", with_epsilon)
+    assert load_encoder("timm:vit_tiny_patch16_224").settings.norm_eps == 1e-5
+
+
+def test_models_of_timm_that_compute_otherwise_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another activation leaves no trace among the names of weights."""
+    give_random_weights(monkeypatch)
+    create = timm.create_model
+
+    def with_activation(name: str, **options):
+        model = create(name, **options)
+        model.blocks[3].mlp.act = torch.nn.ReLU()
+        model.global_pool = ""  # its features are not compared
+        return model
+
+    monkeypatch.setattr(timm, "create_model", with_activation)
+    with pytest.raises(ValueError, match="computes otherwise than a plain vision transformer"):
+        load_encoder("timm:vit_tiny_patch16_224")
+
+
+def test_a_model_of_timm_that_gives_tokens_is_pooled_as_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    give_random_weights(monkeypatch)
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: create(name, global_pool="", **options))
+    assert load_encoder("timm:vit_tiny_patch16_224").settings.pooling == "class"
+    assert "pooling: it gives tokens and pools none; class is used" in capsys.readouterr().out
 
 
 @torch.no_grad()
@@ -139,18 +186,99 @@ def test_folders_with_a_pickled_file_or_several(tmp_path: Path) -> None:
         load_encoder(tmp_path / "pickled")
 
 
+# ---- what a processor shows is what evaluation shows -----------------------------------------------------------------
+
+
+def photograph(height: int, width: int) -> Image.Image:
+    rows, columns = np.mgrid[0:height, 0:width]
+    waves = [127 + 90 * np.sin(rows / 9 + columns / (5 + channel)) for channel in range(3)]
+    return Image.fromarray(np.stack(waves, 2).astype(np.uint8))
+
+
+def seen(image: Image.Image, settings: EncoderSettings) -> torch.Tensor:
+    """An image as evaluation shows it to an encoder, 'c h w'."""
+    content = io.BytesIO()
+    image.save(content, "png")
+    pixels = view_of_image(content.getvalue(), settings)
+    return normalise(pixels[None], settings.mean, settings.std)[0]
+
+
+BIT, VIT = ({"image_processor_type": f"{kind}ImageProcessor"} for kind in ("Bit", "ViT"))
+CASES = [
+    (BIT | {"size": {"shortest_edge": 64}, "crop_size": {"height": 56, "width": 56}}, "center", 56 / 64),
+    (BIT | {"size": 64, "crop_size": 56}, "center", 56 / 64),
+    (BIT | {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}}, "center", 1.0),
+    (BIT | {"size": {"height": 64, "width": 64}, "crop_size": {"height": 56, "width": 56}}, "squash", 56 / 64),
+    (VIT | {"size": {"height": 56, "width": 56}}, "squash", 1.0),
+    (VIT | {"size": 56}, "squash", 1.0),
+    (VIT | {"size": {"height": 56, "width": 56}, "resample": 3}, "squash", 1.0),
+    (VIT | {"size": {"height": 56, "width": 56}, "do_rescale": False, "image_mean": [90.0, 120.0, 130.0],
+            "image_std": [50.0, 60.0, 70.0]}, "squash", 1.0),
+    (VIT | {"size": {"height": 56, "width": 56}, "do_normalize": False}, "squash", 1.0),
+    (BIT | {"size": {"shortest_edge": 64}, "crop_size": {"height": 56, "width": 56}, "resample": 2}, "center", 0.875),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("prepared", "mode", "fraction"), CASES)
+def test_evaluation_sees_what_a_transformers_processor_makes(
+    tmp_path: Path, prepared: dict, mode: str, fraction: float, capsys: pytest.CaptureFixture
+) -> None:
+    folder_of("Dinov2", tmp_path, image_size=56)
+    content = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4]} | prepared
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(content))
+    settings = load_encoder(tmp_path).settings
+    assert (settings.crop_mode, settings.crop_fraction) == (mode, fraction)
+    assert "are used" not in capsys.readouterr().out
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    for size in ((128, 128), (128, 192), (256, 128)):
+        theirs = processor(photograph(*size), return_tensors="pt")["pixel_values"][0]
+        difference = (seen(photograph(*size), settings) - theirs).abs()
+        assert float(difference.mean() / theirs.std()) < 0.01, size
+
+
+@pytest.mark.parametrize(("mode", "share"), [("center", 0.9), ("center", 0.875), ("center", 1), ("squash", 0.875),
+                                             ("squash", 1.0), (None, None)])  # fmt: skip
+def test_evaluation_sees_what_timm_makes(monkeypatch: pytest.MonkeyPatch, mode: str | None, share) -> None:
+    made = give_random_weights(monkeypatch)
+    changed = {"crop_mode": mode, "crop_pct": share, "interpolation": "bilinear", "mean": (0.1, 0.2, 0.3)}
+    create = timm.create_model
+
+    def with_config(name: str, **options):
+        model = create(name, **options)
+        model.pretrained_cfg = model.pretrained_cfg | changed
+        return model
+
+    monkeypatch.setattr(timm, "create_model", with_config)
+    settings = load_encoder("timm:vit_tiny_patch16_224").settings
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(made[0]))
+    resized = {0.9: 248, 0.875: 256, 1: 224, None: 256}[share]  # timm cuts 248.9 to whole pixels
+    assert (settings.crop_mode, settings.crop_fraction) == (mode or "center", 224 / resized)
+    for size in ((2 * resized, 2 * resized), (2 * resized, 3 * resized)):
+        theirs = transform(photograph(*size))
+        difference = (seen(photograph(*size), settings) - theirs).abs()
+        assert float(difference.mean() / theirs.std()) < 0.01, size
+
+
 @pytest.mark.parametrize(
     ("prepared", "note"),
     [
-        ({"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}, "to 256 and the middle 224 are"),
-        ({"size": 256, "crop_size": 224}, "to 256 and the middle 224 are"),
-        ({"size": {"height": 28, "width": 28}}, "there images are squashed to 28 x 28; here the largest"),
-        ({"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}, None),
-        ({"size": {"shortest_edge": 28}, "crop_size": 14, "do_center_crop": False}, None),
+        (
+            BIT | {"size": {"shortest_edge": 64}, "crop_size": 56},
+            "makes images of 56 x 56, and its positions are for 28",
+        ),
+        (VIT | {"size": {"height": 56, "width": 28}}, "makes images of 56 x 28"),
+        (BIT | {"size": {"shortest_edge": 28}, "do_center_crop": False}, "resized to 28 and nothing is cut; here the"),
+        (BIT | {"size": {"shortest_edge": 32}, "crop_size": {"height": 28, "width": 14}}, "which is not done here"),
+        (BIT | {"size": {"shortest_edge": 14}, "crop_size": 28}, "which is not done here; the largest centered box"),
+        (VIT | {"do_resize": False}, "there images are not resized; here the largest centered box"),
+        (VIT | {"resample": 1, "size": 28}, "resample 1 is not bilinear or bicubic; bicubic is used"),
+        ({"image_processor_type": "BeitImageProcessor", "size": 28}, "'BeitImageProcessor' is unknown; read as of Bit"),
+        (VIT | {"size": 28, "do_rescale": False}, "scaled to 0 to 255"),
+        (BIT | {"size": {"shortest_edge": 32}, "crop_size": 28}, None),
         ({}, None),
     ],
 )
-def test_a_processor_that_cuts_images_otherwise_is_said(
+def test_what_a_processor_does_and_evaluation_cannot_is_said(
     tmp_path: Path, prepared: dict, note: str | None, capsys: pytest.CaptureFixture
 ) -> None:
     folder_of("Dinov2", tmp_path)
@@ -160,7 +288,182 @@ def test_a_processor_that_cuts_images_otherwise_is_said(
     assert note in said if note else "preprocessing" not in said
 
 
-def test_a_crop_of_timms_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_a_crop_of_timms_that_pads_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     give_random_weights(monkeypatch)
-    load_encoder("timm:vit_tiny_patch16_224")
-    assert "preprocessing: timm evaluates the middle 90.0% of each side" in capsys.readouterr().out
+    create = timm.create_model
+
+    def with_border(name: str, **options):
+        model = create(name, **options)
+        model.pretrained_cfg = model.pretrained_cfg | {"crop_mode": "border", "interpolation": "lanczos"}
+        return model
+
+    monkeypatch.setattr(timm, "create_model", with_border)
+    assert load_encoder("timm:vit_tiny_patch16_224").settings.crop_fraction == 1
+    said = capsys.readouterr().out
+    assert "timm pads images (crop_mode 'border', crop_pct 0.9), which is not done here" in said
+    assert "timm resizes by 'lanczos'; bicubic is used here" in said
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("ViT", ([0.5] * 3, [0.5] * 3, "bilinear", "squash", 1.0)),
+        ("Dinov2", ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225], "bicubic", "center", 0.875)),
+    ],
+)
+def test_without_a_processors_file_the_models_own_is_assumed_and_said(
+    tmp_path: Path, kind: str, expected: tuple, capsys: pytest.CaptureFixture
+) -> None:
+    more = {"intermediate_size": 128} if kind == "ViT" else {}
+    folder_of(kind, tmp_path, **more)
+    (tmp_path / "preprocessor_config.json").unlink()
+    found = load_encoder(tmp_path).settings
+    assert (found.mean, found.std, found.interpolation, found.crop_mode, found.crop_fraction) == expected
+    said = [line for line in capsys.readouterr().out.splitlines() if "no preprocessor_config.json there" in line]
+    assert len(said) == 1
+    assert expected[2] in said[0]
+
+
+@pytest.mark.parametrize("pooling", ["max", "avgmax"])
+def test_a_pooling_that_is_not_done_here_is_no_class_pooling(monkeypatch: pytest.MonkeyPatch, pooling: str) -> None:
+    give_random_weights(monkeypatch)
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: create(name, global_pool=pooling, **options))
+    with pytest.raises(ValueError, match=f"pools by '{pooling}' .global_pool., which is not done here"):
+        load_encoder("timm:vit_tiny_patch16_224")
+    assert load_encoder("timm:vit_tiny_patch16_224", pooling="mean").settings.pooling == "mean"
+
+
+def test_features_of_timm_are_compared_and_not_only_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    give_random_weights(monkeypatch)
+    create = timm.create_model
+
+    def with_odd_head(name: str, **options):
+        model = create(name, **options)
+        model.fc_norm = torch.nn.LayerNorm(192, elementwise_affine=False)  # leaves no weight behind
+        return model
+
+    monkeypatch.setattr(timm, "create_model", with_odd_head)
+    with pytest.raises(ValueError, match="its features are others than class pooling gives"):
+        load_encoder("timm:vit_tiny_patch16_224")
+
+
+# ---- what config.json says is there ----------------------------------------------------------------------------------
+
+
+def imagegpt_folder(tmp_path: Path, **options):
+    config = transformers.ImageGPTConfig(
+        **{"vocab_size": 9, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2} | options
+    )
+    torch.manual_seed(0)
+    model = transformers.ImageGPTModel(config).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path)
+    clusters = np.random.default_rng(0).uniform(-1, 1, (8, 3)).tolist()
+    content = {
+        "clusters": clusters,
+        "image_processor_type": "ImageGPTImageProcessor",
+        "size": {"height": 4, "width": 4},
+    }
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(content))
+    return model
+
+
+MISSING = [
+    ("ViT", r"layer\.1\.attention\.attention\.(query|key|value)\.bias"), ("ViT", r"attention\.(query|key|value)\.bias"),
+    ("ViT", r"layer\.1\.attention\.attention\.key\.bias"), ("ViT", r"embeddings\.position_embeddings"),
+    ("ViT", r"^layernorm\."), ("ViT", r"layer\.1\."), ("ViT", r"cls_token"), ("ViT", r"layer\.0\..*\.bias"),
+    ("ViT", r"intermediate\.dense\.bias"), ("ViT", r"projection\.bias"),
+    ("Dinov2", r"layer\.1\.layer_scale"), ("Dinov2", r"layer_scale"), ("Dinov2", r"position_embeddings"),
+    ("Dinov2", r"^layernorm\."), ("Dinov2", r"layer\.1\."), ("Dinov2WithRegisters", r"register_tokens"),
+    ("Dinov2WithRegisters", r"(query|key|value)\.bias"),
+    ("ImageGPT", r"h\.1\.attn\.c_attn\.bias"), ("ImageGPT", r"c_attn\.bias"), ("ImageGPT", r"\.bias"),
+    ("ImageGPT", r"h\.1\."), ("ImageGPT", r"h\.0\.mlp\.c_proj\.bias"), ("ImageGPT", r"ln_f"), ("ImageGPT", r"wpe"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "lost"), MISSING)
+def test_a_folder_that_lacks_what_its_config_says_is_refused(tmp_path: Path, kind: str, lost: str) -> None:
+    if kind == "ImageGPT":
+        imagegpt_folder(tmp_path)
+    else:
+        folder_of(kind, tmp_path, **{"intermediate_size": 128} if kind == "ViT" else {})
+    state = load_file(tmp_path / "model.safetensors")
+    kept = {key: value for key, value in state.items() if not re.search(lost, key)}
+    assert 0 < len(kept) < len(state)
+    load_encoder(tmp_path)
+    save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="missing"):
+        load_encoder(tmp_path)
+
+
+@torch.no_grad()
+def test_imagegpt_by_folder_and_attention_that_is_scaled_otherwise(tmp_path: Path) -> None:
+    model = imagegpt_folder(tmp_path)
+    encoder = load_encoder(tmp_path)
+    indices = torch.randint(0, 8, (2, 16))
+    start = torch.full((2, 1), 8)
+    expected = model(input_ids=torch.cat([start, indices[:, :-1]], 1)).last_hidden_state
+    images = encoder.patch_embed.images_of(indices, (4, 4))
+    torch.testing.assert_close(encoder(images), expected, atol=1e-5, rtol=1e-4)
+    assert (encoder.settings.crop_mode, encoder.settings.interpolation) == ("squash", "bilinear")
+    imagegpt_folder(tmp_path / "eps", layer_norm_epsilon=1e-3)
+    assert load_encoder(tmp_path / "eps").settings.norm_eps == 1e-3
+    for option, value in (("scale_attn_by_inverse_layer_idx", True), ("scale_attn_weights", False)):
+        imagegpt_folder(tmp_path / option, **{option: value})
+        with pytest.raises(ValueError, match=f"{option} {value}: scores are scaled otherwise"):
+            load_encoder(tmp_path / option)
+
+
+def test_weights_of_an_imagegpt_alone_have_all_biases_or_none(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    imagegpt_folder(tmp_path / "folder")
+    state = load_file(tmp_path / "folder" / "model.safetensors")
+    colors = json.loads((tmp_path / "folder" / "preprocessor_config.json").read_text())["clusters"]
+    biases = [key for key in state if key.endswith("c_attn.bias")]
+    assert len(biases) == 2
+    save_file({key: value for key, value in state.items() if key != biases[1]}, tmp_path / "some.safetensors")
+    with pytest.raises(ValueError, match="missing: blocks.1.attn.qkv.bias"):
+        load_encoder(tmp_path / "some.safetensors", heads=2, palette=colors)
+    save_file({key: value for key, value in state.items() if key not in biases}, tmp_path / "none.safetensors")
+    encoder = load_encoder(tmp_path / "none.safetensors", heads=2, palette=colors)
+    assert not encoder.blocks[1].attn.qkv.bias.any()
+    assert "biases: the file has none of queries, keys and values; they are zero" in capsys.readouterr().out
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["ViT", "Dinov2", "Dinov2WithRegisters"])
+def test_features_of_a_folder_are_the_class_token_of_the_model(tmp_path: Path, kind: str) -> None:
+    model = folder_of(kind, tmp_path, **{"intermediate_size": 96} if kind == "ViT" else {})
+    images = torch.randn(2, 3, 28, 28)
+    expected = model(images).last_hidden_state[:, 0]
+    torch.testing.assert_close(load_encoder(tmp_path).features(images), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_config_and_weights_that_disagree_on_biases_are_refused(tmp_path: Path) -> None:
+    folder_of("ViT", tmp_path, intermediate_size=128)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"qkv_bias": False}))
+    with pytest.raises(ValueError, match="says qkv_bias: false, and its weights have such biases"):
+        load_encoder(tmp_path)
+
+
+@pytest.mark.parametrize("lost", [r"blocks\.1\.attn\.qkv\.bias", r"qkv\.bias", r"pos_embed", r"^norm\.", r"blocks\.1\.",
+                                  r"cls_token", r"reg_token"])  # fmt: skip
+def test_a_folder_of_timms_that_lacks_what_its_config_says_is_refused(tmp_path: Path, lost: str) -> None:
+    settings = EncoderSettings(image_size=8, patch=4, width=16, depth=2, heads=2, registers=1)
+    save_encoder(ViTEncoder(settings).eval(), tmp_path / "encoder")
+    export_encoder(tmp_path / "encoder", tmp_path / "timm", "timm")
+    state = load_file(tmp_path / "timm" / "model.safetensors")
+    save_file({key: value for key, value in state.items() if not re.search(lost, key)},
+              tmp_path / "timm" / "model.safetensors")  # fmt: skip
+    with pytest.raises(ValueError, match="among its weights|says a depth of 2, and its weights have 1 blocks"):
+        load_encoder(tmp_path / "timm")
+
+
+@pytest.mark.parametrize("activation", ["silu", "relu", "gelu_new", "quick_gelu"])
+def test_activations_that_are_not_gelu_are_refused(tmp_path: Path, activation: str) -> None:
+    """silu stands in the settings of a gated Dinov2 only."""
+    folder_of("ViT", tmp_path, intermediate_size=128, hidden_act=activation)
+    with pytest.raises(ValueError, match=f"hidden_act {activation} is not gelu"):
+        load_encoder(tmp_path)

@@ -142,6 +142,113 @@ def test_a_released_task_may_have_a_prefix_too(tmp_path: Path) -> None:
     assert all(torch.equal(task.official_state()[key], value) for key, value in weights.items())
 
 
+# ---- what is missing, and what no file says --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "lost",
+    ["pos_embed", "norm.weight norm.bias", "cls_token", "blocks.0.attn.qkv.bias", "blocks.1.attn.qkv.bias",
+     "blocks.1.mlp.fc1.bias", "blocks.0.norm1.bias"],
+)  # fmt: skip
+@pytest.mark.parametrize("layout", ["mae", "dino", "dinov2", "openai_igpt", "transformers"])
+def test_a_file_that_lacks_what_its_family_has_is_refused(tmp_path: Path, layout: str, lost: str) -> None:
+    names = {
+        "openai_igpt": {"pos_embed": "wpe.weight", "norm.weight": "ln_f.weight", "blocks.0.attn.qkv.bias":
+                        "h.0.attn.c_attn.bias", "blocks.1.attn.qkv.bias": "h.1.attn.c_attn.bias",
+                        "blocks.1.mlp.fc1.bias": "h.1.mlp.c_fc.bias"},
+        "transformers": {"pos_embed": "embeddings.position_embeddings", "norm.weight": "layernorm.weight",
+                         "norm.bias": "layernorm.bias", "cls_token": "embeddings.cls_token",
+                         "blocks.0.attn.qkv.bias": "encoder.layer.0.attention.attention.key.bias",
+                         "blocks.1.attn.qkv.bias": "encoder.layer.1.attention.attention.key.bias",
+                         "blocks.1.mlp.fc1.bias": "encoder.layer.1.intermediate.dense.bias",
+                         "blocks.0.norm1.bias": "encoder.layer.0.layernorm_before.bias"},
+    }.get(layout)  # fmt: skip
+    weights = weights_of(layout)
+    prefix = "transformer." if "transformer.wte.weight" in weights else ""
+    gone = {prefix + (name if names is None else names.get(name, "")) for name in lost.split()} & weights.keys()
+    if not gone:
+        assert layout == "openai_igpt"  # has no such part
+        return
+    torch.save({key: value for key, value in weights.items() if key not in gone}, tmp_path / "lossy.pth")
+    with pytest.raises(ValueError, match="missing"):
+        load_encoder(tmp_path / "lossy.pth", layout=layout, heads=HEADS[layout])
+
+
+@pytest.mark.parametrize(
+    ("lost", "said"),
+    [
+        ("pos_embed", "without positions, registers"), ("norm.weight norm.bias", "without last norm, registers"),
+        ("blocks.1.", "as the weights have it: 1 blocks of width"), ("nothing", "2 blocks of width"),
+    ],
+)  # fmt: skip
+def test_what_a_file_in_timms_names_was_taken_for_is_said(
+    tmp_path: Path, lost: str, said: str, capsys: pytest.CaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    weights = ViTEncoder(EncoderSettings(image_size=16, patch=4, width=32, depth=2, heads=2)).state_dict()
+    kept = {key: value for key, value in weights.items() if not key.startswith(tuple(lost.split()))}
+    torch.save(kept, tmp_path / "vit.pth")
+    load_encoder(tmp_path / "vit.pth", heads=2)
+    assert said in capsys.readouterr().out
+
+
+def test_biases_of_some_blocks_are_no_choice(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    weights = weights_of("transformers")
+    biases = [key for key in weights if key.endswith(("query.bias", "key.bias", "value.bias"))]
+    torch.save({key: value for key, value in weights.items() if key not in biases}, tmp_path / "none.pth")
+    assert not load_encoder(tmp_path / "none.pth", heads=2).blocks[0].attn.qkv.bias.any()
+    assert "biases: the file has none of queries, keys and values; they are zero" in capsys.readouterr().out
+    torch.save({key: value for key, value in weights.items() if key not in biases[:3]}, tmp_path / "some.pth")
+    with pytest.raises(ValueError, match="blocks.0.attn.qkv.bias. is missing"):
+        load_encoder(tmp_path / "some.pth", heads=2)
+
+
+@pytest.mark.parametrize(("layout", "who"), [("mae", "MAE"), ("dino", "DINO"), ("dinov2", "DINOv2")])
+def test_released_files_are_evaluated_as_by_their_authors(
+    tmp_path: Path, layout: str, who: str, capsys: pytest.CaptureFixture
+) -> None:
+    """224 of 256 pixels, bicubic, ImageNet's mean and deviation, unless the user says otherwise."""
+    torch.save(weights_of(layout), tmp_path / "released.pth")
+    found = load_encoder(tmp_path / "released.pth", layout=layout, heads=HEADS[layout]).settings
+    assert (found.crop_mode, found.crop_fraction, found.interpolation) == ("center", 224 / 256, "bicubic")
+    assert (found.mean, found.std) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    assert f"preprocessing: not in the file; as in {who}'s own evaluation: mean 0.485" in capsys.readouterr().out
+    told = {"crop_fraction": 1.0, "mean": [0.1, 0.2, 0.3]}
+    found = load_encoder(tmp_path / "released.pth", layout=layout, heads=HEADS[layout], **told).settings
+    assert (found.crop_fraction, found.mean) == (1.0, [0.1, 0.2, 0.3])
+    assert "std 0.229, 0.224, 0.225; bicubic" in capsys.readouterr().out
+
+
+def test_how_images_reach_an_igpt_without_its_processor_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    torch.save(weights_of("openai_igpt"), tmp_path / "igpt.pth")
+    found = load_encoder(tmp_path / "igpt.pth", heads=4).settings
+    assert (found.mean, found.crop_mode, found.crop_fraction) == ([0.5] * 3, "center", 1.0)
+    said = (
+        "preprocessing: not in the file; assumed: mean 0.5, 0.5, 0.5; std 0.5, 0.5, 0.5; bicubic; the largest centered"
+    )
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "expected", "said"),
+    [
+        ("vit_small_patch4_16_augreg_in21k.pth", 16, ([0.5] * 3, "bicubic", 0.9), "as timm's augreg models"),
+        ("my-augreg.pth", 384, ([0.5] * 3, "bicubic", 1.0), "as timm's augreg models"),
+        ("vit_base_patch16_224.augreg2_in21k_ft_in1k.pth", 16, ([0.5] * 3, "bicubic", 16 / 17), "as timm's vit_b"),
+        ("vit_base_patch16_224_miil.in21k.pth", 16, ([0.0] * 3, "bilinear", 16 / 18), "as timm's vit_ba"),
+        ("vit.pth", 16, ([0.485, 0.456, 0.406], "bicubic", 1.0), "assumed: mean 0.485"),
+    ],
+)  # fmt: skip
+def test_the_name_of_a_file_says_how_its_model_is_fed(
+    tmp_path: Path, name: str, size: int, expected: tuple, said: str, capsys: pytest.CaptureFixture
+) -> None:
+    settings = EncoderSettings(image_size=size, patch=size // 4, width=16, depth=1, heads=2)
+    torch.save(ViTEncoder(settings).state_dict(), tmp_path / name)
+    found = load_encoder(tmp_path / name, layout="timm", heads=2).settings
+    assert (found.mean, found.interpolation, found.crop_fraction) == expected
+    assert f"preprocessing: not in the file; {said}" in capsys.readouterr().out
+
+
 # ---- transformers without its folder -----------------------------------------------------------------------------
 
 
@@ -176,7 +283,10 @@ def test_weights_of_transformers_alone(
     images = torch.randn(2, 3, 28, 28)
     inner = getattr(model, model.base_model_prefix) if has_head else model
     torch.testing.assert_close(encoder(images), inner(images).last_hidden_state, atol=1e-5, rtol=1e-4)
-    assert encoder.settings.mean == ([0.5] * 3 if kind == "ViT" else [0.485, 0.456, 0.406])
+    found = encoder.settings
+    assert found.mean == ([0.5] * 3 if kind == "ViT" else [0.485, 0.456, 0.406])
+    crop = ("squash", 1.0, "bilinear", 1e-12) if kind == "ViT" else ("center", 0.875, "bicubic", 1e-6)
+    assert (found.crop_mode, found.crop_fraction, found.interpolation, found.norm_eps) == crop
 
 
 @torch.no_grad()

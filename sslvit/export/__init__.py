@@ -17,7 +17,15 @@ from sslvit.checkpoint import load_encoder
 from sslvit.export import onnx, safetensors, timm, torch, transformers
 from sslvit.export.card import CARD, in_quotes, known_scores, make_card, write_card
 from sslvit.export.exported import with_outputs
-from sslvit.export.verify import SHOWN, check_inputs, compare, compare_preprocessing, shortfall
+from sslvit.export.verify import (
+    SHOWN,
+    check_inputs,
+    compare,
+    compare_preprocessing,
+    compare_weights,
+    shortfall,
+    with_unit_scale,
+)
 from sslvit.files import WriteError, is_of_the_disk, write_error
 from sslvit.progress import without_bars_of_others
 
@@ -55,7 +63,7 @@ def export_encoder(
         The verdict, which also lies in verdict.json.
 
     Raises:
-        ValueError: the folder is in use, the format is unknown or cannot hold the encoder.
+        ValueError: the folder is in use, the format is unknown or cannot hold the encoder, or scores are of another.
         WriteError: the disk is full or cannot be written to; nothing is left.
         RuntimeError: what was written gives other outputs, or none; it stays in OUT.part, with the verdict.
     """
@@ -64,7 +72,9 @@ def export_encoder(
         raise ValueError(f"--format {kind}: not one of {', '.join(FORMATS)}.")
     check_place(out, overwrite)
     known_scores(source, [Path(file) for file in scores])
-    exported = with_outputs(load_encoder(source, weights=weights, **released), source, outputs, weights)
+    encoder = load_encoder(source, weights=weights, **released)
+    known_scores(source, [Path(file) for file in scores], encoder)
+    exported = with_outputs(encoder, source, outputs, weights)
     writer = FORMATS[kind]
     is_fixed = writer.check(exported, size)
     part = fresh_part(out)
@@ -74,7 +84,12 @@ def export_encoder(
         try:
             writer.write(exported, part, is_fixed)
             reopened = writer.reopen(part, exported, is_fixed)
-            verdict |= compare(exported, reopened, check_inputs(exported.settings, is_fixed))
+            inputs = check_inputs(exported.settings, is_fixed)
+            verdict |= compare(exported, reopened, inputs)
+            verdict["weights"] = compare_weights(*writer.weights(part, exported, is_fixed))
+            if writer is onnx and exported.settings.layer_scale is not None:
+                louder = onnx.reopen(part, exported, is_fixed, unit_scale=True)
+                verdict["unit_layer_scale"] = compare(with_unit_scale(exported), louder, inputs)
             if hasattr(writer, "preprocessing") and exported.settings.channels in SHOWN:
                 verdict["preprocessing"] = compare_preprocessing(exported, writer.preprocessing(part, exported))
         except Exception as error:  # of another library: it may raise anything
@@ -82,7 +97,11 @@ def export_encoder(
                 raise
             failure = " ".join(str(error).split())[:300] or type(error).__name__
             verdict |= {"passed": False, "failure": failure}
-        for what, found in (("the reopened encoder", verdict), ("its preprocessing", verdict.get("preprocessing", {}))):
+        parts = {
+            "the reopened encoder": verdict, "with every LayerScale set to one it": verdict.get("unit_layer_scale", {}),
+            "among its weights": verdict.get("weights", {}), "its preprocessing": verdict.get("preprocessing", {}),
+        }  # fmt: skip
+        for what, found in parts.items():
             if not failure and found.get("passed") is False:
                 failure = f"{what} {shortfall(found)}"
         verdict["passed"] = not failure

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from sslvit import __version__
-from sslvit.evaluate.scores import markdown_text
+from sslvit.checkpoint import fingerprint
+from sslvit.evaluate.scores import markdown_table, markdown_text
 from sslvit.export.exported import Exported
+from sslvit.files import printable
+from sslvit.layouts.preprocessing import crop_words, fraction_held
+from sslvit.models import ViTEncoder
 
 CARD = ("card.json", "README.md")
 NOT_TOLD = ("out", "init", "seed", "online")  # of a run's settings: the author's own paths, and what changes no weight
@@ -31,6 +36,8 @@ def make_card(exported: Exported, source: str | Path, kind: str, is_fixed: bool,
     # transformers' ImageGPT maps pixels in [-1, 1] to colours, whatever units the encoder's images have
     is_palette = kind == "transformers" and settings.tokens == "pixel"
     mean, std = ([0.5] * settings.channels,) * 2 if is_palette else (settings.mean, settings.std)
+    # timm and transformers resize to whole pixels before they crop
+    fraction = fraction_held(settings) if kind in ("timm", "transformers") else settings.crop_fraction
     return {
         "format": kind, "sslvit": __version__, "outputs": exported.outputs,
         "image_sizes": "fixed" if is_fixed else "any",
@@ -38,20 +45,27 @@ def make_card(exported: Exported, source: str | Path, kind: str, is_fixed: bool,
         "encoder": asdict(settings), "weights": provenance.get("weights"),
         "classes": exported.classes,
         "preprocessing": {
-            "crop": "the largest centred box with the proportions of size", "size": settings.image_size,
+            "crop": crop_words(settings.crop_mode, fraction), "crop_mode": settings.crop_mode,
+            "crop_fraction": fraction, "size": settings.image_size,
             "channels": settings.channels, "interpolation": settings.interpolation, "scale": "0 to 1",
             "mean": mean, "std": std,
         },
         "task": provenance.get("task"), "step": provenance.get("step"), "data": provenance.get("data"),
         "recipe": recipe, "imported_from": provenance.get("imported_from"), "scores": known_scores(source, scores),
+        "fingerprint": fingerprint(exported.encoder),
     }  # fmt: skip
 
 
-def known_scores(source: str | Path, files: list[Path]) -> dict[str, Any]:
+def known_scores(source: str | Path, files: list[Path], encoder: ViTEncoder | None = None) -> dict[str, Any]:
     """File -> what it says: those given, and a fine-tuned run's own.
 
+    Args:
+        source: where the encoder came from.
+        files: that were given.
+        encoder: whose scores they must be, as far as they name an encoder by its fingerprint.
+
     Raises:
-        ValueError: a file is no JSON of scores.
+        ValueError: a file is no JSON of scores, or holds those of another encoder.
     """
     own = Path(source) / "scores.json"
     found: dict[str, Any] = {}
@@ -65,7 +79,22 @@ def known_scores(source: str | Path, files: list[Path]) -> dict[str, Any]:
         if file.name in found:
             raise ValueError(f"--scores {file}: two files of this name. Rename one, so that the card tells them apart.")
         found[file.name] = content
+        if encoder is not None and (named := fingerprints_in(content)) and fingerprint(encoder) not in named.values():
+            rows = printable(", ".join(named), 80)
+            raise ValueError(
+                f"--scores {file}: scores of another encoder (its rows {rows} are of other settings or weights). Score "
+                "this one (sslvit probe -o FILE), or leave the file out."
+            )
     return found
+
+
+def fingerprints_in(scores: dict[str, Any]) -> dict[str, str]:
+    """Row -> fingerprint of the encoder that it is of, for the rows that say one."""
+    about = scores.get("about")
+    probed = about.get("probed") if isinstance(about, dict) else None
+    rows = probed.items() if isinstance(probed, dict) else ()
+    named = {str(row): of.get("fingerprint") for row, of in rows if isinstance(of, dict)}
+    return {row: value for row, value in named.items() if isinstance(value, str)}
 
 
 def in_quotes(path: str | Path) -> str:
@@ -82,6 +111,7 @@ def write_card(card: dict[str, Any], verdict: dict[str, Any], how: str, folder: 
 def _lines(card: dict[str, Any], verdict: dict[str, Any], how: str, name: str) -> list[str]:
     encoder, prepared = card["encoder"], card["preprocessing"]
     height, width = prepared["size"]
+    sentence = f"{prepared['crop'][0].upper()}{prepared['crop'][1:].removesuffix(',')}"
     lines = [
         f"# {markdown_text(name)}", "",
         f"A vision transformer of {card['parameters'] / 1e6:.1f} M parameters ({encoder['depth']} blocks, width "
@@ -89,7 +119,7 @@ def _lines(card: dict[str, Any], verdict: dict[str, Any], how: str, name: str) -
         f"for {card['format']}. It gives {card['outputs']}.", "",
         "```python", how, "```", "",
         "## Preprocessing", "",
-        f"{prepared['crop'].capitalize()}, resized to {height} x {width} ({prepared['interpolation']}); pixels from "
+        f"{sentence}, resized to {height} x {width} ({prepared['interpolation']}); pixels from "
         f"0 to 1, minus mean {_numbers(prepared['mean'])}, over std {_numbers(prepared['std'])}.",
         "It takes images of this size only." if card["image_sizes"] == "fixed"
         else f"It takes other sizes too, in multiples of {encoder['patch']}.", "",
@@ -108,12 +138,14 @@ def _lines(card: dict[str, Any], verdict: dict[str, Any], how: str, name: str) -
         samples, known = (markdown_text(data.get(key)) for key in ("samples", "fingerprint"))
         lines.append(f"Data: {samples} images, fingerprint {known}.")
     lines += ["", "## Scores", ""]
-    found = [f"- {markdown_text(file)}: {markdown_text(_brief(content))}" for file, content in card["scores"].items()]
-    lines += found or ["None known."]
+    for file, content in card["scores"].items():
+        lines += [*_told(file, content, card["fingerprint"]), ""]
+    lines += [] if card["scores"] else ["None known.", ""]
     lines += [
-        "", "## Verdict", "",
+        "## Verdict", "",
         f"Reopened in {card['format']} and compared on fixed images: largest difference "
-        f"{verdict['largest_difference']:.1e}, allowed {verdict['tolerance']:.0e} (verdict.json).",
+        f"{verdict['largest_difference']:.1e}, allowed {verdict['tolerance']:.0e}; "
+        f"{verdict['weights']['compared']} tensors are the same (verdict.json).",
     ]  # fmt: skip
     if card["classes"]:
         lines += ["", "## Classes", "", ", ".join(markdown_text(name) for name in card["classes"])]
@@ -124,9 +156,31 @@ def _numbers(values: list[float]) -> str:
     return ", ".join(f"{value:g}" for value in values)
 
 
-def _brief(content: dict[str, Any]) -> str:
-    """The scores of one file in a line."""
+def _told(file: str, content: dict[str, Any], own: str) -> list[str]:
+    """The scores of one file as lines: a table where it has rows, with a line on which of them is this encoder's."""
     top1, images = content.get("top1"), content.get("images")
     if isinstance(top1, float) and isinstance(images, int):
-        return f"{top1:.1f} % right of {images:,} images"
-    return json.dumps(content.get("rows", content))[:400]
+        return [f"- {markdown_text(file)}: {top1:.1f} % right of {images:,} images"]
+    table = _table(content.get("draws")) or _table(content.get("rows"))
+    if not table:
+        return [f"- {markdown_text(file)}: {markdown_text(json.dumps(content))}"]
+    named = fingerprints_in(content)
+    mine = [markdown_text(row) for row, value in named.items() if value == own]
+    whose = f"this encoder is the row {', '.join(mine)}." if mine else "the file does not name its encoder."
+    about = content.get("about")
+    data = about.get("val") if isinstance(about, dict) else None
+    of = f" On {markdown_text(data)}, {markdown_text(about.get('val_images'))} images." if data else ""
+    return [f"{markdown_text(file)}: {whose}{of}", "", markdown_table(table)]
+
+
+def _table(rows: Any) -> dict[str, dict[str, list[float]]]:
+    """Row -> column -> scores, of what a file has under rows or draws; empty where it is something else."""
+    if not isinstance(rows, dict) or not all(isinstance(of, dict) for of in rows.values()):
+        return {}
+    found = {
+        row: {column: values if isinstance(values, list) else [values] for column, values in of.items()}
+        for row, of in rows.items()
+    }
+    values = [value for of in found.values() for scores in of.values() for value in scores]
+    is_sound = values and all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
+    return found if is_sound else {}

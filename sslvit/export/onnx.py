@@ -13,11 +13,13 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sslvit.export import torch as program
 from sslvit.export.exported import Exported
+from sslvit.layouts.preprocessing import crop_words
 
 FILE = "model.onnx"
 OPSET = 18
@@ -54,17 +56,54 @@ def write(exported: Exported, folder: Path, is_fixed: bool) -> None:
         )  # fmt: skip
     about = {
         "size": settings.image_size, "mean": settings.mean, "std": settings.std,
-        "interpolation": settings.interpolation, "classes": exported.classes,
+        "interpolation": settings.interpolation, "crop_mode": settings.crop_mode,
+        "crop_fraction": settings.crop_fraction, "crop": crop_words(settings.crop_mode, settings.crop_fraction),
+        "classes": exported.classes,
     }  # fmt: skip
     made.model.metadata_props["preprocessing"] = json.dumps(about)
     made.save(folder / FILE, external_data=size > MOST_BYTES)
 
 
-def reopen(folder: Path, exported: Exported, is_fixed: bool) -> Callable[[Tensor], Tensor]:
+def reopen(folder: Path, exported: Exported, is_fixed: bool, unit_scale: bool = False) -> Callable[[Tensor], Tensor]:
+    """The program as ONNX Runtime runs it; with unit_scale every LayerScale in it is one, so that no block is faint."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(folder / FILE, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    ones = {name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ones(len(value), np.float32))
+            for name, value in layer_scales(exported).items() if unit_scale}  # fmt: skip
+    for name, value in ones.items():
+        options.add_initializer(name, value)
+    session = onnxruntime.InferenceSession(folder / FILE, options, providers=["CPUExecutionProvider"])
+    session.kept = ones  # the session reads them where they lie
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def weights(folder: Path, exported: Exported, is_fixed: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Tensors as they were meant, and as they stand in the file, as far as it has them under their names.
+
+    Products with a transposed matrix and sums of constants are computed while the program is written. These tensors
+    have other names then, and are compared by what comes of them (`reopen` with unit_scale).
+    """
+    import onnx
+    from onnx import numpy_helper
+
+    graph = onnx.load(folder / FILE).graph
+    state = exported.state_dict()
+    found = {
+        value.name: torch.from_numpy(numpy_helper.to_array(value).copy())
+        for value in graph.initializer if value.name in state
+    }  # fmt: skip
+    return {key: state[key] for key in found.keys() | layer_scales(exported).keys()}, found
+
+
+def layer_scales(exported: Exported) -> dict[str, Tensor]:
+    """The scales of all branches that the outputs depend on, by their names in the program."""
+    settings = exported.settings
+    layer = settings.feature_layer if exported.outputs == "features" else None
+    return {
+        key: value for key, value in exported.state_dict().items()
+        if key.endswith(".gamma") and int(key.split(".")[2]) < (layer or settings.depth)
+    }  # fmt: skip
 
 
 def how_to_open(exported: Exported, is_fixed: bool) -> str:

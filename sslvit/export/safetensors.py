@@ -37,6 +37,11 @@ def reopen(folder: Path, exported: Exported, is_fixed: bool) -> Callable[[Tensor
     return with_outputs(load_encoder(folder), folder, exported.outputs)
 
 
+def weights(folder: Path, exported: Exported, is_fixed: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Tensors as they were meant, and as they are read."""
+    return exported.state_dict(), with_outputs(load_encoder(folder), folder, exported.outputs).state_dict()
+
+
 def how_to_open(exported: Exported, is_fixed: bool) -> str:
     lines = ["import sslvit", "", 'encoder = sslvit.load_encoder("FOLDER")']
     if exported.outputs == "logits":

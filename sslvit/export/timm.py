@@ -7,16 +7,19 @@ model.safetensors   the weights, under the names they already have
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 from PIL.Image import Image
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from sslvit.export.exported import Exported
+from sslvit.layouts.preprocessing import resized_sides
 from sslvit.layouts.timm import from_sslvit, model_arguments, resampling_differs, rows_kept
 from sslvit.layouts.vit import state_with_table
+from sslvit.settings import EncoderSettings
 
 ARCHITECTURE = "vit_base_patch16_224"  # any plain ViT: the arguments below replace all that it says
 
@@ -48,11 +51,8 @@ def arguments_of(exported: Exported) -> dict:
 def write(exported: Exported, folder: Path, is_fixed: bool) -> None:
     settings = exported.settings
     arguments = {**arguments_of(exported), "dynamic_img_size": not is_fixed}
-    classifier = {} if exported.head is None else {f"head.{k}": v for k, v in exported.head.state_dict().items()}
-    weights = from_sslvit(state_with_table(exported.encoder, rows_kept(settings), exported.outputs), classifier)
-    save_file(
-        {key: value.contiguous() for key, value in weights.items()}, folder / "model.safetensors", {"format": "pt"}
-    )
+    tensors = {key: value.contiguous() for key, value in tensors_of(exported).items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     about = {
         "architecture": ARCHITECTURE,
         "num_classes": arguments["num_classes"],
@@ -61,7 +61,8 @@ def write(exported: Exported, folder: Path, is_fixed: bool) -> None:
         "model_args": arguments,
         "pretrained_cfg": {
             "input_size": [settings.channels, *settings.image_size], "fixed_input_size": is_fixed,
-            "interpolation": settings.interpolation, "crop_pct": 1.0, "mean": settings.mean, "std": settings.std,
+            "interpolation": settings.interpolation, "crop_pct": crop_pct(settings),
+            "crop_mode": settings.crop_mode, "mean": settings.mean, "std": settings.std,
             "num_classes": arguments["num_classes"], "pool_size": None, "first_conv": "patch_embed.proj",
             "classifier": "head", **({"label_names": exported.classes} if exported.classes else {}),
         },
@@ -69,10 +70,35 @@ def write(exported: Exported, folder: Path, is_fixed: bool) -> None:
     (folder / "config.json").write_text(json.dumps(about, indent=1) + "\n")
 
 
+def tensors_of(exported: Exported) -> dict[str, Tensor]:
+    """All that is written, under timm's names."""
+    classifier = {} if exported.head is None else {f"head.{k}": v for k, v in exported.head.state_dict().items()}
+    return from_sslvit(state_with_table(exported.encoder, rows_kept(exported.settings), exported.outputs), classifier)
+
+
+def crop_pct(settings: EncoderSettings) -> float:
+    """The share for which timm, which cuts what it divides to whole pixels, resizes to the sides that are meant."""
+    side, resized = settings.image_size[0], resized_sides(settings)[0]
+    share = settings.crop_fraction if math.floor(side / settings.crop_fraction) == resized else side / resized
+    while math.floor(side / share) < resized:
+        share = math.nextafter(share, 0.0)
+    return share
+
+
 def reopen(folder: Path, exported: Exported, is_fixed: bool) -> Callable[[Tensor], Tensor]:
+    return opened(folder)
+
+
+def opened(folder: Path) -> nn.Module:
+    """The model as timm opens it."""
     import timm
 
     return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+
+
+def weights(folder: Path, exported: Exported, is_fixed: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Tensors as they were meant, and as timm has them."""
+    return tensors_of(exported), opened(folder).state_dict()
 
 
 def preprocessing(folder: Path, exported: Exported) -> Callable[[Image], Tensor]:

@@ -64,6 +64,14 @@ def reopen(folder: Path, exported: Exported, is_fixed: bool) -> Callable[[Tensor
     return torch.export.load(folder / FILE).module()
 
 
+def weights(folder: Path, exported: Exported, is_fixed: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Tensors as they were meant, and as they stand in the program."""
+    program = torch.export.load(folder / FILE)
+    constants = {key: value for key, value in program.constants.items() if isinstance(value, Tensor)}
+    buffers = {key: value for key, value in exported.named_buffers() if key in constants}
+    return exported.state_dict() | buffers, dict(program.state_dict) | {key: constants[key] for key in buffers}
+
+
 def how_to_open(exported: Exported, is_fixed: bool) -> str:
     return f"""import torch
 

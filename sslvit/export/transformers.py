@@ -15,11 +15,12 @@ import torch
 from PIL import ImageOps
 from PIL.Image import Image, Resampling
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from sslvit.export.exported import Exported
 from sslvit.layouts import openai_igpt
-from sslvit.layouts.transformers import classifier, from_sslvit, kind_of, model_arguments, resampling_differs
+from sslvit.layouts.preprocessing import fraction_held, resized_sides
+from sslvit.layouts.transformers import classifier, from_sslvit, kind_of, model_arguments, rename, resampling_differs
 from sslvit.layouts.vit import state_with_table
 from sslvit.settings import EncoderSettings
 
@@ -78,7 +79,7 @@ def write(exported: Exported, folder: Path, is_fixed: bool) -> None:
 
 
 def processor_of(exported: Exported) -> Any:
-    """The image processor that does what sslvit does to an image of the right proportions."""
+    """The image processor that does what sslvit does to an image, or to one that is fitted before (`is_fitted`)."""
     import transformers
 
     settings = exported.settings
@@ -89,22 +90,28 @@ def processor_of(exported: Exported) -> Any:
         clusters = exported.encoder.patch_embed.palette.tolist()
         return transformers.ImageGPTImageProcessor(clusters, size={"height": height, "width": width}, **common)
     common["do_convert_rgb"] = settings.channels == 3
-    if height != width:  # its processors would squash an image into these proportions
+    if is_fitted(settings):
         return transformers.ViTImageProcessor(do_resize=False, **common)
-    crop = {"height": height, "width": width}
-    return transformers.BitImageProcessor(size={"shortest_edge": height}, crop_size=crop, **common)
+    crop, (rows, columns) = {"height": height, "width": width}, resized_sides(settings)
+    size = {"height": rows, "width": columns} if settings.crop_mode == "squash" else {"shortest_edge": rows}
+    if size == crop:
+        return transformers.ViTImageProcessor(size=size, **common)
+    return transformers.BitImageProcessor(size=size, crop_size=crop, **common)
+
+
+def opened(folder: Path, exported: Exported) -> nn.Module:
+    """The model as transformers opens it."""
+    import transformers
+
+    if exported.outputs == "logits":
+        return transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
+    more = {"add_pooling_layer": False} if kind_of(exported.settings, exported.outputs) == "vit" else {}
+    return transformers.AutoModel.from_pretrained(folder, **more).eval()
 
 
 def reopen(folder: Path, exported: Exported, is_fixed: bool) -> Callable[[Tensor], Tensor]:
-    import transformers
-
     settings, outputs = exported.settings, exported.outputs
-    if outputs == "logits":
-        model = transformers.AutoModelForImageClassification.from_pretrained(folder)
-    else:
-        more = {"add_pooling_layer": False} if kind_of(settings, outputs) == "vit" else {}
-        model = transformers.AutoModel.from_pretrained(folder, **more)
-    model = model.eval()
+    model = opened(folder, exported)
 
     def run(images: Tensor) -> Tensor:
         if settings.tokens == "pixel":
@@ -130,6 +137,32 @@ def reopen(folder: Path, exported: Exported, is_fixed: bool) -> Callable[[Tensor
     return run
 
 
+def weights(folder: Path, exported: Exported, is_fixed: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Tensors of the encoder, and what transformers has in their place, both under the encoder's names.
+
+    What only one of both has and is neutral (a scale of one, a bias or a mask token of zero) stands in both.
+    """
+    settings, outputs = exported.settings, exported.outputs
+    state = opened(folder, exported).state_dict()
+    kind = kind_of(settings, outputs)
+    if kind == "imagegpt":
+        found = openai_igpt.to_sslvit(state, settings.heads, image_size=settings.image_size, palette=settings.palette)
+        expected = {key: value for key, value in exported.encoder.state_dict().items() if key != "patch_embed.palette"}
+        neutral = {key: torch.zeros_like(value) for key, value in found.encoder.items() if key.endswith(".bias")}
+        return neutral | expected, found.encoder
+    found, others = rename(state)
+    expected = state_with_table(exported.encoder, 1, outputs)
+    if kind == "vit":
+        expected = {key: value for key, value in expected.items() if key != "mask_token"}
+    else:
+        neutral = {key: torch.ones_like(value) for key, value in found.items() if ".ls" in key}
+        expected = neutral | {"mask_token": torch.zeros(1, 1, settings.width)} | expected
+    if exported.head is not None:
+        expected |= classifier(exported.head.state_dict(), kind, settings.pooling)
+        found |= {key: others.get(key, torch.empty(0)) for key in ("classifier.weight", "classifier.bias")}
+    return expected, found
+
+
 def preprocessing(folder: Path, exported: Exported) -> Callable[[Image], Tensor]:
     """What transformers does to an image on its way in; of ImageGPT, the colours that the indices stand for."""
     import transformers
@@ -147,14 +180,34 @@ def preprocessing(folder: Path, exported: Exported) -> Callable[[Image], Tensor]
 
 
 def is_fitted(settings: EncoderSettings) -> bool:
-    """Whether images are cropped before transformers' processor, which would squash them."""
-    return settings.tokens == "pixel" or settings.image_size[0] != settings.image_size[1]
+    """Whether images are cropped and resized before transformers' processor, which cannot keep these proportions."""
+    if settings.tokens == "pixel":
+        return settings.crop_mode != "squash" or settings.crop_fraction < 1
+    return settings.crop_mode != "squash" and settings.image_size[0] != settings.image_size[1]
 
 
 def fitted(image: Image, settings: EncoderSettings) -> Image:
-    """The largest centred box with the encoder's proportions, resized."""
+    """What evaluation sees of an image, resized."""
     height, width = settings.image_size
-    return ImageOps.fit(image, (width, height), Resampling[settings.interpolation.upper()])
+    cut = (1 - fraction_held(settings)) / 2
+    resampling = Resampling[settings.interpolation.upper()]
+    if settings.crop_mode == "squash":
+        box = (cut * image.width, cut * image.height, (1 - cut) * image.width, (1 - cut) * image.height)
+        return image.resize((width, height), resampling, box)
+    return ImageOps.fit(image, (width, height), resampling, bleed=cut)
+
+
+def fitting(settings: EncoderSettings) -> str:
+    """The same as a line of Python."""
+    height, width = settings.image_size
+    cut = (1 - fraction_held(settings)) / 2
+    resampling = f"Image.Resampling.{settings.interpolation.upper()}"
+    if settings.crop_mode == "squash":
+        w, h = "image.width", "image.height"
+        box = f"({cut!r} * {w}, {cut!r} * {h}, {1 - cut!r} * {w}, {1 - cut!r} * {h})"
+        return f"image = image.resize(({width}, {height}), {resampling}, {box})"
+    bleed = f", bleed={cut!r}" if cut else ""
+    return f"image = ImageOps.fit(image, ({width}, {height}), {resampling}{bleed})"
 
 
 def how_to_open(exported: Exported, is_fixed: bool) -> str:
@@ -162,7 +215,6 @@ def how_to_open(exported: Exported, is_fixed: bool) -> str:
     is_vit = kind_of(settings, outputs) == "vit"
     auto = "AutoModelForImageClassification" if outputs == "logits" else "AutoModel"
     more = ", add_pooling_layer=False" if is_vit and outputs != "logits" else ""
-    height, width = settings.image_size
     lines = [
         *(["import torch"] if settings.tokens == "pixel" else []),
         *(["from PIL import Image, ImageOps"] if is_fitted(settings) else []),
@@ -171,8 +223,7 @@ def how_to_open(exported: Exported, is_fixed: bool) -> str:
         f'model = {auto}.from_pretrained("FOLDER"{more}).eval()',
     ]  # fmt: skip
     if is_fitted(settings):
-        resampling = f"Image.Resampling.{settings.interpolation.upper()}"
-        lines.append(f"image = ImageOps.fit(image, ({width}, {height}), {resampling})  # the processor would squash it")
+        lines.append(f"{fitting(settings)}  # the processor would squash it")
     if settings.tokens == "pixel":
         lines += [
             'indices = processor(image, return_tensors="pt")["input_ids"]',

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import io
 import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
+from sslvit.data.loader import view_of_image
+from sslvit.data.resample import normalise
 from sslvit.export.exported import Exported
+from sslvit.files import printable
+from sslvit.layouts.preprocessing import fraction_held, resized_sides
 from sslvit.settings import EncoderSettings
 
 TOLERANCE = 1e-5  # of the largest output, or of one for tokens and features below that; float32 on both sides
 RESIZING = 0.005  # of a channel's deviation, on average: libraries round differently when they resize
+LEVELS = 0.28  # of 255, the same where deviations are small: twice rounded or once
 SHOWN = (1, 3)  # channels of images that other libraries read
 
 
@@ -51,25 +59,50 @@ def compare(exported: Exported, reopened: Callable[[Tensor], Tensor], images: li
     }  # fmt: skip
 
 
-def compare_preprocessing(exported: Exported, prepare: Callable[[Image.Image], Tensor]) -> dict[str, Any]:
-    """Prepared pixels against the card's words: on an image of the right size, and on one that is cropped and resized.
+def compare_weights(expected: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, Any]:
+    """Whether both hold the same numbers: what changes in a block behind a faint LayerScale shows in no output."""
+    differing = sorted(expected.keys() ^ found.keys())
+    for key in sorted(expected.keys() & found.keys()):
+        one, other = expected[key].detach().cpu(), found[key].detach().cpu()
+        if one.shape != other.shape or one.dtype != other.dtype or not torch.equal(one, other):
+            differing.append(key)
+    return {"compared": len(expected), "differing": differing, "passed": not differing}
 
-    The first must agree; of the second, which every library rounds in its own way, the mean difference is small. The
-    second is wider by a whole number of the resized image's pixels on either side: libraries crop after they resize,
-    and shift by half a pixel what would begin between two of them.
+
+@torch.no_grad()
+def with_unit_scale(exported: Exported) -> Exported:
+    """A copy in which every LayerScale is one."""
+    louder = copy.deepcopy(exported)
+    for key, value in louder.named_parameters():
+        if key.endswith(".gamma"):
+            value.fill_(1.0)
+    return louder
+
+
+def compare_preprocessing(exported: Exported, prepare: Callable[[Image.Image], Tensor]) -> dict[str, Any]:
+    """Prepared pixels against what evaluation sees: of an image that is cropped only, and of one that is resized too.
+
+    The first must agree; of the second, which every library rounds in its own way, the mean difference is small.
+    Libraries resize to whole pixels before they crop, so the fraction of the crop that they can hold is compared.
+    Both images are of sizes for which that crop begins at a whole pixel of the resized image; libraries shift by half a
+    pixel what would begin between two of them.
     """
-    settings = exported.settings
-    height, width = settings.image_size
+    settings = dataclasses.replace(exported.settings, crop_fraction=fraction_held(exported.settings))
     source = np.random.default_rng(0)
-    exact = Image.fromarray(as_image(source.integers(0, 256, (height, width, settings.channels))))
-    rows, columns = np.mgrid[0 : 2 * height, 0 : 2 * width + 4 * max(width // 4, 1)] / max(height, width)
-    waves = [127 + 90 * np.sin(3 * rows + 2 * columns * (1 + channel)) for channel in range(settings.channels)]
-    noise = source.uniform(-30, 30, (*rows.shape, settings.channels))  # tells bilinear from bicubic
+    height, width = settings.image_size
+    rows, columns = resized_sides(exported.settings)
+    is_squashed = settings.crop_mode == "squash"
+    if not is_squashed:
+        columns = width + 2 * math.ceil((width / settings.crop_fraction - width) / 2 - 1e-6)
+    exact = Image.fromarray(as_image(source.integers(0, 256, (rows, columns, settings.channels))))
+    sides = (2 * rows, 3 * columns if is_squashed else 2 * columns + 4 * max(width // 4, 1))
+    down, right = np.mgrid[0 : sides[0], 0 : sides[1]] / max(height, width)
+    waves = [127 + 90 * np.sin(3 * down + 2 * right * (1 + channel)) for channel in range(settings.channels)]
+    noise = source.uniform(-30, 30, (*down.shape, settings.channels))  # tells bilinear from bicubic
     large = Image.fromarray(as_image(np.stack(waves, 2) + noise))
-    resampling = Image.Resampling[settings.interpolation.upper()]
     found = {"largest_difference": 0.0, "mean_difference": 0.0}
     for image, measure in ((exact, "largest_difference"), (large, "mean_difference")):
-        expected = normalised(ImageOps.fit(image, (width, height), resampling), settings)
+        expected = as_evaluated(image, settings)
         if settings.tokens == "pixel":  # colours of the palette on both sides
             tokens = exported.encoder.patch_embed
             expected = tokens.images_of(tokens.indices(expected[None]), (height, width))[0]
@@ -78,7 +111,8 @@ def compare_preprocessing(exported: Exported, prepare: Callable[[Image.Image], T
             raise ValueError(f"its preprocessing gives {tuple(got.shape)}, not {tuple(expected.shape)}")
         difference = (got - expected).abs()
         found[measure] = float(difference.max() if image is exact else difference.mean())
-    found |= {"tolerance": TOLERANCE, "mean_tolerance": RESIZING}
+    levels = LEVELS / 255 / min(settings.std)
+    found |= {"tolerance": TOLERANCE, "mean_tolerance": max(RESIZING, levels), "crop_fraction": settings.crop_fraction}
     if settings.tokens == "pixel":
         found["mean_tolerance"] = math.inf  # a nearby color may be another one
     return found | {"passed": shortfall(found) == ""}
@@ -86,6 +120,9 @@ def compare_preprocessing(exported: Exported, prepare: Callable[[Image.Image], T
 
 def shortfall(found: dict[str, Any]) -> str:
     """What a comparison fails by, measure by measure, each with its number and tolerance; empty where it passes."""
+    if differing := found.get("differing"):
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        return f"{printable(', '.join(differing[:3]))}{more} differ"
     measures = (
         ("largest_difference", "tolerance", "differs by"),
         ("mean_difference", "mean_tolerance", "of an image that is cropped and resized differs on average by"),
@@ -101,8 +138,8 @@ def as_image(pixels: np.ndarray) -> np.ndarray:
     return pixels.astype(np.uint8) if pixels.shape[2] > 1 else pixels[:, :, 0].astype(np.uint8)
 
 
-def normalised(image: Image.Image, settings: EncoderSettings) -> Tensor:
-    """'c h w', as the card says."""
-    pixels = torch.from_numpy(np.array(image, np.float32) / 255).view(image.height, image.width, -1).permute(2, 0, 1)
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (settings.mean, settings.std))
-    return (pixels - mean) / std
+def as_evaluated(image: Image.Image, settings: EncoderSettings) -> Tensor:
+    """An image as evaluation shows it to an encoder, 'c h w'."""
+    content = io.BytesIO()
+    image.save(content, "png")
+    return normalise(view_of_image(content.getvalue(), settings)[None], settings.mean, settings.std)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -9,8 +10,9 @@ from torch import Tensor
 from sslvit.files import printable
 from sslvit.layouts import dino, dinov2, mae, openai_igpt, timm, transformers_weights
 from sslvit.layouts.nearest import nearest_layout
+from sslvit.layouts.preprocessing import by_file_name
 from sslvit.layouts.unwrap import unwrap
-from sslvit.layouts.vit import HEADS, Converted
+from sslvit.layouts.vit import HEADS, Converted, as_read
 
 LAYOUTS = {
     "mae": mae, "openai_igpt": openai_igpt, "dinov2": dinov2, "dino": dino, "timm": timm,
@@ -74,6 +76,8 @@ def to_sslvit(
     is_dino = layout is None and name == "timm" and "backbone" in found.prefix.split(".")
     name = "dino" if is_dino else name
     try:
+        prepared, said = _prepared(name, found.weights, source, changes)
+        changes = prepared | changes
         converted = LAYOUTS[name].to_sslvit(found.weights | heads_beside, heads, **changes)
     except (KeyError, IndexError) as error:
         raise ValueError(
@@ -82,7 +86,9 @@ def to_sslvit(
         ) from error
     converted.extras |= others
     converted.read = len(found.everything)
-    converted.notes = [*found.notes, *converted.notes]
+    converted.notes = [*found.notes, *converted.notes, *said]
+    if name == "timm":
+        converted.notes.append(as_read(converted.settings))
     if is_dino:
         converted.notes.append(
             "layout: taken for DINO's, as its names begin with backbone. Give the layout if it is not."
@@ -93,3 +99,14 @@ def to_sslvit(
             "other ways; give the layout (mae, dino) if it is one of them."
         )
     return converted
+
+
+def _prepared(name: str, weights: dict[str, Tensor], source: str, changes: dict[str, Any]) -> tuple[dict, list[str]]:
+    """Preprocessing of a file in timm's names, as far as its own name says it, and a line on it."""
+    if name != "timm":
+        return {}, []
+    _, channels, patch, _ = weights["patch_embed.proj.weight"].shape
+    rows = weights["pos_embed"].shape[1] if "pos_embed" in weights and weights["pos_embed"].ndim == 3 else 0
+    size = changes.get("image_size", math.isqrt(rows) * patch)
+    prepared, note = by_file_name(source, channels, size if isinstance(size, int) else max(size), changes)
+    return prepared, [note] if note else []

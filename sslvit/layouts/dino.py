@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sslvit.layouts.vit import HEADS, Converted, settings_from_shapes, split
+from sslvit.layouts.preprocessing import assumed
+from sslvit.layouts.vit import HEADS, Converted, demand, settings_from_shapes, split
 
 
 def recognise(keys: set[str]) -> bool:
@@ -20,7 +21,9 @@ def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes) -> 
     state = {key.removeprefix("module."): value for key, value in state.items()}
     encoder, head = split(state, HEADS)
     encoder = {key.removeprefix("backbone."): value for key, value in encoder.items()}
-    found = {"interpolate_antialias": False, "interpolate_offset": 0.1, **changes}
+    demand(encoder, "norm.weight")
+    prepared = assumed("dino", encoder["patch_embed.proj.weight"].shape[1], "DINO's own evaluation", changes, notes)
+    found = {**prepared, "interpolate_antialias": False, "interpolate_offset": 0.1, **changes}
     return Converted(settings_from_shapes(encoder, heads, notes, **found), encoder, head, notes)
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sslvit.layouts.vit import HEADS, Converted, settings_from_shapes, split
+from sslvit.layouts.preprocessing import assumed
+from sslvit.layouts.vit import HEADS, Converted, demand, settings_from_shapes, split
 
 NAMES = {"register_tokens": "reg_token", "mlp.w12.": "mlp.fc1.", "mlp.w3.": "mlp.fc2."}
 
@@ -26,8 +27,11 @@ def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes) -> 
         for theirs, ours in NAMES.items():
             key = key.replace(theirs, ours)
         encoder[key] = value.view(1, 1, -1) if key == "mask_token" else value
+    demand(encoder, "norm.weight", "blocks.0.ls1.gamma", "blocks.0.ls2.gamma")
+    prepared = assumed("dinov2", encoder["patch_embed.proj.weight"].shape[1], "DINOv2's own evaluation", changes, notes)
     has_registers = "reg_token" in encoder
     found = {
+        **prepared,
         "interpolate_antialias": has_registers,
         "interpolate_offset": 0.0 if has_registers else 0.1,
         "prefix_positions": "class",

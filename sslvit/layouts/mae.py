@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sslvit.layouts.vit import HEADS, Converted, count_blocks, settings_from_shapes, split
+from sslvit.layouts.preprocessing import assumed
+from sslvit.layouts.vit import HEADS, Converted, count_blocks, demand, settings_from_shapes, split
 
 DECODER = {
     "mask_token": "decoder.mask_token",
@@ -28,7 +29,14 @@ def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes) -> 
     notes: list[str] = []
     encoder, decoder = split(state, tuple(DECODER))
     encoder, head = split(encoder, HEADS)
-    found = {"positions": "sincos_2d" if decoder else "learned_1d", "interpolate_antialias": False, **changes}
+    demand(encoder, "norm.weight|fc_norm.weight")
+    prepared = assumed("mae", encoder["patch_embed.proj.weight"].shape[1], "MAE's own evaluation", changes, notes)
+    found = {
+        **prepared,
+        "positions": "sincos_2d" if decoder else "learned_1d",
+        "interpolate_antialias": False,
+        **changes,
+    }
     settings = settings_from_shapes(encoder, heads, notes, **found)
     extras = {_rename(key, DECODER): value for key, value in decoder.items()} | head
     return Converted(settings, encoder, extras, notes)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sslvit.layouts.preprocessing import words
 from sslvit.layouts.vit import Converted, count_blocks, infer_heads, refuse_if
 from sslvit.settings import PRESETS, EncoderSettings, preset
 from sslvit.settings.palette import UNIFORM, read_palette
@@ -174,9 +175,12 @@ def _convert(
                     part = ours + part.removeprefix(theirs)
                     break
             encoder[f"blocks.{number}.{part}"] = value.T if value.ndim == 2 else value
-    for number in range(count_blocks(state, "h.")):  # biases of only some linear layers: the others are zero
-        if f"blocks.{number}.attn.proj.bias" in encoder:
-            encoder.setdefault(f"blocks.{number}.attn.qkv.bias", table.new_zeros(3 * width))
+    depth = count_blocks(state, "h.")
+    have_biases = [f"blocks.{number}.attn.qkv.bias" in encoder for number in range(depth)]
+    if "bias" not in changes and "blocks.0.attn.proj.bias" in encoder and not any(have_biases):
+        notes.append("biases: the file has none of queries, keys and values; they are zero.")
+        for number in range(depth):
+            encoder[f"blocks.{number}.attn.qkv.bias"] = table.new_zeros(3 * width)
     palette = changes.get("palette", UNIFORM)
     if not isinstance(palette, list) and palette != UNIFORM:
         changes["palette"] = palette = read_palette(palette)
@@ -191,9 +195,13 @@ def _convert(
     found = {
         "image_size": math.isqrt(places),
         "width": width,
-        "depth": count_blocks(state, "h."),
-        "heads": infer_heads(width, heads or released_heads(width, count_blocks(state, "h.")), notes),
+        "depth": depth,
+        "heads": infer_heads(width, heads or released_heads(width, depth), notes),
         "mlp_ratio": encoder["blocks.0.mlp.fc1.weight"].shape[0] / width,
         "bias": "blocks.0.attn.proj.bias" in encoder,
     }
-    return Converted(preset("igpt_small", **{**found, **changes}), encoder, extras, notes, ignored)
+    settings = preset("igpt_small", **{**found, **changes})
+    keys = ("mean", "std", "interpolation", "crop_mode", "crop_fraction")
+    if unsaid := {key: getattr(settings, key) for key in keys if key not in changes}:
+        notes.append(f"preprocessing: not in the file; assumed: {words(unsaid)}.")
+    return Converted(settings, encoder, extras, notes, ignored)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sslvit.files import brief, printable
+from sslvit.files import printable, quoted
+from sslvit.layouts.preprocessing import from_timm
 from sslvit.layouts.vit import (
     HEADS,
     Converted,
@@ -116,7 +117,8 @@ def from_name(name: str, **changes) -> Converted:
 
     Raises:
         ImportError: timm is not installed.
-        ValueError: an unknown name, weights that cannot be had, or a model that is no plain ViT or computes otherwise.
+        ValueError: an unknown name, weights that cannot be had, or a model that is no plain ViT, computes otherwise or
+            pools in a way that the encoder does not have.
     """
     return _from_timm(name, None, **changes)
 
@@ -130,24 +132,15 @@ def _from_timm(name: str, weights: dict[str, Tensor] | None, **changes) -> Conve
         print(f"timm:{name}: fetching its weights, unless they are in the hub's cache", flush=True)
     model = _create(name, pretrained=True).eval()
     _check_plain(name, model)
-    about = model.pretrained_cfg
-    usual = "mean" if model.cls_token is None else "class"  # of a model without pooling
-    for key in ("mean", "std"):
-        values = about.get(key)
-        if not isinstance(values, (list, tuple)) or not all(isinstance(value, (int, float)) for value in values):
-            raise ValueError(f"timm:{name}: says no {key} of its images (pretrained_cfg: {brief(values)}).")
+    prepared, notes = from_timm(model.pretrained_cfg, list(model.patch_embed.img_size), name)
+    pooling = pooling_of(name, model, changes, notes)
     found = {
-        "image_size": list(model.patch_embed.img_size), "mean": list(about["mean"]), "std": list(about["std"]),
-        "interpolation": "bilinear" if about["interpolation"] == "bilinear" else "bicubic",
-        "norm_eps": model.blocks[0].norm1.eps,
-        "pooling": {"token": "class", "avg": "mean"}.get(model.global_pool) or usual, **changes,
+        "image_size": list(model.patch_embed.img_size), "norm_eps": model.blocks[0].norm1.eps, "pooling": pooling,
+        **prepared, **changes,
     }  # fmt: skip
     converted = to_sslvit(model.state_dict(), model.blocks[0].attn.num_heads, **found)
     converted.read = len(model.state_dict())
-    if isinstance(share := about.get("crop_pct"), float) and share < 1:
-        converted.notes.append(
-            f"preprocessing: timm evaluates the middle {share:.1%} of each side; the largest centered box is used."
-        )
+    converted.notes += notes
     if math.prod(converted.settings.grid) > MAX_PATCHES:
         raise ValueError(f"timm:{name}: images of {converted.settings.image_size} pixels are too large to be compared.")
     images = torch.randn(2, converted.settings.channels, *converted.settings.image_size)
@@ -158,9 +151,35 @@ def _from_timm(name: str, weights: dict[str, Tensor] | None, **changes) -> Conve
             raise ValueError(f"timm:{name}: has parts that a plain vision transformer has not ({', '.join(odd)}).")
         ours.load_state_dict(converted.encoder)
         difference = float((ours(images) - model.forward_features(images)).abs().max())
+        if not difference < TOLERANCE:
+            raise ValueError(f"timm:{name}: computes otherwise than a plain vision transformer (by {difference:.1e}).")
+        if model.global_pool and "pooling" not in changes:
+            difference = float((ours.features(images) - model(images)).abs().max())
     if not difference < TOLERANCE:
-        raise ValueError(f"timm:{name}: computes otherwise than a plain vision transformer (by {difference:.1e}).")
+        raise ValueError(
+            f"timm:{name}: its features are others than {converted.settings.pooling} pooling gives (by "
+            f"{difference:.1e}). Give pooling= in Python to take it with another."
+        )
     return converted
+
+
+def pooling_of(name: str, model: nn.Module, changes: dict[str, Any], notes: list[str]) -> str:
+    """Our name for how a model of timm's pools.
+
+    Raises:
+        ValueError: in a way that the encoder does not have, and the user names none.
+    """
+    known = {"token": "class", "avg": "mean"}
+    if model.global_pool in known or "pooling" in changes:
+        return known.get(model.global_pool, "mean")
+    if model.global_pool:
+        raise ValueError(
+            f"timm:{name}: pools by {quoted(model.global_pool)} (global_pool), which is not done here. Give "
+            "pooling=mean or pooling=class in Python to take it with another."
+        )
+    usual = "mean" if model.cls_token is None else "class"
+    notes.append(f"pooling: it gives tokens and pools none; {usual} is used.")
+    return usual
 
 
 def _library(name: str):

@@ -6,6 +6,7 @@ config.json says what the shapes do not (heads, epsilon), preprocessor_config.js
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,18 @@ import torch
 from torch import Tensor
 
 from sslvit.files import brief
-from sslvit.layouts import openai_igpt
+from sslvit.layouts import openai_igpt, preprocessing
 from sslvit.layouts.vit import (
     Converted,
     count_blocks,
+    demand,
     not_plain,
     refuse_if,
     resampling_other_than,
     settings_from_shapes,
 )
 from sslvit.settings import EncoderSettings
+from sslvit.settings.encoder import MAX_CHANNELS
 
 PREFIX = re.compile(r"^(vit|dinov2|dinov2_with_registers|transformer)\.")
 NAMES = {
@@ -44,8 +47,11 @@ PIECE = re.compile(
 )
 PIECES = {"attn.qkv": (("query", "key", "value"), ("q_proj", "k_proj", "v_proj")),
           "mlp.fc1": (("gate_proj", "up_proj"),)}  # fmt: skip
+SHAPE = {"hidden_size": "width", "num_hidden_layers": "depth", "patch_size": "patch", "num_channels": "channels"}
+ALWAYS = {"class_token": True, "final_norm": True, "positions": "learned_1d", "prefix_positions": "class",
+          "pooling": "class", "fc_norm": False, "qk_norm": False, "bias": True}  # fmt: skip
+"""What every ViT and Dinov2 of transformers has, whatever its settings."""
 MODELS = ("vit", "dinov2", "dinov2_with_registers", "imagegpt")
-RESAMPLE = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
 
 def is_folder(path: Path) -> bool:
@@ -75,43 +81,96 @@ def to_sslvit(state: dict[str, Tensor], path: Path, **changes) -> Converted:
         changes: settings that override what the folder says.
 
     Raises:
-        ValueError: an option that the encoder does not have.
+        ValueError: an option that the encoder does not have, or less in the weights than config.json says.
     """
     config = read_config(path)
     try:
         return _convert(state, config, path, changes)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: its settings or weights are damaged ({error}).") from error
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path}: its settings or weights are damaged ({reason}).") from error
 
 
 def _convert(state: dict[str, Tensor], config: dict[str, Any], path: Path, changes: dict[str, Any]) -> Converted:
-    size = config.get("image_size", 0)
-    if not isinstance(size, int) and not (isinstance(size, list) and [type(side) for side in size] == [int, int]):
+    is_igpt = config["model_type"] == "imagegpt"
+    side = math.isqrt(config["n_positions"]) if is_igpt and "n_positions" in config else None
+    size = changes.get("image_size", config.get("image_size", side or 0))
+    sides = [size, size] if isinstance(size, int) else size
+    if not (isinstance(sides, list) and [type(side) for side in sides] == [int, int]):
         raise ValueError(f"{path}: image_size {size!r} is no side in pixels and no pair of them.")
-    notes = _unusual(path, size)
-    if config["model_type"] == "imagegpt":
-        activation = config.get("activation_function", "quick_gelu")
-        if activation != "quick_gelu":
-            raise ValueError(f"{path}: activation_function {activation} is not quick_gelu, so it cannot be held.")
-        found = {"norm_eps": config.get("layer_norm_epsilon", 1e-5), **_preprocessing(path), **_palette(path)}
-        converted = openai_igpt.to_sslvit(state, config["n_head"], **found | changes)
+    channels = 3 if is_igpt else config.get("num_channels", 3)
+    if not isinstance(channels, int) or channels > MAX_CHANNELS:
+        raise ValueError(f"{path}: num_channels {brief(channels)} is no number of channels.")
+    prepared, notes = _preprocessing(path, config["model_type"], channels, sides)
+    said = said_by_imagegpt(config, path) if is_igpt else said_by_config(config, path)
+    if is_igpt:
+        converted = openai_igpt.to_sslvit(state, config["n_head"], **prepared | _palette(path) | said | changes)
         converted.read = len(state)
         converted.notes += notes
         return converted
-    activation = "silu" if config.get("use_swiglu_ffn") else config.get("hidden_act", "gelu")
-    if activation not in ("gelu", "silu"):
-        raise ValueError(f"{path}: hidden_act {brief(activation)} is not gelu, so this encoder cannot be held.")
     encoder, extras = rename(state)
-    is_dinov2 = config["model_type"] != "vit"
-    found = {
-        "norm_eps": config["layer_norm_eps"], "image_size": config["image_size"], "prefix_positions": "class",
-        "interpolate_antialias": config["model_type"] == "dinov2_with_registers", **_preprocessing(path), **changes,
-    }  # fmt: skip
+    has_biases = any(key.endswith("attn.qkv.bias") for key in encoder)
+    if config.get("qkv_bias", True) is False:
+        if has_biases:
+            raise ValueError(f"{path}: says qkv_bias: false, and its weights have such biases.")
+        fill_biases(encoder)
     ignored = []
-    if not is_dinov2 and encoder.pop("mask_token", None) is not None:
+    if config["model_type"] == "vit" and encoder.pop("mask_token", None) is not None:
         ignored.append("embeddings.mask_token")
-    settings = settings_from_shapes(encoder, config["num_attention_heads"], notes, **found)
+    demand(encoder, "norm.weight")
+    settings = settings_from_shapes(encoder, config["num_attention_heads"], notes, **prepared | said | changes)
     return Converted(settings, encoder, extras, notes, ignored, len(state))
+
+
+def said_by_config(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Settings of a ViT or Dinov2 by its config.json: its weights must have all that it says.
+
+    Raises:
+        ValueError: an option that the encoder does not have.
+    """
+    is_dinov2 = config["model_type"] != "vit"
+    is_gated = bool(config.get("use_swiglu_ffn"))
+    activation = "silu" if is_gated else config.get("hidden_act", "gelu")
+    if activation not in ("gelu", "silu") or (activation == "silu" and not is_gated):
+        raise ValueError(f"{path}: hidden_act {brief(activation)} is not gelu, so this encoder cannot be held.")
+    said = {ours: config[theirs] for theirs, ours in SHAPE.items() if theirs in config}
+    if isinstance(said.get("patch"), list) and len(set(said["patch"])) == 1:
+        said["patch"] = said["patch"][0]
+    if is_dinov2 and "mlp_ratio" in config:
+        said["mlp_ratio"] = float(config["mlp_ratio"])
+    elif "intermediate_size" in config and "hidden_size" in config:
+        said["mlp_ratio"] = config["intermediate_size"] / config["hidden_size"]
+    has_registers = config["model_type"] == "dinov2_with_registers"
+    return said | ALWAYS | {
+        "norm_eps": config["layer_norm_eps"], "image_size": config["image_size"],
+        "mlp": "swiglu" if is_gated else "gelu", "layer_scale": 1.0 if is_dinov2 else None,
+        "registers": config.get("num_register_tokens", 4) if has_registers else 0,
+        "interpolate_antialias": has_registers,
+    }  # fmt: skip
+
+
+def said_by_imagegpt(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The same of an ImageGPT.
+
+    Raises:
+        ValueError: an option that the encoder does not have.
+    """
+    activation = config.get("activation_function", "quick_gelu")
+    if activation != "quick_gelu":
+        raise ValueError(f"{path}: activation_function {activation} is not quick_gelu, so it cannot be held.")
+    for key, usual in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
+        if config.get(key, usual) is not usual:
+            raise ValueError(
+                f"{path}: {key} {brief(config[key])}: scores are scaled otherwise here, so it cannot be held."
+            )
+    said = {
+        ours: config[theirs] for theirs, ours in {"n_embd": "width", "n_layer": "depth"}.items() if theirs in config
+    }
+    if "n_embd" in config:
+        said["mlp_ratio"] = (config.get("n_inner") or 4 * config["n_embd"]) / config["n_embd"]
+    if "n_positions" in config and math.isqrt(config["n_positions"]) ** 2 == config["n_positions"]:
+        said["image_size"] = math.isqrt(config["n_positions"])
+    return said | {"norm_eps": config.get("layer_norm_epsilon", 1e-5), "bias": True}
 
 
 def kind_of(settings: EncoderSettings, outputs: str) -> str:
@@ -251,50 +310,25 @@ def rename(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tenso
         encoder[f"blocks.{number}.{name}"] = value
     for key, parts in pieces.items():
         names = next(names for names in PIECES[".".join(key.split(".")[2:4])] if parts.keys() & set(names))
+        if missing := [name for name in names if name not in parts]:
+            raise KeyError(f"{', '.join(missing)} of {key}")
         encoder[key] = torch.cat([parts[name] for name in names])
-    for key in [key for key in encoder if key.endswith("attn.proj.bias")]:  # without qkv_bias the others stay
-        encoder.setdefault(key.replace("proj", "qkv"), torch.zeros(3 * len(encoder[key])))
     return encoder, extras
 
 
-def _preprocessing(path: Path) -> dict[str, Any]:
+def fill_biases(encoder: dict[str, Tensor]) -> None:
+    """Zero biases of queries, keys and values, for a model that has only the others."""
+    for key in [key for key in encoder if key.endswith("attn.proj.bias")]:
+        encoder[key.replace("proj", "qkv")] = torch.zeros(3 * len(encoder[key]))
+
+
+def _preprocessing(path: Path, model: str, channels: int, image_size: list[int]) -> tuple[dict[str, Any], list[str]]:
     file = path / "preprocessor_config.json"
-    if not file.is_file():
-        return {"mean": [0.5] * 3, "std": [0.5] * 3}  # what its image processors start from
-    content = _read_json(file)
-    found = {"mean": content.get("image_mean"), "std": content.get("image_std")}
-    if content.get("do_normalize") is False:
-        found = {"mean": [0.0] * 3, "std": [1.0] * 3}
-    found["interpolation"] = RESAMPLE.get(content.get("resample"))
-    return {key: value for key, value in found.items() if value is not None}
-
-
-def _unusual(path: Path, image_size: int | list[int]) -> list[str]:
-    """What the image processor does otherwise than sslvit would, for the reader."""
-    file = path / "preprocessor_config.json"
-    content = _read_json(file) if file.is_file() else {}
-    notes = []
-    if content.get("do_rescale") is False or abs(content.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-3:
-        notes.append("preprocessing: its pixels are not scaled to 0 to 1, and here they are; mean and std may not fit.")
-    if content.get("resample", 3) not in RESAMPLE:
-        notes.append(f"preprocessing: resample {content['resample']} is not bilinear or bicubic; bicubic is used.")
-    return notes + _framing(content, image_size)
-
-
-def _framing(content: dict[str, Any], image_size: int | list[int]) -> list[str]:
-    """How an image processor cuts images unlike sslvit, which resizes the largest centered box to image_size."""
-    size, crop = content.get("size"), content.get("crop_size") if content.get("do_center_crop", True) else None
-    size = {"shortest_edge": size} if isinstance(size, int) else size if isinstance(size, dict) else {}
-    crop = crop.get("height") if isinstance(crop, dict) else crop
-    if content.get("do_resize") is False:
-        return []
-    edge = size.get("shortest_edge")
-    ours = f"here the largest centered box is resized to {image_size}"
-    if edge and crop and crop != edge:
-        return [f"preprocessing: there the shorter side is resized to {edge} and the middle {crop} are kept; {ours}."]
-    if size.get("height") and not crop:
-        return [f"preprocessing: there images are squashed to {size['height']} x {size.get('width')}; {ours}."]
-    return []
+    content = _read_json(file) if file.is_file() else None
+    try:
+        return preprocessing.from_transformers(content, model, channels, image_size)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: damaged ({brief(str(error))}). Is the download complete?") from error
 
 
 def _palette(path: Path) -> dict[str, Any]:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from sslvit.layouts.preprocessing import released, words
+from sslvit.layouts.transformers import ALWAYS, fill_biases, rename
 from sslvit.layouts.transformers import from_sslvit as named
-from sslvit.layouts.transformers import rename
-from sslvit.layouts.vit import Converted, settings_from_shapes
+from sslvit.layouts.vit import Converted, demand, settings_from_shapes
 
-IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-HALF = {"mean": [0.5] * 3, "std": [0.5] * 3}
+NAMES = {"vit": "ViT", "dinov2": "Dinov2"}
 
 
 def recognise(keys: set[str]) -> bool:
@@ -27,18 +27,20 @@ def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes) -> 
     ignored = []
     if not is_dinov2 and encoder.pop("mask_token", None) is not None:
         ignored.append("embeddings.mask_token")
-    is_rgb = encoder["patch_embed.proj.weight"].shape[1] == 3
-    assumed = {"norm_eps": 1e-6 if is_dinov2 else 1e-12, "interpolation": "bicubic" if is_dinov2 else "bilinear"}
-    assumed |= (IMAGENET if is_dinov2 else HALF) if is_rgb else {}
-    kind = "dinov2" if is_dinov2 else "ViT"
-    if open_questions := [key for key in assumed if key not in changes]:
+    if not any(key.endswith("attn.qkv.bias") for key in encoder):
+        fill_biases(encoder)
+        notes.append("biases: the file has none of queries, keys and values; they are zero (qkv_bias: false).")
+    demand(encoder, "norm.weight")
+    channels = encoder["patch_embed.proj.weight"].shape[1]
+    kind = "dinov2" if is_dinov2 else "vit"
+    usual = {"norm_eps": 1e-6 if is_dinov2 else 1e-12, **released(kind, channels)}
+    if open_questions := {key: value for key, value in usual.items() if key not in changes}:
+        eps = f"norm_eps {open_questions['norm_eps']:g}; " if "norm_eps" in open_questions else ""
         notes.append(
-            f"settings: no config.json of transformers was read; as in its released {kind} models: "
-            f"{', '.join(f'{key} {assumed[key]}' for key in open_questions)}. Give the folder if it says otherwise."
+            f"settings: no config.json of transformers was read; as in its released {NAMES[kind]} models: {eps}"
+            f"{words(open_questions)}. Give the folder if it says otherwise."
         )
-    found = {
-        **assumed, "prefix_positions": "class", "interpolate_antialias": "reg_token" in encoder, **changes,
-    }  # fmt: skip
+    found = {**usual, **ALWAYS, "interpolate_antialias": "reg_token" in encoder, **changes}
     return Converted(settings_from_shapes(encoder, heads, notes, **found), encoder, extras, notes, ignored, len(state))
 
 

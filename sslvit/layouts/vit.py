@@ -97,6 +97,35 @@ def settings_from_shapes(state: dict[str, Tensor], heads: int | None, notes: lis
     return EncoderSettings(**{**found, **changes})
 
 
+EVERY_VIT = ("cls_token", "pos_embed", "blocks.0.attn.qkv.bias")
+
+
+def demand(state: dict[str, Tensor], *names: str) -> None:
+    """Refuse weights that lack a part which every encoder of a layout has: it was lost, and is no choice.
+
+    Raises:
+        KeyError: with the names; a name "a|b" stands for one of both.
+    """
+    missing = [name for name in (*EVERY_VIT, *names) if not any(each in state for each in name.split("|"))]
+    if missing:
+        raise KeyError(", ".join(name.replace("|", " or ") for name in missing))
+
+
+def as_read(settings: EncoderSettings) -> str:
+    """What the names and shapes of a bare file were taken for, so that a reader sees what may have been lost."""
+    parts = {
+        "class token": settings.class_token, "positions": settings.positions != "none", "biases": settings.bias,
+        "last norm": settings.final_norm or settings.fc_norm, "registers": settings.registers > 0,
+        "LayerScale": settings.layer_scale is not None, "query-key norm": settings.qk_norm,
+    }  # fmt: skip
+    without = ", ".join(part for part, is_there in parts.items() if not is_there)
+    return (
+        f"architecture: as the weights have it: {settings.depth} blocks of width {settings.width}, patch "
+        f"{settings.patch}, {settings.image_size[0]} x {settings.image_size[1]} pixels, {settings.pooling} pooling; "
+        f"without {without}. Where it has one of these, the file is not complete."
+    )
+
+
 def _grid_of_positions(
     length: int, patch: int, has_class: bool, registers: int, notes: list[str], changes: dict
 ) -> dict:

@@ -17,7 +17,7 @@ from export_fixtures import SMALL, saved, shaken
 from run_fixtures import run, weights
 from safetensors.torch import load_file, save_file
 
-from sslvit.checkpoint import load_encoder, save_encoder
+from sslvit.checkpoint import fingerprint, load_encoder, save_encoder
 from sslvit.cli import main
 from sslvit.data.arrays import array_samples
 from sslvit.data.pack import pack
@@ -90,6 +90,48 @@ def test_a_card_says_where_the_weights_come_from(tmp_path: Path, capsys: pytest.
     assert main([*words[:2], str(tmp_path / "other"), *words[3:], "--scores", str(tmp_path / "none.json")]) == 1
     assert "none.json: not readable as scores" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+
+
+def probe_file(file: Path, fingerprints: dict[str, str]) -> Path:
+    """As `sslvit probe -o` writes it, with more rows and columns than 400 characters of JSON."""
+    rows = ("raw pixels", "untrained encoder", "the encoder")
+    draws = {row: {f"a probe with a long name, {number}": [10.0 * place + number, 10.0 * place + number + 1]
+                   for number in range(8)} for place, row in enumerate(rows)}  # fmt: skip
+    means = {row: {column: sum(values) / 2 for column, values in of.items()} for row, of in draws.items()}
+    probed = {row: {"features": "class"} | ({"fingerprint": fingerprints[row]} if row in fingerprints else {})
+              for row in rows}  # fmt: skip
+    about = {"probed": probed, "val": "photos/val", "val_images": 360, "fingerprints": {"val": "abc"}}
+    file.write_text(json.dumps({"rows": means, "draws": draws, "intervals": {}, "about": about}))
+    return file
+
+
+def test_a_card_shows_the_whole_table_of_scores(tmp_path: Path) -> None:
+    encoder = saved(tmp_path / "e")
+    file = probe_file(tmp_path / "probe.json", {"the encoder": fingerprint(encoder), "untrained encoder": "0" * 64})
+    export_encoder(tmp_path / "e", tmp_path / "out", "safetensors", scores=[file])
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "probe.json: this encoder is the row the encoder. On photos/val, 360 images." in text
+    for place, row in enumerate(("raw pixels", "untrained encoder", "the encoder")):
+        (line,) = [line for line in text.splitlines() if line.startswith(f"| {row} |")]
+        assert [cell.split(" ")[1] for cell in line.split("|")[2:-1]] == [
+            f"{10 * place + number + 0.5:.1f}" for number in range(8)
+        ]
+    assert json.loads((tmp_path / "out" / "card.json").read_text())["fingerprint"] == fingerprint(encoder)
+
+
+def test_scores_of_another_encoder_are_refused_and_nameless_ones_said(tmp_path: Path) -> None:
+    encoder = saved(tmp_path / "e")
+    other = ViTEncoder(EncoderSettings(**SMALL))
+    file = probe_file(tmp_path / "probe.json", {"the encoder": fingerprint(other)})
+    with pytest.raises(ValueError, match=r"probe.json: scores of another encoder \(its rows the encoder are of other"):
+        export_encoder(tmp_path / "e", tmp_path / "out", "safetensors", scores=[file])
+    assert not (tmp_path / "out").exists()
+    encoder.norm.bias.data[3] += 1e-3  # one number of one tensor
+    file = probe_file(tmp_path / "probe.json", {"the encoder": fingerprint(encoder)})
+    with pytest.raises(ValueError, match="scores of another encoder"):
+        export_encoder(tmp_path / "e", tmp_path / "out", "timm", scores=[file])
+    export_encoder(tmp_path / "e", tmp_path / "out", "timm", scores=[probe_file(tmp_path / "probe.json", {})])
+    assert "probe.json: the file does not name its encoder." in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_names_in_a_card_are_text(tmp_path: Path) -> None:
@@ -230,6 +272,28 @@ def test_the_worst_of_all_batches_counts_and_2e_5_is_too_much() -> None:
     scale = off_by(0)["largest_output"]
     assert not off_by(2e-5 * scale)["passed"]
     assert off_by(2e-6 * scale)["passed"]
+
+
+def test_one_output_of_many_counts() -> None:
+    encoder = shaken(ViTEncoder(EncoderSettings(**SMALL)))
+    exported = Exported(encoder, "tokens")
+
+    def off_in_one_place(images: torch.Tensor) -> torch.Tensor:
+        tokens = exported(images)
+        tokens[-1, -1, -1] += 3e-4
+        return tokens
+
+    verdict = compare(exported, off_in_one_place, check_inputs(encoder.settings, True))
+    assert verdict["largest_difference"] == pytest.approx(3e-4, rel=0.01)
+    assert not verdict["passed"]
+
+
+def test_a_card_counts_all_parameters(tmp_path: Path) -> None:
+    encoder = saved(tmp_path / "e")
+    save_file({"head.weight": torch.randn(3, 32), "head.bias": torch.zeros(3)}, tmp_path / "e" / "head.safetensors")
+    export_encoder(tmp_path / "e", tmp_path / "out", "safetensors", "logits")
+    card = json.loads((tmp_path / "out" / "card.json").read_text())
+    assert card["parameters"] == sum(value.numel() for value in encoder.state_dict().values()) + 3 * 32 + 3
 
 
 def test_a_library_that_fails_leaves_a_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

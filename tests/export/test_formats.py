@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
+import math
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -21,8 +24,16 @@ from sslvit.checkpoint import load_encoder, save_encoder
 from sslvit.cli import main
 from sslvit.data.resample import normalise
 from sslvit.export import FORMATS, export_encoder
+from sslvit.export import timm as timm_format
 from sslvit.export.exported import Exported, with_outputs
-from sslvit.export.verify import compare_preprocessing, normalised
+from sslvit.export.verify import (
+    as_evaluated,
+    check_inputs,
+    compare,
+    compare_preprocessing,
+    compare_weights,
+    with_unit_scale,
+)
 from sslvit.models import ViTEncoder, preset
 from sslvit.settings import EncoderSettings
 
@@ -192,7 +203,7 @@ def test_preprocessing_of_a_photograph_is_that_of_the_card(tmp_path: Path, kind:
         saved(tmp_path / name, image_size=size, interpolation=interpolation)
         export_encoder(tmp_path / name, tmp_path / f"{name}-{kind}", kind)
         verdict = json.loads((tmp_path / f"{name}-{kind}" / "verdict.json").read_text())
-        assert verdict["preprocessing"]["mean_difference"] < 1e-3
+        assert verdict["preprocessing"]["mean_difference"] < 4e-3
     other = {"bilinear": "bicubic", "bicubic": "bilinear"}[interpolation]
     encoder = load_encoder(tmp_path / "square")
     encoder.settings.interpolation = other
@@ -227,7 +238,7 @@ def test_released_image_sizes_pass_the_comparison(tmp_path: Path, kind: str, siz
     shape = {"image_size": size, "patch": 14, "width": 8, "depth": 1, "heads": 1}
     saved(tmp_path / "e", **shape, interpolation=interpolation, interpolate_offset=0.1, layer_scale=1.0)
     prepared = export_encoder(tmp_path / "e", tmp_path / "out", kind)["preprocessing"]
-    assert prepared["mean_difference"] < 1e-5
+    assert prepared["mean_difference"] < 4e-3  # rounded twice there, once here
     assert prepared["largest_difference"] < 1e-6
 
 
@@ -245,7 +256,7 @@ def test_a_failed_verdict_names_the_measure_that_failed(
     with pytest.raises(RuntimeError, match="cropped and resized differs on average by 1.[0-9]e.00 .allowed 5e-03"):
         export_encoder(tmp_path / "e", tmp_path / "out", kind)
     monkeypatch.setattr(FORMATS[kind], "preprocessing", lambda *args: lambda image: prepare(*args)(image) + 2e-5)
-    with pytest.raises(RuntimeError, match="its preprocessing differs by 2.0e-05 .allowed 1e-05"):
+    with pytest.raises(RuntimeError, match="its preprocessing differs by 2..e-05 .allowed 1e-05"):
         export_encoder(tmp_path / "e", tmp_path / "out", kind)
 
 
@@ -281,13 +292,16 @@ def test_programs_give_the_features_of_the_checkpoint(tmp_path: Path, kind: str,
 
 
 def test_an_onnx_file_says_its_opset_and_how_images_reach_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saved(tmp_path / "e", mean=[0.1, 0.2, 0.3])
+    saved(tmp_path / "e", mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], interpolation="bilinear", crop_fraction=0.75)
     monkeypatch.setattr(FORMATS["onnx"], "MOST_BYTES", 1000)
     verdict = export_encoder(tmp_path / "e", tmp_path / "out", "onnx")
     assert verdict["files"] == ["README.md", "card.json", "model.onnx", "model.onnx.data", "verdict.json"]
     session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx")
     about = json.loads(session.get_modelmeta().custom_metadata_map["preprocessing"])
     assert (about["size"], about["mean"]) == ([16, 16], [0.1, 0.2, 0.3])
+    assert (about["crop_mode"], about["crop_fraction"]) == ("center", 0.75)
+    assert about["crop"].startswith("the middle 75 % (of each side) of the largest centered box")
+    assert (about["interpolation"], about["std"]) == ("bilinear", [0.4, 0.5, 0.6])
     opsets = {one.domain: one.version for one in onnx.load(tmp_path / "out" / "model.onnx").opset_import}
     assert opsets[""] == 18
 
@@ -310,7 +324,7 @@ def test_the_snippet_of_a_card_gives_what_the_card_says(tmp_path: Path, kind: st
     exported = with_outputs(load_encoder(tmp_path / "e"), tmp_path / "e", outputs)
     size = (*exported.settings.image_size, 3)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, size, np.uint8))
-    images = normalised(image, exported.settings)[None]
+    images = as_evaluated(image, exported.settings)[None]
     (snippet,) = re.findall(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.DOTALL)
     left = {"image": image, "images": images.numpy() if kind == "onnx" else images}
     exec(compile(snippet, "README.md", "exec"), left)
@@ -334,6 +348,208 @@ def test_every_option_becomes_a_program(tmp_path: Path, kind: str, outputs: str,
     saved(tmp_path / "e", **options)
     save_file({"head.weight": torch.randn(3, 32), "head.bias": torch.randn(3)}, tmp_path / "e" / "head.safetensors")
     assert export_encoder(tmp_path / "e", tmp_path / "out", kind, outputs, "dynamic")["passed"]
+
+
+# ---- tensors one by one ----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("outputs", ["tokens", "logits"])
+@pytest.mark.parametrize("kind", list(FORMATS))
+def test_a_change_of_any_tensor_behind_a_faint_layer_scale_is_seen(tmp_path: Path, kind: str, outputs: str) -> None:
+    """Outputs change by less than their tolerance when a block does whose branches are multiplied by 1e-5."""
+    torch.manual_seed(0)
+    encoder = shaken(ViTEncoder(EncoderSettings(**SMALL | {"layer_scale": 1.0, "registers": 2})))
+    for key, value in encoder.named_parameters():
+        if key.endswith("gamma"):
+            value.copy_(1e-5 * torch.rand_like(value))
+    head = shaken(torch.nn.Linear(32, 3)) if outputs == "logits" else None
+    exported, writer = Exported(encoder, outputs, head), FORMATS[kind]
+    writer.write(exported, tmp_path, True)
+    images = check_inputs(encoder.settings, True)
+
+    def is_caught() -> bool:
+        if not compare_weights(*writer.weights(tmp_path, exported, True))["passed"]:
+            return True
+        if not compare(exported, reopened, images)["passed"]:
+            return True
+        return kind == "onnx" and not compare(with_unit_scale(exported), louder, images)["passed"]
+
+    reopened = writer.reopen(tmp_path, exported, True)
+    louder = writer.reopen(tmp_path, exported, True, unit_scale=True) if kind == "onnx" else None
+    assert not is_caught()
+    for key, value in exported.named_parameters():
+        kept = value.clone()
+        value.copy_(value.roll(1, 0) if len(value) > 1 else -value)
+        assert is_caught(), key
+        value.copy_(kept)
+    assert not is_caught()
+
+
+def test_an_export_whose_blocks_are_others_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = saved(tmp_path / "e", layer_scale=1.0)
+    with torch.no_grad():
+        for key, value in encoder.named_parameters():
+            if key.endswith("gamma"):
+                value.fill_(1e-6)
+    save_encoder(encoder, tmp_path / "e")
+    for kind in ("timm", "transformers", "safetensors", "torch"):
+        write = FORMATS[kind].write
+
+        def otherwise(exported: Exported, folder: Path, is_fixed: bool, write=write) -> None:
+            other = copy.deepcopy(exported)
+            other.encoder.blocks[1].attn.qkv.weight.data[3, 5] += 1e-3
+            write(other, folder, is_fixed)
+
+        monkeypatch.setattr(FORMATS[kind], "write", otherwise)
+        with pytest.raises(RuntimeError, match="among its weights .*blocks.1.attn.qkv.weight differ"):
+            export_encoder(tmp_path / "e", tmp_path / kind, kind)
+        verdict = json.loads((tmp_path / f"{kind}.part" / "verdict.json").read_text())
+        assert verdict["largest_difference"] < verdict["tolerance"]
+
+
+def test_a_tensor_that_only_one_side_has_is_a_difference() -> None:
+    one = {"a": torch.zeros(2), "b": torch.ones(2)}
+    assert compare_weights(one, dict(one)) == {"compared": 2, "differing": [], "passed": True}
+    for other in ({"a": torch.zeros(2)}, one | {"c": torch.zeros(1)}, one | {"b": torch.ones(2, 1)},
+                  one | {"b": torch.ones(2, dtype=torch.float64)}):  # fmt: skip
+        assert not compare_weights(one, other)["passed"]
+        assert not compare_weights(other, one)["passed"]
+
+
+def test_an_onnx_file_whose_blocks_are_others_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = saved(tmp_path / "e", layer_scale=1.0, depth=1)
+    for branch in (encoder.blocks[0].ls1, encoder.blocks[0].ls2):
+        branch.gamma.data.fill_(1e-6)
+    save_encoder(encoder, tmp_path / "e")
+    write = FORMATS["onnx"].write
+
+    def otherwise(exported: Exported, folder: Path, is_fixed: bool) -> None:
+        other = copy.deepcopy(exported)
+        other.encoder.blocks[0].mlp.fc1.weight.data.mul_(1.01)
+        write(other, folder, is_fixed)
+
+    monkeypatch.setattr(FORMATS["onnx"], "write", otherwise)
+    with pytest.raises(RuntimeError, match="with every LayerScale set to one it differs by"):
+        export_encoder(tmp_path / "e", tmp_path / "out", "onnx")
+    verdict = json.loads((tmp_path / "out.part" / "verdict.json").read_text())
+    assert verdict["largest_difference"] < verdict["tolerance"]
+
+
+# ---- crops ----------------------------------------------------------------------------------------------------------
+
+
+def evaluated(image: Image.Image, encoder: EncoderSettings) -> torch.Tensor:
+    """By PIL: the middle of the largest centered box, or of the whole image."""
+    (height, width), share = encoder.image_size, encoder.crop_fraction
+    if encoder.crop_mode == "squash":
+        tall, wide = share * image.height, share * image.width
+    else:
+        scale = min(image.height / height, image.width / width) * share
+        tall, wide = scale * height, scale * width
+    top, left = (image.height - tall) / 2, (image.width - wide) / 2
+    small = image.resize(
+        (width, height), Image.Resampling[encoder.interpolation.upper()], (left, top, left + wide, top + tall)
+    )
+    pixels = torch.from_numpy(np.array(small, np.float32) / 255).permute(2, 0, 1)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (encoder.mean, encoder.std))
+    return (pixels - mean) / std
+
+
+@pytest.mark.parametrize(
+    ("options", "pct", "size"),
+    [
+        ({"crop_fraction": 0.875}, 0.875, {"shortest_edge": 64}),
+        ({"crop_fraction": 0.5}, 0.5, {"shortest_edge": 112}),
+        ({"crop_fraction": 0.9}, 56 / 62, {"shortest_edge": 62}),  # 62.2, of which the middle begins at a whole pixel
+        ({"crop_fraction": 1.0}, 1.0, {"shortest_edge": 56}),
+        ({"crop_mode": "squash"}, 1.0, {"height": 56, "width": 56}),
+        ({"crop_mode": "squash", "crop_fraction": 0.875}, 0.875, {"height": 64, "width": 64}),
+        ({"crop_mode": "squash", "image_size": [28, 56]}, 1.0, {"height": 28, "width": 56}),
+        ({"crop_fraction": 0.875, "image_size": [28, 56]}, 0.875, None),
+    ],
+)  # fmt: skip
+def test_exports_show_what_evaluation_shows(tmp_path: Path, options: dict, pct: float, size: dict | None) -> None:
+    encoder = saved(tmp_path / "e", **{"image_size": 56, "patch": 14} | options).settings
+    held = dataclasses.replace(encoder, crop_fraction=pct)
+    rows, columns = np.mgrid[0:160, 0:320] / 40
+    waves = [127 + 90 * np.sin(rows + columns * (1 + channel)) for channel in range(3)]
+    image = Image.fromarray(np.stack(waves, 2).astype(np.uint8))
+    for kind in ("timm", "transformers"):
+        export_encoder(tmp_path / "e", tmp_path / kind, kind)
+        prepared = FORMATS[kind].preprocessing(tmp_path / kind, Exported(load_encoder(tmp_path / "e")))(image)
+        assert float((prepared - evaluated(image, held)).abs().mean()) < 0.02, kind
+        card = json.loads((tmp_path / kind / "card.json").read_text())["preprocessing"]
+        assert (card["crop_mode"], card["crop_fraction"]) == (encoder.crop_mode, pytest.approx(pct))
+        again = load_encoder(tmp_path / kind).settings
+        if size is not None or kind == "timm":
+            assert (again.crop_mode, again.crop_fraction) == (encoder.crop_mode, pytest.approx(pct)), kind
+    config = json.loads((tmp_path / "timm" / "config.json").read_text())["pretrained_cfg"]
+    assert config["crop_mode"] == encoder.crop_mode
+    assert [math.floor(side / config["crop_pct"]) for side in encoder.image_size] == [
+        round(side / pct) for side in encoder.image_size
+    ]
+    processor = json.loads((tmp_path / "transformers" / "preprocessor_config.json").read_text())
+    if size is None:
+        assert processor["do_resize"] is False  # the card fits the image before
+    else:
+        assert {key: value for key, value in processor["size"].items() if value} == size
+        assert ("crop_size" in processor and processor["do_center_crop"]) == ((56 not in size.values() and pct < 1) or
+                                                                            size == {"shortest_edge": 56})  # fmt: skip
+    export_encoder(tmp_path / "e", tmp_path / "plain", "safetensors")
+    again = load_encoder(tmp_path / "plain").settings
+    assert (again.crop_mode, again.crop_fraction) == (encoder.crop_mode, encoder.crop_fraction)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"crop_fraction": 0.5, "image_size": [28, 56]}, {"crop_fraction": 0.875}, {"crop_mode": "squash"},
+        IGPT | {"crop_fraction": 0.5}, IGPT | {"crop_mode": "squash", "crop_fraction": 0.5},
+        IGPT | {"crop_mode": "squash", "interpolation": "bilinear"},
+    ],
+)  # fmt: skip
+def test_the_snippet_of_a_card_cuts_what_evaluation_cuts(tmp_path: Path, options: dict) -> None:
+    saved(tmp_path / "e", **{"image_size": 56, "patch": 14} | options)
+    export_encoder(tmp_path / "e", tmp_path / "out", "transformers")
+    rows, columns = np.mgrid[0:160, 0:320] / 40
+    waves = [127 + 90 * np.sin(rows + columns * (1 + channel)) for channel in range(3)]
+    image = Image.fromarray(np.stack(waves, 2).astype(np.uint8))
+    (snippet,) = re.findall(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.DOTALL)
+    left = {"image": image}
+    exec(compile(snippet, "README.md", "exec"), left)
+    encoder = load_encoder(tmp_path / "e")
+    expected = evaluated(image, encoder.settings)
+    if encoder.settings.tokens == "pixel":
+        found, expected = left["indices"], encoder.patch_embed.indices(expected[None])
+        assert float((found != expected).float().mean()) < 0.05
+    else:
+        assert float((left["pixels"][0] - expected).abs().mean()) < 0.02
+
+
+@pytest.mark.parametrize(
+    "fraction", [0.875, 0.9, 28 / 50, 0.95, 0.7, 0.333, 0.99, 224 / 248, 224 / 256, 224 / 230, 1.0]
+)
+@pytest.mark.parametrize("side", [16, 28, 64, 224, 384, 518])
+def test_timm_resizes_to_the_side_that_is_meant(side: int, fraction: float) -> None:
+    encoder = EncoderSettings(image_size=side, patch=side, crop_fraction=fraction)
+    resized = math.floor(side / timm_format.crop_pct(encoder))
+    assert abs(resized - side / fraction) <= 1  # the nearest from which an even number is cut
+    assert (resized - side) % 2 == 0
+    if side == 224 and fraction in (224 / 248, 224 / 256, 0.875):
+        assert resized == round(224 / fraction)
+
+
+def test_a_card_says_in_words_which_part_of_an_image_is_seen(tmp_path: Path) -> None:
+    for name, options, words in (
+        ("a", {"crop_fraction": 0.875}, "The middle 87.5 % (of each side) of the largest centered box"),
+        ("b", {}, "The largest centered box with the proportions of size, resized to 224 x 224 (bicubic)"),
+        ("c", {"crop_mode": "squash"}, "The whole image, squashed, resized to 224 x 224"),
+        ("d", {"crop_mode": "squash", "crop_fraction": 0.5}, "The middle 50 % (of each side) of the whole image"),
+    ):
+        saved(tmp_path / name, image_size=224, patch=56, **options)
+        export_encoder(tmp_path / name, tmp_path / f"out-{name}", "safetensors")
+        assert words in (tmp_path / f"out-{name}" / "README.md").read_text()
 
 
 # ---- sizes ---------------------------------------------------------------------------------------------------------
