@@ -353,7 +353,6 @@ def test_dropout_acts_in_training_only() -> None:
 
 
 @torch.no_grad()
-@torch.no_grad()
 @pytest.mark.parametrize("silent", ["attn.proj", "mlp.fc2"])
 def test_both_branches_of_a_block_drop_channels(silent: str) -> None:
     block = make(dropout=0.5).blocks[0].train()
@@ -362,6 +361,49 @@ def test_both_branches_of_a_block_drop_channels(silent: str) -> None:
     tokens = torch.randn(4, 20, 48)
     share = ((block(tokens) - tokens) == 0).double().mean()
     assert share == pytest.approx(0.5, abs=0.05)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
+def test_an_mlp_drops_what_its_second_map_takes(mlp: str) -> None:
+    """As timm, torch and the papers' code do: the kept units are doubled, in training only."""
+    part, taken = make(dropout=0.5, mlp=mlp).blocks[0].mlp, []
+    part.fc2.register_forward_pre_hook(lambda module, inputs: taken.append(inputs[0]))
+    tokens = torch.randn(4, 50, 48)
+    part(tokens)
+    part.train()(tokens)
+    whole, dropped = taken
+    is_kept = dropped != 0
+    assert is_kept.double().mean() == pytest.approx(0.5, abs=0.03)
+    torch.testing.assert_close(dropped[is_kept], 2 * whole[is_kept])
+
+
+@pytest.mark.parametrize(("depth", "rates"), [(1, [0.3]), (2, [0.0, 0.3]), (4, [0.0, 0.1, 0.2, 0.3])])
+def test_stochastic_depth_rises_from_the_first_block_to_the_last(depth: int, rates: list[float]) -> None:
+    encoder = make(drop_path=0.3, depth=depth)
+    assert [block.drop_rate for block in encoder.blocks] == pytest.approx(rates)
+    noise = torch.full((2 * depth, 2), 0.299)  # below the last block's rate alone
+    dropped = encoder.train()(images(), path_noise=noise)
+    before_last = encoder.eval().layers(images(), [depth - 1])[0]
+    torch.testing.assert_close(dropped, encoder.norm(through(encoder, before_last, noise, depth)))
+
+
+def through(encoder: ViTEncoder, before_last: torch.Tensor, noise: torch.Tensor, depth: int) -> torch.Tensor:
+    """The last block skipped; the blocks before it as the noise has it: all kept, their branches over 1 - rate."""
+    if depth <= 2:
+        return before_last
+    tokens, places = encoder.embed(images())
+    for block, rate in zip(encoder.blocks[:-1], (0.0, 0.1, 0.2), strict=True):
+        tokens = tokens + block.attn(block.norm1(tokens), places) / (1 - rate)
+        tokens = tokens + block.mlp(block.norm2(tokens)) / (1 - rate)
+    return tokens
+
+
+def test_stochastic_depth_is_drawn_where_no_numbers_are_given() -> None:
+    encoder = make(drop_path=0.5, depth=1).train()
+    one, other = encoder(images()), encoder(images())
+    assert not torch.equal(one, other)
+    assert torch.equal(encoder.eval()(images()), encoder(images()))
 
 
 @torch.no_grad()

@@ -73,6 +73,47 @@ def test_a_decoder_starts_with_a_small_random_mask_token_and_xavier_maps() -> No
     assert not decoder.embed.bias.any()
 
 
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+def test_checkpointing_keeps_one_tensor_per_block_of_encoder_and_decoder(stack: str) -> None:
+    def kept(depth: int, checkpointing: bool) -> int:
+        """Bytes that the backward pass needs."""
+        torch.manual_seed(0)
+        depths = {"encoder": 1, "decoder": 1} | {stack: depth}
+        encoder = EncoderSettings(
+            image_size=16, patch=4, width=32, depth=depths["encoder"], heads=2, channels=1, checkpointing=checkpointing
+        )
+        settings = MAESettings(mask_ratio=0.5, decoder_width=32, decoder_depth=depths["decoder"], decoder_heads=2)
+        task = MAE(settings, encoder, OptimSettings(), total_steps=10, steps_per_epoch=5, global_batch=256)
+        weights = {parameter.data_ptr() for parameter in task.parameters()}
+        seen: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                seen[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+            return tensor
+
+        alive: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = task.loss(torch.randn(4, 1, 16, 16), torch.rand(4, 16))
+        loss.backward()
+        return sum(seen.values())
+
+    tokens = {"encoder": 1 + 8, "decoder": 1 + 16}[stack]
+    assert kept(5, True) - kept(1, True) <= 4 * (4 * tokens * 32 * 4)  # four blocks' inputs in float32, and no more
+    assert kept(5, False) - kept(1, False) > 4 * 8 * (4 * tokens * 32 * 4)
+
+
+def test_checkpointing_changes_no_gradient_of_the_decoder() -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        task = make(checkpointing=checkpointing)
+        task.loss(torch.ones(2, 1, 16, 16), torch.arange(32.0).view(2, 16)).backward()
+        gradients.append([p.grad for p in task.decoder.parameters() if p.requires_grad])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
 def test_reconstruction_keeps_visible_pixels_and_fills_the_others() -> None:
     task = make().eval()
     images = torch.randn(3, 1, 16, 16)
