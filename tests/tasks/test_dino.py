@@ -137,6 +137,14 @@ def test_koleo_is_large_where_images_coincide() -> None:
     torch.testing.assert_close(task.records["koleo"][0], extra.detach())
 
 
+def test_a_single_image_cannot_be_spread() -> None:
+    assert koleo(torch.randn(1, 8)) == koleo(torch.randn(1, 8))  # whatever it is
+    with pytest.raises(ValueError, match=r"task.koleo: 0.1 spreads .*Raise train.micro_batch or data.global_batch, or"):
+        DINOSettings(koleo=0.1).check_micro_batch(1)
+    DINOSettings(koleo=0.1).check_micro_batch(2)
+    DINOSettings().check_micro_batch(1)
+
+
 def test_the_centre_counts_every_micro_batch_once() -> None:
     whole, parts = make(), make()
     batch = batch_of(6)
@@ -201,7 +209,7 @@ def test_what_cannot_work_is_refused_by_name() -> None:
             DINOSettings(**changes)
     with pytest.raises(ValueError, match="a pixel sequence is tied to one"):
         make(tokens="pixel", patch=1, class_token=False, pooling="mean")
-    with pytest.raises(ValueError, match="a causal encoder, which sees no patch"):
+    with pytest.raises(ValueError, match="in front of a causal encoder, which sees no patch"):
         make(causal=True)
     make(causal=True, pooling="mean").training_step(batch_of())
     with pytest.raises(ValueError, match=r"task.out_dim, .* still null"):
