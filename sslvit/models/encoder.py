@@ -325,7 +325,7 @@ class ViTEncoder(nn.Module):
         return tokens, outputs
 
     def reset_parameters(self) -> None:
-        """Linear maps by settings.initialisation, zero biases, and tokens and tables of std 0.02."""
+        """Maps by settings.initialisation, zero biases in linear ones, and tokens and tables of std 0.02."""
         start = nn.init.xavier_uniform_ if self.settings.initialisation == "xavier" else _small_normal
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -337,8 +337,9 @@ class ViTEncoder(nn.Module):
         if self.settings.tokens == "pixel" and self.settings.colour_start == "fourier":
             self.patch_embed.start_from_colours()
         projection = getattr(self.patch_embed, "proj", None)
-        if projection is not None:  # a linear map in a convolution's shape
-            start(projection.weight.flatten(1))
+        # 'normal' leaves it as torch makes a convolution: a fixed deviation would be too small for small patches
+        if projection is not None and self.settings.initialisation != "normal":
+            start(projection.weight.flatten(1))  # a linear map in a convolution's shape
             nn.init.zeros_(projection.bias)
         tables = ("cls_token", "reg_token", "mask_token", "pos_embed", "pos_embed_prefix", "pos_embed_row",
                   "pos_embed_column", "patch_embed.start_token")  # fmt: skip

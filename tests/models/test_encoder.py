@@ -238,6 +238,40 @@ def test_igpts_initialisation_is_that_of_its_released_code() -> None:
     assert deviation["patch_embed.embed.weight"] == pytest.approx(0.02, rel=0.02)
 
 
+@pytest.mark.parametrize("patch", [4, 16])
+@pytest.mark.parametrize("tokens", ["patch", "shifted_patch"])
+def test_a_projection_of_patches_starts_as_torch_starts_a_convolution(tokens: str, patch: int) -> None:
+    """As in timm and DINO, whose loops over linear maps pass it by; the other maps are of deviation 0.02."""
+    torch.manual_seed(0)
+    encoder = ViTEncoder(EncoderSettings(image_size=32, patch=patch, width=192, depth=1, heads=3, tokens=tokens))
+    projection = encoder.patch_embed.proj
+    inputs = projection.weight[0].numel()
+    for parameter in (projection.weight, projection.bias):
+        bound = inputs**-0.5
+        assert 0.95 * bound < float(parameter.detach().abs().max()) <= bound
+        assert float(parameter.detach().std()) == pytest.approx(bound / 3**0.5, rel=0.1)
+    assert float(encoder.blocks[0].mlp.fc1.weight.detach().std()) == pytest.approx(0.02, rel=0.02)
+    assert not encoder.blocks[0].mlp.fc1.bias.any()
+
+
+def test_xavier_reaches_the_projection_of_patches() -> None:
+    encoder = ViTEncoder(EncoderSettings(image_size=32, patch=4, width=192, depth=1, heads=3, initialisation="xavier"))
+    for weight, bound in ((encoder.patch_embed.proj.weight, (6 / (48 + 192)) ** 0.5),
+                          (encoder.blocks[0].attn.qkv.weight, (6 / (192 + 3 * 192)) ** 0.5)):  # fmt: skip
+        assert 0.99 * bound < float(weight.detach().abs().max()) <= bound
+    assert not encoder.patch_embed.proj.bias.any()
+
+
+@pytest.mark.parametrize("initialisation", ["normal", "xavier"])
+def test_tokens_and_tables_start_small_and_different(initialisation: str) -> None:
+    encoder = ViTEncoder(EncoderSettings(
+        image_size=32, patch=4, width=192, depth=1, heads=3, registers=4, mask_token=True, positions="learned_2d",
+        prefix_positions="all", initialisation=initialisation,
+    ))  # fmt: skip
+    for name in ("cls_token", "reg_token", "mask_token", "pos_embed_prefix", "pos_embed_row", "pos_embed_column"):
+        assert float(getattr(encoder, name).detach().std()) == pytest.approx(0.02, rel=0.2), name
+
+
 def test_unshifted_pixels_see_themselves_and_later_ones() -> None:
     encoder = pixels()
     other = images(6, 6).clone()
