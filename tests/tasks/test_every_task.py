@@ -1,31 +1,20 @@
-"""What holds for every task: each trained weight is used, what is not used is frozen, on any number of ranks."""
+"""What holds for every task: each trained weight is used and moves by the recipe, and chance follows its key."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from run_fixtures import BERT, run_ranks, weights
+from run_fixtures import BERT
 
-from sslvit.checkpoint import save_encoder
-from sslvit.data.arrays import array_samples
 from sslvit.data.batch import Batch
-from sslvit.data.pack import pack
 from sslvit.data.views import Views
-from sslvit.models import ViTEncoder
-from sslvit.settings import EncoderSettings
 from sslvit.settings.load import load_recipe
 from sslvit.tasks import task_class
 from sslvit.tasks.base import PretextTask
-from sslvit.train.folder import RunFolder
-from sslvit.weight_files import read_torch_file
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = sorted(
@@ -119,40 +108,134 @@ def test_a_class_token_that_sees_no_patch_is_not_trained(recipe: str) -> None:
                            "encoder.tokens": "patch"})  # fmt: skip
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["mae/digits", "dino/digits", "igpt/digits"])
-def test_two_ranks_pretrain_an_encoder_with_parts_that_are_not_used(tmp_path: Path, recipe: str) -> None:
-    images = np.random.default_rng(0).integers(0, 255, (16, 8, 8)).astype(np.uint8)
-    pack(array_samples(images, np.arange(16) % 2), tmp_path / "shards", ["a", "b"])
-    options = {"encoder.mask_token": True, "encoder.fc_norm": True, "train.devices": 2, "train.steps": 3}
-    run = run_ranks(tmp_path / "shards", tmp_path / "run", recipe=recipe, **options)
-    assert read_torch_file(run.checkpoint)["global_step"] == 3
+# ---- what a step draws, how it moves weights, what it records
 
 
-@pytest.mark.slow
-def test_two_ranks_fine_tune_an_encoder_with_a_mask_token_as_one_does(tmp_path: Path) -> None:
-    """DDP stops at the second step where a trained weight got no gradient in the first."""
-    source = np.random.default_rng(0)
-    for name in ("train", "val"):
-        images = source.integers(0, 255, (24, 8, 8, 3)).astype(np.uint8)
-        pack(array_samples(images, np.arange(24) % 3), tmp_path / name, ["a", "b", "c"])
-    settings = EncoderSettings(image_size=8, patch=4, width=16, depth=2, heads=2, mask_token=True)
-    torch.manual_seed(0)
-    save_encoder(ViTEncoder(settings), tmp_path / "encoder")
+def at_step(task: PretextTask, step: int) -> PretextTask:
+    """The task, believing to be at some step."""
+    task.__class__ = type("AtStep", (task_class(task.settings.name),), {"global_step": step})
+    return task
+
+
+EVERY_TASK = {
+    "mae/digits": {}, "dino/digits": {}, "igpt/digits": {},
+    "finetune/small_images": {"task.mixup": 0, "task.cutmix": 0, "task.erase": 0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", EVERY_TASK)
+def test_stochastic_depth_follows_step_seed_and_row_and_not_torchs_stream(recipe: str) -> None:
+    task, batch = task_of(recipe, **shrunk(recipe), **EVERY_TASK[recipe], **{"encoder.drop_path": 0.5})
+
+    def loss(step: int = 7, seed: int = 0, first_row: int = 0, stream: int = 0) -> float:
+        task.seed, batch.first_row = seed, first_row
+        torch.manual_seed(stream)
+        with torch.no_grad():
+            return float(at_step(task, step).training_step(batch, 0))
+
+    drop_rates = {block.drop_rate for block in task.encoder.blocks}
+    assert drop_rates == {0.0, 0.5}
+    assert loss() == loss(stream=1)
+    others = [loss(step=8), loss(step=17), loss(seed=1), loss(first_row=4)]
+    assert len({loss(), *others}) == 5
+
+
+def test_noise_of_a_step_is_uniform_and_its_rows_are_those_of_the_global_batch() -> None:
+    task, batch = task_of("mae/digits", **shrunk("mae/digits"))
+    noise = at_step(task, 3).uniform("mask", batch, 1000)
+    assert noise.mean() == pytest.approx(0.5, abs=0.02)
+    assert noise.var() == pytest.approx(1 / 12, abs=0.005)
+    batch.first_row = 2
+    later = task.uniform("mask", batch, 1000)
+    assert torch.equal(later[:2], noise[2:])
+    assert not torch.equal(later[2:], noise[2:])
+
+
+class Steps:
+    """What Lightning's optimizer does with a task: an update with gradients that are given."""
+
+    def __init__(self, task: PretextTask) -> None:
+        self.task, self.optimizer = task, task.configure_optimizers()
+
+    def take(self, step: int) -> dict[str, float]:
+        """Update number `step`, and what it records."""
+        task = at_step(self.task, step)
+        task._trainer = type("T", (), {"global_step": step, "optimizers": []})()
+        task.configure_gradient_clipping(self.optimizer)
+        PretextTask.optimizer_step(task, 0, 0, self.optimizer)
+        return {name: float(values[-1]) for name, values in task.records.items()}
+
+
+@pytest.mark.parametrize("clip", [None, 0.5, 2.0, 1000.0])
+@pytest.mark.parametrize("clip_by", ["all", "parameter"])
+def test_gradients_are_clipped_as_asked_and_their_norm_is_recorded_as_it_was(clip: float | None, clip_by: str) -> None:
+    task, _ = task_of("mae/digits", **shrunk("mae/digits"), **{"optim.clip": clip, "optim.clip_by": clip_by})
+    trained = [p for p in task.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.randn_like(parameter)
+    before = [p.grad.clone() for p in trained]
+    total = sum(float(grad.double().square().sum()) for grad in before) ** 0.5
+    steps = Steps(task)
+    steps.optimizer.step = lambda closure=None: None
+    assert steps.take(3)["gradient_norm"] == pytest.approx(total, rel=1e-5)
+    for parameter, grad in zip(trained, before, strict=True):
+        norm = total if clip_by == "all" else float(grad.norm())
+        torch.testing.assert_close(parameter.grad, grad * min((clip or norm) / norm, 1), rtol=1e-4, atol=1e-7)
+
+
+def test_an_update_moves_weights_as_adamw_at_the_rate_and_decay_of_its_step_and_records_that_rate() -> None:
+    """By hand, for three updates: the first one from zero moments is the same for all averages."""
     changes = {
-        "data.global_batch": 8, "data.workers": 0, "train.steps": 4, "train.log_every": 1, "train.accelerator": "cpu",
-        "train.precision": "float64", "task.mixup": 0, "task.cutmix": 0, "optim.base_rate": 0.05,
+        "optim.base_rate": 0.32, "optim.min_rate": 0.004, "optim.warmup_epochs": 1, "optim.weight_decay": 0.3,
+        "optim.final_weight_decay": 0.7, "optim.betas": [0.6, 0.8], "optim.clip": None,
     }  # fmt: skip
-    found = {}
-    for ranks in (1, 2):
-        words = [f"--{key}={json.dumps(value)}" for key, value in (changes | {"train.devices": ranks}).items()]
-        done = subprocess.run(
-            [sys.executable, "-m", "sslvit.cli", "finetune", str(tmp_path / "encoder"), "--train",
-             str(tmp_path / "train"), "--val", str(tmp_path / "val"), "--out", str(tmp_path / str(ranks)), *words],
-            env=os.environ | {"PYTHONPATH": str(CONFIGS.parent), "OMP_NUM_THREADS": "1"},
-            capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-2000:]
-        found[ranks] = weights(RunFolder(tmp_path / str(ranks)))
-    for key, value in found[1].items():
-        torch.testing.assert_close(found[2][key], value, rtol=1e-6, atol=1e-9)
+    task, _ = task_of("mae/digits", **shrunk("mae/digits"), **changes)
+    weight = task.encoder.blocks[0].attn.qkv.weight
+    steps, source = Steps(task), torch.Generator().manual_seed(0)
+    expected, first, second = weight.detach().double().clone(), 0.0, 0.0
+    peak = 0.32 * 8 / 256  # of a batch of 8
+    for number, step in enumerate((40, 41, 99), start=1):
+        weight.grad = torch.randn(weight.shape, generator=source)
+        recorded = steps.take(step)
+        half = (1 + np.cos(np.pi * (step - 10) / 90)) / 2  # the warm-up is 10 of 100 steps
+        rate, decay = 0.004 + (peak - 0.004) * half, 0.7 + (0.3 - 0.7) * (1 + np.cos(np.pi * step / 100)) / 2
+        first = 0.6 * first + 0.4 * weight.grad.double()
+        second = 0.8 * second + 0.2 * weight.grad.double().square()
+        move = first / (1 - 0.6**number) / ((second / (1 - 0.8**number)).sqrt() + 1e-8)
+        expected = expected * (1 - rate * decay) - rate * move
+        assert recorded["rate"] == pytest.approx(rate)
+        torch.testing.assert_close(weight.detach().double(), expected, rtol=1e-5, atol=1e-6)
+        weight.grad = None
+
+
+def test_a_loss_that_is_not_finite_marks_every_gradient_it_reaches() -> None:
+    for value, is_finite in ((2.0, True), (float("inf"), False), (float("nan"), False)):
+        weight = torch.nn.Parameter(torch.tensor([1.0, 3.0]))
+        task, _ = task_of("mae/digits", **shrunk("mae/digits"))
+        task.backward(weight.sum() + value)
+        assert bool(weight.grad.isfinite().all()) == is_finite
+        assert not is_finite or torch.equal(weight.grad, torch.ones(2))
+
+
+@pytest.mark.parametrize(("warmup", "young"), [(0, 0), (1, 10), (2.5, 25), (9, 25)])
+def test_a_run_is_young_in_its_warmup_and_at_most_for_a_quarter(warmup: float, young: int) -> None:
+    settings = load_recipe("mae/digits", SMALL | shrunk("mae/digits") | {"data.shards": "none"})
+    optim = replace(settings.optim, warmup_epochs=warmup)
+    task = task_class("mae")(
+        settings.task, settings.encoder, optim, total_steps=100, steps_per_epoch=10, global_batch=8
+    )
+    assert task.young_until == young
+
+
+def test_what_the_health_check_sees_is_of_the_features_and_shares_given() -> None:
+    task, _ = task_of("mae/digits", **shrunk("mae/digits"))
+    features, shares = torch.randn(2, 3), torch.tensor([[0.5, 0.25, 0.25, 0.0], [0.25, 0.25, 0.25, 0.25]])
+    task.watch(features, shares)
+    assert not task.watched  # not a step that is looked at
+    task.is_watched = True
+    task.watch(features, shares)
+    seen = {name: values[0] for name, values in task.watched.items()}
+    assert torch.equal(seen["features"], features)
+    torch.testing.assert_close(seen["entropy"], torch.tensor([1.5, 2.0]) * np.log(2))
+    torch.testing.assert_close(seen["uniform_kl"], torch.tensor([0.5, 0.0]) * np.log(2))
+    assert seen["choice"][0] == 0

@@ -16,7 +16,7 @@ OF_SAMPLING = ("tests/tasks/test_sampling.py",)
 OF_LABELS = ("tests/tasks/test_supervised.py", "tests/tasks/test_every_task.py")
 OF_LIKELIHOOD = ("tests/evaluate/test_likelihood.py",)
 OF_OPTIM = ("tests/optim/test_optim.py",)
-OF_STEPS = ("tests/tasks/test_every_task.py", "tests/tasks/test_mae_golden.py", "tests/tasks/test_dino_golden.py")
+OF_STEPS = ("tests/tasks/test_every_task.py",)
 
 FAULTS = [
     # ---- chance of a step
