@@ -77,7 +77,7 @@ class EncoderSettings:
         initialisation: of the linear maps: normal (truncated, std 0.02; the projection of patches as torch starts a
             convolution, uniform up to 1 / sqrt(inputs) with its bias: timm, DINO), xavier (uniform, the projection too:
             MAE) or scaled (as in iGPT's released code: queries, keys and values 1 / sqrt(width), the map behind them
-            1 / sqrt(width x depth), the position table 0.01, all else 0.02). docs/encoder.md has what the projection's
+            1 / sqrt(width x depth), the position table 0.01, all else 0.02). docs/mae.md has what the projection's
             start is worth at small patches.
         checkpointing: recompute blocks (MAE's decoder's too) in the backward pass instead of storing their activations.
     """
