@@ -387,6 +387,16 @@ def test_dropout_acts_in_training_only() -> None:
 
 
 @torch.no_grad()
+def test_tokens_are_dropped_before_the_first_block() -> None:
+    encoder = make(dropout=0.5)
+    whole, _ = encoder.embed(images())
+    dropped, _ = encoder.train().embed(images())
+    is_kept = dropped != 0
+    assert is_kept.double().mean() == pytest.approx(0.5, abs=0.1)
+    torch.testing.assert_close(dropped[is_kept], 2 * whole[is_kept])
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("silent", ["attn.proj", "mlp.fc2"])
 def test_both_branches_of_a_block_drop_channels(silent: str) -> None:
     block = make(dropout=0.5).blocks[0].train()

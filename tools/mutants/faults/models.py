@@ -7,7 +7,7 @@ from faults import Fault
 ENCODER, BLOCKS, TOKENS, POSITIONS, POOLING, RESIZE = (
     f"sslvit/models/{name}.py" for name in ("encoder", "transformer", "tokens", "positions", "pooling", "resize")
 )
-OURS = ("tests/models/test_encoder.py",)
+OURS = ("tests/models/test_by_hand.py", "tests/models/test_encoder.py")
 GOLDEN = (*OURS, "tests/test_golden_encoders.py")
 OF_MAE = (*OURS, "tests/tasks/test_mae_golden.py")
 OF_IGPT = (*OURS, "tests/tasks/test_igpt.py", "tests/tasks/test_igpt_golden.py")
