@@ -66,23 +66,6 @@ def shrunk(recipe: str) -> dict:
     return {"encoder.image_size": 4 * encoder.patch, **local, **HEADS.get(name, {})}
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("options", OPTIONS)
-def test_every_trained_weight_of_every_recipe_gets_a_gradient(recipe: str, options: str) -> None:
-    changes = OPTIONS[options]
-    is_pixel = load_recipe(recipe, {"data.shards": "none"}).encoder.tokens == "pixel"
-    if is_pixel:
-        alone = ("encoder.registers", "encoder.locality")  # not for a causal sequence of pixels
-        changes = {key: value for key, value in changes.items() if key not in alone}
-    task, batch = task_of(recipe, **shrunk(recipe), **changes)
-    task.training_step(batch, 0).backward()
-    idle = [name for name, p in task.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
-    assert idle == []
-    frozen = {name for name, p in task.encoder.named_parameters() if not p.requires_grad}
-    assert frozen <= {"mask_token", "fc_norm.weight", "fc_norm.bias"}
-    assert ("mask_token" in frozen) == task.encoder.settings.mask_token
-
-
 @pytest.mark.parametrize(
     ("recipe", "changes", "frozen"),
     [
@@ -239,3 +222,20 @@ def test_what_the_health_check_sees_is_of_the_features_and_shares_given() -> Non
     torch.testing.assert_close(seen["entropy"], torch.tensor([1.5, 2.0]) * np.log(2))
     torch.testing.assert_close(seen["uniform_kl"], torch.tensor([0.5, 0.0]) * np.log(2))
     assert seen["choice"][0] == 0
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_every_trained_weight_of_every_recipe_gets_a_gradient(recipe: str, options: str) -> None:
+    changes = OPTIONS[options]
+    is_pixel = load_recipe(recipe, {"data.shards": "none"}).encoder.tokens == "pixel"
+    if is_pixel:
+        alone = ("encoder.registers", "encoder.locality")  # not for a causal sequence of pixels
+        changes = {key: value for key, value in changes.items() if key not in alone}
+    task, batch = task_of(recipe, **shrunk(recipe), **changes)
+    task.training_step(batch, 0).backward()
+    idle = [name for name, p in task.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert idle == []
+    frozen = {name for name, p in task.encoder.named_parameters() if not p.requires_grad}
+    assert frozen <= {"mask_token", "fc_norm.weight", "fc_norm.bias"}
+    assert ("mask_token" in frozen) == task.encoder.settings.mask_token
