@@ -15,12 +15,11 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from sslvit.models.pooling import AttentionPool, pool_class, pool_mean
 from sslvit.models.positions import Places, is_same, resample_table, rotary_2d, sincos_1d, sincos_2d
 from sslvit.models.tokens import TOKENIZERS, take
-from sslvit.models.transformer import Block, Memory, make_norm
+from sslvit.models.transformer import Block, Memory, make_norm, run_block
 from sslvit.settings import EncoderSettings
 
 
@@ -45,8 +44,9 @@ class ViTEncoder(nn.Module):
             self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self._make_positions()
         self.dropout = nn.Dropout(settings.dropout)
-        last = max(settings.depth - 1, 1)
-        self.blocks = nn.ModuleList(Block(settings, settings.drop_path * i / last) for i in range(settings.depth))
+        rates = [settings.drop_path * i / max(settings.depth - 1, 1) for i in range(settings.depth)]
+        rates[-1] = settings.drop_path  # also where the first block is the last
+        self.blocks = nn.ModuleList(Block(settings, rate) for rate in rates)
         self.norm = make_norm(settings, width) if settings.final_norm else nn.Identity()
         self.attn_pool = AttentionPool(width, settings.heads) if settings.pooling == "attention" else None
         self.fc_norm = make_norm(settings, width) if settings.fc_norm else nn.Identity()
@@ -316,20 +316,16 @@ class ViTEncoder(nn.Module):
             path_noise = None
         elif path_noise is None and self.settings.drop_path:
             path_noise = torch.rand(2 * len(self.blocks), tokens.shape[0], device=tokens.device)
-        recompute = self.settings.checkpointing and self.training and torch.is_grad_enabled()
         outputs = {0: as_what(0, tokens)} if 0 in kept else {}
         for number, block in enumerate(self.blocks[:upto], start=1):
             noise = None if path_noise is None else path_noise[2 * number - 2 : 2 * number]
-            if recompute:
-                tokens = checkpoint(block, tokens, places, noise, use_reentrant=False)
-            else:
-                tokens = block(tokens, places, noise)
+            tokens = run_block(block, tokens, places, noise, self.settings.checkpointing)
             if number in kept:
                 outputs[number] = as_what(number, tokens)
         return tokens, outputs
 
     def reset_parameters(self) -> None:
-        """Linear maps by settings.initialisation, zero biases, and tokens and tables of std 0.02."""
+        """Maps by settings.initialisation, zero biases in linear ones, and tokens and tables of std 0.02."""
         start = nn.init.xavier_uniform_ if self.settings.initialisation == "xavier" else _small_normal
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -341,8 +337,9 @@ class ViTEncoder(nn.Module):
         if self.settings.tokens == "pixel" and self.settings.colour_start == "fourier":
             self.patch_embed.start_from_colours()
         projection = getattr(self.patch_embed, "proj", None)
-        if projection is not None:  # a linear map in a convolution's shape
-            start(projection.weight.flatten(1))
+        # 'normal' leaves it as torch makes a convolution: a fixed deviation would be too small for small patches
+        if projection is not None and self.settings.initialisation != "normal":
+            start(projection.weight.flatten(1))  # a linear map in a convolution's shape
             nn.init.zeros_(projection.bias)
         tables = ("cls_token", "reg_token", "mask_token", "pos_embed", "pos_embed_prefix", "pos_embed_row",
                   "pos_embed_column", "patch_embed.start_token")  # fmt: skip

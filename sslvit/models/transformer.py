@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sslvit.models.positions import Places, RelativeBias, rotate
 from sslvit.settings import EncoderSettings
@@ -137,7 +138,11 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear maps with an activation between. swiglu (Shazeer 2020): silu(first half) * second half."""
+    """Two linear maps with an activation between. swiglu (Shazeer 2020): silu(first half) * second half.
+
+    Dropout acts on what the second map takes, as in Dosovitskiy et al.'s code, timm and torch; its output is dropped by
+    the block.
+    """
 
     def __init__(self, settings: EncoderSettings) -> None:
         super().__init__()
@@ -145,14 +150,17 @@ class Mlp(nn.Module):
         hidden = settings.mlp_width
         self.fc1 = nn.Linear(settings.width, 2 * hidden if self.gated else hidden, bias=settings.bias)
         self.act = {"gelu": nn.GELU, "quick_gelu": QuickGELU, "swiglu": nn.SiLU}[settings.mlp]()
+        self.dropout = nn.Dropout(settings.dropout)
         self.fc2 = nn.Linear(hidden, settings.width, bias=settings.bias)
 
     def forward(self, tokens: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
         hidden = self.fc1(tokens)
         if self.gated:
             gate, hidden = hidden.chunk(2, dim=-1)
-            return self.fc2(self.act(gate) * hidden)
-        return self.fc2(self.act(hidden))
+            hidden = self.act(gate) * hidden
+        else:
+            hidden = self.act(hidden)
+        return self.fc2(self.dropout(hidden))
 
 
 class LayerScale(nn.Module):
@@ -204,3 +212,16 @@ class Block(nn.Module):
             return branch
         is_kept = (path_noise[which] >= self.drop_rate).to(branch.dtype)
         return branch * (is_kept / (1 - self.drop_rate))[:, None, None]
+
+
+def run_block(
+    block: Block,
+    tokens: Float[Tensor, "b t d"],
+    places: Places | None = None,
+    path_noise: Float[Tensor, "2 b"] | None = None,
+    recompute: bool = False,
+) -> Float[Tensor, "b t d"]:
+    """A block's output; with `recompute` (encoder.checkpointing) nothing inside it is kept for the backward pass."""
+    if recompute and block.training and torch.is_grad_enabled():
+        return checkpoint(block, tokens, places, path_noise, use_reentrant=False)
+    return block(tokens, places, path_noise)

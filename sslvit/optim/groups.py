@@ -6,18 +6,27 @@ from collections.abc import Iterable
 
 from torch import nn
 
+# of attention: its temperature (LSA) would drift to attending evenly; bias tables are spared as in Swin's code
+NEVER_DECAY = ("attn.scale", "rel_pos.table")
+TOKENS = ("cls_token", "reg_token", "mask_token", "start_token", "query", "pos_embed", "pos_embed_prefix",
+          "pos_embed_row", "pos_embed_column")  # fmt: skip
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay acts on a parameter: not on biases, norms, scales, learned temperatures and bias tables."""
+    return parameter.ndim > 1 and not name.endswith((".bias", *NEVER_DECAY))
+
 
 def decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
-    """Two parameter groups: matrices (and tokens) decay; biases, norms and other vectors do not.
+    """Two parameter groups of pretraining: matrices decay; vectors and what is no weight of a map does not (`decays`).
 
-    MAE's pretraining groups: a parameter is spared if it has one dimension or is a bias; class and mask tokens
-    have three dimensions and decay. Parameters without gradient are left out.
+    Tokens and position tables decay too, as in the pretraining of MAE and DINO, whose released code spares what has one
+    dimension or is a bias. Parameters without gradient are left out.
     """
     decayed, spared = [], []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            is_vector = parameter.ndim <= 1 or name.endswith(".bias")
-            (spared if is_vector else decayed).append(parameter)
+            (decayed if decays(name, parameter) else spared).append(parameter)
     return [
         {"params": spared, "weight_decay": 0.0, "decays": False},
         {"params": decayed, "weight_decay": weight_decay, "decays": True},
@@ -41,7 +50,7 @@ def layer_decay_groups(
 ) -> list[dict]:
     """One group per layer and decay, each with `rate_scale` = layer_decay ** (depth + 1 - layer).
 
-    Vectors, the class token and the position table do not decay.
+    Tokens and position tables do not decay either (MAE's fine-tuning spares those that it has).
 
     Args:
         named: parameters under the encoder's names; all others count as behind it.
@@ -49,15 +58,15 @@ def layer_decay_groups(
         weight_decay: of matrices.
         layer_decay: rate of a layer over that of the one behind it.
     """
-    groups: dict[tuple[int, float], dict] = {}
+    groups: dict[tuple[int, bool], dict] = {}
     for name, parameter in named:
         if not parameter.requires_grad:
             continue
-        is_spared = parameter.ndim == 1 or name in ("cls_token", "pos_embed")
-        key = (layer_of(name, depth), 0.0 if is_spared else weight_decay)
-        scale = layer_decay ** (depth + 1 - key[0])
-        group = groups.setdefault(
-            key, {"params": [], "weight_decay": key[1], "decays": not is_spared, "rate_scale": scale}
-        )
+        does_decay = decays(name, parameter) and name.split(".")[-1] not in TOKENS
+        layer = layer_of(name, depth)
+        group = groups.setdefault((layer, does_decay), {
+            "params": [], "weight_decay": weight_decay if does_decay else 0.0, "decays": does_decay,
+            "rate_scale": layer_decay ** (depth + 1 - layer),
+        })  # fmt: skip
         group["params"].append(parameter)
     return list(groups.values())

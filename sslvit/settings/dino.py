@@ -106,6 +106,13 @@ class DINOSettings(TaskSettings):
         }
         return replace(self, **{key: value for key, value in fitting.items() if getattr(self, key) is None})
 
+    def check_micro_batch(self, micro: int) -> None:
+        if micro < 2 and self.koleo:
+            raise ValueError(
+                f"task.koleo: {self.koleo:g} spreads the images of one micro-batch, and a single one has no neighbour. "
+                "Raise train.micro_batch or data.global_batch, or set task.koleo to 0."
+            )
+
     def remedy(self, sign: str, rate: str) -> str:
         """The knob for a teacher that is too even, or that has one prototype for all."""
         return self._sharpen(rate) if sign == "even" else self._centre(rate)

@@ -56,8 +56,10 @@ class EncoderSettings:
         locality: Locality Self-Attention (Lee et al. 2021): a token does not attend to itself, and the
             temperature is learned. Not together with causal.
         causal: a token attends to itself and earlier ones only.
-        dropout: on the tokens and after each linear layer of a block.
-        drop_path: stochastic depth of the last block; rises linearly from zero (Huang et al. 2016).
+        dropout: on the tokens, after a block's attention, and behind both maps of its MLP, as timm's and DINO's code do
+            (torch also drops attention weights; these do not). MAE and DINO train without.
+        drop_path: stochastic depth of the last block; rises linearly from zero at the first one (Huang et al. 2016). A
+            single block has all of it.
         positions: see sslvit/models/positions.py.
         prefix_positions: which prefix tokens have a row of their own in the position table.
         interpolate_antialias: smooth when a position table shrinks to a smaller grid.
@@ -72,10 +74,12 @@ class EncoderSettings:
         feature_layer: blocks that an image passes before it is probed; null for all.
         feature_norm: what normalises those tokens: final (the encoder's last norm) or next (the first norm of
             the following block, as iGPT's probe does).
-        initialisation: of the linear maps: normal (truncated, std 0.02: timm, DINO), xavier (uniform: MAE) or scaled
-            (as in iGPT's released code: queries, keys and values 1 / sqrt(width), the map behind them
-            1 / sqrt(width x depth), the position table 0.01, all else 0.02).
-        checkpointing: recompute blocks in the backward pass instead of storing their activations.
+        initialisation: of the linear maps: normal (truncated, std 0.02; the projection of patches as torch starts a
+            convolution, uniform up to 1 / sqrt(inputs) with its bias: timm, DINO), xavier (uniform, the projection too:
+            MAE) or scaled (as in iGPT's released code: queries, keys and values 1 / sqrt(width), the map behind them
+            1 / sqrt(width x depth), the position table 0.01, all else 0.02). docs/mae.md has what the projection's
+            start is worth at small patches.
+        checkpointing: recompute blocks (MAE's decoder's too) in the backward pass instead of storing their activations.
     """
 
     image_size: int | list[int] = 224

@@ -35,6 +35,9 @@ class PretextTask(pl.LightningModule):
         steps_per_epoch: optimiser steps per pass over the data; turns epochs of a recipe into steps.
         global_batch: images per optimiser step.
         seed: of every chance draw.
+
+    Raises:
+        ValueError: an encoder whose class token sees no patch.
     """
 
     view_kinds: tuple[str, ...] = ("crop", "square", "centre", "canvas")  # of data.view: those that make one view
@@ -49,9 +52,15 @@ class PretextTask(pl.LightningModule):
         global_batch: int,
         seed: int = 0,
     ) -> None:
+        if encoder.causal and encoder.pooling == "class":
+            raise ValueError(
+                "encoder.pooling: the class token stands in front of a causal encoder, which sees no patch from there: "
+                "all images look alike. Set encoder.causal to false, or encoder.pooling to mean."
+            )
         super().__init__()
         self.settings = settings
         self.encoder = ViTEncoder(encoder)
+        self._freeze(self.unused_parts())
         self.optim = optim
         self.total_steps, self.steps_per_epoch, self.global_batch = total_steps, steps_per_epoch, global_batch
         self.warmup_steps = optim.warmup_steps(steps_per_epoch, total_steps)
@@ -68,6 +77,19 @@ class PretextTask(pl.LightningModule):
     def trained_encoder(self) -> ViTEncoder:
         """The encoder that is saved, probed and exported."""
         return self.encoder
+
+    def unused_parts(self) -> tuple[str, ...]:
+        """Parts of the encoder that no training step of this task passes through; those that it has are frozen.
+
+        On several ranks DDP waits for a gradient of every trained parameter, and one without any stops the run; on one
+        rank weight decay would shrink it.
+        """
+        return ("mask_token",)
+
+    def _freeze(self, parts: tuple[str, ...]) -> None:
+        for name, parameter in self.encoder.named_parameters():
+            if name.startswith(tuple(f"{part}." for part in parts)) or name in parts:
+                parameter.requires_grad_(False)
 
     def whole(self) -> PretextTask:
         """The task itself, or, where its weights are spread over ranks (FSDP2), a copy with all of them, to look at.

@@ -158,11 +158,6 @@ class DINO(PretextTask):
                 "DINO shows the encoder crops of several sizes, and a pixel sequence is tied to one. "
                 "Set encoder.tokens to patch (see configs/dino/)."
             )
-        if encoder.causal and encoder.pooling == "class":
-            raise ValueError(
-                "DINO would train the class token of a causal encoder, which sees no patch: all images look alike. "
-                "Set encoder.causal to false, or encoder.pooling to mean."
-            )
         open_keys = [f"task.{key}" for key, value in vars(settings).items() if value is None]
         if open_keys:
             raise ValueError(f"{', '.join(open_keys)}: still null. Call DINOSettings.fitted first.")
@@ -177,8 +172,6 @@ class DINO(PretextTask):
             teacher.load_state_dict(student.state_dict())
             teacher.requires_grad_(False)
         self.young_until = max(self.young_until, self.frozen_steps)
-        if encoder.mask_token:
-            self.encoder.mask_token.requires_grad_(False)  # no crop hides a patch; an unused one would stop DDP
 
     @property
     def trained_encoder(self) -> ViTEncoder:

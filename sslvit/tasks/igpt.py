@@ -75,9 +75,9 @@ class IGPT(PretextTask):
             )
         self.head = nn.Linear(encoder.width, len(self.encoder.patch_embed.palette), bias=False)
         nn.init.zeros_(self.head.weight)  # as in the released code: at first all colours are alike
-        self.encoder.fc_norm.requires_grad_(False)  # for fine-tuning; an unused parameter would stop DDP
-        if encoder.mask_token and settings.objective == "autoregressive":
-            self.encoder.mask_token.requires_grad_(False)
+
+    def unused_parts(self) -> tuple[str, ...]:
+        return ("fc_norm",) if self.settings.objective == "bert" else ("fc_norm", "mask_token")  # nothing is pooled
 
     def training_step(self, batch: Batch, batch_idx: int = 0) -> Tensor:
         images = batch.views[0]  # b c h w

@@ -20,7 +20,7 @@ from sslvit.data.batch import Batch
 from sslvit.layouts import mae as layout
 from sslvit.layouts.unwrap import unwrap
 from sslvit.models.positions import resample_table, sincos_2d
-from sslvit.models.transformer import Block
+from sslvit.models.transformer import Block, run_block
 from sslvit.settings import EncoderSettings, MAESettings, OptimSettings
 from sslvit.tasks.base import PretextTask
 from sslvit.weight_files import read_torch_file
@@ -87,6 +87,7 @@ class MAEDecoder(nn.Module):
     def __init__(self, encoder: EncoderSettings, settings: MAESettings) -> None:
         super().__init__()
         width, self.prefix, self.grid = settings.decoder_width, encoder.prefix, encoder.grid
+        self.recompute = encoder.checkpointing
         plain = EncoderSettings(
             width=width, depth=settings.decoder_depth, heads=settings.decoder_heads, norm_eps=1e-6,
             mlp_ratio=settings.decoder_mlp_ratio or encoder.mlp_ratio,
@@ -115,7 +116,7 @@ class MAEDecoder(nn.Module):
         places = places.scatter(1, visible[:, :, None].expand_as(seen), seen)  # b n w
         tokens = torch.cat([prefix, places], 1) + positions
         for block in self.blocks:
-            tokens = block(tokens)
+            tokens = run_block(block, tokens, recompute=self.recompute)
         return self.pred(self.norm(tokens))[:, self.prefix :]
 
     def positions(self, grid: tuple[int, int]) -> Float[Tensor, "1 t d"]:
@@ -151,9 +152,9 @@ class MAE(PretextTask):
                 "Choose another ratio, or a smaller patch."
             )
         self.decoder = MAEDecoder(encoder, settings)
-        self.encoder.fc_norm.requires_grad_(False)  # for fine-tuning; an unused parameter would stop DDP
-        if encoder.mask_token:
-            self.encoder.mask_token.requires_grad_(False)
+
+    def unused_parts(self) -> tuple[str, ...]:
+        return ("mask_token", "fc_norm")  # nothing is pooled, and the decoder's mask token stands for hidden patches
 
     def training_step(self, batch: Batch, batch_idx: int = 0) -> Tensor:
         images = batch.views[0]  # b c h w

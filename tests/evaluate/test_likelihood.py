@@ -94,6 +94,62 @@ def test_single_colours_by_how_often_they_are() -> None:
     assert unigram_nats(train, val, 2) == pytest.approx(-np.log(shares).mean())
 
 
+def counted_by_hand(train: np.ndarray, val: np.ndarray, colours: int, single: float, both: float, left: float) -> float:
+    """Nats per pixel of `val` by the neighbours' table, pixel by pixel."""
+    occurred: dict[tuple, int] = {}
+    frequency = [1] * colours  # one added to each
+
+    def places(images: np.ndarray):
+        for image in images:
+            for row in range(image.shape[0]):
+                for column in range(image.shape[1]):
+                    before = int(image[row, column - 1]) if column else "edge"
+                    above = int(image[row - 1, column]) if row else "edge"
+                    yield ("left", before), ("upper", above), ("both", before, above), int(image[row, column])
+
+    for *contexts, colour in places(train):
+        frequency[colour] += 1
+        for context in contexts:
+            occurred[*context, colour] = occurred.get((*context, colour), 0) + 1
+
+    def discounted(context: tuple, colour: int, discount: float, lower: float) -> float:
+        counts = [occurred.get((*context, other), 0) for other in range(colours)]
+        if not sum(counts):
+            return lower
+        taken = discount * sum(count > 0 for count in counts)
+        return (max(counts[colour] - discount, 0) + taken * lower) / sum(counts)
+
+    total, number = 0.0, 0
+    for before, above, pair, colour in places(val):
+        alone = frequency[colour] / sum(frequency)
+        mixed = left * discounted(before, colour, single, alone)
+        mixed += (1 - left) * discounted(above, colour, single, alone)
+        total -= math.log(discounted(pair, colour, both, mixed))
+        number += 1
+    return total / number
+
+
+def test_the_table_of_neighbours_is_what_counting_pixel_by_pixel_gives() -> None:
+    train, val = noise(3, 4), noise(2, 5, seed=1).clip(0, 4)
+    train[0, 2:] = 1
+    trials = [(0.5, 0.7, 0.3), (0.1, 0.9, 0.7), (0.9, 0.1, 0.5)]
+    expected = [counted_by_hand(train, val, 5, *trial) for trial in trials]
+    assert NeighbourTable(train, 5).nats(val, trials) == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_smoothing_is_the_best_of_all_on_every_tenth_image() -> None:
+    images = noise(12, 3)
+    images[:, :, 1:][:, ::2] = images[:, :, :-1][:, ::2]  # the left neighbour says something
+    found = tune_smoothing(images, 3)
+    counted, held = np.delete(images, [0, 10], axis=0), images[[0, 10]]
+    trials = [
+        (single, both, left) for single in (0.1, 0.3, 0.5, 0.7, 0.8, 0.9) for both in (0.1, 0.3, 0.5, 0.7, 0.8, 0.9)
+        for left in (0.3, 0.4, 0.5, 0.6, 0.7)
+    ]  # fmt: skip
+    nats = [counted_by_hand(counted, held, 3, *trial) for trial in trials]
+    assert found == trials[int(np.argmin(nats))]
+
+
 @pytest.fixture
 def task() -> IGPT:
     encoder = EncoderSettings(
@@ -115,6 +171,20 @@ def test_the_models_nats_are_its_loss_whatever_the_batch(task: IGPT) -> None:
     assert model_nats(task, colours, 7) == pytest.approx(loss, rel=1e-6)
 
 
+@torch.no_grad()
+def by_model(task: IGPT, scored: np.ndarray) -> float:
+    """Minus the mean logarithm of each pixel's probability, one pixel after the other, from those before it."""
+    total = 0.0
+    for image in torch.from_numpy(scored).flatten(1):
+        for place in range(len(image)):
+            told = image.clone()
+            told[place:] = 0  # nothing that the model must not see
+            pixels = (told.view(1, 1, 6, 6) * 32 + 15.5) / 127.5 - 1  # the middles of the boxes in [-1, 1]
+            logits = task.head(task.encoder(pixels))[0, place].double()
+            total -= float(logits.log_softmax(0)[image[place]])
+    return total / scored.size
+
+
 def test_unreadable_images_are_left_out(task: IGPT, tmp_path: Path) -> None:
     folder = image_folder(tmp_path / "images", count=3)
     found = folder_source(folder)
@@ -126,18 +196,28 @@ def test_unreadable_images_are_left_out(task: IGPT, tmp_path: Path) -> None:
 
 
 def test_the_table_and_its_command(task: IGPT, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    source = np.random.default_rng(0)
+    source, greys = np.random.default_rng(0), {}
     for name, count, most in (("train", 40, 64), ("val", 10, 96)):
-        pack(array_samples(source.integers(0, most, (count, 6, 6)).astype(np.uint8)), tmp_path / name)
+        greys[name] = source.integers(0, most, (count, 6, 6)).astype(np.uint8)
+        pack(array_samples(greys[name]), tmp_path / name)
     train, val = load_index(tmp_path / "train"), load_index(tmp_path / "val")
     rows = likelihood(task, train, val)
     names = ["8 colours alike", "how often each colour is", "left and upper neighbour, counted", "iGPT"]
     assert list(rows) == names
     assert rows[names[0]] == {"nats per pixel": math.log(8), "bits per pixel": 3.0}
     counted, scored = palette_images(task, train), palette_images(task, val)
-    assert rows[names[1]]["nats per pixel"] == unigram_nats(counted, scored, 8)
-    assert rows[names[1]]["bits per pixel"] > 2  # a third of the pixels has a grey that is not in the training images
-    assert rows[names[2]]["nats per pixel"] == neighbour_nats(counted, scored, 8)
+    for name, found in (("train", counted), ("val", scored)):  # packing shuffles
+        boxes = greys[name] // 32  # eight equal ones
+        assert sorted(found.reshape(-1, 36).tolist()) == sorted(boxes.reshape(-1, 36).tolist())
+    often = (np.bincount(counted.ravel(), minlength=8) + 1) / (counted.size + 8)
+    smoothing = tune_smoothing(counted, 8)
+    neighbours = counted_by_hand(counted, scored, 8, *smoothing)
+    expected = [math.log(8), -np.log(often[scored]).mean(), neighbours, by_model(task, scored)]
+    assert [row["nats per pixel"] for row in rows.values()] == pytest.approx(expected, rel=1e-5)
+    assert [row["bits per pixel"] for row in rows.values()] == pytest.approx(np.array(expected) / math.log(2), rel=1e-5)
+    in_pieces = likelihood(task, train, val, batch=3)  # of 10 images, so the last piece is a smaller one
+    assert [row["nats per pixel"] for row in in_pieces.values()] == pytest.approx(expected, rel=1e-5)
+    assert expected[1] > 2 * math.log(2)  # a third of the pixels has a grey that is not in the training images
     saved: dict = {"state_dict": task.state_dict()}
     task.on_save_checkpoint(saved)
     torch.save(saved, tmp_path / "igpt.ckpt")

@@ -238,6 +238,40 @@ def test_igpts_initialisation_is_that_of_its_released_code() -> None:
     assert deviation["patch_embed.embed.weight"] == pytest.approx(0.02, rel=0.02)
 
 
+@pytest.mark.parametrize("patch", [4, 16])
+@pytest.mark.parametrize("tokens", ["patch", "shifted_patch"])
+def test_a_projection_of_patches_starts_as_torch_starts_a_convolution(tokens: str, patch: int) -> None:
+    """As in timm and DINO, whose loops over linear maps pass it by; the other maps are of deviation 0.02."""
+    torch.manual_seed(0)
+    encoder = ViTEncoder(EncoderSettings(image_size=32, patch=patch, width=192, depth=1, heads=3, tokens=tokens))
+    projection = encoder.patch_embed.proj
+    inputs = projection.weight[0].numel()
+    for parameter in (projection.weight, projection.bias):
+        bound = inputs**-0.5
+        assert 0.95 * bound < float(parameter.detach().abs().max()) <= bound
+        assert float(parameter.detach().std()) == pytest.approx(bound / 3**0.5, rel=0.1)
+    assert float(encoder.blocks[0].mlp.fc1.weight.detach().std()) == pytest.approx(0.02, rel=0.02)
+    assert not encoder.blocks[0].mlp.fc1.bias.any()
+
+
+def test_xavier_reaches_the_projection_of_patches() -> None:
+    encoder = ViTEncoder(EncoderSettings(image_size=32, patch=4, width=192, depth=1, heads=3, initialisation="xavier"))
+    for weight, bound in ((encoder.patch_embed.proj.weight, (6 / (48 + 192)) ** 0.5),
+                          (encoder.blocks[0].attn.qkv.weight, (6 / (192 + 3 * 192)) ** 0.5)):  # fmt: skip
+        assert 0.99 * bound < float(weight.detach().abs().max()) <= bound
+    assert not encoder.patch_embed.proj.bias.any()
+
+
+@pytest.mark.parametrize("initialisation", ["normal", "xavier"])
+def test_tokens_and_tables_start_small_and_different(initialisation: str) -> None:
+    encoder = ViTEncoder(EncoderSettings(
+        image_size=32, patch=4, width=192, depth=1, heads=3, registers=4, mask_token=True, positions="learned_2d",
+        prefix_positions="all", initialisation=initialisation,
+    ))  # fmt: skip
+    for name in ("cls_token", "reg_token", "mask_token", "pos_embed_prefix", "pos_embed_row", "pos_embed_column"):
+        assert float(getattr(encoder, name).detach().std()) == pytest.approx(0.02, rel=0.2), name
+
+
 def test_unshifted_pixels_see_themselves_and_later_ones() -> None:
     encoder = pixels()
     other = images(6, 6).clone()
@@ -353,6 +387,15 @@ def test_dropout_acts_in_training_only() -> None:
 
 
 @torch.no_grad()
+def test_tokens_are_dropped_before_the_first_block() -> None:
+    encoder = make(dropout=0.5)
+    whole, _ = encoder.embed(images())
+    dropped, _ = encoder.train().embed(images())
+    is_kept = dropped != 0
+    assert is_kept.double().mean() == pytest.approx(0.5, abs=0.1)
+    torch.testing.assert_close(dropped[is_kept], 2 * whole[is_kept])
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("silent", ["attn.proj", "mlp.fc2"])
 def test_both_branches_of_a_block_drop_channels(silent: str) -> None:
@@ -362,6 +405,49 @@ def test_both_branches_of_a_block_drop_channels(silent: str) -> None:
     tokens = torch.randn(4, 20, 48)
     share = ((block(tokens) - tokens) == 0).double().mean()
     assert share == pytest.approx(0.5, abs=0.05)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
+def test_an_mlp_drops_what_its_second_map_takes(mlp: str) -> None:
+    """As timm, torch and the papers' code do: the kept units are doubled, in training only."""
+    part, taken = make(dropout=0.5, mlp=mlp).blocks[0].mlp, []
+    part.fc2.register_forward_pre_hook(lambda module, inputs: taken.append(inputs[0]))
+    tokens = torch.randn(4, 50, 48)
+    part(tokens)
+    part.train()(tokens)
+    whole, dropped = taken
+    is_kept = dropped != 0
+    assert is_kept.double().mean() == pytest.approx(0.5, abs=0.03)
+    torch.testing.assert_close(dropped[is_kept], 2 * whole[is_kept])
+
+
+@pytest.mark.parametrize(("depth", "rates"), [(1, [0.3]), (2, [0.0, 0.3]), (4, [0.0, 0.1, 0.2, 0.3])])
+def test_stochastic_depth_rises_from_the_first_block_to_the_last(depth: int, rates: list[float]) -> None:
+    encoder = make(drop_path=0.3, depth=depth)
+    assert [block.drop_rate for block in encoder.blocks] == pytest.approx(rates)
+    noise = torch.full((2 * depth, 2), 0.299)  # below the last block's rate alone
+    dropped = encoder.train()(images(), path_noise=noise)
+    before_last = encoder.eval().layers(images(), [depth - 1])[0]
+    torch.testing.assert_close(dropped, encoder.norm(through(encoder, before_last, noise, depth)))
+
+
+def through(encoder: ViTEncoder, before_last: torch.Tensor, noise: torch.Tensor, depth: int) -> torch.Tensor:
+    """The last block skipped; the blocks before it as the noise has it: all kept, their branches over 1 - rate."""
+    if depth <= 2:
+        return before_last
+    tokens, places = encoder.embed(images())
+    for block, rate in zip(encoder.blocks[:-1], (0.0, 0.1, 0.2), strict=True):
+        tokens = tokens + block.attn(block.norm1(tokens), places) / (1 - rate)
+        tokens = tokens + block.mlp(block.norm2(tokens)) / (1 - rate)
+    return tokens
+
+
+def test_stochastic_depth_is_drawn_where_no_numbers_are_given() -> None:
+    encoder = make(drop_path=0.5, depth=1).train()
+    one, other = encoder(images()), encoder(images())
+    assert not torch.equal(one, other)
+    assert torch.equal(encoder.eval()(images()), encoder(images()))
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from sslvit.data.batch import Batch
 from sslvit.settings import DINOSettings, EncoderSettings, OptimSettings
 from sslvit.settings.dino import momentum_for, prototypes_for
 from sslvit.tasks.base import PretextTask
-from sslvit.tasks.dino import DINO, cross_entropy_of_pairs, embed_views, koleo, sinkhorn_shares
+from sslvit.tasks.dino import DINO, DINOHead, cross_entropy_of_pairs, embed_views, koleo, sinkhorn_shares
 
 
 def make(task: dict | None = None, **encoder) -> DINO:
@@ -137,6 +137,14 @@ def test_koleo_is_large_where_images_coincide() -> None:
     torch.testing.assert_close(task.records["koleo"][0], extra.detach())
 
 
+def test_a_single_image_cannot_be_spread() -> None:
+    assert koleo(torch.randn(1, 8)) == koleo(torch.randn(1, 8))  # whatever it is
+    with pytest.raises(ValueError, match=r"task.koleo: 0.1 spreads .*Raise train.micro_batch or data.global_batch, or"):
+        DINOSettings(koleo=0.1).check_micro_batch(1)
+    DINOSettings(koleo=0.1).check_micro_batch(2)
+    DINOSettings().check_micro_batch(1)
+
+
 def test_the_centre_counts_every_micro_batch_once() -> None:
     whole, parts = make(), make()
     batch = batch_of(6)
@@ -174,6 +182,153 @@ def test_a_step_that_is_skipped_leaves_no_trace_in_centre_or_teacher(monkeypatch
     torch.testing.assert_close(task.centre, undisturbed.centre)
 
 
+def by_hand(task: DINO, batch: Batch, shares_of) -> torch.Tensor:
+    """The loss of a step: each pair of two views, by the networks' outputs."""
+    teacher = [task.teacher_head(task.teacher.features(view)) for view in batch.views[:2]]
+    student = [task.head(task.encoder.features(view)) for view in batch.views]
+    targets = shares_of(torch.stack(teacher).detach())
+    terms = []
+    for t in range(2):
+        for s, output in enumerate(student):
+            if s != t:
+                logits = (output / task.settings.student_temperature).log_softmax(-1)
+                terms.append(-(targets[t] * logits).sum(-1).mean())
+    return sum(terms) / len(terms)
+
+
+def different(task: DINO) -> DINO:
+    """Student and teacher as after some steps: each with other weights, and a center that is not zero."""
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for network in (task.encoder, task.head, task.teacher, task.teacher_head):
+            for parameter in network.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        task.centre.normal_(std=0.3)
+    return task
+
+
+@pytest.mark.parametrize("step", [0, 4, 5, 14, 15, 99])
+@pytest.mark.parametrize(("student", "first", "last"), [(0.1, 0.04, 0.07), (0.25, 0.5, 0.2)])
+def test_a_steps_loss_is_by_the_temperatures_of_its_epoch(step: int, student: float, first: float, last: float) -> None:
+    """5 steps an epoch and a warm-up of 3 epochs: at first `first`, half way in the second, `last` from then on."""
+    task = different(make({
+        "student_temperature": student, "warmup_teacher_temperature": first, "teacher_temperature": last,
+        "warmup_teacher_epochs": 3,
+    }))  # fmt: skip
+    temperature = {0: first, 1: (first + last) / 2}.get(step // 5, last)
+    task.__class__ = type("DINOAtStep", (DINO,), {"global_step": step})
+    batch = batch_of()
+    expected = by_hand(task, batch, lambda outputs: ((outputs - task.centre) / temperature).softmax(-1))
+    torch.testing.assert_close(task.training_step(batch), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("iterations", "temperature"), [(1, 0.2), (2, 0.2), (40, 0.2), (2, 0.5)])
+def test_sinkhorns_shares_are_those_of_its_iterations_and_temperature(iterations: int, temperature: float) -> None:
+    """By hand as in SwAV: rows of prototypes, then columns of images, divided by their sums in turn."""
+    task = different(make({
+        "centring": "sinkhorn", "sinkhorn_iterations": iterations, "teacher_temperature": temperature,
+        "warmup_teacher_epochs": 0,
+    }))  # fmt: skip
+
+    def shares(outputs: torch.Tensor) -> torch.Tensor:
+        table = (outputs.flatten(0, 1).double() / temperature).exp().T
+        prototypes, images = table.shape
+        table = table / table.sum()
+        for _ in range(iterations):
+            table = table / table.sum(1, keepdim=True) / prototypes
+            table = table / table.sum(0, keepdim=True) / images
+        return (table * images).T.unflatten(0, (2, -1)).float()
+
+    batch = batch_of()
+    expected = by_hand(task, batch, shares)
+    torch.testing.assert_close(task.training_step(batch), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9, 1.0])
+def test_the_share_of_the_centre_that_stays_is_its_momentum(momentum: float) -> None:
+    task = different(make({"centre_momentum": momentum}))
+    before, batch = task.centre.clone(), batch_of()
+    task.training_step(batch)
+    task.move_centre()
+    outputs = torch.stack([task.teacher_head(task.teacher.features(view)) for view in batch.views[:2]]).detach()
+    torch.testing.assert_close(task.centre, momentum * before + (1 - momentum) * outputs.mean((0, 1)))
+
+
+def test_the_teachers_momentum_goes_from_the_first_to_the_last_and_each_step_uses_its_own() -> None:
+    task = different(make({"momentum": 0.8, "final_momentum": 0.96}))
+    momenta = [0.96 + (0.8 - 0.96) * (1 + math.cos(math.pi * step / 100)) / 2 for step in range(101)]
+    assert [task.momentum_at(step) for step in range(101)] == pytest.approx(momenta)
+    pairs = [(task.teacher, task.encoder), (task.teacher_head, task.head)]
+    before = [[p.detach().clone() for p in teacher.parameters()] for teacher, _ in pairs]
+    optimizer = task.configure_optimizers()
+    step = [50]
+
+    def update(closure=None) -> None:
+        step[0] += 1  # Lightning counts the step within its optimizer's call
+
+    optimizer.step = update
+    task.__class__ = type("DINOAtStep", (DINO,), {"global_step": property(lambda self: step[0])})
+    task.optimizer_step(0, 0, optimizer)
+    for (teacher, student), old in zip(pairs, before, strict=True):
+        for now, then, other in zip(teacher.parameters(), old, student.parameters(), strict=True):
+            torch.testing.assert_close(now.detach(), momenta[50] * then + (1 - momenta[50]) * other.detach())
+
+
+def test_the_teacher_drops_nothing_and_gets_no_update_of_its_own() -> None:
+    task = make(dropout=0.5, drop_path=0.5).train()
+    views = batch_of().views[:2]
+    assert torch.equal(embed_views(task.teacher, views), embed_views(task.teacher, views))
+    assert not torch.equal(embed_views(task.encoder, views), embed_views(task.encoder, views))
+    moved = {id(p) for group in task.configure_optimizers().param_groups for p in group["params"]}
+    assert not moved & {id(p) for network in (task.teacher, task.teacher_head) for p in network.parameters()}
+
+
+def test_a_head_starts_small_and_its_prototypes_of_length_one() -> None:
+    torch.manual_seed(0)
+    settings = DINOSettings(out_dim=64, head_width=128, bottleneck=32, head_layers=3)
+    head = DINOHead(96, settings)
+    for layer in (layer for layer in head.mlp if isinstance(layer, torch.nn.Linear)):
+        assert float(layer.weight.detach().std()) == pytest.approx(0.02, rel=0.05)
+        assert not layer.bias.any()
+    assert [tuple(layer.weight.shape) for layer in head.mlp if isinstance(layer, torch.nn.Linear)] == [
+        (128, 96), (128, 128), (32, 128),
+    ]  # fmt: skip
+    one = torch.eye(32)  # of each direction, so its outputs are the prototypes themselves
+    prototypes = head.last_layer(one).T
+    torch.testing.assert_close(prototypes.norm(dim=1), torch.ones(64))
+    torch.testing.assert_close(head(torch.randn(5, 96)).abs().max() <= 1 + 1e-6, torch.tensor(True))
+
+
+def test_recorded_numbers_are_the_loss_without_koleo_and_koleo_without_its_weight() -> None:
+    task, plain = make({"koleo": 0.5}), make()
+    whole = task.training_step(batch_of())
+    loss, spread = (task.records[name][0] for name in ("loss", "koleo"))
+    torch.testing.assert_close(loss, plain.training_step(batch_of()).detach())
+    torch.testing.assert_close(whole.detach(), loss + 0.5 * spread)
+
+
+def test_the_health_check_sees_the_teachers_first_view() -> None:
+    task = different(make())
+    task.is_watched, batch = True, batch_of()
+    task.training_step(batch)
+    torch.testing.assert_close(task.watched["features"][0], task.teacher.features(batch.views[0]))
+
+
+def test_a_released_checkpoint_brings_its_centre(tmp_path) -> None:
+    task = different(make(channels=3))
+    from sslvit.layouts import dino as layout
+
+    networks = {
+        name: layout.from_sslvit(encoder.state_dict(), {f"head.{k}": v for k, v in head.state_dict().items()})
+        for name, encoder, head in (("student", task.encoder, task.head), ("teacher", task.teacher, task.teacher_head))
+    }
+    torch.save(networks | {"dino_loss": {"center": task.centre[None]}}, tmp_path / "full.pth")
+    again = DINO.from_official(str(tmp_path / "full.pth"), heads=2)
+    assert torch.equal(again.centre, task.centre)
+    for key, value in task.teacher.state_dict().items():
+        assert torch.equal(again.teacher.state_dict()[key], value)
+
+
 def test_what_suits_a_job() -> None:
     imagenet = DINOSettings().fitted(1_281_167, 1024, 125_000)
     assert (imagenet.out_dim, imagenet.momentum) == (65_536, 0.996)  # the paper's
@@ -201,7 +356,7 @@ def test_what_cannot_work_is_refused_by_name() -> None:
             DINOSettings(**changes)
     with pytest.raises(ValueError, match="a pixel sequence is tied to one"):
         make(tokens="pixel", patch=1, class_token=False, pooling="mean")
-    with pytest.raises(ValueError, match="a causal encoder, which sees no patch"):
+    with pytest.raises(ValueError, match="in front of a causal encoder, which sees no patch"):
         make(causal=True)
     make(causal=True, pooling="mean").training_step(batch_of())
     with pytest.raises(ValueError, match=r"task.out_dim, .* still null"):

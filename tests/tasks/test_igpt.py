@@ -96,6 +96,28 @@ def test_bert_sees_around_a_hidden_pixel_but_not_the_pixel() -> None:
             assert torch.equal(after, before) != is_seen
 
 
+@pytest.mark.parametrize(("ratio", "hidden"), [(0.15, 2), (0.5, 8), (0.8, 13)])
+def test_bert_hides_its_ratio_of_the_pixels_those_with_the_lowest_noise(ratio: float, hidden: int) -> None:
+    task = IGPT(IGPTSettings(objective="bert", mask_ratio=ratio), EncoderSettings(**PIXELS | BERT), OptimSettings(),
+                total_steps=10, steps_per_epoch=5, global_batch=256)  # fmt: skip
+    batch = batch_of(grey(4))
+    noise = task.uniform("mask", batch, 16)
+    is_hidden = task.draw_mask(batch)
+    for row, mask in zip(noise.tolist(), is_hidden.tolist(), strict=True):
+        order = sorted(range(16), key=row.__getitem__)
+        assert {place for place, is_out in enumerate(mask) if is_out} == set(order[:hidden])
+
+
+def test_pictures_are_drawn_by_the_runs_seed() -> None:
+    task = make().eval()
+    shown = []
+    for seed in (0, 0, 1):
+        task.seed = seed
+        shown.append(np.stack(task.figures(batch_of(grey(3)))["generated"][1]))
+    assert np.array_equal(shown[0], shown[1])
+    assert not np.array_equal(shown[0], shown[2])
+
+
 def test_bert_counts_hidden_pixels_only_and_hides_as_many_in_every_image() -> None:
     task = make("bert", **BERT)
     batch = batch_of(grey(6))

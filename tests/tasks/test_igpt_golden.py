@@ -102,10 +102,25 @@ def test_tensorflow_variables_exported_as_arrays(tmp_path: Path, prefix: str) ->
     golden.check("output/ln_f", encoder(images_of(golden, task)))
 
 
-def test_an_array_file_with_objects_is_refused(tmp_path: Path) -> None:
-    np.savez(tmp_path / "model.npz", wte=np.array([{"a": 1}], dtype=object))
-    with pytest.raises(ValueError, match="not a readable checkpoint"):
-        load_igpt(tmp_path / "model.npz")
+class Trap:
+    """An object that makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+def test_an_array_file_with_objects_is_refused_before_anything_in_it_runs(tmp_path: Path) -> None:
+    np.savez(tmp_path / "model.npz", wte=np.array([Trap(tmp_path / "trace")], dtype=object))
+    for load in (load_igpt, load_encoder):
+        with pytest.raises(ValueError, match=r"model.npz: not a readable checkpoint \(.*allow_pickle"):
+            load(tmp_path / "model.npz")
+    assert not (tmp_path / "trace").exists()
+    with np.load(tmp_path / "model.npz", allow_pickle=True) as arrays:
+        arrays["wte"]
+    assert (tmp_path / "trace").exists()  # it would have
 
 
 @pytest.mark.parametrize("missing", ["model/wpe", "model/h0/attn/q_proj", "model/h1/mlp/c_fc/w", "model/ln_f/g"])

@@ -33,6 +33,30 @@ def test_loss_counts_hidden_patches_only() -> None:
     assert hidden_patch_error(predicted, target, is_hidden) == 2.0  # (2^2 + 0) / 2
 
 
+@pytest.mark.parametrize(("ratio", "visible"), [(0.75, 4), (0.5, 8), (0.3, 11), (0.9, 1)])
+def test_the_encoder_sees_the_patches_that_the_mask_ratio_leaves_and_the_loss_is_of_the_others(
+    ratio: float, visible: int
+) -> None:
+    task = make()
+    task.settings.mask_ratio = ratio
+    images, noise, seen = torch.randn(3, 1, 16, 16), torch.rand(3, 16), []
+    task.encoder.register_forward_hook(lambda module, inputs, output: seen.append((inputs[1], output)))
+    loss = task.loss(images, noise)
+    places, latent = seen[0]
+    assert latent.shape[1] == 1 + visible
+    expected = []
+    predicted = task.decoder(latent, places)
+    for image in range(3):
+        order = sorted(range(16), key=lambda place: float(noise[image, place]))
+        assert places[image].tolist() == order[:visible]  # the lowest noise
+        for place in order[visible:]:
+            row, column = divmod(place, 4)
+            patch = images[image, 0, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4].flatten()
+            deviation = ((patch - patch.mean()).square().sum() / 15 + 1e-6).sqrt()
+            expected.append((predicted[image, place] - (patch - patch.mean()) / deviation).square().mean())
+    torch.testing.assert_close(loss, torch.stack(expected).mean())
+
+
 def test_rows_of_a_global_batch_draw_the_same_masks_however_it_is_cut() -> None:
     task = make()
     images = torch.randn(8, 1, 16, 16)
@@ -73,6 +97,47 @@ def test_a_decoder_starts_with_a_small_random_mask_token_and_xavier_maps() -> No
     assert not decoder.embed.bias.any()
 
 
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+def test_checkpointing_keeps_one_tensor_per_block_of_encoder_and_decoder(stack: str) -> None:
+    def kept(depth: int, checkpointing: bool) -> int:
+        """Bytes that the backward pass needs."""
+        torch.manual_seed(0)
+        depths = {"encoder": 1, "decoder": 1} | {stack: depth}
+        encoder = EncoderSettings(
+            image_size=16, patch=4, width=32, depth=depths["encoder"], heads=2, channels=1, checkpointing=checkpointing
+        )
+        settings = MAESettings(mask_ratio=0.5, decoder_width=32, decoder_depth=depths["decoder"], decoder_heads=2)
+        task = MAE(settings, encoder, OptimSettings(), total_steps=10, steps_per_epoch=5, global_batch=256)
+        weights = {parameter.data_ptr() for parameter in task.parameters()}
+        seen: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                seen[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+            return tensor
+
+        alive: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = task.loss(torch.randn(4, 1, 16, 16), torch.rand(4, 16))
+        loss.backward()
+        return sum(seen.values())
+
+    tokens = {"encoder": 1 + 8, "decoder": 1 + 16}[stack]
+    assert kept(5, True) - kept(1, True) <= 4 * (4 * tokens * 32 * 4)  # four blocks' inputs in float32, and no more
+    assert kept(5, False) - kept(1, False) > 4 * 8 * (4 * tokens * 32 * 4)
+
+
+def test_checkpointing_changes_no_gradient_of_the_decoder() -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        task = make(checkpointing=checkpointing)
+        task.loss(torch.ones(2, 1, 16, 16), torch.arange(32.0).view(2, 16)).backward()
+        gradients.append([p.grad for p in task.decoder.parameters() if p.requires_grad])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
 def test_reconstruction_keeps_visible_pixels_and_fills_the_others() -> None:
     task = make().eval()
     images = torch.randn(3, 1, 16, 16)
@@ -82,6 +147,18 @@ def test_reconstruction_keeps_visible_pixels_and_fills_the_others() -> None:
     assert torch.equal(filled[~is_hidden], images[~is_hidden])
     assert (filled[is_hidden] != images[is_hidden]).all()
     assert patchify(area, 4).mean(2).sum(1).tolist() == [8, 8, 8]
+
+
+def test_a_reconstruction_is_in_units_of_each_patchs_deviation() -> None:
+    task = make().eval()
+    images, noise = torch.randn(2, 1, 16, 16) * 3 + 1, torch.rand(2, 16)
+    task.decoder.pred.weight.data.zero_()
+    task.decoder.pred.bias.data.fill_(2.0)  # predicts two deviations above each patch's mean
+    filled, area = task.reconstruct(images, noise)
+    patches, hidden = patchify(filled, 4), patchify(area, 4)[:, :, 0].bool()
+    originals = patchify(images, 4)
+    expected = originals.mean(2, keepdim=True) + 2 * originals.std(2, keepdim=True)
+    torch.testing.assert_close(patches[hidden], expected.expand_as(patches)[hidden], atol=1e-4, rtol=1e-4)
 
 
 def test_reconstruction_undoes_the_normalisation_of_each_patch() -> None:

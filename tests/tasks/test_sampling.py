@@ -94,6 +94,16 @@ def test_top_p_keeps_the_fewest_colours_that_have_that_probability() -> None:
         torch.testing.assert_close(shares, torch.tensor(expected, dtype=torch.float64), atol=1e-6, rtol=0)
 
 
+def test_temperature_comes_first_then_top_k_then_top_p_of_what_is_left() -> None:
+    shares = torch.tensor([[0.4, 0.3, 0.2, 0.1]])
+    hot = shares[0].double().sqrt() / shares[0].double().sqrt().sum()  # temperature 2: about 0.325, 0.282, 0.230, 0.163
+    found = likely_shares(shares.log(), SampleSettings(temperature=2.0, top_p=0.65))
+    kept = torch.cat([hot[:3], torch.zeros(1)])  # at temperature 1 the first two would have 0.7 together
+    torch.testing.assert_close(found[0], kept / kept.sum(), atol=1e-6, rtol=0)
+    both = likely_shares(shares.log(), SampleSettings(top_k=3, top_p=0.5))  # of 0.444, 0.333, 0.222
+    torch.testing.assert_close(both[0], torch.tensor([4 / 7, 3 / 7, 0, 0], dtype=torch.float64), atol=1e-6, rtol=0)
+
+
 def test_colours_are_drawn_as_often_as_they_are_likely_and_never_where_they_are_not() -> None:
     shares = torch.tensor([[0.0, 0.5, 0.0, 0.3, 0.2, 0.0]], dtype=torch.float64).expand(1000, -1)
     numbers = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000

@@ -149,7 +149,114 @@ def test_labels_are_smoothed() -> None:
         assert float(found) == pytest.approx(float(expected), rel=1e-5)
         return float(found)
 
-    assert loss(0.2) != pytest.approx(loss(0.0), rel=1e-3)
+    assert loss(0.6) != pytest.approx(loss(0.0), rel=1e-3)
+
+
+def at_step(task: Supervised, step: int) -> Supervised:
+    task._trainer = type("T", (), {"global_step": step})()
+    return task
+
+
+def mixed(step: int = 0, seed: int = 0, first_row: int = 0, **changes) -> tuple[torch.Tensor, torch.Tensor]:
+    task = Supervised(SupervisedSettings(classes=3, **changes), EncoderSettings(**SMALL), OptimSettings(), **RUN,
+                      seed=seed)  # fmt: skip
+    batch = batch_of()
+    batch.first_row = first_row
+    return at_step(task, step).mix(batch.views[0], batch)
+
+
+def shares_of(target: torch.Tensor) -> set[float]:
+    """The weight of each image's own label; six images of labels 0, 1, 2, 0, 1, 2, so neighbours differ."""
+    return {round(float(row[label]), 5) for row, label in zip(target, batch_of().labels, strict=True)}
+
+
+def test_mixing_is_drawn_by_step_and_seed_alone_and_labels_follow_the_images() -> None:
+    share = {}
+    for name, key in {"": {}, "step": {"step": 1}, "seed": {"seed": 1}, "row": {"first_row": 6}}.items():
+        images, target = mixed(mixup=0.8, cutmix=0.0, **key)
+        (share[name],) = shares_of(target)  # one for the whole micro-batch
+        original = batch_of().views[0]
+        expected = share[name] * original + (1 - share[name]) * original.roll(1, 0)
+        torch.testing.assert_close(images, expected, atol=1e-4, rtol=0)
+    assert share["row"] == share[""]
+    assert len({share[""], share["step"], share["seed"]}) == 3
+
+
+def test_mixup_and_cutmix_draw_their_share_from_their_own_beta_distribution() -> None:
+    """Beta(0.05, 0.05) is nearly always near 0 or 1, Beta(100, 100) always near a half."""
+
+    def drawn(**changes) -> np.ndarray:
+        return np.array([next(iter(shares_of(mixed(step, **changes)[1]))) for step in range(40)])
+
+    assert (abs(drawn(mixup=100.0, cutmix=0.0) - 0.5) < 0.2).all()
+    assert (abs(drawn(mixup=0.05, cutmix=0.0) - 0.5) > 0.3).mean() > 0.7
+    half = drawn(mixup=0.0, cutmix=100.0)  # a box of about 4 x 4 of the 8 x 8 pixels, less where it lies over the edge
+    assert ((half >= 0.6) & (half < 1)).all()
+    extreme = drawn(mixup=0.0, cutmix=0.05)
+    assert 0.2 < (extreme == 1).mean() < 0.8  # no box
+    assert (extreme < 0.75).any()
+
+
+def test_where_both_are_asked_for_each_step_draws_one_of_them() -> None:
+    kinds = []
+    for step in range(30):
+        images, _ = mixed(step, mixup=1.0, cutmix=1.0)
+        original = batch_of().views[0]
+        is_own, is_other = images == original, images == original.roll(1, 0)
+        kinds.append(bool((is_own | is_other).all()))  # CutMix takes whole pixels
+    assert 5 < sum(kinds) < 25
+
+
+def test_erasing_is_drawn_by_seed_epoch_and_sample_wherever_the_image_stands() -> None:
+    def erased(seed: int = 0, epoch: int = 0, samples: tuple = (4, 9), step: int = 0) -> torch.Tensor:
+        task = Supervised(SupervisedSettings(classes=3, erase=1.0), EncoderSettings(**SMALL), OptimSettings(), **RUN,
+                          seed=seed)  # fmt: skip
+        number = torch.tensor(samples)
+        batch = Batch([torch.full((2, 3, 8, 8), 7.0)], number % 3, number, torch.ones(2, dtype=torch.bool),
+                      torch.full((2,), epoch))  # fmt: skip
+        return at_step(task, step).erase(batch)
+
+    one = erased()
+    assert torch.equal(erased(samples=(9, 4)).flip(0), one)
+    assert torch.equal(erased(step=3), one)
+    boxes = [tuple((images[0] != 7).flatten().tolist()) for images in (one, erased(1), erased(epoch=1), one.flip(0))]
+    assert len(set(boxes)) == 4
+    noise = one[one != 7]
+    assert noise.std() == pytest.approx(1, abs=0.3)  # random numbers of deviation one, not one value
+    assert len(noise.unique()) > 0.9 * len(noise)
+
+
+def test_whether_an_image_is_erased_is_drawn_by_step_and_row() -> None:
+    task = task_for(EncoderSettings(**SMALL), erase=0.5)
+
+    def which(step: int, first_row: int = 0) -> list[bool]:
+        batch = batch_of()
+        batch.first_row = first_row
+        return (at_step(task, step).erase(batch) != batch.views[0]).flatten(1).any(1).tolist()
+
+    assert which(3) == which(3)
+    assert len({tuple(which(step)) for step in range(8)}) > 3
+    assert len({tuple(which(3, row)) for row in range(0, 48, 6)}) > 3
+
+
+def test_a_new_head_is_nearly_zero_and_reads_what_is_pooled() -> None:
+    task = task_for(EncoderSettings(**SMALL | {"pooling": "mean", "fc_norm": True}))
+    assert float(task.head.weight.detach().std()) == pytest.approx(2e-5, rel=0.3)
+    assert not task.head.bias.any()
+    task = task_for(task.encoder.settings, mixup=0.0, cutmix=0.0, erase=0.0, smoothing=0.0)
+    task.head.weight.data.normal_()
+    batch = batch_of()
+    pooled = task.encoder.fc_norm(task.encoder(batch.views[0])[:, 1:].mean(1))
+    expected = torch.nn.functional.cross_entropy(pooled @ task.head.weight.T, batch.labels)
+    torch.testing.assert_close(at_step(task, 0).training_step(batch, 0), expected)
+    torch.testing.assert_close(task.logits(batch.views[0]), pooled @ task.head.weight.T)
+
+
+@pytest.mark.parametrize("layer_decay", [0.5, 0.9])
+def test_the_decay_of_rates_is_the_settings(layer_decay: float) -> None:
+    task = task_for(EncoderSettings(**SMALL), layer_decay=layer_decay)
+    rates = sorted({group["rate_scale"] for group in task.parameter_groups()})
+    assert rates == pytest.approx(sorted(layer_decay**power for power in range(4)))
 
 
 def test_erasing_follows_its_probability() -> None:
