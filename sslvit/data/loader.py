@@ -21,6 +21,7 @@ from sslvit.settings import EncoderSettings
 from sslvit.settings.views import CentreSettings, ViewSettings
 from sslvit.stopping import obey_parent_alone
 
+MAX_KEY = 4096  # characters of a sample's key: cut ones would be counted as one sample
 MOST_SPARES = 64  # tried in the place of an unreadable sample before it is shown black
 
 
@@ -71,7 +72,7 @@ def make_batch(
         valid=torch.from_numpy(valid),
         epochs=torch.from_numpy(epochs),
         first_row=first_row,
-        bad={printable(reader.key(int(samples[i]))): reason for i, reason in bad.items()},
+        bad={printable(reader.key(int(samples[i])), MAX_KEY): reason for i, reason in bad.items()},
         colours=colours,
     )
 

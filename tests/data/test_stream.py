@@ -100,14 +100,23 @@ class Harmful:
         return (Path.touch, (self.path,))
 
 
+def test_unreadable_images_of_one_key_in_two_streams_are_two(tmp_path: Path) -> None:
+    urls = []
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        urls.append(str(gzipped(tmp_path / name / "x.tar.gz", range(4), {"zz.png": b"not an image"})))
+    batches = read(index_of(urls, tmp_path), 2)
+    assert {name for batch in batches for name in batch.bad} == {"a/x.tar.gz/zz", "b/x.tar.gz/zz"}
+
+
 def test_pickles_are_never_opened_and_bad_members_are_counted(tmp_path: Path) -> None:
     harm = pickle.dumps(Harmful(tmp_path / "harmed"))
     members = {"a.pyd": harm, "b.pth": harm, "../up.png": b"x", "zz.png": b"not an image"}
     url = str(gzipped(tmp_path / "x.tar.gz", range(9), members))
     batches = read(index_of([url], tmp_path), 2)
     bad = {name: reason for batch in batches for name, reason in batch.bad.items()}
-    assert bad["zz"].startswith("not an image")
-    assert "leads out of its folder" in bad["../up"]
+    assert bad["x.tar.gz/zz"].startswith("not an image")
+    assert "leads out of its folder" in bad["x.tar.gz/../up"]
     assert sum(int(batch.valid.sum()) for batch in batches) == 9
     assert not (tmp_path / "harmed").exists()
 
@@ -161,7 +170,8 @@ def test_names_that_are_not_utf8_are_read_and_never_reach_the_screen_raw(tmp_pat
     seen = {value for batch in batches for value in batch.views[0][:, 0, 0, 0][batch.valid].tolist()}
     assert seen == {0, 1, 2, 3, 10, 11, 12, 13}
     named = {name for batch in batches for name in batch.bad}
-    assert named == {"\\xff", "x\\x1b[2J\\x0adone: 100 %", "../x\\x1b[2J\\x0adone: 100 %"}
+    names = {"\\xff", "x\\x1b[2J\\x0adone: 100 %", "../x\\x1b[2J\\x0adone: 100 %"}
+    assert named == {f"x.tar.gz/{name}" for name in names}
     url = str(gzipped(tmp_path / "y.tar.gz", range(0), {f"../{forged}.png": b"up", "caf\udce9.txt": b"hello"}))
     with pytest.raises(ValueError, match="no image in .*y.tar.gz") as error:
         read(index_of([url], tmp_path), 1)
@@ -203,7 +213,7 @@ def test_images_whose_names_hold_dots_are_read_or_named(tmp_path: Path, capsys) 
     batches = read(index_of([str(gzipped(tmp_path / "x.tar.gz", range(0), members))], tmp_path), 2)
     assert set(pixels(batches)) == set(range(7))
     bad = {name: reason for batch in batches for name, reason in batch.bad.items()}
-    assert bad == {"d.*": "2 images of one key (left.png, right.png): none of them is used"}
+    assert bad == {"x.tar.gz/d.*": "2 images of one key (left.png, right.png): none of them is used"}
     assert capsys.readouterr().out.count("images such as a.seg.png are not used") == 1
 
 
