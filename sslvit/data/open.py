@@ -7,6 +7,7 @@ import glob
 import hashlib
 import os
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from braceexpand import UnbalancedBracesError, braceexpand
 from filelock import FileLock
 
 from sslvit.data.decode import BadImage
+from sslvit.data.first_rank import found_by_first, is_first_here, telling_others
 from sslvit.data.folders import folder_source
 from sslvit.data.index import (
     CHECKED_BYTES,
@@ -28,7 +30,7 @@ from sslvit.data.index import (
     unlisted_notice,
 )
 from sslvit.data.mixture import JoinedIndex, MixturePlan, shares_of_batch
-from sslvit.data.pack import digest_of, pack
+from sslvit.data.pack import digest_of, digest_of_times, pack
 from sslvit.data.plan import EpochPlan, Plan
 from sslvit.data.remote import ShardCache
 from sslvit.data.scan import index_names, index_shards
@@ -183,23 +185,36 @@ def _plan(index: ShardIndex, settings: DataSettings, batch: int, seed: int) -> E
 
 def _open_images(path: Path, cache: ShardCache) -> ShardIndex:
     """The shards of an image folder, packed into the cache on first use."""
-    found = folder_source(path)
-    folder = packed_folder(path, found, cache)
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".pack.lock"):  # every rank of a run comes here at once
-        if (folder / "index.json").exists():
-            print(f"{printable(path)}: an image folder; using its shards packed earlier in {folder}.")
-            return load_index(folder)
-        for note in found.notes:
-            print(f"{printable(path)}: {note}")
-        print(f"{printable(path)}: an image folder; packing it into {folder} first.")
-        return pack(found.samples, folder, found.classes, passed_over=found.skipped)
+    notes = cache.folder / "packed"
+    if not is_first_here() and (folder := found_by_first(notes, path)) is not None:
+        with FileLock(folder / ".pack.lock"):  # the first process may be packing still
+            if (folder / "index.json").exists():
+                return load_index(folder)
+    with telling_others(notes, path) if is_first_here() else nullcontext() as tell:
+        found = folder_source(path)
+        folder = packed_folder(path, found, cache)
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".pack.lock"):
+            if tell is not None:
+                tell(folder)  # the others wait for the lock from now on
+            return _pack_once(path, found, folder)
+
+
+def _pack_once(path: Path, found: ImageSource, folder: Path) -> ShardIndex:
+    """The shards of a folder's images, packed now unless they were before."""
+    if (folder / "index.json").exists():
+        print(f"{printable(path)}: an image folder; using its shards packed earlier in {folder}.")
+        return load_index(folder)
+    for note in found.notes:
+        print(f"{printable(path)}: {note}")
+    print(f"{printable(path)}: an image folder; packing it into {folder} first.")
+    return pack(found.samples, folder, found.classes, passed_over=found.skipped)
 
 
 def packed_folder(path: Path, found: ImageSource, cache: ShardCache) -> Path:
     """Where the shards of an image folder are kept: by names, lengths, times and classes, so that no other is read."""
-    digest = hashlib.sha256(f"{digest_of(found.samples)} {found.classes}".encode("utf-8", "surrogateescape"))
-    digest.update(np.array([sample.modified_ns for sample in found.samples], np.int64).tobytes())
+    about = f"{digest_of(found.samples)} {digest_of_times(found.samples)} {found.classes}"
+    digest = hashlib.sha256(about.encode("utf-8", "surrogateescape"))
     name = re.sub(r"[^\w-]", "_", path.resolve().name) or "images"
     return cache.folder / "packed" / f"{name[:40]}-{digest.hexdigest()[:16]}"
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from sslvit.chance import generator, uniform_at
 from sslvit.data.mixture import MixturePlan, shares_of_batch
-from sslvit.data.plan import EpochPlan, evaluation_batches, fitting_ranks, slices
+from sslvit.data.plan import EpochPlan, EvaluationBatches, fitting_ranks, slices
 
 
 def epoch_of(plan: EpochPlan, epoch: int) -> np.ndarray:
@@ -178,11 +178,24 @@ def test_a_batch_that_does_not_divide_names_what_would() -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 300), st.integers(1, 20), st.integers(1, 7))
 def test_evaluation_covers_each_sample_once_on_any_number_of_ranks(samples: int, batch: int, ranks: int) -> None:
-    of_ranks = [evaluation_batches(samples, batch, rank, ranks) for rank in range(ranks)]
+    of_ranks = [EvaluationBatches(samples, batch, rank, ranks) for rank in range(ranks)]
     assert len({len(batches) for batches in of_ranks}) == 1
     rows = [row for turn in zip(*of_ranks, strict=True) for row in turn]
     assert all(len(numbers) == batch and numbers.max() < samples for numbers, _ in rows)
     assert np.concatenate([numbers[valid] for numbers, valid in rows]).tolist() == list(range(samples))
+
+
+def test_batches_of_an_evaluation_are_made_when_they_are_asked_for() -> None:
+    began, batches = time.process_time(), EvaluationBatches(10**9 + 1, 256, rank=3, ranks=8)
+    assert len(batches) == -(-(10**9 + 1) // 2048)
+    numbers, valid = batches[1000]
+    assert numbers.tolist() == list(range(1000 * 2048 + 3 * 256, 1000 * 2048 + 4 * 256))
+    assert valid.all()
+    assert not batches[len(batches) - 1][1].any()
+    assert time.process_time() - began < 0.1
+    for wrong in (len(batches), -1):
+        with pytest.raises(IndexError):
+            batches[wrong]
 
 
 def test_a_mixture_gives_each_source_its_share_of_every_batch_and_its_own_epochs() -> None:
