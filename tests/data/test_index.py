@@ -368,6 +368,25 @@ def test_an_index_of_other_bytes_than_it_describes_is_refused(tmp_path: Path) ->
         load_index(tmp_path)
 
 
+def test_a_fingerprint_is_of_the_bytes_of_all_shards_in_their_order(tmp_path: Path) -> None:
+    one, other = numbered_shards(tmp_path / "a", 40, shard_mb=0.02), numbered_shards(tmp_path / "b", 40, 0.02, first=99)
+    checksums = "".join(hashlib.sha256(one.shard_path(n).read_bytes()).hexdigest() for n in range(len(one.shards)))
+    assert one.fingerprint() == hashlib.sha256(checksums.encode()).hexdigest()[:16]
+    assert one.fingerprint() != other.fingerprint()
+    pattern = f"{tmp_path}/a/shard-{{000001,000000,000002,000003}}.tar"
+    assert open_shards(pattern, ShardCache(tmp_path / "cache")).fingerprint() != one.fingerprint()
+
+
+def test_local_shards_that_were_replaced_are_indexed_anew(tmp_path: Path) -> None:
+    cache, pattern = ShardCache(tmp_path / "cache"), f"{tmp_path}/{{a,b}}.tar"
+    for name, number in (("a", 1), ("b", 2)):
+        write_tar(tmp_path / f"{name}.tar", {"x.png": png(number)})
+    before = open_shards(pattern, cache)
+    write_tar(tmp_path / "b.tar", {"y.png": png(9), "z.png": png(8)})
+    after = open_shards(pattern, cache)
+    assert (numbers_of(before)[:1], numbers_of(after)) == ([1], [1, 9, 8])
+
+
 def test_shards_in_a_folder_that_one_may_only_read_are_indexed_in_the_cache(tmp_path: Path, monkeypatch) -> None:
     index = numbered_shards(tmp_path / "theirs", 20, shard_mb=0.01)
     for name in ("index.json", "index.npy", "_info.json"):

@@ -32,8 +32,9 @@ from sslvit.data.open import open_shards
 from sslvit.data.pack import PackJob, finish_packing, pack, pack_source
 from sslvit.data.reader import ShardReader
 from sslvit.data.remote import ShardCache
+from sslvit.data.scan import index_shards
 from sslvit.data.sources import FileImages, Sample, dataset_source, hold_out
-from sslvit.data.store import PackSettings, tar_header
+from sslvit.data.store import PackSettings, TarWriter, store, tar_header
 from sslvit.files import held_folder
 
 SMALL = PackSettings(shard_mb=0.005)
@@ -854,6 +855,64 @@ def test_a_packing_whose_files_were_changed_meanwhile_does_not_go_on(tmp_path: P
     os.utime(changed, ns=(about.st_atime_ns, about.st_mtime_ns + 1))
     with pytest.raises(ValueError, match="unfinished packing of files that have other times now"):
         pack_source(source, tmp_path / "out", settings, part="2/2")
+
+
+def test_channel_statistics_are_those_of_all_pixels_every_image_counting_the_same(tmp_path: Path) -> None:
+    rng, images = np.random.default_rng(0), []
+    (tmp_path / "in").mkdir()
+    for number, side in enumerate((4, 30, 11)):
+        images.append(rng.integers(0, 80 * (number + 1), (side, side + 3, 3)).astype(np.uint8))
+        Image.fromarray(images[-1]).save(tmp_path / "in" / f"{number}.png")
+    (index,) = pack_source(tmp_path / "in", tmp_path / "out", workers=1)
+    means = np.mean([image.mean((0, 1)) / 255 for image in images], 0)
+    squares = np.mean([((image / 255) ** 2).mean((0, 1)) for image in images], 0)
+    assert index.mean == pytest.approx(means, abs=6e-5)
+    assert index.std == pytest.approx(np.sqrt(squares - means**2), abs=6e-5)
+    assert index_shards(tmp_path / "out").mean == index.mean
+
+
+def test_statistics_of_a_large_shard_are_spread_over_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sslvit.data.scan.STATISTICS_SAMPLES", 10)
+    images = np.repeat(np.arange(200, dtype=np.uint8), 16).reshape(200, 4, 4)
+    index = pack(array_samples(images), tmp_path, workers=1)
+    seen = np.array(numbers_of(index))[np.linspace(0, 199, 50).astype(int)]
+    assert index.mean[0] == pytest.approx(seen.mean() / 255, abs=6e-5)
+
+
+def test_a_set_is_of_16_bits_only_if_all_of_its_images_are(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for number, kind in enumerate((np.uint16, np.uint8, np.uint16)):
+        Image.fromarray(np.full((6, 6), 50 * number, kind)).save(tmp_path / "in" / f"{number}.png")
+    assert pack_source(tmp_path / "in", tmp_path / "mixed", workers=1)[0].bits == 8
+    (tmp_path / "in" / "1.png").unlink()
+    assert pack_source(tmp_path / "in", tmp_path / "deep", workers=1)[0].bits == 16
+
+
+def test_a_shard_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The writer itself waits for the disk when it closes its file."""
+    synced, original = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle).st_size) or original(handle))
+    with TarWriter(tmp_path / "a.tar") as tar:
+        tar.add("a.txt", b"hello")
+    assert synced == [(tmp_path / "a.tar").stat().st_size]
+
+
+def test_quality_and_the_side_of_resized_images_are_as_asked(tmp_path: Path) -> None:
+    content = encoded(photograph(90, 120), "JPEG", quality=98)
+    lengths = {}
+    for quality in (20, 60, 95):
+        stored, suffix = store(content, ".jpg", PackSettings(resize=45, quality=quality))
+        image = Image.open(io.BytesIO(stored))
+        assert (suffix, image.size) == (".jpg", (60, 45))
+        expected = photograph_again(content).resize((60, 45), Image.Resampling.BICUBIC)
+        assert stored == encoded(expected, "JPEG", quality=quality)
+        lengths[quality] = len(stored)
+    assert lengths[20] < lengths[60] < lengths[95]
+    assert store(content, ".jpg", PackSettings(resize=90)) == (content, ".jpg")
+
+
+def photograph_again(content: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(content)).convert("RGB")
 
 
 class Labeled:

@@ -56,11 +56,12 @@ def test_small_equal_images_are_kept_decoded_and_equal_to_reading(tmp_path: Path
 def test_a_damaged_sample_is_named_and_the_next_of_the_global_batch_shown(tmp_path: Path, limit: int) -> None:
     index = numbered_shards(tmp_path, 24)
     plan = EpochPlan(index.shard_samples, 8, 3)
-    order = plan.batch(1)[0]
+    order, numbers_before = plan.batch(1)[0], numbers_of(index)
     for row in (2, 3, 7):
         damage(index, int(order[row]))
     numbers = numbers_of(index)
     expected = [numbers[order[row]] for row in (0, 1, 4, 4, 4, 5, 6, 0)]
+    assert [number % 2 for number in expected] != [numbers_before[order[row]] % 2 for row in range(8)]
     for ranks, micro in [(1, 8), (2, 4), (4, 1)]:
         batches = []
         for rank in range(ranks):
@@ -70,6 +71,7 @@ def test_a_damaged_sample_is_named_and_the_next_of_the_global_batch_shown(tmp_pa
             batches += [own[passes + part] for part in range(passes)]
         shown = torch.cat([batch.views[0][:, 0, 0, 0] for batch in batches]).tolist()
         assert shown == expected
+        assert torch.cat([batch.labels for batch in batches]).tolist() == [number % 2 for number in expected]
         assert torch.cat([batch.valid for batch in batches]).tolist() == [row not in (2, 3, 7) for row in range(8)]
         assert {key for batch in batches for key in batch.bad} == {index.key(int(order[row])) for row in (2, 3, 7)}
 
@@ -180,6 +182,37 @@ def test_passes_with_few_descriptors_see_every_image(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limit)
     assert all(sorted(numbers) == list(range(100)) for numbers in found)
+
+
+def test_bytes_that_a_shard_does_not_have_are_a_truncated_shard(tmp_path: Path) -> None:
+    index = numbered_shards(tmp_path, 6)
+    _, offset, size = index.locate(5)
+    os.truncate(index.shard_path(0), offset + size - 1)  # a byte is missing
+    reader = ShardReader(index, 1, memory_limit_mb=0)
+    with pytest.raises(BadImage, match="truncated shard"):
+        reader.read(5)
+    assert len(reader.read(4)) == index.locate(4)[2]
+
+
+def test_the_least_recently_used_file_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sslvit.data.reader.OPEN_SHARDS", 2)
+    index = numbered_shards(tmp_path, 20, shard_mb=0.004)
+    reader = ShardReader(index, 1, memory_limit_mb=0)
+    for shard, kept in ((0, {0}), (1, {0, 1}), (0, {0, 1}), (2, {0, 2}), (1, {1, 2})):
+        reader.read(int(index.first_of_shard[shard]))
+        assert set(reader.files) == kept
+
+
+def test_statistics_of_a_mixture_are_those_of_its_batches(tmp_path: Path) -> None:
+    """Of a dark source and a bright one, three quarters of each batch from the bright one."""
+    dark, bright = numbered_shards(tmp_path / "a", 40), numbered_shards(tmp_path / "b", 30, first=200)
+    joined = JoinedIndex([dark, bright], [16, 48])
+    pixels = np.concatenate([np.repeat(np.arange(40), 16 * 30), np.repeat(np.arange(200, 230), 48 * 40)]) / 255
+    assert joined.mean[0] == pytest.approx(pixels.mean(), abs=2e-4)
+    assert joined.std[0] == pytest.approx(pixels.std(), abs=2e-4)
+    other = numbered_shards(tmp_path / "c", 30, first=100)
+    assert JoinedIndex([dark, other], [1, 1]).fingerprint() != JoinedIndex([dark, bright], [1, 1]).fingerprint()
+    assert JoinedIndex([dark, bright], [1, 1]).fingerprint() == joined.fingerprint()
 
 
 def test_a_missing_shard_is_looked_for_once_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

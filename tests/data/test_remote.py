@@ -483,6 +483,36 @@ def test_the_folder_is_not_listed_for_each_download(server: Server, cache: Shard
     assert noted == sum(path.stat().st_size for path in cache.folder.glob("??/*"))
 
 
+def test_waits_grow_with_failures_and_are_not_alike(tmp_path: Path) -> None:
+    cache = ShardCache(tmp_path, first_wait_seconds=1.0)
+    for failures, wait in ((1, 1.0), (2, 2.0), (4, 8.0)):
+        drawn = [cache._wait(failures, 0.0) for _ in range(200)]
+        assert 0.5 * wait <= min(drawn) < 0.7 * wait
+        assert 1.3 * wait < max(drawn) <= 1.5 * wait
+    assert cache._wait(20, 0.0) == 60.0
+    assert cache._wait(1, 30.0) == 30.0  # what the server asks for
+    assert cache._wait(1, 1e9) == 60.0
+
+
+def test_a_download_is_on_the_disk_before_it_has_its_name(server: Server, cache: ShardCache, monkeypatch) -> None:
+    index, done = open_shards(f"{server.address}/a", cache), []
+    sync, rename = os.fsync, os.replace
+
+    def synced(handle: int) -> None:
+        done.append(("sync", os.readlink(f"/proc/self/fd/{handle}")))
+        sync(handle)
+
+    def renamed(old, new) -> None:
+        done.append(("rename", str(old)))
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    part = f"{index.known_path(0)}.part"
+    index.shard_path(0)
+    assert [about for about in done if about[1] == part] == [("sync", part), ("rename", part)]
+
+
 def test_every_worker_fetches_ahead_what_the_others_do_not(server: Server, cache: ShardCache) -> None:
     """Three workers want the same shards in the same order; each has two transfers of its own under way."""
     index = numbered_shards(server.folder / "b", 60, shard_mb=0.01)

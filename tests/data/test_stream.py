@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import pickle
 import tarfile
 from pathlib import Path
@@ -64,6 +65,26 @@ def test_an_epoch_reads_every_image_once_in_a_shuffled_order(streams: list[str],
     assert first[:60] != list(range(60))
     assert first == pixels(read(index_of(streams, tmp_path), 24))
     assert first != pixels(read(index_of(streams, tmp_path), 24, start_step=7))
+
+
+def test_what_the_order_of_a_stream_depends_on(streams: list[str], tmp_path: Path) -> None:
+    """On seed, epoch and the step from which a run goes on: of the streams and of the images within one."""
+
+    def order(urls: list[str], seed: int, step: int, epoch: int) -> list[int]:
+        views = Views(CentreSettings(), [4, 4], "bilinear", seed=seed)
+        count = 10 * len(urls)
+        samples = StreamBatches(index_of(urls, tmp_path), views, 1, 0, 1, 5, 1, start_step=step)._samples(0, 1)
+        rows = list(itertools.islice(samples, count * (epoch + 1)))[-count:]
+        assert {row[0] for row in rows} == {epoch}
+        return [int(row[2].rpartition("/")[2]) for row in rows]
+
+    for urls in (streams, streams[:1]):
+        keys = [(0, 0, 0), (1, 0, 0), (0, 5, 0), (0, 0, 1)]
+        found = [order(urls, *key) for key in keys]
+        assert len({tuple(each) for each in found}) == len(keys)
+        assert all(sorted(each) == sorted(found[0]) for each in found)
+        assert found[0] != sorted(found[0])
+        assert order(urls, *keys[0]) == found[0]
 
 
 def test_ranks_and_workers_share_the_shards(streams: list[str], tmp_path: Path) -> None:
