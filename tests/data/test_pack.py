@@ -915,6 +915,15 @@ def photograph_again(content: bytes) -> Image.Image:
     return Image.open(io.BytesIO(content)).convert("RGB")
 
 
+def test_an_image_of_more_pixels_than_allowed_is_left_out(tmp_path: Path) -> None:
+    source = image_folder(tmp_path / "in", count=2)
+    Image.new("RGB", (7, 8)).save(source / "cat" / "large.png")
+    (index,) = pack_source(source, tmp_path / "out", PackSettings(max_pixels=48), workers=1)
+    assert len(index) == 4
+    assert list(index.skipped) == ["cat/large.png"]
+    assert "7 x 8 pixels, more than 48" in index.skipped["cat/large.png"]
+
+
 class Labeled:
     """A data set object of torchvision's kind."""
 

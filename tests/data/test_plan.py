@@ -13,9 +13,13 @@ from hypothesis import strategies as st
 from shard_fixtures import numbered_shards
 
 from sslvit.chance import generator, uniform_at
+from sslvit.data.arrays import array_samples
+from sslvit.data.decode import BadImage
 from sslvit.data.mixture import MixturePlan, shares_of_batch
-from sslvit.data.open import open_data
+from sslvit.data.open import cache_of, open_data
+from sslvit.data.pack import pack
 from sslvit.data.plan import EpochPlan, EvaluationBatches, fitting_ranks, slices
+from sslvit.data.reader import ShardReader
 from sslvit.settings import DataSettings
 
 
@@ -86,6 +90,28 @@ def test_odd_counts_over_ranks_and_workers(ranks: int, workers: int) -> None:
         assert whole is None or np.array_equal(np.concatenate(rows), whole)
         seen += np.concatenate(rows).tolist()
     assert len(seen) == len(set(seen)) == 10_003 - 10_003 % batch
+
+
+def test_settings_of_the_data_reach_what_reads_it(tmp_path: Path) -> None:
+    dark = numbered_shards(tmp_path / "a", 40)
+    bright = numbered_shards(tmp_path / "b", 40, first=200)
+    assert cache_of(DataSettings(cache=str(tmp_path / "c"), cache_gb=2.5)).limit == 2.5 * 2**30
+    reader = ShardReader(dark, 1, 0, max_pixels=63)
+    with pytest.raises(BadImage, match="8 x 8 pixels, more than 63"):
+        reader.header(reader.read(0))
+    images = np.zeros((300, 60, 60), np.uint8)  # 1.03 MB, three times that in color
+    large = pack(array_samples(images), tmp_path / "large", workers=1)
+    kept = {
+        (channels, limit): ShardReader(large, channels, limit).decoded for channels in (1, 3) for limit in (1, 2, 4)
+    }
+    assert {key for key, decoded in kept.items() if decoded is not None} == {(1, 2), (1, 4), (3, 4)}
+    mixture = {str(tmp_path / "a"): 3, str(tmp_path / "b"): 1}
+    joined, _ = open_data(DataSettings(mixture=mixture, global_batch=8), 0)
+    assert joined.mean[0] == pytest.approx(0.75 * dark.mean[0] + 0.25 * bright.mean[0], abs=1e-4)
+    fitted = DataSettings(shards=str(tmp_path / "a"), global_batch=4096, fit_batch=True)
+    batches = {ranks: open_data(fitted, 0, ranks)[1].global_batch for ranks in (1, 3)}
+    assert batches[3] % 3 == 0
+    assert batches[1] in (8, 16)
 
 
 def test_what_the_order_depends_on() -> None:

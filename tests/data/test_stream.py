@@ -87,6 +87,30 @@ def test_what_the_order_of_a_stream_depends_on(streams: list[str], tmp_path: Pat
         assert order(urls, *keys[0]) == found[0]
 
 
+def test_a_stream_longer_than_the_buffer_is_shuffled_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sslvit.data.stream.BUFFER", 5)
+    url = str(gzipped(tmp_path / "x.tar.gz", range(60)))
+    found = pixels(read(index_of([url], tmp_path), 12))
+    assert sorted(found) == list(range(60))
+    steps = np.abs(np.diff(found))
+    assert (steps[:50] != 1).mean() > 0.5  # one that follows the buffer in its order has hardly any other
+    assert max(place - number for place, number in enumerate(found)) > 5  # some wait in the buffer for long
+    assert max(number - place for place, number in enumerate(found)) <= 5
+
+
+def test_ranks_and_workers_shuffle_streams_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first stream as any rank or worker would read it: with another shuffle by each."""
+    index = index_of([str(gzipped(tmp_path / f"{i}.tar.gz", range(30))) for i in range(4)], tmp_path)
+
+    def order(rank: int, worker: int) -> list[str]:
+        batches = StreamBatches(index, WHOLE, 1, rank, 2, 5, 1)
+        return [row[2].rpartition("/")[2] for row in itertools.islice(batches._samples(worker, 2), 30)]
+
+    orders = [order(rank, worker) for rank in (0, 1) for worker in (0, 1)]
+    assert len({tuple(each) for each in orders}) == 4
+    assert order(1, 1) == orders[3]
+
+
 def test_ranks_and_workers_share_the_shards(streams: list[str], tmp_path: Path) -> None:
     seen: list[int] = []
     for rank in range(3):
