@@ -179,6 +179,32 @@ def held_folder(folder: str | Path, doing: str, name: str = ".lock", wait_second
         os.close(handle)
 
 
+@contextmanager
+def held_file(path: str | Path, wait: bool = True) -> Iterator[int | None]:
+    """Hold the file of a lock while the block runs; it is gone afterwards, and the system lets go of it after kill -9.
+
+    Args:
+        path: of a file for this purpose, in a folder that exists or can be made.
+        wait: for another process or thread that holds it; otherwise the block gets None then.
+
+    Yields:
+        A handle of the file, for a note to others.
+    """
+    while (handle := _try_to_hold(Path(path))) is None and wait:
+        time.sleep(0.02)
+    if handle is None:
+        yield None
+        return
+    _held.add(handle)
+    try:
+        yield handle
+    finally:
+        _held.discard(handle)
+        with suppress(OSError):  # while it is held: whoever has opened it meanwhile sees that it is another file
+            os.unlink(path)
+        os.close(handle)
+
+
 _held: set[int] = set()  # handles of locks, which a forked process must not keep alive
 
 

@@ -26,9 +26,9 @@ def image_folder(root: Path, classes: tuple[str, ...] = ("cat", "dog"), count: i
     return root
 
 
-def numbered_shards(folder: Path, count: int, shard_mb: float = 256, side: int = 8):
-    """Grey images, each pixel its number, in shards of about the given size; labels by number modulo 2."""
-    images = np.repeat(np.arange(count, dtype=np.uint8), side * side).reshape(count, side, side)
+def numbered_shards(folder: Path, count: int, shard_mb: float = 256, side: int = 8, first: int = 0):
+    """Gray images, each pixel its number, in shards of about the given size; labels by number modulo 2."""
+    images = np.repeat(np.arange(first, first + count, dtype=np.uint8), side * side).reshape(count, side, side)
     samples = array_samples(images, np.arange(count) % 2)
     for sample in samples:
         sample.bytes = len(sample.read())

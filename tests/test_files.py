@@ -21,6 +21,7 @@ from sslvit.files import (
     cache_folder,
     expand_path,
     explain_os_error,
+    held_file,
     held_folder,
     new_file,
     printable,
@@ -51,6 +52,40 @@ def test_a_disk_that_takes_no_more_is_named_by_each_writer(tmp_path: Path, save)
     with files_up_to(10_000), pytest.raises(WriteError, match=said), new_file(tmp_path / "weights") as part:
         save({"a": torch.zeros(100_000)}, part)
     assert not list(tmp_path.glob("*weights*"))
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done, sync, rename = [], os.fsync, os.replace
+
+    def synced(handle: int) -> None:
+        done.append(("sync", Path(os.readlink(f"/proc/self/fd/{handle}")).name))
+        sync(handle)
+
+    def renamed(old, new) -> None:
+        done.append(("rename", Path(old).name))
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    write_atomically(tmp_path / "a.txt", "hello")
+    part = f"a.txt.{os.getpid()}.part"
+    assert done == [("sync", part), ("rename", part), ("sync", tmp_path.name)]
+    done.clear()
+    write_atomically(tmp_path / "a.txt", "hello", sync=False)
+    assert done == [("rename", part)]
+
+
+def test_a_held_file_is_held_by_one_and_gone_afterwards(tmp_path: Path) -> None:
+    path = tmp_path / "a.lock"
+    with held_file(path) as handle:
+        os.pwrite(handle, b"note", 0)
+        assert path.read_text() == "note"
+        with held_file(path, wait=False) as second:
+            assert second is None
+        assert path.exists()
+    assert not path.exists()
+    with held_file(path, wait=False) as handle:
+        assert handle is not None
 
 
 def test_a_bug_in_the_writer_is_not_called_a_full_disk(tmp_path: Path) -> None:

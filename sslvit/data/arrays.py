@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from sslvit.data.decode import MODES, BadImage
-from sslvit.data.labels import NAMES, NO_LABEL, NotClasses, brief_names, labels_in, number_labels
+from sslvit.data.labels import NAMES, NO_LABEL, NotClasses, Unlabeled, brief_names, labels_in, number_labels
 from sslvit.data.sources import ImageSource, Sample
 from sslvit.files import brief, printable
 
@@ -137,7 +137,7 @@ def array_source(
     if order == "nchw":
         array = array.transpose(0, 2, 3, 1)
     try:
-        samples = array_samples(array, numbers, convert=convert)
+        samples = _dated(array_samples(array, numbers, convert=convert), path)
     except ValueError as error:
         raise ValueError(f"{printable(path)}: {error}") from error
     return ImageSource(samples, classes, notes=notes)
@@ -159,13 +159,21 @@ def idx_source(path: Path) -> ImageSource:
         labels = _read_idx(file)
         try:
             classes, numbers = number_labels(labels_in(labels, len(images)))
+            notes.append(f"labels: {printable(file.name)}")
         except NotClasses as error:
             raise ValueError(f"{printable(file)}: {error}.") from error
-        notes.append(f"labels: {printable(file.name)}")
     try:
-        return ImageSource(array_samples(images, numbers), classes, notes=notes)
+        return ImageSource(_dated(array_samples(images, numbers), path), classes, notes=notes)
     except ValueError as error:
         raise ValueError(f"{printable(path)}: {error}") from error
+
+
+def _dated(samples: list[Sample], path: Path) -> list[Sample]:
+    """Samples with the time of the file that holds them all."""
+    modified = os.stat(path).st_mtime_ns
+    for sample in samples:
+        sample.modified_ns = modified
+    return samples
 
 
 def _headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -245,6 +253,8 @@ def _labels_in(
         try:
             array = _load(path, wanted) if wanted in about else _label_file(file)
             classes, numbers = number_labels(labels_in(array, count))
+        except Unlabeled as error:
+            raise ValueError(f"--labels {wanted}: {error}. Leave it out to pack them without labels.") from error
         except NotClasses as error:
             raise ValueError(f"--labels {wanted}: {error}.") from error
         notes.append(f"labels: {printable(wanted)}")

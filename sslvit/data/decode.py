@@ -35,6 +35,7 @@ except ImportError:
     simplejpeg = None
 
 MAX_PIXELS = 100_000_000  # a header that promises more is a decompression bomb, not a training image
+MAX_DEEP = 65_535  # value of a pixel of 16 bits
 MANY_PIXELS = 1_000_000  # from which on a file with almost no bytes is not believed
 MAX_SCANS = 100  # of a progressive JPEG and its thumbnails; encoders write about ten
 MAX_PIXELS_PER_BYTE = 2000  # deflate's limit is 1032 values to a byte
@@ -259,7 +260,13 @@ def _pixels(
     if reduction > 1 and image.mode == "RGB":
         image.draft("RGB", (image.width // reduction, image.height // reduction))
     if header.bits == 16:
-        deep = np.asarray(image).clip(0, 65535).astype(np.uint16, copy=False)
+        deep = np.asarray(image)
+        if deep.dtype.itemsize > 2 and not 0 <= deep.min() <= deep.max() <= MAX_DEEP:
+            raise BadImage(
+                f"32-bit integers from {deep.min()} to {deep.max()}; images have 8 or 16 bits: scale them to 0 to "
+                f"{MAX_DEEP} and store them as 16 bits"
+            )
+        deep = deep.astype(np.uint16, copy=False)
         pixels = deep / np.float32(257) if bits == 16 else (deep >> 8).astype(np.uint8)
         return np.repeat(pixels[..., None], channels, 2) if channels < 4 else _with_alpha(pixels)
     pixels = np.array(image.convert(MODES[channels]))

@@ -14,7 +14,9 @@ import json
 import os
 import tarfile
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote
@@ -66,9 +68,11 @@ class Index(Protocol):
     def __len__(self) -> int: ...
     def locate(self, sample: int) -> tuple[int, int, int]: ...
     def shard_path(self, shard: int) -> Path: ...
+    def fetch_if_free(self, shard: int) -> bool: ...
     def key(self, sample: int) -> str: ...
     def labels_of(self, samples: np.ndarray) -> np.ndarray: ...
-    def absent(self) -> dict[str, str]: ...
+    def absent(self) -> dict[int, str]: ...
+    def shard_label(self, shard: int) -> str: ...
     def fingerprint(self) -> str: ...
 
 
@@ -90,6 +94,7 @@ class ShardIndex:
         orientation: upright if images are turned as EXIF says, stored if their pixels are taken as they lie.
         skipped: files that packing left out, with the reason.
         cache: brings shards here from the network (remote.ShardCache), or None.
+        kept_in: folder of this machine's cache that holds the index, where it does not lie beside the shards.
     """
 
     location: str
@@ -105,6 +110,7 @@ class ShardIndex:
     orientation: str = "upright"
     skipped: dict[str, str] = field(default_factory=dict)
     cache: Any = None
+    kept_in: str = ""
 
     def __post_init__(self) -> None:
         self.location = str(self.location)
@@ -132,7 +138,8 @@ class ShardIndex:
         try:
             _check_labels(labels, self.classes, "index.npy")
         except ValueError as error:
-            raise ValueError(f"{printable(self.location)}/{error}. {_make_again(self.location)}") from error
+            where = self.kept_in or self.location
+            raise ValueError(f"{printable(where)}/{error}. {_make_again(self.location, self.kept_in)}") from error
         return labels
 
     def locate(self, sample: int) -> tuple[int, int, int]:
@@ -167,6 +174,11 @@ class ShardIndex:
         address = self.address(shard)
         return self.cache.shard(address, self.shards[shard]) if is_address(address) else Path(address)
 
+    def fetch_if_free(self, shard: int) -> bool:
+        """Bring a tar file from the network ahead of its use; False if another process or thread is at it."""
+        address = self.address(shard)
+        return not is_address(address) or self.cache.fetch_if_free(address, self.shards[shard])
+
     def known_path(self, shard: int) -> Path:
         """Where the tar file is if it is here; nothing is fetched."""
         address = self.address(shard)
@@ -175,7 +187,7 @@ class ShardIndex:
     def key(self, sample: int) -> str:
         """A sample's name for people: shard and member, as they are; bytes that are not UTF-8 as Python keeps them."""
         shard = int(np.searchsorted(self.first_of_shard, sample, side="right")) - 1
-        name, offset = Path(self.shards[shard].name).name, int(self.records[sample]["offset"])
+        name, offset = self.shard_label(shard), int(self.records[sample]["offset"])
         try:
             with open(self.known_path(shard), "rb") as file:
                 file.seek(offset - tarfile.BLOCKSIZE)
@@ -184,8 +196,16 @@ class ShardIndex:
             member = f"(image at byte {offset})"
         return f"{name}/{member}"
 
-    def absent(self) -> dict[str, str]:
-        """Shards on this machine that are missing or have another length, with what is wrong."""
+    def shard_label(self, shard: int) -> str:
+        """A shard's name for people, without the folder that all shards share."""
+        return self.shards[shard].name[self._common_folder :]
+
+    @cached_property
+    def _common_folder(self) -> int:
+        return length_of_common_folder(shard.name for shard in self.shards)
+
+    def absent(self) -> dict[int, str]:
+        """Numbers of the shards on this machine that are missing or have another length, with what is wrong."""
         wrong = {}
         for number, shard in enumerate(self.shards):
             if is_address(self.address(number)):
@@ -193,11 +213,19 @@ class ShardIndex:
             try:
                 size = self.shard_path(number).stat().st_size
             except OSError:
-                wrong[shard.name] = "missing shard"
+                wrong[number] = "missing shard"
                 continue
             if size != shard.bytes:
-                wrong[shard.name] = f"{size} bytes, index.json says {shard.bytes}"
+                wrong[number] = f"{size} bytes, index.json says {shard.bytes}"
         return wrong
+
+    def unlisted(self) -> list[str]:
+        """Names of tar files that lie beside the listed ones on this machine and are not read."""
+        if is_address(self.location) or self.kept_in:
+            return []
+        listed = {shard.name for shard in self.shards}
+        folder = Path(self.location)
+        return sorted(path.name for path in folder.glob("*.tar") if path.name not in listed)
 
     def save(self, folder: str | Path | None = None) -> None:
         """Write the files, each whole or not at all; index.json last, so that its presence means all is there."""
@@ -239,30 +267,49 @@ def load_index(folder: str | Path) -> ShardIndex:
     return read_index(file.read_bytes(), folder / "index.npy", str(folder))
 
 
-def read_index(content: bytes, records_file: Path, location: str, is_own: bool = False) -> ShardIndex:
+def length_of_common_folder(names: Iterable[str]) -> int:
+    """Characters of the names of all shards up to the last slash before which they are alike."""
+    folders = {name[: name.rfind("/") + 1] for name in names}
+    first, last = min(folders), max(folders)  # what these share, all share
+    differs = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
+    return first.rfind("/", 0, next(differs, min(len(first), len(last)))) + 1
+
+
+def unlisted_notice(index: ShardIndex) -> str:
+    """That tar files lie beside an index which does not list them, with the remedy; empty where there are none."""
+    names = index.unlisted()
+    if not names:
+        return ""
+    return (
+        f"{len(names)} of {len(names) + len(index.shards)} tar files there are not in index.json and are NOT read (the "
+        f"first: {printable(names[0])}). To read them too: sslvit shards index {printable(index.location)}"
+    )
+
+
+def read_index(content: bytes, records_file: Path, location: str, kept_in: str = "") -> ShardIndex:
     """An index from the bytes of its index.json and the file of its records.
 
     Args:
         content: of index.json.
         records_file: index.npy.
         location: of the shards.
-        is_own: made here, so it may name shards anywhere; others only in their own folder.
+        kept_in: folder of the cache, of an index that was made here and may name shards anywhere; others name those in
+            their own folder only.
 
     Raises:
         ValueError: it is damaged, of another format, or names shards outside of its folder.
     """
     try:
-        about = checked_index(parse_json(content), is_own)
+        about = checked_index(parse_json(content), bool(kept_in))
         (split,) = about["splits"].values()
         _check_sum(records_file, about["records_sha256"])
         records = load_records(records_file, split["num_samples"], about["classes"])
     except ValueError as error:
-        folder = printable(records_file.parent if is_own else location)
-        again = "Delete that folder: it is made again." if is_own else _make_again(location)
-        raise ValueError(f"{folder}/index.json: {printable(error)}. {again}") from error
+        where = printable(kept_in or location)
+        raise ValueError(f"{where}/index.json: {printable(error)}. {_make_again(location, kept_in)}") from error
     columns = [split[name] for name in ("filenames", "shard_lengths", "bytes", "sha256")]
     shards = [Shard(*values) for values in zip(*columns, strict=True)]
-    return ShardIndex(location, shards, records, **{name: about[name] for name in INDEX_FIELDS})
+    return ShardIndex(location, shards, records, **{name: about[name] for name in INDEX_FIELDS}, kept_in=kept_in)
 
 
 def save_records(file: Path, records: np.ndarray) -> None:
@@ -294,7 +341,9 @@ def load_records(file: Path, samples: int, classes: list[str] | None) -> np.ndar
     return records
 
 
-def _make_again(location: str) -> str:
+def _make_again(location: str, kept_in: str = "") -> str:
+    if kept_in:
+        return "Delete that folder: the index is made again."
     if is_address(location):
         return "Make it again where the shards lie (sslvit shards index FOLDER); upload index.json and index.npy."
     return f"Make it again: sslvit shards index {printable(location) if len(location) <= MAX_REPEATED else 'FOLDER'}"

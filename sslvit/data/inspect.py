@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from sslvit.data.decode import BadImage, decode, read_header
-from sslvit.data.index import ShardIndex, sha256_of
+from sslvit.data.index import ShardIndex, sha256_of, unlisted_notice
 from sslvit.data.parallel import in_parallel
 from sslvit.data.plan import EpochPlan, fitting_ranks
 from sslvit.files import printable
@@ -157,7 +157,9 @@ def describe_shards(index: ShardIndex, global_batch: int | None = None) -> str:
         shown = ", ".join(f"{count} x {printable(reason, 80)}" for reason, count in reasons[:10])
         lines.append(f"  left out: {shown}{', ...' if len(reasons) > 10 else ''} (by name in index.json)")
     absent = index.absent()
-    lines += [f"  {printable(name)}: {problem}" for name, problem in list(absent.items())[:10]]
+    lines += [f"  {printable(index.shard_label(n))}: {problem}" for n, problem in list(absent.items())[:10]]
+    if notice := unlisted_notice(index):
+        lines.append(f"  {notice}")
     if index.classes:
         counts = np.bincount(index.labels_of(slice(None)), minlength=len(index.classes))
         ends = (int(counts.argmin()), int(counts.argmax()))

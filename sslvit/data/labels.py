@@ -21,6 +21,10 @@ class NotClasses(ValueError):
     """Labels that cannot be class numbers or names; the message is the reason."""
 
 
+class Unlabeled(NotClasses):
+    """Labels of -1, with which STL-10 and others mark images without a class."""
+
+
 def sorted_names(names: Iterable[str]) -> list[str]:
     """Class names in the order of their numbers: as numbers where all are, otherwise by the alphabet."""
     names = list(names)
@@ -33,11 +37,16 @@ def number_labels(labels: Sequence[Any]) -> tuple[list[str], list[int]]:
     """Class names, and the class number of each label: whole numbers keep theirs, names are numbered in order.
 
     Raises:
+        Unlabeled: some are -1.
         NotClasses: negative, fractional, or far more numbers than images.
     """
     texts = [_text_of(label) for label in labels]
     names = set(texts)
-    negative = next((name for name in names if name.startswith("-") and name[1:].isdecimal()), None)
+    negative = min((int(name) for name in names if name.startswith("-") and name[1:].isdecimal()), default=0)
+    if negative == NO_LABEL:
+        count = texts.count(str(NO_LABEL))
+        others = "" if count == len(texts) else ", so the others' labels are not used either"
+        raise Unlabeled(f"{count} of {len(texts)} labels are -1, which marks images without a class{others}")
     if negative:
         raise NotClasses(f"a label of {negative}; classes count from 0")
     if all(name.isdecimal() for name in names):

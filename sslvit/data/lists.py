@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from sslvit.data.labels import NAMES, NO_LABEL, NotClasses, brief_names, number_labels
+from sslvit.data.labels import NAMES, NO_LABEL, NotClasses, Unlabeled, brief_names, number_labels
 from sslvit.data.sources import FileImages, ImageSource, Sample
 from sslvit.files import printable
 
@@ -52,10 +52,13 @@ def list_source(path: Path, label_column: str | None = None) -> ImageSource:
         if full is None:
             raise ValueError(f"{printable(path)}, line {line}: {printable(path.parent / str(name))} does not exist.")
         found.append((full, str(name).strip(), label))
-    classes, numbers = None, [NO_LABEL] * len(found)
+    classes, numbers, notes = None, [NO_LABEL] * len(found), []
     if chosen:
         try:
             classes, numbers = number_labels([label for *_, label in found])
+            notes = [f"labels: column {printable(chosen.strip())}"]
+        except Unlabeled as error:
+            notes = [f"column {printable(chosen.strip())}: {error}"]
         except NotClasses as error:
             raise ValueError(
                 f"{printable(path)}: {error} (column {printable(chosen.strip())}). Leave that column out, or name the "
@@ -64,9 +67,9 @@ def list_source(path: Path, label_column: str | None = None) -> ImageSource:
     samples = []
     for (full, name, _), number in zip(found, numbers, strict=True):
         stem, suffix = os.path.splitext(name)
-        samples.append(Sample(stem, suffix.lower(), files, full, number, os.path.getsize(full)))
+        about = os.stat(full)
+        samples.append(Sample(stem, suffix.lower(), files, full, number, about.st_size, about.st_mtime_ns))
     others = [column.strip() for column in columns if column not in (path_column, chosen)]
-    notes = [f"labels: column {printable(chosen.strip())}"] if chosen else []
     if others:
         remedy = "" if chosen else f" (for labels: --label-column {printable(others[0])})"
         notes.append(f"columns that are not used: {brief_names(others)}{remedy}")

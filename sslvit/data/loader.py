@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from sslvit.chance import generator
 from sslvit.data.batch import Batch
 from sslvit.data.decode import MAX_PIXELS, BadImage, Header, Scratch, decode, read_header, reduction_for
-from sslvit.data.plan import Plan, evaluation_batches
+from sslvit.data.plan import EvaluationBatches, Plan
 from sslvit.data.reader import ShardReader
 from sslvit.data.resample import normalise
 from sslvit.data.views import Views, change_views
@@ -21,6 +21,7 @@ from sslvit.settings import EncoderSettings
 from sslvit.settings.views import CentreSettings, ViewSettings
 from sslvit.stopping import obey_parent_alone
 
+MAX_KEY = 4096  # characters of a sample's key: cut ones would be counted as one sample
 MOST_SPARES = 64  # tried in the place of an unreadable sample before it is shown black
 
 
@@ -71,7 +72,7 @@ def make_batch(
         valid=torch.from_numpy(valid),
         epochs=torch.from_numpy(epochs),
         first_row=first_row,
-        bad={printable(reader.key(int(samples[i]))): reason for i, reason in bad.items()},
+        bad={printable(reader.key(int(samples[i])), MAX_KEY): reason for i, reason in bad.items()},
         colours=colours,
     )
 
@@ -233,12 +234,12 @@ class _EvaluationBatches(Dataset):
         chosen: np.ndarray | None,
     ) -> None:  # fmt: skip
         self.reader, self.views, self.epoch = reader, views, epoch
-        self.chosen = np.arange(len(reader.index)) if chosen is None else chosen
-        self.batches = evaluation_batches(len(self.chosen), batch, rank, ranks)
+        self.chosen = chosen
+        self.batches = EvaluationBatches(len(reader.index) if chosen is None else len(chosen), batch, rank, ranks)
 
     def __getitem__(self, number: int) -> Batch:
         places, valid = self.batches[number]
-        samples = self.chosen[places]
+        samples = places if self.chosen is None else self.chosen[places]
         return make_batch(self.reader, self.views, samples, np.full_like(samples, self.epoch), valid)
 
     def __len__(self) -> int:

@@ -64,8 +64,12 @@ class JoinedIndex:
         return int(self.first_shard[part]) + shard, offset, size
 
     def shard_path(self, shard: int) -> Path:
-        part = int(np.searchsorted(self.first_shard, shard, side="right")) - 1
-        return self.parts[part].shard_path(shard - int(self.first_shard[part]))
+        part, own = self._part_of_shard(shard)
+        return part.shard_path(own)
+
+    def fetch_if_free(self, shard: int) -> bool:
+        part, own = self._part_of_shard(shard)
+        return part.fetch_if_free(own)
 
     def key(self, sample: int) -> str:
         part, own = self._part_of(sample)
@@ -78,11 +82,24 @@ class JoinedIndex:
     def is_remote(self) -> bool:
         return any(part.is_remote for part in self.parts)
 
-    def absent(self) -> dict[str, str]:
-        return {name: wrong for part in self.parts for name, wrong in part.absent().items()}
+    def absent(self) -> dict[int, str]:
+        firsts = self.first_shard.tolist()
+        return {
+            first + number: wrong
+            for first, part in zip(firsts, self.parts, strict=False)
+            for number, wrong in part.absent().items()
+        }
+
+    def shard_label(self, shard: int) -> str:
+        part, own = self._part_of_shard(shard)
+        return f"{part.location}/{part.shard_label(own)}"
 
     def fingerprint(self) -> str:
         return hashlib.sha256("".join(part.fingerprint() for part in self.parts).encode()).hexdigest()[:16]
+
+    def _part_of_shard(self, shard: int) -> tuple[ShardIndex, int]:
+        part = int(np.searchsorted(self.first_shard, shard, side="right")) - 1
+        return self.parts[part], shard - int(self.first_shard[part])
 
     def _part_of(self, sample: int) -> tuple[int, int]:
         part = int(np.searchsorted(self.first_sample, sample, side="right")) - 1

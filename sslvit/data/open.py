@@ -7,17 +7,30 @@ import glob
 import hashlib
 import os
 import re
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from braceexpand import UnbalancedBracesError, braceexpand
 from filelock import FileLock
 
 from sslvit.data.decode import BadImage
+from sslvit.data.first_rank import found_by_first, is_first_here, telling_others
 from sslvit.data.folders import folder_source
-from sslvit.data.index import RECORD, Index, ShardIndex, is_address, load_index, read_index
+from sslvit.data.index import (
+    CHECKED_BYTES,
+    RECORD,
+    Index,
+    ShardIndex,
+    is_address,
+    load_index,
+    read_index,
+    sha256_of,
+    unlisted_notice,
+)
 from sslvit.data.mixture import JoinedIndex, MixturePlan, shares_of_batch
-from sslvit.data.pack import digest_of, pack
+from sslvit.data.pack import digest_of, digest_of_times, pack
 from sslvit.data.plan import EpochPlan, Plan
 from sslvit.data.remote import ShardCache
 from sslvit.data.scan import index_names, index_shards
@@ -88,7 +101,10 @@ def open_shards(source: str | Path, cache: ShardCache | None = None) -> ShardInd
             return _open_address(name, cache)
         raise FileNotFoundError(f"{printable(path)} is not a folder. {WANTED}")
     if (path / "index.json").exists():
-        return load_index(path)
+        index = load_index(path)
+        if notice := unlisted_notice(index):
+            print(f"warning: {printable(path)}: {notice}", flush=True)
+        return index
     if any(path.glob("*.tar")) and not (path / "packing").is_dir():
         if not os.access(path, os.W_OK):  # someone else's folder: its index is kept in the cache
             return _index_names(name, [str(tar) for tar in sorted(path.glob("*.tar"))], cache)
@@ -115,11 +131,14 @@ def check_present(index: Index, limit: float) -> None:
         ValueError: more are missing.
     """
     absent = index.absent()
-    lost = sum(shard.samples for shard in index.shards if shard.name in absent)
+    lost = sum(index.shards[number].samples for number in absent)
     if not lost:
         return
-    name, problem = next(iter(absent.items()))
-    text = f"{index.location}: {len(absent)} shards cannot be read, {lost} of {len(index)} samples ({name}: {problem})"
+    number, problem = next(iter(absent.items()))
+    text = (
+        f"{printable(index.location)}: {len(absent)} shards cannot be read, {lost} of {len(index)} samples "
+        f"({printable(index.shard_label(number))}: {problem})"
+    )
     if lost > limit * len(index):
         raise ValueError(f"{text}. Copy them again, or if they were changed on purpose: sslvit shards index FOLDER")
     print(f"warning: {text}; they are skipped and counted.")
@@ -166,23 +185,36 @@ def _plan(index: ShardIndex, settings: DataSettings, batch: int, seed: int) -> E
 
 def _open_images(path: Path, cache: ShardCache) -> ShardIndex:
     """The shards of an image folder, packed into the cache on first use."""
-    found = folder_source(path)
-    folder = packed_folder(path, found, cache)
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".pack.lock"):  # every rank of a run comes here at once
-        if (folder / "index.json").exists():
-            print(f"{printable(path)}: an image folder; using its shards packed earlier in {folder}.")
-            return load_index(folder)
-        for note in found.notes:
-            print(f"{printable(path)}: {note}")
-        print(f"{printable(path)}: an image folder; packing it into {folder} first.")
-        return pack(found.samples, folder, found.classes, passed_over=found.skipped)
+    notes = cache.folder / "packed"
+    if not is_first_here() and (folder := found_by_first(notes, path)) is not None:
+        with FileLock(folder / ".pack.lock"):  # the first process may be packing still
+            if (folder / "index.json").exists():
+                return load_index(folder)
+    with telling_others(notes, path) if is_first_here() else nullcontext() as tell:
+        found = folder_source(path)
+        folder = packed_folder(path, found, cache)
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".pack.lock"):
+            if tell is not None:
+                tell(folder)  # the others wait for the lock from now on
+            return _pack_once(path, found, folder)
+
+
+def _pack_once(path: Path, found: ImageSource, folder: Path) -> ShardIndex:
+    """The shards of a folder's images, packed now unless they were before."""
+    if (folder / "index.json").exists():
+        print(f"{printable(path)}: an image folder; using its shards packed earlier in {folder}.")
+        return load_index(folder)
+    for note in found.notes:
+        print(f"{printable(path)}: {note}")
+    print(f"{printable(path)}: an image folder; packing it into {folder} first.")
+    return pack(found.samples, folder, found.classes, passed_over=found.skipped)
 
 
 def packed_folder(path: Path, found: ImageSource, cache: ShardCache) -> Path:
     """Where the shards of an image folder are kept: by names, lengths, times and classes, so that no other is read."""
-    digest = hashlib.sha256(f"{digest_of(found.samples)} {found.classes}".encode("utf-8", "surrogateescape"))
-    digest.update(np.array([sample.modified_ns for sample in found.samples], np.int64).tobytes())
+    about = f"{digest_of(found.samples)} {digest_of_times(found.samples)} {found.classes}"
+    digest = hashlib.sha256(about.encode("utf-8", "surrogateescape"))
     name = re.sub(r"[^\w-]", "_", path.resolve().name) or "images"
     return cache.folder / "packed" / f"{name[:40]}-{digest.hexdigest()[:16]}"
 
@@ -205,46 +237,83 @@ def _open_pattern(pattern: str, cache: ShardCache) -> ShardIndex:
 
 
 def _choose(whole: ShardIndex, names: list[str]) -> ShardIndex | None:
-    """The part of an index that some of its shards make up; None if it does not list them all."""
+    """The part of an index that some of its shards make up; None if it does not list them all.
+
+    The records of shards that follow each other stay in the file, which may be larger than this machine's memory.
+    """
     number_of = {shard.name: number for number, shard in enumerate(whole.shards)}
     if not all(name in number_of for name in names):
         return None
-    numbers = [number_of[name] for name in names]
-    records = [whole.records[whole.first_of_shard[n] : whole.first_of_shard[n + 1]] for n in numbers]
-    shards = [whole.shards[n] for n in numbers]
-    return dataclasses.replace(whole, shards=shards, records=np.concatenate(records))
+    numbers = np.array([number_of[name] for name in names])
+    if (np.diff(numbers) == 1).all():
+        records = whole.records[whole.first_of_shard[numbers[0]] : whole.first_of_shard[numbers[-1] + 1]]
+    else:
+        parts = [whole.records[whole.first_of_shard[n] : whole.first_of_shard[n + 1]] for n in numbers]
+        records = np.concatenate(parts)
+    return dataclasses.replace(whole, shards=[whole.shards[n] for n in numbers], records=records)
 
 
 def _index_names(pattern: str, names: list[str], cache: ShardCache) -> ShardIndex:
-    """Index shards wherever they lie; the result is kept in the cache under the pattern's name."""
+    """Index shards wherever they lie; the result is kept in the cache under the shards' names and versions."""
     names = [name if is_address(name) else str(Path(name).resolve()) for name in names]
-    versions = [_version(name) for name in names]
+    try:
+        versions = _versions(names, cache)
+    except BadImage as error:
+        raise FileNotFoundError(f"data.shards: {error}") from error
     kept = cache.folder / f"index-{hashlib.sha256(repr((names, versions)).encode()).hexdigest()[:32]}"
+    length_of = {name: int(version["length"]) for name, version in zip(names, versions, strict=True)
+                 if is_address(name) and version.get("length", "").isdecimal()}  # fmt: skip
 
     def path_of(name: str) -> Path:
         try:
-            path = cache.get(name) if is_address(name) else Path(name)
+            path = cache.get(name, expected=length_of.get(name)) if is_address(name) else Path(name)
         except BadImage as error:
             raise FileNotFoundError(f"data.shards: {error}") from error
         if not path.exists():
             raise FileNotFoundError(f"data.shards: {name} does not exist (of {pattern}).")
         return path
 
+    def make() -> ShardIndex:
+        index_names(pattern, names, path_of).save(kept)
+        index = _read_kept(kept, pattern)
+        for shard in index.shards:
+            if is_address(shard.name):
+                cache.keep_as(shard.name, shard.sha256)
+        return index
+
     kept.mkdir(parents=True, exist_ok=True)
     with FileLock(kept / ".index.lock"):
         if not (kept / "index.json").exists():
-            print(f"{pattern}: shards without an index; indexing them once.")
-            index_names(".", names, path_of).save(kept)
-        index = read_index((kept / "index.json").read_bytes(), kept / "index.npy", ".", is_own=True)
+            print(f"{printable(pattern)}: shards without an index; indexing them once.")
+            index = make()
+        else:
+            try:
+                index = _read_kept(kept, pattern)
+            except ValueError as error:
+                print(f"{printable(pattern)}: the index that was kept of these shards is damaged, so they are indexed "
+                      f"again ({error})")  # fmt: skip
+                index = make()
     return dataclasses.replace(index, cache=cache)
 
 
-def _version(name: str) -> tuple[int, int] | None:
-    """What tells a replaced local file from the one that was indexed; one from the network has its checksum."""
-    if is_address(name) or not os.path.exists(name):
-        return None
-    about = os.stat(name)
-    return about.st_size, about.st_mtime_ns
+def _read_kept(kept: Path, pattern: str) -> ShardIndex:
+    return read_index((kept / "index.json").read_bytes(), kept / "index.npy", pattern, kept_in=str(kept))
+
+
+def _versions(names: list[str], cache: ShardCache) -> list[Any]:
+    """What tells replaced shards from those that were indexed: lengths and times, and what a server says."""
+    addresses = [name for name in names if is_address(name)]
+    told = dict(zip(addresses, cache.versions(addresses), strict=True)) if addresses else {}
+    versions: list[Any] = []
+    for name in names:
+        if is_address(name):
+            versions.append(told[name])
+        elif os.path.exists(name):
+            about = os.stat(name)
+            versions.append((about.st_size, about.st_mtime_ns))
+        else:
+            versions.append(None)
+    return versions
 
 
 def _open_address(address: str, cache: ShardCache) -> ShardIndex:
@@ -255,7 +324,11 @@ def _open_address(address: str, cache: ShardCache) -> ShardIndex:
         about = checked_index(parse_json(content))
         (split,) = about["splits"].values()
         most = HEADER_BYTES + RECORD.itemsize * split["num_samples"]
-        records = cache.get(f"{address}/index.npy", sha256=about["records_sha256"], max_bytes=most)
+        sha256 = about["records_sha256"]
+        records = cache.get(f"{address}/index.npy", sha256=sha256, max_bytes=most)
+        if records.stat().st_size <= CHECKED_BYTES and sha256_of(records) != sha256:  # on this machine's disk, by now
+            records.unlink()
+            records = cache.get(f"{address}/index.npy", sha256=sha256, max_bytes=most)
     except BadImage as error:
         if "checksum" in str(error):
             raise ValueError(

@@ -33,7 +33,7 @@ from sslvit.data.labels import NO_LABEL
 from sslvit.data.parallel import in_parallel
 from sslvit.data.scan import ShardReport, join_reports, measure_shard
 from sslvit.data.schema import checked_job, checked_report, parse_json
-from sslvit.data.sources import Sample, hold_out
+from sslvit.data.sources import DatasetImages, Sample, SampleTable, Texts, hold_out
 from sslvit.data.store import BLOCK, PackSettings, TarWriter, store
 from sslvit.files import held_folder, new_file, printable, write_atomically
 
@@ -46,7 +46,7 @@ class PackJob:
     """Everything that decides the bytes of the shards; the processes share it by fork.
 
     Args:
-        samples: in the order of their source.
+        samples: in the order of their source; kept as a table, which the processes do not copy.
         folder: for finished shards.
         settings: how images are stored.
         keys: unique names, one per sample.
@@ -57,12 +57,13 @@ class PackJob:
     samples: Sequence[Sample]
     folder: Path
     settings: PackSettings
-    keys: list[str] = field(default_factory=list)
+    keys: Texts = field(default_factory=lambda: Texts([]))
     order: np.ndarray = field(default_factory=lambda: np.empty(0, int))
     starts: np.ndarray = field(default_factory=lambda: np.zeros(1, int))
 
     def __post_init__(self) -> None:
-        self.keys = _unique_keys(self.samples)
+        self.samples = SampleTable.of(self.samples)
+        self.keys = Texts(_unique_keys(self.samples))
         self.order = generator(0, "pack").permutation(len(self.samples))
 
     def cut(self) -> None:
@@ -75,13 +76,14 @@ class PackJob:
 
     def identity(self, classes: list[str] | None) -> dict:
         """What must be the same for a restart to go on."""
-        source = digest_of(self.samples)
-        return {"images": len(self.samples), "source": source, "classes": classes, **asdict(self.settings)}
+        source, times = digest_of(self.samples), digest_of_times(self.samples)
+        more = {"classes": classes, **asdict(self.settings)}
+        return {"images": len(self.samples), "source": source, "times": times, **more}
 
     def _stored_bytes(self) -> np.ndarray:
         """About how long each sample becomes, in the order of packing; files that stay as they are exactly so."""
-        sizes = np.array([self.samples[i].bytes for i in self.order], float)
-        headers = np.array([BLOCK + 2 * BLOCK * (self.samples[i].label != NO_LABEL) for i in self.order])
+        sizes = self.samples.bytes[self.order].astype(float)
+        headers = BLOCK + 2 * BLOCK * (self.samples.labels[self.order] != NO_LABEL)
         if self.settings.describe():
             trial = np.linspace(0, len(self.order) - 1, min(len(self.order), TRIAL_IMAGES)).astype(int)
             before = after = 0
@@ -169,9 +171,13 @@ def pack_source(
     share = _read_part(part)
     found = read_source(source, options)
     settings = settings or PackSettings()
-    parts = [(destination, found.samples)]
+    parts = [(destination, SampleTable(found.samples))]
     if holdout:
-        parts = list(zip((destination / "train", destination / "val"), hold_out(found.samples, holdout), strict=True))
+        folders = (destination / "train", destination / "val")
+        held_out = hold_out(found.samples, holdout)
+        parts = [(folder, SampleTable(chosen)) for folder, chosen in zip(folders, held_out, strict=True)]
+        del held_out
+    found.samples = []  # now in the tables: the processes that pack would copy them
     for folder, _ in parts:
         check_destination(folder, overwrite)
     for note in found.notes:
@@ -215,6 +221,8 @@ def pack(
     if not samples:
         raise ValueError(f"{destination}: no images to pack.")
     check_destination(destination, overwrite)
+    samples = SampleTable.of(samples)
+    _check_labels(samples, classes, destination)
     folder = destination / "packing"
     number, of = part
     with held_folder(folder, "pack into it", f".part-{number}-of-{of}.lock"):
@@ -228,6 +236,21 @@ def pack(
             return finish_packing(destination, overwrite)
     print(f"{folder}: part {number} of {of} is done. When all are: sslvit shards index --merge {destination}")
     return None
+
+
+def _check_labels(samples: SampleTable, classes: list[str] | None, destination: Path) -> None:
+    """Raise ValueError for samples without a label, or with one beyond the classes, where classes are given."""
+    if classes is None:
+        return
+    unlabeled = int((samples.labels == NO_LABEL).sum())
+    if unlabeled:
+        raise ValueError(
+            f"{destination}: {unlabeled} of {len(samples)} samples have no label, and there are {len(classes)} "
+            "classes. Leave these samples out, or pass no classes to pack all of them without labels."
+        )
+    outside = samples.labels[(samples.labels < 0) | (samples.labels >= len(classes))]
+    if len(outside):
+        raise ValueError(f"{destination}: a label of {outside[0]} for {len(classes)} classes, which count from 0.")
 
 
 def finish_packing(destination: str | Path, overwrite: bool = False) -> ShardIndex:
@@ -334,14 +357,19 @@ def load_job(folder: Path) -> dict[str, Any]:
 
 
 def digest_of(samples: Sequence[Sample]) -> str:
-    """Of names, labels and lengths, and for arrays of their pixels: what tells one source from another."""
+    """Of names, labels and lengths, and of pixels where there are no files: what tells one source from another."""
     digest = hashlib.sha256()
     for sample in samples:
         about = f"{sample.key}\0{sample.suffix}\0{sample.label}\0{sample.bytes}\n"
         digest.update(about.encode("utf-8", "surrogateescape"))  # names need not be UTF-8
-    for source in {id(sample.source): sample.source for sample in samples}.values():
-        digest.update(source.digest().encode() if isinstance(source, ArrayImages) else b"")
+    for source in SampleTable.of(samples).sources:
+        digest.update(source.digest().encode() if isinstance(source, (ArrayImages, DatasetImages)) else b"")
     return digest.hexdigest()
+
+
+def digest_of_times(samples: Sequence[Sample]) -> str:
+    """Of the times of files, which tell changed ones of equal length apart."""
+    return hashlib.sha256(SampleTable.of(samples).modified_ns.tobytes()).hexdigest()
 
 
 def _begin(job: PackJob, identity: dict, overwrite: bool, passed_over: dict[str, str]) -> None:
@@ -356,6 +384,11 @@ def _begin(job: PackJob, identity: dict, overwrite: bool, passed_over: dict[str,
             if done:
                 print(f"{job.folder}: going on; {done} of {job.shards} shards are packed already.")
             return
+        if not overwrite and changed == ["times"]:
+            raise ValueError(
+                f"{job.folder}: an unfinished packing of files that have other times now: they were changed, or copied "
+                "without their times (cp -p and rsync -a keep them). Delete that folder, or pass --overwrite."
+            )
         if not overwrite:
             raise ValueError(
                 f"{job.folder}: an unfinished packing of something else (other {', '.join(changed)}). "

@@ -242,14 +242,29 @@ def fitting_ranks(global_batch: int, most: int) -> list[int]:
     return [n for n in range(1, min(global_batch, most) + 1) if global_batch % n == 0]
 
 
-def evaluation_batches(samples: int, batch: int, rank: int = 0, ranks: int = 1) -> list[tuple[np.ndarray, np.ndarray]]:
+class EvaluationBatches(Sequence[tuple[np.ndarray, np.ndarray]]):
     """Every sample exactly once over all ranks, in batches of one size and equally many on each: (numbers, valid).
 
     Batch t of rank r holds the samples from (t * ranks + r) * batch on. Places past the end repeat the last sample
-    and are marked False in `valid`, so that features do not depend on how many samples happen to be left.
+    and are marked False in `valid`, so that features do not depend on how many samples happen to be left. Each batch is
+    made when it is asked for.
+
+    Args:
+        samples: in the data set.
+        batch: samples in each.
+        rank: of this process.
+        ranks: that share the data set.
     """
-    plan = []
-    for start in range(rank * batch, math.ceil(samples / (batch * ranks)) * batch * ranks, batch * ranks):
-        places = np.arange(start, start + batch)
-        plan.append((places.clip(max=samples - 1), places < samples))
-    return plan
+
+    def __init__(self, samples: int, batch: int, rank: int = 0, ranks: int = 1) -> None:
+        self.samples, self.batch, self.rank, self.ranks = samples, batch, rank, ranks
+
+    def __len__(self) -> int:
+        return math.ceil(self.samples / (self.batch * self.ranks))
+
+    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        start = (number * self.ranks + self.rank) * self.batch
+        places = np.arange(start, start + self.batch)
+        return places.clip(max=self.samples - 1), places < self.samples

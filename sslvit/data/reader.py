@@ -7,6 +7,7 @@ import mmap
 import os
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,15 +20,19 @@ from sslvit.data.decode import MAX_PIXELS, BadImage, Header, Scratch, decode_pix
 from sslvit.data.index import Index
 from sslvit.data.parallel import in_parallel
 from sslvit.data.resample import SMALL_SIDE
-from sslvit.files import WriteError
+from sslvit.files import REMEDIES, WriteError, printable
 
 OPEN_SHARDS = 64  # files kept open per process
 DECODE_AT_ONCE = 1024  # images of a small set that a process decodes before it takes others
 FETCHERS = 2  # shards that a process brings from the network ahead of time
 
 
+class ReadError(OSError):
+    """A shard is there and cannot be read; the message names it, the reason and the remedy."""
+
+
 class ShardReader:
-    """Images of a data set by sample number.
+    """Images of a data set by sample number. Its files are closed when nobody holds it any more.
 
     Args:
         index: of the shards.
@@ -41,7 +46,7 @@ class ShardReader:
     ) -> None:
         self.index, self.max_pixels = index, max_pixels
         self.channels, self.bits = channels, index.bits
-        self.files: OrderedDict[int, int] = OrderedDict()
+        self.files = _new_files(self)
         self.scratch = Scratch()
         self.bad_shards: dict[int, str] = {}
         self.decoded: Tensor | None = None
@@ -57,18 +62,30 @@ class ShardReader:
         """The image's bytes.
 
         Raises:
-            BadImage: the shard is missing, or ends before them.
+            BadImage: the shard is missing, is not the one of the index, or ends before them.
+            ReadError: the machine, not the shard, is why it cannot be read: no image is to blame for that.
             WriteError: it has to be fetched, and the disk of the cache is full.
         """
         shard, offset, size = self.index.locate(sample)
-        file = self._open(shard)
         try:
-            content = os.pread(file, size, offset)
-        except OSError as error:
-            raise BadImage(f"unreadable shard ({error.strerror})") from error
+            content = os.pread(self._open(shard), size, offset)
+        except ReadError:
+            raise
+        except OSError:  # a network file system may have lost the file behind the handle: once more with a new one
+            self.close()
+            try:
+                content = os.pread(self._open(shard), size, offset)
+            except ReadError:
+                raise
+            except OSError as error:
+                raise self._read_error(shard, error) from error
         if len(content) < size:
             raise BadImage("truncated shard")
         return content
+
+    def close(self) -> None:
+        """Close all files; those that are read again are opened again."""
+        _close_files(self.files)
 
     def header(self, content: bytes) -> Header:
         """What an image says of itself, handed out as the index wants it: upright or as stored.
@@ -93,8 +110,9 @@ class ShardReader:
 
     def fetch_ahead(self, shards: list[int]) -> None:
         """Bring shards from the network, in this order, while others are read; those that are here cost nothing."""
-        if self.fetcher is None:
+        if self.fetcher is None or self.fetcher.process != os.getpid():  # threads do not follow into a forked worker
             self.fetcher = _Fetcher(self.index)
+            weakref.finalize(self, self.fetcher.stop)
         self.fetcher.wanted = shards
 
     def _open(self, shard: int) -> int:
@@ -103,27 +121,35 @@ class ShardReader:
         if file is None:
             if shard in self.bad_shards:
                 raise BadImage(self.bad_shards[shard])
+            if len(self.files) >= OPEN_SHARDS:
+                os.close(self.files.popitem(last=False)[1])
             try:
                 file = self._open_file(shard)
             except BadImage as error:
                 self.bad_shards[shard] = str(error)
                 raise
-            if len(self.files) >= OPEN_SHARDS:
-                os.close(self.files.popitem(last=False)[1])
         self.files[shard] = file
         return file
 
     def _open_file(self, shard: int) -> int:
-        try:
-            with suppress(FileNotFoundError):  # the cache may just have made room: once more, then
-                return os.open(self.index.shard_path(shard), os.O_RDONLY)
-            return os.open(self.index.shard_path(shard), os.O_RDONLY)
-        except FileNotFoundError:
-            raise BadImage("missing shard") from None
-        except WriteError:
-            raise  # the cache's disk is full: no fault of the shard
-        except OSError as error:
-            raise BadImage(f"unreadable shard ({error.strerror})") from error
+        for is_last in (False, True):
+            try:
+                return os.open(self.index.shard_path(shard), os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:  # the cache may just have made room: once more, then
+                if is_last:
+                    raise BadImage("missing shard") from None
+            except WriteError:
+                raise  # the cache's disk is full: no fault of the shard
+            except OSError as error:  # such as too many open files, of which these are some
+                if is_last:
+                    raise self._read_error(shard, error) from error
+                self.close()
+        raise AssertionError("unreachable")
+
+    def _read_error(self, shard: int, error: OSError) -> ReadError:
+        path, reason = self.index.shard_path(shard), error.strerror or str(error)
+        remedy = REMEDIES.get(error.errno, "Check the disk and its permissions.")
+        return ReadError(f"{printable(path)}: could not be read ({reason}). {remedy}")
 
     def _decode_all(self, size: list[int], pixel: torch.dtype) -> Tensor:
         """Decode everything, in processes that write into memory that they share."""
@@ -151,34 +177,58 @@ class ShardReader:
         workers = None if len(self.index) >= 4 * DECODE_AT_ONCE else 1  # starting processes takes longer
         for bad in in_parallel(decode_piece, pieces, workers, "decoding", len(self.index)):
             self.bad |= bad
+        self.close()  # everything is in memory
         return everything
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"files": OrderedDict(), "fetcher": None}  # a worker opens its own
+        return {name: value for name, value in self.__dict__.items() if name not in ("files", "fetcher")}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ |= state  # a worker opens its own files
+        self.files, self.fetcher = _new_files(self), None
+
+
+def _new_files(reader: ShardReader) -> OrderedDict[int, int]:
+    """File descriptors by shard, the least recently used first, closed when the reader is gone."""
+    files: OrderedDict[int, int] = OrderedDict()
+    weakref.finalize(reader, _close_files, files)
+    return files
+
+
+def _close_files(files: OrderedDict[int, int]) -> None:
+    while files:
+        os.close(files.popitem()[1])
 
 
 class _Fetcher:
-    """Threads that bring wanted shards here, first things first; whoever reads a shard meets its error."""
+    """Threads that bring wanted shards here, first things first; whoever reads a shard meets its error.
+
+    Each loader worker has such threads. What another of them fetches already is left to it.
+    """
 
     def __init__(self, index: Index) -> None:
         self.index, self.wanted, self.known = index, [], set()
-        self.lock = threading.Lock()
+        self.lock, self.process, self.is_stopped = threading.Lock(), os.getpid(), False
         for _ in range(FETCHERS):
             threading.Thread(target=self._work, daemon=True).start()
 
-    def _work(self) -> None:
-        while True:
-            shard = self._next()
-            if shard is None:
-                time.sleep(0.05)
-                continue
-            with suppress(Exception):
-                self.index.shard_path(shard)
+    def stop(self) -> None:
+        self.is_stopped = True
 
-    def _next(self) -> int | None:
+    def _work(self) -> None:
+        while not self.is_stopped:
+            left_to_others: set[int] = set()
+            while (shard := self._next(left_to_others)) is not None:
+                with suppress(Exception):
+                    if not self.index.fetch_if_free(shard):
+                        left_to_others.add(shard)
+                        self.known.discard(shard)  # looked at again in the next round
+            time.sleep(0.05)
+
+    def _next(self, left_to_others: set[int]) -> int | None:
         with self.lock:
             wanted = self.wanted
             self.known &= set(wanted)  # what is no longer near may have been evicted when it comes again
-            shard = next((shard for shard in wanted if shard not in self.known), None)
+            shard = next((shard for shard in wanted if shard not in self.known | left_to_others), None)
             self.known.add(shard)
         return shard

@@ -1,7 +1,8 @@
 """Shards from the network -> a bounded folder on this machine.
 
 One download per machine however many processes ask, continued where it broke off, checked against the index, and
-put in its place only when whole. How bytes come from the network is in transfer.py.
+put in its place only when whole. While one is under way, its lock's file holds the room that is reserved for it, so
+that downloads side by side stay within the limit together. How bytes come from the network is in transfer.py.
 """
 
 from __future__ import annotations
@@ -13,15 +14,14 @@ import re
 import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-
-from filelock import FileLock
 
 from sslvit.data.decode import BadImage
 from sslvit.data.index import Shard, sha256_of
 from sslvit.data.transfer import Gone, RemoteError, RemoteFile, TryAgain
-from sslvit.files import WriteError, cache_folder, printable, write_error
+from sslvit.files import WriteError, cache_folder, held_file, printable, write_atomically, write_error
 
 TRIES = 8  # without progress: with the waits below, some two minutes
 FIRST_WAIT_SECONDS = 1.0  # before the second try; doubled for each further one
@@ -29,8 +29,12 @@ LONGEST_WAIT_SECONDS = 60.0
 READ_TIMEOUT_SECONDS = 60.0  # without a byte, or below the least rate
 LEAST_BYTES_PER_SECOND = 4096.0  # a shard of 256 MB would take 18 hours
 REMEMBERED_SECONDS = 120  # for which other processes do not ask again for a shard that is missing or damaged
+KEPT_WHEN_CLEARED = 0.95  # of the limit: the folder is then listed for one download in many
+WAIT_FOR_ROOM_SECONDS = 0.1  # between looks while downloads of others take all of it
 PART_DAYS = 2  # after which an unfinished download is given up
 MAX_INDEX_BYTES = {"index.json": 2**30, "index.npy": 2**36}  # of files that are fetched before their size is known
+ASKED_AT_ONCE = 16  # shards without an index, for their versions
+USED = "room.used"  # holds how many bytes the folder has at most
 MARK = ".sslvit-shard-cache"  # lies in a folder in which files may be deleted
 SUB_FOLDER = "sslvit-shards"  # used in a folder that holds other things
 OWN_NAME = re.compile(r"[0-9a-f]{32}-[A-Za-z0-9._-]{1,80}(\.part|\.lock|\.bad)?", re.ASCII)
@@ -81,23 +85,44 @@ class ShardCache:
         """
         return self.get(address, shard.bytes, shard.sha256)
 
+    def fetch_if_free(self, address: str, shard: Shard) -> bool:
+        """Bring a shard here ahead of its use; False if another process or thread is at it."""
+        return self._get(address, shard.bytes, shard.sha256, wait=False) is not None
+
     def get(
-        self, address: str, size: int | None = None, sha256: str | None = None, max_bytes: int | None = None
-    ) -> Path:
-        """Any file; without a checksum it is fetched anew each time, and no more of it than `max_bytes`."""
+        self, address: str, size: int | None = None, sha256: str | None = None, max_bytes: int | None = None,
+        expected: int | None = None,
+    ) -> Path:  # fmt: skip
+        """Any file.
+
+        Args:
+            address: of the file.
+            size: its length as an index tells it; another one is damage.
+            sha256: its checksum; without one it is fetched anew each time.
+            max_bytes: more of it are not taken.
+            expected: its length as the server tells it, for which room is made.
+        """
+        path = self._get(address, size, sha256, max_bytes, expected)
+        assert path is not None  # waited for
+        return path
+
+    def _get(
+        self, address: str, size: int | None, sha256: str | None, max_bytes: int | None = None,
+        expected: int | None = None, wait: bool = True,
+    ) -> Path | None:  # fmt: skip
         path = self.path_of(address, sha256)
         if sha256 is not None and _touch(path):
             return path  # it got this name only after its checksum agreed
         with _writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(f"{path}.lock")
-            lock.acquire()
-        try:
+        with _holding(path.with_name(path.name + ".lock"), wait) as lock:
+            if lock is None:
+                return None
             if sha256 is not None and _touch(path):
                 return path  # another process was faster
             if size is not None:  # a shard; who looks for an index anew has perhaps just uploaded it
                 self._recall_failure(path)
-            self._make_room(size or 0, path)
+            self._reserve(size or expected or 0, path, lock)
             try:
                 self._download(address, path, size, sha256, max_bytes)
             except BadImage as error:
@@ -105,11 +130,47 @@ class ShardCache:
                     with suppress(OSError):  # a note to others, no more
                         path.with_name(path.name + ".bad").write_text(str(error))
                 raise
-            if size is None:
-                self._make_room(0, path)
-        finally:
-            lock.release()
+            if size is None and expected is None:  # only now is its length known
+                os.truncate(lock, 0)
+                self._reserve(0, path, None)
         return path
+
+    def versions(self, addresses: list[str]) -> list[dict[str, str]]:
+        """What tells each file from another one at its address: length, ETag, date, as far as its server says them.
+
+        Raises:
+            BadImage: there is no such file.
+            RemoteError: the server refuses, or does not answer.
+        """
+        with ThreadPoolExecutor(min(len(addresses), ASKED_AT_ONCE) or 1) as threads:
+            return list(threads.map(self._version, addresses))
+
+    def _version(self, address: str) -> dict[str, str]:
+        remote = RemoteFile(address, None, self.limit, self.timeout, self.least_rate)
+        for failures in range(1, self.tries + 1):
+            try:
+                return remote.ask_version()
+            except TryAgain as error:
+                if failures == self.tries:
+                    raise RemoteError(
+                        f"{printable(address)}: no answer in {failures} tries; the last: {error}. Check the network "
+                        "and the server."
+                    ) from error
+                time.sleep(self._wait(failures, error.wait_seconds))
+        raise AssertionError("unreachable")
+
+    def keep_as(self, address: str, sha256: str) -> None:
+        """Keep a file that came without a checksum under the name of its content, so that it is not fetched twice."""
+        path = self.path_of(address, sha256)
+        with _writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):  # gone already, for room
+                os.replace(self.path_of(address), path)
+
+    def _wait(self, failures: int, least: float) -> float:
+        """Seconds before the next try, longer after each failure, and not the same for all who failed at once."""
+        wait = self.first_wait * 2 ** max(failures - 1, 0) * (0.5 + random.random())
+        return min(max(least, wait), LONGEST_WAIT_SECONDS)
 
     def path_of(self, address: str, sha256: str | None = None) -> Path:
         """Where a file is kept: named after the whole address and its content, so that none is taken for another."""
@@ -162,8 +223,7 @@ class ShardCache:
                     f"{printable(address)}: not fetched in {failures} tries; the last: {problem}. Check the network "
                     "and the server, then go on with --resume."
                 )
-            wait = max(wait, self.first_wait * 2 ** max(failures - 1, 0) * (0.5 + random.random()))  # not all at once
-            time.sleep(min(wait, LONGEST_WAIT_SECONDS))
+            time.sleep(self._wait(failures, wait))
         with _writing(path):
             with open(part, "rb") as file:
                 os.fsync(file.fileno())
@@ -212,34 +272,72 @@ class ShardCache:
             part.unlink(missing_ok=True)  # a full disk is in the way of others too
             raise
 
-    def _make_room(self, size: int, keep: Path) -> None:
-        """Delete the longest unused files until `size` more fits; whoever has one open can go on reading it."""
+    def _reserve(self, size: int, path: Path, lock: int | None) -> None:
+        """Make room for a download, by deleting the longest unused files, and note in its lock that it is taken.
+
+        Whoever has a deleted file open can go on reading it. Where other downloads take all the room, they are waited
+        for. The folder is only listed when what is noted in it comes to the limit.
+        """
         if size > self.limit:
             raise ValueError(
                 f"data.cache_gb: {self.limit / 2**30:g} GB cannot hold one shard of {size / 2**30:.2f} GB. Raise it."
             )
-        with _writing(self.folder):
-            lock = FileLock(self.folder / "room.lock")
-            lock.acquire()
-        try:
-            files = []
-            for file, about in self._own_files():
-                is_old_part = file.suffix == ".part" and time.time() - about.st_mtime > PART_DAYS * 86_400
-                if is_old_part:
-                    with suppress(OSError):
-                        file.unlink()
-                elif file.suffix not in (".lock", ".bad"):
-                    files.append((about.st_mtime, about.st_size, file))
-            used = sum(length for _, length, _ in files) + size
-            for _, length, file in sorted(files):
-                if used <= self.limit:
-                    return
-                if file != keep and file.suffix != ".part":
-                    with suppress(PermissionError):  # of another user, who keeps it
-                        file.unlink(missing_ok=True)
-                        used -= length
-        finally:
-            lock.release()
+        while not self._try_to_reserve(size, path, lock):
+            time.sleep(WAIT_FOR_ROOM_SECONDS)
+
+    def _try_to_reserve(self, size: int, path: Path, lock: int | None) -> bool:
+        noted = self.folder / USED
+        with _holding(self.folder / "room.lock"):
+            used = _number_in(noted)
+            if lock is None or used is None or used + size > self.limit:
+                used = self._clear(size, path)
+            is_free = used + size <= self.limit
+            with _writing(noted):
+                if is_free and lock is not None:
+                    os.pwrite(lock, str(size).encode(), 0)
+                write_atomically(noted, str(used + size if is_free else used), sync=False)
+        return is_free or lock is None
+
+    def _clear(self, size: int, keep: Path) -> int:
+        """Delete what need not be kept until `size` more fits, and some more; returns how much is in use."""
+        sizes: dict[Path, tuple[float, int]] = {}
+        used, now, locks = 0, time.time(), []
+        for file, about in self._own_files():
+            kind = file.suffix if file.suffix in (".part", ".lock", ".bad") else ""
+            if kind == ".lock":
+                locks.append(file)
+            elif kind == ".bad":
+                if now - about.st_mtime > REMEMBERED_SECONDS:
+                    _unlink(file)
+            elif kind == ".part":
+                if file.with_suffix(".lock").exists():
+                    continue  # under way: its lock says how long it becomes
+                if now - about.st_mtime > PART_DAYS * 86_400:
+                    _unlink(file)
+                else:
+                    used += about.st_size
+            else:
+                sizes[file] = about.st_mtime, about.st_size
+        for lock in locks:
+            file = lock.with_suffix("")
+            if file == keep:
+                continue
+            reserved = _reserved(lock)
+            if not reserved and file not in sizes:  # it may have come just now
+                with suppress(OSError):
+                    about = file.stat()
+                    sizes[file] = about.st_mtime, about.st_size
+            used += reserved
+        files = [(time_used, length, file) for file, (time_used, length) in sizes.items()]
+        used += sum(length for _, length, _ in files)
+        if used + size <= self.limit:
+            return used
+        for _, length, file in sorted(files):
+            if used + size <= max(KEPT_WHEN_CLEARED * self.limit, size):
+                break
+            if file != keep and _unlink(file):
+                used -= length
+        return used
 
     def _own_files(self) -> Iterator[tuple[Path, os.stat_result]]:
         """The files in this folder that have a name which only this class gives."""
@@ -279,6 +377,38 @@ def _writing(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise WriteError(f"data.cache: {write_error(path, error)}") from error
+
+
+@contextmanager
+def _holding(lock: Path, wait: bool = True) -> Iterator[int | None]:
+    """Hold a lock in the cache; errors of its file are those of the disk."""
+    with ExitStack() as stack:
+        with _writing(lock):
+            handle = stack.enter_context(held_file(lock, wait))
+        yield handle
+
+
+def _reserved(lock: Path) -> int:
+    """Bytes that a download under way has reserved; 0 for one whose process was killed, and its lock goes."""
+    noted = _number_in(lock) or 0
+    with held_file(lock, wait=False) as handle:
+        return noted if handle is None else 0
+
+
+def _number_in(path: Path) -> int | None:
+    try:
+        return int(path.read_text() or 0)
+    except (OSError, ValueError):
+        return None
+
+
+def _unlink(path: Path) -> bool:
+    """Whether the file is gone; one of another user stays."""
+    try:
+        path.unlink(missing_ok=True)
+    except PermissionError:
+        return False
+    return True
 
 
 def _name_of(address: str) -> str:

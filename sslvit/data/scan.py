@@ -280,10 +280,9 @@ def number_reports(location: str, reports: list[ShardReport], wanted: str | None
     """Class names; the labels in the records become their numbers. Whatever is not used is said."""
     samples = sum(report.shard.samples for report in reports)
     fields = sum((report.fields for report in reports), Counter())
-    texts = [text for report in reports for text in report.labels]
+    texts = [text for report in reports for text in report.labels or [""] * report.shard.samples]
     field_name = wanted or "cls"
-    if not texts or "" in texts:
-        missing = samples if not texts else sum(text == "" for text in texts)
+    if missing := texts.count(""):
         if wanted and missing:
             raise ValueError(f"--labels {wanted}: {missing} of {samples} images of {location} have none.")
         if missing < samples:
@@ -300,7 +299,7 @@ def number_reports(location: str, reports: list[ShardReport], wanted: str | None
         classes, numbers = number_labels(texts)
     except NotClasses as error:
         if wanted:
-            raise ValueError(f"--labels {wanted}: {error}.") from error
+            raise ValueError(f"--labels {wanted}: {error}. Leave it out to index them without labels.") from error
         print(f"{location}: {error}; they are not used")
         return _without(reports)
     names = [text for text in set(texts) if not text.isdecimal()]

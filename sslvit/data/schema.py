@@ -121,7 +121,8 @@ def checked_job(content: object, settings: type) -> dict[str, Any]:
         settings: dataclass whose fields it holds too (store.PackSettings).
     """
     images = _count("images", _get(content, "images", "the job"))
-    _text("source", _get(content, "source", "the job"))
+    for name in ("source", "times"):
+        _text(name, _get(content, name, "the job"))
     _classes("classes", _get(content, "classes", "the job"))
     _names("passed_over", _get(content, "passed_over", "the job"))
     for name, hint in get_type_hints(settings).items():

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
-from sslvit.data.labels import NO_LABEL, NotClasses, labels_in, number_labels
+from sslvit.data.labels import NO_LABEL, NotClasses, Unlabeled, labels_in, number_labels
+
+DIGESTED = 64  # images of a data set object, which take long to make
 
 
 class Images(Protocol):
@@ -19,7 +22,7 @@ class Images(Protocol):
     def read(self, place: Any) -> bytes: ...
 
 
-@dataclass
+@dataclass(slots=True)
 class Sample:
     """One image on its way into a shard.
 
@@ -45,6 +48,77 @@ class Sample:
         return self.source.read(self.place)
 
 
+class Texts(Sequence[str]):
+    """Many texts in one piece of memory, which processes share after a fork: no object of its own for each."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        encoded = [text.encode("utf-8", "surrogateescape") for text in texts]
+        self.starts = np.cumsum([0, *map(len, encoded)])
+        self.content = b"".join(encoded)
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, number: int) -> str:
+        start, end = self.starts[number], self.starts[number + 1]
+        return self.content[start:end].decode("utf-8", "surrogateescape")
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.content) + self.starts.nbytes
+
+
+class SampleTable(Sequence[Sample]):
+    """Samples in columns: a third of the memory, and processes share it after a fork.
+
+    A list of samples would be copied into each process, page by page, as soon as their reference counts are touched.
+
+    Args:
+        samples: in their order.
+    """
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        sources = {id(sample.source): sample.source for sample in samples}
+        self.sources = list(sources.values())
+        number_of = {key: number for number, key in enumerate(sources)}
+        suffixes = list(dict.fromkeys(sample.suffix for sample in samples))
+        number_of_suffix = {suffix: number for number, suffix in enumerate(suffixes)}
+        self._suffixes, count = suffixes, len(samples)
+        self._source = np.fromiter((number_of[id(sample.source)] for sample in samples), np.int32, count)
+        self._suffix = np.fromiter((number_of_suffix[sample.suffix] for sample in samples), np.int32, count)
+        self.labels = np.fromiter((sample.label for sample in samples), np.int64, count)
+        self.bytes = np.fromiter((sample.bytes for sample in samples), np.int64, count)
+        self.modified_ns = np.fromiter((sample.modified_ns for sample in samples), np.int64, count)
+        self.keys = Texts(sample.key for sample in samples)
+        is_path = all(type(sample.place) is str for sample in samples)
+        is_number = all(type(sample.place) is int for sample in samples)
+        places = (sample.place for sample in samples)
+        self._places = Texts(places) if is_path else np.fromiter(places, np.int64, count) if is_number else [*places]
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample]) -> SampleTable:
+        """The samples as a table, which they may be already."""
+        return samples if isinstance(samples, cls) else cls(samples)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, number: int) -> Sample:
+        if not -len(self) <= number < len(self):
+            raise IndexError(number)
+        place = self._places[number]
+        return Sample(
+            self.keys[number], self._suffixes[self._suffix[number]], self.sources[self._source[number]],
+            int(place) if isinstance(place, np.integer) else place, int(self.labels[number]), int(self.bytes[number]),
+            int(self.modified_ns[number]),
+        )  # fmt: skip
+
+    @property
+    def nbytes(self) -> int:
+        columns = [self._source, self._suffix, self.labels, self.bytes, self.modified_ns, self.keys, self._places]
+        return sum(getattr(column, "nbytes", 0) for column in columns)
+
+
 class FileImages:
     """Image files; the place is a path."""
 
@@ -58,6 +132,11 @@ class DatasetImages:
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
+
+    def digest(self) -> str:
+        """Of up to 64 images spread over the data set."""
+        chosen = np.unique(np.linspace(0, len(self.dataset) - 1, min(len(self.dataset), DIGESTED)).astype(int))
+        return hashlib.sha256(b"".join(self.read(int(place)) for place in chosen)).hexdigest()
 
     def read(self, place: int) -> bytes:
         item = self.dataset[place]
@@ -103,6 +182,9 @@ def dataset_source(dataset: Any) -> ImageSource:
         return ImageSource([Sample(f"{i:06d}", ".png", source, i, NO_LABEL, size) for i in range(len(dataset))])
     try:
         classes, labels = number_labels(labels_in(np.asarray(targets), len(dataset)))
+    except Unlabeled as error:
+        samples = [Sample(f"{i:06d}", ".png", source, i, NO_LABEL, size) for i in range(len(dataset))]
+        return ImageSource(samples, notes=[str(error)])
     except NotClasses as error:
         raise ValueError(f"{type(dataset).__name__}: {error}.") from error
     names = getattr(dataset, "classes", None) or classes
@@ -119,10 +201,12 @@ def hold_out(samples: Sequence[Sample], share: float) -> tuple[list[Sample], lis
     by_class: dict[int, list[Sample]] = {}
     for sample in samples:
         by_class.setdefault(sample.label, []).append(sample)
-    train, val = [], []
+    train: list[Sample] = []
+    val: list[Sample] = []
     for _, of_class in sorted(by_class.items()):
         cut = max(1, len(of_class) - max(1, round(share * len(of_class))))
-        train, val = train + of_class[:cut], val + of_class[cut:]
+        train += of_class[:cut]
+        val += of_class[cut:]
     if not val:
         raise ValueError(f"--holdout {share}: no class has two images, so none can be held out.")
     return train, val

@@ -18,8 +18,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 from sslvit.chance import generator
 from sslvit.data.batch import Batch
 from sslvit.data.decode import IMAGE_SUFFIXES, MAX_PIXELS, BadImage
-from sslvit.data.index import Shard, is_address
-from sslvit.data.loader import MemoryReader, make_batch
+from sslvit.data.index import Shard, is_address, length_of_common_folder
+from sslvit.data.loader import MAX_KEY, MemoryReader, make_batch
 from sslvit.data.remote import ShardCache
 from sslvit.data.tars import NUMBERS
 from sslvit.data.views import Views
@@ -66,6 +66,7 @@ class StreamIndex:
             if not url.startswith(PIPE) and not is_address(url) and not Path(url).exists():
                 raise FileNotFoundError(f"data.shards: {printable(url)} does not exist.")
         self.urls, self.samples, self.cache = urls, samples, cache
+        self.common_folder = length_of_common_folder(urls)
         self.location = urls[0] if len(urls) == 1 else f"{urls[0]} and {len(urls) - 1} more"
         self.shards = [Shard(url, 0, 0, "") for url in urls]
         self.classes, self.image_size, self.channels, self.bits = None, None, 3, 8
@@ -77,8 +78,12 @@ class StreamIndex:
     def __len__(self) -> int:
         return self.samples
 
-    def absent(self) -> dict[str, str]:
+    def absent(self) -> dict[int, str]:
         return {}
+
+    def shard_label(self, shard: int) -> str:
+        """A stream's name for people, without the folder that all share."""
+        return self.urls[shard][self.common_folder :]
 
     def fingerprint(self) -> str:
         return hashlib.sha256("\n".join(self.urls).encode("utf-8", "surrogateescape")).hexdigest()[:16]
@@ -109,6 +114,7 @@ class StreamBatches(IterableDataset):
     ) -> None:  # fmt: skip
         self.index, self.views, self.channels, self.max_pixels = index, views, channels, max_pixels
         self.rank, self.ranks, self.micro, self.passes, self.start_step = rank, ranks, micro, passes, start_step
+        self.labels = {url: index.shard_label(number) for number, url in enumerate(index.urls)}
         self.unused: set[str] = set()  # fields with images that it was said of
         if ranks > len(index.urls):
             raise ValueError(
@@ -186,16 +192,19 @@ class StreamBatches(IterableDataset):
 
         members = tar_file_expander(url_opener(sources(), handler=note), handler=note)
         for sample in group_by_keys(members, keys=_key_and_field, handler=note):
-            key = sample["__key__"]
+            key, url = sample["__key__"], url_of[sample["__url__"]]
+            label = self.labels[url]
             if PurePosixPath(key).is_absolute() or ".." in PurePosixPath(key).parts:
-                problems[printable(key)] = "a path that leads out of its folder"
+                problems[printable(f"{label}/{key}", MAX_KEY)] = "a path that leads out of its folder"
                 continue
             images, others = _images_of(sample)
             if len(images) == 1:
-                yield number_of(f"{url_of[sample['__url__']]} {key}"), printable(key), sample[images[0]]
+                yield number_of(f"{url} {key}"), printable(f"{label}/{key}", MAX_KEY), sample[images[0]]
             elif images:
                 shown = printable(", ".join(images), 60)
-                problems[printable(f"{key}.*")] = f"{len(images)} images of one key ({shown}): none of them is used"
+                problems[printable(f"{label}/{key}.*", MAX_KEY)] = (
+                    f"{len(images)} images of one key ({shown}): none of them is used"
+                )
             self._say_unused(key, others)
 
     def _say_unused(self, key: str, fields: list[str]) -> None:

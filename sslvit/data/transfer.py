@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NoReturn
 from urllib.parse import quote, urljoin, urlsplit
@@ -26,6 +27,7 @@ REFUSED = (400, 401, 403)  # nor will it give it
 RANGE_NOT_SATISFIABLE = 416
 LEFT_AS_IT_IS = "%/:?#[]@!$&'()*+,;=~"  # characters of an address that mean something there
 CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", re.ASCII)
+HTTP_VERSION = ("ETag", "Last-Modified")
 FSSPEC_VERSION = ("ETag", "etag", "LastModified", "updated", "mtime", "generation")  # in which file systems tell it
 
 
@@ -88,6 +90,34 @@ class RemoteFile:
         except (OSError, http.client.HTTPException) as error:
             raise TryAgain(f"{type(error).__name__}: {error}") from error
 
+    def ask_version(self) -> dict[str, str]:
+        """What tells the file from another one at its address, without its content: length, ETag, date.
+
+        A part of one byte is asked for: some addresses are signed for that and not for asking about it.
+
+        Raises:
+            Gone: there is no such file.
+            RemoteError: the server refuses.
+            TryAgain: anything that may pass.
+            ValueError: the address is none.
+        """
+        if not self.address.startswith(("http://", "https://")):
+            return self._fsspec_version()
+        try:
+            with self._ask(0, _Pace(self.timeout, self.least_rate), {"Range": "bytes=0-0"}) as response:
+                found = {key: response.headers[key] for key in HTTP_VERSION if response.headers[key]}
+                content_range = CONTENT_RANGE.fullmatch((response.headers["Content-Range"] or "").strip())
+                length = content_range[3] if content_range else response.headers["Content-Length"]
+                return found | ({"length": length} if length else {})
+        except (OSError, http.client.HTTPException) as error:
+            raise TryAgain(f"{type(error).__name__}: {error}") from error
+
+    def _fsspec_version(self) -> dict[str, str]:
+        files, path = self._file_system()
+        with self._named_errors():
+            about = files.info(path)
+            return {key: str(about[key]) for key in ("size", *FSSPEC_VERSION) if about.get(key)}
+
     def _limit(self) -> int:
         return self.max_bytes if self.size is None else self.size
 
@@ -128,8 +158,8 @@ class RemoteFile:
             if total is not None and place < total:
                 raise TryAgain(f"the connection ended {total - place} bytes early")
 
-    def _ask(self, start: int, pace: _Pace) -> http.client.HTTPResponse:
-        headers = {"User-Agent": "sslvit", "Accept-Encoding": "identity"}
+    def _ask(self, start: int, pace: _Pace, more: dict[str, str] | None = None) -> http.client.HTTPResponse:
+        headers = {"User-Agent": "sslvit", "Accept-Encoding": "identity", **(more or {})}
         if start:
             headers["Range"] = f"bytes={start}-"
             etag = self.version.get("ETag", "W/")
@@ -160,7 +190,7 @@ class RemoteFile:
 
     def _place_of(self, response: http.client.HTTPResponse, start: int) -> tuple[int, int | None]:
         """Where an answer's bytes belong, and how long the whole file is if the server says it."""
-        version = {key: response.headers[key] for key in ("ETag", "Last-Modified") if response.headers[key]}
+        version = {key: response.headers[key] for key in HTTP_VERSION if response.headers[key]}
         length = response.headers["Content-Length"]
         if length is not None and not re.fullmatch(r"\d{1,18}", length.strip(), re.ASCII):
             raise TryAgain(f"the server says a Content-Length of {printable(length, 40)}")
@@ -179,14 +209,8 @@ class RemoteFile:
         return 0, None if length is None else int(length)
 
     def _fsspec(self, start: int) -> Iterator[tuple[int, bytes]]:
-        import fsspec
-
-        address = printable(self.address)
-        try:
-            files, path = fsspec.core.url_to_fs(self.address)
-        except (ImportError, ValueError) as error:
-            raise ValueError(f"{address}: {printable(error)}") from error
-        try:
+        files, path = self._file_system()
+        with self._named_errors():
             about = files.info(path)
             total = int(about["size"])
             self._expect(total)
@@ -197,6 +221,21 @@ class RemoteFile:
                 if len(chunk) != end - place:
                     raise TryAgain(f"{len(chunk)} bytes came for the {end - place} from {place} on")
                 yield place, chunk
+
+    def _file_system(self) -> tuple[Any, str]:
+        import fsspec
+
+        try:
+            return fsspec.core.url_to_fs(self.address)
+        except (ImportError, ValueError) as error:
+            raise ValueError(f"{printable(self.address)}: {printable(error)}") from error
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """Errors of a file system in the words of this module."""
+        address = printable(self.address)
+        try:
+            yield
         except (TryAgain, BadImage, RemoteError):
             raise
         except FileNotFoundError as error:

@@ -27,7 +27,8 @@ from sslvit.data.decode import BadImage, decode
 from sslvit.data.index import RECORD, load_index, read_index
 from sslvit.data.inspect import check_shards, describe_shards
 from sslvit.data.loader import make_batch
-from sslvit.data.open import expand, open_shards
+from sslvit.data.mixture import JoinedIndex
+from sslvit.data.open import check_present, expand, open_shards
 from sslvit.data.pack import pack_source
 from sslvit.data.plan import EpochPlan
 from sslvit.data.reader import ShardReader
@@ -171,6 +172,25 @@ def test_labels_that_only_some_images_have_are_not_used_and_it_is_said(tmp_path:
         index_shards(tmp_path, options=IndexOptions(labels="cls"))
 
 
+def test_a_shard_without_labels_among_others_leaves_all_without_and_it_is_said(tmp_path: Path, capsys) -> None:
+    write_tar(tmp_path / "a.tar", {"a.png": png(1), "a.cls": b"0", "b.png": png(2), "b.cls": b"1"})
+    write_tar(tmp_path / "b.tar", {f"{i}.png": png(i) for i in (3, 4, 5)})
+    index = index_shards(tmp_path)
+    assert (len(index), index.classes) == (5, None)
+    assert index.records["label"].tolist() == [-1] * 5
+    assert "3 of 5 images have no label (.cls), so the others' are not used either" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--labels cls: 3 of 5 images of .* have none"):
+        index_shards(tmp_path, options=IndexOptions(labels="cls"))
+
+
+def test_labels_of_minus_one_in_shards_of_others_are_none(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    write_tar(tmp_path / "a.tar", {"a.png": png(1), "a.cls": b"-1", "b.png": png(2), "b.cls": b"-1"})
+    assert index_shards(tmp_path).classes is None
+    assert "2 of 2 labels are -1, which marks images without a class; they are not used" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--labels cls: 2 of 2 labels are -1.*Leave it out to index them without"):
+        index_shards(tmp_path, options=IndexOptions(labels="cls"))
+
+
 def test_numbers_that_are_no_classes_are_not_taken_for_some(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     write_tar(tmp_path / "a.tar", {"a.png": png(1), "a.cls": b"30000000"})
     assert index_shards(tmp_path).classes is None
@@ -211,15 +231,20 @@ def test_a_damaged_index_is_named(tmp_path: Path) -> None:
     whole = (tmp_path / "index.json").read_text()
     about = json.loads(whole)
     split = about["splits"]["train"]
-    for change in ({"shard_lengths": [4]}, {"shard_lengths": []}, {"filenames": [3]}, {"bytes": "x"}):
+    for change, what in (
+        ({"shard_lengths": [4]}, "num_samples is 3, but its shards hold 4"),
+        ({"shard_lengths": []}, "shard_lengths has 0 entries for 1 shards"),
+        ({"filenames": [3]}, "the name of a shard is 3, expected text"),
+        ({"bytes": "x"}, "bytes is 'x', expected a list"),
+    ):
         (tmp_path / "index.json").write_text(json.dumps(about | {"splits": {"train": split | change}}))
-        with pytest.raises(ValueError, match="Make it again: sslvit shards index"):
+        with pytest.raises(ValueError, match=f"/index.json: {what}. Make it again: sslvit shards index {tmp_path}"):
             load_index(tmp_path)
     (tmp_path / "index.json").write_text(whole.replace(index.shards[0].name, "../../etc/passwd"))
     with pytest.raises(ValueError, match="lies outside of its folder"):
         load_index(tmp_path)
     (tmp_path / "index.json").write_text("{")
-    with pytest.raises(ValueError, match="Make it again"):
+    with pytest.raises(ValueError, match="no readable JSON .*Make it again"):
         load_index(tmp_path)
     (tmp_path / "index.json").write_text(json.dumps(about | {"format": 99}))
     with pytest.raises(ValueError, match="format 99, this sslvit reads"):
@@ -277,6 +302,89 @@ def test_patterns_name_some_shards_of_a_folder(tmp_path: Path, capsys: pytest.Ca
         open_shards(f"{tmp_path}/in/shard-{{000077..000078}}.tar", cache)
     with pytest.raises(ValueError, match="braces that do not close"):
         open_shards(f"{tmp_path}/in/shard-{{00..03.tar", cache)
+
+
+@pytest.mark.parametrize(("chosen", "is_mapped"), [([0, 1, 2, 3], True), ([1, 2], True), ([2], True), ([2, 0], False)])
+def test_a_pattern_leaves_the_records_of_neighbours_in_their_file(
+    tmp_path: Path, chosen: list[int], is_mapped: bool
+) -> None:
+    index = numbered_shards(tmp_path, 40, shard_mb=0.02)
+    assert len(index.shards) == 4
+    pattern = f"{tmp_path}/shard-{{{','.join(f'{n:06d}' for n in chosen)}}}.tar".replace("{000002}", "000002")
+    part = open_shards(pattern, ShardCache(tmp_path / "cache"))
+    numbers = numbers_of(index)
+    expected = [number for n in chosen for number in numbers[index.first_of_shard[n] : index.first_of_shard[n + 1]]]
+    assert numbers_of(part) == expected
+    assert part.labels_of(slice(None)).tolist() == [number % 2 for number in expected]
+    assert isinstance(part.records, np.memmap) == is_mapped
+
+
+def test_tars_that_the_index_does_not_list_are_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    numbered_shards(tmp_path, 4)
+    open_shards(tmp_path)
+    assert "NOT read" not in capsys.readouterr().out
+    write_tar(tmp_path / "later.tar", {f"{i}.png": png(i) for i in range(4)})
+    assert len(open_shards(tmp_path)) == 4
+    words = f"1 of 2 tar files there are not in index.json and are NOT read (the first: later.tar). To read them too: sslvit shards index {tmp_path}"  # noqa: E501
+    assert words in capsys.readouterr().out
+    assert words in describe_shards(load_index(tmp_path))
+    index_shards(tmp_path)
+    assert len(open_shards(tmp_path)) == 8
+    assert "NOT read" not in capsys.readouterr().out
+
+
+def test_equal_names_in_two_folders_are_two_shards(tmp_path: Path) -> None:
+    for number, name in enumerate(("a", "b")):
+        (tmp_path / name).mkdir()
+        write_tar(tmp_path / name / "x.tar", {f"{i}.png": png(10 * number + i) for i in range(4)})
+    index = open_shards(f"{tmp_path}/{{a,b}}/x.tar", ShardCache(tmp_path / "cache"))
+    keys = [index.key(sample) for sample in range(8)]
+    assert keys == [f"{name}/x.tar/{i}.png" for name in "ab" for i in range(4)]
+    alone = open_shards(f"{tmp_path}/a/x.tar", ShardCache(tmp_path / "cache"))
+    assert alone.key(0) == "x.tar/0.png"
+
+
+def test_missing_shards_of_a_mixture_are_those_of_one_source(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    small, large = numbered_shards(tmp_path / "a", 4), numbered_shards(tmp_path / "b", 200)
+    joined = JoinedIndex([small, large], [1, 1])
+    check_present(joined, 0.01)
+    small.shard_path(0).unlink()
+    assert joined.absent() == {0: "missing shard"}
+    check_present(joined, 0.05)
+    said = capsys.readouterr().out
+    assert f"1 shards cannot be read, 4 of 204 samples ({tmp_path}/a/shard-000000.tar: missing shard)" in said
+    with pytest.raises(ValueError, match="4 of 204 samples"):
+        check_present(joined, 0.01)
+    other = JoinedIndex([large, small], [1, 1])
+    assert other.absent() == {1: "missing shard"}
+
+
+def test_an_index_of_other_bytes_than_it_describes_is_refused(tmp_path: Path) -> None:
+    index = numbered_shards(tmp_path, 6)
+    records = index.records.copy()
+    records["label"] = 1 - records["label"]  # which would look right
+    np.save(tmp_path / "index.npy", records)
+    with pytest.raises(ValueError, match="index.npy is not the one that it describes. Make it again"):
+        load_index(tmp_path)
+
+
+def test_a_fingerprint_is_of_the_bytes_of_all_shards_in_their_order(tmp_path: Path) -> None:
+    one, other = numbered_shards(tmp_path / "a", 40, shard_mb=0.02), numbered_shards(tmp_path / "b", 40, 0.02, first=99)
+    checksums = "".join(hashlib.sha256(one.shard_path(n).read_bytes()).hexdigest() for n in range(len(one.shards)))
+    assert one.fingerprint() == hashlib.sha256(checksums.encode()).hexdigest()[:16]
+    assert one.fingerprint() != other.fingerprint()
+    pattern = f"{tmp_path}/a/shard-{{000001,000000,000002,000003}}.tar"
+    assert open_shards(pattern, ShardCache(tmp_path / "cache")).fingerprint() != one.fingerprint()
+
+
+def test_local_shards_that_were_replaced_are_indexed_anew(tmp_path: Path) -> None:
+    cache, pattern = ShardCache(tmp_path / "cache"), f"{tmp_path}/{{a,b}}.tar"
+    for name, number in (("a", 1), ("b", 2)):
+        write_tar(tmp_path / f"{name}.tar", {"x.png": png(number)})
+    before = open_shards(pattern, cache)
+    write_tar(tmp_path / "b.tar", {"y.png": png(9), "z.png": png(8)})
+    after = open_shards(pattern, cache)
+    assert (numbers_of(before)[:1], numbers_of(after)) == ([1], [1, 9, 8])
 
 
 def test_shards_in_a_folder_that_one_may_only_read_are_indexed_in_the_cache(tmp_path: Path, monkeypatch) -> None:
@@ -434,7 +542,7 @@ def test_whatever_stands_in_an_index_is_used_or_refused_in_one_line(tmp_path: Pa
         assert all((Path("s") / shard.name).resolve().is_relative_to(tmp_path / "s") for shard in index.shards)
         assert len(index.mean) == len(index.std) == index.channels
         assert index.fingerprint()
-        assert index.absent().keys() <= {shard.name for shard in index.shards}
+        assert index.absent().keys() <= set(range(len(index.shards)))
         assert printable(index.key(3)).isprintable()
         if turn % 10 == 0:
             index.save("s")
@@ -552,7 +660,14 @@ def test_whatever_stands_in_the_files_of_a_packing_is_used_or_refused_in_one_lin
     report.skipped["caf\udce9.png"] = "zero bytes"
     whole = json.loads(json.dumps(report.as_dict()))
     assert checked_report(whole, "shard-000000.tar") == whole
-    job = {"images": 4, "source": "0" * 64, "classes": ["a"], **asdict(PackSettings(resize=8)), "starts": [0, 2, 4]}
+    job = {
+        "images": 4,
+        "source": "0" * 64,
+        "times": "1" * 64,
+        "classes": ["a"],
+        **asdict(PackSettings(resize=8)),
+        "starts": [0, 2, 4],
+    }
     job["passed_over"] = {"a.txt": "no image"}
     assert checked_job(job, PackSettings) == job
     rng, read = random.Random(0), 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import gzip
 import io
 import json
@@ -31,8 +32,9 @@ from sslvit.data.open import open_shards
 from sslvit.data.pack import PackJob, finish_packing, pack, pack_source
 from sslvit.data.reader import ShardReader
 from sslvit.data.remote import ShardCache
-from sslvit.data.sources import dataset_source
-from sslvit.data.store import PackSettings, tar_header
+from sslvit.data.scan import index_shards
+from sslvit.data.sources import FileImages, Sample, dataset_source, hold_out
+from sslvit.data.store import PackSettings, TarWriter, store, tar_header
 from sslvit.files import held_folder
 
 SMALL = PackSettings(shard_mb=0.005)
@@ -229,7 +231,7 @@ def test_numbers_in_a_list_stay_class_numbers_and_labels_may_be_absent(tmp_path:
         ("a.jsonl", '{"path": "in/cat/im.001.png"}\n{"path\n', "line 2: not JSON"),
         ("a.jsonl", "[1]\n", "line 1: expected an object"),
         ("a.csv", "path\nin/cat/im.001.png,extra\n", "line 2: more fields than the 1 columns"),
-        ("a.csv", "path,label\nin/cat/im.001.png,-1\n", "a.csv: a label of -1; classes count from 0"),
+        ("a.csv", "path,label\nin/cat/im.001.png,-2\n", "a.csv: a label of -2; classes count from 0"),
         ("a.csv", "path,label\nin/cat/im.001.png,99999\n", "labels up to 99999 for 1 images are no class numbers"),
         ("a.txt", "", "neither a folder, nor a list"),
         ("a.tar", "", "an archive. Unpack it.*needs no packing: sslvit shards index"),
@@ -326,7 +328,11 @@ def test_labels_of_an_npz_are_read_in_every_form_that_people_store(tmp_path: Pat
         (np.eye(3)[[0, 1, 2, 0]], "y is not used for labels: 3 values for each image"),
         (np.array([0.5, 1, 2, 3]), "y is not used for labels: float64 numbers that are not whole"),
         (np.array([1, 2, 3, 4_750_000]), "y is not used for labels: labels up to 4750000 for 4 images"),
-        (np.array([-1, 0, 1, 2]), "y is not used for labels: a label of -1"),
+        (np.array([-3, -1, 1, 2]), "y is not used for labels: a label of -3; classes count from 0"),
+        (
+            np.array([-1, 0, 1, -1]),
+            "y is not used for labels: 2 of 4 labels are -1, which marks images without a class",
+        ),
     ],
 )
 def test_what_could_be_labels_and_is_not_used_is_said(tmp_path: Path, labels: np.ndarray, said: str, capsys) -> None:
@@ -778,6 +784,270 @@ def test_folders_whose_files_have_equal_names_and_lengths_do_not_share_shards(tm
         assert sorted(numbers_of(open_shards(tmp_path / name, cache))) == [50 * number + i for i in range(4)]
     Image.new("L", (6, 6), 200).save(tmp_path / "one" / "0.bmp")
     assert sorted(numbers_of(open_shards(tmp_path / "one", cache))) == [1, 2, 3, 200]
+
+
+def _open_as_rank(rank: int, source: Path, cache: Path, walks: Path, results) -> None:
+    os.environ["LOCAL_RANK"] = str(rank)
+    import sslvit.data.open as module
+
+    original = module.folder_source
+
+    def slow_walk(path: Path):
+        time.sleep(0.2)
+        with walks.open("a") as file:
+            file.write(f"{rank}\n")
+        return original(path)
+
+    module.folder_source = slow_walk
+    results.put((rank, len(open_shards(source, ShardCache(cache)))))
+
+
+def test_only_the_first_process_of_a_machine_walks_an_image_folder(tmp_path: Path) -> None:
+    source, context = image_folder(tmp_path / "in"), multiprocessing.get_context("fork")
+    for start in range(2):  # the second time the shards are there already, and one file more
+        results = context.Queue()
+        about = (source, tmp_path / "cache", tmp_path / f"walks{start}", results)
+        ranks = [context.Process(target=_open_as_rank, args=(rank, *about)) for rank in (2, 1, 0)]
+        for rank in ranks:
+            rank.start()
+        assert dict(results.get(timeout=30) for _ in ranks) == dict.fromkeys(range(3), 20 + start)
+        for rank in ranks:
+            rank.join()
+        assert (tmp_path / f"walks{start}").read_text() == "0\n"
+        shutil.copy(source / "cat" / "im.001.png", source / "cat" / "new.png")
+        next((tmp_path / "cache" / "packed").glob("walk-*.json")).unlink()
+
+
+def test_a_process_whose_first_one_says_nothing_walks_by_itself(tmp_path: Path, monkeypatch, capsys) -> None:
+    source, cache = image_folder(tmp_path / "in"), ShardCache(tmp_path / "cache")
+    assert len(open_shards(source, cache)) == 20  # of another start: this process has no first one
+    shutil.copy(source / "cat" / "im.001.png", source / "cat" / "new.png")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr("sslvit.data.first_rank.WAIT_SECONDS", 0.2)
+    monkeypatch.setattr("sslvit.data.first_rank.os.getppid", lambda: 1)
+    assert len(open_shards(source, cache)) == 21
+    assert "waiting for the first process on this machine" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["folder", "list", "array"])
+def test_a_packing_whose_files_were_changed_meanwhile_does_not_go_on(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "in").mkdir()
+    for i in range(30):
+        Image.new("L", (6, 6), i).save(tmp_path / "in" / f"{i:02d}.bmp")
+    source = changed = tmp_path / "in"
+    if kind == "list":
+        source = tmp_path / "a.csv"
+        source.write_text("path\n" + "".join(f"in/{i:02d}.bmp\n" for i in range(30)))
+    if kind == "array":
+        source = changed = tmp_path / "a.npy"
+        np.save(source, np.repeat(np.arange(2000, dtype=np.uint16), 25).reshape(2000, 5, 5))
+    settings = PackSettings(shard_mb=1) if kind == "array" else SMALL
+    pack_source(source, tmp_path / "out", settings, part="1/2")
+    pack_source(source, tmp_path / "out", settings, part="1/2")  # of the same files: goes on
+    if kind == "array":
+        images = np.load(source)
+        images[2] += 7  # one that is not among those that the digest looks at
+        np.save(source, images)
+    else:
+        changed = tmp_path / "in" / "03.bmp"
+        Image.new("L", (6, 6), 200).save(changed)
+    about = os.stat(changed)
+    os.utime(changed, ns=(about.st_atime_ns, about.st_mtime_ns + 1))
+    with pytest.raises(ValueError, match="unfinished packing of files that have other times now"):
+        pack_source(source, tmp_path / "out", settings, part="2/2")
+
+
+def test_channel_statistics_are_those_of_all_pixels_every_image_counting_the_same(tmp_path: Path) -> None:
+    rng, images = np.random.default_rng(0), []
+    (tmp_path / "in").mkdir()
+    for number, side in enumerate((4, 30, 11)):
+        images.append(rng.integers(0, 80 * (number + 1), (side, side + 3, 3)).astype(np.uint8))
+        Image.fromarray(images[-1]).save(tmp_path / "in" / f"{number}.png")
+    (index,) = pack_source(tmp_path / "in", tmp_path / "out", workers=1)
+    means = np.mean([image.mean((0, 1)) / 255 for image in images], 0)
+    squares = np.mean([((image / 255) ** 2).mean((0, 1)) for image in images], 0)
+    assert index.mean == pytest.approx(means, abs=6e-5)
+    assert index.std == pytest.approx(np.sqrt(squares - means**2), abs=6e-5)
+    assert index_shards(tmp_path / "out").mean == index.mean
+
+
+def test_statistics_of_a_large_shard_are_spread_over_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sslvit.data.scan.STATISTICS_SAMPLES", 10)
+    images = np.repeat(np.arange(200, dtype=np.uint8), 16).reshape(200, 4, 4)
+    index = pack(array_samples(images), tmp_path, workers=1)
+    seen = np.array(numbers_of(index))[np.linspace(0, 199, 50).astype(int)]
+    assert index.mean[0] == pytest.approx(seen.mean() / 255, abs=6e-5)
+
+
+def test_a_set_is_of_16_bits_only_if_all_of_its_images_are(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for number, kind in enumerate((np.uint16, np.uint8, np.uint16)):
+        Image.fromarray(np.full((6, 6), 50 * number, kind)).save(tmp_path / "in" / f"{number}.png")
+    assert pack_source(tmp_path / "in", tmp_path / "mixed", workers=1)[0].bits == 8
+    (tmp_path / "in" / "1.png").unlink()
+    assert pack_source(tmp_path / "in", tmp_path / "deep", workers=1)[0].bits == 16
+
+
+def test_a_shard_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The writer itself waits for the disk when it closes its file."""
+    synced, original = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle).st_size) or original(handle))
+    with TarWriter(tmp_path / "a.tar") as tar:
+        tar.add("a.txt", b"hello")
+    assert synced == [(tmp_path / "a.tar").stat().st_size]
+
+
+def test_quality_and_the_side_of_resized_images_are_as_asked(tmp_path: Path) -> None:
+    content = encoded(photograph(90, 120), "JPEG", quality=98)
+    lengths = {}
+    for quality in (20, 60, 95):
+        stored, suffix = store(content, ".jpg", PackSettings(resize=45, quality=quality))
+        image = Image.open(io.BytesIO(stored))
+        assert (suffix, image.size) == (".jpg", (60, 45))
+        expected = photograph_again(content).resize((60, 45), Image.Resampling.BICUBIC)
+        assert stored == encoded(expected, "JPEG", quality=quality)
+        lengths[quality] = len(stored)
+    assert lengths[20] < lengths[60] < lengths[95]
+    assert store(content, ".jpg", PackSettings(resize=90)) == (content, ".jpg")
+
+
+def photograph_again(content: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(content)).convert("RGB")
+
+
+def test_an_image_of_more_pixels_than_allowed_is_left_out(tmp_path: Path) -> None:
+    source = image_folder(tmp_path / "in", count=2)
+    Image.new("RGB", (7, 8)).save(source / "cat" / "large.png")
+    (index,) = pack_source(source, tmp_path / "out", PackSettings(max_pixels=48), workers=1)
+    assert len(index) == 4
+    assert list(index.skipped) == ["cat/large.png"]
+    assert "7 x 8 pixels, more than 48" in index.skipped["cat/large.png"]
+
+
+class Labeled:
+    """A data set object of torchvision's kind."""
+
+    def __init__(self, labels: list[int]) -> None:
+        self.labels, self.classes = np.array(labels), ["airplane", "bird", "car"]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, number: int):
+        return Image.new("L", (4, 4), number), int(self.labels[number])
+
+
+@pytest.mark.parametrize(("labels", "said"), [([-1] * 4, "4 of 4"), ([-1, 0, 2, 1], "1 of 4")])
+def test_labels_of_minus_one_are_no_labels_wherever_they_stand(tmp_path: Path, labels: list[int], said: str) -> None:
+    """STL-10 marks its images without a class so."""
+    words = f"{said} labels are -1, which marks images without a class"
+    (tmp_path / "in").mkdir()
+    for number in range(4):
+        Image.new("L", (4, 4), number).save(tmp_path / "in" / f"{number}.png")
+    lines = "".join(f"in/{number}.png,{label}\n" for number, label in enumerate(labels))
+    (tmp_path / "a.csv").write_text(f"path,label\n{lines}")
+    images = np.repeat(np.arange(4, dtype=np.uint8), 16).reshape(4, 4, 4)
+    np.savez(tmp_path / "a.npz", x=images, y=np.array(labels))
+    found = {
+        "object": dataset_source(Labeled(labels)),
+        "list": read_source(tmp_path / "a.csv"),
+        "array": read_source(tmp_path / "a.npz"),
+    }
+    for name, source in found.items():
+        assert source.classes is None, name
+        assert words in " ".join(source.notes), name
+        index = pack(source.samples, tmp_path / name, source.classes, workers=1)
+        assert sorted(numbers_of(index)) == [0, 1, 2, 3]
+        with pytest.raises(ValueError, match="these images have no labels"):
+            index.labels_of(slice(None))
+    with pytest.raises(ValueError, match=f"--labels y: {words}.*Leave it out to pack them without labels"):
+        read_source(tmp_path / "a.npz", SourceOptions(labels="y"))
+    with pytest.raises(ValueError, match=f"{said[0]} of 4 samples have no label, and there are 3 classes"):
+        pack(array_samples(images, labels), tmp_path / "direct", ["a", "b", "c"])
+    assert dataset_source(Labeled([2, 0, 1, 1])).classes == ["airplane", "bird", "car"]
+
+
+def test_integers_of_32_bits_are_refused_where_16_cannot_hold_them(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name, low, high in (("fits", 0, 65_535), ("large", 0, 65_536), ("negative", -1, 5)):
+        pixels = np.full((6, 6), low, np.int32)
+        pixels[2:] = high
+        Image.fromarray(pixels).save(tmp_path / "in" / f"{name}.tif")
+    (index,) = pack_source(tmp_path / "in", tmp_path / "out", workers=1)
+    assert [index.key(i) for i in range(len(index))] == ["shard-000000.tar/fits.tif"]
+    assert index.skipped["large.tif"].startswith(
+        "32-bit integers from 0 to 65536; images have 8 or 16 bits: scale them"
+    )
+    assert index.skipped["negative.tif"].startswith("32-bit integers from -1 to 5; images have 8 or 16 bits")
+    deep = decode_pixels(ShardReader(index, 1).read(0), 1, 16)
+    assert (deep.min(), deep.max()) == (0, 255)
+
+
+def test_holding_out_takes_as_long_for_many_classes_as_for_few() -> None:
+    """Ten times the classes of ImageNet-1k: the time grows with the images, not with images times classes."""
+    source = FileImages()
+    samples = [Sample(f"{i}", ".jpg", source, f"{i}", i % 10_000) for i in range(100_000)]
+
+    def seconds(classes: int) -> float:
+        for i, sample in enumerate(samples):
+            sample.label = i % classes
+        began = time.process_time()
+        train, val = hold_out(samples, 0.2)
+        assert len(val) == 20_000
+        assert len(train) == 80_000
+        return time.process_time() - began
+
+    seconds(10)
+    assert min(seconds(10_000) for _ in range(2)) < 8 * min(seconds(10) for _ in range(2)) + 0.05
+
+
+@pytest.mark.parametrize(("share", "counts"), [(0.1, [1, 1, 0]), (0.25, [2, 2, 0]), (0.9, [9, 5, 0])])
+def test_each_class_gives_its_last_images_and_keeps_one(share: float, counts: list[int]) -> None:
+    labels = [0, 1] * 6 + [2] + [0] * 4
+    samples = [Sample(f"{i}", ".jpg", FileImages(), f"{i}", label) for i, label in enumerate(labels)]
+    train, val = hold_out(samples, share)
+    for label, count in enumerate(counts):
+        places = [i for i, known in enumerate(labels) if known == label]
+        cut = len(places) - count
+        assert [int(sample.key) for sample in train if sample.label == label] == places[:cut]
+        assert [int(sample.key) for sample in val if sample.label == label] == places[cut:]
+
+
+def private_bytes() -> int:
+    """Memory that this process shares with no other."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Private"))
+
+
+def test_the_processes_of_a_packing_share_what_it_knows_of_its_samples(tmp_path: Path) -> None:
+    """A list of a million samples was 400 MB in each process."""
+    count, source = 20_000, FileImages()
+    samples = [
+        Sample(
+            f"n{i % 50:08d}/n{i:08d}_{i}", ".jpeg", source, f"/data/in/n{i % 50:08d}/n{i:08d}_{i}.JPEG", i % 50, i, i
+        )
+        for i in range(count)
+    ]
+    job = PackJob(samples, tmp_path, PackSettings())
+    assert (job.samples.nbytes + job.keys.nbytes) / count < 180
+    for i in (0, 7, count - 1):
+        assert job.samples[i] == samples[i]
+        assert job.keys[i] == samples[i].key
+    context = multiprocessing.get_context("fork")
+    grown = context.Queue()
+
+    def read_all() -> None:
+        gc.disable()
+        before = private_bytes()
+        for i in job.order:
+            assert job.samples[int(i)].label == i % 50
+            assert job.keys[int(i)]
+        grown.put(private_bytes() - before)
+
+    process = context.Process(target=read_all)
+    process.start()
+    assert grown.get(timeout=60) / count < 40
+    process.join()
 
 
 def test_an_image_folder_is_packed_once_into_the_cache(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

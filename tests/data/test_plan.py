@@ -10,10 +10,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shard_fixtures import numbered_shards
 
 from sslvit.chance import generator, uniform_at
+from sslvit.data.arrays import array_samples
+from sslvit.data.decode import BadImage
 from sslvit.data.mixture import MixturePlan, shares_of_batch
-from sslvit.data.plan import EpochPlan, evaluation_batches, fitting_ranks, slices
+from sslvit.data.open import cache_of, open_data
+from sslvit.data.pack import pack
+from sslvit.data.plan import EpochPlan, EvaluationBatches, fitting_ranks, slices
+from sslvit.data.reader import ShardReader
+from sslvit.settings import DataSettings
 
 
 def epoch_of(plan: EpochPlan, epoch: int) -> np.ndarray:
@@ -83,6 +90,105 @@ def test_odd_counts_over_ranks_and_workers(ranks: int, workers: int) -> None:
         assert whole is None or np.array_equal(np.concatenate(rows), whole)
         seen += np.concatenate(rows).tolist()
     assert len(seen) == len(set(seen)) == 10_003 - 10_003 % batch
+
+
+def test_settings_of_the_data_reach_what_reads_it(tmp_path: Path) -> None:
+    dark = numbered_shards(tmp_path / "a", 40)
+    bright = numbered_shards(tmp_path / "b", 40, first=200)
+    assert cache_of(DataSettings(cache=str(tmp_path / "c"), cache_gb=2.5)).limit == 2.5 * 2**30
+    reader = ShardReader(dark, 1, 0, max_pixels=63)
+    with pytest.raises(BadImage, match="8 x 8 pixels, more than 63"):
+        reader.header(reader.read(0))
+    images = np.zeros((300, 60, 60), np.uint8)  # 1.03 MB, three times that in color
+    large = pack(array_samples(images), tmp_path / "large", workers=1)
+    kept = {
+        (channels, limit): ShardReader(large, channels, limit).decoded for channels in (1, 3) for limit in (1, 2, 4)
+    }
+    assert {key for key, decoded in kept.items() if decoded is not None} == {(1, 2), (1, 4), (3, 4)}
+    mixture = {str(tmp_path / "a"): 3, str(tmp_path / "b"): 1}
+    joined, _ = open_data(DataSettings(mixture=mixture, global_batch=8), 0)
+    assert joined.mean[0] == pytest.approx(0.75 * dark.mean[0] + 0.25 * bright.mean[0], abs=1e-4)
+    fitted = DataSettings(shards=str(tmp_path / "a"), global_batch=4096, fit_batch=True)
+    batches = {ranks: open_data(fitted, 0, ranks)[1].global_batch for ranks in (1, 3)}
+    assert batches[3] % 3 == 0
+    assert batches[1] in (8, 16)
+
+
+def test_what_the_order_depends_on() -> None:
+    """Of the whole permutation: on seed and epoch, not on how the samples lie in shards."""
+    orders = {key: epoch_of(EpochPlan([60], 6, key[0]), key[1]).tolist() for key in ((0, 0), (0, 1), (1, 0), (1, 1))}
+    assert len({tuple(order) for order in orders.values()}) == 4
+    assert all(sorted(order) == list(range(60)) for order in orders.values())
+    assert epoch_of(EpochPlan([10] * 6, 6, 1), 1).tolist() == orders[1, 1]
+    assert epoch_of(EpochPlan([60], 12, 1), 1).tolist() == orders[1, 1]
+
+
+def test_what_the_shuffle_of_a_window_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On seed, epoch, lane and window; and each window holds its own part of the ring, shuffled."""
+    plan, other = (EpochPlan([8] * 40, 8, seed, lanes=4, window_shards=2) for seed in (3, 4))
+    for each in (plan, other):
+        ring = np.arange(40), np.arange(41) * 8, 0  # shards in their order, so that only the shuffle is seen
+        monkeypatch.setattr(each, "_ring_of", lambda epoch, ring=ring: ring)
+
+    def shuffled(plan: EpochPlan, epoch: int, lane: int, window: int) -> tuple[int, ...]:
+        begin, order = plan._window_order(epoch, lane, window)
+        start = lane * plan.lane_length + begin
+        assert sorted(order.tolist()) == list(range(start, start + len(order)))
+        return tuple((order - start).tolist())
+
+    wanted = [(plan, 0, 1, 2), (plan, 1, 1, 2), (plan, 0, 2, 2), (plan, 0, 1, 3), (other, 0, 1, 2)]
+    found = {shuffled(*about) for about in wanted}
+    assert {len(order) for order in found} == {16}
+    assert len(found) == len(wanted)
+    assert tuple(range(16)) not in found
+
+
+def test_what_the_ring_of_shards_depends_on() -> None:
+    def rings(seed: int) -> list[tuple]:
+        plan = EpochPlan([5] * 30, 10, seed, lanes=2)
+        found = [plan._ring_of(epoch) for epoch in (0, 5)]
+        assert all(sorted(shards.tolist()) == list(range(30)) for shards, *_ in found)
+        return [(tuple(shards.tolist()), turn) for shards, _, turn in found]
+
+    found = [ring for seed in (0, 1) for ring in rings(seed)]
+    assert len({shards for shards, _ in found}) == 4
+    assert len({turn for _, turn in found}) > 1
+    assert rings(1) == rings(1)
+
+
+def test_shards_of_the_next_window_are_near_before_it_begins() -> None:
+    plan = EpochPlan([20] * 24, 4, 0, lanes=2, window_shards=2)
+    for step in range(2 * plan.steps_per_epoch - 1):
+        lane, place = 0, (step % plan.steps_per_epoch) * plan.per_lane
+        window = int(plan._window_of(lane, place))
+        is_last = plan._window_range(lane, window)[1] >= plan.lane_length
+        ahead = step + plan.window // plan.per_lane if not is_last else None
+        if ahead is not None and ahead < (step // plan.steps_per_epoch + 1) * plan.steps_per_epoch:
+            later = plan.batch(ahead, 0, plan.per_lane)[0] // 20
+            assert set(later.tolist()) <= set(plan.shards_near(step, 0, plan.per_lane))
+
+
+def test_settings_of_the_order_reach_the_plan(tmp_path: Path) -> None:
+    numbered_shards(tmp_path / "a", 40, shard_mb=0.01)
+    numbered_shards(tmp_path / "b", 40, shard_mb=0.01)
+
+    def plan(seed: int = 5, **more):
+        settings = DataSettings(**({"shards": str(tmp_path / "a"), "global_batch": 8} | more))
+        return open_data(settings, seed)[1]
+
+    assert plan().is_whole
+    assert (plan(lanes=4).lanes, plan(lanes=4).seed, plan(lanes=4).global_batch) == (4, 5, 8)
+    shards = len(plan().shard_samples)
+    assert [plan(lanes=2, window_shards=n).window for n in (1, 3)] == [n * -(-40 // shards) for n in (1, 3)]
+    mixed = plan(shards=None, mixture={str(tmp_path / "a"): 3, str(tmp_path / "b"): 1}, lanes=4, window_shards=2)
+    assert [source.global_batch for source in mixed.plans] == [6, 2]
+    assert [source.lanes for source in mixed.plans] == [2, 2]  # what divides the source's own rows
+    assert {source.window for source in mixed.plans} == {2 * -(-40 // shards)}
+    assert len({source.seed for source in mixed.plans}) == 2
+    both = plan(shards=None, mixture={str(tmp_path / "a"): 1, str(tmp_path / "b"): 1})
+    orders = [epoch_of(source, 0).tolist() for source in both.plans]
+    assert orders[0] != orders[1]  # of as many samples
+    assert plan(seed=6).seed == 6
 
 
 def test_a_step_needs_no_steps_before_it() -> None:
@@ -178,11 +284,24 @@ def test_a_batch_that_does_not_divide_names_what_would() -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 300), st.integers(1, 20), st.integers(1, 7))
 def test_evaluation_covers_each_sample_once_on_any_number_of_ranks(samples: int, batch: int, ranks: int) -> None:
-    of_ranks = [evaluation_batches(samples, batch, rank, ranks) for rank in range(ranks)]
+    of_ranks = [EvaluationBatches(samples, batch, rank, ranks) for rank in range(ranks)]
     assert len({len(batches) for batches in of_ranks}) == 1
     rows = [row for turn in zip(*of_ranks, strict=True) for row in turn]
     assert all(len(numbers) == batch and numbers.max() < samples for numbers, _ in rows)
     assert np.concatenate([numbers[valid] for numbers, valid in rows]).tolist() == list(range(samples))
+
+
+def test_batches_of_an_evaluation_are_made_when_they_are_asked_for() -> None:
+    began, batches = time.process_time(), EvaluationBatches(10**9 + 1, 256, rank=3, ranks=8)
+    assert len(batches) == -(-(10**9 + 1) // 2048)
+    numbers, valid = batches[1000]
+    assert numbers.tolist() == list(range(1000 * 2048 + 3 * 256, 1000 * 2048 + 4 * 256))
+    assert valid.all()
+    assert not batches[len(batches) - 1][1].any()
+    assert time.process_time() - began < 0.1
+    for wrong in (len(batches), -1):
+        with pytest.raises(IndexError):
+            batches[wrong]
 
 
 def test_a_mixture_gives_each_source_its_share_of_every_batch_and_its_own_epochs() -> None:

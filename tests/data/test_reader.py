@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import gc
+import os
+import pickle
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +21,9 @@ from sslvit.data.loader import TrainingBatches, evaluation_loader, make_batch, r
 from sslvit.data.mixture import JoinedIndex, MixturePlan
 from sslvit.data.pack import pack, pack_source
 from sslvit.data.plan import EpochPlan
-from sslvit.data.reader import ShardReader
+from sslvit.data.reader import ReadError, ShardReader
 from sslvit.data.views import Views
+from sslvit.files import REMEDIES
 from sslvit.settings import EncoderSettings
 from sslvit.settings.views import CentreSettings, CropSettings, MultiCropSettings
 
@@ -50,11 +56,12 @@ def test_small_equal_images_are_kept_decoded_and_equal_to_reading(tmp_path: Path
 def test_a_damaged_sample_is_named_and_the_next_of_the_global_batch_shown(tmp_path: Path, limit: int) -> None:
     index = numbered_shards(tmp_path, 24)
     plan = EpochPlan(index.shard_samples, 8, 3)
-    order = plan.batch(1)[0]
+    order, numbers_before = plan.batch(1)[0], numbers_of(index)
     for row in (2, 3, 7):
         damage(index, int(order[row]))
     numbers = numbers_of(index)
     expected = [numbers[order[row]] for row in (0, 1, 4, 4, 4, 5, 6, 0)]
+    assert [number % 2 for number in expected] != [numbers_before[order[row]] % 2 for row in range(8)]
     for ranks, micro in [(1, 8), (2, 4), (4, 1)]:
         batches = []
         for rank in range(ranks):
@@ -64,6 +71,7 @@ def test_a_damaged_sample_is_named_and_the_next_of_the_global_batch_shown(tmp_pa
             batches += [own[passes + part] for part in range(passes)]
         shown = torch.cat([batch.views[0][:, 0, 0, 0] for batch in batches]).tolist()
         assert shown == expected
+        assert torch.cat([batch.labels for batch in batches]).tolist() == [number % 2 for number in expected]
         assert torch.cat([batch.valid for batch in batches]).tolist() == [row not in (2, 3, 7) for row in range(8)]
         assert {key for batch in batches for key in batch.bad} == {index.key(int(order[row])) for row in (2, 3, 7)}
 
@@ -92,7 +100,7 @@ def test_samples_of_a_harmed_shard_are_bad_and_others_are_not(tmp_path: Path, ha
     assert set(numbers[first + 1 : last]) == {-1}
     with pytest.raises(BadImage, match=f"{harm} shard|damaged record"):
         ShardReader(index, memory_limit_mb=0).read(int(last) - 1)
-    assert list(index.absent()) == [index.shards[1].name]
+    assert list(index.absent()) == [1]
 
 
 def test_more_shards_than_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,6 +113,117 @@ def test_more_shards_than_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyP
             reader.read(sample)
         assert len(reader.files) == 2
     assert ShardReader(index, 1).decoded[:, 0, 0, 0].tolist() == numbers_of(index)
+
+
+def open_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_a_reader_that_nobody_holds_has_closed_its_files(tmp_path: Path) -> None:
+    index = numbered_shards(tmp_path, 20, shard_mb=0.004)
+    gc.collect()
+    before = open_descriptors()
+    for _ in range(3):
+        reader = ShardReader(index, memory_limit_mb=0)
+        for sample in range(20):
+            reader.read(sample)
+        assert open_descriptors() == before + len(index.shards)
+        copy = pickle.loads(pickle.dumps(reader))
+        assert copy.read(7) == reader.read(7)
+        assert open_descriptors() == before + len(index.shards) + 1
+        del copy
+        assert open_descriptors() == before + len(index.shards)
+        del reader
+        assert open_descriptors() == before
+    kept = ShardReader(index, 1)
+    assert kept.decoded is not None
+    assert open_descriptors() == before
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE])
+@pytest.mark.parametrize("where", ["open", "pread"])
+def test_a_fault_of_the_machine_passes_or_stops_the_run_and_is_no_unreadable_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, where: str
+) -> None:
+    index = numbered_shards(tmp_path, 20, shard_mb=0.004)
+    numbers, reader = numbers_of(index), ShardReader(index, 1, memory_limit_mb=0)
+    reader.read(0)
+    last, failures, original = len(index) - 1, [True], getattr(os, where)
+
+    def failing(target, *more):
+        name = target if where == "open" else os.readlink(f"/proc/self/fd/{target}")
+        if str(name) == str(index.shard_path(len(index.shards) - 1)) and failures:
+            failures.pop()
+            raise OSError(code, os.strerror(code))
+        return original(target, *more)
+
+    monkeypatch.setattr(os, where, failing)
+    assert decode(reader.read(last), 1)[0, 0, 0] == numbers[last]
+    assert not failures
+    assert len(reader.files) == 1  # the others made room
+    reader.close()
+    failures += [True] * 2
+    with pytest.raises(ReadError, match=f"{index.shards[-1].name}: could not be read .{os.strerror(code)}") as error:
+        view_samples(reader, WHOLE, np.array([0, last]), np.zeros(2, int))
+    assert REMEDIES[code] in str(error.value)
+    assert not reader.bad_shards
+    assert decode(reader.read(last), 1)[0, 0, 0] == numbers[last]  # and it is not remembered
+
+
+def test_passes_with_few_descriptors_see_every_image(tmp_path: Path) -> None:
+    """Readers of earlier passes, which somebody still holds, do not take descriptors from later ones for ever."""
+    index = numbered_shards(tmp_path, 100, shard_mb=0.004)
+    assert len(index.shards) > 30
+    gc.collect()
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 45, limit[1]))
+    try:
+        found = [numbers_of(index) for _ in range(6)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    assert all(sorted(numbers) == list(range(100)) for numbers in found)
+
+
+def test_bytes_that_a_shard_does_not_have_are_a_truncated_shard(tmp_path: Path) -> None:
+    index = numbered_shards(tmp_path, 6)
+    _, offset, size = index.locate(5)
+    os.truncate(index.shard_path(0), offset + size - 1)  # a byte is missing
+    reader = ShardReader(index, 1, memory_limit_mb=0)
+    with pytest.raises(BadImage, match="truncated shard"):
+        reader.read(5)
+    assert len(reader.read(4)) == index.locate(4)[2]
+
+
+def test_the_least_recently_used_file_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sslvit.data.reader.OPEN_SHARDS", 2)
+    index = numbered_shards(tmp_path, 20, shard_mb=0.004)
+    reader = ShardReader(index, 1, memory_limit_mb=0)
+    for shard, kept in ((0, {0}), (1, {0, 1}), (0, {0, 1}), (2, {0, 2}), (1, {1, 2})):
+        reader.read(int(index.first_of_shard[shard]))
+        assert set(reader.files) == kept
+
+
+def test_statistics_of_a_mixture_are_those_of_its_batches(tmp_path: Path) -> None:
+    """Of a dark source and a bright one, three quarters of each batch from the bright one."""
+    dark, bright = numbered_shards(tmp_path / "a", 40), numbered_shards(tmp_path / "b", 30, first=200)
+    joined = JoinedIndex([dark, bright], [16, 48])
+    pixels = np.concatenate([np.repeat(np.arange(40), 16 * 30), np.repeat(np.arange(200, 230), 48 * 40)]) / 255
+    assert joined.mean[0] == pytest.approx(pixels.mean(), abs=2e-4)
+    assert joined.std[0] == pytest.approx(pixels.std(), abs=2e-4)
+    other = numbered_shards(tmp_path / "c", 30, first=100)
+    assert JoinedIndex([dark, other], [1, 1]).fingerprint() != JoinedIndex([dark, bright], [1, 1]).fingerprint()
+    assert JoinedIndex([dark, bright], [1, 1]).fingerprint() == joined.fingerprint()
+
+
+def test_a_missing_shard_is_looked_for_once_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = numbered_shards(tmp_path, 20, shard_mb=0.004)
+    index.shard_path(1).unlink()
+    reader, tried, original = ShardReader(index, 1, 0), [], os.open
+    monkeypatch.setattr(os, "open", lambda path, *more: tried.append(path) or original(path, *more))
+    for sample in range(index.first_of_shard[1], index.first_of_shard[2]):
+        with pytest.raises(BadImage, match="missing shard"):
+            reader.read(sample)
+    assert len(tried) == 2  # once more, as a cache may just have made room
 
 
 def test_an_image_is_decoded_once_for_all_of_its_crops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

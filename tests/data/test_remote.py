@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
@@ -42,7 +42,11 @@ class Server:
         self.ranges: list[str | None] = []
         self.fail: dict[str, list] = {}  # file name -> what the next requests for it meet
         self.serves_ranges = True
-        outer = self
+        self.says_versions = False
+        self.slow_seconds = 0.0  # that an answer takes, in ten pieces
+        self.asked: Counter = Counter()  # for their version, by name
+        self.under_way = self.most_under_way = 0
+        self.lock, outer = threading.Lock(), self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
@@ -59,8 +63,11 @@ class Server:
 
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
         name = unquote(handler.path.strip("/").split("?")[0], errors="surrogateescape")
-        self.requests[name] += 1
-        self.ranges.append(handler.headers.get("Range"))
+        if handler.headers.get("Range") == "bytes=0-0":
+            self.asked[name] += 1
+        else:
+            self.requests[name] += 1
+            self.ranges.append(handler.headers.get("Range"))
         problem = self.fail.get(name, []).pop(0) if self.fail.get(name) else None
         path = self.folder / name
         if callable(problem):
@@ -76,12 +83,16 @@ class Server:
         content, start = path.read_bytes(), 0
         asked = handler.headers.get("Range")
         if asked and self.serves_ranges:
-            start = int(asked.removeprefix("bytes=").rstrip("-"))
+            first, _, last = asked.removeprefix("bytes=").partition("-")
+            start, end = int(first), int(last or len(content) - 1)
             handler.send_response(206)
-            handler.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+            handler.send_header("Content-Range", f"bytes {start}-{end}/{len(content)}")
         else:
+            end = len(content) - 1
             handler.send_response(200)
-        body = content[start:]
+        if self.says_versions:
+            handler.send_header("ETag", f'"{path.stat().st_mtime_ns}"')
+        body = content[start : end + 1]
         if problem == "truncated file":
             body = body[: len(body) // 2]
         if problem == "other bytes":
@@ -96,8 +107,23 @@ class Server:
             handler.wfile.write(body[:100])
             handler.wfile.flush()
             time.sleep(1.5)
+        elif self.slow_seconds and len(body) > 1:
+            with self.counting():
+                for piece in range(0, len(body), len(body) // 10 + 1):
+                    time.sleep(self.slow_seconds / 10)
+                    handler.wfile.write(body[piece : piece + len(body) // 10 + 1])
+                    handler.wfile.flush()
         else:
             handler.wfile.write(body)
+
+    @contextmanager
+    def counting(self):
+        with self.lock:
+            self.under_way += 1
+            self.most_under_way = max(self.most_under_way, self.under_way)
+        yield
+        with self.lock:
+            self.under_way -= 1
 
     def stop(self) -> None:
         self.http.shutdown()
@@ -323,6 +349,184 @@ def test_a_pattern_of_addresses_needs_no_index(server: Server, cache: ShardCache
     assert capsys.readouterr().out.count("indexing them once") == 1
     with pytest.raises(FileNotFoundError, match="missing shard .the server answers 404"):
         open_shards(f"{server.address}/a/shard-{{000000..000055}}.tar", cache)
+
+
+def without_index(server: Server) -> str:
+    """The address of the served shards as a pattern, their index gone."""
+    for name in ("index.json", "index.npy"):
+        (server.folder / "a" / name).unlink()
+    return f"{server.address}/a/shard-{{000000..000001}}.tar"
+
+
+def test_shards_without_an_index_are_fetched_once(server: Server, cache: ShardCache) -> None:
+    pattern = without_index(server)
+    for _ in range(2):
+        numbers_of(open_shards(pattern, cache))
+    assert server.requests["a/shard-000000.tar"] == server.requests["a/shard-000001.tar"] == 1
+    assert len(list(cache.folder.glob("??/*.tar"))) == 2
+
+
+def test_a_shard_without_an_index_that_is_replaced_on_the_server_is_indexed_anew(
+    server: Server, cache: ShardCache, tmp_path: Path
+) -> None:
+    pattern, server.says_versions = without_index(server), True
+    before = numbers_of(open_shards(pattern, cache))
+    path = server.folder / "a" / "shard-000001.tar"
+    first = len(open_shards(f"{server.address}/a/shard-000000.tar", cache))
+    other = numbered_shards(tmp_path / "other", 40, shard_mb=0.02, first=100).shard_path(1).read_bytes()
+    assert len(other) == path.stat().st_size  # only its ETag tells it from the old one
+    path.write_bytes(other)
+    after = open_shards(pattern, cache)
+    assert numbers_of(after)[:first] == before[:first]
+    assert numbers_of(after)[first:] == [100 + number for number in before[first:]]
+    path.write_bytes(other + bytes(10240))  # a server that says no more than lengths
+    server.says_versions = False
+    longer = open_shards(pattern, cache)
+    assert longer.shards[1].bytes == len(other) + 10240
+
+
+def test_a_server_that_is_away_is_named_when_versions_are_asked_for(server: Server, cache: ShardCache) -> None:
+    pattern = without_index(server)
+    server.fail["a/shard-000001.tar"] = [500, 503]
+    assert len(open_shards(pattern, cache)) > 10
+    server.fail["a/shard-000001.tar"] = [500] * 4
+    with pytest.raises(RemoteError, match="shard-000001.tar: no answer in 4 tries; the last: the server answers 500"):
+        open_shards(pattern, cache)
+
+
+def test_a_damaged_index_in_the_cache_is_made_or_fetched_again(server: Server, cache: ShardCache, capsys) -> None:
+    whole = numbers_of(open_shards(f"{server.address}/a", cache))
+    (records,) = cache.folder.glob("??/*index.npy")
+    records.write_bytes(records.read_bytes()[:-3] + b"xyz")
+    assert numbers_of(open_shards(f"{server.address}/a", cache)) == whole
+    pattern = without_index(server)
+    part = numbers_of(open_shards(pattern, cache))
+    (kept,) = cache.folder.glob("index-*")
+    (kept / "index.npy").write_bytes((kept / "index.npy").read_bytes()[:-3] + b"xyz")
+    capsys.readouterr()
+    assert numbers_of(open_shards(pattern, cache)) == part
+    assert "is damaged, so they are indexed again" in capsys.readouterr().out
+    assert server.requests["a/shard-000000.tar"] == 3  # with its index, without, again
+    index = open_shards(pattern, cache)
+    index.records, index.classes = index.records.copy(), ["even", "odd"]
+    index.records["label"][2] = 7
+    with pytest.raises(ValueError, match=f"{kept}/index.npy has the label 7.*Delete that folder: .* made again"):
+        index.labels_of(slice(None))
+
+
+def test_downloads_side_by_side_stay_within_the_size_of_the_cache(server: Server, tmp_path: Path) -> None:
+    numbered_shards(server.folder / "b", 60, shard_mb=0.01)
+    local = open_shards(server.folder / "b")
+    assert len(local.shards) >= 9
+    largest = max(shard.bytes for shard in local.shards)
+    limit = int(3.5 * largest)
+    caches = [ShardCache(tmp_path / "cache", limit_gb=limit / 2**30) for _ in range(2)]
+    indices = [open_shards(f"{server.address}/b", cache) for cache in caches]
+    server.slow_seconds = 0.1
+    threads = [
+        threading.Thread(target=indices[number % 2].shard_path, args=(number,)) for number in range(len(local.shards))
+    ]
+    for thread in threads:
+        thread.start()
+    most = 0
+    while any(thread.is_alive() for thread in threads):
+        most = max(most, sum(map(length_of, caches[0].folder.glob("??/*"))))
+        time.sleep(0.002)
+    assert {server.requests[f"b/{shard.name}"] for shard in local.shards} == {1}
+    assert 1.5 * largest < most <= limit
+    assert server.most_under_way >= 2
+    assert not [*caches[0].folder.glob("??/*.lock"), *caches[0].folder.glob("??/*.part")]  # nothing is left of them
+
+
+def length_of(path: Path) -> int:
+    with suppress(FileNotFoundError):
+        return path.stat().st_size
+    return 0
+
+
+def test_the_longest_unused_shard_goes_first(server: Server, tmp_path: Path) -> None:
+    local = open_shards(server.folder / "a")
+    assert len(local.shards) == 4
+    largest = max(shard.bytes for shard in local.shards)
+    cache = ShardCache(tmp_path / "cache", limit_gb=3.9 * largest / 2**30)
+    index = open_shards(f"{server.address}/a", cache)
+    for number in (0, 1, 2):
+        path = index.shard_path(number)
+        os.utime(path, (1000 + number, 1000 + number))
+    index.shard_path(0)  # used again, so the second is now the longest unused
+    index.shard_path(3)
+    assert [index.known_path(number).exists() for number in range(4)] == [True, False, True, True]
+
+
+def test_room_that_a_killed_download_had_reserved_is_free_again(server: Server, cache: ShardCache) -> None:
+    index = open_shards(f"{server.address}/a", cache)
+    cache.limit = 2 * max(shard.bytes for shard in index.shards)
+    lock = index.known_path(1).with_name(index.known_path(1).name + ".lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    lock.write_text(str(cache.limit))
+    (cache.folder / "room.used").write_text(str(cache.limit))
+    fetching = threading.Thread(target=index.shard_path, args=(0,), daemon=True)
+    fetching.start()
+    fetching.join(10)
+    assert index.known_path(0).exists()
+    assert not lock.exists()
+
+
+def test_the_folder_is_not_listed_for_each_download(server: Server, cache: ShardCache, monkeypatch) -> None:
+    index = open_shards(f"{server.address}/a", cache)
+    listings = []
+    original = ShardCache._own_files
+    monkeypatch.setattr(ShardCache, "_own_files", lambda self: listings.append(self is cache) or original(self))
+    for number in range(4):
+        index.shard_path(number)
+    assert True not in listings
+    noted = int((cache.folder / "room.used").read_text())
+    assert noted == sum(path.stat().st_size for path in cache.folder.glob("??/*"))
+
+
+def test_waits_grow_with_failures_and_are_not_alike(tmp_path: Path) -> None:
+    cache = ShardCache(tmp_path, first_wait_seconds=1.0)
+    for failures, wait in ((1, 1.0), (2, 2.0), (4, 8.0)):
+        drawn = [cache._wait(failures, 0.0) for _ in range(200)]
+        assert 0.5 * wait <= min(drawn) < 0.7 * wait
+        assert 1.3 * wait < max(drawn) <= 1.5 * wait
+    assert cache._wait(20, 0.0) == 60.0
+    assert cache._wait(1, 30.0) == 30.0  # what the server asks for
+    assert cache._wait(1, 1e9) == 60.0
+
+
+def test_a_download_is_on_the_disk_before_it_has_its_name(server: Server, cache: ShardCache, monkeypatch) -> None:
+    index, done = open_shards(f"{server.address}/a", cache), []
+    sync, rename = os.fsync, os.replace
+
+    def synced(handle: int) -> None:
+        done.append(("sync", os.readlink(f"/proc/self/fd/{handle}")))
+        sync(handle)
+
+    def renamed(old, new) -> None:
+        done.append(("rename", str(old)))
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    part = f"{index.known_path(0)}.part"
+    index.shard_path(0)
+    assert [about for about in done if about[1] == part] == [("sync", part), ("rename", part)]
+
+
+def test_every_worker_fetches_ahead_what_the_others_do_not(server: Server, cache: ShardCache) -> None:
+    """Three workers want the same shards in the same order; each has two transfers of its own under way."""
+    index = numbered_shards(server.folder / "b", 60, shard_mb=0.01)
+    remote = open_shards(f"{server.address}/b", cache)
+    server.slow_seconds = 0.3
+    readers = [ShardReader(remote, 1, 0) for _ in range(3)]
+    for reader in readers:
+        reader.fetch_ahead(list(range(len(index.shards))))
+    limit = time.monotonic() + 20
+    while len(list(cache.folder.glob("??/*.tar"))) < len(index.shards) and time.monotonic() < limit:
+        time.sleep(0.01)
+    assert server.most_under_way == 6
+    assert {server.requests[f"b/{shard.name}"] for shard in index.shards} == {1}
 
 
 def test_shards_are_fetched_ahead_of_their_use(server: Server, cache: ShardCache) -> None:

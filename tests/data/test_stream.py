@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import pickle
 import tarfile
 from pathlib import Path
@@ -66,6 +67,50 @@ def test_an_epoch_reads_every_image_once_in_a_shuffled_order(streams: list[str],
     assert first != pixels(read(index_of(streams, tmp_path), 24, start_step=7))
 
 
+def test_what_the_order_of_a_stream_depends_on(streams: list[str], tmp_path: Path) -> None:
+    """On seed, epoch and the step from which a run goes on: of the streams and of the images within one."""
+
+    def order(urls: list[str], seed: int, step: int, epoch: int) -> list[int]:
+        views = Views(CentreSettings(), [4, 4], "bilinear", seed=seed)
+        count = 10 * len(urls)
+        samples = StreamBatches(index_of(urls, tmp_path), views, 1, 0, 1, 5, 1, start_step=step)._samples(0, 1)
+        rows = list(itertools.islice(samples, count * (epoch + 1)))[-count:]
+        assert {row[0] for row in rows} == {epoch}
+        return [int(row[2].rpartition("/")[2]) for row in rows]
+
+    for urls in (streams, streams[:1]):
+        keys = [(0, 0, 0), (1, 0, 0), (0, 5, 0), (0, 0, 1)]
+        found = [order(urls, *key) for key in keys]
+        assert len({tuple(each) for each in found}) == len(keys)
+        assert all(sorted(each) == sorted(found[0]) for each in found)
+        assert found[0] != sorted(found[0])
+        assert order(urls, *keys[0]) == found[0]
+
+
+def test_a_stream_longer_than_the_buffer_is_shuffled_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sslvit.data.stream.BUFFER", 5)
+    url = str(gzipped(tmp_path / "x.tar.gz", range(60)))
+    found = pixels(read(index_of([url], tmp_path), 12))
+    assert sorted(found) == list(range(60))
+    steps = np.abs(np.diff(found))
+    assert (steps[:50] != 1).mean() > 0.5  # one that follows the buffer in its order has hardly any other
+    assert max(place - number for place, number in enumerate(found)) > 5  # some wait in the buffer for long
+    assert max(number - place for place, number in enumerate(found)) <= 5
+
+
+def test_ranks_and_workers_shuffle_streams_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first stream as any rank or worker would read it: with another shuffle by each."""
+    index = index_of([str(gzipped(tmp_path / f"{i}.tar.gz", range(30))) for i in range(4)], tmp_path)
+
+    def order(rank: int, worker: int) -> list[str]:
+        batches = StreamBatches(index, WHOLE, 1, rank, 2, 5, 1)
+        return [row[2].rpartition("/")[2] for row in itertools.islice(batches._samples(worker, 2), 30)]
+
+    orders = [order(rank, worker) for rank in (0, 1) for worker in (0, 1)]
+    assert len({tuple(each) for each in orders}) == 4
+    assert order(1, 1) == orders[3]
+
+
 def test_ranks_and_workers_share_the_shards(streams: list[str], tmp_path: Path) -> None:
     seen: list[int] = []
     for rank in range(3):
@@ -100,14 +145,23 @@ class Harmful:
         return (Path.touch, (self.path,))
 
 
+def test_unreadable_images_of_one_key_in_two_streams_are_two(tmp_path: Path) -> None:
+    urls = []
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        urls.append(str(gzipped(tmp_path / name / "x.tar.gz", range(4), {"zz.png": b"not an image"})))
+    batches = read(index_of(urls, tmp_path), 2)
+    assert {name for batch in batches for name in batch.bad} == {"a/x.tar.gz/zz", "b/x.tar.gz/zz"}
+
+
 def test_pickles_are_never_opened_and_bad_members_are_counted(tmp_path: Path) -> None:
     harm = pickle.dumps(Harmful(tmp_path / "harmed"))
     members = {"a.pyd": harm, "b.pth": harm, "../up.png": b"x", "zz.png": b"not an image"}
     url = str(gzipped(tmp_path / "x.tar.gz", range(9), members))
     batches = read(index_of([url], tmp_path), 2)
     bad = {name: reason for batch in batches for name, reason in batch.bad.items()}
-    assert bad["zz"].startswith("not an image")
-    assert "leads out of its folder" in bad["../up"]
+    assert bad["x.tar.gz/zz"].startswith("not an image")
+    assert "leads out of its folder" in bad["x.tar.gz/../up"]
     assert sum(int(batch.valid.sum()) for batch in batches) == 9
     assert not (tmp_path / "harmed").exists()
 
@@ -161,7 +215,8 @@ def test_names_that_are_not_utf8_are_read_and_never_reach_the_screen_raw(tmp_pat
     seen = {value for batch in batches for value in batch.views[0][:, 0, 0, 0][batch.valid].tolist()}
     assert seen == {0, 1, 2, 3, 10, 11, 12, 13}
     named = {name for batch in batches for name in batch.bad}
-    assert named == {"\\xff", "x\\x1b[2J\\x0adone: 100 %", "../x\\x1b[2J\\x0adone: 100 %"}
+    names = {"\\xff", "x\\x1b[2J\\x0adone: 100 %", "../x\\x1b[2J\\x0adone: 100 %"}
+    assert named == {f"x.tar.gz/{name}" for name in names}
     url = str(gzipped(tmp_path / "y.tar.gz", range(0), {f"../{forged}.png": b"up", "caf\udce9.txt": b"hello"}))
     with pytest.raises(ValueError, match="no image in .*y.tar.gz") as error:
         read(index_of([url], tmp_path), 1)
@@ -203,7 +258,7 @@ def test_images_whose_names_hold_dots_are_read_or_named(tmp_path: Path, capsys) 
     batches = read(index_of([str(gzipped(tmp_path / "x.tar.gz", range(0), members))], tmp_path), 2)
     assert set(pixels(batches)) == set(range(7))
     bad = {name: reason for batch in batches for name, reason in batch.bad.items()}
-    assert bad == {"d.*": "2 images of one key (left.png, right.png): none of them is used"}
+    assert bad == {"x.tar.gz/d.*": "2 images of one key (left.png, right.png): none of them is used"}
     assert capsys.readouterr().out.count("images such as a.seg.png are not used") == 1
 
 

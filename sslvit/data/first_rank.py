@@ -1,0 +1,105 @@
+"""Who walks an image folder when a run starts: the first process on each machine, which tells the others what it found.
+
+At that time the processes know nothing of each other yet but what their launcher says: torchrun and Lightning a local
+rank, SLURM its job. A note in the cache names the launch, so that one of an earlier start is not taken for this one's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from sslvit.files import printable, write_atomically
+
+WAIT_SECONDS = 60.0  # for a note of this launch, from which on a process walks by itself
+POLL_SECONDS = 0.1
+
+
+def is_first_here() -> bool:
+    """Whether this process is the first of its run on this machine, or the only one."""
+    if "LOCAL_RANK" in os.environ:
+        return os.environ["LOCAL_RANK"] == "0"
+    return not _is_slurm_task() or os.environ.get("SLURM_LOCALID", "0") == "0"
+
+
+@contextmanager
+def telling_others(notes: Path, source: Path) -> Iterator[Callable[[Path], None]]:
+    """Walk a folder for the other processes of this machine; the block calls what it gets with the result.
+
+    Args:
+        notes: folder of the cache.
+        source: that is walked.
+    """
+    own = _identity(os.getpid())
+    about = {"walker": [os.getpid(), own], "launches": [own, *_launches()]}
+    note = _note_of(notes, source)
+    write_atomically(note, json.dumps(about | {"found": None}), sync=False)
+
+    def tell(found: Path) -> None:
+        write_atomically(note, json.dumps(about | {"found": str(found)}), sync=False)
+
+    try:
+        yield tell
+    except BaseException:
+        with suppress(OSError):
+            note.unlink()  # the others meet the error themselves
+        raise
+
+
+def found_by_first(notes: Path, source: Path) -> Path | None:
+    """What the first process of this launch found; None where it tells nothing, so that one has to walk oneself."""
+    note, deadline, is_told = _note_of(notes, source), time.monotonic() + WAIT_SECONDS, False
+    while time.monotonic() < deadline:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            about = json.loads(note.read_bytes())
+            if not set(_launches()).isdisjoint(about["launches"]):
+                if about["found"] is not None:
+                    return Path(about["found"])
+                process, identity = about["walker"]
+                if _identity(int(process)) != identity:
+                    return None  # it has ended without a word
+                deadline = time.monotonic() + WAIT_SECONDS  # it is at work, which may take long
+        if not is_told:
+            is_told = True
+            print(f"{printable(source)}: waiting for the first process on this machine to walk it", flush=True)
+        time.sleep(POLL_SECONDS)
+    return None
+
+
+def _note_of(notes: Path, source: Path) -> Path:
+    place = f"{socket.gethostname()} {source.resolve()}".encode("utf-8", "surrogateescape")
+    return notes / f"walk-{hashlib.sha256(place).hexdigest()[:16]}.json"
+
+
+def _launches() -> list[str]:
+    """What this process shares with the others of its run: its parent and how often that began anew, or its job."""
+    if _is_slurm_task() and "LOCAL_RANK" not in os.environ:
+        names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+        return ["slurm " + " ".join(os.environ.get(name, "") for name in names)]
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    return [_identity(os.getppid()) + (f" {again}" if again else "")]
+
+
+def _is_slurm_task() -> bool:
+    return "SLURM_PROCID" in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1"
+
+
+def _identity(process: int) -> str:
+    """A process by its number and the time at which it began, as numbers are used again."""
+    try:
+        began = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        try:
+            os.kill(process, 0)
+            began = "unknown"
+        except ProcessLookupError:
+            began = "ended"
+        except PermissionError:
+            began = "unknown"
+    return f"{process} {began}"
