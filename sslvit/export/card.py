@@ -13,8 +13,9 @@ from sslvit.checkpoint import fingerprint
 from sslvit.evaluate.scores import markdown_table, markdown_text
 from sslvit.export.exported import Exported
 from sslvit.files import printable
-from sslvit.layouts.preprocessing import crop_words, fraction_held
+from sslvit.layouts.preprocessing import fraction_held
 from sslvit.models import ViTEncoder
+from sslvit.settings.encoder import crop_words
 
 CARD = ("card.json", "README.md")
 NOT_TOLD = ("out", "init", "seed", "online")  # of a run's settings: the author's own paths, and what changes no weight

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sslvit.export import torch as program
 from sslvit.export.exported import Exported
-from sslvit.layouts.preprocessing import crop_words
+from sslvit.settings.encoder import crop_words
 
 FILE = "model.onnx"
 OPSET = 18

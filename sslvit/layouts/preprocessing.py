@@ -13,6 +13,7 @@ from typing import Any
 
 from sslvit.files import brief, printable, quoted
 from sslvit.settings import EncoderSettings
+from sslvit.settings.encoder import crop_words
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 HALF = {"mean": [0.5] * 3, "std": [0.5] * 3}
@@ -38,12 +39,6 @@ OF_MODEL = {"vit": "ViT", "dinov2": "Bit", "dinov2_with_registers": "Bit", "imag
 RESAMPLE = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 TIMM_NAME = re.compile(r"^(flexi)?(vit|deit3?)_\w+")
 TIMM_FRACTION = 0.875  # where a model of timm's says none
-
-
-def crop_words(mode: str, fraction: float) -> str:
-    """What is seen of an image, for a reader."""
-    box = "the whole image, squashed," if mode == "squash" else "the largest centered box with the proportions of size"
-    return box if fraction == 1 else f"the middle {100 * fraction:.4g} % (of each side) of {box.removesuffix(',')}"
 
 
 def resized_sides(settings: EncoderSettings) -> list[int]:

@@ -19,6 +19,12 @@ PositionKind = Literal["none", "learned_1d", "learned_2d", "sincos_1d", "sincos_
 MAX_CHANNELS = 10_000  # before lists of that length are made
 
 
+def crop_words(mode: str, fraction: float) -> str:
+    """What is seen of an image, for a reader; "size" stands for that of the encoder's input."""
+    box = "the whole image, squashed," if mode == "squash" else "the largest centered box with the proportions of size"
+    return box if fraction == 1 else f"the middle {100 * fraction:.4g} % (of each side) of {box.removesuffix(',')}"
+
+
 @dataclass
 @checked("encoder.")
 class EncoderSettings:
@@ -227,9 +233,9 @@ class EncoderSettings:
     @property
     def crop_in_words(self) -> str:
         """What evaluation and exports see of an image."""
-        share = "" if self.crop_fraction == 1 else f"the middle {100 * self.crop_fraction:g} % of "
-        whole = "the image" if self.crop_mode == "squash" else "the largest centered box of these proportions"
-        return f"{share}{whole}, resized to {' x '.join(map(str, self.image_size))} ({self.interpolation})"
+        size = " x ".join(map(str, self.image_size))
+        seen = crop_words(self.crop_mode, self.crop_fraction).replace("size", size).removesuffix(",")
+        return f"{seen}, resized to {size} ({self.interpolation})"
 
     @property
     def prefix(self) -> int:

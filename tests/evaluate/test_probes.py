@@ -270,3 +270,46 @@ def test_shares_in_single_precision_are_fitted_to_convergence() -> None:
     shares = shares / shares.sum(1, keepdim=True)  # to seven digits
     strengths = torch.tensor(STRENGTHS, dtype=torch.float64)
     assert fit_logistic(features.values.double(), shares, 4, strengths, max_iterations=200)[2]
+
+
+def planted(directions: list[tuple[float, float]], labels: list[int]) -> Features:
+    return Features(torch.tensor(directions, dtype=torch.float32), torch.tensor(labels))
+
+
+def test_the_temperature_decides_between_one_near_and_several_farther_neighbors() -> None:
+    """One neighbor of class 0 at cosine 1, three of class 1 at cosine 0.8: exp(1 / t) against 3 exp(0.8 / t)."""
+    train = planted([(1, 0), (0.8, 0.6), (0.8, 0.6), (0.8, -0.6)], [0, 1, 1, 1])
+    query = planted([(1, 0)], [0])
+    limit = 0.2 / np.log(3)  # where both weigh alike
+    assert knn_accuracies(train, query, 2, [4], 0.9 * limit) == {4: 100}
+    assert knn_accuracies(train, query, 2, [4], 1.1 * limit) == {4: 0}
+    assert knn_accuracies(train, query, 2, [1, 4], 1.1 * limit) == {1: 100, 4: 0}  # each k its own vote
+
+
+def test_the_length_of_a_feature_is_nothing_to_its_neighbors() -> None:
+    train = planted([(1, 0), (0.8, 0.6), (0.8, 0.6), (0.8, -0.6)], [0, 1, 1, 1])
+    scaled = Features(train.values * torch.tensor([[0.1], [30.0], [1.0], [7.0]]), train.labels)
+    for length in (1e-3, 1.0, 50.0):
+        query = planted([(length, 0)], [0])
+        for bank in (train, scaled):
+            assert knn_accuracies(bank, query, 2, [4], 0.9 * 0.2 / np.log(3)) == {4: 100}
+            assert knn_accuracies(bank, query, 2, [4], 1.1 * 0.2 / np.log(3)) == {4: 0}
+
+
+def test_knn_scores_are_shares_of_the_reported_images() -> None:
+    train = planted([(1, 0), (0, 1), (-1, 0)], [0, 1, 1])
+    val = planted([(1, 0.1), (0.1, 1), (0.2, 1), (1, -0.1)], [0, 1, 0, 0])
+    assert knn_accuracies(train, val, 2, [1], 0.07) == {1: 75}
+
+
+def test_neighbors_are_found_wherever_in_the_bank_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, others = clouds(90), clouds(40, seed=1)
+    whole = knn_accuracies(features, others, 4, [1, 5, 20], 0.07)
+    monkeypatch.setattr(knn, "BANK_AT_ONCE", 7)
+    assert knn_accuracies(features, others, 4, [1, 5, 20], 0.07) == whole
+    similarity = (
+        torch.nn.functional.normalize(others.values, dim=1) @ torch.nn.functional.normalize(features.values, dim=1).T
+    )
+    best, places = similarity.topk(5)
+    votes = torch.zeros(40, 4).scatter_add_(1, features.labels[places], (best / 0.07).exp())
+    assert whole[5] == pytest.approx(100 * float((votes.argmax(1) == others.labels).float().mean()))
