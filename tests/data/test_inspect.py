@@ -47,7 +47,7 @@ def test_images_that_occur_more_than_once_are_told_once_each(tmp_path: Path) -> 
     assert sorted(map(sorted, same)) == [["a", "b", "c"], ["d", "e"]]
 
 
-@pytest.mark.parametrize("sides", [[8] * 7, [8, 9, 19, 20, 21, 30], [10, 25]])
+@pytest.mark.parametrize("sides", [[8] * 7, [8, 9, 19, 20, 21, 30], [10, 25], list(range(8, 31))])
 def test_every_image_stands_in_one_line_of_the_histogram(tmp_path: Path, sides: list[int]) -> None:
     index = drawings(tmp_path, [(side, 40) for side in sides])
     text = check_shards(index, workers=1).text(index)

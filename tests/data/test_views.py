@@ -370,6 +370,18 @@ def test_a_random_crop_of_a_jpeg_decoded_at_reduced_scale_keeps_its_box(size: in
         assert (exact.float() - view.float()).abs().mean() < 0.5
 
 
+@pytest.mark.parametrize("left", [100, 101])
+def test_a_random_crop_sees_nothing_of_what_lies_beside_it(left: int) -> None:
+    """Also between the pixels of an image decoded at half its size; a center view is smoothed at its border."""
+    half = torch.zeros(3, 200, 200, dtype=torch.uint8)
+    half[:, :, : left // 2] = 255
+    half[:, :, 150:] = 255
+    box = boxes_of(20, left, 100, 300 - left)
+    assert view_of_one(half, box, [16, 16], "bicubic", reduction=2).max() == 0
+    box.is_cut = False
+    assert view_of_one(half, box, [16, 16], "bicubic", reduction=2).max() > 10
+
+
 def pil_view(image: Image.Image, encoder: EncoderSettings) -> torch.Tensor:
     """The largest centered box with the proportions of image_size, or the image, times crop_fraction, by PIL alone."""
     height, width = encoder.image_size
