@@ -82,8 +82,8 @@ def reopen(folder: Path, exported: Exported, is_fixed: bool, unit_scale: bool = 
 def weights(folder: Path, exported: Exported, is_fixed: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Tensors as they were meant, and as they stand in the file, as far as it has them under their names.
 
-    Products with a transposed matrix and sums of constants are computed while the program is written, and the kernel of a
-    convolution is merged with the batch norm behind it. These tensors have other names or numbers then, and are compared by
+    Products with a transposed matrix and sums of constants are computed while the program is written, and the kernel of
+    a convolution is merged with the batch norm behind it. These have other names or numbers then, and are compared by
     what comes of them (`reopen` with unit_scale).
     """
     import onnx
