@@ -23,6 +23,7 @@ from sslvit.settings.encoder import crop_words
 
 FILE = "model.onnx"
 OPSET = 18
+KERNEL = 4  # dimensions of a convolution's
 MOST_BYTES = 1_500_000_000  # in one file; protobuf ends at 2 GB
 
 
@@ -81,8 +82,9 @@ def reopen(folder: Path, exported: Exported, is_fixed: bool, unit_scale: bool = 
 def weights(folder: Path, exported: Exported, is_fixed: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Tensors as they were meant, and as they stand in the file, as far as it has them under their names.
 
-    Products with a transposed matrix and sums of constants are computed while the program is written. These tensors
-    have other names then, and are compared by what comes of them (`reopen` with unit_scale).
+    Products with a transposed matrix and sums of constants are computed while the program is written, and the kernel of
+    a convolution is merged with the batch norm behind it. These have other names or numbers then, and are compared by
+    what comes of them (`reopen` with unit_scale).
     """
     import onnx
     from onnx import numpy_helper
@@ -91,7 +93,7 @@ def weights(folder: Path, exported: Exported, is_fixed: bool) -> tuple[dict[str,
     state = exported.state_dict()
     found = {
         value.name: torch.from_numpy(numpy_helper.to_array(value).copy())
-        for value in graph.initializer if value.name in state
+        for value in graph.initializer if value.name in state and len(value.dims) < KERNEL
     }  # fmt: skip
     return {key: state[key] for key in found.keys() | layer_scales(exported).keys()}, found
 
