@@ -35,11 +35,10 @@ def test_shifted_patches_by_hand(patch: int) -> None:
 
 @torch.no_grad()
 def test_pixels_find_their_colors_whatever_mean_and_deviation_the_images_are_normalized_by() -> None:
-    palette = [[-1.0, -1.0, -1.0], [1.0, -1.0, -1.0], [-1.0, 1.0, 0.0], [1.0, 1.0, 1.0]]
+    palette = [[-0.2, 0.1, 0.0], [0.0, 0.1, 0.0], [0.0, 0.3, 0.0], [0.0, 0.1, -0.3]]  # near to each other
     options = {"tokens": "pixel", "patch": 1, "image_size": 2, "class_token": False, "prefix_positions": "none",
                "pooling": "mean", "palette": palette}  # fmt: skip
-    colors = torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.5], [1.0, 1.0, 1.0]])
-    picture = colors[[2, 0, 3, 1]].T.reshape(1, 3, 2, 2)
+    picture = (torch.tensor(palette)[[2, 0, 3, 1]].T.reshape(1, 3, 2, 2) + 1) / 2  # in [0, 1]
     for mean, std in (([0.5] * 3, [0.5] * 3), ([0.1, 0.2, 0.9], [0.2, 0.7, 3.0])):
         part = make(**options, mean=mean, std=std).patch_embed
         normalized = (picture - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
@@ -195,3 +194,13 @@ def test_attention_is_that_of_the_block_asked_for() -> None:
             block = encoder.blocks[layer - 1]
             expected = block.attn.weights(block.norm1(inputs[layer - 1]), None)
             torch.testing.assert_close(encoder.attention(images(), layer), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [[16, 32], [32, 32]])
+def test_learned_rows_and_columns_are_added_at_their_place(size: list[int]) -> None:
+    encoder = make(positions="learned_2d", image_size=size, registers=2, prefix_positions="all")
+    prefix, patches = encoder.position_table(encoder.settings.grid)
+    assert torch.equal(prefix, encoder.pos_embed_prefix[0])
+    for place, (row, column) in enumerate(itertools.product(range(size[0] // 8), range(size[1] // 8))):
+        assert torch.equal(patches[place], encoder.pos_embed_row[row, 0] + encoder.pos_embed_column[0, column])
