@@ -22,6 +22,7 @@ from sslvit.data.mixture import JoinedIndex, MixturePlan
 from sslvit.data.pack import pack, pack_source
 from sslvit.data.plan import EpochPlan
 from sslvit.data.reader import ReadError, ShardReader
+from sslvit.data.store import PackSettings
 from sslvit.data.views import Views
 from sslvit.files import REMEDIES
 from sslvit.settings import EncoderSettings
@@ -213,6 +214,21 @@ def test_statistics_of_a_mixture_are_those_of_its_batches(tmp_path: Path) -> Non
     other = numbered_shards(tmp_path / "c", 30, first=100)
     assert JoinedIndex([dark, other], [1, 1]).fingerprint() != JoinedIndex([dark, bright], [1, 1]).fingerprint()
     assert JoinedIndex([dark, bright], [1, 1]).fingerprint() == joined.fingerprint()
+
+
+def test_images_are_turned_or_left_as_their_index_says(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # its first row is the right side of what is seen
+    pixels = np.arange(32, dtype=np.uint8).reshape(4, 8)
+    (tmp_path / "in").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "in" / "a.png", exif=exif)
+    for orientation, expected in (("upright", np.rot90(pixels, -1)), ("stored", pixels)):
+        settings = PackSettings(orientation=orientation)
+        (index,) = pack_source(tmp_path / "in", tmp_path / orientation, settings, workers=1)
+        reader = ShardReader(index, 1, memory_limit_mb=0)
+        content = reader.read(0)
+        assert np.array_equal(decode(content, 1, header=reader.header(content))[0].numpy(), expected)
+        assert np.array_equal(ShardReader(index, 1).decoded[0, 0].numpy(), expected)
 
 
 def test_a_missing_shard_is_looked_for_once_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

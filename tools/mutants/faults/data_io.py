@@ -648,7 +648,7 @@ FAULTS = [
         "sslvit/data/reader.py",
         'self.index.orientation == "upright")',
         "True)",
-        (INDEX,),
+        (f"{READER}::test_images_are_turned_or_left_as_their_index_says",),
     ),
     Fault(
         "--max-pixels is ignored when images are stored",
