@@ -313,3 +313,46 @@ def test_neighbors_are_found_wherever_in_the_bank_they_are(monkeypatch: pytest.M
     best, places = similarity.topk(5)
     votes = torch.zeros(40, 4).scatter_add_(1, features.labels[places], (best / 0.07).exp())
     assert whole[5] == pytest.approx(100 * float((votes.argmax(1) == others.labels).float().mean()))
+
+
+def test_the_strength_is_the_one_that_held_out_folds_prefer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By scikit-learn on the same folds: most right answers, then the lowest loss."""
+    from sslvit.evaluate import linear
+
+    features = clouds(noise=0.05)
+    labels = features.labels.clone()
+    labels[::20] = (labels[::20] + 1) % 4  # mistakes that nothing can tell: a weak penalty is too sure of itself there
+    strengths = [1.0, 1e-2, 1e-4]
+    monkeypatch.setattr(linear, "STRENGTHS", strengths)
+    values = features.values.double().numpy()
+    values = (values - values.mean(0)) / values.std(0)
+    fold = stratified_folds(labels, 3).numpy()
+    found = []
+    for strength in strengths:
+        right, loss = 0, 0.0
+        for held in range(5):
+            kept = fold != held
+            model = LogisticRegression(C=1 / (strength * kept.sum()), max_iter=10_000, tol=1e-9)
+            model.fit(values[kept], labels.numpy()[kept])
+            chances = model.predict_proba(values[~kept])
+            right += int((chances.argmax(1) == labels.numpy()[~kept]).sum())
+            loss -= float(np.log(chances[np.arange(len(chances)), labels.numpy()[~kept]]).sum())
+        found.append((-right, loss))
+    assert len({right for right, _ in found}) < 3  # at least two tie
+    head = fit_probe(Features(features.values, labels), 4, seed=3)
+    assert head.strength == strengths[found.index(min(found))]
+    assert head.held_out == pytest.approx(-100 * min(found)[0] / 300)
+    assert found.index(min(found)) != 2
+
+
+def test_folds_and_draws_are_another_choice_under_another_seed() -> None:
+    labels = clouds(count=400).labels
+    assert torch.equal(stratified_folds(labels, 1), stratified_folds(labels, 1))
+    assert not torch.equal(stratified_folds(labels, 0), stratified_folds(labels, 1))
+    one, other = (set(draw_labels(labels, 10, None, seed).tolist()) for seed in (0, 1))
+    assert len(one & other) < 25  # of 40, some 4 by chance
+    same = (
+        stratified_folds(torch.zeros(100, dtype=torch.long), 0),
+        stratified_folds(torch.ones(100, dtype=torch.long), 0),
+    )
+    assert not torch.equal(*same)  # each class its own order
