@@ -362,7 +362,7 @@ def test_igpt_recipes_have_the_papers_numbers() -> None:
         assert (recipe.encoder.image_size, recipe.encoder.causal, recipe.encoder.bias) == ([32, 32], True, False)
         assert (recipe.train.steps, recipe.data.global_batch, recipe.optim.warmup_epochs) == (1_000_000, 128, 1)
         assert (recipe.optim.betas, recipe.optim.weight_decay, recipe.encoder.dropout) == ([0.9, 0.95], 0, 0)
-        assert recipe.data.view.side == [224 / 384, 224 / 256]
+        assert (recipe.data.view.resize, recipe.data.view.crop) == ([256, 384], 224)
     assert load_recipe("igpt/small_in1k").optim.peak_rate(128) == pytest.approx(3e-3)
 
 

@@ -98,7 +98,9 @@ def test_one_command_fills_the_table_and_goes_on_where_it_stopped(
     assert all(len([c for r, c in found if r == row]) == (4 if row == "raw pixels" else 5) for row in rows)
     assert [len(found["A", column]["values"]) for column in files["columns"]] == [2] * 5  # two runs
     assert len(found["B", "few"]["values"]) == 3  # three draws
-    assert found["A", "linear"]["interval"] is not None
+    for cell in content["cells"]:  # two runs or three draws may agree to the last image
+        assert (cell["interval"] is not None) == (len(set(cell["values"])) > 1)
+    assert any(found["A", column]["interval"] is not None for column in files["columns"])
     assert found["B", "linear"]["interval"] is None
     untrained, scratch = (found[f"B {kind}", "fine-tuned"] for kind in ("untrained", "from scratch with labels"))
     assert untrained["values"] == scratch["values"]  # from scratch, both
