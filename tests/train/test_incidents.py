@@ -17,11 +17,15 @@ from sslvit.train.folder import RunFolder
 
 
 def broken_at(monkeypatch: pytest.MonkeyPatch, name: str, is_broken: Callable[[int], bool], how: str) -> None:
-    """Steps whose loss is nan, or infinite, or whose gradients alone are nan."""
+    """Steps whose loss is nan, or infinite, or whose gradients alone are nan, or whose last rows hold such a pixel."""
     task = task_class(name)
     step = task.training_step
 
     def wrong(self, batch, batch_idx=0):
+        if how == "pixel" and is_broken(self.global_step) and batch.first_row + len(batch) == self.global_batch:
+            batch.views[0][-1, 0, 0, 0] = math.inf
+        if how == "pixel":
+            return step(self, batch, batch_idx)
         loss = step(self, batch, batch_idx)
         if not is_broken(self.global_step):
             return loss
@@ -40,12 +44,13 @@ def broken_at(monkeypatch: pytest.MonkeyPatch, name: str, is_broken: Callable[[i
         ("mae/digits", "infinite", {"train.micro_batch": 4, "optim.clip": 1.0}),
         ("dino/digits", "gradient", {}),
         ("dino/digits", "loss", {"train.micro_batch": 4, "optim.clip": 1.0}),
+        ("dino/digits", "pixel", {"train.micro_batch": 4, "task.batch_norm": True}),
     ],
 )
 def test_a_step_that_is_not_finite_changes_nothing(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, how: str, changes: dict
 ) -> None:
-    """Weights, teacher, centre and moments after the skipped step are those before it."""
+    """Weights, teacher, centre, running statistics and moments after the skipped step are those before it."""
     changes = {"recipe": recipe, "train.keep_every": 1, "train.checkpoint_every": 1, **changes}
     broken_at(monkeypatch, recipe.split("/")[0], lambda step: step == 3, how)
     folder = run(shards, tmp_path / "run", **changes)
@@ -57,8 +62,40 @@ def test_a_step_that_is_not_finite_changes_nothing(
     assert str(after["optimizer_states"][0]["state"]) == str(before["optimizer_states"][0]["state"])
     lines = metrics(folder)
     assert [line.get("skipped_steps") for line in lines] == [None] * 3 + [1.0] * 4
+    assert math.isnan(lines[3]["loss"]) or how in ("gradient", "infinite")
     assert all(math.isfinite(line["loss"]) for line in lines[4:])
     assert all(value.isfinite().all() for value in weights(folder).values())
+    text = folder.metrics.read_text() + folder.health.read_text()
+    assert "NaN" not in text  # no JSON
+    assert "Infinity" not in text
+
+
+def test_the_center_follows_the_outputs_of_steps_that_were_taken(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step moves it towards the mean of the teacher's outputs in its micro-batches; a skipped one does not."""
+    task, outputs, centers = task_class("dino"), {}, {}
+    targets, update = task.targets, task.optimizer_step
+
+    def watched(self, given):
+        outputs.setdefault(self.global_step, []).append(given.flatten(0, 1).clone())
+        return targets(self, given)
+
+    def after(self, *given, **named):
+        step = self.global_step
+        update(self, *given, **named)
+        centers[step] = self.centre.clone()
+
+    monkeypatch.setattr(task, "targets", watched)
+    monkeypatch.setattr(task, "optimizer_step", after)
+    broken_at(monkeypatch, "dino", lambda step: step == 2, "pixel")
+    run(shards, tmp_path / "run", recipe="dino/digits", **{"train.micro_batch": 4, "task.centre_momentum": 0.7})
+    center = torch.zeros(12)
+    assert sorted(centers) == list(range(7))
+    for step in range(7):
+        if step != 2:
+            center = 0.7 * center + 0.3 * torch.cat(outputs[step]).mean(0)
+        torch.testing.assert_close(centers[step], center, rtol=1e-5, atol=1e-7)
 
 
 def test_too_many_in_a_row_end_the_run_and_can_be_taken_again(
