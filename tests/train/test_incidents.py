@@ -121,6 +121,37 @@ def test_too_many_in_a_row_end_the_run_and_can_be_taken_again(
     assert (folder.incident / "incident.json").exists()
 
 
+def test_what_is_replayed_is_the_step_that_was_skipped(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Its images, masks and dropout: the losses of its micro-batches come out as they were in the run."""
+    losses, task = {}, task_class("mae")
+    step = task.training_step
+
+    def watched(self, batch, batch_idx=0):
+        loss = step(self, batch, batch_idx)
+        losses.setdefault(self.global_step, []).append(float(loss.detach()))
+        return loss
+
+    options = {"train.skip_limit": 2, "train.micro_batch": 4, "data.ledger": True, "encoder.dropout": 0.2}
+    with monkeypatch.context() as patch:
+        patch.setattr(task, "training_step", watched)
+        broken_at(patch, "mae", lambda step: step >= 4, "gradient")
+        with pytest.raises(RuntimeError, match="step 6: 2 steps in a row"):
+            run(shards, tmp_path / "run", **options)
+    folder = RunFolder(tmp_path / "run")
+    capsys.readouterr()
+    assert main(["replay", str(folder.incident)]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "loss in float32" in line]
+    again = [float(line.split("loss in float32: ")[1].split()[0]) for line in said]
+    assert again == pytest.approx(losses[5], rel=1e-4)
+    assert losses[5] != pytest.approx(losses[4], rel=1e-3)
+    about = json.loads((folder.incident / "incident.json").read_text())
+    read = [json.loads(line) for line in (folder.samples / "rank-00000.jsonl").read_text().splitlines()]
+    # a line that is written after a step's last micro-batch has the number of the steps that are done
+    assert [key for part in about["samples"] for key in part] == [line["key"] for line in read][5 * 8 : 6 * 8]
+
+
 def test_now_and_then_does_not_end_the_run(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken_at(monkeypatch, "mae", lambda step: step % 2 == 1, "loss")
     folder = run(shards, tmp_path / "run", **{"train.skip_limit": 2})
