@@ -34,6 +34,13 @@ def torch_chance(*key: int | str) -> Iterator[None]:
         torch.default_generator.set_state(before)
 
 
+def seed_torch(*key: int | str) -> None:
+    """Set torch's generators on all devices by a key. Dropout draws from them, and nothing else in a training step."""
+    import torch  # settings and plans draw without it
+
+    torch.manual_seed(int(generator(*key).integers(2**62)))
+
+
 def uniform_at(key: tuple[int | str, ...], rows: np.ndarray, columns: int) -> np.ndarray:
     """The given rows of an endless table of uniform numbers in [0, 1).
 

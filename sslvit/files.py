@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import fcntl
 import glob
+import json
+import math
 import os
 import reprlib
 import shutil
@@ -13,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -36,6 +39,25 @@ MAX_VALUE = 60  # characters of a value in a message
 _SHORT = reprlib.Repr()  # never looks at the whole of a large value
 _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxdict, _SHORT.maxlong = 3, 16, 16, 8, 40
 _SHORT.maxstring = _SHORT.maxother = MAX_VALUE
+
+
+def to_json(content: Any, indent: int | None = None) -> str:
+    """JSON text that every reader takes: null stands for a number that is not finite, for which JSON has no word.
+
+    Args:
+        content: dicts, lists and plain values.
+        indent: spaces per level; None for one line.
+    """
+    return json.dumps(finite_or_null(content), indent=indent, allow_nan=False)
+
+
+def finite_or_null(content: Any) -> Any:
+    """The same with None for every number that is not finite, at any depth."""
+    if isinstance(content, dict):
+        return {key: finite_or_null(item) for key, item in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [finite_or_null(item) for item in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 class WriteError(OSError):

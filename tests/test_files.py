@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
+import math
 import os
 import stat
 import subprocess
@@ -25,6 +27,7 @@ from sslvit.files import (
     held_folder,
     new_file,
     printable,
+    to_json,
     write_atomically,
 )
 
@@ -38,6 +41,18 @@ def test_a_failed_write_leaves_the_old_content_and_no_part(tmp_path: Path) -> No
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_json_has_null_for_numbers_that_are_not_finite() -> None:
+    """Python alone reads NaN; jq, JavaScript and DuckDB refuse the line."""
+
+    def refuse(word: str) -> None:
+        raise ValueError(word)
+
+    content = {"a": math.nan, "b": [1.5, -math.inf, {"c": (math.inf, "NaN", True, None, 3)}], "d": 0.1}
+    read = json.loads(to_json(content), parse_constant=refuse)
+    assert read == {"a": None, "b": [1.5, None, {"c": [None, "NaN", True, None, 3]}], "d": 0.1}
+    assert to_json({"a": 1}, indent=1) == '{\n "a": 1\n}'
 
 
 def test_an_interrupted_write_leaves_no_part(tmp_path: Path) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 from typing import Any
 
-from sslvit.files import brief, write_atomically
+from sslvit.files import brief, to_json, write_atomically
 
 
 def check_new(path: str | Path | None) -> None:
@@ -26,7 +25,7 @@ def check_new(path: str | Path | None) -> None:
 def write_json(path: str | Path | None, content: Any) -> None:
     """Numbers for a file that was asked for; None if none was."""
     if path is not None:
-        write_atomically(path, json.dumps(content, indent=1) + "\n")
+        write_atomically(path, to_json(content, indent=1) + "\n")
 
 
 def check_new_picture(path: str | Path | None) -> None:

@@ -37,7 +37,7 @@ from sslvit.evaluate.scores import (
 )
 from sslvit.evaluate.sources import FrozenEncoder, LabelledSet, RawPixels, Source
 from sslvit.figures import bars
-from sslvit.files import printable, remove_left_parts, write_atomically
+from sslvit.files import printable, remove_left_parts, to_json, write_atomically
 from sslvit.models import ViTEncoder
 from sslvit.models.resize import check_resizable
 from sslvit.report.page import write_page
@@ -356,7 +356,7 @@ class BenchRun:
             writer.writerow([spreadsheet_cell(value) for value in line.values()])
         files = {
             "table.md": "\n".join(markdown), "table.csv": lines.getvalue(),
-            "table.json": json.dumps({"cells": cells, "settings": asdict(self.settings)}, indent=1) + "\n",
+            "table.json": to_json({"cells": cells, "settings": asdict(self.settings)}, indent=1) + "\n",
         }  # fmt: skip
         for name, text in files.items():
             write_atomically(self.folder / name, text)

@@ -25,7 +25,7 @@ from sslvit.evaluate.layers import HELD_OUT, LayerTable, draw_layers, probe_laye
 from sslvit.evaluate.probe import ProbeTable, probe
 from sslvit.export import export_encoder
 from sslvit.figures import bars
-from sslvit.files import write_atomically
+from sslvit.files import to_json, write_atomically
 from sslvit.report.page import write_page
 from sslvit.settings import ProbeSettings
 from sslvit.settings.load import by_dotted_key, load_recipe
@@ -113,7 +113,7 @@ def demo(
     )
     draw_layers(layers, list(range(1, depth + 1)), layers_file)
     scores = folder / "scores.json"
-    write_atomically(scores, json.dumps(table.as_dict(), indent=1) + "\n")
+    write_atomically(scores, to_json(table.as_dict(), indent=1) + "\n")
     print("4/4  exporting MAE's encoder to timm and comparing its outputs there", flush=True)
     verdict = export_encoder(runs["mae"].path, folder / "export" / "timm", "timm")
     bars_file = bars(folder / "figures" / "scores.png", table.rows, "right answers, %", "Frozen features, probed")

@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from sslvit.chance import uniform_at
+from sslvit.chance import seed_torch, uniform_at
 from sslvit.checkpoint import describe_encoder
 from sslvit.data.batch import Batch
 from sslvit.models import ViTEncoder
@@ -70,6 +70,8 @@ class PretextTask(pl.LightningModule):
         self.young_until = min(self.warmup_steps, total_steps // 4)  # the step up to which it may look like a new one
         self.is_skipped = False  # the last step
         self.not_finite: list[str] = []  # weights with such gradients in it
+        self.buffers_before: list[Tensor] = []  # copies of all buffers, made before the step `buffers_step`
+        self.buffers_step = -1
         self.is_watched = False
         self.watched: dict[str, list[Tensor]] = defaultdict(list)
 
@@ -141,6 +143,35 @@ class PretextTask(pl.LightningModule):
             group["weight_decay"] = decay if group["decays"] else 0.0
         self.records["rate"] = [torch.tensor(rate, dtype=torch.float64)]
         optimizer.step(closure=optimizer_closure)
+        self.zero_grad(set_to_none=True)  # now, and not beside the activations of the next forward pass
+        if self.is_skipped:
+            self.restore_buffers()
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Prepare a micro-batch: key torch's random numbers, and copy the buffers before the first one of a step.
+
+        Dropout draws from torch's own generators. The key names the step and the micro-batch's first row in the global
+        batch, so micro-batches and ranks drop different units, and a resumed run drops those of one that never stopped.
+        """
+        seed_torch(self.seed, self.global_step, "torch", batch.first_row)
+        if self.buffers_step != self.global_step:
+            self.buffers_step = self.global_step
+            self.copy_buffers()
+
+    @torch.no_grad()
+    def copy_buffers(self) -> None:
+        """Keep the buffers as they are now: running statistics of batch norm, DINO's center."""
+        buffers = list(self.buffers())
+        if len(self.buffers_before) != len(buffers):
+            self.buffers_before = [buffer.clone() for buffer in buffers]
+        elif buffers:
+            torch._foreach_copy_(self.buffers_before, buffers)
+
+    @torch.no_grad()
+    def restore_buffers(self) -> None:
+        """Undo what the forward passes of a skipped step changed in the buffers."""
+        if self.buffers_before:
+            torch._foreach_copy_(list(self.buffers()), self.buffers_before)
 
     def backward(self, loss: Tensor, *args, **kwargs) -> None:
         """A loss that is not finite makes every gradient so, on every rank, and the step is skipped."""

@@ -216,8 +216,7 @@ class DINO(PretextTask):
     def optimizer_step(self, *args, **kwargs) -> None:
         step = self.global_step
         super().optimizer_step(*args, **kwargs)
-        if self.is_skipped:
-            self.outputs_seen.zero_()
+        if self.is_skipped:  # outputs_seen is a buffer, and as before the step
             self.rows_seen = 0
             return
         momentum = self.momentum_at(step)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections import Counter
@@ -16,7 +15,7 @@ from tqdm import tqdm
 from sslvit.data.batch import Batch
 from sslvit.data.index import Index
 from sslvit.data.plan import Plan
-from sslvit.files import write_atomically
+from sslvit.files import to_json, write_atomically
 from sslvit.train.folder import RunFolder, append_lines
 from sslvit.train.logs import log_line
 from sslvit.train.timing import Clock
@@ -67,6 +66,7 @@ class RunLog(StepCallback):
         self.folder, self.plan, self.total_steps, self.every = folder, plan, total_steps, every
         self.clock, self.rate_of_peak = clock, rate_of_peak
         self.bar: tqdm | None = None
+        self.earlier_seconds = 0.0  # that training took up to the checkpoint that this process goes on from
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         super().on_train_start(trainer, module)
@@ -97,7 +97,7 @@ class RunLog(StepCallback):
         if self.rate_of_peak is not None:
             line["mfu"] = line["images_per_second"] * self.rate_of_peak
         line |= {f"{part}_seconds": value for part, value in zip(seconds, times, strict=True)}
-        line["elapsed_seconds"] = now - self.start
+        line["elapsed_seconds"] = self.elapsed(now)
         append_lines(self.folder.metrics, [line])
         log_line(trainer, line)
         self.last = now
@@ -106,6 +106,16 @@ class RunLog(StepCallback):
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if self.bar is not None:
             self.bar.close()
+
+    def elapsed(self, now: float) -> float:
+        """Seconds of training up to a moment, over all processes that went on with the run."""
+        return self.earlier_seconds + now - self.start
+
+    def state_dict(self) -> dict[str, float]:
+        return {"elapsed_seconds": self.elapsed(time.monotonic())}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.earlier_seconds = state["elapsed_seconds"]
 
     def _show(self, line: dict[str, float]) -> None:
         loss, speed = line.get("loss", float("nan")), line["images_per_second"]
@@ -116,7 +126,7 @@ class RunLog(StepCallback):
         if self.bar is not None:
             self.bar.set_postfix_str(f"loss {_short(loss)}{bits}, {pace}")
             return
-        left = (self.total_steps - self.step) * line["elapsed_seconds"] / max(self.step - self.first_step, 1)
+        left = (self.total_steps - self.step) * (self.last - self.start) / max(self.step - self.first_step, 1)
         print(
             f"step {self.step}/{self.total_steps}  epoch {line['epoch']:.1f}  loss {_short(loss)}{bits}  "
             f"{pace}  {_duration(left)} left", flush=True,
@@ -211,7 +221,7 @@ class Ledger(StepCallback):
                 "dropped_per_epoch": self.plan.dropped_per_epoch, "epochs_finished": epochs,
                 "bad_by_reason": dict(Counter(entry["reason"] for entry in bad.values())), "bad": list(bad.values()),
             }  # fmt: skip
-            write_atomically(self.folder.ledger, json.dumps(content, indent=1) + "\n")
+            write_atomically(self.folder.ledger, to_json(content, indent=1) + "\n")
 
     def state_dict(self) -> dict[str, Any]:
         return self.of_all_ranks()

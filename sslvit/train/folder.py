@@ -17,6 +17,7 @@ figures/
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -25,7 +26,7 @@ from typing import Any, Literal
 
 import yaml
 
-from sslvit.files import held_folder, new_file, printable, remove_left_parts, write_atomically, write_error
+from sslvit.files import held_folder, new_file, printable, remove_left_parts, to_json, write_atomically, write_error
 from sslvit.settings.load import YAML_ERRORS
 from sslvit.weight_files import SHARDS, check_checkpoint
 
@@ -245,13 +246,14 @@ class RunFolder:
         return content
 
     def read_metrics(self) -> list[dict[str, float]]:
-        """The lines of metrics.jsonl."""
-        return [line for _, line in read_lines(self.metrics)] if self.metrics.exists() else []
+        """The lines of metrics.jsonl; a null there is a number that was not finite."""
+        lines = [line for _, line in read_lines(self.metrics)] if self.metrics.exists() else []
+        return [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]
 
     def cut_metrics(self, step: int) -> None:
         """Drop lines after a checkpoint's step, which the resumed run will write again."""
         kept = [line for line in self.read_metrics() if line["step"] <= step]
-        write_atomically(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
+        write_atomically(self.metrics, "".join(to_json(line) + "\n" for line in kept))
 
 
 def append_lines(path: Path, lines: list[dict[str, Any]]) -> None:
@@ -262,7 +264,7 @@ def append_lines(path: Path, lines: list[dict[str, Any]]) -> None:
     """
     try:
         with open(path, "a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
+            file.write("".join(to_json(line) + "\n" for line in lines))
     except OSError as error:
         raise write_error(path, error) from error
 

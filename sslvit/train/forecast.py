@@ -44,6 +44,7 @@ class Forecast:
         held: numbers of the whole state, teacher and buffers included.
         flops_per_image: of a step, forward and backward.
         peak: most bytes that a step on one rank's micro-batch holds at once besides weights and moments, in float32.
+        activations: the same without the weights' gradients.
         block: numbers in the largest block of a network.
         outside: numbers of weights that lie in no block.
         images: in the data set.
@@ -60,6 +61,7 @@ class Forecast:
     held: int
     flops_per_image: int
     peak: int
+    activations: int
     block: int
     outside: int
     images: int
@@ -77,16 +79,16 @@ class Forecast:
             strategy: ddp or fsdp.
         """
         gradients = 4.0 * self.trained
-        whole = {
-            "weights": 4.0 * self.held, "moments": 8.0 * self.trained, "gradients": gradients,
-            "activations": self.peak - gradients,
-        }  # fmt: skip
-        if strategy == "ddp" or self.ranks == 1:
-            return whole
-        parts = {name: size / self.ranks for name, size in whole.items() if name != "activations"}
+        kept = {"weights": 4.0 * self.held, "moments": 8.0 * self.trained, "gradients": gradients}
+        alone = kept | {"activations": self.peak - gradients}
+        if self.ranks == 1:
+            return alone
+        if strategy == "ddp":  # the buckets that are exchanged stay, and in the last pass they are the gradients
+            return alone | {"buckets": gradients} if self.passes > 1 else kept | {"activations": self.activations}
+        parts = {name: size / self.ranks for name, size in kept.items()}
         # at once whole: what lies in no block, the block that runs and the next, and the gradients of one
         gathered = 4.0 * (self.outside + 3 * self.block)
-        return parts | {"gathered": gathered, "activations": whole["activations"]}
+        return parts | {"gathered": gathered, "activations": self.activations}
 
     def hours(self, tflops: float, utilisation: float) -> float:
         """On devices of so many TFLOP/s, of which a share is used."""
@@ -142,6 +144,7 @@ def forecast(settings: PretrainSettings, images: int, classes: int | None = None
             task.to_empty(device="cpu")
             flops = count_flops(task, settings)
             peak = count_peak(task, settings, micro, passes)
+            activations = count_peak(task, settings, micro, 1, has_gradients=True)
     except (DynamicOutputShapeException, DataDependentOutputException) as error:
         raise ValueError(
             f"task.name: a step of {settings.task.name} depends on what is drawn for each image. Plan it without "
@@ -153,7 +156,7 @@ def forecast(settings: PretrainSettings, images: int, classes: int | None = None
         encoder=sum(p.numel() for p in task.trained_encoder.parameters()),
         trained=sum(p.numel() for p in task.parameters() if p.requires_grad),
         held=sum(value.numel() for value in state.values()),
-        flops_per_image=flops // FEW, peak=peak, block=max(blocks.values(), default=0),
+        flops_per_image=flops // FEW, peak=peak, activations=activations, block=max(blocks.values(), default=0),
         outside=sum(p.numel() for p in task.parameters()) - sum(blocks.values()),
         images=images, global_batch=batch,
         micro=micro, passes=passes, ranks=ranks, steps=steps, steps_per_epoch=per_epoch,
@@ -201,9 +204,25 @@ def count_flops(task: PretextTask, settings: PretrainSettings) -> int:
     return counter.get_total_flops()
 
 
-def count_peak(task: PretextTask, settings: PretrainSettings, micro: int, passes: int) -> int:
-    """Most bytes besides weights that are held at once in the passes of a step, gradients and images included."""
-    with LiveBytes([*task.parameters(), *task.buffers()]) as live:
+def count_peak(
+    task: PretextTask, settings: PretrainSettings, micro: int, passes: int, has_gradients: bool = False
+) -> int:
+    """Most bytes besides weights that are held at once in the passes of a step, gradients and images included.
+
+    Args:
+        task: takes the step.
+        settings: of the run.
+        micro: images per pass.
+        passes: of a step.
+        has_gradients: gradients have their place before the step, and do not count.
+    """
+    known = [*task.parameters(), *task.buffers()]
+    if has_gradients:
+        for parameter in task.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+                known.append(parameter.grad)
+    with LiveBytes(known) as live:
         for _ in range(min(passes, 2)):  # the gradients of the first stay while the second runs
             task.training_step(example(settings, micro), 0).backward()
     task.zero_grad()

@@ -7,7 +7,6 @@ there in most of the last looks, after the warm-up, since a network that has jus
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sslvit.evaluate.health import label_free, largest_share
-from sslvit.files import write_atomically
+from sslvit.files import to_json, write_atomically
 from sslvit.ranks import gather_over_ranks
 from sslvit.settings import OptimSettings, TaskSettings
 from sslvit.tasks.base import PretextTask
@@ -186,10 +185,9 @@ class Health(StepCallback):
         print(message, flush=True)
 
     def write(self, measures: dict[str, float]) -> None:
-        """health.json, whole; a number that is not finite becomes null."""
-        shown = {name: value if math.isfinite(value) else None for name, value in measures.items()}
-        content = {"verdict": self.verdict, "step": self.step, "measures": shown, "messages": self.messages}
-        write_atomically(self.folder.health, json.dumps(content, indent=1) + "\n", sync=False)  # the next look is near
+        """health.json, whole."""
+        content = {"verdict": self.verdict, "step": self.step, "measures": measures, "messages": self.messages}
+        write_atomically(self.folder.health, to_json(content, indent=1) + "\n", sync=False)  # the next look is near
 
     def state_dict(self) -> dict[str, Any]:
         return {"looks": self.looks, "messages": self.messages, "verdict": self.verdict}

@@ -10,7 +10,6 @@ batch-rank-00000-0.safetensors and so on: what each rank saw, micro-batch by mic
 
 from __future__ import annotations
 
-import json
 import shutil
 
 import pytorch_lightning as pl
@@ -20,7 +19,7 @@ from safetensors.torch import save_file
 from sslvit.data.batch import Batch
 from sslvit.data.index import Index
 from sslvit.data.loader import TrainingBatches
-from sslvit.files import new_file, write_atomically
+from sslvit.files import new_file, to_json, write_atomically
 from sslvit.tasks.base import PretextTask
 from sslvit.train.callbacks import StepCallback
 from sslvit.train.folder import RunFolder
@@ -83,7 +82,7 @@ class Incidents(StepCallback):
                 "steps_per_epoch": module.steps_per_epoch, "not_finite": module.not_finite, "samples": names,
             }  # fmt: skip
             shutil.copy(self.folder.config, self.folder.incident / "config.yaml")
-            write_atomically(self.folder.incident / "incident.json", json.dumps(about, indent=1) + "\n")
+            write_atomically(self.folder.incident / "incident.json", to_json(about, indent=1) + "\n")
 
     def state_dict(self) -> dict[str, int]:
         return {"skipped": self.skipped, "in_a_row": self.in_a_row}

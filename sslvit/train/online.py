@@ -6,7 +6,6 @@ run with them has the same weights as one without.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from sslvit.evaluate.label_free import measures_of, spread
 from sslvit.evaluate.linear import fit_probe
 from sslvit.evaluate.probe import check_classes, open_labelled
 from sslvit.evaluate.sources import FrozenEncoder, LabelledSet
-from sslvit.files import write_atomically
+from sslvit.files import to_json, write_atomically
 from sslvit.ranks import is_first_rank, said_by_first
 from sslvit.settings import PretrainSettings, ProbeSettings
 from sslvit.tasks.base import PretextTask
@@ -138,7 +137,7 @@ class Validation(ScoringCallback):
             "step": self.step, "init": self.settings.init, "seed": self.settings.seed, "reported": "the last step",
             "seconds_since_start": time.monotonic() - self.start,
         }  # fmt: skip
-        write_atomically(self.folder.scores, json.dumps(about, indent=1) + "\n")
+        write_atomically(self.folder.scores, to_json(about, indent=1) + "\n")
 
 
 def open_val(settings: PretrainSettings, index: ShardIndex) -> ShardIndex:

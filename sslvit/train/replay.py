@@ -88,6 +88,7 @@ def batch_in_words(task: PretextTask, batch: Batch) -> list[str]:
         warnings.simplefilter("ignore")
         try:
             with torch.autograd.set_detect_anomaly(True):
+                task.on_train_batch_start(batch, 0)  # dropout as it was
                 loss = task.training_step(batch, 0)
                 loss.backward()
             value = float(loss.detach())

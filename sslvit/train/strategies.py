@@ -44,7 +44,8 @@ def make_strategy(settings: TrainSettings, clock: Clock) -> DDPStrategy | str:
     timeout = timedelta(seconds=settings.timeout_seconds)
     if settings.strategy == "fsdp":
         return Sharded(timeout=timeout)
-    return Replicated(timeout=timeout, ddp_comm_hook=clock.mark_gradients)
+    # gradients are views of the buckets that the ranks exchange: one copy of them instead of two
+    return Replicated(timeout=timeout, ddp_comm_hook=clock.mark_gradients, gradient_as_bucket_view=True)
 
 
 class Replicated(DDPStrategy):

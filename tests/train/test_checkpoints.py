@@ -72,6 +72,29 @@ def test_a_run_on_a_full_disk_ends_and_goes_on_when_there_is_room(
 
 
 @pytest.mark.slow
+def test_a_checkpoint_is_on_the_disk_before_it_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Content, then name, then the folder that holds the name: a power cut between any two leaves a whole file."""
+    done = []
+    sync, replace = os.fsync, os.replace
+
+    def synced(handle):
+        name = os.readlink(f"/proc/self/fd/{handle}")
+        done.append(("sync", Path(name).name, os.fstat(handle).st_size))
+        sync(handle)
+
+    def replaced(part, path):
+        done.append(("rename", Path(part).name, Path(path).name))
+        replace(part, path)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    write_whole({"global_step": 3, "weights": torch.zeros(99)}, path)
+    size = path.stat().st_size
+    assert [entry[:2] for entry in done] == [("sync", "last.part"), ("rename", "last.part"), ("sync", "checkpoints")]
+    assert done[0][2] == size  # all of it, its checksum included
+
+
 def test_a_writer_that_is_killed_leaves_the_checkpoint_before(tmp_path: Path) -> None:
     code = """
         import sys, torch

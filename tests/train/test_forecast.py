@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 from run_fixtures import BERT, RECIPES, run, weights
+from torch import distributed
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,6 +21,8 @@ from sslvit.cli import main
 from sslvit.settings.load import load_recipe
 from sslvit.tasks import task_class
 from sslvit.train.forecast import FEW, example, forecast
+from sslvit.train.strategies import make_strategy
+from sslvit.train.timing import Clock
 
 
 @pytest.mark.parametrize("recipe", ["mae/digits", "dino/digits", "igpt/digits"])
@@ -41,6 +45,68 @@ def test_flops_parameters_and_memory_are_those_of_a_real_step(recipe: str) -> No
     assert found.peak == pytest.approx(peak, rel=0.1)  # kernels have room of their own
     assert found.trained == sum(p.numel() for p in task.parameters() if p.requires_grad)
     assert found.encoder == sum(p.numel() for p in task.trained_encoder.parameters())
+
+
+@pytest.mark.parametrize("recipe", ["mae/digits", "dino/digits", "igpt/digits"])
+def test_weights_moments_and_gradients_are_those_of_a_real_step(recipe: str) -> None:
+    """Byte by byte, whatever share of the whole they are."""
+    settings = load_recipe(recipe, {**RECIPES[recipe], "train.steps": 9})
+    found, _ = forecast(settings, 100)
+    task = task_class(settings.task.name)(
+        settings.task.fitted(100, 8, 9), settings.encoder, settings.optim.fitted(12, 9), total_steps=9,
+        steps_per_epoch=12, global_batch=8,
+    )  # fmt: skip
+    optimizer = task.configure_optimizers()
+    task.training_step(example(settings), 0).backward()
+    gradients = [p.grad for p in task.parameters() if p.grad is not None]
+    optimizer.step()
+    moments = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
+    memory = found.memory("ddp")
+    for name, tensors in (("weights", task.state_dict().values()), ("moments", moments), ("gradients", gradients)):
+        assert memory[name] == sum(value.numel() * 4 for value in tensors), name
+
+
+def test_several_ranks_hold_the_buckets_of_their_gradients() -> None:
+    def of(**changes):
+        changes = RECIPES["mae/digits"] | {"data.global_batch": 16} | changes
+        return forecast(load_recipe("mae/digits", changes), 100)[0]
+
+    one, two = of(**{"train.micro_batch": 8}), of(**{"train.devices": 2})
+    gradients = 4.0 * one.trained
+    alike = ("weights", "moments", "gradients")
+    assert [two.memory("ddp")[name] for name in alike] == [one.memory("ddp")[name] for name in alike]
+    assert "buckets" not in two.memory("ddp") | one.memory("ddp")  # they are the gradients
+    assert two.memory("ddp")["activations"] == two.activations > two.peak - gradients
+    passes = of(**{"train.devices": 2, "train.micro_batch": 4})
+    assert passes.memory("ddp") == passes.memory("ddp") | {"buckets": gradients, "gradients": gradients}
+    parts = two.memory("fsdp")
+    assert [parts[name] for name in alike] == [one.memory("ddp")[name] / 2 for name in alike]
+    assert parts["activations"] == two.activations
+
+
+def test_with_buckets_a_step_of_ddp_holds_what_is_planned(tmp_path: Path) -> None:
+    """In a group of one process: what is allocated at once in its second step, besides weights."""
+    settings = load_recipe("mae/digits", RECIPES["mae/digits"] | {"encoder.width": 128, "data.global_batch": 4})
+    settings.train.devices = 2
+    found, _ = forecast(settings, 100)
+    task = task_class("mae")(settings.task, settings.encoder, settings.optim, total_steps=9, steps_per_epoch=2,
+                             global_batch=4)  # fmt: skip
+    strategy = make_strategy(settings.train, Clock())
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    try:
+        task.forward = task.training_step
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            model = DistributedDataParallel(task, **strategy._ddp_kwargs)
+            for _ in range(2):
+                model(example(settings, found.micro), 0).backward()
+                task.zero_grad()
+    finally:
+        distributed.destroy_process_group()
+    changes = [event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    memory = found.memory("ddp")
+    planned = memory["gradients"] + memory["activations"]
+    assert max(accumulate(changes)) == pytest.approx(planned, rel=0.15)
+    assert planned + memory["gradients"] > 1.3 * planned  # a second copy would show
 
 
 def test_steps_and_batches_are_those_of_the_run(shards: Path, tmp_path: Path) -> None:

@@ -26,17 +26,20 @@ def test_a_resume_with_repeatable_kernels_is_bit_identical(
 ) -> None:
     from test_resume import interrupted
 
-    options = {**GPU, "train.deterministic": True, "train.precision": precision, "train.micro_batch": 4,
-               "data.workers": 2, "data.memory_limit_mb": 0, "recipe": recipe}  # fmt: skip
+    options = {**GPU, "encoder.dropout": 0.1, "train.deterministic": True, "train.precision": precision,
+               "train.micro_batch": 4, "data.workers": 2, "data.memory_limit_mb": 0, "recipe": recipe}  # fmt: skip
     whole = run(shards, tmp_path / "whole", **options)
     interrupted(shards, tmp_path / "cut", 5, monkeypatch, **options)
     assert same(run(shards, tmp_path / "cut", resume=True, **options), whole)
 
 
 @needs_one
-def test_a_compiled_run_is_a_run(shards: Path, tmp_path: Path) -> None:
+def test_a_compiled_run_is_a_run(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     plain = run_ranks(shards, tmp_path / "plain", **GPU)
+    assert not list((tmp_path / "cache").rglob("*.py"))  # what was compiled
     compiled = run_ranks(shards, tmp_path / "compiled", **GPU, **{"train.compile": True})
+    assert list((tmp_path / "cache").rglob("*.py"))
     assert [a["loss"] for a in metrics(compiled)] == pytest.approx([b["loss"] for b in metrics(plain)], rel=1e-3)
 
 

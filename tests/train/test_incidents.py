@@ -17,11 +17,15 @@ from sslvit.train.folder import RunFolder
 
 
 def broken_at(monkeypatch: pytest.MonkeyPatch, name: str, is_broken: Callable[[int], bool], how: str) -> None:
-    """Steps whose loss is nan, or infinite, or whose gradients alone are nan."""
+    """Steps whose loss is nan, or infinite, or whose gradients alone are nan, or whose last rows hold such a pixel."""
     task = task_class(name)
     step = task.training_step
 
     def wrong(self, batch, batch_idx=0):
+        if how == "pixel" and is_broken(self.global_step) and batch.first_row + len(batch) == self.global_batch:
+            batch.views[0][-1, 0, 0, 0] = math.inf
+        if how == "pixel":
+            return step(self, batch, batch_idx)
         loss = step(self, batch, batch_idx)
         if not is_broken(self.global_step):
             return loss
@@ -40,12 +44,13 @@ def broken_at(monkeypatch: pytest.MonkeyPatch, name: str, is_broken: Callable[[i
         ("mae/digits", "infinite", {"train.micro_batch": 4, "optim.clip": 1.0}),
         ("dino/digits", "gradient", {}),
         ("dino/digits", "loss", {"train.micro_batch": 4, "optim.clip": 1.0}),
+        ("dino/digits", "pixel", {"train.micro_batch": 4, "task.batch_norm": True}),
     ],
 )
 def test_a_step_that_is_not_finite_changes_nothing(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, how: str, changes: dict
 ) -> None:
-    """Weights, teacher, centre and moments after the skipped step are those before it."""
+    """Weights, teacher, centre, running statistics and moments after the skipped step are those before it."""
     changes = {"recipe": recipe, "train.keep_every": 1, "train.checkpoint_every": 1, **changes}
     broken_at(monkeypatch, recipe.split("/")[0], lambda step: step == 3, how)
     folder = run(shards, tmp_path / "run", **changes)
@@ -57,8 +62,40 @@ def test_a_step_that_is_not_finite_changes_nothing(
     assert str(after["optimizer_states"][0]["state"]) == str(before["optimizer_states"][0]["state"])
     lines = metrics(folder)
     assert [line.get("skipped_steps") for line in lines] == [None] * 3 + [1.0] * 4
+    assert math.isnan(lines[3]["loss"]) or how in ("gradient", "infinite")
     assert all(math.isfinite(line["loss"]) for line in lines[4:])
     assert all(value.isfinite().all() for value in weights(folder).values())
+    text = folder.metrics.read_text() + folder.health.read_text()
+    assert "NaN" not in text  # no JSON
+    assert "Infinity" not in text
+
+
+def test_the_center_follows_the_outputs_of_steps_that_were_taken(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step moves it towards the mean of the teacher's outputs in its micro-batches; a skipped one does not."""
+    task, outputs, centers = task_class("dino"), {}, {}
+    targets, update = task.targets, task.optimizer_step
+
+    def watched(self, given):
+        outputs.setdefault(self.global_step, []).append(given.flatten(0, 1).clone())
+        return targets(self, given)
+
+    def after(self, *given, **named):
+        step = self.global_step
+        update(self, *given, **named)
+        centers[step] = self.centre.clone()
+
+    monkeypatch.setattr(task, "targets", watched)
+    monkeypatch.setattr(task, "optimizer_step", after)
+    broken_at(monkeypatch, "dino", lambda step: step == 2, "pixel")
+    run(shards, tmp_path / "run", recipe="dino/digits", **{"train.micro_batch": 4, "task.centre_momentum": 0.7})
+    center = torch.zeros(12)
+    assert sorted(centers) == list(range(7))
+    for step in range(7):
+        if step != 2:
+            center = 0.7 * center + 0.3 * torch.cat(outputs[step]).mean(0)
+        torch.testing.assert_close(centers[step], center, rtol=1e-5, atol=1e-7)
 
 
 def test_too_many_in_a_row_end_the_run_and_can_be_taken_again(
@@ -82,6 +119,37 @@ def test_too_many_in_a_row_end_the_run_and_can_be_taken_again(
     kept = run(shards, tmp_path / "run", resume=True)  # from step 3, and the incident stays to be read
     assert len(kept.read_metrics()) == 7
     assert (folder.incident / "incident.json").exists()
+
+
+def test_what_is_replayed_is_the_step_that_was_skipped(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Its images, masks and dropout: the losses of its micro-batches come out as they were in the run."""
+    losses, task = {}, task_class("mae")
+    step = task.training_step
+
+    def watched(self, batch, batch_idx=0):
+        loss = step(self, batch, batch_idx)
+        losses.setdefault(self.global_step, []).append(float(loss.detach()))
+        return loss
+
+    options = {"train.skip_limit": 2, "train.micro_batch": 4, "data.ledger": True, "encoder.dropout": 0.2}
+    with monkeypatch.context() as patch:
+        patch.setattr(task, "training_step", watched)
+        broken_at(patch, "mae", lambda step: step >= 4, "gradient")
+        with pytest.raises(RuntimeError, match="step 6: 2 steps in a row"):
+            run(shards, tmp_path / "run", **options)
+    folder = RunFolder(tmp_path / "run")
+    capsys.readouterr()
+    assert main(["replay", str(folder.incident)]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "loss in float32" in line]
+    again = [float(line.split("loss in float32: ")[1].split()[0]) for line in said]
+    assert again == pytest.approx(losses[5], rel=1e-4)
+    assert losses[5] != pytest.approx(losses[4], rel=1e-3)
+    about = json.loads((folder.incident / "incident.json").read_text())
+    read = [json.loads(line) for line in (folder.samples / "rank-00000.jsonl").read_text().splitlines()]
+    # a line that is written after a step's last micro-batch has the number of the steps that are done
+    assert [key for part in about["samples"] for key in part] == [line["key"] for line in read][5 * 8 : 6 * 8]
 
 
 def test_now_and_then_does_not_end_the_run(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

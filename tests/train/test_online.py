@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from run_fixtures import metrics, run, weights
 
+from sslvit.checkpoint import load_encoder
 from sslvit.data.arrays import array_samples
+from sslvit.data.index import load_index
 from sslvit.data.pack import pack
 from sslvit.evaluate.label_free import spread
+from sslvit.evaluate.linear import fit_probe
+from sslvit.evaluate.sources import Features
+from sslvit.models import ViTEncoder
 from sslvit.settings import load
 from sslvit.train.online import ScoringCallback, looking
-
-ONLINE = ("online_knn", "online_linear")
 
 
 @pytest.fixture
@@ -23,7 +28,7 @@ def shards(tmp_path: Path) -> Path:
     source = np.random.default_rng(0)
     for name, count in (("train", 40), ("val", 21)):
         labels = np.arange(count) % 2
-        images = source.integers(0, 100, (count, 8, 8)) + labels[:, None, None] * 100
+        images = source.integers(0, 100, (count, 8, 8)) + (labels * source.integers(0, 60, count))[:, None, None]
         pack(array_samples(images.astype(np.uint8), labels), tmp_path / name, ["dark", "light"])
     return tmp_path
 
@@ -40,8 +45,52 @@ def test_online_scores_leave_the_training_as_it_was(shards: Path, recipe: str) -
     assert all(torch.equal(one[key], other[key]) for key in one)
     lines = metrics(with_them)
     assert [line["step"] for line in lines if "online_knn" in line] == [4, 7]  # 3 rounded up to a line; the last step
-    assert all(0 <= line[name] <= 100 for line in lines if "online_knn" in line for name in ONLINE)
     assert [{k: v for k, v in line.items() if not k.startswith("online_")} for line in lines] == metrics(without)
+
+
+@pytest.mark.parametrize("recipe", ["mae/digits", "dino/digits"])
+def test_online_scores_are_those_of_the_trained_encoder_on_the_reported_images(shards: Path, recipe: str) -> None:
+    """Neighbours and head from the images of online.train, scored on those of online.val: computed once more here."""
+    online = {"online.train": str(shards / "train"), "online.val": str(shards / "val"), "online.images": 20,
+              "online.neighbours": 5}  # fmt: skip
+    folder = run(shards / "train", shards / "run", recipe=recipe, **online)
+    line = metrics(folder)[-1]
+    encoder = load_encoder(folder.path)  # DINO's teacher
+    (train, train_labels), (val, val_labels) = (
+        labelled_features(encoder, shards / name, spread) for name, spread in (
+            ("train", np.linspace(0, 39, 20)), ("val", np.linspace(0, 20, 20)),
+        )
+    )  # fmt: skip
+    unit = [values / np.linalg.norm(values, axis=1, keepdims=True) for values in (train, val)]
+    similarity = unit[1] @ unit[0].T
+    right = 0
+    for row, label in zip(similarity, val_labels, strict=True):
+        votes = np.zeros(2)
+        for nearest in np.argsort(-row)[:5]:
+            votes[train_labels[nearest]] += np.exp(row[nearest] / 0.07)
+        right += votes.argmax() == label
+    assert line["online_knn"] == pytest.approx(100 * right / 20)
+    tensors = [torch.from_numpy(array) for array in (train, train_labels, val, val_labels)]
+    head = fit_probe(Features(*tensors[:2]), 2, seed=0)
+    guesses = (((val - head.mean.numpy()) / head.scale.numpy()) @ head.weight.numpy().T + head.bias.numpy()).argmax(1)
+    assert line["online_linear"] == pytest.approx(100 * (guesses == val_labels).mean())
+    assert line["online_feature_std"] == pytest.approx(4 * unit[1].std(0).mean(), rel=1e-4)  # of 16 channels
+    assert {line["online_knn"], line["online_linear"]} != {100.0}  # scores that say something
+
+
+def labelled_features(encoder: ViTEncoder, folder: Path, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Features of some images as they lie in the tar, resized by nothing: they have the encoder's size."""
+    index = load_index(folder)
+    pixels, labels = [], []
+    for number in numbers.astype(int):
+        shard, offset, size = index.locate(number)
+        with open(index.shard_path(shard), "rb") as file:
+            file.seek(offset)
+            pixels.append(np.asarray(Image.open(io.BytesIO(file.read(size)))))
+        labels.append(int(index.records["label"][number]))
+    images = (torch.from_numpy(np.stack(pixels)).float()[:, None] / 255 - 0.2) / 0.33
+    with torch.no_grad():
+        return encoder.features(images).numpy(), np.array(labels)
 
 
 def test_a_look_gives_back_the_mode_of_every_part() -> None:

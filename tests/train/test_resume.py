@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from run_fixtures import BERT, RECIPES, TINY, metrics, read_keys, run, same, weights
 
 from sslvit.checkpoint import load_encoder
+from sslvit.data.arrays import array_samples
+from sslvit.data.index import load_index
+from sslvit.data.module import ShardDataModule
+from sslvit.data.pack import pack
+from sslvit.data.plan import EpochPlan
+from sslvit.settings import DataSettings, EncoderSettings
 from sslvit.tasks import task_class
 from sslvit.train.folder import RunFolder
 
@@ -105,6 +114,46 @@ def test_a_resume_with_another_encoder_batch_or_data_is_refused(shards: Path, tm
     (tmp_path / "run" / "checkpoints" / "last.ckpt").write_bytes(b"")
     with pytest.raises(ValueError, match="last.ckpt: not a readable checkpoint"):
         run(shards, tmp_path / "run", resume=True)
+
+
+def test_a_resume_on_other_images_or_with_another_seed_is_refused(shards: Path, tmp_path: Path) -> None:
+    """As many images of the same size under the same names."""
+    folder = run(shards, tmp_path / "run", **{"train.steps": 3})
+    before = folder.config.read_text(), folder.checkpoint.read_bytes()
+    source = np.random.default_rng(1)
+    pixels = source.integers(0, 255, (30, 8, 8)).astype(np.uint8)
+    pack(array_samples(pixels, np.arange(30) % 3), tmp_path / "other", ["a", "b", "c"])
+    for changes, reason in (
+        ({"data.shards": str(tmp_path / "other")}, "was written with other data .shards [0-9a-f]+ then, [0-9a-f]+ now"),
+        ({"seed": 1}, "seed was 0 and cannot become 1, since masks, crops and the order of the data follow from it"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            run(shards, tmp_path / "run", resume=True, **{"train.steps": 6}, **changes)
+    assert (folder.config.read_text(), folder.checkpoint.read_bytes()) == before
+    shutil.copytree(shards, tmp_path / "moved")
+    run(tmp_path / "moved", tmp_path / "run", resume=True, **{"train.steps": 6})  # the same images elsewhere
+
+
+def test_a_position_holds_only_for_its_order(shards: Path) -> None:
+    """Whatever a run's settings say: the checkpoint's own record of images, batch, seed and lanes is compared."""
+    index = load_index(shards)
+
+    def at(**changes) -> ShardDataModule:
+        plan = EpochPlan(**{"shard_samples": [30], "global_batch": 6, "seed": 0, "lanes": 1} | changes)
+        module = ShardDataModule(index, DataSettings(), EncoderSettings(8, channels=1, patch=2), plan, 9)
+        module.trainer = SimpleNamespace(global_step=4)
+        return module
+
+    state = at().state_dict()
+    same_order = at()
+    same_order.load_state_dict(state)
+    assert same_order.start_step == 4
+    for key, value, name in (
+        ("seed", 1, "seed"), ("global_batch", 3, "global_batch"), ("shard_samples", [24], "samples"),
+        ("lanes", 2, "lanes"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"other data .*{name} "):
+            at(**{key: value}).load_state_dict(state)
 
 
 @pytest.mark.parametrize(

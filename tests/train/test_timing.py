@@ -14,9 +14,9 @@ from sslvit.data.module import ShardDataModule
 from sslvit.settings.load import load_recipe
 from sslvit.tasks import task_class
 from sslvit.train import forecast
-from sslvit.train.callbacks import RunLog
+from sslvit.train.callbacks import RunLog, mean_over_ranks
 from sslvit.train.folder import RunFolder
-from sslvit.train.timing import MOST_MOMENTS, PARTS, Clock
+from sslvit.train.timing import MOST_MOMENTS, PARTS, Clock, StepTimes, WaitForData
 
 PAUSE = 0.25
 
@@ -64,6 +64,112 @@ def test_a_part_that_takes_long_is_named(
         assert taken == {name: PAUSE * passes if name == part else 0 for name in PARTS}
         assert line["images_per_second"] == pytest.approx(8 / (PAUSE * passes), rel=0.3)
     assert ("waiting for data" in capsys.readouterr().out) == (part == "data")
+
+
+def test_elapsed_seconds_go_on_where_a_run_was_stopped(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second a step, and a process that starts late; what a stopped run did after its checkpoint does not count."""
+    watch = SimpleNamespace(now=10.0, perf_counter=lambda: watch.now, monotonic=lambda: watch.now)
+    monkeypatch.setattr("sslvit.train.timing.time", watch)
+    monkeypatch.setattr("sslvit.train.callbacks.time", watch)
+    task = task_class("mae")
+    step = task.training_step
+
+    def slow(self, batch, batch_idx=0):
+        watch.now += 1
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(task, "training_step", slow)
+    options = {"train.log_every": 2, "train.checkpoint_every": 3, "train.steps": 9}
+    from test_resume import interrupted
+
+    interrupted(shards, tmp_path / "run", 5, monkeypatch, **options)
+    monkeypatch.setattr(task, "training_step", slow)
+    watch.now = 1000.0
+    folder = run(shards, tmp_path / "run", resume=True, **options)
+    lines = {line["step"]: line for line in folder.read_metrics()}
+    assert {step: line["elapsed_seconds"] for step, line in lines.items()} == {2: 2, 4: 4, 6: 6, 8: 8, 9: 9}
+    assert all(line["images_per_second"] == 8 for line in lines.values())
+
+
+def test_throughput_and_share_of_the_peak_are_those_of_all_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps of a global batch of 48 in half a second each: 96 images a second over all ranks."""
+    watch = SimpleNamespace(now=0.0, perf_counter=lambda: watch.now, monotonic=lambda: watch.now)
+    monkeypatch.setattr("sslvit.train.timing.time", watch)
+    monkeypatch.setattr("sslvit.train.callbacks.time", watch)
+    plan = SimpleNamespace(global_batch=48, steps_per_epoch=8)
+    (tmp_path / "metrics.jsonl").touch()
+    log = RunLog(RunFolder(tmp_path), plan, 4, 2, Clock(), 0.001)
+    strategy = SimpleNamespace(reduce=lambda value, reduce_op: value, root_device="cpu")
+    trainer = SimpleNamespace(is_global_zero=True, global_step=0, world_size=4, strategy=strategy, loggers=[])
+    module = SimpleNamespace(records={})
+    log.on_train_start(trainer, module)
+    log.clock.mark("start")
+    for log.step in range(1, 5):
+        watch.now += 0.5
+        module.records["loss"] = [torch.tensor(value) for value in (1.0, 2.0, 6.0)]
+        log.on_step(trainer, module)
+    lines = RunFolder(tmp_path).read_metrics()
+    assert [(line["step"], line["epoch"]) for line in lines] == [(2, 0.25), (4, 0.5)]
+    for line in lines:
+        assert (line["images_per_second"], line["mfu"], line["loss"]) == (96, pytest.approx(0.096), 3)
+
+
+def test_the_peak_of_all_devices_counts() -> None:
+    class Images:
+        classes = None
+
+        def __len__(self) -> int:
+            return 100
+
+    def of(**changes) -> float:
+        return forecast.rate_of_peak(load_recipe("mae/digits", RECIPES["mae/digits"] | changes), Images())
+
+    one = of(**{"train.peak_tflops": 2.0})
+    found, _ = forecast.forecast(load_recipe("mae/digits", RECIPES["mae/digits"]), 100)
+    assert one == pytest.approx(found.flops_per_image / 2e12)
+    assert of(**{"train.peak_tflops": 4.0}) == pytest.approx(one / 2)
+    assert of(**{"train.peak_tflops": 2.0, "train.devices": 2, "train.nodes": 4}) == pytest.approx(one / 8)
+
+
+def test_the_mean_over_ranks_is_that_of_all_micro_batches() -> None:
+    """Each rank has its own; the strategy is asked for their mean."""
+    asked = []
+
+    def reduce(value, reduce_op):
+        asked.append((value, reduce_op))
+        return value
+
+    strategy = SimpleNamespace(root_device="cpu", reduce=reduce)
+    values = [torch.tensor(value) for value in (1.0, 2.0, 6.0)]
+    assert mean_over_ranks(SimpleNamespace(world_size=1, strategy=strategy), values) == 3
+    assert asked == []
+    assert mean_over_ranks(SimpleNamespace(world_size=2, strategy=strategy), values) == 3
+    assert asked == [(torch.tensor(3.0, dtype=torch.float64), "mean")]
+
+
+def test_gradients_that_are_exchanged_after_the_last_are_communication(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What DDP's hook marks: the backward pass ends with the last bucket; the exchange of earlier ones is hidden."""
+    watch = SimpleNamespace(now=0.0, perf_counter=lambda: watch.now)
+    monkeypatch.setattr("sslvit.train.timing.time", watch)
+    monkeypatch.setattr("sslvit.train.timing.allreduce_hook", lambda group, bucket: "averaged")
+    monkeypatch.setattr("sslvit.train.timing.distributed.group", SimpleNamespace(WORLD=None))
+    clock = Clock()
+    times = StepTimes(clock)
+    clock.mark("start")
+    for seconds, happens in (
+        (1, times.on_train_batch_start), (2, times.on_before_backward),
+        (4, lambda: clock.mark_gradients(None, SimpleNamespace(is_last=lambda: False))),
+        (8, lambda: clock.mark_gradients(None, SimpleNamespace(is_last=lambda: True))),
+        (16, times.on_after_backward), (32, times.on_train_batch_end), (64, WaitForData(clock).on_train_batch_end),
+    ):  # fmt: skip
+        watch.now += seconds
+        happens()
+    assert clock.take() == {"data": 1, "forward": 2, "backward": 12, "communication": 16, "optimiser": 32}
+    assert Clock().mark_gradients(None, SimpleNamespace(is_last=lambda: False)) == "averaged"
 
 
 def test_the_share_of_the_peak_is_the_work_over_the_time(shards: Path, tmp_path: Path) -> None:
