@@ -304,6 +304,7 @@ def make_parser() -> argparse.ArgumentParser:
     likelihood.add_argument("run", metavar="RUN", help="run folder or checkpoint of an iGPT run, or a released file")
     likelihood.add_argument("--train", required=True, metavar="SHARDS", help="images that colours are counted on")
     likelihood.add_argument("--val", required=True, metavar="SHARDS", help="images that are scored")
+    add_unreadable(likelihood)
     likelihood.add_argument("--batch", type=int, default=16, help="images per forward pass (default: %(default)s)")
     likelihood.add_argument("-o", "--output", metavar="FILE", help="also write the table as JSON")
     add_device(likelihood)

@@ -312,7 +312,8 @@ def without_labels(shards: Path) -> None:
 
 def pixels(shards: Path) -> None:
     task = pixel_model().to(GPU)
-    likelihood(task, load_index(shards / "train"), load_index(shards / "val"), 4)
+    train, val = (LabelledSet(load_index(shards / name), task.encoder.settings.channels) for name in ("train", "val"))
+    likelihood(task, train, val, 4)
     draw_samples(task, shards / "drawn.png", 3, SampleSettings())
     draw_completions(task, str(shards / "val"), shards / "completed.png", 2, 0.5, 2, SampleSettings())
 

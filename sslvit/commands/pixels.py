@@ -44,11 +44,18 @@ def run_likelihood(options: argparse.Namespace) -> None:
     from sslvit.data.open import open_shards
     from sslvit.evaluate.likelihood import likelihood
     from sslvit.evaluate.scores import format_table
+    from sslvit.evaluate.sources import LabelledSet
 
     task = load_task(options)
-    train, val = (open_shards(source) for source in (options.train, options.val))
+    settings, limit = task.encoder.settings, options.max_unreadable_fraction
+    train, val = (
+        LabelledSet(open_shards(source), settings.channels, None, limit) for source in (options.train, options.val)
+    )
     rows = likelihood(task, train, val, options.batch)
-    print(f"\n{len(val):,} images of {val.location}; counted on {len(train):,} of {train.location}\n")
+    print(
+        f"\n{val.count_in_words} of {val.index.location}; counted on {train.count_in_words} of {train.index.location}"
+    )
+    print(f"each image: {settings.crop_in_words}\n")
     print(format_table({row: {column: [value] for column, value in of.items()} for row, of in rows.items()}, 4))
     write_json(options.output, rows)
 

@@ -11,10 +11,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from sslvit.data.index import ShardIndex
 from sslvit.data.loader import evaluation_loader, normalised_view
-from sslvit.data.reader import ShardReader
-from sslvit.files import printable
+from sslvit.evaluate.sources import LabelledSet
 from sslvit.progress import track
 from sslvit.tasks.igpt import IGPT, colour_error
 
@@ -146,7 +144,7 @@ def unigram_nats(train: np.ndarray, val: np.ndarray, colours: int) -> float:
 
 
 @torch.no_grad()
-def likelihood(task: IGPT, train: ShardIndex, val: ShardIndex, batch: int = 16) -> dict[str, dict[str, float]]:
+def likelihood(task: IGPT, train: LabelledSet, val: LabelledSet, batch: int = 16) -> dict[str, dict[str, float]]:
     """Nats and bits per pixel of `val`: all colours alike, by counting on `train`, and by the model.
 
     Args:
@@ -156,13 +154,14 @@ def likelihood(task: IGPT, train: ShardIndex, val: ShardIndex, batch: int = 16) 
         batch: images per forward pass.
 
     Raises:
-        ValueError: too few images to count on, none that can be read, or predictions that are not finite.
+        ValueError: too few images to count on, too many that cannot be read, or predictions that are not finite.
     """
     if batch < 1:
         raise ValueError(f"--batch {batch}: must be 1 or more.")
-    if len(train) < FEWEST:
+    if len(train.samples) < FEWEST:
         raise ValueError(
-            f"--train {train.location}: {len(train)} images are too few to count on. Give {FEWEST} or more."
+            f"--train {train.index.location}: {len(train.samples)} images are too few to count on. Give {FEWEST} or "
+            "more."
         )
     task.eval()
     colours = task.head.out_features
@@ -189,27 +188,19 @@ def model_nats(task: IGPT, colours: Int[Tensor, "b n"], batch: int) -> float:
     return total / len(colours)
 
 
-def palette_images(task: IGPT, index: ShardIndex) -> np.ndarray:
-    """The middle of every readable image as palette indices, 'b h w'."""
+def palette_images(task: IGPT, data: LabelledSet) -> np.ndarray:
+    """The encoder's view of every readable image as palette indices, 'b h w'."""
     encoder = task.encoder
     pixels = encoder.patch_embed
-    reader = ShardReader(index, encoder.settings.channels)
-    loader = evaluation_loader(reader, encoder.settings)
-    pieces, bad = [], {}
+    loader = evaluation_loader(data.reader, encoder.settings, chosen=data.chosen)
+    pieces, samples, bad = [], [], {}
     for batch in track(loader, "images into the palette", len(loader) * 256, each=256):
         indices = pixels.indices(normalised_view(batch, encoder.settings, pixels.palette.device))[batch.valid]
         pieces.append(indices.cpu().numpy().astype(np.int32).reshape(-1, *encoder.settings.grid))
+        samples.append(batch.samples[batch.valid])
         bad |= batch.bad
-    images = np.concatenate(pieces)
-    if bad:
-        key, reason = next(iter(bad.items()))
-        print(
-            f"warning: {index.location}: {len(bad)} of {len(index)} images are left out, e.g. {printable(key)}: "
-            f"{printable(reason)}"
-        )
-    if not len(images):
-        raise ValueError(f"{index.location}: none of its images can be read.")
-    return images
+    data.account_for(torch.cat(samples), bad)
+    return np.concatenate(pieces)
 
 
 def _find(sorted_values: np.ndarray, wanted: np.ndarray) -> np.ndarray:

@@ -25,6 +25,7 @@ from sslvit.evaluate.likelihood import (
     tune_smoothing,
     unigram_nats,
 )
+from sslvit.evaluate.sources import LabelledSet
 from sslvit.settings import EncoderSettings, IGPTSettings, OptimSettings
 from sslvit.tasks.igpt import IGPT, colour_error
 
@@ -192,7 +193,9 @@ def test_unreadable_images_are_left_out(task: IGPT, tmp_path: Path) -> None:
     path = tmp_path / "shards" / "shard-000000.tar"
     content = path.read_bytes()
     path.write_bytes(content.replace(b"IHDR", b"XXXX", 1))
-    assert palette_images(task, index).shape == (5, 6, 6)
+    assert palette_images(task, LabelledSet(index, 1, max_unreadable_fraction=0.2)).shape == (5, 6, 6)
+    with pytest.raises(ValueError, match="1 of 6 images cannot be read"):
+        palette_images(task, LabelledSet(index, 1))
 
 
 def test_the_table_and_its_command(task: IGPT, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -200,7 +203,7 @@ def test_the_table_and_its_command(task: IGPT, tmp_path: Path, capsys: pytest.Ca
     for name, count, most in (("train", 40, 64), ("val", 10, 96)):
         greys[name] = source.integers(0, most, (count, 6, 6)).astype(np.uint8)
         pack(array_samples(greys[name]), tmp_path / name)
-    train, val = load_index(tmp_path / "train"), load_index(tmp_path / "val")
+    train, val = (LabelledSet(load_index(tmp_path / name), 1) for name in ("train", "val"))
     rows = likelihood(task, train, val)
     names = ["8 colours alike", "how often each colour is", "left and upper neighbour, counted", "iGPT"]
     assert list(rows) == names
