@@ -77,7 +77,7 @@ class Supervised(PretextTask):
         return images
 
     def mix(self, images: Tensor, batch: Batch) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b classes"]]:
-        """Each image with its neighbour in the micro-batch, by a share drawn by seed and step."""
+        """Each image with its neighbor, by one share for the micro-batch, drawn by seed, step and its place in it."""
         settings = self.settings
         makers = [
             kind(alpha=alpha, num_classes=settings.classes)
@@ -86,7 +86,7 @@ class Supervised(PretextTask):
         ]
         if not makers:
             return images, F.one_hot(batch.labels, settings.classes).to(images.dtype)
-        with torch_chance(self.seed, "mix", self.global_step):
+        with torch_chance(self.seed, "mix", self.global_step, batch.first_row):
             images, target = v2.RandomChoice(makers)(images, batch.labels)
         return images, target.to(images.dtype)
 

@@ -128,22 +128,22 @@ FAULTS = [
     Fault(
         "Mixing does not depend on the step",
         SUPERVISED,
-        'torch_chance(self.seed, "mix", self.global_step)',
-        'torch_chance(self.seed, "mix", 0)',
+        'torch_chance(self.seed, "mix", self.global_step, batch.first_row)',
+        'torch_chance(self.seed, "mix", 0, batch.first_row)',
         OF_LABELS,
     ),
     Fault(
         "Mixing does not depend on the seed",
         SUPERVISED,
-        'torch_chance(self.seed, "mix", self.global_step)',
-        'torch_chance(0, "mix", self.global_step)',
+        'torch_chance(self.seed, "mix", self.global_step, batch.first_row)',
+        'torch_chance(0, "mix", self.global_step, batch.first_row)',
         OF_LABELS,
     ),
     Fault(
-        "Mixing has another share in every micro-batch",
+        "All ranks and micro-batches mix by one share",
         SUPERVISED,
+        'torch_chance(self.seed, "mix", self.global_step, batch.first_row)',
         'torch_chance(self.seed, "mix", self.global_step)',
-        'torch_chance(self.seed, "mix", self.global_step, int(batch.first_row))',
         OF_LABELS,
     ),
     # ---- how weights move
