@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -206,6 +207,13 @@ def test_crops_differ_from_epoch_to_epoch_unless_told_otherwise(shards: Path, mo
     values = [table.columns[2, "class"] for table in of_one]
     assert all(len(value) == 120 for value in values)
     assert not torch.equal(values[0], values[1])
+    passes.clear()
+    short = settings_of(shards, "mae", **{"protocol.epochs": 1, "protocol.warmup_epochs": 0})
+    for seed in (0, 1):
+        probe({"mine": encoder()}, replace(short, seed=seed, baselines=False))
+    of_train = [table.columns[2, "class"] for table in passes if len(table.labels) == 120]
+    assert torch.equal(of_train[0], values[0])
+    assert not torch.equal(of_train[1], values[0])  # another seed, other crops
     passes.clear()
     probe({"mine": encoder()}, settings_of(shards, "mae", **{"protocol.augment": False}))
     assert len(passes) == 3 * 2  # three rows, two data sets
