@@ -209,3 +209,12 @@ def test_how_a_step_is_computed_is_what_is_asked_for(
     assert seen[name] == value
     usual = {"threads": threads, "deterministic": False, "type": torch.float32}
     assert all(seen[key] == usual[key] for key in usual if key != name)
+
+
+def test_a_line_holds_the_numbers_of_its_own_step(shards: Path, tmp_path: Path) -> None:
+    """And not those of the steps before, of which no line was due."""
+    every = {line["step"]: line for line in metrics(run(shards, tmp_path / "all"))}
+    some = metrics(run(shards, tmp_path / "some", **{"train.log_every": 3}))
+    assert [line["step"] for line in some] == [3, 6, 7]
+    names = ("loss", "rate", "gradient_norm", "epoch")
+    assert all(line[name] == every[line["step"]][name] for line in some for name in names)
