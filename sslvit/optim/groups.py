@@ -14,7 +14,7 @@ TOKENS = ("cls_token", "reg_token", "mask_token", "start_token", "query", "pos_e
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
     """Whether weight decay acts on a parameter: not on biases, norms, scales, learned temperatures and bias tables."""
-    return parameter.ndim > 1 and not name.endswith((".bias", *NEVER_DECAY))
+    return parameter.ndim > 1 and not name.endswith(NEVER_DECAY)
 
 
 def decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:

@@ -432,6 +432,16 @@ def test_stochastic_depth_rises_from_the_first_block_to_the_last(depth: int, rat
     torch.testing.assert_close(dropped, encoder.norm(through(encoder, before_last, noise, depth)))
 
 
+@torch.no_grad()
+def test_the_branches_of_a_block_are_dropped_one_by_one() -> None:
+    block, tokens = make(drop_path=0.5, depth=1).blocks[0], torch.randn(4, 5, 48)
+    kept = torch.tensor([[0.0, 0.0, 2.0, 2.0], [0.0, 2.0, 0.0, 2.0]])[:, :, None, None]  # twice what is not dropped
+    noise = torch.tensor([[0.1, 0.4, 0.5, 0.9], [0.4, 0.5, 0.1, 0.9]])
+    once = tokens + kept[0] * block.attn(block.norm1(tokens))
+    twice = once + kept[1] * block.mlp(block.norm2(once))
+    torch.testing.assert_close(block(tokens, path_noise=noise), twice)
+
+
 def through(encoder: ViTEncoder, before_last: torch.Tensor, noise: torch.Tensor, depth: int) -> torch.Tensor:
     """The last block skipped; the blocks before it as the noise has it: all kept, their branches over 1 - rate."""
     if depth <= 2:

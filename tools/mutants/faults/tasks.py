@@ -268,14 +268,6 @@ FAULTS = [
         OF_OPTIM,
     ),
     Fault(
-        "Biases of matrices' maps decay",
-        GROUPS,
-        'not name.endswith((".bias", *NEVER_DECAY))',
-        "not name.endswith(NEVER_DECAY)",
-        OF_OPTIM,
-        survives="every bias has one dimension, which spares it already; the released code asks both",
-    ),
-    Fault(
         "Registers move at the head's rate",
         GROUPS,
         '("cls_token", "reg_token", "mask_token", "pos_embed", "patch',
