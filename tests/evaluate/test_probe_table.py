@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from disk_fixtures import files_up_to
+from PIL import Image
 
 from sslvit.checkpoint import save_encoder
 from sslvit.cli import main
@@ -21,6 +23,7 @@ from sslvit.data.index import load_index
 from sslvit.data.pack import pack
 from sslvit.evaluate import features as features_module
 from sslvit.evaluate.cache import FeatureCache
+from sslvit.evaluate.embed import embed
 from sslvit.evaluate.features import Pass
 from sslvit.evaluate.probe import probe
 from sslvit.evaluate.scores import format_table, interval, markdown_table, shown
@@ -319,3 +322,31 @@ def test_scores_are_the_same_on_one_two_and_three_ranks(shards: Path, tmp_path: 
         found.append(line)
     assert set(json.loads(found[0].removeprefix("RESULT"))) == {"logreg", "mae", "dino", "dinov2"}
     assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize(("mode", "fraction"), [("center", 0.5), ("squash", 1.0), ("center", 1.0)])
+def test_what_is_probed_and_embedded_is_the_crop_that_the_encoder_names(
+    tmp_path: Path, mode: str, fraction: float
+) -> None:
+    source = np.random.default_rng(0)
+    images = source.integers(0, 256, (6, 16, 32, 3)).astype(np.uint8)
+    pack(array_samples(images, np.arange(6) % 2), tmp_path / "shards", ["a", "b"])
+    index = load_index(tmp_path / "shards")
+    encoder = make(crop_mode=mode, crop_fraction=fraction)
+    data = LabelledSet(index, 3)
+    seen = []
+    for number in range(6):
+        image = Image.open(io.BytesIO(data.reader.read(number)))
+        height, width = (16, 32) if mode == "squash" else (16 * fraction, 16 * fraction)
+        left, top = (32 - width) / 2, (16 - height) / 2
+        resized = image.resize((8, 8), Image.Resampling.BICUBIC, (left, top, left + width, top + height))
+        seen.append(torch.from_numpy(np.array(resized, np.float32)).permute(2, 0, 1) / 255)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (encoder.settings.mean, encoder.settings.std))
+    with torch.no_grad():
+        expected = encoder.features((torch.stack(seen) - mean) / std)
+    features = Pass().features(FrozenEncoder(encoder), data, [(1, "class")]).columns[1, "class"]
+    torch.testing.assert_close(features, expected, atol=0.02, rtol=0)
+    assert torch.equal(torch.from_numpy(embed(FrozenEncoder(encoder), data, [(1, "class")]).features), features)
+    other = make(crop_mode=mode, crop_fraction=0.75)
+    difference = Pass().features(FrozenEncoder(other), data, [(1, "class")]).columns[1, "class"] - features
+    assert difference.abs().max() > 0.1
