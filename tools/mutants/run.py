@@ -3,6 +3,7 @@
     python tools/mutants/run.py                      # all rooms, some hours on two cores
     python tools/mutants/run.py --rooms data tasks   # faults of some rooms (the files of tools/mutants/faults/)
     python tools/mutants/run.py --only "kNN" -o runs/mutants.json
+    python tools/mutants/run.py --sample 60 --seed 1 # a random part of them
 
 The tests that the faults name are run once without a fault first, and must pass. The exit status is 1 if a fault
 survived that has no reason to, if its text no longer stands in the code exactly once, or if its tests fail anyway.
@@ -15,6 +16,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -147,6 +149,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rooms", nargs="+", choices=ROOMS, default=ROOMS)
     parser.add_argument("--only", default="", help="words in the faults' names")
+    parser.add_argument("--sample", type=int, metavar="N", help="try N of them, drawn at random")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument("--jobs", type=int, default=2, help="faults that are tried at the same time")
     parser.add_argument("--no-baseline", action="store_true", help="do not run the tests without a fault first")
     parser.add_argument("-o", "--out", type=Path, help="JSON file of the outcome")
@@ -154,6 +158,8 @@ def main() -> int:
     found = faults_of(options.rooms, options.only)
     if not found:
         parser.error(f"--only {options.only}: no fault of that name.")
+    if options.sample is not None:
+        found = random.Random(options.seed).sample(found, min(options.sample, len(found)))
     os.environ["OMP_NUM_THREADS"] = "1"
     for library in IMPORTED_ONCE:
         importlib.import_module(library)
