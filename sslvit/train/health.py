@@ -25,7 +25,7 @@ from sslvit.train.folder import RunFolder
 
 FEWEST_LOOKS = 3  # that a verdict rests on; in long runs as many as fit in one fiftieth of their steps
 PART_OF_THE_RUN = 50
-ILL_FROM = 0.8  # share of ill looks among the last ones that makes a collapse; one minus it, a recovery
+ILL_FROM = 0.8  # share of ill looks among the last ones that makes a collapse; as many healthy ones make a recovery
 EVEN_FROM = 0.98  # entropy over ln K from which the teacher counts as even
 STUCK_WITHIN = 0.002  # of ln K: a loss that close to it says that the student has learned nothing
 ONE_FROM = 0.9  # share of the images in one prototype from which it counts as the only one
@@ -172,7 +172,7 @@ class Health(StepCallback):
                 self.say(sign.name, f"this run has probably collapsed: {sign.seen}. {sign.remedy}")
             self.verdict = "collapsed"
         elif self.verdict == "collapsed":
-            if ill <= (1 - ILL_FROM) * len(self.looks):
+            if len(self.looks) - ill >= ILL_FROM * len(self.looks):
                 self.say("recovered", "this run has recovered from its collapse.")
                 self.verdict = "healthy"
         else:

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -126,8 +127,29 @@ def test_a_verdict_rests_on_several_looks(tmp_path: Path, capsys: pytest.Capture
     assert said[1].endswith("this run has recovered from its collapse.")
     assert judged(tmp_path, "n") == ["collapsed"]
     assert judged(tmp_path, "ee", total=20) == ["suspicious", "collapsed"]  # a short run has no third look
+    assert judged(tmp_path, "ee.ee", total=2500)[-1] == "collapsed"  # four of the five looks that it needs
+    assert judged(tmp_path, "e.e.e", total=2500)[-1] == "suspicious"
+    assert judged(tmp_path, "eeeee.e...", total=2500)[-2:] == ["collapsed", "healthy"]  # two, then one of five
     long = judged(tmp_path, "e" * 30, total=10_000)  # a fiftieth of it: 20 looks
     assert [long.index("collapsed"), long.count("collapsed")] == [19, 11]
+
+
+def test_a_network_is_young_up_to_the_step_that_its_task_names(tmp_path: Path) -> None:
+    """A loss that is not finite aside, what it shows until then is no sign."""
+    settings = load_recipe("dino/digits", {})
+    health = Health(RunFolder(tmp_path), 100, every=1)
+    verdicts = []
+    for health.step in range(1, 8):
+        even = {"features": torch.randn(32, 8), "entropy": torch.full((32,), math.log(64)),
+                "uniform_kl": torch.zeros(32), "choice": torch.arange(32)}  # fmt: skip
+        module = SimpleNamespace(
+            is_watched=True, is_skipped=False, watched={name: [value] for name, value in even.items()},
+            records={"loss": [torch.tensor(4.1)]}, record=lambda name, value: None, young_until=3,
+            settings=settings.task.fitted(10_000, 32, 1000), optim=settings.optim,
+        )  # fmt: skip
+        health.on_step(SimpleNamespace(is_global_zero=True, world_size=1), module)
+        verdicts.append(health.verdict)
+    assert verdicts == ["too early to say"] * 3 + ["suspicious"] * 2 + ["collapsed"] * 2
 
 
 @pytest.fixture(scope="module")
