@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from sslvit.files import printable, write_atomically
+from sslvit.files import WriteError, printable, write_atomically
 
 WAIT_SECONDS = 60.0  # for a note of this launch, from which on a process walks by itself
 POLL_SECONDS = 0.1
@@ -32,6 +32,8 @@ def is_first_here() -> bool:
 def telling_others(notes: Path, source: Path) -> Iterator[Callable[[Path], None]]:
     """Walk a folder for the other processes of this machine; the block calls what it gets with the result.
 
+    Where no note can be written, each of the others walks by itself after a while.
+
     Args:
         notes: folder of the cache.
         source: that is walked.
@@ -39,10 +41,12 @@ def telling_others(notes: Path, source: Path) -> Iterator[Callable[[Path], None]
     own = _identity(os.getpid())
     about = {"walker": [os.getpid(), own], "launches": [own, *_launches()]}
     note = _note_of(notes, source)
-    write_atomically(note, json.dumps(about | {"found": None}), sync=False)
 
-    def tell(found: Path) -> None:
-        write_atomically(note, json.dumps(about | {"found": str(found)}), sync=False)
+    def tell(found: Path | None) -> None:
+        with suppress(WriteError):
+            write_atomically(note, json.dumps(about | {"found": found and str(found)}), sync=False)
+
+    tell(None)
 
     try:
         yield tell

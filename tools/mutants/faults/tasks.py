@@ -548,10 +548,10 @@ FAULTS = [
         OF_DINO,
     ),
     Fault(
-        "A skipped step's outputs stay in the center",
+        "A skipped step's rows count in the center's mean",
         DINO,
-        "self.outputs_seen.zero_()\n            self.rows_seen = 0\n            return",
-        "return",
+        "            self.rows_seen = 0\n            return",
+        "            return",
         OF_DINO,
     ),
     Fault("The teacher moves in a skipped step", DINO, "if self.is_skipped:", "if False:", OF_DINO),

@@ -48,7 +48,7 @@ FAULTS = [
     Fault("The key of torch's random numbers has no effect", "sslvit/chance.py",
           "    torch.manual_seed(int(generator(*key)", "    torch.Generator().manual_seed(int(generator(*key)",
           (DROPOUT,)),
-    Fault("Recomputed blocks drop other units", "sslvit/models/encoder.py",
+    Fault("Recomputed blocks drop other units", "sslvit/models/transformer.py",
           "use_reentrant=False)", "use_reentrant=False, preserve_rng_state=False)", (DROPOUT,)),
     Fault("A replay drops other units than the step did", "sslvit/train/replay.py",
           "                task.on_train_batch_start(batch, 0)  # dropout as it was\n", "", (BROKEN,)),

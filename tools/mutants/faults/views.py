@@ -801,7 +801,7 @@ FAULTS = [
     Fault(
         "The chosen samples of an evaluation are the first ones",
         "sslvit/data/loader.py",
-        "samples = self.chosen[places]",
+        "samples = places if self.chosen is None else self.chosen[places]",
         "samples = places",
         ("tests/data/test_loader.py",),
     ),
