@@ -319,9 +319,9 @@ def test_the_strength_is_the_one_that_held_out_folds_prefer(monkeypatch: pytest.
     """By scikit-learn on the same folds: most right answers, then the lowest loss."""
     from sslvit.evaluate import linear
 
-    features = clouds(noise=0.05)
+    features = clouds(noise=0.02)
     labels = features.labels.clone()
-    labels[::20] = (labels[::20] + 1) % 4  # mistakes that nothing can tell: a weak penalty is too sure of itself there
+    labels[::7] = (labels[::7] + 1) % 4  # mistakes that nothing can tell: a weak penalty is too sure of itself there
     strengths = [1.0, 1e-2, 1e-4]
     monkeypatch.setattr(linear, "STRENGTHS", strengths)
     values = features.values.double().numpy()
@@ -338,11 +338,11 @@ def test_the_strength_is_the_one_that_held_out_folds_prefer(monkeypatch: pytest.
             right += int((chances.argmax(1) == labels.numpy()[~kept]).sum())
             loss -= float(np.log(chances[np.arange(len(chances)), labels.numpy()[~kept]]).sum())
         found.append((-right, loss))
-    assert len({right for right, _ in found}) < 3  # at least two tie
+    assert len({right for right, _ in found}) == 1  # the loss decides
     head = fit_probe(Features(features.values, labels), 4, seed=3)
     assert head.strength == strengths[found.index(min(found))]
     assert head.held_out == pytest.approx(-100 * min(found)[0] / 300)
-    assert found.index(min(found)) != 2
+    assert found.index(min(found)) == 1  # neither the strongest nor the weakest
 
 
 def test_folds_and_draws_are_another_choice_under_another_seed() -> None:

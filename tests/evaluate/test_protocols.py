@@ -149,6 +149,8 @@ def test_an_epoch_is_gone_through_once_and_in_another_order_each_time() -> None:
     assert len({*seen[0], *seen[1]}) == 6
     assert {*seen[0], *seen[1]} <= set(range(7))
     assert seen[:2] != seen[2:4]
+    other = [batch.values[:, 0].tolist() for _, batch in in_batches(iter([table] * 3), [(1, "class")], rows, 3, 5, 1)]
+    assert other[:2] != seen[:2]  # another seed, another order
 
 
 @pytest.fixture
