@@ -350,3 +350,17 @@ def test_what_is_probed_and_embedded_is_the_crop_that_the_encoder_names(
     other = make(crop_mode=mode, crop_fraction=0.75)
     difference = Pass().features(FrozenEncoder(other), data, [(1, "class")]).columns[1, "class"] - features
     assert difference.abs().max() > 0.1
+
+
+def test_raw_pixels_of_two_sizes_are_kept_apart(shards: Path, tmp_path: Path) -> None:
+    data, reading = LabelledSet(load_index(shards / "val"), 3), Pass(cache=FeatureCache(tmp_path / "cache"))
+    for side in (8, 4, 8):
+        settings = EncoderSettings(image_size=side, patch=4, width=16, depth=1, heads=2)
+        for one in (reading, Pass()):  # from the cache or not
+            table = one.features(RawPixels(settings), data, [(0, "pixels")])
+            assert table.columns[0, "pixels"].shape == (15, 3 * side * side)
+    normalized = replace(EncoderSettings(image_size=8, patch=4, width=16, depth=1, heads=2), mean=[0.0] * 3)
+    other = reading.features(RawPixels(normalized), data, [(0, "pixels")]).columns[0, "pixels"]
+    assert not torch.equal(
+        other, Pass().features(RawPixels(make().settings), data, [(0, "pixels")]).columns[0, "pixels"]
+    )
