@@ -11,9 +11,12 @@ from scipy import stats
 
 from sslvit.checkpoint import save_encoder
 from sslvit.data.arrays import array_samples
+from sslvit.data.index import load_index
 from sslvit.data.pack import pack
+from sslvit.evaluate.classify import accuracy
 from sslvit.evaluate.probe import ProbeTable, probe
 from sslvit.evaluate.scores import independent, interval, sampling_interval, shown
+from sslvit.evaluate.sources import LabelledSet
 from sslvit.models import ViTEncoder
 from sslvit.report.bench import BenchRun
 from sslvit.settings import EncoderSettings, ProbeSettings
@@ -106,3 +109,47 @@ def test_probe_and_bench_say_the_same_of_the_same_data(shards: Path) -> None:
 def test_a_table_of_one_seed_names_draws() -> None:
     about = {"val_images": 100, "train_images": 100, "neighbours": [], "seeds": 1, "draws": 5, "probed": {}}
     assert "mean over 5 draws of labels" in ProbeTable({"mine": {"few": [1.0, 2.0]}}, about).text()
+
+
+def test_every_draw_of_every_seed_is_another_choice_of_labels(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sslvit.checkpoint import load_encoder
+    from sslvit.evaluate import probe as module
+
+    drawn, draw = [], module.draw_labels
+
+    def watched(labels: torch.Tensor, *given) -> torch.Tensor:
+        drawn.append(draw(labels, *given))
+        assert labels[drawn[-1]].bincount().tolist() == [4, 4]
+        return drawn[-1]
+
+    monkeypatch.setattr(module, "draw_labels", watched)
+    settings = ProbeSettings(
+        str(shards / "train"), str(shards / "val"), protocol=None, labels_per_class=4, draws=3, neighbours=[], seeds=2,
+        cache=None, baselines=False,
+    )  # fmt: skip
+    probe({"mine": load_encoder(shards / "encoder")}, settings)
+    assert len(drawn) == 6
+    assert len({tuple(sorted(one.tolist())) for one in drawn}) == 6
+
+
+def test_top1_and_top5_are_counted_as_torch_sorts(tmp_path: Path) -> None:
+    source = np.random.default_rng(0)
+    labels = np.arange(40) % 8
+    images = source.integers(0, 255, (40, 8, 8, 3)).astype(np.uint8)
+    pack(array_samples(images, labels), tmp_path / "set", list("abcdefgh"))
+    data = LabelledSet(load_index(tmp_path / "set"), 3)
+    logits = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
+    shown = iter(logits.split(7))
+
+    def of(images: torch.Tensor) -> torch.Tensor:
+        part = next(shown)
+        return torch.cat([part, torch.zeros(len(images) - len(part), 8)])  # a last batch is filled up
+
+    settings = EncoderSettings(image_size=8, patch=4, width=16, depth=1, heads=2)
+    found = accuracy(of, data, settings, torch.device("cpu"), batch=7)
+    truth = torch.from_numpy(data.index.labels_of(np.arange(40)).astype(int))
+    order = logits.argsort(1, descending=True)
+    assert found.top1 == pytest.approx(100 * float((order[:, 0] == truth).float().mean()))
+    assert found.top5 == pytest.approx(100 * float((order[:, :5] == truth[:, None]).any(1).float().mean()))
+    assert found.top5 > found.top1
+    assert found.images == 40

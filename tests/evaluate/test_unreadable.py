@@ -16,9 +16,9 @@ from sslvit.data.pack import pack
 from sslvit.evaluate.cache import FeatureCache
 from sslvit.evaluate.classify import accuracy
 from sslvit.evaluate.embed import embed
-from sslvit.evaluate.features import Pass
+from sslvit.evaluate.features import Pass, check_finite
 from sslvit.evaluate.probe import probe
-from sslvit.evaluate.sources import FrozenEncoder, LabelledSet
+from sslvit.evaluate.sources import FeatureTable, FrozenEncoder, LabelledSet
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings, ProbeSettings
 
@@ -180,3 +180,13 @@ def test_health_is_of_the_images_that_it_names(shards: Path, capsys: pytest.Capt
     assert "3 of 20 images cannot be read" in capsys.readouterr().err
     assert main([*words, "--max-unreadable-fraction", "0.2"]) == 0
     assert "17 of 20 images (3 cannot be read)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_one_number_that_is_not_finite_is_enough_to_refuse_features(shards: Path, value: float) -> None:
+    data = LabelledSet(load_index(shards / "val"), 3)
+    columns = {(1, "class"): torch.ones(20, 4), (2, "mean"): torch.ones(20, 4)}
+    check_finite(FeatureTable(columns, torch.zeros(20).long(), torch.arange(20)), data)
+    columns[2, "mean"][7, 1] = value
+    with pytest.raises(ValueError, match=r"features of layer 2 \(mean\) are not finite on .*val"):
+        check_finite(FeatureTable(columns, torch.zeros(20).long(), torch.arange(20)), data)
