@@ -13,11 +13,13 @@ import torch
 from sslvit.checkpoint import save_encoder
 from sslvit.cli import main
 from sslvit.data.arrays import array_samples
+from sslvit.data.index import load_index
 from sslvit.data.pack import pack
 from sslvit.evaluate import health
 from sslvit.evaluate.attention import attention_measures, receptive_field
-from sslvit.evaluate.health import alignment, alpha_of_spectrum, label_free, uniformity
-from sslvit.evaluate.label_free import spread
+from sslvit.evaluate.health import alignment, alpha_of_spectrum, feature_std, label_free, rankme, uniformity
+from sslvit.evaluate.label_free import measure_health, spread
+from sslvit.evaluate.sources import LabelledSet
 from sslvit.models import ViTEncoder
 from sslvit.report.show import middle_patch
 from sslvit.settings import EncoderSettings
@@ -148,3 +150,25 @@ def test_the_pictures_of_an_encoder(here: Path, capsys: pytest.CaptureFixture) -
     assert main(["show", "field", str(here / "pixels"), str(here / "plain"), "-o", str(here / "f.png")]) == 1
     assert "no gradient reaches the pixels" in capsys.readouterr().err
     assert main(["show", "distance", str(here / "pixels"), str(here / "plain"), "-o", str(here / "d.png")]) == 0
+
+
+def test_effective_rank_and_deviation_are_their_formulas() -> None:
+    """RankMe (Garrido et al. 2023, equation 1) from numpy's singular values; the deviation of features of one length."""
+    source = torch.Generator().manual_seed(0)
+    features = torch.randn(50, 6, generator=source) * torch.logspace(0, -2, 6) + 0.3
+    values = np.linalg.svd(features.double().numpy(), compute_uv=False)
+    shares = values / values.sum() + 1e-7
+    assert rankme(features) == pytest.approx(math.exp(-(shares * np.log(shares)).sum()), rel=1e-4)
+    array = features.double().numpy() * np.linspace(0.1, 9, 50)[:, None]  # the lengths must not count
+    unit = array / np.sqrt((array**2).mean(1, keepdims=True))
+    assert feature_std(torch.from_numpy(array).float()) == pytest.approx(unit.std(0).mean(), rel=1e-4)
+    found = label_free(features)
+    assert (found["rankme"], found["feature_std"]) == (rankme(features), feature_std(features))
+
+
+def test_the_crops_that_should_agree_are_drawn_by_seed(here: Path) -> None:
+    data = LabelledSet(load_index(here / "plain"), 3)
+    one, same, other = (measure_health(make(), data, seed=seed)["encoder"] for seed in (0, 0, 1))
+    assert one == same
+    assert other["alignment"] != one["alignment"]
+    assert other["rankme"] == one["rankme"]  # of center views
