@@ -153,7 +153,7 @@ def test_the_pictures_of_an_encoder(here: Path, capsys: pytest.CaptureFixture) -
 
 
 def test_effective_rank_and_deviation_are_their_formulas() -> None:
-    """RankMe (Garrido et al. 2023, equation 1) from numpy's singular values; the deviation of features of one length."""
+    """RankMe (Garrido et al. 2023, equation 1) from numpy, and the deviation of features of one length."""
     source = torch.Generator().manual_seed(0)
     features = torch.randn(50, 6, generator=source) * torch.logspace(0, -2, 6) + 0.3
     values = np.linalg.svd(features.double().numpy(), compute_uv=False)
