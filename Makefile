@@ -11,7 +11,7 @@ DATA ?= digits
 OUT ?= runs/demo$(if $(filter-out digits,$(DATA)),-$(DATA))
 READY := .venv/.ready
 
-.PHONY: demo test test-all drill lint clean
+.PHONY: demo test test-all drill mutants lint clean
 
 demo: $(READY)
 	.venv/bin/sslvit demo --data $(DATA) --out $(OUT) $(if $(ARCHIVE),--archive $(ARCHIVE)) $(if $(OVERWRITE),--overwrite)
@@ -32,6 +32,10 @@ SEED ?= 0
 
 drill: $(READY)
 	.venv/bin/python tools/drill/drill.py --seconds $(SECONDS) --seed $(SEED) --out runs/drill
+
+# silent faults, one at a time in a copy: does a test fail? All take hours; make mutants SAMPLE=60 takes some of them
+mutants: $(READY)
+	.venv/bin/python tools/mutants/run.py $(if $(SAMPLE),--sample $(SAMPLE) --seed $(SEED))
 
 lint: $(READY)
 	.venv/bin/ruff check .
