@@ -95,7 +95,11 @@ def weights(folder: Path, exported: Exported, is_fixed: bool) -> tuple[dict[str,
         value.name: torch.from_numpy(numpy_helper.to_array(value).copy())
         for value in graph.initializer if value.name in state and len(value.dims) < KERNEL
     }  # fmt: skip
-    return {key: state[key] for key in found.keys() | layer_scales(exported).keys()}, found
+    scales = layer_scales(exported)
+    for key in scales.keys() - found.keys():  # equal tensors are written once, under the name of one of them
+        equal = [value for value in found.values() if torch.equal(value, scales[key])]
+        found |= {key: value for value in equal[:1]}
+    return {key: state[key] for key in found.keys() | scales.keys()}, found
 
 
 def layer_scales(exported: Exported) -> dict[str, Tensor]:

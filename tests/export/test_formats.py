@@ -614,6 +614,14 @@ def test_libraries_agree_on_a_vit_tiny_with_registers_and_layer_scale(tmp_path: 
         assert float(difference.abs().max()) < 1e-5, size
 
 
+def test_an_onnx_file_that_writes_equal_scales_once_is_a_whole_one(tmp_path: Path) -> None:
+    """As training begins with: the same number in every LayerScale."""
+    torch.manual_seed(0)
+    save_encoder(ViTEncoder(preset("vit_tiny", depth=2, image_size=32, layer_scale=1e-5)).eval(), tmp_path / "e")
+    export_encoder(tmp_path / "e", tmp_path / "onnx", "onnx")
+    assert json.loads((tmp_path / "onnx" / "verdict.json").read_text())["passed"]
+
+
 # ---- any options ---------------------------------------------------------------------------------------------------
 
 OPTIONS = st.fixed_dictionaries(
