@@ -98,7 +98,8 @@ def weights(folder: Path, exported: Exported, is_fixed: bool) -> tuple[dict[str,
     scales = layer_scales(exported)
     for key in scales.keys() - found.keys():  # equal tensors are written once, under the name of one of them
         equal = [value for value in found.values() if torch.equal(value, scales[key])]
-        found |= {key: value for value in equal[:1]}
+        if equal:
+            found[key] = equal[0]
     return {key: state[key] for key in found.keys() | scales.keys()}, found
 
 
