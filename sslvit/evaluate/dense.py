@@ -24,7 +24,7 @@ from sslvit.data.decode import BadImage, decode_pixels, read_header
 from sslvit.data.resample import normalise
 from sslvit.data.views import centre_crops
 from sslvit.environment import pick_device
-from sslvit.evaluate.linear import STRENGTHS, UNSOLVED
+from sslvit.evaluate.linear import STRENGTHS, TRIAL_ITERATIONS, UNSOLVED, solved_in_all
 from sslvit.evaluate.logistic import fit_logistic
 from sslvit.evaluate.scores import Draws, format_table
 from sslvit.models import ViTEncoder
@@ -301,13 +301,13 @@ def _fit(
     values, counts = (values - mean) / scale, counts.double()
     tried = torch.tensor(STRENGTHS, dtype=torch.float64, device=values.device)
     used = (counts * ~held).expand(len(tried), -1)
-    weight, bias, are_compared = fit_logistic(values, target, classes, tried, used)
+    weight, bias, is_solved = fit_logistic(values, target, classes, tried, used, TRIAL_ITERATIONS)
     losses = []
     for i in range(len(tried)):
         logits = values[held] @ weight[i].T + bias[i]
         losses.append(float((F.cross_entropy(logits, target[held].double(), reduction="none") * counts[held]).sum()))
-    best = int(np.argmin(losses))
+    best = min(solved_in_all(is_solved[None]), key=lambda i: losses[i])
     weight, bias, is_solved = fit_logistic(values, target, classes, tried[best : best + 1], counts[None])
-    if not (is_solved and are_compared):
+    if not is_solved:
         print(UNSOLVED, flush=True)
     return weight[0], bias[0], mean.view(1, -1, 1, 1), scale.view(1, -1, 1, 1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sslvit.chance import generator
@@ -17,6 +17,7 @@ from sslvit.evaluate.sources import Features
 STRENGTHS = [10.0**exponent for exponent in range(1, -7, -1)]
 FEW = 1_000  # up to this many training images the strength is chosen by 5 folds instead of one held-out fifth
 FOLDS = 5
+TRIAL_ITERATIONS = 1000  # in which a strength must be solved to be among those that are compared
 FEWEST_LABELS = 2  # of a class: the strength is chosen on held-out ones
 UNSOLVED = "logistic regression: not converged; the score may be a little low"
 
@@ -32,6 +33,7 @@ class LinearHead:
         bias: (classes,).
         strength: of the squared penalty on the weight that it was fitted with.
         held_out: right answers in percent on training images held out, under that strength.
+        weakest: strength that was compared with the others.
     """
 
     mean: Tensor
@@ -40,6 +42,7 @@ class LinearHead:
     bias: Tensor
     strength: float
     held_out: float
+    weakest: float
 
     def logits(self, values: Float[Tensor, "n d"]) -> Float[Tensor, "n classes"]:
         return (values.double() - self.mean) / self.scale @ self.weight.T + self.bias
@@ -53,7 +56,8 @@ def fit_probe(features: Features, classes: int, seed: int = 0, device: str = "cp
     """A head on all of `features`, with the strength that was best on parts of them held out.
 
     The parts are stratified by class and drawn by seed: five folds for up to 1,000 images, else one fifth. Ties go
-    to the lower loss. No other data is looked at.
+    to the lower loss. Strengths so weak that their problems are not solved in a while are not compared: their scores
+    would be those of an unfinished fit. No other data is looked at.
     """
     values, labels = features.values.to(device).double(), features.labels.to(device)
     mean, scale = values.mean(0), values.std(0, correction=0)
@@ -63,7 +67,8 @@ def fit_probe(features: Features, classes: int, seed: int = 0, device: str = "cp
     is_kept = torch.stack([fold == f for f in range(FOLDS if len(features) <= FEW else 1)])  # folds n
     tried = torch.tensor(STRENGTHS, dtype=torch.float64, device=device)
     used = rearrange(~is_kept, "f n -> f 1 n").expand(-1, len(STRENGTHS), -1).flatten(0, 1)
-    weight, bias, are_compared = fit_logistic(values, labels, classes, tried.repeat(len(is_kept)), used)
+    weight, bias, is_solved = fit_logistic(values, labels, classes, tried.repeat(len(is_kept)), used, TRIAL_ITERATIONS)
+    compared = solved_in_all(is_solved.view(len(is_kept), -1))
     right, loss = torch.zeros(2, len(STRENGTHS), dtype=torch.float64)
     for f, kept in enumerate(is_kept):
         for i in range(len(STRENGTHS)):
@@ -71,12 +76,18 @@ def fit_probe(features: Features, classes: int, seed: int = 0, device: str = "cp
             logits = values[kept] @ weight[problem].T + bias[problem]
             right[i] += (logits.argmax(1) == labels[kept]).sum().cpu()
             loss[i] += F.cross_entropy(logits, labels[kept], reduction="sum").cpu()
-    best = min(range(len(STRENGTHS)), key=lambda i: (-right[i], loss[i]))
+    best = min(compared, key=lambda i: (-right[i], loss[i]))
     weight, bias, is_solved = fit_logistic(values, labels, classes, tried[best : best + 1])
-    if not (is_solved and are_compared):
+    if not is_solved:
         print(UNSOLVED, flush=True)
     held_out = 100 * float(right[best] / is_kept.sum())
-    return LinearHead(*(part.cpu() for part in (mean, scale, weight[0], bias[0])), STRENGTHS[best], held_out)
+    parts = (part.cpu() for part in (mean, scale, weight[0], bias[0]))
+    return LinearHead(*parts, STRENGTHS[best], held_out, STRENGTHS[max(compared)])
+
+
+def solved_in_all(is_solved: Bool[Tensor, "folds strengths"]) -> list[int]:
+    """Places of the strengths that were solved in every fold; all, where none was."""
+    return torch.nonzero(is_solved.all(0))[:, 0].tolist() or list(range(is_solved.shape[1]))
 
 
 def stratified_folds(labels: Int[Tensor, "n"], seed: int) -> Int[Tensor, "n"]:

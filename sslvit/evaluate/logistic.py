@@ -14,7 +14,7 @@ from torch import Tensor
 
 SOLVED = 1e-3  # largest entry of the gradient over the strength; weights are right to a thousandth of the largest then
 LARGEST_GRADIENT = 1e-5  # of a solved problem, however strong its penalty
-MOST_ITERATIONS = 2000  # in each precision
+MOST_ITERATIONS = 5000  # in each precision
 HISTORY = 10  # steps that L-BFGS remembers
 ROWS_FOR_AXES = 10_000
 ROUGH = 1e-5  # largest entry of a gradient from which on float32 is too coarse
@@ -31,7 +31,7 @@ def fit_logistic(
     used: Bool[Tensor, "p n"] | Float[Tensor, "p n"] | None = None,
     max_iterations: int = MOST_ITERATIONS,
     solved: float = SOLVED,
-) -> tuple[Float[Tensor, "p classes d"], Float[Tensor, "p classes"], bool]:
+) -> tuple[Float[Tensor, "p classes d"], Float[Tensor, "p classes"], Bool[Tensor, "p"]]:
     """Minimize mean cross-entropy + strength / 2 * |weight|^2 for p problems on the same features, by L-BFGS.
 
     Args:
@@ -44,7 +44,7 @@ def fit_logistic(
         solved: largest entry of the gradient over the strength at which a problem counts as solved.
 
     Returns:
-        Weights and biases of each problem, and whether all are solved.
+        Weights and biases of each problem, and whether it is solved.
     """
     tolerance = (solved * strengths).clamp(max=LARGEST_GRADIENT)
     axes = principal_axes(values)
@@ -62,11 +62,13 @@ def fit_logistic(
     theta = theta.double()
     exact = PenalizedLoss(extended, target, share, penalty)
     is_open = exact(theta)[1].abs().amax(1) > tolerance
-    is_solved = not is_open.any()
-    if not is_solved:  # strong penalties are done
+    is_solved = ~is_open
+    if is_open.any():  # strong penalties are done
         rest = PenalizedLoss(extended, target, share[is_open], penalty[is_open])
         steps = [tuple(part[is_open].double() for part in step) for step in steps]
-        theta[is_open], _, is_solved = minimize(rest, theta[is_open], max_iterations, tolerance[is_open], steps)
+        theta[is_open], _, is_solved[is_open] = minimize(
+            rest, theta[is_open], max_iterations, tolerance[is_open], steps
+        )
     theta = theta.view(problems, classes, width + 1)
     return theta[:, :, :-1] @ axes.T, theta[:, :, -1].contiguous(), is_solved
 
@@ -126,7 +128,7 @@ Step = tuple[Tensor, Tensor, Tensor]  # step, change of gradient, 1 / their prod
 def minimize(
     objective: PenalizedLoss, start: Float[Tensor, "p m"], max_iterations: int, tolerance: Float[Tensor, "p"],
     steps: list[Step],
-) -> tuple[Float[Tensor, "p m"], list[Step], bool]:  # fmt: skip
+) -> tuple[Float[Tensor, "p m"], list[Step], Bool[Tensor, "p"]]:  # fmt: skip
     """L-BFGS (Liu and Nocedal 1989) on p independent smooth convex problems side by side.
 
     Args:
@@ -137,7 +139,7 @@ def minimize(
         steps: that an earlier search of these problems ended with.
 
     Returns:
-        Where each search ended, its last steps, and whether all reached the tolerance.
+        Where each search ended, its last steps, and whether it reached the tolerance.
     """
     theta = start
     value, gradient = objective(theta)
@@ -148,7 +150,7 @@ def minimize(
             inverse = 1 / curvature.clamp(min=1e-3 * float(curvature.amax()) * rounding)
         is_open = gradient.abs().amax(1) > tolerance
         if not is_open.any():
-            return theta, steps, True
+            break
         direction = -_quasi_newton(gradient, inverse, steps)
         slope = (direction * gradient).sum(1)
         length = is_open.to(theta)
@@ -168,7 +170,7 @@ def minimize(
         weight = torch.where(product > tiny, 1 / product, torch.zeros_like(product))
         steps = [*steps[1 - HISTORY :], (step, change, weight)]
         theta, value, gradient = new_theta, new_value, new_gradient
-    return theta, steps, False
+    return theta, steps, gradient.abs().amax(1) <= tolerance
 
 
 def principal_axes(values: Float[Tensor, "n d"]) -> Float[Tensor, "d m"]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sslvit.chance import generator
 from sslvit.evaluate.features import Pass
-from sslvit.evaluate.linear import fit_probe
+from sslvit.evaluate.linear import STRENGTHS, fit_probe
 from sslvit.evaluate.sources import Features, FeatureTable, LabelledSet, Place, Source
 from sslvit.evaluate.stepped import HeadGrid, fit_batch_norm_head, in_batches
 from sslvit.optim import cosine, warmup_cosine
@@ -143,7 +143,10 @@ def _logistic(bench: Bench, settings: ProbeSettings, seed: int) -> LinearResult 
     if not is_first_rank():
         return None
     head = fit_probe(train, bench.classes, seed, bench.device)
-    about = {"features": words(places), "strength": head.strength, "strength chosen on": "training images held out"}
+    about = {
+        "features": words(places), "strength": head.strength,
+        "strengths compared": f"{STRENGTHS[0]:g} to {head.weakest:g}", "strength chosen on": "training images held out",
+    }  # fmt: skip
     return LinearResult(head.accuracy(val), asdict(settings.protocol) | about, held_out=head.held_out)
 
 

@@ -112,7 +112,8 @@ def write_card(card: dict[str, Any], verdict: dict[str, Any], how: str, folder: 
 def _lines(card: dict[str, Any], verdict: dict[str, Any], how: str, name: str) -> list[str]:
     encoder, prepared = card["encoder"], card["preprocessing"]
     height, width = prepared["size"]
-    sentence = f"{prepared['crop'][0].upper()}{prepared['crop'][1:].removesuffix(',')}"
+    crop = prepared["crop"].replace("of size", f"of {height} x {width}").removesuffix(",")
+    sentence = f"{crop[0].upper()}{crop[1:]}"
     lines = [
         f"# {markdown_text(name)}", "",
         f"A vision transformer of {card['parameters'] / 1e6:.1f} M parameters ({encoder['depth']} blocks, width "

@@ -79,7 +79,7 @@ def test_a_strength_of_every_size_is_compared_with_the_others_at_its_own_optimum
 
     def fit(*given):
         found = fit_logistic(*given)
-        solved.append((len(given[3]), found[2]))
+        solved.append((len(given[3]), bool(found[2].all())))
         return found
 
     monkeypatch.setattr(linear, "fit_logistic", fit)
@@ -269,7 +269,7 @@ def test_shares_in_single_precision_are_fitted_to_convergence() -> None:
     shares = torch.rand(60, 4, generator=torch.Generator().manual_seed(0))
     shares = shares / shares.sum(1, keepdim=True)  # to seven digits
     strengths = torch.tensor(STRENGTHS, dtype=torch.float64)
-    assert fit_logistic(features.values.double(), shares, 4, strengths, max_iterations=200)[2]
+    assert fit_logistic(features.values.double(), shares, 4, strengths, max_iterations=200)[2].all()
 
 
 def planted(directions: list[tuple[float, float]], labels: list[int]) -> Features:
@@ -356,3 +356,17 @@ def test_folds_and_draws_are_another_choice_under_another_seed() -> None:
         stratified_folds(torch.ones(100, dtype=torch.long), 0),
     )
     assert not torch.equal(*same)  # each class its own order
+
+
+def test_strengths_that_are_not_solved_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sslvit.evaluate import linear
+
+    features = wide_clouds()
+    free = fit_probe(features, 10)
+    assert free.weakest == STRENGTHS[-1]
+    monkeypatch.setattr(linear, "TRIAL_ITERATIONS", 12)
+    short = fit_probe(features, 10)
+    assert STRENGTHS[-1] < short.weakest < STRENGTHS[0]
+    assert short.strength >= short.weakest
+    assert linear.solved_in_all(torch.tensor([[True, True, False], [True, False, False]])) == [0]
+    assert linear.solved_in_all(torch.zeros(2, 3, dtype=torch.bool)) == [0, 1, 2]
