@@ -543,7 +543,7 @@ def test_timm_resizes_to_the_side_that_is_meant(side: int, fraction: float) -> N
 def test_a_card_says_in_words_which_part_of_an_image_is_seen(tmp_path: Path) -> None:
     for name, options, words in (
         ("a", {"crop_fraction": 0.875}, "The middle 87.5 % (of each side) of the largest centered box"),
-        ("b", {}, "The largest centered box with the proportions of size, resized to 224 x 224 (bicubic)"),
+        ("b", {}, "The largest centered box with the proportions of 224 x 224, resized to 224 x 224 (bicubic)"),
         ("c", {"crop_mode": "squash"}, "The whole image, squashed, resized to 224 x 224"),
         ("d", {"crop_mode": "squash", "crop_fraction": 0.5}, "The middle 50 % (of each side) of the whole image"),
     ):
