@@ -84,6 +84,7 @@ def test_several_ranks_hold_the_buckets_of_their_gradients() -> None:
     assert parts["activations"] == two.activations
 
 
+@pytest.mark.slow  # measures memory, which other tests beside it leave behind
 def test_with_buckets_a_step_of_ddp_holds_what_is_planned(tmp_path: Path) -> None:
     """In a group of one process: what is allocated at once in its second step, besides weights."""
     settings = load_recipe("mae/digits", RECIPES["mae/digits"] | {"encoder.width": 128, "data.global_batch": 4})
