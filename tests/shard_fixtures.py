@@ -66,3 +66,26 @@ def photograph(height: int, width: int, seed: int = 0) -> Image.Image:
     rough = Image.fromarray(rng.integers(0, 256, (9, 12, 3)).astype(np.uint8)).resize((width, height), 3)
     noise = rng.normal(0, 4, (height, width, 1))
     return Image.fromarray((np.asarray(rough) + noise).clip(0, 255).astype(np.uint8))
+
+
+def two_classes(folder: Path, **counts: int) -> Path:
+    """Labeled shards of 8 x 8 noise below `folder`, by name; the second class is a little brighter."""
+    source = np.random.default_rng(0)
+    for name, count in counts.items():
+        labels = source.integers(0, 2, count)
+        images = source.integers(0, 200, (count, 8, 8, 3)) + labels[:, None, None, None] * 20
+        pack(array_samples(images.astype(np.uint8), labels), folder / name, ["dark", "light"])
+    return folder
+
+
+def overwrite(index, contents: dict[int, bytes | None]) -> dict[int, bytes]:
+    """Put other bytes in the place of some images by number, or zeros for None; gives what was there."""
+    before = {}
+    for sample, content in contents.items():
+        shard, offset, size = index.locate(sample)
+        with open(index.shard_path(shard), "r+b") as file:
+            file.seek(offset)
+            before[sample] = file.read(size)
+            file.seek(offset)
+            file.write(content or bytes(size))
+    return before

@@ -91,8 +91,9 @@ def show_probe(encoder, settings, output: str | None) -> None:
                 for part in ("train", "val")}  # fmt: skip
     print(f"\nRight answers in percent on {about['val_images']:,} images{left_out['val']} of {about['val']}")
     print(f"(heads fitted on {about['train_images']:,}{left_out['train']} of {about['train']})")
-    print(f"each image: {about['view']}")
     of_encoder = about["probed"]["encoder"]
+    has_own_views = "fraction" in of_encoder.get("linear", {})  # a paper's protocol says its own below
+    print(f"each image{', of few labels and kNN' if has_own_views else ''}: {about['view']}")
     if about["protocol"]:
         print(f"linear probe: {about['protocol']} ({about['source']})")
         print("  " + "; ".join(in_words(key, value) for key, value in of_encoder["linear"].items()))

@@ -69,19 +69,29 @@ class ShardReader:
         shard, offset, size = self.index.locate(sample)
         try:
             content = os.pread(self._open(shard), size, offset)
-        except ReadError:
-            raise
-        except OSError:  # a network file system may have lost the file behind the handle: once more with a new one
+        except WriteError:
+            raise  # the cache's disk is full: no fault of the shard
+        except OSError:
+            # once more with new handles: too many files are open, of which these are some; a network file system has
+            # lost what is behind one; the cache has just made room
             self.close()
-            try:
-                content = os.pread(self._open(shard), size, offset)
-            except ReadError:
-                raise
-            except OSError as error:
-                raise self._read_error(shard, error) from error
+            content = self._read_again(shard, offset, size)
         if len(content) < size:
             raise BadImage("truncated shard")
         return content
+
+    def _read_again(self, shard: int, offset: int, size: int) -> bytes:
+        try:
+            return os.pread(self._open(shard), size, offset)
+        except WriteError:
+            raise
+        except FileNotFoundError:
+            self.bad_shards[shard] = "missing shard"
+            raise BadImage(self.bad_shards[shard]) from None
+        except OSError as error:
+            path, reason = self.index.shard_path(shard), error.strerror or str(error)
+            remedy = REMEDIES.get(error.errno, "Check the disk and its permissions.")
+            raise ReadError(f"{printable(path)}: could not be read ({reason}). {remedy}") from error
 
     def close(self) -> None:
         """Close all files; those that are read again are opened again."""
@@ -124,32 +134,12 @@ class ShardReader:
             if len(self.files) >= OPEN_SHARDS:
                 os.close(self.files.popitem(last=False)[1])
             try:
-                file = self._open_file(shard)
+                file = os.open(self.index.shard_path(shard), os.O_RDONLY | os.O_CLOEXEC)
             except BadImage as error:
                 self.bad_shards[shard] = str(error)
                 raise
         self.files[shard] = file
         return file
-
-    def _open_file(self, shard: int) -> int:
-        for is_last in (False, True):
-            try:
-                return os.open(self.index.shard_path(shard), os.O_RDONLY | os.O_CLOEXEC)
-            except FileNotFoundError:  # the cache may just have made room: once more, then
-                if is_last:
-                    raise BadImage("missing shard") from None
-            except WriteError:
-                raise  # the cache's disk is full: no fault of the shard
-            except OSError as error:  # such as too many open files, of which these are some
-                if is_last:
-                    raise self._read_error(shard, error) from error
-                self.close()
-        raise AssertionError("unreachable")
-
-    def _read_error(self, shard: int, error: OSError) -> ReadError:
-        path, reason = self.index.shard_path(shard), error.strerror or str(error)
-        remedy = REMEDIES.get(error.errno, "Check the disk and its permissions.")
-        return ReadError(f"{printable(path)}: could not be read ({reason}). {remedy}")
 
     def _decode_all(self, size: list[int], pixel: torch.dtype) -> Tensor:
         """Decode everything, in processes that write into memory that they share."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sslvit.data.loader import evaluation_loader, normalised_view
-from sslvit.evaluate.sources import LabelledSet
+from sslvit.evaluate.sources import LabelledSet, NoScore
 from sslvit.ranks import count_ranks, gather_over_ranks, rank, said_by_all, sum_over_ranks
 from sslvit.settings import EncoderSettings
 
@@ -49,7 +49,7 @@ def accuracy(
         workers: loader processes.
 
     Raises:
-        ValueError: too many images cannot be read, or logits that are not finite.
+        NoScore: too many images cannot be read, or logits that are not finite.
     """
     loader = evaluation_loader(data.reader, settings, batch, workers, rank(), count_ranks(), chosen=data.chosen)
     counts = torch.zeros(3, dtype=torch.long)  # right, right among the first, images
@@ -65,7 +65,7 @@ def accuracy(
         counts += torch.tensor([is_right[:, 0].sum(), is_right.any(1).sum(), len(is_right)])
     data.account_for(torch.cat(samples), bad)
     if not all(said_by_all(is_finite)):
-        raise ValueError(
+        raise NoScore(
             f"the classifier's logits are not finite on {data.index.location}: the weights are broken. Has the run "
             "diverged (health.json)?"
         )

@@ -89,14 +89,14 @@ class MaskedImages:
         values = np.atleast_3d(np.asarray(pixels))
         return torch.from_numpy(values.copy()).permute(2, 0, 1), classes.astype(np.int64)
 
-    def count_labelled(self, number: int, settings: EncoderSettings) -> tuple[int, int]:
-        """Labelled pixels of a mask: those that the encoder sees, and all."""
+    def count_labeled(self, number: int, settings: EncoderSettings) -> tuple[int, int]:
+        """Labeled pixels of a mask: those that the encoder sees, and all."""
         mask = self._mask(number)
         left, top, right, bottom = seen_box(mask, settings)
-        is_labelled = np.array(mask) != IGNORED
-        rows, columns = (np.arange(length) + 0.5 for length in is_labelled.shape)
+        is_labeled = np.array(mask) != IGNORED
+        rows, columns = (np.arange(length) + 0.5 for length in is_labeled.shape)
         seen = np.outer((rows > top) & (rows < bottom), (columns > left) & (columns < right))
-        return int((is_labelled & seen).sum()), int(is_labelled.sum())
+        return int((is_labeled & seen).sum()), int(is_labeled.sum())
 
     def _mask(self, number: int) -> Image.Image:
         try:
@@ -150,8 +150,8 @@ class DenseTable:
 
     def text(self) -> str:
         """The table for a terminal, and how much of the images it is of."""
-        share = self.about["labelled_pixels_seen_percent"]
-        return f"{format_table(self.draws)}\n\nof the masks' labelled pixels, {share:.1f} % are in these views"
+        share = self.about["labeled_pixels_seen_percent"]
+        return f"{format_table(self.draws)}\n\nof the masks' labeled pixels, {share:.1f} % are in these views"
 
 
 @torch.no_grad()
@@ -175,10 +175,10 @@ def segment(
     """
     device = pick_device(device)
     settings = next(encoder.settings for encoder in encoders.values() if encoder is not None)
-    (classes, labelled, _), (counted, _, coverage) = _classes(train, settings), _classes(val, settings)
-    if len(labelled) < 2:
+    (classes, with_labels, _), (counted, _, coverage) = _classes(train, settings), _classes(val, settings)
+    if len(with_labels) < 2:
         raise ValueError(
-            f"{train.folder}: {len(labelled)} of {len(train)} images have labelled pixels in the encoder's view. Two "
+            f"{train.folder}: {len(with_labels)} of {len(train)} images have labeled pixels in the encoder's view. Two "
             "or more are needed, since some choose the penalty."
         )
     if not len(counted):
@@ -189,8 +189,8 @@ def segment(
     if unknown:
         raise ValueError(f"{val.folder}: class {unknown[0]} is in no training mask.")
     is_held = np.zeros(len(train), bool)
-    some = generator(seed, "dense").permutation(len(labelled))[: max(1, len(labelled) // HELD_OUT_IMAGES)]
-    is_held[labelled[some]] = True  # an image without labels could choose nothing
+    some = generator(seed, "dense").permutation(len(with_labels))[: max(1, len(with_labels) // HELD_OUT_IMAGES)]
+    is_held[with_labels[some]] = True  # an image without labels could choose nothing
     draws: Draws = {}
     guesses = {}
     for row, encoder in encoders.items():
@@ -224,7 +224,7 @@ def segment(
         guesses[row] = np.stack(kept[:shown])
     about = {
         "train": str(train.folder), "train_images": len(train), "val": str(val.folder), "val_images": len(val),
-        "classes": classes.tolist(), "view": settings.crop_in_words, "labelled_pixels_seen_percent": 100 * coverage,
+        "classes": classes.tolist(), "view": settings.crop_in_words, "labeled_pixels_seen_percent": 100 * coverage,
         "strength": "chosen on held-out training images", "seed": seed,
     }  # fmt: skip
     return DenseTable(draws, about, guesses)
@@ -250,17 +250,17 @@ def measures(confusion: Int[Tensor, "classes classes"], classes: np.ndarray) -> 
 def _classes(data: MaskedImages, settings: EncoderSettings) -> tuple[np.ndarray, np.ndarray, float]:
     """Class numbers in the views of a folder, which is thereby known to be readable; numbers of the images with any.
 
-    The third result is the share of all labelled pixels that the views hold.
+    The third result is the share of all labeled pixels that the views hold.
     """
     found: set[int] = set()
-    labelled, seen, total = [], 0, 0
+    with_labels, seen, total = [], 0, 0
     for number in track(range(len(data)), "reading masks", len(data)):
         of_image = set(np.unique(data.read(number, settings)[1]).tolist()) - {IGNORED}
-        labelled += [number] if of_image else []
+        with_labels += [number] if of_image else []
         found |= of_image
-        counts = data.count_labelled(number, settings)
+        counts = data.count_labeled(number, settings)
         seen, total = seen + counts[0], total + counts[1]
-    return np.array(sorted(found)), np.array(labelled, int), seen / max(total, 1)
+    return np.array(sorted(found)), np.array(with_labels, int), seen / max(total, 1)
 
 
 def _maps(encoder: ViTEncoder | None, data: MaskedImages, settings: EncoderSettings, batch: int, device: str):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from sslvit.data.loader import evaluation_loader, normalised_view
-from sslvit.evaluate.sources import LabelledSet, Place, Source
+from sslvit.evaluate.sources import LabelledSet, NoScore, Place, Source
 from sslvit.files import new_file, remove_left_parts
 from sslvit.progress import track
 
@@ -56,7 +56,7 @@ def embed(source: Source, data: LabelledSet, places: list[Place], batch: int = 2
         workers: loader processes.
 
     Raises:
-        ValueError: too many images cannot be read, or features that are not finite.
+        NoScore: too many images cannot be read, or features that are not finite.
     """
     settings, index = source.settings, data.index
     loader = evaluation_loader(data.reader, settings, batch, workers, chosen=data.chosen)
@@ -69,7 +69,7 @@ def embed(source: Source, data: LabelledSet, places: list[Place], batch: int = 2
     data.account_for(torch.cat(samples), bad)
     features = torch.cat(rows)
     if not features.isfinite().all():
-        raise ValueError(f"features are not finite on {index.location}: the weights are broken.")
+        raise NoScore(f"features are not finite on {index.location}: the weights are broken.")
     numbers = torch.cat(samples).numpy()
     labels = index.labels_of(numbers) if index.classes else None
     keys = np.array([index.key(number) for number in numbers])

@@ -14,7 +14,7 @@ from torch import Tensor
 from sslvit.data.batch import Batch
 from sslvit.data.loader import center_view, evaluation_loader, normalised_view
 from sslvit.evaluate.cache import FeatureCache, key_of
-from sslvit.evaluate.sources import FeatureTable, LabelledSet, Place, Source
+from sslvit.evaluate.sources import FeatureTable, LabelledSet, NoScore, Place, Source
 from sslvit.progress import track
 from sslvit.ranks import count_ranks, gather_over_ranks, is_first_rank, rank, said_by_first
 from sslvit.settings.views import CentreSettings, ViewSettings
@@ -93,7 +93,7 @@ class Pass:
             seed: of the views' chance.
 
         Raises:
-            ValueError: too many images cannot be read, or other ones than in an earlier pass; features that are not
+            NoScore: too many images cannot be read, or other ones than in an earlier pass; features that are not
                 finite.
         """
         settings = source.settings
@@ -128,14 +128,14 @@ def check_finite(table: FeatureTable | None, data: LabelledSet) -> None:
     """Refuse, on all ranks, a table that holds what is not finite; the first rank has it, the others give None.
 
     Raises:
-        ValueError: some feature is not finite.
+        NoScore: some feature is not finite.
     """
     columns = {} if table is None else table.columns
     broken = [place for place, values in columns.items() if not values.isfinite().all()]
     broken = said_by_first(broken)
     if broken:
         layer, pooling = broken[0]
-        raise ValueError(
+        raise NoScore(
             f"features of layer {layer} ({pooling}) are not finite on {data.index.location}: the weights are broken. "
             "Has the run diverged (health.json)?"
         )

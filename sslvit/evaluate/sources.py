@@ -27,6 +27,10 @@ PIXEL_SIDE = 32  # raw pixels are compared at no more than this size
 Place = tuple[int, str]  # a block, counted from 1, and a pooling
 
 
+class NoScore(ValueError):
+    """Images that cannot be read, or numbers that are not finite: a score would not be of what it says."""
+
+
 @dataclass
 class Features:
     """Features of the readable images of a data set, on the CPU.
@@ -210,7 +214,7 @@ class LabelledSet:
             bad: why others could not be read, by key, on this rank.
 
         Raises:
-            ValueError: too many could not be read, or others than in an earlier pass.
+            NoScore: too many could not be read, or others than in an earlier pass.
         """
         used = np.sort(np.asarray(used))
         bad = {key: reason for one in said_by_all(bad) for key, reason in one.items()}
@@ -219,7 +223,7 @@ class LabelledSet:
             missing = len(self.samples) - len(used)
             said = f"{self.index.location}: {missing:,} of {len(self.samples):,} images cannot be read"
             if missing > self.max_unreadable_fraction * len(self.samples):
-                raise ValueError(
+                raise NoScore(
                     f"{said}, more than the {self.max_unreadable_fraction:.1%} that a score may leave out{example}. "
                     "Repair or repack these shards, or raise the limit (--max-unreadable-fraction)."
                 )
@@ -227,7 +231,7 @@ class LabelledSet:
                 print(f"warning: {said} and are left out of all scores{example}", flush=True)
             self._used = used
         elif not np.array_equal(used, self._used):
-            raise ValueError(
+            raise NoScore(
                 f"{self.index.location}: {len(used):,} images could be read in this pass and {len(self._used):,} in an "
                 f"earlier one{example}. Scores would be of different images: see whether its disk or network fails."
             )

@@ -87,8 +87,8 @@ def export_encoder(
             inputs = check_inputs(exported.settings, is_fixed)
             verdict |= compare(exported, reopened, inputs)
             verdict["weights"] = compare_weights(*writer.weights(part, exported, is_fixed))
-            if writer is onnx and exported.settings.layer_scale is not None:
-                louder = onnx.reopen(part, exported, is_fixed, unit_scale=True)
+            if hasattr(writer, "reopen_with_unit_scale") and exported.settings.layer_scale is not None:
+                louder = writer.reopen_with_unit_scale(part, exported)
                 verdict["unit_layer_scale"] = compare(with_unit_scale(exported), louder, inputs)
             if hasattr(writer, "preprocessing") and exported.settings.channels in SHOWN:
                 verdict["preprocessing"] = compare_preprocessing(exported, writer.preprocessing(part, exported))

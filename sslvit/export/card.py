@@ -46,7 +46,7 @@ def make_card(exported: Exported, source: str | Path, kind: str, is_fixed: bool,
         "encoder": asdict(settings), "weights": provenance.get("weights"),
         "classes": exported.classes,
         "preprocessing": {
-            "crop": crop_words(settings.crop_mode, fraction), "crop_mode": settings.crop_mode,
+            "crop": crop_words(settings.crop_mode, fraction, settings.image_size), "crop_mode": settings.crop_mode,
             "crop_fraction": fraction, "size": settings.image_size,
             "channels": settings.channels, "interpolation": settings.interpolation, "scale": "0 to 1",
             "mean": mean, "std": std,
@@ -112,8 +112,7 @@ def write_card(card: dict[str, Any], verdict: dict[str, Any], how: str, folder: 
 def _lines(card: dict[str, Any], verdict: dict[str, Any], how: str, name: str) -> list[str]:
     encoder, prepared = card["encoder"], card["preprocessing"]
     height, width = prepared["size"]
-    crop = prepared["crop"].replace("of size", f"of {height} x {width}").removesuffix(",")
-    sentence = f"{crop[0].upper()}{crop[1:]}"
+    crop = f"{prepared['crop'][0].upper()}{prepared['crop'][1:]}"
     lines = [
         f"# {markdown_text(name)}", "",
         f"A vision transformer of {card['parameters'] / 1e6:.1f} M parameters ({encoder['depth']} blocks, width "
@@ -121,7 +120,7 @@ def _lines(card: dict[str, Any], verdict: dict[str, Any], how: str, name: str) -
         f"for {card['format']}. It gives {card['outputs']}.", "",
         "```python", how, "```", "",
         "## Preprocessing", "",
-        f"{sentence}, resized to {height} x {width} ({prepared['interpolation']}); pixels from "
+        f"{crop}, resized to {height} x {width} ({prepared['interpolation']}); pixels from "
         f"0 to 1, minus mean {_numbers(prepared['mean'])}, over std {_numbers(prepared['std'])}.",
         "It takes images of this size only." if card["image_sizes"] == "fixed"
         else f"It takes other sizes too, in multiples of {encoder['patch']}.", "",

@@ -58,24 +58,36 @@ def write(exported: Exported, folder: Path, is_fixed: bool) -> None:
     about = {
         "size": settings.image_size, "mean": settings.mean, "std": settings.std,
         "interpolation": settings.interpolation, "crop_mode": settings.crop_mode,
-        "crop_fraction": settings.crop_fraction, "crop": crop_words(settings.crop_mode, settings.crop_fraction),
+        "crop_fraction": settings.crop_fraction,
+        "crop": crop_words(settings.crop_mode, settings.crop_fraction, settings.image_size),
         "classes": exported.classes,
     }  # fmt: skip
     made.model.metadata_props["preprocessing"] = json.dumps(about)
     made.save(folder / FILE, external_data=size > MOST_BYTES)
 
 
-def reopen(folder: Path, exported: Exported, is_fixed: bool, unit_scale: bool = False) -> Callable[[Tensor], Tensor]:
-    """The program as ONNX Runtime runs it; with unit_scale every LayerScale in it is one, so that no block is faint."""
+def reopen(folder: Path, exported: Exported, is_fixed: bool) -> Callable[[Tensor], Tensor]:
+    return _run_by_onnx(folder, {})
+
+
+def reopen_with_unit_scale(folder: Path, exported: Exported) -> Callable[[Tensor], Tensor]:
+    """The program with every LayerScale set to one, so that no block is faint."""
+    import onnxruntime
+
+    ones = {name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ones(len(value), np.float32))
+            for name, value in layer_scales(exported).items()}  # fmt: skip
+    return _run_by_onnx(folder, ones)
+
+
+def _run_by_onnx(folder: Path, others: dict) -> Callable[[Tensor], Tensor]:
+    """The program as ONNX Runtime runs it, with other tensors in the place of some."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    ones = {name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ones(len(value), np.float32))
-            for name, value in layer_scales(exported).items() if unit_scale}  # fmt: skip
-    for name, value in ones.items():
+    for name, value in others.items():
         options.add_initializer(name, value)
     session = onnxruntime.InferenceSession(folder / FILE, options, providers=["CPUExecutionProvider"])
-    session.kept = ones  # the session reads them where they lie
+    session.kept = others  # the session reads them where they lie
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
@@ -84,7 +96,7 @@ def weights(folder: Path, exported: Exported, is_fixed: bool) -> tuple[dict[str,
 
     Products with a transposed matrix and sums of constants are computed while the program is written, and the kernel of
     a convolution is merged with the batch norm behind it. These have other names or numbers then, and are compared by
-    what comes of them (`reopen` with unit_scale).
+    what comes of them (`reopen_with_unit_scale`).
     """
     import onnx
     from onnx import numpy_helper

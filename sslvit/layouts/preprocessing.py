@@ -60,8 +60,7 @@ def words(found: dict[str, Any]) -> str:
         found[key] for key in ("interpolation",) if key in found
     ]
     if "crop_mode" in found or "crop_fraction" in found:
-        crop = crop_words(found.get("crop_mode", "center"), found.get("crop_fraction", 1.0))
-        said.append(crop.removesuffix(",").replace(" with the proportions of size", ""))
+        said.append(crop_words(found.get("crop_mode", "center"), found.get("crop_fraction", 1.0)))
     return "; ".join(said)
 
 
@@ -147,7 +146,7 @@ def from_timm(config: dict[str, Any], image_size: list[int], name: str) -> tuple
     if mode not in ("center", "squash") or share > 1:
         notes.append(
             f"preprocessing: timm pads images (crop_mode {quoted(mode)}, crop_pct {share:g}), which is not done here; "
-            f"{crop_words('center', 1.0).replace(' with the proportions of size', '')} is used."
+            f"{crop_words('center', 1.0)} is used."
         )
         return found | WHOLE, notes
     # timm resizes to whole pixels, so what it keeps is a little more than it says

@@ -118,11 +118,12 @@ def as_read(settings: EncoderSettings) -> str:
         "last norm": settings.final_norm or settings.fc_norm, "registers": settings.registers > 0,
         "LayerScale": settings.layer_scale is not None, "query-key norm": settings.qk_norm,
     }  # fmt: skip
-    without = ", ".join(part for part, is_there in parts.items() if not is_there)
+    lacking = ", ".join(part for part, is_there in parts.items() if not is_there)
+    without = f"; without {lacking}. Where it has one of these, the file is not complete" if lacking else ""
     return (
         f"architecture: as the weights have it: {settings.depth} blocks of width {settings.width}, patch "
-        f"{settings.patch}, {settings.image_size[0]} x {settings.image_size[1]} pixels, {settings.pooling} pooling; "
-        f"without {without}. Where it has one of these, the file is not complete."
+        f"{settings.patch}, {settings.image_size[0]} x {settings.image_size[1]} pixels, {settings.pooling} pooling"
+        f"{without}."
     )
 
 

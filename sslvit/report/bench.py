@@ -247,7 +247,7 @@ class BenchRun:
         settings = column.settings(SplitSettings("", ""))
         if column.kind == "linear":
             result = linear_probe(bench, settings, seed)
-            about = result.about
+            about = ({} if "fraction" in result.about else {"view": source.settings.crop_in_words}) | result.about
             if result.held_out is not None:
                 about |= {"right answers on training images held out": result.held_out}
             if result.paper_rule is not None:
@@ -259,7 +259,7 @@ class BenchRun:
             *features, bench, settings
         )  # fmt: skip
         (values,) = made.values()
-        about = asdict(column)
+        about = asdict(column) | {"view": source.settings.crop_in_words}
         del about["protocol"]  # of linear probes
         return values, about
 

@@ -109,7 +109,7 @@ class DINOSettings(TaskSettings):
     def check_micro_batch(self, micro: int) -> None:
         if micro < 2 and self.koleo:
             raise ValueError(
-                f"task.koleo: {self.koleo:g} spreads the images of one micro-batch, and a single one has no neighbour. "
+                f"task.koleo: {self.koleo:g} spreads the images of one micro-batch, and a single one has no neighbor. "
                 "Raise train.micro_batch or data.global_batch, or set task.koleo to 0."
             )
 

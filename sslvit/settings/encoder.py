@@ -19,10 +19,17 @@ PositionKind = Literal["none", "learned_1d", "learned_2d", "sincos_1d", "sincos_
 MAX_CHANNELS = 10_000  # before lists of that length are made
 
 
-def crop_words(mode: str, fraction: float) -> str:
-    """What is seen of an image, for a reader; "size" stands for that of the encoder's input."""
-    box = "the whole image, squashed," if mode == "squash" else "the largest centered box with the proportions of size"
-    return box if fraction == 1 else f"the middle {100 * fraction:.4g} % (of each side) of {box.removesuffix(',')}"
+def crop_words(mode: str, fraction: float, size: list[int] | None = None) -> str:
+    """The part of an image that is seen, for a reader.
+
+    Args:
+        mode: center or squash, as in EncoderSettings.
+        fraction: of the box's sides.
+        size: height and width whose proportions a centered box has, where they are to be said.
+    """
+    proportions = f" with the proportions of {size[0]} x {size[1]}" if size else ""
+    box = "the whole image, squashed" if mode == "squash" else f"the largest centered box{proportions}"
+    return box if fraction == 1 else f"the middle {100 * fraction:.4g} % (of each side) of {box}"
 
 
 @dataclass
@@ -233,9 +240,8 @@ class EncoderSettings:
     @property
     def crop_in_words(self) -> str:
         """What evaluation and exports see of an image."""
-        size = " x ".join(map(str, self.image_size))
-        seen = crop_words(self.crop_mode, self.crop_fraction).replace("size", size).removesuffix(",")
-        return f"{seen}, resized to {size} ({self.interpolation})"
+        seen = crop_words(self.crop_mode, self.crop_fraction, self.image_size)
+        return f"{seen}, resized to {' x '.join(map(str, self.image_size))} ({self.interpolation})"
 
     @property
     def prefix(self) -> int:

@@ -250,6 +250,10 @@ class RunFolder:
         lines = [line for _, line in read_lines(self.metrics)] if self.metrics.exists() else []
         return [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]
 
+    def scored_step(self) -> int | None:
+        """Step that scores.json is of; None where there is none."""
+        return json.loads(self.scores.read_text()).get("step") if self.scores.exists() else None
+
     def cut_metrics(self, step: int) -> None:
         """Drop lines after a checkpoint's step, which the resumed run will write again."""
         kept = [line for line in self.read_metrics() if line["step"] <= step]

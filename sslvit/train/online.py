@@ -23,7 +23,7 @@ from sslvit.evaluate.knn import knn_accuracies
 from sslvit.evaluate.label_free import measures_of, spread
 from sslvit.evaluate.linear import fit_probe
 from sslvit.evaluate.probe import check_classes, open_labelled
-from sslvit.evaluate.sources import FrozenEncoder, LabelledSet
+from sslvit.evaluate.sources import FrozenEncoder, LabelledSet, NoScore
 from sslvit.files import to_json, write_atomically
 from sslvit.ranks import is_first_rank, said_by_first
 from sslvit.settings import PretrainSettings, ProbeSettings
@@ -66,7 +66,7 @@ class ScoringCallback(StepCallback):
         with looking(module) as whole:
             try:
                 found = self.scores(trainer, whole)
-            except ValueError as error:  # unreadable images, features that are not finite: on all ranks alike
+            except NoScore as error:  # on all ranks alike
                 found = {}
                 if is_first_rank():
                     print(f"warning: step {self.step}: no score: {error}", flush=True)
@@ -130,6 +130,18 @@ class Validation(ScoringCallback):
         if self.step == self.total_steps and trainer.is_global_zero:
             self.write(found)
         return {"val_top1": found.top1}
+
+    def on_fit_end(self, trainer: pl.Trainer, module: Supervised) -> None:
+        """Score a run that is at its last step and has no score of it yet: the one that was tried then failed.
+
+        Raises:
+            NoScore: it fails again. The weights are saved, and a resume comes here.
+        """
+        if trainer.global_step != self.total_steps or said_by_first(self.folder.scored_step() == self.total_steps):
+            return
+        self.step = self.total_steps
+        with looking(module) as whole:
+            self.scores(trainer, whole)
 
     def write(self, found: Accuracy) -> None:
         about = {

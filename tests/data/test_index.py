@@ -305,7 +305,7 @@ def test_patterns_name_some_shards_of_a_folder(tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize(("chosen", "is_mapped"), [([0, 1, 2, 3], True), ([1, 2], True), ([2], True), ([2, 0], False)])
-def test_a_pattern_leaves_the_records_of_neighbours_in_their_file(
+def test_a_pattern_leaves_the_records_of_neighbors_in_their_file(
     tmp_path: Path, chosen: list[int], is_mapped: bool
 ) -> None:
     index = numbered_shards(tmp_path, 40, shard_mb=0.02)

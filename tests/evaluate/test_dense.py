@@ -133,7 +133,7 @@ def test_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="its masks hold 1 classes"):
         segment({"e": make()}, MaskedImages.open(flat), MaskedImages.open(good))
     one = write(tmp_path / "one", 1, 0)
-    with pytest.raises(ValueError, match="one: 1 of 1 images have labelled pixels in the encoder.s view. Two or more"):
+    with pytest.raises(ValueError, match="one: 1 of 1 images have labeled pixels in the encoder.s view. Two or more"):
         segment({"e": make()}, MaskedImages.open(one), MaskedImages.open(good))
     for mask in (flat / "masks").iterdir():
         Image.new("L", (16, 16), 255).save(mask)
@@ -190,7 +190,7 @@ def test_images_without_labels_choose_no_penalty(tmp_path: Path, monkeypatch: py
     assert counts[is_held].sum() > 0
     assert counts[~is_held].sum() > 0
     Image.fromarray(np.full(np.array(Image.open(train.masks[7])).shape, 255, np.uint8)).save(train.masks[7])
-    with pytest.raises(ValueError, match="1 of 10 images have labelled pixels"):
+    with pytest.raises(ValueError, match="1 of 10 images have labeled pixels"):
         segment({"e": encoder}, train, train)
 
 
@@ -210,7 +210,7 @@ def test_what_share_of_the_labels_is_scored_is_said(tmp_path: Path, mode: str, f
     )
     data = MaskedImages.open(tmp_path)
     table = segment({"e": ViTEncoder(settings)}, data, data)
-    assert table.about["labelled_pixels_seen_percent"] == pytest.approx(100 * share)
+    assert table.about["labeled_pixels_seen_percent"] == pytest.approx(100 * share)
     assert f"{100 * share:.1f} % are in these views" in table.text()
     image, seen = data.read(0, settings)
     assert (seen[:, :4] == 0).all()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from shard_fixtures import two_classes
 
 from sslvit.checkpoint import save_encoder
 from sslvit.data.arrays import array_samples
@@ -60,11 +61,7 @@ def test_the_sampling_interval_is_a_binomials_at_one_half() -> None:
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    source = np.random.default_rng(0)
-    for name, count in (("train", 60), ("val", 40)):
-        labels = source.integers(0, 2, count)
-        images = source.integers(0, 200, (count, 8, 8, 3)) + labels[:, None, None, None] * 20
-        pack(array_samples(images.astype(np.uint8), labels), tmp_path / name, ["dark", "light"])
+    two_classes(tmp_path, train=60, val=40)
     torch.manual_seed(0)
     save_encoder(ViTEncoder(EncoderSettings(image_size=8, patch=4, width=16, depth=1, heads=2)), tmp_path / "encoder")
     return tmp_path

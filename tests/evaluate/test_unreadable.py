@@ -7,12 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from shard_fixtures import overwrite, two_classes
 
 from sslvit.checkpoint import save_encoder
 from sslvit.cli import main
-from sslvit.data.arrays import array_samples
-from sslvit.data.index import ShardIndex, load_index
-from sslvit.data.pack import pack
+from sslvit.data.index import load_index
 from sslvit.evaluate.cache import FeatureCache
 from sslvit.evaluate.classify import accuracy
 from sslvit.evaluate.embed import embed
@@ -22,7 +21,7 @@ from sslvit.evaluate.sources import FeatureTable, FrozenEncoder, LabelledSet
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings, ProbeSettings
 
-DAMAGED = [1, 4, 7]
+DAMAGED: dict[int, bytes | None] = dict.fromkeys([1, 4, 7])
 
 
 def make() -> ViTEncoder:
@@ -32,30 +31,7 @@ def make() -> ViTEncoder:
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    source = np.random.default_rng(0)
-    for name, count in (("train", 40), ("val", 20)):
-        labels = source.integers(0, 2, count)
-        images = source.integers(0, 200, (count, 8, 8, 3)) + labels[:, None, None, None] * 20
-        pack(array_samples(images.astype(np.uint8), labels), tmp_path / name, ["dark", "light"])
-    return tmp_path
-
-
-def overwrite(index: ShardIndex, samples: list[int], with_what: bytes | None = None) -> dict[int, bytes]:
-    """Put zeros, or what was there, in the place of some images; gives back what was there."""
-    before = {}
-    for sample in samples:
-        shard, offset, size = index.locate(sample)
-        with open(index.shard_path(shard), "r+b") as file:
-            file.seek(offset)
-            before[sample] = file.read(size)
-            file.seek(offset)
-            file.write(bytes(size) if with_what is None else with_what)
-    return before
-
-
-def repair(index: ShardIndex, before: dict[int, bytes]) -> None:
-    for sample, content in before.items():
-        overwrite(index, [sample], content)
+    return two_classes(tmp_path, train=40, val=20)
 
 
 def settings_of(shards: Path, **changes) -> ProbeSettings:
@@ -69,7 +45,7 @@ def test_too_many_unreadable_images_are_no_score(shards: Path) -> None:
         ValueError, match=r"val: 3 of 20 images cannot be read, more than the 1.0% .* e.g. .*: "
     ) as told:
         probe({"mine": make()}, settings_of(shards))
-    assert index.key(DAMAGED[0]) in str(told.value)
+    assert index.key(min(DAMAGED)) in str(told.value)
     assert "--max-unreadable-fraction" in str(told.value)
 
 
@@ -85,7 +61,7 @@ def test_a_score_of_fewer_images_says_so_and_is_theirs(shards: Path, capsys: pyt
     source = FrozenEncoder(make())
     train, val = (
         Pass().features(source, LabelledSet(load_index(shards / name), 3, chosen), [(2, "class")]).at([(2, "class")])
-        for name, chosen in (("train", None), ("val", np.setdiff1d(np.arange(20), DAMAGED)))
+        for name, chosen in (("train", None), ("val", np.setdiff1d(np.arange(20), list(DAMAGED))))
     )
     assert len(val) == 17
     similarity = torch.nn.functional.normalize(val.values) @ torch.nn.functional.normalize(train.values).T
@@ -110,7 +86,7 @@ def test_features_of_a_damaged_set_are_not_what_a_repaired_one_is_scored_by(shar
     before = overwrite(index, DAMAGED)
     assert len(features(0.5)) == 17
     assert not list((tmp_path / "cache").glob("*/*"))
-    repair(index, before)
+    overwrite(index, before)
     assert torch.equal(features(0.0), whole)
 
 
@@ -144,7 +120,7 @@ def test_a_classifier_is_scored_on_what_can_be_read_and_says_how_many(shards: Pa
 
     data = LabelledSet(index, 3, max_unreadable_fraction=0.2)
     found = accuracy(always_light, data, make().settings, torch.device("cpu"), batch=6)
-    kept = labels[np.setdiff1d(np.arange(20), DAMAGED)]
+    kept = labels[np.setdiff1d(np.arange(20), list(DAMAGED))]
     assert found.top1 == pytest.approx(100 * float((kept == 1).float().mean()))
     assert (found.images, found.unreadable) == (17, 3)
     with pytest.raises(ValueError, match="3 of 20 images cannot be read"):

@@ -376,7 +376,7 @@ def test_a_change_of_any_tensor_behind_a_faint_layer_scale_is_seen(tmp_path: Pat
         return kind == "onnx" and not compare(with_unit_scale(exported), louder, images)["passed"]
 
     reopened = writer.reopen(tmp_path, exported, True)
-    louder = writer.reopen(tmp_path, exported, True, unit_scale=True) if kind == "onnx" else None
+    louder = writer.reopen_with_unit_scale(tmp_path, exported) if kind == "onnx" else None
     assert not is_caught()
     for key, value in exported.named_parameters():
         kept = value.clone()

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from shard_fixtures import overwrite
 
 import sslvit
 from sslvit.checkpoint import load_encoder, save_encoder
 from sslvit.cli import main
 from sslvit.data.arrays import array_samples
 from sslvit.data.batch import Batch
+from sslvit.data.index import load_index
 from sslvit.data.pack import pack
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings, OptimSettings, SupervisedSettings
@@ -298,7 +300,6 @@ def test_the_command_learns_and_writes_what_it_reports(shards: Path, capsys: pyt
     head = load_file(shards / "run" / "encoder" / "head.safetensors")
     assert head["head.weight"].shape == (3, 16)
     # what was written classifies as what was scored
-    from sslvit.data.index import load_index
     from sslvit.evaluate.classify import accuracy
     from sslvit.evaluate.sources import LabelledSet
 
@@ -384,3 +385,24 @@ def test_training_from_scratch_differs_in_its_start_alone(shards: Path) -> None:
     assert other.pop("init") is None
     one.pop("out"), other.pop("out")
     assert one == other
+
+
+def test_a_run_whose_reported_images_cannot_be_read_keeps_its_weights_and_is_scored_by_a_resume(
+    shards: Path, capsys: pytest.CaptureFixture
+) -> None:
+    index = load_index(shards / "val")
+    before = overwrite(index, dict.fromkeys(range(5)))
+    words = ["finetune", str(shards / "encoder"), "--train", str(shards / "train"), "--val", str(shards / "val")]
+    changes = [word for key, value in (SHORT | {"train.steps": 2}).items() for word in (f"--{key}", str(value))]
+    out = shards / "run"
+    assert main([*words, "--out", str(out), *changes]) == 1
+    assert "5 of 30 images cannot be read, more than the 1.0%" in capsys.readouterr().err
+    assert not (out / "scores.json").exists()
+    checkpoint = (out / "checkpoints" / "last.ckpt").read_bytes()
+    overwrite(index, before)
+    assert main(["resume", str(out)]) == 0
+    assert "% right of 30 images" in capsys.readouterr().out
+    scores = json.loads((out / "scores.json").read_text())
+    assert (scores["step"], scores["images"], scores["unreadable"]) == (2, 30, 0)
+    assert (out / "checkpoints" / "last.ckpt").read_bytes() == checkpoint
+    assert (out / "encoder" / "head.safetensors").exists()

@@ -17,17 +17,17 @@ FAULTS = [
         (f"{READER}::test_a_reader_that_nobody_holds_has_closed_its_files",),
     ),
     Fault(
-        "Too many open files count as an unreadable image",
+        "A fault of the machine counts as an unreadable image",
         "sslvit/data/reader.py",
-        "                if is_last:\n                    raise self._read_error(shard, error) from error\n",
-        '                if is_last:\n                    raise BadImage("unreadable shard") from error\n',
+        '            raise ReadError(f"{printable(path)}: could not be read ({reason}). {remedy}") from error\n',
+        '            raise BadImage("unreadable shard") from error\n',
         (f"{READER}::test_a_fault_of_the_machine_passes_or_stops_the_run_and_is_no_unreadable_image",),
     ),
     Fault(
-        "A fault of the disk while reading counts as an unreadable image",
+        "A reader that has too many files open keeps them",
         "sslvit/data/reader.py",
-        "            except OSError as error:\n                raise self._read_error(shard, error) from error\n",
-        '            except OSError as error:\n                raise BadImage("unreadable shard") from error\n',
+        "            self.close()\n            content = self._read_again(shard, offset, size)\n",
+        "            content = self._read_again(shard, offset, size)\n",
         (f"{READER}::test_a_fault_of_the_machine_passes_or_stops_the_run_and_is_no_unreadable_image",),
     ),
     Fault(
@@ -205,7 +205,7 @@ FAULTS = [
         "sslvit/data/open.py",
         "numbers = np.array([number_of[name] for name in names])",
         "numbers = np.array(sorted(number_of[name] for name in names))",
-        (f"{INDEX}::test_a_pattern_leaves_the_records_of_neighbours_in_their_file",),
+        (f"{INDEX}::test_a_pattern_leaves_the_records_of_neighbors_in_their_file",),
     ),
     Fault(
         "All sources of a mixture have one seed",

@@ -164,7 +164,7 @@ FAULTS = [
           "counts = confusion.sum(1) > 0", "test_dense.py"),
     fault("The mean IoU is of images", "dense.py", 'float(100 * right.sum() / total)', "float(iou[counts].mean())",
           "test_dense.py"),
-    fault("Images without labels choose the penalty", "dense.py", "is_held[labelled[some]] = True",
+    fault("Images without labels choose the penalty", "dense.py", "is_held[with_labels[some]] = True",
           "is_held[some] = True", "test_dense.py"),
     fault("Pixels without a label count as the first class", "dense.py",
           "return np.where(classes[place] == masks, place, -1)", "return place", "test_dense.py"),
