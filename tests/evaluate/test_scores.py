@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
-from shard_fixtures import two_classes
+from shard_fixtures import overwrite, two_classes
 
-from sslvit.checkpoint import save_encoder
+from sslvit.checkpoint import load_encoder, save_encoder
 from sslvit.data.arrays import array_samples
 from sslvit.data.index import load_index
 from sslvit.data.pack import pack
@@ -68,7 +69,6 @@ def shards(tmp_path: Path) -> Path:
 
 
 def test_probe_and_bench_say_the_same_of_the_same_data(shards: Path) -> None:
-    from sslvit.checkpoint import load_encoder
 
     split = SplitSettings(str(shards / "train"), str(shards / "val"))
     settings = ProbeSettings(
@@ -85,7 +85,6 @@ def test_probe_and_bench_say_the_same_of_the_same_data(shards: Path) -> None:
     )  # fmt: skip
     run = BenchRun(bench)
     run.claim()
-    import json
 
     cells = json.loads(run.run()["table.json"].read_text())["cells"]
     of_bench = {(cell["row"], cell["column"]): (cell["mean"], cell["interval"]) for cell in cells}
@@ -109,7 +108,6 @@ def test_a_table_of_one_seed_names_draws() -> None:
 
 
 def test_every_draw_of_every_seed_is_another_choice_of_labels(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sslvit.checkpoint import load_encoder
     from sslvit.evaluate import probe as module
 
     drawn, draw = [], module.draw_labels
@@ -150,3 +148,59 @@ def test_top1_and_top5_are_counted_as_torch_sorts(tmp_path: Path) -> None:
     assert found.top5 == pytest.approx(100 * float((order[:, :5] == truth[:, None]).any(1).float().mean()))
     assert found.top5 > found.top1
     assert found.images == 40
+
+
+def test_a_bench_measures_again_where_images_or_crops_changed_and_keeps_nothing_of_incomplete_sets(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = []
+    probed = BenchRun.probed
+
+    def watched(self, source, *given):
+        measured.append(type(source).__name__)
+        return probed(self, source, *given)
+
+    monkeypatch.setattr(BenchRun, "probed", watched)
+
+    def rows(val: str, limit: float = 0.01) -> tuple[list[str], dict[str, float], str]:
+        """What was measured, its scores, and the table in words."""
+        bench = BenchSettings(
+            encoders={"mine": [str(shards / "encoder")]}, baselines=["pixels"], max_unreadable_fraction=limit,
+            data={"data": SplitSettings(str(shards / "train"), str(shards / val))},
+            columns={"knn": ProbeColumn(kind="knn", neighbours=3)}, out=str(shards / "bench"),
+        )  # fmt: skip
+        measured.clear()
+        run = BenchRun(bench)
+        run.claim()
+        files = run.run()
+        cells = json.loads(files["table.json"].read_text())["cells"]
+        return measured.copy(), {cell["row"]: cell["mean"] for cell in cells}, files["table.md"].read_text()
+
+    both = ["RawPixels", "FrozenEncoder"]
+    first = rows("val")
+    assert first[0] == both
+    assert rows("val") == ([], *first[1:])
+    two_classes(shards, other=30)
+    other = rows("other")
+    assert other[0] == both
+    assert other[1] != first[1]
+    encoder = load_encoder(shards / "encoder")
+    encoder.settings.crop_fraction = 0.5
+    save_encoder(encoder, shards / "encoder")
+    assert rows("val")[0] == both
+    # three of thirty images cannot be read: said, and measured again once they can
+    encoder.settings.crop_fraction = 0.75
+    save_encoder(encoder, shards / "encoder")
+    index = load_index(shards / "other")
+    before = overwrite(index, dict.fromkeys([0, 5, 9]))
+    with pytest.raises(ValueError, match="3 of 30 images cannot be read"):
+        rows("other")
+    found = rows("other", 0.2)
+    assert found[0] == both
+    assert "27 of 30 images (3 cannot be read)" in found[2]
+    assert rows("other", 0.2)[0] == both
+    overwrite(index, before)
+    whole = rows("other", 0.2)
+    assert whole[0] == both
+    assert "on 30 images of" in whole[2]
+    assert rows("other", 0.2)[0] == []

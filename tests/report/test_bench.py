@@ -114,8 +114,10 @@ def test_one_command_fills_the_table_and_goes_on_where_it_stopped(
     capsys.readouterr()
     assert main(["bench", write(files, tmp_path)]) == 0  # nothing is measured again
     assert "toy: " not in capsys.readouterr().out
+    fine_tuned = set((tmp_path / "bench" / "finetune").iterdir())
     assert main(["bench", write(files, tmp_path, seed=1)]) == 0
     assert "toy: B untrained: linear" in capsys.readouterr().out
+    assert set((tmp_path / "bench" / "finetune").iterdir()) > fine_tuned  # a run of its own for another seed
 
 
 def cells_of(tmp_path: Path) -> dict[tuple[str, str], dict]:

@@ -12,6 +12,10 @@ def fault(name: str, file: str, text: str, replacement: str, *tests: str, surviv
     return Fault(name, EVALUATE + file, text, replacement, tuple(TESTS + test for test in tests), survives)
 
 
+def bench(name: str, text: str, replacement: str, test: str) -> Fault:
+    return Fault(name, "sslvit/report/bench.py", text, replacement, (f"tests/{test}",))
+
+
 FAULTS = [
     # nearest neighbors
     fault("The temperature of the kNN vote is ignored", "knn.py", "[:, :1]) / temperature).exp()",
@@ -199,4 +203,23 @@ FAULTS = [
     fault("Keys of embeddings are those of the first images", "embed.py",
           "keys = np.array([index.key(number) for number in numbers])",
           "keys = np.array([index.key(number) for number in range(len(numbers))])", "test_unreadable.py"),
+    # bench
+    bench("A cell's key has no seed", '"val": val.index.fingerprint(), "seed": entry.seed,',
+          '"val": val.index.fingerprint(),', "evaluate/test_scores.py"),
+    bench("A cell's key has no reported images", '"train": train.index.fingerprint(), "val": val.index.fingerprint(), '
+          '"seed"', '"train": train.index.fingerprint(), "seed"', "evaluate/test_scores.py"),
+    bench("A cell's key has no column", '"input": asdict(source.settings), "column": asdict(wanted),',
+          '"input": asdict(source.settings),', "report/test_bench.py"),
+    bench("A cell's key has no crop", '"input": asdict(source.settings), ', "", "evaluate/test_scores.py"),
+    bench("A fine-tuning's key has no seed", '"recipe": recipe, "seed": seed, "train"', '"recipe": recipe, "train"',
+          "report/test_bench.py"),
+    bench("Raw pixels are scored under one seed", "Entry(None, None, False, seed) for seed in seeds]",
+          "Entry(None, None, False, seed) for seed in seeds[:1]]", "evaluate/test_scores.py"),
+    bench("Cells of incomplete data sets are kept", "if not any(part.unreadable for part in self.sets[data]):",
+          "if True:", "evaluate/test_scores.py"),
+    bench("The bench states images that were not scored", "val.count_in_words} of", "len(val.samples)} of",
+          "evaluate/test_scores.py"),
+    bench("Every seed of an untrained row has the first one's weights",
+          "Entry(lambda seed=seed, encoder=encoder: untrained(encoder, seed), path, True, seed)",
+          "Entry(lambda encoder=encoder: untrained(encoder, 0), path, True, seed)", "evaluate/test_scores.py"),
 ]  # fmt: skip
