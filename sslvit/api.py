@@ -78,7 +78,7 @@ def finetune(
 
     Args:
         encoder: anything that holds one.
-        train: labelled shards, or a folder of class folders.
+        train: labeled shards, or a folder of class folders.
         val: the same, to report on.
         config: a YAML file, or the name of a recipe; its encoder settings change the encoder's.
         out: the run folder; replaces the recipe's.

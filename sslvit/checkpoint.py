@@ -39,7 +39,7 @@ SNAPSHOTS = "snapshots"  # of a model in the hub's cache
 STUDENT, TEACHER = "encoder.", "teacher."  # of a checkpoint's names, where a task trains both
 POSITION_TABLES = ("learned_1d", "sincos_1d", "sincos_2d")
 NOT_IN_THE_WEIGHTS = (
-    "dropout", "drop_path", "checkpointing", "initialisation", "colour_start", "mean", "std", "interpolation",
+    "dropout", "drop_path", "checkpointing", "initialization", "color_start", "mean", "std", "interpolation",
     "crop_mode", "crop_fraction", "feature_layer", "feature_norm", "pooling",
     "interpolate_antialias", "interpolate_offset",
 )  # fmt: skip
@@ -318,7 +318,7 @@ def check_fits(settings: EncoderSettings, weights: dict[str, Tensor], source: st
         raise ValueError(f"{source}: {brief(other)} is a {type(weights[other]).__name__}, not a tensor. Is it damaged?")
     shape = copy.copy(settings)
     shape.depth = min(settings.depth, count_blocks(weights, "blocks.") + 1)
-    shape.colour_start = "normal"
+    shape.color_start = "normal"
     if shape.positions in POSITION_TABLES:
         shape.positions = "learned_1d"  # a table of the same shape, without its arithmetic
     try:

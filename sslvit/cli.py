@@ -141,14 +141,14 @@ def make_parser() -> argparse.ArgumentParser:
     check.add_argument("folder", metavar="SHARDS")
     info = action("info", packing.run_info, "what is in shards, and what a job on them needs")
     info.add_argument("folder", metavar="SHARDS")
-    info.add_argument("--global-batch", type=int, metavar="B", help="images per optimiser step (default: up to 4096)")
+    info.add_argument("--global-batch", type=int, metavar="B", help="images per optimizer step (default: up to 4096)")
 
-    palette = command("palette", packing.run_palette, "few colours for pixel sequences, fitted on images")
+    palette = command("palette", packing.run_palette, "few colors for pixel sequences, fitted on images")
     palette.add_argument("shards", metavar="SHARDS", help="shards, or a folder of images")
     palette.add_argument(
         "-o", "--output", required=True, metavar="FILE", help="the palette as JSON, FILE.png beside it"
     )
-    palette.add_argument("--colours", type=int, metavar="N", help="how many (default: 512; 8 for grey images)")
+    palette.add_argument("--colors", type=int, metavar="N", help="how many (default: 512; 8 for gray images)")
     palette.add_argument("--image-size", type=int, default=32, metavar="SIDE",
                          help="that the encoder will see (default: %(default)s)")  # fmt: skip
     palette.add_argument("--seed", type=int, default=0)
@@ -179,8 +179,8 @@ def make_parser() -> argparse.ArgumentParser:
                "All of them: sslvit settings",
     )  # fmt: skip
     finetune.add_argument("encoder", metavar="ENCODER", help="run folder, encoder folder or checkpoint file")
-    finetune.add_argument("--train", required=True, metavar="SHARDS", help="labelled shards to train on")
-    finetune.add_argument("--val", required=True, metavar="SHARDS", help="labelled shards to report")
+    finetune.add_argument("--train", required=True, metavar="SHARDS", help="labeled shards to train on")
+    finetune.add_argument("--val", required=True, metavar="SHARDS", help="labeled shards to report")
     finetune.add_argument("--config", default="finetune/small_images", help="a recipe (default: %(default)s)")
     finetune.add_argument("--out", required=True, help="run folder")
     finetune.add_argument("--scratch", action="store_true", help="start from random weights: the baseline")
@@ -192,9 +192,9 @@ def make_parser() -> argparse.ArgumentParser:
     plan.add_argument("--config", required=True, help="a recipe's name or YAML file")
     plan.add_argument("--data", metavar="SHARDS", nargs="+", help="the images (default: the recipe's)")
     plan.add_argument("--images", type=int, help="how many there are, instead of --data")
-    plan.add_argument("--classes", type=int, help="of labelled images, beside --images")
+    plan.add_argument("--classes", type=int, help="of labeled images, beside --images")
     plan.add_argument("--tflops", type=float, help="of one device, in the run's precision (default: some GPUs)")
-    plan.add_argument("--utilisation", type=float, default=0.35,
+    plan.add_argument("--utilization", type=float, default=0.35,
                       help="share of them that is used: an assumption (default: %(default)s)")  # fmt: skip
     plan.add_argument("--figure", metavar="FILE.png", help="draw rate, weight decay and the task's own schedules")
     plan.set_defaults(takes_settings=True)
@@ -219,7 +219,7 @@ def make_parser() -> argparse.ArgumentParser:
     probe.add_argument("--layers", metavar="all|1,4,8", help="score these blocks side by side, and draw them")
     probe.add_argument("--figure", metavar="FILE", help="with --layers: the PNG (default: in the run's figures)")
     probe.set_defaults(takes_settings=True)
-    knn = command("knn", evaluation.run_knn, "score a frozen encoder by its nearest neighbours alone")
+    knn = command("knn", evaluation.run_knn, "score a frozen encoder by its nearest neighbors alone")
     add_probe(knn)
 
     health = command("health", evaluation.run_health, "what features are worth without labels: rank, spread, alignment")
@@ -289,9 +289,9 @@ def make_parser() -> argparse.ArgumentParser:
     sample.add_argument("--draws", type=int, metavar="N", help="completions of each (default: 3)")
     sample.add_argument("--count", type=int, metavar="N", help="images (default: 16, or 8 to complete)")
     sample.add_argument("--temperature", type=float, default=1.0, help="0 for the likeliest (default: %(default)s)")
-    sample.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest colours only")
+    sample.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest colors only")
     sample.add_argument("--top-p", type=float, default=1.0, metavar="P",
-                        help="draw from the fewest colours that have probability P (default: all)")  # fmt: skip
+                        help="draw from the fewest colors that have probability P (default: all)")  # fmt: skip
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--batch", type=int, default=32, help="images side by side (default: %(default)s)")
     sample.add_argument("-o", "--output", metavar="FILE", help="PNG (default: below RUN/figures)")
@@ -302,7 +302,7 @@ def make_parser() -> argparse.ArgumentParser:
         "likelihood", pixels.run_likelihood, "nats per pixel of an iGPT run, beside what counting gives"
     )
     likelihood.add_argument("run", metavar="RUN", help="run folder or checkpoint of an iGPT run, or a released file")
-    likelihood.add_argument("--train", required=True, metavar="SHARDS", help="images that colours are counted on")
+    likelihood.add_argument("--train", required=True, metavar="SHARDS", help="images that colors are counted on")
     likelihood.add_argument("--val", required=True, metavar="SHARDS", help="images that are scored")
     add_unreadable(likelihood)
     likelihood.add_argument("--batch", type=int, default=16, help="images per forward pass (default: %(default)s)")
@@ -334,12 +334,12 @@ def make_parser() -> argparse.ArgumentParser:
 def add_probe(parser: argparse.ArgumentParser) -> None:
     """What `probe` and `knn` have in common."""
     parser.add_argument("encoder", metavar="ENCODER", help="run folder, encoder folder or checkpoint file")
-    parser.add_argument("--train", required=True, metavar="SHARDS", help="labelled shards to fit on")
-    parser.add_argument("--val", required=True, metavar="SHARDS", help="labelled shards to report")
+    parser.add_argument("--train", required=True, metavar="SHARDS", help="labeled shards to fit on")
+    parser.add_argument("--val", required=True, metavar="SHARDS", help="labeled shards to report")
     parser.add_argument("--layer", type=int, help="block whose output is probed (default: the encoder's choice)")
     parser.add_argument("--blocks", type=int, default=1, help="blocks up to it, side by side (default: %(default)s)")
     parser.add_argument("--pooling", choices=["class", "mean", "class+mean", "attention"])
-    parser.add_argument("--neighbours", type=int, nargs="*", default=[10, 20, 100, 200], metavar="K",
+    parser.add_argument("--neighbors", type=int, nargs="*", default=[10, 20, 100, 200], metavar="K",
                         help="each k of the vote (default: 10 20 100 200)")  # fmt: skip
     parser.add_argument("--temperature", type=float, default=0.07, help="of the vote (default: %(default)s)")
     add_crop(parser)
@@ -381,7 +381,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def add_layout(parser: argparse.ArgumentParser) -> None:
     layouts = ["mae", "dino", "dinov2", "timm", "transformers", "openai_igpt"]
-    parser.add_argument("--layout", choices=layouts, help="of a released file (default: recognised by its names)")
+    parser.add_argument("--layout", choices=layouts, help="of a released file (default: recognized by its names)")
     parser.add_argument("--weights", metavar="NAME", help="which network of a file with several: student, model_ema")
     add_released(parser)
 
@@ -392,7 +392,7 @@ def add_released(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image-size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="that a released file was trained at"
     )
-    parser.add_argument("--palette", metavar="FILE", help="colours of a released iGPT, which its file does not hold")
+    parser.add_argument("--palette", metavar="FILE", help="colors of a released iGPT, which its file does not hold")
 
 
 if __name__ == "__main__":

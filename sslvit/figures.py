@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from sslvit.files import new_file, printable
 
-COLOURS = ["#2a6f97", "#e07a5f", "#81b29a", "#f2cc8f", "#3d405b"]
+COLORS = ["#2a6f97", "#e07a5f", "#81b29a", "#f2cc8f", "#3d405b"]
 
 
 class TextFigure(Figure):
@@ -53,7 +53,7 @@ def image_rows(path: str | Path, rows: list[np.ndarray], titles: list[str], titl
 
     Args:
         path: PNG to write.
-        rows: each 'b c h w' in [0, 1]; 1 channel is drawn grey, of more than 3 the first 3 are drawn.
+        rows: each 'b c h w' in [0, 1]; 1 channel is drawn gray, of more than 3 the first 3 are drawn.
         titles: one per row.
         title: above all.
     """
@@ -78,15 +78,15 @@ def image_rows(path: str | Path, rows: list[np.ndarray], titles: list[str], titl
 
 
 def heat_over(images: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """Each image dimmed, with a map of numbers over it as colours from black to yellow: 'b 3 h w' in [0, 1].
+    """Each image dimmed, with a map of numbers over it as colors from black to yellow: 'b 3 h w' in [0, 1].
 
     Args:
         images: 'b c h w' in [0, 1].
-        heat: 'b rows cols', zero or more; each map's largest number becomes the brightest colour.
+        heat: 'b rows cols', zero or more; each map's largest number becomes the brightest color.
     """
     large = _as_large_as(heat, images)
-    colours = colormaps["inferno"](large / np.maximum(large.max((1, 2), keepdims=True), 1e-12))[..., :3]
-    return 0.3 * images[:, :3].mean(1, keepdims=True) + 0.7 * colours.transpose(0, 3, 1, 2)
+    colors = colormaps["inferno"](large / np.maximum(large.max((1, 2), keepdims=True), 1e-12))[..., :3]
+    return 0.3 * images[:, :3].mean(1, keepdims=True) + 0.7 * colors.transpose(0, 3, 1, 2)
 
 
 def only_where(images: np.ndarray, is_kept: np.ndarray) -> np.ndarray:
@@ -108,8 +108,8 @@ def curves(
     figure = TextFigure(figsize=(6, 3.4), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     drawn: dict[str, Artist] = {}
-    for (name, (x, y)), colour in zip(lines.items(), COLOURS * len(lines), strict=False):
-        (drawn[name],) = axes.plot(x, y, color=colour, linewidth=1.4, marker="." if len(x) < 20 else None)
+    for (name, (x, y)), color in zip(lines.items(), COLORS * len(lines), strict=False):
+        (drawn[name],) = axes.plot(x, y, color=color, linewidth=1.4, marker="." if len(x) < 20 else None)
     if mark is not None:
         drawn[mark[1]] = axes.axvline(mark[0], color="0.5", linewidth=1, linestyle="--")
     axes.set(xlabel=x_label, ylabel=y_label)
@@ -132,7 +132,7 @@ def bars(path: str | Path, groups: dict[str, dict[str, float]], y_label: str, ti
     for i, name in enumerate(names):
         places = np.arange(len(groups)) + (i - (len(names) - 1) / 2) * width
         heights = [group.get(name, np.nan) for group in groups.values()]
-        drawn[name] = axes.bar(places, heights, width * 0.92, color=COLOURS[i % len(COLOURS)])
+        drawn[name] = axes.bar(places, heights, width * 0.92, color=COLORS[i % len(COLORS)])
         axes.bar_label(drawn[name], fmt="%.0f", fontsize=8)
     axes.set_xticks(range(len(groups)), [textwrap.fill(printable(group), 13) for group in groups])
     axes.set_ylabel(y_label)
@@ -148,10 +148,10 @@ def points(path: str | Path, panels: dict[str, dict[str, list[list[float]]]], x_
     for number, (label, groups) in enumerate(panels.items()):
         axes = figure.add_subplot(1, len(panels), number + 1)
         drawn: dict[str, Artist] = {}
-        for (name, rows), colour in zip(groups.items(), COLOURS, strict=False):
+        for (name, rows), color in zip(groups.items(), COLORS, strict=False):
             for place, values in enumerate(rows, start=1):
-                axes.scatter([place] * len(values), values, color=colour, s=14, alpha=0.6, linewidths=0)
-            (drawn[name],) = axes.plot(range(1, len(rows) + 1), [np.mean(values) for values in rows], color=colour)
+                axes.scatter([place] * len(values), values, color=color, s=14, alpha=0.6, linewidths=0)
+            (drawn[name],) = axes.plot(range(1, len(rows) + 1), [np.mean(values) for values in rows], color=color)
         axes.set(xlabel=x_label, ylabel=label)
         axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -160,24 +160,24 @@ def points(path: str | Path, panels: dict[str, dict[str, list[list[float]]]], x_
     return _save(figure, path)
 
 
-def palette_picture(path: str | Path, colours: np.ndarray, images: np.ndarray, near: np.ndarray) -> Path:
+def palette_picture(path: str | Path, colors: np.ndarray, images: np.ndarray, near: np.ndarray) -> Path:
     """A palette as squares, and images before and after they are painted with it.
 
     Args:
         path: PNG to write.
-        colours: 'colours c' in [0, 1].
+        colors: 'colors c' in [0, 1].
         images: 'b c h w' in [0, 1].
-        near: the same images in the palette's colours.
+        near: the same images in the palette's colors.
     """
-    columns = min(len(colours), 32)
-    rows = -(-len(colours) // columns)
-    squares = np.ones((rows * columns, colours.shape[1]))
-    squares[: len(colours)] = colours
+    columns = min(len(colors), 32)
+    rows = -(-len(colors) // columns)
+    squares = np.ones((rows * columns, colors.shape[1]))
+    squares[: len(colors)] = colors
     figure = TextFigure(figsize=(8, 2.3 + 0.25 * rows), dpi=120, layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=[0.3 + 0.25 * rows, 2])
     axes = top.add_subplot()
     _show(axes, squares.reshape(rows, columns, -1))
-    axes.set_title(f"{len(colours)} colours", fontsize=10)
+    axes.set_title(f"{len(colors)} colors", fontsize=10)
     for number, (row, title) in enumerate([(images, "image"), (near, "in the palette")]):
         for column, image in enumerate(row):
             axes = bottom.add_subplot(2, len(row), number * len(row) + column + 1)
@@ -188,7 +188,7 @@ def palette_picture(path: str | Path, colours: np.ndarray, images: np.ndarray, n
 
 
 def _show(axes: Axes, pixels: np.ndarray) -> None:
-    """One image 'h w c' in [0, 1] without ticks: 1 channel grey, of more than 3 the first 3."""
+    """One image 'h w c' in [0, 1] without ticks: 1 channel gray, of more than 3 the first 3."""
     axes.set(xticks=[], yticks=[])
     for spine in axes.spines.values():
         spine.set_visible(False)

@@ -61,7 +61,7 @@ def encoded(image: Image.Image, kind: str, **options) -> bytes:
 
 
 def photograph(height: int, width: int, seed: int = 0) -> Image.Image:
-    """Smooth colours with some detail, as JPEG likes them."""
+    """Smooth colors with some detail, as JPEG likes them."""
     rng = np.random.default_rng(seed)
     rough = Image.fromarray(rng.integers(0, 256, (9, 12, 3)).astype(np.uint8)).resize((width, height), 3)
     noise = rng.normal(0, 4, (height, width, 1))

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from sslvit.checkpoint import load_encoder, save_encoder
 from sslvit.data.loader import view_of_image
-from sslvit.data.resample import normalise
+from sslvit.data.resample import normalize
 from sslvit.export import export_encoder
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings
@@ -200,7 +200,7 @@ def seen(image: Image.Image, settings: EncoderSettings) -> torch.Tensor:
     content = io.BytesIO()
     image.save(content, "png")
     pixels = view_of_image(content.getvalue(), settings)
-    return normalise(pixels[None], settings.mean, settings.std)[0]
+    return normalize(pixels[None], settings.mean, settings.std)[0]
 
 
 BIT, VIT = ({"image_processor_type": f"{kind}ImageProcessor"} for kind in ("Bit", "ViT"))

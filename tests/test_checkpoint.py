@@ -138,14 +138,14 @@ def test_differences_that_leave_the_weights_alone_do_not_count() -> None:
         ("igpt_model", "openai_igpt", lambda w: w),
     ],
 )
-def test_released_files_are_recognised(tmp_path: Path, fixture: str, layout: str, wrap) -> None:
+def test_released_files_are_recognized(tmp_path: Path, fixture: str, layout: str, wrap) -> None:
     weights = {key: value.clone() for key, value in Golden(fixture).under("param/").items()}
     torch.save(wrap(weights), tmp_path / "released.pth")
-    recognised = load_encoder(
+    recognized = load_encoder(
         tmp_path / "released.pth", heads=3 if weights.get("norm.bias", torch.zeros(36)).shape[0] % 3 == 0 else 4
     )
-    told = load_encoder(tmp_path / "released.pth", layout=layout, heads=recognised.settings.heads)
-    assert recognised.settings == told.settings
+    told = load_encoder(tmp_path / "released.pth", layout=layout, heads=recognized.settings.heads)
+    assert recognized.settings == told.settings
 
 
 def test_heads_are_assumed_aloud_or_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

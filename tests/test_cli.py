@@ -62,8 +62,8 @@ def photos(tmp_path: Path) -> Path:
         (["--task.decoder_heads", "0"], "task.decoder_heads: 0"),
         (["--task.decoder_width", "30"], "multiple of 4, not 30"),
         (["--optim.betas", "[0.9]"], "optim.betas: [0.9]"),
-        (["--data.view.kind", "multi_crop"], "multi_crop is not for mae. Use crop or square or centre or canvas"),
-        (["--data.view.kind", "crops"], "data.view.kind: 'crops' is not one of augment, crop, square, centre"),
+        (["--data.view.kind", "multi_crop"], "multi_crop is not for mae. Use crop or square or center or canvas"),
+        (["--data.view.kind", "crops"], "data.view.kind: 'crops' is not one of augment, crop, square, center"),
         (["--data.view.kind", "crop", "--data.view.side", "[0.5, 1]"], "data.view.side: no such setting"),
         (["--data.view.side", "[0.9, 0.5]"], "data.view.side: [0.9, 0.5] is not [smallest, largest]"),
         (["--data.mixture", "{a: 1}", "--data.shards", "b"], "exclude each other"),
@@ -116,7 +116,7 @@ def test_what_other_libraries_call_a_setting_names_ours(capsys, tmp_path: Path, 
     assert message in error
 
 
-def test_a_misspelt_command_names_the_nearest(capsys) -> None:
+def test_a_misspelled_command_names_the_nearest(capsys) -> None:
     for words, meant in ((["pretran"], "pretrain"), (["shards", "pakc", "a", "b"], "pack")):
         assert main(words) == 2
         assert f"no such command. Did you mean {meant}?" in capsys.readouterr().err
@@ -219,7 +219,7 @@ def test_aliases_that_stand_for_a_billion_values_are_refused(capsys, tmp_path: P
 def test_home_and_variables_are_expanded_wherever_a_path_is_meant(tmp_path: Path, monkeypatch) -> None:
     home = str(tmp_path)
     monkeypatch.setenv("HOME", home)
-    (tmp_path / "p.json").write_text('{"colours": [[-1.0], [1.0]]}')
+    (tmp_path / "p.json").write_text('{"colors": [[-1.0], [1.0]]}')
     (tmp_path / "own.yaml").write_text(
         "data: {mixture: {~/a: 1, $HOME/b: 3}, cache: $HOME/c}\nout: ~/run\ninit: ~/start\n"
         "online: {train: ~/t, val: $HOME/v}\n"
@@ -276,7 +276,7 @@ def test_a_folder_is_no_bench_and_benches_have_names(capsys, tmp_path: Path, mon
         (["palette", "PHOTOS", "-o", "p.txt"], "p.txt: a palette is written as JSON"),
         (["palette", "PHOTOS", "-o", "p.json", "--image-size", "0"], "--image-size 0: must be 1 or more"),
         (["palette", "PHOTOS", "-o", "p.json", "--seed", "-1"], "--seed -1: must be from 0"),
-        (["palette", "PHOTOS", "-o", "p.json"], "--colours 512: these images have only 6 different ones"),
+        (["palette", "PHOTOS", "-o", "p.json"], "--colors 512: these images have only 6 different ones"),
         (["palette", "none", "-o", "p.json"], "none is not a folder"),
         (["sample", "PHOTOS"], "no checkpoints/last.ckpt there"),
         (["sample", "PHOTOS", "-o", "x.jpg"], "x.jpg: a picture is written as PNG"),
@@ -300,7 +300,7 @@ def test_what_the_commands_of_pixels_refuse(
 
 
 def test_a_palettes_name_is_refused_before_images_are_packed(capsys, photos: Path) -> None:
-    for words in (["-o", "p.txt"], ["-o", "p.json", "--colours", "1"]):
+    for words in (["-o", "p.txt"], ["-o", "p.json", "--colors", "1"]):
         failing(capsys, "palette", str(photos), *words)
         assert [path.name for path in photos.parent.iterdir()] == ["photos"]
 
@@ -348,7 +348,7 @@ def test_paper_recipes_have_the_papers_numbers() -> None:
     recipe = load_recipe("mae/vit_base_in1k")
     assert (recipe.encoder.width, recipe.encoder.depth, recipe.encoder.patch) == (768, 12, 16)
     assert (recipe.task.decoder_width, recipe.task.decoder_depth, recipe.task.decoder_heads) == (512, 8, 16)
-    assert (recipe.task.mask_ratio, recipe.task.target) == (0.75, "normalised")
+    assert (recipe.task.mask_ratio, recipe.task.target) == (0.75, "normalized")
     assert recipe.optim.peak_rate(recipe.data.global_batch) == pytest.approx(2.4e-3)
     assert (recipe.optim.betas, recipe.optim.weight_decay, recipe.optim.warmup_epochs) == ([0.9, 0.95], 0.05, 40)
     assert (recipe.data.view.scale, recipe.data.view.flip) == ([0.2, 1.0], 0.5)

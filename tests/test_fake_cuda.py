@@ -21,7 +21,7 @@ import sslvit
 from sslvit.checkpoint import save_encoder
 from sslvit.data.arrays import array_samples
 from sslvit.data.batch import Batch
-from sslvit.data.colour import draw_colours
+from sslvit.data.color import draw_colors
 from sslvit.data.index import load_index
 from sslvit.data.pack import pack
 from sslvit.data.views import Views, change_views
@@ -32,9 +32,9 @@ from sslvit.evaluate.label_free import measure_health
 from sslvit.evaluate.likelihood import likelihood
 from sslvit.evaluate.linear import fit_probe
 from sslvit.evaluate.probe import probe
-from sslvit.evaluate.sources import Features, LabelledSet
+from sslvit.evaluate.sources import Features, LabeledSet
 from sslvit.models import ViTEncoder
-from sslvit.palette import nearest_colour, squared_error, uniform_palette
+from sslvit.palette import nearest_color, squared_error, uniform_palette
 from sslvit.report.samples import draw_completions, draw_samples
 from sslvit.settings import EncoderSettings, OptimSettings, ProbeSettings
 from sslvit.settings.load import load_recipe, read_protocol
@@ -136,7 +136,7 @@ def test_the_fake_device_refuses_kernels_that_cannot_repeat(
 RUNS = {
     "mae": ("mae/digits", {}, ("reconstruction", "patches")),
     "dino": ("dino/digits", {"task.koleo": 0.1, "task.batch_norm": True}, ("attention", "patches")),
-    "dino sinkhorn": ("dino/digits", {"task.centring": "sinkhorn", "optim.clip_by": "parameter"}, ("attention",)),
+    "dino sinkhorn": ("dino/digits", {"task.centering": "sinkhorn", "optim.clip_by": "parameter"}, ("attention",)),
     "igpt": ("igpt/digits", {}, ("generated", "completed")),
     "bert": ("igpt/digits", BERT, ("filled",)),
 }
@@ -266,7 +266,7 @@ def spectrum(_: Path) -> None:
 def pictures_of_attention(_: Path) -> None:
     encoder = small_encoder(pooling="class")
     attention.mass_mask(attention.class_attention(encoder, images_on_gpu(16)))
-    attention.patch_colours(encoder, images_on_gpu())
+    attention.patch_colors(encoder, images_on_gpu())
     attention.attention_measures(encoder, images_on_gpu())
     attention.receptive_field(encoder.features, images_on_gpu())
 
@@ -287,7 +287,7 @@ def by_protocol(name: str) -> Callable[[Path], None]:
     def evaluate(shards: Path) -> None:
         changes = {f"protocol.{key}": value for key, value in SHORT[name].items()}
         settings = ProbeSettings(
-            str(shards / "train"), str(shards / "val"), neighbours=[3], batch=8, device="cuda", cache=None,
+            str(shards / "train"), str(shards / "val"), neighbors=[3], batch=8, device="cuda", cache=None,
             protocol=read_protocol(name, changes),
         )  # fmt: skip
         assert probe({"encoder": small_encoder()}, settings).rows["encoder"]
@@ -307,28 +307,28 @@ def segmentation(shards: Path) -> None:
 
 
 def without_labels(shards: Path) -> None:
-    measure_health(small_encoder(), LabelledSet(load_index(shards / "val"), 1, np.arange(9)), batch=4)
+    measure_health(small_encoder(), LabeledSet(load_index(shards / "val"), 1, np.arange(9)), batch=4)
 
 
 def pixels(shards: Path) -> None:
     task = pixel_model().to(GPU)
-    train, val = (LabelledSet(load_index(shards / name), task.encoder.settings.channels) for name in ("train", "val"))
+    train, val = (LabeledSet(load_index(shards / name), task.encoder.settings.channels) for name in ("train", "val"))
     likelihood(task, train, val, 4)
     draw_samples(task, shards / "drawn.png", 3, SampleSettings())
     draw_completions(task, str(shards / "val"), shards / "completed.png", 2, 0.5, 2, SampleSettings())
 
 
 def colors(_: Path) -> None:
-    views, samples = MultiCropSettings(jitter=1.0, solarise=[0.5, 0.5, 0.5]), np.arange(6)
+    views, samples = MultiCropSettings(jitter=1.0, solarize=[0.5, 0.5, 0.5]), np.arange(6)
     for channels in (1, 3):
         images = [torch.rand(6, channels, 8, 8, device=GPU) * 255 for _ in range(2)]
-        draws = [torch.from_numpy(draw_colours(views, view, (0, 0), samples)).to(GPU) for view in range(2)]
+        draws = [torch.from_numpy(draw_colors(views, view, (0, 0), samples)).to(GPU) for view in range(2)]
         assert all(view.device == GPU for view in change_views(images, draws))
 
 
 def palettes(_: Path) -> None:
     palette = uniform_palette(1).to(GPU)
-    nearest_colour(images_on_gpu(), palette)
+    nearest_color(images_on_gpu(), palette)
     squared_error(torch.rand(9, 1, device=GPU), palette)
 
 

@@ -108,7 +108,7 @@ def test_a_bug_in_the_writer_is_not_called_a_full_disk(tmp_path: Path) -> None:
         raise RuntimeError("shapes do not fit")
 
 
-def test_new_files_have_the_mode_of_their_neighbours(tmp_path: Path) -> None:
+def test_new_files_have_the_mode_of_their_neighbors(tmp_path: Path) -> None:
     write_atomically(tmp_path / "a", "text")
     with new_file(tmp_path / "b") as part:
         save_file({"a": torch.zeros(3)}, part)

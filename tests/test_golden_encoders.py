@@ -263,8 +263,8 @@ def test_encoder_of_igpt(golden: Golden) -> None:
     assert has_biases == config["biases"]
     start = torch.full((len(pixels), 1), len(palette))
     assert torch.equal(golden["input/input_ids"], torch.cat([start, pixels[:, :-1]], 1))
-    colours = palette[pixels].view(2, 8, 8, 3).permute(0, 3, 1, 2)
-    images = (colours / 2 + 0.5 - encoder.patch_embed.mean) / encoder.patch_embed.std
+    colors = palette[pixels].view(2, 8, 8, 3).permute(0, 3, 1, 2)
+    images = (colors / 2 + 0.5 - encoder.patch_embed.mean) / encoder.patch_embed.std
     assert torch.equal(encoder.patch_embed.indices(images), pixels)
     layers = encoder.layers(images, list(range(depth + 1)))
     for i, tokens in enumerate(layers):

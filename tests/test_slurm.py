@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).parents[1] / "tools" / "slurm" / "pretrain.sbatch"
 
 @pytest.fixture
 def slurm(tmp_path: Path) -> dict[str, str]:
-    """srun runs its command once; sslvit writes down its words, and ends with 75 when it is signalled."""
+    """srun runs its command once; sslvit writes down its words, and ends with 75 when it is signaled."""
     (tmp_path / "bin").mkdir()
     commands = {
         "srun": 'while [ "${1#--}" != "$1" ]; do shift; done\nexec "$@"\n',

@@ -65,7 +65,7 @@ def probe_settings(options: argparse.Namespace):
     from sslvit.settings.load import read_protocol
 
     common = (
-        "train", "val", "layer", "blocks", "pooling", "neighbours", "temperature", "max_unreadable_fraction", "batch",
+        "train", "val", "layer", "blocks", "pooling", "neighbors", "temperature", "max_unreadable_fraction", "batch",
         "workers", "seeds", "seed", "device",
     )  # fmt: skip
     given = {key: getattr(options, key) for key in common}
@@ -125,11 +125,11 @@ def run_health(options: argparse.Namespace) -> None:
     from sslvit.environment import pick_device
     from sslvit.evaluate.label_free import measure_health, spread
     from sslvit.evaluate.scores import format_table
-    from sslvit.evaluate.sources import LabelledSet
+    from sslvit.evaluate.sources import LabeledSet
 
     encoder = load_scored(options)
     index = open_shards(options.data)
-    data = LabelledSet(
+    data = LabeledSet(
         index, encoder.settings.channels, spread(len(index), options.images), options.max_unreadable_fraction
     )
     rows = measure_health(
@@ -196,13 +196,13 @@ def run_embed(options: argparse.Namespace) -> None:
     from sslvit.data.open import open_shards
     from sslvit.environment import pick_device
     from sslvit.evaluate.embed import embed
-    from sslvit.evaluate.sources import FrozenEncoder, LabelledSet
+    from sslvit.evaluate.sources import FrozenEncoder, LabeledSet
 
     encoder = load_scored(options)
     source = FrozenEncoder(encoder.to(pick_device(options.device)))
     places = source.places(options.layer, options.blocks, options.pooling)
     index = open_shards(options.data)
-    data = LabelledSet(index, encoder.settings.channels, None, options.max_unreadable_fraction)
+    data = LabeledSet(index, encoder.settings.channels, None, options.max_unreadable_fraction)
     made = embed(source, data, places, options.batch, options.workers)
     made.save(Path(options.output))
     arrays = "features, keys, labels and classes" if made.labels is not None else "features and keys"

@@ -71,12 +71,12 @@ def run_palette(options: argparse.Namespace) -> None:
     from sslvit.data.open import open_shards
     from sslvit.data.pixels import check_palette_options, make_palette
 
-    check_palette_options(options.output, options.colours, options.image_size, options.seed)
+    check_palette_options(options.output, options.colors, options.image_size, options.seed)
     index = open_shards(options.shards)
-    made = make_palette(index, options.output, options.colours, options.image_size, options.seed)
+    made = make_palette(index, options.output, options.colors, options.image_size, options.seed)
     error, uniform = made["mean_squared_error"], made["mean_squared_error_uniform"]
     print(
-        f"{options.output}: {len(made['colours'])} colours fitted on {made['pixels']:,} pixels; "
+        f"{options.output}: {len(made['colors'])} colors fitted on {made['pixels']:,} pixels; "
         f"mean squared error {error:.2e} of values in [-1, 1], {error**0.5 * 127.5:.1f} of 255 on average "
         f"{f' (uniform palette: {uniform:.2e}, {uniform**0.5 * 127.5:.1f})' if uniform is not None else ''}\n"
         f"use it with --encoder.palette {options.output}; drawn in {Path(options.output).with_suffix('.png')}"

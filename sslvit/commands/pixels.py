@@ -44,12 +44,12 @@ def run_likelihood(options: argparse.Namespace) -> None:
     from sslvit.data.open import open_shards
     from sslvit.evaluate.likelihood import likelihood
     from sslvit.evaluate.scores import format_table
-    from sslvit.evaluate.sources import LabelledSet
+    from sslvit.evaluate.sources import LabeledSet
 
     task = load_task(options)
     settings, limit = task.encoder.settings, options.max_unreadable_fraction
     train, val = (
-        LabelledSet(open_shards(source), settings.channels, None, limit) for source in (options.train, options.val)
+        LabeledSet(open_shards(source), settings.channels, None, limit) for source in (options.train, options.val)
     )
     rows = likelihood(task, train, val, options.batch)
     print(

@@ -70,8 +70,8 @@ def run_plan(options: argparse.Namespace) -> None:
     check_new_picture(options.figure)
     if options.images is not None and options.data is not None:
         raise ValueError("--images and --data: give one, a number of images or the images.")
-    if not 0 < options.utilisation <= 1:
-        raise ValueError(f"--utilisation {options.utilisation:g}: must be above 0 and at most 1.")
+    if not 0 < options.utilization <= 1:
+        raise ValueError(f"--utilization {options.utilization:g}: must be above 0 and at most 1.")
     if options.tflops is not None and not options.tflops > 0:
         raise ValueError(f"--tflops {options.tflops:g}: must be above zero.")
     from sslvit.data.open import open_shards
@@ -91,9 +91,9 @@ def run_plan(options: argparse.Namespace) -> None:
     if found.global_batch != settings.data.global_batch:
         print(f"             instead of the recipe's {settings.data.global_batch:,} images, more than there are")
     for name, tflops in ({"given": options.tflops} if options.tflops else PEAKS).items():
-        hours = found.hours(tflops, options.utilisation)
+        hours = found.hours(tflops, options.utilization)
         print(
-            f"hours        {hours:,.1f} on {found.ranks} x {name} ({tflops:g} TFLOP/s, {options.utilisation:.0%} used)"
+            f"hours        {hours:,.1f} on {found.ranks} x {name} ({tflops:g} TFLOP/s, {options.utilization:.0%} used)"
         )
     if options.figure:
         print(draw_schedules(task, Path(options.figure)))

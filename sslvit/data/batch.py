@@ -12,14 +12,14 @@ class Batch:
     """One rank's share of a (micro-)batch.
 
     Args:
-        views: list of 'b c h w': pixels 0 to 255 as they leave the loader, normalised floats once on the device.
-        labels: class numbers 'b', or None for unlabelled data.
+        views: list of 'b c h w': pixels 0 to 255 as they leave the loader, normalized floats once on the device.
+        labels: class numbers 'b', or None for unlabeled data.
         samples: number of each sample in its data set, 'b'; the index turns it into a key.
         valid: False where a row only fills up (an unreadable sample, or padding in evaluation), 'b'.
         epochs: the pass over its data set that each sample is in, 'b'.
         first_row: place of the first row within the global batch; with the step it keys every chance draw.
         bad: why a sample could not be read, by its key.
-        colours: changes of colour still to be made, one 'b draws' per view, or None.
+        colors: changes of color still to be made, one 'b draws' per view, or None.
     """
 
     views: list[Tensor]
@@ -29,7 +29,7 @@ class Batch:
     epochs: Tensor
     first_row: int = 0
     bad: dict[str, str] = field(default_factory=dict)
-    colours: list[Tensor] | None = None
+    colors: list[Tensor] | None = None
 
     def to(self, *args, **kwargs) -> Batch:
         """On another device; called by Lightning."""
@@ -46,7 +46,7 @@ class Batch:
             labels=None if self.labels is None else change(self.labels),
             samples=change(self.samples),
             valid=change(self.valid),
-            colours=None if self.colours is None else [change(draws) for draws in self.colours],
+            colors=None if self.colors is None else [change(draws) for draws in self.colors],
         )
 
     def __len__(self) -> int:

@@ -273,8 +273,8 @@ def _pixels(
     return pixels if bits == 8 else pixels.astype(np.float32)
 
 
-def _with_alpha(grey: np.ndarray) -> np.ndarray:
-    return np.stack([grey, grey, grey, np.full_like(grey, 255)], 2)
+def _with_alpha(gray: np.ndarray) -> np.ndarray:
+    return np.stack([gray, gray, gray, np.full_like(gray, 255)], 2)
 
 
 def open_image(content: bytes) -> Image.Image:
@@ -355,14 +355,14 @@ def _read_tiff(content: bytes, only_shape: bool = False) -> np.ndarray:
 
 
 def _jpeg_header(content: bytes) -> Header | None:
-    """None where PIL should look: a damaged header, or colours that only PIL converts."""
+    """None where PIL should look: a damaged header, or colors that only PIL converts."""
     try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
+        height, width, colors, _ = simplejpeg.decode_jpeg_header(content)
     except ValueError:
         return None
-    if colours not in ("YCbCr", "Gray"):
+    if colors not in ("YCbCr", "Gray"):
         return None
-    return Header(height, width, *(("L", 1) if colours == "Gray" else ("RGB", 3)), is_jpeg=True)
+    return Header(height, width, *(("L", 1) if colors == "Gray" else ("RGB", 3)), is_jpeg=True)
 
 
 def _jpeg_pixels(

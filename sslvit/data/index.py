@@ -84,7 +84,7 @@ class ShardIndex:
         location: folder or address where the shards lie.
         shards: in order; samples are numbered through them from zero.
         records: one RECORD per sample.
-        classes: names by label, or None for unlabelled data.
+        classes: names by label, or None for unlabeled data.
         channels: of the images.
         bits: 8, or 16 if all images have them.
         mean: per channel, of pixels in [0, 1].

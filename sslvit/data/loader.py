@@ -14,11 +14,11 @@ from sslvit.data.batch import Batch
 from sslvit.data.decode import MAX_PIXELS, BadImage, Header, Scratch, decode, read_header, reduction_for
 from sslvit.data.plan import EvaluationBatches, Plan
 from sslvit.data.reader import ShardReader
-from sslvit.data.resample import normalise
+from sslvit.data.resample import normalize
 from sslvit.data.views import Views, change_views
 from sslvit.files import printable
 from sslvit.settings import EncoderSettings
-from sslvit.settings.views import CentreSettings, ViewSettings
+from sslvit.settings.views import CenterSettings, ViewSettings
 from sslvit.stopping import obey_parent_alone
 
 MAX_KEY = 4096  # characters of a sample's key: cut ones would be counted as one sample
@@ -57,10 +57,10 @@ def make_batch(
                 for picture, view in zip(pictures, instead, strict=True):
                     picture[row] = view[0]
                 break
-    colours = views.draw_colours(shown, shown_epochs)
-    if colours is not None and views.colour_here:
-        changed = change_views(pictures, colours)
-        pictures, colours = [new.to(old.dtype) for new, old in zip(changed, pictures, strict=True)], None
+    colors = views.draw_colors(shown, shown_epochs)
+    if colors is not None and views.color_here:
+        changed = change_views(pictures, colors)
+        pictures, colors = [new.to(old.dtype) for new, old in zip(changed, pictures, strict=True)], None
     pictures = views.augment(pictures, shown, shown_epochs)
     valid = np.ones(len(samples), bool) if valid is None else valid.copy()
     valid[list(bad)] = False
@@ -73,7 +73,7 @@ def make_batch(
         epochs=torch.from_numpy(epochs),
         first_row=first_row,
         bad={printable(reader.key(int(samples[i])), MAX_KEY): reason for i, reason in bad.items()},
-        colours=colours,
+        colors=colors,
     )
 
 
@@ -190,7 +190,7 @@ class TrainingBatches(Dataset):
         plan: the order.
         rank: of this process.
         micro: images per micro-batch.
-        passes: micro-batches per optimiser step on one rank.
+        passes: micro-batches per optimizer step on one rank.
         resolutions: sides of the main views, one of which is drawn for each step; None for the encoder's size.
     """
 
@@ -246,16 +246,16 @@ class _EvaluationBatches(Dataset):
         return len(self.batches)
 
 
-def center_view(encoder: EncoderSettings, fraction: float | None = None) -> CentreSettings:
+def center_view(encoder: EncoderSettings, fraction: float | None = None) -> CenterSettings:
     """What evaluation sees of an image: the encoder's own crop, or its crop with another fraction."""
-    return CentreSettings(fraction=fraction or encoder.crop_fraction, mode=encoder.crop_mode)
+    return CenterSettings(fraction=fraction or encoder.crop_fraction, mode=encoder.crop_mode)
 
 
 def evaluation_loader(
     reader: ShardReader, encoder: EncoderSettings, batch: int = 256, workers: int = 0, rank: int = 0, ranks: int = 1,
     view: ViewSettings | None = None, epoch: int = 0, seed: int = 0, chosen: np.ndarray | None = None,
 ) -> DataLoader:  # fmt: skip
-    """Every sample once, in order, in batches of one size, seen through a centre crop unless another view is given.
+    """Every sample once, in order, in batches of one size, seen through a center crop unless another view is given.
 
     Args:
         reader: of the data set.
@@ -274,6 +274,6 @@ def evaluation_loader(
     return DataLoader(batches, batch_size=None, num_workers=workers, worker_init_fn=obey_parent_alone)
 
 
-def normalised_view(batch: Batch, encoder: EncoderSettings, device: torch.device) -> torch.Tensor:
+def normalized_view(batch: Batch, encoder: EncoderSettings, device: torch.device) -> torch.Tensor:
     """The one view of an evaluation batch, on the device, as the encoder takes it."""
-    return normalise(batch.views[0].to(device), encoder.mean, encoder.std)
+    return normalize(batch.views[0].to(device), encoder.mean, encoder.std)

@@ -14,11 +14,11 @@ from sslvit.data.index import Index
 from sslvit.data.loader import TrainingBatches, make_batch
 from sslvit.data.plan import Plan, slices
 from sslvit.data.reader import ShardReader
-from sslvit.data.resample import normalise
+from sslvit.data.resample import normalize
 from sslvit.data.stream import StreamBatches, StreamIndex
 from sslvit.data.views import Views, change_views
 from sslvit.settings import DataSettings, EncoderSettings
-from sslvit.settings.views import AugmentSettings, CentreSettings
+from sslvit.settings.views import AugmentSettings, CenterSettings
 from sslvit.stopping import obey_parent_alone
 
 
@@ -28,9 +28,9 @@ class ShardDataModule(pl.LightningDataModule):
     Args:
         index: of the shards.
         settings: batch, view and loading.
-        encoder: size, channels and normalisation of its input.
+        encoder: size, channels and normalization of its input.
         plan: the order; its seed is also that of the views.
-        total_steps: optimiser steps of the run.
+        total_steps: optimizer steps of the run.
         micro_batch: images per forward pass on one rank, or None for the rank's share.
     """
 
@@ -54,8 +54,8 @@ class ShardDataModule(pl.LightningDataModule):
         trainer = self.trainer
         is_gpu = trainer.strategy.root_device.type == "cuda"
         micro, passes = slices(self.plan.global_batch, trainer.world_size, self.micro_batch)
-        place = self.settings.colour_on
-        self.views.colour_here = place == "workers" or (place == "auto" and not is_gpu)
+        place = self.settings.color_on
+        self.views.color_here = place == "workers" or (place == "auto" and not is_gpu)
         if isinstance(self.index, StreamIndex):
             batches: Dataset = StreamBatches(
                 self.index, self.views, self.encoder.channels, trainer.global_rank, trainer.world_size, micro, passes,
@@ -92,13 +92,13 @@ class ShardDataModule(pl.LightningDataModule):
     def whole_images(self, count: int, scale: int = 1) -> Tensor:
         """The middle of the first images, 'b c h w', at a multiple of the encoder's size."""
         size = [scale * side for side in self.encoder.image_size]
-        return self.examples(count, Views(CentreSettings(), size, self.encoder.interpolation)).views[0]
+        return self.examples(count, Views(CenterSettings(), size, self.encoder.interpolation)).views[0]
 
     def prepare(self, batch: Batch) -> Batch:
-        """Colours and units as the encoder takes them, on the batch's device."""
-        if batch.colours is not None:
-            batch.views, batch.colours = change_views(batch.views, batch.colours), None
-        batch.views = [normalise(view, self.encoder.mean, self.encoder.std) for view in batch.views]
+        """Colors and units as the encoder takes them, on the batch's device."""
+        if batch.colors is not None:
+            batch.views, batch.colors = change_views(batch.views, batch.colors), None
+        batch.views = [normalize(view, self.encoder.mean, self.encoder.std) for view in batch.views]
         return batch
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
@@ -108,7 +108,7 @@ class ShardDataModule(pl.LightningDataModule):
         return batch
 
     def state_dict(self) -> dict[str, int | str]:
-        """The position: optimiser steps done. All else only guards against another data set or order."""
+        """The position: optimizer steps done. All else only guards against another data set or order."""
         return {"step": self.trainer.global_step, **self._identity()}
 
     def load_state_dict(self, state: dict[str, int | str]) -> None:

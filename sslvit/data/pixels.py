@@ -14,57 +14,57 @@ from sslvit.chance import generator
 from sslvit.data.index import ShardIndex
 from sslvit.data.loader import make_batch
 from sslvit.data.reader import ShardReader
-from sslvit.data.resample import normalise
+from sslvit.data.resample import normalize
 from sslvit.data.views import Views
 from sslvit.figures import palette_picture
 from sslvit.files import remove_left_parts, write_atomically, write_error
 from sslvit.palette import (
     LEVELS,
     ROUNDS,
-    colours_of,
+    colors_of,
     fit_palette,
-    nearest_colour,
+    nearest_color,
     squared_error,
     uniform_palette,
 )
 from sslvit.progress import track
-from sslvit.settings.views import CentreSettings
+from sslvit.settings.views import CenterSettings
 
 PIXELS = 2**19  # that a palette is fitted on
 MOST_IMAGES = 20_000  # that they are taken from
 BATCH = 64
 SHOWN = 8  # images in the picture
-DIGITS = 6  # behind the point of a saved colour: a thousandth of a byte is 1e-5
+DIGITS = 6  # behind the point of a saved color: a thousandth of a byte is 1e-5
 
 
 def make_palette(
-    index: ShardIndex, out: str | Path, colours: int | None = None, image_size: int = 32, seed: int = 0
+    index: ShardIndex, out: str | Path, colors: int | None = None, image_size: int = 32, seed: int = 0
 ) -> dict:
     """Fit a palette on a data set's pixels; write it as JSON, and as a picture beside that.
 
     Args:
         index: of the data set.
         out: the JSON file; the picture has its name with .png.
-        colours: how many; None for 8 per channel: 512, or 8 greys.
+        colors: how many; None for 8 per channel: 512, or 8 grays.
         image_size: side of the images that the encoder will see.
-        seed: of the pixels that are drawn, and of the first centres.
+        seed: of the pixels that are drawn, and of the first centers.
 
     Returns:
         What the file says.
 
     Raises:
-        ValueError: more colours than the images have, a file in use, or no readable image.
+        ValueError: more colors than the images have, a file in use, or no readable image.
         OSError: the file cannot be written.
     """
-    check_palette_options(out, colours, image_size, seed)
+    check_palette_options(out, colors, image_size, seed)
     out = Path(out)
     picture = out.with_suffix(".png")
-    colours = colours or (LEVELS if index.channels == 1 else LEVELS**3)
+    colors = colors or (LEVELS if index.channels == 1 else LEVELS**3)
     pixels, images = draw_pixels(index, image_size, seed)
-    palette = fit_palette(pixels, colours, seed, track(range(ROUNDS), "k-means", ROUNDS, unit="rounds at most"))
+    palette = fit_palette(pixels, colors, seed, track(range(ROUNDS), "k-means", ROUNDS, unit="rounds at most"))
     palette = palette.double().round(decimals=DIGITS).float()
     content = {
-        "kind": "k-means", "colours": [[round(value, DIGITS) for value in row] for row in palette.tolist()],
+        "kind": "k-means", "colors": [[round(value, DIGITS) for value in row] for row in palette.tolist()],
         "mean_squared_error": squared_error(pixels, palette),
         "mean_squared_error_uniform": None,
         "pixels": len(pixels), "image_size": image_size, "seed": seed,
@@ -73,7 +73,7 @@ def make_palette(
     if index.channels in (1, 3):
         content["mean_squared_error_uniform"] = squared_error(pixels, uniform_palette(index.channels))
     shown = images[:SHOWN]
-    near = colours_of(nearest_colour(shown, palette), palette)
+    near = colors_of(nearest_color(shown, palette), palette)
     for path in (picture, out):
         remove_left_parts(path)
     palette_picture(picture, *(((values + 1) / 2).numpy() for values in (palette, shown, near)))
@@ -85,7 +85,7 @@ def make_palette(
     return content
 
 
-def check_palette_options(out: str | Path, colours: int | None, image_size: int, seed: int) -> None:
+def check_palette_options(out: str | Path, colors: int | None, image_size: int, seed: int) -> None:
     """Raise ValueError on options that no palette could be made with, before any work."""
     out = Path(out)
     if out.suffix != ".json":
@@ -93,8 +93,8 @@ def check_palette_options(out: str | Path, colours: int | None, image_size: int,
     for path in (out, out.with_suffix(".png")):
         if path.exists():
             raise ValueError(f"{path}: already exists. Choose another file.")
-    if colours is not None and colours < 2:
-        raise ValueError(f"--colours {colours}: a palette has two or more.")
+    if colors is not None and colors < 2:
+        raise ValueError(f"--colors {colors}: a palette has two or more.")
     if image_size < 1:
         raise ValueError(f"--image-size {image_size}: must be 1 or more.")
     if not 0 <= seed < 2**32:
@@ -116,13 +116,13 @@ def draw_pixels(index: ShardIndex, image_size: int, seed: int) -> tuple[Float[Te
         chosen = np.sort(generator(seed, "palette images").permutation(len(index))[:MOST_IMAGES])
     each = min(-(-PIXELS // len(chosen)), image_size**2)
     reader = ShardReader(index, index.channels, memory_limit_mb=0)
-    views = Views(CentreSettings(), [image_size, image_size], "bicubic")
+    views = Views(CenterSettings(), [image_size, image_size], "bicubic")
     half = [0.5] * index.channels
     pieces, first, missing = [], [], 0
     batches = [chosen[start : start + BATCH] for start in range(0, len(chosen), BATCH)]
     for samples in track(batches, "reading pixels", len(batches) * BATCH, each=BATCH):
         batch = make_batch(reader, views, samples, np.zeros_like(samples))
-        images = normalise(batch.views[0][batch.valid], half, half)
+        images = normalize(batch.views[0][batch.valid], half, half)
         missing += int((~batch.valid).sum())
         for image, sample in zip(images, samples[batch.valid.numpy()], strict=True):
             places = generator(seed, int(sample), "palette").permutation(image_size**2)[:each]

@@ -57,7 +57,7 @@ class EpochPlan:
 
     Args:
         shard_samples: how many samples each shard holds; samples are numbered through them.
-        global_batch: B, samples per optimiser step over all ranks.
+        global_batch: B, samples per optimizer step over all ranks.
         seed: another seed is another order.
         lanes: L; None for one up to a million samples and gcd(64, B) above.
         window_shards: shards of a lane that are shuffled together.
@@ -215,7 +215,7 @@ class EpochPlan:
 
 
 def slices(global_batch: int, ranks: int, micro_batch: int | None) -> tuple[int, int]:
-    """Images per forward pass on one rank, and forward passes per optimiser step.
+    """Images per forward pass on one rank, and forward passes per optimizer step.
 
     Raises:
         ValueError: the ranks or the micro-batch do not divide the batch; the message names what would.

@@ -110,7 +110,7 @@ class ShardReader:
         return self.index.key(sample)
 
     def labels_of(self, samples: np.ndarray) -> np.ndarray | None:
-        """Class numbers, or None for unlabelled data."""
+        """Class numbers, or None for unlabeled data."""
         return None if self.index.classes is None else self.index.labels_of(samples).astype(np.int64)
 
     def kept(self, samples: np.ndarray) -> tuple[Tensor, dict[int, str]]:

@@ -220,9 +220,9 @@ def _compute_weights(
 ) -> Tensor:
     start, extent = (torch.from_numpy(np.asarray(v, np.float32))[:, None, None] for v in (start, extent))
     scale = extent / out
-    centre = start + (torch.arange(out)[:, None] + 0.5) * scale
+    center = start + (torch.arange(out)[:, None] + 0.5) * scale
     pixel = torch.arange(length) + 0.5
-    distance = (pixel - centre).abs_() / scale.clamp(min=1)  # shrinking widens the filter: antialiasing
+    distance = (pixel - center).abs_() / scale.clamp(min=1)  # shrinking widens the filter: antialiasing
     if interpolation == "bilinear":
         weight = 1 - distance.clamp_(max=1)
     else:  # Keys' cubic with a = -0.5, the antialiased one of PIL and torch
@@ -233,11 +233,11 @@ def _compute_weights(
     if is_cut:
         weight *= (pixel > start) & (pixel < start + extent)
     total = weight.sum(2, keepdim=True)
-    is_black = (centre < 0) | (centre > length) | (total == 0)
+    is_black = (center < 0) | (center > length) | (total == 0)
     return (weight / total).masked_fill_(is_black, 0)
 
 
-def normalise(view: Tensor, mean: list[float], std: list[float]) -> Tensor:
+def normalize(view: Tensor, mean: list[float], std: list[float]) -> Tensor:
     """Pixels (0 to 255) -> float32 in units of the channel's deviation, on the view's device."""
     scale = 1 / (torch.tensor(std, device=view.device).view(-1, 1, 1) * 255)
     shift = -255 * torch.tensor(mean, device=view.device).view(-1, 1, 1) * scale

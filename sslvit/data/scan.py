@@ -64,7 +64,7 @@ class Measured:
     def measure(self, content: bytes, header: Header) -> None:
         """Add the moments of one image; those of another number of channels are left out."""
         is_mixed = header.mode != "array" and header.channels < 4
-        channels = 3 if is_mixed else header.channels  # grey images among colours count as colours
+        channels = 3 if is_mixed else header.channels  # gray images among colors count as colors
         if self.images and channels != self.channels:
             return
         here = moments_of(decode_pixels(content, channels, header.bits, header=header))

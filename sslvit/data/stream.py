@@ -103,7 +103,7 @@ class StreamBatches(IterableDataset):
         rank: of this process.
         ranks: how many there are.
         micro: images per micro-batch.
-        passes: micro-batches per optimiser step on one rank.
+        passes: micro-batches per optimizer step on one rank.
         start_step: of the run; another one is another order.
         max_pixels: of the largest image that is accepted.
     """

@@ -1,4 +1,4 @@
-"""Image -> views: which boxes of the image are seen, at which size, in which colours.
+"""Image -> views: which boxes of the image are seen, at which size, in which colors.
 
 A view is a box in pixels of its image (it may reach outside: black) and whether it is mirrored. Boxes are drawn
 for a whole batch at once from uniform numbers keyed by (seed, epoch, sample), so a sample's views do not depend
@@ -16,12 +16,12 @@ from torch import Tensor
 
 from sslvit.chance import uniform_at
 from sslvit.data.augment import augment_image, draw_operations
-from sslvit.data.colour import change_colours, draw_colours
+from sslvit.data.color import change_colors, draw_colors
 from sslvit.data.resample import Boxes, resample, view_of_one
 from sslvit.settings.views import (
     AugmentSettings,
     CanvasSettings,
-    CentreSettings,
+    CenterSettings,
     CropSettings,
     MultiCropSettings,
     SquareSettings,
@@ -53,21 +53,21 @@ class Views:
         size: height and width of the encoder's input.
         interpolation: bilinear or bicubic, always antialiased.
         seed: of the draws.
-        colour_here: change colours here; otherwise whoever gets the batch does (data.colour_on).
+        color_here: change colors here; otherwise whoever gets the batch does (data.color_on).
         fill: per channel, from 0 to 1: what RandAugment moves in from outside; None for gray.
     """
 
     def __init__(
-        self, settings: ViewSettings, size: list[int], interpolation: str, seed: int = 0, colour_here: bool = True,
+        self, settings: ViewSettings, size: list[int], interpolation: str, seed: int = 0, color_here: bool = True,
         fill: list[float] | None = None,
     ) -> None:  # fmt: skip
         self.settings, self.size, self.interpolation, self.seed = settings, size, interpolation, seed
-        self.colour_here, self.fill = colour_here, fill
+        self.color_here, self.fill = color_here, fill
 
     @property
     def is_exact(self) -> bool:
         """Whether images are decoded in full: what is seen without chance is what other libraries make of an image."""
-        return isinstance(self.settings, CentreSettings)
+        return isinstance(self.settings, CenterSettings)
 
     def of_size(self, size: list[int] | None = None) -> list[OneView]:
         """The views, with the main ones of another size than the encoder's if one is given."""
@@ -79,8 +79,8 @@ class Views:
                 return [OneView(size, random_squares(settings.resize, settings.crop, settings.flip))]
             case CanvasSettings():
                 return [OneView(size, canvas_places(settings.side, settings.flip))]
-            case CentreSettings():
-                return [OneView(size, centre_crops(settings.fraction, settings.mode))]
+            case CenterSettings():
+                return [OneView(size, center_crops(settings.fraction, settings.mode))]
             case MultiCropSettings():
                 large = OneView(size, random_crops(settings.global_scale, settings.ratio, settings.flip))
                 small = OneView(
@@ -107,13 +107,13 @@ class Views:
             drawn.append((view.size, view.draw(uniform, sides[:, 0], sides[:, 1], view.size)))
         return drawn
 
-    def draw_colours(self, samples: np.ndarray, epochs: np.ndarray) -> list[Tensor] | None:
-        """What happens to the colours of each view, or None if nothing does."""
+    def draw_colors(self, samples: np.ndarray, epochs: np.ndarray) -> list[Tensor] | None:
+        """What happens to the colors of each view, or None if nothing does."""
         settings = self.settings
         if not isinstance(settings, MultiCropSettings):
             return None
         drawn = [
-            by_epoch(lambda e, s, v=view: draw_colours(settings, v, (self.seed, e), s), samples, epochs)
+            by_epoch(lambda e, s, v=view: draw_colors(settings, v, (self.seed, e), s), samples, epochs)
             for view in range(2 + settings.local_crops)
         ]
         return [torch.from_numpy(draws) for draws in drawn]
@@ -133,7 +133,7 @@ class Views:
     def of_batch(
         self, images: Tensor, samples: np.ndarray, epochs: np.ndarray, size: list[int] | None = None
     ) -> list[Tensor]:
-        """Views 'b c h w' of equally large images 'b c h w', before their colours change."""
+        """Views 'b c h w' of equally large images 'b c h w', before their colors change."""
         sides = np.tile(images.shape[2:], (len(images), 1))
         return [
             resample(images, boxes, size_of_view, self.interpolation)
@@ -172,7 +172,7 @@ def random_crops(scale: list[float], ratio: list[float], flip: float) -> DrawBox
         if scale[1] <= 1:  # otherwise a box may reach outside
             fits &= (width <= widths[:, None]) & (height <= heights[:, None])
         first = np.arange(len(fits)), fits.argmax(1)
-        # none fits: the largest centred box whose ratio is allowed
+        # none fits: the largest centered box whose ratio is allowed
         wide = widths / heights
         fallback_width = np.where(wide > ratio[1], np.round(heights * ratio[1]), widths)
         fallback_height = np.where(wide < ratio[0], np.round(widths / ratio[0]), heights)
@@ -204,7 +204,7 @@ def random_squares(resize: list[int], crop: int, flip: float) -> DrawBoxes:
     return draw
 
 
-def centre_crops(fraction: float, mode: str = "center") -> DrawBoxes:
+def center_crops(fraction: float, mode: str = "center") -> DrawBoxes:
     """The largest centered box of the view's shape, or the whole image, shrunk to a fraction of its sides."""
 
     def draw(uniform: np.ndarray, heights: np.ndarray, widths: np.ndarray, size: list[int]) -> Boxes:
@@ -234,16 +234,16 @@ def canvas_places(side: list[float], flip: float) -> DrawBoxes:
     return draw
 
 
-def change_views(views: list[Tensor], colours: list[Tensor]) -> list[Tensor]:
-    """Change the colours of every view; neighbours of one size go together."""
+def change_views(views: list[Tensor], colors: list[Tensor]) -> list[Tensor]:
+    """Change the colors of every view; neighbors of one size go together."""
     changed: list[Tensor] = []
     for start, stop in runs_of_one_size(views):
-        together = change_colours(torch.cat(views[start:stop]), torch.cat(colours[start:stop]))
+        together = change_colors(torch.cat(views[start:stop]), torch.cat(colors[start:stop]))
         changed += together.chunk(stop - start)
     return changed
 
 
 def runs_of_one_size(views: list[Tensor]) -> list[tuple[int, int]]:
-    """Where neighbouring views have one shape: (first, one after the last) of each run."""
+    """Where neighboring views have one shape: (first, one after the last) of each run."""
     starts = [i for i, view in enumerate(views) if not i or view.shape != views[i - 1].shape]
     return list(zip(starts, [*starts[1:], len(views)], strict=True))

@@ -37,20 +37,20 @@ def mass_mask(attention: Float[Tensor, "b heads rows cols"], share: float = 0.6)
 
 
 @torch.no_grad()
-def patch_colours(encoder: ViTEncoder, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 rows cols"]:
+def patch_colors(encoder: ViTEncoder, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 rows cols"]:
     """The first three principal components of all images' patch tokens as red, green and blue, each from 0 to 1.
 
-    As in DINOv2 (Oquab et al. 2024, figure 1): patches of one colour have similar features, also across images.
+    As in DINOv2 (Oquab et al. 2024, figure 1): patches of one color have similar features, also across images.
     """
     tokens = encoder(images)[:, encoder.prefix :]  # b n d
     rows, columns = encoder.settings.grid_of(*images.shape[2:])
-    centred = (tokens - tokens.mean((0, 1))).flatten(0, 1).double()
-    _, _, axes = torch.linalg.svd(centred, full_matrices=False)
+    centered = (tokens - tokens.mean((0, 1))).flatten(0, 1).double()
+    _, _, axes = torch.linalg.svd(centered, full_matrices=False)
     axes = axes[:3] * axes[:3].sum(1, keepdim=True).sign()  # a component and its negative are the same: pick one
-    components = centred @ axes.T  # (b n) 3
+    components = centered @ axes.T  # (b n) 3
     low, high = (components.quantile(level, dim=0) for level in (0.02, 0.98))
-    colours = ((components - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).float()
-    return rearrange(colours, "(b rows cols) colour -> b colour rows cols", rows=rows, cols=columns)
+    colors = ((components - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).float()
+    return rearrange(colors, "(b rows cols) color -> b color rows cols", rows=rows, cols=columns)
 
 
 @torch.no_grad()
@@ -59,7 +59,7 @@ def attention_measures(
 ) -> tuple[Float[Tensor, "layers heads"], Float[Tensor, "layers heads"]]:
     """How far each head looks, in pixels of the image, and how spread its attention is, in nats.
 
-    The distance is that of patch centres, weighted by the attention that a patch pays to patches (ViT, Dosovitskiy
+    The distance is that of patch centers, weighted by the attention that a patch pays to patches (ViT, Dosovitskiy
     et al. 2021, figure 7); the entropy is that of a token's whole row. Both are means over tokens and images.
     """
     rows, columns = encoder.settings.grid_of(*images.shape[2:])
@@ -86,7 +86,7 @@ def receptive_field(
 
     Args:
         features: images -> the features of one place of a network.
-        images: normalised.
+        images: normalized.
         seed: of the random direction in feature space whose gradient is taken, one per image.
     """
     images = images.clone().requires_grad_()

@@ -16,14 +16,14 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from sslvit.evaluate.sources import FeatureTable, LabelledSet, Place, Source
+from sslvit.evaluate.sources import FeatureTable, LabeledSet, Place, Source
 from sslvit.files import cache_folder, new_file, remove_left_parts
 from sslvit.settings.views import ViewSettings
 
 FORMAT = 2  # raised when the same key would mean other numbers
 
 
-def key_of(source: Source, data: LabelledSet, view: ViewSettings, batch: int) -> str:
+def key_of(source: Source, data: LabeledSet, view: ViewSettings, batch: int) -> str:
     """What decides the features: weights and settings, images, view, and what moves their last digits."""
     settings = asdict(source.settings)
     content = {

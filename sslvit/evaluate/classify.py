@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sslvit.data.loader import evaluation_loader, normalised_view
-from sslvit.evaluate.sources import LabelledSet, NoScore
+from sslvit.data.loader import evaluation_loader, normalized_view
+from sslvit.evaluate.sources import LabeledSet, NoScore
 from sslvit.ranks import count_ranks, gather_over_ranks, rank, said_by_all, sum_over_ranks
 from sslvit.settings import EncoderSettings
 
@@ -35,14 +35,14 @@ class Accuracy:
 
 @torch.no_grad()
 def accuracy(
-    logits_of: Callable[[Tensor], Tensor], data: LabelledSet, settings: EncoderSettings, device: torch.device,
+    logits_of: Callable[[Tensor], Tensor], data: LabeledSet, settings: EncoderSettings, device: torch.device,
     batch: int = 256, workers: int = 0,
 ) -> Accuracy:  # fmt: skip
     """Right answers on the encoder's center views.
 
     Args:
-        logits_of: normalised images 'b c h w' -> 'b classes'.
-        data: labelled images.
+        logits_of: normalized images 'b c h w' -> 'b classes'.
+        data: labeled images.
         settings: how images reach the encoder.
         device: that computes.
         batch: images per forward pass and rank.
@@ -56,7 +56,7 @@ def accuracy(
     classes = len(data.index.classes)
     samples, bad, is_finite = [], {}, True
     for piece in loader:
-        logits = logits_of(normalised_view(piece, settings, device)).float().cpu()
+        logits = logits_of(normalized_view(piece, settings, device)).float().cpu()
         is_finite &= bool(logits[piece.valid].isfinite().all())
         samples.append(gather_over_ranks(piece.samples)[gather_over_ranks(piece.valid)])
         bad |= piece.bad

@@ -1,6 +1,6 @@
 """Dense probe: linear segmentation on frozen patch tokens, from images and masks in a folder, as mean IoU.
 
-A patch's target is the share of each class among its labelled pixels, so the loss is that of all pixels under one
+A patch's target is the share of each class among its labeled pixels, so the loss is that of all pixels under one
 guess per patch. Guesses are stretched to the pixels before they are counted. What is fitted and scored is the part of
 each image that the encoder sees, and of that part, all pixels with a label.
 """
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from sslvit.chance import generator
 from sslvit.data.decode import BadImage, decode_pixels, read_header
-from sslvit.data.resample import normalise
-from sslvit.data.views import centre_crops
+from sslvit.data.resample import normalize
+from sslvit.data.views import center_crops
 from sslvit.environment import pick_device
 from sslvit.evaluate.linear import STRENGTHS, TRIAL_ITERATIONS, UNSOLVED, solved_in_all
 from sslvit.evaluate.logistic import fit_logistic
@@ -127,7 +127,7 @@ class MaskedImages:
 
 def seen_box(image: Image.Image, settings: EncoderSettings) -> tuple[float, float, float, float]:
     """Left, top, right and bottom of what the encoder sees of an image, in its pixels."""
-    draw = centre_crops(settings.crop_fraction, settings.crop_mode)
+    draw = center_crops(settings.crop_fraction, settings.crop_mode)
     box = draw(np.empty((1, 0)), np.array([image.height]), np.array([image.width]), settings.image_size)
     left, top = float(box.left[0]), float(box.top[0])
     right, bottom = min(left + float(box.width[0]), image.width), min(top + float(box.height[0]), image.height)
@@ -198,11 +198,11 @@ def segment(
         source = None if encoder is None else encoder.to(device).eval()
         tokens, shares, weight, of_image = [], [], [], []
         for number, (maps, masks) in enumerate(_maps(source, train, settings, batch, device)):
-            share, labelled = _shares(masks, classes, maps.shape[2:])
+            share, labeled = _shares(masks, classes, maps.shape[2:])
             tokens.append(rearrange(maps, "b d rows columns -> (b rows columns) d").cpu())
             shares.append(share)
-            weight.append(labelled)
-            of_image += [number * batch + i for i in range(len(masks)) for _ in range(labelled.numel() // len(masks))]
+            weight.append(labeled)
+            of_image += [number * batch + i for i in range(len(masks)) for _ in range(labeled.numel() // len(masks))]
         values, target, counts = torch.cat(tokens), torch.cat(shares), torch.cat(weight)
         held = torch.from_numpy(is_held[np.array(of_image)]) & (counts > 0)
         head = _fit(values.to(device), target.to(device), counts.to(device), held.to(device), len(classes))
@@ -267,7 +267,7 @@ def _maps(encoder: ViTEncoder | None, data: MaskedImages, settings: EncoderSetti
     """Batches of patch features 'b d rows columns' and masks 'b h w'."""
     for start in track(range(0, len(data), batch), "features", len(data), each=batch):
         pairs = [data.read(number, settings) for number in range(start, min(start + batch, len(data)))]
-        images = normalise(torch.stack([image for image, _ in pairs]).to(device), settings.mean, settings.std)
+        images = normalize(torch.stack([image for image, _ in pairs]).to(device), settings.mean, settings.std)
         if encoder is None:
             maps = F.pixel_unshuffle(images, max(settings.patch, 2))
         else:
@@ -282,13 +282,13 @@ def _renumbered(masks: np.ndarray, classes: np.ndarray) -> np.ndarray:
 
 
 def _shares(masks: np.ndarray, classes: np.ndarray, grid) -> tuple[Tensor, Tensor]:
-    """Of every patch: the share of each class among its labelled pixels, and how many pixels are labelled."""
+    """Of every patch: the share of each class among its labeled pixels, and how many pixels are labeled."""
     places = torch.from_numpy(_renumbered(masks, classes))
     one_hot = torch.stack([(places == i).float() for i in range(len(classes))], 1)  # b classes h w
     counts = F.adaptive_avg_pool2d(one_hot, tuple(grid))
     counts = rearrange(counts, "b classes rows columns -> (b rows columns) classes")
-    labelled = counts.sum(1)
-    return counts / labelled.clamp(min=1e-12)[:, None], labelled
+    labeled = counts.sum(1)
+    return counts / labeled.clamp(min=1e-12)[:, None], labeled
 
 
 def _fit(

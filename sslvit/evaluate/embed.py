@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sslvit.data.loader import evaluation_loader, normalised_view
-from sslvit.evaluate.sources import LabelledSet, NoScore, Place, Source
+from sslvit.data.loader import evaluation_loader, normalized_view
+from sslvit.evaluate.sources import LabeledSet, NoScore, Place, Source
 from sslvit.files import new_file, remove_left_parts
 from sslvit.progress import track
 
@@ -45,12 +45,12 @@ class Embeddings:
 
 
 @torch.no_grad()
-def embed(source: Source, data: LabelledSet, places: list[Place], batch: int = 256, workers: int = 0) -> Embeddings:
+def embed(source: Source, data: LabeledSet, places: list[Place], batch: int = 256, workers: int = 0) -> Embeddings:
     """Features of the encoder's center view of every image that can be read.
 
     Args:
         source: of the features.
-        data: the images, labelled or not.
+        data: the images, labeled or not.
         places: whose features stand side by side.
         batch: images per forward pass.
         workers: loader processes.
@@ -62,7 +62,7 @@ def embed(source: Source, data: LabelledSet, places: list[Place], batch: int = 2
     loader = evaluation_loader(data.reader, settings, batch, workers, chosen=data.chosen)
     rows, samples, bad = [], [], {}
     for piece in track(loader, "features", len(loader) * batch, each=batch):
-        values = torch.cat(source.features_at(normalised_view(piece, settings, source.device), places), 1)
+        values = torch.cat(source.features_at(normalized_view(piece, settings, source.device), places), 1)
         rows.append(values.float().cpu()[piece.valid])
         samples.append(piece.samples[piece.valid])
         bad |= piece.bad

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from sslvit.data.batch import Batch
-from sslvit.data.loader import center_view, evaluation_loader, normalised_view
+from sslvit.data.loader import center_view, evaluation_loader, normalized_view
 from sslvit.evaluate.cache import FeatureCache, key_of
-from sslvit.evaluate.sources import FeatureTable, LabelledSet, NoScore, Place, Source
+from sslvit.evaluate.sources import FeatureTable, LabeledSet, NoScore, Place, Source
 from sslvit.progress import track
 from sslvit.ranks import count_ranks, gather_over_ranks, is_first_rank, rank, said_by_first
-from sslvit.settings.views import CentreSettings, ViewSettings
+from sslvit.settings.views import CenterSettings, ViewSettings
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Pass:
     Args:
         batch: images per forward pass.
         workers: loader processes.
-        cache: where passes over centre views are kept, or None.
+        cache: where passes over center views are kept, or None.
     """
 
     batch: int = 256
@@ -37,7 +37,7 @@ class Pass:
     _held: dict[tuple[int, float], FeatureTable] = field(default_factory=dict)
 
     def features(
-        self, source: Source, data: LabelledSet, places: Sequence[Place], fraction: float | None = None
+        self, source: Source, data: LabeledSet, places: Sequence[Place], fraction: float | None = None
     ) -> FeatureTable:
         """Features of the center view of every image; those of the last source are held, others may be in the cache.
 
@@ -59,7 +59,7 @@ class Pass:
         return held
 
     def _through_cache(
-        self, source: Source, data: LabelledSet, places: Sequence[Place], view: CentreSettings
+        self, source: Source, data: LabeledSet, places: Sequence[Place], view: CenterSettings
     ) -> FeatureTable:
         if self.cache is None:
             return self.run(source, data, places, view)
@@ -77,7 +77,7 @@ class Pass:
 
     @torch.no_grad()
     def run(
-        self, source: Source, data: LabelledSet, places: Sequence[Place], view: ViewSettings, epoch: int = 0,
+        self, source: Source, data: LabeledSet, places: Sequence[Place], view: ViewSettings, epoch: int = 0,
         seed: int = 0,
     ) -> FeatureTable:  # fmt: skip
         """One pass over the images, each seen once through a view; every rank takes part, the first gets the table.
@@ -105,7 +105,7 @@ class Pass:
         for piece in track(
             loader, "features", len(loader) * self.batch * count_ranks(), each=self.batch * count_ranks()
         ):
-            found = source.features_at(normalised_view(piece, settings, source.device), places)
+            found = source.features_at(normalized_view(piece, settings, source.device), places)
             valid, numbers = gather_over_ranks(piece.valid), gather_over_ranks(labels_of(piece))
             gathered = [gather_over_ranks(values.float().cpu()) for values in found]
             samples.append(gather_over_ranks(piece.samples)[valid])
@@ -124,7 +124,7 @@ class Pass:
         return table
 
 
-def check_finite(table: FeatureTable | None, data: LabelledSet) -> None:
+def check_finite(table: FeatureTable | None, data: LabeledSet) -> None:
     """Refuse, on all ranks, a table that holds what is not finite; the first rank has it, the others give None.
 
     Raises:

@@ -15,7 +15,7 @@ MOST_PAIRED = 4096  # images of which every pair is compared
 def feature_std(features: Float[Tensor, "b d"]) -> float:
     """Deviation over images per channel, averaged; features are scaled to a mean square of one first.
 
-    0 where all images have the same features; 1 where channels are independent of each other and centred.
+    0 where all images have the same features; 1 where channels are independent of each other and centered.
     """
     scaled = features / features.square().mean(1, keepdim=True).sqrt().clamp(min=1e-12)
     return float(scaled.std(0, unbiased=False).mean())
@@ -52,8 +52,8 @@ def alpha_of_spectrum(features: Float[Tensor, "b d"]) -> float:
     """
     if not features.isfinite().all():
         return float("nan")
-    centred = features.double() - features.double().mean(0)
-    spread = torch.linalg.svdvals(centred).square()
+    centered = features.double() - features.double().mean(0)
+    spread = torch.linalg.svdvals(centered).square()
     spread = spread[spread > 1e-6 * spread[0]] if len(spread) and spread[0] > 0 else spread[:0]
     first = max(1, min(len(spread) // 10, 10))
     if len(spread) - first < 2:

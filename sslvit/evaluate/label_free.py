@@ -10,7 +10,7 @@ from sslvit.data.open import check_present
 from sslvit.evaluate.features import Pass
 from sslvit.evaluate.health import alignment, label_free
 from sslvit.evaluate.probe import untrained
-from sslvit.evaluate.sources import FrozenEncoder, LabelledSet, RawPixels, Source
+from sslvit.evaluate.sources import FrozenEncoder, LabeledSet, RawPixels, Source
 from sslvit.models import ViTEncoder
 from sslvit.settings.views import CropSettings
 
@@ -18,7 +18,7 @@ PAIR = CropSettings(scale=[0.2, 1.0])  # two crops of an image, whose features s
 
 
 def measure_health(
-    encoder: ViTEncoder, data: LabelledSet, layer: int | None = None, pooling: str | None = None, batch: int = 256,
+    encoder: ViTEncoder, data: LabeledSet, layer: int | None = None, pooling: str | None = None, batch: int = 256,
     workers: int = 0, seed: int = 0,
 ) -> dict[str, dict[str, float]]:  # fmt: skip
     """Rows (raw pixels, untrained encoder, encoder) of RankMe, deviation, spectrum, uniformity and alignment.
@@ -45,7 +45,7 @@ def measure_health(
 
 def measures_of(
     source: Source,
-    data: LabelledSet,
+    data: LabeledSet,
     reading: Pass,
     layer: int | None = None,
     pooling: str | None = None,

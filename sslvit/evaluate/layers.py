@@ -8,10 +8,10 @@ from pathlib import Path
 from sslvit.environment import pick_device
 from sslvit.evaluate.cache import FeatureCache
 from sslvit.evaluate.features import Pass
-from sslvit.evaluate.probe import LINEAR, ProbeTable, describe, open_labelled, score, untrained
+from sslvit.evaluate.probe import LINEAR, ProbeTable, describe, open_labeled, score, untrained
 from sslvit.evaluate.protocols import Bench
 from sslvit.evaluate.scores import Draws, format_table
-from sslvit.evaluate.sources import FrozenEncoder, LabelledSet, RawPixels, Source
+from sslvit.evaluate.sources import FrozenEncoder, LabeledSet, RawPixels, Source
 from sslvit.figures import curves
 from sslvit.models import ViTEncoder
 from sslvit.ranks import is_first_rank
@@ -80,10 +80,10 @@ def probe_layers(encoder: ViTEncoder, settings: ProbeSettings, numbers: list[int
         raise ValueError("--layers: the best layer is chosen by logistic regression. Leave out --protocol.")
     if settings.seeds != 1:
         raise ValueError(f"--seeds {settings.seeds}: --layers has one curve per seed. Give --seed one by one.")
-    indices = open_labelled(settings)
+    indices = open_labeled(settings)
     device = pick_device(settings.device)
     limit = settings.max_unreadable_fraction
-    train, val = (LabelledSet(index, encoder.settings.channels, None, limit) for index in indices)
+    train, val = (LabeledSet(index, encoder.settings.channels, None, limit) for index in indices)
     cache = FeatureCache(settings.cache, settings.cache_gb) if settings.cache else None
     reading = Pass(settings.batch, settings.workers, cache)
     sources: dict[str, Source] = {"layer {}": FrozenEncoder(encoder.to(device))}

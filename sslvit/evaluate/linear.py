@@ -24,7 +24,7 @@ UNSOLVED = "logistic regression: not converged; the score may be a little low"
 
 @dataclass
 class LinearHead:
-    """A standardisation and a linear map.
+    """A standardization and a linear map.
 
     Args:
         mean: subtracted from features.

@@ -19,7 +19,7 @@ from sslvit.evaluate.knn import knn_accuracies
 from sslvit.evaluate.linear import draw_labels, fit_probe
 from sslvit.evaluate.protocols import Bench, check_places, linear_probe, places_of, words
 from sslvit.evaluate.scores import Draws, format_table, independent, interval, mean, sampling_interval
-from sslvit.evaluate.sources import Features, FrozenEncoder, LabelledSet, RawPixels, Source
+from sslvit.evaluate.sources import Features, FrozenEncoder, LabeledSet, RawPixels, Source
 from sslvit.files import brief
 from sslvit.models import ViTEncoder
 from sslvit.ranks import is_first_rank
@@ -60,8 +60,8 @@ class ProbeTable:
             below.append(f"± is half the 95 % interval of a mean over {over}")
         if paper := self.about.get("chosen_by_paper"):
             below.append(f"the paper chose on the images that it reports: {paper}")
-        if any(k > self.about["train_images"] for k in self.about["neighbours"]):
-            below.append(f"no kNN with more neighbours than the {self.about['train_images']:,} training images")
+        if any(k > self.about["train_images"] for k in self.about["neighbors"]):
+            below.append(f"no kNN with more neighbors than the {self.about['train_images']:,} training images")
         if any(PAPER_RULE in scores for scores in self.draws.values()):
             below.append(f"{PAPER_RULE}: made on the reported images, for comparison with published numbers only")
         steps = [of["linear"]["steps"] for of in self.about["probed"].values() if "steps" in of.get("linear", {})]
@@ -78,7 +78,7 @@ class ProbeTable:
 
 
 def probe(encoders: dict[str, ViTEncoder], settings: ProbeSettings) -> ProbeTable:
-    """Score encoders on labelled shards.
+    """Score encoders on labeled shards.
 
     Several processes share the passes through the encoders; the first one fits the heads and has the table.
 
@@ -91,14 +91,14 @@ def probe(encoders: dict[str, ViTEncoder], settings: ProbeSettings) -> ProbeTabl
             take images of different channels.
         FileNotFoundError: no shards there.
     """
-    train_index, val_index = open_labelled(settings)
+    train_index, val_index = open_labeled(settings)
     device = pick_device(settings.device)
     encoders = {name: encoder.to(device) for name, encoder in encoders.items()}
     first = next(iter(encoders.values())).settings
     if any(encoder.settings.channels != first.channels for encoder in encoders.values()):
         raise ValueError(f"{', '.join(encoders)}: these encoders take images of different channels. Probe each alone.")
     limit = settings.max_unreadable_fraction
-    train, val = (LabelledSet(index, first.channels, None, limit) for index in (train_index, val_index))
+    train, val = (LabeledSet(index, first.channels, None, limit) for index in (train_index, val_index))
     rows: dict[str, list[tuple[Source, int]]] = {}  # each source with the seeds that it is scored under
     seeds = range(settings.seed, settings.seed + settings.seeds)
     if settings.baselines:
@@ -121,7 +121,7 @@ def probe(encoders: dict[str, ViTEncoder], settings: ProbeSettings) -> ProbeTabl
         for source, seed in sources:
             bench = Bench(source, train, val, len(train_index.classes), reading, device)
             is_same = source is sources[0][0] and seed != sources[0][1]
-            scores, probed[row] = score(bench, replace(settings, neighbours=[]) if is_same else settings, seed)
+            scores, probed[row] = score(bench, replace(settings, neighbors=[]) if is_same else settings, seed)
             for column, values in scores.items():
                 by_seed[column].append(values)
         draws[row] = {column: independent(values) for column, values in by_seed.items()}
@@ -140,7 +140,7 @@ def describe(bench: Bench, settings: ProbeSettings, probed: dict[str, dict[str, 
         "classes": bench.classes, "fingerprints": {"train": train.fingerprint(), "val": val.fingerprint()},
         "protocol": protocol.name if protocol else None, "source": protocol.source if protocol else None,
         "chosen_by_paper": protocol.chosen_by_paper if protocol else None, "probed": probed,
-        "neighbours": settings.neighbours, "temperature": settings.temperature, "draws": settings.draws,
+        "neighbors": settings.neighbors, "temperature": settings.temperature, "draws": settings.draws,
         "seeds": settings.seeds, "seed": settings.seed,
     }  # fmt: skip
 
@@ -170,10 +170,10 @@ def score(bench: Bench, settings: ProbeSettings, seed: int) -> tuple[dict[str, l
             if result.paper_rule is not None:
                 scores[PAPER_RULE] = [result.paper_rule]
     few = settings.labels_per_class or settings.labels_percent
-    if few or settings.neighbours:
+    if few or settings.neighbors:
         train, val = bench.of(bench.train, places), bench.of(bench.val, places)
         if is_first_rank():
-            scores |= few_labels(train, val, bench, settings, seed) | neighbours(train, val, bench, settings)
+            scores |= few_labels(train, val, bench, settings, seed) | neighbors(train, val, bench, settings)
     return scores, about
 
 
@@ -195,16 +195,16 @@ def few_labels(
     return scores
 
 
-def neighbours(train: Features, val: Features, bench: Bench, settings: ProbeSettings) -> dict[str, list[float]]:
+def neighbors(train: Features, val: Features, bench: Bench, settings: ProbeSettings) -> dict[str, list[float]]:
     """The vote of the nearest training images, for each k that there are enough of."""
-    ks = [k for k in settings.neighbours if k <= len(train)]
+    ks = [k for k in settings.neighbors if k <= len(train)]
     if not ks:
         return {}
     found = knn_accuracies(train, val, bench.classes, ks, settings.temperature, bench.device)
     return {f"kNN, k = {k}": [value] for k, value in found.items()}
 
 
-def open_labelled(settings: ProbeSettings) -> tuple[ShardIndex, ShardIndex]:
+def open_labeled(settings: ProbeSettings) -> tuple[ShardIndex, ShardIndex]:
     """The two data sets of a probe, once they are known to fit together."""
     train, val = (open_shards(source) for source in (settings.train, settings.val))
     check_classes(train, val, settings)
@@ -228,15 +228,15 @@ def check_classes(train: ShardIndex, val: ShardIndex, settings: ProbeSettings) -
     """Refuse data that cannot be probed before any feature is computed."""
     for index in (train, val):
         check_present(index, 0.0)
-        index.labels_of(np.arange(0))  # refuses unlabelled data
+        index.labels_of(np.arange(0))  # refuses unlabeled data
     if train.classes != val.classes:
         raise ValueError(
             f"{train.location} and {val.location} have different classes: {class_difference(train, val)}. "
             "Pack both from one folder with --holdout."
         )
     counts = np.bincount(train.labels_of(slice(None)), minlength=len(train.classes))
-    if settings.neighbours and min(settings.neighbours) > len(train):
-        raise ValueError(f"--neighbours {min(settings.neighbours)}: there are only {len(train):,} training images.")
+    if settings.neighbors and min(settings.neighbors) > len(train):
+        raise ValueError(f"--neighbors {min(settings.neighbors)}: there are only {len(train):,} training images.")
     few, smallest = settings.labels_per_class, train.classes[int(counts.argmin())]
     if few and counts.min() < few:
         raise ValueError(f"--labels-per-class {few}: class {brief(smallest)} has only {counts.min()} training images.")

@@ -15,7 +15,7 @@ from torch import Tensor
 from sslvit.chance import generator
 from sslvit.evaluate.features import Pass
 from sslvit.evaluate.linear import STRENGTHS, fit_probe
-from sslvit.evaluate.sources import Features, FeatureTable, LabelledSet, Place, Source
+from sslvit.evaluate.sources import Features, FeatureTable, LabeledSet, Place, Source
 from sslvit.evaluate.stepped import HeadGrid, fit_batch_norm_head, in_batches
 from sslvit.optim import cosine, warmup_cosine
 from sslvit.ranks import is_first_rank, said_by_first
@@ -63,13 +63,13 @@ class Bench:
     """
 
     source: Source
-    train: LabelledSet
-    val: LabelledSet
+    train: LabeledSet
+    val: LabeledSet
     classes: int
     reading: Pass
     device: str
 
-    def of(self, data: LabelledSet, places: list[Place], fraction: float | None = None) -> Features:
+    def of(self, data: LabeledSet, places: list[Place], fraction: float | None = None) -> Features:
         """Center views of a data set, with the encoder's own crop for None; empty on ranks other than the first."""
         return self.reading.features(self.source, data, places, fraction).at(places)
 
@@ -87,7 +87,7 @@ def linear_probe(bench: Bench, settings: ProbeSettings, seed: int) -> LinearResu
 
 
 def places_of(source: Source, settings: ProbeSettings) -> list[Place]:
-    """What logistic regression and neighbours see: the settings' choice, or else the protocol's or the encoder's."""
+    """What logistic regression and neighbors see: the settings' choice, or else the protocol's or the encoder's."""
     layer, pooling = settings.layer, settings.pooling
     if isinstance(settings.protocol, IGPTProbeSettings):
         layer = layer or source.settings.feature_layer or max(1, source.settings.depth // 2)
@@ -163,7 +163,7 @@ def _mae(bench: Bench, settings: ProbeSettings, seed: int) -> LinearResult | Non
     )  # fmt: skip
     with torch.no_grad():
         guesses = head(val.values.to(bench.device)).argmax(1).cpu()
-    about = run.about() | {"effective rate": peak, "optimiser": "LARS", "weight decay": 0}
+    about = run.about() | {"effective rate": peak, "optimizer": "LARS", "weight decay": 0}
     return LinearResult(100 * float((guesses == val.labels).double().mean()), about)
 
 
@@ -180,7 +180,7 @@ def _dino(bench: Bench, settings: ProbeSettings, seed: int) -> LinearResult | No
         factor = cosine(epoch, 1.0, 0.0, run.steps / run.per_epoch)
         grid.fit(islice(run.batches, run.per_epoch), lambda _, factor=factor: factor, protocol.momentum)
         scores.append(float(grid.accuracies(val)[0, 0]))
-    about = run.about() | {"effective rate": rate, "optimiser": "SGD", "weight decay": 0, "reported": "the last epoch"}
+    about = run.about() | {"effective rate": rate, "optimizer": "SGD", "weight decay": 0, "reported": "the last epoch"}
     return LinearResult(scores[-1], about, paper_rule=max(scores))
 
 
@@ -206,7 +206,7 @@ def _dinov2(bench: Bench, settings: ProbeSettings, seed: int) -> LinearResult | 
     best = divmod(int(trial.argmax()), len(rates))
     scores = grid.accuracies(val)
     about = run.about() | {
-        "effective rates": rates, "optimiser": "SGD", "weight decay": 0, "heads": len(features) * len(rates),
+        "effective rates": rates, "optimizer": "SGD", "weight decay": 0, "heads": len(features) * len(rates),
         "chosen on": f"{int(is_held.sum()):,} training images held out",
         "chosen features": words(features[best[0]]), "chosen effective rate": rates[best[1]],
     }  # fmt: skip
@@ -245,7 +245,7 @@ class _Stepped:
 
     @staticmethod
     def _epochs(bench: Bench, protocol: SteppedSettings, places: list[Place], seed: int) -> Iterator[FeatureTable]:
-        """The training images' features, epoch by epoch without end: new crops in each, or the same centre views."""
+        """The training images' features, epoch by epoch without end: new crops in each, or the same center views."""
         if not protocol.augment:
             yield from repeat(bench.reading.features(bench.source, bench.train, places, protocol.fraction))
         view = CropSettings(scale=protocol.scale, flip=protocol.flip)

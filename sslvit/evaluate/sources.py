@@ -162,7 +162,7 @@ class RawPixels(Source):
 
 
 @dataclass
-class LabelledSet:
+class LabeledSet:
     """A data set to score on, opened when a pass first needs its images. All passes must see the same images of it.
 
     Args:

@@ -43,12 +43,12 @@ def fit_batch_norm_head(
         device: that does the work.
     """
     head = BatchNormHead(width, classes, seed).to(device)
-    optimiser = LARS(head.parameters(), lr=0.0, momentum=momentum)
+    optimizer = LARS(head.parameters(), lr=0.0, momentum=momentum)
     for step, batch in batches:
-        optimiser.param_groups[0]["lr"] = rate_at(step)
-        optimiser.zero_grad()
+        optimizer.param_groups[0]["lr"] = rate_at(step)
+        optimizer.zero_grad()
         F.cross_entropy(head(batch.values.to(device)), batch.labels.to(device)).backward()
-        optimiser.step()
+        optimizer.step()
     return head.eval()
 
 
@@ -59,7 +59,7 @@ class HeadGrid:
     All heads of one feature are one matrix, so each step costs one product per feature and not one per head.
 
     Args:
-        features: the places of each, among neighbouring columns of `order`.
+        features: the places of each, among neighboring columns of `order`.
         order: all places, as their columns stand in a batch.
         widths: of each place.
         rates: learning rates.
@@ -96,7 +96,7 @@ class HeadGrid:
         """Where a feature's columns stand in a batch."""
         numbers = sorted(self.order.index(place) for place in places)
         if numbers != list(range(numbers[0], numbers[-1] + 1)):
-            raise ValueError(f"{places} are not neighbours among {self.order}.")
+            raise ValueError(f"{places} are not neighbors among {self.order}.")
         first = sum(self.widths[place] for place in self.order[: numbers[0]])
         return slice(first, first + sum(self.widths[place] for place in places))
 

@@ -34,7 +34,7 @@ def make_card(exported: Exported, source: str | Path, kind: str, is_fixed: bool,
     settings = exported.settings
     provenance, run = exported.provenance, exported.provenance.get("settings")
     recipe = {key: value for key, value in run.items() if key not in NOT_TOLD} if isinstance(run, dict) else {}
-    # transformers' ImageGPT maps pixels in [-1, 1] to colours, whatever units the encoder's images have
+    # transformers' ImageGPT maps pixels in [-1, 1] to colors, whatever units the encoder's images have
     is_palette = kind == "transformers" and settings.tokens == "pixel"
     mean, std = ([0.5] * settings.channels,) * 2 if is_palette else (settings.mean, settings.std)
     # timm and transformers resize to whole pixels before they crop

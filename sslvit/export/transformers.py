@@ -164,7 +164,7 @@ def weights(folder: Path, exported: Exported, is_fixed: bool) -> tuple[dict[str,
 
 
 def preprocessing(folder: Path, exported: Exported) -> Callable[[Image], Tensor]:
-    """What transformers does to an image on its way in; of ImageGPT, the colours that the indices stand for."""
+    """What transformers does to an image on its way in; of ImageGPT, the colors that the indices stand for."""
     import transformers
 
     processor = transformers.AutoImageProcessor.from_pretrained(folder)

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from sslvit.data.loader import view_of_image
-from sslvit.data.resample import normalise
+from sslvit.data.resample import normalize
 from sslvit.export.exported import Exported
 from sslvit.files import printable
 from sslvit.layouts.preprocessing import fraction_held, resized_sides
@@ -103,7 +103,7 @@ def compare_preprocessing(exported: Exported, prepare: Callable[[Image.Image], T
     found = {"largest_difference": 0.0, "mean_difference": 0.0}
     for image, measure in ((exact, "largest_difference"), (large, "mean_difference")):
         expected = as_evaluated(image, settings)
-        if settings.tokens == "pixel":  # colours of the palette on both sides
+        if settings.tokens == "pixel":  # colors of the palette on both sides
             tokens = exported.encoder.patch_embed
             expected = tokens.images_of(tokens.indices(expected[None]), (height, width))[0]
         got = prepare(image)
@@ -142,4 +142,4 @@ def as_evaluated(image: Image.Image, settings: EncoderSettings) -> Tensor:
     """An image as evaluation shows it to an encoder, 'c h w'."""
     content = io.BytesIO()
     image.save(content, "png")
-    return normalise(view_of_image(content.getvalue(), settings)[None], settings.mean, settings.std)[0]
+    return normalize(view_of_image(content.getvalue(), settings)[None], settings.mean, settings.std)[0]

@@ -20,14 +20,14 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-def recognise_layout(keys: set[str], source: str) -> str:
+def recognize_layout(keys: set[str], source: str) -> str:
     """The first layout that knows these names; the table goes from the most special to the plainest.
 
     Raises:
         ValueError: none does; the message shows some of the names, the nearest layout and what is missing for it.
     """
     for name, layout in LAYOUTS.items():
-        if layout.recognise(keys):
+        if layout.recognize(keys):
             return name
     shown = printable(", ".join(sorted(keys)[:4]))
     raise ValueError(
@@ -72,7 +72,7 @@ def to_sslvit(
     found = unwrap(content, source, network)
     heads_beside = {key: value for key, value in found.beside.items() if key.startswith(HEADS)}
     others = {key: value for key, value in found.beside.items() if key not in heads_beside}
-    name = layout or recognise_layout(set(found.weights), source)
+    name = layout or recognize_layout(set(found.weights), source)
     is_dino = layout is None and name == "timm" and "backbone" in found.prefix.split(".")
     name = "dino" if is_dino else name
     try:

@@ -11,7 +11,7 @@ from sslvit.layouts.preprocessing import assumed
 from sslvit.layouts.vit import HEADS, Converted, demand, settings_from_shapes, split
 
 
-def recognise(keys: set[str]) -> bool:
+def recognize(keys: set[str]) -> bool:
     return any(key.removeprefix("module.").startswith("backbone.") for key in keys)
 
 

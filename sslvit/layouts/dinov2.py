@@ -14,7 +14,7 @@ from sslvit.layouts.vit import HEADS, Converted, demand, settings_from_shapes, s
 NAMES = {"register_tokens": "reg_token", "mlp.w12.": "mlp.fc1.", "mlp.w3.": "mlp.fc2."}
 
 
-def recognise(keys: set[str]) -> bool:
+def recognize(keys: set[str]) -> bool:
     return {"mask_token", "cls_token", "blocks.0.ls1.gamma"} <= keys and "decoder_pos_embed" not in keys
 
 

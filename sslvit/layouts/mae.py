@@ -20,7 +20,7 @@ DECODER = {
 }
 
 
-def recognise(keys: set[str]) -> bool:
+def recognize(keys: set[str]) -> bool:
     return "decoder_pos_embed" in keys
 
 

@@ -27,7 +27,7 @@ BLOCK = {
 NOT_WEIGHTS = ("adam", "global_step", "_step", "beta1_power", "beta2_power", "clf")  # in TensorFlow's names
 
 
-def recognise(keys: set[str]) -> bool:
+def recognize(keys: set[str]) -> bool:
     names = {key.removeprefix("transformer.") for key in keys}
     return "wte.weight" in names or is_tensorflow(keys)
 
@@ -82,11 +82,11 @@ def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes) -> 
     Args:
         state: the weights.
         heads: of attention; None to take those of the released model of this size, or 64 channels each.
-        changes: settings that the file does not say. The palette is one: a file of colours, a list of them, or
+        changes: settings that the file does not say. The palette is one: a file of colors, a list of them, or
             uniform, which is set with a note if none is given.
 
     Raises:
-        ValueError: weights are missing, or the palette has another number of colours.
+        ValueError: weights are missing, or the palette has another number of colors.
     """
     notes: list[str] = []
     ignored: list[str] = []
@@ -184,9 +184,9 @@ def _convert(
     palette = changes.get("palette", UNIFORM)
     if not isinstance(palette, list) and palette != UNIFORM:
         changes["palette"] = palette = read_palette(palette)
-    colours = 512 if palette == UNIFORM else len(palette)
-    if colours != len(table) - 1:
-        raise ValueError(f"palette: {colours} colours for a model of {len(table) - 1}. Give the one it was trained on.")
+    colors = 512 if palette == UNIFORM else len(palette)
+    if colors != len(table) - 1:
+        raise ValueError(f"palette: {colors} colors for a model of {len(table) - 1}. Give the one it was trained on.")
     if "palette" not in changes:
         notes.append("palette: not in the file; set to uniform. Give the released clusters: palette= (--palette FILE).")
     places = state["wpe.weight"].shape[0]

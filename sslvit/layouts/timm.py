@@ -32,7 +32,7 @@ MODULES = ("vision_transformer", "deit")  # of timm, with plain vision transform
 MAX_PATCHES = 1 << 16  # of the images on which both are compared
 
 
-def recognise(keys: set[str]) -> bool:
+def recognize(keys: set[str]) -> bool:
     return "patch_embed.proj.weight" in keys and "blocks.0.attn.qkv.weight" in keys
 
 

@@ -332,7 +332,7 @@ def _preprocessing(path: Path, model: str, channels: int, image_size: list[int])
 
 
 def _palette(path: Path) -> dict[str, Any]:
-    """The colours that an ImageGPT's processor maps pixels to."""
+    """The colors that an ImageGPT's processor maps pixels to."""
     file = path / "preprocessor_config.json"
     clusters = _read_json(file).get("clusters") if file.is_file() else None
     return {} if clusters is None else {"palette": clusters}

@@ -15,7 +15,7 @@ from sslvit.layouts.vit import Converted, demand, settings_from_shapes
 NAMES = {"vit": "ViT", "dinov2": "Dinov2"}
 
 
-def recognise(keys: set[str]) -> bool:
+def recognize(keys: set[str]) -> bool:
     return "embeddings.patch_embeddings.projection.weight" in keys
 
 

@@ -64,7 +64,7 @@ class ViTEncoder(nn.Module):
         """Tokens after the final norm: prefix tokens, then patches row by row (or as `visible` lists them).
 
         Args:
-            images: RGB (or as many channels as settings.channels), normalised by settings.mean and std. Any size
+            images: RGB (or as many channels as settings.channels), normalized by settings.mean and std. Any size
                 that the patch divides; positions are stretched to it.
             visible: patch indices from zero; only these patches are embedded and encoded (MAE).
             hidden: True where a patch is replaced by the mask token, before positions (DINOv2, SimMIM).
@@ -127,7 +127,7 @@ class ViTEncoder(nn.Module):
         return self.norm(tokens)
 
     def layers(self, images: Float[Tensor, "b c h w"], numbers: list[int]) -> list[Float[Tensor, "b t d"]]:
-        """Outputs of the given blocks, counted from 1, not normalised; 0 is the input of the first block."""
+        """Outputs of the given blocks, counted from 1, not normalized; 0 is the input of the first block."""
         self._check_layers(numbers, first=0)
         tokens, places = self.embed(images)
         _, outputs = self._run_blocks(tokens, places, upto=max(numbers, default=0), kept=set(numbers))
@@ -169,7 +169,7 @@ class ViTEncoder(nn.Module):
         return rearrange(patches, "b (rows columns) d -> b d rows columns", rows=rows, columns=columns)
 
     def feature_norm_of(self, number: int) -> nn.Module:
-        """What normalises a block's output before it is probed."""
+        """What normalizes a block's output before it is probed."""
         is_next = self.settings.feature_norm == "next" and number < len(self.blocks)
         return self.blocks[number].norm1 if is_next else self.norm
 
@@ -325,8 +325,8 @@ class ViTEncoder(nn.Module):
         return tokens, outputs
 
     def reset_parameters(self) -> None:
-        """Maps by settings.initialisation, zero biases in linear ones, and tokens and tables of std 0.02."""
-        start = nn.init.xavier_uniform_ if self.settings.initialisation == "xavier" else _small_normal
+        """Maps by settings.initialization, zero biases in linear ones, and tokens and tables of std 0.02."""
+        start = nn.init.xavier_uniform_ if self.settings.initialization == "xavier" else _small_normal
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 start(module.weight)
@@ -334,11 +334,11 @@ class ViTEncoder(nn.Module):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 _small_normal(module.weight)
-        if self.settings.tokens == "pixel" and self.settings.colour_start == "fourier":
-            self.patch_embed.start_from_colours()
+        if self.settings.tokens == "pixel" and self.settings.color_start == "fourier":
+            self.patch_embed.start_from_colors()
         projection = getattr(self.patch_embed, "proj", None)
         # 'normal' leaves it as torch makes a convolution: a fixed deviation would be too small for small patches
-        if projection is not None and self.settings.initialisation != "normal":
+        if projection is not None and self.settings.initialization != "normal":
             start(projection.weight.flatten(1))  # a linear map in a convolution's shape
             nn.init.zeros_(projection.bias)
         tables = ("cls_token", "reg_token", "mask_token", "pos_embed", "pos_embed_prefix", "pos_embed_row",
@@ -346,7 +346,7 @@ class ViTEncoder(nn.Module):
         for name, parameter in self.named_parameters():
             if name in tables:
                 _small_normal(parameter)
-        if self.settings.initialisation == "scaled":
+        if self.settings.initialization == "scaled":
             self._start_scaled()
 
     def _start_scaled(self) -> None:

@@ -14,10 +14,10 @@ from einops import rearrange
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from sslvit.palette import colours_of, nearest_colour, uniform_palette
+from sslvit.palette import colors_of, nearest_color, uniform_palette
 from sslvit.settings import EncoderSettings
 
-FREQUENCY = 2.0  # radians per unit of colour, of the Fourier features that colours may start from
+FREQUENCY = 2.0  # radians per unit of color, of the Fourier features that colors may start from
 AMPLITUDE = 0.3
 
 
@@ -69,7 +69,7 @@ class ShiftedPatchTokens(nn.Module):
 class ConvStemTokens(nn.Module):
     """Early convolutions (Xiao et al. 2021): 3 x 3 of stride 2 until the stride is the patch, then a 1 x 1.
 
-    Neighbouring tokens see each other's pixels, so all are computed before the visible ones are taken.
+    Neighboring tokens see each other's pixels, so all are computed before the visible ones are taken.
     """
 
     def __init__(self, settings: EncoderSettings) -> None:
@@ -109,7 +109,7 @@ class HybridTokens(nn.Module):
 
 
 class PixelTokens(nn.Module):
-    """One token per pixel: the learned vector of its nearest palette colour (iGPT, Chen et al. 2020, section 3.2).
+    """One token per pixel: the learned vector of its nearest palette color (iGPT, Chen et al. 2020, section 3.2).
 
     In a causal encoder the sequence is shifted right by a learned start token: place i carries pixel i - 1, so
     that nothing computed at place i has seen pixel i.
@@ -128,20 +128,20 @@ class PixelTokens(nn.Module):
             self.start_token = nn.Parameter(torch.zeros(1, 1, settings.width))
 
     @torch.no_grad()
-    def start_from_colours(self) -> None:
-        """Vectors of near colours start alike: random Fourier features (Rahimi and Recht 2007)."""
+    def start_from_colors(self) -> None:
+        """Vectors of near colors start alike: random Fourier features (Rahimi and Recht 2007)."""
         turns = torch.randn(self.palette.shape[1], self.embed.embedding_dim) * FREQUENCY
         phases = torch.rand(self.embed.embedding_dim) * 2 * math.pi
         self.embed.weight.copy_((self.palette @ turns + phases).cos() * AMPLITUDE)
 
     def indices(self, images: Float[Tensor, "b c h w"]) -> Int[Tensor, "b n"]:
-        """Palette index of every pixel of normalised images, row by row."""
-        return nearest_colour((images * self.std + self.mean) * 2 - 1, self.palette).flatten(1)
+        """Palette index of every pixel of normalized images, row by row."""
+        return nearest_color((images * self.std + self.mean) * 2 - 1, self.palette).flatten(1)
 
     def images_of(self, indices: Int[Tensor, "b n"], grid: tuple[int, int]) -> Float[Tensor, "b c h w"]:
-        """The inverse of `indices`: normalised images in the palette's colours."""
-        colours = colours_of(indices.unflatten(1, grid), self.palette)
-        return ((colours + 1) / 2 - self.mean) / self.std
+        """The inverse of `indices`: normalized images in the palette's colors."""
+        colors = colors_of(indices.unflatten(1, grid), self.palette)
+        return ((colors + 1) / 2 - self.mean) / self.std
 
     def forward(self, images: Float[Tensor, "b c h w"], visible: Int[Tensor, "b k"] | None = None) -> Tensor:
         indices = self.indices(images)

@@ -175,7 +175,7 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each normalised before and added to what came in.
+    """Attention and MLP, each normalized before and added to what came in.
 
     Args:
         settings: of the encoder.

@@ -1,4 +1,4 @@
-"""Curves over optimiser steps."""
+"""Curves over optimizer steps."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from sslvit.checkpoint import fingerprint, load_encoder
 from sslvit.environment import pick_device
 from sslvit.evaluate.cache import FeatureCache
 from sslvit.evaluate.features import Pass
-from sslvit.evaluate.probe import few_labels, neighbours, open_labelled, untrained
+from sslvit.evaluate.probe import few_labels, neighbors, open_labeled, untrained
 from sslvit.evaluate.protocols import Bench, check_places, linear_probe, places_of
 from sslvit.evaluate.scores import (
     Draws,
@@ -35,7 +35,7 @@ from sslvit.evaluate.scores import (
     sampling_interval,
     spreadsheet_cell,
 )
-from sslvit.evaluate.sources import FrozenEncoder, LabelledSet, RawPixels, Source
+from sslvit.evaluate.sources import FrozenEncoder, LabeledSet, RawPixels, Source
 from sslvit.figures import bars
 from sslvit.files import printable, remove_left_parts, to_json, write_atomically
 from sslvit.models import ViTEncoder
@@ -112,9 +112,9 @@ class BenchRun:
                 ProbeColumn()
             ]
             for column in probes:
-                indices = open_labelled(column.settings(split))
+                indices = open_labeled(column.settings(split))
             limit = settings.max_unreadable_fraction
-            self.sets[name] = tuple(LabelledSet(index, kinds.copy().pop(), None, limit) for index in indices)
+            self.sets[name] = tuple(LabeledSet(index, kinds.copy().pop(), None, limit) for index in indices)
         for encoders in self.encoders.values():
             for column in settings.columns.values():
                 for encoder in encoders if isinstance(column, ProbeColumn) else []:
@@ -241,7 +241,7 @@ class BenchRun:
         )
 
     def probed(
-        self, source: Source, train: LabelledSet, val: LabelledSet, column: ProbeColumn, seed: int
+        self, source: Source, train: LabeledSet, val: LabeledSet, column: ProbeColumn, seed: int
     ) -> tuple[list[float], dict[str, Any]]:
         bench = Bench(source, train, val, len(train.index.classes), self.reading, self.device)
         settings = column.settings(SplitSettings("", ""))
@@ -255,7 +255,7 @@ class BenchRun:
             return [result.score], about
         places = places_of(source, settings)
         features = [bench.of(data, places) for data in (train, val)]
-        made = few_labels(*features, bench, settings, seed) if column.kind == "few" else neighbours(
+        made = few_labels(*features, bench, settings, seed) if column.kind == "few" else neighbors(
             *features, bench, settings
         )  # fmt: skip
         (values,) = made.values()

@@ -103,13 +103,13 @@ def demo(
         settings = load_recipe(RECIPES[data][task], short | given | {"out": str(folder / task)} | changed)
         runs[task] = pretrain(settings)
         encoders[NAMES[task]] = load_encoder(runs[task].path)
-    print("3/4  probing: logistic regression and nearest neighbours on frozen features", flush=True)
+    print("3/4  probing: logistic regression and nearest neighbors on frozen features", flush=True)
     splits = (str(shards / "train"), str(shards / "test"))
-    table = probe(encoders, ProbeSettings(*splits, labels_per_class=10, neighbours=[20], cache=None))
+    table = probe(encoders, ProbeSettings(*splits, labels_per_class=10, neighbors=[20], cache=None))
     depth = encoders["iGPT"].settings.depth
     layers_file = folder / "figures" / "layers.png"
     layers = probe_layers(
-        encoders["iGPT"], ProbeSettings(*splits, neighbours=[20], cache=None), list(range(1, depth + 1))
+        encoders["iGPT"], ProbeSettings(*splits, neighbors=[20], cache=None), list(range(1, depth + 1))
     )
     draw_layers(layers, list(range(1, depth + 1)), layers_file)
     scores = folder / "scores.json"
@@ -128,7 +128,7 @@ def demo(
         (page, "the page with everything on it"),
         (runs["mae"].figures / "reconstruction.png", "MAE: input, what the encoder saw, reconstruction"),
         (runs["dino"].figures / "attention.png", "DINO: where the class token looks"),
-        (runs["dino"].figures / "patches.png", "DINO: its patches, alike ones in one colour"),
+        (runs["dino"].figures / "patches.png", "DINO: its patches, alike ones in one color"),
         (runs["igpt"].figures / "generated.png", "iGPT: images from nothing"),
         (runs["igpt"].figures / "completed.png", "iGPT: upper halves, completed"),
         (scores, "the scores"), *((run.encoder, f"{NAMES[task]}'s encoder, for sslvit") for task, run in runs.items()),
@@ -239,7 +239,7 @@ def page_content(
     }[data]
     features = "; ".join(f"{name}: {table.about['probed'][name]['features']}" for name in NAMES.values())
     units = ""
-    if load_recipe(RECIPES[data]["mae"]).task.target == "normalised":
+    if load_recipe(RECIPES[data]["mae"]).task.target == "normalized":
         units = ", each predicted patch with the true one's mean and contrast: it is predicted in those units"
     health = json.loads(runs["dino"].health.read_text())
     nats = runs["igpt"].read_metrics()[-1]["loss"]
@@ -252,7 +252,7 @@ def page_content(
             "text",
             "Right answers in percent. Raw pixels and the same networks with untrained weights get the same probes. "
             f"Features: {features}. "
-            "Linear: logistic regression on standardised features, its strength chosen on held-out training images; "
+            "Linear: logistic regression on standardized features, its strength chosen on held-out training images; "
             "with 10 labels per class the mean of 5 draws and half its 95 % interval. kNN: cosine, "
             f"weighted by exp(similarity / {table.about['temperature']}).",
         ),
@@ -261,7 +261,7 @@ def page_content(
         (
             "picture",
             runs["mae"].figures / "reconstruction.png",
-            "Input, what the encoder sees (hidden patches grey), and the reconstruction" + units,
+            "Input, what the encoder sees (hidden patches gray), and the reconstruction" + units,
         ),
         ("picture", runs["mae"].figures / "loss.png", "Training loss."),
         ("heading", "What DINO learned"),
@@ -288,7 +288,7 @@ def page_content(
         (
             "picture",
             runs["igpt"].figures / "completed.png",
-            "It is given the upper half (the rest is grey here) and draws the lower one, twice; below, the original.",
+            "It is given the upper half (the rest is gray here) and draws the lower one, twice; below, the original.",
         ),
         (
             "picture",

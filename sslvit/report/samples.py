@@ -6,14 +6,14 @@ from pathlib import Path
 
 import torch
 
-from sslvit.data.loader import make_batch, normalised_view
+from sslvit.data.loader import make_batch, normalized_view
 from sslvit.data.open import open_shards
 from sslvit.data.reader import ShardReader
 from sslvit.data.views import Views
 from sslvit.figures import image_rows
 from sslvit.files import printable
 from sslvit.settings.sample import SampleSettings
-from sslvit.settings.views import CentreSettings
+from sslvit.settings.views import CenterSettings
 from sslvit.tasks.igpt import IGPT, completion_rows, shown
 from sslvit.tasks.sampling import complete
 
@@ -59,15 +59,15 @@ def draw_completions(
         raise ValueError(f"--given {given}: that is {known} of {pixels} pixels. Use a share from 0 to below 1.")
     index = open_shards(images)
     chosen = torch.arange(min(count, len(index))).numpy()
-    views = Views(CentreSettings(), encoder.image_size, encoder.interpolation)
+    views = Views(CenterSettings(), encoder.image_size, encoder.interpolation)
     batch = make_batch(ShardReader(index, encoder.channels, memory_limit_mb=0), views, chosen, 0 * chosen)
     for key, reason in batch.bad.items():
         print(f"warning: {printable(key)} is left out: {printable(reason)}")
     if not batch.valid.any():
         raise ValueError(f"{images}: none of its first {len(chosen)} images can be read.")
     embed = task.encoder.patch_embed
-    view = normalised_view(batch, encoder, embed.palette.device)[batch.valid.to(embed.palette.device)]
-    colours = embed.indices(view)  # b n
-    drawn = complete(task.encoder, task.head, colours[:, :known].repeat(draws, 1), settings)
-    titles, rows = completion_rows(task.encoder, colours, known, list(drawn.chunk(draws)))
+    view = normalized_view(batch, encoder, embed.palette.device)[batch.valid.to(embed.palette.device)]
+    colors = embed.indices(view)  # b n
+    drawn = complete(task.encoder, task.head, colors[:, :known].repeat(draws, 1), settings)
+    titles, rows = completion_rows(task.encoder, colors, known, list(drawn.chunk(draws)))
     return image_rows(out, rows, titles)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sslvit.data.loader import make_batch, normalised_view
+from sslvit.data.loader import make_batch, normalized_view
 from sslvit.data.open import open_shards
 from sslvit.data.reader import ShardReader
 from sslvit.data.views import Views
@@ -21,26 +21,26 @@ from sslvit.figures import heat_over, image_rows, points
 from sslvit.files import printable
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings
-from sslvit.settings.views import CentreSettings
+from sslvit.settings.views import CenterSettings
 from sslvit.train.pictures import attention_rows
 
 FIELD_COLUMNS = 4  # depths at which receptive fields are drawn
 
 
 def some_images(settings: EncoderSettings, source: str, count: int) -> Tensor:
-    """Images evenly spread over a data set, normalised, 'b c h w'.
+    """Images evenly spread over a data set, normalized, 'b c h w'.
 
     Raises:
         ValueError: one of them cannot be read.
     """
     index = open_shards(source)
     chosen = spread(len(index), count)
-    views = Views(CentreSettings(), settings.image_size, settings.interpolation)
+    views = Views(CenterSettings(), settings.image_size, settings.interpolation)
     batch = make_batch(ShardReader(index, settings.channels, 0), views, chosen, np.zeros_like(chosen))
     if batch.bad:
         key, reason = next(iter(batch.bad.items()))
         raise ValueError(f"{source}: {printable(key)} cannot be read ({printable(reason)}).")
-    return normalised_view(batch, settings, torch.device("cpu"))
+    return normalized_view(batch, settings, torch.device("cpu"))
 
 
 def draw_attention(encoder: ViTEncoder, images: Tensor, out: str | Path) -> Path:
@@ -70,13 +70,13 @@ def draw_field(encoder: ViTEncoder, images: Tensor, out: str | Path, seed: int =
     """Which pixels reach the middle patch, block by block, beside the middle of a ResNet-18's stages.
 
     Raises:
-        ValueError: pixel tokens, whose colours are looked up, so that no gradient reaches the pixels.
+        ValueError: pixel tokens, whose colors are looked up, so that no gradient reaches the pixels.
     """
     from torchvision.models import resnet18
 
     settings = encoder.settings
     if settings.tokens == "pixel":
-        raise ValueError("receptive field: colours are looked up in the palette, so no gradient reaches the pixels.")
+        raise ValueError("receptive field: colors are looked up in the palette, so no gradient reaches the pixels.")
     blocks = sorted({round(1 + (settings.depth - 1) * i / (FIELD_COLUMNS - 1)) for i in range(FIELD_COLUMNS)})
     rows, titles = [], []
     for name, network in (("this encoder", encoder), ("untrained", untrained(encoder, seed))):
@@ -113,7 +113,7 @@ def middle_of_stage(cnn: nn.Module, stage: int) -> Callable[[Tensor], Tensor]:
 
 
 def _as_row(fields: list[Tensor]) -> np.ndarray:
-    """Fields as colours, their square roots, so that what is faint can be seen."""
+    """Fields as colors, their square roots, so that what is faint can be seen."""
     heat = torch.stack(fields).sqrt().numpy()
     return heat_over(np.zeros((len(fields), 1, *heat.shape[1:])), heat) / 0.7
 
@@ -123,15 +123,15 @@ def draw_guesses(table: DenseTable, val: MaskedImages, settings: EncoderSettings
     pairs = [val.read(number, settings) for number in range(len(next(iter(table.guesses.values()))))]
     images = np.stack([image.numpy() / 255 for image, _ in pairs])
     masks = {"mask": np.stack([mask for _, mask in pairs]), **table.guesses}
-    drawn = [mask_colours(mask, table.about["classes"]) for mask in masks.values()]
+    drawn = [mask_colors(mask, table.about["classes"]) for mask in masks.values()]
     return image_rows(out, [images, *drawn], ["image", *masks])
 
 
-def mask_colours(masks: np.ndarray, classes: list[int]) -> np.ndarray:
-    """Class numbers 'b h w' as colours 'b 3 h w'; pixels without a label are white."""
+def mask_colors(masks: np.ndarray, classes: list[int]) -> np.ndarray:
+    """Class numbers 'b h w' as colors 'b 3 h w'; pixels without a label are white."""
     from matplotlib import colormaps
 
-    colours = np.ones((*masks.shape, 3))
+    colors = np.ones((*masks.shape, 3))
     for place, number in enumerate(classes):
-        colours[masks == number] = colormaps["tab20"](place % 20)[:3]
-    return colours.transpose(0, 3, 1, 2)
+        colors[masks == number] = colormaps["tab20"](place % 20)[:3]
+    return colors.transpose(0, 3, 1, 2)

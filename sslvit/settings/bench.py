@@ -34,8 +34,8 @@ class SplitSettings:
     """A data set.
 
     Args:
-        train: labelled shards that heads are fitted on and fine-tuning trains on.
-        val: labelled shards that are reported, and never used to choose anything.
+        train: labeled shards that heads are fitted on and fine-tuning trains on.
+        val: labeled shards that are reported, and never used to choose anything.
     """
 
     train: str
@@ -69,8 +69,8 @@ class ProbeColumn:
         labels_per_class: of a column with few labels.
         labels_percent: of a column with few labels.
         draws: random choices of those labels.
-        neighbours: k of a column of neighbours.
-        temperature: of the neighbours' vote.
+        neighbors: k of a column of neighbors.
+        temperature: of the neighbors' vote.
         layer: block that is probed; null for the encoder's own choice.
         blocks: how many blocks that end there are put side by side.
         pooling: of the tokens; null for the encoder's own choice.
@@ -81,7 +81,7 @@ class ProbeColumn:
     labels_per_class: int | None = None
     labels_percent: float | None = None
     draws: int = 5
-    neighbours: int = 20
+    neighbors: int = 20
     temperature: float = 0.07
     layer: int | None = None
     blocks: int = 1
@@ -93,7 +93,7 @@ class ProbeColumn:
         given["protocol"] = self.protocol if self.kind == "linear" else None
         if self.kind == "few":
             given |= {"labels_per_class": self.labels_per_class, "labels_percent": self.labels_percent}
-        given["neighbours"] = [self.neighbours] if self.kind == "knn" else []
+        given["neighbors"] = [self.neighbors] if self.kind == "knn" else []
         return ProbeSettings(split.train, split.val, **given, **more)
 
 

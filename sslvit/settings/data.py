@@ -23,7 +23,7 @@ class DataSettings:
             (https, s3, gs), or an image folder (packed first, into the cache).
         mixture: several of these instead, each with its share of every batch, such as {shards/a: 3, shards/b: 1}.
         view: how an image is seen; its kind picks the keys.
-        global_batch: images per optimiser step, over all ranks and micro-batches.
+        global_batch: images per optimizer step, over all ranks and micro-batches.
         fit_batch: lower global_batch where the data set holds fewer images; in a recipe true unless global_batch is
             given on the command line. config.yaml holds the batch that ran.
         fit_normalization: take encoder.mean and encoder.std from the index; in a recipe true for other than 1 or 3
@@ -34,7 +34,7 @@ class DataSettings:
         lanes: places of the data set that are read side by side; null for one whole permutation up to a million
             samples, and for the greatest common divisor of 64 and the batch above.
         window_shards: shards of a lane that are shuffled together.
-        colour_on: where colours are changed; auto is the training device if it is a GPU, otherwise the workers.
+        color_on: where colors are changed; auto is the training device if it is a GPU, otherwise the workers.
         cache: folder for shards from the network and of image folders.
         cache_gb: size that this folder is kept within.
         stream_samples: for gzipped tars and pipes, which cannot be indexed: how many images they hold, about.
@@ -55,7 +55,7 @@ class DataSettings:
     memory_limit_mb: int = 1024
     lanes: int | None = None
     window_shards: int = 4
-    colour_on: Literal["auto", "device", "workers"] = "auto"
+    color_on: Literal["auto", "device", "workers"] = "auto"
     cache: str = "~/.cache/sslvit"
     cache_gb: float = 200
     stream_samples: int | None = None

@@ -27,7 +27,7 @@ class DINOSettings(TaskSettings):
         head_layers: linear maps of the head's MLP.
         head_width: channels between them.
         bottleneck: channels that the MLP ends in, before the last layer.
-        batch_norm: normalise over the batch inside the MLP.
+        batch_norm: normalize over the batch inside the MLP.
         norm_last_layer: keep the prototypes' lengths at one; false learns them (better for a small model with
             a fitting temperature, less stable).
         student_temperature: of the student's softmax.
@@ -38,9 +38,9 @@ class DINOSettings(TaskSettings):
         momentum: share of the teacher that stays at the first update; null for 0.996 at a batch of 1024, as strong
             per image at others, and an average over at most a tenth of the run.
         final_momentum: the same at the last update.
-        centring: what keeps the teacher from one output for all: mean (subtract a moving average) or sinkhorn
+        centering: what keeps the teacher from one output for all: mean (subtract a moving average) or sinkhorn
             (Sinkhorn-Knopp: use all prototypes equally in every batch; DINOv2).
-        centre_momentum: share of the centre that stays at an update; 1 for no centring.
+        center_momentum: share of the center that stays at an update; 1 for no centering.
         sinkhorn_iterations: of Sinkhorn-Knopp.
         koleo: weight of a term that spreads the student's features (KoLeo; DINOv2 uses 0.1).
         freeze_last_layer: epochs in which the student's last layer stays as it is; at most a quarter of the run.
@@ -59,8 +59,8 @@ class DINOSettings(TaskSettings):
     warmup_teacher_epochs: float | None = None
     momentum: float | None = None
     final_momentum: float = 1.0
-    centring: Literal["mean", "sinkhorn"] = "mean"
-    centre_momentum: float = 0.9
+    centering: Literal["mean", "sinkhorn"] = "mean"
+    center_momentum: float = 0.9
     sinkhorn_iterations: int = 3
     koleo: float = 0.0
     freeze_last_layer: float = 1
@@ -74,7 +74,7 @@ class DINOSettings(TaskSettings):
             value = getattr(self, key)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"task.{key}: {value} is not above zero.")
-        for key in ("momentum", "final_momentum", "centre_momentum"):
+        for key in ("momentum", "final_momentum", "center_momentum"):
             value = getattr(self, key)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"task.{key}: {value} is not between 0 and 1.")
@@ -94,7 +94,7 @@ class DINOSettings(TaskSettings):
 
         Args:
             images: in the data set.
-            global_batch: images per optimiser step.
+            global_batch: images per optimizer step.
             total_steps: of the run.
         """
         epochs = total_steps * global_batch / images
@@ -115,7 +115,7 @@ class DINOSettings(TaskSettings):
 
     def remedy(self, sign: str, rate: str) -> str:
         """The knob for a teacher that is too even, or that has one prototype for all."""
-        return self._sharpen(rate) if sign == "even" else self._centre(rate)
+        return self._sharpen(rate) if sign == "even" else self._center(rate)
 
     def _sharpen(self, rate: str) -> str:
         hottest = max(("teacher_temperature", "warmup_teacher_temperature"), key=lambda key: getattr(self, key))
@@ -131,15 +131,15 @@ class DINOSettings(TaskSettings):
         norm = "" if self.batch_norm else "; for small data or batches set task.batch_norm to true"
         return f"Lower {rate} or {temperature}{norm}; or try another task.out_dim ({self.out_dim})."
 
-    def _centre(self, rate: str) -> str:
-        if self.centring == "mean" and self.centre_momentum > 0.99:
-            return f"The centre hardly moves: lower task.centre_momentum ({self.centre_momentum:g}); 0.9 is usual."
+    def _center(self, rate: str) -> str:
+        if self.centering == "mean" and self.center_momentum > 0.99:
+            return f"The center hardly moves: lower task.center_momentum ({self.center_momentum:g}); 0.9 is usual."
         temperature = f"task.teacher_temperature ({self.teacher_temperature:g})"
         parts = [f"Lower {rate}, or raise data.global_batch or {temperature}"]
         if not self.batch_norm:
             parts.append("for small data set task.batch_norm to true")
-        if self.centring == "mean":
-            parts.append("task.centring: sinkhorn keeps all prototypes in use")
+        if self.centering == "mean":
+            parts.append("task.centering: sinkhorn keeps all prototypes in use")
         return "; ".join(parts) + "."
 
 

@@ -51,10 +51,10 @@ class EncoderSettings:
             shifted_patch (five shifted copies, Lee et al. 2021), pixel (palette indices, Chen et al. 2020).
         patch: side of a patch in pixels; for conv_stem a power of two; for hybrid 4, 8, 16 or 32; for pixel 1.
         cnn: for hybrid tokens: which of torchvision's ResNets, cut where its stride is `patch`.
-        palette: for pixel tokens: uniform (3 bits a channel: 512 colours or 8 greys), a list of colours in [-1, 1], or,
+        palette: for pixel tokens: uniform (3 bits a channel: 512 colors or 8 grays), a list of colors in [-1, 1], or,
             in a recipe and on the command line, a file of them (`sslvit palette` makes one).
-        colour_start: what the vectors of a palette's colours start as: normal (random numbers: iGPT) or fourier
-            (random Fourier features of the colours, Rahimi and Recht 2007: near colours start alike).
+        color_start: what the vectors of a palette's colors start as: normal (random numbers: iGPT) or fourier
+            (random Fourier features of the colors, Rahimi and Recht 2007: near colors start alike).
         width: channels of a token.
         depth: number of blocks.
         heads: attention heads; they divide the width.
@@ -65,7 +65,7 @@ class EncoderSettings:
         norm_eps: added to the variance.
         bias: biases in the linear layers of the blocks.
         layer_scale: initial value of a learned scale per channel on each residual branch; null for none.
-        qk_norm: normalise queries and keys per head.
+        qk_norm: normalize queries and keys per head.
         locality: Locality Self-Attention (Lee et al. 2021): a token does not attend to itself, and the
             temperature is learned. Not together with causal.
         causal: a token attends to itself and earlier ones only.
@@ -81,13 +81,13 @@ class EncoderSettings:
         class_token: put a learned token in front.
         registers: number of register tokens (Darcet et al. 2024) after the class token.
         mask_token: own a learned token for `hidden` patches.
-        final_norm: normalise after the last block.
+        final_norm: normalize after the last block.
         pooling: what one vector per image is: class, mean (over patches) or attention (a learned query).
-        fc_norm: normalise the pooled vector.
+        fc_norm: normalize the pooled vector.
         feature_layer: blocks that an image passes before it is probed; null for all.
-        feature_norm: what normalises those tokens: final (the encoder's last norm) or next (the first norm of
+        feature_norm: what normalizes those tokens: final (the encoder's last norm) or next (the first norm of
             the following block, as iGPT's probe does).
-        initialisation: of the linear maps: normal (truncated, std 0.02; the projection of patches as torch starts a
+        initialization: of the linear maps: normal (truncated, std 0.02; the projection of patches as torch starts a
             convolution, uniform up to 1 / sqrt(inputs) with its bias: timm, DINO), xavier (uniform, the projection too:
             MAE) or scaled (as in iGPT's released code: queries, keys and values 1 / sqrt(width), the map behind them
             1 / sqrt(width x depth), the position table 0.01, all else 0.02). docs/mae.md has what the projection's
@@ -106,7 +106,7 @@ class EncoderSettings:
     patch: int = 16
     cnn: Literal["resnet18", "resnet34", "resnet50"] = "resnet50"
     palette: str | list[list[float]] = "uniform"
-    colour_start: Literal["normal", "fourier"] = "normal"
+    color_start: Literal["normal", "fourier"] = "normal"
     width: int = 768
     depth: int = 12
     heads: int = 12
@@ -133,7 +133,7 @@ class EncoderSettings:
     fc_norm: bool = False
     feature_layer: int | None = None
     feature_norm: Literal["final", "next"] = "final"
-    initialisation: Literal["normal", "xavier", "scaled"] = "normal"
+    initialization: Literal["normal", "xavier", "scaled"] = "normal"
     checkpointing: bool = False
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ from sslvit.settings.task import TaskSettings
 @dataclass
 @checked("task.")
 class IGPTSettings(TaskSettings):
-    """Predict the palette colour of pixels.
+    """Predict the palette color of pixels.
 
     Args:
         name: which task these settings are for.

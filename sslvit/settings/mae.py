@@ -17,7 +17,7 @@ class MAESettings(TaskSettings):
     Args:
         name: which task these settings are for.
         mask_ratio: share of patches hidden from the encoder.
-        target: normalised (each patch by its own mean and variance) or raw pixels.
+        target: normalized (each patch by its own mean and variance) or raw pixels.
         decoder_width: channels of a decoder token.
         decoder_depth: blocks of the decoder.
         decoder_heads: attention heads of the decoder.
@@ -27,7 +27,7 @@ class MAESettings(TaskSettings):
 
     name: Literal["mae"] = "mae"
     mask_ratio: float = 0.75
-    target: Literal["normalised", "raw"] = "normalised"
+    target: Literal["normalized", "raw"] = "normalized"
     decoder_width: int = 512
     decoder_depth: int = 8
     decoder_heads: int = 16

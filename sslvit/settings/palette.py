@@ -13,7 +13,7 @@ FURTHEST = 1.01  # from zero: the mean of many ones may be a little more
 
 
 def read_palette(path: str | Path) -> list[list[float]]:
-    """The colours in a file, in [-1, 1]; nothing in it can run.
+    """The colors in a file, in [-1, 1]; nothing in it can run.
 
     Args:
         path: what `sslvit palette` wrote (.json), the released clusters of iGPT (.npy), or transformers'
@@ -30,21 +30,21 @@ def read_palette(path: str | Path) -> list[list[float]]:
             f"Make one with: sslvit palette SHARDS -o {printable(path)}, or use {UNIFORM}."
         )
     try:
-        colours = _read_array(path) if path.suffix == ".npy" else _read_json(path)
-        colours = [[float(value) for value in colour] for colour in colours]
+        colors = _read_array(path) if path.suffix == ".npy" else _read_json(path)
+        colors = [[float(value) for value in color] for color in colors]
     except Exception as error:  # damaged bytes make numpy's reader raise almost anything
         raise ValueError(
             f"encoder.palette: {printable(path)} is no palette ({printable(' '.join(str(error).split()), 100)})."
         ) from error
     try:
-        check_palette(colours, len(colours[0]) if colours else 0)
+        check_palette(colors, len(colors[0]) if colors else 0)
     except ValueError as error:
         raise ValueError(f"{error} (in {path})") from error
-    return colours
+    return colors
 
 
 def check_palette(palette: str | list[list[float]], channels: int) -> None:
-    """Raise ValueError unless it is "uniform" or a list of different colours in [-1, 1], one number per channel."""
+    """Raise ValueError unless it is "uniform" or a list of different colors in [-1, 1], one number per channel."""
     if palette == UNIFORM:
         if channels not in (1, 3):
             raise ValueError(
@@ -54,20 +54,20 @@ def check_palette(palette: str | list[list[float]], channels: int) -> None:
         return
     if isinstance(palette, str):
         raise ValueError(
-            f"encoder.palette: '{brief(palette)}' is neither {UNIFORM} nor a list of colours. "
+            f"encoder.palette: '{brief(palette)}' is neither {UNIFORM} nor a list of colors. "
             "Recipes and --encoder.palette take a file; in Python: palette=read_palette(file)."
         )
     if len(palette) < 2:
-        raise ValueError(f"encoder.palette: {len(palette)} colours. A palette has two or more.")
-    lengths = {len(colour) for colour in palette}
+        raise ValueError(f"encoder.palette: {len(palette)} colors. A palette has two or more.")
+    lengths = {len(color) for color in palette}
     if lengths != {channels}:
         raise ValueError(
-            f"encoder.palette: colours of {' and '.join(map(str, sorted(lengths)[:4]))} numbers for {channels} "
-            "channels. Give each colour one number per channel (encoder.channels)."
+            f"encoder.palette: colors of {' and '.join(map(str, sorted(lengths)[:4]))} numbers for {channels} "
+            "channels. Give each color one number per channel (encoder.channels)."
         )
-    if len({tuple(colour) for colour in palette}) < len(palette):
-        raise ValueError("encoder.palette: some colours are the same, so one of them would never be seen.")
-    values = [value for colour in palette for value in colour]
+    if len({tuple(color) for color in palette}) < len(palette):
+        raise ValueError("encoder.palette: some colors are the same, so one of them would never be seen.")
+    values = [value for color in palette for value in color]
     outside = [value for value in values if not abs(value) <= FURTHEST]
     if outside:
         raise ValueError(f"encoder.palette: {outside[0]:g} is outside [-1, 1]. Bytes v become v / 127.5 - 1.")
@@ -81,4 +81,4 @@ def _read_array(path: Path) -> list:
 
 def _read_json(path: Path) -> list:
     content: Any = json.loads(path.read_text(encoding="utf-8"))
-    return content["colours"] if "colours" in content else content["clusters"]
+    return content["colors"] if "colors" in content else content["clusters"]

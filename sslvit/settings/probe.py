@@ -15,11 +15,11 @@ POOLINGS = ("class", "mean", "class+mean", "attention")
 @dataclass
 @checked("--")
 class ProbeSettings:
-    """A linear probe and nearest neighbours on frozen features.
+    """A linear probe and nearest neighbors on frozen features.
 
     Args:
-        train: labelled shards (or an image folder) that the heads are fitted on.
-        val: labelled shards that are reported, and never used to choose anything.
+        train: labeled shards (or an image folder) that the heads are fitted on.
+        val: labeled shards that are reported, and never used to choose anything.
         protocol: of the linear probe; null leaves it out.
         labels_per_class: also fit logistic regression on this many labels of each class.
         labels_percent: also fit logistic regression on this percentage of each class's labels.
@@ -27,7 +27,7 @@ class ProbeSettings:
         layer: block that is probed; null for the encoder's own choice.
         blocks: how many blocks that end there are put side by side.
         pooling: class, mean, class+mean or attention; null for the encoder's own choice.
-        neighbours: each k of the k-nearest-neighbour vote.
+        neighbors: each k of the k-nearest-neighbor vote.
         temperature: of the vote.
         max_unreadable_fraction: share of a data set's images that may be unreadable; they are left out and counted.
         batch: images per forward pass.
@@ -50,7 +50,7 @@ class ProbeSettings:
     layer: int | None = None
     blocks: int = 1
     pooling: str | None = None
-    neighbours: list[int] = field(default_factory=lambda: [10, 20, 100, 200])
+    neighbors: list[int] = field(default_factory=lambda: [10, 20, 100, 200])
     temperature: float = 0.07
     max_unreadable_fraction: float = 0.01
     batch: int = 256
@@ -75,8 +75,8 @@ class ProbeSettings:
                 raise ValueError(f"--{key} {getattr(self, key)}: must be 0 or more.")
         if self.labels_percent is not None and not 0 < self.labels_percent < 100:
             raise ValueError(f"--labels-percent {self.labels_percent:g}: must be between 0 and 100.")
-        if any(k < 1 for k in self.neighbours) or len(set(self.neighbours)) != len(self.neighbours):
-            raise ValueError(f"--neighbours {brief(self.neighbours)}: expected different numbers from 1.")
+        if any(k < 1 for k in self.neighbors) or len(set(self.neighbors)) != len(self.neighbors):
+            raise ValueError(f"--neighbors {brief(self.neighbors)}: expected different numbers from 1.")
         if self.pooling is not None and self.pooling not in POOLINGS:
             raise ValueError(f"--pooling {brief(self.pooling)}: not one of {', '.join(POOLINGS)}.")
         if not 0 <= self.max_unreadable_fraction < 1:

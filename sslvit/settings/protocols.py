@@ -26,7 +26,7 @@ class ProtocolSettings:
 @dataclass
 @checked("--protocol.")
 class LogregSettings(ProtocolSettings):
-    """Logistic regression to convergence on standardised features of the centre view.
+    """Logistic regression to convergence on standardized features of the center view.
 
     Args:
         name: logreg.
@@ -60,8 +60,8 @@ class SteppedSettings(ProtocolSettings):
         momentum: of the steps.
         scale: smallest and largest share of the area in a crop.
         flip: probability of a horizontal flip.
-        fraction: share of the shorter side that the centre view of the reported images keeps (224 of 256).
-        augment: new crops in every epoch, each a pass through the encoder; without, one pass over centre views.
+        fraction: share of the shorter side that the center view of the reported images keeps (224 of 256).
+        augment: new crops in every epoch, each a pass through the encoder; without, one pass over center views.
     """
 
     name: str
@@ -102,11 +102,11 @@ class MAEProbeSettings(SteppedSettings):
         batch: images per step; all of them where there are fewer.
         base_rate: learning rate at a batch of 256; the rate is base_rate x batch / 256.
         warmup_epochs: in which the rate rises from zero.
-        augment: new crops in every epoch, each a pass through the encoder; without, one pass over centre views.
+        augment: new crops in every epoch, each a pass through the encoder; without, one pass over center views.
         momentum: of LARS.
         scale: smallest and largest share of the area in a crop.
         flip: probability of a horizontal flip.
-        fraction: share of the shorter side that the centre view of the reported images keeps (224 of 256).
+        fraction: share of the shorter side that the center view of the reported images keeps (224 of 256).
     """
 
     name: Literal["mae"] = "mae"
@@ -142,8 +142,8 @@ class DINOProbeSettings(SteppedSettings):
         momentum: of SGD.
         scale: smallest and largest share of the area in a crop.
         flip: probability of a horizontal flip.
-        fraction: share of the shorter side that the centre view of the reported images keeps (224 of 256).
-        augment: new crops in every epoch, each a pass through the encoder; without, one pass over centre views.
+        fraction: share of the shorter side that the center view of the reported images keeps (224 of 256).
+        augment: new crops in every epoch, each a pass through the encoder; without, one pass over center views.
     """
 
     name: Literal["dino"] = "dino"
@@ -177,8 +177,8 @@ class DINOv2ProbeSettings(SteppedSettings):
         momentum: of SGD.
         scale: smallest and largest share of the area in a crop.
         flip: probability of a horizontal flip.
-        fraction: share of the shorter side that the centre view of the reported images keeps (224 of 256).
-        augment: new crops in every epoch, each a pass through the encoder; without, one pass over centre views.
+        fraction: share of the shorter side that the center view of the reported images keeps (224 of 256).
+        augment: new crops in every epoch, each a pass through the encoder; without, one pass over center views.
     """
 
     name: Literal["dinov2"] = "dinov2"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-COLDEST = 0.001  # below, the likeliest colour has all of the probability anyway
+COLDEST = 0.001  # below, the likeliest color has all of the probability anyway
 
 
 @dataclass
@@ -12,9 +12,9 @@ class SampleSettings:
     """Sampling pixel by pixel.
 
     Args:
-        temperature: divides the logits; 1 draws from the model as it is, 0 always takes the likeliest colour.
-        top_k: draw from this many of the likeliest colours only; null for all.
-        top_p: draw from the fewest colours that together have this probability (Holtzman et al. 2020); 1 for all.
+        temperature: divides the logits; 1 draws from the model as it is, 0 always takes the likeliest color.
+        top_k: draw from this many of the likeliest colors only; null for all.
+        top_p: draw from the fewest colors that together have this probability (Holtzman et al. 2020); 1 for all.
         seed: of the draws. Image number i gets the same draws in any batch.
         batch: images side by side.
     """
@@ -33,7 +33,7 @@ class SampleSettings:
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"--top-k {self.top_k}: must be 1 or more.")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"--top-p {self.top_p}: must be above 0 and at most 1 (all colours).")
+            raise ValueError(f"--top-p {self.top_p}: must be above 0 and at most 1 (all colors).")
         if self.seed < 0:
             raise ValueError(f"--seed {self.seed}: must be 0 or more.")
         if self.batch < 1:

@@ -18,7 +18,7 @@ class SupervisedSettings(TaskSettings):
     Args:
         name: supervised.
         classes: of the data; null for as many as its shards name.
-        val: labelled shards that are reported, and never used to choose anything.
+        val: labeled shards that are reported, and never used to choose anything.
         validate_every: steps between two looks at `val`, rounded up to lines of metrics.jsonl; null for the last step
             alone. The last one is what is reported.
         layer_decay: rate of a block over that of the block behind it.

@@ -13,7 +13,7 @@ class TaskSettings:
 
         Args:
             images: in the data set.
-            global_batch: images per optimiser step.
+            global_batch: images per optimizer step.
             total_steps: of the run.
             classes: of the data set; None where it has no labels.
         """

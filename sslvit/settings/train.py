@@ -15,7 +15,7 @@ class TrainSettings:
 
     Args:
         epochs: passes over the data; turned into steps once, from the index and the global batch.
-        steps: optimiser steps; overrides epochs, and the schedules shrink with it.
+        steps: optimizer steps; overrides epochs, and the schedules shrink with it.
         micro_batch: images per forward pass on one rank; null for the rank's whole share. Smaller ones are
             accumulated, with the same result up to rounding.
         accelerator: auto, cpu or gpu.

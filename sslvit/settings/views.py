@@ -68,16 +68,16 @@ class SquareSettings:
 
 @dataclass
 @checked("data.view.")
-class CentreSettings:
+class CenterSettings:
     """The middle of the image, the same in every epoch: the view of probes.
 
     Args:
-        kind: centre.
+        kind: center.
         fraction: share of the box's sides that is kept (224 of 256: 0.875).
         mode: center (the largest box with the proportions of the encoder's input) or squash (the whole image).
     """
 
-    kind: Literal["centre"] = "centre"
+    kind: Literal["center"] = "center"
     fraction: float = 1.0
     mode: Literal["center", "squash"] = "center"
 
@@ -108,7 +108,7 @@ class CanvasSettings:
 @dataclass
 @checked("data.view.")
 class MultiCropSettings:
-    """Two large crops and several small ones, with changed colours: DINO's views (Caron et al. 2021, section 3.1).
+    """Two large crops and several small ones, with changed colors: DINO's views (Caron et al. 2021, section 3.1).
 
     The defaults are those of the released recipes for vision transformers. A list with three entries gives the
     first global crop, the second, and the local ones.
@@ -126,11 +126,11 @@ class MultiCropSettings:
         brightness: largest relative change.
         contrast: largest relative change.
         saturation: largest relative change.
-        hue: largest turn, as a share of the colour circle.
-        grey: probability of no colour.
+        hue: largest turn, as a share of the color circle.
+        gray: probability of no color.
         blur: three probabilities of a blur.
         blur_sigma: smallest and largest deviation of the blur in pixels.
-        solarise: three probabilities that bright pixels (128 and more) are inverted.
+        solarize: three probabilities that bright pixels (128 and more) are inverted.
     """
 
     kind: Literal["multi_crop"] = "multi_crop"
@@ -145,19 +145,19 @@ class MultiCropSettings:
     contrast: float = 0.4
     saturation: float = 0.2
     hue: float = 0.1
-    grey: float = 0.2
+    gray: float = 0.2
     blur: list[float] = field(default_factory=lambda: [1.0, 0.1, 0.5])
     blur_sigma: list[float] = field(default_factory=lambda: [0.1, 2.0])
-    solarise: list[float] = field(default_factory=lambda: [0.0, 0.2, 0.0])
+    solarize: list[float] = field(default_factory=lambda: [0.0, 0.2, 0.0])
 
     def __post_init__(self) -> None:
         check_range("global_scale", self.global_scale, most=MOST_AROUND)
         check_range("local_scale", self.local_scale, most=1.0)
         check_range("ratio", self.ratio)
         check_range("blur_sigma", self.blur_sigma)
-        for key in ("flip", "jitter", "grey"):
+        for key in ("flip", "jitter", "gray"):
             check_probability(key, getattr(self, key))
-        for key in ("blur", "solarise"):
+        for key in ("blur", "solarize"):
             values = getattr(self, key)
             if len(values) != 3:
                 raise ValueError(f"data.view.{key}: {brief(values)} is not [first global, second global, local crops].")
@@ -167,7 +167,7 @@ class MultiCropSettings:
             if not 0 <= getattr(self, key) <= 1:
                 raise ValueError(f"data.view.{key}: {getattr(self, key)} is not between 0 (none) and 1.")
         if not 0 <= self.hue <= 0.5:
-            raise ValueError(f"data.view.hue: {self.hue} is not between 0 (none) and 0.5 (any colour).")
+            raise ValueError(f"data.view.hue: {self.hue} is not between 0 (none) and 0.5 (any color).")
         if self.local_crops < 0 or self.local_size < 1:
             raise ValueError("data.view: local_crops must be 0 or more, and local_size at least one pixel.")
 
@@ -212,10 +212,10 @@ class AugmentSettings:
             raise ValueError(f"data.view.magnitude_std: {self.magnitude_std} is not 0 (always the same) or more.")
 
 
-ViewSettings = AugmentSettings | CropSettings | SquareSettings | CentreSettings | CanvasSettings | MultiCropSettings
+ViewSettings = AugmentSettings | CropSettings | SquareSettings | CenterSettings | CanvasSettings | MultiCropSettings
 VIEW_SETTINGS: dict[str, type] = {
     "augment": AugmentSettings,
-    "crop": CropSettings, "square": SquareSettings, "centre": CentreSettings, "canvas": CanvasSettings,
+    "crop": CropSettings, "square": SquareSettings, "center": CenterSettings, "canvas": CanvasSettings,
     "multi_crop": MultiCropSettings,
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What every pretext task shares: the optimiser recipe, the rate of each step, chance by key, records.
+"""What every pretext task shares: the optimizer recipe, the rate of each step, chance by key, records.
 
 A task writes its own `training_step`; nothing here knows which task it is.
 """
@@ -31,16 +31,16 @@ class PretextTask(pl.LightningModule):
         settings: of the task.
         encoder: settings of the encoder that is trained.
         optim: how its weights move.
-        total_steps: optimiser steps of the whole run.
-        steps_per_epoch: optimiser steps per pass over the data; turns epochs of a recipe into steps.
-        global_batch: images per optimiser step.
+        total_steps: optimizer steps of the whole run.
+        steps_per_epoch: optimizer steps per pass over the data; turns epochs of a recipe into steps.
+        global_batch: images per optimizer step.
         seed: of every chance draw.
 
     Raises:
         ValueError: an encoder whose class token sees no patch.
     """
 
-    view_kinds: tuple[str, ...] = ("crop", "square", "centre", "canvas")  # of data.view: those that make one view
+    view_kinds: tuple[str, ...] = ("crop", "square", "center", "canvas")  # of data.view: those that make one view
 
     def __init__(
         self,
@@ -180,7 +180,7 @@ class PretextTask(pl.LightningModule):
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         """Clip where the recipe says so, and record the norm over all weights before that.
 
-        Where it is not finite the optimiser finds no gradients: weights, moments and decay stay as they were.
+        Where it is not finite the optimizer finds no gradients: weights, moments and decay stay as they were.
         """
         gradients = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
         norms = norms_of(list(gradients.values()))  # the same on every rank, and so is what follows from them

@@ -2,7 +2,7 @@
 
 A student network names every crop of an image, the teacher the two large ones, by shares of K prototypes; the
 student learns to say of each crop what the teacher says of the other ones. The teacher is a moving average of the
-student. Two forces keep it from saying the same of every image: its outputs are centred (no prototype wins
+student. Two forces keep it from saying the same of every image: its outputs are centered (no prototype wins
 everywhere) and sharpened (not all prototypes win equally).
 """
 
@@ -32,7 +32,7 @@ GLOBAL_VIEWS = 2
 
 
 class Prototypes(nn.Module):
-    """A linear map without bias whose rows have a direction and a length of their own (weight normalisation)."""
+    """A linear map without bias whose rows have a direction and a length of their own (weight normalization)."""
 
     def __init__(self, width: int, count: int, unit_length: bool) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ def in_full(values: Tensor) -> Tensor:
 
 
 def embed_views(encoder: ViTEncoder, views: list[Tensor], path_noise: Tensor | None = None) -> Float[Tensor, "v b d"]:
-    """One vector per image and view; neighbouring views of one size share a forward pass (section 3.1, "multi-crop").
+    """One vector per image and view; neighboring views of one size share a forward pass (section 3.1, "multi-crop").
 
     Args:
         encoder: student or teacher.
@@ -95,11 +95,11 @@ def embed_views(encoder: ViTEncoder, views: list[Tensor], path_noise: Tensor | N
     return rearrange(torch.cat(features), "(v b) d -> v b d", b=b)
 
 
-def centred_shares(
-    outputs: Float[Tensor, "v b k"], centre: Float[Tensor, "k"], temperature: float
+def centered_shares(
+    outputs: Float[Tensor, "v b k"], center: Float[Tensor, "k"], temperature: float
 ) -> Float[Tensor, "v b k"]:
-    """The teacher's shares: softmax of its centred outputs at a low temperature (equations 1 and 4)."""
-    return ((outputs - centre) / temperature).softmax(-1)
+    """The teacher's shares: softmax of its centered outputs at a low temperature (equations 1 and 4)."""
+    return ((outputs - center) / temperature).softmax(-1)
 
 
 def sinkhorn_shares(outputs: Float[Tensor, "v b k"], temperature: float, iterations: int) -> Float[Tensor, "v b k"]:
@@ -134,7 +134,7 @@ def cross_entropy_of_pairs(targets: Float[Tensor, "t b k"], logits: Float[Tensor
 
 
 def koleo(features: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
-    """Minus the mean logarithm of each image's distance to its nearest neighbour in the batch, on the unit sphere.
+    """Minus the mean logarithm of each image's distance to its nearest neighbor in the batch, on the unit sphere.
 
     Kozachenko-Leonenko's estimate of entropy (Sablayrolles et al. 2019, section 3.3; DINOv2, section 4).
     """
@@ -165,7 +165,7 @@ class DINO(PretextTask):
         self.teacher = ViTEncoder(EncoderSettings(**{**vars(encoder), "drop_path": 0.0, "dropout": 0.0}))
         self.head = DINOHead(encoder.width, settings)
         self.teacher_head = DINOHead(encoder.width, settings)
-        self.register_buffer("centre", torch.zeros(settings.out_dim))
+        self.register_buffer("center", torch.zeros(settings.out_dim))
         self.register_buffer("outputs_seen", torch.zeros(settings.out_dim), persistent=False)
         self.rows_seen = 0
         for teacher, student in ((self.teacher, self.encoder), (self.teacher_head, self.head)):
@@ -195,13 +195,13 @@ class DINO(PretextTask):
         return rearrange(head(rearrange(features, "v b d -> (v b) d")), "(v b) k -> v b k", v=len(features))
 
     def targets(self, outputs: Float[Tensor, "v b k"]) -> Float[Tensor, "v b k"]:
-        """The teacher's shares under the centre of earlier steps; these outputs count for the next one."""
+        """The teacher's shares under the center of earlier steps; these outputs count for the next one."""
         settings, temperature = self.settings, self.temperature_at(self.global_step)
-        if settings.centring == "sinkhorn":
+        if settings.centering == "sinkhorn":
             return sinkhorn_shares(outputs, temperature, settings.sinkhorn_iterations)
         self.outputs_seen += outputs.sum((0, 1))
         self.rows_seen += outputs.shape[0] * outputs.shape[1]
-        return centred_shares(outputs, self.centre, temperature)
+        return centered_shares(outputs, self.center, temperature)
 
     def spread(self, features: Float[Tensor, "v b d"]) -> Tensor | float:
         """KoLeo of the student's global views, where it is wanted."""
@@ -222,14 +222,14 @@ class DINO(PretextTask):
         momentum = self.momentum_at(step)
         move_average(self.teacher, self.encoder, momentum)
         move_average(self.teacher_head, self.head, momentum)
-        self.move_centre()
+        self.move_center()
 
-    def move_centre(self) -> None:
+    def move_center(self) -> None:
         """Towards the mean output of all micro-batches and ranks since the last update (equation 4)."""
         if not self.rows_seen:
             return
         mean = sum_over_ranks(self.outputs_seen) / (self.rows_seen * count_ranks())
-        self.centre.lerp_(mean, 1 - self.settings.centre_momentum)
+        self.center.lerp_(mean, 1 - self.settings.center_momentum)
         self.outputs_seen.zero_()
         self.rows_seen = 0
 
@@ -237,7 +237,7 @@ class DINO(PretextTask):
         super().configure_gradient_clipping(*args, **kwargs)
         if self.global_step < self.frozen_steps:
             for parameter in self.head.last_layer.parameters():
-                parameter.grad = None  # the optimiser passes it by, moments and decay included
+                parameter.grad = None  # the optimizer passes it by, moments and decay included
 
     @property
     def frozen_steps(self) -> int:
@@ -285,7 +285,7 @@ class DINO(PretextTask):
             raise ValueError(f"{path}: holds no student and teacher; DINO.from_official needs a full checkpoint.")
         task = cls.from_state(content["student"], content["teacher"], heads, **settings)
         if "dino_loss" in content:
-            task.centre.copy_(content["dino_loss"]["center"].flatten())
+            task.center.copy_(content["dino_loss"]["center"].flatten())
         return task
 
     @classmethod

@@ -1,6 +1,6 @@
 """iGPT: "Generative Pretraining from Pixels" (Chen et al. 2020), section 2.
 
-An image is a sequence of palette colours, row by row. Autoregressive: the sequence is shifted right by a start token,
+An image is a sequence of palette colors, row by row. Autoregressive: the sequence is shifted right by a start token,
 a causal encoder reads it, and its state at place i predicts pixel i, which it has not seen. BERT: some pixels are
 hidden, and an encoder that looks both ways predicts them.
 """
@@ -31,23 +31,23 @@ from sslvit.weight_files import read_torch_file
 DRAWN = 2  # completions of each image in a run's pictures
 
 
-def colour_error(
-    logits: Float[Tensor, "b n colours"],
-    colours: Int[Tensor, "b n"],
+def color_error(
+    logits: Float[Tensor, "b n colors"],
+    colors: Int[Tensor, "b n"],
     is_counted: Bool[Tensor, "b n"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Mean negative log-likelihood of the pixels' colours, in nats per pixel.
+    """Mean negative log-likelihood of the pixels' colors, in nats per pixel.
 
     Chen et al. 2020, section 2.1, L_AR and L_BERT divided by the number of pixels that they sum over.
 
     Args:
-        logits: of every colour at every place.
-        colours: palette index of every pixel.
+        logits: of every color at every place.
+        colors: palette index of every pixel.
         is_counted: True where a pixel counts; None for all.
     """
-    # float32: a bf16 softmax over 512 colours loses its tail
+    # float32: a bf16 softmax over 512 colors loses its tail
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    error = F.cross_entropy(logits.flatten(0, 1), colours.flatten(), reduction="none").view_as(colours)
+    error = F.cross_entropy(logits.flatten(0, 1), colors.flatten(), reduction="none").view_as(colors)
     if is_counted is None:
         return error.mean()
     return (error * is_counted).sum() / is_counted.sum()
@@ -74,17 +74,17 @@ class IGPT(PretextTask):
                 f"task.mask_ratio: {settings.mask_ratio} of {self.pixels} pixels hides {self.hidden}. Choose another."
             )
         self.head = nn.Linear(encoder.width, len(self.encoder.patch_embed.palette), bias=False)
-        nn.init.zeros_(self.head.weight)  # as in the released code: at first all colours are alike
+        nn.init.zeros_(self.head.weight)  # as in the released code: at first all colors are alike
 
     def unused_parts(self) -> tuple[str, ...]:
         return ("fc_norm",) if self.settings.objective == "bert" else ("fc_norm", "mask_token")  # nothing is pooled
 
     def training_step(self, batch: Batch, batch_idx: int = 0) -> Tensor:
         images = batch.views[0]  # b c h w
-        colours = self.encoder.patch_embed.indices(images)  # b n
+        colors = self.encoder.patch_embed.indices(images)  # b n
         is_hidden = self.draw_mask(batch)  # b n; None: nothing is hidden, and every pixel counts
         states = self.encoder(images, hidden=is_hidden, path_noise=self.path_noise(batch))  # b n d
-        loss = colour_error(self.head(states), colours, is_hidden)
+        loss = color_error(self.head(states), colors, is_hidden)
         self.record("loss", loss)
         self.record("bits", loss / math.log(2))
         self.watch(states.mean(1))
@@ -107,24 +107,24 @@ class IGPT(PretextTask):
         return figures
 
     def _figures(self, batch: Batch, images: Float[Tensor, "b c h w"]) -> dict[str, tuple[list[str], list[np.ndarray]]]:
-        colours = self.encoder.patch_embed.indices(images)  # b n
+        colors = self.encoder.patch_embed.indices(images)  # b n
         if self.settings.objective == "bert":
             is_hidden = self.draw_mask(batch).to(images.device)
             likeliest = self.head(self.encoder(images, hidden=is_hidden)).argmax(2)
-            filled = torch.where(is_hidden, likeliest, colours)
-            rows = [self.shown(colours, ~is_hidden), self.shown(filled), self.shown(colours)]
+            filled = torch.where(is_hidden, likeliest, colors)
+            rows = [self.shown(colors, ~is_hidden), self.shown(filled), self.shown(colors)]
             return {"filled": (["seen", "filled in", "original"], rows)}
         draw = SampleSettings(seed=self.seed)
-        nothing = colours[:, :0]
+        nothing = colors[:, :0]
         generated = complete(self.encoder, self.head, nothing.repeat(2, 1), draw).chunk(2)
         known = self.pixels // 2
-        upper = colours[:, :known].repeat(DRAWN, 1)
+        upper = colors[:, :known].repeat(DRAWN, 1)
         completed = complete(self.encoder, self.head, upper, draw).chunk(DRAWN)
-        rows = completion_rows(self.encoder, colours, known, list(completed))
+        rows = completion_rows(self.encoder, colors, known, list(completed))
         return {"generated": ([""] * 2, [self.shown(part) for part in generated]), "completed": rows}
 
-    def shown(self, colours: Int[Tensor, "b n"], is_seen: Bool[Tensor, "b n"] | None = None) -> np.ndarray:
-        return shown(self.encoder, colours, is_seen)
+    def shown(self, colors: Int[Tensor, "b n"], is_seen: Bool[Tensor, "b n"] | None = None) -> np.ndarray:
+        return shown(self.encoder, colors, is_seen)
 
     # ---- released weights ------------------------------------------------------------------------------------
 
@@ -134,7 +134,7 @@ class IGPT(PretextTask):
 
         Args:
             path: transformers' weights, or the TensorFlow variables as arrays (.npz).
-            palette: the released clusters: their file, or the colours; uniform for a model that was trained on that.
+            palette: the released clusters: their file, or the colors; uniform for a model that was trained on that.
             heads: of attention; None for those of the released sizes.
         """
         return cls.from_state(unwrap(read_torch_file(Path(path)), str(path)).everything, heads, palette=palette)
@@ -142,7 +142,7 @@ class IGPT(PretextTask):
     @classmethod
     def from_state(cls, state: dict[str, Tensor], heads: int | None = None, **changes) -> IGPT:
         """from_official, for a state dict in memory."""
-        if not layout.recognise(set(state)):
+        if not layout.recognize(set(state)):
             raise ValueError(f"not iGPT's weights ({', '.join(sorted(state)[:3])}, ...).")
         converted = layout.to_sslvit(state, heads, **changes)
         for note in converted.notes:
@@ -186,8 +186,8 @@ def load_igpt(source: str | Path, heads: int | None = None, **changes) -> IGPT:
     content = read_torch_file(path)
     if "sslvit" not in content:
         weights = unwrap(content, str(path)).everything
-        if layout.recognise(set(weights)) and "palette" not in changes:
-            raise ValueError(f"{source}: a released file does not hold its colours. Give --palette FILE (or uniform).")
+        if layout.recognize(set(weights)) and "palette" not in changes:
+            raise ValueError(f"{source}: a released file does not hold its colors. Give --palette FILE (or uniform).")
         return IGPT.from_state(weights, heads, **changes)
     if changes or heads:
         given = ", ".join(["heads"] * bool(heads) + list(changes))
@@ -202,7 +202,7 @@ def check_encoder(settings: IGPTSettings, encoder: EncoderSettings) -> None:
     """Raise ValueError where the objective cannot be learned by such an encoder."""
     if encoder.tokens != "pixel":
         raise ValueError(
-            f"iGPT predicts colours of pixels, but this encoder's tokens are {encoder.tokens}. "
+            f"iGPT predicts colors of pixels, but this encoder's tokens are {encoder.tokens}. "
             "Set encoder.tokens to pixel (see configs/igpt/)."
         )
     if settings.objective == "autoregressive" and not encoder.causal:
@@ -222,19 +222,19 @@ def check_encoder(settings: IGPTSettings, encoder: EncoderSettings) -> None:
 
 
 def completion_rows(
-    encoder: ViTEncoder, colours: Int[Tensor, "b n"], known: int, completed: list[Int[Tensor, "b n"]]
+    encoder: ViTEncoder, colors: Int[Tensor, "b n"], known: int, completed: list[Int[Tensor, "b n"]]
 ) -> tuple[list[str], list[np.ndarray]]:
     """Input, completions and original, as titles and rows of images."""
-    is_seen = (torch.arange(colours.shape[1], device=colours.device) < known).expand_as(colours)
+    is_seen = (torch.arange(colors.shape[1], device=colors.device) < known).expand_as(colors)
     titles = ["input", *[f"completion {number + 1}" for number in range(len(completed))], "original"]
-    rows = [shown(encoder, colours, is_seen), *(shown(encoder, part) for part in completed), shown(encoder, colours)]
+    rows = [shown(encoder, colors, is_seen), *(shown(encoder, part) for part in completed), shown(encoder, colors)]
     return titles, rows
 
 
-def shown(encoder: ViTEncoder, colours: Int[Tensor, "b n"], is_seen: Bool[Tensor, "b n"] | None = None) -> np.ndarray:
-    """Palette indices as images 'b c h w' in [0, 1]; grey where a pixel is not seen."""
+def shown(encoder: ViTEncoder, colors: Int[Tensor, "b n"], is_seen: Bool[Tensor, "b n"] | None = None) -> np.ndarray:
+    """Palette indices as images 'b c h w' in [0, 1]; gray where a pixel is not seen."""
     pixels, grid = encoder.patch_embed, encoder.settings.grid
-    images = pixels.images_of(colours, grid) * pixels.std + pixels.mean
+    images = pixels.images_of(colors, grid) * pixels.std + pixels.mean
     if is_seen is not None:
         images = torch.where(is_seen.unflatten(1, grid)[:, None], images, torch.full_like(images, 0.5))
     return images.clamp(0, 1).cpu().numpy()

@@ -51,7 +51,7 @@ def split_by_noise(noise: Float[Tensor, "b n"], visible: int) -> tuple[Int[Tenso
     return order[:, :visible], is_hidden
 
 
-def normalise_patches(patches: Float[Tensor, "b n pixels"]) -> Float[Tensor, "b n pixels"]:
+def normalize_patches(patches: Float[Tensor, "b n pixels"]) -> Float[Tensor, "b n pixels"]:
     """Each patch by its own mean and unbiased variance plus 1e-6 (section 3, "Reconstruction target")."""
     mean, variance = patches.mean(2, keepdim=True), patches.var(2, keepdim=True)
     return (patches - mean) / (variance + 1e-6).sqrt()
@@ -100,7 +100,7 @@ class MAEDecoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.pred = nn.Linear(width, encoder.patch**2 * encoder.channels)
         nn.init.normal_(self.mask_token, std=0.02)
-        for module in self.modules():  # appendix A.1, as encoder.initialisation: xavier
+        for module in self.modules():  # appendix A.1, as encoder.initialization: xavier
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
@@ -174,7 +174,7 @@ class MAE(PretextTask):
 
     def target(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n pixels"]:
         patches = patchify(images, self.patch)
-        return normalise_patches(patches) if self.settings.target == "normalised" else patches
+        return normalize_patches(patches) if self.settings.target == "normalized" else patches
 
     def grid_of(self, images: Float[Tensor, "b c h w"]) -> tuple[int, int]:
         return self.encoder.settings.grid_of(*images.shape[2:])
@@ -191,13 +191,13 @@ class MAE(PretextTask):
     ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b 1 h w"]]:
         """The images with their hidden patches predicted, and where these are (1).
 
-        Visible pixels are put back. With a normalised target the network predicts each patch in units of its own
+        Visible pixels are put back. With a normalized target the network predicts each patch in units of its own
         mean and deviation, which are taken from the image itself.
         """
         visible, is_hidden = split_by_noise(noise, visible_count(noise.shape[1], self.settings.mask_ratio))
         predicted = self.decoder(self.encoder(images, visible), visible, self.grid_of(images))
         patches = patchify(images, self.patch)
-        if self.settings.target == "normalised":
+        if self.settings.target == "normalized":
             deviation = (patches.var(2, keepdim=True) + 1e-6).sqrt()
             predicted = predicted * deviation + patches.mean(2, keepdim=True)
         filled = torch.where(is_hidden[:, :, None], predicted, patches)
@@ -206,7 +206,7 @@ class MAE(PretextTask):
         return unpatchify(filled, self.patch, grid), unpatchify(area, self.patch, grid)
 
     def figures(self, batch: Batch) -> dict[str, tuple[list[str], list[np.ndarray]]]:
-        """reconstruction: the input, the input with hidden patches grey, and the reconstruction."""
+        """reconstruction: the input, the input with hidden patches gray, and the reconstruction."""
         images = batch.views[0][:8]
         noise = uniform_at((self.seed, 0, "figure"), np.arange(len(images)), self.patches_of(images))
         filled, is_hidden = self.reconstruct(images, torch.from_numpy(noise).to(images.device))

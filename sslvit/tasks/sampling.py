@@ -27,7 +27,7 @@ def complete(
 
     Args:
         encoder: causal, of pixels.
-        head: tokens -> logits of the colours.
+        head: tokens -> logits of the colors.
         given: palette indices of the first pixels, row by row; none of them for images from nothing.
         settings: temperature, cuts, seed, batch.
 
@@ -65,15 +65,15 @@ def _complete_batch(
     if not torch.isfinite(head(tokens[:, -1])).all():
         raise ValueError("the model's predictions are not finite numbers: its training has probably failed.")
     for place in range(known, places):
-        shares = likely_shares(head(tokens[:, -1]), settings)  # b colours
-        drawn[:, place] = draw_colours(shares, numbers[:, place])
+        shares = likely_shares(head(tokens[:, -1]), settings)  # b colors
+        drawn[:, place] = draw_colors(shares, numbers[:, place])
         counter.tick(len(drawn))
         if place < places - 1:
             tokens = encoder.read_on(drawn[:, place : place + 1], memories)  # b 1 d
 
 
-def likely_shares(logits: Float[Tensor, "b colours"], settings: SampleSettings) -> Float[Tensor, "b colours"]:
-    """What each colour's chance is, after temperature, top-k and top-p; rows sum to one."""
+def likely_shares(logits: Float[Tensor, "b colors"], settings: SampleSettings) -> Float[Tensor, "b colors"]:
+    """What each color's chance is, after temperature, top-k and top-p; rows sum to one."""
     if settings.temperature == 0:
         return F.one_hot(logits.argmax(1), logits.shape[1]).double()
     logits = logits.double() / settings.temperature
@@ -90,14 +90,14 @@ def likely_shares(logits: Float[Tensor, "b colours"], settings: SampleSettings) 
     return shares
 
 
-def draw_colours(shares: Float[Tensor, "b colours"], numbers: Float[Tensor, "b"]) -> Int[Tensor, "b"]:
-    """The colour in whose part of [0, 1) each uniform number lies."""
+def draw_colors(shares: Float[Tensor, "b colors"], numbers: Float[Tensor, "b"]) -> Int[Tensor, "b"]:
+    """The color in whose part of [0, 1) each uniform number lies."""
     upper = in_parts(shares).cumsum(1)
     total = upper[:, -1:]
-    target = (numbers[:, None] * total).long().clamp(max=total - 1)  # no rounding puts a draw behind the last colour
+    target = (numbers[:, None] * total).long().clamp(max=total - 1)  # no rounding puts a draw behind the last color
     return torch.searchsorted(upper, target, right=True)[:, 0]
 
 
-def in_parts(shares: Float[Tensor, "b colours"]) -> Int[Tensor, "b colours"]:
+def in_parts(shares: Float[Tensor, "b colors"]) -> Int[Tensor, "b colors"]:
     """Probabilities in whole parts: a GPU has no repeatable kernel for running sums of fractions in every torch."""
     return (shares * PARTS).long()

@@ -35,7 +35,7 @@ class Supervised(PretextTask):
         run: see PretextTask.
     """
 
-    view_kinds = ("augment", "crop", "square", "centre", "canvas")
+    view_kinds = ("augment", "crop", "square", "center", "canvas")
 
     def __init__(
         self, settings: SupervisedSettings, encoder: EncoderSettings, optim: OptimSettings, **run: int

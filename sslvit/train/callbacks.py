@@ -27,7 +27,7 @@ STEPS_BETWEEN_COUNTS = 50  # with several ranks: how often they add up their unr
 
 
 class StepCallback(pl.Callback):
-    """A callback that acts once per optimiser step, not per micro-batch."""
+    """A callback that acts once per optimizer step, not per micro-batch."""
 
     step = 0
 

@@ -273,7 +273,7 @@ def copied(value: Any) -> Any:
 
 
 class Checkpoints(StepCallback):
-    """Writes checkpoints/last.ckpt every so many optimiser steps and after the last one, and keeps some by their step.
+    """Writes checkpoints/last.ckpt every so many optimizer steps and after the last one, and keeps some by their step.
 
     Args:
         folder: of the run.
@@ -287,4 +287,4 @@ class Checkpoints(StepCallback):
     def on_step(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if self.step % self.settings.checkpoint_every and self.step != self.total_steps:
             return
-        trainer.save_checkpoint(self.folder.checkpoint, weights_only=False)  # with the optimiser
+        trainer.save_checkpoint(self.folder.checkpoint, weights_only=False)  # with the optimizer

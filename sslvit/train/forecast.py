@@ -40,7 +40,7 @@ class Forecast:
 
     Args:
         encoder: parameters of the encoder.
-        trained: parameters that the optimiser moves.
+        trained: parameters that the optimizer moves.
         held: numbers of the whole state, teacher and buffers included.
         flops_per_image: of a step, forward and backward.
         peak: most bytes that a step on one rank's micro-batch holds at once besides weights and moments, in float32.
@@ -48,11 +48,11 @@ class Forecast:
         block: numbers in the largest block of a network.
         outside: numbers of weights that lie in no block.
         images: in the data set.
-        global_batch: images per optimiser step.
+        global_batch: images per optimizer step.
         micro: images per forward pass on one rank.
-        passes: forward passes per optimiser step.
+        passes: forward passes per optimizer step.
         ranks: processes.
-        steps: optimiser steps.
+        steps: optimizer steps.
         steps_per_epoch: of one pass over the data.
     """
 
@@ -90,10 +90,10 @@ class Forecast:
         gathered = 4.0 * (self.outside + 3 * self.block)
         return parts | {"gathered": gathered, "activations": self.activations}
 
-    def hours(self, tflops: float, utilisation: float) -> float:
+    def hours(self, tflops: float, utilization: float) -> float:
         """On devices of so many TFLOP/s, of which a share is used."""
         work = float(self.flops_per_image) * self.global_batch * self.steps
-        return work / (tflops * 1e12 * utilisation * self.ranks) / 3600
+        return work / (tflops * 1e12 * utilization * self.ranks) / 3600
 
     def text(self) -> str:
         """For a reader."""
@@ -133,7 +133,7 @@ def forecast(settings: PretrainSettings, images: int, classes: int | None = None
     per_epoch = images // batch
     steps = train.steps or max(1, round(train.epochs * per_epoch))
     fitted, optim = settings.task.fitted(images, batch, steps, classes), settings.optim.fitted(per_epoch, steps)
-    with torch.device("meta"):  # initialisation would ask fake numbers for their values
+    with torch.device("meta"):  # initialization would ask fake numbers for their values
         task: PretextTask = task_class(settings.task.name)(
             fitted, settings.encoder, optim, total_steps=steps, steps_per_epoch=per_epoch, global_batch=batch,
             seed=settings.seed,
@@ -267,4 +267,4 @@ def draw_schedules(task: PretextTask, path: Path) -> Path:
     lines = {name.replace("_", " "): [at(step) for step in steps] for name, at in named.items()}
     shares = {f"{name} (up to {max(values):.3g})": (steps, [value / (max(values) or 1) for value in values])
               for name, values in lines.items()}  # fmt: skip
-    return curves(path, shares, "optimiser step", "share of the largest value", "schedules")
+    return curves(path, shares, "optimizer step", "share of the largest value", "schedules")

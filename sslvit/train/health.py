@@ -76,7 +76,7 @@ def find_sign(measures: dict[str, float], images: int, task: TaskSettings, optim
         measures: of `measure`, and the loss.
         images: in the batch that was measured.
         task: settings of the task; the remedy names its knobs.
-        optim: settings of the optimiser.
+        optim: settings of the optimizer.
     """
     rate = f"optim.base_rate ({optim.base_rate:g})"
     for name, value in measures.items():

@@ -22,8 +22,8 @@ from sslvit.evaluate.features import Pass
 from sslvit.evaluate.knn import knn_accuracies
 from sslvit.evaluate.label_free import measures_of, spread
 from sslvit.evaluate.linear import fit_probe
-from sslvit.evaluate.probe import check_classes, open_labelled
-from sslvit.evaluate.sources import FrozenEncoder, LabelledSet, NoScore
+from sslvit.evaluate.probe import check_classes, open_labeled
+from sslvit.evaluate.sources import FrozenEncoder, LabeledSet, NoScore
 from sslvit.files import to_json, write_atomically
 from sslvit.ranks import is_first_rank, said_by_first
 from sslvit.settings import PretrainSettings, ProbeSettings
@@ -79,17 +79,17 @@ class ScoringCallback(StepCallback):
 
 
 class OnlineProbe(ScoringCallback):
-    """kNN and logistic regression on some labelled images, and all measures without labels."""
+    """kNN and logistic regression on some labeled images, and all measures without labels."""
 
     def __init__(self, settings: PretrainSettings, total_steps: int) -> None:
         online = self.online = settings.online
         super().__init__(online.every, settings.train.log_every, total_steps)
         self.seed = settings.seed
-        indices = open_labelled(ProbeSettings(online.train, online.val, neighbours=[]))
+        indices = open_labeled(ProbeSettings(online.train, online.val, neighbors=[]))
         channels = settings.encoder.channels
         limit = settings.data.bad_limit
         self.train, self.val = (
-            LabelledSet(index, channels, spread(len(index), online.images), limit) for index in indices
+            LabeledSet(index, channels, spread(len(index), online.images), limit) for index in indices
         )
 
     def scores(self, trainer: pl.Trainer, module: PretextTask) -> dict[str, float]:
@@ -101,7 +101,7 @@ class OnlineProbe(ScoringCallback):
         found = {f"online_{name}": value for name, value in found.items()}
         if is_first_rank():
             classes = len(self.train.index.classes)
-            k = min(self.online.neighbours, len(train))
+            k = min(self.online.neighbors, len(train))
             found |= {
                 "online_knn": knn_accuracies(train, val, classes, [k], 0.07)[k],
                 "online_linear": fit_probe(train, classes, self.seed).accuracy(val),
@@ -116,7 +116,7 @@ class Validation(ScoringCallback):
         super().__init__(settings.task.validate_every, settings.train.log_every, total_steps)
         self.settings, self.folder = settings, folder
         data = settings.data
-        self.data = LabelledSet(
+        self.data = LabeledSet(
             open_val(settings, index), settings.encoder.channels, None, data.bad_limit, data.memory_limit_mb
         )
         self.start = time.monotonic()
@@ -153,8 +153,8 @@ class Validation(ScoringCallback):
 
 
 def open_val(settings: PretrainSettings, index: ShardIndex) -> ShardIndex:
-    """The labelled set that a classifier is scored on, once it is known to fit the training set."""
+    """The labeled set that a classifier is scored on, once it is known to fit the training set."""
     name = settings.task.val
     val = open_shards(name)
-    check_classes(index, val, ProbeSettings("", "", neighbours=[]))
+    check_classes(index, val, ProbeSettings("", "", neighbors=[]))
     return val

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sslvit.data.module import ShardDataModule
-from sslvit.evaluate.attention import class_attention, mass_mask, patch_colours
+from sslvit.evaluate.attention import class_attention, mass_mask, patch_colors
 from sslvit.figures import curves, heat_over, image_rows, only_where
 from sslvit.models import ViTEncoder
 from sslvit.tasks.base import PretextTask
@@ -25,7 +25,7 @@ def draw_pictures(folder: RunFolder, task: PretextTask, data: ShardDataModule) -
     steps = [line["step"] for line in metrics]
     losses = {"loss": (steps, [line["loss"] for line in metrics])}
     curves(
-        folder.figures / "loss.png", losses, "optimiser step", "loss", f"{type(task).__name__}: training loss"
+        folder.figures / "loss.png", losses, "optimizer step", "loss", f"{type(task).__name__}: training loss"
     )  # fmt: skip
     task.to("cpu", torch.float32)
     examples = data.examples(IMAGES)
@@ -49,7 +49,7 @@ def draw_pictures(folder: RunFolder, task: PretextTask, data: ShardDataModule) -
     titles, rows = ["input"], [shown(encoder, sizes["_larger"])]
     for images in sizes.values():
         titles.append(f"patches at\n{images.shape[2]} x {images.shape[3]}")
-        rows.append(patch_colours(encoder, images).numpy())
+        rows.append(patch_colors(encoder, images).numpy())
     image_rows(folder.figures / "patches.png", rows, titles)
 
 
@@ -68,6 +68,6 @@ def attention_rows(encoder: ViTEncoder, images: Tensor) -> tuple[list[str], list
 
 
 def shown(encoder: ViTEncoder, images: Tensor) -> np.ndarray:
-    """Normalised images as pixels from 0 to 1."""
+    """Normalized images as pixels from 0 to 1."""
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (encoder.settings.mean, encoder.settings.std))
     return (images * std + mean).clamp(0, 1).numpy()

@@ -184,7 +184,7 @@ def make_trainer(settings: PretrainSettings, folder: RunFolder, index: Index, da
 
 
 def scoring(settings: PretrainSettings, folder: RunFolder, index: Index, total_steps: int) -> list[pl.Callback]:
-    """What looks at labelled images while the run trains."""
+    """What looks at labeled images while the run trains."""
     callbacks: list[pl.Callback] = []
     if settings.online.train is not None:
         callbacks.append(OnlineProbe(settings, total_steps))

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: data, forward, backward, communication, optimiser.
+"""Where the time of a step goes: data, forward, backward, communication, optimizer.
 
 On a GPU the moments are events in its stream, read when a line of metrics.jsonl is due, so no step waits for them.
 """
@@ -16,7 +16,7 @@ from torch import distributed
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 MOST_MOMENTS = 4096  # kept until a line is due
-PARTS = ("data", "forward", "backward", "communication", "optimiser")
+PARTS = ("data", "forward", "backward", "communication", "optimizer")
 
 
 class Clock:
@@ -65,7 +65,7 @@ class Clock:
 
 
 class StepTimes(pl.Callback):
-    """Marks the moments of each micro-batch; the first of the callbacks, so that what others do is not the optimiser's.
+    """Marks the moments of each micro-batch; the first of the callbacks, so that what others do is not the optimizer's.
 
     Args:
         clock: gets them.
@@ -89,7 +89,7 @@ class StepTimes(pl.Callback):
         self.clock.is_exchanging = False
 
     def on_train_batch_end(self, *_: Any) -> None:
-        self.clock.mark("optimiser")
+        self.clock.mark("optimizer")
 
 
 class WaitForData(pl.Callback):

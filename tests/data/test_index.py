@@ -38,7 +38,7 @@ from sslvit.data.schema import check_shard_name, checked_job, checked_report
 from sslvit.data.store import PackSettings
 from sslvit.data.views import Views
 from sslvit.files import WriteError, printable
-from sslvit.settings.views import CentreSettings
+from sslvit.settings.views import CenterSettings
 
 
 def write_tar(path: Path, members: dict[str, bytes]) -> None:
@@ -401,7 +401,7 @@ def test_shards_in_a_folder_that_one_may_only_read_are_indexed_in_the_cache(tmp_
 def test_check_finds_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     source = image_folder(tmp_path / "in")
     (source / "dog" / "again.png").write_bytes((source / "dog" / "im.003.png").read_bytes())
-    (source / "cat" / "grey.png").write_bytes(encoded(photograph(40, 50).convert("L"), "PNG"))
+    (source / "cat" / "gray.png").write_bytes(encoded(photograph(40, 50).convert("L"), "PNG"))
     (index,) = pack_source(source, tmp_path / "out", workers=1)
     found = check_shards(index, workers=1)
     assert found.is_whole
@@ -739,7 +739,7 @@ def test_names_that_are_not_utf8_survive_the_index(tmp_path: Path) -> None:
     assert numbers_of(again) == [7]
     assert os.fsencode(again.key(0)) == b"caf\xe9.tar/\xe9t\xe9.png"
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes().replace(b"IHDR", b"XXXX"))
-    views = Views(CentreSettings(), [4, 4], "bilinear", seed=0)
+    views = Views(CenterSettings(), [4, 4], "bilinear", seed=0)
     batch = make_batch(ShardReader(again, 1, 0), views, np.array([0]), np.array([0]))
     assert list(batch.bad) == ["caf\\xe9.tar/\\xe9t\\xe9.png"]  # as it is printed
 

@@ -18,7 +18,7 @@ from sslvit.data.loader import (
     center_view,
     evaluation_loader,
     make_batch,
-    normalised_view,
+    normalized_view,
     resolution_of,
     view_of_image,
 )
@@ -28,7 +28,7 @@ from sslvit.data.plan import EpochPlan
 from sslvit.data.reader import ShardReader
 from sslvit.data.views import Views
 from sslvit.settings import DataSettings, EncoderSettings
-from sslvit.settings.views import AugmentSettings, CentreSettings, CropSettings, MultiCropSettings
+from sslvit.settings.views import AugmentSettings, CenterSettings, CropSettings, MultiCropSettings
 
 NAMES = [f"class {number}" for number in range(24)]
 GRAY = EncoderSettings(image_size=8, patch=4, channels=1)
@@ -71,7 +71,7 @@ def test_a_substitute_brings_its_label_its_epoch_and_its_colors(tmp_path: Path, 
         assert torch.equal(view[1], expected[0])
     elsewhere = make_batch(reader, Views(settings, [16, 16], "bicubic", 3, False), samples, epochs,
                            spares=lambda row: [(11, 3)])  # fmt: skip
-    for drawn, expected in zip(elsewhere.colours, views.draw_colours(np.array([11]), np.array([3])), strict=True):
+    for drawn, expected in zip(elsewhere.colors, views.draw_colors(np.array([11]), np.array([3])), strict=True):
         assert torch.equal(drawn[1], expected[0])
 
 
@@ -102,7 +102,7 @@ def test_the_place_of_a_micro_batch_is_that_of_its_rows_in_the_global_batch(tmp_
     index = numbered_shards(tmp_path, 40)
     plan = EpochPlan(index.shard_samples, 12, 3)
     for rank in range(2):
-        batches = TrainingBatches(ShardReader(index, 1), Views(CentreSettings(), [8, 8], "bilinear"), plan, rank, 3, 2)
+        batches = TrainingBatches(ShardReader(index, 1), Views(CenterSettings(), [8, 8], "bilinear"), plan, rank, 3, 2)
         for number in range(6):
             step, part = divmod(number, 2)
             batch, first = batches[number], rank * 6 + part * 3
@@ -160,9 +160,9 @@ def test_random_views_of_evaluation_draw_from_seed_epoch_and_sample(tmp_path: Pa
 
 def test_another_fraction_takes_the_place_of_the_encoders_and_its_mode_stays() -> None:
     encoder = replace(GRAY, crop_fraction=0.7, crop_mode="squash")
-    assert center_view(encoder) == CentreSettings(fraction=0.7, mode="squash")
-    assert center_view(encoder, 0.9) == CentreSettings(fraction=0.9, mode="squash")
-    assert center_view(GRAY) == CentreSettings(fraction=1.0, mode="center")
+    assert center_view(encoder) == CenterSettings(fraction=0.7, mode="squash")
+    assert center_view(encoder, 0.9) == CenterSettings(fraction=0.9, mode="squash")
+    assert center_view(GRAY) == CenterSettings(fraction=1.0, mode="center")
 
 
 def test_one_images_view_is_the_one_that_evaluation_makes(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_one_images_view_is_the_one_that_evaluation_makes(tmp_path: Path) -> Non
     (batch,) = evaluation_loader(reader, encoder, batch=3)
     for view, sample in zip(batch.views[0], range(3), strict=True):
         assert torch.equal(view, view_of_image(reader.read(sample), encoder))
-    normal = normalised_view(batch, encoder, torch.device("cpu"))
+    normal = normalized_view(batch, encoder, torch.device("cpu"))
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (encoder.mean, encoder.std))
     torch.testing.assert_close(normal * std + mean, batch.views[0] / 255)
 
@@ -191,7 +191,7 @@ def test_the_data_module_hands_out_the_views_that_its_settings_name(tmp_path: Pa
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (encoder.mean, encoder.std))
     for view, pixels in zip(batch.views, expected.views, strict=True):
         torch.testing.assert_close(view, (pixels / 255 - mean) / std, atol=1e-5, rtol=1e-5)
-    module.views.colour_here = False  # then changed here, to the same, but not rounded to bytes first
+    module.views.color_here = False  # then changed here, to the same, but not rounded to bytes first
     for view, pixels in zip(module.examples(5).views, batch.views, strict=True):
         assert ((view - pixels) * std * 255).abs().max() < 0.51
     whole = module.whole_images(3, scale=2)

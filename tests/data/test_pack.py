@@ -44,7 +44,7 @@ def checksums(folder: Path) -> list[str]:
     return [shard.sha256 for shard in load_index(folder).shards]
 
 
-def test_a_packed_folder_comes_back_whole_and_labelled(tmp_path: Path) -> None:
+def test_a_packed_folder_comes_back_whole_and_labeled(tmp_path: Path) -> None:
     (index,) = pack_source(image_folder(tmp_path / "in"), tmp_path / "out", SMALL)
     assert len(index.shards) > 2
     assert contents(index) == {(label, i): label for label in range(2) for i in range(10)}
@@ -628,9 +628,9 @@ def test_a_packing_without_labels_and_a_constant_channel_cannot_be_overlooked(tm
     index = pack(array_samples(images), tmp_path, workers=1)
     assert "NO LABELS" in describe_shards(index)
     assert "warning: channel 1 is the same everywhere" in describe_shards(index)
-    labelled = pack(array_samples(images, [0, 1] * 4), tmp_path / "labelled", ["a", "b"], workers=1)
-    assert "NO LABELS" not in describe_shards(labelled)
-    assert "images per class: 4\n" in describe_shards(labelled)
+    labeled = pack(array_samples(images, [0, 1] * 4), tmp_path / "labeled", ["a", "b"], workers=1)
+    assert "NO LABELS" not in describe_shards(labeled)
+    assert "images per class: 4\n" in describe_shards(labeled)
 
 
 def test_resized_and_encoded_images_are_so_and_the_index_says_it(tmp_path: Path) -> None:

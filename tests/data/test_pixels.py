@@ -27,30 +27,30 @@ def index(tmp_path: Path):
 
 
 def test_a_palette_is_written_with_its_error_and_drawn(index, tmp_path: Path) -> None:
-    made = make_palette(index, tmp_path / "p" / "palette.json", colours=16, image_size=8)
+    made = make_palette(index, tmp_path / "p" / "palette.json", colors=16, image_size=8)
     written = json.loads((tmp_path / "p" / "palette.json").read_text())
     assert written == made
     assert (tmp_path / "p" / "palette.png").exists()
-    assert len(written["colours"]) == 16
+    assert len(written["colors"]) == 16
     assert written["pixels"] == 30 * 64
     drawn, _ = draw_pixels(index, 8, 0)
-    nearest = np.square(drawn.numpy()[:, None] - np.array(written["colours"])).mean(2).min(1)
+    nearest = np.square(drawn.numpy()[:, None] - np.array(written["colors"])).mean(2).min(1)
     assert written["mean_squared_error"] == pytest.approx(nearest.mean(), rel=1e-5)
     assert written["mean_squared_error_uniform"] == pytest.approx((2 / 8) ** 2 / 12, rel=0.05)  # of equal boxes
-    assert read_palette(tmp_path / "p" / "palette.json") == written["colours"]
+    assert read_palette(tmp_path / "p" / "palette.json") == written["colors"]
 
 
 def test_the_same_seed_gives_the_same_palette_and_nothing_is_overwritten(index, tmp_path: Path) -> None:
     one, other, third = (
         make_palette(index, tmp_path / f"{name}.json", 16, 8, seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))
     )
-    assert one["colours"] == other["colours"] != third["colours"]
+    assert one["colors"] == other["colors"] != third["colors"]
     with pytest.raises(ValueError, match="a.json: already exists"):
         make_palette(index, tmp_path / "a.json")
     with pytest.raises(ValueError, match=r"palette is written as JSON"):
         make_palette(index, tmp_path / "a.txt")
-    with pytest.raises(ValueError, match="--colours 1: a palette has two or more"):
-        make_palette(index, tmp_path / "d.json", colours=1)
+    with pytest.raises(ValueError, match="--colors 1: a palette has two or more"):
+        make_palette(index, tmp_path / "d.json", colors=1)
 
 
 def test_places_within_an_image_depend_on_the_seed(index, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,8 +63,8 @@ def test_places_within_an_image_depend_on_the_seed(index, monkeypatch: pytest.Mo
 def test_a_palettes_clusters_are_those_of_its_seed_and_pixels(index, tmp_path: Path) -> None:
     made = make_palette(index, tmp_path / "p.json", 16, 8, seed=1)
     drawn, _ = draw_pixels(index, 8, 1)
-    assert np.array(made["colours"]) == pytest.approx(fit_palette(drawn, 16, 1).numpy(), abs=1e-6)
-    assert np.abs(np.array(made["colours"]) - fit_palette(drawn, 16, 0).numpy()).max() > 0.01
+    assert np.array(made["colors"]) == pytest.approx(fit_palette(drawn, 16, 1).numpy(), abs=1e-6)
+    assert np.abs(np.array(made["colors"]) - fit_palette(drawn, 16, 0).numpy()).max() > 0.01
 
 
 def test_pixels_come_from_all_over_a_large_data_set(index, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,15 +104,15 @@ def test_pixels_are_of_all_images_all_places_and_readable_ones(tmp_path: Path, m
     assert (drawn == 1).all()  # the unreadable image, black, is not among them
 
 
-def test_grey_images_get_greys(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_gray_images_get_grays(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     images = np.random.default_rng(0).integers(0, 256, (20, 8, 8)).astype(np.uint8)
     pack(array_samples(images), tmp_path / "shards")
-    words = ["palette", str(tmp_path / "shards"), "-o", str(tmp_path / "grey.json"), "--image-size", "8"]
+    words = ["palette", str(tmp_path / "shards"), "-o", str(tmp_path / "gray.json"), "--image-size", "8"]
     assert main(words) == 0
-    assert "8 colours fitted on 1,280 pixels" in capsys.readouterr().out
-    colours = read_palette(tmp_path / "grey.json")
-    assert [len(colour) for colour in colours] == [1] * 8
-    assert colours == sorted(colours)
+    assert "8 colors fitted on 1,280 pixels" in capsys.readouterr().out
+    colors = read_palette(tmp_path / "gray.json")
+    assert [len(color) for color in colors] == [1] * 8
+    assert colors == sorted(colors)
     assert main(words) == 1
     assert "already exists" in capsys.readouterr().err
 
@@ -120,18 +120,18 @@ def test_grey_images_get_greys(tmp_path: Path, capsys: pytest.CaptureFixture) ->
 def test_an_image_folder_is_packed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = image_folder(tmp_path / "images", count=4)
-    assert main(["palette", str(folder), "-o", str(tmp_path / "p.json"), "--colours", "2"]) == 0
+    assert main(["palette", str(folder), "-o", str(tmp_path / "p.json"), "--colors", "2"]) == 0
     assert len(list((tmp_path / "cache" / "sslvit").rglob("images-*/index.json"))) == 1
 
 
 def test_a_recipe_names_a_palette_file_beside_it_or_where_the_user_stands(tmp_path: Path, monkeypatch) -> None:
     recipe = (Path(__file__).parents[2] / "configs" / "igpt" / "digits.yaml").read_text()
     (tmp_path / "recipe.yaml").write_text(recipe.replace("palette: uniform", "palette: mine.json"))
-    (tmp_path / "mine.json").write_text(json.dumps({"colours": [[-1.0], [1.0]]}))
+    (tmp_path / "mine.json").write_text(json.dumps({"colors": [[-1.0], [1.0]]}))
     settings = load_recipe(tmp_path / "recipe.yaml")
     assert settings.encoder.palette == [[-1.0], [1.0]]
     (tmp_path / "here").mkdir()
-    (tmp_path / "here" / "mine.json").write_text(json.dumps({"colours": [[-1.0], [0.0], [1.0]]}))
+    (tmp_path / "here" / "mine.json").write_text(json.dumps({"colors": [[-1.0], [0.0], [1.0]]}))
     monkeypatch.chdir(tmp_path / "here")
     assert len(load_recipe(tmp_path / "recipe.yaml").encoder.palette) == 3
     with pytest.raises(FileNotFoundError, match="other.json is not a file. Make one with: sslvit palette"):
@@ -142,11 +142,11 @@ def test_a_recipe_names_a_palette_file_beside_it_or_where_the_user_stands(tmp_pa
     ("name", "content", "message"),
     [
         ("a.json", "{", "a.json is no palette"),
-        ("b.json", '{"colour": []}', "b.json is no palette"),
-        ("c.json", '{"colours": [[1, 2], [0.5]]}', "colours of 1 and 2 numbers"),
-        ("d.json", '{"colours": [[0], [255]]}', r"255 is outside \[-1, 1\]"),
-        ("e.json", '{"colours": []}', "0 colours"),
-        ("f.json", '{"colours": [[null], [1]]}', "f.json is no palette"),
+        ("b.json", '{"color": []}', "b.json is no palette"),
+        ("c.json", '{"colors": [[1, 2], [0.5]]}', "colors of 1 and 2 numbers"),
+        ("d.json", '{"colors": [[0], [255]]}', r"255 is outside \[-1, 1\]"),
+        ("e.json", '{"colors": []}', "0 colors"),
+        ("f.json", '{"colors": [[null], [1]]}', "f.json is no palette"),
         ("g.npy", "text", "g.npy is no palette"),
         ("h.json", "[1, 2]", "h.json is no palette"),
     ],

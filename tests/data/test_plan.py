@@ -200,7 +200,7 @@ def test_a_step_needs_no_steps_before_it() -> None:
 
 
 @pytest.mark.parametrize("lanes", [None, 4])
-def test_seeds_and_epochs_give_other_orders_and_neighbours(lanes: int | None) -> None:
+def test_seeds_and_epochs_give_other_orders_and_neighbors(lanes: int | None) -> None:
     def order(seed: int, epoch: int) -> np.ndarray:
         return epoch_of(EpochPlan([50] * 100, 20, seed, lanes), epoch)
 

@@ -26,9 +26,9 @@ from sslvit.data.store import PackSettings
 from sslvit.data.views import Views
 from sslvit.files import REMEDIES
 from sslvit.settings import EncoderSettings
-from sslvit.settings.views import CentreSettings, CropSettings, MultiCropSettings
+from sslvit.settings.views import CenterSettings, CropSettings, MultiCropSettings
 
-WHOLE = Views(CentreSettings(), [8, 8], "bilinear")
+WHOLE = Views(CenterSettings(), [8, 8], "bilinear")
 
 
 def seen(reader: ShardReader, samples: list[int], views: Views = WHOLE):
@@ -262,16 +262,16 @@ def test_an_image_is_decoded_once_for_all_of_its_crops(tmp_path: Path, monkeypat
     assert difference < 2.5
 
 
-def test_colours_change_alike_in_workers_and_on_the_device(tmp_path: Path) -> None:
+def test_colors_change_alike_in_workers_and_on_the_device(tmp_path: Path) -> None:
     (index,) = pack_source(image_folder(tmp_path / "in"), tmp_path / "out", workers=1)
     from sslvit.data.views import change_views
 
     settings, samples = MultiCropSettings(local_crops=2, local_size=12), np.arange(6)
-    here, there = (Views(settings, [24, 24], "bicubic", seed=2, colour_here=place) for place in (True, False))
+    here, there = (Views(settings, [24, 24], "bicubic", seed=2, color_here=place) for place in (True, False))
     one, other = (make_batch(ShardReader(index), views, samples, np.zeros(6, int)) for views in (here, there))
-    assert one.colours is None
+    assert one.colors is None
     assert all(view.dtype == torch.uint8 for view in one.views + other.views)
-    for a, b in zip(one.views, change_views(other.views, other.colours), strict=True):
+    for a, b in zip(one.views, change_views(other.views, other.colors), strict=True):
         assert torch.equal(a.float(), b)
 
 
@@ -326,9 +326,9 @@ def test_a_mixture_reads_from_each_source(tmp_path: Path) -> None:
 
 def test_sources_of_other_channels_are_not_mixed(tmp_path: Path) -> None:
     six = pack(array_samples(np.zeros((4, 8, 8, 6), np.uint8)), tmp_path / "six", workers=1)
-    grey = numbered_shards(tmp_path / "grey", 4)
-    with pytest.raises(ValueError, match="six: 6, .*grey: 1. cannot be mixed"):
-        JoinedIndex([six, grey], [1, 1])
+    gray = numbered_shards(tmp_path / "gray", 4)
+    with pytest.raises(ValueError, match="six: 6, .*gray: 1. cannot be mixed"):
+        JoinedIndex([six, gray], [1, 1])
 
 
 def test_the_resolution_of_a_step_is_the_same_everywhere_and_all_occur(tmp_path: Path) -> None:
@@ -370,7 +370,7 @@ def test_images_of_any_number_of_channels_pass_through(tmp_path: Path, channels:
     torch.testing.assert_close(view, torch.from_numpy(images[order]).permute(0, 3, 1, 2), atol=1e-3, rtol=0)
 
 
-def test_a_photograph_among_grey_images_is_bad_nowhere(tmp_path: Path) -> None:
+def test_a_photograph_among_gray_images_is_bad_nowhere(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     photograph(40, 50).save(tmp_path / "in" / "a.png")
     Image.new("L", (30, 60), 9).save(tmp_path / "in" / "b.png")

@@ -20,9 +20,9 @@ from sslvit.data.open import open_data
 from sslvit.data.stream import StreamBatches, StreamIndex, number_of
 from sslvit.data.views import Views
 from sslvit.settings import DataSettings
-from sslvit.settings.views import CentreSettings
+from sslvit.settings.views import CenterSettings
 
-WHOLE = Views(CentreSettings(), [4, 4], "bilinear", seed=1)
+WHOLE = Views(CenterSettings(), [4, 4], "bilinear", seed=1)
 
 
 def gzipped(path: Path, numbers: range, more: dict[str, bytes] | None = None) -> Path:
@@ -71,7 +71,7 @@ def test_what_the_order_of_a_stream_depends_on(streams: list[str], tmp_path: Pat
     """On seed, epoch and the step from which a run goes on: of the streams and of the images within one."""
 
     def order(urls: list[str], seed: int, step: int, epoch: int) -> list[int]:
-        views = Views(CentreSettings(), [4, 4], "bilinear", seed=seed)
+        views = Views(CenterSettings(), [4, 4], "bilinear", seed=seed)
         count = 10 * len(urls)
         samples = StreamBatches(index_of(urls, tmp_path), views, 1, 0, 1, 5, 1, start_step=step)._samples(0, 1)
         rows = list(itertools.islice(samples, count * (epoch + 1)))[-count:]

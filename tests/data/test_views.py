@@ -14,13 +14,13 @@ from shard_fixtures import encoded, photograph
 from sslvit.data import resample as resample_module
 from sslvit.data.decode import BadImage, decode
 from sslvit.data.loader import MemoryReader, center_view, make_batch, view_of_image
-from sslvit.data.resample import Boxes, normalise, resample, view_of_one
-from sslvit.data.views import Views, by_epoch, canvas_places, centre_crops, random_crops, random_squares
+from sslvit.data.resample import Boxes, normalize, resample, view_of_one
+from sslvit.data.views import Views, by_epoch, canvas_places, center_crops, random_crops, random_squares
 from sslvit.settings import EncoderSettings
 from sslvit.settings.views import (
     AugmentSettings,
     CanvasSettings,
-    CentreSettings,
+    CenterSettings,
     CropSettings,
     MultiCropSettings,
     SquareSettings,
@@ -90,7 +90,7 @@ def views_of(view: Views, images: torch.Tensor, samples: np.ndarray, epoch: int 
     return view.of_batch(images, samples, np.full(len(samples), epoch))[0]
 
 
-@pytest.mark.parametrize("settings", [CropSettings(), CentreSettings(fraction=0.9), CanvasSettings(), SquareSettings()])
+@pytest.mark.parametrize("settings", [CropSettings(), CenterSettings(fraction=0.9), CanvasSettings(), SquareSettings()])
 def test_one_image_at_a_time_and_all_at_once_agree(settings) -> None:
     view = Views(settings, [24, 24], "bicubic", seed=3)
     samples = np.arange(6)
@@ -103,7 +103,7 @@ def test_one_image_at_a_time_and_all_at_once_agree(settings) -> None:
         assert difference.max() <= 1
 
 
-def test_a_view_depends_on_seed_epoch_and_sample_and_not_on_its_neighbours() -> None:
+def test_a_view_depends_on_seed_epoch_and_sample_and_not_on_its_neighbors() -> None:
     images, view = smooth_images(), Views(CropSettings(), [16, 16], "bicubic", seed=3)
     base = views_of(view, images, np.arange(6))
     assert torch.equal(views_of(view, images[[4, 1]], np.array([4, 1])), base[[4, 1]])
@@ -297,19 +297,19 @@ def test_no_view_is_brighter_than_white_or_darker_than_black() -> None:
         assert view.dtype == kind
 
 
-def test_centre_crop_keeps_the_middle_of_the_shorter_side() -> None:
-    boxes = centre_crops(0.875)(np.zeros((1, 1)), np.array([256]), np.array([320]), [224, 224])
+def test_center_crop_keeps_the_middle_of_the_shorter_side() -> None:
+    boxes = center_crops(0.875)(np.zeros((1, 1)), np.array([256]), np.array([320]), [224, 224])
     assert (boxes.top[0], boxes.left[0], boxes.height[0], boxes.width[0]) == (16, 48, 224, 224)
 
 
-def test_normalise_is_mean_and_deviation_of_pixels_in_zero_to_one() -> None:
+def test_normalize_is_mean_and_deviation_of_pixels_in_zero_to_one() -> None:
     view = torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 1, 2)
-    torch.testing.assert_close(normalise(view, [0.5], [0.25]).flatten(), torch.tensor([-2.0, 2.0]))
+    torch.testing.assert_close(normalize(view, [0.5], [0.25]).flatten(), torch.tensor([-2.0, 2.0]))
     images, mean, std = smooth_images(2), [0.1, 0.4, 0.7], [0.2, 0.5, 0.3]
     expected = (images.double() / 255 - torch.tensor(mean).double().view(3, 1, 1)) / torch.tensor(std).double().view(
         3, 1, 1
     )
-    torch.testing.assert_close(normalise(images, mean, std).double(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(normalize(images, mean, std).double(), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_square_is_the_crop_of_a_shorter_side_resized_to_each_length_as_often() -> None:
@@ -430,7 +430,7 @@ def test_a_centered_crop_of_sharp_edges_is_pils_at_its_border_too() -> None:
 
 def test_floats_are_seen_as_bytes_are() -> None:
     image = smooth_images(1, 141, 200)[0]
-    views = Views(CentreSettings(fraction=0.83), [48, 48], "bicubic")
+    views = Views(CenterSettings(fraction=0.83), [48, 48], "bicubic")
     drawn = views.draw(np.array([[141, 200]]), np.array([0]), np.array([0]))
     floats, whole = (views.of_one(of, drawn, 0)[0] for of in (image.float(), image))
     assert floats.dtype == torch.float32
@@ -443,10 +443,10 @@ def test_floats_are_seen_as_bytes_are() -> None:
         (CropSettings, {"scale": [0.5, 0.2]}, "smallest, largest"),
         (CropSettings, {"scale": [0.5, 1.2]}, "whole image"),
         (CropSettings, {"flip": 2}, "probability"),
-        (CentreSettings, {"fraction": 1.5}, "smallest, largest"),
+        (CenterSettings, {"fraction": 1.5}, "smallest, largest"),
         (MultiCropSettings, {"blur": [1.0]}, "first global, second global, local crops"),
         (MultiCropSettings, {"hue": 0.7}, "data.view.hue"),
-        (MultiCropSettings, {"solarise": [0, 2, 0]}, "data.view.solarise"),
+        (MultiCropSettings, {"solarize": [0, 2, 0]}, "data.view.solarize"),
     ],
 )
 def test_impossible_views_are_refused(kind: type, changes: dict, message: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sslvit.evaluate.attention import class_attention, mass_mask, patch_colours
+from sslvit.evaluate.attention import class_attention, mass_mask, patch_colors
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings
 
@@ -45,17 +45,17 @@ class _Planted(ViTEncoder):
         return self.planted
 
 
-def test_patches_with_similar_features_get_similar_colours_also_across_images() -> None:
+def test_patches_with_similar_features_get_similar_colors_also_across_images() -> None:
     torch.manual_seed(0)
     encoder = _Planted(EncoderSettings(**SMALL))
     kinds = torch.randint(0, 3, (2, 16))
     directions = 10 * torch.eye(3, 32)
     encoder.planted = torch.cat([torch.zeros(2, 1, 32), directions[kinds] + 0.1 * torch.randn(2, 16, 32)], 1)
-    colours = patch_colours(encoder, torch.zeros(2, 1, 16, 16))  # b 3 4 4
-    assert colours.shape == (2, 3, 4, 4)
-    assert 0 <= colours.min() < 0.1
-    assert 0.9 < colours.max() <= 1
-    flat = colours.permute(0, 2, 3, 1).reshape(-1, 3)[:, :2]  # three kinds span two components; the third is noise
+    colors = patch_colors(encoder, torch.zeros(2, 1, 16, 16))  # b 3 4 4
+    assert colors.shape == (2, 3, 4, 4)
+    assert 0 <= colors.min() < 0.1
+    assert 0.9 < colors.max() <= 1
+    flat = colors.permute(0, 2, 3, 1).reshape(-1, 3)[:, :2]  # three kinds span two components; the third is noise
     middles = torch.stack([flat[kinds.flatten() == kind].mean(0) for kind in range(3)])
     assert torch.equal(torch.cdist(flat, middles).argmin(1), kinds.flatten())
     assert torch.pdist(middles).min() > 0.4

@@ -19,7 +19,7 @@ from sslvit.evaluate import health
 from sslvit.evaluate.attention import attention_measures, receptive_field
 from sslvit.evaluate.health import alignment, alpha_of_spectrum, feature_std, label_free, rankme, uniformity
 from sslvit.evaluate.label_free import measure_health, spread
-from sslvit.evaluate.sources import LabelledSet
+from sslvit.evaluate.sources import LabeledSet
 from sslvit.models import ViTEncoder
 from sslvit.report.show import middle_patch
 from sslvit.settings import EncoderSettings
@@ -84,8 +84,8 @@ def test_even_attention_looks_as_far_as_patches_lie_apart() -> None:
             block.attn.qkv.weight.zero_()
             block.attn.qkv.bias.zero_()
     distance, entropy = attention_measures(encoder, torch.randn(2, 3, 16, 16))
-    centres = np.stack(np.meshgrid(np.arange(4), np.arange(4)), -1).reshape(-1, 2) * 4.0
-    apart = np.linalg.norm(centres[:, None] - centres[None], axis=2).mean()
+    centers = np.stack(np.meshgrid(np.arange(4), np.arange(4)), -1).reshape(-1, 2) * 4.0
+    apart = np.linalg.norm(centers[:, None] - centers[None], axis=2).mean()
     torch.testing.assert_close(distance, torch.full((2, 2), apart, dtype=distance.dtype), atol=1e-4, rtol=0)
     torch.testing.assert_close(entropy, torch.full((2, 2), math.log(17)), atol=1e-5, rtol=0)
 
@@ -167,7 +167,7 @@ def test_effective_rank_and_deviation_are_their_formulas() -> None:
 
 
 def test_the_crops_that_should_agree_are_drawn_by_seed(here: Path) -> None:
-    data = LabelledSet(load_index(here / "plain"), 3)
+    data = LabeledSet(load_index(here / "plain"), 3)
     one, same, other = (measure_health(make(), data, seed=seed)["encoder"] for seed in (0, 0, 1))
     assert one == same
     assert other["alignment"] != one["alignment"]

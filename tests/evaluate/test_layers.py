@@ -37,7 +37,7 @@ def shards(tmp_path: Path) -> ProbeSettings:
         labels = source.integers(0, 3, count)
         images = source.integers(0, 100, (count, 8, 8, 3)) + (labels * 20)[:, None, None, None]
         pack(array_samples(images.astype(np.uint8), labels), tmp_path / name, ["a", "b", "c"])
-    return ProbeSettings(str(tmp_path / "train"), str(tmp_path / "val"), neighbours=[3], cache=None)
+    return ProbeSettings(str(tmp_path / "train"), str(tmp_path / "val"), neighbors=[3], cache=None)
 
 
 @torch.no_grad()
@@ -60,7 +60,7 @@ def test_each_layer_scores_as_it_does_alone(shards: ProbeSettings, tmp_path: Pat
     assert (tmp_path / "layers.png").exists()
     for number in (1, 3):
         alone = probe(
-            {"e": encoder}, ProbeSettings(shards.train, shards.val, layer=number, neighbours=[3], cache=None)
+            {"e": encoder}, ProbeSettings(shards.train, shards.val, layer=number, neighbors=[3], cache=None)
         ).rows
         for row, name in ((f"layer {number}", "e"), (f"untrained, layer {number}", "untrained encoder")):
             assert {key: value for key, value in table.rows[row].items() if key != HELD_OUT} == alone[name]

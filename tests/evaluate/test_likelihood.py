@@ -17,25 +17,25 @@ from sslvit.data.folders import folder_source
 from sslvit.data.index import load_index
 from sslvit.data.pack import pack
 from sslvit.evaluate.likelihood import (
-    NeighbourTable,
+    NeighborTable,
     likelihood,
     model_nats,
-    neighbour_nats,
+    neighbor_nats,
     palette_images,
     tune_smoothing,
     unigram_nats,
 )
-from sslvit.evaluate.sources import LabelledSet
+from sslvit.evaluate.sources import LabeledSet
 from sslvit.settings import EncoderSettings, IGPTSettings, OptimSettings
-from sslvit.tasks.igpt import IGPT, colour_error
+from sslvit.tasks.igpt import IGPT, color_error
 
 
-def noise(count: int, colours: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, colours, (count, 6, 5)).astype(np.int16)
+def noise(count: int, colors: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, colors, (count, 6, 5)).astype(np.int16)
 
 
-def test_shares_of_all_colours_sum_to_one_in_any_context() -> None:
-    table = NeighbourTable(noise(4, 5) // 2, 5)  # colours 3 and 4 never occur
+def test_shares_of_all_colors_sum_to_one_in_any_context() -> None:
+    table = NeighborTable(noise(4, 5) // 2, 5)  # colors 3 and 4 never occur
     for left in range(6):
         for upper in range(6):
             context = np.full(5, left), np.full(5, upper)
@@ -47,8 +47,8 @@ def test_shares_of_all_colours_sum_to_one_in_any_context() -> None:
 
 
 def test_discounting_by_hand() -> None:
-    # one image of 1 x 4: the left neighbours of 0, 0, 1, 0 are edge, 0, 0, 1; above all of them is the edge
-    table = NeighbourTable(np.array([[[0, 0, 1, 0]]], dtype=np.int16), 2)
+    # one image of 1 x 4: the left neighbors of 0, 0, 1, 0 are edge, 0, 0, 1; above all of them is the edge
+    table = NeighborTable(np.array([[[0, 0, 1, 0]]], dtype=np.int16), 2)
     assert table.alone.tolist() == [4 / 6, 2 / 6]
     after_zero = table.by_left.look_up(np.array([0, 0]), np.array([0, 1])).shares(0.5, table.alone)
     np.testing.assert_allclose(after_zero, [0.5 / 2 + 0.5 * 2 / 2 * 4 / 6, 0.5 / 2 + 0.5 * 2 / 2 * 2 / 6])
@@ -56,19 +56,19 @@ def test_discounting_by_hand() -> None:
     assert unknown.tolist() == [2 / 6]
 
 
-def test_neighbours_predict_what_depends_on_them_and_nothing_else() -> None:
-    rows = np.repeat(noise(300, 4)[:, :, :1], 5, axis=2)  # each pixel is its left neighbour
-    assert neighbour_nats(rows[:200], rows[200:], 4) == pytest.approx(math.log(4) / 5, rel=0.03)
-    columns = np.repeat(noise(300, 4)[:, :1], 6, axis=1)  # each pixel is its upper neighbour
-    assert neighbour_nats(columns[:200], columns[200:], 4) == pytest.approx(math.log(4) / 6, rel=0.03)
+def test_neighbors_predict_what_depends_on_them_and_nothing_else() -> None:
+    rows = np.repeat(noise(300, 4)[:, :, :1], 5, axis=2)  # each pixel is its left neighbor
+    assert neighbor_nats(rows[:200], rows[200:], 4) == pytest.approx(math.log(4) / 5, rel=0.03)
+    columns = np.repeat(noise(300, 4)[:, :1], 6, axis=1)  # each pixel is its upper neighbor
+    assert neighbor_nats(columns[:200], columns[200:], 4) == pytest.approx(math.log(4) / 6, rel=0.03)
     pure = noise(3000, 4)
-    assert neighbour_nats(pure[:2000], pure[2000:], 4) == pytest.approx(math.log(4), rel=0.01)
+    assert neighbor_nats(pure[:2000], pure[2000:], 4) == pytest.approx(math.log(4), rel=0.01)
 
 
-def test_the_upper_right_neighbour_is_not_looked_at() -> None:
+def test_the_upper_right_neighbor_is_not_looked_at() -> None:
     images = noise(400, 4)
-    images[:, 1:, :-1] = images[:, :-1, 1:]  # each pixel is its upper right neighbour
-    assert neighbour_nats(images[:300], images[300:], 4) > 0.95 * math.log(4)
+    images[:, 1:, :-1] = images[:, :-1, 1:]  # each pixel is its upper right neighbor
+    assert neighbor_nats(images[:300], images[300:], 4) > 0.95 * math.log(4)
 
 
 def test_smoothing_is_tuned_on_images_that_were_not_counted() -> None:
@@ -77,17 +77,17 @@ def test_smoothing_is_tuned_on_images_that_were_not_counted() -> None:
     assert tune_smoothing(noise(40, 12), 12)[1] == 0.9
     copies = np.tile(noise(1, 12), (40, 1, 1))  # all alike: what was counted says all
     assert tune_smoothing(copies, 12)[1] == 0.1
-    rows = np.repeat(noise(300, 4)[:, :, :1], 5, axis=2)  # the left neighbour says all, the upper one nothing
+    rows = np.repeat(noise(300, 4)[:, :, :1], 5, axis=2)  # the left neighbor says all, the upper one nothing
     assert tune_smoothing(rows, 4)[2] == 0.7
 
 
 def test_the_final_table_counts_all_training_images() -> None:
     train, val = noise(40, 4), noise(10, 4, seed=1)
-    expected = NeighbourTable(train, 4).nats(val, [tune_smoothing(train, 4)])[0]
-    assert neighbour_nats(train, val, 4) == expected
+    expected = NeighborTable(train, 4).nats(val, [tune_smoothing(train, 4)])[0]
+    assert neighbor_nats(train, val, 4) == expected
 
 
-def test_single_colours_by_how_often_they_are() -> None:
+def test_single_colors_by_how_often_they_are() -> None:
     train = np.zeros((1, 2, 50), np.int16)
     train[0, 0, :25] = 1
     shares = np.array([76, 26]) / 102
@@ -95,10 +95,10 @@ def test_single_colours_by_how_often_they_are() -> None:
     assert unigram_nats(train, val, 2) == pytest.approx(-np.log(shares).mean())
 
 
-def counted_by_hand(train: np.ndarray, val: np.ndarray, colours: int, single: float, both: float, left: float) -> float:
-    """Nats per pixel of `val` by the neighbours' table, pixel by pixel."""
+def counted_by_hand(train: np.ndarray, val: np.ndarray, colors: int, single: float, both: float, left: float) -> float:
+    """Nats per pixel of `val` by the neighbors' table, pixel by pixel."""
     occurred: dict[tuple, int] = {}
-    frequency = [1] * colours  # one added to each
+    frequency = [1] * colors  # one added to each
 
     def places(images: np.ndarray):
         for image in images:
@@ -108,39 +108,39 @@ def counted_by_hand(train: np.ndarray, val: np.ndarray, colours: int, single: fl
                     above = int(image[row - 1, column]) if row else "edge"
                     yield ("left", before), ("upper", above), ("both", before, above), int(image[row, column])
 
-    for *contexts, colour in places(train):
-        frequency[colour] += 1
+    for *contexts, color in places(train):
+        frequency[color] += 1
         for context in contexts:
-            occurred[*context, colour] = occurred.get((*context, colour), 0) + 1
+            occurred[*context, color] = occurred.get((*context, color), 0) + 1
 
-    def discounted(context: tuple, colour: int, discount: float, lower: float) -> float:
-        counts = [occurred.get((*context, other), 0) for other in range(colours)]
+    def discounted(context: tuple, color: int, discount: float, lower: float) -> float:
+        counts = [occurred.get((*context, other), 0) for other in range(colors)]
         if not sum(counts):
             return lower
         taken = discount * sum(count > 0 for count in counts)
-        return (max(counts[colour] - discount, 0) + taken * lower) / sum(counts)
+        return (max(counts[color] - discount, 0) + taken * lower) / sum(counts)
 
     total, number = 0.0, 0
-    for before, above, pair, colour in places(val):
-        alone = frequency[colour] / sum(frequency)
-        mixed = left * discounted(before, colour, single, alone)
-        mixed += (1 - left) * discounted(above, colour, single, alone)
-        total -= math.log(discounted(pair, colour, both, mixed))
+    for before, above, pair, color in places(val):
+        alone = frequency[color] / sum(frequency)
+        mixed = left * discounted(before, color, single, alone)
+        mixed += (1 - left) * discounted(above, color, single, alone)
+        total -= math.log(discounted(pair, color, both, mixed))
         number += 1
     return total / number
 
 
-def test_the_table_of_neighbours_is_what_counting_pixel_by_pixel_gives() -> None:
+def test_the_table_of_neighbors_is_what_counting_pixel_by_pixel_gives() -> None:
     train, val = noise(3, 4), noise(2, 5, seed=1).clip(0, 4)
     train[0, 2:] = 1
     trials = [(0.5, 0.7, 0.3), (0.1, 0.9, 0.7), (0.9, 0.1, 0.5)]
     expected = [counted_by_hand(train, val, 5, *trial) for trial in trials]
-    assert NeighbourTable(train, 5).nats(val, trials) == pytest.approx(expected, rel=1e-12)
+    assert NeighborTable(train, 5).nats(val, trials) == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_smoothing_is_the_best_of_all_on_every_tenth_image() -> None:
     images = noise(12, 3)
-    images[:, :, 1:][:, ::2] = images[:, :, :-1][:, ::2]  # the left neighbour says something
+    images[:, :, 1:][:, ::2] = images[:, :, :-1][:, ::2]  # the left neighbor says something
     found = tune_smoothing(images, 3)
     counted, held = np.delete(images, [0, 10], axis=0), images[[0, 10]]
     trials = [
@@ -165,11 +165,11 @@ def task() -> IGPT:
 
 @torch.no_grad()
 def test_the_models_nats_are_its_loss_whatever_the_batch(task: IGPT) -> None:
-    colours = torch.randint(0, 8, (7, 36))
-    images = task.encoder.patch_embed.images_of(colours, (6, 6))
-    loss = float(colour_error(task.head(task.encoder(images)), colours))
-    assert model_nats(task, colours, 3) == pytest.approx(loss, rel=1e-6)
-    assert model_nats(task, colours, 7) == pytest.approx(loss, rel=1e-6)
+    colors = torch.randint(0, 8, (7, 36))
+    images = task.encoder.patch_embed.images_of(colors, (6, 6))
+    loss = float(color_error(task.head(task.encoder(images)), colors))
+    assert model_nats(task, colors, 3) == pytest.approx(loss, rel=1e-6)
+    assert model_nats(task, colors, 7) == pytest.approx(loss, rel=1e-6)
 
 
 @torch.no_grad()
@@ -193,34 +193,34 @@ def test_unreadable_images_are_left_out(task: IGPT, tmp_path: Path) -> None:
     path = tmp_path / "shards" / "shard-000000.tar"
     content = path.read_bytes()
     path.write_bytes(content.replace(b"IHDR", b"XXXX", 1))
-    assert palette_images(task, LabelledSet(index, 1, max_unreadable_fraction=0.2)).shape == (5, 6, 6)
+    assert palette_images(task, LabeledSet(index, 1, max_unreadable_fraction=0.2)).shape == (5, 6, 6)
     with pytest.raises(ValueError, match="1 of 6 images cannot be read"):
-        palette_images(task, LabelledSet(index, 1))
+        palette_images(task, LabeledSet(index, 1))
 
 
 def test_the_table_and_its_command(task: IGPT, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    source, greys = np.random.default_rng(0), {}
+    source, grays = np.random.default_rng(0), {}
     for name, count, most in (("train", 40, 64), ("val", 10, 96)):
-        greys[name] = source.integers(0, most, (count, 6, 6)).astype(np.uint8)
-        pack(array_samples(greys[name]), tmp_path / name)
-    train, val = (LabelledSet(load_index(tmp_path / name), 1) for name in ("train", "val"))
+        grays[name] = source.integers(0, most, (count, 6, 6)).astype(np.uint8)
+        pack(array_samples(grays[name]), tmp_path / name)
+    train, val = (LabeledSet(load_index(tmp_path / name), 1) for name in ("train", "val"))
     rows = likelihood(task, train, val)
-    names = ["8 colours alike", "how often each colour is", "left and upper neighbour, counted", "iGPT"]
+    names = ["8 colors alike", "how often each color is", "left and upper neighbor, counted", "iGPT"]
     assert list(rows) == names
     assert rows[names[0]] == {"nats per pixel": math.log(8), "bits per pixel": 3.0}
     counted, scored = palette_images(task, train), palette_images(task, val)
     for name, found in (("train", counted), ("val", scored)):  # packing shuffles
-        boxes = greys[name] // 32  # eight equal ones
+        boxes = grays[name] // 32  # eight equal ones
         assert sorted(found.reshape(-1, 36).tolist()) == sorted(boxes.reshape(-1, 36).tolist())
     often = (np.bincount(counted.ravel(), minlength=8) + 1) / (counted.size + 8)
     smoothing = tune_smoothing(counted, 8)
-    neighbours = counted_by_hand(counted, scored, 8, *smoothing)
-    expected = [math.log(8), -np.log(often[scored]).mean(), neighbours, by_model(task, scored)]
+    neighbors = counted_by_hand(counted, scored, 8, *smoothing)
+    expected = [math.log(8), -np.log(often[scored]).mean(), neighbors, by_model(task, scored)]
     assert [row["nats per pixel"] for row in rows.values()] == pytest.approx(expected, rel=1e-5)
     assert [row["bits per pixel"] for row in rows.values()] == pytest.approx(np.array(expected) / math.log(2), rel=1e-5)
     in_pieces = likelihood(task, train, val, batch=3)  # of 10 images, so the last piece is a smaller one
     assert [row["nats per pixel"] for row in in_pieces.values()] == pytest.approx(expected, rel=1e-5)
-    assert expected[1] > 2 * math.log(2)  # a third of the pixels has a grey that is not in the training images
+    assert expected[1] > 2 * math.log(2)  # a third of the pixels has a gray that is not in the training images
     saved: dict = {"state_dict": task.state_dict()}
     task.on_save_checkpoint(saved)
     torch.save(saved, tmp_path / "igpt.ckpt")

@@ -27,7 +27,7 @@ from sslvit.evaluate.embed import embed
 from sslvit.evaluate.features import Pass
 from sslvit.evaluate.probe import probe
 from sslvit.evaluate.scores import format_table, interval, markdown_table, shown
-from sslvit.evaluate.sources import FrozenEncoder, LabelledSet, RawPixels
+from sslvit.evaluate.sources import FrozenEncoder, LabeledSet, RawPixels
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings, ProbeSettings
 from sslvit.settings.protocols import DINOProbeSettings
@@ -54,12 +54,12 @@ def shards(tmp_path: Path) -> Path:
 
 
 def settings_of(shards: Path, **changes) -> ProbeSettings:
-    usual = {"neighbours": [3], "cache": None}
+    usual = {"neighbors": [3], "cache": None}
     return ProbeSettings(str(shards / "train"), str(shards / "val"), **usual | changes)
 
 
 def test_features_do_not_depend_on_the_batch(shards: Path) -> None:
-    source, data = FrozenEncoder(make()), LabelledSet(load_index(shards / "val"), 3)
+    source, data = FrozenEncoder(make()), LabeledSet(load_index(shards / "val"), 3)
     places = source.places(None, 1, None)
     one, other = (Pass(batch).features(source, data, places).at(places) for batch in (4, 15))
     assert len(one) == 15
@@ -155,11 +155,11 @@ def test_encoders_that_are_built_alike_share_an_untrained_row(shards: Path) -> N
     alone = probe({"a": encoders["a"]}, settings)
     assert alone.rows["untrained encoder"] == table.rows["a, c untrained"]
     assert alone.rows["a"] == table.rows["a"]
-    with pytest.raises(ValueError, match="a, grey: these encoders take images of different channels"):
-        probe({"a": encoders["a"], "grey": make(channels=1)}, settings)
+    with pytest.raises(ValueError, match="a, gray: these encoders take images of different channels"):
+        probe({"a": encoders["a"], "gray": make(channels=1)}, settings)
 
 
-def test_unlabelled_or_different_data_is_refused(shards: Path) -> None:
+def test_unlabeled_or_different_data_is_refused(shards: Path) -> None:
     pack(array_samples(np.zeros((4, 8, 8, 3), np.uint8)), shards / "plain")
     pack(array_samples(np.zeros((4, 8, 8, 3), np.uint8), [0, 1, 0, 1]), shards / "other", ["dark", "bright"])
     settings = settings_of(shards)
@@ -167,7 +167,7 @@ def test_unlabelled_or_different_data_is_refused(shards: Path) -> None:
         ({"val": str(shards / "plain")}, "have no labels"),
         ({"val": str(shards / "other")}, "different classes: light only in .*train; bright only in .*other"),
         ({"labels_per_class": 30}, r"--labels-per-class 30: class (dark|light) has only"),
-        ({"neighbours": [5000]}, "--neighbours 5000: there are only 40 training images"),
+        ({"neighbors": [5000]}, "--neighbors 5000: there are only 40 training images"),
         ({"protocol": DINOProbeSettings(), "blocks": 2}, "--blocks 2: dino has --protocol.blocks"),
         ({"cache": __file__}, "not a folder. Give one, or none"),
         ({"labels_percent": 2.0}, r"--labels-percent 2: of class .* less than 2 would be drawn"),
@@ -178,7 +178,7 @@ def test_unlabelled_or_different_data_is_refused(shards: Path) -> None:
         ({"labels_per_class": 1}, "use 2 or more"),
         ({"labels_per_class": 0}, "--labels-per-class 0"),
         ({"labels_percent": 100.0}, "--labels-percent 100"),
-        ({"neighbours": [0]}, "--neighbours"),
+        ({"neighbors": [0]}, "--neighbors"),
         ({"pooling": "max"}, "--pooling max: not one of class, mean"),
         ({"temperature": 0}, "--temperature 0"),
         ({"seed": -1}, "--seed -1: must be 0 or more"),
@@ -203,13 +203,13 @@ def test_a_second_probe_reads_features_from_the_cache(shards: Path, monkeypatch:
 
 def test_the_cache_tells_views_and_data_apart(shards: Path, tmp_path: Path) -> None:
     from sslvit.evaluate.cache import key_of
-    from sslvit.settings.views import CentreSettings
+    from sslvit.settings.views import CenterSettings
 
     source = FrozenEncoder(make())
-    train, val = (LabelledSet(load_index(shards / name), 3) for name in ("train", "val"))
-    some = LabelledSet(train.index, 3, np.arange(4))
+    train, val = (LabeledSet(load_index(shards / name), 3) for name in ("train", "val"))
+    some = LabeledSet(train.index, 3, np.arange(4))
     keys = [
-        key_of(source, data, CentreSettings(fraction=fraction), batch)
+        key_of(source, data, CenterSettings(fraction=fraction), batch)
         for data, fraction, batch in [
             (train, 1.0, 4),
             (val, 1.0, 4),
@@ -223,7 +223,7 @@ def test_the_cache_tells_views_and_data_apart(shards: Path, tmp_path: Path) -> N
 
 def test_a_damaged_cache_is_made_anew_and_a_full_one_forgets_the_oldest(shards: Path) -> None:
     cache = FeatureCache(shards / "cache")
-    source, data = FrozenEncoder(make(depth=2)), LabelledSet(load_index(shards / "val"), 3)
+    source, data = FrozenEncoder(make(depth=2)), LabeledSet(load_index(shards / "val"), 3)
     wanted = Pass(cache=cache).features(source, data, [(1, "class"), (2, "mean")])
     (entry,) = cache.folder.iterdir()
     for name in ("1-class.safetensors", "rows.safetensors"):
@@ -238,7 +238,7 @@ def test_a_damaged_cache_is_made_anew_and_a_full_one_forgets_the_oldest(shards: 
 
 
 def test_a_disk_that_takes_no_more_is_said_and_ends_no_probe(shards: Path, capsys: pytest.CaptureFixture) -> None:
-    source, data = FrozenEncoder(make(depth=2)), LabelledSet(load_index(shards / "val"), 3)
+    source, data = FrozenEncoder(make(depth=2)), LabeledSet(load_index(shards / "val"), 3)
     cache = FeatureCache(shards / "cache")
     with files_up_to(50):
         found = Pass(cache=cache).features(source, data, [(1, "class")])
@@ -256,7 +256,7 @@ def test_a_full_cache_leaves_the_files_of_others(shards: Path) -> None:
     for file in (*others, cache.folder / ("0" * 32) / "rows.safetensors"):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("years of work")
-    Pass(cache=cache).features(FrozenEncoder(make()), LabelledSet(load_index(shards / "val"), 3), [(1, "class")])
+    Pass(cache=cache).features(FrozenEncoder(make()), LabeledSet(load_index(shards / "val"), 3), [(1, "class")])
     assert all(file.exists() for file in others)
 
 
@@ -265,7 +265,7 @@ def test_the_command_says_what_is_needed_to_quote_it(
 ) -> None:
     save_encoder(make(), tmp_path / "encoder")
     words = [str(tmp_path / "encoder"), "--train", str(shards / "train"), "--val", str(shards / "val"),
-             "--neighbours", "3", "5", "--cache", "none"]  # fmt: skip
+             "--neighbors", "3", "5", "--cache", "none"]  # fmt: skip
     assert main(["probe", *words, "-o", str(tmp_path / "scores.json")]) == 0
     said = capsys.readouterr().out
     assert "linear probe: logreg" in said
@@ -298,7 +298,7 @@ found = {}
 with all_ranks():
     for name, changed in changes.items():
         settings = ProbeSettings(train, val, read_protocol(name, changed), labels_per_class=4, draws=2, batch=4,
-                                 neighbours=[3], cache=None)
+                                 neighbors=[3], cache=None)
         found[name] = probe({"mine": load_encoder(encoder)}, settings).draws
     if is_first_rank():
         print("RESULT" + json.dumps(found))
@@ -333,7 +333,7 @@ def test_what_is_probed_and_embedded_is_the_crop_that_the_encoder_names(
     pack(array_samples(images, np.arange(6) % 2), tmp_path / "shards", ["a", "b"])
     index = load_index(tmp_path / "shards")
     encoder = make(crop_mode=mode, crop_fraction=fraction)
-    data = LabelledSet(index, 3)
+    data = LabeledSet(index, 3)
     seen = []
     for number in range(6):
         image = Image.open(io.BytesIO(data.reader.read(number)))
@@ -353,7 +353,7 @@ def test_what_is_probed_and_embedded_is_the_crop_that_the_encoder_names(
 
 
 def test_raw_pixels_of_two_sizes_are_kept_apart(shards: Path, tmp_path: Path) -> None:
-    data, reading = LabelledSet(load_index(shards / "val"), 3), Pass(cache=FeatureCache(tmp_path / "cache"))
+    data, reading = LabeledSet(load_index(shards / "val"), 3), Pass(cache=FeatureCache(tmp_path / "cache"))
     for side in (8, 4, 8):
         settings = EncoderSettings(image_size=side, patch=4, width=16, depth=1, heads=2)
         for one in (reading, Pass()):  # from the cache or not

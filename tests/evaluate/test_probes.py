@@ -20,10 +20,10 @@ from sslvit.models import ViTEncoder
 
 def clouds(count: int = 300, width: int = 12, classes: int = 4, seed: int = 0, noise: float = 1.0) -> Features:
     source = np.random.default_rng(0)
-    centres = source.normal(size=(classes, width))
+    centers = source.normal(size=(classes, width))
     source = np.random.default_rng(seed)
     labels = source.integers(0, classes, count)
-    values = centres[labels] + noise * source.normal(size=(count, width))
+    values = centers[labels] + noise * source.normal(size=(count, width))
     return Features(torch.from_numpy(values).float(), torch.from_numpy(labels))
 
 
@@ -203,7 +203,7 @@ def test_folds_and_draws_are_stratified_and_repeatable() -> None:
 
 
 @looks_at("knn", "input/*", "output/*", "info/*", "config/classes", "config/dim", "config/n_*", "config/ks", "config/T")
-def test_neighbours_vote_as_in_dinos_evaluation(golden: Golden) -> None:
+def test_neighbors_vote_as_in_dinos_evaluation(golden: Golden) -> None:
     config, classes, temperature = golden.config, golden.config["classes"], golden.config["T"]
     train, val = (Features(golden[f"input/{p}_features"], golden[f"input/{p}_labels"]) for p in ("train", "test"))
     assert train.values.shape == (config["n_train"], config["dim"])
@@ -219,10 +219,10 @@ def test_neighbours_vote_as_in_dinos_evaluation(golden: Golden) -> None:
             golden.check(f"output/k{k}/correct{n}", is_right)
             share = 100 * float(is_right.double().mean())
             assert share == golden.info[f"k{k}"][f"top{n}"] == float(golden[f"output/k{k}/top{n}"])
-        assert accuracies[k] == golden.info[f"k{k}"]["top1"]  # one search, and each k by its own neighbours
+        assert accuracies[k] == golden.info[f"k{k}"]["top1"]  # one search, and each k by its own neighbors
 
 
-def test_neighbours_are_found_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neighbors_are_found_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     train, val = clouds(300), clouds(50, seed=1)
     expected = {}
     for k in (5, 60):
@@ -249,13 +249,13 @@ def test_a_small_temperature_lets_the_nearest_decide() -> None:
         assert knn_accuracies(train, val, 4, [20], temperature)[20] == pytest.approx(nearest_alone, abs=2)
 
 
-def test_more_neighbours_than_images_is_all_of_them() -> None:
+def test_more_neighbors_than_images_is_all_of_them() -> None:
     features = clouds(30)
     assert torch.equal(knn_votes(features, features.values, 4, 100), knn_votes(features, features.values, 4, 30))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_heads_and_neighbours_on_a_gpu_are_those_of_the_cpu() -> None:
+def test_heads_and_neighbors_on_a_gpu_are_those_of_the_cpu() -> None:
     train, val = clouds(), clouds(200, seed=1)
     one, other = (fit_probe(train, 4, 0, device) for device in ("cpu", "cuda"))
     assert one.strength == other.strength

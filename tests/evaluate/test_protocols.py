@@ -1,4 +1,4 @@
-"""The papers' own probes: heads and optimisers against released code, and who sees what."""
+"""The papers' own probes: heads and optimizers against released code, and who sees what."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ def check_lars(golden: Golden, run: str) -> None:
     for name, shape in golden.config["shapes"].items():
         parameters[name] = torch.nn.Parameter(golden[f"param/{name}"].clone())
         assert list(parameters[name].shape) == shape
-    optimiser = LARS(
+    optimizer = LARS(
         parameters.values(), numbers["lr"], numbers["weight_decay"], numbers["momentum"], numbers["trust_coefficient"]
     )
     for step in range(1, golden.config["steps"] + 1):
         for name, parameter in parameters.items():
             parameter.grad = golden[f"input/grad_step{step}/{name}"].clone()
-        optimiser.step()
+        optimizer.step()
         for name, parameter in parameters.items():
             golden.check(f"output/{run}/step{step}/{name}", parameter.detach())
     for name, parameter in parameters.items():
-        golden.check(f"output/{run}/mu/{name}", optimiser.state[parameter]["momentum"])
+        golden.check(f"output/{run}/mu/{name}", optimizer.state[parameter]["momentum"])
 
 
 @looks_at("linear_probe_head", "*")
@@ -68,14 +68,14 @@ def test_the_probe_head_is_maes(golden: Golden) -> None:
         golden.check(f"output/after_{i}/running_var", head[0].running_var)
     golden.check("output/eval", head.eval()(golden["input/eval_features"]).detach())
     start()
-    optimiser = LARS(head.parameters(), lr=0.0)
+    optimizer = LARS(head.parameters(), lr=0.0)
     for step, rate in enumerate(golden.config["lr_per_step"], start=1):
-        optimiser.param_groups[0]["lr"] = rate
-        optimiser.zero_grad()
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.zero_grad()
         i = step - 1
         loss = F.cross_entropy(head(golden[f"input/train_features_{i}"]), golden[f"input/train_labels_{i}"])
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         golden.check(f"output/sgd_step{step}/loss", loss.detach())
         golden.check(f"output/sgd_step{step}/head.1.weight", head[1].weight.detach())
         golden.check(f"output/sgd_step{step}/head.1.bias", head[1].bias.detach())
@@ -121,12 +121,12 @@ def test_a_grid_of_heads_is_as_many_heads_under_torchs_sgd() -> None:
         (step, Features(values[16 * step : 16 * step + 16], labels[16 * step : 16 * step + 16])) for step in range(4)
     ]
     grid.fit(iter(batches), lambda step: 1 - step / 8)
-    for head, part, optimiser, rate in heads:
+    for head, part, optimizer, rate in heads:
         for step, batch in batches:
-            optimiser.param_groups[0]["lr"] = rate * (1 - step / 8)
-            optimiser.zero_grad()
+            optimizer.param_groups[0]["lr"] = rate * (1 - step / 8)
+            optimizer.zero_grad()
             F.cross_entropy(head(batch.values[:, part]), batch.labels).backward()
-            optimiser.step()
+            optimizer.step()
     scores = grid.accuracies(Features(values, labels))
     for number in range(3):
         for i in range(2):
@@ -174,7 +174,7 @@ def settings_of(shards: Path, name: str, **changes) -> ProbeSettings:
     )
     short |= {"protocol.warmup_epochs": 1, "protocol.base_rate": 300.0} if name == "mae" else {}
     protocol = read_protocol(name, {} if name in ("logreg", "igpt") else short | changes)
-    return ProbeSettings(str(shards / "train"), str(shards / "val"), protocol, neighbours=[], cache=None)
+    return ProbeSettings(str(shards / "train"), str(shards / "val"), protocol, neighbors=[], cache=None)
 
 
 def encoder() -> ViTEncoder:
@@ -359,7 +359,7 @@ def test_dinos_probe_reads_one_block_and_the_mean_of_a_wide_encoder() -> None:
 
 
 @pytest.mark.parametrize("name", ["mae", "dino", "dinov2"])
-def test_a_protocols_momentum_reaches_its_optimiser(shards: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_protocols_momentum_reaches_its_optimizer(shards: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     short = {"protocol.iterations": 4} if name == "dinov2" else {"protocol.epochs": 2}
     _, _, seen = epochs_of(monkeypatch, shards, name, **short, **{"protocol.momentum": 0.25})
     assert seen["momentum"] == 0.25
@@ -404,7 +404,7 @@ def test_views_of_a_protocol_reach_the_images(shards: Path, monkeypatch: pytest.
     val = [view for view, where in views if where.endswith("val")]
     assert {view.kind for view in train} == {"crop"}
     assert {(view.flip, *view.scale) for view in train} == {(0.25, 0.3, 0.7)}
-    assert {(view.kind, view.fraction) for view in val} == {("centre", 0.875)}
+    assert {(view.kind, view.fraction) for view in val} == {("center", 0.875)}
 
 
 @pytest.mark.parametrize("name", ["mae", "dino", "dinov2"])

@@ -18,7 +18,7 @@ from sslvit.data.pack import pack
 from sslvit.evaluate.classify import accuracy
 from sslvit.evaluate.probe import ProbeTable, probe
 from sslvit.evaluate.scores import independent, interval, sampling_interval, shown
-from sslvit.evaluate.sources import LabelledSet
+from sslvit.evaluate.sources import LabeledSet
 from sslvit.models import ViTEncoder
 from sslvit.report.bench import BenchRun
 from sslvit.settings import EncoderSettings, ProbeSettings
@@ -72,14 +72,14 @@ def test_probe_and_bench_say_the_same_of_the_same_data(shards: Path) -> None:
 
     split = SplitSettings(str(shards / "train"), str(shards / "val"))
     settings = ProbeSettings(
-        split.train, split.val, protocol=None, labels_per_class=5, draws=2, neighbours=[3], seeds=3, cache=None
+        split.train, split.val, protocol=None, labels_per_class=5, draws=2, neighbors=[3], seeds=3, cache=None
     )
     table = probe({"mine": load_encoder(shards / "encoder")}, settings)
     bench = BenchSettings(
         encoders={"mine": [str(shards / "encoder")]}, data={"data": split}, seeds=3, baselines=["pixels", "untrained"],
         columns={
             "few": ProbeColumn(kind="few", labels_per_class=5, draws=2),
-            "knn": ProbeColumn(kind="knn", neighbours=3),
+            "knn": ProbeColumn(kind="knn", neighbors=3),
         },
         out=str(shards / "bench"),
     )  # fmt: skip
@@ -103,7 +103,7 @@ def test_probe_and_bench_say_the_same_of_the_same_data(shards: Path) -> None:
 
 
 def test_a_table_of_one_seed_names_draws() -> None:
-    about = {"val_images": 100, "train_images": 100, "neighbours": [], "seeds": 1, "draws": 5, "probed": {}}
+    about = {"val_images": 100, "train_images": 100, "neighbors": [], "seeds": 1, "draws": 5, "probed": {}}
     assert "mean over 5 draws of labels" in ProbeTable({"mine": {"few": [1.0, 2.0]}}, about).text()
 
 
@@ -119,7 +119,7 @@ def test_every_draw_of_every_seed_is_another_choice_of_labels(shards: Path, monk
 
     monkeypatch.setattr(module, "draw_labels", watched)
     settings = ProbeSettings(
-        str(shards / "train"), str(shards / "val"), protocol=None, labels_per_class=4, draws=3, neighbours=[], seeds=2,
+        str(shards / "train"), str(shards / "val"), protocol=None, labels_per_class=4, draws=3, neighbors=[], seeds=2,
         cache=None, baselines=False,
     )  # fmt: skip
     probe({"mine": load_encoder(shards / "encoder")}, settings)
@@ -132,7 +132,7 @@ def test_top1_and_top5_are_counted_as_torch_sorts(tmp_path: Path) -> None:
     labels = np.arange(40) % 8
     images = source.integers(0, 255, (40, 8, 8, 3)).astype(np.uint8)
     pack(array_samples(images, labels), tmp_path / "set", list("abcdefgh"))
-    data = LabelledSet(load_index(tmp_path / "set"), 3)
+    data = LabeledSet(load_index(tmp_path / "set"), 3)
     logits = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
     shown = iter(logits.split(7))
 
@@ -167,7 +167,7 @@ def test_a_bench_measures_again_where_images_or_crops_changed_and_keeps_nothing_
         bench = BenchSettings(
             encoders={"mine": [str(shards / "encoder")]}, baselines=["pixels"], max_unreadable_fraction=limit,
             data={"data": SplitSettings(str(shards / "train"), str(shards / val))},
-            columns={"knn": ProbeColumn(kind="knn", neighbours=3)}, out=str(shards / "bench"),
+            columns={"knn": ProbeColumn(kind="knn", neighbors=3)}, out=str(shards / "bench"),
         )  # fmt: skip
         measured.clear()
         run = BenchRun(bench)

@@ -17,7 +17,7 @@ from sslvit.evaluate.classify import accuracy
 from sslvit.evaluate.embed import embed
 from sslvit.evaluate.features import Pass, check_finite
 from sslvit.evaluate.probe import probe
-from sslvit.evaluate.sources import FeatureTable, FrozenEncoder, LabelledSet
+from sslvit.evaluate.sources import FeatureTable, FrozenEncoder, LabeledSet
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings, ProbeSettings
 
@@ -35,7 +35,7 @@ def shards(tmp_path: Path) -> Path:
 
 
 def settings_of(shards: Path, **changes) -> ProbeSettings:
-    return ProbeSettings(str(shards / "train"), str(shards / "val"), **{"neighbours": [3], "cache": None} | changes)
+    return ProbeSettings(str(shards / "train"), str(shards / "val"), **{"neighbors": [3], "cache": None} | changes)
 
 
 def test_too_many_unreadable_images_are_no_score(shards: Path) -> None:
@@ -60,7 +60,7 @@ def test_a_score_of_fewer_images_says_so_and_is_theirs(shards: Path, capsys: pyt
     # the vote by hand, on the 17 images alone
     source = FrozenEncoder(make())
     train, val = (
-        Pass().features(source, LabelledSet(load_index(shards / name), 3, chosen), [(2, "class")]).at([(2, "class")])
+        Pass().features(source, LabeledSet(load_index(shards / name), 3, chosen), [(2, "class")]).at([(2, "class")])
         for name, chosen in (("train", None), ("val", np.setdiff1d(np.arange(20), list(DAMAGED))))
     )
     assert len(val) == 17
@@ -76,7 +76,7 @@ def test_features_of_a_damaged_set_are_not_what_a_repaired_one_is_scored_by(shar
     places = [(2, "class")]
 
     def features(limit: float) -> torch.Tensor:
-        data = LabelledSet(load_index(shards / "val"), 3, max_unreadable_fraction=limit)
+        data = LabeledSet(load_index(shards / "val"), 3, max_unreadable_fraction=limit)
         return Pass(cache=cache).features(FrozenEncoder(make()), data, places).at(places).values
 
     whole = features(0.0)
@@ -92,7 +92,7 @@ def test_features_of_a_damaged_set_are_not_what_a_repaired_one_is_scored_by(shar
 
 def test_a_table_of_other_images_in_the_cache_is_not_used(shards: Path, tmp_path: Path) -> None:
     cache, places = FeatureCache(tmp_path / "cache"), [(2, "class")]
-    data = LabelledSet(load_index(shards / "val"), 3)
+    data = LabeledSet(load_index(shards / "val"), 3)
     table = Pass(cache=cache).features(FrozenEncoder(make()), data, places)
     (key,) = (entry.name for entry in (tmp_path / "cache").iterdir())
     assert cache.find(key, places, np.arange(20)) is not None
@@ -103,7 +103,7 @@ def test_a_table_of_other_images_in_the_cache_is_not_used(shards: Path, tmp_path
 
 def test_passes_that_see_different_images_are_refused(shards: Path) -> None:
     index = load_index(shards / "val")
-    data = LabelledSet(index, 3, max_unreadable_fraction=0.5, memory_limit_mb=0)
+    data = LabeledSet(index, 3, max_unreadable_fraction=0.5, memory_limit_mb=0)
     Pass().features(FrozenEncoder(make()), data, [(2, "class")])
     overwrite(index, DAMAGED)
     with pytest.raises(ValueError, match="17 images could be read in this pass and 20 in an earlier one"):
@@ -118,17 +118,17 @@ def test_a_classifier_is_scored_on_what_can_be_read_and_says_how_many(shards: Pa
     def always_light(images: torch.Tensor) -> torch.Tensor:
         return torch.tensor([[0.0, 1.0]]).expand(len(images), 2)
 
-    data = LabelledSet(index, 3, max_unreadable_fraction=0.2)
+    data = LabeledSet(index, 3, max_unreadable_fraction=0.2)
     found = accuracy(always_light, data, make().settings, torch.device("cpu"), batch=6)
     kept = labels[np.setdiff1d(np.arange(20), list(DAMAGED))]
     assert found.top1 == pytest.approx(100 * float((kept == 1).float().mean()))
     assert (found.images, found.unreadable) == (17, 3)
     with pytest.raises(ValueError, match="3 of 20 images cannot be read"):
-        accuracy(always_light, LabelledSet(index, 3), make().settings, torch.device("cpu"))
+        accuracy(always_light, LabeledSet(index, 3), make().settings, torch.device("cpu"))
 
 
 def test_logits_that_are_not_finite_are_no_score(shards: Path) -> None:
-    data = LabelledSet(load_index(shards / "val"), 3)
+    data = LabeledSet(load_index(shards / "val"), 3)
     with pytest.raises(ValueError, match="logits are not finite"):
         accuracy(lambda images: torch.full((len(images), 2), torch.nan), data, make().settings, torch.device("cpu"))
 
@@ -137,7 +137,7 @@ def test_embeddings_are_of_named_images_and_limited(shards: Path, capsys: pytest
     index = load_index(shards / "val")
     overwrite(index, DAMAGED)
     source = FrozenEncoder(make())
-    made = embed(source, LabelledSet(index, 3, max_unreadable_fraction=0.2), [(2, "class")], batch=6)
+    made = embed(source, LabeledSet(index, 3, max_unreadable_fraction=0.2), [(2, "class")], batch=6)
     assert made.keys.tolist() == [index.key(i) for i in range(20) if i not in DAMAGED]
     save_encoder(make(), shards / "encoder")
     words = ["embed", str(shards / "encoder"), str(shards / "val"), "-o", str(shards / "made.npz")]
@@ -160,7 +160,7 @@ def test_health_is_of_the_images_that_it_names(shards: Path, capsys: pytest.Capt
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
 def test_one_number_that_is_not_finite_is_enough_to_refuse_features(shards: Path, value: float) -> None:
-    data = LabelledSet(load_index(shards / "val"), 3)
+    data = LabeledSet(load_index(shards / "val"), 3)
     columns = {(1, "class"): torch.ones(20, 4), (2, "mean"): torch.ones(20, 4)}
     check_finite(FeatureTable(columns, torch.zeros(20).long(), torch.arange(20)), data)
     columns[2, "mean"][7, 1] = value

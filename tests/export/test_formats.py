@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from sslvit.checkpoint import load_encoder, save_encoder
 from sslvit.cli import main
-from sslvit.data.resample import normalise
+from sslvit.data.resample import normalize
 from sslvit.export import FORMATS, export_encoder
 from sslvit.export import timm as timm_format
 from sslvit.export.exported import Exported, with_outputs
@@ -146,12 +146,12 @@ def test_transformers_gives_the_features_of_the_checkpoint(tmp_path: Path, optio
     assert type(opened).__name__ == model
     again = load_encoder(tmp_path / "tokens", **({"pooling": "mean"} if encoder.settings.pooling == "mean" else {}))
     pixels = torch.rand(2, encoder.settings.channels, *encoder.settings.image_size)
-    mine, theirs = (normalise(pixels * 255, one.settings.mean, one.settings.std) for one in (encoder, again))
+    mine, theirs = (normalize(pixels * 255, one.settings.mean, one.settings.std) for one in (encoder, again))
     torch.testing.assert_close(again(theirs), encoder(mine), atol=1e-5, rtol=1e-5)
     assert again.settings.mean == encoder.settings.mean or model == "ImageGPTModel"  # palettes are in [-1, 1]
 
 
-def test_a_processor_of_imagegpt_gives_the_colours_that_the_encoder_sees(tmp_path: Path) -> None:
+def test_a_processor_of_imagegpt_gives_the_colors_that_the_encoder_sees(tmp_path: Path) -> None:
     encoder = saved(tmp_path / "e", **IGPT)
     export_encoder(tmp_path / "e", tmp_path / "out", "transformers")
     pixels = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8)

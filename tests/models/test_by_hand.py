@@ -52,7 +52,7 @@ def test_vectors_of_near_colors_start_alike_where_asked(start: str, are_alike: b
     palette = [[-0.9], [-0.88], [0.8], [0.82]]
     settings = EncoderSettings(
         tokens="pixel", patch=1, image_size=2, channels=1, class_token=False, prefix_positions="none", pooling="mean",
-        palette=palette, colour_start=start, width=256, heads=4, depth=1,
+        palette=palette, color_start=start, width=256, heads=4, depth=1,
     )  # fmt: skip
     torch.manual_seed(0)
     vectors = ViTEncoder(settings).patch_embed.embed.weight

@@ -227,7 +227,7 @@ def test_reading_on_beyond_the_image_or_with_other_images_is_refused() -> None:
         encoder.read_on(torch.zeros(2, 1, dtype=torch.long), memories)
 
 
-def test_igpts_initialisation_is_that_of_its_released_code() -> None:
+def test_igpts_initialization_is_that_of_its_released_code() -> None:
     torch.manual_seed(0)
     encoder = ViTEncoder(preset("igpt_small", depth=4, width=256, heads=4))
     deviation = {name: float(parameter.std()) for name, parameter in encoder.named_parameters() if parameter.ndim > 1}
@@ -255,18 +255,18 @@ def test_a_projection_of_patches_starts_as_torch_starts_a_convolution(tokens: st
 
 
 def test_xavier_reaches_the_projection_of_patches() -> None:
-    encoder = ViTEncoder(EncoderSettings(image_size=32, patch=4, width=192, depth=1, heads=3, initialisation="xavier"))
+    encoder = ViTEncoder(EncoderSettings(image_size=32, patch=4, width=192, depth=1, heads=3, initialization="xavier"))
     for weight, bound in ((encoder.patch_embed.proj.weight, (6 / (48 + 192)) ** 0.5),
                           (encoder.blocks[0].attn.qkv.weight, (6 / (192 + 3 * 192)) ** 0.5)):  # fmt: skip
         assert 0.99 * bound < float(weight.detach().abs().max()) <= bound
     assert not encoder.patch_embed.proj.bias.any()
 
 
-@pytest.mark.parametrize("initialisation", ["normal", "xavier"])
-def test_tokens_and_tables_start_small_and_different(initialisation: str) -> None:
+@pytest.mark.parametrize("initialization", ["normal", "xavier"])
+def test_tokens_and_tables_start_small_and_different(initialization: str) -> None:
     encoder = ViTEncoder(EncoderSettings(
         image_size=32, patch=4, width=192, depth=1, heads=3, registers=4, mask_token=True, positions="learned_2d",
-        prefix_positions="all", initialisation=initialisation,
+        prefix_positions="all", initialization=initialization,
     ))  # fmt: skip
     for name in ("cls_token", "reg_token", "mask_token", "pos_embed_prefix", "pos_embed_row", "pos_embed_column"):
         assert float(getattr(encoder, name).detach().std()) == pytest.approx(0.02, rel=0.2), name
@@ -488,7 +488,7 @@ def test_pooling_options_differ_and_attention_pool_sees_all_tokens() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("pooling", ["class", "mean", "attention"])
-def test_the_pooled_vector_is_normalised_where_asked_whatever_the_pooling(pooling: str) -> None:
+def test_the_pooled_vector_is_normalized_where_asked_whatever_the_pooling(pooling: str) -> None:
     encoder = make(pooling=pooling, fc_norm=True, final_norm=False)
     tokens = encoder(images())
     pooled = {"class": tokens[:, 0], "mean": tokens[:, 1:].mean(1)}.get(pooling)

@@ -49,7 +49,7 @@ def files(tmp_path: Path) -> dict:
         "columns": {
             "linear": "linear",
             "dinov2": {"protocol": {"name": "dinov2", "iterations": 3, "batch": 16, "rates": [0.1, 1.0]}},
-            "kNN": {"kind": "knn", "neighbours": 3},
+            "kNN": {"kind": "knn", "neighbors": 3},
             "few": {"kind": "few", "labels_per_class": 4, "draws": 3},
             "fine-tuned": {"kind": "finetune", **SHORT},
         },
@@ -211,7 +211,7 @@ def test_two_benches_do_not_share_a_folder(files: dict, tmp_path: Path, capsys: 
             "columns.x.train: cannot stand here. Give its",
         ),
         ({"encoders": {"A": ["{tmp}/e0", "{tmp}/e2"]}}, "encoders.A: its runs are of different architectures"),
-        ({"columns": {"x": {"kind": "knn", "neighbours": 99}}}, "--neighbours 99: there are only 48 training images"),
+        ({"columns": {"x": {"kind": "knn", "neighbors": 99}}}, "--neighbors 99: there are only 48 training images"),
         (
             {"columns": {"x": {"kind": "finetune", "data.global_batch": 128}}},
             "columns.x: data.global_batch 128, but there are 48 training images",
@@ -224,7 +224,7 @@ def test_two_benches_do_not_share_a_folder(files: dict, tmp_path: Path, capsys: 
         ({"columns": {"x": {"kind": "magic"}}}, "columns.x.kind: 'magic' is not one of linear, few, knn"),
         ({"columns": {"x": {"protocol": "best"}}}, "columns.x.protocol: best is not one of logreg"),
         ({"columns": {"x": {"protocol": {"name": "mae", "epoch": 1}}}}, "columns.x.protocol.epoch: no such setting"),
-        ({"columns": {"x": {"neighbors": 3}}}, "columns.x.neighbors: no such setting. Did you mean neighbours?"),
+        ({"columns": {"x": {"neighbors": 3}}}, "columns.x.neighbors: no such setting. Did you mean neighbors?"),
         ({"data": {"toy": {"train": "a"}}}, "data.toy: missing"),
         ({"baselines": ["none"]}, "baselines: none is not one of pixels, untrained, scratch"),
         ({"columns": {"x": {"kind": "finetune", "train.step": 3}}}, "columns.x: train.step: no such setting"),
@@ -267,7 +267,7 @@ def test_names_are_text_in_every_table_and_picture(
     data, first, other, column = "$x_$", "<img src=x onerror=alert(1)>", "=1+1; 2", "@SUM(1+1)\x1b[31m"
     encoders = {first: files["encoders"]["B"], other: files["encoders"]["B"]}
     assert main(["bench", write(files, tmp_path, data={data: files["data"]["toy"]}, encoders=encoders, baselines=[],
-                                columns={column: {"kind": "knn", "neighbours": 3}})]) == 0  # fmt: skip
+                                columns={column: {"kind": "knn", "neighbors": 3}})]) == 0  # fmt: skip
     said, folder = capsys.readouterr().out, tmp_path / "bench"
     assert "\x1b" not in said
     assert f"{data}: {first}: @SUM(1+1)\\x1b[31m" in said

@@ -18,7 +18,7 @@ from sslvit.tasks.igpt import IGPT
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run folder with the checkpoint of a tiny model of 6 x 6 pixels in colour."""
+    """A run folder with the checkpoint of a tiny model of 6 x 6 pixels in color."""
     encoder = EncoderSettings(
         image_size=6, mean=[0.5] * 3, std=[0.5] * 3, tokens="pixel", patch=1, width=16, depth=1, heads=2, causal=True,
         class_token=False, prefix_positions="none", pooling="mean", palette=[[-1.0] * 3, [0.0] * 3, [1.0] * 3],

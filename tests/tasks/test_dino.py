@@ -1,4 +1,4 @@
-"""DINO's behaviour beyond the fixtures."""
+"""DINO's behavior beyond the fixtures."""
 
 from __future__ import annotations
 
@@ -118,10 +118,10 @@ def test_sinkhorn_uses_every_prototype_equally_and_keeps_each_images_preference(
     shares = sinkhorn_shares(unloved, 0.04, iterations=3)
     assert shares.isfinite().all()
     torch.testing.assert_close(shares.sum(-1), torch.ones(1, 20), atol=1e-4, rtol=0)
-    task = make({"centring": "sinkhorn"})
+    task = make({"centering": "sinkhorn"})
     task.training_step(batch_of())
-    task.move_centre()
-    assert not task.centre.any()
+    task.move_center()
+    assert not task.center.any()
 
 
 def test_koleo_is_large_where_images_coincide() -> None:
@@ -145,7 +145,7 @@ def test_a_single_image_cannot_be_spread() -> None:
     DINOSettings().check_micro_batch(1)
 
 
-def test_the_centre_counts_every_micro_batch_once() -> None:
+def test_the_center_counts_every_micro_batch_once() -> None:
     whole, parts = make(), make()
     batch = batch_of(6)
     whole.training_step(batch)
@@ -156,17 +156,17 @@ def test_the_centre_counts_every_micro_batch_once() -> None:
                 [v[rows] for v in batch.views], None, batch.samples[rows], batch.valid[rows], batch.epochs[rows], start
             )
         )
-        assert not parts.centre.any()  # it moves with the update, not with the micro-batch
+        assert not parts.center.any()  # it moves with the update, not with the micro-batch
     for task in (whole, parts):
-        task.move_centre()
-    assert whole.centre.abs().max() > 1e-3
-    torch.testing.assert_close(whole.centre, parts.centre)
-    before = whole.centre.clone()
-    whole.move_centre()
-    assert torch.equal(whole.centre, before)
+        task.move_center()
+    assert whole.center.abs().max() > 1e-3
+    torch.testing.assert_close(whole.center, parts.center)
+    before = whole.center.clone()
+    whole.move_center()
+    assert torch.equal(whole.center, before)
 
 
-def test_a_step_that_is_skipped_leaves_no_trace_in_centre_or_teacher() -> None:
+def test_a_step_that_is_skipped_leaves_no_trace_in_center_or_teacher() -> None:
     task, undisturbed = make(), make()
     broken = batch_of(6, first_row=100)
     task.on_train_batch_start(broken, 0)
@@ -178,13 +178,13 @@ def test_a_step_that_is_skipped_leaves_no_trace_in_centre_or_teacher() -> None:
     task.is_skipped = True
     task.encoder.cls_token.data += 1
     task.optimizer_step(0, 0, optimizer)
-    assert not task.centre.any()
+    assert not task.center.any()
     assert not task.outputs_seen.any()
     assert all(torch.equal(value, teacher[key]) for key, value in task.teacher.state_dict().items())
     for one in (task, undisturbed):
         one.training_step(batch_of())
-        one.move_centre()
-    torch.testing.assert_close(task.centre, undisturbed.centre)
+        one.move_center()
+    torch.testing.assert_close(task.center, undisturbed.center)
 
 
 def by_hand(task: DINO, batch: Batch, shares_of) -> torch.Tensor:
@@ -208,7 +208,7 @@ def different(task: DINO) -> DINO:
         for network in (task.encoder, task.head, task.teacher, task.teacher_head):
             for parameter in network.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
-        task.centre.normal_(std=0.3)
+        task.center.normal_(std=0.3)
     return task
 
 
@@ -223,7 +223,7 @@ def test_a_steps_loss_is_by_the_temperatures_of_its_epoch(step: int, student: fl
     temperature = {0: first, 1: (first + last) / 2}.get(step // 5, last)
     task.__class__ = type("DINOAtStep", (DINO,), {"global_step": step})
     batch = batch_of()
-    expected = by_hand(task, batch, lambda outputs: ((outputs - task.centre) / temperature).softmax(-1))
+    expected = by_hand(task, batch, lambda outputs: ((outputs - task.center) / temperature).softmax(-1))
     torch.testing.assert_close(task.training_step(batch), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -231,7 +231,7 @@ def test_a_steps_loss_is_by_the_temperatures_of_its_epoch(step: int, student: fl
 def test_sinkhorns_shares_are_those_of_its_iterations_and_temperature(iterations: int, temperature: float) -> None:
     """By hand as in SwAV: rows of prototypes, then columns of images, divided by their sums in turn."""
     task = different(make({
-        "centring": "sinkhorn", "sinkhorn_iterations": iterations, "teacher_temperature": temperature,
+        "centering": "sinkhorn", "sinkhorn_iterations": iterations, "teacher_temperature": temperature,
         "warmup_teacher_epochs": 0,
     }))  # fmt: skip
 
@@ -250,13 +250,13 @@ def test_sinkhorns_shares_are_those_of_its_iterations_and_temperature(iterations
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9, 1.0])
-def test_the_share_of_the_centre_that_stays_is_its_momentum(momentum: float) -> None:
-    task = different(make({"centre_momentum": momentum}))
-    before, batch = task.centre.clone(), batch_of()
+def test_the_share_of_the_center_that_stays_is_its_momentum(momentum: float) -> None:
+    task = different(make({"center_momentum": momentum}))
+    before, batch = task.center.clone(), batch_of()
     task.training_step(batch)
-    task.move_centre()
+    task.move_center()
     outputs = torch.stack([task.teacher_head(task.teacher.features(view)) for view in batch.views[:2]]).detach()
-    torch.testing.assert_close(task.centre, momentum * before + (1 - momentum) * outputs.mean((0, 1)))
+    torch.testing.assert_close(task.center, momentum * before + (1 - momentum) * outputs.mean((0, 1)))
 
 
 def test_the_teachers_momentum_goes_from_the_first_to_the_last_and_each_step_uses_its_own() -> None:
@@ -319,7 +319,7 @@ def test_the_health_check_sees_the_teachers_first_view() -> None:
     torch.testing.assert_close(task.watched["features"][0], task.teacher.features(batch.views[0]))
 
 
-def test_a_released_checkpoint_brings_its_centre(tmp_path) -> None:
+def test_a_released_checkpoint_brings_its_center(tmp_path) -> None:
     task = different(make(channels=3))
     from sslvit.layouts import dino as layout
 
@@ -327,9 +327,9 @@ def test_a_released_checkpoint_brings_its_centre(tmp_path) -> None:
         name: layout.from_sslvit(encoder.state_dict(), {f"head.{k}": v for k, v in head.state_dict().items()})
         for name, encoder, head in (("student", task.encoder, task.head), ("teacher", task.teacher, task.teacher_head))
     }
-    torch.save(networks | {"dino_loss": {"center": task.centre[None]}}, tmp_path / "full.pth")
+    torch.save(networks | {"dino_loss": {"center": task.center[None]}}, tmp_path / "full.pth")
     again = DINO.from_official(str(tmp_path / "full.pth"), heads=2)
-    assert torch.equal(again.centre, task.centre)
+    assert torch.equal(again.center, task.center)
     for key, value in task.teacher.state_dict().items():
         assert torch.equal(again.teacher.state_dict()[key], value)
 

@@ -12,7 +12,7 @@ from sslvit.data.batch import Batch
 from sslvit.layouts import dino as layout
 from sslvit.optim import clip_each, cosine, decay_groups, move_average, norms_of, warmup_cosine
 from sslvit.settings import DINOSettings, EncoderSettings, OptimSettings
-from sslvit.tasks.dino import DINO, DINOHead, centred_shares, cross_entropy_of_pairs, embed_views
+from sslvit.tasks.dino import DINO, DINOHead, centered_shares, cross_entropy_of_pairs, embed_views
 
 
 def head_of(config: dict, state: dict[str, torch.Tensor]) -> DINOHead:
@@ -33,7 +33,7 @@ def test_head(golden: Golden) -> None:
     bottleneck: list[torch.Tensor] = []
     head.last_layer.register_forward_hook(lambda module, inputs, output: bottleneck.append(inputs[0].detach()))
     golden.check("output/y", head.eval()(x).detach())
-    golden.check("output/bottleneck_normalised", bottleneck[0])
+    golden.check("output/bottleneck_normalized", bottleneck[0])
     output = head.train()(x)
     if "output/y_train" in golden:
         golden.check("output/y_train", output.detach())
@@ -67,12 +67,12 @@ def tiny_task(**changes) -> DINO:
 
 
 @looks_at("dino_loss", "*")
-def test_loss_and_centre_over_three_steps(golden: Golden) -> None:
+def test_loss_and_center_over_three_steps(golden: Golden) -> None:
     config = golden.config
     task = tiny_task(
         out_dim=config["out_dim"], warmup_teacher_temperature=config["warmup_teacher_temp"],
         teacher_temperature=config["teacher_temp"], warmup_teacher_epochs=config["warmup_teacher_temp_epochs"],
-        centre_momentum=config["center_momentum"],
+        center_momentum=config["center_momentum"],
     )  # fmt: skip
     schedule = [task.temperature_at(epoch) for epoch in range(config["nepochs"])]
     torch.testing.assert_close(
@@ -84,14 +84,14 @@ def test_loss_and_centre_over_three_steps(golden: Golden) -> None:
         outputs = golden[f"input/teacher_step{step}"].unflatten(0, (2, config["batch"]))
         task.temperature_at = lambda _, epoch=epoch: schedule[epoch]
         targets = task.targets(outputs)
-        torch.testing.assert_close(targets, centred_shares(outputs, task.centre, schedule[epoch]))
+        torch.testing.assert_close(targets, centered_shares(outputs, task.center, schedule[epoch]))
         logits = student.unflatten(0, (config["ncrops"], config["batch"])) / config["student_temp"]
         loss = cross_entropy_of_pairs(targets, logits)
         golden.check(f"output/loss_step{step}", loss.detach().view(1))
         loss.backward()
         golden.check(f"grad/student_step{step}", student.grad)
-        task.move_centre()
-        golden.check(f"output/center_step{step}", task.centre[None])
+        task.move_center()
+        golden.check(f"output/center_step{step}", task.center[None])
 
 
 @looks_at("dino_step_ops", "config/clips", "info/names", "input/*", "output/clip*")
@@ -249,7 +249,7 @@ def test_training_steps_of_the_released_loop(golden: Golden, tmp_path) -> None:
     class Watch(pl.Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, k) -> None:
             golden.check(f"output/loss_{k}", module.records["loss"][-1].view(1))
-            golden.check(f"output/center_{k}", module.centre[None])
+            golden.check(f"output/center_{k}", module.center[None])
             spared, decayed = trainer.optimizers[0].param_groups
             assert spared["lr"] == decayed["lr"] == pytest.approx(float(golden["output/lr_schedule"][k]), abs=1e-9)
             assert spared["weight_decay"] == 0
@@ -292,7 +292,7 @@ def _official(encoder: nn.Module, head: nn.Module) -> dict[str, torch.Tensor]:
     return {prefix + key: value.clone() for prefix, part in parts for key, value in part.state_dict().items()}
 
 
-def test_the_full_checkpoint_loads_with_heads_and_centre(tmp_path) -> None:
+def test_the_full_checkpoint_loads_with_heads_and_center(tmp_path) -> None:
     golden = Golden("dino_train_steps")
     content = {"student": {f"module.{k}": v for k, v in golden.under("param/student.").items()}}
     content["teacher"] = golden.under("param/teacher.")
@@ -305,7 +305,7 @@ def test_the_full_checkpoint_loads_with_heads_and_centre(tmp_path) -> None:
         expected = golden.under(f"param/{network}.")
         assert state.keys() == expected.keys()
         assert all(torch.equal(state[key], expected[key]) for key in expected)
-    assert torch.equal(task.centre, golden["output/center_3"][0])
+    assert torch.equal(task.center, golden["output/center_3"][0])
     torch.save(content["teacher"], tmp_path / "one.pth")
     with pytest.raises(ValueError, match="no student and teacher"):
         DINO.from_official(str(tmp_path / "one.pth"), heads=2)

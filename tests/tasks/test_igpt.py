@@ -1,4 +1,4 @@
-"""iGPT's behaviour beyond the fixtures."""
+"""iGPT's behavior beyond the fixtures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from test_mae import batch_of
 
 from sslvit.settings import EncoderSettings, IGPTSettings, OptimSettings
 from sslvit.settings.palette import check_palette
-from sslvit.tasks.igpt import IGPT, colour_error, hide_some, load_igpt
+from sslvit.tasks.igpt import IGPT, color_error, hide_some, load_igpt
 
 PIXELS = {
     "image_size": 4, "channels": 1, "mean": [0.5], "std": [0.5], "tokens": "pixel", "patch": 1, "width": 32, "depth": 2,
@@ -33,7 +33,7 @@ def make(objective: str = "autoregressive", **changes) -> IGPT:
     return task
 
 
-def grey(count: int = 2, side: int = 4) -> torch.Tensor:
+def gray(count: int = 2, side: int = 4) -> torch.Tensor:
     return torch.rand(count, 1, side, side, generator=torch.Generator().manual_seed(3)) * 2 - 1
 
 
@@ -41,11 +41,11 @@ def grey(count: int = 2, side: int = 4) -> torch.Tensor:
 @pytest.mark.parametrize("positions", ["none", "learned_1d", "sincos_2d", "rotary_2d", "relative_bias"])
 def test_each_pixels_prediction_depends_on_the_pixels_before_it_only(positions: str) -> None:
     task = make(positions=positions).eval()
-    images = grey(1)
-    before = task.head(task.encoder(images))[0]  # n colours
+    images = gray(1)
+    before = task.head(task.encoder(images))[0]  # n colors
     for changed in range(16):
         other = images.clone()
-        other.view(-1)[changed] *= -1  # another colour
+        other.view(-1)[changed] *= -1  # another color
         after = task.head(task.encoder(other))[0]
         assert torch.equal(after[: changed + 1], before[: changed + 1])  # its own prediction has not seen it
         moved = (after[changed + 1 :] - before[changed + 1 :]).abs().amax(1)
@@ -55,36 +55,36 @@ def test_each_pixels_prediction_depends_on_the_pixels_before_it_only(positions: 
 def test_loss_is_the_mean_over_all_pixels_in_nats_and_bits() -> None:
     task = make()
     task.head.weight.data.zero_()
-    loss = task.training_step(batch_of(grey()))
+    loss = task.training_step(batch_of(gray()))
     torch.testing.assert_close(float(loss.detach()), math.log(8))
     torch.testing.assert_close(float(task.records["bits"][0]), 3.0)
     logits = torch.tensor([[[2.0, 0.0], [0.0, 1.0]]])
-    colours = torch.tensor([[0, 0]])
+    colors = torch.tensor([[0, 0]])
     parts = [-math.log(math.exp(2) / (math.exp(2) + 1)), -math.log(1 / (1 + math.e))]
-    torch.testing.assert_close(float(colour_error(logits, colours)), sum(parts) / 2)
-    torch.testing.assert_close(float(colour_error(logits, colours, torch.tensor([[False, True]]))), parts[1])
+    torch.testing.assert_close(float(color_error(logits, colors)), sum(parts) / 2)
+    torch.testing.assert_close(float(color_error(logits, colors, torch.tensor([[False, True]]))), parts[1])
 
 
 def test_the_loss_is_computed_in_float32_and_keeps_float64() -> None:
     logits = torch.randn(2, 5, 8) * 20
-    colours = torch.randint(0, 8, (2, 5))
-    loss = colour_error(logits.bfloat16(), colours)
+    colors = torch.randint(0, 8, (2, 5))
+    loss = color_error(logits.bfloat16(), colors)
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, colour_error(logits.bfloat16().float(), colours), rtol=0, atol=0)
-    assert colour_error(logits.double(), colours).dtype == torch.float64
+    torch.testing.assert_close(loss, color_error(logits.bfloat16().float(), colors), rtol=0, atol=0)
+    assert color_error(logits.double(), colors).dtype == torch.float64
 
 
-def test_a_new_model_finds_all_colours_alike() -> None:
+def test_a_new_model_finds_all_colors_alike() -> None:
     torch.manual_seed(0)
     encoder = EncoderSettings(**PIXELS)
     task = IGPT(IGPTSettings(), encoder, OptimSettings(), total_steps=1, steps_per_epoch=1, global_batch=256)
-    assert float(task.training_step(batch_of(grey())).detach()) == pytest.approx(math.log(8), abs=1e-6)
+    assert float(task.training_step(batch_of(gray())).detach()) == pytest.approx(math.log(8), abs=1e-6)
     assert task.encoder.patch_embed.start_token.detach().std() == pytest.approx(0.02, rel=0.5)
 
 
 def test_bert_sees_around_a_hidden_pixel_but_not_the_pixel() -> None:
     task = make("bert", **BERT).eval()
-    images = grey(1)
+    images = gray(1)
     is_hidden = torch.zeros(1, 16, dtype=torch.bool)
     is_hidden[0, 5] = True
     with torch.no_grad():
@@ -100,7 +100,7 @@ def test_bert_sees_around_a_hidden_pixel_but_not_the_pixel() -> None:
 def test_bert_hides_its_ratio_of_the_pixels_those_with_the_lowest_noise(ratio: float, hidden: int) -> None:
     task = IGPT(IGPTSettings(objective="bert", mask_ratio=ratio), EncoderSettings(**PIXELS | BERT), OptimSettings(),
                 total_steps=10, steps_per_epoch=5, global_batch=256)  # fmt: skip
-    batch = batch_of(grey(4))
+    batch = batch_of(gray(4))
     noise = task.uniform("mask", batch, 16)
     is_hidden = task.draw_mask(batch)
     for row, mask in zip(noise.tolist(), is_hidden.tolist(), strict=True):
@@ -113,21 +113,21 @@ def test_pictures_are_drawn_by_the_runs_seed() -> None:
     shown = []
     for seed in (0, 0, 1):
         task.seed = seed
-        shown.append(np.stack(task.figures(batch_of(grey(3)))["generated"][1]))
+        shown.append(np.stack(task.figures(batch_of(gray(3)))["generated"][1]))
     assert np.array_equal(shown[0], shown[1])
     assert not np.array_equal(shown[0], shown[2])
 
 
 def test_bert_counts_hidden_pixels_only_and_hides_as_many_in_every_image() -> None:
     task = make("bert", **BERT)
-    batch = batch_of(grey(6))
+    batch = batch_of(gray(6))
     is_hidden = task.draw_mask(batch)
     assert is_hidden.sum(1).tolist() == [2] * 6  # 15 % of 16
     assert len({tuple(row) for row in is_hidden.tolist()}) > 1
     loss = task.training_step(batch)
     logits = task.head(task.encoder(batch.views[0], hidden=is_hidden))
-    colours = task.encoder.patch_embed.indices(batch.views[0])
-    expected = torch.nn.functional.cross_entropy(logits[is_hidden], colours[is_hidden])
+    colors = task.encoder.patch_embed.indices(batch.views[0])
+    expected = torch.nn.functional.cross_entropy(logits[is_hidden], colors[is_hidden])
     torch.testing.assert_close(loss, expected)
     noise = torch.tensor([[0.5, 0.1, 0.1, 0.9]])
     assert hide_some(noise, 1).tolist() == [[False, True, False, False]]
@@ -140,13 +140,13 @@ def test_bert_counts_hidden_pixels_only_and_hides_as_many_in_every_image() -> No
 )  # fmt: skip
 def test_every_trained_parameter_gets_a_gradient(objective: str, options: dict) -> None:
     task = make(objective, **options)
-    task.training_step(batch_of(grey(4))).backward()
+    task.training_step(batch_of(gray(4))).backward()
     idle = [name for name, p in task.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert idle == []
 
 
 def test_a_few_steps_lower_the_loss_on_one_batch() -> None:
-    task, batch = make(), batch_of(grey(4))
+    task, batch = make(), batch_of(gray(4))
     optimizer = torch.optim.AdamW(task.parameters(), 1e-2)
     losses = []
     for _ in range(60):
@@ -178,7 +178,7 @@ def test_encoders_that_cannot_learn_it_are_refused(objective: str, encoder: dict
     ("palette", "channels", "message"),
     [
         ("uniform", 4, "uniform is for 1 or 3 channels, not 4"),
-        ("grey", 1, "neither uniform nor a list"),
+        ("gray", 1, "neither uniform nor a list"),
         ([[0.5]], 1, "A palette has two or more"),
         ([[0.5], [0.1]], 3, "numbers for 3 channels"),
         ([[0.5], [255.0]], 1, "255 is outside \\[-1, 1\\]"),
@@ -191,7 +191,7 @@ def test_palettes_that_cannot_work_are_refused(palette, channels: int, message: 
 
 def test_pictures_show_images_from_nothing_and_completed_halves() -> None:
     task = make().eval()
-    figures = task.figures(batch_of(grey(3)))
+    figures = task.figures(batch_of(gray(3)))
     titles, rows = figures["completed"]
     assert titles == ["input", "completion 1", "completion 2", "original"]
     original = rows[-1]
@@ -199,7 +199,7 @@ def test_pictures_show_images_from_nothing_and_completed_halves() -> None:
     assert (rows[0][:, :, 2:] == 0.5).all()
     assert not np.array_equal(rows[1], rows[2])
     assert [row.shape for row in figures["generated"][1]] == [(3, 1, 4, 4)] * 2
-    titles, rows = make("bert", **BERT).eval().figures(batch_of(grey(3)))["filled"]
+    titles, rows = make("bert", **BERT).eval().figures(batch_of(gray(3)))["filled"]
     is_seen = rows[0] != 0.5
     assert np.array_equal(rows[1][is_seen], rows[2][is_seen])
 

@@ -14,7 +14,7 @@ from test_mae import batch_of
 from sslvit.checkpoint import load_encoder
 from sslvit.layouts import to_sslvit
 from sslvit.settings.palette import read_palette
-from sslvit.tasks.igpt import IGPT, colour_error, load_igpt
+from sslvit.tasks.igpt import IGPT, color_error, load_igpt
 
 
 def task_of(golden: Golden) -> IGPT:
@@ -37,7 +37,7 @@ def test_loss_logits_and_gradients(golden: Golden) -> None:
     loss = task.training_step(batch_of(images))
     golden.check("output/loss", loss.detach())
     # transformers' own loss shifts once more: the output that predicts pixel i + 1 against pixel i
-    golden.check("output/hf_internal_loss", colour_error(logits[:, :-1], pixels[:, :-1]).detach())
+    golden.check("output/hf_internal_loss", color_error(logits[:, :-1], pixels[:, :-1]).detach())
     if golden.name == "igpt_model_nobias":
         golden.check("output/official_tf/logits", logits)
         golden.check("output/official_tf/loss", loss.detach())
@@ -150,21 +150,21 @@ def test_the_released_sizes_have_their_heads() -> None:
 
 
 def test_a_released_file_takes_the_released_palette(tmp_path: Path) -> None:
-    golden, colours = Golden("igpt_model"), Golden("palette")["input/palette"]
-    np.save(tmp_path / "kmeans_centers.npy", colours.numpy())
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"clusters": colours.tolist(), "size": 32}))
+    golden, colors = Golden("igpt_model"), Golden("palette")["input/palette"]
+    np.save(tmp_path / "kmeans_centers.npy", colors.numpy())
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"clusters": colors.tolist(), "size": 32}))
     torch.save(golden.under("param/"), tmp_path / "pytorch_model.bin")
     palettes = [read_palette(tmp_path / name) for name in ("kmeans_centers.npy", "preprocessor_config.json")]
     for palette in palettes:
         task = IGPT.from_official(tmp_path / "pytorch_model.bin", palette, golden.config["n_head"])
-        assert torch.equal(task.encoder.patch_embed.palette, colours)
+        assert torch.equal(task.encoder.patch_embed.palette, colors)
         assert torch.equal(task.encoder.patch_embed.indices(images_of(golden, task)), golden["input/pixels"])
         golden.check("output/logits", task.head(task.encoder(images_of(golden, task))))
     by_file = IGPT.from_official(tmp_path / "pytorch_model.bin", tmp_path / "kmeans_centers.npy", 4)
-    assert torch.equal(by_file.encoder.patch_embed.palette, colours)
-    with pytest.raises(ValueError, match="does not hold its colours. Give --palette FILE"):
+    assert torch.equal(by_file.encoder.patch_embed.palette, colors)
+    with pytest.raises(ValueError, match="does not hold its colors. Give --palette FILE"):
         load_igpt(tmp_path / "pytorch_model.bin", heads=4)
-    with pytest.raises(ValueError, match="2 colours for a model of 512"):
+    with pytest.raises(ValueError, match="2 colors for a model of 512"):
         load_igpt(tmp_path / "pytorch_model.bin", heads=4, palette=[[0.0] * 3, [1.0] * 3])
 
 

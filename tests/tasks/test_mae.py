@@ -1,4 +1,4 @@
-"""MAE's behaviour beyond the fixtures."""
+"""MAE's behavior beyond the fixtures."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_a_reconstruction_is_in_units_of_each_patchs_deviation() -> None:
     torch.testing.assert_close(patches[hidden], expected.expand_as(patches)[hidden], atol=1e-4, rtol=1e-4)
 
 
-def test_reconstruction_undoes_the_normalisation_of_each_patch() -> None:
+def test_reconstruction_undoes_the_normalization_of_each_patch() -> None:
     task = make().eval()
     images = torch.randn(2, 1, 16, 16) * 5 + 3
     task.decoder.pred.weight.data.zero_()
@@ -193,14 +193,14 @@ def test_every_trained_parameter_gets_a_gradient(options: dict) -> None:
 
 def test_a_few_steps_lower_the_loss_on_one_batch() -> None:
     task = make()
-    optimiser = torch.optim.AdamW(task.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(task.parameters(), lr=3e-3)
     images, noise = torch.randn(8, 1, 16, 16), torch.rand(8, 16)
     losses = []
     for _ in range(60):
         loss = task.loss(images, noise)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
 

@@ -13,7 +13,7 @@ from sslvit.models import ViTEncoder
 from sslvit.models.transformer import Block
 from sslvit.optim import decay_groups, layer_decay_groups, layer_of, warmup_cosine
 from sslvit.settings import EncoderSettings, MAESettings, OptimSettings
-from sslvit.tasks.mae import MAE, normalise_patches, patchify, split_by_noise, unpatchify, visible_count
+from sslvit.tasks.mae import MAE, normalize_patches, patchify, split_by_noise, unpatchify, visible_count
 
 
 def mae_of(golden: Golden, **settings) -> MAE:
@@ -76,7 +76,7 @@ def test_encoder_and_decoder(golden: Golden) -> None:
 
 @looks_at("mae_model", "grad/*", "output/loss_*", "info/*")
 def test_loss_and_gradients(golden: Golden) -> None:
-    for target, name in [("raw", "pix"), ("normalised", "norm_pix")]:
+    for target, name in [("raw", "pix"), ("normalized", "norm_pix")]:
         task = mae_of(golden, target=target)
         loss = task.loss(golden["input/imgs"], golden["input/noise"])
         golden.check(f"output/loss_{name}", loss.detach().view(1))
@@ -101,7 +101,7 @@ def test_fixed_position_tables_are_the_ones_we_make(golden: Golden) -> None:
     )  # fmt: skip
     torch.testing.assert_close(fresh.encoder.pos_embed, golden["param_sincos/pos_embed"], atol=1e-6, rtol=0)
     torch.testing.assert_close(fresh.decoder.pos_embed, golden["param_sincos/decoder_pos_embed"], atol=1e-6, rtol=0)
-    for target, name in [("raw", "pix"), ("normalised", "norm_pix")]:
+    for target, name in [("raw", "pix"), ("normalized", "norm_pix")]:
         task = mae_of(golden, target=target)
         task.encoder.pos_embed.copy_(fresh.encoder.pos_embed)
         task.decoder.pos_embed.copy_(fresh.decoder.pos_embed)
@@ -123,7 +123,7 @@ def test_official_names_come_back(golden: Golden) -> None:
 
 def test_flat_patches_do_not_explode() -> None:
     flat = torch.full((1, 2, 12), 0.3)
-    torch.testing.assert_close(normalise_patches(flat), torch.zeros_like(flat), atol=1e-3, rtol=0)
+    torch.testing.assert_close(normalize_patches(flat), torch.zeros_like(flat), atol=1e-3, rtol=0)
 
 
 class _Replay(MAE):
@@ -143,7 +143,7 @@ def test_training_steps_of_the_released_loop(golden: Golden, tmp_path) -> None:
     )
     check_shape(config, task.encoder.settings)
     check_decoder(config, task)
-    assert config["norm_pix_loss"] == (task.settings.target == "normalised")
+    assert config["norm_pix_loss"] == (task.settings.target == "normalized")
     for key, share in golden.info["comparable_fraction"].items():  # of all other weights everything is compared
         assert float(golden[f"output/comparable/{key}"].float().mean()) == pytest.approx(share)
     updates = config["steps_per_epoch"] // config["accum_iter"]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_igpt import grey, make
+from test_igpt import gray, make
 from test_mae import batch_of
 
 from sslvit.settings.sample import SampleSettings
-from sslvit.tasks.sampling import complete, draw_colours, likely_shares
+from sslvit.tasks.sampling import complete, draw_colors, likely_shares
 
 POSITIONS = ["none", "learned_1d", "learned_2d", "sincos_1d", "sincos_2d", "rotary_2d", "relative_bias"]
 
@@ -19,10 +19,10 @@ POSITIONS = ["none", "learned_1d", "learned_2d", "sincos_1d", "sincos_2d", "rota
 def test_reading_on_gives_the_logits_of_reading_all(positions: str, cuts: list[int]) -> None:
     task = make(positions=positions, qk_norm=positions == "rotary_2d").eval()
     encoder = task.encoder
-    images = grey(3)
-    colours = encoder.patch_embed.indices(images)
+    images = gray(3)
+    colors = encoder.patch_embed.indices(images)
     memories = encoder.begin_reading(3)
-    parts = [encoder.read_on(colours[:, a:b], memories) for a, b in zip([0, *cuts], [*cuts, 15], strict=True)
+    parts = [encoder.read_on(colors[:, a:b], memories) for a, b in zip([0, *cuts], [*cuts, 15], strict=True)
              if b > a or (a == 0 and not memories[0].length)]  # fmt: skip
     cached, whole = task.head(torch.cat(parts, 1)), task.head(encoder(images))
     torch.testing.assert_close(cached, whole, atol=1e-5, rtol=1e-5)
@@ -46,7 +46,7 @@ def slow_completion(task, given: torch.Tensor, settings: SampleSettings) -> torc
     drawn[:, : given.shape[1]] = given
     for place in range(given.shape[1], 16):
         logits = task.head(encoder(encoder.patch_embed.images_of(drawn, (4, 4))))[:, place]
-        drawn[:, place] = draw_colours(likely_shares(logits, settings), numbers[:, place])
+        drawn[:, place] = draw_colors(likely_shares(logits, settings), numbers[:, place])
     return drawn
 
 
@@ -54,7 +54,7 @@ def slow_completion(task, given: torch.Tensor, settings: SampleSettings) -> torc
 @pytest.mark.parametrize("known", [0, 1, 8, 15])
 def test_completions_keep_what_is_given_and_equal_those_without_a_cache(known: int) -> None:
     task = make().eval().double()
-    given = task.encoder.patch_embed.indices(grey(5))[:, :known]
+    given = task.encoder.patch_embed.indices(gray(5))[:, :known]
     settings = SampleSettings(batch=2, top_p=0.9, seed=4)
     drawn = complete(task.encoder, task.head, given, settings)
     assert torch.equal(drawn[:, :known], given)
@@ -86,7 +86,7 @@ def test_top_k_keeps_exactly_k_also_in_a_tie() -> None:
     torch.testing.assert_close(likely_shares(logits, SampleSettings(top_k=9)), logits.double().softmax(1))
 
 
-def test_top_p_keeps_the_fewest_colours_that_have_that_probability() -> None:
+def test_top_p_keeps_the_fewest_colors_that_have_that_probability() -> None:
     logits = torch.tensor([[0.1, 0.5, 0.15, 0.25]]).log()
     for top_p, kept in ((0.5, [0, 1, 0, 0]), (0.51, [0, 2 / 3, 0, 1 / 3]), (0.01, [0, 1, 0, 0]), (1.0, None)):
         expected = [[0.1, 0.5, 0.15, 0.25] if kept is None else kept]
@@ -104,12 +104,12 @@ def test_temperature_comes_first_then_top_k_then_top_p_of_what_is_left() -> None
     torch.testing.assert_close(both[0], torch.tensor([4 / 7, 3 / 7, 0, 0], dtype=torch.float64), atol=1e-6, rtol=0)
 
 
-def test_colours_are_drawn_as_often_as_they_are_likely_and_never_where_they_are_not() -> None:
+def test_colors_are_drawn_as_often_as_they_are_likely_and_never_where_they_are_not() -> None:
     shares = torch.tensor([[0.0, 0.5, 0.0, 0.3, 0.2, 0.0]], dtype=torch.float64).expand(1000, -1)
     numbers = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
-    assert torch.bincount(draw_colours(shares, numbers), minlength=6).tolist() == [0, 500, 0, 300, 200, 0]
+    assert torch.bincount(draw_colors(shares, numbers), minlength=6).tolist() == [0, 500, 0, 300, 200, 0]
     edges = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
-    assert draw_colours(shares[:2], edges).tolist() == [1, 4]
+    assert draw_colors(shares[:2], edges).tolist() == [1, 4]
 
 
 @pytest.mark.parametrize(
@@ -124,17 +124,17 @@ def test_settings_that_cannot_be_sampled_with_are_refused(changes: dict, message
 
 @torch.no_grad()
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_quantises_and_completes_as_the_cpu_does() -> None:
+def test_a_gpu_quantizes_and_completes_as_the_cpu_does() -> None:
     task = make(positions="rotary_2d").eval().double()
-    images, settings = grey(40), SampleSettings(batch=16, top_p=0.9)
+    images, settings = gray(40), SampleSettings(batch=16, top_p=0.9)
     results = []
     for device in ("cpu", "cuda"):
         task = task.to(device)
         with torch.autocast(device, torch.bfloat16):
-            colours = task.encoder.patch_embed.indices(images.to(device))
-        drawn = complete(task.encoder, task.head, colours[:, :8], settings)
+            colors = task.encoder.patch_embed.indices(images.to(device))
+        drawn = complete(task.encoder, task.head, colors[:, :8], settings)
         figures = task.figures(batch_of(images[:4].to(device)))
-        results.append((colours.cpu(), drawn.cpu(), figures["completed"][1]))
+        results.append((colors.cpu(), drawn.cpu(), figures["completed"][1]))
     (one, drawn_one, rows_one), (other, drawn_other, rows_other) = results
     assert torch.equal(one, other)
     assert torch.equal(drawn_one, drawn_other)

@@ -96,9 +96,9 @@ def test_positions_are_stretched_to_a_larger_size() -> None:
 
 def test_rates_fall_from_the_head_to_the_patches() -> None:
     task = task_for(EncoderSettings(**SMALL), layer_decay=0.5)
-    optimiser = task.configure_optimizers()
+    optimizer = task.configure_optimizers()
     rate_of = {}
-    for group in optimiser.param_groups:
+    for group in optimizer.param_groups:
         for parameter in group["params"]:
             rate_of[id(parameter)] = (group["rate_scale"], group["decays"])
     assert rate_of[id(task.head.weight)] == (1.0, True)
@@ -110,11 +110,11 @@ def test_rates_fall_from_the_head_to_the_patches() -> None:
     assert rate_of[id(task.encoder.pos_embed)] == (0.125, False)
     assert len(rate_of) == len(list(task.parameters()))
     task._trainer = type("T", (), {"global_step": 3, "optimizers": []})()
-    optimiser.step = lambda closure=None: None
-    task.optimizer_step(0, 0, optimiser)
-    rates = {group["rate_scale"]: group["lr"] for group in optimiser.param_groups}
+    optimizer.step = lambda closure=None: None
+    task.optimizer_step(0, 0, optimizer)
+    rates = {group["rate_scale"]: group["lr"] for group in optimizer.param_groups}
     assert rates[0.125] == pytest.approx(rates[1.0] / 8)
-    assert {group["weight_decay"] for group in optimiser.param_groups if not group["decays"]} == {0.0}
+    assert {group["weight_decay"] for group in optimizer.param_groups if not group["decays"]} == {0.0}
 
 
 def test_mixing_and_erasing_are_drawn_by_key_and_leave_torchs_stream_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +168,7 @@ def mixed(step: int = 0, seed: int = 0, first_row: int = 0, **changes) -> tuple[
 
 
 def shares_of(target: torch.Tensor) -> set[float]:
-    """The weight of each image's own label; six images of labels 0, 1, 2, 0, 1, 2, so neighbours differ."""
+    """The weight of each image's own label; six images of labels 0, 1, 2, 0, 1, 2, so neighbors differ."""
     return {round(float(row[label]), 5) for row, label in zip(target, batch_of().labels, strict=True)}
 
 
@@ -301,12 +301,12 @@ def test_the_command_learns_and_writes_what_it_reports(shards: Path, capsys: pyt
     assert head["head.weight"].shape == (3, 16)
     # what was written classifies as what was scored
     from sslvit.evaluate.classify import accuracy
-    from sslvit.evaluate.sources import LabelledSet
+    from sslvit.evaluate.sources import LabeledSet
 
     def logits(images: torch.Tensor) -> torch.Tensor:
         return encoder.features(images) @ head["head.weight"].T + head["head.bias"]
 
-    data = LabelledSet(load_index(shards / "val"), 3)
+    data = LabeledSet(load_index(shards / "val"), 3)
     assert accuracy(logits, data, encoder.settings, torch.device("cpu"), 7).top1 == pytest.approx(scores["top1"])
     assert main([*words, "--out", str(shards / "run"), *changes]) == 1
     assert "already exists" in capsys.readouterr().err
@@ -366,7 +366,7 @@ def test_a_learned_query_and_a_larger_size_are_trained_and_saved(shards: Path) -
 
 
 def test_few_images_are_enough(shards: Path) -> None:
-    """What only neighbours need (as many images as their k) is not asked of fine-tuning."""
+    """What only neighbors need (as many images as their k) is not asked of fine-tuning."""
     pack(array_samples(np.zeros((6, 8, 8, 3), np.uint8), [0, 1, 2] * 2), shards / "six", ["a", "b", "c"])
     changes = SHORT | {"train.steps": 1, "data.global_batch": 4}
     run = sslvit.finetune(shards / "encoder", shards / "six", shards / "val", out=shards / "run", **changes)

@@ -138,7 +138,7 @@ def test_more_work_costs_more(tmp_path: Path) -> None:
 
 def test_the_command_prints_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     words = ["plan", "--config", "dino/digits", "--images", "1437", "--figure", str(tmp_path / "s.png")]
-    assert main([*words, "--tflops", "10", "--utilisation", "0.5"]) == 0
+    assert main([*words, "--tflops", "10", "--utilization", "0.5"]) == 0
     said = capsys.readouterr().out
     for part in ("parameters   encoder ", "FLOPs ", "memory ", "epochs of 1,437 images", "(10 TFLOP/s, 50% used)"):
         assert part in said
@@ -149,7 +149,7 @@ def test_the_command_prints_and_draws(tmp_path: Path, capsys: pytest.CaptureFixt
             ["--config", "mae/digits", "--images", "3", "--data.global_batch", "64"],
             "data.global_batch: 64 is more than the 3 images",
         ),
-        (["--config", "mae/digits", "--images", "99", "--utilisation", "2"], "--utilisation 2"),
+        (["--config", "mae/digits", "--images", "99", "--utilization", "2"], "--utilization 2"),
         (["--config", "finetune/small_images", "--images", "999", "--classes", "3"], "Plan it without"),
     ):
         assert main(["plan", *more]) == 1
@@ -172,12 +172,12 @@ task = task_class(settings.task.name)(
 gc.collect()
 status = next(line for line in open("/proc/self/status") if line.startswith("VmRSS"))
 base = int(status.split()[1]) * 1024 - 4 * found.held
-optimiser = task.configure_optimizers()
+optimizer = task.configure_optimizers()
 batch = plan.example(settings, micro)
 for _ in range(2):
     task.training_step(batch, 0).backward()
-    optimiser.step()
-    optimiser.zero_grad()
+    optimizer.step()
+    optimizer.zero_grad()
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - base
 print(sum(found.memory("ddp").values()) / peak)
 """

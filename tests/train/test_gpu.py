@@ -53,12 +53,12 @@ def test_planned_memory_is_what_the_gpu_holds(recipe: str, micro: int) -> None:
         settings.task.fitted(1_000_000, micro, 9), settings.encoder, settings.optim.fitted(99, 9), total_steps=9,
         steps_per_epoch=99, global_batch=micro,
     ).cuda()  # fmt: skip
-    optimiser, batch = task.configure_optimizers(), example(settings, micro).to("cuda")
+    optimizer, batch = task.configure_optimizers(), example(settings, micro).to("cuda")
     torch.cuda.reset_peak_memory_stats()
     for _ in range(2):
         task.training_step(batch, 0).backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     assert sum(found.memory("ddp").values()) == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.15)
 
 

@@ -67,8 +67,8 @@ HEALTHY = {
         ({"teacher_entropy": math.log(256), "loss": 5.545}, {"teacher_temperature": 0.3}, "even", "teacher_temp"),
         ({"teacher_entropy": math.log(256)}, {"teacher_temperature": 0.08}, "even", "Lower task.teacher_temperature"),
         ({"teacher_entropy": math.log(256)}, {}, "even", "Lower optim.base_rate"),
-        ({"largest_prototype_share": 0.97}, {"centre_momentum": 1.0}, "one prototype", "task.centre_momentum"),
-        ({"largest_prototype_share": 0.97}, {}, "one prototype", "task.centring: sinkhorn"),
+        ({"largest_prototype_share": 0.97}, {"center_momentum": 1.0}, "one prototype", "task.center_momentum"),
+        ({"largest_prototype_share": 0.97}, {}, "one prototype", "task.centering: sinkhorn"),
         ({"loss": math.log(256)}, {}, "stuck", "optim.base_rate"),
         ({"feature_std": 0.004}, {}, "features", "optim.base_rate"),
         ({"rankme": 1.1}, {}, "features", "optim.base_rate"),
@@ -87,7 +87,7 @@ def test_each_sign_names_its_knob(seen: dict, task: dict, name: str | None, knob
 
 
 def test_a_remedy_is_not_what_is_set_already() -> None:
-    settings = DINOSettings(out_dim=256, teacher_temperature=0.04, centring="sinkhorn", batch_norm=True)
+    settings = DINOSettings(out_dim=256, teacher_temperature=0.04, centering="sinkhorn", batch_norm=True)
     one = find_sign(HEALTHY | {"largest_prototype_share": 1.0}, 64, settings, OptimSettings(clip=3.0))
     assert "sinkhorn" not in one.remedy
     assert "batch_norm" not in one.remedy
@@ -174,7 +174,7 @@ def train(shards: Path, out: Path, **changes) -> RunFolder:
 
 
 BROKEN = {
-    "no centring": ({"task.centre_momentum": 1.0}, "one prototype", "lower task.centre_momentum"),
+    "no centering": ({"task.center_momentum": 1.0}, "one prototype", "lower task.center_momentum"),
     "no sharpening": (
         {"task.teacher_temperature": 0.1, "task.warmup_teacher_temperature": 0.1},
         "even",
@@ -198,7 +198,7 @@ def test_broken_settings_are_noticed_and_their_knob_is_named(
     assert re.search(remedy, said[0])
 
 
-@pytest.mark.parametrize("changes", [{}, {"task.koleo": 0.01}, {"task.centring": "sinkhorn"}])
+@pytest.mark.parametrize("changes", [{}, {"task.koleo": 0.01}, {"task.centering": "sinkhorn"}])
 def test_a_healthy_run_is_left_in_peace(
     shards: Path, tmp_path: Path, changes: dict, capsys: pytest.CaptureFixture
 ) -> None:

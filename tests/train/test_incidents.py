@@ -50,7 +50,7 @@ def broken_at(monkeypatch: pytest.MonkeyPatch, name: str, is_broken: Callable[[i
 def test_a_step_that_is_not_finite_changes_nothing(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, how: str, changes: dict
 ) -> None:
-    """Weights, teacher, centre, running statistics and moments after the skipped step are those before it."""
+    """Weights, teacher, center, running statistics and moments after the skipped step are those before it."""
     changes = {"recipe": recipe, "train.keep_every": 1, "train.checkpoint_every": 1, **changes}
     broken_at(monkeypatch, recipe.split("/")[0], lambda step: step == 3, how)
     folder = run(shards, tmp_path / "run", **changes)
@@ -84,12 +84,12 @@ def test_the_center_follows_the_outputs_of_steps_that_were_taken(
     def after(self, *given, **named):
         step = self.global_step
         update(self, *given, **named)
-        centers[step] = self.centre.clone()
+        centers[step] = self.center.clone()
 
     monkeypatch.setattr(task, "targets", watched)
     monkeypatch.setattr(task, "optimizer_step", after)
     broken_at(monkeypatch, "dino", lambda step: step == 2, "pixel")
-    run(shards, tmp_path / "run", recipe="dino/digits", **{"train.micro_batch": 4, "task.centre_momentum": 0.7})
+    run(shards, tmp_path / "run", recipe="dino/digits", **{"train.micro_batch": 4, "task.center_momentum": 0.7})
     center = torch.zeros(12)
     assert sorted(centers) == list(range(7))
     for step in range(7):

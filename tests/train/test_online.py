@@ -50,14 +50,14 @@ def test_online_scores_leave_the_training_as_it_was(shards: Path, recipe: str) -
 
 @pytest.mark.parametrize("recipe", ["mae/digits", "dino/digits"])
 def test_online_scores_are_those_of_the_trained_encoder_on_the_reported_images(shards: Path, recipe: str) -> None:
-    """Neighbours and head from the images of online.train, scored on those of online.val: computed once more here."""
+    """Neighbors and head from the images of online.train, scored on those of online.val: computed once more here."""
     online = {"online.train": str(shards / "train"), "online.val": str(shards / "val"), "online.images": 20,
-              "online.neighbours": 5}  # fmt: skip
+              "online.neighbors": 5}  # fmt: skip
     folder = run(shards / "train", shards / "run", recipe=recipe, **online)
     line = metrics(folder)[-1]
     encoder = load_encoder(folder.path)  # DINO's teacher
     (train, train_labels), (val, val_labels) = (
-        labelled_features(encoder, shards / name, spread) for name, spread in (
+        labeled_features(encoder, shards / name, spread) for name, spread in (
             ("train", np.linspace(0, 39, 20)), ("val", np.linspace(0, 20, 20)),
         )
     )  # fmt: skip
@@ -78,7 +78,7 @@ def test_online_scores_are_those_of_the_trained_encoder_on_the_reported_images(s
     assert {line["online_knn"], line["online_linear"]} != {100.0}  # scores that say something
 
 
-def labelled_features(encoder: ViTEncoder, folder: Path, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def labeled_features(encoder: ViTEncoder, folder: Path, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Features of some images as they lie in the tar, resized by nothing: they have the encoder's size."""
     index = load_index(folder)
     pixels, labels = [], []

@@ -22,7 +22,7 @@ from sslvit.train.folder import RunFolder
 from sslvit.train.preemption import Preemption
 
 
-def signalled(monkeypatch: pytest.MonkeyPatch, numbers: list[int], at: int) -> None:
+def signaled(monkeypatch: pytest.MonkeyPatch, numbers: list[int], at: int) -> None:
     """Signals that reach the process in the middle of a step."""
     task = task_class("mae")
     step = task.training_step
@@ -50,7 +50,7 @@ def test_a_signal_ends_the_step_and_writes_it_down(
     whole = run(shards, tmp_path / "whole", **changes)
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
     with monkeypatch.context() as patch:
-        signalled(patch, numbers, at=4)
+        signaled(patch, numbers, at=4)
         name = signal.Signals(numbers[-1]).name
         with pytest.raises(Preempted, match=f"stopped at step 5 of 7: received {name}; .*--resume"):
             run(shards, tmp_path / "cut", **changes)
@@ -63,7 +63,7 @@ def test_a_signal_ends_the_step_and_writes_it_down(
 def test_a_signal_in_the_last_step_lets_the_run_end(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    signalled(monkeypatch, [signal.SIGTERM], at=6)
+    signaled(monkeypatch, [signal.SIGTERM], at=6)
     assert (run(shards, tmp_path / "run").encoder / "encoder.json").exists()
 
 
@@ -94,7 +94,7 @@ def test_further_signals_change_nothing_while_a_stopped_run_ends(
         patch.setattr(run_module, "open_data", open_data)
         assert main(words_of(shards, tmp_path / "run")) == 75
     assert "received SIGTERM before the first step" in capsys.readouterr().err
-    signalled(monkeypatch, [signal.SIGUSR1], at=2)
+    signaled(monkeypatch, [signal.SIGUSR1], at=2)
     assert main(words_of(shards, tmp_path / "run")) == 75
     assert "stopped at step 3 of 7: received SIGUSR1" in capsys.readouterr().err
     assert asked == [None, None]
@@ -174,7 +174,7 @@ def test_a_signal_to_all_processes_of_a_job_leaves_its_loaders_to_the_run(
 
 
 def test_the_exit_code_says_try_again(shards: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    signalled(monkeypatch, [signal.SIGTERM], at=2)
+    signaled(monkeypatch, [signal.SIGTERM], at=2)
     words = ["pretrain", "--config", "mae/digits", "--data", str(shards), "--out", str(tmp_path / "run")]
     assert main([*words, *(word for key, value in TINY.items() for word in (f"--{key}", str(value)))]) == 75
     assert "stopped at step 3 of 7: received SIGTERM" in capsys.readouterr().err
@@ -192,7 +192,7 @@ def test_slurm_is_asked_to_run_the_job_again(
     assert not (tmp_path / "asked").exists()  # not a job of SLURM
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     monkeypatch.setenv("SLURM_JOB_NAME", "pretrain")
-    signalled(monkeypatch, [signal.SIGUSR1], at=2)
+    signaled(monkeypatch, [signal.SIGUSR1], at=2)
     with pytest.raises(Preempted):
         run(shards, tmp_path / "run")
     assert (tmp_path / "asked").read_text() == "requeue 4711\n"

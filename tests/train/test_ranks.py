@@ -31,7 +31,7 @@ FLOAT64 = {"train.precision": "float64"}
 
 
 def assert_alike(one: RunFolder, two: RunFolder, rel: float = 1e-6) -> None:
-    """Loss curve, measures of health, weights, centre and teacher."""
+    """Loss curve, measures of health, weights, center and teacher."""
     for a, b in zip(metrics(one), metrics(two), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=rel)
         assert a == pytest.approx(b, rel=1e-5)  # measures of health included: RankMe of float32
@@ -45,7 +45,7 @@ def assert_alike(one: RunFolder, two: RunFolder, rel: float = 1e-6) -> None:
     [
         ("mae/digits", {"optim.clip": 0.5}, ["2 ranks, 2 passes", "4 ranks", "2 parts"]),
         ("dino/digits", {"optim.clip_by": "parameter", "optim.clip": 0.1}, ["2 ranks, 2 passes", "4 parts"]),
-        ("dino/digits", {"task.centring": "sinkhorn"}, ["4 ranks"]),  # balanced over the batch of all ranks
+        ("dino/digits", {"task.centering": "sinkhorn"}, ["4 ranks"]),  # balanced over the batch of all ranks
         ("igpt/digits", {}, ["4 ranks", "2 parts"]),
         ("igpt/digits", BERT, ["2 ranks, 2 passes"]),
     ],
@@ -64,8 +64,8 @@ def test_ranks_train_as_one(shards: Path, tmp_path: Path, recipe: str, special: 
 
 
 def probe_score(shards: Path, folder: RunFolder) -> dict:
-    """Linear and nearest-neighbour scores, images of training as those that are reported."""
-    settings = ProbeSettings(str(shards), str(shards), neighbours=[3], cache=None)
+    """Linear and nearest-neighbor scores, images of training as those that are reported."""
+    settings = ProbeSettings(str(shards), str(shards), neighbors=[3], cache=None)
     return probe({"it": load_encoder(folder.path)}, settings).as_dict()["rows"]["it"]
 
 

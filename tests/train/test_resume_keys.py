@@ -43,14 +43,14 @@ UNFELT = {
     "encoder.crop_mode": "squash", "encoder.crop_fraction": 0.5, "encoder.feature_layer": 1,
     "encoder.feature_norm": "next", "encoder.checkpointing": True, "encoder.interpolate_antialias": False,
     "encoder.interpolate_offset": 0.1, "encoder.pooling": "class", "data.shards": "copy", "data.fit_batch": True,
-    "data.workers": 1, "data.memory_limit_mb": 0, "data.window_shards": 2, "data.colour_on": "workers",
+    "data.workers": 1, "data.memory_limit_mb": 0, "data.window_shards": 2, "data.color_on": "workers",
     "data.cache": "cache", "data.cache_gb": 3.0, "data.stream_samples": 30, "data.allow_pipe": True,
     "data.max_pixels": 1000, "data.bad_limit": 0.5, "data.ledger": True, "train.accelerator": "auto",
     "train.strategy": "fsdp", "train.timeout_seconds": 300.0, "train.compile": True, "train.log_every": 2,
     "train.checkpoint_every": 1, "train.skip_limit": 3, "train.requeue": False, "train.keep_last": 2,
     "train.keep_every": 6, "train.checkpoint_in_background": True, "train.tensorboard": True,
     "train.peak_tflops": 2.0, "train.deterministic": True, "online.every": 3, "online.images": 9,
-    "online.neighbours": 3, "online.train": "copy", "online.val": "copy",
+    "online.neighbors": 3, "online.train": "copy", "online.val": "copy",
 }  # fmt: skip
 FELT = {
     "encoder.interpolation": "bicubic", "encoder.dropout": 0.3, "encoder.drop_path": 0.4, "data.view.kind": "square",
@@ -62,15 +62,15 @@ FELT = {
 REFUSED_VALUES = {
     "encoder.image_size": [4, 4], "encoder.channels": 3, "encoder.mean": [0.3], "encoder.std": [0.5],
     "encoder.patch": 4, "encoder.cnn": "resnet18",
-    "encoder.palette": [[-1.0], [1.0]], "encoder.colour_start": "fourier", "encoder.width": 32, "encoder.depth": 1,
+    "encoder.palette": [[-1.0], [1.0]], "encoder.color_start": "fourier", "encoder.width": 32, "encoder.depth": 1,
     "encoder.heads": 4, "encoder.mlp_ratio": 2.0, "encoder.mlp": "quick_gelu", "encoder.norm": "rms",
     "encoder.norm_eps": 1e-5, "encoder.bias": False, "encoder.layer_scale": 0.1, "encoder.qk_norm": True,
     "encoder.locality": True, "encoder.positions": "sincos_1d",
     "encoder.prefix_positions": "none", "encoder.class_token": False, "encoder.registers": 1,
     "encoder.mask_token": True, "encoder.final_norm": False, "encoder.fc_norm": True,
-    "encoder.initialisation": "normal", "data.mixture": "copy", "data.global_batch": 6,
+    "encoder.initialization": "normal", "data.mixture": "copy", "data.global_batch": 6,
     "data.fit_normalization": True, "data.lanes": 2, "optim.betas": [0.8, 0.9], "train.epochs": 3.0, "seed": 1,
-    "init": "copy", "task.target": "normalised", "task.decoder_width": 32, "task.decoder_depth": 2,
+    "init": "copy", "task.target": "normalized", "task.decoder_width": 32, "task.decoder_depth": 2,
     "task.decoder_heads": 4, "task.decoder_mlp_ratio": 2.0,
 }  # fmt: skip
 # processes, an account, another folder; threads change the order of sums
@@ -80,13 +80,13 @@ TASKS = {
         {},
         {"task.student_temperature": 0.2, "task.teacher_temperature": 0.5, "task.warmup_teacher_temperature": 0.5,
          "task.warmup_teacher_epochs": 9.0, "task.momentum": 0.3, "task.final_momentum": 0.95,
-         "task.centring": "sinkhorn", "task.centre_momentum": 0.1, "task.koleo": 0.5,
+         "task.centering": "sinkhorn", "task.center_momentum": 0.1, "task.koleo": 0.5,
          "encoder.interpolate_antialias": False, "encoder.interpolate_offset": 0.1,
          "data.view.global_scale": [0.3, 0.4],
          "data.view.local_scale": [0.5, 0.9], "data.view.local_crops": 1, "data.view.local_size": 6,
          "data.view.ratio": [0.5, 2.0], "data.view.flip": 0.5, "data.view.jitter": 1.0, "data.view.brightness": 0.9,
          "data.view.contrast": 0.9, "data.view.blur": [1.0, 1.0, 1.0], "data.view.blur_sigma": [1.0, 3.0],
-         "data.view.solarise": [1.0, 1.0, 1.0]},
+         "data.view.solarize": [1.0, 1.0, 1.0]},
         {"task.out_dim": 9, "task.head_layers": 2, "task.head_width": 8, "task.bottleneck": 4, "task.batch_norm": True,
          "task.norm_last_layer": False, "encoder.pooling": "mean"},
     ),
@@ -105,7 +105,7 @@ WITH = {  # keys that must change together
     "online.val": {"online.train": "copy"},
     "online.every": {"online.val": "copy", "online.train": "copy"}, "encoder.class_token": {"encoder.pooling": "mean"},
     "online.images": {"online.val": "copy", "online.train": "copy"},
-    "online.neighbours": {"online.val": "copy", "online.train": "copy"},
+    "online.neighbors": {"online.val": "copy", "online.train": "copy"},
     "encoder.channels": {"encoder.mean": [0.5] * 3, "encoder.std": [0.5] * 3},
     "encoder.patch": {"data.view.kind": "crop"},
     "data.view.kind": {"data.view.scale": None, "data.view.ratio": None},
@@ -114,8 +114,8 @@ WITH = {  # keys that must change together
     "data.view.brightness": {"data.view.jitter": 1.0}, "data.view.contrast": {"data.view.jitter": 1.0},
     "data.view.blur_sigma": {"data.view.blur": [1.0, 1.0, 1.0]},
 }  # fmt: skip
-ONE_CHANNEL = {"data.view.saturation", "data.view.hue", "data.view.grey"}  # change nothing of grey images
-# felt with centring sinkhorn; that of the data; over by then; with other keys of its own (test_resume.py)
+ONE_CHANNEL = {"data.view.saturation", "data.view.hue", "data.view.gray"}  # change nothing of gray images
+# felt with centering sinkhorn; that of the data; over by then; with other keys of its own (test_resume.py)
 NEEDS_ANOTHER = {"task.sinkhorn_iterations", "task.classes", "task.freeze_last_layer", "task.name"}
 
 

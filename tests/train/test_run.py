@@ -92,7 +92,7 @@ def test_the_teacher_moves_once_per_update_as_written_in_the_paper(shards: Path,
     assert max(seen) < 1e-6
     state = weights(folder)
     assert not torch.equal(state["teacher.cls_token"], state["encoder.cls_token"])
-    assert state["centre"].abs().max() > 0
+    assert state["center"].abs().max() > 0
     assert torch.equal(load_encoder(folder.path).cls_token, state["teacher.cls_token"])
 
 

@@ -404,7 +404,7 @@ def test_a_run_goes_on_by_its_folder_alone(shards: Path, tmp_path: Path, monkeyp
         ({"encoder.depth": 2}, "another architecture"),
         ({"data.global_batch": 4}, "data.global_batch was 8 and cannot become 4, since the order of the data"),
         ({"task.decoder_heads": 4}, "task.decoder_heads was 2 and cannot become 4, since it cuts the decoder's"),
-        ({"task.target": "normalised"}, "task.target was raw and cannot become normalised, since the decoder"),
+        ({"task.target": "normalized"}, "task.target was raw and cannot become normalized, since the decoder"),
         ({"encoder.mean": [0.5]}, "encoder.mean was .* cannot become .* since the weights were trained on images"),
         ({"seed": 1, "optim.betas": [0.5, 0.9]}, "seed was 0 .*; optim.betas was .* Restore them"),
         ({"train.epochs": 9, "train.steps": 3}, "train.epochs 9.* would change nothing, since train.steps .3. decides"),

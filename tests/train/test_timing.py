@@ -21,7 +21,7 @@ from sslvit.train.timing import MOST_MOMENTS, PARTS, Clock, StepTimes, WaitForDa
 PAUSE = 0.25
 
 
-@pytest.mark.parametrize("part", ["data", "forward", "backward", "optimiser"])
+@pytest.mark.parametrize("part", ["data", "forward", "backward", "optimizer"])
 def test_a_part_that_takes_long_is_named(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, capsys: pytest.CaptureFixture
 ) -> None:
@@ -53,12 +53,12 @@ def test_a_part_that_takes_long_is_named(
 
     if part == "data":
         monkeypatch.setattr(ShardDataModule, "prepare", slow_data)
-    elif part == "optimiser":
+    elif part == "optimizer":
         monkeypatch.setattr(task, "optimizer_step", slow_update)
     else:
         monkeypatch.setattr(task, "training_step", slow_step)
     folder = run(shards, tmp_path / "run", **{"train.micro_batch": 4, "train.steps": 4, "train.log_every": 2})
-    passes = 1 if part == "optimiser" else 2
+    passes = 1 if part == "optimizer" else 2
     for line in folder.read_metrics():
         taken = {name: line[f"{name}_seconds"] for name in PARTS}
         assert taken == {name: PAUSE * passes if name == part else 0 for name in PARTS}
@@ -168,7 +168,7 @@ def test_gradients_that_are_exchanged_after_the_last_are_communication(monkeypat
     ):  # fmt: skip
         watch.now += seconds
         happens()
-    assert clock.take() == {"data": 1, "forward": 2, "backward": 12, "communication": 16, "optimiser": 32}
+    assert clock.take() == {"data": 1, "forward": 2, "backward": 12, "communication": 16, "optimizer": 32}
     assert Clock().mark_gradients(None, SimpleNamespace(is_last=lambda: False)) == "averaged"
 
 

@@ -32,7 +32,7 @@ from sslvit.data.loader import TrainingBatches
 from sslvit.data.pack import pack_source
 from sslvit.data.plan import EpochPlan
 from sslvit.data.reader import ShardReader
-from sslvit.data.resample import normalise
+from sslvit.data.resample import normalize
 from sslvit.data.schema import FORMAT, INDEX_FIELDS
 from sslvit.data.store import PackSettings
 from sslvit.data.views import Views
@@ -102,9 +102,9 @@ def dino_reference() -> Callable[[Image.Image], list[torch.Tensor]]:
     def blur(image: Image.Image) -> Image.Image:
         return image.filter(ImageFilter.GaussianBlur(sigmas.uniform(0.1, 2.0)))
 
-    def view(size: int, scale: tuple[float, float], p_blur: float, p_solarise: float) -> T.Compose:
+    def view(size: int, scale: tuple[float, float], p_blur: float, p_solarize: float) -> T.Compose:
         crop = T.RandomResizedCrop(size, scale, interpolation=T.InterpolationMode.BICUBIC)
-        changes = [T.RandomApply([T.Lambda(blur)], p_blur), T.RandomApply([T.Lambda(ImageOps.solarize)], p_solarise)]
+        changes = [T.RandomApply([T.Lambda(blur)], p_blur), T.RandomApply([T.Lambda(ImageOps.solarize)], p_solarize)]
         return T.Compose([crop, jitter, *changes, to_tensor])
 
     views = [view(224, (0.25, 1), 1.0, 0.0), view(224, (0.25, 1), 0.1, 0.2)] + [view(96, (0.05, 0.25), 0.5, 0.0)] * 8
@@ -128,8 +128,8 @@ def bench_views(folder: Path) -> None:
             loader = torch.utils.data.DataLoader(dataset, batch_size=24)
             return lambda: sum(len(labels) for _, labels in loader)
 
-        def ours(settings: object, colour_here: bool = True) -> Callable[[], int]:
-            views = Views(settings, [224, 224], "bicubic", 0, colour_here)
+        def ours(settings: object, color_here: bool = True) -> Callable[[], int]:
+            views = Views(settings, [224, 224], "bicubic", 0, color_here)
             batches = TrainingBatches(reader, views, plan, 0, 24, 1)
             epoch = iter(range(10**6))
 
@@ -150,11 +150,11 @@ def bench_views(folder: Path) -> None:
 
         print("\nMAE's view: random resized crop to 224, flip")
         race({"ImageFolder + PIL + torchvision": torchvision(mae), "sslvit": ours(CropSettings())}, "images/s")
-        print("\nDINO's views: 2 x 224 + 8 x 96, colours, blur, solarisation")
+        print("\nDINO's views: 2 x 224 + 8 x 96, colors, blur, solarization")
         contestants = {
             "ImageFolder + PIL + torchvision, one decode": torchvision(dino),
             "sslvit, all on the CPU": ours(MultiCropSettings()),
-            "sslvit, in the workers with colours on the device": ours(MultiCropSettings(), colour_here=False),
+            "sslvit, in the workers with colors on the device": ours(MultiCropSettings(), color_here=False),
         }
         race(contestants, "images/s")
         print("\nOrder and bookkeeping")
@@ -178,7 +178,7 @@ def bench_small(folder: Path) -> None:
         def epoch_of(reader: ShardReader, number: int) -> int:
             batches = TrainingBatches(reader, views, plan, 0, batch, 1)
             first = number * plan.steps_per_epoch
-            return sum(len(normalise(batches[first + i].views[0], MEAN, STD)) for i in range(plan.steps_per_epoch))
+            return sum(len(normalize(batches[first + i].views[0], MEAN, STD)) for i in range(plan.steps_per_epoch))
 
         def first_epoch() -> int:
             return epoch_of(ShardReader(index), 0)

@@ -1,8 +1,8 @@
-"""What sequences of pixels cost: sampling with and without kept keys and values, training by side, quantising.
+"""What sequences of pixels cost: sampling with and without kept keys and values, training by side, quantizing.
 
     python tools/benchmarks/pixels.py sampling      16 images of 32 x 32
     python tools/benchmarks/pixels.py training      one image of 8 x 8 to 64 x 64, forward and backward
-    python tools/benchmarks/pixels.py quantising    palette indices beside a training step
+    python tools/benchmarks/pixels.py quantizing    palette indices beside a training step
 
 Without the kept state a pixel costs a pass over all pixels before it. That is timed at every 64th place and summed over
 all, since timing each would take hours; with it, the whole sampling is timed. Nothing else should run meanwhile.
@@ -87,25 +87,25 @@ def training(width: int, depth: int) -> None:
         print(f"{side:4d}  {side**2:6d}  {seconds:7.3f}  {seconds / side**2 * 1e6:8.1f}", flush=True)
 
 
-def quantising(width: int, depth: int, images: int = 8) -> None:
+def quantizing(width: int, depth: int, images: int = 8) -> None:
     task = make(32, width, depth)
     step, pixels = training_step(task, images, 32)
     whole, part = seconds_of(step), seconds_of(lambda: task.encoder.patch_embed.indices(pixels))
     print(
-        f"{images} images of 32 x 32, 512 colours: quantised in {part * 1e3:.1f} ms; a training step of width {width}, "
-        f"{depth} blocks: {whole * 1e3:.0f} ms. A step quantises twice: {2 * part / whole:.1%} of it"
+        f"{images} images of 32 x 32, 512 colors: quantized in {part * 1e3:.1f} ms; a training step of width {width}, "
+        f"{depth} blocks: {whole * 1e3:.0f} ms. A step quantizes twice: {2 * part / whole:.1%} of it"
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["sampling", "training", "quantising"])
+    parser.add_argument("what", choices=["sampling", "training", "quantizing"])
     parser.add_argument("--width", type=int, default=96)
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    {"sampling": sampling, "training": training, "quantising": quantising}[options.what](options.width, options.depth)
+    {"sampling": sampling, "training": training, "quantizing": quantizing}[options.what](options.width, options.depth)
 
 
 if __name__ == "__main__":

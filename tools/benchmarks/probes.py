@@ -28,7 +28,7 @@ STEPS = 200
 
 
 def make_features(images: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Standardised features and labels."""
+    """Standardized features and labels."""
     source = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, CLASSES, (images,), generator=source)
     basis = torch.randn(width, width, generator=source) * torch.logspace(0, -2, width)[:, None]

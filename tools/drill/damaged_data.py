@@ -170,7 +170,7 @@ def open_lists(folder: Path) -> Reader:
 
 def open_palettes(folder: Path) -> Reader:
     colors = [[round(value / 4 - 1, 3), 0.0, 0.5] for value in range(8)]
-    ours, theirs = json.dumps({"colours": colors}).encode(), json.dumps({"clusters": colors}).encode()
+    ours, theirs = json.dumps({"colors": colors}).encode(), json.dumps({"clusters": colors}).encode()
     array = npy(np.array(colors, np.float32))
     text = one_file(folder, "palette.json", [ours, theirs], damage_json, read_palette)
     binary = one_file(folder, "palette.npy", [array], damage_bytes, read_palette)

@@ -242,14 +242,14 @@ def all_but_the_encoder(folder: Path) -> int:
 
 
 def bench_file(workshop: Workshop) -> Path:
-    """A small bench: one encoder, neighbours and a linear probe."""
+    """A small bench: one encoder, neighbors and a linear probe."""
     file = workshop.folder / "bench.yaml"
     if not file.exists():
         shards = str(workshop.shards())
         content = {
             "encoders": {"small": str(workshop.encoder(channels=1))},
             "data": {"digits": {"train": shards, "val": shards}},
-            "columns": {"knn": {"kind": "knn", "neighbours": 3}, "linear": {"kind": "linear"}},
+            "columns": {"knn": {"kind": "knn", "neighbors": 3}, "linear": {"kind": "linear"}},
             "baselines": ["pixels"],
         }
         file.write_text(yaml.dump(content))

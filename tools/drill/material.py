@@ -48,7 +48,7 @@ class Workshop:
 
     @cache  # noqa: B019 there is one workshop
     def shards(self) -> Path:
-        """Thirty labelled images in a few shards."""
+        """Thirty labeled images in a few shards."""
         in_child(lambda: _nothing(numbered_shards(self.folder / "shards", 30, shard_mb=0.02)), self.log)
         return self.folder / "shards"
 

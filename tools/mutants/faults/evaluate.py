@@ -175,9 +175,9 @@ FAULTS = [
     fault("Masks are blended where they are resized", "dense.py", "mask.resize(size, Image.Resampling.NEAREST, box)",
           "mask.resize(size, Image.Resampling.BILINEAR, box)", "test_dense.py"),
     fault("Segmentation ignores the encoder's crop", "dense.py",
-          "draw = centre_crops(settings.crop_fraction, settings.crop_mode)", "draw = centre_crops(1.0, 'center')",
+          "draw = center_crops(settings.crop_fraction, settings.crop_mode)", "draw = center_crops(1.0, 'center')",
           "test_dense.py"),
-    fault("The number of labelled pixels of a patch has no weight", "dense.py",
+    fault("The number of labeled pixels of a patch has no weight", "dense.py",
           "fit_logistic(values, target, classes, tried[best : best + 1], counts[None])",
           "fit_logistic(values, target, classes, tried[best : best + 1], (counts > 0)[None].double())",
           "test_dense.py"),
@@ -192,13 +192,13 @@ FAULTS = [
           "test_label_free.py"),
     fault("Alignment compares an image with itself", "label_free.py", "for epoch in (0, 1)]", "for epoch in (0, 0)]",
           "test_label_free.py"),
-    fault("Alpha is fitted on singular values", "health.py", "torch.linalg.svdvals(centred).square()",
-          "torch.linalg.svdvals(centred)", "test_label_free.py"),
+    fault("Alpha is fitted on singular values", "health.py", "torch.linalg.svdvals(centered).square()",
+          "torch.linalg.svdvals(centered)", "test_label_free.py"),
     fault("Health ignores its seed", "label_free.py", "places, replace(PAIR), epoch, seed)",
           "places, replace(PAIR), epoch, 0)", "test_label_free.py"),
     # attention
-    fault("Embeddings ignore the chosen block", "embed.py", "source.features_at(normalised_view(piece, settings, "
-          "source.device), places)", "source.features_at(normalised_view(piece, settings, source.device), "
+    fault("Embeddings ignore the chosen block", "embed.py", "source.features_at(normalized_view(piece, settings, "
+          "source.device), places)", "source.features_at(normalized_view(piece, settings, source.device), "
           "[(settings.depth, p) for _, p in places])", "test_embed.py"),
     fault("Keys of embeddings are those of the first images", "embed.py",
           "keys = np.array([index.key(number) for number in numbers])",

@@ -105,7 +105,7 @@ FAULTS = [
     Fault(
         "The Fourier features of colors are never asked for",
         ENCODER,
-        'self.settings.colour_start == "fourier"',
+        'self.settings.color_start == "fourier"',
         "False",
         OURS,
     ),
@@ -313,21 +313,21 @@ FAULTS = [
     Fault(
         "The projection of patches starts at a deviation of 0.02",
         ENCODER,
-        'self.settings.initialisation != "normal"',
+        'self.settings.initialization != "normal"',
         "True",
         OURS,
     ),
     Fault(
         "Xavier does not reach the projection of patches",
         ENCODER,
-        'self.settings.initialisation != "normal"',
+        'self.settings.initialization != "normal"',
         "False",
         OURS,
     ),
     Fault(
         "Linear maps are always small and normal",
         ENCODER,
-        'nn.init.xavier_uniform_ if self.settings.initialisation == "xavier" else _small_normal',
+        'nn.init.xavier_uniform_ if self.settings.initialization == "xavier" else _small_normal',
         "_small_normal",
         OURS,
     ),

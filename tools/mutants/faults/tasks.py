@@ -427,8 +427,8 @@ FAULTS = [
     Fault(
         "The target is always normalized",
         MAE,
-        'return normalise_patches(patches) if self.settings.target == "normalised" else patches',
-        "return normalise_patches(patches)",
+        'return normalize_patches(patches) if self.settings.target == "normalized" else patches',
+        "return normalize_patches(patches)",
         OF_MAE,
     ),
     Fault(
@@ -514,23 +514,23 @@ FAULTS = [
     Fault(
         "The teacher's outputs are not centered",
         DINO,
-        "((outputs - centre) / temperature)",
+        "((outputs - center) / temperature)",
         "(outputs / temperature)",
         OF_DINO,
     ),
     Fault(
         "The center is divided out after the temperature",
         DINO,
-        "((outputs - centre) / temperature)",
-        "(outputs / temperature - centre)",
+        "((outputs - center) / temperature)",
+        "(outputs / temperature - center)",
         OF_DINO,
     ),
-    Fault("The momentum of the center is a constant", DINO, "1 - self.settings.centre_momentum", "1 - 0.9", OF_DINO),
+    Fault("The momentum of the center is a constant", DINO, "1 - self.settings.center_momentum", "1 - 0.9", OF_DINO),
     Fault(
         "The momentum of the center is the share that moves",
         DINO,
-        "1 - self.settings.centre_momentum",
-        "self.settings.centre_momentum",
+        "1 - self.settings.center_momentum",
+        "self.settings.center_momentum",
         OF_DINO,
     ),
     Fault(
@@ -578,7 +578,7 @@ FAULTS = [
         "    return",
         OF_DINO,
     ),
-    Fault("Sinkhorn-Knopp is never asked for", DINO, 'if settings.centring == "sinkhorn":', "if False:", OF_DINO),
+    Fault("Sinkhorn-Knopp is never asked for", DINO, 'if settings.centering == "sinkhorn":', "if False:", OF_DINO),
     Fault(
         "The teacher sees local crops",
         DINO,
@@ -684,7 +684,7 @@ FAULTS = [
     Fault(
         "A released checkpoint's center is left out",
         DINO,
-        'task.centre.copy_(content["dino_loss"]["center"].flatten())',
+        'task.center.copy_(content["dino_loss"]["center"].flatten())',
         "pass",
         OF_DINO,
     ),
@@ -692,8 +692,8 @@ FAULTS = [
     Fault(
         "BERT's loss counts all pixels",
         IGPT,
-        "loss = colour_error(self.head(states), colours, is_hidden)",
-        "loss = colour_error(self.head(states), colours)",
+        "loss = color_error(self.head(states), colors, is_hidden)",
+        "loss = color_error(self.head(states), colors)",
         OF_IGPT,
     ),
     Fault(
@@ -765,8 +765,8 @@ FAULTS = [
     Fault(
         "Every pixel of an image is drawn with one number",
         SAMPLING,
-        "draw_colours(shares, numbers[:, place])",
-        "draw_colours(shares, numbers[:, 0])",
+        "draw_colors(shares, numbers[:, place])",
+        "draw_colors(shares, numbers[:, 0])",
         OF_SAMPLING,
     ),
     Fault(
@@ -853,15 +853,15 @@ FAULTS = [
     Fault(
         "The likelihood is the mean of the batches' means",
         LIKELIHOOD,
-        "piece)) * len(piece)\n    return total / len(colours)",
-        "piece))\n    return total / len(colours.split(batch))",
+        "piece)) * len(piece)\n    return total / len(colors)",
+        "piece))\n    return total / len(colors.split(batch))",
         OF_LIKELIHOOD,
     ),
     Fault(
         "The smoothing is tuned on images that were counted",
         LIKELIHOOD,
-        "NeighbourTable(images[~is_held], colours)",
-        "NeighbourTable(images, colours)",
+        "NeighborTable(images[~is_held], colors)",
+        "NeighborTable(images, colors)",
         OF_LIKELIHOOD,
     ),
     Fault(
@@ -884,8 +884,8 @@ FAULTS = [
     Fault(
         "Colors that never occur have no probability",
         LIKELIHOOD,
-        "(np.bincount(train.ravel(), minlength=colours) + 1) / (train.size + colours)",
-        "(np.bincount(train.ravel(), minlength=colours) + 1e-9) / train.size",
+        "(np.bincount(train.ravel(), minlength=colors) + 1) / (train.size + colors)",
+        "(np.bincount(train.ravel(), minlength=colors) + 1e-9) / train.size",
         OF_LIKELIHOOD,
     ),
 ]

@@ -1,4 +1,4 @@
-"""Changes of colour, batched, on any device: jitter, no colour, blur, solarisation (DINO, section 3.1).
+"""Changes of color, batched, on any device: jitter, no color, blur, solarization (DINO, section 3.1).
 
 What happens to an image is drawn by key, once. Brightness, contrast and saturation commute with each other, so of
 their random order with the hue only one thing matters: which of them come before it. An image is therefore mapped
@@ -20,17 +20,17 @@ from torch import Tensor
 from sslvit.chance import uniform_at
 from sslvit.settings.views import MultiCropSettings
 
-GREY = (0.299, 0.587, 0.114)  # ITU-R 601-2, as in PIL
-DRAWS = ("brightness", "contrast", "saturation", "hue", "order", "is_grey", "sigma", "is_solarised")
+GRAY = (0.299, 0.587, 0.114)  # ITU-R 601-2, as in PIL
+DRAWS = ("brightness", "contrast", "saturation", "hue", "order", "is_gray", "sigma", "is_solarized")
 ORDERS = list(itertools.permutations(range(4)))
 HUE = DRAWS.index("hue")
-SOLARISE_FROM = 128
+SOLARIZE_FROM = 128
 REACH = 3  # a blur's kernel ends at this many deviations
 PIXELS_AT_ONCE = 50_000  # on a CPU: what is worked on stays in its cache
 
 
-def draw_colours(settings: MultiCropSettings, view: int, key: tuple[int, int], samples: np.ndarray) -> np.ndarray:
-    """What happens to the colours of one view of each sample: float32 'b draws', columns as in DRAWS.
+def draw_colors(settings: MultiCropSettings, view: int, key: tuple[int, int], samples: np.ndarray) -> np.ndarray:
+    """What happens to the colors of one view of each sample: float32 'b draws', columns as in DRAWS.
 
     Args:
         settings: probabilities and ranges.
@@ -45,18 +45,18 @@ def draw_colours(settings: MultiCropSettings, view: int, key: tuple[int, int], s
     factors = np.where(is_changed[:, None], 1 + (2 * uniform[:, 1:4] - 1) * strengths, 1.0)
     hue = np.where(is_changed, (2 * uniform[:, 4] - 1) * settings.hue, 0.0)
     order = np.floor(uniform[:, 5] * len(ORDERS))
-    is_grey = uniform[:, 6] < settings.grey
+    is_gray = uniform[:, 6] < settings.gray
     sigma = np.where(uniform[:, 7] < settings.blur[place], np.interp(uniform[:, 8], [0, 1], settings.blur_sigma), 0.0)
-    is_solarised = uniform[:, 9] < settings.solarise[place]
-    return np.stack([*factors.T, hue, order, is_grey, sigma, is_solarised], 1).astype(np.float32)
+    is_solarized = uniform[:, 9] < settings.solarize[place]
+    return np.stack([*factors.T, hue, order, is_gray, sigma, is_solarized], 1).astype(np.float32)
 
 
-def change_colours(images: Tensor, draws: Tensor) -> Tensor:
+def change_colors(images: Tensor, draws: Tensor) -> Tensor:
     """Apply what was drawn.
 
     Args:
-        images: pixels 0 to 255 of any dtype, 'b c h w'; hue, saturation and greyness need three channels.
-        draws: of draw_colours, on the images' device.
+        images: pixels 0 to 255 of any dtype, 'b c h w'; hue, saturation and grayness need three channels.
+        draws: of draw_colors, on the images' device.
 
     Returns:
         float32 'b c h w', 0 to 255; whole numbers if the images' were.
@@ -91,31 +91,31 @@ def _change(images: Tensor, draws: Tensor) -> Tensor:
     _blur_in_place(pixels, draws[:, 6])
     if not images.is_floating_point():
         pixels.round_()
-    is_solarised = draws[:, 7].nonzero()[:, 0]
-    if len(is_solarised):
-        chosen = pixels[is_solarised]
-        pixels[is_solarised] = torch.where(chosen >= SOLARISE_FROM, 255 - chosen, chosen)
+    is_solarized = draws[:, 7].nonzero()[:, 0]
+    if len(is_solarized):
+        chosen = pixels[is_solarized]
+        pixels[is_solarized] = torch.where(chosen >= SOLARIZE_FROM, 255 - chosen, chosen)
     return pixels
 
 
-def _scale_in_place(pixels: Tensor, factors: Tensor, is_grey: Tensor | None = None) -> None:
-    """Brightness, contrast (around the image's mean grey) and saturation at once, then perhaps no colour.
+def _scale_in_place(pixels: Tensor, factors: Tensor, is_gray: Tensor | None = None) -> None:
+    """Brightness, contrast (around the image's mean gray) and saturation at once, then perhaps no color.
 
     Args:
         pixels: 'b c n'.
         factors: of the three, 'b 3'.
-        is_grey: 1 where colour goes, 'b'.
+        is_gray: 1 where color goes, 'b'.
     """
     brightness, contrast, saturation = (factors[:, i, None] for i in range(3))
     if pixels.shape[1] == 3:
-        grey = (pixels[:, 0] * GREY[0]).add_(pixels[:, 1], alpha=GREY[1]).add_(pixels[:, 2], alpha=GREY[2])  # b n
-        if is_grey is not None:
-            saturation = saturation * (1 - is_grey[:, None])
+        gray = (pixels[:, 0] * GRAY[0]).add_(pixels[:, 1], alpha=GRAY[1]).add_(pixels[:, 2], alpha=GRAY[2])  # b n
+        if is_gray is not None:
+            saturation = saturation * (1 - is_gray[:, None])
     else:
-        grey, saturation = pixels.mean(1), torch.ones_like(saturation)
-    middle = brightness * (1 - contrast) * grey.mean(1, keepdim=True)
+        gray, saturation = pixels.mean(1), torch.ones_like(saturation)
+    middle = brightness * (1 - contrast) * gray.mean(1, keepdim=True)
     share = brightness * contrast
-    pixels.mul_((share * saturation)[:, None]).add_(grey.mul_(share * (1 - saturation)).add_(middle)[:, None])
+    pixels.mul_((share * saturation)[:, None]).add_(gray.mul_(share * (1 - saturation)).add_(middle)[:, None])
 
 
 def _turn_hue_in_place(pixels: Tensor, hue: Tensor) -> None:
