@@ -5,10 +5,19 @@ Importing this package imports no torch; the names below load what they need on 
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import Any
 
+from sslvit.messages import MessageHandler
+
 __version__ = "0.1.0"
+
+# what a run has to say reaches the screen from Python as it does from the command line; `--quiet` raises this level
+_logger = logging.getLogger("sslvit")
+_logger.setLevel(logging.INFO)
+_logger.addHandler(MessageHandler())
+_logger.propagate = False
 
 _LAZY = {
     "load_encoder": "sslvit.checkpoint",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,8 @@ from sslvit.settings import EncoderSettings
 from sslvit.settings.load import YAML_ERRORS, brief, build
 from sslvit.weight_files import FOLDER_FILES, read_folder_weights, read_torch_file
 
+logger = logging.getLogger(__name__)
+
 FORMAT = 1
 HEAD = "head.safetensors"  # beside an encoder: the classifier that was trained with it
 TIMM = "timm:"  # before the name of one of timm's pretrained models
@@ -39,7 +42,7 @@ SNAPSHOTS = "snapshots"  # of a model in the hub's cache
 STUDENT, TEACHER = "encoder.", "teacher."  # of a checkpoint's names, where a task trains both
 POSITION_TABLES = ("learned_1d", "sincos_1d", "sincos_2d")
 NOT_IN_THE_WEIGHTS = (
-    "dropout", "drop_path", "checkpointing", "initialization", "color_start", "mean", "std", "interpolation",
+    "dropout", "drop_path", "activation_checkpointing", "init", "color_init", "mean", "std", "interpolation",
     "crop_mode", "crop_fraction", "feature_layer", "feature_norm", "pooling",
     "interpolate_antialias", "interpolate_offset",
 )  # fmt: skip
@@ -106,18 +109,18 @@ def load_encoder(
     """
     said = {key: value for key, value in (("layout", layout), ("heads", heads), ("weights", weights)) if value}
     if str(source).startswith(TIMM):
-        _check_unsaid(str(source), said)
+        reject_overrides(str(source), said)
         return _converted(timm.from_name(str(source).removeprefix(TIMM), **changes), str(source))
     path = find_encoder(source, by_network=weights is not None)
     if path.parent.name == SNAPSHOTS:
-        print(f"{printable(source)}: snapshot {printable(path.name)}")
+        logger.info(f"{printable(source)}: snapshot {printable(path.name)}")
     if path.is_dir():
         with _named(path):
             converted = _from_library(path, changes)
-        _check_unsaid(str(path), said if converted else said | changes)
+        reject_overrides(str(path), said if converted else said | changes)
         return _converted(converted, path.name) if converted else _assembled(*_read_folder(path), path)
     if not said and (beside := _described_beside(path)) is not None:
-        print(f"{path.name}: read with config.json beside it")
+        logger.info(f"{path.name}: read with config.json beside it")
         return _converted(_from_library(beside, changes), path.name)
     content = read_torch_file(path)
     if "sslvit" not in content:
@@ -125,8 +128,8 @@ def load_encoder(
             converted = to_sslvit(content, layout, heads, weights, str(path), **changes)
         return _converted(converted, path.name)
     said.pop("weights", None)
-    _check_unsaid(str(path), said | changes)
-    settings, state, _ = own_parts(content, path, weights)
+    reject_overrides(str(path), said | changes)
+    settings, state, _ = split_checkpoint(content, path, weights)
     return _assembled(settings, state, path)
 
 
@@ -166,7 +169,7 @@ def _described_beside(file: Path) -> Path | None:
     return file.parent if is_known else None
 
 
-def _check_unsaid(source: str, said: dict[str, Any]) -> None:
+def reject_overrides(source: str, said: dict[str, Any]) -> None:
     if "weights" in said:
         raise ValueError(f"{source}: holds one network, no student beside a teacher. Leave out weights (--weights).")
     if said:
@@ -176,21 +179,21 @@ def _check_unsaid(source: str, said: dict[str, Any]) -> None:
 def _converted(converted: Converted, source: str) -> ViTEncoder:
     source = printable(source)
     for note in converted.notes:
-        print(f"{source}: {note}")
+        logger.info(f"{source}: {note}")
     settings = settings_from(asdict(converted.settings), source)  # what a foreign file says is checked as well
     encoder = _assembled(settings, converted.encoder, source)
-    print(f"{source}: {converted.account()}")
+    logger.info(f"{source}: {converted.account()}")
     return encoder
 
 
 def _assembled(settings: EncoderSettings, weights: dict[str, Tensor], source: str | Path) -> ViTEncoder:
     check_fits(settings, weights, str(source))
     encoder = ViTEncoder(settings)
-    put_weights(encoder, weights, str(source))
+    load_strict(encoder, weights, str(source))
     return encoder.eval()
 
 
-def own_parts(
+def split_checkpoint(
     content: dict[str, Any], path: Path, network: str | None = None
 ) -> tuple[EncoderSettings, dict[str, Tensor], dict[str, Tensor]]:
     """Of a checkpoint of a run: an encoder's settings, its weights, and all other weights.
@@ -297,7 +300,7 @@ def _run_settings(file: Path) -> dict[str, Any] | None:
     return content if is_ours else None
 
 
-def put_weights(module: nn.Module, weights: dict[str, Tensor], source: str) -> None:
+def load_strict(module: nn.Module, weights: dict[str, Tensor], source: str) -> None:
     """Load weights that must fit exactly.
 
     Raises:
@@ -318,9 +321,9 @@ def check_fits(settings: EncoderSettings, weights: dict[str, Tensor], source: st
         raise ValueError(f"{source}: {brief(other)} is a {type(weights[other]).__name__}, not a tensor. Is it damaged?")
     shape = copy.copy(settings)
     shape.depth = min(settings.depth, count_blocks(weights, "blocks.") + 1)
-    shape.color_start = "normal"
-    if shape.positions in POSITION_TABLES:
-        shape.positions = "learned_1d"  # a table of the same shape, without its arithmetic
+    shape.color_init = "normal"
+    if shape.pos_embed in POSITION_TABLES:
+        shape.pos_embed = "learned_1d"  # a table of the same shape, without its arithmetic
     try:
         with torch.device("meta"):
             expected = ViTEncoder(shape).state_dict()
@@ -356,7 +359,7 @@ def settings_difference(one: EncoderSettings, other: EncoderSettings) -> list[st
     differences = []
     for field in fields(EncoderSettings):
         values = [getattr(settings, field.name) for settings in (one, other)]
-        if field.name == "positions":
+        if field.name == "pos_embed":
             values = ["a table" if value in POSITION_TABLES else value for value in values]
         if field.name not in NOT_IN_THE_WEIGHTS and values[0] != values[1]:
             differences.append(f"{field.name}: {brief(values[0])} and {brief(values[1])}")

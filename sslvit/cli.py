@@ -141,7 +141,9 @@ def make_parser() -> argparse.ArgumentParser:
     check.add_argument("folder", metavar="SHARDS")
     info = action("info", packing.run_info, "what is in shards, and what a job on them needs")
     info.add_argument("folder", metavar="SHARDS")
-    info.add_argument("--global-batch", type=int, metavar="B", help="images per optimizer step (default: up to 4096)")
+    info.add_argument(
+        "--global-batch-size", type=int, metavar="B", help="images per optimizer step (default: up to 4096)"
+    )
 
     palette = command("palette", packing.run_palette, "few colors for pixel sequences, fitted on images")
     palette.add_argument("shards", metavar="SHARDS", help="shards, or a folder of images")

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import glob
 import json
+import logging
 import math
 import os
 import reprlib
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+
+logger = logging.getLogger(__name__)
 
 REMEDIES = {
     errno.ENOSPC: "Make room on that disk, or choose another place.",
@@ -185,9 +188,7 @@ def held_folder(folder: str | Path, doing: str, name: str = ".lock", wait_second
             )
         if not is_told:
             is_told = True
-            print(
-                f"{printable(folder)}: another process is at work there; waiting up to {wait_seconds:g} s", flush=True
-            )
+            logger.info(f"{printable(folder)}: another process is at work there; waiting up to {wait_seconds:g} s")
         time.sleep(0.1)
     _held.add(handle)
     try:
@@ -243,7 +244,7 @@ def _try_to_hold(path: Path) -> int | None:
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
             os.close(handle)
             raise
-        print(f"warning: {printable(path.parent)}: its file system has no locks, so two processes may use it at once")
+        logger.warning(f"{printable(path.parent)}: its file system has no locks, so two processes may use it at once")
         is_own = True
     if is_own:
         return handle
@@ -301,7 +302,7 @@ def _own_temporary_folder() -> str:
         raise ValueError(f"{folder}: belongs to somebody else, and there is no home to use instead. Set HOME.")
     if folder not in _told:
         _told.add(folder)
-        print(f"no home folder that can be written to: using {folder} (set HOME to choose another place)", flush=True)
+        logger.info(f"no home folder that can be written to: using {folder} (set HOME to choose another place)")
     return folder
 
 

@@ -12,6 +12,8 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+logger = logging.getLogger(__name__)
+
 Item = TypeVar("Item")
 SECONDS_BEFORE_FIRST = 2.0
 SECONDS_BETWEEN_LINES = 10.0
@@ -81,7 +83,7 @@ def _show(what: str, total: int, unit: str, done: Callable[[], int], finished: t
         count = done()
         rate = count / (time.monotonic() - start)
         left = f", {(total - count) / rate:.0f} s left" if count else ""
-        print(f"{what}: {count:,} of {total:,} {unit}, {rate:,.0f}/s{left}", flush=True)
+        logger.info(f"{what}: {count:,} of {total:,} {unit}, {rate:,.0f}/s{left}")
 
 
 @contextmanager

@@ -16,11 +16,11 @@ def is_distributed() -> bool:
     return distributed.is_available() and distributed.is_initialized()
 
 
-def count_ranks() -> int:
+def world_size() -> int:
     return distributed.get_world_size() if is_distributed() else 1
 
 
-def sum_over_ranks(values: Tensor) -> Tensor:
+def all_reduce_sum(values: Tensor) -> Tensor:
     """The sum of a tensor over all ranks, on each of them."""
     if is_distributed():
         home = values.device
@@ -36,16 +36,16 @@ def logsumexp_over_ranks(values: Tensor) -> Tensor:
         return values
     largest = values.clone()
     distributed.all_reduce(largest, distributed.ReduceOp.MAX)
-    return sum_over_ranks((values - largest).exp()).log() + largest
+    return all_reduce_sum((values - largest).exp()).log() + largest
 
 
-def gather_over_ranks(values: Tensor) -> Tensor:
+def all_gather(values: Tensor) -> Tensor:
     """Equally long tensors of all ranks, one after the other, on each of them."""
     if not is_distributed():
         return values
     home = values.device
     values = values.contiguous().to(_exchange_device(values))
-    parts = [torch.empty_like(values) for _ in range(count_ranks())]
+    parts = [torch.empty_like(values) for _ in range(world_size())]
     distributed.all_gather(parts, values)
     return torch.cat(parts).to(home)
 
@@ -65,7 +65,7 @@ def is_first_rank() -> bool:
     return rank() == 0
 
 
-def said_by_first(value: Any) -> Any:
+def broadcast_from_rank0(value: Any) -> Any:
     """What the first rank says, on each of them."""
     if not is_distributed():
         return value
@@ -78,7 +78,7 @@ def said_by_all(value: Any) -> list[Any]:
     """What each rank says, in their order, on each of them."""
     if not is_distributed():
         return [value]
-    said: list[Any] = [None] * count_ranks()
+    said: list[Any] = [None] * world_size()
     distributed.all_gather_object(said, value)
     return said
 

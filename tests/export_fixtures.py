@@ -26,5 +26,5 @@ def saved(folder: Path, **changes) -> ViTEncoder:
     torch.manual_seed(0)
     encoder = shaken(ViTEncoder(EncoderSettings(**SMALL | changes)))
     save_encoder(encoder, folder, {"task": "mae", "step": 7, "data": {"samples": 9, "fingerprint": "f00d"},
-                                   "settings": {"optim": {"base_rate": 1e-3}, "out": "/home/me/runs"}})  # fmt: skip
+                                   "settings": {"optim": {"base_lr": 1e-3}, "out": "/home/me/runs"}})  # fmt: skip
     return encoder

@@ -18,7 +18,7 @@ from sslvit.weight_files import read_torch_file
 TINY = {
     "encoder.image_size": 8, "encoder.patch": 2, "encoder.width": 16, "encoder.depth": 1, "encoder.heads": 2,
     "encoder.drop_path": 0.2, "task.decoder_width": 16, "task.decoder_depth": 1, "task.decoder_heads": 2,
-    "data.global_batch": 8, "data.workers": 0, "data.view.kind": "crop", "data.view.scale": [0.5, 1.0],
+    "data.global_batch_size": 8, "data.workers": 0, "data.view.kind": "crop", "data.view.scale": [0.5, 1.0],
     "train.steps": 7, "train.log_every": 1, "train.checkpoint_every": 3, "train.precision": "float32",
     "train.accelerator": "cpu", "optim.warmup_epochs": 0.5,
 }  # fmt: skip
@@ -27,7 +27,7 @@ TINY = {
 TINY_DINO = {key: value for key, value in TINY.items() if not key.startswith(("task.", "data.view."))} | {
     "encoder.tokens": "patch", "encoder.pooling": "class", "data.view.local_crops": 2, "data.view.local_size": 4,
     "data.view.jitter": 0.5, "task.batch_norm": False, "task.koleo": 0.0, "task.out_dim": 12, "task.head_width": 16,
-    "task.bottleneck": 8, "task.momentum": 0.9, "task.teacher_temperature": 0.06, "task.freeze_last_layer": 0.5,
+    "task.bottleneck": 8, "task.momentum": 0.9, "task.teacher_temp": 0.06, "task.freeze_last_layer": 0.5,
 }  # fmt: skip
 
 

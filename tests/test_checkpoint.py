@@ -28,7 +28,7 @@ def small(**changes) -> ViTEncoder:
     "options",
     [
         {},
-        {"positions": "rotary_2d", "norm": "rms", "mlp": "swiglu", "registers": 3, "layer_scale": 0.1},
+        {"pos_embed": "rotary_2d", "norm": "rms", "mlp": "swiglu", "registers": 3, "layer_scale": 0.1},
         {"tokens": "pixel", "patch": 1, "image_size": 6, "class_token": False, "pooling": "mean", "causal": True,
          "prefix_positions": "none", "feature_layer": 1, "feature_norm": "next", "channels": 1,
          "palette": [[-1.0], [-0.123456789], [0.7]]},
@@ -113,9 +113,9 @@ def test_another_architecture_is_refused_with_what_differs(tmp_path: Path) -> No
 
 def test_differences_that_leave_the_weights_alone_do_not_count() -> None:
     base = preset("vit_tiny")
-    assert settings_difference(base, preset("vit_tiny", drop_path=0.1, checkpointing=True)) == []
-    assert settings_difference(base, preset("vit_tiny", positions="sincos_2d", pooling="mean")) == []
-    assert settings_difference(base, preset("vit_tiny", positions="rotary_2d")) == ["positions: a table and rotary_2d"]
+    assert settings_difference(base, preset("vit_tiny", drop_path=0.1, activation_checkpointing=True)) == []
+    assert settings_difference(base, preset("vit_tiny", pos_embed="sincos_2d", pooling="mean")) == []
+    assert settings_difference(base, preset("vit_tiny", pos_embed="rotary_2d")) == ["pos_embed: a table and rotary_2d"]
     assert settings_difference(base, preset("vit_small")) == ["width: 192 and 384", "heads: 3 and 6"]
 
 

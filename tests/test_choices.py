@@ -32,7 +32,7 @@ def needed(kind: type) -> dict:
 
 def test_the_list_of_such_fields_is_found() -> None:
     assert len(fields_of_few_words()) > 30
-    assert (EncoderSettings, "positions") in fields_of_few_words()
+    assert (EncoderSettings, "pos_embed") in fields_of_few_words()
 
 
 @pytest.mark.parametrize(("kind", "key"), fields_of_few_words(), ids=lambda value: getattr(value, "__name__", value))
@@ -43,9 +43,9 @@ def test_other_words_are_refused(kind: type, key: str) -> None:
 
 def test_the_message_is_that_of_a_recipe() -> None:
     with pytest.raises(ValueError, match="is not one of") as in_python:
-        EncoderSettings(positions="rotary_1d")
+        EncoderSettings(pos_embed="rotary_1d")
     with pytest.raises(ValueError, match="is not one of") as in_a_recipe:
-        build(EncoderSettings, {"positions": "rotary_1d"})
+        build(EncoderSettings, {"pos_embed": "rotary_1d"})
     assert str(in_python.value) == f"encoder.{in_a_recipe.value}"
     with pytest.raises(ValueError, match="--device: None is not one of auto, cpu, cuda"):
         ProbeSettings("a", "b", device=None)

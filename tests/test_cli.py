@@ -92,11 +92,11 @@ def test_a_wrong_setting_is_named_before_data_is_touched(
     [
         (
             ["--optim.lr", "1e-3"],
-            "optim.lr: no such setting. Did you mean optim.base_rate (the rate at a batch of 256)?",
+            "optim.lr: no such setting. Did you mean optim.base_lr (the rate at a batch of 256)?",
         ),
-        (["--lr", "1e-3"], "lr: no such setting. Did you mean optim.base_rate"),
-        (["--batch-size", "4"], "batch-size: no such setting. Did you mean data.global_batch?"),
-        (["--data.global-batch", "4"], "data.global-batch: no such setting. Did you mean data.global_batch?"),
+        (["--lr", "1e-3"], "lr: no such setting. Did you mean optim.base_lr"),
+        (["--batch-size", "4"], "batch-size: no such setting. Did you mean data.global_batch_size?"),
+        (["--data.global-batch", "4"], "data.global-batch: no such setting. Did you mean data.global_batch_size?"),
         (["--overwite"], "--overwite: no such option. Did you mean --overwrite?"),
         (["--task.out_dim", "9"], "task.out_dim: no such setting. task.out_dim is a setting of task.name dino."),
         (["--data.view.local_crops", "9"], "data.view.local_crops is a setting of data.view.kind multi_crop."),
@@ -128,7 +128,7 @@ def test_settings_may_stand_before_positional_arguments(capsys, tmp_path: Path) 
         ["--encoder.image_size", "48"],
         ["--encoder.image_size=48"],
         ["--seed", "3"],
-        ["--optim.min_rate", "-1"],
+        ["--optim.min_lr", "-1"],
     ):
         assert "runs/nothing" in failing(capsys, "finetune", *setting, "runs/nothing", *given)
         assert "runs/nothing" in failing(capsys, "finetune", "runs/nothing", *setting, *given)
@@ -317,9 +317,9 @@ def test_options_of_other_commands_are_refused(capsys, photos: Path) -> None:
 
 
 def test_values_are_read_as_yaml_reads_them() -> None:
-    changes = read_changes(["--optim.base_rate", "1e-3", "--data.view.scale=[0.2, 1]", "--out", "x", "--init=null"])
-    assert changes == {"optim.base_rate": 1e-3, "data.view.scale": [0.2, 1], "out": "x", "init": None}
-    assert read_changes(["--optim.min_rate", "-1"]) == {"optim.min_rate": -1}
+    changes = read_changes(["--optim.base_lr", "1e-3", "--data.view.scale=[0.2, 1]", "--out", "x", "--init=null"])
+    assert changes == {"optim.base_lr": 1e-3, "data.view.scale": [0.2, 1], "out": "x", "init": None}
+    assert read_changes(["--optim.min_lr", "-1"]) == {"optim.min_lr": -1}
 
 
 @pytest.mark.parametrize(
@@ -349,7 +349,7 @@ def test_paper_recipes_have_the_papers_numbers() -> None:
     assert (recipe.encoder.width, recipe.encoder.depth, recipe.encoder.patch) == (768, 12, 16)
     assert (recipe.task.decoder_width, recipe.task.decoder_depth, recipe.task.decoder_heads) == (512, 8, 16)
     assert (recipe.task.mask_ratio, recipe.task.target) == (0.75, "normalized")
-    assert recipe.optim.peak_rate(recipe.data.global_batch) == pytest.approx(2.4e-3)
+    assert recipe.optim.peak_lr(recipe.data.global_batch_size) == pytest.approx(2.4e-3)
     assert (recipe.optim.betas, recipe.optim.weight_decay, recipe.optim.warmup_epochs) == ([0.9, 0.95], 0.05, 40)
     assert (recipe.data.view.scale, recipe.data.view.flip) == ([0.2, 1.0], 0.5)
 
@@ -360,10 +360,10 @@ def test_igpt_recipes_have_the_papers_numbers() -> None:
         recipe = load_recipe(f"igpt/{size}_in1k")
         assert (recipe.encoder.width, recipe.encoder.depth, recipe.encoder.heads) == parameters
         assert (recipe.encoder.image_size, recipe.encoder.causal, recipe.encoder.bias) == ([32, 32], True, False)
-        assert (recipe.train.steps, recipe.data.global_batch, recipe.optim.warmup_epochs) == (1_000_000, 128, 1)
+        assert (recipe.train.steps, recipe.data.global_batch_size, recipe.optim.warmup_epochs) == (1_000_000, 128, 1)
         assert (recipe.optim.betas, recipe.optim.weight_decay, recipe.encoder.dropout) == ([0.9, 0.95], 0, 0)
         assert (recipe.data.view.resize, recipe.data.view.crop) == ([256, 384], 224)
-    assert load_recipe("igpt/small_in1k").optim.peak_rate(128) == pytest.approx(3e-3)
+    assert load_recipe("igpt/small_in1k").optim.peak_lr(128) == pytest.approx(3e-3)
 
 
 def test_settings_explain_every_key() -> None:
@@ -392,7 +392,7 @@ def test_several_tars_as_a_shell_gives_them_are_one_data_set(capsys, photos: Pat
     assert main(["shards", "pack", str(photos), str(tmp_path / "s"), "--shard-mb", "0.01"]) == 0
     tars = sorted(map(str, (tmp_path / "s").glob("*.tar")))
     assert len(tars) > 1
-    words = ["plan", "--config", "mae/digits", "--data.global_batch", "2"]
+    words = ["plan", "--config", "mae/digits", "--data.global_batch_size", "2"]
     assert main([*words, "--data", *tars]) == 0
     assert "12 images" in capsys.readouterr().out
     assert "no .tar file. Give one folder" in failing(capsys, *words, "--data", str(photos), str(tmp_path / "s"))

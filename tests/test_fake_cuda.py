@@ -21,7 +21,7 @@ import sslvit
 from sslvit.checkpoint import save_encoder
 from sslvit.data.arrays import array_samples
 from sslvit.data.batch import Batch
-from sslvit.data.color import draw_colors
+from sslvit.data.color import sample_colors
 from sslvit.data.index import load_index
 from sslvit.data.pack import pack
 from sslvit.data.views import Views, change_views
@@ -41,7 +41,7 @@ from sslvit.settings.load import load_recipe, read_protocol
 from sslvit.settings.sample import SampleSettings
 from sslvit.settings.views import MultiCropSettings
 from sslvit.tasks import task_class
-from sslvit.tasks.base import PretextTask
+from sslvit.tasks.base import Task
 from sslvit.tasks.igpt import IGPT
 from sslvit.tasks.sampling import complete
 
@@ -136,7 +136,7 @@ def test_the_fake_device_refuses_kernels_that_cannot_repeat(
 RUNS = {
     "mae": ("mae/digits", {}, ("reconstruction", "patches")),
     "dino": ("dino/digits", {"task.koleo": 0.1, "task.batch_norm": True}, ("attention", "patches")),
-    "dino sinkhorn": ("dino/digits", {"task.centering": "sinkhorn", "optim.clip_by": "parameter"}, ("attention",)),
+    "dino sinkhorn": ("dino/digits", {"task.centering": "sinkhorn", "optim.clip_grad_by": "parameter"}, ("attention",)),
     "igpt": ("igpt/digits", {}, ("generated", "completed")),
     "bert": ("igpt/digits", BERT, ("filled",)),
 }
@@ -150,7 +150,7 @@ def test_a_pretraining_run_on_a_gpu_reaches_its_end(
     recipe, changes, figures = RUNS[name]
     online = {"online.train": str(shards / "train"), "online.val": str(shards / "val"), "online.every": 2,
               "online.images": 9}  # fmt: skip
-    options = changes | {"recipe": recipe, "train.steps": 2, "train.micro_batch": 4}
+    options = changes | {"recipe": recipe, "train.steps": 2, "train.micro_batch_size": 4}
     on_cpu = run(shards / "train", tmp_path / "cpu", **options)
     request.getfixturevalue("repeatable")
     request.getfixturevalue("fake_cuda")
@@ -172,7 +172,7 @@ def test_a_fine_tuning_run_on_a_gpu_reaches_its_end(
     save_encoder(ViTEncoder(encoder), tmp_path / "encoder")
     folder = sslvit.finetune(
         tmp_path / "encoder", shards / "train", shards / "val", out=tmp_path / "run",
-        **{"data.global_batch": 10, "data.workers": 0, "train.steps": 3, "train.log_every": 1, "task.erase": 1.0,
+        **{"data.global_batch_size": 10, "data.workers": 0, "train.steps": 3, "train.log_every": 1, "task.erase": 1.0,
            "train.precision": "float32", "train.accelerator": "cpu", "train.deterministic": True,
            "task.validate_every": 1, "encoder.image_size": 16},
     )  # fmt: skip
@@ -185,12 +185,14 @@ def test_a_fine_tuning_run_on_a_gpu_reaches_its_end(
 # ---- a step of each kind of encoder --------------------------------------------------------------------------------
 
 ENCODERS = {
-    "learned_1d on other grids": {"positions": "learned_1d"}, "learned_2d": {"positions": "learned_2d"},
-    "rotary_2d": {"positions": "rotary_2d"}, "relative_bias on other grids": {"positions": "relative_bias"},
-    "sincos_2d": {"positions": "sincos_2d"}, "DINO's offset": {"interpolate_offset": 0.1},
-    "registers": {"registers": 2}, "locality": {"locality": True}, "shifted patches": {"tokens": "shifted_patch"},
+    "learned_1d on other grids": {"pos_embed": "learned_1d"}, "learned_2d": {"pos_embed": "learned_2d"},
+    "rotary_2d": {"pos_embed": "rotary_2d"}, "relative_bias on other grids": {"pos_embed": "relative_bias"},
+    "sincos_2d": {"pos_embed": "sincos_2d"}, "DINO's offset": {"interpolate_offset": 0.1},
+    "registers": {"registers": 2}, "locality_self_attention": {"locality_self_attention": True},
+    "shifted patches": {"tokens": "shifted_patch"},
     "conv stem": {"tokens": "conv_stem"}, "hybrid": {"tokens": "hybrid", "patch": 4},
-    "swiglu": {"mlp": "swiglu", "qk_norm": True, "norm": "rms"}, "checkpointing": {"checkpointing": True},
+    "swiglu": {"mlp": "swiglu", "qk_norm": True, "norm": "rms"},
+    "activation_checkpointing": {"activation_checkpointing": True},
     "layer scale": {"layer_scale": 1e-5, "dropout": 0.1}, "attention pool": {"pooling": "attention"},
 }  # fmt: skip
 
@@ -215,7 +217,7 @@ def test_a_step_of_any_encoder_on_a_gpu_can_be_repeated(name: str, fake_cuda: No
 def test_pixels_drawn_on_a_gpu_can_be_repeated_and_are_those_of_a_cpu(
     positions: str, top_k: int | None, top_p: float, temperature: float, fake_cuda: None, repeatable: None
 ) -> None:  # fmt: skip
-    task = pixel_model(positions=positions)
+    task = pixel_model(pos_embed=positions)
     settings = SampleSettings(batch=2, top_k=top_k, top_p=top_p, temperature=temperature)
     given = torch.zeros(3, 5, dtype=torch.long)
     on_cpu = complete(task.encoder, task.head, given, settings)
@@ -235,7 +237,7 @@ def pixel_model(**changes) -> IGPT:
         pooling="mean", **changes,
     )  # fmt: skip
     task = task_class("igpt")(
-        load_recipe("igpt/digits").task, encoder, OptimSettings(), total_steps=4, steps_per_epoch=2, global_batch=8
+        load_recipe("igpt/digits").task, encoder, OptimSettings(), total_steps=4, steps_per_epoch=2, global_batch_size=8
     )
     torch.nn.init.normal_(task.head.weight)
     return task.eval()
@@ -322,7 +324,7 @@ def colors(_: Path) -> None:
     views, samples = MultiCropSettings(jitter=1.0, solarize=[0.5, 0.5, 0.5]), np.arange(6)
     for channels in (1, 3):
         images = [torch.rand(6, channels, 8, 8, device=GPU) * 255 for _ in range(2)]
-        draws = [torch.from_numpy(draw_colors(views, view, (0, 0), samples)).to(GPU) for view in range(2)]
+        draws = [torch.from_numpy(sample_colors(views, view, (0, 0), samples)).to(GPU) for view in range(2)]
         assert all(view.device == GPU for view in change_views(images, draws))
 
 
@@ -335,7 +337,7 @@ def palettes(_: Path) -> None:
 def reconstruction(_: Path) -> None:
     encoder = EncoderSettings(image_size=8, channels=1, patch=2, width=16, depth=1, heads=2)
     settings = replace(load_recipe("mae/digits").task, decoder_width=16, decoder_depth=1, decoder_heads=2)
-    run_of = {"total_steps": 4, "steps_per_epoch": 2, "global_batch": 8}
+    run_of = {"total_steps": 4, "steps_per_epoch": 2, "global_batch_size": 8}
     task = task_class("mae")(settings, encoder, OptimSettings(), **run_of).to(GPU)
     assert task.figures(batch_of([[8, 8]], channels=1))
 
@@ -370,7 +372,7 @@ def batch_of(sizes: list[list[int]], count: int = 8, channels: int = 3) -> Batch
     return Batch(images, numbers, numbers, numbers.bool(), torch.ones(count, dtype=torch.long))
 
 
-def move_to_fake_gpu(task: PretextTask) -> None:
+def move_to_fake_gpu(task: Task) -> None:
     """Its weights as fake tensors; Module.to would ask the driver."""
     for module in task.modules():
         for name, value in module._parameters.items():
@@ -392,11 +394,11 @@ def test_by_torchs_own_rules_the_forward_pass_of_a_step_mixes_no_devices(
         F, "scaled_dot_product_attention", lambda q, k, v, bias=None, is_causal=False, scale=None: (q @ k.mT) @ v
     )
     recipe, changes = STEPS[name]
-    settings = load_recipe(recipe, changes | {"data.global_batch": 8, "train.steps": 9})
+    settings = load_recipe(recipe, changes | {"data.global_batch_size": 8, "train.steps": 9})
     with torch.device("meta"):
         task = task_class(settings.task.name)(
             settings.task.fitted(50, 8, 9, 3), settings.encoder, settings.optim.fitted(6, 9), total_steps=9,
-            steps_per_epoch=6, global_batch=8,
+            steps_per_epoch=6, global_batch_size=8,
         )  # fmt: skip
     task._trainer, task.is_watched = SimpleNamespace(global_step=0), True
     views = Views(settings.data.view, settings.encoder.image_size, settings.encoder.interpolation).of_size()

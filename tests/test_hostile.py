@@ -114,7 +114,7 @@ DOORS = {
         "out",
         "--init",
         source,
-        "--data.global_batch",
+        "--data.global_batch_size",
         "8",
     ],
 }
@@ -265,7 +265,7 @@ def test_json_of_any_depth_is_an_error_that_names_its_file(tmp_path: Path, text:
         assert len(str(error.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("key", ["width", "channels", "causal", "positions", "mlp_ratio"])
+@pytest.mark.parametrize("key", ["width", "channels", "causal", "pos_embed", "mlp_ratio"])
 def test_a_setting_that_is_null_and_must_not_be_is_named(tmp_path: Path, key: str) -> None:
     file = save_encoder(ViTEncoder(EncoderSettings(**SMALL)), tmp_path) / "encoder.json"
     about = json.loads(file.read_text())

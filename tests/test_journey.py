@@ -40,7 +40,7 @@ def test_images_become_an_encoder_that_timm_opens(tmp_path: Path, capsys: pytest
     assert main(["shards", "pack", str(images), str(shards), "--holdout", "0.25"]) == 0
     settings = {
         "encoder.image_size": 16, "encoder.patch": 4, "encoder.width": 32, "encoder.depth": 2,
-        "data.view.kind": "crop", "data.global_batch": 30, "optim.base_rate": "2e-2",
+        "data.view.kind": "crop", "data.global_batch_size": 30, "optim.base_lr": "2e-2",
         "train.epochs": 20, "train.log_every": 1,
     }  # fmt: skip
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]

@@ -131,7 +131,7 @@ def test_near_colors_start_alike_if_asked_to() -> None:
         torch.manual_seed(0)
         settings = EncoderSettings(
             image_size=4, tokens="pixel", patch=1, width=64, depth=1, heads=1, class_token=False, pooling="mean",
-            prefix_positions="none", color_start=start,
+            prefix_positions="none", color_init=start,
         )  # fmt: skip
         pixels = ViTEncoder(settings).patch_embed
         directions = torch.nn.functional.normalize(pixels.embed.weight, dim=1)
@@ -149,7 +149,7 @@ def test_near_colors_start_alike_if_asked_to() -> None:
 def test_fourier_vectors_of_colors_start_as_cosines_of_a_small_amplitude() -> None:
     settings = EncoderSettings(
         image_size=4, tokens="pixel", patch=1, width=256, depth=1, heads=1, class_token=False, pooling="mean",
-        prefix_positions="none", color_start="fourier",
+        prefix_positions="none", color_init="fourier",
     )  # fmt: skip
     vectors = ViTEncoder(settings).patch_embed.embed.weight.detach()
     assert 0.29 < vectors.abs().max() <= 0.3

@@ -48,7 +48,7 @@ def run_check(options: argparse.Namespace) -> int:
 
 
 def run_info(options: argparse.Namespace) -> None:
-    show_shards(find_shards(options.folder), options.global_batch)
+    show_shards(find_shards(options.folder), options.global_batch_size)
 
 
 def find_shards(name: str):
@@ -61,10 +61,10 @@ def find_shards(name: str):
     return open_shards(name) if has_shards else load_index(folder)
 
 
-def show_shards(index, global_batch: int | None = None) -> None:
+def show_shards(index, global_batch_size: int | None = None) -> None:
     from sslvit.data.inspect import describe_shards
 
-    print(describe_shards(index, global_batch))
+    print(describe_shards(index, global_batch_size))
 
 
 def run_palette(options: argparse.Namespace) -> None:

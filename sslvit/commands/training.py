@@ -88,8 +88,8 @@ def run_plan(options: argparse.Namespace) -> None:
         images, classes = len(index), len(index.classes) if index.classes else None
     found, task = forecast(settings, images, classes)
     print(found.text())
-    if found.global_batch != settings.data.global_batch:
-        print(f"             instead of the recipe's {settings.data.global_batch:,} images, more than there are")
+    if found.global_batch_size != settings.data.global_batch_size:
+        print(f"             instead of the recipe's {settings.data.global_batch_size:,} images, more than there are")
     for name, tflops in ({"given": options.tflops} if options.tflops else PEAKS).items():
         hours = found.hours(tflops, options.utilization)
         print(

@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
-from sslvit.chance import uniform_at
+from sslvit import rng
 from sslvit.settings.views import MAX_MAGNITUDE, AugmentSettings
 
 DRAWS = 5  # uniform numbers that each operation takes
@@ -85,7 +85,7 @@ def draw_operations(settings: AugmentSettings, key: tuple[int, int], samples: np
         key: seed and epoch.
         samples: their numbers.
     """
-    uniform = uniform_at((*key, "augment"), samples, DRAWS * settings.operations)
+    uniform = rng.uniform((*key, "augment"), samples, DRAWS * settings.operations)
     which, happens, radius, angle, sense = uniform.reshape(len(samples), settings.operations, DRAWS).transpose(2, 0, 1)
     chosen = np.where(happens < settings.probability, np.floor(which * len(NAMES)), -1)
     normal = np.sqrt(-2 * np.log1p(-radius)) * np.cos(2 * np.pi * angle)  # Box and Muller 1958

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sslvit.chance import uniform_at
+from sslvit import rng
 from sslvit.settings.views import MultiCropSettings
 
 GRAY = (0.299, 0.587, 0.114)  # ITU-R 601-2, as in PIL
@@ -29,7 +29,7 @@ REACH = 3  # a blur's kernel ends at this many deviations
 PIXELS_AT_ONCE = 50_000  # on a CPU: what is worked on stays in its cache
 
 
-def draw_colors(settings: MultiCropSettings, view: int, key: tuple[int, int], samples: np.ndarray) -> np.ndarray:
+def sample_colors(settings: MultiCropSettings, view: int, key: tuple[int, int], samples: np.ndarray) -> np.ndarray:
     """What happens to the colors of one view of each sample: float32 'b draws', columns as in DRAWS.
 
     Args:
@@ -38,7 +38,7 @@ def draw_colors(settings: MultiCropSettings, view: int, key: tuple[int, int], sa
         key: seed and epoch.
         samples: their numbers.
     """
-    uniform = uniform_at((*key, f"colour {view}"), samples, 10)
+    uniform = rng.uniform((*key, f"colour {view}"), samples, 10)
     place = min(view, 2)
     is_changed = uniform[:, 0] < settings.jitter
     strengths = np.array([settings.brightness, settings.contrast, settings.saturation])
@@ -51,12 +51,12 @@ def draw_colors(settings: MultiCropSettings, view: int, key: tuple[int, int], sa
     return np.stack([*factors.T, hue, order, is_gray, sigma, is_solarized], 1).astype(np.float32)
 
 
-def change_colors(images: Tensor, draws: Tensor) -> Tensor:
+def color_jitter(images: Tensor, draws: Tensor) -> Tensor:
     """Apply what was drawn.
 
     Args:
         images: pixels 0 to 255 of any dtype, 'b c h w'; hue, saturation and grayness need three channels.
-        draws: of draw_colors, on the images' device.
+        draws: of sample_colors, on the images' device.
 
     Returns:
         float32 'b c h w', 0 to 255; whole numbers if the images' were.

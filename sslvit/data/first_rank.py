@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import socket
 import time
@@ -16,6 +17,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sslvit.files import WriteError, printable, write_atomically
+
+logger = logging.getLogger(__name__)
 
 WAIT_SECONDS = 60.0  # for a note of this launch, from which on a process walks by itself
 POLL_SECONDS = 0.1
@@ -71,7 +74,7 @@ def found_by_first(notes: Path, source: Path) -> Path | None:
                 deadline = time.monotonic() + WAIT_SECONDS  # it is at work, which may take long
         if not is_told:
             is_told = True
-            print(f"{printable(source)}: waiting for the first process on this machine to walk it", flush=True)
+            logger.info(f"{printable(source)}: waiting for the first process on this machine to walk it")
         time.sleep(POLL_SECONDS)
     return None
 

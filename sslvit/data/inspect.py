@@ -126,7 +126,7 @@ class _CheckJob:
                 found.digests.setdefault(digest, []).append(int(sample))
 
 
-def describe_shards(index: ShardIndex, global_batch: int | None = None) -> str:
+def describe_shards(index: ShardIndex, global_batch_size: int | None = None) -> str:
     """Counts, statistics, and what a job on these shards needs."""
     size = "x".join(map(str, index.image_size)) if index.image_size else "of several sizes"
     depth = f", {index.bits} bits" if index.bits != 8 else ""
@@ -166,12 +166,12 @@ def describe_shards(index: ShardIndex, global_batch: int | None = None) -> str:
         fewest, most = (f"{counts[i]:,} ({printable(index.classes[i], 40)})" for i in ends)
         equal = f"{counts[0]:,}" if counts.min() == counts.max() else f"{fewest} to {most}"
         lines.append(f"  images per class: {equal}")
-    if global_batch is not None and global_batch > len(index):
-        lines.append(f"  a global batch of {global_batch:,} does not fit: choose at most {len(index):,}")
+    if global_batch_size is not None and global_batch_size > len(index):
+        lines.append(f"  a global batch of {global_batch_size:,} does not fit: choose at most {len(index):,}")
         return "\n".join(lines)
-    batch = global_batch or min(4096, 1 << (len(index).bit_length() - 1))
+    batch = global_batch_size or min(4096, 1 << (len(index).bit_length() - 1))
     plan = EpochPlan(index.shard_samples, batch)
-    if global_batch is not None:
+    if global_batch_size is not None:
         lines.append(
             f"  at a global batch of {batch:,}: {plan.steps_per_epoch:,} steps per epoch, each dropping "
             f"{plan.dropped_per_epoch:,} images; ranks that fit: {', '.join(map(str, fitting_ranks(batch, 1024)))}"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sslvit.chance import generator
+from sslvit import rng
 from sslvit.data.batch import Batch
 from sslvit.data.decode import MAX_PIXELS, BadImage, Header, Scratch, decode, read_header, reduction_for
 from sslvit.data.plan import EvaluationBatches, Plan
@@ -57,7 +57,7 @@ def make_batch(
                 for picture, view in zip(pictures, instead, strict=True):
                     picture[row] = view[0]
                 break
-    colors = views.draw_colors(shown, shown_epochs)
+    colors = views.sample_colors(shown, shown_epochs)
     if colors is not None and views.color_here:
         changed = change_views(pictures, colors)
         pictures, colors = [new.to(old.dtype) for new, old in zip(changed, pictures, strict=True)], None
@@ -213,8 +213,8 @@ class TrainingBatches(Dataset):
 
         def spares(row: int) -> Iterable[tuple[int, int]]:
             """The rows that follow in the global batch, whoever they belong to: the same for any number of ranks."""
-            for further in range(1, min(MOST_SPARES, self.plan.global_batch)):
-                place = (first_row + row + further) % self.plan.global_batch
+            for further in range(1, min(MOST_SPARES, self.plan.global_batch_size)):
+                place = (first_row + row + further) % self.plan.global_batch_size
                 (sample,), (epoch,) = self.plan.batch(step, place, place + 1)
                 yield int(sample), int(epoch)
 
@@ -225,7 +225,7 @@ def resolution_of(resolutions: list[int] | None, seed: int, step: int) -> list[i
     """Height and width of the main views at this step: the same on every rank."""
     if resolutions is None:
         return None
-    return [resolutions[generator(seed, step, "resolution").integers(len(resolutions))]] * 2
+    return [resolutions[rng.generator(seed, step, "resolution").integers(len(resolutions))]] * 2
 
 
 class _EvaluationBatches(Dataset):

@@ -117,8 +117,8 @@ class MixturePlan:
 
     def __init__(self, plans: Sequence[EpochPlan]) -> None:
         self.plans = list(plans)
-        shares = [plan.global_batch for plan in self.plans]
-        self.samples, self.global_batch = sum(plan.samples for plan in self.plans), sum(shares)
+        shares = [plan.global_batch_size for plan in self.plans]
+        self.samples, self.global_batch_size = sum(plan.samples for plan in self.plans), sum(shares)
         self.seed = self.plans[0].seed
         self.first_sample = np.concatenate([[0], np.cumsum([plan.samples for plan in self.plans])])
         self.first_shard = np.concatenate([[0], np.cumsum([len(plan.shard_samples) for plan in self.plans])])
@@ -129,7 +129,7 @@ class MixturePlan:
     @property
     def steps_per_epoch(self) -> int:
         """As many batches as the sources hold together; each source has epochs of its own length."""
-        return self.samples // self.global_batch
+        return self.samples // self.global_batch_size
 
     @property
     def dropped_per_epoch(self) -> int:
@@ -160,7 +160,7 @@ class MixturePlan:
         return [(i, plan, before[i], before[i] + own[i]) for i, plan in enumerate(self.plans) if own[i]]
 
 
-def shares_of_batch(shares: Sequence[float], global_batch: int) -> list[int]:
+def shares_of_batch(shares: Sequence[float], global_batch_size: int) -> list[int]:
     """Rows of a batch for each source, as near to its share as whole rows allow (largest remainders).
 
     Raises:
@@ -168,12 +168,12 @@ def shares_of_batch(shares: Sequence[float], global_batch: int) -> list[int]:
     """
     if not all(0 < share < math.inf for share in shares):
         raise ValueError(f"data.mixture: the shares {list(shares)} must all be positive numbers.")
-    exact = np.array(shares) / sum(shares) * global_batch
+    exact = np.array(shares) / sum(shares) * global_batch_size
     rows = np.floor(exact).astype(int)
-    rows[np.argsort(rows - exact, kind="stable")[: global_batch - rows.sum()]] += 1
+    rows[np.argsort(rows - exact, kind="stable")[: global_batch_size - rows.sum()]] += 1
     if not rows.all():
         raise ValueError(
             f"data.mixture: a share of {shares[int(rows.argmin())]} in {sum(shares)} is less than one image of "
-            f"data.global_batch ({global_batch}). Raise the share or the batch."
+            f"data.global_batch_size ({global_batch_size}). Raise the share or the batch."
         )
     return rows.tolist()

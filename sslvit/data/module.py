@@ -31,7 +31,7 @@ class ShardDataModule(pl.LightningDataModule):
         encoder: size, channels and normalization of its input.
         plan: the order; its seed is also that of the views.
         total_steps: optimizer steps of the run.
-        micro_batch: images per forward pass on one rank, or None for the rank's share.
+        micro_batch_size: images per forward pass on one rank, or None for the rank's share.
     """
 
     def __init__(
@@ -41,11 +41,11 @@ class ShardDataModule(pl.LightningDataModule):
         encoder: EncoderSettings,
         plan: Plan,
         total_steps: int,
-        micro_batch: int | None = None,
+        micro_batch_size: int | None = None,
     ) -> None:
         super().__init__()
         self.index, self.settings, self.encoder = index, settings, encoder
-        self.plan, self.total_steps, self.micro_batch = plan, total_steps, micro_batch
+        self.plan, self.total_steps, self.micro_batch_size = plan, total_steps, micro_batch_size
         self.views = Views(settings.view, encoder.image_size, encoder.interpolation, plan.seed, fill=encoder.mean)
         self.start_step = 0
         self.reader: ShardReader | None = None
@@ -53,7 +53,7 @@ class ShardDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         trainer = self.trainer
         is_gpu = trainer.strategy.root_device.type == "cuda"
-        micro, passes = slices(self.plan.global_batch, trainer.world_size, self.micro_batch)
+        micro, passes = slices(self.plan.global_batch_size, trainer.world_size, self.micro_batch_size)
         place = self.settings.color_on
         self.views.color_here = place == "workers" or (place == "auto" and not is_gpu)
         if isinstance(self.index, StreamIndex):

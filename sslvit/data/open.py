@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 import hashlib
+import logging
 import os
 import re
 from contextlib import nullcontext
@@ -40,6 +41,8 @@ from sslvit.data.stream import PIPE, StreamIndex, is_stream
 from sslvit.files import expand_path, printable
 from sslvit.settings import DataSettings
 
+logger = logging.getLogger(__name__)
+
 HEADER_BYTES = 4096  # of an .npy file, at most
 PATTERN_SIGNS = "{*?["
 WANTED = "Pass a folder of images or of shards (sslvit shards pack SRC DST)."
@@ -61,15 +64,15 @@ def open_data(settings: DataSettings, seed: int, ranks: int = 1) -> tuple[Index,
         stream = StreamIndex(
             expand(expand_path(settings.shards)), settings.stream_samples, settings.allow_pipe, cache_of(settings)
         )
-        return stream, EpochPlan([len(stream)], settings.fitted(len(stream), ranks).global_batch, seed)
+        return stream, EpochPlan([len(stream)], settings.fitted(len(stream), ranks).global_batch_size, seed)
     if not settings.mixture:
         index = open_shards(settings.shards or "", cache_of(settings))
-        return index, _plan(index, settings, settings.fitted(len(index), ranks).global_batch, seed)
+        return index, _plan(index, settings, settings.fitted(len(index), ranks).global_batch_size, seed)
     shares = list(settings.mixture.values())
-    rows = shares_of_batch(shares, settings.global_batch)
+    rows = shares_of_batch(shares, settings.global_batch_size)
     parts = [open_shards(source, cache_of(settings)) for source in settings.mixture]
     fillable = min(len(index) * sum(shares) / share for index, share in zip(parts, shares, strict=True))
-    rows = shares_of_batch(shares, settings.fitted(int(fillable), ranks).global_batch)
+    rows = shares_of_batch(shares, settings.fitted(int(fillable), ranks).global_batch_size)
     plans = []
     for number, (index, share) in enumerate(zip(parts, rows, strict=True)):
         try:
@@ -103,14 +106,14 @@ def open_shards(source: str | Path, cache: ShardCache | None = None) -> ShardInd
     if (path / "index.json").exists():
         index = load_index(path)
         if notice := unlisted_notice(index):
-            print(f"warning: {printable(path)}: {notice}", flush=True)
+            logger.warning(f"{printable(path)}: {notice}")
         return index
     if any(path.glob("*.tar")) and not (path / "packing").is_dir():
         if not os.access(path, os.W_OK):  # someone else's folder: its index is kept in the cache
             return _index_names(name, [str(tar) for tar in sorted(path.glob("*.tar"))], cache)
         with FileLock(path / ".index.lock"):  # every rank of a run comes here at once
             if not (path / "index.json").exists():
-                print(f"{printable(path)}: shards without an index; indexing them once.")
+                logger.info(f"{printable(path)}: shards without an index; indexing them once.")
                 return index_shards(path)
         return load_index(path)
     if (path / "packing").is_dir():
@@ -141,7 +144,7 @@ def check_present(index: Index, limit: float) -> None:
     )
     if lost > limit * len(index):
         raise ValueError(f"{text}. Copy them again, or if they were changed on purpose: sslvit shards index FOLDER")
-    print(f"warning: {text}; they are skipped and counted.")
+    logger.warning(f"{text}; they are skipped and counted.")
 
 
 def cache_of(settings: DataSettings) -> ShardCache:
@@ -203,11 +206,11 @@ def _open_images(path: Path, cache: ShardCache) -> ShardIndex:
 def _pack_once(path: Path, found: ImageSource, folder: Path) -> ShardIndex:
     """The shards of a folder's images, packed now unless they were before."""
     if (folder / "index.json").exists():
-        print(f"{printable(path)}: an image folder; using its shards packed earlier in {folder}.")
+        logger.info(f"{printable(path)}: an image folder; using its shards packed earlier in {folder}.")
         return load_index(folder)
     for note in found.notes:
-        print(f"{printable(path)}: {note}")
-    print(f"{printable(path)}: an image folder; packing it into {folder} first.")
+        logger.info(f"{printable(path)}: {note}")
+    logger.info(f"{printable(path)}: an image folder; packing it into {folder} first.")
     return pack(found.samples, folder, found.classes, passed_over=found.skipped)
 
 
@@ -284,14 +287,16 @@ def _index_names(pattern: str, names: list[str], cache: ShardCache) -> ShardInde
     kept.mkdir(parents=True, exist_ok=True)
     with FileLock(kept / ".index.lock"):
         if not (kept / "index.json").exists():
-            print(f"{printable(pattern)}: shards without an index; indexing them once.")
+            logger.info(f"{printable(pattern)}: shards without an index; indexing them once.")
             index = make()
         else:
             try:
                 index = _read_kept(kept, pattern)
             except ValueError as error:
-                print(f"{printable(pattern)}: the index that was kept of these shards is damaged, so they are indexed "
-                      f"again ({error})")  # fmt: skip
+                logger.info(
+                    f"{printable(pattern)}: the index that was kept of these shards is damaged, so they are indexed "
+                    f"again ({error})"
+                )
                 index = make()
     return dataclasses.replace(index, cache=cache)
 

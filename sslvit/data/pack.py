@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -24,7 +25,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from sslvit.chance import generator
+from sslvit import rng
 from sslvit.data.any_source import SourceOptions, read_source
 from sslvit.data.arrays import ArrayImages
 from sslvit.data.decode import BadImage
@@ -36,6 +37,8 @@ from sslvit.data.schema import checked_job, checked_report, parse_json
 from sslvit.data.sources import DatasetImages, Sample, SampleTable, Texts, hold_out
 from sslvit.data.store import BLOCK, PackSettings, TarWriter, store
 from sslvit.files import held_folder, new_file, printable, write_atomically
+
+logger = logging.getLogger(__name__)
 
 MAX_MEMBER_NAME = 100  # of the plain tar header
 TRIAL_IMAGES = 64  # encoded ahead to estimate how long the others become
@@ -64,7 +67,7 @@ class PackJob:
     def __post_init__(self) -> None:
         self.samples = SampleTable.of(self.samples)
         self.keys = Texts(_unique_keys(self.samples))
-        self.order = generator(0, "pack").permutation(len(self.samples))
+        self.order = rng.generator(0, "pack").permutation(len(self.samples))
 
     def cut(self) -> None:
         """Decide where shards begin."""
@@ -181,7 +184,7 @@ def pack_source(
     for folder, _ in parts:
         check_destination(folder, overwrite)
     for note in found.notes:
-        print(f"{printable(source)}: {note}")
+        logger.info(f"{printable(source)}: {note}")
     packed = [
         pack(chosen, folder, found.classes, settings, overwrite, workers, share, found.skipped)
         for folder, chosen in parts
@@ -234,7 +237,7 @@ def pack(
             pass
         if of == 1:
             return finish_packing(destination, overwrite)
-    print(f"{folder}: part {number} of {of} is done. When all are: sslvit shards index --merge {destination}")
+    logger.info(f"{folder}: part {number} of {of} is done. When all are: sslvit shards index --merge {destination}")
     return None
 
 
@@ -301,7 +304,7 @@ def _finish(destination: Path, folder: Path) -> ShardIndex:
     shutil.rmtree(folder)
     if skipped:
         name, reason = next(iter(skipped.items()))
-        print(
+        logger.info(
             f"left out {len(skipped)} of {job['images']} images (the first: {printable(name)}: {printable(reason)}); "
             "all are in index.json"
         )
@@ -382,7 +385,7 @@ def _begin(job: PackJob, identity: dict, overwrite: bool, passed_over: dict[str,
             job.starts = np.array(before["starts"])
             done = sum(1 for _ in job.folder.glob("shard-*.json"))
             if done:
-                print(f"{job.folder}: going on; {done} of {job.shards} shards are packed already.")
+                logger.info(f"{job.folder}: going on; {done} of {job.shards} shards are packed already.")
             return
         if not overwrite and changed == ["times"]:
             raise ValueError(

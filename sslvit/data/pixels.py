@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sslvit.chance import generator
+from sslvit import rng
 from sslvit.data.index import ShardIndex
 from sslvit.data.loader import make_batch
 from sslvit.data.reader import ShardReader
@@ -29,6 +30,8 @@ from sslvit.palette import (
 )
 from sslvit.progress import track
 from sslvit.settings.views import CenterSettings
+
+logger = logging.getLogger(__name__)
 
 PIXELS = 2**19  # that a palette is fitted on
 MOST_IMAGES = 20_000  # that they are taken from
@@ -113,7 +116,7 @@ def draw_pixels(index: ShardIndex, image_size: int, seed: int) -> tuple[Float[Te
     """
     chosen = np.arange(len(index))
     if len(index) > MOST_IMAGES:
-        chosen = np.sort(generator(seed, "palette images").permutation(len(index))[:MOST_IMAGES])
+        chosen = np.sort(rng.generator(seed, "palette images").permutation(len(index))[:MOST_IMAGES])
     each = min(-(-PIXELS // len(chosen)), image_size**2)
     reader = ShardReader(index, index.channels, memory_limit_mb=0)
     views = Views(CenterSettings(), [image_size, image_size], "bicubic")
@@ -125,12 +128,12 @@ def draw_pixels(index: ShardIndex, image_size: int, seed: int) -> tuple[Float[Te
         images = normalize(batch.views[0][batch.valid], half, half)
         missing += int((~batch.valid).sum())
         for image, sample in zip(images, samples[batch.valid.numpy()], strict=True):
-            places = generator(seed, int(sample), "palette").permutation(image_size**2)[:each]
+            places = rng.generator(seed, int(sample), "palette").permutation(image_size**2)[:each]
             pieces.append(image.flatten(1)[:, torch.from_numpy(places)].T)
         if len(first) < SHOWN:
             first += images
     if not pieces:
         raise ValueError(f"{index.location}: none of {len(chosen)} images could be read.")
     if missing:
-        print(f"warning: {missing} of {len(chosen)} images could not be read (sslvit shards check names them).")
+        logger.warning(f"{missing} of {len(chosen)} images could not be read (sslvit shards check names them).")
     return torch.cat(pieces), torch.stack(first)

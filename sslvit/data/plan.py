@@ -18,7 +18,7 @@ from typing import Protocol
 
 import numpy as np
 
-from sslvit.chance import generator
+from sslvit import rng
 
 FULL_PERMUTATION_SAMPLES = 1_000_000  # sets up to this size are permuted as a whole
 LANES = 64
@@ -28,7 +28,7 @@ class Plan(Protocol):
     """What the loader asks of an order."""
 
     samples: int
-    global_batch: int
+    global_batch_size: int
     seed: int
 
     @property
@@ -57,7 +57,7 @@ class EpochPlan:
 
     Args:
         shard_samples: how many samples each shard holds; samples are numbered through them.
-        global_batch: B, samples per optimizer step over all ranks.
+        global_batch_size: B, samples per optimizer step over all ranks.
         seed: another seed is another order.
         lanes: L; None for one up to a million samples and gcd(64, B) above.
         window_shards: shards of a lane that are shuffled together.
@@ -69,41 +69,43 @@ class EpochPlan:
     def __init__(
         self,
         shard_samples: Sequence[int] | np.ndarray,
-        global_batch: int,
+        global_batch_size: int,
         seed: int = 0,
         lanes: int | None = None,
         window_shards: int = 4,
     ) -> None:
         self.shard_samples = np.asarray(shard_samples, np.int64)
         self.first_of_shard = np.concatenate([[0], np.cumsum(self.shard_samples)])
-        self.samples, self.global_batch, self.seed = int(self.first_of_shard[-1]), global_batch, seed
-        if self.samples < global_batch:
+        self.samples, self.global_batch_size, self.seed = int(self.first_of_shard[-1]), global_batch_size, seed
+        if self.samples < global_batch_size:
             raise ValueError(
-                f"data.global_batch: {global_batch} is more than the {self.samples} samples there are. "
+                f"data.global_batch_size: {global_batch_size} is more than the {self.samples} samples there are. "
                 f"Set it to {self.samples} or less."
             )
         self.is_whole = lanes is None and self.samples <= FULL_PERMUTATION_SAMPLES
-        self.lanes = 1 if self.is_whole else lanes or math.gcd(LANES, global_batch)
-        if global_batch % self.lanes:
-            fitting = [n for n in range(1, min(global_batch, 256) + 1) if global_batch % n == 0]
-            raise ValueError(f"data.lanes: {lanes} does not divide data.global_batch ({global_batch}). Use {fitting}.")
+        self.lanes = 1 if self.is_whole else lanes or math.gcd(LANES, global_batch_size)
+        if global_batch_size % self.lanes:
+            fitting = [n for n in range(1, min(global_batch_size, 256) + 1) if global_batch_size % n == 0]
+            raise ValueError(
+                f"data.lanes: {lanes} does not divide data.global_batch_size ({global_batch_size}). Use {fitting}."
+            )
         self.window = window_shards * math.ceil(self.samples / len(self.shard_samples))
-        self.per_lane = global_batch // self.lanes  # rows of a batch that come from one lane
+        self.per_lane = global_batch_size // self.lanes  # rows of a batch that come from one lane
         self.lane_length = self.steps_per_epoch * self.per_lane
         self._rings: dict[int, tuple[np.ndarray, np.ndarray, int]] = {}
         self._windows: dict[int, tuple[tuple[int, int], np.ndarray]] = {}
 
     @property
     def steps_per_epoch(self) -> int:
-        return self.samples // self.global_batch
+        return self.samples // self.global_batch_size
 
     @property
     def dropped_per_epoch(self) -> int:
-        return self.samples % self.global_batch
+        return self.samples % self.global_batch_size
 
     def batch(self, step: int, start: int = 0, stop: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         epoch, place = divmod(step, self.steps_per_epoch)
-        rows = np.arange(start, self.global_batch if stop is None else stop)
+        rows = np.arange(start, self.global_batch_size if stop is None else stop)
         lane_of_row, within = np.divmod(rows, self.per_lane)
         samples = np.empty(len(rows), np.int64)
         for lane in np.unique(lane_of_row):
@@ -137,7 +139,7 @@ class EpochPlan:
 
     def identity(self) -> dict[str, int | str]:
         return {
-            "samples": self.samples, "global_batch": self.global_batch, "seed": self.seed,
+            "samples": self.samples, "global_batch_size": self.global_batch_size, "seed": self.seed,
             "lanes": self.lanes, "window": self.samples if self.is_whole else self.window,
         }  # fmt: skip
 
@@ -161,9 +163,9 @@ class EpochPlan:
         if known is not None and known[0] == (epoch, window):
             return begin, known[1]
         if self.is_whole:
-            order = generator(self.seed, epoch, "order").permutation(self.samples)
+            order = rng.generator(self.seed, epoch, "order").permutation(self.samples)
         else:
-            shuffled = generator(self.seed, epoch, "order", lane, window).permutation(stop - begin)
+            shuffled = rng.generator(self.seed, epoch, "order", lane, window).permutation(stop - begin)
             order = self._samples_on_ring(epoch, lane * self.lane_length + begin + shuffled)
         self._windows[lane] = (epoch, window), order
         return begin, order
@@ -181,7 +183,7 @@ class EpochPlan:
         return max(1, self.window * (lane + 1) // self.lanes)
 
     def _lanes_of(self, start: int, stop: int | None) -> tuple[int, int]:
-        stop = self.global_batch if stop is None else stop
+        stop = self.global_batch_size if stop is None else stop
         return start // self.per_lane, (stop - 1) // self.per_lane
 
     def _ring_of(self, epoch: int) -> tuple[np.ndarray, np.ndarray, int]:
@@ -191,7 +193,7 @@ class EpochPlan:
         sample is dropped more often than others.
         """
         if epoch not in self._rings:
-            chance = generator(self.seed, epoch, "shards")
+            chance = rng.generator(self.seed, epoch, "shards")
             shards = chance.permutation(len(self.shard_samples))
             starts = np.concatenate([[0], np.cumsum(self.shard_samples[shards])])
             self._rings = {known: ring for known, ring in self._rings.items() if abs(known - epoch) == 1}
@@ -214,32 +216,32 @@ class EpochPlan:
         return [*shards[first:].tolist(), *shards[: last + 1].tolist()]
 
 
-def slices(global_batch: int, ranks: int, micro_batch: int | None) -> tuple[int, int]:
+def slices(global_batch_size: int, ranks: int, micro_batch_size: int | None) -> tuple[int, int]:
     """Images per forward pass on one rank, and forward passes per optimizer step.
 
     Raises:
         ValueError: the ranks or the micro-batch do not divide the batch; the message names what would.
     """
-    if global_batch % ranks:
-        near = round(global_batch / ranks) * ranks or ranks
+    if global_batch_size % ranks:
+        near = round(global_batch_size / ranks) * ranks or ranks
         raise ValueError(
-            f"data.global_batch: {global_batch} images cannot be shared equally by {ranks} ranks. "
-            f"Use {near} images, or one of {fitting_ranks(global_batch, max(2 * ranks, 8))} ranks."
+            f"data.global_batch_size: {global_batch_size} images cannot be shared equally by {ranks} ranks. "
+            f"Use {near} images, or one of {fitting_ranks(global_batch_size, max(2 * ranks, 8))} ranks."
         )
-    share = global_batch // ranks
-    micro = micro_batch or share
+    share = global_batch_size // ranks
+    micro = micro_batch_size or share
     if share % micro:
         fitting = [n for n in range(1, share + 1) if share % n == 0]
         raise ValueError(
-            f"train.micro_batch: {micro} does not divide a rank's share of {share} images "
-            f"(global batch {global_batch} over {ranks} ranks). Use one of {fitting[-8:]}."
+            f"train.micro_batch_size: {micro} does not divide a rank's share of {share} images "
+            f"(global batch {global_batch_size} over {ranks} ranks). Use one of {fitting[-8:]}."
         )
     return micro, share // micro
 
 
-def fitting_ranks(global_batch: int, most: int) -> list[int]:
+def fitting_ranks(global_batch_size: int, most: int) -> list[int]:
     """Numbers of ranks, up to `most`, that share a batch equally."""
-    return [n for n in range(1, min(global_batch, most) + 1) if global_batch % n == 0]
+    return [n for n in range(1, min(global_batch_size, most) + 1) if global_batch_size % n == 0]
 
 
 class EvaluationBatches(Sequence[tuple[np.ndarray, np.ndarray]]):

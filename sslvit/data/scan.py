@@ -5,6 +5,7 @@ Packing and indexing both make one report per shard, in parallel and in any orde
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -30,6 +31,8 @@ from sslvit.data.parallel import in_parallel
 from sslvit.data.schema import check_shard_name
 from sslvit.data.tars import COMPRESSED_TARS, TarMembers, choose_images, compressed_kind
 from sslvit.files import printable
+
+logger = logging.getLogger(__name__)
 
 LABEL_FIELDS = ("cls", "txt", "json", "label", "class", "cls.txt")  # that people keep labels in
 STATISTICS_SAMPLES = 10_000  # channel mean and std are measured on about this many images
@@ -259,7 +262,7 @@ def index_names(
     index = join_reports(reports, location, classes, orientation=options.orientation or "upright")
     if index.skipped:
         name, reason = next(iter(index.skipped.items()))
-        print(
+        logger.info(
             f"left out {len(index.skipped)} things (the first: {printable(name)}: {printable(reason)}); "
             "all are in index.json"
         )
@@ -286,12 +289,12 @@ def number_reports(location: str, reports: list[ShardReport], wanted: str | None
         if wanted and missing:
             raise ValueError(f"--labels {wanted}: {missing} of {samples} images of {location} have none.")
         if missing < samples:
-            print(
+            logger.info(
                 f"{location}: {missing} of {samples} images have no label (.{field_name}), so the others' are not used "
                 "either"
             )
         elif others := [name for name in fields if name in LABEL_FIELDS]:
-            print(f"{location}: the .{others[0]} members are not used as labels (--labels {others[0]} uses them)")
+            logger.info(f"{location}: the .{others[0]} members are not used as labels (--labels {others[0]} uses them)")
         return _without(reports)
     try:
         if wanted is None and fields["txt"] and not fields["cls"] and len(set(texts)) > samples / 2:
@@ -300,11 +303,13 @@ def number_reports(location: str, reports: list[ShardReport], wanted: str | None
     except NotClasses as error:
         if wanted:
             raise ValueError(f"--labels {wanted}: {error}. Leave it out to index them without labels.") from error
-        print(f"{location}: {error}; they are not used")
+        logger.info(f"{location}: {error}; they are not used")
         return _without(reports)
     names = [text for text in set(texts) if not text.isdecimal()]
     if names and len(names) < len(set(texts)):
-        print(f"{location}: some labels are numbers, others names ({brief_names(names, 3)}); all are taken as names")
+        logger.info(
+            f"{location}: some labels are numbers, others names ({brief_names(names, 3)}); all are taken as names"
+        )
     number_of = dict(zip(texts, numbers, strict=True))
     for report in reports:
         report.records["label"] = [number_of[text] for text in report.labels]

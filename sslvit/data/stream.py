@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from sslvit.chance import generator
+from sslvit import rng
 from sslvit.data.batch import Batch
 from sslvit.data.decode import IMAGE_SUFFIXES, MAX_PIXELS, BadImage
 from sslvit.data.index import Shard, is_address, length_of_common_folder
@@ -24,6 +25,8 @@ from sslvit.data.remote import ShardCache
 from sslvit.data.tars import NUMBERS
 from sslvit.data.views import Views
 from sslvit.files import printable
+
+logger = logging.getLogger(__name__)
 
 PIPE = "pipe:"
 GZIPPED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -144,9 +147,9 @@ class StreamBatches(IterableDataset):
         """(epoch, number, key, bytes of the image, what could not be read on the way) without end, shuffled."""
         for epoch in itertools.count():
             key = (self.views.seed, epoch, "stream", self.start_step)
-            urls = [self.index.urls[i] for i in generator(*key).permutation(len(self.index.urls))]
+            urls = [self.index.urls[i] for i in rng.generator(*key).permutation(len(self.index.urls))]
             own = urls[self.rank :: self.ranks][worker::workers]
-            chance = generator(*key, self.rank, worker)
+            chance = rng.generator(*key, self.rank, worker)
             problems: dict[str, str] = {}
             buffer: list[tuple[int, str, bytes]] = []
             count = 0
@@ -211,7 +214,9 @@ class StreamBatches(IterableDataset):
         """Images beside the one of a key, the first time that such a field is met."""
         for name in set(fields) - self.unused:
             self.unused.add(name)
-            print(f"data.shards: images such as {printable(f'{key}.{name}')} are not used, only one of each key is")
+            logger.info(
+                f"data.shards: images such as {printable(f'{key}.{name}')} are not used, only one of each key is"
+            )
 
 
 def _key_and_field(name: str) -> tuple[str | None, str | None]:

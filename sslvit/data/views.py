@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sslvit.chance import uniform_at
+from sslvit import rng
 from sslvit.data.augment import augment_image, draw_operations
-from sslvit.data.color import change_colors, draw_colors
+from sslvit.data.color import color_jitter, sample_colors
 from sslvit.data.resample import Boxes, resample, view_of_one
 from sslvit.settings.views import (
     AugmentSettings,
@@ -103,17 +103,19 @@ class Views:
         drawn = []
         for number, view in enumerate(self.of_size(size)):
             purpose = f"view {number}" if number else "view"
-            uniform = by_epoch(lambda e, s, p=purpose: uniform_at((self.seed, e, p), s, 2 * TRIES + 3), samples, epochs)
+            uniform = by_epoch(
+                lambda e, s, p=purpose: rng.uniform((self.seed, e, p), s, 2 * TRIES + 3), samples, epochs
+            )
             drawn.append((view.size, view.draw(uniform, sides[:, 0], sides[:, 1], view.size)))
         return drawn
 
-    def draw_colors(self, samples: np.ndarray, epochs: np.ndarray) -> list[Tensor] | None:
+    def sample_colors(self, samples: np.ndarray, epochs: np.ndarray) -> list[Tensor] | None:
         """What happens to the colors of each view, or None if nothing does."""
         settings = self.settings
         if not isinstance(settings, MultiCropSettings):
             return None
         drawn = [
-            by_epoch(lambda e, s, v=view: draw_colors(settings, v, (self.seed, e), s), samples, epochs)
+            by_epoch(lambda e, s, v=view: sample_colors(settings, v, (self.seed, e), s), samples, epochs)
             for view in range(2 + settings.local_crops)
         ]
         return [torch.from_numpy(draws) for draws in drawn]
@@ -238,7 +240,7 @@ def change_views(views: list[Tensor], colors: list[Tensor]) -> list[Tensor]:
     """Change the colors of every view; neighbors of one size go together."""
     changed: list[Tensor] = []
     for start, stop in runs_of_one_size(views):
-        together = change_colors(torch.cat(views[start:stop]), torch.cat(colors[start:stop]))
+        together = color_jitter(torch.cat(views[start:stop]), torch.cat(colors[start:stop]))
         changed += together.chunk(stop - start)
     return changed
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -19,6 +20,8 @@ from safetensors.torch import load_file, save_file
 from sslvit.evaluate.sources import FeatureTable, LabeledSet, Place, Source
 from sslvit.files import cache_folder, new_file, remove_left_parts
 from sslvit.settings.views import ViewSettings
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 2  # raised when the same key would mean other numbers
 
@@ -85,7 +88,7 @@ class FeatureCache:
             os.utime(folder)
             self._shrink(folder)
         except OSError as error:
-            print(f"features are not cached: {error}", flush=True)
+            logger.info(f"features are not cached: {error}")
 
     def _shrink(self, newest: Path) -> None:
         sizes = {}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sslvit.data.loader import evaluation_loader, normalized_view
 from sslvit.evaluate.sources import LabeledSet, NoScore
-from sslvit.ranks import count_ranks, gather_over_ranks, rank, said_by_all, sum_over_ranks
+from sslvit.ranks import all_gather, all_reduce_sum, rank, said_by_all, world_size
 from sslvit.settings import EncoderSettings
 
 FIRST = 5  # answers that count for the second measure
@@ -51,14 +51,14 @@ def accuracy(
     Raises:
         NoScore: too many images cannot be read, or logits that are not finite.
     """
-    loader = evaluation_loader(data.reader, settings, batch, workers, rank(), count_ranks(), chosen=data.chosen)
+    loader = evaluation_loader(data.reader, settings, batch, workers, rank(), world_size(), chosen=data.chosen)
     counts = torch.zeros(3, dtype=torch.long)  # right, right among the first, images
     classes = len(data.index.classes)
     samples, bad, is_finite = [], {}, True
     for piece in loader:
         logits = logits_of(normalized_view(piece, settings, device)).float().cpu()
         is_finite &= bool(logits[piece.valid].isfinite().all())
-        samples.append(gather_over_ranks(piece.samples)[gather_over_ranks(piece.valid)])
+        samples.append(all_gather(piece.samples)[all_gather(piece.valid)])
         bad |= piece.bad
         likeliest = logits.topk(min(FIRST, classes), dim=1).indices[piece.valid]
         is_right = likeliest == piece.labels[piece.valid][:, None]
@@ -69,5 +69,5 @@ def accuracy(
             f"the classifier's logits are not finite on {data.index.location}: the weights are broken. Has the run "
             "diverged (health.json)?"
         )
-    right, near, images = sum_over_ranks(counts).tolist()
+    right, near, images = all_reduce_sum(counts).tolist()
     return Accuracy(100 * right / images, 100 * near / images if classes > FIRST else None, images, data.unreadable)

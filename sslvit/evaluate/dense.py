@@ -7,6 +7,7 @@ each image that the encoder sees, and of that part, all pixels with a label.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,17 +20,19 @@ from jaxtyping import Float, Int
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from sslvit.chance import generator
+from sslvit import rng
 from sslvit.data.decode import BadImage, decode_pixels, read_header
 from sslvit.data.resample import normalize
 from sslvit.data.views import center_crops
 from sslvit.environment import pick_device
-from sslvit.evaluate.linear import STRENGTHS, TRIAL_ITERATIONS, UNSOLVED, solved_in_all
+from sslvit.evaluate.linear import NOT_CONVERGED, STRENGTHS, TRIAL_ITERATIONS, solved_in_all
 from sslvit.evaluate.logistic import fit_logistic
 from sslvit.evaluate.scores import Draws, format_table
 from sslvit.models import ViTEncoder
 from sslvit.progress import track
 from sslvit.settings import EncoderSettings
+
+logger = logging.getLogger(__name__)
 
 IGNORED = 255  # in a mask: a pixel without a label
 HELD_OUT_IMAGES = 5  # every fifth training image chooses the strength
@@ -189,12 +192,12 @@ def segment(
     if unknown:
         raise ValueError(f"{val.folder}: class {unknown[0]} is in no training mask.")
     is_held = np.zeros(len(train), bool)
-    some = generator(seed, "dense").permutation(len(with_labels))[: max(1, len(with_labels) // HELD_OUT_IMAGES)]
+    some = rng.generator(seed, "dense").permutation(len(with_labels))[: max(1, len(with_labels) // HELD_OUT_IMAGES)]
     is_held[with_labels[some]] = True  # an image without labels could choose nothing
     draws: Draws = {}
     guesses = {}
     for row, encoder in encoders.items():
-        print(f"probing {row}", flush=True)
+        logger.info(f"probing {row}")
         source = None if encoder is None else encoder.to(device).eval()
         tokens, shares, weight, of_image = [], [], [], []
         for number, (maps, masks) in enumerate(_maps(source, train, settings, batch, device)):
@@ -309,5 +312,5 @@ def _fit(
     best = min(solved_in_all(is_solved[None]), key=lambda i: losses[i])
     weight, bias, is_solved = fit_logistic(values, target, classes, tried[best : best + 1], counts[None])
     if not is_solved:
-        print(UNSOLVED, flush=True)
+        logger.info(NOT_CONVERGED)
     return weight[0], bias[0], mean.view(1, -1, 1, 1), scale.view(1, -1, 1, 1)

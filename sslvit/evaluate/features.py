@@ -16,7 +16,7 @@ from sslvit.data.loader import center_view, evaluation_loader, normalized_view
 from sslvit.evaluate.cache import FeatureCache, key_of
 from sslvit.evaluate.sources import FeatureTable, LabeledSet, NoScore, Place, Source
 from sslvit.progress import track
-from sslvit.ranks import count_ranks, gather_over_ranks, is_first_rank, rank, said_by_first
+from sslvit.ranks import all_gather, broadcast_from_rank0, is_first_rank, rank, world_size
 from sslvit.settings.views import CenterSettings, ViewSettings
 
 
@@ -65,11 +65,11 @@ class Pass:
             return self.run(source, data, places, view)
         key = key_of(source, data, view, self.batch)
         found = self.cache.find(key, places, data.samples) if is_first_rank() else None
-        if said_by_first(found is not None):
+        if broadcast_from_rank0(found is not None):
             data.account_for(data.samples, {})  # the cache holds whole data sets only
-        missing = said_by_first([place for place in places if found is None or place not in found.columns])
+        missing = broadcast_from_rank0([place for place in places if found is None or place not in found.columns])
         if not missing:
-            return found or made_nowhere(places)
+            return found or empty_table(places)
         made = self.run(source, data, missing, view)
         if is_first_rank() and not data.unreadable:
             self.cache.put(key, made)
@@ -98,17 +98,15 @@ class Pass:
         """
         settings = source.settings
         loader = evaluation_loader(
-            data.reader, settings, self.batch, self.workers, rank(), count_ranks(), view, epoch, seed, data.chosen
+            data.reader, settings, self.batch, self.workers, rank(), world_size(), view, epoch, seed, data.chosen
         )
         rows: dict[Place, list[Tensor]] = {place: [] for place in places}
         labels, samples, bad = [], [], {}
-        for piece in track(
-            loader, "features", len(loader) * self.batch * count_ranks(), each=self.batch * count_ranks()
-        ):
+        for piece in track(loader, "features", len(loader) * self.batch * world_size(), each=self.batch * world_size()):
             found = source.features_at(normalized_view(piece, settings, source.device), places)
-            valid, numbers = gather_over_ranks(piece.valid), gather_over_ranks(labels_of(piece))
-            gathered = [gather_over_ranks(values.float().cpu()) for values in found]
-            samples.append(gather_over_ranks(piece.samples)[valid])
+            valid, numbers = all_gather(piece.valid), all_gather(labels_of(piece))
+            gathered = [all_gather(values.float().cpu()) for values in found]
+            samples.append(all_gather(piece.samples)[valid])
             bad |= piece.bad
             if is_first_rank():
                 labels.append(numbers[valid])
@@ -117,7 +115,7 @@ class Pass:
         data.account_for(torch.cat(samples), bad)
         if not is_first_rank():
             check_finite(None, data)
-            return made_nowhere(places)
+            return empty_table(places)
         columns = {place: torch.cat(pieces) for place, pieces in rows.items()}
         table = FeatureTable(columns, torch.cat(labels), torch.cat(samples))
         check_finite(table, data)
@@ -132,7 +130,7 @@ def check_finite(table: FeatureTable | None, data: LabeledSet) -> None:
     """
     columns = {} if table is None else table.columns
     broken = [place for place, values in columns.items() if not values.isfinite().all()]
-    broken = said_by_first(broken)
+    broken = broadcast_from_rank0(broken)
     if broken:
         layer, pooling = broken[0]
         raise NoScore(
@@ -141,7 +139,7 @@ def check_finite(table: FeatureTable | None, data: LabeledSet) -> None:
         )
 
 
-def made_nowhere(places: Sequence[Place]) -> FeatureTable:
+def empty_table(places: Sequence[Place]) -> FeatureTable:
     """What ranks other than the first have after a pass: nothing, in the same form."""
     nothing = torch.empty(0, dtype=torch.long)
     return FeatureTable({place: torch.empty(0, 1) for place in places}, nothing, nothing)

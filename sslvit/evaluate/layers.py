@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from sslvit.figures import curves
 from sslvit.models import ViTEncoder
 from sslvit.ranks import is_first_rank
 from sslvit.settings import LogregSettings, ProbeSettings
+
+logger = logging.getLogger(__name__)
 
 HELD_OUT = "held-out training images"
 
@@ -99,7 +102,7 @@ def probe_layers(encoder: ViTEncoder, settings: ProbeSettings, numbers: list[int
             reading.features(source, data, list(dict.fromkeys(places)))  # all blocks in one pass
         for number in asked:
             row = name.format(number)
-            print(f"probing {row}", flush=True)
+            logger.info(f"probing {row}")
             draws[row] = _scores(bench, replace(settings, layer=number))
     if not is_first_rank():
         return LayerTable(draws, {}, numbers[0], numbers[-1])

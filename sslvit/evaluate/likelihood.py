@@ -14,7 +14,7 @@ from torch import Tensor
 from sslvit.data.loader import evaluation_loader, normalized_view
 from sslvit.evaluate.sources import LabeledSet
 from sslvit.progress import track
-from sslvit.tasks.igpt import IGPT, color_error
+from sslvit.tasks.igpt import IGPT, pixel_nll
 
 HELD_OUT = 10  # every tenth training image tunes the table of neighbors
 MOST_TUNED = 1_000  # of them
@@ -184,7 +184,7 @@ def model_nats(task: IGPT, colors: Int[Tensor, "b n"], batch: int) -> float:
     for piece in track(colors.split(batch), "scoring", len(colors), each=batch):
         piece = piece.long().to(device)
         images = encoder.patch_embed.images_of(piece, encoder.settings.grid)
-        total += float(color_error(task.head(encoder(images)), piece)) * len(piece)
+        total += float(pixel_nll(task.head(encoder(images)), piece)) * len(piece)
     return total / len(colors)
 
 

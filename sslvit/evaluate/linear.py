@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -10,16 +11,18 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sslvit.chance import generator
+from sslvit import rng
 from sslvit.evaluate.logistic import fit_logistic
 from sslvit.evaluate.sources import Features
+
+logger = logging.getLogger(__name__)
 
 STRENGTHS = [10.0**exponent for exponent in range(1, -7, -1)]
 FEW = 1_000  # up to this many training images the strength is chosen by 5 folds instead of one held-out fifth
 FOLDS = 5
 TRIAL_ITERATIONS = 1000  # in which a strength must be solved to be among those that are compared
 FEWEST_LABELS = 2  # of a class: the strength is chosen on held-out ones
-UNSOLVED = "logistic regression: not converged; the score may be a little low"
+NOT_CONVERGED = "logistic regression: not converged; the score may be a little low"
 
 
 @dataclass
@@ -79,7 +82,7 @@ def fit_probe(features: Features, classes: int, seed: int = 0, device: str = "cp
     best = min(compared, key=lambda i: (-right[i], loss[i]))
     weight, bias, is_solved = fit_logistic(values, labels, classes, tried[best : best + 1])
     if not is_solved:
-        print(UNSOLVED, flush=True)
+        logger.info(NOT_CONVERGED)
     held_out = 100 * float(right[best] / is_kept.sum())
     parts = (part.cpu() for part in (mean, scale, weight[0], bias[0]))
     return LinearHead(*parts, STRENGTHS[best], held_out, STRENGTHS[max(compared)])
@@ -95,7 +98,7 @@ def stratified_folds(labels: Int[Tensor, "n"], seed: int) -> Int[Tensor, "n"]:
     fold = torch.empty_like(labels)
     for label in labels.unique().tolist():
         members = torch.nonzero(labels == label)[:, 0]
-        order = generator(seed, label, "folds").permutation(len(members))
+        order = rng.generator(seed, label, "folds").permutation(len(members))
         fold[members[torch.from_numpy(order)]] = torch.arange(len(members)) % FOLDS
     return fold
 
@@ -113,6 +116,6 @@ def draw_labels(labels: Int[Tensor, "n"], per_class: int | None, percent: float 
         count = per_class or round(len(members) * percent / 100)
         if count < FEWEST_LABELS or len(members) < count:
             raise ValueError(f"{said}: class {label} has only {len(members)} images, of which {count} would be drawn.")
-        order = generator(seed, label, "draw").permutation(len(members))[:count]
+        order = rng.generator(seed, label, "draw").permutation(len(members))[:count]
         chosen.append(members[torch.from_numpy(order)])
     return torch.cat(chosen)

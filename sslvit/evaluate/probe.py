@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +25,8 @@ from sslvit.files import brief
 from sslvit.models import ViTEncoder
 from sslvit.ranks import is_first_rank
 from sslvit.settings import ProbeSettings
+
+logger = logging.getLogger(__name__)
 
 LINEAR = "linear, all labels"
 PAPER_RULE = "the paper's choice"
@@ -68,7 +71,7 @@ class ProbeTable:
         if steps and min(steps) < FEW_STEPS:
             below.append(
                 f"the head took {min(steps)} steps, and the paper's rate is meant for thousands: with so few images, "
-                "raise --protocol.base_rate (dinov2: --protocol.iterations), or lower --protocol.batch"
+                "raise --protocol.base_lr (dinov2: --protocol.iterations), or lower --protocol.batch"
             )
         return format_table(self.draws) + "\n\n" + "\n".join(below)
 
@@ -116,7 +119,7 @@ def probe(encoders: dict[str, ViTEncoder], settings: ProbeSettings) -> ProbeTabl
     draws: Draws = {}
     probed: dict[str, dict[str, Any]] = {}
     for row, sources in rows.items():
-        print(f"probing {row}", flush=True)
+        logger.info(f"probing {row}")
         by_seed: dict[str, list[list[float]]] = defaultdict(list)
         for source, seed in sources:
             bench = Bench(source, train, val, len(train_index.classes), reading, device)

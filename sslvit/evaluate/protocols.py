@@ -12,20 +12,20 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from sslvit.chance import generator
+from sslvit import rng
 from sslvit.evaluate.features import Pass
 from sslvit.evaluate.linear import STRENGTHS, fit_probe
 from sslvit.evaluate.sources import Features, FeatureTable, LabeledSet, Place, Source
 from sslvit.evaluate.stepped import HeadGrid, fit_batch_norm_head, in_batches
 from sslvit.optim import cosine, warmup_cosine
-from sslvit.ranks import is_first_rank, said_by_first
+from sslvit.ranks import broadcast_from_rank0, is_first_rank
 from sslvit.settings import ProbeSettings
 from sslvit.settings.protocols import (
     DINOProbeSettings,
     DINOv2ProbeSettings,
     IGPTProbeSettings,
     MAEProbeSettings,
-    SteppedSettings,
+    SGDProbeSettings,
 )
 from sslvit.settings.views import CropSettings
 
@@ -156,7 +156,7 @@ def _mae(bench: Bench, settings: ProbeSettings, seed: int) -> LinearResult | Non
     run = _Stepped.plan(bench, protocol, places, None, seed)
     if run is None:
         return None
-    peak, warmup = protocol.base_rate * run.batch / 256, protocol.warmup_epochs * run.per_epoch
+    peak, warmup = protocol.base_lr * run.batch / 256, protocol.warmup_epochs * run.per_epoch
     head = fit_batch_norm_head(
         run.batches, val.values.shape[1], bench.classes,
         lambda step: warmup_cosine(step, peak, 0.0, warmup, run.steps), protocol.momentum, seed, bench.device,
@@ -173,7 +173,7 @@ def _dino(bench: Bench, settings: ProbeSettings, seed: int) -> LinearResult | No
     run = _Stepped.plan(bench, protocol, places, None, seed)
     if run is None:
         return None
-    rate = protocol.base_rate * run.batch / 256
+    rate = protocol.base_lr * run.batch / 256
     grid = HeadGrid.start([places], run.widths(val, [places]), [rate], bench.classes, seed, bench.device)
     scores = []
     for epoch in range(math.ceil(run.steps / run.per_epoch)):  # the rate changes by epoch, as in the released code
@@ -199,7 +199,7 @@ def _dinov2(bench: Bench, settings: ProbeSettings, seed: int) -> LinearResult | 
     if run is None:
         return None
     factor = run.batch / 256
-    rates = [rate * factor for rate in protocol.rates]
+    rates = [rate * factor for rate in protocol.lrs]
     grid = HeadGrid.start(features, run.widths(val, features), rates, bench.classes, seed, bench.device)
     grid.fit(run.batches, lambda step: cosine(step, 1.0, 0.0, run.steps), protocol.momentum)
     trial = grid.accuracies(still[is_held])
@@ -217,7 +217,7 @@ def _dinov2(bench: Bench, settings: ProbeSettings, seed: int) -> LinearResult | 
 class _Stepped:
     """The batches of a head that is trained step by step."""
 
-    protocol: SteppedSettings
+    protocol: SGDProbeSettings
     places: list[Place]
     batch: int
     per_epoch: int
@@ -226,12 +226,12 @@ class _Stepped:
 
     @classmethod
     def plan(
-        cls, bench: Bench, protocol: SteppedSettings, places: list[Place], is_held: Tensor | None, seed: int
+        cls, bench: Bench, protocol: SGDProbeSettings, places: list[Place], is_held: Tensor | None, seed: int
     ) -> _Stepped | None:
         """None on ranks other than the first, once they have done their share of all passes."""
         endless = cls._epochs(bench, protocol, places, seed)
         first = next(endless)  # tells how many images are readable
-        images = said_by_first(len(first.labels) if is_held is None else len(is_held) - int(is_held.sum()))
+        images = broadcast_from_rank0(len(first.labels) if is_held is None else len(is_held) - int(is_held.sum()))
         batch = min(protocol.batch, images)
         per_epoch = images // batch
         steps = protocol.steps(per_epoch)
@@ -244,7 +244,7 @@ class _Stepped:
         return cls(protocol, places, batch, per_epoch, steps, in_batches(epochs, places, rows, batch, steps, seed))
 
     @staticmethod
-    def _epochs(bench: Bench, protocol: SteppedSettings, places: list[Place], seed: int) -> Iterator[FeatureTable]:
+    def _epochs(bench: Bench, protocol: SGDProbeSettings, places: list[Place], seed: int) -> Iterator[FeatureTable]:
         """The training images' features, epoch by epoch without end: new crops in each, or the same center views."""
         if not protocol.augment:
             yield from repeat(bench.reading.features(bench.source, bench.train, places, protocol.fraction))
@@ -267,7 +267,7 @@ def held_out_rows(labels: Int[Tensor, "n"], share: float, seed: int) -> Bool[Ten
     is_held = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique().tolist():
         members = torch.nonzero(labels == label)[:, 0]
-        order = torch.from_numpy(generator(seed, label, "held out").permutation(len(members)))
+        order = torch.from_numpy(rng.generator(seed, label, "held out").permutation(len(members)))
         is_held[members[order[: max(1, round(share * len(members)))]]] = True
     return is_held
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from sslvit.files import printable
 from sslvit.models import ViTEncoder
 from sslvit.ranks import is_first_rank, said_by_all
 from sslvit.settings import EncoderSettings
+
+logger = logging.getLogger(__name__)
 
 MAX_UNREADABLE_FRACTION = 0.01  # of a data set's images, above which there is no score
 PIXEL_SIDE = 32  # raw pixels are compared at no more than this size
@@ -228,7 +231,7 @@ class LabeledSet:
                     "Repair or repack these shards, or raise the limit (--max-unreadable-fraction)."
                 )
             if missing and is_first_rank():
-                print(f"warning: {said} and are left out of all scores{example}", flush=True)
+                logger.warning(f"{said} and are left out of all scores{example}")
             self._used = used
         elif not np.array_equal(used, self._used):
             raise NoScore(

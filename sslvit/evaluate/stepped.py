@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sslvit.chance import generator
+from sslvit import rng
 from sslvit.evaluate.sources import Features, FeatureTable, Place
 from sslvit.optim.lars import LARS
 
@@ -28,7 +28,7 @@ class BatchNormHead(nn.Sequential):
 
 
 def fit_batch_norm_head(
-    batches: Iterator[tuple[int, Features]], width: int, classes: int, rate_at: Callable[[int], float],
+    batches: Iterator[tuple[int, Features]], width: int, classes: int, lr_at: Callable[[int], float],
     momentum: float = 0.9, seed: int = 0, device: str | torch.device = "cpu",
 ) -> BatchNormHead:  # fmt: skip
     """MAE's head under LARS.
@@ -37,7 +37,7 @@ def fit_batch_norm_head(
         batches: step and the features of its batch.
         width: of the features.
         classes: how many there are.
-        rate_at: step -> learning rate.
+        lr_at: step -> learning rate.
         momentum: of LARS.
         seed: of the first weights.
         device: that does the work.
@@ -45,7 +45,7 @@ def fit_batch_norm_head(
     head = BatchNormHead(width, classes, seed).to(device)
     optimizer = LARS(head.parameters(), lr=0.0, momentum=momentum)
     for step, batch in batches:
-        optimizer.param_groups[0]["lr"] = rate_at(step)
+        optimizer.param_groups[0]["lr"] = lr_at(step)
         optimizer.zero_grad()
         F.cross_entropy(head(batch.values.to(device)), batch.labels.to(device)).backward()
         optimizer.step()
@@ -155,7 +155,7 @@ def in_batches(
     step = 0
     for epoch, table in enumerate(tables):
         used = torch.arange(len(table.labels)) if rows is None else rows
-        order = used[torch.from_numpy(generator(seed, epoch, "probe order").permutation(len(used)))]
+        order = used[torch.from_numpy(rng.generator(seed, epoch, "probe order").permutation(len(used)))]
         for start in range(0, len(order) - batch + 1, batch):
             if step == steps:
                 return

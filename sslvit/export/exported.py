@@ -10,7 +10,7 @@ from jaxtyping import Float
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from sslvit.checkpoint import HEAD, find_encoder, own_parts, provenance_of
+from sslvit.checkpoint import HEAD, find_encoder, provenance_of, split_checkpoint
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings
 from sslvit.weight_files import read_torch_file
@@ -85,7 +85,7 @@ def read_classifier(source: str | Path, width: int) -> tuple[nn.Linear, list[str
     try:
         state = read_torch_file(file)
         if not path.is_dir():
-            state = own_parts(state, path)[2] if "sslvit" in state else {}
+            state = split_checkpoint(state, path)[2] if "sslvit" in state else {}
         state = {key.removeprefix("head."): value for key, value in state.items() if key.startswith("head.")}
         if beside.is_file():
             with safe_open(beside, "pt") as content:

@@ -35,7 +35,7 @@ def check(exported: Exported, size: str | None) -> bool:
         ImportError: onnx, onnxscript or onnxruntime is not installed.
     """
     is_fixed = program.check(exported, size)
-    if not is_fixed and exported.settings.positions == "relative_bias":
+    if not is_fixed and exported.settings.pos_embed == "relative_bias":
         raise ValueError("--size dynamic: ONNX cannot stretch positions: relative_bias. Use --size fixed.")
     try:
         import onnx  # noqa: F401

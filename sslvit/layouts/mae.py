@@ -33,7 +33,7 @@ def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes) -> 
     prepared = assumed("mae", encoder["patch_embed.proj.weight"].shape[1], "MAE's own evaluation", changes, notes)
     found = {
         **prepared,
-        "positions": "sincos_2d" if decoder else "learned_1d",
+        "pos_embed": "sincos_2d" if decoder else "learned_1d",
         "interpolate_antialias": False,
         **changes,
     }

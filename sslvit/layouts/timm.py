@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from sslvit.models import ViTEncoder
 from sslvit.progress import without_bars_of_others
 from sslvit.settings import EncoderSettings
 from sslvit.weight_files import read_folder_weights
+
+logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-3  # of outputs that are about 1 in size
 MODULES = ("vision_transformer", "deit")  # of timm, with plain vision transformers
@@ -79,7 +82,7 @@ def model_arguments(settings: EncoderSettings, outputs: str = "features", classe
         "qkv_bias": settings.bias,
         "proj_bias": settings.bias, "init_values": settings.layer_scale, "class_token": settings.class_token,
         "reg_tokens": settings.registers, "no_embed_class": rows_kept(settings) < max(settings.prefix, 1),
-        "pos_embed": "none" if settings.positions == "none" else "learn",
+        "pos_embed": "none" if settings.pos_embed == "none" else "learn",
         "global_pool": pooling, "num_classes": classes, "dynamic_img_size": True,
         "fc_norm": fc_norm, "final_norm": settings.final_norm or fc_norm,  # its one norm, behind the pooling or before
     }  # fmt: skip
@@ -129,7 +132,7 @@ def _from_timm(name: str, weights: dict[str, Tensor] | None, **changes) -> Conve
     if weights is not None:
         _check_fits(name, weights)
     if weights is None:
-        print(f"timm:{name}: fetching its weights, unless they are in the hub's cache", flush=True)
+        logger.info(f"timm:{name}: fetching its weights, unless they are in the hub's cache")
     model = _create(name, pretrained=True).eval()
     _check_plain(name, model)
     prepared, notes = from_timm(model.pretrained_cfg, list(model.patch_embed.img_size), name)

@@ -48,7 +48,7 @@ PIECE = re.compile(
 PIECES = {"attn.qkv": (("query", "key", "value"), ("q_proj", "k_proj", "v_proj")),
           "mlp.fc1": (("gate_proj", "up_proj"),)}  # fmt: skip
 SHAPE = {"hidden_size": "width", "num_hidden_layers": "depth", "patch_size": "patch", "num_channels": "channels"}
-ALWAYS = {"class_token": True, "final_norm": True, "positions": "learned_1d", "prefix_positions": "class",
+ALWAYS = {"class_token": True, "final_norm": True, "pos_embed": "learned_1d", "prefix_positions": "class",
           "pooling": "class", "fc_norm": False, "qk_norm": False, "bias": True}  # fmt: skip
 """What every ViT and Dinov2 of transformers has, whatever its settings."""
 MODELS = ("vit", "dinov2", "dinov2_with_registers", "imagegpt")
@@ -199,7 +199,7 @@ def model_arguments(settings: EncoderSettings, outputs: str = "features") -> dic
     ratio = settings.mlp_ratio
     refuse_if(f"transformers' {kind}", {
         **not_plain(settings, outputs),
-        "positions: none": settings.positions == "none",
+        "pos_embed: none": settings.pos_embed == "none",
         f"mlp: {settings.mlp}": settings.mlp not in activations,
         f"mlp_ratio: {ratio:g}, which is no whole number": kind != "vit" and ratio != int(ratio),
         "bias: false": not settings.bias,

@@ -93,7 +93,7 @@ def settings_from_shapes(state: dict[str, Tensor], heads: int | None, notes: lis
     if "pos_embed" in state and state["pos_embed"].ndim == 3:
         found |= _grid_of_positions(state["pos_embed"].shape[1], patch, has_class, registers, notes, changes)
     elif not any(key.startswith("pos_embed") for key in state):
-        found["positions"] = "none"
+        found["pos_embed"] = "none"
     return EncoderSettings(**{**found, **changes})
 
 
@@ -114,7 +114,7 @@ def demand(state: dict[str, Tensor], *names: str) -> None:
 def as_read(settings: EncoderSettings) -> str:
     """What the names and shapes of a bare file were taken for, so that a reader sees what may have been lost."""
     parts = {
-        "class token": settings.class_token, "positions": settings.positions != "none", "biases": settings.bias,
+        "class token": settings.class_token, "pos_embed": settings.pos_embed != "none", "biases": settings.bias,
         "last norm": settings.final_norm or settings.fc_norm, "registers": settings.registers > 0,
         "LayerScale": settings.layer_scale is not None, "query-key norm": settings.qk_norm,
     }  # fmt: skip
@@ -159,10 +159,10 @@ def not_plain(settings: EncoderSettings, outputs: str) -> dict[str, bool]:
     is_pooled = outputs != "tokens"
     return {
         f"tokens: {settings.tokens}": settings.tokens != "patch",
-        f"positions: {settings.positions}": settings.positions not in (*TABLES, "none"),
+        f"pos_embed: {settings.pos_embed}": settings.pos_embed not in (*TABLES, "none"),
         f"norm: {settings.norm}": settings.norm != "layer",
         "causal: true": settings.causal,
-        "locality: true": settings.locality,
+        "locality_self_attention: true": settings.locality_self_attention,
         "pooling: attention": is_pooled and settings.pooling == "attention",
         f"feature_layer: {settings.feature_layer}": is_pooled and settings.feature_layer not in (None, settings.depth),
     }
@@ -177,7 +177,7 @@ def refuse_if(what: str, cannot: dict[str, bool]) -> None:
 
 def resampling_other_than(settings: EncoderSettings, antialias: bool) -> str | None:
     """The setting by which positions of other image sizes differ from a plain resampling to the size, or None."""
-    if settings.positions == "none":
+    if settings.pos_embed == "none":
         return None
     if settings.interpolate_offset:
         return f"interpolate_offset: {settings.interpolate_offset:g}"

@@ -77,8 +77,8 @@ class ViTEncoder(nn.Module):
         tokens, _ = self._run_blocks(tokens, places, path_noise=path_noise)
         return self.norm(tokens)
 
-    def begin_reading(self, batch: int) -> list[Memory]:
-        """Empty memories for `read_on`, one per block.
+    def init_kv_cache(self, batch: int) -> list[Memory]:
+        """Empty memories for `decode`, one per block.
 
         Raises:
             ValueError: the encoder is no causal pixel encoder, so later pixels change what earlier ones mean.
@@ -92,7 +92,7 @@ class ViTEncoder(nn.Module):
         length = settings.grid[0] * settings.grid[1]
         return [Memory(batch, length, settings, self.patch_embed.embed.weight) for _ in self.blocks]
 
-    def read_on(self, indices: Int[Tensor, "b k"], memories: list[Memory]) -> Float[Tensor, "b t d"]:
+    def decode(self, indices: Int[Tensor, "b k"], memories: list[Memory]) -> Float[Tensor, "b t d"]:
         """Tokens after the final norm at the places that the next k pixels open: what `forward` gives there.
 
         The first call also opens place 0, with the start token, so it may have no pixels. The last pixel of an image
@@ -100,7 +100,7 @@ class ViTEncoder(nn.Module):
 
         Args:
             indices: palette indices of the pixels that follow those read so far.
-            memories: from `begin_reading`; these pixels are added to them.
+            memories: from `init_kv_cache`; these pixels are added to them.
 
         Raises:
             ValueError: another number of images than the memories are for, or more pixels than open places.
@@ -235,7 +235,7 @@ class ViTEncoder(nn.Module):
 
     def _make_positions(self) -> None:
         settings = self.settings
-        kind, grid, width = settings.positions, settings.grid, settings.width
+        kind, grid, width = settings.pos_embed, settings.grid, settings.width
         rows = settings.position_rows
         if kind == "learned_1d":
             self.pos_embed = nn.Parameter(torch.zeros(1, rows + grid[0] * grid[1], width))
@@ -256,10 +256,10 @@ class ViTEncoder(nn.Module):
                 f"a pixel sequence is tied to its size: this encoder takes {settings.grid} pixels, not {grid}. "
                 "Resize the images (encoder.image_size)."
             )
-        if settings.positions in ("none", "rotary_2d", "relative_bias"):
+        if settings.pos_embed in ("none", "rotary_2d", "relative_bias"):
             return None, None
         rows = settings.position_rows
-        if settings.positions == "learned_2d":
+        if settings.pos_embed == "learned_2d":
             prefix = None if self.pos_embed_prefix is None else self.pos_embed_prefix[0]
             patches = (self.pos_embed_row + self.pos_embed_column).flatten(0, 1)
         else:
@@ -271,7 +271,7 @@ class ViTEncoder(nn.Module):
         )
 
     def _rotation(self, grid: tuple[int, int], visible: Tensor | None, device: torch.device):
-        if self.settings.positions != "rotary_2d":
+        if self.settings.pos_embed != "rotary_2d":
             return None
         turns = []
         for table, still in zip(
@@ -319,14 +319,14 @@ class ViTEncoder(nn.Module):
         outputs = {0: as_what(0, tokens)} if 0 in kept else {}
         for number, block in enumerate(self.blocks[:upto], start=1):
             noise = None if path_noise is None else path_noise[2 * number - 2 : 2 * number]
-            tokens = run_block(block, tokens, places, noise, self.settings.checkpointing)
+            tokens = run_block(block, tokens, places, noise, self.settings.activation_checkpointing)
             if number in kept:
                 outputs[number] = as_what(number, tokens)
         return tokens, outputs
 
     def reset_parameters(self) -> None:
-        """Maps by settings.initialization, zero biases in linear ones, and tokens and tables of std 0.02."""
-        start = nn.init.xavier_uniform_ if self.settings.initialization == "xavier" else _small_normal
+        """Maps by settings.init, zero biases in linear ones, and tokens and tables of std 0.02."""
+        start = nn.init.xavier_uniform_ if self.settings.init == "xavier" else _small_normal
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 start(module.weight)
@@ -334,11 +334,11 @@ class ViTEncoder(nn.Module):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 _small_normal(module.weight)
-        if self.settings.tokens == "pixel" and self.settings.color_start == "fourier":
+        if self.settings.tokens == "pixel" and self.settings.color_init == "fourier":
             self.patch_embed.start_from_colors()
         projection = getattr(self.patch_embed, "proj", None)
         # 'normal' leaves it as torch makes a convolution: a fixed deviation would be too small for small patches
-        if projection is not None and self.settings.initialization != "normal":
+        if projection is not None and self.settings.init != "normal":
             start(projection.weight.flatten(1))  # a linear map in a convolution's shape
             nn.init.zeros_(projection.bias)
         tables = ("cls_token", "reg_token", "mask_token", "pos_embed", "pos_embed_prefix", "pos_embed_row",
@@ -346,7 +346,7 @@ class ViTEncoder(nn.Module):
         for name, parameter in self.named_parameters():
             if name in tables:
                 _small_normal(parameter)
-        if self.settings.initialization == "scaled":
+        if self.settings.init == "scaled":
             self._start_scaled()
 
     def _start_scaled(self) -> None:

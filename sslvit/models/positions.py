@@ -1,6 +1,6 @@
 """Where a token is.
 
-Kinds (`encoder.positions`):
+Kinds (`encoder.pos_embed`):
     none           no positions: the encoder sees a bag of patches
     learned_1d     one learned row per place
     learned_2d     a learned row per grid row plus one per grid column

@@ -17,10 +17,10 @@ def resize_weights(weights: dict[str, Tensor], old: EncoderSettings, new: Encode
     Raises:
         ValueError: positions that cannot be stretched, or a pixel sequence, which is tied to its size.
     """
-    if old.grid == new.grid or old.positions == "none":
+    if old.grid == new.grid or old.pos_embed == "none":
         return weights
-    if old.positions not in TABLES or old.tokens == "pixel":
-        what = "a pixel sequence" if old.tokens == "pixel" else f"{old.positions} positions"
+    if old.pos_embed not in TABLES or old.tokens == "pixel":
+        what = "a pixel sequence" if old.tokens == "pixel" else f"{old.pos_embed} positions"
         raise ValueError(
             f"encoder.image_size: {what} cannot be moved from {old.image_size} to {new.image_size} pixels."
         )
@@ -32,9 +32,9 @@ def resize_weights(weights: dict[str, Tensor], old: EncoderSettings, new: Encode
 
 def check_resizable(old: EncoderSettings, new: EncoderSettings) -> None:
     """Raise ValueError unless weights for one size can be used at the other."""
-    is_same = old.grid == new.grid or (old.positions == "none" and old.tokens != "pixel")
-    if not is_same and (old.positions not in TABLES or old.tokens == "pixel"):
-        what = "a pixel sequence" if old.tokens == "pixel" else f"{old.positions} positions"
+    is_same = old.grid == new.grid or (old.pos_embed == "none" and old.tokens != "pixel")
+    if not is_same and (old.pos_embed not in TABLES or old.tokens == "pixel"):
+        what = "a pixel sequence" if old.tokens == "pixel" else f"{old.pos_embed} positions"
         raise ValueError(
             f"encoder.image_size: {what} cannot be moved from {old.image_size} to {new.image_size} pixels."
         )

@@ -94,7 +94,7 @@ class HybridTokens(nn.Module):
         super().__init__()
         from torchvision.models import get_model  # torchvision takes seconds to import; only hybrids pay
 
-        resnet = get_model(settings.cnn, weights=None)
+        resnet = get_model(settings.hybrid_backbone, weights=None)
         if settings.channels != 3:
             resnet.conv1 = nn.Conv2d(settings.channels, 64, 7, 2, 3, bias=False)
         stages = [resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4]

@@ -61,11 +61,11 @@ class Attention(nn.Module):
         width = settings.width
         self.heads = settings.heads
         self.causal = settings.causal
-        self.locality = settings.locality
+        self.locality = settings.locality_self_attention
         self.qkv = nn.Linear(width, 3 * width, bias=settings.bias)
         self.q_norm = make_norm(settings, settings.head_width) if settings.qk_norm else nn.Identity()
         self.k_norm = make_norm(settings, settings.head_width) if settings.qk_norm else nn.Identity()
-        self.rel_pos = RelativeBias(settings.heads, settings.grid) if settings.positions == "relative_bias" else None
+        self.rel_pos = RelativeBias(settings.heads, settings.grid) if settings.pos_embed == "relative_bias" else None
         self.proj = nn.Linear(width, width, bias=settings.bias)
         scale = torch.full((settings.heads, 1, 1), settings.head_width**-0.5)
         if self.locality:
@@ -221,7 +221,8 @@ def run_block(
     path_noise: Float[Tensor, "2 b"] | None = None,
     recompute: bool = False,
 ) -> Float[Tensor, "b t d"]:
-    """A block's output; with `recompute` (encoder.checkpointing) nothing inside it is kept for the backward pass."""
+    """A block's output; with `recompute` (encoder.activation_checkpointing) nothing inside it is kept for the
+    backward pass."""
     if recompute and block.training and torch.is_grad_enabled():
         return checkpoint(block, tokens, places, path_noise, use_reentrant=False)
     return block(tokens, places, path_noise)

@@ -1,11 +1,18 @@
 """How weights move."""
 
-from sslvit.optim.clip import clip_all, clip_each, norms_of
-from sslvit.optim.ema import move_average
+from sslvit.optim.clip import clip_by_global_norm, clip_by_parameter_norm, grad_norms
+from sslvit.optim.ema import ema_update
 from sslvit.optim.groups import decay_groups, layer_decay_groups, layer_of
 from sslvit.optim.schedules import cosine, warmup_cosine
 
 __all__ = [
-    "clip_all", "clip_each", "cosine", "decay_groups", "layer_decay_groups", "layer_of", "move_average", "norms_of",
+    "clip_by_global_norm",
+    "clip_by_parameter_norm",
+    "cosine",
+    "decay_groups",
+    "ema_update",
+    "grad_norms",
+    "layer_decay_groups",
+    "layer_of",
     "warmup_cosine",
 ]  # fmt: skip

@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from sslvit.optim.clip import own_part
+from sslvit.optim.clip import local_shard
 
 
 @torch.no_grad()
-def move_average(average: nn.Module, source: nn.Module, momentum: float) -> None:
+def ema_update(average: nn.Module, source: nn.Module, momentum: float) -> None:
     """average = momentum x average + (1 - momentum) x source, parameter by parameter; buffers stay as they are."""
     for module in (*average.modules(), *source.modules()):
         if hasattr(module, "reshard"):  # weights that a forward pass gathered from all ranks are a copy
             module.reshard()
-    ours = [own_part(parameter) for parameter in average.parameters()]
-    theirs = [own_part(parameter.detach()) for parameter in source.parameters()]
+    ours = [local_shard(parameter) for parameter in average.parameters()]
+    theirs = [local_shard(parameter.detach()) for parameter in source.parameters()]
     torch._foreach_mul_(ours, momentum)
     torch._foreach_add_(ours, theirs, alpha=1 - momentum)

@@ -48,7 +48,7 @@ def layer_of(name: str, depth: int) -> int:
 def layer_decay_groups(
     named: Iterable[tuple[str, nn.Parameter]], depth: int, weight_decay: float, layer_decay: float
 ) -> list[dict]:
-    """One group per layer and decay, each with `rate_scale` = layer_decay ** (depth + 1 - layer).
+    """One group per layer and decay, each with `lr_scale` = layer_decay ** (depth + 1 - layer).
 
     Tokens and position tables do not decay either (MAE's fine-tuning spares those that it has).
 
@@ -66,7 +66,7 @@ def layer_decay_groups(
         layer = layer_of(name, depth)
         group = groups.setdefault((layer, does_decay), {
             "params": [], "weight_decay": weight_decay if does_decay else 0.0, "decays": does_decay,
-            "rate_scale": layer_decay ** (depth + 1 - layer),
+            "lr_scale": layer_decay ** (depth + 1 - layer),
         })  # fmt: skip
         group["params"].append(parameter)
     return list(groups.values())

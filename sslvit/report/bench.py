@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+import logging
 import os
 import shutil
 import time
@@ -45,6 +46,8 @@ from sslvit.settings import SupervisedSettings
 from sslvit.settings.bench import PIXELS, BenchSettings, FinetuneColumn, ProbeColumn, SplitSettings
 from sslvit.settings.load import load_recipe
 from sslvit.train.folder import RunFolder
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 2  # raised when the same cell would mean another number
 MARK = "bench.json"
@@ -143,9 +146,11 @@ class BenchRun:
                 if recipe.train.devices * recipe.train.nodes > 1:
                     raise ValueError(f"{where}.train.devices: a bench trains on one device.")
                 fewest = min(len(train.index) for train, _ in self.sets.values())
-                batch = recipe.data.fitted(fewest).global_batch
+                batch = recipe.data.fitted(fewest).global_batch_size
                 if batch > fewest:
-                    raise ValueError(f"{where}: data.global_batch {batch}, but there are {fewest} training images.")
+                    raise ValueError(
+                        f"{where}: data.global_batch_size {batch}, but there are {fewest} training images."
+                    )
 
     def run(self) -> dict[str, Path]:
         """Fill the tables cell by cell; returns what was written."""
@@ -287,7 +292,7 @@ class BenchRun:
             if not folder.checkpoint.exists():
                 shutil.rmtree(folder.path, ignore_errors=True)
             start = "from scratch" if is_scratch else f"from {path}"
-            print(printable(f"{data}: training with labels, {start}"), flush=True)
+            logger.info(printable(f"{data}: training with labels, {start}"))
             split = self.settings.data[data]
             finetune(
                 path, split.train, split.val, wanted.config, folder.path, is_scratch, resume=folder.checkpoint.exists(),
@@ -304,7 +309,7 @@ class BenchRun:
         if file.exists():
             found = json.loads(file.read_text())
             return Cell(found["values"], found["seconds"], found["about"], key)
-        print(printable(title), flush=True)
+        logger.info(printable(title))
         start = time.monotonic()
         values, about = measure()
         cell = Cell(values, time.monotonic() - start, about, key)
@@ -377,23 +382,23 @@ def bench(settings: BenchSettings) -> dict[str, Path]:
         raise ValueError(
             f"{run.folder}: another process runs this bench. Wait for it, or choose another --out."
         ) from None
-    print()
+    logger.info("")
     content = json.loads(files["table.json"].read_text())
     for data in settings.data:
         rows: Draws = {}
         for cell in content["cells"]:
             if cell["data"] == data:
                 rows.setdefault(cell["row"], {})[cell["column"]] = cell["values"]
-        print(f"{printable(data)}\n\n{format_table(rows)}\n")
+        logger.info(f"{printable(data)}\n\n{format_table(rows)}\n")
     for file in files.values():
-        print(f"  {file}")
+        logger.info(f"  {file}")
     return files
 
 
 def _training_seconds(folder: RunFolder) -> float:
     """That the steps of a run took, over all parts of it that were gone on with."""
     seconds, step = 0.0, 0
-    batch = folder.read_config()["data"]["global_batch"]
+    batch = folder.read_config()["data"]["global_batch_size"]
     for line in folder.read_metrics():
         seconds += (line["step"] - step) * batch / line["images_per_second"]
         step = line["step"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import math
 import shutil
 import tarfile
@@ -32,6 +33,8 @@ from sslvit.settings.load import by_dotted_key, load_recipe
 from sslvit.train.folder import RunFolder
 from sslvit.train.run import pretrain
 
+logger = logging.getLogger(__name__)
+
 TASKS = {"mae": "masked autoencoder", "dino": "self-distillation", "igpt": "next-pixel prediction"}
 NAMES = {"mae": "MAE", "dino": "DINO", "igpt": "iGPT"}
 RECIPES = {
@@ -40,14 +43,14 @@ RECIPES = {
 }
 # on a CPU the demo shows the way on CIFAR-10, not the result: the recipes' full length would take weeks there
 CIFAR10_ON_A_CPU: dict[str, dict] = {
-    "mae": {"data.global_batch": 128, "optim.base_rate": 1e-3, "optim.warmup_epochs": 0.15, "train.steps": 400},
-    "dino": {"data.global_batch": 64, "optim.warmup_epochs": None, "task.momentum": 0.99, "train.steps": 100},
+    "mae": {"data.global_batch_size": 128, "optim.base_lr": 1e-3, "optim.warmup_epochs": 0.15, "train.steps": 400},
+    "dino": {"data.global_batch_size": 64, "optim.warmup_epochs": None, "task.momentum": 0.99, "train.steps": 100},
     "igpt": {
         "encoder.width": 96,
         "encoder.depth": 4,
         "encoder.heads": 3,
-        "data.global_batch": 4,
-        "optim.base_rate": 0.256,
+        "data.global_batch_size": 4,
+        "optim.base_lr": 0.256,
         "optim.warmup_epochs": None,
         "train.steps": 300,
     },
@@ -92,18 +95,18 @@ def demo(
     importlib.import_module("timm")  # the last step needs it: missing, it is said now
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / MARK, json.dumps({"data": data, "seed": seed}) + "\n")
-    print(f"1/4  packing {data} into WebDataset shards", flush=True)
+    logger.info(f"1/4  packing {data} into WebDataset shards")
     shards = folder / "shards"
     source = pack_digits(shards) if data == "digits" else pack_cifar10(shards, archive, folder / "download")
     encoders, runs = {}, {}
     given = {"data.shards": source.location, "seed": seed}
     for task, changed in split_changes(RECIPES[data], changes or {}).items():
-        print(f"2/4  pretraining: {TASKS[task]}", flush=True)
+        logger.info(f"2/4  pretraining: {TASKS[task]}")
         short = CIFAR10_ON_A_CPU[task] if data == "cifar10" and not torch.cuda.is_available() else {}
         settings = load_recipe(RECIPES[data][task], short | given | {"out": str(folder / task)} | changed)
         runs[task] = pretrain(settings)
         encoders[NAMES[task]] = load_encoder(runs[task].path)
-    print("3/4  probing: logistic regression and nearest neighbors on frozen features", flush=True)
+    logger.info("3/4  probing: logistic regression and nearest neighbors on frozen features")
     splits = (str(shards / "train"), str(shards / "test"))
     table = probe(encoders, ProbeSettings(*splits, labels_per_class=10, neighbors=[20], cache=None))
     depth = encoders["iGPT"].settings.depth
@@ -114,7 +117,7 @@ def demo(
     draw_layers(layers, list(range(1, depth + 1)), layers_file)
     scores = folder / "scores.json"
     write_atomically(scores, to_json(table.as_dict(), indent=1) + "\n")
-    print("4/4  exporting MAE's encoder to timm and comparing its outputs there", flush=True)
+    logger.info("4/4  exporting MAE's encoder to timm and comparing its outputs there")
     verdict = export_encoder(runs["mae"].path, folder / "export" / "timm", "timm")
     bars_file = bars(folder / "figures" / "scores.png", table.rows, "right answers, %", "Frozen features, probed")
     seconds = time.monotonic() - start
@@ -122,8 +125,8 @@ def demo(
     page = write_page(
         folder / "report.html", title, page_content(data, table, runs, bars_file, layers, layers_file, verdict, seconds)
     )
-    print(f"\nRight answers in percent on {table.about['val_images']} test images:\n\n{table.text()}\n")
-    print(f"Done in {seconds / 60:.1f} minutes. Open these:")
+    logger.info(f"\nRight answers in percent on {table.about['val_images']} test images:\n\n{table.text()}\n")
+    logger.info(f"Done in {seconds / 60:.1f} minutes. Open these:")
     for path, what in [
         (page, "the page with everything on it"),
         (runs["mae"].figures / "reconstruction.png", "MAE: input, what the encoder saw, reconstruction"),
@@ -134,7 +137,7 @@ def demo(
         (scores, "the scores"), *((run.encoder, f"{NAMES[task]}'s encoder, for sslvit") for task, run in runs.items()),
         (folder / "export" / "timm", "MAE's encoder, for timm"),
     ]:  # fmt: skip
-        print(f"  {path!s:<40} {what}")
+        logger.info(f"  {path!s:<40} {what}")
     return table.as_dict()
 
 

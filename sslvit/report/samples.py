@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -16,6 +17,8 @@ from sslvit.settings.sample import SampleSettings
 from sslvit.settings.views import CenterSettings
 from sslvit.tasks.igpt import IGPT, completion_rows, shown
 from sslvit.tasks.sampling import complete
+
+logger = logging.getLogger(__name__)
 
 COLUMNS = 8  # images in a row of generated ones
 
@@ -62,7 +65,7 @@ def draw_completions(
     views = Views(CenterSettings(), encoder.image_size, encoder.interpolation)
     batch = make_batch(ShardReader(index, encoder.channels, memory_limit_mb=0), views, chosen, 0 * chosen)
     for key, reason in batch.bad.items():
-        print(f"warning: {printable(key)} is left out: {printable(reason)}")
+        logger.warning(f"{printable(key)} is left out: {printable(reason)}")
     if not batch.valid.any():
         raise ValueError(f"{images}: none of its first {len(chosen)} images can be read.")
     embed = task.encoder.patch_embed

@@ -9,7 +9,7 @@ from sslvit.settings.optim import OptimSettings
 from sslvit.settings.presets import PRESETS, preset
 from sslvit.settings.probe import ProbeSettings
 from sslvit.settings.protocols import LogregSettings
-from sslvit.settings.run import TASK_SETTINGS, PretrainSettings
+from sslvit.settings.run import TASK_SETTINGS, RunSettings
 from sslvit.settings.supervised import SupervisedSettings
 from sslvit.settings.task import TaskSettings
 from sslvit.settings.train import TrainSettings
@@ -26,8 +26,8 @@ __all__ = [
     "LogregSettings",
     "MAESettings",
     "OptimSettings",
-    "PretrainSettings",
     "ProbeSettings",
+    "RunSettings",
     "SupervisedSettings",
     "TaskSettings",
     "TrainSettings",

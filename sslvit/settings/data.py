@@ -23,8 +23,9 @@ class DataSettings:
             (https, s3, gs), or an image folder (packed first, into the cache).
         mixture: several of these instead, each with its share of every batch, such as {shards/a: 3, shards/b: 1}.
         view: how an image is seen; its kind picks the keys.
-        global_batch: images per optimizer step, over all ranks and micro-batches.
-        fit_batch: lower global_batch where the data set holds fewer images; in a recipe true unless global_batch is
+        global_batch_size: images per optimizer step, over all ranks and micro-batches.
+        fit_batch: lower global_batch_size where the data set holds fewer images; in a recipe true unless
+            global_batch_size is
             given on the command line. config.yaml holds the batch that ran.
         fit_normalization: take encoder.mean and encoder.std from the index; in a recipe true for other than 1 or 3
             channels unless they are given.
@@ -40,14 +41,14 @@ class DataSettings:
         stream_samples: for gzipped tars and pipes, which cannot be indexed: how many images they hold, about.
         allow_pipe: run commands given as pipe:COMMAND. They can do anything that you can.
         max_pixels: of the largest image that is decoded; a larger one counts as unreadable.
-        bad_limit: share of unreadable samples above which the run stops.
+        max_unreadable_fraction: share of unreadable samples above which the run stops.
         ledger: write down which samples every step read.
     """
 
     shards: str | None = None
     mixture: dict[str, float] | None = None
     view: ViewSettings = field(default_factory=CropSettings)
-    global_batch: int = 4096
+    global_batch_size: int = 4096
     fit_batch: bool = False
     fit_normalization: bool = False
     resolutions: list[int] | None = None
@@ -61,7 +62,7 @@ class DataSettings:
     stream_samples: int | None = None
     allow_pipe: bool = False
     max_pixels: int = 100_000_000
-    bad_limit: float = 0.01
+    max_unreadable_fraction: float = 0.01
     ledger: bool = False
 
     def __post_init__(self) -> None:
@@ -71,8 +72,8 @@ class DataSettings:
             self.cache = expand_path(self.cache)
         if self.shards and self.mixture:
             raise ValueError("data.shards and data.mixture exclude each other. Name the shards in the mixture only.")
-        if self.global_batch < 1:
-            raise ValueError(f"data.global_batch: {self.global_batch} is less than one image.")
+        if self.global_batch_size < 1:
+            raise ValueError(f"data.global_batch_size: {self.global_batch_size} is less than one image.")
         if self.workers < 0:
             raise ValueError(f"data.workers: {self.workers} is negative. Use 0 to load in the main process.")
         for key in ("lanes", "window_shards", "cache_gb", "stream_samples", "max_pixels"):
@@ -91,11 +92,11 @@ class DataSettings:
             images: in the data set.
             ranks: that share the batch equally.
         """
-        if not self.fit_batch or images >= self.global_batch:
+        if not self.fit_batch or images >= self.global_batch_size:
             return self
         batch = ranks
         while 2 * batch <= images and (
             2 * batch * MIN_STEPS_PER_EPOCH <= images or 2 * batch <= MIN_IMAGES_PER_RANK * ranks
         ):
             batch *= 2
-        return replace(self, global_batch=min(batch, self.global_batch))
+        return replace(self, global_batch_size=min(batch, self.global_batch_size))

@@ -30,11 +30,12 @@ class DINOSettings(TaskSettings):
         batch_norm: normalize over the batch inside the MLP.
         norm_last_layer: keep the prototypes' lengths at one; false learns them (better for a small model with
             a fitting temperature, less stable).
-        student_temperature: of the student's softmax.
-        teacher_temperature: of the teacher's softmax after its warm-up; lower is sharper. null for 0.07 at
+        student_temp: of the student's softmax.
+        teacher_temp: of the teacher's softmax after its warm-up; lower is sharper. null for 0.07 at
             global batches from 1024 on, otherwise 0.04.
-        warmup_teacher_temperature: with which it begins.
-        warmup_teacher_epochs: epochs until it is reached, in equal parts; null for 30, or a tenth of a shorter run.
+        warmup_teacher_temp: with which it begins.
+        warmup_teacher_temp_epochs: epochs until it is reached, in equal parts; null for 30, or a tenth of a shorter
+            run.
         momentum: share of the teacher that stays at the first update; null for 0.996 at a batch of 1024, as strong
             per image at others, and an average over at most a tenth of the run.
         final_momentum: the same at the last update.
@@ -53,10 +54,10 @@ class DINOSettings(TaskSettings):
     bottleneck: int = 256
     batch_norm: bool = False
     norm_last_layer: bool = True
-    student_temperature: float = 0.1
-    teacher_temperature: float | None = None
-    warmup_teacher_temperature: float = 0.04
-    warmup_teacher_epochs: float | None = None
+    student_temp: float = 0.1
+    teacher_temp: float | None = None
+    warmup_teacher_temp: float = 0.04
+    warmup_teacher_temp_epochs: float | None = None
     momentum: float | None = None
     final_momentum: float = 1.0
     centering: Literal["mean", "sinkhorn"] = "mean"
@@ -70,7 +71,7 @@ class DINOSettings(TaskSettings):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ValueError(f"task.{key}: {value} is less than 1.")
-        for key in ("student_temperature", "teacher_temperature", "warmup_teacher_temperature"):
+        for key in ("student_temp", "teacher_temp", "warmup_teacher_temp"):
             value = getattr(self, key)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"task.{key}: {value} is not above zero.")
@@ -78,7 +79,7 @@ class DINOSettings(TaskSettings):
             value = getattr(self, key)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"task.{key}: {value} is not between 0 and 1.")
-        for key in ("warmup_teacher_epochs", "koleo", "freeze_last_layer"):
+        for key in ("warmup_teacher_temp_epochs", "koleo", "freeze_last_layer"):
             value = getattr(self, key)
             if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"task.{key}: {value} is not zero or more.")
@@ -89,20 +90,20 @@ class DINOSettings(TaskSettings):
         if self.out_dim == 1:
             raise ValueError("task.out_dim: with 1 prototype there is nothing to tell apart. Use 2 or more.")
 
-    def fitted(self, images: int, global_batch: int, total_steps: int, classes: int | None = None) -> DINOSettings:
+    def fitted(self, images: int, global_batch_size: int, total_steps: int, classes: int | None = None) -> DINOSettings:
         """The same with every null replaced by what suits the job.
 
         Args:
             images: in the data set.
-            global_batch: images per optimizer step.
+            global_batch_size: images per optimizer step.
             total_steps: of the run.
         """
-        epochs = total_steps * global_batch / images
+        epochs = total_steps * global_batch_size / images
         fitting = {
             "out_dim": prototypes_for(images),
-            "teacher_temperature": 0.07 if global_batch >= PAPER_BATCH else 0.04,
-            "warmup_teacher_epochs": min(30.0, epochs / 10),
-            "momentum": momentum_for(global_batch, total_steps),
+            "teacher_temp": 0.07 if global_batch_size >= PAPER_BATCH else 0.04,
+            "warmup_teacher_temp_epochs": min(30.0, epochs / 10),
+            "momentum": momentum_for(global_batch_size, total_steps),
         }
         return replace(self, **{key: value for key, value in fitting.items() if getattr(self, key) is None})
 
@@ -110,7 +111,7 @@ class DINOSettings(TaskSettings):
         if micro < 2 and self.koleo:
             raise ValueError(
                 f"task.koleo: {self.koleo:g} spreads the images of one micro-batch, and a single one has no neighbor. "
-                "Raise train.micro_batch or data.global_batch, or set task.koleo to 0."
+                "Raise train.micro_batch_size or data.global_batch_size, or set task.koleo to 0."
             )
 
     def remedy(self, sign: str, rate: str) -> str:
@@ -118,14 +119,11 @@ class DINOSettings(TaskSettings):
         return self._sharpen(rate) if sign == "even" else self._center(rate)
 
     def _sharpen(self, rate: str) -> str:
-        hottest = max(("teacher_temperature", "warmup_teacher_temperature"), key=lambda key: getattr(self, key))
+        hottest = max(("teacher_temp", "warmup_teacher_temp"), key=lambda key: getattr(self, key))
         value = getattr(self, hottest)
         temperature = f"task.{hottest} ({value:g})"
-        if value >= self.student_temperature:
-            return (
-                f"Set {temperature} well below task.student_temperature ({self.student_temperature:g}): "
-                "0.04 to 0.07 is usual."
-            )
+        if value >= self.student_temp:
+            return f"Set {temperature} well below task.student_temp ({self.student_temp:g}): 0.04 to 0.07 is usual."
         if value > 0.07:
             return f"Lower {temperature}; 0.04 to 0.07 is usual."
         norm = "" if self.batch_norm else "; for small data or batches set task.batch_norm to true"
@@ -134,8 +132,8 @@ class DINOSettings(TaskSettings):
     def _center(self, rate: str) -> str:
         if self.centering == "mean" and self.center_momentum > 0.99:
             return f"The center hardly moves: lower task.center_momentum ({self.center_momentum:g}); 0.9 is usual."
-        temperature = f"task.teacher_temperature ({self.teacher_temperature:g})"
-        parts = [f"Lower {rate}, or raise data.global_batch or {temperature}"]
+        temperature = f"task.teacher_temp ({self.teacher_temp:g})"
+        parts = [f"Lower {rate}, or raise data.global_batch_size or {temperature}"]
         if not self.batch_norm:
             parts.append("for small data set task.batch_norm to true")
         if self.centering == "mean":
@@ -151,13 +149,13 @@ def prototypes_for(images: int) -> int:
     return 2 ** min(max(round(math.log2(max(images, 1) / IMAGES_PER_PROTOTYPE)), 8), 16)
 
 
-def momentum_for(global_batch: int, total_steps: int) -> float:
+def momentum_for(global_batch_size: int, total_steps: int) -> float:
     """The teacher's first momentum.
 
     The paper's 0.996 at a batch of 1024; an average over as many images at others (Busbridge et al. 2023, "How to
     scale your EMA"); but over no more than a tenth of the run, which matters in short runs: on the digits two fifths
     of it were worse than a tenth or a fortieth (docs/dino.md).
     """
-    per_batch = PAPER_MOMENTUM ** (global_batch / PAPER_BATCH)
+    per_batch = PAPER_MOMENTUM ** (global_batch_size / PAPER_BATCH)
     per_run = 1 - min(PARTS_OF_A_RUN / total_steps, 0.5)
     return round(min(per_batch, per_run), 6)

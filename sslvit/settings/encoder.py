@@ -50,10 +50,10 @@ class EncoderSettings:
             Xiao et al. 2021), hybrid (the feature map of a ResNet; Dosovitskiy et al. 2021, section 3.1),
             shifted_patch (five shifted copies, Lee et al. 2021), pixel (palette indices, Chen et al. 2020).
         patch: side of a patch in pixels; for conv_stem a power of two; for hybrid 4, 8, 16 or 32; for pixel 1.
-        cnn: for hybrid tokens: which of torchvision's ResNets, cut where its stride is `patch`.
+        hybrid_backbone: for hybrid tokens: which of torchvision's ResNets, cut where its stride is `patch`.
         palette: for pixel tokens: uniform (3 bits a channel: 512 colors or 8 grays), a list of colors in [-1, 1], or,
             in a recipe and on the command line, a file of them (`sslvit palette` makes one).
-        color_start: what the vectors of a palette's colors start as: normal (random numbers: iGPT) or fourier
+        color_init: what the vectors of a palette's colors start as: normal (random numbers: iGPT) or fourier
             (random Fourier features of the colors, Rahimi and Recht 2007: near colors start alike).
         width: channels of a token.
         depth: number of blocks.
@@ -66,14 +66,14 @@ class EncoderSettings:
         bias: biases in the linear layers of the blocks.
         layer_scale: initial value of a learned scale per channel on each residual branch; null for none.
         qk_norm: normalize queries and keys per head.
-        locality: Locality Self-Attention (Lee et al. 2021): a token does not attend to itself, and the
+        locality_self_attention: Locality Self-Attention (Lee et al. 2021): a token does not attend to itself, and the
             temperature is learned. Not together with causal.
         causal: a token attends to itself and earlier ones only.
         dropout: on the tokens, after a block's attention, and behind both maps of its MLP, as timm's and DINO's code do
             (torch also drops attention weights; these do not). MAE and DINO train without.
         drop_path: stochastic depth of the last block; rises linearly from zero at the first one (Huang et al. 2016). A
             single block has all of it.
-        positions: see sslvit/models/positions.py.
+        pos_embed: see sslvit/models/positions.py.
         prefix_positions: which prefix tokens have a row of their own in the position table.
         interpolate_antialias: smooth when a position table shrinks to a smaller grid.
         interpolate_offset: added to the new grid's sides to form a scale factor, as DINO and DINOv2 did (0.1);
@@ -87,12 +87,13 @@ class EncoderSettings:
         feature_layer: blocks that an image passes before it is probed; null for all.
         feature_norm: what normalizes those tokens: final (the encoder's last norm) or next (the first norm of
             the following block, as iGPT's probe does).
-        initialization: of the linear maps: normal (truncated, std 0.02; the projection of patches as torch starts a
+        init: of the linear maps: normal (truncated, std 0.02; the projection of patches as torch starts a
             convolution, uniform up to 1 / sqrt(inputs) with its bias: timm, DINO), xavier (uniform, the projection too:
             MAE) or scaled (as in iGPT's released code: queries, keys and values 1 / sqrt(width), the map behind them
             1 / sqrt(width x depth), the position table 0.01, all else 0.02). docs/mae.md has what the projection's
             start is worth at small patches.
-        checkpointing: recompute blocks (MAE's decoder's too) in the backward pass instead of storing their activations.
+        activation_checkpointing: recompute blocks (MAE's decoder's too) in the backward pass instead of storing their
+            activations.
     """
 
     image_size: int | list[int] = 224
@@ -104,9 +105,9 @@ class EncoderSettings:
     crop_fraction: float = 1.0
     tokens: TokenKind = "patch"
     patch: int = 16
-    cnn: Literal["resnet18", "resnet34", "resnet50"] = "resnet50"
+    hybrid_backbone: Literal["resnet18", "resnet34", "resnet50"] = "resnet50"
     palette: str | list[list[float]] = "uniform"
-    color_start: Literal["normal", "fourier"] = "normal"
+    color_init: Literal["normal", "fourier"] = "normal"
     width: int = 768
     depth: int = 12
     heads: int = 12
@@ -117,11 +118,11 @@ class EncoderSettings:
     bias: bool = True
     layer_scale: float | None = None
     qk_norm: bool = False
-    locality: bool = False
+    locality_self_attention: bool = False
     causal: bool = False
     dropout: float = 0.0
     drop_path: float = 0.0
-    positions: PositionKind = "learned_1d"
+    pos_embed: PositionKind = "learned_1d"
     prefix_positions: Literal["none", "class", "all"] = "class"
     interpolate_antialias: bool = True
     interpolate_offset: float = 0.0
@@ -133,8 +134,8 @@ class EncoderSettings:
     fc_norm: bool = False
     feature_layer: int | None = None
     feature_norm: Literal["final", "next"] = "final"
-    initialization: Literal["normal", "xavier", "scaled"] = "normal"
-    checkpointing: bool = False
+    init: Literal["normal", "xavier", "scaled"] = "normal"
+    activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.image_size, int):
@@ -194,10 +195,10 @@ class EncoderSettings:
             raise ValueError(f"encoder.patch: a pixel token is 1 pixel wide, not {self.patch}. Set patch to 1.")
         if self.tokens == "pixel":
             check_palette(self.palette, self.channels)
-        if self.causal and self.locality:
+        if self.causal and self.locality_self_attention:
             raise ValueError(
-                "encoder.locality: a causal first token could attend to nothing once its own place is masked. "
-                "Set either causal or locality to false."
+                "encoder.locality_self_attention: a causal first token could attend to nothing once its own place "
+                "is masked. Set either causal or locality_self_attention to false."
             )
         if self.tokens == "conv_stem" and (self.patch < 2 or self.patch & (self.patch - 1)):
             raise ValueError(
@@ -206,11 +207,11 @@ class EncoderSettings:
             )
         if self.tokens == "hybrid" and self.patch not in (4, 8, 16, 32):
             raise ValueError(f"encoder.patch: a ResNet's strides are 4, 8, 16 and 32, not {self.patch}.")
-        if self.positions == "sincos_2d" and self.width % 4:
+        if self.pos_embed == "sincos_2d" and self.width % 4:
             raise ValueError(f"encoder.width: sincos_2d positions need a multiple of 4, not {self.width}.")
-        if self.positions == "sincos_1d" and self.width % 2:
+        if self.pos_embed == "sincos_1d" and self.width % 2:
             raise ValueError(f"encoder.width: sincos_1d positions need an even width, not {self.width}.")
-        if self.positions == "rotary_2d" and self.head_width % 4:
+        if self.pos_embed == "rotary_2d" and self.head_width % 4:
             raise ValueError(
                 f"encoder.heads: rotary_2d positions need width / heads in multiples of 4, "
                 f"not {self.width} / {self.heads} = {self.head_width}."

@@ -20,7 +20,7 @@ from sslvit.settings.encoder import EncoderSettings
 from sslvit.settings.palette import UNIFORM, read_palette
 from sslvit.settings.presets import preset_values
 from sslvit.settings.protocols import PROTOCOLS, ProtocolSettings
-from sslvit.settings.run import TASK_SETTINGS, PretrainSettings
+from sslvit.settings.run import TASK_SETTINGS, RunSettings
 from sslvit.settings.views import VIEW_SETTINGS
 
 Settings = TypeVar("Settings")
@@ -33,19 +33,21 @@ CHOICES: dict[str, tuple[str, str, dict[str, type]]] = {
 SET_ASIDE = {"data.shards": "data.mixture", "data.mixture": "data.shards", "train.epochs": "train.steps"}
 # other libraries' names for keys
 USUAL_NAMES: dict[str, tuple[str, ...]] = {
-    "lr": ("base_rate", "rates"), "learning_rate": ("base_rate", "rates"), "base_lr": ("base_rate", "rates"),
-    "blr": ("base_rate",), "min_lr": ("min_rate",), "wd": ("weight_decay",), "warmup": ("warmup_epochs",),
-    "warmup_steps": ("warmup_epochs",), "clip_grad": ("clip",), "grad_clip": ("clip",), "max_norm": ("clip",),
-    "batch_size": ("global_batch", "batch"), "batch": ("global_batch",), "bs": ("global_batch", "batch"),
-    "global_batch_size": ("global_batch",), "micro_batch_size": ("micro_batch",), "num_workers": ("workers",),
+    "lr": ("base_lr", "lrs"), "learning_rate": ("base_lr", "lrs"), "base_rate": ("base_lr", "lrs"),
+    "blr": ("base_lr",), "wd": ("weight_decay",), "warmup": ("warmup_epochs",),
+    "warmup_steps": ("warmup_epochs",), "clip": ("clip_grad",), "grad_clip": ("clip_grad",), "max_norm": ("clip_grad",),
+    "batch_size": ("global_batch_size", "batch"), "batch": ("global_batch_size",), "bs": ("global_batch_size", "batch"),
+    "num_workers": ("workers",), "teacher_temperature": ("teacher_temp",), "student_temperature": ("student_temp",),
+    "warmup_teacher_temperature": ("warmup_teacher_temp",), "momentum_teacher": ("momentum",),
     "data_path": ("shards",), "data_dir": ("shards",), "output_dir": ("out",), "save_dir": ("out",),
     "max_epochs": ("epochs",), "num_epochs": ("epochs",), "max_steps": ("steps",), "num_steps": ("steps",),
     "gpus": ("devices",), "num_gpus": ("devices",), "num_nodes": ("nodes",), "amp": ("precision",),
     "img_size": ("image_size",), "input_size": ("image_size",), "patch_size": ("patch",), "embed_dim": ("width",),
     "hidden_size": ("width",), "num_heads": ("heads",), "num_layers": ("depth",), "layers": ("depth",),
     "drop_path_rate": ("drop_path",), "in_chans": ("channels",), "arch": ("preset",), "model": ("preset",),
+    "grad_checkpointing": ("activation_checkpointing",), "gradient_checkpointing": ("activation_checkpointing",),
 }  # fmt: skip
-REMARKS = {"base_rate": " (the rate at a batch of 256)"}
+REMARKS = {"base_lr": " (the rate at a batch of 256)"}
 # other libraries' names for values
 USUAL_VALUES = {
     "train.precision": {
@@ -66,7 +68,7 @@ MAX_YAML_VALUES = 500_000  # aliases make few bytes stand for any number of valu
 
 def load_recipe(
     config: str | Path, changes: dict[str, Any] | None = None, base: EncoderSettings | None = None
-) -> PretrainSettings:
+) -> RunSettings:
     """The settings of a recipe with changes.
 
     Args:
@@ -115,7 +117,7 @@ def load_recipe(
             palette if Path(palette).exists() else beside if beside.exists() else palette
         )
     _leave_open(tree, changes)
-    return build(PretrainSettings, tree, kinds)
+    return build(RunSettings, tree, kinds)
 
 
 def _leave_open(tree: dict[str, Any], changes: dict[str, Any]) -> None:
@@ -123,7 +125,7 @@ def _leave_open(tree: dict[str, Any], changes: dict[str, Any]) -> None:
     data, encoder = tree.setdefault("data", {}), tree.get("encoder")
     if not isinstance(data, dict):
         return
-    if not {"data", "data.global_batch"} & changes.keys():
+    if not {"data", "data.global_batch_size"} & changes.keys():
         data.setdefault("fit_batch", True)
     if isinstance(encoder, dict) and encoder.get("channels", 3) not in (1, 3):
         is_given = any(encoder.get(key) is not None for key in ("mean", "std"))
@@ -400,7 +402,7 @@ def _drop(tree: Any, key: str) -> None:
         tree.pop(last, None)
 
 
-def describe_settings(kind: type = PretrainSettings, prefix: str = "", width: int = 100) -> str:
+def describe_settings(kind: type = RunSettings, prefix: str = "", width: int = 100) -> str:
     """Each key with its default, its meaning and its choices, read from the dataclasses and their docstrings.
 
     Args:

@@ -17,35 +17,35 @@ class OptimSettings:
     """AdamW with a rate that warms up linearly and decays along a half cosine, step by step.
 
     Args:
-        base_rate: learning rate at a global batch of 256; the peak rate is base_rate x global_batch / 256.
-        min_rate: rate at the last step.
+        base_lr: learning rate at a global batch of 256; the peak rate is base_lr x global_batch_size / 256.
+        min_lr: rate at the last step.
         warmup_epochs: epochs in which the rate rises from zero; null for a tenth of the run, at most 12,500 steps,
             which also takes the place of a warm-up that would last the whole run.
         weight_decay: decoupled decay of matrices; biases, norms and other vectors are spared.
         final_weight_decay: what it grows to along half a cosine (DINO); null leaves it as it is.
         betas: AdamW's averages.
-        clip: largest gradient norm; null leaves gradients alone.
-        clip_by: whose norm that is: all weights together, or each parameter on its own (DINO).
+        clip_grad: largest gradient norm; null leaves gradients alone.
+        clip_grad_by: whose norm that is: all weights together, or each parameter on its own (DINO).
     """
 
-    base_rate: float = 1.5e-4
-    min_rate: float = 0.0
+    base_lr: float = 1.5e-4
+    min_lr: float = 0.0
     warmup_epochs: float | None = 40
     weight_decay: float = 0.05
     final_weight_decay: float | None = None
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    clip: float | None = None
-    clip_by: Literal["all", "parameter"] = "all"
+    clip_grad: float | None = None
+    clip_grad_by: Literal["all", "parameter"] = "all"
 
     def __post_init__(self) -> None:
-        for key in ("base_rate", "min_rate", "warmup_epochs", "weight_decay", "final_weight_decay"):
+        for key in ("base_lr", "min_lr", "warmup_epochs", "weight_decay", "final_weight_decay"):
             value = getattr(self, key)
             if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"optim.{key}: {value} is not zero or more.")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optim.betas: {brief(self.betas)} is not two numbers from 0 up to, not including, 1.")
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"optim.clip: {self.clip} is not above zero. Use null for none.")
+        if self.clip_grad is not None and not self.clip_grad > 0:
+            raise ValueError(f"optim.clip_grad: {self.clip_grad} is not above zero. Use null for none.")
 
     def fitted(self, steps_per_epoch: int, total_steps: int) -> OptimSettings:
         """The same with every null that stands for a choice, or a warm-up without an end, replaced by what suits."""
@@ -63,5 +63,5 @@ class OptimSettings:
             raise ValueError("optim.warmup_epochs: still null. Call OptimSettings.fitted first.")
         return min(round(self.warmup_epochs * steps_per_epoch), total_steps)
 
-    def peak_rate(self, global_batch: int) -> float:
-        return self.base_rate * global_batch / 256
+    def peak_lr(self, global_batch_size: int) -> float:
+        return self.base_lr * global_batch_size / 256

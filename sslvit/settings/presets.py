@@ -17,7 +17,7 @@ PRESETS: dict[str, dict] = {
 _IGPT = {
     "image_size": 32, "tokens": "pixel", "patch": 1, "norm": "rms", "norm_eps": 1e-5, "mlp": "quick_gelu",
     "bias": False, "causal": True, "class_token": False, "prefix_positions": "none", "pooling": "mean",
-    "feature_norm": "next", "initialization": "scaled", "mean": [0.5] * 3, "std": [0.5] * 3,
+    "feature_norm": "next", "init": "scaled", "mean": [0.5] * 3, "std": [0.5] * 3,
 }  # fmt: skip
 PRESETS |= {
     "igpt_small": {**_IGPT, "width": 512, "depth": 24, "heads": 8},

@@ -51,7 +51,7 @@ class IGPTProbeSettings(ProtocolSettings):
 
 
 @dataclass
-class SteppedSettings(ProtocolSettings):
+class SGDProbeSettings(ProtocolSettings):
     """A head trained step by step on random crops through the frozen encoder.
 
     Args:
@@ -82,7 +82,7 @@ class SteppedSettings(ProtocolSettings):
             raise ValueError(f"--protocol.fraction {self.fraction}: must be above 0 and at most 1.")
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError(f"--protocol.scale {brief(self.scale)}: expected [smallest, largest] share of the area.")
-        for key in ("epochs", "base_rate"):
+        for key in ("epochs", "base_lr"):
             if not 0 < getattr(self, key, 1) < float("inf"):
                 raise ValueError(f"--protocol.{key} {getattr(self, key)}: must be above zero.")
 
@@ -93,14 +93,14 @@ class SteppedSettings(ProtocolSettings):
 
 @dataclass
 @checked("--protocol.")
-class MAEProbeSettings(SteppedSettings):
+class MAEProbeSettings(SGDProbeSettings):
     """MAE's linear probe (He et al. 2022, appendix A.1): batch norm without affine, LARS.
 
     Args:
         name: mae.
         epochs: passes over the training images (90 for ViT-B, 50 for ViT-L and H).
         batch: images per step; all of them where there are fewer.
-        base_rate: learning rate at a batch of 256; the rate is base_rate x batch / 256.
+        base_lr: learning rate at a batch of 256; the rate is base_lr x batch / 256.
         warmup_epochs: in which the rate rises from zero.
         augment: new crops in every epoch, each a pass through the encoder; without, one pass over center views.
         momentum: of LARS.
@@ -112,7 +112,7 @@ class MAEProbeSettings(SteppedSettings):
     name: Literal["mae"] = "mae"
     epochs: float = 90.0
     batch: int = 16384
-    base_rate: float = 0.1
+    base_lr: float = 0.1
     warmup_epochs: float = 10.0
     source: ClassVar[str] = "He et al. 2022, appendix A.1; released main_linprobe.py"
 
@@ -129,7 +129,7 @@ class MAEProbeSettings(SteppedSettings):
 
 @dataclass
 @checked("--protocol.")
-class DINOProbeSettings(SteppedSettings):
+class DINOProbeSettings(SGDProbeSettings):
     """DINO's linear probe (Caron et al. 2021): SGD on the last blocks' class tokens.
 
     Args:
@@ -138,7 +138,7 @@ class DINOProbeSettings(SteppedSettings):
             encoder as wide as ViT-B.
         epochs: passes over the training images.
         batch: images per step; all of them where there are fewer.
-        base_rate: learning rate at a batch of 256; the rate is base_rate x batch / 256.
+        base_lr: learning rate at a batch of 256; the rate is base_lr x batch / 256.
         momentum: of SGD.
         scale: smallest and largest share of the area in a crop.
         flip: probability of a horizontal flip.
@@ -149,7 +149,7 @@ class DINOProbeSettings(SteppedSettings):
     name: Literal["dino"] = "dino"
     blocks: int | None = None
     epochs: float = 100.0
-    base_rate: float = 1e-3
+    base_lr: float = 1e-3
     source: ClassVar[str] = "Caron et al. 2021, released eval_linear.py"
     chosen_by_paper: ClassVar[str | None] = "the best epoch"
 
@@ -164,12 +164,12 @@ class DINOProbeSettings(SteppedSettings):
 
 @dataclass
 @checked("--protocol.")
-class DINOv2ProbeSettings(SteppedSettings):
+class DINOv2ProbeSettings(SGDProbeSettings):
     """DINOv2's linear probe (Oquab et al. 2024): 13 rates x 4 features, trained side by side.
 
     Args:
         name: dinov2.
-        rates: learning rates at a batch of 256.
+        lrs: learning rates at a batch of 256.
         blocks: how many last blocks' class tokens are put side by side; each also with the mean over the patches.
         iterations: steps.
         held_out: share of the training images on which the best of the heads is chosen.
@@ -182,7 +182,7 @@ class DINOv2ProbeSettings(SteppedSettings):
     """
 
     name: Literal["dinov2"] = "dinov2"
-    rates: list[float] = field(
+    lrs: list[float] = field(
         default_factory=lambda: [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1]
     )
     blocks: list[int] = field(default_factory=lambda: [1, 4])
@@ -193,8 +193,8 @@ class DINOv2ProbeSettings(SteppedSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.rates or not all(0 < rate < float("inf") for rate in self.rates):
-            raise ValueError(f"--protocol.rates {brief(self.rates)}: expected rates above zero.")
+        if not self.lrs or not all(0 < rate < float("inf") for rate in self.lrs):
+            raise ValueError(f"--protocol.lrs {brief(self.lrs)}: expected rates above zero.")
         if not self.blocks or min(self.blocks) < 1:
             raise ValueError(f"--protocol.blocks {brief(self.blocks)}: expected numbers of blocks from 1.")
         if self.iterations < 1 or not 0 < self.held_out < 1:

@@ -22,7 +22,7 @@ TASK_SETTINGS: dict[str, type[TaskSettings]] = {
 
 
 @dataclass
-class PretrainSettings:
+class RunSettings:
     """Everything that decides a run's result.
 
     Args:

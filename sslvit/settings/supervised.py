@@ -60,7 +60,7 @@ class SupervisedSettings(TaskSettings):
             )
 
     def fitted(
-        self, images: int, global_batch: int, total_steps: int, classes: int | None = None
+        self, images: int, global_batch_size: int, total_steps: int, classes: int | None = None
     ) -> SupervisedSettings:
         if classes is None:
             raise ValueError("task: supervised training needs labels, and this data has none.")

@@ -8,12 +8,12 @@ from typing import Self
 class TaskSettings:
     """Base of a task's settings."""
 
-    def fitted(self, images: int, global_batch: int, total_steps: int, classes: int | None = None) -> Self:
+    def fitted(self, images: int, global_batch_size: int, total_steps: int, classes: int | None = None) -> Self:
         """The same with every null replaced by what suits the job; here there are none.
 
         Args:
             images: in the data set.
-            global_batch: images per optimizer step.
+            global_batch_size: images per optimizer step.
             total_steps: of the run.
             classes: of the data set; None where it has no labels.
         """
@@ -29,4 +29,4 @@ class TaskSettings:
             sign: what is seen: even (all prototypes alike) or one prototype (train/health.py).
             rate: the rate's key and value, in words.
         """
-        return f"Lower {rate}, or raise data.global_batch."
+        return f"Lower {rate}, or raise data.global_batch_size."

@@ -16,7 +16,7 @@ class TrainSettings:
     Args:
         epochs: passes over the data; turned into steps once, from the index and the global batch.
         steps: optimizer steps; overrides epochs, and the schedules shrink with it.
-        micro_batch: images per forward pass on one rank; null for the rank's whole share. Smaller ones are
+        micro_batch_size: images per forward pass on one rank; null for the rank's whole share. Smaller ones are
             accumulated, with the same result up to rounding.
         accelerator: auto, cpu or gpu.
         devices: processes on this machine.
@@ -44,7 +44,7 @@ class TrainSettings:
 
     epochs: float = 800
     steps: int | None = None
-    micro_batch: int | None = None
+    micro_batch_size: int | None = None
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: int = 1
     nodes: int = 1
@@ -67,7 +67,7 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         counts = ("devices", "nodes", "log_every", "checkpoint_every", "keep_last", "keep_every", "skip_limit")
-        for key in ("epochs", "steps", "micro_batch", "threads", "timeout_seconds", "peak_tflops", *counts):
+        for key in ("epochs", "steps", "micro_batch_size", "threads", "timeout_seconds", "peak_tflops", *counts):
             value = getattr(self, key)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"train.{key}: {value} is not positive.")

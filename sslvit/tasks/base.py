@@ -15,16 +15,16 @@ from einops import rearrange
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from sslvit.chance import seed_torch, uniform_at
+from sslvit import rng
 from sslvit.checkpoint import describe_encoder
 from sslvit.data.batch import Batch
 from sslvit.models import ViTEncoder
-from sslvit.optim import clip_all, clip_each, cosine, decay_groups, norms_of, warmup_cosine
+from sslvit.optim import clip_by_global_norm, clip_by_parameter_norm, cosine, decay_groups, grad_norms, warmup_cosine
 from sslvit.settings import EncoderSettings, OptimSettings, TaskSettings
 from sslvit.tasks.start import begin_with
 
 
-class PretextTask(pl.LightningModule):
+class Task(pl.LightningModule):
     """A task around one encoder.
 
     Args:
@@ -33,7 +33,7 @@ class PretextTask(pl.LightningModule):
         optim: how its weights move.
         total_steps: optimizer steps of the whole run.
         steps_per_epoch: optimizer steps per pass over the data; turns epochs of a recipe into steps.
-        global_batch: images per optimizer step.
+        global_batch_size: images per optimizer step.
         seed: of every chance draw.
 
     Raises:
@@ -49,7 +49,7 @@ class PretextTask(pl.LightningModule):
         optim: OptimSettings,
         total_steps: int,
         steps_per_epoch: int,
-        global_batch: int,
+        global_batch_size: int,
         seed: int = 0,
     ) -> None:
         if encoder.causal and encoder.pooling == "class":
@@ -62,9 +62,9 @@ class PretextTask(pl.LightningModule):
         self.encoder = ViTEncoder(encoder)
         self._freeze(self.unused_parts())
         self.optim = optim
-        self.total_steps, self.steps_per_epoch, self.global_batch = total_steps, steps_per_epoch, global_batch
+        self.total_steps, self.steps_per_epoch, self.global_batch_size = total_steps, steps_per_epoch, global_batch_size
         self.warmup_steps = optim.warmup_steps(steps_per_epoch, total_steps)
-        self.peak_rate = optim.peak_rate(global_batch)
+        self.peak_lr = optim.peak_lr(global_batch_size)
         self.seed = seed
         self.records: dict[str, list[Tensor]] = defaultdict(list)
         self.young_until = min(self.warmup_steps, total_steps // 4)  # the step up to which it may look like a new one
@@ -93,7 +93,7 @@ class PretextTask(pl.LightningModule):
             if name.startswith(tuple(f"{part}." for part in parts)) or name in parts:
                 parameter.requires_grad_(False)
 
-    def whole(self) -> PretextTask:
+    def whole(self) -> Task:
         """The task itself, or, where its weights are spread over ranks (FSDP2), a copy with all of them, to look at.
 
         All ranks must ask for it. The copy draws from torch's stream of chance.
@@ -103,7 +103,7 @@ class PretextTask(pl.LightningModule):
             return self
         copy = type(self)(
             self.settings, self.encoder.settings, self.optim, total_steps=self.total_steps,
-            steps_per_epoch=self.steps_per_epoch, global_batch=self.global_batch, seed=self.seed,
+            steps_per_epoch=self.steps_per_epoch, global_batch_size=self.global_batch_size, seed=self.seed,
         ).to(self.dtype)  # fmt: skip
         copy.load_state_dict({k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in weights.items()})
         return copy.to(self.device).train(self.training)
@@ -119,17 +119,17 @@ class PretextTask(pl.LightningModule):
     # ---- weights move ----------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameter_groups(), lr=self.rate_at(0), betas=tuple(self.optim.betas), fused=True)
+        return torch.optim.AdamW(self.parameter_groups(), lr=self.lr_at(0), betas=tuple(self.optim.betas), fused=True)
 
     def parameter_groups(self) -> list[dict]:
         """Which weights decay, and by which share of the rate they move."""
         return decay_groups(self, self.optim.weight_decay)
 
-    def rate_at(self, step: int) -> float:
+    def lr_at(self, step: int) -> float:
         """Learning rate of the update number `step`, counted from zero."""
-        return warmup_cosine(step, self.peak_rate, self.optim.min_rate, self.warmup_steps, self.total_steps)
+        return warmup_cosine(step, self.peak_lr, self.optim.min_lr, self.warmup_steps, self.total_steps)
 
-    def decay_at(self, step: int) -> float:
+    def weight_decay_at(self, step: int) -> float:
         """Weight decay of the update number `step`."""
         if self.optim.final_weight_decay is None:
             return self.optim.weight_decay
@@ -137,11 +137,11 @@ class PretextTask(pl.LightningModule):
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer, optimizer_closure=None) -> None:
         """One update at the rate of this step. Lightning calls this once per global batch, not per micro-batch."""
-        rate, decay = self.rate_at(self.global_step), self.decay_at(self.global_step)
+        rate, decay = self.lr_at(self.global_step), self.weight_decay_at(self.global_step)
         for group in optimizer.param_groups:
-            group["lr"] = rate * group.get("rate_scale", 1.0)
+            group["lr"] = rate * group.get("lr_scale", 1.0)
             group["weight_decay"] = decay if group["decays"] else 0.0
-        self.records["rate"] = [torch.tensor(rate, dtype=torch.float64)]
+        self.records["lr"] = [torch.tensor(rate, dtype=torch.float64)]
         optimizer.step(closure=optimizer_closure)
         self.zero_grad(set_to_none=True)  # now, and not beside the activations of the next forward pass
         if self.is_skipped:
@@ -153,7 +153,7 @@ class PretextTask(pl.LightningModule):
         Dropout draws from torch's own generators. The key names the step and the micro-batch's first row in the global
         batch, so micro-batches and ranks drop different units, and a resumed run drops those of one that never stopped.
         """
-        seed_torch(self.seed, self.global_step, "torch", batch.first_row)
+        rng.seed_torch(self.seed, self.global_step, "torch", batch.first_row)
         if self.buffers_step != self.global_step:
             self.buffers_step = self.global_step
             self.copy_buffers()
@@ -183,11 +183,11 @@ class PretextTask(pl.LightningModule):
         Where it is not finite the optimizer finds no gradients: weights, moments and decay stay as they were.
         """
         gradients = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
-        norms = norms_of(list(gradients.values()))  # the same on every rank, and so is what follows from them
-        if self.optim.clip:
-            clip = clip_each if self.optim.clip_by == "parameter" else clip_all
-            clip(list(gradients.values()), norms, self.optim.clip)
-        self.records["gradient_norm"] = [norms.norm()]
+        norms = grad_norms(list(gradients.values()))  # the same on every rank, and so is what follows from them
+        if self.optim.clip_grad:
+            clip = clip_by_parameter_norm if self.optim.clip_grad_by == "parameter" else clip_by_global_norm
+            clip(list(gradients.values()), norms, self.optim.clip_grad)
+        self.records["grad_norm"] = [norms.norm()]
         self.is_skipped = not bool(norms.norm().isfinite())
         self.not_finite = []
         if self.is_skipped:
@@ -200,7 +200,7 @@ class PretextTask(pl.LightningModule):
     def uniform(self, purpose: str, batch: Batch, columns: int) -> Tensor:
         """Uniform numbers 'b columns' for this step: the batch's rows of one table for the whole global batch."""
         rows = batch.first_row + np.arange(len(batch))
-        table = uniform_at((self.seed, self.global_step, purpose), rows, columns)
+        table = rng.uniform((self.seed, self.global_step, purpose), rows, columns)
         return torch.from_numpy(table.astype(np.float32)).to(batch.samples.device)
 
     def path_noise(self, batch: Batch, views: int = 1) -> Tensor | None:

@@ -22,10 +22,10 @@ from sslvit.data.batch import Batch
 from sslvit.data.views import runs_of_one_size
 from sslvit.layouts import dino as layout
 from sslvit.models import ViTEncoder
-from sslvit.optim import cosine, move_average, warmup_cosine
-from sslvit.ranks import count_ranks, logsumexp_over_ranks, sum_over_ranks
+from sslvit.optim import cosine, ema_update, warmup_cosine
+from sslvit.ranks import all_reduce_sum, logsumexp_over_ranks, world_size
 from sslvit.settings import DINOSettings, EncoderSettings, OptimSettings
-from sslvit.tasks.base import PretextTask
+from sslvit.tasks.base import Task
 from sslvit.weight_files import read_torch_file
 
 GLOBAL_VIEWS = 2
@@ -95,7 +95,7 @@ def embed_views(encoder: ViTEncoder, views: list[Tensor], path_noise: Tensor | N
     return rearrange(torch.cat(features), "(v b) d -> v b d", b=b)
 
 
-def centered_shares(
+def center_and_sharpen(
     outputs: Float[Tensor, "v b k"], center: Float[Tensor, "k"], temperature: float
 ) -> Float[Tensor, "v b k"]:
     """The teacher's shares: softmax of its centered outputs at a low temperature (equations 1 and 4)."""
@@ -109,14 +109,14 @@ def sinkhorn_shares(outputs: Float[Tensor, "v b k"], temperature: float, iterati
     logarithms: a prototype that no image likes would otherwise divide zero by zero.
     """
     log_shares = rearrange(outputs, "v b k -> (v b) k") / temperature
-    images, prototypes = log_shares.shape[0] * count_ranks(), log_shares.shape[1]
+    images, prototypes = log_shares.shape[0] * world_size(), log_shares.shape[1]
     for _ in range(iterations):
         log_shares = log_shares - logsumexp_over_ranks(log_shares.logsumexp(0)) - math.log(prototypes)
         log_shares = log_shares - log_shares.logsumexp(1, keepdim=True) - math.log(images)
     return rearrange((log_shares + math.log(images)).exp(), "(v b) k -> v b k", v=len(outputs))
 
 
-def cross_entropy_of_pairs(targets: Float[Tensor, "t b k"], logits: Float[Tensor, "s b k"]) -> Float[Tensor, ""]:
+def dino_loss(targets: Float[Tensor, "t b k"], logits: Float[Tensor, "s b k"]) -> Float[Tensor, ""]:
     """Mean over images and over all pairs of two different views: one named by the teacher, one by the student.
 
     Equation 3.
@@ -147,8 +147,8 @@ def koleo(features: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
         return -(distance + 1e-8).log().mean()
 
 
-class DINO(PretextTask):
-    """Args: settings, then those of PretextTask."""
+class DINO(Task):
+    """Args: settings, then those of Task."""
 
     view_kinds = ("multi_crop",)
 
@@ -184,8 +184,8 @@ class DINO(PretextTask):
             seen = embed_views(self.teacher, views[:GLOBAL_VIEWS])  # 2 b d
             targets = self.targets(self.each(self.teacher_head, seen))  # 2 b k
         features = embed_views(self.encoder, views, self.path_noise(batch, len(views)))  # v b d
-        logits = self.each(self.head, features) / self.settings.student_temperature  # v b k
-        loss = cross_entropy_of_pairs(targets, logits)
+        logits = self.each(self.head, features) / self.settings.student_temp  # v b k
+        loss = dino_loss(targets, logits)
         self.record("loss", loss)
         self.watch(seen[0], targets[0])
         return loss + self.spread(features)
@@ -201,7 +201,7 @@ class DINO(PretextTask):
             return sinkhorn_shares(outputs, temperature, settings.sinkhorn_iterations)
         self.outputs_seen += outputs.sum((0, 1))
         self.rows_seen += outputs.shape[0] * outputs.shape[1]
-        return centered_shares(outputs, self.center, temperature)
+        return center_and_sharpen(outputs, self.center, temperature)
 
     def spread(self, features: Float[Tensor, "v b d"]) -> Tensor | float:
         """KoLeo of the student's global views, where it is wanted."""
@@ -220,15 +220,15 @@ class DINO(PretextTask):
             self.rows_seen = 0
             return
         momentum = self.momentum_at(step)
-        move_average(self.teacher, self.encoder, momentum)
-        move_average(self.teacher_head, self.head, momentum)
+        ema_update(self.teacher, self.encoder, momentum)
+        ema_update(self.teacher_head, self.head, momentum)
         self.move_center()
 
     def move_center(self) -> None:
         """Towards the mean output of all micro-batches and ranks since the last update (equation 4)."""
         if not self.rows_seen:
             return
-        mean = sum_over_ranks(self.outputs_seen) / (self.rows_seen * count_ranks())
+        mean = all_reduce_sum(self.outputs_seen) / (self.rows_seen * world_size())
         self.center.lerp_(mean, 1 - self.settings.center_momentum)
         self.outputs_seen.zero_()
         self.rows_seen = 0
@@ -244,9 +244,9 @@ class DINO(PretextTask):
         """Updates in which the prototypes stay; a run that is shorter than its recipe gives them a quarter at most."""
         return min(round(self.settings.freeze_last_layer * self.steps_per_epoch), self.total_steps // 4)
 
-    def rate_at(self, step: int) -> float:
+    def lr_at(self, step: int) -> float:
         return warmup_cosine(
-            step, self.peak_rate, self.optim.min_rate, self.warmup_steps, self.total_steps, twice_at_peak=True
+            step, self.peak_lr, self.optim.min_lr, self.warmup_steps, self.total_steps, twice_at_peak=True
         )
 
     def momentum_at(self, step: int) -> float:
@@ -255,8 +255,8 @@ class DINO(PretextTask):
 
     def temperature_at(self, step: int) -> float:
         """The teacher's temperature, which rises epoch by epoch (section 3.2, "Implementation details")."""
-        first, last = self.settings.warmup_teacher_temperature, self.settings.teacher_temperature
-        warmup = self.settings.warmup_teacher_epochs
+        first, last = self.settings.warmup_teacher_temp, self.settings.teacher_temp
+        warmup = self.settings.warmup_teacher_temp_epochs
         if step >= warmup * self.steps_per_epoch:
             return last
         epoch = step // self.steps_per_epoch
@@ -295,7 +295,7 @@ class DINO(PretextTask):
         shape = layout.head_shape(networks[""].extras)
         task = cls(
             DINOSettings(**{**shape, **settings}).fitted(1, 256, 1), networks[""].settings, OptimSettings(),
-            total_steps=1, steps_per_epoch=1, global_batch=256,
+            total_steps=1, steps_per_epoch=1, global_batch_size=256,
         )  # fmt: skip
         for prefix, network in networks.items():
             encoder, head = (task.teacher, task.teacher_head) if prefix else (task.encoder, task.head)

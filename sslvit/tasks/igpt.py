@@ -7,6 +7,7 @@ hidden, and an encoder that looks both ways predicts them.
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sslvit.checkpoint import check_fits, own_parts, put_weights
+from sslvit.checkpoint import check_fits, load_strict, split_checkpoint
 from sslvit.data.batch import Batch
 from sslvit.environment import pick_device
 from sslvit.layouts import openai_igpt as layout
@@ -24,14 +25,16 @@ from sslvit.layouts.unwrap import unwrap
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings, IGPTSettings, OptimSettings
 from sslvit.settings.sample import SampleSettings
-from sslvit.tasks.base import PretextTask
+from sslvit.tasks.base import Task
 from sslvit.tasks.sampling import complete
 from sslvit.weight_files import read_torch_file
+
+logger = logging.getLogger(__name__)
 
 DRAWN = 2  # completions of each image in a run's pictures
 
 
-def color_error(
+def pixel_nll(
     logits: Float[Tensor, "b n colors"],
     colors: Int[Tensor, "b n"],
     is_counted: Bool[Tensor, "b n"] | None = None,
@@ -53,7 +56,7 @@ def color_error(
     return (error * is_counted).sum() / is_counted.sum()
 
 
-def hide_some(noise: Float[Tensor, "b n"], hidden: int) -> Bool[Tensor, "b n"]:
+def random_mask(noise: Float[Tensor, "b n"], hidden: int) -> Bool[Tensor, "b n"]:
     """True for the `hidden` pixels with the lowest noise.
 
     The paper hides each pixel with the same probability on its own; a fixed number makes every micro-batch weigh alike.
@@ -61,8 +64,8 @@ def hide_some(noise: Float[Tensor, "b n"], hidden: int) -> Bool[Tensor, "b n"]:
     return noise.argsort(dim=1, stable=True).argsort(dim=1, stable=True) < hidden
 
 
-class IGPT(PretextTask):
-    """Args: settings, then those of PretextTask."""
+class IGPT(Task):
+    """Args: settings, then those of Task."""
 
     def __init__(self, settings: IGPTSettings, encoder: EncoderSettings, optim: OptimSettings, **run) -> None:
         check_encoder(settings, encoder)
@@ -84,7 +87,7 @@ class IGPT(PretextTask):
         colors = self.encoder.patch_embed.indices(images)  # b n
         is_hidden = self.draw_mask(batch)  # b n; None: nothing is hidden, and every pixel counts
         states = self.encoder(images, hidden=is_hidden, path_noise=self.path_noise(batch))  # b n d
-        loss = color_error(self.head(states), colors, is_hidden)
+        loss = pixel_nll(self.head(states), colors, is_hidden)
         self.record("loss", loss)
         self.record("bits", loss / math.log(2))
         self.watch(states.mean(1))
@@ -93,7 +96,7 @@ class IGPT(PretextTask):
     def draw_mask(self, batch: Batch) -> Bool[Tensor, "b n"] | None:
         if self.settings.objective == "autoregressive":
             return None
-        return hide_some(self.uniform("mask", batch, self.pixels), self.hidden)
+        return random_mask(self.uniform("mask", batch, self.pixels), self.hidden)
 
     # ---- pictures --------------------------------------------------------------------------------------------
 
@@ -146,7 +149,7 @@ class IGPT(PretextTask):
             raise ValueError(f"not iGPT's weights ({', '.join(sorted(state)[:3])}, ...).")
         converted = layout.to_sslvit(state, heads, **changes)
         for note in converted.notes:
-            print(f"iGPT: {note}")
+            logger.info(f"iGPT: {note}")
         if "head.weight" not in converted.extras:
             raise ValueError("this checkpoint has no output matrix (lm_head.weight or wtet), so it predicts no pixels.")
         return cls.from_parts(converted.settings, converted.encoder, converted.extras["head.weight"])
@@ -155,8 +158,8 @@ class IGPT(PretextTask):
     def from_parts(cls, settings: EncoderSettings, encoder: dict[str, Tensor], head: Tensor) -> IGPT:
         """A task of a trained encoder and output matrix, to sample from and to score, in evaluation mode."""
         check_fits(settings, encoder, "iGPT")
-        task = cls(IGPTSettings(), settings, OptimSettings(), total_steps=1, steps_per_epoch=1, global_batch=256)
-        put_weights(task.encoder, encoder, "iGPT")
+        task = cls(IGPTSettings(), settings, OptimSettings(), total_steps=1, steps_per_epoch=1, global_batch_size=256)
+        load_strict(task.encoder, encoder, "iGPT")
         if head.shape != task.head.weight.shape:
             raise ValueError(f"iGPT: an output matrix of {tuple(head.shape)}, not {tuple(task.head.weight.shape)}.")
         task.head.load_state_dict({"weight": head})
@@ -192,7 +195,7 @@ def load_igpt(source: str | Path, heads: int | None = None, **changes) -> IGPT:
     if changes or heads:
         given = ", ".join(["heads"] * bool(heads) + list(changes))
         raise ValueError(f"{source}: a run says its own settings. Leave out what is for released files ({given}).")
-    settings, encoder, others = own_parts(content, path)
+    settings, encoder, others = split_checkpoint(content, path)
     if settings.tokens != "pixel" or not settings.causal or "head.weight" not in others:
         raise ValueError(f"{source}: not trained by iGPT to predict the next pixel, so nothing can be sampled from it.")
     return IGPT.from_parts(settings, encoder, others["head.weight"])

@@ -14,15 +14,15 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sslvit.chance import uniform_at
-from sslvit.checkpoint import put_weights
+from sslvit import rng
+from sslvit.checkpoint import load_strict
 from sslvit.data.batch import Batch
 from sslvit.layouts import mae as layout
 from sslvit.layouts.unwrap import unwrap
 from sslvit.models.positions import resample_table, sincos_2d
 from sslvit.models.transformer import Block, run_block
 from sslvit.settings import EncoderSettings, MAESettings, OptimSettings
-from sslvit.tasks.base import PretextTask
+from sslvit.tasks.base import Task
 from sslvit.weight_files import read_torch_file
 
 
@@ -38,12 +38,12 @@ def unpatchify(patches: Float[Tensor, "b n pixels"], patch: int, grid: tuple[int
     )
 
 
-def visible_count(patches: int, mask_ratio: float) -> int:
+def num_visible(patches: int, mask_ratio: float) -> int:
     """How many patches stay visible: rounded down, in the paper's code's arithmetic."""
     return int(patches * (1 - mask_ratio))
 
 
-def split_by_noise(noise: Float[Tensor, "b n"], visible: int) -> tuple[Int[Tensor, "b k"], Bool[Tensor, "b n"]]:
+def random_masking(noise: Float[Tensor, "b n"], visible: int) -> tuple[Int[Tensor, "b k"], Bool[Tensor, "b n"]]:
     """The `visible` patches with the lowest noise, in the order of their noise; and what is hidden (True)."""
     order = noise.argsort(dim=1, stable=True)
     is_hidden = torch.ones_like(noise, dtype=torch.bool)
@@ -57,7 +57,7 @@ def normalize_patches(patches: Float[Tensor, "b n pixels"]) -> Float[Tensor, "b 
     return (patches - mean) / (variance + 1e-6).sqrt()
 
 
-def hidden_patch_error(
+def masked_patch_mse(
     predicted: Float[Tensor, "b n pixels"],
     target: Float[Tensor, "b n pixels"],
     is_hidden: Bool[Tensor, "b n"],
@@ -87,7 +87,7 @@ class MAEDecoder(nn.Module):
     def __init__(self, encoder: EncoderSettings, settings: MAESettings) -> None:
         super().__init__()
         width, self.prefix, self.grid = settings.decoder_width, encoder.prefix, encoder.grid
-        self.recompute = encoder.checkpointing
+        self.recompute = encoder.activation_checkpointing
         plain = EncoderSettings(
             width=width, depth=settings.decoder_depth, heads=settings.decoder_heads, norm_eps=1e-6,
             mlp_ratio=settings.decoder_mlp_ratio or encoder.mlp_ratio,
@@ -100,7 +100,7 @@ class MAEDecoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.pred = nn.Linear(width, encoder.patch**2 * encoder.channels)
         nn.init.normal_(self.mask_token, std=0.02)
-        for module in self.modules():  # appendix A.1, as encoder.initialization: xavier
+        for module in self.modules():  # appendix A.1, as encoder.init: xavier
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
@@ -127,8 +127,8 @@ class MAEDecoder(nn.Module):
         return torch.cat([self.pos_embed[:, : self.prefix], table[None]], 1)
 
 
-class MAE(PretextTask):
-    """Args: settings, then those of PretextTask."""
+class MAE(Task):
+    """Args: settings, then those of Task."""
 
     def __init__(self, settings: MAESettings, encoder: EncoderSettings, optim: OptimSettings, **run) -> None:
         if encoder.causal or encoder.tokens != "patch":
@@ -145,7 +145,7 @@ class MAE(PretextTask):
         super().__init__(settings, encoder, optim, **run)
         self.patch = encoder.patch
         patches = encoder.grid[0] * encoder.grid[1]
-        visible = visible_count(patches, settings.mask_ratio)
+        visible = num_visible(patches, settings.mask_ratio)
         if not 0 < visible < patches:
             raise ValueError(
                 f"task.mask_ratio: {settings.mask_ratio} of {patches} patches leaves {visible} visible. "
@@ -167,10 +167,10 @@ class MAE(PretextTask):
         self, images: Float[Tensor, "b c h w"], noise: Float[Tensor, "b n"], path_noise: Tensor | None = None
     ) -> Float[Tensor, ""]:
         """Figure 1 of the paper. The patches with the lowest noise stay visible."""
-        visible, is_hidden = split_by_noise(noise, visible_count(noise.shape[1], self.settings.mask_ratio))  # b k, b n
+        visible, is_hidden = random_masking(noise, num_visible(noise.shape[1], self.settings.mask_ratio))  # b k, b n
         latent = self.encoder(images, visible, path_noise=path_noise)  # b t d
         predicted = self.decoder(latent, visible, self.grid_of(images))  # b n pixels
-        return hidden_patch_error(predicted, self.target(images), is_hidden)
+        return masked_patch_mse(predicted, self.target(images), is_hidden)
 
     def target(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n pixels"]:
         patches = patchify(images, self.patch)
@@ -194,7 +194,7 @@ class MAE(PretextTask):
         Visible pixels are put back. With a normalized target the network predicts each patch in units of its own
         mean and deviation, which are taken from the image itself.
         """
-        visible, is_hidden = split_by_noise(noise, visible_count(noise.shape[1], self.settings.mask_ratio))
+        visible, is_hidden = random_masking(noise, num_visible(noise.shape[1], self.settings.mask_ratio))
         predicted = self.decoder(self.encoder(images, visible), visible, self.grid_of(images))
         patches = patchify(images, self.patch)
         if self.settings.target == "normalized":
@@ -208,7 +208,7 @@ class MAE(PretextTask):
     def figures(self, batch: Batch) -> dict[str, tuple[list[str], list[np.ndarray]]]:
         """reconstruction: the input, the input with hidden patches gray, and the reconstruction."""
         images = batch.views[0][:8]
-        noise = uniform_at((self.seed, 0, "figure"), np.arange(len(images)), self.patches_of(images))
+        noise = rng.uniform((self.seed, 0, "figure"), np.arange(len(images)), self.patches_of(images))
         filled, is_hidden = self.reconstruct(images, torch.from_numpy(noise).to(images.device))
         mean, std = (
             torch.tensor(v, device=images.device).view(-1, 1, 1)
@@ -244,9 +244,9 @@ class MAE(PretextTask):
         converted = layout.to_sslvit(state, heads)
         shape = layout.decoder_shape(converted.extras)
         mae = MAESettings(**{**shape, "decoder_heads": decoder_heads, **settings})
-        task = cls(mae, converted.settings, OptimSettings(), total_steps=1, steps_per_epoch=1, global_batch=256)
+        task = cls(mae, converted.settings, OptimSettings(), total_steps=1, steps_per_epoch=1, global_batch_size=256)
         weights = {f"encoder.{key}": value for key, value in converted.encoder.items()}
-        put_weights(task, weights | converted.extras, "MAE")
+        load_strict(task, weights | converted.extras, "MAE")
         return task
 
     def official_state(self) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sslvit.chance import uniform_at
+from sslvit import rng
 from sslvit.models import ViTEncoder
 from sslvit.progress import Counter, track_counter
 from sslvit.settings.sample import SampleSettings
@@ -41,7 +41,7 @@ def complete(
     if given.shape[1] > places:
         raise ValueError(f"{given.shape[1]} pixels are given, but this encoder's images have {places}.")
     device = encoder.patch_embed.palette.device
-    table = uniform_at((settings.seed, "sampling"), np.arange(len(given)), places)
+    table = rng.uniform((settings.seed, "sampling"), np.arange(len(given)), places)
     numbers = torch.from_numpy(table).to(device)
     drawn = F.pad(given.to(device), (0, places - given.shape[1]))  # b n
     todo = len(given) * (places - given.shape[1])
@@ -60,19 +60,19 @@ def _complete_batch(
     places = drawn.shape[1]
     if known == places:
         return
-    memories = encoder.begin_reading(len(drawn))
-    tokens = encoder.read_on(drawn[:, :known], memories)  # b (known + 1) d
+    memories = encoder.init_kv_cache(len(drawn))
+    tokens = encoder.decode(drawn[:, :known], memories)  # b (known + 1) d
     if not torch.isfinite(head(tokens[:, -1])).all():
         raise ValueError("the model's predictions are not finite numbers: its training has probably failed.")
     for place in range(known, places):
-        shares = likely_shares(head(tokens[:, -1]), settings)  # b colors
-        drawn[:, place] = draw_colors(shares, numbers[:, place])
+        shares = sampling_probs(head(tokens[:, -1]), settings)  # b colors
+        drawn[:, place] = sample_colors(shares, numbers[:, place])
         counter.tick(len(drawn))
         if place < places - 1:
-            tokens = encoder.read_on(drawn[:, place : place + 1], memories)  # b 1 d
+            tokens = encoder.decode(drawn[:, place : place + 1], memories)  # b 1 d
 
 
-def likely_shares(logits: Float[Tensor, "b colors"], settings: SampleSettings) -> Float[Tensor, "b colors"]:
+def sampling_probs(logits: Float[Tensor, "b colors"], settings: SampleSettings) -> Float[Tensor, "b colors"]:
     """What each color's chance is, after temperature, top-k and top-p; rows sum to one."""
     if settings.temperature == 0:
         return F.one_hot(logits.argmax(1), logits.shape[1]).double()
@@ -90,7 +90,7 @@ def likely_shares(logits: Float[Tensor, "b colors"], settings: SampleSettings) -
     return shares
 
 
-def draw_colors(shares: Float[Tensor, "b colors"], numbers: Float[Tensor, "b"]) -> Int[Tensor, "b"]:
+def sample_colors(shares: Float[Tensor, "b colors"], numbers: Float[Tensor, "b"]) -> Int[Tensor, "b"]:
     """The color in whose part of [0, 1) each uniform number lies."""
     upper = in_parts(shares).cumsum(1)
     total = upper[:, -1:]

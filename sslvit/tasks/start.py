@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
-from sslvit.checkpoint import POSITION_TABLES, check_same, put_weights
+from sslvit.checkpoint import POSITION_TABLES, check_same, load_strict
 from sslvit.files import printable
 from sslvit.models import ViTEncoder
 from sslvit.models.resize import resize_weights
 from sslvit.settings.load import brief
+
+logger = logging.getLogger(__name__)
 
 CLOSE = 1e-4  # of a position table to the fixed one, whose entries are up to 1
 # what the weights were trained with and the run may do otherwise; its own settings hold
@@ -40,7 +44,7 @@ def begin_with(
     if there.grid != here.grid:
         grids = [f"{rows} x {columns}" for rows, columns in (there.grid, here.grid)]
         notes.append(f"positions stretched from {grids[0]} to {grids[1]} patches")
-    notes += _adapt_positions(given, own, there.positions, here.positions, source)
+    notes += _adapt_positions(given, own, there.pos_embed, here.pos_embed, source)
     if new := [key for key in own if key not in given]:
         wrong = [key for key in new if not key.startswith(ends)]
         if wrong or not ends:
@@ -54,9 +58,9 @@ def begin_with(
         if getattr(there, key) != getattr(here, key)
     ]:
         notes.append(f"the run's settings hold: {', '.join(different)}")
-    put_weights(encoder, own | {key: value for key, value in given.items() if key in own}, source)
+    load_strict(encoder, own | {key: value for key, value in given.items() if key in own}, source)
     if notes and rank_zero_only.rank == 0:
-        print(f"starting from {printable(source)}: {'; '.join(notes)}", flush=True)
+        logger.info(f"starting from {printable(source)}: {'; '.join(notes)}")
 
 
 def _adapt_positions(given: dict[str, Tensor], own: dict[str, Tensor], there: str, here: str, source: str) -> list[str]:
@@ -68,11 +72,11 @@ def _adapt_positions(given: dict[str, Tensor], own: dict[str, Tensor], there: st
     if there == here or here not in POSITION_TABLES:
         return []
     if here == "learned_1d":
-        return [f"positions: a table of {there}, learned from here on"]
+        return [f"pos_embed: a table of {there}, learned from here on"]
     if not torch.allclose(given["pos_embed"].float(), own["pos_embed"].float(), rtol=0, atol=CLOSE):
         raise ValueError(
-            f"{source}: its positions ({there}) are another table than the fixed one of this run (encoder.positions: "
-            f"{here}), which would not learn to be it. Set encoder.positions to {there}, as in the weights."
+            f"{source}: its positions ({there}) are another table than the fixed one of this run (encoder.pos_embed: "
+            f"{here}), which would not learn to be it. Set encoder.pos_embed to {there}, as in the weights."
         )
     given["pos_embed"] = own["pos_embed"]
-    return [f"positions: {there} in the weights, and the same table as {here}, which stays fixed"]
+    return [f"pos_embed: {there} in the weights, and the same table as {here}, which stays fixed"]

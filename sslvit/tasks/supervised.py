@@ -12,12 +12,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from sslvit.chance import torch_chance
+from sslvit import rng
 from sslvit.data.batch import Batch
 from sslvit.models import ViTEncoder
 from sslvit.optim import layer_decay_groups
 from sslvit.settings import EncoderSettings, OptimSettings, SupervisedSettings
-from sslvit.tasks.base import PretextTask
+from sslvit.tasks.base import Task
 from sslvit.tasks.start import begin_with
 
 NOT_COMPARED = ("image_size", "final_norm", "fc_norm", "mask_token", "pooling")  # a fine-tuned encoder may differ here
@@ -25,14 +25,14 @@ ENDS = ("norm.", "fc_norm.", "attn_pool.")  # of the encoder, that may be new
 HEAD_STD = 2e-5
 
 
-class Supervised(PretextTask):
+class Supervised(Task):
     """An encoder and a linear head.
 
     Args:
         settings: see SupervisedSettings; `classes` must be known.
         encoder: that is trained; its `pooling` and `fc_norm` make the head's input.
         optim: how weights move.
-        run: see PretextTask.
+        run: see Task.
     """
 
     view_kinds = ("augment", "crop", "square", "center", "canvas")
@@ -72,7 +72,7 @@ class Supervised(PretextTask):
         images = images.clone()
         eraser = v2.RandomErasing(p=1.0, value="random")
         for row in torch.nonzero(is_erased)[:, 0].tolist():
-            with torch_chance(self.seed, "erase", int(batch.epochs[row]), int(batch.samples[row])):
+            with rng.torch_seeded(self.seed, "erase", int(batch.epochs[row]), int(batch.samples[row])):
                 images[row] = eraser(images[row])
         return images
 
@@ -86,7 +86,7 @@ class Supervised(PretextTask):
         ]
         if not makers:
             return images, F.one_hot(batch.labels, settings.classes).to(images.dtype)
-        with torch_chance(self.seed, "mix", self.global_step, batch.first_row):
+        with rng.torch_seeded(self.seed, "mix", self.global_step, batch.first_row):
             images, target = v2.RandomChoice(makers)(images, batch.labels)
         return images, target.to(images.dtype)
 

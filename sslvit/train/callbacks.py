@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections import Counter
@@ -19,6 +20,8 @@ from sslvit.files import to_json, write_atomically
 from sslvit.train.folder import RunFolder, append_lines
 from sslvit.train.logs import log_line
 from sslvit.train.timing import Clock
+
+logger = logging.getLogger(__name__)
 
 ROWS_THAT_SAY_MUCH = 100  # unreadable ones from which on their share of what was read counts
 FAR_OFF = 1e6  # a loss from which on its decimals say nothing
@@ -56,15 +59,16 @@ class RunLog(StepCallback):
         total_steps: of the run.
         every: steps between two lines.
         clock: knows where the time went.
-        rate_of_peak: share of the devices' peak that one image a second takes (MFU); None where that is not known.
+        mfu_per_throughput: share of the devices' peak that one image a second takes (MFU); None where that is not
+            known.
     """
 
     def __init__(
         self, folder: RunFolder, plan: Plan, total_steps: int, every: int, clock: Clock,
-        rate_of_peak: float | None = None,
+        mfu_per_throughput: float | None = None,
     ) -> None:  # fmt: skip
         self.folder, self.plan, self.total_steps, self.every = folder, plan, total_steps, every
-        self.clock, self.rate_of_peak = clock, rate_of_peak
+        self.clock, self.mfu_per_throughput = clock, mfu_per_throughput
         self.bar: tqdm | None = None
         self.earlier_seconds = 0.0  # that training took up to the checkpoint that this process goes on from
 
@@ -93,9 +97,9 @@ class RunLog(StepCallback):
             return
         now = time.monotonic()
         line = {"step": self.step, "epoch": self.step / self.plan.steps_per_epoch, **line}
-        line["images_per_second"] = done * self.plan.global_batch / (now - self.last)
-        if self.rate_of_peak is not None:
-            line["mfu"] = line["images_per_second"] * self.rate_of_peak
+        line["images_per_second"] = done * self.plan.global_batch_size / (now - self.last)
+        if self.mfu_per_throughput is not None:
+            line["mfu"] = line["images_per_second"] * self.mfu_per_throughput
         line |= {f"{part}_seconds": value for part, value in zip(seconds, times, strict=True)}
         line["elapsed_seconds"] = self.elapsed(now)
         append_lines(self.folder.metrics, [line])
@@ -120,17 +124,16 @@ class RunLog(StepCallback):
     def _show(self, line: dict[str, float]) -> None:
         loss, speed = line.get("loss", float("nan")), line["images_per_second"]
         bits = f" ({_short(line['bits'])} bits)" if "bits" in line else ""
-        waiting = line["data_seconds"] * speed / self.plan.global_batch
+        waiting = line["data_seconds"] * speed / self.plan.global_batch_size
         mfu = f", MFU {line['mfu']:.0%}" if "mfu" in line else ""
         pace = f"{speed:,.0f} images/s{mfu}" + (f", {waiting:.0%} waiting for data" if waiting > MUCH_WAITING else "")
         if self.bar is not None:
             self.bar.set_postfix_str(f"loss {_short(loss)}{bits}, {pace}")
             return
         left = (self.total_steps - self.step) * (self.last - self.start) / max(self.step - self.first_step, 1)
-        print(
+        logger.info(
             f"step {self.step}/{self.total_steps}  epoch {line['epoch']:.1f}  loss {_short(loss)}{bits}  "
-            f"{pace}  {_duration(left)} left", flush=True,
-        )  # fmt: skip
+            f"{pace}  {_duration(left)} left")  # fmt: skip
 
 
 def _short(value: float) -> str:
@@ -190,14 +193,14 @@ class Ledger(StepCallback):
         """End the run if too much is unreadable, of the data set or of what was read so far."""
         bad = self.of_all_ranks()
         rows = sum(entry["times"] for entry in bad.values())
-        is_much = rows >= ROWS_THAT_SAY_MUCH and rows > self.limit * self.step * self.plan.global_batch
+        is_much = rows >= ROWS_THAT_SAY_MUCH and rows > self.limit * self.step * self.plan.global_batch_size
         if is_much or len(bad) > (max(1, self.limit * len(self.index)) if self.limit else 0):
             self.save(trainer, bad)
             first = next(iter(bad.values()))
             raise RuntimeError(
-                f"{len(bad)} unreadable samples are more than data.bad_limit ({self.limit:.1%} of {len(self.index)} "
-                f"in all, or of the {self.step * self.plan.global_batch} read so far); the first: {first['key']}: "
-                f"{first['reason']}. All are in {self.folder.ledger}."
+                f"{len(bad)} unreadable samples are more than data.max_unreadable_fraction ({self.limit:.1%} "
+                f"of {len(self.index)} in all, or of the {self.step * self.plan.global_batch_size} read so far); "
+                f"the first: {first['key']}: {first['reason']}. All are in {self.folder.ledger}."
             )
 
     def of_all_ranks(self) -> dict[str, dict[str, Any]]:
@@ -217,7 +220,7 @@ class Ledger(StepCallback):
         if trainer.is_global_zero:
             epochs = trainer.global_step // self.plan.steps_per_epoch
             content = {
-                "samples_read": trainer.global_step * self.plan.global_batch,
+                "samples_read": trainer.global_step * self.plan.global_batch_size,
                 "dropped_per_epoch": self.plan.dropped_per_epoch, "epochs_finished": epochs,
                 "bad_by_reason": dict(Counter(entry["reason"] for entry in bad.values())), "bad": list(bad.values()),
             }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import sys
@@ -26,11 +27,13 @@ from sslvit.train.callbacks import StepCallback
 from sslvit.train.folder import NAMED, RunFolder
 from sslvit.weight_files import END, SEAL, SHARDS, read_torch_file, shard_file, shards_folder
 
+logger = logging.getLogger(__name__)
+
 LAST = "last.ckpt"
 FAILED = ".failed"  # beside a part that could not be written: why
 
 
-class WholeCheckpoint(CheckpointIO):
+class AtomicCheckpointIO(CheckpointIO):
     """Writes a checkpoint whole or not at all, and reads it without running anything in it.
 
     It is written beside its place, synced and renamed, so a killed writer or a full disk leaves the one before.
@@ -45,11 +48,11 @@ class WholeCheckpoint(CheckpointIO):
         self.writer: threading.Thread | None = None
         self.failure: Exception | None = None
         self.written: set[Path] = set()
-        self.is_given_up = threading.Event()  # the run has ended with an error: no part is waited for
+        self.aborted = threading.Event()  # the run has ended with an error: no part is waited for
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         self.finish()
-        self._carry_out(partial(self.write, self._kept(checkpoint), Path(path)))
+        self._submit(partial(self.write, self._kept(checkpoint), Path(path)))
 
     def save_shard(
         self, head: dict[str, Any], own: dict[str, Tensor], path: Path, name: str, rank: int, ranks: int
@@ -66,11 +69,11 @@ class WholeCheckpoint(CheckpointIO):
         """
         self.finish()
         head = self._kept(head) | {SHARDS: {"folder": name, "ranks": ranks}}
-        self._carry_out(partial(self.write_shard, head, self._kept(own), path, rank))
+        self._submit(partial(self.write_shard, head, self._kept(own), path, rank))
 
     def write(self, checkpoint: dict[str, Any], path: Path) -> None:
         if path in self.written and not path.exists():
-            print(f"warning: {path}: the checkpoint before was deleted meanwhile; a new one is written", flush=True)
+            logger.warning(f"{path}: the checkpoint before was deleted meanwhile; a new one is written")
         write_whole(checkpoint, path)
         self.written.add(path)
         if path.name == LAST:  # not the state in incident/
@@ -78,7 +81,7 @@ class WholeCheckpoint(CheckpointIO):
                 RunFolder(path.parents[1]).encoder, ignore_errors=True
             )  # of an earlier end: older from now on
             keep_some(path, checkpoint["global_step"], self.settings.keep_last, self.settings.keep_every)
-            drop_unnamed_shards(path.parent)
+            delete_orphaned_shards(path.parent)
 
     def write_shard(self, head: dict[str, Any], own: dict[str, Tensor], path: Path, rank: int) -> None:
         own_file = shard_file(head, path, rank)
@@ -104,7 +107,7 @@ class WholeCheckpoint(CheckpointIO):
             failed = [part.with_suffix(FAILED) for part in missing if part.with_suffix(FAILED).exists()]
             if failed:
                 raise RuntimeError(failed[0].read_text())
-            if self.is_given_up.is_set():
+            if self.aborted.is_set():
                 raise RuntimeError(f"{missing[0]}: not written, as the run ended; the checkpoint before is as it was.")
             if time.monotonic() > deadline:
                 raise RankLost(
@@ -118,7 +121,7 @@ class WholeCheckpoint(CheckpointIO):
         """What a writer in the background may look at while training goes on."""
         return copied(values) if self.settings.checkpoint_in_background else values
 
-    def _carry_out(self, work: Callable[[], None]) -> None:
+    def _submit(self, work: Callable[[], None]) -> None:
         if not self.settings.checkpoint_in_background:
             work()
             return
@@ -147,7 +150,7 @@ class WholeCheckpoint(CheckpointIO):
         except Exception as error:
             if ended_by is None:
                 raise
-            print(error, file=sys.stderr, flush=True)  # and the run's own error goes on
+            logger.error(error)  # and the run's own error goes on
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict:
         return read_torch_file(Path(path))
@@ -245,7 +248,7 @@ def keep_some(last: Path, step: int, keep_last: int, keep_every: int | None) -> 
             path.unlink()
 
 
-def drop_unnamed_shards(folder: Path) -> None:
+def delete_orphaned_shards(folder: Path) -> None:
     """Let go of parts of checkpoints that no file in the folder names: of older ones, and of half-written ones."""
     if not (folder / SHARDS).is_dir():
         return

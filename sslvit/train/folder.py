@@ -17,6 +17,7 @@ figures/
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
 from collections.abc import Iterator
@@ -29,6 +30,8 @@ import yaml
 from sslvit.files import held_folder, new_file, printable, remove_left_parts, to_json, write_atomically, write_error
 from sslvit.settings.load import YAML_ERRORS
 from sslvit.weight_files import SHARDS, check_checkpoint
+
+logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
 WAIT_SECONDS = 30.0  # for the process before, which writes its last checkpoint
@@ -107,9 +110,7 @@ class RunFolder:
         if not found and not resume:
             return
         if not self.is_new and self.has_only_begun(found):
-            print(
-                f"{printable(self.path)}: a run that ended before its first checkpoint; it starts at step 0", flush=True
-            )
+            logger.info(f"{printable(self.path)}: a run that ended before its first checkpoint; it starts at step 0")
             return
         if resume and not self.goes_on:
             instead = "Start without --resume." if self.is_new else "Copy it back, or start anew with --overwrite."
@@ -207,12 +208,12 @@ class RunFolder:
             try:
                 check_checkpoint(path)
             except (ValueError, OSError) as error:
-                print(f"warning: {error}", flush=True)
+                logger.warning(f"{error}")
                 problem = problem or error
                 damaged.add((about.st_dev, about.st_ino))
                 continue
             if path != self.checkpoint:
-                print(f"going on from the checkpoint before it: {printable(path)}", flush=True)
+                logger.info(f"going on from the checkpoint before it: {printable(path)}")
             return path
         raise ValueError(
             f"{problem} No other checkpoint is kept there (train.keep_last keeps some): copy one back, or start anew "
@@ -294,4 +295,4 @@ def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 bad.append(number)
     if bad:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        print(f"warning: {printable(path)}: line {bad[0]}{more} damaged and passed over", flush=True)
+        logger.warning(f"{printable(path)}: line {bad[0]}{more} damaged and passed over")

@@ -24,9 +24,9 @@ from sslvit.data.plan import slices
 from sslvit.data.views import Views
 from sslvit.figures import curves
 from sslvit.models.transformer import Block
-from sslvit.settings import PretrainSettings
+from sslvit.settings import RunSettings
 from sslvit.tasks import task_class
-from sslvit.tasks.base import PretextTask
+from sslvit.tasks.base import Task
 
 # TFLOP/s of 16-bit matrix products without sparsity (NVIDIA's data sheets)
 PEAKS = {"h200": 989.0, "h100pcie": 756.0, "h100": 989.0, "a100": 312.0, "l40s": 362.0, "rtx4090": 165.0, "v100": 125.0}
@@ -48,7 +48,7 @@ class Forecast:
         block: numbers in the largest block of a network.
         outside: numbers of weights that lie in no block.
         images: in the data set.
-        global_batch: images per optimizer step.
+        global_batch_size: images per optimizer step.
         micro: images per forward pass on one rank.
         passes: forward passes per optimizer step.
         ranks: processes.
@@ -65,7 +65,7 @@ class Forecast:
     block: int
     outside: int
     images: int
-    global_batch: int
+    global_batch_size: int
     micro: int
     passes: int
     ranks: int
@@ -92,7 +92,7 @@ class Forecast:
 
     def hours(self, tflops: float, utilization: float) -> float:
         """On devices of so many TFLOP/s, of which a share is used."""
-        work = float(self.flops_per_image) * self.global_batch * self.steps
+        work = float(self.flops_per_image) * self.global_batch_size * self.steps
         return work / (tflops * 1e12 * utilization * self.ranks) / 3600
 
     def text(self) -> str:
@@ -108,12 +108,12 @@ class Forecast:
             f"parameters   encoder {self.encoder:,}, trained {self.trained:,}, held {self.held:,}",
             f"FLOPs        {self.flops_per_image / 1e9:,.3f} G per image (forward and backward)",
             *memory[: 1 if self.ranks == 1 else 2],
-            f"batch        {self.global_batch:,} images: {self.ranks} ranks x {self.passes} passes x {self.micro}",
+            f"batch        {self.global_batch_size:,} images: {self.ranks} ranks x {self.passes} passes x {self.micro}",
             f"steps        {self.steps:,} ({self.steps / self.steps_per_epoch:,.1f} epochs of {self.images:,} images)",
         ])  # fmt: skip
 
 
-def forecast(settings: PretrainSettings, images: int, classes: int | None = None) -> tuple[Forecast, PretextTask]:
+def forecast(settings: RunSettings, images: int, classes: int | None = None) -> tuple[Forecast, Task]:
     """What a run with these settings would be, and its task, without weights, for its schedules.
 
     Args:
@@ -126,16 +126,16 @@ def forecast(settings: PretrainSettings, images: int, classes: int | None = None
     """
     train = settings.train
     ranks = train.devices * train.nodes
-    batch = settings.data.fitted(images, ranks).global_batch
+    batch = settings.data.fitted(images, ranks).global_batch_size
     if images < batch:
-        raise ValueError(f"data.global_batch: {batch} is more than the {images} images there are.")
-    micro, passes = slices(batch, ranks, train.micro_batch)
+        raise ValueError(f"data.global_batch_size: {batch} is more than the {images} images there are.")
+    micro, passes = slices(batch, ranks, train.micro_batch_size)
     per_epoch = images // batch
     steps = train.steps or max(1, round(train.epochs * per_epoch))
     fitted, optim = settings.task.fitted(images, batch, steps, classes), settings.optim.fitted(per_epoch, steps)
     with torch.device("meta"):  # initialization would ask fake numbers for their values
-        task: PretextTask = task_class(settings.task.name)(
-            fitted, settings.encoder, optim, total_steps=steps, steps_per_epoch=per_epoch, global_batch=batch,
+        task: Task = task_class(settings.task.name)(
+            fitted, settings.encoder, optim, total_steps=steps, steps_per_epoch=per_epoch, global_batch_size=batch,
             seed=settings.seed,
         )  # fmt: skip
     state = task.state_dict()
@@ -158,13 +158,13 @@ def forecast(settings: PretrainSettings, images: int, classes: int | None = None
         held=sum(value.numel() for value in state.values()),
         flops_per_image=flops // FEW, peak=peak, activations=activations, block=max(blocks.values(), default=0),
         outside=sum(p.numel() for p in task.parameters()) - sum(blocks.values()),
-        images=images, global_batch=batch,
+        images=images, global_batch_size=batch,
         micro=micro, passes=passes, ranks=ranks, steps=steps, steps_per_epoch=per_epoch,
     )  # fmt: skip
     return found, task
 
 
-def rate_of_peak(settings: PretrainSettings, index: Index) -> float | None:
+def mfu_per_throughput(settings: RunSettings, index: Index) -> float | None:
     """Share of all devices' peak that one image a second takes; None where the peak or the work is not known.
 
     The work is that of the model's products in a step, without what is computed again to save memory.
@@ -180,7 +180,7 @@ def rate_of_peak(settings: PretrainSettings, index: Index) -> float | None:
         peak = next((tflops for key, tflops in PEAKS.items() if key in name), None)
     if peak is None:
         return None
-    once = replace(settings, encoder=replace(settings.encoder, checkpointing=False))
+    once = replace(settings, encoder=replace(settings.encoder, activation_checkpointing=False))
     try:
         found, _ = forecast(once, len(index), len(index.classes) if index.classes else None)
     except Exception:  # the work depends on what the images show: then there is no such number, and the run goes on
@@ -188,7 +188,7 @@ def rate_of_peak(settings: PretrainSettings, index: Index) -> float | None:
     return found.flops_per_image / (peak * 1e12 * train.devices * train.nodes)
 
 
-def example(settings: PretrainSettings, count: int = FEW) -> Batch:
+def example(settings: RunSettings, count: int = FEW) -> Batch:
     """Some images as the task would get them."""
     views = Views(settings.data.view, settings.encoder.image_size, settings.encoder.interpolation).of_size()
     numbers = torch.zeros(count, dtype=torch.long)
@@ -196,7 +196,7 @@ def example(settings: PretrainSettings, count: int = FEW) -> Batch:
     return Batch(images, numbers, numbers, torch.ones(count, dtype=torch.bool), numbers)
 
 
-def count_flops(task: PretextTask, settings: PretrainSettings) -> int:
+def count_flops(task: Task, settings: RunSettings) -> int:
     """Of a step on a few images; attention as two matrix products, whatever kernel makes it."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         task.training_step(example(settings), 0).backward()
@@ -204,9 +204,7 @@ def count_flops(task: PretextTask, settings: PretrainSettings) -> int:
     return counter.get_total_flops()
 
 
-def count_peak(
-    task: PretextTask, settings: PretrainSettings, micro: int, passes: int, has_gradients: bool = False
-) -> int:
+def count_peak(task: Task, settings: RunSettings, micro: int, passes: int, has_gradients: bool = False) -> int:
     """Most bytes besides weights that are held at once in the passes of a step, gradients and images included.
 
     Args:
@@ -260,7 +258,7 @@ class LiveBytes(TorchDispatchMode):
         self.now -= self.alive.pop(key)
 
 
-def draw_schedules(task: PretextTask, path: Path) -> Path:
+def draw_schedules(task: Task, path: Path) -> Path:
     """Everything of the task that changes with the step: rate, weight decay, and a task's own."""
     steps = np.unique(np.linspace(0, task.total_steps - 1, POINTS).astype(int)).tolist()
     named = {name.removesuffix("_at"): getattr(task, name) for name in dir(type(task)) if name.endswith("_at")}

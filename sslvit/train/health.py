@@ -7,6 +7,7 @@ there in most of the last looks, after the warm-up, since a network that has jus
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -17,15 +18,19 @@ from torch import Tensor
 
 from sslvit.evaluate.health import label_free, largest_share
 from sslvit.files import to_json, write_atomically
-from sslvit.ranks import gather_over_ranks
+from sslvit.ranks import all_gather
 from sslvit.settings import OptimSettings, TaskSettings
-from sslvit.tasks.base import PretextTask
+from sslvit.tasks.base import Task
 from sslvit.train.callbacks import StepCallback, mean_over_ranks
 from sslvit.train.folder import RunFolder
 
+logger = logging.getLogger(__name__)
+
 FEWEST_LOOKS = 3  # that a verdict rests on; in long runs as many as fit in one fiftieth of their steps
 PART_OF_THE_RUN = 50
-ILL_FROM = 0.8  # share of ill looks among the last ones that makes a collapse; as many healthy ones make a recovery
+FAIL_FRACTION = (
+    0.8  # share of ill looks among the last ones that makes a collapse; as many healthy ones make a recovery
+)
 EVEN_FROM = 0.98  # entropy over ln K from which the teacher counts as even
 STUCK_WITHIN = 0.002  # of ln K: a loss that close to it says that the student has learned nothing
 ONE_FROM = 0.9  # share of the images in one prototype from which it counts as the only one
@@ -78,10 +83,10 @@ def find_sign(measures: dict[str, float], images: int, task: TaskSettings, optim
         task: settings of the task; the remedy names its knobs.
         optim: settings of the optimizer.
     """
-    rate = f"optim.base_rate ({optim.base_rate:g})"
+    rate = f"optim.base_lr ({optim.base_lr:g})"
     for name, value in measures.items():
         if not math.isfinite(value):
-            remedy = f"Lower {rate}" + ("." if optim.clip else ", or set optim.clip.")
+            remedy = f"Lower {rate}" + ("." if optim.clip_grad else ", or set optim.clip_grad.")
             return Sign("not finite", f"its {name.replace('_', ' ')} is {value}", remedy)
     if "teacher_entropy" not in measures:
         return None
@@ -105,7 +110,7 @@ def find_sign(measures: dict[str, float], images: int, task: TaskSettings, optim
         return Sign("one prototype", seen, task.remedy("one prototype", rate))
     if deviation < FEATURES_ALIKE_BELOW or rank < ONE_DIRECTION_BELOW:
         seen = f"features hardly differ between images (deviation {deviation:.4f} of their size, RankMe {rank:.1f})"
-        return Sign("features", seen, f"Lower {rate}, or raise data.global_batch or optim.warmup_epochs.")
+        return Sign("features", seen, f"Lower {rate}, or raise data.global_batch_size or optim.warmup_epochs.")
     return None
 
 
@@ -125,11 +130,11 @@ class Health(StepCallback):
         self.messages: list[dict[str, Any]] = []
         self.verdict = "too early to say"
 
-    def on_train_batch_start(self, trainer: pl.Trainer, module: PretextTask, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Task, batch: Any, batch_idx: int) -> None:
         coming = trainer.global_step + 1
         module.is_watched = coming % self.every == 0 or coming == self.total_steps
 
-    def on_step(self, trainer: pl.Trainer, module: PretextTask) -> None:
+    def on_step(self, trainer: pl.Trainer, module: Task) -> None:
         if not module.is_watched:
             return
         if module.is_skipped:  # train/incidents.py counts it; only many of them are a collapse
@@ -138,7 +143,7 @@ class Health(StepCallback):
             if trainer.is_global_zero:
                 self.judge(sign, {"loss": math.nan}, is_skipped=True)
             return
-        watched = {name: gather_over_ranks(torch.cat(parts)) for name, parts in module.watched.items()}
+        watched = {name: all_gather(torch.cat(parts)) for name, parts in module.watched.items()}
         module.watched.clear()
         measures = measure(watched)
         for name, value in measures.items():
@@ -167,12 +172,12 @@ class Health(StepCallback):
         needed = self.looks_needed
         if self.step == self.total_steps:
             needed = min(needed, max(len(self.looks), 2))  # a short run has no more
-        if is_broken or (len(self.looks) >= needed and ill >= ILL_FROM * len(self.looks)):
+        if is_broken or (len(self.looks) >= needed and ill >= FAIL_FRACTION * len(self.looks)):
             if sign and (self.verdict != "collapsed" or sign.name not in [said["sign"] for said in self.messages]):
                 self.say(sign.name, f"this run has probably collapsed: {sign.seen}. {sign.remedy}")
             self.verdict = "collapsed"
         elif self.verdict == "collapsed":
-            if len(self.looks) - ill >= ILL_FROM * len(self.looks):
+            if len(self.looks) - ill >= FAIL_FRACTION * len(self.looks):
                 self.say("recovered", "this run has recovered from its collapse.")
                 self.verdict = "healthy"
         else:
@@ -182,7 +187,7 @@ class Health(StepCallback):
     def say(self, sign: str, text: str) -> None:
         message = f"step {self.step}: {text}"
         self.messages.append({"step": self.step, "sign": sign, "message": message})
-        print(message, flush=True)
+        logger.info(message)
 
     def write(self, measures: dict[str, float]) -> None:
         """health.json, whole."""

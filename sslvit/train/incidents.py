@@ -10,6 +10,7 @@ batch-rank-00000-0.safetensors and so on: what each rank saw, micro-batch by mic
 
 from __future__ import annotations
 
+import logging
 import shutil
 
 import pytorch_lightning as pl
@@ -20,9 +21,11 @@ from sslvit.data.batch import Batch
 from sslvit.data.index import Index
 from sslvit.data.loader import TrainingBatches
 from sslvit.files import new_file, to_json, write_atomically
-from sslvit.tasks.base import PretextTask
+from sslvit.tasks.base import Task
 from sslvit.train.callbacks import StepCallback
 from sslvit.train.folder import RunFolder
+
+logger = logging.getLogger(__name__)
 
 
 class Incidents(StepCallback):
@@ -38,7 +41,7 @@ class Incidents(StepCallback):
         self.folder, self.index, self.limit = folder, index, limit
         self.skipped = self.in_a_row = 0
 
-    def on_step(self, trainer: pl.Trainer, module: PretextTask) -> None:
+    def on_step(self, trainer: pl.Trainer, module: Task) -> None:
         self.in_a_row = self.in_a_row + 1 if module.is_skipped else 0
         self.skipped += module.is_skipped
         if self.skipped:
@@ -47,17 +50,17 @@ class Incidents(StepCallback):
             return
         where = ", ".join(module.not_finite[:3]) or "the loss"
         if trainer.is_global_zero:
-            print(f"step {self.step}: skipped, not finite ({where}; {self.skipped} so far)", flush=True)
+            logger.info(f"step {self.step}: skipped, not finite ({where}; {self.skipped} so far)")
         if self.in_a_row >= self.limit:
             self.save(trainer, module)
             trainer.strategy.barrier()
             raise RuntimeError(
                 f"step {self.step}: {self.in_a_row} steps in a row were not finite (train.skip_limit). Look at the "
-                f"last: sslvit replay {self.folder.incident}. Then lower optim.base_rate, set optim.clip or "
+                f"last: sslvit replay {self.folder.incident}. Then lower optim.base_lr, set optim.clip_grad or "
                 "train.precision float32, and go on from the last checkpoint with --resume."
             )
 
-    def save(self, trainer: pl.Trainer, module: PretextTask) -> None:
+    def save(self, trainer: pl.Trainer, module: Task) -> None:
         """The step that was just skipped, with all that decided it."""
         if trainer.is_global_zero:
             shutil.rmtree(self.folder.incident, ignore_errors=True)  # of an earlier end

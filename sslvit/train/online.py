@@ -6,6 +6,7 @@ run with them has the same weights as one without.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -25,18 +26,20 @@ from sslvit.evaluate.linear import fit_probe
 from sslvit.evaluate.probe import check_classes, open_labeled
 from sslvit.evaluate.sources import FrozenEncoder, LabeledSet, NoScore
 from sslvit.files import to_json, write_atomically
-from sslvit.ranks import is_first_rank, said_by_first
-from sslvit.settings import PretrainSettings, ProbeSettings
-from sslvit.tasks.base import PretextTask
+from sslvit.ranks import broadcast_from_rank0, is_first_rank
+from sslvit.settings import ProbeSettings, RunSettings
+from sslvit.tasks.base import Task
 from sslvit.tasks.supervised import Supervised
 from sslvit.train.callbacks import StepCallback
 from sslvit.train.folder import RunFolder
+
+logger = logging.getLogger(__name__)
 
 IMAGES_AT_ONCE = 256
 
 
 @contextmanager
-def looking(module: PretextTask) -> Iterator[PretextTask]:
+def looking(module: Task) -> Iterator[Task]:
     """All weights in evaluation mode, and afterwards every part and torch's stream of chance as they were."""
     was_training = {part: part.training for part in module.modules()}
     try:
@@ -60,7 +63,7 @@ class ScoringCallback(StepCallback):
         self.every = math.ceil(every / log_every) * log_every if every else total_steps
         self.total_steps = total_steps
 
-    def on_step(self, trainer: pl.Trainer, module: PretextTask) -> None:
+    def on_step(self, trainer: pl.Trainer, module: Task) -> None:
         if self.step % self.every and self.step != self.total_steps:
             return
         with looking(module) as whole:
@@ -69,11 +72,11 @@ class ScoringCallback(StepCallback):
             except NoScore as error:  # on all ranks alike
                 found = {}
                 if is_first_rank():
-                    print(f"warning: step {self.step}: no score: {error}", flush=True)
+                    logger.warning(f"step {self.step}: no score: {error}")
             for name, value in found.items():
                 module.record(name, torch.tensor(value, dtype=torch.float64))
 
-    def scores(self, trainer: pl.Trainer, module: PretextTask) -> dict[str, float]:
+    def scores(self, trainer: pl.Trainer, module: Task) -> dict[str, float]:
         """Names and values for the line, the same on every rank."""
         raise NotImplementedError
 
@@ -81,18 +84,18 @@ class ScoringCallback(StepCallback):
 class OnlineProbe(ScoringCallback):
     """kNN and logistic regression on some labeled images, and all measures without labels."""
 
-    def __init__(self, settings: PretrainSettings, total_steps: int) -> None:
+    def __init__(self, settings: RunSettings, total_steps: int) -> None:
         online = self.online = settings.online
         super().__init__(online.every, settings.train.log_every, total_steps)
         self.seed = settings.seed
         indices = open_labeled(ProbeSettings(online.train, online.val, neighbors=[]))
         channels = settings.encoder.channels
-        limit = settings.data.bad_limit
+        limit = settings.data.max_unreadable_fraction
         self.train, self.val = (
             LabeledSet(index, channels, spread(len(index), online.images), limit) for index in indices
         )
 
-    def scores(self, trainer: pl.Trainer, module: PretextTask) -> dict[str, float]:
+    def scores(self, trainer: pl.Trainer, module: Task) -> dict[str, float]:
         source = FrozenEncoder(module.trained_encoder)
         places = source.places(None, 1, None)
         reading = Pass(min(IMAGES_AT_ONCE, self.online.images))
@@ -106,18 +109,22 @@ class OnlineProbe(ScoringCallback):
                 "online_knn": knn_accuracies(train, val, classes, [k], 0.07)[k],
                 "online_linear": fit_probe(train, classes, self.seed).accuracy(val),
             }
-        return said_by_first(found)
+        return broadcast_from_rank0(found)
 
 
 class Validation(ScoringCallback):
     """A classifier's right answers on the reported images; the last ones are written to scores.json."""
 
-    def __init__(self, settings: PretrainSettings, folder: RunFolder, index: ShardIndex, total_steps: int) -> None:
+    def __init__(self, settings: RunSettings, folder: RunFolder, index: ShardIndex, total_steps: int) -> None:
         super().__init__(settings.task.validate_every, settings.train.log_every, total_steps)
         self.settings, self.folder = settings, folder
         data = settings.data
         self.data = LabeledSet(
-            open_val(settings, index), settings.encoder.channels, None, data.bad_limit, data.memory_limit_mb
+            open_val(settings, index),
+            settings.encoder.channels,
+            None,
+            data.max_unreadable_fraction,
+            data.memory_limit_mb,
         )
         self.start = time.monotonic()
 
@@ -137,7 +144,9 @@ class Validation(ScoringCallback):
         Raises:
             NoScore: it fails again. The weights are saved, and a resume comes here.
         """
-        if trainer.global_step != self.total_steps or said_by_first(self.folder.scored_step() == self.total_steps):
+        if trainer.global_step != self.total_steps or broadcast_from_rank0(
+            self.folder.scored_step() == self.total_steps
+        ):
             return
         self.step = self.total_steps
         with looking(module) as whole:
@@ -152,7 +161,7 @@ class Validation(ScoringCallback):
         write_atomically(self.folder.scores, to_json(about, indent=1) + "\n")
 
 
-def open_val(settings: PretrainSettings, index: ShardIndex) -> ShardIndex:
+def open_val(settings: RunSettings, index: ShardIndex) -> ShardIndex:
     """The labeled set that a classifier is scored on, once it is known to fit the training set."""
     name = settings.task.val
     val = open_shards(name)

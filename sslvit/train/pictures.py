@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,8 +12,10 @@ from sslvit.data.module import ShardDataModule
 from sslvit.evaluate.attention import class_attention, mass_mask, patch_colors
 from sslvit.figures import curves, heat_over, image_rows, only_where
 from sslvit.models import ViTEncoder
-from sslvit.tasks.base import PretextTask
+from sslvit.tasks.base import Task
 from sslvit.train.folder import RunFolder
+
+logger = logging.getLogger(__name__)
 
 IMAGES = 8
 LARGER = 2  # times the training resolution
@@ -19,7 +23,7 @@ MASS = 0.6  # of the attention, in the masks
 MOST_HEADS = 16  # shown
 
 
-def draw_pictures(folder: RunFolder, task: PretextTask, data: ShardDataModule) -> None:
+def draw_pictures(folder: RunFolder, task: Task, data: ShardDataModule) -> None:
     """Draw them all from the first images of the data set; the task is left on the CPU."""
     metrics = folder.read_metrics()
     steps = [line["step"] for line in metrics]
@@ -34,7 +38,7 @@ def draw_pictures(folder: RunFolder, task: PretextTask, data: ShardDataModule) -
     with torch.no_grad():
         is_sound = bool(task.trained_encoder(examples.views[0]).isfinite().all())
     if not is_sound:
-        print("no pictures: what the encoder gives is not finite")
+        logger.info("no pictures: what the encoder gives is not finite")
         return
     for name, (titles, rows) in task.figures(examples).items():
         image_rows(folder.figures / f"{name}.png", rows, titles)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -16,25 +17,27 @@ from sslvit.data.module import ShardDataModule
 from sslvit.data.open import check_present
 from sslvit.data.plan import Plan, slices
 from sslvit.data.stream import StreamIndex
-from sslvit.settings import PretrainSettings
+from sslvit.settings import RunSettings
 from sslvit.settings.load import brief, by_dotted_key
 from sslvit.settings.views import AugmentSettings, MultiCropSettings
 from sslvit.tasks import task_class
-from sslvit.tasks.base import PretextTask
+from sslvit.tasks.base import Task
 from sslvit.train.folder import RunFolder
 from sslvit.train.logs import check_loggers
 from sslvit.weight_files import read_torch_file
+
+logger = logging.getLogger(__name__)
 
 # what a run that goes on keeps, besides the shapes of its weights and the identity of its data, which are compared with
 # the checkpoint: (key, tasks that it is fixed for or None for all, why)
 FIXED = [
     ("task.name", None, "the checkpoint holds the weights of one task"),
     ("seed", None, "masks, crops and the order of the data follow from it"),
-    ("data.global_batch", None, "the order of the data and the learning rate follow from it"),
+    ("data.global_batch_size", None, "the order of the data and the learning rate follow from it"),
     ("optim.betas", None, "the optimizer's averages in the checkpoint were made with it"),
-    ("encoder.positions", None, "the checkpoint holds the table"),
-    ("encoder.initialization", None, "the weights have started already"),
-    ("encoder.color_start", None, "the weights have started already"),
+    ("encoder.pos_embed", None, "the checkpoint holds the table"),
+    ("encoder.init", None, "the weights have started already"),
+    ("encoder.color_init", None, "the weights have started already"),
     ("encoder.mean", None, "the weights were trained on images normalized by it"),
     ("encoder.std", None, "the weights were trained on images normalized by it"),
     ("encoder.pooling", ("dino", "supervised"), "the head was trained on what it gives"),
@@ -45,10 +48,10 @@ FIXED = [
 ]
 
 
-def check_machine(settings: PretrainSettings) -> None:
+def check_machine(settings: RunSettings) -> None:
     """Refuse what cannot run here, before data is touched."""
     train = settings.train
-    micro, _ = slices(settings.data.global_batch, train.devices * train.nodes, train.micro_batch)
+    micro, _ = slices(settings.data.global_batch_size, train.devices * train.nodes, train.micro_batch_size)
     settings.task.check_micro_batch(micro)
     kinds = task_class(settings.task.name).view_kinds
     if settings.data.view.kind not in kinds:
@@ -60,7 +63,7 @@ def check_machine(settings: PretrainSettings) -> None:
         raise ValueError("train.accelerator: gpu, but torch sees none here. Use auto or cpu.")
 
 
-def check_data(settings: PretrainSettings, index: Index, plan: Plan) -> None:
+def check_data(settings: RunSettings, index: Index, plan: Plan) -> None:
     """Refuse data that this run cannot read, before step 0."""
     data, encoder = settings.data, settings.encoder
     if index.channels != encoder.channels and not {index.channels, encoder.channels} <= set(MODES):
@@ -86,9 +89,9 @@ def check_data(settings: PretrainSettings, index: Index, plan: Plan) -> None:
             "data.view.kind: augment changes 8-bit images of 1 or 3 channels only, "
             f"not {index.bits}-bit ones of {encoder.channels}. Use crop."
         )
-    check_present(index, data.bad_limit)
+    check_present(index, data.max_unreadable_fraction)
     largest = max(shard.bytes for shard in index.shards) if index.is_remote else 0
-    needed = plan.shards_at_once(0, plan.global_batch // settings.train.nodes) * largest / 2**30
+    needed = plan.shards_at_once(0, plan.global_batch_size // settings.train.nodes) * largest / 2**30
     if needed > data.cache_gb:
         raise ValueError(
             f"data.cache_gb: {data.cache_gb:g} GB cannot hold the shards that each machine reads side by side "
@@ -96,9 +99,7 @@ def check_data(settings: PretrainSettings, index: Index, plan: Plan) -> None:
         )
 
 
-def fit(
-    settings: PretrainSettings, earlier: RunFolder | None, index: Index, plan: Plan, total_steps: int
-) -> PretrainSettings:
+def fit(settings: RunSettings, earlier: RunFolder | None, index: Index, plan: Plan, total_steps: int) -> RunSettings:
     """The same settings with what was left open chosen for the job; a resumed run keeps what it chose before.
 
     Args:
@@ -109,15 +110,15 @@ def fit(
         total_steps: of the run.
     """
     task = settings.task.fitted(
-        len(index), plan.global_batch, total_steps, len(index.classes) if index.classes else None
+        len(index), plan.global_batch_size, total_steps, len(index.classes) if index.classes else None
     )
     optim = settings.optim.fitted(plan.steps_per_epoch, total_steps)
-    data = replace(settings.data, global_batch=plan.global_batch, fit_batch=False, fit_normalization=False)
+    data = replace(settings.data, global_batch_size=plan.global_batch_size, fit_batch=False, fit_normalization=False)
     encoder = settings.encoder
     if settings.data.fit_normalization and len(index.mean) == encoder.channels:  # a stream knows none
         encoder = replace(encoder, mean=list(index.mean), std=[std or 1.0 for std in index.std])  # 0: constant
     fitted = replace(settings, task=task, optim=optim, data=data, encoder=encoder)
-    if data.global_batch != settings.data.global_batch:
+    if data.global_batch_size != settings.data.global_batch_size:
         check_machine(fitted)
     if earlier is not None:
         before, asked = by_dotted_key(earlier.read_config()), by_dotted_key(settings.as_dict())
@@ -128,7 +129,7 @@ def fit(
     return fitted
 
 
-def chosen(asked: PretrainSettings, settings: PretrainSettings, steps_per_epoch: int) -> list[str]:
+def chosen(asked: RunSettings, settings: RunSettings, steps_per_epoch: int) -> list[str]:
     """What was left open or did not fit and is chosen now, as "task.out_dim 256"."""
     before, after = by_dotted_key(asked.as_dict()), by_dotted_key(settings.as_dict())
     found = []
@@ -142,7 +143,7 @@ def chosen(asked: PretrainSettings, settings: PretrainSettings, steps_per_epoch:
     return found
 
 
-def keep_start(settings: PretrainSettings, earlier: RunFolder) -> PretrainSettings:
+def keep_start(settings: RunSettings, earlier: RunFolder) -> RunSettings:
     """The settings of a run that goes on, with the encoder that it once started from.
 
     Raises:
@@ -186,7 +187,7 @@ def check_changes(old: dict[str, Any], new: dict[str, Any]) -> None:
 
 
 def check_resumed(
-    folder: RunFolder, checkpoint: Path, settings: PretrainSettings, data: ShardDataModule, task: PretextTask
+    folder: RunFolder, checkpoint: Path, settings: RunSettings, data: ShardDataModule, task: Task
 ) -> None:
     """A resumed run must train the same encoder on the same data in the same order; other changes are said."""
     content = read_torch_file(checkpoint)
@@ -211,4 +212,4 @@ def check_resumed(
             "Restore them, or start a new run from its encoder with --init."
         )
     if changed:
-        print(f"resuming with changes: {'; '.join(changed)}")
+        logger.info(f"resuming with changes: {'; '.join(changed)}")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sslvit.data.batch import Batch
 from sslvit.settings.load import load_recipe
 from sslvit.tasks import task_class
-from sslvit.tasks.base import PretextTask
+from sslvit.tasks.base import Task
 from sslvit.train.incidents import from_tensors
 from sslvit.weight_files import read_torch_file
 
@@ -42,7 +42,7 @@ def replay(folder: str | Path) -> list[str]:
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'incident.json'}: damaged ({error}).") from error
     task = task_class(settings.task.name)(
-        settings.task, settings.encoder, settings.optim, global_batch=settings.data.global_batch, **run
+        settings.task, settings.encoder, settings.optim, global_batch_size=settings.data.global_batch_size, **run
     )
     task.load_state_dict(read_torch_file(folder / "state.ckpt")["state_dict"])
     task._trainer = SimpleNamespace(global_step=step)  # chance is keyed by the step
@@ -62,7 +62,7 @@ def read_batch(file: Path) -> Batch:
     return from_tensors(load_file(file), first_row)
 
 
-def weights_in_words(task: PretextTask) -> list[str]:
+def weights_in_words(task: Task) -> list[str]:
     broken = [name for name, value in task.state_dict().items() if not is_finite(value)]
     return [f"weights that are not finite before the step: {named(broken)}"] if broken else []
 
@@ -71,7 +71,7 @@ def named(names: list[str]) -> str:
     return f"{', '.join(names[:4])} ({len(names)} in all)"
 
 
-def batch_in_words(task: PretextTask, batch: Batch) -> list[str]:
+def batch_in_words(task: Task, batch: Batch) -> list[str]:
     """One micro-batch: its images, its loss, the first part whose output is not finite, gradients, anomalies."""
     said = []
     for number, view in enumerate(batch.views):

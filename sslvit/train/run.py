@@ -22,14 +22,14 @@ from sslvit.data.module import ShardDataModule
 from sslvit.data.open import open_data
 from sslvit.data.plan import slices
 from sslvit.files import new_file
-from sslvit.settings import PretrainSettings, SupervisedSettings, TrainSettings
+from sslvit.settings import RunSettings, SupervisedSettings, TrainSettings
 from sslvit.stopping import Preempted, RankLost, is_first_process, requeue, stopping_at_once
 from sslvit.tasks import task_class
-from sslvit.tasks.base import PretextTask
+from sslvit.tasks.base import Task
 from sslvit.train.callbacks import Ledger, RunLog
-from sslvit.train.checkpoints import Checkpoints, WholeCheckpoint
+from sslvit.train.checkpoints import AtomicCheckpointIO, Checkpoints
 from sslvit.train.folder import RunFolder
-from sslvit.train.forecast import rate_of_peak
+from sslvit.train.forecast import mfu_per_throughput
 from sslvit.train.health import Health
 from sslvit.train.incidents import Incidents
 from sslvit.train.logs import log_pictures, make_loggers
@@ -37,11 +37,13 @@ from sslvit.train.online import OnlineProbe, Validation
 from sslvit.train.pictures import draw_pictures
 from sslvit.train.preemption import Preemption
 from sslvit.train.prepare import check_data, check_machine, check_resumed, chosen, fit, keep_start
-from sslvit.train.strategies import compile_blocks, is_lost_rank, make_strategy
+from sslvit.train.strategies import compile_blocks, is_peer_failure, make_strategy
 from sslvit.train.timing import Clock, StepTimes, WaitForData
 
+logger = logging.getLogger(__name__)
 
-def pretrain(settings: PretrainSettings, resume: bool = False, overwrite: bool = False) -> RunFolder:
+
+def pretrain(settings: RunSettings, resume: bool = False, overwrite: bool = False) -> RunFolder:
     """Pretrain an encoder and leave all that the run made in settings.out.
 
     Args:
@@ -66,7 +68,7 @@ def pretrain(settings: PretrainSettings, resume: bool = False, overwrite: bool =
         raise
 
 
-def _pretrain(settings: PretrainSettings, folder: RunFolder, is_first: bool, goes_on: bool) -> RunFolder:
+def _pretrain(settings: RunSettings, folder: RunFolder, is_first: bool, goes_on: bool) -> RunFolder:
     train = settings.train
     if goes_on:
         settings = keep_start(settings, folder)
@@ -83,10 +85,10 @@ def _pretrain(settings: PretrainSettings, folder: RunFolder, is_first: bool, goe
     total_steps = train.steps or max(1, round(train.epochs * plan.steps_per_epoch))
     asked = settings
     settings = fit(settings, folder if goes_on else None, index, plan, total_steps)
-    data = ShardDataModule(index, settings.data, settings.encoder, plan, total_steps, train.micro_batch)
-    task: PretextTask = task_class(settings.task.name)(
+    data = ShardDataModule(index, settings.data, settings.encoder, plan, total_steps, train.micro_batch_size)
+    task: Task = task_class(settings.task.name)(
         settings.task, settings.encoder, settings.optim, total_steps=total_steps,
-        steps_per_epoch=plan.steps_per_epoch, global_batch=plan.global_batch, seed=settings.seed,
+        steps_per_epoch=plan.steps_per_epoch, global_batch_size=plan.global_batch_size, seed=settings.seed,
     )  # fmt: skip
     if start is not None:
         task.start_from(start, settings.init)
@@ -102,7 +104,7 @@ def _pretrain(settings: PretrainSettings, folder: RunFolder, is_first: bool, goe
         trainer.loggers = make_loggers(train, folder)
         _announce(settings, index, data, task, trainer)
         if picked := chosen(asked, settings, plan.steps_per_epoch):
-            print(f"chosen for {len(index):,} images, {plan.global_batch} a step: {'; '.join(picked)}", flush=True)
+            logger.info(f"chosen for {len(index):,} images, {plan.global_batch_size} a step: {'; '.join(picked)}")
 
     with warnings.catch_warnings():
         _silence_needless_warnings()
@@ -115,16 +117,16 @@ def _pretrain(settings: PretrainSettings, folder: RunFolder, is_first: bool, goe
                 trainer.strategy.launcher.kill(signal.SIGTERM)  # other ranks, which may still wait for the first step
             raise
         except RuntimeError as error:
-            if not is_lost_rank(error, trainer.world_size):
+            if not is_peer_failure(error, trainer.world_size):
                 raise
             raise RankLost(
                 f"stopped at step {trainer.global_step} of {total_steps}: another rank has ended, or did not answer "
                 f"for {train.timeout_seconds:g} s (train.timeout_seconds). See what it said, and whether the network "
-                f"stands{_way_on(folder)} ({str(error).splitlines()[0][:120]})"
+                f"stands{_resume_hint(folder)} ({str(error).splitlines()[0][:120]})"
             ) from error
         except SystemExit as error:  # Lightning's answer to Ctrl-C
             raise KeyboardInterrupt(
-                f"stopped at step {trainer.global_step} of {total_steps}{_way_on(folder)}"
+                f"stopped at step {trainer.global_step} of {total_steps}{_resume_hint(folder)}"
             ) from error
     if trainer.global_step != total_steps:
         raise RuntimeError(f"training ended at step {trainer.global_step} instead of {total_steps}.")
@@ -134,16 +136,16 @@ def _pretrain(settings: PretrainSettings, folder: RunFolder, is_first: bool, goe
     return folder
 
 
-def _way_on(folder: RunFolder) -> str:
+def _resume_hint(folder: RunFolder) -> str:
     return "; go on from its last checkpoint with --resume" if folder.checkpoint.exists() else ""
 
 
-def make_trainer(settings: PretrainSettings, folder: RunFolder, index: Index, data: ShardDataModule) -> pl.Trainer:
+def make_trainer(settings: RunSettings, folder: RunFolder, index: Index, data: ShardDataModule) -> pl.Trainer:
     """Lightning's Trainer for one run: one pass of `total_steps` global batches, our order, our files."""
     train = settings.train
     world = train.devices * train.nodes
-    _, passes = slices(settings.data.global_batch, world, train.micro_batch)
-    plugins: list[Any] = [WholeCheckpoint(train)]
+    _, passes = slices(settings.data.global_batch_size, world, train.micro_batch_size)
+    plugins: list[Any] = [AtomicCheckpointIO(train)]
     clock = Clock()
     if SLURMEnvironment.detect():
         plugins.append(SLURMEnvironment(auto_requeue=False))  # preemption.py saves and requeues
@@ -166,15 +168,17 @@ def make_trainer(settings: PretrainSettings, folder: RunFolder, index: Index, da
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            gradient_clip_val=settings.optim.clip,
+            gradient_clip_val=settings.optim.clip_grad,
             plugins=plugins,
             callbacks=[
                 StepTimes(clock),
-                Ledger(folder, index, data.plan, settings.data.bad_limit, settings.data.ledger),
+                Ledger(folder, index, data.plan, settings.data.max_unreadable_fraction, settings.data.ledger),
                 Incidents(folder, index, train.skip_limit),
                 Health(folder, data.total_steps, train.log_every),
                 *scoring(settings, folder, index, data.total_steps),
-                RunLog(folder, data.plan, data.total_steps, train.log_every, clock, rate_of_peak(settings, index)),
+                RunLog(
+                    folder, data.plan, data.total_steps, train.log_every, clock, mfu_per_throughput(settings, index)
+                ),
                 Checkpoints(folder, train, data.total_steps),
                 Preemption(folder, data.total_steps, train.timeout_seconds),
                 WaitForData(clock),
@@ -183,7 +187,7 @@ def make_trainer(settings: PretrainSettings, folder: RunFolder, index: Index, da
         )
 
 
-def scoring(settings: PretrainSettings, folder: RunFolder, index: Index, total_steps: int) -> list[pl.Callback]:
+def scoring(settings: RunSettings, folder: RunFolder, index: Index, total_steps: int) -> list[pl.Callback]:
     """What looks at labeled images while the run trains."""
     callbacks: list[pl.Callback] = []
     if settings.online.train is not None:
@@ -204,24 +208,21 @@ def precision_of(train: TrainSettings) -> str:
     return names["bf16" if known.get("amx_bf16") or known.get("avx512_bf16") else "float32"]
 
 
-def _announce(
-    settings: PretrainSettings, index: Index, data: ShardDataModule, task: PretextTask, trainer: pl.Trainer
-) -> None:
+def _announce(settings: RunSettings, index: Index, data: ShardDataModule, task: Task, trainer: pl.Trainer) -> None:
     parameters = sum(parameter.numel() for parameter in task.trained_encoder.parameters())
     plan = data.plan
-    print(
+    logger.info(
         f"{settings.task.name}: encoder of {parameters / 1e6:.1f} M parameters on {len(index):,} images; "
-        f"{data.total_steps:,} steps of {plan.global_batch} images "
+        f"{data.total_steps:,} steps of {plan.global_batch_size} images "
         f"({data.total_steps / plan.steps_per_epoch:.1f} epochs, each dropping {plan.dropped_per_epoch} images); "
-        f"peak rate {task.peak_rate:.2e}; "
+        f"peak rate {task.peak_lr:.2e}; "
         f"{trainer.precision} on {trainer.world_size} x {trainer.strategy.root_device.type}; "
         f"run folder {settings.out}",
-        flush=True,
     )
 
 
 def _finish(
-    settings: PretrainSettings, folder: RunFolder, index: Index, data: ShardDataModule, task: PretextTask,
+    settings: RunSettings, folder: RunFolder, index: Index, data: ShardDataModule, task: Task,
     trainer: pl.Trainer,
 ) -> None:  # fmt: skip
     """Encoder and figures of a run that reached its last step."""
@@ -240,7 +241,7 @@ def _finish(
             save_file({key: value.cpu().contiguous() for key, value in extra.items()}, part, classes)
     draw_pictures(folder, task, data)
     log_pictures(trainer, folder.figures, trainer.global_step)
-    print(f"encoder in {folder.encoder}, figures in {folder.figures}")
+    logger.info(f"encoder in {folder.encoder}, figures in {folder.figures}")
 
 
 def _silence_needless_warnings() -> None:

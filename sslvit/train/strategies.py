@@ -21,15 +21,15 @@ from torch.distributed.tensor import DTensor
 
 from sslvit.models.transformer import Block
 from sslvit.settings import TrainSettings
-from sslvit.train.checkpoints import WholeCheckpoint
+from sslvit.train.checkpoints import AtomicCheckpointIO
 from sslvit.train.timing import Clock
 from sslvit.weight_files import SHARD
 
 # what an exchange between ranks says when another one is gone, and when the fault is here
-SILENCE = (
+PEER_ERRORS = (
     r"(?i)connection (was )?(closed|reset|refused)|timed? ?out|broken pipe|no route|unreachable|remote process|socket"
 )
-OWN_FAULT = r"(?i)address already in use|EADDRINUSE|invalid ?usage|out of memory|duplicate gpu"
+LOCAL_ERRORS = r"(?i)address already in use|EADDRINUSE|invalid ?usage|out of memory|duplicate gpu"
 
 
 def make_strategy(settings: TrainSettings, clock: Clock) -> DDPStrategy | str:
@@ -75,11 +75,11 @@ class Sharded(DDPStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         io = self.checkpoint_io
-        assert isinstance(io, WholeCheckpoint)
+        assert isinstance(io, AtomicCheckpointIO)
         io.finish()  # the first rank lets go of parts without a name, so none may begin to write before it has done so
         name = f"{checkpoint['global_step']:08d}-{self.broadcast(uuid.uuid4().hex[:8])}"  # never that of an older part
         own: dict[str, Tensor] = {}
-        head = without_shards(checkpoint, own)
+        head = extract_local_shards(checkpoint, own)
         io.save_shard(head, own, Path(filepath), name, self.global_rank, self.world_size)
 
     def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:
@@ -90,11 +90,11 @@ class Sharded(DDPStrategy):
                 like = parameters[number]
                 for name, value in values.items():
                     if value.shape == like.shape:
-                        values[name] = part_of(value, like)
+                        values[name] = shard_like(value, like)
             optimizer.load_state_dict(state)
 
     def on_exception(self, exception: BaseException) -> None:
-        self.checkpoint_io.is_given_up.set()
+        self.checkpoint_io.aborted.set()
         super().on_exception(exception)
 
     def teardown(self) -> None:
@@ -105,11 +105,11 @@ class Sharded(DDPStrategy):
         self.checkpoint_io.teardown()
 
 
-def is_lost_rank(error: RuntimeError, ranks: int) -> bool:
+def is_peer_failure(error: RuntimeError, ranks: int) -> bool:
     """Whether an error says that another rank no longer answers, and not that something is wrong here."""
     said = str(error)
     is_exchange = isinstance(error, torch.distributed.DistError) or "gloo/transport" in said or "Gloo connect" in said
-    return ranks > 1 and is_exchange and bool(re.search(SILENCE, said)) and not re.search(OWN_FAULT, said)
+    return ranks > 1 and is_exchange and bool(re.search(PEER_ERRORS, said)) and not re.search(LOCAL_ERRORS, said)
 
 
 def shard(task: pl.LightningModule, device: str) -> None:
@@ -133,7 +133,7 @@ def shard(task: pl.LightningModule, device: str) -> None:
             fully_shard(network, mesh=mesh)
 
 
-def part_of(whole: Tensor, like: DTensor) -> DTensor:
+def shard_like(whole: Tensor, like: DTensor) -> DTensor:
     """This rank's part of a tensor that lies on every rank, cut as another one is."""
     mesh = like.device_mesh
     parts = whole.chunk(mesh.size(), dim=0)  # fully_shard's cut
@@ -143,7 +143,7 @@ def part_of(whole: Tensor, like: DTensor) -> DTensor:
     return DTensor.from_local(local, mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
-def without_shards(value: Any, own: dict[str, Tensor], path: str = "") -> Any:
+def extract_local_shards(value: Any, own: dict[str, Tensor], path: str = "") -> Any:
     """A checkpoint in which a number and a shape stand for each tensor that is spread over ranks.
 
     Args:
@@ -155,9 +155,9 @@ def without_shards(value: Any, own: dict[str, Tensor], path: str = "") -> Any:
         own[path] = value.to_local().detach()
         return {SHARD: path, "shape": list(value.shape)}
     if isinstance(value, dict):
-        return {key: without_shards(item, own, f"{path}/{key}") for key, item in value.items()}
+        return {key: extract_local_shards(item, own, f"{path}/{key}") for key, item in value.items()}
     if isinstance(value, list):
-        return [without_shards(item, own, f"{path}/{i}") for i, item in enumerate(value)]
+        return [extract_local_shards(item, own, f"{path}/{i}") for i, item in enumerate(value)]
     return value
 
 

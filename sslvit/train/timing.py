@@ -15,7 +15,7 @@ import torch
 from torch import distributed
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-MOST_MOMENTS = 4096  # kept until a line is due
+MAX_TIMESTAMPS = 4096  # kept until a line is due
 PARTS = ("data", "forward", "backward", "communication", "optimizer")
 
 
@@ -34,8 +34,8 @@ class Clock:
             now = torch.cuda.Event(enable_timing=True)
             now.record()
         self.moments.append((ended, now))
-        if len(self.moments) > MOST_MOMENTS:
-            self._add_up(MOST_MOMENTS // 2)  # long past, so nothing is waited for
+        if len(self.moments) > MAX_TIMESTAMPS:
+            self._add_up(MAX_TIMESTAMPS // 2)  # long past, so nothing is waited for
 
     def mark_gradients(self, state, bucket):  # torch compares annotations with its types, and here they are strings
         """Averages gradients over ranks as DDP does, and notes when the last of them are ready to be sent.

@@ -9,7 +9,7 @@ import torchvision.transforms.functional as V
 from PIL import ImageFilter, ImageOps
 from shard_fixtures import photograph
 
-from sslvit.data.color import DRAWS, ORDERS, change_colors, draw_colors
+from sslvit.data.color import DRAWS, ORDERS, color_jitter, sample_colors
 from sslvit.data.views import Views, change_views
 from sslvit.settings.views import MultiCropSettings
 
@@ -37,7 +37,7 @@ def by_torchvision(images: torch.Tensor, change) -> torch.Tensor:
 
 def test_no_change_is_none() -> None:
     images = pixels()
-    assert torch.equal(change_colors(images, draws_of(4)), images.float())
+    assert torch.equal(color_jitter(images, draws_of(4)), images.float())
 
 
 @pytest.mark.parametrize(
@@ -53,20 +53,20 @@ def test_no_change_is_none() -> None:
 )
 def test_one_step_is_pils(name: str, value: float, change, tolerance: float) -> None:
     images = pixels()
-    ours = change_colors(images, draws_of(4, **{name: value}))
+    ours = color_jitter(images, draws_of(4, **{name: value}))
     assert (ours - by_torchvision(images, lambda image: change(image, value))).abs().max() <= tolerance
 
 
 @pytest.mark.parametrize("turn", [-0.5, -0.1, 0.05, 0.1, 0.3])
 def test_hue_is_that_of_hsv(turn: float) -> None:
     images = pixels(low=0, high=255)
-    ours = change_colors(images, draws_of(4, hue=turn))
+    ours = color_jitter(images, draws_of(4, hue=turn))
     exact = V.adjust_hue(images.double() / 255, turn) * 255
     assert (ours - exact).abs().max() <= 0.51
     theirs = by_torchvision(images, lambda image: V.adjust_hue(image, turn))
     assert (ours - theirs).abs().mean() < 2  # PIL keeps the hue in 8 bits
     gray = torch.full((1, 3, 4, 4), 99, dtype=torch.uint8)
-    assert torch.equal(change_colors(gray, draws_of(1, hue=turn)), gray.float())
+    assert torch.equal(color_jitter(gray, draws_of(1, hue=turn)), gray.float())
 
 
 def test_steps_in_their_drawn_order_are_torchvisions_chain() -> None:
@@ -79,7 +79,7 @@ def test_steps_in_their_drawn_order_are_torchvisions_chain() -> None:
         for kind in order:
             chained = steps[kind](chained, factors[kind])
         draws = draws_of(1, **dict(zip(DRAWS, factors, strict=False)), order=number)
-        results.append(change_colors(images, draws))
+        results.append(color_jitter(images, draws))
         assert (results[-1] - chained * 255).abs().max() <= 0.6, order
     assert max((a - results[0]).abs().max() for a in results) > 1  # the order matters, a little
 
@@ -93,7 +93,7 @@ def test_the_same_draws_give_nearly_pils_pixels(without: str | None) -> None:
     settings = MultiCropSettings(jitter=1.0, gray=0.3, blur=[0.5] * 3, solarize=[0.3] * 3, saturation=0.4)
     images = pixels(8, side=40, low=0, high=255)
     rows = torch.arange(96) % 8
-    draws = torch.from_numpy(draw_colors(settings, 0, (0, 0), np.arange(96)))
+    draws = torch.from_numpy(sample_colors(settings, 0, (0, 0), np.arange(96)))
     steps = [V.adjust_brightness, V.adjust_contrast, V.adjust_saturation, V.adjust_hue]
     theirs = []
     for image, drawn in zip(images[rows], draws.tolist(), strict=True):
@@ -106,7 +106,7 @@ def test_the_same_draws_give_nearly_pils_pixels(without: str | None) -> None:
     reference = torch.stack(theirs).float()
     if without:
         draws[:, DRAWS.index(without)] = 1.0 if without in DRAWS[:3] else 0.0
-    difference = change_colors(images[rows], draws) - reference
+    difference = color_jitter(images[rows], draws) - reference
     error = difference.abs().mean()
     if without:
         assert error > 4.0
@@ -117,20 +117,20 @@ def test_the_same_draws_give_nearly_pils_pixels(without: str | None) -> None:
 
 def test_no_color_is_pils_gray() -> None:
     images = pixels()
-    ours = change_colors(images, draws_of(4, is_gray=1.0))
+    ours = color_jitter(images, draws_of(4, is_gray=1.0))
     assert (ours - by_torchvision(images, lambda image: V.to_grayscale(image, 3))).abs().max() <= 1
 
 
 def test_solarization_inverts_bright_pixels() -> None:
     images = pixels(low=0, high=255)
-    ours = change_colors(images, draws_of(4, is_solarized=1.0))
+    ours = color_jitter(images, draws_of(4, is_solarized=1.0))
     assert torch.equal(ours, by_torchvision(images, lambda image: ImageOps.solarize(image, 128)))
 
 
 @pytest.mark.parametrize("sigma", [0.3, 1.0, 2.0])
 def test_blur_is_a_gaussian(sigma: float) -> None:
     images = pixels()
-    ours = change_colors(images, draws_of(4, sigma=sigma))
+    ours = color_jitter(images, draws_of(4, sigma=sigma))
     reference = V.gaussian_blur(images.float(), [2 * int(np.ceil(3 * sigma)) + 1] * 2, [sigma] * 2)
     assert (ours - reference).abs().max() <= 0.51
     theirs = by_torchvision(images, lambda image: image.filter(ImageFilter.GaussianBlur(sigma)))
@@ -138,7 +138,7 @@ def test_blur_is_a_gaussian(sigma: float) -> None:
     assert (ours - theirs)[inside].abs().mean() < 1
     impulse = torch.zeros(1, 1, 33, 33)
     impulse[..., 16, 16] = 255
-    spread = change_colors(impulse, draws_of(1, sigma=sigma))
+    spread = color_jitter(impulse, draws_of(1, sigma=sigma))
     assert torch.equal(spread, spread.flip(2).flip(3))
 
 
@@ -155,21 +155,21 @@ def test_rows_blurred_together_as_on_a_gpu_are_as_one_by_one() -> None:
 
 def test_rows_are_changed_each_on_its_own() -> None:
     settings, images = MultiCropSettings(), pixels(6)
-    draws = torch.from_numpy(draw_colors(settings, 0, (3, 1), np.arange(6)))
-    together = change_colors(images, draws)
+    draws = torch.from_numpy(sample_colors(settings, 0, (3, 1), np.arange(6)))
+    together = color_jitter(images, draws)
     for i in range(6):
-        assert (change_colors(images[i : i + 1], draws[i : i + 1]) - together[i]).abs().max() <= 1
+        assert (color_jitter(images[i : i + 1], draws[i : i + 1]) - together[i]).abs().max() <= 1
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4, 6])
 def test_other_numbers_of_channels_pass(channels: int) -> None:
     images = torch.randint(0, 256, (5, channels, 12, 12), dtype=torch.uint8)
-    draws = torch.from_numpy(draw_colors(MultiCropSettings(), 1, (0, 0), np.arange(5)))
-    changed = change_colors(images, draws)
+    draws = torch.from_numpy(sample_colors(MultiCropSettings(), 1, (0, 0), np.arange(5)))
+    changed = color_jitter(images, draws)
     assert changed.shape == images.shape
     assert changed.min() >= 0
     assert changed.max() <= 255
-    brighter = change_colors(images, draws_of(5, brightness=1.1, saturation=0.1, hue=0.3, is_gray=1.0))
+    brighter = color_jitter(images, draws_of(5, brightness=1.1, saturation=0.1, hue=0.3, is_gray=1.0))
     assert (brighter - (images * 1.1).clamp(max=255)).abs().max() <= 0.51  # color is for three channels
 
 
@@ -177,7 +177,7 @@ def test_draws_have_the_stated_probabilities_and_ranges() -> None:
     """Caron et al. 2021, section 3.1, after BYOL: the released recipe's numbers."""
     settings, samples = MultiCropSettings(), np.arange(20_000)
     for view, (blur, solarize) in enumerate([(1.0, 0.0), (0.1, 0.2), (0.5, 0.0), (0.5, 0.0)]):
-        draws = dict(zip(DRAWS, draw_colors(settings, view, (0, 0), samples).T, strict=True))
+        draws = dict(zip(DRAWS, sample_colors(settings, view, (0, 0), samples).T, strict=True))
         is_changed = draws["brightness"] != 1
         assert is_changed.mean() == pytest.approx(0.8, abs=0.01)
         assert draws["is_gray"].mean() == pytest.approx(0.2, abs=0.01)
@@ -189,12 +189,12 @@ def test_draws_have_the_stated_probabilities_and_ranges() -> None:
         assert np.abs(draws["hue"]).max() == pytest.approx(0.1, abs=0.001)
         assert draws["sigma"].max() == pytest.approx(2.0, abs=0.01)
         assert sorted(set(draws["order"].astype(int))) == list(range(24))
-    again = draw_colors(settings, 1, (0, 0), samples[5:7])
-    assert np.array_equal(again, draw_colors(settings, 1, (0, 0), samples)[5:7])
-    assert not np.array_equal(again, draw_colors(settings, 0, (0, 0), samples[5:7]))
+    again = sample_colors(settings, 1, (0, 0), samples[5:7])
+    assert np.array_equal(again, sample_colors(settings, 1, (0, 0), samples)[5:7])
+    assert not np.array_equal(again, sample_colors(settings, 0, (0, 0), samples[5:7]))
     for view, epoch in ((0, 0), (2, 0), (1, 1)):  # each column, also of views that share their probabilities
-        other = draw_colors(settings, view, (0, epoch), samples)
-        one = draw_colors(settings, 1, (0, 0), samples)
+        other = sample_colors(settings, view, (0, epoch), samples)
+        one = sample_colors(settings, 1, (0, 0), samples)
         assert np.abs(np.corrcoef(one[:, :5].T, other[:, :5].T)[:5, 5:]).max() < 0.04
 
 
@@ -202,7 +202,7 @@ def test_draws_have_the_stated_probabilities_and_ranges() -> None:
 def test_what_is_drawn_for_an_image_is_drawn_independently(view: int) -> None:
     """Whether colors change, how, in which order, gray, blur and solarization say nothing of each other."""
     settings = MultiCropSettings(jitter=0.7, gray=0.3, blur=[0.5] * 3, solarize=[0.4] * 3, saturation=0.4)
-    draws = dict(zip(DRAWS, draw_colors(settings, view, (0, 0), np.arange(30_000)).T.astype(float), strict=True))
+    draws = dict(zip(DRAWS, sample_colors(settings, view, (0, 0), np.arange(30_000)).T.astype(float), strict=True))
     is_changed, is_blurred = draws["brightness"] != 1, draws["sigma"] > 0
     assert np.array_equal(is_changed, draws["hue"] != 0)
     for of in (is_changed & is_blurred, is_changed):  # strengths where there are some
@@ -228,7 +228,7 @@ def test_draws_of_another_key_have_nothing_to_do_with_these(other: str) -> None:
     settings = MultiCropSettings(jitter=0.5, gray=0.5, blur=[0.5] * 3, solarize=[0.5] * 3)
 
     def drawn(seed: int = 1, epoch: int = 2, first: int = 0, views: tuple[int, ...] = (0, 2, 3)) -> list[np.ndarray]:
-        views_drawn = Views(settings, [8, 8], "bicubic", seed).draw_colors(
+        views_drawn = Views(settings, [8, 8], "bicubic", seed).sample_colors(
             np.arange(5000) + first, np.full(5000, epoch)
         )
         return [views_drawn[view].numpy().T for view in views]
@@ -243,7 +243,7 @@ def test_every_setting_of_the_colors_has_its_effect() -> None:
     samples = np.arange(4000)
 
     def drawn(view: int = 0, **changes) -> dict[str, np.ndarray]:
-        return dict(zip(DRAWS, draw_colors(MultiCropSettings(**changes), view, (0, 0), samples).T, strict=True))
+        return dict(zip(DRAWS, sample_colors(MultiCropSettings(**changes), view, (0, 0), samples).T, strict=True))
 
     assert (drawn(jitter=0.0)["hue"] == 0).all()
     assert (drawn(jitter=1.0)["contrast"] != 1).mean() > 0.99
@@ -264,7 +264,7 @@ def test_every_setting_of_the_colors_has_its_effect() -> None:
 
 def test_each_view_gets_its_own_draws() -> None:
     settings = MultiCropSettings(local_crops=1, blur=[1.0, 0.0, 0.0], solarize=[0.0, 0.0, 1.0], jitter=0.0, gray=0.0)
-    draws = Views(settings, [48, 48], "bicubic").draw_colors(np.arange(3), np.zeros(3, int))
+    draws = Views(settings, [48, 48], "bicubic").sample_colors(np.arange(3), np.zeros(3, int))
     first, second, local = change_views([pixels(3)] * 3, draws)
     assert torch.equal(second, pixels(3).float())
     assert torch.equal(local, torch.where(pixels(3) >= 128, 255 - pixels(3), pixels(3)).float())
@@ -275,16 +275,16 @@ def test_each_view_gets_its_own_draws() -> None:
 def test_views_of_one_size_change_together_as_each_alone() -> None:
     images = pixels(3)
     small = images[:, :, ::2, ::2]
-    draws = [torch.from_numpy(draw_colors(MultiCropSettings(), v, (1, 0), np.arange(3))) for v in range(3)]
+    draws = [torch.from_numpy(sample_colors(MultiCropSettings(), v, (1, 0), np.arange(3))) for v in range(3)]
     together = change_views([images, images, small], draws)
     for view, changed, own in zip([images, images, small], together, draws, strict=True):
-        assert (change_colors(view, own) - changed).abs().max() <= 1
+        assert (color_jitter(view, own) - changed).abs().max() <= 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_changes_colors_as_the_cpu_does() -> None:
     images = pixels(8)
-    draws = torch.from_numpy(draw_colors(MultiCropSettings(), 1, (1, 0), np.arange(8)))
-    there = change_colors(images.cuda(), draws.cuda()).cpu()
-    here = change_colors(images, draws)
+    draws = torch.from_numpy(sample_colors(MultiCropSettings(), 1, (1, 0), np.arange(8)))
+    there = color_jitter(images.cuda(), draws.cuda()).cpu()
+    here = color_jitter(images, draws)
     assert (there - here).abs().max() <= 1 or ((there - here).abs() > 1).float().mean() < 1e-3  # ties of solarization

@@ -448,7 +448,7 @@ def test_info_says_what_a_job_needs(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "ranks that fit: 1, 2, 3, 4, 6, 8, 12, 24" in text
     assert "images per class: 15\n" in text
     assert "cache" in text
-    assert main(["shards", "info", str(tmp_path), "--global-batch", "8"]) == 0
+    assert main(["shards", "info", str(tmp_path), "--global-batch-size", "8"]) == 0
     assert "ranks that fit: 1, 2, 4, 8" in capsys.readouterr().out
 
 

@@ -71,7 +71,7 @@ def test_a_substitute_brings_its_label_its_epoch_and_its_colors(tmp_path: Path, 
         assert torch.equal(view[1], expected[0])
     elsewhere = make_batch(reader, Views(settings, [16, 16], "bicubic", 3, False), samples, epochs,
                            spares=lambda row: [(11, 3)])  # fmt: skip
-    for drawn, expected in zip(elsewhere.colors, views.draw_colors(np.array([11]), np.array([3])), strict=True):
+    for drawn, expected in zip(elsewhere.colors, views.sample_colors(np.array([11]), np.array([3])), strict=True):
         assert torch.equal(drawn[1], expected[0])
 
 
@@ -181,7 +181,7 @@ def test_one_images_view_is_the_one_that_evaluation_makes(tmp_path: Path) -> Non
 def test_the_data_module_hands_out_the_views_that_its_settings_name(tmp_path: Path) -> None:
     index = pack(array_samples(np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3)).astype(np.uint8)), tmp_path)
     encoder = EncoderSettings(image_size=12, patch=4, mean=[0.1, 0.5, 0.8], std=[0.5, 0.2, 0.3])
-    settings = DataSettings(global_batch=4, view=MultiCropSettings(local_crops=1, local_size=8))
+    settings = DataSettings(global_batch_size=4, view=MultiCropSettings(local_crops=1, local_size=8))
     plan = EpochPlan(index.shard_samples, 4, seed=9)
     module = ShardDataModule(index, settings, encoder, plan, total_steps=3)
     batch = module.examples(5)
@@ -202,7 +202,7 @@ def test_the_data_module_hands_out_the_views_that_its_settings_name(tmp_path: Pa
 def test_the_data_module_fills_what_moves_in_with_the_encoders_mean(tmp_path: Path) -> None:
     index = pack(array_samples(np.full((60, 16, 16, 3), 255, np.uint8)), tmp_path, workers=1)
     encoder = EncoderSettings(image_size=16, patch=4, mean=[0.2, 0.4, 0.6], std=[1.0, 1.0, 1.0])
-    settings = DataSettings(global_batch=4, view=AugmentSettings(scale=[1.0, 1.0], operations=1, probability=1.0))
+    settings = DataSettings(global_batch_size=4, view=AugmentSettings(scale=[1.0, 1.0], operations=1, probability=1.0))
     batch = ShardDataModule(index, settings, encoder, EpochPlan(index.shard_samples, 4, seed=1), 3).examples(60)
     corners = batch.views[0][:, :, [0, 0, -1, -1], [0, -1, 0, -1]].abs().amax(1)  # 0: the mean itself
     assert 5 < int((corners < 0.5 / 255).any(1).sum()) < 40

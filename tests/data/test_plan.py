@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shard_fixtures import numbered_shards
 
-from sslvit.chance import generator, uniform_at
+from sslvit import rng
 from sslvit.data.arrays import array_samples
 from sslvit.data.decode import BadImage
 from sslvit.data.mixture import MixturePlan, shares_of_batch
@@ -44,8 +44,8 @@ def plans(draw) -> EpochPlan:
 @given(plans(), st.integers(0, 3))
 def test_an_epoch_reads_each_sample_at_most_once_and_drops_exactly_the_remainder(plan: EpochPlan, epoch: int) -> None:
     seen = epoch_of(plan, epoch).tolist()
-    assert len(set(seen)) == len(seen) == plan.samples - plan.samples % plan.global_batch
-    assert plan.dropped_per_epoch == plan.samples % plan.global_batch
+    assert len(set(seen)) == len(seen) == plan.samples - plan.samples % plan.global_batch_size
+    assert plan.dropped_per_epoch == plan.samples % plan.global_batch_size
     assert set(seen) <= set(range(plan.samples))
 
 
@@ -53,10 +53,10 @@ def test_an_epoch_reads_each_sample_at_most_once_and_drops_exactly_the_remainder
 @given(plans(), st.data())
 def test_any_rows_of_any_step_can_be_had_without_the_others(plan: EpochPlan, data: st.DataObject) -> None:
     step = data.draw(st.integers(0, 3 * plan.steps_per_epoch))
-    start = data.draw(st.integers(0, plan.global_batch - 1))
-    stop = data.draw(st.integers(start + 1, plan.global_batch))
+    start = data.draw(st.integers(0, plan.global_batch_size - 1))
+    stop = data.draw(st.integers(start + 1, plan.global_batch_size))
     fresh = EpochPlan(
-        plan.shard_samples, plan.global_batch, plan.seed, None if plan.is_whole else plan.lanes,
+        plan.shard_samples, plan.global_batch_size, plan.seed, None if plan.is_whole else plan.lanes,
         plan.window // -(-plan.samples // len(plan.shard_samples)),
     )  # fmt: skip
     whole, epochs = plan.batch(step)
@@ -106,10 +106,10 @@ def test_settings_of_the_data_reach_what_reads_it(tmp_path: Path) -> None:
     }
     assert {key for key, decoded in kept.items() if decoded is not None} == {(1, 2), (1, 4), (3, 4)}
     mixture = {str(tmp_path / "a"): 3, str(tmp_path / "b"): 1}
-    joined, _ = open_data(DataSettings(mixture=mixture, global_batch=8), 0)
+    joined, _ = open_data(DataSettings(mixture=mixture, global_batch_size=8), 0)
     assert joined.mean[0] == pytest.approx(0.75 * dark.mean[0] + 0.25 * bright.mean[0], abs=1e-4)
-    fitted = DataSettings(shards=str(tmp_path / "a"), global_batch=4096, fit_batch=True)
-    batches = {ranks: open_data(fitted, 0, ranks)[1].global_batch for ranks in (1, 3)}
+    fitted = DataSettings(shards=str(tmp_path / "a"), global_batch_size=4096, fit_batch=True)
+    batches = {ranks: open_data(fitted, 0, ranks)[1].global_batch_size for ranks in (1, 3)}
     assert batches[3] % 3 == 0
     assert batches[1] in (8, 16)
 
@@ -173,15 +173,15 @@ def test_settings_of_the_order_reach_the_plan(tmp_path: Path) -> None:
     numbered_shards(tmp_path / "b", 40, shard_mb=0.01)
 
     def plan(seed: int = 5, **more):
-        settings = DataSettings(**({"shards": str(tmp_path / "a"), "global_batch": 8} | more))
+        settings = DataSettings(**({"shards": str(tmp_path / "a"), "global_batch_size": 8} | more))
         return open_data(settings, seed)[1]
 
     assert plan().is_whole
-    assert (plan(lanes=4).lanes, plan(lanes=4).seed, plan(lanes=4).global_batch) == (4, 5, 8)
+    assert (plan(lanes=4).lanes, plan(lanes=4).seed, plan(lanes=4).global_batch_size) == (4, 5, 8)
     shards = len(plan().shard_samples)
     assert [plan(lanes=2, window_shards=n).window for n in (1, 3)] == [n * -(-40 // shards) for n in (1, 3)]
     mixed = plan(shards=None, mixture={str(tmp_path / "a"): 3, str(tmp_path / "b"): 1}, lanes=4, window_shards=2)
-    assert [source.global_batch for source in mixed.plans] == [6, 2]
+    assert [source.global_batch_size for source in mixed.plans] == [6, 2]
     assert [source.lanes for source in mixed.plans] == [2, 2]  # what divides the source's own rows
     assert {source.window for source in mixed.plans} == {2 * -(-40 // shards)}
     assert len({source.seed for source in mixed.plans}) == 2
@@ -274,9 +274,9 @@ def test_a_batch_that_does_not_divide_names_what_would() -> None:
         ValueError, match=r"10 images cannot be shared equally by 3 ranks. Use 9 images, or one of \[1, 2, 5\]"
     ):
         slices(10, 3, None)
-    with pytest.raises(ValueError, match=r"train.micro_batch: 4 .*Use one of \[1, 2, 3, 6\]"):
+    with pytest.raises(ValueError, match=r"train.micro_batch_size: 4 .*Use one of \[1, 2, 3, 6\]"):
         slices(12, 2, 4)
-    with pytest.raises(ValueError, match=r"data.lanes: 5 does not divide data.global_batch \(12\)"):
+    with pytest.raises(ValueError, match=r"data.lanes: 5 does not divide data.global_batch_size \(12\)"):
         EpochPlan([100], 12, lanes=5)
     assert fitting_ranks(4096, 20) == [1, 2, 4, 8, 16]
 
@@ -307,7 +307,7 @@ def test_batches_of_an_evaluation_are_made_when_they_are_asked_for() -> None:
 def test_a_mixture_gives_each_source_its_share_of_every_batch_and_its_own_epochs() -> None:
     small, large = EpochPlan([30], 2, 1), EpochPlan([40, 60], 6, 2)
     mixture = MixturePlan([small, large])
-    assert mixture.global_batch == 8
+    assert mixture.global_batch_size == 8
     assert mixture.steps_per_epoch == 130 // 8
     from_small: list[int] = []
     for step in range(15):
@@ -330,7 +330,7 @@ def test_a_mixture_gives_each_source_its_share_of_every_batch_and_its_own_epochs
 def test_shares_become_whole_rows_that_sum_to_the_batch() -> None:
     assert shares_of_batch([3, 1], 64) == [48, 16]
     assert shares_of_batch([1, 1, 1], 64) == [22, 21, 21]
-    with pytest.raises(ValueError, match=r"less than one image of data.global_batch \(64\)"):
+    with pytest.raises(ValueError, match=r"less than one image of data.global_batch_size \(64\)"):
         shares_of_batch([1000, 1], 64)
     with pytest.raises(ValueError, match="must all be positive"):
         shares_of_batch([1, 0], 64)
@@ -359,23 +359,23 @@ def test_the_order_of_a_seed_is_pinned() -> None:
     pinned = json.loads((Path(__file__).parent / "orders.json").read_text())
     assert EpochPlan([10, 7], 5, 3).batch(4)[0].tolist() == pinned["whole"]
     assert EpochPlan([10, 7, 30], 6, 3, lanes=2, window_shards=1).batch(9)[0].tolist() == pinned["lanes"]
-    assert generator(1, 2, "a").integers(1000, size=4).tolist() == pinned["generator"]
-    assert uniform_at((1, 2, "a"), np.array([5]), 2)[0].tolist() == pinned["uniform"]
+    assert rng.generator(1, 2, "a").integers(1000, size=4).tolist() == pinned["generator"]
+    assert rng.uniform((1, 2, "a"), np.array([5]), 2)[0].tolist() == pinned["uniform"]
 
 
 def test_uniform_rows_do_not_depend_on_which_rows_are_asked_for() -> None:
-    table = uniform_at((3, 5, "mask"), np.arange(1000), 7)
-    assert np.array_equal(uniform_at((3, 5, "mask"), np.array([900, 2]), 7), table[[900, 2]])
-    assert not np.array_equal(uniform_at((3, 6, "mask"), np.arange(1000), 7), table)
-    assert not np.array_equal(uniform_at((3, 5, "crop"), np.arange(1000), 7), table)
+    table = rng.uniform((3, 5, "mask"), np.arange(1000), 7)
+    assert np.array_equal(rng.uniform((3, 5, "mask"), np.array([900, 2]), 7), table[[900, 2]])
+    assert not np.array_equal(rng.uniform((3, 6, "mask"), np.arange(1000), 7), table)
+    assert not np.array_equal(rng.uniform((3, 5, "crop"), np.arange(1000), 7), table)
 
 
 def test_uniform_numbers_are_uniform_and_unrelated() -> None:
-    table = uniform_at((0, 0, "test"), np.arange(50_000), 4)
+    table = rng.uniform((0, 0, "test"), np.arange(50_000), 4)
     counts = np.histogram(table, bins=100, range=(0, 1))[0]
     assert table.min() >= 0
     assert table.max() < 1
     assert ((counts - 2000) ** 2 / 2000).sum() < 160  # chi-squared with 99 degrees: far above its 99.99 % point
     assert np.abs(np.corrcoef(table.T) - np.eye(4)).max() < 0.02
     assert abs(np.corrcoef(table[:-1, 0], table[1:, 0])[0, 1]) < 0.02
-    assert generator(1, "a").random() != generator(1, "b").random()
+    assert rng.generator(1, "a").random() != rng.generator(1, "b").random()

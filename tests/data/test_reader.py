@@ -277,7 +277,7 @@ def test_colors_change_alike_in_workers_and_on_the_device(tmp_path: Path) -> Non
 
 def training_rows(index, views: Views, plan, ranks: int, workers: int, steps: range, micro: int) -> torch.Tensor:
     """The global batches of some steps, as that many ranks and loader workers make them."""
-    passes = plan.global_batch // ranks // micro
+    passes = plan.global_batch_size // ranks // micro
     parts = []
     for rank in range(ranks):
         batches = TrainingBatches(ShardReader(index, 1), views, plan, rank, micro, passes)

@@ -566,7 +566,9 @@ def test_other_file_systems_go_through_fsspec(tmp_path: Path, cache: ShardCache)
 def test_a_mixture_of_local_and_remote_sources(server: Server, tmp_path: Path) -> None:
     numbered_shards(tmp_path / "near", 30)
     settings = DataSettings(
-        mixture={str(tmp_path / "near"): 1, f"{server.address}/a": 3}, global_batch=8, cache=str(tmp_path / "cache")
+        mixture={str(tmp_path / "near"): 1, f"{server.address}/a": 3},
+        global_batch_size=8,
+        cache=str(tmp_path / "cache"),
     )
     index, plan = open_data(settings, 0)
     samples, _ = plan.batch(0)
@@ -574,7 +576,7 @@ def test_a_mixture_of_local_and_remote_sources(server: Server, tmp_path: Path) -
     assert len(index) == 70
     assert numbers_of(index)[:30] == numbers_of(index.parts[0])
     with pytest.raises(ValueError, match=r"near.*its 32 images of each batch.*more than the 30 samples"):
-        open_data(DataSettings(mixture=settings.mixture, global_batch=128, cache=settings.cache), 0)
+        open_data(DataSettings(mixture=settings.mixture, global_batch_size=128, cache=settings.cache), 0)
 
 
 def test_an_index_that_is_none_is_named(server: Server, cache: ShardCache) -> None:

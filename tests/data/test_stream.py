@@ -186,7 +186,7 @@ def test_a_stream_without_images_is_an_error_and_not_a_hang(tmp_path: Path) -> N
 
 def test_commands_run_only_by_permission(tmp_path: Path) -> None:
     url = f"pipe:cat {gzipped(tmp_path / 'x.tar.gz', range(10))} | gunzip"
-    options = {"shards": url, "global_batch": 4, "cache": str(tmp_path / "cache")}
+    options = {"shards": url, "global_batch_size": 4, "cache": str(tmp_path / "cache")}
     with pytest.raises(ValueError, match="would run a command. If you trust it, pass --data.allow_pipe true"):
         open_data(DataSettings(**options), 0)
     with pytest.raises(ValueError, match="can only be read from end to end.*--data.stream_samples"):

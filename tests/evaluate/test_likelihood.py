@@ -27,7 +27,7 @@ from sslvit.evaluate.likelihood import (
 )
 from sslvit.evaluate.sources import LabeledSet
 from sslvit.settings import EncoderSettings, IGPTSettings, OptimSettings
-from sslvit.tasks.igpt import IGPT, color_error
+from sslvit.tasks.igpt import IGPT, pixel_nll
 
 
 def noise(count: int, colors: int, seed: int = 0) -> np.ndarray:
@@ -158,7 +158,7 @@ def task() -> IGPT:
         class_token=False, prefix_positions="none", pooling="mean", causal=True,
     )  # fmt: skip
     torch.manual_seed(0)
-    task = IGPT(IGPTSettings(), encoder, OptimSettings(), total_steps=1, steps_per_epoch=1, global_batch=8)
+    task = IGPT(IGPTSettings(), encoder, OptimSettings(), total_steps=1, steps_per_epoch=1, global_batch_size=8)
     torch.nn.init.normal_(task.head.weight)
     return task.eval()
 
@@ -167,7 +167,7 @@ def task() -> IGPT:
 def test_the_models_nats_are_its_loss_whatever_the_batch(task: IGPT) -> None:
     colors = torch.randint(0, 8, (7, 36))
     images = task.encoder.patch_embed.images_of(colors, (6, 6))
-    loss = float(color_error(task.head(task.encoder(images)), colors))
+    loss = float(pixel_nll(task.head(task.encoder(images)), colors))
     assert model_nats(task, colors, 3) == pytest.approx(loss, rel=1e-6)
     assert model_nats(task, colors, 7) == pytest.approx(loss, rel=1e-6)
 

@@ -293,7 +293,7 @@ torch.set_num_threads(1)
 encoder, train, val = sys.argv[1:]
 short = {"protocol.batch": 16, "protocol.epochs": 2}
 changes = {"logreg": {}, "mae": short | {"protocol.warmup_epochs": 1}, "dino": short, "dinov2": {
-    "protocol.batch": 16, "protocol.iterations": 5, "protocol.rates": [0.1, 1.0], "protocol.blocks": [1]}}
+    "protocol.batch": 16, "protocol.iterations": 5, "protocol.lrs": [0.1, 1.0], "protocol.blocks": [1]}}
 found = {}
 with all_ranks():
     for name, changed in changes.items():

@@ -168,7 +168,7 @@ def test_the_untrained_baseline_is_what_training_starts_from() -> None:
 
     recipe = load_recipe("mae/digits")
     torch.manual_seed(0)
-    run = {"total_steps": 1, "steps_per_epoch": 1, "global_batch": 64}
+    run = {"total_steps": 1, "steps_per_epoch": 1, "global_batch_size": 64}
     start = MAE(recipe.task, recipe.encoder, recipe.optim, **run).encoder.state_dict()
     torch.manual_seed(0)
     baseline = ViTEncoder(recipe.encoder).state_dict()

@@ -168,11 +168,11 @@ def shards(tmp_path: Path) -> Path:
 def settings_of(shards: Path, name: str, **changes) -> ProbeSettings:
     short = {"protocol.batch": 30}
     short |= (
-        {"protocol.iterations": 200, "protocol.rates": [0.1, 10.0]}
+        {"protocol.iterations": 200, "protocol.lrs": [0.1, 10.0]}
         if name == "dinov2"
-        else {"protocol.epochs": 20, "protocol.base_rate": 10.0}
+        else {"protocol.epochs": 20, "protocol.base_lr": 10.0}
     )
-    short |= {"protocol.warmup_epochs": 1, "protocol.base_rate": 300.0} if name == "mae" else {}
+    short |= {"protocol.warmup_epochs": 1, "protocol.base_lr": 300.0} if name == "mae" else {}
     protocol = read_protocol(name, {} if name in ("logreg", "igpt") else short | changes)
     return ProbeSettings(str(shards / "train"), str(shards / "val"), protocol, neighbors=[], cache=None)
 
@@ -253,7 +253,7 @@ def test_selection_never_sees_the_reported_labels(shards: Path, name: str, monke
         ("mae", {"protocol.epochs": 0}, "--protocol mae: --protocol.epochs 0"),
         ("mae", {"protocol.epochs": 10}, "--protocol.warmup_epochs 10: must be below --protocol.epochs"),
         ("dinov2", {"protocol.epochs": 10}, "--protocol dinov2: epochs: no such setting"),
-        ("dinov2", {"protocol.rates": []}, "--protocol.rates"),
+        ("dinov2", {"protocol.lrs": []}, "--protocol.lrs"),
         ("dinov2", {"protocol.held_out": 1.5}, "--protocol.held_out"),
         ("dino", {"protocol.scale": [0.5, 2]}, "--protocol.scale"),
         ("dino", {"train.steps": 2}, "--train.steps: no such option"),
@@ -300,11 +300,11 @@ def epochs_of(monkeypatch: pytest.MonkeyPatch, shards: Path, name: str, **change
     monkeypatch.setattr(HeadGrid, "accuracies", watched_accuracies)
     head_fit = protocols.fit_batch_norm_head
 
-    def watched_head(batches, width, classes, rate_at, *more):
+    def watched_head(batches, width, classes, lr_at, *more):
         seen["momentum"] = more[0]
 
         def rate(step: int) -> float:
-            factors.append(rate_at(step))
+            factors.append(lr_at(step))
             return factors[-1]
 
         return head_fit(batches, width, classes, rate, *more)
@@ -342,7 +342,7 @@ def test_dinos_probe_reads_four_class_tokens_and_slows_by_epoch(shards: Path, mo
     assert factors[:4] == [1.0] * 4
     assert factors[40] == pytest.approx(0.5)  # epoch 10 of 20, all of its four steps
     assert factors[40:44] == [factors[40]] * 4
-    assert read_protocol("dino", {}).base_rate == 1e-3
+    assert read_protocol("dino", {}).base_lr == 1e-3
     assert [len(features) for features in seen["scored"]] == [60] * 20
 
 
@@ -380,7 +380,7 @@ def test_maes_probe_reads_the_class_token_and_warms_up(shards: Path, monkeypatch
     assert rates[:5] == pytest.approx([0, peak / 4, peak / 2, 3 * peak / 4, peak])
     assert rates[-1] < 0.01 * peak
     paper = read_protocol("mae", {})
-    assert (paper.epochs, paper.batch, paper.base_rate, paper.warmup_epochs) == (90, 16384, 0.1, 10)
+    assert (paper.epochs, paper.batch, paper.base_lr, paper.warmup_epochs) == (90, 16384, 0.1, 10)
 
 
 def test_igpts_probe_reads_the_middle(shards: Path) -> None:

@@ -31,7 +31,7 @@ from sslvit.settings import EncoderSettings
 
 
 def test_safetensors_hold_every_encoder(tmp_path: Path) -> None:
-    encoder = saved(tmp_path / "e", positions="rotary_2d", norm="rms", registers=2)
+    encoder = saved(tmp_path / "e", pos_embed="rotary_2d", norm="rms", registers=2)
     assert export_encoder(tmp_path / "e", tmp_path / "out", "safetensors")["largest_difference"] == 0
     images = torch.randn(2, 3, 16, 16)
     assert torch.equal(load_encoder(tmp_path / "out").features(images), encoder.features(images))
@@ -82,7 +82,7 @@ def test_a_card_says_where_the_weights_come_from(tmp_path: Path, capsys: pytest.
     assert card["preprocessing"]["mean"] == [0.1, 0.2, 0.3]
     assert card["preprocessing"]["interpolation"] == "bilinear"
     assert (card["task"], card["step"], card["data"]["fingerprint"]) == ("mae", 7, "f00d")
-    assert card["recipe"] == {"optim": {"base_rate": 1e-3}}  # and nobody's paths
+    assert card["recipe"] == {"optim": {"base_lr": 1e-3}}  # and nobody's paths
     assert card["scores"]["probe.json"]["rows"]["encoder"]["linear"] == [77.7]
     text = (tmp_path / "out" / "README.md").read_text()
     for part in ("Trained by mae, 7 steps", "fingerprint f00d", "mean 0.1, 0.2, 0.3", "77.7", "bilinear"):
@@ -192,8 +192,8 @@ def test_a_checkpoint_brings_its_own_classifier(tmp_path: Path) -> None:
     pack(array_samples(np.zeros((16, 8, 8), np.uint8), labels), tmp_path / "shards", ["a", "b"])
     saved(tmp_path / "e", image_size=8, channels=1)
     words = ["finetune", str(tmp_path / "e"), "--train", str(tmp_path / "shards"), "--val", str(tmp_path / "shards")]
-    changes = {"train.steps": 4, "train.checkpoint_every": 2, "train.keep_every": 2, "data.global_batch": 8,
-               "data.workers": 0, "train.precision": "float32", "optim.base_rate": 0.1}  # fmt: skip
+    changes = {"train.steps": 4, "train.checkpoint_every": 2, "train.keep_every": 2, "data.global_batch_size": 8,
+               "data.workers": 0, "train.precision": "float32", "optim.base_lr": 0.1}  # fmt: skip
     words += [word for key, value in changes.items() for word in (f"--{key}", str(value))]
     assert main([*words, "--out", str(tmp_path / "run")]) == 0
     earlier = tmp_path / "run" / "checkpoints" / "step-00000002.ckpt"

@@ -58,9 +58,9 @@ IGPT = {"tokens": "pixel", "patch": 1, "image_size": 8, "class_token": False, "p
         {"registers": 2, "prefix_positions": "all"},
         {"registers": 2, "prefix_positions": "class"},
         {"registers": 2, "prefix_positions": "none", "layer_scale": 0.1, "qk_norm": True},
-        {"positions": "sincos_2d", "channels": 1, "image_size": [16, 24]},
-        {"positions": "learned_2d"},
-        {"positions": "none", "bias": False},
+        {"pos_embed": "sincos_2d", "channels": 1, "image_size": [16, 24]},
+        {"pos_embed": "learned_2d"},
+        {"pos_embed": "none", "bias": False},
         {"mask_token": True, "mlp_ratio": 2.0},
         {"width": 22, "mlp_ratio": 15 / 11},  # its product with the width is 29.999... in floats
         {"final_norm": False},
@@ -97,11 +97,11 @@ def test_timm_opens_the_weights_by_path_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"positions": "relative_bias"}, "positions: relative_bias"),
-        ({"positions": "rotary_2d"}, "positions: rotary_2d"),
+        ({"pos_embed": "relative_bias"}, "pos_embed: relative_bias"),
+        ({"pos_embed": "rotary_2d"}, "pos_embed: rotary_2d"),
         ({"norm": "rms"}, "norm: rms"),
         ({"causal": True}, "causal: true"),
-        ({"locality": True}, "locality: true"),
+        ({"locality_self_attention": True}, "locality_self_attention: true"),
         ({"tokens": "conv_stem"}, "tokens: conv_stem"),
         ({"pooling": "attention"}, "pooling: attention"),
         ({"mlp": "swiglu"}, "mlp: swiglu"),
@@ -126,7 +126,7 @@ def test_what_timm_cannot_hold_is_refused_with_the_reason(tmp_path: Path, option
         ({"interpolate_antialias": False}, "ViTModel", "any"),
         ({"pooling": "mean"}, "ViTModel", "fixed"),  # its positions are stretched without antialiasing
         ({"image_size": [16, 24], "prefix_positions": "none", "channels": 1}, "ViTModel", "fixed"),
-        ({"positions": "learned_2d", "mask_token": True}, "ViTModel", "fixed"),
+        ({"pos_embed": "learned_2d", "mask_token": True}, "ViTModel", "fixed"),
         ({"layer_scale": 0.1, "interpolate_antialias": False}, "Dinov2Model", "any"),
         ({"mlp": "swiglu", "pooling": "mean"}, "Dinov2Model", "fixed"),
         ({"registers": 2, "layer_scale": 0.1, "mask_token": True}, "Dinov2WithRegistersModel", "any"),
@@ -177,7 +177,7 @@ def test_transformers_classifies(tmp_path: Path, options: dict) -> None:
     ("options", "reason"),
     [
         ({"qk_norm": True}, "vit cannot hold this encoder .qk_norm: true"),
-        ({"positions": "none"}, "positions: none"),
+        ({"pos_embed": "none"}, "pos_embed: none"),
         ({"bias": False}, "bias: false"),
         ({"final_norm": False}, "final_norm: false"),
         ({"fc_norm": True}, "fc_norm: true"),
@@ -276,7 +276,7 @@ def test_a_transformers_processor_takes_pictures_of_all_kinds(tmp_path: Path) ->
     ("kind", "options", "size"),
     [
         ("torch", {"registers": 2}, "dynamic"),
-        pytest.param("torch", {"positions": "relative_bias"}, "dynamic", marks=pytest.mark.slow),
+        pytest.param("torch", {"pos_embed": "relative_bias"}, "dynamic", marks=pytest.mark.slow),
         ("torch", IGPT, None),
         ("onnx", {"registers": 2, "layer_scale": 0.1}, "dynamic"),
         pytest.param("onnx", {"interpolate_offset": 0.1}, None, marks=pytest.mark.slow),
@@ -337,11 +337,13 @@ def test_the_snippet_of_a_card_gives_what_the_card_says(tmp_path: Path, kind: st
 @pytest.mark.parametrize(
     "options",
     [
-        {}, {"tokens": "conv_stem"}, {"tokens": "shifted_patch"}, {"positions": "rotary_2d"},
-        {"positions": "learned_2d"},
-        {"positions": "none", "norm": "rms"}, {"positions": "sincos_1d", "mlp": "swiglu"}, {"locality": True},
+        {}, {"tokens": "conv_stem"}, {"tokens": "shifted_patch"}, {"pos_embed": "rotary_2d"},
+        {"pos_embed": "learned_2d"},
+        {"pos_embed": "none", "norm": "rms"}, {"pos_embed": "sincos_1d", "mlp": "swiglu"},
+        {"locality_self_attention": True},
         {"qk_norm": True, "bias": False}, {"causal": True, "pooling": "mean"}, {"pooling": "attention"},
-        {"feature_layer": 1}, {"image_size": [16, 24], "channels": 1}, {"tokens": "hybrid", "cnn": "resnet18"},
+        {"feature_layer": 1}, {"image_size": [16, 24], "channels": 1}, {"tokens": "hybrid",
+        "hybrid_backbone": "resnet18"},
     ],
 )  # fmt: skip
 def test_every_option_becomes_a_program(tmp_path: Path, kind: str, outputs: str, options: dict) -> None:
@@ -564,7 +566,7 @@ def test_a_card_says_in_words_which_part_of_an_image_is_seen(tmp_path: Path) -> 
         ("transformers", {"registers": 1, "interpolate_antialias": False}, "interpolate_antialias: false"),
         ("torch", {"interpolate_offset": 0.1}, "interpolate_offset: 0.1"),
         ("torch", IGPT, "tokens: pixel"),
-        ("onnx", {"positions": "relative_bias"}, "positions: relative_bias"),
+        ("onnx", {"pos_embed": "relative_bias"}, "pos_embed: relative_bias"),
         ("safetensors", IGPT, "a pixel sequence is tied to its size"),
     ],
 )
@@ -628,13 +630,14 @@ OPTIONS = st.fixed_dictionaries(
     {},
     optional={
         "tokens": st.sampled_from(["patch", "shifted_patch"]),
-        "positions": st.sampled_from(["none", "learned_1d", "learned_2d", "sincos_1d", "sincos_2d", "rotary_2d"]),
+        "pos_embed": st.sampled_from(["none", "learned_1d", "learned_2d", "sincos_1d", "sincos_2d", "rotary_2d"]),
         "prefix_positions": st.sampled_from(["none", "class", "all"]),
         "class_token": st.booleans(), "registers": st.integers(0, 3), "mask_token": st.booleans(),
         "mlp": st.sampled_from(["gelu", "quick_gelu", "swiglu"]), "mlp_ratio": st.sampled_from([1.5, 2.0, 4.0]),
         "norm": st.sampled_from(["layer", "rms"]), "norm_eps": st.sampled_from([1e-6, 1e-3]),
         "bias": st.booleans(), "layer_scale": st.sampled_from([None, 0.5]), "qk_norm": st.booleans(),
-        "locality": st.booleans(), "causal": st.booleans(), "final_norm": st.booleans(), "fc_norm": st.booleans(),
+        "locality_self_attention": st.booleans(), "causal": st.booleans(), "final_norm": st.booleans(),
+        "fc_norm": st.booleans(),
         "interpolate_antialias": st.booleans(), "interpolate_offset": st.sampled_from([0.0, 0.1]),
         "image_size": st.sampled_from([16, [16, 8]]), "channels": st.sampled_from([1, 3]),
         "pooling": st.sampled_from(["class", "mean", "attention"]),
@@ -647,7 +650,7 @@ COMMON = {
     "mask_token": st.booleans(), "layer_scale": st.sampled_from([None, 0.5]), "channels": st.sampled_from([1, 3]),
     "interpolate_antialias": st.booleans(), "interpolate_offset": st.sampled_from([0.0, 0.1]),
     "mlp_ratio": st.sampled_from([2.0, 4.0]), "pooling": st.sampled_from(["class", "mean"]),
-    "positions": st.sampled_from(["learned_1d", "learned_2d", "sincos_1d", "sincos_2d"]),
+    "pos_embed": st.sampled_from(["learned_1d", "learned_2d", "sincos_1d", "sincos_2d"]),
 }  # fmt: skip
 HELD = {
     "timm": st.fixed_dictionaries(

@@ -52,7 +52,7 @@ def test_vectors_of_near_colors_start_alike_where_asked(start: str, are_alike: b
     palette = [[-0.9], [-0.88], [0.8], [0.82]]
     settings = EncoderSettings(
         tokens="pixel", patch=1, image_size=2, channels=1, class_token=False, prefix_positions="none", pooling="mean",
-        palette=palette, color_start=start, width=256, heads=4, depth=1,
+        palette=palette, color_init=start, width=256, heads=4, depth=1,
     )  # fmt: skip
     torch.manual_seed(0)
     vectors = ViTEncoder(settings).patch_embed.embed.weight
@@ -65,7 +65,7 @@ def test_vectors_of_near_colors_start_alike_where_asked(start: str, are_alike: b
 
 def test_a_hybrid_is_the_resnet_that_was_asked_for_cut_at_its_stride() -> None:
     for cnn, patch, channels in (("resnet18", 8, 128), ("resnet18", 16, 256), ("resnet50", 8, 512)):
-        assert make(tokens="hybrid", cnn=cnn, patch=patch).patch_embed.proj.in_channels == channels
+        assert make(tokens="hybrid", hybrid_backbone=cnn, patch=patch).patch_embed.proj.in_channels == channels
 
 
 @torch.no_grad()
@@ -83,9 +83,10 @@ def test_a_conv_stem_by_hand() -> None:
 
 
 ATTENTION = {
-    "plain": {}, "causal": {"causal": True}, "locality": {"locality": True}, "bias": {"positions": "relative_bias"},
-    "rotary": {"positions": "rotary_2d"}, "rotary, normed": {"positions": "rotary_2d", "qk_norm": True},
-    "bias, causal": {"positions": "relative_bias", "causal": True, "pooling": "mean"},
+    "plain": {}, "causal": {"causal": True}, "locality_self_attention": {"locality_self_attention": True},
+    "bias": {"pos_embed": "relative_bias"},
+    "rotary": {"pos_embed": "rotary_2d"}, "rotary, normed": {"pos_embed": "rotary_2d", "qk_norm": True},
+    "bias, causal": {"pos_embed": "relative_bias", "causal": True, "pooling": "mean"},
     "rms": {"qk_norm": True, "norm": "rms", "norm_eps": 0.3, "layer_scale": 0.5}, "eps": {"norm_eps": 0.3},
     "no biases": {"bias": False},
 }  # fmt: skip
@@ -130,14 +131,14 @@ def test_a_block_by_hand(kind: str) -> None:
         q, k, v = (part[..., head * width : (head + 1) * width] for part in (query, key, value))
         if settings.qk_norm:
             q, k = norm(q, attended.q_norm), norm(k, attended.k_norm)
-        if settings.positions == "rotary_2d":
+        if settings.pos_embed == "rotary_2d":
             q, k = turned(q), turned(k)
-        scores = q @ k.transpose(1, 2) * (attended.scale[head] if settings.locality else width**-0.5)
+        scores = q @ k.transpose(1, 2) * (attended.scale[head] if settings.locality_self_attention else width**-0.5)
         for i, j in itertools.product(range(17), repeat=2):
-            if settings.positions == "relative_bias" and i and j:
+            if settings.pos_embed == "relative_bias" and i and j:
                 (r, c), (s, d) = divmod(i - 1, 4), divmod(j - 1, 4)
                 scores[:, i, j] += attended.rel_pos.table[head, r - s + 3, c - d + 3]
-            if (settings.causal and j > i) or (settings.locality and i == j):
+            if (settings.causal and j > i) or (settings.locality_self_attention and i == j):
                 scores[:, i, j] = -torch.inf
         mixed.append(scores.exp() / scores.exp().sum(-1, keepdim=True) @ v)
     one = linear(torch.cat(mixed, -1), attended.proj)
@@ -199,7 +200,7 @@ def test_attention_is_that_of_the_block_asked_for() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("size", [[16, 32], [32, 32]])
 def test_learned_rows_and_columns_are_added_at_their_place(size: list[int]) -> None:
-    encoder = make(positions="learned_2d", image_size=size, registers=2, prefix_positions="all")
+    encoder = make(pos_embed="learned_2d", image_size=size, registers=2, prefix_positions="all")
     prefix, patches = encoder.position_table(encoder.settings.grid)
     assert torch.equal(prefix, encoder.pos_embed_prefix[0])
     for place, (row, column) in enumerate(itertools.product(range(size[0] // 8), range(size[1] // 8))):

@@ -41,7 +41,7 @@ def images(height: int = 32, width: int = 32, channels: int = 3) -> torch.Tensor
 @torch.no_grad()
 @pytest.mark.parametrize(("tokens", "positions"), list(itertools.product(TOKENS, POSITIONS)))
 def test_visible_patches_alone_equal_a_full_pass_cut_before_the_first_block(tokens: str, positions: str) -> None:
-    encoder = make(cnn="resnet18", tokens=tokens, positions=positions)
+    encoder = make(hybrid_backbone="resnet18", tokens=tokens, pos_embed=positions)
     everything = torch.arange(16).flip(0).expand(2, -1)  # all patches in another order
     shuffled, plain = encoder(images(), visible=everything), encoder(images())
     torch.testing.assert_close(shuffled[:, 0], plain[:, 0], atol=1e-5, rtol=1e-4)
@@ -63,7 +63,7 @@ def test_hidden_pixels_do_not_reach_the_visible_tokens() -> None:
 def test_visible_patches_cost_only_themselves() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
-    encoder = make(class_token=False, pooling="mean", positions="sincos_2d", prefix_positions="none", depth=1)
+    encoder = make(class_token=False, pooling="mean", pos_embed="sincos_2d", prefix_positions="none", depth=1)
     counts = []
     for visible in (None, torch.arange(4).expand(2, -1)):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -77,7 +77,11 @@ def test_visible_patches_cost_only_themselves() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("tokens", [*TOKENS, "pixel"])
 def test_mask_tokens_stand_where_patches_are_hidden(tokens: str) -> None:
-    encoder = pixels(mask_token=True) if tokens == "pixel" else make(cnn="resnet18", tokens=tokens, mask_token=True)
+    encoder = (
+        pixels(mask_token=True)
+        if tokens == "pixel"
+        else make(hybrid_backbone="resnet18", tokens=tokens, mask_token=True)
+    )
     side = encoder.settings.image_size[0]
     is_hidden = torch.zeros(2, encoder.settings.grid[0] ** 2, dtype=torch.bool)
     is_hidden[:, 3] = True
@@ -111,7 +115,7 @@ def test_hidden_without_a_mask_token_is_refused() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_positions_see_order_and_none_does_not(positions: str) -> None:
-    encoder = make(positions=positions)
+    encoder = make(pos_embed=positions)
     swapped = images().clone()
     swapped[:, :, :8, :8], swapped[:, :, :8, 8:16] = images()[:, :, :8, 8:16], images()[:, :, :8, :8]
     difference = (encoder(images())[:, 0] - encoder(swapped)[:, 0]).abs().max()
@@ -152,7 +156,7 @@ def test_the_bias_between_two_patches_is_that_of_their_offset() -> None:
 @pytest.mark.parametrize("positions", ["rotary_2d", "relative_bias"])
 def test_relative_positions_do_not_see_a_common_shift(positions: str) -> None:
     """A 2 x 2 pattern of visible patches gives the same tokens wherever it lies."""
-    encoder = make(positions=positions, class_token=False, pooling="mean")  # a class token has no place to turn by
+    encoder = make(pos_embed=positions, class_token=False, pooling="mean")  # a class token has no place to turn by
     pattern = images(16, 16)
     tokens = []
     for top, left in ((0, 0), (1, 2)):
@@ -166,7 +170,7 @@ def test_relative_positions_do_not_see_a_common_shift(positions: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize(("tokens", "positions"), list(itertools.product(TOKENS, POSITIONS)))
 def test_other_sizes_pass_and_the_own_size_is_not_resampled(tokens: str, positions: str) -> None:
-    encoder = make(cnn="resnet18", tokens=tokens, positions=positions)
+    encoder = make(hybrid_backbone="resnet18", tokens=tokens, pos_embed=positions)
     assert encoder(images(40, 64)).shape == (2, 1 + 5 * 8, 48)
     if positions in ("learned_1d", "learned_2d", "sincos_1d", "sincos_2d"):
         _, own = encoder.position_table((4, 4))
@@ -205,7 +209,7 @@ def test_causal_pixels_depend_on_earlier_pixels_only() -> None:
 @torch.no_grad()
 @torch.no_grad()
 def test_causal_pixels_depend_on_earlier_pixels_only_in_bf16_and_recomputed() -> None:
-    encoder = pixels(causal=True, positions="learned_1d", checkpointing=True).train()
+    encoder = pixels(causal=True, pos_embed="learned_1d", activation_checkpointing=True).train()
     one = torch.randn(1, 3, 6, 6)
     with torch.autocast("cpu", torch.bfloat16):
         before = encoder(one)
@@ -219,12 +223,12 @@ def test_causal_pixels_depend_on_earlier_pixels_only_in_bf16_and_recomputed() ->
 @torch.no_grad()
 def test_reading_on_beyond_the_image_or_with_other_images_is_refused() -> None:
     encoder = pixels(causal=True)
-    memories = encoder.begin_reading(2)
+    memories = encoder.init_kv_cache(2)
     with pytest.raises(ValueError, match=r"1 images and 4 places, but these memories are for 2 images of 36"):
-        encoder.read_on(torch.zeros(1, 3, dtype=torch.long), memories)
-    encoder.read_on(torch.zeros(2, 35, dtype=torch.long), memories)
+        encoder.decode(torch.zeros(1, 3, dtype=torch.long), memories)
+    encoder.decode(torch.zeros(2, 35, dtype=torch.long), memories)
     with pytest.raises(ValueError, match="2 images and 37 places"):
-        encoder.read_on(torch.zeros(2, 1, dtype=torch.long), memories)
+        encoder.decode(torch.zeros(2, 1, dtype=torch.long), memories)
 
 
 def test_igpts_initialization_is_that_of_its_released_code() -> None:
@@ -255,7 +259,7 @@ def test_a_projection_of_patches_starts_as_torch_starts_a_convolution(tokens: st
 
 
 def test_xavier_reaches_the_projection_of_patches() -> None:
-    encoder = ViTEncoder(EncoderSettings(image_size=32, patch=4, width=192, depth=1, heads=3, initialization="xavier"))
+    encoder = ViTEncoder(EncoderSettings(image_size=32, patch=4, width=192, depth=1, heads=3, init="xavier"))
     for weight, bound in ((encoder.patch_embed.proj.weight, (6 / (48 + 192)) ** 0.5),
                           (encoder.blocks[0].attn.qkv.weight, (6 / (192 + 3 * 192)) ** 0.5)):  # fmt: skip
         assert 0.99 * bound < float(weight.detach().abs().max()) <= bound
@@ -265,8 +269,8 @@ def test_xavier_reaches_the_projection_of_patches() -> None:
 @pytest.mark.parametrize("initialization", ["normal", "xavier"])
 def test_tokens_and_tables_start_small_and_different(initialization: str) -> None:
     encoder = ViTEncoder(EncoderSettings(
-        image_size=32, patch=4, width=192, depth=1, heads=3, registers=4, mask_token=True, positions="learned_2d",
-        prefix_positions="all", initialization=initialization,
+        image_size=32, patch=4, width=192, depth=1, heads=3, registers=4, mask_token=True, pos_embed="learned_2d",
+        prefix_positions="all", init=initialization,
     ))  # fmt: skip
     for name in ("cls_token", "reg_token", "mask_token", "pos_embed_prefix", "pos_embed_row", "pos_embed_column"):
         assert float(getattr(encoder, name).detach().std()) == pytest.approx(0.02, rel=0.2), name
@@ -283,7 +287,7 @@ def test_unshifted_pixels_see_themselves_and_later_ones() -> None:
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_channels_are_free(tokens: str) -> None:
     for channels in (1, 2, 5):
-        encoder = make(cnn="resnet18", tokens=tokens, channels=channels)
+        encoder = make(hybrid_backbone="resnet18", tokens=tokens, channels=channels)
         assert encoder(images(channels=channels)).shape == (2, 17, 48)
 
 
@@ -308,15 +312,16 @@ def test_a_conv_stem_doubles_its_channels_until_they_are_the_width() -> None:
 
 def test_conv_stem_and_hybrid_look_beyond_their_patch() -> None:
     for tokens in ("conv_stem", "hybrid"):
-        encoder = make(cnn="resnet18", tokens=tokens)
+        encoder = make(hybrid_backbone="resnet18", tokens=tokens)
         other = images().clone()
         other[:, :, 7] += 1  # the last row above patch 5
         assert (encoder.patch_embed(images())[:, 5] != encoder.patch_embed(other)[:, 5]).any(), tokens
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("options", [{}, {"locality": True}, {"positions": "relative_bias"}, {"positions": "rotary_2d"},
-                                     {"qk_norm": True}, {"causal": True, "positions": "learned_1d"}])  # fmt: skip
+@pytest.mark.parametrize("options", [{}, {"locality_self_attention": True}, {"pos_embed": "relative_bias"},
+{"pos_embed": "rotary_2d"},
+                                     {"qk_norm": True}, {"causal": True, "pos_embed": "learned_1d"}])  # fmt: skip
 def test_attention_weights_give_the_output_of_the_fast_path(options: dict) -> None:
     encoder = make(**options)
     attention = encoder.attention(images(), 2)
@@ -327,14 +332,14 @@ def test_attention_weights_give_the_output_of_the_fast_path(options: dict) -> No
     _, _, value = inside.heads_of(normed, places)
     slow = inside.proj((attention @ value).transpose(1, 2).flatten(2))
     torch.testing.assert_close(slow, inside(normed, places), atol=1e-5, rtol=1e-4)
-    if options.get("locality"):
+    if options.get("locality_self_attention"):
         assert (attention.diagonal(dim1=-2, dim2=-1) == 0).all()
     if options.get("causal"):
         assert (attention.triu(1) == 0).all()
 
 
 def test_locality_learns_its_temperature() -> None:
-    encoder = make(locality=True)
+    encoder = make(locality_self_attention=True)
     encoder(images()).sum().backward()
     assert encoder.blocks[0].attn.scale.grad.abs().max() > 0
     assert "blocks.0.attn.scale" not in make().state_dict()
@@ -522,7 +527,7 @@ def test_features_come_from_the_saved_layer() -> None:
 def test_checkpointing_changes_memory_and_not_gradients() -> None:
     gradients = []
     for checkpointing in (False, True):
-        encoder = make(checkpointing=checkpointing, drop_path=0.5).train()
+        encoder = make(activation_checkpointing=checkpointing, drop_path=0.5).train()
         noise = torch.rand(6, 2, generator=torch.Generator().manual_seed(0))
         encoder(images(), path_noise=noise).square().sum().backward()
         gradients.append(encoder.patch_embed.proj.weight.grad)
@@ -549,8 +554,8 @@ def test_bf16_path_on_the_cpu_agrees_with_float32() -> None:
     for options in (
         {},
         {"causal": True},
-        {"positions": "relative_bias"},
-        {"qk_norm": True, "positions": "relative_bias"},
+        {"pos_embed": "relative_bias"},
+        {"qk_norm": True, "pos_embed": "relative_bias"},
     ):
         encoder = make(**options)
         with torch.autocast("cpu", torch.bfloat16):
@@ -594,9 +599,9 @@ def test_unknown_preset_lists_the_known_ones() -> None:
         ({"tokens": "pixel", "class_token": False, "pooling": "mean"}, "1 pixel wide"),
         ({"tokens": "conv_stem", "patch": 12, "image_size": 24}, "power of two"),
         ({"tokens": "hybrid", "patch": 2}, "4, 8, 16 and 32"),
-        ({"causal": True, "locality": True}, "either causal or locality"),
-        ({"positions": "sincos_2d", "width": 50, "heads": 5}, "multiple of 4"),
-        ({"positions": "rotary_2d", "width": 60, "heads": 10}, "multiples of 4"),
+        ({"causal": True, "locality_self_attention": True}, "either causal or locality"),
+        ({"pos_embed": "sincos_2d", "width": 50, "heads": 5}, "multiple of 4"),
+        ({"pos_embed": "rotary_2d", "width": 60, "heads": 10}, "multiples of 4"),
         ({"mean": [0.5]}, "1 values for 3 channels"),
         ({"feature_layer": 13}, r"outside 1\.\.12"),
         ({"image_size": [1, 2, 3]}, "not one side or"),

@@ -9,14 +9,14 @@ import torch
 
 from sslvit.models import ViTEncoder
 from sslvit.optim import (
-    clip_all,
-    clip_each,
+    clip_by_global_norm,
+    clip_by_parameter_norm,
     cosine,
     decay_groups,
+    ema_update,
+    grad_norms,
     layer_decay_groups,
     layer_of,
-    move_average,
-    norms_of,
     warmup_cosine,
 )
 from sslvit.optim.lars import LARS
@@ -26,20 +26,20 @@ from sslvit.tasks.mae import MAEDecoder
 from sslvit.tasks.supervised import Supervised
 
 
-@pytest.mark.parametrize(("clip", "norms"), [(clip_all, [0.6, 0.8]), (clip_each, [1.0, 1.0])])
+@pytest.mark.parametrize(("clip", "norms"), [(clip_by_global_norm, [0.6, 0.8]), (clip_by_parameter_norm, [1.0, 1.0])])
 def test_long_gradients_are_shortened_and_short_ones_left_alone(clip, norms: list[float]) -> None:
     gradients = [torch.tensor([3.0, 0.0]), torch.tensor([[0.0, 4.0]])]
-    clip(gradients, norms_of(gradients), 1.0)
-    torch.testing.assert_close(norms_of(gradients), torch.tensor(norms))
+    clip(gradients, grad_norms(gradients), 1.0)
+    torch.testing.assert_close(grad_norms(gradients), torch.tensor(norms))
     before = [gradient.clone() for gradient in gradients]
-    clip(gradients, norms_of(gradients), 100.0)
+    clip(gradients, grad_norms(gradients), 100.0)
     assert all(torch.equal(one, other) for one, other in zip(gradients, before, strict=True))
 
 
 def test_every_part_in_front_of_the_blocks_counts_as_the_first_layer() -> None:
     """Of an encoder with all of them; what is behind the blocks moves at the full rate."""
     encoder = ViTEncoder(EncoderSettings(
-        image_size=16, patch=4, width=24, depth=2, heads=2, registers=2, mask_token=True, positions="learned_2d",
+        image_size=16, patch=4, width=24, depth=2, heads=2, registers=2, mask_token=True, pos_embed="learned_2d",
         prefix_positions="all", fc_norm=True, pooling="attention",
     ))  # fmt: skip
     layers = {name.split(".")[0]: layer_of(name, 2) for name, _ in encoder.named_parameters() if "blocks" not in name}
@@ -48,7 +48,7 @@ def test_every_part_in_front_of_the_blocks_counts_as_the_first_layer() -> None:
     }  # fmt: skip
     assert {name for name, layer in layers.items() if layer == 3} == {"norm", "attn_pool", "fc_norm"}
     groups = layer_decay_groups(encoder.named_parameters(), 2, 0.05, 0.5)
-    assert {group["rate_scale"] for group in groups} == {0.125, 0.25, 0.5, 1.0}
+    assert {group["lr_scale"] for group in groups} == {0.125, 0.25, 0.5, 1.0}
     assert sum(len(group["params"]) for group in groups) == len(list(encoder.parameters()))
 
 
@@ -60,19 +60,19 @@ def test_curves_end_where_they_end() -> None:
 
 
 def test_a_recipes_rate_is_for_256_images_and_its_warmup_no_longer_than_the_run() -> None:
-    optim = OptimSettings(base_rate=1e-3, warmup_epochs=2.5)
-    assert [optim.peak_rate(batch) for batch in (64, 256, 4096)] == pytest.approx([2.5e-4, 1e-3, 1.6e-2])
+    optim = OptimSettings(base_lr=1e-3, warmup_epochs=2.5)
+    assert [optim.peak_lr(batch) for batch in (64, 256, 4096)] == pytest.approx([2.5e-4, 1e-3, 1.6e-2])
     assert (optim.warmup_steps(10, 100), optim.warmup_steps(10, 20)) == (25, 20)
     assert math.isclose(OptimSettings(warmup_epochs=None).fitted(10, 1000).warmup_epochs, 10)
 
 
 EVERYTHING = [  # together they have every kind of parameter
-    {"registers": 2, "mask_token": True, "positions": "learned_2d", "prefix_positions": "all", "fc_norm": True,
+    {"registers": 2, "mask_token": True, "pos_embed": "learned_2d", "prefix_positions": "all", "fc_norm": True,
      "pooling": "attention", "qk_norm": True, "layer_scale": 0.1},
-    {"positions": "learned_1d", "mlp": "swiglu", "locality": True},
-    {"positions": "relative_bias", "tokens": "conv_stem"},
-    {"positions": "none", "tokens": "hybrid", "cnn": "resnet18"},
-    {"positions": "sincos_2d", "tokens": "shifted_patch", "norm": "rms"},
+    {"pos_embed": "learned_1d", "mlp": "swiglu", "locality_self_attention": True},
+    {"pos_embed": "relative_bias", "tokens": "conv_stem"},
+    {"pos_embed": "none", "tokens": "hybrid", "hybrid_backbone": "resnet18"},
+    {"pos_embed": "sincos_2d", "tokens": "shifted_patch", "norm": "rms"},
     {"tokens": "pixel", "patch": 1, "image_size": 4, "class_token": False, "prefix_positions": "none",
      "pooling": "mean", "causal": True},
 ]  # fmt: skip
@@ -136,14 +136,16 @@ def test_decoders_and_heads_decay_as_the_papers_code_has_it() -> None:
                                   "pos_embed_row", "pos_embed_column", "patch_embed.start_token"])  # fmt: skip
 def test_tokens_and_tables_move_at_the_lowest_rate(name: str) -> None:
     (group,) = layer_decay_groups([(name, torch.nn.Parameter(torch.zeros(1, 2, 8)))], 3, 0.05, 0.5)
-    assert (group["rate_scale"], group["decays"]) == (0.5**4, False)
+    assert (group["lr_scale"], group["decays"]) == (0.5**4, False)
 
 
 @pytest.mark.parametrize("kind", ["supervised", "pretraining"])
 def test_a_decay_that_grows_from_zero_reaches_matrices_alone(kind: str) -> None:
     encoder = EncoderSettings(image_size=8, patch=4, width=16, depth=2, heads=2)
     optim = OptimSettings(weight_decay=0.0, final_weight_decay=0.2)
-    task = Supervised(SupervisedSettings(classes=3), encoder, optim, total_steps=10, steps_per_epoch=5, global_batch=8)
+    task = Supervised(
+        SupervisedSettings(classes=3), encoder, optim, total_steps=10, steps_per_epoch=5, global_batch_size=8
+    )
     if kind == "pretraining":
         task.parameter_groups = lambda: decay_groups(task, 0.0)
     optimizer = task.configure_optimizers()
@@ -161,7 +163,7 @@ def test_averages_move_by_hand_and_leave_the_source_alone() -> None:
     average, source = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
     before = [parameter.detach().clone() for parameter in average.parameters()]
     theirs = [parameter.detach().clone() for parameter in source.parameters()]
-    move_average(average, source, 0.9)
+    ema_update(average, source, 0.9)
     for now, old, other in zip(average.parameters(), before, theirs, strict=True):
         torch.testing.assert_close(now.detach(), 0.9 * old + 0.1 * other)
     assert all(torch.equal(now, old) for now, old in zip(source.parameters(), theirs, strict=True))

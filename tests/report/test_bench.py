@@ -23,7 +23,7 @@ from sslvit.settings.bench import load_bench
 from sslvit.settings.load import recipes_folder
 
 SHORT = {
-    "config": "finetune/small_images", "data.global_batch": 16, "data.workers": 0, "train.steps": 4,
+    "config": "finetune/small_images", "data.global_batch_size": 16, "data.workers": 0, "train.steps": 4,
     "train.log_every": 2, "train.precision": "float32", "data.view.operations": 0,
 }  # fmt: skip
 
@@ -48,7 +48,7 @@ def files(tmp_path: Path) -> dict:
         "encoders": {"A": [str(tmp_path / "e0"), str(tmp_path / "e1")], "B": str(tmp_path / "e2")},
         "columns": {
             "linear": "linear",
-            "dinov2": {"protocol": {"name": "dinov2", "iterations": 3, "batch": 16, "rates": [0.1, 1.0]}},
+            "dinov2": {"protocol": {"name": "dinov2", "iterations": 3, "batch": 16, "lrs": [0.1, 1.0]}},
             "kNN": {"kind": "knn", "neighbors": 3},
             "few": {"kind": "few", "labels_per_class": 4, "draws": 3},
             "fine-tuned": {"kind": "finetune", **SHORT},
@@ -213,8 +213,8 @@ def test_two_benches_do_not_share_a_folder(files: dict, tmp_path: Path, capsys: 
         ({"encoders": {"A": ["{tmp}/e0", "{tmp}/e2"]}}, "encoders.A: its runs are of different architectures"),
         ({"columns": {"x": {"kind": "knn", "neighbors": 99}}}, "--neighbors 99: there are only 48 training images"),
         (
-            {"columns": {"x": {"kind": "finetune", "data.global_batch": 128}}},
-            "columns.x: data.global_batch 128, but there are 48 training images",
+            {"columns": {"x": {"kind": "finetune", "data.global_batch_size": 128}}},
+            "columns.x: data.global_batch_size 128, but there are 48 training images",
         ),
         ({"columns": {"x": {"protocol": {"name": "dino", "blocks": 3}}}}, "--blocks 3: there are only 2 blocks"),
         ({"colums": {}}, "colums: no such key. Known: baselines, .*data, encoders, columns"),

@@ -24,7 +24,7 @@ def run(tmp_path: Path) -> Path:
         class_token=False, prefix_positions="none", pooling="mean", palette=[[-1.0] * 3, [0.0] * 3, [1.0] * 3],
     )  # fmt: skip
     torch.manual_seed(0)
-    task = IGPT(IGPTSettings(), encoder, OptimSettings(), total_steps=1, steps_per_epoch=1, global_batch=8)
+    task = IGPT(IGPTSettings(), encoder, OptimSettings(), total_steps=1, steps_per_epoch=1, global_batch_size=8)
     torch.nn.init.normal_(task.head.weight)
     saved: dict = {"state_dict": task.state_dict()}
     task.on_save_checkpoint(saved)

@@ -11,7 +11,7 @@ import torch
 from sslvit.data.batch import Batch
 from sslvit.settings import DINOSettings, EncoderSettings, OptimSettings
 from sslvit.settings.dino import momentum_for, prototypes_for
-from sslvit.tasks.dino import DINO, DINOHead, cross_entropy_of_pairs, embed_views, koleo, sinkhorn_shares
+from sslvit.tasks.dino import DINO, DINOHead, dino_loss, embed_views, koleo, sinkhorn_shares
 
 
 def make(task: dict | None = None, **encoder) -> DINO:
@@ -20,7 +20,7 @@ def make(task: dict | None = None, **encoder) -> DINO:
         **{"image_size": 16, "patch": 4, "width": 32, "depth": 2, "heads": 2, "channels": 1} | encoder
     )
     settings = DINOSettings(**{"out_dim": 12, "head_width": 16, "bottleneck": 8} | (task or {})).fitted(1280, 256, 100)
-    return DINO(settings, encoder, OptimSettings(), total_steps=100, steps_per_epoch=5, global_batch=256)
+    return DINO(settings, encoder, OptimSettings(), total_steps=100, steps_per_epoch=5, global_batch_size=256)
 
 
 def batch_of(count: int = 6, local_crops: int = 2, first_row: int = 0) -> Batch:
@@ -36,16 +36,16 @@ def test_a_view_is_never_compared_with_itself() -> None:
     """Teacher view t names image b by prototype t, and so does the student: every other pair is wrong, and counts."""
     targets = torch.eye(3)[:2, None].expand(2, 4, 3)  # t b k
     logits = 50 * torch.eye(3)[:, None].expand(3, 4, 3)  # s b k
-    assert cross_entropy_of_pairs(targets, logits) == pytest.approx(50, rel=1e-4)
+    assert dino_loss(targets, logits) == pytest.approx(50, rel=1e-4)
     one_of_them = logits.clone()
     one_of_them[1] = logits[0]  # student view 1 agrees with teacher view 0 now: one of the four pairs is right
-    assert cross_entropy_of_pairs(targets, one_of_them) == pytest.approx(50 * 3 / 4, rel=1e-4)
+    assert dino_loss(targets, one_of_them) == pytest.approx(50 * 3 / 4, rel=1e-4)
     shares = torch.rand(2, 5, 7).softmax(-1)
     scores = torch.randn(4, 5, 7)
     plain = [
         -(shares[t] * scores[s].log_softmax(-1)).sum(-1).mean() for t in range(2) for s in range(4) if s != t
     ]  # fmt: skip
-    torch.testing.assert_close(cross_entropy_of_pairs(shares, scores), torch.stack(plain).mean())
+    torch.testing.assert_close(dino_loss(shares, scores), torch.stack(plain).mean())
 
 
 def test_the_teacher_gets_no_gradient_and_is_what_is_saved() -> None:
@@ -139,7 +139,9 @@ def test_koleo_is_large_where_images_coincide() -> None:
 
 def test_a_single_image_cannot_be_spread() -> None:
     assert koleo(torch.randn(1, 8)) == koleo(torch.randn(1, 8))  # whatever it is
-    with pytest.raises(ValueError, match=r"task.koleo: 0.1 spreads .*Raise train.micro_batch or data.global_batch, or"):
+    with pytest.raises(
+        ValueError, match=r"task.koleo: 0.1 spreads .*Raise train.micro_batch_size or data.global_batch_size, or"
+    ):
         DINOSettings(koleo=0.1).check_micro_batch(1)
     DINOSettings(koleo=0.1).check_micro_batch(2)
     DINOSettings().check_micro_batch(1)
@@ -196,7 +198,7 @@ def by_hand(task: DINO, batch: Batch, shares_of) -> torch.Tensor:
     for t in range(2):
         for s, output in enumerate(student):
             if s != t:
-                logits = (output / task.settings.student_temperature).log_softmax(-1)
+                logits = (output / task.settings.student_temp).log_softmax(-1)
                 terms.append(-(targets[t] * logits).sum(-1).mean())
     return sum(terms) / len(terms)
 
@@ -217,8 +219,8 @@ def different(task: DINO) -> DINO:
 def test_a_steps_loss_is_by_the_temperatures_of_its_epoch(step: int, student: float, first: float, last: float) -> None:
     """5 steps an epoch and a warm-up of 3 epochs: at first `first`, half way in the second, `last` from then on."""
     task = different(make({
-        "student_temperature": student, "warmup_teacher_temperature": first, "teacher_temperature": last,
-        "warmup_teacher_epochs": 3,
+        "student_temp": student, "warmup_teacher_temp": first, "teacher_temp": last,
+        "warmup_teacher_temp_epochs": 3,
     }))  # fmt: skip
     temperature = {0: first, 1: (first + last) / 2}.get(step // 5, last)
     task.__class__ = type("DINOAtStep", (DINO,), {"global_step": step})
@@ -231,8 +233,8 @@ def test_a_steps_loss_is_by_the_temperatures_of_its_epoch(step: int, student: fl
 def test_sinkhorns_shares_are_those_of_its_iterations_and_temperature(iterations: int, temperature: float) -> None:
     """By hand as in SwAV: rows of prototypes, then columns of images, divided by their sums in turn."""
     task = different(make({
-        "centering": "sinkhorn", "sinkhorn_iterations": iterations, "teacher_temperature": temperature,
-        "warmup_teacher_epochs": 0,
+        "centering": "sinkhorn", "sinkhorn_iterations": iterations, "teacher_temp": temperature,
+        "warmup_teacher_temp_epochs": 0,
     }))  # fmt: skip
 
     def shares(outputs: torch.Tensor) -> torch.Tensor:
@@ -337,13 +339,13 @@ def test_a_released_checkpoint_brings_its_center(tmp_path) -> None:
 def test_what_suits_a_job() -> None:
     imagenet = DINOSettings().fitted(1_281_167, 1024, 125_000)
     assert (imagenet.out_dim, imagenet.momentum) == (65_536, 0.996)  # the paper's
-    assert DINOSettings().fitted(1_281_167, 512, 250_000).teacher_temperature == 0.04  # the released default
-    assert (imagenet.teacher_temperature, imagenet.warmup_teacher_epochs) == (0.07, pytest.approx(10, rel=0.01))
+    assert DINOSettings().fitted(1_281_167, 512, 250_000).teacher_temp == 0.04  # the released default
+    assert (imagenet.teacher_temp, imagenet.warmup_teacher_temp_epochs) == (0.07, pytest.approx(10, rel=0.01))
     assert [prototypes_for(images) for images in (100, 50_000, 10**9)] == [256, 2048, 65_536]
     assert momentum_for(256, 10**6) == pytest.approx(0.999, abs=1e-5)  # a quarter of the images an update
     assert momentum_for(64, 800) == 0.9875  # an average over a tenth of so short a run
-    assert DINOSettings().fitted(50_000, 256, 10**5).teacher_temperature == 0.04
-    given = {"out_dim": 99, "momentum": 0.9, "teacher_temperature": 0.05, "warmup_teacher_epochs": 7.0}
+    assert DINOSettings().fitted(50_000, 256, 10**5).teacher_temp == 0.04
+    given = {"out_dim": 99, "momentum": 0.9, "teacher_temp": 0.05, "warmup_teacher_temp_epochs": 7.0}
     fitted = DINOSettings(**given).fitted(1_281_167, 1024, 125_000)
     assert {key: getattr(fitted, key) for key in given} == given
 
@@ -352,7 +354,7 @@ def test_what_cannot_work_is_refused_by_name() -> None:
     for changes, message in [
         ({"out_dim": 1}, "task.out_dim: with 1 prototype"),
         ({"momentum": 1.5}, "task.momentum: 1.5 is not between 0 and 1"),
-        ({"teacher_temperature": 0.0}, "task.teacher_temperature: 0.0 is not above zero"),
+        ({"teacher_temp": 0.0}, "task.teacher_temp: 0.0 is not above zero"),
         ({"head_layers": 0}, "task.head_layers: 0 is less than 1"),
         ({"koleo": -1.0}, "task.koleo: -1.0 is not zero or more"),
         ({"momentum": 0.99, "final_momentum": 0.9}, "task.final_momentum: 0.9 is below task.momentum"),
@@ -365,16 +367,16 @@ def test_what_cannot_work_is_refused_by_name() -> None:
         make(causal=True)
     make(causal=True, pooling="mean").training_step(batch_of())
     with pytest.raises(ValueError, match=r"task.out_dim, .* still null"):
-        DINO(DINOSettings(), EncoderSettings(), OptimSettings(), total_steps=1, steps_per_epoch=1, global_batch=1)
+        DINO(DINOSettings(), EncoderSettings(), OptimSettings(), total_steps=1, steps_per_epoch=1, global_batch_size=1)
 
 
 def test_the_rate_never_passes_its_peak() -> None:
     for warmup_epochs in (0, 0.5, 2.1, 30):
         task = make()
         task.warmup_steps = OptimSettings(warmup_epochs=warmup_epochs).warmup_steps(5, 100)
-        rates = [task.rate_at(step) for step in range(100)]
-        assert max(rates) == pytest.approx(task.peak_rate)
-        assert rates[0] == (task.peak_rate if warmup_epochs == 0 else 0)
+        rates = [task.lr_at(step) for step in range(100)]
+        assert max(rates) == pytest.approx(task.peak_lr)
+        assert rates[0] == (task.peak_lr if warmup_epochs == 0 else 0)
     assert OptimSettings(warmup_epochs=None).fitted(50, 1000).warmup_epochs == 2
     assert OptimSettings(warmup_epochs=None).fitted(1250, 10**6).warmup_steps(1250, 10**6) == 12_500
     with pytest.raises(ValueError, match="optim.warmup_epochs: still null"):

@@ -10,9 +10,9 @@ from torch import nn
 
 from sslvit.data.batch import Batch
 from sslvit.layouts import dino as layout
-from sslvit.optim import clip_each, cosine, decay_groups, move_average, norms_of, warmup_cosine
+from sslvit.optim import clip_by_parameter_norm, cosine, decay_groups, ema_update, grad_norms, warmup_cosine
 from sslvit.settings import DINOSettings, EncoderSettings, OptimSettings
-from sslvit.tasks.dino import DINO, DINOHead, centered_shares, cross_entropy_of_pairs, embed_views
+from sslvit.tasks.dino import DINO, DINOHead, center_and_sharpen, dino_loss, embed_views
 
 
 def head_of(config: dict, state: dict[str, torch.Tensor]) -> DINOHead:
@@ -33,7 +33,7 @@ def test_head(golden: Golden) -> None:
     bottleneck: list[torch.Tensor] = []
     head.last_layer.register_forward_hook(lambda module, inputs, output: bottleneck.append(inputs[0].detach()))
     golden.check("output/y", head.eval()(x).detach())
-    golden.check("output/bottleneck_normalized", bottleneck[0])
+    golden.check("output/bottleneck_normalised", bottleneck[0])
     output = head.train()(x)
     if "output/y_train" in golden:
         golden.check("output/y_train", output.detach())
@@ -63,15 +63,15 @@ def tiny_task(**changes) -> DINO:
     encoder = EncoderSettings(image_size=16, patch=4, width=24, depth=1, heads=2)
     small = {"out_dim": 16, "head_width": 8, "bottleneck": 4, "momentum": 0.9}
     settings = DINOSettings(**small | changes).fitted(256, 256, 100)
-    return DINO(settings, encoder, OptimSettings(), total_steps=100, steps_per_epoch=1, global_batch=256)
+    return DINO(settings, encoder, OptimSettings(), total_steps=100, steps_per_epoch=1, global_batch_size=256)
 
 
 @looks_at("dino_loss", "*")
 def test_loss_and_center_over_three_steps(golden: Golden) -> None:
     config = golden.config
     task = tiny_task(
-        out_dim=config["out_dim"], warmup_teacher_temperature=config["warmup_teacher_temp"],
-        teacher_temperature=config["teacher_temp"], warmup_teacher_epochs=config["warmup_teacher_temp_epochs"],
+        out_dim=config["out_dim"], warmup_teacher_temp=config["warmup_teacher_temp"],
+        teacher_temp=config["teacher_temp"], warmup_teacher_temp_epochs=config["warmup_teacher_temp_epochs"],
         center_momentum=config["center_momentum"],
     )  # fmt: skip
     schedule = [task.temperature_at(epoch) for epoch in range(config["nepochs"])]
@@ -84,9 +84,9 @@ def test_loss_and_center_over_three_steps(golden: Golden) -> None:
         outputs = golden[f"input/teacher_step{step}"].unflatten(0, (2, config["batch"]))
         task.temperature_at = lambda _, epoch=epoch: schedule[epoch]
         targets = task.targets(outputs)
-        torch.testing.assert_close(targets, centered_shares(outputs, task.center, schedule[epoch]))
+        torch.testing.assert_close(targets, center_and_sharpen(outputs, task.center, schedule[epoch]))
         logits = student.unflatten(0, (config["ncrops"], config["batch"])) / config["student_temp"]
-        loss = cross_entropy_of_pairs(targets, logits)
+        loss = dino_loss(targets, logits)
         golden.check(f"output/loss_step{step}", loss.detach().view(1))
         loss.backward()
         golden.check(f"grad/student_step{step}", student.grad)
@@ -99,8 +99,8 @@ def test_each_gradient_is_clipped_by_its_own_norm(golden: Golden) -> None:
     names = golden.info["names"]
     for clip in golden.config["clips"]:
         gradients = [golden[f"input/grad/{name}"].clone() for name in names]
-        norms = norms_of(gradients)
-        clip_each(gradients, norms, clip)
+        norms = grad_norms(gradients)
+        clip_by_parameter_norm(gradients, norms, clip)
         prefix = f"output/clip{clip:g}"
         golden.check(f"{prefix}/norms", norms.double())
         for name, gradient in zip(names, gradients, strict=True):
@@ -113,7 +113,7 @@ def test_the_teacher_follows_the_student(golden: Golden) -> None:
         teacher, student = (
             head_of(golden.config["head"], golden.under(f"param/{name}.")) for name in ("teacher", "student")
         )
-        move_average(teacher, student, momentum)
+        ema_update(teacher, student, momentum)
         for key, parameter in teacher.named_parameters():
             golden.check(f"output/ema_m{momentum:g}/{key}", parameter.detach())
 
@@ -198,7 +198,7 @@ def check_decay_groups(golden: Golden, unit_length: bool) -> None:
         out_dim=head["out_dim"], head_width=head["hidden_dim"], bottleneck=head["bottleneck_dim"],
         batch_norm=head["use_bn"], norm_last_layer=unit_length, head_layers=head["nlayers"],
     ).fitted(256, 256, 1)  # fmt: skip
-    task = DINO(settings, encoder, OptimSettings(), total_steps=1, steps_per_epoch=1, global_batch=256)
+    task = DINO(settings, encoder, OptimSettings(), total_steps=1, steps_per_epoch=1, global_batch_size=256)
     assert (head["in_dim"], head["norm_last_layer"]) == (encoder.width, True)  # the other kind has its list too
     names = {id(p): name.replace("encoder.", "backbone.") for name, p in task.named_parameters()}
     spared, decayed = ({names[id(p)] for p in group["params"]} for group in decay_groups(task, 0.04))
@@ -215,8 +215,8 @@ def test_training_steps_of_the_released_loop(golden: Golden, tmp_path) -> None:
     networks = {name: golden.under(f"param/{name}.") for name in ("student", "teacher")}
     task = DINO.from_state(
         networks["student"], networks["teacher"], config["vit"]["num_heads"],
-        teacher_temperature=config["teacher_temp"], warmup_teacher_temperature=config["warmup_teacher_temp"],
-        warmup_teacher_epochs=config["warmup_teacher_temp_epochs"], momentum=config["momentum_teacher"],
+        teacher_temp=config["teacher_temp"], warmup_teacher_temp=config["warmup_teacher_temp"],
+        warmup_teacher_temp_epochs=config["warmup_teacher_temp_epochs"], momentum=config["momentum_teacher"],
         freeze_last_layer=config["freeze_last_layer"],
     )  # fmt: skip
     check_shape(config["vit"], task.encoder.settings)
@@ -225,11 +225,11 @@ def test_training_steps_of_the_released_loop(golden: Golden, tmp_path) -> None:
         assert float(golden[f"output/comparable/{key}"].float().mean()) == pytest.approx(share)
     per_epoch, micro = config["steps_per_epoch"], config["steps_per_epoch"] * config["epochs_run"]
     task.optim = OptimSettings(
-        base_rate=config["lr"], min_rate=config["min_lr"], weight_decay=config["weight_decay"],
-        final_weight_decay=config["weight_decay_end"], betas=[0.9, 0.999], clip=config["clip_grad"],
-        clip_by="parameter",
+        base_lr=config["lr"], min_lr=config["min_lr"], weight_decay=config["weight_decay"],
+        final_weight_decay=config["weight_decay_end"], betas=[0.9, 0.999], clip_grad=config["clip_grad"],
+        clip_grad_by="parameter",
     )  # fmt: skip
-    task.peak_rate, task.warmup_steps = config["lr"], config["warmup_epochs"] * per_epoch
+    task.peak_lr, task.warmup_steps = config["lr"], config["warmup_epochs"] * per_epoch
     task.total_steps, task.steps_per_epoch = config["epochs"] * per_epoch, per_epoch
     momenta = [task.momentum_at(step) for step in range(task.total_steps)]
     torch.testing.assert_close(

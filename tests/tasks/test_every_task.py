@@ -14,7 +14,7 @@ from sslvit.data.batch import Batch
 from sslvit.data.views import Views
 from sslvit.settings.load import load_recipe
 from sslvit.tasks import task_class
-from sslvit.tasks.base import PretextTask
+from sslvit.tasks.base import Task
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = sorted(
@@ -29,23 +29,23 @@ OPTIONS = {
     "as the recipe": {},
     "mask token and norm of the pooled vector": {"encoder.mask_token": True, "encoder.fc_norm": True},
     "registers, learned 2-D positions, scales, norms of queries": {
-        "encoder.registers": 2, "encoder.positions": "learned_2d", "encoder.prefix_positions": "all",
+        "encoder.registers": 2, "encoder.pos_embed": "learned_2d", "encoder.prefix_positions": "all",
         "encoder.layer_scale": 0.1, "encoder.qk_norm": True,
     },
     # the mean over patches: a class token has no bias to any patch, so in the last block none would count for it
     "relative bias and locality": {
-        "encoder.positions": "relative_bias", "encoder.locality": True, "encoder.pooling": "mean",
+        "encoder.pos_embed": "relative_bias", "encoder.locality_self_attention": True, "encoder.pooling": "mean",
     },
 }  # fmt: skip
 
 
-def task_of(recipe: str, **changes) -> tuple[PretextTask, Batch]:
+def task_of(recipe: str, **changes) -> tuple[Task, Batch]:
     """A small task after a recipe, and a batch as it would get it."""
     settings = load_recipe(recipe, SMALL | {"data.shards": "none"} | changes)
     torch.manual_seed(0)
     task = task_class(settings.task.name)(
         settings.task.fitted(1000, 8, 100, 3), settings.encoder, replace(settings.optim, warmup_epochs=1),
-        total_steps=100, steps_per_epoch=10, global_batch=8,
+        total_steps=100, steps_per_epoch=10, global_batch_size=8,
     ).train()  # fmt: skip
     with torch.no_grad():
         for parameter in task.parameters():  # no weight is silent because another one is still zero
@@ -94,7 +94,7 @@ def test_a_class_token_that_sees_no_patch_is_not_trained(recipe: str) -> None:
 # ---- what a step draws, how it moves weights, what it records
 
 
-def at_step(task: PretextTask, step: int) -> PretextTask:
+def at_step(task: Task, step: int) -> Task:
     """The task, believing to be at some step."""
     task.__class__ = type("AtStep", (task_class(task.settings.name),), {"global_step": step})
     return task
@@ -137,7 +137,7 @@ def test_noise_of_a_step_is_uniform_and_its_rows_are_those_of_the_global_batch()
 class Steps:
     """What Lightning's optimizer does with a task: an update with gradients that are given."""
 
-    def __init__(self, task: PretextTask) -> None:
+    def __init__(self, task: Task) -> None:
         self.task, self.optimizer = task, task.configure_optimizers()
 
     def take(self, step: int) -> dict[str, float]:
@@ -145,14 +145,18 @@ class Steps:
         task = at_step(self.task, step)
         task._trainer = type("T", (), {"global_step": step, "optimizers": []})()
         task.configure_gradient_clipping(self.optimizer)
-        PretextTask.optimizer_step(task, 0, 0, self.optimizer)
+        Task.optimizer_step(task, 0, 0, self.optimizer)
         return {name: float(values[-1]) for name, values in task.records.items()}
 
 
 @pytest.mark.parametrize("clip", [None, 0.5, 2.0, 1000.0])
-@pytest.mark.parametrize("clip_by", ["all", "parameter"])
-def test_gradients_are_clipped_as_asked_and_their_norm_is_recorded_as_it_was(clip: float | None, clip_by: str) -> None:
-    task, _ = task_of("mae/digits", **shrunk("mae/digits"), **{"optim.clip": clip, "optim.clip_by": clip_by})
+@pytest.mark.parametrize("clip_grad_by", ["all", "parameter"])
+def test_gradients_are_clipped_as_asked_and_their_norm_is_recorded_as_it_was(
+    clip: float | None, clip_grad_by: str
+) -> None:
+    task, _ = task_of(
+        "mae/digits", **shrunk("mae/digits"), **{"optim.clip_grad": clip, "optim.clip_grad_by": clip_grad_by}
+    )
     trained = [p for p in task.parameters() if p.requires_grad]
     for parameter in trained:
         parameter.grad = torch.randn_like(parameter)
@@ -161,18 +165,18 @@ def test_gradients_are_clipped_as_asked_and_their_norm_is_recorded_as_it_was(cli
     steps = Steps(task)
     given: list[torch.Tensor] = []  # to the optimizer; after its step there are none
     steps.optimizer.step = lambda closure=None: given.extend(p.grad.clone() for p in trained)
-    assert steps.take(3)["gradient_norm"] == pytest.approx(total, rel=1e-5)
+    assert steps.take(3)["grad_norm"] == pytest.approx(total, rel=1e-5)
     assert all(p.grad is None for p in trained)
     for clipped, grad in zip(given, before, strict=True):
-        norm = total if clip_by == "all" else float(grad.norm())
+        norm = total if clip_grad_by == "all" else float(grad.norm())
         torch.testing.assert_close(clipped, grad * min((clip or norm) / norm, 1), rtol=1e-4, atol=1e-7)
 
 
 def test_an_update_moves_weights_as_adamw_at_the_rate_and_decay_of_its_step_and_records_that_rate() -> None:
     """By hand, for three updates: the first one from zero moments is the same for all averages."""
     changes = {
-        "optim.base_rate": 0.32, "optim.min_rate": 0.004, "optim.warmup_epochs": 1, "optim.weight_decay": 0.3,
-        "optim.final_weight_decay": 0.7, "optim.betas": [0.6, 0.8], "optim.clip": None,
+        "optim.base_lr": 0.32, "optim.min_lr": 0.004, "optim.warmup_epochs": 1, "optim.weight_decay": 0.3,
+        "optim.final_weight_decay": 0.7, "optim.betas": [0.6, 0.8], "optim.clip_grad": None,
     }  # fmt: skip
     task, _ = task_of("mae/digits", **shrunk("mae/digits"), **changes)
     weight = task.encoder.blocks[0].attn.qkv.weight
@@ -189,7 +193,7 @@ def test_an_update_moves_weights_as_adamw_at_the_rate_and_decay_of_its_step_and_
         second = 0.8 * second + 0.2 * gradient.double().square()
         move = first / (1 - 0.6**number) / ((second / (1 - 0.8**number)).sqrt() + 1e-8)
         expected = expected * (1 - rate * decay) - rate * move
-        assert recorded["rate"] == pytest.approx(rate)
+        assert recorded["lr"] == pytest.approx(rate)
         torch.testing.assert_close(weight.detach().double(), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -207,7 +211,7 @@ def test_a_run_is_young_in_its_warmup_and_at_most_for_a_quarter(warmup: float, y
     settings = load_recipe("mae/digits", SMALL | shrunk("mae/digits") | {"data.shards": "none"})
     optim = replace(settings.optim, warmup_epochs=warmup)
     task = task_class("mae")(
-        settings.task, settings.encoder, optim, total_steps=100, steps_per_epoch=10, global_batch=8
+        settings.task, settings.encoder, optim, total_steps=100, steps_per_epoch=10, global_batch_size=8
     )
     assert task.young_until == young
 
@@ -232,7 +236,7 @@ def test_every_trained_weight_of_every_recipe_gets_a_gradient(recipe: str, optio
     changes = OPTIONS[options]
     is_pixel = load_recipe(recipe, {"data.shards": "none"}).encoder.tokens == "pixel"
     if is_pixel:
-        alone = ("encoder.registers", "encoder.locality")  # not for a causal sequence of pixels
+        alone = ("encoder.registers", "encoder.locality_self_attention")  # not for a causal sequence of pixels
         changes = {key: value for key, value in changes.items() if key not in alone}
     task, batch = task_of(recipe, **shrunk(recipe), **changes)
     task.training_step(batch, 0).backward()

@@ -11,7 +11,7 @@ from test_mae import batch_of
 
 from sslvit.settings import EncoderSettings, IGPTSettings, OptimSettings
 from sslvit.settings.palette import check_palette
-from sslvit.tasks.igpt import IGPT, color_error, hide_some, load_igpt
+from sslvit.tasks.igpt import IGPT, load_igpt, pixel_nll, random_mask
 
 PIXELS = {
     "image_size": 4, "channels": 1, "mean": [0.5], "std": [0.5], "tokens": "pixel", "patch": 1, "width": 32, "depth": 2,
@@ -25,7 +25,7 @@ def make(objective: str = "autoregressive", **changes) -> IGPT:
     torch.manual_seed(0)
     task = IGPT(
         IGPTSettings(objective=objective), EncoderSettings(**PIXELS | changes), OptimSettings(),
-        total_steps=10, steps_per_epoch=5, global_batch=256,
+        total_steps=10, steps_per_epoch=5, global_batch_size=256,
     )  # fmt: skip
     with torch.no_grad():
         for parameter in task.parameters():  # no term is silently zero or one
@@ -40,7 +40,7 @@ def gray(count: int = 2, side: int = 4) -> torch.Tensor:
 @torch.no_grad()
 @pytest.mark.parametrize("positions", ["none", "learned_1d", "sincos_2d", "rotary_2d", "relative_bias"])
 def test_each_pixels_prediction_depends_on_the_pixels_before_it_only(positions: str) -> None:
-    task = make(positions=positions).eval()
+    task = make(pos_embed=positions).eval()
     images = gray(1)
     before = task.head(task.encoder(images))[0]  # n colors
     for changed in range(16):
@@ -61,23 +61,23 @@ def test_loss_is_the_mean_over_all_pixels_in_nats_and_bits() -> None:
     logits = torch.tensor([[[2.0, 0.0], [0.0, 1.0]]])
     colors = torch.tensor([[0, 0]])
     parts = [-math.log(math.exp(2) / (math.exp(2) + 1)), -math.log(1 / (1 + math.e))]
-    torch.testing.assert_close(float(color_error(logits, colors)), sum(parts) / 2)
-    torch.testing.assert_close(float(color_error(logits, colors, torch.tensor([[False, True]]))), parts[1])
+    torch.testing.assert_close(float(pixel_nll(logits, colors)), sum(parts) / 2)
+    torch.testing.assert_close(float(pixel_nll(logits, colors, torch.tensor([[False, True]]))), parts[1])
 
 
 def test_the_loss_is_computed_in_float32_and_keeps_float64() -> None:
     logits = torch.randn(2, 5, 8) * 20
     colors = torch.randint(0, 8, (2, 5))
-    loss = color_error(logits.bfloat16(), colors)
+    loss = pixel_nll(logits.bfloat16(), colors)
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, color_error(logits.bfloat16().float(), colors), rtol=0, atol=0)
-    assert color_error(logits.double(), colors).dtype == torch.float64
+    torch.testing.assert_close(loss, pixel_nll(logits.bfloat16().float(), colors), rtol=0, atol=0)
+    assert pixel_nll(logits.double(), colors).dtype == torch.float64
 
 
 def test_a_new_model_finds_all_colors_alike() -> None:
     torch.manual_seed(0)
     encoder = EncoderSettings(**PIXELS)
-    task = IGPT(IGPTSettings(), encoder, OptimSettings(), total_steps=1, steps_per_epoch=1, global_batch=256)
+    task = IGPT(IGPTSettings(), encoder, OptimSettings(), total_steps=1, steps_per_epoch=1, global_batch_size=256)
     assert float(task.training_step(batch_of(gray())).detach()) == pytest.approx(math.log(8), abs=1e-6)
     assert task.encoder.patch_embed.start_token.detach().std() == pytest.approx(0.02, rel=0.5)
 
@@ -99,7 +99,7 @@ def test_bert_sees_around_a_hidden_pixel_but_not_the_pixel() -> None:
 @pytest.mark.parametrize(("ratio", "hidden"), [(0.15, 2), (0.5, 8), (0.8, 13)])
 def test_bert_hides_its_ratio_of_the_pixels_those_with_the_lowest_noise(ratio: float, hidden: int) -> None:
     task = IGPT(IGPTSettings(objective="bert", mask_ratio=ratio), EncoderSettings(**PIXELS | BERT), OptimSettings(),
-                total_steps=10, steps_per_epoch=5, global_batch=256)  # fmt: skip
+                total_steps=10, steps_per_epoch=5, global_batch_size=256)  # fmt: skip
     batch = batch_of(gray(4))
     noise = task.uniform("mask", batch, 16)
     is_hidden = task.draw_mask(batch)
@@ -130,12 +130,12 @@ def test_bert_counts_hidden_pixels_only_and_hides_as_many_in_every_image() -> No
     expected = torch.nn.functional.cross_entropy(logits[is_hidden], colors[is_hidden])
     torch.testing.assert_close(loss, expected)
     noise = torch.tensor([[0.5, 0.1, 0.1, 0.9]])
-    assert hide_some(noise, 1).tolist() == [[False, True, False, False]]
+    assert random_mask(noise, 1).tolist() == [[False, True, False, False]]
 
 
 @pytest.mark.parametrize(
     ("objective", "options"),
-    [("autoregressive", {}), ("autoregressive", {"mask_token": True, "fc_norm": True, "positions": "rotary_2d"}),
+    [("autoregressive", {}), ("autoregressive", {"mask_token": True, "fc_norm": True, "pos_embed": "rotary_2d"}),
      ("bert", BERT)],
 )  # fmt: skip
 def test_every_trained_parameter_gets_a_gradient(objective: str, options: dict) -> None:

@@ -14,7 +14,7 @@ from test_mae import batch_of
 from sslvit.checkpoint import load_encoder
 from sslvit.layouts import to_sslvit
 from sslvit.settings.palette import read_palette
-from sslvit.tasks.igpt import IGPT, color_error, load_igpt
+from sslvit.tasks.igpt import IGPT, load_igpt, pixel_nll
 
 
 def task_of(golden: Golden) -> IGPT:
@@ -37,7 +37,7 @@ def test_loss_logits_and_gradients(golden: Golden) -> None:
     loss = task.training_step(batch_of(images))
     golden.check("output/loss", loss.detach())
     # transformers' own loss shifts once more: the output that predicts pixel i + 1 against pixel i
-    golden.check("output/hf_internal_loss", color_error(logits[:, :-1], pixels[:, :-1]).detach())
+    golden.check("output/hf_internal_loss", pixel_nll(logits[:, :-1], pixels[:, :-1]).detach())
     if golden.name == "igpt_model_nobias":
         golden.check("output/official_tf/logits", logits)
         golden.check("output/official_tf/loss", loss.detach())

@@ -7,7 +7,7 @@ import torch
 
 from sslvit.data.batch import Batch
 from sslvit.settings import EncoderSettings, MAESettings, OptimSettings
-from sslvit.tasks.mae import MAE, MAEDecoder, hidden_patch_error, patchify
+from sslvit.tasks.mae import MAE, MAEDecoder, masked_patch_mse, patchify
 
 
 def make(**changes) -> MAE:
@@ -16,7 +16,7 @@ def make(**changes) -> MAE:
         **{"image_size": 16, "patch": 4, "width": 32, "depth": 2, "heads": 2, "channels": 1} | changes
     )
     settings = MAESettings(mask_ratio=0.5, decoder_width=16, decoder_depth=1, decoder_heads=2)
-    return MAE(settings, encoder, OptimSettings(), total_steps=10, steps_per_epoch=5, global_batch=256)
+    return MAE(settings, encoder, OptimSettings(), total_steps=10, steps_per_epoch=5, global_batch_size=256)
 
 
 def batch_of(images: torch.Tensor, first_row: int = 0) -> Batch:
@@ -30,7 +30,7 @@ def test_loss_counts_hidden_patches_only() -> None:
     predicted, target = torch.zeros(2, 3, 4), torch.zeros(2, 3, 4)
     target[0, 1], target[1, 2] = 2.0, 4.0
     is_hidden = torch.tensor([[False, True, False], [True, False, False]])
-    assert hidden_patch_error(predicted, target, is_hidden) == 2.0  # (2^2 + 0) / 2
+    assert masked_patch_mse(predicted, target, is_hidden) == 2.0  # (2^2 + 0) / 2
 
 
 @pytest.mark.parametrize(("ratio", "visible"), [(0.75, 4), (0.5, 8), (0.3, 11), (0.9, 1)])
@@ -104,10 +104,16 @@ def test_checkpointing_keeps_one_tensor_per_block_of_encoder_and_decoder(stack: 
         torch.manual_seed(0)
         depths = {"encoder": 1, "decoder": 1} | {stack: depth}
         encoder = EncoderSettings(
-            image_size=16, patch=4, width=32, depth=depths["encoder"], heads=2, channels=1, checkpointing=checkpointing
+            image_size=16,
+            patch=4,
+            width=32,
+            depth=depths["encoder"],
+            heads=2,
+            channels=1,
+            activation_checkpointing=checkpointing,
         )
         settings = MAESettings(mask_ratio=0.5, decoder_width=32, decoder_depth=depths["decoder"], decoder_heads=2)
-        task = MAE(settings, encoder, OptimSettings(), total_steps=10, steps_per_epoch=5, global_batch=256)
+        task = MAE(settings, encoder, OptimSettings(), total_steps=10, steps_per_epoch=5, global_batch_size=256)
         weights = {parameter.data_ptr() for parameter in task.parameters()}
         seen: dict[int, int] = {}
 
@@ -132,7 +138,7 @@ def test_checkpointing_keeps_one_tensor_per_block_of_encoder_and_decoder(stack: 
 def test_checkpointing_changes_no_gradient_of_the_decoder() -> None:
     gradients = []
     for checkpointing in (False, True):
-        task = make(checkpointing=checkpointing)
+        task = make(activation_checkpointing=checkpointing)
         task.loss(torch.ones(2, 1, 16, 16), torch.arange(32.0).view(2, 16)).backward()
         gradients.append([p.grad for p in task.decoder.parameters() if p.requires_grad])
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
@@ -177,8 +183,8 @@ def test_reconstruction_undoes_the_normalization_of_each_patch() -> None:
     [
         {"registers": 2},
         {"class_token": False, "pooling": "mean"},
-        {"positions": "rotary_2d"},
-        {"positions": "relative_bias"},
+        {"pos_embed": "rotary_2d"},
+        {"pos_embed": "relative_bias"},
         {"fc_norm": True, "mask_token": True},
         {"image_size": [8, 16]},
     ],
@@ -240,7 +246,7 @@ def test_other_resolutions_train_and_the_own_one_is_as_it_was(side: int) -> None
     encoder = EncoderSettings(image_size=16, patch=4, width=16, depth=1, heads=2, channels=1, mean=[0.5], std=[0.5])
     torch.manual_seed(0)
     task = MAE(MAESettings(decoder_width=16, decoder_depth=1, decoder_heads=2), encoder, OptimSettings(), total_steps=4,
-               steps_per_epoch=2, global_batch=4)  # fmt: skip
+               steps_per_epoch=2, global_batch_size=4)  # fmt: skip
     images = torch.randn(4, 1, side, side)
     assert task.patches_of(images) == (side // 4) ** 2
     task.loss(images, torch.rand(4, task.patches_of(images))).backward()
@@ -259,7 +265,9 @@ def released(ratio: float, decoder_ratio: float | None, width: int = 24) -> dict
     """A full checkpoint whose MLPs have these ratios, under the official names."""
     encoder = EncoderSettings(image_size=16, patch=8, width=width, depth=1, heads=1, mlp_ratio=ratio)
     settings = MAESettings(decoder_width=24, decoder_depth=1, decoder_heads=2, decoder_mlp_ratio=decoder_ratio)
-    return MAE(settings, encoder, OptimSettings(), total_steps=1, steps_per_epoch=1, global_batch=4).official_state()
+    return MAE(
+        settings, encoder, OptimSettings(), total_steps=1, steps_per_epoch=1, global_batch_size=4
+    ).official_state()
 
 
 @pytest.mark.parametrize(("ratio", "decoder_ratio"), [(3.0, None), (4.0, 3.0), (2.5, 4.1), (4.1, 2.0)])

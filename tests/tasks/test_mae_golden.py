@@ -13,7 +13,7 @@ from sslvit.models import ViTEncoder
 from sslvit.models.transformer import Block
 from sslvit.optim import decay_groups, layer_decay_groups, layer_of, warmup_cosine
 from sslvit.settings import EncoderSettings, MAESettings, OptimSettings
-from sslvit.tasks.mae import MAE, normalize_patches, patchify, split_by_noise, unpatchify, visible_count
+from sslvit.tasks.mae import MAE, normalize_patches, num_visible, patchify, random_masking, unpatchify
 
 
 def mae_of(golden: Golden, **settings) -> MAE:
@@ -43,12 +43,12 @@ def test_patches_are_cut_and_put_together(golden: Golden) -> None:
 
 @looks_at("mae_model", "input/noise", "output/mask", "output/ids_restore", "output/len_keep_table")
 def test_masks_follow_the_noise(golden: Golden) -> None:
-    visible, is_hidden = split_by_noise(golden["input/noise"], 4)
+    visible, is_hidden = random_masking(golden["input/noise"], 4)
     golden.check("output/mask", is_hidden.float())
     order = golden["output/ids_restore"].argsort(1)
     assert torch.equal(visible, order[:, :4])
     for patches, ratio, kept in golden["output/len_keep_table"].tolist():
-        assert visible_count(int(patches), ratio / 1000) == kept
+        assert num_visible(int(patches), ratio / 1000) == kept
 
 
 @looks_at(
@@ -63,7 +63,7 @@ def test_encoder_and_decoder(golden: Golden) -> None:
     images = golden["input/imgs"]
     assert len(images) == golden.config["batch"]
     assert task.settings.mask_ratio == golden.config["mask_ratio"] == MAESettings().mask_ratio
-    visible, _ = split_by_noise(golden["input/noise"], 4)
+    visible, _ = random_masking(golden["input/noise"], 4)
     latent = task.encoder(images, visible)
     golden.check("output/latent", latent)
     golden.check("output/pred", task.decoder(latent, visible))
@@ -97,7 +97,7 @@ def test_loss_and_gradients(golden: Golden) -> None:
 def test_fixed_position_tables_are_the_ones_we_make(golden: Golden) -> None:
     fresh = MAE(
         MAESettings(decoder_width=32, decoder_depth=2, decoder_heads=4),
-        mae_of(golden).encoder.settings, OptimSettings(), total_steps=1, steps_per_epoch=1, global_batch=256,
+        mae_of(golden).encoder.settings, OptimSettings(), total_steps=1, steps_per_epoch=1, global_batch_size=256,
     )  # fmt: skip
     torch.testing.assert_close(fresh.encoder.pos_embed, golden["param_sincos/pos_embed"], atol=1e-6, rtol=0)
     torch.testing.assert_close(fresh.decoder.pos_embed, golden["param_sincos/decoder_pos_embed"], atol=1e-6, rtol=0)
@@ -107,7 +107,7 @@ def test_fixed_position_tables_are_the_ones_we_make(golden: Golden) -> None:
         task.decoder.pos_embed.copy_(fresh.decoder.pos_embed)
         loss = task.loss(golden["input/imgs"], golden["input/noise"])
         golden.check(f"output/sincos/loss_{name}", loss.view(1))
-    visible, _ = split_by_noise(golden["input/noise"], 4)
+    visible, _ = random_masking(golden["input/noise"], 4)
     latent = task.encoder(golden["input/imgs"], visible)
     golden.check("output/sincos/latent", latent)
     golden.check("output/sincos/pred", task.decoder(latent, visible))
@@ -147,8 +147,8 @@ def test_training_steps_of_the_released_loop(golden: Golden, tmp_path) -> None:
     for key, share in golden.info["comparable_fraction"].items():  # of all other weights everything is compared
         assert float(golden[f"output/comparable/{key}"].float().mean()) == pytest.approx(share)
     updates = config["steps_per_epoch"] // config["accum_iter"]
-    task.optim = OptimSettings(weight_decay=config["weight_decay"], min_rate=config["min_lr"])
-    task.peak_rate, task.total_steps = config["lr"], config["epochs"] * updates
+    task.optim = OptimSettings(weight_decay=config["weight_decay"], min_lr=config["min_lr"])
+    task.peak_lr, task.total_steps = config["lr"], config["epochs"] * updates
     task.warmup_steps = config["warmup_epochs"] * updates
     micro = config["steps_per_epoch"] * config["epochs_run"]
     task.noise = [golden[f"input/noise_{k}"] for k in range(micro)]
@@ -179,7 +179,7 @@ def test_training_steps_of_the_released_loop(golden: Golden, tmp_path) -> None:
         golden.check(f"output/loss_{k}", torch.tensor([loss]))
         # the released loop sets the rate at the first micro-batch of an update, ours at the update itself
         expected = float(golden[f"output/lr_{k}"])
-        assert expected == pytest.approx(task.rate_at(k // config["accum_iter"]), abs=1e-9)
+        assert expected == pytest.approx(task.lr_at(k // config["accum_iter"]), abs=1e-9)
         if (k + 1) % config["accum_iter"] == 0:
             assert list(rates) == pytest.approx([expected], abs=1e-9)  # one rate for all groups
     for epoch, state in after.items():
@@ -210,14 +210,14 @@ def test_weight_decay_groups_of_the_released_code(golden: Golden) -> None:
     config = golden.config["pretrain"]
     encoder = EncoderSettings(
         image_size=config["img_size"], patch=config["patch_size"], width=config["embed_dim"], depth=config["depth"],
-        heads=config["num_heads"], mlp_ratio=config["mlp_ratio"], positions="sincos_2d", interpolate_antialias=False,
+        heads=config["num_heads"], mlp_ratio=config["mlp_ratio"], pos_embed="sincos_2d", interpolate_antialias=False,
     )  # fmt: skip
     decoder = MAESettings(
         decoder_width=config["decoder_embed_dim"], decoder_depth=config["decoder_depth"],
         decoder_heads=config["decoder_num_heads"],
     )  # fmt: skip
     task = MAE(
-        decoder, encoder, OptimSettings(), total_steps=1, steps_per_epoch=1, global_batch=256,
+        decoder, encoder, OptimSettings(), total_steps=1, steps_per_epoch=1, global_batch_size=256,
     )  # fmt: skip
     official = {id(value): key for key, value in _official_parameters(task).items()}
     spared, decayed = decay_groups(task, config["weight_decay"])
@@ -252,7 +252,7 @@ def test_layer_wise_rates_of_the_released_code(golden: Golden) -> None:
     for row in rows:
         group = by_id[id(names[row["name"]])]
         assert layer_of(row["name"], depth) == row["layer_id"]
-        assert group["rate_scale"] == pytest.approx(row["lr_scale"], abs=1e-9)
+        assert group["lr_scale"] == pytest.approx(row["lr_scale"], abs=1e-9)
         assert group["weight_decay"] == row["weight_decay"]
         assert group["decays"] == (row["weight_decay"] > 0)
     for key in ("layer_id", "lr_scale", "weight_decay"):

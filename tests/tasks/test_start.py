@@ -7,13 +7,13 @@ import torch
 
 from sslvit.models import ViTEncoder
 from sslvit.settings import DINOSettings, EncoderSettings, MAESettings, OptimSettings, SupervisedSettings
-from sslvit.tasks.base import PretextTask
+from sslvit.tasks.base import Task
 from sslvit.tasks.dino import DINO
 from sslvit.tasks.mae import MAE
 from sslvit.tasks.supervised import Supervised
 
 SMALL = {"image_size": 16, "patch": 4, "width": 32, "depth": 1, "heads": 2}
-RUN = {"total_steps": 1, "steps_per_epoch": 1, "global_batch": 4}
+RUN = {"total_steps": 1, "steps_per_epoch": 1, "global_batch_size": 4}
 
 
 def trained(**changes) -> ViTEncoder:
@@ -24,7 +24,7 @@ def trained(**changes) -> ViTEncoder:
     return encoder
 
 
-def task_of(kind: str, **changes) -> PretextTask:
+def task_of(kind: str, **changes) -> Task:
     torch.manual_seed(0)
     encoder = EncoderSettings(**SMALL | changes)
     if kind == "mae":
@@ -47,16 +47,16 @@ def test_weights_that_fit_are_taken_without_a_word(kind: str, capsys: pytest.Cap
 @pytest.mark.parametrize("kind", ["mae", "dino", "supervised"])
 @pytest.mark.parametrize("fixed", ["sincos_1d", "sincos_2d"])
 def test_learned_positions_do_not_pass_for_fixed_ones(kind: str, fixed: str) -> None:
-    task = task_of(kind, positions=fixed)
+    task = task_of(kind, pos_embed=fixed)
     before = task.encoder.pos_embed.clone()
     with pytest.raises(
-        ValueError, match="encoders/mine: its positions .learned_1d.*Set encoder.positions to learned_1d"
+        ValueError, match="encoders/mine: its positions .learned_1d.*Set encoder.pos_embed to learned_1d"
     ):
         task.start_from(trained(), "encoders/mine")
     assert torch.equal(task.encoder.pos_embed, before)
     other = {"sincos_1d": "sincos_2d", "sincos_2d": "sincos_1d"}[fixed]
     with pytest.raises(ValueError, match=f"its positions .{other}. are another table"):
-        task.start_from(trained(positions=other), "encoders/mine")
+        task.start_from(trained(pos_embed=other), "encoders/mine")
 
 
 @pytest.mark.parametrize("kind", ["mae", "dino", "supervised"])
@@ -64,11 +64,11 @@ def test_a_learned_table_that_is_the_fixed_one_fits_and_is_said(kind: str, capsy
     """As of MAE's released encoders, which do not say that their table is fixed."""
     start = trained()
     with torch.no_grad():
-        start.pos_embed.copy_(trained(positions="sincos_2d").pos_embed + 1e-6)
-    task = task_of(kind, positions="sincos_2d")
+        start.pos_embed.copy_(trained(pos_embed="sincos_2d").pos_embed + 1e-6)
+    task = task_of(kind, pos_embed="sincos_2d")
     expected = task.encoder.pos_embed.clone()
     task.start_from(start, "encoders/mine")
-    assert "starting from encoders/mine: positions: learned_1d in the weights, and the same table as sincos_2d" in (
+    assert "starting from encoders/mine: pos_embed: learned_1d in the weights, and the same table as sincos_2d" in (
         capsys.readouterr().out
     )
     assert torch.equal(task.encoder.pos_embed, expected)
@@ -77,9 +77,9 @@ def test_a_learned_table_that_is_the_fixed_one_fits_and_is_said(kind: str, capsy
 
 @pytest.mark.parametrize("kind", ["mae", "dino", "supervised"])
 def test_a_fixed_table_is_learned_on_and_that_is_said(kind: str, capsys: pytest.CaptureFixture) -> None:
-    start, task = trained(positions="sincos_2d"), task_of(kind)
+    start, task = trained(pos_embed="sincos_2d"), task_of(kind)
     task.start_from(start, "encoders/mine")
-    assert "positions: a table of sincos_2d, learned from here on" in capsys.readouterr().out
+    assert "pos_embed: a table of sincos_2d, learned from here on" in capsys.readouterr().out
     assert torch.equal(task.encoder.pos_embed, start.pos_embed)
     assert task.encoder.pos_embed.requires_grad
 

@@ -24,10 +24,11 @@ from sslvit.settings import EncoderSettings, OptimSettings, SupervisedSettings
 from sslvit.tasks.supervised import Supervised
 
 SMALL = {"image_size": 8, "patch": 4, "width": 16, "depth": 2, "heads": 2}
-RUN = {"total_steps": 10, "steps_per_epoch": 5, "global_batch": 8}
+RUN = {"total_steps": 10, "steps_per_epoch": 5, "global_batch_size": 8}
 SHORT = {
-    "data.global_batch": 16, "data.workers": 0, "train.steps": 60, "train.log_every": 10, "train.precision": "float32",
-    "train.accelerator": "cpu", "optim.base_rate": 0.05, "task.mixup": 0.0, "task.cutmix": 0.0,
+    "data.global_batch_size": 16, "data.workers": 0, "train.steps": 60, "train.log_every": 10,
+    "train.precision": "float32",
+    "train.accelerator": "cpu", "optim.base_lr": 0.05, "task.mixup": 0.0, "task.cutmix": 0.0,
     "encoder.drop_path": 0.0,
 }  # fmt: skip
 
@@ -87,7 +88,7 @@ def test_positions_are_stretched_to_a_larger_size() -> None:
     images = torch.randn(2, 3, 16, 16)
     torch.testing.assert_close(task.encoder.eval()(images), start.eval()(images))  # as it does by itself at that size
     assert task.encoder.pos_embed.shape == (1, 1 + 16, 16)
-    turning = make(positions="rotary_2d")
+    turning = make(pos_embed="rotary_2d")
     with pytest.raises(
         ValueError, match=r"image_size: rotary_2d positions cannot be moved from \[8, 8\] to \[16, 16\]"
     ):
@@ -100,7 +101,7 @@ def test_rates_fall_from_the_head_to_the_patches() -> None:
     rate_of = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            rate_of[id(parameter)] = (group["rate_scale"], group["decays"])
+            rate_of[id(parameter)] = (group["lr_scale"], group["decays"])
     assert rate_of[id(task.head.weight)] == (1.0, True)
     assert rate_of[id(task.head.bias)] == (1.0, False)
     assert rate_of[id(task.encoder.norm.weight)] == (1.0, False)
@@ -112,7 +113,7 @@ def test_rates_fall_from_the_head_to_the_patches() -> None:
     task._trainer = type("T", (), {"global_step": 3, "optimizers": []})()
     optimizer.step = lambda closure=None: None
     task.optimizer_step(0, 0, optimizer)
-    rates = {group["rate_scale"]: group["lr"] for group in optimizer.param_groups}
+    rates = {group["lr_scale"]: group["lr"] for group in optimizer.param_groups}
     assert rates[0.125] == pytest.approx(rates[1.0] / 8)
     assert {group["weight_decay"] for group in optimizer.param_groups if not group["decays"]} == {0.0}
 
@@ -256,7 +257,7 @@ def test_a_new_head_is_nearly_zero_and_reads_what_is_pooled() -> None:
 @pytest.mark.parametrize("layer_decay", [0.5, 0.9])
 def test_the_decay_of_rates_is_the_settings(layer_decay: float) -> None:
     task = task_for(EncoderSettings(**SMALL), layer_decay=layer_decay)
-    rates = sorted({group["rate_scale"] for group in task.parameter_groups()})
+    rates = sorted({group["lr_scale"] for group in task.parameter_groups()})
     assert rates == pytest.approx(sorted(layer_decay**power for power in range(4)))
 
 
@@ -341,7 +342,7 @@ def test_what_cannot_be_fine_tuned_is_refused(shards: Path, capsys: pytest.Captu
 
     def failing(train: str, val: str, *more: str) -> str:
         words = ["finetune", str(shards / "encoder"), "--train", str(shards / train), "--val", str(shards / val)]
-        assert main([*words, "--out", str(shards / "new"), "--data.global_batch", "8", *more]) == 1
+        assert main([*words, "--out", str(shards / "new"), "--data.global_batch_size", "8", *more]) == 1
         assert not (shards / "new").exists()
         return capsys.readouterr().err
 
@@ -350,7 +351,7 @@ def test_what_cannot_be_fine_tuned_is_refused(shards: Path, capsys: pytest.Captu
     assert "have different classes" in failing("train", "other")
     assert "trains mae, not with labels" in failing("train", "val", "--config", "mae/digits")
     assert "--init: fine-tuning takes ENCODER for that" in failing("train", "val", "--init", "x")
-    assert "1 is too few" in failing("train", "val", "--train.micro_batch", "1")
+    assert "1 is too few" in failing("train", "val", "--train.micro_batch_size", "1")
     assert "task.smoothing: 2" in failing("train", "val", "--task.smoothing", "2")
     assert "task.classes: 5, but the data has 3" in failing("train", "val", "--task.classes", "5")
 
@@ -368,7 +369,7 @@ def test_a_learned_query_and_a_larger_size_are_trained_and_saved(shards: Path) -
 def test_few_images_are_enough(shards: Path) -> None:
     """What only neighbors need (as many images as their k) is not asked of fine-tuning."""
     pack(array_samples(np.zeros((6, 8, 8, 3), np.uint8), [0, 1, 2] * 2), shards / "six", ["a", "b", "c"])
-    changes = SHORT | {"train.steps": 1, "data.global_batch": 4}
+    changes = SHORT | {"train.steps": 1, "data.global_batch_size": 4}
     run = sslvit.finetune(shards / "encoder", shards / "six", shards / "val", out=shards / "run", **changes)
     assert run.scores.exists()
 

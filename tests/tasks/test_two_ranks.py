@@ -43,8 +43,9 @@ def test_two_ranks_fine_tune_an_encoder_with_a_mask_token_as_one_does(tmp_path: 
     torch.manual_seed(0)
     save_encoder(ViTEncoder(settings), tmp_path / "encoder")
     changes = {
-        "data.global_batch": 8, "data.workers": 0, "train.steps": 4, "train.log_every": 1, "train.accelerator": "cpu",
-        "train.precision": "float64", "task.mixup": 0, "task.cutmix": 0, "optim.base_rate": 0.05,
+        "data.global_batch_size": 8, "data.workers": 0, "train.steps": 4, "train.log_every": 1,
+        "train.accelerator": "cpu",
+        "train.precision": "float64", "task.mixup": 0, "task.cutmix": 0, "optim.base_lr": 0.05,
     }  # fmt: skip
     found = {}
     for ranks in (1, 2):

@@ -19,7 +19,7 @@ from sslvit import weight_files
 from sslvit.settings import TrainSettings
 from sslvit.stopping import RankLost
 from sslvit.train import checkpoints
-from sslvit.train.checkpoints import WholeCheckpoint, keep_some, write_whole
+from sslvit.train.checkpoints import AtomicCheckpointIO, keep_some, write_whole
 from sslvit.weight_files import read_torch_file
 
 
@@ -191,7 +191,7 @@ def test_settings_that_cannot_work_are_refused() -> None:
         TrainSettings(keep_every=1500)
     with pytest.raises(ValueError, match="train.keep_last: 0 is not positive"):
         TrainSettings(keep_last=0)
-    assert WholeCheckpoint(TrainSettings()).writer is None
+    assert AtomicCheckpointIO(TrainSettings()).writer is None
 
 
 def in_parts(path: Path, ranks: int, name: str, value: torch.Tensor, step: int = 3, **settings) -> None:
@@ -199,7 +199,7 @@ def in_parts(path: Path, ranks: int, name: str, value: torch.Tensor, step: int =
     head = {"global_step": step, "state_dict": {"w": {"shard": "/w", "shape": list(value.shape)}, "b": torch.ones(2)}}
     for rank in reversed(range(ranks)):  # the first one waits for all others
         own = {"/w": value.chunk(ranks)[rank]}
-        WholeCheckpoint(TrainSettings(**settings)).save_shard(head, own, path, name, rank, ranks)
+        AtomicCheckpointIO(TrainSettings(**settings)).save_shard(head, own, path, name, rank, ranks)
 
 
 def test_a_checkpoint_in_parts_is_read_whole(tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_parts_live_as_long_as_a_file_names_them(tmp_path: Path) -> None:
         in_parts(last, 2, f"{step:08d}-x", value + step, step, keep_last=2)
     assert sorted(path.name for path in (tmp_path / "shards").iterdir()) == ["00000006-x", "00000009-x"]
     assert read_torch_file(tmp_path / "step-00000006.ckpt")["state_dict"]["w"].tolist() == [6, 7, 8, 9]
-    write = WholeCheckpoint(TrainSettings())
+    write = AtomicCheckpointIO(TrainSettings())
     write.save_checkpoint({"global_step": 12}, last)  # by ranks that each hold everything
     assert not list((tmp_path / "shards").iterdir())
 
@@ -228,7 +228,7 @@ def test_a_part_that_does_not_come_ends_the_wait_and_leaves_the_checkpoint_befor
     last = tmp_path / "last.ckpt"
     write_whole({"global_step": 3}, last)
     with pytest.raises(RankLost, match="rank-00001.pt: another rank has not written .* in 0.05 s .*all machines"):
-        WholeCheckpoint(TrainSettings(timeout_seconds=0.05)).save_shard({"global_step": 6}, {}, last, "6", 0, 2)
+        AtomicCheckpointIO(TrainSettings(timeout_seconds=0.05)).save_shard({"global_step": 6}, {}, last, "6", 0, 2)
     assert step_of(last) == 3
 
 
@@ -266,18 +266,18 @@ def test_the_first_rank_says_why_another_could_not_write(tmp_path: Path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         with pytest.raises(RuntimeError, match="No space left"):
-            WholeCheckpoint(TrainSettings()).save_shard({"global_step": 6}, {}, last, "6", 1, 2)
+            AtomicCheckpointIO(TrainSettings()).save_shard({"global_step": 6}, {}, last, "6", 1, 2)
     with pytest.raises(
         RuntimeError, match="rank-00001.pt: the checkpoint of step 6 could not be written .No space left"
     ):
-        WholeCheckpoint(TrainSettings()).save_shard({"global_step": 6}, {}, last, "6", 0, 2)
+        AtomicCheckpointIO(TrainSettings()).save_shard({"global_step": 6}, {}, last, "6", 0, 2)
     assert not last.exists()
 
 
 def test_an_error_of_the_run_is_not_hidden_by_its_writer(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    write = WholeCheckpoint(TrainSettings(checkpoint_in_background=True))
+    write = AtomicCheckpointIO(TrainSettings(checkpoint_in_background=True))
     write.save_shard({"global_step": 6}, {}, tmp_path / "last.ckpt", "6", 0, 2)  # waits for the other one
-    write.is_given_up.set()
+    write.aborted.set()
     try:
         raise ValueError("the run's own")
     except ValueError:

@@ -12,17 +12,17 @@ from test_resume import interrupted
 
 from sslvit.settings.load import load_recipe
 from sslvit.tasks import task_class
-from sslvit.tasks.base import PretextTask
+from sslvit.tasks.base import Task
 from sslvit.train.forecast import example
 
 DROPOUT = {"encoder.dropout": 0.3}
 
 
-def make_task(seed: int = 0, step: int = 0, **changes) -> PretextTask:
+def make_task(seed: int = 0, step: int = 0, **changes) -> Task:
     settings = load_recipe("mae/digits", RECIPES["mae/digits"] | DROPOUT | changes)
     torch.manual_seed(0)
     task = task_class("mae")(settings.task, settings.encoder, settings.optim, total_steps=9, steps_per_epoch=3,
-                             global_batch=8, seed=seed)  # fmt: skip
+                             global_batch_size=8, seed=seed)  # fmt: skip
     task._trainer = SimpleNamespace(global_step=step)
     return task
 
@@ -46,7 +46,7 @@ def test_dropout_depends_on_seed_step_and_row_and_on_nothing_else() -> None:
     assert len({tuple(other) for other in others}) == 4
 
 
-@pytest.mark.parametrize("changes", [{}, {"train.micro_batch": 4, "encoder.checkpointing": True}])
+@pytest.mark.parametrize("changes", [{}, {"train.micro_batch_size": 4, "encoder.activation_checkpointing": True}])
 def test_a_resume_with_dropout_is_bit_equal(
     shards: Path, tmp_path: Path, changes: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,7 +71,7 @@ def test_micro_batches_and_steps_of_a_run_drop_different_units(
         return step(self, batch, batch_idx)
 
     monkeypatch.setattr(task_class("mae"), "training_step", watched)
-    run(shards, tmp_path / "run", **DROPOUT, **{"train.micro_batch": 4, "train.steps": 3})
+    run(shards, tmp_path / "run", **DROPOUT, **{"train.micro_batch_size": 4, "train.steps": 3})
     assert [place[:2] for place in seen] == [(step, row) for step in range(3) for row in (0, 4)]
     assert len({place[2] for place in seen}) == 6
     assert all(place[2] == tuple(dropped(0, *place[:2])) for place in seen)
@@ -80,7 +80,7 @@ def test_micro_batches_and_steps_of_a_run_drop_different_units(
 def test_recomputed_blocks_drop_the_same_units() -> None:
     gradients = []
     for checkpointing in (False, True):
-        task = make_task(**{"encoder.checkpointing": checkpointing, "encoder.depth": 2})
+        task = make_task(**{"encoder.activation_checkpointing": checkpointing, "encoder.depth": 2})
         batch = example(load_recipe("mae/digits", RECIPES["mae/digits"]), 8)
         batch.views = [torch.linspace(-1, 1, 512).reshape(8, 1, 8, 8)]
         task.on_train_batch_start(batch, 0)

@@ -18,7 +18,7 @@ from sslvit.settings.load import load_recipe
 from sslvit.train.callbacks import _short
 from sslvit.train.run import pretrain
 
-SMALL = {key: value for key, value in TINY.items() if key != "data.global_batch"} | {"train.steps": 2}
+SMALL = {key: value for key, value in TINY.items() if key != "data.global_batch_size"} | {"train.steps": 2}
 
 
 @pytest.mark.parametrize(
@@ -26,8 +26,8 @@ SMALL = {key: value for key, value in TINY.items() if key != "data.global_batch"
     [(60, 1, 8), (1023, 1, 128), (1024, 1, 1024), (60, 3, 12), (20, 1, 4), (6, 1, 4), (3, 1, 2), (10, 8, 8), (5, 8, 8)],
 )
 def test_a_batch_that_is_not_filled_becomes_a_power_of_two_on_each_rank(images: int, ranks: int, batch: int) -> None:
-    assert DataSettings(global_batch=1024, fit_batch=True).fitted(images, ranks).global_batch == batch
-    assert DataSettings(global_batch=1024).fitted(images, ranks).global_batch == 1024
+    assert DataSettings(global_batch_size=1024, fit_batch=True).fitted(images, ranks).global_batch_size == batch
+    assert DataSettings(global_batch_size=1024).fitted(images, ranks).global_batch_size == 1024
 
 
 def test_a_recipes_batch_is_lowered_to_few_images_and_said(shards: Path, tmp_path: Path, capsys) -> None:
@@ -36,9 +36,9 @@ def test_a_recipes_batch_is_lowered_to_few_images_and_said(shards: Path, tmp_pat
     out = capsys.readouterr().out
     assert "2 steps of 4 images" in out
     assert f"peak rate {8e-3 * 4 / 256:.2e}" in out
-    assert "data.global_batch 4 instead of 64" in out
+    assert "data.global_batch_size 4 instead of 64" in out
     kept = yaml.safe_load(folder.config.read_text())["data"]
-    assert (kept["global_batch"], kept["fit_batch"]) == (4, False)
+    assert (kept["global_batch_size"], kept["fit_batch"]) == (4, False)
     assert len(folder.read_metrics()) == 2
     again = pretrain(load_recipe("mae/digits", SMALL | {"data.shards": str(shards), "out": str(tmp_path / "run"),
                                                         "train.steps": 3}), resume=True)  # fmt: skip
@@ -47,15 +47,17 @@ def test_a_recipes_batch_is_lowered_to_few_images_and_said(shards: Path, tmp_pat
 
 
 def test_a_batch_that_a_person_gave_is_refused_where_it_does_not_fit(shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="data.global_batch: 64 is more than the 30 samples there are. Set it to 30"):
-        run(shards, tmp_path / "run", **{"data.global_batch": 64})
+    with pytest.raises(
+        ValueError, match="data.global_batch_size: 64 is more than the 30 samples there are. Set it to 30"
+    ):
+        run(shards, tmp_path / "run", **{"data.global_batch_size": 64})
 
 
 def test_a_mixture_gets_a_batch_that_each_of_its_parts_fills(shards: Path, tmp_path: Path) -> None:
     other = pack(array_samples(np.zeros((8, 8, 8), np.uint8)), tmp_path / "few").location
-    settings = DataSettings(mixture={str(shards): 3, other: 1}, global_batch=512, fit_batch=True)
+    settings = DataSettings(mixture={str(shards): 3, other: 1}, global_batch_size=512, fit_batch=True)
     _, plan = open_data(settings, 0)
-    assert plan.global_batch == 8  # 40 images could fill 30 / 3 * 4 or 8 * 4
+    assert plan.global_batch_size == 8  # 40 images could fill 30 / 3 * 4 or 8 * 4
     assert plan.steps_per_epoch >= 4
 
 

@@ -31,7 +31,7 @@ def test_flops_parameters_and_memory_are_those_of_a_real_step(recipe: str) -> No
     found, _ = forecast(settings, 100)
     task = task_class(settings.task.name)(
         settings.task.fitted(100, 8, 9), settings.encoder, settings.optim.fitted(12, 9), total_steps=9,
-        steps_per_epoch=12, global_batch=8,
+        steps_per_epoch=12, global_batch_size=8,
     )  # fmt: skip
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         task.training_step(example(settings), 0).backward()
@@ -54,7 +54,7 @@ def test_weights_moments_and_gradients_are_those_of_a_real_step(recipe: str) -> 
     found, _ = forecast(settings, 100)
     task = task_class(settings.task.name)(
         settings.task.fitted(100, 8, 9), settings.encoder, settings.optim.fitted(12, 9), total_steps=9,
-        steps_per_epoch=12, global_batch=8,
+        steps_per_epoch=12, global_batch_size=8,
     )  # fmt: skip
     optimizer = task.configure_optimizers()
     task.training_step(example(settings), 0).backward()
@@ -68,16 +68,16 @@ def test_weights_moments_and_gradients_are_those_of_a_real_step(recipe: str) -> 
 
 def test_several_ranks_hold_the_buckets_of_their_gradients() -> None:
     def of(**changes):
-        changes = RECIPES["mae/digits"] | {"data.global_batch": 16} | changes
+        changes = RECIPES["mae/digits"] | {"data.global_batch_size": 16} | changes
         return forecast(load_recipe("mae/digits", changes), 100)[0]
 
-    one, two = of(**{"train.micro_batch": 8}), of(**{"train.devices": 2})
+    one, two = of(**{"train.micro_batch_size": 8}), of(**{"train.devices": 2})
     gradients = 4.0 * one.trained
     alike = ("weights", "moments", "gradients")
     assert [two.memory("ddp")[name] for name in alike] == [one.memory("ddp")[name] for name in alike]
     assert "buckets" not in two.memory("ddp") | one.memory("ddp")  # they are the gradients
     assert two.memory("ddp")["activations"] == two.activations > two.peak - gradients
-    passes = of(**{"train.devices": 2, "train.micro_batch": 4})
+    passes = of(**{"train.devices": 2, "train.micro_batch_size": 4})
     assert passes.memory("ddp") == passes.memory("ddp") | {"buckets": gradients, "gradients": gradients}
     parts = two.memory("fsdp")
     assert [parts[name] for name in alike] == [one.memory("ddp")[name] / 2 for name in alike]
@@ -87,11 +87,11 @@ def test_several_ranks_hold_the_buckets_of_their_gradients() -> None:
 @pytest.mark.slow  # measures memory, which other tests beside it leave behind
 def test_with_buckets_a_step_of_ddp_holds_what_is_planned(tmp_path: Path) -> None:
     """In a group of one process: what is allocated at once in its second step, besides weights."""
-    settings = load_recipe("mae/digits", RECIPES["mae/digits"] | {"encoder.width": 128, "data.global_batch": 4})
+    settings = load_recipe("mae/digits", RECIPES["mae/digits"] | {"encoder.width": 128, "data.global_batch_size": 4})
     settings.train.devices = 2
     found, _ = forecast(settings, 100)
     task = task_class("mae")(settings.task, settings.encoder, settings.optim, total_steps=9, steps_per_epoch=2,
-                             global_batch=4)  # fmt: skip
+                             global_batch_size=4)  # fmt: skip
     strategy = make_strategy(settings.train, Clock())
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
     try:
@@ -112,7 +112,7 @@ def test_with_buckets_a_step_of_ddp_holds_what_is_planned(tmp_path: Path) -> Non
 
 
 def test_steps_and_batches_are_those_of_the_run(shards: Path, tmp_path: Path) -> None:
-    changes = {"train.steps": None, "train.epochs": 2.5, "train.micro_batch": 4}
+    changes = {"train.steps": None, "train.epochs": 2.5, "train.micro_batch_size": 4}
     settings = load_recipe("mae/digits", RECIPES["mae/digits"] | changes)
     found, _ = forecast(settings, 30)
     assert (found.steps, found.steps_per_epoch, found.micro, found.passes) == (8, 3, 4, 2)
@@ -129,10 +129,10 @@ def test_more_work_costs_more(tmp_path: Path) -> None:
     plain = of()
     assert of(**BERT)[0] > 0
     assert of(**{"encoder.depth": 2})[0] > 1.5 * plain[0]
-    assert of(**{"data.global_batch": 16})[2] == pytest.approx(2 * plain[2])
-    assert of(**{"data.global_batch": 16})[1] > plain[1]
+    assert of(**{"data.global_batch_size": 16})[2] == pytest.approx(2 * plain[2])
+    assert of(**{"data.global_batch_size": 16})[1] > plain[1]
     deep = {"encoder.depth": 6}
-    assert of(**deep, **{"encoder.checkpointing": True})[1] < of(**deep)[1]
+    assert of(**deep, **{"encoder.activation_checkpointing": True})[1] < of(**deep)[1]
     assert of(**{"train.devices": 2})[2] == pytest.approx(plain[2] / 2)
 
 
@@ -146,8 +146,8 @@ def test_the_command_prints_and_draws(tmp_path: Path, capsys: pytest.CaptureFixt
     for more, reason in (
         (["--config", "mae/digits"], "how many images are there"),
         (
-            ["--config", "mae/digits", "--images", "3", "--data.global_batch", "64"],
-            "data.global_batch: 64 is more than the 3 images",
+            ["--config", "mae/digits", "--images", "3", "--data.global_batch_size", "64"],
+            "data.global_batch_size: 64 is more than the 3 images",
         ),
         (["--config", "mae/digits", "--images", "99", "--utilization", "2"], "--utilization 2"),
         (["--config", "finetune/small_images", "--images", "999", "--classes", "3"], "Plan it without"),
@@ -164,11 +164,11 @@ from sslvit.train import forecast as plan
 
 torch.set_num_threads(1)
 name, micro = sys.argv[1], int(sys.argv[2])
-settings = load_recipe(name, {"data.global_batch": micro, "train.steps": 9})
+settings = load_recipe(name, {"data.global_batch_size": micro, "train.steps": 9})
 found, _ = plan.forecast(settings, 1_000_000)
 task = task_class(settings.task.name)(
     settings.task.fitted(1_000_000, micro, 9), settings.encoder, settings.optim.fitted(99, 9), total_steps=9,
-    steps_per_epoch=99, global_batch=micro)
+    steps_per_epoch=99, global_batch_size=micro)
 gc.collect()
 status = next(line for line in open("/proc/self/status") if line.startswith("VmRSS"))
 base = int(status.split()[1]) * 1024 - 4 * found.held

@@ -27,7 +27,7 @@ def test_a_resume_with_repeatable_kernels_is_bit_identical(
     from test_resume import interrupted
 
     options = {**GPU, "encoder.dropout": 0.1, "train.deterministic": True, "train.precision": precision,
-               "train.micro_batch": 4, "data.workers": 2, "data.memory_limit_mb": 0, "recipe": recipe}  # fmt: skip
+               "train.micro_batch_size": 4, "data.workers": 2, "data.memory_limit_mb": 0, "recipe": recipe}  # fmt: skip
     whole = run(shards, tmp_path / "whole", **options)
     interrupted(shards, tmp_path / "cut", 5, monkeypatch, **options)
     assert same(run(shards, tmp_path / "cut", resume=True, **options), whole)
@@ -47,11 +47,13 @@ def test_a_compiled_run_is_a_run(shards: Path, tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize(("recipe", "micro"), [("mae/vit_base_in1k", 32), ("dino/vit_small_in1k_100", 16)])
 def test_planned_memory_is_what_the_gpu_holds(recipe: str, micro: int) -> None:
     """In float32, within 15 %."""
-    settings = load_recipe(recipe, {"data.global_batch": micro, "train.steps": 9, "train.devices": 1, "train.nodes": 1})
+    settings = load_recipe(
+        recipe, {"data.global_batch_size": micro, "train.steps": 9, "train.devices": 1, "train.nodes": 1}
+    )
     found, _ = forecast(settings, 1_000_000)
     task = task_class(settings.task.name)(
         settings.task.fitted(1_000_000, micro, 9), settings.encoder, settings.optim.fitted(99, 9), total_steps=9,
-        steps_per_epoch=99, global_batch=micro,
+        steps_per_epoch=99, global_batch_size=micro,
     ).cuda()  # fmt: skip
     optimizer, batch = task.configure_optimizers(), example(settings, micro).to("cuda")
     torch.cuda.reset_peak_memory_stats()

@@ -18,7 +18,7 @@ from sslvit.data.pack import pack
 from sslvit.evaluate.health import feature_std, rankme
 from sslvit.settings import DINOSettings, EncoderSettings, OptimSettings
 from sslvit.settings.load import load_recipe
-from sslvit.tasks.base import PretextTask
+from sslvit.tasks.base import Task
 from sslvit.train.folder import RunFolder
 from sslvit.train.health import Health, Sign, find_sign, measure
 from sslvit.train.run import pretrain
@@ -41,7 +41,7 @@ def test_rankme_counts_directions() -> None:
 
 
 def test_prototype_measures() -> None:
-    task = PretextTask(DINOSettings(), EncoderSettings(32), OptimSettings(), 9, steps_per_epoch=3, global_batch=4)
+    task = Task(DINOSettings(), EncoderSettings(32), OptimSettings(), 9, steps_per_epoch=3, global_batch_size=4)
     shares = torch.tensor([[1.0, 0, 0, 0], [0.5, 0.5, 0, 0], [0.25, 0.25, 0.25, 0.25], [0, 0, 0.1, 0.9]])
     task.watch(torch.randn(4, 8), shares)
     assert not task.watched  # nobody looks at this step
@@ -64,21 +64,21 @@ HEALTHY = {
     ("seen", "task", "name", "knob"),
     [
         ({}, {}, None, ""),
-        ({"teacher_entropy": math.log(256), "loss": 5.545}, {"teacher_temperature": 0.3}, "even", "teacher_temp"),
-        ({"teacher_entropy": math.log(256)}, {"teacher_temperature": 0.08}, "even", "Lower task.teacher_temperature"),
-        ({"teacher_entropy": math.log(256)}, {}, "even", "Lower optim.base_rate"),
+        ({"teacher_entropy": math.log(256), "loss": 5.545}, {"teacher_temp": 0.3}, "even", "teacher_temp"),
+        ({"teacher_entropy": math.log(256)}, {"teacher_temp": 0.08}, "even", "Lower task.teacher_temp"),
+        ({"teacher_entropy": math.log(256)}, {}, "even", "Lower optim.base_lr"),
         ({"largest_prototype_share": 0.97}, {"center_momentum": 1.0}, "one prototype", "task.center_momentum"),
         ({"largest_prototype_share": 0.97}, {}, "one prototype", "task.centering: sinkhorn"),
-        ({"loss": math.log(256)}, {}, "stuck", "optim.base_rate"),
-        ({"feature_std": 0.004}, {}, "features", "optim.base_rate"),
-        ({"rankme": 1.1}, {}, "features", "optim.base_rate"),
-        ({"loss": float("nan")}, {}, "not finite", "optim.clip"),
-        ({"rankme": float("nan")}, {}, "not finite", "Lower optim.base_rate"),
-        ({"teacher_entropy": 5.5}, {"warmup_teacher_temperature": 0.3}, "even", "task.warmup_teacher_temperature"),
+        ({"loss": math.log(256)}, {}, "stuck", "optim.base_lr"),
+        ({"feature_std": 0.004}, {}, "features", "optim.base_lr"),
+        ({"rankme": 1.1}, {}, "features", "optim.base_lr"),
+        ({"loss": float("nan")}, {}, "not finite", "optim.clip_grad"),
+        ({"rankme": float("nan")}, {}, "not finite", "Lower optim.base_lr"),
+        ({"teacher_entropy": 5.5}, {"warmup_teacher_temp": 0.3}, "even", "task.warmup_teacher_temp"),
     ],
 )
 def test_each_sign_names_its_knob(seen: dict, task: dict, name: str | None, knob: str) -> None:
-    settings = DINOSettings(**{"out_dim": 256, "teacher_temperature": 0.04} | task)
+    settings = DINOSettings(**{"out_dim": 256, "teacher_temp": 0.04} | task)
     seen = HEALTHY | seen
     seen["teacher_uniform_kl"] = math.log(256) - seen["teacher_entropy"]
     sign = find_sign(seen, 64, settings, OptimSettings())
@@ -87,11 +87,11 @@ def test_each_sign_names_its_knob(seen: dict, task: dict, name: str | None, knob
 
 
 def test_a_remedy_is_not_what_is_set_already() -> None:
-    settings = DINOSettings(out_dim=256, teacher_temperature=0.04, centering="sinkhorn", batch_norm=True)
-    one = find_sign(HEALTHY | {"largest_prototype_share": 1.0}, 64, settings, OptimSettings(clip=3.0))
+    settings = DINOSettings(out_dim=256, teacher_temp=0.04, centering="sinkhorn", batch_norm=True)
+    one = find_sign(HEALTHY | {"largest_prototype_share": 1.0}, 64, settings, OptimSettings(clip_grad=3.0))
     assert "sinkhorn" not in one.remedy
     assert "batch_norm" not in one.remedy
-    assert "clip" not in find_sign(HEALTHY | {"loss": math.inf}, 64, settings, OptimSettings(clip=3.0)).remedy
+    assert "clip" not in find_sign(HEALTHY | {"loss": math.inf}, 64, settings, OptimSettings(clip_grad=3.0)).remedy
     few = HEALTHY | {"largest_prototype_share": 1.0, "feature_std": 0.0}
     assert find_sign(few, 2, settings, OptimSettings()) is None  # two images can be alike by chance
 
@@ -162,9 +162,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 TINY = {
     "encoder.tokens": "conv_stem", "encoder.patch": 2, "encoder.width": 32, "encoder.depth": 1, "encoder.heads": 2,
-    "encoder.pooling": "class", "data.global_batch": 32, "data.view.local_crops": 2, "data.view.local_size": 6,
+    "encoder.pooling": "class", "data.global_batch_size": 32, "data.view.local_crops": 2, "data.view.local_size": 6,
     "task.out_dim": 64, "task.head_width": 64, "task.bottleneck": 16, "task.momentum": 0.98, "task.koleo": 0,
-    "optim.base_rate": 1.6e-2, "train.steps": 120, "train.log_every": 10,
+    "optim.base_lr": 1.6e-2, "train.steps": 120, "train.log_every": 10,
 }  # fmt: skip
 
 
@@ -176,11 +176,11 @@ def train(shards: Path, out: Path, **changes) -> RunFolder:
 BROKEN = {
     "no centering": ({"task.center_momentum": 1.0}, "one prototype", "lower task.center_momentum"),
     "no sharpening": (
-        {"task.teacher_temperature": 0.1, "task.warmup_teacher_temperature": 0.1},
+        {"task.teacher_temp": 0.1, "task.warmup_teacher_temp": 0.1},
         "even",
-        "Set task.teacher_temperature .0.1. well below",
+        "Set task.teacher_temp .0.1. well below",
     ),
-    "hot teacher": ({"task.teacher_temperature": 1.0}, "even", "Set task.teacher_temperature .1. well below"),
+    "hot teacher": ({"task.teacher_temp": 1.0}, "even", "Set task.teacher_temp .1. well below"),
 }
 
 
@@ -215,7 +215,7 @@ def test_a_healthy_run_is_left_in_peace(
 def test_a_run_that_explodes_says_so_and_ends_in_order(
     recipe: str, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    changes = TINY | {"optim.base_rate": 1e30, "train.steps": 8, "train.log_every": 1, "optim.warmup_epochs": 0}
+    changes = TINY | {"optim.base_lr": 1e30, "train.steps": 8, "train.log_every": 1, "optim.warmup_epochs": 0}
     if recipe != "dino/digits":
         changes = {key: value for key, value in changes.items() if not key.startswith(("task.", "data.view."))}
         changes["encoder.tokens"] = "patch"

@@ -22,7 +22,7 @@ def broken_at(monkeypatch: pytest.MonkeyPatch, name: str, is_broken: Callable[[i
     step = task.training_step
 
     def wrong(self, batch, batch_idx=0):
-        if how == "pixel" and is_broken(self.global_step) and batch.first_row + len(batch) == self.global_batch:
+        if how == "pixel" and is_broken(self.global_step) and batch.first_row + len(batch) == self.global_batch_size:
             batch.views[0][-1, 0, 0, 0] = math.inf
         if how == "pixel":
             return step(self, batch, batch_idx)
@@ -41,10 +41,10 @@ def broken_at(monkeypatch: pytest.MonkeyPatch, name: str, is_broken: Callable[[i
     ("recipe", "how", "changes"),
     [
         ("mae/digits", "loss", {}),
-        ("mae/digits", "infinite", {"train.micro_batch": 4, "optim.clip": 1.0}),
+        ("mae/digits", "infinite", {"train.micro_batch_size": 4, "optim.clip_grad": 1.0}),
         ("dino/digits", "gradient", {}),
-        ("dino/digits", "loss", {"train.micro_batch": 4, "optim.clip": 1.0}),
-        ("dino/digits", "pixel", {"train.micro_batch": 4, "task.batch_norm": True}),
+        ("dino/digits", "loss", {"train.micro_batch_size": 4, "optim.clip_grad": 1.0}),
+        ("dino/digits", "pixel", {"train.micro_batch_size": 4, "task.batch_norm": True}),
     ],
 )
 def test_a_step_that_is_not_finite_changes_nothing(
@@ -89,7 +89,7 @@ def test_the_center_follows_the_outputs_of_steps_that_were_taken(
     monkeypatch.setattr(task, "targets", watched)
     monkeypatch.setattr(task, "optimizer_step", after)
     broken_at(monkeypatch, "dino", lambda step: step == 2, "pixel")
-    run(shards, tmp_path / "run", recipe="dino/digits", **{"train.micro_batch": 4, "task.center_momentum": 0.7})
+    run(shards, tmp_path / "run", recipe="dino/digits", **{"train.micro_batch_size": 4, "task.center_momentum": 0.7})
     center = torch.zeros(12)
     assert sorted(centers) == list(range(7))
     for step in range(7):
@@ -104,7 +104,7 @@ def test_too_many_in_a_row_end_the_run_and_can_be_taken_again(
     with monkeypatch.context() as patch:
         broken_at(patch, "mae", lambda step: step >= 4, "gradient")
         with pytest.raises(RuntimeError, match=r"step 6: 2 steps in a row were not finite \(train.skip_limit\)"):
-            run(shards, tmp_path / "run", **{"train.skip_limit": 2, "train.micro_batch": 4, "train.keep_last": 2})
+            run(shards, tmp_path / "run", **{"train.skip_limit": 2, "train.micro_batch_size": 4, "train.keep_last": 2})
     folder = RunFolder(tmp_path / "run")
     about = json.loads((folder.incident / "incident.json").read_text())
     assert (about["step"], about["seed"]) == (5, 0)
@@ -133,7 +133,7 @@ def test_what_is_replayed_is_the_step_that_was_skipped(
         losses.setdefault(self.global_step, []).append(float(loss.detach()))
         return loss
 
-    options = {"train.skip_limit": 2, "train.micro_batch": 4, "data.ledger": True, "encoder.dropout": 0.2}
+    options = {"train.skip_limit": 2, "train.micro_batch_size": 4, "data.ledger": True, "encoder.dropout": 0.2}
     with monkeypatch.context() as patch:
         patch.setattr(task, "training_step", watched)
         broken_at(patch, "mae", lambda step: step >= 4, "gradient")

@@ -12,7 +12,7 @@ from torch import distributed
 from sslvit.train.callbacks import Ledger
 from sslvit.train.folder import RunFolder
 
-PLAN = SimpleNamespace(global_batch=50, steps_per_epoch=10, dropped_per_epoch=7)
+PLAN = SimpleNamespace(global_batch_size=50, steps_per_epoch=10, dropped_per_epoch=7)
 
 
 def make_ledger(folder: Path, images: int, limit: float, step: int) -> Ledger:
@@ -72,7 +72,9 @@ def test_a_run_ends_above_the_limit_of_images_or_of_what_was_read(
     if not stops:
         ledger.on_step(trainer, None)
         return
-    with pytest.raises(RuntimeError, match=f"{len(times)} unreadable samples are more than data.bad_limit"):
+    with pytest.raises(
+        RuntimeError, match=f"{len(times)} unreadable samples are more than data.max_unreadable_fraction"
+    ):
         ledger.on_step(trainer, None)
 
 

@@ -40,7 +40,7 @@ def signaled(monkeypatch: pytest.MonkeyPatch, numbers: list[int], at: int) -> No
     ("numbers", "changes"),
     [
         ([signal.SIGTERM], {}),
-        ([signal.SIGUSR1], {"train.micro_batch": 2}),
+        ([signal.SIGUSR1], {"train.micro_batch_size": 2}),
         ([signal.SIGUSR1, signal.SIGTERM], {}),
     ],
 )

@@ -17,15 +17,15 @@ from sslvit.evaluate.probe import probe
 from sslvit.settings import ProbeSettings
 from sslvit.settings.load import load_recipe
 from sslvit.train.folder import RunFolder
-from sslvit.train.strategies import compile_blocks, is_lost_rank, make_strategy, shard
+from sslvit.train.strategies import compile_blocks, is_peer_failure, make_strategy, shard
 from sslvit.train.timing import Clock
 from sslvit.weight_files import read_torch_file
 
 WAYS = {
-    "2 ranks, 2 passes": {"train.devices": 2, "train.micro_batch": 2},
+    "2 ranks, 2 passes": {"train.devices": 2, "train.micro_batch_size": 2},
     "4 ranks": {"train.devices": 4},
     "2 parts": {"train.devices": 2, "train.strategy": "fsdp"},
-    "4 parts": {"train.devices": 4, "train.strategy": "fsdp", "encoder.checkpointing": True},
+    "4 parts": {"train.devices": 4, "train.strategy": "fsdp", "encoder.activation_checkpointing": True},
 }
 FLOAT64 = {"train.precision": "float64"}
 
@@ -43,8 +43,8 @@ def assert_alike(one: RunFolder, two: RunFolder, rel: float = 1e-6) -> None:
 @pytest.mark.parametrize(
     ("recipe", "special", "ways"),
     [
-        ("mae/digits", {"optim.clip": 0.5}, ["2 ranks, 2 passes", "4 ranks", "2 parts"]),
-        ("dino/digits", {"optim.clip_by": "parameter", "optim.clip": 0.1}, ["2 ranks, 2 passes", "4 parts"]),
+        ("mae/digits", {"optim.clip_grad": 0.5}, ["2 ranks, 2 passes", "4 ranks", "2 parts"]),
+        ("dino/digits", {"optim.clip_grad_by": "parameter", "optim.clip_grad": 0.1}, ["2 ranks, 2 passes", "4 parts"]),
         ("dino/digits", {"task.centering": "sinkhorn"}, ["4 ranks"]),  # balanced over the batch of all ranks
         ("igpt/digits", {}, ["4 ranks", "2 parts"]),
         ("igpt/digits", BERT, ["2 ranks, 2 passes"]),
@@ -81,7 +81,7 @@ def test_in_float32_a_run_that_changes_its_ranks_agrees_to_a_stated_tolerance(sh
 @pytest.mark.slow
 def test_a_checkpoint_in_parts_is_one_of_any_other_number_of_ranks(shards: Path, tmp_path: Path) -> None:
     """Two ranks with parts, then three, then two that hold everything, then one: as one that was never stopped."""
-    options = {**FLOAT64, "recipe": "dino/digits", "data.global_batch": 6, "train.steps": 12}
+    options = {**FLOAT64, "recipe": "dino/digits", "data.global_batch_size": 6, "train.steps": 12}
     whole = run(shards, tmp_path / "whole", **options)
     ways = ({"train.devices": 2, "train.strategy": "fsdp"}, {"train.devices": 3, "train.strategy": "fsdp"},
             {"train.devices": 2}, {"train.devices": 1})  # fmt: skip
@@ -177,7 +177,7 @@ def test_every_block_of_a_step_is_the_compiled_one(
         return lambda *given: calls.append(call.__self__) or call(*given)
 
     monkeypatch.setattr(torch, "compile", compiled)
-    options = {"recipe": recipe, "train.steps": 2, "train.micro_batch": 4}
+    options = {"recipe": recipe, "train.steps": 2, "train.micro_batch_size": 4}
     plain = run(shards, tmp_path / "plain", **options)
     assert calls == []
     again = run(shards, tmp_path / "compiled", **options, **{"train.compile": True})
@@ -216,9 +216,11 @@ def test_compiling_changes_no_name_and_can_be_undone(monkeypatch: pytest.MonkeyP
 
 def test_only_the_silence_of_others_is_a_lost_rank() -> None:
     gone = RuntimeError("[gloo/transport/tcp/pair.cc:545] Read error [10.77.0.2]:64151: Connection reset by peer")
-    assert is_lost_rank(gone, 2)
-    assert is_lost_rank(torch.distributed.DistNetworkError("timed out after 30 s, 1/2 workers joined"), 2)
-    assert not is_lost_rank(gone, 1)
-    assert not is_lost_rank(RuntimeError("2 unreadable samples; the first: gloo/1.jpg: timed out"), 2)
-    assert not is_lost_rank(torch.distributed.DistNetworkError("address already in use, the socket cannot listen"), 2)
-    assert not is_lost_rank(RuntimeError("https://images.example/0.tar: Connection refused"), 2)
+    assert is_peer_failure(gone, 2)
+    assert is_peer_failure(torch.distributed.DistNetworkError("timed out after 30 s, 1/2 workers joined"), 2)
+    assert not is_peer_failure(gone, 1)
+    assert not is_peer_failure(RuntimeError("2 unreadable samples; the first: gloo/1.jpg: timed out"), 2)
+    assert not is_peer_failure(
+        torch.distributed.DistNetworkError("address already in use, the socket cannot listen"), 2
+    )
+    assert not is_peer_failure(RuntimeError("https://images.example/0.tar: Connection refused"), 2)

@@ -33,10 +33,10 @@ from sslvit.train.folder import RunFolder
     "changes",
     [
         {},
-        {"train.micro_batch": 2},
+        {"train.micro_batch_size": 2},
         {"data.workers": 2, "data.memory_limit_mb": 0},
         {"recipe": "dino/digits"},
-        {"recipe": "dino/digits", "train.micro_batch": 2, "task.batch_norm": True},
+        {"recipe": "dino/digits", "train.micro_batch_size": 2, "task.batch_norm": True},
         {"recipe": "igpt/digits"},
         {"recipe": "igpt/digits", **BERT},
     ],
@@ -72,7 +72,7 @@ def test_a_resume_may_cut_the_batch_in_other_micro_batches(
     base = {"train.precision": "float64"}
     whole = run(shards, tmp_path / "whole", **base)
     interrupted(shards, tmp_path / "cut", 5, monkeypatch, **base)
-    again = run(shards, tmp_path / "cut", resume=True, **base, **{"train.micro_batch": 2})
+    again = run(shards, tmp_path / "cut", resume=True, **base, **{"train.micro_batch_size": 2})
     for one, two in zip(metrics(whole), metrics(again), strict=True):
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-6)
     for key, value in weights(whole).items():
@@ -108,9 +108,9 @@ def test_a_resume_with_another_encoder_batch_or_data_is_refused(shards: Path, tm
     run(shards, tmp_path / "run")
     with pytest.raises(ValueError, match=r"another architecture \(there and here depth: 1 and 2\)"):
         run(shards, tmp_path / "run", resume=True, **{"encoder.depth": 2})
-    with pytest.raises(ValueError, match=r"data.global_batch was 8 and cannot become 4, since the order.*--init"):
-        run(shards, tmp_path / "run", resume=True, **{"data.global_batch": 4, "train.steps": 9})
-    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]["global_batch"] == 8
+    with pytest.raises(ValueError, match=r"data.global_batch_size was 8 and cannot become 4, since the order.*--init"):
+        run(shards, tmp_path / "run", resume=True, **{"data.global_batch_size": 4, "train.steps": 9})
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]["global_batch_size"] == 8
     (tmp_path / "run" / "checkpoints" / "last.ckpt").write_bytes(b"")
     with pytest.raises(ValueError, match="last.ckpt: not a readable checkpoint"):
         run(shards, tmp_path / "run", resume=True)
@@ -139,7 +139,7 @@ def test_a_position_holds_only_for_its_order(shards: Path) -> None:
     index = load_index(shards)
 
     def at(**changes) -> ShardDataModule:
-        plan = EpochPlan(**{"shard_samples": [30], "global_batch": 6, "seed": 0, "lanes": 1} | changes)
+        plan = EpochPlan(**{"shard_samples": [30], "global_batch_size": 6, "seed": 0, "lanes": 1} | changes)
         module = ShardDataModule(index, DataSettings(), EncoderSettings(8, channels=1, patch=2), plan, 9)
         module.trainer = SimpleNamespace(global_step=4)
         return module
@@ -149,7 +149,7 @@ def test_a_position_holds_only_for_its_order(shards: Path) -> None:
     same_order.load_state_dict(state)
     assert same_order.start_step == 4
     for key, value, name in (
-        ("seed", 1, "seed"), ("global_batch", 3, "global_batch"), ("shard_samples", [24], "samples"),
+        ("seed", 1, "seed"), ("global_batch_size", 3, "global_batch_size"), ("shard_samples", [24], "samples"),
         ("lanes", 2, "lanes"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"other data .*{name} "):
@@ -233,7 +233,8 @@ def test_kill_at_any_step_and_resume_is_bit_identical(shards: Path, tmp_path: Pa
 def test_a_killed_run_resumed_on_other_ranks_reads_exactly_what_was_left(shards: Path, tmp_path: Path) -> None:
     """kill -9 on two ranks, then one rank, killed again, then three: every epoch reads each sample once."""
     options = TINY | {
-        "data.ledger": True, "data.global_batch": 6, "train.checkpoint_every": 2, "train.steps": 60, "data.workers": 1,
+        "data.ledger": True, "data.global_batch_size": 6, "train.checkpoint_every": 2, "train.steps": 60,
+        "data.workers": 1,
         "data.memory_limit_mb": 0, "data.lanes": 2, "data.window_shards": 1,
     }  # fmt: skip
     command = [sys.executable, "-m", "sslvit.cli", "pretrain", "--config", "mae/digits", "--data", str(shards)]

@@ -24,16 +24,17 @@ from sslvit.weight_files import read_torch_file
 
 REFUSED = r"--resume|another architecture|written with other data"
 SHARED = {
-    "encoder.depth": 2, "encoder.dropout": 0.1, "optim.clip": 0.05, "optim.clip_by": "all", "optim.warmup_epochs": 0.3,
+    "encoder.depth": 2, "encoder.dropout": 0.1, "optim.clip_grad": 0.05, "optim.clip_grad_by": "all",
+    "optim.warmup_epochs": 0.3,
     "train.steps": 6, "train.keep_every": 3, "train.log_every": 3, "encoder.layer_scale": 0.5, "train.threads": 1,
 }  # fmt: skip
 SUPERVISED = {
     key: value for key, value in RECIPES["mae/digits"].items() if not key.startswith(("task.", "data.view."))
-} | {"encoder.channels": 1, "encoder.mean": [0.2], "encoder.std": [0.33], "encoder.positions": "sincos_2d",
+} | {"encoder.channels": 1, "encoder.mean": [0.2], "encoder.std": [0.33], "encoder.pos_embed": "sincos_2d",
      "data.view.kind": "augment", "task.mixup": 0.0, "task.cutmix": 0.8, "task.erase": 0.25}  # fmt: skip
 RUNS = {
     "mae/digits": RECIPES["mae/digits"],
-    "dino/digits": RECIPES["dino/digits"] | {"task.freeze_last_layer": 0.1, "task.warmup_teacher_epochs": 3.0},
+    "dino/digits": RECIPES["dino/digits"] | {"task.freeze_last_layer": 0.1, "task.warmup_teacher_temp_epochs": 3.0},
     "igpt/digits": RECIPES["igpt/digits"],
     "finetune/small_images": SUPERVISED,
 }
@@ -41,11 +42,11 @@ RUNS = {
 # how a run is carried out and what is read from it beside its weights: nothing that a step computes
 UNFELT = {
     "encoder.crop_mode": "squash", "encoder.crop_fraction": 0.5, "encoder.feature_layer": 1,
-    "encoder.feature_norm": "next", "encoder.checkpointing": True, "encoder.interpolate_antialias": False,
+    "encoder.feature_norm": "next", "encoder.activation_checkpointing": True, "encoder.interpolate_antialias": False,
     "encoder.interpolate_offset": 0.1, "encoder.pooling": "class", "data.shards": "copy", "data.fit_batch": True,
     "data.workers": 1, "data.memory_limit_mb": 0, "data.window_shards": 2, "data.color_on": "workers",
     "data.cache": "cache", "data.cache_gb": 3.0, "data.stream_samples": 30, "data.allow_pipe": True,
-    "data.max_pixels": 1000, "data.bad_limit": 0.5, "data.ledger": True, "train.accelerator": "auto",
+    "data.max_pixels": 1000, "data.max_unreadable_fraction": 0.5, "data.ledger": True, "train.accelerator": "auto",
     "train.strategy": "fsdp", "train.timeout_seconds": 300.0, "train.compile": True, "train.log_every": 2,
     "train.checkpoint_every": 1, "train.skip_limit": 3, "train.requeue": False, "train.keep_last": 2,
     "train.keep_every": 6, "train.checkpoint_in_background": True, "train.tensorboard": True,
@@ -55,20 +56,20 @@ UNFELT = {
 FELT = {
     "encoder.interpolation": "bicubic", "encoder.dropout": 0.3, "encoder.drop_path": 0.4, "data.view.kind": "square",
     "data.view.scale": [0.2, 0.3], "data.view.ratio": [0.5, 2.0], "data.view.flip": 0.9, "data.resolutions": [4],
-    "optim.base_rate": 0.01, "optim.min_rate": 0.02, "optim.warmup_epochs": 2.0, "optim.weight_decay": 0.9,
-    "optim.final_weight_decay": 0.9, "optim.clip": 0.01, "optim.clip_by": "parameter", "train.steps": 7,
-    "train.micro_batch": 4, "train.precision": "float64", "task.mask_ratio": 0.5,
+    "optim.base_lr": 0.01, "optim.min_lr": 0.02, "optim.warmup_epochs": 2.0, "optim.weight_decay": 0.9,
+    "optim.final_weight_decay": 0.9, "optim.clip_grad": 0.01, "optim.clip_grad_by": "parameter", "train.steps": 7,
+    "train.micro_batch_size": 4, "train.precision": "float64", "task.mask_ratio": 0.5,
 }  # fmt: skip
 REFUSED_VALUES = {
     "encoder.image_size": [4, 4], "encoder.channels": 3, "encoder.mean": [0.3], "encoder.std": [0.5],
-    "encoder.patch": 4, "encoder.cnn": "resnet18",
-    "encoder.palette": [[-1.0], [1.0]], "encoder.color_start": "fourier", "encoder.width": 32, "encoder.depth": 1,
+    "encoder.patch": 4, "encoder.hybrid_backbone": "resnet18",
+    "encoder.palette": [[-1.0], [1.0]], "encoder.color_init": "fourier", "encoder.width": 32, "encoder.depth": 1,
     "encoder.heads": 4, "encoder.mlp_ratio": 2.0, "encoder.mlp": "quick_gelu", "encoder.norm": "rms",
     "encoder.norm_eps": 1e-5, "encoder.bias": False, "encoder.layer_scale": 0.1, "encoder.qk_norm": True,
-    "encoder.locality": True, "encoder.positions": "sincos_1d",
+    "encoder.locality_self_attention": True, "encoder.pos_embed": "sincos_1d",
     "encoder.prefix_positions": "none", "encoder.class_token": False, "encoder.registers": 1,
     "encoder.mask_token": True, "encoder.final_norm": False, "encoder.fc_norm": True,
-    "encoder.initialization": "normal", "data.mixture": "copy", "data.global_batch": 6,
+    "encoder.init": "normal", "data.mixture": "copy", "data.global_batch_size": 6,
     "data.fit_normalization": True, "data.lanes": 2, "optim.betas": [0.8, 0.9], "train.epochs": 3.0, "seed": 1,
     "init": "copy", "task.target": "normalized", "task.decoder_width": 32, "task.decoder_depth": 2,
     "task.decoder_heads": 4, "task.decoder_mlp_ratio": 2.0,
@@ -78,8 +79,8 @@ STARTED_OTHERWISE = {"train.devices", "train.nodes", "train.wandb", "train.threa
 TASKS = {
     "dino/digits": (
         {},
-        {"task.student_temperature": 0.2, "task.teacher_temperature": 0.5, "task.warmup_teacher_temperature": 0.5,
-         "task.warmup_teacher_epochs": 9.0, "task.momentum": 0.3, "task.final_momentum": 0.95,
+        {"task.student_temp": 0.2, "task.teacher_temp": 0.5, "task.warmup_teacher_temp": 0.5,
+         "task.warmup_teacher_temp_epochs": 9.0, "task.momentum": 0.3, "task.final_momentum": 0.95,
          "task.centering": "sinkhorn", "task.center_momentum": 0.1, "task.koleo": 0.5,
          "encoder.interpolate_antialias": False, "encoder.interpolate_offset": 0.1,
          "data.view.global_scale": [0.3, 0.4],

@@ -23,8 +23,8 @@ def test_a_run_leaves_everything_in_its_folder(shards: Path, tmp_path: Path) -> 
     folder = run(shards, tmp_path / "run")
     lines = folder.read_metrics()
     assert [line["step"] for line in lines] == list(range(1, 8))
-    assert {"step", "epoch", "loss", "rate", "gradient_norm", "images_per_second"} <= lines[0].keys()
-    assert lines[0]["rate"] == 0  # the first update of a warm-up
+    assert {"step", "epoch", "loss", "lr", "grad_norm", "images_per_second"} <= lines[0].keys()
+    assert lines[0]["lr"] == 0  # the first update of a warm-up
     assert lines[2]["epoch"] == 1.0  # 30 images, 8 a step, 6 dropped
     assert (folder.figures / "loss.png").stat().st_size > 1000
     assert (folder.figures / "reconstruction.png").stat().st_size > 1000
@@ -51,7 +51,7 @@ def test_micro_batches_and_workers_leave_the_run_as_it_is(
 ) -> None:
     base = {"train.precision": "float64", "train.steps": 5, "recipe": recipe} | special
     plain = run(shards, tmp_path / "plain", **base)
-    for i, changes in enumerate(({"train.micro_batch": 2}, {"data.workers": 1, "data.memory_limit_mb": 0})):
+    for i, changes in enumerate(({"train.micro_batch_size": 2}, {"data.workers": 1, "data.memory_limit_mb": 0})):
         other = run(shards, tmp_path / f"other{i}", **base, **changes)
         for one, two in zip(metrics(plain), metrics(other), strict=True):
             assert one == pytest.approx(two, rel=1e-6)
@@ -87,7 +87,7 @@ def test_the_teacher_moves_once_per_update_as_written_in_the_paper(shards: Path,
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sslvit.train.run.task_class", lambda name: Watched)
-        folder = run(shards, tmp_path / "run", recipe="dino/digits", **{"train.micro_batch": 2})
+        folder = run(shards, tmp_path / "run", recipe="dino/digits", **{"train.micro_batch_size": 2})
     assert len(seen) == 7
     assert max(seen) < 1e-6
     state = weights(folder)
@@ -118,8 +118,8 @@ def test_folders_are_not_overwritten_silently(shards: Path, tmp_path: Path) -> N
 
 def test_impossible_runs_stop_before_anything_is_made(shards: Path, tmp_path: Path) -> None:
     for changes, message in [
-        ({"data.global_batch": 31}, "more than the 30 samples"),
-        ({"train.micro_batch": 3}, "does not divide a rank's share"),
+        ({"data.global_batch_size": 31}, "more than the 30 samples"),
+        ({"train.micro_batch_size": 3}, "does not divide a rank's share"),
         ({"data.shards": str(tmp_path / "none")}, "is not a folder"),
         ({"init": str(tmp_path / "none")}, "no such file or folder"),
     ]:
@@ -130,7 +130,7 @@ def test_impossible_runs_stop_before_anything_is_made(shards: Path, tmp_path: Pa
 
 def test_a_run_starts_from_another_encoder(shards: Path, tmp_path: Path) -> None:
     first = run(shards, tmp_path / "first")
-    changes = {"train.steps": 1, "seed": 5, "optim.base_rate": 0.0}
+    changes = {"train.steps": 1, "seed": 5, "optim.base_lr": 0.0}
     second = run(shards, tmp_path / "second", init=str(tmp_path / "first"), **changes)
     start = load_encoder(tmp_path / "first").state_dict()
     after = load_encoder(tmp_path / "second").state_dict()
@@ -174,10 +174,12 @@ def test_bad_samples_are_counted_and_stop_the_run_only_above_the_limit(
             file.seek(offset)
             file.write(bytes(size))
     if stops:
-        with pytest.raises(RuntimeError, match=r"unreadable samples are more than data.bad_limit \(1.0% of 30"):
-            run(shards, tmp_path / "run", **{"data.bad_limit": limit})
+        with pytest.raises(
+            RuntimeError, match=r"unreadable samples are more than data.max_unreadable_fraction \(1.0% of 30"
+        ):
+            run(shards, tmp_path / "run", **{"data.max_unreadable_fraction": limit})
     else:
-        run(shards, tmp_path / "run", **{"data.bad_limit": limit})
+        run(shards, tmp_path / "run", **{"data.max_unreadable_fraction": limit})
     bad = json.loads((tmp_path / "run" / "ledger.json").read_text())["bad"]
     assert {entry["reason"] for entry in bad} == {"not an image (UnidentifiedImageError)"}
     assert all(entry["key"].startswith("shard-000000.tar/0000") for entry in bad)
@@ -189,7 +191,12 @@ def test_the_python_door(shards: Path, tmp_path: Path) -> None:
 
 
 def test_the_ledger_names_each_sample_once_per_epoch_also_after_a_resume(shards: Path, tmp_path: Path) -> None:
-    options = {"data.ledger": True, "data.global_batch": 6, "train.micro_batch": 3, "train.checkpoint_every": 4}
+    options = {
+        "data.ledger": True,
+        "data.global_batch_size": 6,
+        "train.micro_batch_size": 3,
+        "train.checkpoint_every": 4,
+    }
     whole = run(shards, tmp_path / "whole", **options, **{"train.steps": 10})
     run(shards, tmp_path / "cut", **options, **{"train.steps": 6})
     line = json.dumps({"step": 6, "epoch": 1, "key": "of a step that the checkpoint does not know"})

@@ -21,7 +21,7 @@ from sslvit.settings import TrainSettings
 from sslvit.stopping import Preempted
 from sslvit.tasks import task_class
 from sslvit.train import run as run_module
-from sslvit.train.checkpoints import WholeCheckpoint, write_whole
+from sslvit.train.checkpoints import AtomicCheckpointIO, write_whole
 from sslvit.train.folder import RunFolder, read_lines
 from sslvit.weight_files import check_checkpoint, read_one_file, read_torch_file
 
@@ -297,7 +297,7 @@ def test_a_flipped_bit_in_a_part_of_a_checkpoint_is_noticed(tmp_path: Path) -> N
     head = {"global_step": 3, "state_dict": {"w": {"shard": "/w", "shape": [4]}}}
     for rank in (1, 0):
         own = {"/w": torch.arange(4.0).chunk(2)[rank]}
-        WholeCheckpoint(TrainSettings()).save_shard(head, own, last, "00000003-a", rank, 2)
+        AtomicCheckpointIO(TrainSettings()).save_shard(head, own, last, "00000003-a", rank, 2)
     assert not problem_of(last)
     part = tmp_path / "shards" / "00000003-a" / "rank-00001.pt"
     content = bytearray(part.read_bytes())
@@ -402,7 +402,10 @@ def test_a_run_goes_on_by_its_folder_alone(shards: Path, tmp_path: Path, monkeyp
         ({"seed": 5}, "seed was 0 and cannot become 5, since masks"),
         ({"optim.betas": [0.5, 0.9]}, "optim.betas was .* cannot become .*averages in the checkpoint"),
         ({"encoder.depth": 2}, "another architecture"),
-        ({"data.global_batch": 4}, "data.global_batch was 8 and cannot become 4, since the order of the data"),
+        (
+            {"data.global_batch_size": 4},
+            "data.global_batch_size was 8 and cannot become 4, since the order of the data",
+        ),
         ({"task.decoder_heads": 4}, "task.decoder_heads was 2 and cannot become 4, since it cuts the decoder's"),
         ({"task.target": "normalized"}, "task.target was raw and cannot become normalized, since the decoder"),
         ({"encoder.mean": [0.5]}, "encoder.mean was .* cannot become .* since the weights were trained on images"),

@@ -16,7 +16,7 @@ from sslvit.train.forecast import example
 
 STEPS = 12
 SCHEDULE = {
-    "train.steps": STEPS, "train.micro_batch": 4, "optim.base_rate": 0.32, "optim.min_rate": 0.001,
+    "train.steps": STEPS, "train.micro_batch_size": 4, "optim.base_lr": 0.32, "optim.min_lr": 0.001,
     "optim.warmup_epochs": 1.0, "optim.weight_decay": 0.1, "optim.final_weight_decay": 0.4,
 }  # fmt: skip
 PEAK, WARMUP = 0.01, 3  # 0.32 x 8 / 256; an epoch of 30 images in batches of 8
@@ -32,7 +32,7 @@ def watched_groups(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple]]:
     step = torch.optim.AdamW.step
 
     def watched(self, closure=None):
-        seen.append([(g["lr"], g["weight_decay"], g.get("rate_scale", 1.0), g["decays"]) for g in self.param_groups])
+        seen.append([(g["lr"], g["weight_decay"], g.get("lr_scale", 1.0), g["decays"]) for g in self.param_groups])
         return step(self, closure)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", watched)
@@ -53,7 +53,7 @@ def test_rate_and_decay_of_each_step_are_those_of_the_schedule(
         assert [group[0] for group in groups] == pytest.approx([rate] * 2)
         assert sorted(group[1] for group in groups) == pytest.approx([0, decay])
         assert all((group[1] > 0) == group[3] for group in groups)
-    assert [line["rate"] for line in metrics(folder)] == pytest.approx(rates)
+    assert [line["lr"] for line in metrics(folder)] == pytest.approx(rates)
 
 
 def test_rates_of_a_fine_tuning_fall_from_the_head_to_the_patches(
@@ -78,19 +78,19 @@ def test_the_teacher_keeps_a_share_that_rises_with_the_steps(
 ) -> None:
     """Once per step, however many micro-batches it has."""
     shares = []
-    monkeypatch.setattr("sslvit.tasks.dino.move_average", lambda average, source, momentum: shares.append(momentum))
-    run(shards, tmp_path / "run", recipe="dino/digits", **{"train.micro_batch": 2, "task.final_momentum": 0.98})
+    monkeypatch.setattr("sslvit.tasks.dino.ema_update", lambda average, source, momentum: shares.append(momentum))
+    run(shards, tmp_path / "run", recipe="dino/digits", **{"train.micro_batch_size": 2, "task.final_momentum": 0.98})
     expected = [half_cosine(0.9, 0.98, step / 7) for step in range(7)]
     assert shares == pytest.approx([share for share in expected for _ in ("encoder", "head")])
 
 
 @pytest.mark.parametrize(("by", "largest"), [("all", 0.5), ("parameter", 0.2)])
 def test_gradients_are_clipped_by_the_norm_that_is_recorded(by: str, largest: float) -> None:
-    changes = {"optim.clip": largest, "optim.clip_by": by, "train.steps": 9}
+    changes = {"optim.clip_grad": largest, "optim.clip_grad_by": by, "train.steps": 9}
     settings = load_recipe("mae/digits", RECIPES["mae/digits"] | changes)
     torch.manual_seed(0)
     task = task_class("mae")(settings.task, settings.encoder, settings.optim, total_steps=9, steps_per_epoch=3,
-                             global_batch=8)  # fmt: skip
+                             global_batch_size=8)  # fmt: skip
     parameters = [p for p in task.parameters() if p.requires_grad]
     for number, parameter in enumerate(parameters):
         parameter.grad = torch.randn_like(parameter) * (0.2 if number % 2 else 0.002)
@@ -99,7 +99,7 @@ def test_gradients_are_clipped_by_the_norm_that_is_recorded(by: str, largest: fl
     norms = [np.sqrt((gradient**2).sum()) for gradient in before]
     total = np.sqrt(sum(norm**2 for norm in norms))
     assert total > 1.5 * max(norms)
-    assert float(task.records["gradient_norm"][0]) == pytest.approx(total, rel=1e-5)
+    assert float(task.records["grad_norm"][0]) == pytest.approx(total, rel=1e-5)
     for parameter, gradient, norm in zip(parameters, before, norms, strict=True):
         factor = min(1, largest / (total if by == "all" else norm))
         np.testing.assert_allclose(parameter.grad.numpy(), gradient * factor, rtol=1e-4, atol=1e-8)
@@ -126,7 +126,7 @@ def test_a_steps_gradient_is_the_mean_over_its_micro_batches(
 
     monkeypatch.setattr(task, "training_step", watched)
     monkeypatch.setattr(task, "configure_gradient_clipping", looked)
-    run(shards, tmp_path / "run", **{"train.micro_batch": 2, "train.steps": 2})
+    run(shards, tmp_path / "run", **{"train.micro_batch_size": 2, "train.steps": 2})
     assert len(found) == 2
     for gradient, mean in found:
         torch.testing.assert_close(gradient, mean)
@@ -144,12 +144,12 @@ def test_gradients_are_gone_before_the_next_forward_pass(
         return step(self, batch, batch_idx)
 
     monkeypatch.setattr(task, "training_step", watched)
-    run(shards, tmp_path / "run", **{"train.micro_batch": 4, "train.steps": 3})
+    run(shards, tmp_path / "run", **{"train.micro_batch_size": 4, "train.steps": 3})
     assert held == [False, True] * 3
 
 
 def test_the_first_weights_follow_from_the_seed(shards: Path, tmp_path: Path) -> None:
-    first = [weights(run(shards, tmp_path / str(n), seed=seed, **{"optim.base_rate": 0.0, "train.steps": 1}))
+    first = [weights(run(shards, tmp_path / str(n), seed=seed, **{"optim.base_lr": 0.0, "train.steps": 1}))
              for n, seed in enumerate((3, 3, 4))]  # fmt: skip
     name = "encoder.blocks.0.attn.qkv.weight"
     assert torch.equal(first[0][name], first[1][name])
@@ -162,7 +162,7 @@ def test_masks_and_depth_follow_from_seed_step_purpose_and_row() -> None:
 
     def drawn(seed: int = 0, step: int = 0, purpose: str = "mask", first_row: int = 0) -> list[list[float]]:
         task = task_class("mae")(settings.task, settings.encoder, settings.optim, total_steps=9, steps_per_epoch=3,
-                                 global_batch=8, seed=seed)  # fmt: skip
+                                 global_batch_size=8, seed=seed)  # fmt: skip
         task._trainer = type("Trainer", (), {"global_step": step})()
         batch = example(settings, 4)
         batch.first_row = first_row
@@ -216,5 +216,5 @@ def test_a_line_holds_the_numbers_of_its_own_step(shards: Path, tmp_path: Path) 
     every = {line["step"]: line for line in metrics(run(shards, tmp_path / "all"))}
     some = metrics(run(shards, tmp_path / "some", **{"train.log_every": 3}))
     assert [line["step"] for line in some] == [3, 6, 7]
-    names = ("loss", "rate", "gradient_norm", "epoch")
+    names = ("loss", "lr", "grad_norm", "epoch")
     assert all(line[name] == every[line["step"]][name] for line in some for name in names)

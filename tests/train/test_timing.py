@@ -16,7 +16,7 @@ from sslvit.tasks import task_class
 from sslvit.train import forecast
 from sslvit.train.callbacks import RunLog, mean_over_ranks
 from sslvit.train.folder import RunFolder
-from sslvit.train.timing import MOST_MOMENTS, PARTS, Clock, StepTimes, WaitForData
+from sslvit.train.timing import MAX_TIMESTAMPS, PARTS, Clock, StepTimes, WaitForData
 
 PAUSE = 0.25
 
@@ -57,7 +57,7 @@ def test_a_part_that_takes_long_is_named(
         monkeypatch.setattr(task, "optimizer_step", slow_update)
     else:
         monkeypatch.setattr(task, "training_step", slow_step)
-    folder = run(shards, tmp_path / "run", **{"train.micro_batch": 4, "train.steps": 4, "train.log_every": 2})
+    folder = run(shards, tmp_path / "run", **{"train.micro_batch_size": 4, "train.steps": 4, "train.log_every": 2})
     passes = 1 if part == "optimizer" else 2
     for line in folder.read_metrics():
         taken = {name: line[f"{name}_seconds"] for name in PARTS}
@@ -100,7 +100,7 @@ def test_throughput_and_share_of_the_peak_are_those_of_all_ranks(
     watch = SimpleNamespace(now=0.0, perf_counter=lambda: watch.now, monotonic=lambda: watch.now)
     monkeypatch.setattr("sslvit.train.timing.time", watch)
     monkeypatch.setattr("sslvit.train.callbacks.time", watch)
-    plan = SimpleNamespace(global_batch=48, steps_per_epoch=8)
+    plan = SimpleNamespace(global_batch_size=48, steps_per_epoch=8)
     (tmp_path / "metrics.jsonl").touch()
     log = RunLog(RunFolder(tmp_path), plan, 4, 2, Clock(), 0.001)
     strategy = SimpleNamespace(reduce=lambda value, reduce_op: value, root_device="cpu")
@@ -126,7 +126,7 @@ def test_the_peak_of_all_devices_counts() -> None:
             return 100
 
     def of(**changes) -> float:
-        return forecast.rate_of_peak(load_recipe("mae/digits", RECIPES["mae/digits"] | changes), Images())
+        return forecast.mfu_per_throughput(load_recipe("mae/digits", RECIPES["mae/digits"] | changes), Images())
 
     one = of(**{"train.peak_tflops": 2.0})
     found, _ = forecast.forecast(load_recipe("mae/digits", RECIPES["mae/digits"]), 100)
@@ -173,7 +173,7 @@ def test_gradients_that_are_exchanged_after_the_last_are_communication(monkeypat
 
 
 def test_the_share_of_the_peak_is_the_work_over_the_time(shards: Path, tmp_path: Path) -> None:
-    folder = run(shards, tmp_path / "run", **{"train.peak_tflops": 0.5, "encoder.checkpointing": True})
+    folder = run(shards, tmp_path / "run", **{"train.peak_tflops": 0.5, "encoder.activation_checkpointing": True})
     found, _ = forecast.forecast(load_recipe("mae/digits", RECIPES["mae/digits"]), 30)
     for line in folder.read_metrics():
         assert line["mfu"] == pytest.approx(line["images_per_second"] * found.flops_per_image / 0.5e12)
@@ -193,11 +193,11 @@ def test_the_peak_of_a_gpu_is_known_by_its_name(monkeypatch: pytest.MonkeyPatch)
     found, _ = forecast.forecast(settings, 30)
     for name, tflops in (("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA GeForce RTX 4090", 165)):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
-        assert forecast.rate_of_peak(settings, Images()) == found.flops_per_image / (tflops * 1e12)
+        assert forecast.mfu_per_throughput(settings, Images()) == found.flops_per_image / (tflops * 1e12)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
-    assert forecast.rate_of_peak(settings, Images()) is None
+    assert forecast.mfu_per_throughput(settings, Images()) is None
     augmented = load_recipe("finetune/small_images", {"task.classes": 3, "train.peak_tflops": 1.0})
-    assert forecast.rate_of_peak(augmented, Images()) is None  # its work depends on the images
+    assert forecast.mfu_per_throughput(augmented, Images()) is None  # its work depends on the images
 
 
 def test_many_moments_are_added_up_before_a_line_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,11 +205,11 @@ def test_many_moments_are_added_up_before_a_line_is_due(monkeypatch: pytest.Monk
     monkeypatch.setattr(time, "perf_counter", lambda: next(now))
     clock = Clock()
     clock.mark("start")
-    for _ in range(MOST_MOMENTS):
+    for _ in range(MAX_TIMESTAMPS):
         for ended in ("data", "forward", "callbacks"):
             clock.mark(ended)
-    assert len(clock.moments) <= MOST_MOMENTS
-    assert clock.take() == {part: MOST_MOMENTS if part in ("data", "forward") else 0 for part in PARTS}
+    assert len(clock.moments) <= MAX_TIMESTAMPS
+    assert clock.take() == {part: MAX_TIMESTAMPS if part in ("data", "forward") else 0 for part in PARTS}
     assert clock.take() == dict.fromkeys(PARTS, 0)
 
 

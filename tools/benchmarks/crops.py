@@ -66,13 +66,13 @@ def main() -> None:
     plain = {
         "layer_scale": None,
         "qk_norm": False,
-        "locality": False,
+        "locality_self_attention": False,
         "causal": False,
         "dropout": 0.0,
         "pooling": "class",
     }
     other = [key for key, value in plain.items() if getattr(recipe.encoder, key) != value]
-    if other or recipe.encoder.positions in ("rotary_2d", "relative_bias"):
+    if other or recipe.encoder.pos_embed in ("rotary_2d", "relative_bias"):
         parser.error(f"{options.recipe}: packing is written for plain encoders ({', '.join(other) or 'positions'}).")
     encoder = ViTEncoder(recipe.encoder).to(options.device)
     sizes = [view.size for view in Views(recipe.data.view, recipe.encoder.image_size, "bicubic").of_size()]

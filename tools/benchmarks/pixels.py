@@ -29,7 +29,7 @@ def make(side: int, width: int, depth: int) -> IGPT:
     changes = {"image_size": side, "width": width, "depth": depth, "heads": width // 32}
     encoder = load_recipe("igpt/small_cifar10", {f"encoder.{key}": value for key, value in changes.items()}).encoder
     torch.manual_seed(0)
-    task = IGPT(IGPTSettings(), encoder, OptimSettings(), total_steps=1, steps_per_epoch=1, global_batch=16)
+    task = IGPT(IGPTSettings(), encoder, OptimSettings(), total_steps=1, steps_per_epoch=1, global_batch_size=16)
     torch.nn.init.normal_(task.head.weight, std=0.02)
     return task
 
@@ -54,7 +54,7 @@ def sampling(width: int, depth: int, images: int = 16, side: int = 32) -> None:
     kept = time.perf_counter() - start
 
     def read_again(place: int) -> None:  # the prefix alone, not the whole image
-        task.head(encoder.read_on(drawn[:, :place], encoder.begin_reading(images))[:, -1])
+        task.head(encoder.decode(drawn[:, :place], encoder.init_kv_cache(images))[:, -1])
 
     places = range(EVERY // 2, side * side, EVERY)
     again = EVERY * sum(seconds_of(lambda place=place: read_again(place), least=0) for place in places)

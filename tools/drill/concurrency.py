@@ -12,9 +12,9 @@ from trials import Part, Trial
 
 from sslvit.train.folder import RunFolder
 
-STEPS = {"train.steps": 12, "data.global_batch": 8, "data.memory_limit_mb": 0, "data.ledger": True}
+STEPS = {"train.steps": 12, "data.global_batch_size": 8, "data.memory_limit_mb": 0, "data.ledger": True}
 WAYS = [way for way in product((1, 2, 4), range(4)) if way != (1, 0)]  # three ranks do not divide a batch of 8
-BATCH_OF_THREE = {"data.global_batch": 9}
+BATCH_OF_THREE = {"data.global_batch_size": 9}
 
 
 def parts(workshop: Workshop) -> list[Part]:
@@ -45,7 +45,7 @@ def read_side_by_side(trial: Trial, workshop: Workshop, ways: list[tuple[int, in
 
 def read_alone(workshop: Workshop, options: dict) -> RunFolder:
     """The same run in one process; made once."""
-    out = RunFolder(workshop.folder / f"alone-{options['data.global_batch']}")
+    out = RunFolder(workshop.folder / f"alone-{options['data.global_batch_size']}")
     if not (out.encoder / "encoder.json").exists():
         child = sslvit(workshop.log, *workshop.pretrain("mae", out.path, **options | {"data.workers": 0}))
         if child.wait() != 0:

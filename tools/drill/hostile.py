@@ -112,7 +112,7 @@ def pickles(trial: Trial, workshop: Workshop) -> None:
         "finetune": ["finetune", source, *split, "--out", "out"],
         "sample": ["sample", source, "-o", "out.png"],
         "init": ["pretrain", "--config", "mae/digits", "--data", "shards", "--out", "out", "--init", source,
-                 "--data.global_batch", "8"],
+                 "--data.global_batch_size", "8"],
     }  # fmt: skip
     fixed = {
         "palette": ["import", "own", "out", "--palette", source],

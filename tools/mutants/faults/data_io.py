@@ -298,8 +298,8 @@ FAULTS = [
     Fault(
         "The dropped samples are one too few",
         "sslvit/data/plan.py",
-        "return self.samples % self.global_batch",
-        "return max(self.samples % self.global_batch - 1, 0)",
+        "return self.samples % self.global_batch_size",
+        "return max(self.samples % self.global_batch_size - 1, 0)",
         (f"{PLAN}::test_an_epoch_reads_each_sample_at_most_once_and_drops_exactly_the_remainder",),
     ),
     Fault(
@@ -639,8 +639,8 @@ FAULTS = [
     Fault(
         "data.fit_batch forgets the ranks",
         "sslvit/data/open.py",
-        "settings.fitted(len(index), ranks).global_batch",
-        "settings.fitted(len(index)).global_batch",
+        "settings.fitted(len(index), ranks).global_batch_size",
+        "settings.fitted(len(index)).global_batch_size",
         (f"{PLAN}::test_settings_of_the_data_reach_what_reads_it",),
     ),
     Fault(

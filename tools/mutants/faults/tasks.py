@@ -23,22 +23,22 @@ FAULTS = [
     Fault(
         "Masks do not depend on the step",
         BASE,
-        "uniform_at((self.seed, self.global_step, purpose), rows",
-        "uniform_at((self.seed, 0, purpose), rows",
+        "rng.uniform((self.seed, self.global_step, purpose), rows",
+        "rng.uniform((self.seed, 0, purpose), rows",
         OF_TASKS,
     ),
     Fault(
         "Masks do not depend on the seed",
         BASE,
-        "uniform_at((self.seed, self.global_step, purpose), rows",
-        "uniform_at((0, self.global_step, purpose), rows",
+        "rng.uniform((self.seed, self.global_step, purpose), rows",
+        "rng.uniform((0, self.global_step, purpose), rows",
         OF_TASKS,
     ),
     Fault(
         "Masks and stochastic depth share their numbers",
         BASE,
-        "uniform_at((self.seed, self.global_step, purpose), rows",
-        'uniform_at((self.seed, self.global_step, "mask"), rows',
+        "rng.uniform((self.seed, self.global_step, purpose), rows",
+        'rng.uniform((self.seed, self.global_step, "mask"), rows',
         OF_TASKS,
     ),
     Fault(
@@ -58,8 +58,8 @@ FAULTS = [
     Fault(
         "A fifth epoch's masks come from the step in its epoch",
         BASE,
-        "uniform_at((self.seed, self.global_step, purpose), rows",
-        "uniform_at((self.seed, self.global_step % self.steps_per_epoch, purpose), rows",
+        "rng.uniform((self.seed, self.global_step, purpose), rows",
+        "rng.uniform((self.seed, self.global_step % self.steps_per_epoch, purpose), rows",
         OF_TASKS,
     ),
     Fault(
@@ -100,54 +100,54 @@ FAULTS = [
     Fault(
         "What is erased does not depend on the epoch",
         SUPERVISED,
-        'torch_chance(self.seed, "erase", int(batch.epochs[row]), int(batch.samples[row]))',
-        'torch_chance(self.seed, "erase", 0, int(batch.samples[row]))',
+        'rng.torch_seeded(self.seed, "erase", int(batch.epochs[row]), int(batch.samples[row]))',
+        'rng.torch_seeded(self.seed, "erase", 0, int(batch.samples[row]))',
         OF_LABELS,
     ),
     Fault(
         "All images of an epoch are erased in one place",
         SUPERVISED,
-        'torch_chance(self.seed, "erase", int(batch.epochs[row]), int(batch.samples[row]))',
-        'torch_chance(self.seed, "erase", int(batch.epochs[row]))',
+        'rng.torch_seeded(self.seed, "erase", int(batch.epochs[row]), int(batch.samples[row]))',
+        'rng.torch_seeded(self.seed, "erase", int(batch.epochs[row]))',
         OF_LABELS,
     ),
     Fault(
         "What is erased depends on the place in the batch",
         SUPERVISED,
-        'torch_chance(self.seed, "erase", int(batch.epochs[row]), int(batch.samples[row]))',
-        'torch_chance(self.seed, "erase", int(batch.epochs[row]), row)',
+        'rng.torch_seeded(self.seed, "erase", int(batch.epochs[row]), int(batch.samples[row]))',
+        'rng.torch_seeded(self.seed, "erase", int(batch.epochs[row]), row)',
         OF_LABELS,
     ),
     Fault(
         "What is erased does not depend on the seed",
         SUPERVISED,
-        'torch_chance(self.seed, "erase", int(batch.epochs[row]), int(batch.samples[row]))',
-        'torch_chance(0, "erase", int(batch.epochs[row]), int(batch.samples[row]))',
+        'rng.torch_seeded(self.seed, "erase", int(batch.epochs[row]), int(batch.samples[row]))',
+        'rng.torch_seeded(0, "erase", int(batch.epochs[row]), int(batch.samples[row]))',
         OF_LABELS,
     ),
     Fault(
         "Mixing does not depend on the step",
         SUPERVISED,
-        'torch_chance(self.seed, "mix", self.global_step, batch.first_row)',
-        'torch_chance(self.seed, "mix", 0, batch.first_row)',
+        'rng.torch_seeded(self.seed, "mix", self.global_step, batch.first_row)',
+        'rng.torch_seeded(self.seed, "mix", 0, batch.first_row)',
         OF_LABELS,
     ),
     Fault(
         "Mixing does not depend on the seed",
         SUPERVISED,
-        'torch_chance(self.seed, "mix", self.global_step, batch.first_row)',
-        'torch_chance(0, "mix", self.global_step, batch.first_row)',
+        'rng.torch_seeded(self.seed, "mix", self.global_step, batch.first_row)',
+        'rng.torch_seeded(0, "mix", self.global_step, batch.first_row)',
         OF_LABELS,
     ),
     Fault(
         "All ranks and micro-batches mix by one share",
         SUPERVISED,
-        'torch_chance(self.seed, "mix", self.global_step, batch.first_row)',
-        'torch_chance(self.seed, "mix", self.global_step)',
+        'rng.torch_seeded(self.seed, "mix", self.global_step, batch.first_row)',
+        'rng.torch_seeded(self.seed, "mix", self.global_step)',
         OF_LABELS,
     ),
     # ---- how weights move
-    Fault("Layer-wise rates are not used", BASE, 'rate * group.get("rate_scale", 1.0)', "rate", OF_LABELS),
+    Fault("Layer-wise rates are not used", BASE, 'rate * group.get("lr_scale", 1.0)', "rate", OF_LABELS),
     Fault(
         "Biases and norms decay once training has begun",
         BASE,
@@ -161,8 +161,8 @@ FAULTS = [
     Fault(
         "The smallest rate is ignored",
         BASE,
-        "warmup_cosine(step, self.peak_rate, self.optim.min_rate, self.warmup_steps",
-        "warmup_cosine(step, self.peak_rate, 0.0, self.warmup_steps",
+        "warmup_cosine(step, self.peak_lr, self.optim.min_lr, self.warmup_steps",
+        "warmup_cosine(step, self.peak_lr, 0.0, self.warmup_steps",
         OF_STEPS,
     ),
     Fault(
@@ -175,38 +175,40 @@ FAULTS = [
     Fault(
         "The rate is one update late",
         BASE,
-        "rate, decay = self.rate_at(self.global_step),",
-        "rate, decay = self.rate_at(max(self.global_step - 1, 0)),",
+        "rate, decay = self.lr_at(self.global_step),",
+        "rate, decay = self.lr_at(max(self.global_step - 1, 0)),",
         OF_STEPS,
     ),
-    Fault("Gradients are never clipped", BASE, "if self.optim.clip:", "if False:", OF_STEPS),
+    Fault("Gradients are never clipped", BASE, "if self.optim.clip_grad:", "if False:", OF_STEPS),
     Fault(
         "All weights are clipped together whatever is asked",
         BASE,
-        'clip_each if self.optim.clip_by == "parameter" else clip_all',
-        "clip_all",
+        'clip_by_parameter_norm if self.optim.clip_grad_by == "parameter" else clip_by_global_norm',
+        "clip_by_global_norm",
         OF_STEPS,
     ),
-    Fault("The bound on gradients is 1 whatever is asked", BASE, "norms, self.optim.clip)", "norms, 1.0)", OF_STEPS),
+    Fault(
+        "The bound on gradients is 1 whatever is asked", BASE, "norms, self.optim.clip_grad)", "norms, 1.0)", OF_STEPS
+    ),
     Fault(
         "The recorded norm of gradients is the largest, not the total",
         BASE,
-        'self.records["gradient_norm"] = [norms.norm()]',
-        'self.records["gradient_norm"] = [norms.max()]',
+        'self.records["grad_norm"] = [norms.norm()]',
+        'self.records["grad_norm"] = [norms.max()]',
         OF_STEPS,
     ),
     Fault(
         "The recorded norm of gradients is that after clipping",
         BASE,
-        'self.records["gradient_norm"] = [norms.norm()]',
-        'self.records["gradient_norm"] = [norms_of(list(gradients.values())).norm()]',
+        'self.records["grad_norm"] = [norms.norm()]',
+        'self.records["grad_norm"] = [grad_norms(list(gradients.values())).norm()]',
         OF_STEPS,
     ),
     Fault(
         "The recorded rate is the next step's",
         BASE,
-        'self.records["rate"] = [torch.tensor(rate,',
-        'self.records["rate"] = [torch.tensor(self.rate_at(self.global_step + 1),',
+        'self.records["lr"] = [torch.tensor(rate,',
+        'self.records["lr"] = [torch.tensor(self.lr_at(self.global_step + 1),',
         OF_STEPS,
     ),
     Fault(
@@ -277,8 +279,8 @@ FAULTS = [
     Fault(
         "Layer-wise rates are off by one layer",
         GROUPS,
-        '"rate_scale": layer_decay ** (depth + 1 - layer)',
-        '"rate_scale": layer_decay ** (depth - layer)',
+        '"lr_scale": layer_decay ** (depth + 1 - layer)',
+        '"lr_scale": layer_decay ** (depth - layer)',
         OF_OPTIM,
     ),
     Fault(
@@ -371,8 +373,8 @@ FAULTS = [
     Fault(
         "Patches are divided by their variance",
         MAE,
-        "(variance + 1e-6).sqrt()\n\n\ndef hidden",
-        "(variance + 1e-6)\n\n\ndef hidden",
+        "(variance + 1e-6).sqrt()\n\n\ndef masked",
+        "(variance + 1e-6)\n\n\ndef masked",
         OF_MAE,
     ),
     Fault(
@@ -399,8 +401,8 @@ FAULTS = [
     Fault(
         "The mask ratio is ignored",
         MAE,
-        "split_by_noise(noise, visible_count(noise.shape[1], self.settings.mask_ratio))  # b k",
-        "split_by_noise(noise, visible_count(noise.shape[1], 0.75))  # b k",
+        "random_masking(noise, num_visible(noise.shape[1], self.settings.mask_ratio))  # b k",
+        "random_masking(noise, num_visible(noise.shape[1], 0.75))  # b k",
         OF_MAE,
     ),
     Fault(
@@ -486,7 +488,7 @@ FAULTS = [
     Fault(
         "The student's temperature is a constant",
         DINO,
-        "self.each(self.head, features) / self.settings.student_temperature",
+        "self.each(self.head, features) / self.settings.student_temp",
         "self.each(self.head, features) / 0.1",
         OF_DINO,
     ),
@@ -508,7 +510,7 @@ FAULTS = [
         "The teacher's temperature is the student's",
         DINO,
         "settings, temperature = self.settings, self.temperature_at(self.global_step)",
-        "settings, temperature = self.settings, self.settings.student_temperature",
+        "settings, temperature = self.settings, self.settings.student_temp",
         OF_DINO,
     ),
     Fault(
@@ -605,7 +607,7 @@ FAULTS = [
     Fault(
         "The teacher's head does not follow the student's",
         DINO,
-        "move_average(self.teacher_head, self.head, momentum)",
+        "ema_update(self.teacher_head, self.head, momentum)",
         "pass",
         OF_DINO,
     ),
@@ -677,7 +679,7 @@ FAULTS = [
     Fault(
         "A smaller batch has the teacher's momentum of the paper's batch",
         "sslvit/settings/dino.py",
-        "per_batch = PAPER_MOMENTUM ** (global_batch / PAPER_BATCH)",
+        "per_batch = PAPER_MOMENTUM ** (global_batch_size / PAPER_BATCH)",
         "per_batch = PAPER_MOMENTUM",
         OF_DINO,
     ),
@@ -692,8 +694,8 @@ FAULTS = [
     Fault(
         "BERT's loss counts all pixels",
         IGPT,
-        "loss = color_error(self.head(states), colors, is_hidden)",
-        "loss = color_error(self.head(states), colors)",
+        "loss = pixel_nll(self.head(states), colors, is_hidden)",
+        "loss = pixel_nll(self.head(states), colors)",
         OF_IGPT,
     ),
     Fault(
@@ -758,15 +760,15 @@ FAULTS = [
     Fault(
         "Draws do not depend on the seed",
         SAMPLING,
-        'uniform_at((settings.seed, "sampling")',
-        'uniform_at((0, "sampling")',
+        'rng.uniform((settings.seed, "sampling")',
+        'rng.uniform((0, "sampling")',
         OF_SAMPLING,
     ),
     Fault(
         "Every pixel of an image is drawn with one number",
         SAMPLING,
-        "draw_colors(shares, numbers[:, place])",
-        "draw_colors(shares, numbers[:, 0])",
+        "sample_colors(shares, numbers[:, place])",
+        "sample_colors(shares, numbers[:, 0])",
         OF_SAMPLING,
     ),
     Fault(

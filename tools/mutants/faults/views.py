@@ -333,15 +333,15 @@ FAULTS = [
     Fault(
         "Boxes do not depend on the epoch",
         "sslvit/data/views.py",
-        "uniform_at((self.seed, e, p), s,",
-        "uniform_at((self.seed, 0, p), s,",
+        "rng.uniform((self.seed, e, p), s,",
+        "rng.uniform((self.seed, 0, p), s,",
         ("tests/data/test_views.py",),
     ),
     Fault(
         "Boxes do not depend on the seed",
         "sslvit/data/views.py",
-        "uniform_at((self.seed, e, p), s,",
-        "uniform_at((0, e, p), s,",
+        "rng.uniform((self.seed, e, p), s,",
+        "rng.uniform((0, e, p), s,",
         ("tests/data/test_views.py",),
     ),
     Fault(
@@ -361,22 +361,22 @@ FAULTS = [
     Fault(
         "Colors do not depend on the epoch",
         "sslvit/data/views.py",
-        "draw_colors(settings, v, (self.seed, e), s)",
-        "draw_colors(settings, v, (self.seed, 0), s)",
+        "sample_colors(settings, v, (self.seed, e), s)",
+        "sample_colors(settings, v, (self.seed, 0), s)",
         ("tests/data/test_color.py",),
     ),
     Fault(
         "Colors do not depend on the seed",
         "sslvit/data/views.py",
-        "draw_colors(settings, v, (self.seed, e), s)",
-        "draw_colors(settings, v, (0, e), s)",
+        "sample_colors(settings, v, (self.seed, e), s)",
+        "sample_colors(settings, v, (0, e), s)",
         ("tests/data/test_color.py",),
     ),
     Fault(
         "Colors of all views are drawn alike",
         "sslvit/data/color.py",
-        'uniform_at((*key, f"colour {view}"), samples, 10)',
-        'uniform_at((*key, "color"), samples, 10)',
+        'rng.uniform((*key, f"colour {view}"), samples, 10)',
+        'rng.uniform((*key, "color"), samples, 10)',
         ("tests/data/test_color.py",),
     ),
     Fault(
@@ -731,8 +731,8 @@ FAULTS = [
     Fault(
         "A substitute keeps the bad sample's colors",
         "sslvit/data/loader.py",
-        "colors = views.draw_colors(shown, shown_epochs)",
-        "colors = views.draw_colors(samples, epochs)",
+        "colors = views.sample_colors(shown, shown_epochs)",
+        "colors = views.sample_colors(samples, epochs)",
         ("tests/data/test_loader.py",),
     ),
     Fault(
@@ -941,7 +941,7 @@ FAULTS = [
     Fault(
         "A palette is fitted on a data set's first images",
         "sslvit/data/pixels.py",
-        'np.sort(generator(seed, "palette images").permutation(len(index))[:MOST_IMAGES])',
+        'np.sort(rng.generator(seed, "palette images").permutation(len(index))[:MOST_IMAGES])',
         "chosen[:MOST_IMAGES]",
         ("tests/data/test_pixels.py",),
     ),

@@ -1,4 +1,4 @@
-"""Chance as a pure function: the same key gives the same numbers on any rank, worker or resume.
+"""Counter-based random numbers: the same key gives the same numbers on any rank, worker or resume.
 
 A stream of random numbers would have to be saved, and its position depends on who drew before. Here every draw
 names its key (seed, step or epoch, purpose), and any row of an endless table can be had without the others.
@@ -22,7 +22,7 @@ def generator(*key: int | str) -> np.random.Generator:
 
 
 @contextmanager
-def torch_chance(*key: int | str) -> Iterator[None]:
+def torch_seeded(*key: int | str) -> Iterator[None]:
     """torch's generator on the CPU, set by a key for a while: torchvision's transforms draw from nothing else."""
     import torch  # settings and plans draw without it
 
@@ -41,7 +41,7 @@ def seed_torch(*key: int | str) -> None:
     torch.manual_seed(int(generator(*key).integers(2**62)))
 
 
-def uniform_at(key: tuple[int | str, ...], rows: np.ndarray, columns: int) -> np.ndarray:
+def uniform(key: tuple[int | str, ...], rows: np.ndarray, columns: int) -> np.ndarray:
     """The given rows of an endless table of uniform numbers in [0, 1).
 
     Each cell is the output of SplitMix64 (Steele et al. 2014) at the cell's place in one long sequence, so the
