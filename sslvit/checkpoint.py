@@ -39,7 +39,7 @@ FORMAT = 1
 HEAD = "head.safetensors"  # beside an encoder: the classifier that was trained with it
 TIMM = "timm:"  # before the name of one of timm's pretrained models
 SNAPSHOTS = "snapshots"  # of a model in the hub's cache
-STUDENT, TEACHER = "encoder.", "teacher."  # of a checkpoint's names, where a task trains both
+STUDENT, TEACHER = "model.encoder.", "model.teacher."  # of a checkpoint's names, where a task trains both
 POSITION_TABLES = ("learned_1d", "sincos_1d", "sincos_2d")
 NOT_IN_THE_WEIGHTS = (
     "dropout", "drop_path", "activation_checkpointing", "init", "color_init", "mean", "std", "interpolation",
@@ -214,7 +214,7 @@ def split_checkpoint(
             raise ValueError(f"{path}: holds a student and a teacher, no {network}.")
         prefix = STUDENT if network == "student" else prefix
         encoder = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        others = {key: value for key, value in state.items() if not key.startswith(prefix)}
+        others = {key.removeprefix("model."): value for key, value in state.items() if not key.startswith(prefix)}
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a whole checkpoint of sslvit ({error}).") from error
     return settings_from(record, path), encoder, others

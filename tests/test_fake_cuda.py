@@ -34,6 +34,7 @@ from sslvit.evaluate.linear import fit_probe
 from sslvit.evaluate.probe import probe
 from sslvit.evaluate.sources import Features, LabeledSet
 from sslvit.models import ViTEncoder
+from sslvit.models.sampling import complete
 from sslvit.palette import nearest_color, squared_error, uniform_palette
 from sslvit.report.samples import draw_completions, draw_samples
 from sslvit.settings import EncoderSettings, OptimSettings, ProbeSettings
@@ -43,7 +44,6 @@ from sslvit.settings.views import MultiCropSettings
 from sslvit.tasks import task_class
 from sslvit.tasks.base import Task
 from sslvit.tasks.igpt import IGPT
-from sslvit.tasks.sampling import complete
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*device_type of 'cuda'.*", "ignore:.*no accelerator is found.*")
 MIXED = "Expected all tensors to be on the same device"

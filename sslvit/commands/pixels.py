@@ -63,6 +63,6 @@ def run_likelihood(options: argparse.Namespace) -> None:
 def load_task(options: argparse.Namespace):
     """An iGPT with its output matrix, on the device asked for."""
     from sslvit.environment import pick_device
-    from sslvit.tasks.igpt import load_igpt
+    from sslvit.tasks.released import load_igpt
 
     return load_igpt(options.run, options.heads, **unsaid(options)).to(pick_device(options.device))

@@ -76,7 +76,7 @@ def run_plan(options: argparse.Namespace) -> None:
         raise ValueError(f"--tflops {options.tflops:g}: must be above zero.")
     from sslvit.data.open import open_shards
     from sslvit.settings.load import load_recipe
-    from sslvit.train.forecast import PEAKS, draw_schedules, forecast
+    from sslvit.train.forecast import PEAKS, forecast, plot_schedules
 
     settings = load_recipe(options.config, options.changes)
     data = one_source(options.data) or settings.data.shards
@@ -88,15 +88,16 @@ def run_plan(options: argparse.Namespace) -> None:
         images, classes = len(index), len(index.classes) if index.classes else None
     found, task = forecast(settings, images, classes)
     print(found.text())
-    if found.global_batch_size != settings.data.global_batch_size:
+    if found.run.global_batch_size != settings.data.global_batch_size:
         print(f"             instead of the recipe's {settings.data.global_batch_size:,} images, more than there are")
     for name, tflops in ({"given": options.tflops} if options.tflops else PEAKS).items():
         hours = found.hours(tflops, options.utilization)
         print(
-            f"hours        {hours:,.1f} on {found.ranks} x {name} ({tflops:g} TFLOP/s, {options.utilization:.0%} used)"
+            f"hours        {hours:,.1f} on {found.run.ranks} x {name} "
+            f"({tflops:g} TFLOP/s, {options.utilization:.0%} used)"
         )
     if options.figure:
-        print(draw_schedules(task, Path(options.figure)))
+        print(plot_schedules(task, Path(options.figure)))
 
 
 def run_replay(options: argparse.Namespace) -> None:

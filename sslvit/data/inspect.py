@@ -14,8 +14,9 @@ import numpy as np
 from sslvit.data.decode import BadImage, decode, read_header
 from sslvit.data.index import ShardIndex, sha256_of, unlisted_notice
 from sslvit.data.parallel import in_parallel
-from sslvit.data.plan import EpochPlan, fitting_ranks
+from sslvit.data.plan import EpochPlan
 from sslvit.files import printable
+from sslvit.run_plan import fitting_ranks
 
 LARGE_PIXELS = 50_000_000  # slow to decode; half of what is refused
 

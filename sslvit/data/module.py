@@ -7,16 +7,17 @@ from collections.abc import Iterator
 import numpy as np
 import pytorch_lightning as pl
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sslvit.data.batch import Batch
 from sslvit.data.index import Index
-from sslvit.data.loader import TrainingBatches, make_batch
-from sslvit.data.plan import Plan, slices
+from sslvit.data.loader import TrainingBatches, evaluation_loader, make_batch
+from sslvit.data.plan import Plan
 from sslvit.data.reader import ShardReader
 from sslvit.data.resample import normalize
 from sslvit.data.stream import StreamBatches, StreamIndex
 from sslvit.data.views import Views, change_views
+from sslvit.run_plan import RunPlan
 from sslvit.settings import DataSettings, EncoderSettings
 from sslvit.settings.views import AugmentSettings, CenterSettings
 from sslvit.stopping import obey_parent_alone
@@ -26,53 +27,63 @@ class ShardDataModule(pl.LightningDataModule):
     """Training batches in an order that only the seed decides, and the exact position saved and restored.
 
     Args:
-        index: of the shards.
-        settings: batch, view and loading.
-        encoder: size, channels and normalization of its input.
-        plan: the order; its seed is also that of the views.
-        total_steps: optimizer steps of the run.
-        micro_batch_size: images per forward pass on one rank, or None for the rank's share.
+        index: The shards.
+        settings: View and loading.
+        encoder: Size, channels and normalization of its input.
+        plan: The order; its seed is also that of the views.
+        run: Steps, batch sizes and ranks.
+        val: Shards whose images a task's validation loss is of; None for none.
     """
 
     def __init__(
-        self,
-        index: Index,
-        settings: DataSettings,
-        encoder: EncoderSettings,
-        plan: Plan,
-        total_steps: int,
-        micro_batch_size: int | None = None,
-    ) -> None:
+        self, index: Index, settings: DataSettings, encoder: EncoderSettings, plan: Plan, run: RunPlan,
+        val: Index | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.index, self.settings, self.encoder = index, settings, encoder
-        self.plan, self.total_steps, self.micro_batch_size = plan, total_steps, micro_batch_size
+        self.plan, self.run, self.val = plan, run, val
         self.views = Views(settings.view, encoder.image_size, encoder.interpolation, plan.seed, fill=encoder.mean)
         self.start_step = 0
         self.reader: ShardReader | None = None
 
     def train_dataloader(self) -> DataLoader:
-        trainer = self.trainer
+        """The run's batches, or one epoch's where a Trainer counts epochs; from the restored position on."""
+        trainer, run = self.trainer, self.run
+        assert trainer is not None
         is_gpu = trainer.strategy.root_device.type == "cuda"
-        micro, passes = slices(self.plan.global_batch_size, trainer.world_size, self.micro_batch_size)
         place = self.settings.color_on
         self.views.color_here = place == "workers" or (place == "auto" and not is_gpu)
         if isinstance(self.index, StreamIndex):
             batches: Dataset = StreamBatches(
-                self.index, self.views, self.encoder.channels, trainer.global_rank, trainer.world_size, micro, passes,
-                self.start_step, self.settings.max_pixels,
+                self.index, self.views, self.encoder.channels, trainer.global_rank, run.ranks, run.images_per_pass,
+                run.accumulation_steps, self.start_step, self.settings.max_pixels,
             )  # fmt: skip
             workers, order = batches.workers(self.settings.workers), None
         else:
             self.reader = self.reader or self.make_reader()
             batches = TrainingBatches(
-                self.reader, self.views, self.plan, trainer.global_rank, micro, passes, self.settings.resolutions
-            )
+                self.reader, self.views, self.plan, trainer.global_rank, run.images_per_pass, run.accumulation_steps,
+                self.settings.resolutions,
+            )  # fmt: skip
             # a set kept in memory has no decoding to spread over processes, but changing image by image is work
             is_light = self.reader.decoded is not None and not isinstance(self.settings.view, AugmentSettings)
             workers = 0 if is_light else self.settings.workers
-            order = _From(self.start_step * passes, self.total_steps * passes)
+            steps = run.total_steps if trainer.max_epochs == 1 else run.steps_per_epoch
+            order = _EpochOrder(trainer, steps * run.accumulation_steps, self.start_step * run.accumulation_steps)
         processes = {"num_workers": workers, "worker_init_fn": obey_parent_alone}
         return DataLoader(batches, batch_size=None, sampler=order, pin_memory=is_gpu, **processes)
+
+    def val_dataloader(self) -> DataLoader | list:
+        """Every image of `val` once, seen as in training, the same every time."""
+        if self.val is None:
+            return []
+        trainer, run = self.trainer, self.run
+        assert trainer is not None
+        reader = ShardReader(self.val, self.encoder.channels, self.settings.memory_limit_mb, self.settings.max_pixels)
+        return evaluation_loader(
+            reader, self.encoder, run.images_per_pass, self.settings.workers, trainer.global_rank, run.ranks,
+            self.settings.view, 0, run.seed,
+        )  # fmt: skip
 
     def make_reader(self) -> ShardReader:
         settings = self.settings
@@ -130,14 +141,18 @@ class ShardDataModule(pl.LightningDataModule):
         return {**self.plan.identity(), "shards": self.index.fingerprint()}
 
 
-class _From:
-    """Numbers from the position on; its length is that of the whole run, as Lightning counts it on a resume."""
+class _EpochOrder(Sampler[int]):
+    """Numbers of the micro-batches of the Trainer's epoch; after a resume from the restored position on.
 
-    def __init__(self, start: int, stop: int) -> None:
-        self.start, self.stop = start, stop
+    Its length is that of the whole epoch, as Lightning counts it on a resume.
+    """
+
+    def __init__(self, trainer: pl.Trainer, per_epoch: int, start: int) -> None:
+        self.trainer, self.per_epoch, self.start = trainer, per_epoch, start
 
     def __iter__(self) -> Iterator[int]:
-        return iter(range(self.start, self.stop))
+        first = self.trainer.current_epoch * self.per_epoch
+        return iter(range(max(first, self.start), first + self.per_epoch))
 
     def __len__(self) -> int:
-        return self.stop
+        return self.per_epoch

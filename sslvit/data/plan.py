@@ -216,34 +216,6 @@ class EpochPlan:
         return [*shards[first:].tolist(), *shards[: last + 1].tolist()]
 
 
-def slices(global_batch_size: int, ranks: int, micro_batch_size: int | None) -> tuple[int, int]:
-    """Images per forward pass on one rank, and forward passes per optimizer step.
-
-    Raises:
-        ValueError: the ranks or the micro-batch do not divide the batch; the message names what would.
-    """
-    if global_batch_size % ranks:
-        near = round(global_batch_size / ranks) * ranks or ranks
-        raise ValueError(
-            f"data.global_batch_size: {global_batch_size} images cannot be shared equally by {ranks} ranks. "
-            f"Use {near} images, or one of {fitting_ranks(global_batch_size, max(2 * ranks, 8))} ranks."
-        )
-    share = global_batch_size // ranks
-    micro = micro_batch_size or share
-    if share % micro:
-        fitting = [n for n in range(1, share + 1) if share % n == 0]
-        raise ValueError(
-            f"train.micro_batch_size: {micro} does not divide a rank's share of {share} images "
-            f"(global batch {global_batch_size} over {ranks} ranks). Use one of {fitting[-8:]}."
-        )
-    return micro, share // micro
-
-
-def fitting_ranks(global_batch_size: int, most: int) -> list[int]:
-    """Numbers of ranks, up to `most`, that share a batch equally."""
-    return [n for n in range(1, min(global_batch_size, most) + 1) if global_batch_size % n == 0]
-
-
 class EvaluationBatches(Sequence[tuple[np.ndarray, np.ndarray]]):
     """Every sample exactly once over all ranks, in batches of one size and equally many on each: (numbers, valid).
 

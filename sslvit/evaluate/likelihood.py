@@ -13,8 +13,8 @@ from torch import Tensor
 
 from sslvit.data.loader import evaluation_loader, normalized_view
 from sslvit.evaluate.sources import LabeledSet
+from sslvit.models.igpt import IGPTModel, pixel_nll
 from sslvit.progress import track
-from sslvit.tasks.igpt import IGPT, pixel_nll
 
 HELD_OUT = 10  # every tenth training image tunes the table of neighbors
 MOST_TUNED = 1_000  # of them
@@ -144,11 +144,11 @@ def unigram_nats(train: np.ndarray, val: np.ndarray, colors: int) -> float:
 
 
 @torch.no_grad()
-def likelihood(task: IGPT, train: LabeledSet, val: LabeledSet, batch: int = 16) -> dict[str, dict[str, float]]:
+def likelihood(model: IGPTModel, train: LabeledSet, val: LabeledSet, batch: int = 16) -> dict[str, dict[str, float]]:
     """Nats and bits per pixel of `val`: all colors alike, by counting on `train`, and by the model.
 
     Args:
-        task: trained, on the device that it shall run on.
+        model: trained, on the device that it shall run on.
         train: images that are counted; the model should have been trained on the same.
         val: images that are scored, each seen once, in the middle and at the encoder's size.
         batch: images per forward pass.
@@ -163,34 +163,34 @@ def likelihood(task: IGPT, train: LabeledSet, val: LabeledSet, batch: int = 16) 
             f"--train {train.index.location}: {len(train.samples)} images are too few to count on. Give {FEWEST} or "
             "more."
         )
-    task.eval()
-    colors = task.head.out_features
-    counted, scored = palette_images(task, train), palette_images(task, val)
+    model.eval()
+    colors = model.head.out_features
+    counted, scored = palette_images(model, train), palette_images(model, val)
     nats = {
         f"{colors} colors alike": math.log(colors),
         "how often each color is": unigram_nats(counted, scored, colors),
         "left and upper neighbor, counted": neighbor_nats(counted, scored, colors),
-        "iGPT": model_nats(task, torch.from_numpy(scored).flatten(1), batch),
+        "iGPT": model_nats(model, torch.from_numpy(scored).flatten(1), batch),
     }
     if not all(math.isfinite(value) for value in nats.values()):
         raise ValueError("the model's predictions are not finite numbers: its training has probably failed.")
     return {name: {"nats per pixel": value, "bits per pixel": value / math.log(2)} for name, value in nats.items()}
 
 
-def model_nats(task: IGPT, colors: Int[Tensor, "b n"], batch: int) -> float:
+def model_nats(model: IGPTModel, colors: Int[Tensor, "b n"], batch: int) -> float:
     """Mean nats per pixel of images given as palette indices."""
-    encoder, total = task.encoder, 0.0
+    encoder, total = model.encoder, 0.0
     device = encoder.patch_embed.palette.device
     for piece in track(colors.split(batch), "scoring", len(colors), each=batch):
         piece = piece.long().to(device)
         images = encoder.patch_embed.images_of(piece, encoder.settings.grid)
-        total += float(pixel_nll(task.head(encoder(images)), piece)) * len(piece)
+        total += float(pixel_nll(model.head(encoder(images)), piece)) * len(piece)
     return total / len(colors)
 
 
-def palette_images(task: IGPT, data: LabeledSet) -> np.ndarray:
+def palette_images(model: IGPTModel, data: LabeledSet) -> np.ndarray:
     """The encoder's view of every readable image as palette indices, 'b h w'."""
-    encoder = task.encoder
+    encoder = model.encoder
     pixels = encoder.patch_embed
     loader = evaluation_loader(data.reader, encoder.settings, chosen=data.chosen)
     pieces, samples, bad = [], [], {}

@@ -18,8 +18,9 @@ from sslvit.data.decode import BadImage
 from sslvit.data.mixture import MixturePlan, shares_of_batch
 from sslvit.data.open import cache_of, open_data
 from sslvit.data.pack import pack
-from sslvit.data.plan import EpochPlan, EvaluationBatches, fitting_ranks, slices
+from sslvit.data.plan import EpochPlan, EvaluationBatches
 from sslvit.data.reader import ShardReader
+from sslvit.run_plan import fitting_ranks, split_batch
 from sslvit.settings import DataSettings
 
 
@@ -262,7 +263,7 @@ def test_a_lane_touches_few_shards_at_a_time() -> None:
 
 @pytest.mark.parametrize(("ranks", "micro"), [(1, None), (2, 6), (3, 4), (4, 1), (12, 2)])
 def test_ranks_and_micro_batches_cut_the_global_batch_without_changing_it(ranks: int, micro: int | None) -> None:
-    size, passes = slices(24, ranks, micro)
+    size, passes = split_batch(24, ranks, micro)
     batch = EpochPlan([100], 24).batch(2)[0]
     plan = EpochPlan([100], 24)
     starts = [(r * passes + m) * size for r in range(ranks) for m in range(passes)]
@@ -273,9 +274,9 @@ def test_a_batch_that_does_not_divide_names_what_would() -> None:
     with pytest.raises(
         ValueError, match=r"10 images cannot be shared equally by 3 ranks. Use 9 images, or one of \[1, 2, 5\]"
     ):
-        slices(10, 3, None)
+        split_batch(10, 3, None)
     with pytest.raises(ValueError, match=r"train.micro_batch_size: 4 .*Use one of \[1, 2, 3, 6\]"):
-        slices(12, 2, 4)
+        split_batch(12, 2, 4)
     with pytest.raises(ValueError, match=r"data.lanes: 5 does not divide data.global_batch_size \(12\)"):
         EpochPlan([100], 12, lanes=5)
     assert fitting_ranks(4096, 20) == [1, 2, 4, 8, 16]

@@ -7,8 +7,8 @@ import torch
 from test_igpt import gray, make
 from test_mae import batch_of
 
+from sslvit.models.sampling import complete, sample_colors, sampling_probs
 from sslvit.settings.sample import SampleSettings
-from sslvit.tasks.sampling import complete, sample_colors, sampling_probs
 
 POSITIONS = ["none", "learned_1d", "learned_2d", "sincos_1d", "sincos_2d", "rotary_2d", "relative_bias"]
 

@@ -16,11 +16,11 @@ import time
 import torch
 
 from sslvit.data.batch import Batch
+from sslvit.models.sampling import complete
 from sslvit.settings import IGPTSettings, OptimSettings
 from sslvit.settings.load import load_recipe
 from sslvit.settings.sample import SampleSettings
 from sslvit.tasks.igpt import IGPT
-from sslvit.tasks.sampling import complete
 
 EVERY = 64
 
