@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import configparser
 import subprocess
 import sys
 from pathlib import Path
@@ -66,14 +65,6 @@ def modules_after(code: str) -> set[str]:
 )
 def test_the_front_door_imports_no_torch(code: str) -> None:
     assert "torch" not in modules_after(code)
-
-
-def test_every_folder_of_the_package_is_installed() -> None:
-    config = configparser.ConfigParser()
-    config.read(PACKAGE.parent / "setup.cfg")
-    listed = set(config["options"]["packages"].split())
-    folders = {".".join(p.parent.relative_to(PACKAGE.parent).parts) for p in PACKAGE.rglob("__init__.py")}
-    assert listed == folders | {"sslvit.configs"}
 
 
 def test_lazy_names_exist() -> None:
