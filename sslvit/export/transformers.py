@@ -17,6 +17,7 @@ from PIL.Image import Image, Resampling
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sslvit.environment import require_packages
 from sslvit.export.exported import Exported
 from sslvit.layouts import openai_igpt
 from sslvit.layouts.preprocessing import fraction_held, resized_sides
@@ -44,12 +45,7 @@ def check(exported: Exported, size: str | None) -> bool:
         raise ValueError(
             f"--size dynamic: transformers stretches positions in another way ({differs}). Use --size fixed."
         )
-    try:
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "--format transformers: transformers is not installed. Run: pip install 'sslvit[transformers]'"
-        ) from error
+    require_packages("--format transformers", "sslvit[transformers]", "transformers")
     return size == "fixed" or differs is not None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
 import math
@@ -22,6 +21,7 @@ from sslvit.data.index import ShardIndex
 from sslvit.data.pack import pack
 from sslvit.data.sources import hold_out
 from sslvit.data.views import Views
+from sslvit.environment import require_packages
 from sslvit.evaluate.layers import HELD_OUT, LayerTable, draw_layers, probe_layers
 from sslvit.evaluate.probe import ProbeTable, probe
 from sslvit.export import export_encoder
@@ -92,7 +92,7 @@ def demo(
             raise ValueError(f"{folder}: not the folder of a demo (no {MARK}), so --overwrite leaves it alone.")
         for made in MADE:
             shutil.rmtree(folder / made, ignore_errors=True)
-    importlib.import_module("timm")  # the last step needs it: missing, it is said now
+    require_packages("demo", "sslvit[timm]", "timm")  # for the last step
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / MARK, json.dumps({"data": data, "seed": seed}) + "\n")
     logger.info(f"1/4  packing {data} into WebDataset shards")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import platform
 import shlex
 import sys
@@ -17,6 +16,7 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from sslvit import __version__
 from sslvit.data.index import Index
+from sslvit.environment import require_packages
 from sslvit.files import write_atomically
 from sslvit.settings import RunSettings, TrainSettings
 from sslvit.train.folder import RunFolder
@@ -28,9 +28,10 @@ def check_loggers(settings: TrainSettings) -> None:
     Raises:
         ImportError: a logger's package is missing.
     """
-    for key, is_wanted in (("tensorboard", settings.tensorboard), ("wandb", settings.wandb is not None)):
-        if is_wanted and importlib.util.find_spec(key) is None:
-            raise ImportError(f"train.{key}: {key} is not installed. Run: pip install {key}")
+    if settings.tensorboard:
+        require_packages("train.tensorboard", "sslvit[tensorboard]", "tensorboard")
+    if settings.wandb is not None:
+        require_packages("train.wandb", "wandb", "wandb")
 
 
 def make_loggers(settings: RunSettings, folder: RunFolder, index: Index) -> list[Logger]:

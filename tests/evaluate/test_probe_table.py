@@ -193,11 +193,11 @@ def test_a_second_probe_reads_features_from_the_cache(shards: Path, monkeypatch:
     first = probe({"mine": make()}, settings)
     monkeypatch.setattr(features_module, "evaluation_loader", None)  # a pass would fail
     assert probe({"mine": make()}, settings).draws == first.draws
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
         probe({"mine": make(seed=1)}, settings)  # other weights
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
         probe({"mine": make()}, replace(settings, batch=7))  # other last digits
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
         probe({"mine": make(mean=[0.4] * 3)}, settings)  # seen otherwise
 
 

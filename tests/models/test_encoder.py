@@ -206,18 +206,26 @@ def test_causal_pixels_depend_on_earlier_pixels_only() -> None:
         assert place == 35 or changed[place + 1 :].any(), f"place {place} reaches nobody"
 
 
-@torch.no_grad()
-@torch.no_grad()
 def test_causal_pixels_depend_on_earlier_pixels_only_in_bf16_and_recomputed() -> None:
+    """Outputs, and the gradients of weights, which come from what is computed once more for the backward pass."""
     encoder = pixels(causal=True, pos_embed="learned_1d", activation_checkpointing=True).train()
+    weights = [block.attn.qkv.weight for block in encoder.blocks]
+    passes: list[int] = []
+    encoder.blocks[0].register_forward_pre_hook(lambda *_: passes.append(1))
+
+    def step(pixels: torch.Tensor, known: int) -> list[torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            tokens = encoder(pixels)[:, :known]
+        return [tokens.detach(), *torch.autograd.grad(tokens.float().square().sum(), weights)]
+
     one = torch.randn(1, 3, 6, 6)
-    with torch.autocast("cpu", torch.bfloat16):
-        before = encoder(one)
-        for changed in range(36):
-            other = one.clone()
-            other.view(3, 36)[:, changed] *= -1
-            after = encoder(other)
-            assert torch.equal(after[:, : changed + 1], before[:, : changed + 1])
+    for changed in range(36):
+        other = one.clone()
+        other.view(3, 36)[:, changed] *= -1
+        for before, after in zip(step(one, changed + 1), step(other, changed + 1), strict=True):
+            assert before.any()
+            assert torch.equal(after, before)
+    assert len(passes) == 36 * 2 * 2
 
 
 @torch.no_grad()
@@ -525,13 +533,20 @@ def test_features_come_from_the_saved_layer() -> None:
 
 
 def test_checkpointing_changes_memory_and_not_gradients() -> None:
-    gradients = []
+    gradients, kept = [], []
     for checkpointing in (False, True):
         encoder = make(activation_checkpointing=checkpointing, drop_path=0.5).train()
         noise = torch.rand(6, 2, generator=torch.Generator().manual_seed(0))
-        encoder(images(), path_noise=noise).square().sum().backward()
+        saved: dict[int, int] = {}  # elements of each tensor that is kept for the backward pass
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, saved=saved: saved.update({x.data_ptr(): x.numel()}) or x, lambda x: x
+        ):  # fmt: skip
+            loss = encoder(images(), path_noise=noise).square().sum()
+        loss.backward()
         gradients.append(encoder.patch_embed.proj.weight.grad)
+        kept.append(sum(saved.values()))
     assert torch.equal(*gradients)
+    assert kept[1] < kept[0] / 3
 
 
 @torch.no_grad()
