@@ -26,8 +26,10 @@ from sslvit.evaluate.likelihood import (
     unigram_nats,
 )
 from sslvit.evaluate.sources import LabeledSet
+from sslvit.models.igpt import pixel_nll
+from sslvit.run_plan import RunPlan
 from sslvit.settings import EncoderSettings, IGPTSettings, OptimSettings
-from sslvit.tasks.igpt import IGPT, pixel_nll
+from sslvit.tasks.igpt import IGPT
 
 
 def noise(count: int, colors: int, seed: int = 0) -> np.ndarray:
@@ -158,8 +160,8 @@ def task() -> IGPT:
         class_token=False, prefix_positions="none", pooling="mean", causal=True,
     )  # fmt: skip
     torch.manual_seed(0)
-    task = IGPT(IGPTSettings(), encoder, OptimSettings(), total_steps=1, steps_per_epoch=1, global_batch_size=8)
-    torch.nn.init.normal_(task.head.weight)
+    task = IGPT(IGPTSettings(), encoder, OptimSettings(), RunPlan(1, 1, 8))
+    torch.nn.init.normal_(task.model.head.weight)
     return task.eval()
 
 
@@ -167,7 +169,7 @@ def task() -> IGPT:
 def test_the_models_nats_are_its_loss_whatever_the_batch(task: IGPT) -> None:
     colors = torch.randint(0, 8, (7, 36))
     images = task.encoder.patch_embed.images_of(colors, (6, 6))
-    loss = float(pixel_nll(task.head(task.encoder(images)), colors))
+    loss = float(pixel_nll(task.model.head(task.encoder(images)), colors))
     assert model_nats(task, colors, 3) == pytest.approx(loss, rel=1e-6)
     assert model_nats(task, colors, 7) == pytest.approx(loss, rel=1e-6)
 
@@ -181,7 +183,7 @@ def by_model(task: IGPT, scored: np.ndarray) -> float:
             told = image.clone()
             told[place:] = 0  # nothing that the model must not see
             pixels = (told.view(1, 1, 6, 6) * 32 + 15.5) / 127.5 - 1  # the middles of the boxes in [-1, 1]
-            logits = task.head(task.encoder(pixels))[0, place].double()
+            logits = task.model.head(task.encoder(pixels))[0, place].double()
             total -= float(logits.log_softmax(0)[image[place]])
     return total / scored.size
 

@@ -13,8 +13,10 @@ from test_mae import batch_of
 
 from sslvit.checkpoint import load_encoder
 from sslvit.layouts import to_sslvit
+from sslvit.models.igpt import pixel_nll
 from sslvit.settings.palette import read_palette
-from sslvit.tasks.igpt import IGPT, load_igpt, pixel_nll
+from sslvit.tasks.igpt import IGPT
+from sslvit.tasks.released import load_igpt
 
 
 def task_of(golden: Golden) -> IGPT:
@@ -32,7 +34,7 @@ def images_of(golden: Golden, task: IGPT) -> torch.Tensor:
 def test_loss_logits_and_gradients(golden: Golden) -> None:
     task = task_of(golden)
     images, pixels = images_of(golden, task), golden["input/pixels"]
-    logits = task.head(task.encoder(images))
+    logits = task.model.head(task.encoder(images))
     golden.check("output/logits", logits)
     loss = task.training_step(batch_of(images))
     golden.check("output/loss", loss.detach())
@@ -51,7 +53,7 @@ def test_loss_logits_and_gradients(golden: Golden) -> None:
     ours = {
         "wpe.weight": encoder.pos_embed.grad[0],
         "wte.weight": torch.cat([pixels.embed.weight.grad, pixels.start_token.grad[0]]),
-        "ln_f.weight": encoder.norm.weight.grad, "lm_head.weight": task.head.weight.grad,
+        "ln_f.weight": encoder.norm.weight.grad, "lm_head.weight": task.model.head.weight.grad,
     }  # fmt: skip
     for number, block in enumerate(encoder.blocks):
         parts = {"attn.c_attn": block.attn.qkv, "attn.c_proj": block.attn.proj, "mlp.c_fc": block.mlp.fc1,
@@ -97,7 +99,7 @@ def test_tensorflow_variables_exported_as_arrays(tmp_path: Path, prefix: str) ->
     np.savez(tmp_path / "model.npz", **variables)
     task = load_igpt(tmp_path / "model.npz", palette="uniform")  # the heads are in the shapes
     assert not task.encoder.settings.bias
-    golden.check("output/official_tf/logits", task.head(task.encoder(images_of(golden, task))))
+    golden.check("output/official_tf/logits", task.model.head(task.encoder(images_of(golden, task))))
     encoder = load_encoder(tmp_path / "model.npz")
     golden.check("output/ln_f", encoder(images_of(golden, task)))
 
@@ -167,7 +169,7 @@ def test_a_released_file_takes_the_released_palette(tmp_path: Path) -> None:
         task = IGPT.from_official(tmp_path / "pytorch_model.bin", palette, golden.config["n_head"])
         assert torch.equal(task.encoder.patch_embed.palette, colors)
         assert torch.equal(task.encoder.patch_embed.indices(images_of(golden, task)), golden["input/pixels"])
-        golden.check("output/logits", task.head(task.encoder(images_of(golden, task))))
+        golden.check("output/logits", task.model.head(task.encoder(images_of(golden, task))))
     by_file = IGPT.from_official(tmp_path / "pytorch_model.bin", tmp_path / "kmeans_centers.npy", 4)
     assert torch.equal(by_file.encoder.patch_embed.palette, colors)
     with pytest.raises(ValueError, match="does not hold its colors. Give --palette FILE"):

@@ -21,7 +21,7 @@ from sslvit.settings import TrainSettings
 from sslvit.stopping import Preempted
 from sslvit.tasks import task_class
 from sslvit.train import run as run_module
-from sslvit.train.checkpoints import AtomicCheckpointIO, write_whole
+from sslvit.train.checkpoint_io import AtomicCheckpointIO, write_whole
 from sslvit.train.folder import RunFolder, read_lines
 from sslvit.weight_files import check_checkpoint, read_one_file, read_torch_file
 
@@ -420,7 +420,10 @@ def test_a_run_goes_on_by_its_folder_alone(shards: Path, tmp_path: Path, monkeyp
             "data.global_batch_size was 8 and cannot become 4, since the order of the data",
         ),
         ({"task.decoder_heads": 4}, "task.decoder_heads was 2 and cannot become 4, since it cuts the decoder's"),
-        ({"task.target": "normalized"}, "task.target was raw and cannot become normalized, since the decoder"),
+        (
+            {"task.model.target": "normalized"},
+            "task.model.target was raw and cannot become normalized, since the decoder",
+        ),
         ({"encoder.mean": [0.5]}, "encoder.mean was .* cannot become .* since the weights were trained on images"),
         ({"seed": 1, "optim.betas": [0.5, 0.9]}, "seed was 0 .*; optim.betas was .* Restore them"),
         ({"train.epochs": 9, "train.steps": 3}, "train.epochs 9.* would change nothing, since train.steps .3. decides"),
