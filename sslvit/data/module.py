@@ -12,13 +12,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from sslvit.data.batch import Batch
 from sslvit.data.index import Index
 from sslvit.data.loader import TrainingBatches, evaluation_loader, make_batch
+from sslvit.data.open import open_data, open_shards
 from sslvit.data.plan import Plan
 from sslvit.data.reader import ShardReader
 from sslvit.data.resample import normalize
 from sslvit.data.stream import StreamBatches, StreamIndex
 from sslvit.data.views import Views, change_views
 from sslvit.run_plan import RunPlan
-from sslvit.settings import DataSettings, EncoderSettings
+from sslvit.settings import DataSettings, EncoderSettings, RunSettings
 from sslvit.settings.views import AugmentSettings, CenterSettings
 from sslvit.stopping import obey_parent_alone
 
@@ -45,6 +46,20 @@ class ShardDataModule(pl.LightningDataModule):
         self.views = Views(settings.view, encoder.image_size, encoder.interpolation, plan.seed, fill=encoder.mean)
         self.start_step = 0
         self.reader: ShardReader | None = None
+
+    @classmethod
+    def from_settings(cls, settings: RunSettings, val: str | None = None) -> ShardDataModule:
+        """The data of a recipe, for a Trainer of your own.
+
+        Args:
+            settings: The recipe (`sslvit.load_recipe`).
+            val: Shards or a folder of images that the validation loss is of; None for none.
+        """
+        train = settings.train
+        index, plan = open_data(settings.data, settings.seed, train.devices * train.nodes)
+        run = RunPlan.make(train, plan.steps_per_epoch, plan.global_batch_size, settings.seed)
+        held_out = None if val is None else open_shards(val)
+        return cls(index, settings.data, settings.encoder, plan, run, held_out)
 
     def train_dataloader(self) -> DataLoader:
         """The run's batches, or one epoch's where a Trainer counts epochs; from the restored position on."""
