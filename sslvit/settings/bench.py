@@ -31,15 +31,12 @@ GIVEN = (
 
 @dataclass
 class SplitSettings:
-    """A data set.
-
-    Args:
-        train: labeled shards that heads are fitted on and fine-tuning trains on.
-        val: labeled shards that are reported, and never used to choose anything.
-    """
+    """A data set."""
 
     train: str
+    """Labeled shards (or a folder of images) that heads are fitted on and fine-tuning trains on."""
     val: str
+    """Labeled shards that are scored, and never used to choose anything."""
 
     def __post_init__(self) -> None:
         self.train, self.val = expand_path(self.train), expand_path(self.val)
@@ -47,45 +44,39 @@ class SplitSettings:
 
 @dataclass
 class FinetuneColumn:
-    """Fine-tuning: the column of accuracies after the last step.
-
-    Args:
-        config: a recipe.
-        changes: other settings by dotted key.
-    """
+    """Fine-tuning: the column of accuracies after the last step."""
 
     config: str = "finetune/small_images"
+    """Name of a recipe, or a YAML file."""
     changes: dict[str, Any] = field(default_factory=dict)
+    """Settings that change the recipe, by dotted key."""
 
 
 @dataclass
 @checked("")
 class ProbeColumn:
-    """A column of scores on frozen features.
-
-    Args:
-        kind: linear, few (labels) or knn.
-        protocol: of the linear probe.
-        labels_per_class: of a column with few labels.
-        labels_percent: of a column with few labels.
-        draws: random choices of those labels.
-        neighbors: k of a column of neighbors.
-        temperature: of the neighbors' vote.
-        layer: block that is probed; null for the encoder's own choice.
-        blocks: how many blocks that end there are put side by side.
-        pooling: of the tokens; null for the encoder's own choice.
-    """
+    """A column of scores on frozen features."""
 
     kind: Literal["linear", "few", "knn"] = "linear"
+    """What the column shows: linear (a linear probe), few (logistic regression on few labels) or knn."""
     protocol: ProtocolSettings = field(default_factory=LogregSettings)
+    """Protocol of the linear probe."""
     labels_per_class: int | None = None
+    """Number of labels per class in a column of few labels."""
     labels_percent: float | None = None
+    """Percentage of each class's labels in a column of few labels."""
     draws: int = 5
+    """Number of random subsets of the labels that are averaged."""
     neighbors: int = 20
+    """Number k of neighbors that vote."""
     temperature: float = 0.07
+    """Temperature of the neighbors' vote."""
     layer: int | None = None
+    """Number of the block whose output is probed; null for the encoder's default."""
     blocks: int = 1
+    """Number of consecutive blocks, ending with that one, whose features are concatenated."""
     pooling: str | None = None
+    """Pooling of the tokens; null for the encoder's default."""
 
     def settings(self, split: SplitSettings, **more: Any) -> ProbeSettings:
         """As `sslvit probe` takes them."""
@@ -100,30 +91,28 @@ class ProbeColumn:
 @dataclass(kw_only=True)
 @checked("")
 class BenchOptions:
-    """What a bench says besides its rows and columns.
-
-    Args:
-        baselines: rows besides the encoders: pixels, untrained (the same networks with fresh weights) and scratch (the
-            same networks trained with labels, then scored like the others).
-        seeds: how often everything by chance is drawn anew, untrained weights included.
-        seed: the first of them.
-        max_unreadable_fraction: share of a data set's images that may be unreadable; they are left out and counted.
-        batch: images per forward pass.
-        workers: loader processes.
-        device: auto, cpu or cuda.
-        out: folder for all of it; null for runs/bench-NAME.
-        name: of the bench: the YAML's.
-    """
+    """What a bench says besides its rows and columns."""
 
     baselines: list[str] = field(default_factory=lambda: list(BASELINES))
+    """Rows besides the encoders: pixels, untrained (the same architectures with fresh weights) and scratch (the same
+    architectures trained with labels, then scored like the others).
+    """
     seeds: int = 1
+    """Number of seeds, untrained weights included."""
     seed: int = 0
+    """First seed."""
     max_unreadable_fraction: float = 0.01
+    """Fraction of a data set's images that may be unreadable; these are skipped and counted."""
     batch: int = 256
+    """Images per forward pass."""
     workers: int = 0
+    """Number of loader processes."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device of the encoder and the heads; auto is a GPU where there is one."""
     out: str | None = None
+    """Folder for all results; null for runs/bench-NAME."""
     name: str = "bench"
+    """Name of the bench, that of its YAML."""
 
     def __post_init__(self) -> None:
         self.out = expand_path(self.out or f"runs/bench-{self.name}")
@@ -139,20 +128,18 @@ class BenchOptions:
 
 @dataclass(kw_only=True)
 class BenchSettings(BenchOptions):
-    """What is compared with what; and the options.
-
-    Args:
-        data: data sets by name.
-        encoders: rows by name: encoders of one architecture, from several seeds if there are several, whose mean is
-            shown with an interval.
-        columns: protocols by name.
-        scratch: how the baseline from scratch is trained where no column trains.
-    """
+    """What is compared with what; and the options."""
 
     data: dict[str, SplitSettings]
+    """Data sets by name."""
     encoders: dict[str, list[str]]
+    """Rows by name: an encoder, or several of one architecture from several seeds, whose mean is shown with an
+    interval.
+    """
     columns: dict[str, ProbeColumn | FinetuneColumn]
+    """Columns of the table by name."""
     scratch: FinetuneColumn = field(default_factory=FinetuneColumn)
+    """How the baseline from scratch is trained where no column is a fine-tuning."""
 
 
 def load_bench(path: str | Path, changes: dict[str, Any]) -> BenchSettings:

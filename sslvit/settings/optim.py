@@ -14,28 +14,26 @@ LONGEST_WARMUP = 12_500  # steps: 10 epochs of ImageNet in batches of 1024 (Caro
 @dataclass
 @checked("optim.")
 class OptimSettings:
-    """AdamW with a rate that warms up linearly and decays along a half cosine, step by step.
-
-    Args:
-        base_lr: learning rate at a global batch of 256; the peak rate is base_lr x global_batch_size / 256.
-        min_lr: rate at the last step.
-        warmup_epochs: epochs in which the rate rises from zero; null for a tenth of the run, at most 12,500 steps,
-            which also takes the place of a warm-up that would last the whole run.
-        weight_decay: decoupled decay of matrices; biases, norms and other vectors are spared.
-        final_weight_decay: what it grows to along half a cosine (DINO); null leaves it as it is.
-        betas: AdamW's averages.
-        clip_grad: largest gradient norm; null leaves gradients alone.
-        clip_grad_by: whose norm that is: all weights together, or each parameter on its own (DINO).
-    """
+    """AdamW with a rate that warms up linearly and decays along a half cosine, step by step."""
 
     base_lr: float = 1.5e-4
+    """Learning rate at a global batch size of 256; the peak learning rate is base_lr x global_batch_size / 256."""
     min_lr: float = 0.0
+    """Learning rate at the last step."""
     warmup_epochs: float | None = 40
+    """Epochs of linear learning rate warm-up from zero; null for a tenth of the run, at most 12,500 steps, which also
+    replaces a warm-up as long as the run.
+    """
     weight_decay: float = 0.05
+    """Decoupled weight decay of matrices; biases, norms and other vectors have none."""
     final_weight_decay: float | None = None
+    """Weight decay at the last step, reached along half a cosine (DINO); null keeps weight_decay."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """Coefficients of AdamW's moving averages."""
     clip_grad: float | None = None
+    """Maximum gradient norm; null for no clipping."""
     clip_grad_by: Literal["all", "parameter"] = "all"
+    """Norm that is clipped: that of all gradients together, or of each parameter on its own (DINO)."""
 
     def __post_init__(self) -> None:
         for key in ("base_lr", "min_lr", "warmup_epochs", "weight_decay", "final_weight_decay"):

@@ -15,52 +15,48 @@ POOLINGS = ("class", "mean", "class+mean", "attention")
 @dataclass
 @checked("--")
 class ProbeSettings:
-    """A linear probe and nearest neighbors on frozen features.
-
-    Args:
-        train: labeled shards (or an image folder) that the heads are fitted on.
-        val: labeled shards that are reported, and never used to choose anything.
-        protocol: of the linear probe; null leaves it out.
-        labels_per_class: also fit logistic regression on this many labels of each class.
-        labels_percent: also fit logistic regression on this percentage of each class's labels.
-        draws: how many random choices of those labels are averaged.
-        layer: block that is probed; null for the encoder's own choice.
-        blocks: how many blocks that end there are put side by side.
-        pooling: class, mean, class+mean or attention; null for the encoder's own choice.
-        neighbors: each k of the k-nearest-neighbor vote.
-        temperature: of the vote.
-        max_unreadable_fraction: share of a data set's images that may be unreadable; they are left out and counted.
-        batch: images per forward pass.
-        workers: loader processes.
-        baselines: also score raw pixels and the same encoder with untrained weights.
-        seeds: how many times everything by chance is drawn anew: untrained weights, folds, draws of labels and
-            the steps of a head.
-        seed: the first of them.
-        device: that runs the encoder and fits the heads; auto is a GPU where there is one.
-        cache: folder that keeps features; null for none.
-        cache_gb: size that this folder is kept within.
-    """
+    """A linear probe and nearest neighbors on frozen features."""
 
     train: str
+    """Labeled shards (or a folder of images) that the heads are fitted on."""
     val: str
+    """Labeled shards that are scored, and never used to choose anything."""
     protocol: ProtocolSettings | None = field(default_factory=LogregSettings)
+    """Protocol of the linear probe; null for none."""
     labels_per_class: int | None = None
+    """Number of labels per class for an additional logistic regression on few labels."""
     labels_percent: float | None = None
+    """Percentage of each class's labels for an additional logistic regression on few labels."""
     draws: int = 5
+    """Number of random subsets of the labels that are averaged."""
     layer: int | None = None
+    """Number of the block whose output is probed; null for the encoder's default."""
     blocks: int = 1
+    """Number of consecutive blocks, ending with that one, whose features are concatenated."""
     pooling: str | None = None
+    """Pooling of the tokens; null for the encoder's default."""
     neighbors: list[int] = field(default_factory=lambda: [10, 20, 100, 200])
+    """Numbers k of neighbors that vote."""
     temperature: float = 0.07
+    """Temperature of the neighbors' vote."""
     max_unreadable_fraction: float = 0.01
+    """Fraction of a data set's images that may be unreadable; these are skipped and counted."""
     batch: int = 256
+    """Images per forward pass."""
     workers: int = 0
+    """Number of loader processes."""
     baselines: bool = True
+    """Also score raw pixels and the same architecture with untrained weights."""
     seeds: int = 1
+    """Number of seeds of everything random: untrained weights, folds, subsets of labels and the steps of a head."""
     seed: int = 0
+    """First seed."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device of the encoder and the heads; auto is a GPU where there is one."""
     cache: str | None = "~/.cache/sslvit-features"
+    """Folder that keeps features; null for none."""
     cache_gb: float = 20.0
+    """Maximum size of that folder in GB."""
 
     def __post_init__(self) -> None:
         self.train, self.val = expand_path(self.train), expand_path(self.val)

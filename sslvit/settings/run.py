@@ -23,29 +23,26 @@ TASK_SETTINGS: dict[str, type[TaskSettings]] = {
 
 @dataclass
 class RunSettings:
-    """Everything that decides a run's result.
-
-    Args:
-        task: the pretext task; its name picks the keys.
-        encoder: what is trained.
-        data: what it is trained on.
-        optim: how weights move.
-        train: how long, on what.
-        online: what labels say while it trains.
-        seed: of the weights, the order of the data, the crops and the masks.
-        out: the run folder.
-        init: an encoder to start from instead of random weights.
-    """
+    """Everything that decides a run's result."""
 
     task: TaskSettings = field(default_factory=MAESettings)
+    """Training task; its name picks the other keys."""
     encoder: EncoderSettings = field(default_factory=EncoderSettings)
+    """Architecture and input of the encoder."""
     data: DataSettings = field(default_factory=DataSettings)
+    """Training data."""
     optim: OptimSettings = field(default_factory=OptimSettings)
+    """Optimizer and schedules."""
     train: TrainSettings = field(default_factory=TrainSettings)
+    """Length, hardware and outputs of the run."""
     online: OnlineSettings = field(default_factory=OnlineSettings)
+    """Evaluation with labels during pretraining."""
     seed: int = 0
+    """Seed of the weights, the order of the data, the crops and the masks."""
     out: str = "runs/new"
+    """Run folder."""
     init: str | None = None
+    """Encoder whose weights are the initialization; null for random weights."""
 
     def __post_init__(self) -> None:
         self.out = expand_path(self.out)
