@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 from sslvit.files import brief, expand_path
 from sslvit.settings.choices import checked
-from sslvit.settings.views import CropSettings, ViewSettings
+from sslvit.settings.views import VIEW_CHOICE, CropSettings, ViewSettings
 
+MAX_PIXELS = 100_000_000  # a header that promises more is a decompression bomb, not a training image
 MIN_STEPS_PER_EPOCH = 4  # that a batch which is made smaller leaves
 MIN_IMAGES_PER_RANK = 4  # below which it is not made for that
 
@@ -26,7 +27,7 @@ class DataSettings:
     """Several data sets with their sampling weights in every batch, such as {shards/a: 3, shards/b: 1}; takes the place
     of data.shards.
     """
-    view: ViewSettings = field(default_factory=CropSettings)
+    view: Annotated[ViewSettings, VIEW_CHOICE] = field(default_factory=CropSettings)
     """How the views of an image are made; its kind picks the other keys."""
     global_batch_size: int = 4096
     """Images per optimizer step, over all ranks and micro-batches."""
@@ -60,7 +61,7 @@ class DataSettings:
     """Approximate number of images in gzipped tars and pipes, which cannot be indexed."""
     allow_pipe: bool = False
     """Run commands given as pipe:COMMAND. They can do anything that you can."""
-    max_pixels: int = 100_000_000
+    max_pixels: int = MAX_PIXELS
     """Pixels of the largest image that is decoded; a larger one counts as unreadable."""
     max_unreadable_fraction: float = 0.01
     """Fraction of unreadable samples above which the run stops."""
@@ -75,15 +76,15 @@ class DataSettings:
         if self.shards and self.mixture:
             raise ValueError("data.shards and data.mixture exclude each other. Name the shards in the mixture only.")
         if self.global_batch_size < 1:
-            raise ValueError(f"data.global_batch_size: {self.global_batch_size} is less than one image.")
+            raise ValueError(f"data.global_batch_size: {self.global_batch_size} must be 1 or more.")
         if self.workers < 0:
-            raise ValueError(f"data.workers: {self.workers} is negative. Use 0 to load in the main process.")
+            raise ValueError(f"data.workers: {self.workers} must be 0 or more; 0 loads in the main process.")
         for key in ("lanes", "window_shards", "cache_gb", "stream_samples", "max_pixels"):
             value = getattr(self, key)
             if value is not None and not value > 0:
-                raise ValueError(f"data.{key}: {value} is not positive.")
+                raise ValueError(f"data.{key}: {value} must be positive.")
         if self.resolutions is not None and not (self.resolutions and min(self.resolutions) > 0):
-            raise ValueError(f"data.resolutions: {brief(self.resolutions)} is not a list of sides in pixels.")
+            raise ValueError(f"data.resolutions: {brief(self.resolutions)} must be a list of sides in pixels.")
 
     def fitted(self, images: int, ranks: int = 1) -> DataSettings:
         """The same with a batch that the data set fills, if it may be lowered and must be.

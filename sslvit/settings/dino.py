@@ -73,19 +73,19 @@ class DINOSettings(TaskSettings):
         for key in ("out_dim", "head_layers", "head_width", "bottleneck", "sinkhorn_iterations"):
             value = getattr(self, key)
             if value is not None and value < 1:
-                raise ValueError(f"task.{key}: {value} is less than 1.")
+                raise ValueError(f"task.{key}: {value} must be 1 or more.")
         for key in ("student_temp", "teacher_temp", "warmup_teacher_temp"):
             value = getattr(self, key)
             if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"task.{key}: {value} is not above zero.")
+                raise ValueError(f"task.{key}: {value} must be positive.")
         for key in ("momentum", "final_momentum", "center_momentum"):
             value = getattr(self, key)
             if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"task.{key}: {value} is not between 0 and 1.")
+                raise ValueError(f"task.{key}: {value} must be in [0, 1].")
         for key in ("warmup_teacher_temp_epochs", "koleo", "freeze_last_layer"):
             value = getattr(self, key)
             if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"task.{key}: {value} is not zero or more.")
+                raise ValueError(f"task.{key}: {value} must be 0 or more.")
         if self.momentum is not None and self.momentum > self.final_momentum:
             raise ValueError(
                 f"task.final_momentum: {self.final_momentum} is below task.momentum ({self.momentum}), but it rises."

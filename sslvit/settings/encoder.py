@@ -163,16 +163,16 @@ class EncoderSettings:
         """Raise ValueError on the first combination that cannot work, naming the keys and the remedy."""
         for key in ("channels", "patch", "width", "depth", "heads", "mlp_ratio", "norm_eps"):
             if not getattr(self, key) > 0:
-                raise ValueError(f"encoder.{key}: {getattr(self, key)} is not above zero.")
+                raise ValueError(f"encoder.{key}: {getattr(self, key)} must be positive.")
         for key in ("dropout", "drop_path"):
             if not 0 <= getattr(self, key) < 1:
-                raise ValueError(f"encoder.{key}: {getattr(self, key)} is not a share from 0 up to, not including, 1.")
+                raise ValueError(f"encoder.{key}: {getattr(self, key)} must be in [0, 1).")
         if not 0 < self.crop_fraction <= 1:
-            raise ValueError(f"encoder.crop_fraction: {self.crop_fraction} is not above 0 and at most 1 (everything).")
+            raise ValueError(f"encoder.crop_fraction: {self.crop_fraction} must be in (0, 1].")
         if self.registers < 0:
-            raise ValueError(f"encoder.registers: {self.registers} is negative. Use 0 for none.")
+            raise ValueError(f"encoder.registers: {self.registers} must be 0 or more.")
         if len(self.image_size) != 2:
-            raise ValueError(f"encoder.image_size: {brief(self.image_size)} is not one side or [height, width].")
+            raise ValueError(f"encoder.image_size: {brief(self.image_size)} must be one side or [height, width].")
         if not all(side > 0 and side % self.patch == 0 for side in self.image_size):
             raise ValueError(
                 f"encoder.image_size: {' x '.join(map(str, self.image_size))} pixels cannot be cut into patches of "
@@ -191,7 +191,7 @@ class EncoderSettings:
                     f"encoder.{key}: {len(values)} values for {self.channels} channels. Give one per channel."
                 )
         if not all(std > 0 for std in self.std):
-            raise ValueError(f"encoder.std: {brief(self.std)} must be above zero.")
+            raise ValueError(f"encoder.std: {brief(self.std)} must be positive.")
         if self.pooling == "class" and not self.class_token:
             raise ValueError(
                 "encoder.pooling: class, but encoder.class_token is false. Set pooling to mean or attention."
@@ -207,8 +207,8 @@ class EncoderSettings:
             check_palette(self.palette, self.channels)
         if self.causal and self.locality_self_attention:
             raise ValueError(
-                "encoder.locality_self_attention: a causal first token could attend to nothing once its own place "
-                "is masked. Set either causal or locality_self_attention to false."
+                "encoder.locality_self_attention: a causal first token could attend to nothing once it is "
+                "masked itself. Set either causal or locality_self_attention to false."
             )
         if self.tokens == "conv_stem" and (self.patch < 2 or self.patch & (self.patch - 1)):
             raise ValueError(

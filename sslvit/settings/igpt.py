@@ -25,4 +25,4 @@ class IGPTSettings(TaskSettings):
 
     def __post_init__(self) -> None:
         if not 0 < self.mask_ratio < 1:
-            raise ValueError(f"task.mask_ratio: {self.mask_ratio} is not between 0 and 1 (the paper's is 0.15).")
+            raise ValueError(f"task.mask_ratio: {self.mask_ratio} must be in (0, 1) (the paper's is 0.15).")

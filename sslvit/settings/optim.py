@@ -8,7 +8,7 @@ from typing import Literal
 from sslvit.files import brief
 from sslvit.settings.choices import checked
 
-LONGEST_WARMUP = 12_500  # steps: 10 epochs of ImageNet in batches of 1024 (Caron et al. 2021, section 3.2)
+MAX_WARMUP_STEPS = 12_500  # 10 epochs of ImageNet in batches of 1024 (Caron et al. 2021, section 3.2)
 
 
 @dataclass
@@ -39,17 +39,17 @@ class OptimSettings:
         for key in ("base_lr", "min_lr", "warmup_epochs", "weight_decay", "final_weight_decay"):
             value = getattr(self, key)
             if value is not None and not 0 <= value < float("inf"):
-                raise ValueError(f"optim.{key}: {value} is not zero or more.")
+                raise ValueError(f"optim.{key}: {value} must be 0 or more.")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"optim.betas: {brief(self.betas)} is not two numbers from 0 up to, not including, 1.")
+            raise ValueError(f"optim.betas: {brief(self.betas)} must be two numbers in [0, 1).")
         if self.clip_grad is not None and not self.clip_grad > 0:
-            raise ValueError(f"optim.clip_grad: {self.clip_grad} is not above zero. Use null for none.")
+            raise ValueError(f"optim.clip_grad: {self.clip_grad} must be positive; null for no clipping.")
 
     def fitted(self, steps_per_epoch: int, total_steps: int) -> OptimSettings:
         """The same with every null that stands for a choice, or a warm-up without an end, replaced by what suits."""
         if self.warmup_epochs is not None and self.warmup_epochs * steps_per_epoch < max(total_steps, 1):
             return self
-        return replace(self, warmup_epochs=min(total_steps // 10, LONGEST_WARMUP) / steps_per_epoch)
+        return replace(self, warmup_epochs=min(total_steps // 10, MAX_WARMUP_STEPS) / steps_per_epoch)
 
     def warmup_steps(self, steps_per_epoch: int, total_steps: int) -> int:
         """Whole steps; fewer than the recipe's where the run is shorter than that.

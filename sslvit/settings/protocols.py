@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from sslvit.files import brief
-from sslvit.settings.choices import checked
+from sslvit.settings.choices import Choice, checked
 
 
 @dataclass
@@ -65,14 +65,14 @@ class SGDProbeSettings(ProtocolSettings):
             raise ValueError(f"--protocol.batch {self.batch}: must be 2 or more.")
         for key in ("momentum", "flip"):
             if not 0 <= getattr(self, key) <= 1:
-                raise ValueError(f"--protocol.{key} {getattr(self, key)}: must be between 0 and 1.")
+                raise ValueError(f"--protocol.{key} {getattr(self, key)}: must be in [0, 1].")
         if not 0 < self.fraction <= 1:
-            raise ValueError(f"--protocol.fraction {self.fraction}: must be above 0 and at most 1.")
+            raise ValueError(f"--protocol.fraction {self.fraction}: must be in (0, 1].")
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"--protocol.scale {brief(self.scale)}: expected [smallest, largest] share of the area.")
+            raise ValueError(f"--protocol.scale {brief(self.scale)}: must be [smallest, largest] fraction of the area.")
         for key in ("epochs", "base_lr"):
             if not 0 < getattr(self, key, 1) < float("inf"):
-                raise ValueError(f"--protocol.{key} {getattr(self, key)}: must be above zero.")
+                raise ValueError(f"--protocol.{key} {getattr(self, key)}: must be positive.")
 
     def steps(self, per_epoch: int) -> int:
         """Steps in all, if an epoch has so many."""
@@ -159,11 +159,11 @@ class DINOv2ProbeSettings(SGDProbeSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.lrs or not all(0 < rate < float("inf") for rate in self.lrs):
-            raise ValueError(f"--protocol.lrs {brief(self.lrs)}: expected rates above zero.")
+            raise ValueError(f"--protocol.lrs {brief(self.lrs)}: must be positive learning rates.")
         if not self.blocks or min(self.blocks) < 1:
-            raise ValueError(f"--protocol.blocks {brief(self.blocks)}: expected numbers of blocks from 1.")
+            raise ValueError(f"--protocol.blocks {brief(self.blocks)}: must be numbers of blocks from 1.")
         if self.iterations < 1 or not 0 < self.held_out < 1:
-            raise ValueError("--protocol.iterations must be 1 or more, and --protocol.held_out between 0 and 1.")
+            raise ValueError("--protocol.iterations must be 1 or more, and --protocol.held_out in (0, 1).")
 
     def steps(self, per_epoch: int) -> int:
         return self.iterations
@@ -173,3 +173,4 @@ PROTOCOLS: dict[str, type[ProtocolSettings]] = {
     "logreg": LogregSettings, "mae": MAEProbeSettings, "dino": DINOProbeSettings, "dinov2": DINOv2ProbeSettings,
     "igpt": IGPTProbeSettings,
 }  # fmt: skip
+PROTOCOL_CHOICE = Choice("name", "logreg", PROTOCOLS)

@@ -39,17 +39,17 @@ class SupervisedSettings(TaskSettings):
     def __post_init__(self) -> None:
         self.val = self.val and expand_path(self.val)
         if self.classes is not None and self.classes < 2:
-            raise ValueError(f"task.classes: {self.classes} is less than 2. Nothing could be told apart.")
+            raise ValueError(f"task.classes: {self.classes} must be 2 or more.")
         if self.validate_every is not None and self.validate_every < 1:
             raise ValueError(f"task.validate_every: {self.validate_every} must be 1 or more.")
         if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"task.layer_decay: {self.layer_decay} is not above 0 and at most 1.")
+            raise ValueError(f"task.layer_decay: {self.layer_decay} must be in (0, 1].")
         for key in ("smoothing", "erase"):
             if not 0 <= getattr(self, key) <= 1:
-                raise ValueError(f"task.{key}: {getattr(self, key)} is not between 0 and 1.")
+                raise ValueError(f"task.{key}: {getattr(self, key)} must be in [0, 1].")
         for key in ("mixup", "cutmix"):
             if not 0 <= getattr(self, key) < float("inf"):
-                raise ValueError(f"task.{key}: {getattr(self, key)} is not zero or more.")
+                raise ValueError(f"task.{key}: {getattr(self, key)} must be 0 or more.")
 
     def check_micro_batch(self, micro: int) -> None:
         if micro < 2 and (self.mixup or self.cutmix):

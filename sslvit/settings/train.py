@@ -70,7 +70,9 @@ class TrainSettings:
         for key in ("epochs", "steps", "micro_batch_size", "threads", "timeout_seconds", "peak_tflops", *counts):
             value = getattr(self, key)
             if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"train.{key}: {value} is not positive.")
+                raise ValueError(f"train.{key}: {value} must be positive.")
         if self.keep_every is not None and self.keep_every % self.checkpoint_every:
             often = self.checkpoint_every
-            raise ValueError(f"train.keep_every: {self.keep_every} is no multiple of train.checkpoint_every ({often}).")
+            raise ValueError(
+                f"train.keep_every: {self.keep_every} must be a multiple of train.checkpoint_every ({often})."
+            )

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from sslvit.files import brief
-from sslvit.settings.choices import checked
+from sslvit.settings.choices import Choice, checked
 
 MAX_MAGNITUDE = 10  # of RandAugment's operations
-MOST_AROUND = 16.0  # times its area that a crop may be larger than the image
+MAX_GLOBAL_SCALE = 16.0  # times its area that a crop may be larger than the image
 
 
 @dataclass
@@ -27,7 +27,7 @@ class CropSettings:
     """Probability of a horizontal flip."""
 
     def __post_init__(self) -> None:
-        check_range("scale", self.scale, most=1.0)
+        check_range("scale", self.scale, maximum=1.0)
         check_range("ratio", self.ratio)
         check_probability("flip", self.flip)
 
@@ -52,10 +52,10 @@ class SquareSettings:
 
     def __post_init__(self) -> None:
         if len(self.resize) != 2 or not 0 < self.resize[0] <= self.resize[1]:
-            raise ValueError(f"data.view.resize: {brief(self.resize)} is not [smallest, largest] with 0 < smallest.")
+            raise ValueError(f"data.view.resize: {brief(self.resize)} must be [smallest, largest] with 0 < smallest.")
         if not 0 < self.crop <= self.resize[0]:
             raise ValueError(
-                f"data.view.crop: {self.crop} is not above 0 and at most {self.resize[0]}, the smallest shorter side "
+                f"data.view.crop: {self.crop} must be in [1, {self.resize[0]}], up to the smallest shorter side "
                 "(data.view.resize)."
             )
         check_probability("flip", self.flip)
@@ -92,7 +92,7 @@ class CanvasSettings:
     """Probability of a horizontal flip."""
 
     def __post_init__(self) -> None:
-        check_range("side", self.side, most=1.0)
+        check_range("side", self.side, maximum=1.0)
         check_probability("flip", self.flip)
 
 
@@ -143,8 +143,8 @@ class MultiCropSettings:
     """
 
     def __post_init__(self) -> None:
-        check_range("global_scale", self.global_scale, most=MOST_AROUND)
-        check_range("local_scale", self.local_scale, most=1.0)
+        check_range("global_scale", self.global_scale, maximum=MAX_GLOBAL_SCALE)
+        check_range("local_scale", self.local_scale, maximum=1.0)
         check_range("ratio", self.ratio)
         check_range("blur_sigma", self.blur_sigma)
         for key in ("flip", "jitter", "gray"):
@@ -152,14 +152,16 @@ class MultiCropSettings:
         for key in ("blur", "solarize"):
             values = getattr(self, key)
             if len(values) != 3:
-                raise ValueError(f"data.view.{key}: {brief(values)} is not [first global, second global, local crops].")
+                raise ValueError(
+                    f"data.view.{key}: {brief(values)} must be [first global, second global, local crops]."
+                )
             for value in values:
                 check_probability(key, value)
         for key in ("brightness", "contrast", "saturation"):
             if not 0 <= getattr(self, key) <= 1:
-                raise ValueError(f"data.view.{key}: {getattr(self, key)} is not between 0 (none) and 1.")
+                raise ValueError(f"data.view.{key}: {getattr(self, key)} must be in [0, 1].")
         if not 0 <= self.hue <= 0.5:
-            raise ValueError(f"data.view.hue: {self.hue} is not between 0 (none) and 0.5 (any color).")
+            raise ValueError(f"data.view.hue: {self.hue} must be in [0, 0.5].")
         if self.local_crops < 0 or self.local_size < 1:
             raise ValueError("data.view: local_crops must be 0 or more, and local_size at least one pixel.")
 
@@ -190,16 +192,16 @@ class AugmentSettings:
     """Standard deviation of the magnitude."""
 
     def __post_init__(self) -> None:
-        check_range("scale", self.scale, most=1.0)
+        check_range("scale", self.scale, maximum=1.0)
         check_range("ratio", self.ratio)
         check_probability("flip", self.flip)
         check_probability("probability", self.probability)
         if self.operations < 0:
-            raise ValueError(f"data.view.operations: {self.operations} is negative. Use 0 for none.")
+            raise ValueError(f"data.view.operations: {self.operations} must be 0 or more.")
         if not 0 <= self.magnitude <= MAX_MAGNITUDE:
-            raise ValueError(f"data.view.magnitude: {self.magnitude} is not between 0 and {MAX_MAGNITUDE}.")
+            raise ValueError(f"data.view.magnitude: {self.magnitude} must be in [0, {MAX_MAGNITUDE}].")
         if not 0 <= self.magnitude_std < float("inf"):
-            raise ValueError(f"data.view.magnitude_std: {self.magnitude_std} is not 0 (always the same) or more.")
+            raise ValueError(f"data.view.magnitude_std: {self.magnitude_std} must be 0 or more.")
 
 
 ViewSettings = AugmentSettings | CropSettings | SquareSettings | CenterSettings | CanvasSettings | MultiCropSettings
@@ -208,16 +210,17 @@ VIEW_SETTINGS: dict[str, type] = {
     "crop": CropSettings, "square": SquareSettings, "center": CenterSettings, "canvas": CanvasSettings,
     "multi_crop": MultiCropSettings,
 }  # fmt: skip
+VIEW_CHOICE = Choice("kind", "crop", VIEW_SETTINGS)
 
 
-def check_range(key: str, values: list[float], most: float = float("inf")) -> None:
-    """Raise ValueError unless values are [smallest, largest] with 0 < smallest and largest <= most."""
+def check_range(key: str, values: list[float], maximum: float = float("inf")) -> None:
+    """Raise ValueError unless values are [smallest, largest] with 0 < smallest and largest <= maximum."""
     if len(values) != 2 or not 0 < values[0] <= values[1]:
-        raise ValueError(f"data.view.{key}: {brief(values)} is not [smallest, largest] with 0 < smallest.")
-    if values[1] > most:
-        raise ValueError(f"data.view.{key}: {values[1]} is above {most:g}. It is a share, where 1 is the whole image.")
+        raise ValueError(f"data.view.{key}: {brief(values)} must be [smallest, largest] with 0 < smallest.")
+    if values[1] > maximum:
+        raise ValueError(f"data.view.{key}: {values[1]} must be at most {maximum:g}, where 1 is the whole image.")
 
 
 def check_probability(key: str, value: float) -> None:
     if not 0 <= value <= 1:
-        raise ValueError(f"data.view.{key}: {value} is not a probability.")
+        raise ValueError(f"data.view.{key}: {value} must be a probability in [0, 1].")
