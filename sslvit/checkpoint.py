@@ -24,13 +24,14 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sslvit.files import new_file, printable, remove_left_parts
+from sslvit.files import brief, new_file, printable, remove_left_parts
 from sslvit.layouts import Converted, timm, to_sslvit, transformers
 from sslvit.layouts.unwrap import unwrap
 from sslvit.layouts.vit import count_blocks
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings
-from sslvit.settings.load import YAML_ERRORS, brief, build
+from sslvit.settings.build import build
+from sslvit.settings.load import YAML_ERRORS
 from sslvit.weight_files import FOLDER_FILES, read_folder_weights, read_torch_file
 
 logger = logging.getLogger(__name__)

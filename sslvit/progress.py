@@ -70,6 +70,8 @@ def track_counter(
 
 def _show(what: str, total: int, unit: str, done: Callable[[], int], finished: threading.Event) -> None:
     start = time.monotonic()
+    if not logger.isEnabledFor(logging.INFO):
+        return
     if sys.stderr.isatty():
         if not finished.wait(SECONDS_BEFORE_FIRST):
             with tqdm(total=total, desc=what, unit=f" {unit}", leave=False) as bar:

@@ -28,13 +28,13 @@ from sslvit.data.orientation import (
     turn,
 )
 from sslvit.files import printable
+from sslvit.settings.data import MAX_PIXELS
 
 try:  # 1.4 times as many JPEGs per second as PIL, with the same pixels
     import simplejpeg
 except ImportError:
     simplejpeg = None
 
-MAX_PIXELS = 100_000_000  # a header that promises more is a decompression bomb, not a training image
 MAX_DEEP = 65_535  # value of a pixel of 16 bits
 MANY_PIXELS = 1_000_000  # from which on a file with almost no bytes is not believed
 MAX_SCANS = 100  # of a progressive JPEG and its thumbnails; encoders write about ten

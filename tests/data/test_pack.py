@@ -360,7 +360,7 @@ def test_arrays_and_labels_of_an_npz_are_chosen_by_name(tmp_path: Path) -> None:
         ({"images": "z"}, "--images z: not in .*a.npz .it holds a, b"),
         ({"images": "a", "labels": "z"}, "--labels z: neither an array of"),
         ({"label_column": "y"}, "--label-column y: .*a.npz is an array. Leave it out"),
-        ({"layout": "hwc"}, "--layout hwc: not one of nhw, nhwc, nchw"),
+        ({"layout": "hwc"}, "--layout: .hwc. is not one of nhw, nhwc, nchw"),
     ]:
         with pytest.raises(ValueError, match=message):
             read_source(tmp_path / "a.npz", SourceOptions(**options))
@@ -654,7 +654,7 @@ def test_resized_and_encoded_images_are_so_and_the_index_says_it(tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"shard_mb": 0}, "--shard-mb 0"), ({"resize": 0}, "--resize 0"), ({"encode": "gif"}, "--encode gif"),
+    [({"shard_mb": 0}, "--shard-mb 0"), ({"resize": 0}, "--resize 0"), ({"encode": "gif"}, "--encode: .gif. is not"),
      ({"quality": 101}, "--quality 101")],
 )  # fmt: skip
 def test_impossible_ways_of_storing_are_refused(options: dict, message: str) -> None:

@@ -364,10 +364,10 @@ def test_what_suits_a_job() -> None:
 def test_what_cannot_work_is_refused_by_name() -> None:
     for changes, message in [
         ({"out_dim": 1}, "task.out_dim: with 1 prototype"),
-        ({"momentum": 1.5}, "task.momentum: 1.5 is not between 0 and 1"),
-        ({"teacher_temp": 0.0}, "task.teacher_temp: 0.0 is not above zero"),
-        ({"head_layers": 0}, "task.head_layers: 0 is less than 1"),
-        ({"koleo": -1.0}, "task.koleo: -1.0 is not zero or more"),
+        ({"momentum": 1.5}, "task.momentum: 1.5 must be in .0, 1."),
+        ({"teacher_temp": 0.0}, "task.teacher_temp: 0.0 must be positive"),
+        ({"head_layers": 0}, "task.head_layers: 0 must be 1 or more"),
+        ({"koleo": -1.0}, "task.koleo: -1.0 must be 0 or more"),
         ({"momentum": 0.99, "final_momentum": 0.9}, "task.final_momentum: 0.9 is below task.momentum"),
     ]:
         with pytest.raises(ValueError, match=message):

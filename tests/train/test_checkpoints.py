@@ -187,9 +187,9 @@ def test_a_kept_checkpoint_is_an_encoder_and_a_place_to_go_on_from(shards: Path,
 
 
 def test_settings_that_cannot_work_are_refused() -> None:
-    with pytest.raises(ValueError, match="train.keep_every: 1500 is no multiple of train.checkpoint_every .1000"):
+    with pytest.raises(ValueError, match="train.keep_every: 1500 must be a multiple of train.checkpoint_every .1000"):
         TrainSettings(keep_every=1500)
-    with pytest.raises(ValueError, match="train.keep_last: 0 is not positive"):
+    with pytest.raises(ValueError, match="train.keep_last: 0 must be positive"):
         TrainSettings(keep_last=0)
     assert AtomicCheckpointIO(TrainSettings()).writer is None
 
