@@ -35,13 +35,13 @@ class SourceOptions:
         for key, known in (("layout", LAYOUTS), ("convert", tuple(CONVERSIONS))):
             value = getattr(self, key)
             if value is not None and value not in known:
-                raise ValueError(f"--{key} {value}: not one of {', '.join(known)}.")
+                raise ValueError(f"--{key} {value}: expected one of {', '.join(known)}.")
 
-    def refuse_others(self, source: Path, kind: str, *usable: str) -> None:
+    def reject_unused(self, source: Path, kind: str, *usable: str) -> None:
         """Raise ValueError if an option is given that this kind of source has no use for."""
         for name, value in vars(self).items():
             if value is not None and name not in usable:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: {printable(source)} is {kind}. Leave it out.")
+                raise ValueError(f"--{name.replace('_', '-')} {value}: {printable(source)} is {kind}. Omit the option.")
 
 
 def read_source(source: str | Path, options: SourceOptions | None = None) -> ImageSource:
@@ -52,19 +52,19 @@ def read_source(source: str | Path, options: SourceOptions | None = None) -> Ima
     """
     path, options = Path(source), options or SourceOptions()
     if path.is_dir():
-        options.refuse_others(path, "a folder")
+        options.reject_unused(path, "a folder")
         return folder_source(path)
     if not path.exists():
         raise ValueError(f"{printable(path)}: no such file or folder.")
     name = path.name.lower()
     if path.suffix.lower() in LISTS:
-        options.refuse_others(path, "a list", "label_column")
+        options.reject_unused(path, "a list", "label_column")
         return list_source(path, options.label_column)
     if path.suffix.lower() in (".npy", ".npz"):
-        options.refuse_others(path, "an array", "labels", "images", "layout", "convert")
+        options.reject_unused(path, "an array", "labels", "images", "layout", "convert")
         return array_source(path, options.labels, options.images, options.layout, options.convert)
     if "ubyte" in name or ".idx" in name or "-idx" in name:
-        options.refuse_others(path, "an IDX file")
+        options.reject_unused(path, "an IDX file")
         return idx_source(path)
     if name.endswith((".tar", ".zip", *COMPRESSED_TARS)):
         raise ValueError(

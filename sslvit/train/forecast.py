@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sslvit.data.batch import Batch
 from sslvit.data.index import Index
-from sslvit.data.plan import slices
+from sslvit.data.plan import split_batch
 from sslvit.data.views import Views
 from sslvit.figures import curves
 from sslvit.models.transformer import Block
@@ -129,7 +129,7 @@ def forecast(settings: RunSettings, images: int, classes: int | None = None) -> 
     batch = settings.data.fitted(images, ranks).global_batch_size
     if images < batch:
         raise ValueError(f"data.global_batch_size: {batch} is more than the {images} images there are.")
-    micro, passes = slices(batch, ranks, train.micro_batch_size)
+    micro, passes = split_batch(batch, ranks, train.micro_batch_size)
     per_epoch = images // batch
     steps = train.steps or max(1, round(train.epochs * per_epoch))
     fitted, optim = settings.task.fitted(images, batch, steps, classes), settings.optim.fitted(per_epoch, steps)
@@ -190,7 +190,7 @@ def mfu_per_throughput(settings: RunSettings, index: Index) -> float | None:
 
 def example(settings: RunSettings, count: int = FEW) -> Batch:
     """Some images as the task would get them."""
-    views = Views(settings.data.view, settings.encoder.image_size, settings.encoder.interpolation).of_size()
+    views = Views(settings.data.view, settings.encoder.image_size, settings.encoder.interpolation).specs()
     numbers = torch.zeros(count, dtype=torch.long)
     images = [torch.zeros(count, settings.encoder.channels, *view.size) for view in views]
     return Batch(images, numbers, numbers, torch.ones(count, dtype=torch.bool), numbers)

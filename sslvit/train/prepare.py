@@ -15,7 +15,7 @@ from sslvit.data.decode import MODES
 from sslvit.data.index import Index
 from sslvit.data.module import ShardDataModule
 from sslvit.data.open import check_present
-from sslvit.data.plan import Plan, slices
+from sslvit.data.plan import Plan, split_batch
 from sslvit.data.stream import StreamIndex
 from sslvit.settings import RunSettings
 from sslvit.settings.load import brief, by_dotted_key
@@ -51,7 +51,7 @@ FIXED = [
 def check_machine(settings: RunSettings) -> None:
     """Refuse what cannot run here, before data is touched."""
     train = settings.train
-    micro, _ = slices(settings.data.global_batch_size, train.devices * train.nodes, train.micro_batch_size)
+    micro, _ = split_batch(settings.data.global_batch_size, train.devices * train.nodes, train.micro_batch_size)
     settings.task.check_micro_batch(micro)
     kinds = task_class(settings.task.name).view_kinds
     if settings.data.view.kind not in kinds:

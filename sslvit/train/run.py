@@ -20,7 +20,7 @@ from sslvit.checkpoint import HEAD, load_encoder, save_encoder
 from sslvit.data.index import Index
 from sslvit.data.module import ShardDataModule
 from sslvit.data.open import open_data
-from sslvit.data.plan import slices
+from sslvit.data.plan import split_batch
 from sslvit.files import new_file
 from sslvit.settings import RunSettings, SupervisedSettings, TrainSettings
 from sslvit.stopping import Preempted, RankLost, is_first_process, requeue, stopping_at_once
@@ -144,7 +144,7 @@ def make_trainer(settings: RunSettings, folder: RunFolder, index: Index, data: S
     """Lightning's Trainer for one run: one pass of `total_steps` global batches, our order, our files."""
     train = settings.train
     world = train.devices * train.nodes
-    _, passes = slices(settings.data.global_batch_size, world, train.micro_batch_size)
+    _, passes = split_batch(settings.data.global_batch_size, world, train.micro_batch_size)
     plugins: list[Any] = [AtomicCheckpointIO(train)]
     clock = Clock()
     if SLURMEnvironment.detect():

@@ -137,7 +137,7 @@ def test_dangerous_members_are_refused_and_named(tmp_path: Path, capsys: pytest.
         "a.tar/b.pyd": "a pickle, which would run code", "a.tar/c.pth": "a pickle, which would run code",
         "a.tar/d.pkl": "a pickle, which would run code",
     }  # fmt: skip
-    assert "left out 5 things" in capsys.readouterr().out
+    assert "skipped 5 entries" in capsys.readouterr().out
     assert not (tmp_path / "harmed").exists()
     assert load_index(tmp_path).skipped == index.skipped
 
@@ -234,7 +234,7 @@ def test_a_damaged_index_is_named(tmp_path: Path) -> None:
     for change, what in (
         ({"shard_lengths": [4]}, "num_samples is 3, but its shards hold 4"),
         ({"shard_lengths": []}, "shard_lengths has 0 entries for 1 shards"),
-        ({"filenames": [3]}, "the name of a shard is 3, expected text"),
+        ({"filenames": [3]}, "the name of a shard is 3, expected a string"),
         ({"bytes": "x"}, "bytes is 'x', expected a list"),
     ):
         (tmp_path / "index.json").write_text(json.dumps(about | {"splits": {"train": split | change}}))
@@ -244,7 +244,7 @@ def test_a_damaged_index_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="lies outside of its folder"):
         load_index(tmp_path)
     (tmp_path / "index.json").write_text("{")
-    with pytest.raises(ValueError, match="no readable JSON .*Make it again"):
+    with pytest.raises(ValueError, match="not valid JSON .*Make it again"):
         load_index(tmp_path)
     (tmp_path / "index.json").write_text(json.dumps(about | {"format": 99}))
     with pytest.raises(ValueError, match="format 99, this sslvit reads"):
@@ -349,14 +349,14 @@ def test_missing_shards_of_a_mixture_are_those_of_one_source(tmp_path: Path, cap
     joined = JoinedIndex([small, large], [1, 1])
     check_present(joined, 0.01)
     small.shard_path(0).unlink()
-    assert joined.absent() == {0: "missing shard"}
+    assert joined.missing_shards() == {0: "missing shard"}
     check_present(joined, 0.05)
     said = capsys.readouterr().out
     assert f"1 shards cannot be read, 4 of 204 samples ({tmp_path}/a/shard-000000.tar: missing shard)" in said
     with pytest.raises(ValueError, match="4 of 204 samples"):
         check_present(joined, 0.01)
     other = JoinedIndex([large, small], [1, 1])
-    assert other.absent() == {1: "missing shard"}
+    assert other.missing_shards() == {1: "missing shard"}
 
 
 def test_an_index_of_other_bytes_than_it_describes_is_refused(tmp_path: Path) -> None:
@@ -542,7 +542,7 @@ def test_whatever_stands_in_an_index_is_used_or_refused_in_one_line(tmp_path: Pa
         assert all((Path("s") / shard.name).resolve().is_relative_to(tmp_path / "s") for shard in index.shards)
         assert len(index.mean) == len(index.std) == index.channels
         assert index.fingerprint()
-        assert index.absent().keys() <= set(range(len(index.shards)))
+        assert index.missing_shards().keys() <= set(range(len(index.shards)))
         assert printable(index.key(3)).isprintable()
         if turn % 10 == 0:
             index.save("s")
@@ -741,7 +741,7 @@ def test_names_that_are_not_utf8_survive_the_index(tmp_path: Path) -> None:
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes().replace(b"IHDR", b"XXXX"))
     views = Views(CenterSettings(), [4, 4], "bilinear", seed=0)
     batch = make_batch(ShardReader(again, 1, 0), views, np.array([0]), np.array([0]))
-    assert list(batch.bad) == ["caf\\xe9.tar/\\xe9t\\xe9.png"]  # as it is printed
+    assert list(batch.unreadable) == ["caf\\xe9.tar/\\xe9t\\xe9.png"]  # as it is printed
 
 
 def test_an_index_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch) -> None:
@@ -770,7 +770,7 @@ def test_unreadable_images_do_not_hide_in_statistics(tmp_path: Path) -> None:
     with open(tmp_path / "a.tar", "r+b") as file:  # damage that came later
         file.seek(index.locate(1)[1])
         file.write(bytes(16))
-    assert ShardReader(index, 1).bad.keys() == {1}
+    assert ShardReader(index, 1).unreadable.keys() == {1}
 
 
 # ---- tars as people write them -----------------------------------------------------------------------------------

@@ -33,9 +33,9 @@ from sslvit.data.pack import PackJob, finish_packing, pack, pack_source
 from sslvit.data.reader import ShardReader
 from sslvit.data.remote import ShardCache
 from sslvit.data.scan import index_shards
-from sslvit.data.sources import FileImages, Sample, dataset_source, hold_out
+from sslvit.data.sources import FileImages, Sample, SampleTable, dataset_source, hold_out
 from sslvit.data.store import PackSettings, TarWriter, store, tar_header
-from sslvit.files import held_folder
+from sslvit.files import lock_folder
 
 SMALL = PackSettings(shard_mb=0.005)
 
@@ -96,7 +96,7 @@ def test_every_part_keeps_to_the_boundaries_of_the_first(tmp_path: Path, monkeyp
 def test_missing_parts_are_named(tmp_path: Path) -> None:
     source = image_folder(tmp_path / "in")
     pack_source(source, tmp_path / "out", SMALL, part="1/2")
-    with pytest.raises(ValueError, match=r"shards are not packed yet \(the first: shard-000001.tar\)"):
+    with pytest.raises(ValueError, match=r"shards are not packed yet \(first: shard-000001.tar\)"):
         finish_packing(tmp_path / "out")
     with pytest.raises(ValueError, match="unfinished packing of something else .other shard_mb"):
         pack_source(source, tmp_path / "out", PackSettings(shard_mb=1), part="2/2")
@@ -359,8 +359,8 @@ def test_arrays_and_labels_of_an_npz_are_chosen_by_name(tmp_path: Path) -> None:
     for options, message in [
         ({"images": "z"}, "--images z: not in .*a.npz .it holds a, b"),
         ({"images": "a", "labels": "z"}, "--labels z: neither an array of"),
-        ({"label_column": "y"}, "--label-column y: .*a.npz is an array. Leave it out"),
-        ({"layout": "hwc"}, "--layout hwc: not one of nhw, nhwc, nchw"),
+        ({"label_column": "y"}, "--label-column y: .*a.npz is an array. Omit the option"),
+        ({"layout": "hwc"}, "--layout hwc: expected one of nhw, nhwc, nchw"),
     ]:
         with pytest.raises(ValueError, match=message):
             read_source(tmp_path / "a.npz", SourceOptions(**options))
@@ -378,7 +378,7 @@ def test_the_layout_of_an_array_is_seen_or_asked_for(tmp_path: Path, shape: tupl
     array = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
     np.save(tmp_path / "a.npy", array)
     if layout is None:
-        with pytest.raises(ValueError, match="could be 'n h w c' or 'n c h w'. Say which: --layout nhwc"):
+        with pytest.raises(ValueError, match="could be 'n h w c' or 'n c h w'. Choose one: --layout nhwc"):
             read_source(tmp_path / "a.npy")
     for name in [layout] if layout else ["nhwc", "nchw"]:
         found = read_source(tmp_path / "a.npy", SourceOptions(layout=None if layout else name))
@@ -409,9 +409,7 @@ def test_values_that_are_no_pixels_are_converted_by_name(
     tmp_path: Path, array: np.ndarray, convert: str, pixels: list[int]
 ) -> None:
     np.save(tmp_path / "a.npy", np.broadcast_to(array[None, :, None], (5, 3, 8)))
-    with pytest.raises(
-        ValueError, match=rf"images are uint8 or uint16. Say how they become pixels: .*--convert {convert}"
-    ):
+    with pytest.raises(ValueError, match=rf"images are uint8 or uint16. Choose a conversion: .*--convert {convert}"):
         read_source(tmp_path / "a.npy")
     found = read_source(tmp_path / "a.npy", SourceOptions(convert=convert))
     bits = 16 if convert == "deep" else 8
@@ -545,7 +543,7 @@ def test_links_to_folders_are_followed_and_circles_are_not(tmp_path: Path) -> No
     keys = [sample.key for sample in found.samples if sample.label == 0]
     assert keys == ["cat/im.000", "cat/im.001", "cat/more/im.000", "cat/more/im.001"]
     assert any(reason == "a link to a folder above it" for reason in found.skipped.values())
-    assert any("left out" in note for note in found.notes)
+    assert any("skipped" in note for note in found.notes)
 
 
 def test_numbers_as_class_names_are_in_the_order_of_numbers(tmp_path: Path) -> None:
@@ -568,7 +566,7 @@ def test_names_that_are_not_utf8_are_packed_and_named(tmp_path: Path, capsys) ->
     assert again.classes == ["cat", "dog", "\udcff"]
     assert list(again.skipped) == ["\udcff/bad\udce9.png"]
     describe_shards(again).encode()
-    assert "the first: \\xff/bad\\xe9.png: not an image" in capsys.readouterr().out
+    assert "first: \\xff/bad\\xe9.png: not an image" in capsys.readouterr().out
 
 
 # ---- stored otherwise --------------------------------------------------------------------------------------------
@@ -619,7 +617,7 @@ def test_a_cut_image_is_left_out_and_damage_inside_is_found_by_decoding(tmp_path
     (index,) = pack_source(tmp_path / "in", tmp_path / "out", PackSettings(decode=decode), workers=1)
     assert sorted(index.skipped) == (["a.jpg", "c.png"] if decode else ["a.jpg"])
     assert "damaged image" in index.skipped["a.jpg"]
-    assert f"left out {2 if decode else 1} of 3 images (the first: " in capsys.readouterr().out
+    assert f"skipped {2 if decode else 1} of 3 images (first: " in capsys.readouterr().out
 
 
 def test_a_packing_without_labels_and_a_constant_channel_cannot_be_overlooked(tmp_path: Path) -> None:
@@ -675,7 +673,7 @@ def test_unreadable_images_are_left_out_and_named(tmp_path: Path, capsys: pytest
     assert index.skipped["cat/empty.jpg"] == "zero bytes"
     assert index.skipped["dog/text.png"] == "not an image (UnidentifiedImageError)"
     assert "No such file" in index.skipped["dog/nowhere.png"]
-    assert "left out 3 of 23" in capsys.readouterr().out
+    assert "skipped 3 of 23" in capsys.readouterr().out
 
 
 def test_bad_sources_are_refused_before_anything_is_written(tmp_path: Path) -> None:
@@ -690,7 +688,7 @@ def test_bad_sources_are_refused_before_anything_is_written(tmp_path: Path) -> N
     Image.new("RGB", (4, 4)).save(mixed / "stray.png")
     with pytest.raises(ValueError, match=r"stray.png.*beside folders of images \(cat"):
         pack_source(mixed, tmp_path / "out")
-    with pytest.raises(ValueError, match="share between 0 and 1"):
+    with pytest.raises(ValueError, match="must be in .0, 1."):
         pack_source(mixed, tmp_path / "out", holdout=1.5)
     assert not (tmp_path / "out").exists()
 
@@ -745,12 +743,12 @@ def test_overwriting_keeps_the_old_shards_until_the_new_are_whole(tmp_path: Path
     with pytest.raises(ValueError, match="none of 1 images is readable"):
         pack_source(tmp_path / "bad", tmp_path / "out", overwrite=True)
     assert load_index(tmp_path / "out").fingerprint() == old.fingerprint()
-    assert not load_index(tmp_path / "out").absent()
+    assert not load_index(tmp_path / "out").missing_shards()
     (tmp_path / "out" / "note.txt").write_text("mine")
     shutil.rmtree(tmp_path / "in" / "dog")
     (new,) = pack_source(tmp_path / "in", tmp_path / "out", overwrite=True)
     assert len(new) == 10
-    assert not load_index(tmp_path / "out").absent()
+    assert not load_index(tmp_path / "out").missing_shards()
     assert len(list((tmp_path / "out").glob("*.tar"))) == len(new.shards) < len(old.shards)
     assert (tmp_path / "out" / "note.txt").read_text() == "mine"
 
@@ -823,7 +821,7 @@ def test_a_process_whose_first_one_says_nothing_walks_by_itself(tmp_path: Path, 
     assert len(open_shards(source, cache)) == 20  # of another start: this process has no first one
     shutil.copy(source / "cat" / "im.001.png", source / "cat" / "new.png")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr("sslvit.data.first_rank.WAIT_SECONDS", 0.2)
+    monkeypatch.setattr("sslvit.data.first_rank.MAX_WAIT_SECONDS", 0.2)
     monkeypatch.setattr("sslvit.data.first_rank.os.getppid", lambda: 1)
     assert len(open_shards(source, cache)) == 21
     assert "waiting for the first process on this machine" in capsys.readouterr().out
@@ -1028,7 +1026,7 @@ def test_the_processes_of_a_packing_share_what_it_knows_of_its_samples(tmp_path:
         )
         for i in range(count)
     ]
-    job = PackJob(samples, tmp_path, PackSettings())
+    job = PackJob(SampleTable(samples), tmp_path, PackSettings())
     assert (job.samples.nbytes + job.keys.nbytes) / count < 180
     for i in (0, 7, count - 1):
         assert job.samples[i] == samples[i]
@@ -1084,7 +1082,7 @@ def test_home_variables_and_stars_in_a_path_are_what_a_shell_makes_of_them(tmp_p
     cache = ShardCache(tmp_path / "cache")
     for name in ("~/shards", "$HOME/$MINE", "~/shards/*.tar", "~/shards/shard-00000?.tar"):
         assert len(open_shards(name, cache)) == 20
-    with pytest.raises(FileNotFoundError, match="no file fits .*nothing-"):
+    with pytest.raises(FileNotFoundError, match="no file matches .*nothing-"):
         open_shards("~/shards/nothing-*.tar", cache)
 
 
@@ -1093,7 +1091,7 @@ def test_home_variables_and_stars_in_a_path_are_what_a_shell_makes_of_them(tmp_p
 
 def test_two_packings_into_one_folder_do_not_mix(tmp_path: Path) -> None:
     source = image_folder(tmp_path / "in")
-    with held_folder(tmp_path / "out" / "packing", "pack", ".part-1-of-1.lock"):
+    with lock_folder(tmp_path / "out" / "packing", "pack", ".part-1-of-1.lock"):
         with pytest.raises(
             ValueError, match="another process is at work there. Wait until it has ended to pack into it"
         ):

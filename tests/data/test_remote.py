@@ -216,7 +216,7 @@ def test_a_server_that_dies_for_good_is_an_error_that_names_it(server: Server, c
 def test_a_kept_part_of_a_killed_process_is_continued(server: Server, cache: ShardCache) -> None:
     index = open_shards(f"{server.address}/a", cache)
     whole = (server.folder / "a" / "shard-000000.tar").read_bytes()
-    path = index.known_path(0)
+    path = index.local_path(0)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_name(path.name + ".part").write_bytes(whole[:1000])
     assert index.shard_path(0).read_bytes() == whole
@@ -228,7 +228,7 @@ def test_a_kept_part_of_a_killed_process_is_continued(server: Server, cache: Sha
 
 def test_a_part_longer_than_the_shard_is_begun_anew(server: Server, cache: ShardCache) -> None:
     index = open_shards(f"{server.address}/a", cache)
-    path = index.known_path(0)
+    path = index.local_path(0)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_name(path.name + ".part").write_bytes(bytes(10**6))
     assert index.shard_path(0).read_bytes() == (server.folder / "a" / "shard-000000.tar").read_bytes()
@@ -455,28 +455,28 @@ def test_the_longest_unused_shard_goes_first(server: Server, tmp_path: Path) -> 
         os.utime(path, (1000 + number, 1000 + number))
     index.shard_path(0)  # used again, so the second is now the longest unused
     index.shard_path(3)
-    assert [index.known_path(number).exists() for number in range(4)] == [True, False, True, True]
+    assert [index.local_path(number).exists() for number in range(4)] == [True, False, True, True]
 
 
 def test_room_that_a_killed_download_had_reserved_is_free_again(server: Server, cache: ShardCache) -> None:
     index = open_shards(f"{server.address}/a", cache)
     cache.limit = 2 * max(shard.bytes for shard in index.shards)
-    lock = index.known_path(1).with_name(index.known_path(1).name + ".lock")
+    lock = index.local_path(1).with_name(index.local_path(1).name + ".lock")
     lock.parent.mkdir(parents=True, exist_ok=True)
     lock.write_text(str(cache.limit))
     (cache.folder / "room.used").write_text(str(cache.limit))
     fetching = threading.Thread(target=index.shard_path, args=(0,), daemon=True)
     fetching.start()
     fetching.join(10)
-    assert index.known_path(0).exists()
+    assert index.local_path(0).exists()
     assert not lock.exists()
 
 
 def test_the_folder_is_not_listed_for_each_download(server: Server, cache: ShardCache, monkeypatch) -> None:
     index = open_shards(f"{server.address}/a", cache)
     listings = []
-    original = ShardCache._own_files
-    monkeypatch.setattr(ShardCache, "_own_files", lambda self: listings.append(self is cache) or original(self))
+    original = ShardCache._cache_files
+    monkeypatch.setattr(ShardCache, "_cache_files", lambda self: listings.append(self is cache) or original(self))
     for number in range(4):
         index.shard_path(number)
     assert True not in listings
@@ -509,7 +509,7 @@ def test_a_download_is_on_the_disk_before_it_has_its_name(server: Server, cache:
 
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(os, "replace", renamed)
-    part = f"{index.known_path(0)}.part"
+    part = f"{index.local_path(0)}.part"
     index.shard_path(0)
     assert [about for about in done if about[1] == part] == [("sync", part), ("rename", part)]
 
@@ -521,7 +521,7 @@ def test_every_worker_fetches_ahead_what_the_others_do_not(server: Server, cache
     server.slow_seconds = 0.3
     readers = [ShardReader(remote, 1, 0) for _ in range(3)]
     for reader in readers:
-        reader.fetch_ahead(list(range(len(index.shards))))
+        reader.prefetch(list(range(len(index.shards))))
     limit = time.monotonic() + 20
     while len(list(cache.folder.glob("??/*.tar"))) < len(index.shards) and time.monotonic() < limit:
         time.sleep(0.01)
@@ -532,12 +532,12 @@ def test_every_worker_fetches_ahead_what_the_others_do_not(server: Server, cache
 def test_shards_are_fetched_ahead_of_their_use(server: Server, cache: ShardCache) -> None:
     index = open_shards(f"{server.address}/a", cache)
     reader = ShardReader(index, 1, 0)
-    reader.fetch_ahead([0, 1, 2])
+    reader.prefetch([0, 1, 2])
     limit = time.monotonic() + 10
     while sum(server.requests[f"a/shard-{i:06d}.tar"] for i in range(3)) < 3 and time.monotonic() < limit:
         time.sleep(0.01)
     assert sum(server.requests[f"a/shard-{i:06d}.tar"] for i in range(3)) == 3
-    reader.fetch_ahead([2, 1, 0])
+    reader.prefetch([2, 1, 0])
     numbers_of(index)
     assert [server.requests[f"a/shard-{i:06d}.tar"] for i in range(3)] == [1, 1, 1]
 
@@ -551,7 +551,7 @@ def test_other_file_systems_go_through_fsspec(tmp_path: Path, cache: ShardCache)
         memory.pipe(f"/bucket/{path.name}", path.read_bytes())
     remote = open_shards("memory://bucket", cache)
     assert numbers_of(remote) == numbers_of(local)
-    part = remote.known_path(1)
+    part = remote.local_path(1)
     part.unlink()
     part.with_name(part.name + ".part").write_bytes((tmp_path / "local" / "shard-000001.tar").read_bytes()[:700])
     assert numbers_of(remote) == numbers_of(local)
@@ -574,7 +574,7 @@ def test_a_mixture_of_local_and_remote_sources(server: Server, tmp_path: Path) -
     samples, _ = plan.batch(0)
     assert (samples < 30).sum() == 2
     assert len(index) == 70
-    assert numbers_of(index)[:30] == numbers_of(index.parts[0])
+    assert numbers_of(index)[:30] == numbers_of(index.sources[0])
     with pytest.raises(ValueError, match=r"near.*its 32 images of each batch.*more than the 30 samples"):
         open_data(DataSettings(mixture=settings.mixture, global_batch_size=128, cache=settings.cache), 0)
 
@@ -587,7 +587,7 @@ def test_an_index_that_is_none_is_named(server: Server, cache: ShardCache) -> No
     with pytest.raises(ValueError, match="lies outside of its folder"):
         open_shards(f"{server.address}/a", cache)
     path.write_text("<html>hello</html>")
-    with pytest.raises(ValueError, match=r"/a/index.json: no readable JSON"):
+    with pytest.raises(ValueError, match=r"/a/index.json: not valid JSON"):
         open_shards(f"{server.address}/a", cache)
     about["splits"]["train"]["filenames"][1] = "shard-000001.tar"
     path.write_text(json.dumps(about | {"records_sha256": "0" * 64}))

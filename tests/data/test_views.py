@@ -14,8 +14,8 @@ from shard_fixtures import encoded, photograph
 from sslvit.data import resample as resample_module
 from sslvit.data.decode import BadImage, decode
 from sslvit.data.loader import MemoryReader, center_view, make_batch, view_of_image
-from sslvit.data.resample import Boxes, normalize, resample, view_of_one
-from sslvit.data.views import Views, by_epoch, canvas_places, center_crops, random_crops, random_squares
+from sslvit.data.resample import Boxes, crop_and_resize, normalize, resample
+from sslvit.data.views import Views, by_epoch, canvas_boxes, center_crops, random_crops, random_squares
 from sslvit.settings import EncoderSettings
 from sslvit.settings.views import (
     AugmentSettings,
@@ -67,7 +67,7 @@ def test_resampling_tables_of_many_resolutions_are_kept_up_to_their_bytes(monkey
     assert len(made) == 12
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     held = sum(tensor.nbytes for table in resample_module._tables.values() for tensor in table)
-    monkeypatch.setattr(resample_module, "TABLES_BYTES", held)
+    monkeypatch.setattr(resample_module, "MAX_TABLES_BYTES", held)
     resample(images, boxes, [8, 8], "bicubic")
     resample(images, boxes, [20, 20], "bicubic")  # too much: those of 10 go, of 8 were just used
     assert len(made) == 14
@@ -87,7 +87,7 @@ def test_outside_of_the_image_is_black() -> None:
 
 
 def views_of(view: Views, images: torch.Tensor, samples: np.ndarray, epoch: int = 0) -> torch.Tensor:
-    return view.of_batch(images, samples, np.full(len(samples), epoch))[0]
+    return view.crop_batch(images, samples, np.full(len(samples), epoch))[0]
 
 
 @pytest.mark.parametrize("settings", [CropSettings(), CenterSettings(fraction=0.9), CanvasSettings(), SquareSettings()])
@@ -96,8 +96,8 @@ def test_one_image_at_a_time_and_all_at_once_agree(settings) -> None:
     samples = np.arange(6)
     for height, width, bound in ((40, 56, 0.001), (140, 100, 0.2)):  # large ones: bytes are rounded after each axis
         images = smooth_images(6, height, width)
-        drawn = view.draw(np.tile([height, width], (6, 1)), samples, np.full(6, 2))
-        single = torch.stack([view.of_one(image, drawn, i)[0] for i, image in enumerate(images)])
+        drawn = view.sample_boxes(np.tile([height, width], (6, 1)), samples, np.full(6, 2))
+        single = torch.stack([view.crop_image(image, drawn, i)[0] for i, image in enumerate(images)])
         difference = (views_of(view, images, samples, 2).float() - single.float()).abs()
         assert difference.mean() < bound
         assert difference.max() <= 1
@@ -115,7 +115,7 @@ def test_a_view_depends_on_seed_epoch_and_sample_and_not_on_its_neighbors() -> N
 def test_rows_of_several_epochs_draw_as_each_epoch_alone() -> None:
     images, view = smooth_images(), Views(CropSettings(), [16, 16], "bicubic", seed=3)
     epochs = np.array([0, 1, 0, 1, 1, 0])
-    mixed = view.of_batch(images, np.arange(6), epochs)[0]
+    mixed = view.crop_batch(images, np.arange(6), epochs)[0]
     for epoch in (0, 1):
         assert torch.equal(mixed[epochs == epoch], views_of(view, images, np.arange(6), epoch)[epochs == epoch])
     assert by_epoch(lambda e, s: s * 10 + e, np.array([1, 2, 3]), np.array([4, 5, 4])).tolist() == [14, 25, 34]
@@ -180,7 +180,7 @@ def test_every_kind_of_view_obeys_its_settings() -> None:
     sides, samples, epochs = np.tile([4000, 5000], (count, 1)), np.arange(count), np.zeros(count, int)
 
     def boxes_of_view(settings, number: int = 0) -> Boxes:
-        return Views(settings, [64, 32], "bicubic", seed=5).draw(sides, samples, epochs)[number][1]
+        return Views(settings, [64, 32], "bicubic", seed=5).sample_boxes(sides, samples, epochs)[number][1]
 
     drawn = {
         "crop": boxes_of_view(CropSettings(scale=[0.1, 0.2], ratio=[0.5, 0.8], flip=0.2)),
@@ -196,7 +196,7 @@ def test_every_kind_of_view_obeys_its_settings() -> None:
         assert np.log(ratios).mean() == pytest.approx(np.log(0.4) / 2, abs=0.01), name
         assert boxes.is_mirrored.mean() == pytest.approx(0.2, abs=0.025), name
         assert boxes.is_cut, name
-    sizes = [size for size, _ in Views(MultiCropSettings(**multi, local_size=24), [64, 32], "bicubic").draw(
+    sizes = [size for size, _ in Views(MultiCropSettings(**multi, local_size=24), [64, 32], "bicubic").sample_boxes(
         sides[:1], samples[:1], epochs[:1])]  # fmt: skip
     assert sizes == [[64, 32], [64, 32], [24, 24], [24, 24], [24, 24]]
     canvas = boxes_of_view(CanvasSettings(side=[0.5, 0.75], flip=0.2))
@@ -215,7 +215,7 @@ def test_boxes_of_another_key_have_nothing_to_do_with_these(other: str) -> None:
     settings, samples, sides = MultiCropSettings(local_crops=2), np.arange(2000), np.tile([900, 1000], (2000, 1))
 
     def columns(seed: int = 1, epoch: int = 4, first: int = 0, views: tuple = (0, 2)) -> list[np.ndarray]:
-        drawn = Views(settings, [32, 32], "bicubic", seed).draw(sides, samples + first, np.full(2000, epoch))
+        drawn = Views(settings, [32, 32], "bicubic", seed).sample_boxes(sides, samples + first, np.full(2000, epoch))
         return [
             np.stack([b.height, b.width, b.top / (901 - b.height), b.left / (1001 - b.width), b.is_mirrored])
             for b in (drawn[view][1] for view in views)
@@ -231,7 +231,7 @@ def test_boxes_of_another_key_have_nothing_to_do_with_these(other: str) -> None:
 def test_a_mirrored_box_is_the_mirror_image_of_the_same_box(side: int) -> None:
     image = smooth_images(1, side, side + 16)[0]
     for box in ((3, 5, 30, 30), (2.5, 3.25, 30.5, 31.75), (-4, -4, side, side)):
-        straight, mirrored = (view_of_one(image, boxes_of(*box, m), [20, 24], "bicubic") for m in (False, True))
+        straight, mirrored = (crop_and_resize(image, boxes_of(*box, m), [20, 24], "bicubic") for m in (False, True))
         assert (straight.flip(2).float() - mirrored.float()).abs().max() <= 1
         assert not torch.equal(straight, mirrored)
 
@@ -271,14 +271,14 @@ def test_canvas_holds_the_whole_drawing_within_its_borders() -> None:
 
 def test_canvas_sizes_are_whole_pixels_each_as_often_as_another() -> None:
     uniform = np.random.default_rng(0).random((5000, 4))
-    boxes = canvas_places([2 / 3, 1.0], 0.5)(uniform, np.full(5000, 8), np.full(5000, 8), [12, 12])
+    boxes = canvas_boxes([2 / 3, 1.0], 0.5)(uniform, np.full(5000, 8), np.full(5000, 8), [12, 12])
     sizes, counts = np.unique(8 * 12 / boxes.height, return_counts=True)
     assert sizes.tolist() == pytest.approx([8, 9, 10, 11, 12])
     assert counts / 5000 == pytest.approx(0.2, abs=0.03)
 
 
 @pytest.mark.parametrize("draw", [random_crops([0.2, 0.5], [3 / 4, 4 / 3], 0.5), random_squares([100, 200], 60, 0.5),
-                                  canvas_places([0.3, 0.6], 0.5)])  # fmt: skip
+                                  canvas_boxes([0.3, 0.6], 0.5)])  # fmt: skip
 def test_place_size_and_mirroring_say_nothing_of_each_other(draw) -> None:
     uniform = np.random.default_rng(0).random((4000, 23))
     boxes = draw(uniform, np.full(4000, 500), np.full(4000, 500), [400, 400])
@@ -292,7 +292,7 @@ def test_no_view_is_brighter_than_white_or_darker_than_black() -> None:
     image = torch.zeros(1, 200, 200)
     image[:, :, 100:] = 255.0  # beside an edge, bicubic weights overshoot
     for kind in (torch.float32, torch.uint8):
-        view = view_of_one(image.to(kind), boxes_of(0, 0, 200, 200), [333, 333], "bicubic")
+        view = crop_and_resize(image.to(kind), boxes_of(0, 0, 200, 200), [333, 333], "bicubic")
         assert (float(view.min()), float(view.max())) == (0, 255)
         assert view.dtype == kind
 
@@ -340,12 +340,12 @@ def test_impossible_squares_are_refused(changes: dict) -> None:
 def test_multi_crop_gives_two_large_and_several_small_views() -> None:
     settings = MultiCropSettings(local_crops=4, local_size=12)
     view = Views(settings, [24, 24], "bicubic", seed=1)
-    pictures = view.of_batch(smooth_images(3), np.arange(3), np.zeros(3, int))
+    pictures = view.crop_batch(smooth_images(3), np.arange(3), np.zeros(3, int))
     assert [tuple(p.shape[1:]) for p in pictures] == [(3, 24, 24)] * 2 + [(3, 12, 12)] * 4
     assert not torch.equal(pictures[0], pictures[1])
     assert not torch.equal(pictures[2], pictures[3])
     sides = np.tile([100, 120], (2000, 1))
-    drawn = view.draw(sides, np.arange(2000), np.zeros(2000, int))
+    drawn = view.sample_boxes(sides, np.arange(2000), np.zeros(2000, int))
     shares = [(boxes.height * boxes.width / 12_000).mean() for _, boxes in drawn]
     assert 0.5 < shares[0] < 0.625  # 0.25 to 1, less those that do not fit
     assert shares[3] == pytest.approx(0.15, abs=0.01)  # 0.05 to 0.25
@@ -362,11 +362,11 @@ def test_a_random_crop_of_a_jpeg_decoded_at_reduced_scale_keeps_its_box(size: in
     reader = MemoryReader({number: (str(number), content) for number in range(6)}, 3)
     views = Views(CropSettings(), [size, size], "bicubic", seed=1)
     samples, epochs = np.arange(6), np.zeros(6, int)
-    drawn = views.draw(np.tile([1203, 1605], (6, 1)), samples, epochs)
+    drawn = views.sample_boxes(np.tile([1203, 1605], (6, 1)), samples, epochs)
     assert (drawn[0][1].zoom([size, size]) >= 2).all()  # each is decoded at a half or less
     seen = make_batch(reader, views, samples, epochs).views[0]
     for row, view in enumerate(seen):
-        exact = views.of_one(decode(content), drawn, row)[0]
+        exact = views.crop_image(decode(content), drawn, row)[0]
         assert (exact.float() - view.float()).abs().mean() < 0.5
 
 
@@ -377,9 +377,9 @@ def test_a_random_crop_sees_nothing_of_what_lies_beside_it(left: int) -> None:
     half[:, :, : left // 2] = 255
     half[:, :, 150:] = 255
     box = boxes_of(20, left, 100, 300 - left)
-    assert view_of_one(half, box, [16, 16], "bicubic", reduction=2).max() == 0
+    assert crop_and_resize(half, box, [16, 16], "bicubic", reduction=2).max() == 0
     box.is_cut = False
-    assert view_of_one(half, box, [16, 16], "bicubic", reduction=2).max() > 10
+    assert crop_and_resize(half, box, [16, 16], "bicubic", reduction=2).max() > 10
 
 
 def pil_view(image: Image.Image, encoder: EncoderSettings) -> torch.Tensor:
@@ -431,8 +431,8 @@ def test_a_centered_crop_of_sharp_edges_is_pils_at_its_border_too() -> None:
 def test_floats_are_seen_as_bytes_are() -> None:
     image = smooth_images(1, 141, 200)[0]
     views = Views(CenterSettings(fraction=0.83), [48, 48], "bicubic")
-    drawn = views.draw(np.array([[141, 200]]), np.array([0]), np.array([0]))
-    floats, whole = (views.of_one(of, drawn, 0)[0] for of in (image.float(), image))
+    drawn = views.sample_boxes(np.array([[141, 200]]), np.array([0]), np.array([0]))
+    floats, whole = (views.crop_image(of, drawn, 0)[0] for of in (image.float(), image))
     assert floats.dtype == torch.float32
     assert (floats - whole).abs().max() < 1  # bytes are rounded after each axis
 
@@ -460,7 +460,7 @@ def test_a_crop_larger_than_the_image_draws_all_of_it_somewhere_on_black() -> No
     )
     views = Views(settings, [12, 12], "bilinear", seed=3)
     samples, epochs = np.arange(40), np.zeros(40, int)
-    first, second, local = views.of_batch(torch.full((40, 1, 8, 8), 200, dtype=torch.uint8), samples, epochs)
+    first, second, local = views.crop_batch(torch.full((40, 1, 8, 8), 200, dtype=torch.uint8), samples, epochs)
     for view in (first, second):
         assert (view == 200).sum((1, 2, 3)).tolist() == [64] * 40
         assert (view == 0).sum((1, 2, 3)).tolist() == [80] * 40
@@ -483,7 +483,7 @@ def test_evaluation_sees_the_crop_that_the_encoder_names(mode, fraction, height,
     encoder = EncoderSettings(image_size=8, patch=4, crop_mode=mode, crop_fraction=fraction)
 
     view = Views(center_view(encoder), encoder.image_size, "bilinear")
-    ((size, boxes),) = view.draw(np.array([[24, 60]]), np.array([0]), np.array([0]))
+    ((size, boxes),) = view.sample_boxes(np.array([[24, 60]]), np.array([0]), np.array([0]))
 
     assert size == [8, 8]
     assert (boxes.height[0], boxes.width[0]) == (height, width)

@@ -54,22 +54,22 @@ FAULTS = [
     Fault(
         "A substitute keeps the label of the image that it stands for",
         "sslvit/data/loader.py",
-        "labels = reader.labels_of(shown)",
+        "labels = reader.labels_of(used)",
         "labels = reader.labels_of(samples)",
         (f"{READER}::test_a_damaged_sample_is_named_and_the_next_of_the_global_batch_shown",),
     ),
     Fault(
         "The micro-batches of two ranks overlap",
         "sslvit/data/loader.py",
-        "first_row = (self.rank * self.passes + part) * self.micro",
-        "first_row = (self.rank + part) * self.micro",
+        "first_row = (self.rank * self.accumulation_steps + micro_step) * self.micro",
+        "first_row = (self.rank + micro_step) * self.micro",
         (f"{READER}::test_the_global_batch_is_the_same_for_any_ranks_and_workers",),
     ),
     # indices
     Fault(
         "The checksum of index.npy is not looked at",
         "sslvit/data/index.py",
-        '        _check_sum(records_file, about["records_sha256"])\n',
+        '        _check_digest(records_file, about["records_sha256"])\n',
         "",
         (f"{INDEX}::test_an_index_of_other_bytes_than_it_describes_is_refused",),
     ),
@@ -104,8 +104,8 @@ FAULTS = [
     Fault(
         "Tars that the index does not list are passed over in silence",
         "sslvit/data/open.py",
-        "        if notice := unlisted_notice(index):\n",
-        "        if (notice := unlisted_notice(index)) and False:\n",
+        "        if notice := unlisted_warning(index):\n",
+        "        if (notice := unlisted_warning(index)) and False:\n",
         (f"{INDEX}::test_tars_that_the_index_does_not_list_are_said",),
     ),
     Fault(
@@ -132,8 +132,8 @@ FAULTS = [
     Fault(
         "Statistics are measured on the first images of a shard",
         "sslvit/data/scan.py",
-        "chosen = set(np.linspace(0, len(records) - 1, most).astype(int).tolist())",
-        "chosen = set(range(most))",
+        "sampled = set(np.linspace(0, len(records) - 1, count).astype(int).tolist())",
+        "sampled = set(range(most))",
         (f"{PACK}::test_statistics_of_a_large_shard_are_spread_over_it",),
     ),
     Fault(
@@ -161,14 +161,14 @@ FAULTS = [
     Fault(
         "Network shards without an index are stored twice",
         "sslvit/data/open.py",
-        "                cache.keep_as(shard.name, shard.sha256)\n",
+        "                cache.rename_to_digest(shard.name, shard.sha256)\n",
         "                pass\n",
         (f"{REMOTE}::test_shards_without_an_index_are_fetched_once",),
     ),
     Fault(
         "The shards of an image folder do not depend on the times of its files",
         "sslvit/data/open.py",
-        "{digest_of_times(found.samples)} ",
+        "{digest_times(found.samples)} ",
         "",
         (f"{PACK}::test_folders_whose_files_have_equal_names_and_lengths_do_not_share_shards",),
     ),
@@ -189,8 +189,8 @@ FAULTS = [
     Fault(
         "Missing shards are counted, not their samples",
         "sslvit/data/open.py",
-        "lost = sum(index.shards[number].samples for number in absent)",
-        "lost = len(absent)",
+        "missing = sum(index.shards[number].samples for number in shards)",
+        "missing = len(shards)",
         (f"{INDEX}::test_missing_shards_of_a_mixture_are_those_of_one_source",),
     ),
     Fault(
@@ -288,7 +288,7 @@ FAULTS = [
     Fault(
         "The samples that an epoch drops are always the ring's last",
         "sslvit/data/plan.py",
-        "int(chance.integers(self.samples))",
+        "int(generator.integers(self.samples))",
         "0",
         (
             f"{PLAN}::test_what_the_ring_of_shards_depends_on",
@@ -312,14 +312,14 @@ FAULTS = [
     Fault(
         "Ranks of an evaluation read the same samples",
         "sslvit/data/plan.py",
-        "(number * self.ranks + self.rank) * self.batch",
+        "(number * self.ranks + self.rank) * self.batch_size",
         "(number * self.ranks) * self.batch",
         (f"{PLAN}::test_evaluation_covers_each_sample_once_on_any_number_of_ranks",),
     ),
     Fault(
         "What fills up the last batch of an evaluation counts",
         "sslvit/data/plan.py",
-        "places.clip(max=self.samples - 1), places < self.samples",
+        "samples.clip(max=self.samples - 1), samples < self.samples",
         "places.clip(max=self.samples - 1), places <= self.samples",
         (f"{PLAN}::test_evaluation_covers_each_sample_once_on_any_number_of_ranks",),
     ),
@@ -327,15 +327,15 @@ FAULTS = [
     Fault(
         "The mean of a mixture does not depend on its shares",
         "sslvit/data/mixture.py",
-        "share = np.array(weights)[:, None] / sum(weights)",
-        "share = np.ones((len(weights), 1)) / len(weights)",
+        "weight = np.array(weights)[:, None] / sum(weights)",
+        "weight = np.ones((len(weights), 1)) / len(weights)",
         (f"{READER}::test_statistics_of_a_mixture_are_those_of_its_batches",),
     ),
     Fault(
         "The deviation of a mixture leaves out how its sources differ",
         "sslvit/data/mixture.py",
-        "np.sqrt((share * (stds**2 + means**2)).sum(0) - mean**2)",
-        "np.sqrt((share * stds**2).sum(0))",
+        "np.sqrt((weight * (stds**2 + means**2)).sum(0) - mean**2)",
+        "np.sqrt((weight * stds**2).sum(0))",
         (f"{READER}::test_statistics_of_a_mixture_are_those_of_its_batches",),
     ),
     Fault(
@@ -348,15 +348,15 @@ FAULTS = [
     Fault(
         "The rows of a source stand side by side, so ranks have other shares",
         "sslvit/data/mixture.py",
-        'self.source_of_row = source[np.argsort(place, kind="stable")]',
+        'self.source_of_row = source[np.argsort(position, kind="stable")]',
         "self.source_of_row = source",
         (f"{PLAN}::test_a_mixture_gives_each_source_its_share_of_every_batch_and_its_own_epochs",),
     ),
     Fault(
         "The fingerprint of a mixture is that of its first source",
         "sslvit/data/mixture.py",
-        "for part in self.parts).encode()",
-        "for part in self.parts[:1]).encode()",
+        "for source in self.sources).encode()",
+        "for source in self.sources[:1]).encode()",
         (f"{READER}::test_statistics_of_a_mixture_are_those_of_its_batches",),
     ),
     # network
@@ -398,8 +398,8 @@ FAULTS = [
     Fault(
         "The room of a download that was killed stays taken",
         "sslvit/data/remote.py",
-        "    with held_file(lock, wait=False) as handle:\n        return noted if handle is None else 0\n",
-        "    return noted\n",
+        "    with lock_file(lock, wait=False) as handle:\n        return note if handle is None else 0\n",
+        "    return note\n",
         (f"{REMOTE}::test_room_that_a_killed_download_had_reserved_is_free_again",),
     ),
     Fault(
@@ -419,7 +419,7 @@ FAULTS = [
     Fault(
         "The least rate of a transfer is not asked for",
         "sslvit/data/transfer.py",
-        "if self.bytes < self.least_rate * self.seconds:",
+        "if self.bytes < self.min_rate * self.seconds:",
         "if self.bytes < 1:",
         (f"{REMOTE}::test_a_server_that_drips_is_given_up",),
     ),
@@ -476,7 +476,7 @@ FAULTS = [
     Fault(
         "The held-out share is rounded down",
         "sslvit/data/sources.py",
-        "round(share * len(of_class))",
+        "round(fraction * len(of_class))",
         "int(share * len(of_class))",
         (f"{PACK}::test_each_class_gives_its_last_images_and_keeps_one",),
     ),
@@ -504,8 +504,8 @@ FAULTS = [
     Fault(
         "Resizing takes the longer side",
         "sslvit/data/store.py",
-        "settings.resize / min(image.size)",
-        "settings.resize / max(image.size)",
+        "limit / shorter if",
+        "limit / max(header.height, header.width) if",
         (f"{PACK}::test_quality_and_the_side_of_resized_images_are_as_asked",),
     ),
     Fault(
@@ -518,7 +518,7 @@ FAULTS = [
     Fault(
         "Integers of 32 bits are cut to 16",
         "sslvit/data/decode.py",
-        "not 0 <= deep.min() <= deep.max() <= MAX_DEEP",
+        "not 0 <= wide.min() <= wide.max() <= MAX_UINT16",
         "False",
         (f"{PACK}::test_integers_of_32_bits_are_refused_where_16_cannot_hold_them",),
     ),
@@ -561,14 +561,14 @@ FAULTS = [
     Fault(
         "All ranks read the same streams",
         "sslvit/data/stream.py",
-        "own = urls[self.rank :: self.ranks][worker::workers]",
-        "own = urls[worker::workers]",
+        "assigned = urls[self.rank :: self.ranks][worker::workers]",
+        "assigned = urls[worker::workers]",
         (f"{STREAM}::test_ranks_and_workers_share_the_shards",),
     ),
     Fault(
         "A stream is not shuffled among its images",
         "sslvit/data/stream.py",
-        "for place in chance.permutation(len(buffer)):",
+        "for slot in generator.permutation(len(buffer)):",
         "for place in range(len(buffer)):",
         (f"{STREAM}::test_what_the_order_of_a_stream_depends_on",),
     ),
@@ -582,7 +582,7 @@ FAULTS = [
     Fault(
         "A stream longer than the buffer is read in its order",
         "sslvit/data/stream.py",
-        "place = int(chance.integers(BUFFER))",
+        "slot = int(generator.integers(BUFFER))",
         "place = 0",
         (f"{STREAM}::test_a_stream_longer_than_the_buffer_is_shuffled_too",),
     ),
@@ -632,7 +632,7 @@ FAULTS = [
     Fault(
         "The statistics of a mixture do not depend on its shares in the settings",
         "sslvit/data/open.py",
-        "return JoinedIndex(parts, rows), MixturePlan(plans)",
+        "return JoinedIndex(sources, rows), MixturePlan(plans)",
         "return JoinedIndex(parts, [1] * len(parts)), MixturePlan(plans)",
         (f"{PLAN}::test_settings_of_the_data_reach_what_reads_it",),
     ),
@@ -667,7 +667,7 @@ FAULTS = [
     Fault(
         "Two parts of a packing write the same shards",
         "sslvit/data/pack.py",
-        "[number - 1 :: of]",
+        "[number - 1 :: count]",
         "[(number - 1) // 2 :: of]",
         (f"{PACK}::test_any_number_of_workers_and_parts_gives_the_same_bytes",),
     ),

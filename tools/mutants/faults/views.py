@@ -8,22 +8,22 @@ FAULTS = [
     Fault(
         "RandAugment no longer depends on the epoch",
         "sslvit/data/views.py",
-        "draw_operations(settings, (self.seed, epoch), rows)",
-        "draw_operations(settings, (self.seed, 0), rows)",
+        "sample_operations(settings, (self.seed, epoch), rows)",
+        "sample_operations(settings, (self.seed, 0), rows)",
         ("tests/data/test_augment.py",),
     ),
     Fault(
         "RandAugment no longer depends on the seed",
         "sslvit/data/views.py",
-        "draw_operations(settings, (self.seed, epoch), rows)",
-        "draw_operations(settings, (0, epoch), rows)",
+        "sample_operations(settings, (self.seed, epoch), rows)",
+        "sample_operations(settings, (0, epoch), rows)",
         ("tests/data/test_augment.py",),
     ),
     Fault(
         "Crop ratios are uniform, not their logarithms",
         "sslvit/data/views.py",
-        "ratios = np.exp(np.interp(uniform[:, TRIES : 2 * TRIES], [0, 1], np.log(ratio)))",
-        "ratios = np.interp(uniform[:, TRIES : 2 * TRIES], [0, 1], ratio)",
+        "ratios = np.exp(np.interp(uniform[:, ATTEMPTS : 2 * ATTEMPTS], [0, 1], np.log(ratio)))",
+        "ratios = np.interp(uniform[:, ATTEMPTS : 2 * ATTEMPTS], [0, 1], ratio)",
         ("tests/data/test_views.py",),
     ),
     Fault(
@@ -43,21 +43,21 @@ FAULTS = [
     Fault(
         "Statistics are of a shard's first images",
         "sslvit/data/scan.py",
-        "np.linspace(0, len(records) - 1, most).astype(int).tolist()",
+        "np.linspace(0, len(records) - 1, count).astype(int).tolist()",
         "range(most)",
         ("tests/data/test_loader.py",),
     ),
     Fault(
         "Evaluation sees a random crop",
         "sslvit/data/loader.py",
-        "Views(view or center_view(encoder), encoder.image_size, encoder.interpolation, seed)",
-        "Views(view or CropSettings(), encoder.image_size, encoder.interpolation, seed)",
+        "encoder_views(encoder, view or center_view(encoder), seed)",
+        "encoder_views(encoder, view or CropSettings(), seed)",
         ("tests/data/test_loader.py",),
     ),
     Fault(
         "Unreadable rows count as valid",
         "sslvit/data/loader.py",
-        "    valid[list(bad)] = False\n",
+        "    valid[list(unreadable)] = False\n",
         "",
         ("tests/data/test_loader.py",),
     ),
@@ -190,8 +190,8 @@ FAULTS = [
     Fault(
         "A box that lost its mark of being cut",
         "sslvit/data/resample.py",
-        "return Boxes(*(values[i : i + 1] for values in sides), self.is_cut)",
-        "return Boxes(*(values[i : i + 1] for values in sides))",
+        "self.is_mirrored[one], self.is_cut",
+        "self.is_mirrored[one]",
         ("tests/data/test_views.py",),
     ),
     Fault(
@@ -253,8 +253,8 @@ FAULTS = [
     Fault(
         "RandAugment's two operations are drawn alike",
         "sslvit/data/augment.py",
-        "DRAWS).transpose(2, 0, 1)",
-        "DRAWS)[:, [0] * settings.operations].transpose(2, 0, 1)",
+        "uniform.transpose(2, 0, 1)",
+        "uniform[:, [0] * settings.operations].transpose(2, 0, 1)",
         ("tests/data/test_augment.py",),
     ),
     Fault(
@@ -319,7 +319,8 @@ FAULTS = [
     Fault(
         "Eight resampling tables are kept",
         "sslvit/data/resample.py",
-        ("while len(_tables) > 1 and sum(table.nbytes for kept in _tables.values() for table in kept) > TABLES_BYTES:"),
+        "while len(_tables) > 1 and sum(table.nbytes for cached in _tables.values() for table in cached) > "
+        "MAX_TABLES_BYTES:",
         "while len(_tables) > 8:",
         ("tests/data/test_views.py",),
     ),
@@ -333,43 +334,43 @@ FAULTS = [
     Fault(
         "Boxes do not depend on the epoch",
         "sslvit/data/views.py",
-        "rng.uniform((self.seed, e, p), s,",
-        "rng.uniform((self.seed, 0, p), s,",
+        "rng.uniform((self.seed, e, key), rows,",
+        "rng.uniform((self.seed, 0, key), rows,",
         ("tests/data/test_views.py",),
     ),
     Fault(
         "Boxes do not depend on the seed",
         "sslvit/data/views.py",
-        "rng.uniform((self.seed, e, p), s,",
-        "rng.uniform((0, e, p), s,",
+        "rng.uniform((self.seed, e, key), rows,",
+        "rng.uniform((0, e, key), rows,",
         ("tests/data/test_views.py",),
     ),
     Fault(
         "All views of an image are the same box",
         "sslvit/data/views.py",
-        'purpose = f"view {number}" if number else "view"',
-        'purpose = "view"',
+        'uniform(f"view {i}" if i else "view")',
+        'uniform("view")',
         ("tests/data/test_views.py",),
     ),
     Fault(
         "All local crops of an image are the same box",
         "sslvit/data/views.py",
-        'purpose = f"view {number}" if number else "view"',
-        'purpose = f"view {min(number, 2)}" if number else "view"',
+        'uniform(f"view {i}" if i else "view")',
+        'uniform(f"view {min(i, 2)}" if i else "view")',
         ("tests/data/test_views.py",),
     ),
     Fault(
         "Colors do not depend on the epoch",
         "sslvit/data/views.py",
-        "sample_colors(settings, v, (self.seed, e), s)",
-        "sample_colors(settings, v, (self.seed, 0), s)",
+        "sample_colors(settings, view, (self.seed, e), rows)",
+        "sample_colors(settings, view, (self.seed, 0), rows)",
         ("tests/data/test_color.py",),
     ),
     Fault(
         "Colors do not depend on the seed",
         "sslvit/data/views.py",
-        "sample_colors(settings, v, (self.seed, e), s)",
-        "sample_colors(settings, v, (0, e), s)",
+        "sample_colors(settings, view, (self.seed, e), rows)",
+        "sample_colors(settings, view, (0, e), rows)",
         ("tests/data/test_color.py",),
     ),
     Fault(
@@ -389,8 +390,8 @@ FAULTS = [
     Fault(
         "The first local crop has the second global crop's colors",
         "sslvit/data/color.py",
-        "place = min(view, 2)",
-        "place = min(view, 1)",
+        "kind = min(view, 2)",
+        "kind = min(view, 1)",
         ("tests/data/test_color.py",),
     ),
     Fault(
@@ -403,15 +404,15 @@ FAULTS = [
     Fault(
         "Crops' ratio is the default one",
         "sslvit/data/views.py",
-        "return [OneView(size, random_crops(settings.scale, settings.ratio, settings.flip))]",
-        "return [OneView(size, random_crops(settings.scale, [3 / 4, 4 / 3], settings.flip))]",
+        "return [ViewSpec(size, random_crops(settings.scale, settings.ratio, settings.flip))]",
+        "return [ViewSpec(size, random_crops(settings.scale, [3 / 4, 4 / 3], settings.flip))]",
         ("tests/data/test_views.py",),
     ),
     Fault(
         "Crops' flip is a half",
         "sslvit/data/views.py",
-        "return [OneView(size, random_crops(settings.scale, settings.ratio, settings.flip))]",
-        "return [OneView(size, random_crops(settings.scale, settings.ratio, 0.5))]",
+        "return [ViewSpec(size, random_crops(settings.scale, settings.ratio, settings.flip))]",
+        "return [ViewSpec(size, random_crops(settings.scale, settings.ratio, 0.5))]",
         ("tests/data/test_views.py",),
     ),
     Fault(
@@ -424,8 +425,8 @@ FAULTS = [
     Fault(
         "The canvas's flip is ignored",
         "sslvit/data/views.py",
-        "canvas_places(settings.side, settings.flip)",
-        "canvas_places(settings.side, 0.0)",
+        "canvas_boxes(settings.side, settings.flip)",
+        "canvas_boxes(settings.side, 0.0)",
         ("tests/data/test_views.py",),
     ),
     Fault(
@@ -453,7 +454,7 @@ FAULTS = [
         "The last of ten boxes is taken",
         "sslvit/data/views.py",
         "first = np.arange(len(fits)), fits.argmax(1)",
-        "first = np.arange(len(fits)), TRIES - 1 - fits[:, ::-1].argmax(1)",
+        "first = np.arange(len(fits)), ATTEMPTS - 1 - fits[:, ::-1].argmax(1)",
         ("tests/data/test_views.py",),
     ),
     Fault(
@@ -473,15 +474,15 @@ FAULTS = [
     Fault(
         "Top and left are drawn with one number",
         "sslvit/data/views.py",
-        "np.floor(place[:, i] *",
-        "np.floor(place[:, 0] *",
+        "np.floor(position[:, i] *",
+        "np.floor(position[:, 0] *",
         ("tests/data/test_views.py",),
     ),
     Fault(
         "The mirroring is drawn with the place",
         "sslvit/data/views.py",
-        "place[:, 2] < flip)",
-        "place[:, 1] < flip)",
+        "position[:, 2] < flip)",
+        "position[:, 1] < flip)",
         ("tests/data/test_views.py",),
     ),
     Fault(
@@ -494,7 +495,7 @@ FAULTS = [
     Fault(
         "Rows of several epochs lose their order",
         "sslvit/data/views.py",
-        "        whole[rows] = part\n",
+        "        whole[rows] = values\n",
         "        whole[np.sort(rows)[::-1]] = part\n",
         ("tests/data/test_views.py",),
     ),
@@ -508,7 +509,7 @@ FAULTS = [
     Fault(
         "The largest drawing on the canvas never occurs",
         "sslvit/data/views.py",
-        "length = least + np.floor(uniform[:, 0] * (most - least + 1))",
+        "length = smallest + np.floor(uniform[:, 0] * (largest - smallest + 1))",
         "length = least + np.floor(uniform[:, 0] * (most - least))",
         ("tests/data/test_views.py",),
     ),
@@ -550,15 +551,15 @@ FAULTS = [
     Fault(
         "Small views are not mirrored",
         "sslvit/data/resample.py",
-        "places[row] * 2 + torch.from_numpy(is_mirrored)",
-        "places[row] * 2",
+        "row_of_box[box] * 2 + torch.from_numpy(is_mirrored)",
+        "row_of_box[box] * 2",
         ("tests/data/test_views.py",),
     ),
     Fault(
         "Small views between pixels are not mirrored",
         "sslvit/data/resample.py",
-        "weights[chosen] = weights[chosen].flip(1)",
-        "weights[chosen] = weights[chosen]",
+        "weights[mirrored] = weights[mirrored].flip(1)",
+        "weights[mirrored] = weights[mirrored]",
         ("tests/data/test_views.py",),
     ),
     Fault(
@@ -689,15 +690,15 @@ FAULTS = [
     Fault(
         "Solarization begins at 129",
         "sslvit/data/color.py",
-        "chosen >= SOLARIZE_FROM",
-        "chosen > SOLARIZE_FROM",
+        "bright >= SOLARIZE_THRESHOLD",
+        "bright > SOLARIZE_THRESHOLD",
         ("tests/data/test_color.py",),
     ),
     Fault(
         "The blur is cut off at one deviation",
         "sslvit/data/color.py",
-        "REACH = 3 ",
-        "REACH = 1 ",
+        "TRUNCATE = 3 ",
+        "TRUNCATE = 1 ",
         ("tests/data/test_color.py",),
     ),
     Fault(
@@ -710,8 +711,8 @@ FAULTS = [
     Fault(
         "Contrast is around the middle of the range",
         "sslvit/data/color.py",
-        "gray.mean(1, keepdim=True)\n    share",
-        "127.5 + 0 * gray.mean(1, keepdim=True)\n    share",
+        "gray.mean(1, keepdim=True)\n    scale",
+        "127.5 + 0 * gray.mean(1, keepdim=True)\n    scale",
         ("tests/data/test_color.py",),
     ),
     Fault(
@@ -724,43 +725,43 @@ FAULTS = [
     Fault(
         "A substitute keeps the bad sample's label",
         "sslvit/data/loader.py",
-        "labels = reader.labels_of(shown)",
+        "labels = reader.labels_of(used)",
         "labels = reader.labels_of(samples)",
         ("tests/data/test_loader.py",),
     ),
     Fault(
         "A substitute keeps the bad sample's colors",
         "sslvit/data/loader.py",
-        "colors = views.sample_colors(shown, shown_epochs)",
+        "colors = views.sample_colors(used, used_epochs)",
         "colors = views.sample_colors(samples, epochs)",
         ("tests/data/test_loader.py",),
     ),
     Fault(
         "A substitute is seen in the bad sample's epoch",
         "sslvit/data/loader.py",
-        "np.array([spare]), np.array([epoch]), size)",
-        "np.array([spare]), epochs[row : row + 1], size)",
+        "np.array([substitute]), np.array([epoch]), size)",
+        "np.array([substitute]), epochs[row : row + 1], size)",
         ("tests/data/test_loader.py",),
     ),
     Fault(
         "A batch names its substitutes",
         "sslvit/data/loader.py",
         "samples=torch.from_numpy(samples)",
-        "samples=torch.from_numpy(shown)",
+        "samples=torch.from_numpy(used)",
         ("tests/data/test_loader.py",),
     ),
     Fault(
         "Substitutes are counted from the rank's own rows",
         "sslvit/data/loader.py",
-        "place = (first_row + row + further) %",
+        "candidate = (first_row + row + distance) %",
         "place = (row + further) %",
         ("tests/data/test_reader.py",),
     ),
     Fault(
         "A micro-batch's first row is counted within the rank",
         "sslvit/data/loader.py",
-        "epochs, first_row=first_row, size=size, spares=spares)",
-        "epochs, size=size, spares=spares)",
+        "first_row=first_row, size=size, substitutes=substitutes",
+        "size=size, substitutes=substitutes",
         ("tests/data/test_loader.py",),
     ),
     Fault(
@@ -773,8 +774,8 @@ FAULTS = [
     Fault(
         "Micro-batches of a rank interleave with other ranks'",
         "sslvit/data/loader.py",
-        "first_row = (self.rank * self.passes + part) * self.micro",
-        "first_row = (part * self.passes + self.rank) * self.micro",
+        "first_row = (self.rank * self.accumulation_steps + micro_step) * self.micro",
+        "first_row = (part * self.accumulation_steps + self.rank) * self.micro",
         ("tests/data/test_loader.py",),
     ),
     Fault(
@@ -787,8 +788,8 @@ FAULTS = [
     Fault(
         "The seed of an evaluation's chance is ignored",
         "sslvit/data/loader.py",
-        "encoder.image_size, encoder.interpolation, seed)\n    batches",
-        "encoder.image_size, encoder.interpolation)\n    batches",
+        "center_view(encoder), seed)\n    batches",
+        "center_view(encoder))\n    batches",
         ("tests/data/test_loader.py",),
     ),
     Fault(
@@ -801,7 +802,7 @@ FAULTS = [
     Fault(
         "The chosen samples of an evaluation are the first ones",
         "sslvit/data/loader.py",
-        "samples = places if self.chosen is None else self.chosen[places]",
+        "samples = rows if self.subset is None else self.subset[rows]",
         "samples = places",
         ("tests/data/test_loader.py",),
     ),
@@ -822,29 +823,29 @@ FAULTS = [
     Fault(
         "One image is seen through the whole box",
         "sslvit/data/loader.py",
-        "views = Views(center_view(encoder), encoder.image_size, encoder.interpolation)",
-        "views = Views(CenterSettings(), encoder.image_size, encoder.interpolation)",
+        "views = encoder_views(encoder, center_view(encoder))",
+        "views = encoder_views(encoder, CenterSettings())",
         ("tests/data/test_loader.py", "tests/data/test_views.py"),
     ),
     Fault(
         "The interpolation of evaluation is the default",
         "sslvit/data/loader.py",
-        "Views(view or center_view(encoder), encoder.image_size, encoder.interpolation, seed)",
-        'Views(view or center_view(encoder), encoder.image_size, "bicubic", seed)',
+        "Views(view, size, encoder.interpolation, seed",
+        'Views(view, size, "bicubic", seed',
         ("tests/data/test_loader.py",),
     ),
     Fault(
         "The seed of the views is not the plan's",
         "sslvit/data/module.py",
-        "encoder.interpolation, plan.seed",
-        "encoder.interpolation, 0",
+        "settings.view, plan.seed",
+        "settings.view, 0",
         ("tests/data/test_loader.py",),
     ),
     Fault(
         "Colors are changed twice",
         "sslvit/data/module.py",
-        "batch.views, batch.colors = change_views(batch.views, batch.colors), None",
-        "batch.views = change_views(change_views(batch.views, batch.colors), batch.colors)",
+        "batch.views, batch.colors = jitter_views(batch.views, batch.colors), None",
+        "batch.views = jitter_views(jitter_views(batch.views, batch.colors), batch.colors)",
         ("tests/data/test_loader.py",),
     ),
     Fault(
@@ -864,15 +865,15 @@ FAULTS = [
     Fault(
         "Sixteen bits are divided by 256",
         "sslvit/data/decode.py",
-        "deep / np.float32(257) if",
-        "deep / np.float32(256) if",
+        "wide / np.float32(257) if",
+        "wide / np.float32(256) if",
         ("tests/data/test_decode.py",),
     ),
     Fault(
         "Images are reduced below what their views show",
         "sslvit/data/decode.py",
-        "if least_zoom >= reduction\n",
-        "if 2 * least_zoom >= reduction\n",
+        "if min_zoom >= reduction\n",
+        "if 2 * min_zoom >= reduction\n",
         ("tests/data/test_decode.py",),
     ),
     Fault(
@@ -941,8 +942,8 @@ FAULTS = [
     Fault(
         "A palette is fitted on a data set's first images",
         "sslvit/data/pixels.py",
-        'np.sort(rng.generator(seed, "palette images").permutation(len(index))[:MOST_IMAGES])',
-        "chosen[:MOST_IMAGES]",
+        'np.sort(rng.generator(seed, "palette images").permutation(len(index))[:MAX_IMAGES])',
+        "selected[:MAX_IMAGES]",
         ("tests/data/test_pixels.py",),
     ),
     Fault(
@@ -955,7 +956,7 @@ FAULTS = [
     Fault(
         "A palette sees the upper left of each image",
         "sslvit/data/pixels.py",
-        ".permutation(image_size**2)[:each]",
+        ".permutation(image_size**2)[:per_image]",
         ".permutation(each)",
         ("tests/data/test_pixels.py",),
     ),
@@ -1004,15 +1005,15 @@ FAULTS = [
     Fault(
         "Each machine's need of cache is that of one",
         "sslvit/data/inspect.py",
-        "plan.shards_at_once(0, batch // hosts) * largest for",
-        "plan.shards_at_once(0, batch) * largest for",
+        "plan.shards_at_once(0, batch // hosts) * shard_gb for",
+        "plan.shards_at_once(0, batch) * shard_gb for",
         ("tests/data/test_inspect.py",),
     ),
     Fault(
         "The need of cache is told of the smallest shard",
         "sslvit/data/inspect.py",
-        "largest = max(shard.bytes",
-        "largest = min(shard.bytes",
+        "shard_gb = max(shard.bytes",
+        "shard_gb = min(shard.bytes",
         ("tests/data/test_inspect.py",),
     ),
     Fault(
