@@ -6,6 +6,14 @@ from faults import Fault
 
 READER, PACK, INDEX = "tests/data/test_reader.py", "tests/data/test_pack.py", "tests/data/test_index.py"
 PLAN, REMOTE, STREAM = "tests/data/test_plan.py", "tests/data/test_remote.py", "tests/data/test_stream.py"
+ARRAYS = "tests/data/test_arrays.py"
+FOLDERS = "tests/data/test_folders.py"
+OPEN = "tests/data/test_open.py"
+OPEN_FOLDER = "tests/data/test_open_folder.py"
+REMOTE_CACHE = "tests/data/test_remote_cache.py"
+SCAN = "tests/data/test_scan.py"
+STORE = "tests/data/test_store.py"
+TRANSFER = "tests/data/test_transfer.py"
 
 FAULTS = [
     # reading
@@ -78,7 +86,7 @@ FAULTS = [
         "sslvit/data/index.py",
         "return self.shards[shard].name[self._common_folder :]",
         'return self.shards[shard].name.rpartition("/")[2]',
-        (f"{INDEX}::test_equal_names_in_two_folders_are_two_shards",),
+        (f"{OPEN}::test_equal_names_in_two_folders_are_two_shards",),
     ),
     Fault(
         "The fingerprint is of the names of shards, not of their bytes",
@@ -106,14 +114,14 @@ FAULTS = [
         "sslvit/data/open.py",
         "        if notice := unlisted_warning(index):\n",
         "        if (notice := unlisted_warning(index)) and False:\n",
-        (f"{INDEX}::test_tars_that_the_index_does_not_list_are_said",),
+        (f"{OPEN}::test_tars_that_the_index_does_not_list_are_said",),
     ),
     Fault(
         "A shard without labels among others takes part in the labels",
         "sslvit/data/scan.py",
         'for text in report.labels or [""] * report.shard.samples]',
         "for text in report.labels]",
-        (f"{INDEX}::test_a_shard_without_labels_among_others_leaves_all_without_and_it_is_said",),
+        (f"{SCAN}::test_a_shard_without_labels_among_others_leaves_all_without_and_it_is_said",),
     ),
     Fault(
         "The deviation of a channel is its mean square",
@@ -156,7 +164,7 @@ FAULTS = [
         "sslvit/data/open.py",
         "versions.append((about.st_size, about.st_mtime_ns))",
         "versions.append(())",
-        (f"{INDEX}::test_local_shards_that_were_replaced_are_indexed_anew",),
+        (f"{OPEN}::test_local_shards_that_were_replaced_are_indexed_anew",),
     ),
     Fault(
         "Network shards without an index are stored twice",
@@ -170,42 +178,42 @@ FAULTS = [
         "sslvit/data/open.py",
         "{digest_times(found.samples)} ",
         "",
-        (f"{PACK}::test_folders_whose_files_have_equal_names_and_lengths_do_not_share_shards",),
+        (f"{OPEN_FOLDER}::test_folders_whose_files_have_equal_names_and_lengths_do_not_share_shards",),
     ),
     Fault(
         "Every process of a machine walks an image folder",
         "sslvit/data/first_rank.py",
         '        return os.environ["LOCAL_RANK"] == "0"\n',
         "        return True\n",
-        (f"{PACK}::test_only_the_first_process_of_a_machine_walks_an_image_folder",),
+        (f"{OPEN_FOLDER}::test_only_the_first_process_of_a_machine_walks_an_image_folder",),
     ),
     Fault(
         "What an earlier start found counts for this one",
         "sslvit/data/first_rank.py",
         'if not set(_launches()).isdisjoint(about["launches"]):',
         "if True:",
-        (f"{PACK}::test_a_process_whose_first_one_says_nothing_walks_by_itself",),
+        (f"{OPEN_FOLDER}::test_a_process_whose_first_one_says_nothing_walks_by_itself",),
     ),
     Fault(
         "Missing shards are counted, not their samples",
         "sslvit/data/open.py",
         "missing = sum(index.shards[number].samples for number in shards)",
         "missing = len(shards)",
-        (f"{INDEX}::test_missing_shards_of_a_mixture_are_those_of_one_source",),
+        (f"{OPEN}::test_missing_shards_of_a_mixture_are_those_of_one_source",),
     ),
     Fault(
         "A mixture takes the missing shard of one source for another's",
         "sslvit/data/mixture.py",
         "            first + number: wrong\n",
         "            number: wrong\n",
-        (f"{INDEX}::test_missing_shards_of_a_mixture_are_those_of_one_source",),
+        (f"{OPEN}::test_missing_shards_of_a_mixture_are_those_of_one_source",),
     ),
     Fault(
         "A pattern gives its shards in the order of the index",
         "sslvit/data/open.py",
         "numbers = np.array([number_of[name] for name in names])",
         "numbers = np.array(sorted(number_of[name] for name in names))",
-        (f"{INDEX}::test_a_pattern_leaves_the_records_of_neighbors_in_their_file",),
+        (f"{OPEN}::test_a_pattern_leaves_the_records_of_neighbors_in_their_file",),
     ),
     Fault(
         "All sources of a mixture have one seed",
@@ -379,70 +387,70 @@ FAULTS = [
         "sslvit/data/remote.py",
         "in sorted(files):",
         "in sorted(files, reverse=True):",
-        (f"{REMOTE}::test_the_longest_unused_shard_goes_first",),
+        (f"{REMOTE_CACHE}::test_the_longest_unused_shard_goes_first",),
     ),
     Fault(
         "A shard that is used again does not count as used",
         "sslvit/data/remote.py",
         "        os.utime(path)\n",
         "        path.stat()\n",
-        (f"{REMOTE}::test_the_longest_unused_shard_goes_first",),
+        (f"{REMOTE_CACHE}::test_the_longest_unused_shard_goes_first",),
     ),
     Fault(
         "Downloads side by side do not see each other's room",
         "sslvit/data/remote.py",
         "            used += reserved\n",
         "",
-        (f"{REMOTE}::test_downloads_side_by_side_stay_within_the_size_of_the_cache",),
+        (f"{REMOTE_CACHE}::test_downloads_side_by_side_stay_within_the_size_of_the_cache",),
     ),
     Fault(
         "The room of a download that was killed stays taken",
         "sslvit/data/remote.py",
         "    with lock_file(lock, wait=False) as handle:\n        return note if handle is None else 0\n",
         "    return note\n",
-        (f"{REMOTE}::test_room_that_a_killed_download_had_reserved_is_free_again",),
+        (f"{REMOTE_CACHE}::test_room_that_a_killed_download_had_reserved_is_free_again",),
     ),
     Fault(
         "The cache is listed for each download",
         "sslvit/data/remote.py",
         "if lock is None or used is None or used + size > self.limit:",
         "if True:",
-        (f"{REMOTE}::test_the_folder_is_not_listed_for_each_download",),
+        (f"{REMOTE_CACHE}::test_the_folder_is_not_listed_for_each_download",),
     ),
     Fault(
         "A worker waits for what another fetches ahead",
         "sslvit/data/remote.py",
         "shard.sha256, wait=False)",
         "shard.sha256)",
-        (f"{REMOTE}::test_every_worker_fetches_ahead_what_the_others_do_not",),
+        (f"{REMOTE_CACHE}::test_every_worker_fetches_ahead_what_the_others_do_not",),
     ),
     Fault(
         "The least rate of a transfer is not asked for",
         "sslvit/data/transfer.py",
         "if self.bytes < self.min_rate * self.seconds:",
         "if self.bytes < 1:",
-        (f"{REMOTE}::test_a_server_that_drips_is_given_up",),
+        (f"{TRANSFER}::test_a_server_that_drips_is_given_up",),
     ),
     Fault(
         "Waits between tries do not grow",
         "sslvit/data/remote.py",
         "self.first_wait * 2 ** max(failures - 1, 0) *",
         "self.first_wait *",
-        (f"{REMOTE}::test_waits_grow_with_failures_and_are_not_alike",),
+        (f"{TRANSFER}::test_waits_grow_with_failures_and_are_not_alike",),
     ),
     Fault(
         "All who failed at once try again at once",
         "sslvit/data/remote.py",
         "(0.5 + random.random())",
         "1.0",
-        (f"{REMOTE}::test_waits_grow_with_failures_and_are_not_alike",),
+        (f"{TRANSFER}::test_waits_grow_with_failures_and_are_not_alike",),
     ),
     Fault(
         "A download is renamed before it is on the disk",
         "sslvit/data/remote.py",
         "                os.fsync(file.fileno())\n",
         "                pass\n",
-        (f"{REMOTE}::test_a_download_is_on_the_disk_before_it_has_its_name",),
+        (f"{REMOTE_CACHE}::test_a_download_is_on_the_disk_before_it_has_its_name",),
     ),
     # packing
     Fault(
@@ -457,7 +465,7 @@ FAULTS = [
         "sslvit/data/store.py",
         "            os.fsync(self.file.fileno())\n",
         "",
-        (f"{PACK}::test_a_shard_is_on_the_disk_before_it_has_its_name",),
+        (f"{STORE}::test_a_shard_is_on_the_disk_before_it_has_its_name",),
     ),
     Fault(
         "Samples are packed in the order of their source",
@@ -499,42 +507,42 @@ FAULTS = [
         "sslvit/data/store.py",
         '{"quality": settings.quality}',
         '{"quality": 92}',
-        (f"{PACK}::test_quality_and_the_side_of_resized_images_are_as_asked",),
+        (f"{STORE}::test_quality_and_the_side_of_resized_images_are_as_asked",),
     ),
     Fault(
         "Resizing takes the longer side",
         "sslvit/data/store.py",
         "limit / shorter if",
         "limit / max(header.height, header.width) if",
-        (f"{PACK}::test_quality_and_the_side_of_resized_images_are_as_asked",),
+        (f"{STORE}::test_quality_and_the_side_of_resized_images_are_as_asked",),
     ),
     Fault(
         "The pixels of a signed array are a little too dark",
         "sslvit/data/arrays.py",
         "(values.astype(np.float32) + 1) * 127.5",
         "(values.astype(np.float32) + 1) * 127",
-        (f"{PACK}::test_values_that_are_no_pixels_are_converted_by_name",),
+        (f"{ARRAYS}::test_values_that_are_no_pixels_are_converted_by_name",),
     ),
     Fault(
         "Integers of 32 bits are cut to 16",
         "sslvit/data/decode.py",
         "not 0 <= wide.min() <= wide.max() <= MAX_UINT16",
         "False",
-        (f"{PACK}::test_integers_of_32_bits_are_refused_where_16_cannot_hold_them",),
+        (f"{ARRAYS}::test_integers_of_32_bits_are_refused_where_16_cannot_hold_them",),
     ),
     Fault(
         "Class names that are numbers are in the order of letters",
         "sslvit/data/labels.py",
         "sorted(names, key=lambda name: (int(name), name))",
         "sorted(names)",
-        (f"{PACK}::test_numbers_as_class_names_are_in_the_order_of_numbers",),
+        (f"{FOLDERS}::test_numbers_as_class_names_are_in_the_order_of_numbers",),
     ),
     Fault(
         "An image that looks like none stops the numbering of labels: -1 becomes a class",
         "sslvit/data/labels.py",
         "    if negative == NO_LABEL:\n",
         "    if negative == NO_LABEL - 1:\n",
-        (f"{PACK}::test_labels_of_minus_one_are_no_labels_wherever_they_stand",),
+        (f"{ARRAYS}::test_labels_of_minus_one_are_no_labels_wherever_they_stand",),
     ),
     # streams
     Fault(
@@ -655,7 +663,7 @@ FAULTS = [
         "sslvit/data/store.py",
         "read_header(content, settings.max_pixels, ",
         "read_header(content, MAX_PIXELS, ",
-        (f"{PACK}::test_an_image_of_more_pixels_than_allowed_is_left_out",),
+        (f"{STORE}::test_an_image_of_more_pixels_than_allowed_is_left_out",),
     ),
     Fault(
         "--shard-mb counts a thousand bytes more to the kilobyte",

@@ -24,14 +24,20 @@ FAULTS = [
         "sslvit/data/views.py",
         "ratios = np.exp(np.interp(uniform[:, ATTEMPTS : 2 * ATTEMPTS], [0, 1], np.log(ratio)))",
         "ratios = np.interp(uniform[:, ATTEMPTS : 2 * ATTEMPTS], [0, 1], ratio)",
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_views.py",
+            "tests/data/test_resample.py",
+        ),
     ),
     Fault(
         "Local crops are never mirrored",
         "sslvit/data/views.py",
         "random_crops(settings.local_scale, settings.ratio, settings.flip)",
         "random_crops(settings.local_scale, settings.ratio, 0.0)",
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_views.py",
+            "tests/data/test_resample.py",
+        ),
     ),
     Fault(
         "Solarization is drawn with the blur's number",
@@ -87,14 +93,20 @@ FAULTS = [
         "sslvit/data/resample.py",
         "scale = 1 / (torch.tensor(std,",
         "scale = 1 / (torch.tensor(mean,",
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_resample.py",
+            "tests/data/test_views.py",
+        ),
     ),
     Fault(
         "The mean is not divided by the deviation",
         "sslvit/data/resample.py",
         "-1, 1, 1) * scale\n    return view",
         "-1, 1, 1) / 255\n    return view",
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_resample.py",
+            "tests/data/test_views.py",
+        ),
     ),
     Fault(
         "The nearest color is not that of the squared distance",
@@ -122,77 +134,110 @@ FAULTS = [
         "sslvit/data/loader.py",
         "1 if views.is_exact else reduction_for(zoom[i], header)",
         "reduction_for(zoom[i], header)",
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_views.py",
+            "tests/data/test_resample.py",
+        ),
     ),
     Fault(
         "Boxes are rounded to whole pixels",
         "sslvit/data/resample.py",
         "sides = [float(values[0]) for values in",
         "sides = [float(values[0].round()) for values in",
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_resample.py",
+            "tests/data/test_views.py",
+        ),
     ),
     Fault(
         "Boxes of center views are cut out first",
         "sslvit/data/views.py",
         "is_cut=False",
         "is_cut=True",
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_views.py",
+            "tests/data/test_resample.py",
+        ),
     ),
     Fault(
         "Random crops see what lies beside them",
         "sslvit/data/resample.py",
         "    if is_cut:\n",
         "    if False:\n",
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_resample.py",
+            "tests/data/test_views.py",
+        ),
     ),
     Fault(
         "Large crops decoded at reduced scale see what lies beside them",
         "sslvit/data/resample.py",
         "margin = 0 if is_cut else SUPPORT",
         "margin = SUPPORT",
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_resample.py",
+            "tests/data/test_views.py",
+        ),
     ),
     Fault(
         "Large center views are cut out first",
         "sslvit/data/resample.py",
         "margin = 0 if is_cut else SUPPORT[interpolation] *",
         "margin = 0 *",
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_resample.py",
+            "tests/data/test_views.py",
+        ),
     ),
     Fault(
         "Large center views are shifted by a pixel of their hull",
         "sslvit/data/resample.py",
         "first = max(math.floor(starts[axis] - margin), 0)",
         "first = max(math.floor(starts[axis] - margin) + 1, 0)",
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_resample.py",
+            "tests/data/test_views.py",
+        ),
     ),
     Fault(
         "Boxes at whole pixels are cut out first whatever they are",
         "sslvit/data/resample.py",
         "if is_between_pixels or not (box.is_cut or (tall, wide) == (height, width)):",
         "if is_between_pixels:",
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_resample.py",
+            "tests/data/test_views.py",
+        ),
     ),
     Fault(
         "Boxes within half a pixel count as whole",
         "sslvit/data/resample.py",
         "for side in sides) > 1e-6",
         "for side in sides) > 0.3",
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_resample.py",
+            "tests/data/test_views.py",
+        ),
     ),
     Fault(
         "A reduced box is not divided by the reduction",
         "sslvit/data/resample.py",
         "box = box.reduced(reduction)",
         "box = box.reduced(1)",
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_resample.py",
+            "tests/data/test_views.py",
+        ),
     ),
     Fault(
         "A box that lost its mark of being cut",
         "sslvit/data/resample.py",
         "self.is_mirrored[one], self.is_cut",
         "self.is_mirrored[one]",
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_resample.py",
+            "tests/data/test_views.py",
+        ),
     ),
     Fault(
         "RandAugment's operations always happen",
@@ -307,14 +352,20 @@ FAULTS = [
             "scale = np.minimum(heights / size[0], widths / size[1]) * np.interp(\n            uniform[:"
             ", 0], [0, 1], [crop / resize[1], crop / resize[0]]\n        )"
         ),
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_views.py",
+            "tests/data/test_resample.py",
+        ),
     ),
     Fault(
         "iGPT's squares never reach the largest side",
         "sslvit/data/views.py",
         "(resize[1] - resize[0] + 1)",
         "(resize[1] - resize[0])",
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_views.py",
+            "tests/data/test_resample.py",
+        ),
     ),
     Fault(
         "Eight resampling tables are kept",
@@ -322,42 +373,60 @@ FAULTS = [
         "while len(_tables) > 1 and sum(table.nbytes for cached in _tables.values() for table in cached) > "
         "MAX_TABLES_BYTES:",
         "while len(_tables) > 8:",
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_resample.py",
+            "tests/data/test_views.py",
+        ),
     ),
     Fault(
         "The table that was just used goes first",
         "sslvit/data/resample.py",
         "del _tables[next(iter(_tables))]",
         "del _tables[list(_tables)[-2]]",
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_resample.py",
+            "tests/data/test_views.py",
+        ),
     ),
     Fault(
         "Boxes do not depend on the epoch",
         "sslvit/data/views.py",
         "rng.uniform((self.seed, e, key), rows,",
         "rng.uniform((self.seed, 0, key), rows,",
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_views.py",
+            "tests/data/test_resample.py",
+        ),
     ),
     Fault(
         "Boxes do not depend on the seed",
         "sslvit/data/views.py",
         "rng.uniform((self.seed, e, key), rows,",
         "rng.uniform((0, e, key), rows,",
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_views.py",
+            "tests/data/test_resample.py",
+        ),
     ),
     Fault(
         "All views of an image are the same box",
         "sslvit/data/views.py",
         'uniform(f"view {i}" if i else "view")',
         'uniform("view")',
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_views.py",
+            "tests/data/test_resample.py",
+        ),
     ),
     Fault(
         "All local crops of an image are the same box",
         "sslvit/data/views.py",
         'uniform(f"view {i}" if i else "view")',
         'uniform(f"view {min(i, 2)}" if i else "view")',
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_views.py",
+            "tests/data/test_resample.py",
+        ),
     ),
     Fault(
         "Colors do not depend on the epoch",
@@ -399,49 +468,70 @@ FAULTS = [
         "sslvit/data/views.py",
         "random_crops(settings.global_scale,",
         "random_crops(settings.local_scale,",
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_views.py",
+            "tests/data/test_resample.py",
+        ),
     ),
     Fault(
         "Crops' ratio is the default one",
         "sslvit/data/views.py",
         "return [ViewSpec(size, random_crops(settings.scale, settings.ratio, settings.flip))]",
         "return [ViewSpec(size, random_crops(settings.scale, [3 / 4, 4 / 3], settings.flip))]",
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_views.py",
+            "tests/data/test_resample.py",
+        ),
     ),
     Fault(
         "Crops' flip is a half",
         "sslvit/data/views.py",
         "return [ViewSpec(size, random_crops(settings.scale, settings.ratio, settings.flip))]",
         "return [ViewSpec(size, random_crops(settings.scale, settings.ratio, 0.5))]",
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_views.py",
+            "tests/data/test_resample.py",
+        ),
     ),
     Fault(
         "Squares' flip is ignored",
         "sslvit/data/views.py",
         "random_squares(settings.resize, settings.crop, settings.flip)",
         "random_squares(settings.resize, settings.crop, 0.5)",
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_views.py",
+            "tests/data/test_resample.py",
+        ),
     ),
     Fault(
         "The canvas's flip is ignored",
         "sslvit/data/views.py",
         "canvas_boxes(settings.side, settings.flip)",
         "canvas_boxes(settings.side, 0.0)",
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_views.py",
+            "tests/data/test_resample.py",
+        ),
     ),
     Fault(
         "The crop mode is ignored",
         "sslvit/data/views.py",
         "center_crops(settings.fraction, settings.mode)",
         "center_crops(settings.fraction)",
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_views.py",
+            "tests/data/test_resample.py",
+        ),
     ),
     Fault(
         "The crop fraction is ignored",
         "sslvit/data/views.py",
         "center_crops(settings.fraction, settings.mode)",
         "center_crops(1.0, settings.mode)",
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_views.py",
+            "tests/data/test_resample.py",
+        ),
     ),
     Fault(
         "The resolution of a step is ignored",
@@ -455,70 +545,100 @@ FAULTS = [
         "sslvit/data/views.py",
         "first = np.arange(len(fits)), fits.argmax(1)",
         "first = np.arange(len(fits)), ATTEMPTS - 1 - fits[:, ::-1].argmax(1)",
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_views.py",
+            "tests/data/test_resample.py",
+        ),
     ),
     Fault(
         "Boxes that reach outside are taken",
         "sslvit/data/views.py",
         "fits &= (width <= widths[:, None]) & (height <= heights[:, None])",
         "fits &= width <= widths[:, None]",
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_views.py",
+            "tests/data/test_resample.py",
+        ),
     ),
     Fault(
         "The fallback box lies in the corner",
         "sslvit/data/views.py",
         "np.where(none, room // 2,",
         "np.where(none, 0 * room,",
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_views.py",
+            "tests/data/test_resample.py",
+        ),
     ),
     Fault(
         "Top and left are drawn with one number",
         "sslvit/data/views.py",
         "np.floor(position[:, i] *",
         "np.floor(position[:, 0] *",
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_views.py",
+            "tests/data/test_resample.py",
+        ),
     ),
     Fault(
         "The mirroring is drawn with the place",
         "sslvit/data/views.py",
         "position[:, 2] < flip)",
         "position[:, 1] < flip)",
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_views.py",
+            "tests/data/test_resample.py",
+        ),
     ),
     Fault(
         "Crops never touch the far edge",
         "sslvit/data/views.py",
         "* (np.abs(room) + 1)))",
         "* np.abs(room)))",
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_views.py",
+            "tests/data/test_resample.py",
+        ),
     ),
     Fault(
         "Rows of several epochs lose their order",
         "sslvit/data/views.py",
         "        whole[rows] = values\n",
         "        whole[np.sort(rows)[::-1]] = part\n",
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_views.py",
+            "tests/data/test_resample.py",
+        ),
     ),
     Fault(
         "A square never touches the right edge",
         "sslvit/data/views.py",
         "np.floor(uniform[:, 2] * (widths - width + 1))",
         "np.floor(uniform[:, 2] * (heights - height + 1))",
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_views.py",
+            "tests/data/test_resample.py",
+        ),
     ),
     Fault(
         "The largest drawing on the canvas never occurs",
         "sslvit/data/views.py",
         "length = smallest + np.floor(uniform[:, 0] * (largest - smallest + 1))",
         "length = least + np.floor(uniform[:, 0] * (most - least))",
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_views.py",
+            "tests/data/test_resample.py",
+        ),
     ),
     Fault(
         "A drawing is larger than its canvas",
         "sslvit/data/views.py",
         "zoom = np.maximum(heights, widths) / length",
         "zoom = np.minimum(heights, widths) / length",
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_views.py",
+            "tests/data/test_resample.py",
+        ),
     ),
     Fault(
         "Neighboring views get each other's colors",
@@ -532,63 +652,90 @@ FAULTS = [
         "sslvit/data/resample.py",
         "return np.minimum(self.height / size[0], self.width / size[1])",
         "return np.maximum(self.height / size[0], self.width / size[1])",
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_resample.py",
+            "tests/data/test_views.py",
+        ),
     ),
     Fault(
         "The image is reduced by its own proportions",
         "sslvit/data/resample.py",
         "self.height / size[0], self.width / size[1])",
         "self.height / size[1], self.width / size[0])",
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_resample.py",
+            "tests/data/test_views.py",
+        ),
     ),
     Fault(
         "Large views are not mirrored",
         "sslvit/data/resample.py",
         "return view.flip(2) if box.is_mirrored[0] else view",
         "return view",
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_resample.py",
+            "tests/data/test_views.py",
+        ),
     ),
     Fault(
         "Small views are not mirrored",
         "sslvit/data/resample.py",
         "row_of_box[box] * 2 + torch.from_numpy(is_mirrored)",
         "row_of_box[box] * 2",
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_resample.py",
+            "tests/data/test_views.py",
+        ),
     ),
     Fault(
         "Small views between pixels are not mirrored",
         "sslvit/data/resample.py",
         "weights[mirrored] = weights[mirrored].flip(1)",
         "weights[mirrored] = weights[mirrored]",
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_resample.py",
+            "tests/data/test_views.py",
+        ),
     ),
     Fault(
         "Large views are not antialiased",
         "sslvit/data/resample.py",
         "mode=interpolation, antialias=True",
         "mode=interpolation",
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_resample.py",
+            "tests/data/test_views.py",
+        ),
     ),
     Fault(
         "Small views are not antialiased",
         "sslvit/data/resample.py",
         "abs_() / scale.clamp(min=1)",
         "abs_() / scale.clamp(max=1)",
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_resample.py",
+            "tests/data/test_views.py",
+        ),
     ),
     Fault(
         "The interpolation is ignored",
         "sslvit/data/resample.py",
         "mode=interpolation, antialias=True",
         'mode="bilinear", antialias=True',
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_resample.py",
+            "tests/data/test_views.py",
+        ),
     ),
     Fault(
         "The interpolation is ignored beside whole pixels",
         "sslvit/data/resample.py",
         'if interpolation == "bilinear":',
         'if interpolation != "none":',
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_resample.py",
+            "tests/data/test_views.py",
+        ),
     ),
     Fault(
         "The cubic is OpenCV's (a = -0.75)",
@@ -601,28 +748,40 @@ FAULTS = [
             "near = ((1.25 * distance - 2.25) * distance * distance).add_(1)\n        far = (((3.75 - 0."
             "75 * distance) * distance - 6) * distance).add_(3)"
         ),
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_resample.py",
+            "tests/data/test_views.py",
+        ),
     ),
     Fault(
         "Pixels of small images are cut off, not rounded",
         "sslvit/data/resample.py",
         "view.round_().to(torch.int16)",
         "view.to(torch.int16)",
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_resample.py",
+            "tests/data/test_views.py",
+        ),
     ),
     Fault(
         "Weights are shifted by half a pixel",
         "sslvit/data/resample.py",
         "pixel = torch.arange(length) + 0.5",
         "pixel = torch.arange(length) + 0.0",
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_resample.py",
+            "tests/data/test_views.py",
+        ),
     ),
     Fault(
         "What is outside repeats the border",
         "sslvit/data/resample.py",
         "is_black = (center < 0) | (center > length) | (total == 0)",
         "is_black = total == 0",
-        ("tests/data/test_views.py",),
+        (
+            "tests/data/test_resample.py",
+            "tests/data/test_views.py",
+        ),
     ),
     Fault(
         "Gray is drawn with the jitter's number",
@@ -825,7 +984,7 @@ FAULTS = [
         "sslvit/data/loader.py",
         "views = encoder_views(encoder, center_view(encoder))",
         "views = encoder_views(encoder, CenterSettings())",
-        ("tests/data/test_loader.py", "tests/data/test_views.py"),
+        ("tests/data/test_loader.py", "tests/data/test_views.py", "tests/data/test_resample.py"),
     ),
     Fault(
         "The interpolation of evaluation is the default",
