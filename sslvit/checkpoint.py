@@ -24,7 +24,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sslvit.files import brief, new_file, printable, remove_left_parts
+from sslvit.files import brief, new_file, printable, remove_stale_parts
 from sslvit.layouts import Converted, timm, to_sslvit, transformers
 from sslvit.layouts.unwrap import unwrap
 from sslvit.layouts.vit import count_blocks
@@ -81,7 +81,7 @@ def save_encoder(encoder: ViTEncoder, folder: str | Path, provenance: dict[str, 
     text = re.sub(r"\[\n[-+.\de,\s]+\]", lambda found: re.sub(r"\s+", " ", found[0]), json.dumps(about, indent=2))
     files = [folder / name for name in ("encoder.json", "encoder.safetensors")]
     for file in files:
-        remove_left_parts(file)
+        remove_stale_parts(file)
     with new_file(files[0]) as description, new_file(files[1]) as part:  # the inner one takes its place first
         save_file(weights, part)
         description.write_text(text + "\n")

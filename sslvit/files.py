@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, folders that one process holds, and text that is safe to print."""
+"""Files that are written whole or not at all, folders that one process locks, and text that is safe to print."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def new_file(path: str | Path, sync: bool = True) -> Iterator[Path]:
             _sync(path.parent)
     except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors have their own for a full disk
         part.unlink(missing_ok=True)
-        if isinstance(error, WriteError) or not is_of_the_disk(error):
+        if isinstance(error, WriteError) or not is_disk_error(error):
             raise
         raise write_error(path, error) from error
     except BaseException:
@@ -111,7 +111,7 @@ def write_atomically(path: str | Path, content: str | bytes, sync: bool = True) 
         part.write_bytes(content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content)
 
 
-def remove_left_parts(path: str | Path) -> None:
+def remove_stale_parts(path: str | Path) -> None:
     """Remove what new_file left beside a path in processes of this machine that were killed."""
     path = Path(path)
     for part in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
@@ -134,7 +134,7 @@ def write_error(path: str | Path, error: BaseException) -> WriteError:
     """The error for a file that could not be written, with its name and the remedy."""
     number = error.errno if isinstance(error, OSError) else errno.ENOSPC if "os error 28" in str(error) else None
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0][:120]
-    remedy = REMEDIES.get(number, "Check the disk and its permissions.")
+    remedy = REMEDIES.get(number or 0, "Check the disk and its permissions.")
     return WriteError(f"{printable(path)}: could not be written ({reason}). {remedy}")
 
 
@@ -150,8 +150,8 @@ def explain_os_error(error: OSError) -> str | None:
 def printable(text: object, limit: int = MAX_PRINTED) -> str:
     """Text from a file as one line of a message: control and bidirectional characters and bad bytes escaped, cut."""
     start = str(text)[: limit + 1]  # of what may be far longer
-    shown = "".join(character if _is_harmless(character) else _escaped(character) for character in start)
-    return shown if len(shown) <= limit else f"{shown[: limit - 4]} ..."
+    line = "".join(character if character.isprintable() else _escaped(character) for character in start)
+    return line if len(line) <= limit else f"{line[: limit - 4]} ..."
 
 
 def brief(value: object) -> str:
@@ -166,8 +166,8 @@ def quoted(value: object) -> str:
 
 
 @contextmanager
-def held_folder(folder: str | Path, doing: str, name: str = ".lock", wait_seconds: float = 0.0) -> Iterator[None]:
-    """Hold a folder for this process while the block runs; the system lets go of it even after kill -9.
+def lock_folder(folder: str | Path, doing: str, name: str = ".lock", wait_seconds: float = 0.0) -> Iterator[None]:
+    """Lock a folder for this process while the block runs; the system releases the lock even after kill -9.
 
     Args:
         folder: made if missing, and gone again if nothing was put there.
@@ -176,26 +176,26 @@ def held_folder(folder: str | Path, doing: str, name: str = ".lock", wait_second
         wait_seconds: how long to wait for another process that may be ending.
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: another process has locked it.
     """
-    path, deadline, is_told = Path(folder) / name, time.monotonic() + wait_seconds, False
+    path, deadline, is_reported = Path(folder) / name, time.monotonic() + wait_seconds, False
     is_new = not path.parent.exists()
-    while (handle := _try_to_hold(path)) is None:
+    while (handle := _try_lock(path)) is None:
         if time.monotonic() >= deadline:
             raise ValueError(
                 f"{printable(folder)}: another process is at work there. Wait until it has ended to {doing}, or choose "
                 "another folder."
             )
-        if not is_told:
-            is_told = True
+        if not is_reported:
+            is_reported = True
             logger.info(f"{printable(folder)}: another process is at work there; waiting up to {wait_seconds:g} s")
         time.sleep(0.1)
-    _held.add(handle)
+    _lock_handles.add(handle)
     try:
         yield
     finally:
-        _held.discard(handle)
-        path.unlink(missing_ok=True)  # while it is held: whoever has opened it meanwhile sees that it is another file
+        _lock_handles.discard(handle)
+        path.unlink(missing_ok=True)  # while it is locked: whoever has opened it meanwhile sees that it is another file
         if is_new:
             with suppress(OSError):
                 path.parent.rmdir()  # nothing was made there
@@ -203,63 +203,63 @@ def held_folder(folder: str | Path, doing: str, name: str = ".lock", wait_second
 
 
 @contextmanager
-def held_file(path: str | Path, wait: bool = True) -> Iterator[int | None]:
-    """Hold the file of a lock while the block runs; it is gone afterwards, and the system lets go of it after kill -9.
+def lock_file(path: str | Path, wait: bool = True) -> Iterator[int | None]:
+    """Lock a file while the block runs; it is deleted afterwards, and the system releases the lock after kill -9.
 
     Args:
         path: of a file for this purpose, in a folder that exists or can be made.
-        wait: for another process or thread that holds it; otherwise the block gets None then.
+        wait: for another process or thread that has the lock; otherwise the block gets None then.
 
     Yields:
         A handle of the file, for a note to others.
     """
-    while (handle := _try_to_hold(Path(path))) is None and wait:
+    while (handle := _try_lock(Path(path))) is None and wait:
         time.sleep(0.02)
     if handle is None:
         yield None
         return
-    _held.add(handle)
+    _lock_handles.add(handle)
     try:
         yield handle
     finally:
-        _held.discard(handle)
-        with suppress(OSError):  # while it is held: whoever has opened it meanwhile sees that it is another file
+        _lock_handles.discard(handle)
+        with suppress(OSError):  # while it is locked: whoever has opened it meanwhile sees that it is another file
             os.unlink(path)
         os.close(handle)
 
 
-_held: set[int] = set()  # handles of locks, which a forked process must not keep alive
+_lock_handles: set[int] = set()  # handles of locks, which a forked process must not keep alive
 
 
-def _try_to_hold(path: Path) -> int | None:
-    """A handle that holds a lock; None while another process does."""
+def _try_lock(path: Path) -> int | None:
+    """A handle with the lock; None while another process has it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        is_own = os.path.samestat(os.fstat(handle), os.stat(path))
+        is_locked = os.path.samestat(os.fstat(handle), os.stat(path))
     except (BlockingIOError, FileNotFoundError):
-        is_own = False
+        is_locked = False
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
             os.close(handle)
             raise
         logger.warning(f"{printable(path.parent)}: its file system has no locks, so two processes may use it at once")
-        is_own = True
-    if is_own:
+        is_locked = True
+    if is_locked:
         return handle
     os.close(handle)
     return None
 
 
-def _let_go_in_child() -> None:
-    for handle in _held:
+def _close_locks_in_child() -> None:
+    for handle in _lock_handles:
         with suppress(OSError):
             os.close(handle)
-    _held.clear()
+    _lock_handles.clear()
 
 
-os.register_at_fork(after_in_child=_let_go_in_child)
+os.register_at_fork(after_in_child=_close_locks_in_child)
 
 
 def expand_path(path: str | Path) -> str:
@@ -289,19 +289,19 @@ def cache_folder(path: str | Path) -> Path:
         is_usable = not str(path).startswith("~") or os.access(_existing(folder), os.W_OK)
     except ValueError:
         is_usable = False
-    return Path(folder) if is_usable else Path(_own_temporary_folder(), str(path).lstrip("~/"))
+    return Path(folder) if is_usable else Path(_user_temporary_folder(), str(path).lstrip("~/"))
 
 
-_told: set[str] = set()
+_reported_folders: set[str] = set()
 
 
-def _own_temporary_folder() -> str:
+def _user_temporary_folder() -> str:
     folder = os.path.join(tempfile.gettempdir(), f"sslvit-{os.getuid()}")
     os.makedirs(folder, mode=0o700, exist_ok=True)
     if os.path.islink(folder) or os.lstat(folder).st_uid != os.getuid():
         raise ValueError(f"{folder}: belongs to somebody else, and there is no home to use instead. Set HOME.")
-    if folder not in _told:
-        _told.add(folder)
+    if folder not in _reported_folders:
+        _reported_folders.add(folder)
         logger.info(f"no home folder that can be written to: using {folder} (set HOME to choose another place)")
     return folder
 
@@ -318,15 +318,11 @@ def free_bytes(folder: str | Path) -> int:
     return shutil.disk_usage(_existing(str(folder))).free
 
 
-def is_of_the_disk(error: BaseException) -> bool:
+def is_disk_error(error: BaseException) -> bool:
     """Whether a write failed, and not the program that wrote."""
     if isinstance(error, (OSError, SafetensorError)):
         return True
     return any(sign in str(error) for sign in ("PytorchStreamWriter", "No space left", "os error", "unexpected pos"))
-
-
-def _is_harmless(character: str) -> bool:
-    return character.isprintable()
 
 
 def _escaped(character: str) -> str:

@@ -13,9 +13,9 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-PIECE = 2048  # pixels whose distances to all colors fit into a processor's cache
+CHUNK_PIXELS = 2048  # pixels whose distances to all colors fit into a processor's cache
 LEVELS = 8  # of each channel of a uniform palette: 3 bits
-ROUNDS = 100  # of k-means at most
+MAX_ROUNDS = 100  # of k-means at most
 
 
 def uniform_palette(channels: int = 3) -> Float[Tensor, "colors c"]:
@@ -41,15 +41,15 @@ def nearest_rows(pixels: Float[Tensor, "n c"], palette: Float[Tensor, "colors c"
     pixels, palette = pixels.float(), palette.float()
     # the smallest |x - c|^2 is the largest x.c - |c|^2 / 2: |x|^2 is the same for every color
     offset = -palette.square().sum(1) / 2
-    if torch.compiler.is_exporting():  # the number of pieces would be a constant of the program
+    if torch.compiler.is_exporting():  # the number of chunks would be a constant of the program
         return torch.addmm(offset, pixels, palette.T).argmax(1)
-    piece = PIECE if pixels.device.type == "cpu" else 2**20 // max(len(palette) // 512, 1)
-    found = torch.empty(len(pixels), dtype=torch.long, device=pixels.device)
+    chunk = CHUNK_PIXELS if pixels.device.type == "cpu" else 2**20 // max(len(palette) // 512, 1)
+    indices = torch.empty(len(pixels), dtype=torch.long, device=pixels.device)
     with torch.autocast(pixels.device.type, enabled=False):  # bf16 cannot tell neighboring colors apart
-        for start in range(0, len(pixels), piece):
-            near = torch.addmm(offset, pixels[start : start + piece], palette.T)
-            found[start : start + piece] = near.argmax(1)
-    return found
+        for start in range(0, len(pixels), chunk):
+            scores = torch.addmm(offset, pixels[start : start + chunk], palette.T)
+            indices[start : start + chunk] = scores.argmax(1)
+    return indices
 
 
 def colors_of(indices: Int[Tensor, "b h w"], palette: Float[Tensor, "colors c"]) -> Float[Tensor, "b c h w"]:
@@ -64,7 +64,7 @@ def squared_error(pixels: Float[Tensor, "n c"], palette: Float[Tensor, "colors c
 
 
 def fit_palette(
-    pixels: Float[Tensor, "n c"], colors: int, seed: int = 0, rounds: Iterable[int] = range(ROUNDS)
+    pixels: Float[Tensor, "n c"], colors: int, seed: int = 0, rounds: Iterable[int] = range(MAX_ROUNDS)
 ) -> Float[Tensor, "colors c"]:
     """Centers of the pixels' clusters (k-means: Lloyd 1982, begun with k-means++), sorted by brightness.
 
@@ -87,9 +87,9 @@ def fit_palette(
         return by_brightness(distinct)
     from sklearn.cluster import kmeans_plusplus
 
-    few = pixels[:: max(1, len(pixels) // (64 * colors))]
-    few = few if len(torch.unique(few, dim=0)) >= colors else distinct
-    centers = torch.from_numpy(kmeans_plusplus(few.double().numpy(), colors, random_state=seed)[0]).float()
+    subset = pixels[:: max(1, len(pixels) // (64 * colors))]
+    subset = subset if len(torch.unique(subset, dim=0)) >= colors else distinct
+    centers = torch.from_numpy(kmeans_plusplus(subset.double().numpy(), colors, random_state=seed)[0]).float()
     before = float("inf")
     for _ in rounds:
         nearest = nearest_rows(pixels, centers)

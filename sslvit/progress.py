@@ -15,8 +15,8 @@ from tqdm import tqdm
 logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
-SECONDS_BEFORE_FIRST = 2.0
-SECONDS_BETWEEN_LINES = 10.0
+FIRST_REPORT_SECONDS = 2.0
+REPORT_INTERVAL_SECONDS = 10.0
 
 
 class Counter:
@@ -26,6 +26,7 @@ class Counter:
         self.done = 0
 
     def tick(self, units: int = 1) -> None:
+        """Count units that are done."""
         self.done += units
 
 
@@ -59,7 +60,7 @@ def track_counter(
     """
     counter, finished = Counter(), threading.Event()
     read = done or (lambda: counter.done)
-    thread = threading.Thread(target=_show, args=(what, total, unit, read, finished), daemon=True)
+    thread = threading.Thread(target=_report, args=(what, total, unit, read, finished), daemon=True)
     thread.start()
     try:
         yield counter
@@ -68,20 +69,20 @@ def track_counter(
         thread.join()
 
 
-def _show(what: str, total: int, unit: str, done: Callable[[], int], finished: threading.Event) -> None:
+def _report(what: str, total: int, unit: str, done: Callable[[], int], finished: threading.Event) -> None:
     start = time.monotonic()
     if not logger.isEnabledFor(logging.INFO):
         return
     if sys.stderr.isatty():
-        if not finished.wait(SECONDS_BEFORE_FIRST):
+        if not finished.wait(FIRST_REPORT_SECONDS):
             with tqdm(total=total, desc=what, unit=f" {unit}", leave=False) as bar:
-                bar.start_t = bar.last_print_t = time.time() - SECONDS_BEFORE_FIRST
+                bar.start_t = bar.last_print_t = time.time() - FIRST_REPORT_SECONDS
                 while not finished.wait(0.2):
                     bar.update(done() - bar.n)
         return
-    wait = SECONDS_BEFORE_FIRST
+    wait = FIRST_REPORT_SECONDS
     while not finished.wait(wait):
-        wait = SECONDS_BETWEEN_LINES
+        wait = REPORT_INTERVAL_SECONDS
         count = done()
         rate = count / (time.monotonic() - start)
         left = f", {(total - count) / rate:.0f} s left" if count else ""
@@ -89,7 +90,7 @@ def _show(what: str, total: int, unit: str, done: Callable[[], int], finished: t
 
 
 @contextmanager
-def without_bars_of_others() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """While the block runs, libraries that load models show no bars and no reports of theirs among our output."""
     loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub", "timm")]
     levels = [logger.level for logger in loggers]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import tarfile
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from sslvit.data.arrays import array_samples
@@ -89,3 +92,20 @@ def overwrite(index, contents: dict[int, bytes | None]) -> dict[int, bytes]:
             file.seek(offset)
             file.write(content or bytes(size))
     return before
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, content in members.items():
+            about = tarfile.TarInfo(name)
+            about.size = len(content)
+            tar.addfile(about, io.BytesIO(content))
+
+
+def png(value: int) -> bytes:
+    return encoded(Image.new("L", (4, 4), value), "PNG")
+
+
+def smooth_images(count: int = 6, height: int = 40, width: int = 56) -> torch.Tensor:
+    rough = torch.rand(count, 3, 7, 9, generator=torch.Generator().manual_seed(0))
+    return (F.interpolate(rough, size=(height, width), mode="bicubic").clamp(0, 1) * 255).round().to(torch.uint8)

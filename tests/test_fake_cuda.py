@@ -24,7 +24,7 @@ from sslvit.data.batch import Batch
 from sslvit.data.color import sample_colors
 from sslvit.data.index import load_index
 from sslvit.data.pack import pack
-from sslvit.data.views import Views, change_views
+from sslvit.data.views import Views, jitter_views
 from sslvit.evaluate import attention, health
 from sslvit.evaluate.dense import MaskedImages, segment
 from sslvit.evaluate.knn import knn_accuracies
@@ -324,7 +324,7 @@ def colors(_: Path) -> None:
     for channels in (1, 3):
         images = [torch.rand(6, channels, 8, 8, device=GPU) * 255 for _ in range(2)]
         draws = [torch.from_numpy(sample_colors(views, view, (0, 0), samples)).to(GPU) for view in range(2)]
-        assert all(view.device == GPU for view in change_views(images, draws))
+        assert all(view.device == GPU for view in jitter_views(images, draws))
 
 
 def palettes(_: Path) -> None:
@@ -399,7 +399,7 @@ def test_by_torchs_own_rules_the_forward_pass_of_a_step_mixes_no_devices(
             settings.task.fitted(50, 8, 9, 3), settings.encoder, settings.optim.fitted(6, 9), RunPlan(9, 6, 8),
         )  # fmt: skip
     task._trainer, task.is_watched = SimpleNamespace(global_step=0), True
-    views = Views(settings.data.view, settings.encoder.image_size, settings.encoder.interpolation).of_size()
+    views = Views(settings.data.view, settings.encoder.image_size, settings.encoder.interpolation).specs()
     with FakeTensorMode(allow_non_fake_inputs=True):
         move_to_fake_gpu(task)
         batch = batch_of([view.size for view in views], channels=settings.encoder.channels)

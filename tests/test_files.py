@@ -23,8 +23,8 @@ from sslvit.files import (
     cache_folder,
     expand_path,
     explain_os_error,
-    held_file,
-    held_folder,
+    lock_file,
+    lock_folder,
     new_file,
     printable,
     to_json,
@@ -92,14 +92,14 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatc
 
 def test_a_held_file_is_held_by_one_and_gone_afterwards(tmp_path: Path) -> None:
     path = tmp_path / "a.lock"
-    with held_file(path) as handle:
+    with lock_file(path) as handle:
         os.pwrite(handle, b"note", 0)
         assert path.read_text() == "note"
-        with held_file(path, wait=False) as second:
+        with lock_file(path, wait=False) as second:
             assert second is None
         assert path.exists()
     assert not path.exists()
-    with held_file(path, wait=False) as handle:
+    with lock_file(path, wait=False) as handle:
         assert handle is not None
 
 
@@ -145,8 +145,8 @@ def test_errors_of_the_system_name_file_and_remedy() -> None:
 
 HOLD = """
 import sys, time
-from sslvit.files import held_folder
-with held_folder(sys.argv[1], "train"):
+from sslvit.files import lock_folder
+with lock_folder(sys.argv[1], "train"):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -157,14 +157,14 @@ def test_a_folder_is_held_by_one_process_and_free_again_after_kill_9(tmp_path: P
         [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
     )
     assert holder.stdout.readline() == "held\n"
-    with pytest.raises(ValueError, match="another process is at work there.*to pack"), held_folder(tmp_path, "pack"):
+    with pytest.raises(ValueError, match="another process is at work there.*to pack"), lock_folder(tmp_path, "pack"):
         pass
     holder.kill()
     holder.wait()
     deadline = time.monotonic() + 10
     while True:
         try:
-            with held_folder(tmp_path, "pack"):
+            with lock_folder(tmp_path, "pack"):
                 return
         except ValueError:
             assert time.monotonic() < deadline
@@ -174,8 +174,8 @@ def test_a_folder_is_held_by_one_process_and_free_again_after_kill_9(tmp_path: P
 def test_a_forked_child_does_not_keep_a_folder_of_its_killed_parent(tmp_path: Path) -> None:
     code = """
 import os, sys, time
-from sslvit.files import held_folder
-with held_folder(sys.argv[1], "train"):
+from sslvit.files import lock_folder
+with lock_folder(sys.argv[1], "train"):
     if os.fork() == 0:
         time.sleep(5)
         os._exit(0)
@@ -188,10 +188,10 @@ with held_folder(sys.argv[1], "train"):
     assert holder.stdout.readline() == "held\n"
     holder.kill()
     holder.wait()
-    with held_folder(tmp_path, "train", wait_seconds=2):
+    with lock_folder(tmp_path, "train", wait_seconds=2):
         pass
     assert os.listdir(tmp_path) == []
-    with held_folder(tmp_path / "new", "train"):
+    with lock_folder(tmp_path / "new", "train"):
         pass
     assert os.listdir(tmp_path) == []
 
@@ -204,7 +204,7 @@ def test_a_lock_whose_file_went_meanwhile_holds_nothing(tmp_path: Path, monkeypa
         take(handle, how)
 
     monkeypatch.setattr(fcntl, "flock", late)
-    with pytest.raises(ValueError, match="another process is at work"), held_folder(tmp_path, "train"):
+    with pytest.raises(ValueError, match="another process is at work"), lock_folder(tmp_path, "train"):
         pass
 
 
@@ -212,7 +212,7 @@ def test_a_process_that_waits_gets_the_folder_when_the_other_has_ended(tmp_path:
     import threading
 
     def hold() -> None:
-        with held_folder(tmp_path, "train"):
+        with lock_folder(tmp_path, "train"):
             is_held.set()
             time.sleep(0.4)
             is_ended.set()
@@ -221,7 +221,7 @@ def test_a_process_that_waits_gets_the_folder_when_the_other_has_ended(tmp_path:
     thread = threading.Thread(target=hold)
     thread.start()
     is_held.wait()
-    with held_folder(tmp_path, "train", wait_seconds=10):
+    with lock_folder(tmp_path, "train", wait_seconds=10):
         assert is_ended.is_set()
     assert capsys.readouterr().out.count("waiting up to 10 s") == 1
 
@@ -240,7 +240,7 @@ def test_home_and_variables_are_expanded_and_addresses_are_not(monkeypatch, tmp_
 @pytest.mark.parametrize("home", ["/nonexistent-home", None], ids=["not writable", "unknown"])
 def test_caches_go_to_a_private_temporary_folder_without_a_home(monkeypatch, tmp_path: Path, capsys, home) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr("sslvit.files._told", set())
+    monkeypatch.setattr("sslvit.files._reported_folders", set())
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", home or "~nobody-here")
     if home:

@@ -8,7 +8,7 @@ from golden_fixtures import Golden, looks_at
 
 from sslvit.models import ViTEncoder
 from sslvit.palette import (
-    PIECE,
+    CHUNK_PIXELS,
     colors_of,
     fit_palette,
     nearest_color,
@@ -42,7 +42,7 @@ def test_ties_go_to_the_lowest_index(golden: Golden) -> None:
 
 
 def test_many_pixels_are_the_same_in_pieces() -> None:
-    pixels, palette = torch.rand(2 * PIECE + 5, 3) * 2 - 1, torch.rand(70, 3) * 2 - 1
+    pixels, palette = torch.rand(2 * CHUNK_PIXELS + 5, 3) * 2 - 1, torch.rand(70, 3) * 2 - 1
     distance = (pixels.double()[:, None] - palette.double()).square().sum(2)
     assert torch.equal(nearest_rows(pixels, palette), distance.argmin(1))
     with torch.autocast("cpu", torch.bfloat16):

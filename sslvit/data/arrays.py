@@ -18,14 +18,14 @@ import numpy as np
 from PIL import Image
 
 from sslvit.data.decode import MODES, BadImage
-from sslvit.data.labels import NAMES, NO_LABEL, NotClasses, Unlabeled, brief_names, labels_in, number_labels
+from sslvit.data.labels import LABEL_NAMES, NO_LABEL, NotClasses, Unlabeled, brief_names, labels_in, number_labels
 from sslvit.data.sources import ImageSource, Sample
 from sslvit.files import brief, printable
 
 IDX_BYTES = 0x08  # the IDX type code of unsigned bytes
 MAX_INFLATION = 1032  # of deflate: a compressed file that promises more is damaged
 LAYOUTS = ("nhw", "nhwc", "nchw")
-# how values become pixels, by name: what they are, the kind they become, and how
+# how values become pixels, by name: what they are, and the conversion
 CONVERSIONS: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
     "unit": ("from 0 to 1, times 255", lambda values: (values.astype(np.float32) * 255).round().astype(np.uint8)),
     "signed": (
@@ -39,7 +39,7 @@ RANGES = {"unit": (0.0, 1.0), "signed": (-1.0, 1.0), "byte": (0.0, 255.0), "deep
 
 
 class ArrayImages:
-    """Images in memory or mapped from a file; the place is a number.
+    """Images in memory or mapped from a file; the item is a number.
 
     Args:
         images: 'n h w' or 'n h w c'.
@@ -53,12 +53,13 @@ class ArrayImages:
         self.suffix = ".png" if channels == 1 or (channels in MODES and not is_deep) else ".npy"
 
     def digest(self) -> str:
-        """Of up to 1,024 images spread over the array."""
-        chosen = np.unique(np.linspace(0, len(self.images) - 1, min(len(self.images), 1024)).astype(int))
-        return hashlib.sha256(b"".join(self.images[place].tobytes() for place in chosen)).hexdigest()
+        """Return a digest of up to 1,024 evenly spaced images."""
+        subset = np.unique(np.linspace(0, len(self.images) - 1, min(len(self.images), 1024)).astype(int))
+        return hashlib.sha256(b"".join(self.images[item].tobytes() for item in subset)).hexdigest()
 
-    def read(self, place: int) -> bytes:
-        image, buffer = np.ascontiguousarray(self.images[place]), io.BytesIO()
+    def read(self, item: int) -> bytes:
+        """Return an image, encoded as PNG or .npy."""
+        image, buffer = np.ascontiguousarray(self.images[item]), io.BytesIO()
         if self.convert is not None:
             low, high = RANGES[self.convert]
             if not (np.isfinite(image).all() and low <= image.min() and image.max() <= high):
@@ -99,8 +100,8 @@ def array_samples(
     numbers = range(len(images)) if numbers is None else numbers
     size = int(np.prod(images.shape[1:])) * (2 if convert == "deep" else 1 if convert else images.itemsize)
     return [
-        Sample(f"{number:06d}", source.suffix, source, place, int(label), size)
-        for place, (number, label) in enumerate(zip(numbers, labels, strict=True))
+        Sample(f"{number:06d}", source.suffix, source, item, int(label), size)
+        for item, (number, label) in enumerate(zip(numbers, labels, strict=True))
     ]
 
 
@@ -120,24 +121,24 @@ def array_source(
     Raises:
         ValueError: no array of images, several of them, values or a layout that only the user knows.
     """
-    about = _headers(path)
-    name = _images_in(path, about, images)
-    shape, kind = about[name]
+    headers = _headers(path)
+    name = _images_in(path, headers, images)
+    shape, dtype = headers[name]
     notes: list[str] = []
-    taken, classes, numbers = _labels_in(path, about, labels, name, shape[0], notes)
-    unused = [other for other in about if other not in (name, taken)]
+    label_array, classes, numbers = _labels_in(path, headers, labels, name, shape[0], notes)
+    unused = [other for other in headers if other not in (name, label_array)]
     if unused:
-        remedy = "" if taken else f" (for labels: --labels {printable(unused[0])})"
+        remedy = "" if label_array else f" (for labels: --labels {printable(unused[0])})"
         notes.append(f"arrays that are not used: {brief_names(unused)}{remedy}")
-    order = _layout_of(path, shape, layout, notes)
-    if kind not in (np.uint8, np.uint16) and kind.kind not in "biuf":
-        raise ValueError(f"{printable(path)}: {printable(name)} holds {kind}, not pixels.")
+    axes_order = _layout_of(path, shape, layout, notes)
+    if dtype not in (np.uint8, np.uint16) and dtype.kind not in "biuf":
+        raise ValueError(f"{printable(path)}: {printable(name)} holds {dtype}, not pixels.")
     array = _load(path, name)
     convert = _conversion_of(path, array, convert, notes)
-    if order == "nchw":
+    if axes_order == "nchw":
         array = array.transpose(0, 2, 3, 1)
     try:
-        samples = _dated(array_samples(array, numbers, convert=convert), path)
+        samples = _with_time(array_samples(array, numbers, convert=convert), path)
     except ValueError as error:
         raise ValueError(f"{printable(path)}: {error}") from error
     return ImageSource(samples, classes, notes=notes)
@@ -163,12 +164,12 @@ def idx_source(path: Path) -> ImageSource:
         except NotClasses as error:
             raise ValueError(f"{printable(file)}: {error}.") from error
     try:
-        return ImageSource(_dated(array_samples(images, numbers), path), classes, notes=notes)
+        return ImageSource(_with_time(array_samples(images, numbers), path), classes, notes=notes)
     except ValueError as error:
         raise ValueError(f"{printable(path)}: {error}") from error
 
 
-def _dated(samples: list[Sample], path: Path) -> list[Sample]:
+def _with_time(samples: list[Sample], path: Path) -> list[Sample]:
     """Samples with the time of the file that holds them all."""
     modified = os.stat(path).st_mtime_ns
     for sample in samples:
@@ -177,7 +178,7 @@ def _dated(samples: list[Sample], path: Path) -> list[Sample]:
 
 
 def _headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Shape and kind of each array of a file; nothing is unpacked.
+    """Shape and dtype of each array of a file; nothing is unpacked.
 
     Raises:
         ValueError: damaged, or pickled objects.
@@ -185,23 +186,23 @@ def _headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     try:
         if path.suffix.lower() == ".npy":
             with open(path, "rb") as file:
-                shape, kind = _read_header(file)
-                if math.prod(shape) * kind.itemsize > os.path.getsize(path) - file.tell():
+                shape, dtype = _read_header(file)
+                if math.prod(shape) * dtype.itemsize > os.path.getsize(path) - file.tell():
                     raise ValueError("it is shorter than it says")
-                return {"images": (shape, kind)}
+                return {"images": (shape, dtype)}
         with zipfile.ZipFile(path) as archive:
-            about = {}
+            headers = {}
             for entry in archive.infolist():
                 if not entry.filename.endswith(".npy"):
                     continue
                 with archive.open(entry) as file:
-                    shape, kind = _read_header(file)
-                if math.prod(shape) * kind.itemsize > entry.file_size or entry.file_size > (
+                    shape, dtype = _read_header(file)
+                if math.prod(shape) * dtype.itemsize > entry.file_size or entry.file_size > (
                     MAX_INFLATION * entry.compress_size + 1024
                 ):
                     raise ValueError(f"{printable(entry.filename)} is shorter than it says")
-                about[entry.filename.removesuffix(".npy")] = shape, kind
-            return about
+                headers[entry.filename.removesuffix(".npy")] = shape, dtype
+            return headers
     except Exception as error:  # zip, header and pickle errors; numpy parses headers with Python's parser
         reason = printable(error, 120) or type(error).__name__
         raise ValueError(f"{printable(path)}: not a readable array ({reason}).") from error
@@ -210,10 +211,10 @@ def _headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
 def _read_header(file: Any) -> tuple[tuple[int, ...], np.dtype]:
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, kind = read(file)
-    if kind.hasobject:
+    shape, _, dtype = read(file)
+    if dtype.hasobject:
         raise ValueError("it holds Python objects, and loading those could run code")
-    return shape, kind
+    return shape, dtype
 
 
 def _load(path: Path, name: str) -> np.ndarray:
@@ -227,41 +228,43 @@ def _load(path: Path, name: str) -> np.ndarray:
         raise ValueError(f"{printable(path)}: not a readable array ({reason}).") from error
 
 
-def _images_in(path: Path, about: dict, wanted: str | None) -> str:
-    if wanted is not None:
-        if wanted not in about:
-            raise ValueError(f"--images {wanted}: not in {printable(path)} (it holds {brief_names(about)}).")
-        return wanted
-    found = [name for name, (shape, _) in about.items() if len(shape) in (3, 4) and 0 not in shape]
+def _images_in(path: Path, headers: dict, requested: str | None) -> str:
+    if requested is not None:
+        if requested not in headers:
+            raise ValueError(f"--images {requested}: not in {printable(path)} (it holds {brief_names(headers)}).")
+        return requested
+    found = [name for name, (shape, _) in headers.items() if len(shape) in (3, 4) and 0 not in shape]
     if len(found) == 1:
         return found[0]
-    shapes = ", ".join(f"{printable(name, 40)} {shape}" for name, (shape, _) in list(about.items())[:8])
+    shapes = ", ".join(f"{printable(name, 40)} {shape}" for name, (shape, _) in list(headers.items())[:8])
     remedy = f" Choose: --images {printable(found[0])}" if found else ""
     raise ValueError(f"{printable(path)}: expected one array of images, found {shapes or 'none'}.{remedy}")
 
 
 def _labels_in(
-    path: Path, about: dict, wanted: str | None, images: str, count: int, notes: list[str]
+    path: Path, headers: dict, requested: str | None, images: str, count: int, notes: list[str]
 ) -> tuple[str | None, list[str] | None, list[int] | None]:
     """Name of the array of labels, classes and class numbers; all None without."""
-    if wanted is not None:
-        file = Path(wanted)
-        if wanted not in about and not file.is_file():
+    if requested is not None:
+        file = Path(requested)
+        if requested not in headers and not file.is_file():
             raise ValueError(
-                f"--labels {wanted}: neither an array of {printable(path)} ({brief_names(about)}) nor a file."
+                f"--labels {requested}: neither an array of {printable(path)} ({brief_names(headers)}) nor a file."
             )
         try:
-            array = _load(path, wanted) if wanted in about else _label_file(file)
+            array = _load(path, requested) if requested in headers else _label_file(file)
             classes, numbers = number_labels(labels_in(array, count))
         except Unlabeled as error:
-            raise ValueError(f"--labels {wanted}: {error}. Leave it out to pack them without labels.") from error
+            raise ValueError(f"--labels {requested}: {error}. Leave it out to pack them without labels.") from error
         except NotClasses as error:
-            raise ValueError(f"--labels {wanted}: {error}.") from error
-        notes.append(f"labels: {printable(wanted)}")
-        return wanted, classes, numbers
-    others = [name for name in about if name != images and len(about[name][0]) <= 2 and about[name][0][:1] == (count,)]
-    usual = [name for name in others if _is_usual(name)]
-    name = next(iter(usual or others), None) if len(usual or others) == 1 else None
+            raise ValueError(f"--labels {requested}: {error}.") from error
+        notes.append(f"labels: {printable(requested)}")
+        return requested, classes, numbers
+    candidates = [
+        name for name, (shape, _) in headers.items() if name != images and len(shape) <= 2 and shape[:1] == (count,)
+    ]
+    named = [name for name in candidates if _is_label_name(name)]
+    name = next(iter(named or candidates), None) if len(named or candidates) == 1 else None
     if name is None:
         return None, None, None
     try:
@@ -273,10 +276,10 @@ def _labels_in(
     return name, classes, numbers
 
 
-def _is_usual(name: str) -> bool:
+def _is_label_name(name: str) -> bool:
     """Whether it is called like labels, as y_train and train_labels are."""
     parts = name.lower().replace("-", "_").split("_")
-    return name.lower() in NAMES or any(part in NAMES for part in parts)
+    return name.lower() in LABEL_NAMES or any(part in LABEL_NAMES for part in parts)
 
 
 def _label_file(file: Path) -> np.ndarray:
@@ -285,19 +288,19 @@ def _label_file(file: Path) -> np.ndarray:
     return _read_idx(file)
 
 
-def _layout_of(path: Path, shape: tuple[int, ...], wanted: str | None, notes: list[str]) -> str:
+def _layout_of(path: Path, shape: tuple[int, ...], requested: str | None, notes: list[str]) -> str:
     """Of LAYOUTS, as asked or as the shape tells.
 
     Raises:
         ValueError: it could be either, or is not of this shape.
     """
-    options = ("nhw",) if len(shape) == 3 else ("nhwc", "nchw")
-    if wanted is not None:
-        if wanted not in options:
+    possible = ("nhw",) if len(shape) == 3 else ("nhwc", "nchw")
+    if requested is not None:
+        if requested not in possible:
             raise ValueError(
-                f"--layout {wanted}: {printable(path)} has the shape {brief(shape)}, so {' or '.join(options)}."
+                f"--layout {requested}: {printable(path)} has the shape {brief(shape)}, so {' or '.join(possible)}."
             )
-        return wanted
+        return requested
     if len(shape) == 3:
         if shape[2] in (3, 4) and shape[0] > 4:
             raise ValueError(
@@ -321,28 +324,28 @@ def _layout_of(path: Path, shape: tuple[int, ...], wanted: str | None, notes: li
         )
         return "nchw"
     raise ValueError(
-        f"{printable(path)}: the shape {brief(shape)} could be 'n h w c' or 'n c h w'. Say which: --layout nhwc "
+        f"{printable(path)}: the shape {brief(shape)} could be 'n h w c' or 'n c h w'. Choose one: --layout nhwc "
         "or --layout nchw."
     )
 
 
-def _conversion_of(path: Path, array: np.ndarray, wanted: str | None, notes: list[str]) -> str | None:
+def _conversion_of(path: Path, array: np.ndarray, requested: str | None, notes: list[str]) -> str | None:
     """Of CONVERSIONS, as asked; None for pixels of 8 or 16 bits.
 
     Raises:
         ValueError: values that only the user knows, with the conversions that would fit.
     """
-    if wanted is None and array.dtype in (np.uint8, np.uint16):
+    if requested is None and array.dtype in (np.uint8, np.uint16):
         return None
-    if wanted is not None:
-        notes.append(f"values {CONVERSIONS[wanted][0]} (--convert {wanted})")
-        return wanted
+    if requested is not None:
+        notes.append(f"values {CONVERSIONS[requested][0]} (--convert {requested})")
+        return requested
     low, high = (float(f(array[:: max(1, len(array) // 256)])) for f in (np.min, np.max))
-    fitting = [name for name, (least, most) in RANGES.items() if least <= low and high <= most]
-    ways = "; ".join(f"--convert {name} ({CONVERSIONS[name][0]})" for name in fitting)
+    usable = [name for name, (lowest, highest) in RANGES.items() if lowest <= low and high <= highest]
+    remedies = "; ".join(f"--convert {name} ({CONVERSIONS[name][0]})" for name in usable)
     raise ValueError(
         f"{printable(path)}: values of {array.dtype} from {low:g} to {high:g}, and images are uint8 or uint16. "
-        + (f"Say how they become pixels: {ways}" if ways else "Scale them to 0 to 255 and store them as uint8.")
+        + (f"Choose a conversion: {remedies}" if remedies else "Scale them to 0 to 255 and store them as uint8.")
     )
 
 

@@ -1,8 +1,8 @@
 """RandAugment (Cubuk et al. 2020) in timm's form, which MAE's fine-tuning uses (rand-m9-mstd0.5-inc1).
 
-Each image gets a few operations, drawn with replacement, each of which happens with some probability. Its magnitude, of
-10, is drawn from a normal distribution and cut to 0..10; every operation is the stronger the larger it is, other than
-those that have no strength. Moves, turns and changes of contrast go either way.
+Each image gets a few operations, sampled with replacement; each is applied with some probability. Its magnitude, out of
+10, is sampled from a normal distribution and clipped to 0..10; a larger magnitude is a stronger operation, except for
+those without a strength. Translations, rotations, shears and enhancements take either sign.
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ from torch import Tensor
 from sslvit import rng
 from sslvit.settings.views import MAX_MAGNITUDE, AugmentSettings
 
-DRAWS = 5  # uniform numbers that each operation takes
+UNIFORMS = 5  # uniform numbers that each operation takes
 SHIFT_BELOW = 128  # solarize_add leaves brighter values alone
+Fill = int | tuple[int, ...]
 
 
-def _rotate(image: Image.Image, strength: float, sign: int, fill: tuple, resample: int) -> Image.Image:
+def _rotate(image: Image.Image, strength: float, sign: int, fill: Fill, resample: Image.Resampling) -> Image.Image:
     return image.rotate(sign * 30 * strength, resample, fillcolor=fill)
 
 
-def _affine(row: int, column: int, share: float, is_of_side: bool) -> Callable[..., Image.Image]:
-    """One coefficient of the map from output to input pixels: a shear, or a shift by a share of the side."""
+def _affine(row: int, column: int, limit: float, is_of_side: bool) -> Callable[..., Image.Image]:
+    """One coefficient of the map from output to input pixels: a shear, or a shift by a fraction of the side."""
 
-    def change(image: Image.Image, strength: float, sign: int, fill: tuple, resample: int) -> Image.Image:
+    def change(image: Image.Image, strength: float, sign: int, fill: Fill, resample: Image.Resampling) -> Image.Image:
         matrix = np.eye(2, 3)
-        matrix[row, column] = sign * share * strength * (image.size[row] if is_of_side else 1)
+        matrix[row, column] = sign * limit * strength * (image.size[row] if is_of_side else 1)
         coefficients = tuple(matrix.ravel().tolist())
         return image.transform(image.size, Image.Transform.AFFINE, coefficients, resample, fillcolor=fill)
 
@@ -40,19 +41,19 @@ def _affine(row: int, column: int, share: float, is_of_side: bool) -> Callable[.
 def _enhance(enhancer: type) -> Callable[..., Image.Image]:
     """Away from the image as it is (a factor of 1), to either side."""
 
-    def change(image: Image.Image, strength: float, sign: int, fill: tuple, resample: int) -> Image.Image:
+    def change(image: Image.Image, strength: float, sign: int, fill: Fill, resample: Image.Resampling) -> Image.Image:
         return enhancer(image).enhance(1 + sign * 0.9 * strength)
 
     return change
 
 
-def _posterize(image: Image.Image, strength: float, *_) -> Image.Image:
+def _posterize(image: Image.Image, strength: float, *_: object) -> Image.Image:
     """The bits that are kept: 4 at no strength, 1 at nine tenths, none at all (black) at the full one."""
     bits = 4 - int(4 * strength)
     return ImageOps.posterize(image, bits) if bits else image.point(lambda value: 0)  # PIL knows no image of no bits
 
 
-def _solarize_add(image: Image.Image, strength: float, *_) -> Image.Image:
+def _solarize_add(image: Image.Image, strength: float, *_: object) -> Image.Image:
     added = int(110 * strength)
     return image.point(lambda value: min(value + added, 255) if value < SHIFT_BELOW else value)
 
@@ -77,38 +78,39 @@ OPERATIONS: dict[str, Callable[..., Image.Image]] = {  # (image, strength 0..1, 
 NAMES = list(OPERATIONS)
 
 
-def draw_operations(settings: AugmentSettings, key: tuple[int, int], samples: np.ndarray) -> np.ndarray:
+def sample_operations(settings: AugmentSettings, key: tuple[int, int], samples: np.ndarray) -> np.ndarray:
     """What happens to each sample, 'b operations 3': which of NAMES (-1: nothing), how strongly (0 to 1), and the sign.
 
     Args:
-        settings: how many operations, and how they are drawn.
+        settings: how many operations, and how they are sampled.
         key: seed and epoch.
         samples: their numbers.
     """
-    uniform = rng.uniform((*key, "augment"), samples, DRAWS * settings.operations)
-    which, happens, radius, angle, sense = uniform.reshape(len(samples), settings.operations, DRAWS).transpose(2, 0, 1)
-    chosen = np.where(happens < settings.probability, np.floor(which * len(NAMES)), -1)
+    uniform = rng.uniform((*key, "augment"), samples, UNIFORMS * settings.operations)
+    uniform = uniform.reshape(len(samples), settings.operations, UNIFORMS)
+    which, happens, radius, angle, sense = uniform.transpose(2, 0, 1)
+    number = np.where(happens < settings.probability, np.floor(which * len(NAMES)), -1)
     normal = np.sqrt(-2 * np.log1p(-radius)) * np.cos(2 * np.pi * angle)  # Box and Muller 1958
     magnitude = np.clip(settings.magnitude + settings.magnitude_std * normal, 0, MAX_MAGNITUDE)
-    return np.stack([chosen, magnitude / MAX_MAGNITUDE, np.where(sense < 0.5, -1, 1)], 2)
+    return np.stack([number, magnitude / MAX_MAGNITUDE, np.where(sense < 0.5, -1, 1)], 2)
 
 
-def augment_image(image: Tensor, drawn: np.ndarray, fill: list[float], interpolation: str) -> Tensor:
+def augment_image(image: Tensor, operations: np.ndarray, fill: list[float], interpolation: str) -> Tensor:
     """The image after its operations, in their order.
 
     Args:
         image: uint8 'c h w' of 1 or 3 channels.
-        drawn: of draw_operations, for one sample: 'operations 3'.
+        operations: of sample_operations, for one sample: 'operations 3'.
         fill: per channel, from 0 to 1: what comes in from outside.
         interpolation: bilinear or bicubic, of moves and turns.
     """
-    operations = [(NAMES[int(number)], strength, int(sign)) for number, strength, sign in drawn.tolist() if number >= 0]
-    if not operations:
+    steps = [(NAMES[int(number)], strength, int(sign)) for number, strength, sign in operations.tolist() if number >= 0]
+    if not steps:
         return image
     pixels = image.permute(1, 2, 0).contiguous().numpy()
     picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
     color = tuple(round(255 * value) for value in fill)
     resample = Image.Resampling[interpolation.upper()]
-    for name, strength, sign in operations:
+    for name, strength, sign in steps:
         picture = OPERATIONS[name](picture, strength, sign, color if len(color) > 1 else color[0], resample)
     return torch.from_numpy(np.array(picture)).view(*pixels.shape).permute(2, 0, 1)

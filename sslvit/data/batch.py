@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
 
 
 @dataclass
 class Batch:
-    """One rank's share of a (micro-)batch.
+    """One rank's part of a (micro-)batch.
 
     Args:
         views: list of 'b c h w': pixels 0 to 255 as they leave the loader, normalized floats once on the device.
@@ -17,9 +19,9 @@ class Batch:
         samples: number of each sample in its data set, 'b'; the index turns it into a key.
         valid: False where a row only fills up (an unreadable sample, or padding in evaluation), 'b'.
         epochs: the pass over its data set that each sample is in, 'b'.
-        first_row: place of the first row within the global batch; with the step it keys every chance draw.
-        bad: why a sample could not be read, by its key.
-        colors: changes of color still to be made, one 'b draws' per view, or None.
+        first_row: index of the first row within the global batch; with the step it keys every chance draw.
+        unreadable: why a sample could not be read, by its key.
+        colors: changes of color still to be made, one 'b columns' per view, or None.
     """
 
     views: list[Tensor]
@@ -28,11 +30,11 @@ class Batch:
     valid: Tensor
     epochs: Tensor
     first_row: int = 0
-    bad: dict[str, str] = field(default_factory=dict)
+    unreadable: dict[str, str] = field(default_factory=dict)
     colors: list[Tensor] | None = None
 
-    def to(self, *args, **kwargs) -> Batch:
-        """On another device; called by Lightning."""
+    def to(self, *args: Any, **kwargs: Any) -> Batch:
+        """Return the batch on another device; called by Lightning."""
         return self._map(lambda tensor: tensor.to(*args, **kwargs))
 
     def rows(self, is_kept: Tensor) -> Batch:
@@ -40,10 +42,10 @@ class Batch:
         return replace(self._map(lambda tensor: tensor[is_kept]), epochs=self.epochs[is_kept.cpu()])
 
     def pin_memory(self) -> Batch:
-        """In page-locked memory; called by the DataLoader."""
+        """Return the batch in page-locked memory; called by the DataLoader."""
         return self._map(lambda tensor: tensor.pin_memory())
 
-    def _map(self, change) -> Batch:
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         return replace(
             self,
             views=[change(view) for view in self.views],

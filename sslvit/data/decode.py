@@ -17,6 +17,7 @@ from importlib.util import find_spec
 import numpy as np
 import torch
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
 from sslvit.data.orientation import (
@@ -35,8 +36,8 @@ try:  # 1.4 times as many JPEGs per second as PIL, with the same pixels
 except ImportError:
     simplejpeg = None
 
-MAX_DEEP = 65_535  # value of a pixel of 16 bits
-MANY_PIXELS = 1_000_000  # from which on a file with almost no bytes is not believed
+MAX_UINT16 = 65_535  # value of a pixel of 16 bits
+SUSPICIOUS_PIXELS = 1_000_000  # from here on, a file of almost no bytes counts as damaged
 MAX_SCANS = 100  # of a progressive JPEG and its thumbnails; encoders write about ten
 MAX_PIXELS_PER_BYTE = 2000  # deflate's limit is 1032 values to a byte
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # other numbers of channels are stored as arrays
@@ -78,13 +79,13 @@ class Header:
     """What an image says of itself before its pixels are computed.
 
     Args:
-        height: in pixels, as the image is handed out.
-        width: in pixels, as the image is handed out.
+        height: in pixels, as the image is returned.
+        width: in pixels, as the image is returned.
         mode: PIL's name (RGB, L, I;16, CMYK ...), or "array".
         channels: 1, 3 or 4, or those of an array.
         bits: 8 or 16 per channel.
         is_jpeg: it can be decoded at a reduced scale.
-        orientation: how the stored pixels are turned to be handed out, as EXIF counts; 1 for not at all.
+        orientation: how the stored pixels are turned to be returned, as EXIF counts; 1 for not at all.
     """
 
     height: int
@@ -96,7 +97,7 @@ class Header:
     orientation: int = 1
 
     def turned(self, orientation: int) -> Header:
-        """The same image, handed out in this orientation."""
+        """The same image, returned in this orientation."""
         if swaps_sides(orientation):
             self.height, self.width = self.width, self.height
         self.orientation = orientation
@@ -114,14 +115,15 @@ class Scratch:
     def __init__(self) -> None:
         self.memory = np.empty(0, np.uint8)
 
-    def of(self, size: int) -> np.ndarray:
+    def buffer(self, size: int) -> np.ndarray:
+        """Return at least `size` bytes."""
         if len(self.memory) < size:
             self.memory = np.empty(size, np.uint8)
         return self.memory
 
 
 def read_header(content: bytes, max_pixels: int = MAX_PIXELS, upright: bool = True) -> Header:
-    """Size and kind of an image.
+    """Size and type of an image.
 
     Args:
         content: of the file.
@@ -146,12 +148,12 @@ def read_header(content: bytes, max_pixels: int = MAX_PIXELS, upright: bool = Tr
     pixels = header.height * header.width
     if pixels > max_pixels:
         raise BadImage(f"{header.width} x {header.height} pixels, more than {max_pixels} (data.max_pixels)")
-    if pixels > MANY_PIXELS and pixels > MAX_PIXELS_PER_BYTE * len(content):
+    if pixels > SUSPICIOUS_PIXELS and pixels > MAX_PIXELS_PER_BYTE * len(content):
         raise BadImage(f"damaged image ({header.width} x {header.height} pixels in {len(content)} bytes)")
     return header
 
 
-def problem_of(content: bytes, header: Header, fully: bool = False) -> str:
+def find_problem(content: bytes, header: Header, fully: bool = False) -> str:
     """What is wrong with the pixels of an image whose header is right, or nothing.
 
     Whether a file is whole is asked of its end, which takes no time; only one without a proper end is decoded.
@@ -161,7 +163,7 @@ def problem_of(content: bytes, header: Header, fully: bool = False) -> str:
         header: of it.
         fully: decode it in any case.
     """
-    if not fully and ends_properly(content):
+    if not fully and has_end_marker(content):
         return ""
     try:
         decode_pixels(content, header.channels, header.bits, header=header)
@@ -170,10 +172,10 @@ def problem_of(content: bytes, header: Header, fully: bool = False) -> str:
     return ""
 
 
-def ends_properly(content: bytes) -> bool:
+def has_end_marker(content: bytes) -> bool:
     """Whether the file goes on to the mark that ends an image of its format; False also where there is none."""
     if content.startswith(b"\xff\xd8"):
-        scans = [place for marker, place, _ in jpeg_segments(content) if marker == START_OF_SCAN]
+        scans = [start for marker, start, _ in jpeg_segments(content) if marker == START_OF_SCAN]
         return bool(scans) and content.rfind(b"\xff\xd9") > scans[0]  # a thumbnail in a segment has an end of its own
     if content.startswith(b"\x89PNG"):
         return b"IEND" in content[-64:]
@@ -227,18 +229,18 @@ def decode_pixels(
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
-def reduction_for(least_zoom: float, header: Header) -> int:
-    """The strongest reduction that leaves every view at least as many pixels as it shows.
+def reduction_for(min_zoom: float, header: Header) -> int:
+    """The largest reduction that leaves every view at least as many pixels as it shows.
 
     Args:
-        least_zoom: image pixels per view pixel, of the view that magnifies most.
+        min_zoom: image pixels per view pixel, of the view that magnifies most.
         header: of the image. One that is turned is only reduced by what divides its sides: the pixels at its far edge
             would be incomplete, and turning would bring them to the near one.
     """
     return next(
         (
             reduction for reduction in REDUCTIONS
-            if least_zoom >= reduction
+            if min_zoom >= reduction
             and (header.orientation == 1 or header.height % reduction == header.width % reduction == 0)
         ),
         1,
@@ -251,7 +253,7 @@ def _pixels(
     if header.mode == "array":
         return _array_pixels(content, header, channels, bits)
     if channels not in MODES:
-        raise BadImage(f"{header.mode} image, but {channels} channels are wanted")
+        raise BadImage(f"{header.mode} image, but {channels} channels are expected")
     if simplejpeg is not None and header.is_jpeg and bits == 8:
         pixels = _jpeg_pixels(content, header, channels, reduction, scratch)
         if pixels is not None:
@@ -260,14 +262,14 @@ def _pixels(
     if reduction > 1 and image.mode == "RGB":
         image.draft("RGB", (image.width // reduction, image.height // reduction))
     if header.bits == 16:
-        deep = np.asarray(image)
-        if deep.dtype.itemsize > 2 and not 0 <= deep.min() <= deep.max() <= MAX_DEEP:
+        wide = np.asarray(image)
+        if wide.dtype.itemsize > 2 and not 0 <= wide.min() <= wide.max() <= MAX_UINT16:
             raise BadImage(
-                f"32-bit integers from {deep.min()} to {deep.max()}; images have 8 or 16 bits: scale them to 0 to "
-                f"{MAX_DEEP} and store them as 16 bits"
+                f"32-bit integers from {wide.min()} to {wide.max()}; images have 8 or 16 bits: scale them to 0 to "
+                f"{MAX_UINT16} and store them as 16 bits"
             )
-        deep = deep.astype(np.uint16, copy=False)
-        pixels = deep / np.float32(257) if bits == 16 else (deep >> 8).astype(np.uint8)
+        wide = wide.astype(np.uint16, copy=False)
+        pixels = wide / np.float32(257) if bits == 16 else (wide >> 8).astype(np.uint8)
         return np.repeat(pixels[..., None], channels, 2) if channels < 4 else _with_alpha(pixels)
     pixels = np.array(image.convert(MODES[channels]))
     return pixels if bits == 8 else pixels.astype(np.float32)
@@ -289,7 +291,7 @@ def open_image(content: bytes) -> Image.Image:
 
 def _pil_header(content: bytes, max_pixels: int, upright: bool) -> Header:
     try:
-        return _header_of(open_image(content), content, max_pixels, upright)
+        return _parse_header(open_image(content), content, max_pixels, upright)
     except BadImage:
         raise
     except Image.DecompressionBombError as error:
@@ -303,15 +305,15 @@ def _pil_header(content: bytes, max_pixels: int, upright: bool) -> Header:
         raise BadImage(f"not an image ({type(error).__name__})") from error
 
 
-def _header_of(image: Image.Image, content: bytes, max_pixels: int, upright: bool) -> Header:
-    if image.format == "TIFF" and image.tag_v2.get(277, 1) > 4:  # of planes side by side, PIL shows the first
+def _parse_header(image: Image.Image, content: bytes, max_pixels: int, upright: bool) -> Header:
+    if isinstance(image, TiffImageFile) and image.tag_v2.get(277, 1) > 4:  # of planes side by side, PIL shows the first
         return _tiff_header(content)
     if image.mode == "F":
         raise BadImage("an image of floating-point numbers, which have no agreed range; store 8 or 16 bits")
-    is_deep, is_jpeg = image.mode.startswith("I"), image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
-    channels = 1 if is_deep or image.mode in ("1", "L") else 4 if image.mode in ("RGBA", "LA", "PA") else 3
-    header = Header(image.height, image.width, image.mode, channels, 16 if is_deep else 8, is_jpeg)
-    if image.format == "TIFF":
+    is_16_bit, is_jpeg = image.mode.startswith("I"), image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
+    channels = 1 if is_16_bit or image.mode in ("1", "L") else 4 if image.mode in ("RGBA", "LA", "PA") else 3
+    header = Header(image.height, image.width, image.mode, channels, 16 if is_16_bit else 8, is_jpeg)
+    if isinstance(image, TiffImageFile):
         tile = int(image.tag_v2.get(322, 1)) * int(image.tag_v2.get(323, 1))
         if tile > max_pixels:
             raise BadImage(f"damaged image (a tile of {tile} pixels)")
@@ -320,17 +322,17 @@ def _header_of(image: Image.Image, content: bytes, max_pixels: int, upright: boo
     if not upright:
         return header
     is_known = content.startswith((b"\xff\xd8", b"\x89PNG"))  # PIL decodes a PNG to look for what follows its pixels
-    found = exif_orientation(content) if is_known else image.getexif().get(274, 1)
-    return header.turned(found if found in range(1, 9) else 1)
+    orientation = exif_orientation(content) if is_known else image.getexif().get(274, 1)
+    return header.turned(orientation if orientation in range(1, 9) else 1)
 
 
 def _tiff_header(content: bytes) -> Header:
     """Of a TIFF that PIL does not open, which has five channels and more."""
-    array = _read_tiff(content, only_shape=True)
+    array = _read_tiff(content, shape_only=True)
     return Header(array.shape[0], array.shape[1], "array", array.shape[2], 8 * array.dtype.itemsize)
 
 
-def _read_tiff(content: bytes, only_shape: bool = False) -> np.ndarray:
+def _read_tiff(content: bytes, shape_only: bool = False) -> np.ndarray:
     """A TIFF of any number of channels as 'h w c'."""
     if not HAS_TIFFFILE:
         raise BadImage("a TIFF that needs tifffile, as those of five and more channels do (pip install 'sslvit[tiff]')")
@@ -339,14 +341,14 @@ def _read_tiff(content: bytes, only_shape: bool = False) -> np.ndarray:
     try:
         with tifffile.TiffFile(io.BytesIO(content)) as file:
             page = file.pages[0]
-            shape, axes, kind = page.shape, page.axes, np.dtype(page.dtype)
-            if axes not in ("YXS", "SYX") or kind not in (np.uint8, np.uint16) or 0 in shape:
+            shape, axes, dtype = page.shape, page.axes, np.dtype(page.dtype)
+            if axes not in ("YXS", "SYX") or dtype not in (np.uint8, np.uint16) or 0 in shape:
                 raise BadImage(
-                    f"a TIFF of {kind} and axes {axes} {shape}; images are 8 or 16 bits, channels in one page"
+                    f"a TIFF of {dtype} and axes {axes} {shape}; images are 8 or 16 bits, channels in one page"
                 )
             if math.prod(shape) > MAX_PIXELS * 4:
                 raise BadImage(f"a TIFF of shape {shape}, more than {MAX_PIXELS} pixels")
-            pixels = np.broadcast_to(np.zeros((), kind), shape) if only_shape else page.asarray()
+            pixels = np.broadcast_to(np.zeros((), dtype), shape) if shape_only else page.asarray()
     except BadImage:
         raise
     except Exception as error:  # tifffile raises almost anything for damaged bytes
@@ -372,7 +374,7 @@ def _jpeg_pixels(
     if channels != 3 and header.channels != channels:
         return None
     height, width = header.stored_sides
-    options: dict = {} if scratch is None else {"buffer": scratch.of(height * width * header.channels)}
+    options: dict = {} if scratch is None else {"buffer": scratch.buffer(height * width * header.channels)}
     if reduction > 1:
         options |= {"min_height": math.ceil(height / reduction), "min_width": math.ceil(width / reduction)}
     try:
@@ -387,19 +389,19 @@ def _array_header(content: bytes) -> Header:
         file = io.BytesIO(content)
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, kind = read(file)
+        shape, _, dtype = read(file)
     except Exception as error:
         raise BadImage(f"damaged array ({error})") from error
-    if kind not in (np.uint8, np.uint16) or len(shape) not in (2, 3) or 0 in shape:
-        raise BadImage(f"an array of {kind} and shape {shape}; images are uint8 or uint16, 'h w' or 'h w c'")
-    if math.prod(shape) * kind.itemsize > len(content) - file.tell():
+    if dtype not in (np.uint8, np.uint16) or len(shape) not in (2, 3) or 0 in shape:
+        raise BadImage(f"an array of {dtype} and shape {shape}; images are uint8 or uint16, 'h w' or 'h w c'")
+    if math.prod(shape) * dtype.itemsize > len(content) - file.tell():
         raise BadImage(f"an array that ends early ({len(content)} bytes for the shape {shape})")
-    return Header(shape[0], shape[1], "array", shape[2] if len(shape) == 3 else 1, 8 * kind.itemsize)
+    return Header(shape[0], shape[1], "array", shape[2] if len(shape) == 3 else 1, 8 * dtype.itemsize)
 
 
 def _array_pixels(content: bytes, header: Header, channels: int, bits: int) -> np.ndarray:
     if header.channels != channels:
-        raise BadImage(f"an array of {header.channels} channels, but {channels} are wanted")
+        raise BadImage(f"an array of {header.channels} channels, but {channels} are expected")
     is_npy = content.startswith(NPY)
     pixels = np.load(io.BytesIO(content), allow_pickle=False) if is_npy else _read_tiff(content)
     if header.bits == 16:

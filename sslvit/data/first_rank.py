@@ -20,11 +20,11 @@ from sslvit.files import WriteError, printable, write_atomically
 
 logger = logging.getLogger(__name__)
 
-WAIT_SECONDS = 60.0  # for a note of this launch, from which on a process walks by itself
+MAX_WAIT_SECONDS = 60.0  # for a note of this launch; after that, a process walks the folder itself
 POLL_SECONDS = 0.1
 
 
-def is_first_here() -> bool:
+def is_local_rank_zero() -> bool:
     """Whether this process is the first of its run on this machine, or the only one."""
     if "LOCAL_RANK" in os.environ:
         return os.environ["LOCAL_RANK"] == "0"
@@ -32,7 +32,7 @@ def is_first_here() -> bool:
 
 
 @contextmanager
-def telling_others(notes: Path, source: Path) -> Iterator[Callable[[Path], None]]:
+def publish_folder(notes: Path, source: Path) -> Iterator[Callable[[Path], None]]:
     """Walk a folder for the other processes of this machine; the block calls what it gets with the result.
 
     Where no note can be written, each of the others walks by itself after a while.
@@ -41,27 +41,27 @@ def telling_others(notes: Path, source: Path) -> Iterator[Callable[[Path], None]
         notes: folder of the cache.
         source: that is walked.
     """
-    own = _identity(os.getpid())
-    about = {"walker": [os.getpid(), own], "launches": [own, *_launches()]}
-    note = _note_of(notes, source)
+    identity = _identity(os.getpid())
+    about = {"walker": [os.getpid(), identity], "launches": [identity, *_launches()]}
+    note = _note_path(notes, source)
 
-    def tell(found: Path | None) -> None:
+    def publish(found: Path | None) -> None:
         with suppress(WriteError):
             write_atomically(note, json.dumps(about | {"found": found and str(found)}), sync=False)
 
-    tell(None)
+    publish(None)
 
     try:
-        yield tell
+        yield publish
     except BaseException:
         with suppress(OSError):
             note.unlink()  # the others meet the error themselves
         raise
 
 
-def found_by_first(notes: Path, source: Path) -> Path | None:
+def wait_for_folder(notes: Path, source: Path) -> Path | None:
     """What the first process of this launch found; None where it tells nothing, so that one has to walk oneself."""
-    note, deadline, is_told = _note_of(notes, source), time.monotonic() + WAIT_SECONDS, False
+    note, deadline, is_reported = _note_path(notes, source), time.monotonic() + MAX_WAIT_SECONDS, False
     while time.monotonic() < deadline:
         with suppress(OSError, ValueError, KeyError, TypeError):
             about = json.loads(note.read_bytes())
@@ -71,17 +71,17 @@ def found_by_first(notes: Path, source: Path) -> Path | None:
                 process, identity = about["walker"]
                 if _identity(int(process)) != identity:
                     return None  # it has ended without a word
-                deadline = time.monotonic() + WAIT_SECONDS  # it is at work, which may take long
-        if not is_told:
-            is_told = True
+                deadline = time.monotonic() + MAX_WAIT_SECONDS  # it is at work, which may take long
+        if not is_reported:
+            is_reported = True
             logger.info(f"{printable(source)}: waiting for the first process on this machine to walk it")
         time.sleep(POLL_SECONDS)
     return None
 
 
-def _note_of(notes: Path, source: Path) -> Path:
-    place = f"{socket.gethostname()} {source.resolve()}".encode("utf-8", "surrogateescape")
-    return notes / f"walk-{hashlib.sha256(place).hexdigest()[:16]}.json"
+def _note_path(notes: Path, source: Path) -> Path:
+    name = f"{socket.gethostname()} {source.resolve()}".encode("utf-8", "surrogateescape")
+    return notes / f"walk-{hashlib.sha256(name).hexdigest()[:16]}.json"
 
 
 def _launches() -> list[str]:

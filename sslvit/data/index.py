@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 from urllib.parse import quote
 
 import numpy as np
@@ -30,7 +30,7 @@ from sslvit.files import new_file, printable, write_atomically
 
 RECORD = np.dtype([("offset", "<i8"), ("size", "<u4"), ("label", "<i4")])
 CHECKED_BYTES = 64 * 2**20  # up to this length index.npy is compared with its checksum at each start
-MAX_REPEATED = 80  # characters of a path that is said once more in the remedy
+MAX_REPEATED_PATH = 80  # characters of a path that the remedy repeats
 SPLITS = ("train", "val", "validation", "test")  # a folder of this name is a split for timm; others are its train
 
 
@@ -51,29 +51,87 @@ class Shard:
     sha256: str
 
 
-class Index(Protocol):
-    """What readers ask of one data set, or of several joined."""
+class Cache(Protocol):
+    """A place on this machine for shards from the network (remote.ShardCache)."""
 
-    location: str
-    shards: list[Shard]
-    classes: list[str] | None
-    channels: int
-    bits: int
-    mean: list[float]
-    std: list[float]
-    image_size: list[int] | None
-    orientation: str
-    is_remote: bool
+    def shard(self, address: str, shard: Shard) -> Path:
+        """Return a shard's file, which is fetched first where it is not here."""
+
+    def fetch_if_free(self, address: str, shard: Shard) -> bool:
+        """Fetch a shard ahead of its use; False if another process or thread is fetching it."""
+
+    def path_of(self, address: str, sha256: str | None = None) -> Path:
+        """Return where a file is kept, whether or not it is here."""
+
+
+class Index(Protocol):
+    """A data set whose samples are read by number: one set of shards, or several joined."""
+
+    @property
+    def location(self) -> str:
+        """Folder or address of the shards."""
+
+    @property
+    def shards(self) -> list[Shard]:
+        """All shards in order; samples are numbered through them from zero."""
+
+    @property
+    def classes(self) -> list[str] | None:
+        """Class names by label, or None for unlabeled data."""
+
+    @property
+    def channels(self) -> int:
+        """Number of channels of the images."""
+
+    @property
+    def bits(self) -> int:
+        """Bits per channel: 16 if all images have them, otherwise 8."""
+
+    @property
+    def mean(self) -> list[float]:
+        """Mean of each channel, of pixels in [0, 1]."""
+
+    @property
+    def std(self) -> list[float]:
+        """Standard deviation of each channel, of pixels in [0, 1]."""
+
+    @property
+    def image_size(self) -> list[int] | None:
+        """Height and width if all images share them."""
+
+    @property
+    def orientation(self) -> str:
+        """Either upright (images are turned as EXIF says) or stored (pixels are taken as they lie)."""
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether any shard has to come from the network."""
 
     def __len__(self) -> int: ...
-    def locate(self, sample: int) -> tuple[int, int, int]: ...
-    def shard_path(self, shard: int) -> Path: ...
-    def fetch_if_free(self, shard: int) -> bool: ...
-    def key(self, sample: int) -> str: ...
-    def labels_of(self, samples: np.ndarray) -> np.ndarray: ...
-    def absent(self) -> dict[int, str]: ...
-    def shard_label(self, shard: int) -> str: ...
-    def fingerprint(self) -> str: ...
+
+    def locate(self, sample: int) -> tuple[int, int, int]:
+        """Return the number of the shard, and offset and length of the sample's image in it."""
+
+    def shard_path(self, shard: int) -> Path:
+        """Return the shard's file on this machine; one from the network is fetched first."""
+
+    def fetch_if_free(self, shard: int) -> bool:
+        """Fetch a shard ahead of its use; False if another process or thread is fetching it."""
+
+    def key(self, sample: int) -> str:
+        """Return a sample's readable name."""
+
+    def labels_of(self, samples: np.ndarray) -> np.ndarray:
+        """Return class numbers; ValueError for unlabeled data."""
+
+    def missing_shards(self) -> dict[int, str]:
+        """Return local shards that are missing or have another length, by number, with the problem."""
+
+    def shard_label(self, shard: int) -> str:
+        """Return a shard's readable name."""
+
+    def fingerprint(self) -> str:
+        """Return a short name of the exact bytes of all shards."""
 
 
 @dataclass
@@ -92,9 +150,9 @@ class ShardIndex:
         image_size: height and width if all images share them.
         encoding: what packing did to the images, in words; empty for nothing.
         orientation: upright if images are turned as EXIF says, stored if their pixels are taken as they lie.
-        skipped: files that packing left out, with the reason.
+        skipped: files that packing skipped, with the reason.
         cache: brings shards here from the network (remote.ShardCache), or None.
-        kept_in: folder of this machine's cache that holds the index, where it does not lie beside the shards.
+        cached_in: folder of this machine's cache that holds the index, where it does not lie beside the shards.
     """
 
     location: str
@@ -109,8 +167,8 @@ class ShardIndex:
     encoding: str = ""
     orientation: str = "upright"
     skipped: dict[str, str] = field(default_factory=dict)
-    cache: Any = None
-    kept_in: str = ""
+    cache: Cache | None = None
+    cached_in: str = ""
 
     def __post_init__(self) -> None:
         self.location = str(self.location)
@@ -121,6 +179,7 @@ class ShardIndex:
 
     @property
     def shard_samples(self) -> np.ndarray:
+        """Number of samples in each shard."""
         return np.diff(self.first_of_shard)
 
     def labels_of(self, samples: np.ndarray | slice) -> np.ndarray:
@@ -138,8 +197,8 @@ class ShardIndex:
         try:
             _check_labels(labels, self.classes, "index.npy")
         except ValueError as error:
-            where = self.kept_in or self.location
-            raise ValueError(f"{printable(where)}/{error}. {_make_again(self.location, self.kept_in)}") from error
+            where = self.cached_in or self.location
+            raise ValueError(f"{printable(where)}/{error}. {_rebuild_hint(self.location, self.cached_in)}") from error
         return labels
 
     def locate(self, sample: int) -> tuple[int, int, int]:
@@ -158,38 +217,38 @@ class ShardIndex:
     @property
     def is_remote(self) -> bool:
         """Whether any shard has to come from the network."""
-        return is_address(self.location) or any(is_address(shard.name) for shard in self.shards)
+        return is_url(self.location) or any(is_url(shard.name) for shard in self.shards)
 
     def address(self, shard: int) -> str:
         """Path or address of a tar file."""
         name = self.shards[shard].name
-        if is_address(name) or os.path.isabs(name):
+        if is_url(name) or os.path.isabs(name):
             return name
         if self.location.startswith(("http://", "https://")):
             name = quote(name, errors="surrogateescape")
         return f"{self.location.rstrip('/')}/{name}"
 
     def shard_path(self, shard: int) -> Path:
-        """The tar file on this machine; one from the network is fetched first."""
+        """Return the tar file on this machine; one from the network is fetched first."""
         address = self.address(shard)
-        return self.cache.shard(address, self.shards[shard]) if is_address(address) else Path(address)
+        return self.cache.shard(address, self.shards[shard]) if self.cache and is_url(address) else Path(address)
 
     def fetch_if_free(self, shard: int) -> bool:
-        """Bring a tar file from the network ahead of its use; False if another process or thread is at it."""
+        """Fetch a tar file from the network ahead of its use; False if another process or thread is fetching it."""
         address = self.address(shard)
-        return not is_address(address) or self.cache.fetch_if_free(address, self.shards[shard])
+        return not (self.cache and is_url(address)) or self.cache.fetch_if_free(address, self.shards[shard])
 
-    def known_path(self, shard: int) -> Path:
-        """Where the tar file is if it is here; nothing is fetched."""
-        address = self.address(shard)
-        return self.cache.path_of(address, self.shards[shard].sha256) if is_address(address) else Path(address)
+    def local_path(self, shard: int) -> Path:
+        """Return where the tar file is if it is here; nothing is fetched."""
+        address, sha256 = self.address(shard), self.shards[shard].sha256
+        return self.cache.path_of(address, sha256) if self.cache and is_url(address) else Path(address)
 
     def key(self, sample: int) -> str:
-        """A sample's name for people: shard and member, as they are; bytes that are not UTF-8 as Python keeps them."""
+        """Return shard and member name of a sample; bytes that are not UTF-8 are kept as surrogate escapes."""
         shard = int(np.searchsorted(self.first_of_shard, sample, side="right")) - 1
         name, offset = self.shard_label(shard), int(self.records[sample]["offset"])
         try:
-            with open(self.known_path(shard), "rb") as file:
+            with open(self.local_path(shard), "rb") as file:
                 file.seek(offset - tarfile.BLOCKSIZE)
                 member = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape").name
         except (tarfile.HeaderError, OSError, ValueError):
@@ -197,18 +256,18 @@ class ShardIndex:
         return f"{name}/{member}"
 
     def shard_label(self, shard: int) -> str:
-        """A shard's name for people, without the folder that all shards share."""
+        """Return a shard's readable name, without the folder that all shards share."""
         return self.shards[shard].name[self._common_folder :]
 
     @cached_property
     def _common_folder(self) -> int:
-        return length_of_common_folder(shard.name for shard in self.shards)
+        return common_prefix_length(shard.name for shard in self.shards)
 
-    def absent(self) -> dict[int, str]:
+    def missing_shards(self) -> dict[int, str]:
         """Numbers of the shards on this machine that are missing or have another length, with what is wrong."""
         wrong = {}
         for number, shard in enumerate(self.shards):
-            if is_address(self.address(number)):
+            if is_url(self.address(number)):
                 continue
             try:
                 size = self.shard_path(number).stat().st_size
@@ -221,7 +280,7 @@ class ShardIndex:
 
     def unlisted(self) -> list[str]:
         """Names of tar files that lie beside the listed ones on this machine and are not read."""
-        if is_address(self.location) or self.kept_in:
+        if is_url(self.location) or self.cached_in:
             return []
         listed = {shard.name for shard in self.shards}
         folder = Path(self.location)
@@ -267,7 +326,7 @@ def load_index(folder: str | Path) -> ShardIndex:
     return read_index(file.read_bytes(), folder / "index.npy", str(folder))
 
 
-def length_of_common_folder(names: Iterable[str]) -> int:
+def common_prefix_length(names: Iterable[str]) -> int:
     """Characters of the names of all shards up to the last slash before which they are alike."""
     folders = {name[: name.rfind("/") + 1] for name in names}
     first, last = min(folders), max(folders)  # what these share, all share
@@ -275,7 +334,7 @@ def length_of_common_folder(names: Iterable[str]) -> int:
     return first.rfind("/", 0, next(differs, min(len(first), len(last)))) + 1
 
 
-def unlisted_notice(index: ShardIndex) -> str:
+def unlisted_warning(index: ShardIndex) -> str:
     """That tar files lie beside an index which does not list them, with the remedy; empty where there are none."""
     names = index.unlisted()
     if not names:
@@ -286,30 +345,30 @@ def unlisted_notice(index: ShardIndex) -> str:
     )
 
 
-def read_index(content: bytes, records_file: Path, location: str, kept_in: str = "") -> ShardIndex:
+def read_index(content: bytes, records_file: Path, location: str, cached_in: str = "") -> ShardIndex:
     """An index from the bytes of its index.json and the file of its records.
 
     Args:
         content: of index.json.
         records_file: index.npy.
         location: of the shards.
-        kept_in: folder of the cache, of an index that was made here and may name shards anywhere; others name those in
-            their own folder only.
+        cached_in: Folder of this machine's cache for an index that was made here, which may name shards anywhere;
+            others name shards in their own folder only.
 
     Raises:
         ValueError: it is damaged, of another format, or names shards outside of its folder.
     """
     try:
-        about = checked_index(parse_json(content), bool(kept_in))
+        about = checked_index(parse_json(content), bool(cached_in))
         (split,) = about["splits"].values()
-        _check_sum(records_file, about["records_sha256"])
+        _check_digest(records_file, about["records_sha256"])
         records = load_records(records_file, split["num_samples"], about["classes"])
     except ValueError as error:
-        where = printable(kept_in or location)
-        raise ValueError(f"{where}/index.json: {printable(error)}. {_make_again(location, kept_in)}") from error
+        where = printable(cached_in or location)
+        raise ValueError(f"{where}/index.json: {printable(error)}. {_rebuild_hint(location, cached_in)}") from error
     columns = [split[name] for name in ("filenames", "shard_lengths", "bytes", "sha256")]
     shards = [Shard(*values) for values in zip(*columns, strict=True)]
-    return ShardIndex(location, shards, records, **{name: about[name] for name in INDEX_FIELDS}, kept_in=kept_in)
+    return ShardIndex(location, shards, records, **{name: about[name] for name in INDEX_FIELDS}, cached_in=cached_in)
 
 
 def save_records(file: Path, records: np.ndarray) -> None:
@@ -341,15 +400,17 @@ def load_records(file: Path, samples: int, classes: list[str] | None) -> np.ndar
     return records
 
 
-def _make_again(location: str, kept_in: str = "") -> str:
-    if kept_in:
+def _rebuild_hint(location: str, cached_in: str = "") -> str:
+    if cached_in:
         return "Delete that folder: the index is made again."
-    if is_address(location):
+    if is_url(location):
         return "Make it again where the shards lie (sslvit shards index FOLDER); upload index.json and index.npy."
-    return f"Make it again: sslvit shards index {printable(location) if len(location) <= MAX_REPEATED else 'FOLDER'}"
+    return (
+        f"Make it again: sslvit shards index {printable(location) if len(location) <= MAX_REPEATED_PATH else 'FOLDER'}"
+    )
 
 
-def _check_sum(records_file: Path, expected: str) -> None:
+def _check_digest(records_file: Path, expected: str) -> None:
     """Raise ValueError if a records file of moderate length has other bytes."""
     try:
         is_other = os.path.getsize(records_file) <= CHECKED_BYTES and sha256_of(records_file) != expected
@@ -363,19 +424,20 @@ def _check_labels(labels: np.ndarray, classes: list[str] | None, name: str) -> N
     """Raise ValueError for class numbers without a class: counting them would ask for any amount of memory."""
     if not labels.size:
         return
-    least, most = int(labels.min()), int(labels.max())
+    smallest, largest = int(labels.min()), int(labels.max())
     lowest = NO_LABEL if classes is None else 0
-    if least < lowest or (classes is not None and most >= len(classes)):
-        wrong = least if least < lowest else most
+    if smallest < lowest or (classes is not None and largest >= len(classes)):
+        wrong = smallest if smallest < lowest else largest
         raise ValueError(f"{name} has the label {wrong}, which is none of its {len(classes or [])} classes")
 
 
-def is_address(source: str) -> bool:
+def is_url(source: str) -> bool:
     """Whether it names something on the network."""
     return "://" in source
 
 
 def sha256_of(path: Path) -> str:
+    """Return the checksum of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from sslvit.data.decode import BadImage, decode, read_header
-from sslvit.data.index import ShardIndex, sha256_of, unlisted_notice
+from sslvit.data.index import ShardIndex, sha256_of, unlisted_warning
 from sslvit.data.parallel import in_parallel
 from sslvit.data.plan import EpochPlan
 from sslvit.files import printable
@@ -42,6 +42,7 @@ class ShardCheck:
     modes: Counter = field(default_factory=Counter)
 
     def add(self, other: ShardCheck) -> None:
+        """Add the findings on another shard."""
         for name in ("damaged", "corrupt", "large"):
             getattr(self, name).update(getattr(other, name))
         for digest, samples in other.digests.items():
@@ -60,6 +61,7 @@ class ShardCheck:
         return not (self.damaged or self.corrupt)
 
     def text(self, index: ShardIndex) -> str:
+        """Return the report that is printed."""
         lines = [f"{index.location}: {sum(self.modes.values()):,} images decoded"]
         for what, found in (("damaged shards", self.damaged), ("corrupt images", self.corrupt),
                             (f"images of more than {LARGE_PIXELS / 1e6:.0f} million pixels", self.large)):  # fmt: skip
@@ -81,10 +83,10 @@ def check_shards(index: ShardIndex, workers: int | None = None) -> ShardCheck:
         index: of the shards.
         workers: processes; None for one per core.
     """
-    whole = ShardCheck()
-    for part in in_parallel(_CheckJob(index), len(index.shards), workers, "checking", len(index)):
-        whole.add(part)
-    return whole
+    total = ShardCheck()
+    for check in in_parallel(_CheckJob(index), len(index.shards), workers, "checking", len(index)):
+        total.add(check)
+    return total
 
 
 @dataclass
@@ -155,17 +157,17 @@ def describe_shards(index: ShardIndex, global_batch_size: int | None = None) -> 
         lines.append(f"  packed with: {printable(index.encoding)}")
     if index.skipped:
         reasons = Counter(index.skipped.values()).most_common()
-        shown = ", ".join(f"{count} x {printable(reason, 80)}" for reason, count in reasons[:10])
-        lines.append(f"  left out: {shown}{', ...' if len(reasons) > 10 else ''} (by name in index.json)")
-    absent = index.absent()
-    lines += [f"  {printable(index.shard_label(n))}: {problem}" for n, problem in list(absent.items())[:10]]
-    if notice := unlisted_notice(index):
+        counted = ", ".join(f"{count} x {printable(reason, 80)}" for reason, count in reasons[:10])
+        lines.append(f"  skipped: {counted}{', ...' if len(reasons) > 10 else ''} (by name in index.json)")
+    missing = index.missing_shards()
+    lines += [f"  {printable(index.shard_label(n))}: {problem}" for n, problem in list(missing.items())[:10]]
+    if notice := unlisted_warning(index):
         lines.append(f"  {notice}")
     if index.classes:
         counts = np.bincount(index.labels_of(slice(None)), minlength=len(index.classes))
         ends = (int(counts.argmin()), int(counts.argmax()))
-        fewest, most = (f"{counts[i]:,} ({printable(index.classes[i], 40)})" for i in ends)
-        equal = f"{counts[0]:,}" if counts.min() == counts.max() else f"{fewest} to {most}"
+        smallest, largest = (f"{counts[i]:,} ({printable(index.classes[i], 40)})" for i in ends)
+        equal = f"{counts[0]:,}" if counts.min() == counts.max() else f"{smallest} to {largest}"
         lines.append(f"  images per class: {equal}")
     if global_batch_size is not None and global_batch_size > len(index):
         lines.append(f"  a global batch of {global_batch_size:,} does not fit: choose at most {len(index):,}")
@@ -177,14 +179,14 @@ def describe_shards(index: ShardIndex, global_batch_size: int | None = None) -> 
             f"  at a global batch of {batch:,}: {plan.steps_per_epoch:,} steps per epoch, each dropping "
             f"{plan.dropped_per_epoch:,} images; ranks that fit: {', '.join(map(str, fitting_ranks(batch, 1024)))}"
         )
-    largest = max(shard.bytes for shard in index.shards) / 2**30
+    shard_gb = max(shard.bytes for shard in index.shards) / 2**30
     needs = {
-        hosts: plan.shards_at_once(0, batch // hosts) * largest for hosts in (1, 2, 4, 8, 16) if batch % hosts == 0
+        hosts: plan.shards_at_once(0, batch // hosts) * shard_gb for hosts in (1, 2, 4, 8, 16) if batch % hosts == 0
     }
-    shown = [f"{need:.2g} GB on {hosts}" for hosts, need in needs.items()]
+    caches = [f"{need:.2g} GB on {hosts}" for hosts, need in needs.items()]
     if len(set(needs.values())) == 1:
-        shown = [f"{needs[1]:.2g} GB on any number"]
-    lines.append(f"  read over the network, each host needs a cache of about {', '.join(shown)} of hosts")
+        caches = [f"{needs[1]:.2g} GB on any number"]
+    lines.append(f"  read over the network, each host needs a cache of about {', '.join(caches)} of hosts")
     return "\n".join(lines)
 
 
@@ -194,11 +196,12 @@ def _histogram(counts: Counter, bars: int = 10, width: int = 40) -> list[str]:
         return []
     low, high = min(counts), max(counts)
     step = max(1, -(-(high - low + 1) // bars))
-    ranges = Counter()
+    ranges: Counter[int] = Counter()
     for value, count in counts.items():
         ranges[(value - low) // step] += count
-    most = max(ranges.values())
+    longest = max(ranges.values())
     return [
-        f"    {low + i * step:>6} to {low + (i + 1) * step - 1:<6} {count:>9,} " + "#" * max(1, width * count // most)
+        f"    {low + i * step:>6} to {low + (i + 1) * step - 1:<6} {count:>9,} "
+        + "#" * max(1, width * count // longest)
         for i, count in sorted(ranges.items())
     ]

@@ -10,7 +10,7 @@ import numpy as np
 from sslvit.files import printable
 
 NO_LABEL = -1
-NAMES = (  # of a column, a key or an attribute that holds labels
+LABEL_NAMES = (  # of a column, a key or an attribute that holds labels
     "label", "labels", "class", "classes", "class_name", "class_names", "classname", "class_id", "category",
     "categories", "target", "targets", "species", "y",
 )  # fmt: skip
@@ -45,8 +45,8 @@ def number_labels(labels: Sequence[Any]) -> tuple[list[str], list[int]]:
     negative = min((int(name) for name in names if name.startswith("-") and name[1:].isdecimal()), default=0)
     if negative == NO_LABEL:
         count = texts.count(str(NO_LABEL))
-        others = "" if count == len(texts) else ", so the others' labels are not used either"
-        raise Unlabeled(f"{count} of {len(texts)} labels are -1, which marks images without a class{others}")
+        rest = "" if count == len(texts) else ", so the others' labels are not used either"
+        raise Unlabeled(f"{count} of {len(texts)} labels are -1, which marks images without a class{rest}")
     if negative:
         raise NotClasses(f"a label of {negative}; classes count from 0")
     if all(name.isdecimal() for name in names):

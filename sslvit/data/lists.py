@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from sslvit.data.labels import NAMES, NO_LABEL, NotClasses, Unlabeled, brief_names, number_labels
+from sslvit.data.labels import LABEL_NAMES, NO_LABEL, NotClasses, Unlabeled, brief_names, number_labels
 from sslvit.data.sources import FileImages, ImageSource, Sample
 from sslvit.files import printable
 
@@ -32,47 +32,47 @@ def list_source(path: Path, label_column: str | None = None) -> ImageSource:
         raise ValueError(f"{printable(path)}: an empty list.")
     columns = list(dict.fromkeys(column for _, row in rows for column in row))  # a first row may lack some
     by_name = {column.strip().lower(): column for column in reversed(columns)}
-    path_column = next((by_name[name] for name in PATH_COLUMNS if name in by_name), None)
-    if path_column is None:
+    path_key = next((by_name[name] for name in PATH_COLUMNS if name in by_name), None)
+    if path_key is None:
         raise ValueError(
             f"{printable(path)}: no column of paths among {brief_names(columns)}. "
             f"Name it one of {', '.join(PATH_COLUMNS)}."
         )
     if label_column is None:
-        chosen = next((by_name[name] for name in NAMES if name in by_name), None)
-    elif (chosen := by_name.get(label_column.strip().lower())) is None:
+        label_key = next((by_name[name] for name in LABEL_NAMES if name in by_name), None)
+    elif (label_key := by_name.get(label_column.strip().lower())) is None:
         raise ValueError(f"--label-column {label_column}: not a column of {printable(path)} ({brief_names(columns)}).")
-    files, found = FileImages(), []
+    files, entries = FileImages(), []
     for line, row in rows:
-        name, label = row.get(path_column), row.get(chosen) if chosen else None
-        if not name or (chosen and label in (None, "")):
-            missing = chosen if name else path_column
+        name, label = row.get(path_key), row.get(label_key) if label_key else None
+        if not name or (label_key and label in (None, "")):
+            missing = label_key if name and label_key else path_key
             raise ValueError(f"{printable(path)}, line {line}: no {printable(missing.strip())} given.")
         full = _find(path.parent, str(name))
         if full is None:
             raise ValueError(f"{printable(path)}, line {line}: {printable(path.parent / str(name))} does not exist.")
-        found.append((full, str(name).strip(), label))
-    classes, numbers, notes = None, [NO_LABEL] * len(found), []
-    if chosen:
+        entries.append((full, str(name).strip(), label))
+    classes, numbers, notes = None, [NO_LABEL] * len(entries), []
+    if label_key:
         try:
-            classes, numbers = number_labels([label for *_, label in found])
-            notes = [f"labels: column {printable(chosen.strip())}"]
+            classes, numbers = number_labels([label for *_, label in entries])
+            notes = [f"labels: column {printable(label_key.strip())}"]
         except Unlabeled as error:
-            notes = [f"column {printable(chosen.strip())}: {error}"]
+            notes = [f"column {printable(label_key.strip())}: {error}"]
         except NotClasses as error:
             raise ValueError(
-                f"{printable(path)}: {error} (column {printable(chosen.strip())}). Leave that column out, or name the "
-                "one that holds classes with --label-column."
+                f"{printable(path)}: {error} (column {printable(label_key.strip())}). Remove that column, or name "
+                "the one that holds classes with --label-column."
             ) from error
     samples = []
-    for (full, name, _), number in zip(found, numbers, strict=True):
+    for (full, name, _), number in zip(entries, numbers, strict=True):
         stem, suffix = os.path.splitext(name)
         about = os.stat(full)
         samples.append(Sample(stem, suffix.lower(), files, full, number, about.st_size, about.st_mtime_ns))
-    others = [column.strip() for column in columns if column not in (path_column, chosen)]
-    if others:
-        remedy = "" if chosen else f" (for labels: --label-column {printable(others[0])})"
-        notes.append(f"columns that are not used: {brief_names(others)}{remedy}")
+    unused = [column.strip() for column in columns if column not in (path_key, label_key)]
+    if unused:
+        remedy = "" if label_key else f" (for labels: --label-column {printable(unused[0])})"
+        notes.append(f"columns that are not used: {brief_names(unused)}{remedy}")
     return ImageSource(samples, classes, notes=notes)
 
 
@@ -113,7 +113,7 @@ def _parsed_rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
                     )
                 yield line, row
         else:
-            reader = csv.DictReader(file, delimiter=LISTS[path.suffix.lower()], skipinitialspace=True)
+            reader = csv.DictReader(file, delimiter=LISTS[path.suffix.lower()] or ",", skipinitialspace=True)
             for row in reader:
                 if None in row:
                     raise ValueError(

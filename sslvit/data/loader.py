@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,25 +16,48 @@ from sslvit.data.decode import MAX_PIXELS, BadImage, Header, Scratch, decode, re
 from sslvit.data.plan import EvaluationBatches, Plan
 from sslvit.data.reader import ShardReader
 from sslvit.data.resample import normalize
-from sslvit.data.views import Views, change_views
+from sslvit.data.views import Views, jitter_views
 from sslvit.files import printable
 from sslvit.settings import EncoderSettings
 from sslvit.settings.views import CenterSettings, ViewSettings
 from sslvit.stopping import obey_parent_alone
 
 MAX_KEY = 4096  # characters of a sample's key: cut ones would be counted as one sample
-MOST_SPARES = 64  # tried in the place of an unreadable sample before it is shown black
+MAX_SUBSTITUTES = 64  # tried for an unreadable sample before its row stays black
+
+
+class ImageReader(Protocol):
+    """What a batch is made from: the encoded images of a data set, by sample number."""
+
+    channels: int
+    bits: int
+    scratch: Scratch
+
+    def read(self, sample: int) -> bytes:
+        """Return the encoded image; BadImage if it cannot be read."""
+
+    def header(self, content: bytes) -> Header:
+        """Return size and type of an encoded image; BadImage if it is none, or too large."""
+
+    def key(self, sample: int) -> str:
+        """Return a sample's readable name."""
+
+    def labels_of(self, samples: np.ndarray) -> np.ndarray | None:
+        """Return class numbers, or None for unlabeled data."""
+
+    def decoded_images(self, samples: np.ndarray) -> tuple[Tensor, dict[int, str]] | None:
+        """Return images 'b c h w' and the reason for unreadable ones by row; None if they are not kept decoded."""
 
 
 def make_batch(
-    reader: ShardReader | MemoryReader,
+    reader: ImageReader,
     views: Views,
     samples: np.ndarray,
     epochs: np.ndarray,
     valid: np.ndarray | None = None,
     first_row: int = 0,
     size: list[int] | None = None,
-    spares: Callable[[int], Iterable[tuple[int, int]]] | None = None,
+    substitutes: Callable[[int], Iterable[tuple[int, int]]] | None = None,
 ) -> Batch:
     """Read, decode and view the given samples.
 
@@ -43,64 +67,63 @@ def make_batch(
         samples: their numbers.
         epochs: the pass over the data set that each is in.
         valid: False for rows that only fill up; None for no such rows.
-        first_row: place within the global batch.
+        first_row: index within the global batch.
         size: of the main views, if not the encoder's.
-        spares: for a row, samples and their epochs of which the first readable one is shown in its place.
+        substitutes: for a row, samples and their epochs of which the first readable one takes its place.
     """
-    pictures, bad = view_samples(reader, views, samples, epochs, size)
-    shown, shown_epochs = samples.copy(), epochs.copy()
-    for row in bad if spares else ():
-        for spare, epoch in spares(row):
-            (instead, problem) = view_samples(reader, views, np.array([spare]), np.array([epoch]), size)
+    images, unreadable = view_samples(reader, views, samples, epochs, size)
+    used, used_epochs = samples.copy(), epochs.copy()
+    for row in unreadable:
+        for substitute, epoch in substitutes(row) if substitutes else ():
+            replacement, problem = view_samples(reader, views, np.array([substitute]), np.array([epoch]), size)
             if not problem:
-                shown[row], shown_epochs[row] = spare, epoch
-                for picture, view in zip(pictures, instead, strict=True):
-                    picture[row] = view[0]
+                used[row], used_epochs[row] = substitute, epoch
+                for image, view in zip(images, replacement, strict=True):
+                    image[row] = view[0]
                 break
-    colors = views.sample_colors(shown, shown_epochs)
+    colors = views.sample_colors(used, used_epochs)
     if colors is not None and views.color_here:
-        changed = change_views(pictures, colors)
-        pictures, colors = [new.to(old.dtype) for new, old in zip(changed, pictures, strict=True)], None
-    pictures = views.augment(pictures, shown, shown_epochs)
+        jittered = jitter_views(images, colors)
+        images, colors = [new.to(old.dtype) for new, old in zip(jittered, images, strict=True)], None
+    images = views.augment(images, used, used_epochs)
     valid = np.ones(len(samples), bool) if valid is None else valid.copy()
-    valid[list(bad)] = False
-    labels = reader.labels_of(shown)
+    valid[list(unreadable)] = False
+    labels = reader.labels_of(used)
     return Batch(
-        views=pictures,
+        views=images,
         labels=None if labels is None else torch.from_numpy(labels),
         samples=torch.from_numpy(samples),
         valid=torch.from_numpy(valid),
         epochs=torch.from_numpy(epochs),
         first_row=first_row,
-        bad={printable(reader.key(int(samples[i])), MAX_KEY): reason for i, reason in bad.items()},
+        unreadable={printable(reader.key(int(samples[i])), MAX_KEY): reason for i, reason in unreadable.items()},
         colors=colors,
     )
 
 
 def view_samples(
-    reader: ShardReader | MemoryReader,
+    reader: ImageReader,
     views: Views,
     samples: np.ndarray,
     epochs: np.ndarray,
     size: list[int] | None = None,
 ) -> tuple[list[Tensor], dict[int, str]]:
     """Views 'b c h w' of the given samples, black for unreadable ones, and the reason for these by row."""
-    if reader.decoded is not None:
-        images, bad = reader.kept(samples)
-        pictures = views.of_batch(images, samples, epochs, size)
-    else:
-        pictures, bad = _decode_and_view(reader, views, samples, epochs, size)
-        for view in pictures:
-            view[list(bad)] = 0
-    return pictures, bad
+    if (found := reader.decoded_images(samples)) is not None:
+        decoded, unreadable = found
+        return views.crop_batch(decoded, samples, epochs, size), unreadable
+    images, unreadable = _decode_and_view(reader, views, samples, epochs, size)
+    for view in images:
+        view[list(unreadable)] = 0
+    return images, unreadable
 
 
 def _decode_and_view(
-    reader: ShardReader | MemoryReader, views: Views, samples: np.ndarray, epochs: np.ndarray, size: list[int] | None
+    reader: ImageReader, views: Views, samples: np.ndarray, epochs: np.ndarray, size: list[int] | None
 ) -> tuple[list[Tensor], dict[int, str]]:
     """Each image is decoded once for all of its views, random ones at the resolution that they need."""
     bits = reader.bits
-    bad: dict[int, str] = {}
+    unreadable: dict[int, str] = {}
     found = {}
     sides = np.ones((len(samples), 2), int)
     for i, sample in enumerate(samples):
@@ -109,30 +132,30 @@ def _decode_and_view(
             header = reader.header(content)
             found[i], sides[i] = (content, header), (header.height, header.width)
         except BadImage as error:
-            bad[i] = str(error)
-    drawn = views.draw(sides, samples, epochs, size)
-    zoom = np.min([boxes.zoom(size_of_view) for size_of_view, boxes in drawn], axis=0)
+            unreadable[i] = str(error)
+    crops = views.sample_boxes(sides, samples, epochs, size)
+    zoom = np.min([boxes.zoom(size_of_view) for size_of_view, boxes in crops], axis=0)
     pixel = torch.uint8 if bits == 8 else torch.float32
-    pictures = [torch.zeros(len(samples), reader.channels, *size_of_view, dtype=pixel) for size_of_view, _ in drawn]
+    images = [torch.zeros(len(samples), reader.channels, *size_of_view, dtype=pixel) for size_of_view, _ in crops]
     first: dict[tuple[int, int], int] = {}  # a last batch is filled up with one sample many times
     for i, (content, header) in found.items():
         same = first.setdefault((int(samples[i]), int(epochs[i])), i)
         if same != i:
-            if same in bad:
-                bad[i] = bad[same]
-            for view in pictures:
+            if same in unreadable:
+                unreadable[i] = unreadable[same]
+            for view in images:
                 view[i] = view[same]
             continue
         try:
             reduction = 1 if views.is_exact else reduction_for(zoom[i], header)
             image = decode(content, reader.channels, bits, reduction, header, reader.scratch)
         except BadImage as error:
-            bad[i] = str(error)
+            unreadable[i] = str(error)
             continue
         reduction = reduction if image.shape[1] < header.height else 1  # not every format can
-        for view, picture in zip(pictures, views.of_one(image, drawn, i, reduction), strict=True):
-            view[i] = picture
-    return pictures, bad
+        for view, crop in zip(images, views.crop_image(image, crops, i, reduction), strict=True):
+            view[i] = crop
+    return images, unreadable
 
 
 class MemoryReader:
@@ -144,23 +167,28 @@ class MemoryReader:
         max_pixels: of the largest image that is accepted.
     """
 
-    decoded = None
     bits = 8
 
     def __init__(self, contents: dict[int, tuple[str, bytes]], channels: int, max_pixels: int = MAX_PIXELS) -> None:
         self.contents, self.channels, self.max_pixels, self.scratch = contents, channels, max_pixels, Scratch()
 
     def header(self, content: bytes) -> Header:
+        """Return size and type of an encoded image."""
         return read_header(content, self.max_pixels)
 
     def read(self, sample: int) -> bytes:
+        """Return the encoded image."""
         return self.contents[sample][1]
 
     def key(self, sample: int) -> str:
+        """Return a sample's readable name."""
         return self.contents[sample][0]
 
     def labels_of(self, samples: np.ndarray) -> None:
-        return None
+        """Return no labels."""
+
+    def decoded_images(self, samples: np.ndarray) -> None:
+        """Return no decoded images."""
 
 
 def view_of_image(content: bytes, encoder: EncoderSettings) -> Tensor:
@@ -174,15 +202,15 @@ def view_of_image(content: bytes, encoder: EncoderSettings) -> Tensor:
         BadImage: the bytes are no image, or cannot be given the encoder's channels.
     """
     reader = MemoryReader({0: ("image", content)}, encoder.channels)
-    views = Views(center_view(encoder), encoder.image_size, encoder.interpolation)
+    views = encoder_views(encoder, center_view(encoder))
     batch = make_batch(reader, views, np.zeros(1, int), np.zeros(1, int))
-    if batch.bad:
-        raise BadImage(batch.bad["image"])
+    if batch.unreadable:
+        raise BadImage(batch.unreadable["image"])
     return batch.views[0][0]
 
 
-class TrainingBatches(Dataset):
-    """Micro-batch i of one rank, counted over the whole run. Each worker makes whole batches.
+class TrainingBatches(Dataset[Batch]):
+    """The micro-batches of one rank, counted over the whole run. Each worker makes whole batches.
 
     Args:
         reader: of the data set.
@@ -190,60 +218,71 @@ class TrainingBatches(Dataset):
         plan: the order.
         rank: of this process.
         micro: images per micro-batch.
-        passes: micro-batches per optimizer step on one rank.
-        resolutions: sides of the main views, one of which is drawn for each step; None for the encoder's size.
+        accumulation_steps: micro-batches per optimizer step on one rank.
+        resolutions: sides of the main views, one of which is sampled for each step; None for the encoder's size.
     """
 
     def __init__(
-        self, reader: ShardReader, views: Views, plan: Plan, rank: int, micro: int, passes: int,
+        self, reader: ShardReader, views: Views, plan: Plan, rank: int, micro: int, accumulation_steps: int,
         resolutions: list[int] | None = None,
     ) -> None:  # fmt: skip
         self.reader, self.views, self.plan = reader, views, plan
-        self.rank, self.micro, self.passes, self.resolutions = rank, micro, passes, resolutions
+        self.rank, self.micro, self.accumulation_steps, self.resolutions = rank, micro, accumulation_steps, resolutions
         self.is_remote = reader.index.is_remote
 
     def __getitem__(self, number: int) -> Batch:
-        step, part = divmod(number, self.passes)
-        first_row = (self.rank * self.passes + part) * self.micro
+        step, micro_step = divmod(number, self.accumulation_steps)
+        first_row = (self.rank * self.accumulation_steps + micro_step) * self.micro
         samples, epochs = self.plan.batch(step, first_row, first_row + self.micro)
         if self.is_remote:
-            first = self.rank * self.passes * self.micro
-            self.reader.fetch_ahead(self.plan.shards_near(step, first, first + self.passes * self.micro))
-        size = resolution_of(self.resolutions, self.plan.seed, step)
+            first = self.rank * self.accumulation_steps * self.micro
+            self.reader.prefetch(self.plan.shards_near(step, first, first + self.accumulation_steps * self.micro))
+        size = sample_resolution(self.resolutions, self.plan.seed, step)
 
-        def spares(row: int) -> Iterable[tuple[int, int]]:
-            """The rows that follow in the global batch, whoever they belong to: the same for any number of ranks."""
-            for further in range(1, min(MOST_SPARES, self.plan.global_batch_size)):
-                place = (first_row + row + further) % self.plan.global_batch_size
-                (sample,), (epoch,) = self.plan.batch(step, place, place + 1)
+        def substitutes(row: int) -> Iterable[tuple[int, int]]:
+            # the rows that follow in the global batch, on whichever rank: the same for any number of ranks
+            for distance in range(1, min(MAX_SUBSTITUTES, self.plan.global_batch_size)):
+                candidate = (first_row + row + distance) % self.plan.global_batch_size
+                (sample,), (epoch,) = self.plan.batch(step, candidate, candidate + 1)
                 yield int(sample), int(epoch)
 
-        return make_batch(self.reader, self.views, samples, epochs, first_row=first_row, size=size, spares=spares)
+        return make_batch(
+            self.reader, self.views, samples, epochs, first_row=first_row, size=size, substitutes=substitutes
+        )
 
 
-def resolution_of(resolutions: list[int] | None, seed: int, step: int) -> list[int] | None:
+def sample_resolution(resolutions: list[int] | None, seed: int, step: int) -> list[int] | None:
     """Height and width of the main views at this step: the same on every rank."""
     if resolutions is None:
         return None
     return [resolutions[rng.generator(seed, step, "resolution").integers(len(resolutions))]] * 2
 
 
-class _EvaluationBatches(Dataset):
+class _EvaluationBatches(Dataset[Batch]):
     def __init__(
         self, reader: ShardReader, views: Views, batch: int, rank: int, ranks: int, epoch: int,
-        chosen: np.ndarray | None,
+        subset: np.ndarray | None,
     ) -> None:  # fmt: skip
         self.reader, self.views, self.epoch = reader, views, epoch
-        self.chosen = chosen
-        self.batches = EvaluationBatches(len(reader.index) if chosen is None else len(chosen), batch, rank, ranks)
+        self.subset = subset
+        self.batches = EvaluationBatches(len(reader.index) if subset is None else len(subset), batch, rank, ranks)
 
     def __getitem__(self, number: int) -> Batch:
-        places, valid = self.batches[number]
-        samples = places if self.chosen is None else self.chosen[places]
+        rows, valid = self.batches[number]
+        samples = rows if self.subset is None else self.subset[rows]
         return make_batch(self.reader, self.views, samples, np.full_like(samples, self.epoch), valid)
 
     def __len__(self) -> int:
         return len(self.batches)
+
+
+def encoder_views(
+    encoder: EncoderSettings, view: ViewSettings, seed: int = 0, scale: int = 1, fill: list[float] | None = None
+) -> Views:
+    """Views at the encoder's input size, or at a multiple of it."""
+    assert isinstance(encoder.image_size, list)  # as the settings make it
+    size = [scale * side for side in encoder.image_size]
+    return Views(view, size, encoder.interpolation, seed, fill=fill)
 
 
 def center_view(encoder: EncoderSettings, fraction: float | None = None) -> CenterSettings:
@@ -253,7 +292,7 @@ def center_view(encoder: EncoderSettings, fraction: float | None = None) -> Cent
 
 def evaluation_loader(
     reader: ShardReader, encoder: EncoderSettings, batch: int = 256, workers: int = 0, rank: int = 0, ranks: int = 1,
-    view: ViewSettings | None = None, epoch: int = 0, seed: int = 0, chosen: np.ndarray | None = None,
+    view: ViewSettings | None = None, epoch: int = 0, seed: int = 0, subset: np.ndarray | None = None,
 ) -> DataLoader:  # fmt: skip
     """Every sample once, in order, in batches of one size, seen through a center crop unless another view is given.
 
@@ -267,13 +306,20 @@ def evaluation_loader(
         view: of each image; a random one draws from (seed, epoch, sample).
         epoch: of that chance.
         seed: of that chance.
-        chosen: numbers of the samples that are seen; None for all.
+        subset: numbers of the samples that are seen; None for all.
     """
-    views = Views(view or center_view(encoder), encoder.image_size, encoder.interpolation, seed)
-    batches = _EvaluationBatches(reader, views, batch, rank, ranks, epoch, chosen)
+    views = encoder_views(encoder, view or center_view(encoder), seed)
+    batches = _EvaluationBatches(reader, views, batch, rank, ranks, epoch, subset)
     return DataLoader(batches, batch_size=None, num_workers=workers, worker_init_fn=obey_parent_alone)
 
 
-def normalized_view(batch: Batch, encoder: EncoderSettings, device: torch.device) -> torch.Tensor:
-    """The one view of an evaluation batch, on the device, as the encoder takes it."""
-    return normalize(batch.views[0].to(device), encoder.mean, encoder.std)
+def normalized_view(batch: Batch, encoder: EncoderSettings, device: torch.device) -> Tensor:
+    """Return the one view of an evaluation batch, on the device, as the encoder takes it."""
+    return normalize_view(batch.views[0].to(device), encoder)
+
+
+def normalize_view(view: Tensor, encoder: EncoderSettings) -> Tensor:
+    """Normalize pixels (0 to 255) with the encoder's mean and standard deviation."""
+    assert encoder.mean is not None  # as the settings make them
+    assert encoder.std is not None
+    return normalize(view, encoder.mean, encoder.std)

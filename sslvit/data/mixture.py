@@ -1,4 +1,4 @@
-"""Several data sets as one: a fixed share of every batch for each."""
+"""Several data sets as one: each fills a fixed fraction of every batch."""
 
 from __future__ import annotations
 
@@ -18,98 +18,107 @@ class JoinedIndex:
     """Several data sets as one: their samples and shards numbered through, without labels.
 
     Args:
-        parts: the data sets.
-        weights: share of each in a batch, for the channel statistics.
+        sources: the data sets.
+        weights: Relative part of each in a batch, for the channel statistics.
 
     Raises:
         ValueError: their images cannot be converted to one number of channels.
     """
 
-    def __init__(self, parts: Sequence[ShardIndex], weights: Sequence[float]) -> None:
-        channels = {part.channels for part in parts}
+    def __init__(self, sources: Sequence[ShardIndex], weights: Sequence[float]) -> None:
+        channels = {source.channels for source in sources}
         if len(channels) > 1 and not channels <= set(MODES):
-            named = ", ".join(f"{part.location}: {part.channels}" for part in parts)
+            named = ", ".join(f"{source.location}: {source.channels}" for source in sources)
             raise ValueError(f"data.mixture: sources with other numbers of channels ({named}) cannot be mixed.")
-        if len({part.orientation for part in parts}) > 1:
-            named = ", ".join(f"{part.location}: {part.orientation}" for part in parts)
+        if len({source.orientation for source in sources}) > 1:
+            named = ", ".join(f"{source.location}: {source.orientation}" for source in sources)
             raise ValueError(
                 f"data.mixture: some sources are read upright, others as stored ({named}). Pack or index one of them "
                 "again with the other's --orientation."
             )
-        self.parts, self.orientation = list(parts), parts[0].orientation
-        self.location = " + ".join(part.location for part in self.parts)
-        self.first_sample = np.concatenate([[0], np.cumsum([len(part) for part in self.parts])])
-        self.first_shard = np.concatenate([[0], np.cumsum([len(part.shards) for part in self.parts])])
-        self.shards = [shard for part in self.parts for shard in part.shards]
-        self.classes = None
-        self.channels = max(part.channels for part in self.parts)
-        self.bits = min(part.bits for part in self.parts)
-        sizes = [part.image_size for part in self.parts]
+        self.sources, self.orientation = list(sources), sources[0].orientation
+        self.location = " + ".join(source.location for source in self.sources)
+        self.first_sample = np.concatenate([[0], np.cumsum([len(source) for source in self.sources])])
+        self.first_shard = np.concatenate([[0], np.cumsum([len(source.shards) for source in self.sources])])
+        self.shards = [shard for source in self.sources for shard in source.shards]
+        self.classes: list[str] | None = None
+        self.channels = max(source.channels for source in self.sources)
+        self.bits = min(source.bits for source in self.sources)
+        sizes = [source.image_size for source in self.sources]
         self.image_size = sizes[0] if all(size == sizes[0] for size in sizes) else None
-        share = np.array(weights)[:, None] / sum(weights)
+        weight = np.array(weights)[:, None] / sum(weights)
         means, stds = (
-            np.array([(getattr(part, name) * self.channels)[: self.channels] for part in self.parts])
+            np.array([(getattr(source, name) * self.channels)[: self.channels] for source in self.sources])
             for name in ("mean", "std")
         )
-        mean = (share * means).sum(0)
+        mean = (weight * means).sum(0)
         self.mean = mean.round(4).tolist()
-        self.std = np.sqrt((share * (stds**2 + means**2)).sum(0) - mean**2).round(4).tolist()
+        self.std = np.sqrt((weight * (stds**2 + means**2)).sum(0) - mean**2).round(4).tolist()
 
     def __len__(self) -> int:
         return int(self.first_sample[-1])
 
     def locate(self, sample: int) -> tuple[int, int, int]:
-        part, own = self._part_of(sample)
-        shard, offset, size = self.parts[part].locate(own)
-        return int(self.first_shard[part]) + shard, offset, size
+        """Return the number of the shard, and offset and length of the sample's image in it."""
+        number, local = self._source_of(sample)
+        shard, offset, size = self.sources[number].locate(local)
+        return int(self.first_shard[number]) + shard, offset, size
 
     def shard_path(self, shard: int) -> Path:
-        part, own = self._part_of_shard(shard)
-        return part.shard_path(own)
+        """Return the shard's file on this machine."""
+        source, local = self._source_of_shard(shard)
+        return source.shard_path(local)
 
     def fetch_if_free(self, shard: int) -> bool:
-        part, own = self._part_of_shard(shard)
-        return part.fetch_if_free(own)
+        """Fetch a shard ahead of its use; False if another process or thread is fetching it."""
+        source, local = self._source_of_shard(shard)
+        return source.fetch_if_free(local)
 
     def key(self, sample: int) -> str:
-        part, own = self._part_of(sample)
-        return f"{self.parts[part].location}/{self.parts[part].key(own)}"
+        """Return a sample's readable name, with its data set."""
+        number, local = self._source_of(sample)
+        return f"{self.sources[number].location}/{self.sources[number].key(local)}"
 
     def labels_of(self, samples: np.ndarray) -> np.ndarray:
+        """Raise ValueError: a mixture has no labels."""
         raise ValueError("a mixture has no labels.")
 
     @property
     def is_remote(self) -> bool:
-        return any(part.is_remote for part in self.parts)
+        """Whether any shard has to come from the network."""
+        return any(source.is_remote for source in self.sources)
 
-    def absent(self) -> dict[int, str]:
+    def missing_shards(self) -> dict[int, str]:
+        """Return local shards that are missing or have another length, by number, with the problem."""
         firsts = self.first_shard.tolist()
         return {
             first + number: wrong
-            for first, part in zip(firsts, self.parts, strict=False)
-            for number, wrong in part.absent().items()
+            for first, source in zip(firsts, self.sources, strict=False)
+            for number, wrong in source.missing_shards().items()
         }
 
     def shard_label(self, shard: int) -> str:
-        part, own = self._part_of_shard(shard)
-        return f"{part.location}/{part.shard_label(own)}"
+        """Return a shard's readable name, with its data set."""
+        source, local = self._source_of_shard(shard)
+        return f"{source.location}/{source.shard_label(local)}"
 
     def fingerprint(self) -> str:
-        return hashlib.sha256("".join(part.fingerprint() for part in self.parts).encode()).hexdigest()[:16]
+        """Return a short name of the exact bytes of all shards."""
+        return hashlib.sha256("".join(source.fingerprint() for source in self.sources).encode()).hexdigest()[:16]
 
-    def _part_of_shard(self, shard: int) -> tuple[ShardIndex, int]:
-        part = int(np.searchsorted(self.first_shard, shard, side="right")) - 1
-        return self.parts[part], shard - int(self.first_shard[part])
+    def _source_of_shard(self, shard: int) -> tuple[ShardIndex, int]:
+        number = int(np.searchsorted(self.first_shard, shard, side="right")) - 1
+        return self.sources[number], shard - int(self.first_shard[number])
 
-    def _part_of(self, sample: int) -> tuple[int, int]:
-        part = int(np.searchsorted(self.first_sample, sample, side="right")) - 1
-        return part, int(sample - self.first_sample[part])
+    def _source_of(self, sample: int) -> tuple[int, int]:
+        number = int(np.searchsorted(self.first_sample, sample, side="right")) - 1
+        return number, int(sample - self.first_sample[number])
 
 
 class MixturePlan:
-    """A fixed share of every batch for each source, and each source its own order and epochs.
+    """A fixed fraction of every batch for each source, and each source its own order and epochs.
 
-    Rows of the sources are spread evenly over the batch, so that every rank gets its share of each.
+    Rows of the sources are spread evenly over the batch, so that every rank gets rows of each.
 
     Args:
         plans: one per source; their batches add up to the mixture's.
@@ -117,14 +126,14 @@ class MixturePlan:
 
     def __init__(self, plans: Sequence[EpochPlan]) -> None:
         self.plans = list(plans)
-        shares = [plan.global_batch_size for plan in self.plans]
-        self.samples, self.global_batch_size = sum(plan.samples for plan in self.plans), sum(shares)
+        sizes = [plan.global_batch_size for plan in self.plans]
+        self.samples, self.global_batch_size = sum(plan.samples for plan in self.plans), sum(sizes)
         self.seed = self.plans[0].seed
         self.first_sample = np.concatenate([[0], np.cumsum([plan.samples for plan in self.plans])])
         self.first_shard = np.concatenate([[0], np.cumsum([len(plan.shard_samples) for plan in self.plans])])
-        place = np.concatenate([(np.arange(share) + 0.5) / share for share in shares])
-        source = np.repeat(np.arange(len(shares)), shares)
-        self.source_of_row = source[np.argsort(place, kind="stable")]
+        position = np.concatenate([(np.arange(size) + 0.5) / size for size in sizes])
+        source = np.repeat(np.arange(len(sizes)), sizes)
+        self.source_of_row = source[np.argsort(position, kind="stable")]
 
     @property
     def steps_per_epoch(self) -> int:
@@ -133,47 +142,55 @@ class MixturePlan:
 
     @property
     def dropped_per_epoch(self) -> int:
+        """Samples left over at the end of each source's epoch."""
         return sum(plan.dropped_per_epoch for plan in self.plans)
 
     def batch(self, step: int, start: int = 0, stop: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Return sample numbers and epochs of the given rows of a global batch."""
         sources = self.source_of_row[start:stop]
         samples, epochs = np.empty((2, len(sources)), np.int64)
-        for i, plan, first, last in self._parts(start, stop):
-            own, epoch = plan.batch(step, first, last)
-            samples[sources == i], epochs[sources == i] = self.first_sample[i] + own, epoch
+        for i, plan, first, last in self._rows_by_source(start, stop):
+            local, epoch = plan.batch(step, first, last)
+            samples[sources == i], epochs[sources == i] = self.first_sample[i] + local, epoch
         return samples, epochs
 
     def shards_near(self, step: int, start: int = 0, stop: int | None = None) -> list[int]:
-        parts = self._parts(start, stop)
-        return [self.first_shard[i] + shard for i, plan, *rows in parts for shard in plan.shards_near(step, *rows)]
+        """Return the shards that these rows read at this step, then those of the windows that follow."""
+        return [
+            int(self.first_shard[i]) + shard
+            for i, plan, first, last in self._rows_by_source(start, stop)
+            for shard in plan.shards_near(step, first, last)
+        ]
 
     def shards_at_once(self, start: int = 0, stop: int | None = None) -> int:
-        return sum(plan.shards_at_once(*rows) for _, plan, *rows in self._parts(start, stop))
+        """Return how many shards these rows need within reach at any time."""
+        return sum(plan.shards_at_once(first, last) for _, plan, first, last in self._rows_by_source(start, stop))
 
     def identity(self) -> dict[str, int | str]:
+        """Return everything that decides the order."""
         return {f"source {i}, {key}": value for i, p in enumerate(self.plans) for key, value in p.identity().items()}
 
-    def _parts(self, start: int, stop: int | None) -> list[tuple[int, EpochPlan, int, int]]:
+    def _rows_by_source(self, start: int, stop: int | None) -> list[tuple[int, EpochPlan, int, int]]:
         """(source, its plan, and the rows of its own batch) for those that have any of these rows."""
         before = np.bincount(self.source_of_row[:start], minlength=len(self.plans))
-        own = np.bincount(self.source_of_row[start:stop], minlength=len(self.plans))
-        return [(i, plan, before[i], before[i] + own[i]) for i, plan in enumerate(self.plans) if own[i]]
+        rows = np.bincount(self.source_of_row[start:stop], minlength=len(self.plans))
+        return [(i, plan, int(before[i]), int(before[i] + rows[i])) for i, plan in enumerate(self.plans) if rows[i]]
 
 
-def shares_of_batch(shares: Sequence[float], global_batch_size: int) -> list[int]:
-    """Rows of a batch for each source, as near to its share as whole rows allow (largest remainders).
+def split_by_weight(weights: Sequence[float], global_batch_size: int) -> list[int]:
+    """Rows of a batch for each source, as near to its weight as whole rows allow (largest remainders).
 
     Raises:
-        ValueError: a share is not positive, or too small for one row.
+        ValueError: A weight is not positive, or too small for one row.
     """
-    if not all(0 < share < math.inf for share in shares):
-        raise ValueError(f"data.mixture: the shares {list(shares)} must all be positive numbers.")
-    exact = np.array(shares) / sum(shares) * global_batch_size
+    if not all(0 < weight < math.inf for weight in weights):
+        raise ValueError(f"data.mixture: the weights {list(weights)} must all be positive numbers.")
+    exact = np.array(weights) / sum(weights) * global_batch_size
     rows = np.floor(exact).astype(int)
     rows[np.argsort(rows - exact, kind="stable")[: global_batch_size - rows.sum()]] += 1
     if not rows.all():
         raise ValueError(
-            f"data.mixture: a share of {shares[int(rows.argmin())]} in {sum(shares)} is less than one image of "
-            f"data.global_batch_size ({global_batch_size}). Raise the share or the batch."
+            f"data.mixture: a weight of {weights[int(rows.argmin())]} in {sum(weights)} is less than one image of "
+            f"data.global_batch_size ({global_batch_size}). Raise the weight or the batch size."
         )
     return rows.tolist()

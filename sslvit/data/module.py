@@ -11,13 +11,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sslvit.data.batch import Batch
 from sslvit.data.index import Index
-from sslvit.data.loader import TrainingBatches, evaluation_loader, make_batch
+from sslvit.data.loader import TrainingBatches, encoder_views, evaluation_loader, make_batch, normalize_view
 from sslvit.data.open import open_data, open_shards
 from sslvit.data.plan import Plan
 from sslvit.data.reader import ShardReader
-from sslvit.data.resample import normalize
 from sslvit.data.stream import StreamBatches, StreamIndex
-from sslvit.data.views import Views, change_views
+from sslvit.data.views import Views, jitter_views
 from sslvit.run_plan import RunPlan
 from sslvit.settings import DataSettings, EncoderSettings, RunSettings
 from sslvit.settings.views import AugmentSettings, CenterSettings
@@ -37,13 +36,13 @@ class ShardDataModule(pl.LightningDataModule):
     """
 
     def __init__(
-        self, index: Index, settings: DataSettings, encoder: EncoderSettings, plan: Plan, run: RunPlan,
+        self, index: Index | StreamIndex, settings: DataSettings, encoder: EncoderSettings, plan: Plan, run: RunPlan,
         val: Index | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.index, self.settings, self.encoder = index, settings, encoder
         self.plan, self.run, self.val = plan, run, val
-        self.views = Views(settings.view, encoder.image_size, encoder.interpolation, plan.seed, fill=encoder.mean)
+        self.views = encoder_views(encoder, settings.view, plan.seed, fill=encoder.mean)
         self.start_step = 0
         self.reader: ShardReader | None = None
 
@@ -63,46 +62,57 @@ class ShardDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """The run's batches, or one epoch's where a Trainer counts epochs; from the restored position on."""
-        trainer, run = self.trainer, self.run
-        assert trainer is not None
+        trainer, run = self._attached_trainer, self.run
         is_gpu = trainer.strategy.root_device.type == "cuda"
-        place = self.settings.color_on
-        self.views.color_here = place == "workers" or (place == "auto" and not is_gpu)
+        color_on = self.settings.color_on
+        self.views.color_here = color_on == "workers" or (color_on == "auto" and not is_gpu)
+        batches: Dataset[Batch]
+        order: _EpochOrder | None = None
         if isinstance(self.index, StreamIndex):
-            batches: Dataset = StreamBatches(
+            batches = stream = StreamBatches(
                 self.index, self.views, self.encoder.channels, trainer.global_rank, run.ranks, run.images_per_pass,
                 run.accumulation_steps, self.start_step, self.settings.max_pixels,
             )  # fmt: skip
-            workers, order = batches.workers(self.settings.workers), None
+            workers = stream.workers(self.settings.workers)
         else:
-            self.reader = self.reader or self.make_reader()
+            reader = self.make_reader(self.index)
             batches = TrainingBatches(
-                self.reader, self.views, self.plan, trainer.global_rank, run.images_per_pass, run.accumulation_steps,
+                reader, self.views, self.plan, trainer.global_rank, run.images_per_pass, run.accumulation_steps,
                 self.settings.resolutions,
             )  # fmt: skip
-            # a set kept in memory has no decoding to spread over processes, but changing image by image is work
-            is_light = self.reader.decoded is not None and not isinstance(self.settings.view, AugmentSettings)
+            # a data set in memory has no decoding to spread over processes, but changing image by image is work
+            is_light = reader.decoded is not None and not isinstance(self.settings.view, AugmentSettings)
             workers = 0 if is_light else self.settings.workers
             steps = run.total_steps if trainer.max_epochs == 1 else run.steps_per_epoch
             order = _EpochOrder(trainer, steps * run.accumulation_steps, self.start_step * run.accumulation_steps)
-        processes = {"num_workers": workers, "worker_init_fn": obey_parent_alone}
-        return DataLoader(batches, batch_size=None, sampler=order, pin_memory=is_gpu, **processes)
+        return DataLoader(
+            batches, batch_size=None, sampler=order, pin_memory=is_gpu, num_workers=workers,
+            worker_init_fn=obey_parent_alone,
+        )  # fmt: skip
 
     def val_dataloader(self) -> DataLoader | list:
         """Every image of `val` once, seen as in training, the same every time."""
         if self.val is None:
             return []
-        trainer, run = self.trainer, self.run
-        assert trainer is not None
-        reader = ShardReader(self.val, self.encoder.channels, self.settings.memory_limit_mb, self.settings.max_pixels)
+        run, settings = self.run, self.settings
+        reader = ShardReader(self.val, self.encoder.channels, settings.memory_limit_mb, settings.max_pixels)
         return evaluation_loader(
-            reader, self.encoder, run.images_per_pass, self.settings.workers, trainer.global_rank, run.ranks,
-            self.settings.view, 0, run.seed,
+            reader, self.encoder, run.images_per_pass, settings.workers, self._attached_trainer.global_rank, run.ranks,
+            settings.view, 0, run.seed,
         )  # fmt: skip
 
-    def make_reader(self) -> ShardReader:
+    @property
+    def _attached_trainer(self) -> pl.Trainer:
+        assert self.trainer is not None  # Lightning sets it before it asks for anything
+        return self.trainer
+
+    def make_reader(self, index: Index) -> ShardReader:
+        """Return the reader of the training images, which is made once."""
         settings = self.settings
-        return ShardReader(self.index, self.encoder.channels, settings.memory_limit_mb, settings.max_pixels)
+        self.reader = self.reader or ShardReader(
+            index, self.encoder.channels, settings.memory_limit_mb, settings.max_pixels
+        )
+        return self.reader
 
     def examples(self, count: int, views: Views | None = None) -> Batch:
         """The first images of the data set as a batch on the CPU, seen as in training or through other views."""
@@ -110,32 +120,31 @@ class ShardDataModule(pl.LightningDataModule):
         if isinstance(self.index, StreamIndex):
             batch = next(iter(StreamBatches(self.index, views, self.encoder.channels, 0, 1, count, 1)))
         else:
-            self.reader = self.reader or self.make_reader()
-            chosen = np.arange(min(count, len(self.index)))
-            batch = make_batch(self.reader, views, chosen, np.zeros_like(chosen))
+            samples = np.arange(min(count, len(self.index)))
+            batch = make_batch(self.make_reader(self.index), views, samples, np.zeros_like(samples))
         return self.prepare(batch)
 
     def whole_images(self, count: int, scale: int = 1) -> Tensor:
         """The middle of the first images, 'b c h w', at a multiple of the encoder's size."""
-        size = [scale * side for side in self.encoder.image_size]
-        return self.examples(count, Views(CenterSettings(), size, self.encoder.interpolation)).views[0]
+        return self.examples(count, encoder_views(self.encoder, CenterSettings(), scale=scale)).views[0]
 
     def prepare(self, batch: Batch) -> Batch:
         """Colors and units as the encoder takes them, on the batch's device."""
         if batch.colors is not None:
-            batch.views, batch.colors = change_views(batch.views, batch.colors), None
-        batch.views = [normalize(view, self.encoder.mean, self.encoder.std) for view in batch.views]
+            batch.views, batch.colors = jitter_views(batch.views, batch.colors), None
+        batch.views = [normalize_view(view, self.encoder) for view in batch.views]
         return batch
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Prepare a batch on the device; called by Lightning."""
         batch = self.prepare(batch)
-        dtype = self.trainer.lightning_module.dtype  # float64 when a test asks for it
+        dtype = self._attached_trainer.lightning_module.dtype  # float64 when a test asks for it
         batch.views = [view.to(dtype) for view in batch.views]
         return batch
 
     def state_dict(self) -> dict[str, int | str]:
-        """The position: optimizer steps done. All else only guards against another data set or order."""
-        return {"step": self.trainer.global_step, **self._identity()}
+        """Return the position (optimizer steps done), and what guards against another data set or order."""
+        return {"step": self._attached_trainer.global_step, **self._identity()}
 
     def load_state_dict(self, state: dict[str, int | str]) -> None:
         """Go on where a checkpoint stopped.
@@ -143,8 +152,10 @@ class ShardDataModule(pl.LightningDataModule):
         Raises:
             ValueError: it was written with other data, another batch or another seed.
         """
-        own = self._identity()
-        changed = [f"{key} {state.get(key)} then, {own[key]} now" for key in own if state.get(key) != own[key]]
+        current = self._identity()
+        changed = [
+            f"{key} {state.get(key)} then, {current[key]} now" for key in current if state.get(key) != current[key]
+        ]
         if changed:
             raise ValueError(
                 f"the checkpoint was written with other data ({'; '.join(changed)}), so its order cannot go on. "

@@ -13,25 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 from filelock import FileLock
 
 from sslvit.data.decode import BadImage
-from sslvit.data.first_rank import found_by_first, is_first_here, telling_others
+from sslvit.data.first_rank import is_local_rank_zero, publish_folder, wait_for_folder
 from sslvit.data.folders import folder_source
 from sslvit.data.index import (
     CHECKED_BYTES,
     RECORD,
     Index,
     ShardIndex,
-    is_address,
+    is_url,
     load_index,
     read_index,
     sha256_of,
-    unlisted_notice,
+    unlisted_warning,
 )
-from sslvit.data.mixture import JoinedIndex, MixturePlan, shares_of_batch
-from sslvit.data.pack import digest_of, digest_of_times, pack
+from sslvit.data.mixture import JoinedIndex, MixturePlan, split_by_weight
+from sslvit.data.pack import digest_samples, digest_times, pack
 from sslvit.data.plan import EpochPlan, Plan
 from sslvit.data.remote import ShardCache
 from sslvit.data.scan import index_names, index_shards
@@ -44,11 +44,11 @@ from sslvit.settings import DataSettings
 logger = logging.getLogger(__name__)
 
 HEADER_BYTES = 4096  # of an .npy file, at most
-PATTERN_SIGNS = "{*?["
-WANTED = "Pass a folder of images or of shards (sslvit shards pack SRC DST)."
+PATTERN_CHARACTERS = "{*?["
+USAGE = "Pass a folder of images or of shards (sslvit shards pack SRC DST)."
 
 
-def open_data(settings: DataSettings, seed: int, ranks: int = 1) -> tuple[Index, Plan]:
+def open_data(settings: DataSettings, seed: int, ranks: int = 1) -> tuple[Index | StreamIndex, Plan]:
     """The index of a run's data and the order in which it is read.
 
     Args:
@@ -62,24 +62,24 @@ def open_data(settings: DataSettings, seed: int, ranks: int = 1) -> tuple[Index,
     """
     if settings.shards and is_stream(settings.shards) and not Path(expand_path(settings.shards)).is_dir():
         stream = StreamIndex(
-            expand(expand_path(settings.shards)), settings.stream_samples, settings.allow_pipe, cache_of(settings)
+            expand(expand_path(settings.shards)), settings.stream_samples, settings.allow_pipe, shard_cache(settings)
         )
         return stream, EpochPlan([len(stream)], settings.fitted(len(stream), ranks).global_batch_size, seed)
     if not settings.mixture:
-        index = open_shards(settings.shards or "", cache_of(settings))
+        index = open_shards(settings.shards or "", shard_cache(settings))
         return index, _plan(index, settings, settings.fitted(len(index), ranks).global_batch_size, seed)
-    shares = list(settings.mixture.values())
-    rows = shares_of_batch(shares, settings.global_batch_size)
-    parts = [open_shards(source, cache_of(settings)) for source in settings.mixture]
-    fillable = min(len(index) * sum(shares) / share for index, share in zip(parts, shares, strict=True))
-    rows = shares_of_batch(shares, settings.fitted(int(fillable), ranks).global_batch_size)
+    weights = list(settings.mixture.values())
+    rows = split_by_weight(weights, settings.global_batch_size)
+    sources = [open_shards(source, shard_cache(settings)) for source in settings.mixture]
+    fillable = min(len(index) * sum(weights) / weight for index, weight in zip(sources, weights, strict=True))
+    rows = split_by_weight(weights, settings.fitted(int(fillable), ranks).global_batch_size)
     plans = []
-    for number, (index, share) in enumerate(zip(parts, rows, strict=True)):
+    for number, (index, count) in enumerate(zip(sources, rows, strict=True)):
         try:
-            plans.append(_plan(index, settings, share, seed + (number << 32)))
+            plans.append(_plan(index, settings, count, seed + (number << 32)))
         except ValueError as error:
-            raise ValueError(f"data.mixture, {index.location}: its {share} images of each batch: {error}") from error
-    return JoinedIndex(parts, rows), MixturePlan(plans)
+            raise ValueError(f"data.mixture, {index.location}: its {count} images of each batch: {error}") from error
+    return JoinedIndex(sources, rows), MixturePlan(plans)
 
 
 def open_shards(source: str | Path, cache: ShardCache | None = None) -> ShardIndex:
@@ -93,19 +93,19 @@ def open_shards(source: str | Path, cache: ShardCache | None = None) -> ShardInd
         FileNotFoundError: nothing given, or nothing there.
         ValueError: no images there, or a damaged index.
     """
-    name, cache = expand_path(source), cache or cache_of(DataSettings())
+    name, cache = expand_path(source), cache or shard_cache(DataSettings())
     path = Path(name)
     if not name:
-        raise FileNotFoundError(f"no data given. {WANTED}")
+        raise FileNotFoundError(f"no data given. {USAGE}")
     if not path.is_dir():  # a folder may be called anything, also like a pattern
-        if any(sign in name for sign in PATTERN_SIGNS) or name.endswith(".tar"):
+        if any(sign in name for sign in PATTERN_CHARACTERS) or name.endswith(".tar"):
             return _open_pattern(name, cache)
-        if is_address(name):
+        if is_url(name):
             return _open_address(name, cache)
-        raise FileNotFoundError(f"{printable(path)} is not a folder. {WANTED}")
+        raise FileNotFoundError(f"{printable(path)} is not a folder. {USAGE}")
     if (path / "index.json").exists():
         index = load_index(path)
-        if notice := unlisted_notice(index):
+        if notice := unlisted_warning(index):
             logger.warning(f"{printable(path)}: {notice}")
         return index
     if any(path.glob("*.tar")) and not (path / "packing").is_dir():
@@ -123,31 +123,31 @@ def open_shards(source: str | Path, cache: ShardCache | None = None) -> ShardInd
     return _open_images(path, cache)
 
 
-def check_present(index: Index, limit: float) -> None:
+def check_present(index: Index | StreamIndex, max_fraction: float) -> None:
     """Whether the shards on this machine are there and as long as the index says.
 
     Args:
         index: of the shards.
-        limit: largest share of samples in missing ones; those below are said and skipped.
+        max_fraction: largest fraction of samples in missing shards; below it they are reported and skipped.
 
     Raises:
         ValueError: more are missing.
     """
-    absent = index.absent()
-    lost = sum(index.shards[number].samples for number in absent)
-    if not lost:
+    shards = index.missing_shards()
+    missing = sum(index.shards[number].samples for number in shards)
+    if not missing:
         return
-    number, problem = next(iter(absent.items()))
+    number, problem = next(iter(shards.items()))
     text = (
-        f"{printable(index.location)}: {len(absent)} shards cannot be read, {lost} of {len(index)} samples "
+        f"{printable(index.location)}: {len(shards)} shards cannot be read, {missing} of {len(index)} samples "
         f"({printable(index.shard_label(number))}: {problem})"
     )
-    if lost > limit * len(index):
+    if missing > max_fraction * len(index):
         raise ValueError(f"{text}. Copy them again, or if they were changed on purpose: sslvit shards index FOLDER")
     logger.warning(f"{text}; they are skipped and counted.")
 
 
-def cache_of(settings: DataSettings) -> ShardCache:
+def shard_cache(settings: DataSettings) -> ShardCache:
     """The place for shards from the network and of image folders."""
     return ShardCache(settings.cache, settings.cache_gb)
 
@@ -157,25 +157,25 @@ def expand(pattern: str) -> list[str]:
 
     Raises:
         ValueError: braces that do not close.
-        FileNotFoundError: no file fits.
+        FileNotFoundError: no file matches.
     """
     if os.path.exists(pattern):
         return [pattern]
     try:
         names = list(braceexpand(pattern, escape=False))
-    except UnbalancedBracesError as error:
+    except ValueError as error:
         raise ValueError(
             f"data.shards: {printable(pattern)}: braces that do not close. Example: shard-{{000..099}}.tar"
         ) from error
     found: list[str] = []
     for name in names:
-        if is_address(name) or name.startswith(PIPE) or not any(sign in name for sign in "*?["):
+        if is_url(name) or name.startswith(PIPE) or not any(sign in name for sign in "*?["):
             found.append(name)
             continue
-        fitting = sorted(glob.glob(name, recursive=True))
-        if not fitting:
-            raise FileNotFoundError(f"data.shards: no file fits {printable(name)}.")
-        found += fitting
+        matches = sorted(glob.glob(name, recursive=True))
+        if not matches:
+            raise FileNotFoundError(f"data.shards: no file matches {printable(name)}.")
+        found += matches
     return found
 
 
@@ -189,18 +189,19 @@ def _plan(index: ShardIndex, settings: DataSettings, batch: int, seed: int) -> E
 def _open_images(path: Path, cache: ShardCache) -> ShardIndex:
     """The shards of an image folder, packed into the cache on first use."""
     notes = cache.folder / "packed"
-    if not is_first_here() and (folder := found_by_first(notes, path)) is not None:
+    if not is_local_rank_zero() and (folder := wait_for_folder(notes, path)) is not None:
         with FileLock(folder / ".pack.lock"):  # the first process may be packing still
             if (folder / "index.json").exists():
                 return load_index(folder)
-    with telling_others(notes, path) if is_first_here() else nullcontext() as tell:
+    with publish_folder(notes, path) if is_local_rank_zero() else nullcontext() as publish:
         found = folder_source(path)
         folder = packed_folder(path, found, cache)
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".pack.lock"):
-            if tell is not None:
-                tell(folder)  # the others wait for the lock from now on
-            return _pack_once(path, found, folder)
+            if publish is not None:
+                publish(folder)  # the others wait for the lock from now on
+            index = _pack_once(path, found, folder)
+    return index
 
 
 def _pack_once(path: Path, found: ImageSource, folder: Path) -> ShardIndex:
@@ -211,12 +212,14 @@ def _pack_once(path: Path, found: ImageSource, folder: Path) -> ShardIndex:
     for note in found.notes:
         logger.info(f"{printable(path)}: {note}")
     logger.info(f"{printable(path)}: an image folder; packing it into {folder} first.")
-    return pack(found.samples, folder, found.classes, passed_over=found.skipped)
+    index = pack(found.samples, folder, found.classes, skipped=found.skipped)
+    assert index is not None  # all of it was packed here
+    return index
 
 
 def packed_folder(path: Path, found: ImageSource, cache: ShardCache) -> Path:
     """Where the shards of an image folder are kept: by names, lengths, times and classes, so that no other is read."""
-    about = f"{digest_of(found.samples)} {digest_of_times(found.samples)} {found.classes}"
+    about = f"{digest_samples(found.samples)} {digest_times(found.samples)} {found.classes}"
     digest = hashlib.sha256(about.encode("utf-8", "surrogateescape"))
     name = re.sub(r"[^\w-]", "_", path.resolve().name) or "images"
     return cache.folder / "packed" / f"{name[:40]}-{digest.hexdigest()[:16]}"
@@ -229,17 +232,17 @@ def _open_pattern(pattern: str, cache: ShardCache) -> ShardIndex:
     is_one_folder = all((name.rpartition("/")[0] or ".") == folder for name in names)
     if is_one_folder:
         try:
-            whole = _open_address(folder, cache) if is_address(folder) else load_index(folder)
+            whole = _open_address(folder, cache) if is_url(folder) else load_index(folder)
         except FileNotFoundError:
             whole = None
         if whole is not None:
-            chosen = _choose(whole, [name.rpartition("/")[2] for name in names])
-            if chosen is not None:
-                return chosen
+            selected = _select_shards(whole, [name.rpartition("/")[2] for name in names])
+            if selected is not None:
+                return selected
     return _index_names(pattern, names, cache)
 
 
-def _choose(whole: ShardIndex, names: list[str]) -> ShardIndex | None:
+def _select_shards(whole: ShardIndex, names: list[str]) -> ShardIndex | None:
     """The part of an index that some of its shards make up; None if it does not list them all.
 
     The records of shards that follow each other stay in the file, which may be larger than this machine's memory.
@@ -258,18 +261,18 @@ def _choose(whole: ShardIndex, names: list[str]) -> ShardIndex | None:
 
 def _index_names(pattern: str, names: list[str], cache: ShardCache) -> ShardIndex:
     """Index shards wherever they lie; the result is kept in the cache under the shards' names and versions."""
-    names = [name if is_address(name) else str(Path(name).resolve()) for name in names]
+    names = [name if is_url(name) else str(Path(name).resolve()) for name in names]
     try:
         versions = _versions(names, cache)
     except BadImage as error:
         raise FileNotFoundError(f"data.shards: {error}") from error
-    kept = cache.folder / f"index-{hashlib.sha256(repr((names, versions)).encode()).hexdigest()[:32]}"
+    folder = cache.folder / f"index-{hashlib.sha256(repr((names, versions)).encode()).hexdigest()[:32]}"
     length_of = {name: int(version["length"]) for name, version in zip(names, versions, strict=True)
-                 if is_address(name) and version.get("length", "").isdecimal()}  # fmt: skip
+                 if is_url(name) and version.get("length", "").isdecimal()}  # fmt: skip
 
     def path_of(name: str) -> Path:
         try:
-            path = cache.get(name, expected=length_of.get(name)) if is_address(name) else Path(name)
+            path = cache.get(name, expected=length_of.get(name)) if is_url(name) else Path(name)
         except BadImage as error:
             raise FileNotFoundError(f"data.shards: {error}") from error
         if not path.exists():
@@ -277,42 +280,42 @@ def _index_names(pattern: str, names: list[str], cache: ShardCache) -> ShardInde
         return path
 
     def make() -> ShardIndex:
-        index_names(pattern, names, path_of).save(kept)
-        index = _read_kept(kept, pattern)
+        index_names(pattern, names, path_of).save(folder)
+        index = _read_cached(folder, pattern)
         for shard in index.shards:
-            if is_address(shard.name):
-                cache.keep_as(shard.name, shard.sha256)
+            if is_url(shard.name):
+                cache.rename_to_digest(shard.name, shard.sha256)
         return index
 
-    kept.mkdir(parents=True, exist_ok=True)
-    with FileLock(kept / ".index.lock"):
-        if not (kept / "index.json").exists():
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".index.lock"):
+        if not (folder / "index.json").exists():
             logger.info(f"{printable(pattern)}: shards without an index; indexing them once.")
             index = make()
         else:
             try:
-                index = _read_kept(kept, pattern)
+                index = _read_cached(folder, pattern)
             except ValueError as error:
                 logger.info(
-                    f"{printable(pattern)}: the index that was kept of these shards is damaged, so they are indexed "
+                    f"{printable(pattern)}: the cached index of these shards is damaged, so they are indexed "
                     f"again ({error})"
                 )
                 index = make()
     return dataclasses.replace(index, cache=cache)
 
 
-def _read_kept(kept: Path, pattern: str) -> ShardIndex:
-    return read_index((kept / "index.json").read_bytes(), kept / "index.npy", pattern, kept_in=str(kept))
+def _read_cached(folder: Path, pattern: str) -> ShardIndex:
+    return read_index((folder / "index.json").read_bytes(), folder / "index.npy", pattern, cached_in=str(folder))
 
 
 def _versions(names: list[str], cache: ShardCache) -> list[Any]:
     """What tells replaced shards from those that were indexed: lengths and times, and what a server says."""
-    addresses = [name for name in names if is_address(name)]
-    told = dict(zip(addresses, cache.versions(addresses), strict=True)) if addresses else {}
+    addresses = [name for name in names if is_url(name)]
+    of_address = dict(zip(addresses, cache.versions(addresses), strict=True)) if addresses else {}
     versions: list[Any] = []
     for name in names:
-        if is_address(name):
-            versions.append(told[name])
+        if is_url(name):
+            versions.append(of_address[name])
         elif os.path.exists(name):
             about = os.stat(name)
             versions.append((about.st_size, about.st_mtime_ns))
@@ -328,12 +331,12 @@ def _open_address(address: str, cache: ShardCache) -> ShardIndex:
         content = cache.get(f"{address}/index.json").read_bytes()
         about = checked_index(parse_json(content))
         (split,) = about["splits"].values()
-        most = HEADER_BYTES + RECORD.itemsize * split["num_samples"]
+        max_bytes = HEADER_BYTES + RECORD.itemsize * split["num_samples"]
         sha256 = about["records_sha256"]
-        records = cache.get(f"{address}/index.npy", sha256=sha256, max_bytes=most)
+        records = cache.get(f"{address}/index.npy", sha256=sha256, max_bytes=max_bytes)
         if records.stat().st_size <= CHECKED_BYTES and sha256_of(records) != sha256:  # on this machine's disk, by now
             records.unlink()
-            records = cache.get(f"{address}/index.npy", sha256=sha256, max_bytes=most)
+            records = cache.get(f"{address}/index.npy", sha256=sha256, max_bytes=max_bytes)
     except BadImage as error:
         if "checksum" in str(error):
             raise ValueError(

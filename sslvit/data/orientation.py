@@ -41,43 +41,43 @@ def exif_orientation(content: bytes) -> int:
     """The orientation that a JPEG or PNG file notes; 1 where it notes none, or nonsense."""
     try:
         exif = _jpeg_exif(content) if content.startswith(b"\xff\xd8") else _png_exif(content)
-        found = _orientation_in(exif) if exif else 1
+        orientation = _orientation_in(exif) if exif else 1
     except (struct.error, IndexError):
         return 1
-    return found if 1 <= found <= 8 else 1
+    return orientation if 1 <= orientation <= 8 else 1
 
 
 def jpeg_segments(content: bytes) -> Iterator[tuple[int, int, int]]:
     """(marker, where its content begins, its length) of the segments of a JPEG up to its first scan."""
-    place = 2
-    while place + 4 <= len(content) and content[place] == 0xFF:
-        marker = content[place + 1]
+    position = 2
+    while position + 4 <= len(content) and content[position] == 0xFF:
+        marker = content[position + 1]
         if marker == 0xFF or marker == 0x01 or 0xD0 <= marker <= 0xD8:  # padding, or a marker without content
-            place += 1 if marker == 0xFF else 2
+            position += 1 if marker == 0xFF else 2
             continue
-        length = max(int.from_bytes(content[place + 2 : place + 4]), 2)
-        yield marker, place + 4, length - 2
+        length = max(int.from_bytes(content[position + 2 : position + 4]), 2)
+        yield marker, position + 4, length - 2
         if marker in (START_OF_SCAN, END_OF_IMAGE):
             return
-        place += 2 + length
+        position += 2 + length
 
 
 def _jpeg_exif(content: bytes) -> bytes:
     """The TIFF structure in the APP1 segment of a JPEG; empty if there is none before the pixels."""
-    for marker, place, length in jpeg_segments(content):
-        if marker == APP1 and content[place : place + 6] == b"Exif\0\0":
-            return content[place + 6 : place + length]
+    for marker, position, length in jpeg_segments(content):
+        if marker == APP1 and content[position : position + 6] == b"Exif\0\0":
+            return content[position + 6 : position + length]
     return b""
 
 
 def _png_exif(content: bytes) -> bytes:
     """The eXIf chunk of a PNG, wherever it is."""
-    place = 8
-    while place + 8 <= len(content):
-        length, kind = int.from_bytes(content[place : place + 4]), content[place + 4 : place + 8]
+    position = 8
+    while position + 8 <= len(content):
+        length, kind = int.from_bytes(content[position : position + 4]), content[position + 4 : position + 8]
         if kind == b"eXIf":
-            return content[place + 8 : place + 8 + length].removeprefix(b"Exif\0\0")
-        place += 12 + length
+            return content[position + 8 : position + 8 + length].removeprefix(b"Exif\0\0")
+        position += 12 + length
     return b""
 
 

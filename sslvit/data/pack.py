@@ -17,7 +17,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,16 +27,15 @@ from filelock import FileLock
 
 from sslvit import rng
 from sslvit.data.any_source import SourceOptions, read_source
-from sslvit.data.arrays import ArrayImages
 from sslvit.data.decode import BadImage
 from sslvit.data.index import RECORD, Shard, ShardIndex, load_records, save_records
 from sslvit.data.labels import NO_LABEL
 from sslvit.data.parallel import in_parallel
 from sslvit.data.scan import ShardReport, join_reports, measure_shard
 from sslvit.data.schema import checked_job, checked_report, parse_json
-from sslvit.data.sources import DatasetImages, Sample, SampleTable, Texts, hold_out
+from sslvit.data.sources import Samples, SampleTable, Texts, hold_out
 from sslvit.data.store import BLOCK, PackSettings, TarWriter, store
-from sslvit.files import held_folder, new_file, printable, write_atomically
+from sslvit.files import lock_folder, new_file, printable, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -49,15 +48,15 @@ class PackJob:
     """Everything that decides the bytes of the shards; the processes share it by fork.
 
     Args:
-        samples: in the order of their source; kept as a table, which the processes do not copy.
+        samples: in the order of their source, as a table, which the processes do not copy.
         folder: for finished shards.
         settings: how images are stored.
         keys: unique names, one per sample.
         order: sample numbers in the order of packing.
-        starts: place in that order where each shard begins, and the end.
+        starts: position in that order at which each shard begins, and the end.
     """
 
-    samples: Sequence[Sample]
+    samples: SampleTable
     folder: Path
     settings: PackSettings
     keys: Texts = field(default_factory=lambda: Texts([]))
@@ -65,7 +64,6 @@ class PackJob:
     starts: np.ndarray = field(default_factory=lambda: np.zeros(1, int))
 
     def __post_init__(self) -> None:
-        self.samples = SampleTable.of(self.samples)
         self.keys = Texts(_unique_keys(self.samples))
         self.order = rng.generator(0, "pack").permutation(len(self.samples))
 
@@ -75,11 +73,12 @@ class PackJob:
 
     @property
     def shards(self) -> int:
+        """Number of shards."""
         return len(self.starts) - 1
 
     def identity(self, classes: list[str] | None) -> dict:
         """What must be the same for a restart to go on."""
-        source, times = digest_of(self.samples), digest_of_times(self.samples)
+        source, times = digest_samples(self.samples), digest_times(self.samples)
         more = {"classes": classes, **asdict(self.settings)}
         return {"images": len(self.samples), "source": source, "times": times, **more}
 
@@ -88,10 +87,10 @@ class PackJob:
         sizes = self.samples.bytes[self.order].astype(float)
         headers = BLOCK + 2 * BLOCK * (self.samples.labels[self.order] != NO_LABEL)
         if self.settings.describe():
-            trial = np.linspace(0, len(self.order) - 1, min(len(self.order), TRIAL_IMAGES)).astype(int)
+            trials = np.linspace(0, len(self.order) - 1, min(len(self.order), TRIAL_IMAGES)).astype(int)
             before = after = 0
-            for place in trial:
-                sample = self.samples[self.order[place]]
+            for position in trials:
+                sample = self.samples[self.order[position]]
                 try:
                     content = sample.read()
                     after += len(store(content, sample.suffix, self.settings)[0])
@@ -104,15 +103,15 @@ class PackJob:
     def __call__(self, number: int, tick: Callable[[int], None]) -> ShardReport:
         """Write one shard and its report, each whole or not at all."""
         finished = load_report(self.folder, number)
-        chosen = self.order[self.starts[number] : self.starts[number + 1]]
+        numbers = self.order[self.starts[number] : self.starts[number + 1]]
         if finished is not None:
-            tick(len(chosen))
+            tick(len(numbers))
             return finished
         rows: list[tuple[int, int, int]] = []
         skipped: dict[str, str] = {}
         with new_file(self.folder / shard_name(number)) as part:
             with TarWriter(part) as tar:
-                for i in chosen:
+                for i in numbers:
                     tick(1)
                     self._add(tar, i, rows, skipped)
             records = np.array(rows, RECORD)
@@ -156,7 +155,7 @@ def pack_source(
         source: of the images (see any_source.read_source).
         destination: folder for the shards; with a holdout its train/ and val/.
         settings: how images are stored.
-        holdout: share of each class, the last by file name, that goes to val/ instead.
+        holdout: fraction of each class, the last by file name, that goes to val/ instead.
         overwrite: replace shards that are already there.
         workers: processes; None for one per core.
         part: "3/64" writes the third of 64 parts only, as one machine of several.
@@ -170,39 +169,41 @@ def pack_source(
     """
     destination = Path(destination)
     if not 0 <= holdout < 1:
-        raise ValueError(f"--holdout {holdout}: not a share between 0 and 1 (0.1 keeps a tenth for validation).")
-    share = _read_part(part)
+        raise ValueError(
+            f"--holdout {holdout}: must be in [0, 1) (0.1 holds out a tenth of each class for validation)."
+        )
+    part_of = _read_part(part)
     found = read_source(source, options)
     settings = settings or PackSettings()
-    parts = [(destination, SampleTable(found.samples))]
+    jobs = [(destination, SampleTable(found.samples))]
     if holdout:
         folders = (destination / "train", destination / "val")
         held_out = hold_out(found.samples, holdout)
-        parts = [(folder, SampleTable(chosen)) for folder, chosen in zip(folders, held_out, strict=True)]
+        jobs = [(folder, SampleTable(samples)) for folder, samples in zip(folders, held_out, strict=True)]
         del held_out
     found.samples = []  # now in the tables: the processes that pack would copy them
-    for folder, _ in parts:
+    for folder, _ in jobs:
         check_destination(folder, overwrite)
     for note in found.notes:
         logger.info(f"{printable(source)}: {note}")
     packed = [
-        pack(chosen, folder, found.classes, settings, overwrite, workers, share, found.skipped)
-        for folder, chosen in parts
+        pack(samples, folder, found.classes, settings, overwrite, workers, part_of, found.skipped)
+        for folder, samples in jobs
     ]
     return [index for index in packed if index is not None]
 
 
 def pack(
-    samples: Sequence[Sample],
+    samples: Samples,
     destination: str | Path,
     classes: list[str] | None = None,
     settings: PackSettings | None = None,
     overwrite: bool = False,
     workers: int | None = None,
     part: tuple[int, int] = (1, 1),
-    passed_over: dict[str, str] | None = None,
+    skipped: dict[str, str] | None = None,
 ) -> ShardIndex | None:
-    """Write shards and their index; unreadable images are left out, counted and named in the index.
+    """Write shards and their index; unreadable images are skipped, counted and named in the index.
 
     Args:
         samples: images in the order of their source.
@@ -212,7 +213,7 @@ def pack(
         overwrite: replace shards that are already there.
         workers: processes; None for one per core.
         part: which of how many parts this process writes.
-        passed_over: what was left out of the source already, with the reason.
+        skipped: what was skipped in the source already, with the reason.
 
     Returns:
         The index, or None if other parts are still to come (finish_packing joins them).
@@ -224,20 +225,20 @@ def pack(
     if not samples:
         raise ValueError(f"{destination}: no images to pack.")
     check_destination(destination, overwrite)
-    samples = SampleTable.of(samples)
-    _check_labels(samples, classes, destination)
+    table = SampleTable.of(samples)
+    _check_labels(table, classes, destination)
     folder = destination / "packing"
-    number, of = part
-    with held_folder(folder, "pack into it", f".part-{number}-of-{of}.lock"):
-        job = PackJob(samples, folder, settings)
-        _begin(job, job.identity(classes), overwrite, passed_over or {})
-        chosen = list(range(job.shards))[number - 1 :: of]
+    number, count = part
+    with lock_folder(folder, "pack into it", f".part-{number}-of-{count}.lock"):
+        job = PackJob(table, folder, settings)
+        _begin(job, job.identity(classes), overwrite, skipped or {})
+        shards = list(range(job.shards))[number - 1 :: count]
         sizes = np.diff(job.starts)
-        for _ in in_parallel(job, chosen, workers, "packing", int(sizes[chosen].sum())):
+        for _ in in_parallel(job, shards, workers, "packing", int(sizes[shards].sum())):
             pass
-        if of == 1:
+        if count == 1:
             return finish_packing(destination, overwrite)
-    logger.info(f"{folder}: part {number} of {of} is done. When all are: sslvit shards index --merge {destination}")
+    logger.info(f"{folder}: part {number} of {count} is done. When all are: sslvit shards index --merge {destination}")
     return None
 
 
@@ -269,26 +270,26 @@ def finish_packing(destination: str | Path, overwrite: bool = False) -> ShardInd
             f"{destination}: no packing to finish there (sslvit shards pack SRC {destination} --part 1/8)."
         )
     check_destination(destination, overwrite)
-    with held_folder(folder, "finish its packing", ".finish.lock"):
+    with lock_folder(folder, "finish its packing", ".finish.lock"):
         return _finish(destination, folder)
 
 
 def _finish(destination: Path, folder: Path) -> ShardIndex:
     job = load_job(folder)
     shards = len(job["starts"]) - 1
-    reports = [load_report(folder, number) for number in range(shards)]
-    missing = [number for number, report in enumerate(reports) if report is None]
-    if missing:
+    found = {number: load_report(folder, number) for number in range(shards)}
+    reports = [report for report in found.values() if report is not None]
+    if missing := [shard_name(number) for number, report in found.items() if report is None]:
         raise ValueError(
-            f"{destination}: {len(missing)} of {shards} shards are not packed yet (the first: "
-            f"{shard_name(missing[0])}). Run the missing parts first."
+            f"{destination}: {len(missing)} of {shards} shards are not packed yet (first: {missing[0]}). Run the "
+            "missing parts first."
         )
     skipped = {name: reason for report in reports for name, reason in report.skipped.items()}
     if not any(report.shard.samples for report in reports):
         shutil.rmtree(folder)
         name, reason = next(iter(skipped.items()))
         raise ValueError(
-            f"{printable(destination)}: none of {job['images']} images is readable (the first: {printable(name)}: "
+            f"{printable(destination)}: none of {job['images']} images is readable (first: {printable(name)}: "
             f"{printable(reason)})."
         )
     settings = PackSettings(**{name: job[name] for name in asdict(PackSettings())})
@@ -298,15 +299,15 @@ def _finish(destination: Path, folder: Path) -> ShardIndex:
         if old.name not in {shard.name for shard in index.shards} or (folder / old.name).exists():
             old.unlink()  # with --overwrite, and only now that the new ones are whole
     for shard in index.shards:
-        if (folder / shard.name).exists():  # not yet moved by an earlier try
+        if (folder / shard.name).exists():  # not yet moved by an earlier attempt
             os.replace(folder / shard.name, destination / shard.name)
     index.save()
     shutil.rmtree(folder)
     if skipped:
         name, reason = next(iter(skipped.items()))
         logger.info(
-            f"left out {len(skipped)} of {job['images']} images (the first: {printable(name)}: {printable(reason)}); "
-            "all are in index.json"
+            f"skipped {len(skipped)} of {job['images']} images (first: {printable(name)}: {printable(reason)}); "
+            "all are listed in index.json"
         )
     return index
 
@@ -319,10 +320,12 @@ def check_destination(folder: Path, overwrite: bool) -> None:
 
 
 def shard_name(number: int) -> str:
+    """Return the file name of a shard."""
     return f"shard-{number:06d}.tar"
 
 
 def save_report(folder: Path, number: int, report: ShardReport) -> None:
+    """Write the report on a finished shard, its records first."""
     save_records(folder / f"shard-{number:06d}.npy", report.records)
     write_atomically(folder / f"shard-{number:06d}.json", json.dumps(report.as_dict()))
 
@@ -359,30 +362,30 @@ def load_job(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{printable(path)}: {error}. Delete {printable(folder)} and pack again.") from error
 
 
-def digest_of(samples: Sequence[Sample]) -> str:
+def digest_samples(samples: Samples) -> str:
     """Of names, labels and lengths, and of pixels where there are no files: what tells one source from another."""
     digest = hashlib.sha256()
     for sample in samples:
         about = f"{sample.key}\0{sample.suffix}\0{sample.label}\0{sample.bytes}\n"
         digest.update(about.encode("utf-8", "surrogateescape"))  # names need not be UTF-8
     for source in SampleTable.of(samples).sources:
-        digest.update(source.digest().encode() if isinstance(source, (ArrayImages, DatasetImages)) else b"")
+        digest.update(source.digest().encode())
     return digest.hexdigest()
 
 
-def digest_of_times(samples: Sequence[Sample]) -> str:
+def digest_times(samples: Samples) -> str:
     """Of the times of files, which tell changed ones of equal length apart."""
     return hashlib.sha256(SampleTable.of(samples).modified_ns.tobytes()).hexdigest()
 
 
-def _begin(job: PackJob, identity: dict, overwrite: bool, passed_over: dict[str, str]) -> None:
-    """Make the folder and decide where shards begin, or go on with what an earlier try left there."""
-    noted = job.folder / "job.json"
-    if noted.exists():
-        before = load_job(job.folder)
-        changed = [key for key in identity if before.get(key) != identity[key]]
+def _begin(job: PackJob, identity: dict, overwrite: bool, skipped: dict[str, str]) -> None:
+    """Make the folder and decide where shards begin, or go on with what an earlier attempt left there."""
+    job_file = job.folder / "job.json"
+    if job_file.exists():
+        earlier = load_job(job.folder)
+        changed = [key for key in identity if earlier.get(key) != identity[key]]
         if not changed:
-            job.starts = np.array(before["starts"])
+            job.starts = np.array(earlier["starts"])
             done = sum(1 for _ in job.folder.glob("shard-*.json"))
             if done:
                 logger.info(f"{job.folder}: going on; {done} of {job.shards} shards are packed already.")
@@ -401,9 +404,9 @@ def _begin(job: PackJob, identity: dict, overwrite: bool, passed_over: dict[str,
             old.unlink()
     job.folder.mkdir(parents=True, exist_ok=True)
     with FileLock(job.folder / "job.lock"):  # of several parts that begin at once, the first decides
-        if not noted.exists():
+        if not job_file.exists():
             job.cut()
-            write_atomically(noted, json.dumps(identity | {"starts": job.starts.tolist(), "passed_over": passed_over}))
+            write_atomically(job_file, json.dumps(identity | {"starts": job.starts.tolist(), "passed_over": skipped}))
     job.starts = np.array(load_job(job.folder)["starts"])
 
 
@@ -426,16 +429,16 @@ def _read_part(part: str | None) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _unique_keys(samples: Sequence[Sample]) -> list[str]:
+def _unique_keys(samples: Samples) -> list[str]:
     """Keys without dots, which WebDataset would split at, inside their folder, and short enough for a tar header."""
-    taken: set[str] = set()
+    used: set[str] = set()
     keys = []
     for number, sample in enumerate(samples):
         key = re.sub(r"[^\w/+-]", "_", sample.key).strip("/")
-        if key in taken or not key or len(key.encode()) + len(sample.suffix) + 1 > MAX_MEMBER_NAME:
+        if key in used or not key or len(key.encode()) + len(sample.suffix) + 1 > MAX_MEMBER_NAME:
             key = f"{number:09d}"
-            while key in taken:
+            while key in used:
                 key += "_"
-        taken.add(key)
+        used.add(key)
         keys.append(key)
     return keys

@@ -10,18 +10,20 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+from typing import Any, TypeVar
 
 from sslvit.progress import track_counter
 
-SECONDS_BETWEEN_LOOKS = 0.5  # of a worker at its parent
-_state: tuple[Callable, Any] | None = None  # of a worker process: the job, and the counter that it moves
+PARENT_CHECK_SECONDS = 0.5  # between checks that a worker's parent still runs
+Result = TypeVar("Result")
+Tick = Callable[[int], None]  # is told how many more units are done
+_state: tuple[Callable[[int, Tick], Any], Any] | None = None  # of a worker process: the job, and its shared counter
 
 
 def in_parallel(
-    job: Callable[[int, Callable[[int], None]], Any], jobs: int | list[int], workers: int | None, what: str,
-    total: int, unit: str = "images",
-) -> Iterator[Any]:  # fmt: skip
+    job: Callable[[int, Tick], Result], jobs: int | list[int], workers: int | None, what: str, total: int,
+    unit: str = "images",
+) -> Iterator[Result]:  # fmt: skip
     """job(number, tick) for every number, in processes, results in order; shows how far it is.
 
     Args:
@@ -52,25 +54,26 @@ def in_parallel(
             pool.shutdown(cancel_futures=True)
 
 
-def _start(job: Callable, done: Any) -> None:
+def _start(job: Callable[[int, Tick], Any], done: Any) -> None:
     global _state
     import torch
 
     for number in (signal.SIGTERM, signal.SIGUSR1):  # what the parent does then is not for its workers
         signal.signal(number, signal.SIG_DFL)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_exit_with, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)
     _state = job, done
 
 
-def _end_with(parent: int) -> None:
+def _exit_with(parent: int) -> None:
     """End this process when its parent has: one that was killed tells nobody, and its workers would wait for ever."""
     while os.getppid() == parent:
-        time.sleep(SECONDS_BETWEEN_LOOKS)
+        time.sleep(PARENT_CHECK_SECONDS)
     os._exit(1)
 
 
 def _run(number: int) -> Any:
+    assert _state is not None  # set by _start
     job, done = _state
 
     def tick(units: int) -> None:

@@ -18,10 +18,10 @@ from sslvit.data.reader import ShardReader
 from sslvit.data.resample import normalize
 from sslvit.data.views import Views
 from sslvit.figures import palette_picture
-from sslvit.files import remove_left_parts, write_atomically, write_error
+from sslvit.files import remove_stale_parts, write_atomically, write_error
 from sslvit.palette import (
     LEVELS,
-    ROUNDS,
+    MAX_ROUNDS,
     colors_of,
     fit_palette,
     nearest_color,
@@ -33,10 +33,10 @@ from sslvit.settings.views import CenterSettings
 
 logger = logging.getLogger(__name__)
 
-PIXELS = 2**19  # that a palette is fitted on
-MOST_IMAGES = 20_000  # that they are taken from
+PIXELS = 2**19  # number that a palette is fitted on
+MAX_IMAGES = 20_000  # that pixels are sampled from
 BATCH = 64
-SHOWN = 8  # images in the picture
+PICTURE_IMAGES = 8  # images in the picture
 DIGITS = 6  # behind the point of a saved color: a thousandth of a byte is 1e-5
 
 
@@ -63,8 +63,8 @@ def make_palette(
     out = Path(out)
     picture = out.with_suffix(".png")
     colors = colors or (LEVELS if index.channels == 1 else LEVELS**3)
-    pixels, images = draw_pixels(index, image_size, seed)
-    palette = fit_palette(pixels, colors, seed, track(range(ROUNDS), "k-means", ROUNDS, unit="rounds at most"))
+    pixels, images = sample_pixels(index, image_size, seed)
+    palette = fit_palette(pixels, colors, seed, track(range(MAX_ROUNDS), "k-means", MAX_ROUNDS, unit="rounds at most"))
     palette = palette.double().round(decimals=DIGITS).float()
     content = {
         "kind": "k-means", "colors": [[round(value, DIGITS) for value in row] for row in palette.tolist()],
@@ -75,11 +75,11 @@ def make_palette(
     }  # fmt: skip
     if index.channels in (1, 3):
         content["mean_squared_error_uniform"] = squared_error(pixels, uniform_palette(index.channels))
-    shown = images[:SHOWN]
-    near = colors_of(nearest_color(shown, palette), palette)
+    originals = images[:PICTURE_IMAGES]
+    quantized = colors_of(nearest_color(originals, palette), palette)
     for path in (picture, out):
-        remove_left_parts(path)
-    palette_picture(picture, *(((values + 1) / 2).numpy() for values in (palette, shown, near)))
+        remove_stale_parts(path)
+    palette_picture(picture, *(((values + 1) / 2).numpy() for values in (palette, originals, quantized)))
     try:
         write_atomically(out, json.dumps(content) + "\n")
     except BaseException:
@@ -108,32 +108,36 @@ def check_palette_options(out: str | Path, colors: int | None, image_size: int, 
         raise write_error(out, error) from error
 
 
-def draw_pixels(index: ShardIndex, image_size: int, seed: int) -> tuple[Float[Tensor, "n c"], Float[Tensor, "b c h w"]]:
+def sample_pixels(
+    index: ShardIndex, image_size: int, seed: int
+) -> tuple[Float[Tensor, "n c"], Float[Tensor, "b c h w"]]:
     """Pixels in [-1, 1] from all over a data set, the same for the same seed; and the first images whole.
 
-    Each image gives as many, from random places; of more than MOST_IMAGES images a random choice is read, in the
-    order in which they lie.
+    Each image gives as many, from random positions; of more than MAX_IMAGES images a random subset is read, in
+    storage order.
     """
-    chosen = np.arange(len(index))
-    if len(index) > MOST_IMAGES:
-        chosen = np.sort(rng.generator(seed, "palette images").permutation(len(index))[:MOST_IMAGES])
-    each = min(-(-PIXELS // len(chosen)), image_size**2)
+    selected = np.arange(len(index))
+    if len(index) > MAX_IMAGES:
+        selected = np.sort(rng.generator(seed, "palette images").permutation(len(index))[:MAX_IMAGES])
+    per_image = min(-(-PIXELS // len(selected)), image_size**2)
     reader = ShardReader(index, index.channels, memory_limit_mb=0)
     views = Views(CenterSettings(), [image_size, image_size], "bicubic")
     half = [0.5] * index.channels
-    pieces, first, missing = [], [], 0
-    batches = [chosen[start : start + BATCH] for start in range(0, len(chosen), BATCH)]
+    pieces: list[Tensor] = []
+    first: list[Tensor] = []
+    unreadable = 0
+    batches = [selected[start : start + BATCH] for start in range(0, len(selected), BATCH)]
     for samples in track(batches, "reading pixels", len(batches) * BATCH, each=BATCH):
         batch = make_batch(reader, views, samples, np.zeros_like(samples))
         images = normalize(batch.views[0][batch.valid], half, half)
-        missing += int((~batch.valid).sum())
+        unreadable += int((~batch.valid).sum())
         for image, sample in zip(images, samples[batch.valid.numpy()], strict=True):
-            places = rng.generator(seed, int(sample), "palette").permutation(image_size**2)[:each]
-            pieces.append(image.flatten(1)[:, torch.from_numpy(places)].T)
-        if len(first) < SHOWN:
+            positions = rng.generator(seed, int(sample), "palette").permutation(image_size**2)[:per_image]
+            pieces.append(image.flatten(1)[:, torch.from_numpy(positions)].T)
+        if len(first) < PICTURE_IMAGES:
             first += images
     if not pieces:
-        raise ValueError(f"{index.location}: none of {len(chosen)} images could be read.")
-    if missing:
-        logger.warning(f"{missing} of {len(chosen)} images could not be read (sslvit shards check names them).")
+        raise ValueError(f"{index.location}: none of {len(selected)} images could be read.")
+    if unreadable:
+        logger.warning(f"{unreadable} of {len(selected)} images could not be read (sslvit shards check names them).")
     return torch.cat(pieces), torch.stack(first)

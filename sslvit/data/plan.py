@@ -5,7 +5,7 @@ rank r takes the contiguous slice r of it, and micro-batch m the contiguous slic
 step and nothing else.
 
 A small set is permuted as a whole in every epoch. A large one cannot be: every batch would touch B shards. There
-the shards are permuted into a ring, L lanes of equal length are cut from it at a random place, and each lane is
+the shards are permuted into a ring, L lanes of equal length are cut from it at a random position, and each lane is
 shuffled inside a window of a few shards; a batch takes B/L samples of every lane. L and the window are properties of
 the run, never of its ranks or workers.
 """
@@ -33,23 +33,23 @@ class Plan(Protocol):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches in one pass."""
+        """Whole batches in one epoch."""
 
     @property
     def dropped_per_epoch(self) -> int:
         """Samples left over at the end of each epoch; others in each."""
 
     def batch(self, step: int, start: int = 0, stop: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Rows start to stop of global batch `step`, counted over the whole run: (sample numbers, their epochs)."""
+        """Return sample numbers and epochs of rows start to stop of global batch `step`, counted over the whole run."""
 
     def shards_near(self, step: int, start: int = 0, stop: int | None = None) -> list[int]:
-        """Shards that these rows read at this step, then those of the windows that follow."""
+        """Return the shards that these rows read at this step, then those of the windows that follow."""
 
     def shards_at_once(self, start: int = 0, stop: int | None = None) -> int:
-        """Shards that these rows need within reach at any time."""
+        """Return how many shards these rows need within reach at any time."""
 
     def identity(self) -> dict[str, int | str]:
-        """All that decides the order; a run can go on only with the same."""
+        """Return everything that decides the order; a run can resume only with the same."""
 
 
 class EpochPlan:
@@ -85,9 +85,9 @@ class EpochPlan:
         self.is_whole = lanes is None and self.samples <= FULL_PERMUTATION_SAMPLES
         self.lanes = 1 if self.is_whole else lanes or math.gcd(LANES, global_batch_size)
         if global_batch_size % self.lanes:
-            fitting = [n for n in range(1, min(global_batch_size, 256) + 1) if global_batch_size % n == 0]
+            divisors = [n for n in range(1, min(global_batch_size, 256) + 1) if global_batch_size % n == 0]
             raise ValueError(
-                f"data.lanes: {lanes} does not divide data.global_batch_size ({global_batch_size}). Use {fitting}."
+                f"data.lanes: {lanes} does not divide data.global_batch_size ({global_batch_size}). Use {divisors}."
             )
         self.window = window_shards * math.ceil(self.samples / len(self.shard_samples))
         self.per_lane = global_batch_size // self.lanes  # rows of a batch that come from one lane
@@ -97,31 +97,35 @@ class EpochPlan:
 
     @property
     def steps_per_epoch(self) -> int:
+        """Whole batches in one epoch."""
         return self.samples // self.global_batch_size
 
     @property
     def dropped_per_epoch(self) -> int:
+        """Samples left over at the end of each epoch; others in each."""
         return self.samples % self.global_batch_size
 
     def batch(self, step: int, start: int = 0, stop: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        epoch, place = divmod(step, self.steps_per_epoch)
+        """Return sample numbers and epochs of the given rows of a global batch."""
+        epoch, epoch_step = divmod(step, self.steps_per_epoch)
         rows = np.arange(start, self.global_batch_size if stop is None else stop)
         lane_of_row, within = np.divmod(rows, self.per_lane)
         samples = np.empty(len(rows), np.int64)
         for lane in np.unique(lane_of_row):
-            chosen = lane_of_row == lane
-            samples[chosen] = self._at(epoch, int(lane), place * self.per_lane + within[chosen])
+            in_lane = lane_of_row == lane
+            samples[in_lane] = self._samples_at(epoch, int(lane), epoch_step * self.per_lane + within[in_lane])
         return samples, np.full(len(rows), epoch)
 
     def shards_near(self, step: int, start: int = 0, stop: int | None = None) -> list[int]:
+        """Return the shards that these rows read at this step, then those of the windows that follow."""
         if self.is_whole:
             return list(range(len(self.shard_samples)))
-        epoch, place = divmod(step, self.steps_per_epoch)
+        epoch, epoch_step = divmod(step, self.steps_per_epoch)
         first, last = self._lanes_of(start, stop)
         now: list[int] = []
         ahead: list[int] = []
         for lane in range(first, last + 1):
-            window = self._window_of(lane, place * self.per_lane)
+            window = int(self._window_of(lane, epoch_step * self.per_lane))
             now += self._shards_of(epoch, lane, window)
             if self._window_range(lane, window)[1] < self.lane_length:
                 ahead += self._shards_of(epoch, lane, window + 1)
@@ -130,6 +134,7 @@ class EpochPlan:
         return list(dict.fromkeys(now + ahead))
 
     def shards_at_once(self, start: int = 0, stop: int | None = None) -> int:
+        """Return how many shards these rows need within reach at any time."""
         if self.is_whole:
             return len(self.shard_samples)
         first, last = self._lanes_of(start, stop)
@@ -138,30 +143,31 @@ class EpochPlan:
         return min(len(self.shard_samples), (last - first + 1) * 2 * window_shards)  # this window and the next
 
     def identity(self) -> dict[str, int | str]:
+        """Return everything that decides the order."""
         return {
             "samples": self.samples, "global_batch_size": self.global_batch_size, "seed": self.seed,
             "lanes": self.lanes, "window": self.samples if self.is_whole else self.window,
         }  # fmt: skip
 
-    def _at(self, epoch: int, lane: int, places: np.ndarray) -> np.ndarray:
-        """Sample numbers at places of a lane."""
-        samples = np.empty(len(places), np.int64)
-        windows = np.full(len(places), 0) if self.is_whole else self._window_of(lane, places)
+    def _samples_at(self, epoch: int, lane: int, positions: np.ndarray) -> np.ndarray:
+        """Sample numbers at positions of a lane."""
+        samples = np.empty(len(positions), np.int64)
+        windows = np.full(len(positions), 0) if self.is_whole else self._window_of(lane, positions)
         for window in np.unique(windows):
-            chosen = windows == window
+            in_window = windows == window
             begin, order = self._window_order(epoch, lane, int(window))
-            samples[chosen] = order[places[chosen] - begin]
+            samples[in_window] = order[positions[in_window] - begin]
         return samples
 
     def _window_order(self, epoch: int, lane: int, window: int) -> tuple[int, np.ndarray]:
-        """First place of a window in its lane, and its samples in their order. The latest of each lane is kept."""
+        """First position of a window in its lane, and its samples in their order. The latest of each lane is kept."""
         if self.is_whole:
             begin, stop = 0, self.samples
         else:
             begin, stop = self._window_range(lane, window)
-        known = self._windows.get(lane)
-        if known is not None and known[0] == (epoch, window):
-            return begin, known[1]
+        cached = self._windows.get(lane)
+        if cached is not None and cached[0] == (epoch, window):
+            return begin, cached[1]
         if self.is_whole:
             order = rng.generator(self.seed, epoch, "order").permutation(self.samples)
         else:
@@ -170,11 +176,11 @@ class EpochPlan:
         self._windows[lane] = (epoch, window), order
         return begin, order
 
-    def _window_of(self, lane: int, place: int | np.ndarray) -> int | np.ndarray:
-        return (place + self.window - self._first_window(lane)) // self.window
+    def _window_of(self, lane: int, position: int | np.ndarray) -> int | np.ndarray:
+        return (position + self.window - self._first_window(lane)) // self.window
 
     def _window_range(self, lane: int, window: int) -> tuple[int, int]:
-        """Places of a lane that its window covers."""
+        """Positions of a lane that its window covers, the second one excluded."""
         begin = window * self.window - (self.window - self._first_window(lane))
         return max(0, begin), min(begin + self.window, self.lane_length)
 
@@ -189,22 +195,22 @@ class EpochPlan:
     def _ring_of(self, epoch: int) -> tuple[np.ndarray, np.ndarray, int]:
         """This epoch's shards in their order, where each starts on the ring, and where the first lane does.
 
-        The samples that the epoch drops lie between the last lane and the first: at a random place, so that no
+        The samples that the epoch drops lie between the last lane and the first: at a random position, so that no
         sample is dropped more often than others.
         """
         if epoch not in self._rings:
-            chance = rng.generator(self.seed, epoch, "shards")
-            shards = chance.permutation(len(self.shard_samples))
+            generator = rng.generator(self.seed, epoch, "shards")
+            shards = generator.permutation(len(self.shard_samples))
             starts = np.concatenate([[0], np.cumsum(self.shard_samples[shards])])
-            self._rings = {known: ring for known, ring in self._rings.items() if abs(known - epoch) == 1}
-            self._rings[epoch] = shards, starts, int(chance.integers(self.samples))
+            self._rings = {other: ring for other, ring in self._rings.items() if abs(other - epoch) == 1}
+            self._rings[epoch] = shards, starts, int(generator.integers(self.samples))
         return self._rings[epoch]
 
-    def _samples_on_ring(self, epoch: int, places: np.ndarray) -> np.ndarray:
+    def _samples_on_ring(self, epoch: int, positions: np.ndarray) -> np.ndarray:
         shards, starts, turn = self._ring_of(epoch)
-        places = (places + turn) % self.samples
-        ordinal = np.searchsorted(starts, places, side="right") - 1
-        return self.first_of_shard[shards[ordinal]] + places - starts[ordinal]
+        positions = (positions + turn) % self.samples
+        ordinal = np.searchsorted(starts, positions, side="right") - 1
+        return self.first_of_shard[shards[ordinal]] + positions - starts[ordinal]
 
     def _shards_of(self, epoch: int, lane: int, window: int) -> list[int]:
         shards, starts, turn = self._ring_of(epoch)
@@ -219,26 +225,26 @@ class EpochPlan:
 class EvaluationBatches(Sequence[tuple[np.ndarray, np.ndarray]]):
     """Every sample exactly once over all ranks, in batches of one size and equally many on each: (numbers, valid).
 
-    Batch t of rank r holds the samples from (t * ranks + r) * batch on. Places past the end repeat the last sample
+    Batch t of rank r holds the samples from (t * ranks + r) * batch_size on. Rows past the end repeat the last sample
     and are marked False in `valid`, so that features do not depend on how many samples happen to be left. Each batch is
     made when it is asked for.
 
     Args:
         samples: in the data set.
-        batch: samples in each.
+        batch_size: Samples in each batch.
         rank: of this process.
         ranks: that share the data set.
     """
 
-    def __init__(self, samples: int, batch: int, rank: int = 0, ranks: int = 1) -> None:
-        self.samples, self.batch, self.rank, self.ranks = samples, batch, rank, ranks
+    def __init__(self, samples: int, batch_size: int, rank: int = 0, ranks: int = 1) -> None:
+        self.samples, self.batch_size, self.rank, self.ranks = samples, batch_size, rank, ranks
 
     def __len__(self) -> int:
-        return math.ceil(self.samples / (self.batch * self.ranks))
+        return math.ceil(self.samples / (self.batch_size * self.ranks))
 
     def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         if not 0 <= number < len(self):
             raise IndexError(number)
-        start = (number * self.ranks + self.rank) * self.batch
-        places = np.arange(start, start + self.batch)
-        return places.clip(max=self.samples - 1), places < self.samples
+        start = (number * self.ranks + self.rank) * self.batch_size
+        samples = np.arange(start, start + self.batch_size)
+        return samples.clip(max=self.samples - 1), samples < self.samples

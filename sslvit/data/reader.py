@@ -1,4 +1,4 @@
-"""Address -> bytes by offset; small sets decoded once and kept in memory."""
+"""Address -> bytes by offset; small data sets are decoded once, in memory."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from sslvit.data.parallel import in_parallel
 from sslvit.data.resample import SMALL_SIDE
 from sslvit.files import REMEDIES, WriteError, printable
 
-OPEN_SHARDS = 64  # files kept open per process
-DECODE_AT_ONCE = 1024  # images of a small set that a process decodes before it takes others
-FETCHERS = 2  # shards that a process brings from the network ahead of time
+MAX_OPEN_SHARDS = 64  # files kept open per process
+CHUNK_IMAGES = 1024  # images of a small set that a process decodes before it takes others
+PREFETCH_THREADS = 2  # shards that a process brings from the network ahead of time
 
 
 class ReadError(OSError):
@@ -48,10 +48,10 @@ class ShardReader:
         self.channels, self.bits = channels, index.bits
         self.files = _new_files(self)
         self.scratch = Scratch()
-        self.bad_shards: dict[int, str] = {}
+        self.unreadable_shards: dict[int, str] = {}
         self.decoded: Tensor | None = None
-        self.bad: dict[int, str] = {}
-        self.fetcher: _Fetcher | None = None
+        self.unreadable: dict[int, str] = {}
+        self.prefetcher: _Prefetcher | None = None
         size = index.image_size
         if size is not None and max(size) <= SMALL_SIDE:
             pixel = torch.uint8 if index.bits == 8 else torch.float32
@@ -59,7 +59,7 @@ class ShardReader:
                 self.decoded = self._decode_all(size, pixel)
 
     def read(self, sample: int) -> bytes:
-        """The image's bytes.
+        """Return the image's bytes.
 
         Raises:
             BadImage: the shard is missing, is not the one of the index, or ends before them.
@@ -86,11 +86,11 @@ class ShardReader:
         except WriteError:
             raise
         except FileNotFoundError:
-            self.bad_shards[shard] = "missing shard"
-            raise BadImage(self.bad_shards[shard]) from None
+            self.unreadable_shards[shard] = "missing shard"
+            raise BadImage(self.unreadable_shards[shard]) from None
         except OSError as error:
             path, reason = self.index.shard_path(shard), error.strerror or str(error)
-            remedy = REMEDIES.get(error.errno, "Check the disk and its permissions.")
+            remedy = REMEDIES.get(error.errno or 0, "Check the disk and its permissions.")
             raise ReadError(f"{printable(path)}: could not be read ({reason}). {remedy}") from error
 
     def close(self) -> None:
@@ -98,7 +98,7 @@ class ShardReader:
         _close_files(self.files)
 
     def header(self, content: bytes) -> Header:
-        """What an image says of itself, handed out as the index wants it: upright or as stored.
+        """Return size and type of an image, which is upright or as stored, as the index says.
 
         Raises:
             BadImage: it is none, or too large.
@@ -106,37 +106,45 @@ class ShardReader:
         return read_header(content, self.max_pixels, self.index.orientation == "upright")
 
     def key(self, sample: int) -> str:
-        """A sample's name for people."""
+        """Return a sample's readable name."""
         return self.index.key(sample)
 
     def labels_of(self, samples: np.ndarray) -> np.ndarray | None:
-        """Class numbers, or None for unlabeled data."""
+        """Return class numbers, or None for unlabeled data."""
         return None if self.index.classes is None else self.index.labels_of(samples).astype(np.int64)
 
-    def kept(self, samples: np.ndarray) -> tuple[Tensor, dict[int, str]]:
-        """Images 'b c h w' of a set kept in memory, and for unreadable ones the reason by row."""
-        bad = {i: self.bad[int(s)] for i, s in enumerate(samples) if int(s) in self.bad} if self.bad else {}
-        return self.decoded.index_select(0, torch.from_numpy(samples)), bad  # 15 times as fast as indexing
+    def decoded_images(self, samples: np.ndarray) -> tuple[Tensor, dict[int, str]] | None:
+        """Return images 'b c h w' and the reason for unreadable ones by row; None if the data set is not in memory."""
+        if self.decoded is None:
+            return None
+        unreadable = (
+            {i: self.unreadable[int(s)] for i, s in enumerate(samples) if int(s) in self.unreadable}
+            if self.unreadable
+            else {}
+        )
+        return self.decoded.index_select(0, torch.from_numpy(samples)), unreadable  # 15 times as fast as indexing
 
-    def fetch_ahead(self, shards: list[int]) -> None:
-        """Bring shards from the network, in this order, while others are read; those that are here cost nothing."""
-        if self.fetcher is None or self.fetcher.process != os.getpid():  # threads do not follow into a forked worker
-            self.fetcher = _Fetcher(self.index)
-            weakref.finalize(self, self.fetcher.stop)
-        self.fetcher.wanted = shards
+    def prefetch(self, shards: list[int]) -> None:
+        """Fetch shards from the network, in this order, while others are read; those that are here cost nothing."""
+        if (
+            self.prefetcher is None or self.prefetcher.process != os.getpid()
+        ):  # threads do not follow into a forked worker
+            self.prefetcher = _Prefetcher(self.index)
+            weakref.finalize(self, self.prefetcher.stop)
+        self.prefetcher.wanted = shards
 
     def _open(self, shard: int) -> int:
         """The shard's file descriptor; the least recently used is closed when there are many."""
         file = self.files.pop(shard, None)
         if file is None:
-            if shard in self.bad_shards:
-                raise BadImage(self.bad_shards[shard])
-            if len(self.files) >= OPEN_SHARDS:
+            if shard in self.unreadable_shards:
+                raise BadImage(self.unreadable_shards[shard])
+            if len(self.files) >= MAX_OPEN_SHARDS:
                 os.close(self.files.popitem(last=False)[1])
             try:
                 file = os.open(self.index.shard_path(shard), os.O_RDONLY | os.O_CLOEXEC)
             except BadImage as error:
-                self.bad_shards[shard] = str(error)
+                self.unreadable_shards[shard] = str(error)
                 raise
         self.files[shard] = file
         return file
@@ -145,12 +153,12 @@ class ShardReader:
         """Decode everything, in processes that write into memory that they share."""
         shape = (len(self.index), self.channels, *size)
         shared = mmap.mmap(-1, math.prod(shape) * pixel.itemsize)  # not in /dev/shm, which may be small
-        everything = torch.frombuffer(shared, dtype=pixel).view(shape)
-        pixels = everything.numpy()
+        decoded = torch.frombuffer(shared, dtype=pixel).view(shape)
+        pixels = decoded.numpy()
 
-        def decode_piece(piece: int, tick: Callable[[int], None]) -> dict[int, str]:
-            bad = {}
-            samples = range(piece * DECODE_AT_ONCE, min((piece + 1) * DECODE_AT_ONCE, len(self.index)))
+        def decode_chunk(chunk: int, tick: Callable[[int], None]) -> dict[int, str]:
+            unreadable = {}
+            samples = range(chunk * CHUNK_IMAGES, min((chunk + 1) * CHUNK_IMAGES, len(self.index)))
             for sample in samples:
                 try:
                     content = self.read(sample)
@@ -159,23 +167,23 @@ class ShardReader:
                         raise BadImage(f"{list(image.shape[:2])} pixels, the index says {size}")
                     pixels[sample] = image.transpose(2, 0, 1)
                 except BadImage as error:
-                    bad[sample] = str(error)
+                    unreadable[sample] = str(error)
             tick(len(samples))
-            return bad
+            return unreadable
 
-        pieces = math.ceil(len(self.index) / DECODE_AT_ONCE)
-        workers = None if len(self.index) >= 4 * DECODE_AT_ONCE else 1  # starting processes takes longer
-        for bad in in_parallel(decode_piece, pieces, workers, "decoding", len(self.index)):
-            self.bad |= bad
+        chunks = math.ceil(len(self.index) / CHUNK_IMAGES)
+        workers = None if len(self.index) >= 4 * CHUNK_IMAGES else 1  # starting processes takes longer
+        for unreadable in in_parallel(decode_chunk, chunks, workers, "decoding", len(self.index)):
+            self.unreadable |= unreadable
         self.close()  # everything is in memory
-        return everything
+        return decoded
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name not in ("files", "fetcher")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("files", "prefetcher")}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__ |= state  # a worker opens its own files
-        self.files, self.fetcher = _new_files(self), None
+        self.files, self.prefetcher = _new_files(self), None
 
 
 def _new_files(reader: ShardReader) -> OrderedDict[int, int]:
@@ -190,16 +198,18 @@ def _close_files(files: OrderedDict[int, int]) -> None:
         os.close(files.popitem()[1])
 
 
-class _Fetcher:
+class _Prefetcher:
     """Threads that bring wanted shards here, first things first; whoever reads a shard meets its error.
 
     Each loader worker has such threads. What another of them fetches already is left to it.
     """
 
     def __init__(self, index: Index) -> None:
-        self.index, self.wanted, self.known = index, [], set()
+        self.index = index
+        self.wanted: list[int] = []
+        self.done: set[int] = set()  # or under way
         self.lock, self.process, self.is_stopped = threading.Lock(), os.getpid(), False
-        for _ in range(FETCHERS):
+        for _ in range(PREFETCH_THREADS):
             threading.Thread(target=self._work, daemon=True).start()
 
     def stop(self) -> None:
@@ -212,13 +222,14 @@ class _Fetcher:
                 with suppress(Exception):
                     if not self.index.fetch_if_free(shard):
                         left_to_others.add(shard)
-                        self.known.discard(shard)  # looked at again in the next round
+                        self.done.discard(shard)  # tried again in the next round
             time.sleep(0.05)
 
     def _next(self, left_to_others: set[int]) -> int | None:
         with self.lock:
             wanted = self.wanted
-            self.known &= set(wanted)  # what is no longer near may have been evicted when it comes again
-            shard = next((shard for shard in wanted if shard not in self.known | left_to_others), None)
-            self.known.add(shard)
+            self.done &= set(wanted)  # what is no longer near may have been evicted when it comes again
+            shard = next((shard for shard in wanted if shard not in self.done | left_to_others), None)
+            if shard is not None:
+                self.done.add(shard)
         return shard

@@ -21,23 +21,23 @@ from pathlib import Path
 from sslvit.data.decode import BadImage
 from sslvit.data.index import Shard, sha256_of
 from sslvit.data.transfer import Gone, RemoteError, RemoteFile, TryAgain
-from sslvit.files import WriteError, cache_folder, held_file, printable, write_atomically, write_error
+from sslvit.files import WriteError, cache_folder, lock_file, printable, write_atomically, write_error
 
-TRIES = 8  # without progress: with the waits below, some two minutes
+MAX_TRIES = 8  # without progress: with the waits below, some two minutes
 FIRST_WAIT_SECONDS = 1.0  # before the second try; doubled for each further one
-LONGEST_WAIT_SECONDS = 60.0
-READ_TIMEOUT_SECONDS = 60.0  # without a byte, or below the least rate
-LEAST_BYTES_PER_SECOND = 4096.0  # a shard of 256 MB would take 18 hours
-REMEMBERED_SECONDS = 120  # for which other processes do not ask again for a shard that is missing or damaged
-KEPT_WHEN_CLEARED = 0.95  # of the limit: the folder is then listed for one download in many
-WAIT_FOR_ROOM_SECONDS = 0.1  # between looks while downloads of others take all of it
-PART_DAYS = 2  # after which an unfinished download is given up
+MAX_WAIT_SECONDS = 60.0
+READ_TIMEOUT_SECONDS = 60.0  # without a byte, or below the minimum rate
+MIN_BYTES_PER_SECOND = 4096.0  # a shard of 256 MB would take 18 hours
+FAILURE_TTL_SECONDS = 120  # for which other processes do not ask again for a shard that is missing or damaged
+EVICT_DOWN_TO = 0.95  # of the limit: the folder is then listed for one download in many
+ROOM_POLL_SECONDS = 0.1  # between checks while downloads of others take all of it
+MAX_PART_DAYS = 2  # after which an unfinished download is given up
 MAX_INDEX_BYTES = {"index.json": 2**30, "index.npy": 2**36}  # of files that are fetched before their size is known
-ASKED_AT_ONCE = 16  # shards without an index, for their versions
-USED = "room.used"  # holds how many bytes the folder has at most
-MARK = ".sslvit-shard-cache"  # lies in a folder in which files may be deleted
+VERSION_THREADS = 16  # shards without an index, for their versions
+USED_FILE = "room.used"  # holds how many bytes the folder has at most
+MARKER = ".sslvit-shard-cache"  # lies in a folder in which files may be deleted
 SUB_FOLDER = "sslvit-shards"  # used in a folder that holds other things
-OWN_NAME = re.compile(r"[0-9a-f]{32}-[A-Za-z0-9._-]{1,80}(\.part|\.lock|\.bad)?", re.ASCII)
+CACHE_NAME = re.compile(r"[0-9a-f]{32}-[A-Za-z0-9._-]{1,80}(\.part|\.lock|\.bad)?", re.ASCII)
 
 
 class ShardCache:
@@ -48,19 +48,19 @@ class ShardCache:
         limit_gb: size of the folder.
         tries: how often a transfer may fail without progress.
         first_wait_seconds: before the second try; doubled for each further one.
-        timeout_seconds: without a byte, or below the least rate, after which a connection is given up.
-        least_bytes_per_second: slower transfers count as failed.
+        timeout_seconds: without a byte, or below the minimum rate, after which a connection is given up.
+        min_bytes_per_second: slower transfers count as failed.
     """
 
     def __init__(
-        self, folder: str | Path, limit_gb: float = 200, tries: int = TRIES,
+        self, folder: str | Path, limit_gb: float = 200, tries: int = MAX_TRIES,
         first_wait_seconds: float = FIRST_WAIT_SECONDS, timeout_seconds: float = READ_TIMEOUT_SECONDS,
-        *, least_bytes_per_second: float = LEAST_BYTES_PER_SECOND,
+        *, min_bytes_per_second: float = MIN_BYTES_PER_SECOND,
     ) -> None:  # fmt: skip
         self.requested = folder
         self.limit = int(limit_gb * 2**30)
         self.tries, self.first_wait, self.timeout = tries, first_wait_seconds, timeout_seconds
-        self.least_rate = least_bytes_per_second
+        self.min_rate = min_bytes_per_second
         self._folder: Path | None = None
 
     @property
@@ -72,7 +72,7 @@ class ShardCache:
             WriteError: it cannot be made.
         """
         if self._folder is None:
-            self._folder = _marked_folder(cache_folder(self.requested))
+            self._folder = _claim_folder(cache_folder(self.requested))
         return self._folder
 
     def shard(self, address: str, shard: Shard) -> Path:
@@ -86,7 +86,7 @@ class ShardCache:
         return self.get(address, shard.bytes, shard.sha256)
 
     def fetch_if_free(self, address: str, shard: Shard) -> bool:
-        """Bring a shard here ahead of its use; False if another process or thread is at it."""
+        """Fetch a shard ahead of its use; False if another process or thread is at it."""
         return self._get(address, shard.bytes, shard.sha256, wait=False) is not None
 
     def get(
@@ -115,13 +115,13 @@ class ShardCache:
             return path  # it got this name only after its checksum agreed
         with _writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        with _holding(path.with_name(path.name + ".lock"), wait) as lock:
+        with _locked(path.with_name(path.name + ".lock"), wait) as lock:
             if lock is None:
                 return None
             if sha256 is not None and _touch(path):
                 return path  # another process was faster
             if size is not None:  # a shard; who looks for an index anew has perhaps just uploaded it
-                self._recall_failure(path)
+                self._raise_recent_failure(path)
             self._reserve(size or expected or 0, path, lock)
             try:
                 self._download(address, path, size, sha256, max_bytes)
@@ -142,11 +142,11 @@ class ShardCache:
             BadImage: there is no such file.
             RemoteError: the server refuses, or does not answer.
         """
-        with ThreadPoolExecutor(min(len(addresses), ASKED_AT_ONCE) or 1) as threads:
+        with ThreadPoolExecutor(min(len(addresses), VERSION_THREADS) or 1) as threads:
             return list(threads.map(self._version, addresses))
 
     def _version(self, address: str) -> dict[str, str]:
-        remote = RemoteFile(address, None, self.limit, self.timeout, self.least_rate)
+        remote = RemoteFile(address, None, self.limit, self.timeout, self.min_rate)
         for failures in range(1, self.tries + 1):
             try:
                 return remote.ask_version()
@@ -159,7 +159,7 @@ class ShardCache:
                 time.sleep(self._wait(failures, error.wait_seconds))
         raise AssertionError("unreachable")
 
-    def keep_as(self, address: str, sha256: str) -> None:
+    def rename_to_digest(self, address: str, sha256: str) -> None:
         """Keep a file that came without a checksum under the name of its content, so that it is not fetched twice."""
         path = self.path_of(address, sha256)
         with _writing(path):
@@ -167,10 +167,10 @@ class ShardCache:
             with suppress(FileNotFoundError):  # gone already, for room
                 os.replace(self.path_of(address), path)
 
-    def _wait(self, failures: int, least: float) -> float:
+    def _wait(self, failures: int, minimum: float) -> float:
         """Seconds before the next try, longer after each failure, and not the same for all who failed at once."""
         wait = self.first_wait * 2 ** max(failures - 1, 0) * (0.5 + random.random())
-        return min(max(least, wait), LONGEST_WAIT_SECONDS)
+        return min(max(minimum, wait), MAX_WAIT_SECONDS)
 
     def path_of(self, address: str, sha256: str | None = None) -> Path:
         """Where a file is kept: named after the whole address and its content, so that none is taken for another."""
@@ -178,12 +178,12 @@ class ShardCache:
         name = re.sub(r"[^A-Za-z0-9._-]", "_", _name_of(address)[-80:]) or "_"
         return self.folder / digest[:2] / f"{digest[:32]}-{name}"
 
-    def _recall_failure(self, path: Path) -> None:
-        noted = path.with_name(path.name + ".bad")
+    def _raise_recent_failure(self, path: Path) -> None:
+        note = path.with_name(path.name + ".bad")
         with suppress(FileNotFoundError):
-            if time.time() - noted.stat().st_mtime < REMEMBERED_SECONDS:
-                raise BadImage(printable(noted.read_text(errors="replace"), 1000))
-            noted.unlink()
+            if time.time() - note.stat().st_mtime < FAILURE_TTL_SECONDS:
+                raise BadImage(printable(note.read_text(errors="replace"), 1000))
+            note.unlink()
 
     def _download(
         self, address: str, path: Path, size: int | None, sha256: str | None, max_bytes: int | None = None
@@ -192,7 +192,7 @@ class ShardCache:
         if size is None:
             part.unlink(missing_ok=True)
         limit = self.limit if size is not None else MAX_INDEX_BYTES.get(_name_of(address), self.limit)
-        remote = RemoteFile(address, size, min(limit, max_bytes or limit), self.timeout, self.least_rate)
+        remote = RemoteFile(address, size, min(limit, max_bytes or limit), self.timeout, self.min_rate)
         failures = damages = 0
         reached, since = _length(part), time.monotonic()
         while True:
@@ -209,13 +209,13 @@ class ShardCache:
                         f"damaged shard ({printable(address)}: {error}, {damages} times). Upload it again, and its "
                         "index with it."
                     ) from error
-                problem, wait, now, start_anew = str(error), 0.0, 0, True
+                problem, wait, now, restart = str(error), 0.0, 0, True
             except TryAgain as error:
-                problem, wait, now, start_anew = str(error), error.wait_seconds, _length(part), error.start_anew
-            if start_anew or (sha256 is None and not remote.version):  # it could not be told what the parts belong to
+                problem, wait, now, restart = str(error), error.wait_seconds, _length(part), error.restart
+            if restart or (sha256 is None and not remote.version):  # it could not be told what the parts belong to
                 part.unlink(missing_ok=True)
             gained = now - reached
-            has_progress = gained > 0 and gained >= self.least_rate * (time.monotonic() - since)
+            has_progress = gained > 0 and gained >= self.min_rate * (time.monotonic() - since)
             reached, since = max(reached, now), time.monotonic()
             failures = 0 if has_progress else failures + 1
             if failures >= self.tries:
@@ -255,15 +255,15 @@ class ShardCache:
             with _writing(part):
                 file = open(part, "r+b" if start else "wb")  # noqa: SIM115 closed below, where errors are the disk's
             try:
-                at = -1
+                end = -1
                 while first is not None:
-                    place, chunk = first
+                    position, chunk = first
                     with _writing(part):
-                        if place != at:
-                            file.seek(place)
+                        if position != end:
+                            file.seek(position)
                             file.truncate()
                         file.write(chunk)
-                    at = place + len(chunk)
+                    end = position + len(chunk)
                     first = next(chunks, None)
             finally:
                 with _writing(part):
@@ -282,37 +282,37 @@ class ShardCache:
             raise ValueError(
                 f"data.cache_gb: {self.limit / 2**30:g} GB cannot hold one shard of {size / 2**30:.2f} GB. Raise it."
             )
-        while not self._try_to_reserve(size, path, lock):
-            time.sleep(WAIT_FOR_ROOM_SECONDS)
+        while not self._try_reserve(size, path, lock):
+            time.sleep(ROOM_POLL_SECONDS)
 
-    def _try_to_reserve(self, size: int, path: Path, lock: int | None) -> bool:
-        noted = self.folder / USED
-        with _holding(self.folder / "room.lock"):
-            used = _number_in(noted)
+    def _try_reserve(self, size: int, path: Path, lock: int | None) -> bool:
+        note = self.folder / USED_FILE
+        with _locked(self.folder / "room.lock"):
+            used = _read_number(note)
             if lock is None or used is None or used + size > self.limit:
-                used = self._clear(size, path)
+                used = self._evict(size, path)
             is_free = used + size <= self.limit
-            with _writing(noted):
+            with _writing(note):
                 if is_free and lock is not None:
                     os.pwrite(lock, str(size).encode(), 0)
-                write_atomically(noted, str(used + size if is_free else used), sync=False)
+                write_atomically(note, str(used + size if is_free else used), sync=False)
         return is_free or lock is None
 
-    def _clear(self, size: int, keep: Path) -> int:
+    def _evict(self, size: int, keep: Path) -> int:
         """Delete what need not be kept until `size` more fits, and some more; returns how much is in use."""
         sizes: dict[Path, tuple[float, int]] = {}
         used, now, locks = 0, time.time(), []
-        for file, about in self._own_files():
+        for file, about in self._cache_files():
             kind = file.suffix if file.suffix in (".part", ".lock", ".bad") else ""
             if kind == ".lock":
                 locks.append(file)
             elif kind == ".bad":
-                if now - about.st_mtime > REMEMBERED_SECONDS:
+                if now - about.st_mtime > FAILURE_TTL_SECONDS:
                     _unlink(file)
             elif kind == ".part":
                 if file.with_suffix(".lock").exists():
                     continue  # under way: its lock says how long it becomes
-                if now - about.st_mtime > PART_DAYS * 86_400:
+                if now - about.st_mtime > MAX_PART_DAYS * 86_400:
                     _unlink(file)
                 else:
                     used += about.st_size
@@ -333,23 +333,23 @@ class ShardCache:
         if used + size <= self.limit:
             return used
         for _, length, file in sorted(files):
-            if used + size <= max(KEPT_WHEN_CLEARED * self.limit, size):
+            if used + size <= max(EVICT_DOWN_TO * self.limit, size):
                 break
             if file != keep and _unlink(file):
                 used -= length
         return used
 
-    def _own_files(self) -> Iterator[tuple[Path, os.stat_result]]:
+    def _cache_files(self) -> Iterator[tuple[Path, os.stat_result]]:
         """The files in this folder that have a name which only this class gives."""
         for file in self.folder.glob("[0-9a-f][0-9a-f]/*"):
-            if OWN_NAME.fullmatch(file.name) and file.name.startswith(file.parent.name):
+            if CACHE_NAME.fullmatch(file.name) and file.name.startswith(file.parent.name):
                 with suppress(OSError):
                     about = file.lstat()
                     if stat.S_ISREG(about.st_mode):
                         yield file, about
 
 
-def _marked_folder(folder: Path) -> Path:
+def _claim_folder(folder: Path) -> Path:
     """A folder in which all is ours: this one if it is new, empty or marked, otherwise one inside it."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"data.cache: {printable(folder)} is not a folder.")
@@ -357,10 +357,10 @@ def _marked_folder(folder: Path) -> Path:
         with _writing(candidate):
             candidate.mkdir(parents=True, exist_ok=True)
             found = os.listdir(candidate)
-            if MARK in found:
+            if MARKER in found:
                 return candidate
             if not found:  # the mark is the first file in it, so that processes that start at once agree
-                (candidate / MARK).write_text("Made by sslvit for shards from the network, and cleared by it.\n")
+                (candidate / MARKER).write_text("Made by sslvit for shards from the network, and cleared by it.\n")
                 return candidate
     raise ValueError(
         f"data.cache: {printable(folder)} and its {SUB_FOLDER} hold files that are not of this cache. "
@@ -380,22 +380,22 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _holding(lock: Path, wait: bool = True) -> Iterator[int | None]:
+def _locked(lock: Path, wait: bool = True) -> Iterator[int | None]:
     """Hold a lock in the cache; errors of its file are those of the disk."""
     with ExitStack() as stack:
         with _writing(lock):
-            handle = stack.enter_context(held_file(lock, wait))
+            handle = stack.enter_context(lock_file(lock, wait))
         yield handle
 
 
 def _reserved(lock: Path) -> int:
     """Bytes that a download under way has reserved; 0 for one whose process was killed, and its lock goes."""
-    noted = _number_in(lock) or 0
-    with held_file(lock, wait=False) as handle:
-        return noted if handle is None else 0
+    note = _read_number(lock) or 0
+    with lock_file(lock, wait=False) as handle:
+        return note if handle is None else 0
 
 
-def _number_in(path: Path) -> int | None:
+def _read_number(path: Path) -> int | None:
     try:
         return int(path.read_text() or 0)
     except (OSError, ValueError):

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-SMALL_SIDE = 96  # images up to this side are kept decoded and resampled a batch at a time
-AT_ONCE = 128  # images that are resampled together: what they need fits the processor's cache
-FLOATS_AT_ONCE = 2**24  # pixels of images that are floats at the same time
+SMALL_SIDE = 96  # images up to this side are decoded once and resampled a batch at a time
+CHUNK_IMAGES = 128  # images that are resampled together: what they need fits the processor's cache
+CHUNK_FLOATS = 2**24  # pixels of images that are floats at the same time
 SUPPORT = {"bilinear": 1, "bicubic": 2}  # pixels that a filter reaches to either side
-TABLE_BYTES = 64 * 2**20  # boxes at whole pixels of small images have their weights in a table up to this size
-TABLES_BYTES = 512 * 2**20  # of all tables that are kept; those that were not used for the longest time go first
+MAX_TABLE_BYTES = 64 * 2**20  # boxes at whole pixels of small images have their weights in a table up to this size
+MAX_TABLES_BYTES = 512 * 2**20  # of all cached tables; the least recently used go first
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Boxes:
         height: number of rows.
         width: number of columns.
         is_mirrored: whether left and right change places.
-        is_cut: pixels outside of a box take no part in its view, as if it had been cut out first (random crops);
+        is_cut: pixels outside of a box do not count in its view, as if it had been cut out first (random crops);
             otherwise they smooth its border, as in PIL's resize with a box (center views).
     """
 
@@ -41,8 +41,10 @@ class Boxes:
     is_cut: bool = True
 
     def __getitem__(self, i: int) -> Boxes:
-        sides = (self.top, self.left, self.height, self.width, self.is_mirrored)
-        return Boxes(*(values[i : i + 1] for values in sides), self.is_cut)
+        one = slice(i, i + 1)
+        return Boxes(
+            self.top[one], self.left[one], self.height[one], self.width[one], self.is_mirrored[one], self.is_cut
+        )
 
     def reduced(self, reduction: int) -> Boxes:
         """The same boxes in an image whose sides were divided."""
@@ -54,7 +56,7 @@ class Boxes:
         return np.minimum(self.height / size[0], self.width / size[1])
 
 
-def view_of_one(image: Tensor, box: Boxes, size: list[int], interpolation: str, reduction: int = 1) -> Tensor:
+def crop_and_resize(image: Tensor, box: Boxes, size: list[int], interpolation: str, reduction: int = 1) -> Tensor:
     """A view 'c h w' of one image 'c h w'.
 
     Args:
@@ -75,20 +77,20 @@ def view_of_one(image: Tensor, box: Boxes, size: list[int], interpolation: str, 
     if not is_inside:
         return resample(image[None], box, size, interpolation)[0]
     if is_between_pixels or not (box.is_cut or (tall, wide) == (height, width)):
-        view = _between_pixels(image, sides, box.is_cut, size, interpolation)
+        view = _resize_by_pil(image, sides, box.is_cut, size, interpolation)
     else:
-        view = _by_torch(image[:, top : top + tall, left : left + wide], size, interpolation)
+        view = _resize_by_torch(image[:, top : top + tall, left : left + wide], size, interpolation)
     if view.is_floating_point():
         view.clamp_(0, 255)  # bicubic weights overshoot
     return view.flip(2) if box.is_mirrored[0] else view
 
 
-def _by_torch(part: Tensor, size: list[int], interpolation: str) -> Tensor:
-    part = part[None].contiguous(memory_format=torch.channels_last)
-    return F.interpolate(part, size=size, mode=interpolation, antialias=True)[0]
+def _resize_by_torch(image: Tensor, size: list[int], interpolation: str) -> Tensor:
+    image = image[None].contiguous(memory_format=torch.channels_last)
+    return F.interpolate(image, size=size, mode=interpolation, antialias=True)[0]
 
 
-def _between_pixels(image: Tensor, sides: list[float], is_cut: bool, size: list[int], interpolation: str) -> Tensor:
+def _resize_by_pil(image: Tensor, sides: list[float], is_cut: bool, size: list[int], interpolation: str) -> Tensor:
     """A box inside of a large image 'c h w' whose sides lie anywhere, through PIL.
 
     An axis that is seen from end to end goes through torch before, which is faster and gives the same.
@@ -107,7 +109,7 @@ def _between_pixels(image: Tensor, sides: list[float], is_cut: bool, size: list[
         if starts[axis] < 1e-6 and ends[axis] > length - 1e-6:
             between = list(image.shape[1:])
             between[axis] = size[axis]
-            image = _by_torch(image, between, interpolation)
+            image = _resize_by_torch(image, between, interpolation)
             starts[axis], ends[axis] = 0.0, float(size[axis])
         margin = 0 if is_cut else SUPPORT[interpolation] * max((ends[axis] - starts[axis]) / size[axis], 1) + 1
         first = max(math.floor(starts[axis] - margin), 0)
@@ -118,8 +120,8 @@ def _between_pixels(image: Tensor, sides: list[float], is_cut: bool, size: list[
     planes = [pixels] if is_color else pixels.unbind(2)  # PIL has no other images of several channels
     box, resampling = (starts[1], starts[0], ends[1], ends[0]), Image.Resampling[interpolation.upper()]
     seen = [Image.fromarray(plane.contiguous().numpy()).resize((size[1], size[0]), resampling, box) for plane in planes]
-    view = torch.from_numpy(np.array(seen[0])) if is_color else torch.from_numpy(np.stack(seen, 2))
-    return view.permute(2, 0, 1)
+    view = np.array(seen[0]) if is_color else np.stack([np.asarray(plane) for plane in seen], 2)
+    return torch.from_numpy(view).permute(2, 0, 1)
 
 
 def resample(images: Tensor, boxes: Boxes, size: list[int], interpolation: str) -> Tensor:
@@ -138,24 +140,24 @@ def resample(images: Tensor, boxes: Boxes, size: list[int], interpolation: str) 
     rows = _weights(h, boxes.top, boxes.height, size[0], interpolation, boxes.is_cut)
     columns = _weights(w, boxes.left, boxes.width, size[1], interpolation, boxes.is_cut, boxes.is_mirrored)
     views = torch.empty(b, c, *size, dtype=images.dtype)
-    for start in range(0, b, AT_ONCE):
-        some = slice(start, start + AT_ONCE)
-        view = rows[some, None] @ _along_columns(images[some], columns[some])
+    for start in range(0, b, CHUNK_IMAGES):
+        rows_now = slice(start, start + CHUNK_IMAGES)
+        view = rows[rows_now, None] @ _along_columns(images[rows_now], columns[rows_now])
         if images.dtype == torch.uint8:
             view = view.round_().to(torch.int16)  # twice as fast as from float to uint8 in one step
-        views[some] = view.clamp_(0, 255)
+        views[rows_now] = view.clamp_(0, 255)
     return views
 
 
 def _along_columns(images: Tensor, columns: Tensor) -> Tensor:
     """Images 'b c h w' times 'b width w': 'b c h width'. A large image is turned to floats some rows at a time."""
     b, c, h, w = images.shape
-    at_once = max(1, FLOATS_AT_ONCE // (b * c * w))
-    parts = []
+    at_once = max(1, CHUNK_FLOATS // (b * c * w))
+    chunks = []
     for start in range(0, h, at_once):
-        part = images[:, :, start : start + at_once].float()
-        parts.append(torch.bmm(part.reshape(b, -1, w), columns.transpose(1, 2)).view(b, c, -1, columns.shape[1]))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+        chunk = images[:, :, start : start + at_once].float()
+        chunks.append(torch.bmm(chunk.reshape(b, -1, w), columns.transpose(1, 2)).view(b, c, -1, columns.shape[1]))
+    return chunks[0] if len(chunks) == 1 else torch.cat(chunks, 2)
 
 
 def _weights(
@@ -167,22 +169,22 @@ def _weights(
     Columns (`is_mirrored` given) lie transposed in memory: a batched product of a view that does not is ten times
     slower.
     """
-    is_whole = length * (length + 1) // 2 * out * length * 4 <= TABLE_BYTES and bool(
+    is_whole = length * (length + 1) // 2 * out * length * 4 <= MAX_TABLE_BYTES and bool(
         ((start >= 0) & (start + extent <= length) & (start % 1 == 0) & (extent % 1 == 0) & (extent >= 1)).all()
         and (is_cut or (extent == length).all())
     )
     if is_whole:
-        row = torch.from_numpy((start * (length + 1) + extent).astype(np.int64))
+        box = torch.from_numpy((start * (length + 1) + extent).astype(np.int64))
         if is_mirrored is None:
-            places, table = _table(length, out, interpolation, False)
-            return table.index_select(0, places[row])
-        places, table = _table(length, out, interpolation, True)
-        return table.index_select(0, places[row] * 2 + torch.from_numpy(is_mirrored)).transpose(1, 2)
+            row_of_box, table = _table(length, out, interpolation, False)
+            return table.index_select(0, row_of_box[box])
+        row_of_box, table = _table(length, out, interpolation, True)
+        return table.index_select(0, row_of_box[box] * 2 + torch.from_numpy(is_mirrored)).transpose(1, 2)
     weights = _compute_weights(length, start, extent, out, interpolation, is_cut)
     if is_mirrored is None:
         return weights
-    chosen = torch.from_numpy(is_mirrored)
-    weights[chosen] = weights[chosen].flip(1)
+    mirrored = torch.from_numpy(is_mirrored)
+    weights[mirrored] = weights[mirrored].flip(1)
     return weights.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -192,11 +194,11 @@ _tables: dict[tuple, tuple[Tensor, Tensor]] = {}  # by what _make_table takes; t
 def _table(length: int, out: int, interpolation: str, is_columns: bool) -> tuple[Tensor, Tensor]:
     """_make_table, kept: a batch of each of several resolutions asks for two others."""
     key = (length, out, interpolation, is_columns)
-    found = _tables.pop(key, None) or _make_table(*key)
-    _tables[key] = found
-    while len(_tables) > 1 and sum(table.nbytes for kept in _tables.values() for table in kept) > TABLES_BYTES:
+    tables = _tables.pop(key, None) or _make_table(*key)
+    _tables[key] = tables
+    while len(_tables) > 1 and sum(table.nbytes for cached in _tables.values() for table in cached) > MAX_TABLES_BYTES:
         del _tables[next(iter(_tables))]
-    return found
+    return tables
 
 
 def _make_table(length: int, out: int, interpolation: str, is_columns: bool) -> tuple[Tensor, Tensor]:
@@ -207,20 +209,20 @@ def _make_table(length: int, out: int, interpolation: str, is_columns: bool) -> 
     starts, extents = (v.ravel() for v in np.meshgrid(np.arange(length), np.arange(1, length + 1), indexing="ij"))
     fits = starts + extents <= length
     starts, extents = starts[fits], extents[fits]
-    places = torch.zeros(length * (length + 1) + 1, dtype=torch.int64)
-    places[torch.from_numpy(starts * (length + 1) + extents)] = torch.arange(len(starts))
+    row_of_box = torch.zeros(length * (length + 1) + 1, dtype=torch.int64)
+    row_of_box[torch.from_numpy(starts * (length + 1) + extents)] = torch.arange(len(starts))
     table = _compute_weights(length, starts, extents, out, interpolation)
     if is_columns:
         table = torch.stack([table, table.flip(1)], 1).flatten(0, 1).transpose(1, 2).contiguous()
-    return places, table
+    return row_of_box, table
 
 
 def _compute_weights(
     length: int, start: np.ndarray, extent: np.ndarray, out: int, interpolation: str, is_cut: bool = True
 ) -> Tensor:
-    start, extent = (torch.from_numpy(np.asarray(v, np.float32))[:, None, None] for v in (start, extent))
-    scale = extent / out
-    center = start + (torch.arange(out)[:, None] + 0.5) * scale
+    first, size = (torch.from_numpy(np.asarray(v, np.float32))[:, None, None] for v in (start, extent))
+    scale = size / out
+    center = first + (torch.arange(out)[:, None] + 0.5) * scale
     pixel = torch.arange(length) + 0.5
     distance = (pixel - center).abs_() / scale.clamp(min=1)  # shrinking widens the filter: antialiasing
     if interpolation == "bilinear":
@@ -231,7 +233,7 @@ def _compute_weights(
         far = (((2.5 - 0.5 * distance) * distance - 4) * distance).add_(2)
         weight = torch.where(distance < 1, near, far)
     if is_cut:
-        weight *= (pixel > start) & (pixel < start + extent)
+        weight *= (pixel > first) & (pixel < first + size)
     total = weight.sum(2, keepdim=True)
     is_black = (center < 0) | (center > length) | (total == 0)
     return (weight / total).masked_fill_(is_black, 0)

@@ -22,7 +22,7 @@ from sslvit.data.decode import (
     BadImage,
     Header,
     decode_pixels,
-    problem_of,
+    find_problem,
     read_header,
 )
 from sslvit.data.index import RECORD, Shard, ShardIndex, load_index, sha256_of
@@ -61,21 +61,23 @@ class Measured:
     kinds: Counter = field(default_factory=Counter)
 
     def count(self, header: Header) -> None:
+        """Count size, mode and kind of one image."""
         self.sizes[header.height, header.width] += 1
         self.modes[header.mode] += 1
         self.kinds[header.channels, header.bits] += 1
 
     def measure(self, content: bytes, header: Header) -> None:
-        """Add the moments of one image; those of another number of channels are left out."""
-        is_mixed = header.mode != "array" and header.channels < 4
-        channels = 3 if is_mixed else header.channels  # gray images among colors count as colors
+        """Add the moments of one image; those of another number of channels are skipped."""
+        is_gray_or_rgb = header.mode != "array" and header.channels < 4
+        channels = 3 if is_gray_or_rgb else header.channels  # gray images among colors count as colors
         if self.images and channels != self.channels:
             return
-        here = moments_of(decode_pixels(content, channels, header.bits, header=header))
-        self.moments = (np.array(self.moments) + here if self.images else here).tolist()
+        moments = moments_of(decode_pixels(content, channels, header.bits, header=header))
+        self.moments = (np.array(self.moments) + moments if self.images else moments).tolist()
         self.channels, self.images = channels, self.images + 1
 
     def add(self, other: Measured) -> None:
+        """Add the properties of other images."""
         for name in ("sizes", "modes", "kinds"):
             getattr(self, name).update(getattr(other, name))
         if other.images and (not self.images or self.channels == other.channels):
@@ -121,9 +123,9 @@ class ShardReport:
         shard: name, counts, checksum.
         records: of its samples.
         measured: properties of its images.
-        skipped: images that were left out, with the reason.
+        skipped: images that were skipped, with the reason.
         labels: what the label of each sample says, where it still has to become a number; then the label of a record
-            is its place in this list.
+            is its index in this list.
         fields: other members beside the images, by field, counted.
     """
 
@@ -143,6 +145,7 @@ class ShardReport:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any], records: np.ndarray) -> ShardReport:
+        """Read a report from its JSON (schema.checked_report) and its records."""
         measured = dict(content["measured"])
         for name in ("sizes", "kinds"):
             measured[name] = Counter({(a, b): count for a, b, count in measured[name]})
@@ -154,7 +157,7 @@ def join_reports(
     reports: list[ShardReport], location: str | Path, classes: list[str] | None, encoding: str = "",
     orientation: str = "upright",
 ) -> ShardIndex:  # fmt: skip
-    """The index of all shards; empty ones are left out.
+    """The index of all shards; empty ones are skipped.
 
     Raises:
         ValueError: no image could be decoded.
@@ -178,41 +181,41 @@ def index_shards(folder: str | Path, workers: int | None = None, options: IndexO
     Args:
         folder: where they lie, and where the index goes.
         workers: processes; None for one per core.
-        options: what only the user knows of them.
+        options: what only the user knows about them.
 
     Raises:
         ValueError: no shard, or none with an image in it; damaged ones are read as far as they go, and named.
     """
     names = sorted(path.name for path in Path(folder).glob("*.tar"))
     if not names:
-        raise ValueError(f"{printable(folder)}: no .tar files there{_what_instead(Path(folder))}.")
+        raise ValueError(f"{printable(folder)}: no .tar files there{_compressed_hint(Path(folder))}.")
     for name in names:
         try:
             check_shard_name(name)
         except ValueError as error:
             raise ValueError(f"{printable(folder)}: {error}.") from error
-    options, before = options or IndexOptions(), _index_before(Path(folder))
-    if options.orientation is None and before.get("orientation") == "stored":
+    options, earlier = options or IndexOptions(), _earlier_index(Path(folder))
+    if options.orientation is None and earlier.get("orientation") == "stored":
         options = replace(options, orientation="stored")
     index = index_names(str(folder), names, lambda name: Path(folder) / name, workers, options)
-    known = before.get("classes") or []  # names that packing wrote; the tars know their numbers
+    known = earlier.get("classes") or []  # names that packing wrote; the tars know their numbers
     if index.classes and all(name.isdecimal() for name in index.classes) and len(known) >= len(index.classes):
         index.classes = known
-    index.encoding = before.get("encoding", "")
+    index.encoding = earlier.get("encoding", "")
     index.save()
     return index
 
 
-def _index_before(folder: Path) -> dict[str, Any]:
+def _earlier_index(folder: Path) -> dict[str, Any]:
     """What an earlier index says that the tars do not; nothing if it is missing or damaged."""
     try:
-        before = load_index(folder)
+        earlier = load_index(folder)
     except (FileNotFoundError, ValueError):
         return {}
-    return {"classes": before.classes, "encoding": before.encoding, "orientation": before.orientation}
+    return {"classes": earlier.classes, "encoding": earlier.encoding, "orientation": earlier.orientation}
 
 
-def _what_instead(folder: Path) -> str:
+def _compressed_hint(folder: Path) -> str:
     packed = [path.name for path in sorted(folder.iterdir()) if path.name.endswith(COMPRESSED_TARS)]
     if not packed:
         return ""
@@ -236,43 +239,43 @@ def index_names(
         names: of the shards.
         path_of: brings a shard to this machine, where it is not, and returns its path.
         workers: processes; None for one per core.
-        options: what only the user knows of them.
+        options: what only the user knows about them.
     """
     options = options or IndexOptions()
     job = _ScanJob(names, path_of, options)
     reports = list(in_parallel(job, len(names), workers, "indexing", len(names), "shards"))
     if not any(report.shard.samples for report in reports):
-        raise ValueError(f"{printable(location)}: the shards hold no images{_cause(reports)}.")
+        raise ValueError(f"{printable(location)}: the shards hold no images{_why_empty(reports)}.")
     classes = number_reports(printable(location), reports, options.labels)
     index = join_reports(reports, location, classes, orientation=options.orientation or "upright")
     if index.skipped:
         name, reason = next(iter(index.skipped.items()))
         logger.info(
-            f"left out {len(index.skipped)} things (the first: {printable(name)}: {printable(reason)}); "
-            "all are in index.json"
+            f"skipped {len(index.skipped)} entries (first: {printable(name)}: {printable(reason)}); "
+            "all are listed in index.json"
         )
     return index
 
 
-def _cause(reports: list[ShardReport]) -> str:
-    """Why there are none, from the first thing that was left out."""
+def _why_empty(reports: list[ShardReport]) -> str:
+    """Why there are none, from the first thing that was skipped."""
     for report in reports:
         for name, reason in report.skipped.items():
             return f" ({printable(name)}: {printable(reason)})"
     fields = sum((report.fields for report in reports), Counter())
-    shown = ", ".join(f"{count} x .{printable(name, 40)}" for name, count in fields.most_common(5))
-    return f" ({f'their members: {shown}; ' if shown else ''}images end in {', '.join(sorted(IMAGE_SUFFIXES))})"
+    members = ", ".join(f"{count} x .{printable(name, 40)}" for name, count in fields.most_common(5))
+    return f" ({f'their members: {members}; ' if members else ''}images end in {', '.join(sorted(IMAGE_SUFFIXES))})"
 
 
-def number_reports(location: str, reports: list[ShardReport], wanted: str | None) -> list[str] | None:
-    """Class names; the labels in the records become their numbers. Whatever is not used is said."""
+def number_reports(location: str, reports: list[ShardReport], requested: str | None) -> list[str] | None:
+    """Class names; the labels in the records become their numbers. Whatever is not used is reported."""
     samples = sum(report.shard.samples for report in reports)
     fields = sum((report.fields for report in reports), Counter())
     texts = [text for report in reports for text in report.labels or [""] * report.shard.samples]
-    field_name = wanted or "cls"
+    field_name = requested or "cls"
     if missing := texts.count(""):
-        if wanted and missing:
-            raise ValueError(f"--labels {wanted}: {missing} of {samples} images of {location} have none.")
+        if requested and missing:
+            raise ValueError(f"--labels {requested}: {missing} of {samples} images of {location} have none.")
         if missing < samples:
             logger.info(
                 f"{location}: {missing} of {samples} images have no label (.{field_name}), so the others' are not used "
@@ -280,16 +283,18 @@ def number_reports(location: str, reports: list[ShardReport], wanted: str | None
             )
         elif others := [name for name in fields if name in LABEL_FIELDS]:
             logger.info(f"{location}: the .{others[0]} members are not used as labels (--labels {others[0]} uses them)")
-        return _without(reports)
+        _clear_labels(reports)
+        return None
     try:
-        if wanted is None and fields["txt"] and not fields["cls"] and len(set(texts)) > samples / 2:
+        if requested is None and fields["txt"] and not fields["cls"] and len(set(texts)) > samples / 2:
             raise NotClasses(f"{len(set(texts))} different texts (.txt) for {samples} images are no classes")
         classes, numbers = number_labels(texts)
     except NotClasses as error:
-        if wanted:
-            raise ValueError(f"--labels {wanted}: {error}. Leave it out to index them without labels.") from error
+        if requested:
+            raise ValueError(f"--labels {requested}: {error}. Leave it out to index them without labels.") from error
         logger.info(f"{location}: {error}; they are not used")
-        return _without(reports)
+        _clear_labels(reports)
+        return None
     names = [text for text in set(texts) if not text.isdecimal()]
     if names and len(names) < len(set(texts)):
         logger.info(
@@ -301,7 +306,7 @@ def number_reports(location: str, reports: list[ShardReport], wanted: str | None
     return classes
 
 
-def _without(reports: list[ShardReport]) -> None:
+def _clear_labels(reports: list[ShardReport]) -> None:
     for report in reports:
         report.records["label"] = NO_LABEL
 
@@ -322,8 +327,8 @@ class _ScanJob:
 def scan_shard(path: Path, shards: int = 1, options: IndexOptions | None = None) -> ShardReport:
     """Members, checksum and image properties of one tar file, one of so many.
 
-    What could do harm (absolute paths, "..", pickles) is left out and named; so is what cannot be read. Every member
-    that looks like an image is a sample or stands among what is left out.
+    What could do harm (absolute paths, "..", pickles) is skipped and named; so is what cannot be read. Every member
+    that looks like an image is a sample or stands among what is skipped.
     """
     options = options or IndexOptions()
     length = path.stat().st_size
@@ -335,15 +340,15 @@ def scan_shard(path: Path, shards: int = 1, options: IndexOptions | None = None)
             )
         else:
             members.read(path.name)
-    images, skipped = choose_images(members, path.name, options)
+    images, skipped = choose_images(members, path.name, options.image)
     labels = members.labels(images, options.labels)
     rows = [(image.offset, image.size, number) for number, image in enumerate(images)]
     records = np.array(rows, RECORD)
     measured, unreadable = measure_shard(path, records, shards, options.orientation != "stored")
-    for place, reason in unreadable.items():
-        skipped[f"{path.name}/{images[place].name}"] = reason
-    kept = [place for place in range(len(records)) if place not in unreadable]
-    records, labels = records[kept], [labels[place] for place in kept]
+    for row, reason in unreadable.items():
+        skipped[f"{path.name}/{images[row].name}"] = reason
+    kept = [row for row in range(len(records)) if row not in unreadable]
+    records, labels = records[kept], [labels[row] for row in kept]
     records["label"] = np.arange(len(records)) if any(labels) else NO_LABEL
     shard = Shard(path.name, len(records), length, sha256_of(path))
     return ShardReport(
@@ -370,18 +375,18 @@ def measure_shard(
         is_checked: the images are known to be whole.
     """
     measured, unreadable = Measured(), {}
-    most = min(len(records), max(50, STATISTICS_SAMPLES // shards))
-    chosen = set(np.linspace(0, len(records) - 1, most).astype(int).tolist())
+    count = min(len(records), max(50, STATISTICS_SAMPLES // shards))
+    sampled = set(np.linspace(0, len(records) - 1, count).astype(int).tolist())
     with open(path, "rb") as file:
-        for place, record in enumerate(records):
+        for row, record in enumerate(records):
             content = os.pread(file.fileno(), int(record["size"]), int(record["offset"]))
             try:
                 header = read_header(content, max_pixels, upright)
-                if not is_checked and (problem := problem_of(content, header)):
+                if not is_checked and (problem := find_problem(content, header)):
                     raise BadImage(problem)
-                if place in chosen:
+                if row in sampled:
                     measured.measure(content, header)
                 measured.count(header)
             except BadImage as error:
-                unreadable[place] = str(error)
+                unreadable[row] = str(error)
     return measured, unreadable

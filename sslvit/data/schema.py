@@ -1,7 +1,7 @@
 """What may stand in the JSON files that describe shards: index.json, the reports of a packing and its job.json.
 
 They come from other machines and other people, so every field is checked once, where the file is read; what passes is
-used without another look. All functions here raise ValueError with what is wrong; the caller adds file and remedy.
+used without another check. All functions here raise ValueError with what is wrong; the caller adds file and remedy.
 """
 
 from __future__ import annotations
@@ -26,35 +26,35 @@ CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def parse_json(content: bytes) -> Any:
-    """What a JSON file holds."""
+    """Parse a JSON file."""
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"no readable JSON ({printable(error, 80)})") from error
+        raise ValueError(f"not valid JSON ({printable(error, 80)})") from error
 
 
 def check_shard_name(name: object) -> str:
-    """The name of a shard in its index's folder: it must not lead anywhere else."""
+    """Return the name of a shard in its index's folder, which must not lead anywhere else."""
     if isinstance(name, str) and PLAIN_NAME.fullmatch(name):
         return name
-    _text("the name of a shard", name)
+    name = _text("the name of a shard", name)
     if name.startswith("/") or "://" in name or ".." in name.split("/"):
-        raise ValueError(f"the shard {_shown(name)} lies outside of its folder")
+        raise ValueError(f"the shard {_brief(name)} lies outside of its folder")
     if CONTROL.search(name) or name.rpartition("/")[2] in ("", "."):
-        raise ValueError(f"the shard {_shown(name)} has no usable name (rename it)")
+        raise ValueError(f"the shard {_brief(name)} has no usable name (rename it)")
     return name
 
 
-def checked_index(content: object, is_own: bool = False) -> dict[str, Any]:
-    """The content of an index.json with every field as ShardIndex expects it.
+def checked_index(content: Any, is_cached: bool = False) -> dict[str, Any]:
+    """Return the content of an index.json with every field as ShardIndex expects it.
 
     Args:
         content: parsed.
-        is_own: made on this machine for shards anywhere, so that names may be paths and addresses.
+        is_cached: made on this machine for shards anywhere, so that names may be paths and addresses.
     """
     version = _get(content, "format", "the index")
     if type(version) is not int or version != FORMAT:
-        raise ValueError(f"format {_shown(version)}, this sslvit reads {FORMAT}")
+        raise ValueError(f"format {_brief(version)}, this sslvit reads {FORMAT}")
     _sha256("records_sha256", _get(content, "records_sha256", "the index"))
     for name, check in INDEX_FIELDS.items():
         check(name, _get(content, name, "the index"))
@@ -62,10 +62,10 @@ def checked_index(content: object, is_own: bool = False) -> dict[str, Any]:
         _numbers(name, content[name], content["channels"])
     splits = _get(content, "splits", "the index")
     if not isinstance(splits, dict) or len(splits) != 1:
-        raise ValueError(f"splits is {_shown(splits)}, expected one split")
+        raise ValueError(f"splits is {_brief(splits)}, expected one split")
     (split,) = splits.values()
     columns = {
-        "filenames": _text if is_own else lambda _, name: check_shard_name(name),
+        "filenames": _text if is_cached else lambda _, name: check_shard_name(name),
         "shard_lengths": _count, "bytes": _count, "sha256": _sha256,
     }  # fmt: skip
     shards = None
@@ -82,22 +82,22 @@ def checked_index(content: object, is_own: bool = False) -> dict[str, Any]:
     return content
 
 
-def checked_report(content: object, name: str) -> dict[str, Any]:
-    """The content of a packing's report on the shard of this name, as ShardReport.from_dict expects it."""
+def checked_report(content: Any, name: str) -> dict[str, Any]:
+    """Return the content of a packing's report on the shard of this name, as ShardReport.from_dict expects it."""
     _keys("the report", content, ("shard", "measured", "skipped"))
     _names("skipped", content["skipped"])
     shard, measured = content["shard"], content["measured"]
     _keys("shard", shard, ("name", "samples", "bytes", "sha256"))
     if shard["name"] != name:
-        raise ValueError(f"it is a report on {_shown(shard['name'])}, not on {name}")
+        raise ValueError(f"it is a report on {_brief(shard['name'])}, not on {name}")
     _count("samples", shard["samples"])
     _count("bytes", shard["bytes"])
     _sha256("sha256", shard["sha256"])
     _keys("measured", measured, ("moments", "channels", "images", "sizes", "modes", "kinds"))
-    images, channels = _count("images", measured["images"]), _whole("channels", measured["channels"], 0, MAX_CHANNELS)
+    images, channels = _count("images", measured["images"]), _integer("channels", measured["channels"], 0, MAX_CHANNELS)
     moments = _list("moments", measured["moments"])
     if len(moments) != (2 if images else 0) or (images and not channels):
-        raise ValueError(f"moments are {_shown(moments)} for {images} images of {channels} channels")
+        raise ValueError(f"moments are {_brief(moments)} for {images} images of {channels} channels")
     for sums in moments:
         _numbers("moments", sums, channels)
     for row in _list("sizes", measured["sizes"]):
@@ -106,15 +106,15 @@ def checked_report(content: object, name: str) -> dict[str, Any]:
         _row("kinds", row, (MAX_CHANNELS, 16, MAX_COUNT))
         _bits("kinds", row[1])
     if not isinstance(measured["modes"], dict):
-        raise ValueError(f"modes is {_shown(measured['modes'])}, expected counts by name")
+        raise ValueError(f"modes is {_brief(measured['modes'])}, expected counts by name")
     for mode, count in measured["modes"].items():
         _text("modes", mode)
         _count("modes", count)
     return content
 
 
-def checked_job(content: object, settings: type) -> dict[str, Any]:
-    """The content of a packing's job.json.
+def checked_job(content: Any, settings: type) -> dict[str, Any]:
+    """Return the content of a packing's job.json.
 
     Args:
         content: parsed.
@@ -130,43 +130,43 @@ def checked_job(content: object, settings: type) -> dict[str, Any]:
         hint = str if get_origin(hint) is Literal else hint
         kinds = (hint, int) if hint is float else hint
         if not isinstance(value, kinds) or (isinstance(value, bool) and hint is not bool):
-            raise ValueError(f"{name} is {_shown(value)}, expected {getattr(hint, '__name__', hint)}")
+            raise ValueError(f"{name} is {_brief(value)}, expected {getattr(hint, '__name__', hint)}")
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             _number(name, value)
         if isinstance(value, str) and (len(value) > MAX_SETTING or not value.isprintable()):
-            raise ValueError(f"{name} is {_shown(value)}, which is no setting")
+            raise ValueError(f"{name} is {_brief(value)}, which is not a setting")
     starts = _list("starts", _get(content, "starts", "the job"))
     for start in starts:
-        _whole("starts", start, 0, images)
+        _integer("starts", start, 0, images)
     if starts[:1] != [0] or starts[-1] != images or any(a >= b for a, b in pairwise(starts)):
-        raise ValueError(f"starts is {_shown(starts)}, expected growing numbers from 0 to {images}")
+        raise ValueError(f"starts is {_brief(starts)}, expected increasing numbers from 0 to {images}")
     return content
 
 
-def _shown(value: object) -> str:
+def _brief(value: object) -> str:
     """The beginning of a value; whole ones may have megabytes."""
     return printable(reprlib.repr(value), 60)
 
 
 def _get(content: object, key: str, where: str) -> Any:
     if not isinstance(content, dict):
-        raise ValueError(f"{where} is {_shown(content)}, expected names with values")
+        raise ValueError(f"{where} is {_brief(content)}, expected an object")
     if key not in content:
         raise ValueError(f"{where} has no {key}")
     return content[key]
 
 
-def _keys(where: str, content: object, keys: Collection[str]) -> None:
+def _keys(where: str, content: Any, keys: Collection[str]) -> None:
     for key in keys:
         _get(content, key, where)
     unknown = content.keys() - set(keys)
     if unknown:
-        raise ValueError(f"{where} has an unknown {_shown(min(unknown))}")
+        raise ValueError(f"{where} has an unknown {_brief(min(unknown))}")
 
 
 def _list(key: str, value: object) -> list:
     if not isinstance(value, list):
-        raise ValueError(f"{key} is {_shown(value)}, expected a list")
+        raise ValueError(f"{key} is {_brief(value)}, expected a list")
     return value
 
 
@@ -176,48 +176,50 @@ def _text(key: str, value: object) -> str:
             return value
     except UnicodeEncodeError:  # half a character, which no file name holds
         pass
-    raise ValueError(f"{key} is {_shown(value)}, expected text")
+    raise ValueError(f"{key} is {_brief(value)}, expected a string")
 
 
-def _whole(key: str, value: object, least: int, most: int) -> int:
-    if type(value) is not int or not least <= value <= most:
-        raise ValueError(f"{key} is {_shown(value)}, expected a whole number from {least} to {most}")
+def _integer(key: str, value: object, low: int, high: int) -> int:
+    if type(value) is not int or not low <= value <= high:
+        raise ValueError(f"{key} is {_brief(value)}, expected int in [{low}, {high}]")
     return value
 
 
 def _count(key: str, value: object) -> int:
-    return _whole(key, value, 0, MAX_COUNT)
+    return _integer(key, value, 0, MAX_COUNT)
 
 
 def _number(key: str, value: object) -> float:
-    if type(value) not in (int, float) or not -1e18 < value < 1e18:
-        raise ValueError(f"{key} is {_shown(value)}, expected a number of usual size")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1e18 < value < 1e18:
+        raise ValueError(f"{key} is {_brief(value)}, expected a number below 1e18 in magnitude")
     return value
 
 
 def _numbers(key: str, value: object, length: int) -> None:
-    if len(_list(key, value)) != length:
-        raise ValueError(f"{key} has {len(value)} numbers for {length} channels")
-    for number in value:
+    numbers = _list(key, value)
+    if len(numbers) != length:
+        raise ValueError(f"{key} has {len(numbers)} numbers for {length} channels")
+    for number in numbers:
         if _number(key, number) < 0:
-            raise ValueError(f"{key} is {_shown(number)}, expected no negative number")
+            raise ValueError(f"{key} is {_brief(number)}, expected a number of 0 or more")
 
 
-def _row(key: str, value: object, most: tuple[int, ...]) -> None:
-    if len(_list(key, value)) != len(most):
-        raise ValueError(f"{key} has the row {_shown(value)}, expected {len(most)} numbers")
-    for number, limit in zip(value, most, strict=True):
-        _whole(key, number, 1, limit)
+def _row(key: str, value: object, limits: tuple[int, ...]) -> None:
+    row = _list(key, value)
+    if len(row) != len(limits):
+        raise ValueError(f"{key} has the row {_brief(value)}, expected {len(limits)} numbers")
+    for number, limit in zip(row, limits, strict=True):
+        _integer(key, number, 1, limit)
 
 
 def _bits(key: str, value: object) -> None:
     if type(value) is not int or value not in (8, 16):
-        raise ValueError(f"{key} is {_shown(value)}, expected 8 or 16")
+        raise ValueError(f"{key} is {_brief(value)}, expected 8 or 16")
 
 
 def _sha256(key: str, value: object) -> None:
     if not isinstance(value, str) or not SHA256.fullmatch(value):
-        raise ValueError(f"{key} is {_shown(value)}, expected 64 hexadecimal digits")
+        raise ValueError(f"{key} is {_brief(value)}, expected 64 hexadecimal digits")
 
 
 def _classes(key: str, value: object) -> None:
@@ -232,12 +234,12 @@ def _image_size(key: str, value: object) -> None:
 
 def _orientation(key: str, value: object) -> None:
     if value not in ("upright", "stored"):
-        raise ValueError(f"{key} is {_shown(value)}, expected upright or stored")
+        raise ValueError(f"{key} is {_brief(value)}, expected upright or stored")
 
 
 def _names(key: str, value: object) -> None:
     if not isinstance(value, dict):
-        raise ValueError(f"{key} is {_shown(value)}, expected names with reasons")
+        raise ValueError(f"{key} is {_brief(value)}, expected an object of strings")
     for name, reason in value.items():
         _text(key, name)
         _text(key, reason)
@@ -245,7 +247,7 @@ def _names(key: str, value: object) -> None:
 
 INDEX_FIELDS: dict[str, Callable[[str, object], Any]] = {
     "classes": _classes,
-    "channels": lambda key, value: _whole(key, value, 1, MAX_CHANNELS),
+    "channels": lambda key, value: _integer(key, value, 1, MAX_CHANNELS),
     "bits": _bits,
     "mean": _list,  # as long as there are channels, see checked_index
     "std": _list,

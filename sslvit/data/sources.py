@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterable, Sequence
+import operator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, SupportsIndex
 
 import numpy as np
 from PIL import Image
 
 from sslvit.data.labels import NO_LABEL, NotClasses, Unlabeled, labels_in, number_labels
 
-DIGESTED = 64  # images of a data set object, which take long to make
+DIGEST_IMAGES = 64  # images of a data set object, which take long to make
 
 
 class Images(Protocol):
-    """Where the bytes of samples come from."""
+    """Where the bytes of samples come from: files, an array, a data set object."""
 
-    def read(self, place: Any) -> bytes: ...
+    def read(self, item: Any) -> bytes:
+        """Return the encoded image; the item is a path or an index, as the source counts."""
+
+    def digest(self) -> str:
+        """Return what tells the pixels of one source from another's; empty for files, which have times and lengths."""
 
 
 @dataclass(slots=True)
@@ -30,7 +35,7 @@ class Sample:
         key: its name; made unique and free of dots on the way.
         suffix: of the image file, with the dot.
         source: holds the image.
-        place: which one of those that it holds.
+        item: path or index of the image within its source.
         label: class number, or NO_LABEL.
         bytes: about how long it is.
         modified_ns: when its file was changed last, which tells two of equal length apart; 0 for none.
@@ -39,16 +44,25 @@ class Sample:
     key: str
     suffix: str
     source: Images
-    place: Any
+    item: Any
     label: int = NO_LABEL
     bytes: int = 0
     modified_ns: int = 0
 
     def read(self) -> bytes:
-        return self.source.read(self.place)
+        """Return the encoded image."""
+        return self.source.read(self.item)
 
 
-class Texts(Sequence[str]):
+class Samples(Protocol):
+    """Samples in their order: a list or a SampleTable."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Sample]: ...
+    def __getitem__(self, number: SupportsIndex, /) -> Sample: ...
+
+
+class Texts:
     """Many texts in one piece of memory, which processes share after a fork: no object of its own for each."""
 
     def __init__(self, texts: Iterable[str]) -> None:
@@ -65,10 +79,11 @@ class Texts(Sequence[str]):
 
     @property
     def nbytes(self) -> int:
+        """Bytes in memory."""
         return len(self.content) + self.starts.nbytes
 
 
-class SampleTable(Sequence[Sample]):
+class SampleTable:
     """Samples in columns: a third of the memory, and processes share it after a fork.
 
     A list of samples would be copied into each process, page by page, as soon as their reference counts are touched.
@@ -77,7 +92,7 @@ class SampleTable(Sequence[Sample]):
         samples: in their order.
     """
 
-    def __init__(self, samples: Sequence[Sample]) -> None:
+    def __init__(self, samples: Samples) -> None:
         sources = {id(sample.source): sample.source for sample in samples}
         self.sources = list(sources.values())
         number_of = {key: number for number, key in enumerate(sources)}
@@ -90,40 +105,50 @@ class SampleTable(Sequence[Sample]):
         self.bytes = np.fromiter((sample.bytes for sample in samples), np.int64, count)
         self.modified_ns = np.fromiter((sample.modified_ns for sample in samples), np.int64, count)
         self.keys = Texts(sample.key for sample in samples)
-        is_path = all(type(sample.place) is str for sample in samples)
-        is_number = all(type(sample.place) is int for sample in samples)
-        places = (sample.place for sample in samples)
-        self._places = Texts(places) if is_path else np.fromiter(places, np.int64, count) if is_number else [*places]
+        is_path = all(type(sample.item) is str for sample in samples)
+        is_number = all(type(sample.item) is int for sample in samples)
+        items = (sample.item for sample in samples)
+        self._items = Texts(items) if is_path else np.fromiter(items, np.int64, count) if is_number else [*items]
 
     @classmethod
-    def of(cls, samples: Sequence[Sample]) -> SampleTable:
-        """The samples as a table, which they may be already."""
+    def of(cls, samples: Samples) -> SampleTable:
+        """Return the samples as a table, which they may be already."""
         return samples if isinstance(samples, cls) else cls(samples)
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, number: int) -> Sample:
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[number] for number in range(len(self)))
+
+    def __getitem__(self, number: SupportsIndex) -> Sample:
+        number = operator.index(number)
         if not -len(self) <= number < len(self):
             raise IndexError(number)
-        place = self._places[number]
+        item = self._items[number]
         return Sample(
             self.keys[number], self._suffixes[self._suffix[number]], self.sources[self._source[number]],
-            int(place) if isinstance(place, np.integer) else place, int(self.labels[number]), int(self.bytes[number]),
+            int(item) if isinstance(item, np.integer) else item, int(self.labels[number]), int(self.bytes[number]),
             int(self.modified_ns[number]),
         )  # fmt: skip
 
     @property
     def nbytes(self) -> int:
-        columns = [self._source, self._suffix, self.labels, self.bytes, self.modified_ns, self.keys, self._places]
+        """Bytes in memory."""
+        columns = [self._source, self._suffix, self.labels, self.bytes, self.modified_ns, self.keys, self._items]
         return sum(getattr(column, "nbytes", 0) for column in columns)
 
 
 class FileImages:
-    """Image files; the place is a path."""
+    """Image files; the item is a path."""
 
-    def read(self, place: str) -> bytes:
-        with open(place, "rb") as file:
+    def digest(self) -> str:
+        """Return nothing: times and lengths of files tell them apart."""
+        return ""
+
+    def read(self, item: str) -> bytes:
+        """Return the file's bytes."""
+        with open(item, "rb") as file:
             return file.read()
 
 
@@ -134,16 +159,17 @@ class DatasetImages:
         self.dataset = dataset
 
     def digest(self) -> str:
-        """Of up to 64 images spread over the data set."""
-        chosen = np.unique(np.linspace(0, len(self.dataset) - 1, min(len(self.dataset), DIGESTED)).astype(int))
-        return hashlib.sha256(b"".join(self.read(int(place)) for place in chosen)).hexdigest()
+        """Return a digest of up to 64 evenly spaced images."""
+        subset = np.unique(np.linspace(0, len(self.dataset) - 1, min(len(self.dataset), DIGEST_IMAGES)).astype(int))
+        return hashlib.sha256(b"".join(self.read(int(item)) for item in subset)).hexdigest()
 
-    def read(self, place: int) -> bytes:
-        item = self.dataset[place]
-        image = item[0] if isinstance(item, tuple) else item
+    def read(self, item: int) -> bytes:
+        """Return an image, encoded as PNG."""
+        entry = self.dataset[item]
+        image = entry[0] if isinstance(entry, tuple) else entry
         if not isinstance(image, Image.Image):
             raise ValueError(
-                f"item {place} holds a {type(image).__name__}, not a PIL image. Make the data set without transform."
+                f"item {item} holds a {type(image).__name__}, not a PIL image. Make the data set without transform."
             )
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
@@ -157,7 +183,7 @@ class ImageSource:
     Args:
         samples: in the order of their names.
         classes: names by label, or None for images without labels.
-        skipped: what is left out, with the reason, for the index.
+        skipped: what was skipped, with the reason, for the index.
         notes: what a person should know of how it was read, one line each.
     """
 
@@ -168,7 +194,7 @@ class ImageSource:
 
 
 def dataset_source(dataset: Any) -> ImageSource:
-    """The images of a torchvision data set object, made without transforms.
+    """Return the images of a torchvision data set object that was made without transforms.
 
     Raises:
         ValueError: its items are not PIL images, or its labels cannot be class numbers.
@@ -192,8 +218,8 @@ def dataset_source(dataset: Any) -> ImageSource:
     return ImageSource(samples, [str(name) for name in names])
 
 
-def hold_out(samples: Sequence[Sample], share: float) -> tuple[list[Sample], list[Sample]]:
-    """Train and validation: the last share of each class, at least one image, unless it has only one.
+def hold_out(samples: Samples, fraction: float) -> tuple[list[Sample], list[Sample]]:
+    """Split into train and validation: the last fraction of each class, at least one image, unless it has only one.
 
     Raises:
         ValueError: every class has one image.
@@ -204,9 +230,9 @@ def hold_out(samples: Sequence[Sample], share: float) -> tuple[list[Sample], lis
     train: list[Sample] = []
     val: list[Sample] = []
     for _, of_class in sorted(by_class.items()):
-        cut = max(1, len(of_class) - max(1, round(share * len(of_class))))
+        cut = max(1, len(of_class) - max(1, round(fraction * len(of_class))))
         train += of_class[:cut]
         val += of_class[cut:]
     if not val:
-        raise ValueError(f"--holdout {share}: no class has two images, so none can be held out.")
+        raise ValueError(f"--holdout {fraction}: no class has two images, so none can be held out.")
     return train, val

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sslvit.data.decode import MODES, BadImage, open_image, problem_of, read_header
+from sslvit.data.decode import MODES, BadImage, find_problem, open_image, read_header
 from sslvit.settings.pack import PackSettings
 
 BLOCK = tarfile.BLOCKSIZE
-SAVED_AS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
+FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 # what an image is saved as when it keeps its format; MPO is a JPEG with a second picture behind it
-OWN_KINDS = {"JPEG": "JPEG", "MPO": "JPEG", "HEIF": "JPEG", "AVIF": "JPEG", "PNG": "PNG", "WEBP": "WEBP"}
+FORMAT_OF_SOURCE = {"JPEG": "JPEG", "MPO": "JPEG", "HEIF": "JPEG", "AVIF": "JPEG", "PNG": "PNG", "WEBP": "WEBP"}
 TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
@@ -32,34 +32,35 @@ def store(content: bytes, suffix: str, settings: PackSettings) -> tuple[bytes, s
         BadImage: unreadable, cut off or, with settings.decode, damaged.
     """
     header = read_header(content, settings.max_pixels, settings.orientation == "upright")
-    if problem := problem_of(content, header, settings.decode):
+    if problem := find_problem(content, header, settings.decode):
         raise BadImage(problem)
-    is_large = settings.resize is not None and min(header.height, header.width) > settings.resize
-    if (settings.encode == "keep" and not is_large) or header.mode == "array":
+    shorter, limit = min(header.height, header.width), settings.resize
+    scale = limit / shorter if limit is not None and shorter > limit else None
+    if (settings.encode == "keep" and scale is None) or header.mode == "array":
         return content, suffix
-    kind = SAVED_AS.get(settings.encode)
     try:
         image = open_image(content)
-        own = OWN_KINDS.get(image.format, "PNG")  # asked before the image is turned, which forgets it
-        kind = kind or own
+        # asked before the image is turned, which forgets it
+        format_ = FORMATS.get(settings.encode) or FORMAT_OF_SOURCE.get(image.format or "", "PNG")
         if header.bits == 16:
             image = Image.fromarray(np.asarray(image).astype(np.float32))  # PIL resizes no 16 bits
-        elif image.mode not in ("RGB", "L", "RGBA") or (kind != "PNG" and image.mode == "RGBA"):
-            image = image.convert("RGBA" if header.channels == 4 and kind == "PNG" else MODES[min(header.channels, 3)])
+        elif image.mode not in ("RGB", "L", "RGBA") or (format_ != "PNG" and image.mode == "RGBA"):
+            image = image.convert(
+                "RGBA" if header.channels == 4 and format_ == "PNG" else MODES[min(header.channels, 3)]
+            )
         if header.orientation in TRANSPOSE:
             image = image.transpose(TRANSPOSE[header.orientation])
-        if is_large:
-            scale = settings.resize / min(image.size)
+        if scale is not None:
             image = image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
         if header.bits == 16:
-            deep = np.asarray(image).round().clip(0, 65535).astype(np.uint16)
-            image = Image.fromarray(deep if kind == "PNG" else (deep >> 8).astype(np.uint8))
+            wide = np.asarray(image).round().clip(0, 65535).astype(np.uint16)
+            image = Image.fromarray(wide if format_ == "PNG" else (wide >> 8).astype(np.uint8))
         buffer = io.BytesIO()
         image.info.pop("exif", None)  # whose orientation would turn it once more
-        image.save(buffer, kind, **({} if kind == "PNG" else {"quality": settings.quality}))
+        image.save(buffer, format_, **({} if format_ == "PNG" else {"quality": settings.quality}))
     except Exception as error:  # PIL raises whatever its format plugins raise
         raise BadImage(f"damaged image ({error})") from error
-    return buffer.getvalue(), f".{next(name for name, format_ in SAVED_AS.items() if format_ == kind)}"
+    return buffer.getvalue(), f".{next(name for name, value in FORMATS.items() if value == format_)}"
 
 
 class TarWriter:

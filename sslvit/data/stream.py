@@ -19,10 +19,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 from sslvit import rng
 from sslvit.data.batch import Batch
 from sslvit.data.decode import IMAGE_SUFFIXES, MAX_PIXELS, BadImage
-from sslvit.data.index import Shard, is_address, length_of_common_folder
+from sslvit.data.index import Shard, common_prefix_length, is_url
 from sslvit.data.loader import MAX_KEY, MemoryReader, make_batch
 from sslvit.data.remote import ShardCache
-from sslvit.data.tars import NUMBERS
+from sslvit.data.tars import FRAME_NUMBER
 from sslvit.data.views import Views
 from sslvit.files import printable
 
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 PIPE = "pipe:"
 GZIPPED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 BUFFER = 2_000  # images among which the next one is drawn
-NUMBER_BITS = 43  # of the number that stands for a key in draws
+SAMPLE_NUMBER_BITS = 43  # of the number that stands for a key in draws
 MAX_REASONS = 5  # of what could not be read, in a message
 
 
@@ -66,13 +66,15 @@ class StreamIndex:
                 "Give about how many images there are: --data.stream_samples 1000000"
             )
         for url in urls:
-            if not url.startswith(PIPE) and not is_address(url) and not Path(url).exists():
+            if not url.startswith(PIPE) and not is_url(url) and not Path(url).exists():
                 raise FileNotFoundError(f"data.shards: {printable(url)} does not exist.")
         self.urls, self.samples, self.cache = urls, samples, cache
-        self.common_folder = length_of_common_folder(urls)
+        self.common_folder = common_prefix_length(urls)
         self.location = urls[0] if len(urls) == 1 else f"{urls[0]} and {len(urls) - 1} more"
         self.shards = [Shard(url, 0, 0, "") for url in urls]
-        self.classes, self.image_size, self.channels, self.bits = None, None, 3, 8
+        self.classes: list[str] | None = None
+        self.image_size: list[int] | None = None
+        self.channels, self.bits = 3, 8
         self.is_remote = False
         self.orientation = "upright"
         self.mean: list[float] = []
@@ -81,7 +83,8 @@ class StreamIndex:
     def __len__(self) -> int:
         return self.samples
 
-    def absent(self) -> dict[int, str]:
+    def missing_shards(self) -> dict[int, str]:
+        """Return nothing: a stream is not looked for before it is read."""
         return {}
 
     def shard_label(self, shard: int) -> str:
@@ -89,11 +92,12 @@ class StreamIndex:
         return self.urls[shard][self.common_folder :]
 
     def fingerprint(self) -> str:
+        """Return a short name of the addresses."""
         return hashlib.sha256("\n".join(self.urls).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
     def local(self, url: str) -> str:
         """What the webdataset library opens."""
-        return str(self.cache.get(url)) if is_address(url) and not url.startswith(PIPE) else url
+        return str(self.cache.get(url)) if is_url(url) and not url.startswith(PIPE) else url
 
 
 class StreamBatches(IterableDataset):
@@ -106,17 +110,23 @@ class StreamBatches(IterableDataset):
         rank: of this process.
         ranks: how many there are.
         micro: images per micro-batch.
-        passes: micro-batches per optimizer step on one rank.
+        accumulation_steps: micro-batches per optimizer step on one rank.
         start_step: of the run; another one is another order.
         max_pixels: of the largest image that is accepted.
     """
 
     def __init__(
-        self, index: StreamIndex, views: Views, channels: int, rank: int, ranks: int, micro: int, passes: int,
-        start_step: int = 0, max_pixels: int = MAX_PIXELS,
+        self, index: StreamIndex, views: Views, channels: int, rank: int, ranks: int, micro: int,
+        accumulation_steps: int, start_step: int = 0, max_pixels: int = MAX_PIXELS,
     ) -> None:  # fmt: skip
         self.index, self.views, self.channels, self.max_pixels = index, views, channels, max_pixels
-        self.rank, self.ranks, self.micro, self.passes, self.start_step = rank, ranks, micro, passes, start_step
+        self.rank, self.ranks, self.micro, self.accumulation_steps, self.start_step = (
+            rank,
+            ranks,
+            micro,
+            accumulation_steps,
+            start_step,
+        )
         self.labels = {url: index.shard_label(number) for number, url in enumerate(index.urls)}
         self.unused: set[str] = set()  # fields with images that it was said of
         if ranks > len(index.urls):
@@ -125,9 +135,9 @@ class StreamBatches(IterableDataset):
                 f"Use at most {len(index.urls)} ranks, or more and smaller files."
             )
 
-    def workers(self, wanted: int) -> int:
+    def workers(self, requested: int) -> int:
         """As many as have a shard of their own."""
-        return min(wanted, len(self.index.urls) // self.ranks)
+        return min(requested, len(self.index.urls) // self.ranks)
 
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
@@ -136,11 +146,11 @@ class StreamBatches(IterableDataset):
         for number in itertools.count(worker, workers):
             rows = list(itertools.islice(samples, self.micro))
             contents = {number: (key, content) for _, number, key, content, _ in rows}
-            first_row = (self.rank * self.passes + number % self.passes) * self.micro
+            first_row = (self.rank * self.accumulation_steps + number % self.accumulation_steps) * self.micro
             numbers, epochs = np.array([row[1] for row in rows]), np.array([row[0] for row in rows])
             reader = MemoryReader(contents, self.channels, self.max_pixels)
             batch = make_batch(reader, self.views, numbers, epochs, first_row=first_row)
-            batch.bad |= {name: reason for *_, problems in rows for name, reason in problems.items()}
+            batch.unreadable |= {name: reason for *_, problems in rows for name, reason in problems.items()}
             yield batch
 
     def _samples(self, worker: int, workers: int) -> Iterator[tuple[int, int, str, bytes, dict[str, str]]]:
@@ -148,24 +158,24 @@ class StreamBatches(IterableDataset):
         for epoch in itertools.count():
             key = (self.views.seed, epoch, "stream", self.start_step)
             urls = [self.index.urls[i] for i in rng.generator(*key).permutation(len(self.index.urls))]
-            own = urls[self.rank :: self.ranks][worker::workers]
-            chance = rng.generator(*key, self.rank, worker)
+            assigned = urls[self.rank :: self.ranks][worker::workers]
+            generator = rng.generator(*key, self.rank, worker)
             problems: dict[str, str] = {}
             buffer: list[tuple[int, str, bytes]] = []
             count = 0
-            for found in self._read(own, problems):
+            for sample in self._read(assigned, problems):
                 count += 1
                 if len(buffer) < BUFFER:
-                    buffer.append(found)
+                    buffer.append(sample)
                     continue
-                place = int(chance.integers(BUFFER))
-                chosen, buffer[place] = buffer[place], found
-                yield epoch, *chosen, _taken(problems)
-            for place in chance.permutation(len(buffer)):
-                yield epoch, *buffer[place], _taken(problems)
+                slot = int(generator.integers(BUFFER))
+                drawn, buffer[slot] = buffer[slot], sample
+                yield epoch, *drawn, _drain(problems)
+            for slot in generator.permutation(len(buffer)):
+                yield epoch, *buffer[slot], _drain(problems)
             if not count:
                 reasons = [f"{name}: {text}" for name, text in itertools.islice(problems.items(), MAX_REASONS)]
-                raise ValueError(f"data.shards: no image in {printable(', '.join(own))}. {'; '.join(reasons)}")
+                raise ValueError(f"data.shards: no image in {printable(', '.join(assigned))}. {'; '.join(reasons)}")
 
     def _read(self, urls: list[str], problems: dict[str, str]) -> Iterator[tuple[int, str, bytes]]:
         """(number, key, bytes) of every image, the key safe to print; a damaged stream ends early and is named."""
@@ -202,15 +212,15 @@ class StreamBatches(IterableDataset):
                 continue
             images, others = _images_of(sample)
             if len(images) == 1:
-                yield number_of(f"{url} {key}"), printable(f"{label}/{key}", MAX_KEY), sample[images[0]]
+                yield sample_number(f"{url} {key}"), printable(f"{label}/{key}", MAX_KEY), sample[images[0]]
             elif images:
-                shown = printable(", ".join(images), 60)
+                names = printable(", ".join(images), 60)
                 problems[printable(f"{label}/{key}.*", MAX_KEY)] = (
-                    f"{len(images)} images of one key ({shown}): none of them is used"
+                    f"{len(images)} images of one key ({names}): none of them is used"
                 )
-            self._say_unused(key, others)
+            self._report_unused(key, others)
 
-    def _say_unused(self, key: str, fields: list[str]) -> None:
+    def _report_unused(self, key: str, fields: list[str]) -> None:
         """Images beside the one of a key, the first time that such a field is met."""
         for name in set(fields) - self.unused:
             self.unused.add(name)
@@ -225,7 +235,7 @@ def _key_and_field(name: str) -> tuple[str | None, str | None]:
 
     key, field = base_plus_ext(name)
     middle, _, suffix = (field or "").rpartition(".")
-    if NUMBERS.fullmatch(middle) and f".{suffix.lower()}" in IMAGE_SUFFIXES:
+    if FRAME_NUMBER.fullmatch(middle) and f".{suffix.lower()}" in IMAGE_SUFFIXES:
         return f"{key}.{middle}", suffix
     return key, field
 
@@ -238,12 +248,14 @@ def _images_of(sample: dict[str, str | bytes]) -> tuple[list[str], list[str]]:
     return (plain[:1], [name for name in names if name != plain[0]]) if plain else (names, [])
 
 
-def number_of(key: str) -> int:
+def sample_number(key: str) -> int:
     """A number that stands for a sample's shard and key, the same everywhere."""
-    return int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()[:8]) >> (64 - NUMBER_BITS)
+    return int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()[:8]) >> (
+        64 - SAMPLE_NUMBER_BITS
+    )
 
 
-def _taken(problems: dict[str, str]) -> dict[str, str]:
-    taken = dict(problems)
+def _drain(problems: dict[str, str]) -> dict[str, str]:
+    drained = dict(problems)
     problems.clear()
-    return taken
+    return drained

@@ -2,7 +2,7 @@
 
 WebDataset splits a name at its first dot: photo.jpg is the field jpg of the key photo. People also write names with
 dots (photo.0001.jpg), several images to a key (7.left.jpg, 7.right.jpg) and links; each of these is an image by its
-last suffix, and either a sample or named among what is left out.
+last suffix, and either a sample or named among what is skipped.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ import tarfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from sslvit.data.decode import IMAGE_SUFFIXES
 from sslvit.files import printable
 
 PICKLES = {".pyd", ".pkl", ".pickle", ".pth", ".pt"}  # what other readers would unpickle, that is: run
 COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-MAGIC = {
+COMPRESSION_MAGIC = {
     b"\x1f\x8b": "a gzip file", b"BZh": "a bzip2 file", b"\xfd7zXZ\0": "an xz file", b"\x28\xb5\x2f\xfd": "a zstd file",
     b"PK\3\4": "a zip file", b"\x89HDF": "an HDF5 file",
 }  # fmt: skip
 CHUNK = 2**20
 MAX_LABEL_BYTES = 256  # of a class name
-NUMBERS = re.compile(r"[\d._-]+")  # between the first dot of a name and its last
+FRAME_NUMBER = re.compile(r"[\d._-]+")  # between the first dot of a name and its last
 
 
 @dataclass
@@ -69,11 +69,11 @@ class TarMembers:
         self.texts: dict[tuple[str, str], str] = {}  # by stem and field
         self.fields: Counter = Counter()  # of members that are no images
         self.skipped: dict[str, str] = {}
-        self._places: dict[str, tuple[int, int]] = {}  # of regular files, for links to them
+        self._spans: dict[str, tuple[int, int]] = {}  # of regular files, for links to them
 
     def read(self, name: str) -> None:
         """All members, also of archives that were put one behind the other; damage ends it and is named."""
-        start = 0
+        start: int | None = 0
         try:
             while start is not None:
                 start = self._next_archive(self._read_archive(start, name))
@@ -90,7 +90,7 @@ class TarMembers:
                 if member.size < 0 or member.offset < end or member.offset_data + member.size > self.length:
                     raise tarfile.ReadError("a member ends beyond the file")
                 end = member.offset_data + (member.size if member.isreg() else 0)
-                if problem := self._take(member, tar):
+                if problem := self._add_member(member, tar):
                     self.skipped[f"{name}/{member.name}"] = problem
             self.file.seek(tar.offset)  # tarfile stops without a word at a damaged header
             if self.file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -103,12 +103,12 @@ class TarMembers:
         while chunk := self.file.read(CHUNK):
             rest = chunk.lstrip(b"\0")
             if rest:
-                place = self.file.tell() - len(rest)
-                return place - place % tarfile.BLOCKSIZE
+                position = self.file.tell() - len(rest)
+                return position - position % tarfile.BLOCKSIZE
         return None
 
-    def _take(self, member: tarfile.TarInfo, tar: tarfile.TarFile) -> str:
-        """Note an image or a text; returns why a member is left out, if it is."""
+    def _add_member(self, member: tarfile.TarInfo, tar: tarfile.TarFile) -> str:
+        """Note an image or a text; returns why a member is skipped, if it is."""
         if member.isdir():
             return ""
         path = PurePosixPath(member.name)
@@ -120,40 +120,40 @@ class TarMembers:
             return "a pickle, which would run code"
         if path.name.startswith("._") or "__MACOSX" in path.parts:
             return "a leftover of macOS" if looks_like_image else ""
-        place = (member.offset_data, member.size)
+        span = (member.offset_data, member.size)
         if member.islnk() or member.issym():
             target = member.linkname if member.islnk() else os.path.normpath(path.parent / member.linkname)
-            if target not in self._places:
+            if target not in self._spans:
                 return f"a link to {printable(target)}, which is not before it in the tar" if looks_like_image else ""
-            place = self._places[target]
+            span = self._spans[target]
         elif member.issparse() or not member.isreg():
             return "a sparse file" if member.issparse() else "not a regular file"
-        self._places[member.name] = place
+        self._spans[member.name] = span
         stem, _, field_name = path.name.partition(".")
         key, whole = str(path.parent / stem), str(path.with_suffix(""))
         if looks_like_image:
-            if place[1] >= 2**32:
+            if span[1] >= 2**32:
                 return "more than 4 GB"
-            self.images.append(TarImage(member.name, key, field_name.lower(), whole, *place))
+            self.images.append(TarImage(member.name, key, field_name.lower(), whole, *span))
             return ""
         self.fields[field_name.lower()] += 1
-        if place[1] <= MAX_LABEL_BYTES:
-            self.file.seek(place[0])
-            text = self.file.read(place[1]).decode("utf-8", "surrogateescape").strip()
+        if span[1] <= MAX_LABEL_BYTES:
+            self.file.seek(span[0])
+            text = self.file.read(span[1]).decode("utf-8", "surrogateescape").strip()
             self.texts[whole, suffix.removeprefix(".")] = text
             self.texts[key, field_name] = text
         return ""
 
-    def labels(self, images: list[TarImage], wanted: str | None) -> list[str]:
+    def labels(self, images: list[TarImage], requested: str | None) -> list[str]:
         """What the label of each image says, empty for none."""
-        for name in [wanted] if wanted else ["cls", "txt"]:
+        for name in [requested] if requested else ["cls", "txt"]:
             found = [self.texts.get((image.stem, name), self.texts.get((image.key, name), "")) for image in images]
             if all(found) or (any(found) and name != "txt"):  # captions, some of them too long for a name
                 return found
         return [""] * len(images)
 
 
-def choose_images(members: TarMembers, tar: str, options: Any) -> tuple[list[TarImage], dict[str, str]]:
+def choose_images(members: TarMembers, tar: str, field: str | None) -> tuple[list[TarImage], dict[str, str]]:
     """The images that are samples, and the others with the reason.
 
     A plain field (photo.jpg) is the image of its key. A name with more dots is a sample of its own if what is between
@@ -161,19 +161,19 @@ def choose_images(members: TarMembers, tar: str, options: Any) -> tuple[list[Tar
     key, such as 7.seg.png beside 7.jpg, or one of several among which the user chooses.
     """
     skipped: dict[str, str] = {}
-    chosen: list[TarImage] = []
+    selected: list[TarImage] = []
     by_key: dict[str, list[TarImage]] = {}
     for image in members.images:
         by_key.setdefault(image.key, []).append(image)
     others: Counter = Counter()
     for key, images in by_key.items():
-        if options.image is not None:
-            wanted = [image for image in images if image.field == options.image.lower()]
-            others.update(image.field for image in images if image not in wanted)
+        if field is not None:
+            requested = [image for image in images if image.field == field.lower()]
+            others.update(image.field for image in images if image not in requested)
         else:
-            wanted, left = _of_one_key(images)
+            requested, left = _select_for_key(images)
             fields = {image.field for image in left}
-            if wanted:
+            if requested:
                 for image in left:
                     if "." in image.field:
                         others[image.field] += 1
@@ -184,20 +184,22 @@ def choose_images(members: TarMembers, tar: str, options: Any) -> tuple[list[Tar
                 skipped[f"{tar}/{key}.*"] = (
                     f"{len(left)} images of one key ({printable(choices)}): choose one, as with --image {min(fields)}"
                 )
-        chosen += wanted
+        selected += requested
     for name, count in others.items():
         skipped[f"{tar}/*.{name}"] = (
             f"{count} images in another field of their keys (--image {name} takes these instead)"
         )
-    chosen.sort(key=lambda image: image.offset)
-    return chosen, skipped
+    selected.sort(key=lambda image: image.offset)
+    return selected, skipped
 
 
-def _of_one_key(images: list[TarImage]) -> tuple[list[TarImage], list[TarImage]]:
+def _select_for_key(images: list[TarImage]) -> tuple[list[TarImage], list[TarImage]]:
     """(samples, others) among the images of one key."""
-    plain, numbered, named = [], [], []
+    plain: list[TarImage] = []
+    numbered: list[TarImage] = []
+    named: list[TarImage] = []
     for image in images:
-        kind = plain if not image.middle else numbered if NUMBERS.fullmatch(image.middle) else named
+        kind = plain if not image.middle else numbered if FRAME_NUMBER.fullmatch(image.middle) else named
         kind.append(image)
     if plain or numbered:
         return plain[:1] + numbered, plain[1:] + named
@@ -209,4 +211,4 @@ def compressed_kind(file: BinaryIO) -> str:
     file.seek(0)
     start = file.read(8)
     file.seek(0)
-    return next((kind for magic, kind in MAGIC.items() if start.startswith(magic)), "")
+    return next((kind for magic, kind in COMPRESSION_MAGIC.items() if start.startswith(magic)), "")

@@ -1,4 +1,4 @@
-"""Bytes of a file on the network, from a place on: what is too slow, endless, moved or changed is noticed.
+"""Bytes of a file on the network, from a position on: what is too slow, endless, moved or changed is noticed.
 
 http(s) is read with the standard library; s3, gs and others through fsspec.
 """
@@ -11,9 +11,8 @@ import re
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, NoReturn
 from urllib.parse import quote, urljoin, urlsplit
 
@@ -25,7 +24,7 @@ FSSPEC_CHUNK = 16 * 2**20
 GONE = (404, 410)  # the server does not have it
 REFUSED = (400, 401, 403)  # nor will it give it
 RANGE_NOT_SATISFIABLE = 416
-LEFT_AS_IT_IS = "%/:?#[]@!$&'()*+,;=~"  # characters of an address that mean something there
+SAFE_CHARACTERS = "%/:?#[]@!$&'()*+,;=~"  # characters of an address that mean something there
 CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", re.ASCII)
 HTTP_VERSION = ("ETag", "Last-Modified")
 FSSPEC_VERSION = ("ETag", "etag", "LastModified", "updated", "mtime", "generation")  # in which file systems tell it
@@ -45,12 +44,12 @@ class TryAgain(Exception):
     Args:
         problem: what went wrong.
         wait_seconds: when the server wants to be asked again.
-        start_anew: what was fetched so far does not fit what would follow.
+        restart: what was fetched so far does not fit what would follow.
     """
 
-    def __init__(self, problem: str, wait_seconds: float = 0.0, start_anew: bool = False) -> None:
+    def __init__(self, problem: str, wait_seconds: float = 0.0, restart: bool = False) -> None:
         super().__init__(printable(problem))
-        self.wait_seconds, self.start_anew = wait_seconds, start_anew
+        self.wait_seconds, self.restart = wait_seconds, restart
 
 
 class RemoteFile:
@@ -60,19 +59,19 @@ class RemoteFile:
         address: of the file.
         size: its length, or None if only the server knows.
         max_bytes: a longer answer is not taken.
-        timeout_seconds: after which a connection without the least rate is given up.
-        least_bytes_per_second: over each such time.
+        timeout_seconds: after which a connection below the minimum rate is given up.
+        min_bytes_per_second: over each such time.
     """
 
     def __init__(
-        self, address: str, size: int | None, max_bytes: int, timeout_seconds: float, least_bytes_per_second: float
+        self, address: str, size: int | None, max_bytes: int, timeout_seconds: float, min_bytes_per_second: float
     ) -> None:
         self.address, self.size, self.max_bytes = address, size, max_bytes
-        self.timeout, self.least_rate = timeout_seconds, least_bytes_per_second
+        self.timeout, self.min_rate = timeout_seconds, min_bytes_per_second
         self.version: dict[str, str] = {}  # what tells the file of the first answer from another one
 
     def chunks(self, start: int) -> Iterator[tuple[int, bytes]]:
-        """(place in the file, bytes) from `start` on, or from 0 where the server does not serve parts.
+        """(position in the file, bytes) from `start` on, or from 0 where the server does not serve parts.
 
         Raises:
             Gone: there is no such file.
@@ -83,10 +82,10 @@ class RemoteFile:
         """
         is_http = self.address.startswith(("http://", "https://"))
         try:
-            for place, chunk in self._http(start) if is_http else self._fsspec(start):
-                if place + len(chunk) > self._limit():
-                    self._refuse(f"more than {self._limit()} bytes")
-                yield place, chunk
+            for position, chunk in self._http(start) if is_http else self._fsspec(start):
+                if position + len(chunk) > self._limit():
+                    self._reject(f"more than {self._limit()} bytes")
+                yield position, chunk
         except (OSError, http.client.HTTPException) as error:
             raise TryAgain(f"{type(error).__name__}: {error}") from error
 
@@ -104,7 +103,7 @@ class RemoteFile:
         if not self.address.startswith(("http://", "https://")):
             return self._fsspec_version()
         try:
-            with self._ask(0, _Pace(self.timeout, self.least_rate), {"Range": "bytes=0-0"}) as response:
+            with self._ask(0, _Pace(self.timeout, self.min_rate), {"Range": "bytes=0-0"}) as response:
                 found = {key: response.headers[key] for key in HTTP_VERSION if response.headers[key]}
                 content_range = CONTENT_RANGE.fullmatch((response.headers["Content-Range"] or "").strip())
                 length = content_range[3] if content_range else response.headers["Content-Length"]
@@ -121,7 +120,7 @@ class RemoteFile:
     def _limit(self) -> int:
         return self.max_bytes if self.size is None else self.size
 
-    def _refuse(self, problem: str) -> NoReturn:
+    def _reject(self, problem: str) -> NoReturn:
         """An answer of the wrong length: for a shard another transfer may be better."""
         if self.size is not None:
             raise BadImage(f"{problem} instead of {self.size}")
@@ -130,9 +129,9 @@ class RemoteFile:
     def _expect(self, total: int | None) -> None:
         """Refuse a file of the wrong length before its bytes are fetched."""
         if total is not None and (total > self.max_bytes or self.size not in (None, total)):
-            self._refuse(f"{total} bytes")
+            self._reject(f"{total} bytes")
 
-    def _note_version(self, version: dict[str, str], is_more: bool, start: int) -> None:
+    def _check_version(self, version: dict[str, str], is_more: bool, start: int) -> None:
         """Remember the version of a first answer; one that goes on has to be of the same.
 
         Raises:
@@ -141,22 +140,22 @@ class RemoteFile:
         if is_more and self.version:
             common = self.version.keys() & version.keys()
             if not common or any(self.version[key] != version[key] for key in common):
-                raise TryAgain(f"the file has changed on the server after byte {start}", start_anew=True)
+                raise TryAgain(f"the file has changed on the server after byte {start}", restart=True)
         else:
             self.version = version
 
     def _http(self, start: int) -> Iterator[tuple[int, bytes]]:
-        pace = _Pace(self.timeout, self.least_rate)
+        pace = _Pace(self.timeout, self.min_rate)
         with self._ask(start, pace) as response:
-            place, total = self._place_of(response, start)
+            position, total = self._parse_range(response, start)
             self._expect(total)
             pace.restart()
             while chunk := response.read1(CHUNK):
                 pace.bytes += len(chunk)
-                yield place, chunk
-                place += len(chunk)
-            if total is not None and place < total:
-                raise TryAgain(f"the connection ended {total - place} bytes early")
+                yield position, chunk
+                position += len(chunk)
+            if total is not None and position < total:
+                raise TryAgain(f"the connection ended {total - position} bytes early")
 
     def _ask(self, start: int, pace: _Pace, more: dict[str, str] | None = None) -> http.client.HTTPResponse:
         headers = {"User-Agent": "sslvit", "Accept-Encoding": "identity", **(more or {})}
@@ -167,7 +166,7 @@ class RemoteFile:
             if condition:  # a changed file comes whole
                 headers["If-Range"] = condition
         try:
-            address = quote(self.address, LEFT_AS_IT_IS, errors="surrogateescape")
+            address = quote(self.address, SAFE_CHARACTERS, errors="surrogateescape")
             return _opener(pace).open(urllib.request.Request(address, headers=headers), timeout=self.timeout)
         except urllib.error.HTTPError as error:
             with error:
@@ -186,26 +185,26 @@ class RemoteFile:
             raise RemoteError(f"{address}: {answer}. Give the address where the file itself lies.") from error
         retry_after = error.headers.get("Retry-After") or ""
         wait = float(retry_after) if retry_after.isdecimal() else 0.0
-        raise TryAgain(answer, wait, start_anew=error.code == RANGE_NOT_SATISFIABLE) from error
+        raise TryAgain(answer, wait, restart=error.code == RANGE_NOT_SATISFIABLE) from error
 
-    def _place_of(self, response: http.client.HTTPResponse, start: int) -> tuple[int, int | None]:
+    def _parse_range(self, response: http.client.HTTPResponse, start: int) -> tuple[int, int | None]:
         """Where an answer's bytes belong, and how long the whole file is if the server says it."""
         version = {key: response.headers[key] for key in HTTP_VERSION if response.headers[key]}
         length = response.headers["Content-Length"]
         if length is not None and not re.fullmatch(r"\d{1,18}", length.strip(), re.ASCII):
             raise TryAgain(f"the server says a Content-Length of {printable(length, 40)}")
         if response.status == 206:
-            content_range = response.headers["Content-Range"] or "no place"
+            content_range = response.headers["Content-Range"] or "no position"
             match = CONTENT_RANGE.fullmatch(content_range.strip())
             if not match or int(match[1]) != start:
                 problem = f"asked for the bytes from {start} on, the server sends {printable(content_range, 60)}"
-                raise TryAgain(problem, start_anew=True)
+                raise TryAgain(problem, restart=True)
             total = None if match[3] == "*" else int(match[3])
-            self._note_version(version, start > 0, start)
+            self._check_version(version, start > 0, start)
             return start, total
         if response.status != 200:
             raise TryAgain(f"the server answers {response.status} {response.reason}")
-        self._note_version(version, False, 0)
+        self._check_version(version, False, 0)
         return 0, None if length is None else int(length)
 
     def _fsspec(self, start: int) -> Iterator[tuple[int, bytes]]:
@@ -214,13 +213,13 @@ class RemoteFile:
             about = files.info(path)
             total = int(about["size"])
             self._expect(total)
-            self._note_version({key: str(about[key]) for key in FSSPEC_VERSION if about.get(key)}, start > 0, start)
-            for place in range(start, total, FSSPEC_CHUNK):
-                end = min(place + FSSPEC_CHUNK, total)
-                chunk = files.cat_file(path, start=place, end=end)
-                if len(chunk) != end - place:
-                    raise TryAgain(f"{len(chunk)} bytes came for the {end - place} from {place} on")
-                yield place, chunk
+            self._check_version({key: str(about[key]) for key in FSSPEC_VERSION if about.get(key)}, start > 0, start)
+            for position in range(start, total, FSSPEC_CHUNK):
+                end = min(position + FSSPEC_CHUNK, total)
+                chunk = files.cat_file(path, start=position, end=end)
+                if len(chunk) != end - position:
+                    raise TryAgain(f"{len(chunk)} bytes came for the {end - position} from {position} on")
+                yield position, chunk
 
     def _file_system(self) -> tuple[Any, str]:
         import fsspec
@@ -247,20 +246,20 @@ class RemoteFile:
 
 
 class _Pace:
-    """Whether an answer gets on: in each window of time the least number of bytes of the file."""
+    """Whether a response makes progress: in each window of time the minimum number of bytes of the file."""
 
-    def __init__(self, seconds: float, least_rate: float) -> None:
-        self.seconds, self.least_rate = seconds, least_rate
+    def __init__(self, seconds: float, min_rate: float) -> None:
+        self.seconds, self.min_rate = seconds, min_rate
         self.restart()
 
     def restart(self) -> None:
-        self.began, self.bytes = time.monotonic(), 0
+        self.started, self.bytes = time.monotonic(), 0
 
     def check(self) -> None:
-        if time.monotonic() - self.began < self.seconds:
+        if time.monotonic() - self.started < self.seconds:
             return
-        if self.bytes < self.least_rate * self.seconds:
-            raise TimeoutError(f"{self.bytes} bytes in {self.seconds:g} s, less than {self.least_rate:g} a second")
+        if self.bytes < self.min_rate * self.seconds:
+            raise TimeoutError(f"{self.bytes} bytes in {self.seconds:g} s, less than {self.min_rate:g} a second")
         self.restart()
 
 
@@ -282,11 +281,14 @@ class _PacedStream(io.RawIOBase):
         super().close()
 
 
-class _PacedResponse(http.client.HTTPResponse):
-    def __init__(self, pace: _Pace, sock: Any, *args: Any, **options: Any) -> None:
-        super().__init__(sock, *args, **options)
-        pace.restart()
-        self.fp = io.BufferedReader(_PacedStream(self.fp.detach(), pace))
+def _response_class(pace: _Pace) -> type[http.client.HTTPResponse]:
+    class PacedResponse(http.client.HTTPResponse):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            pace.restart()
+            self.fp = io.BufferedReader(_PacedStream(self.fp.detach(), pace))
+
+    return PacedResponse
 
 
 class _Paced(urllib.request.AbstractHTTPHandler):
@@ -294,10 +296,12 @@ class _Paced(urllib.request.AbstractHTTPHandler):
         super().__init__()
         self.pace = pace
 
-    def do_open(self, http_class: type, req: urllib.request.Request, **options: Any) -> http.client.HTTPResponse:
+    def do_open(
+        self, http_class: Callable[..., http.client.HTTPConnection], req: urllib.request.Request, **options: Any
+    ) -> http.client.HTTPResponse:
         def connection(host: str, **more: Any) -> http.client.HTTPConnection:
             made = http_class(host, **more)
-            made.response_class = partial(_PacedResponse, self.pace)
+            made.response_class = _response_class(self.pace)
             return made
 
         return super().do_open(connection, req, **options)

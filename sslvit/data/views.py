@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from sslvit import rng
-from sslvit.data.augment import augment_image, draw_operations
+from sslvit.data.augment import augment_image, sample_operations
 from sslvit.data.color import color_jitter, sample_colors
-from sslvit.data.resample import Boxes, resample, view_of_one
+from sslvit.data.resample import Boxes, crop_and_resize, resample
 from sslvit.settings.views import (
     AugmentSettings,
     CanvasSettings,
@@ -29,21 +29,21 @@ from sslvit.settings.views import (
     ViewSettings,
 )
 
-TRIES = 10  # boxes drawn before the fallback, as in torchvision's RandomResizedCrop
-DrawBoxes = Callable[[np.ndarray, np.ndarray, np.ndarray, list[int]], Boxes]
+ATTEMPTS = 10  # boxes sampled before the fallback, as in torchvision's RandomResizedCrop
+BoxSampler = Callable[[np.ndarray, np.ndarray, np.ndarray, list[int]], Boxes]
 
 
 @dataclass
-class OneView:
+class ViewSpec:
     """One of the views of an image.
 
     Args:
         size: height and width.
-        draw: (uniform numbers 'b columns', heights, widths, size) -> boxes.
+        sample_boxes: (uniform numbers 'b columns', heights, widths, size) -> boxes.
     """
 
     size: list[int]
-    draw: DrawBoxes
+    sample_boxes: BoxSampler
 
 
 class Views:
@@ -70,30 +70,30 @@ class Views:
         """Whether images are decoded in full: what is seen without chance is what other libraries make of an image."""
         return isinstance(self.settings, CenterSettings)
 
-    def of_size(self, size: list[int] | None = None) -> list[OneView]:
-        """The views, with the main ones of another size than the encoder's if one is given."""
+    def specs(self, size: list[int] | None = None) -> list[ViewSpec]:
+        """Return the views, with the main ones of another size than the encoder's if one is given."""
         settings, size = self.settings, size or self.size
         match settings:
             case CropSettings() | AugmentSettings():
-                return [OneView(size, random_crops(settings.scale, settings.ratio, settings.flip))]
+                return [ViewSpec(size, random_crops(settings.scale, settings.ratio, settings.flip))]
             case SquareSettings():
-                return [OneView(size, random_squares(settings.resize, settings.crop, settings.flip))]
+                return [ViewSpec(size, random_squares(settings.resize, settings.crop, settings.flip))]
             case CanvasSettings():
-                return [OneView(size, canvas_places(settings.side, settings.flip))]
+                return [ViewSpec(size, canvas_boxes(settings.side, settings.flip))]
             case CenterSettings():
-                return [OneView(size, center_crops(settings.fraction, settings.mode))]
+                return [ViewSpec(size, center_crops(settings.fraction, settings.mode))]
             case MultiCropSettings():
-                large = OneView(size, random_crops(settings.global_scale, settings.ratio, settings.flip))
-                small = OneView(
+                large = ViewSpec(size, random_crops(settings.global_scale, settings.ratio, settings.flip))
+                small = ViewSpec(
                     [settings.local_size] * 2, random_crops(settings.local_scale, settings.ratio, settings.flip)
                 )
                 return [large, large] + [small] * settings.local_crops
         raise TypeError(f"no views for {type(settings).__name__}")
 
-    def draw(
+    def sample_boxes(
         self, sides: np.ndarray, samples: np.ndarray, epochs: np.ndarray, size: list[int] | None = None
     ) -> list[tuple[list[int], Boxes]]:
-        """(size, boxes) of each view.
+        """Sample (size, boxes) of each view.
 
         Args:
             sides: heights and widths of the images, 'b 2'.
@@ -101,74 +101,78 @@ class Views:
             epochs: the epoch that each is in.
             size: of the main views, if not the encoder's.
         """
-        drawn = []
-        for number, view in enumerate(self.of_size(size)):
-            purpose = f"view {number}" if number else "view"
-            uniform = by_epoch(
-                lambda e, s, p=purpose: rng.uniform((self.seed, e, p), s, 2 * TRIES + 3), samples, epochs
-            )
-            drawn.append((view.size, view.draw(uniform, sides[:, 0], sides[:, 1], view.size)))
-        return drawn
+
+        def uniform(key: str) -> np.ndarray:
+            return by_epoch(lambda e, rows: rng.uniform((self.seed, e, key), rows, 2 * ATTEMPTS + 3), samples, epochs)
+
+        return [
+            (view.size, view.sample_boxes(uniform(f"view {i}" if i else "view"), sides[:, 0], sides[:, 1], view.size))
+            for i, view in enumerate(self.specs(size))
+        ]
 
     def sample_colors(self, samples: np.ndarray, epochs: np.ndarray) -> list[Tensor] | None:
-        """What happens to the colors of each view, or None if nothing does."""
+        """Sample the color changes of each view; None if there are none."""
         settings = self.settings
         if not isinstance(settings, MultiCropSettings):
             return None
-        drawn = [
-            by_epoch(lambda e, s, v=view: sample_colors(settings, v, (self.seed, e), s), samples, epochs)
-            for view in range(2 + settings.local_crops)
-        ]
-        return [torch.from_numpy(draws) for draws in drawn]
+
+        def colors(view: int) -> np.ndarray:
+            return by_epoch(lambda e, rows: sample_colors(settings, view, (self.seed, e), rows), samples, epochs)
+
+        return [torch.from_numpy(colors(view)) for view in range(2 + settings.local_crops)]
 
     def augment(self, views: list[Tensor], samples: np.ndarray, epochs: np.ndarray) -> list[Tensor]:
-        """The views after RandAugment, image by image, each drawn from (seed, epoch, sample)."""
+        """Apply RandAugment to each image, sampled from (seed, epoch, sample)."""
         settings = self.settings
         if not (isinstance(settings, AugmentSettings) and settings.operations):
             return views
-        drawn = by_epoch(lambda epoch, rows: draw_operations(settings, (self.seed, epoch), rows), samples, epochs)
+        operations = by_epoch(
+            lambda epoch, rows: sample_operations(settings, (self.seed, epoch), rows), samples, epochs
+        )
         for view in views:
             fill = self.fill or [0.5] * view.shape[1]
             for row, image in enumerate(view):
-                view[row] = augment_image(image, drawn[row], fill, self.interpolation)
+                view[row] = augment_image(image, operations[row], fill, self.interpolation)
         return views
 
-    def of_batch(
+    def crop_batch(
         self, images: Tensor, samples: np.ndarray, epochs: np.ndarray, size: list[int] | None = None
     ) -> list[Tensor]:
-        """Views 'b c h w' of equally large images 'b c h w', before their colors change."""
+        """Crop views 'b c h w' of equally large images 'b c h w', before their colors change."""
         sides = np.tile(images.shape[2:], (len(images), 1))
         return [
             resample(images, boxes, size_of_view, self.interpolation)
-            for size_of_view, boxes in self.draw(sides, samples, epochs, size)
+            for size_of_view, boxes in self.sample_boxes(sides, samples, epochs, size)
         ]
 
-    def of_one(self, image: Tensor, drawn: list[tuple[list[int], Boxes]], row: int, reduction: int = 1) -> list[Tensor]:
-        """Views 'c h w' of the image in one row of what was drawn for a batch."""
-        return [view_of_one(image, boxes[row], size, self.interpolation, reduction) for size, boxes in drawn]
+    def crop_image(
+        self, image: Tensor, crops: list[tuple[list[int], Boxes]], row: int, reduction: int = 1
+    ) -> list[Tensor]:
+        """Crop views 'c h w' of the image in one row of the boxes sampled for a batch."""
+        return [crop_and_resize(image, boxes[row], size, self.interpolation, reduction) for size, boxes in crops]
 
 
 def by_epoch(make: Callable[[int, np.ndarray], np.ndarray], samples: np.ndarray, epochs: np.ndarray) -> np.ndarray:
     """make(epoch, samples) for each epoch that occurs (a mixture's sources differ), in the rows' own order."""
-    parts = {int(epoch): epochs == epoch for epoch in np.unique(epochs)}
-    made = [(rows, make(epoch, samples[rows])) for epoch, rows in parts.items()]
+    rows_of_epoch = {int(epoch): epochs == epoch for epoch in np.unique(epochs)}
+    made = [(rows, make(epoch, samples[rows])) for epoch, rows in rows_of_epoch.items()]
     if len(made) == 1:
         return made[0][1]
     whole = np.empty((len(samples), *made[0][1].shape[1:]), made[0][1].dtype)
-    for rows, part in made:
-        whole[rows] = part
+    for rows, values in made:
+        whole[rows] = values
     return whole
 
 
-def random_crops(scale: list[float], ratio: list[float], flip: float) -> DrawBoxes:
+def random_crops(scale: list[float], ratio: list[float], flip: float) -> BoxSampler:
     """Random resized crop (Szegedy et al. 2015), with torchvision's rules: the first of ten boxes that fits.
 
     Where the largest area is above the image's, no box need fit: what is outside is black.
     """
 
-    def draw(uniform: np.ndarray, heights: np.ndarray, widths: np.ndarray, size: list[int]) -> Boxes:
-        area = np.interp(uniform[:, :TRIES], [0, 1], scale) * (heights * widths)[:, None]
-        ratios = np.exp(np.interp(uniform[:, TRIES : 2 * TRIES], [0, 1], np.log(ratio)))
+    def sample(uniform: np.ndarray, heights: np.ndarray, widths: np.ndarray, size: list[int]) -> Boxes:
+        area = np.interp(uniform[:, :ATTEMPTS], [0, 1], scale) * (heights * widths)[:, None]
+        ratios = np.exp(np.interp(uniform[:, ATTEMPTS : 2 * ATTEMPTS], [0, 1], np.log(ratio)))
         width = np.round(np.sqrt(area * ratios))
         height = np.round(np.sqrt(area / ratios))
         fits = (width >= 1) & (height >= 1)
@@ -182,21 +186,21 @@ def random_crops(scale: list[float], ratio: list[float], flip: float) -> DrawBox
         none = ~fits.any(1)
         width = np.where(none, fallback_width, width[first])
         height = np.where(none, fallback_height, height[first])
-        place = uniform[:, 2 * TRIES :]
+        position = uniform[:, 2 * ATTEMPTS :]
         rooms = [heights - height, widths - width]  # below zero where the image is the smaller one and moves in the box
         top, left = (
-            np.where(none, room // 2, np.sign(room) * np.floor(place[:, i] * (np.abs(room) + 1)))
+            np.where(none, room // 2, np.sign(room) * np.floor(position[:, i] * (np.abs(room) + 1)))
             for i, room in enumerate(rooms)
         )
-        return Boxes(top, left, height, width, place[:, 2] < flip)
+        return Boxes(top, left, height, width, position[:, 2] < flip)
 
-    return draw
+    return sample
 
 
-def random_squares(resize: list[int], crop: int, flip: float) -> DrawBoxes:
+def random_squares(resize: list[int], crop: int, flip: float) -> BoxSampler:
     """What a crop of some pixels shows after the shorter side was resized to a random length; of the view's shape."""
 
-    def draw(uniform: np.ndarray, heights: np.ndarray, widths: np.ndarray, size: list[int]) -> Boxes:
+    def sample(uniform: np.ndarray, heights: np.ndarray, widths: np.ndarray, size: list[int]) -> Boxes:
         resized = resize[0] + np.floor(uniform[:, 0] * (resize[1] - resize[0] + 1))
         scale = np.minimum(heights / size[0], widths / size[1]) * crop / resized
         height, width = (np.maximum(1, np.round(scale * length)) for length in size)
@@ -204,13 +208,13 @@ def random_squares(resize: list[int], crop: int, flip: float) -> DrawBoxes:
         left = np.floor(uniform[:, 2] * (widths - width + 1))
         return Boxes(top, left, height, width, uniform[:, 3] < flip)
 
-    return draw
+    return sample
 
 
-def center_crops(fraction: float, mode: str = "center") -> DrawBoxes:
+def center_crops(fraction: float, mode: str = "center") -> BoxSampler:
     """The largest centered box of the view's shape, or the whole image, shrunk to a fraction of its sides."""
 
-    def draw(uniform: np.ndarray, heights: np.ndarray, widths: np.ndarray, size: list[int]) -> Boxes:
+    def sample(uniform: np.ndarray, heights: np.ndarray, widths: np.ndarray, size: list[int]) -> Boxes:
         if mode == "squash":
             height, width = heights * fraction, widths * fraction
         else:
@@ -220,25 +224,25 @@ def center_crops(fraction: float, mode: str = "center") -> DrawBoxes:
             (heights - height) / 2, (widths - width) / 2, height, width, np.zeros(len(heights), bool), is_cut=False
         )
 
-    return draw
+    return sample
 
 
-def canvas_places(side: list[float], flip: float) -> DrawBoxes:
+def canvas_boxes(side: list[float], flip: float) -> BoxSampler:
     """The whole image at a random size (whole pixels) and place on a black canvas."""
 
-    def draw(uniform: np.ndarray, heights: np.ndarray, widths: np.ndarray, size: list[int]) -> Boxes:
-        least, most = (np.round(share * min(size)) for share in side)
-        length = least + np.floor(uniform[:, 0] * (most - least + 1))
+    def sample(uniform: np.ndarray, heights: np.ndarray, widths: np.ndarray, size: list[int]) -> Boxes:
+        smallest, largest = (np.round(fraction * min(size)) for fraction in side)
+        length = smallest + np.floor(uniform[:, 0] * (largest - smallest + 1))
         zoom = np.maximum(heights, widths) / length  # image pixels per canvas pixel
         room = [np.round(total - pixels / zoom) for total, pixels in zip(size, (heights, widths), strict=True)]
         top, left = (np.floor(uniform[:, i + 1] * (room[i] + 1)) for i in (0, 1))
         return Boxes(-top * zoom, -left * zoom, size[0] * zoom, size[1] * zoom, uniform[:, 3] < flip)
 
-    return draw
+    return sample
 
 
-def change_views(views: list[Tensor], colors: list[Tensor]) -> list[Tensor]:
-    """Change the colors of every view; neighbors of one size go together."""
+def jitter_views(views: list[Tensor], colors: list[Tensor]) -> list[Tensor]:
+    """Apply the color changes of every view; neighbors of one size go together."""
     changed: list[Tensor] = []
     for _, pairs in groupby(zip(views, colors, strict=True), key=lambda pair: pair[0].shape):
         same_size, draws = zip(*pairs, strict=True)

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from sslvit.evaluate.sources import FeatureTable, LabeledSet, Place, Source
-from sslvit.files import cache_folder, new_file, remove_left_parts
+from sslvit.files import cache_folder, new_file, remove_stale_parts
 from sslvit.settings.views import ViewSettings
 
 logger = logging.getLogger(__name__)
@@ -114,6 +114,6 @@ def _name(place: Place) -> str:
 
 
 def _write(tensors: dict, path: Path) -> None:
-    remove_left_parts(path)
+    remove_stale_parts(path)
     with new_file(path, sync=False) as part:  # what a power cut damages counts as not there
         save_file(tensors, part)

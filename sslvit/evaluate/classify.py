@@ -51,7 +51,7 @@ def accuracy(
     Raises:
         NoScore: too many images cannot be read, or logits that are not finite.
     """
-    loader = evaluation_loader(data.reader, settings, batch, workers, rank(), world_size(), chosen=data.chosen)
+    loader = evaluation_loader(data.reader, settings, batch, workers, rank(), world_size(), subset=data.chosen)
     counts = torch.zeros(3, dtype=torch.long)  # right, right among the first, images
     classes = len(data.index.classes)
     samples, bad, is_finite = [], {}, True
@@ -59,7 +59,7 @@ def accuracy(
         logits = logits_of(normalized_view(piece, settings, device)).float().cpu()
         is_finite &= bool(logits[piece.valid].isfinite().all())
         samples.append(all_gather(piece.samples)[all_gather(piece.valid)])
-        bad |= piece.bad
+        bad |= piece.unreadable
         likeliest = logits.topk(min(FIRST, classes), dim=1).indices[piece.valid]
         is_right = likeliest == piece.labels[piece.valid][:, None]
         counts += torch.tensor([is_right[:, 0].sum(), is_right.any(1).sum(), len(is_right)])

@@ -10,7 +10,7 @@ import torch
 
 from sslvit.data.loader import evaluation_loader, normalized_view
 from sslvit.evaluate.sources import LabeledSet, NoScore, Place, Source
-from sslvit.files import new_file, remove_left_parts
+from sslvit.files import new_file, remove_stale_parts
 from sslvit.progress import track
 
 
@@ -39,7 +39,7 @@ class Embeddings:
         arrays = {"features": self.features, "keys": self.keys}
         if self.labels is not None:
             arrays |= {"labels": self.labels, "classes": np.array(self.classes)}
-        remove_left_parts(file)
+        remove_stale_parts(file)
         with new_file(file) as part, part.open("wb") as out:
             np.savez(out, **arrays)
 
@@ -59,13 +59,13 @@ def embed(source: Source, data: LabeledSet, places: list[Place], batch: int = 25
         NoScore: too many images cannot be read, or features that are not finite.
     """
     settings, index = source.settings, data.index
-    loader = evaluation_loader(data.reader, settings, batch, workers, chosen=data.chosen)
+    loader = evaluation_loader(data.reader, settings, batch, workers, subset=data.chosen)
     rows, samples, bad = [], [], {}
     for piece in track(loader, "features", len(loader) * batch, each=batch):
         values = torch.cat(source.features_at(normalized_view(piece, settings, source.device), places), 1)
         rows.append(values.float().cpu()[piece.valid])
         samples.append(piece.samples[piece.valid])
-        bad |= piece.bad
+        bad |= piece.unreadable
     data.account_for(torch.cat(samples), bad)
     features = torch.cat(rows)
     if not features.isfinite().all():

@@ -107,7 +107,7 @@ class Pass:
             valid, numbers = all_gather(piece.valid), all_gather(labels_of(piece))
             gathered = [all_gather(values.float().cpu()) for values in found]
             samples.append(all_gather(piece.samples)[valid])
-            bad |= piece.bad
+            bad |= piece.unreadable
             if is_first_rank():
                 labels.append(numbers[valid])
                 for place, values in zip(places, gathered, strict=True):

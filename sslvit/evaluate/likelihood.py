@@ -192,13 +192,13 @@ def palette_images(model: IGPTModel, data: LabeledSet) -> np.ndarray:
     """The encoder's view of every readable image as palette indices, 'b h w'."""
     encoder = model.encoder
     pixels = encoder.patch_embed
-    loader = evaluation_loader(data.reader, encoder.settings, chosen=data.chosen)
+    loader = evaluation_loader(data.reader, encoder.settings, subset=data.chosen)
     pieces, samples, bad = [], [], {}
     for batch in track(loader, "images into the palette", len(loader) * 256, each=256):
         indices = pixels.indices(normalized_view(batch, encoder.settings, pixels.palette.device))[batch.valid]
         pieces.append(indices.cpu().numpy().astype(np.int32).reshape(-1, *encoder.settings.grid))
         samples.append(batch.samples[batch.valid])
-        bad |= batch.bad
+        bad |= batch.unreadable
     data.account_for(torch.cat(samples), bad)
     return np.concatenate(pieces)
 

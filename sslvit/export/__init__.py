@@ -26,8 +26,8 @@ from sslvit.export.verify import (
     shortfall,
     with_unit_scale,
 )
-from sslvit.files import WriteError, is_of_the_disk, write_error
-from sslvit.progress import without_bars_of_others
+from sslvit.files import WriteError, is_disk_error, write_error
+from sslvit.progress import quiet_libraries
 
 FORMATS = {"timm": timm, "transformers": transformers, "onnx": onnx, "torch": torch, "safetensors": safetensors}
 MARK = "verdict.json"
@@ -80,7 +80,7 @@ def export_encoder(
     part = fresh_part(out)
     verdict: dict[str, Any] = {"format": kind, "outputs": outputs, "image_sizes": "fixed" if is_fixed else "any"}
     failure = ""
-    with whole_folder(part), without_bars_of_others():
+    with whole_folder(part), quiet_libraries():
         try:
             writer.write(exported, part, is_fixed)
             reopened = writer.reopen(part, exported, is_fixed)
@@ -123,7 +123,7 @@ def is_full_disk(error: BaseException) -> bool:
         return error.errno is not None and not isinstance(error, FileNotFoundError)
     if isinstance(error, SafetensorError):
         return "os error" in str(error)  # and not a file that it cannot read
-    return is_of_the_disk(error)
+    return is_disk_error(error)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from sslvit.layouts.vit import (
     split,
 )
 from sslvit.models import ViTEncoder
-from sslvit.progress import without_bars_of_others
+from sslvit.progress import quiet_libraries
 from sslvit.settings import EncoderSettings
 from sslvit.weight_files import read_folder_weights
 
@@ -197,7 +197,7 @@ def _create(name: str, pretrained: bool, **options) -> nn.Module:
     """A model of timm's without its classifier; whatever it raises in one line."""
     timm = _library(name)
     try:
-        with without_bars_of_others():
+        with quiet_libraries():
             return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
     except Exception as error:  # the hub raises almost anything when it cannot be reached
         near = timm.list_models(f"{name.split('.')[0][:12]}*", pretrained=True)[:3]

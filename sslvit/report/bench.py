@@ -38,7 +38,7 @@ from sslvit.evaluate.scores import (
 )
 from sslvit.evaluate.sources import FrozenEncoder, LabeledSet, RawPixels, Source
 from sslvit.figures import bars
-from sslvit.files import printable, remove_left_parts, to_json, write_atomically
+from sslvit.files import printable, remove_stale_parts, to_json, write_atomically
 from sslvit.models import ViTEncoder
 from sslvit.models.resize import check_resizable
 from sslvit.report.page import write_page
@@ -177,7 +177,7 @@ class BenchRun:
 
     def claim(self) -> None:
         """Go on in a folder of a bench, or make a new one; nothing else is touched."""
-        remove_left_parts(self.folder / MARK)
+        remove_stale_parts(self.folder / MARK)
         if self.folder.exists() and any(path.name != "cells" or any(path.iterdir()) for path in self.folder.iterdir()):
             if not (self.folder / MARK).exists():
                 raise ValueError(f"{self.folder}: in use, and not by a bench (no {MARK}). Choose another --out.")

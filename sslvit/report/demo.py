@@ -166,7 +166,7 @@ def pack_digits(folder: Path) -> ShardIndex:
     classes = [str(digit) for digit in range(10)]
     recipe = load_recipe("mae/digits")
     canvas = Views(recipe.data.view, recipe.encoder.image_size, recipe.encoder.interpolation, DRAWING_SEED)
-    (drawn,) = canvas.of_batch(torch.from_numpy(images)[:, None], numbers, np.zeros_like(numbers))
+    (drawn,) = canvas.crop_batch(torch.from_numpy(images)[:, None], numbers, np.zeros_like(numbers))
     drawn = drawn[:, 0].numpy()
 
     def write(name: str, pixels: np.ndarray, chosen: np.ndarray) -> ShardIndex:

@@ -64,7 +64,7 @@ def draw_completions(
     chosen = torch.arange(min(count, len(index))).numpy()
     views = Views(CenterSettings(), encoder.image_size, encoder.interpolation)
     batch = make_batch(ShardReader(index, encoder.channels, memory_limit_mb=0), views, chosen, 0 * chosen)
-    for key, reason in batch.bad.items():
+    for key, reason in batch.unreadable.items():
         logger.warning(f"{printable(key)} is left out: {printable(reason)}")
     if not batch.valid.any():
         raise ValueError(f"{images}: none of its first {len(chosen)} images can be read.")

@@ -37,8 +37,8 @@ def some_images(settings: EncoderSettings, source: str, count: int) -> Tensor:
     chosen = spread(len(index), count)
     views = Views(CenterSettings(), settings.image_size, settings.interpolation)
     batch = make_batch(ShardReader(index, settings.channels, 0), views, chosen, np.zeros_like(chosen))
-    if batch.bad:
-        key, reason = next(iter(batch.bad.items()))
+    if batch.unreadable:
+        key, reason = next(iter(batch.unreadable.items()))
         raise ValueError(f"{source}: {printable(key)} cannot be read ({printable(reason)}).")
     return normalized_view(batch, settings, torch.device("cpu"))
 

@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 import yaml
 
-from sslvit.files import held_folder, new_file, printable, remove_left_parts, to_json, write_atomically, write_error
+from sslvit.files import lock_folder, new_file, printable, remove_stale_parts, to_json, write_atomically, write_error
 from sslvit.settings.load import YAML_ERRORS
 from sslvit.weight_files import SHARDS, check_checkpoint
 
@@ -84,7 +84,7 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{printable(self.path)}: is a file. Choose another run folder.")
         self.is_new = not self.path.exists()
-        return held_folder(self.path, "go on with this run", LOCK, WAIT_SECONDS if waits else 0.0)
+        return lock_folder(self.path, "go on with this run", LOCK, WAIT_SECONDS if waits else 0.0)
 
     @property
     def checkpoints(self) -> list[Path]:
@@ -175,7 +175,7 @@ class RunFolder:
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         for folder in (self.path, self.encoder, self.figures, self.samples, self.incident):
             for name in {left.name.rsplit(".", 2)[0] for left in folder.glob("*.*.part")}:
-                remove_left_parts(folder / name)
+                remove_stale_parts(folder / name)
         with new_file(self.config) as part:
             part.write_text(yaml.dump(settings, Dumper=_Dumper, sort_keys=False, width=120))
             if not goes_on:

@@ -179,7 +179,7 @@ def mfu_per_throughput(settings: RunSettings, index: Index) -> float | None:
 
 def example(settings: RunSettings, count: int = FEW) -> Batch:
     """Some images as the task would get them."""
-    views = Views(settings.data.view, settings.encoder.image_size, settings.encoder.interpolation).of_size()
+    views = Views(settings.data.view, settings.encoder.image_size, settings.encoder.interpolation).specs()
     numbers = torch.zeros(count, dtype=torch.long)
     images = [torch.zeros(count, settings.encoder.channels, *view.size) for view in views]
     return Batch(images, numbers, numbers, torch.ones(count, dtype=torch.bool), numbers)

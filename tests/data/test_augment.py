@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from shard_fixtures import encoded, photograph
 
-from sslvit.data.augment import NAMES, augment_image, draw_operations
+from sslvit.data.augment import NAMES, augment_image, sample_operations
 from sslvit.data.loader import MemoryReader, make_batch
 from sslvit.data.views import Views
 from sslvit.settings.views import AugmentSettings, CropSettings
@@ -66,7 +66,7 @@ def test_strengths_at_magnitude_nine_are_those_of_maes_fine_tuning() -> None:
 
 def test_operations_are_drawn_with_the_stated_probability_and_noise() -> None:
     settings = AugmentSettings()
-    drawn = draw_operations(settings, (0, 0), np.arange(40_000))
+    drawn = sample_operations(settings, (0, 0), np.arange(40_000))
     assert drawn.shape == (40_000, 2, 3)
     happens = drawn[:, :, 0] >= 0
     assert happens.mean() == pytest.approx(0.5, abs=0.005)
@@ -78,7 +78,9 @@ def test_operations_are_drawn_with_the_stated_probability_and_noise() -> None:
     magnitude = 10 * drawn[:, :, 1]
     assert magnitude.max() == 10
     assert (magnitude == 10).mean() == pytest.approx(0.02275, abs=0.003)  # two deviations above the mean
-    free = 10 * draw_operations(replace(settings, magnitude=5.0, magnitude_std=1.0), (0, 0), np.arange(40_000))[:, :, 1]
+    free = (
+        10 * sample_operations(replace(settings, magnitude=5.0, magnitude_std=1.0), (0, 0), np.arange(40_000))[:, :, 1]
+    )
     assert free.mean() == pytest.approx(5, abs=0.02)
     assert free.std() == pytest.approx(1, abs=0.02)
     third_moment, fourth_moment = (((free - 5) ** power).mean() for power in (3, 4))
@@ -91,14 +93,16 @@ def test_operations_are_drawn_with_the_stated_probability_and_noise() -> None:
 
 def test_every_setting_changes_what_is_drawn() -> None:
     settings, samples = AugmentSettings(), np.arange(500)
-    first = draw_operations(settings, (0, 0), samples)
-    assert draw_operations(replace(settings, operations=5), (0, 0), samples).shape == (500, 5, 3)
-    assert (draw_operations(replace(settings, probability=1.0), (0, 0), samples)[:, :, 0] >= 0).all()
-    assert (draw_operations(replace(settings, probability=0.0), (0, 0), samples)[:, :, 0] == -1).all()
-    assert (draw_operations(replace(settings, magnitude=2.0, magnitude_std=0.0), (0, 0), samples)[:, :, 1] == 0.2).all()
-    assert np.array_equal(draw_operations(settings, (0, 0), samples[[7, 3]]), first[[7, 3]])
+    first = sample_operations(settings, (0, 0), samples)
+    assert sample_operations(replace(settings, operations=5), (0, 0), samples).shape == (500, 5, 3)
+    assert (sample_operations(replace(settings, probability=1.0), (0, 0), samples)[:, :, 0] >= 0).all()
+    assert (sample_operations(replace(settings, probability=0.0), (0, 0), samples)[:, :, 0] == -1).all()
+    assert (
+        sample_operations(replace(settings, magnitude=2.0, magnitude_std=0.0), (0, 0), samples)[:, :, 1] == 0.2
+    ).all()
+    assert np.array_equal(sample_operations(settings, (0, 0), samples[[7, 3]]), first[[7, 3]])
     for key in ((1, 0), (0, 1)):
-        assert (draw_operations(settings, key, samples)[:, :, 1] != first[:, :, 1]).mean() > 0.9
+        assert (sample_operations(settings, key, samples)[:, :, 1] != first[:, :, 1]).mean() > 0.9
 
 
 def test_what_comes_in_from_outside_has_the_encoders_mean_color() -> None:
@@ -110,7 +114,7 @@ def test_what_comes_in_from_outside_has_the_encoders_mean_color() -> None:
     samples = np.arange(200)
     views = Views(settings, [40, 40], "bicubic", seed=1, fill=[0.1, 0.2, 0.3])
     seen = make_batch(reader, views, samples, np.zeros(200, int)).views[0]
-    shifted = (draw_operations(settings, (1, 0), samples)[:, 0, 0] >= NAMES.index("translate_x")).nonzero()[0]
+    shifted = (sample_operations(settings, (1, 0), samples)[:, 0, 0] >= NAMES.index("translate_x")).nonzero()[0]
     corners = seen[:, :, [0, 0, -1, -1], [0, -1, 0, -1]]
     assert len(shifted) > 10
     for row in shifted:
@@ -132,7 +136,7 @@ def test_an_image_is_augmented_by_seed_epoch_and_sample_alone() -> None:
     for key in ((1, 0), (0, 1)):
         plain = Views(CropSettings(scale=[0.08, 1.0]), [40, 40], "bicubic", key[0])
         crops = make_batch(MemoryReader(contents, 3), plain, samples, np.full(40, key[1])).views[0]
-        other, drawn = seen(*key, samples), draw_operations(AugmentSettings(), key, samples)
+        other, drawn = seen(*key, samples), sample_operations(AugmentSettings(), key, samples)
         for row in samples:
             assert torch.equal(other[row], augment_image(crops[row], drawn[row], [0.5] * 3, "bicubic"))
     untouched = seen(0, 0, samples, operations=0)

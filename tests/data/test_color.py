@@ -9,8 +9,8 @@ import torchvision.transforms.functional as V
 from PIL import ImageFilter, ImageOps
 from shard_fixtures import photograph
 
-from sslvit.data.color import DRAWS, ORDERS, color_jitter, sample_colors
-from sslvit.data.views import Views, change_views
+from sslvit.data.color import COLUMNS, ORDERS, color_jitter, sample_colors
+from sslvit.data.views import Views, jitter_views
 from sslvit.settings.views import MultiCropSettings
 
 
@@ -23,10 +23,10 @@ def pixels(count: int = 4, side: int = 48, low: int = 70, high: int = 180) -> to
 
 def draws_of(count: int, **values: float) -> torch.Tensor:
     """Nothing changes but what is named."""
-    table = torch.zeros(count, len(DRAWS))
+    table = torch.zeros(count, len(COLUMNS))
     table[:, :3] = 1
     for name, value in values.items():
-        table[:, DRAWS.index(name)] = value
+        table[:, COLUMNS.index(name)] = value
     return table
 
 
@@ -78,13 +78,13 @@ def test_steps_in_their_drawn_order_are_torchvisions_chain() -> None:
         chained = images.double() / 255
         for kind in order:
             chained = steps[kind](chained, factors[kind])
-        draws = draws_of(1, **dict(zip(DRAWS, factors, strict=False)), order=number)
+        draws = draws_of(1, **dict(zip(COLUMNS, factors, strict=False)), order=number)
         results.append(color_jitter(images, draws))
         assert (results[-1] - chained * 255).abs().max() <= 0.6, order
     assert max((a - results[0]).abs().max() for a in results) > 1  # the order matters, a little
 
 
-@pytest.mark.parametrize("without", [None, *DRAWS[:4], "is_gray", "sigma", "is_solarized"])
+@pytest.mark.parametrize("without", [None, *COLUMNS[:4], "is_gray", "sigma", "is_solarized"])
 def test_the_same_draws_give_nearly_pils_pixels(without: str | None) -> None:
     """The whole chain against PIL's, draw by draw; leaving any step out is noticed.
 
@@ -105,7 +105,7 @@ def test_the_same_draws_give_nearly_pils_pixels(without: str | None) -> None:
         theirs.append(torch.from_numpy(np.array(ImageOps.solarize(picture) if drawn[7] else picture)).permute(2, 0, 1))
     reference = torch.stack(theirs).float()
     if without:
-        draws[:, DRAWS.index(without)] = 1.0 if without in DRAWS[:3] else 0.0
+        draws[:, COLUMNS.index(without)] = 1.0 if without in COLUMNS[:3] else 0.0
     difference = color_jitter(images[rows], draws) - reference
     error = difference.abs().mean()
     if without:
@@ -177,7 +177,7 @@ def test_draws_have_the_stated_probabilities_and_ranges() -> None:
     """Caron et al. 2021, section 3.1, after BYOL: the released recipe's numbers."""
     settings, samples = MultiCropSettings(), np.arange(20_000)
     for view, (blur, solarize) in enumerate([(1.0, 0.0), (0.1, 0.2), (0.5, 0.0), (0.5, 0.0)]):
-        draws = dict(zip(DRAWS, sample_colors(settings, view, (0, 0), samples).T, strict=True))
+        draws = dict(zip(COLUMNS, sample_colors(settings, view, (0, 0), samples).T, strict=True))
         is_changed = draws["brightness"] != 1
         assert is_changed.mean() == pytest.approx(0.8, abs=0.01)
         assert draws["is_gray"].mean() == pytest.approx(0.2, abs=0.01)
@@ -202,11 +202,11 @@ def test_draws_have_the_stated_probabilities_and_ranges() -> None:
 def test_what_is_drawn_for_an_image_is_drawn_independently(view: int) -> None:
     """Whether colors change, how, in which order, gray, blur and solarization say nothing of each other."""
     settings = MultiCropSettings(jitter=0.7, gray=0.3, blur=[0.5] * 3, solarize=[0.4] * 3, saturation=0.4)
-    draws = dict(zip(DRAWS, sample_colors(settings, view, (0, 0), np.arange(30_000)).T.astype(float), strict=True))
+    draws = dict(zip(COLUMNS, sample_colors(settings, view, (0, 0), np.arange(30_000)).T.astype(float), strict=True))
     is_changed, is_blurred = draws["brightness"] != 1, draws["sigma"] > 0
     assert np.array_equal(is_changed, draws["hue"] != 0)
     for of in (is_changed & is_blurred, is_changed):  # strengths where there are some
-        strengths = [draws[name][of] for name in DRAWS[:6]] + [draws["is_solarized"][of]]
+        strengths = [draws[name][of] for name in COLUMNS[:6]] + [draws["is_solarized"][of]]
         strengths += [draws["sigma"][of]] if of is not is_changed else [is_blurred[of]]
         assert np.abs(np.corrcoef(strengths) - np.eye(8)).max() < 0.035
     whether = [is_changed, is_blurred, draws["is_gray"], draws["is_solarized"], draws["order"]]
@@ -243,7 +243,7 @@ def test_every_setting_of_the_colors_has_its_effect() -> None:
     samples = np.arange(4000)
 
     def drawn(view: int = 0, **changes) -> dict[str, np.ndarray]:
-        return dict(zip(DRAWS, sample_colors(MultiCropSettings(**changes), view, (0, 0), samples).T, strict=True))
+        return dict(zip(COLUMNS, sample_colors(MultiCropSettings(**changes), view, (0, 0), samples).T, strict=True))
 
     assert (drawn(jitter=0.0)["hue"] == 0).all()
     assert (drawn(jitter=1.0)["contrast"] != 1).mean() > 0.99
@@ -265,7 +265,7 @@ def test_every_setting_of_the_colors_has_its_effect() -> None:
 def test_each_view_gets_its_own_draws() -> None:
     settings = MultiCropSettings(local_crops=1, blur=[1.0, 0.0, 0.0], solarize=[0.0, 0.0, 1.0], jitter=0.0, gray=0.0)
     draws = Views(settings, [48, 48], "bicubic").sample_colors(np.arange(3), np.zeros(3, int))
-    first, second, local = change_views([pixels(3)] * 3, draws)
+    first, second, local = jitter_views([pixels(3)] * 3, draws)
     assert torch.equal(second, pixels(3).float())
     assert torch.equal(local, torch.where(pixels(3) >= 128, 255 - pixels(3), pixels(3)).float())
     assert not torch.equal(first, second)
@@ -276,7 +276,7 @@ def test_views_of_one_size_change_together_as_each_alone() -> None:
     images = pixels(3)
     small = images[:, :, ::2, ::2]
     draws = [torch.from_numpy(sample_colors(MultiCropSettings(), v, (1, 0), np.arange(3))) for v in range(3)]
-    together = change_views([images, images, small], draws)
+    together = jitter_views([images, images, small], draws)
     for view, changed, own in zip([images, images, small], together, draws, strict=True):
         assert (color_jitter(view, own) - changed).abs().max() <= 1
 

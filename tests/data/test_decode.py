@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from shard_fixtures import encoded, photograph
 
 from sslvit.data import decode as module
-from sslvit.data.decode import BadImage, Header, decode, ends_properly, problem_of, read_header, reduction_for
+from sslvit.data.decode import BadImage, Header, decode, find_problem, has_end_marker, read_header, reduction_for
 from sslvit.data.orientation import exif_orientation, turn
 
 
@@ -80,7 +80,7 @@ def test_arrays_of_any_number_of_channels_come_back(channels: int) -> None:
     deep = pixels.astype(np.uint16) * 256 + 3
     expected = torch.from_numpy(deep / np.float32(257)).permute(2, 0, 1)
     torch.testing.assert_close(decode(npy(deep), channels, bits=16), expected)
-    with pytest.raises(BadImage, match=f"an array of {channels} channels, but 3 are wanted"):
+    with pytest.raises(BadImage, match=f"an array of {channels} channels, but 3 are expected"):
         decode(npy(pixels), 3)
 
 
@@ -193,12 +193,12 @@ def test_a_heic_photograph_of_a_phone_is_read() -> None:
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM"])
 def test_a_file_that_is_cut_is_told_from_a_whole_one(kind: str) -> None:
     content = encoded(photograph(64, 48), kind)
-    assert problem_of(content, read_header(content)) == ""
-    assert problem_of(content + bytes(5000), read_header(content)) == ""  # padding is no damage
+    assert find_problem(content, read_header(content)) == ""
+    assert find_problem(content + bytes(5000), read_header(content)) == ""  # padding is no damage
     for length in (len(content) // 2, len(content) - 100):
         cut = content[:length]
         with suppress(BadImage):  # said by its header
-            assert problem_of(cut, read_header(cut)) != ""
+            assert find_problem(cut, read_header(cut)) != ""
 
 
 def test_the_end_of_a_thumbnail_is_not_the_end_of_the_photograph() -> None:
@@ -206,16 +206,16 @@ def test_the_end_of_a_thumbnail_is_not_the_end_of_the_photograph() -> None:
     exif[0x010E] = "x" * 3000
     thumbnail = encoded(photograph(30, 30), "JPEG")
     whole = encoded(photograph(64, 48), "JPEG", exif=b"Exif\0\0" + exif.tobytes()[6:] + thumbnail)
-    assert ends_properly(whole)
-    assert not ends_properly(whole[: len(whole) - 100])
+    assert has_end_marker(whole)
+    assert not has_end_marker(whole[: len(whole) - 100])
 
 
 def test_damage_inside_a_whole_file_is_found_by_decoding_it() -> None:
     content = bytearray(encoded(photograph(64, 48), "PNG"))
     content[len(content) // 2] ^= 0xFF
     header = read_header(bytes(content))
-    assert problem_of(bytes(content), header) == ""
-    assert "damaged image" in problem_of(bytes(content), header, fully=True)
+    assert find_problem(bytes(content), header) == ""
+    assert "damaged image" in find_problem(bytes(content), header, fully=True)
 
 
 def test_few_bytes_that_promise_many_pixels_are_damaged() -> None:

@@ -19,7 +19,7 @@ from sslvit.data.loader import (
     evaluation_loader,
     make_batch,
     normalized_view,
-    resolution_of,
+    sample_resolution,
     view_of_image,
 )
 from sslvit.data.module import ShardDataModule
@@ -59,18 +59,18 @@ def test_a_substitute_brings_its_label_its_epoch_and_its_colors(tmp_path: Path, 
     settings = MultiCropSettings(local_crops=1, local_size=8)
     views = Views(settings, [16, 16], "bicubic", seed=3)
     samples, epochs = np.array([4, 5, 6]), np.array([2, 2, 2])
-    batch = make_batch(reader, views, samples, epochs, first_row=7, spares=lambda row: [(5, 2), (11, 3), (12, 3)])
+    batch = make_batch(reader, views, samples, epochs, first_row=7, substitutes=lambda row: [(5, 2), (11, 3), (12, 3)])
     assert batch.valid.tolist() == [True, False, True]
     assert batch.samples.tolist() == [4, 5, 6]
     assert batch.epochs.tolist() == [2, 2, 2]
     assert batch.first_row == 7
-    assert list(batch.bad) == [index.key(5)]
+    assert list(batch.unreadable) == [index.key(5)]
     assert batch.labels.tolist() == index.labels_of(np.array([4, 11, 6])).tolist()
     alone = make_batch(reader, views, np.array([11]), np.array([3]))
     for view, expected in zip(batch.views, alone.views, strict=True):
         assert torch.equal(view[1], expected[0])
     elsewhere = make_batch(reader, Views(settings, [16, 16], "bicubic", 3, False), samples, epochs,
-                           spares=lambda row: [(11, 3)])  # fmt: skip
+                           substitutes=lambda row: [(11, 3)])  # fmt: skip
     for drawn, expected in zip(elsewhere.colors, views.sample_colors(np.array([11]), np.array([3])), strict=True):
         assert torch.equal(drawn[1], expected[0])
 
@@ -82,7 +82,7 @@ def test_rows_that_fill_up_and_rows_that_cannot_be_read_do_not_count() -> None:
     batch = make_batch(reader, views, np.array([0, 1, 2, 3, 4]), np.zeros(5, int), given)
     assert batch.valid.tolist() == [True, False, True, False, False]
     assert given.tolist() == [True, True, True, False, False]
-    assert set(batch.bad) == {"im1", "im4"}
+    assert set(batch.unreadable) == {"im1", "im4"}
     assert not batch.views[0][[1, 4]].any()
     assert batch.views[0][3].any()
     repeated = make_batch(reader, views, np.array([1, 1, 2, 2]), np.zeros(4, int))
@@ -114,12 +114,12 @@ def test_the_place_of_a_micro_batch_is_that_of_its_rows_in_the_global_batch(tmp_
 
 
 def test_the_resolution_depends_on_seed_and_step_and_each_is_as_likely() -> None:
-    drawn = np.array([[resolution_of([4, 8, 12, 16], seed, step)[0] for step in range(1000)] for seed in range(3)])
+    drawn = np.array([[sample_resolution([4, 8, 12, 16], seed, step)[0] for step in range(1000)] for seed in range(3)])
     assert np.abs(np.corrcoef(drawn) - np.eye(3)).max() < 0.12
     assert abs(np.corrcoef(drawn[0, 1:], drawn[0, :-1])[0, 1]) < 0.12
     for row in drawn:
         assert np.unique(row, return_counts=True)[1] / 1000 == pytest.approx(0.25, abs=0.05)
-    assert resolution_of([8], 0, 0) == [8, 8]
+    assert sample_resolution([8], 0, 0) == [8, 8]
 
 
 def test_evaluation_shows_the_chosen_samples_in_their_order_through_the_encoders_own_crop(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_evaluation_shows_the_chosen_samples_in_their_order_through_the_encoders
     encoder = replace(GRAY, crop_fraction=0.6, interpolation="bilinear")
     for reader in (ShardReader(index, 1), ShardReader(index, 1, memory_limit_mb=0)):
         chosen = np.array([9, 2, 7, 0, 4])
-        batches = list(evaluation_loader(reader, encoder, batch=3, chosen=chosen))
+        batches = list(evaluation_loader(reader, encoder, batch=3, subset=chosen))
         assert [batch.samples[batch.valid].tolist() for batch in batches] == [[9, 2, 7], [0, 4]]
         assert [len(batch) for batch in batches] == [3, 3]
         for batch in batches:
@@ -138,7 +138,7 @@ def test_evaluation_shows_the_chosen_samples_in_their_order_through_the_encoders
                 box = (20 - 9, 15 - 9, 20 + 9, 15 + 9)  # 0.6 of 30, in the middle
                 expected = torch.from_numpy(np.array(source.resize((8, 8), Image.Resampling.BILINEAR, box=box)))
                 assert (view[0].int() - expected.int()).abs().max() <= 1
-        again = list(evaluation_loader(reader, encoder, batch=3, chosen=chosen, seed=5, epoch=7))
+        again = list(evaluation_loader(reader, encoder, batch=3, subset=chosen, seed=5, epoch=7))
         assert all(torch.equal(a.views[0], b.views[0]) for a, b in zip(batches, again, strict=True))
 
 
@@ -155,7 +155,7 @@ def test_random_views_of_evaluation_draw_from_seed_epoch_and_sample(tmp_path: Pa
     assert torch.equal(first, make_batch(reader, views, np.arange(9), np.full(9, 2)).views[0])
     assert not torch.equal(seen(seed=1, epoch=3), first)
     assert not torch.equal(seen(seed=2, epoch=2), first)
-    assert torch.equal(seen(seed=1, epoch=2, chosen=np.array([5, 3])), first[[5, 3]])
+    assert torch.equal(seen(seed=1, epoch=2, subset=np.array([5, 3])), first[[5, 3]])
 
 
 def test_another_fraction_takes_the_place_of_the_encoders_and_its_mode_stays() -> None:

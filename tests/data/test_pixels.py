@@ -14,7 +14,7 @@ from sslvit.data import pixels
 from sslvit.data.arrays import array_samples
 from sslvit.data.index import load_index
 from sslvit.data.pack import pack
-from sslvit.data.pixels import draw_pixels, make_palette
+from sslvit.data.pixels import make_palette, sample_pixels
 from sslvit.palette import fit_palette
 from sslvit.settings.load import load_recipe
 from sslvit.settings.palette import read_palette
@@ -33,7 +33,7 @@ def test_a_palette_is_written_with_its_error_and_drawn(index, tmp_path: Path) ->
     assert (tmp_path / "p" / "palette.png").exists()
     assert len(written["colors"]) == 16
     assert written["pixels"] == 30 * 64
-    drawn, _ = draw_pixels(index, 8, 0)
+    drawn, _ = sample_pixels(index, 8, 0)
     nearest = np.square(drawn.numpy()[:, None] - np.array(written["colors"])).mean(2).min(1)
     assert written["mean_squared_error"] == pytest.approx(nearest.mean(), rel=1e-5)
     assert written["mean_squared_error_uniform"] == pytest.approx((2 / 8) ** 2 / 12, rel=0.05)  # of equal boxes
@@ -55,51 +55,51 @@ def test_the_same_seed_gives_the_same_palette_and_nothing_is_overwritten(index, 
 
 def test_places_within_an_image_depend_on_the_seed(index, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pixels, "PIXELS", 300)  # 10 of each of 30 images
-    drawn = [draw_pixels(index, 8, seed)[0].view(30, 10, 3) for seed in (0, 0, 1)]
+    drawn = [sample_pixels(index, 8, seed)[0].view(30, 10, 3) for seed in (0, 0, 1)]
     assert (drawn[0] == drawn[1]).all()
     assert (drawn[0] != drawn[2]).flatten(1).any(1).all()
 
 
 def test_a_palettes_clusters_are_those_of_its_seed_and_pixels(index, tmp_path: Path) -> None:
     made = make_palette(index, tmp_path / "p.json", 16, 8, seed=1)
-    drawn, _ = draw_pixels(index, 8, 1)
+    drawn, _ = sample_pixels(index, 8, 1)
     assert np.array(made["colors"]) == pytest.approx(fit_palette(drawn, 16, 1).numpy(), abs=1e-6)
     assert np.abs(np.array(made["colors"]) - fit_palette(drawn, 16, 0).numpy()).max() > 0.01
 
 
 def test_pixels_come_from_all_over_a_large_data_set(index, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pixels, "MOST_IMAGES", 10)
+    monkeypatch.setattr(pixels, "MAX_IMAGES", 10)
     monkeypatch.setattr(pixels, "PIXELS", 50)
-    drawn, shown = draw_pixels(index, 8, 0)
+    drawn, shown = sample_pixels(index, 8, 0)
     assert drawn.shape == (50, 3)
     assert shown.shape == (10, 3, 8, 8)
-    again, _ = draw_pixels(index, 8, 0)
-    other, _ = draw_pixels(index, 8, 1)
+    again, _ = sample_pixels(index, 8, 0)
+    other, _ = sample_pixels(index, 8, 1)
     assert (drawn == again).all()
     assert not (drawn == other).all()
 
 
 def test_pixels_are_of_all_images_all_places_and_readable_ones(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(pixels, "MOST_IMAGES", 8)
+    monkeypatch.setattr(pixels, "MAX_IMAGES", 8)
     monkeypatch.setattr(pixels, "PIXELS", 64)  # 8 of each of 8 images
     places = np.tile(np.arange(64, dtype=np.uint8).reshape(8, 8), (40, 1, 1))
-    drawn, _ = draw_pixels(pack(array_samples(places), tmp_path / "places"), 8, 0)
+    drawn, _ = sample_pixels(pack(array_samples(places), tmp_path / "places"), 8, 0)
     found = ((drawn + 1) * 127.5).round().int().view(8, 8)
     assert found.max() > 55  # not the upper rows only
     assert len({tuple(row.sort().values.tolist()) for row in found}) == 8  # other places of each image
     assert all(len(set(row.tolist())) == 8 for row in found)  # each place once
     numbers = np.repeat(np.arange(40, dtype=np.uint8), 64).reshape(40, 8, 8)
-    drawn, _ = draw_pixels(pack(array_samples(numbers), tmp_path / "numbers"), 8, 0)
+    drawn, _ = sample_pixels(pack(array_samples(numbers), tmp_path / "numbers"), 8, 0)
     chosen = set(((drawn + 1) * 127.5).round().int().view(-1).tolist())
     assert len(chosen) == 8
-    others, _ = draw_pixels(load_index(tmp_path / "numbers"), 8, 1)
+    others, _ = sample_pixels(load_index(tmp_path / "numbers"), 8, 1)
     assert chosen != set(
         ((others + 1) * 127.5).round().int().view(-1).tolist()
     )  # not the first ones, whatever the seed
     white = pack(array_samples(np.full((4, 8, 8), 255, np.uint8)), tmp_path / "white")
     tar = tmp_path / "white" / "shard-000000.tar"
     tar.write_bytes(tar.read_bytes().replace(b"IHDR", b"XXXX", 1))
-    drawn, shown = draw_pixels(white, 8, 0)
+    drawn, shown = sample_pixels(white, 8, 0)
     assert len(shown) == 3
     assert (drawn == 1).all()  # the unreadable image, black, is not among them
 

@@ -15,8 +15,8 @@ from shard_fixtures import numbered_shards
 from sslvit import rng
 from sslvit.data.arrays import array_samples
 from sslvit.data.decode import BadImage
-from sslvit.data.mixture import MixturePlan, shares_of_batch
-from sslvit.data.open import cache_of, open_data
+from sslvit.data.mixture import MixturePlan, split_by_weight
+from sslvit.data.open import open_data, shard_cache
 from sslvit.data.pack import pack
 from sslvit.data.plan import EpochPlan, EvaluationBatches
 from sslvit.data.reader import ShardReader
@@ -96,7 +96,7 @@ def test_odd_counts_over_ranks_and_workers(ranks: int, workers: int) -> None:
 def test_settings_of_the_data_reach_what_reads_it(tmp_path: Path) -> None:
     dark = numbered_shards(tmp_path / "a", 40)
     bright = numbered_shards(tmp_path / "b", 40, first=200)
-    assert cache_of(DataSettings(cache=str(tmp_path / "c"), cache_gb=2.5)).limit == 2.5 * 2**30
+    assert shard_cache(DataSettings(cache=str(tmp_path / "c"), cache_gb=2.5)).limit == 2.5 * 2**30
     reader = ShardReader(dark, 1, 0, max_pixels=63)
     with pytest.raises(BadImage, match="8 x 8 pixels, more than 63"):
         reader.header(reader.read(0))
@@ -266,16 +266,16 @@ def test_a_lane_touches_few_shards_at_a_time() -> None:
 
 @pytest.mark.parametrize(("ranks", "micro"), [(1, None), (2, 6), (3, 4), (4, 1), (12, 2)])
 def test_ranks_and_micro_batches_cut_the_global_batch_without_changing_it(ranks: int, micro: int | None) -> None:
-    size, passes = split_batch(24, ranks, micro)
+    size, accumulation_steps = split_batch(24, ranks, micro)
     batch = EpochPlan([100], 24).batch(2)[0]
     plan = EpochPlan([100], 24)
-    starts = [(r * passes + m) * size for r in range(ranks) for m in range(passes)]
+    starts = [(r * accumulation_steps + m) * size for r in range(ranks) for m in range(accumulation_steps)]
     assert np.array_equal(np.concatenate([plan.batch(2, start, start + size)[0] for start in starts]), batch)
 
 
 def test_a_batch_that_does_not_divide_names_what_would() -> None:
     with pytest.raises(
-        ValueError, match=r"10 images cannot be shared equally by 3 ranks. Use 9 images, or one of \[1, 2, 5\]"
+        ValueError, match=r"10 must be a multiple of the number of ranks \(3\). Use 9 images, or one of \[1, 2, 5\]"
     ):
         split_batch(10, 3, None)
     with pytest.raises(ValueError, match=r"train.micro_batch_size: 4 .*Use one of \[1, 2, 3, 6\]"):
@@ -332,12 +332,12 @@ def test_a_mixture_gives_each_source_its_share_of_every_batch_and_its_own_epochs
 
 
 def test_shares_become_whole_rows_that_sum_to_the_batch() -> None:
-    assert shares_of_batch([3, 1], 64) == [48, 16]
-    assert shares_of_batch([1, 1, 1], 64) == [22, 21, 21]
+    assert split_by_weight([3, 1], 64) == [48, 16]
+    assert split_by_weight([1, 1, 1], 64) == [22, 21, 21]
     with pytest.raises(ValueError, match=r"less than one image of data.global_batch_size \(64\)"):
-        shares_of_batch([1000, 1], 64)
+        split_by_weight([1000, 1], 64)
     with pytest.raises(ValueError, match="must all be positive"):
-        shares_of_batch([1, 0], 64)
+        split_by_weight([1, 0], 64)
 
 
 def test_a_billion_samples_on_thousands_of_ranks_start_at_once() -> None:

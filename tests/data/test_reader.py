@@ -17,7 +17,7 @@ from shard_fixtures import encoded, image_folder, numbered_shards, numbers_of, p
 
 from sslvit.data.arrays import array_samples
 from sslvit.data.decode import BadImage, decode
-from sslvit.data.loader import TrainingBatches, evaluation_loader, make_batch, resolution_of, view_samples
+from sslvit.data.loader import TrainingBatches, evaluation_loader, make_batch, sample_resolution, view_samples
 from sslvit.data.mixture import JoinedIndex, MixturePlan
 from sslvit.data.pack import pack, pack_source
 from sslvit.data.plan import EpochPlan
@@ -67,14 +67,16 @@ def test_a_damaged_sample_is_named_and_the_next_of_the_global_batch_shown(tmp_pa
         batches = []
         for rank in range(ranks):
             reader = ShardReader(index, 1, memory_limit_mb=limit)
-            passes = 8 // ranks // micro
-            own = TrainingBatches(reader, WHOLE, plan, rank, micro, passes)
-            batches += [own[passes + part] for part in range(passes)]
+            accumulation_steps = 8 // ranks // micro
+            own = TrainingBatches(reader, WHOLE, plan, rank, micro, accumulation_steps)
+            batches += [own[accumulation_steps + part] for part in range(accumulation_steps)]
         shown = torch.cat([batch.views[0][:, 0, 0, 0] for batch in batches]).tolist()
         assert shown == expected
         assert torch.cat([batch.labels for batch in batches]).tolist() == [number % 2 for number in expected]
         assert torch.cat([batch.valid for batch in batches]).tolist() == [row not in (2, 3, 7) for row in range(8)]
-        assert {key for batch in batches for key in batch.bad} == {index.key(int(order[row])) for row in (2, 3, 7)}
+        assert {key for batch in batches for key in batch.unreadable} == {
+            index.key(int(order[row])) for row in (2, 3, 7)
+        }
 
 
 def test_where_nothing_can_be_read_the_view_is_black(tmp_path: Path) -> None:
@@ -101,11 +103,11 @@ def test_samples_of_a_harmed_shard_are_bad_and_others_are_not(tmp_path: Path, ha
     assert set(numbers[first + 1 : last]) == {-1}
     with pytest.raises(BadImage, match=f"^{harm} shard$"):
         ShardReader(index, memory_limit_mb=0).read(int(last) - 1)
-    assert list(index.absent()) == [1]
+    assert list(index.missing_shards()) == [1]
 
 
 def test_more_shards_than_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sslvit.data.reader.OPEN_SHARDS", 2)
+    monkeypatch.setattr("sslvit.data.reader.MAX_OPEN_SHARDS", 2)
     index = numbered_shards(tmp_path, 20, shard_mb=0.004)
     assert len(index.shards) > 5
     reader = ShardReader(index, memory_limit_mb=0)
@@ -167,7 +169,7 @@ def test_a_fault_of_the_machine_passes_or_stops_the_run_and_is_no_unreadable_ima
     with pytest.raises(ReadError, match=f"{index.shards[-1].name}: could not be read .{os.strerror(code)}") as error:
         view_samples(reader, WHOLE, np.array([0, last]), np.zeros(2, int))
     assert REMEDIES[code] in str(error.value)
-    assert not reader.bad_shards
+    assert not reader.unreadable_shards
     assert decode(reader.read(last), 1)[0, 0, 0] == numbers[last]  # and it is not remembered
 
 
@@ -196,7 +198,7 @@ def test_bytes_that_a_shard_does_not_have_are_a_truncated_shard(tmp_path: Path) 
 
 
 def test_the_least_recently_used_file_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sslvit.data.reader.OPEN_SHARDS", 2)
+    monkeypatch.setattr("sslvit.data.reader.MAX_OPEN_SHARDS", 2)
     index = numbered_shards(tmp_path, 20, shard_mb=0.004)
     reader = ShardReader(index, 1, memory_limit_mb=0)
     for shard, kept in ((0, {0}), (1, {0, 1}), (0, {0, 1}), (2, {0, 2}), (1, {1, 2})):
@@ -264,24 +266,24 @@ def test_an_image_is_decoded_once_for_all_of_its_crops(tmp_path: Path, monkeypat
 
 def test_colors_change_alike_in_workers_and_on_the_device(tmp_path: Path) -> None:
     (index,) = pack_source(image_folder(tmp_path / "in"), tmp_path / "out", workers=1)
-    from sslvit.data.views import change_views
+    from sslvit.data.views import jitter_views
 
     settings, samples = MultiCropSettings(local_crops=2, local_size=12), np.arange(6)
     here, there = (Views(settings, [24, 24], "bicubic", seed=2, color_here=place) for place in (True, False))
     one, other = (make_batch(ShardReader(index), views, samples, np.zeros(6, int)) for views in (here, there))
     assert one.colors is None
     assert all(view.dtype == torch.uint8 for view in one.views + other.views)
-    for a, b in zip(one.views, change_views(other.views, other.colors), strict=True):
+    for a, b in zip(one.views, jitter_views(other.views, other.colors), strict=True):
         assert torch.equal(a.float(), b)
 
 
 def training_rows(index, views: Views, plan, ranks: int, workers: int, steps: range, micro: int) -> torch.Tensor:
     """The global batches of some steps, as that many ranks and loader workers make them."""
-    passes = plan.global_batch_size // ranks // micro
+    accumulation_steps = plan.global_batch_size // ranks // micro
     parts = []
     for rank in range(ranks):
-        batches = TrainingBatches(ShardReader(index, 1), views, plan, rank, micro, passes)
-        wanted = [step * passes + part for step in steps for part in range(passes)]
+        batches = TrainingBatches(ShardReader(index, 1), views, plan, rank, micro, accumulation_steps)
+        wanted = [step * accumulation_steps + part for step in steps for part in range(accumulation_steps)]
         loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=wanted, num_workers=workers)
         parts.append(torch.cat([batch.views[0] for batch in loader]).unflatten(0, (len(steps), -1)))
     return torch.cat(parts, 1)
@@ -334,12 +336,12 @@ def test_sources_of_other_channels_are_not_mixed(tmp_path: Path) -> None:
 def test_the_resolution_of_a_step_is_the_same_everywhere_and_all_occur(tmp_path: Path) -> None:
     index = numbered_shards(tmp_path, 40)
     plan = EpochPlan(index.shard_samples, 8, 3)
-    drawn = [resolution_of([4, 6, 8], 3, step)[0] for step in range(60)]
+    drawn = [sample_resolution([4, 6, 8], 3, step)[0] for step in range(60)]
     assert set(drawn) == {4, 6, 8}
     for rank in (0, 1):
         batches = TrainingBatches(ShardReader(index, 1), WHOLE, plan, rank, 4, 1, [4, 6, 8])
         assert [batches[step].views[0].shape[2] for step in range(10)] == drawn[:10]
-    assert resolution_of(None, 3, 0) is None
+    assert sample_resolution(None, 3, 0) is None
 
 
 def test_sixteen_bit_sets_keep_their_depth_up_to_the_encoder(tmp_path: Path) -> None:

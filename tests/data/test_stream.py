@@ -17,7 +17,7 @@ from shard_fixtures import encoded
 
 from sslvit.data.decode import BadImage
 from sslvit.data.open import open_data
-from sslvit.data.stream import StreamBatches, StreamIndex, number_of
+from sslvit.data.stream import StreamBatches, StreamIndex, sample_number
 from sslvit.data.views import Views
 from sslvit.settings import DataSettings
 from sslvit.settings.views import CenterSettings
@@ -42,9 +42,9 @@ def streams(tmp_path: Path) -> list[str]:
 
 def index_of(urls: list[str], tmp_path: Path, **options) -> StreamIndex:
     settings = DataSettings(cache=str(tmp_path / "cache"))
-    from sslvit.data.open import cache_of
+    from sslvit.data.open import shard_cache
 
-    return StreamIndex(urls, options.get("samples", 60), options.get("allow_pipe", False), cache_of(settings))
+    return StreamIndex(urls, options.get("samples", 60), options.get("allow_pipe", False), shard_cache(settings))
 
 
 def read(index: StreamIndex, batches: int, rank: int = 0, ranks: int = 1, workers: int = 0, micro: int = 5, **more):
@@ -124,7 +124,7 @@ def test_ranks_and_workers_share_the_shards(streams: list[str], tmp_path: Path) 
 
 def test_draws_follow_the_key_and_not_the_place(streams: list[str], tmp_path: Path) -> None:
     (batch,) = read(index_of(streams, tmp_path), 1)
-    expected = [number_of(f"{streams[value // 10]} {value:04d}") for value in pixels([batch])]
+    expected = [sample_number(f"{streams[value // 10]} {value:04d}") for value in pixels([batch])]
     assert batch.samples.tolist() == expected
 
 
@@ -151,7 +151,7 @@ def test_unreadable_images_of_one_key_in_two_streams_are_two(tmp_path: Path) -> 
         (tmp_path / name).mkdir()
         urls.append(str(gzipped(tmp_path / name / "x.tar.gz", range(4), {"zz.png": b"not an image"})))
     batches = read(index_of(urls, tmp_path), 2)
-    assert {name for batch in batches for name in batch.bad} == {"a/x.tar.gz/zz", "b/x.tar.gz/zz"}
+    assert {name for batch in batches for name in batch.unreadable} == {"a/x.tar.gz/zz", "b/x.tar.gz/zz"}
 
 
 def test_pickles_are_never_opened_and_bad_members_are_counted(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_pickles_are_never_opened_and_bad_members_are_counted(tmp_path: Path) ->
     members = {"a.pyd": harm, "b.pth": harm, "../up.png": b"x", "zz.png": b"not an image"}
     url = str(gzipped(tmp_path / "x.tar.gz", range(9), members))
     batches = read(index_of([url], tmp_path), 2)
-    bad = {name: reason for batch in batches for name, reason in batch.bad.items()}
+    bad = {name: reason for batch in batches for name, reason in batch.unreadable.items()}
     assert bad["x.tar.gz/zz"].startswith("not an image")
     assert "leads out of its folder" in bad["x.tar.gz/../up"]
     assert sum(int(batch.valid.sum()) for batch in batches) == 9
@@ -172,7 +172,7 @@ def test_a_truncated_stream_is_counted_and_the_rest_is_read(streams: list[str], 
     batches = read(index_of(streams, tmp_path), 20)
     seen = set(pixels(batches))
     assert set(range(60)) - set(range(20, 30)) <= seen
-    assert any("damaged stream" in reason for batch in batches for reason in batch.bad.values())
+    assert any("damaged stream" in reason for batch in batches for reason in batch.unreadable.values())
 
 
 def test_a_stream_without_images_is_an_error_and_not_a_hang(tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_names_that_are_not_utf8_are_read_and_never_reach_the_screen_raw(tmp_pat
     batches = read(index_of([url], tmp_path), 2)
     seen = {value for batch in batches for value in batch.views[0][:, 0, 0, 0][batch.valid].tolist()}
     assert seen == {0, 1, 2, 3, 10, 11, 12, 13}
-    named = {name for batch in batches for name in batch.bad}
+    named = {name for batch in batches for name in batch.unreadable}
     names = {"\\xff", "x\\x1b[2J\\x0adone: 100 %", "../x\\x1b[2J\\x0adone: 100 %"}
     assert named == {f"x.tar.gz/{name}" for name in names}
     url = str(gzipped(tmp_path / "y.tar.gz", range(0), {f"../{forged}.png": b"up", "caf\udce9.txt": b"hello"}))
@@ -243,7 +243,7 @@ def test_damage_of_any_kind_is_named_by_its_stream(streams: list[str], tmp_path:
             tar.addfile(about, io.BytesIO(content))
     Path(streams[5]).write_bytes(b"no tar")
     batches = read(index_of(streams, tmp_path), 12)
-    bad = {name: reason for batch in batches for name, reason in batch.bad.items()}
+    bad = {name: reason for batch in batches for name, reason in batch.unreadable.items()}
     assert bad[f"{streams[4]}/a.png"] == "a second member of this name"
     assert bad[streams[3]].startswith("damaged stream (OSError: ")
     assert bad[streams[5]].startswith("damaged stream (ReadError: ")
@@ -257,7 +257,7 @@ def test_images_whose_names_hold_dots_are_read_or_named(tmp_path: Path, capsys) 
     members |= {"c.thumbnail.png": images[6], "d.left.png": images[12], "d.right.png": images[13]}
     batches = read(index_of([str(gzipped(tmp_path / "x.tar.gz", range(0), members))], tmp_path), 2)
     assert set(pixels(batches)) == set(range(7))
-    bad = {name: reason for batch in batches for name, reason in batch.bad.items()}
+    bad = {name: reason for batch in batches for name, reason in batch.unreadable.items()}
     assert bad == {"x.tar.gz/d.*": "2 images of one key (left.png, right.png): none of them is used"}
     assert capsys.readouterr().out.count("images such as a.seg.png are not used") == 1
 
@@ -271,4 +271,4 @@ def test_a_stream_that_the_server_does_not_have_is_counted(streams: list[str], t
     monkeypatch.setattr(index.cache, "get", gone)
     batches = read(index, 13)
     assert set(pixels(batches)) == set(range(60))
-    assert {name for batch in batches for name in batch.bad} == {"http://127.0.0.1:9/none.tar.gz"}
+    assert {name for batch in batches for name in batch.unreadable} == {"http://127.0.0.1:9/none.tar.gz"}

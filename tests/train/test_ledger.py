@@ -31,7 +31,7 @@ def test_bad_samples_of_all_ranks_and_of_earlier_parts_are_added_up(
     ledger = make_ledger(tmp_path, 1000, 0.5, 3)
     ledger.load_state_dict(bad(1, 4))
     for reasons in ({"k0": "reason 0"}, {"k0": "reason 0", "k2": "reason 0"}, {}):
-        ledger.on_micro_batch(SimpleNamespace(global_rank=0), SimpleNamespace(bad=reasons))
+        ledger.on_micro_batch(SimpleNamespace(global_rank=0), SimpleNamespace(unreadable=reasons))
     assert {key: entry["times"] for key, entry in ledger.of_all_ranks().items()} == {"k0": 3, "k1": 4, "k2": 1}
 
     def gather(shares, own):

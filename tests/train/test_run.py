@@ -119,7 +119,7 @@ def test_folders_are_not_overwritten_silently(shards: Path, tmp_path: Path) -> N
 def test_impossible_runs_stop_before_anything_is_made(shards: Path, tmp_path: Path) -> None:
     for changes, message in [
         ({"data.global_batch_size": 31}, "more than the 30 samples"),
-        ({"train.micro_batch_size": 3}, "does not divide a rank's share"),
+        ({"train.micro_batch_size": 3}, "must divide the .* images of each rank"),
         ({"data.shards": str(tmp_path / "none")}, "is not a folder"),
         ({"init": str(tmp_path / "none")}, "no such file or folder"),
     ]:

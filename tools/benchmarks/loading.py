@@ -142,7 +142,7 @@ def bench_views(folder: Path) -> None:
         def order_only() -> int:
             for step in range(plan.steps_per_epoch):
                 samples, epochs = plan.batch(step)
-                Views(CropSettings(), [224, 224], "bicubic").draw(np.full((24, 2), 400), samples, epochs)
+                Views(CropSettings(), [224, 224], "bicubic").sample_boxes(np.full((24, 2), 400), samples, epochs)
             return plan.steps_per_epoch * 24
 
         def decode_only() -> int:

@@ -36,7 +36,7 @@ def open_index(folder: Path) -> Reader:
         (shards / "index.json").write_bytes(content)
         index = load_index(shards)
         describe_shards(index)
-        index.absent(), index.fingerprint(), index.key(0)
+        index.missing_shards(), index.fingerprint(), index.key(0)
         for sample in range(0, len(index), 7):
             index.locate(sample)
 

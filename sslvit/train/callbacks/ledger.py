@@ -43,7 +43,7 @@ class Ledger(StepCallback):
         trainer.strategy.barrier()  # no rank writes before all files are cut
 
     def on_micro_batch(self, trainer: pl.Trainer, batch: Batch) -> None:
-        for key, reason in batch.bad.items():
+        for key, reason in batch.unreadable.items():
             entry = self.own.setdefault(key, {"key": key, "reason": reason, "times": 0})
             entry["times"] += 1
         if self.writes_keys:

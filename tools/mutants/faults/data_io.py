@@ -6,6 +6,14 @@ from faults import Fault
 
 READER, PACK, INDEX = "tests/data/test_reader.py", "tests/data/test_pack.py", "tests/data/test_index.py"
 PLAN, REMOTE, STREAM = "tests/data/test_plan.py", "tests/data/test_remote.py", "tests/data/test_stream.py"
+ARRAYS = "tests/data/test_arrays.py"
+FOLDERS = "tests/data/test_folders.py"
+OPEN = "tests/data/test_open.py"
+OPEN_FOLDER = "tests/data/test_open_folder.py"
+REMOTE_CACHE = "tests/data/test_remote_cache.py"
+SCAN = "tests/data/test_scan.py"
+STORE = "tests/data/test_store.py"
+TRANSFER = "tests/data/test_transfer.py"
 
 FAULTS = [
     # reading
@@ -54,22 +62,22 @@ FAULTS = [
     Fault(
         "A substitute keeps the label of the image that it stands for",
         "sslvit/data/loader.py",
-        "labels = reader.labels_of(shown)",
+        "labels = reader.labels_of(used)",
         "labels = reader.labels_of(samples)",
         (f"{READER}::test_a_damaged_sample_is_named_and_the_next_of_the_global_batch_shown",),
     ),
     Fault(
         "The micro-batches of two ranks overlap",
         "sslvit/data/loader.py",
-        "first_row = (self.rank * self.passes + part) * self.micro",
-        "first_row = (self.rank + part) * self.micro",
+        "first_row = (self.rank * self.accumulation_steps + micro_step) * self.micro",
+        "first_row = (self.rank + micro_step) * self.micro",
         (f"{READER}::test_the_global_batch_is_the_same_for_any_ranks_and_workers",),
     ),
     # indices
     Fault(
         "The checksum of index.npy is not looked at",
         "sslvit/data/index.py",
-        '        _check_sum(records_file, about["records_sha256"])\n',
+        '        _check_digest(records_file, about["records_sha256"])\n',
         "",
         (f"{INDEX}::test_an_index_of_other_bytes_than_it_describes_is_refused",),
     ),
@@ -78,7 +86,7 @@ FAULTS = [
         "sslvit/data/index.py",
         "return self.shards[shard].name[self._common_folder :]",
         'return self.shards[shard].name.rpartition("/")[2]',
-        (f"{INDEX}::test_equal_names_in_two_folders_are_two_shards",),
+        (f"{OPEN}::test_equal_names_in_two_folders_are_two_shards",),
     ),
     Fault(
         "The fingerprint is of the names of shards, not of their bytes",
@@ -104,16 +112,16 @@ FAULTS = [
     Fault(
         "Tars that the index does not list are passed over in silence",
         "sslvit/data/open.py",
-        "        if notice := unlisted_notice(index):\n",
-        "        if (notice := unlisted_notice(index)) and False:\n",
-        (f"{INDEX}::test_tars_that_the_index_does_not_list_are_said",),
+        "        if notice := unlisted_warning(index):\n",
+        "        if (notice := unlisted_warning(index)) and False:\n",
+        (f"{OPEN}::test_tars_that_the_index_does_not_list_are_said",),
     ),
     Fault(
         "A shard without labels among others takes part in the labels",
         "sslvit/data/scan.py",
         'for text in report.labels or [""] * report.shard.samples]',
         "for text in report.labels]",
-        (f"{INDEX}::test_a_shard_without_labels_among_others_leaves_all_without_and_it_is_said",),
+        (f"{SCAN}::test_a_shard_without_labels_among_others_leaves_all_without_and_it_is_said",),
     ),
     Fault(
         "The deviation of a channel is its mean square",
@@ -132,8 +140,8 @@ FAULTS = [
     Fault(
         "Statistics are measured on the first images of a shard",
         "sslvit/data/scan.py",
-        "chosen = set(np.linspace(0, len(records) - 1, most).astype(int).tolist())",
-        "chosen = set(range(most))",
+        "sampled = set(np.linspace(0, len(records) - 1, count).astype(int).tolist())",
+        "sampled = set(range(most))",
         (f"{PACK}::test_statistics_of_a_large_shard_are_spread_over_it",),
     ),
     Fault(
@@ -156,56 +164,56 @@ FAULTS = [
         "sslvit/data/open.py",
         "versions.append((about.st_size, about.st_mtime_ns))",
         "versions.append(())",
-        (f"{INDEX}::test_local_shards_that_were_replaced_are_indexed_anew",),
+        (f"{OPEN}::test_local_shards_that_were_replaced_are_indexed_anew",),
     ),
     Fault(
         "Network shards without an index are stored twice",
         "sslvit/data/open.py",
-        "                cache.keep_as(shard.name, shard.sha256)\n",
+        "                cache.rename_to_digest(shard.name, shard.sha256)\n",
         "                pass\n",
         (f"{REMOTE}::test_shards_without_an_index_are_fetched_once",),
     ),
     Fault(
         "The shards of an image folder do not depend on the times of its files",
         "sslvit/data/open.py",
-        "{digest_of_times(found.samples)} ",
+        "{digest_times(found.samples)} ",
         "",
-        (f"{PACK}::test_folders_whose_files_have_equal_names_and_lengths_do_not_share_shards",),
+        (f"{OPEN_FOLDER}::test_folders_whose_files_have_equal_names_and_lengths_do_not_share_shards",),
     ),
     Fault(
         "Every process of a machine walks an image folder",
         "sslvit/data/first_rank.py",
         '        return os.environ["LOCAL_RANK"] == "0"\n',
         "        return True\n",
-        (f"{PACK}::test_only_the_first_process_of_a_machine_walks_an_image_folder",),
+        (f"{OPEN_FOLDER}::test_only_the_first_process_of_a_machine_walks_an_image_folder",),
     ),
     Fault(
         "What an earlier start found counts for this one",
         "sslvit/data/first_rank.py",
         'if not set(_launches()).isdisjoint(about["launches"]):',
         "if True:",
-        (f"{PACK}::test_a_process_whose_first_one_says_nothing_walks_by_itself",),
+        (f"{OPEN_FOLDER}::test_a_process_whose_first_one_says_nothing_walks_by_itself",),
     ),
     Fault(
         "Missing shards are counted, not their samples",
         "sslvit/data/open.py",
-        "lost = sum(index.shards[number].samples for number in absent)",
-        "lost = len(absent)",
-        (f"{INDEX}::test_missing_shards_of_a_mixture_are_those_of_one_source",),
+        "missing = sum(index.shards[number].samples for number in shards)",
+        "missing = len(shards)",
+        (f"{OPEN}::test_missing_shards_of_a_mixture_are_those_of_one_source",),
     ),
     Fault(
         "A mixture takes the missing shard of one source for another's",
         "sslvit/data/mixture.py",
         "            first + number: wrong\n",
         "            number: wrong\n",
-        (f"{INDEX}::test_missing_shards_of_a_mixture_are_those_of_one_source",),
+        (f"{OPEN}::test_missing_shards_of_a_mixture_are_those_of_one_source",),
     ),
     Fault(
         "A pattern gives its shards in the order of the index",
         "sslvit/data/open.py",
         "numbers = np.array([number_of[name] for name in names])",
         "numbers = np.array(sorted(number_of[name] for name in names))",
-        (f"{INDEX}::test_a_pattern_leaves_the_records_of_neighbors_in_their_file",),
+        (f"{OPEN}::test_a_pattern_leaves_the_records_of_neighbors_in_their_file",),
     ),
     Fault(
         "All sources of a mixture have one seed",
@@ -288,7 +296,7 @@ FAULTS = [
     Fault(
         "The samples that an epoch drops are always the ring's last",
         "sslvit/data/plan.py",
-        "int(chance.integers(self.samples))",
+        "int(generator.integers(self.samples))",
         "0",
         (
             f"{PLAN}::test_what_the_ring_of_shards_depends_on",
@@ -312,14 +320,14 @@ FAULTS = [
     Fault(
         "Ranks of an evaluation read the same samples",
         "sslvit/data/plan.py",
-        "(number * self.ranks + self.rank) * self.batch",
+        "(number * self.ranks + self.rank) * self.batch_size",
         "(number * self.ranks) * self.batch",
         (f"{PLAN}::test_evaluation_covers_each_sample_once_on_any_number_of_ranks",),
     ),
     Fault(
         "What fills up the last batch of an evaluation counts",
         "sslvit/data/plan.py",
-        "places.clip(max=self.samples - 1), places < self.samples",
+        "samples.clip(max=self.samples - 1), samples < self.samples",
         "places.clip(max=self.samples - 1), places <= self.samples",
         (f"{PLAN}::test_evaluation_covers_each_sample_once_on_any_number_of_ranks",),
     ),
@@ -327,15 +335,15 @@ FAULTS = [
     Fault(
         "The mean of a mixture does not depend on its shares",
         "sslvit/data/mixture.py",
-        "share = np.array(weights)[:, None] / sum(weights)",
-        "share = np.ones((len(weights), 1)) / len(weights)",
+        "weight = np.array(weights)[:, None] / sum(weights)",
+        "weight = np.ones((len(weights), 1)) / len(weights)",
         (f"{READER}::test_statistics_of_a_mixture_are_those_of_its_batches",),
     ),
     Fault(
         "The deviation of a mixture leaves out how its sources differ",
         "sslvit/data/mixture.py",
-        "np.sqrt((share * (stds**2 + means**2)).sum(0) - mean**2)",
-        "np.sqrt((share * stds**2).sum(0))",
+        "np.sqrt((weight * (stds**2 + means**2)).sum(0) - mean**2)",
+        "np.sqrt((weight * stds**2).sum(0))",
         (f"{READER}::test_statistics_of_a_mixture_are_those_of_its_batches",),
     ),
     Fault(
@@ -348,15 +356,15 @@ FAULTS = [
     Fault(
         "The rows of a source stand side by side, so ranks have other shares",
         "sslvit/data/mixture.py",
-        'self.source_of_row = source[np.argsort(place, kind="stable")]',
+        'self.source_of_row = source[np.argsort(position, kind="stable")]',
         "self.source_of_row = source",
         (f"{PLAN}::test_a_mixture_gives_each_source_its_share_of_every_batch_and_its_own_epochs",),
     ),
     Fault(
         "The fingerprint of a mixture is that of its first source",
         "sslvit/data/mixture.py",
-        "for part in self.parts).encode()",
-        "for part in self.parts[:1]).encode()",
+        "for source in self.sources).encode()",
+        "for source in self.sources[:1]).encode()",
         (f"{READER}::test_statistics_of_a_mixture_are_those_of_its_batches",),
     ),
     # network
@@ -379,70 +387,70 @@ FAULTS = [
         "sslvit/data/remote.py",
         "in sorted(files):",
         "in sorted(files, reverse=True):",
-        (f"{REMOTE}::test_the_longest_unused_shard_goes_first",),
+        (f"{REMOTE_CACHE}::test_the_longest_unused_shard_goes_first",),
     ),
     Fault(
         "A shard that is used again does not count as used",
         "sslvit/data/remote.py",
         "        os.utime(path)\n",
         "        path.stat()\n",
-        (f"{REMOTE}::test_the_longest_unused_shard_goes_first",),
+        (f"{REMOTE_CACHE}::test_the_longest_unused_shard_goes_first",),
     ),
     Fault(
         "Downloads side by side do not see each other's room",
         "sslvit/data/remote.py",
         "            used += reserved\n",
         "",
-        (f"{REMOTE}::test_downloads_side_by_side_stay_within_the_size_of_the_cache",),
+        (f"{REMOTE_CACHE}::test_downloads_side_by_side_stay_within_the_size_of_the_cache",),
     ),
     Fault(
         "The room of a download that was killed stays taken",
         "sslvit/data/remote.py",
-        "    with held_file(lock, wait=False) as handle:\n        return noted if handle is None else 0\n",
-        "    return noted\n",
-        (f"{REMOTE}::test_room_that_a_killed_download_had_reserved_is_free_again",),
+        "    with lock_file(lock, wait=False) as handle:\n        return note if handle is None else 0\n",
+        "    return note\n",
+        (f"{REMOTE_CACHE}::test_room_that_a_killed_download_had_reserved_is_free_again",),
     ),
     Fault(
         "The cache is listed for each download",
         "sslvit/data/remote.py",
         "if lock is None or used is None or used + size > self.limit:",
         "if True:",
-        (f"{REMOTE}::test_the_folder_is_not_listed_for_each_download",),
+        (f"{REMOTE_CACHE}::test_the_folder_is_not_listed_for_each_download",),
     ),
     Fault(
         "A worker waits for what another fetches ahead",
         "sslvit/data/remote.py",
         "shard.sha256, wait=False)",
         "shard.sha256)",
-        (f"{REMOTE}::test_every_worker_fetches_ahead_what_the_others_do_not",),
+        (f"{REMOTE_CACHE}::test_every_worker_fetches_ahead_what_the_others_do_not",),
     ),
     Fault(
         "The least rate of a transfer is not asked for",
         "sslvit/data/transfer.py",
-        "if self.bytes < self.least_rate * self.seconds:",
+        "if self.bytes < self.min_rate * self.seconds:",
         "if self.bytes < 1:",
-        (f"{REMOTE}::test_a_server_that_drips_is_given_up",),
+        (f"{TRANSFER}::test_a_server_that_drips_is_given_up",),
     ),
     Fault(
         "Waits between tries do not grow",
         "sslvit/data/remote.py",
         "self.first_wait * 2 ** max(failures - 1, 0) *",
         "self.first_wait *",
-        (f"{REMOTE}::test_waits_grow_with_failures_and_are_not_alike",),
+        (f"{TRANSFER}::test_waits_grow_with_failures_and_are_not_alike",),
     ),
     Fault(
         "All who failed at once try again at once",
         "sslvit/data/remote.py",
         "(0.5 + random.random())",
         "1.0",
-        (f"{REMOTE}::test_waits_grow_with_failures_and_are_not_alike",),
+        (f"{TRANSFER}::test_waits_grow_with_failures_and_are_not_alike",),
     ),
     Fault(
         "A download is renamed before it is on the disk",
         "sslvit/data/remote.py",
         "                os.fsync(file.fileno())\n",
         "                pass\n",
-        (f"{REMOTE}::test_a_download_is_on_the_disk_before_it_has_its_name",),
+        (f"{REMOTE_CACHE}::test_a_download_is_on_the_disk_before_it_has_its_name",),
     ),
     # packing
     Fault(
@@ -457,7 +465,7 @@ FAULTS = [
         "sslvit/data/store.py",
         "            os.fsync(self.file.fileno())\n",
         "",
-        (f"{PACK}::test_a_shard_is_on_the_disk_before_it_has_its_name",),
+        (f"{STORE}::test_a_shard_is_on_the_disk_before_it_has_its_name",),
     ),
     Fault(
         "Samples are packed in the order of their source",
@@ -476,7 +484,7 @@ FAULTS = [
     Fault(
         "The held-out share is rounded down",
         "sslvit/data/sources.py",
-        "round(share * len(of_class))",
+        "round(fraction * len(of_class))",
         "int(share * len(of_class))",
         (f"{PACK}::test_each_class_gives_its_last_images_and_keeps_one",),
     ),
@@ -499,42 +507,42 @@ FAULTS = [
         "sslvit/data/store.py",
         '{"quality": settings.quality}',
         '{"quality": 92}',
-        (f"{PACK}::test_quality_and_the_side_of_resized_images_are_as_asked",),
+        (f"{STORE}::test_quality_and_the_side_of_resized_images_are_as_asked",),
     ),
     Fault(
         "Resizing takes the longer side",
         "sslvit/data/store.py",
-        "settings.resize / min(image.size)",
-        "settings.resize / max(image.size)",
-        (f"{PACK}::test_quality_and_the_side_of_resized_images_are_as_asked",),
+        "limit / shorter if",
+        "limit / max(header.height, header.width) if",
+        (f"{STORE}::test_quality_and_the_side_of_resized_images_are_as_asked",),
     ),
     Fault(
         "The pixels of a signed array are a little too dark",
         "sslvit/data/arrays.py",
         "(values.astype(np.float32) + 1) * 127.5",
         "(values.astype(np.float32) + 1) * 127",
-        (f"{PACK}::test_values_that_are_no_pixels_are_converted_by_name",),
+        (f"{ARRAYS}::test_values_that_are_no_pixels_are_converted_by_name",),
     ),
     Fault(
         "Integers of 32 bits are cut to 16",
         "sslvit/data/decode.py",
-        "not 0 <= deep.min() <= deep.max() <= MAX_DEEP",
+        "not 0 <= wide.min() <= wide.max() <= MAX_UINT16",
         "False",
-        (f"{PACK}::test_integers_of_32_bits_are_refused_where_16_cannot_hold_them",),
+        (f"{ARRAYS}::test_integers_of_32_bits_are_refused_where_16_cannot_hold_them",),
     ),
     Fault(
         "Class names that are numbers are in the order of letters",
         "sslvit/data/labels.py",
         "sorted(names, key=lambda name: (int(name), name))",
         "sorted(names)",
-        (f"{PACK}::test_numbers_as_class_names_are_in_the_order_of_numbers",),
+        (f"{FOLDERS}::test_numbers_as_class_names_are_in_the_order_of_numbers",),
     ),
     Fault(
         "An image that looks like none stops the numbering of labels: -1 becomes a class",
         "sslvit/data/labels.py",
         "    if negative == NO_LABEL:\n",
         "    if negative == NO_LABEL - 1:\n",
-        (f"{PACK}::test_labels_of_minus_one_are_no_labels_wherever_they_stand",),
+        (f"{ARRAYS}::test_labels_of_minus_one_are_no_labels_wherever_they_stand",),
     ),
     # streams
     Fault(
@@ -561,14 +569,14 @@ FAULTS = [
     Fault(
         "All ranks read the same streams",
         "sslvit/data/stream.py",
-        "own = urls[self.rank :: self.ranks][worker::workers]",
-        "own = urls[worker::workers]",
+        "assigned = urls[self.rank :: self.ranks][worker::workers]",
+        "assigned = urls[worker::workers]",
         (f"{STREAM}::test_ranks_and_workers_share_the_shards",),
     ),
     Fault(
         "A stream is not shuffled among its images",
         "sslvit/data/stream.py",
-        "for place in chance.permutation(len(buffer)):",
+        "for slot in generator.permutation(len(buffer)):",
         "for place in range(len(buffer)):",
         (f"{STREAM}::test_what_the_order_of_a_stream_depends_on",),
     ),
@@ -582,7 +590,7 @@ FAULTS = [
     Fault(
         "A stream longer than the buffer is read in its order",
         "sslvit/data/stream.py",
-        "place = int(chance.integers(BUFFER))",
+        "slot = int(generator.integers(BUFFER))",
         "place = 0",
         (f"{STREAM}::test_a_stream_longer_than_the_buffer_is_shuffled_too",),
     ),
@@ -632,7 +640,7 @@ FAULTS = [
     Fault(
         "The statistics of a mixture do not depend on its shares in the settings",
         "sslvit/data/open.py",
-        "return JoinedIndex(parts, rows), MixturePlan(plans)",
+        "return JoinedIndex(sources, rows), MixturePlan(plans)",
         "return JoinedIndex(parts, [1] * len(parts)), MixturePlan(plans)",
         (f"{PLAN}::test_settings_of_the_data_reach_what_reads_it",),
     ),
@@ -655,7 +663,7 @@ FAULTS = [
         "sslvit/data/store.py",
         "read_header(content, settings.max_pixels, ",
         "read_header(content, MAX_PIXELS, ",
-        (f"{PACK}::test_an_image_of_more_pixels_than_allowed_is_left_out",),
+        (f"{STORE}::test_an_image_of_more_pixels_than_allowed_is_left_out",),
     ),
     Fault(
         "--shard-mb counts a thousand bytes more to the kilobyte",
@@ -667,7 +675,7 @@ FAULTS = [
     Fault(
         "Two parts of a packing write the same shards",
         "sslvit/data/pack.py",
-        "[number - 1 :: of]",
+        "[number - 1 :: count]",
         "[(number - 1) // 2 :: of]",
         (f"{PACK}::test_any_number_of_workers_and_parts_gives_the_same_bytes",),
     ),

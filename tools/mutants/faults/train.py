@@ -162,8 +162,8 @@ FAULTS = [
           '"global_batch_size": self.global_batch_size, "seed": self.seed,',
           '"global_batch_size": self.global_batch_size,', (POSITION,)),
     Fault("A resume begins at the first micro-batch of another step", MODULE,
-          "_From(self.start_step * passes,", "_From(self.start_step,", (f"{RESUMED}::test_a_stopped_run_resumes_to_the_"
-                                                                       "same_weights_and_metrics",)),
+          "_PositionSampler(self.start_step * accumulation_steps,", "_PositionSampler(self.start_step,",
+          (f"{RESUMED}::test_a_stopped_run_resumes_to_the_same_weights_and_metrics",)),
     Fault("A resumed run chooses anew what was left open", PREPARE,
           "            fitted = replace(fitted, **{name: replace(part, **kept)})\n", "            pass\n",
           (f"{RESUMED}::test_what_was_chosen_for_a_run_stays_when_it_is_made_longer",)),
