@@ -209,7 +209,7 @@ def test_a_step_of_any_encoder_on_a_gpu_can_be_repeated(name: str, fake_cuda: No
         with torch.no_grad():
             encoder.features_at(images, [(1, "mean"), (2, "mean")])
             encoder.patch_features(images)
-            encoder.attention(images, 2)
+            list(encoder.intermediates(images, [2], attention=True))
 
 
 @pytest.mark.parametrize("positions", ["learned_1d", "learned_2d", "sincos_1d", "rotary_2d", "relative_bias"])

@@ -21,8 +21,11 @@ def class_attention(encoder: ViTEncoder, images: Float[Tensor, "b c h w"]) -> Fl
     """
     if not encoder.settings.class_token:
         raise ValueError("attention of the class token: this encoder has none (encoder.class_token: false).")
-    last = len(encoder.blocks)  # image by image: of 't t' weights only one row is kept
-    weights = torch.cat([encoder.attention(image[None], last)[:, :, 0, encoder.prefix :] for image in images])
+    rows_of_class = []
+    for image in images:  # one by one: of 't t' weights only one row is kept
+        (last,) = encoder.intermediates(image[None], [len(encoder.blocks)], attention=True)
+        rows_of_class.append(last.attention[:, :, 0, encoder.prefix :])
+    weights = torch.cat(rows_of_class)
     rows, columns = encoder.settings.grid_of(*images.shape[2:])
     return rearrange(weights, "b heads (rows cols) -> b heads rows cols", rows=rows, cols=columns)
 
@@ -65,16 +68,14 @@ def attention_measures(
     rows, columns = encoder.settings.grid_of(*images.shape[2:])
     grid = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), 2).flatten(0, 1)
     pixels = torch.cdist(grid.double(), grid.double()).to(images) * encoder.settings.patch  # n n
-    tokens, places = encoder.embed(images)
-    far, spread = [], []
-    for block in encoder.blocks:
-        weights = block.attn.weights(block.norm1(tokens), places).float()  # b heads t t
-        spread.append(-torch.xlogy(weights, weights).sum(3).mean((0, 2)))
+    distances, entropies = [], []
+    for block in encoder.intermediates(images, range(1, len(encoder.blocks) + 1), attention=True):
+        weights = block.attention.float()  # b heads t t
+        entropies.append(-torch.xlogy(weights, weights).sum(3).mean((0, 2)))
         between = weights[:, :, encoder.prefix :, encoder.prefix :]
         between = between / between.sum(3, keepdim=True).clamp(min=1e-12)
-        far.append((between * pixels).sum(3).mean((0, 2)))
-        tokens = block(tokens, places)
-    return torch.stack(far).cpu(), torch.stack(spread).cpu()
+        distances.append((between * pixels).sum(3).mean((0, 2)))
+    return torch.stack(distances).cpu(), torch.stack(entropies).cpu()
 
 
 def receptive_field(

@@ -274,7 +274,8 @@ def _maps(encoder: ViTEncoder | None, data: MaskedImages, settings: EncoderSetti
         if encoder is None:
             maps = F.pixel_unshuffle(images, max(settings.patch, 2))
         else:
-            maps = encoder.patch_features(images).float()
+            (block,) = encoder.intermediates(images, [settings.probed_layer], norm=True)
+            maps = block.patch_map().float()
         yield maps, np.stack([mask for _, mask in pairs])
 
 

@@ -195,7 +195,7 @@ def palette_images(task: IGPT, data: LabeledSet) -> np.ndarray:
     loader = evaluation_loader(data.reader, encoder.settings, chosen=data.chosen)
     pieces, samples, bad = [], [], {}
     for batch in track(loader, "images into the palette", len(loader) * 256, each=256):
-        indices = pixels.indices(normalized_view(batch, encoder.settings, pixels.palette.device))[batch.valid]
+        indices = pixels.quantize(normalized_view(batch, encoder.settings, pixels.palette.device))[batch.valid]
         pieces.append(indices.cpu().numpy().astype(np.int32).reshape(-1, *encoder.settings.grid))
         samples.append(batch.samples[batch.valid])
         bad |= batch.bad

@@ -121,7 +121,7 @@ class FrozenEncoder(Source):
     def places(self, layer: int | None, blocks: int, pooling: str | None) -> list[Place]:
         """ "class+mean" is each block's class token and the mean over the last one's patches (DINOv2)."""
         settings = self.settings
-        layer = layer or settings.feature_layer or settings.depth
+        layer = layer or settings.probed_layer
         pooling = pooling or settings.pooling
         if not 1 <= layer <= settings.depth:
             raise ValueError(f"--layer {layer}: this encoder has blocks 1 to {settings.depth}.")
@@ -137,8 +137,13 @@ class FrozenEncoder(Source):
         return [(number, pooling) for number in numbers]
 
     def features_at(self, images: Tensor, places: Sequence[Place]) -> list[Tensor]:
-        kind = next(self.encoder.parameters()).dtype  # float64, where a run trains in it
-        return [found.to(images.dtype) for found in self.encoder.features_at(images.to(kind), places)]
+        dtype = next(self.encoder.parameters()).dtype  # float64, where a run trains in it
+        found: dict[Place, Tensor] = {}
+        for block in self.encoder.intermediates(images.to(dtype), {number for number, _ in places}, norm=True):
+            for number, pooling in places:  # pooled at once, so that no more than one block's tokens are kept
+                if number == block.number:
+                    found[number, pooling] = self.encoder.pool(block.tokens, pooling).to(images.dtype)
+        return [found[place] for place in places]
 
     def fingerprint(self) -> str:
         return fingerprint(self.encoder)

@@ -70,7 +70,7 @@ def draw_completions(
         raise ValueError(f"{images}: none of its first {len(chosen)} images can be read.")
     embed = task.encoder.patch_embed
     view = normalized_view(batch, encoder, embed.palette.device)[batch.valid.to(embed.palette.device)]
-    colors = embed.indices(view)  # b n
+    colors = embed.quantize(view)  # b n
     drawn = complete(task.encoder, task.head, colors[:, :known].repeat(draws, 1), settings)
     titles, rows = completion_rows(task.encoder, colors, known, list(drawn.chunk(draws)))
     return image_rows(out, rows, titles)

@@ -84,7 +84,7 @@ class IGPT(Task):
 
     def training_step(self, batch: Batch, batch_idx: int = 0) -> Tensor:
         images = batch.views[0]  # b c h w
-        colors = self.encoder.patch_embed.indices(images)  # b n
+        colors = self.encoder.patch_embed.quantize(images)  # b n
         is_hidden = self.draw_mask(batch)  # b n; None: nothing is hidden, and every pixel counts
         states = self.encoder(images, hidden=is_hidden, path_noise=self.path_noise(batch))  # b n d
         loss = pixel_nll(self.head(states), colors, is_hidden)
@@ -110,7 +110,7 @@ class IGPT(Task):
         return figures
 
     def _figures(self, batch: Batch, images: Float[Tensor, "b c h w"]) -> dict[str, tuple[list[str], list[np.ndarray]]]:
-        colors = self.encoder.patch_embed.indices(images)  # b n
+        colors = self.encoder.patch_embed.quantize(images)  # b n
         if self.settings.objective == "bert":
             is_hidden = self.draw_mask(batch).to(images.device)
             likeliest = self.head(self.encoder(images, hidden=is_hidden)).argmax(2)
@@ -236,8 +236,8 @@ def completion_rows(
 
 def shown(encoder: ViTEncoder, colors: Int[Tensor, "b n"], is_seen: Bool[Tensor, "b n"] | None = None) -> np.ndarray:
     """Palette indices as images 'b c h w' in [0, 1]; gray where a pixel is not seen."""
-    pixels, grid = encoder.patch_embed, encoder.settings.grid
-    images = pixels.images_of(colors, grid) * pixels.std + pixels.mean
+    grid = encoder.settings.grid
+    images = encoder.to_display(encoder.patch_embed.images_of(colors, grid))
     if is_seen is not None:
         images = torch.where(is_seen.unflatten(1, grid)[:, None], images, torch.full_like(images, 0.5))
-    return images.clamp(0, 1).cpu().numpy()
+    return images.cpu().numpy()

@@ -19,7 +19,7 @@ from sslvit.checkpoint import load_strict
 from sslvit.data.batch import Batch
 from sslvit.layouts import mae as layout
 from sslvit.layouts.unwrap import unwrap
-from sslvit.models.positions import resample_table, sincos_2d
+from sslvit.models.positions import sincos_2d, sincos_table, table_on_grid
 from sslvit.models.transformer import Block, run_block
 from sslvit.settings import EncoderSettings, MAESettings, OptimSettings
 from sslvit.tasks.base import Task
@@ -94,8 +94,7 @@ class MAEDecoder(nn.Module):
         )  # fmt: skip
         self.embed = nn.Linear(encoder.width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        table = torch.cat([torch.zeros(self.prefix, width), sincos_2d(encoder.grid, width).float()])
-        self.register_buffer("pos_embed", table[None])
+        self.register_buffer("pos_embed", sincos_table(sincos_2d(encoder.grid, width), self.prefix))
         self.blocks = nn.ModuleList(Block(plain) for _ in range(settings.decoder_depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.pred = nn.Linear(width, encoder.patch**2 * encoder.channels)
@@ -121,10 +120,7 @@ class MAEDecoder(nn.Module):
 
     def positions(self, grid: tuple[int, int]) -> Float[Tensor, "1 t d"]:
         """The table of the encoder's own grid, resampled for others."""
-        if grid == self.grid:
-            return self.pos_embed
-        table = resample_table(self.pos_embed[0, self.prefix :], self.grid, grid)
-        return torch.cat([self.pos_embed[:, : self.prefix], table[None]], 1)
+        return torch.cat(table_on_grid(self.pos_embed, self.prefix, self.grid, grid))[None]
 
 
 class MAE(Task):
@@ -210,15 +206,10 @@ class MAE(Task):
         images = batch.views[0][:8]
         noise = rng.uniform((self.seed, 0, "figure"), np.arange(len(images)), self.patches_of(images))
         filled, is_hidden = self.reconstruct(images, torch.from_numpy(noise).to(images.device))
-        mean, std = (
-            torch.tensor(v, device=images.device).view(-1, 1, 1)
-            for v in (self.encoder.settings.mean, self.encoder.settings.std)
-        )
-        shown, filled = images * std + mean, filled * std + mean
-        masked = shown * (1 - is_hidden) + 0.5 * is_hidden
-        rows = [shown, masked, filled]
+        pixels, filled = self.encoder.to_display(images), self.encoder.to_display(filled)
+        masked = pixels * (1 - is_hidden) + 0.5 * is_hidden
         titles = ["input", "what the\nencoder sees", "reconstruction"]
-        return {"reconstruction": (titles, [row.float().clamp(0, 1).cpu().numpy() for row in rows])}
+        return {"reconstruction": (titles, [row.float().cpu().numpy() for row in (pixels, masked, filled)])}
 
     # ---- the paper's own checkpoints -------------------------------------------------------------------------
 

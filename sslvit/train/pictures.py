@@ -34,7 +34,7 @@ def draw_pictures(folder: RunFolder, task: Task, data: ShardDataModule) -> None:
     task.to("cpu", torch.float32)
     examples = data.examples(IMAGES)
     titles = [f"view {number}\n{view.shape[2]} x {view.shape[3]}" for number, view in enumerate(examples.views, 1)]
-    image_rows(folder.figures / "views.png", [shown(task.encoder, view) for view in examples.views], titles)
+    image_rows(folder.figures / "views.png", [task.encoder.to_display(view).numpy() for view in examples.views], titles)
     with torch.no_grad():
         is_sound = bool(task.trained_encoder(examples.views[0]).isfinite().all())
     if not is_sound:
@@ -50,7 +50,7 @@ def draw_pictures(folder: RunFolder, task: Task, data: ShardDataModule) -> None:
         for suffix, images in sizes.items():
             titles, rows = attention_rows(encoder, images)
             image_rows(folder.figures / f"attention{suffix}.png", rows, titles)
-    titles, rows = ["input"], [shown(encoder, sizes["_larger"])]
+    titles, rows = ["input"], [encoder.to_display(sizes["_larger"]).numpy()]
     for images in sizes.values():
         titles.append(f"patches at\n{images.shape[2]} x {images.shape[3]}")
         rows.append(patch_colors(encoder, images).numpy())
@@ -61,7 +61,7 @@ def attention_rows(encoder: ViTEncoder, images: Tensor) -> tuple[list[str], list
     """The class token's attention in the last block: per head over the input, and the patches that hold most of it."""
     maps = class_attention(encoder, images)  # b heads rows cols
     mean = maps.mean(1, keepdim=True)
-    pixels = shown(encoder, images)
+    pixels = encoder.to_display(images).numpy()
     titles, rows = [f"input\n{images.shape[2]} x {images.shape[3]}"], [pixels]
     for head in range(min(maps.shape[1], MOST_HEADS)):
         titles.append(f"head {head + 1}")
@@ -69,9 +69,3 @@ def attention_rows(encoder: ViTEncoder, images: Tensor) -> tuple[list[str], list
     titles += ["mean of heads", f"{MASS:.0%} of it"]
     rows += [heat_over(pixels, mean[:, 0].numpy()), only_where(pixels, mass_mask(mean, MASS)[:, 0].numpy())]
     return titles, rows
-
-
-def shown(encoder: ViTEncoder, images: Tensor) -> np.ndarray:
-    """Normalized images as pixels from 0 to 1."""
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (encoder.settings.mean, encoder.settings.std))
-    return (images * std + mean).clamp(0, 1).numpy()

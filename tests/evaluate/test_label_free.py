@@ -94,7 +94,8 @@ def test_distances_are_those_of_the_encoders_own_attention() -> None:
     encoder, images = make(), torch.randn(3, 3, 16, 16)
     distance, entropy = attention_measures(encoder, images)
     with torch.no_grad():
-        weights = encoder.attention(images, 2)
+        (block,) = encoder.intermediates(images, [2], attention=True)
+    weights = block.attention
     assert entropy[1, 0] == pytest.approx(float(-(weights * weights.log()).sum(3)[:, 0].mean()), rel=1e-4)
     patches = weights[:, 1, 1:, 1:] / weights[:, 1, 1:, 1:].sum(2, keepdim=True)
     expected = 0.0

@@ -99,11 +99,11 @@ def test_raw_pixels_of_large_images_are_shrunk_smoothly() -> None:
 def test_one_pass_gives_every_layer_and_pooling() -> None:
     encoder, images = make(depth=3), torch.randn(2, 3, 8, 8)
     places = [(3, "class"), (1, "mean"), (3, "mean"), (2, "class")]
-    for (layer, pooling), found in zip(places, encoder.features_at(images, places), strict=True):
+    for (layer, pooling), found in zip(places, FrozenEncoder(encoder).features_at(images, places), strict=True):
         assert torch.equal(found, encoder.features(images, layer, pooling))
-    grid = encoder.patch_features(images, 2)
-    torch.testing.assert_close(grid.mean((2, 3)), encoder.features(images, 2, "mean"))
-    assert grid.shape == (2, 16, 2, 2)
+    (block,) = encoder.intermediates(images, [2], norm=True)
+    torch.testing.assert_close(block.patch_map().mean((2, 3)), encoder.features(images, 2, "mean"))
+    assert block.patch_map().shape == (2, 16, 2, 2)
 
 
 def test_the_table_has_baselines_and_solves_an_easy_set(shards: Path) -> None:
