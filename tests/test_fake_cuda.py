@@ -35,7 +35,7 @@ from sslvit.evaluate.probe import probe
 from sslvit.evaluate.sources import Features, LabeledSet
 from sslvit.models import ViTEncoder
 from sslvit.palette import nearest_color, squared_error, uniform_palette
-from sslvit.report.samples import draw_completions, draw_samples
+from sslvit.report.samples import plot_completions, plot_samples
 from sslvit.settings import EncoderSettings, OptimSettings, ProbeSettings
 from sslvit.settings.load import load_recipe, read_protocol
 from sslvit.settings.sample import SampleSettings
@@ -262,7 +262,7 @@ def spectrum(_: Path) -> None:
     values = torch.randn(20, 12, device=GPU)
     assert health.label_free(values).keys() == {"feature_std", "rankme", "alpha", "uniformity"}
     health.alignment(values, values.flip(0))
-    health.largest_share(on_gpu(5, dtype=torch.long))
+    health.largest_fraction(on_gpu(5, dtype=torch.long))
 
 
 def pictures_of_attention(_: Path) -> None:
@@ -316,8 +316,8 @@ def pixels(shards: Path) -> None:
     task = pixel_model().to(GPU)
     train, val = (LabeledSet(load_index(shards / name), task.encoder.settings.channels) for name in ("train", "val"))
     likelihood(task, train, val, 4)
-    draw_samples(task, shards / "drawn.png", 3, SampleSettings())
-    draw_completions(task, str(shards / "val"), shards / "completed.png", 2, 0.5, 2, SampleSettings())
+    plot_samples(task, shards / "drawn.png", 3, SampleSettings())
+    plot_completions(task, str(shards / "val"), shards / "completed.png", 2, 0.5, 2, SampleSettings())
 
 
 def colors(_: Path) -> None:

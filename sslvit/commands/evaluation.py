@@ -33,7 +33,7 @@ def run_probe(options: argparse.Namespace) -> None:
         raise ValueError("--layer and --layers exclude each other: one block for the table, or several side by side?")
     check_new(options.output)
     check_new_picture(figure)
-    from sslvit.evaluate.layers import draw_layers, layer_numbers, probe_layers
+    from sslvit.evaluate.layers import layer_numbers, plot_layers, probe_layers
     from sslvit.ranks import all_ranks, is_first_rank
 
     with all_ranks():
@@ -46,7 +46,7 @@ def run_probe(options: argparse.Namespace) -> None:
         if is_first_rank():
             print(f"\n{curve.text()}")
             write_json(options.output, curve.as_dict())
-            print(draw_layers(curve, numbers, figure))
+            print(plot_layers(curve, numbers, figure))
 
 
 def run_knn(options: argparse.Namespace) -> None:
@@ -89,7 +89,7 @@ def show_probe(encoder, settings, output: str | None) -> None:
     about = table.about
     left_out = {part: f" ({about[f'{part}_unreadable']:,} cannot be read)" if about[f"{part}_unreadable"] else ""
                 for part in ("train", "val")}  # fmt: skip
-    print(f"\nRight answers in percent on {about['val_images']:,} images{left_out['val']} of {about['val']}")
+    print(f"\nTop-1 accuracy (%) on {about['val_images']:,} images{left_out['val']} of {about['val']}")
     print(f"(heads fitted on {about['train_images']:,}{left_out['train']} of {about['train']})")
     of_encoder = about["probed"]["encoder"]
     has_own_views = "fraction" in of_encoder.get("linear", {})  # a paper's protocol says its own below
@@ -104,7 +104,7 @@ def show_probe(encoder, settings, output: str | None) -> None:
 
 def in_words(key: str, value: Any) -> str:
     """A setting or a result of a probe, with as many digits as somebody reads."""
-    if "right answers" in key or "score" in key:
+    if "accuracy" in key or "score" in key:
         return f"{key} {value:.1f} %"
     return f"{key.replace('_', ' ')} {f'{value:.4g}' if isinstance(value, float) else value}"
 
@@ -123,20 +123,20 @@ def run_health(options: argparse.Namespace) -> None:
     check_new(options.output)
     from sslvit.data.open import open_shards
     from sslvit.environment import pick_device
-    from sslvit.evaluate.label_free import measure_health, spread
+    from sslvit.evaluate.label_free import evenly_spaced, measure_health
     from sslvit.evaluate.scores import format_table
     from sslvit.evaluate.sources import LabeledSet
 
     encoder = load_scored(options)
     index = open_shards(options.data)
     data = LabeledSet(
-        index, encoder.settings.channels, spread(len(index), options.images), options.max_unreadable_fraction
+        index, encoder.settings.channels, evenly_spaced(len(index), options.images), options.max_unreadable_fraction
     )
     rows = measure_health(
         encoder.to(pick_device(options.device)), data, options.layer, options.pooling, options.batch, options.workers,
         options.seed,
     )  # fmt: skip
-    print(f"\nwithout labels, on {data.count_in_words} of {index.location}")
+    print(f"\nwithout labels, on {data.count_text} of {index.location}")
     print(f"each image: {encoder.settings.crop_in_words}\n")
     print(format_table({row: {name: [value] for name, value in of.items()} for row, of in rows.items()}, 3))
     write_json(options.output, rows)
@@ -146,9 +146,10 @@ def run_segment(options: argparse.Namespace) -> None:
     check_least(options, batch=1, seed=0)
     check_new(options.output)
     check_new_picture(options.figure)
-    from sslvit.evaluate.dense import MaskedImages, segment
+    from sslvit.evaluate.dense import segment
+    from sslvit.evaluate.masks import MaskedImages
     from sslvit.evaluate.probe import untrained
-    from sslvit.report.show import draw_guesses
+    from sslvit.report.show import plot_predictions
 
     train, val = (MaskedImages.open(folder) for folder in (options.train, options.val))
     encoder = load_scored(options)
@@ -157,10 +158,10 @@ def run_segment(options: argparse.Namespace) -> None:
         rows = {"raw pixels": None, "untrained encoder": untrained(encoder, options.seed), **rows}
     table = segment(rows, train, val, options.batch, seed=options.seed, device=options.device)
     print(f"\nPercent on {len(val):,} images of {val.folder} (maps fitted on {len(train):,} of {train.folder});")
-    print(f"of each image and mask: {table.about['view']}; strength {table.about['strength']}\n\n{table.text()}")
-    write_json(options.output, {"rows": table.draws, "about": table.about})
+    print(f"of each image and mask: {table.about['view']}; L2 penalty {table.about['l2']}\n\n{table.text()}")
+    write_json(options.output, {"rows": table.scores, "about": table.about})
     if options.figure:
-        print(draw_guesses(table, val, encoder.settings, options.figure))
+        print(plot_predictions(table, val, encoder.settings, options.figure))
 
 
 def run_show(options: argparse.Namespace) -> None:
@@ -179,11 +180,11 @@ def run_show(options: argparse.Namespace) -> None:
     encoder = load_scored(options)
     images = show.some_images(encoder.settings, options.data, options.images)
     if options.what == "attention":
-        print(show.draw_attention(encoder, images, out))
+        print(show.plot_attention(encoder, images, out))
     elif options.what == "field":
-        print(show.draw_field(encoder, images, out))
+        print(show.plot_field(encoder, images, out))
     else:
-        path, numbers = show.draw_distance(encoder, images, out)
+        path, numbers = show.plot_distance(encoder, images, out)
         write_json(numbers_file, numbers)
         print(f"{path}\n{numbers_file}")
 
@@ -200,13 +201,13 @@ def run_embed(options: argparse.Namespace) -> None:
 
     encoder = load_scored(options)
     source = FrozenEncoder(encoder.to(pick_device(options.device)))
-    places = source.places(options.layer, options.blocks, options.pooling)
+    readouts = source.readouts(options.layer, options.blocks, options.pooling)
     index = open_shards(options.data)
     data = LabeledSet(index, encoder.settings.channels, None, options.max_unreadable_fraction)
-    made = embed(source, data, places, options.batch, options.workers)
+    made = embed(source, data, readouts, options.batch, options.workers)
     made.save(Path(options.output))
     arrays = "features, keys, labels and classes" if made.labels is not None else "features and keys"
-    print(f"{options.output}: {arrays} of {data.count_in_words}, {made.features.shape[1]} numbers each")
+    print(f"{options.output}: {arrays} of {data.count_text}, {made.features.shape[1]} numbers each")
     print(f"each image: {encoder.settings.crop_in_words}")
 
 

@@ -8,7 +8,7 @@ property (causal, the tokenizer), so there is no branch on the task.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +26,7 @@ from sslvit.models.positions import (
     sincos_table,
     table_on_grid,
 )
-from sslvit.models.tokens import TOKENIZERS, gather_tokens
+from sslvit.models.tokens import TOKENIZERS, PixelTokens, gather_tokens
 from sslvit.models.transformer import Block, KVCache, make_norm, run_block
 from sslvit.settings import EncoderSettings
 
@@ -123,7 +123,7 @@ class ViTEncoder(nn.Module):
                 f"(here causal: {str(settings.causal).lower()}, tokens: {settings.tokens})."
             )
         length = settings.grid[0] * settings.grid[1]
-        return [KVCache(batch, length, settings, self.patch_embed.embed.weight) for _ in self.blocks]
+        return [KVCache(batch, length, settings, self.pixel_tokens.embed.weight) for _ in self.blocks]
 
     def decode(self, indices: Int[Tensor, "b k"], kv_caches: list[KVCache]) -> Float[Tensor, "b t d"]:
         """Tokens after the final norm at the next positions: what `forward` gives there.
@@ -139,7 +139,7 @@ class ViTEncoder(nn.Module):
             ValueError: another number of images than the caches are for, or more pixels than there are positions.
         """
         start = kv_caches[0].length
-        tokens = self.patch_embed.embed(indices) if start else self.patch_embed.begin(indices)
+        tokens = self.pixel_tokens.embed(indices) if start else self.pixel_tokens.begin(indices)
         stop = start + tokens.shape[1]
         grid = self.settings.grid
         images, length = kv_caches[0].keys.shape[0], kv_caches[0].keys.shape[2]
@@ -153,7 +153,7 @@ class ViTEncoder(nn.Module):
             tokens = tokens + rows[start:stop]
         rotation = self._rotation(grid, None, tokens.device)
         if rotation is not None:
-            rotation = tuple(turn[:, :, start:stop] for turn in rotation)
+            rotation = rotation[0][:, :, start:stop], rotation[1][:, :, start:stop]
         layout = TokenLayout(grid, 0, None, rotation)
         for block, kv_cache in zip(self.blocks, kv_caches, strict=True):
             tokens = block(tokens, layout, kv_cache=kv_cache)
@@ -184,7 +184,7 @@ class ViTEncoder(nn.Module):
         for number in range(1, max(blocks, default=0) + 1):
             weights = None
             if attention and number in blocks:
-                block = self.blocks[number - 1]
+                block = self.block(number)
                 weights = block.attn.weights(block.norm1(tokens), layout)
             tokens = self._run_block(number, tokens, layout, path_noise)
             if number in blocks:
@@ -206,7 +206,7 @@ class ViTEncoder(nn.Module):
     def _feature_norm(self, number: int) -> nn.Module:
         """What normalizes a block's output before it is probed."""
         is_next = self.settings.feature_norm == "next" and number < len(self.blocks)
-        return self.blocks[number].norm1 if is_next else self.norm
+        return self.block(number + 1).norm1 if is_next else self.norm
 
     def pool(self, tokens: Float[Tensor, "b t d"], pooling: str | None = None) -> Float[Tensor, "b d"]:
         """One vector per image: the tokens' mean, class token or attention pool; settings.pooling for None."""
@@ -294,17 +294,19 @@ class ViTEncoder(nn.Module):
             return prefix, resample_table((self.pos_embed_row + self.pos_embed_column).flatten(0, 1), *how)
         return table_on_grid(self.pos_embed, settings.position_rows, *how)
 
-    def _rotation(self, grid: tuple[int, int], visible: Tensor | None, device: torch.device):
+    def _rotation(
+        self, grid: tuple[int, int], visible: Tensor | None, device: torch.device
+    ) -> tuple[Tensor, Tensor] | None:
         if self.settings.pos_embed != "rotary_2d":
             return None
-        turns = []
-        for table, still in zip(
-            rotary_2d(grid, self.settings.grid, self.settings.head_width, device), (1.0, 0.0), strict=True
-        ):
+
+        def with_prefix(table: Tensor, still: float) -> Tensor:
             rows = table[None] if visible is None else gather_tokens(table[None].expand(len(visible), -1, -1), visible)
             prefix = rows.new_full((rows.shape[0], self.prefix, rows.shape[2]), still)  # prefix tokens do not turn
-            turns.append(torch.cat([prefix, rows], 1)[:, None])
-        return tuple(turns)
+            return torch.cat([prefix, rows], 1)[:, None]
+
+        cos, sin = rotary_2d(grid, self.settings.grid, self.settings.head_width, device)
+        return with_prefix(cos, 1.0), with_prefix(sin, 0.0)
 
     def _prefix_tokens(self, positions: Tensor | None) -> Tensor | None:
         tokens = [getattr(self, name) for name in ("cls_token", "reg_token") if hasattr(self, name)]
@@ -321,7 +323,19 @@ class ViTEncoder(nn.Module):
             raise ValueError("hidden: this encoder has no mask token. Set encoder.mask_token to true.")
         return torch.where(is_hidden[:, :, None], self.mask_token.to(tokens.dtype), tokens)
 
+    @property
+    def pixel_tokens(self) -> PixelTokens:
+        """The tokenizer of an encoder of pixels: from colors to palette indices and back."""
+        assert isinstance(self.patch_embed, PixelTokens)
+        return self.patch_embed
+
     # ---- blocks ----------------------------------------------------------------------------------------------
+
+    def block(self, number: int) -> Block:
+        """One block, counted from 1."""
+        block = self.blocks[number - 1]
+        assert isinstance(block, Block)
+        return block
 
     def _path_noise(self, tokens: Tensor, path_noise: Tensor | None = None) -> Tensor | None:
         """Numbers for stochastic depth: those given, or drawn here; None where no path is dropped."""
@@ -335,11 +349,11 @@ class ViTEncoder(nn.Module):
         self, number: int, tokens: Float[Tensor, "b t d"], layout: TokenLayout, path_noise: Tensor | None
     ) -> Float[Tensor, "b t d"]:
         noise = None if path_noise is None else path_noise[2 * number - 2 : 2 * number]
-        return run_block(self.blocks[number - 1], tokens, layout, noise, self.settings.activation_checkpointing)
+        return run_block(self.block(number), tokens, layout, noise, self.settings.activation_checkpointing)
 
     def reset_parameters(self) -> None:
         """Maps by settings.init, zero biases in linear ones, and tokens and tables of std 0.02."""
-        start = nn.init.xavier_uniform_ if self.settings.init == "xavier" else _small_normal
+        start: Callable[[Tensor], object] = nn.init.xavier_uniform_ if self.settings.init == "xavier" else _small_normal
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 start(module.weight)
@@ -348,11 +362,12 @@ class ViTEncoder(nn.Module):
             elif isinstance(module, nn.Embedding):
                 _small_normal(module.weight)
         if self.settings.tokens == "pixel" and self.settings.color_init == "fourier":
-            self.patch_embed.start_from_colors()
+            self.pixel_tokens.start_from_colors()
         projection = getattr(self.patch_embed, "proj", None)
         # 'normal' leaves it as torch makes a convolution: a fixed deviation would be too small for small patches
-        if projection is not None and self.settings.init != "normal":
+        if isinstance(projection, nn.Conv2d) and self.settings.init != "normal":
             start(projection.weight.flatten(1))  # a linear map in a convolution's shape
+            assert projection.bias is not None  # tokenizers leave no bias out
             nn.init.zeros_(projection.bias)
         tables = ("cls_token", "reg_token", "mask_token", "pos_embed", "pos_embed_prefix", "pos_embed_row",
                   "pos_embed_column", "patch_embed.start_token")  # fmt: skip
@@ -365,11 +380,13 @@ class ViTEncoder(nn.Module):
     def _start_scaled(self) -> None:
         """What does not start with a deviation of 0.02 but by width and depth, as in iGPT's released code."""
         width, depth = self.settings.width, self.settings.depth
-        for block in self.blocks:
+        for number in range(1, depth + 1):
+            block = self.block(number)
             nn.init.normal_(block.attn.qkv.weight, std=width**-0.5)
             nn.init.normal_(block.attn.proj.weight, std=(width * depth) ** -0.5)
-        if isinstance(getattr(self, "pos_embed", None), nn.Parameter):
-            nn.init.normal_(self.pos_embed, std=0.01)
+        table = getattr(self, "pos_embed", None)
+        if isinstance(table, nn.Parameter):
+            nn.init.normal_(table, std=0.01)
 
 
 def _small_normal(weight: Tensor) -> None:

@@ -104,7 +104,7 @@ def resample_table(
     return rearrange(interpolate(image, to, antialias, offset), "1 d rows cols -> (rows cols) d")
 
 
-def is_same(grid: tuple[int, int], other: tuple[int, int]) -> bool:
+def is_same(grid: tuple[int, ...], other: tuple[int, ...]) -> bool:
     """Whether two grids are one. While a program for any size is traced, a size is a symbol and equals no number."""
     return all(isinstance(side, int) for side in (*grid, *other)) and tuple(grid) == tuple(other)
 
@@ -167,7 +167,7 @@ class RelativeBias(nn.Module):
 
     def forward(self, layout: TokenLayout) -> Float[Tensor, "*b heads t t"]:
         rows, columns = layout.grid
-        table = self.table
+        table: Tensor = self.table
         wanted = (2 * rows - 1, 2 * columns - 1)
         if not is_same(tuple(table.shape[1:]), wanted):
             table = interpolate(table[None], wanted)[0]

@@ -115,6 +115,10 @@ class PixelTokens(nn.Module):
     that nothing computed at position i has seen pixel i.
     """
 
+    palette: Float[Tensor, "colors c"]
+    mean: Float[Tensor, "c 1 1"]
+    std: Float[Tensor, "c 1 1"]
+
     def __init__(self, settings: EncoderSettings) -> None:
         super().__init__()
         is_uniform = settings.palette == "uniform"

@@ -119,8 +119,8 @@ class Attention(nn.Module):
         """The rows of `score_bias` for the last positions of a sequence of `length`."""
         if query.shape[2] == 1 and self.rel_pos is None:
             return None  # the last position attends to all
-        whole = query.new_empty(1, 1, length, 0)
-        bias = self.score_bias(whole, layout)
+        bias = self.score_bias(query.new_empty(1, 1, length, 0), layout)
+        assert bias is not None  # only a causal encoder decodes
         return bias[..., length - query.shape[2] : length, :length]
 
     def score_bias(self, query: Tensor, layout: TokenLayout | None) -> Tensor | None:

@@ -22,7 +22,7 @@ from sslvit.data.batch import Batch
 from sslvit.data.index import Index
 from sslvit.data.plan import slices
 from sslvit.data.views import Views
-from sslvit.figures import curves
+from sslvit.figures import plot_curves
 from sslvit.models.transformer import Block
 from sslvit.settings import RunSettings
 from sslvit.tasks import task_class
@@ -265,4 +265,4 @@ def draw_schedules(task: Task, path: Path) -> Path:
     lines = {name.replace("_", " "): [at(step) for step in steps] for name, at in named.items()}
     shares = {f"{name} (up to {max(values):.3g})": (steps, [value / (max(values) or 1) for value in values])
               for name, values in lines.items()}  # fmt: skip
-    return curves(path, shares, "optimizer step", "share of the largest value", "schedules")
+    return plot_curves(path, shares, "optimizer step", "share of the largest value", "schedules")

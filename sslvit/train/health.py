@@ -16,7 +16,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from sslvit.evaluate.health import label_free, largest_share
+from sslvit.evaluate.health import label_free, largest_fraction
 from sslvit.files import to_json, write_atomically
 from sslvit.ranks import all_gather
 from sslvit.settings import OptimSettings, TaskSettings
@@ -69,7 +69,7 @@ def measure(watched: dict[str, Tensor]) -> dict[str, float]:
         measures |= {
             "teacher_entropy": float(watched["entropy"].double().mean()),
             "teacher_uniform_kl": float(watched["uniform_kl"].double().mean()),
-            "largest_prototype_share": largest_share(watched["choice"]),
+            "largest_prototype_share": largest_fraction(watched["choice"]),
         }
     return measures
 

@@ -14,7 +14,7 @@ from sslvit.cli import main
 from sslvit.data.arrays import array_samples
 from sslvit.data.pack import pack
 from sslvit.evaluate import layers
-from sslvit.evaluate.layers import HELD_OUT, LINEAR, draw_layers, layer_numbers, probe_layers
+from sslvit.evaluate.layers import HELD_OUT, LINEAR, layer_numbers, plot_layers, probe_layers
 from sslvit.evaluate.probe import probe
 from sslvit.evaluate.sources import FrozenEncoder
 from sslvit.models import ViTEncoder
@@ -55,7 +55,7 @@ def test_one_pass_gives_what_a_pass_for_each_layer_gives(norm: str) -> None:
 def test_each_layer_scores_as_it_does_alone(shards: ProbeSettings, tmp_path: Path) -> None:
     encoder = make()
     table = probe_layers(encoder, shards, [1, 2, 3])
-    draw_layers(table, [1, 2, 3], tmp_path / "layers.png")
+    plot_layers(table, [1, 2, 3], tmp_path / "layers.png")
     assert list(table.rows) == [*(f"layer {i}" for i in (1, 2, 3)), *(f"untrained, layer {i}" for i in (1, 2, 3)),
                                 "raw pixels"]  # fmt: skip
     assert (tmp_path / "layers.png").exists()

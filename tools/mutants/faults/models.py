@@ -184,8 +184,8 @@ FAULTS = [
     Fault(
         "Prefix tokens turn with the first patch",
         ENCODER,
-        "strict=True\n        ):\n            rows = table[None] if",
-        "strict=True\n        ):\n            still = float(table[-1, 0])\n            rows = table[None] if",
+        "-> Tensor:\n            rows = table[None] if",
+        "-> Tensor:\n            still = float(table[-1, 0])\n            rows = table[None] if",
         OURS,
     ),
     Fault(
@@ -219,15 +219,15 @@ FAULTS = [
     Fault(
         "Features are always normalized by the last norm",
         ENCODER,
-        "return self.blocks[number].norm1 if is_next else",
+        "return self.block(number + 1).norm1 if is_next else",
         "return self.norm if is_next else",
         OURS,
     ),
     Fault(
         "Features are normalized by the norm of the block itself",
         ENCODER,
-        "return self.blocks[number].norm1 if",
-        "return self.blocks[number - 1].norm1 if",
+        "return self.block(number + 1).norm1 if",
+        "return self.block(number).norm1 if",
         OURS,
     ),
     Fault(
@@ -261,8 +261,8 @@ FAULTS = [
     Fault(
         "Attention weights are those of the block before",
         ENCODER,
-        "block = self.blocks[number - 1]\n",
-        "block = self.blocks[max(number - 2, 0)]\n",
+        "block = self.block(number)\n                weights",
+        "block = self.block(max(number - 1, 1))\n                weights",
         OURS,
     ),
     Fault("The pooled vector is not normalized", ENCODER, "return self.fc_norm(pooled)", "return pooled", OURS),
@@ -523,8 +523,8 @@ FAULTS = [
     Fault(
         "Reading on turns by the first places' angles",
         ENCODER,
-        "turn[:, :, start:stop] for turn in rotation",
-        "turn[:, :, : stop - start] for turn in rotation",
+        "rotation[0][:, :, start:stop], rotation[1][:, :, start:stop]",
+        "rotation[0][:, :, : stop - start], rotation[1][:, :, : stop - start]",
         OF_SAMPLING,
     ),
     Fault(
