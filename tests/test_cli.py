@@ -308,7 +308,7 @@ def test_a_palettes_name_is_refused_before_images_are_packed(capsys, photos: Pat
 
 
 def test_results_are_printed_with_the_digits_that_somebody_reads() -> None:
-    held_out = "right answers on training images held out"
+    held_out = "top-1 accuracy on held-out training images"
     assert in_words(held_out, 67.5925925925926) == f"{held_out} 67.6 %"
     assert in_words("effective_rate", 0.010416666666666666) == "effective rate 0.01042"
     assert in_words("batch", 1024) == "batch 1024"

@@ -36,7 +36,7 @@ from sslvit.evaluate.sources import Features, LabeledSet
 from sslvit.models import ViTEncoder
 from sslvit.models.sampling import complete
 from sslvit.palette import nearest_color, squared_error, uniform_palette
-from sslvit.report.samples import draw_completions, draw_samples
+from sslvit.report.samples import plot_completions, plot_samples
 from sslvit.run_plan import RunPlan
 from sslvit.settings import EncoderSettings, OptimSettings, ProbeSettings
 from sslvit.settings.load import load_recipe, read_protocol
@@ -210,7 +210,7 @@ def test_a_step_of_any_encoder_on_a_gpu_can_be_repeated(name: str, fake_cuda: No
         with torch.no_grad():
             encoder.features_at(images, [(1, "mean"), (2, "mean")])
             encoder.patch_features(images)
-            encoder.attention(images, 2)
+            list(encoder.intermediates(images, [2], attention=True))
 
 
 @pytest.mark.parametrize("positions", ["learned_1d", "learned_2d", "sincos_1d", "rotary_2d", "relative_bias"])
@@ -261,7 +261,7 @@ def spectrum(_: Path) -> None:
     values = torch.randn(20, 12, device=GPU)
     assert health.label_free(values).keys() == {"feature_std", "rankme", "alpha", "uniformity"}
     health.alignment(values, values.flip(0))
-    health.largest_share(on_gpu(5, dtype=torch.long))
+    health.largest_fraction(on_gpu(5, dtype=torch.long))
 
 
 def pictures_of_attention(_: Path) -> None:
@@ -315,8 +315,8 @@ def pixels(shards: Path) -> None:
     task = pixel_model().to(GPU)
     train, val = (LabeledSet(load_index(shards / name), task.encoder.settings.channels) for name in ("train", "val"))
     likelihood(task, train, val, 4)
-    draw_samples(task, shards / "drawn.png", 3, SampleSettings())
-    draw_completions(task, str(shards / "val"), shards / "completed.png", 2, 0.5, 2, SampleSettings())
+    plot_samples(task, shards / "drawn.png", 3, SampleSettings())
+    plot_completions(task, str(shards / "val"), shards / "completed.png", 2, 0.5, 2, SampleSettings())
 
 
 def colors(_: Path) -> None:

@@ -54,7 +54,7 @@ def run_probe(options: ProbeOptions) -> None:
         raise ValueError("--layer and --layers exclude each other: one block for the table, or several side by side?")
     check_new(options.output)
     check_new_picture(figure or None)
-    from sslvit.evaluate.layers import draw_layers, layer_numbers, probe_layers
+    from sslvit.evaluate.layers import layer_numbers, plot_layers, probe_layers
     from sslvit.ranks import all_ranks, is_first_rank
 
     settings = only(ProbeSettings, options)
@@ -67,7 +67,7 @@ def run_probe(options: ProbeOptions) -> None:
         curve = probe_layers(encoder, settings, numbers)
         if is_first_rank():
             assert figure
-            drawn = draw_layers(curve, numbers, figure)
+            drawn = plot_layers(curve, numbers, figure)
             report(options, f"\n{curve.text()}\n{drawn}", curve.as_dict())
 
 
@@ -119,7 +119,7 @@ def show_probe(encoder: ViTEncoder, settings: ProbeSettings, options: Saved) -> 
 
 def in_words(key: str, value: Any) -> str:
     """A setting or a result of a probe, with as many digits as somebody reads."""
-    if "right answers" in key or "score" in key:
+    if "accuracy" in key or "score" in key:
         return f"{key} {value:.1f} %"
     return f"{key.replace('_', ' ')} {f'{value:.4g}' if isinstance(value, float) else value}"
 
@@ -147,14 +147,14 @@ def run_health(options: HealthOptions) -> None:
     check_new(options.output)
     from sslvit.data.open import open_shards
     from sslvit.environment import pick_device
-    from sslvit.evaluate.label_free import measure_health, spread
+    from sslvit.evaluate.label_free import evenly_spaced, measure_health
     from sslvit.evaluate.scores import format_table
     from sslvit.evaluate.sources import LabeledSet
 
     encoder = load_scored(options)
     index = open_shards(options.data)
     data = LabeledSet(
-        index, encoder.settings.channels, spread(len(index), options.images), options.max_unreadable_fraction
+        index, encoder.settings.channels, evenly_spaced(len(index), options.images), options.max_unreadable_fraction
     )
     rows = measure_health(
         encoder.to(pick_device(options.device)), data, options.layer, options.pooling, options.batch, options.workers,
@@ -162,7 +162,7 @@ def run_health(options: HealthOptions) -> None:
     )  # fmt: skip
     table = format_table({row: {name: [value] for name, value in of.items()} for row, of in rows.items()}, 3)
     text = (
-        f"\nwithout labels, on {data.count_in_words} of {index.location}\n"
+        f"\nwithout labels, on {data.count_text} of {index.location}\n"
         f"each image: {encoder.settings.crop_in_words}\n\n{table}"
     )
     report(options, text, rows)
@@ -197,9 +197,10 @@ def run_segment(options: SegmentOptions) -> None:
     check_least(options, batch=1, seed=0)
     check_new(options.output)
     check_new_picture(options.figure)
-    from sslvit.evaluate.dense import MaskedImages, segment
+    from sslvit.evaluate.dense import segment
+    from sslvit.evaluate.masks import MaskedImages
     from sslvit.evaluate.probe import untrained
-    from sslvit.report.show import draw_guesses
+    from sslvit.report.show import plot_predictions
 
     train, val = (MaskedImages.open(folder) for folder in (options.train, options.val))
     encoder = load_scored(options)
@@ -209,11 +210,11 @@ def run_segment(options: SegmentOptions) -> None:
     table = segment(rows, train, val, options.batch, seed=options.seed, device=options.device)
     text = (
         f"\nPercent on {len(val):,} images of {val.folder} (maps fitted on {len(train):,} of {train.folder});\n"
-        f"of each image and mask: {table.about['view']}; strength {table.about['strength']}\n\n{table.text()}"
+        f"of each image and mask: {table.about['view']}; L2 penalty {table.about['l2']}\n\n{table.text()}"
     )
     if options.figure:
-        text += f"\n{draw_guesses(table, val, encoder.settings, options.figure)}"
-    report(options, text, {"rows": table.draws, "about": table.about})
+        text += f"\n{plot_predictions(table, val, encoder.settings, options.figure)}"
+    report(options, text, {"rows": table.scores, "about": table.about})
 
 
 @dataclass(kw_only=True)
@@ -251,11 +252,11 @@ def run_show(options: ShowOptions) -> None:
     encoder = load_scored(options)
     images = show.some_images(encoder.settings, options.data, options.images)
     if options.what == "attention":
-        print(show.draw_attention(encoder, images, out))
+        print(show.plot_attention(encoder, images, out))
     elif options.what == "field":
-        print(show.draw_field(encoder, images, out))
+        print(show.plot_field(encoder, images, out))
     else:
-        path, numbers = show.draw_distance(encoder, images, out)
+        path, numbers = show.plot_distance(encoder, images, out)
         write_json(numbers_file, numbers)
         print(f"{path}\n{numbers_file}")
 
@@ -288,13 +289,13 @@ def run_embed(options: EmbedOptions) -> None:
 
     encoder = load_scored(options)
     source = FrozenEncoder(encoder.to(pick_device(options.device)))
-    places = source.places(options.layer, options.blocks, options.pooling)
+    readouts = source.readouts(options.layer, options.blocks, options.pooling)
     index = open_shards(options.data)
     data = LabeledSet(index, encoder.settings.channels, None, options.max_unreadable_fraction)
-    made = embed(source, data, places, options.batch, options.workers)
+    made = embed(source, data, readouts, options.batch, options.workers)
     made.save(Path(options.output))
     arrays = "features, keys, labels and classes" if made.labels is not None else "features and keys"
-    print(f"{options.output}: {arrays} of {data.count_in_words}, {made.features.shape[1]} numbers each")
+    print(f"{options.output}: {arrays} of {data.count_text}, {made.features.shape[1]} numbers each")
     print(f"each image: {encoder.settings.crop_in_words}")
 
 

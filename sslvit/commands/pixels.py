@@ -60,15 +60,15 @@ def run_sample(options: SampleOptions) -> None:
         check_new_picture(out)
     if not options.complete and (options.draws, options.given) != (None, None):
         raise ValueError("--draws and --given are for --complete IMAGES.")
-    from sslvit.report.samples import draw_completions, draw_samples
+    from sslvit.report.samples import plot_completions, plot_samples
 
     task, settings = load_task(options), only(SampleSettings, options)
     if options.complete:
         count, draws = options.count or 8, options.draws or 3
         given = 0.5 if options.given is None else options.given
-        draw_completions(task, options.complete, out, count, given, draws, settings)
+        plot_completions(task, options.complete, out, count, given, draws, settings)
     else:
-        draw_samples(task, out, options.count or 16, settings)
+        plot_samples(task, out, options.count or 16, settings)
     print(out)
 
 
@@ -108,7 +108,7 @@ def run_likelihood(options: LikelihoodOptions) -> None:
     rows = likelihood(task, train, val, options.batch)
     table = format_table({row: {column: [value] for column, value in of.items()} for row, of in rows.items()}, 4)
     text = (
-        f"\n{val.count_in_words} of {val.index.location}; counted on {train.count_in_words} of {train.index.location}\n"
+        f"\n{val.count_text} of {val.index.location}; counted on {train.count_text} of {train.index.location}\n"
         f"each image: {settings.crop_in_words}\n\n{table}"
     )
     report(options, text, rows)

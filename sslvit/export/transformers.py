@@ -111,7 +111,7 @@ def reopen(folder: Path, exported: Exported, is_fixed: bool) -> Callable[[Tensor
 
     def run(images: Tensor) -> Tensor:
         if settings.tokens == "pixel":
-            indices = exported.encoder.patch_embed.indices(images)
+            indices = exported.encoder.patch_embed.quantize(images)
             start = torch.full((len(indices), 1), model.config.vocab_size - 1)
             found = model(input_ids=torch.cat([start, indices[:, :-1]], 1), output_hidden_states=True)
             if outputs == "tokens":

@@ -64,7 +64,7 @@ class IGPTModel(nn.Module):
         self.settings = settings
         self.encoder = ViTEncoder(encoder)
         self.num_hidden = num_hidden(settings, encoder)
-        self.head = nn.Linear(encoder.width, len(self.encoder.patch_embed.palette), bias=False)
+        self.head = nn.Linear(encoder.width, len(self.encoder.pixel_tokens.palette), bias=False)
         nn.init.zeros_(self.head.weight)  # as in the released code: at first all colors are alike
 
     def loss(
@@ -85,7 +85,7 @@ class IGPTModel(nn.Module):
         self, images: Float[Tensor, "b c h w"], noise: Float[Tensor, "b n"] | None, path_noise: Tensor | None = None
     ) -> tuple[Float[Tensor, "b n d"], Int[Tensor, "b n"], Bool[Tensor, "b n"] | None]:
         """The tokens that pixels are predicted from, the true colors, and which pixels count (None: all)."""
-        colors = self.encoder.patch_embed.indices(images)  # b n
+        colors = self.encoder.pixel_tokens.quantize(images)  # b n
         is_hidden = None if self.settings.objective == "autoregressive" else random_mask(noise, self.num_hidden)
         return self.encoder(images, hidden=is_hidden, path_noise=path_noise), colors, is_hidden
 
@@ -139,8 +139,8 @@ def to_display(
     encoder: ViTEncoder, colors: Int[Tensor, "b n"], is_seen: Bool[Tensor, "b n"] | None = None
 ) -> np.ndarray:
     """Palette indices as images 'b c h w' in [0, 1]; gray where a pixel is not seen."""
-    pixels, grid = encoder.patch_embed, encoder.settings.grid
-    images = pixels.images_of(colors, grid) * pixels.std + pixels.mean
+    grid = encoder.settings.grid
+    images = encoder.to_display(encoder.pixel_tokens.images_of(colors, grid))
     if is_seen is not None:
         images = torch.where(is_seen.unflatten(1, grid)[:, None], images, torch.full_like(images, 0.5))
-    return images.clamp(0, 1).cpu().numpy()
+    return images.cpu().numpy()

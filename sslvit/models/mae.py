@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sslvit.models.encoder import ViTEncoder
-from sslvit.models.positions import resample_table, sincos_2d
+from sslvit.models.positions import sincos_2d, sincos_table, table_on_grid
 from sslvit.models.transformer import Block, run_block
 from sslvit.settings import EncoderSettings, MAESettings
 
@@ -85,8 +85,7 @@ class MAEDecoder(nn.Module):
         )  # fmt: skip
         self.embed = nn.Linear(encoder.width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        table = torch.cat([torch.zeros(self.prefix, width), sincos_2d(encoder.grid, width).float()])
-        self.register_buffer("pos_embed", table[None])
+        self.register_buffer("pos_embed", sincos_table(sincos_2d(encoder.grid, width), self.prefix))
         self.blocks = nn.ModuleList(Block(plain) for _ in range(settings.decoder_depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.pred = nn.Linear(width, encoder.patch**2 * encoder.channels)
@@ -112,10 +111,7 @@ class MAEDecoder(nn.Module):
 
     def positions(self, grid: tuple[int, int]) -> Float[Tensor, "1 t d"]:
         """The table of the encoder's own grid, resampled for others."""
-        if grid == self.grid:
-            return self.pos_embed
-        table = resample_table(self.pos_embed[0, self.prefix :], self.grid, grid)
-        return torch.cat([self.pos_embed[:, : self.prefix], table[None]], 1)
+        return torch.cat(table_on_grid(self.pos_embed, self.prefix, self.grid, grid))[None]
 
 
 class MAEModel(nn.Module):

@@ -265,6 +265,11 @@ class EncoderSettings:
         return {"none": 0, "class": int(self.class_token), "all": self.prefix}[self.prefix_positions]
 
     @property
+    def probed_layer(self) -> int:
+        """The block, counted from 1, that features come from unless another is given."""
+        return self.feature_layer or self.depth
+
+    @property
     def head_width(self) -> int:
         return self.width // self.heads
 

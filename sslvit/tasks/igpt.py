@@ -78,7 +78,7 @@ class IGPT(Task):
             filled = torch.where(is_hidden, head(states).argmax(2), colors)
             rows = [to_display(encoder, colors, ~is_hidden), to_display(encoder, filled), to_display(encoder, colors)]
             return {"filled": (["seen", "filled in", "original"], rows)}
-        colors = encoder.patch_embed.indices(images)  # b n
+        colors = encoder.pixel_tokens.quantize(images)  # b n
         settings = SampleSettings(seed=self.run.seed)
         generated = complete(encoder, head, colors[:, :0].repeat(2, 1), settings).chunk(2)
         prefix_length = colors.shape[1] // 2

@@ -61,12 +61,8 @@ class MAE(Task):
         rows, columns = self.model.grid_of(images)
         noise = rng.uniform((self.run.seed, 0, "figure"), np.arange(len(images)), rows * columns)
         filled, is_hidden = self.model.reconstruct(images, torch.from_numpy(noise).to(images.device))
-        mean, std = (
-            torch.tensor(v, device=images.device).view(-1, 1, 1)
-            for v in (self.encoder.settings.mean, self.encoder.settings.std)
-        )
-        pixels, filled = images * std + mean, filled * std + mean
+        pixels, filled = self.encoder.to_display(images), self.encoder.to_display(filled)
         masked = pixels * (1 - is_hidden) + 0.5 * is_hidden
         titles = ["input", "what the\nencoder sees", "reconstruction"]
-        pictures = [row.float().clamp(0, 1).cpu().numpy() for row in (pixels, masked, filled)]
+        pictures = [row.float().cpu().numpy() for row in (pixels, masked, filled)]
         return {"reconstruction": (titles, pictures)}

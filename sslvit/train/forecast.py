@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sslvit.data.batch import Batch
 from sslvit.data.index import Index
 from sslvit.data.views import Views
-from sslvit.figures import curves
+from sslvit.figures import plot_curves
 from sslvit.models.transformer import Block
 from sslvit.run_plan import RunPlan
 from sslvit.settings import RunSettings
@@ -254,4 +254,4 @@ def plot_schedules(task: Task, path: Path) -> Path:
     lines = {name.replace("_", " "): [at(step) for step in steps] for name, at in named.items()}
     shares = {f"{name} (up to {max(values):.3g})": (steps, [value / (max(values) or 1) for value in values])
               for name, values in lines.items()}  # fmt: skip
-    return curves(path, shares, "optimizer step", "share of the largest value", "schedules")
+    return plot_curves(path, shares, "optimizer step", "share of the largest value", "schedules")

@@ -38,13 +38,13 @@ def run(tmp_path: Path) -> Path:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list:
     """What was handed to the drawing: rows and titles."""
     kept: list = []
-    draw = samples.image_rows
+    draw = samples.plot_images
 
     def keep(path, rows, titles, title=""):
         kept.append((rows, titles))
         return draw(path, rows, titles, title)
 
-    monkeypatch.setattr(samples, "image_rows", keep)
+    monkeypatch.setattr(samples, "plot_images", keep)
     return kept
 
 

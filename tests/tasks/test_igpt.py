@@ -129,7 +129,7 @@ def test_bert_counts_hidden_pixels_only_and_hides_as_many_in_every_image() -> No
     assert len({tuple(row) for row in is_hidden.tolist()}) > 1
     loss = task.training_step(batch)
     logits = task.model.head(task.encoder(batch.views[0], hidden=is_hidden))
-    colors = task.encoder.patch_embed.indices(batch.views[0])
+    colors = task.encoder.patch_embed.quantize(batch.views[0])
     expected = torch.nn.functional.cross_entropy(logits[is_hidden], colors[is_hidden])
     torch.testing.assert_close(loss, expected)
     noise = torch.tensor([[0.5, 0.1, 0.1, 0.9]])

@@ -168,7 +168,7 @@ def test_a_released_file_takes_the_released_palette(tmp_path: Path) -> None:
     for palette in palettes:
         task = IGPT.from_official(tmp_path / "pytorch_model.bin", palette, golden.config["n_head"])
         assert torch.equal(task.encoder.patch_embed.palette, colors)
-        assert torch.equal(task.encoder.patch_embed.indices(images_of(golden, task)), golden["input/pixels"])
+        assert torch.equal(task.encoder.patch_embed.quantize(images_of(golden, task)), golden["input/pixels"])
         golden.check("output/logits", task.model.head(task.encoder(images_of(golden, task))))
     by_file = IGPT.from_official(tmp_path / "pytorch_model.bin", tmp_path / "kmeans_centers.npy", 4)
     assert torch.equal(by_file.encoder.patch_embed.palette, colors)

@@ -20,7 +20,7 @@ def test_reading_on_gives_the_logits_of_reading_all(positions: str, cuts: list[i
     task = make(pos_embed=positions, qk_norm=positions == "rotary_2d").eval()
     encoder = task.encoder
     images = gray(3)
-    colors = encoder.patch_embed.indices(images)
+    colors = encoder.patch_embed.quantize(images)
     memories = encoder.init_kv_cache(3)
     parts = [encoder.decode(colors[:, a:b], memories) for a, b in zip([0, *cuts], [*cuts, 15], strict=True)
              if b > a or (a == 0 and not memories[0].length)]  # fmt: skip
@@ -54,7 +54,7 @@ def slow_completion(task, given: torch.Tensor, settings: SampleSettings) -> torc
 @pytest.mark.parametrize("known", [0, 1, 8, 15])
 def test_completions_keep_what_is_given_and_equal_those_without_a_cache(known: int) -> None:
     task = make().eval().double()
-    given = task.encoder.patch_embed.indices(gray(5))[:, :known]
+    given = task.encoder.patch_embed.quantize(gray(5))[:, :known]
     settings = SampleSettings(batch=2, top_p=0.9, seed=4)
     drawn = complete(task.encoder, task.model.head, given, settings)
     assert torch.equal(drawn[:, :known], given)
@@ -133,7 +133,7 @@ def test_a_gpu_quantizes_and_completes_as_the_cpu_does() -> None:
     for device in ("cpu", "cuda"):
         task = task.to(device)
         with torch.autocast(device, torch.bfloat16):
-            colors = task.encoder.patch_embed.indices(images.to(device))
+            colors = task.encoder.patch_embed.quantize(images.to(device))
         drawn = complete(task.encoder, task.model.head, colors[:, :8], settings)
         figures = task.figures(batch_of(images[:4].to(device)))
         results.append((colors.cpu(), drawn.cpu(), figures["completed"][1]))

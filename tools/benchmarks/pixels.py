@@ -91,7 +91,7 @@ def training(width: int, depth: int) -> None:
 def quantizing(width: int, depth: int, images: int = 8) -> None:
     task = make(32, width, depth)
     step, pixels = training_step(task, images, 32)
-    whole, part = seconds_of(step), seconds_of(lambda: task.encoder.patch_embed.indices(pixels))
+    whole, part = seconds_of(step), seconds_of(lambda: task.encoder.patch_embed.quantize(pixels))
     print(
         f"{images} images of 32 x 32, 512 colors: quantized in {part * 1e3:.1f} ms; a training step of width {width}, "
         f"{depth} blocks: {whole * 1e3:.0f} ms. A step quantizes twice: {2 * part / whole:.1%} of it"

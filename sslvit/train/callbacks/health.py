@@ -15,7 +15,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from sslvit.evaluate.health import label_free, largest_share
+from sslvit.evaluate.health import label_free, largest_fraction
 from sslvit.files import to_json, write_atomically
 from sslvit.ranks import all_gather
 from sslvit.run_plan import RunPlan
@@ -50,7 +50,7 @@ def measure(logged: dict[str, Tensor]) -> dict[str, float]:
         measures |= {
             "teacher_entropy": float(logged["entropy"].double().mean()),
             "teacher_uniform_kl": float(logged["uniform_kl"].double().mean()),
-            "largest_prototype_share": largest_share(logged["choice"]),
+            "largest_prototype_share": largest_fraction(logged["choice"]),
         }
     return measures
 

@@ -19,9 +19,9 @@ import torch
 from sslvit.data.index import Index, ShardIndex
 from sslvit.data.open import open_shards
 from sslvit.evaluate.classify import Accuracy, accuracy
-from sslvit.evaluate.features import Pass
+from sslvit.evaluate.features import FeatureExtractor
 from sslvit.evaluate.knn import knn_accuracies
-from sslvit.evaluate.label_free import measures_of, spread
+from sslvit.evaluate.label_free import evenly_spaced, measures_of
 from sslvit.evaluate.linear import fit_probe
 from sslvit.evaluate.probe import check_classes, open_labeled
 from sslvit.evaluate.sources import FrozenEncoder, LabeledSet, NoScore
@@ -92,15 +92,15 @@ class OnlineProbe(ScoringCallback):
         channels = settings.encoder.channels
         limit = settings.data.max_unreadable_fraction
         self.train, self.val = (
-            LabeledSet(index, channels, spread(len(index), online.images), limit) for index in indices
+            LabeledSet(index, channels, evenly_spaced(len(index), online.images), limit) for index in indices
         )
 
     def scores(self, trainer: pl.Trainer, module: Task) -> dict[str, float]:
         source = FrozenEncoder(module.trained_encoder)
-        places = source.places(None, 1, None)
-        reading = Pass(min(IMAGES_AT_ONCE, self.online.images))
-        train, val = (reading.features(source, data, places).at(places) for data in (self.train, self.val))
-        found = measures_of(source, self.val, reading, seed=self.seed)
+        readouts = source.readouts(None, 1, None)
+        extractor = FeatureExtractor(min(IMAGES_AT_ONCE, self.online.images))
+        train, val = (extractor.features(source, data, readouts).at(readouts) for data in (self.train, self.val))
+        found = measures_of(source, self.val, extractor, seed=self.seed)
         found = {f"online_{name}": value for name, value in found.items()}
         if is_first_rank():
             classes = len(self.train.index.classes)
@@ -113,7 +113,7 @@ class OnlineProbe(ScoringCallback):
 
 
 class Validation(ScoringCallback):
-    """A classifier's right answers on the reported images; the last ones are written to scores.json."""
+    """A classifier's accuracy on the reported images; the last one is written to scores.json."""
 
     def __init__(self, settings: RunSettings, folder: RunFolder, index: ShardIndex, total_steps: int) -> None:
         super().__init__(settings.task.validate_every, settings.train.log_every, total_steps)

@@ -862,8 +862,8 @@ FAULTS = [
     Fault(
         "The smoothing is tuned on images that were counted",
         LIKELIHOOD,
-        "NeighborTable(images[~is_held], colors)",
-        "NeighborTable(images, colors)",
+        "NGramTable(images[~is_held_out], colors)",
+        "NGramTable(images, colors)",
         OF_LIKELIHOOD,
     ),
     Fault(
@@ -876,8 +876,8 @@ FAULTS = [
     Fault(
         "The left neighbor's weight is the upper one's",
         LIKELIHOOD,
-        "left_share * by_left.shares(single, alone) + (1 - left_share) * by_upper",
-        "(1 - left_share) * by_left.shares(single, alone) + left_share * by_upper",
+        "left_weight * by_left.probs(single, unigram) + (1 - left_weight) * by_upper",
+        "(1 - left_weight) * by_left.probs(single, unigram) + left_weight * by_upper",
         OF_LIKELIHOOD,
     ),
     Fault(
