@@ -31,6 +31,7 @@ from sslvit.layouts.vit import count_blocks
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings
 from sslvit.settings.load import YAML_ERRORS, brief, build
+from sslvit.sharded_checkpoint import read_checkpoint
 from sslvit.weight_files import FOLDER_FILES, read_folder_weights, read_torch_file
 
 logger = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ def load_encoder(
     if not said and (beside := _described_beside(path)) is not None:
         logger.info(f"{path.name}: read with config.json beside it")
         return _converted(_from_library(beside, changes), path.name)
-    content = read_torch_file(path)
+    content = read_checkpoint(path)
     if "sslvit" not in content:
         with _named(path):
             converted = to_sslvit(content, layout, heads, weights, str(path), **changes)
@@ -282,7 +283,7 @@ def provenance_of(source: str | Path, weights: str | None = None) -> dict[str, A
             return {"imported_from": path.name}
         found = _read_description(path / "encoder.json").get("provenance")
         return (found if isinstance(found, dict) else {}) | said
-    content = read_torch_file(path)
+    content = read_checkpoint(path)
     if "sslvit" not in content:
         return {"imported_from": path.name} | said
     settings = _run_settings(path.parent.parent / "config.yaml")

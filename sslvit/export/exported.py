@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sslvit.checkpoint import HEAD, find_encoder, provenance_of, split_checkpoint
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings
-from sslvit.weight_files import read_torch_file
+from sslvit.sharded_checkpoint import read_checkpoint
 
 OUTPUTS = ("tokens", "features", "logits")
 
@@ -83,7 +83,7 @@ def read_classifier(source: str | Path, width: int) -> tuple[nn.Linear, list[str
     beside = file if path.is_dir() else path.parent.parent / "encoder" / HEAD
     classes: Any = []
     try:
-        state = read_torch_file(file)
+        state = read_checkpoint(file)
         if not path.is_dir():
             state = split_checkpoint(state, path)[2] if "sslvit" in state else {}
         state = {key.removeprefix("head."): value for key, value in state.items() if key.startswith("head.")}

@@ -25,6 +25,7 @@ from sslvit.layouts.unwrap import unwrap
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings, IGPTSettings, OptimSettings
 from sslvit.settings.sample import SampleSettings
+from sslvit.sharded_checkpoint import read_checkpoint
 from sslvit.tasks.base import Task
 from sslvit.tasks.sampling import complete
 from sslvit.weight_files import read_torch_file
@@ -186,7 +187,7 @@ def load_igpt(source: str | Path, heads: int | None = None, **changes) -> IGPT:
                 f"{source}: no checkpoints/last.ckpt there. An encoder alone cannot predict pixels: "
                 "give the run folder or the checkpoint."
             )
-    content = read_torch_file(path)
+    content = read_checkpoint(path)
     if "sslvit" not in content:
         weights = unwrap(content, str(path)).everything
         if layout.recognize(set(weights)) and "palette" not in changes:

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from sslvit.data.batch import Batch
 from sslvit.settings.load import load_recipe
+from sslvit.sharded_checkpoint import read_checkpoint
 from sslvit.tasks import task_class
 from sslvit.tasks.base import Task
 from sslvit.train.incidents import from_tensors
-from sslvit.weight_files import read_torch_file
 
 
 def replay(folder: str | Path) -> list[str]:
@@ -44,7 +44,7 @@ def replay(folder: str | Path) -> list[str]:
     task = task_class(settings.task.name)(
         settings.task, settings.encoder, settings.optim, global_batch_size=settings.data.global_batch_size, **run
     )
-    task.load_state_dict(read_torch_file(folder / "state.ckpt")["state_dict"])
+    task.load_state_dict(read_checkpoint(folder / "state.ckpt")["state_dict"])
     task._trainer = SimpleNamespace(global_step=step)  # chance is keyed by the step
     files = sorted(folder.glob("batch-rank-*.safetensors"))
     said = [f"step {step} of {settings.task.name}, seed {about['seed']}, was taken in {about['precision']}"]
