@@ -73,7 +73,7 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path, last: Path | None =
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
             writer = ChecksumWriter(file)
-            torch.save(checkpoint, writer)
+            torch.save(checkpoint, writer)  # type: ignore[arg-type]  # it needs no more than write and flush
             writer.append_checksum()
             file.flush()
             os.fsync(file.fileno())

@@ -151,6 +151,12 @@ def _compare_checksum(path: Path) -> bool:
     return True
 
 
+def count_blocks(state: dict[str, Tensor], prefix: str) -> int:
+    """How many different numbers follow the prefix."""
+    numbers = {key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)}
+    return sum(number.isdecimal() for number in numbers)
+
+
 def read_folder_weights(folder: Path) -> dict[str, Any]:
     """The weights in a folder of transformers: one file, or several named by an index.
 

@@ -210,11 +210,11 @@ def test_a_description_of_a_huge_network_is_refused_before_it_is_built(
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"depth": 10**7}, "says a depth of 10000000, and its weights have 1 blocks"),
+        ({"depth": 10**7}, "states a depth of 10000000, but its weights have 1 blocks"),
         ({"embed_dim": 10**6}, "says .* for cls_token, which is .* among its weights"),
         ({"img_size": 10**6}, "says .* for pos_embed|cannot be|Storage size"),
         ({"reg_tokens": 10**9}, "for reg_token, which is missing among its weights|for pos_embed"),
-        ({"depth": "many"}, "says a depth of many"),
+        ({"depth": "many"}, "states a depth of many"),
     ],
 )
 def test_a_folder_of_timms_with_a_huge_network_is_refused_before_it_is_built(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sslvit.checkpoint import HEAD, find_encoder, provenance_of, split_checkpoint
@@ -16,17 +19,19 @@ from sslvit.settings import EncoderSettings
 from sslvit.sharded_checkpoint import read_checkpoint
 
 OUTPUTS = ("tokens", "features", "logits")
+Reopened = Callable[[Tensor], Tensor]
+"""An export as its own library runs it: images 'b c h w' -> outputs."""
 
 
 class Exported(nn.Module):
     """An encoder and what follows it.
 
     Args:
-        encoder: in evaluation mode.
+        encoder: The encoder, in evaluation mode.
         outputs: tokens (the encoder alone), features (pooled) or logits (a classifier's).
-        head: linear map from pooled tokens to classes, for logits.
-        classes: their names.
-        provenance: where the weights come from.
+        head: Linear map from pooled tokens to classes, for logits.
+        classes: Names of the classes.
+        provenance: Where the weights come from.
     """
 
     def __init__(
@@ -40,10 +45,11 @@ class Exported(nn.Module):
 
     @property
     def settings(self) -> EncoderSettings:
+        """The encoder's settings."""
         return self.encoder.settings
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Tensor:
-        """'b t d', 'b d' or 'b classes'."""
+        """Tokens 'b t d', features 'b d' or logits 'b classes'."""
         if self.outputs == "tokens":
             return self.encoder(images)
         if self.head is None:
@@ -52,16 +58,16 @@ class Exported(nn.Module):
 
 
 def with_outputs(encoder: ViTEncoder, source: str | Path, outputs: str, weights: str | None = None) -> Exported:
-    """The encoder of a source with what is to follow it.
+    """The encoder of a source with what follows it.
 
     Args:
-        encoder: of the source.
-        source: where a fine-tuned run keeps its classifier.
+        encoder: The source's encoder.
+        source: What it was loaded from, where a fine-tuned run has its classifier.
         outputs: tokens, features or logits.
         weights: student or teacher, where one was asked for.
 
     Raises:
-        ValueError: logits of an encoder that has no classifier, or a damaged one.
+        ValueError: Logits are asked for, and there is no classifier or a damaged one.
     """
     if outputs not in OUTPUTS:
         raise ValueError(f"--outputs {outputs}: not one of {', '.join(OUTPUTS)}.")
@@ -73,10 +79,10 @@ def with_outputs(encoder: ViTEncoder, source: str | Path, outputs: str, weights:
 
 
 def read_classifier(source: str | Path, width: int) -> tuple[nn.Linear, list[str]]:
-    """The classifier beside an encoder, or in the checkpoint of a fine-tuning, and the names of its classes.
+    """The classifier beside an encoder, or in the checkpoint of a fine-tuned run, and the names of its classes.
 
     Raises:
-        ValueError: there is none, or it is damaged.
+        ValueError: There is none, or it is damaged.
     """
     path = find_encoder(source)
     file = path / HEAD if path.is_dir() else path
@@ -105,3 +111,24 @@ def read_classifier(source: str | Path, width: int) -> tuple[nn.Linear, list[str
     head = nn.Linear(width, rows)
     head.load_state_dict(state)
     return head, [str(name) for name in classes]
+
+
+def require_packages(kind: str, *packages: str) -> None:
+    """Refuse a format whose library cannot be imported.
+
+    Raises:
+        ImportError: A package is not installed.
+    """
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise ImportError(
+                f"--format {kind}: {package} is not installed. Run: pip install 'sslvit[{kind}]'"
+            ) from error
+
+
+def save_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Write model.safetensors."""
+    contiguous = {key: value.contiguous() for key, value in tensors.items()}
+    save_file(contiguous, folder / "model.safetensors", {"format": "pt"})

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sslvit.checkpoint import check_fits, load_strict, split_checkpoint
+from sslvit.checkpoint import reject_overrides, split_checkpoint
+from sslvit.compatibility import check_fits, load_strict
 from sslvit.data.batch import Batch
 from sslvit.environment import pick_device
 from sslvit.layouts import openai_igpt as layout
@@ -194,8 +195,7 @@ def load_igpt(source: str | Path, heads: int | None = None, **changes) -> IGPT:
             raise ValueError(f"{source}: a released file does not hold its colors. Give --palette FILE (or uniform).")
         return IGPT.from_state(weights, heads, **changes)
     if changes or heads:
-        given = ", ".join(["heads"] * bool(heads) + list(changes))
-        raise ValueError(f"{source}: a run says its own settings. Leave out what is for released files ({given}).")
+        reject_overrides(str(source), ({"heads": heads} if heads else {}) | changes)
     settings, encoder, others = split_checkpoint(content, path)
     if settings.tokens != "pixel" or not settings.causal or "head.weight" not in others:
         raise ValueError(f"{source}: not trained by iGPT to predict the next pixel, so nothing can be sampled from it.")

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sslvit import rng
-from sslvit.checkpoint import load_strict
+from sslvit.compatibility import load_strict
 from sslvit.data.batch import Batch
 from sslvit.layouts import mae as layout
 from sslvit.layouts.unwrap import unwrap

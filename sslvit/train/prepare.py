@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sslvit.checkpoint import check_same, settings_from
+from sslvit.compatibility import check_same, settings_from
 from sslvit.data.decode import MODES
 from sslvit.data.index import Index
 from sslvit.data.module import ShardDataModule
