@@ -94,34 +94,18 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path, last: Path | None =
 
 
 def write_shard(manifest: dict[str, Any], shards: dict[str, Tensor], path: Path, rank: int) -> None:
-    """Write the rows that one rank holds.
-
-    Args:
-        manifest: The checkpoint without them.
-        shards: The rows.
-        path: The manifest's file.
-        rank: The rank of this process.
-
-    Raises:
-        RuntimeError: The disk is full or cannot be written to; rank 0 finds the reason.
-    """
+    """Write the rows that one rank holds; on an error, also the reason for rank 0, which would wait in vain."""
     file = shard_file(manifest, path, rank)
     try:
         write_checkpoint({"global_step": manifest["global_step"], "tensors": shards}, file, path)
     except RuntimeError as error:
         with suppress(OSError):
-            file.with_suffix(FAILED).write_text(str(error))  # for rank 0, which would wait in vain
+            file.with_suffix(FAILED).write_text(str(error))
         raise
 
 
 def wait_for_shards(manifest: dict[str, Any], path: Path, timeout_seconds: float, aborted: threading.Event) -> None:
-    """Wait until all ranks have written their shards.
-
-    Args:
-        manifest: The checkpoint without them.
-        path: The manifest's file.
-        timeout_seconds: The longest wait.
-        aborted: Set when the run ends with an error.
+    """Wait until all ranks have written their shards, unless the run is aborted meanwhile.
 
     Raises:
         RankLost: A rank has not written its shard in that time.
@@ -161,11 +145,7 @@ def delete_orphaned_shards(folder: Path) -> None:
 
 
 def shards_folder(manifest: dict[str, Any], path: Path) -> Path:
-    """The folder that a manifest's shards are in.
-
-    Raises:
-        ValueError: It names a folder elsewhere.
-    """
+    """The folder that a manifest's shards are in; it may be nowhere else."""
     name = str(manifest[SHARDS].get("folder"))
     if Path(name).name != name or name in ("", ".", ".."):
         raise ValueError(f"{path}: its shards are in {name}, which is outside its folder.")
@@ -178,12 +158,7 @@ def shard_file(manifest: dict[str, Any], path: Path, rank: int) -> Path:
 
 
 def shard_files(manifest: dict[str, Any], path: Path) -> list[Path]:
-    """The shards of a checkpoint, all of which exist.
-
-    Raises:
-        FileNotFoundError: A shard is missing.
-        ValueError: The manifest states an impossible number of shards.
-    """
+    """The shards of a checkpoint; FileNotFoundError if one is missing."""
     ranks = manifest[SHARDS].get("ranks")
     if not isinstance(ranks, int) or not 0 < ranks < MAX_RANKS:
         raise ValueError(f"{path}: states {str(ranks)[:40]} shards. Is it damaged?")
@@ -196,12 +171,7 @@ def shard_files(manifest: dict[str, Any], path: Path) -> list[Path]:
 
 
 def join_shards(manifest: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The complete checkpoint: each tensor's rows, rank by rank.
-
-    Raises:
-        FileNotFoundError: A shard is missing.
-        ValueError: The shards do not fit together.
-    """
+    """The complete checkpoint: each tensor's rows, rank by rank."""
     shards = [read_torch_file(file) for file in shard_files(manifest, path)]
 
     def join(value: Any) -> Any:

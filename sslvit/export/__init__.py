@@ -10,7 +10,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from sslvit.checkpoint import load_encoder
-from sslvit.export import onnx, safetensors, timm, torch, transformers
+from sslvit.export import onnx, safetensors, timm, torch, transformers, verify
 from sslvit.export.card import CARD, known_scores, make_card, quote, write_card
 from sslvit.export.exported import Exported, Reopened, with_outputs
 from sslvit.export.folder import (
@@ -22,15 +22,6 @@ from sslvit.export.folder import (
     make_part,
     move_into_place,
 )
-from sslvit.export.verify import (
-    IMAGE_CHANNELS,
-    check_inputs,
-    compare,
-    compare_preprocessing,
-    compare_weights,
-    shortfall,
-    with_unit_scale,
-)
 from sslvit.files import to_json
 from sslvit.progress import without_bars_of_others
 
@@ -39,16 +30,7 @@ class Exporter(Protocol):
     """A format. A module of this package is an exporter if it has these functions."""
 
     def check(self, exported: Exported, size: str | None) -> bool:
-        """Whether the export takes images of one size only.
-
-        Args:
-            exported: What is to be written.
-            size: fixed or dynamic, where the user asks for one.
-
-        Raises:
-            ValueError: The format cannot hold this encoder, or not at the sizes that are asked for.
-            ImportError: A library is not installed.
-        """
+        """Whether images have one size only. Refuses what it cannot hold; `size` is fixed, dynamic or left to it."""
 
     def write(self, exported: Exported, folder: Path, is_fixed: bool) -> None:
         """Write the files into an empty folder."""
@@ -85,11 +67,7 @@ EXPORTERS: dict[str, Exporter] = {
 
 
 def find_exporter(name: str) -> Exporter:
-    """The exporter of a format.
-
-    Raises:
-        ValueError: There is no such format.
-    """
+    """The exporter of a format."""
     if name not in EXPORTERS:
         raise ValueError(f"--format {name}: not one of {', '.join(EXPORTERS)}.")
     return EXPORTERS[name]
@@ -158,14 +136,14 @@ def _write_and_verify(
     try:
         exporter.write(exported, part, is_fixed)
         reopened = exporter.reopen(part, exported)
-        inputs = check_inputs(exported.settings, is_fixed)
-        verdict |= compare(exported, reopened, inputs)
-        verdict["weights"] = compare_weights(*exporter.weights(part, exported))
+        inputs = verify.check_inputs(exported.settings, is_fixed)
+        verdict |= verify.compare(exported, reopened, inputs)
+        verdict["weights"] = verify.compare_weights(*exporter.weights(part, exported))
         if isinstance(exporter, FoldsWeights) and exported.settings.layer_scale is not None:
             rescaled = exporter.reopen_with_unit_scale(part, exported)
-            verdict["unit_layer_scale"] = compare(with_unit_scale(exported), rescaled, inputs)
-        if isinstance(exporter, Preprocesses) and exported.settings.channels in IMAGE_CHANNELS:
-            verdict["preprocessing"] = compare_preprocessing(exported, exporter.preprocessing(part, exported))
+            verdict["unit_layer_scale"] = verify.compare(verify.with_unit_scale(exported), rescaled, inputs)
+        if isinstance(exporter, Preprocesses) and exported.settings.channels in verify.IMAGE_CHANNELS:
+            verdict["preprocessing"] = verify.compare_preprocessing(exported, exporter.preprocessing(part, exported))
     except Exception as error:  # of another library: it may raise anything
         if is_disk_error(error):
             raise
@@ -176,5 +154,7 @@ def _write_and_verify(
         "the reopened encoder": verdict, "with every LayerScale set to one it": verdict.get("unit_layer_scale", {}),
         "among its weights": verdict["weights"], "its preprocessing": verdict.get("preprocessing", {}),
     }  # fmt: skip
-    failed = [f"{what} {shortfall(found)}" for what, found in comparisons.items() if found.get("passed") is False]
-    return failed[0] if failed else ""
+    failed = [
+        f"{what} {verify.shortfall(found)}" for what, found in comparisons.items() if found.get("passed") is False
+    ]
+    return f"{failed[0][0]} {verify.shortfall(failed[0][1])}" if failed else ""

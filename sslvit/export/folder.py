@@ -55,9 +55,6 @@ def check_destination(out: Path, overwrite: bool = False, may_overwrite: bool = 
         out: The folder.
         overwrite: Whether an earlier export there is to be replaced.
         may_overwrite: Whether the command has --overwrite.
-
-    Raises:
-        ValueError: The folder is in use, or cannot be made.
     """
     _finish_replacement(out)
     if _replaced(out).exists():
@@ -76,11 +73,7 @@ def check_destination(out: Path, overwrite: bool = False, may_overwrite: bool = 
 
 
 def make_part(out: Path) -> Path:
-    """An empty folder beside the destination, in the place of what a failed export left there.
-
-    Raises:
-        ValueError: Something else has that name, or the folder cannot be made.
-    """
+    """An empty folder beside the destination, in the place of what a failed export left there."""
     part = out.with_name(f"{out.name}.part")
     is_leftover = part.is_dir() and (
         (part / IN_PROGRESS).exists() or (part / VERDICT).exists() or not any(part.iterdir())

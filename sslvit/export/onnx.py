@@ -36,7 +36,7 @@ def check(exported: Exported, size: str | None) -> bool:
     """
     is_fixed = program.check(exported, size)
     if not is_fixed and exported.settings.pos_embed == "relative_bias":
-        raise ValueError("--size dynamic: ONNX cannot resample positions: relative_bias. Use --size fixed.")
+        raise ValueError("--size dynamic: ONNX cannot resample pos_embed: relative_bias. Use --size fixed.")
     require_packages("onnx", "onnx", "onnxruntime", "onnxscript")
     return is_fixed
 

@@ -15,15 +15,9 @@ from typing import Any
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from sslvit.export import plain_vit
 from sslvit.export.cropping import resized_sides
-from sslvit.export.exported import Exported, Reopened, require_packages, save_tensors
-from sslvit.export.plain_vit import (
-    is_fixed_size,
-    refuse_options,
-    resampling_difference,
-    state_with_table,
-    unsupported_options,
-)
+from sslvit.export.exported import Exported, require_packages, save_tensors
 from sslvit.layouts.timm import from_sslvit
 from sslvit.settings import EncoderSettings
 
@@ -38,21 +32,17 @@ def check(exported: Exported, size: str | None) -> bool:
         ImportError: timm is not installed.
     """
     model_arguments(exported)
-    is_fixed = is_fixed_size("timm", size, resampling_difference(exported.settings, antialias=True))
+    is_fixed = plain_vit.is_fixed_size("timm", size, plain_vit.resampling_difference(exported.settings, antialias=True))
     require_packages("timm", "timm")
     return is_fixed
 
 
 def model_arguments(exported: Exported) -> dict[str, Any]:
-    """Arguments of timm's VisionTransformer.
-
-    Raises:
-        ValueError: timm's plain ViT cannot hold an option; all such options are named.
-    """
+    """Arguments of timm's VisionTransformer; refuses all options that it cannot hold."""
     settings, outputs = exported.settings, exported.outputs
     is_pooled = outputs != "tokens"
-    refuse_options("timm's VisionTransformer", {
-        **unsupported_options(settings, outputs),
+    plain_vit.refuse_options("timm's VisionTransformer", {
+        **plain_vit.unsupported_options(settings, outputs),
         f"norm_eps: {settings.norm_eps:g}": settings.norm_eps != 1e-6,
         f"mlp: {settings.mlp}": settings.mlp != "gelu",
         "both final_norm and fc_norm": settings.final_norm and settings.fc_norm and is_pooled,
@@ -108,7 +98,7 @@ def write(exported: Exported, folder: Path, is_fixed: bool) -> None:
 def tensors_of(exported: Exported) -> dict[str, Tensor]:
     """Everything that is written, under timm's names."""
     classifier = {} if exported.head is None else {f"head.{k}": v for k, v in exported.head.state_dict().items()}
-    table = state_with_table(exported.encoder, prefix_rows(exported.settings), exported.outputs)
+    table = plain_vit.state_with_table(exported.encoder, prefix_rows(exported.settings), exported.outputs)
     return from_sslvit(table, classifier)
 
 
@@ -121,29 +111,24 @@ def crop_pct(settings: EncoderSettings) -> float:
     return fraction
 
 
-def reopen(folder: Path, exported: Exported) -> Reopened:
-    """The model as timm opens it."""
-    return open_model(folder)
-
-
-def open_model(folder: Path, pretrained: bool = True) -> nn.Module:
+def reopen(folder: Path, exported: Exported) -> nn.Module:
     """The model as timm opens it."""
     import timm
 
-    return timm.create_model(f"local-dir:{folder}", pretrained=pretrained).eval()
+    return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 
 
 def weights(folder: Path, exported: Exported) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Tensors as they should be, and as timm has them."""
-    return tensors_of(exported), open_model(folder).state_dict()
+    return tensors_of(exported), reopen(folder, exported).state_dict()
 
 
 def preprocessing(folder: Path, exported: Exported) -> Callable[[Image], Tensor]:
     """What timm does to an image on its way in."""
     import timm
 
-    config = timm.data.resolve_model_data_config(open_model(folder, pretrained=False))
-    return timm.data.create_transform(**config)
+    model = timm.create_model(f"local-dir:{folder}", pretrained=False)
+    return timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 
 
 def usage(exported: Exported, is_fixed: bool) -> str:

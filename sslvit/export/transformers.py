@@ -15,15 +15,9 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from sslvit.export import plain_vit
 from sslvit.export.cropping import fit, fit_snippet, is_fitted, resized_sides
 from sslvit.export.exported import Exported, Reopened, require_packages, save_tensors
-from sslvit.export.plain_vit import (
-    is_fixed_size,
-    refuse_options,
-    resampling_difference,
-    state_with_table,
-    unsupported_options,
-)
 from sslvit.layouts import openai_igpt
 from sslvit.layouts.transformers import rename, to_transformers
 from sslvit.models.tokens import PixelTokens
@@ -48,7 +42,7 @@ def check(exported: Exported, size: str | None) -> bool:
     model_arguments(settings, outputs)
     if settings.tokens == "pixel" and outputs == "logits":
         raise ValueError("--outputs logits: transformers' ImageGPT has another classifier. Use features.")
-    is_fixed = is_fixed_size("transformers", size, _size_difference(settings, outputs))
+    is_fixed = plain_vit.is_fixed_size("transformers", size, _size_difference(settings, outputs))
     require_packages("transformers", "transformers")
     return is_fixed
 
@@ -65,18 +59,14 @@ def model_type(settings: EncoderSettings, outputs: str) -> str:
 
 
 def model_arguments(settings: EncoderSettings, outputs: str = "features") -> dict[str, Any]:
-    """Arguments of transformers' config for these settings.
-
-    Raises:
-        ValueError: Its model cannot hold an option; all such options are named.
-    """
+    """Arguments of transformers' config for these settings; refuses all options that its model cannot hold."""
     kind = model_type(settings, outputs)
     if kind == "imagegpt":
         return _imagegpt_arguments(settings)
     height, width = settings.size
     ratio = settings.mlp_ratio
-    refuse_options(f"transformers' {kind}", {
-        **unsupported_options(settings, outputs),
+    plain_vit.refuse_options(f"transformers' {kind}", {
+        **plain_vit.unsupported_options(settings, outputs),
         "pos_embed: none": settings.pos_embed == "none",
         f"mlp: {settings.mlp}": settings.mlp not in (("gelu",) if kind == "vit" else ("gelu", "swiglu")),
         f"mlp_ratio: {ratio:g}, which is no whole number": kind != "vit" and ratio != int(ratio),
@@ -99,7 +89,7 @@ def model_arguments(settings: EncoderSettings, outputs: str = "features") -> dic
 
 
 def _imagegpt_arguments(settings: EncoderSettings) -> dict[str, Any]:
-    refuse_options("transformers' imagegpt", {
+    plain_vit.refuse_options("transformers' imagegpt", {
         "causal: false": not settings.causal,
         f"channels: {settings.channels}": settings.channels != 3,
         f"norm: {settings.norm}": settings.norm != "rms",
@@ -126,7 +116,7 @@ def _size_difference(settings: EncoderSettings, outputs: str) -> str | None:
         return "a pixel sequence is tied to its size"
     if settings.size[0] != settings.size[1]:
         return f"image_size: {settings.image_size}, which is no square"
-    return resampling_difference(settings, antialias=kind == "dinov2_with_registers")
+    return plain_vit.resampling_difference(settings, antialias=kind == "dinov2_with_registers")
 
 
 def write(exported: Exported, folder: Path, is_fixed: bool) -> None:
@@ -147,7 +137,7 @@ def write(exported: Exported, folder: Path, is_fixed: bool) -> None:
     if kind == "imagegpt":
         tensors = openai_igpt.from_sslvit(exported.encoder.state_dict(), {})
     else:
-        tensors = to_transformers(state_with_table(exported.encoder, 1, outputs), kind)
+        tensors = to_transformers(plain_vit.state_with_table(exported.encoder, 1, outputs), kind)
     if exported.head is not None:
         tensors = {f"{kind}.{key}": value for key, value in tensors.items()}
         tensors |= classifier(exported.head.state_dict(), kind, settings.pooling)
@@ -248,7 +238,7 @@ def weights(folder: Path, exported: Exported) -> tuple[dict[str, Tensor], dict[s
         neutral = {key: torch.zeros_like(value) for key, value in found.items() if key.endswith(".bias")}
         return neutral | expected, found
     found, others = rename(state)
-    expected = state_with_table(exported.encoder, 1, outputs)
+    expected = plain_vit.state_with_table(exported.encoder, 1, outputs)
     if kind == "vit":
         expected = {key: value for key, value in expected.items() if key != "mask_token"}
     else:

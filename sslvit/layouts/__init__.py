@@ -22,16 +22,10 @@ class Layout(Protocol):
         """Whether weights under these names have this layout."""
 
     def to_sslvit(self, state: dict[str, Tensor], heads: int | None = None, **changes: Any) -> Converted:
-        """Convert foreign weights.
-
-        Args:
-            state: The weights.
-            heads: Attention heads, where the weights do not show them.
-            changes: Settings that the weights do not show.
+        """Foreign weights under our names. `heads` and `changes` are settings that weights do not show.
 
         Raises:
             KeyError: Weights are missing.
-            ValueError: The encoder cannot hold them.
         """
 
     def from_sslvit(self, encoder: dict[str, Tensor], extras: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -44,11 +38,7 @@ LAYOUTS: dict[str, Layout] = {  # from the most specific to the plainest
 
 
 def find_layout(name: str) -> Layout:
-    """A layout by its name.
-
-    Raises:
-        ValueError: There is no such layout.
-    """
+    """The layout of a name."""
     if name not in LAYOUTS:
         raise ValueError(f"layout: '{name}' is not one of {', '.join(LAYOUTS)}.")
     return LAYOUTS[name]

@@ -77,7 +77,7 @@ def _from_timm(name: str, weights: dict[str, Tensor] | None, **changes: Any) -> 
     converted.notes += notes
     if math.prod(converted.settings.grid) > MAX_PATCHES:
         raise ValueError(f"timm:{name}: images of {converted.settings.image_size} pixels are too large to be compared.")
-    images = torch.randn(2, converted.settings.channels, *converted.settings.image_size)
+    images = torch.randn(2, converted.settings.channels, *converted.settings.size)
     with torch.no_grad():
         ours = ViTEncoder(converted.settings).eval()
         if set(ours.state_dict()) != set(converted.encoder):

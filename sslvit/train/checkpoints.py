@@ -58,7 +58,7 @@ class AtomicCheckpointIO(CheckpointIO):
     def save_shard(
         self, manifest: dict[str, Any], shards: dict[str, Tensor], path: Path, folder: str, rank: int, ranks: int
     ) -> None:
-        """Write the rows that one rank holds; rank 0 writes the manifest once all have been written.
+        """Write the rows that one rank holds; rank 0 writes the manifest once all ranks have written theirs.
 
         Args:
             manifest: The checkpoint without those rows.
