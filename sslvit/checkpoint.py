@@ -167,11 +167,7 @@ def _is_in_library_folder(file: Path) -> bool:
 
 
 def reject_overrides(source: str, overrides: dict[str, Any]) -> None:
-    """Refuse options for released files where a source states its own settings.
-
-    Raises:
-        ValueError: There are such options.
-    """
+    """Refuse options for released files, as a source states its own settings."""
     if "weights" in overrides:
         raise ValueError(f"{source}: holds one network, no student beside a teacher. Remove weights (--weights).")
     if overrides:
@@ -227,12 +223,7 @@ def split_checkpoint(
 def find_encoder(source: str | Path, by_network: bool = False) -> Path:
     """The encoder folder or checkpoint file behind a path: itself, its encoder/ or its last checkpoint.
 
-    Args:
-        source: The path.
-        by_network: Whether to prefer a checkpoint, which holds the student too.
-
-    Raises:
-        FileNotFoundError: There is none.
+    With `by_network` a checkpoint is preferred, as it holds the student too.
     """
     path = Path(source)
     if not path.exists():
@@ -257,11 +248,7 @@ def find_encoder(source: str | Path, by_network: bool = False) -> Path:
 
 
 def _snapshot(folder: Path) -> Path:
-    """The snapshot of the main branch in a folder of the hub's cache (models--NAME).
-
-    Raises:
-        ValueError: There are several, or none.
-    """
+    """The snapshot of the main branch in a folder of the hub's cache (models--NAME), or the only one."""
     try:
         main = (folder / "refs" / "main").read_text().strip()
     except (OSError, UnicodeDecodeError):
@@ -275,12 +262,7 @@ def _snapshot(folder: Path) -> Path:
 
 
 def provenance_of(source: str | Path, weights: str | None = None) -> dict[str, Any]:
-    """Where the weights come from, as far as their files state it: task, step, data and settings of a run.
-
-    Args:
-        source: As for load_encoder.
-        weights: student or teacher, where one was asked for.
-    """
+    """Where the weights of a source come from, as far as its files state it: task, step, data, settings of a run."""
     network = {} if weights is None else {"weights": weights}
     if str(source).startswith(TIMM):
         return {"imported_from": str(source)}

@@ -26,11 +26,7 @@ NOT_IN_THE_WEIGHTS = (
 
 
 def settings_from(content: object, source: str | Path) -> EncoderSettings:
-    """Settings from a file, checked like those of a recipe.
-
-    Raises:
-        ValueError: They are no settings of an encoder.
-    """
+    """Settings from a file, checked like those of a recipe."""
     try:
         if not isinstance(content, dict):
             raise ValueError(f"its encoder is a {type(content).__name__}, not settings.")
@@ -40,21 +36,13 @@ def settings_from(content: object, source: str | Path) -> EncoderSettings:
 
 
 def load_strict(module: nn.Module, weights: dict[str, Tensor], source: str) -> None:
-    """Load weights that must fit exactly.
-
-    Raises:
-        ValueError: They do not; the message lists names that are missing, unknown or of another shape.
-    """
+    """Load weights that must fit exactly; the error lists names that are missing, unknown or of another shape."""
     _compare_shapes(module.state_dict(), weights, source)
     module.load_state_dict(weights)
 
 
 def check_fits(settings: EncoderSettings, weights: dict[str, Any], source: str) -> None:
-    """Refuse weights that settings from a file do not describe, before memory is allocated for what they describe.
-
-    Raises:
-        ValueError: They do not fit; the message lists names that are missing, unknown or of another shape.
-    """
+    """Refuse weights that settings from a file do not describe, before memory is allocated for what they describe."""
     other = next((key for key, value in weights.items() if not isinstance(value, Tensor)), None)
     if other is not None:
         raise ValueError(f"{source}: {brief(other)} is a {type(weights[other]).__name__}, not a tensor. Is it damaged?")
@@ -106,17 +94,7 @@ def settings_difference(one: EncoderSettings, other: EncoderSettings) -> list[st
 
 
 def check_same(there: EncoderSettings, here: EncoderSettings, source: str, besides: Sequence[str] = ()) -> None:
-    """Refuse weights that would mean something else here.
-
-    Args:
-        there: Settings that come with the weights.
-        here: Settings that they would be used with.
-        source: Where the weights come from.
-        besides: Settings that may differ.
-
-    Raises:
-        ValueError: Other settings differ.
-    """
+    """Refuse weights whose own settings (`there`) differ from those they would be used with, besides some."""
     differences = [text for text in settings_difference(there, here) if text.split(":")[0] not in besides]
     if differences:
         raise ValueError(f"{source}: an encoder of another architecture (there and here {'; '.join(differences)}).")

@@ -154,7 +154,5 @@ def _write_and_verify(
         "the reopened encoder": verdict, "with every LayerScale set to one it": verdict.get("unit_layer_scale", {}),
         "among its weights": verdict["weights"], "its preprocessing": verdict.get("preprocessing", {}),
     }  # fmt: skip
-    failed = [
-        f"{what} {verify.shortfall(found)}" for what, found in comparisons.items() if found.get("passed") is False
-    ]
-    return f"{failed[0][0]} {verify.shortfall(failed[0][1])}" if failed else ""
+    failed = ((what, found) for what, found in comparisons.items() if found.get("passed") is False)
+    return next((f"{what} {verify.shortfall(found)}" for what, found in failed), "")

@@ -22,15 +22,7 @@ OMITTED = ("out", "init", "seed", "online")  # of a run's settings: the author's
 
 
 def make_card(exported: Exported, source: str | Path, kind: str, is_fixed: bool, scores: list[Path]) -> dict[str, Any]:
-    """Facts about an export.
-
-    Args:
-        exported: What was written.
-        source: What the encoder was loaded from.
-        kind: The format.
-        is_fixed: Whether images have one size.
-        scores: Files that `sslvit probe -o` and its relatives wrote.
-    """
+    """Facts about an export; `scores` are files that `sslvit probe -o` and its relatives wrote."""
     settings = exported.settings
     provenance, run = exported.provenance, exported.provenance.get("settings")
     recipe = {key: value for key, value in run.items() if key not in OMITTED} if isinstance(run, dict) else {}
@@ -60,13 +52,7 @@ def make_card(exported: Exported, source: str | Path, kind: str, is_fixed: bool,
 def known_scores(source: str | Path, files: list[Path], encoder: ViTEncoder | None = None) -> dict[str, Any]:
     """Name -> content of files of scores: those given, and a fine-tuned run's own.
 
-    Args:
-        source: What the encoder was loaded from.
-        files: The files that are given.
-        encoder: The encoder whose scores they must be, if they name one by its fingerprint.
-
-    Raises:
-        ValueError: A file holds no scores in JSON, or those of another encoder.
+    Files that name encoders by their fingerprints must name this one, if it is given.
     """
     finetuned = Path(source) / "scores.json"
     found: dict[str, Any] = {}

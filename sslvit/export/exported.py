@@ -58,17 +58,7 @@ class Exported(nn.Module):
 
 
 def with_outputs(encoder: ViTEncoder, source: str | Path, outputs: str, weights: str | None = None) -> Exported:
-    """The encoder of a source with what follows it.
-
-    Args:
-        encoder: The source's encoder.
-        source: What it was loaded from, where a fine-tuned run has its classifier.
-        outputs: tokens, features or logits.
-        weights: student or teacher, where one was asked for.
-
-    Raises:
-        ValueError: Logits are asked for, and there is no classifier or a damaged one.
-    """
+    """An encoder with what follows it; for logits, the classifier of the fine-tuned run that it was loaded from."""
     if outputs not in OUTPUTS:
         raise ValueError(f"--outputs {outputs}: not one of {', '.join(OUTPUTS)}.")
     provenance = provenance_of(source, weights)
@@ -79,11 +69,7 @@ def with_outputs(encoder: ViTEncoder, source: str | Path, outputs: str, weights:
 
 
 def read_classifier(source: str | Path, width: int) -> tuple[nn.Linear, list[str]]:
-    """The classifier beside an encoder, or in the checkpoint of a fine-tuned run, and the names of its classes.
-
-    Raises:
-        ValueError: There is none, or it is damaged.
-    """
+    """The classifier beside an encoder, or in the checkpoint of a fine-tuned run, and the names of its classes."""
     path = find_encoder(source)
     file = path / HEAD if path.is_dir() else path
     beside = file if path.is_dir() else path.parent.parent / "encoder" / HEAD
@@ -114,11 +100,7 @@ def read_classifier(source: str | Path, width: int) -> tuple[nn.Linear, list[str
 
 
 def require_packages(kind: str, *packages: str) -> None:
-    """Refuse a format whose library cannot be imported.
-
-    Raises:
-        ImportError: A package is not installed.
-    """
+    """Raise ImportError, with the remedy, if a package that a format needs is not installed."""
     for package in packages:
         try:
             importlib.import_module(package)

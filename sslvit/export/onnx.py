@@ -28,12 +28,7 @@ MAX_FILE_BYTES = 1_500_000_000  # protobuf ends at 2 GB
 
 
 def check(exported: Exported, size: str | None) -> bool:
-    """Whether the export takes images of one size only, as for torch.export.
-
-    Raises:
-        ValueError: Other sizes are asked for, and ONNX cannot resample these positions.
-        ImportError: onnx, onnxscript or onnxruntime is not installed.
-    """
+    """Whether the export takes images of one size only, as for torch.export."""
     is_fixed = program.check(exported, size)
     if not is_fixed and exported.settings.pos_embed == "relative_bias":
         raise ValueError("--size dynamic: ONNX cannot resample pos_embed: relative_bias. Use --size fixed.")

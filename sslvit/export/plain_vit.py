@@ -44,16 +44,7 @@ def resampling_difference(settings: EncoderSettings, antialias: bool) -> str | N
 
 
 def is_fixed_size(library: str, size: str | None, difference: str | None) -> bool:
-    """Whether an export takes images of one size only.
-
-    Args:
-        library: The library that reads it.
-        size: fixed or dynamic, where the user asks for one.
-        difference: Why the library resamples positions differently, if it does.
-
-    Raises:
-        ValueError: Other sizes are asked for, and the library resamples positions differently.
-    """
+    """Whether an export takes images of one size only, as asked or as its library resamples positions differently."""
     if size == "dynamic" and difference:
         raise ValueError(f"--size dynamic: {library} resamples positions differently ({difference}). Use --size fixed.")
     return size == "fixed" or difference is not None

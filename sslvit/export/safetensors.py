@@ -13,11 +13,7 @@ from sslvit.export.exported import Exported, with_outputs
 
 
 def check(exported: Exported, size: str | None) -> bool:
-    """Whether the encoder takes images of one size only; the format holds every encoder.
-
-    Raises:
-        ValueError: One size is asked for, or other sizes of an encoder that is tied to its own.
-    """
+    """Whether the encoder takes images of one size only; the format holds every encoder."""
     if size == "fixed":
         raise ValueError("--size fixed: is for other formats; safetensors holds the encoder as it is.")
     if size == "dynamic" and exported.settings.tokens == "pixel":

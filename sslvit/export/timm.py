@@ -25,12 +25,7 @@ ARCHITECTURE = "vit_base_patch16_224"  # any plain ViT: the arguments below over
 
 
 def check(exported: Exported, size: str | None) -> bool:
-    """Whether the export takes images of one size only.
-
-    Raises:
-        ValueError: timm's plain ViT cannot hold this encoder, or not at the sizes that are asked for.
-        ImportError: timm is not installed.
-    """
+    """Whether the export takes images of one size only; refuses what timm's plain ViT cannot hold."""
     model_arguments(exported)
     is_fixed = plain_vit.is_fixed_size("timm", size, plain_vit.resampling_difference(exported.settings, antialias=True))
     require_packages("timm", "timm")

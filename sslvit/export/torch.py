@@ -20,11 +20,7 @@ MAX_PATCHES = 4096  # rows or columns of dynamic sizes
 
 
 def check(exported: Exported, size: str | None) -> bool:
-    """Whether the export takes images of one size only.
-
-    Raises:
-        ValueError: Other sizes are asked for, and this encoder cannot resample its positions inside a program.
-    """
+    """Whether the export takes images of one size only; positions of some cannot be resampled inside a program."""
     settings = exported.settings
     if size != "dynamic":
         return True

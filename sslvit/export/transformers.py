@@ -32,12 +32,7 @@ RESAMPLE = {"bilinear": 2, "bicubic": 3}  # PIL's numbers
 
 
 def check(exported: Exported, size: str | None) -> bool:
-    """Whether the export takes images of one size only.
-
-    Raises:
-        ValueError: No model of transformers holds this encoder, or not at the sizes that are asked for.
-        ImportError: transformers is not installed.
-    """
+    """Whether the export takes images of one size only; refuses what no model of transformers holds."""
     settings, outputs = exported.settings, exported.outputs
     model_arguments(settings, outputs)
     if settings.tokens == "pixel" and outputs == "logits":

@@ -32,11 +32,7 @@ def from_sslvit(encoder: dict[str, Tensor], extras: dict[str, Tensor]) -> dict[s
 
 
 def head_shape(head: dict[str, Tensor]) -> dict[str, int | bool]:
-    """Fields of DINOSettings that the head's weights determine.
-
-    Raises:
-        ValueError: There is no head.
-    """
+    """Fields of DINOSettings that the head's weights determine."""
     if "head.last_layer.weight_v" not in head:
         raise ValueError("these weights hold no projection head (head.last_layer.weight_v).")
     out_dim, bottleneck = head["head.last_layer.weight_v"].shape

@@ -43,11 +43,7 @@ def from_sslvit(encoder: dict[str, Tensor], extras: dict[str, Tensor]) -> dict[s
 
 
 def decoder_shape(extras: dict[str, Tensor]) -> dict[str, int | float]:
-    """Fields of MAESettings that the decoder's weights determine.
-
-    Raises:
-        ValueError: There is no decoder, or not all of it.
-    """
+    """Fields of MAESettings that the decoder's weights determine."""
     embed, inner = (extras.get(f"decoder.{key}.weight") for key in ("embed", "blocks.0.mlp.fc1"))
     if embed is None or inner is None:
         raise ValueError("this checkpoint has an encoder only; MAE.from_official needs one with its decoder.")

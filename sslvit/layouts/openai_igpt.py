@@ -80,14 +80,8 @@ def from_tensorflow(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], int, l
 def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes: Any) -> Converted:
     """Either layout -> ours.
 
-    Args:
-        state: The weights.
-        heads: Attention heads; None for those of the released model of this size, or 64 channels each.
-        changes: Settings that the file does not state. The palette is one: a file of colors, a list of them, or
-            uniform, which is set with a note if none is given.
-
-    Raises:
-        ValueError: Weights are missing, or the palette has another number of colors.
+    Without `heads`, those of the released model of this size are taken, or 64 channels each. The palette is one of the
+    `changes`: a file of colors, a list of them, or uniform, which is set with a note if none is given.
     """
     notes: list[str] = []
     ignored: list[str] = []
@@ -126,7 +120,7 @@ def from_sslvit(encoder: dict[str, Tensor], extras: dict[str, Tensor]) -> dict[s
 def _convert(
     state: dict[str, Tensor], heads: int | None, notes: list[str], ignored: list[str], changes: dict[str, Any]
 ) -> Converted:
-    """transformers' names -> ours."""
+    """Convert from the names of transformers."""
     table = state["wte.weight"]
     width = table.shape[1]
     encoder = {

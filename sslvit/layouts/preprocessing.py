@@ -62,14 +62,7 @@ def assume_preprocessing(family: str, channels: int, changes: dict[str, Any], no
 def guess_from_file_name(
     source: str, channels: int, image_size: int, changes: dict[str, Any]
 ) -> tuple[dict[str, Any], str]:
-    """Preprocessing of weights in timm's names, and a line on its origin.
-
-    Args:
-        source: Path of the file, which may contain the name of one of timm's models.
-        channels: Number of channels of its images.
-        image_size: The longer side that its positions are for.
-        changes: Settings that the user gives.
-    """
+    """Preprocessing of weights whose path may contain the name of one of timm's models, and a line on its origin."""
     origin, found = "", dict[str, Any]()
     for part in reversed(Path(source).parts):
         name = re.sub(r"\.(pth|pt|bin|safetensors|npz|ckpt|tar)$", "", part)
@@ -108,11 +101,7 @@ def _config_of_timm(name: str) -> dict[str, Any] | None:
 
 
 def from_timm(config: dict[str, Any], image_size: list[int], name: str) -> tuple[dict[str, Any], list[str]]:
-    """Settings and notes from timm's pretrained_cfg.
-
-    Raises:
-        ValueError: Mean, deviation or crop are missing or impossible.
-    """
+    """Settings and notes from timm's pretrained_cfg."""
     found: dict[str, Any] = {}
     notes: list[str] = []
     for key in ("mean", "std"):

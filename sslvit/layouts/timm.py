@@ -15,12 +15,12 @@ def recognize(keys: set[str]) -> bool:
 
 
 def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes: Any) -> Converted:
-    """timm -> ours; the classifier becomes the extras."""
+    """Convert from timm's names; the classifier becomes the extras."""
     notes: list[str] = []
     encoder, head = split_by_prefix(state, HEADS)
     return Converted(settings_from_shapes(encoder, heads, notes, **changes), encoder, head, notes)
 
 
 def from_sslvit(encoder: dict[str, Tensor], extras: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Ours -> timm, which has no mask token."""
+    """Convert to timm, which has no mask token."""
     return {key: value for key, value in encoder.items() if key != "mask_token"} | extras

@@ -31,11 +31,7 @@ MAX_PATCHES = 1 << 16  # of the images on which both are compared
 
 
 def from_folder(path: Path, **changes: Any) -> Converted | None:
-    """The model in a folder that timm opens, as `sslvit export --format timm` writes; None for other folders.
-
-    Raises:
-        ValueError: As for from_name, or its settings describe another network than its weights.
-    """
+    """The model in a folder that timm opens, as `sslvit export --format timm` writes; None for other folders."""
     try:
         config = json.loads((path / "config.json").read_text())
     except (OSError, ValueError, RecursionError):
@@ -91,18 +87,14 @@ def _from_timm(name: str, weights: dict[str, Tensor] | None, **changes: Any) -> 
             difference = float((ours.features(images) - model(images)).abs().max())
     if not difference < TOLERANCE:
         raise ValueError(
-            f"timm:{name}: its features are others than {converted.settings.pooling} pooling gives (by "
+            f"timm:{name}: its features differ from those of {converted.settings.pooling} pooling (by "
             f"{difference:.1e}). Give pooling= in Python to take it with another."
         )
     return converted
 
 
 def pooling_of(name: str, model: VisionTransformer, changes: dict[str, Any], notes: list[str]) -> str:
-    """Our name for how a model of timm's pools.
-
-    Raises:
-        ValueError: The encoder does not have it, and the user names none.
-    """
+    """Our name for how a model of timm's pools."""
     known = {"token": "class", "avg": "mean"}
     if model.global_pool in known or "pooling" in changes:
         return known.get(model.global_pool, "mean")

@@ -51,7 +51,7 @@ def recognize(keys: set[str]) -> bool:
 
 
 def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes: Any) -> Converted:
-    """transformers -> ours; the pooler and the classifier become the extras."""
+    """Convert from transformers; the pooler and the classifier become the extras."""
     notes: list[str] = []
     encoder, extras = rename(state)
     is_dinov2 = any(".ls1." in key for key in encoder)
@@ -74,19 +74,17 @@ def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes: Any
 
 
 def from_sslvit(encoder: dict[str, Tensor], extras: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Ours -> the names of the model that holds these weights."""
+    """Convert to the names of the model that holds these weights."""
     is_dinov2 = any(".ls1." in key for key in encoder)
     kind = "dinov2_with_registers" if "reg_token" in encoder else "dinov2" if is_dinov2 else "vit"
     return to_transformers(encoder, kind) | extras
 
 
 def to_transformers(encoder: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
-    """Ours -> the names of one of transformers' models.
+    """Convert to the names of vit, dinov2 or dinov2_with_registers; the position table has one row for the prefix.
 
-    Args:
-        encoder: Weights with a position table that has one row in front of the patches' rows.
-        kind: vit, dinov2 or dinov2_with_registers. The latter two multiply each branch by a scale per channel, one
-            where we have none, and own a mask token, zero where we have none.
+    The latter two multiply each branch by a scale per channel, one where we have none, and have a mask token, zero
+    where we have none.
     """
     names = inverted(NAMES)
     block = inverted(BLOCK | (VIT_BLOCK if kind == "vit" else GATED if is_gated(encoder) else {}))

@@ -30,11 +30,7 @@ def is_folder(path: Path) -> bool:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The content of config.json.
-
-    Raises:
-        ValueError: It is damaged, or of a model that is no plain vision transformer.
-    """
+    """The content of config.json, if it is of a plain vision transformer."""
     config = _read_json(path / "config.json")
     if config.get("model_type") not in MODELS:
         kind = config.get("model_type", "no model_type")
@@ -43,16 +39,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def to_sslvit(state: dict[str, Tensor], path: Path, **changes: Any) -> Converted:
-    """transformers -> ours.
-
-    Args:
-        state: The folder's weights.
-        path: The folder.
-        changes: Settings that override what the folder states.
-
-    Raises:
-        ValueError: The encoder does not have an option, or the weights lack what config.json states.
-    """
+    """Convert a folder's weights, which must have all that its config.json states; `changes` override settings."""
     config = read_config(path)
     try:
         return _convert(state, config, path, changes)
@@ -99,11 +86,7 @@ def _convert(state: dict[str, Tensor], config: dict[str, Any], path: Path, chang
 
 
 def _vit_settings(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Settings of a ViT or Dinov2 by its config.json, all of which its weights must have.
-
-    Raises:
-        ValueError: The encoder does not have an option.
-    """
+    """Settings of a ViT or Dinov2 by its config.json."""
     is_dinov2 = config["model_type"] != "vit"
     is_gated = bool(config.get("use_swiglu_ffn"))
     activation = "silu" if is_gated else config.get("hidden_act", "gelu")
@@ -126,11 +109,7 @@ def _vit_settings(config: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _imagegpt_settings(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Settings of an ImageGPT by its config.json.
-
-    Raises:
-        ValueError: The encoder does not have an option.
-    """
+    """Settings of an ImageGPT by its config.json."""
     activation = config.get("activation_function", "quick_gelu")
     if activation != "quick_gelu":
         raise ValueError(f"{path}: activation_function {activation} is not quick_gelu, so it cannot be held.")

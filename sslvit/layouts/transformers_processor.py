@@ -27,14 +27,7 @@ PROCESSOR_OF = {"vit": "ViT", "dinov2": "Bit", "dinov2_with_registers": "Bit", "
 def from_transformers(
     content: dict[str, Any] | None, model: str, channels: int, image_size: list[int]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Settings and notes from preprocessor_config.json, with its processor's defaults where it states nothing.
-
-    Args:
-        content: Content of the file; None if there is none.
-        model: The folder's model_type.
-        channels: Number of channels of its images.
-        image_size: Height and width that its positions are for.
-    """
+    """Settings and notes from preprocessor_config.json (None if missing), with its processor's defaults."""
     if content is None:
         family = "vit" if model in ("vit", "imagegpt") else "dinov2"
         found = released_preprocessing(family, channels)

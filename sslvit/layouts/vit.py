@@ -62,13 +62,7 @@ def convert_vit(
 ) -> Converted:
     """A released ViT in timm's names, preprocessed as its authors evaluate it.
 
-    Args:
-        family: A key of `preprocessing.RELEASED`.
-        encoder: The encoder's weights.
-        extras: All other weights.
-        heads: Attention heads, or None to infer them.
-        changes: Settings that the user gives; they override everything else.
-        known: Settings that every model of the family has.
+    `known` are settings that every model of the family has, `changes` those that the user gives; the latter win.
     """
     notes: list[str] = []
     prepared = assume_preprocessing(family, encoder["patch_embed.proj.weight"].shape[1], changes, notes)
@@ -94,17 +88,9 @@ def is_gated(encoder: dict[str, Tensor]) -> bool:
 def settings_from_shapes(
     state: dict[str, Tensor], heads: int | None, notes: list[str], **changes: Any
 ) -> EncoderSettings:
-    """Settings of a plain ViT from its weights' shapes, in timm's names.
+    """Settings of a plain ViT from its weights' shapes, in timm's names; `changes` override them.
 
-    Args:
-        state: The state dict.
-        heads: Attention heads, or None to infer them.
-        notes: Receives a line for everything inferred.
-        changes: Settings that the file does not state, or that override what it seems to state.
-
-    Raises:
-        ValueError: The position table fits no square grid (give image_size), or the patches are not square.
-        KeyError: A weight that every ViT has is missing.
+    The notes receive a line for everything inferred. A weight that every ViT has and that is missing is a KeyError.
     """
     if "palette" in changes:
         raise ValueError("palette: is for models of pixels (iGPT), and this one reads patches. Remove it.")
@@ -136,11 +122,7 @@ def settings_from_shapes(
 
 
 def require(state: dict[str, Tensor], *names: str) -> None:
-    """Refuse weights that lack what every encoder of a layout has: it was lost, not left out by choice.
-
-    Raises:
-        KeyError: With the names; a name "a|b" stands for either.
-    """
+    """Raise KeyError if weights lack what every encoder of a layout has; a name "a|b" stands for either."""
     missing = [name for name in (*EVERY_VIT, *names) if not any(each in state for each in name.split("|"))]
     if missing:
         raise KeyError(", ".join(name.replace("|", " or ") for name in missing))
