@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from sslvit.commands.files import check_new, check_new_picture, foreign_overrides, only, report, write_json
-from sslvit.commands.options import CroppedEncoder, File, Options, Output, Passes, Recipe, Reported, Saved
+from sslvit.commands.options import CroppedEncoder, File, Options, Output, Recipe, Reported, Saved
 from sslvit.settings.choices import Arg
-from sslvit.settings.probe import Device, KNNSettings, ProbeSettings, check_least
+from sslvit.settings.probe import BlocksReadout, Device, KNNSettings, Passes, ProbeSettings, Readout, check_least
 
 if TYPE_CHECKING:
     from sslvit.models import ViTEncoder
@@ -125,7 +125,7 @@ def in_words(key: str, value: Any) -> str:
 
 
 @dataclass(kw_only=True)
-class HealthOptions(Saved, Passes, CroppedEncoder):
+class HealthOptions(Saved, Passes, Readout, CroppedEncoder):
     """Measure features without labels: rank, spectrum, uniformity, alignment.
 
     Example:
@@ -261,7 +261,7 @@ def run_show(options: ShowOptions) -> None:
 
 
 @dataclass(kw_only=True)
-class EmbedOptions(Options, Passes, CroppedEncoder):
+class EmbedOptions(Options, Passes, BlocksReadout, CroppedEncoder):
     """Write features of images as arrays in one .npz file.
 
     Example:
@@ -272,8 +272,6 @@ class EmbedOptions(Options, Passes, CroppedEncoder):
     """Shards or a folder, with labels or without."""
     output: Annotated[str, Output]
     """File for the features, which ends in .npz."""
-    blocks: int = 1
-    """Number of consecutive blocks, ending with that one, whose features are concatenated."""
 
 
 def run_embed(options: EmbedOptions) -> None:
