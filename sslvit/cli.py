@@ -131,9 +131,9 @@ def make_parser(only: str | None = None) -> argparse.ArgumentParser:
             inner = groups[""].add_parser(group, help=GROUPS[group], description=GROUPS[group], allow_abbrev=False)
             groups[group] = inner.add_subparsers(dest="action", required=True, metavar="ACTION")
         kind = options_class(function)
-        text, _, example = (inspect.getdoc(kind) or "").partition("\n\nExample:\n")
+        text, _, example = (inspect.getdoc(kind) or "").partition("\n\nExample: ")
         sub = groups[group].add_parser(
-            word, help=summary_of(kind), description=text, epilog=f"Example:\n{example}", allow_abbrev=False,
+            word, help=summary_of(kind), description=text, epilog=f"Example: {example}", allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
         parsers[name] = sub

@@ -30,8 +30,7 @@ class PixelModel(Released):
 class SampleOptions(Options, PixelModel, SampleSettings):
     """Sample images from a model of pixels, or complete given ones.
 
-    Example:
-      sslvit sample runs/igpt --complete shards/val --given 0.5
+    Example: sslvit sample runs/igpt --complete shards/val --given 0.5
     """
 
     complete: Annotated[str | None, Arg("IMAGES")] = None
@@ -76,8 +75,7 @@ def run_sample(options: SampleOptions) -> None:
 class LikelihoodOptions(Saved, PixelModel, ForwardPasses):
     """Measure nats per pixel of an iGPT run, beside n-gram baselines.
 
-    Example:
-      sslvit likelihood runs/igpt --train shards/train --val shards/val
+    Example: sslvit likelihood runs/igpt --train shards/train --val shards/val
     """
 
     train: Annotated[str, Arg("SHARDS")]
