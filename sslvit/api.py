@@ -26,13 +26,14 @@ def pretrain(
     """Pretrain by a recipe.
 
     Args:
-        config: a YAML file, or the name of a recipe such as mae/vit_tiny_cifar10.
-        data: a folder of images or of shards; replaces the recipe's data.shards.
-        out: the run folder; replaces the recipe's.
-        init: an encoder to start from.
-        resume: go on from the run folder's last checkpoint.
-        overwrite: delete an earlier run there first.
-        changes: other settings by dotted key: ``**{"train.epochs": 10}``.
+        config: YAML file, or the name of a recipe such as mae/vit_tiny_cifar10.
+        data: Folder of images or of shards; replaces the recipe's data.shards.
+        out: Run folder; replaces the recipe's.
+        init: Encoder whose weights are the initialization.
+        resume: Resume from the run folder's last checkpoint.
+        overwrite: Delete an earlier run there first.
+        changes: Other settings by dotted key, ``**{"train.epochs": 10}``, or by section, ``optim={"base_lr": 1e-3}``;
+            they are merged with the recipe's, and later ones win.
     """
     for key in ("data.shards", "data.mixture"):
         if data is not None and key in changes:
@@ -43,15 +44,15 @@ def pretrain(
 
 
 def resume(run: str | Path, **changes: Any) -> RunFolder:
-    """Go on with a run that has stopped, by its own config.yaml.
+    """Resume a run that has stopped, with its own config.yaml.
 
     Args:
-        run: its folder, which may have moved.
-        changes: settings that become others by dotted key: ``**{"train.steps": 1000}``. They are printed; what would
-            make another run of it is refused.
+        run: Run folder, which may have moved.
+        changes: Settings that change, as in `pretrain`. They are printed; those that would make it another run are
+            refused.
 
     Raises:
-        ValueError: not a run folder, or a change that a run cannot take.
+        ValueError: Not a run folder, or a change that a run cannot take.
     """
     folder = RunFolder(run)
     if not folder.config.is_file():
@@ -74,21 +75,21 @@ def finetune(
     overwrite: bool = False,
     **changes: Any,
 ) -> RunFolder:
-    """Train an encoder on with labels, and score it on others.
+    """Fine-tune an encoder with labels, and score it on others.
 
     Args:
-        encoder: anything that holds one.
-        train: labeled shards, or a folder of class folders.
-        val: the same, to report on.
-        config: a YAML file, or the name of a recipe; its encoder settings change the encoder's.
-        out: the run folder; replaces the recipe's.
-        scratch: start from random weights instead: the baseline.
-        resume: go on from the run folder's last checkpoint.
-        overwrite: delete an earlier run there first.
-        changes: other settings by dotted key: ``**{"train.epochs": 10}``.
+        encoder: Run folder, encoder folder or checkpoint file.
+        train: Labeled shards, or a folder of class folders.
+        val: Data of the same kind that is scored.
+        config: YAML file, or the name of a recipe; its encoder settings change the encoder's.
+        out: Run folder; replaces the recipe's.
+        scratch: Start from random weights instead: the baseline.
+        resume: Resume from the run folder's last checkpoint.
+        overwrite: Delete an earlier run there first.
+        changes: Other settings, as in `pretrain`.
 
     Raises:
-        ValueError: a recipe for something else, or data without labels.
+        ValueError: A recipe for something else, or data without labels.
     """
     encoder = expand_path(encoder)
     start = for_labels(load_encoder(encoder).settings)

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 import sslvit
 from sslvit.commands import evaluation, in_and_out, packing, pixels, training
@@ -52,7 +53,7 @@ COMMANDS: Mapping[str, Function] = {
     "import": in_and_out.run_import,
 }
 GROUPS = {"shards": "Make and inspect WebDataset shards."}
-TRAINING = ("pretrain", "finetune", "resume")
+TRAINING = {"pretrain", "finetune", "resume"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -63,15 +64,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     options = None
-    when = " before the first step, so there is nothing to save yet" if arguments[:1] in [[x] for x in TRAINING] else ""
+    when = " before the first step, so there is nothing to save yet" if set(arguments[:1]) & TRAINING else ""
     try:
         with stopping_at_once(f"{when}: give the same command again"):
-            name, rest = find_command(COMMANDS, arguments)
-            parser = make_parser(name)
-            if name not in COMMANDS:  # --help, --version, or no command
-                parser.parse_args(arguments)
-            function = COMMANDS[name]
-            options = read_options(parser.get_default("parsers")[name], options_class(function), f"sslvit {name}", rest)
+            function, options = read_command(arguments)
             with messages_of(options.quiet, is_json=getattr(options, "json", False)):
                 code = function(options)
             sys.stdout.flush()
@@ -96,6 +92,16 @@ def _run(arguments: list[str]) -> int:
         print(f"sslvit: {error or 'interrupted'}", file=sys.stderr)
         return 130
     return code or 0
+
+
+def read_command(arguments: list[str]) -> tuple[Function, Any]:
+    """The function behind a command and its options, as typed; ends the process after --help and --version."""
+    name, rest = find_command(COMMANDS, arguments)
+    parser = make_parser(name)
+    if name not in COMMANDS:
+        parser.parse_args(arguments)
+    function = COMMANDS[name]
+    return function, read_options(parser.get_default("parsers")[name], options_class(function), f"sslvit {name}", rest)
 
 
 def last_words(error: BaseException) -> str:
@@ -125,9 +131,9 @@ def make_parser(only: str | None = None) -> argparse.ArgumentParser:
             inner = groups[""].add_parser(group, help=GROUPS[group], description=GROUPS[group], allow_abbrev=False)
             groups[group] = inner.add_subparsers(dest="action", required=True, metavar="ACTION")
         kind = options_class(function)
-        text, _, example = (inspect.getdoc(kind) or "").partition("\n\nExample:\n")
+        text, _, example = (inspect.getdoc(kind) or "").partition("\n\nExample: ")
         sub = groups[group].add_parser(
-            word, help=summary_of(kind), description=text, epilog=f"Example:\n{example}", allow_abbrev=False,
+            word, help=summary_of(kind), description=text, epilog=f"Example: {example}", allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
         parsers[name] = sub

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import torch
 
+from sslvit.cli import read_command
 from sslvit.settings.load import load_recipe
+from sslvit.settings.protocols import ProtocolSettings
 from sslvit.sharded_checkpoint import read_checkpoint
 from sslvit.train.folder import RunFolder
 from sslvit.train.run import pretrain
@@ -85,3 +87,10 @@ def read_keys(folder: RunFolder) -> dict[int, list[str]]:
     lines = [json.loads(line) for text in texts for line in text.splitlines()]
     lines.sort(key=lambda line: line["step"])
     return {epoch: [line["key"] for line in lines if line["epoch"] == epoch] for epoch in {x["epoch"] for x in lines}}
+
+
+def read_protocol(name: str, changes: dict[str, object]) -> ProtocolSettings:
+    """The linear probe of a name as `sslvit probe` reads it, with changes such as {"protocol.epochs": 1}."""
+    words = [word for key, value in changes.items() for word in (f"--{key}", str(value))]
+    command = ["probe", "encoder", "--train", "t", "--val", "v", "--protocol", name, *words]
+    return read_command(command)[1].protocol

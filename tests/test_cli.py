@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +17,14 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import sslvit
-from sslvit.cli import main
+from sslvit.cli import COMMANDS, main, make_parser, read_command
 from sslvit.commands.arguments import read_changes
 from sslvit.commands.evaluation import in_words
 from sslvit.environment import explain
+from sslvit.messages import messages_of
 from sslvit.settings import TASK_SETTINGS
 from sslvit.settings.bench import load_bench
-from sslvit.settings.describe import describe_settings
+from sslvit.settings.describe import describe_settings, explained_settings
 from sslvit.settings.load import load_recipe, recipe_names, recipes_folder
 from sslvit.tasks import TASKS
 
@@ -444,3 +449,105 @@ def test_import_then_probe_files_that_are_not_there(capsys, tmp_path: Path) -> N
 def test_torch_and_torchvision_that_do_not_fit_are_explained() -> None:
     assert "Install both from the same index" in explain(RuntimeError("operator torchvision::nms does not exist"))
     assert explain(ValueError("something else")) is None
+
+
+def test_what_is_said_later_wins_and_a_preset_counts_where_it_stands(tmp_path: Path) -> None:
+    def width_and_depth(**changes: object) -> tuple[int, int]:
+        encoder = load_recipe("mae/digits", {f"encoder.{key}": value for key, value in changes.items()}).encoder
+        return encoder.width, encoder.depth
+
+    assert width_and_depth(preset="vit_large") == (1024, 24)
+    assert width_and_depth(preset="vit_large", width=96, heads=1) == (96, 24)
+    assert width_and_depth(depth=3, width=96, preset="vit_large") == (1024, 24)
+    command = ["pretrain", "--config", "mae/digits", "--encoder.depth", "3", "--encoder.preset", "vit_tiny"]
+    assert list(read_command([*command, "--encoder.depth", "5"])[1].changes) == ["encoder.preset", "encoder.depth"]
+    (tmp_path / "a.yaml").write_text("encoder: {depth: 5, preset: vit_tiny}")  # within a section it comes first
+    assert (load_recipe(tmp_path / "a.yaml").encoder.width, load_recipe(tmp_path / "a.yaml").encoder.depth) == (192, 5)
+    (tmp_path / "b.yaml").write_text("train: {steps: 5}\ndata: {mixture: {a: 1, b: 2}}")
+    recipe = load_recipe(tmp_path / "b.yaml", {"data.shards": "x", "train.steps": 7, "train.epochs": 2})
+    assert (recipe.data.shards, recipe.data.mixture, recipe.train.steps) == ("x", None, None)
+    assert load_recipe("mae/digits", {"data.shards": "x", "data.mixture": {"a": 1}}).data.shards is None
+    (tmp_path / "c.yaml").write_text("data: {shards: x, mixture: {a: 1}}")
+    with pytest.raises(ValueError, match="data.shards and data.mixture exclude each other"):
+        load_recipe(tmp_path / "c.yaml")
+
+
+def test_a_whole_section_is_merged_with_the_recipes_at_every_depth() -> None:
+    recipe = load_recipe("mae/digits")
+    changed = load_recipe("mae/digits", {"optim": {"base_lr": 1e-3}, "data": {"view": {"flip": 0.25}, "workers": 0}})
+    assert changed.optim == replace(recipe.optim, base_lr=1e-3)
+    assert changed.data == replace(recipe.data, view=replace(recipe.data.view, flip=0.25), workers=0)
+    assert load_recipe("mae/digits", {"task": "dino"}).task == TASK_SETTINGS["dino"]()
+    assert load_recipe("mae/digits", {"task": {"decoder_depth": 1, "name": "mae"}}).task.mask_ratio == 0.6
+
+
+def test_a_folder_of_another_package_hides_no_recipes(tmp_path: Path) -> None:
+    package = Path(sslvit.__file__).parent
+    (tmp_path / "sslvit").mkdir()
+    for file in package.iterdir():
+        (tmp_path / "sslvit" / file.name).symlink_to(file)
+    (tmp_path / "sslvit" / "configs").symlink_to(recipes_folder())  # as it is installed
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "theirs.yaml").write_text("a: 1")
+    command = [sys.executable, "-m", "sslvit.cli", "settings", "--recipes"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": ""})
+    assert "mae/digits" in done.stdout
+    assert "theirs" not in done.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_commands_help_explains_its_options_and_ends_with_an_example(capsys, name: str) -> None:
+    with pytest.raises(SystemExit):
+        main([*name.split(), "--help"])
+    text = capsys.readouterr().out
+    assert text.rstrip().splitlines()[-1].startswith(f"Example: sslvit {name} ")
+    for action in make_parser(name).get_default("parsers")[name]._actions:
+        assert action.help, f"{name}: {action.dest}"
+        assert action.dest == "help" or action.help[0].isupper(), action.help
+
+
+def test_every_setting_has_a_sentence_of_its_own() -> None:
+    for _, key, _, text in explained_settings():
+        assert text[0].isupper(), key
+        assert text.endswith("."), key
+        assert not text.lower().startswith(("of ", "that ", "which ")), key
+
+
+def test_json_is_all_that_is_printed_and_quiet_leaves_out_messages(capsys, photos: Path, tmp_path: Path) -> None:
+    assert main(["shards", "pack", str(photos), str(tmp_path / "s"), "--quiet"]) == 0
+    capsys.readouterr()
+    (tmp_path / "s" / "index.json").unlink()
+    for words, key in ((["info"], "images"), (["check"], "is_whole")):
+        assert main(["shards", *words, str(tmp_path / "s"), "--json"]) == 0
+        assert key in json.loads(capsys.readouterr().out)
+    plan = ["plan", "--config", "mae/digits", "--images", "100", "--data.global_batch_size", "4"]
+    assert main([*plan, "--json"]) == 0
+    found = capsys.readouterr()
+    assert json.loads(found.out)["global_batch_size"] == 4
+    assert main([*plan, "--quiet"]) == 0
+    assert "parameters" in capsys.readouterr().out  # the result is no message
+    assert main(["settings", "--json"]) == 0
+    assert {"key", "default", "meaning"} == json.loads(capsys.readouterr().out)[0].keys()
+    assert main(["settings", "--recipes", "--json"]) == 0
+    assert "mae/digits" in json.loads(capsys.readouterr().out)
+
+
+def test_messages_go_where_the_options_say(capsys) -> None:
+    logger = logging.getLogger("sslvit.somewhere")
+    for is_quiet, is_json, out, err in ((0, 0, "a\nwarning: b\n", ""), (1, 0, "warning: b\n", ""), (0, 1, "", "a\n")):
+        with messages_of(bool(is_quiet), bool(is_json)):
+            logger.info("a")
+            logger.warning("b")
+        found = capsys.readouterr()
+        assert found.out == out
+        assert found.err.startswith(err)
+    logger.info("a")
+    assert capsys.readouterr().out == "a\n"
+
+
+def test_settings_of_a_bench_are_read_as_those_of_a_recipe(capsys) -> None:
+    bench = load_bench("bench/cifar10", {"seeds": 3, "scratch.changes": {"train.steps": 5}, "device": "cpu"})
+    assert (bench.seeds, bench.scratch.changes, bench.device) == (3, {"train.steps": 5}, "cpu")
+    assert "seed: expected int, got 'many'" in failing(capsys, "bench", "bench/cifar10", "--seed", "many")
+    assert "--draws: expected int or null, got 'x'" in failing(capsys, "sample", "run", "--draws", "x")
+    assert "--device: 'gpu' is not one of auto, cpu, cuda" in failing(capsys, "sample", "run", "--device", "gpu")

@@ -39,7 +39,8 @@ from sslvit.palette import nearest_color, squared_error, uniform_palette
 from sslvit.report.samples import plot_completions, plot_samples
 from sslvit.run_plan import RunPlan
 from sslvit.settings import EncoderSettings, OptimSettings, ProbeSettings
-from sslvit.settings.load import load_recipe, read_protocol
+from sslvit.settings.load import load_recipe
+from sslvit.settings.protocols import PROTOCOLS
 from sslvit.settings.sample import SampleSettings
 from sslvit.settings.views import MultiCropSettings
 from sslvit.tasks import task_class
@@ -286,10 +287,9 @@ SHORT = {
 
 def by_protocol(name: str) -> Callable[[Path], None]:
     def evaluate(shards: Path) -> None:
-        changes = {f"protocol.{key}": value for key, value in SHORT[name].items()}
         settings = ProbeSettings(
             str(shards / "train"), str(shards / "val"), neighbors=[3], batch=8, device="cuda", cache=None,
-            protocol=read_protocol(name, changes),
+            protocol=PROTOCOLS[name](**SHORT[name]),
         )  # fmt: skip
         assert probe({"encoder": small_encoder()}, settings).rows["encoder"]
 

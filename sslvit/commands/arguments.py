@@ -41,7 +41,9 @@ def summary_of(kind: type) -> str:
 def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
     """Give a parser the options of a dataclass: a field is an option with the text below it as its help."""
     texts, hints = field_texts(kind), hints_of(kind)
-    for field in sorted(dataclasses.fields(kind), key=lambda field: arg_of(hints[field.name]).position):
+    for field in sorted(
+        dataclasses.fields(kind), key=lambda one: (not is_required(one), arg_of(hints[one.name]).position)
+    ):
         hint, arg, default = hints[field.name], arg_of(hints[field.name]), default_of(field)
         if is_hidden(hint):
             continue
@@ -113,11 +115,9 @@ def read_options(parser: argparse.ArgumentParser, kind: type, name: str, argumen
         raise ValueError(f"{brief(rest[0])}: expected --key value, as in --train.epochs 10.")
     if rest:
         raise ValueError(f"{brief(rest[0])}: one word too many, or no such option. See: {name} --help")
-    tree = {key: read_option(hints[key], value, f"--{key.replace('_', '-')}") for key, value in vars(given).items()}
-    if "changes" in hints:
-        tree["changes"] = changes
-    else:
-        set_keys(kind, tree, changes)
+    found = {key: read_option(hints[key], value, f"--{key.replace('_', '-')}") for key, value in vars(given).items()}
+    tree: dict[str, Any] = {}
+    set_keys(kind, tree, found | ({"changes": changes} if "changes" in hints else changes))
     return build(kind, tree)
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from sslvit.commands.files import check_new, check_new_picture, foreign_overrides, only, report, write_json
-from sslvit.commands.options import CroppedEncoder, File, Options, Output, Passes, Recipe, Reported, Saved
+from sslvit.commands.options import CroppedEncoder, File, Options, Output, Recipe, Reported, Saved
 from sslvit.settings.choices import Arg
-from sslvit.settings.probe import Device, KNNSettings, ProbeSettings, check_least
+from sslvit.settings.probe import BlocksReadout, Device, KNNSettings, Passes, ProbeSettings, Readout, check_least
 
 if TYPE_CHECKING:
     from sslvit.models import ViTEncoder
@@ -32,8 +32,7 @@ def load_scored(options: CroppedEncoder) -> ViTEncoder:
 class ProbeOptions(Saved, CroppedEncoder, ProbeSettings):
     """Score a frozen encoder: linear probe and kNN, with baselines.
 
-    Example:
-      sslvit probe runs/mae --train shards/train --val shards/val --protocol mae --protocol.epochs 10
+    Example: sslvit probe runs/mae --train shards/train --val shards/val --protocol mae --protocol.epochs 10
     """
 
     layers: str | None = None
@@ -75,8 +74,7 @@ def run_probe(options: ProbeOptions) -> None:
 class KNNOptions(Saved, CroppedEncoder, KNNSettings):
     """Score a frozen encoder by its nearest neighbors alone.
 
-    Example:
-      sslvit knn runs/dino --train shards/train --val shards/val
+    Example: sslvit knn runs/dino --train shards/train --val shards/val
     """
 
 
@@ -125,11 +123,10 @@ def in_words(key: str, value: Any) -> str:
 
 
 @dataclass(kw_only=True)
-class HealthOptions(Saved, Passes, CroppedEncoder):
+class HealthOptions(Saved, Passes, Readout, CroppedEncoder):
     """Measure features without labels: rank, spectrum, uniformity, alignment.
 
-    Example:
-      sslvit health runs/dino shards/val
+    Example: sslvit health runs/dino shards/val
     """
 
     data: Annotated[str, Arg("SHARDS", position=2)]
@@ -172,8 +169,7 @@ def run_health(options: HealthOptions) -> None:
 class SegmentOptions(Saved, CroppedEncoder):
     """Score patch tokens by linear segmentation: mean IoU.
 
-    Example:
-      sslvit segment runs/dino --train voc/train --val voc/val --figure segments.png
+    Example: sslvit segment runs/dino --train voc/train --val voc/val --figure segments.png
     """
 
     train: Annotated[str, Arg("FOLDER")]
@@ -221,8 +217,7 @@ def run_segment(options: SegmentOptions) -> None:
 class ShowOptions(Options, CroppedEncoder):
     """Plot what an encoder does with images.
 
-    Example:
-      sslvit show attention runs/dino shards/val -o attention.png
+    Example: sslvit show attention runs/dino shards/val -o attention.png
     """
 
     what: Annotated[Literal["attention", "distance", "field"], Arg("WHAT", position=-1)]
@@ -262,19 +257,16 @@ def run_show(options: ShowOptions) -> None:
 
 
 @dataclass(kw_only=True)
-class EmbedOptions(Options, Passes, CroppedEncoder):
+class EmbedOptions(Options, Passes, BlocksReadout, CroppedEncoder):
     """Write features of images as arrays in one .npz file.
 
-    Example:
-      sslvit embed runs/dino photos -o features.npz
+    Example: sslvit embed runs/dino photos -o features.npz
     """
 
     data: Annotated[str, Arg("IMAGES", position=2)]
     """Shards or a folder, with labels or without."""
     output: Annotated[str, Output]
     """File for the features, which ends in .npz."""
-    blocks: int = 1
-    """Number of consecutive blocks, ending with that one, whose features are concatenated."""
 
 
 def run_embed(options: EmbedOptions) -> None:
@@ -305,8 +297,7 @@ class BenchOptions(Reported, Recipe):
 
     Settings of the bench are given as --KEY VALUE, e.g. --out runs/bench, --device cpu or --seeds 3.
 
-    Example:
-      sslvit bench configs/bench/cifar10.yaml --device cpu
+    Example: sslvit bench configs/bench/cifar10.yaml --device cpu
     """
 
     config: Annotated[str, Arg("CONFIG", position=1)]

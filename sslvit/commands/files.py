@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sslvit.commands.options import Released, Reported
+from sslvit.commands.options import FromFile, Released, Reported
 from sslvit.files import brief, to_json, write_atomically
 
 Settings = TypeVar("Settings")
@@ -54,7 +54,7 @@ def foreign_overrides(options: Released) -> dict[str, Any]:
     from sslvit.settings.palette import UNIFORM, read_palette
 
     given: dict[str, Any] = {"image_size": options.image_size} if options.image_size else {}
-    if getattr(options, "weights", None):
+    if isinstance(options, FromFile) and options.weights:
         given["weights"] = options.weights
     if options.palette:
         given["palette"] = UNIFORM if options.palette == UNIFORM else read_palette(options.palette)
@@ -67,8 +67,10 @@ def one_source(names: list[str] | None) -> str | None:
     Raises:
         ValueError: several folders, or names that a pattern cannot hold.
     """
-    if names is None or len(names) == 1:
-        return names and names[0]
+    if not names:
+        return None
+    if len(names) == 1:
+        return names[0]
     other = next((name for name in names if not name.endswith(".tar")), None)
     if other is not None:
         raise ValueError(

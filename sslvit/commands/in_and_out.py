@@ -15,8 +15,7 @@ from sslvit.settings.choices import Arg
 class ExportOptions(Reported, Encoder):
     """Export an encoder for another library, and compare it there.
 
-    Example:
-      sslvit export runs/mae exports/timm --format timm
+    Example: sslvit export runs/mae exports/timm --format timm
     """
 
     out: Annotated[str, Arg("OUT", position=2)]
@@ -55,8 +54,7 @@ def run_export(options: ExportOptions) -> None:
 class ImportOptions(Options, FromFile):
     """Import released weights into an encoder folder.
 
-    Example:
-      sslvit import mae_pretrain_vit_base.pth encoders/mae --heads 12
+    Example: sslvit import mae_pretrain_vit_base.pth encoders/mae --heads 12
     """
 
     checkpoint: Annotated[str, Arg("CHECKPOINT", position=1)]

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from sslvit.settings.choices import Arg
-from sslvit.settings.probe import Device, Pooling, check_least, check_unreadable_fraction
 
 Layout = Literal["mae", "dino", "dinov2", "timm", "transformers", "openai_igpt"]
 File = Arg("FILE")
@@ -93,25 +92,3 @@ class CroppedEncoder(Encoder):
 
     crop_fraction: float | None = None
     """Fraction of the center crop's sides that is seen, 224 of 256: 0.875; null for the encoder's own."""
-
-
-@dataclass(kw_only=True)
-class Passes:
-    """Passes of images through an encoder."""
-
-    layer: int | None = None
-    """Number of the block whose output is taken; null for the encoder's own."""
-    pooling: Pooling | None = None
-    """Pooling of the tokens; null for the encoder's own."""
-    max_unreadable_fraction: float = 0.01
-    """Fraction of the images that may be unreadable; these are skipped and counted."""
-    batch: int = 256
-    """Images per forward pass."""
-    workers: int = 0
-    """Number of loader processes."""
-    device: Device = "auto"
-    """Device of the encoder; auto is a GPU where there is one."""
-
-    def __post_init__(self) -> None:
-        check_least(self, batch=1, workers=0, seed=0, blocks=1)
-        check_unreadable_fraction(self.max_unreadable_fraction)

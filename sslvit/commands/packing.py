@@ -35,8 +35,7 @@ class ShardsArg:
 class PackOptions(Options, Parallel, SourceOptions, PackSettings):
     """Pack images into shards with an index.
 
-    Example:
-      sslvit shards pack photos shards/photos --holdout 0.1
+    Example: sslvit shards pack photos shards/photos --holdout 0.1
     """
 
     source: Annotated[str, Arg("SRC", position=1)]
@@ -68,8 +67,7 @@ def run_pack(options: PackOptions) -> None:
 class IndexShardsOptions(Options, Parallel, IndexOptions, ShardsArg):
     """Index shards that others wrote, or join the parts of a packing.
 
-    Example:
-      sslvit shards index shards/laion --labels json
+    Example: sslvit shards index shards/laion --labels json
     """
 
     merge: bool = False
@@ -96,8 +94,7 @@ def run_index(options: IndexShardsOptions) -> None:
 class CheckOptions(Reported, Parallel, ShardsArg):
     """Verify checksums and decode everything; the exit code is 1 if something is wrong.
 
-    Example:
-      sslvit shards check shards/photos/train
+    Example: sslvit shards check shards/photos/train
     """
 
 
@@ -120,8 +117,7 @@ def run_check(options: CheckOptions) -> int:
 class InfoOptions(Reported, ShardsArg):
     """Print what is in shards, and what a job on them needs.
 
-    Example:
-      sslvit shards info shards/photos/train --global-batch-size 4096
+    Example: sslvit shards info shards/photos/train --global-batch-size 4096
     """
 
     global_batch_size: int | None = None
@@ -163,8 +159,7 @@ def show_shards(index: ShardIndex) -> None:
 class PaletteOptions(Options):
     """Fit a palette of few colors for pixel sequences on images.
 
-    Example:
-      sslvit palette shards/photos/train -o palette.json --colors 64
+    Example: sslvit palette shards/photos/train -o palette.json --colors 64
     """
 
     shards: Annotated[str, Arg("SHARDS", position=1)]

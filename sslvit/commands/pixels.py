@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from sslvit.commands.files import check_new, check_new_picture, foreign_overrides, only, report
 from sslvit.commands.options import Options, Output, Released, Saved
 from sslvit.settings.choices import Arg
-from sslvit.settings.probe import Device, check_least, check_unreadable_fraction
+from sslvit.settings.probe import Device, ForwardPasses, check_least
 from sslvit.settings.sample import SampleSettings
 
 if TYPE_CHECKING:
@@ -30,8 +30,7 @@ class PixelModel(Released):
 class SampleOptions(Options, PixelModel, SampleSettings):
     """Sample images from a model of pixels, or complete given ones.
 
-    Example:
-      sslvit sample runs/igpt --complete shards/val --given 0.5
+    Example: sslvit sample runs/igpt --complete shards/val --given 0.5
     """
 
     complete: Annotated[str | None, Arg("IMAGES")] = None
@@ -73,27 +72,21 @@ def run_sample(options: SampleOptions) -> None:
 
 
 @dataclass(kw_only=True)
-class LikelihoodOptions(Saved, PixelModel):
+class LikelihoodOptions(Saved, PixelModel, ForwardPasses):
     """Measure nats per pixel of an iGPT run, beside n-gram baselines.
 
-    Example:
-      sslvit likelihood runs/igpt --train shards/train --val shards/val
+    Example: sslvit likelihood runs/igpt --train shards/train --val shards/val
     """
 
     train: Annotated[str, Arg("SHARDS")]
     """Images that the baselines count colors on."""
     val: Annotated[str, Arg("SHARDS")]
     """Images that are scored."""
-    max_unreadable_fraction: float = 0.01
-    """Fraction of the images that may be unreadable; these are skipped and counted."""
     batch: int = 16
-    """Images per forward pass."""
 
 
 def run_likelihood(options: LikelihoodOptions) -> None:
     """Measure nats per pixel, and print the table."""
-    check_least(options, batch=1)
-    check_unreadable_fraction(options.max_unreadable_fraction)
     check_new(options.output)
     from sslvit.data.open import open_shards
     from sslvit.evaluate.likelihood import likelihood

@@ -22,8 +22,7 @@ class DemoOptions(Recipe):
 
     Settings of the recipes are given as --KEY VALUE, e.g. --train.epochs 10.
 
-    Example:
-      sslvit demo --out runs/demo
+    Example: sslvit demo --out runs/demo
     """
 
     data: Literal["digits", "cifar10"] = "digits"
@@ -51,8 +50,7 @@ class PretrainOptions(Resumable):
 
     Settings of the recipe are given as --KEY VALUE, e.g. --train.epochs 10; `sslvit settings` lists them all.
 
-    Example:
-      sslvit pretrain --config mae/vit_tiny_cifar10 --data shards/cifar10/train --out runs/mae --encoder.patch 4
+    Example: sslvit pretrain --config mae/vit_tiny_cifar10 --data shards/cifar10/train --out runs/mae --encoder.patch 4
     """
 
     config: Annotated[str, Arg("RECIPE")]
@@ -81,8 +79,7 @@ class FinetuneOptions(Resumable):
 
     Settings of the recipe are given as --KEY VALUE, e.g. --train.epochs 10; `sslvit settings` lists them all.
 
-    Example:
-      sslvit finetune runs/mae --train shards/train --val shards/val --out runs/tuned --encoder.image_size 48
+    Example: sslvit finetune runs/mae --train shards/train --val shards/val --out runs/tuned --encoder.image_size 48
     """
 
     encoder: Annotated[str, Arg("ENCODER", position=1)]
@@ -118,8 +115,7 @@ class ResumeOptions(Recipe):
 
     Settings may change, e.g. --train.steps 2000; changes are printed, and those that a run cannot take are refused.
 
-    Example:
-      sslvit resume runs/mae --train.steps 2000
+    Example: sslvit resume runs/mae --train.steps 2000
     """
 
     run: Annotated[str, Arg("RUN", position=1)]
@@ -164,8 +160,7 @@ class PlanOptions(Reported, Recipe):
 
     Settings of the recipe are given as --KEY VALUE, e.g. --train.epochs 10; `sslvit settings` lists them all.
 
-    Example:
-      sslvit plan --config mae/vit_large_in1k --images 1281167 --train.devices 8
+    Example: sslvit plan --config mae/vit_large_in1k --images 1281167 --train.devices 8
     """
 
     config: Annotated[str, Arg("RECIPE")]
@@ -229,8 +224,7 @@ def run_plan(options: PlanOptions) -> None:
 class ReplayOptions(Options):
     """Re-run a failed step in float32: where does it fail?
 
-    Example:
-      sslvit replay runs/mae/incident
+    Example: sslvit replay runs/mae/incident
     """
 
     incident: Annotated[str, Arg("INCIDENT", position=1)]
@@ -248,8 +242,7 @@ def run_replay(options: ReplayOptions) -> None:
 class SettingsOptions(Reported):
     """List all settings of a recipe, with their defaults and meaning.
 
-    Example:
-      sslvit settings --recipes
+    Example: sslvit settings --recipes
     """
 
     recipes: bool = False

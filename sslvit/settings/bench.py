@@ -10,7 +10,7 @@ from sslvit.files import brief, expand_path, printable, quoted
 from sslvit.settings.build import build
 from sslvit.settings.choices import Choice, checked
 from sslvit.settings.load import find_recipe, read_yaml, set_keys
-from sslvit.settings.probe import Device, Pooling, ProbeSettings
+from sslvit.settings.probe import BlocksReadout, FewLabels, Passes, ProbeSettings
 from sslvit.settings.protocols import PROTOCOL_CHOICE, LogregSettings, ProtocolSettings
 
 BASELINES = ("pixels", "untrained", "scratch")
@@ -47,31 +47,19 @@ class FinetuneColumn:
     """Name of this kind of column."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 @checked("")
-class ProbeColumn:
+class ProbeColumn(FewLabels, BlocksReadout):
     """A column of scores on frozen features."""
 
     kind: Literal["linear", "few", "knn"] = "linear"
     """What the column shows: linear (a linear probe), few (logistic regression on few labels) or knn."""
     protocol: Annotated[ProtocolSettings, PROTOCOL_CHOICE] = field(default_factory=LogregSettings)
     """Protocol of the linear probe."""
-    labels_per_class: int | None = None
-    """Number of labels per class in a column of few labels."""
-    labels_percent: float | None = None
-    """Percentage of each class's labels in a column of few labels."""
-    draws: int = 5
-    """Number of random subsets of the labels that are averaged."""
     neighbors: int = 20
     """Number k of neighbors that vote."""
     temperature: float = 0.07
     """Temperature of the neighbors' vote."""
-    layer: int | None = None
-    """Number of the block whose output is probed; null for the encoder's own."""
-    blocks: int = 1
-    """Number of consecutive blocks, ending with that one, whose features are concatenated."""
-    pooling: Pooling | None = None
-    """Pooling of the tokens; null for the encoder's own."""
 
     def __post_init__(self) -> None:
         if self.kind == "few" and (self.labels_per_class is None) == (self.labels_percent is None):
@@ -93,7 +81,7 @@ COLUMNS = Choice("kind", "linear", {**dict.fromkeys(("linear", "few", "knn"), Pr
 
 @dataclass(kw_only=True)
 @checked("")
-class BenchSettings:
+class BenchSettings(Passes):
     """What is compared with what, and how."""
 
     data: dict[str, SplitSettings]
@@ -112,14 +100,6 @@ class BenchSettings:
     """Number of seeds, untrained weights included."""
     seed: int = 0
     """First seed."""
-    max_unreadable_fraction: float = 0.01
-    """Fraction of a data set's images that may be unreadable; these are skipped and counted."""
-    batch: int = 256
-    """Images per forward pass."""
-    workers: int = 0
-    """Number of loader processes."""
-    device: Device = "auto"
-    """Device of the encoder and the heads; auto is a GPU where there is one."""
     out: str | None = None
     """Folder for all results; null for runs/bench-NAME."""
     name: str = "bench"
@@ -127,11 +107,7 @@ class BenchSettings:
 
     def __post_init__(self) -> None:
         self.out = expand_path(self.out or f"runs/bench-{self.name}")
-        for key, least in (("seeds", 1), ("batch", 1), ("seed", 0), ("workers", 0)):
-            if getattr(self, key) < least:
-                raise ValueError(f"{key}: {getattr(self, key)} must be {least} or more.")
-        if not 0 <= self.max_unreadable_fraction < 1:
-            raise ValueError(f"max_unreadable_fraction: {self.max_unreadable_fraction} must be in [0, 1).")
+        super().__post_init__()
         wrong = [one for one in self.baselines if one not in BASELINES]
         if wrong:
             raise ValueError(f"baselines: {brief(wrong[0])} is not one of {', '.join(BASELINES)}.")

@@ -37,7 +37,7 @@ USUAL_NAMES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 REMARKS = {"base_lr": " (the learning rate at a batch size of 256)"}
 # other libraries' names for values
-USUAL_VALUES = {
+USUAL_VALUES: dict[str, dict[str, tuple[str, ...]]] = {
     "train.precision": {
         "float32": ("32", "fp32", "f32", "32-true", "single", "full"),
         "bf16": ("bf16-mixed", "bf16-true", "bfloat16", "16", "fp16", "float16", "16-mixed", "half", "mixed"),
@@ -66,7 +66,8 @@ def build(kind: type[Settings], tree: dict[str, Any]) -> Settings:
         ValueError: An unknown key (the nearest is suggested), a missing one, or a value that does not fit.
     """
     _check_keys(kind, tree, "", Known(list(known_keys(kind, tree)), choices_in(kind)))
-    return _instantiate(kind, tree, "")
+    built: Settings = _instantiate(kind, tree, "")
+    return built
 
 
 def choice_of(hint: Any) -> Choice | None:
@@ -74,7 +75,7 @@ def choice_of(hint: Any) -> Choice | None:
     return next((one for one in getattr(hint, "__metadata__", ()) if isinstance(one, Choice)), None)
 
 
-def record_of(hint: Any, value: Any, section: str) -> type | None:
+def record_of(hint: Any, value: Any, section: str) -> Any:
     """The dataclass that a section's value is for; None where the annotation is no section's."""
     if choice := choice_of(hint):
         value = {} if value is None else value
@@ -86,7 +87,7 @@ def section_of(kind: type, key: str) -> Any:
     """The annotation of the section behind a dotted key; None where that is a value, or nothing known."""
     hint: Any = kind
     for name in key.split("."):
-        known = {} if hint is None else hints_of(hint) if is_dataclass(hint) else {}
+        known = hints_of(hint) if hasattr(hint, "__dataclass_fields__") else {}
         hint = known.get(name)
         if choice_of(hint) is None:
             hint = next((one for one in alternatives(hint) if is_dataclass(one)), None)
@@ -172,7 +173,7 @@ def choices_in(kind: type, prefix: str = "") -> dict[str, Choice]:
     return found
 
 
-def _instantiate(kind: type[Settings], tree: dict[str, Any], prefix: str, within: str = "") -> Settings:
+def _instantiate(kind: Any, tree: dict[str, Any], prefix: str, within: str = "") -> Any:
     """Innermost first, so that each dataclass fills in its own defaults from what was given.
 
     Args:
@@ -186,7 +187,7 @@ def _instantiate(kind: type[Settings], tree: dict[str, Any], prefix: str, within
     for name, value in tree.items():
         if name not in nested:
             values[name] = convert(hints[name], value, prefix + name)
-    for name in nested & (tree.keys() | {one.name for one in fields(kind) if not is_required(one)}):  # type: ignore[arg-type]
+    for name in nested & (tree.keys() | {one.name for one in fields(kind) if not is_required(one)}):
         hint, section = hints[name], prefix + name
         if named := _named_sections(hint):
             if name in tree:
@@ -197,7 +198,7 @@ def _instantiate(kind: type[Settings], tree: dict[str, Any], prefix: str, within
                 }
         else:
             values[name] = _section(hint, tree.get(name, {}), section, within and section)
-    for one in fields(kind):  # type: ignore[arg-type]
+    for one in fields(kind):
         if is_required(one) and one.name not in values:
             raise ValueError(f"{prefix}{one.name}: missing.")
     try:

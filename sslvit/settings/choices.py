@@ -7,7 +7,7 @@ import functools
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 from sslvit.files import quoted
@@ -57,6 +57,13 @@ class Arg:
     is_path: bool = True
 
 
+@dataclass(frozen=True)
+class Also:
+    """Annotation of a field that takes values of another type, too, which __post_init__ turns into the declared one."""
+
+    kind: Any
+
+
 def checked(prefix: str) -> Callable[[Record], Record]:
     """A decorator, below @dataclass, that refuses values which a field's Literal does not list.
 
@@ -66,11 +73,12 @@ def checked(prefix: str) -> Callable[[Record], Record]:
         prefix: Prefix of the keys in messages, as in "encoder.".
     """
 
-    def decorate(kind: Record) -> Record:
+    def decorate(kind: Any) -> Any:
         own = kind.__dict__.get("__post_init__")
 
         def __post_init__(self: Any) -> None:
-            for key, words in choices_of(type(self)).items():
+            kind_of_self: Any = type(self)
+            for key, words in choices_of(kind_of_self).items():
                 if getattr(self, key) not in words:
                     name = key.replace("_", "-") if prefix == "--" else key
                     raise ValueError(f"{prefix}{name}: {not_one_of(getattr(self, key), words)}")
@@ -79,7 +87,7 @@ def checked(prefix: str) -> Callable[[Record], Record]:
             elif hasattr(super(kind, self), "__post_init__"):
                 super(kind, self).__post_init__()
 
-        setattr(kind, "__post_init__", __post_init__)  # noqa: B010 mypy knows no such attribute of a type
+        kind.__post_init__ = __post_init__
         return kind
 
     return decorate
@@ -98,12 +106,10 @@ def near(value: object, words: Iterable[str]) -> str:
 
 
 @functools.cache
-def hints_of(kind: type) -> dict[str, Any]:
+def hints_of(kind: Any) -> dict[str, Any]:
     """Field -> annotation, of a settings dataclass."""
     hints = typing.get_type_hints(kind, include_extras=True)
-    return {
-        name: hints[name] for name in kind.__dataclass_fields__ if typing.get_origin(hints[name]) is not typing.ClassVar
-    }
+    return {one.name: hints[one.name] for one in fields(kind)}
 
 
 def plain(hint: Any) -> Any:
@@ -113,8 +119,9 @@ def plain(hint: Any) -> Any:
 
 def alternatives(hint: Any) -> tuple[Any, ...]:
     """The annotations of a union; the annotation itself if it is none."""
+    also = tuple(one.kind for one in getattr(hint, "__metadata__", ()) if isinstance(one, Also))
     hint = plain(hint)
-    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    return (*also, *(typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)))
 
 
 def words_of(hint: Any) -> tuple[Any, ...]:
@@ -128,6 +135,6 @@ def words_of(hint: Any) -> tuple[Any, ...]:
 
 
 @functools.cache
-def choices_of(kind: type) -> dict[str, tuple[Any, ...]]:
+def choices_of(kind: Any) -> dict[str, tuple[Any, ...]]:
     """Field -> the words that it may be, of a settings dataclass."""
     return {key: words for key, hint in hints_of(kind).items() if (words := words_of(hint))}

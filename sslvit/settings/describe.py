@@ -37,11 +37,14 @@ def _texts_in(module: str) -> dict[str, dict[str, str]]:
         return {}
     found: dict[str, dict[str, str]] = {}
     for kind in ast.parse(inspect.getsource(sys.modules[module])).body:
-        body = kind.body if isinstance(kind, ast.ClassDef) else []
-        for field, text in pairwise(body):
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-                name = ast.unparse(field.target)
-                found.setdefault(kind.name, {})[name] = " ".join(str(text.value.value).split())
+        if isinstance(kind, ast.ClassDef):
+            found[kind.name] = {
+                ast.unparse(field.target): " ".join(str(text.value.value).split())
+                for field, text in pairwise(kind.body)
+                if isinstance(field, ast.AnnAssign)
+                and isinstance(text, ast.Expr)
+                and isinstance(text.value, ast.Constant)
+            }
     return found
 
 

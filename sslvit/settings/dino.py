@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from sslvit.settings.choices import checked
 from sslvit.settings.task import TaskSettings
@@ -102,7 +102,7 @@ class DINOSettings(TaskSettings):
             total_steps: of the run.
         """
         epochs = total_steps * global_batch_size / images
-        fitting = {
+        fitting: dict[str, Any] = {
             "out_dim": prototypes_for(images),
             "teacher_temp": 0.07 if global_batch_size >= PAPER_BATCH else 0.04,
             "warmup_teacher_temp_epochs": min(30.0, epochs / 10),
@@ -111,6 +111,7 @@ class DINOSettings(TaskSettings):
         return replace(self, **{key: value for key, value in fitting.items() if getattr(self, key) is None})
 
     def check_micro_batch(self, micro: int) -> None:
+        """Raise ValueError where KoLeo has no second image."""
         if micro < 2 and self.koleo:
             raise ValueError(
                 f"task.koleo: {self.koleo:g} spreads the images of one micro-batch, and a single one has no neighbor. "

@@ -6,16 +6,17 @@ from its folder alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Literal, cast
 
 from sslvit.files import brief
-from sslvit.settings.choices import checked
+from sslvit.settings.choices import Also, checked
 from sslvit.settings.palette import check_palette
 
 TokenKind = Literal["patch", "conv_stem", "hybrid", "shifted_patch", "pixel"]
 PositionKind = Literal["none", "learned_1d", "learned_2d", "sincos_1d", "sincos_2d", "rotary_2d", "relative_bias"]
 
+UNSET = cast("list[float]", None)  # __post_init__ fills it in
 MAX_CHANNELS = 10_000  # before lists of that length are made
 
 
@@ -37,13 +38,13 @@ def crop_words(mode: str, fraction: float, size: list[int] | None = None) -> str
 class EncoderSettings:
     """A vision transformer and its input."""
 
-    image_size: int | list[int] = 224
+    image_size: Annotated[list[int], Also(int)] = field(default_factory=lambda: [224, 224])
     """Height and width in pixels that the position table is made for (one number: a square)."""
     channels: int = 3
     """Number of input channels."""
-    mean: list[float] | None = None
+    mean: Annotated[list[float], Also(type(None))] = field(default_factory=lambda: UNSET)
     """Mean of each channel, subtracted from pixels in [0, 1]; null for ImageNet's, or 0.5 for other than 3 channels."""
-    std: list[float] | None = None
+    std: Annotated[list[float], Also(type(None))] = field(default_factory=lambda: UNSET)
     """Standard deviation of each channel, which divides after the mean is subtracted; null for ImageNet's, or 0.25 for
     other than 3 channels.
     """
@@ -278,10 +279,12 @@ class EncoderSettings:
 
     @property
     def head_width(self) -> int:
+        """Channels of an attention head."""
         return self.width // self.heads
 
     @property
     def mlp_width(self) -> int:
+        """Hidden width of the MLP."""
         hidden = round(self.width * self.mlp_ratio)
         if self.mlp == "swiglu":
             hidden = (int(hidden * 2 / 3) + 7) // 8 * 8

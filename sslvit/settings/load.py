@@ -146,7 +146,7 @@ def _leave_open(tree: dict[str, Any], given: dict[str, Any]) -> None:
 
 def by_dotted_key(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"train": {"steps": 5}} -> {"train.steps": 5}."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= by_dotted_key(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat

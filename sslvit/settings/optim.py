@@ -62,4 +62,5 @@ class OptimSettings:
         return min(round(self.warmup_epochs * steps_per_epoch), total_steps)
 
     def peak_lr(self, global_batch_size: int) -> float:
+        """Learning rate after the warm-up."""
         return self.base_lr * global_batch_size / 256

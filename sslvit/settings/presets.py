@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+from typing import Any
 
 from sslvit.files import brief, quoted
 from sslvit.settings.encoder import EncoderSettings
 
-PRESETS: dict[str, dict] = {
+PRESETS: dict[str, dict[str, Any]] = {
     "vit_tiny": {"width": 192, "depth": 12, "heads": 3},
     "vit_small": {"width": 384, "depth": 12, "heads": 6},
     "vit_base": {"width": 768, "depth": 12, "heads": 12},
@@ -26,7 +27,7 @@ PRESETS |= {
 }
 
 
-def preset_values(name: str) -> dict:
+def preset_values(name: str) -> dict[str, Any]:
     """The settings that a name stands for.
 
     Raises:
@@ -39,6 +40,6 @@ def preset_values(name: str) -> dict:
     return dict(PRESETS[name])
 
 
-def preset(name: str, **changes) -> EncoderSettings:
+def preset(name: str, **changes: Any) -> EncoderSettings:
     """The settings of a named encoder, with changes: ``preset("vit_tiny", patch=4, image_size=32)``."""
     return EncoderSettings(**{**preset_values(name), **changes})

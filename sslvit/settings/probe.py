@@ -13,9 +13,66 @@ Pooling = Literal["class", "mean", "class+mean", "attention"]
 Device = Literal["auto", "cpu", "cuda"]
 
 
+@dataclass(kw_only=True)
+@checked("--")
+class Readout:
+    """Which tokens of an encoder are its features."""
+
+    layer: int | None = None
+    """Number of the block whose output is taken; null for the encoder's own."""
+    pooling: Pooling | None = None
+    """Pooling of the tokens; null for the encoder's own."""
+
+
+@dataclass(kw_only=True)
+class BlocksReadout(Readout):
+    """The same of several blocks."""
+
+    blocks: int = 1
+    """Number of consecutive blocks, ending with that one, whose features are concatenated."""
+
+
+@dataclass(kw_only=True)
+class FewLabels:
+    """How many labels a logistic regression on few labels has."""
+
+    labels_per_class: int | None = None
+    """Number of labels per class for logistic regression on few labels."""
+    labels_percent: float | None = None
+    """Percentage of each class's labels for logistic regression on few labels."""
+    draws: int = 5
+    """Number of random subsets of the labels that are averaged."""
+
+
+@dataclass(kw_only=True)
+@checked("--")
+class ForwardPasses:
+    """Forward passes of images."""
+
+    max_unreadable_fraction: float = 0.01
+    """Fraction of a data set's images that may be unreadable; these are skipped and counted."""
+    batch: int = 256
+    """Images per forward pass."""
+    device: Device = "auto"
+    """Device of the encoder and of what is fitted; auto is a GPU where there is one."""
+
+    def __post_init__(self) -> None:
+        check_least(self, batch=1, workers=0, layer=1, blocks=1, seeds=1, seed=0, draws=1, labels_per_class=1)
+        if not 0 <= self.max_unreadable_fraction < 1:
+            raise ValueError(f"--max-unreadable-fraction {self.max_unreadable_fraction}: must be in [0, 1).")
+
+
+@dataclass(kw_only=True)
+class Passes(ForwardPasses):
+    """Forward passes of images that processes may load."""
+
+    workers: int = 0
+    """Number of loader processes."""
+
+
 @dataclass
 @checked("--")
-class KNNSettings:
+class KNNSettings(Passes, BlocksReadout):
     """Nearest neighbors on frozen features."""
 
     train: Annotated[str, Arg("SHARDS")]
@@ -23,30 +80,16 @@ class KNNSettings:
     val: Annotated[str, Arg("SHARDS")]
     """Labeled shards that are scored, and never used to choose anything."""
     _: KW_ONLY
-    layer: int | None = None
-    """Number of the block whose output is probed; null for the encoder's own."""
-    blocks: int = 1
-    """Number of consecutive blocks, ending with that one, whose features are concatenated."""
-    pooling: Pooling | None = None
-    """Pooling of the tokens; null for the encoder's own."""
     neighbors: list[int] = field(default_factory=lambda: [10, 20, 100, 200])
     """Numbers k of neighbors that vote."""
     temperature: float = 0.07
     """Temperature of the neighbors' vote."""
-    max_unreadable_fraction: float = 0.01
-    """Fraction of a data set's images that may be unreadable; these are skipped and counted."""
-    batch: int = 256
-    """Images per forward pass."""
-    workers: int = 0
-    """Number of loader processes."""
     baselines: bool = True
     """Also score raw pixels and the same architecture with untrained weights."""
     seeds: int = 1
     """Number of seeds of everything random: untrained weights, folds, subsets of labels and the steps of a head."""
     seed: int = 0
     """First seed."""
-    device: Device = "auto"
-    """Device of the encoder and the heads; auto is a GPU where there is one."""
     cache: Annotated[str | None, Arg("FOLDER")] = "~/.cache/sslvit-features"
     """Folder that keeps features; none for no such folder."""
     cache_gb: float = 20.0
@@ -54,10 +97,9 @@ class KNNSettings:
 
     def __post_init__(self) -> None:
         self.train, self.val = expand_path(self.train), expand_path(self.val)
-        check_least(self, layer=1, blocks=1, batch=1, seeds=1, seed=0, workers=0)
+        super().__post_init__()
         if any(k < 1 for k in self.neighbors) or len(set(self.neighbors)) != len(self.neighbors):
             raise ValueError(f"--neighbors {brief(self.neighbors)}: must be different numbers from 1.")
-        check_unreadable_fraction(self.max_unreadable_fraction)
         for key in ("temperature", "cache_gb"):
             if not getattr(self, key) > 0:
                 raise ValueError(f"--{key.replace('_', '-')} {getattr(self, key)}: must be positive.")
@@ -65,36 +107,23 @@ class KNNSettings:
 
 @dataclass
 @checked("--")
-class ProbeSettings(KNNSettings):
+class ProbeSettings(FewLabels, KNNSettings):
     """A linear probe and nearest neighbors on frozen features."""
 
     protocol: Annotated[ProtocolSettings | None, PROTOCOL_CHOICE] = field(default_factory=LogregSettings)
     """Protocol of the linear probe; its settings are --protocol.KEY VALUE."""
-    labels_per_class: int | None = None
-    """Number of labels per class for an additional logistic regression on few labels."""
-    labels_percent: float | None = None
-    """Percentage of each class's labels for an additional logistic regression on few labels."""
-    draws: int = 5
-    """Number of random subsets of the labels that are averaged."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.labels_per_class == 1:
             raise ValueError("--labels-per-class 1: the strength is chosen on held-out labels; use 2 or more.")
-        check_least(self, labels_per_class=1, draws=1)
         if self.labels_percent is not None and not 0 < self.labels_percent < 100:
             raise ValueError(f"--labels-percent {self.labels_percent:g}: must be in (0, 100).")
 
 
 def check_least(settings: object, **least: int) -> None:
-    """Raise ValueError on the first option that is below its least value."""
+    """Raise ValueError on the first option, of those that there are, that is below its least value."""
     for key, minimum in least.items():
-        value = getattr(settings, key)
+        value = getattr(settings, key, None)
         if value is not None and value < minimum:
             raise ValueError(f"--{key.replace('_', '-')} {value}: must be {minimum} or more.")
-
-
-def check_unreadable_fraction(value: float) -> None:
-    """Raise ValueError unless it is a fraction that leaves some images."""
-    if not 0 <= value < 1:
-        raise ValueError(f"--max-unreadable-fraction {value}: must be in [0, 1).")

@@ -17,7 +17,6 @@ class ProtocolSettings:
     """Name of the protocol."""
     source: ClassVar[str]
     chosen_by_paper: ClassVar[str | None] = None  # what the paper chose on the very set that it reports
-    fraction: ClassVar[float] = 1.0
 
 
 @dataclass
@@ -75,7 +74,7 @@ class SGDProbeSettings(ProtocolSettings):
                 raise ValueError(f"--protocol.{key} {getattr(self, key)}: must be positive.")
 
     def steps(self, per_epoch: int) -> int:
-        """Steps in all, if an epoch has so many."""
+        """Number of steps, where an epoch has `per_epoch`."""
         raise NotImplementedError
 
 
@@ -104,6 +103,7 @@ class MAEProbeSettings(SGDProbeSettings):
             )
 
     def steps(self, per_epoch: int) -> int:
+        """Steps of all epochs."""
         return max(1, round(self.epochs * per_epoch))
 
 
@@ -131,6 +131,7 @@ class DINOProbeSettings(SGDProbeSettings):
             raise ValueError(f"--protocol.blocks {self.blocks}: must be 1 or more.")
 
     def steps(self, per_epoch: int) -> int:
+        """Steps of all epochs."""
         return max(1, round(self.epochs * per_epoch))
 
 
@@ -166,6 +167,7 @@ class DINOv2ProbeSettings(SGDProbeSettings):
             raise ValueError("--protocol.iterations must be 1 or more, and --protocol.held_out in (0, 1).")
 
     def steps(self, per_epoch: int) -> int:
+        """As given."""
         return self.iterations
 
 

@@ -52,6 +52,7 @@ class SupervisedSettings(TaskSettings):
                 raise ValueError(f"task.{key}: {getattr(self, key)} must be 0 or more.")
 
     def check_micro_batch(self, micro: int) -> None:
+        """Raise ValueError where there is no second image to mix with."""
         if micro < 2 and (self.mixup or self.cutmix):
             raise ValueError(
                 "task.mixup and task.cutmix mix images of one micro-batch: 1 is too few. Raise it, or set them to 0."
@@ -60,6 +61,7 @@ class SupervisedSettings(TaskSettings):
     def fitted(
         self, images: int, global_batch_size: int, total_steps: int, classes: int | None = None
     ) -> SupervisedSettings:
+        """The same with the number of classes that the data has; ValueError where there are no labels, or others."""
         if classes is None:
             raise ValueError("task: supervised training needs labels, and this data has none.")
         if self.classes is not None and self.classes != classes:

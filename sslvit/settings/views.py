@@ -222,5 +222,6 @@ def check_range(key: str, values: list[float], maximum: float = float("inf")) ->
 
 
 def check_probability(key: str, value: float) -> None:
+    """Raise ValueError unless it is in [0, 1]."""
     if not 0 <= value <= 1:
         raise ValueError(f"data.view.{key}: {value} must be a probability in [0, 1].")

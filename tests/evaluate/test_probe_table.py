@@ -179,7 +179,7 @@ def test_unlabeled_or_different_data_is_refused(shards: Path) -> None:
         ({"labels_per_class": 0}, "--labels-per-class 0"),
         ({"labels_percent": 100.0}, "--labels-percent 100"),
         ({"neighbors": [0]}, "--neighbors"),
-        ({"pooling": "max"}, "--pooling max: not one of class, mean"),
+        ({"pooling": "max"}, "--pooling: 'max' is not one of class, mean"),
         ({"temperature": 0}, "--temperature 0"),
         ({"seed": -1}, "--seed -1: must be 0 or more"),
         ({"workers": -1}, "--workers -1: must be 0 or more"),
@@ -278,7 +278,7 @@ def test_the_command_says_what_is_needed_to_quote_it(
     assert "linear," not in said
     assert "raw pixels" not in said
     assert main(["probe", *words, "--protocol", "mae", "--protocol.epoch", "3"]) == 1
-    assert "--protocol mae: epoch: no such setting. Did you mean epochs?" in capsys.readouterr().err
+    assert "protocol.epoch: no such setting. Did you mean protocol.epochs?" in capsys.readouterr().err
     assert main(["probe", *words, "--epochs", "3"]) == 1
     assert "--epochs" in capsys.readouterr().err
 
@@ -290,16 +290,16 @@ from sslvit.checkpoint import load_encoder
 from sslvit.evaluate.probe import probe
 from sslvit.ranks import all_ranks, is_first_rank
 from sslvit.settings import ProbeSettings
-from sslvit.settings.load import read_protocol
+from sslvit.settings.protocols import PROTOCOLS
 torch.set_num_threads(1)
 encoder, train, val = sys.argv[1:]
-short = {"protocol.batch": 16, "protocol.epochs": 2}
-changes = {"logreg": {}, "mae": short | {"protocol.warmup_epochs": 1}, "dino": short, "dinov2": {
-    "protocol.batch": 16, "protocol.iterations": 5, "protocol.lrs": [0.1, 1.0], "protocol.blocks": [1]}}
+short = {"batch": 16, "epochs": 2}
+changes = {"logreg": {}, "mae": short | {"warmup_epochs": 1}, "dino": short, "dinov2": {
+    "batch": 16, "iterations": 5, "lrs": [0.1, 1.0], "blocks": [1]}}
 found = {}
 with all_ranks():
     for name, changed in changes.items():
-        settings = ProbeSettings(train, val, read_protocol(name, changed), labels_per_class=4, draws=2, batch=4,
+        settings = ProbeSettings(train, val, PROTOCOLS[name](**changed), labels_per_class=4, draws=2, batch=4,
                                  neighbors=[3], cache=None)
         found[name] = probe({"mine": load_encoder(encoder)}, settings).scores
     if is_first_rank():

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden_fixtures import Golden, looks_at
+from run_fixtures import read_protocol
 
 from sslvit.data.arrays import array_samples
 from sslvit.data.pack import pack
@@ -21,7 +22,6 @@ from sslvit.evaluate.sources import Features, FrozenEncoder, RawPixels
 from sslvit.models import ViTEncoder
 from sslvit.optim.lars import LARS
 from sslvit.settings import EncoderSettings, ProbeSettings
-from sslvit.settings.load import read_protocol
 
 
 @looks_at("lars", "*")
@@ -254,15 +254,15 @@ def test_selection_never_sees_the_reported_labels(shards: Path, name: str, monke
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("mae", {"protocol.epochs": 0}, "--protocol mae: --protocol.epochs 0"),
+        ("mae", {"protocol.epochs": 0}, "--protocol.epochs 0"),
         ("mae", {"protocol.epochs": 10}, "--protocol.warmup_epochs 10: must be below --protocol.epochs"),
-        ("dinov2", {"protocol.epochs": 10}, "--protocol dinov2: epochs: no such setting"),
+        ("dinov2", {"protocol.epochs": 10}, "protocol.epochs: no such setting"),
         ("dinov2", {"protocol.lrs": []}, "--protocol.lrs"),
         ("dinov2", {"protocol.held_out": 1.5}, "--protocol.held_out"),
         ("dino", {"protocol.scale": [0.5, 2]}, "--protocol.scale"),
         ("dino", {"train.steps": 2}, "--train.steps: no such option"),
-        ("knn", {}, "--protocol knn: not one of logreg, mae"),
-        ("logreg", {"protocol.batch": 2}, "--protocol logreg: batch: no such setting"),
+        ("knn", {}, "protocol.name: 'knn' is not one of logreg, mae"),
+        ("logreg", {"protocol.batch": 2}, "protocol.batch: no such setting"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(name: str, changes: dict, message: str) -> None:

@@ -203,7 +203,7 @@ def test_two_benches_do_not_share_a_folder(files: dict, tmp_path: Path, capsys: 
         ({"encoders": {3: "x"}}, "encoders: 3 is no name for a table"),
         ({"columns": {"a|b": "linear"}}, "is no name for a table"),
         ({"seed": "a"}, "seed: expected int, got 'a'"),
-        ({"workers": -1}, "workers: -1 must be 0 or more"),
+        ({"workers": -1}, "--workers -1: must be 0 or more"),
         ({"device": "gpu"}, "device: 'gpu' is not one of auto, cpu, cuda"),
         ({"columns": {"x": {"kind": "finetune", "seed": 3}}}, "columns.x.seed: cannot stand here. The bench sets it"),
         (
@@ -233,7 +233,7 @@ def test_two_benches_do_not_share_a_folder(files: dict, tmp_path: Path, capsys: 
             "columns.x.config: mae/digits does not train",
         ),
         ({"columns": {"x": {"layer": 7}}}, "--layer 7: this encoder has blocks 1 to 2"),
-        ({"seeds": 0}, "seeds: 0 must be 1 or more"),
+        ({"seeds": 0}, "--seeds 0: must be 1 or more"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_any_work(

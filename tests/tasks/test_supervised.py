@@ -289,7 +289,7 @@ def test_the_command_learns_and_writes_what_it_reports(shards: Path, capsys: pyt
     words = ["finetune", str(shards / "encoder"), "--train", str(shards / "train"), "--val", str(shards / "val")]
     changes = [word for key, value in SHORT.items() for word in (f"--{key}", str(value))]
     assert main([*words, "--out", str(shards / "run"), *changes, "--task.validate_every", "25"]) == 0
-    assert "% right of 30 images" in capsys.readouterr().out
+    assert "% on 30 images" in capsys.readouterr().out
     scores = json.loads((shards / "run" / "scores.json").read_text())
     assert scores["top1"] > 60
     assert scores["images"] == 30
@@ -402,7 +402,7 @@ def test_a_run_whose_reported_images_cannot_be_read_keeps_its_weights_and_is_sco
     checkpoint = (out / "checkpoints" / "last.ckpt").read_bytes()
     overwrite(index, before)
     assert main(["resume", str(out)]) == 0
-    assert "% right of 30 images" in capsys.readouterr().out
+    assert "% on 30 images" in capsys.readouterr().out
     scores = json.loads((out / "scores.json").read_text())
     assert (scores["step"], scores["images"], scores["unreadable"]) == (2, 30, 0)
     assert (out / "checkpoints" / "last.ckpt").read_bytes() == checkpoint

@@ -471,7 +471,7 @@ def test_a_fine_tuning_goes_on_by_its_folder_alone(shards: Path, tmp_path: Path,
     (tmp_path / "start").rename(tmp_path / "gone")
     capsys.readouterr()
     assert main(["resume", str(tmp_path / "tuned"), "--train.steps", "9"]) == 0
-    assert "% right" in capsys.readouterr().out
+    assert "top-1 accuracy" in capsys.readouterr().out
     scores = json.loads(RunFolder(tmp_path / "tuned").scores.read_text())
     assert (scores["step"], scores["init"]) == (9, start)
 

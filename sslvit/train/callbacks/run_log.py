@@ -50,7 +50,7 @@ class RunLog(StepCallback):
         self.first_step = self.last_step = self.step
         if trainer.is_global_zero:
             self.folder.cut_metrics(self.step)
-            if sys.stderr.isatty():
+            if sys.stderr.isatty() and logger.isEnabledFor(logging.INFO):
                 self.bar = tqdm(total=self.total_steps, initial=self.step, desc="training", unit=" steps")
 
     def on_step(self, trainer: pl.Trainer, module: Task) -> None:
