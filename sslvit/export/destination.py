@@ -48,7 +48,7 @@ def complete_or_removed(part: Path) -> Iterator[None]:
         raise
 
 
-def check_destination(out: Path, overwrite: bool = False, may_overwrite: bool = True) -> None:
+def check(out: Path, overwrite: bool = False, may_overwrite: bool = True) -> None:
     """Refuse, before any work, a folder that is in use or cannot be made.
 
     Args:
