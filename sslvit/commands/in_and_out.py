@@ -66,13 +66,13 @@ class ImportOptions(Options, FromFile):
 def run_import(options: ImportOptions) -> None:
     """Write an encoder folder from released weights."""
     from sslvit.checkpoint import load_encoder, provenance_of, save_encoder
-    from sslvit.export.folder import check_destination, complete_or_removed, make_part, move_into_place
+    from sslvit.export import destination
 
     out = Path(options.out)
-    check_destination(out, may_overwrite=False)
+    destination.check(out, may_overwrite=False)
     encoder = load_encoder(options.checkpoint, options.layout, options.heads, **foreign_overrides(options))
-    part = make_part(out)
-    with complete_or_removed(part):
+    part = destination.make_part(out)
+    with destination.complete_or_removed(part):
         save_encoder(encoder, part, provenance_of(options.checkpoint, options.weights))
-    move_into_place(part, out)
+    destination.move_into_place(part, out)
     print(f"encoder in {out}")

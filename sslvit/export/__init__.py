@@ -10,18 +10,10 @@ from PIL.Image import Image
 from torch import Tensor
 
 from sslvit.checkpoint import load_encoder
-from sslvit.export import onnx, safetensors, timm, torch, transformers, verify
+from sslvit.export import destination, onnx, safetensors, timm, torch, transformers, verify
 from sslvit.export.card import CARD, known_scores, make_card, quote, write_card
+from sslvit.export.destination import IN_PROGRESS, VERDICT, complete_or_removed, is_write_failure
 from sslvit.export.exported import Exported, Reopened, with_outputs
-from sslvit.export.folder import (
-    IN_PROGRESS,
-    VERDICT,
-    check_destination,
-    complete_or_removed,
-    is_disk_error,
-    make_part,
-    move_into_place,
-)
 from sslvit.files import to_json
 from sslvit.progress import quiet_libraries
 
@@ -108,13 +100,13 @@ def export_encoder(
     """
     out, files = Path(out), [Path(file) for file in scores]
     exporter = find_exporter(kind)
-    check_destination(out, overwrite)
+    destination.check(out, overwrite)
     known_scores(source, files)
     encoder = load_encoder(source, weights=weights, **overrides)
     known_scores(source, files, encoder)
     exported = with_outputs(encoder, source, outputs, weights)
     is_fixed = exporter.check(exported, size)
-    part = make_part(out)
+    part = destination.make_part(out)
     verdict: dict[str, Any] = {"format": kind, "outputs": outputs, "image_sizes": "fixed" if is_fixed else "any"}
     with complete_or_removed(part), quiet_libraries():
         failure = _write_and_verify(exporter, exported, part, is_fixed, verdict)
@@ -125,7 +117,7 @@ def export_encoder(
             raise RuntimeError(f"{out}: not written, because {failure}; what was tried is in {part}.")
         card = make_card(exported, source, kind, is_fixed, files)
         write_card(card, verdict, exporter.usage(exported, is_fixed).replace("FOLDER", quote(out)), part, out.name)
-    move_into_place(part, out)
+    destination.move_into_place(part, out)
     return verdict
 
 
@@ -145,7 +137,7 @@ def _write_and_verify(
         if isinstance(exporter, Preprocesses) and exported.settings.channels in verify.IMAGE_CHANNELS:
             verdict["preprocessing"] = verify.compare_preprocessing(exported, exporter.preprocessing(part, exported))
     except Exception as error:  # of another library: it may raise anything
-        if is_disk_error(error):
+        if is_write_failure(error):
             raise
         failure = " ".join(str(error).split())[:300] or type(error).__name__
         verdict |= {"passed": False, "failure": failure}

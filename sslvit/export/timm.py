@@ -108,6 +108,11 @@ def crop_pct(settings: EncoderSettings) -> float:
 
 
 def reopen(folder: Path, exported: Exported) -> nn.Module:
+    """The model as timm runs it."""
+    return open_model(folder)
+
+
+def open_model(folder: Path) -> nn.Module:
     """The model as timm opens it."""
     import timm
 
@@ -116,7 +121,7 @@ def reopen(folder: Path, exported: Exported) -> nn.Module:
 
 def weights(folder: Path, exported: Exported) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Tensors as they should be, and as timm has them."""
-    return tensors_of(exported), reopen(folder, exported).state_dict()
+    return tensors_of(exported), open_model(folder).state_dict()
 
 
 def preprocessing(folder: Path, exported: Exported) -> Callable[[Image], Tensor]:

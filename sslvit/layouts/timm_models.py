@@ -7,7 +7,7 @@ import logging
 import math
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,6 @@ from sslvit.layouts.vit import Converted
 from sslvit.models import ViTEncoder
 from sslvit.progress import quiet_libraries
 from sslvit.weight_files import count_blocks, read_folder_weights
-
-if TYPE_CHECKING:
-    from timm.models.vision_transformer import VisionTransformer
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +60,7 @@ def _from_timm(name: str, weights: dict[str, Tensor] | None, **changes: Any) -> 
     model = _create(name, pretrained=True).eval()
     _check_plain(name, model)
     prepared, notes = from_timm(model.pretrained_cfg, list(model.patch_embed.img_size), name)
-    pooling = pooling_of(name, model, changes, notes)
+    pooling = _pooling(name, model.global_pool, model.cls_token is not None, changes, notes)
     found = {
         "image_size": list(model.patch_embed.img_size), "norm_eps": model.blocks[0].norm1.eps, "pooling": pooling,
         **prepared, **changes,
@@ -93,17 +90,17 @@ def _from_timm(name: str, weights: dict[str, Tensor] | None, **changes: Any) -> 
     return converted
 
 
-def pooling_of(name: str, model: VisionTransformer, changes: dict[str, Any], notes: list[str]) -> str:
+def _pooling(name: str, global_pool: str, has_class: bool, changes: dict[str, Any], notes: list[str]) -> str:
     """Our name for how a model of timm's pools."""
     known = {"token": "class", "avg": "mean"}
-    if model.global_pool in known or "pooling" in changes:
-        return known.get(model.global_pool, "mean")
-    if model.global_pool:
+    if global_pool in known or "pooling" in changes:
+        return known.get(global_pool, "mean")
+    if global_pool:
         raise ValueError(
-            f"timm:{name}: pools by {quoted(model.global_pool)} (global_pool), which is not done here. Give "
+            f"timm:{name}: pools by {quoted(global_pool)} (global_pool), which is not done here. Give "
             "pooling=mean or pooling=class in Python to take it with another."
         )
-    usual = "mean" if model.cls_token is None else "class"
+    usual = "class" if has_class else "mean"
     notes.append(f"pooling: it returns tokens without pooling; {usual} is used.")
     return usual
 

@@ -23,8 +23,8 @@ from sslvit.data.arrays import array_samples
 from sslvit.data.pack import pack
 from sslvit.export import export_encoder
 from sslvit.export import timm as timm_format
+from sslvit.export.destination import IN_PROGRESS, move_foreign_files
 from sslvit.export.exported import Exported
-from sslvit.export.folder import IN_PROGRESS, move_foreign_files
 from sslvit.export.verify import check_inputs, compare
 from sslvit.files import WriteError
 from sslvit.models import ViTEncoder

@@ -18,7 +18,7 @@ VERDICT = "verdict.json"
 IN_PROGRESS = ".export-in-the-making"  # marks a folder that this package may delete
 
 
-def is_disk_error(error: BaseException) -> bool:
+def is_write_failure(error: BaseException) -> bool:
     """Whether a write failed. What other libraries raise as OSError without a number is something else."""
     if isinstance(error, OSError) and not isinstance(error, WriteError):
         return error.errno is not None and not isinstance(error, FileNotFoundError)
@@ -37,7 +37,7 @@ def complete_or_removed(part: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        if not is_disk_error(error):
+        if not is_write_failure(error):
             raise
         shutil.rmtree(part, ignore_errors=True)
         raise error if isinstance(error, WriteError) else write_error(part, error) from error
@@ -48,7 +48,7 @@ def complete_or_removed(part: Path) -> Iterator[None]:
         raise
 
 
-def check_destination(out: Path, overwrite: bool = False, may_overwrite: bool = True) -> None:
+def check(out: Path, overwrite: bool = False, may_overwrite: bool = True) -> None:
     """Refuse, before any work, a folder that is in use or cannot be made.
 
     Args:
