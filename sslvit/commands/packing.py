@@ -25,8 +25,8 @@ def run_pack(options: argparse.Namespace) -> None:
 
 
 def run_index(options: argparse.Namespace) -> None:
-    from sslvit.data.pack import finish_packing
     from sslvit.data.scan import IndexOptions, index_shards
+    from sslvit.data.unfinished import finish_packing
 
     folder = Path(options.folder)
     if not options.merge:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from sslvit.data.arrays import CONVERSIONS, LAYOUTS, array_source, idx_source
+from sslvit.data.array_images import CONVERSIONS
+from sslvit.data.arrays import LAYOUTS, array_source, idx_source
 from sslvit.data.folders import folder_source
 from sslvit.data.lists import LISTS, list_source
 from sslvit.data.sources import ImageSource

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sslvit.data.decode import EXTRAS, IMAGE_SUFFIXES
+from sslvit.data.header import EXTRAS, IMAGE_SUFFIXES
 from sslvit.data.labels import NO_LABEL, brief_names, sorted_names
 from sslvit.data.sources import FileImages, ImageSource, Sample
 from sslvit.files import printable

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from sslvit.data.decode import BadImage, decode, read_header
-from sslvit.data.index import ShardIndex, sha256_of, unlisted_warning
+from sslvit.data.decode import decode
+from sslvit.data.header import BadImage, read_header
+from sslvit.data.index import ShardIndex, unlisted_warning
 from sslvit.data.parallel import in_parallel
 from sslvit.data.plan import EpochPlan, fitting_ranks
+from sslvit.data.records import sha256_of
 from sslvit.files import printable
 
 LARGE_PIXELS = 50_000_000  # slow to decode; half of what is refused

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,9 +11,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from sslvit import rng
 from sslvit.data.batch import Batch
-from sslvit.data.decode import MAX_PIXELS, BadImage, Header, Scratch, decode, read_header, reduction_for
+from sslvit.data.decode import decode, reduction_for
+from sslvit.data.header import BadImage
 from sslvit.data.plan import EvaluationBatches, Plan
-from sslvit.data.reader import ShardReader
+from sslvit.data.reader import ImageReader, MemoryReader, ShardReader
 from sslvit.data.resample import normalize
 from sslvit.data.views import Views, jitter_views
 from sslvit.files import printable
@@ -24,29 +24,6 @@ from sslvit.stopping import obey_parent_alone
 
 MAX_KEY = 4096  # characters of a sample's key: cut ones would be counted as one sample
 MAX_SUBSTITUTES = 64  # tried for an unreadable sample before its row stays black
-
-
-class ImageReader(Protocol):
-    """What a batch is made from: the encoded images of a data set, by sample number."""
-
-    channels: int
-    bits: int
-    scratch: Scratch
-
-    def read(self, sample: int) -> bytes:
-        """Return the encoded image; BadImage if it cannot be read."""
-
-    def header(self, content: bytes) -> Header:
-        """Return size and type of an encoded image; BadImage if it is none, or too large."""
-
-    def key(self, sample: int) -> str:
-        """Return a sample's readable name."""
-
-    def labels_of(self, samples: np.ndarray) -> np.ndarray | None:
-        """Return class numbers, or None for unlabeled data."""
-
-    def decoded_images(self, samples: np.ndarray) -> tuple[Tensor, dict[int, str]] | None:
-        """Return images 'b c h w' and the reason for unreadable ones by row; None if they are not kept decoded."""
 
 
 def make_batch(
@@ -156,39 +133,6 @@ def _decode_and_view(
         for view, crop in zip(images, views.crop_image(image, crops, i, reduction), strict=True):
             view[i] = crop
     return images, unreadable
-
-
-class MemoryReader:
-    """Encoded images that are here already, in the place of a ShardReader.
-
-    Args:
-        contents: key and bytes by sample number.
-        channels: of the images handed out.
-        max_pixels: of the largest image that is accepted.
-    """
-
-    bits = 8
-
-    def __init__(self, contents: dict[int, tuple[str, bytes]], channels: int, max_pixels: int = MAX_PIXELS) -> None:
-        self.contents, self.channels, self.max_pixels, self.scratch = contents, channels, max_pixels, Scratch()
-
-    def header(self, content: bytes) -> Header:
-        """Return size and type of an encoded image."""
-        return read_header(content, self.max_pixels)
-
-    def read(self, sample: int) -> bytes:
-        """Return the encoded image."""
-        return self.contents[sample][1]
-
-    def key(self, sample: int) -> str:
-        """Return a sample's readable name."""
-        return self.contents[sample][0]
-
-    def labels_of(self, samples: np.ndarray) -> None:
-        """Return no labels."""
-
-    def decoded_images(self, samples: np.ndarray) -> None:
-        """Return no decoded images."""
 
 
 def view_of_image(content: bytes, encoder: EncoderSettings) -> Tensor:

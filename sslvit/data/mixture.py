@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sslvit.data.decode import MODES
+from sslvit.data.header import MODES
 from sslvit.data.index import ShardIndex
 from sslvit.data.plan import EpochPlan
 

@@ -199,23 +199,22 @@ def dataset_source(dataset: Any) -> ImageSource:
     Raises:
         ValueError: its items are not PIL images, or its labels cannot be class numbers.
     """
-    source = DatasetImages(dataset)
+    source, count = DatasetImages(dataset), len(dataset)
     size = len(source.read(0))
     targets = getattr(dataset, "targets", getattr(dataset, "labels", None))
     if targets is None and isinstance(dataset[0], tuple):
-        targets = [dataset[i][1] for i in range(len(dataset))]
-    if targets is None:
-        return ImageSource([Sample(f"{i:06d}", ".png", source, i, NO_LABEL, size) for i in range(len(dataset))])
+        targets = [dataset[i][1] for i in range(count)]
+    classes, labels, notes = None, [NO_LABEL] * count, []
     try:
-        classes, labels = number_labels(labels_in(np.asarray(targets), len(dataset)))
+        if targets is not None:
+            classes, labels = number_labels(labels_in(np.asarray(targets), count))
+            classes = [str(name) for name in getattr(dataset, "classes", None) or classes]
     except Unlabeled as error:
-        samples = [Sample(f"{i:06d}", ".png", source, i, NO_LABEL, size) for i in range(len(dataset))]
-        return ImageSource(samples, notes=[str(error)])
+        notes = [str(error)]
     except NotClasses as error:
         raise ValueError(f"{type(dataset).__name__}: {error}.") from error
-    names = getattr(dataset, "classes", None) or classes
     samples = [Sample(f"{i:06d}", ".png", source, i, label, size) for i, label in enumerate(labels)]
-    return ImageSource(samples, [str(name) for name in names])
+    return ImageSource(samples, classes, notes=notes)
 
 
 def hold_out(samples: Samples, fraction: float) -> tuple[list[Sample], list[Sample]]:

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sslvit.data.decode import MAX_PIXELS, MODES, BadImage, find_problem, open_image, read_header
+from sslvit.data.decode import find_problem
+from sslvit.data.header import MAX_PIXELS, MODES, BadImage, open_image, read_header
 
 BLOCK = tarfile.BLOCKSIZE
 FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}

@@ -18,9 +18,11 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from sslvit import rng
 from sslvit.data.batch import Batch
-from sslvit.data.decode import IMAGE_SUFFIXES, MAX_PIXELS, BadImage
-from sslvit.data.index import Shard, common_prefix_length, is_url
-from sslvit.data.loader import MAX_KEY, MemoryReader, make_batch
+from sslvit.data.header import IMAGE_SUFFIXES, MAX_PIXELS, BadImage
+from sslvit.data.index import Shard, common_prefix_length
+from sslvit.data.loader import MAX_KEY, make_batch
+from sslvit.data.reader import MemoryReader
+from sslvit.data.records import is_url
 from sslvit.data.remote import ShardCache
 from sslvit.data.tars import FRAME_NUMBER
 from sslvit.data.views import Views

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import BinaryIO
 
-from sslvit.data.decode import IMAGE_SUFFIXES
+from sslvit.data.header import IMAGE_SUFFIXES
 from sslvit.files import printable
 
 PICKLES = {".pyd", ".pkl", ".pickle", ".pth", ".pt"}  # what other readers would unpickle, that is: run

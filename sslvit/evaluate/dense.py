@@ -21,7 +21,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from sslvit import rng
-from sslvit.data.decode import BadImage, decode_pixels, read_header
+from sslvit.data.decode import decode_pixels
+from sslvit.data.header import BadImage, read_header
 from sslvit.data.resample import normalize
 from sslvit.data.views import center_crops
 from sslvit.environment import pick_device

@@ -14,8 +14,9 @@ from PIL import Image
 from shard_fixtures import contents, image_folder, numbers_of
 
 from sslvit.data.any_source import SourceOptions, read_source
-from sslvit.data.arrays import array_samples
-from sslvit.data.decode import decode_pixels, read_header
+from sslvit.data.array_images import array_samples
+from sslvit.data.decode import decode_pixels
+from sslvit.data.header import read_header
 from sslvit.data.pack import pack, pack_source
 from sslvit.data.reader import ShardReader
 from sslvit.data.sources import dataset_source

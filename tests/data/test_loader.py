@@ -11,9 +11,8 @@ import torch
 from PIL import Image
 from shard_fixtures import encoded, numbered_shards, photograph
 
-from sslvit.data.arrays import array_samples
+from sslvit.data.array_images import array_samples
 from sslvit.data.loader import (
-    MemoryReader,
     TrainingBatches,
     center_view,
     evaluation_loader,
@@ -25,7 +24,7 @@ from sslvit.data.loader import (
 from sslvit.data.module import ShardDataModule
 from sslvit.data.pack import pack
 from sslvit.data.plan import EpochPlan
-from sslvit.data.reader import ShardReader
+from sslvit.data.reader import MemoryReader, ShardReader
 from sslvit.data.views import Views
 from sslvit.settings import DataSettings, EncoderSettings
 from sslvit.settings.views import AugmentSettings, CenterSettings, CropSettings, MultiCropSettings
@@ -210,9 +209,9 @@ def test_the_data_module_fills_what_moves_in_with_the_encoders_mean(tmp_path: Pa
 
 def test_statistics_are_of_images_from_all_over_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A shard whose images grow brighter: dark ones come first, as sorted folders have them."""
-    from sslvit.data import scan
+    from sslvit.data import measure
 
-    monkeypatch.setattr(scan, "STATISTICS_SAMPLES", 50)
+    monkeypatch.setattr(measure, "STATISTICS_SAMPLES", 50)
     count = 240
     images = np.repeat(np.arange(count, dtype=np.uint8), 16).reshape(count, 4, 4)
     index = pack(array_samples(images), tmp_path, workers=1)

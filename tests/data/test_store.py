@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 from shard_fixtures import encoded, image_folder, photograph
 
-from sslvit.data.decode import decode, decode_pixels, read_header
+from sslvit.data.decode import decode, decode_pixels
+from sslvit.data.header import read_header
 from sslvit.data.index import load_index
 from sslvit.data.pack import pack_source
 from sslvit.data.reader import ShardReader

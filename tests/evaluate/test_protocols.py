@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from golden_fixtures import Golden, looks_at
 
-from sslvit.data.arrays import array_samples
+from sslvit.data.array_images import array_samples
 from sslvit.data.pack import pack
 from sslvit.evaluate import protocols
 from sslvit.evaluate.probe import PAPER_RULE, probe
