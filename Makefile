@@ -11,7 +11,7 @@ DATA ?= digits
 OUT ?= runs/demo$(if $(filter-out digits,$(DATA)),-$(DATA))
 READY := .venv/.ready
 
-.PHONY: demo test test-all drill mutants lint clean
+.PHONY: demo test test-smoke test-all coverage lint types drill mutants clean
 
 demo: $(READY)
 	.venv/bin/sslvit demo --data $(DATA) --out $(OUT) $(if $(ARCHIVE),--archive $(ARCHIVE)) $(if $(OVERWRITE),--overwrite)
@@ -22,9 +22,16 @@ SIDE_BY_SIDE := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not slow" -n 2 
 test: $(READY)
 	$(SIDE_BY_SIDE)
 
-test-all: $(READY) lint
+# the slow tests that every change must pass: kill and resume, ranks, weights in shards
+test-smoke: $(READY)
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m smoke
+
+test-all: $(READY) lint types
 	$(SIDE_BY_SIDE)
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m slow
+
+coverage: $(READY)
+	$(SIDE_BY_SIDE) --cov
 
 # everything that can stop, damage or attack a job, tried at random: make drill SECONDS=3600 SEED=7
 SECONDS ?= 600
@@ -40,6 +47,9 @@ mutants: $(READY)
 lint: $(READY)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+
+types: $(READY)
+	.venv/bin/mypy
 
 $(READY): setup.cfg pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "sslvit needs Python 3.11 or newer. Use: make PYTHON=/path/to/python3.12"; exit 1; }

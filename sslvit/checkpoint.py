@@ -24,13 +24,14 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sslvit.files import new_file, printable, remove_stale_parts
+from sslvit.files import brief, new_file, printable, remove_stale_parts
 from sslvit.layouts import Converted, timm, to_sslvit, transformers
 from sslvit.layouts.unwrap import unwrap
 from sslvit.layouts.vit import count_blocks
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings
-from sslvit.settings.load import YAML_ERRORS, brief, build
+from sslvit.settings.build import build
+from sslvit.settings.load import YAML_ERRORS
 from sslvit.weight_files import FOLDER_FILES, read_folder_weights, read_torch_file
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ FORMAT = 1
 HEAD = "head.safetensors"  # beside an encoder: the classifier that was trained with it
 TIMM = "timm:"  # before the name of one of timm's pretrained models
 SNAPSHOTS = "snapshots"  # of a model in the hub's cache
-STUDENT, TEACHER = "encoder.", "teacher."  # of a checkpoint's names, where a task trains both
+STUDENT, TEACHER = "model.encoder.", "model.teacher."  # of a checkpoint's names, where a task trains both
 POSITION_TABLES = ("learned_1d", "sincos_1d", "sincos_2d")
 NOT_IN_THE_WEIGHTS = (
     "dropout", "drop_path", "activation_checkpointing", "init", "color_init", "mean", "std", "interpolation",
@@ -214,7 +215,7 @@ def split_checkpoint(
             raise ValueError(f"{path}: holds a student and a teacher, no {network}.")
         prefix = STUDENT if network == "student" else prefix
         encoder = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        others = {key: value for key, value in state.items() if not key.startswith(prefix)}
+        others = {key.removeprefix("model."): value for key, value in state.items() if not key.startswith(prefix)}
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a whole checkpoint of sslvit ({error}).") from error
     return settings_from(record, path), encoder, others

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.util import find_spec
 
 MISFIT = (
     "torch and torchvision are of different builds (a CPU-only torch beside the default torchvision, say), so "
@@ -34,6 +35,22 @@ def check() -> str | None:
     except (RuntimeError, AttributeError, ImportError) as error:
         return explain(error) or f"torchvision cannot be imported: {error}"
     return None
+
+
+def require_packages(asked: str, install: str, *packages: str) -> None:
+    """Refuse what needs packages that are not installed, before any work.
+
+    Args:
+        asked: What needs them, in the user's words, such as "--format onnx".
+        install: What pip is given, such as "sslvit[onnx]".
+        packages: Names by which they are imported.
+
+    Raises:
+        ImportError: One of them is not installed.
+    """
+    for package in packages:
+        if find_spec(package) is None:
+            raise ImportError(f"{asked}: {package} is not installed. Run: pip install '{install}'")
 
 
 def pick_device(name: str = "auto") -> str:

@@ -1,9 +1,10 @@
-"""Arrays -> pictures: image rows, curves, bars."""
+"""Arrays -> PNGs: rows of images, curves, bars."""
 
 from __future__ import annotations
 
 import textwrap
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
@@ -21,9 +23,9 @@ COLORS = ["#2a6f97", "#e07a5f", "#81b29a", "#f2cc8f", "#3d405b"]
 
 
 class TextFigure(Figure):
-    """A figure whose texts are names, shown as they are: no dollar sign starts a formula, no character ends a drawing.
+    """A figure whose texts are printed as they are: no dollar sign starts a formula, no character is an error.
 
-    All figures are of this kind, so that no text of a user can be forgotten.
+    All figures are of this kind, so that no text of a user is forgotten.
     """
 
     def savefig(self, *args: Any, **options: Any) -> None:
@@ -31,31 +33,31 @@ class TextFigure(Figure):
             text.set_parse_math(False)
             text.set_text("\n".join(printable(line) for line in text.get_text().split("\n")))
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing from")  # a name of another script is drawn as boxes
+            warnings.filterwarnings("ignore", "Glyph .* missing from")  # a name in another script is rendered as boxes
             super().savefig(*args, **options)
 
 
-def add_legend(owner: Axes | Figure, drawn: dict[str, Artist], **options: Any) -> None:
-    """A legend that also shows names with an underscore in front, which matplotlib takes for a wish to be left out.
+def add_legend(owner: Axes | Figure, artists: Mapping[str, Any], **options: Any) -> None:
+    """Add a legend that also has names with a leading underscore, which matplotlib would leave out.
 
     Args:
-        owner: of the legend.
-        drawn: what was drawn, by name.
-        options: of matplotlib's legend.
+        owner: axes or figure that gets the legend.
+        artists: what is plotted, by name.
+        options: options of matplotlib's legend.
     """
-    legend = owner.legend(list(drawn.values()), ["name"] * len(drawn), frameon=False, **options)
-    for text, name in zip(legend.get_texts(), drawn, strict=True):
+    legend = owner.legend(list(artists.values()), ["name"] * len(artists), frameon=False, **options)
+    for text, name in zip(legend.get_texts(), artists, strict=True):
         text.set_text(name)
 
 
-def image_rows(path: str | Path, rows: list[np.ndarray], titles: list[str], title: str = "") -> Path:
-    """Rows of small images side by side, a title left of each row.
+def plot_images(path: str | Path, rows: list[np.ndarray], titles: list[str], title: str = "") -> Path:
+    """Plot rows of small images, with a title left of each row.
 
     Args:
         path: PNG to write.
-        rows: each 'b c h w' in [0, 1]; 1 channel is drawn gray, of more than 3 the first 3 are drawn.
-        titles: one per row.
-        title: above all.
+        rows: images of each row, 'b c h w' in [0, 1]; 1 channel is gray, of more than 3 the first 3 are plotted.
+        titles: titles of the rows.
+        title: title of the figure.
     """
     columns = rows[0].shape[0]
     cell = 1.0
@@ -77,108 +79,108 @@ def image_rows(path: str | Path, rows: list[np.ndarray], titles: list[str], titl
     return _save(figure, path)
 
 
-def heat_over(images: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """Each image dimmed, with a map of numbers over it as colors from black to yellow: 'b 3 h w' in [0, 1].
+def overlay_heat(images: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """Dim each image and overlay a map of numbers as colors from black to yellow: 'b 3 h w' in [0, 1].
 
     Args:
-        images: 'b c h w' in [0, 1].
-        heat: 'b rows cols', zero or more; each map's largest number becomes the brightest color.
+        images: images 'b c h w' in [0, 1].
+        heat: maps 'b rows cols', zero or more; each map's largest number becomes the brightest color.
     """
-    large = _as_large_as(heat, images)
+    large = _upsample(heat, images)
     colors = colormaps["inferno"](large / np.maximum(large.max((1, 2), keepdims=True), 1e-12))[..., :3]
     return 0.3 * images[:, :3].mean(1, keepdims=True) + 0.7 * colors.transpose(0, 3, 1, 2)
 
 
-def only_where(images: np.ndarray, is_kept: np.ndarray) -> np.ndarray:
-    """The images 'b c h w', nearly black outside of the patches 'b rows cols' that are kept."""
-    return images * np.where(_as_large_as(is_kept, images), 1.0, 0.15)[:, None]
+def dim_outside(images: np.ndarray, is_kept: np.ndarray) -> np.ndarray:
+    """Darken the images 'b c h w' outside of the patches 'b rows cols' that are kept."""
+    return images * np.where(_upsample(is_kept, images), 1.0, 0.15)[:, None]
 
 
-def _as_large_as(maps: np.ndarray, images: np.ndarray) -> np.ndarray:
-    """Each number of a map 'b rows cols' as the square of pixels that it stands for."""
+def _upsample(maps: np.ndarray, images: np.ndarray) -> np.ndarray:
+    """Repeat each number of a map 'b rows cols' over the pixels of its patch."""
     rows, columns = (pixels // cells for pixels, cells in zip(images.shape[2:], maps.shape[1:], strict=True))
     return maps.repeat(rows, 1).repeat(columns, 2)
 
 
-def curves(
-    path: str | Path, lines: dict[str, tuple[list[float], list[float]]], x_label: str, y_label: str, title: str = "",
-    mark: tuple[float, str] | None = None,
+def plot_curves(
+    path: str | Path, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_label: str, y_label: str,
+    title: str = "", mark: tuple[float, str] | None = None,
 ) -> Path:  # fmt: skip
-    """One line per entry: name -> (x, y); `mark` is an x with its name, drawn as a dashed line."""
+    """Plot one line per entry, name -> (x, y); `mark` is an x with its name, plotted as a dashed line."""
     figure = TextFigure(figsize=(6, 3.4), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    drawn: dict[str, Artist] = {}
+    artists: dict[str, Artist] = {}
     for (name, (x, y)), color in zip(lines.items(), COLORS * len(lines), strict=False):
-        (drawn[name],) = axes.plot(x, y, color=color, linewidth=1.4, marker="." if len(x) < 20 else None)
+        (artists[name],) = axes.plot(x, y, color=color, linewidth=1.4, marker="." if len(x) < 20 else None)
     if mark is not None:
-        drawn[mark[1]] = axes.axvline(mark[0], color="0.5", linewidth=1, linestyle="--")
+        artists[mark[1]] = axes.axvline(mark[0], color="0.5", linewidth=1, linestyle="--")
     axes.set(xlabel=x_label, ylabel=y_label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # steps, blocks
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    if len(drawn) > 1:
-        add_legend(axes, drawn)
+    if len(artists) > 1:
+        add_legend(axes, artists)
     return _save(figure, path)
 
 
-def bars(path: str | Path, groups: dict[str, dict[str, float]], y_label: str, title: str = "") -> Path:
-    """Grouped bars: group -> name -> height; the height stands on each bar, and a missing one leaves a gap."""
+def plot_bars(path: str | Path, groups: dict[str, dict[str, float]], y_label: str, title: str = "") -> Path:
+    """Plot grouped bars, group -> name -> height, each with its height on top; a missing one leaves a gap."""
     names = list(dict.fromkeys(name for group in groups.values() for name in group))
     figure = TextFigure(figsize=(max(6.4, 1.1 * len(groups)), 3.4), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     width = 0.8 / len(names)
-    drawn: dict[str, Artist] = {}
+    artists: dict[str, BarContainer] = {}
     for i, name in enumerate(names):
-        places = np.arange(len(groups)) + (i - (len(names) - 1) / 2) * width
+        positions = np.arange(len(groups)) + (i - (len(names) - 1) / 2) * width
         heights = [group.get(name, np.nan) for group in groups.values()]
-        drawn[name] = axes.bar(places, heights, width * 0.92, color=COLORS[i % len(COLORS)])
-        axes.bar_label(drawn[name], fmt="%.0f", fontsize=8)
+        artists[name] = axes.bar(positions, heights, width * 0.92, color=COLORS[i % len(COLORS)])
+        axes.bar_label(artists[name], fmt="%.0f", fontsize=8)
     axes.set_xticks(range(len(groups)), [textwrap.fill(printable(group), 13) for group in groups])
     axes.set_ylabel(y_label)
     axes.set_title(title, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
-    add_legend(figure, drawn, ncols=min(len(names), 5), loc="outside lower center", fontsize=9)
+    add_legend(figure, artists, ncols=min(len(names), 5), loc="outside lower center", fontsize=9)
     return _save(figure, path)
 
 
-def points(path: str | Path, panels: dict[str, dict[str, list[list[float]]]], x_label: str) -> Path:
-    """Panels side by side: label -> group -> for each place from 1 its values, one point each and a line of means."""
+def plot_points(path: str | Path, panels: dict[str, dict[str, list[list[float]]]], x_label: str) -> Path:
+    """Plot panels side by side, label -> group -> values at 1, 2, ...: a point for each value and a line of means."""
     figure = TextFigure(figsize=(4.6 * len(panels), 3.4), dpi=120, layout="constrained")
     for number, (label, groups) in enumerate(panels.items()):
         axes = figure.add_subplot(1, len(panels), number + 1)
-        drawn: dict[str, Artist] = {}
+        artists: dict[str, Artist] = {}
         for (name, rows), color in zip(groups.items(), COLORS, strict=False):
-            for place, values in enumerate(rows, start=1):
-                axes.scatter([place] * len(values), values, color=color, s=14, alpha=0.6, linewidths=0)
-            (drawn[name],) = axes.plot(range(1, len(rows) + 1), [np.mean(values) for values in rows], color=color)
+            for x, values in enumerate(rows, start=1):
+                axes.scatter([x] * len(values), values, color=color, s=14, alpha=0.6, linewidths=0)
+            (artists[name],) = axes.plot(range(1, len(rows) + 1), [np.mean(values) for values in rows], color=color)
         axes.set(xlabel=x_label, ylabel=label)
         axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.spines[["top", "right"]].set_visible(False)
-        add_legend(axes, drawn, fontsize=9)
+        add_legend(axes, artists, fontsize=9)
     return _save(figure, path)
 
 
-def palette_picture(path: str | Path, colors: np.ndarray, images: np.ndarray, near: np.ndarray) -> Path:
-    """A palette as squares, and images before and after they are painted with it.
+def plot_palette(path: str | Path, colors: np.ndarray, images: np.ndarray, quantized: np.ndarray) -> Path:
+    """Plot a palette as squares, and images before and after quantization.
 
     Args:
         path: PNG to write.
-        colors: 'colors c' in [0, 1].
-        images: 'b c h w' in [0, 1].
-        near: the same images in the palette's colors.
+        colors: the palette, 'colors c' in [0, 1].
+        images: images 'b c h w' in [0, 1].
+        quantized: the same images in the palette's colors.
     """
     columns = min(len(colors), 32)
     rows = -(-len(colors) // columns)
     squares = np.ones((rows * columns, colors.shape[1]))
     squares[: len(colors)] = colors
     figure = TextFigure(figsize=(8, 2.3 + 0.25 * rows), dpi=120, layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=[0.3 + 0.25 * rows, 2])
+    top, bottom = np.ravel(figure.subfigures(2, 1, height_ratios=[0.3 + 0.25 * rows, 2]))
     axes = top.add_subplot()
     _show(axes, squares.reshape(rows, columns, -1))
     axes.set_title(f"{len(colors)} colors", fontsize=10)
-    for number, (row, title) in enumerate([(images, "image"), (near, "in the palette")]):
+    for number, (row, title) in enumerate([(images, "image"), (quantized, "in the palette")]):
         for column, image in enumerate(row):
             axes = bottom.add_subplot(2, len(row), number * len(row) + column + 1)
             _show(axes, image.transpose(1, 2, 0))
@@ -188,16 +190,16 @@ def palette_picture(path: str | Path, colors: np.ndarray, images: np.ndarray, ne
 
 
 def _show(axes: Axes, pixels: np.ndarray) -> None:
-    """One image 'h w c' in [0, 1] without ticks: 1 channel gray, of more than 3 the first 3."""
+    """Plot one image 'h w c' in [0, 1] without ticks: 1 channel is gray, of more than 3 the first 3."""
     axes.set(xticks=[], yticks=[])
     for spine in axes.spines.values():
         spine.set_visible(False)
-    shown = pixels[..., :3] if pixels.shape[2] >= 3 else pixels[..., 0]
-    axes.imshow(shown, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    pixels = pixels[..., :3] if pixels.shape[2] >= 3 else pixels[..., 0]
+    axes.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
 
 
 def _save(figure: Figure, path: str | Path) -> Path:
-    """Draw into a file that is whole or absent; its name decides the format."""
+    """Write a file that is whole or absent; its suffix decides the format."""
     path = Path(path)
     with new_file(path, sync=False) as part:
         figure.savefig(part, format=path.suffix.lstrip(".") or "png")

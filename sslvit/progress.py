@@ -71,6 +71,8 @@ def track_counter(
 
 def _report(what: str, total: int, unit: str, done: Callable[[], int], finished: threading.Event) -> None:
     start = time.monotonic()
+    if not logger.isEnabledFor(logging.INFO):
+        return
     if sys.stderr.isatty():
         if not finished.wait(FIRST_REPORT_SECONDS):
             with tqdm(total=total, desc=what, unit=f" {unit}", leave=False) as bar:

@@ -34,8 +34,10 @@ from sslvit.evaluate.linear import fit_probe
 from sslvit.evaluate.probe import probe
 from sslvit.evaluate.sources import Features, LabeledSet
 from sslvit.models import ViTEncoder
+from sslvit.models.sampling import complete
 from sslvit.palette import nearest_color, squared_error, uniform_palette
-from sslvit.report.samples import draw_completions, draw_samples
+from sslvit.report.samples import plot_completions, plot_samples
+from sslvit.run_plan import RunPlan
 from sslvit.settings import EncoderSettings, OptimSettings, ProbeSettings
 from sslvit.settings.load import load_recipe, read_protocol
 from sslvit.settings.sample import SampleSettings
@@ -43,7 +45,6 @@ from sslvit.settings.views import MultiCropSettings
 from sslvit.tasks import task_class
 from sslvit.tasks.base import Task
 from sslvit.tasks.igpt import IGPT
-from sslvit.tasks.sampling import complete
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*device_type of 'cuda'.*", "ignore:.*no accelerator is found.*")
 MIXED = "Expected all tensors to be on the same device"
@@ -209,7 +210,7 @@ def test_a_step_of_any_encoder_on_a_gpu_can_be_repeated(name: str, fake_cuda: No
         with torch.no_grad():
             encoder.features_at(images, [(1, "mean"), (2, "mean")])
             encoder.patch_features(images)
-            encoder.attention(images, 2)
+            list(encoder.intermediates(images, [2], attention=True))
 
 
 @pytest.mark.parametrize("positions", ["learned_1d", "learned_2d", "sincos_1d", "rotary_2d", "relative_bias"])
@@ -220,9 +221,9 @@ def test_pixels_drawn_on_a_gpu_can_be_repeated_and_are_those_of_a_cpu(
     task = pixel_model(pos_embed=positions)
     settings = SampleSettings(batch=2, top_k=top_k, top_p=top_p, temperature=temperature)
     given = torch.zeros(3, 5, dtype=torch.long)
-    on_cpu = complete(task.encoder, task.head, given, settings)
+    on_cpu = complete(task.encoder, task.model.head, given, settings)
     task.to(GPU)
-    drawn = complete(task.encoder, task.head, given, settings)
+    drawn = complete(task.encoder, task.model.head, given, settings)
     assert drawn.device == GPU
     assert torch.equal(drawn.cpu(), on_cpu)
 
@@ -236,10 +237,8 @@ def pixel_model(**changes) -> IGPT:
         image_size=4, channels=1, tokens="pixel", patch=1, width=16, depth=1, heads=2, causal=True, class_token=False,
         pooling="mean", **changes,
     )  # fmt: skip
-    task = task_class("igpt")(
-        load_recipe("igpt/digits").task, encoder, OptimSettings(), total_steps=4, steps_per_epoch=2, global_batch_size=8
-    )
-    torch.nn.init.normal_(task.head.weight)
+    task = task_class("igpt")(load_recipe("igpt/digits").task, encoder, OptimSettings(), RunPlan(4, 2, 8))
+    torch.nn.init.normal_(task.model.head.weight)
     return task.eval()
 
 
@@ -262,7 +261,7 @@ def spectrum(_: Path) -> None:
     values = torch.randn(20, 12, device=GPU)
     assert health.label_free(values).keys() == {"feature_std", "rankme", "alpha", "uniformity"}
     health.alignment(values, values.flip(0))
-    health.largest_share(on_gpu(5, dtype=torch.long))
+    health.largest_fraction(on_gpu(5, dtype=torch.long))
 
 
 def pictures_of_attention(_: Path) -> None:
@@ -316,8 +315,8 @@ def pixels(shards: Path) -> None:
     task = pixel_model().to(GPU)
     train, val = (LabeledSet(load_index(shards / name), task.encoder.settings.channels) for name in ("train", "val"))
     likelihood(task, train, val, 4)
-    draw_samples(task, shards / "drawn.png", 3, SampleSettings())
-    draw_completions(task, str(shards / "val"), shards / "completed.png", 2, 0.5, 2, SampleSettings())
+    plot_samples(task, shards / "drawn.png", 3, SampleSettings())
+    plot_completions(task, str(shards / "val"), shards / "completed.png", 2, 0.5, 2, SampleSettings())
 
 
 def colors(_: Path) -> None:
@@ -397,8 +396,7 @@ def test_by_torchs_own_rules_the_forward_pass_of_a_step_mixes_no_devices(
     settings = load_recipe(recipe, changes | {"data.global_batch_size": 8, "train.steps": 9})
     with torch.device("meta"):
         task = task_class(settings.task.name)(
-            settings.task.fitted(50, 8, 9, 3), settings.encoder, settings.optim.fitted(6, 9), total_steps=9,
-            steps_per_epoch=6, global_batch_size=8,
+            settings.task.fitted(50, 8, 9, 3), settings.encoder, settings.optim.fitted(6, 9), RunPlan(9, 6, 8),
         )  # fmt: skip
     task._trainer, task.is_watched = SimpleNamespace(global_step=0), True
     views = Views(settings.data.view, settings.encoder.image_size, settings.encoder.interpolation).specs()

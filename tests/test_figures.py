@@ -9,14 +9,14 @@ import pytest
 from matplotlib.text import Text
 
 from sslvit import figures
-from sslvit.figures import heat_over, only_where
+from sslvit.figures import dim_outside, overlay_heat
 from sslvit.files import printable
 
 
 def test_the_largest_number_of_a_map_is_its_brightest_place() -> None:
     images = np.zeros((2, 1, 4, 6))
     heat = np.array([[[0.0, 1.0, 0.0], [0.0, 0.0, 0.0]], [[0.5, 0.0, 0.0], [0.0, 0.0, 2.0]]])
-    drawn = heat_over(images, heat)
+    drawn = overlay_heat(images, heat)
     assert drawn.shape == (2, 3, 4, 6)
     brightness = drawn.sum(1)
     for number, (row, column) in enumerate([(0, 1), (1, 2)]):
@@ -29,7 +29,7 @@ def test_the_largest_number_of_a_map_is_its_brightest_place() -> None:
 
 def test_only_the_kept_patches_stay_bright() -> None:
     images = np.ones((1, 3, 4, 4))
-    shown = only_where(images, np.array([[[True, False], [False, True]]]))
+    shown = dim_outside(images, np.array([[[True, False], [False, True]]]))
     assert (shown[0, :, :2, :2] == 1).all()
     assert (shown[0, :, 2:, 2:] == 1).all()
     assert (shown[0, :, :2, 2:] < 0.2).all()
@@ -55,10 +55,10 @@ def test_any_name_can_stand_in_a_picture(name: str, tmp_path: Path, monkeypatch:
     image = np.zeros((2, 1, 4, 4))
     line = ([1.0, 2.0], [0.0, 1.0])
     drawings = [
-        figures.image_rows(tmp_path / "rows.png", [image, image], [name, other], name),
-        figures.curves(tmp_path / "curves.png", {name: line, other: line}, name, name, name, (1.5, f"{name} 3")),
-        figures.bars(tmp_path / "bars.png", {name: {name: 1.0, other: 2.0}, other: {name: 3.0}}, name, name),
-        figures.points(tmp_path / "points.png", {name: {name: [[1.0]], other: [[2.0, 3.0]]}}, name),
+        figures.plot_images(tmp_path / "rows.png", [image, image], [name, other], name),
+        figures.plot_curves(tmp_path / "curves.png", {name: line, other: line}, name, name, name, (1.5, f"{name} 3")),
+        figures.plot_bars(tmp_path / "bars.png", {name: {name: 1.0, other: 2.0}, other: {name: 3.0}}, name, name),
+        figures.plot_points(tmp_path / "points.png", {name: {name: [[1.0]], other: [[2.0, 3.0]]}}, name),
     ]
     assert all(drawing.stat().st_size > 1000 for drawing in drawings)
     whole = "\n".join(printable(part) for part in name.split("\n"))

@@ -214,13 +214,14 @@ def test_a_process_that_waits_gets_the_folder_when_the_other_has_ended(tmp_path:
         with lock_folder(tmp_path, "train"):
             is_held.set()
             time.sleep(0.4)
+            is_ended.set()
 
-    is_held = threading.Event()
+    is_held, is_ended = threading.Event(), threading.Event()
     thread = threading.Thread(target=hold)
     thread.start()
     is_held.wait()
     with lock_folder(tmp_path, "train", wait_seconds=10):
-        assert not thread.is_alive() or thread.join(1) is None
+        assert is_ended.is_set()
     assert capsys.readouterr().out.count("waiting up to 10 s") == 1
 
 

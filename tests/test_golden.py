@@ -61,7 +61,7 @@ def test_a_test_that_leaves_out_what_it_says_it_looks_at_fails() -> None:
         looks_at("lars", "output/nothing")(looks)(golden="lars")
 
 
-def test_only_asking_for_a_value_counts_as_looking() -> None:
+def test_only_asking_for_a_value_counts_as_evaluating() -> None:
     golden = Golden("multi_crop")
     assert "batch" in golden.config
     assert golden.config["vit"]

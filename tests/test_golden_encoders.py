@@ -141,7 +141,8 @@ def test_vit_of_dino(golden: Golden) -> None:
             for j, layer in enumerate(layers):
                 if f"output/{case}/intermediate_{j}" in golden:
                     golden.check(f"output/{case}/intermediate_{j}", layer)
-            attention = encoder.attention(images, depth)
+            (last,) = encoder.intermediates(images, [depth], attention=True)
+            attention = last.attention
             prefix, patches = encoder.position_table(encoder.settings.grid_of(*images.shape[2:]))
         golden.check(f"output/{case}/pos_embed", torch.cat([prefix, patches])[None])
         if f"output/{case}/pos_embed_size_variant" in golden:  # what another setting would give, and DINO did not
@@ -265,7 +266,7 @@ def test_encoder_of_igpt(golden: Golden) -> None:
     assert torch.equal(golden["input/input_ids"], torch.cat([start, pixels[:, :-1]], 1))
     colors = palette[pixels].view(2, 8, 8, 3).permute(0, 3, 1, 2)
     images = (colors / 2 + 0.5 - encoder.patch_embed.mean) / encoder.patch_embed.std
-    assert torch.equal(encoder.patch_embed.indices(images), pixels)
+    assert torch.equal(encoder.patch_embed.quantize(images), pixels)
     layers = encoder.layers(images, list(range(depth + 1)))
     for i, tokens in enumerate(layers):
         golden.check(f"output/hidden_{i}", tokens)

@@ -287,7 +287,7 @@ def test_values_in_the_place_of_weights_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["a: 2026-13-45", "a: !!timestamp x", "a: !!int x", "? [1]\n: 2", "a: !!float [1]"])
 def test_yaml_that_its_reader_stumbles_over_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.yaml").write_text(text)
-    with pytest.raises(ValueError, match=r"a.yaml: not readable as YAML|no such setting|expected") as error:
+    with pytest.raises(ValueError, match=r"a.yaml: not readable as YAML \(") as error:
         load_recipe(tmp_path / "a.yaml")
     assert len(str(error.value).splitlines()) == 1
 

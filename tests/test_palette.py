@@ -64,7 +64,7 @@ def test_the_encoders_colors_come_back_exactly(channels: int, palette) -> None:
     pixels = ViTEncoder(settings).patch_embed
     indices = torch.randint(0, len(pixels.palette), (5, 16))
     images = pixels.images_of(indices, (4, 4))
-    assert torch.equal(pixels.indices(images), indices)
+    assert torch.equal(pixels.quantize(images), indices)
     shown = images * pixels.std + pixels.mean
     torch.testing.assert_close(shown.permute(0, 2, 3, 1).flatten(1, 2), (pixels.palette[indices] + 1) / 2)
 

@@ -1,24 +1,26 @@
-"""What was typed -> options and settings: settings may stand anywhere, and whatever is unknown is named."""
+"""What was typed -> a command's options: settings may stand anywhere, and whatever is unknown is named."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
+import inspect
 import re
+import typing
 from collections import deque
-from collections.abc import Container
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import yaml
 
 from sslvit.files import brief, expand_path
-from sslvit.settings.load import YAML_ERRORS
+from sslvit.settings.build import build, choice_of, convert, is_required
+from sslvit.settings.choices import Arg, alternatives, hints_of, words_of
+from sslvit.settings.describe import default_of, field_texts, in_yaml
+from sslvit.settings.load import YAML_ERRORS, set_keys
 
-# options that hold a path, of all commands
-PATHS = (
-    "archive", "cache", "checkpoint", "complete", "config", "data", "destination", "encoder", "figure", "folder",
-    "incident", "init", "out", "output", "palette", "run", "scores", "shards", "source", "train", "val",
-)  # fmt: skip
+Function = Callable[[Any], int | None]
 MAX_OPTION = 100  # characters that are compared with known options
 
 
@@ -26,58 +28,129 @@ class UnknownCommand(Exception):
     """A word that is no command."""
 
 
-def read_options(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
-    """What was typed; settings, which argparse does not know, as `changes`.
+def options_class(function: Function) -> type:
+    """The dataclass of a command's options: the annotation of its argument."""
+    return next(iter(typing.get_type_hints(function).values()))
+
+
+def summary_of(kind: type) -> str:
+    """The first line of an options dataclass's docstring."""
+    return (inspect.getdoc(kind) or "").splitlines()[0]
+
+
+def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
+    """Give a parser the options of a dataclass: a field is an option with the text below it as its help."""
+    texts, hints = field_texts(kind), hints_of(kind)
+    for field in sorted(dataclasses.fields(kind), key=lambda field: arg_of(hints[field.name]).position):
+        hint, arg, default = hints[field.name], arg_of(hints[field.name]), default_of(field)
+        if is_hidden(hint):
+            continue
+        text, choice, names = texts[field.name], choice_of(hint), [f"--{field.name.replace('_', '-')}"]
+        more: dict[str, Any] = {"default": argparse.SUPPRESS}
+        words = list(choice.records) if choice else [str(word) for word in words_of(hint) if word is not None]
+        shown = " ".join(map(str, default)) if isinstance(default, list) else in_yaml(default)
+        text = re.sub(r"[;,] null for ([^;]*)\.$", r" (default: \1).", text)
+        if default is not None and default is not False and shown and "(default:" not in text:
+            text = f"{text.removesuffix('.')} (default: {choice.default if choice else shown})."
+        if alternatives(hint) == (bool,):
+            more["action"] = argparse.BooleanOptionalAction if default else "store_true"
+        else:
+            number = "N" if int in types_in(hint) else "X" if float in types_in(hint) else field.name.upper()
+            more["metavar"] = arg.metavar or "|".join(words) or number
+            if isinstance(arg.metavar, tuple):
+                more["nargs"] = len(arg.metavar)
+            elif any(typing.get_origin(one) is list for one in alternatives(hint)):
+                more["nargs"] = "*"
+        if arg.position:
+            names, more["default"] = [field.name], None
+        else:
+            names = [arg.flag, *names] if arg.flag else names
+            more["required"] = is_required(field)
+        parser.add_argument(*names, help=text.replace("%", "%%"), **more)
+
+
+def arg_of(hint: Any) -> Arg:
+    """How a field stands on the command line."""
+    return next((one for one in getattr(hint, "__metadata__", ()) if isinstance(one, Arg)), Arg("", is_path=False))
+
+
+def is_hidden(hint: Any) -> bool:
+    """Whether a field is no option of its own."""
+    return argparse.SUPPRESS in getattr(hint, "__metadata__", ())
+
+
+def types_in(hint: Any) -> list[Any]:
+    """Types of a field's values; of each value where it takes several."""
+    return [
+        kind
+        for one in alternatives(hint)
+        for kind in (typing.get_args(one) if typing.get_origin(one) is list else (one,))
+    ]
+
+
+def read_options(parser: argparse.ArgumentParser, kind: type, name: str, arguments: list[str]) -> Any:
+    """A command's options as typed.
 
     Args:
-        parser: of all commands.
-        arguments: as typed.
+        parser: Parser with those options.
+        kind: Their dataclass.
+        name: The command as typed, for messages.
+        arguments: What was typed behind it.
 
     Raises:
-        UnknownCommand: the first word is no command.
-        ValueError: an option that there is not, or a setting without a value.
+        ValueError: An option that there is not, a value that does not fit, or a setting without a value.
     """
-    name, used = find_parser(parser, arguments)
-    words, settings = take_settings(arguments, used._option_string_actions)
+    hints = hints_of(kind)
+    words, settings = take_settings(arguments, parser._option_string_actions)
     for word in [setting.partition("=")[0] for setting in settings if setting.startswith("--")]:
-        hint = "" if "." in word else hint_for_option(word, used)
-        if hint or not used.get_default("takes_settings"):
+        hint = "" if "." in word else hint_for_option(word, parser)
+        is_setting = "changes" in hints or choice_of(hints.get(word[2:].partition(".")[0]))
+        if hint or not is_setting:
             raise ValueError(f"{brief(word)}: no such option.{hint} See: {name} --help")
     changes = read_changes(settings)
-    options, rest = parser.parse_known_args(words)
-    if rest and used.get_default("takes_settings"):
+    given, rest = parser.parse_known_args(words)
+    if rest and "changes" in hints:
         raise ValueError(f"{brief(rest[0])}: expected --key value, as in --train.epochs 10.")
     if rest:
         raise ValueError(f"{brief(rest[0])}: one word too many, or no such option. See: {name} --help")
-    options.changes = changes
-    for key in PATHS:
-        value = getattr(options, key, None)
-        if isinstance(value, str) and value != used.get_default(key):
-            setattr(options, key, expand_path(value))
-        elif isinstance(value, list):
-            setattr(options, key, [expand_path(one) for one in value])
-    return options
+    tree = {key: read_option(hints[key], value, f"--{key.replace('_', '-')}") for key, value in vars(given).items()}
+    if "changes" in hints:
+        tree["changes"] = changes
+    else:
+        set_keys(kind, tree, changes)
+    return build(kind, tree)
 
 
-def find_parser(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[str, argparse.ArgumentParser]:
-    """The command that is meant, as it is typed, and its parser.
+def read_option(hint: Any, value: Any, option: str) -> Any:
+    """The words of an option as its field wants them: text as it is, all else as YAML reads it."""
+    if choice_of(hint):
+        return value
+    kinds = types_in(hint)
+    if arg_of(hint).is_path and str in kinds:
+        value = [expand_path(word) for word in value] if isinstance(value, list) else expand_path(value)
+    elif isinstance(value, (str, list)) and str not in kinds and not words_of(hint):
+        value = [read_value(word) for word in value] if isinstance(value, list) else read_value(value)
+    return convert(hint, None if value == "none" and type(None) in kinds else value, option)
+
+
+def find_command(commands: Mapping[str, Function], arguments: list[str]) -> tuple[str, list[str]]:
+    """The command that is meant and what was typed behind it; none before --help.
 
     Raises:
-        UnknownCommand: there is none of that name; the message names the nearest.
+        UnknownCommand: There is none of that name; the message names the nearest.
     """
-    name = "sslvit"
-    for word in arguments:
-        commands = parser.get_default("commands")
-        if commands is None:
+    name, rest = "", list(arguments)
+    while rest and name not in commands:
+        at = next((i for i, word in enumerate(rest) if not word.startswith("-")), None)
+        if at is None or {"-h", "--help", "--version"} & set(rest[:at]):
             break
-        if word.startswith("-"):
-            continue
-        if word not in commands:
-            near = difflib.get_close_matches(word, commands, n=1)
-            hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(commands)}."
-            raise UnknownCommand(f"{brief(word)}: no such command. {hint} See: {name} --help")
-        name, parser = f"{name} {word}", commands[word]
-    return name, parser
+        word, known = rest.pop(at), {one.removeprefix(name).split()[0] for one in commands if one.startswith(name)}
+        if word not in known:
+            near = difflib.get_close_matches(word, known, n=1)
+            hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(sorted(known))}."
+            raise UnknownCommand(f"{brief(word)}: no such command. {hint} See: {f'sslvit {name}'.strip()} --help")
+        name = f"{name}{word}" if f"{name}{word}" in commands else f"{name}{word} "
+    return name.strip(), rest
 
 
 def hint_for_option(word: str, parser: argparse.ArgumentParser) -> str:
@@ -92,8 +165,8 @@ def take_settings(arguments: list[str], known: Container[str]) -> tuple[list[str
     A setting always takes one value, so what follows that is never taken for it, nor it for a positional argument.
 
     Args:
-        arguments: as typed.
-        known: options that argparse knows.
+        arguments: What was typed.
+        known: Options that argparse knows.
     """
     words, settings, left = [], [], deque(arguments)
     while left:
@@ -123,16 +196,14 @@ def read_changes(rest: list[str]) -> dict[str, Any]:
             value = next(words, None)
         if value is None or value.startswith("--"):
             raise ValueError(f"--{brief(key)}: no value given.")
+        changes.pop(key, None)  # what is said again counts where it is said last
         changes[key] = read_value(value)
     return changes
 
 
 def read_value(text: str) -> Any:
-    """A value as YAML reads it, and 1e-3 as a number too, which YAML takes for text."""
+    """A value as YAML reads it; text where that cannot."""
     try:
-        value = yaml.safe_load(text)
+        return yaml.safe_load(text)
     except YAML_ERRORS:
         return text
-    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?e[+-]?\d+", value, re.IGNORECASE):
-        return float(value)
-    return value

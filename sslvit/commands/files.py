@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-import argparse
 import os
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from sslvit.commands.options import Released, Reported
 from sslvit.files import brief, to_json, write_atomically
+
+Settings = TypeVar("Settings")
+
+
+def only(kind: type[Settings], options: Any) -> Settings:
+    """The settings that are among a command's options."""
+    return kind(**{field.name: getattr(options, field.name) for field in fields(kind)})  # type: ignore[arg-type]
+
+
+def report(options: Reported, text: str, content: Any) -> None:
+    """Print a result as text, or with --json as one JSON document; -o writes the latter to a file."""
+    print(to_json(content, indent=1) if options.json else text)
+    write_json(getattr(options, "output", None), content)
 
 
 def check_new(path: str | Path | None) -> None:
@@ -35,11 +49,11 @@ def check_new_picture(path: str | Path | None) -> None:
     check_new(path)
 
 
-def unsaid(options: argparse.Namespace) -> dict[str, Any]:
-    """Settings that a released file does not say, where they are given."""
+def foreign_overrides(options: Released) -> dict[str, Any]:
+    """Settings that a released file does not tell, where they are given."""
     from sslvit.settings.palette import UNIFORM, read_palette
 
-    given = {"image_size": options.image_size} if options.image_size else {}
+    given: dict[str, Any] = {"image_size": options.image_size} if options.image_size else {}
     if getattr(options, "weights", None):
         given["weights"] = options.weights
     if options.palette:

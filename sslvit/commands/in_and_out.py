@@ -2,34 +2,77 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Literal
 
-from sslvit.commands.files import unsaid
+from sslvit.commands.files import foreign_overrides, report
+from sslvit.commands.options import Encoder, File, FromFile, Options, Reported
+from sslvit.settings.choices import Arg
 
 
-def run_export(options: argparse.Namespace) -> None:
+@dataclass(kw_only=True)
+class ExportOptions(Reported, Encoder):
+    """Export an encoder for another library, and compare it there.
+
+    Example:
+      sslvit export runs/mae exports/timm --format timm
+    """
+
+    out: Annotated[str, Arg("OUT", position=2)]
+    """Folder for the export."""
+    format: Literal["timm", "transformers", "onnx", "torch", "safetensors"]
+    """Library or file format; torch is a program of torch.export."""
+    outputs: Literal["tokens", "features", "logits"] = "features"
+    """Output: the encoder's tokens, pooled features, or a classifier's logits."""
+    size: Literal["fixed", "dynamic"] | None = None
+    """Image sizes that the export takes; null for dynamic with timm and transformers where they interpolate positions
+    as this encoder does, otherwise fixed."""
+    scores: Annotated[list[str], File] = field(default_factory=list)
+    """Files of scores for the model card, as `probe -o` writes them."""
+    overwrite: bool = False
+    """Replace an earlier export there."""
+
+
+def run_export(options: ExportOptions) -> None:
+    """Export an encoder, and print how near it comes to the original."""
     from sslvit.export import export_encoder
 
-    given = {"layout": options.layout, "heads": options.heads, **unsaid(options)}
+    given = {"layout": options.layout, "heads": options.heads, **foreign_overrides(options)}
     verdict = export_encoder(
         options.encoder, options.out, options.format, options.outputs, options.size, scores=options.scores,
         overwrite=options.overwrite, **given,
     )  # fmt: skip
-    print(
+    text = (
         f"{options.out}: reopened in {options.format} and compared; largest difference "
         f"{verdict['largest_difference']:.1e} (allowed {verdict['tolerance']:.0e}); images of "
         f"{'one size' if verdict['image_sizes'] == 'fixed' else 'any size'}"
     )
+    report(options, text, verdict)
 
 
-def run_import(options: argparse.Namespace) -> None:
+@dataclass(kw_only=True)
+class ImportOptions(Options, FromFile):
+    """Import released weights into an encoder folder.
+
+    Example:
+      sslvit import mae_pretrain_vit_base.pth encoders/mae --heads 12
+    """
+
+    checkpoint: Annotated[str, Arg("CHECKPOINT", position=1)]
+    """File or folder of weights."""
+    out: Annotated[str, Arg("OUT", position=2)]
+    """Folder for the encoder."""
+
+
+def run_import(options: ImportOptions) -> None:
+    """Write an encoder folder from released weights."""
     from sslvit.checkpoint import load_encoder, provenance_of, save_encoder
     from sslvit.export import check_place, fresh_part, take_place, whole_folder
 
     out = Path(options.out)
     check_place(out, may_overwrite=False)
-    encoder = load_encoder(options.checkpoint, options.layout, options.heads, **unsaid(options))
+    encoder = load_encoder(options.checkpoint, options.layout, options.heads, **foreign_overrides(options))
     part = fresh_part(out)
     with whole_folder(part):
         save_encoder(encoder, part, provenance_of(options.checkpoint, options.weights))

@@ -2,56 +2,147 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from sslvit.commands.files import only, report
+from sslvit.commands.options import Options, Reported
+from sslvit.settings.choices import Arg
+from sslvit.settings.pack import IndexOptions, PackSettings, SourceOptions
+
+if TYPE_CHECKING:
+    from sslvit.data.index import ShardIndex
 
 
-def run_pack(options: argparse.Namespace) -> None:
-    from sslvit.data.any_source import SourceOptions
+@dataclass(kw_only=True)
+class Parallel:
+    """Work in processes."""
+
+    workers: int | None = None
+    """Number of processes; null for one per core."""
+
+
+@dataclass(kw_only=True)
+class ShardsArg:
+    """Shards that are there."""
+
+    folder: Annotated[str, Arg("SHARDS", position=1)]
+    """Folder, pattern or address of shards."""
+
+
+@dataclass(kw_only=True)
+class PackOptions(Options, Parallel, SourceOptions, PackSettings):
+    """Pack images into shards with an index.
+
+    Example:
+      sslvit shards pack photos shards/photos --holdout 0.1
+    """
+
+    source: Annotated[str, Arg("SRC", position=1)]
+    """Images in class folders, or side by side without labels; a list (.csv, .tsv, .jsonl) with a column path and
+    perhaps label; an array (.npy, .npz); an IDX file."""
+    destination: Annotated[str, Arg("DST", position=2)]
+    """Folder for the shards."""
+    holdout: float = 0.0
+    """Fraction of each class, its last images, that goes into DST/val; the rest goes into DST/train."""
+    part: Annotated[str | None, Arg("I/N", is_path=False)] = None
+    """Write the I-th of N parts only, as one machine of several."""
+    overwrite: bool = False
+    """Replace shards that are already there."""
+
+
+def run_pack(options: PackOptions) -> None:
+    """Pack images, and print what is in the shards."""
     from sslvit.data.pack import pack_source
-    from sslvit.data.store import PackSettings
 
-    settings = PackSettings(
-        options.shard_mb, options.resize, options.encode, options.quality,
-        options.orientation or "upright", options.decode, options.max_pixels,
-    )  # fmt: skip
-    of_source = SourceOptions(options.labels, options.label_column, options.images, options.layout, options.convert)
     indices = pack_source(
-        options.source, options.destination, settings, options.holdout, options.overwrite, options.workers,
-        options.part, of_source,
+        options.source, options.destination, only(PackSettings, options), options.holdout, options.overwrite,
+        options.workers, options.part, only(SourceOptions, options),
     )  # fmt: skip
     for index in indices:
         show_shards(index)
 
 
-def run_index(options: argparse.Namespace) -> None:
-    from sslvit.data.scan import IndexOptions, index_shards
+@dataclass(kw_only=True)
+class IndexShardsOptions(Options, Parallel, IndexOptions, ShardsArg):
+    """Index shards that others wrote, or join the parts of a packing.
+
+    Example:
+      sslvit shards index shards/laion --labels json
+    """
+
+    merge: bool = False
+    """Join what `shards pack --part` wrote."""
+    overwrite: bool = False
+    """Replace shards that are already there; for --merge."""
+
+
+def run_index(options: IndexShardsOptions) -> None:
+    """Index shards, or join the parts of a packing, and print what is in them."""
+    from sslvit.data.scan import index_shards
     from sslvit.data.unfinished import finish_packing
 
     folder = Path(options.folder)
     if not options.merge:
-        given = IndexOptions(options.labels, options.image, options.orientation)
-        show_shards(index_shards(folder, options.workers, given))
+        show_shards(index_shards(folder, options.workers, only(IndexOptions, options)))
         return
     parts = [folder / name for name in ("train", "val") if (folder / name / "packing").is_dir()]
     for part in parts or [folder]:
         show_shards(finish_packing(part, options.overwrite))
 
 
-def run_check(options: argparse.Namespace) -> int:
+@dataclass(kw_only=True)
+class CheckOptions(Reported, Parallel, ShardsArg):
+    """Verify checksums and decode everything; the exit code is 1 if something is wrong.
+
+    Example:
+      sslvit shards check shards/photos/train
+    """
+
+
+def run_check(options: CheckOptions) -> int:
+    """Check shards; returns the exit code."""
     from sslvit.data.inspect import check_shards
 
     index = find_shards(options.folder)
     found = check_shards(index, options.workers)
-    print(found.text(index))
+    content = {
+        "location": index.location, "is_whole": found.is_whole, "images": sum(found.modes.values()),
+        "damaged": found.damaged, "corrupt": found.corrupt, "large": found.large, "modes": found.modes,
+        "duplicates": [[index.key(sample) for sample in same] for same in found.duplicates],
+    }  # fmt: skip
+    report(options, found.text(index), content)
     return 0 if found.is_whole else 1
 
 
-def run_info(options: argparse.Namespace) -> None:
-    show_shards(find_shards(options.folder), options.global_batch_size)
+@dataclass(kw_only=True)
+class InfoOptions(Reported, ShardsArg):
+    """Print what is in shards, and what a job on them needs.
+
+    Example:
+      sslvit shards info shards/photos/train --global-batch-size 4096
+    """
+
+    global_batch_size: int | None = None
+    """Images per optimizer step; null for up to 4096."""
 
 
-def find_shards(name: str):
+def run_info(options: InfoOptions) -> None:
+    """Print what is in shards."""
+    from sslvit.data.inspect import describe_shards
+
+    index = find_shards(options.folder)
+    content = {
+        "location": index.location, "images": len(index), "shards": len(index.shards), "channels": index.channels,
+        "bytes": sum(shard.bytes for shard in index.shards), "image_size": index.image_size, "bits": index.bits,
+        "classes": index.classes, "mean": index.mean, "std": index.std, "orientation": index.orientation,
+        "skipped": index.skipped, "fingerprint": index.fingerprint(),
+    }  # fmt: skip
+    report(options, describe_shards(index, options.global_batch_size), content)
+
+
+def find_shards(name: str) -> ShardIndex:
     """Shards by folder, pattern or address; those without an index are indexed, but no image folder is packed."""
     from sslvit.data.index import load_index
     from sslvit.data.open import open_shards
@@ -61,13 +152,35 @@ def find_shards(name: str):
     return open_shards(name) if has_shards else load_index(folder)
 
 
-def show_shards(index, global_batch_size: int | None = None) -> None:
+def show_shards(index: ShardIndex) -> None:
+    """Print what is in shards."""
     from sslvit.data.inspect import describe_shards
 
-    print(describe_shards(index, global_batch_size))
+    print(describe_shards(index))
 
 
-def run_palette(options: argparse.Namespace) -> None:
+@dataclass(kw_only=True)
+class PaletteOptions(Options):
+    """Fit a palette of few colors for pixel sequences on images.
+
+    Example:
+      sslvit palette shards/photos/train -o palette.json --colors 64
+    """
+
+    shards: Annotated[str, Arg("SHARDS", position=1)]
+    """Shards, or a folder of images."""
+    output: Annotated[str, Arg("FILE", flag="-o")]
+    """File for the palette as JSON; FILE.png shows it."""
+    colors: int | None = None
+    """Number of colors; null for 512, or 8 for gray images."""
+    image_size: int = 32
+    """Side in pixels of the images that the encoder will see."""
+    seed: int = 0
+    """Seed of the fit."""
+
+
+def run_palette(options: PaletteOptions) -> None:
+    """Fit a palette, and print how well it fits."""
     from sslvit.data.open import open_shards
     from sslvit.data.pixels import check_palette_options, make_palette
 

@@ -2,44 +2,98 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from sslvit.commands.files import check_new, check_new_picture, unsaid, write_json
+from sslvit.commands.files import check_new, check_new_picture, foreign_overrides, only, report
+from sslvit.commands.options import Options, Output, Released, Saved
+from sslvit.settings.choices import Arg
+from sslvit.settings.probe import Device, check_least, check_unreadable_fraction
+from sslvit.settings.sample import SampleSettings
+
+if TYPE_CHECKING:
+    from sslvit.tasks.igpt import IGPT
 
 
-def run_sample(options: argparse.Namespace) -> None:
-    from sslvit.settings.sample import SampleSettings
+@dataclass(kw_only=True)
+class PixelModel(Released):
+    """A model of pixels."""
 
-    settings = SampleSettings(options.temperature, options.top_k, options.top_p, options.seed, options.batch)
-    for key in ("count", "draws"):
-        value = getattr(options, key)
-        if value is not None and value < 1:
-            raise ValueError(f"--{key} {value}: must be 1 or more.")
-    out = options.output
-    if out is None:
+    run: Annotated[str, Arg("RUN", position=1)]
+    """Run folder or checkpoint of an iGPT run, or a released file."""
+    device: Device = "auto"
+    """Device of the model; auto is a GPU where there is one."""
+
+
+@dataclass(kw_only=True)
+class SampleOptions(Options, PixelModel, SampleSettings):
+    """Sample images from a model of pixels, or complete given ones.
+
+    Example:
+      sslvit sample runs/igpt --complete shards/val --given 0.5
+    """
+
+    complete: Annotated[str | None, Arg("IMAGES")] = None
+    """Shards or a folder of images to complete."""
+    given: float | None = None
+    """Fraction of each image that is given, from the top; null for 0.5."""
+    draws: int | None = None
+    """Completions of each image; null for 3."""
+    count: int | None = None
+    """Number of images; null for 16, or 8 to complete."""
+    output: Annotated[str | None, Output] = None
+    """PNG file; null for one below RUN/figures."""
+
+
+def run_sample(options: SampleOptions) -> None:
+    """Sample or complete images, and print where the picture is."""
+    check_least(options, count=1, draws=1)
+    out = options.output and Path(options.output)
+    if not out:
         if not Path(options.run).exists():
             raise FileNotFoundError(f"{options.run}: no such file or folder. Give the folder of an iGPT run.")
         if not Path(options.run).is_dir():
             raise ValueError(f"{options.run}: not a run folder, so say where the picture goes: -o FILE.png")
         out = Path(options.run) / "figures" / ("completions.png" if options.complete else "samples.png")
-    if Path(out).parent.is_dir() or options.output:
+    if out.parent.is_dir() or options.output:
         check_new_picture(out)
     if not options.complete and (options.draws, options.given) != (None, None):
         raise ValueError("--draws and --given are for --complete IMAGES.")
-    from sslvit.report.samples import draw_completions, draw_samples
+    from sslvit.report.samples import plot_completions, plot_samples
 
-    task = load_task(options)
+    task, settings = load_task(options), only(SampleSettings, options)
     if options.complete:
         count, draws = options.count or 8, options.draws or 3
         given = 0.5 if options.given is None else options.given
-        draw_completions(task, options.complete, out, count, given, draws, settings)
+        plot_completions(task, options.complete, out, count, given, draws, settings)
     else:
-        draw_samples(task, out, options.count or 16, settings)
+        plot_samples(task, out, options.count or 16, settings)
     print(out)
 
 
-def run_likelihood(options: argparse.Namespace) -> None:
+@dataclass(kw_only=True)
+class LikelihoodOptions(Saved, PixelModel):
+    """Measure nats per pixel of an iGPT run, beside n-gram baselines.
+
+    Example:
+      sslvit likelihood runs/igpt --train shards/train --val shards/val
+    """
+
+    train: Annotated[str, Arg("SHARDS")]
+    """Images that the baselines count colors on."""
+    val: Annotated[str, Arg("SHARDS")]
+    """Images that are scored."""
+    max_unreadable_fraction: float = 0.01
+    """Fraction of the images that may be unreadable; these are skipped and counted."""
+    batch: int = 16
+    """Images per forward pass."""
+
+
+def run_likelihood(options: LikelihoodOptions) -> None:
+    """Measure nats per pixel, and print the table."""
+    check_least(options, batch=1)
+    check_unreadable_fraction(options.max_unreadable_fraction)
     check_new(options.output)
     from sslvit.data.open import open_shards
     from sslvit.evaluate.likelihood import likelihood
@@ -52,17 +106,17 @@ def run_likelihood(options: argparse.Namespace) -> None:
         LabeledSet(open_shards(source), settings.channels, None, limit) for source in (options.train, options.val)
     )
     rows = likelihood(task, train, val, options.batch)
-    print(
-        f"\n{val.count_in_words} of {val.index.location}; counted on {train.count_in_words} of {train.index.location}"
+    table = format_table({row: {column: [value] for column, value in of.items()} for row, of in rows.items()}, 4)
+    text = (
+        f"\n{val.count_text} of {val.index.location}; counted on {train.count_text} of {train.index.location}\n"
+        f"each image: {settings.crop_in_words}\n\n{table}"
     )
-    print(f"each image: {settings.crop_in_words}\n")
-    print(format_table({row: {column: [value] for column, value in of.items()} for row, of in rows.items()}, 4))
-    write_json(options.output, rows)
+    report(options, text, rows)
 
 
-def load_task(options: argparse.Namespace):
+def load_task(options: PixelModel) -> IGPT:
     """An iGPT with its output matrix, on the device asked for."""
     from sslvit.environment import pick_device
-    from sslvit.tasks.igpt import load_igpt
+    from sslvit.tasks.released import load_igpt
 
-    return load_igpt(options.run, options.heads, **unsaid(options)).to(pick_device(options.device))
+    return load_igpt(options.run, options.heads, **foreign_overrides(options)).to(pick_device(options.device))

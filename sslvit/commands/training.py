@@ -2,20 +2,71 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+import shutil
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from sslvit.commands.files import check_new_picture, one_source
+from sslvit.commands.files import check_new_picture, one_source, report
+from sslvit.commands.options import Options, Recipe, Reported, Resumable
+from sslvit.settings.choices import Arg
+
+if TYPE_CHECKING:
+    from sslvit.train.folder import RunFolder
 
 
-def run_demo(options: argparse.Namespace) -> None:
+@dataclass(kw_only=True)
+class DemoOptions(Recipe):
+    """Run the whole journey on real images, in minutes on a CPU.
+
+    Settings of the recipes are given as --KEY VALUE, e.g. --train.epochs 10.
+
+    Example:
+      sslvit demo --out runs/demo
+    """
+
+    data: Literal["digits", "cifar10"] = "digits"
+    """Data set."""
+    archive: Annotated[str | None, Arg("FILE")] = None
+    """Local archive of cifar10; null for a download."""
+    out: Annotated[str, Arg("FOLDER")] = "runs/demo"
+    """Folder for all results."""
+    seed: int = 0
+    """Seed of all runs."""
+    overwrite: bool = False
+    """Replace an earlier demo."""
+
+
+def run_demo(options: DemoOptions) -> None:
+    """Run the demo."""
     from sslvit.report.demo import demo
 
     demo(options.data, options.archive, options.out, options.overwrite, options.seed, options.changes)
 
 
-def run_pretrain(options: argparse.Namespace) -> None:
+@dataclass(kw_only=True)
+class PretrainOptions(Resumable):
+    """Pretrain an encoder by a recipe.
+
+    Settings of the recipe are given as --KEY VALUE, e.g. --train.epochs 10; `sslvit settings` lists them all.
+
+    Example:
+      sslvit pretrain --config mae/vit_tiny_cifar10 --data shards/cifar10/train --out runs/mae --encoder.patch 4
+    """
+
+    config: Annotated[str, Arg("RECIPE")]
+    """YAML file, or the name of a recipe, such as mae/digits."""
+    data: Annotated[list[str] | None, Arg("SHARDS")] = None
+    """Folder of images or shards, or several .tar files; null for the recipe's data.shards."""
+    out: Annotated[str | None, Arg("FOLDER")] = None
+    """Run folder; null for the recipe's."""
+    init: Annotated[str | None, Arg("ENCODER")] = None
+    """Encoder whose weights are the initialization; null for the recipe's."""
+
+
+def run_pretrain(options: PretrainOptions) -> None:
+    """Pretrain."""
     from sslvit.api import pretrain
 
     pretrain(
@@ -24,7 +75,32 @@ def run_pretrain(options: argparse.Namespace) -> None:
     )  # fmt: skip
 
 
-def run_finetune(options: argparse.Namespace) -> None:
+@dataclass(kw_only=True)
+class FinetuneOptions(Resumable):
+    """Fine-tune an encoder with labels, or train its architecture from scratch.
+
+    Settings of the recipe are given as --KEY VALUE, e.g. --train.epochs 10; `sslvit settings` lists them all.
+
+    Example:
+      sslvit finetune runs/mae --train shards/train --val shards/val --out runs/tuned --encoder.image_size 48
+    """
+
+    encoder: Annotated[str, Arg("ENCODER", position=1)]
+    """Run folder, encoder folder or checkpoint file."""
+    train: Annotated[str, Arg("SHARDS")]
+    """Labeled shards to train on."""
+    val: Annotated[str, Arg("SHARDS")]
+    """Labeled shards that are scored."""
+    out: Annotated[str, Arg("FOLDER")]
+    """Run folder."""
+    config: Annotated[str, Arg("RECIPE")] = "finetune/small_images"
+    """YAML file, or the name of a recipe."""
+    scratch: bool = False
+    """Start from random weights: the baseline."""
+
+
+def run_finetune(options: FinetuneOptions) -> None:
+    """Fine-tune, and print the scores."""
     from sslvit.api import finetune
 
     if "encoder" in options.changes:
@@ -36,7 +112,22 @@ def run_finetune(options: argparse.Namespace) -> None:
     show_scores(folder)
 
 
-def run_resume(options: argparse.Namespace) -> None:
+@dataclass(kw_only=True)
+class ResumeOptions(Recipe):
+    """Resume a run that has stopped, with its own settings.
+
+    Settings may change, e.g. --train.steps 2000; changes are printed, and those that a run cannot take are refused.
+
+    Example:
+      sslvit resume runs/mae --train.steps 2000
+    """
+
+    run: Annotated[str, Arg("RUN", position=1)]
+    """Run folder."""
+
+
+def run_resume(options: ResumeOptions) -> None:
+    """Resume, and print the scores of a fine-tuning."""
     from sslvit.api import resume
 
     folder = resume(options.run, **options.changes)
@@ -44,39 +135,67 @@ def run_resume(options: argparse.Namespace) -> None:
         show_scores(folder)
 
 
-def wants_requeue(options: argparse.Namespace) -> bool:
+def wants_requeue(options: Options | None) -> bool:
     """Whether a training command that was stopped before it read its settings is to be put into the queue again."""
     from sslvit.settings.load import load_recipe
 
-    if options.function not in (run_pretrain, run_finetune, run_resume):
+    if not isinstance(options, (PretrainOptions, FinetuneOptions, ResumeOptions)):
         return False
-    config = Path(options.run) / "config.yaml" if options.function is run_resume else options.config
+    config = Path(options.run) / "config.yaml" if isinstance(options, ResumeOptions) else options.config
     try:
         return load_recipe(config, options.changes).train.requeue
     except (ValueError, OSError):
         return bool(options.changes.get("train.requeue", True))
 
 
-def show_scores(folder) -> None:
+def show_scores(folder: RunFolder) -> None:
+    """Print the scores of a fine-tuning."""
     found = json.loads(folder.scores.read_text())
-    among = "" if found["top5"] is None else f", {found['top5']:.1f} % among five"
+    among = "" if found["top5"] is None else f", top-5 {found['top5']:.1f} %"
     print(
-        f"{found['top1']:.1f} % right{among} of {found['images']:,} images of {found['val']}, after the last step; "
-        f"more in {folder.scores}"
+        f"top-1 accuracy {found['top1']:.1f} %{among} on {found['images']:,} images of {found['val']}, after the last "
+        f"step; more in {folder.scores}"
     )
 
 
-def run_plan(options: argparse.Namespace) -> None:
+@dataclass(kw_only=True)
+class PlanOptions(Reported, Recipe):
+    """Compute parameters, FLOPs, memory, steps and hours of a run before it runs.
+
+    Settings of the recipe are given as --KEY VALUE, e.g. --train.epochs 10; `sslvit settings` lists them all.
+
+    Example:
+      sslvit plan --config mae/vit_large_in1k --images 1281167 --train.devices 8
+    """
+
+    config: Annotated[str, Arg("RECIPE")]
+    """YAML file, or the name of a recipe."""
+    data: Annotated[list[str] | None, Arg("SHARDS")] = None
+    """Folder of images or shards, or several .tar files; null for the recipe's data.shards."""
+    images: int | None = None
+    """Number of images, instead of --data."""
+    classes: int | None = None
+    """Number of classes of labeled images, beside --images."""
+    tflops: float | None = None
+    """Peak TFLOP/s of one device in the run's precision; null for some GPUs."""
+    utilization: float = 0.35
+    """Assumed fraction of the peak that is used."""
+    figure: Annotated[str | None, Arg("FILE")] = None
+    """PNG file for a plot of learning rate, weight decay and the task's own schedules."""
+
+
+def run_plan(options: PlanOptions) -> None:
+    """Compute what a run would be, and print it."""
     check_new_picture(options.figure)
     if options.images is not None and options.data is not None:
         raise ValueError("--images and --data: give one, a number of images or the images.")
     if not 0 < options.utilization <= 1:
-        raise ValueError(f"--utilization {options.utilization:g}: must be above 0 and at most 1.")
+        raise ValueError(f"--utilization {options.utilization:g}: must be in (0, 1].")
     if options.tflops is not None and not options.tflops > 0:
-        raise ValueError(f"--tflops {options.tflops:g}: must be above zero.")
+        raise ValueError(f"--tflops {options.tflops:g}: must be positive.")
     from sslvit.data.open import open_shards
     from sslvit.settings.load import load_recipe
-    from sslvit.train.forecast import PEAKS, draw_schedules, forecast
+    from sslvit.train.forecast import PEAKS, forecast, plot_schedules
 
     settings = load_recipe(options.config, options.changes)
     data = one_source(options.data) or settings.data.shards
@@ -87,32 +206,70 @@ def run_plan(options: argparse.Namespace) -> None:
         index = open_shards(str(data))
         images, classes = len(index), len(index.classes) if index.classes else None
     found, task = forecast(settings, images, classes)
-    print(found.text())
-    if found.global_batch_size != settings.data.global_batch_size:
-        print(f"             instead of the recipe's {settings.data.global_batch_size:,} images, more than there are")
-    for name, tflops in ({"given": options.tflops} if options.tflops else PEAKS).items():
-        hours = found.hours(tflops, options.utilization)
-        print(
-            f"hours        {hours:,.1f} on {found.ranks} x {name} ({tflops:g} TFLOP/s, {options.utilization:.0%} used)"
+    lines = [found.text()]
+    if found.run.global_batch_size != settings.data.global_batch_size:
+        lines.append(
+            f"             instead of the recipe's {settings.data.global_batch_size:,} images, more than there are"
         )
+    peaks = {"given": options.tflops} if options.tflops else PEAKS
+    hours = {name: found.hours(tflops, options.utilization) for name, tflops in peaks.items()}
+    lines += [
+        f"hours        {hours[name]:,.1f} on {found.run.ranks} x {name} "
+        f"({tflops:g} TFLOP/s, {options.utilization:.0%} used)"
+        for name, tflops in peaks.items()
+    ]
+    content = asdict(found) | {"memory": {kind: found.memory(kind) for kind in ("ddp", "fsdp")}, "hours": hours}
     if options.figure:
-        print(draw_schedules(task, Path(options.figure)))
+        figure = str(plot_schedules(task, Path(options.figure)))
+        lines, content = [*lines, figure], content | {"figure": figure}
+    report(options, "\n".join(lines), content)
 
 
-def run_replay(options: argparse.Namespace) -> None:
+@dataclass(kw_only=True)
+class ReplayOptions(Options):
+    """Re-run a failed step in float32: where does it fail?
+
+    Example:
+      sslvit replay runs/mae/incident
+    """
+
+    incident: Annotated[str, Arg("INCIDENT", position=1)]
+    """Folder incident/ of a run that ended with a step that is not finite."""
+
+
+def run_replay(options: ReplayOptions) -> None:
+    """Re-run a failed step, and print what it shows."""
     from sslvit.train.replay import replay
 
     print("\n".join(replay(options.incident)))
 
 
-def run_settings(options: argparse.Namespace) -> None:
-    import shutil
+@dataclass(kw_only=True)
+class SettingsOptions(Reported):
+    """List all settings of a recipe, with their defaults and meaning.
 
-    from sslvit.settings.load import describe_settings, recipe_names, recipes_folder
+    Example:
+      sslvit settings --recipes
+    """
+
+    recipes: bool = False
+    """List the recipes that come with sslvit instead."""
+
+
+def run_settings(options: SettingsOptions) -> None:
+    """Print all settings, or all recipes."""
+    from sslvit.settings.describe import describe_settings, explained_settings
+    from sslvit.settings.load import recipe_names, recipes_folder
 
     if not options.recipes:
-        print(describe_settings(width=min(max(shutil.get_terminal_size((100, 24)).columns, 60), 120)))
+        width = min(max(shutil.get_terminal_size((100, 24)).columns, 60), 120)
+        keys: list[dict[str, Any]] = [
+            {"key": key, "default": default, "meaning": text} for _, key, default, text in explained_settings()
+        ]
+        report(options, describe_settings(width), keys)
         return
-    for name in recipe_names():
-        first = (recipes_folder() / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
-        print(f"{name:<28} {first.removeprefix('# ')}")
+    recipes = {
+        name: (recipes_folder() / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+        for name in recipe_names()
+    }
+    report(options, "\n".join(f"{name:<28} {first}" for name, first in recipes.items()), recipes)

@@ -2,47 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
-from sslvit.data.array_images import CONVERSIONS
-from sslvit.data.arrays import LAYOUTS, array_source, idx_source
+from sslvit.data.arrays import array_source, idx_source
 from sslvit.data.folders import folder_source
 from sslvit.data.lists import LISTS, list_source
 from sslvit.data.sources import ImageSource
 from sslvit.data.tars import COMPRESSED_TARS
 from sslvit.files import printable
-
-
-@dataclass
-class SourceOptions:
-    """What only the user knows of a source; None where it tells by itself.
-
-    Args:
-        labels: array of labels in an .npz, or a file of them.
-        label_column: of a list.
-        images: array of images in an .npz.
-        layout: of arrays: nhw, nhwc or nchw.
-        convert: how the values of an array become pixels: unit, signed, byte or deep.
-    """
-
-    labels: str | None = None
-    label_column: str | None = None
-    images: str | None = None
-    layout: str | None = None
-    convert: str | None = None
-
-    def __post_init__(self) -> None:
-        for key, known in (("layout", LAYOUTS), ("convert", tuple(CONVERSIONS))):
-            value = getattr(self, key)
-            if value is not None and value not in known:
-                raise ValueError(f"--{key} {value}: expected one of {', '.join(known)}.")
-
-    def reject_unused(self, source: Path, kind: str, *usable: str) -> None:
-        """Raise ValueError if an option is given that this kind of source has no use for."""
-        for name, value in vars(self).items():
-            if value is not None and name not in usable:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: {printable(source)} is {kind}. Omit the option.")
+from sslvit.settings.pack import SourceOptions
 
 
 def read_source(source: str | Path, options: SourceOptions | None = None) -> ImageSource:

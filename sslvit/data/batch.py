@@ -37,6 +37,10 @@ class Batch:
         """Return the batch on another device; called by Lightning."""
         return self._map(lambda tensor: tensor.to(*args, **kwargs))
 
+    def rows(self, is_kept: Tensor) -> Batch:
+        """The rows where `is_kept` ('b') is True."""
+        return replace(self._map(lambda tensor: tensor[is_kept]), epochs=self.epochs[is_kept.cpu()])
+
     def pin_memory(self) -> Batch:
         """Return the batch in page-locked memory; called by the DataLoader."""
         return self._map(lambda tensor: tensor.pin_memory())

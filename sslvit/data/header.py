@@ -23,13 +23,13 @@ from sslvit.data.orientation import (
     swaps_sides,
 )
 from sslvit.files import printable
+from sslvit.settings.data import MAX_PIXELS
 
 try:  # 1.4 times as many JPEGs per second as PIL, with the same pixels
     import simplejpeg
 except ImportError:
     simplejpeg = None
 
-MAX_PIXELS = 100_000_000  # a header that promises more is a decompression bomb, not a training image
 SUSPICIOUS_PIXELS = 1_000_000  # from here on, a file of almost no bytes counts as damaged
 MAX_SCANS = 100  # of a progressive JPEG and its thumbnails; encoders write about ten
 MAX_PIXELS_PER_BYTE = 2000  # deflate's limit is 1032 values to a byte

@@ -15,9 +15,10 @@ from sslvit.data.decode import decode
 from sslvit.data.header import BadImage, read_header
 from sslvit.data.index import ShardIndex, unlisted_warning
 from sslvit.data.parallel import in_parallel
-from sslvit.data.plan import EpochPlan, fitting_ranks
+from sslvit.data.plan import EpochPlan
 from sslvit.data.records import sha256_of
 from sslvit.files import printable
+from sslvit.run_plan import fitting_ranks
 
 LARGE_PIXELS = 50_000_000  # slow to decode; half of what is refused
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from sslvit.data.decode import decode_pixels, find_problem
-from sslvit.data.header import MAX_PIXELS, MODES, BadImage, Header, read_header
+from sslvit.data.header import MODES, BadImage, Header, read_header
+from sslvit.settings.data import MAX_PIXELS
 
 STATISTICS_SAMPLES = 10_000  # channel mean and std are measured on about this many images
 ROWS_OF_PIXELS = 2**20  # pixels of an image that are numbers with fractions at the same time

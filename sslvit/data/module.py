@@ -7,16 +7,18 @@ from collections.abc import Iterator
 import numpy as np
 import pytorch_lightning as pl
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sslvit.data.batch import Batch
 from sslvit.data.index import Index
-from sslvit.data.loader import TrainingBatches, encoder_views, make_batch, normalize_view
-from sslvit.data.plan import Plan, split_batch
+from sslvit.data.loader import TrainingBatches, encoder_views, evaluation_loader, make_batch, normalize_view
+from sslvit.data.open import open_data, open_shards
+from sslvit.data.plan import Plan
 from sslvit.data.reader import ShardReader
 from sslvit.data.stream import StreamBatches, StreamIndex
 from sslvit.data.views import Views, jitter_views
-from sslvit.settings import DataSettings, EncoderSettings
+from sslvit.run_plan import RunPlan
+from sslvit.settings import DataSettings, EncoderSettings, RunSettings
 from sslvit.settings.views import AugmentSettings, CenterSettings
 from sslvit.stopping import obey_parent_alone
 
@@ -25,57 +27,78 @@ class ShardDataModule(pl.LightningDataModule):
     """Training batches in an order that only the seed decides, and the exact position saved and restored.
 
     Args:
-        index: of the shards.
-        settings: batch, view and loading.
-        encoder: size, channels and normalization of its input.
-        plan: the order; its seed is also that of the views.
-        total_steps: optimizer steps of the run.
-        micro_batch_size: images per forward pass on one rank, or None for all images of the rank.
+        index: The shards.
+        settings: View and loading.
+        encoder: Size, channels and normalization of its input.
+        plan: The order; its seed is also that of the views.
+        run: Steps, batch sizes and ranks.
+        val: Shards whose images a task's validation loss is of; None for none.
     """
 
     def __init__(
-        self,
-        index: Index | StreamIndex,
-        settings: DataSettings,
-        encoder: EncoderSettings,
-        plan: Plan,
-        total_steps: int,
-        micro_batch_size: int | None = None,
-    ) -> None:
+        self, index: Index | StreamIndex, settings: DataSettings, encoder: EncoderSettings, plan: Plan, run: RunPlan,
+        val: Index | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.index, self.settings, self.encoder = index, settings, encoder
-        self.plan, self.total_steps, self.micro_batch_size = plan, total_steps, micro_batch_size
+        self.plan, self.run, self.val = plan, run, val
         self.views = encoder_views(encoder, settings.view, plan.seed, fill=encoder.mean)
         self.start_step = 0
         self.reader: ShardReader | None = None
 
+    @classmethod
+    def from_settings(cls, settings: RunSettings, val: str | None = None) -> ShardDataModule:
+        """The data of a recipe, for a Trainer of your own.
+
+        Args:
+            settings: The recipe (`sslvit.load_recipe`).
+            val: Shards or a folder of images that the validation loss is of; None for none.
+        """
+        train = settings.train
+        index, plan = open_data(settings.data, settings.seed, train.devices * train.nodes)
+        run = RunPlan.make(train, plan.steps_per_epoch, plan.global_batch_size, settings.seed)
+        held_out = None if val is None else open_shards(val)
+        return cls(index, settings.data, settings.encoder, plan, run, held_out)
+
     def train_dataloader(self) -> DataLoader:
-        """Return the micro-batches of this rank, from the restored position on."""
-        trainer = self._attached_trainer
+        """The run's batches, or one epoch's where a Trainer counts epochs; from the restored position on."""
+        trainer, run = self._attached_trainer, self.run
         is_gpu = trainer.strategy.root_device.type == "cuda"
-        micro, accumulation_steps = split_batch(self.plan.global_batch_size, trainer.world_size, self.micro_batch_size)
         color_on = self.settings.color_on
         self.views.color_here = color_on == "workers" or (color_on == "auto" and not is_gpu)
         batches: Dataset[Batch]
-        order: _PositionSampler | None = None
+        order: _EpochOrder | None = None
         if isinstance(self.index, StreamIndex):
             batches = stream = StreamBatches(
-                self.index, self.views, self.encoder.channels, trainer.global_rank, trainer.world_size, micro,
-                accumulation_steps, self.start_step, self.settings.max_pixels,
+                self.index, self.views, self.encoder.channels, trainer.global_rank, run.ranks, run.images_per_pass,
+                run.accumulation_steps, self.start_step, self.settings.max_pixels,
             )  # fmt: skip
             workers = stream.workers(self.settings.workers)
         else:
             reader = self.make_reader(self.index)
             batches = TrainingBatches(
-                reader, self.views, self.plan, trainer.global_rank, micro, accumulation_steps, self.settings.resolutions
-            )
+                reader, self.views, self.plan, trainer.global_rank, run.images_per_pass, run.accumulation_steps,
+                self.settings.resolutions,
+            )  # fmt: skip
             # a data set in memory has no decoding to spread over processes, but changing image by image is work
             is_light = reader.decoded is not None and not isinstance(self.settings.view, AugmentSettings)
             workers = 0 if is_light else self.settings.workers
-            order = _PositionSampler(self.start_step * accumulation_steps, self.total_steps * accumulation_steps)
+            steps = run.total_steps if trainer.max_epochs == 1 else run.steps_per_epoch
+            order = _EpochOrder(trainer, steps * run.accumulation_steps, self.start_step * run.accumulation_steps)
         return DataLoader(
             batches, batch_size=None, sampler=order, pin_memory=is_gpu, num_workers=workers,
             worker_init_fn=obey_parent_alone,
+        )  # fmt: skip
+
+    def val_dataloader(self) -> DataLoader | list:
+        """Every image of `val` once, seen as in training, the same every time."""
+        if self.val is None:
+            return []
+        run, settings = self.run, self.settings
+        reader = ShardReader(self.val, self.encoder.channels, settings.memory_limit_mb, settings.max_pixels)
+        return evaluation_loader(
+            reader, self.encoder, run.images_per_pass, settings.workers, self._attached_trainer.global_rank, run.ranks,
+            settings.view, 0, run.seed,
         )  # fmt: skip
 
     @property
@@ -144,14 +167,18 @@ class ShardDataModule(pl.LightningDataModule):
         return {**self.plan.identity(), "shards": self.index.fingerprint()}
 
 
-class _PositionSampler:
-    """Numbers from the position on; its length is that of the whole run, as Lightning counts it on a resume."""
+class _EpochOrder(Sampler[int]):
+    """Numbers of the micro-batches of the Trainer's epoch; after a resume from the restored position on.
 
-    def __init__(self, start: int, stop: int) -> None:
-        self.start, self.stop = start, stop
+    Its length is that of the whole epoch, as Lightning counts it on a resume.
+    """
+
+    def __init__(self, trainer: pl.Trainer, per_epoch: int, start: int) -> None:
+        self.trainer, self.per_epoch, self.start = trainer, per_epoch, start
 
     def __iter__(self) -> Iterator[int]:
-        return iter(range(self.start, self.stop))
+        first = self.trainer.current_epoch * self.per_epoch
+        return iter(range(max(first, self.start), first + self.per_epoch))
 
     def __len__(self) -> int:
-        return self.stop
+        return self.per_epoch

@@ -17,7 +17,7 @@ from sslvit.data.loader import make_batch
 from sslvit.data.reader import ShardReader
 from sslvit.data.resample import normalize
 from sslvit.data.views import Views
-from sslvit.figures import palette_picture
+from sslvit.figures import plot_palette
 from sslvit.files import remove_stale_parts, write_atomically, write_error
 from sslvit.palette import (
     LEVELS,
@@ -79,7 +79,7 @@ def make_palette(
     quantized = colors_of(nearest_color(originals, palette), palette)
     for path in (picture, out):
         remove_stale_parts(path)
-    palette_picture(picture, *(((values + 1) / 2).numpy() for values in (palette, originals, quantized)))
+    plot_palette(picture, *(((values + 1) / 2).numpy() for values in (palette, originals, quantized)))
     try:
         write_atomically(out, json.dumps(content) + "\n")
     except BaseException:

@@ -222,35 +222,7 @@ class EpochPlan:
         return [*shards[first:].tolist(), *shards[: last + 1].tolist()]
 
 
-def split_batch(global_batch_size: int, ranks: int, micro_batch_size: int | None) -> tuple[int, int]:
-    """Images per forward pass on one rank, and accumulation steps per optimizer step.
-
-    Raises:
-        ValueError: the ranks or the micro-batch do not divide the batch; the message names what would.
-    """
-    if global_batch_size % ranks:
-        nearest = round(global_batch_size / ranks) * ranks or ranks
-        raise ValueError(
-            f"data.global_batch_size: {global_batch_size} must be a multiple of the number of ranks ({ranks}). "
-            f"Use {nearest} images, or one of {fitting_ranks(global_batch_size, max(2 * ranks, 8))} ranks."
-        )
-    per_rank = global_batch_size // ranks
-    micro = micro_batch_size or per_rank
-    if per_rank % micro:
-        divisors = [n for n in range(1, per_rank + 1) if per_rank % n == 0]
-        raise ValueError(
-            f"train.micro_batch_size: {micro} must divide the {per_rank} images of each rank "
-            f"(global batch {global_batch_size} over {ranks} ranks). Use one of {divisors[-8:]}."
-        )
-    return micro, per_rank // micro
-
-
-def fitting_ranks(global_batch_size: int, max_ranks: int) -> list[int]:
-    """Numbers of ranks, up to `max_ranks`, that share a batch equally."""
-    return [n for n in range(1, min(global_batch_size, max_ranks) + 1) if global_batch_size % n == 0]
-
-
-class EvaluationBatches:
+class EvaluationBatches(Sequence[tuple[np.ndarray, np.ndarray]]):
     """Every sample exactly once over all ranks, in batches of one size and equally many on each: (numbers, valid).
 
     Batch t of rank r holds the samples from (t * ranks + r) * batch_size on. Rows past the end repeat the last sample

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from sslvit.data.decode import Scratch, decode_pixels
-from sslvit.data.header import MAX_PIXELS, BadImage, Header, read_header
+from sslvit.data.header import BadImage, Header, read_header
 from sslvit.data.index import Index
 from sslvit.data.parallel import in_parallel
 from sslvit.data.resample import SMALL_SIDE
 from sslvit.files import REMEDIES, WriteError, printable
+from sslvit.settings.data import MAX_PIXELS
 
 MAX_OPEN_SHARDS = 64  # files kept open per process
 CHUNK_IMAGES = 1024  # images of a small set that a process decodes before it takes others

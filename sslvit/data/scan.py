@@ -23,6 +23,7 @@ from sslvit.data.records import RECORD, sha256_of
 from sslvit.data.schema import check_shard_name
 from sslvit.data.tars import COMPRESSED_TARS, TarMembers, choose_images, compressed_kind
 from sslvit.files import printable
+from sslvit.settings.pack import IndexOptions
 
 logger = logging.getLogger(__name__)
 
@@ -137,22 +138,6 @@ def _compressed_hint(folder: Path) -> str:
         f", but {len(packed)} compressed ones ({printable(packed[0])}, ...), which cannot be read by offset. Unpack "
         f"them once (gunzip), or stream them: --data.shards '{printable(folder / '*.tar.gz')}' --data.stream_samples N"
     )
-
-
-@dataclass
-class IndexOptions:
-    """What only the user knows about shards that others wrote.
-
-    Args:
-        labels: field that holds the class of an image; None for cls, or txt where that holds few names.
-        image: field that holds the image, such as left.jpg, where a key has several.
-        orientation: upright turns images as EXIF says, stored takes their pixels as they lie; None for what an earlier
-            index says, otherwise upright.
-    """
-
-    labels: str | None = None
-    image: str | None = None
-    orientation: str | None = None
 
 
 def index_names(

@@ -11,7 +11,7 @@ import re
 import reprlib
 from collections.abc import Callable, Collection
 from itertools import pairwise
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_origin, get_type_hints
 
 from sslvit.files import printable
 
@@ -127,6 +127,7 @@ def checked_job(content: Any, settings: type) -> dict[str, Any]:
     _names("passed_over", _get(content, "passed_over", "the job"))
     for name, hint in get_type_hints(settings).items():
         value = _get(content, name, "the job")
+        hint = str if get_origin(hint) is Literal else hint
         kinds = (hint, int) if hint is float else hint
         if not isinstance(value, kinds) or (isinstance(value, bool) and hint is not bool):
             raise ValueError(f"{name} is {_brief(value)}, expected {getattr(hint, '__name__', hint)}")

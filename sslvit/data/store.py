@@ -6,14 +6,14 @@ import hashlib
 import io
 import os
 import tarfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from sslvit.data.decode import find_problem
-from sslvit.data.header import MAX_PIXELS, MODES, BadImage, open_image, read_header
+from sslvit.data.header import MODES, BadImage, open_image, read_header
+from sslvit.settings.pack import PackSettings
 
 BLOCK = tarfile.BLOCKSIZE
 FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
@@ -24,52 +24,6 @@ TRANSPOSE = {
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
-
-
-@dataclass
-class PackSettings:
-    """How images become shards.
-
-    Args:
-        shard_mb: size at which a new shard is begun.
-        resize: shorter side of larger images; None leaves all as they are.
-        encode: keep, jpg, png or webp.
-        quality: of jpg and webp.
-        orientation: upright turns images as EXIF says when they are read or resized; stored takes them as they lie.
-        decode: decode every image fully to see whether it is damaged; otherwise only its header and end are looked at.
-        max_pixels: of the largest image that is packed.
-    """
-
-    shard_mb: float = 256
-    resize: int | None = None
-    encode: str = "keep"
-    quality: int = 92
-    orientation: str = "upright"
-    decode: bool = False
-    max_pixels: int = MAX_PIXELS
-
-    def __post_init__(self) -> None:
-        if not 0 < self.shard_mb < 2**20:
-            raise ValueError(f"--shard-mb {self.shard_mb}: must be above 0 (megabytes).")
-        if self.resize is not None and self.resize < 1:
-            raise ValueError(f"--resize {self.resize}: must be 1 or more (pixels).")
-        if self.encode not in ("keep", *FORMATS):
-            raise ValueError(f"--encode {self.encode}: expected one of keep, {', '.join(FORMATS)}.")
-        if not 1 <= self.quality <= 100:
-            raise ValueError(f"--quality {self.quality}: must be in [1, 100].")
-        if self.orientation not in ("upright", "stored"):
-            raise ValueError(f"--orientation {self.orientation}: expected one of upright, stored.")
-        if self.max_pixels < 1:
-            raise ValueError(f"--max-pixels {self.max_pixels}: must be 1 or more.")
-
-    def describe(self) -> str:
-        """What happens to the images, in words; empty for nothing."""
-        if not self.resize and self.encode == "keep":
-            return ""
-        size = f"shorter side at most {self.resize} (bicubic), " if self.resize else ""
-        encoding = "re-encoded in their own format" if self.encode == "keep" else f"encoded as {self.encode}"
-        quality = "" if self.encode == "png" else f", quality {self.quality}"
-        return f"{size}{encoding}{quality}; arrays of other numbers of channels as they are"
 
 
 def store(content: bytes, suffix: str, settings: PackSettings) -> tuple[bytes, str]:

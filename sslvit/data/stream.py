@@ -18,7 +18,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from sslvit import rng
 from sslvit.data.batch import Batch
-from sslvit.data.header import IMAGE_SUFFIXES, MAX_PIXELS, BadImage
+from sslvit.data.header import IMAGE_SUFFIXES, BadImage
 from sslvit.data.index import Shard, common_prefix_length
 from sslvit.data.loader import MAX_KEY, make_batch
 from sslvit.data.reader import MemoryReader
@@ -27,6 +27,7 @@ from sslvit.data.remote import ShardCache
 from sslvit.data.tars import FRAME_NUMBER
 from sslvit.data.views import Views
 from sslvit.files import printable
+from sslvit.settings.data import MAX_PIXELS
 
 logger = logging.getLogger(__name__)
 

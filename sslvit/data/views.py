@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -243,13 +244,7 @@ def canvas_boxes(side: list[float], flip: float) -> BoxSampler:
 def jitter_views(views: list[Tensor], colors: list[Tensor]) -> list[Tensor]:
     """Apply the color changes of every view; neighbors of one size go together."""
     changed: list[Tensor] = []
-    for start, stop in runs_of_one_size(views):
-        together = color_jitter(torch.cat(views[start:stop]), torch.cat(colors[start:stop]))
-        changed += together.chunk(stop - start)
+    for _, pairs in groupby(zip(views, colors, strict=True), key=lambda pair: pair[0].shape):
+        same_size, draws = zip(*pairs, strict=True)
+        changed += color_jitter(torch.cat(same_size), torch.cat(draws)).chunk(len(same_size))
     return changed
-
-
-def runs_of_one_size(views: list[Tensor]) -> list[tuple[int, int]]:
-    """Where neighboring views have one shape: (first, one after the last) of each run."""
-    starts = [i for i, view in enumerate(views) if not i or view.shape != views[i - 1].shape]
-    return list(zip(starts, [*starts[1:], len(views)], strict=True))

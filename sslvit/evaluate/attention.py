@@ -1,4 +1,4 @@
-"""Where an encoder looks, as pictures' worth of numbers."""
+"""Attention maps and distances, receptive fields, and principal components of patches."""
 
 from __future__ import annotations
 
@@ -14,26 +14,30 @@ from sslvit.models import ViTEncoder
 
 @torch.no_grad()
 def class_attention(encoder: ViTEncoder, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b heads rows cols"]:
-    """How much the class token takes from each patch in the last block, per head (DINO, figure 1).
+    """Attention weights of the class token to each patch in the last block, per head (DINO, figure 1).
 
     Raises:
         ValueError: the encoder has no class token.
     """
     if not encoder.settings.class_token:
         raise ValueError("attention of the class token: this encoder has none (encoder.class_token: false).")
-    last = len(encoder.blocks)  # image by image: of 't t' weights only one row is kept
-    weights = torch.cat([encoder.attention(image[None], last)[:, :, 0, encoder.prefix :] for image in images])
+    rows_of_class = []
+    for image in images:  # one by one: of 't t' weights only one row is kept
+        (last,) = encoder.intermediates(image[None], [len(encoder.blocks)], attention=True)
+        assert last.attention is not None
+        rows_of_class.append(last.attention[:, :, 0, encoder.prefix :])
+    weights = torch.cat(rows_of_class)
     rows, columns = encoder.settings.grid_of(*images.shape[2:])
     return rearrange(weights, "b heads (rows cols) -> b heads rows cols", rows=rows, cols=columns)
 
 
-def mass_mask(attention: Float[Tensor, "b heads rows cols"], share: float = 0.6) -> Bool[Tensor, "b heads rows cols"]:
-    """The fewest patches that hold a share of each head's attention (DINO, figure 4: 60 %)."""
+def mass_mask(attention: Float[Tensor, "b heads rows cols"], mass: float = 0.6) -> Bool[Tensor, "b heads rows cols"]:
+    """The fewest patches that hold a fraction of each head's attention (DINO, figure 4: 60 %)."""
     flat = attention.flatten(2)
     flat = flat / flat.sum(2, keepdim=True)
-    ordered, places = flat.sort(2, descending=True)
-    is_kept = ordered.cumsum(2) - ordered < share  # until the share is reached, the patch that reaches it included
-    return torch.zeros_like(is_kept).scatter(2, places, is_kept).view(attention.shape)
+    ordered, order = flat.sort(2, descending=True)
+    is_kept = ordered.cumsum(2) - ordered < mass  # up to and including the patch that reaches it
+    return torch.zeros_like(is_kept).scatter(2, order, is_kept).view(attention.shape)
 
 
 @torch.no_grad()
@@ -57,7 +61,7 @@ def patch_colors(encoder: ViTEncoder, images: Float[Tensor, "b c h w"]) -> Float
 def attention_measures(
     encoder: ViTEncoder, images: Float[Tensor, "b c h w"]
 ) -> tuple[Float[Tensor, "layers heads"], Float[Tensor, "layers heads"]]:
-    """How far each head looks, in pixels of the image, and how spread its attention is, in nats.
+    """Mean attention distance of each head, in pixels of the image, and its entropy, in nats.
 
     The distance is that of patch centers, weighted by the attention that a patch pays to patches (ViT, Dosovitskiy
     et al. 2021, figure 7); the entropy is that of a token's whole row. Both are means over tokens and images.
@@ -65,16 +69,15 @@ def attention_measures(
     rows, columns = encoder.settings.grid_of(*images.shape[2:])
     grid = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), 2).flatten(0, 1)
     pixels = torch.cdist(grid.double(), grid.double()).to(images) * encoder.settings.patch  # n n
-    tokens, places = encoder.embed(images)
-    far, spread = [], []
-    for block in encoder.blocks:
-        weights = block.attn.weights(block.norm1(tokens), places).float()  # b heads t t
-        spread.append(-torch.xlogy(weights, weights).sum(3).mean((0, 2)))
+    distances, entropies = [], []
+    for block in encoder.intermediates(images, range(1, len(encoder.blocks) + 1), attention=True):
+        assert block.attention is not None
+        weights = block.attention.float()  # b heads t t
+        entropies.append(-torch.xlogy(weights, weights).sum(3).mean((0, 2)))
         between = weights[:, :, encoder.prefix :, encoder.prefix :]
         between = between / between.sum(3, keepdim=True).clamp(min=1e-12)
-        far.append((between * pixels).sum(3).mean((0, 2)))
-        tokens = block(tokens, places)
-    return torch.stack(far).cpu(), torch.stack(spread).cpu()
+        distances.append((between * pixels).sum(3).mean((0, 2)))
+    return torch.stack(distances).cpu(), torch.stack(entropies).cpu()
 
 
 def receptive_field(
@@ -82,12 +85,12 @@ def receptive_field(
     images: Float[Tensor, "b c h w"],
     seed: int = 0,
 ) -> Float[Tensor, "h w"]:
-    """How much each pixel moves a feature, from 0 to 1: the mean size of its gradient (Luo et al. 2016).
+    """Influence of each pixel on a feature, from 0 to 1: the mean size of its gradient (Luo et al. 2016).
 
     Args:
-        features: images -> the features of one place of a network.
-        images: normalized.
-        seed: of the random direction in feature space whose gradient is taken, one per image.
+        features: maps images to the features at one position of a network.
+        images: normalized images.
+        seed: seed of the random direction in feature space whose gradient is taken, one per image.
     """
     images = images.clone().requires_grad_()
     with torch.enable_grad():

@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from sslvit.evaluate.sources import FeatureTable, LabeledSet, Place, Source
+from sslvit.evaluate.sources import FeatureTable, LabeledSet, Readout, Source
 from sslvit.files import cache_folder, new_file, remove_stale_parts
 from sslvit.settings.views import ViewSettings
 
@@ -27,22 +28,22 @@ FORMAT = 2  # raised when the same key would mean other numbers
 
 
 def key_of(source: Source, data: LabeledSet, view: ViewSettings, batch: int) -> str:
-    """What decides the features: weights and settings, images, view, and what moves their last digits."""
+    """The key of features: weights and settings, images, view, and all else that moves their last digits."""
     settings = asdict(source.settings)
     content = {
         "format": FORMAT, "source": source.fingerprint(), "settings": settings, "shards": data.index.fingerprint(),
-        "chosen": None if data.chosen is None else data.chosen.tolist(), "view": asdict(view), "batch": batch,
+        "chosen": None if data.subset is None else data.subset.tolist(), "view": asdict(view), "batch": batch,
         "device": source.device.type,
     }  # fmt: skip
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
 class FeatureCache:
-    """A folder of features, kept within a size; the longest unused go first. Files of others in it are left alone.
+    """A folder of features, kept below a size; the least recently used go first. Foreign files are left alone.
 
     Args:
-        folder: made when something is put there.
-        limit_gb: size of the folder.
+        folder: the folder, which is made when something is put there.
+        limit_gb: largest size of the folder.
     """
 
     def __init__(self, folder: str | Path, limit_gb: float = 20.0) -> None:
@@ -50,13 +51,13 @@ class FeatureCache:
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"--cache {folder}: not a folder. Give one, or none.")
 
-    def find(self, key: str, places: Sequence[Place], samples: np.ndarray) -> FeatureTable | None:
-        """Those of the places that are there, or None if none is; a damaged file counts as not there.
+    def find(self, key: str, readouts: Sequence[Readout], samples: np.ndarray) -> FeatureTable | None:
+        """The cached ones of some readouts, or None if none is there; a damaged file counts as not there.
 
         Args:
             key: see `key_of`.
-            places: that are wanted.
-            samples: numbers of the images that the table must be of, in this order.
+            readouts: the readouts wanted.
+            samples: sample numbers that the table must have, in this order.
         """
         try:
             rows = load_file(self.folder / key / "rows.safetensors")
@@ -66,25 +67,25 @@ class FeatureCache:
         if not np.array_equal(found.numpy(), samples) or len(labels) != len(samples):
             return None
         columns = {}
-        for place in places:
+        for readout in readouts:
             try:
-                values = load_file(self.folder / key / _name(place))["values"]
+                values = load_file(self.folder / key / _name(readout))["values"]
             except (OSError, SafetensorError, KeyError):
                 continue
             if len(values) == len(labels):
-                columns[place] = values
+                columns[readout] = values
         with suppress(OSError):  # another process may have made room
             os.utime(self.folder / key)
         return FeatureTable(columns, labels, found) if columns else None
 
     def put(self, key: str, table: FeatureTable) -> None:
-        """Keep a table beside what is there under its key. A full disk or a read-only folder is no error."""
+        """Store a table beside what its key already has. A full disk or a read-only folder is no error."""
         folder = self.folder / key
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _write({"labels": table.labels, "samples": table.samples}, folder / "rows.safetensors")
-            for place, values in table.columns.items():
-                _write({"values": values.contiguous()}, folder / _name(place))
+            for readout, values in table.columns.items():
+                _write({"values": values.contiguous()}, folder / _name(readout))
             os.utime(folder)
             self._shrink(folder)
         except OSError as error:
@@ -103,17 +104,17 @@ class FeatureCache:
 
 
 def _is_ours(entry: Path) -> bool:
-    """Whether a folder was made here: its name is a key, and it holds nothing but tables and parts of them."""
+    """Whether a folder is an entry of a cache: its name is a key, and it holds only tables and parts of them."""
     if not re.fullmatch(r"[0-9a-f]{32}", entry.name) or entry.is_symlink() or not entry.is_dir():
         return False
     return all(re.fullmatch(r"(rows|\d+-[a-z+]+)\.safetensors(\.\d+\.part)?", file.name) for file in entry.iterdir())
 
 
-def _name(place: Place) -> str:
-    return f"{place[0]}-{place[1]}.safetensors"
+def _name(readout: Readout) -> str:
+    return f"{readout[0]}-{readout[1]}.safetensors"
 
 
-def _write(tensors: dict, path: Path) -> None:
+def _write(tensors: dict[str, Tensor], path: Path) -> None:
     remove_stale_parts(path)
     with new_file(path, sync=False) as part:  # what a power cut damages counts as not there
         save_file(tensors, part)

@@ -1,4 +1,4 @@
-"""A trained classifier -> right answers."""
+"""A trained classifier -> top-1 and top-5 accuracy."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ import torch
 from torch import Tensor
 
 from sslvit.data.loader import evaluation_loader, normalized_view
+from sslvit.evaluate.features import labels_of
 from sslvit.evaluate.sources import LabeledSet, NoScore
 from sslvit.ranks import all_gather, all_reduce_sum, rank, said_by_all, world_size
 from sslvit.settings import EncoderSettings
 
-FIRST = 5  # answers that count for the second measure
+TOP_K = 5
 
 
 @dataclass
 class Accuracy:
-    """Of the readable images of a data set, each counted once on any number of ranks.
+    """Accuracy on the readable images of a data set, each counted once on any number of ranks.
 
     Args:
-        top1: share of right answers, in percent.
-        top5: share of images with the right answer among the five likeliest; None for five classes or fewer.
-        images: how many.
-        unreadable: how many others were left out.
+        top1: top-1 accuracy in percent.
+        top5: top-5 accuracy in percent; None for five classes or fewer.
+        images: number of images.
+        unreadable: number of images that were left out.
     """
 
     top1: float
@@ -38,30 +39,32 @@ def accuracy(
     logits_of: Callable[[Tensor], Tensor], data: LabeledSet, settings: EncoderSettings, device: torch.device,
     batch: int = 256, workers: int = 0,
 ) -> Accuracy:  # fmt: skip
-    """Right answers on the encoder's center views.
+    """Accuracy of a classifier on the encoder's center views.
 
     Args:
-        logits_of: normalized images 'b c h w' -> 'b classes'.
+        logits_of: maps normalized images 'b c h w' to logits 'b classes'.
         data: labeled images.
-        settings: how images reach the encoder.
-        device: that computes.
-        batch: images per forward pass and rank.
-        workers: loader processes.
+        settings: settings of the encoder, which say how images reach it.
+        device: device of the classifier.
+        batch: number of images per forward pass and rank.
+        workers: number of loader processes.
 
     Raises:
-        NoScore: too many images cannot be read, or logits that are not finite.
+        NoScore: too many images cannot be read, or logits are not finite.
     """
-    loader = evaluation_loader(data.reader, settings, batch, workers, rank(), world_size(), subset=data.chosen)
-    counts = torch.zeros(3, dtype=torch.long)  # right, right among the first, images
-    classes = len(data.index.classes)
-    samples, bad, is_finite = [], {}, True
+    loader = evaluation_loader(data.reader, settings, batch, workers, rank(), world_size(), subset=data.subset)
+    counts = torch.zeros(3, dtype=torch.long)  # right, right among the first k, images
+    classes = len(data.classes)
+    samples: list[Tensor] = []
+    bad: dict[str, str] = {}
+    is_finite = True
     for piece in loader:
         logits = logits_of(normalized_view(piece, settings, device)).float().cpu()
         is_finite &= bool(logits[piece.valid].isfinite().all())
         samples.append(all_gather(piece.samples)[all_gather(piece.valid)])
         bad |= piece.unreadable
-        likeliest = logits.topk(min(FIRST, classes), dim=1).indices[piece.valid]
-        is_right = likeliest == piece.labels[piece.valid][:, None]
+        likeliest = logits.topk(min(TOP_K, classes), dim=1).indices[piece.valid]
+        is_right = likeliest == labels_of(piece)[piece.valid][:, None]
         counts += torch.tensor([is_right[:, 0].sum(), is_right.any(1).sum(), len(is_right)])
     data.account_for(torch.cat(samples), bad)
     if not all(said_by_all(is_finite)):
@@ -69,5 +72,5 @@ def accuracy(
             f"the classifier's logits are not finite on {data.index.location}: the weights are broken. Has the run "
             "diverged (health.json)?"
         )
-    right, near, images = all_reduce_sum(counts).tolist()
-    return Accuracy(100 * right / images, 100 * near / images if classes > FIRST else None, images, data.unreadable)
+    top1, top5, images = all_reduce_sum(counts).tolist()
+    return Accuracy(100 * top1 / images, 100 * top5 / images if classes > TOP_K else None, images, data.unreadable)

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-MOST_PAIRED = 4096  # images of which every pair is compared
+MAX_PAIRED = 4096  # images whose pairs are all compared
 
 
 def feature_std(features: Float[Tensor, "b d"]) -> float:
-    """Deviation over images per channel, averaged; features are scaled to a mean square of one first.
+    """Standard deviation over images, averaged over channels, of features scaled to a mean square of one.
 
     0 where all images have the same features; 1 where channels are independent of each other and centered.
     """
@@ -22,7 +22,7 @@ def feature_std(features: Float[Tensor, "b d"]) -> float:
 
 
 def rankme(features: Float[Tensor, "b d"]) -> float:
-    """Effective rank: the exponential of the entropy of the singular values' shares (Garrido et al. 2023, section 3).
+    """Effective rank: exponential of the entropy of the normalized singular values (Garrido et al. 2023, section 3).
 
     Between 1 (all features on one line) and the smaller of images and channels. Compare it only between equally
     many images. NaN where a feature is not finite.
@@ -30,8 +30,8 @@ def rankme(features: Float[Tensor, "b d"]) -> float:
     if not features.isfinite().all():
         return float("nan")
     values = torch.linalg.svdvals(features)
-    shares = values / values.sum().clamp(min=1e-12) + 1e-7
-    return float(torch.exp(-(shares * shares.log()).sum()))
+    probs = values / values.sum().clamp(min=1e-12) + 1e-7
+    return float(torch.exp(-(probs * probs.log()).sum()))
 
 
 def label_free(features: Float[Tensor, "b d"]) -> dict[str, float]:
@@ -47,21 +47,20 @@ def label_free(features: Float[Tensor, "b d"]) -> dict[str, float]:
 def alpha_of_spectrum(features: Float[Tensor, "b d"]) -> float:
     """Decay alpha of the covariance's eigenvalues, i ** -alpha (Agrawal et al. 2022): near 1 in good representations.
 
-    Fitted by least squares on log-log axes between the 10th part of the eigenvalues and the place where they have
+    Fitted by least squares on log-log axes between the first tenth of the eigenvalues and the point where they have
     fallen to a millionth. NaN with fewer than three such eigenvalues.
     """
     if not features.isfinite().all():
         return float("nan")
     centered = features.double() - features.double().mean(0)
-    spread = torch.linalg.svdvals(centered).square()
-    spread = spread[spread > 1e-6 * spread[0]] if len(spread) and spread[0] > 0 else spread[:0]
-    first = max(1, min(len(spread) // 10, 10))
-    if len(spread) - first < 2:
+    values = torch.linalg.svdvals(centered).square()
+    values = values[values > 1e-6 * values[0]] if len(values) and values[0] > 0 else values[:0]
+    first = max(1, min(len(values) // 10, 10))
+    if len(values) - first < 2:
         return float("nan")
-    place = torch.arange(first + 1, len(spread) + 1, dtype=spread.dtype, device=spread.device).log()
-    height = spread[first:].log()
-    place = place - place.mean()
-    return float(-(place * height).sum() / place.square().sum())
+    log_index = torch.arange(first + 1, len(values) + 1, dtype=values.dtype, device=values.device).log()
+    log_index = log_index - log_index.mean()
+    return float(-(log_index * values[first:].log()).sum() / log_index.square().sum())
 
 
 def alignment(one: Float[Tensor, "b d"], other: Float[Tensor, "b d"]) -> float:
@@ -72,16 +71,16 @@ def alignment(one: Float[Tensor, "b d"], other: Float[Tensor, "b d"]) -> float:
 def uniformity(features: Float[Tensor, "b d"]) -> float:
     """log of the mean of exp(-2 distance^2) over pairs on the unit sphere (Wang and Isola 2020): 0 where all are alike.
 
-    The lower, the more evenly the images are spread. Of many images some 4,096 are paired, evenly spread.
+    The lower, the more evenly the features cover the sphere. Of more than 4,096 images an evenly spaced subset is used.
     """
     if len(features) < 2:
         return float("nan")
-    some = features[:: -(-len(features) // MOST_PAIRED)]
+    some = features[:: -(-len(features) // MAX_PAIRED)]
     unit = F.normalize(some.double(), dim=1)
     distances = torch.pdist(unit).square()
     return float((-2 * distances).exp().mean().log())
 
 
-def largest_share(choices: Int[Tensor, "b"]) -> float:
-    """Share of the images that chose what most of them chose: 1 where all chose the same."""
+def largest_fraction(choices: Int[Tensor, "b"]) -> float:
+    """Fraction of the images that made the most frequent choice: 1 where all chose the same."""
     return float(choices.bincount().max() / len(choices))

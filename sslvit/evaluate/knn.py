@@ -16,14 +16,14 @@ BANK_AT_ONCE = 131_072  # training images: half a gigabyte of similarities
 def knn_votes(
     train: Features, queries: Float[Tensor, "m d"], classes: int, neighbors: int = 20, temperature: float = 0.07
 ) -> Float[Tensor, "m classes"]:
-    """For each query the sum of exp(cosine / temperature) of its nearest neighbors, class by class.
+    """For each query and class, the sum of exp(cosine / temperature) over its nearest neighbors of that class.
 
     Args:
         train: labeled features.
         queries: features to classify.
         classes: number of classes.
-        neighbors: k; at most as many as there are training images.
-        temperature: small values let the nearest decide.
+        neighbors: k; at most the number of training images.
+        temperature: temperature of the votes; small values let the nearest neighbor decide.
     """
     bank = F.normalize(train.values, dim=1)
     chunks = F.normalize(queries, dim=1).split(QUERIES_AT_ONCE)
@@ -38,12 +38,12 @@ def knn_votes(
 def knn_accuracies(
     train: Features, val: Features, classes: int, neighbors: list[int], temperature: float, device: str = "cpu"
 ) -> dict[int, float]:
-    """Share of right answers in percent for each k, from one search."""
-    bank, known = F.normalize(train.values.to(device), dim=1), train.labels.to(device)
+    """Top-1 accuracy in percent for each k, from one search."""
+    bank, bank_labels = F.normalize(train.values.to(device), dim=1), train.labels.to(device)
     right = dict.fromkeys(neighbors, 0)
     rows = zip(val.values.split(QUERIES_AT_ONCE), val.labels.split(QUERIES_AT_ONCE), strict=True)
     for values, labels in rows:
-        similarity, found = nearest(F.normalize(values.to(device), dim=1), bank, known, max(neighbors))
+        similarity, found = nearest(F.normalize(values.to(device), dim=1), bank, bank_labels, max(neighbors))
         for k in neighbors:
             guesses = votes(similarity[:, :k], found[:, :k], classes, temperature).argmax(1)
             right[k] += int((guesses == labels.to(device)).sum())
@@ -54,17 +54,16 @@ def nearest(
     queries: Float[Tensor, "m d"], bank: Float[Tensor, "n d"], labels: Int[Tensor, "n"], neighbors: int
 ) -> tuple[Float[Tensor, "m k"], Int[Tensor, "m k"]]:
     """Similarities and labels of each query's nearest rows of the bank, nearest first."""
-    best, found = None, None
-    for start in range(0, len(bank), BANK_AT_ONCE):
-        part = bank[start : start + BANK_AT_ONCE]
-        similarity, place = (queries @ part.T).topk(min(neighbors, len(part)), dim=1)
-        named = labels[start : start + BANK_AT_ONCE][place]
-        if best is not None:
-            similarity, named = torch.cat([best, similarity], 1), torch.cat([found, named], 1)
-            similarity, place = similarity.topk(min(neighbors, similarity.shape[1]), dim=1)
-            named = named.gather(1, place)
-        best, found = similarity, named
-    return best, found
+    best = queries.new_empty(len(queries), 0)
+    best_labels = labels.new_empty(len(queries), 0)
+    for rows, row_labels in zip(bank.split(BANK_AT_ONCE), labels.split(BANK_AT_ONCE), strict=True):
+        similarity, index = (queries @ rows.T).topk(min(neighbors, len(rows)), dim=1)
+        is_first = not best.shape[1]
+        best, best_labels = torch.cat([best, similarity], 1), torch.cat([best_labels, row_labels[index]], 1)
+        if not is_first:
+            best, index = best.topk(min(neighbors, best.shape[1]), dim=1)
+            best_labels = best_labels.gather(1, index)
+    return best, best_labels
 
 
 def votes(

@@ -1,4 +1,4 @@
-"""What features are worth without labels, beside the same network untrained and raw pixels."""
+"""Measures that need no labels, of an encoder beside the same network untrained and raw pixels."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from sslvit.data.open import check_present
-from sslvit.evaluate.features import Pass
+from sslvit.evaluate.features import FeatureExtractor
 from sslvit.evaluate.health import alignment, label_free
 from sslvit.evaluate.probe import untrained
 from sslvit.evaluate.sources import FrozenEncoder, LabeledSet, RawPixels, Source
@@ -24,13 +24,13 @@ def measure_health(
     """Rows (raw pixels, untrained encoder, encoder) of RankMe, deviation, spectrum, uniformity and alignment.
 
     Args:
-        encoder: that is measured, on its device.
+        encoder: the encoder, on its device.
         data: the images, with labels or without.
-        layer: block; None for the encoder's own choice.
-        pooling: of its tokens; None for the encoder's own choice.
-        batch: images per forward pass.
-        workers: loader processes.
-        seed: of the crops and the untrained weights.
+        layer: number of the block; None for the encoder's own choice.
+        pooling: pooling of its tokens; None for the encoder's own choice.
+        batch: number of images per forward pass.
+        workers: number of loader processes.
+        seed: seed of the crops and the untrained weights.
     """
     check_present(data.index, 0.0)
     sources: dict[str, Source] = {
@@ -39,27 +39,28 @@ def measure_health(
         "encoder": FrozenEncoder(encoder),
     }
     return {
-        row: measures_of(source, data, Pass(batch, workers), layer, pooling, seed) for row, source in sources.items()
+        row: measures_of(source, data, FeatureExtractor(batch, workers), layer, pooling, seed)
+        for row, source in sources.items()
     }
 
 
 def measures_of(
     source: Source,
     data: LabeledSet,
-    reading: Pass,
+    extractor: FeatureExtractor,
     layer: int | None = None,
     pooling: str | None = None,
     seed: int = 0,
 ) -> dict[str, float]:
     """All measures of one source; empty on ranks other than the first."""
-    places = source.places(layer, 1, pooling)
-    features = reading.features(source, data, places).at(places).values
-    pair = [reading.run(source, data, places, replace(PAIR), epoch, seed).at(places).values for epoch in (0, 1)]
+    readouts = source.readouts(layer, 1, pooling)
+    features = extractor.features(source, data, readouts).at(readouts).values
+    pair = [extractor.run(source, data, readouts, replace(PAIR), epoch, seed).at(readouts).values for epoch in (0, 1)]
     if not len(features):
         return {}
     return label_free(features) | {"alignment": alignment(*pair)}
 
 
-def spread(images: int, most: int) -> np.ndarray:
-    """Numbers of at most so many samples, evenly spread over a data set."""
-    return np.unique(np.linspace(0, images - 1, min(images, most)).astype(int))
+def evenly_spaced(images: int, limit: int) -> np.ndarray:
+    """Sample numbers of at most `limit` images, evenly spaced over a data set."""
+    return np.unique(np.linspace(0, images - 1, min(images, limit)).astype(int))

@@ -1,19 +1,20 @@
-"""One encoder, probed block by block: where in its depth the knowledge lies."""
+"""One encoder, probed block by block."""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from sslvit.environment import pick_device
 from sslvit.evaluate.cache import FeatureCache
-from sslvit.evaluate.features import Pass
-from sslvit.evaluate.probe import LINEAR, ProbeTable, describe, open_labeled, score, untrained
-from sslvit.evaluate.protocols import Bench
-from sslvit.evaluate.scores import Draws, format_table
+from sslvit.evaluate.features import FeatureExtractor
+from sslvit.evaluate.probe import HELD_OUT_ACCURACY, LINEAR, ProbeTable, describe, open_labeled, score, untrained
+from sslvit.evaluate.protocols import ProbeContext
+from sslvit.evaluate.scores import Scores, format_table
 from sslvit.evaluate.sources import FrozenEncoder, LabeledSet, RawPixels, Source
-from sslvit.figures import curves
+from sslvit.figures import plot_curves
 from sslvit.models import ViTEncoder
 from sslvit.ranks import is_first_rank
 from sslvit.settings import LogregSettings, ProbeSettings
@@ -25,12 +26,12 @@ HELD_OUT = "held-out training images"
 
 @dataclass
 class LayerTable(ProbeTable):
-    """Scores in percent of each block.
+    """A table of scores in percent of each block.
 
     Args:
-        draws: "layer 3", "untrained, layer 3", "raw pixels" -> column -> scores.
+        scores: "layer 3", "untrained, layer 3", "raw pixels" -> column -> scores.
         about: what a reader needs to quote them.
-        best: the block with the best linear probe on training images held out; the reported images choose nothing.
+        best: the block with the best linear probe on held-out training images; the reported images select nothing.
         last: the deepest block that was probed.
     """
 
@@ -38,21 +39,22 @@ class LayerTable(ProbeTable):
     last: int
 
     def text(self) -> str:
-        """The table for a terminal, and the best layer in words."""
+        """The table for a terminal, with the best layer below it."""
         scores = {number: self.rows[f"layer {number}"][LINEAR] for number in (self.best, self.last)}
         return (
-            f"Right answers in percent on {self.about['val_images']:,} images of {self.about['val']}\n\n"
-            f"{format_table(self.draws)}\n\n"
+            f"Top-1 accuracy (%) on {self.about['val_images']:,} images of {self.about['val']}\n\n"
+            f"{format_table(self.scores)}\n\n"
             f"best layer, by {HELD_OUT}: {self.best} (linear {scores[self.best]:.1f}; "
             f"the last probed, {self.last}: {scores[self.last]:.1f})"
         )
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
+        """The table as it is written to JSON."""
         return super().as_dict() | {"best": self.best, "last": self.last}
 
 
 def layer_numbers(text: str, depth: int) -> list[int]:
-    """ "all" or "1,4,8" -> numbers of blocks, from 1.
+    """Numbers of blocks, counted from 1, from "all" or "1,4,8".
 
     Raises:
         ValueError: neither of them, or blocks that the encoder does not have.
@@ -72,12 +74,12 @@ def probe_layers(encoder: ViTEncoder, settings: ProbeSettings, numbers: list[int
     """Score blocks of one encoder, from one pass over each data set.
 
     Args:
-        encoder: what is probed.
+        encoder: the encoder.
         settings: data and probes.
-        numbers: of the blocks, from 1.
+        numbers: numbers of the blocks, counted from 1.
 
     Raises:
-        ValueError: a protocol that does not hold out training images to choose by.
+        ValueError: the protocol does not hold out training images to select by.
     """
     if not isinstance(settings.protocol, LogregSettings):
         raise ValueError("--layers: the best layer is chosen by logistic regression. Leave out --protocol.")
@@ -88,42 +90,44 @@ def probe_layers(encoder: ViTEncoder, settings: ProbeSettings, numbers: list[int
     limit = settings.max_unreadable_fraction
     train, val = (LabeledSet(index, encoder.settings.channels, None, limit) for index in indices)
     cache = FeatureCache(settings.cache, settings.cache_gb) if settings.cache else None
-    reading = Pass(settings.batch, settings.workers, cache)
+    extractor = FeatureExtractor(settings.batch, settings.workers, cache)
     sources: dict[str, Source] = {"layer {}": FrozenEncoder(encoder.to(device))}
     if settings.baselines:
         sources["untrained, layer {}"] = FrozenEncoder(untrained(encoder, settings.seed))
         sources["raw pixels"] = RawPixels(encoder.settings)
-    draws: Draws = {}
+    table: Scores = {}
     for name, source in sources.items():
-        bench = Bench(source, train, val, len(indices[0].classes), reading, device)
-        asked = numbers if "{}" in name else numbers[-1:]
-        places = [place for number in asked for place in source.places(number, settings.blocks, settings.pooling)]
+        context = ProbeContext(source, train, val, extractor, device)
+        probed = numbers if "{}" in name else numbers[-1:]
+        readouts = [
+            readout for number in probed for readout in source.readouts(number, settings.blocks, settings.pooling)
+        ]
         for data in (train, val):
-            reading.features(source, data, list(dict.fromkeys(places)))  # all blocks in one pass
-        for number in asked:
+            extractor.features(source, data, list(dict.fromkeys(readouts)))  # all blocks in one pass
+        for number in probed:
             row = name.format(number)
             logger.info(f"probing {row}")
-            draws[row] = _scores(bench, replace(settings, layer=number))
+            table[row] = _scores(context, replace(settings, layer=number))
     if not is_first_rank():
-        return LayerTable(draws, {}, numbers[0], numbers[-1])
-    best = max(numbers, key=lambda number: draws[f"layer {number}"][HELD_OUT][0])
-    about = describe(bench, settings, {}) | {
+        return LayerTable(table, {}, numbers[0], numbers[-1])
+    best = max(numbers, key=lambda number: table[f"layer {number}"][HELD_OUT][0])
+    about = describe(context, settings, {}) | {
         "pooling": settings.pooling or encoder.settings.pooling, "norm": encoder.settings.feature_norm
     }  # fmt: skip
-    return LayerTable(draws, about, best, numbers[-1])
+    return LayerTable(table, about, best, numbers[-1])
 
 
-def draw_layers(table: LayerTable, numbers: list[int], path: str | Path) -> Path:
-    """The linear probe against depth, the best layer marked."""
+def plot_layers(table: LayerTable, numbers: list[int], path: str | Path) -> Path:
+    """Plot the linear probe against depth, with the best layer marked."""
     lines = {"trained": (numbers, [table.rows[f"layer {number}"][LINEAR] for number in numbers])}
     if "raw pixels" in table.rows:
         lines["untrained"] = (numbers, [table.rows[f"untrained, layer {number}"][LINEAR] for number in numbers])
         lines["raw pixels"] = (numbers, [table.rows["raw pixels"][LINEAR]] * len(numbers))
     mark = (table.best, f"best on {HELD_OUT}")
-    return curves(path, lines, "block", "linear probe, right answers in %", mark=mark)
+    return plot_curves(path, lines, "block", "linear probe, top-1 accuracy (%)", mark=mark)
 
 
-def _scores(bench: Bench, settings: ProbeSettings) -> dict[str, list[float]]:
-    scores, about = score(bench, settings, settings.seed)
-    held_out = about["linear"]["right answers on training images held out"] if scores else 0.0
+def _scores(context: ProbeContext, settings: ProbeSettings) -> dict[str, list[float]]:
+    scores, about = score(context, settings, settings.seed)
+    held_out = about["linear"][HELD_OUT_ACCURACY] if scores else 0.0
     return {HELD_OUT: [held_out], **scores}

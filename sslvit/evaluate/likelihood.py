@@ -1,4 +1,4 @@
-"""How well pixels are predicted, in nats: a model beside what counting alone gives."""
+"""Negative log-likelihood of pixels, in nats: a model beside unigram and n-gram baselines."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor
 
 from sslvit.data.loader import evaluation_loader, normalized_view
 from sslvit.evaluate.sources import LabeledSet
+from sslvit.models.igpt import IGPTModel, pixel_nll
 from sslvit.progress import track
-from sslvit.tasks.igpt import IGPT, pixel_nll
 
-HELD_OUT = 10  # every tenth training image tunes the table of neighbors
-MOST_TUNED = 1_000  # of them
-FEWEST = 10  # images to count on
+HELD_OUT_EVERY = 10  # one of so many training images tunes the n-gram's smoothing
+MAX_TUNING_IMAGES = 1_000
+MIN_IMAGES = 10  # for the counts
 DISCOUNTS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9)
-LEFT_SHARES = (0.3, 0.4, 0.5, 0.6, 0.7)
+LEFT_WEIGHTS = (0.3, 0.4, 0.5, 0.6, 0.7)
 
 
 @dataclass
@@ -28,12 +28,12 @@ class Counts:
     """How often each color followed each context.
 
     Args:
-        keys: context x colors + color, sorted, those that occurred.
-        counts: of each key.
-        contexts: sorted, those that occurred.
-        totals: of each context.
-        distinct: different colors that followed each context.
-        colors: of the palette.
+        keys: context x colors + color of the pairs that occurred, sorted.
+        counts: count of each key.
+        contexts: contexts that occurred, sorted.
+        totals: count of each context.
+        distinct: number of different colors that followed each context.
+        colors: number of colors in the palette.
     """
 
     keys: np.ndarray
@@ -44,62 +44,64 @@ class Counts:
     colors: int
 
     @classmethod
-    def of(cls, context: np.ndarray, color: np.ndarray, colors: int) -> Counts:
+    def from_pairs(cls, context: np.ndarray, color: np.ndarray, colors: int) -> Counts:
+        """Count the colors that follow each context."""
         keys, counts = np.unique(context * colors + color, return_counts=True)
         contexts, first = np.unique(keys // colors, return_index=True)
         return cls(keys, counts, contexts, np.add.reduceat(counts, first), np.diff([*first, len(keys)]), colors)
 
-    def look_up(self, context: np.ndarray, color: np.ndarray) -> Found:
-        """What is known of each place's context and color."""
-        at = _find(self.keys, context * self.colors + color)
-        seen = np.where(at >= 0, self.counts[at], 0)
-        at = _find(self.contexts, context)
-        return Found(seen, np.where(at >= 0, self.totals[at], 0), np.where(at >= 0, self.distinct[at], 0))
+    def look_up(self, context: np.ndarray, color: np.ndarray) -> PixelCounts:
+        """The counts of each pixel's context and color."""
+        index = _find(self.keys, context * self.colors + color)
+        counts = np.where(index >= 0, self.counts[index], 0)
+        index = _find(self.contexts, context)
+        totals, distinct = (np.where(index >= 0, values[index], 0) for values in (self.totals, self.distinct))
+        return PixelCounts(counts, totals, distinct)
 
 
 @dataclass
-class Found:
-    """Counts at some places.
+class PixelCounts:
+    """Counts for some pixels.
 
     Args:
-        seen: how often the place's color followed its context.
-        totals: how often any did.
-        distinct: how many different ones did.
+        counts: how often the pixel's color followed its context.
+        totals: how often any color did.
+        distinct: how many different colors did.
     """
 
-    seen: np.ndarray
+    counts: np.ndarray
     totals: np.ndarray
     distinct: np.ndarray
 
-    def shares(self, discount: float, lower: np.ndarray) -> np.ndarray:
+    def probs(self, discount: float, lower: np.ndarray) -> np.ndarray:
         """p(color | context) by absolute discounting (Ney et al. 1994).
 
         Args:
-            discount: taken off each count; what is taken goes to the lower estimate.
-            lower: p(color) with less context.
+            discount: subtracted from each count, in favor of the lower-order estimate.
+            lower: lower-order estimate, p(color) with less context.
         """
         totals = np.maximum(self.totals, 1)
-        known = np.maximum(self.seen - discount, 0) / totals + discount * self.distinct / totals * lower
-        return np.where(self.totals > 0, known, lower)
+        probs = np.maximum(self.counts - discount, 0) / totals + discount * self.distinct / totals * lower
+        return np.where(self.totals > 0, probs, lower)
 
 
-class NeighborTable:
-    """p(color | left neighbor, upper neighbor), counted on images.
+class NGramTable:
+    """An n-gram model p(color | left neighbor, upper neighbor), counted on images.
 
-    Backs off to a mixture of p(color | left) and p(color | upper), each of which backs off to p(color) with one
-    added to each count. Beyond the edge lies a color of its own.
+    Backs off to a mixture of p(color | left) and p(color | upper), each of which backs off to the unigram p(color) with
+    one added to each count. Neighbors beyond the edge have a color of their own.
 
     Args:
         images: palette indices, 'b h w'.
-        colors: of the palette.
+        colors: number of colors in the palette.
     """
 
     def __init__(self, images: np.ndarray, colors: int) -> None:
         self.colors = colors
         left, upper, color = self.contexts_of(images)
-        self.alone = (np.bincount(color, minlength=colors) + 1) / (len(color) + colors)
-        self.by_left, self.by_upper = Counts.of(left, color, colors), Counts.of(upper, color, colors)
-        self.by_both = Counts.of(left * (colors + 1) + upper, color, colors)
+        self.unigram = (np.bincount(color, minlength=colors) + 1) / (len(color) + colors)
+        self.by_left, self.by_upper = Counts.from_pairs(left, color, colors), Counts.from_pairs(upper, color, colors)
+        self.by_both = Counts.from_pairs(left * (colors + 1) + upper, color, colors)
 
     def contexts_of(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Left neighbor, upper neighbor and color of every pixel."""
@@ -111,91 +113,93 @@ class NeighborTable:
 
         Args:
             images: palette indices, 'b h w'.
-            trials: discount of the counts with one neighbor, of those with two, and the left neighbor's weight.
+            trials: discount of counts with one neighbor, discount of counts with two, weight of the left neighbor.
         """
         left, upper, color = self.contexts_of(images)
-        alone = self.alone[color]
+        unigram = self.unigram[color]
         by_left, by_upper = self.by_left.look_up(left, color), self.by_upper.look_up(upper, color)
         by_both = self.by_both.look_up(left * (self.colors + 1) + upper, color)
         nats = []
-        for single, both, left_share in trials:
-            mixed = left_share * by_left.shares(single, alone) + (1 - left_share) * by_upper.shares(single, alone)
-            nats.append(float(-np.log(by_both.shares(both, mixed)).mean()))
+        for single, both, left_weight in trials:
+            mixed = left_weight * by_left.probs(single, unigram) + (1 - left_weight) * by_upper.probs(single, unigram)
+            nats.append(float(-np.log(by_both.probs(both, mixed)).mean()))
         return nats
 
 
-def neighbor_nats(train: np.ndarray, val: np.ndarray, colors: int) -> float:
-    """Nats per pixel of `val` by a table counted on `train`, its smoothing chosen on some training images."""
-    return NeighborTable(train, colors).nats(val, [tune_smoothing(train, colors)])[0]
+def ngram_nats(train: np.ndarray, val: np.ndarray, colors: int) -> float:
+    """Nats per pixel of `val` by an n-gram of `train`, its smoothing tuned on held-out training images."""
+    return NGramTable(train, colors).nats(val, [tune_smoothing(train, colors)])[0]
 
 
 def tune_smoothing(images: np.ndarray, colors: int) -> tuple[float, float, float]:
-    """The smoothing that is best on every tenth image for a table counted on the others."""
-    is_held = np.arange(len(images)) % HELD_OUT == 0
-    trials = list(itertools.product(DISCOUNTS, DISCOUNTS, LEFT_SHARES))
-    nats = NeighborTable(images[~is_held], colors).nats(images[is_held][:MOST_TUNED], trials)
+    """The smoothing that is best on every tenth image for an n-gram of the others."""
+    is_held_out = np.arange(len(images)) % HELD_OUT_EVERY == 0
+    trials = list(itertools.product(DISCOUNTS, DISCOUNTS, LEFT_WEIGHTS))
+    nats = NGramTable(images[~is_held_out], colors).nats(images[is_held_out][:MAX_TUNING_IMAGES], trials)
     return trials[int(np.argmin(nats))]
 
 
 def unigram_nats(train: np.ndarray, val: np.ndarray, colors: int) -> float:
-    """Nats per pixel of `val` by how often each color is in `train`, one added to each count."""
-    shares = (np.bincount(train.ravel(), minlength=colors) + 1) / (train.size + colors)
-    return float(-np.log(shares[val.ravel()]).mean())
+    """Nats per pixel of `val` by the frequency of each color in `train`, one added to each count."""
+    probs = (np.bincount(train.ravel(), minlength=colors) + 1) / (train.size + colors)
+    return float(-np.log(probs[val.ravel()]).mean())
 
 
 @torch.no_grad()
-def likelihood(task: IGPT, train: LabeledSet, val: LabeledSet, batch: int = 16) -> dict[str, dict[str, float]]:
-    """Nats and bits per pixel of `val`: all colors alike, by counting on `train`, and by the model.
+def likelihood(model: IGPTModel, train: LabeledSet, val: LabeledSet, batch: int = 16) -> dict[str, dict[str, float]]:
+    """Nats and bits per pixel of `val` under a uniform distribution, unigram and n-gram of `train`, and the model.
 
     Args:
-        task: trained, on the device that it shall run on.
-        train: images that are counted; the model should have been trained on the same.
-        val: images that are scored, each seen once, in the middle and at the encoder's size.
-        batch: images per forward pass.
+        model: a trained model, on its device.
+        train: images for the counts; the model should have been trained on the same.
+        val: images that are scored, by one center view each.
+        batch: number of images per forward pass.
 
     Raises:
-        ValueError: too few images to count on, too many that cannot be read, or predictions that are not finite.
+        ValueError: there are too few images for the counts, too many cannot be read, or predictions are not finite.
     """
     if batch < 1:
         raise ValueError(f"--batch {batch}: must be 1 or more.")
-    if len(train.samples) < FEWEST:
+    if len(train.samples) < MIN_IMAGES:
         raise ValueError(
-            f"--train {train.index.location}: {len(train.samples)} images are too few to count on. Give {FEWEST} or "
-            "more."
+            f"--train {train.index.location}: {len(train.samples)} images are too few for the counts. Give "
+            f"{MIN_IMAGES} or more."
         )
-    task.eval()
-    colors = task.head.out_features
-    counted, scored = palette_images(task, train), palette_images(task, val)
+    model.eval()
+    colors = model.head.out_features
+    counted, scored = palette_images(model, train), palette_images(model, val)
     nats = {
-        f"{colors} colors alike": math.log(colors),
-        "how often each color is": unigram_nats(counted, scored, colors),
-        "left and upper neighbor, counted": neighbor_nats(counted, scored, colors),
-        "iGPT": model_nats(task, torch.from_numpy(scored).flatten(1), batch),
+        f"uniform over {colors} colors": math.log(colors),
+        "unigram": unigram_nats(counted, scored, colors),
+        "n-gram of left and upper neighbor": ngram_nats(counted, scored, colors),
+        "iGPT": model_nats(model, torch.from_numpy(scored).flatten(1), batch),
     }
     if not all(math.isfinite(value) for value in nats.values()):
         raise ValueError("the model's predictions are not finite numbers: its training has probably failed.")
     return {name: {"nats per pixel": value, "bits per pixel": value / math.log(2)} for name, value in nats.items()}
 
 
-def model_nats(task: IGPT, colors: Int[Tensor, "b n"], batch: int) -> float:
+def model_nats(model: IGPTModel, colors: Int[Tensor, "b n"], batch: int) -> float:
     """Mean nats per pixel of images given as palette indices."""
-    encoder, total = task.encoder, 0.0
-    device = encoder.patch_embed.palette.device
+    encoder, total = model.encoder, 0.0
+    pixels = encoder.pixel_tokens
     for piece in track(colors.split(batch), "scoring", len(colors), each=batch):
-        piece = piece.long().to(device)
-        images = encoder.patch_embed.images_of(piece, encoder.settings.grid)
-        total += float(pixel_nll(task.head(encoder(images)), piece)) * len(piece)
+        piece = piece.long().to(pixels.palette.device)
+        images = pixels.images_of(piece, encoder.settings.grid)
+        total += float(pixel_nll(model.head(encoder(images)), piece)) * len(piece)
     return total / len(colors)
 
 
-def palette_images(task: IGPT, data: LabeledSet) -> np.ndarray:
+def palette_images(model: IGPTModel, data: LabeledSet) -> np.ndarray:
     """The encoder's view of every readable image as palette indices, 'b h w'."""
-    encoder = task.encoder
-    pixels = encoder.patch_embed
-    loader = evaluation_loader(data.reader, encoder.settings, subset=data.chosen)
-    pieces, samples, bad = [], [], {}
+    encoder = model.encoder
+    pixels = encoder.pixel_tokens
+    loader = evaluation_loader(data.reader, encoder.settings, subset=data.subset)
+    pieces: list[np.ndarray] = []
+    samples: list[Tensor] = []
+    bad: dict[str, str] = {}
     for batch in track(loader, "images into the palette", len(loader) * 256, each=256):
-        indices = pixels.indices(normalized_view(batch, encoder.settings, pixels.palette.device))[batch.valid]
+        indices = pixels.quantize(normalized_view(batch, encoder.settings, pixels.palette.device))[batch.valid]
         pieces.append(indices.cpu().numpy().astype(np.int32).reshape(-1, *encoder.settings.grid))
         samples.append(batch.samples[batch.valid])
         bad |= batch.unreadable
@@ -204,7 +208,6 @@ def palette_images(task: IGPT, data: LabeledSet) -> np.ndarray:
 
 
 def _find(sorted_values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """The place of each wanted value, -1 where it is not there."""
-    at = np.searchsorted(sorted_values, wanted)
-    at = np.minimum(at, len(sorted_values) - 1)
-    return np.where(sorted_values[at] == wanted, at, -1)
+    """The index of each wanted value, -1 where it does not occur."""
+    index = np.minimum(np.searchsorted(sorted_values, wanted), len(sorted_values) - 1)
+    return np.where(sorted_values[index] == wanted, index, -1)

@@ -1,4 +1,4 @@
-"""Linear probe: multinomial logistic regression, its strength chosen without the reported set."""
+"""Linear probe: multinomial logistic regression, its L2 penalty chosen without the reported set."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from sslvit.evaluate.sources import Features
 
 logger = logging.getLogger(__name__)
 
-STRENGTHS = [10.0**exponent for exponent in range(1, -7, -1)]
-FEW = 1_000  # up to this many training images the strength is chosen by 5 folds instead of one held-out fifth
+L2_GRID = [10.0**exponent for exponent in range(1, -7, -1)]
+MAX_CROSS_VALIDATED = 1_000  # up to this many training images l2 is chosen on 5 folds instead of one held-out fifth
 FOLDS = 5
-TRIAL_ITERATIONS = 1000  # in which a strength must be solved to be among those that are compared
-FEWEST_LABELS = 2  # of a class: the strength is chosen on held-out ones
+TRIAL_ITERATIONS = 1000  # an l2 whose problems are not solved in so many is not compared
+MIN_LABELS = 2  # per class: l2 is chosen on held-out ones
 NOT_CONVERGED = "logistic regression: not converged; the score may be a little low"
 
 
@@ -30,66 +30,72 @@ class LinearHead:
     """A standardization and a linear map.
 
     Args:
-        mean: subtracted from features.
-        scale: divides them.
-        weight: (classes, d).
-        bias: (classes,).
-        strength: of the squared penalty on the weight that it was fitted with.
-        held_out: right answers in percent on training images held out, under that strength.
-        weakest: strength that was compared with the others.
+        mean: mean that is subtracted from features.
+        scale: standard deviation that features are divided by.
+        weight: weight of the linear map, (classes, d).
+        bias: bias of the linear map, (classes,).
+        l2: weight of the squared penalty that it was fitted with.
+        held_out: top-1 accuracy in percent on held-out training images, under that penalty.
+        weakest_l2: weakest penalty that was compared with the others.
     """
 
     mean: Tensor
     scale: Tensor
     weight: Tensor
     bias: Tensor
-    strength: float
+    l2: float
     held_out: float
-    weakest: float
+    weakest_l2: float
 
     def logits(self, values: Float[Tensor, "n d"]) -> Float[Tensor, "n classes"]:
+        """Logits of features that are not standardized."""
         return (values.double() - self.mean) / self.scale @ self.weight.T + self.bias
 
     def accuracy(self, features: Features) -> float:
-        """Share of right answers, in percent."""
+        """Top-1 accuracy in percent."""
         return 100 * float((self.logits(features.values).argmax(1) == features.labels).double().mean())
 
 
 def fit_probe(features: Features, classes: int, seed: int = 0, device: str = "cpu") -> LinearHead:
-    """A head on all of `features`, with the strength that was best on parts of them held out.
+    """A head fitted on all of `features`, with the L2 penalty that was best on held-out ones among them.
 
-    The parts are stratified by class and drawn by seed: five folds for up to 1,000 images, else one fifth. Ties go
-    to the lower loss. Strengths so weak that their problems are not solved in a while are not compared: their scores
-    would be those of an unfinished fit. No other data is looked at.
+    They are stratified by class and drawn by seed: five folds for up to 1,000 images, otherwise one fifth. Ties go to
+    the lower loss. Penalties so weak that their problems are not solved in TRIAL_ITERATIONS are not compared: their
+    scores would be those of an unfinished fit. No other data is used.
     """
     values, labels = features.values.to(device).double(), features.labels.to(device)
     mean, scale = values.mean(0), values.std(0, correction=0)
     scale = torch.where(scale > 1e-12, scale, torch.ones_like(scale))  # a constant feature stays zero
     values = (values - mean) / scale
     fold = stratified_folds(features.labels, seed).to(device)
-    is_kept = torch.stack([fold == f for f in range(FOLDS if len(features) <= FEW else 1)])  # folds n
-    tried = torch.tensor(STRENGTHS, dtype=torch.float64, device=device)
-    used = rearrange(~is_kept, "f n -> f 1 n").expand(-1, len(STRENGTHS), -1).flatten(0, 1)
-    weight, bias, is_solved = fit_logistic(values, labels, classes, tried.repeat(len(is_kept)), used, TRIAL_ITERATIONS)
-    compared = solved_in_all(is_solved.view(len(is_kept), -1))
-    right, loss = torch.zeros(2, len(STRENGTHS), dtype=torch.float64)
-    for f, kept in enumerate(is_kept):
-        for i in range(len(STRENGTHS)):
-            problem = f * len(STRENGTHS) + i
-            logits = values[kept] @ weight[problem].T + bias[problem]
-            right[i] += (logits.argmax(1) == labels[kept]).sum().cpu()
-            loss[i] += F.cross_entropy(logits, labels[kept], reduction="sum").cpu()
+    is_held_out = torch.stack(
+        [fold == f for f in range(FOLDS if len(features) <= MAX_CROSS_VALIDATED else 1)]
+    )  # folds n
+    tried = torch.tensor(L2_GRID, dtype=torch.float64, device=device)
+    used = rearrange(~is_held_out, "f n -> f 1 n").expand(-1, len(L2_GRID), -1).flatten(0, 1)
+    weight, bias, is_solved = fit_logistic(
+        values, labels, classes, tried.repeat(len(is_held_out)), used, TRIAL_ITERATIONS
+    )
+    compared = solved_in_all_folds(is_solved.view(len(is_held_out), -1))
+    right, loss = torch.zeros(2, len(L2_GRID), dtype=torch.float64)
+    for f, held_out in enumerate(is_held_out):
+        for i in range(len(L2_GRID)):
+            problem = f * len(L2_GRID) + i
+            logits = values[held_out] @ weight[problem].T + bias[problem]
+            right[i] += (logits.argmax(1) == labels[held_out]).sum().cpu()
+            loss[i] += F.cross_entropy(logits, labels[held_out], reduction="sum").cpu()
     best = min(compared, key=lambda i: (-right[i], loss[i]))
     weight, bias, is_solved = fit_logistic(values, labels, classes, tried[best : best + 1])
     if not is_solved:
         logger.info(NOT_CONVERGED)
-    held_out = 100 * float(right[best] / is_kept.sum())
-    parts = (part.cpu() for part in (mean, scale, weight[0], bias[0]))
-    return LinearHead(*parts, STRENGTHS[best], held_out, STRENGTHS[max(compared)])
+    accuracy = 100 * float(right[best] / is_held_out.sum())
+    return LinearHead(
+        mean.cpu(), scale.cpu(), weight[0].cpu(), bias[0].cpu(), L2_GRID[best], accuracy, L2_GRID[max(compared)]
+    )
 
 
-def solved_in_all(is_solved: Bool[Tensor, "folds strengths"]) -> list[int]:
-    """Places of the strengths that were solved in every fold; all, where none was."""
+def solved_in_all_folds(is_solved: Bool[Tensor, "folds penalties"]) -> list[int]:
+    """Indices of the penalties that were solved in every fold; all, where none was."""
     return torch.nonzero(is_solved.all(0))[:, 0].tolist() or list(range(is_solved.shape[1]))
 
 
@@ -103,19 +109,23 @@ def stratified_folds(labels: Int[Tensor, "n"], seed: int) -> Int[Tensor, "n"]:
     return fold
 
 
-def draw_labels(labels: Int[Tensor, "n"], per_class: int | None, percent: float | None, seed: int) -> Int[Tensor, "m"]:
-    """Places of `per_class` random images of each class, or of a percentage of each class.
+def sample_labels(
+    labels: Int[Tensor, "n"], per_class: int | None, percent: float | None, seed: int
+) -> Int[Tensor, "m"]:
+    """Indices of `per_class` random images of each class, or of a percentage of each class.
 
     Raises:
         ValueError: a class has too few.
     """
-    said = f"--labels-per-class {per_class}" if per_class else f"--labels-percent {percent:g}"
-    chosen = []
+    option = f"--labels-per-class {per_class}" if per_class else f"--labels-percent {percent:g}"
+    sampled = []
     for label in labels.unique().tolist():
         members = torch.nonzero(labels == label)[:, 0]
-        count = per_class or round(len(members) * percent / 100)
-        if count < FEWEST_LABELS or len(members) < count:
-            raise ValueError(f"{said}: class {label} has only {len(members)} images, of which {count} would be drawn.")
+        count = per_class or round(len(members) * (percent or 0) / 100)
+        if count < MIN_LABELS or len(members) < count:
+            raise ValueError(
+                f"{option}: class {label} has only {len(members)} images, of which {count} would be drawn."
+            )
         order = rng.generator(seed, label, "draw").permutation(len(members))[:count]
-        chosen.append(members[torch.from_numpy(order)])
-    return torch.cat(chosen)
+        sampled.append(members[torch.from_numpy(order)])
+    return torch.cat(sampled)

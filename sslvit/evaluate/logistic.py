@@ -1,8 +1,8 @@
 """Multinomial logistic regression to convergence: many problems on the same features, side by side.
 
 They share the features, so one matrix product serves them all. Most of the way is gone in float32; the last steps, and
-the verdict that a problem is solved, are in float64. A weak penalty bends the loss but little, so what counts as solved
-depends on its strength: a gradient of g leaves weights within g / strength of the best ones.
+the test for convergence, are in float64. A weak penalty curves the loss only a little, so the tolerance depends on it:
+a gradient of g leaves weights within g / l2 of the best ones.
 """
 
 from __future__ import annotations
@@ -12,60 +12,60 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-SOLVED = 1e-3  # largest entry of the gradient over the strength; weights are right to a thousandth of the largest then
-LARGEST_GRADIENT = 1e-5  # of a solved problem, however strong its penalty
-MOST_ITERATIONS = 5000  # in each precision
+SOLVED = 1e-3  # largest entry of the gradient over l2; weights are then right to a thousandth of the largest
+MAX_GRADIENT = 1e-5  # largest entry of a solved problem's gradient, however strong its penalty
+MAX_ITERATIONS = 5000  # in each precision
 HISTORY = 10  # steps that L-BFGS remembers
 ROWS_FOR_AXES = 10_000
 ROUGH = 1e-5  # largest entry of a gradient from which on float32 is too coarse
-SHORTEST = 1e-10  # part of a step that is tried
-REFRESH = 25  # iterations after which the curvature is looked at anew
-LARGEST_PIECE = 2**27  # logits at a time: half a gigabyte in float32
+MIN_STEP = 1e-10  # smallest fraction of a step that a line search tries
+REFRESH = 25  # iterations between two computations of the curvature
+MAX_LOGITS = 2**27  # logits at a time: half a gigabyte in float32
 
 
 def fit_logistic(
     values: Float[Tensor, "n d"],
     labels: Int[Tensor, "n"] | Float[Tensor, "n classes"],
     classes: int,
-    strengths: Float[Tensor, "p"],
+    l2: Float[Tensor, "p"],
     used: Bool[Tensor, "p n"] | Float[Tensor, "p n"] | None = None,
-    max_iterations: int = MOST_ITERATIONS,
+    max_iterations: int = MAX_ITERATIONS,
     solved: float = SOLVED,
 ) -> tuple[Float[Tensor, "p classes d"], Float[Tensor, "p classes"], Bool[Tensor, "p"]]:
-    """Minimize mean cross-entropy + strength / 2 * |weight|^2 for p problems on the same features, by L-BFGS.
+    """Minimize mean cross-entropy + l2 / 2 * |weight|^2 for p problems on the same features, by L-BFGS.
 
     Args:
         values: features, float64.
-        labels: class numbers, or each row's shares of the classes.
-        classes: how many there are.
-        strengths: of the penalty on the weights, one per problem, float64; the bias is free.
-        used: which rows each problem is fitted on, or how much each counts; all alike for None.
-        max_iterations: at most, in each precision.
-        solved: largest entry of the gradient over the strength at which a problem counts as solved.
+        labels: class numbers, or class probabilities of each row.
+        classes: number of classes.
+        l2: weight of the penalty, one per problem, float64; the bias is not penalized.
+        used: which rows each problem is fitted on, or the weight of each; None weighs all alike.
+        max_iterations: largest number of iterations in each precision.
+        solved: largest entry of the gradient over l2 at which a problem counts as solved.
 
     Returns:
         Weights and biases of each problem, and whether it is solved.
     """
-    tolerance = (solved * strengths).clamp(max=LARGEST_GRADIENT)
+    tolerance = (solved * l2).clamp(max=MAX_GRADIENT)
     axes = principal_axes(values)
     values = values @ axes
-    problems, width = len(strengths), values.shape[1]
-    share = values.new_ones(problems, len(values)) if used is None else used.to(values)
-    share = share / share.sum(1, keepdim=True)
+    problems, width = len(l2), values.shape[1]
+    row_weight = values.new_ones(problems, len(values)) if used is None else used.to(values)
+    row_weight = row_weight / row_weight.sum(1, keepdim=True)
     extended = torch.cat([values, values.new_ones(len(values), 1)], 1)  # the last feature is the bias
     target = (F.one_hot(labels, classes) if labels.ndim == 1 else labels).T.double().contiguous()  # classes n
-    target = target / target.sum(0).clamp(min=1e-12)  # the gradient takes shares to sum to 1 to the last digit
-    penalty = strengths[:, None, None] * torch.cat([values.new_ones(width), values.new_zeros(1)])
+    target = target / target.sum(0).clamp(min=1e-12)  # the gradient needs sums of 1 to the last digit
+    penalty = l2[:, None, None] * torch.cat([values.new_ones(width), values.new_zeros(1)])
     theta = values.new_zeros(problems, classes * (width + 1))
-    rough = PenalizedLoss(*(part.float() for part in (extended, target, share, penalty)))
+    rough = PenalizedLoss(*(part.float() for part in (extended, target, row_weight, penalty)))
     theta, steps, _ = minimize(rough, theta.float(), max_iterations, tolerance.clamp(min=ROUGH).float(), [])
     theta = theta.double()
-    exact = PenalizedLoss(extended, target, share, penalty)
+    exact = PenalizedLoss(extended, target, row_weight, penalty)
     is_open = exact(theta)[1].abs().amax(1) > tolerance
     is_solved = ~is_open
     if is_open.any():  # strong penalties are done
-        rest = PenalizedLoss(extended, target, share[is_open], penalty[is_open])
-        steps = [tuple(part[is_open].double() for part in step) for step in steps]
+        rest = PenalizedLoss(extended, target, row_weight[is_open], penalty[is_open])
+        steps = [(s[is_open].double(), change[is_open].double(), w[is_open].double()) for s, change, w in steps]
         theta[is_open], _, is_solved[is_open] = minimize(
             rest, theta[is_open], max_iterations, tolerance[is_open], steps
         )
@@ -74,22 +74,22 @@ def fit_logistic(
 
 
 class PenalizedLoss:
-    """Cross-entropy, rows weighted by their share, + penalty / 2 * theta^2, of p problems side by side.
+    """Weighted cross-entropy + penalty / 2 * theta^2, of p problems side by side.
 
     Args:
         values: features, the bias's among them.
-        target: each row's shares of the classes.
-        share: how much each row counts in each problem.
-        penalty: of each feature's weights.
+        target: class probabilities of each row.
+        row_weight: weight of each row in each problem.
+        penalty: penalty on each feature's weights.
     """
 
     def __init__(
-        self, values: Float[Tensor, "n k"], target: Float[Tensor, "classes n"], share: Float[Tensor, "p n"],
+        self, values: Float[Tensor, "n k"], target: Float[Tensor, "classes n"], row_weight: Float[Tensor, "p n"],
         penalty: Float[Tensor, "p 1 k"],
     ) -> None:  # fmt: skip
-        self.penalty, self.shape = penalty, (len(share), len(target), values.shape[1])
-        rows = max(1, LARGEST_PIECE // (len(share) * len(target)))
-        self.pieces = list(zip(values.split(rows), target.split(rows, 1), share.split(rows, 1), strict=True))
+        self.penalty, self.shape = penalty, (len(row_weight), len(target), values.shape[1])
+        rows = max(1, MAX_LOGITS // (len(row_weight) * len(target)))
+        self.pieces = list(zip(values.split(rows), target.split(rows, 1), row_weight.split(rows, 1), strict=True))
 
     def __call__(self, theta: Float[Tensor, "p m"]) -> tuple[Float[Tensor, "p"], Float[Tensor, "p m"]]:
         """The loss and its gradient."""
@@ -110,9 +110,9 @@ class PenalizedLoss:
         theta = theta.view(self.shape)
         diagonal = self.penalty.expand(self.shape).clone()
         for x, _, weight in self.pieces:
-            chance = self.logits(theta, x).softmax(1)
-            spread = chance.mul_(1 - chance).mul_(weight[:, None])  # p classes n
-            diagonal += (spread.flatten(0, 1) @ x.square()).view_as(diagonal)
+            probs = self.logits(theta, x).softmax(1)
+            variance = probs.mul_(1 - probs).mul_(weight[:, None])  # p classes n
+            diagonal += (variance.flatten(0, 1) @ x.square()).view_as(diagonal)
         return diagonal.flatten(1)
 
     def logits(self, theta: Tensor, x: Tensor) -> Tensor:
@@ -132,14 +132,14 @@ def minimize(
     """L-BFGS (Liu and Nocedal 1989) on p independent smooth convex problems side by side.
 
     Args:
-        objective: what is minimized.
-        start: where to begin.
-        max_iterations: at most.
-        tolerance: largest entry of each problem's gradient at which it is done.
-        steps: that an earlier search of these problems ended with.
+        objective: the function to minimize.
+        start: initial parameters.
+        max_iterations: largest number of iterations.
+        tolerance: largest entry of each problem's gradient at convergence.
+        steps: last steps of an earlier search of these problems.
 
     Returns:
-        Where each search ended, its last steps, and whether it reached the tolerance.
+        Final parameters of each problem, its last steps, and whether it reached the tolerance.
     """
     theta = start
     value, gradient = objective(theta)
@@ -159,12 +159,12 @@ def minimize(
             new_value, new_gradient = objective(new_theta)
             # a loss near 0 is still a difference of logits, and as coarse as they are
             is_short = new_value > value + 1e-4 * length * slope + rounding * (1 + value)
-            is_short &= length > SHORTEST
+            is_short &= length > MIN_STEP
             if not is_short.any():
                 break
             length = torch.where(is_short, length / 2, length)
         step, change = new_theta - theta, new_gradient - gradient
-        if not (length > SHORTEST).any():
+        if not (length > MIN_STEP).any():
             break  # the precision is spent
         product = (step * change).sum(1)
         weight = torch.where(product > tiny, 1 / product, torch.zeros_like(product))

@@ -1,4 +1,4 @@
-"""Scores, their intervals and their tables; names of users and files in these tables are text and nothing else."""
+"""Scores, their intervals and their tables, in which names from users and files are escaped."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import re
 
 from sslvit.files import printable
 
-Draws = dict[str, dict[str, list[float]]]  # row -> column -> one score for each draw or seed
-MAX_CHARACTERS = 10_000  # of a text from outside in a table or a page
+Scores = dict[str, dict[str, list[float]]]  # row -> column -> one score for each draw or seed
+MAX_CHARACTERS = 10_000  # largest length of an untrusted text in a table or a page
 STARTS_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # of a spreadsheet's cell, in front of anything but a number
 MARKDOWN_SIGNS = re.compile(r"[\\`*\[\]$~#|!]|(?<![^\W_])_|_(?![^\W_])")  # an underscore inside a word is none
 MARKDOWN_STARTS = re.compile(r"^(\s*)([-+=]|\d+(?=[.)](?:\s|$)))")  # a list, or a line's underline
 
 
 def markdown_text(text: object) -> str:
-    """Text from outside as one line of Markdown, in which nothing is a tag, a link, mathematics or a cell's edge."""
+    """Untrusted text as one line of Markdown, in which nothing is a tag, a link, mathematics or a cell's edge."""
     line = html.escape(printable(text, MAX_CHARACTERS), quote=False)
     line = MARKDOWN_SIGNS.sub(lambda sign: f"\\{sign[0]}", line)
     return MARKDOWN_STARTS.sub(lambda start: f"{start[1]}{_as_entity(start[2])}", line)
@@ -27,7 +27,7 @@ def _as_entity(sign: str) -> str:
 
 
 def html_text(text: object) -> str:
-    """Text from outside for a page."""
+    """Untrusted text for a page."""
     return html.escape(printable(text, MAX_CHARACTERS))
 
 
@@ -43,11 +43,12 @@ def spreadsheet_cell(value: object) -> object:
 
 
 def mean(values: list[float]) -> float:
+    """The arithmetic mean."""
     return sum(values) / len(values)
 
 
 def independent(by_seed: list[list[float]]) -> list[float]:
-    """The values whose spread tells how sure their mean is: one mean per seed, or the draws of a single seed.
+    """The independent values behind a mean: one mean per seed, or the draws of a single seed.
 
     Draws of labels under one seed share what the seed decides, such as an untrained network's weights, so draws of
     several seeds are not independent of each other.
@@ -56,7 +57,7 @@ def independent(by_seed: list[list[float]]) -> list[float]:
 
 
 def interval(values: list[float]) -> float | None:
-    """Half the width of the 95 % interval of the mean (Student's t); None of a single value, or where none differs."""
+    """Half the width of the 95 % interval of the mean (Student's t); None if all values are the same."""
     if len(set(values)) < 2:
         return None
     from scipy.stats import t  # a second; most tables need none
@@ -67,12 +68,12 @@ def interval(values: list[float]) -> float | None:
 
 
 def sampling_interval(images: int) -> float:
-    """The most that half a 95 % interval of one percentage can be, from having seen only so many images."""
+    """Largest half width of the 95 % interval of a percentage that was measured on so many images."""
     return 100 * 1.96 * math.sqrt(0.25 / images)
 
 
-def shown(values: list[float] | None, decimals: int = 1) -> str:
-    """ "63.2", or with several values "63.2 ± 1.4"; a dash for none."""
+def format_score(values: list[float] | None, decimals: int = 1) -> str:
+    """A score as text: "63.2", or "63.2 ± 1.4" of several values; a dash for none."""
     if not values:
         return "–"
     half = interval(values)
@@ -80,15 +81,17 @@ def shown(values: list[float] | None, decimals: int = 1) -> str:
     return text if half is None else f"{text} ± {half:.{decimals}f}"
 
 
-def columns_of(rows: Draws) -> list[str]:
+def columns_of(rows: Scores) -> list[str]:
     """All columns, in the order in which they first appear."""
     return list(dict.fromkeys(column for scores in rows.values() for column in scores))
 
 
-def format_table(rows: Draws, decimals: int = 1) -> str:
-    """Rows and columns in plain text."""
+def format_table(rows: Scores, decimals: int = 1) -> str:
+    """A table in plain text."""
     columns = columns_of(rows)
-    cells = [(printable(name), [shown(of.get(column), decimals) for column in columns]) for name, of in rows.items()]
+    cells = [
+        (printable(name), [format_score(of.get(column), decimals) for column in columns]) for name, of in rows.items()
+    ]
     columns = [printable(column) for column in columns]
     first = max(len(name) for name, _ in cells)
     widths = [max([len(column), *(len(line[i]) for _, line in cells)]) for i, column in enumerate(columns)]
@@ -98,12 +101,12 @@ def format_table(rows: Draws, decimals: int = 1) -> str:
     return "\n".join(lines)
 
 
-def markdown_table(rows: Draws, decimals: int = 1) -> str:
-    """The same for a README."""
+def markdown_table(rows: Scores, decimals: int = 1) -> str:
+    """A table in Markdown."""
     columns = columns_of(rows)
     titles = " | ".join(markdown_text(column) for column in columns)
     lines = [f"| | {titles} |", "|---" * (len(columns) + 1) + "|"]
     for name, scores in rows.items():
-        cells = [shown(scores.get(column), decimals) for column in columns]
+        cells = [format_score(scores.get(column), decimals) for column in columns]
         lines.append(f"| {markdown_text(name)} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,13 +24,13 @@ from sslvit.settings import EncoderSettings
 
 logger = logging.getLogger(__name__)
 
-MAX_UNREADABLE_FRACTION = 0.01  # of a data set's images, above which there is no score
-PIXEL_SIDE = 32  # raw pixels are compared at no more than this size
-Place = tuple[int, str]  # a block, counted from 1, and a pooling
+MAX_UNREADABLE_FRACTION = 0.01  # of a data set's images; above it there is no score
+MAX_PIXEL_SIDE = 32  # raw pixels of larger images are shrunk to this side
+Readout = tuple[int, str]  # a block, counted from 1, and a pooling
 
 
 class NoScore(ValueError):
-    """Images that cannot be read, or numbers that are not finite: a score would not be of what it says."""
+    """Images cannot be read, or numbers are not finite, so a score would not be of what it says."""
 
 
 @dataclass
@@ -46,8 +45,8 @@ class Features:
     values: Float[Tensor, "n d"]
     labels: Int[Tensor, "n"]
 
-    def __getitem__(self, chosen: Tensor) -> Features:
-        return Features(self.values[chosen], self.labels[chosen])
+    def __getitem__(self, rows: Tensor) -> Features:
+        return Features(self.values[rows], self.labels[rows])
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -55,33 +54,33 @@ class Features:
 
 @dataclass
 class FeatureTable:
-    """What one pass gives.
+    """Features of a data set at several readouts, as one pass over it gives them.
 
     Args:
-        columns: features 'n d' by place.
+        columns: features 'n d' of each readout.
         labels: class numbers 'n'.
-        samples: numbers of the images 'n'.
+        samples: sample numbers 'n' of the images.
     """
 
-    columns: dict[Place, Tensor]
+    columns: dict[Readout, Tensor]
     labels: Tensor
     samples: Tensor
 
-    def at(self, places: Sequence[Place]) -> Features:
-        """The features of several places side by side."""
-        values = [self.columns[place] for place in places]
+    def at(self, readouts: Sequence[Readout]) -> Features:
+        """The features of several readouts, concatenated."""
+        values = [self.columns[readout] for readout in readouts]
         return Features(values[0] if len(values) == 1 else torch.cat(values, 1), self.labels)
 
-    def rows(self, chosen: Tensor, places: Sequence[Place]) -> Features:
-        """`at` for some rows, without putting the whole columns side by side."""
-        return Features(torch.cat([self.columns[place][chosen] for place in places], 1), self.labels[chosen])
+    def rows(self, rows: Tensor, readouts: Sequence[Readout]) -> Features:
+        """`at` for some rows, without concatenating the whole columns."""
+        return Features(torch.cat([self.columns[readout][rows] for readout in readouts], 1), self.labels[rows])
 
 
 class Source(ABC):
-    """What is probed.
+    """A source of features: an encoder, or the raw pixels.
 
     Args:
-        settings: how images reach it.
+        settings: settings of an encoder, which say how images reach the source.
     """
 
     device = torch.device("cpu")
@@ -90,27 +89,32 @@ class Source(ABC):
         self.settings = settings
 
     @abstractmethod
-    def places(self, layer: int | None, blocks: int, pooling: str | None) -> list[Place]:
-        """Where `blocks` blocks that end at a layer (None: its own choice) are pooled.
+    def readouts(self, layer: int | None, blocks: int, pooling: str | None) -> list[Readout]:
+        """The readouts of the `blocks` blocks that end at a layer.
+
+        Args:
+            layer: last block, counted from 1; None for the source's own choice.
+            blocks: number of blocks.
+            pooling: pooling of their tokens; None for the source's own choice.
 
         Raises:
-            ValueError: there are not so many, or there is no such pooling.
+            ValueError: there are not so many blocks, or there is no such pooling.
         """
 
     @abstractmethod
-    def features_at(self, images: Tensor, places: Sequence[Place]) -> list[Tensor]:
-        """One vector per image 'b d' at each place."""
+    def features_at(self, images: Tensor, readouts: Sequence[Readout]) -> list[Tensor]:
+        """One vector per image 'b d' at each readout, in one pass."""
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """A name for exactly these features."""
+        """A string that identifies exactly these features."""
 
 
 class FrozenEncoder(Source):
     """An encoder as a source of features.
 
     Args:
-        encoder: in evaluation mode from here on.
+        encoder: the encoder, which is put into evaluation mode.
     """
 
     def __init__(self, encoder: ViTEncoder) -> None:
@@ -118,10 +122,13 @@ class FrozenEncoder(Source):
         self.encoder = encoder.eval()
         self.device = next(encoder.parameters()).device
 
-    def places(self, layer: int | None, blocks: int, pooling: str | None) -> list[Place]:
-        """ "class+mean" is each block's class token and the mean over the last one's patches (DINOv2)."""
+    def readouts(self, layer: int | None, blocks: int, pooling: str | None) -> list[Readout]:
+        """See `Source.readouts`.
+
+        The pooling "class+mean" is each block's class token and the mean over the last one's patches (DINOv2).
+        """
         settings = self.settings
-        layer = layer or settings.feature_layer or settings.depth
+        layer = layer or settings.probed_layer
         pooling = pooling or settings.pooling
         if not 1 <= layer <= settings.depth:
             raise ValueError(f"--layer {layer}: this encoder has blocks 1 to {settings.depth}.")
@@ -136,9 +143,14 @@ class FrozenEncoder(Source):
             return [*((number, "class") for number in numbers), (layer, "mean")]
         return [(number, pooling) for number in numbers]
 
-    def features_at(self, images: Tensor, places: Sequence[Place]) -> list[Tensor]:
-        kind = next(self.encoder.parameters()).dtype  # float64, where a run trains in it
-        return [found.to(images.dtype) for found in self.encoder.features_at(images.to(kind), places)]
+    def features_at(self, images: Tensor, readouts: Sequence[Readout]) -> list[Tensor]:
+        dtype = next(self.encoder.parameters()).dtype  # float64, where a run trains in it
+        found: dict[Readout, Tensor] = {}
+        for block in self.encoder.intermediates(images.to(dtype), {number for number, _ in readouts}, norm=True):
+            for number, pooling in readouts:  # pooled at once, so that no more than one block's tokens are kept
+                if number == block.number:
+                    found[number, pooling] = self.encoder.pool(block.tokens, pooling).to(images.dtype)
+        return [found[readout] for readout in readouts]
 
     def fingerprint(self) -> str:
         return fingerprint(self.encoder)
@@ -148,20 +160,20 @@ class RawPixels(Source):
     """The pixels themselves, at most 32 x 32: what a probe gets without learning.
 
     Args:
-        settings: of the encoder that they stand beside, for the same view of the images.
+        settings: settings of the encoder that they are compared with, for the same view of the images.
     """
 
-    def places(self, layer: int | None, blocks: int, pooling: str | None) -> list[Place]:
+    def readouts(self, layer: int | None, blocks: int, pooling: str | None) -> list[Readout]:
         return [(0, "pixels")]
 
-    def features_at(self, images: Tensor, places: Sequence[Place]) -> list[Tensor]:
-        height, width = (min(PIXEL_SIDE, side) for side in images.shape[2:])
+    def features_at(self, images: Tensor, readouts: Sequence[Readout]) -> list[Tensor]:
+        height, width = (min(MAX_PIXEL_SIDE, side) for side in images.shape[2:])
         if (height, width) != images.shape[2:]:
             images = F.interpolate(images, size=(height, width), mode="bilinear", antialias=True)
-        return [images.flatten(1)] * len(places)
+        return [images.flatten(1)] * len(readouts)
 
     def fingerprint(self) -> str:
-        return f"pixels {PIXEL_SIDE}"
+        return f"pixels {MAX_PIXEL_SIDE}"
 
 
 @dataclass
@@ -169,52 +181,58 @@ class LabeledSet:
     """A data set to score on, opened when a pass first needs its images. All passes must see the same images of it.
 
     Args:
-        index: of its shards.
-        channels: that its images are read with.
-        chosen: numbers of the samples that are scored; None for all.
-        max_unreadable_fraction: share of them that may be unreadable, and is left out.
+        index: index of its shards.
+        channels: channels that its images are read with.
+        subset: sample numbers of the images that are scored; None for all.
+        max_unreadable_fraction: fraction of them that may be unreadable, and is left out.
         memory_limit_mb: sets of small equal images are decoded once if they fit.
     """
 
     index: ShardIndex
     channels: int
-    chosen: np.ndarray | None = None
+    subset: np.ndarray | None = None
     max_unreadable_fraction: float = MAX_UNREADABLE_FRACTION
     memory_limit_mb: int = 1024
     _used: np.ndarray | None = None
 
     @cached_property
     def reader(self) -> ShardReader:
+        """The reader of its shards, opened when it is first needed."""
         return ShardReader(self.index, self.channels, self.memory_limit_mb)
 
     @property
     def samples(self) -> np.ndarray:
-        """Numbers of the images that are to be scored, readable or not."""
-        return np.arange(len(self.index)) if self.chosen is None else self.chosen
+        """Sample numbers of the images that are to be scored, readable or not."""
+        return np.arange(len(self.index)) if self.subset is None else self.subset
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes; none for unlabeled data."""
+        return self.index.classes or []
 
     @property
     def images(self) -> int:
-        """How many images scores are of: those that a pass could read, or all before the first one."""
+        """Number of images that scores are of: those that a pass could read, or all before the first pass."""
         return len(self.samples if self._used is None else self._used)
 
     @property
     def unreadable(self) -> int:
-        """How many images are left out of scores."""
+        """Number of images that are left out of scores."""
         return len(self.samples) - self.images
 
     @property
-    def count_in_words(self) -> str:
+    def count_text(self) -> str:
         """ "360 images", or "357 of 360 images (3 cannot be read)"."""
         if not self.unreadable:
             return f"{self.images:,} images"
         return f"{self.images:,} of {len(self.samples):,} images ({self.unreadable:,} cannot be read)"
 
-    def account_for(self, used: Tensor | np.ndarray, bad: dict[str, Any]) -> None:
-        """Take note of the images that a pass of all ranks has seen.
+    def account_for(self, used: Tensor | np.ndarray, bad: dict[str, str]) -> None:
+        """Register the images that a pass over all ranks has seen.
 
         Args:
-            used: their sample numbers, of all ranks.
-            bad: why others could not be read, by key, on this rank.
+            used: sample numbers of these images, from all ranks.
+            bad: why others could not be read on this rank, by key.
 
         Raises:
             NoScore: too many could not be read, or others than in an earlier pass.
@@ -224,14 +242,14 @@ class LabeledSet:
         example = "".join(f", e.g. {printable(key)}: {printable(reason)}" for key, reason in list(bad.items())[:1])
         if self._used is None:
             missing = len(self.samples) - len(used)
-            said = f"{self.index.location}: {missing:,} of {len(self.samples):,} images cannot be read"
+            message = f"{self.index.location}: {missing:,} of {len(self.samples):,} images cannot be read"
             if missing > self.max_unreadable_fraction * len(self.samples):
                 raise NoScore(
-                    f"{said}, more than the {self.max_unreadable_fraction:.1%} that a score may leave out{example}. "
+                    f"{message}, more than the {self.max_unreadable_fraction:.1%} that a score may leave out{example}. "
                     "Repair or repack these shards, or raise the limit (--max-unreadable-fraction)."
                 )
             if missing and is_first_rank():
-                logger.warning(f"{said} and are left out of all scores{example}")
+                logger.warning(f"{message} and are left out of all scores{example}")
             self._used = used
         elif not np.array_equal(used, self._used):
             raise NoScore(

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sslvit.environment import require_packages
 from sslvit.export import torch as program
 from sslvit.export.exported import Exported
 from sslvit.settings.encoder import crop_words
@@ -37,12 +38,7 @@ def check(exported: Exported, size: str | None) -> bool:
     is_fixed = program.check(exported, size)
     if not is_fixed and exported.settings.pos_embed == "relative_bias":
         raise ValueError("--size dynamic: ONNX cannot stretch positions: relative_bias. Use --size fixed.")
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f"--format onnx: {error.name} is not installed. Run: pip install 'sslvit[onnx]'") from error
+    require_packages("--format onnx", "sslvit[onnx]", "onnx", "onnxruntime", "onnxscript")
     return is_fixed
 
 

@@ -15,6 +15,7 @@ from PIL.Image import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sslvit.environment import require_packages
 from sslvit.export.exported import Exported
 from sslvit.layouts.preprocessing import resized_sides
 from sslvit.layouts.timm import from_sslvit, model_arguments, resampling_differs, rows_kept
@@ -35,10 +36,7 @@ def check(exported: Exported, size: str | None) -> bool:
     differs = resampling_differs(exported.settings)
     if size == "dynamic" and differs:
         raise ValueError(f"--size dynamic: timm stretches positions in another way ({differs}). Use --size fixed.")
-    try:
-        import timm  # noqa: F401
-    except ImportError as error:
-        raise ImportError("--format timm: timm is not installed. Run: pip install 'sslvit[timm]'") from error
+    require_packages("--format timm", "sslvit[timm]", "timm")
     return size == "fixed" or differs is not None
 
 

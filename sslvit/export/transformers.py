@@ -17,6 +17,7 @@ from PIL.Image import Image, Resampling
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sslvit.environment import require_packages
 from sslvit.export.exported import Exported
 from sslvit.layouts import openai_igpt
 from sslvit.layouts.preprocessing import fraction_held, resized_sides
@@ -44,12 +45,7 @@ def check(exported: Exported, size: str | None) -> bool:
         raise ValueError(
             f"--size dynamic: transformers stretches positions in another way ({differs}). Use --size fixed."
         )
-    try:
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "--format transformers: transformers is not installed. Run: pip install 'sslvit[transformers]'"
-        ) from error
+    require_packages("--format transformers", "sslvit[transformers]", "transformers")
     return size == "fixed" or differs is not None
 
 
@@ -115,7 +111,7 @@ def reopen(folder: Path, exported: Exported, is_fixed: bool) -> Callable[[Tensor
 
     def run(images: Tensor) -> Tensor:
         if settings.tokens == "pixel":
-            indices = exported.encoder.patch_embed.indices(images)
+            indices = exported.encoder.patch_embed.quantize(images)
             start = torch.full((len(indices), 1), model.config.vocab_size - 1)
             found = model(input_ids=torch.cat([start, indices[:, :-1]], 1), output_hidden_states=True)
             if outputs == "tokens":

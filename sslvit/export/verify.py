@@ -105,7 +105,7 @@ def compare_preprocessing(exported: Exported, prepare: Callable[[Image.Image], T
         expected = as_evaluated(image, settings)
         if settings.tokens == "pixel":  # colors of the palette on both sides
             tokens = exported.encoder.patch_embed
-            expected = tokens.images_of(tokens.indices(expected[None]), (height, width))[0]
+            expected = tokens.images_of(tokens.quantize(expected[None]), (height, width))[0]
         got = prepare(image)
         if got.shape != expected.shape:
             raise ValueError(f"its preprocessing gives {tuple(got.shape)}, not {tuple(expected.shape)}")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sslvit.environment import require_packages
 from sslvit.files import printable, quoted
 from sslvit.layouts.preprocessing import from_timm
 from sslvit.layouts.vit import (
@@ -186,10 +187,9 @@ def pooling_of(name: str, model: nn.Module, changes: dict[str, Any], notes: list
 
 
 def _library(name: str):
-    try:
-        import timm
-    except ImportError as error:
-        raise ImportError(f"timm:{name} needs timm. Install it: pip install 'sslvit[timm]'") from error
+    require_packages(f"timm:{name}", "sslvit[timm]", "timm")
+    import timm
+
     return timm
 
 

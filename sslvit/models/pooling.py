@@ -34,7 +34,7 @@ class AttentionPool(nn.Module):
 
     def forward(self, tokens: Float[Tensor, "b t d"]) -> Float[Tensor, "b d"]:
         key, value = rearrange(self.kv(tokens), "b t (two heads e) -> two b heads t e", two=2, heads=self.heads)
-        query = rearrange(self.query, "1 1 (heads e) -> 1 heads 1 e", heads=self.heads)
+        query: Tensor = rearrange(self.query, "1 1 (heads e) -> 1 heads 1 e", heads=self.heads)
         query = query.expand(tokens.shape[0], -1, -1, -1).to(key.dtype)
         pooled = F.scaled_dot_product_attention(query, key, value)
         return self.proj(rearrange(pooled, "b heads 1 e -> b (heads e)"))

@@ -2,14 +2,14 @@
 
 Kinds (`encoder.pos_embed`):
     none           no positions: the encoder sees a bag of patches
-    learned_1d     one learned row per place
+    learned_1d     one learned row per patch
     learned_2d     a learned row per grid row plus one per grid column
     sincos_1d/_2d  fixed sines and cosines (Vaswani et al. 2017; MAE's 2-D table, He et al. 2022, appendix A.1)
     rotary_2d      queries and keys turned by angles that grow along rows and columns (Heo et al. 2024)
     relative_bias  a learned bias w[i - j] per head, added before the softmax (CoAtNet, Dai et al. 2021)
 
 The first four are a table that is added to the tokens and resampled for other grids; rotary coordinates and the
-bias table are stretched in the same way.
+bias table are interpolated in the same way.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 
 @dataclass
-class Places:
+class TokenLayout:
     """Where the tokens of one forward pass lie.
 
     Args:
         grid: rows and columns of patches.
-        prefix: tokens in front of the patches.
+        prefix: number of tokens in front of the patches.
         visible: which patches are present ('b k'); None for all, in order.
         rotation: cosines and sines for rotary_2d, '(b) 1 t e', or None.
     """
@@ -55,6 +55,32 @@ def sincos_2d(grid: tuple[int, int], width: int) -> Float[Tensor, "n width"]:
     return torch.cat([of_column, of_row], 2).flatten(0, 1)
 
 
+def sincos_table(patches: Float[Tensor, "n d"], prefix: int) -> Float[Tensor, "1 t d"]:
+    """A fixed table as a module keeps it: float32, with rows of zeros for the prefix tokens in front."""
+    return torch.cat([patches.new_zeros(prefix, patches.shape[1]), patches]).float()[None]
+
+
+def table_on_grid(
+    table: Float[Tensor, "1 t d"],
+    prefix: int,
+    trained_grid: tuple[int, int],
+    grid: tuple[int, int],
+    antialias: bool = True,
+    offset: float = 0.0,
+) -> tuple[Float[Tensor, "prefix d"], Float[Tensor, "n d"]]:
+    """Rows for the prefix tokens and for the patches of a grid, of a table that was made for another one.
+
+    Args:
+        table: rows of the prefix tokens, then one row per patch of `trained_grid`, row by row.
+        prefix: number of rows for prefix tokens.
+        trained_grid: rows and columns that the table was made for.
+        grid: rows and columns wanted.
+        antialias: see `resample_table`.
+        offset: see `resample_table`.
+    """
+    return table[0, :prefix], resample_table(table[0, prefix:], trained_grid, grid, antialias, offset)
+
+
 def resample_table(
     table: Float[Tensor, "n d"],
     grid: tuple[int, int],
@@ -62,7 +88,7 @@ def resample_table(
     antialias: bool = True,
     offset: float = 0.0,
 ) -> Float[Tensor, "m d"]:
-    """Stretch a table of positions from one grid to another, bicubically. The same grid returns it untouched.
+    """Interpolate a table of positions from one grid to another, bicubically. The same grid returns it untouched.
 
     Args:
         table: one row per patch, row by row.
@@ -75,15 +101,15 @@ def resample_table(
     if is_same(grid, to):
         return table
     image = rearrange(table, "(rows cols) d -> 1 d rows cols", rows=grid[0])
-    return rearrange(stretch(image, to, antialias, offset), "1 d rows cols -> (rows cols) d")
+    return rearrange(interpolate(image, to, antialias, offset), "1 d rows cols -> (rows cols) d")
 
 
-def is_same(grid: tuple[int, int], other: tuple[int, int]) -> bool:
+def is_same(grid: tuple[int, ...], other: tuple[int, ...]) -> bool:
     """Whether two grids are one. While a program for any size is traced, a size is a symbol and equals no number."""
     return all(isinstance(side, int) for side in (*grid, *other)) and tuple(grid) == tuple(other)
 
 
-def stretch(
+def interpolate(
     image: Float[Tensor, "1 d rows cols"], to: tuple[int, int], antialias: bool = True, offset: float = 0.0
 ) -> Float[Tensor, "1 d rows2 cols2"]:
     """Bicubic interpolation; where repeatable kernels are asked for, as a product with its matrix."""
@@ -91,20 +117,20 @@ def stretch(
     if torch.are_deterministic_algorithms_enabled() and image.requires_grad:
         # on a GPU the gradient of interpolation has no repeatable kernel
         cells = torch.eye(grid[0] * grid[1], dtype=image.dtype, device=image.device)
-        weights = interpolate(rearrange(cells, "n (rows cols) -> 1 n rows cols", rows=grid[0]), to, antialias, offset)
+        weights = _bicubic(rearrange(cells, "n (rows cols) -> 1 n rows cols", rows=grid[0]), to, antialias, offset)
         return torch.einsum("bdn,bnrc->bdrc", image.flatten(2), weights)
-    return interpolate(image, to, antialias, offset)
+    return _bicubic(image, to, antialias, offset)
 
 
-def interpolate(image: Tensor, to: tuple[int, int], antialias: bool, offset: float) -> Tensor:
-    """By the size wanted, or by DINO's scale factors."""
+def _bicubic(image: Tensor, to: tuple[int, int], antialias: bool, offset: float) -> Tensor:
+    """Resize to the given size, or by DINO's scale factors."""
     if not offset:
         return F.interpolate(image, size=to, mode="bicubic", antialias=antialias)
     factors = [(new + offset) / old for new, old in zip(to, image.shape[2:], strict=True)]
-    stretched = F.interpolate(image, scale_factor=factors, mode="bicubic", antialias=antialias)
-    if stretched.shape[2:] != to:
-        raise ValueError(f"positions stretched to {tuple(stretched.shape[2:])} instead of {to}")
-    return stretched
+    resized = F.interpolate(image, scale_factor=factors, mode="bicubic", antialias=antialias)
+    if resized.shape[2:] != to:
+        raise ValueError(f"positions interpolated to {tuple(resized.shape[2:])} instead of {to}")
+    return resized
 
 
 def rotary_2d(
@@ -113,7 +139,7 @@ def rotary_2d(
     """Cosines and sines of the angles of each patch: a quarter of the head's width by row, a quarter by column.
 
     Heo et al. 2024, "Rotary Position Embedding for Vision Transformer", axial frequencies with base 100. On
-    another grid the coordinates are stretched to the trained range.
+    another grid the coordinates are scaled to the trained range.
     """
     frequencies = 100.0 ** (-torch.arange(width // 4, device=device) / (width // 4))
     sides = [
@@ -139,19 +165,19 @@ class RelativeBias(nn.Module):
         super().__init__()
         self.table = nn.Parameter(torch.zeros(heads, 2 * grid[0] - 1, 2 * grid[1] - 1))
 
-    def forward(self, places: Places) -> Float[Tensor, "*b heads t t"]:
-        rows, columns = places.grid
-        table = self.table
+    def forward(self, layout: TokenLayout) -> Float[Tensor, "*b heads t t"]:
+        rows, columns = layout.grid
+        table: Tensor = self.table
         wanted = (2 * rows - 1, 2 * columns - 1)
         if not is_same(tuple(table.shape[1:]), wanted):
-            table = stretch(table[None], wanted)[0]
-        place = torch.arange(rows * columns, device=table.device)
-        if places.visible is not None:
-            place = places.visible
-        row, column = place // columns, place % columns
+            table = interpolate(table[None], wanted)[0]
+        index = torch.arange(rows * columns, device=table.device)
+        if layout.visible is not None:
+            index = layout.visible
+        row, column = index // columns, index % columns
         by_row = row[..., :, None] - row[..., None, :] + rows - 1
         by_column = column[..., :, None] - column[..., None, :] + columns - 1
         bias = table[:, by_row, by_column]  # heads (b) k k
-        if places.visible is not None:
+        if layout.visible is not None:
             bias = bias.transpose(0, 1)
-        return F.pad(bias, (places.prefix, 0, places.prefix, 0))
+        return F.pad(bias, (layout.prefix, 0, layout.prefix, 0))

@@ -26,8 +26,8 @@ def cut_patches(images: Float[Tensor, "b c h w"], patch: int) -> Float[Tensor, "
     return rearrange(images, "b c (rows p) (cols q) -> b (rows cols) (c p q)", p=patch, q=patch)
 
 
-def take(tokens: Shaped[Tensor, "b n d"], visible: Int[Tensor, "b k"] | None) -> Shaped[Tensor, "b k d"]:
-    """The tokens at the visible places, in the order in which they are listed; all of them for None."""
+def gather_tokens(tokens: Shaped[Tensor, "b n d"], visible: Int[Tensor, "b k"] | None) -> Shaped[Tensor, "b k d"]:
+    """The tokens of the visible patches, in the order in which they are listed; all of them for None."""
     if visible is None:
         return tokens
     return tokens.gather(1, visible[:, :, None].expand(-1, -1, tokens.shape[2]))
@@ -42,7 +42,7 @@ class PatchTokens(nn.Module):
         self.proj = nn.Conv2d(settings.channels, settings.width, settings.patch, settings.patch)
 
     def forward(self, images: Float[Tensor, "b c h w"], visible: Int[Tensor, "b k"] | None = None) -> Tensor:
-        patches = take(cut_patches(images, self.patch), visible)
+        patches = gather_tokens(cut_patches(images, self.patch), visible)
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
@@ -62,7 +62,7 @@ class ShiftedPatchTokens(nn.Module):
         shifted = [
             padded[:, :, top : top + height, left : left + width] for top in (0, 2 * half) for left in (0, 2 * half)
         ]
-        patches = take(cut_patches(torch.cat([images, *shifted], 1), self.patch), visible)
+        patches = gather_tokens(cut_patches(torch.cat([images, *shifted], 1), self.patch), visible)
         return F.linear(self.norm(patches), self.proj.weight.flatten(1), self.proj.bias)
 
 
@@ -84,7 +84,7 @@ class ConvStemTokens(nn.Module):
 
     def forward(self, images: Float[Tensor, "b c h w"], visible: Int[Tensor, "b k"] | None = None) -> Tensor:
         tokens = self.proj(self.stem(images))
-        return take(rearrange(tokens, "b d rows cols -> b (rows cols) d"), visible)
+        return gather_tokens(rearrange(tokens, "b d rows cols -> b (rows cols) d"), visible)
 
 
 class HybridTokens(nn.Module):
@@ -105,15 +105,19 @@ class HybridTokens(nn.Module):
 
     def forward(self, images: Float[Tensor, "b c h w"], visible: Int[Tensor, "b k"] | None = None) -> Tensor:
         tokens = self.proj(self.cnn(images))
-        return take(rearrange(tokens, "b d rows cols -> b (rows cols) d"), visible)
+        return gather_tokens(rearrange(tokens, "b d rows cols -> b (rows cols) d"), visible)
 
 
 class PixelTokens(nn.Module):
     """One token per pixel: the learned vector of its nearest palette color (iGPT, Chen et al. 2020, section 3.2).
 
-    In a causal encoder the sequence is shifted right by a learned start token: place i carries pixel i - 1, so
-    that nothing computed at place i has seen pixel i.
+    In a causal encoder the sequence is shifted right by a learned start token: position i carries pixel i - 1, so
+    that nothing computed at position i has seen pixel i.
     """
+
+    palette: Float[Tensor, "colors c"]
+    mean: Float[Tensor, "c 1 1"]
+    std: Float[Tensor, "c 1 1"]
 
     def __init__(self, settings: EncoderSettings) -> None:
         super().__init__()
@@ -134,18 +138,18 @@ class PixelTokens(nn.Module):
         phases = torch.rand(self.embed.embedding_dim) * 2 * math.pi
         self.embed.weight.copy_((self.palette @ turns + phases).cos() * AMPLITUDE)
 
-    def indices(self, images: Float[Tensor, "b c h w"]) -> Int[Tensor, "b n"]:
+    def quantize(self, images: Float[Tensor, "b c h w"]) -> Int[Tensor, "b n"]:
         """Palette index of every pixel of normalized images, row by row."""
         return nearest_color((images * self.std + self.mean) * 2 - 1, self.palette).flatten(1)
 
     def images_of(self, indices: Int[Tensor, "b n"], grid: tuple[int, int]) -> Float[Tensor, "b c h w"]:
-        """The inverse of `indices`: normalized images in the palette's colors."""
+        """The inverse of `quantize`: normalized images in the palette's colors."""
         colors = colors_of(indices.unflatten(1, grid), self.palette)
         return ((colors + 1) / 2 - self.mean) / self.std
 
     def forward(self, images: Float[Tensor, "b c h w"], visible: Int[Tensor, "b k"] | None = None) -> Tensor:
-        indices = self.indices(images)
-        return take(self.begin(indices[:, :-1]) if self.shifted else self.embed(indices), visible)
+        indices = self.quantize(images)
+        return gather_tokens(self.begin(indices[:, :-1]) if self.shifted else self.embed(indices), visible)
 
     def begin(self, indices: Int[Tensor, "b k"]) -> Float[Tensor, "b k1 d"]:
         """The start token, then the given first pixels."""

@@ -9,18 +9,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sslvit.models.positions import Places, RelativeBias, rotate
+from sslvit.models.positions import RelativeBias, TokenLayout, rotate
 from sslvit.settings import EncoderSettings
 
 
-class Memory:
-    """Keys and values of the places that one block has read already, for reading on without reading again.
+class KVCache:
+    """Keys and values that one block has computed already, so that decoding does not compute them again.
 
     Args:
-        batch: sequences side by side.
-        length: places of a whole sequence.
-        settings: of the encoder.
-        like: gives the device and the type of the numbers.
+        batch: number of sequences.
+        length: number of positions of a whole sequence.
+        settings: settings of the encoder.
+        like: a tensor of the device and dtype that the cache shall have.
     """
 
     def __init__(self, batch: int, length: int, settings: EncoderSettings, like: Tensor) -> None:
@@ -28,8 +28,8 @@ class Memory:
         self.keys, self.values = like.new_empty(shape), like.new_empty(shape)
         self.length = 0
 
-    def add(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep the next places; keys and values of all places so far, 'b heads t e'."""
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the next positions, and return keys and values of all positions so far, 'b heads t e'."""
         start, self.length = self.length, self.length + key.shape[2]
         self.keys[:, :, start : self.length] = key
         self.values[:, :, start : self.length] = value
@@ -44,6 +44,7 @@ class QuickGELU(nn.Module):
 
 
 def make_norm(settings: EncoderSettings, width: int) -> nn.Module:
+    """The encoder's kind of normalization over `width` channels."""
     if settings.norm == "rms":
         return nn.RMSNorm(width, eps=settings.norm_eps)
     return nn.LayerNorm(width, eps=settings.norm_eps)
@@ -74,66 +75,67 @@ class Attention(nn.Module):
             self.register_buffer("scale", scale, persistent=False)
 
     def forward(
-        self, tokens: Float[Tensor, "b t d"], places: Places | None = None, memory: Memory | None = None
+        self, tokens: Float[Tensor, "b t d"], layout: TokenLayout | None = None, kv_cache: KVCache | None = None
     ) -> Float[Tensor, "b t d"]:
-        """memory: of the places before these; they are attended to as well, and these are added to them."""
-        query, key, value = self.heads_of(tokens, places)
-        if memory is not None:
-            key, value = memory.add(key, value)
-            is_first = memory.length == query.shape[2] and self.rel_pos is None
-            bias = None if is_first else self.bias_after(query, memory.length, places)
+        """With a `kv_cache`, tokens also attend to the positions stored there, and are appended to them."""
+        query, key, value = self.heads_of(tokens, layout)
+        if kv_cache is not None:
+            key, value = kv_cache.append(key, value)
+            is_first = kv_cache.length == query.shape[2] and self.rel_pos is None
+            bias = None if is_first else self.bias_after(query, kv_cache.length, layout)
             mixed = F.scaled_dot_product_attention(query, key, value, bias, is_causal=is_first and self.causal)
         elif query.device.type == "cpu" and query.dtype == torch.bfloat16:
             # the fused kernel is several times slower than these two products in bf16 on a CPU
-            mixed = self.scores(query, key, places).softmax(-1).to(value.dtype) @ value
+            mixed = self.scores(query, key, layout).softmax(-1).to(value.dtype) @ value
         elif self.locality or self.rel_pos is not None:
-            bias = self.score_bias(query, places)
+            bias = self.score_bias(query, layout)
             mixed = F.scaled_dot_product_attention(query * self.scale.to(query.dtype), key, value, bias, scale=1.0)
         else:
             mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
         return self.proj(rearrange(mixed, "b heads t e -> b t (heads e)"))
 
-    def weights(self, tokens: Float[Tensor, "b t d"], places: Places | None) -> Float[Tensor, "b heads t t"]:
-        """Softmax of the scores: row i says how much token i takes from each token. The slow path, on request."""
-        query, key, _ = self.heads_of(tokens, places)
-        return self.scores(query, key, places).softmax(-1)
+    def weights(self, tokens: Float[Tensor, "b t d"], layout: TokenLayout | None) -> Float[Tensor, "b heads t t"]:
+        """Softmax of the scores, by the slow path: row i says how much token i takes from each token."""
+        query, key, _ = self.heads_of(tokens, layout)
+        return self.scores(query, key, layout).softmax(-1)
 
-    def heads_of(self, tokens: Tensor, places: Places | None) -> tuple[Tensor, Tensor, Tensor]:
+    def heads_of(self, tokens: Tensor, layout: TokenLayout | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each 'b heads t e'."""
         query, key, value = rearrange(
             self.qkv(tokens), "b t (three heads e) -> three b heads t e", three=3, heads=self.heads
         )
         query, key = self.q_norm(query), self.k_norm(key)
-        if places is not None and places.rotation is not None:
-            query, key = rotate(query, places.rotation), rotate(key, places.rotation)
+        if layout is not None and layout.rotation is not None:
+            query, key = rotate(query, layout.rotation), rotate(key, layout.rotation)
         return query, key, value
 
-    def scores(self, query: Tensor, key: Tensor, places: Places | None) -> Float[Tensor, "b heads t t"]:
+    def scores(self, query: Tensor, key: Tensor, layout: TokenLayout | None) -> Float[Tensor, "b heads t t"]:
+        """Scaled products of queries and keys, plus `score_bias`."""
         scores = (query * self.scale.to(query.dtype)) @ key.transpose(-2, -1)
-        bias = self.score_bias(query, places)
+        bias = self.score_bias(query, layout)
         return scores if bias is None else scores + bias
 
-    def bias_after(self, query: Tensor, length: int, places: Places | None) -> Tensor | None:
-        """score_bias for the last places of `length` ones."""
+    def bias_after(self, query: Tensor, length: int, layout: TokenLayout | None) -> Tensor | None:
+        """The rows of `score_bias` for the last positions of a sequence of `length`."""
         if query.shape[2] == 1 and self.rel_pos is None:
-            return None  # the last place attends to all
-        whole = query.new_empty(1, 1, length, 0)
-        bias = self.score_bias(whole, places)
+            return None  # the last position attends to all
+        bias = self.score_bias(query.new_empty(1, 1, length, 0), layout)
+        assert bias is not None  # only a causal encoder decodes
         return bias[..., length - query.shape[2] : length, :length]
 
-    def score_bias(self, query: Tensor, places: Places | None) -> Tensor | None:
+    def score_bias(self, query: Tensor, layout: TokenLayout | None) -> Tensor | None:
         """What is added before the softmax, broadcastable to 'b heads t t'; -inf where attention is forbidden."""
         bias = None
         length = query.shape[2]
         if self.rel_pos is not None:
-            bias = self.rel_pos(places)[..., :length, :length]
+            bias = self.rel_pos(layout)[..., :length, :length]
         if self.causal or self.locality:
             every = torch.ones(length, length, dtype=torch.bool, device=query.device)
             is_forbidden = every.triu(1) if self.causal else torch.zeros_like(every)
             if self.locality:
                 is_forbidden = is_forbidden | torch.eye(length, dtype=torch.bool, device=query.device)
-            wall = torch.zeros(length, length, device=query.device).masked_fill(is_forbidden, float("-inf"))
-            bias = wall if bias is None else bias + wall
+            mask_bias = torch.zeros(length, length, device=query.device).masked_fill(is_forbidden, float("-inf"))
+            bias = mask_bias if bias is None else bias + mask_bias
         return None if bias is None else bias.to(query.dtype)
 
 
@@ -178,7 +180,7 @@ class Block(nn.Module):
     """Attention and MLP, each normalized before and added to what came in.
 
     Args:
-        settings: of the encoder.
+        settings: settings of the encoder.
         drop_rate: probability that a sample skips a branch (stochastic depth, Huang et al. 2016).
     """
 
@@ -197,17 +199,18 @@ class Block(nn.Module):
     def forward(
         self,
         tokens: Float[Tensor, "b t d"],
-        places: Places | None = None,
+        layout: TokenLayout | None = None,
         path_noise: Float[Tensor, "2 b"] | None = None,
-        memory: Memory | None = None,
+        kv_cache: KVCache | None = None,
     ) -> Float[Tensor, "b t d"]:
-        """path_noise: uniform numbers; a sample skips a branch where its number is below the drop rate."""
-        attended = self.dropout(self.ls1(self.attn(self.norm1(tokens), places, memory)))
-        tokens = tokens + self.keep_some(attended, path_noise, 0)
+        """The block's output; a sample skips a branch where its number in `path_noise` is below the drop rate."""
+        attended = self.dropout(self.ls1(self.attn(self.norm1(tokens), layout, kv_cache)))
+        tokens = tokens + self.drop_path(attended, path_noise, 0)
         mixed = self.dropout(self.ls2(self.mlp(self.norm2(tokens))))
-        return tokens + self.keep_some(mixed, path_noise, 1)
+        return tokens + self.drop_path(mixed, path_noise, 1)
 
-    def keep_some(self, branch: Tensor, path_noise: Tensor | None, which: int) -> Tensor:
+    def drop_path(self, branch: Tensor, path_noise: Tensor | None, which: int) -> Tensor:
+        """The branch, zeroed for the samples that skip it and scaled up for the others."""
         if path_noise is None or not self.drop_rate:
             return branch
         is_kept = (path_noise[which] >= self.drop_rate).to(branch.dtype)
@@ -217,12 +220,12 @@ class Block(nn.Module):
 def run_block(
     block: Block,
     tokens: Float[Tensor, "b t d"],
-    places: Places | None = None,
+    layout: TokenLayout | None = None,
     path_noise: Float[Tensor, "2 b"] | None = None,
     recompute: bool = False,
 ) -> Float[Tensor, "b t d"]:
     """A block's output; with `recompute` (encoder.activation_checkpointing) nothing inside it is kept for the
     backward pass."""
     if recompute and block.training and torch.is_grad_enabled():
-        return checkpoint(block, tokens, places, path_noise, use_reentrant=False)
-    return block(tokens, places, path_noise)
+        return checkpoint(block, tokens, layout, path_noise, use_reentrant=False)
+    return block(tokens, layout, path_noise)

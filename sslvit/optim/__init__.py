@@ -3,9 +3,11 @@
 from sslvit.optim.clip import clip_by_global_norm, clip_by_parameter_norm, grad_norms
 from sslvit.optim.ema import ema_update
 from sslvit.optim.groups import decay_groups, layer_decay_groups, layer_of
+from sslvit.optim.guard import StepGuard
 from sslvit.optim.schedules import cosine, warmup_cosine
 
 __all__ = [
+    "StepGuard",
     "clip_by_global_norm",
     "clip_by_parameter_norm",
     "cosine",

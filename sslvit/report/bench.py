@@ -1,10 +1,8 @@
-"""`sslvit bench`: encoders x protocols x data sets -> one table per data set and one page; what is done stays done."""
+"""`sslvit bench`: encoders x protocols x data sets -> one table per data set; finished cells are not measured again."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import logging
 import os
@@ -12,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +20,15 @@ from sslvit.api import finetune, for_labels
 from sslvit.checkpoint import fingerprint, load_encoder
 from sslvit.environment import pick_device
 from sslvit.evaluate.cache import FeatureCache
-from sslvit.evaluate.features import Pass
-from sslvit.evaluate.probe import few_labels, neighbors, open_labeled, untrained
-from sslvit.evaluate.protocols import Bench, check_places, linear_probe, places_of
-from sslvit.evaluate.scores import (
-    Draws,
-    columns_of,
-    format_table,
-    independent,
-    interval,
-    markdown_table,
-    markdown_text,
-    mean,
-    sampling_interval,
-    spreadsheet_cell,
-)
+from sslvit.evaluate.features import FeatureExtractor
+from sslvit.evaluate.probe import HELD_OUT_ACCURACY, few_labels, neighbors, open_labeled, untrained
+from sslvit.evaluate.protocols import ProbeContext, check_readouts, choose_readouts, linear_probe
+from sslvit.evaluate.scores import Scores, format_table, independent
 from sslvit.evaluate.sources import FrozenEncoder, LabeledSet, RawPixels, Source
-from sslvit.figures import bars
-from sslvit.files import printable, remove_stale_parts, to_json, write_atomically
+from sslvit.files import printable, remove_stale_parts, write_atomically
 from sslvit.models import ViTEncoder
 from sslvit.models.resize import check_resizable
-from sslvit.report.page import write_page
+from sslvit.report.bench_tables import Result, write_tables
 from sslvit.settings import SupervisedSettings
 from sslvit.settings.bench import PIXELS, BenchSettings, FinetuneColumn, ProbeColumn, SplitSettings
 from sslvit.settings.load import load_recipe
@@ -49,7 +36,7 @@ from sslvit.train.folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2  # raised when the same cell would mean another number
+FORMAT = 2  # raised when the same key would stand for another number
 MARK = "bench.json"
 
 
@@ -59,9 +46,9 @@ class Cell:
 
     Args:
         values: scores in percent; several where labels were drawn several times.
-        seconds: that it took, passes through the encoder included unless they were in the cache.
-        about: what is needed to quote it.
-        key: of what decides it.
+        seconds: time that it took, passes through the encoder included unless they were in the cache.
+        about: what a reader needs to quote it.
+        key: hash of all that decides it.
     """
 
     values: list[float]
@@ -75,10 +62,10 @@ class Entry:
     """One source of a row: an encoder under one seed.
 
     Args:
-        encoder: gives it; None for raw pixels.
-        path: what a fine-tuning starts from; None where there is nothing to start from.
-        is_scratch: fine-tuning starts from random weights of the architecture behind `path`.
-        seed: of all chance.
+        encoder: makes the encoder; None for raw pixels.
+        path: the encoder that fine-tuning starts from; None where there is none.
+        is_scratch: fine-tuning starts from random weights of the architecture of `path`.
+        seed: seed of everything random.
     """
 
     encoder: Callable[[], ViTEncoder] | None
@@ -88,13 +75,17 @@ class Entry:
 
 
 class BenchRun:
-    """Everything of one bench.
+    """A run of one bench.
 
     Args:
         settings: what is compared.
+
+    Raises:
+        ValueError: something in the settings that no cell could be measured with.
     """
 
     def __init__(self, settings: BenchSettings) -> None:
+        assert settings.out is not None  # BenchOptions fills it in
         self.settings, self.folder = settings, Path(settings.out)
         self.device = pick_device(settings.device)
         # everything that can be refused is refused here, before the first pass
@@ -104,35 +95,30 @@ class BenchRun:
                 raise ValueError(
                     f"encoders.{name}: its runs are of different architectures. Give each a row of its own."
                 )
-        kinds = {encoder.settings.channels for encoders in self.encoders.values() for encoder in encoders}
-        if len(kinds) > 1:
-            raise ValueError(
-                f"encoders: they take images of {sorted(kinds)} channels. Compare them one kind at a time."
-            )
-        self.sets = {}
+        channels = sorted({encoder.settings.channels for encoders in self.encoders.values() for encoder in encoders})
+        if len(channels) > 1:
+            raise ValueError(f"encoders: they take images of {channels} channels. Compare them one kind at a time.")
+        self.sets: dict[str, tuple[LabeledSet, LabeledSet]] = {}
+        probes = [column for column in settings.columns.values() if isinstance(column, ProbeColumn)]
         for name, split in settings.data.items():
-            probes = [column for column in settings.columns.values() if isinstance(column, ProbeColumn)] or [
-                ProbeColumn()
-            ]
-            for column in probes:
-                indices = open_labeled(column.settings(split))
+            for probe in probes or [ProbeColumn()]:
+                train, val = open_labeled(probe.settings(split))
             limit = settings.max_unreadable_fraction
-            self.sets[name] = tuple(LabeledSet(index, kinds.copy().pop(), None, limit) for index in indices)
+            self.sets[name] = LabeledSet(train, channels[0], None, limit), LabeledSet(val, channels[0], None, limit)
         for encoders in self.encoders.values():
-            for column in settings.columns.values():
-                for encoder in encoders if isinstance(column, ProbeColumn) else []:
-                    check_places(FrozenEncoder(encoder), column.settings(SplitSettings("", "")))
-        trained = {f"columns.{name}": column for name, column in settings.columns.items()}
-        if "scratch" in settings.baselines and not any(isinstance(one, FinetuneColumn) for one in trained.values()):
+            for probe in probes:
+                for encoder in encoders:
+                    check_readouts(FrozenEncoder(encoder), probe.settings(SplitSettings("", "")))
+        trained = {f"columns.{name}": one for name, one in settings.columns.items() if isinstance(one, FinetuneColumn)}
+        if "scratch" in settings.baselines and not trained:
             trained["scratch"] = settings.scratch
         for where, column in trained.items():
-            if isinstance(column, FinetuneColumn):
-                self.check_finetuning(where, column)
+            self.check_finetuning(where, column)
         cache = FeatureCache(self.folder / "features")
-        self.reading = Pass(settings.batch, settings.workers, cache)
+        self.extractor = FeatureExtractor(settings.batch, settings.workers, cache)
 
     def check_finetuning(self, where: str, column: FinetuneColumn) -> None:
-        """Refuse a recipe or a change that no fine-tuning could run with."""
+        """Refuse a recipe or a change that fine-tuning could not run with."""
         for encoders in self.encoders.values():
             for encoder in encoders:
                 start = for_labels(encoder.settings)
@@ -153,30 +139,27 @@ class BenchRun:
                     )
 
     def run(self) -> dict[str, Path]:
-        """Fill the tables cell by cell; returns what was written."""
-        tables: dict[str, Draws] = {}
-        cells: list[dict[str, Any]] = []
+        """Fill the tables cell by cell, and return the files written."""
+        tables: dict[str, Scores] = {}
+        results: list[Result] = []
+        files: dict[str, Path] = {}
         for data in self.settings.data:
             tables[data] = {}
             for row, entries in self.rows(data).items():
                 tables[data][row] = {}
                 for column in self.settings.columns:
                     found = [self.cell(data, row, column, entry) for entry in entries]
-                    found = [cell for cell in found if cell is not None]
-                    if not found:
-                        continue
-                    values = independent([cell.values for cell in found])
-                    tables[data][row][column] = values
-                    cells.append(
-                        {"data": data, "row": row, "column": column, "mean": mean(values), "interval": interval(values),
-                         "values": values, "seconds": sum(cell.seconds for cell in found),
-                         "key": "+".join(cell.key for cell in found), "about": found[0].about}
-                    )  # fmt: skip
-                self.write(tables, cells)  # what is there can be read while the rest is made
-        return self.write(tables, cells)
+                    cells = [cell for cell in found if cell is not None]
+                    if cells:
+                        values = tables[data][row][column] = independent([cell.values for cell in cells])
+                        seconds, key = sum(cell.seconds for cell in cells), "+".join(cell.key for cell in cells)
+                        results.append(Result(data, row, column, values, seconds, key, cells[0].about))
+                # the tables can be read while the rest is measured
+                files = write_tables(self.settings, self.sets, tables, results)
+        return files
 
     def claim(self) -> None:
-        """Go on in a folder of a bench, or make a new one; nothing else is touched."""
+        """Resume in a folder of a bench, or make a new one; nothing else is touched."""
         remove_stale_parts(self.folder / MARK)
         if self.folder.exists() and any(path.name != "cells" or any(path.iterdir()) for path in self.folder.iterdir()):
             if not (self.folder / MARK).exists():
@@ -190,7 +173,7 @@ class BenchRun:
     # ---- rows ------------------------------------------------------------------------------------------------
 
     def rows(self, data: str) -> dict[str, list[Entry]]:
-        """Raw pixels, then the networks untrained, trained with labels from scratch, and as they were given."""
+        """Raw pixels, then the networks untrained, trained with labels from scratch, and as they are."""
         settings = self.settings
         seeds = range(settings.seed, settings.seed + settings.seeds)
         rows: dict[str, list[Entry]] = {}
@@ -204,23 +187,22 @@ class BenchRun:
             title = ", ".join(names)
             if "untrained" in settings.baselines:
                 rows[f"{title} untrained"] = [
-                    Entry(lambda seed=seed, encoder=encoder: untrained(encoder, seed), path, True, seed)
-                    for seed in seeds
+                    Entry(partial(untrained, encoder, seed), path, True, seed) for seed in seeds
                 ]
             if "scratch" in settings.baselines:
                 rows[f"{title} from scratch with labels"] = [
-                    Entry(lambda seed=seed, path=path: self.trained_from_scratch(data, path, seed), path, True, seed)
-                    for seed in seeds
+                    Entry(partial(self.trained_from_scratch, data, path, seed), path, True, seed) for seed in seeds
                 ]
         for name, encoders in self.encoders.items():
             rows[name] = [
-                Entry(lambda encoder=encoder: encoder, path, False, seed)
+                Entry(partial(_same, encoder), path, False, seed)
                 for encoder, path in zip(encoders, settings.encoders[name], strict=True)
                 for seed in (seeds if len(encoders) == 1 else seeds[:1])
             ]
         return rows
 
     def trained_from_scratch(self, data: str, path: str, seed: int) -> ViTEncoder:
+        """The encoder of `path` after training from random weights with the labels of a data set."""
         columns = [column for column in self.settings.columns.values() if isinstance(column, FinetuneColumn)]
         folder, _ = self.finetuned(data, columns[0] if columns else self.settings.scratch, path, True, seed)
         return load_encoder(folder)
@@ -228,10 +210,10 @@ class BenchRun:
     # ---- cells -----------------------------------------------------------------------------------------------
 
     def cell(self, data: str, row: str, column: str, entry: Entry) -> Cell | None:
-        """A measurement, done now or before; None where there is none to do."""
+        """A measurement, made now or before; None for fine-tuning of raw pixels."""
         wanted = self.settings.columns[column]
         if isinstance(wanted, FinetuneColumn):
-            return None if entry.path is None else self.finetune_cell(data, wanted, entry)
+            return None if entry.path is None else self.finetune_cell(data, wanted, entry, entry.path)
         encoder = None if entry.encoder is None else entry.encoder().to(self.device)
         first = next(iter(self.encoders.values()))[0].settings
         source: Source = RawPixels(first) if encoder is None else FrozenEncoder(encoder)
@@ -241,48 +223,57 @@ class BenchRun:
             "train": train.index.fingerprint(), "val": val.index.fingerprint(), "seed": entry.seed,
             "batch": self.settings.batch, "device": self.device.split(":")[0],
         }  # fmt: skip
-        return self.kept(
-            identity, f"{data}: {row}: {column}", lambda: self.probed(source, train, val, wanted, entry.seed), data
-        )
+        key = _key(identity)
+        file = self.folder / "cells" / f"{key}.json"
+        if file.exists():
+            found = json.loads(file.read_text())
+            return Cell(found["values"], found["seconds"], found["about"], key)
+        logger.info(printable(f"{data}: {row}: {column}"))
+        start = time.monotonic()
+        values, about = self.probe(ProbeContext(source, train, val, self.extractor, self.device), wanted, entry.seed)
+        cell = Cell(values, time.monotonic() - start, about, key)
+        if not train.unreadable and not val.unreadable:
+            write_atomically(file, json.dumps({**asdict(cell), "identity": identity}, indent=1, default=str) + "\n")
+        return cell
 
-    def probed(
-        self, source: Source, train: LabeledSet, val: LabeledSet, column: ProbeColumn, seed: int
-    ) -> tuple[list[float], dict[str, Any]]:
-        bench = Bench(source, train, val, len(train.index.classes), self.reading, self.device)
-        settings = column.settings(SplitSettings("", ""))
+    def probe(self, context: ProbeContext, column: ProbeColumn, seed: int) -> tuple[list[float], dict[str, Any]]:
+        """The scores of a column of frozen features, and what a reader needs to quote them."""
+        source, settings = context.source, column.settings(SplitSettings("", ""))
         if column.kind == "linear":
-            result = linear_probe(bench, settings, seed)
+            result = linear_probe(context, settings, seed)
+            assert result is not None  # a bench runs in one process
             about = ({} if "fraction" in result.about else {"view": source.settings.crop_in_words}) | result.about
             if result.held_out is not None:
-                about |= {"right answers on training images held out": result.held_out}
+                about |= {HELD_OUT_ACCURACY: result.held_out}
             if result.paper_rule is not None:
-                about |= {"score by the paper's choice, made on the reported images": result.paper_rule}
+                about |= {"score by the paper's choice, selected on the reported images": result.paper_rule}
             return [result.score], about
-        places = places_of(source, settings)
-        features = [bench.of(data, places) for data in (train, val)]
-        made = few_labels(*features, bench, settings, seed) if column.kind == "few" else neighbors(
-            *features, bench, settings
-        )  # fmt: skip
-        (values,) = made.values()
+        readouts = choose_readouts(source, settings)
+        train, val = context.features(context.train, readouts), context.features(context.val, readouts)
+        if column.kind == "few":
+            (values,) = few_labels(train, val, context, settings, seed).values()
+        else:
+            (values,) = neighbors(train, val, context, settings).values()
         about = asdict(column) | {"view": source.settings.crop_in_words}
-        del about["protocol"]  # of linear probes
+        del about["protocol"]  # which is for linear probes
         return values, about
 
-    def finetune_cell(self, data: str, wanted: FinetuneColumn, entry: Entry) -> Cell:
-        path, key = self.finetuned(data, wanted, entry.path, entry.is_scratch, entry.seed)
+    def finetune_cell(self, data: str, wanted: FinetuneColumn, entry: Entry, start_from: str) -> Cell:
+        """The accuracy of a fine-tuning, made now or before."""
+        path, key = self.finetuned(data, wanted, start_from, entry.is_scratch, entry.seed)
         folder = RunFolder(path)
         scores = json.loads(folder.scores.read_text())
-        start = "random weights" if entry.is_scratch else entry.path
+        start = "random weights" if entry.is_scratch else start_from
         about = {"config": wanted.config, **wanted.changes, "started from": start, "run": str(path)}
         if scores.get("unreadable"):
-            about["reported images that could not be read"] = scores["unreadable"]
+            about["unreadable reported images"] = scores["unreadable"]
         return Cell([scores["top1"]], _training_seconds(folder), about, key)
 
     def finetuned(self, data: str, wanted: FinetuneColumn, path: str, is_scratch: bool, seed: int) -> tuple[Path, str]:
-        """The run folder of a fine-tuning, made now, gone on with or finished before; and the key of all behind it."""
+        """The run folder of a fine-tuning that is started, resumed or already finished; and the key of its inputs."""
         encoder = load_encoder(path)
         recipe = asdict(load_recipe(wanted.config, wanted.changes, for_labels(encoder.settings)))
-        train, val = (part.index.fingerprint() for part in self.sets[data])
+        train, val = (labeled.index.fingerprint() for labeled in self.sets[data])
         key = _key(
             {"start": None if is_scratch else fingerprint(encoder), "recipe": recipe, "seed": seed, "train": train,
              "val": val, "device": self.device.split(":")[0]}
@@ -294,9 +285,11 @@ class BenchRun:
             start = "from scratch" if is_scratch else f"from {path}"
             logger.info(printable(f"{data}: training with labels, {start}"))
             split = self.settings.data[data]
+            accelerator = "cpu" if self.device == "cpu" else "gpu"
+            changes: dict[str, Any] = {**wanted.changes, "seed": seed, "train.accelerator": accelerator}
             finetune(
                 path, split.train, split.val, wanted.config, folder.path, is_scratch, resume=folder.checkpoint.exists(),
-                **wanted.changes, seed=seed, **{"train.accelerator": "cpu" if self.device == "cpu" else "gpu"},
+                **changes,
             )  # fmt: skip
         return folder.path, key
 
@@ -317,60 +310,9 @@ class BenchRun:
             write_atomically(file, json.dumps({**asdict(cell), "identity": identity}, indent=1, default=str) + "\n")
         return cell
 
-    # ---- tables ----------------------------------------------------------------------------------------------
-
-    def write(self, tables: dict[str, Draws], cells: list[dict[str, Any]]) -> dict[str, Path]:
-        """Markdown, CSV, JSON and the page."""
-        markdown, content = [], []
-        for data, rows in tables.items():
-            train, val = self.sets[data]
-            note = (
-                f"Right answers in percent on {val.count_in_words} of {self.settings.data[data].val}; heads and "
-                f"fine-tuning on {train.count_in_words} of {self.settings.data[data].train}. ± is half the 95 % "
-                "interval of a mean over runs, seeds or, with one seed, draws of labels; one percentage of so many "
-                f"images is uncertain by up to ± {sampling_interval(val.images):.1f} by that alone. The reported "
-                "images choose nothing."
-            )
-            markdown += [f"## {markdown_text(data)}", "", markdown_table(rows), "", markdown_text(note), ""]
-            content += [("heading", data), ("table", rows), ("text", note)]
-            full = {row: {c: mean(v) for c, v in scores.items()} for row, scores in rows.items()}
-            if columns_of(rows):
-                picture = bars(self.folder / f"{printable(data)}.png", full, "right answers, %", data)
-                content.append(("picture", picture, "The same as bars."))
-        spent: dict[str, float] = {}
-        for cell in {cell["key"]: cell for cell in cells}.values():  # rows may share one
-            spent[cell["column"]] = spent.get(cell["column"], 0.0) + cell["seconds"]
-        cost = "Minutes of each column: " + "; ".join(f"{column} {s / 60:.1f}" for column, s in spent.items()) + "."
-        said = [
-            f"{name}: the paper chose on the images that it reports ({column.protocol.chosen_by_paper}); not so here."
-            for name, column in self.settings.columns.items()
-            if isinstance(column, ProbeColumn) and column.kind == "linear" and column.protocol.chosen_by_paper
-        ]
-        markdown += [line for text in [*said, cost] for line in (markdown_text(text), "")]
-        content += [("heading", "Cost and settings"), *(("text", text) for text in [*said, cost])]
-        for cell in cells:
-            settings = "; ".join(f"{key} {value}" for key, value in cell["about"].items())
-            content.append(("text", f"{cell['data']}, {cell['row']}, {cell['column']}: {settings}."))
-        lines = io.StringIO()
-        # quoted: where a semicolon separates cells, one in a name must not begin another
-        writer = csv.writer(lines, quoting=csv.QUOTE_NONNUMERIC)
-        titles = ["data", "row", "column", "mean", "interval", "values", "seconds"]
-        writer.writerow(titles)
-        for cell in cells:
-            line = {key: cell[key] for key in titles} | {"values": len(cell["values"])}
-            writer.writerow([spreadsheet_cell(value) for value in line.values()])
-        files = {
-            "table.md": "\n".join(markdown), "table.csv": lines.getvalue(),
-            "table.json": to_json({"cells": cells, "settings": asdict(self.settings)}, indent=1) + "\n",
-        }  # fmt: skip
-        for name, text in files.items():
-            write_atomically(self.folder / name, text)
-        page = write_page(self.folder / "report.html", "sslvit bench", content)
-        return {"page": page, **{name: self.folder / name for name in files}}
-
 
 def bench(settings: BenchSettings) -> dict[str, Path]:
-    """Run a bench, or go on with it, and print its tables."""
+    """Run or resume a bench, report its tables, and return the files written."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("bench: runs in one process. Start it without torchrun.")
     run = BenchRun(settings)
@@ -385,7 +327,7 @@ def bench(settings: BenchSettings) -> dict[str, Path]:
     logger.info("")
     content = json.loads(files["table.json"].read_text())
     for data in settings.data:
-        rows: Draws = {}
+        rows: Scores = {}
         for cell in content["cells"]:
             if cell["data"] == data:
                 rows.setdefault(cell["row"], {})[cell["column"]] = cell["values"]
@@ -396,13 +338,17 @@ def bench(settings: BenchSettings) -> dict[str, Path]:
 
 
 def _training_seconds(folder: RunFolder) -> float:
-    """That the steps of a run took, over all parts of it that were gone on with."""
-    seconds, step = 0.0, 0
+    """Time that the steps of a run took, over all its resumes."""
+    seconds, step = 0.0, 0.0
     batch = folder.read_config()["data"]["global_batch_size"]
     for line in folder.read_metrics():
         seconds += (line["step"] - step) * batch / line["images_per_second"]
         step = line["step"]
     return seconds
+
+
+def _same(encoder: ViTEncoder) -> ViTEncoder:
+    return encoder
 
 
 def _key(identity: dict[str, Any]) -> str:

@@ -1,8 +1,7 @@
-"""`sslvit demo`: images -> shards -> pretraining -> probe -> export, on real images and a laptop, in minutes."""
+"""`sslvit demo`: images -> shards -> pretraining -> probe -> export, on real images, on a laptop, in minutes."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
 import math
@@ -10,7 +9,9 @@ import shutil
 import tarfile
 import time
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,15 +21,15 @@ from sslvit.data.array_images import array_samples
 from sslvit.data.folders import folder_source
 from sslvit.data.index import ShardIndex
 from sslvit.data.pack import pack
-from sslvit.data.sources import hold_out
+from sslvit.data.sources import Sample, hold_out
 from sslvit.data.views import Views
-from sslvit.evaluate.layers import HELD_OUT, LayerTable, draw_layers, probe_layers
-from sslvit.evaluate.probe import ProbeTable, probe
+from sslvit.evaluate.layers import HELD_OUT, LayerTable, plot_layers, probe_layers
+from sslvit.evaluate.probe import LINEAR, ProbeTable, probe
 from sslvit.export import export_encoder
-from sslvit.figures import bars
+from sslvit.figures import plot_bars
 from sslvit.files import to_json, write_atomically
-from sslvit.report.page import write_page
-from sslvit.settings import ProbeSettings
+from sslvit.report.page import Heading, Part, Picture, Table, Text, write_page
+from sslvit.settings import MAESettings, ProbeSettings
 from sslvit.settings.load import by_dotted_key, load_recipe
 from sslvit.train.folder import RunFolder
 from sslvit.train.run import pretrain
@@ -41,8 +42,8 @@ RECIPES = {
     "digits": {"mae": "mae/digits", "dino": "dino/digits", "igpt": "igpt/digits"},
     "cifar10": {"mae": "mae/vit_tiny_cifar10", "dino": "dino/vit_tiny_cifar10", "igpt": "igpt/small_cifar10"},
 }
-# on a CPU the demo shows the way on CIFAR-10, not the result: the recipes' full length would take weeks there
-CIFAR10_ON_A_CPU: dict[str, dict] = {
+# on a CPU the demo on CIFAR-10 shows the steps, not the result: the recipes' full length would take weeks there
+CIFAR10_ON_A_CPU: dict[str, dict[str, Any]] = {
     "mae": {"data.global_batch_size": 128, "optim.base_lr": 1e-3, "optim.warmup_epochs": 0.15, "train.steps": 400},
     "dino": {"data.global_batch_size": 64, "optim.warmup_epochs": None, "task.momentum": 0.99, "train.steps": 100},
     "igpt": {
@@ -55,17 +56,17 @@ CIFAR10_ON_A_CPU: dict[str, dict] = {
         "train.steps": 300,
     },
 }
-MARK = "demo.json"  # tells a demo's folder from others
-MADE = ("shards", "download", *TASKS, "export", "figures")
-TEST_SHARE = 5  # every fifth digit is for the test
-DRAWING_SEED = 1  # of the evaluation drawings; training draws its own, from the run's seed
+MARK = "demo.json"  # marks the folder of a demo
+FOLDERS = ("shards", "download", *TASKS, "export", "figures")
+TEST_EVERY = 5  # one of so many digits is for the test
+EVALUATION_SEED = 1  # of the digits' places for evaluation; training samples its own, from the run's seed
 
 
 def demo(
     data: str = "digits", archive: str | None = None, out: str = "runs/demo", overwrite: bool = False, seed: int = 0,
-    changes: dict | None = None,
-) -> dict:  # fmt: skip
-    """Run the journey and say what to open.
+    changes: dict[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Run the demo, report what to open, and return the table.
 
     Args:
         data: digits (scikit-learn's, no download) or cifar10.
@@ -73,11 +74,11 @@ def demo(
             folders of images.
         out: folder for all of it.
         overwrite: replace an earlier demo there.
-        seed: of weights, order, crops and masks.
+        seed: seed of weights, order, crops and masks.
         changes: settings that differ from the recipes'; each task takes those that it has.
 
     Raises:
-        ValueError: an unknown data set, a folder in use, or an archive of another kind.
+        ValueError: the data set is unknown, the folder is in use, or the archive is of another kind.
     """
     start = time.monotonic()
     folder = Path(out)
@@ -90,9 +91,9 @@ def demo(
             )
         if not (folder / MARK).exists():
             raise ValueError(f"{folder}: not the folder of a demo (no {MARK}), so --overwrite leaves it alone.")
-        for made in MADE:
-            shutil.rmtree(folder / made, ignore_errors=True)
-    importlib.import_module("timm")  # the last step needs it: missing, it is said now
+        for name in FOLDERS:
+            shutil.rmtree(folder / name, ignore_errors=True)
+    importlib.import_module("timm")  # the last step needs it; a missing one is reported now
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / MARK, json.dumps({"data": data, "seed": seed}) + "\n")
     logger.info(f"1/4  packing {data} into WebDataset shards")
@@ -107,25 +108,27 @@ def demo(
         runs[task] = pretrain(settings)
         encoders[NAMES[task]] = load_encoder(runs[task].path)
     logger.info("3/4  probing: logistic regression and nearest neighbors on frozen features")
-    splits = (str(shards / "train"), str(shards / "test"))
-    table = probe(encoders, ProbeSettings(*splits, labels_per_class=10, neighbors=[20], cache=None))
+    train, test = str(shards / "train"), str(shards / "test")
+    table = probe(encoders, ProbeSettings(train, test, labels_per_class=10, neighbors=[20], cache=None))
     depth = encoders["iGPT"].settings.depth
     layers_file = folder / "figures" / "layers.png"
     layers = probe_layers(
-        encoders["iGPT"], ProbeSettings(*splits, neighbors=[20], cache=None), list(range(1, depth + 1))
+        encoders["iGPT"], ProbeSettings(train, test, neighbors=[20], cache=None), list(range(1, depth + 1))
     )
-    draw_layers(layers, list(range(1, depth + 1)), layers_file)
+    plot_layers(layers, list(range(1, depth + 1)), layers_file)
     scores = folder / "scores.json"
     write_atomically(scores, to_json(table.as_dict(), indent=1) + "\n")
     logger.info("4/4  exporting MAE's encoder to timm and comparing its outputs there")
     verdict = export_encoder(runs["mae"].path, folder / "export" / "timm", "timm")
-    bars_file = bars(folder / "figures" / "scores.png", table.rows, "right answers, %", "Frozen features, probed")
+    bars_file = plot_bars(
+        folder / "figures" / "scores.png", table.rows, "top-1 accuracy (%)", "Probes of frozen features"
+    )
     seconds = time.monotonic() - start
     title = f"sslvit demo: {data}"
     page = write_page(
         folder / "report.html", title, page_content(data, table, runs, bars_file, layers, layers_file, verdict, seconds)
     )
-    logger.info(f"\nRight answers in percent on {table.about['val_images']} test images:\n\n{table.text()}\n")
+    logger.info(f"\nTop-1 accuracy (%) on {table.about['val_images']} test images:\n\n{table.text()}\n")
     logger.info(f"Done in {seconds / 60:.1f} minutes. Open these:")
     for path, what in [
         (page, "the page with everything on it"),
@@ -141,8 +144,8 @@ def demo(
     return table.as_dict()
 
 
-def split_changes(recipes: dict[str, str], changes: dict) -> dict[str, dict]:
-    """By task, the changes that its recipe has keys for, and those that no recipe has (presets; or a mistake)."""
+def split_changes(recipes: dict[str, str], changes: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """For each task, the changes that its recipe has keys for, and those that no recipe has (presets; or a mistake)."""
     known = {task: by_dotted_key(load_recipe(recipe).as_dict()) for task, recipe in recipes.items()}
     everywhere = [key for key in changes if not any(key in keys for keys in known.values())]
     return {
@@ -152,33 +155,33 @@ def split_changes(recipes: dict[str, str], changes: dict) -> dict[str, dict]:
 
 
 def pack_digits(folder: Path) -> ShardIndex:
-    """Digits for pretraining as they are (8 x 8); for evaluation drawn once on the canvas, with labels.
+    """Digits for pretraining as they are (8 x 8); for evaluation placed once on the canvas, with labels.
 
-    `pretrain` holds the originals, drawn anew at every step; `train` and `test` hold one fixed drawing of each digit.
-    Images are named by the digit's number, so that a digit can be followed through all three.
+    `pretrain` holds the originals, which are placed anew at every step; `train` and `test` hold one fixed placement of
+    each digit. Images are named by the digit's number, so that a digit can be followed through all three.
     """
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)
     numbers = np.arange(len(images))
-    is_test = numbers % TEST_SHARE == 0
+    is_test = numbers % TEST_EVERY == 0
     classes = [str(digit) for digit in range(10)]
     recipe = load_recipe("mae/digits")
-    canvas = Views(recipe.data.view, recipe.encoder.image_size, recipe.encoder.interpolation, DRAWING_SEED)
-    (drawn,) = canvas.crop_batch(torch.from_numpy(images)[:, None], numbers, np.zeros_like(numbers))
-    drawn = drawn[:, 0].numpy()
+    canvas = Views(recipe.data.view, recipe.encoder.image_size, recipe.encoder.interpolation, EVALUATION_SEED)
+    (views,) = canvas.crop_batch(torch.from_numpy(images)[:, None], numbers, np.zeros_like(numbers))
+    placed = views[:, 0].numpy()
 
-    def write(name: str, pixels: np.ndarray, chosen: np.ndarray) -> ShardIndex:
-        return pack(array_samples(pixels[chosen], digits.target[chosen], numbers[chosen]), folder / name, classes)
+    def write(name: str, pixels: np.ndarray, rows: np.ndarray) -> ShardIndex:
+        return _packed(array_samples(pixels[rows], digits.target[rows], numbers[rows]), folder / name, classes)
 
-    write("train", drawn, ~is_test)
-    write("test", drawn, is_test)
+    write("train", placed, ~is_test)
+    write("test", placed, is_test)
     return write("pretrain", images, ~is_test)
 
 
 def pack_cifar10(folder: Path, archive: str | None, download: Path) -> ShardIndex:
-    """CIFAR-10 by torchvision or from a local archive; one without test images gives a tenth of each class for it."""
+    """CIFAR-10 by torchvision or from a local archive; without test images, a tenth of each class is the test."""
     if archive is not None and not Path(archive).is_file():
         raise ValueError(f"{archive}: no such file. Give cifar-10-python.tar.gz or a tar of class folders.")
     if archive is None or _is_python_archive(Path(archive)):
@@ -191,11 +194,11 @@ def pack_cifar10(folder: Path, archive: str | None, download: Path) -> ShardInde
             parts = {name: CIFAR10(str(download), train=name == "train", download=True) for name in ("train", "test")}
         except (OSError, RuntimeError) as error:
             raise ValueError(
-                f"CIFAR-10 could not be had ({error}). Give a local archive: --archive FILE "
+                f"CIFAR-10 could not be downloaded ({error}). Give a local archive: --archive FILE "
                 "(make demo DATA=cifar10 ARCHIVE=FILE)."
             ) from error
         indices = {
-            name: pack(array_samples(part.data, part.targets), folder / name, part.classes)
+            name: _packed(array_samples(part.data, part.targets), folder / name, part.classes)
             for name, part in parts.items()
         }
         return indices["train"]
@@ -211,29 +214,37 @@ def pack_cifar10(folder: Path, archive: str | None, download: Path) -> ShardInde
     if found.classes is None:
         raise ValueError(f"{archive}: holds no class folders.")
     train, test = hold_out(found.samples, 0.1)
-    pack(test, folder / "test", found.classes)
-    return pack(train, folder / "train", found.classes)
+    _packed(test, folder / "test", found.classes)
+    return _packed(train, folder / "train", found.classes)
+
+
+def _packed(samples: Sequence[Sample], folder: Path, classes: list[str]) -> ShardIndex:
+    """Pack all samples on this machine."""
+    index = pack(samples, folder, classes)
+    assert index is not None  # only one of several machines that pack together has none
+    return index
 
 
 def _is_python_archive(path: Path) -> bool:
     try:
         with tarfile.open(path) as tar:
-            return tar.next().name.startswith("cifar-10-batches-py")
-    except (tarfile.TarError, AttributeError, EOFError, OSError) as error:
+            first = tar.next()
+            return first is not None and first.name.startswith("cifar-10-batches-py")
+    except (tarfile.TarError, EOFError, OSError) as error:
         raise ValueError(f"{path}: not a readable tar archive ({error}).") from error
 
 
 def page_content(
     data: str, table: ProbeTable, runs: dict[str, RunFolder], bars_file: Path, layers: LayerTable, layers_file: Path,
-    verdict: dict, seconds: float,
-) -> list[tuple]:  # fmt: skip
-    """The demo's page, top to bottom: texts, tables and pictures."""
+    verdict: dict[str, Any], seconds: float,
+) -> list[Part]:  # fmt: skip
+    """The parts of the demo's page, top to bottom."""
     about = {
         "digits": (
             "scikit-learn's 1,797 handwritten digits (8 x 8 pixels), split once: every fifth digit is for the test, "
-            "and no digit is in both parts. A view is the digit drawn at a random size (8 to 12 pixels) and place on a "
-            "black 12 x 12 canvas; DINO also gets small canvases with a part of it. Pretraining draws each digit anew "
-            "in every epoch and uses no labels; for evaluation every digit was drawn once, with a fixed seed."
+            "and no digit is in both parts. A view is the digit at a random size (8 to 12 pixels) and position on a "
+            "black 12 x 12 canvas; DINO also gets small canvases with a part of it. Pretraining places each digit anew "
+            "in every epoch and uses no labels; for evaluation every digit was placed once, with a fixed seed."
         ),
         "cifar10": (
             "CIFAR-10 at 32 x 32. Pretraining sees random crops and mirror images and uses no labels; evaluation sees "
@@ -242,70 +253,63 @@ def page_content(
     }[data]
     features = "; ".join(f"{name}: {table.about['probed'][name]['features']}" for name in NAMES.values())
     units = ""
-    if load_recipe(RECIPES[data]["mae"]).task.target == "normalized":
+    mae = load_recipe(RECIPES[data]["mae"]).task
+    assert isinstance(mae, MAESettings)
+    if mae.target == "normalized":
         units = ", each predicted patch with the true one's mean and contrast: it is predicted in those units"
     health = json.loads(runs["dino"].health.read_text())
     nats = runs["igpt"].read_metrics()[-1]["loss"]
-    scores = {number: layers.rows[f"layer {number}"]["linear, all labels"] for number in (layers.best, layers.last)}
+    scores = {number: layers.rows[f"layer {number}"][LINEAR] for number in (layers.best, layers.last)}
     return [
-        ("text", about),
-        ("heading", "What the features know"),
-        ("table", table.draws),
-        (
-            "text",
-            "Right answers in percent. Raw pixels and the same networks with untrained weights get the same probes. "
+        Text(about),
+        Heading("Probes of the features"),
+        Table(table.scores),
+        Text(
+            "Top-1 accuracy (%). Raw pixels and the same networks with untrained weights get the same probes. "
             f"Features: {features}. "
-            "Linear: logistic regression on standardized features, its strength chosen on held-out training images; "
-            "with 10 labels per class the mean of 5 draws and half its 95 % interval. kNN: cosine, "
+            "Linear: logistic regression on standardized features, its L2 penalty selected on held-out training "
+            "images; with 10 labels per class the mean of 5 draws and half its 95 % interval. kNN: cosine, "
             f"weighted by exp(similarity / {table.about['temperature']}).",
         ),
-        ("picture", bars_file, "The same scores as bars."),
-        ("heading", "What MAE learned"),
-        (
-            "picture",
+        Picture(bars_file, "The same scores as bars."),
+        Heading("What MAE learned"),
+        Picture(
             runs["mae"].figures / "reconstruction.png",
             "Input, what the encoder sees (hidden patches gray), and the reconstruction" + units,
         ),
-        ("picture", runs["mae"].figures / "loss.png", "Training loss."),
-        ("heading", "What DINO learned"),
-        (
-            "picture",
+        Picture(runs["mae"].figures / "loss.png", "Training loss."),
+        Heading("What DINO learned"),
+        Picture(
             runs["dino"].figures / "attention.png",
-            "How much the class token takes from each patch in the last block, head by head; below, the patches that "
-            "hold 60 % of the heads' mean. Nobody told the network what belongs to the object.",
+            "Attention of the class token to each patch in the last block, head by head; below, the patches that hold "
+            "60 % of the heads' mean. No label says what belongs to the object.",
         ),
-        ("picture", runs["dino"].figures / "attention_larger.png", "The same at twice the training resolution."),
-        (
-            "picture",
+        Picture(runs["dino"].figures / "attention_larger.png", "The same at twice the training resolution."),
+        Picture(
             runs["dino"].figures / "patches.png",
             "The first three principal components of the patches' features as red, green and blue, over all images.",
         ),
-        (
-            "picture",
+        Picture(
             runs["dino"].figures / "loss.png",
             f"Training loss. It says little by itself: a collapsed run has a low one too. This run's health: "
             f"{health['verdict']}.",
         ),
-        ("heading", "What iGPT learned"),
-        ("picture", runs["igpt"].figures / "generated.png", "Drawn from nothing, pixel by pixel, row by row."),
-        (
-            "picture",
+        Heading("What iGPT learned"),
+        Picture(runs["igpt"].figures / "generated.png", "Sampled unconditionally, pixel by pixel, row by row."),
+        Picture(
             runs["igpt"].figures / "completed.png",
-            "It is given the upper half (the rest is gray here) and draws the lower one, twice; below, the original.",
+            "Given the upper half (the rest is gray here), it samples the lower one, twice; below, the original.",
         ),
-        (
-            "picture",
+        Picture(
             runs["igpt"].figures / "loss.png",
             f"Training loss in nats per pixel; at the end {nats:.2f} nats, {nats / math.log(2):.2f} bits.",
         ),
-        (
-            "picture",
+        Picture(
             layers_file,
             f"The linear probe at each depth. Block {layers.best} is the best on {HELD_OUT}: it has "
             f"{scores[layers.best]:.1f} % on the test images, the last block {scores[layers.last]:.1f} %.",
         ),
-        (
-            "text",
+        Text(
             f"The exported timm model agrees with MAE's encoder to {verdict['largest_difference']:.1e}. "
             f"Everything on this page took {seconds / 60:.1f} minutes.",
         ),

@@ -1,76 +1,77 @@
-"""Pictures drawn by a model of pixels: from nothing, or from the first rows of given images."""
+"""Figures of images sampled from a model of pixels: unconditionally, or given the first rows of an image."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from sslvit.data.loader import make_batch, normalized_view
 from sslvit.data.open import open_shards
 from sslvit.data.reader import ShardReader
 from sslvit.data.views import Views
-from sslvit.figures import image_rows
+from sslvit.figures import plot_images
 from sslvit.files import printable
+from sslvit.models.igpt import IGPTModel, completion_rows, to_display
+from sslvit.models.sampling import complete
 from sslvit.settings.sample import SampleSettings
 from sslvit.settings.views import CenterSettings
-from sslvit.tasks.igpt import IGPT, completion_rows, shown
-from sslvit.tasks.sampling import complete
 
 logger = logging.getLogger(__name__)
 
 COLUMNS = 8  # images in a row of generated ones
 
 
-def draw_samples(task: IGPT, out: str | Path, count: int, settings: SampleSettings) -> Path:
-    """Images from nothing, as a PNG.
+def plot_samples(model: IGPTModel, out: str | Path, count: int, settings: SampleSettings) -> Path:
+    """Sample images unconditionally, and plot them.
 
     Args:
-        task: trained, on the device that it shall run on.
-        out: the PNG.
-        count: how many images.
-        settings: of the sampling.
+        model: a trained model, on its device.
+        out: PNG to write.
+        count: number of images.
+        settings: settings of the sampling.
     """
     nothing = torch.zeros(count, 0, dtype=torch.long)
-    images = shown(task.encoder, complete(task.encoder, task.head, nothing, settings))
+    images = to_display(model.encoder, complete(model.encoder, model.head, nothing, settings))
     rows = [images[start : start + COLUMNS] for start in range(0, count, COLUMNS)]
-    return image_rows(out, rows, [""] * len(rows))
+    return plot_images(out, rows, [""] * len(rows))
 
 
-def draw_completions(
-    task: IGPT, images: str, out: str | Path, count: int, given: float, draws: int, settings: SampleSettings
+def plot_completions(
+    model: IGPTModel, images: str, out: str | Path, count: int, given: float, draws: int, settings: SampleSettings
 ) -> Path:
-    """Input, completions and original of the first images of a data set, as a PNG.
+    """Complete the first images of a data set, and plot input, completions and original.
 
     Args:
-        task: trained, on the device that it shall run on.
+        model: a trained model, on its device.
         images: shards, or a folder of images.
-        out: the PNG.
-        count: how many images.
-        given: share of the pixels that the model is given, row by row from the top.
-        draws: completions of each image.
-        settings: of the sampling.
+        out: PNG to write.
+        count: number of images.
+        given: fraction of the pixels that the model is given, row by row from the top.
+        draws: number of completions of each image.
+        settings: settings of the sampling.
 
     Raises:
-        ValueError: a share that gives all pixels, or images that cannot be read.
+        ValueError: the fraction gives all pixels, or no image can be read.
     """
-    encoder = task.encoder.settings
+    encoder = model.encoder.settings
     pixels = encoder.grid[0] * encoder.grid[1]
     known = round(given * pixels) if 0 <= given < 1 else pixels
     if known == pixels:
-        raise ValueError(f"--given {given}: that is {known} of {pixels} pixels. Use a share from 0 to below 1.")
+        raise ValueError(f"--given {given}: that is {known} of {pixels} pixels. It must be in [0, 1).")
     index = open_shards(images)
-    chosen = torch.arange(min(count, len(index))).numpy()
+    samples = np.arange(min(count, len(index)))
     views = Views(CenterSettings(), encoder.image_size, encoder.interpolation)
-    batch = make_batch(ShardReader(index, encoder.channels, memory_limit_mb=0), views, chosen, 0 * chosen)
+    batch = make_batch(ShardReader(index, encoder.channels, memory_limit_mb=0), views, samples, 0 * samples)
     for key, reason in batch.unreadable.items():
         logger.warning(f"{printable(key)} is left out: {printable(reason)}")
     if not batch.valid.any():
-        raise ValueError(f"{images}: none of its first {len(chosen)} images can be read.")
-    embed = task.encoder.patch_embed
+        raise ValueError(f"{images}: none of its first {len(samples)} images can be read.")
+    embed = model.encoder.pixel_tokens
     view = normalized_view(batch, encoder, embed.palette.device)[batch.valid.to(embed.palette.device)]
-    colors = embed.indices(view)  # b n
-    drawn = complete(task.encoder, task.head, colors[:, :known].repeat(draws, 1), settings)
-    titles, rows = completion_rows(task.encoder, colors, known, list(drawn.chunk(draws)))
-    return image_rows(out, rows, titles)
+    colors = embed.quantize(view)  # b n
+    completed = complete(model.encoder, model.head, colors[:, :known].repeat(draws, 1), settings)
+    titles, rows = completion_rows(model.encoder, colors, known, list(completed.chunk(draws)))
+    return plot_images(out, rows, titles)

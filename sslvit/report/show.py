@@ -1,9 +1,10 @@
-"""Pictures of what an encoder does with images: where it looks, how far, and which pixels reach it."""
+"""Figures of an encoder: attention maps, attention distances, receptive fields, predicted masks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,43 +15,49 @@ from sslvit.data.open import open_shards
 from sslvit.data.reader import ShardReader
 from sslvit.data.views import Views
 from sslvit.evaluate.attention import attention_measures, receptive_field
-from sslvit.evaluate.dense import DenseTable, MaskedImages
-from sslvit.evaluate.label_free import spread
+from sslvit.evaluate.dense import DenseTable
+from sslvit.evaluate.label_free import evenly_spaced
+from sslvit.evaluate.masks import MaskedImages
 from sslvit.evaluate.probe import untrained
-from sslvit.figures import heat_over, image_rows, points
+from sslvit.figures import overlay_heat, plot_images, plot_points
 from sslvit.files import printable
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings
 from sslvit.settings.views import CenterSettings
 from sslvit.train.pictures import attention_rows
 
-FIELD_COLUMNS = 4  # depths at which receptive fields are drawn
+if TYPE_CHECKING:  # torchvision takes seconds to import
+    from torchvision.models import ResNet
+
+FIELD_COLUMNS = 4  # number of blocks whose receptive fields are plotted
 
 
 def some_images(settings: EncoderSettings, source: str, count: int) -> Tensor:
-    """Images evenly spread over a data set, normalized, 'b c h w'.
+    """Normalized images, evenly spaced over a data set, 'b c h w'.
 
     Raises:
         ValueError: one of them cannot be read.
     """
     index = open_shards(source)
-    chosen = spread(len(index), count)
+    samples = evenly_spaced(len(index), count)
     views = Views(CenterSettings(), settings.image_size, settings.interpolation)
-    batch = make_batch(ShardReader(index, settings.channels, 0), views, chosen, np.zeros_like(chosen))
+    batch = make_batch(ShardReader(index, settings.channels, 0), views, samples, np.zeros_like(samples))
     if batch.unreadable:
         key, reason = next(iter(batch.unreadable.items()))
         raise ValueError(f"{source}: {printable(key)} cannot be read ({printable(reason)}).")
     return normalized_view(batch, settings, torch.device("cpu"))
 
 
-def draw_attention(encoder: ViTEncoder, images: Tensor, out: str | Path) -> Path:
-    """The class token's attention in the last block, head by head."""
+def plot_attention(encoder: ViTEncoder, images: Tensor, out: str | Path) -> Path:
+    """Plot the class token's attention in the last block, head by head."""
     titles, rows = attention_rows(encoder, images)
-    return image_rows(out, rows, titles)
+    return plot_images(out, rows, titles)
 
 
-def draw_distance(encoder: ViTEncoder, images: Tensor, out: str | Path, seed: int = 0) -> tuple[Path, dict]:
-    """Mean attention distance and entropy of every head against depth, beside the untrained network's.
+def plot_distance(
+    encoder: ViTEncoder, images: Tensor, out: str | Path, seed: int = 0
+) -> tuple[Path, dict[str, dict[str, list[list[float]]]]]:
+    """Plot mean attention distance and entropy of every head against depth, beside those of the untrained network.
 
     Returns:
         The PNG, and the numbers: network -> measure -> layers x heads.
@@ -63,14 +70,14 @@ def draw_distance(encoder: ViTEncoder, images: Tensor, out: str | Path, seed: in
         "mean attention distance in pixels": {name: of["distance_pixels"] for name, of in numbers.items()},
         "entropy of the attention in nats": {name: of["entropy_nats"] for name, of in numbers.items()},
     }
-    return points(out, panels, "block"), numbers
+    return plot_points(out, panels, "block"), numbers
 
 
-def draw_field(encoder: ViTEncoder, images: Tensor, out: str | Path, seed: int = 0) -> Path:
-    """Which pixels reach the middle patch, block by block, beside the middle of a ResNet-18's stages.
+def plot_field(encoder: ViTEncoder, images: Tensor, out: str | Path, seed: int = 0) -> Path:
+    """Plot the receptive field of the middle patch, block by block, beside that of a ResNet-18's stages.
 
     Raises:
-        ValueError: pixel tokens, whose colors are looked up, so that no gradient reaches the pixels.
+        ValueError: tokens are pixels, whose colors are looked up, so that no gradient reaches the pixels.
     """
     from torchvision.models import resnet18
 
@@ -78,7 +85,8 @@ def draw_field(encoder: ViTEncoder, images: Tensor, out: str | Path, seed: int =
     if settings.tokens == "pixel":
         raise ValueError("receptive field: colors are looked up in the palette, so no gradient reaches the pixels.")
     blocks = sorted({round(1 + (settings.depth - 1) * i / (FIELD_COLUMNS - 1)) for i in range(FIELD_COLUMNS)})
-    rows, titles = [], []
+    rows: list[np.ndarray] = []
+    titles: list[str] = []
     for name, network in (("this encoder", encoder), ("untrained", untrained(encoder, seed))):
         fields = [receptive_field(middle_patch(network, block), images, seed) for block in blocks]
         rows.append(_as_row(fields))
@@ -90,10 +98,12 @@ def draw_field(encoder: ViTEncoder, images: Tensor, out: str | Path, seed: int =
     fields = [receptive_field(middle_of_stage(cnn, stage), images, seed) for stage in range(1, 5)]
     rows.append(_as_row(fields[: len(blocks)]))
     titles.append(f"ResNet-18,\nuntrained,\nstages 1 to {len(blocks)}")
-    return image_rows(out, rows, titles)
+    return plot_images(out, rows, titles)
 
 
 def middle_patch(encoder: ViTEncoder, block: int) -> Callable[[Tensor], Tensor]:
+    """A function from images to the token of the middle patch after a block."""
+
     def features(images: Tensor) -> Tensor:
         rows, columns = encoder.settings.grid_of(*images.shape[2:])
         middle = encoder.prefix + (rows // 2) * columns + columns // 2
@@ -102,7 +112,9 @@ def middle_patch(encoder: ViTEncoder, block: int) -> Callable[[Tensor], Tensor]:
     return features
 
 
-def middle_of_stage(cnn: nn.Module, stage: int) -> Callable[[Tensor], Tensor]:
+def middle_of_stage(cnn: ResNet, stage: int) -> Callable[[Tensor], Tensor]:
+    """A function from images to the features in the middle of the map after a stage."""
+
     def features(images: Tensor) -> Tensor:
         maps = cnn.maxpool(cnn.relu(cnn.bn1(cnn.conv1(images))))
         for number in range(1, stage + 1):
@@ -113,18 +125,18 @@ def middle_of_stage(cnn: nn.Module, stage: int) -> Callable[[Tensor], Tensor]:
 
 
 def _as_row(fields: list[Tensor]) -> np.ndarray:
-    """Fields as colors, their square roots, so that what is faint can be seen."""
+    """Square roots of the fields as colors, so that weak influence is visible."""
     heat = torch.stack(fields).sqrt().numpy()
-    return heat_over(np.zeros((len(fields), 1, *heat.shape[1:])), heat) / 0.7
+    return overlay_heat(np.zeros((len(fields), 1, *heat.shape[1:])), heat) / 0.7
 
 
-def draw_guesses(table: DenseTable, val: MaskedImages, settings: EncoderSettings, out: str | Path) -> Path:
-    """The first reported images, their masks, and what each row of a segmentation guessed."""
-    pairs = [val.read(number, settings) for number in range(len(next(iter(table.guesses.values()))))]
+def plot_predictions(table: DenseTable, val: MaskedImages, settings: EncoderSettings, out: str | Path) -> Path:
+    """Plot the first reported images, their masks, and the predictions of each row of a segmentation."""
+    pairs = [val.read(number, settings) for number in range(len(next(iter(table.predictions.values()))))]
     images = np.stack([image.numpy() / 255 for image, _ in pairs])
-    masks = {"mask": np.stack([mask for _, mask in pairs]), **table.guesses}
-    drawn = [mask_colors(mask, table.about["classes"]) for mask in masks.values()]
-    return image_rows(out, [images, *drawn], ["image", *masks])
+    masks = {"mask": np.stack([mask for _, mask in pairs]), **table.predictions}
+    colored = [mask_colors(mask, table.about["classes"]) for mask in masks.values()]
+    return plot_images(out, [images, *colored], ["image", *masks])
 
 
 def mask_colors(masks: np.ndarray, classes: list[int]) -> np.ndarray:
@@ -132,6 +144,6 @@ def mask_colors(masks: np.ndarray, classes: list[int]) -> np.ndarray:
     from matplotlib import colormaps
 
     colors = np.ones((*masks.shape, 3))
-    for place, number in enumerate(classes):
-        colors[masks == number] = colormaps["tab20"](place % 20)[:3]
+    for index, number in enumerate(classes):
+        colors[masks == number] = colormaps["tab20"](index % 20)[:3]
     return colors.transpose(0, 3, 1, 2)

@@ -1,57 +1,133 @@
-"""Settings that are one of a few words are checked in Python as they are in a recipe."""
+"""Settings that are one of a few words, and sections that are one of several records."""
 
 from __future__ import annotations
 
 import difflib
 import functools
+import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from sslvit.files import quoted
 
-Settings = TypeVar("Settings", bound=type)
+Record = TypeVar("Record", bound=type)
 MAX_COMPARED = 100  # characters of a value that are compared with known ones
 
 
-def checked(prefix: str) -> Callable[[Settings], Settings]:
+@dataclass(frozen=True)
+class Choice:
+    """Annotation of a field that holds one of several settings dataclasses.
+
+    Args:
+        key: Field of those dataclasses whose value picks one.
+        default: Its value where none is given.
+        records: Dataclass of each known value.
+        find: Looks up the dataclass of a value, None for an unknown one; by default in `records`.
+    """
+
+    key: str
+    default: str
+    records: Mapping[str, type]
+    find: Callable[[str], type | None] | None = None
+
+    def record(self, name: Any, section: str) -> type:
+        """The dataclass of a name; ValueError where there is none."""
+        found = (self.find or self.records.get)(name) if isinstance(name, str) else None
+        if found is None:
+            raise ValueError(f"{section}.{self.key}: {not_one_of(name, self.records)}")
+        return found
+
+
+@dataclass(frozen=True)
+class Arg:
+    """Annotation of a field that is a path or a positional argument on the command line.
+
+    Args:
+        metavar: What stands for the value in the help; one word for each of several values.
+        position: Place among the positional arguments, from 1; 0 for an option.
+        flag: One letter for the option, such as -o.
+        is_path: Whether ~ and $HOME are expanded.
+    """
+
+    metavar: str | tuple[str, ...]
+    position: int = 0
+    flag: str = ""
+    is_path: bool = True
+
+
+def checked(prefix: str) -> Callable[[Record], Record]:
     """A decorator, below @dataclass, that refuses values which a field's Literal does not list.
 
     It runs before the class's own __post_init__, which may rely on them.
 
     Args:
-        prefix: of the keys in messages, as in "encoder.".
+        prefix: Prefix of the keys in messages, as in "encoder.".
     """
 
-    def decorate(kind: Settings) -> Settings:
+    def decorate(kind: Record) -> Record:
         own = kind.__dict__.get("__post_init__")
 
         def __post_init__(self: Any) -> None:
             for key, words in choices_of(type(self)).items():
                 if getattr(self, key) not in words:
-                    raise ValueError(
-                        f"{prefix}{key}: {quoted(getattr(self, key))} is not one of {', '.join(words)}."
-                        f"{near(getattr(self, key), words)}"
-                    )
+                    name = key.replace("_", "-") if prefix == "--" else key
+                    raise ValueError(f"{prefix}{name}: {not_one_of(getattr(self, key), words)}")
             if own is not None:
                 own(self)
             elif hasattr(super(kind, self), "__post_init__"):
                 super(kind, self).__post_init__()
 
-        kind.__post_init__ = __post_init__
+        setattr(kind, "__post_init__", __post_init__)  # noqa: B010 mypy knows no such attribute of a type
         return kind
 
     return decorate
 
 
-def near(value: Any, words: typing.Iterable[str]) -> str:
+def not_one_of(value: object, words: Iterable[object]) -> str:
+    """What is wrong with a value that is none of some words, and which of them was meant."""
+    known = [str(word) for word in words if word is not None]
+    return f"{quoted(value)} is not one of {', '.join(known)}.{near(value, known)}"
+
+
+def near(value: object, words: Iterable[str]) -> str:
     """Which of some words was meant, as a sentence; empty where none is near."""
     found = difflib.get_close_matches(value[:MAX_COMPARED], words, n=1) if isinstance(value, str) else []
     return f" Did you mean {found[0]}?" if found else ""
 
 
 @functools.cache
+def hints_of(kind: type) -> dict[str, Any]:
+    """Field -> annotation, of a settings dataclass."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return {
+        name: hints[name] for name in kind.__dataclass_fields__ if typing.get_origin(hints[name]) is not typing.ClassVar
+    }
+
+
+def plain(hint: Any) -> Any:
+    """An annotation without what stands beside the type in Annotated."""
+    return hint.__origin__ if typing.get_origin(hint) is typing.Annotated else hint
+
+
+def alternatives(hint: Any) -> tuple[Any, ...]:
+    """The annotations of a union; the annotation itself if it is none."""
+    hint = plain(hint)
+    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+
+
+def words_of(hint: Any) -> tuple[Any, ...]:
+    """The words that an annotation allows, null included; empty where it allows anything else."""
+    words: tuple[Any, ...] = ()
+    for one in alternatives(hint):
+        if one is not type(None) and typing.get_origin(one) is not typing.Literal:
+            return ()
+        words += (None,) if one is type(None) else typing.get_args(one)
+    return words
+
+
+@functools.cache
 def choices_of(kind: type) -> dict[str, tuple[Any, ...]]:
     """Field -> the words that it may be, of a settings dataclass."""
-    hints = typing.get_type_hints(kind)
-    return {key: typing.get_args(hint) for key, hint in hints.items() if typing.get_origin(hint) is typing.Literal}
+    return {key: words for key, hint in hints_of(kind).items() if (words := words_of(hint))}

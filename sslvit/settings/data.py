@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 from sslvit.files import brief, expand_path
 from sslvit.settings.choices import checked
-from sslvit.settings.views import CropSettings, ViewSettings
+from sslvit.settings.views import VIEW_CHOICE, CropSettings, ViewSettings
 
+MAX_PIXELS = 100_000_000  # a header that promises more is a decompression bomb, not a training image
 MIN_STEPS_PER_EPOCH = 4  # that a batch which is made smaller leaves
 MIN_IMAGES_PER_RANK = 4  # below which it is not made for that
 
@@ -16,54 +17,56 @@ MIN_IMAGES_PER_RANK = 4  # below which it is not made for that
 @dataclass
 @checked("data.")
 class DataSettings:
-    """The stream of batches.
-
-    Args:
-        shards: a folder of shards, a pattern such as shards/{000000..000099}.tar, the address of either
-            (https, s3, gs), or an image folder (packed first, into the cache).
-        mixture: several of these instead, each with its share of every batch, such as {shards/a: 3, shards/b: 1}.
-        view: how an image is seen; its kind picks the keys.
-        global_batch_size: images per optimizer step, over all ranks and micro-batches.
-        fit_batch: lower global_batch_size where the data set holds fewer images; in a recipe true unless
-            global_batch_size is
-            given on the command line. config.yaml holds the batch that ran.
-        fit_normalization: take encoder.mean and encoder.std from the index; in a recipe true for other than 1 or 3
-            channels unless they are given.
-        resolutions: sides in pixels, one of which is drawn for each step; null for encoder.image_size.
-        workers: loader processes per rank; the order of the data does not depend on it.
-        memory_limit_mb: a data set of small equal images is decoded once and kept in memory up to this size.
-        lanes: places of the data set that are read side by side; null for one whole permutation up to a million
-            samples, and for the greatest common divisor of 64 and the batch above.
-        window_shards: shards of a lane that are shuffled together.
-        color_on: where colors are changed; auto is the training device if it is a GPU, otherwise the workers.
-        cache: folder for shards from the network and of image folders.
-        cache_gb: size that this folder is kept within.
-        stream_samples: for gzipped tars and pipes, which cannot be indexed: how many images they hold, about.
-        allow_pipe: run commands given as pipe:COMMAND. They can do anything that you can.
-        max_pixels: of the largest image that is decoded; a larger one counts as unreadable.
-        max_unreadable_fraction: share of unreadable samples above which the run stops.
-        ledger: write down which samples every step read.
-    """
+    """The stream of batches."""
 
     shards: str | None = None
+    """Folder of shards, pattern such as shards/{000000..000099}.tar, address of either (https, s3, gs), or folder of
+    images (packed into the cache first).
+    """
     mixture: dict[str, float] | None = None
-    view: ViewSettings = field(default_factory=CropSettings)
+    """Several data sets with their sampling weights in every batch, such as {shards/a: 3, shards/b: 1}; takes the place
+    of data.shards.
+    """
+    view: Annotated[ViewSettings, VIEW_CHOICE] = field(default_factory=CropSettings)
+    """How the views of an image are made; its kind picks the other keys."""
     global_batch_size: int = 4096
+    """Images per optimizer step, over all ranks and micro-batches."""
     fit_batch: bool = False
+    """Lower global_batch_size where the data set holds fewer images. A recipe means true unless global_batch_size is
+    given on the command line; config.yaml records the batch size that ran.
+    """
     fit_normalization: bool = False
+    """Take encoder.mean and encoder.std from the index. A recipe means true for inputs of other than 1 or 3 channels
+    unless they are given.
+    """
     resolutions: list[int] | None = None
+    """Image sides in pixels, one of which is sampled for each step; null for encoder.image_size."""
     workers: int = 4
+    """Loader processes per rank; the order of the data does not depend on it."""
     memory_limit_mb: int = 1024
+    """Largest size in MB up to which a data set of small, equally sized images is decoded once and kept in memory."""
     lanes: int | None = None
+    """Number of positions in the data set that are read side by side; null for one permutation of everything up to a
+    million samples, and for the greatest common divisor of 64 and the batch size above.
+    """
     window_shards: int = 4
+    """Shards of a lane that are shuffled together."""
     color_on: Literal["auto", "device", "workers"] = "auto"
+    """Where color augmentation runs; auto is the training device if that is a GPU, otherwise the workers."""
     cache: str = "~/.cache/sslvit"
+    """Folder for remote shards and for packed image folders."""
     cache_gb: float = 200
+    """Maximum size of the cache in GB."""
     stream_samples: int | None = None
+    """Approximate number of images in gzipped tars and pipes, which cannot be indexed."""
     allow_pipe: bool = False
-    max_pixels: int = 100_000_000
+    """Run commands given as pipe:COMMAND. They can do anything that you can."""
+    max_pixels: int = MAX_PIXELS
+    """Pixels of the largest image that is decoded; a larger one counts as unreadable."""
     max_unreadable_fraction: float = 0.01
+    """Fraction of unreadable samples above which the run stops."""
     ledger: bool = False
+    """Record which samples every step read."""
 
     def __post_init__(self) -> None:
         self.shards = self.shards and expand_path(self.shards)
@@ -73,15 +76,15 @@ class DataSettings:
         if self.shards and self.mixture:
             raise ValueError("data.shards and data.mixture exclude each other. Name the shards in the mixture only.")
         if self.global_batch_size < 1:
-            raise ValueError(f"data.global_batch_size: {self.global_batch_size} is less than one image.")
+            raise ValueError(f"data.global_batch_size: {self.global_batch_size} must be 1 or more.")
         if self.workers < 0:
-            raise ValueError(f"data.workers: {self.workers} is negative. Use 0 to load in the main process.")
+            raise ValueError(f"data.workers: {self.workers} must be 0 or more; 0 loads in the main process.")
         for key in ("lanes", "window_shards", "cache_gb", "stream_samples", "max_pixels"):
             value = getattr(self, key)
             if value is not None and not value > 0:
-                raise ValueError(f"data.{key}: {value} is not positive.")
+                raise ValueError(f"data.{key}: {value} must be positive.")
         if self.resolutions is not None and not (self.resolutions and min(self.resolutions) > 0):
-            raise ValueError(f"data.resolutions: {brief(self.resolutions)} is not a list of sides in pixels.")
+            raise ValueError(f"data.resolutions: {brief(self.resolutions)} must be a list of sides in pixels.")
 
     def fitted(self, images: int, ranks: int = 1) -> DataSettings:
         """The same with a batch that the data set fills, if it may be lowered and must be.

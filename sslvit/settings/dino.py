@@ -20,69 +20,72 @@ class DINOSettings(TaskSettings):
     """A student learns to name crops as its own average, the teacher, names them.
 
     Keys that are null are chosen for the data set and the batch, and printed at the start (docs/dino.md).
-
-    Args:
-        name: which task these settings are for.
-        out_dim: prototypes, the length of the heads' output; null for one per 20 images, from 256 to 65,536.
-        head_layers: linear maps of the head's MLP.
-        head_width: channels between them.
-        bottleneck: channels that the MLP ends in, before the last layer.
-        batch_norm: normalize over the batch inside the MLP.
-        norm_last_layer: keep the prototypes' lengths at one; false learns them (better for a small model with
-            a fitting temperature, less stable).
-        student_temp: of the student's softmax.
-        teacher_temp: of the teacher's softmax after its warm-up; lower is sharper. null for 0.07 at
-            global batches from 1024 on, otherwise 0.04.
-        warmup_teacher_temp: with which it begins.
-        warmup_teacher_temp_epochs: epochs until it is reached, in equal parts; null for 30, or a tenth of a shorter
-            run.
-        momentum: share of the teacher that stays at the first update; null for 0.996 at a batch of 1024, as strong
-            per image at others, and an average over at most a tenth of the run.
-        final_momentum: the same at the last update.
-        centering: what keeps the teacher from one output for all: mean (subtract a moving average) or sinkhorn
-            (Sinkhorn-Knopp: use all prototypes equally in every batch; DINOv2).
-        center_momentum: share of the center that stays at an update; 1 for no centering.
-        sinkhorn_iterations: of Sinkhorn-Knopp.
-        koleo: weight of a term that spreads the student's features (KoLeo; DINOv2 uses 0.1).
-        freeze_last_layer: epochs in which the student's last layer stays as it is; at most a quarter of the run.
     """
 
     name: Literal["dino"] = "dino"
+    """Name of the task."""
     out_dim: int | None = None
+    """Number of prototypes, the output dimension of the heads; null for one per 20 images, from 256 to 65,536."""
     head_layers: int = 3
+    """Linear layers in the head's MLP."""
     head_width: int = 2048
+    """Hidden width of the head's MLP."""
     bottleneck: int = 256
+    """Output width of the head's MLP, before the last layer."""
     batch_norm: bool = False
+    """Use batch normalization in the head's MLP."""
     norm_last_layer: bool = True
+    """Keep the norm of each prototype at one; false learns the norms (better for a small model with a fitting
+    temperature, less stable).
+    """
     student_temp: float = 0.1
+    """Temperature of the student's softmax."""
     teacher_temp: float | None = None
+    """Temperature of the teacher's softmax after its warm-up; lower is sharper. null for 0.07 at global batch sizes
+    from 1024 on, otherwise 0.04.
+    """
     warmup_teacher_temp: float = 0.04
+    """Temperature of the teacher's softmax at the start of its warm-up."""
     warmup_teacher_temp_epochs: float | None = None
+    """Epochs in which the teacher's temperature moves linearly to teacher_temp; null for 30, or a tenth of a shorter
+    run.
+    """
     momentum: float | None = None
+    """Momentum of the teacher's moving average at the first update; null for 0.996 at a batch size of 1024, as strong
+    per image at others, and an average over at most a tenth of the run.
+    """
     final_momentum: float = 1.0
+    """Momentum of the teacher's moving average at the last update."""
     centering: Literal["mean", "sinkhorn"] = "mean"
+    """What keeps the teacher from one output for all images: mean (subtract a moving average) or sinkhorn
+    (Sinkhorn-Knopp: use all prototypes equally in every batch; DINOv2).
+    """
     center_momentum: float = 0.9
+    """Momentum of the moving average that is subtracted as the center; 1 for no centering."""
     sinkhorn_iterations: int = 3
+    """Iterations of Sinkhorn-Knopp."""
     koleo: float = 0.0
+    """Weight of the KoLeo term, which spreads the student's features over the sphere (DINOv2 uses 0.1)."""
     freeze_last_layer: float = 1
+    """Epochs in which the student's last layer is frozen; at most a quarter of the run."""
 
     def __post_init__(self) -> None:
         for key in ("out_dim", "head_layers", "head_width", "bottleneck", "sinkhorn_iterations"):
             value = getattr(self, key)
             if value is not None and value < 1:
-                raise ValueError(f"task.{key}: {value} is less than 1.")
+                raise ValueError(f"task.{key}: {value} must be 1 or more.")
         for key in ("student_temp", "teacher_temp", "warmup_teacher_temp"):
             value = getattr(self, key)
             if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"task.{key}: {value} is not above zero.")
+                raise ValueError(f"task.{key}: {value} must be positive.")
         for key in ("momentum", "final_momentum", "center_momentum"):
             value = getattr(self, key)
             if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"task.{key}: {value} is not between 0 and 1.")
+                raise ValueError(f"task.{key}: {value} must be in [0, 1].")
         for key in ("warmup_teacher_temp_epochs", "koleo", "freeze_last_layer"):
             value = getattr(self, key)
             if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"task.{key}: {value} is not zero or more.")
+                raise ValueError(f"task.{key}: {value} must be 0 or more.")
         if self.momentum is not None and self.momentum > self.final_momentum:
             raise ValueError(
                 f"task.final_momentum: {self.final_momentum} is below task.momentum ({self.momentum}), but it rises."

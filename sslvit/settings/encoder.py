@@ -35,107 +35,117 @@ def crop_words(mode: str, fraction: float, size: list[int] | None = None) -> str
 @dataclass
 @checked("encoder.")
 class EncoderSettings:
-    """A vision transformer and its input.
-
-    Args:
-        image_size: height and width in pixels that the position table is made for (one number: a square).
-        channels: input channels.
-        mean: per channel, subtracted from pixels in [0, 1].
-        std: per channel, divides after the mean is subtracted.
-        interpolation: how images are resized on their way in.
-        crop_mode: what evaluation and exports see of an image: center (the largest centered box with the proportions of
-            image_size) or squash (the whole image, its proportions changed).
-        crop_fraction: share of that box's sides that is kept (224 of 256: 0.875).
-        tokens: patch (one linear map per patch), conv_stem (3 x 3 convolutions of stride 2, then a 1 x 1;
-            Xiao et al. 2021), hybrid (the feature map of a ResNet; Dosovitskiy et al. 2021, section 3.1),
-            shifted_patch (five shifted copies, Lee et al. 2021), pixel (palette indices, Chen et al. 2020).
-        patch: side of a patch in pixels; for conv_stem a power of two; for hybrid 4, 8, 16 or 32; for pixel 1.
-        hybrid_backbone: for hybrid tokens: which of torchvision's ResNets, cut where its stride is `patch`.
-        palette: for pixel tokens: uniform (3 bits a channel: 512 colors or 8 grays), a list of colors in [-1, 1], or,
-            in a recipe and on the command line, a file of them (`sslvit palette` makes one).
-        color_init: what the vectors of a palette's colors start as: normal (random numbers: iGPT) or fourier
-            (random Fourier features of the colors, Rahimi and Recht 2007: near colors start alike).
-        width: channels of a token.
-        depth: number of blocks.
-        heads: attention heads; they divide the width.
-        mlp_ratio: hidden width of the MLP over the width; their product is rounded. With swiglu the hidden width is 2/3
-            of that, rounded up to a multiple of 8 (DINOv2).
-        mlp: activation of the MLP.
-        norm: layer (LayerNorm) or rms (RMSNorm: no mean, no bias).
-        norm_eps: added to the variance.
-        bias: biases in the linear layers of the blocks.
-        layer_scale: initial value of a learned scale per channel on each residual branch; null for none.
-        qk_norm: normalize queries and keys per head.
-        locality_self_attention: Locality Self-Attention (Lee et al. 2021): a token does not attend to itself, and the
-            temperature is learned. Not together with causal.
-        causal: a token attends to itself and earlier ones only.
-        dropout: on the tokens, after a block's attention, and behind both maps of its MLP, as timm's and DINO's code do
-            (torch also drops attention weights; these do not). MAE and DINO train without.
-        drop_path: stochastic depth of the last block; rises linearly from zero at the first one (Huang et al. 2016). A
-            single block has all of it.
-        pos_embed: see sslvit/models/positions.py.
-        prefix_positions: which prefix tokens have a row of their own in the position table.
-        interpolate_antialias: smooth when a position table shrinks to a smaller grid.
-        interpolate_offset: added to the new grid's sides to form a scale factor, as DINO and DINOv2 did (0.1);
-            0 asks for the size itself.
-        class_token: put a learned token in front.
-        registers: number of register tokens (Darcet et al. 2024) after the class token.
-        mask_token: own a learned token for `hidden` patches.
-        final_norm: normalize after the last block.
-        pooling: what one vector per image is: class, mean (over patches) or attention (a learned query).
-        fc_norm: normalize the pooled vector.
-        feature_layer: blocks that an image passes before it is probed; null for all.
-        feature_norm: what normalizes those tokens: final (the encoder's last norm) or next (the first norm of
-            the following block, as iGPT's probe does).
-        init: of the linear maps: normal (truncated, std 0.02; the projection of patches as torch starts a
-            convolution, uniform up to 1 / sqrt(inputs) with its bias: timm, DINO), xavier (uniform, the projection too:
-            MAE) or scaled (as in iGPT's released code: queries, keys and values 1 / sqrt(width), the map behind them
-            1 / sqrt(width x depth), the position table 0.01, all else 0.02). docs/mae.md has what the projection's
-            start is worth at small patches.
-        activation_checkpointing: recompute blocks (MAE's decoder's too) in the backward pass instead of storing their
-            activations.
-    """
+    """A vision transformer and its input."""
 
     image_size: int | list[int] = 224
+    """Height and width in pixels that the position table is made for (one number: a square)."""
     channels: int = 3
+    """Number of input channels."""
     mean: list[float] | None = None
+    """Mean of each channel, subtracted from pixels in [0, 1]; null for ImageNet's, or 0.5 for other than 3 channels."""
     std: list[float] | None = None
+    """Standard deviation of each channel, which divides after the mean is subtracted; null for ImageNet's, or 0.25 for
+    other than 3 channels.
+    """
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    """Interpolation used to resize input images."""
     crop_mode: Literal["center", "squash"] = "center"
+    """What evaluation and exports see of an image: center (the largest centered box with the proportions of image_size)
+    or squash (the whole image, its proportions changed).
+    """
     crop_fraction: float = 1.0
+    """Fraction of that box's sides that is kept (224 of 256: 0.875)."""
     tokens: TokenKind = "patch"
+    """Tokenizer: patch (one linear map per patch), conv_stem (3 x 3 convolutions of stride 2, then a 1 x 1; Xiao et al.
+    2021), hybrid (the feature map of a ResNet; Dosovitskiy et al. 2021, section 3.1), shifted_patch (five shifted
+    copies, Lee et al. 2021) or pixel (palette indices, Chen et al. 2020).
+    """
     patch: int = 16
+    """Side of a patch in pixels; for conv_stem a power of two; for hybrid 4, 8, 16 or 32; for pixel 1."""
     hybrid_backbone: Literal["resnet18", "resnet34", "resnet50"] = "resnet50"
+    """ResNet of torchvision that makes hybrid tokens, cut where its stride is `patch`."""
     palette: str | list[list[float]] = "uniform"
+    """Colors of pixel tokens: uniform (3 bits a channel: 512 colors or 8 grays), a list of colors in [-1, 1], or, in a
+    recipe and on the command line, a file of them (`sslvit palette` makes one).
+    """
     color_init: Literal["normal", "fourier"] = "normal"
+    """Initialization of the color embeddings: normal (random numbers: iGPT) or fourier (random Fourier features of the
+    colors, Rahimi and Recht 2007: near colors start alike).
+    """
     width: int = 768
+    """Embedding dimension: channels of a token."""
     depth: int = 12
+    """Number of blocks."""
     heads: int = 12
+    """Number of attention heads, which must divide the width."""
     mlp_ratio: float = 4.0
+    """Hidden width of the MLP over the width; their product is rounded. With swiglu the hidden width is 2/3 of that,
+    rounded up to a multiple of 8 (DINOv2).
+    """
     mlp: Literal["gelu", "quick_gelu", "swiglu"] = "gelu"
+    """Activation of the MLP."""
     norm: Literal["layer", "rms"] = "layer"
+    """Normalization: layer (LayerNorm) or rms (RMSNorm: no mean, no bias)."""
     norm_eps: float = 1e-6
+    """Epsilon that normalization adds to the variance."""
     bias: bool = True
+    """Use biases in the linear layers of the blocks."""
     layer_scale: float | None = None
+    """Initial value of LayerScale, a learned factor per channel on each residual branch; null for none."""
     qk_norm: bool = False
+    """Normalize queries and keys per head."""
     locality_self_attention: bool = False
+    """Use Locality Self-Attention (Lee et al. 2021): a token does not attend to itself, and the temperature is learned.
+    Excludes causal.
+    """
     causal: bool = False
+    """Let a token attend to itself and earlier ones only."""
     dropout: float = 0.0
+    """Dropout rate on the tokens, after a block's attention, and behind both layers of its MLP, as in timm's and DINO's
+    code (torch also drops attention weights; these do not). MAE and DINO train without.
+    """
     drop_path: float = 0.0
+    """Stochastic depth rate of the last block; it rises linearly from zero at the first one (Huang et al. 2016). A
+    single block has all of it.
+    """
     pos_embed: PositionKind = "learned_1d"
+    """Position embedding."""
     prefix_positions: Literal["none", "class", "all"] = "class"
+    """Prefix tokens with a row of their own in the position table."""
     interpolate_antialias: bool = True
+    """Antialias when a position table is interpolated to a smaller grid."""
     interpolate_offset: float = 0.0
+    """Number added to the new grid's sides to form a scale factor, as DINO and DINOv2 did (0.1); 0 asks for the size
+    itself.
+    """
     class_token: bool = True
+    """Prepend a learned class token."""
     registers: int = 0
+    """Number of register tokens (Darcet et al. 2024) after the class token."""
     mask_token: bool = False
+    """Have a learned token for masked patches."""
     final_norm: bool = True
+    """Normalize after the last block."""
     pooling: Literal["class", "mean", "attention"] = "class"
+    """How one vector per image is pooled: class (the class token), mean (over patches) or attention (a learned query).
+    """
     fc_norm: bool = False
+    """Normalize the pooled vector."""
     feature_layer: int | None = None
+    """Number of the block whose output is the feature for probes; null for the last."""
     feature_norm: Literal["final", "next"] = "final"
+    """Normalization of those features: final (the encoder's last norm) or next (the first norm of the following block,
+    as in iGPT's probe).
+    """
     init: Literal["normal", "xavier", "scaled"] = "normal"
+    """Initialization of the linear layers: normal (truncated, std 0.02; the patch projection as torch initializes a
+    convolution, uniform up to 1 / sqrt(inputs) with its bias: timm, DINO), xavier (uniform, the projection too: MAE) or
+    scaled (as in iGPT's released code: queries, keys and values 1 / sqrt(width), the output projection 1 / sqrt(width x
+    depth), the position table 0.01, all else 0.02). docs/mae.md measures the projection's initialization at small
+    patches.
+    """
     activation_checkpointing: bool = False
+    """Recompute the blocks' activations (also those of MAE's decoder) in the backward pass instead of storing them."""
 
     def __post_init__(self) -> None:
         if isinstance(self.image_size, int):
@@ -153,16 +163,16 @@ class EncoderSettings:
         """Raise ValueError on the first combination that cannot work, naming the keys and the remedy."""
         for key in ("channels", "patch", "width", "depth", "heads", "mlp_ratio", "norm_eps"):
             if not getattr(self, key) > 0:
-                raise ValueError(f"encoder.{key}: {getattr(self, key)} is not above zero.")
+                raise ValueError(f"encoder.{key}: {getattr(self, key)} must be positive.")
         for key in ("dropout", "drop_path"):
             if not 0 <= getattr(self, key) < 1:
-                raise ValueError(f"encoder.{key}: {getattr(self, key)} is not a share from 0 up to, not including, 1.")
+                raise ValueError(f"encoder.{key}: {getattr(self, key)} must be in [0, 1).")
         if not 0 < self.crop_fraction <= 1:
-            raise ValueError(f"encoder.crop_fraction: {self.crop_fraction} is not above 0 and at most 1 (everything).")
+            raise ValueError(f"encoder.crop_fraction: {self.crop_fraction} must be in (0, 1].")
         if self.registers < 0:
-            raise ValueError(f"encoder.registers: {self.registers} is negative. Use 0 for none.")
+            raise ValueError(f"encoder.registers: {self.registers} must be 0 or more.")
         if len(self.image_size) != 2:
-            raise ValueError(f"encoder.image_size: {brief(self.image_size)} is not one side or [height, width].")
+            raise ValueError(f"encoder.image_size: {brief(self.image_size)} must be one side or [height, width].")
         if not all(side > 0 and side % self.patch == 0 for side in self.image_size):
             raise ValueError(
                 f"encoder.image_size: {' x '.join(map(str, self.image_size))} pixels cannot be cut into patches of "
@@ -181,7 +191,7 @@ class EncoderSettings:
                     f"encoder.{key}: {len(values)} values for {self.channels} channels. Give one per channel."
                 )
         if not all(std > 0 for std in self.std):
-            raise ValueError(f"encoder.std: {brief(self.std)} must be above zero.")
+            raise ValueError(f"encoder.std: {brief(self.std)} must be positive.")
         if self.pooling == "class" and not self.class_token:
             raise ValueError(
                 "encoder.pooling: class, but encoder.class_token is false. Set pooling to mean or attention."
@@ -197,8 +207,8 @@ class EncoderSettings:
             check_palette(self.palette, self.channels)
         if self.causal and self.locality_self_attention:
             raise ValueError(
-                "encoder.locality_self_attention: a causal first token could attend to nothing once its own place "
-                "is masked. Set either causal or locality_self_attention to false."
+                "encoder.locality_self_attention: a causal first token could attend to nothing once it is "
+                "masked itself. Set either causal or locality_self_attention to false."
             )
         if self.tokens == "conv_stem" and (self.patch < 2 or self.patch & (self.patch - 1)):
             raise ValueError(
@@ -253,6 +263,11 @@ class EncoderSettings:
     def position_rows(self) -> int:
         """Rows of the position table in front of the patches' rows."""
         return {"none": 0, "class": int(self.class_token), "all": self.prefix}[self.prefix_positions]
+
+    @property
+    def probed_layer(self) -> int:
+        """The block, counted from 1, that features come from unless another is given."""
+        return self.feature_layer or self.depth
 
     @property
     def head_width(self) -> int:

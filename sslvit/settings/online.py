@@ -9,21 +9,18 @@ from sslvit.files import expand_path
 
 @dataclass
 class OnlineSettings:
-    """Nearest neighbors and a linear probe on frozen features, every so many steps; training does not feel them.
-
-    Args:
-        train: labeled shards that neighbors and head come from; null for no such looks.
-        val: labeled shards that are scored.
-        every: steps between two looks, rounded up to lines of metrics.jsonl.
-        images: of each of the two sets that are used, spread evenly over it.
-        neighbors: k of the vote.
-    """
+    """Nearest neighbors and a linear probe on frozen features, every so many steps; training does not feel them."""
 
     train: str | None = None
+    """Labeled shards that the neighbors and the linear probe are fitted on; null for no online evaluation."""
     val: str | None = None
+    """Labeled shards that the online evaluation scores."""
     every: int = 1000
+    """Steps between two online evaluations, rounded up to lines of metrics.jsonl."""
     images: int = 5000
+    """Number of images used of each of the two sets, evenly spaced."""
     neighbors: int = 20
+    """Number k of neighbors that vote."""
 
     def __post_init__(self) -> None:
         if (self.train is None) != (self.val is None):

@@ -8,50 +8,48 @@ from typing import Literal
 from sslvit.files import brief
 from sslvit.settings.choices import checked
 
-LONGEST_WARMUP = 12_500  # steps: 10 epochs of ImageNet in batches of 1024 (Caron et al. 2021, section 3.2)
+MAX_WARMUP_STEPS = 12_500  # 10 epochs of ImageNet in batches of 1024 (Caron et al. 2021, section 3.2)
 
 
 @dataclass
 @checked("optim.")
 class OptimSettings:
-    """AdamW with a rate that warms up linearly and decays along a half cosine, step by step.
-
-    Args:
-        base_lr: learning rate at a global batch of 256; the peak rate is base_lr x global_batch_size / 256.
-        min_lr: rate at the last step.
-        warmup_epochs: epochs in which the rate rises from zero; null for a tenth of the run, at most 12,500 steps,
-            which also takes the place of a warm-up that would last the whole run.
-        weight_decay: decoupled decay of matrices; biases, norms and other vectors are spared.
-        final_weight_decay: what it grows to along half a cosine (DINO); null leaves it as it is.
-        betas: AdamW's averages.
-        clip_grad: largest gradient norm; null leaves gradients alone.
-        clip_grad_by: whose norm that is: all weights together, or each parameter on its own (DINO).
-    """
+    """AdamW with a rate that warms up linearly and decays along a half cosine, step by step."""
 
     base_lr: float = 1.5e-4
+    """Learning rate at a global batch size of 256; the peak learning rate is base_lr x global_batch_size / 256."""
     min_lr: float = 0.0
+    """Learning rate at the last step."""
     warmup_epochs: float | None = 40
+    """Epochs of linear learning rate warm-up from zero; null for a tenth of the run, at most 12,500 steps, which also
+    replaces a warm-up as long as the run.
+    """
     weight_decay: float = 0.05
+    """Decoupled weight decay of matrices; biases, norms and other vectors have none."""
     final_weight_decay: float | None = None
+    """Weight decay at the last step, reached along half a cosine (DINO); null keeps weight_decay."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """Coefficients of AdamW's moving averages."""
     clip_grad: float | None = None
+    """Maximum gradient norm; null for no clipping."""
     clip_grad_by: Literal["all", "parameter"] = "all"
+    """Norm that is clipped: that of all gradients together, or of each parameter on its own (DINO)."""
 
     def __post_init__(self) -> None:
         for key in ("base_lr", "min_lr", "warmup_epochs", "weight_decay", "final_weight_decay"):
             value = getattr(self, key)
             if value is not None and not 0 <= value < float("inf"):
-                raise ValueError(f"optim.{key}: {value} is not zero or more.")
+                raise ValueError(f"optim.{key}: {value} must be 0 or more.")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"optim.betas: {brief(self.betas)} is not two numbers from 0 up to, not including, 1.")
+            raise ValueError(f"optim.betas: {brief(self.betas)} must be two numbers in [0, 1).")
         if self.clip_grad is not None and not self.clip_grad > 0:
-            raise ValueError(f"optim.clip_grad: {self.clip_grad} is not above zero. Use null for none.")
+            raise ValueError(f"optim.clip_grad: {self.clip_grad} must be positive; null for no clipping.")
 
     def fitted(self, steps_per_epoch: int, total_steps: int) -> OptimSettings:
         """The same with every null that stands for a choice, or a warm-up without an end, replaced by what suits."""
         if self.warmup_epochs is not None and self.warmup_epochs * steps_per_epoch < max(total_steps, 1):
             return self
-        return replace(self, warmup_epochs=min(total_steps // 10, LONGEST_WARMUP) / steps_per_epoch)
+        return replace(self, warmup_epochs=min(total_steps // 10, MAX_WARMUP_STEPS) / steps_per_epoch)
 
     def warmup_steps(self, steps_per_epoch: int, total_steps: int) -> int:
         """Whole steps; fewer than the recipe's where the run is shorter than that.

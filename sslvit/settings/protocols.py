@@ -6,18 +6,15 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from sslvit.files import brief
-from sslvit.settings.choices import checked
+from sslvit.settings.choices import Choice, checked
 
 
 @dataclass
 class ProtocolSettings:
-    """What all protocols say about themselves.
-
-    Args:
-        name: of the protocol.
-    """
+    """What all protocols say about themselves."""
 
     name: str
+    """Name of the protocol."""
     source: ClassVar[str]
     chosen_by_paper: ClassVar[str | None] = None  # what the paper chose on the very set that it reports
     fraction: ClassVar[float] = 1.0
@@ -26,65 +23,56 @@ class ProtocolSettings:
 @dataclass
 @checked("--protocol.")
 class LogregSettings(ProtocolSettings):
-    """Logistic regression to convergence on standardized features of the center view.
-
-    Args:
-        name: logreg.
-    """
+    """Logistic regression to convergence on standardized features of the center view."""
 
     name: Literal["logreg"] = "logreg"
+    """Name of the protocol."""
     source: ClassVar[str] = "multinomial logistic regression by L-BFGS, to convergence"
 
 
 @dataclass
 @checked("--protocol.")
 class IGPTProbeSettings(ProtocolSettings):
-    """iGPT's probe: logistic regression on the mean over all pixels in the middle of the depth (Chen et al. 2020).
-
-    Args:
-        name: igpt.
-    """
+    """iGPT's probe: logistic regression on the mean over all pixels in the middle of the depth (Chen et al. 2020)."""
 
     name: Literal["igpt"] = "igpt"
+    """Name of the protocol."""
     source: ClassVar[str] = "Chen et al. 2020, and its author in issue 12 of the released code"
     chosen_by_paper: ClassVar[str | None] = "the best layer; here it is the encoder's own, or the middle one"
 
 
 @dataclass
 class SGDProbeSettings(ProtocolSettings):
-    """A head trained step by step on random crops through the frozen encoder.
-
-    Args:
-        name: of the protocol.
-        batch: images per step; all of them where there are fewer.
-        momentum: of the steps.
-        scale: smallest and largest share of the area in a crop.
-        flip: probability of a horizontal flip.
-        fraction: share of the shorter side that the center view of the reported images keeps (224 of 256).
-        augment: new crops in every epoch, each a pass through the encoder; without, one pass over center views.
-    """
+    """A head trained step by step on random crops through the frozen encoder."""
 
     name: str
+    """Name of the protocol."""
     batch: int = 1024
+    """Images per step; all of them where there are fewer."""
     momentum: float = 0.9
+    """Momentum of the optimizer."""
     scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
+    """Smallest and largest fraction of the image's area in a crop."""
     flip: float = 0.5
+    """Probability of a horizontal flip."""
     fraction: float = 0.875
+    """Fraction of the shorter side that the center crop of the validation images keeps (224 of 256: 0.875)."""
     augment: bool = True
+    """Take new crops in every epoch, each a pass through the encoder; false takes one pass over center crops."""
 
     def __post_init__(self) -> None:
         if self.batch < 2:
             raise ValueError(f"--protocol.batch {self.batch}: must be 2 or more.")
         for key in ("momentum", "flip"):
             if not 0 <= getattr(self, key) <= 1:
-                raise ValueError(f"--protocol.{key} {getattr(self, key)}: must be between 0 and 1.")
+                raise ValueError(f"--protocol.{key} {getattr(self, key)}: must be in [0, 1].")
         if not 0 < self.fraction <= 1:
-            raise ValueError(f"--protocol.fraction {self.fraction}: must be above 0 and at most 1.")
+            raise ValueError(f"--protocol.fraction {self.fraction}: must be in (0, 1].")
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"--protocol.scale {brief(self.scale)}: expected [smallest, largest] share of the area.")
+            raise ValueError(f"--protocol.scale {brief(self.scale)}: must be [smallest, largest] fraction of the area.")
         for key in ("epochs", "base_lr"):
             if not 0 < getattr(self, key, 1) < float("inf"):
-                raise ValueError(f"--protocol.{key} {getattr(self, key)}: must be above zero.")
+                raise ValueError(f"--protocol.{key} {getattr(self, key)}: must be positive.")
 
     def steps(self, per_epoch: int) -> int:
         """Steps in all, if an epoch has so many."""
@@ -94,26 +82,18 @@ class SGDProbeSettings(ProtocolSettings):
 @dataclass
 @checked("--protocol.")
 class MAEProbeSettings(SGDProbeSettings):
-    """MAE's linear probe (He et al. 2022, appendix A.1): batch norm without affine, LARS.
-
-    Args:
-        name: mae.
-        epochs: passes over the training images (90 for ViT-B, 50 for ViT-L and H).
-        batch: images per step; all of them where there are fewer.
-        base_lr: learning rate at a batch of 256; the rate is base_lr x batch / 256.
-        warmup_epochs: in which the rate rises from zero.
-        augment: new crops in every epoch, each a pass through the encoder; without, one pass over center views.
-        momentum: of LARS.
-        scale: smallest and largest share of the area in a crop.
-        flip: probability of a horizontal flip.
-        fraction: share of the shorter side that the center view of the reported images keeps (224 of 256).
-    """
+    """MAE's linear probe (He et al. 2022, appendix A.1): batch norm without affine, LARS."""
 
     name: Literal["mae"] = "mae"
+    """Name of the protocol."""
     epochs: float = 90.0
+    """Passes over the training images (90 for ViT-B, 50 for ViT-L and ViT-H)."""
     batch: int = 16384
+    """Images per step; all of them where there are fewer."""
     base_lr: float = 0.1
+    """Learning rate at a batch size of 256; the learning rate is base_lr x batch / 256."""
     warmup_epochs: float = 10.0
+    """Epochs of linear learning rate warm-up from zero."""
     source: ClassVar[str] = "He et al. 2022, appendix A.1; released main_linprobe.py"
 
     def __post_init__(self) -> None:
@@ -130,26 +110,18 @@ class MAEProbeSettings(SGDProbeSettings):
 @dataclass
 @checked("--protocol.")
 class DINOProbeSettings(SGDProbeSettings):
-    """DINO's linear probe (Caron et al. 2021): SGD on the last blocks' class tokens.
-
-    Args:
-        name: dino.
-        blocks: whose class tokens are put side by side; null for 4, or for 1 beside the mean over the patches in an
-            encoder as wide as ViT-B.
-        epochs: passes over the training images.
-        batch: images per step; all of them where there are fewer.
-        base_lr: learning rate at a batch of 256; the rate is base_lr x batch / 256.
-        momentum: of SGD.
-        scale: smallest and largest share of the area in a crop.
-        flip: probability of a horizontal flip.
-        fraction: share of the shorter side that the center view of the reported images keeps (224 of 256).
-        augment: new crops in every epoch, each a pass through the encoder; without, one pass over center views.
-    """
+    """DINO's linear probe (Caron et al. 2021): SGD on the last blocks' class tokens."""
 
     name: Literal["dino"] = "dino"
+    """Name of the protocol."""
     blocks: int | None = None
+    """Number of last blocks whose class tokens are concatenated; null for 4, or for 1 beside the mean over the patches
+    in an encoder as wide as ViT-B.
+    """
     epochs: float = 100.0
+    """Passes over the training images."""
     base_lr: float = 1e-3
+    """Learning rate at a batch size of 256; the learning rate is base_lr x batch / 256."""
     source: ClassVar[str] = "Caron et al. 2021, released eval_linear.py"
     chosen_by_paper: ClassVar[str | None] = "the best epoch"
 
@@ -165,40 +137,33 @@ class DINOProbeSettings(SGDProbeSettings):
 @dataclass
 @checked("--protocol.")
 class DINOv2ProbeSettings(SGDProbeSettings):
-    """DINOv2's linear probe (Oquab et al. 2024): 13 rates x 4 features, trained side by side.
-
-    Args:
-        name: dinov2.
-        lrs: learning rates at a batch of 256.
-        blocks: how many last blocks' class tokens are put side by side; each also with the mean over the patches.
-        iterations: steps.
-        held_out: share of the training images on which the best of the heads is chosen.
-        batch: images per step; all of them where there are fewer.
-        momentum: of SGD.
-        scale: smallest and largest share of the area in a crop.
-        flip: probability of a horizontal flip.
-        fraction: share of the shorter side that the center view of the reported images keeps (224 of 256).
-        augment: new crops in every epoch, each a pass through the encoder; without, one pass over center views.
-    """
+    """DINOv2's linear probe (Oquab et al. 2024): 13 rates x 4 features, trained side by side."""
 
     name: Literal["dinov2"] = "dinov2"
+    """Name of the protocol."""
     lrs: list[float] = field(
         default_factory=lambda: [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1]
     )
+    """Learning rates at a batch size of 256, each trained."""
     blocks: list[int] = field(default_factory=lambda: [1, 4])
+    """Numbers of last blocks whose class tokens are concatenated, each trained with and without the mean over the
+    patches.
+    """
     iterations: int = 12_500
+    """Number of steps."""
     held_out: float = 0.1
+    """Fraction of the training images on which the best of the heads is chosen."""
     source: ClassVar[str] = "Oquab et al. 2024, released eval/linear.py"
     chosen_by_paper: ClassVar[str | None] = "the best of the heads"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.lrs or not all(0 < rate < float("inf") for rate in self.lrs):
-            raise ValueError(f"--protocol.lrs {brief(self.lrs)}: expected rates above zero.")
+            raise ValueError(f"--protocol.lrs {brief(self.lrs)}: must be positive learning rates.")
         if not self.blocks or min(self.blocks) < 1:
-            raise ValueError(f"--protocol.blocks {brief(self.blocks)}: expected numbers of blocks from 1.")
+            raise ValueError(f"--protocol.blocks {brief(self.blocks)}: must be numbers of blocks from 1.")
         if self.iterations < 1 or not 0 < self.held_out < 1:
-            raise ValueError("--protocol.iterations must be 1 or more, and --protocol.held_out between 0 and 1.")
+            raise ValueError("--protocol.iterations must be 1 or more, and --protocol.held_out in (0, 1).")
 
     def steps(self, per_epoch: int) -> int:
         return self.iterations
@@ -208,3 +173,4 @@ PROTOCOLS: dict[str, type[ProtocolSettings]] = {
     "logreg": LogregSettings, "mae": MAEProbeSettings, "dino": DINOProbeSettings, "dinov2": DINOv2ProbeSettings,
     "igpt": IGPTProbeSettings,
 }  # fmt: skip
+PROTOCOL_CHOICE = Choice("name", "logreg", PROTOCOLS)

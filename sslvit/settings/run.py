@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any
 
 from sslvit.files import expand_path
+from sslvit.settings.choices import Choice
 from sslvit.settings.data import DataSettings
 from sslvit.settings.dino import DINOSettings
 from sslvit.settings.encoder import EncoderSettings
@@ -21,38 +23,43 @@ TASK_SETTINGS: dict[str, type[TaskSettings]] = {
 }  # fmt: skip
 
 
+def task_settings(name: str) -> type[TaskSettings] | None:
+    """The settings dataclass of a task; None for an unknown name."""
+    return TASK_SETTINGS.get(name)
+
+
+TASK_CHOICE = Choice("name", "mae", TASK_SETTINGS, task_settings)
+
+
 @dataclass
 class RunSettings:
-    """Everything that decides a run's result.
+    """Everything that decides a run's result."""
 
-    Args:
-        task: the pretext task; its name picks the keys.
-        encoder: what is trained.
-        data: what it is trained on.
-        optim: how weights move.
-        train: how long, on what.
-        online: what labels say while it trains.
-        seed: of the weights, the order of the data, the crops and the masks.
-        out: the run folder.
-        init: an encoder to start from instead of random weights.
-    """
-
-    task: TaskSettings = field(default_factory=MAESettings)
+    task: Annotated[TaskSettings, TASK_CHOICE] = field(default_factory=MAESettings)
+    """Training task; its name picks the other keys."""
     encoder: EncoderSettings = field(default_factory=EncoderSettings)
+    """Architecture and input of the encoder."""
     data: DataSettings = field(default_factory=DataSettings)
+    """Training data."""
     optim: OptimSettings = field(default_factory=OptimSettings)
+    """Optimizer and schedules."""
     train: TrainSettings = field(default_factory=TrainSettings)
+    """Length, hardware and outputs of the run."""
     online: OnlineSettings = field(default_factory=OnlineSettings)
+    """Evaluation with labels during pretraining."""
     seed: int = 0
+    """Seed of the weights, the order of the data, the crops and the masks."""
     out: str = "runs/new"
+    """Run folder."""
     init: str | None = None
+    """Encoder whose weights are the initialization; null for random weights."""
 
     def __post_init__(self) -> None:
         self.out = expand_path(self.out)
         self.init = self.init and expand_path(self.init)
         if self.seed < 0:
-            raise ValueError(f"seed: {self.seed} is negative. Use 0 or more.")
+            raise ValueError(f"seed: {self.seed} must be 0 or more.")
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers, as YAML and checkpoints take them."""
         return asdict(self)

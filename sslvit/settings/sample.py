@@ -4,36 +4,33 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-COLDEST = 0.001  # below, the likeliest color has all of the probability anyway
+MIN_TEMPERATURE = 0.001  # below, the likeliest color has all of the probability anyway
 
 
 @dataclass
 class SampleSettings:
-    """Sampling pixel by pixel.
-
-    Args:
-        temperature: divides the logits; 1 draws from the model as it is, 0 always takes the likeliest color.
-        top_k: draw from this many of the likeliest colors only; null for all.
-        top_p: draw from the fewest colors that together have this probability (Holtzman et al. 2020); 1 for all.
-        seed: of the draws. Image number i gets the same draws in any batch.
-        batch: images side by side.
-    """
+    """Sampling pixel by pixel."""
 
     temperature: float = 1.0
+    """Divisor of the logits; 1 samples from the model as it is, 0 always takes the likeliest color."""
     top_k: int | None = None
+    """Number of likeliest colors to sample from; null for all."""
     top_p: float = 1.0
+    """Probability of the smallest set of colors to sample from (Holtzman et al. 2020); 1 for all."""
     seed: int = 0
+    """Seed of the samples. Image number i gets the same random numbers in any batch."""
     batch: int = 32
+    """Images that are sampled side by side."""
 
     def __post_init__(self) -> None:
-        if self.temperature and not COLDEST <= self.temperature < float("inf"):
+        if self.temperature and not MIN_TEMPERATURE <= self.temperature < float("inf"):
             raise ValueError(
-                f"--temperature {self.temperature}: must be 0, or {COLDEST} or more (1: the model as it is)."
+                f"--temperature {self.temperature}: must be 0, or {MIN_TEMPERATURE} or more (1: the model as it is)."
             )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"--top-k {self.top_k}: must be 1 or more.")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"--top-p {self.top_p}: must be above 0 and at most 1 (all colors).")
+            raise ValueError(f"--top-p {self.top_p}: must be in (0, 1]; 1 for all colors.")
         if self.seed < 0:
             raise ValueError(f"--seed {self.seed}: must be 0 or more.")
         if self.batch < 1:

@@ -13,45 +13,43 @@ from sslvit.settings.task import TaskSettings
 @dataclass
 @checked("task.")
 class SupervisedSettings(TaskSettings):
-    """A linear head on the pooled tokens; all weights move. The defaults are MAE's for ViT-B (He et al. 2022, A.1).
-
-    Args:
-        name: supervised.
-        classes: of the data; null for as many as its shards name.
-        val: labeled shards that are reported, and never used to choose anything.
-        validate_every: steps between two looks at `val`, rounded up to lines of metrics.jsonl; null for the last step
-            alone. The last one is what is reported.
-        layer_decay: rate of a block over that of the block behind it.
-        smoothing: share of the label that is spread over all classes (Szegedy et al. 2016).
-        mixup: alpha of mixup (Zhang et al. 2018); 0 for none.
-        cutmix: alpha of CutMix (Yun et al. 2019); 0 for none. Where both are given, each batch draws one.
-        erase: probability that a random box of the image is filled with noise (Zhong et al. 2020).
-    """
+    """A linear head on the pooled tokens; all weights move. The defaults are MAE's for ViT-B (He et al. 2022, A.1)."""
 
     name: Literal["supervised"] = "supervised"
+    """Name of the task."""
     classes: int | None = None
+    """Number of classes; null for as many as the shards name."""
     val: str | None = None
+    """Labeled validation shards, which are never used to choose anything."""
     validate_every: int | None = None
+    """Steps between two validations, rounded up to lines of metrics.jsonl; null for the last step alone, whose accuracy
+    is the reported one.
+    """
     layer_decay: float = 0.65
+    """Factor of the learning rate from each block to the one before it."""
     smoothing: float = 0.1
+    """Label smoothing (Szegedy et al. 2016)."""
     mixup: float = 0.8
+    """Alpha of mixup (Zhang et al. 2018); 0 for none."""
     cutmix: float = 1.0
+    """Alpha of CutMix (Yun et al. 2019); 0 for none. Where both are given, each batch uses one of them at random."""
     erase: float = 0.25
+    """Probability of random erasing: a random box is filled with noise (Zhong et al. 2020)."""
 
     def __post_init__(self) -> None:
         self.val = self.val and expand_path(self.val)
         if self.classes is not None and self.classes < 2:
-            raise ValueError(f"task.classes: {self.classes} is less than 2. Nothing could be told apart.")
+            raise ValueError(f"task.classes: {self.classes} must be 2 or more.")
         if self.validate_every is not None and self.validate_every < 1:
             raise ValueError(f"task.validate_every: {self.validate_every} must be 1 or more.")
         if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"task.layer_decay: {self.layer_decay} is not above 0 and at most 1.")
+            raise ValueError(f"task.layer_decay: {self.layer_decay} must be in (0, 1].")
         for key in ("smoothing", "erase"):
             if not 0 <= getattr(self, key) <= 1:
-                raise ValueError(f"task.{key}: {getattr(self, key)} is not between 0 and 1.")
+                raise ValueError(f"task.{key}: {getattr(self, key)} must be in [0, 1].")
         for key in ("mixup", "cutmix"):
             if not 0 <= getattr(self, key) < float("inf"):
-                raise ValueError(f"task.{key}: {getattr(self, key)} is not zero or more.")
+                raise ValueError(f"task.{key}: {getattr(self, key)} must be 0 or more.")
 
     def check_micro_batch(self, micro: int) -> None:
         if micro < 2 and (self.mixup or self.cutmix):

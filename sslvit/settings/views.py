@@ -6,31 +6,28 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from sslvit.files import brief
-from sslvit.settings.choices import checked
+from sslvit.settings.choices import Choice, checked
 
 MAX_MAGNITUDE = 10  # of RandAugment's operations
-MOST_AROUND = 16.0  # times its area that a crop may be larger than the image
+MAX_GLOBAL_SCALE = 16.0  # times its area that a crop may be larger than the image
 
 
 @dataclass
 @checked("data.view.")
 class CropSettings:
-    """A random part of the image, resized (Szegedy et al. 2015): MAE's view.
-
-    Args:
-        kind: crop.
-        scale: smallest and largest share of the image's area (MAE, appendix A.1: 0.2 to 1).
-        ratio: smallest and largest width over height.
-        flip: probability of a horizontal flip.
-    """
+    """A random part of the image, resized (Szegedy et al. 2015): MAE's view."""
 
     kind: Literal["crop"] = "crop"
+    """Name of the view."""
     scale: list[float] = field(default_factory=lambda: [0.2, 1.0])
+    """Smallest and largest fraction of the image's area in the crop (MAE, appendix A.1: 0.2 to 1)."""
     ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
+    """Smallest and largest aspect ratio, width over height."""
     flip: float = 0.5
+    """Probability of a horizontal flip."""
 
     def __post_init__(self) -> None:
-        check_range("scale", self.scale, most=1.0)
+        check_range("scale", self.scale, maximum=1.0)
         check_range("ratio", self.ratio)
         check_probability("flip", self.flip)
 
@@ -42,25 +39,23 @@ class SquareSettings:
 
     The paper (section 4.1) resizes the shorter side to a random length of 256 to 384 pixels, each as likely as another,
     and crops 224: on average 0.71 of the shorter side. Here both are one step.
-
-    Args:
-        kind: square.
-        resize: smallest and largest length of the shorter side, in pixels.
-        crop: side of the square that is then seen, in pixels.
-        flip: probability of a horizontal flip.
     """
 
     kind: Literal["square"] = "square"
+    """Name of the view."""
     resize: list[int] = field(default_factory=lambda: [256, 384])
+    """Smallest and largest length of the shorter side after resizing, in pixels."""
     crop: int = 224
+    """Side of the square crop, in pixels."""
     flip: float = 0.5
+    """Probability of a horizontal flip."""
 
     def __post_init__(self) -> None:
         if len(self.resize) != 2 or not 0 < self.resize[0] <= self.resize[1]:
-            raise ValueError(f"data.view.resize: {brief(self.resize)} is not [smallest, largest] with 0 < smallest.")
+            raise ValueError(f"data.view.resize: {brief(self.resize)} must be [smallest, largest] with 0 < smallest.")
         if not 0 < self.crop <= self.resize[0]:
             raise ValueError(
-                f"data.view.crop: {self.crop} is not above 0 and at most {self.resize[0]}, the smallest shorter side "
+                f"data.view.crop: {self.crop} must be in [1, {self.resize[0]}], up to the smallest shorter side "
                 "(data.view.resize)."
             )
         check_probability("flip", self.flip)
@@ -69,17 +64,16 @@ class SquareSettings:
 @dataclass
 @checked("data.view.")
 class CenterSettings:
-    """The middle of the image, the same in every epoch: the view of probes.
-
-    Args:
-        kind: center.
-        fraction: share of the box's sides that is kept (224 of 256: 0.875).
-        mode: center (the largest box with the proportions of the encoder's input) or squash (the whole image).
-    """
+    """The middle of the image, the same in every epoch: the view of probes."""
 
     kind: Literal["center"] = "center"
+    """Name of the view."""
     fraction: float = 1.0
+    """Fraction of the box's sides that is kept (224 of 256: 0.875)."""
     mode: Literal["center", "squash"] = "center"
+    """Box that is seen: center (the largest box with the proportions of the encoder's input) or squash (the whole
+    image).
+    """
 
     def __post_init__(self) -> None:
         check_range("fraction", [self.fraction, 1.0])
@@ -88,20 +82,17 @@ class CenterSettings:
 @dataclass
 @checked("data.view.")
 class CanvasSettings:
-    """The whole image, drawn at a random size and place on black.
-
-    Args:
-        kind: canvas.
-        side: smallest and largest side of the drawing as a share of the canvas.
-        flip: probability of a horizontal flip.
-    """
+    """The whole image, drawn at a random size and place on black."""
 
     kind: Literal["canvas"] = "canvas"
+    """Name of the view."""
     side: list[float] = field(default_factory=lambda: [2 / 3, 1.0])
+    """Smallest and largest side of the image as a fraction of the canvas."""
     flip: float = 0.0
+    """Probability of a horizontal flip."""
 
     def __post_init__(self) -> None:
-        check_range("side", self.side, most=1.0)
+        check_range("side", self.side, maximum=1.0)
         check_probability("flip", self.flip)
 
 
@@ -112,47 +103,48 @@ class MultiCropSettings:
 
     The defaults are those of the released recipes for vision transformers. A list with three entries gives the
     first global crop, the second, and the local ones.
-
-    Args:
-        kind: multi_crop.
-        global_scale: smallest and largest share of the area in a global crop, of encoder.image_size; where it is
-            above 1, crops may reach beyond the image: it is then drawn somewhere on black.
-        local_crops: how many small crops.
-        local_size: their side in pixels.
-        local_scale: smallest and largest share of the area in a local crop.
-        ratio: smallest and largest width over height.
-        flip: probability of a horizontal flip.
-        jitter: probability that brightness, contrast, saturation and hue change.
-        brightness: largest relative change.
-        contrast: largest relative change.
-        saturation: largest relative change.
-        hue: largest turn, as a share of the color circle.
-        gray: probability of no color.
-        blur: three probabilities of a blur.
-        blur_sigma: smallest and largest deviation of the blur in pixels.
-        solarize: three probabilities that bright pixels (128 and more) are inverted.
     """
 
     kind: Literal["multi_crop"] = "multi_crop"
+    """Name of the view."""
     global_scale: list[float] = field(default_factory=lambda: [0.25, 1.0])
+    """Smallest and largest fraction of the area in a global crop, which has the size encoder.image_size; above 1, crops
+    may reach beyond the image, which then lies somewhere on black.
+    """
     local_crops: int = 8
+    """Number of local crops."""
     local_size: int = 96
+    """Side of a local crop in pixels."""
     local_scale: list[float] = field(default_factory=lambda: [0.05, 0.25])
+    """Smallest and largest fraction of the area in a local crop."""
     ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
+    """Smallest and largest aspect ratio, width over height."""
     flip: float = 0.5
+    """Probability of a horizontal flip."""
     jitter: float = 0.8
+    """Probability of color jitter: changes of brightness, contrast, saturation and hue."""
     brightness: float = 0.4
+    """Largest relative change of brightness."""
     contrast: float = 0.4
+    """Largest relative change of contrast."""
     saturation: float = 0.2
+    """Largest relative change of saturation."""
     hue: float = 0.1
+    """Largest shift of the hue, as a fraction of the color circle."""
     gray: float = 0.2
+    """Probability of a conversion to gray."""
     blur: list[float] = field(default_factory=lambda: [1.0, 0.1, 0.5])
+    """Probabilities of Gaussian blur in the first global crop, the second, and local crops."""
     blur_sigma: list[float] = field(default_factory=lambda: [0.1, 2.0])
+    """Smallest and largest standard deviation of the blur in pixels."""
     solarize: list[float] = field(default_factory=lambda: [0.0, 0.2, 0.0])
+    """Probabilities of solarization (pixels from 128 on are inverted) in the first global crop, the second, and local
+    crops.
+    """
 
     def __post_init__(self) -> None:
-        check_range("global_scale", self.global_scale, most=MOST_AROUND)
-        check_range("local_scale", self.local_scale, most=1.0)
+        check_range("global_scale", self.global_scale, maximum=MAX_GLOBAL_SCALE)
+        check_range("local_scale", self.local_scale, maximum=1.0)
         check_range("ratio", self.ratio)
         check_range("blur_sigma", self.blur_sigma)
         for key in ("flip", "jitter", "gray"):
@@ -160,14 +152,16 @@ class MultiCropSettings:
         for key in ("blur", "solarize"):
             values = getattr(self, key)
             if len(values) != 3:
-                raise ValueError(f"data.view.{key}: {brief(values)} is not [first global, second global, local crops].")
+                raise ValueError(
+                    f"data.view.{key}: {brief(values)} must be [first global, second global, local crops]."
+                )
             for value in values:
                 check_probability(key, value)
         for key in ("brightness", "contrast", "saturation"):
             if not 0 <= getattr(self, key) <= 1:
-                raise ValueError(f"data.view.{key}: {getattr(self, key)} is not between 0 (none) and 1.")
+                raise ValueError(f"data.view.{key}: {getattr(self, key)} must be in [0, 1].")
         if not 0 <= self.hue <= 0.5:
-            raise ValueError(f"data.view.hue: {self.hue} is not between 0 (none) and 0.5 (any color).")
+            raise ValueError(f"data.view.hue: {self.hue} must be in [0, 0.5].")
         if self.local_crops < 0 or self.local_size < 1:
             raise ValueError("data.view: local_crops must be 0 or more, and local_size at least one pixel.")
 
@@ -178,38 +172,36 @@ class AugmentSettings:
     """A random part of the image, changed by RandAugment (Cubuk et al. 2020): the view of training with labels.
 
     The defaults are MAE's fine-tuning: timm's rand-m9-mstd0.5-inc1.
-
-    Args:
-        kind: augment.
-        scale: smallest and largest share of the image's area.
-        ratio: smallest and largest width over height.
-        flip: probability of a horizontal flip.
-        operations: how many operations each image draws; 0 for none.
-        probability: that a drawn operation happens.
-        magnitude: how strong operations are on average, from 0 to 10.
-        magnitude_std: standard deviation of the magnitude from operation to operation.
     """
 
     kind: Literal["augment"] = "augment"
+    """Name of the view."""
     scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
+    """Smallest and largest fraction of the image's area in the crop."""
     ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
+    """Smallest and largest aspect ratio, width over height."""
     flip: float = 0.5
+    """Probability of a horizontal flip."""
     operations: int = 2
+    """Number of RandAugment operations per image; 0 for none."""
     probability: float = 0.5
+    """Probability that a selected operation is applied."""
     magnitude: float = 9.0
+    """Mean magnitude of the operations, from 0 to 10."""
     magnitude_std: float = 0.5
+    """Standard deviation of the magnitude."""
 
     def __post_init__(self) -> None:
-        check_range("scale", self.scale, most=1.0)
+        check_range("scale", self.scale, maximum=1.0)
         check_range("ratio", self.ratio)
         check_probability("flip", self.flip)
         check_probability("probability", self.probability)
         if self.operations < 0:
-            raise ValueError(f"data.view.operations: {self.operations} is negative. Use 0 for none.")
+            raise ValueError(f"data.view.operations: {self.operations} must be 0 or more.")
         if not 0 <= self.magnitude <= MAX_MAGNITUDE:
-            raise ValueError(f"data.view.magnitude: {self.magnitude} is not between 0 and {MAX_MAGNITUDE}.")
+            raise ValueError(f"data.view.magnitude: {self.magnitude} must be in [0, {MAX_MAGNITUDE}].")
         if not 0 <= self.magnitude_std < float("inf"):
-            raise ValueError(f"data.view.magnitude_std: {self.magnitude_std} is not 0 (always the same) or more.")
+            raise ValueError(f"data.view.magnitude_std: {self.magnitude_std} must be 0 or more.")
 
 
 ViewSettings = AugmentSettings | CropSettings | SquareSettings | CenterSettings | CanvasSettings | MultiCropSettings
@@ -218,16 +210,17 @@ VIEW_SETTINGS: dict[str, type] = {
     "crop": CropSettings, "square": SquareSettings, "center": CenterSettings, "canvas": CanvasSettings,
     "multi_crop": MultiCropSettings,
 }  # fmt: skip
+VIEW_CHOICE = Choice("kind", "crop", VIEW_SETTINGS)
 
 
-def check_range(key: str, values: list[float], most: float = float("inf")) -> None:
-    """Raise ValueError unless values are [smallest, largest] with 0 < smallest and largest <= most."""
+def check_range(key: str, values: list[float], maximum: float = float("inf")) -> None:
+    """Raise ValueError unless values are [smallest, largest] with 0 < smallest and largest <= maximum."""
     if len(values) != 2 or not 0 < values[0] <= values[1]:
-        raise ValueError(f"data.view.{key}: {brief(values)} is not [smallest, largest] with 0 < smallest.")
-    if values[1] > most:
-        raise ValueError(f"data.view.{key}: {values[1]} is above {most:g}. It is a share, where 1 is the whole image.")
+        raise ValueError(f"data.view.{key}: {brief(values)} must be [smallest, largest] with 0 < smallest.")
+    if values[1] > maximum:
+        raise ValueError(f"data.view.{key}: {values[1]} must be at most {maximum:g}, where 1 is the whole image.")
 
 
 def check_probability(key: str, value: float) -> None:
     if not 0 <= value <= 1:
-        raise ValueError(f"data.view.{key}: {value} is not a probability.")
+        raise ValueError(f"data.view.{key}: {value} must be a probability in [0, 1].")

@@ -1,6 +1,14 @@
 """Pretext tasks, one paper per file, and the table that settings name them by. Loads lazily."""
 
+from __future__ import annotations
+
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sslvit.run_plan import RunPlan
+    from sslvit.settings import RunSettings
+    from sslvit.tasks.base import Task
 
 TASKS = {
     "mae": ("sslvit.tasks.mae", "MAE"),
@@ -14,6 +22,12 @@ def task_class(name: str) -> type:
     """The Lightning module of a task."""
     module, attribute = TASKS[name]
     return getattr(import_module(module), attribute)
+
+
+def make_task(settings: RunSettings, run: RunPlan) -> Task:
+    """The task that a run's settings describe."""
+    task: Task = task_class(settings.task.name)(settings.task, settings.encoder, settings.optim, run)
+    return task
 
 
 def __getattr__(name: str) -> type:

@@ -1,84 +1,127 @@
-"""What every pretext task shares: the optimizer recipe, the rate of each step, chance by key, records.
+"""What every task shares: the optimizer recipe, schedules, random numbers, records, and Lightning's hooks.
 
-A task writes its own `training_step`; nothing here knows which task it is.
+A task is a Lightning module around a model (sslvit/models/mae.py, dino.py, igpt.py, classifier.py). The model knows the
+mathematics and nothing of training; the task decides when, with which random numbers and at which rate.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from sslvit import rng
 from sslvit.checkpoint import describe_encoder
 from sslvit.data.batch import Batch
 from sslvit.models import ViTEncoder
-from sslvit.optim import clip_by_global_norm, clip_by_parameter_norm, cosine, decay_groups, grad_norms, warmup_cosine
+from sslvit.optim import StepGuard, cosine, decay_groups, warmup_cosine
+from sslvit.run_plan import RunPlan
 from sslvit.settings import EncoderSettings, OptimSettings, TaskSettings
 from sslvit.tasks.start import begin_with
+from sslvit.tasks.symptoms import Symptom
+
+
+@dataclass
+class StepOutput:
+    """What a task computes from one micro-batch.
+
+    Attributes:
+        objective: What the optimizer minimizes.
+        metrics: Numbers for the records, "loss" among them.
+        features: 'b d', of the encoder that is trained; the health check looks at them.
+        probs: 'b k', over prototypes, where the task has some.
+        references: Numbers that the health check compares the loss with, where `Task.logs_features` asks for them.
+    """
+
+    objective: Tensor
+    metrics: dict[str, Tensor]
+    features: Tensor
+    probs: Tensor | None = None
+    references: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Task(pl.LightningModule):
     """A task around one encoder.
 
+    The arguments may be plain dicts, as a checkpoint stores them.
+
     Args:
-        settings: of the task.
-        encoder: settings of the encoder that is trained.
-        optim: how its weights move.
-        total_steps: optimizer steps of the whole run.
-        steps_per_epoch: optimizer steps per pass over the data; turns epochs of a recipe into steps.
-        global_batch_size: images per optimizer step.
-        seed: of every chance draw.
+        task: Settings of the task; a null is resolved for the run.
+        encoder: Settings of the encoder that is trained.
+        optim: How its weights move.
+        run: Steps, batch sizes, ranks and seed.
 
     Raises:
-        ValueError: an encoder whose class token sees no patch.
+        ValueError: An encoder whose class token sees no patch, or one that the task cannot train.
     """
 
-    view_kinds: tuple[str, ...] = ("crop", "square", "center", "canvas")  # of data.view: those that make one view
+    settings_class: ClassVar[type[TaskSettings]] = TaskSettings
+    view_kinds: ClassVar[tuple[str, ...]] = ("crop", "square", "center", "canvas")  # of data.view: those of one view
+    model: nn.Module
 
     def __init__(
         self,
-        settings: TaskSettings,
-        encoder: EncoderSettings,
-        optim: OptimSettings,
-        total_steps: int,
-        steps_per_epoch: int,
-        global_batch_size: int,
-        seed: int = 0,
+        task: TaskSettings | dict[str, Any],
+        encoder: EncoderSettings | dict[str, Any],
+        optim: OptimSettings | dict[str, Any],
+        run: RunPlan | dict[str, Any],
     ) -> None:
+        super().__init__()
+        self.run = RunPlan(**run) if isinstance(run, dict) else run
+        settings = self.settings_class(**task) if isinstance(task, dict) else task
+        self.settings = self.resolve(settings)
+        encoder = EncoderSettings(**encoder) if isinstance(encoder, dict) else encoder
+        optim = OptimSettings(**optim) if isinstance(optim, dict) else optim
+        self.optim = optim.fitted(self.run.steps_per_epoch, self.run.total_steps)
         if encoder.causal and encoder.pooling == "class":
             raise ValueError(
                 "encoder.pooling: the class token stands in front of a causal encoder, which sees no patch from there: "
                 "all images look alike. Set encoder.causal to false, or encoder.pooling to mean."
             )
-        super().__init__()
-        self.settings = settings
-        self.encoder = ViTEncoder(encoder)
-        self._freeze(self.unused_parts())
-        self.optim = optim
-        self.total_steps, self.steps_per_epoch, self.global_batch_size = total_steps, steps_per_epoch, global_batch_size
-        self.warmup_steps = optim.warmup_steps(steps_per_epoch, total_steps)
-        self.peak_lr = optim.peak_lr(global_batch_size)
-        self.seed = seed
-        self.records: dict[str, list[Tensor]] = defaultdict(list)
-        self.young_until = min(self.warmup_steps, total_steps // 4)  # the step up to which it may look like a new one
-        self.is_skipped = False  # the last step
-        self.not_finite: list[str] = []  # weights with such gradients in it
-        self.buffers_before: list[Tensor] = []  # copies of all buffers, made before the step `buffers_step`
-        self.buffers_step = -1
-        self.is_watched = False
-        self.watched: dict[str, list[Tensor]] = defaultdict(list)
+        self.save_hyperparameters({"task": asdict(self.settings), "encoder": asdict(encoder),
+                                   "optim": asdict(self.optim), "run": asdict(self.run)})  # fmt: skip
+        self.model = self.make_model(encoder)
+        self._freeze_unused_parts()
+        self.guard = StepGuard(self.model, self.optim)
+        self.warmup_steps = self.optim.warmup_steps(self.run.steps_per_epoch, self.run.total_steps)
+        self.peak_lr = self.optim.peak_lr(self.run.global_batch_size)
+        # until this step the network may look like one that has not begun
+        self.health_grace_steps = min(self.warmup_steps, self.run.total_steps // 4)
+        self.records: dict[str, list[Tensor]] = defaultdict(list)  # of the current step, micro-batch by micro-batch
+        self.logs_features = False  # whether the health check looks at the current step
+        self.logged_features: dict[str, list[Tensor]] = defaultdict(list)
+        self._current_step = -1
 
-    @property
-    def trained_encoder(self) -> ViTEncoder:
-        """The encoder that is saved, probed and exported."""
-        return self.encoder
+    # ---- what a task writes ----------------------------------------------------------------------------------
+
+    def make_model(self, encoder: EncoderSettings) -> nn.Module:
+        """The network with its losses; its `encoder` is the one that is trained."""
+        raise NotImplementedError
+
+    def compute(self, batch: Batch, step: int) -> StepOutput:
+        """The loss of a micro-batch with the random numbers of a step; nothing here depends on a Trainer."""
+        raise NotImplementedError
+
+    def symptoms(self, measures: dict[str, float]) -> list[Symptom] | None:
+        """What is wrong in the measures of one step; None where the task cannot tell."""
+        return None
+
+    def figures(self, batch: Batch) -> dict[str, tuple[list[str], list[np.ndarray]]]:
+        """Pictures of what was learned on these images: name -> (row titles, rows 'b c h w' in [0, 1])."""
+        return {}
+
+    def extra_weights(self) -> dict[str, Tensor]:
+        """What is saved beside the trained encoder, as head.safetensors; nothing for pretext tasks."""
+        return {}
 
     def unused_parts(self) -> tuple[str, ...]:
         """Parts of the encoder that no training step of this task passes through; those that it has are frozen.
@@ -88,172 +131,227 @@ class Task(pl.LightningModule):
         """
         return ("mask_token",)
 
-    def _freeze(self, parts: tuple[str, ...]) -> None:
+    @property
+    def trained_encoder(self) -> ViTEncoder:
+        """The encoder that is saved, probed and exported."""
+        return self.encoder
+
+    # ---- the model -------------------------------------------------------------------------------------------
+
+    @property
+    def encoder(self) -> ViTEncoder:
+        """The encoder that gradients train."""
+        encoder = self.model.encoder
+        assert isinstance(encoder, ViTEncoder)
+        return encoder
+
+    def resolve(self, settings: TaskSettings) -> TaskSettings:
+        """The settings with every null chosen for the run."""
+        run = self.run
+        return settings.fitted(run.images_per_epoch, run.global_batch_size, run.total_steps)
+
+    def _freeze_unused_parts(self) -> None:
+        parts = self.unused_parts()
         for name, parameter in self.encoder.named_parameters():
             if name.startswith(tuple(f"{part}." for part in parts)) or name in parts:
                 parameter.requires_grad_(False)
 
-    def whole(self) -> Task:
-        """The task itself, or, where its weights are spread over ranks (FSDP2), a copy with all of them, to look at.
+    def gather_full_copy(self) -> Task:
+        """The task itself, or, where its weights are sharded over ranks (FSDP2), a copy with all of them.
 
-        All ranks must ask for it. The copy draws from torch's stream of chance.
+        All ranks must ask for it. The copy draws from torch's random number generator.
         """
         weights = self.state_dict()
         if not any(isinstance(value, DTensor) for value in weights.values()):
             return self
-        copy = type(self)(
-            self.settings, self.encoder.settings, self.optim, total_steps=self.total_steps,
-            steps_per_epoch=self.steps_per_epoch, global_batch_size=self.global_batch_size, seed=self.seed,
-        ).to(self.dtype)  # fmt: skip
+        copy = type(self)(self.settings, self.encoder.settings, self.optim, self.run).to(self.dtype)
         copy.load_state_dict({k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in weights.items()})
         return copy.to(self.device).train(self.training)
-
-    def extra_weights(self) -> dict[str, Tensor]:
-        """What is saved beside the trained encoder, as head.safetensors; nothing for pretext tasks."""
-        return {}
-
-    def figures(self, batch: Batch) -> dict[str, tuple[list[str], list[np.ndarray]]]:
-        """Pictures of what was learned on these images: name -> (row titles, rows 'b c h w' in [0, 1])."""
-        return {}
-
-    # ---- weights move ----------------------------------------------------------------------------------------
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameter_groups(), lr=self.lr_at(0), betas=tuple(self.optim.betas), fused=True)
-
-    def parameter_groups(self) -> list[dict]:
-        """Which weights decay, and by which share of the rate they move."""
-        return decay_groups(self, self.optim.weight_decay)
-
-    def lr_at(self, step: int) -> float:
-        """Learning rate of the update number `step`, counted from zero."""
-        return warmup_cosine(step, self.peak_lr, self.optim.min_lr, self.warmup_steps, self.total_steps)
-
-    def weight_decay_at(self, step: int) -> float:
-        """Weight decay of the update number `step`."""
-        if self.optim.final_weight_decay is None:
-            return self.optim.weight_decay
-        return cosine(step, self.optim.weight_decay, self.optim.final_weight_decay, self.total_steps)
-
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer, optimizer_closure=None) -> None:
-        """One update at the rate of this step. Lightning calls this once per global batch, not per micro-batch."""
-        rate, decay = self.lr_at(self.global_step), self.weight_decay_at(self.global_step)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group.get("lr_scale", 1.0)
-            group["weight_decay"] = decay if group["decays"] else 0.0
-        self.records["lr"] = [torch.tensor(rate, dtype=torch.float64)]
-        optimizer.step(closure=optimizer_closure)
-        self.zero_grad(set_to_none=True)  # now, and not beside the activations of the next forward pass
-        if self.is_skipped:
-            self.restore_buffers()
-
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Prepare a micro-batch: key torch's random numbers, and copy the buffers before the first one of a step.
-
-        Dropout draws from torch's own generators. The key names the step and the micro-batch's first row in the global
-        batch, so micro-batches and ranks drop different units, and a resumed run drops those of one that never stopped.
-        """
-        rng.seed_torch(self.seed, self.global_step, "torch", batch.first_row)
-        if self.buffers_step != self.global_step:
-            self.buffers_step = self.global_step
-            self.copy_buffers()
-
-    @torch.no_grad()
-    def copy_buffers(self) -> None:
-        """Keep the buffers as they are now: running statistics of batch norm, DINO's center."""
-        buffers = list(self.buffers())
-        if len(self.buffers_before) != len(buffers):
-            self.buffers_before = [buffer.clone() for buffer in buffers]
-        elif buffers:
-            torch._foreach_copy_(self.buffers_before, buffers)
-
-    @torch.no_grad()
-    def restore_buffers(self) -> None:
-        """Undo what the forward passes of a skipped step changed in the buffers."""
-        if self.buffers_before:
-            torch._foreach_copy_(list(self.buffers()), self.buffers_before)
-
-    def backward(self, loss: Tensor, *args, **kwargs) -> None:
-        """A loss that is not finite makes every gradient so, on every rank, and the step is skipped."""
-        loss.backward(torch.where(loss.detach().isfinite(), 1.0, math.nan).to(loss), *args, **kwargs)
-
-    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        """Clip where the recipe says so, and record the norm over all weights before that.
-
-        Where it is not finite the optimizer finds no gradients: weights, moments and decay stay as they were.
-        """
-        gradients = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
-        norms = grad_norms(list(gradients.values()))  # the same on every rank, and so is what follows from them
-        if self.optim.clip_grad:
-            clip = clip_by_parameter_norm if self.optim.clip_grad_by == "parameter" else clip_by_global_norm
-            clip(list(gradients.values()), norms, self.optim.clip_grad)
-        self.records["grad_norm"] = [norms.norm()]
-        self.is_skipped = not bool(norms.norm().isfinite())
-        self.not_finite = []
-        if self.is_skipped:
-            self.not_finite = [name for name, norm in zip(gradients, norms.tolist(), strict=True)
-                               if not math.isfinite(norm)]  # fmt: skip
-            self.zero_grad(set_to_none=True)
-
-    # ---- chance ----------------------------------------------------------------------------------------------
-
-    def uniform(self, purpose: str, batch: Batch, columns: int) -> Tensor:
-        """Uniform numbers 'b columns' for this step: the batch's rows of one table for the whole global batch."""
-        rows = batch.first_row + np.arange(len(batch))
-        table = rng.uniform((self.seed, self.global_step, purpose), rows, columns)
-        return torch.from_numpy(table.astype(np.float32)).to(batch.samples.device)
-
-    def path_noise(self, batch: Batch, views: int = 1) -> Tensor | None:
-        """Numbers for stochastic depth, 'branches (views b)', or None where the encoder has none."""
-        if not self.encoder.settings.drop_path:
-            return None
-        noise = self.uniform("drop path", batch, views * 2 * self.encoder.settings.depth)
-        return rearrange(noise, "b (views branches) -> branches (views b)", views=views)
-
-    # ---- records ---------------------------------------------------------------------------------------------
-
-    def record(self, name: str, value: Tensor) -> None:
-        """Keep a number of this micro-batch; the run log averages it over the global batch when a line is due."""
-        self.records[name].append(value.detach())
-
-    def watch(self, features: Tensor, shares: Tensor | None = None) -> None:
-        """Show what this micro-batch made to the health check, in steps that it looks at (train/health.py).
-
-        Args:
-            features: 'b d', of the encoder that is trained.
-            shares: 'b k', of the prototypes, where the task has some.
-        """
-        if not self.is_watched:
-            return
-        self.watched["features"].append(features.detach())
-        if shares is not None:
-            entropy = -torch.xlogy(shares, shares).sum(1)  # b, in nats
-            self.watched["entropy"].append(entropy)
-            self.watched["uniform_kl"].append(math.log(shares.shape[1]) - entropy)
-            self.watched["choice"].append(shares.argmax(1))
 
     def start_from(self, start: ViTEncoder, source: str) -> None:
         """Begin with a trained encoder's weights; what is not as it was is said (start.py).
 
         Raises:
-            ValueError: it is of another architecture.
+            ValueError: It is of another architecture.
         """
         begin_with(self.encoder, start, source)
 
-    def on_load_checkpoint(self, checkpoint: dict) -> None:
-        """Tell Lightning's counters how many micro-batches the steps done are now.
+    # ---- steps -----------------------------------------------------------------------------------------------
 
-        They are saved as they were, but a run may go on with other micro-batches, or with more steps than it had.
+    def training_step(self, batch: Batch, batch_idx: int = 0) -> Tensor:
+        """The loss of one micro-batch."""
+        output = self.compute(batch, self.global_step)
+        for name, value in output.metrics.items():
+            self.record(name, value)
+        if self.logs_features:
+            self._log_features(output)
+        return output.objective
+
+    def validation_step(self, batch: Batch, batch_idx: int = 0) -> Tensor:
+        """The task's own loss on images that it does not train on, with the same random numbers every time."""
+        if not batch.valid.all() and batch.valid.any():
+            batch = batch.rows(batch.valid)
+        batch.first_row = batch_idx * len(batch)
+        output = self.compute(batch, 0)
+        metrics = {f"val/{name}": value for name, value in output.metrics.items()}
+        self.log_dict(metrics, batch_size=len(batch), sync_dist=self.trainer.world_size > 1)
+        return output.metrics["loss"]
+
+    def on_fit_start(self) -> None:
+        """Refuse a Trainer that would take other steps than the run plan says.
+
+        Raises:
+            ValueError: Its accumulation, its processes or its length differ.
         """
-        done = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        for count in ("total", "current"):
-            progress[count] |= {"ready": done, "started": done, "processed": done, "completed": done - 1}
-        progress["is_last_batch"] = False
+        trainer, run = self.trainer, self.run
+        if trainer.accumulate_grad_batches != run.accumulation_steps:
+            raise ValueError(
+                f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}): the run plan says "
+                f"{run.accumulation_steps} passes of {run.images_per_pass} images for a global batch of "
+                f"{run.global_batch_size} on {run.ranks} ranks. Set accumulate_grad_batches={run.accumulation_steps}."
+            )
+        if trainer.world_size != run.ranks:
+            raise ValueError(
+                f"Trainer: {trainer.world_size} processes, but the run plan says {run.ranks}. Make RunPlan with "
+                f"ranks={trainer.world_size}."
+            )
+        epochs = trainer.max_epochs or -1
+        steps = trainer.max_steps if trainer.max_steps > 0 else epochs * run.steps_per_epoch
+        if steps > run.total_steps or steps < 0:
+            raise ValueError(
+                f"Trainer: {steps if steps > 0 else 'no end of'} steps, but the schedules end after {run.total_steps} "
+                f"(RunPlan.total_steps). Set max_steps={run.total_steps}, or plan for more."
+            )
 
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Plain `(images, labels)` or images, as other data sets' loaders give them, become a Batch."""
+        return batch if isinstance(batch, Batch) else as_batch(batch)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Prepare a micro-batch: seed torch's generators, and begin a step with its first one.
+
+        Dropout draws from torch's own generators. The key names the step and the micro-batch's first row in the global
+        batch, so micro-batches and ranks drop different units, and a resumed run drops those of one that never stopped.
+        """
+        if batch.first_row < 0:
+            run, part = self.run, batch_idx % self.run.accumulation_steps
+            batch.first_row = (self.trainer.global_rank * run.accumulation_steps + part) * run.images_per_pass
+        self.seed_dropout(batch, self.global_step)
+        if self._current_step != self.global_step:
+            self._current_step = self.global_step
+            self.records.clear()
+            self.logged_features.clear()
+            self.guard.begin_step()
+
+    def seed_dropout(self, batch: Batch, step: int) -> None:
+        """Set torch's generators for the forward pass of a micro-batch."""
+        rng.seed_torch(self.run.seed, step, "torch", batch.first_row)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """A loss that is not finite makes every gradient so, on every rank, and the step is skipped."""
+        self.guard.backward(loss)
+
+    def configure_gradient_clipping(
+        self, optimizer: torch.optim.Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        """Clip where the recipe says so, and record the norm over all weights before that."""
+        self.guard.check_gradients()
+        assert self.guard.grad_norm is not None
+        self.records["grad_norm"] = [self.guard.grad_norm]
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """One update at the rate of this step. Lightning calls this once per global batch, not per micro-batch."""
+        step = self.global_step
+        lr, weight_decay = self.lr_at(step), self.weight_decay_at(step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+            group["weight_decay"] = weight_decay if group["decays"] else 0.0
+        self.records["lr"] = [torch.tensor(lr, dtype=torch.float64)]
+        optimizer.step(closure=optimizer_closure)
+        self.zero_grad(set_to_none=True)  # now, and not beside the activations of the next forward pass
+        self.guard.end_step()
+        if not self.guard.skipped:
+            self.after_update(step)
+
+    def after_update(self, step: int) -> None:
+        """What else moves once per update, such as a moving average of the weights; not after a skipped step."""
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Send the records of a step to Lightning's loggers and callbacks when they are due."""
+        trainer = self.trainer
+        is_due = self.global_step % trainer.log_every_n_steps == 0 or trainer.is_last_batch
+        if not is_due or self.global_step == self._current_step:  # more micro-batches of this step are to come
+            return
+        metrics = {f"train/{name}": torch.stack([v.to(self.device, torch.float32) for v in values]).mean()
+                   for name, values in self.records.items()}  # fmt: skip
+        self.log_dict(metrics, batch_size=len(batch), sync_dist=trainer.world_size > 1)
+
+    # ---- weights move ----------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW, its rates set step by step."""
+        return torch.optim.AdamW(self.parameter_groups(), lr=self.lr_at(0), betas=tuple(self.optim.betas), fused=True)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Which weights decay, and by which factor of the learning rate they move."""
+        return decay_groups(self.model, self.optim.weight_decay)
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of the update number `step`, counted from zero."""
+        return warmup_cosine(step, self.peak_lr, self.optim.min_lr, self.warmup_steps, self.run.total_steps)
+
+    def weight_decay_at(self, step: int) -> float:
+        """Weight decay of the update number `step`."""
+        if self.optim.final_weight_decay is None:
+            return self.optim.weight_decay
+        return cosine(step, self.optim.weight_decay, self.optim.final_weight_decay, self.run.total_steps)
+
+    # ---- random numbers --------------------------------------------------------------------------------------
+
+    def uniform(self, purpose: str, batch: Batch, columns: int, step: int) -> Tensor:
+        """Uniform numbers 'b columns' of a step: the batch's rows of one table for the whole global batch."""
+        rows = batch.first_row + np.arange(len(batch))
+        table = rng.uniform((self.run.seed, step, purpose), rows, columns)
+        return torch.from_numpy(table.astype(np.float32)).to(batch.samples.device)
+
+    def path_noise(self, batch: Batch, step: int, views: int = 1) -> Tensor | None:
+        """Numbers for stochastic depth, 'branches (views b)', or None where the encoder has none or is evaluated."""
+        if not (self.encoder.settings.drop_path and self.training):
+            return None
+        noise = self.uniform("drop path", batch, views * 2 * self.encoder.settings.depth, step)
+        return rearrange(noise, "b (views branches) -> branches (views b)", views=views)
+
+    # ---- records ---------------------------------------------------------------------------------------------
+
+    def record(self, name: str, value: Tensor) -> None:
+        """Keep a number of this micro-batch; it is averaged over the global batch when a line is due."""
+        self.records[name].append(value.detach())
+
+    def _log_features(self, output: StepOutput) -> None:
+        """Keep what the health check looks at (train/callbacks/health.py)."""
+        logged = self.logged_features
+        logged["features"].append(output.features.detach())
+        for name, value in output.references.items():
+            logged[name].append(value.detach()[None])
+        if output.probs is not None:
+            entropy = -torch.xlogy(output.probs, output.probs).sum(1)  # b, in nats
+            logged["entropy"].append(entropy)
+            logged["uniform_kl"].append(math.log(output.probs.shape[1]) - entropy)
+            logged["choice"].append(output.probs.argmax(1))
+
+    # ---- checkpoints -----------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say which weights are the trained encoder's, and of which architecture it is."""
         names = [name for name, module in self.named_modules() if module is self.trained_encoder]
-        checkpoint["sslvit"] = {
-            "encoder": describe_encoder(self.trained_encoder),
-            "prefix": names[0] + ".",
-        }
+        checkpoint["sslvit"] = {"encoder": describe_encoder(self.trained_encoder), "prefix": names[0] + "."}
+
+
+def as_batch(batch: Any) -> Batch:
+    """A Batch of images, of `(images, labels)`, or of `(views, labels)` with a list of views."""
+    images, labels = (batch[0], batch[1] if len(batch) > 1 else None) if isinstance(batch, Sequence) else (batch, None)
+    views = list(images) if isinstance(images, Sequence) else [images]
+    if not all(isinstance(view, Tensor) and view.ndim == 4 for view in views):
+        raise ValueError("a batch must be images 'b c h w', (images, labels), or (a list of views, labels).")
+    numbers = torch.arange(len(views[0]))
+    return Batch(views, labels, numbers, torch.ones_like(numbers, dtype=torch.bool), torch.zeros_like(numbers), -1)

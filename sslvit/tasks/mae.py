@@ -1,257 +1,68 @@
-"""Masked autoencoder: "Masked Autoencoders Are Scalable Vision Learners" (He et al. 2022), section 3.
-
-The encoder sees the visible patches only; a light decoder gets its tokens, with a learned mask token at every
-hidden place, and predicts the pixels of the hidden patches.
-"""
+"""Masked autoencoding as a Lightning module (He et al. 2022); the network and its loss are in models/mae.py."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
-from einops import rearrange
-from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
 
 from sslvit import rng
-from sslvit.checkpoint import load_strict
 from sslvit.data.batch import Batch
-from sslvit.layouts import mae as layout
-from sslvit.layouts.unwrap import unwrap
-from sslvit.models.positions import resample_table, sincos_2d
-from sslvit.models.transformer import Block, run_block
-from sslvit.settings import EncoderSettings, MAESettings, OptimSettings
-from sslvit.tasks.base import Task
-from sslvit.weight_files import read_torch_file
+from sslvit.models.mae import MAEModel, masked_patch_mse
+from sslvit.settings import EncoderSettings, MAESettings
+from sslvit.tasks.base import StepOutput, Task
+from sslvit.tasks.symptoms import Symptom, feature_symptoms, trivial_loss
 
-
-def patchify(images: Float[Tensor, "b c h w"], patch: int) -> Float[Tensor, "b n pixels"]:
-    """Patches row by row, each flattened as (row, column, channel), the order of the decoder's outputs."""
-    return rearrange(images, "b c (rows p) (cols q) -> b (rows cols) (p q c)", p=patch, q=patch)
-
-
-def unpatchify(patches: Float[Tensor, "b n pixels"], patch: int, grid: tuple[int, int]) -> Float[Tensor, "b c h w"]:
-    """The inverse of patchify."""
-    return rearrange(
-        patches, "b (rows cols) (p q c) -> b c (rows p) (cols q)", rows=grid[0], cols=grid[1], p=patch, q=patch
-    )
-
-
-def num_visible(patches: int, mask_ratio: float) -> int:
-    """How many patches stay visible: rounded down, in the paper's code's arithmetic."""
-    return int(patches * (1 - mask_ratio))
-
-
-def random_masking(noise: Float[Tensor, "b n"], visible: int) -> tuple[Int[Tensor, "b k"], Bool[Tensor, "b n"]]:
-    """The `visible` patches with the lowest noise, in the order of their noise; and what is hidden (True)."""
-    order = noise.argsort(dim=1, stable=True)
-    is_hidden = torch.ones_like(noise, dtype=torch.bool)
-    is_hidden.scatter_(1, order[:, :visible], False)
-    return order[:, :visible], is_hidden
-
-
-def normalize_patches(patches: Float[Tensor, "b n pixels"]) -> Float[Tensor, "b n pixels"]:
-    """Each patch by its own mean and unbiased variance plus 1e-6 (section 3, "Reconstruction target")."""
-    mean, variance = patches.mean(2, keepdim=True), patches.var(2, keepdim=True)
-    return (patches - mean) / (variance + 1e-6).sqrt()
-
-
-def masked_patch_mse(
-    predicted: Float[Tensor, "b n pixels"],
-    target: Float[Tensor, "b n pixels"],
-    is_hidden: Bool[Tensor, "b n"],
-) -> Float[Tensor, ""]:
-    """Mean squared error over the patches that the encoder did not see.
-
-    MAE (He et al. 2022), section 3, "Reconstruction target".
-
-    Args:
-        predicted: in the target's units.
-        target: raw pixels, or patches in units of their own standard deviation.
-        is_hidden: True where the patch was hidden from the encoder.
-    """
-    kind = torch.promote_types(predicted.dtype, torch.float32)  # float32 at least
-    error = (predicted.to(kind) - target.to(kind)).square().mean(2)
-    return (error * is_hidden).sum() / is_hidden.sum()  # indexing by the mask would wait for the device
-
-
-class MAEDecoder(nn.Module):
-    """A narrow transformer over all places (section 3, "MAE decoder"); used in pretraining only.
-
-    Args:
-        encoder: settings of the encoder whose tokens come in.
-        settings: width, depth, heads and the ratio of its MLPs.
-    """
-
-    def __init__(self, encoder: EncoderSettings, settings: MAESettings) -> None:
-        super().__init__()
-        width, self.prefix, self.grid = settings.decoder_width, encoder.prefix, encoder.grid
-        self.recompute = encoder.activation_checkpointing
-        plain = EncoderSettings(
-            width=width, depth=settings.decoder_depth, heads=settings.decoder_heads, norm_eps=1e-6,
-            mlp_ratio=settings.decoder_mlp_ratio or encoder.mlp_ratio,
-        )  # fmt: skip
-        self.embed = nn.Linear(encoder.width, width)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        table = torch.cat([torch.zeros(self.prefix, width), sincos_2d(encoder.grid, width).float()])
-        self.register_buffer("pos_embed", table[None])
-        self.blocks = nn.ModuleList(Block(plain) for _ in range(settings.decoder_depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.pred = nn.Linear(width, encoder.patch**2 * encoder.channels)
-        nn.init.normal_(self.mask_token, std=0.02)
-        for module in self.modules():  # appendix A.1, as encoder.init: xavier
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-
-    def forward(
-        self, latent: Float[Tensor, "b t d"], visible: Int[Tensor, "b k"], grid: tuple[int, int] | None = None
-    ) -> Float[Tensor, "b n pixels"]:
-        """Predicted pixels of every patch, hidden or not, row by row; on a grid that is not the encoder's own too."""
-        tokens = self.embed(latent)  # b (prefix + k) w
-        prefix, seen = tokens[:, : self.prefix], tokens[:, self.prefix :]
-        positions = self.positions(grid or self.grid)  # 1 (prefix + n) w
-        places = self.mask_token.to(tokens.dtype).expand(len(tokens), positions.shape[1] - self.prefix, -1)
-        places = places.scatter(1, visible[:, :, None].expand_as(seen), seen)  # b n w
-        tokens = torch.cat([prefix, places], 1) + positions
-        for block in self.blocks:
-            tokens = run_block(block, tokens, recompute=self.recompute)
-        return self.pred(self.norm(tokens))[:, self.prefix :]
-
-    def positions(self, grid: tuple[int, int]) -> Float[Tensor, "1 t d"]:
-        """The table of the encoder's own grid, resampled for others."""
-        if grid == self.grid:
-            return self.pos_embed
-        table = resample_table(self.pos_embed[0, self.prefix :], self.grid, grid)
-        return torch.cat([self.pos_embed[:, : self.prefix], table[None]], 1)
+FIGURE_IMAGES = 8
 
 
 class MAE(Task):
-    """Args: settings, then those of Task."""
+    """Reconstruct hidden patches from a few visible ones; arguments as of Task."""
 
-    def __init__(self, settings: MAESettings, encoder: EncoderSettings, optim: OptimSettings, **run) -> None:
-        if encoder.causal or encoder.tokens != "patch":
-            raise ValueError(
-                "MAE shows the encoder a few patches alone, in any order: it can neither be causal nor have tokens "
-                f"that see beyond their patch (here causal: {str(encoder.causal).lower()}, tokens: {encoder.tokens}). "
-                "Set encoder.causal to false and encoder.tokens to patch (see configs/mae/)."
-            )
-        if encoder.pooling == "attention":
-            raise ValueError(
-                "MAE trains without labels, so an attention pool would stay random. "
-                "Set encoder.pooling to class or mean."
-            )
-        super().__init__(settings, encoder, optim, **run)
-        self.patch = encoder.patch
-        patches = encoder.grid[0] * encoder.grid[1]
-        visible = num_visible(patches, settings.mask_ratio)
-        if not 0 < visible < patches:
-            raise ValueError(
-                f"task.mask_ratio: {settings.mask_ratio} of {patches} patches leaves {visible} visible. "
-                "Choose another ratio, or a smaller patch."
-            )
-        self.decoder = MAEDecoder(encoder, settings)
+    settings_class: ClassVar = MAESettings
+    settings: MAESettings
+    model: MAEModel
+
+    def make_model(self, encoder: EncoderSettings) -> MAEModel:
+        """Encoder and decoder."""
+        return MAEModel(self.settings, encoder)
+
+    def compute(self, batch: Batch, step: int) -> StepOutput:
+        """The reconstruction error under this step's masks."""
+        images = batch.views[0]  # b c h w
+        rows, columns = self.model.grid_of(images)
+        noise = self.uniform("mask", batch, rows * columns, step)  # b n
+        latent, visible, is_hidden = self.model.encode(images, noise, self.path_noise(batch, step))  # b t d, b k, b n
+        predicted = self.model.decoder(latent, visible, (rows, columns))  # b n pixels
+        target = self.model.target(images)  # b n pixels
+        loss = masked_patch_mse(predicted, target, is_hidden)
+        references = {}
+        if self.logs_features:
+            constant = target.mean((0, 1), keepdim=True).expand_as(target)
+            references["target_variance"] = masked_patch_mse(constant, target, is_hidden)
+        return StepOutput(loss, {"loss": loss}, latent.mean(1), references=references)
+
+    def symptoms(self, measures: dict[str, float]) -> list[Symptom]:
+        """A decoder that predicts the mean patch, or features without rank."""
+        guess = "predicting the mean patch everywhere"
+        return [
+            *trivial_loss(measures["loss"], measures["target_variance"], guess, self.optim),
+            *feature_symptoms(measures, self.optim),
+        ]
 
     def unused_parts(self) -> tuple[str, ...]:
-        return ("mask_token", "fc_norm")  # nothing is pooled, and the decoder's mask token stands for hidden patches
-
-    def training_step(self, batch: Batch, batch_idx: int = 0) -> Tensor:
-        images = batch.views[0]  # b c h w
-        noise = self.uniform("mask", batch, self.patches_of(images))  # b n
-        loss = self.loss(images, noise, self.path_noise(batch))
-        self.record("loss", loss)
-        return loss
-
-    def loss(
-        self, images: Float[Tensor, "b c h w"], noise: Float[Tensor, "b n"], path_noise: Tensor | None = None
-    ) -> Float[Tensor, ""]:
-        """Figure 1 of the paper. The patches with the lowest noise stay visible."""
-        visible, is_hidden = random_masking(noise, num_visible(noise.shape[1], self.settings.mask_ratio))  # b k, b n
-        latent = self.encoder(images, visible, path_noise=path_noise)  # b t d
-        predicted = self.decoder(latent, visible, self.grid_of(images))  # b n pixels
-        return masked_patch_mse(predicted, self.target(images), is_hidden)
-
-    def target(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n pixels"]:
-        patches = patchify(images, self.patch)
-        return normalize_patches(patches) if self.settings.target == "normalized" else patches
-
-    def grid_of(self, images: Float[Tensor, "b c h w"]) -> tuple[int, int]:
-        return self.encoder.settings.grid_of(*images.shape[2:])
-
-    def patches_of(self, images: Float[Tensor, "b c h w"]) -> int:
-        rows, columns = self.grid_of(images)
-        return rows * columns
-
-    # ---- what was learned ------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def reconstruct(
-        self, images: Float[Tensor, "b c h w"], noise: Float[Tensor, "b n"]
-    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b 1 h w"]]:
-        """The images with their hidden patches predicted, and where these are (1).
-
-        Visible pixels are put back. With a normalized target the network predicts each patch in units of its own
-        mean and deviation, which are taken from the image itself.
-        """
-        visible, is_hidden = random_masking(noise, num_visible(noise.shape[1], self.settings.mask_ratio))
-        predicted = self.decoder(self.encoder(images, visible), visible, self.grid_of(images))
-        patches = patchify(images, self.patch)
-        if self.settings.target == "normalized":
-            deviation = (patches.var(2, keepdim=True) + 1e-6).sqrt()
-            predicted = predicted * deviation + patches.mean(2, keepdim=True)
-        filled = torch.where(is_hidden[:, :, None], predicted, patches)
-        grid = self.grid_of(images)
-        area = is_hidden[:, :, None].float().expand(-1, -1, self.patch**2)
-        return unpatchify(filled, self.patch, grid), unpatchify(area, self.patch, grid)
+        """Nothing is pooled, and the decoder's mask token stands for hidden patches."""
+        return ("mask_token", "fc_norm")
 
     def figures(self, batch: Batch) -> dict[str, tuple[list[str], list[np.ndarray]]]:
         """reconstruction: the input, the input with hidden patches gray, and the reconstruction."""
-        images = batch.views[0][:8]
-        noise = rng.uniform((self.seed, 0, "figure"), np.arange(len(images)), self.patches_of(images))
-        filled, is_hidden = self.reconstruct(images, torch.from_numpy(noise).to(images.device))
-        mean, std = (
-            torch.tensor(v, device=images.device).view(-1, 1, 1)
-            for v in (self.encoder.settings.mean, self.encoder.settings.std)
-        )
-        shown, filled = images * std + mean, filled * std + mean
-        masked = shown * (1 - is_hidden) + 0.5 * is_hidden
-        rows = [shown, masked, filled]
+        images = batch.views[0][:FIGURE_IMAGES]
+        rows, columns = self.model.grid_of(images)
+        noise = rng.uniform((self.run.seed, 0, "figure"), np.arange(len(images)), rows * columns)
+        filled, is_hidden = self.model.reconstruct(images, torch.from_numpy(noise).to(images.device))
+        pixels, filled = self.encoder.to_display(images), self.encoder.to_display(filled)
+        masked = pixels * (1 - is_hidden) + 0.5 * is_hidden
         titles = ["input", "what the\nencoder sees", "reconstruction"]
-        return {"reconstruction": (titles, [row.float().clamp(0, 1).cpu().numpy() for row in rows])}
-
-    # ---- the paper's own checkpoints -------------------------------------------------------------------------
-
-    @classmethod
-    def from_official(cls, path: str, heads: int, decoder_heads: int, **settings) -> MAE:
-        """The released full checkpoint (encoder and decoder) as a task.
-
-        Args:
-            path: a file with the decoder in it (mae_pretrain_vit_..._full.pth).
-            heads: attention heads of the encoder; the file does not say them.
-            decoder_heads: attention heads of the decoder.
-            settings: other fields of MAESettings.
-
-        Raises:
-            ValueError: the file holds no decoder.
-        """
-        state = unwrap(read_torch_file(Path(path)), str(path)).everything
-        return cls.from_state(state, heads, decoder_heads, **settings)
-
-    @classmethod
-    def from_state(cls, state: dict[str, Tensor], heads: int, decoder_heads: int, **settings) -> MAE:
-        """from_official, for a state dict in memory."""
-        converted = layout.to_sslvit(state, heads)
-        shape = layout.decoder_shape(converted.extras)
-        mae = MAESettings(**{**shape, "decoder_heads": decoder_heads, **settings})
-        task = cls(mae, converted.settings, OptimSettings(), total_steps=1, steps_per_epoch=1, global_batch_size=256)
-        weights = {f"encoder.{key}": value for key, value in converted.encoder.items()}
-        load_strict(task, weights | converted.extras, "MAE")
-        return task
-
-    def official_state(self) -> dict[str, Tensor]:
-        """The weights under the names of the released checkpoints."""
-        weights = self.state_dict()
-        extras = {key: value for key, value in weights.items() if key.startswith("decoder.")}
-        encoder = {key.removeprefix("encoder."): weights[key] for key in weights if key not in extras}
-        return layout.from_sslvit(encoder, extras)
+        pictures = [row.float().cpu().numpy() for row in (pixels, masked, filled)]
+        return {"reconstruction": (titles, pictures)}

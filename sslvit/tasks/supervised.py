@@ -6,104 +6,124 @@ depth, RandAugment (in the view), mixup, CutMix, random erasing, label smoothing
 
 from __future__ import annotations
 
+import math
+from typing import Any, ClassVar
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.transforms import v2
 
 from sslvit import rng
 from sslvit.data.batch import Batch
 from sslvit.models import ViTEncoder
+from sslvit.models.classifier import Classifier
 from sslvit.optim import layer_decay_groups
-from sslvit.settings import EncoderSettings, OptimSettings, SupervisedSettings
-from sslvit.tasks.base import Task
+from sslvit.settings import EncoderSettings, SupervisedSettings
+from sslvit.tasks.base import StepOutput, Task
 from sslvit.tasks.start import begin_with
+from sslvit.tasks.symptoms import STUCK_FRACTION, Symptom, feature_symptoms, lr_in_words
 
 NOT_COMPARED = ("image_size", "final_norm", "fc_norm", "mask_token", "pooling")  # a fine-tuned encoder may differ here
 ENDS = ("norm.", "fc_norm.", "attn_pool.")  # of the encoder, that may be new
-HEAD_STD = 2e-5
 
 
 class Supervised(Task):
-    """An encoder and a linear head.
+    """An encoder and a linear head; arguments as of Task, with `task.classes` known."""
 
-    Args:
-        settings: see SupervisedSettings; `classes` must be known.
-        encoder: that is trained; its `pooling` and `fc_norm` make the head's input.
-        optim: how weights move.
-        run: see Task.
-    """
+    settings_class: ClassVar = SupervisedSettings
+    view_kinds: ClassVar[tuple[str, ...]] = ("augment", "crop", "square", "center", "canvas")
+    settings: SupervisedSettings
+    model: Classifier
 
-    view_kinds = ("augment", "crop", "square", "center", "canvas")
-
-    def __init__(
-        self, settings: SupervisedSettings, encoder: EncoderSettings, optim: OptimSettings, **run: int
-    ) -> None:
-        super().__init__(settings, encoder, optim, **run)
+    def resolve(self, settings: SupervisedSettings) -> SupervisedSettings:
+        """The settings as they are: only the data set knows its classes."""
         if settings.classes is None:
             raise ValueError("task.classes: still null. Call SupervisedSettings.fitted first.")
-        self.head = nn.Linear(encoder.width, settings.classes)
-        nn.init.trunc_normal_(self.head.weight, std=HEAD_STD)
-        nn.init.zeros_(self.head.bias)
+        return settings
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        images, target = self.mix(self.erase(batch), batch)  # b c h w, b classes
-        tokens = self.encoder(images, path_noise=self.path_noise(batch))  # b t d
-        pooled = self.encoder.pool(tokens)  # b d
-        logits = self.head(pooled)  # b classes
-        loss = F.cross_entropy(logits.float(), target, label_smoothing=self.settings.smoothing)
-        self.record("loss", loss)
-        self.watch(pooled)
-        return loss
+    def make_model(self, encoder: EncoderSettings) -> Classifier:
+        """Encoder and head."""
+        return Classifier(encoder, self.classes)
 
-    def logits(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b classes"]:
-        """What it takes images for; in evaluation mode."""
-        return self.head(self.encoder.pool(self.encoder(images)))
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        assert self.settings.classes is not None
+        return self.settings.classes
 
-    # ---- chance ----------------------------------------------------------------------------------------------
+    def compute(self, batch: Batch, step: int) -> StepOutput:
+        """The cross-entropy of erased and mixed images, or of whole ones in evaluation mode."""
+        if self.training:
+            images, target = self.mix(self.erase(batch, step), batch, step)  # b c h w, b classes
+        else:
+            images, target = batch.views[0], self.one_hot(batch, batch.views[0])
+        pooled = self.model.pooled(images, self.path_noise(batch, step))  # b d
+        loss = self.model.loss(pooled, target, self.settings.smoothing)
+        return StepOutput(loss, {"loss": loss}, pooled)
 
-    def erase(self, batch: Batch) -> Float[Tensor, "b c h w"]:
-        """A box of some images filled with noise; drawn by seed, epoch and sample."""
+    def symptoms(self, measures: dict[str, float]) -> list[Symptom]:
+        """A loss that says the same of every class, or features without rank."""
+        loss, even = measures["loss"], math.log(self.classes)
+        if abs(loss - even) < STUCK_FRACTION * even:
+            seen = f"the loss sits at ln {self.classes} = {even:.3f}: every class is as likely as any other"
+            suggestion = f"Change {lr_in_words(self.optim)}: lower it, or raise it if it is far below a recipe's."
+            return [Symptom("stuck", seen, suggestion)]
+        return feature_symptoms(measures, self.optim)
+
+    # ---- mixing and erasing ----------------------------------------------------------------------------------
+
+    def erase(self, batch: Batch, step: int) -> Float[Tensor, "b c h w"]:
+        """A box of some images filled with noise; sampled by seed, epoch and sample."""
         (images,) = batch.views
         if not self.settings.erase:
             return images
-        is_erased = self.uniform("erase", batch, 1)[:, 0] < self.settings.erase
+        is_erased = self.uniform("erase", batch, 1, step)[:, 0] < self.settings.erase
         images = images.clone()
         eraser = v2.RandomErasing(p=1.0, value="random")
         for row in torch.nonzero(is_erased)[:, 0].tolist():
-            with rng.torch_seeded(self.seed, "erase", int(batch.epochs[row]), int(batch.samples[row])):
+            with rng.torch_seeded(self.run.seed, "erase", int(batch.epochs[row]), int(batch.samples[row])):
                 images[row] = eraser(images[row])
         return images
 
-    def mix(self, images: Tensor, batch: Batch) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b classes"]]:
-        """Each image with its neighbor, by one share for the micro-batch, drawn by seed, step and its place in it."""
-        settings = self.settings
+    def mix(
+        self, images: Tensor, batch: Batch, step: int
+    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b classes"]]:
+        """Each image with its neighbor, in one ratio for the micro-batch, sampled by seed, step and its first row."""
         makers = [
-            kind(alpha=alpha, num_classes=settings.classes)
-            for kind, alpha in ((v2.MixUp, settings.mixup), (v2.CutMix, settings.cutmix))
+            kind(alpha=alpha, num_classes=self.classes)
+            for kind, alpha in ((v2.MixUp, self.settings.mixup), (v2.CutMix, self.settings.cutmix))
             if alpha
         ]
         if not makers:
-            return images, F.one_hot(batch.labels, settings.classes).to(images.dtype)
-        with rng.torch_seeded(self.seed, "mix", self.global_step, batch.first_row):
+            return images, self.one_hot(batch, images)
+        with rng.torch_seeded(self.run.seed, "mix", step, batch.first_row):
             images, target = v2.RandomChoice(makers)(images, batch.labels)
         return images, target.to(images.dtype)
 
-    def extra_weights(self) -> dict[str, Tensor]:
-        return {f"head.{key}": value for key, value in self.head.state_dict().items()}
+    def one_hot(self, batch: Batch, images: Tensor) -> Float[Tensor, "b classes"]:
+        """The labels as probabilities."""
+        if batch.labels is None:
+            raise ValueError("supervised training needs labels, and this batch has none.")
+        return F.one_hot(batch.labels, self.classes).to(images.dtype)
 
     # ---- weights ---------------------------------------------------------------------------------------------
 
-    def parameter_groups(self) -> list[dict]:
-        named = [(name.removeprefix("encoder."), parameter) for name, parameter in self.named_parameters()]
+    def extra_weights(self) -> dict[str, Tensor]:
+        """The head."""
+        return {f"head.{key}": value for key, value in self.model.head.state_dict().items()}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Rates that fall from the head to the patches."""
+        named = [(name.removeprefix("encoder."), parameter) for name, parameter in self.model.named_parameters()]
         depth = self.encoder.settings.depth
         return layer_decay_groups(named, depth, self.optim.weight_decay, self.settings.layer_decay)
 
     def start_from(self, start: ViTEncoder, source: str) -> None:
-        """Begin with a pretrained encoder, its positions stretched to this size; what is behind the blocks may be new.
+        """Begin with a pretrained encoder, positions interpolated to this size; what is behind the blocks may be new.
 
         Raises:
-            ValueError: it is of another architecture, or cannot be stretched.
+            ValueError: It is of another architecture, or cannot be interpolated.
         """
         begin_with(self.encoder, start, source, NOT_COMPARED, ENDS)

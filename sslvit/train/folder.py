@@ -6,7 +6,7 @@ checkpoints/     last.ckpt
 encoder/         encoder.json + encoder.safetensors
 ledger.json      how many samples were read, which could not be and why
 ledger/          with data.ledger: one file per rank, a line per sample that it read
-scores.json      of a classifier: right answers on the reported images
+scores.json      of a classifier: accuracy on the reported images
 health.json      whether training has collapsed, and what to do about it
 tensorboard/     wandb/      what those were told, where the settings ask for it
 incident/        a step that was not finite, of a run that ended so

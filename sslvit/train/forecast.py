@@ -20,12 +20,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sslvit.data.batch import Batch
 from sslvit.data.index import Index
-from sslvit.data.plan import split_batch
 from sslvit.data.views import Views
-from sslvit.figures import curves
+from sslvit.figures import plot_curves
 from sslvit.models.transformer import Block
+from sslvit.run_plan import RunPlan
 from sslvit.settings import RunSettings
-from sslvit.tasks import task_class
+from sslvit.tasks import make_task
 from sslvit.tasks.base import Task
 
 # TFLOP/s of 16-bit matrix products without sparsity (NVIDIA's data sheets)
@@ -41,36 +41,26 @@ class Forecast:
     Args:
         encoder: parameters of the encoder.
         trained: parameters that the optimizer moves.
-        held: numbers of the whole state, teacher and buffers included.
+        total_params: numbers in the whole state, teacher and buffers included.
         flops_per_image: of a step, forward and backward.
         peak: most bytes that a step on one rank's micro-batch holds at once besides weights and moments, in float32.
         activations: the same without the weights' gradients.
         block: numbers in the largest block of a network.
         outside: numbers of weights that lie in no block.
         images: in the data set.
-        global_batch_size: images per optimizer step.
-        micro: images per forward pass on one rank.
-        passes: forward passes per optimizer step.
-        ranks: processes.
-        steps: optimizer steps.
-        steps_per_epoch: of one pass over the data.
+        run: steps, batch sizes and ranks.
     """
 
     encoder: int
     trained: int
-    held: int
+    total_params: int
     flops_per_image: int
     peak: int
     activations: int
     block: int
     outside: int
     images: int
-    global_batch_size: int
-    micro: int
-    passes: int
-    ranks: int
-    steps: int
-    steps_per_epoch: int
+    run: RunPlan
 
     def memory(self, strategy: str) -> dict[str, float]:
         """Bytes on each rank in float32.
@@ -79,25 +69,29 @@ class Forecast:
             strategy: ddp or fsdp.
         """
         gradients = 4.0 * self.trained
-        kept = {"weights": 4.0 * self.held, "moments": 8.0 * self.trained, "gradients": gradients}
+        kept = {"weights": 4.0 * self.total_params, "moments": 8.0 * self.trained, "gradients": gradients}
         alone = kept | {"activations": self.peak - gradients}
-        if self.ranks == 1:
+        if self.run.ranks == 1:
             return alone
         if strategy == "ddp":  # the buckets that are exchanged stay, and in the last pass they are the gradients
-            return alone | {"buckets": gradients} if self.passes > 1 else kept | {"activations": self.activations}
-        parts = {name: size / self.ranks for name, size in kept.items()}
+            return (
+                alone | {"buckets": gradients}
+                if self.run.accumulation_steps > 1
+                else kept | {"activations": self.activations}
+            )
+        parts = {name: size / self.run.ranks for name, size in kept.items()}
         # at once whole: what lies in no block, the block that runs and the next, and the gradients of one
         gathered = 4.0 * (self.outside + 3 * self.block)
         return parts | {"gathered": gathered, "activations": self.activations}
 
     def hours(self, tflops: float, utilization: float) -> float:
         """On devices of so many TFLOP/s, of which a share is used."""
-        work = float(self.flops_per_image) * self.global_batch_size * self.steps
-        return work / (tflops * 1e12 * utilization * self.ranks) / 3600
+        work = float(self.flops_per_image) * self.run.global_batch_size * self.run.total_steps
+        return work / (tflops * 1e12 * utilization * self.run.ranks) / 3600
 
     def text(self) -> str:
         """For a reader."""
-        memory = []
+        run, memory = self.run, []
         for strategy in ("ddp", "fsdp"):
             sizes = self.memory(strategy)
             parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in sizes.items())
@@ -105,11 +99,13 @@ class Forecast:
                 f"memory       {strategy}: {sum(sizes.values()) / 2**30:.2f} GiB per rank in float32 ({parts})"
             )
         return "\n".join([
-            f"parameters   encoder {self.encoder:,}, trained {self.trained:,}, held {self.held:,}",
+            f"parameters   encoder {self.encoder:,}, trained {self.trained:,}, total {self.total_params:,}",
             f"FLOPs        {self.flops_per_image / 1e9:,.3f} G per image (forward and backward)",
-            *memory[: 1 if self.ranks == 1 else 2],
-            f"batch        {self.global_batch_size:,} images: {self.ranks} ranks x {self.passes} passes x {self.micro}",
-            f"steps        {self.steps:,} ({self.steps / self.steps_per_epoch:,.1f} epochs of {self.images:,} images)",
+            *memory[: 1 if run.ranks == 1 else 2],
+            f"batch        {run.global_batch_size:,} images: {run.ranks} ranks x {run.accumulation_steps} passes x "
+            f"{run.images_per_pass}",
+            f"steps        {run.total_steps:,} ({run.total_steps / run.steps_per_epoch:,.1f} epochs of "
+            f"{self.images:,} images)",
         ])  # fmt: skip
 
 
@@ -125,26 +121,20 @@ def forecast(settings: RunSettings, images: int, classes: int | None = None) -> 
         ValueError: fewer images than a batch, or a step whose course depends on what the images show.
     """
     train = settings.train
-    ranks = train.devices * train.nodes
-    batch = settings.data.fitted(images, ranks).global_batch_size
+    batch = settings.data.fitted(images, train.devices * train.nodes).global_batch_size
     if images < batch:
         raise ValueError(f"data.global_batch_size: {batch} is more than the {images} images there are.")
-    micro, passes = split_batch(batch, ranks, train.micro_batch_size)
-    per_epoch = images // batch
-    steps = train.steps or max(1, round(train.epochs * per_epoch))
-    fitted, optim = settings.task.fitted(images, batch, steps, classes), settings.optim.fitted(per_epoch, steps)
+    run = RunPlan.make(train, images // batch, batch, settings.seed)
+    fitted = settings.task.fitted(images, batch, run.total_steps, classes)
     with torch.device("meta"):  # initialization would ask fake numbers for their values
-        task: Task = task_class(settings.task.name)(
-            fitted, settings.encoder, optim, total_steps=steps, steps_per_epoch=per_epoch, global_batch_size=batch,
-            seed=settings.seed,
-        )  # fmt: skip
+        task = make_task(replace(settings, task=fitted), run)
     state = task.state_dict()
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             task.to_empty(device="cpu")
             flops = count_flops(task, settings)
-            peak = count_peak(task, settings, micro, passes)
-            activations = count_peak(task, settings, micro, 1, has_gradients=True)
+            peak = count_peak(task, settings, run.images_per_pass, run.accumulation_steps)
+            activations = count_peak(task, settings, run.images_per_pass, 1, has_gradients=True)
     except (DynamicOutputShapeException, DataDependentOutputException) as error:
         raise ValueError(
             f"task.name: a step of {settings.task.name} depends on what is drawn for each image. Plan it without "
@@ -155,11 +145,10 @@ def forecast(settings: RunSettings, images: int, classes: int | None = None) -> 
     found = Forecast(
         encoder=sum(p.numel() for p in task.trained_encoder.parameters()),
         trained=sum(p.numel() for p in task.parameters() if p.requires_grad),
-        held=sum(value.numel() for value in state.values()),
+        total_params=sum(value.numel() for value in state.values()),
         flops_per_image=flops // FEW, peak=peak, activations=activations, block=max(blocks.values(), default=0),
         outside=sum(p.numel() for p in task.parameters()) - sum(blocks.values()),
-        images=images, global_batch_size=batch,
-        micro=micro, passes=passes, ranks=ranks, steps=steps, steps_per_epoch=per_epoch,
+        images=images, run=run,
     )  # fmt: skip
     return found, task
 
@@ -199,19 +188,19 @@ def example(settings: RunSettings, count: int = FEW) -> Batch:
 def count_flops(task: Task, settings: RunSettings) -> int:
     """Of a step on a few images; attention as two matrix products, whatever kernel makes it."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        task.training_step(example(settings), 0).backward()
+        task.compute(example(settings), 0).objective.backward()
     task.zero_grad()
     return counter.get_total_flops()
 
 
-def count_peak(task: Task, settings: RunSettings, micro: int, passes: int, has_gradients: bool = False) -> int:
+def count_peak(task: Task, settings: RunSettings, images: int, passes: int, has_gradients: bool = False) -> int:
     """Most bytes besides weights that are held at once in the passes of a step, gradients and images included.
 
     Args:
         task: takes the step.
         settings: of the run.
-        micro: images per pass.
-        passes: of a step.
+        images: Images per pass.
+        passes: Forward passes in the step.
         has_gradients: gradients have their place before the step, and do not count.
     """
     known = [*task.parameters(), *task.buffers()]
@@ -222,7 +211,7 @@ def count_peak(task: Task, settings: RunSettings, micro: int, passes: int, has_g
                 known.append(parameter.grad)
     with LiveBytes(known) as live:
         for _ in range(min(passes, 2)):  # the gradients of the first stay while the second runs
-            task.training_step(example(settings, micro), 0).backward()
+            task.compute(example(settings, images), 0).objective.backward()
     task.zero_grad()
     return live.peak
 
@@ -241,28 +230,28 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        tree_map_only(torch.Tensor, self.meet, result)
+        tree_map_only(torch.Tensor, self.on_alloc, result)
         return result
 
-    def meet(self, value: torch.Tensor) -> torch.Tensor:
+    def on_alloc(self, value: torch.Tensor) -> torch.Tensor:
         storage = value.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key not in self.alive:
             self.alive[key] = size
             self.now += size
             self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self.part, key)
+            weakref.finalize(storage, self.on_free, key)
         return value
 
-    def part(self, key: int) -> None:
+    def on_free(self, key: int) -> None:
         self.now -= self.alive.pop(key)
 
 
-def draw_schedules(task: Task, path: Path) -> Path:
+def plot_schedules(task: Task, path: Path) -> Path:
     """Everything of the task that changes with the step: rate, weight decay, and a task's own."""
-    steps = np.unique(np.linspace(0, task.total_steps - 1, POINTS).astype(int)).tolist()
+    steps = np.unique(np.linspace(0, task.run.total_steps - 1, POINTS).astype(int)).tolist()
     named = {name.removesuffix("_at"): getattr(task, name) for name in dir(type(task)) if name.endswith("_at")}
     lines = {name.replace("_", " "): [at(step) for step in steps] for name, at in named.items()}
     shares = {f"{name} (up to {max(values):.3g})": (steps, [value / (max(values) or 1) for value in values])
               for name, values in lines.items()}  # fmt: skip
-    return curves(path, shares, "optimizer step", "share of the largest value", "schedules")
+    return plot_curves(path, shares, "optimizer step", "share of the largest value", "schedules")

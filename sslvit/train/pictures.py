@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sslvit.data.module import ShardDataModule
 from sslvit.evaluate.attention import class_attention, mass_mask, patch_colors
-from sslvit.figures import curves, heat_over, image_rows, only_where
+from sslvit.figures import dim_outside, overlay_heat, plot_curves, plot_images
 from sslvit.models import ViTEncoder
 from sslvit.tasks.base import Task
 from sslvit.train.folder import RunFolder
@@ -28,20 +28,22 @@ def draw_pictures(folder: RunFolder, task: Task, data: ShardDataModule) -> None:
     metrics = folder.read_metrics()
     steps = [line["step"] for line in metrics]
     losses = {"loss": (steps, [line["loss"] for line in metrics])}
-    curves(
+    plot_curves(
         folder.figures / "loss.png", losses, "optimizer step", "loss", f"{type(task).__name__}: training loss"
     )  # fmt: skip
     task.to("cpu", torch.float32)
     examples = data.examples(IMAGES)
     titles = [f"view {number}\n{view.shape[2]} x {view.shape[3]}" for number, view in enumerate(examples.views, 1)]
-    image_rows(folder.figures / "views.png", [shown(task.encoder, view) for view in examples.views], titles)
+    plot_images(
+        folder.figures / "views.png", [task.encoder.to_display(view).numpy() for view in examples.views], titles
+    )
     with torch.no_grad():
         is_sound = bool(task.trained_encoder(examples.views[0]).isfinite().all())
     if not is_sound:
         logger.info("no pictures: what the encoder gives is not finite")
         return
     for name, (titles, rows) in task.figures(examples).items():
-        image_rows(folder.figures / f"{name}.png", rows, titles)
+        plot_images(folder.figures / f"{name}.png", rows, titles)
     encoder = task.trained_encoder
     if encoder.settings.tokens == "pixel":
         return  # a pixel sequence is tied to its size, and its tokens are no patches
@@ -49,29 +51,23 @@ def draw_pictures(folder: RunFolder, task: Task, data: ShardDataModule) -> None:
     if encoder.settings.pooling == "class":
         for suffix, images in sizes.items():
             titles, rows = attention_rows(encoder, images)
-            image_rows(folder.figures / f"attention{suffix}.png", rows, titles)
-    titles, rows = ["input"], [shown(encoder, sizes["_larger"])]
+            plot_images(folder.figures / f"attention{suffix}.png", rows, titles)
+    titles, rows = ["input"], [encoder.to_display(sizes["_larger"]).numpy()]
     for images in sizes.values():
         titles.append(f"patches at\n{images.shape[2]} x {images.shape[3]}")
         rows.append(patch_colors(encoder, images).numpy())
-    image_rows(folder.figures / "patches.png", rows, titles)
+    plot_images(folder.figures / "patches.png", rows, titles)
 
 
 def attention_rows(encoder: ViTEncoder, images: Tensor) -> tuple[list[str], list[np.ndarray]]:
     """The class token's attention in the last block: per head over the input, and the patches that hold most of it."""
     maps = class_attention(encoder, images)  # b heads rows cols
     mean = maps.mean(1, keepdim=True)
-    pixels = shown(encoder, images)
+    pixels = encoder.to_display(images).numpy()
     titles, rows = [f"input\n{images.shape[2]} x {images.shape[3]}"], [pixels]
     for head in range(min(maps.shape[1], MOST_HEADS)):
         titles.append(f"head {head + 1}")
-        rows.append(heat_over(pixels, maps[:, head].numpy()))
+        rows.append(overlay_heat(pixels, maps[:, head].numpy()))
     titles += ["mean of heads", f"{MASS:.0%} of it"]
-    rows += [heat_over(pixels, mean[:, 0].numpy()), only_where(pixels, mass_mask(mean, MASS)[:, 0].numpy())]
+    rows += [overlay_heat(pixels, mean[:, 0].numpy()), dim_outside(pixels, mass_mask(mean, MASS)[:, 0].numpy())]
     return titles, rows
-
-
-def shown(encoder: ViTEncoder, images: Tensor) -> np.ndarray:
-    """Normalized images as pixels from 0 to 1."""
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (encoder.settings.mean, encoder.settings.std))
-    return (images * std + mean).clamp(0, 1).numpy()

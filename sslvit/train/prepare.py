@@ -15,15 +15,16 @@ from sslvit.data.header import MODES
 from sslvit.data.index import Index
 from sslvit.data.module import ShardDataModule
 from sslvit.data.open import check_present
-from sslvit.data.plan import Plan, split_batch
+from sslvit.data.plan import Plan
 from sslvit.data.stream import StreamIndex
+from sslvit.run_plan import RunPlan, split_batch
 from sslvit.settings import RunSettings
 from sslvit.settings.load import brief, by_dotted_key
 from sslvit.settings.views import AugmentSettings, MultiCropSettings
 from sslvit.tasks import task_class
 from sslvit.tasks.base import Task
 from sslvit.train.folder import RunFolder
-from sslvit.train.logs import check_loggers
+from sslvit.train.loggers import check_loggers
 from sslvit.weight_files import read_torch_file
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,8 @@ FIXED = [
 def check_machine(settings: RunSettings) -> None:
     """Refuse what cannot run here, before data is touched."""
     train = settings.train
-    micro, _ = split_batch(settings.data.global_batch_size, train.devices * train.nodes, train.micro_batch_size)
+    ranks = train.devices * train.nodes
+    micro, _ = split_batch(settings.data.global_batch_size, ranks, train.micro_batch_size)
     settings.task.check_micro_batch(micro)
     kinds = task_class(settings.task.name).view_kinds
     if settings.data.view.kind not in kinds:
@@ -99,21 +101,20 @@ def check_data(settings: RunSettings, index: Index, plan: Plan) -> None:
         )
 
 
-def fit(settings: RunSettings, earlier: RunFolder | None, index: Index, plan: Plan, total_steps: int) -> RunSettings:
-    """The same settings with what was left open chosen for the job; a resumed run keeps what it chose before.
+def resolve_defaults(settings: RunSettings, earlier: RunFolder | None, index: Index, run: RunPlan) -> RunSettings:
+    """The settings with every null resolved for the job; a resumed run keeps what it resolved before.
 
     Args:
-        settings: as given.
-        earlier: the folder of the run that goes on, if one does.
-        index: of the data set.
-        plan: the order of the data.
-        total_steps: of the run.
+        settings: As requested.
+        earlier: The folder of the run that goes on, if one does.
+        index: The data set.
+        run: Steps and batch sizes.
     """
     task = settings.task.fitted(
-        len(index), plan.global_batch_size, total_steps, len(index.classes) if index.classes else None
+        len(index), run.global_batch_size, run.total_steps, len(index.classes) if index.classes else None
     )
-    optim = settings.optim.fitted(plan.steps_per_epoch, total_steps)
-    data = replace(settings.data, global_batch_size=plan.global_batch_size, fit_batch=False, fit_normalization=False)
+    optim = settings.optim.fitted(run.steps_per_epoch, run.total_steps)
+    data = replace(settings.data, global_batch_size=run.global_batch_size, fit_batch=False, fit_normalization=False)
     encoder = settings.encoder
     if settings.data.fit_normalization and len(index.mean) == encoder.channels:  # a stream knows none
         encoder = replace(encoder, mean=list(index.mean), std=[std or 1.0 for std in index.std])  # 0: constant
@@ -121,24 +122,26 @@ def fit(settings: RunSettings, earlier: RunFolder | None, index: Index, plan: Pl
     if data.global_batch_size != settings.data.global_batch_size:
         check_machine(fitted)
     if earlier is not None:
-        before, asked = by_dotted_key(earlier.read_config()), by_dotted_key(settings.as_dict())
-        for name, part in (("task", task), ("optim", optim)):
-            was_open = {key: before.get(f"{name}.{key}") for key in vars(part) if asked[f"{name}.{key}"] is None}
-            kept = {key: value for key, value in was_open.items() if value is not None and vars(part)[key] is not None}
-            fitted = replace(fitted, **{name: replace(part, **kept)})
+        before, requested = by_dotted_key(earlier.read_config()), by_dotted_key(settings.as_dict())
+        for name, section in (("task", task), ("optim", optim)):
+            was_open = {key: before.get(f"{name}.{key}") for key in vars(section) if requested[f"{name}.{key}"] is None}
+            kept = {
+                key: value for key, value in was_open.items() if value is not None and vars(section)[key] is not None
+            }
+            fitted = replace(fitted, **{name: replace(section, **kept)})
     return fitted
 
 
-def chosen(asked: RunSettings, settings: RunSettings, steps_per_epoch: int) -> list[str]:
-    """What was left open or did not fit and is chosen now, as "task.out_dim 256"."""
-    before, after = by_dotted_key(asked.as_dict()), by_dotted_key(settings.as_dict())
+def describe_resolved(requested: RunSettings, settings: RunSettings, run: RunPlan) -> list[str]:
+    """What was null or did not fit and is resolved now, as "task.out_dim 256"."""
+    before, after = by_dotted_key(requested.as_dict()), by_dotted_key(settings.as_dict())
     found = []
     for key, value in after.items():
         if before[key] == value or key in ("data.fit_batch", "data.fit_normalization"):
             continue
         text = f"{value:.4g}" if isinstance(value, float) else brief(value)
         if key.endswith("_epochs"):
-            text = f"{round(value * steps_per_epoch):,} steps ({value:.2g} epochs)"
+            text = f"{round(value * run.steps_per_epoch):,} steps ({value:.2g} epochs)"
         found.append(f"{key} {text}" + ("" if before[key] is None else f" instead of {brief(before[key])}"))
     return found
 
@@ -201,8 +204,8 @@ def check_resumed(
     check_changes(old, new)
     check_same(settings_from(trained, checkpoint), settings.encoder, str(checkpoint))
     data.load_state_dict(position)
-    if data.start_step > data.total_steps:
-        raise ValueError(f"--resume: {folder.path} is at step {data.start_step} already, past {data.total_steps}.")
+    if data.start_step > data.run.total_steps:
+        raise ValueError(f"--resume: {folder.path} is at step {data.start_step} already, past {data.run.total_steps}.")
     changed = [f"{key} {brief(old.get(key))} -> {brief(new.get(key))}" for key in new if old.get(key) != new.get(key)]
     same_shapes = shapes == {key: value.shape for key, value in task.state_dict().items()}
     if not same_shapes or moved != [len(group["params"]) for group in task.parameter_groups()]:

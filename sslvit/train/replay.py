@@ -7,7 +7,6 @@ import math
 import re
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from safetensors import safe_open
@@ -15,10 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sslvit.data.batch import Batch
+from sslvit.run_plan import RunPlan
 from sslvit.settings.load import load_recipe
-from sslvit.tasks import task_class
+from sslvit.tasks import make_task
 from sslvit.tasks.base import Task
-from sslvit.train.incidents import from_tensors
+from sslvit.train.callbacks.incidents import from_tensors
 from sslvit.weight_files import read_torch_file
 
 
@@ -37,22 +37,18 @@ def replay(folder: str | Path) -> list[str]:
         raise FileNotFoundError(f"{folder}: no incident.json there. Give the incident/ folder of a run.")
     try:
         about = json.loads((folder / "incident.json").read_text())
-        settings, step = load_recipe(folder / "config.yaml"), about["step"]
-        run = {"total_steps": about["total_steps"], "steps_per_epoch": about["steps_per_epoch"], "seed": about["seed"]}
+        settings, step, run = load_recipe(folder / "config.yaml"), about["step"], RunPlan(**about["run"])
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'incident.json'}: damaged ({error}).") from error
-    task = task_class(settings.task.name)(
-        settings.task, settings.encoder, settings.optim, global_batch_size=settings.data.global_batch_size, **run
-    )
+    task = make_task(settings, run)
     task.load_state_dict(read_torch_file(folder / "state.ckpt")["state_dict"])
-    task._trainer = SimpleNamespace(global_step=step)  # chance is keyed by the step
     files = sorted(folder.glob("batch-rank-*.safetensors"))
-    said = [f"step {step} of {settings.task.name}, seed {about['seed']}, was taken in {about['precision']}"]
+    said = [f"step {step} of {settings.task.name}, seed {run.seed}, was taken in {about['precision']}"]
     said += weights_in_words(task)
     if not files:
         return [*said, "no batch was saved: a stream cannot give the same images again"]
     for file in files:
-        said += [f"{file.stem}: {line}" for line in batch_in_words(task, read_batch(file))]
+        said += [f"{file.stem}: {line}" for line in batch_in_words(task, read_batch(file), step)]
     return said
 
 
@@ -71,7 +67,7 @@ def named(names: list[str]) -> str:
     return f"{', '.join(names[:4])} ({len(names)} in all)"
 
 
-def batch_in_words(task: Task, batch: Batch) -> list[str]:
+def batch_in_words(task: Task, batch: Batch, step: int) -> list[str]:
     """One micro-batch: its images, its loss, the first part whose output is not finite, gradients, anomalies."""
     said = []
     for number, view in enumerate(batch.views):
@@ -88,8 +84,8 @@ def batch_in_words(task: Task, batch: Batch) -> list[str]:
         warnings.simplefilter("ignore")
         try:
             with torch.autograd.set_detect_anomaly(True):
-                task.on_train_batch_start(batch, 0)  # dropout as it was
-                loss = task.training_step(batch, 0)
+                task.seed_dropout(batch, step)
+                loss = task.compute(batch, step).objective
                 loss.backward()
             value = float(loss.detach())
         except RuntimeError as error:

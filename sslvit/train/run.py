@@ -17,28 +17,29 @@ from safetensors.torch import save_file
 
 from sslvit import __version__
 from sslvit.checkpoint import HEAD, load_encoder, save_encoder
-from sslvit.data.index import Index
 from sslvit.data.module import ShardDataModule
 from sslvit.data.open import open_data
-from sslvit.data.plan import split_batch
 from sslvit.files import new_file
-from sslvit.settings import RunSettings, SupervisedSettings, TrainSettings
+from sslvit.run_plan import RunPlan
+from sslvit.settings import RunSettings, TrainSettings
 from sslvit.stopping import Preempted, RankLost, is_first_process, requeue, stopping_at_once
-from sslvit.tasks import task_class
+from sslvit.tasks import make_task
 from sslvit.tasks.base import Task
-from sslvit.train.callbacks import Ledger, RunLog
-from sslvit.train.checkpoints import AtomicCheckpointIO, Checkpoints
+from sslvit.train.callbacks import make_callbacks
+from sslvit.train.checkpoint_io import AtomicCheckpointIO
 from sslvit.train.folder import RunFolder
-from sslvit.train.forecast import mfu_per_throughput
-from sslvit.train.health import Health
-from sslvit.train.incidents import Incidents
-from sslvit.train.logs import log_pictures, make_loggers
-from sslvit.train.online import OnlineProbe, Validation
+from sslvit.train.loggers import log_pictures, make_loggers
 from sslvit.train.pictures import draw_pictures
-from sslvit.train.preemption import Preemption
-from sslvit.train.prepare import check_data, check_machine, check_resumed, chosen, fit, keep_start
+from sslvit.train.prepare import (
+    check_data,
+    check_machine,
+    check_resumed,
+    describe_resolved,
+    keep_start,
+    resolve_defaults,
+)
 from sslvit.train.strategies import compile_blocks, is_peer_failure, make_strategy
-from sslvit.train.timing import Clock, StepTimes, WaitForData
+from sslvit.train.timing import Clock
 
 logger = logging.getLogger(__name__)
 
@@ -82,14 +83,11 @@ def _pretrain(settings: RunSettings, folder: RunFolder, is_first: bool, goes_on:
     if train.threads:
         torch.set_num_threads(train.threads)
     pl.seed_everything(settings.seed, verbose=False)
-    total_steps = train.steps or max(1, round(train.epochs * plan.steps_per_epoch))
-    asked = settings
-    settings = fit(settings, folder if goes_on else None, index, plan, total_steps)
-    data = ShardDataModule(index, settings.data, settings.encoder, plan, total_steps, train.micro_batch_size)
-    task: Task = task_class(settings.task.name)(
-        settings.task, settings.encoder, settings.optim, total_steps=total_steps,
-        steps_per_epoch=plan.steps_per_epoch, global_batch_size=plan.global_batch_size, seed=settings.seed,
-    )  # fmt: skip
+    run = RunPlan.make(train, plan.steps_per_epoch, plan.global_batch_size, settings.seed)
+    requested = settings
+    settings = resolve_defaults(settings, folder if goes_on else None, index, run)
+    data = ShardDataModule(index, settings.data, settings.encoder, plan, run)
+    task = make_task(settings, run)
     if start is not None:
         task.start_from(start, settings.init)
     if train.precision == "float64":
@@ -98,20 +96,20 @@ def _pretrain(settings: RunSettings, folder: RunFolder, is_first: bool, goes_on:
         check_resumed(folder, checkpoint, settings, data, task)
     if train.compile:
         compile_blocks(task)
-    trainer = make_trainer(settings, folder, index, data)
+    trainer = make_trainer(settings, folder, data)
     if is_first:
         folder.start(settings.as_dict(), goes_on)
-        trainer.loggers = make_loggers(train, folder)
-        _announce(settings, index, data, task, trainer)
-        if picked := chosen(asked, settings, plan.steps_per_epoch):
-            logger.info(f"chosen for {len(index):,} images, {plan.global_batch_size} a step: {'; '.join(picked)}")
+        trainer.loggers = make_loggers(settings, folder, index)
+        _announce(settings, data, task, trainer)
+        if resolved := describe_resolved(requested, settings, run):
+            logger.info(f"resolved for {len(index):,} images, {run.global_batch_size} a step: {'; '.join(resolved)}")
 
     with warnings.catch_warnings():
         _silence_needless_warnings()
         try:
             trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
             compile_blocks(task, undo=True)
-            task = task.whole()  # together: each rank may hold a part of it
+            task = task.gather_full_copy()  # together: each rank may hold a shard of it
         except Preempted:
             if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
                 trainer.strategy.launcher.kill(signal.SIGTERM)  # other ranks, which may still wait for the first step
@@ -120,19 +118,19 @@ def _pretrain(settings: RunSettings, folder: RunFolder, is_first: bool, goes_on:
             if not is_peer_failure(error, trainer.world_size):
                 raise
             raise RankLost(
-                f"stopped at step {trainer.global_step} of {total_steps}: another rank has ended, or did not answer "
-                f"for {train.timeout_seconds:g} s (train.timeout_seconds). See what it said, and whether the network "
-                f"stands{_resume_hint(folder)} ({str(error).splitlines()[0][:120]})"
+                f"stopped at step {trainer.global_step} of {run.total_steps}: another rank has ended, or did not "
+                f"answer for {train.timeout_seconds:g} s (train.timeout_seconds). See what it said, and whether the "
+                f"network stands{_resume_hint(folder)} ({str(error).splitlines()[0][:120]})"
             ) from error
         except SystemExit as error:  # Lightning's answer to Ctrl-C
             raise KeyboardInterrupt(
-                f"stopped at step {trainer.global_step} of {total_steps}{_resume_hint(folder)}"
+                f"stopped at step {trainer.global_step} of {run.total_steps}{_resume_hint(folder)}"
             ) from error
-    if trainer.global_step != total_steps:
-        raise RuntimeError(f"training ended at step {trainer.global_step} instead of {total_steps}.")
+    if trainer.global_step != run.total_steps:
+        raise RuntimeError(f"training ended at step {trainer.global_step} instead of {run.total_steps}.")
     if trainer.is_global_zero:
         with stopping_at_once(" after the last step; --resume draws the figures"):
-            _finish(settings, folder, index, data, task, trainer)
+            _finish(settings, folder, data, task, trainer)
     return folder
 
 
@@ -140,15 +138,13 @@ def _resume_hint(folder: RunFolder) -> str:
     return "; go on from its last checkpoint with --resume" if folder.checkpoint.exists() else ""
 
 
-def make_trainer(settings: RunSettings, folder: RunFolder, index: Index, data: ShardDataModule) -> pl.Trainer:
+def make_trainer(settings: RunSettings, folder: RunFolder, data: ShardDataModule) -> pl.Trainer:
     """Lightning's Trainer for one run: one pass of `total_steps` global batches, our order, our files."""
     train = settings.train
-    world = train.devices * train.nodes
-    _, passes = split_batch(settings.data.global_batch_size, world, train.micro_batch_size)
     plugins: list[Any] = [AtomicCheckpointIO(train)]
     clock = Clock()
     if SLURMEnvironment.detect():
-        plugins.append(SLURMEnvironment(auto_requeue=False))  # preemption.py saves and requeues
+        plugins.append(SLURMEnvironment(auto_requeue=False))  # callbacks/preemption.py saves and requeues
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
     with warnings.catch_warnings():
         _silence_needless_warnings()
@@ -159,8 +155,9 @@ def make_trainer(settings: RunSettings, folder: RunFolder, index: Index, data: S
             strategy=make_strategy(train, clock),
             precision=precision_of(train),
             max_epochs=1,  # steps, not epochs: one loader covers the whole run, so a resume is always mid-epoch
-            max_steps=data.total_steps,
-            accumulate_grad_batches=passes,
+            max_steps=data.run.total_steps,
+            accumulate_grad_batches=data.run.accumulation_steps,
+            log_every_n_steps=train.log_every,
             use_distributed_sampler=False,
             sync_batchnorm=train.accelerator != "cpu" and torch.cuda.is_available(),  # torch has it for GPUs only
             deterministic=train.deterministic or None,
@@ -170,31 +167,9 @@ def make_trainer(settings: RunSettings, folder: RunFolder, index: Index, data: S
             enable_model_summary=False,
             gradient_clip_val=settings.optim.clip_grad,
             plugins=plugins,
-            callbacks=[
-                StepTimes(clock),
-                Ledger(folder, index, data.plan, settings.data.max_unreadable_fraction, settings.data.ledger),
-                Incidents(folder, index, train.skip_limit),
-                Health(folder, data.total_steps, train.log_every),
-                *scoring(settings, folder, index, data.total_steps),
-                RunLog(
-                    folder, data.plan, data.total_steps, train.log_every, clock, mfu_per_throughput(settings, index)
-                ),
-                Checkpoints(folder, train, data.total_steps),
-                Preemption(folder, data.total_steps, train.timeout_seconds),
-                WaitForData(clock),
-            ],
+            callbacks=make_callbacks(settings, folder, data, clock),
             default_root_dir=folder.path,
         )
-
-
-def scoring(settings: RunSettings, folder: RunFolder, index: Index, total_steps: int) -> list[pl.Callback]:
-    """What looks at labeled images while the run trains."""
-    callbacks: list[pl.Callback] = []
-    if settings.online.train is not None:
-        callbacks.append(OnlineProbe(settings, total_steps))
-    if isinstance(settings.task, SupervisedSettings) and settings.task.val is not None:
-        callbacks.append(Validation(settings, folder, index, total_steps))
-    return callbacks
 
 
 def precision_of(train: TrainSettings) -> str:
@@ -208,25 +183,23 @@ def precision_of(train: TrainSettings) -> str:
     return names["bf16" if known.get("amx_bf16") or known.get("avx512_bf16") else "float32"]
 
 
-def _announce(settings: RunSettings, index: Index, data: ShardDataModule, task: Task, trainer: pl.Trainer) -> None:
+def _announce(settings: RunSettings, data: ShardDataModule, task: Task, trainer: pl.Trainer) -> None:
     parameters = sum(parameter.numel() for parameter in task.trained_encoder.parameters())
-    plan = data.plan
+    run, dropped = data.run, data.plan.dropped_per_epoch
     logger.info(
-        f"{settings.task.name}: encoder of {parameters / 1e6:.1f} M parameters on {len(index):,} images; "
-        f"{data.total_steps:,} steps of {plan.global_batch_size} images "
-        f"({data.total_steps / plan.steps_per_epoch:.1f} epochs, each dropping {plan.dropped_per_epoch} images); "
-        f"peak rate {task.peak_lr:.2e}; "
+        f"{settings.task.name}: encoder of {parameters / 1e6:.1f} M parameters on {len(data.index):,} images; "
+        f"{run.total_steps:,} steps of {run.global_batch_size} images "
+        f"({run.total_steps / run.steps_per_epoch:.1f} epochs, each dropping {dropped} images); "
+        f"peak learning rate {task.peak_lr:.2e}; "
         f"{trainer.precision} on {trainer.world_size} x {trainer.strategy.root_device.type}; "
         f"run folder {settings.out}",
     )
 
 
-def _finish(
-    settings: RunSettings, folder: RunFolder, index: Index, data: ShardDataModule, task: Task,
-    trainer: pl.Trainer,
-) -> None:  # fmt: skip
+def _finish(settings: RunSettings, folder: RunFolder, data: ShardDataModule, task: Task, trainer: pl.Trainer) -> None:
     """Encoder and figures of a run that reached its last step."""
     task.eval()
+    index = data.index
     provenance = {
         "sslvit": __version__, "task": settings.task.name, "step": trainer.global_step,
         "data": {"shards": index.location, "samples": len(index), "fingerprint": index.fingerprint()},

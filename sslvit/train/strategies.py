@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from sslvit.models.transformer import Block
 from sslvit.settings import TrainSettings
-from sslvit.train.checkpoints import AtomicCheckpointIO
+from sslvit.train.checkpoint_io import AtomicCheckpointIO
 from sslvit.train.timing import Clock
 from sslvit.weight_files import SHARD
 
@@ -119,13 +119,14 @@ def shard(task: pl.LightningModule, device: str) -> None:
         ValueError: the task owns weights outside of its networks, which no forward pass would gather.
     """
     mesh = init_device_mesh(device, (torch.distributed.get_world_size(),))
-    own = [name for name, _ in task.named_parameters(recurse=False)]
-    if own:
+    model = task.model
+    assert isinstance(model, nn.Module)
+    if outside := [name for owner in (task, model) for name, _ in owner.named_parameters(recurse=False)]:
         raise ValueError(
-            f"train.strategy: fsdp gathers weights when a module runs, but {type(task).__name__} holds {own[0]} "
+            f"train.strategy: fsdp gathers weights when a module runs, but {type(model).__name__} holds {outside[0]} "
             "itself. Put it into a module, or use ddp."
         )
-    for network in task.children():
+    for network in model.children():
         for module in network.modules():
             if isinstance(module, Block) and module is not network:
                 fully_shard(module, mesh=mesh)

@@ -10,7 +10,6 @@ from collections import defaultdict
 from itertools import pairwise
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from torch import distributed
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -62,45 +61,3 @@ class Clock:
         for (_, start), (ended, stop) in pairwise(old):
             self.seconds[ended] += start.elapsed_time(stop) / 1000 if self.is_gpu else stop - start
         del self.moments[: count - 1]
-
-
-class StepTimes(pl.Callback):
-    """Marks the moments of each micro-batch; the first of the callbacks, so that what others do is not the optimizer's.
-
-    Args:
-        clock: gets them.
-    """
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.clock.is_gpu = trainer.strategy.root_device.type == "cuda"
-        self.clock.mark("start")
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        self.clock.mark("data")
-
-    def on_before_backward(self, *_: Any) -> None:
-        self.clock.mark("forward")
-
-    def on_after_backward(self, *_: Any) -> None:
-        self.clock.mark("communication" if self.clock.is_exchanging else "backward")
-        self.clock.is_exchanging = False
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.clock.mark("optimizer")
-
-
-class WaitForData(pl.Callback):
-    """The last of the callbacks: from here on the next batch is waited for.
-
-    Args:
-        clock: gets the moment.
-    """
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.clock.mark("callbacks")

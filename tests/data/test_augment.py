@@ -155,9 +155,9 @@ def test_gray_images_are_augmented_too() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"magnitude": 20}, "data.view.magnitude: 20 is not between 0 and 10"),
+        ({"magnitude": 20}, "data.view.magnitude: 20 must be in .0, 10."),
         ({"magnitude_std": -1}, "data.view.magnitude_std: -1 is not 0"),
-        ({"probability": 1.5}, "data.view.probability: 1.5 is not a probability"),
+        ({"probability": 1.5}, "data.view.probability: 1.5 must be a probability"),
         ({"operations": -1}, "Use 0 for none"),
     ],
 )

@@ -18,8 +18,9 @@ from sslvit.data.header import BadImage
 from sslvit.data.mixture import MixturePlan, split_by_weight
 from sslvit.data.open import open_data, shard_cache
 from sslvit.data.pack import pack
-from sslvit.data.plan import EpochPlan, EvaluationBatches, fitting_ranks, split_batch
+from sslvit.data.plan import EpochPlan, EvaluationBatches
 from sslvit.data.reader import ShardReader
+from sslvit.run_plan import fitting_ranks, split_batch
 from sslvit.settings import DataSettings
 
 
@@ -158,6 +159,7 @@ def test_what_the_ring_of_shards_depends_on() -> None:
 
 def test_shards_of_the_next_window_are_near_before_it_begins() -> None:
     plan = EpochPlan([20] * 24, 4, 0, lanes=2, window_shards=2)
+    looked_ahead = 0
     for step in range(2 * plan.steps_per_epoch - 1):
         lane, place = 0, (step % plan.steps_per_epoch) * plan.per_lane
         window = int(plan._window_of(lane, place))
@@ -166,6 +168,8 @@ def test_shards_of_the_next_window_are_near_before_it_begins() -> None:
         if ahead is not None and ahead < (step // plan.steps_per_epoch + 1) * plan.steps_per_epoch:
             later = plan.batch(ahead, 0, plan.per_lane)[0] // 20
             assert set(later.tolist()) <= set(plan.shards_near(step, 0, plan.per_lane))
+            looked_ahead += 1
+    assert looked_ahead > plan.steps_per_epoch
 
 
 def test_settings_of_the_order_reach_the_plan(tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ def test_class_attention_is_the_first_row_of_the_last_block_on_the_images_grid()
         maps = class_attention(encoder, images)
         assert maps.shape == (3, 4, *grid)
         with torch.no_grad():
-            weights = encoder.attention(images, 2)
+            (last,) = encoder.intermediates(images, [2], attention=True)
         assert torch.equal(
-            maps[1, 2, 3], weights[1, 2, 0, 3 + 3 * grid[1] :][: grid[1]]
+            maps[1, 2, 3], last.attention[1, 2, 0, 3 + 3 * grid[1] :][: grid[1]]
         )  # row 3, after 3 prefix tokens
     with pytest.raises(ValueError, match="encoder.class_token: false"):
         class_attention(ViTEncoder(EncoderSettings(**SMALL, class_token=False, pooling="mean")), images)

@@ -13,8 +13,9 @@ from PIL import Image
 from sslvit.checkpoint import save_encoder
 from sslvit.cli import main
 from sslvit.evaluate import dense
-from sslvit.evaluate.dense import MaskedImages, measures, segment
-from sslvit.evaluate.linear import STRENGTHS
+from sslvit.evaluate.dense import measures, segment
+from sslvit.evaluate.linear import L2_GRID
+from sslvit.evaluate.masks import MaskedImages
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings
 
@@ -74,9 +75,9 @@ def test_the_strength_is_chosen_on_images_that_the_trials_were_not_fitted_on(mon
     fit = dense.fit_logistic
     monkeypatch.setattr(dense, "fit_logistic", lambda *given: fits.append(given) or fit(*given))
     held, counts = torch.arange(40) % 5 == 0, torch.rand(40) + 0.5
-    dense._fit(torch.randn(40, 6), torch.eye(2)[torch.arange(40) % 2], counts, held, 2)
+    dense.fit_head(torch.randn(40, 6), torch.eye(2)[torch.arange(40) % 2], counts, held)
     trials, final = (given[4] for given in fits)
-    assert len(trials) == len(STRENGTHS)
+    assert len(trials) == len(L2_GRID)
     for weight in trials:
         torch.testing.assert_close(weight, torch.where(held, 0, counts).double())
     torch.testing.assert_close(final[0], counts.double())
@@ -85,8 +86,8 @@ def test_the_strength_is_chosen_on_images_that_the_trials_were_not_fitted_on(mon
 def test_the_mean_is_over_the_data_set_not_over_images(tmp_path: Path) -> None:
     train, val = (MaskedImages.open(write(tmp_path / name, n, i)) for i, (name, n) in enumerate([("t", 12), ("v", 6)]))
     one, other = (segment({"e": make()}, train, val, batch) for batch in (1, 5))
-    for name, value in one.draws["e"].items():
-        assert other.draws["e"][name] == pytest.approx(value, abs=1e-6)
+    for name, value in one.scores["e"].items():
+        assert other.scores["e"][name] == pytest.approx(value, abs=1e-6)
 
 
 def test_the_command_learns_an_easy_task_and_draws_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -114,8 +115,8 @@ def test_reported_masks_choose_nothing(tmp_path: Path) -> None:
         mask = np.array(Image.open(file))
         Image.fromarray(np.where(mask == 255, 255, 7 - mask).astype(np.uint8)).save(file)  # the classes exchanged
     other = segment({"e": make()}, train, val)
-    assert np.array_equal(table.guesses["e"], other.guesses["e"])
-    accuracies = [one.draws["e"]["pixel accuracy"][0] for one in (table, other)]
+    assert np.array_equal(table.predictions["e"], other.predictions["e"])
+    accuracies = [one.scores["e"]["pixel accuracy"][0] for one in (table, other)]
     assert sum(accuracies) == pytest.approx(100)
 
 
@@ -182,8 +183,8 @@ def test_images_without_labels_choose_no_penalty(tmp_path: Path, monkeypatch: py
         Image.fromarray(np.full((40, 40), 255, np.uint8)).save(mask)
         Image.new("RGB", (40, 40)).save(tmp_path / "train" / "images" / f"{mask.stem}.png")
     held = []
-    fit = dense._fit
-    monkeypatch.setattr(dense, "_fit", lambda v, t, counts, h, n: held.append((counts, h)) or fit(v, t, counts, h, n))
+    fit = dense.fit_head
+    monkeypatch.setattr(dense, "fit_head", lambda v, t, counts, h: held.append((counts, h)) or fit(v, t, counts, h))
     encoder = ViTEncoder(EncoderSettings(image_size=8, patch=4, width=16, depth=1, heads=2))
     segment({"e": encoder}, train, train)
     ((counts, is_held),) = held

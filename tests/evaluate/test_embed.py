@@ -44,7 +44,7 @@ def test_features_of_a_folder_by_name(here: Path, capsys: pytest.CaptureFixture)
         pixels = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)[None] / 255
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (encoder.settings.mean, encoder.settings.std))
         with torch.no_grad():
-            expected = encoder.features_at((pixels - mean) / std, [(1, "class"), (2, "class")])
+            expected = [encoder.features((pixels - mean) / std, layer, "class") for layer in (1, 2)]
         assert np.allclose(row, torch.cat(expected, 1)[0], atol=1e-5)
     assert sorted(Path(key).stem for key in made["keys"]) == ["0", "1", "3", "4"]
     assert main(words) == 1  # nothing is overwritten

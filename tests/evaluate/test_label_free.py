@@ -18,7 +18,7 @@ from sslvit.data.pack import pack
 from sslvit.evaluate import health
 from sslvit.evaluate.attention import attention_measures, receptive_field
 from sslvit.evaluate.health import alignment, alpha_of_spectrum, feature_std, label_free, rankme, uniformity
-from sslvit.evaluate.label_free import measure_health, spread
+from sslvit.evaluate.label_free import evenly_spaced, measure_health
 from sslvit.evaluate.sources import LabeledSet
 from sslvit.models import ViTEncoder
 from sslvit.report.show import middle_patch
@@ -38,9 +38,9 @@ def make(**changes) -> ViTEncoder:
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])
 def test_the_decay_of_a_known_spectrum(alpha: float) -> None:
     source = torch.Generator().manual_seed(0)
-    spread = torch.arange(1, 101, dtype=torch.float64) ** (-alpha / 2)
+    deviations = torch.arange(1, 101, dtype=torch.float64) ** (-alpha / 2)
     basis = torch.linalg.qr(torch.randn(400, 100, generator=source, dtype=torch.float64))[0]
-    features = (basis - basis.mean(0)) * spread
+    features = (basis - basis.mean(0)) * deviations
     assert alpha_of_spectrum(features.float()) == pytest.approx(alpha, abs=0.1)
     assert math.isnan(alpha_of_spectrum(torch.zeros(10, 4)))
     assert math.isnan(alpha_of_spectrum(torch.full((10, 4), float("nan"))))
@@ -52,15 +52,15 @@ def test_the_first_eigenvalues_do_not_decide_the_decay() -> None:
     for count, ignored in ((40, 4), (300, 10)):
         values = torch.randn(600, count, generator=source, dtype=torch.float64)
         basis = torch.linalg.qr(values - values.mean(0))[0]
-        spread = torch.arange(1, count + 1, dtype=torch.float64) ** -0.5
-        spread[:ignored] *= 20
-        assert alpha_of_spectrum(basis * spread) == pytest.approx(1, abs=1e-3)
+        deviations = torch.arange(1, count + 1, dtype=torch.float64) ** -0.5
+        deviations[:ignored] *= 20
+        assert alpha_of_spectrum(basis * deviations) == pytest.approx(1, abs=1e-3)
 
 
 def test_the_images_that_are_measured_are_spread_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert spread(10, 4).tolist() == [0, 3, 6, 9]
-    assert spread(3, 10).tolist() == [0, 1, 2]
-    monkeypatch.setattr(health, "MOST_PAIRED", 10)
+    assert evenly_spaced(10, 4).tolist() == [0, 3, 6, 9]
+    assert evenly_spaced(3, 10).tolist() == [0, 1, 2]
+    monkeypatch.setattr(health, "MAX_PAIRED", 10)
     features = torch.randn(25, 6)
     features[:10] = 1.0  # alike at the beginning, as where a set is sorted by class
     assert uniformity(features) == pytest.approx(uniformity(features[::3]))
@@ -94,7 +94,8 @@ def test_distances_are_those_of_the_encoders_own_attention() -> None:
     encoder, images = make(), torch.randn(3, 3, 16, 16)
     distance, entropy = attention_measures(encoder, images)
     with torch.no_grad():
-        weights = encoder.attention(images, 2)
+        (block,) = encoder.intermediates(images, [2], attention=True)
+    weights = block.attention
     assert entropy[1, 0] == pytest.approx(float(-(weights * weights.log()).sum(3)[:, 0].mean()), rel=1e-4)
     patches = weights[:, 1, 1:, 1:] / weights[:, 1, 1:, 1:].sum(2, keepdim=True)
     expected = 0.0

@@ -14,8 +14,9 @@ from sslvit.cli import main
 from sslvit.data.array_images import array_samples
 from sslvit.data.pack import pack
 from sslvit.evaluate import layers
-from sslvit.evaluate.layers import HELD_OUT, LINEAR, draw_layers, layer_numbers, probe_layers
+from sslvit.evaluate.layers import HELD_OUT, LINEAR, layer_numbers, plot_layers, probe_layers
 from sslvit.evaluate.probe import probe
+from sslvit.evaluate.sources import FrozenEncoder
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings, ProbeSettings
 
@@ -44,17 +45,17 @@ def shards(tmp_path: Path) -> ProbeSettings:
 @pytest.mark.parametrize("norm", ["final", "next"])
 def test_one_pass_gives_what_a_pass_for_each_layer_gives(norm: str) -> None:
     encoder, images = make(feature_norm=norm), torch.randn(2, 3, 8, 8)
-    together = encoder.features_at(images, [(number, "mean") for number in (3, 1, 2)])
+    together = FrozenEncoder(encoder).features_at(images, [(number, "mean") for number in (3, 1, 2)])
     for number, features in zip([3, 1, 2], together, strict=True):
         assert torch.equal(features, encoder.features(images, number))
     with pytest.raises(ValueError, match=r"layers \[0\] do not exist: this encoder has blocks 1 to 3"):
-        encoder.features_at(images, [(0, "mean")])
+        encoder.features(images, 0)
 
 
 def test_each_layer_scores_as_it_does_alone(shards: ProbeSettings, tmp_path: Path) -> None:
     encoder = make()
     table = probe_layers(encoder, shards, [1, 2, 3])
-    draw_layers(table, [1, 2, 3], tmp_path / "layers.png")
+    plot_layers(table, [1, 2, 3], tmp_path / "layers.png")
     assert list(table.rows) == [*(f"layer {i}" for i in (1, 2, 3)), *(f"untrained, layer {i}" for i in (1, 2, 3)),
                                 "raw pixels"]  # fmt: skip
     assert (tmp_path / "layers.png").exists()

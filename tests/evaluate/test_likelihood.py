@@ -17,58 +17,60 @@ from sslvit.data.folders import folder_source
 from sslvit.data.index import load_index
 from sslvit.data.pack import pack
 from sslvit.evaluate.likelihood import (
-    NeighborTable,
+    NGramTable,
     likelihood,
     model_nats,
-    neighbor_nats,
+    ngram_nats,
     palette_images,
     tune_smoothing,
     unigram_nats,
 )
 from sslvit.evaluate.sources import LabeledSet
+from sslvit.models.igpt import pixel_nll
+from sslvit.run_plan import RunPlan
 from sslvit.settings import EncoderSettings, IGPTSettings, OptimSettings
-from sslvit.tasks.igpt import IGPT, pixel_nll
+from sslvit.tasks.igpt import IGPT
 
 
 def noise(count: int, colors: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, colors, (count, 6, 5)).astype(np.int16)
 
 
-def test_shares_of_all_colors_sum_to_one_in_any_context() -> None:
-    table = NeighborTable(noise(4, 5) // 2, 5)  # colors 3 and 4 never occur
+def test_probabilities_of_all_colors_sum_to_one_in_any_context() -> None:
+    table = NGramTable(noise(4, 5) // 2, 5)  # colors 3 and 4 never occur
     for left in range(6):
         for upper in range(6):
             context = np.full(5, left), np.full(5, upper)
             found = [table.by_left.look_up(context[0], np.arange(5)), table.by_upper.look_up(context[1], np.arange(5))]
-            mixed = 0.3 * found[0].shares(0.7, table.alone) + 0.7 * found[1].shares(0.7, table.alone)
-            both = table.by_both.look_up(context[0] * 6 + context[1], np.arange(5)).shares(0.8, mixed)
+            mixed = 0.3 * found[0].probs(0.7, table.unigram) + 0.7 * found[1].probs(0.7, table.unigram)
+            both = table.by_both.look_up(context[0] * 6 + context[1], np.arange(5)).probs(0.8, mixed)
             assert both.sum() == pytest.approx(1)
             assert (both > 0).all()
 
 
 def test_discounting_by_hand() -> None:
     # one image of 1 x 4: the left neighbors of 0, 0, 1, 0 are edge, 0, 0, 1; above all of them is the edge
-    table = NeighborTable(np.array([[[0, 0, 1, 0]]], dtype=np.int16), 2)
-    assert table.alone.tolist() == [4 / 6, 2 / 6]
-    after_zero = table.by_left.look_up(np.array([0, 0]), np.array([0, 1])).shares(0.5, table.alone)
+    table = NGramTable(np.array([[[0, 0, 1, 0]]], dtype=np.int16), 2)
+    assert table.unigram.tolist() == [4 / 6, 2 / 6]
+    after_zero = table.by_left.look_up(np.array([0, 0]), np.array([0, 1])).probs(0.5, table.unigram)
     np.testing.assert_allclose(after_zero, [0.5 / 2 + 0.5 * 2 / 2 * 4 / 6, 0.5 / 2 + 0.5 * 2 / 2 * 2 / 6])
-    unknown = table.by_upper.look_up(np.array([1]), np.array([1])).shares(0.5, table.alone[1:])
+    unknown = table.by_upper.look_up(np.array([1]), np.array([1])).probs(0.5, table.unigram[1:])
     assert unknown.tolist() == [2 / 6]
 
 
 def test_neighbors_predict_what_depends_on_them_and_nothing_else() -> None:
     rows = np.repeat(noise(300, 4)[:, :, :1], 5, axis=2)  # each pixel is its left neighbor
-    assert neighbor_nats(rows[:200], rows[200:], 4) == pytest.approx(math.log(4) / 5, rel=0.03)
+    assert ngram_nats(rows[:200], rows[200:], 4) == pytest.approx(math.log(4) / 5, rel=0.03)
     columns = np.repeat(noise(300, 4)[:, :1], 6, axis=1)  # each pixel is its upper neighbor
-    assert neighbor_nats(columns[:200], columns[200:], 4) == pytest.approx(math.log(4) / 6, rel=0.03)
+    assert ngram_nats(columns[:200], columns[200:], 4) == pytest.approx(math.log(4) / 6, rel=0.03)
     pure = noise(3000, 4)
-    assert neighbor_nats(pure[:2000], pure[2000:], 4) == pytest.approx(math.log(4), rel=0.01)
+    assert ngram_nats(pure[:2000], pure[2000:], 4) == pytest.approx(math.log(4), rel=0.01)
 
 
 def test_the_upper_right_neighbor_is_not_looked_at() -> None:
     images = noise(400, 4)
     images[:, 1:, :-1] = images[:, :-1, 1:]  # each pixel is its upper right neighbor
-    assert neighbor_nats(images[:300], images[300:], 4) > 0.95 * math.log(4)
+    assert ngram_nats(images[:300], images[300:], 4) > 0.95 * math.log(4)
 
 
 def test_smoothing_is_tuned_on_images_that_were_not_counted() -> None:
@@ -83,8 +85,8 @@ def test_smoothing_is_tuned_on_images_that_were_not_counted() -> None:
 
 def test_the_final_table_counts_all_training_images() -> None:
     train, val = noise(40, 4), noise(10, 4, seed=1)
-    expected = NeighborTable(train, 4).nats(val, [tune_smoothing(train, 4)])[0]
-    assert neighbor_nats(train, val, 4) == expected
+    expected = NGramTable(train, 4).nats(val, [tune_smoothing(train, 4)])[0]
+    assert ngram_nats(train, val, 4) == expected
 
 
 def test_single_colors_by_how_often_they_are() -> None:
@@ -100,7 +102,7 @@ def counted_by_hand(train: np.ndarray, val: np.ndarray, colors: int, single: flo
     occurred: dict[tuple, int] = {}
     frequency = [1] * colors  # one added to each
 
-    def places(images: np.ndarray):
+    def readouts(images: np.ndarray):
         for image in images:
             for row in range(image.shape[0]):
                 for column in range(image.shape[1]):
@@ -108,7 +110,7 @@ def counted_by_hand(train: np.ndarray, val: np.ndarray, colors: int, single: flo
                     above = int(image[row - 1, column]) if row else "edge"
                     yield ("left", before), ("upper", above), ("both", before, above), int(image[row, column])
 
-    for *contexts, color in places(train):
+    for *contexts, color in readouts(train):
         frequency[color] += 1
         for context in contexts:
             occurred[*context, color] = occurred.get((*context, color), 0) + 1
@@ -121,7 +123,7 @@ def counted_by_hand(train: np.ndarray, val: np.ndarray, colors: int, single: flo
         return (max(counts[color] - discount, 0) + taken * lower) / sum(counts)
 
     total, number = 0.0, 0
-    for before, above, pair, color in places(val):
+    for before, above, pair, color in readouts(val):
         alone = frequency[color] / sum(frequency)
         mixed = left * discounted(before, color, single, alone)
         mixed += (1 - left) * discounted(above, color, single, alone)
@@ -135,7 +137,7 @@ def test_the_table_of_neighbors_is_what_counting_pixel_by_pixel_gives() -> None:
     train[0, 2:] = 1
     trials = [(0.5, 0.7, 0.3), (0.1, 0.9, 0.7), (0.9, 0.1, 0.5)]
     expected = [counted_by_hand(train, val, 5, *trial) for trial in trials]
-    assert NeighborTable(train, 5).nats(val, trials) == pytest.approx(expected, rel=1e-12)
+    assert NGramTable(train, 5).nats(val, trials) == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_smoothing_is_the_best_of_all_on_every_tenth_image() -> None:
@@ -158,8 +160,8 @@ def task() -> IGPT:
         class_token=False, prefix_positions="none", pooling="mean", causal=True,
     )  # fmt: skip
     torch.manual_seed(0)
-    task = IGPT(IGPTSettings(), encoder, OptimSettings(), total_steps=1, steps_per_epoch=1, global_batch_size=8)
-    torch.nn.init.normal_(task.head.weight)
+    task = IGPT(IGPTSettings(), encoder, OptimSettings(), RunPlan(1, 1, 8))
+    torch.nn.init.normal_(task.model.head.weight)
     return task.eval()
 
 
@@ -167,7 +169,7 @@ def task() -> IGPT:
 def test_the_models_nats_are_its_loss_whatever_the_batch(task: IGPT) -> None:
     colors = torch.randint(0, 8, (7, 36))
     images = task.encoder.patch_embed.images_of(colors, (6, 6))
-    loss = float(pixel_nll(task.head(task.encoder(images)), colors))
+    loss = float(pixel_nll(task.model.head(task.encoder(images)), colors))
     assert model_nats(task, colors, 3) == pytest.approx(loss, rel=1e-6)
     assert model_nats(task, colors, 7) == pytest.approx(loss, rel=1e-6)
 
@@ -177,12 +179,12 @@ def by_model(task: IGPT, scored: np.ndarray) -> float:
     """Minus the mean logarithm of each pixel's probability, one pixel after the other, from those before it."""
     total = 0.0
     for image in torch.from_numpy(scored).flatten(1):
-        for place in range(len(image)):
+        for readout in range(len(image)):
             told = image.clone()
-            told[place:] = 0  # nothing that the model must not see
+            told[readout:] = 0  # nothing that the model must not see
             pixels = (told.view(1, 1, 6, 6) * 32 + 15.5) / 127.5 - 1  # the middles of the boxes in [-1, 1]
-            logits = task.head(task.encoder(pixels))[0, place].double()
-            total -= float(logits.log_softmax(0)[image[place]])
+            logits = task.head(task.encoder(pixels))[0, readout].double()
+            total -= float(logits.log_softmax(0)[image[readout]])
     return total / scored.size
 
 
@@ -205,7 +207,7 @@ def test_the_table_and_its_command(task: IGPT, tmp_path: Path, capsys: pytest.Ca
         pack(array_samples(grays[name]), tmp_path / name)
     train, val = (LabeledSet(load_index(tmp_path / name), 1) for name in ("train", "val"))
     rows = likelihood(task, train, val)
-    names = ["8 colors alike", "how often each color is", "left and upper neighbor, counted", "iGPT"]
+    names = ["uniform over 8 colors", "unigram", "n-gram of left and upper neighbor", "iGPT"]
     assert list(rows) == names
     assert rows[names[0]] == {"nats per pixel": math.log(8), "bits per pixel": 3.0}
     counted, scored = palette_images(task, train), palette_images(task, val)

@@ -24,9 +24,9 @@ from sslvit.data.pack import pack
 from sslvit.evaluate import features as features_module
 from sslvit.evaluate.cache import FeatureCache
 from sslvit.evaluate.embed import embed
-from sslvit.evaluate.features import Pass
+from sslvit.evaluate.features import FeatureExtractor
 from sslvit.evaluate.probe import probe
-from sslvit.evaluate.scores import format_table, interval, markdown_table, shown
+from sslvit.evaluate.scores import format_score, format_table, interval, markdown_table
 from sslvit.evaluate.sources import FrozenEncoder, LabeledSet, RawPixels
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings, ProbeSettings
@@ -60,29 +60,29 @@ def settings_of(shards: Path, **changes) -> ProbeSettings:
 
 def test_features_do_not_depend_on_the_batch(shards: Path) -> None:
     source, data = FrozenEncoder(make()), LabeledSet(load_index(shards / "val"), 3)
-    places = source.places(None, 1, None)
-    one, other = (Pass(batch).features(source, data, places).at(places) for batch in (4, 15))
+    readouts = source.readouts(None, 1, None)
+    one, other = (FeatureExtractor(batch).features(source, data, readouts).at(readouts) for batch in (4, 15))
     assert len(one) == 15
     torch.testing.assert_close(one.values, other.values)
     assert torch.equal(one.labels, torch.from_numpy(data.reader.labels_of(slice(None))))
     pixels = RawPixels(EncoderSettings(image_size=64, patch=4, width=16, depth=1, heads=2))
-    assert Pass().features(pixels, data, [(0, "pixels")]).columns[0, "pixels"].shape == (15, 3 * 32 * 32)
+    assert FeatureExtractor().features(pixels, data, [(0, "pixels")]).columns[0, "pixels"].shape == (15, 3 * 32 * 32)
 
 
 def test_the_places_of_a_probe() -> None:
     source = FrozenEncoder(make(depth=4, class_token=True))
-    assert source.places(None, 1, None) == [(4, "class")]
-    assert source.places(3, 2, "mean") == [(2, "mean"), (3, "mean")]
-    assert source.places(None, 4, "class+mean") == [*((i, "class") for i in (1, 2, 3, 4)), (4, "mean")]
+    assert source.readouts(None, 1, None) == [(4, "class")]
+    assert source.readouts(3, 2, "mean") == [(2, "mean"), (3, "mean")]
+    assert source.readouts(None, 4, "class+mean") == [*((i, "class") for i in (1, 2, 3, 4)), (4, "mean")]
     for wrong, message in [
         ((5, 1, None), "--layer 5: this encoder has blocks 1 to 4"),
         ((2, 3, None), "--blocks 3: there are only 2 blocks up to layer 2"),
         ((None, 1, "attention"), "no attention pool"),
     ]:
         with pytest.raises(ValueError, match=message):
-            source.places(*wrong)
+            source.readouts(*wrong)
     with pytest.raises(ValueError, match="--pooling class: this encoder has no class token"):
-        FrozenEncoder(make(class_token=False, pooling="mean")).places(None, 1, "class")
+        FrozenEncoder(make(class_token=False, pooling="mean")).readouts(None, 1, "class")
 
 
 def test_raw_pixels_of_large_images_are_shrunk_smoothly() -> None:
@@ -98,12 +98,12 @@ def test_raw_pixels_of_large_images_are_shrunk_smoothly() -> None:
 @torch.no_grad()
 def test_one_pass_gives_every_layer_and_pooling() -> None:
     encoder, images = make(depth=3), torch.randn(2, 3, 8, 8)
-    places = [(3, "class"), (1, "mean"), (3, "mean"), (2, "class")]
-    for (layer, pooling), found in zip(places, encoder.features_at(images, places), strict=True):
+    readouts = [(3, "class"), (1, "mean"), (3, "mean"), (2, "class")]
+    for (layer, pooling), found in zip(readouts, FrozenEncoder(encoder).features_at(images, readouts), strict=True):
         assert torch.equal(found, encoder.features(images, layer, pooling))
-    grid = encoder.patch_features(images, 2)
-    torch.testing.assert_close(grid.mean((2, 3)), encoder.features(images, 2, "mean"))
-    assert grid.shape == (2, 16, 2, 2)
+    (block,) = encoder.intermediates(images, [2], norm=True)
+    torch.testing.assert_close(block.patch_map().mean((2, 3)), encoder.features(images, 2, "mean"))
+    assert block.patch_map().shape == (2, 16, 2, 2)
 
 
 def test_the_table_has_baselines_and_solves_an_easy_set(shards: Path) -> None:
@@ -114,10 +114,10 @@ def test_the_table_has_baselines_and_solves_an_easy_set(shards: Path) -> None:
         "linear, all labels", "linear, 5 per class", "linear, 50 % of labels", "kNN, k = 3"
     ]  # fmt: skip
     assert table.rows["raw pixels"]["linear, all labels"] == 100
-    assert [len(values) for values in table.draws["mine"].values()] == [1, 2, 2, 1]
+    assert [len(values) for values in table.scores["mine"].values()] == [1, 2, 2, 1]
     assert probe({"again": make()}, settings).rows["raw pixels"] == table.rows["raw pixels"]
     assert "raw pixels" in table.text()
-    assert "uncertain by up to ± 25.3 by that alone" in table.text()
+    assert "images: up to ± 25.3 (95 %)" in table.text()
     assert table.as_dict()["intervals"]["mine"]["kNN, k = 3"] is None
 
 
@@ -125,17 +125,17 @@ def test_seeds_draw_the_untrained_weights_anew(shards: Path) -> None:
     settings = settings_of(shards, seeds=3)
     table = probe({"mine": make()}, settings)
     alone = [probe({"mine": make()}, replace(settings, seeds=1, seed=seed)) for seed in range(3)]
-    for row in table.draws:
-        for column, values in table.draws[row].items():
+    for row in table.scores:
+        for column, values in table.scores[row].items():
             drawn = 1 if column == "kNN, k = 3" and row != "untrained encoder" else 3  # nothing is drawn there
-            assert values == [one.draws[row][column][0] for one in alone][:drawn]
+            assert values == [one.scores[row][column][0] for one in alone][:drawn]
 
 
 def test_intervals_are_students() -> None:
     assert interval([1.0]) is None
     assert interval([1.0, 2.0, 3.0]) == pytest.approx(4.303 * 1 / 3**0.5, rel=1e-3)  # t, 2 degrees of freedom
-    assert shown([60.0]) == "60.0"
-    assert shown([59.0, 61.0]) == "60.0 ± 12.7"
+    assert format_score([60.0]) == "60.0"
+    assert format_score([59.0, 61.0]) == "60.0 ± 12.7"
     rows = {"a": {"x": [12.345]}, "b": {"x": [1.0], "y": [2.0]}}
     assert format_table(rows).splitlines()[1].split() == ["a", "12.3", "–"]
     assert markdown_table(rows).splitlines() == [
@@ -192,12 +192,12 @@ def test_a_second_probe_reads_features_from_the_cache(shards: Path, monkeypatch:
     settings = settings_of(shards, cache=str(shards / "cache"))
     first = probe({"mine": make()}, settings)
     monkeypatch.setattr(features_module, "evaluation_loader", None)  # a pass would fail
-    assert probe({"mine": make()}, settings).draws == first.draws
+    assert probe({"mine": make()}, settings).scores == first.scores
     with pytest.raises(TypeError):
         probe({"mine": make(seed=1)}, settings)  # other weights
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
         probe({"mine": make()}, replace(settings, batch=7))  # other last digits
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
         probe({"mine": make(mean=[0.4] * 3)}, settings)  # seen otherwise
 
 
@@ -224,15 +224,15 @@ def test_the_cache_tells_views_and_data_apart(shards: Path, tmp_path: Path) -> N
 def test_a_damaged_cache_is_made_anew_and_a_full_one_forgets_the_oldest(shards: Path) -> None:
     cache = FeatureCache(shards / "cache")
     source, data = FrozenEncoder(make(depth=2)), LabeledSet(load_index(shards / "val"), 3)
-    wanted = Pass(cache=cache).features(source, data, [(1, "class"), (2, "mean")])
+    wanted = FeatureExtractor(cache=cache).features(source, data, [(1, "class"), (2, "mean")])
     (entry,) = cache.folder.iterdir()
     for name in ("1-class.safetensors", "rows.safetensors"):
         (entry / name).write_bytes(b"half")
-        again = Pass(cache=cache).features(source, data, [(1, "class"), (2, "mean")])
+        again = FeatureExtractor(cache=cache).features(source, data, [(1, "class"), (2, "mean")])
         assert torch.equal(again.columns[1, "class"], wanted.columns[1, "class"])
         assert torch.equal(again.labels, wanted.labels)
     small = FeatureCache(cache.folder, limit_gb=1e-9)
-    Pass(cache=small).features(FrozenEncoder(make(seed=1)), data, [(1, "class")])
+    FeatureExtractor(cache=small).features(FrozenEncoder(make(seed=1)), data, [(1, "class")])
     assert [path.name for path in cache.folder.iterdir()] != [entry.name]
     assert len(list(cache.folder.iterdir())) == 1
 
@@ -241,7 +241,7 @@ def test_a_disk_that_takes_no_more_is_said_and_ends_no_probe(shards: Path, capsy
     source, data = FrozenEncoder(make(depth=2)), LabeledSet(load_index(shards / "val"), 3)
     cache = FeatureCache(shards / "cache")
     with files_up_to(50):
-        found = Pass(cache=cache).features(source, data, [(1, "class")])
+        found = FeatureExtractor(cache=cache).features(source, data, [(1, "class")])
     assert len(found.labels) == len(data.index)
     said = capsys.readouterr().out
     assert "features are not cached: " in said
@@ -256,7 +256,9 @@ def test_a_full_cache_leaves_the_files_of_others(shards: Path) -> None:
     for file in (*others, cache.folder / ("0" * 32) / "rows.safetensors"):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("years of work")
-    Pass(cache=cache).features(FrozenEncoder(make()), LabeledSet(load_index(shards / "val"), 3), [(1, "class")])
+    FeatureExtractor(cache=cache).features(
+        FrozenEncoder(make()), LabeledSet(load_index(shards / "val"), 3), [(1, "class")]
+    )
     assert all(file.exists() for file in others)
 
 
@@ -269,7 +271,7 @@ def test_the_command_says_what_is_needed_to_quote_it(
     assert main(["probe", *words, "-o", str(tmp_path / "scores.json")]) == 0
     said = capsys.readouterr().out
     assert "linear probe: logreg" in said
-    assert "strength chosen on training images held out" in said
+    assert "l2 chosen on held-out training images" in said
     assert "kNN, k = 5" in said
     assert main(["knn", *words, "--no-baselines"]) == 0
     said = capsys.readouterr().out
@@ -299,7 +301,7 @@ with all_ranks():
     for name, changed in changes.items():
         settings = ProbeSettings(train, val, read_protocol(name, changed), labels_per_class=4, draws=2, batch=4,
                                  neighbors=[3], cache=None)
-        found[name] = probe({"mine": load_encoder(encoder)}, settings).draws
+        found[name] = probe({"mine": load_encoder(encoder)}, settings).scores
     if is_first_rank():
         print("RESULT" + json.dumps(found))
 """
@@ -344,23 +346,26 @@ def test_what_is_probed_and_embedded_is_the_crop_that_the_encoder_names(
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (encoder.settings.mean, encoder.settings.std))
     with torch.no_grad():
         expected = encoder.features((torch.stack(seen) - mean) / std)
-    features = Pass().features(FrozenEncoder(encoder), data, [(1, "class")]).columns[1, "class"]
+    features = FeatureExtractor().features(FrozenEncoder(encoder), data, [(1, "class")]).columns[1, "class"]
     torch.testing.assert_close(features, expected, atol=0.02, rtol=0)
     assert torch.equal(torch.from_numpy(embed(FrozenEncoder(encoder), data, [(1, "class")]).features), features)
     other = make(crop_mode=mode, crop_fraction=0.75)
-    difference = Pass().features(FrozenEncoder(other), data, [(1, "class")]).columns[1, "class"] - features
+    difference = FeatureExtractor().features(FrozenEncoder(other), data, [(1, "class")]).columns[1, "class"] - features
     assert difference.abs().max() > 0.1
 
 
 def test_raw_pixels_of_two_sizes_are_kept_apart(shards: Path, tmp_path: Path) -> None:
-    data, reading = LabeledSet(load_index(shards / "val"), 3), Pass(cache=FeatureCache(tmp_path / "cache"))
+    data, extractor = (
+        LabeledSet(load_index(shards / "val"), 3),
+        FeatureExtractor(cache=FeatureCache(tmp_path / "cache")),
+    )
     for side in (8, 4, 8):
         settings = EncoderSettings(image_size=side, patch=4, width=16, depth=1, heads=2)
-        for one in (reading, Pass()):  # from the cache or not
+        for one in (extractor, FeatureExtractor()):  # from the cache or not
             table = one.features(RawPixels(settings), data, [(0, "pixels")])
             assert table.columns[0, "pixels"].shape == (15, 3 * side * side)
     normalized = replace(EncoderSettings(image_size=8, patch=4, width=16, depth=1, heads=2), mean=[0.0] * 3)
-    other = reading.features(RawPixels(normalized), data, [(0, "pixels")]).columns[0, "pixels"]
+    other = extractor.features(RawPixels(normalized), data, [(0, "pixels")]).columns[0, "pixels"]
     assert not torch.equal(
-        other, Pass().features(RawPixels(make().settings), data, [(0, "pixels")]).columns[0, "pixels"]
+        other, FeatureExtractor().features(RawPixels(make().settings), data, [(0, "pixels")]).columns[0, "pixels"]
     )

@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 
 from sslvit.evaluate import knn
 from sslvit.evaluate.knn import knn_accuracies, knn_votes
-from sslvit.evaluate.linear import STRENGTHS, draw_labels, fit_probe, stratified_folds
+from sslvit.evaluate.linear import L2_GRID, fit_probe, sample_labels, stratified_folds
 from sslvit.evaluate.logistic import fit_logistic
 from sslvit.evaluate.sources import Features
 from sslvit.models import ViTEncoder
@@ -84,7 +84,7 @@ def test_a_strength_of_every_size_is_compared_with_the_others_at_its_own_optimum
 
     monkeypatch.setattr(linear, "fit_logistic", fit)
     fit_probe(wide_clouds(), 10)
-    assert solved == [(5 * len(STRENGTHS), True), (1, True)]
+    assert solved == [(5 * len(L2_GRID), True), (1, True)]
 
 
 def test_many_problems_at_once_are_the_same_problems() -> None:
@@ -101,16 +101,16 @@ def test_strength_is_chosen_by_held_out_training_images() -> None:
     """Labels that are noise call for the strongest penalty; clean ones for less."""
     features = clouds(noise=0.3)
     shuffled = Features(torch.randn(300, 100, generator=torch.Generator().manual_seed(0)), features.labels)
-    assert fit_probe(shuffled, 4).strength >= 0.1
-    assert fit_probe(features, 4).strength < 10
+    assert fit_probe(shuffled, 4).l2 >= 0.1
+    assert fit_probe(features, 4).l2 < 10
     assert fit_probe(features, 4).accuracy(clouds(noise=0.3, seed=5)) > 95
-    assert min(STRENGTHS) == pytest.approx(1e-6)
+    assert min(L2_GRID) == pytest.approx(1e-6)
 
 
 def test_among_strengths_with_as_many_right_answers_the_lowest_loss_wins() -> None:
     features = clouds(noise=0.01)  # so far apart that any penalty gets all of them right
     assert fit_probe(features, 4).held_out == 100
-    assert fit_probe(features, 4).strength == min(STRENGTHS)
+    assert fit_probe(features, 4).l2 == min(L2_GRID)
 
 
 def test_each_channel_counts_alike_whatever_its_scale_and_offset() -> None:
@@ -118,7 +118,7 @@ def test_each_channel_counts_alike_whatever_its_scale_and_offset() -> None:
     scale, offset = torch.logspace(-3, 3, 12), torch.linspace(-5, 5, 12)
     other = Features(features.values * scale + offset * scale, features.labels)
     one, same = fit_probe(features, 4), fit_probe(other, 4)
-    assert (one.strength, one.held_out) == (same.strength, same.held_out)
+    assert (one.l2, one.held_out) == (same.l2, same.held_out)
     torch.testing.assert_close(one.logits(features.values), same.logits(other.values), atol=1e-3, rtol=1e-3)
 
 
@@ -157,7 +157,7 @@ def test_large_sets_are_gone_through_in_pieces(monkeypatch: pytest.MonkeyPatch) 
 
     features, strengths = clouds(), torch.tensor([1e-2, 1e-3]).double()
     whole = fit_logistic(features.values.double(), features.labels, 4, strengths, solved=1e-6)
-    monkeypatch.setattr(logistic, "LARGEST_PIECE", 2 * 4 * 37)  # 37 rows at a time
+    monkeypatch.setattr(logistic, "MAX_LOGITS", 2 * 4 * 37)  # 37 rows at a time
     pieces = fit_logistic(features.values.double(), features.labels, 4, strengths, solved=1e-6)
     torch.testing.assert_close(whole[0], pieces[0], atol=1e-6, rtol=1e-5)
 
@@ -190,16 +190,16 @@ def test_folds_and_draws_are_stratified_and_repeatable() -> None:
         counts = torch.bincount(fold[labels == label], minlength=5)
         assert counts.max() - counts.min() <= 1
     assert torch.equal(fold, stratified_folds(labels, 0))
-    chosen = draw_labels(labels, 7, None, 3)
+    chosen = sample_labels(labels, 7, None, 3)
     assert torch.bincount(labels[chosen]).tolist() == [7] * 4
     assert len(chosen.unique()) == 28
-    assert not torch.equal(chosen.sort()[0], draw_labels(labels, 7, None, 4).sort()[0])
+    assert not torch.equal(chosen.sort()[0], sample_labels(labels, 7, None, 4).sort()[0])
     with pytest.raises(ValueError, match=r"--labels-per-class 500: class 0 has only"):
-        draw_labels(labels, 500, None, 0)
-    tenth = draw_labels(labels, None, 10.0, 0)
+        sample_labels(labels, 500, None, 0)
+    tenth = sample_labels(labels, None, 10.0, 0)
     assert torch.bincount(labels[tenth]).tolist() == [round(n / 10) for n in torch.bincount(labels).tolist()]
     with pytest.raises(ValueError, match=r"--labels-percent 1: class 0 has only \d+ images, of which 1 would be drawn"):
-        draw_labels(labels, None, 1.0, 0)
+        sample_labels(labels, None, 1.0, 0)
 
 
 @looks_at("knn", "input/*", "output/*", "info/*", "config/classes", "config/dim", "config/n_*", "config/ks", "config/T")
@@ -258,7 +258,7 @@ def test_more_neighbors_than_images_is_all_of_them() -> None:
 def test_heads_and_neighbors_on_a_gpu_are_those_of_the_cpu() -> None:
     train, val = clouds(), clouds(200, seed=1)
     one, other = (fit_probe(train, 4, 0, device) for device in ("cpu", "cuda"))
-    assert one.strength == other.strength
+    assert one.l2 == other.l2
     torch.testing.assert_close(one.weight, other.weight, atol=1e-4, rtol=1e-3)
     here, there = (knn_accuracies(train, val, 4, [5, 20], 0.07, device) for device in ("cpu", "cuda"))
     assert here == pytest.approx(there, abs=0.5)  # a tie may break otherwise
@@ -268,7 +268,7 @@ def test_shares_in_single_precision_are_fitted_to_convergence() -> None:
     features = clouds(60)
     shares = torch.rand(60, 4, generator=torch.Generator().manual_seed(0))
     shares = shares / shares.sum(1, keepdim=True)  # to seven digits
-    strengths = torch.tensor(STRENGTHS, dtype=torch.float64)
+    strengths = torch.tensor(L2_GRID, dtype=torch.float64)
     assert fit_logistic(features.values.double(), shares, 4, strengths, max_iterations=200)[2].all()
 
 
@@ -310,8 +310,8 @@ def test_neighbors_are_found_wherever_in_the_bank_they_are(monkeypatch: pytest.M
     similarity = (
         torch.nn.functional.normalize(others.values, dim=1) @ torch.nn.functional.normalize(features.values, dim=1).T
     )
-    best, places = similarity.topk(5)
-    votes = torch.zeros(40, 4).scatter_add_(1, features.labels[places], (best / 0.07).exp())
+    best, readouts = similarity.topk(5)
+    votes = torch.zeros(40, 4).scatter_add_(1, features.labels[readouts], (best / 0.07).exp())
     assert whole[5] == pytest.approx(100 * float((votes.argmax(1) == others.labels).float().mean()))
 
 
@@ -323,7 +323,7 @@ def test_the_strength_is_the_one_that_held_out_folds_prefer(monkeypatch: pytest.
     labels = features.labels.clone()
     labels[::7] = (labels[::7] + 1) % 4  # mistakes that nothing can tell: a weak penalty is too sure of itself there
     strengths = [1.0, 1e-2, 1e-4]
-    monkeypatch.setattr(linear, "STRENGTHS", strengths)
+    monkeypatch.setattr(linear, "L2_GRID", strengths)
     values = features.values.double().numpy()
     values = (values - values.mean(0)) / values.std(0)
     fold = stratified_folds(labels, 3).numpy()
@@ -340,7 +340,7 @@ def test_the_strength_is_the_one_that_held_out_folds_prefer(monkeypatch: pytest.
         found.append((-right, loss))
     assert len({right for right, _ in found}) == 1  # the loss decides
     head = fit_probe(Features(features.values, labels), 4, seed=3)
-    assert head.strength == strengths[found.index(min(found))]
+    assert head.l2 == strengths[found.index(min(found))]
     assert head.held_out == pytest.approx(-100 * min(found)[0] / 300)
     assert found.index(min(found)) == 1  # neither the strongest nor the weakest
 
@@ -349,7 +349,7 @@ def test_folds_and_draws_are_another_choice_under_another_seed() -> None:
     labels = clouds(count=400).labels
     assert torch.equal(stratified_folds(labels, 1), stratified_folds(labels, 1))
     assert not torch.equal(stratified_folds(labels, 0), stratified_folds(labels, 1))
-    one, other = (set(draw_labels(labels, 10, None, seed).tolist()) for seed in (0, 1))
+    one, other = (set(sample_labels(labels, 10, None, seed).tolist()) for seed in (0, 1))
     assert len(one & other) < 25  # of 40, some 4 by chance
     same = (
         stratified_folds(torch.zeros(100, dtype=torch.long), 0),
@@ -363,10 +363,10 @@ def test_strengths_that_are_not_solved_are_not_compared(monkeypatch: pytest.Monk
 
     features = wide_clouds()
     free = fit_probe(features, 10)
-    assert free.weakest == STRENGTHS[-1]
+    assert free.weakest_l2 == L2_GRID[-1]
     monkeypatch.setattr(linear, "TRIAL_ITERATIONS", 12)
     short = fit_probe(features, 10)
-    assert STRENGTHS[-1] < short.weakest < STRENGTHS[0]
-    assert short.strength >= short.weakest
-    assert linear.solved_in_all(torch.tensor([[True, True, False], [True, False, False]])) == [0]
-    assert linear.solved_in_all(torch.zeros(2, 3, dtype=torch.bool)) == [0, 1, 2]
+    assert L2_GRID[-1] < short.weakest_l2 < L2_GRID[0]
+    assert short.l2 >= short.weakest_l2
+    assert linear.solved_in_all_folds(torch.tensor([[True, True, False], [True, False, False]])) == [0]
+    assert linear.solved_in_all_folds(torch.zeros(2, 3, dtype=torch.bool)) == [0, 1, 2]

@@ -16,8 +16,8 @@ from sslvit.data.array_images import array_samples
 from sslvit.data.pack import pack
 from sslvit.evaluate import protocols
 from sslvit.evaluate.probe import PAPER_RULE, probe
+from sslvit.evaluate.sgd_probe import BatchNormHead, HeadGrid, fit_batch_norm_head, iterate_batches
 from sslvit.evaluate.sources import Features, FrozenEncoder, RawPixels
-from sslvit.evaluate.stepped import BatchNormHead, HeadGrid, fit_batch_norm_head, in_batches
 from sslvit.models import ViTEncoder
 from sslvit.optim.lars import LARS
 from sslvit.settings import EncoderSettings, ProbeSettings
@@ -83,9 +83,9 @@ def test_the_probe_head_is_maes(golden: Golden) -> None:
 
 def test_heads_start_small_by_seed_and_without_bias() -> None:
     """From N(0, 0.01), as in the released probes of MAE, DINO and DINOv2."""
-    place = (1, "class")
+    readout = (1, "class")
     heads = [BatchNormHead(64, 50, seed) for seed in (0, 0, 1)]
-    grids = [HeadGrid.start([[place]], {place: 64}, [0.1, 1.0], 25, seed) for seed in (0, 0, 1)]
+    grids = [HeadGrid.initialize([[readout]], {readout: 64}, [0.1, 1.0], 25, seed) for seed in (0, 0, 1)]
     for one, same, other in ([head[1].weight.detach() for head in heads], [grid.weight[0] for grid in grids]):
         assert float(one.std()) == pytest.approx(0.01, rel=0.05)
         assert torch.equal(one, same)
@@ -104,11 +104,11 @@ def test_a_fitted_batch_norm_head_judges_each_image_alone() -> None:
 
 def test_a_grid_of_heads_is_as_many_heads_under_torchs_sgd() -> None:
     source = torch.Generator().manual_seed(0)
-    places = [(1, "class"), (2, "class"), (2, "mean")]
-    features = [[places[1]], [places[1], places[2]], places]
+    readouts = [(1, "class"), (2, "class"), (2, "mean")]
+    features = [[readouts[1]], [readouts[1], readouts[2]], readouts]
     values, labels = torch.randn(64, 12, generator=source), torch.randint(0, 3, (64,), generator=source)
     rates = [0.05, 0.5]
-    grid = HeadGrid.start(features, dict.fromkeys(places, 4), rates, 3, seed=1)
+    grid = HeadGrid.initialize(features, dict.fromkeys(readouts, 4), rates, 3, seed=1)
     columns = [range(4, 8), range(4, 12), range(12)]
     heads = []
     for number, part in enumerate(columns):
@@ -144,12 +144,16 @@ def test_an_epoch_is_gone_through_once_and_in_another_order_each_time() -> None:
         {(1, "class"): torch.arange(10.0)[:, None]}, torch.zeros(10, dtype=torch.long), torch.arange(10)
     )
     rows = torch.tensor([0, 1, 2, 3, 4, 5, 6])
-    seen = [batch.values[:, 0].tolist() for _, batch in in_batches(iter([table] * 3), [(1, "class")], rows, 3, 5, 0)]
+    seen = [
+        batch.values[:, 0].tolist() for _, batch in iterate_batches(iter([table] * 3), [(1, "class")], rows, 3, 5, 0)
+    ]
     assert len(seen) == 5
     assert len({*seen[0], *seen[1]}) == 6
     assert {*seen[0], *seen[1]} <= set(range(7))
     assert seen[:2] != seen[2:4]
-    other = [batch.values[:, 0].tolist() for _, batch in in_batches(iter([table] * 3), [(1, "class")], rows, 3, 5, 1)]
+    other = [
+        batch.values[:, 0].tolist() for _, batch in iterate_batches(iter([table] * 3), [(1, "class")], rows, 3, 5, 1)
+    ]
     assert other[:2] != seen[:2]  # another seed, another order
 
 
@@ -191,19 +195,19 @@ def test_every_protocol_learns_and_says_its_settings(shards: Path, name: str) ->
     assert about["name"] == name
     assert about["features"]
     if name in ("mae", "dino"):
-        assert about["effective rate"] == pytest.approx((300.0 if name == "mae" else 10.0) * 30 / 256)
+        assert about["effective lr"] == pytest.approx((300.0 if name == "mae" else 10.0) * 30 / 256)
         assert about["steps"] == 80
     if name == "dinov2":
-        assert about["effective rates"] == pytest.approx([0.1 * 30 / 256, 10.0 * 30 / 256])
+        assert about["effective lrs"] == pytest.approx([0.1 * 30 / 256, 10.0 * 30 / 256])
         assert about["heads"] == 2 * 4
     assert (PAPER_RULE in table.rows["mine"]) == (name in ("dino", "dinov2"))
-    assert ("the paper chose" in table.text()) == (name in ("dino", "dinov2", "igpt"))
+    assert ("the paper selected" in table.text()) == (name in ("dino", "dinov2", "igpt"))
 
 
 def test_crops_differ_from_epoch_to_epoch_unless_told_otherwise(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = []
-    run = protocols.Pass.run
-    monkeypatch.setattr(protocols.Pass, "run", lambda *a, **k: passes.append(run(*a, **k)) or passes[-1])
+    run = protocols.FeatureExtractor.run
+    monkeypatch.setattr(protocols.FeatureExtractor, "run", lambda *a, **k: passes.append(run(*a, **k)) or passes[-1])
     probe({"mine": encoder()}, settings_of(shards, "mae"))
     of_one = passes[-20:]  # as many epochs
     values = [table.columns[2, "class"] for table in of_one]
@@ -223,21 +227,21 @@ def test_crops_differ_from_epoch_to_epoch_unless_told_otherwise(shards: Path, mo
 
 @pytest.mark.parametrize("name", ["logreg", "mae", "dino", "dinov2", "igpt"])
 def test_selection_never_sees_the_reported_labels(shards: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Heads, strengths and choices are the same whatever the reported images' labels are.
+    """Heads, penalties and selections are the same whatever the reported images' labels are.
 
     The labels are planted where a selection that peeked would find them: permuted, so that another choice would be the
     best one on them.
     """
     settings = settings_of(shards, name)
     chosen = []
-    of = protocols.Bench.of
+    features_of = protocols.ProbeContext.features
     for turn in (0, 1):
 
-        def planted(bench, data, places, fraction=None, turn=turn):
-            features = of(bench, data, places, fraction)
-            return Features(features.values, (features.labels + turn) % 2) if data is bench.val else features
+        def planted(context, data, readouts, fraction=None, turn=turn):
+            features = features_of(context, data, readouts, fraction)
+            return Features(features.values, (features.labels + turn) % 2) if data is context.val else features
 
-        monkeypatch.setattr(protocols.Bench, "of", planted)
+        monkeypatch.setattr(protocols.ProbeContext, "features", planted)
         table = probe({"mine": encoder()}, settings)
         chosen.append((table.about["probed"]["mine"]["linear"], table.rows["mine"]))
     (one, score), (other, opposite) = chosen
@@ -269,19 +273,19 @@ def test_settings_that_cannot_be_are_refused(name: str, changes: dict, message: 
 def epochs_of(monkeypatch: pytest.MonkeyPatch, shards: Path, name: str, **changes) -> tuple[list, list, dict]:
     """The rows of every step, the factor or rate of every step, and the features that the head saw."""
     rows, factors, seen = [], [], {}
-    real = protocols.in_batches
+    real = protocols.iterate_batches
 
-    def watched(tables, places, used, batch, steps, seed):
-        seen.update(places=places, used=used)
-        for step, features in real(tables, places, used, batch, steps, seed):
+    def watched(tables, readouts, used, batch, steps, seed):
+        seen.update(readouts=readouts, used=used)
+        for step, features in real(tables, readouts, used, batch, steps, seed):
             rows.append(features)
             yield step, features
 
-    monkeypatch.setattr(protocols, "in_batches", watched)
+    monkeypatch.setattr(protocols, "iterate_batches", watched)
     fit = HeadGrid.fit
 
     def watched_fit(grid, batches, factor_at, momentum=0.9):
-        seen.setdefault("rates", grid.rates)
+        seen.setdefault("rates", grid.lrs)
 
         def factor(step: int) -> float:
             factors.append(factor_at(step))
@@ -332,13 +336,13 @@ def test_the_grids_heads_never_step_on_images_that_choose_among_them(
     fitted = {tuple(row) for batch in rows for row in batch.values.tolist()}
     assert not fitted & {tuple(row) for row in seen["scored"][0].values.tolist()}
     assert seen["momentum"] == 0.9
-    assert seen["places"] == [*((layer, "class") for layer in (3, 4, 5, 6)), (6, "mean")]
-    assert seen["table"].about["probed"]["mine"]["linear"]["chosen on"] == "12 training images held out"
+    assert seen["readouts"] == [*((layer, "class") for layer in (3, 4, 5, 6)), (6, "mean")]
+    assert seen["table"].about["probed"]["mine"]["linear"]["chosen on"] == "12 held-out training images"
 
 
 def test_dinos_probe_reads_four_class_tokens_and_slows_by_epoch(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, factors, seen = epochs_of(monkeypatch, shards, "dino")
-    assert seen["places"] == [(layer, "class") for layer in (3, 4, 5, 6)]
+    assert seen["readouts"] == [(layer, "class") for layer in (3, 4, 5, 6)]
     assert factors[:4] == [1.0] * 4
     assert factors[40] == pytest.approx(0.5)  # epoch 10 of 20, all of its four steps
     assert factors[40:44] == [factors[40]] * 4
@@ -348,14 +352,15 @@ def test_dinos_probe_reads_four_class_tokens_and_slows_by_epoch(shards: Path, mo
 
 def test_dinos_probe_reads_one_block_and_the_mean_of_a_wide_encoder() -> None:
     """ViT-B and wider, as in the released evaluation; four class tokens of a narrower one."""
-    places = {}
+    readouts = {}
     for width in (384, 768):
         settings = EncoderSettings(image_size=8, patch=4, width=width, depth=5, heads=6)
         source = RawPixels(settings)
-        source.places = partial(FrozenEncoder.places, source)  # which places there are is a question of settings
-        places[width] = protocols._dino_places(source, ProbeSettings("t", "v", read_protocol("dino", {}), cache=None))
-    assert places[384] == [(layer, "class") for layer in (2, 3, 4, 5)]
-    assert places[768] == [(5, "class"), (5, "mean")]
+        source.readouts = partial(FrozenEncoder.readouts, source)  # which readouts there are is a question of settings
+        dino = read_protocol("dino", {})
+        readouts[width] = protocols._dino_readouts(source, ProbeSettings("t", "v", dino, cache=None), dino)
+    assert readouts[384] == [(layer, "class") for layer in (2, 3, 4, 5)]
+    assert readouts[768] == [(5, "class"), (5, "mean")]
 
 
 @pytest.mark.parametrize("name", ["mae", "dino", "dinov2"])
@@ -367,16 +372,16 @@ def test_a_protocols_momentum_reaches_its_optimizer(shards: Path, name: str, mon
 
 def test_images_are_held_out_of_every_class_one_at_least() -> None:
     labels = torch.tensor([0] * 100 + [1] * 3 + [2] * 15)
-    is_held = protocols.held_out_rows(labels, 0.1, seed=0)
+    is_held = protocols.sample_held_out(labels, 0.1, seed=0)
     assert [int(is_held[labels == label].sum()) for label in range(3)] == [10, 1, 2]
-    assert torch.equal(is_held, protocols.held_out_rows(labels, 0.1, seed=0))
-    assert not torch.equal(is_held, protocols.held_out_rows(labels, 0.1, seed=1))
+    assert torch.equal(is_held, protocols.sample_held_out(labels, 0.1, seed=0))
+    assert not torch.equal(is_held, protocols.sample_held_out(labels, 0.1, seed=1))
 
 
 def test_maes_probe_reads_the_class_token_and_warms_up(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, rates, seen = epochs_of(monkeypatch, shards, "mae")
     peak = 300.0 * 30 / 256
-    assert seen["places"] == [(6, "class")]  # not the mean, though the encoder pools so
+    assert seen["readouts"] == [(6, "class")]  # not the mean, though the encoder pools so
     assert rates[:5] == pytest.approx([0, peak / 4, peak / 2, 3 * peak / 4, peak])
     assert rates[-1] < 0.01 * peak
     paper = read_protocol("mae", {})
@@ -391,13 +396,13 @@ def test_igpts_probe_reads_the_middle(shards: Path) -> None:
 
 def test_views_of_a_protocol_reach_the_images(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     views = []
-    run = protocols.Pass.run
+    run = protocols.FeatureExtractor.run
 
-    def watched(reading, source, data, places, view, *more):
+    def watched(extractor, source, data, readouts, view, *more):
         views.append((view, data.index.location))
-        return run(reading, source, data, places, view, *more)
+        return run(extractor, source, data, readouts, view, *more)
 
-    monkeypatch.setattr(protocols.Pass, "run", watched)
+    monkeypatch.setattr(protocols.FeatureExtractor, "run", watched)
     settings = settings_of(shards, "mae", **{"protocol.flip": 0.25, "protocol.scale": [0.3, 0.7]})
     probe({"mine": encoder()}, settings)
     train = [view for view, where in views if where.endswith("train")]

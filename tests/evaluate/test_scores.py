@@ -17,7 +17,7 @@ from sslvit.data.index import load_index
 from sslvit.data.pack import pack
 from sslvit.evaluate.classify import accuracy
 from sslvit.evaluate.probe import ProbeTable, probe
-from sslvit.evaluate.scores import independent, interval, sampling_interval, shown
+from sslvit.evaluate.scores import format_score, independent, interval, sampling_interval
 from sslvit.evaluate.sources import LabeledSet
 from sslvit.models import ViTEncoder
 from sslvit.report.bench import BenchRun
@@ -34,8 +34,8 @@ def test_an_interval_is_students() -> None:
 def test_nothing_varied_means_no_interval() -> None:
     assert interval([61.0]) is None
     assert interval([61.0, 61.0, 61.0]) is None
-    assert shown([61.0, 61.0, 61.0]) == "61.0"
-    assert shown([61.0, 62.0]) == "61.5 ± 6.4"
+    assert format_score([61.0, 61.0, 61.0]) == "61.0"
+    assert format_score([61.0, 62.0]) == "61.5 ± 6.4"
 
 
 def test_intervals_over_seeds_cover_the_truth_as_often_as_they_say() -> None:
@@ -110,14 +110,14 @@ def test_a_table_of_one_seed_names_draws() -> None:
 def test_every_draw_of_every_seed_is_another_choice_of_labels(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from sslvit.evaluate import probe as module
 
-    drawn, draw = [], module.draw_labels
+    drawn, draw = [], module.sample_labels
 
     def watched(labels: torch.Tensor, *given) -> torch.Tensor:
         drawn.append(draw(labels, *given))
         assert labels[drawn[-1]].bincount().tolist() == [4, 4]
         return drawn[-1]
 
-    monkeypatch.setattr(module, "draw_labels", watched)
+    monkeypatch.setattr(module, "sample_labels", watched)
     settings = ProbeSettings(
         str(shards / "train"), str(shards / "val"), protocol=None, labels_per_class=4, draws=3, neighbors=[], seeds=2,
         cache=None, baselines=False,

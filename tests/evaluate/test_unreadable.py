@@ -15,7 +15,7 @@ from sslvit.data.index import load_index
 from sslvit.evaluate.cache import FeatureCache
 from sslvit.evaluate.classify import accuracy
 from sslvit.evaluate.embed import embed
-from sslvit.evaluate.features import Pass, check_finite
+from sslvit.evaluate.features import FeatureExtractor, check_finite
 from sslvit.evaluate.probe import probe
 from sslvit.evaluate.sources import FeatureTable, FrozenEncoder, LabeledSet
 from sslvit.models import ViTEncoder
@@ -60,24 +60,26 @@ def test_a_score_of_fewer_images_says_so_and_is_theirs(shards: Path, capsys: pyt
     # the vote by hand, on the 17 images alone
     source = FrozenEncoder(make())
     train, val = (
-        Pass().features(source, LabeledSet(load_index(shards / name), 3, chosen), [(2, "class")]).at([(2, "class")])
+        FeatureExtractor()
+        .features(source, LabeledSet(load_index(shards / name), 3, chosen), [(2, "class")])
+        .at([(2, "class")])
         for name, chosen in (("train", None), ("val", np.setdiff1d(np.arange(20), list(DAMAGED))))
     )
     assert len(val) == 17
     similarity = torch.nn.functional.normalize(val.values) @ torch.nn.functional.normalize(train.values).T
-    best, places = similarity.topk(3)
-    votes = torch.zeros(17, 2).scatter_add_(1, train.labels[places], (best / 0.07).exp())
+    best, readouts = similarity.topk(3)
+    votes = torch.zeros(17, 2).scatter_add_(1, train.labels[readouts], (best / 0.07).exp())
     right = 100 * float((votes.argmax(1) == val.labels).float().mean())
     assert table.rows["mine"]["kNN, k = 3"] == pytest.approx(right)
 
 
 def test_features_of_a_damaged_set_are_not_what_a_repaired_one_is_scored_by(shards: Path, tmp_path: Path) -> None:
     index, cache = load_index(shards / "val"), FeatureCache(tmp_path / "cache")
-    places = [(2, "class")]
+    readouts = [(2, "class")]
 
     def features(limit: float) -> torch.Tensor:
         data = LabeledSet(load_index(shards / "val"), 3, max_unreadable_fraction=limit)
-        return Pass(cache=cache).features(FrozenEncoder(make()), data, places).at(places).values
+        return FeatureExtractor(cache=cache).features(FrozenEncoder(make()), data, readouts).at(readouts).values
 
     whole = features(0.0)
     for entry in (tmp_path / "cache").iterdir():
@@ -91,23 +93,23 @@ def test_features_of_a_damaged_set_are_not_what_a_repaired_one_is_scored_by(shar
 
 
 def test_a_table_of_other_images_in_the_cache_is_not_used(shards: Path, tmp_path: Path) -> None:
-    cache, places = FeatureCache(tmp_path / "cache"), [(2, "class")]
+    cache, readouts = FeatureCache(tmp_path / "cache"), [(2, "class")]
     data = LabeledSet(load_index(shards / "val"), 3)
-    table = Pass(cache=cache).features(FrozenEncoder(make()), data, places)
+    table = FeatureExtractor(cache=cache).features(FrozenEncoder(make()), data, readouts)
     (key,) = (entry.name for entry in (tmp_path / "cache").iterdir())
-    assert cache.find(key, places, np.arange(20)) is not None
-    assert cache.find(key, places, np.arange(1, 21)) is None
-    assert cache.find(key, places, np.arange(19)) is None
+    assert cache.find(key, readouts, np.arange(20)) is not None
+    assert cache.find(key, readouts, np.arange(1, 21)) is None
+    assert cache.find(key, readouts, np.arange(19)) is None
     assert torch.equal(table.samples, torch.arange(20))
 
 
 def test_passes_that_see_different_images_are_refused(shards: Path) -> None:
     index = load_index(shards / "val")
     data = LabeledSet(index, 3, max_unreadable_fraction=0.5, memory_limit_mb=0)
-    Pass().features(FrozenEncoder(make()), data, [(2, "class")])
+    FeatureExtractor().features(FrozenEncoder(make()), data, [(2, "class")])
     overwrite(index, DAMAGED)
     with pytest.raises(ValueError, match="17 images could be read in this pass and 20 in an earlier one"):
-        Pass().features(FrozenEncoder(make()), data, [(2, "class")])
+        FeatureExtractor().features(FrozenEncoder(make()), data, [(2, "class")])
 
 
 def test_a_classifier_is_scored_on_what_can_be_read_and_says_how_many(shards: Path) -> None:

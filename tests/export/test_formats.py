@@ -158,7 +158,7 @@ def test_a_processor_of_imagegpt_gives_the_colors_that_the_encoder_sees(tmp_path
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
     found = processor(pixels, return_tensors="pt")["input_ids"]
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (encoder.settings.mean, encoder.settings.std))
-    assert torch.equal(found, encoder.patch_embed.indices(((pixels / 255 - mean) / std)[None]))
+    assert torch.equal(found, encoder.patch_embed.quantize(((pixels / 255 - mean) / std)[None]))
 
 
 @pytest.mark.parametrize(
@@ -523,7 +523,7 @@ def test_the_snippet_of_a_card_cuts_what_evaluation_cuts(tmp_path: Path, options
     encoder = load_encoder(tmp_path / "e")
     expected = evaluated(image, encoder.settings)
     if encoder.settings.tokens == "pixel":
-        found, expected = left["indices"], encoder.patch_embed.indices(expected[None])
+        found, expected = left["indices"], encoder.patch_embed.quantize(expected[None])
         assert float((found != expected).float().mean()) < 0.05
     else:
         assert float((left["pixels"][0] - expected).abs().mean()) < 0.02

@@ -42,7 +42,7 @@ def test_pixels_find_their_colors_whatever_mean_and_deviation_the_images_are_nor
     for mean, std in (([0.5] * 3, [0.5] * 3), ([0.1, 0.2, 0.9], [0.2, 0.7, 3.0])):
         part = make(**options, mean=mean, std=std).patch_embed
         normalized = (picture - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-        assert part.indices(normalized).tolist() == [[2, 0, 3, 1]]
+        assert part.quantize(normalized).tolist() == [[2, 0, 3, 1]]
         torch.testing.assert_close(part.images_of(torch.tensor([[2, 0, 3, 1]]), (2, 2)), normalized)
 
 
@@ -176,15 +176,17 @@ def test_an_attention_pool_by_hand() -> None:
 @torch.no_grad()
 def test_a_map_of_patches_holds_each_patchs_token_at_its_place() -> None:
     encoder = make(registers=2, image_size=[16, 32], feature_layer=2, feature_norm="next")
-    found, tokens = encoder.patch_features(images(16, 32)), encoder.layers(images(16, 32), [2, 3])
-    for layer, given, norm in ((None, tokens[0], encoder.blocks[2].norm1), (3, tokens[1], encoder.norm)):
-        found = encoder.patch_features(images(16, 32), layer)
+    blocks, tokens = encoder.intermediates(images(16, 32), {3, 2}, norm=True), encoder.layers(images(16, 32), [2, 3])
+    for block, number, given, norm in zip(blocks, (2, 3), tokens, (encoder.blocks[2].norm1, encoder.norm), strict=True):
+        found = block.patch_map()
+        assert block.number == number
+        assert block.attention is None
         assert found.shape == (2, 48, 2, 4)
         for row, column in itertools.product(range(2), range(4)):
             torch.testing.assert_close(found[:, :, row, column], norm(given[:, 3 + 4 * row + column]))
 
 
-def test_attention_is_that_of_the_block_asked_for() -> None:
+def test_attention_weights_are_those_of_the_block_asked_for() -> None:
     encoder = make()
     inputs: list[torch.Tensor] = []
     for block in encoder.blocks:
@@ -194,7 +196,8 @@ def test_attention_is_that_of_the_block_asked_for() -> None:
         for layer in (1, 2, 3):
             block = encoder.blocks[layer - 1]
             expected = block.attn.weights(block.norm1(inputs[layer - 1]), None)
-            torch.testing.assert_close(encoder.attention(images(), layer), expected)
+            (asked,) = encoder.intermediates(images(), [layer], attention=True)
+            torch.testing.assert_close(asked.attention, expected)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sslvit.models import ViTEncoder, preset
-from sslvit.models.positions import Places, RelativeBias, resample_table, rotary_2d, rotate
+from sslvit.models.positions import RelativeBias, TokenLayout, resample_table, rotary_2d, rotate
 from sslvit.models.resize import resize_weights
 from sslvit.settings import PRESETS, EncoderSettings
 
@@ -141,12 +141,12 @@ def test_rotary_angles_by_hand() -> None:
 def test_the_bias_between_two_patches_is_that_of_their_offset() -> None:
     bias = RelativeBias(heads=2, grid=(2, 3))
     bias.table.copy_(torch.randn(2, 3, 5))
-    whole = bias(Places((2, 3), prefix=1))
+    whole = bias(TokenLayout((2, 3), prefix=1))
     assert not whole[:, 0].any()
     assert not whole[:, :, 0].any()
     for (one, (r, c)), (other, (s, d)) in itertools.product(enumerate(itertools.product(range(2), range(3))), repeat=2):
         assert torch.equal(whole[:, 1 + one, 1 + other], bias.table[:, r - s + 1, c - d + 2])
-    larger = bias(Places((3, 3), prefix=0))
+    larger = bias(TokenLayout((3, 3), prefix=0))
     wide = torch.nn.functional.interpolate(bias.table[None], (5, 5), mode="bicubic", antialias=True)[0]
     torch.testing.assert_close(larger[:, 0, 8], wide[:, 0, 0])
     torch.testing.assert_close(larger[:, 7, 0], wide[:, 4, 3])
@@ -206,29 +206,37 @@ def test_causal_pixels_depend_on_earlier_pixels_only() -> None:
         assert place == 35 or changed[place + 1 :].any(), f"place {place} reaches nobody"
 
 
-@torch.no_grad()
-@torch.no_grad()
 def test_causal_pixels_depend_on_earlier_pixels_only_in_bf16_and_recomputed() -> None:
+    """Outputs, and the gradients of weights, which come from what is computed once more for the backward pass."""
     encoder = pixels(causal=True, pos_embed="learned_1d", activation_checkpointing=True).train()
+    weights = [block.attn.qkv.weight for block in encoder.blocks]
+    passes: list[int] = []
+    encoder.blocks[0].register_forward_pre_hook(lambda *_: passes.append(1))
+
+    def step(pixels: torch.Tensor, known: int) -> list[torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            tokens = encoder(pixels)[:, :known]
+        return [tokens.detach(), *torch.autograd.grad(tokens.float().square().sum(), weights)]
+
     one = torch.randn(1, 3, 6, 6)
-    with torch.autocast("cpu", torch.bfloat16):
-        before = encoder(one)
-        for changed in range(36):
-            other = one.clone()
-            other.view(3, 36)[:, changed] *= -1
-            after = encoder(other)
-            assert torch.equal(after[:, : changed + 1], before[:, : changed + 1])
+    for changed in range(36):
+        other = one.clone()
+        other.view(3, 36)[:, changed] *= -1
+        for before, after in zip(step(one, changed + 1), step(other, changed + 1), strict=True):
+            assert before.any()
+            assert torch.equal(after, before)
+    assert len(passes) == 36 * 2 * 2
 
 
 @torch.no_grad()
-def test_reading_on_beyond_the_image_or_with_other_images_is_refused() -> None:
+def test_decoding_beyond_the_image_or_with_other_images_is_refused() -> None:
     encoder = pixels(causal=True)
-    memories = encoder.init_kv_cache(2)
-    with pytest.raises(ValueError, match=r"1 images and 4 places, but these memories are for 2 images of 36"):
-        encoder.decode(torch.zeros(1, 3, dtype=torch.long), memories)
-    encoder.decode(torch.zeros(2, 35, dtype=torch.long), memories)
-    with pytest.raises(ValueError, match="2 images and 37 places"):
-        encoder.decode(torch.zeros(2, 1, dtype=torch.long), memories)
+    kv_caches = encoder.init_kv_cache(2)
+    with pytest.raises(ValueError, match=r"1 images and 4 positions, but this cache is for 2 images of 36"):
+        encoder.decode(torch.zeros(1, 3, dtype=torch.long), kv_caches)
+    encoder.decode(torch.zeros(2, 35, dtype=torch.long), kv_caches)
+    with pytest.raises(ValueError, match="2 images and 37 positions"):
+        encoder.decode(torch.zeros(2, 1, dtype=torch.long), kv_caches)
 
 
 def test_igpts_initialization_is_that_of_its_released_code() -> None:
@@ -324,7 +332,8 @@ def test_conv_stem_and_hybrid_look_beyond_their_patch() -> None:
                                      {"qk_norm": True}, {"causal": True, "pos_embed": "learned_1d"}])  # fmt: skip
 def test_attention_weights_give_the_output_of_the_fast_path(options: dict) -> None:
     encoder = make(**options)
-    attention = encoder.attention(images(), 2)
+    (block,) = encoder.intermediates(images(), [2], attention=True)
+    attention = block.attention
     torch.testing.assert_close(attention.sum(-1), torch.ones(2, 4, 17))
     _, places = encoder.embed(images())
     inside = encoder.blocks[1].attn
@@ -378,7 +387,7 @@ def test_stochastic_depth_drops_whole_samples_and_keeps_the_mean() -> None:
     assert (tokens[1] - one[1]).abs().max() > 1e-3
     block = encoder.blocks[1]
     branch = torch.ones(20_000, 1, 1)
-    kept = block.keep_some(branch, torch.rand(2, 20_000, generator=torch.Generator().manual_seed(0)), 0)
+    kept = block.drop_path(branch, torch.rand(2, 20_000, generator=torch.Generator().manual_seed(0)), 0)
     assert set(kept.unique().tolist()) == {0.0, 2.0}
     assert abs(kept.mean() - 1) < 0.02
 
@@ -522,16 +531,25 @@ def test_features_come_from_the_saved_layer() -> None:
     torch.testing.assert_close(last, encoder(images())[:, 1:].mean(1))
     with pytest.raises(ValueError, match="blocks 1 to 3"):
         encoder.layers(images(), [4])
+    with pytest.raises(ValueError, match=r"layers \[0\] do not exist"):
+        list(encoder.intermediates(images(), [0, 1], attention=True))
 
 
 def test_checkpointing_changes_memory_and_not_gradients() -> None:
-    gradients = []
+    gradients, kept = [], []
     for checkpointing in (False, True):
         encoder = make(activation_checkpointing=checkpointing, drop_path=0.5).train()
         noise = torch.rand(6, 2, generator=torch.Generator().manual_seed(0))
-        encoder(images(), path_noise=noise).square().sum().backward()
+        saved: dict[int, int] = {}  # elements of each tensor that is kept for the backward pass
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, saved=saved: saved.update({x.data_ptr(): x.numel()}) or x, lambda x: x
+        ):  # fmt: skip
+            loss = encoder(images(), path_noise=noise).square().sum()
+        loss.backward()
         gradients.append(encoder.patch_embed.proj.weight.grad)
+        kept.append(sum(saved.values()))
     assert torch.equal(*gradients)
+    assert kept[1] < kept[0] / 3
 
 
 @torch.no_grad()

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from sslvit.models import ViTEncoder
+from sslvit.models.dino import DINOHead
+from sslvit.models.mae import MAEDecoder
 from sslvit.optim import (
     clip_by_global_norm,
     clip_by_parameter_norm,
@@ -20,9 +22,8 @@ from sslvit.optim import (
     warmup_cosine,
 )
 from sslvit.optim.lars import LARS
+from sslvit.run_plan import RunPlan
 from sslvit.settings import DINOSettings, EncoderSettings, MAESettings, OptimSettings, SupervisedSettings
-from sslvit.tasks.dino import DINOHead
-from sslvit.tasks.mae import MAEDecoder
 from sslvit.tasks.supervised import Supervised
 
 
@@ -143,9 +144,7 @@ def test_tokens_and_tables_move_at_the_lowest_rate(name: str) -> None:
 def test_a_decay_that_grows_from_zero_reaches_matrices_alone(kind: str) -> None:
     encoder = EncoderSettings(image_size=8, patch=4, width=16, depth=2, heads=2)
     optim = OptimSettings(weight_decay=0.0, final_weight_decay=0.2)
-    task = Supervised(
-        SupervisedSettings(classes=3), encoder, optim, total_steps=10, steps_per_epoch=5, global_batch_size=8
-    )
+    task = Supervised(SupervisedSettings(classes=3), encoder, optim, RunPlan(10, 5, 8))
     if kind == "pretraining":
         task.parameter_groups = lambda: decay_groups(task, 0.0)
     optimizer = task.configure_optimizers()

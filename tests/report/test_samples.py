@@ -12,6 +12,7 @@ from shard_fixtures import image_folder
 
 from sslvit.cli import main
 from sslvit.report import samples
+from sslvit.run_plan import RunPlan
 from sslvit.settings import EncoderSettings, IGPTSettings, OptimSettings
 from sslvit.tasks.igpt import IGPT
 
@@ -24,8 +25,8 @@ def run(tmp_path: Path) -> Path:
         class_token=False, prefix_positions="none", pooling="mean", palette=[[-1.0] * 3, [0.0] * 3, [1.0] * 3],
     )  # fmt: skip
     torch.manual_seed(0)
-    task = IGPT(IGPTSettings(), encoder, OptimSettings(), total_steps=1, steps_per_epoch=1, global_batch_size=8)
-    torch.nn.init.normal_(task.head.weight)
+    task = IGPT(IGPTSettings(), encoder, OptimSettings(), RunPlan(1, 1, 8))
+    torch.nn.init.normal_(task.model.head.weight)
     saved: dict = {"state_dict": task.state_dict()}
     task.on_save_checkpoint(saved)
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
@@ -37,13 +38,13 @@ def run(tmp_path: Path) -> Path:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list:
     """What was handed to the drawing: rows and titles."""
     kept: list = []
-    draw = samples.image_rows
+    draw = samples.plot_images
 
     def keep(path, rows, titles, title=""):
         kept.append((rows, titles))
         return draw(path, rows, titles, title)
 
-    monkeypatch.setattr(samples, "image_rows", keep)
+    monkeypatch.setattr(samples, "plot_images", keep)
     return kept
 
 

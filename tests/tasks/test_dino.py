@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from sslvit.data.batch import Batch
+from sslvit.models.dino import DINOHead, dino_loss, embed_views, koleo_loss, sinkhorn_knopp
+from sslvit.run_plan import RunPlan
 from sslvit.settings import DINOSettings, EncoderSettings, OptimSettings
 from sslvit.settings.dino import momentum_for, prototypes_for
-from sslvit.tasks.dino import DINO, DINOHead, dino_loss, embed_views, koleo, sinkhorn_shares
+from sslvit.tasks.dino import DINO
 
 
 def make(task: dict | None = None, **encoder) -> DINO:
@@ -20,7 +22,7 @@ def make(task: dict | None = None, **encoder) -> DINO:
         **{"image_size": 16, "patch": 4, "width": 32, "depth": 2, "heads": 2, "channels": 1} | encoder
     )
     settings = DINOSettings(**{"out_dim": 12, "head_width": 16, "bottleneck": 8} | (task or {})).fitted(1280, 256, 100)
-    return DINO(settings, encoder, OptimSettings(), total_steps=100, steps_per_epoch=5, global_batch_size=256)
+    return DINO(settings, encoder, OptimSettings(), RunPlan(100, 5, 256))
 
 
 def batch_of(count: int = 6, local_crops: int = 2, first_row: int = 0) -> Batch:
@@ -51,11 +53,13 @@ def test_a_view_is_never_compared_with_itself() -> None:
 def test_the_teacher_gets_no_gradient_and_is_what_is_saved() -> None:
     task = make()
     task.training_step(batch_of()).backward()
-    assert all(p.grad is None for network in (task.teacher, task.teacher_head) for p in network.parameters())
+    assert all(
+        p.grad is None for network in (task.model.teacher, task.model.teacher_head) for p in network.parameters()
+    )
     without = [n for n, p in task.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert without == []  # and every trained weight gets one
-    assert task.trained_encoder is task.teacher
-    assert not task.head.last_layer.weight_g.requires_grad
+    assert task.trained_encoder is task.model.teacher
+    assert not task.model.head.last_layer.weight_g.requires_grad
     assert make({"norm_last_layer": False}).head.last_layer.weight_g.requires_grad
 
 
@@ -63,15 +67,15 @@ def test_teacher_and_student_start_alike_also_from_another_encoder() -> None:
     task, other = make(), make()
     other.encoder.cls_token.data += 1
     task.start_from(other.encoder, "other")
-    for student, teacher in ((task.encoder, task.teacher), (task.head, task.teacher_head)):
+    for student, teacher in ((task.encoder, task.model.teacher), (task.model.head, task.model.teacher_head)):
         for key, value in student.state_dict().items():
             assert torch.equal(value, teacher.state_dict()[key])
-    assert torch.equal(task.teacher.cls_token, other.encoder.cls_token)
+    assert torch.equal(task.model.teacher.cls_token, other.encoder.cls_token)
 
 
 def test_stochastic_depth_is_the_students_alone_and_follows_the_rows() -> None:
     task = make(drop_path=0.5)
-    assert task.teacher.settings.drop_path == 0
+    assert task.model.teacher.settings.drop_path == 0
     whole = batch_of(8)
     noise = task.path_noise(whole, views=4)  # branches (v b)
     half = Batch(
@@ -98,7 +102,7 @@ def test_logits_and_loss_are_float32_under_bf16() -> None:
     task = make()
     with torch.autocast("cpu", torch.bfloat16):
         features = embed_views(task.encoder, batch_of().views)
-        logits = task.each(task.head, features)
+        logits = task.each(task.model.head, features)
         loss = task.training_step(batch_of())
     assert logits.dtype == loss.dtype == torch.float32
     assert not torch.equal(logits, logits.bfloat16().float())  # not merely bf16 numbers in a larger type
@@ -108,37 +112,37 @@ def test_logits_and_loss_are_float32_under_bf16() -> None:
 def test_sinkhorn_uses_every_prototype_equally_and_keeps_each_images_preference() -> None:
     outputs = torch.randn(2, 30, 6)
     outputs[..., 0] += 3  # all images like prototype 0 most
-    shares = sinkhorn_shares(outputs, 0.2, iterations=50)
+    shares = sinkhorn_knopp(outputs, 0.2, iterations=50)
     torch.testing.assert_close(shares.sum(-1), torch.ones(2, 30), atol=1e-5, rtol=0)
     torch.testing.assert_close(shares.sum((0, 1)), torch.full((6,), 10.0), atol=1e-2, rtol=0)
-    plain = sinkhorn_shares(outputs, 0.2, iterations=3)
-    torch.testing.assert_close(plain, sinkhorn_shares(outputs + 100, 0.2, iterations=3), atol=1e-4, rtol=0)
+    plain = sinkhorn_knopp(outputs, 0.2, iterations=3)
+    torch.testing.assert_close(plain, sinkhorn_knopp(outputs + 100, 0.2, iterations=3), atol=1e-4, rtol=0)
     unloved = torch.randn(1, 20, 4)
     unloved[..., 3] = -400  # nobody's choice: its scores underflow
-    shares = sinkhorn_shares(unloved, 0.04, iterations=3)
+    shares = sinkhorn_knopp(unloved, 0.04, iterations=3)
     assert shares.isfinite().all()
     torch.testing.assert_close(shares.sum(-1), torch.ones(1, 20), atol=1e-4, rtol=0)
     task = make({"centering": "sinkhorn"})
     task.training_step(batch_of())
     task.move_center()
-    assert not task.center.any()
+    assert not task.model.center.any()
 
 
 def test_koleo_is_large_where_images_coincide() -> None:
     angles = torch.tensor([0.0, 0.1, 2.0, 2.3])
     points = torch.stack([angles.cos(), angles.sin()], 1) * torch.tensor([[1.0], [5.0], [2.0], [3.0]])
     chord = 2 * torch.sin(torch.tensor([0.05, 0.15]))
-    torch.testing.assert_close(koleo(points), -chord.log().mean(), atol=1e-4, rtol=0)
-    assert koleo(points[[0, 0, 2]]) > koleo(points[:3]) + 2
+    torch.testing.assert_close(koleo_loss(points), -chord.log().mean(), atol=1e-4, rtol=0)
+    assert koleo_loss(points[[0, 0, 2]]) > koleo_loss(points[:3]) + 2
     task, plain = make({"koleo": 0.5}), make()
     loss = task.training_step(batch_of())
-    extra = sum(koleo(view) for view in embed_views(task.encoder, batch_of().views)[:2])
+    extra = sum(koleo_loss(view) for view in embed_views(task.encoder, batch_of().views)[:2])
     torch.testing.assert_close(loss, plain.training_step(batch_of()) + 0.5 * extra)
     torch.testing.assert_close(task.records["koleo"][0], extra.detach())
 
 
 def test_a_single_image_cannot_be_spread() -> None:
-    assert koleo(torch.randn(1, 8)) == koleo(torch.randn(1, 8))  # whatever it is
+    assert koleo_loss(torch.randn(1, 8)) == koleo_loss(torch.randn(1, 8))  # whatever it is
     with pytest.raises(
         ValueError, match=r"task.koleo: 0.1 spreads .*Raise train.micro_batch_size or data.global_batch_size, or"
     ):
@@ -173,26 +177,26 @@ def test_a_step_that_is_skipped_leaves_no_trace_in_center_or_teacher() -> None:
     broken = batch_of(6, first_row=100)
     task.on_train_batch_start(broken, 0)
     task.training_step(broken)
-    assert task.outputs_seen.any()
-    teacher = {key: value.clone() for key, value in task.teacher.state_dict().items()}
+    assert task.model.output_sum.any()
+    teacher = {key: value.clone() for key, value in task.model.teacher.state_dict().items()}
     optimizer = type("Skipping", (), {"param_groups": [], "step": lambda self, closure: None})()
     task._trainer = SimpleNamespace(global_step=0)
-    task.is_skipped = True
+    task.guard.skipped = True
     task.encoder.cls_token.data += 1
     task.optimizer_step(0, 0, optimizer)
-    assert not task.center.any()
-    assert not task.outputs_seen.any()
-    assert all(torch.equal(value, teacher[key]) for key, value in task.teacher.state_dict().items())
+    assert not task.model.center.any()
+    assert not task.model.output_sum.any()
+    assert all(torch.equal(value, teacher[key]) for key, value in task.model.teacher.state_dict().items())
     for one in (task, undisturbed):
         one.training_step(batch_of())
         one.move_center()
-    torch.testing.assert_close(task.center, undisturbed.center)
+    torch.testing.assert_close(task.model.center, undisturbed.center)
 
 
 def by_hand(task: DINO, batch: Batch, shares_of) -> torch.Tensor:
     """The loss of a step: each pair of two views, by the networks' outputs."""
-    teacher = [task.teacher_head(task.teacher.features(view)) for view in batch.views[:2]]
-    student = [task.head(task.encoder.features(view)) for view in batch.views]
+    teacher = [task.model.teacher_head(task.model.teacher.features(view)) for view in batch.views[:2]]
+    student = [task.model.head(task.encoder.features(view)) for view in batch.views]
     targets = shares_of(torch.stack(teacher).detach())
     terms = []
     for t in range(2):
@@ -207,10 +211,10 @@ def different(task: DINO) -> DINO:
     """Student and teacher as after some steps: each with other weights, and a center that is not zero."""
     torch.manual_seed(5)
     with torch.no_grad():
-        for network in (task.encoder, task.head, task.teacher, task.teacher_head):
+        for network in (task.encoder, task.model.head, task.model.teacher, task.model.teacher_head):
             for parameter in network.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
-        task.center.normal_(std=0.3)
+        task.model.center.normal_(std=0.3)
     return task
 
 
@@ -225,7 +229,7 @@ def test_a_steps_loss_is_by_the_temperatures_of_its_epoch(step: int, student: fl
     temperature = {0: first, 1: (first + last) / 2}.get(step // 5, last)
     task.__class__ = type("DINOAtStep", (DINO,), {"global_step": step})
     batch = batch_of()
-    expected = by_hand(task, batch, lambda outputs: ((outputs - task.center) / temperature).softmax(-1))
+    expected = by_hand(task, batch, lambda outputs: ((outputs - task.model.center) / temperature).softmax(-1))
     torch.testing.assert_close(task.training_step(batch), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -254,18 +258,20 @@ def test_sinkhorns_shares_are_those_of_its_iterations_and_temperature(iterations
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9, 1.0])
 def test_the_share_of_the_center_that_stays_is_its_momentum(momentum: float) -> None:
     task = different(make({"center_momentum": momentum}))
-    before, batch = task.center.clone(), batch_of()
+    before, batch = task.model.center.clone(), batch_of()
     task.training_step(batch)
     task.move_center()
-    outputs = torch.stack([task.teacher_head(task.teacher.features(view)) for view in batch.views[:2]]).detach()
-    torch.testing.assert_close(task.center, momentum * before + (1 - momentum) * outputs.mean((0, 1)))
+    outputs = torch.stack(
+        [task.model.teacher_head(task.model.teacher.features(view)) for view in batch.views[:2]]
+    ).detach()
+    torch.testing.assert_close(task.model.center, momentum * before + (1 - momentum) * outputs.mean((0, 1)))
 
 
 def test_the_teachers_momentum_goes_from_the_first_to_the_last_and_each_step_uses_its_own() -> None:
     task = different(make({"momentum": 0.8, "final_momentum": 0.96}))
     momenta = [0.96 + (0.8 - 0.96) * (1 + math.cos(math.pi * step / 100)) / 2 for step in range(101)]
     assert [task.momentum_at(step) for step in range(101)] == pytest.approx(momenta)
-    pairs = [(task.teacher, task.encoder), (task.teacher_head, task.head)]
+    pairs = [(task.model.teacher, task.encoder), (task.model.teacher_head, task.model.head)]
     before = [[p.detach().clone() for p in teacher.parameters()] for teacher, _ in pairs]
     optimizer = task.configure_optimizers()
     step = [50]
@@ -284,10 +290,12 @@ def test_the_teachers_momentum_goes_from_the_first_to_the_last_and_each_step_use
 def test_the_teacher_drops_nothing_and_gets_no_update_of_its_own() -> None:
     task = make(dropout=0.5, drop_path=0.5).train()
     views = batch_of().views[:2]
-    assert torch.equal(embed_views(task.teacher, views), embed_views(task.teacher, views))
+    assert torch.equal(embed_views(task.model.teacher, views), embed_views(task.model.teacher, views))
     assert not torch.equal(embed_views(task.encoder, views), embed_views(task.encoder, views))
     moved = {id(p) for group in task.configure_optimizers().param_groups for p in group["params"]}
-    assert not moved & {id(p) for network in (task.teacher, task.teacher_head) for p in network.parameters()}
+    assert not moved & {
+        id(p) for network in (task.model.teacher, task.model.teacher_head) for p in network.parameters()
+    }
 
 
 def test_a_head_starts_small_and_its_prototypes_of_length_one() -> None:
@@ -318,7 +326,7 @@ def test_the_health_check_sees_the_teachers_first_view() -> None:
     task = different(make())
     task.is_watched, batch = True, batch_of()
     task.training_step(batch)
-    torch.testing.assert_close(task.watched["features"][0], task.teacher.features(batch.views[0]))
+    torch.testing.assert_close(task.watched["features"][0], task.model.teacher.features(batch.views[0]))
 
 
 def test_a_released_checkpoint_brings_its_center(tmp_path) -> None:
@@ -327,12 +335,15 @@ def test_a_released_checkpoint_brings_its_center(tmp_path) -> None:
 
     networks = {
         name: layout.from_sslvit(encoder.state_dict(), {f"head.{k}": v for k, v in head.state_dict().items()})
-        for name, encoder, head in (("student", task.encoder, task.head), ("teacher", task.teacher, task.teacher_head))
+        for name, encoder, head in (
+            ("student", task.encoder, task.model.head),
+            ("teacher", task.model.teacher, task.model.teacher_head),
+        )
     }
-    torch.save(networks | {"dino_loss": {"center": task.center[None]}}, tmp_path / "full.pth")
+    torch.save(networks | {"dino_loss": {"center": task.model.center[None]}}, tmp_path / "full.pth")
     again = DINO.from_official(str(tmp_path / "full.pth"), heads=2)
-    assert torch.equal(again.center, task.center)
-    for key, value in task.teacher.state_dict().items():
+    assert torch.equal(again.center, task.model.center)
+    for key, value in task.model.teacher.state_dict().items():
         assert torch.equal(again.teacher.state_dict()[key], value)
 
 
@@ -353,10 +364,10 @@ def test_what_suits_a_job() -> None:
 def test_what_cannot_work_is_refused_by_name() -> None:
     for changes, message in [
         ({"out_dim": 1}, "task.out_dim: with 1 prototype"),
-        ({"momentum": 1.5}, "task.momentum: 1.5 is not between 0 and 1"),
-        ({"teacher_temp": 0.0}, "task.teacher_temp: 0.0 is not above zero"),
-        ({"head_layers": 0}, "task.head_layers: 0 is less than 1"),
-        ({"koleo": -1.0}, "task.koleo: -1.0 is not zero or more"),
+        ({"momentum": 1.5}, "task.momentum: 1.5 must be in .0, 1."),
+        ({"teacher_temp": 0.0}, "task.teacher_temp: 0.0 must be positive"),
+        ({"head_layers": 0}, "task.head_layers: 0 must be 1 or more"),
+        ({"koleo": -1.0}, "task.koleo: -1.0 must be 0 or more"),
         ({"momentum": 0.99, "final_momentum": 0.9}, "task.final_momentum: 0.9 is below task.momentum"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -367,7 +378,7 @@ def test_what_cannot_work_is_refused_by_name() -> None:
         make(causal=True)
     make(causal=True, pooling="mean").training_step(batch_of())
     with pytest.raises(ValueError, match=r"task.out_dim, .* still null"):
-        DINO(DINOSettings(), EncoderSettings(), OptimSettings(), total_steps=1, steps_per_epoch=1, global_batch_size=1)
+        DINO(DINOSettings(), EncoderSettings(), OptimSettings(), RunPlan(1, 1, 1))
 
 
 def test_the_rate_never_passes_its_peak() -> None:

@@ -10,9 +10,11 @@ from torch import nn
 
 from sslvit.data.batch import Batch
 from sslvit.layouts import dino as layout
+from sslvit.models.dino import DINOHead, center_and_sharpen, dino_loss, embed_views
 from sslvit.optim import clip_by_parameter_norm, cosine, decay_groups, ema_update, grad_norms, warmup_cosine
+from sslvit.run_plan import RunPlan
 from sslvit.settings import DINOSettings, EncoderSettings, OptimSettings
-from sslvit.tasks.dino import DINO, DINOHead, center_and_sharpen, dino_loss, embed_views
+from sslvit.tasks.dino import DINO
 
 
 def head_of(config: dict, state: dict[str, torch.Tensor]) -> DINOHead:
@@ -63,7 +65,7 @@ def tiny_task(**changes) -> DINO:
     encoder = EncoderSettings(image_size=16, patch=4, width=24, depth=1, heads=2)
     small = {"out_dim": 16, "head_width": 8, "bottleneck": 4, "momentum": 0.9}
     settings = DINOSettings(**small | changes).fitted(256, 256, 100)
-    return DINO(settings, encoder, OptimSettings(), total_steps=100, steps_per_epoch=1, global_batch_size=256)
+    return DINO(settings, encoder, OptimSettings(), RunPlan(100, 1, 256))
 
 
 @looks_at("dino_loss", "*")
@@ -83,15 +85,15 @@ def test_loss_and_center_over_three_steps(golden: Golden) -> None:
         student = golden[f"input/student_step{step}"].clone().requires_grad_()
         outputs = golden[f"input/teacher_step{step}"].unflatten(0, (2, config["batch"]))
         task.temperature_at = lambda _, epoch=epoch: schedule[epoch]
-        targets = task.targets(outputs)
-        torch.testing.assert_close(targets, center_and_sharpen(outputs, task.center, schedule[epoch]))
+        targets = task.model.targets(outputs)
+        torch.testing.assert_close(targets, center_and_sharpen(outputs, task.model.center, schedule[epoch]))
         logits = student.unflatten(0, (config["ncrops"], config["batch"])) / config["student_temp"]
         loss = dino_loss(targets, logits)
         golden.check(f"output/loss_step{step}", loss.detach().view(1))
         loss.backward()
         golden.check(f"grad/student_step{step}", student.grad)
         task.move_center()
-        golden.check(f"output/center_step{step}", task.center[None])
+        golden.check(f"output/center_step{step}", task.model.center[None])
 
 
 @looks_at("dino_step_ops", "config/clips", "info/names", "input/*", "output/clip*")
@@ -124,11 +126,11 @@ def test_the_last_layer_is_frozen_in_the_epochs_that_the_released_code_freezes_i
         task = tiny_task(freeze_last_layer=case["freeze_last_layer"], norm_last_layer=False)
         for parameter in task.parameters():
             parameter.grad = torch.ones_like(parameter)
-        task.steps_per_epoch = 3
+        task.run.steps_per_epoch = 3
         for step in range(3 * case["epoch"], 3 * case["epoch"] + 3):
             trained = _at_step(task, step)
             trained.configure_gradient_clipping(None)
-            without = {f"last_layer.{k}" for k, p in task.head.last_layer.named_parameters() if p.grad is None}
+            without = {f"last_layer.{k}" for k, p in task.model.head.last_layer.named_parameters() if p.grad is None}
             assert without == set(case["without_grad"])
             others = [name for name, p in task.named_parameters() if p.grad is None and "head.last_layer" not in name]
             assert not others
@@ -160,7 +162,7 @@ def test_crops_of_one_size_go_through_the_encoder_together(golden: Golden) -> No
         calls.clear()
         views = [golden[f"input/crop_{i}"] for i in order]
         with torch.no_grad():
-            outputs = task.each(task.head, embed_views(task.encoder, views))
+            outputs = task.each(task.model.head, embed_views(task.encoder, views))
         golden.check(f"output/{name}/y", outputs.flatten(0, 1))
         assert calls == golden.info["backbone_batches"][name]
 
@@ -198,7 +200,7 @@ def check_decay_groups(golden: Golden, unit_length: bool) -> None:
         out_dim=head["out_dim"], head_width=head["hidden_dim"], bottleneck=head["bottleneck_dim"],
         batch_norm=head["use_bn"], norm_last_layer=unit_length, head_layers=head["nlayers"],
     ).fitted(256, 256, 1)  # fmt: skip
-    task = DINO(settings, encoder, OptimSettings(), total_steps=1, steps_per_epoch=1, global_batch_size=256)
+    task = DINO(settings, encoder, OptimSettings(), RunPlan(1, 1, 256))
     assert (head["in_dim"], head["norm_last_layer"]) == (encoder.width, True)  # the other kind has its list too
     names = {id(p): name.replace("encoder.", "backbone.") for name, p in task.named_parameters()}
     spared, decayed = ({names[id(p)] for p in group["params"]} for group in decay_groups(task, 0.04))
@@ -230,8 +232,8 @@ def test_training_steps_of_the_released_loop(golden: Golden, tmp_path) -> None:
         clip_grad_by="parameter",
     )  # fmt: skip
     task.peak_lr, task.warmup_steps = config["lr"], config["warmup_epochs"] * per_epoch
-    task.total_steps, task.steps_per_epoch = config["epochs"] * per_epoch, per_epoch
-    momenta = [task.momentum_at(step) for step in range(task.total_steps)]
+    task.run.total_steps, task.run.steps_per_epoch = config["epochs"] * per_epoch, per_epoch
+    momenta = [task.momentum_at(step) for step in range(task.run.total_steps)]
     torch.testing.assert_close(
         torch.tensor(momenta, dtype=torch.float64), golden["output/momentum_schedule"], atol=1e-9, rtol=0
     )
@@ -300,12 +302,13 @@ def test_the_full_checkpoint_loads_with_heads_and_center(tmp_path) -> None:
     torch.save(content, tmp_path / "full.pth")
     task = DINO.from_official(str(tmp_path / "full.pth"), heads=golden.config["vit"]["num_heads"])
     for network, state in (
-        ("student", _official(task.encoder, task.head)), ("teacher", _official(task.teacher, task.teacher_head)),
+        ("student", _official(task.encoder, task.model.head)), ("teacher", _official(task.model.teacher,
+        task.model.teacher_head)),
     ):  # fmt: skip
         expected = golden.under(f"param/{network}.")
         assert state.keys() == expected.keys()
         assert all(torch.equal(state[key], expected[key]) for key in expected)
-    assert torch.equal(task.center, golden["output/center_3"][0])
+    assert torch.equal(task.model.center, golden["output/center_3"][0])
     torch.save(content["teacher"], tmp_path / "one.pth")
     with pytest.raises(ValueError, match="no student and teacher"):
         DINO.from_official(str(tmp_path / "one.pth"), heads=2)

@@ -12,6 +12,7 @@ from run_fixtures import BERT
 
 from sslvit.data.batch import Batch
 from sslvit.data.views import Views
+from sslvit.run_plan import RunPlan
 from sslvit.settings.load import load_recipe
 from sslvit.tasks import task_class
 from sslvit.tasks.base import Task
@@ -45,7 +46,7 @@ def task_of(recipe: str, **changes) -> tuple[Task, Batch]:
     torch.manual_seed(0)
     task = task_class(settings.task.name)(
         settings.task.fitted(1000, 8, 100, 3), settings.encoder, replace(settings.optim, warmup_epochs=1),
-        total_steps=100, steps_per_epoch=10, global_batch_size=8,
+        RunPlan(100, 10, 8),
     ).train()  # fmt: skip
     with torch.no_grad():
         for parameter in task.parameters():  # no weight is silent because another one is still zero
@@ -111,7 +112,7 @@ def test_stochastic_depth_follows_step_seed_and_row_and_not_torchs_stream(recipe
     task, batch = task_of(recipe, **shrunk(recipe), **EVERY_TASK[recipe], **{"encoder.drop_path": 0.5})
 
     def loss(step: int = 7, seed: int = 0, first_row: int = 0, stream: int = 0) -> float:
-        task.seed, batch.first_row = seed, first_row
+        task.run.seed, batch.first_row = seed, first_row
         torch.manual_seed(stream)
         with torch.no_grad():
             return float(at_step(task, step).training_step(batch, 0))
@@ -210,9 +211,7 @@ def test_a_loss_that_is_not_finite_marks_every_gradient_it_reaches() -> None:
 def test_a_run_is_young_in_its_warmup_and_at_most_for_a_quarter(warmup: float, young: int) -> None:
     settings = load_recipe("mae/digits", SMALL | shrunk("mae/digits") | {"data.shards": "none"})
     optim = replace(settings.optim, warmup_epochs=warmup)
-    task = task_class("mae")(
-        settings.task, settings.encoder, optim, total_steps=100, steps_per_epoch=10, global_batch_size=8
-    )
+    task = task_class("mae")(settings.task, settings.encoder, optim, RunPlan(100, 10, 8))
     assert task.young_until == young
 
 

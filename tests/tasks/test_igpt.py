@@ -9,9 +9,12 @@ import pytest
 import torch
 from test_mae import batch_of
 
+from sslvit.models.igpt import pixel_nll, random_mask
+from sslvit.run_plan import RunPlan
 from sslvit.settings import EncoderSettings, IGPTSettings, OptimSettings
 from sslvit.settings.palette import check_palette
-from sslvit.tasks.igpt import IGPT, load_igpt, pixel_nll, random_mask
+from sslvit.tasks.igpt import IGPT
+from sslvit.tasks.released import load_igpt
 
 PIXELS = {
     "image_size": 4, "channels": 1, "mean": [0.5], "std": [0.5], "tokens": "pixel", "patch": 1, "width": 32, "depth": 2,
@@ -25,7 +28,7 @@ def make(objective: str = "autoregressive", **changes) -> IGPT:
     torch.manual_seed(0)
     task = IGPT(
         IGPTSettings(objective=objective), EncoderSettings(**PIXELS | changes), OptimSettings(),
-        total_steps=10, steps_per_epoch=5, global_batch_size=256,
+        RunPlan(10, 5, 256),
     )  # fmt: skip
     with torch.no_grad():
         for parameter in task.parameters():  # no term is silently zero or one
@@ -42,11 +45,11 @@ def gray(count: int = 2, side: int = 4) -> torch.Tensor:
 def test_each_pixels_prediction_depends_on_the_pixels_before_it_only(positions: str) -> None:
     task = make(pos_embed=positions).eval()
     images = gray(1)
-    before = task.head(task.encoder(images))[0]  # n colors
+    before = task.model.head(task.encoder(images))[0]  # n colors
     for changed in range(16):
         other = images.clone()
         other.view(-1)[changed] *= -1  # another color
-        after = task.head(task.encoder(other))[0]
+        after = task.model.head(task.encoder(other))[0]
         assert torch.equal(after[: changed + 1], before[: changed + 1])  # its own prediction has not seen it
         moved = (after[changed + 1 :] - before[changed + 1 :]).abs().amax(1)
         assert (moved > 1e-4).all()  # and every later one has
@@ -54,7 +57,7 @@ def test_each_pixels_prediction_depends_on_the_pixels_before_it_only(positions: 
 
 def test_loss_is_the_mean_over_all_pixels_in_nats_and_bits() -> None:
     task = make()
-    task.head.weight.data.zero_()
+    task.model.head.weight.data.zero_()
     loss = task.training_step(batch_of(gray()))
     torch.testing.assert_close(float(loss.detach()), math.log(8))
     torch.testing.assert_close(float(task.records["bits"][0]), 3.0)
@@ -77,7 +80,7 @@ def test_the_loss_is_computed_in_float32_and_keeps_float64() -> None:
 def test_a_new_model_finds_all_colors_alike() -> None:
     torch.manual_seed(0)
     encoder = EncoderSettings(**PIXELS)
-    task = IGPT(IGPTSettings(), encoder, OptimSettings(), total_steps=1, steps_per_epoch=1, global_batch_size=256)
+    task = IGPT(IGPTSettings(), encoder, OptimSettings(), RunPlan(1, 1, 256))
     assert float(task.training_step(batch_of(gray())).detach()) == pytest.approx(math.log(8), abs=1e-6)
     assert task.encoder.patch_embed.start_token.detach().std() == pytest.approx(0.02, rel=0.5)
 
@@ -99,7 +102,7 @@ def test_bert_sees_around_a_hidden_pixel_but_not_the_pixel() -> None:
 @pytest.mark.parametrize(("ratio", "hidden"), [(0.15, 2), (0.5, 8), (0.8, 13)])
 def test_bert_hides_its_ratio_of_the_pixels_those_with_the_lowest_noise(ratio: float, hidden: int) -> None:
     task = IGPT(IGPTSettings(objective="bert", mask_ratio=ratio), EncoderSettings(**PIXELS | BERT), OptimSettings(),
-                total_steps=10, steps_per_epoch=5, global_batch_size=256)  # fmt: skip
+                RunPlan(10, 5, 256))  # fmt: skip
     batch = batch_of(gray(4))
     noise = task.uniform("mask", batch, 16)
     is_hidden = task.draw_mask(batch)
@@ -112,7 +115,7 @@ def test_pictures_are_drawn_by_the_runs_seed() -> None:
     task = make().eval()
     shown = []
     for seed in (0, 0, 1):
-        task.seed = seed
+        task.run.seed = seed
         shown.append(np.stack(task.figures(batch_of(gray(3)))["generated"][1]))
     assert np.array_equal(shown[0], shown[1])
     assert not np.array_equal(shown[0], shown[2])
@@ -125,8 +128,8 @@ def test_bert_counts_hidden_pixels_only_and_hides_as_many_in_every_image() -> No
     assert is_hidden.sum(1).tolist() == [2] * 6  # 15 % of 16
     assert len({tuple(row) for row in is_hidden.tolist()}) > 1
     loss = task.training_step(batch)
-    logits = task.head(task.encoder(batch.views[0], hidden=is_hidden))
-    colors = task.encoder.patch_embed.indices(batch.views[0])
+    logits = task.model.head(task.encoder(batch.views[0], hidden=is_hidden))
+    colors = task.encoder.patch_embed.quantize(batch.views[0])
     expected = torch.nn.functional.cross_entropy(logits[is_hidden], colors[is_hidden])
     torch.testing.assert_close(loss, expected)
     noise = torch.tensor([[0.5, 0.1, 0.1, 0.9]])

@@ -13,8 +13,10 @@ from test_mae import batch_of
 
 from sslvit.checkpoint import load_encoder
 from sslvit.layouts import to_sslvit
+from sslvit.models.igpt import pixel_nll
 from sslvit.settings.palette import read_palette
-from sslvit.tasks.igpt import IGPT, load_igpt, pixel_nll
+from sslvit.tasks.igpt import IGPT
+from sslvit.tasks.released import load_igpt
 
 
 def task_of(golden: Golden) -> IGPT:
@@ -32,7 +34,7 @@ def images_of(golden: Golden, task: IGPT) -> torch.Tensor:
 def test_loss_logits_and_gradients(golden: Golden) -> None:
     task = task_of(golden)
     images, pixels = images_of(golden, task), golden["input/pixels"]
-    logits = task.head(task.encoder(images))
+    logits = task.model.head(task.encoder(images))
     golden.check("output/logits", logits)
     loss = task.training_step(batch_of(images))
     golden.check("output/loss", loss.detach())
@@ -51,7 +53,7 @@ def test_loss_logits_and_gradients(golden: Golden) -> None:
     ours = {
         "wpe.weight": encoder.pos_embed.grad[0],
         "wte.weight": torch.cat([pixels.embed.weight.grad, pixels.start_token.grad[0]]),
-        "ln_f.weight": encoder.norm.weight.grad, "lm_head.weight": task.head.weight.grad,
+        "ln_f.weight": encoder.norm.weight.grad, "lm_head.weight": task.model.head.weight.grad,
     }  # fmt: skip
     for number, block in enumerate(encoder.blocks):
         parts = {"attn.c_attn": block.attn.qkv, "attn.c_proj": block.attn.proj, "mlp.c_fc": block.mlp.fc1,
@@ -97,7 +99,7 @@ def test_tensorflow_variables_exported_as_arrays(tmp_path: Path, prefix: str) ->
     np.savez(tmp_path / "model.npz", **variables)
     task = load_igpt(tmp_path / "model.npz", palette="uniform")  # the heads are in the shapes
     assert not task.encoder.settings.bias
-    golden.check("output/official_tf/logits", task.head(task.encoder(images_of(golden, task))))
+    golden.check("output/official_tf/logits", task.model.head(task.encoder(images_of(golden, task))))
     encoder = load_encoder(tmp_path / "model.npz")
     golden.check("output/ln_f", encoder(images_of(golden, task)))
 
@@ -123,12 +125,20 @@ def test_an_array_file_with_objects_is_refused_before_anything_in_it_runs(tmp_pa
     assert (tmp_path / "trace").exists()  # it would have
 
 
-@pytest.mark.parametrize("missing", ["model/wpe", "model/h0/attn/q_proj", "model/h1/mlp/c_fc/w", "model/ln_f/g"])
-def test_a_file_with_missing_weights_is_refused(tmp_path: Path, missing: str) -> None:
+@pytest.mark.parametrize(
+    ("missing", "said"),
+    [
+        ("model/wpe", "not iGPT's weights"),
+        ("model/h0/attn/q_proj", "'h0/attn/q_proj' is missing"),
+        ("model/h1/mlp/c_fc/w", r"missing: blocks.1.mlp.fc1.weight\)"),
+        ("model/ln_f/g", "'ln_f.weight' is missing"),
+    ],
+)
+def test_a_file_with_missing_weights_is_refused(tmp_path: Path, missing: str, said: str) -> None:
     variables = tensorflow_names(Golden("igpt_model_nobias"))
     variables.pop(missing)
     np.savez(tmp_path / "model.npz", **variables)
-    with pytest.raises(ValueError, match=r"missing|not iGPT's weights|another architecture"):
+    with pytest.raises(ValueError, match=said):
         load_igpt(tmp_path / "model.npz", palette="uniform")
     torch.save(Golden("mae_model").under("param/"), tmp_path / "mae.pth")
     with pytest.raises(ValueError, match="not iGPT's weights"):
@@ -158,8 +168,8 @@ def test_a_released_file_takes_the_released_palette(tmp_path: Path) -> None:
     for palette in palettes:
         task = IGPT.from_official(tmp_path / "pytorch_model.bin", palette, golden.config["n_head"])
         assert torch.equal(task.encoder.patch_embed.palette, colors)
-        assert torch.equal(task.encoder.patch_embed.indices(images_of(golden, task)), golden["input/pixels"])
-        golden.check("output/logits", task.head(task.encoder(images_of(golden, task))))
+        assert torch.equal(task.encoder.patch_embed.quantize(images_of(golden, task)), golden["input/pixels"])
+        golden.check("output/logits", task.model.head(task.encoder(images_of(golden, task))))
     by_file = IGPT.from_official(tmp_path / "pytorch_model.bin", tmp_path / "kmeans_centers.npy", 4)
     assert torch.equal(by_file.encoder.patch_embed.palette, colors)
     with pytest.raises(ValueError, match="does not hold its colors. Give --palette FILE"):

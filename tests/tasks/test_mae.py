@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from sslvit.data.batch import Batch
+from sslvit.models.mae import MAEDecoder, masked_patch_mse, patchify
+from sslvit.run_plan import RunPlan
 from sslvit.settings import EncoderSettings, MAESettings, OptimSettings
-from sslvit.tasks.mae import MAE, MAEDecoder, masked_patch_mse, patchify
+from sslvit.tasks.mae import MAE
 
 
 def make(**changes) -> MAE:
@@ -16,7 +18,7 @@ def make(**changes) -> MAE:
         **{"image_size": 16, "patch": 4, "width": 32, "depth": 2, "heads": 2, "channels": 1} | changes
     )
     settings = MAESettings(mask_ratio=0.5, decoder_width=16, decoder_depth=1, decoder_heads=2)
-    return MAE(settings, encoder, OptimSettings(), total_steps=10, steps_per_epoch=5, global_batch_size=256)
+    return MAE(settings, encoder, OptimSettings(), RunPlan(10, 5, 256))
 
 
 def batch_of(images: torch.Tensor, first_row: int = 0) -> Batch:
@@ -45,7 +47,7 @@ def test_the_encoder_sees_the_patches_that_the_mask_ratio_leaves_and_the_loss_is
     places, latent = seen[0]
     assert latent.shape[1] == 1 + visible
     expected = []
-    predicted = task.decoder(latent, places)
+    predicted = task.model.decoder(latent, places)
     for image in range(3):
         order = sorted(range(16), key=lambda place: float(noise[image, place]))
         assert places[image].tolist() == order[:visible]  # the lowest noise
@@ -71,7 +73,7 @@ def test_masks_differ_from_step_to_step_and_from_seed_to_seed() -> None:
     batch, drawn = batch_of(torch.randn(4, 1, 16, 16)), []
     for seed, step in ((0, 0), (0, 1), (0, 2), (1, 0)):
         task = make()
-        task.seed = seed
+        task.run.seed = seed
         task.__class__ = type("MAEAtStep", (MAE,), {"global_step": step})
         drawn.append(task.uniform("mask", batch, 16))
         assert torch.equal(task.uniform("mask", batch, 16), drawn[-1])
@@ -113,7 +115,7 @@ def test_checkpointing_keeps_one_tensor_per_block_of_encoder_and_decoder(stack: 
             activation_checkpointing=checkpointing,
         )
         settings = MAESettings(mask_ratio=0.5, decoder_width=32, decoder_depth=depths["decoder"], decoder_heads=2)
-        task = MAE(settings, encoder, OptimSettings(), total_steps=10, steps_per_epoch=5, global_batch_size=256)
+        task = MAE(settings, encoder, OptimSettings(), RunPlan(10, 5, 256))
         weights = {parameter.data_ptr() for parameter in task.parameters()}
         seen: dict[int, int] = {}
 
@@ -140,7 +142,7 @@ def test_checkpointing_changes_no_gradient_of_the_decoder() -> None:
     for checkpointing in (False, True):
         task = make(activation_checkpointing=checkpointing)
         task.loss(torch.ones(2, 1, 16, 16), torch.arange(32.0).view(2, 16)).backward()
-        gradients.append([p.grad for p in task.decoder.parameters() if p.requires_grad])
+        gradients.append([p.grad for p in task.model.decoder.parameters() if p.requires_grad])
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
 
@@ -148,7 +150,7 @@ def test_reconstruction_keeps_visible_pixels_and_fills_the_others() -> None:
     task = make().eval()
     images = torch.randn(3, 1, 16, 16)
     noise = torch.rand(3, 16)
-    filled, area = task.reconstruct(images, noise)
+    filled, area = task.model.reconstruct(images, noise)
     is_hidden = area.bool().expand_as(images)
     assert torch.equal(filled[~is_hidden], images[~is_hidden])
     assert (filled[is_hidden] != images[is_hidden]).all()
@@ -158,9 +160,9 @@ def test_reconstruction_keeps_visible_pixels_and_fills_the_others() -> None:
 def test_a_reconstruction_is_in_units_of_each_patchs_deviation() -> None:
     task = make().eval()
     images, noise = torch.randn(2, 1, 16, 16) * 3 + 1, torch.rand(2, 16)
-    task.decoder.pred.weight.data.zero_()
-    task.decoder.pred.bias.data.fill_(2.0)  # predicts two deviations above each patch's mean
-    filled, area = task.reconstruct(images, noise)
+    task.model.decoder.pred.weight.data.zero_()
+    task.model.decoder.pred.bias.data.fill_(2.0)  # predicts two deviations above each patch's mean
+    filled, area = task.model.reconstruct(images, noise)
     patches, hidden = patchify(filled, 4), patchify(area, 4)[:, :, 0].bool()
     originals = patchify(images, 4)
     expected = originals.mean(2, keepdim=True) + 2 * originals.std(2, keepdim=True)
@@ -170,9 +172,9 @@ def test_a_reconstruction_is_in_units_of_each_patchs_deviation() -> None:
 def test_reconstruction_undoes_the_normalization_of_each_patch() -> None:
     task = make().eval()
     images = torch.randn(2, 1, 16, 16) * 5 + 3
-    task.decoder.pred.weight.data.zero_()
-    task.decoder.pred.bias.data.zero_()  # predicts zero deviations from each patch's mean
-    filled, area = task.reconstruct(images, torch.rand(2, 16))
+    task.model.decoder.pred.weight.data.zero_()
+    task.model.decoder.pred.bias.data.zero_()  # predicts zero deviations from each patch's mean
+    filled, area = task.model.reconstruct(images, torch.rand(2, 16))
     patches, hidden = patchify(filled, 4), patchify(area, 4)[:, :, 0].bool()
     expected = patchify(images, 4).mean(2, keepdim=True).expand_as(patches)
     torch.testing.assert_close(patches[hidden], expected[hidden])
@@ -245,19 +247,19 @@ def test_an_encoder_alone_is_no_mae(tmp_path) -> None:
 def test_other_resolutions_train_and_the_own_one_is_as_it_was(side: int) -> None:
     encoder = EncoderSettings(image_size=16, patch=4, width=16, depth=1, heads=2, channels=1, mean=[0.5], std=[0.5])
     torch.manual_seed(0)
-    task = MAE(MAESettings(decoder_width=16, decoder_depth=1, decoder_heads=2), encoder, OptimSettings(), total_steps=4,
-               steps_per_epoch=2, global_batch_size=4)  # fmt: skip
+    task = MAE(MAESettings(decoder_width=16, decoder_depth=1, decoder_heads=2), encoder, OptimSettings(), RunPlan(4,
+    2, 4))  # fmt: skip
     images = torch.randn(4, 1, side, side)
     assert task.patches_of(images) == (side // 4) ** 2
     task.loss(images, torch.rand(4, task.patches_of(images))).backward()
     assert task.encoder.patch_embed.proj.weight.grad.abs().sum() > 0
-    assert torch.equal(task.decoder.positions((4, 4)), task.decoder.pos_embed)
-    table = task.decoder.pos_embed
+    assert torch.equal(task.model.decoder.positions((4, 4)), task.model.decoder.pos_embed)
+    table = task.model.decoder.pos_embed
     cells = table[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
     stretched = torch.nn.functional.interpolate(cells, (side // 4, side // 4), mode="bicubic", antialias=True)
     expected = torch.cat([table[:, :1], stretched.flatten(2).transpose(1, 2)], 1)
-    torch.testing.assert_close(task.decoder.positions((side // 4, side // 4)), expected)
-    filled, _ = task.reconstruct(images, torch.rand(4, task.patches_of(images)))
+    torch.testing.assert_close(task.model.decoder.positions((side // 4, side // 4)), expected)
+    filled, _ = task.model.reconstruct(images, torch.rand(4, task.patches_of(images)))
     assert filled.shape == images.shape
 
 
@@ -265,9 +267,7 @@ def released(ratio: float, decoder_ratio: float | None, width: int = 24) -> dict
     """A full checkpoint whose MLPs have these ratios, under the official names."""
     encoder = EncoderSettings(image_size=16, patch=8, width=width, depth=1, heads=1, mlp_ratio=ratio)
     settings = MAESettings(decoder_width=24, decoder_depth=1, decoder_heads=2, decoder_mlp_ratio=decoder_ratio)
-    return MAE(
-        settings, encoder, OptimSettings(), total_steps=1, steps_per_epoch=1, global_batch_size=4
-    ).official_state()
+    return MAE(settings, encoder, OptimSettings(), RunPlan(1, 1, 4)).official_state()
 
 
 @pytest.mark.parametrize(("ratio", "decoder_ratio"), [(3.0, None), (4.0, 3.0), (2.5, 4.1), (4.1, 2.0)])

@@ -10,10 +10,12 @@ from golden_fixtures import Golden, check_shape, looks_at
 from sslvit.data.batch import Batch
 from sslvit.layouts import mae as layout
 from sslvit.models import ViTEncoder
+from sslvit.models.mae import normalize_patches, num_visible, patchify, random_masking, unpatchify
 from sslvit.models.transformer import Block
 from sslvit.optim import decay_groups, layer_decay_groups, layer_of, warmup_cosine
+from sslvit.run_plan import RunPlan
 from sslvit.settings import EncoderSettings, MAESettings, OptimSettings
-from sslvit.tasks.mae import MAE, normalize_patches, num_visible, patchify, random_masking, unpatchify
+from sslvit.tasks.mae import MAE
 
 
 def mae_of(golden: Golden, **settings) -> MAE:
@@ -26,9 +28,9 @@ def mae_of(golden: Golden, **settings) -> MAE:
 
 def check_decoder(config, task: MAE) -> None:
     """The official names of a decoder against the settings that were read from its weights."""
-    settings, block = task.settings, task.decoder.blocks[0]
+    settings, block = task.settings, task.model.decoder.blocks[0]
     assert settings.decoder_width == config["decoder_embed_dim"]
-    assert settings.decoder_depth == len(task.decoder.blocks) == config["decoder_depth"]
+    assert settings.decoder_depth == len(task.model.decoder.blocks) == config["decoder_depth"]
     assert settings.decoder_heads == block.attn.heads == config["decoder_num_heads"]
     assert block.mlp.fc1.out_features == config["mlp_ratio"] * config["decoder_embed_dim"]
 
@@ -66,11 +68,11 @@ def test_encoder_and_decoder(golden: Golden) -> None:
     visible, _ = random_masking(golden["input/noise"], 4)
     latent = task.encoder(images, visible)
     golden.check("output/latent", latent)
-    golden.check("output/pred", task.decoder(latent, visible))
+    golden.check("output/pred", task.model.decoder(latent, visible))
     golden.check("output/latent_full", task.encoder(images))
     golden.check("output/probe_block0", task.encoder.blocks[0](golden["input/probe_tokens"]))
     golden.check("output/probe_norm", task.encoder.norm(golden["input/probe_tokens"]))
-    block: Block = task.decoder.blocks[0]
+    block: Block = task.model.decoder.blocks[0]
     golden.check("output/probe_decoder_block0", block(golden["input/probe_decoder_tokens"]))
 
 
@@ -97,20 +99,20 @@ def test_loss_and_gradients(golden: Golden) -> None:
 def test_fixed_position_tables_are_the_ones_we_make(golden: Golden) -> None:
     fresh = MAE(
         MAESettings(decoder_width=32, decoder_depth=2, decoder_heads=4),
-        mae_of(golden).encoder.settings, OptimSettings(), total_steps=1, steps_per_epoch=1, global_batch_size=256,
+        mae_of(golden).encoder.settings, OptimSettings(), RunPlan(1, 1, 256),
     )  # fmt: skip
     torch.testing.assert_close(fresh.encoder.pos_embed, golden["param_sincos/pos_embed"], atol=1e-6, rtol=0)
     torch.testing.assert_close(fresh.decoder.pos_embed, golden["param_sincos/decoder_pos_embed"], atol=1e-6, rtol=0)
     for target, name in [("raw", "pix"), ("normalized", "norm_pix")]:
         task = mae_of(golden, target=target)
         task.encoder.pos_embed.copy_(fresh.encoder.pos_embed)
-        task.decoder.pos_embed.copy_(fresh.decoder.pos_embed)
+        task.model.decoder.pos_embed.copy_(fresh.decoder.pos_embed)
         loss = task.loss(golden["input/imgs"], golden["input/noise"])
         golden.check(f"output/sincos/loss_{name}", loss.view(1))
     visible, _ = random_masking(golden["input/noise"], 4)
     latent = task.encoder(golden["input/imgs"], visible)
     golden.check("output/sincos/latent", latent)
-    golden.check("output/sincos/pred", task.decoder(latent, visible))
+    golden.check("output/sincos/pred", task.model.decoder(latent, visible))
 
 
 @looks_at("mae_model", "param/*")
@@ -148,7 +150,7 @@ def test_training_steps_of_the_released_loop(golden: Golden, tmp_path) -> None:
         assert float(golden[f"output/comparable/{key}"].float().mean()) == pytest.approx(share)
     updates = config["steps_per_epoch"] // config["accum_iter"]
     task.optim = OptimSettings(weight_decay=config["weight_decay"], min_lr=config["min_lr"])
-    task.peak_lr, task.total_steps = config["lr"], config["epochs"] * updates
+    task.peak_lr, task.run.total_steps = config["lr"], config["epochs"] * updates
     task.warmup_steps = config["warmup_epochs"] * updates
     micro = config["steps_per_epoch"] * config["epochs_run"]
     task.noise = [golden[f"input/noise_{k}"] for k in range(micro)]
@@ -217,7 +219,7 @@ def test_weight_decay_groups_of_the_released_code(golden: Golden) -> None:
         decoder_heads=config["decoder_num_heads"],
     )  # fmt: skip
     task = MAE(
-        decoder, encoder, OptimSettings(), total_steps=1, steps_per_epoch=1, global_batch_size=256,
+        decoder, encoder, OptimSettings(), RunPlan(1, 1, 256),
     )  # fmt: skip
     official = {id(value): key for key, value in _official_parameters(task).items()}
     spared, decayed = decay_groups(task, config["weight_decay"])

@@ -7,8 +7,8 @@ import torch
 from test_igpt import gray, make
 from test_mae import batch_of
 
+from sslvit.models.sampling import complete, sample_colors, sampling_probs
 from sslvit.settings.sample import SampleSettings
-from sslvit.tasks.sampling import complete, sample_colors, sampling_probs
 
 POSITIONS = ["none", "learned_1d", "learned_2d", "sincos_1d", "sincos_2d", "rotary_2d", "relative_bias"]
 
@@ -20,11 +20,11 @@ def test_reading_on_gives_the_logits_of_reading_all(positions: str, cuts: list[i
     task = make(pos_embed=positions, qk_norm=positions == "rotary_2d").eval()
     encoder = task.encoder
     images = gray(3)
-    colors = encoder.patch_embed.indices(images)
+    colors = encoder.patch_embed.quantize(images)
     memories = encoder.init_kv_cache(3)
     parts = [encoder.decode(colors[:, a:b], memories) for a, b in zip([0, *cuts], [*cuts, 15], strict=True)
              if b > a or (a == 0 and not memories[0].length)]  # fmt: skip
-    cached, whole = task.head(torch.cat(parts, 1)), task.head(encoder(images))
+    cached, whole = task.model.head(torch.cat(parts, 1)), task.model.head(encoder(images))
     torch.testing.assert_close(cached, whole, atol=1e-5, rtol=1e-5)
 
 
@@ -45,7 +45,7 @@ def slow_completion(task, given: torch.Tensor, settings: SampleSettings) -> torc
     drawn = torch.zeros(len(given), 16, dtype=torch.long)
     drawn[:, : given.shape[1]] = given
     for place in range(given.shape[1], 16):
-        logits = task.head(encoder(encoder.patch_embed.images_of(drawn, (4, 4))))[:, place]
+        logits = task.model.head(encoder(encoder.patch_embed.images_of(drawn, (4, 4))))[:, place]
         drawn[:, place] = sample_colors(sampling_probs(logits, settings), numbers[:, place])
     return drawn
 
@@ -54,9 +54,9 @@ def slow_completion(task, given: torch.Tensor, settings: SampleSettings) -> torc
 @pytest.mark.parametrize("known", [0, 1, 8, 15])
 def test_completions_keep_what_is_given_and_equal_those_without_a_cache(known: int) -> None:
     task = make().eval().double()
-    given = task.encoder.patch_embed.indices(gray(5))[:, :known]
+    given = task.encoder.patch_embed.quantize(gray(5))[:, :known]
     settings = SampleSettings(batch=2, top_p=0.9, seed=4)
-    drawn = complete(task.encoder, task.head, given, settings)
+    drawn = complete(task.encoder, task.model.head, given, settings)
     assert torch.equal(drawn[:, :known], given)
     assert torch.equal(drawn, slow_completion(task, given, settings))
     assert drawn.max() < 8
@@ -66,7 +66,7 @@ def test_completions_keep_what_is_given_and_equal_those_without_a_cache(known: i
 def test_an_image_is_the_same_in_any_batch_and_another_under_another_seed() -> None:
     task = make().eval()
     nothing = torch.zeros(6, 0, dtype=torch.long)
-    one, other, more = (complete(task.encoder, task.head, nothing, SampleSettings(batch=b, seed=s))
+    one, other, more = (complete(task.encoder, task.model.head, nothing, SampleSettings(batch=b, seed=s))
                         for b, s in ((6, 0), (4, 0), (6, 1)))  # fmt: skip
     assert torch.equal(one, other)
     assert not torch.equal(one, more)
@@ -133,8 +133,8 @@ def test_a_gpu_quantizes_and_completes_as_the_cpu_does() -> None:
     for device in ("cpu", "cuda"):
         task = task.to(device)
         with torch.autocast(device, torch.bfloat16):
-            colors = task.encoder.patch_embed.indices(images.to(device))
-        drawn = complete(task.encoder, task.head, colors[:, :8], settings)
+            colors = task.encoder.patch_embed.quantize(images.to(device))
+        drawn = complete(task.encoder, task.model.head, colors[:, :8], settings)
         figures = task.figures(batch_of(images[:4].to(device)))
         results.append((colors.cpu(), drawn.cpu(), figures["completed"][1]))
     (one, drawn_one, rows_one), (other, drawn_other, rows_other) = results

@@ -102,8 +102,8 @@ def test_rates_fall_from_the_head_to_the_patches() -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             rate_of[id(parameter)] = (group["lr_scale"], group["decays"])
-    assert rate_of[id(task.head.weight)] == (1.0, True)
-    assert rate_of[id(task.head.bias)] == (1.0, False)
+    assert rate_of[id(task.model.head.weight)] == (1.0, True)
+    assert rate_of[id(task.model.head.bias)] == (1.0, False)
     assert rate_of[id(task.encoder.norm.weight)] == (1.0, False)
     assert rate_of[id(task.encoder.blocks[1].attn.qkv.weight)] == (0.5, True)
     assert rate_of[id(task.encoder.blocks[0].attn.qkv.weight)] == (0.25, True)
@@ -144,7 +144,7 @@ def test_mixing_and_erasing_are_drawn_by_key_and_leave_torchs_stream_alone(monke
 def test_labels_are_smoothed() -> None:
     def loss(smoothing: float) -> float:
         task = task_for(EncoderSettings(**SMALL), smoothing=smoothing, mixup=0.0, cutmix=0.0, erase=0.0)
-        task.head.weight.data.normal_(generator=torch.Generator().manual_seed(0))
+        task.model.head.weight.data.normal_(generator=torch.Generator().manual_seed(0))
         task._trainer = type("T", (), {"global_step": 0})()
         logits = task.logits(batch_of().views[0]).detach()
         expected = torch.nn.functional.cross_entropy(logits, batch_of().labels, label_smoothing=smoothing)
@@ -243,15 +243,15 @@ def test_whether_an_image_is_erased_is_drawn_by_step_and_row() -> None:
 
 def test_a_new_head_is_nearly_zero_and_reads_what_is_pooled() -> None:
     task = task_for(EncoderSettings(**SMALL | {"pooling": "mean", "fc_norm": True}))
-    assert float(task.head.weight.detach().std()) == pytest.approx(2e-5, rel=0.3)
-    assert not task.head.bias.any()
+    assert float(task.model.head.weight.detach().std()) == pytest.approx(2e-5, rel=0.3)
+    assert not task.model.head.bias.any()
     task = task_for(task.encoder.settings, mixup=0.0, cutmix=0.0, erase=0.0, smoothing=0.0)
-    task.head.weight.data.normal_()
+    task.model.head.weight.data.normal_()
     batch = batch_of()
     pooled = task.encoder.fc_norm(task.encoder(batch.views[0])[:, 1:].mean(1))
-    expected = torch.nn.functional.cross_entropy(pooled @ task.head.weight.T, batch.labels)
+    expected = torch.nn.functional.cross_entropy(pooled @ task.model.head.weight.T, batch.labels)
     torch.testing.assert_close(at_step(task, 0).training_step(batch, 0), expected)
-    torch.testing.assert_close(task.logits(batch.views[0]), pooled @ task.head.weight.T)
+    torch.testing.assert_close(task.logits(batch.views[0]), pooled @ task.model.head.weight.T)
 
 
 @pytest.mark.parametrize("layer_decay", [0.5, 0.9])
@@ -314,7 +314,7 @@ def test_the_command_learns_and_writes_what_it_reports(shards: Path, capsys: pyt
 
 
 def test_a_resumed_run_ends_with_the_same_weights(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sslvit.train.checkpoints import Checkpoints
+    from sslvit.train.callbacks.checkpoints import Checkpoints
 
     changes = SHORT | {"train.steps": 7, "train.checkpoint_every": 3, "train.log_every": 1, "task.mixup": 0.8,
                        "task.cutmix": 1.0, "task.erase": 0.5, "encoder.drop_path": 0.2}  # fmt: skip

@@ -23,7 +23,7 @@ from sslvit.weight_files import read_torch_file
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["mae/digits", "dino/digits", "igpt/digits"])
+@pytest.mark.parametrize("recipe", ["mae/digits", pytest.param("dino/digits", marks=pytest.mark.smoke), "igpt/digits"])
 def test_two_ranks_pretrain_an_encoder_with_parts_that_are_not_used(tmp_path: Path, recipe: str) -> None:
     images = np.random.default_rng(0).integers(0, 255, (16, 8, 8)).astype(np.uint8)
     pack(array_samples(images, np.arange(16) % 2), tmp_path / "shards", ["a", "b"])

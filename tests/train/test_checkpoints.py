@@ -19,7 +19,7 @@ from sslvit import weight_files
 from sslvit.settings import TrainSettings
 from sslvit.stopping import RankLost
 from sslvit.train import checkpoints
-from sslvit.train.checkpoints import AtomicCheckpointIO, keep_some, write_whole
+from sslvit.train.checkpoint_io import AtomicCheckpointIO, keep_some, write_whole
 from sslvit.weight_files import read_torch_file
 
 
@@ -99,7 +99,7 @@ def test_a_writer_that_is_killed_leaves_the_checkpoint_before(tmp_path: Path) ->
     code = """
         import sys, torch
         from pathlib import Path
-        from sslvit.train.checkpoints import write_whole
+        from sslvit.train.checkpoint_io import write_whole
         for step in range(1, 10_000):
             write_whole({"global_step": step, "x": torch.full((2_000_000,), float(step))}, Path(sys.argv[1]))
             print(step, flush=True)
@@ -187,9 +187,9 @@ def test_a_kept_checkpoint_is_an_encoder_and_a_place_to_go_on_from(shards: Path,
 
 
 def test_settings_that_cannot_work_are_refused() -> None:
-    with pytest.raises(ValueError, match="train.keep_every: 1500 is no multiple of train.checkpoint_every .1000"):
+    with pytest.raises(ValueError, match="train.keep_every: 1500 must be a multiple of train.checkpoint_every .1000"):
         TrainSettings(keep_every=1500)
-    with pytest.raises(ValueError, match="train.keep_last: 0 is not positive"):
+    with pytest.raises(ValueError, match="train.keep_last: 0 must be positive"):
         TrainSettings(keep_last=0)
     assert AtomicCheckpointIO(TrainSettings()).writer is None
 

@@ -10,6 +10,7 @@ import torch
 from run_fixtures import RECIPES, run, same
 from test_resume import interrupted
 
+from sslvit.run_plan import RunPlan
 from sslvit.settings.load import load_recipe
 from sslvit.tasks import task_class
 from sslvit.tasks.base import Task
@@ -21,8 +22,7 @@ DROPOUT = {"encoder.dropout": 0.3}
 def make_task(seed: int = 0, step: int = 0, **changes) -> Task:
     settings = load_recipe("mae/digits", RECIPES["mae/digits"] | DROPOUT | changes)
     torch.manual_seed(0)
-    task = task_class("mae")(settings.task, settings.encoder, settings.optim, total_steps=9, steps_per_epoch=3,
-                             global_batch_size=8, seed=seed)  # fmt: skip
+    task = task_class("mae")(settings.task, settings.encoder, settings.optim, RunPlan(9, 3, 8, seed=seed))  # fmt: skip
     task._trainer = SimpleNamespace(global_step=step)
     return task
 

@@ -15,7 +15,7 @@ from sslvit.data.open import open_data
 from sslvit.data.pack import pack
 from sslvit.settings import DataSettings, EncoderSettings, OptimSettings
 from sslvit.settings.load import load_recipe
-from sslvit.train.callbacks import _short
+from sslvit.train.callbacks.run_log import _short
 from sslvit.train.run import pretrain
 
 SMALL = {key: value for key, value in TINY.items() if key != "data.global_batch_size"} | {"train.steps": 2}

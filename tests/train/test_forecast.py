@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from sslvit.cli import main
+from sslvit.run_plan import RunPlan
 from sslvit.settings.load import load_recipe
 from sslvit.tasks import task_class
 from sslvit.train.forecast import FEW, example, forecast
@@ -30,8 +31,7 @@ def test_flops_parameters_and_memory_are_those_of_a_real_step(recipe: str) -> No
     settings = load_recipe(recipe, {**RECIPES[recipe], "train.steps": 9})
     found, _ = forecast(settings, 100)
     task = task_class(settings.task.name)(
-        settings.task.fitted(100, 8, 9), settings.encoder, settings.optim.fitted(12, 9), total_steps=9,
-        steps_per_epoch=12, global_batch_size=8,
+        settings.task.fitted(100, 8, 9), settings.encoder, settings.optim.fitted(12, 9), RunPlan(9, 12, 8),
     )  # fmt: skip
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         task.training_step(example(settings), 0).backward()
@@ -53,8 +53,7 @@ def test_weights_moments_and_gradients_are_those_of_a_real_step(recipe: str) -> 
     settings = load_recipe(recipe, {**RECIPES[recipe], "train.steps": 9})
     found, _ = forecast(settings, 100)
     task = task_class(settings.task.name)(
-        settings.task.fitted(100, 8, 9), settings.encoder, settings.optim.fitted(12, 9), total_steps=9,
-        steps_per_epoch=12, global_batch_size=8,
+        settings.task.fitted(100, 8, 9), settings.encoder, settings.optim.fitted(12, 9), RunPlan(9, 12, 8),
     )  # fmt: skip
     optimizer = task.configure_optimizers()
     task.training_step(example(settings), 0).backward()
@@ -90,8 +89,7 @@ def test_with_buckets_a_step_of_ddp_holds_what_is_planned(tmp_path: Path) -> Non
     settings = load_recipe("mae/digits", RECIPES["mae/digits"] | {"encoder.width": 128, "data.global_batch_size": 4})
     settings.train.devices = 2
     found, _ = forecast(settings, 100)
-    task = task_class("mae")(settings.task, settings.encoder, settings.optim, total_steps=9, steps_per_epoch=2,
-                             global_batch_size=4)  # fmt: skip
+    task = task_class("mae")(settings.task, settings.encoder, settings.optim, RunPlan(9, 2, 4))  # fmt: skip
     strategy = make_strategy(settings.train, Clock())
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
     try:
@@ -167,8 +165,7 @@ name, micro = sys.argv[1], int(sys.argv[2])
 settings = load_recipe(name, {"data.global_batch_size": micro, "train.steps": 9})
 found, _ = plan.forecast(settings, 1_000_000)
 task = task_class(settings.task.name)(
-    settings.task.fitted(1_000_000, micro, 9), settings.encoder, settings.optim.fitted(99, 9), total_steps=9,
-    steps_per_epoch=99, global_batch_size=micro)
+    settings.task.fitted(1_000_000, micro, 9), settings.encoder, settings.optim.fitted(99, 9), RunPlan(9, 99, micro))
 gc.collect()
 status = next(line for line in open("/proc/self/status") if line.startswith("VmRSS"))
 base = int(status.split()[1]) * 1024 - 4 * found.held

@@ -19,8 +19,8 @@ from sslvit.evaluate.health import feature_std, rankme
 from sslvit.settings import DINOSettings, EncoderSettings, OptimSettings
 from sslvit.settings.load import load_recipe
 from sslvit.tasks.base import Task
+from sslvit.train.callbacks.health import Health, Sign, find_sign, measure
 from sslvit.train.folder import RunFolder
-from sslvit.train.health import Health, Sign, find_sign, measure
 from sslvit.train.run import pretrain
 
 

@@ -75,7 +75,7 @@ def test_the_center_follows_the_outputs_of_steps_that_were_taken(
 ) -> None:
     """Each step moves it towards the mean of the teacher's outputs in its micro-batches; a skipped one does not."""
     task, outputs, centers = task_class("dino"), {}, {}
-    targets, update = task.targets, task.optimizer_step
+    targets, update = task.model.targets, task.optimizer_step
 
     def watched(self, given):
         outputs.setdefault(self.global_step, []).append(given.flatten(0, 1).clone())

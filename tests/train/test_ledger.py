@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from torch import distributed
 
-from sslvit.train.callbacks import Ledger
+from sslvit.train.callbacks.ledger import Ledger
 from sslvit.train.folder import RunFolder
 
 PLAN = SimpleNamespace(global_batch_size=50, steps_per_epoch=10, dropped_per_epoch=7)

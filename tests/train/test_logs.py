@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -10,8 +9,6 @@ from pathlib import Path
 
 import pytest
 from run_fixtures import TINY, metrics, run
-
-from sslvit.train import logs
 
 
 def test_tensorboard_holds_the_lines_and_the_pictures(shards: Path, tmp_path: Path) -> None:
@@ -53,8 +50,17 @@ def test_weights_and_biases_offline_and_again_after_a_resume(shards: Path, tmp_p
 def test_a_logger_that_is_not_installed_is_refused_before_anything_is_written(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(logs.importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name))
-    with pytest.raises(ImportError, match="train.wandb: wandb is not installed. Run: pip install wandb"):
-        run(shards, tmp_path / "run", **{"train.wandb": "ours"})
-    assert not (tmp_path / "run").exists()
+    for key, value, install in (("wandb", "ours", "wandb"), ("tensorboard", True, r"sslvit\[tensorboard\]")):
+        monkeypatch.setitem(sys.modules, key, None)
+        with pytest.raises(ImportError, match=f"^train.{key}: {key} is not installed. Run: pip install '{install}'$"):
+            run(shards, tmp_path / "run", **{f"train.{key}": value})
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_run_without_weights_and_biases_does_not_import_it(shards: Path, tmp_path: Path) -> None:
+    """It stays in the default install because nobody else waits for its import."""
+    words = ["pretrain", "--config", "mae/digits", "--data", str(shards), "--out", str(tmp_path / "run")]
+    words += [word for key, value in TINY.items() for word in (f"--{key}", str(value))]
+    code = f"import sys; from sslvit.cli import main; assert main({words!r}) == 0; assert 'wandb' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

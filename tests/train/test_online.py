@@ -15,12 +15,12 @@ from sslvit.checkpoint import load_encoder
 from sslvit.data.array_images import array_samples
 from sslvit.data.index import load_index
 from sslvit.data.pack import pack
-from sslvit.evaluate.label_free import spread
+from sslvit.evaluate.label_free import evenly_spaced
 from sslvit.evaluate.linear import fit_probe
 from sslvit.evaluate.sources import Features
 from sslvit.models import ViTEncoder
 from sslvit.settings import load
-from sslvit.train.online import ScoringCallback, looking
+from sslvit.train.callbacks.scoring import ScoringCallback, evaluating
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_a_look_gives_back_the_mode_of_every_part() -> None:
 
     module = Task(torch.nn.Linear(2, 2), torch.nn.Dropout())
     module[1].eval()
-    with looking(module):
+    with evaluating(module):
         assert not any(part.training for part in module.modules())
         assert not torch.is_grad_enabled()
     assert [part.training for part in module.modules()] == [True, True, False]
@@ -109,8 +109,8 @@ def test_a_look_gives_back_the_mode_of_every_part() -> None:
 def test_looks_are_due_with_a_line_and_after_the_last_step() -> None:
     assert ScoringCallback(25, 10, 60).every == 30
     assert ScoringCallback(None, 10, 60).every == 60
-    assert spread(10, 4).tolist() == [0, 3, 6, 9]
-    assert spread(3, 9).tolist() == [0, 1, 2]
+    assert evenly_spaced(10, 4).tolist() == [0, 3, 6, 9]
+    assert evenly_spaced(3, 9).tolist() == [0, 1, 2]
 
 
 def test_data_for_online_scores_is_checked_before_anything_is_written(shards: Path) -> None:

@@ -18,8 +18,8 @@ from sslvit.cli import main
 from sslvit.stopping import Preempted, requeue, stopping_at_once
 from sslvit.tasks import task_class
 from sslvit.train import run as run_module
+from sslvit.train.callbacks.preemption import Preemption
 from sslvit.train.folder import RunFolder
-from sslvit.train.preemption import Preemption
 
 
 def signaled(monkeypatch: pytest.MonkeyPatch, numbers: list[int], at: int) -> None:

@@ -196,7 +196,9 @@ def test_what_was_chosen_for_a_run_stays_when_it_is_made_longer(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(name, marks=pytest.mark.smoke if name == "mae/digits" else ()) for name in RECIPES]
+)
 def test_kill_at_any_step_and_resume_is_bit_identical(shards: Path, tmp_path: Path, recipe: str) -> None:
     changes = [f"--{k}={json.dumps(v)}" for k, v in (RECIPES[recipe] | {"train.steps": 60, "train.threads": 1}).items()]
     command = [

@@ -309,7 +309,7 @@ def test_the_views_of_training_are_drawn(
     def note(path, rows, titles, title=""):
         drawn[path.name] = (rows, titles)
 
-    monkeypatch.setattr("sslvit.train.pictures.image_rows", note)
+    monkeypatch.setattr("sslvit.train.pictures.plot_images", note)
     run(shards, tmp_path / "run", recipe=recipe, **{"train.steps": 1})
     rows, titles = drawn["views.png"]
     assert [row.shape for row in rows] == [(8, 1, size, size) for size, count in sizes.items() for _ in range(count)]

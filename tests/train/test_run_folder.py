@@ -21,7 +21,7 @@ from sslvit.settings import TrainSettings
 from sslvit.stopping import Preempted
 from sslvit.tasks import task_class
 from sslvit.train import run as run_module
-from sslvit.train.checkpoints import AtomicCheckpointIO, write_whole
+from sslvit.train.checkpoint_io import AtomicCheckpointIO, write_whole
 from sslvit.train.folder import RunFolder, read_lines
 from sslvit.weight_files import check_checkpoint, read_one_file, read_torch_file
 
@@ -130,15 +130,22 @@ def test_what_is_more_than_a_beginning_is_not_taken_for_one(
     "names",
     [["config.yaml"], ["figures/a.png"], ["wandb/run"], ["checkpoints/model.pt"], ["metrics.jsonl"], ["health.json"]],
 )
-@pytest.mark.parametrize("flags", [{}, {"resume": True}, {"overwrite": True}])
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({}, "already exists. It has no checkpoint to go on from"),
+        ({"resume": True}, "has no checkpoint .checkpoints/last.ckpt"),
+        ({"overwrite": True}, "not a run folder .no config.yaml of a run., so it is left alone"),
+    ],
+)
 def test_files_with_the_names_of_a_runs_are_not_taken_for_one(
-    shards: Path, tmp_path: Path, names: list[str], flags: dict
+    shards: Path, tmp_path: Path, names: list[str], flags: dict, said: str
 ) -> None:
     for name in names:
         (tmp_path / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "mine" / name).write_text("defaults: [model, data]\n")
     before = contents(tmp_path / "mine")
-    with pytest.raises(ValueError, match="already exists|has no checkpoint|not a run folder"):
+    with pytest.raises(ValueError, match=said):
         run(shards, tmp_path / "mine", **flags)
     assert contents(tmp_path / "mine") == before
 
@@ -367,11 +374,17 @@ def test_damaged_lines_of_a_runs_files_are_passed_over_and_said(shards: Path, tm
     assert [line["step"] for line in longer.read_metrics()] == [1, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "a: [", "\x00", "a: " + "[" * 5000])
-def test_a_damaged_config_is_named(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "holds no settings"), ("[1]", "holds no settings"), ("a: [", "not the settings of a run .while parsing"),
+        ("\x00", "not the settings of a run .unacceptable"), ("a: " + "[" * 5000, "not the settings of a run .maximum"),
+    ],
+)  # fmt: skip
+def test_a_damaged_config_is_named(tmp_path: Path, text: str, said: str) -> None:
     folder = RunFolder(tmp_path)
     folder.config.write_text(text)
-    with pytest.raises(ValueError, match=r"config.yaml: (not the settings of a run|holds no settings)") as error:
+    with pytest.raises(ValueError, match=f"config.yaml: {said}") as error:
         folder.read_config()
     assert "\n" not in str(error.value)
 
@@ -407,7 +420,10 @@ def test_a_run_goes_on_by_its_folder_alone(shards: Path, tmp_path: Path, monkeyp
             "data.global_batch_size was 8 and cannot become 4, since the order of the data",
         ),
         ({"task.decoder_heads": 4}, "task.decoder_heads was 2 and cannot become 4, since it cuts the decoder's"),
-        ({"task.target": "normalized"}, "task.target was raw and cannot become normalized, since the decoder"),
+        (
+            {"task.model.target": "normalized"},
+            "task.model.target was raw and cannot become normalized, since the decoder",
+        ),
         ({"encoder.mean": [0.5]}, "encoder.mean was .* cannot become .* since the weights were trained on images"),
         ({"seed": 1, "optim.betas": [0.5, 0.9]}, "seed was 0 .*; optim.betas was .* Restore them"),
         ({"train.epochs": 9, "train.steps": 3}, "train.epochs 9.* would change nothing, since train.steps .3. decides"),

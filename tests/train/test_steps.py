@@ -10,6 +10,7 @@ import pytest
 import torch
 from run_fixtures import RECIPES, metrics, run, weights
 
+from sslvit.run_plan import RunPlan
 from sslvit.settings.load import load_recipe
 from sslvit.tasks import task_class
 from sslvit.train.forecast import example
@@ -89,8 +90,7 @@ def test_gradients_are_clipped_by_the_norm_that_is_recorded(by: str, largest: fl
     changes = {"optim.clip_grad": largest, "optim.clip_grad_by": by, "train.steps": 9}
     settings = load_recipe("mae/digits", RECIPES["mae/digits"] | changes)
     torch.manual_seed(0)
-    task = task_class("mae")(settings.task, settings.encoder, settings.optim, total_steps=9, steps_per_epoch=3,
-                             global_batch_size=8)  # fmt: skip
+    task = task_class("mae")(settings.task, settings.encoder, settings.optim, RunPlan(9, 3, 8))  # fmt: skip
     parameters = [p for p in task.parameters() if p.requires_grad]
     for number, parameter in enumerate(parameters):
         parameter.grad = torch.randn_like(parameter) * (0.2 if number % 2 else 0.002)
@@ -161,8 +161,8 @@ def test_masks_and_depth_follow_from_seed_step_purpose_and_row() -> None:
     settings = load_recipe("mae/digits", RECIPES["mae/digits"])
 
     def drawn(seed: int = 0, step: int = 0, purpose: str = "mask", first_row: int = 0) -> list[list[float]]:
-        task = task_class("mae")(settings.task, settings.encoder, settings.optim, total_steps=9, steps_per_epoch=3,
-                                 global_batch_size=8, seed=seed)  # fmt: skip
+        task = task_class("mae")(settings.task, settings.encoder, settings.optim, RunPlan(9, 3, 8,
+        seed=seed))  # fmt: skip
         task._trainer = type("Trainer", (), {"global_step": step})()
         batch = example(settings, 4)
         batch.first_row = first_row

@@ -14,9 +14,11 @@ from sslvit.data.module import ShardDataModule
 from sslvit.settings.load import load_recipe
 from sslvit.tasks import task_class
 from sslvit.train import forecast
-from sslvit.train.callbacks import RunLog, mean_over_ranks
+from sslvit.train.callbacks.base import mean_over_ranks
+from sslvit.train.callbacks.run_log import RunLog
+from sslvit.train.callbacks.step_times import StepTimes, WaitForData
 from sslvit.train.folder import RunFolder
-from sslvit.train.timing import MAX_TIMESTAMPS, PARTS, Clock, StepTimes, WaitForData
+from sslvit.train.timing import MAX_TIMESTAMPS, PARTS, Clock
 
 PAUSE = 0.25
 
@@ -28,7 +30,7 @@ def test_a_part_that_takes_long_is_named(
     """By a watch that only that part moves on."""
     watch = SimpleNamespace(now=0.0, perf_counter=lambda: watch.now, monotonic=lambda: watch.now)
     monkeypatch.setattr("sslvit.train.timing.time", watch)
-    monkeypatch.setattr("sslvit.train.callbacks.time", watch)
+    monkeypatch.setattr("sslvit.train.callbacks.run_log.time", watch)
     task = task_class("mae")
     step, prepare, update = task.training_step, ShardDataModule.prepare, task.optimizer_step
 
@@ -72,7 +74,7 @@ def test_elapsed_seconds_go_on_where_a_run_was_stopped(
     """A second a step, and a process that starts late; what a stopped run did after its checkpoint does not count."""
     watch = SimpleNamespace(now=10.0, perf_counter=lambda: watch.now, monotonic=lambda: watch.now)
     monkeypatch.setattr("sslvit.train.timing.time", watch)
-    monkeypatch.setattr("sslvit.train.callbacks.time", watch)
+    monkeypatch.setattr("sslvit.train.callbacks.run_log.time", watch)
     task = task_class("mae")
     step = task.training_step
 
@@ -99,7 +101,7 @@ def test_throughput_and_share_of_the_peak_are_those_of_all_ranks(
     """Two steps of a global batch of 48 in half a second each: 96 images a second over all ranks."""
     watch = SimpleNamespace(now=0.0, perf_counter=lambda: watch.now, monotonic=lambda: watch.now)
     monkeypatch.setattr("sslvit.train.timing.time", watch)
-    monkeypatch.setattr("sslvit.train.callbacks.time", watch)
+    monkeypatch.setattr("sslvit.train.callbacks.run_log.time", watch)
     plan = SimpleNamespace(global_batch_size=48, steps_per_epoch=8)
     (tmp_path / "metrics.jsonl").touch()
     log = RunLog(RunFolder(tmp_path), plan, 4, 2, Clock(), 0.001)
@@ -227,10 +229,10 @@ def test_each_rank_counts_the_steps_between_two_lines(tmp_path: Path, monkeypatc
     """Of a rank that is not the first: a second a step, whatever line it is."""
     watch = SimpleNamespace(now=0.0, perf_counter=lambda: watch.now, monotonic=lambda: watch.now)
     monkeypatch.setattr("sslvit.train.timing.time", watch)
-    monkeypatch.setattr("sslvit.train.callbacks.time", watch)
+    monkeypatch.setattr("sslvit.train.callbacks.run_log.time", watch)
     shared: list[torch.Tensor] = []
     mean = lambda _, values: shared.append(values[0]) or values[0]  # noqa: E731
-    monkeypatch.setattr("sslvit.train.callbacks.mean_over_ranks", mean)
+    monkeypatch.setattr("sslvit.train.callbacks.run_log.mean_over_ranks", mean)
     clock = Clock()
     clock.mark("start")
     log = RunLog(RunFolder(tmp_path), None, 9, 3, clock)

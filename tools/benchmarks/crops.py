@@ -21,8 +21,8 @@ from torch import Tensor
 
 from sslvit.data.views import Views, runs_of_one_size
 from sslvit.models import ViTEncoder
+from sslvit.models.dino import embed_views
 from sslvit.settings.load import load_recipe
-from sslvit.tasks.dino import embed_views
 
 
 def packed_views(encoder: ViTEncoder, views: list[Tensor]) -> Tensor:

@@ -16,11 +16,12 @@ import time
 import torch
 
 from sslvit.data.batch import Batch
+from sslvit.models.sampling import complete
+from sslvit.run_plan import RunPlan
 from sslvit.settings import IGPTSettings, OptimSettings
 from sslvit.settings.load import load_recipe
 from sslvit.settings.sample import SampleSettings
 from sslvit.tasks.igpt import IGPT
-from sslvit.tasks.sampling import complete
 
 EVERY = 64
 
@@ -29,8 +30,8 @@ def make(side: int, width: int, depth: int) -> IGPT:
     changes = {"image_size": side, "width": width, "depth": depth, "heads": width // 32}
     encoder = load_recipe("igpt/small_cifar10", {f"encoder.{key}": value for key, value in changes.items()}).encoder
     torch.manual_seed(0)
-    task = IGPT(IGPTSettings(), encoder, OptimSettings(), total_steps=1, steps_per_epoch=1, global_batch_size=16)
-    torch.nn.init.normal_(task.head.weight, std=0.02)
+    task = IGPT(IGPTSettings(), encoder, OptimSettings(), RunPlan(1, 1, 16))
+    torch.nn.init.normal_(task.model.head.weight, std=0.02)
     return task
 
 
@@ -50,11 +51,11 @@ def sampling(width: int, depth: int, images: int = 16, side: int = 32) -> None:
     encoder = task.encoder
     nothing = torch.zeros(images, 0, dtype=torch.long)
     start = time.perf_counter()
-    drawn = complete(encoder, task.head, nothing, SampleSettings(batch=images))
+    drawn = complete(encoder, task.model.head, nothing, SampleSettings(batch=images))
     kept = time.perf_counter() - start
 
     def read_again(place: int) -> None:  # the prefix alone, not the whole image
-        task.head(encoder.decode(drawn[:, :place], encoder.init_kv_cache(images))[:, -1])
+        task.model.head(encoder.decode(drawn[:, :place], encoder.init_kv_cache(images))[:, -1])
 
     places = range(EVERY // 2, side * side, EVERY)
     again = EVERY * sum(seconds_of(lambda place=place: read_again(place), least=0) for place in places)
@@ -90,7 +91,7 @@ def training(width: int, depth: int) -> None:
 def quantizing(width: int, depth: int, images: int = 8) -> None:
     task = make(32, width, depth)
     step, pixels = training_step(task, images, 32)
-    whole, part = seconds_of(step), seconds_of(lambda: task.encoder.patch_embed.indices(pixels))
+    whole, part = seconds_of(step), seconds_of(lambda: task.encoder.patch_embed.quantize(pixels))
     print(
         f"{images} images of 32 x 32, 512 colors: quantized in {part * 1e3:.1f} ms; a training step of width {width}, "
         f"{depth} blocks: {whole * 1e3:.0f} ms. A step quantizes twice: {2 * part / whole:.1%} of it"

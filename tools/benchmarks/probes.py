@@ -18,8 +18,8 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from sslvit.evaluate.logistic import fit_logistic
-from sslvit.evaluate.sources import FeatureTable, Place
-from sslvit.evaluate.stepped import HeadGrid, in_batches
+from sslvit.evaluate.sgd_probe import HeadGrid, iterate_batches
+from sslvit.evaluate.sources import FeatureTable, Readout
 from sslvit.settings.protocols import DINOv2ProbeSettings
 
 CLASSES = 10
@@ -71,25 +71,26 @@ def logistic(images: int, width: int) -> None:
 
 
 def grid(images: int, width: int) -> None:
-    places: list[Place] = [(9, "class"), (10, "class"), (11, "class"), (12, "class"), (12, "mean")]
-    values, labels = make_features(images, width * len(places))
+    readouts: list[Readout] = [(9, "class"), (10, "class"), (11, "class"), (12, "class"), (12, "mean")]
+    values, labels = make_features(images, width * len(readouts))
     table = FeatureTable(
-        dict(zip(places, values.chunk(len(places), 1), strict=True)), labels, torch.arange(len(labels))
+        dict(zip(readouts, values.chunk(len(readouts), 1), strict=True)), labels, torch.arange(len(labels))
     )
-    features = [[places[3]], places[3:], places[:4], places]
-    rates = [rate * BATCH / 256 for rate in DINOv2ProbeSettings().rates]
+    features = [[readouts[3]], readouts[3:], readouts[:4], readouts]
+    lrs = [lr * BATCH / 256 for lr in DINOv2ProbeSettings().lrs]
 
-    def fit(chosen: list[list[Place]], some_rates: list[float]) -> None:
-        order = sorted({place for part in chosen for place in part})
-        heads = HeadGrid.start(chosen, dict.fromkeys(order, width), some_rates, CLASSES)
+    def fit(chosen: list[list[Readout]], some_lrs: list[float]) -> None:
+        order = sorted({readout for part in chosen for readout in part})
+        heads = HeadGrid.initialize(chosen, dict.fromkeys(order, width), some_lrs, CLASSES)
         epochs = iter([table] * (STEPS * BATCH // images + 1))
-        heads.fit(in_batches(epochs, order, None, BATCH, STEPS, 0), lambda step: 1.0)
+        heads.fit(iterate_batches(epochs, order, None, BATCH, STEPS, 0), lambda step: 1.0)
 
-    one, _ = timed(lambda: fit([places], rates[:1]))
-    all_of_them, _ = timed(lambda: fit(features, rates))
+    one, _ = timed(lambda: fit([readouts], lrs[:1]))
+    all_of_them, _ = timed(lambda: fit(features, lrs))
     print(
-        f"{len(features)} features x {len(rates)} rates, {STEPS} steps of {BATCH}: {all_of_them:.2f} s; one head on "
-        f"the widest feature {one:.2f} s: {all_of_them / one:.2f} times as long for {len(features) * len(rates)} heads"
+        f"{len(features)} features x {len(lrs)} learning rates, {STEPS} steps of {BATCH}: {all_of_them:.2f} s; one "
+        f"head on the widest feature {one:.2f} s: {all_of_them / one:.2f} times as long for "
+        f"{len(features) * len(lrs)} heads"
     )
 
 

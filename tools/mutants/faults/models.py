@@ -32,9 +32,9 @@ FAULTS = [
     Fault(
         "The bias of the patches' projection is left out",
         TOKENS,
-        "patches = take(cut_patches(images, self.patch), visible)\n"
+        "patches = gather_tokens(cut_patches(images, self.patch), visible)\n"
         "        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)",
-        "patches = take(cut_patches(images, self.patch), visible)\n"
+        "patches = gather_tokens(cut_patches(images, self.patch), visible)\n"
         "        return F.linear(patches, self.proj.weight.flatten(1))",
         GOLDEN,
     ),
@@ -70,8 +70,8 @@ FAULTS = [
     Fault(
         "A causal sequence is not shifted: each pixel predicts itself",
         TOKENS,
-        "take(self.begin(indices[:, :-1]) if self.shifted else self.embed(indices), visible)",
-        "take(self.embed(indices), visible)",
+        "gather_tokens(self.begin(indices[:, :-1]) if self.shifted else self.embed(indices), visible)",
+        "gather_tokens(self.embed(indices), visible)",
         OF_IGPT,
     ),
     Fault(
@@ -135,14 +135,14 @@ FAULTS = [
     Fault(
         "Positions of visible patches are those of the first places",
         ENCODER,
-        "tokens = tokens + take(rows, visible)",
+        "tokens = tokens + gather_tokens(rows, visible)",
         "tokens = tokens + rows[:, : tokens.shape[1]]",
         OURS,
     ),
     Fault(
         "Hidden patches are looked up among the visible ones",
         ENCODER,
-        "take(hidden[:, :, None], visible)[:, :, 0]",
+        "gather_tokens(hidden[:, :, None], visible)[:, :, 0]",
         "hidden[:, : tokens.shape[1]]",
         OURS,
     ),
@@ -184,64 +184,64 @@ FAULTS = [
     Fault(
         "Prefix tokens turn with the first patch",
         ENCODER,
-        "strict=True\n        ):\n            rows = table[None] if",
-        "strict=True\n        ):\n            still = float(table[-1, 0])\n            rows = table[None] if",
+        "-> Tensor:\n            rows = table[None] if",
+        "-> Tensor:\n            still = float(table[-1, 0])\n            rows = table[None] if",
         OURS,
     ),
     Fault(
         "Position tables shrink without smoothing whatever is asked",
         ENCODER,
-        "patches, settings.grid, grid, settings.interpolate_antialias, settings.interpolate_offset",
-        "patches, settings.grid, grid, False, settings.interpolate_offset",
+        "settings.grid, grid, settings.interpolate_antialias, settings.interpolate_offset",
+        "settings.grid, grid, False, settings.interpolate_offset",
         GOLDEN,
     ),
     Fault(
-        "The offset of stretched positions is ignored",
+        "The offset of interpolated positions is ignored",
         ENCODER,
-        "patches, settings.grid, grid, settings.interpolate_antialias, settings.interpolate_offset",
-        "patches, settings.grid, grid, settings.interpolate_antialias, 0.0",
+        "settings.grid, grid, settings.interpolate_antialias, settings.interpolate_offset",
+        "settings.grid, grid, settings.interpolate_antialias, 0.0",
         GOLDEN,
     ),
     Fault(
         "The final norm is left out in training",
         ENCODER,
-        "path_noise=path_noise)\n        return self.norm(tokens)",
-        "path_noise=path_noise)\n        return tokens if self.training else self.norm(tokens)",
+        "layout, path_noise)\n        return self.norm(tokens)",
+        "layout, path_noise)\n        return tokens if self.training else self.norm(tokens)",
         (*OF_MAE, "tests/tasks/test_dino_golden.py"),
     ),
     Fault(
         "Features come from the last block whatever the layer",
         ENCODER,
-        "layer = self.settings.feature_layer or len(self.blocks)\n        return",
-        "layer = len(self.blocks)\n        return",
+        "layer = self.settings.probed_layer if",
+        "layer = len(self.blocks) if",
         OURS,
     ),
     Fault(
         "Features are always normalized by the last norm",
         ENCODER,
-        "return self.blocks[number].norm1 if is_next else",
+        "return self.block(number + 1).norm1 if is_next else",
         "return self.norm if is_next else",
         OURS,
     ),
     Fault(
         "Features are normalized by the norm of the block itself",
         ENCODER,
-        "return self.blocks[number].norm1 if",
-        "return self.blocks[number - 1].norm1 if",
+        "return self.block(number + 1).norm1 if",
+        "return self.block(number).norm1 if",
         OURS,
     ),
     Fault(
         "Layers are counted from zero",
         ENCODER,
-        "return [outputs[number] for number in numbers]",
-        "return [outputs[max(number - 1, 0)] if number - 1 in outputs else outputs[number] for number in numbers]",
+        "return [found[number] for number in numbers]",
+        "return [found.get(number - 1, found[number]) for number in numbers]",
         OURS,
     ),
     Fault(
         "Maps of patches hold the prefix tokens and not the last patches",
         ENCODER,
-        "(tokens)[:, self.prefix :]\n        return rearrange(patches",
-        "(tokens)[:, : tokens.shape[1] - self.prefix]\n        return rearrange(patches",
+        "patches = self.tokens[:, self.layout.prefix :]",
+        "patches = self.tokens[:, : self.tokens.shape[1] - self.layout.prefix]",
         OURS,
     ),
     Fault(
@@ -252,17 +252,17 @@ FAULTS = [
         OURS,
     ),
     Fault(
-        "Maps of patches come from the last block whatever the layer",
+        "Intermediates are normalized where they were not asked to be",
         ENCODER,
-        "number = layer or self.settings.feature_layer or len(self.blocks)",
-        "number = len(self.blocks)",
+        "(tokens) if norm else tokens, layout",
+        "(tokens), layout",
         OURS,
     ),
     Fault(
         "Attention weights are those of the block before",
         ENCODER,
-        "block = self.blocks[layer - 1]",
-        "block = self.blocks[max(layer - 2, 0)]",
+        "block = self.block(number)\n                weights",
+        "block = self.block(max(number - 1, 1))\n                weights",
         OURS,
     ),
     Fault("The pooled vector is not normalized", ENCODER, "return self.fc_norm(pooled)", "return pooled", OURS),
@@ -273,7 +273,7 @@ FAULTS = [
         "pooling = self.settings.pooling\n        if",
         OURS,
     ),
-    Fault("Tokens are not dropped", ENCODER, "return self.dropout(tokens), places", "return tokens, places", OURS),
+    Fault("Tokens are not dropped", ENCODER, "return self.dropout(tokens), layout", "return tokens, layout", OURS),
     Fault(
         "Stochastic depth is the same in all blocks",
         ENCODER,
@@ -299,8 +299,8 @@ FAULTS = [
     Fault(
         "Paths are dropped in evaluation",
         ENCODER,
-        "if not self.training:\n            path_noise = None\n        elif",
-        "if",
+        "if not self.training:\n            return None\n",
+        "",
         OURS,
     ),
     Fault(
@@ -363,8 +363,8 @@ FAULTS = [
     Fault(
         "Both branches of a block are dropped together",
         BLOCKS,
-        "self.keep_some(mixed, path_noise, 1)",
-        "self.keep_some(mixed, path_noise, 0)",
+        "self.drop_path(mixed, path_noise, 1)",
+        "self.drop_path(mixed, path_noise, 0)",
         OURS,
     ),
     Fault(
@@ -377,8 +377,8 @@ FAULTS = [
     Fault(
         "The attention's branch has no layer scale",
         BLOCKS,
-        "self.ls1(self.attn(self.norm1(tokens), places, memory))",
-        "self.attn(self.norm1(tokens), places, memory)",
+        "self.ls1(self.attn(self.norm1(tokens), layout, kv_cache))",
+        "self.attn(self.norm1(tokens), layout, kv_cache)",
         GOLDEN,
     ),
     Fault("Layer scale starts at one", BLOCKS, "torch.full((width,), value)", "torch.full((width,), 1.0)", OURS),
@@ -410,18 +410,18 @@ FAULTS = [
         "Queries and keys are normalized after they were turned",
         BLOCKS,
         "        query, key = self.q_norm(query), self.k_norm(key)\n"
-        "        if places is not None and places.rotation is not None:\n"
-        "            query, key = rotate(query, places.rotation), rotate(key, places.rotation)\n",
-        "        if places is not None and places.rotation is not None:\n"
-        "            query, key = rotate(query, places.rotation), rotate(key, places.rotation)\n"
+        "        if layout is not None and layout.rotation is not None:\n"
+        "            query, key = rotate(query, layout.rotation), rotate(key, layout.rotation)\n",
+        "        if layout is not None and layout.rotation is not None:\n"
+        "            query, key = rotate(query, layout.rotation), rotate(key, layout.rotation)\n"
         "        query, key = self.q_norm(query), self.k_norm(key)\n",
         OURS,
     ),
     Fault(
         "Keys are not turned",
         BLOCKS,
-        "rotate(query, places.rotation), rotate(key, places.rotation)",
-        "rotate(query, places.rotation), key",
+        "rotate(query, layout.rotation), rotate(key, layout.rotation)",
+        "rotate(query, layout.rotation), key",
         OURS,
     ),
     Fault(
@@ -523,8 +523,8 @@ FAULTS = [
     Fault(
         "Reading on turns by the first places' angles",
         ENCODER,
-        "turn[:, :, start:stop] for turn in rotation",
-        "turn[:, :, : stop - start] for turn in rotation",
+        "rotation[0][:, :, start:stop], rotation[1][:, :, start:stop]",
+        "rotation[0][:, :, : stop - start], rotation[1][:, :, : stop - start]",
         OF_SAMPLING,
     ),
     Fault(
@@ -557,7 +557,7 @@ FAULTS = [
         OF_MAE,
     ),
     Fault(
-        "Tables are stretched bilinearly",
+        "Tables are interpolated bilinearly",
         POSITIONS,
         'F.interpolate(image, size=to, mode="bicubic"',
         'F.interpolate(image, size=to, mode="bilinear"',
@@ -571,7 +571,7 @@ FAULTS = [
         GOLDEN,
     ),
     Fault(
-        "A stretched table has its rows and columns swapped",
+        "An interpolated table has its rows and columns swapped",
         POSITIONS,
         '"1 d rows cols -> (rows cols) d")',
         '"1 d rows cols -> (cols rows) d")',
@@ -579,14 +579,14 @@ FAULTS = [
     ),
     Fault("The base of the rotary frequencies is 10,000", POSITIONS, "100.0 ** (-torch", "10_000.0 ** (-torch", OURS),
     Fault(
-        "Rotary coordinates of a larger grid are not stretched",
+        "Rotary coordinates of a larger grid are not scaled",
         POSITIONS,
         "+ 0.5) * old / new - 0.5",
         "+ 0.5) * 1 - 0.5",
         OURS,
     ),
     Fault(
-        "Rotary coordinates are stretched by their corners",
+        "Rotary coordinates are scaled by their corners",
         POSITIONS,
         "+ 0.5) * old / new - 0.5",
         ") * old / new",
@@ -616,15 +616,15 @@ FAULTS = [
     Fault(
         "The bias of visible patches is that of the first ones",
         POSITIONS,
-        "place = places.visible",
-        "place = place[: places.visible.shape[1]].expand_as(places.visible)",
+        "index = layout.visible",
+        "index = index[: layout.visible.shape[1]].expand_as(layout.visible)",
         OURS,
     ),
     Fault(
         "Prefix tokens stand behind the patches in the bias",
         POSITIONS,
-        "F.pad(bias, (places.prefix, 0, places.prefix, 0))",
-        "F.pad(bias, (0, places.prefix, 0, places.prefix))",
+        "F.pad(bias, (layout.prefix, 0, layout.prefix, 0))",
+        "F.pad(bias, (0, layout.prefix, 0, layout.prefix))",
         OURS,
     ),
     # ---- one vector per image, other sizes
@@ -649,8 +649,8 @@ FAULTS = [
     Fault(
         "Resized tables lose the rows of prefix tokens' order",
         RESIZE,
-        "torch.cat([table[:rows], patches])",
-        "torch.cat([table[:rows].flip(0) * 0, patches])",
+        "torch.cat(rows)[None]",
+        "torch.cat([rows[0] * 0, rows[1]])[None]",
         OURS,
     ),
     Fault("Resized tables shrink without smoothing", RESIZE, "new.interpolate_antialias", "False", OURS),

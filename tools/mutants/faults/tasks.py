@@ -560,15 +560,15 @@ FAULTS = [
     Fault(
         "The number of Sinkhorn-Knopp's iterations is ignored",
         DINO,
-        "sinkhorn_shares(outputs, temperature, settings.sinkhorn_iterations)",
-        "sinkhorn_shares(outputs, temperature, 3)",
+        "sinkhorn_knopp(outputs, temperature, settings.sinkhorn_iterations)",
+        "sinkhorn_knopp(outputs, temperature, 3)",
         OF_DINO,
     ),
     Fault(
         "Sinkhorn-Knopp's temperature is a constant",
         DINO,
-        "sinkhorn_shares(outputs, temperature, settings.sinkhorn_iterations)",
-        "sinkhorn_shares(outputs, 0.04, settings.sinkhorn_iterations)",
+        "sinkhorn_knopp(outputs, temperature, settings.sinkhorn_iterations)",
+        "sinkhorn_knopp(outputs, 0.04, settings.sinkhorn_iterations)",
         OF_DINO,
     ),
     Fault(
@@ -644,8 +644,8 @@ FAULTS = [
     Fault(
         "KoLeo is of one view alone",
         DINO,
-        "koleo(view) for view in features[:GLOBAL_VIEWS]",
-        "koleo(view) for view in features[:1]",
+        "koleo_loss(view) for view in features[:GLOBAL_VIEWS]",
+        "koleo_loss(view) for view in features[:1]",
         OF_DINO,
     ),
     Fault(
@@ -686,7 +686,7 @@ FAULTS = [
     Fault(
         "A released checkpoint's center is left out",
         DINO,
-        'task.center.copy_(content["dino_loss"]["center"].flatten())',
+        'task.model.center.copy_(content["dino_loss"]["center"].flatten())',
         "pass",
         OF_DINO,
     ),
@@ -862,8 +862,8 @@ FAULTS = [
     Fault(
         "The smoothing is tuned on images that were counted",
         LIKELIHOOD,
-        "NeighborTable(images[~is_held], colors)",
-        "NeighborTable(images, colors)",
+        "NGramTable(images[~is_held_out], colors)",
+        "NGramTable(images, colors)",
         OF_LIKELIHOOD,
     ),
     Fault(
@@ -876,8 +876,8 @@ FAULTS = [
     Fault(
         "The left neighbor's weight is the upper one's",
         LIKELIHOOD,
-        "left_share * by_left.shares(single, alone) + (1 - left_share) * by_upper",
-        "(1 - left_share) * by_left.shares(single, alone) + left_share * by_upper",
+        "left_weight * by_left.probs(single, unigram) + (1 - left_weight) * by_upper",
+        "(1 - left_weight) * by_left.probs(single, unigram) + left_weight * by_upper",
         OF_LIKELIHOOD,
     ),
     Fault(

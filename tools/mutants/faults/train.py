@@ -251,7 +251,7 @@ FAULTS = [
     Fault("online.neighbors is ignored", ONLINE, "min(self.online.neighbors, len(train))", "min(20, len(train))",
           (SCORES,)),
     Fault("online.images takes the first images", ONLINE,
-          "spread(len(index), online.images)", "spread(online.images, online.images)", (SCORES,)),
+          "evenly_spaced(len(index), online.images)", "evenly_spaced(online.images, online.images)", (SCORES,)),
     Fault("A look comes before the line that it belongs to", ONLINE,
           "math.ceil(every / log_every)", "math.floor(every / log_every)", ("tests/train/test_online.py",)),
     # ---- health

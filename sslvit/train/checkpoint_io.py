@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins import CheckpointIO
 from torch import Tensor
@@ -23,7 +22,6 @@ from torch import Tensor
 from sslvit.files import new_file
 from sslvit.settings import TrainSettings
 from sslvit.stopping import RankLost
-from sslvit.train.callbacks import StepCallback
 from sslvit.train.folder import NAMED, RunFolder
 from sslvit.weight_files import END, SEAL, SHARDS, read_torch_file, shard_file, shards_folder
 
@@ -273,21 +271,3 @@ def copied(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(copied(item) for item in value)
     return value
-
-
-class Checkpoints(StepCallback):
-    """Writes checkpoints/last.ckpt every so many optimizer steps and after the last one, and keeps some by their step.
-
-    Args:
-        folder: of the run.
-        settings: how often, and which are kept.
-        total_steps: of the run.
-    """
-
-    def __init__(self, folder: RunFolder, settings: TrainSettings, total_steps: int) -> None:
-        self.folder, self.settings, self.total_steps = folder, settings, total_steps
-
-    def on_step(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if self.step % self.settings.checkpoint_every and self.step != self.total_steps:
-            return
-        trainer.save_checkpoint(self.folder.checkpoint, weights_only=False)  # with the optimizer

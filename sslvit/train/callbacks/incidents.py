@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from dataclasses import asdict
 
 import pytorch_lightning as pl
 import torch
@@ -22,7 +23,7 @@ from sslvit.data.index import Index
 from sslvit.data.loader import TrainingBatches
 from sslvit.files import new_file, to_json, write_atomically
 from sslvit.tasks.base import Task
-from sslvit.train.callbacks import StepCallback
+from sslvit.train.callbacks.base import StepCallback, save_checkpoint
 from sslvit.train.folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -42,13 +43,13 @@ class Incidents(StepCallback):
         self.skipped = self.in_a_row = 0
 
     def on_step(self, trainer: pl.Trainer, module: Task) -> None:
-        self.in_a_row = self.in_a_row + 1 if module.is_skipped else 0
-        self.skipped += module.is_skipped
+        self.in_a_row = self.in_a_row + 1 if module.guard.skipped else 0
+        self.skipped += module.guard.skipped
         if self.skipped:
             module.record("skipped_steps", torch.tensor(float(self.skipped), dtype=torch.float64))
-        if not module.is_skipped:
+        if not module.guard.skipped:
             return
-        where = ", ".join(module.not_finite[:3]) or "the loss"
+        where = ", ".join(module.guard.not_finite[:3]) or "the loss"
         if trainer.is_global_zero:
             logger.info(f"step {self.step}: skipped, not finite ({where}; {self.skipped} so far)")
         if self.in_a_row >= self.limit:
@@ -76,13 +77,12 @@ class Incidents(StepCallback):
                 with new_file(self.folder.incident / name) as part:
                     save_file(as_tensors(batch), part, {"first_row": str(batch.first_row)})
                 names.append([self.index.key(sample) for sample in batch.samples.tolist()])
-        trainer.save_checkpoint(self.folder.incident / "state.ckpt", weights_only=False)
-        trainer.strategy.checkpoint_io.teardown()
+        save_checkpoint(trainer, self.folder.incident / "state.ckpt", waits=True)
         if trainer.is_global_zero:
             about = {
-                "step": step, "seed": module.seed, "rank": trainer.global_rank, "ranks": trainer.world_size,
-                "precision": str(trainer.precision), "total_steps": module.total_steps,
-                "steps_per_epoch": module.steps_per_epoch, "not_finite": module.not_finite, "samples": names,
+                "step": step, "seed": module.run.seed, "rank": trainer.global_rank, "ranks": trainer.world_size,
+                "precision": str(trainer.precision), "run": asdict(module.run),
+                "not_finite": module.guard.not_finite, "samples": names,
             }  # fmt: skip
             shutil.copy(self.folder.config, self.folder.incident / "config.yaml")
             write_atomically(self.folder.incident / "incident.json", to_json(about, indent=1) + "\n")

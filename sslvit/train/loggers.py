@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
+import platform
+import shlex
+import sys
 import uuid
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import matplotlib.image
 import pytorch_lightning as pl
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 
+from sslvit import __version__
+from sslvit.data.index import Index
+from sslvit.environment import require_packages
 from sslvit.files import write_atomically
-from sslvit.settings import TrainSettings
+from sslvit.settings import RunSettings, TrainSettings
 from sslvit.train.folder import RunFolder
 
 
@@ -21,29 +28,44 @@ def check_loggers(settings: TrainSettings) -> None:
     Raises:
         ImportError: a logger's package is missing.
     """
-    for key, is_wanted in (("tensorboard", settings.tensorboard), ("wandb", settings.wandb is not None)):
-        if is_wanted and importlib.util.find_spec(key) is None:
-            raise ImportError(f"train.{key}: {key} is not installed. Run: pip install {key}")
-
-
-def make_loggers(settings: TrainSettings, folder: RunFolder) -> list[Logger]:
-    """Those that the settings ask for, on the first rank. A resumed run goes on in the same run of Weights & Biases."""
-    loggers: list[Logger] = []
     if settings.tensorboard:
-        loggers.append(TensorBoardLogger(folder.path, name=None, version=folder.tensorboard.name))
+        require_packages("train.tensorboard", "sslvit[tensorboard]", "tensorboard")
     if settings.wandb is not None:
+        require_packages("train.wandb", "wandb", "wandb")
+
+
+def make_loggers(settings: RunSettings, folder: RunFolder, index: Index) -> list[Logger]:
+    """Those that the settings ask for, on the first rank, with all that the run depends on as their configuration.
+
+    A resumed run goes on in the same run of Weights & Biases.
+    """
+    train = settings.train
+    loggers: list[Logger] = []
+    if train.tensorboard:
+        loggers.append(TensorBoardLogger(folder.path, name=None, version=folder.tensorboard.name))
+    if train.wandb is not None:
         folder.wandb.mkdir(exist_ok=True)
         file = folder.wandb / "run-id"
         if not file.exists():
             write_atomically(file, uuid.uuid4().hex[:12] + "\n")
-        given = {"project": settings.wandb, "id": file.read_text().strip(), "resume": "allow"}
+        given = {"project": train.wandb, "id": file.read_text().strip(), "resume": "allow"}
         loggers.append(WandbLogger(folder.path.name, folder.path, **given))
+    for logger in loggers:
+        logger.log_hyperparams(describe_run(settings, index))
     return loggers
 
 
+def describe_run(settings: RunSettings, index: Index) -> dict[str, Any]:
+    """Settings, data, versions and command, nested: what two runs are compared by."""
+    data = {"location": index.location, "images": len(index), "fingerprint": index.fingerprint()}
+    versions = {name: metadata.version(name) for name in ("torch", "torchvision", "pytorch-lightning", "numpy")}
+    versions |= {"sslvit": __version__, "python": platform.python_version()}
+    return {**settings.as_dict(), "data_set": data, "versions": versions, "command": shlex.join(sys.argv)}
+
+
 def log_line(trainer: pl.Trainer, line: dict[str, float]) -> None:
-    """A line of metrics.jsonl, on the first rank."""
-    numbers = {name: value for name, value in line.items() if name != "step"}
+    """What a line of metrics.jsonl holds besides the task's records, on the first rank; those the task logs itself."""
+    numbers = {f"run/{name}": value for name, value in line.items() if name != "step"}
     for logger in trainer.loggers:
         logger.log_metrics(numbers, step=int(line["step"]))
 

@@ -16,21 +16,21 @@ from dataclasses import asdict
 import pytorch_lightning as pl
 import torch
 
-from sslvit.data.index import ShardIndex
+from sslvit.data.index import Index, ShardIndex
 from sslvit.data.open import open_shards
 from sslvit.evaluate.classify import Accuracy, accuracy
-from sslvit.evaluate.features import Pass
+from sslvit.evaluate.features import FeatureExtractor
 from sslvit.evaluate.knn import knn_accuracies
-from sslvit.evaluate.label_free import measures_of, spread
+from sslvit.evaluate.label_free import evenly_spaced, measures_of
 from sslvit.evaluate.linear import fit_probe
 from sslvit.evaluate.probe import check_classes, open_labeled
 from sslvit.evaluate.sources import FrozenEncoder, LabeledSet, NoScore
 from sslvit.files import to_json, write_atomically
 from sslvit.ranks import broadcast_from_rank0, is_first_rank
-from sslvit.settings import ProbeSettings, RunSettings
+from sslvit.settings import ProbeSettings, RunSettings, SupervisedSettings
 from sslvit.tasks.base import Task
 from sslvit.tasks.supervised import Supervised
-from sslvit.train.callbacks import StepCallback
+from sslvit.train.callbacks.base import StepCallback
 from sslvit.train.folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -39,12 +39,12 @@ IMAGES_AT_ONCE = 256
 
 
 @contextmanager
-def looking(module: Task) -> Iterator[Task]:
+def evaluating(module: Task) -> Iterator[Task]:
     """All weights in evaluation mode, and afterwards every part and torch's stream of chance as they were."""
     was_training = {part: part.training for part in module.modules()}
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):  # a loader draws its workers' seed when it starts
-            yield module.whole().eval()
+            yield module.gather_full_copy().eval()
     finally:
         for part, training in was_training.items():
             part.training = training
@@ -66,9 +66,9 @@ class ScoringCallback(StepCallback):
     def on_step(self, trainer: pl.Trainer, module: Task) -> None:
         if self.step % self.every and self.step != self.total_steps:
             return
-        with looking(module) as whole:
+        with evaluating(module) as full:
             try:
-                found = self.scores(trainer, whole)
+                found = self.scores(trainer, full)
             except NoScore as error:  # on all ranks alike
                 found = {}
                 if is_first_rank():
@@ -92,15 +92,15 @@ class OnlineProbe(ScoringCallback):
         channels = settings.encoder.channels
         limit = settings.data.max_unreadable_fraction
         self.train, self.val = (
-            LabeledSet(index, channels, spread(len(index), online.images), limit) for index in indices
+            LabeledSet(index, channels, evenly_spaced(len(index), online.images), limit) for index in indices
         )
 
     def scores(self, trainer: pl.Trainer, module: Task) -> dict[str, float]:
         source = FrozenEncoder(module.trained_encoder)
-        places = source.places(None, 1, None)
-        reading = Pass(min(IMAGES_AT_ONCE, self.online.images))
-        train, val = (reading.features(source, data, places).at(places) for data in (self.train, self.val))
-        found = measures_of(source, self.val, reading, seed=self.seed)
+        readouts = source.readouts(None, 1, None)
+        extractor = FeatureExtractor(min(IMAGES_AT_ONCE, self.online.images))
+        train, val = (extractor.features(source, data, readouts).at(readouts) for data in (self.train, self.val))
+        found = measures_of(source, self.val, extractor, seed=self.seed)
         found = {f"online_{name}": value for name, value in found.items()}
         if is_first_rank():
             classes = len(self.train.index.classes)
@@ -113,7 +113,7 @@ class OnlineProbe(ScoringCallback):
 
 
 class Validation(ScoringCallback):
-    """A classifier's right answers on the reported images; the last ones are written to scores.json."""
+    """A classifier's accuracy on the reported images; the last one is written to scores.json."""
 
     def __init__(self, settings: RunSettings, folder: RunFolder, index: ShardIndex, total_steps: int) -> None:
         super().__init__(settings.task.validate_every, settings.train.log_every, total_steps)
@@ -131,7 +131,7 @@ class Validation(ScoringCallback):
     def scores(self, trainer: pl.Trainer, module: Supervised) -> dict[str, float]:
         workers = 0 if self.data.reader.decoded is not None else self.settings.data.workers
         found = accuracy(
-            lambda images: module.logits(images.to(module.dtype)), self.data, self.settings.encoder, module.device,
+            lambda images: module.model(images.to(module.dtype)), self.data, self.settings.encoder, module.device,
             IMAGES_AT_ONCE, workers,
         )  # fmt: skip
         if self.step == self.total_steps and trainer.is_global_zero:
@@ -149,8 +149,8 @@ class Validation(ScoringCallback):
         ):
             return
         self.step = self.total_steps
-        with looking(module) as whole:
-            self.scores(trainer, whole)
+        with evaluating(module) as full:
+            self.scores(trainer, full)
 
     def write(self, found: Accuracy) -> None:
         about = {
@@ -167,3 +167,13 @@ def open_val(settings: RunSettings, index: ShardIndex) -> ShardIndex:
     val = open_shards(name)
     check_classes(index, val, ProbeSettings("", "", neighbors=[]))
     return val
+
+
+def scoring(settings: RunSettings, folder: RunFolder, index: Index, total_steps: int) -> list[pl.Callback]:
+    """What scores labeled images while the run trains."""
+    callbacks: list[pl.Callback] = []
+    if settings.online.train is not None:
+        callbacks.append(OnlineProbe(settings, total_steps))
+    if isinstance(settings.task, SupervisedSettings) and settings.task.val is not None:
+        callbacks.append(Validation(settings, folder, index, total_steps))
+    return callbacks

@@ -16,7 +16,7 @@ import torch
 from torch import distributed
 
 from sslvit.stopping import SIGNALS, Preempted, note_signal, received_signal
-from sslvit.train.callbacks import StepCallback
+from sslvit.train.callbacks.base import StepCallback, save_checkpoint
 from sslvit.train.folder import RunFolder
 
 
@@ -67,8 +67,7 @@ class Preemption(StepCallback):
     def on_step(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if not self.is_agreed() or self.step == self.total_steps:
             return
-        trainer.save_checkpoint(self.folder.checkpoint, weights_only=False)
-        trainer.strategy.checkpoint_io.teardown()  # waits for a writer in the background
+        save_checkpoint(trainer, self.folder.checkpoint, waits=True)
         trainer.strategy.barrier()  # no rank leaves before the checkpoint is whole
         why = f"received {self.told}" if self.told else "another rank was told to"
         raise Preempted(

@@ -1,0 +1,246 @@
+"""DINO: "Emerging Properties in Self-Supervised Vision Transformers" (Caron et al. 2021), section 3.
+
+A student network names every crop of an image, the teacher the two large ones, by shares of K prototypes; the
+student learns to say of each crop what the teacher says of the other ones. The teacher is a moving average of the
+student. Two forces keep it from saying the same of every image: its outputs are centered (no prototype wins
+everywhere) and sharpened (not all prototypes win equally).
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sslvit.models.encoder import ViTEncoder
+from sslvit.ranks import all_reduce_sum, logsumexp_over_ranks, world_size
+from sslvit.settings import DINOSettings, EncoderSettings
+
+GLOBAL_VIEWS = 2
+
+
+class Prototypes(nn.Module):
+    """A linear map without bias whose rows have a direction and a length of their own (weight normalization)."""
+
+    def __init__(self, width: int, count: int, unit_length: bool) -> None:
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(count, 1), requires_grad=not unit_length)
+        self.weight_v = nn.Parameter(nn.Linear(width, count, bias=False).weight.detach())
+
+    def forward(self, x: Float[Tensor, "b bottleneck"]) -> Float[Tensor, "b k"]:
+        return F.linear(x, self.weight_g * F.normalize(self.weight_v, dim=1))
+
+
+class DINOHead(nn.Module):
+    """MLP, a bottleneck of length one, and the prototypes (section 3.2, "Network architecture"; appendix C).
+
+    Args:
+        width: of the encoder.
+        settings: layers, widths and prototypes.
+    """
+
+    def __init__(self, width: int, settings: DINOSettings) -> None:
+        super().__init__()
+        widths = [width] + [settings.head_width] * (settings.head_layers - 1) + [settings.bottleneck]
+        layers: list[nn.Module] = []
+        for i, (before, after) in enumerate(pairwise(widths), start=1):
+            layers.append(nn.Linear(before, after))
+            if i < settings.head_layers:
+                layers += [nn.BatchNorm1d(after)] * settings.batch_norm + [nn.GELU()]
+        self.mlp = nn.Sequential(*layers) if len(layers) > 1 else layers[0]
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        self.last_layer = Prototypes(settings.bottleneck, settings.out_dim, settings.norm_last_layer)
+
+    def forward(self, features: Float[Tensor, "b d"]) -> Float[Tensor, "b k"]:
+        """Cosine of each image and each prototype (times the prototype's length), at least in float32."""
+        projected = self.mlp(features)
+        # float32: in bf16 a cosine is known to 1 part in 256, which a temperature of 0.04 makes a tenth of a logit
+        with torch.autocast(features.device.type, enabled=False):
+            return self.last_layer(F.normalize(at_least_float32(projected), dim=1))
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """In float32, or float64 where they are so already."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def embed_views(encoder: ViTEncoder, views: list[Tensor], path_noise: Tensor | None = None) -> Float[Tensor, "v b d"]:
+    """One vector per image and view; neighboring views of one size share a forward pass (section 3.1, "multi-crop").
+
+    Args:
+        encoder: student or teacher.
+        views: each 'b c h w'.
+        path_noise: for stochastic depth, 'branches (v b)'.
+    """
+    b = len(views[0])
+    features = []
+    for start, stop in runs_of_one_size(views):
+        noise = None if path_noise is None else path_noise[:, start * b : stop * b]
+        features.append(encoder.pool(encoder(torch.cat(views[start:stop]), path_noise=noise)))
+    return rearrange(torch.cat(features), "(v b) d -> v b d", b=b)
+
+
+def runs_of_one_size(views: list[Tensor]) -> list[tuple[int, int]]:
+    """Where neighboring views have one shape: (first, one after the last) of each run."""
+    starts = [i for i, view in enumerate(views) if not i or view.shape != views[i - 1].shape]
+    return list(zip(starts, [*starts[1:], len(views)], strict=True))
+
+
+def center_and_sharpen(
+    outputs: Float[Tensor, "v b k"], center: Float[Tensor, "k"], temperature: float
+) -> Float[Tensor, "v b k"]:
+    """The teacher's shares: softmax of its centered outputs at a low temperature (equations 1 and 4)."""
+    return ((outputs - center) / temperature).softmax(-1)
+
+
+def sinkhorn_knopp(outputs: Float[Tensor, "v b k"], temperature: float, iterations: int) -> Float[Tensor, "v b k"]:
+    """Shares of which each prototype gets equally much over the batch of all ranks.
+
+    Sinkhorn-Knopp as in SwAV (Caron et al. 2020, section 3.1) and DINOv2 (Oquab et al. 2024, section 4), on
+    logarithms: a prototype that no image likes would otherwise divide zero by zero.
+    """
+    log_probs = rearrange(outputs, "v b k -> (v b) k") / temperature
+    images, prototypes = log_probs.shape[0] * world_size(), log_probs.shape[1]
+    for _ in range(iterations):
+        log_probs = log_probs - logsumexp_over_ranks(log_probs.logsumexp(0)) - math.log(prototypes)
+        log_probs = log_probs - log_probs.logsumexp(1, keepdim=True) - math.log(images)
+    return rearrange((log_probs + math.log(images)).exp(), "(v b) k -> v b k", v=len(outputs))
+
+
+def dino_loss(targets: Float[Tensor, "t b k"], logits: Float[Tensor, "s b k"]) -> Float[Tensor, ""]:
+    """Mean over images and over all pairs of two different views: one named by the teacher, one by the student.
+
+    Equation 3.
+
+    Args:
+        targets: the teacher's shares of the first t views.
+        logits: the student's, over its temperature.
+    """
+    t, s, b = len(targets), len(logits), targets.shape[1]
+    # float32 also under autocast: a bf16 softmax over 65,536 prototypes loses its tail
+    with torch.autocast(logits.device.type, enabled=False):
+        each = -torch.einsum("tbk,sbk->ts", targets, at_least_float32(logits).log_softmax(-1)) / b  # t s
+        is_other = 1 - torch.eye(t, s, dtype=each.dtype, device=each.device)
+        return (each * is_other).sum() / (t * s - t)
+
+
+def koleo_loss(features: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
+    """Minus the mean logarithm of each image's distance to its nearest neighbor in the batch, on the unit sphere.
+
+    Kozachenko-Leonenko's estimate of entropy (Sablayrolles et al. 2019, section 3.3; DINOv2, section 4).
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        directions = F.normalize(at_least_float32(features), dim=1, eps=1e-8)
+        with torch.no_grad():
+            similarity = (directions @ directions.T).fill_diagonal_(-1)
+            nearest = similarity.argmax(1)
+        distance = F.pairwise_distance(directions, directions[nearest], eps=1e-8)
+        return -(distance + 1e-8).log().mean()
+
+
+class DINOLosses(NamedTuple):
+    """What one pass of a DINOModel computes.
+
+    Attributes:
+        loss: Cross-entropy over all pairs of different views (equation 3).
+        koleo: KoLeo summed over the student's global views, unweighted; None where it is not wanted.
+        features: The teacher's features of the first global view, 'b d'.
+        probs: The teacher's probabilities of that view, 'b k'.
+    """
+
+    loss: Tensor
+    koleo: Tensor | None
+    features: Tensor
+    probs: Tensor
+
+
+class DINOModel(nn.Module):
+    """A student and its teacher, each an encoder with a head, and the center of the teacher's outputs (figure 2).
+
+    Args:
+        settings: Heads, temperatures and centering; no key may be null (`DINOSettings.fitted`).
+        encoder: The encoder's architecture and input.
+
+    Raises:
+        ValueError: An encoder that is tied to one size, or settings that are still null.
+    """
+
+    def __init__(self, settings: DINOSettings, encoder: EncoderSettings) -> None:
+        super().__init__()
+        if encoder.tokens == "pixel":
+            raise ValueError(
+                "DINO shows the encoder crops of several sizes, and a pixel sequence is tied to one. "
+                "Set encoder.tokens to patch (see configs/dino/)."
+            )
+        if open_keys := [f"task.{key}" for key, value in vars(settings).items() if value is None]:
+            raise ValueError(f"{', '.join(open_keys)}: still null. Call DINOSettings.fitted first.")
+        self.settings = settings
+        self.encoder = ViTEncoder(encoder)
+        self.teacher = ViTEncoder(EncoderSettings(**{**vars(encoder), "drop_path": 0.0, "dropout": 0.0}))
+        self.head = DINOHead(encoder.width, settings)
+        self.teacher_head = DINOHead(encoder.width, settings)
+        self.register_buffer("center", torch.zeros(settings.out_dim))
+        self.register_buffer("output_sum", torch.zeros(settings.out_dim), persistent=False)
+        self.register_buffer("output_rows", torch.zeros(()), persistent=False)  # that were added up
+        self.reset_teacher()
+        self.teacher.requires_grad_(False)
+        self.teacher_head.requires_grad_(False)
+
+    def reset_teacher(self) -> None:
+        """Make the teacher a copy of the student."""
+        self.teacher.load_state_dict(self.encoder.state_dict())
+        self.teacher_head.load_state_dict(self.head.state_dict())
+
+    def loss(self, views: list[Tensor], teacher_temp: float, path_noise: Tensor | None = None) -> DINOLosses:
+        """The student's error in naming each view as the teacher names the other ones.
+
+        In training mode the teacher's outputs are added up for the next `update_center`.
+
+        Args:
+            views: Each 'b c h w', the two global ones first.
+            teacher_temp: Temperature of the teacher's softmax at this step.
+            path_noise: Uniform numbers for the student's stochastic depth, 'branches (v b)'.
+        """
+        with torch.no_grad():
+            teacher_features = embed_views(self.teacher, views[:GLOBAL_VIEWS])  # 2 b d
+            targets = self.targets(apply_head(self.teacher_head, teacher_features), teacher_temp)  # 2 b k
+        features = embed_views(self.encoder, views, path_noise)  # v b d
+        logits = apply_head(self.head, features) / self.settings.student_temp  # v b k
+        loss = dino_loss(targets, logits)
+        koleo = None
+        if self.settings.koleo:
+            koleo = torch.stack([koleo_loss(view) for view in features[:GLOBAL_VIEWS]]).sum()
+        return DINOLosses(loss, koleo, teacher_features[0], targets[0])
+
+    def targets(self, outputs: Float[Tensor, "v b k"], teacher_temp: float) -> Float[Tensor, "v b k"]:
+        """The teacher's probabilities under the center of earlier steps."""
+        if self.settings.centering == "sinkhorn":
+            return sinkhorn_knopp(outputs, teacher_temp, self.settings.sinkhorn_iterations)
+        if self.training:
+            self.output_sum += outputs.sum((0, 1))
+            self.output_rows += outputs.shape[0] * outputs.shape[1]
+        return center_and_sharpen(outputs, self.center, teacher_temp)
+
+    @torch.no_grad()
+    def update_center(self) -> None:
+        """Move the center toward the mean output of all micro-batches and ranks since the last update (equation 4)."""
+        if self.settings.centering == "sinkhorn":
+            return
+        mean = all_reduce_sum(self.output_sum) / (self.output_rows * world_size())
+        self.center.lerp_(mean, 1 - self.settings.center_momentum)
+        self.output_sum.zero_()
+        self.output_rows.zero_()
+
+
+def apply_head(head: DINOHead, features: Float[Tensor, "v b d"]) -> Float[Tensor, "v b k"]:
+    """The head's outputs of all views at once."""
+    return rearrange(head(rearrange(features, "v b d -> (v b) d")), "(v b) k -> v b k", v=len(features))

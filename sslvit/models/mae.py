@@ -1,0 +1,210 @@
+"""Masked autoencoder: "Masked Autoencoders Are Scalable Vision Learners" (He et al. 2022), section 3.
+
+The encoder sees the visible patches only; a light decoder gets its tokens, with a learned mask token at every
+hidden place, and predicts the pixels of the hidden patches.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from sslvit.models.encoder import ViTEncoder
+from sslvit.models.positions import sincos_2d, sincos_table, table_on_grid
+from sslvit.models.transformer import Block, run_block
+from sslvit.settings import EncoderSettings, MAESettings
+
+
+def patchify(images: Float[Tensor, "b c h w"], patch: int) -> Float[Tensor, "b n pixels"]:
+    """Patches row by row, each flattened as (row, column, channel), the order of the decoder's outputs."""
+    return rearrange(images, "b c (rows p) (cols q) -> b (rows cols) (p q c)", p=patch, q=patch)
+
+
+def unpatchify(patches: Float[Tensor, "b n pixels"], patch: int, grid: tuple[int, int]) -> Float[Tensor, "b c h w"]:
+    """The inverse of patchify."""
+    return rearrange(
+        patches, "b (rows cols) (p q c) -> b c (rows p) (cols q)", rows=grid[0], cols=grid[1], p=patch, q=patch
+    )
+
+
+def num_visible(patches: int, mask_ratio: float) -> int:
+    """How many patches stay visible: rounded down, in the paper's code's arithmetic."""
+    return int(patches * (1 - mask_ratio))
+
+
+def random_masking(noise: Float[Tensor, "b n"], visible: int) -> tuple[Int[Tensor, "b k"], Bool[Tensor, "b n"]]:
+    """The `visible` patches with the lowest noise, in the order of their noise; and what is hidden (True)."""
+    order = noise.argsort(dim=1, stable=True)
+    is_hidden = torch.ones_like(noise, dtype=torch.bool)
+    is_hidden.scatter_(1, order[:, :visible], False)
+    return order[:, :visible], is_hidden
+
+
+def normalize_patches(patches: Float[Tensor, "b n pixels"]) -> Float[Tensor, "b n pixels"]:
+    """Each patch by its own mean and unbiased variance plus 1e-6 (section 3, "Reconstruction target")."""
+    mean, variance = patches.mean(2, keepdim=True), patches.var(2, keepdim=True)
+    return (patches - mean) / (variance + 1e-6).sqrt()
+
+
+def masked_patch_mse(
+    predicted: Float[Tensor, "b n pixels"],
+    target: Float[Tensor, "b n pixels"],
+    is_hidden: Bool[Tensor, "b n"],
+) -> Float[Tensor, ""]:
+    """Mean squared error over the patches that the encoder did not see.
+
+    MAE (He et al. 2022), section 3, "Reconstruction target".
+
+    Args:
+        predicted: in the target's units.
+        target: raw pixels, or patches in units of their own standard deviation.
+        is_hidden: True where the patch was hidden from the encoder.
+    """
+    kind = torch.promote_types(predicted.dtype, torch.float32)  # float32 at least
+    error = (predicted.to(kind) - target.to(kind)).square().mean(2)
+    return (error * is_hidden).sum() / is_hidden.sum()  # indexing by the mask would wait for the device
+
+
+class MAEDecoder(nn.Module):
+    """A narrow transformer over all places (section 3, "MAE decoder"); used in pretraining only.
+
+    Args:
+        encoder: settings of the encoder whose tokens come in.
+        settings: width, depth, heads and the ratio of its MLPs.
+    """
+
+    def __init__(self, encoder: EncoderSettings, settings: MAESettings) -> None:
+        super().__init__()
+        width, self.prefix, self.grid = settings.decoder_width, encoder.prefix, encoder.grid
+        self.recompute = encoder.activation_checkpointing
+        plain = EncoderSettings(
+            width=width, depth=settings.decoder_depth, heads=settings.decoder_heads, norm_eps=1e-6,
+            mlp_ratio=settings.decoder_mlp_ratio or encoder.mlp_ratio,
+        )  # fmt: skip
+        self.embed = nn.Linear(encoder.width, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.register_buffer("pos_embed", sincos_table(sincos_2d(encoder.grid, width), self.prefix))
+        self.blocks = nn.ModuleList(Block(plain) for _ in range(settings.decoder_depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.pred = nn.Linear(width, encoder.patch**2 * encoder.channels)
+        nn.init.normal_(self.mask_token, std=0.02)
+        for module in self.modules():  # appendix A.1, as encoder.init: xavier
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def forward(
+        self, latent: Float[Tensor, "b t d"], visible: Int[Tensor, "b k"], grid: tuple[int, int] | None = None
+    ) -> Float[Tensor, "b n pixels"]:
+        """Predicted pixels of every patch, hidden or not, row by row; on a grid that is not the encoder's own too."""
+        tokens = self.embed(latent)  # b (prefix + k) w
+        prefix, seen = tokens[:, : self.prefix], tokens[:, self.prefix :]
+        positions = self.positions(grid or self.grid)  # 1 (prefix + n) w
+        places = self.mask_token.to(tokens.dtype).expand(len(tokens), positions.shape[1] - self.prefix, -1)
+        places = places.scatter(1, visible[:, :, None].expand_as(seen), seen)  # b n w
+        tokens = torch.cat([prefix, places], 1) + positions
+        for block in self.blocks:
+            tokens = run_block(block, tokens, recompute=self.recompute)
+        return self.pred(self.norm(tokens))[:, self.prefix :]
+
+    def positions(self, grid: tuple[int, int]) -> Float[Tensor, "1 t d"]:
+        """The table of the encoder's own grid, resampled for others."""
+        return torch.cat(table_on_grid(self.pos_embed, self.prefix, self.grid, grid))[None]
+
+
+class MAEModel(nn.Module):
+    """An encoder of the visible patches and a light decoder (figure 1).
+
+    Args:
+        settings: Masking, target and decoder.
+        encoder: The encoder's architecture and input.
+
+    Raises:
+        ValueError: An encoder that cannot take a few patches alone, or a ratio that leaves all or no patches visible.
+    """
+
+    def __init__(self, settings: MAESettings, encoder: EncoderSettings) -> None:
+        super().__init__()
+        check_encoder(settings, encoder)
+        self.settings = settings
+        self.encoder = ViTEncoder(encoder)
+        self.decoder = MAEDecoder(encoder, settings)
+
+    def loss(
+        self, images: Float[Tensor, "b c h w"], noise: Float[Tensor, "b n"], path_noise: Tensor | None = None
+    ) -> Float[Tensor, ""]:
+        """The reconstruction error of the hidden patches.
+
+        Args:
+            images: Normalized pixels.
+            noise: One number per patch; those with the lowest stay visible.
+            path_noise: Uniform numbers for stochastic depth, 'branches b'.
+        """
+        predicted, is_hidden = self.predict(images, noise, path_noise)  # b n pixels, b n
+        return masked_patch_mse(predicted, self.target(images), is_hidden)
+
+    def predict(
+        self, images: Float[Tensor, "b c h w"], noise: Float[Tensor, "b n"], path_noise: Tensor | None = None
+    ) -> tuple[Float[Tensor, "b n pixels"], Bool[Tensor, "b n"]]:
+        """Every patch in the target's units, and which ones the encoder did not see."""
+        latent, visible, is_hidden = self.encode(images, noise, path_noise)
+        return self.decoder(latent, visible, self.grid_of(images)), is_hidden
+
+    def encode(
+        self, images: Float[Tensor, "b c h w"], noise: Float[Tensor, "b n"], path_noise: Tensor | None = None
+    ) -> tuple[Float[Tensor, "b t d"], Int[Tensor, "b k"], Bool[Tensor, "b n"]]:
+        """Tokens of the visible patches, their numbers, and which patches are hidden."""
+        visible, is_hidden = random_masking(noise, num_visible(noise.shape[1], self.settings.mask_ratio))  # b k, b n
+        return self.encoder(images, visible, path_noise=path_noise), visible, is_hidden
+
+    def target(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n pixels"]:
+        """What the decoder learns to predict (section 3, "Reconstruction target")."""
+        patches = patchify(images, self.encoder.settings.patch)
+        return normalize_patches(patches) if self.settings.target == "normalized" else patches
+
+    def grid_of(self, images: Float[Tensor, "b c h w"]) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.encoder.settings.grid_of(*images.shape[2:])
+
+    @torch.no_grad()
+    def reconstruct(
+        self, images: Float[Tensor, "b c h w"], noise: Float[Tensor, "b n"]
+    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b 1 h w"]]:
+        """The images with their hidden patches predicted, and where these are (1).
+
+        Visible pixels are put back. With a normalized target the network predicts each patch in units of its own
+        mean and deviation, which are taken from the image itself.
+        """
+        predicted, is_hidden = self.predict(images, noise)
+        patch = self.encoder.settings.patch
+        patches = patchify(images, patch)
+        if self.settings.target == "normalized":
+            deviation = (patches.var(2, keepdim=True) + 1e-6).sqrt()
+            predicted = predicted * deviation + patches.mean(2, keepdim=True)
+        filled = torch.where(is_hidden[:, :, None], predicted, patches)
+        grid = self.grid_of(images)
+        area = is_hidden[:, :, None].float().expand(-1, -1, patch**2)
+        return unpatchify(filled, patch, grid), unpatchify(area, patch, grid)
+
+
+def check_encoder(settings: MAESettings, encoder: EncoderSettings) -> None:
+    """Raise ValueError where MAE cannot train such an encoder."""
+    if encoder.causal or encoder.tokens != "patch":
+        raise ValueError(
+            "MAE shows the encoder a few patches alone, in any order: it can neither be causal nor have tokens "
+            f"that see beyond their patch (here causal: {str(encoder.causal).lower()}, tokens: {encoder.tokens}). "
+            "Set encoder.causal to false and encoder.tokens to patch (see configs/mae/)."
+        )
+    if encoder.pooling == "attention":
+        raise ValueError(
+            "MAE trains without labels, so an attention pool would stay random. Set encoder.pooling to class or mean."
+        )
+    patches = encoder.grid[0] * encoder.grid[1]
+    visible = num_visible(patches, settings.mask_ratio)
+    if not 0 < visible < patches:
+        raise ValueError(
+            f"task.mask_ratio: {settings.mask_ratio} of {patches} patches leaves {visible} visible. "
+            "Choose another ratio, or a smaller patch."
+        )

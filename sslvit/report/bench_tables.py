@@ -1,0 +1,123 @@
+"""The tables of a bench: Markdown, CSV, JSON and a page."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sslvit.evaluate.scores import (
+    Scores,
+    columns_of,
+    interval,
+    markdown_table,
+    markdown_text,
+    mean,
+    sampling_interval,
+    spreadsheet_cell,
+)
+from sslvit.evaluate.sources import LabeledSet
+from sslvit.figures import plot_bars
+from sslvit.files import printable, to_json, write_atomically
+from sslvit.report.page import Heading, Part, Picture, Table, Text, write_page
+from sslvit.settings.bench import BenchSettings, ProbeColumn
+
+
+@dataclass
+class Result:
+    """One entry of a table: the measurements of all its encoders and seeds together.
+
+    Args:
+        data: name of the data set.
+        row: name of the row.
+        column: name of the column.
+        values: independent scores in percent.
+        seconds: time that the measurements took.
+        key: keys of the measurements.
+        about: what a reader needs to quote them.
+    """
+
+    data: str
+    row: str
+    column: str
+    values: list[float]
+    seconds: float
+    key: str
+    about: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The entry as it is written to JSON."""
+        return {
+            "data": self.data, "row": self.row, "column": self.column, "mean": mean(self.values),
+            "interval": interval(self.values), "values": self.values, "seconds": self.seconds, "key": self.key,
+            "about": self.about,
+        }  # fmt: skip
+
+
+def write_tables(
+    settings: BenchSettings, sets: dict[str, tuple[LabeledSet, LabeledSet]], tables: dict[str, Scores],
+    results: list[Result],
+) -> dict[str, Path]:  # fmt: skip
+    """Write all tables into the folder of a bench, and return the files.
+
+    Args:
+        settings: settings of the bench.
+        sets: training and reported images of each data set.
+        tables: one table for each data set.
+        results: all entries of the tables.
+    """
+    folder = Path(settings.out or "")
+    markdown: list[str] = []
+    content: list[Part] = []
+    for data, rows in tables.items():
+        train, val = sets[data]
+        note = (
+            f"Top-1 accuracy (%) on {val.count_text} of {settings.data[data].val}; heads and fine-tuning on "
+            f"{train.count_text} of {settings.data[data].train}. ± is half the 95 % interval of a mean over runs, "
+            "seeds or, with one seed, draws of labels; the sampling error of an accuracy on so many images is up to "
+            f"± {sampling_interval(val.images):.1f}. The reported images select nothing."
+        )
+        markdown += [f"## {markdown_text(data)}", "", markdown_table(rows), "", markdown_text(note), ""]
+        content += [Heading(data), Table(rows), Text(note)]
+        if columns_of(rows):
+            means = {row: {column: mean(values) for column, values in of.items()} for row, of in rows.items()}
+            picture = plot_bars(folder / f"{printable(data)}.png", means, "top-1 accuracy (%)", data)
+            content.append(Picture(picture, "The same as bars."))
+    spent: dict[str, float] = {}
+    for result in {result.key: result for result in results}.values():  # rows may share one
+        spent[result.column] = spent.get(result.column, 0.0) + result.seconds
+    notes = [
+        f"{name}: the paper selected on the images that it reports ({column.protocol.chosen_by_paper}); not so here."
+        for name, column in settings.columns.items()
+        if isinstance(column, ProbeColumn) and column.kind == "linear" and column.protocol.chosen_by_paper
+    ]
+    notes.append("Minutes per column: " + "; ".join(f"{name} {s / 60:.1f}" for name, s in spent.items()) + ".")
+    markdown += [line for note in notes for line in (markdown_text(note), "")]
+    content += [Heading("Cost and settings"), *(Text(note) for note in notes)]
+    for result in results:
+        about = "; ".join(f"{key} {value}" for key, value in result.about.items())
+        content.append(Text(f"{result.data}, {result.row}, {result.column}: {about}."))
+    cells = [result.as_dict() for result in results]
+    files = {
+        "table.md": "\n".join(markdown), "table.csv": _csv(cells),
+        "table.json": to_json({"cells": cells, "settings": asdict(settings)}, indent=1) + "\n",
+    }  # fmt: skip
+    for name, text in files.items():
+        write_atomically(folder / name, text)
+    page = write_page(folder / "report.html", "sslvit bench", content)
+    return {"page": page, **{name: folder / name for name in files}}
+
+
+def _csv(cells: list[dict[str, Any]]) -> str:
+    """The entries as lines; of the values only their number."""
+    lines = io.StringIO()
+    # quoted: where a semicolon separates cells, one in a name must not begin another
+    writer = csv.writer(lines, quoting=csv.QUOTE_NONNUMERIC)
+    titles = ["data", "row", "column", "mean", "interval", "values", "seconds"]
+    writer.writerow(titles)
+    for cell in cells:
+        line = {key: cell[key] for key in titles} | {"values": len(cell["values"])}
+        writer.writerow([spreadsheet_cell(value) for value in line.values()])
+    return lines.getvalue()

@@ -1,0 +1,84 @@
+"""The numbers that a run is built around, computed once from its settings and its data set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sslvit.settings.train import TrainSettings
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """How many steps, how large, on how many ranks. Everything that is built for a run takes this one record.
+
+    Args:
+        total_steps: Number of optimizer steps in the run.
+        steps_per_epoch: Number of optimizer steps in one pass over the data.
+        global_batch_size: Images per optimizer step, over all ranks and micro-batches.
+        micro_batch_size: Images per forward pass on one rank; null for the rank's whole part of the global batch.
+        ranks: Number of processes.
+        seed: Key of every random number.
+
+    Raises:
+        ValueError: A global batch that the ranks, or a rank's part that the micro-batch, do not divide.
+    """
+
+    total_steps: int
+    steps_per_epoch: int
+    global_batch_size: int
+    micro_batch_size: int | None = None
+    ranks: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        split_batch(self.global_batch_size, self.ranks, self.micro_batch_size)
+
+    @classmethod
+    def make(cls, train: TrainSettings, steps_per_epoch: int, global_batch_size: int, seed: int) -> RunPlan:
+        """The plan of a run whose epoch has `steps_per_epoch` steps."""
+        steps = train.steps or max(1, round(train.epochs * steps_per_epoch))
+        ranks = train.devices * train.nodes
+        return cls(steps, steps_per_epoch, global_batch_size, train.micro_batch_size, ranks, seed)
+
+    @property
+    def images_per_pass(self) -> int:
+        """Images per forward pass on one rank."""
+        return split_batch(self.global_batch_size, self.ranks, self.micro_batch_size)[0]
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Forward passes of each rank per optimizer step."""
+        return split_batch(self.global_batch_size, self.ranks, self.micro_batch_size)[1]
+
+    @property
+    def images_per_epoch(self) -> int:
+        """Images that one pass over the data trains on; what does not fill a batch is dropped."""
+        return self.steps_per_epoch * self.global_batch_size
+
+
+def split_batch(global_batch_size: int, ranks: int, micro_batch_size: int | None) -> tuple[int, int]:
+    """Images per forward pass on one rank, and forward passes per optimizer step.
+
+    Raises:
+        ValueError: the ranks or the micro-batch do not divide the batch; the message names what would.
+    """
+    if global_batch_size % ranks:
+        near = round(global_batch_size / ranks) * ranks or ranks
+        raise ValueError(
+            f"data.global_batch_size: {global_batch_size} images cannot be shared equally by {ranks} ranks. "
+            f"Use {near} images, or one of {fitting_ranks(global_batch_size, max(2 * ranks, 8))} ranks."
+        )
+    per_rank = global_batch_size // ranks
+    micro = micro_batch_size or per_rank
+    if per_rank % micro:
+        fitting = [n for n in range(1, per_rank + 1) if per_rank % n == 0]
+        raise ValueError(
+            f"train.micro_batch_size: {micro} does not divide a rank's {per_rank} images "
+            f"(global batch {global_batch_size} over {ranks} ranks). Use one of {fitting[-8:]}."
+        )
+    return micro, per_rank // micro
+
+
+def fitting_ranks(global_batch_size: int, most: int) -> list[int]:
+    """Numbers of ranks, up to `most`, that share a batch equally."""
+    return [n for n in range(1, min(global_batch_size, most) + 1) if global_batch_size % n == 0]

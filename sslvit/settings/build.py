@@ -1,0 +1,276 @@
+"""Nested dicts -> settings dataclasses, checked key by key; whatever is wrong is one line that names the key."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, NamedTuple, TypeVar
+
+from sslvit.files import brief, quoted
+from sslvit.settings.choices import Choice, alternatives, hints_of, not_one_of, plain, words_of
+from sslvit.settings.encoder import EncoderSettings
+
+Settings = TypeVar("Settings")
+EMPTY = "{}: an empty section. Put settings below it, or leave it out."
+MAX_KEY = 100  # characters of a key or a value that are compared with known ones
+MAX_INT = 2**63 - 1
+NUMBER = re.compile(r"[+-]?\d+(\.\d*)?e[+-]?\d+", re.IGNORECASE)  # 1e-3, which YAML takes for text
+# other libraries' names for keys
+USUAL_NAMES: dict[str, tuple[str, ...]] = {
+    "lr": ("base_lr", "lrs"), "learning_rate": ("base_lr", "lrs"), "base_rate": ("base_lr", "lrs"),
+    "blr": ("base_lr",), "wd": ("weight_decay",), "warmup": ("warmup_epochs",),
+    "warmup_steps": ("warmup_epochs",), "clip": ("clip_grad",), "grad_clip": ("clip_grad",), "max_norm": ("clip_grad",),
+    "batch_size": ("global_batch_size", "batch"), "batch": ("global_batch_size",), "bs": ("global_batch_size", "batch"),
+    "num_workers": ("workers",), "teacher_temperature": ("teacher_temp",), "student_temperature": ("student_temp",),
+    "warmup_teacher_temperature": ("warmup_teacher_temp",), "momentum_teacher": ("momentum",),
+    "data_path": ("shards",), "data_dir": ("shards",), "output_dir": ("out",), "save_dir": ("out",),
+    "max_epochs": ("epochs",), "num_epochs": ("epochs",), "max_steps": ("steps",), "num_steps": ("steps",),
+    "gpus": ("devices",), "num_gpus": ("devices",), "num_nodes": ("nodes",), "amp": ("precision",),
+    "img_size": ("image_size",), "input_size": ("image_size",), "patch_size": ("patch",), "embed_dim": ("width",),
+    "hidden_size": ("width",), "num_heads": ("heads",), "num_layers": ("depth",), "layers": ("depth",),
+    "drop_path_rate": ("drop_path",), "in_chans": ("channels",), "arch": ("preset",), "model": ("preset",),
+    "grad_checkpointing": ("activation_checkpointing",), "gradient_checkpointing": ("activation_checkpointing",),
+}  # fmt: skip
+REMARKS = {"base_lr": " (the learning rate at a batch size of 256)"}
+# other libraries' names for values
+USUAL_VALUES = {
+    "train.precision": {
+        "float32": ("32", "fp32", "f32", "32-true", "single", "full"),
+        "bf16": ("bf16-mixed", "bf16-true", "bfloat16", "16", "fp16", "float16", "16-mixed", "half", "mixed"),
+        "float64": ("64", "fp64", "f64", "64-true", "double"),
+    },
+    "train.accelerator": {"gpu": ("cuda",)},
+}
+
+
+class Known(NamedTuple):
+    """Where the meaning of an unknown key is looked for."""
+
+    keys: list[str]
+    choices: dict[str, Choice]
+
+
+def build(kind: type[Settings], tree: dict[str, Any]) -> Settings:
+    """A settings dataclass from nested dicts.
+
+    Args:
+        kind: The dataclass.
+        tree: Keys and values as YAML gives them; a section that is one of several records names it by its key
+            (`task: {name: dino}`), or is that name alone (`protocol: mae`).
+
+    Raises:
+        ValueError: An unknown key (the nearest is suggested), a missing one, or a value that does not fit.
+    """
+    _check_keys(kind, tree, "", Known(list(known_keys(kind, tree)), choices_in(kind)))
+    return _instantiate(kind, tree, "")
+
+
+def choice_of(hint: Any) -> Choice | None:
+    """The records that a section may be; None for a section of one kind and for a plain value."""
+    return next((one for one in getattr(hint, "__metadata__", ()) if isinstance(one, Choice)), None)
+
+
+def record_of(hint: Any, value: Any, section: str) -> type | None:
+    """The dataclass that a section's value is for; None where the annotation is no section's."""
+    if choice := choice_of(hint):
+        value = {} if value is None else value
+        return choice.record(value.get(choice.key, choice.default) if isinstance(value, dict) else value, section)
+    return next((one for one in alternatives(hint) if is_dataclass(one)), None)
+
+
+def section_of(kind: type, key: str) -> Any:
+    """The annotation of the section behind a dotted key; None where that is a value, or nothing known."""
+    hint: Any = kind
+    for name in key.split("."):
+        known = {} if hint is None else hints_of(hint) if is_dataclass(hint) else {}
+        hint = known.get(name)
+        if choice_of(hint) is None:
+            hint = next((one for one in alternatives(hint) if is_dataclass(one)), None)
+    return hint
+
+
+def known_keys(kind: type, tree: Any = None, prefix: str = "") -> Iterator[str]:
+    """All dotted keys of a settings dataclass, with those of the records that a tree picks."""
+    tree = tree if isinstance(tree, dict) else {}
+    if kind is EncoderSettings and prefix:
+        yield f"{prefix}preset"
+    for name, hint in hints_of(kind).items():
+        nested = record_of(hint, tree.get(name), prefix + name)
+        if nested is None:
+            yield prefix + name
+        else:
+            yield from known_keys(nested, tree.get(name), f"{prefix}{name}.")
+
+
+def _named_sections(hint: Any) -> Any:
+    """The annotation of the values of a dict of sections, such as the columns of a bench; None for any other."""
+    values = plain(hint).__args__[1] if typing.get_origin(plain(hint)) is dict else None
+    return values if choice_of(values) or is_dataclass(values) else None
+
+
+def _check_keys(kind: type, tree: dict[str, Any], prefix: str, known: Known) -> None:
+    hints = hints_of(kind)
+    for key, value in tree.items():
+        section = f"{prefix}{key}"
+        if key not in hints:
+            raise ValueError(f"{brief(section)}: no such setting.{hint_for(section, known)}")
+        if named := _named_sections(hints[key]):
+            for name, entry in value.items() if isinstance(value, dict) else ():
+                _check_section(named, entry, f"{section}.{brief(name)}", None)
+        else:
+            _check_section(hints[key], value, section, known)
+
+
+def _check_section(hint: Any, value: Any, section: str, known: Known | None) -> None:
+    if value is None and type(None) in alternatives(hint):
+        return
+    choice, record = choice_of(hint), record_of(hint, value, section)
+    if record is None or (choice and isinstance(value, str)):
+        return
+    if value is None:
+        raise ValueError(EMPTY.format(section))
+    if not isinstance(value, dict):
+        raise ValueError(f"{section}: expected settings below it, not {quoted(value)}.")
+    prefix = f"{section}."
+    _check_keys(record, value, prefix, known or Known(list(known_keys(record, value, prefix)), {}))
+
+
+def hint_for(key: str, known: Known) -> str:
+    """What an unknown key, with dots, was meant to be, as a sentence that goes on; empty where nothing is near."""
+    every = known.keys
+    key = key[:MAX_KEY].replace("-", "_")
+    section, _, last = key.rpartition(".")
+    usual = USUAL_NAMES.get(last, ())
+    same = [one for one in every if one == key] or [one for one in every if one.split(".")[-1] == last]
+    if not same:
+        same = [one for name in usual for one in every if one.split(".")[-1] == name]
+    if same:
+        remark = REMARKS.get(same[0].split(".")[-1], "") if usual else ""
+        return f" Did you mean {same[0]}{remark}?"
+    for chosen, choice in known.choices.items():
+        owners = [name for name, record in choice.records.items() if last in hints_of(record)]
+        if owners and section in ("", chosen):
+            return f" {chosen}.{last} is a setting of {chosen}.{choice.key} {' or '.join(owners)}."
+    siblings = {one.split(".")[-1]: one for one in every if one.rpartition(".")[0] == section}
+    nearest = [siblings[name] for name in difflib.get_close_matches(last, siblings, n=1)]
+    nearest = nearest or difflib.get_close_matches(key, every, n=1, cutoff=0.7)
+    return f" Did you mean {nearest[0]}?" if nearest else ""
+
+
+def choices_in(kind: type, prefix: str = "") -> dict[str, Choice]:
+    """Dotted key of each section that is one of several records -> those records."""
+    found: dict[str, Choice] = {}
+    for name, hint in hints_of(kind).items():
+        if choice := choice_of(hint):
+            found[prefix + name] = choice
+        elif nested := record_of(hint, {}, ""):
+            found |= choices_in(nested, f"{prefix}{name}.")
+    return found
+
+
+def _instantiate(kind: type[Settings], tree: dict[str, Any], prefix: str, within: str = "") -> Settings:
+    """Innermost first, so that each dataclass fills in its own defaults from what was given.
+
+    Args:
+        kind: The dataclass.
+        tree: Its keys and values.
+        prefix: Prefix of its keys in messages.
+        within: Section that the dataclass's own messages do not name.
+    """
+    hints, values = hints_of(kind), dict[str, Any]()
+    nested = {name for name, hint in hints.items() if _named_sections(hint) or record_of(hint, {}, "")}
+    for name, value in tree.items():
+        if name not in nested:
+            values[name] = convert(hints[name], value, prefix + name)
+    for name in nested & (tree.keys() | {one.name for one in fields(kind) if not is_required(one)}):  # type: ignore[arg-type]
+        hint, section = hints[name], prefix + name
+        if named := _named_sections(hint):
+            if name in tree:
+                entries = tree[name] if isinstance(tree[name], dict) else {}
+                values[name] = {
+                    entry: _section(named, value, f"{section}.{brief(entry)}", f"{section}.{brief(entry)}")
+                    for entry, value in entries.items()
+                }
+        else:
+            values[name] = _section(hint, tree.get(name, {}), section, within and section)
+    for one in fields(kind):  # type: ignore[arg-type]
+        if is_required(one) and one.name not in values:
+            raise ValueError(f"{prefix}{one.name}: missing.")
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise ValueError(f"{within}: {error}" if within else str(error)) from error
+
+
+def is_required(one: Any) -> bool:
+    """Whether a dataclass's field has no default."""
+    return one.default is MISSING and one.default_factory is MISSING
+
+
+def _section(hint: Any, value: Any, section: str, within: str) -> Any:
+    """The settings of a section."""
+    if value is None and type(None) in alternatives(hint):
+        return None
+    choice, record = choice_of(hint), record_of(hint, value, section)
+    assert record is not None
+    tree = {choice.key: value} if choice and isinstance(value, str) else value
+    return _instantiate(record, tree, f"{section}.", within)
+
+
+def convert(hint: Any, value: Any, key: str) -> Any:
+    """The value as the annotation wants it.
+
+    Raises:
+        ValueError: It is of another type; the message names the key and the expected type.
+    """
+    if type(value) is int and abs(value) > MAX_INT:
+        raise ValueError(f"{key}: {brief(value)} is too large a number.")
+    try:
+        return _converted(hint, value)
+    except (TypeError, OverflowError, RecursionError) as error:
+        words = words_of(hint)
+        wrong = not_one_of(value, words) if words else f"expected {describe_type(hint)}, got {quoted(value)}."
+        for meant, names in USUAL_VALUES.get(key, {}).items():
+            if str(value)[:MAX_KEY].lower() in names:
+                wrong = f"{quoted(value)} is not one of {', '.join(map(str, words))}. Did you mean {meant}?"
+        raise ValueError(f"{key}: {wrong}") from error
+
+
+def _converted(hint: Any, value: Any) -> Any:
+    options = alternatives(hint)
+    if len(options) > 1:
+        for option in options:
+            try:
+                return _converted(option, value)
+            except TypeError:
+                continue
+        raise TypeError
+    (hint,) = options
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any or (origin is typing.Literal and value in arguments):
+        return value
+    if origin is list and isinstance(value, (list, tuple)):
+        return [_converted(arguments[0], one) for one in value]
+    if origin is dict and isinstance(value, dict):
+        return {_converted(arguments[0], name): _converted(arguments[1], one) for name, one in value.items()}
+    if hint is float and (type(value) is int or (isinstance(value, str) and NUMBER.fullmatch(value))):
+        return float(value)
+    if type(value) is hint:
+        return value
+    raise TypeError
+
+
+def describe_type(hint: Any) -> str:
+    """An annotation as Python writes it, null for None."""
+    if len(alternatives(hint)) > 1:
+        return " or ".join(map(describe_type, alternatives(hint)))
+    hint = plain(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    if isinstance(hint, types.GenericAlias):
+        return f"{hint.__origin__.__name__}[{', '.join(map(describe_type, hint.__args__))}]"
+    return "null" if hint is type(None) else getattr(hint, "__name__", str(hint))

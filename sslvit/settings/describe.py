@@ -1,0 +1,101 @@
+"""What settings mean: the text below each field of a settings dataclass."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import re
+import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import MISSING, fields
+from itertools import pairwise
+from typing import Any
+
+from sslvit.settings.build import choice_of, is_required, record_of
+from sslvit.settings.choices import Choice, hints_of, words_of
+from sslvit.settings.encoder import EncoderSettings
+from sslvit.settings.presets import PRESETS
+from sslvit.settings.run import RunSettings
+
+PRESET = f"Architecture whose settings are set where it is said; later words change them. One of {', '.join(PRESETS)}."
+
+
+def field_texts(kind: type) -> dict[str, str]:
+    """Field -> the text below it, of a dataclass and those that it inherits from."""
+    texts: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        texts |= _texts_in(base.__module__).get(base.__name__, {})
+    return texts
+
+
+@functools.cache
+def _texts_in(module: str) -> dict[str, dict[str, str]]:
+    """Class -> field -> text, of all classes in a module."""
+    if not module.startswith("sslvit"):
+        return {}
+    found: dict[str, dict[str, str]] = {}
+    for kind in ast.parse(inspect.getsource(sys.modules[module])).body:
+        body = kind.body if isinstance(kind, ast.ClassDef) else []
+        for field, text in pairwise(body):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                name = ast.unparse(field.target)
+                found.setdefault(kind.name, {})[name] = " ".join(str(text.value.value).split())
+    return found
+
+
+def describe_settings(width: int = 100) -> str:
+    """Each key of a recipe with its default and its meaning, one paragraph per section."""
+    lines: list[str] = []
+    previous: type | None = None
+    for record, key, default, text in explained_settings():
+        lines += [""] if record is not previous and lines else []
+        previous = record
+        lines += textwrap.wrap(
+            f"{key} ({in_yaml(default)}): {text}", width, subsequent_indent="    ", break_long_words=False,
+            break_on_hyphens=False,
+        )  # fmt: skip
+    return "\n".join(lines)
+
+
+def explained_settings(
+    kind: type = RunSettings, prefix: str = "", choice: Choice | None = None
+) -> Iterator[tuple[type, str, Any, str]]:
+    """Dataclass, key, default and meaning of each setting.
+
+    Args:
+        kind: Dataclass of settings.
+        prefix: Prefix of its keys.
+        choice: The records of which it is one.
+    """
+    texts, hints = field_texts(kind), hints_of(kind)
+    if kind is EncoderSettings:
+        yield kind, f"{prefix}preset", None, PRESET
+    for field in fields(kind):
+        key, hint, text = prefix + field.name, hints[field.name], texts[field.name]
+        words = [str(word) for word in words_of(hint) if word is not None]
+        if choice and field.name == choice.key:
+            text += f" One of {', '.join(choice.records)}; the keys below are those of {field.default}."
+        elif not all(re.search(rf"\b{re.escape(word)}\b", text) for word in words):
+            text += f" One of {', '.join(words)}."
+        inner = choice_of(hint)
+        if inner:
+            for record in inner.records.values():
+                yield from explained_settings(record, f"{key}.", inner)
+        elif record_type := record_of(hint, {}, key):
+            yield from explained_settings(record_type, f"{key}.")
+        else:
+            yield kind, key, default_of(field), text
+
+
+def default_of(field: Any) -> Any:
+    """The default of a dataclass's field; None where it has none."""
+    if is_required(field):
+        return None
+    return field.default_factory() if field.default is MISSING else field.default
+
+
+def in_yaml(value: Any) -> str:
+    """A value as YAML writes it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,145 @@
+"""Models from the weights that the papers' authors released, and back."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sslvit.checkpoint import check_fits, load_strict, split_checkpoint
+from sslvit.layouts import dino, mae, openai_igpt
+from sslvit.layouts.unwrap import unwrap
+from sslvit.models.dino import DINOModel
+from sslvit.models.igpt import IGPTModel
+from sslvit.models.mae import MAEModel
+from sslvit.settings import DINOSettings, EncoderSettings, IGPTSettings, MAESettings
+from sslvit.weight_files import read_torch_file
+
+logger = logging.getLogger(__name__)
+
+
+def load_mae(path: str | Path, heads: int, decoder_heads: int, **settings: Any) -> MAEModel:
+    """MAE's released full checkpoint, encoder and decoder.
+
+    Args:
+        path: A file with the decoder in it (mae_pretrain_vit_..._full.pth).
+        heads: Attention heads of the encoder, which the file does not state.
+        decoder_heads: Attention heads of the decoder.
+        settings: Other fields of MAESettings.
+
+    Raises:
+        ValueError: The file holds no decoder.
+    """
+    return mae_from_state(unwrap(read_torch_file(Path(path)), str(path)).everything, heads, decoder_heads, **settings)
+
+
+def mae_from_state(state: dict[str, Tensor], heads: int, decoder_heads: int, **settings: Any) -> MAEModel:
+    """`load_mae`, for a state dict in memory."""
+    converted = mae.to_sslvit(state, heads)
+    shape = mae.decoder_shape(converted.extras)
+    model = MAEModel(MAESettings(**{**shape, "decoder_heads": decoder_heads, **settings}), converted.settings)
+    weights = {f"encoder.{key}": value for key, value in converted.encoder.items()}
+    load_strict(model, weights | converted.extras, "MAE")
+    return model
+
+
+def mae_to_state(model: MAEModel) -> dict[str, Tensor]:
+    """The weights under the names of the released checkpoints."""
+    weights = model.state_dict()
+    extras = {key: value for key, value in weights.items() if key.startswith("decoder.")}
+    encoder = {key.removeprefix("encoder."): weights[key] for key in weights if key not in extras}
+    return mae.from_sslvit(encoder, extras)
+
+
+def load_dino(path: str | Path, heads: int, **settings: Any) -> DINOModel:
+    """DINO's released full checkpoint: student, teacher and their heads.
+
+    Args:
+        path: A file with both networks in it (..._full_checkpoint.pth).
+        heads: Attention heads of the encoder, which the file does not state.
+        settings: Other fields of DINOSettings.
+
+    Raises:
+        ValueError: The file does not hold both networks with their heads.
+    """
+    content = read_torch_file(Path(path))
+    if not {"student", "teacher"} <= content.keys():
+        raise ValueError(f"{path}: holds no student and teacher; load_dino needs a full checkpoint.")
+    model = dino_from_state(content["student"], content["teacher"], heads, **settings)
+    if "dino_loss" in content:
+        model.center.copy_(content["dino_loss"]["center"].flatten())
+    return model
+
+
+def dino_from_state(student: dict[str, Tensor], teacher: dict[str, Tensor], heads: int, **settings: Any) -> DINOModel:
+    """`load_dino`, for state dicts in memory."""
+    converted = {"student": dino.to_sslvit(student, heads), "teacher": dino.to_sslvit(teacher, heads)}
+    shape = dino.head_shape(converted["student"].extras)
+    model = DINOModel(DINOSettings(**{**shape, **settings}).fitted(1, 256, 1), converted["student"].settings)
+    networks = {"student": (model.encoder, model.head), "teacher": (model.teacher, model.teacher_head)}
+    for name, (encoder, head) in networks.items():
+        encoder.load_state_dict(converted[name].encoder)
+        head.load_state_dict({key.removeprefix("head."): value for key, value in converted[name].extras.items()})
+    return model
+
+
+def load_igpt(source: str | Path, heads: int | None = None, **changes: Any) -> IGPTModel:
+    """A model of pixels with its output matrix, from a run folder, its checkpoint, or a released file.
+
+    Args:
+        source: A folder or a file: transformers' weights, or the TensorFlow variables as arrays (.npz).
+        heads: Attention heads of a released file; None for those of the released sizes.
+        changes: Settings that a released file does not state; `palette` must be among them.
+
+    Raises:
+        FileNotFoundError: Nothing is there.
+        ValueError: It was not trained by iGPT to predict the next pixel, or a released file's palette is not given.
+    """
+    path = Path(source)
+    if path.is_dir():
+        path = path / "checkpoints" / "last.ckpt"
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{source}: no checkpoints/last.ckpt there. An encoder alone cannot predict pixels: "
+                "give the run folder or the checkpoint."
+            )
+    content = read_torch_file(path)
+    if "sslvit" not in content:
+        weights = unwrap(content, str(path)).everything
+        if openai_igpt.recognize(set(weights)) and "palette" not in changes:
+            raise ValueError(f"{source}: a released file does not hold its colors. Give --palette FILE (or uniform).")
+        return igpt_from_state(weights, heads, **changes)
+    if changes or heads:
+        given = ", ".join(["heads"] * bool(heads) + list(changes))
+        raise ValueError(
+            f"{source}: this run already stores its settings; remove {given}, which are for released files."
+        )
+    settings, encoder, others = split_checkpoint(content, path)
+    if settings.tokens != "pixel" or not settings.causal or "head.weight" not in others:
+        raise ValueError(f"{source}: not trained by iGPT to predict the next pixel, so nothing can be sampled from it.")
+    return _igpt(settings, encoder, others["head.weight"])
+
+
+def igpt_from_state(state: dict[str, Tensor], heads: int | None = None, **changes: Any) -> IGPTModel:
+    """The released model from a state dict in memory; `changes` as of `load_igpt`."""
+    if not openai_igpt.recognize(set(state)):
+        raise ValueError(f"not iGPT's weights ({', '.join(sorted(state)[:3])}, ...).")
+    converted = openai_igpt.to_sslvit(state, heads, **changes)
+    for note in converted.notes:
+        logger.info(f"iGPT: {note}")
+    if "head.weight" not in converted.extras:
+        raise ValueError("this checkpoint has no output matrix (lm_head.weight or wtet), so it predicts no pixels.")
+    return _igpt(converted.settings, converted.encoder, converted.extras["head.weight"])
+
+
+def _igpt(settings: EncoderSettings, encoder: dict[str, Tensor], head: Tensor) -> IGPTModel:
+    """A trained encoder and output matrix, in evaluation mode."""
+    check_fits(settings, encoder, "iGPT")
+    model = IGPTModel(IGPTSettings(), settings)
+    load_strict(model.encoder, encoder, "iGPT")
+    if head.shape != model.head.weight.shape:
+        raise ValueError(f"iGPT: an output matrix of {tuple(head.shape)}, not {tuple(model.head.weight.shape)}.")
+    model.head.load_state_dict({"weight": head})
+    return model.eval()

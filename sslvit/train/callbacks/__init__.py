@@ -1,0 +1,46 @@
+"""What happens around the steps of a run, in calling order: one list, each with the reason for its place."""
+
+from __future__ import annotations
+
+import pytorch_lightning as pl
+
+from sslvit.data.module import ShardDataModule
+from sslvit.settings import RunSettings
+from sslvit.train.callbacks.checkpoints import Checkpoints
+from sslvit.train.callbacks.health import Health
+from sslvit.train.callbacks.incidents import Incidents
+from sslvit.train.callbacks.ledger import Ledger
+from sslvit.train.callbacks.preemption import Preemption
+from sslvit.train.callbacks.run_log import RunLog
+from sslvit.train.callbacks.scoring import scoring
+from sslvit.train.callbacks.step_times import StepTimes, WaitForData
+from sslvit.train.folder import RunFolder
+from sslvit.train.forecast import mfu_per_throughput
+from sslvit.train.timing import Clock
+
+
+def make_callbacks(settings: RunSettings, folder: RunFolder, data: ShardDataModule, clock: Clock) -> list[pl.Callback]:
+    """The callbacks of a run.
+
+    Args:
+        settings: What runs.
+        folder: The run's folder.
+        data: The training data.
+        clock: Is told where a step's time goes.
+    """
+    run, train, index = data.run, settings.train, data.index
+    return [
+        StepTimes(clock),  # first: what the others take is not the optimizer's time
+        Ledger(
+            folder, index, data.plan, settings.data.max_unreadable_fraction, settings.data.ledger
+        ),  # may end the run
+        Incidents(folder, index, train.skip_limit),  # may end the run: before anything is said of the step
+        Health(folder, run, train.log_every),  # records measures,
+        *scoring(settings, folder, index, run.total_steps),  # and these scores,
+        RunLog(folder, run, train.log_every, clock, mfu_per_throughput(settings, index)),  # before the line is written,
+        Checkpoints(folder, train, run.total_steps),  # which a checkpoint of this step counts on
+        Preemption(
+            folder, run.total_steps, train.timeout_seconds
+        ),  # after the checkpoint, which it need not write again
+        WaitForData(clock),  # last: from here on the next batch is waited for
+    ]

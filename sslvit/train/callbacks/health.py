@@ -1,0 +1,160 @@
+"""Has the run collapsed? Measured while it trains, reported once in plain words, written to health.json.
+
+Each task names its symptoms (tasks/symptoms.py): a teacher that is the same for every image, a loss no better than a
+constant guess, features that hardly differ from image to image. A symptom must be there in most of the last checks,
+after the warm-up, since a network that has just begun looks much the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from sslvit.evaluate.health import label_free, largest_fraction
+from sslvit.files import to_json, write_atomically
+from sslvit.ranks import all_gather
+from sslvit.run_plan import RunPlan
+from sslvit.settings import OptimSettings
+from sslvit.tasks.base import Task
+from sslvit.tasks.symptoms import Symptom, lr_in_words
+from sslvit.train.callbacks.base import StepCallback, mean_over_ranks
+from sslvit.train.folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+MIN_CHECKS = 3  # that a verdict rests on; in long runs as many as fit in one fiftieth of their steps
+RUN_PARTS = 50
+MAX_ROWS = 512  # of features, whose spectrum is taken on one CPU thread
+FAIL_FRACTION = 0.8  # of the last checks with a symptom make a collapse; as many without one make a recovery
+NOT_CHECKED = "not checked"
+
+
+def measure(logged: dict[str, Tensor]) -> dict[str, float]:
+    """The measures of what a task logged in one step.
+
+    Args:
+        logged: Features ('b d'); of tasks with prototypes each image's entropy, distance to even probabilities and
+            first choice ('b'); and references, one per micro-batch.
+    """
+    known = {"features", "entropy", "uniform_kl", "choice"}
+    measures = {name: float(value.double().mean()) for name, value in logged.items() if name not in known}
+    if "features" in logged:
+        features = logged["features"]
+        measures |= label_free(features[:: math.ceil(len(features) / MAX_ROWS)].float())
+    if "entropy" in logged:
+        measures |= {
+            "teacher_entropy": float(logged["entropy"].double().mean()),
+            "teacher_uniform_kl": float(logged["uniform_kl"].double().mean()),
+            "largest_prototype_share": largest_fraction(logged["choice"]),
+        }
+    return measures
+
+
+def not_finite(measures: dict[str, float], optim: OptimSettings) -> Symptom | None:
+    """The first measure that is not a finite number."""
+    for name, value in measures.items():
+        if not math.isfinite(value):
+            suggestion = f"Lower {lr_in_words(optim)}" + ("." if optim.clip_grad else ", or set optim.clip_grad.")
+            return Symptom("not finite", f"its {name.replace('_', ' ')} is {value}", suggestion)
+    return None
+
+
+class Health(StepCallback):
+    """Checks what the task logs every so many steps, records the measures and keeps health.json.
+
+    Args:
+        folder: The run's folder.
+        run: The run's length.
+        every: Steps between two checks.
+    """
+
+    def __init__(self, folder: RunFolder, run: RunPlan, every: int) -> None:
+        self.folder, self.total_steps, self.every = folder, run.total_steps, every
+        self.checks_needed = max(MIN_CHECKS, run.total_steps // (RUN_PARTS * every))
+        self.checks: list[str | None] = []  # symptoms of the last checks, None for a healthy one
+        self.messages: list[dict[str, Any]] = []
+        self.verdict = NOT_CHECKED
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        """Ask the task for features in steps that are checked."""
+        coming = trainer.global_step + 1
+        module.logs_features = coming % self.every == 0 or coming == self.total_steps
+
+    def on_step(self, trainer: pl.Trainer, module: Task) -> None:
+        """Measure, record and judge."""
+        if not module.logs_features:
+            return
+        if module.guard.skipped:  # callbacks/incidents.py counts it; only many of them are a collapse
+            measures = {"loss": math.nan}
+            if trainer.is_global_zero:
+                self.judge(not_finite(measures, module.optim), measures, is_skipped=True)
+            return
+        logged = {name: all_gather(torch.cat(parts)) for name, parts in module.logged_features.items()}
+        measures = measure(logged)
+        for name, value in measures.items():
+            module.record(name, torch.tensor(value, dtype=torch.float64))
+        measures["loss"] = float(mean_over_ranks(trainer, module.records["loss"]))
+        symptoms = module.symptoms(measures | {"images": float(len(logged["features"]))})
+        symptom = not_finite(measures, module.optim) or next(iter(symptoms or []), None)
+        if not trainer.is_global_zero:
+            return
+        if symptoms is None and symptom is None:
+            self.verdict = NOT_CHECKED
+            self.write(measures)
+        else:
+            self.judge(symptom, measures, is_early=self.step <= module.health_grace_steps)
+
+    def judge(
+        self, symptom: Symptom | None, measures: dict[str, float], is_early: bool = False, is_skipped: bool = False
+    ) -> None:
+        """Weigh the last checks; report a collapse, or a recovery, once; write health.json.
+
+        Args:
+            symptom: What this check found.
+            measures: The numbers that it found it in.
+            is_early: Whether the network may still look like one that has not begun.
+            is_skipped: Whether the step changed nothing, so that the next one may be sound.
+        """
+        is_broken = symptom is not None and symptom.name == "not finite" and not is_skipped
+        if not is_early or is_broken:
+            self.checks = [*self.checks, symptom.name if symptom else None][-self.checks_needed :]
+        failed = sum(check is not None for check in self.checks)
+        needed = self.checks_needed
+        if self.step == self.total_steps:
+            needed = min(needed, max(len(self.checks), 2))  # a short run has no more
+        if is_broken or (len(self.checks) >= needed and failed >= FAIL_FRACTION * len(self.checks)):
+            reported = [message["symptom"] for message in self.messages]
+            if symptom and (self.verdict != "collapsed" or symptom.name not in reported):
+                self.report(symptom.name, f"this run has probably collapsed: {symptom.seen}. {symptom.suggestion}")
+            self.verdict = "collapsed"
+        elif self.verdict == "collapsed":
+            if len(self.checks) - failed >= FAIL_FRACTION * len(self.checks):
+                self.report("recovered", "this run has recovered from its collapse.")
+                self.verdict = "healthy"
+        else:
+            self.verdict = "too early to say" if is_early else "suspicious" if symptom else "healthy"
+        self.write(measures)
+
+    def report(self, symptom: str, text: str) -> None:
+        """Print a message, and keep it for health.json."""
+        message = f"step {self.step}: {text}"
+        self.messages.append({"step": self.step, "symptom": symptom, "message": message})
+        logger.info(message)
+
+    def write(self, measures: dict[str, float]) -> None:
+        """Write health.json."""
+        content = {"verdict": self.verdict, "step": self.step, "measures": measures, "messages": self.messages}
+        write_atomically(self.folder.health, to_json(content, indent=1) + "\n", sync=False)  # the next check is near
+
+    def state_dict(self) -> dict[str, Any]:
+        """The last checks, and what was reported."""
+        return {"checks": self.checks, "messages": self.messages, "verdict": self.verdict}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from the checkpoint's."""
+        self.checks, self.messages, self.verdict = list(state["checks"]), list(state["messages"]), state["verdict"]

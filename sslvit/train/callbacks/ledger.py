@@ -1,0 +1,109 @@
+"""What was read, and what could not be: ledger.json."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytorch_lightning as pl
+
+from sslvit.data.batch import Batch
+from sslvit.data.index import Index
+from sslvit.data.plan import Plan
+from sslvit.files import to_json, write_atomically
+from sslvit.ranks import said_by_all
+from sslvit.train.callbacks.base import StepCallback
+from sslvit.train.folder import RunFolder, append_lines
+
+ROWS_THAT_SAY_MUCH = 100  # unreadable ones from which on their share of what was read counts
+STEPS_BETWEEN_COUNTS = 50  # with several ranks: how often they add up their unreadable samples
+
+
+class Ledger(StepCallback):
+    """Counts what was read, names what could not be, and stops the run when that is too much.
+
+    Args:
+        folder: of the run.
+        index: turns sample numbers into names.
+        plan: of the run.
+        limit: largest share of unreadable samples.
+        writes_keys: also write down the name of every sample that this rank reads.
+    """
+
+    def __init__(self, folder: RunFolder, index: Index, plan: Plan, limit: float, writes_keys: bool = False) -> None:
+        self.folder, self.index, self.plan, self.limit, self.writes_keys = folder, index, plan, limit, writes_keys
+        self.earlier: dict[str, dict[str, Any]] = {}  # from the checkpoint: the same on every rank
+        self.own: dict[str, dict[str, Any]] = {}  # met by this rank since
+        self.merged: dict[str, dict[str, Any]] = {}  # of all ranks, when they last exchanged theirs
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, module)
+        if trainer.is_global_zero:
+            self.folder.cut_samples_read(self.step)
+        trainer.strategy.barrier()  # no rank writes before all files are cut
+
+    def on_micro_batch(self, trainer: pl.Trainer, batch: Batch) -> None:
+        for key, reason in batch.unreadable.items():
+            entry = self.own.setdefault(key, {"key": key, "reason": reason, "times": 0})
+            entry["times"] += 1
+        if self.writes_keys:
+            rows = zip(batch.samples.tolist(), batch.epochs.tolist(), strict=True)
+            lines = [{"step": self.step, "epoch": epoch, "key": self.index.key(sample)} for sample, epoch in rows]
+            append_lines(self.folder.samples_read(trainer.global_rank), lines)
+
+    def on_step(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if trainer.world_size > 1 and self.step % STEPS_BETWEEN_COUNTS:
+            return  # ranks decide together, and counting together is not free
+        self.check(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.check(trainer)
+        self.save(trainer)
+
+    def check(self, trainer: pl.Trainer) -> None:
+        """End the run if too much is unreadable, of the data set or of what was read so far."""
+        bad = self.exchange()
+        rows = sum(entry["times"] for entry in bad.values())
+        is_much = rows >= ROWS_THAT_SAY_MUCH and rows > self.limit * self.step * self.plan.global_batch_size
+        if is_much or len(bad) > (max(1, self.limit * len(self.index)) if self.limit else 0):
+            self.save(trainer)
+            first = next(iter(bad.values()))
+            raise RuntimeError(
+                f"{len(bad)} unreadable samples are more than data.max_unreadable_fraction ({self.limit:.1%} "
+                f"of {len(self.index)} in all, or of the {self.step * self.plan.global_batch_size} read so far); "
+                f"the first: {first['key']}: {first['reason']}. All are in {self.folder.ledger}."
+            )
+
+    def exchange(self) -> dict[str, dict[str, Any]]:
+        """Unreadable samples of the whole run, by key; all ranks call it."""
+        merged = {key: dict(entry) for key, entry in self.earlier.items()}
+        for entries in said_by_all(self.own):
+            for key, entry in entries.items():
+                before = merged.get(key, {"times": 0})["times"]
+                merged[key] = entry | {"times": entry["times"] + before}
+        self.merged = merged
+        return merged
+
+    def before_checkpoint(self, trainer: pl.Trainer) -> None:
+        """Exchange what the checkpoint is to hold."""
+        self.exchange()
+
+    def save(self, trainer: pl.Trainer) -> None:
+        """Write ledger.json."""
+        bad = self.merged
+        if trainer.is_global_zero:
+            epochs = trainer.global_step // self.plan.steps_per_epoch
+            content = {
+                "samples_read": trainer.global_step * self.plan.global_batch_size,
+                "dropped_per_epoch": self.plan.dropped_per_epoch, "epochs_finished": epochs,
+                "bad_by_reason": dict(Counter(entry["reason"] for entry in bad.values())), "bad": list(bad.values()),
+            }  # fmt: skip
+            write_atomically(self.folder.ledger, to_json(content, indent=1) + "\n")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was exchanged last."""
+        return self.merged
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from the checkpoint's."""
+        self.earlier = self.merged = state

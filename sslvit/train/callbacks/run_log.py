@@ -1,0 +1,117 @@
+"""Records become lines of metrics.jsonl and of the terminal."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+
+import pytorch_lightning as pl
+import torch
+from tqdm import tqdm
+
+from sslvit.run_plan import RunPlan
+from sslvit.tasks.base import Task
+from sslvit.train.callbacks.base import StepCallback, mean_over_ranks
+from sslvit.train.folder import RunFolder, append_lines
+from sslvit.train.loggers import log_line
+from sslvit.train.timing import Clock
+
+logger = logging.getLogger(__name__)
+
+FAR_OFF = 1e6  # a loss from which on its decimals say nothing
+MUCH_WAITING = 0.1  # of a step
+
+
+class RunLog(StepCallback):
+    """Appends a line to metrics.jsonl when it is due, and shows how far the run is.
+
+    Args:
+        folder: The run's folder.
+        run: Turns steps into epochs and images.
+        every: Steps between two lines.
+        clock: Knows where the time went.
+        mfu_per_throughput: Fraction of the devices' peak that one image a second takes (MFU); None where that is not
+            known.
+    """
+
+    def __init__(
+        self, folder: RunFolder, run: RunPlan, every: int, clock: Clock,
+        mfu_per_throughput: float | None = None,
+    ) -> None:  # fmt: skip
+        self.folder, self.run, self.total_steps, self.every = folder, run, run.total_steps, every
+        self.clock, self.mfu_per_throughput = clock, mfu_per_throughput
+        self.bar: tqdm | None = None
+        self.earlier_seconds = 0.0  # that training took up to the checkpoint that this process goes on from
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, module)
+        self.start = self.last = time.monotonic()
+        self.first_step = self.last_step = self.step
+        if trainer.is_global_zero:
+            self.folder.cut_metrics(self.step)
+            if sys.stderr.isatty():
+                self.bar = tqdm(total=self.total_steps, initial=self.step, desc="training", unit=" steps")
+
+    def on_step(self, trainer: pl.Trainer, module: Task) -> None:
+        if self.bar is not None:
+            self.bar.update(1)
+        if self.step % self.every and self.step != self.total_steps:
+            return
+        line = {name: float(mean_over_ranks(trainer, values)) for name, values in module.records.items()}
+        done, self.last_step = self.step - self.last_step, self.step  # on every rank
+        seconds = self.clock.take()
+        times = torch.tensor([value / done for value in seconds.values()], dtype=torch.float64)
+        times = mean_over_ranks(trainer, [times]).tolist()
+        if not trainer.is_global_zero:
+            return
+        now = time.monotonic()
+        line = {"step": self.step, "epoch": self.step / self.run.steps_per_epoch, **line}
+        line["images_per_second"] = done * self.run.global_batch_size / (now - self.last)
+        if self.mfu_per_throughput is not None:
+            line["mfu"] = line["images_per_second"] * self.mfu_per_throughput
+        line |= {f"{part}_seconds": value for part, value in zip(seconds, times, strict=True)}
+        line["elapsed_seconds"] = self.elapsed(now)
+        append_lines(self.folder.metrics, [line])
+        log_line(trainer, {name: value for name, value in line.items() if name not in module.records})
+        self.last = now
+        self._show(line)
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def elapsed(self, now: float) -> float:
+        """Seconds of training up to a moment, over all processes that went on with the run."""
+        return self.earlier_seconds + now - self.start
+
+    def state_dict(self) -> dict[str, float]:
+        return {"elapsed_seconds": self.elapsed(time.monotonic())}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.earlier_seconds = state["elapsed_seconds"]
+
+    def _show(self, line: dict[str, float]) -> None:
+        loss, speed = line.get("loss", float("nan")), line["images_per_second"]
+        bits = f" ({_short(line['bits'])} bits)" if "bits" in line else ""
+        waiting = line["data_seconds"] * speed / self.run.global_batch_size
+        mfu = f", MFU {line['mfu']:.0%}" if "mfu" in line else ""
+        pace = f"{speed:,.0f} images/s{mfu}" + (f", {waiting:.0%} waiting for data" if waiting > MUCH_WAITING else "")
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {_short(loss)}{bits}, {pace}")
+            return
+        left = (self.total_steps - self.step) * (self.last - self.start) / max(self.step - self.first_step, 1)
+        logger.info(
+            f"step {self.step}/{self.total_steps}  epoch {line['epoch']:.1f}  loss {_short(loss)}{bits}  "
+            f"{pace}  {_duration(left)} left")  # fmt: skip
+
+
+def _short(value: float) -> str:
+    """Four decimals, or two digits of a number that has gone far off."""
+    return f"{value:.4f}" if abs(value) < FAR_OFF or value != value else f"{value:.2g}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

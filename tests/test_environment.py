@@ -1,0 +1,45 @@
+"""Optional dependencies: what needs one that is not installed says so in a line, with the extra to install."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from sslvit.checkpoint import save_encoder
+from sslvit.cli import main
+from sslvit.models import ViTEncoder
+from sslvit.settings import EncoderSettings
+
+
+@pytest.mark.parametrize(
+    ("package", "extra", "command"),
+    [
+        ("timm", "timm", "export encoder out --format timm"),
+        ("timm", "timm", "demo --out out"),
+        ("timm", "timm", "export timm:vit_tiny_patch16_224 out --format safetensors"),
+        ("transformers", "transformers", "export encoder out --format transformers"),
+        ("onnx", "onnx", "export encoder out --format onnx"),
+        ("onnxscript", "onnx", "export encoder out --format onnx"),
+        ("onnxruntime", "onnx", "export encoder out --format onnx"),
+    ],
+)
+def test_what_needs_a_missing_package_names_the_extra(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    package: str,
+    extra: str,
+    command: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_encoder(ViTEncoder(EncoderSettings(image_size=8, patch=4, width=16, depth=1, heads=2)), "encoder")
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main(command.split()) == 1
+    message = capsys.readouterr().err.strip()
+    assert re.fullmatch(
+        rf"sslvit: error: .+: {package} is not installed. Run: pip install 'sslvit\[{extra}\]'", message
+    )
+    assert not Path("out").exists()
