@@ -222,7 +222,7 @@ class EpochPlan:
         return [*shards[first:].tolist(), *shards[: last + 1].tolist()]
 
 
-class EvaluationBatches(Sequence[tuple[np.ndarray, np.ndarray]]):
+class EvaluationBatches:
     """Every sample exactly once over all ranks, in batches of one size and equally many on each: (numbers, valid).
 
     Batch t of rank r holds the samples from (t * ranks + r) * batch_size on. Rows past the end repeat the last sample
