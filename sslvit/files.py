@@ -70,7 +70,7 @@ def new_file(path: str | Path, sync: bool = True) -> Iterator[Path]:
     """A file to write beside `path`, which takes its place when the block ends, or is removed if that fails.
 
     Args:
-        path: where the content goes; what is there before stays until the new file is whole.
+        path: Destination; what is there before stays until the new file is whole.
         sync: wait until the disk has it, so that it survives a power cut.
 
     Raises:

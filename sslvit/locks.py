@@ -22,10 +22,10 @@ def lock_folder(folder: str | Path, doing: str, name: str = ".lock", wait_second
     """Lock a folder for this process while the block runs; the system releases the lock even after kill -9.
 
     Args:
-        folder: made if missing, and gone again if nothing was put there.
+        folder: Folder, which is made if missing, and removed again if nothing was put there.
         doing: what this process wants to do, for the message, as in "pack into it".
-        name: of the lock's file, which goes when the block ends.
-        wait_seconds: how long to wait for another process that may be ending.
+        name: Name of the lock's file, which is deleted when the block ends.
+        wait_seconds: Time to wait for another process that may be ending.
 
     Raises:
         ValueError: another process has locked it.
@@ -59,8 +59,8 @@ def lock_file(path: str | Path, wait: bool = True) -> Iterator[int | None]:
     """Lock a file while the block runs; it is deleted afterwards, and the system releases the lock after kill -9.
 
     Args:
-        path: of a file for this purpose, in a folder that exists or can be made.
-        wait: for another process or thread that has the lock; otherwise the block gets None then.
+        path: A file for this purpose, in a folder that exists or can be made.
+        wait: Whether to wait for another process or thread that has the lock; otherwise the block gets None then.
 
     Yields:
         A handle of the file, for a note to others.

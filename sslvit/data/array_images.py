@@ -32,7 +32,7 @@ class ArrayImages:
 
     Args:
         images: 'n h w' or 'n h w c'.
-        convert: of CONVERSIONS, to 8 or 16 bits; None for arrays that have them.
+        convert: One of CONVERSIONS, to 8 or 16 bits; None for arrays that have them.
     """
 
     def __init__(self, images: np.ndarray, convert: str | None = None) -> None:

@@ -31,11 +31,11 @@ def array_source(
     """An .npy file of images, or an .npz with them and perhaps labels.
 
     Args:
-        path: of the file.
+        path: The file.
         labels: name of the array of labels in an .npz, or a file of them; None for one that fits.
         images: name of the array of images in an .npz; None for the only one.
-        layout: of LAYOUTS; None where the shape tells.
-        convert: of CONVERSIONS; None for arrays of 8 or 16 bits.
+        layout: One of LAYOUTS; None where the shape tells.
+        convert: One of CONVERSIONS; None for arrays of 8 or 16 bits.
 
     Raises:
         ValueError: no array of images, several of them, values or a layout that only the user knows.

@@ -46,8 +46,8 @@ def find_problem(content: bytes, header: Header, fully: bool = False) -> str:
     Whether a file is whole is asked of its end, which takes no time; only one without a proper end is decoded.
 
     Args:
-        content: of the file.
-        header: of it.
+        content: Bytes of the file.
+        header: Header of the file.
         fully: decode it in any case.
     """
     if not fully and has_end_marker(content):
@@ -82,11 +82,11 @@ def decode_pixels(
     """Decode to 'h w c'; other modes (palette, CMYK, ...) are converted.
 
     Args:
-        content: of the file.
-        channels: of the result.
+        content: Bytes of the file.
+        channels: Number of channels of the result.
         bits: 8 for uint8; 16 for float32 in the same units, with what 16-bit images know beyond them.
         reduction: 1, 2, 4 or 8: a JPEG's sides are divided by it, in much less time; others ignore it.
-        header: if it was read before.
+        header: Header of the file, if it was read before.
         scratch: memory for the result, which then lasts until the next image; None for memory of its own.
 
     Raises:

@@ -26,7 +26,7 @@ class _Skipped:
     Args:
         endings: files that are not read as images, by ending.
         system: hidden and system files and folders, by name.
-        reasons: other things, by their path.
+        reasons: Reasons for other entries, by path.
     """
 
     endings: Counter = field(default_factory=Counter)

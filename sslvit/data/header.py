@@ -71,13 +71,13 @@ class Header:
     """What an image says of itself before its pixels are computed.
 
     Args:
-        height: in pixels, as the image is returned.
-        width: in pixels, as the image is returned.
+        height: Height in pixels, as the image is returned.
+        width: Width in pixels, as the image is returned.
         mode: PIL's name (RGB, L, I;16, CMYK ...), or "array".
         channels: 1, 3 or 4, or those of an array.
         bits: 8 or 16 per channel.
-        is_jpeg: it can be decoded at a reduced scale.
-        orientation: how the stored pixels are turned to be returned, as EXIF counts; 1 for not at all.
+        is_jpeg: Whether it can be decoded at a reduced scale.
+        orientation: EXIF orientation by which the stored pixels are turned; 1 for not at all.
     """
 
     height: int
@@ -105,8 +105,8 @@ def read_header(content: bytes, max_pixels: int = MAX_PIXELS, upright: bool = Tr
     """Size and type of an image.
 
     Args:
-        content: of the file.
-        max_pixels: of the largest image that is accepted.
+        content: Bytes of the file.
+        max_pixels: Number of pixels of the largest image that is accepted.
         upright: turn it as its EXIF orientation says; otherwise its pixels stay as they are stored.
 
     Raises:

@@ -38,9 +38,9 @@ class Shard:
 
     Args:
         name: file name in the index's folder, or a path or address of its own.
-        samples: how many it holds.
-        bytes: its length.
-        sha256: of its bytes.
+        samples: Number of samples in it.
+        bytes: Length of the file.
+        sha256: Checksum of its bytes.
     """
 
     name: str
@@ -138,18 +138,18 @@ class ShardIndex:
 
     Args:
         location: folder or address where the shards lie.
-        shards: in order; samples are numbered through them from zero.
-        records: one RECORD per sample.
-        classes: names by label, or None for unlabeled data.
-        channels: of the images.
+        shards: Shards in order; samples are numbered through them from zero.
+        records: One RECORD per sample.
+        classes: Class names by label, or None for unlabeled data.
+        channels: Number of channels of the images.
         bits: 8, or 16 if all images have them.
-        mean: per channel, of pixels in [0, 1].
-        std: per channel.
+        mean: Mean of each channel, of pixels in [0, 1].
+        std: Standard deviation of each channel.
         image_size: height and width if all images share them.
         encoding: what packing did to the images, in words; empty for nothing.
         orientation: upright if images are turned as EXIF says, stored if their pixels are taken as they lie.
         skipped: files that packing skipped, with the reason.
-        cache: brings shards here from the network (remote.ShardCache), or None.
+        cache: Cache of shards from the network, or None.
         cached_in: folder of this machine's cache that holds the index, where it does not lie beside the shards.
     """
 
@@ -347,9 +347,9 @@ def read_index(content: bytes, records_file: Path, location: str, cached_in: str
     """An index from the bytes of its index.json and the file of its records.
 
     Args:
-        content: of index.json.
+        content: Bytes of index.json.
         records_file: index.npy.
-        location: of the shards.
+        location: Folder or address of the shards.
         cached_in: Folder of this machine's cache for an index that was made here, which may name shards anywhere;
             others name shards in their own folder only.
 

@@ -33,7 +33,7 @@ class ShardCheck:
         large: images of more than LARGE_PIXELS.
         digests: numbers of samples by the digest of their bytes.
         sizes: shorter sides of the images.
-        modes: how often each mode occurs.
+        modes: Number of images of each mode.
     """
 
     damaged: dict[str, str] = field(default_factory=dict)
@@ -82,7 +82,7 @@ def check_shards(index: ShardIndex, workers: int | None = None) -> ShardCheck:
     """Verify every checksum and decode every image.
 
     Args:
-        index: of the shards.
+        index: Index of the shards.
         workers: processes; None for one per core.
     """
     total = ShardCheck()

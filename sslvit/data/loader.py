@@ -39,14 +39,14 @@ def make_batch(
     """Read, decode and view the given samples.
 
     Args:
-        reader: of the data set.
+        reader: Reader of the data set.
         views: what is seen of each image.
-        samples: their numbers.
+        samples: Sample numbers.
         epochs: the pass over the data set that each is in.
         valid: False for rows that only fill up; None for no such rows.
         first_row: index within the global batch.
-        size: of the main views, if not the encoder's.
-        substitutes: for a row, samples and their epochs of which the first readable one takes its place.
+        size: Height and width of the main views, if not the encoder's.
+        substitutes: Samples and epochs for a row, of which the first readable one takes its place.
     """
     images, unreadable = view_samples(reader, views, samples, epochs, size)
     used, used_epochs = samples.copy(), epochs.copy()
@@ -157,10 +157,10 @@ class TrainingBatches(Dataset[Batch]):
     """The micro-batches of one rank, counted over the whole run. Each worker makes whole batches.
 
     Args:
-        reader: of the data set.
+        reader: Reader of the data set.
         views: what is seen of each image.
         plan: the order.
-        rank: of this process.
+        rank: Rank of this process.
         micro: images per micro-batch.
         accumulation_steps: micro-batches per optimizer step on one rank.
         resolutions: sides of the main views, one of which is sampled for each step; None for the encoder's size.
@@ -241,15 +241,15 @@ def evaluation_loader(
     """Every sample once, in order, in batches of one size, seen through a center crop unless another view is given.
 
     Args:
-        reader: of the data set.
+        reader: Reader of the data set.
         encoder: size and interpolation of its input.
         batch: images in each.
         workers: loader processes.
-        rank: of this process.
-        ranks: that share the data set.
-        view: of each image; a random one draws from (seed, epoch, sample).
-        epoch: of that chance.
-        seed: of that chance.
+        rank: Rank of this process.
+        ranks: Number of ranks that share the data set.
+        view: View of each image; a random one is sampled from (seed, epoch, sample).
+        epoch: Epoch of random views.
+        seed: Seed of random views.
         subset: numbers of the samples that are seen; None for all.
     """
     views = encoder_views(encoder, view or center_view(encoder), seed)

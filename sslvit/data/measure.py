@@ -24,11 +24,11 @@ class Measured:
 
     Args:
         moments: sums over images of the mean of each channel, and of its mean square.
-        channels: of the images that were decoded for the moments.
-        images: how many these are.
-        sizes: how often each (height, width) occurs.
-        modes: how often each mode occurs.
-        kinds: how often each (channels, bits) occurs.
+        channels: Number of channels of the images decoded for the moments.
+        images: Number of images decoded for the moments.
+        sizes: Number of images of each (height, width).
+        modes: Number of images of each mode.
+        kinds: Number of images of each (channels, bits).
     """
 
     moments: list[list[float]] = field(default_factory=list)
@@ -104,11 +104,11 @@ def measure_shard(
     """Sizes and modes of all images of a shard, moments of its part of STATISTICS_SAMPLES; what is not readable.
 
     Args:
-        path: of the tar file.
-        records: of its samples.
-        shards: in the whole set.
-        upright: whether images are turned as EXIF says.
-        max_pixels: of the largest image that is accepted.
+        path: The tar file.
+        records: Records of its samples.
+        shards: Number of shards in the data set.
+        upright: Whether images are turned as EXIF says.
+        max_pixels: Number of pixels of the largest image that is accepted.
         is_checked: the images are known to be whole.
     """
     measured, unreadable = Measured(), {}

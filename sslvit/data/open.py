@@ -38,9 +38,9 @@ def open_data(settings: DataSettings, seed: int, ranks: int = 1) -> tuple[Index 
     """The index of a run's data and the order in which it is read.
 
     Args:
-        settings: of the run.
-        seed: of the order.
-        ranks: that share each batch; a batch that may be lowered to what is there stays a multiple of them.
+        settings: Data settings of the run.
+        seed: Seed of the order.
+        ranks: Number of ranks; a batch size that is lowered to what is there stays a multiple of it.
 
     Raises:
         FileNotFoundError: nothing given, or nothing there.
@@ -73,7 +73,7 @@ def open_shards(source: str | Path, cache: ShardCache | None = None) -> ShardInd
 
     Args:
         source: a folder of shards or of images, a pattern of shards, or an address of either.
-        cache: for shards from the network and for those of image folders; None for the default place.
+        cache: Cache for network shards and packed image folders; None for the default folder.
 
     Raises:
         FileNotFoundError: nothing given, or nothing there.
@@ -113,7 +113,7 @@ def check_present(index: Index | StreamIndex, max_fraction: float) -> None:
     """Whether the shards on this machine are there and as long as the index says.
 
     Args:
-        index: of the shards.
+        index: Index of the shards.
         max_fraction: largest fraction of samples in missing shards; below it they are reported and skipped.
 
     Raises:

@@ -50,9 +50,9 @@ def pack_source(
     """Pack a folder of images, a list, an array or an IDX file.
 
     Args:
-        source: of the images (see any_source.read_source).
+        source: Images, in any form that any_source.read_source takes.
         destination: folder for the shards; with a holdout its train/ and val/.
-        settings: how images are stored.
+        settings: How images are stored.
         holdout: fraction of each class, the last by file name, that goes to val/ instead.
         overwrite: replace shards that are already there.
         workers: processes; None for one per core.
@@ -106,11 +106,11 @@ def pack(
     Args:
         samples: images in the order of their source.
         destination: folder for the shards.
-        classes: names by label, or None for images without labels.
-        settings: how images are stored.
+        classes: Class names by label, or None for images without labels.
+        settings: How images are stored.
         overwrite: replace shards that are already there.
         workers: processes; None for one per core.
-        part: which of how many parts this process writes.
+        part: Number of the part that this process writes, and number of parts.
         skipped: what was skipped in the source already, with the reason.
 
     Returns:

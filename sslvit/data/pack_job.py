@@ -36,9 +36,9 @@ class PackJob:
     """Everything that decides the bytes of the shards; the processes share it by fork.
 
     Args:
-        samples: in the order of their source, as a table, which the processes do not copy.
-        folder: for finished shards.
-        settings: how images are stored.
+        samples: Samples in the order of their source, as a table, which the processes do not copy.
+        folder: Folder for finished shards.
+        settings: How images are stored.
         keys: unique names, one per sample.
         order: sample numbers in the order of packing.
         starts: position in that order at which each shard begins, and the end.

@@ -38,10 +38,10 @@ class ShardReader:
     """Images of a data set by sample number. Its files are closed when nobody holds it any more.
 
     Args:
-        index: of the shards.
-        channels: of the images handed out.
+        index: Index of the shards.
+        channels: Number of channels of the returned images.
         memory_limit_mb: sets of small equal images are decoded once if they fit.
-        max_pixels: of the largest image that is accepted.
+        max_pixels: Number of pixels of the largest image that is accepted.
     """
 
     def __init__(
@@ -266,8 +266,8 @@ class MemoryReader:
 
     Args:
         contents: key and bytes by sample number.
-        channels: of the images handed out.
-        max_pixels: of the largest image that is accepted.
+        channels: Number of channels of the returned images.
+        max_pixels: Number of pixels of the largest image that is accepted.
     """
 
     bits = 8

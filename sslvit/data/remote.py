@@ -39,8 +39,8 @@ class ShardCache:
     Args:
         folder: on a disk of this machine; one that holds other things already gets a sub-folder for the shards.
         limit_gb: size of the folder.
-        tries: how often a transfer may fail without progress.
-        first_wait_seconds: before the second try; doubled for each further one.
+        tries: Number of failures without progress after which a transfer is given up.
+        first_wait_seconds: Wait before the second try; doubled for each further one.
         timeout_seconds: without a byte, or below the minimum rate, after which a connection is given up.
         min_bytes_per_second: slower transfers count as failed.
     """
@@ -80,7 +80,7 @@ class ShardCache:
         """Return any file, which is fetched first.
 
         Args:
-            address: of the file.
+            address: Address of the file.
             size: its length as an index tells it; another one is damage.
             sha256: its checksum; without one it is fetched anew each time.
             max_bytes: more of it are not taken.

@@ -36,12 +36,12 @@ class ShardReport:
 
     Args:
         shard: name, counts, checksum.
-        records: of its samples.
+        records: Records of its samples.
         measured: properties of its images.
         skipped: images that were skipped, with the reason.
         labels: what the label of each sample says, where it still has to become a number; then the label of a record
             is its index in this list.
-        fields: other members beside the images, by field, counted.
+        fields: Number of members besides the images, by field.
     """
 
     shard: Shard
@@ -94,7 +94,7 @@ def index_shards(folder: str | Path, workers: int | None = None, options: IndexO
     """Make the index of tar shards that others wrote (WebDataset format): KEY.jpg beside KEY.cls.
 
     Args:
-        folder: where they lie, and where the index goes.
+        folder: Folder of the shards, and of the index.
         workers: processes; None for one per core.
         options: what only the user knows about them.
 
@@ -150,9 +150,9 @@ def index_names(
     """The index of shards by name, wherever they are.
 
     Args:
-        location: of the index.
-        names: of the shards.
-        path_of: brings a shard to this machine, where it is not, and returns its path.
+        location: Location of the index.
+        names: Names of the shards.
+        path_of: Returns the path of a shard, which is fetched first where it is not here.
         workers: processes; None for one per core.
         options: what only the user knows about them.
     """

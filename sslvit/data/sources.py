@@ -33,12 +33,12 @@ class Sample:
 
     Args:
         key: its name; made unique and free of dots on the way.
-        suffix: of the image file, with the dot.
-        source: holds the image.
+        suffix: Suffix of the image file, with the dot.
+        source: Source that holds the image.
         item: path or index of the image within its source.
         label: class number, or NO_LABEL.
         bytes: about how long it is.
-        modified_ns: when its file was changed last, which tells two of equal length apart; 0 for none.
+        modified_ns: Time of the file's last change, which tells two of equal length apart; 0 for none.
     """
 
     key: str
@@ -89,7 +89,7 @@ class SampleTable:
     A list of samples would be copied into each process, page by page, as soon as their reference counts are touched.
 
     Args:
-        samples: in their order.
+        samples: Samples in their order.
     """
 
     def __init__(self, samples: Samples) -> None:
@@ -181,8 +181,8 @@ class ImageSource:
     """Images that were found somewhere, before they are packed.
 
     Args:
-        samples: in the order of their names.
-        classes: names by label, or None for images without labels.
+        samples: Samples in the order of their names.
+        classes: Class names by label, or None for images without labels.
         skipped: what was skipped, with the reason, for the index.
         notes: what a person should know of how it was read, one line each.
     """

@@ -38,7 +38,7 @@ class TryAgain(Exception):
 
     Args:
         problem: what went wrong.
-        wait_seconds: when the server wants to be asked again.
+        wait_seconds: Time after which the server wants to be asked again.
         restart: what was fetched so far does not fit what would follow.
     """
 
@@ -51,11 +51,11 @@ class RemoteFile:
     """One file on the network while it is fetched, perhaps in several tries.
 
     Args:
-        address: of the file.
+        address: Address of the file.
         size: its length, or None if only the server knows.
         max_bytes: a longer answer is not taken.
-        timeout_seconds: after which a connection below the minimum rate is given up.
-        min_bytes_per_second: over each such time.
+        timeout_seconds: Time after which a connection below the minimum rate is given up.
+        min_bytes_per_second: Minimum rate over each such time.
     """
 
     def __init__(

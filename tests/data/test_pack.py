@@ -104,7 +104,7 @@ def test_a_killed_packing_goes_on_where_it_was(tmp_path: Path, capfd: pytest.Cap
 
     def slowly() -> None:
         os.setpgrp()
-        import sslvit.data.pack as module
+        import sslvit.data.pack_job as module
 
         original = module.store
         module.store = lambda *a: time.sleep(0.01) or original(*a)
@@ -377,7 +377,7 @@ def test_workers_end_when_their_packing_is_killed(tmp_path: Path) -> None:
     source = image_folder(tmp_path / "in", count=100)
 
     def slowly() -> None:
-        import sslvit.data.pack as module
+        import sslvit.data.pack_job as module
 
         original = module.store
         module.store = lambda *a: time.sleep(0.2) or original(*a)
