@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from sslvit.settings.load import load_recipe
+from sslvit.sharded_checkpoint import read_checkpoint
 from sslvit.train.folder import RunFolder
 from sslvit.train.run import pretrain
-from sslvit.weight_files import read_torch_file
 
 TINY = {
     "encoder.image_size": 8, "encoder.patch": 2, "encoder.width": 16, "encoder.depth": 1, "encoder.heads": 2,
@@ -62,7 +62,7 @@ def run_ranks(shards: Path, out: Path, *flags: str, **changes) -> RunFolder:
 
 
 def weights(folder: RunFolder) -> dict[str, torch.Tensor]:
-    return read_torch_file(folder.checkpoint)["state_dict"]
+    return read_checkpoint(folder.checkpoint)["state_dict"]
 
 
 def is_timing(name: str) -> bool:

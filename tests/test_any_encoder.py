@@ -57,7 +57,7 @@ def test_models_of_timm_that_are_no_plain_vit_are_refused(monkeypatch: pytest.Mo
     give_random_weights(monkeypatch)
     with pytest.raises(ValueError, match="timm:resnet18: a ResNet, and only plain vision transformers can be probed"):
         load_encoder("timm:resnet18")
-    with pytest.raises(ValueError, match=r"clip_224.openai: has parts that .* has not \(norm_pre.bias, "):
+    with pytest.raises(ValueError, match="clip_224.openai: (differs from|gives other outputs than) a plain vision"):
         load_encoder("timm:vit_base_patch32_clip_224.openai")
 
 
@@ -88,7 +88,7 @@ def test_models_of_timm_that_compute_otherwise_are_refused(monkeypatch: pytest.M
         return model
 
     monkeypatch.setattr(timm, "create_model", with_activation)
-    with pytest.raises(ValueError, match="computes otherwise than a plain vision transformer"):
+    with pytest.raises(ValueError, match="gives other outputs than a plain vision transformer"):
         load_encoder("timm:vit_tiny_patch16_224")
 
 
@@ -99,7 +99,7 @@ def test_a_model_of_timm_that_gives_tokens_is_pooled_as_said(
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, **options: create(name, global_pool="", **options))
     assert load_encoder("timm:vit_tiny_patch16_224").settings.pooling == "class"
-    assert "pooling: it gives tokens and pools none; class is used" in capsys.readouterr().out
+    assert "pooling: it returns tokens without pooling; class is used" in capsys.readouterr().out
 
 
 @torch.no_grad()
@@ -412,7 +412,7 @@ def test_imagegpt_by_folder_and_attention_that_is_scaled_otherwise(tmp_path: Pat
     assert load_encoder(tmp_path / "eps").settings.norm_eps == 1e-3
     for option, value in (("scale_attn_by_inverse_layer_idx", True), ("scale_attn_weights", False)):
         imagegpt_folder(tmp_path / option, **{option: value})
-        with pytest.raises(ValueError, match=f"{option} {value}: scores are scaled otherwise"):
+        with pytest.raises(ValueError, match=f"{option} {value}: scores are scaled differently"):
             load_encoder(tmp_path / option)
 
 
@@ -444,7 +444,7 @@ def test_a_config_and_weights_that_disagree_on_biases_are_refused(tmp_path: Path
     folder_of("ViT", tmp_path, intermediate_size=128)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"qkv_bias": False}))
-    with pytest.raises(ValueError, match="says qkv_bias: false, and its weights have such biases"):
+    with pytest.raises(ValueError, match="states qkv_bias: false, but its weights have such biases"):
         load_encoder(tmp_path)
 
 
@@ -467,7 +467,7 @@ def test_a_folder_of_timms_that_lacks_what_its_config_says_is_refused(tmp_path: 
     state = load_file(tmp_path / "timm" / "model.safetensors")
     save_file({key: value for key, value in state.items() if not re.search(lost, key)},
               tmp_path / "timm" / "model.safetensors")  # fmt: skip
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match="among its weights|states a depth of 2, but its weights have 1 blocks"):
         load_encoder(tmp_path / "timm")
 
 

@@ -81,7 +81,7 @@ def own_checkpoint(here: Path) -> str:
     return "run"
 
 
-def in_parts(here: Path) -> str:
+def sharded(here: Path) -> str:
     pickle_at(here / "theirs" / "part-1.bin", here)
     (here / "theirs" / "config.json").write_text(json.dumps(VIT))
     index = {"weight_map": {"embeddings.cls_token": "part-1.bin"}}
@@ -134,7 +134,7 @@ def test_every_command_that_takes_an_encoder(here: Path, door: str, make, capsys
     [
         (folder_of(VIT), "refused, because it holds objects besides tensors"),
         (folder_of(TIMM), "refused, because it holds objects besides tensors"),
-        (in_parts, "refused, because it holds objects besides tensors"),
+        (sharded, "refused, because it holds objects besides tensors"),
         (arrays, "allow_pickle=False"),
     ],
     ids=["transformers", "timm", "parts", "npz"],
@@ -181,7 +181,7 @@ def test_released_tasks(here: Path) -> None:
 
 
 def test_an_index_cannot_name_files_elsewhere(here: Path, capsys: pytest.CaptureFixture) -> None:
-    in_parts(here)
+    sharded(here)
     index = {"weight_map": {"embeddings.cls_token": "../own/encoder.safetensors"}}
     (here / "theirs" / "model.safetensors.index.json").write_text(json.dumps(index))
     assert main(["import", "theirs", "out"]) == 1
@@ -210,11 +210,11 @@ def test_a_description_of_a_huge_network_is_refused_before_it_is_built(
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"depth": 10**7}, "says a depth of 10000000, and its weights have 1 blocks"),
-        ({"embed_dim": 10**6}, "says .* for cls_token, which is .* among its weights"),
-        ({"img_size": 10**6}, "says .* for pos_embed|cannot be|Storage size"),
+        ({"depth": 10**7}, "states a depth of 10000000, but its weights have 1 blocks"),
+        ({"embed_dim": 10**6}, "states .* for cls_token, which is .* among its weights"),
+        ({"img_size": 10**6}, "states .* for pos_embed|cannot be|Storage size"),
         ({"reg_tokens": 10**9}, "for reg_token, which is missing among its weights|for pos_embed"),
-        ({"depth": "many"}, "says a depth of many"),
+        ({"depth": "many"}, "states a depth of many"),
     ],
 )
 def test_a_folder_of_timms_with_a_huge_network_is_refused_before_it_is_built(
@@ -292,10 +292,10 @@ def test_yaml_that_its_reader_stumbles_over_is_named(tmp_path: Path, text: str) 
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_a_checkpoint_of_half_a_million_parts_is_refused_at_the_first_that_is_missing(tmp_path: Path) -> None:
+def test_a_checkpoint_of_half_a_million_shards_is_refused_at_the_first_that_is_missing(tmp_path: Path) -> None:
     torch.save({"shards": {"folder": "x", "ranks": 500_000}}, tmp_path / "last.ckpt")
     start = time.monotonic()
-    with pytest.raises(FileNotFoundError, match="rank-00000.pt: a part of .* is missing"):
+    with pytest.raises(FileNotFoundError, match="rank-00000.pt: a shard of .* is missing"):
         load_encoder(tmp_path / "last.ckpt")
     assert time.monotonic() - start < 5
 

@@ -178,7 +178,7 @@ def test_a_file_that_lacks_what_its_family_has_is_refused(tmp_path: Path, layout
     ("lost", "said"),
     [
         ("pos_embed", "without positions, registers"), ("norm.weight norm.bias", "without last norm, registers"),
-        ("blocks.1.", "as the weights have it: 1 blocks of width"), ("nothing", "2 blocks of width"),
+        ("blocks.1.", "inferred from the weights: 1 blocks of width"), ("nothing", "2 blocks of width"),
     ],
 )  # fmt: skip
 def test_what_a_file_in_timms_names_was_taken_for_is_said(

@@ -68,13 +68,13 @@ class ImportOptions(Options, FromFile):
 def run_import(options: ImportOptions) -> None:
     """Write an encoder folder from released weights."""
     from sslvit.checkpoint import load_encoder, provenance_of, save_encoder
-    from sslvit.export import check_place, fresh_part, take_place, whole_folder
+    from sslvit.export.folder import check_destination, complete_or_removed, make_part, move_into_place
 
     out = Path(options.out)
-    check_place(out, may_overwrite=False)
+    check_destination(out, may_overwrite=False)
     encoder = load_encoder(options.checkpoint, options.layout, options.heads, **foreign_overrides(options))
-    part = fresh_part(out)
-    with whole_folder(part):
+    part = make_part(out)
+    with complete_or_removed(part):
         save_encoder(encoder, part, provenance_of(options.checkpoint, options.weights))
-    take_place(part, out)
+    move_into_place(part, out)
     print(f"encoder in {out}")

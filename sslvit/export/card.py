@@ -11,34 +11,26 @@ from typing import Any
 from sslvit import __version__
 from sslvit.checkpoint import fingerprint
 from sslvit.evaluate.scores import markdown_table, markdown_text
+from sslvit.export.cropping import whole_pixel_fraction
 from sslvit.export.exported import Exported
 from sslvit.files import printable
-from sslvit.layouts.preprocessing import fraction_held
 from sslvit.models import ViTEncoder
 from sslvit.settings.encoder import crop_words
 
 CARD = ("card.json", "README.md")
-NOT_TOLD = ("out", "init", "seed", "online")  # of a run's settings: the author's own paths, and what changes no weight
+OMITTED = ("out", "init", "seed", "online")  # of a run's settings: the author's own paths, and what changes no weight
 
 
 def make_card(exported: Exported, source: str | Path, kind: str, is_fixed: bool, scores: list[Path]) -> dict[str, Any]:
-    """Facts about an export.
-
-    Args:
-        exported: what was written.
-        source: where the encoder came from.
-        kind: of the format.
-        is_fixed: images have one size.
-        scores: files that `sslvit probe -o` and its relatives wrote.
-    """
+    """Facts about an export; `scores` are files that `sslvit probe -o` and its relatives wrote."""
     settings = exported.settings
     provenance, run = exported.provenance, exported.provenance.get("settings")
-    recipe = {key: value for key, value in run.items() if key not in NOT_TOLD} if isinstance(run, dict) else {}
+    recipe = {key: value for key, value in run.items() if key not in OMITTED} if isinstance(run, dict) else {}
     # transformers' ImageGPT maps pixels in [-1, 1] to colors, whatever units the encoder's images have
     is_palette = kind == "transformers" and settings.tokens == "pixel"
     mean, std = ([0.5] * settings.channels,) * 2 if is_palette else (settings.mean, settings.std)
     # timm and transformers resize to whole pixels before they crop
-    fraction = fraction_held(settings) if kind in ("timm", "transformers") else settings.crop_fraction
+    fraction = whole_pixel_fraction(settings) if kind in ("timm", "transformers") else settings.crop_fraction
     return {
         "format": kind, "sslvit": __version__, "outputs": exported.outputs,
         "image_sizes": "fixed" if is_fixed else "any",
@@ -46,7 +38,7 @@ def make_card(exported: Exported, source: str | Path, kind: str, is_fixed: bool,
         "encoder": asdict(settings), "weights": provenance.get("weights"),
         "classes": exported.classes,
         "preprocessing": {
-            "crop": crop_words(settings.crop_mode, fraction, settings.image_size), "crop_mode": settings.crop_mode,
+            "crop": crop_words(settings.crop_mode, fraction, list(settings.size)), "crop_mode": settings.crop_mode,
             "crop_fraction": fraction, "size": settings.image_size,
             "channels": settings.channels, "interpolation": settings.interpolation, "scale": "0 to 1",
             "mean": mean, "std": std,
@@ -58,19 +50,13 @@ def make_card(exported: Exported, source: str | Path, kind: str, is_fixed: bool,
 
 
 def known_scores(source: str | Path, files: list[Path], encoder: ViTEncoder | None = None) -> dict[str, Any]:
-    """File -> what it says: those given, and a fine-tuned run's own.
+    """Name -> content of files of scores: those given, and a fine-tuned run's own.
 
-    Args:
-        source: where the encoder came from.
-        files: that were given.
-        encoder: whose scores they must be, as far as they name an encoder by its fingerprint.
-
-    Raises:
-        ValueError: a file is no JSON of scores, or holds those of another encoder.
+    Files that name encoders by their fingerprints must name this one, if it is given.
     """
-    own = Path(source) / "scores.json"
+    finetuned = Path(source) / "scores.json"
     found: dict[str, Any] = {}
-    for file in [*([own] if own.is_file() else []), *files]:
+    for file in [*([finetuned] if finetuned.is_file() else []), *files]:
         try:
             content = json.loads(file.read_text())
         except (OSError, ValueError, RecursionError) as error:
@@ -90,7 +76,7 @@ def known_scores(source: str | Path, files: list[Path], encoder: ViTEncoder | No
 
 
 def fingerprints_in(scores: dict[str, Any]) -> dict[str, str]:
-    """Row -> fingerprint of the encoder that it is of, for the rows that say one."""
+    """Row -> fingerprint of its encoder, for the rows that have one."""
     about = scores.get("about")
     probed = about.get("probed") if isinstance(about, dict) else None
     rows = probed.items() if isinstance(probed, dict) else ()
@@ -98,18 +84,18 @@ def fingerprints_in(scores: dict[str, Any]) -> dict[str, str]:
     return {row: value for row, value in named.items() if isinstance(value, str)}
 
 
-def in_quotes(path: str | Path) -> str:
-    """A path as it stands between the quotes of a program."""
+def quote(path: str | Path) -> str:
+    """A path as it is written between the quotes of a program."""
     return json.dumps(str(path), ensure_ascii=not str(path).isprintable())[1:-1]
 
 
-def write_card(card: dict[str, Any], verdict: dict[str, Any], how: str, folder: Path, name: str) -> None:
-    """card.json and README.md."""
+def write_card(card: dict[str, Any], verdict: dict[str, Any], usage: str, folder: Path, name: str) -> None:
+    """Write card.json and README.md."""
     (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n")
-    (folder / "README.md").write_text("\n".join(_lines(card, verdict, how, name)) + "\n")
+    (folder / "README.md").write_text("\n".join(_lines(card, verdict, usage, name)) + "\n")
 
 
-def _lines(card: dict[str, Any], verdict: dict[str, Any], how: str, name: str) -> list[str]:
+def _lines(card: dict[str, Any], verdict: dict[str, Any], usage: str, name: str) -> list[str]:
     encoder, prepared = card["encoder"], card["preprocessing"]
     height, width = prepared["size"]
     crop = f"{prepared['crop'][0].upper()}{prepared['crop'][1:]}"
@@ -118,7 +104,7 @@ def _lines(card: dict[str, Any], verdict: dict[str, Any], how: str, name: str) -
         f"A vision transformer of {card['parameters'] / 1e6:.1f} M parameters ({encoder['depth']} blocks, width "
         f"{encoder['width']}, {encoder['heads']} heads, patch {encoder['patch']}), written by sslvit {card['sslvit']} "
         f"for {card['format']}. It gives {card['outputs']}.", "",
-        "```python", how, "```", "",
+        "```python", usage, "```", "",
         "## Preprocessing", "",
         f"{crop}, resized to {height} x {width} ({prepared['interpolation']}); pixels from "
         f"0 to 1, minus mean {_numbers(prepared['mean'])}, over std {_numbers(prepared['std'])}.",
@@ -126,13 +112,13 @@ def _lines(card: dict[str, Any], verdict: dict[str, Any], how: str, name: str) -
         else f"It takes other sizes too, in multiples of {encoder['patch']}.", "",
         "## Origin", "",
     ]  # fmt: skip
-    told = {key: markdown_text(card[key]) for key in ("weights", "task", "imported_from") if card[key]}
-    which = f", the {told['weights']}'s weights" if "weights" in told else ""
-    if "task" in told:
+    origin = {key: markdown_text(card[key]) for key in ("weights", "task", "imported_from") if card[key]}
+    which = f", the {origin['weights']}'s weights" if "weights" in origin else ""
+    if "task" in origin:
         steps = f", {card['step']:,} steps" if isinstance(card["step"], int) else ""
-        lines.append(f"Trained by {told['task']}{steps}{which}; the recipe stands in card.json.")
-    elif "imported_from" in told:
-        lines.append(f"Imported from {told['imported_from']}{which}.")
+        lines.append(f"Trained by {origin['task']}{steps}{which}; the recipe stands in card.json.")
+    elif "imported_from" in origin:
+        lines.append(f"Imported from {origin['imported_from']}{which}.")
     else:
         lines.append("Not known.")
     if isinstance(data := card["data"], dict):
@@ -140,7 +126,7 @@ def _lines(card: dict[str, Any], verdict: dict[str, Any], how: str, name: str) -
         lines.append(f"Data: {samples} images, fingerprint {known}.")
     lines += ["", "## Scores", ""]
     for file, content in card["scores"].items():
-        lines += [*_told(file, content, card["fingerprint"]), ""]
+        lines += [*_scores(file, content, card["fingerprint"]), ""]
     lines += [] if card["scores"] else ["None known.", ""]
     lines += [
         "## Verdict", "",
@@ -157,8 +143,8 @@ def _numbers(values: list[float]) -> str:
     return ", ".join(f"{value:g}" for value in values)
 
 
-def _told(file: str, content: dict[str, Any], own: str) -> list[str]:
-    """The scores of one file as lines: a table where it has rows, with a line on which of them is this encoder's."""
+def _scores(file: str, content: dict[str, Any], own: str) -> list[str]:
+    """The scores of one file as lines: a table if it has rows, with a line on which of them is this encoder's."""
     top1, images = content.get("top1"), content.get("images")
     if isinstance(top1, float) and isinstance(images, int):
         return [f"- {markdown_text(file)}: {top1:.1f} % right of {images:,} images"]
@@ -169,13 +155,14 @@ def _told(file: str, content: dict[str, Any], own: str) -> list[str]:
     mine = [markdown_text(row) for row, value in named.items() if value == own]
     whose = f"this encoder is the row {', '.join(mine)}." if mine else "the file does not name its encoder."
     about = content.get("about")
-    data = about.get("val") if isinstance(about, dict) else None
+    about = about if isinstance(about, dict) else {}
+    data = about.get("val")
     of = f" On {markdown_text(data)}, {markdown_text(about.get('val_images'))} images." if data else ""
     return [f"{markdown_text(file)}: {whose}{of}", "", markdown_table(table)]
 
 
 def _table(rows: Any) -> dict[str, dict[str, list[float]]]:
-    """Row -> column -> scores, of what a file has under rows or draws; empty where it is something else."""
+    """Row -> column -> scores, of what a file has under rows or draws; empty if it is something else."""
     if not isinstance(rows, dict) or not all(isinstance(of, dict) for of in rows.values()):
         return {}
     found = {

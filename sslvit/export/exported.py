@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sslvit.checkpoint import HEAD, find_encoder, provenance_of, split_checkpoint
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings
-from sslvit.weight_files import read_torch_file
+from sslvit.sharded_checkpoint import read_checkpoint
 
 OUTPUTS = ("tokens", "features", "logits")
+Reopened = Callable[[Tensor], Tensor]
+"""An export as its own library runs it: images 'b c h w' -> outputs."""
 
 
 class Exported(nn.Module):
     """An encoder and what follows it.
 
     Args:
-        encoder: in evaluation mode.
+        encoder: The encoder, in evaluation mode.
         outputs: tokens (the encoder alone), features (pooled) or logits (a classifier's).
-        head: linear map from pooled tokens to classes, for logits.
-        classes: their names.
-        provenance: where the weights come from.
+        head: Linear map from pooled tokens to classes, for logits.
+        classes: Names of the classes.
+        provenance: Where the weights come from.
     """
 
     def __init__(
@@ -40,10 +44,11 @@ class Exported(nn.Module):
 
     @property
     def settings(self) -> EncoderSettings:
+        """The encoder's settings."""
         return self.encoder.settings
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Tensor:
-        """'b t d', 'b d' or 'b classes'."""
+        """Tokens 'b t d', features 'b d' or logits 'b classes'."""
         if self.outputs == "tokens":
             return self.encoder(images)
         if self.head is None:
@@ -52,17 +57,7 @@ class Exported(nn.Module):
 
 
 def with_outputs(encoder: ViTEncoder, source: str | Path, outputs: str, weights: str | None = None) -> Exported:
-    """The encoder of a source with what is to follow it.
-
-    Args:
-        encoder: of the source.
-        source: where a fine-tuned run keeps its classifier.
-        outputs: tokens, features or logits.
-        weights: student or teacher, where one was asked for.
-
-    Raises:
-        ValueError: logits of an encoder that has no classifier, or a damaged one.
-    """
+    """An encoder with what follows it; for logits, the classifier of the fine-tuned run that it was loaded from."""
     if outputs not in OUTPUTS:
         raise ValueError(f"--outputs {outputs}: not one of {', '.join(OUTPUTS)}.")
     provenance = provenance_of(source, weights)
@@ -73,17 +68,13 @@ def with_outputs(encoder: ViTEncoder, source: str | Path, outputs: str, weights:
 
 
 def read_classifier(source: str | Path, width: int) -> tuple[nn.Linear, list[str]]:
-    """The classifier beside an encoder, or in the checkpoint of a fine-tuning, and the names of its classes.
-
-    Raises:
-        ValueError: there is none, or it is damaged.
-    """
+    """The classifier beside an encoder, or in the checkpoint of a fine-tuned run, and the names of its classes."""
     path = find_encoder(source)
     file = path / HEAD if path.is_dir() else path
     beside = file if path.is_dir() else path.parent.parent / "encoder" / HEAD
     classes: Any = []
     try:
-        state = read_torch_file(file)
+        state = read_checkpoint(file)
         if not path.is_dir():
             state = split_checkpoint(state, path)[2] if "sslvit" in state else {}
         state = {key.removeprefix("head."): value for key, value in state.items() if key.startswith("head.")}
@@ -105,3 +96,9 @@ def read_classifier(source: str | Path, width: int) -> tuple[nn.Linear, list[str
     head = nn.Linear(width, rows)
     head.load_state_dict(state)
     return head, [str(name) for name in classes]
+
+
+def save_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Write model.safetensors."""
+    contiguous = {key: value.contiguous() for key, value in tensors.items()}
+    save_file(contiguous, folder / "model.safetensors", {"format": "pt"})

@@ -10,8 +10,8 @@ import contextlib
 import io
 import json
 import warnings
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,80 +19,78 @@ from torch import Tensor
 
 from sslvit.environment import require_packages
 from sslvit.export import torch as program
-from sslvit.export.exported import Exported
+from sslvit.export.exported import Exported, Reopened
 from sslvit.settings.encoder import crop_words
 
 FILE = "model.onnx"
 OPSET = 18
-KERNEL = 4  # dimensions of a convolution's
-MOST_BYTES = 1_500_000_000  # in one file; protobuf ends at 2 GB
+KERNEL_DIMS = 4  # of a convolution
+MAX_FILE_BYTES = 1_500_000_000  # protobuf ends at 2 GB
 
 
 def check(exported: Exported, size: str | None) -> bool:
-    """As for torch.export.
-
-    Raises:
-        ValueError: other sizes are asked for, and ONNX cannot stretch these positions.
-        ImportError: onnx, onnxscript or onnxruntime is not installed.
-    """
+    """Whether the export takes images of one size only, as for torch.export."""
     is_fixed = program.check(exported, size)
     if not is_fixed and exported.settings.pos_embed == "relative_bias":
-        raise ValueError("--size dynamic: ONNX cannot stretch positions: relative_bias. Use --size fixed.")
+        raise ValueError("--size dynamic: ONNX cannot resample pos_embed: relative_bias. Use --size fixed.")
     require_packages("--format onnx", "sslvit[onnx]", "onnx", "onnxruntime", "onnxscript")
     return is_fixed
 
 
 def write(exported: Exported, folder: Path, is_fixed: bool) -> None:
+    """Write model.onnx with the preprocessing in its metadata."""
     settings = exported.settings
     size = sum(value.numel() * value.element_size() for value in exported.state_dict().values())
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        made = torch.onnx.export(
+        converted = torch.onnx.export(
             program.trace(exported, is_fixed), (), dynamo=True, opset_version=OPSET, input_names=["images"],
             output_names=[exported.outputs], verbose=False,
         )  # fmt: skip
-    about = {
+    assert converted is not None  # as no file is given
+    preprocessing = {
         "size": settings.image_size, "mean": settings.mean, "std": settings.std,
         "interpolation": settings.interpolation, "crop_mode": settings.crop_mode,
         "crop_fraction": settings.crop_fraction,
-        "crop": crop_words(settings.crop_mode, settings.crop_fraction, settings.image_size),
+        "crop": crop_words(settings.crop_mode, settings.crop_fraction, list(settings.size)),
         "classes": exported.classes,
     }  # fmt: skip
-    made.model.metadata_props["preprocessing"] = json.dumps(about)
-    made.save(folder / FILE, external_data=size > MOST_BYTES)
+    converted.model.metadata_props["preprocessing"] = json.dumps(preprocessing)
+    converted.save(folder / FILE, external_data=size > MAX_FILE_BYTES)
 
 
-def reopen(folder: Path, exported: Exported, is_fixed: bool) -> Callable[[Tensor], Tensor]:
-    return _run_by_onnx(folder, {})
+def reopen(folder: Path, exported: Exported) -> Reopened:
+    """The program as ONNX Runtime runs it."""
+    return _run(folder, {})
 
 
-def reopen_with_unit_scale(folder: Path, exported: Exported) -> Callable[[Tensor], Tensor]:
+def reopen_with_unit_scale(folder: Path, exported: Exported) -> Reopened:
     """The program with every LayerScale set to one, so that no block is faint."""
     import onnxruntime
 
     ones = {name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ones(len(value), np.float32))
             for name, value in layer_scales(exported).items()}  # fmt: skip
-    return _run_by_onnx(folder, ones)
+    return _run(folder, ones)
 
 
-def _run_by_onnx(folder: Path, others: dict) -> Callable[[Tensor], Tensor]:
-    """The program as ONNX Runtime runs it, with other tensors in the place of some."""
+def _run(folder: Path, replacements: dict[str, Any]) -> Reopened:
+    """The program as ONNX Runtime runs it, with some of its tensors replaced."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    for name, value in others.items():
+    for name, value in replacements.items():
         options.add_initializer(name, value)
     session = onnxruntime.InferenceSession(folder / FILE, options, providers=["CPUExecutionProvider"])
-    session.kept = others  # the session reads them where they lie
+    session.replacements = replacements  # the session does not copy them
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
-def weights(folder: Path, exported: Exported, is_fixed: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Tensors as they were meant, and as they stand in the file, as far as it has them under their names.
+def weights(folder: Path, exported: Exported) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Tensors as they should be, and as they are in the file, as far as it has them under their names.
 
     Products with a transposed matrix and sums of constants are computed while the program is written, and the kernel of
-    a convolution is merged with the batch norm behind it. These have other names or numbers then, and are compared by
-    what comes of them (`reopen_with_unit_scale`).
+    a convolution is merged with the batch norm behind it. These then have other names or numbers, and are compared by
+    their outputs (`reopen_with_unit_scale`).
     """
     import onnx
     from onnx import numpy_helper
@@ -101,7 +99,7 @@ def weights(folder: Path, exported: Exported, is_fixed: bool) -> tuple[dict[str,
     state = exported.state_dict()
     found = {
         value.name: torch.from_numpy(numpy_helper.to_array(value).copy())
-        for value in graph.initializer if value.name in state and len(value.dims) < KERNEL
+        for value in graph.initializer if value.name in state and len(value.dims) < KERNEL_DIMS
     }  # fmt: skip
     scales = layer_scales(exported)
     for key in scales.keys() - found.keys():  # equal tensors are written once, under the name of one of them
@@ -121,7 +119,8 @@ def layer_scales(exported: Exported) -> dict[str, Tensor]:
     }  # fmt: skip
 
 
-def how_to_open(exported: Exported, is_fixed: bool) -> str:
+def usage(exported: Exported, is_fixed: bool) -> str:
+    """Lines of Python that open it."""
     return f"""import onnxruntime
 
 session = onnxruntime.InferenceSession("FOLDER/{FILE}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -14,35 +13,34 @@ from sslvit.export.exported import Exported, with_outputs
 
 
 def check(exported: Exported, size: str | None) -> bool:
-    """It holds every encoder, at every size that the encoder takes.
-
-    Raises:
-        ValueError: one size is asked for, or other sizes of an encoder that is tied to its own.
-    """
+    """Whether the encoder takes images of one size only; the format holds every encoder."""
     if size == "fixed":
-        raise ValueError("--size fixed: is for other formats; safetensors hold the encoder as it is.")
+        raise ValueError("--size fixed: is for other formats; safetensors holds the encoder as it is.")
     if size == "dynamic" and exported.settings.tokens == "pixel":
         raise ValueError("--size dynamic: a pixel sequence is tied to its size.")
     return exported.settings.tokens == "pixel"
 
 
 def write(exported: Exported, folder: Path, is_fixed: bool) -> None:
+    """Write encoder.json, encoder.safetensors and, with a classifier, head.safetensors."""
     save_encoder(exported.encoder, folder, exported.provenance)
     if exported.head is not None:
         weights = {f"head.{key}": value.contiguous() for key, value in exported.head.state_dict().items()}
         save_file(weights, folder / HEAD, {"classes": json.dumps(exported.classes)})
 
 
-def reopen(folder: Path, exported: Exported, is_fixed: bool) -> Callable[[Tensor], Tensor]:
+def reopen(folder: Path, exported: Exported) -> Exported:
+    """The encoder as sslvit loads it, with its classifier."""
     return with_outputs(load_encoder(folder), folder, exported.outputs)
 
 
-def weights(folder: Path, exported: Exported, is_fixed: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Tensors as they were meant, and as they are read."""
-    return exported.state_dict(), with_outputs(load_encoder(folder), folder, exported.outputs).state_dict()
+def weights(folder: Path, exported: Exported) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Tensors as they should be, and as they are read."""
+    return exported.state_dict(), reopen(folder, exported).state_dict()
 
 
-def how_to_open(exported: Exported, is_fixed: bool) -> str:
+def usage(exported: Exported, is_fixed: bool) -> str:
+    """Lines of Python that open it."""
     lines = ["import sslvit", "", 'encoder = sslvit.load_encoder("FOLDER")']
     if exported.outputs == "logits":
         lines = ["from safetensors.torch import load_file", *lines, f'head = load_file("FOLDER/{HEAD}")']

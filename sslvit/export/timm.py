@@ -10,93 +10,113 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from PIL.Image import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sslvit.environment import require_packages
-from sslvit.export.exported import Exported
-from sslvit.layouts.preprocessing import resized_sides
-from sslvit.layouts.timm import from_sslvit, model_arguments, resampling_differs, rows_kept
-from sslvit.layouts.vit import state_with_table
+from sslvit.export import plain_vit
+from sslvit.export.cropping import resized_sides
+from sslvit.export.exported import Exported, save_tensors
+from sslvit.layouts.timm import from_sslvit
 from sslvit.settings import EncoderSettings
 
-ARCHITECTURE = "vit_base_patch16_224"  # any plain ViT: the arguments below replace all that it says
+ARCHITECTURE = "vit_base_patch16_224"  # any plain ViT: the arguments below override all of it
 
 
 def check(exported: Exported, size: str | None) -> bool:
-    """Whether it will take images of one size only.
-
-    Raises:
-        ValueError: timm's plain ViT cannot hold this encoder, or not at other sizes, which are asked for.
-        ImportError: timm is not installed.
-    """
-    arguments_of(exported)
-    differs = resampling_differs(exported.settings)
-    if size == "dynamic" and differs:
-        raise ValueError(f"--size dynamic: timm stretches positions in another way ({differs}). Use --size fixed.")
+    """Whether the export takes images of one size only; refuses what timm's plain ViT cannot hold."""
+    model_arguments(exported)
+    is_fixed = plain_vit.is_fixed_size("timm", size, plain_vit.resampling_difference(exported.settings, antialias=True))
     require_packages("--format timm", "sslvit[timm]", "timm")
-    return size == "fixed" or differs is not None
+    return is_fixed
 
 
-def arguments_of(exported: Exported) -> dict:
-    return model_arguments(
-        exported.settings, exported.outputs, 0 if exported.head is None else exported.head.out_features
-    )
+def model_arguments(exported: Exported) -> dict[str, Any]:
+    """Arguments of timm's VisionTransformer; refuses all options that it cannot hold."""
+    settings, outputs = exported.settings, exported.outputs
+    is_pooled = outputs != "tokens"
+    plain_vit.refuse_options("timm's VisionTransformer", {
+        **plain_vit.unsupported_options(settings, outputs),
+        f"norm_eps: {settings.norm_eps:g}": settings.norm_eps != 1e-6,
+        f"mlp: {settings.mlp}": settings.mlp != "gelu",
+        "both final_norm and fc_norm": settings.final_norm and settings.fc_norm and is_pooled,
+    })  # fmt: skip
+    fc_norm = settings.fc_norm and is_pooled
+    return {
+        "img_size": list(settings.size), "patch_size": settings.patch, "in_chans": settings.channels,
+        "embed_dim": settings.width, "depth": settings.depth, "num_heads": settings.heads,
+        "mlp_ratio": exact_ratio(settings.width, settings.mlp_width), "qk_norm": settings.qk_norm,
+        "qkv_bias": settings.bias,
+        "proj_bias": settings.bias, "init_values": settings.layer_scale, "class_token": settings.class_token,
+        "reg_tokens": settings.registers, "no_embed_class": prefix_rows(settings) < max(settings.prefix, 1),
+        "pos_embed": "none" if settings.pos_embed == "none" else "learn",
+        "global_pool": {"class": "token", "mean": "avg"}[settings.pooling] if is_pooled else "",
+        "num_classes": 0 if exported.head is None else exported.head.out_features, "dynamic_img_size": True,
+        "fc_norm": fc_norm, "final_norm": settings.final_norm or fc_norm,  # its one norm, before or after the pooling
+    }  # fmt: skip
+
+
+def exact_ratio(width: int, hidden: int) -> float:
+    """A ratio whose product with the width is the hidden width when timm truncates it."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
+
+
+def prefix_rows(settings: EncoderSettings) -> int:
+    """Rows of the position table in front of the patches' rows: timm has them for all prefix tokens or for none."""
+    return settings.prefix if settings.position_rows == settings.prefix else 0
 
 
 def write(exported: Exported, folder: Path, is_fixed: bool) -> None:
+    """Write config.json and model.safetensors."""
     settings = exported.settings
-    arguments = {**arguments_of(exported), "dynamic_img_size": not is_fixed}
-    tensors = {key: value.contiguous() for key, value in tensors_of(exported).items()}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    about = {
+    arguments = {**model_arguments(exported), "dynamic_img_size": not is_fixed}
+    save_tensors(tensors_of(exported), folder)
+    config = {
         "architecture": ARCHITECTURE,
         "num_classes": arguments["num_classes"],
         "num_features": settings.width,
         "global_pool": arguments["global_pool"],
         "model_args": arguments,
         "pretrained_cfg": {
-            "input_size": [settings.channels, *settings.image_size], "fixed_input_size": is_fixed,
+            "input_size": [settings.channels, *settings.size], "fixed_input_size": is_fixed,
             "interpolation": settings.interpolation, "crop_pct": crop_pct(settings),
             "crop_mode": settings.crop_mode, "mean": settings.mean, "std": settings.std,
             "num_classes": arguments["num_classes"], "pool_size": None, "first_conv": "patch_embed.proj",
             "classifier": "head", **({"label_names": exported.classes} if exported.classes else {}),
         },
     }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(about, indent=1) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
 def tensors_of(exported: Exported) -> dict[str, Tensor]:
-    """All that is written, under timm's names."""
+    """Everything that is written, under timm's names."""
     classifier = {} if exported.head is None else {f"head.{k}": v for k, v in exported.head.state_dict().items()}
-    return from_sslvit(state_with_table(exported.encoder, rows_kept(exported.settings), exported.outputs), classifier)
+    table = plain_vit.state_with_table(exported.encoder, prefix_rows(exported.settings), exported.outputs)
+    return from_sslvit(table, classifier)
 
 
 def crop_pct(settings: EncoderSettings) -> float:
-    """The share for which timm, which cuts what it divides to whole pixels, resizes to the sides that are meant."""
-    side, resized = settings.image_size[0], resized_sides(settings)[0]
-    share = settings.crop_fraction if math.floor(side / settings.crop_fraction) == resized else side / resized
-    while math.floor(side / share) < resized:
-        share = math.nextafter(share, 0.0)
-    return share
+    """The fraction for which timm, which truncates the quotient to whole pixels, resizes to the intended sides."""
+    side, resized = settings.size[0], resized_sides(settings)[0]
+    fraction = settings.crop_fraction if math.floor(side / settings.crop_fraction) == resized else side / resized
+    while math.floor(side / fraction) < resized:
+        fraction = math.nextafter(fraction, 0.0)
+    return fraction
 
 
-def reopen(folder: Path, exported: Exported, is_fixed: bool) -> Callable[[Tensor], Tensor]:
-    return opened(folder)
-
-
-def opened(folder: Path) -> nn.Module:
+def reopen(folder: Path, exported: Exported) -> nn.Module:
     """The model as timm opens it."""
     import timm
 
     return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 
 
-def weights(folder: Path, exported: Exported, is_fixed: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Tensors as they were meant, and as timm has them."""
-    return tensors_of(exported), opened(folder).state_dict()
+def weights(folder: Path, exported: Exported) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Tensors as they should be, and as timm has them."""
+    return tensors_of(exported), reopen(folder, exported).state_dict()
 
 
 def preprocessing(folder: Path, exported: Exported) -> Callable[[Image], Tensor]:
@@ -107,7 +127,8 @@ def preprocessing(folder: Path, exported: Exported) -> Callable[[Image], Tensor]
     return timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 
 
-def how_to_open(exported: Exported, is_fixed: bool) -> str:
+def usage(exported: Exported, is_fixed: bool) -> str:
+    """Lines of Python that open it."""
     return f"""import timm
 
 model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()

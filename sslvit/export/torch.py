@@ -7,25 +7,20 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-from sslvit.export.exported import Exported
+from sslvit.export.exported import Exported, Reopened
 
 FILE = "model.pt2"
-MOST_PATCHES = 4096  # rows or columns, of dynamic sizes
+MAX_PATCHES = 4096  # rows or columns of dynamic sizes
 
 
 def check(exported: Exported, size: str | None) -> bool:
-    """Whether it will take images of one size only.
-
-    Raises:
-        ValueError: other sizes are asked for, and this encoder cannot stretch its positions inside a program.
-    """
+    """Whether the export takes images of one size only; positions of some cannot be resampled inside a program."""
     settings = exported.settings
     if size != "dynamic":
         return True
@@ -40,14 +35,14 @@ def check(exported: Exported, size: str | None) -> bool:
 
 
 def trace(exported: Exported, is_fixed: bool) -> ExportedProgram:
-    """The program: images 'b c h w' -> outputs."""
+    """The traced program: images 'b c h w' -> outputs."""
     settings = exported.settings
     shapes: dict[int, Dim] = {0: Dim("batch", min=1, max=65_536)}
     if not is_fixed:
         for axis, name in ((2, "rows"), (3, "columns")):
-            shapes[axis] = settings.patch * Dim(name, min=2, max=MOST_PATCHES)
+            shapes[axis] = settings.patch * Dim(name, min=2, max=MAX_PATCHES)
     # two images and two patches more than in training: a size that happens to fit must not be taken for a rule
-    height, width = settings.image_size if is_fixed else [side + 2 * settings.patch for side in settings.image_size]
+    height, width = settings.size if is_fixed else [side + 2 * settings.patch for side in settings.size]
     images = torch.randn(2, settings.channels, height, width)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -55,24 +50,27 @@ def trace(exported: Exported, is_fixed: bool) -> ExportedProgram:
 
 
 def write(exported: Exported, folder: Path, is_fixed: bool) -> None:
-    made = io.BytesIO()  # torch's writer of files ends the whole process on a full disk, in a destructor
-    torch.export.save(trace(exported, is_fixed), made)
-    (folder / FILE).write_bytes(made.getbuffer())
+    """Write model.pt2."""
+    content = io.BytesIO()  # torch's writer of files ends the whole process on a full disk, in a destructor
+    torch.export.save(trace(exported, is_fixed), content)
+    (folder / FILE).write_bytes(content.getbuffer())
 
 
-def reopen(folder: Path, exported: Exported, is_fixed: bool) -> Callable[[Tensor], Tensor]:
+def reopen(folder: Path, exported: Exported) -> Reopened:
+    """The program as torch runs it."""
     return torch.export.load(folder / FILE).module()
 
 
-def weights(folder: Path, exported: Exported, is_fixed: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Tensors as they were meant, and as they stand in the program."""
+def weights(folder: Path, exported: Exported) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Tensors as they should be, and as they are in the program."""
     program = torch.export.load(folder / FILE)
     constants = {key: value for key, value in program.constants.items() if isinstance(value, Tensor)}
     buffers = {key: value for key, value in exported.named_buffers() if key in constants}
     return exported.state_dict() | buffers, dict(program.state_dict) | {key: constants[key] for key in buffers}
 
 
-def how_to_open(exported: Exported, is_fixed: bool) -> str:
+def usage(exported: Exported, is_fixed: bool) -> str:
+    """Lines of Python that open it."""
     return f"""import torch
 
 model = torch.export.load("FOLDER/{FILE}").module()

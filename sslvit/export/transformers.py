@@ -2,127 +2,213 @@
 
 config.json                 the model and its settings
 model.safetensors           the weights under transformers' names
-preprocessor_config.json    how images reach it
+preprocessor_config.json    the preprocessing
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import ImageOps
-from PIL.Image import Image, Resampling
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from PIL.Image import Image
+from torch import Tensor
 
 from sslvit.environment import require_packages
-from sslvit.export.exported import Exported
+from sslvit.export import plain_vit
+from sslvit.export.cropping import fit, fit_snippet, is_fitted, resized_sides
+from sslvit.export.exported import Exported, Reopened, save_tensors
 from sslvit.layouts import openai_igpt
-from sslvit.layouts.preprocessing import fraction_held, resized_sides
-from sslvit.layouts.transformers import classifier, from_sslvit, kind_of, model_arguments, rename, resampling_differs
-from sslvit.layouts.vit import state_with_table
+from sslvit.layouts.transformers import rename, to_transformers
+from sslvit.models.tokens import PixelTokens
 from sslvit.settings import EncoderSettings
+from sslvit.settings.palette import UNIFORM
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CLASSES = {"vit": "ViT", "dinov2": "Dinov2", "dinov2_with_registers": "Dinov2WithRegisters", "imagegpt": "ImageGPT"}
 RESAMPLE = {"bilinear": 2, "bicubic": 3}  # PIL's numbers
 
 
 def check(exported: Exported, size: str | None) -> bool:
-    """Whether it will take images of one size only.
-
-    Raises:
-        ValueError: no model of transformers holds this encoder, or not at other sizes, which are asked for.
-        ImportError: transformers is not installed.
-    """
+    """Whether the export takes images of one size only; refuses what no model of transformers holds."""
     settings, outputs = exported.settings, exported.outputs
     model_arguments(settings, outputs)
     if settings.tokens == "pixel" and outputs == "logits":
-        raise ValueError("--outputs logits: transformers' ImageGPT classifies otherwise. Use features.")
-    differs = resampling_differs(settings, outputs)
-    if size == "dynamic" and differs:
-        raise ValueError(
-            f"--size dynamic: transformers stretches positions in another way ({differs}). Use --size fixed."
-        )
+        raise ValueError("--outputs logits: transformers' ImageGPT has another classifier. Use features.")
+    is_fixed = plain_vit.is_fixed_size("transformers", size, _size_difference(settings, outputs))
     require_packages("--format transformers", "sslvit[transformers]", "transformers")
-    return size == "fixed" or differs is not None
+    return is_fixed
+
+
+def model_type(settings: EncoderSettings, outputs: str) -> str:
+    """The model of transformers, as its config names it, that holds these settings or comes nearest."""
+    if settings.tokens == "pixel":
+        return "imagegpt"
+    if settings.registers:
+        return "dinov2_with_registers"
+    # Dinov2's classifier reads the mean over patches too, which ViT's does not
+    is_mean = outputs == "logits" and settings.pooling == "mean"
+    return "dinov2" if settings.layer_scale is not None or settings.mlp == "swiglu" or is_mean else "vit"
+
+
+def model_arguments(settings: EncoderSettings, outputs: str = "features") -> dict[str, Any]:
+    """Arguments of transformers' config for these settings; refuses all options that its model cannot hold."""
+    kind = model_type(settings, outputs)
+    if kind == "imagegpt":
+        return _imagegpt_arguments(settings)
+    height, width = settings.size
+    ratio = settings.mlp_ratio
+    plain_vit.refuse_options(f"transformers' {kind}", {
+        **plain_vit.unsupported_options(settings, outputs),
+        "pos_embed: none": settings.pos_embed == "none",
+        f"mlp: {settings.mlp}": settings.mlp not in (("gelu",) if kind == "vit" else ("gelu", "swiglu")),
+        f"mlp_ratio: {ratio:g}, which is no whole number": kind != "vit" and ratio != int(ratio),
+        "bias: false": not settings.bias,
+        "qk_norm: true": settings.qk_norm,
+        "class_token: false": not settings.class_token,
+        "final_norm: false": not settings.final_norm,
+        "fc_norm: true": settings.fc_norm and outputs != "tokens",
+        f"image_size: {settings.image_size}, which is no square": kind != "vit" and height != width,
+    })  # fmt: skip
+    common = {
+        "hidden_size": settings.width, "num_hidden_layers": settings.depth, "num_attention_heads": settings.heads,
+        "layer_norm_eps": settings.norm_eps, "patch_size": settings.patch, "num_channels": settings.channels,
+        "image_size": height if height == width else [height, width],
+    }  # fmt: skip
+    if kind == "vit":
+        return common | {"intermediate_size": settings.mlp_width}
+    registers = {"num_register_tokens": settings.registers} if settings.registers else {}
+    return common | registers | {"mlp_ratio": int(ratio), "use_swiglu_ffn": settings.mlp == "swiglu"}
+
+
+def _imagegpt_arguments(settings: EncoderSettings) -> dict[str, Any]:
+    plain_vit.refuse_options("transformers' imagegpt", {
+        "causal: false": not settings.causal,
+        f"channels: {settings.channels}": settings.channels != 3,
+        f"norm: {settings.norm}": settings.norm != "rms",
+        f"mlp: {settings.mlp}": settings.mlp != "quick_gelu",
+        f"pos_embed: {settings.pos_embed}": settings.pos_embed not in ("learned_1d", "sincos_1d", "sincos_2d"),
+        "locality_self_attention: true": settings.locality_self_attention,
+        "qk_norm: true": settings.qk_norm,
+        f"layer_scale: {settings.layer_scale}": settings.layer_scale is not None,
+        "final_norm: false": not settings.final_norm,
+        "mask_token: true": settings.mask_token,
+    })  # fmt: skip
+    return {
+        "vocab_size": (512 if settings.palette == UNIFORM else len(settings.palette)) + 1,
+        "n_positions": settings.grid[0] * settings.grid[1], "n_embd": settings.width, "n_layer": settings.depth,
+        "n_head": settings.heads, "n_inner": settings.mlp_width, "layer_norm_epsilon": settings.norm_eps,
+        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+    }  # fmt: skip
+
+
+def _size_difference(settings: EncoderSettings, outputs: str) -> str | None:
+    """Why transformers computes other positions at other sizes, or None."""
+    kind = model_type(settings, outputs)
+    if kind == "imagegpt":
+        return "a pixel sequence is tied to its size"
+    if settings.size[0] != settings.size[1]:
+        return f"image_size: {settings.image_size}, which is no square"
+    return plain_vit.resampling_difference(settings, antialias=kind == "dinov2_with_registers")
 
 
 def write(exported: Exported, folder: Path, is_fixed: bool) -> None:
+    """Write config.json, model.safetensors and preprocessor_config.json."""
     import transformers
 
     settings, outputs = exported.settings, exported.outputs
-    kind = kind_of(settings, outputs)
+    kind = model_type(settings, outputs)
     names = dict(enumerate(exported.classes))
-    labels = {"id2label": names, "label2id": {name: number for number, name in names.items()}} if names else {}
-    if exported.head is not None and not exported.classes:
+    labels: dict[str, Any] = {}
+    if names:
+        labels = {"id2label": names, "label2id": {name: number for number, name in names.items()}}
+    elif exported.head is not None:
         labels = {"num_labels": exported.head.out_features}
     config = getattr(transformers, f"{CLASSES[kind]}Config")(**model_arguments(settings, outputs), **labels)
     config.architectures = [f"{CLASSES[kind]}{'Model' if exported.head is None else 'ForImageClassification'}"]
     config.save_pretrained(folder)
     if kind == "imagegpt":
-        weights = openai_igpt.from_sslvit(exported.encoder.state_dict(), {})
+        tensors = openai_igpt.from_sslvit(exported.encoder.state_dict(), {})
     else:
-        weights = from_sslvit(state_with_table(exported.encoder, 1, outputs), kind)
+        tensors = to_transformers(plain_vit.state_with_table(exported.encoder, 1, outputs), kind)
     if exported.head is not None:
-        weights = {f"{kind}.{key}": value for key, value in weights.items()}
-        weights |= classifier(exported.head.state_dict(), kind, settings.pooling)
-    save_file(
-        {key: value.contiguous() for key, value in weights.items()}, folder / "model.safetensors", {"format": "pt"}
-    )
-    processor_of(exported).save_pretrained(folder)
+        tensors = {f"{kind}.{key}": value for key, value in tensors.items()}
+        tensors |= classifier(exported.head.state_dict(), kind, settings.pooling)
+    save_tensors(tensors, folder)
+    make_processor(exported).save_pretrained(folder)
 
 
-def processor_of(exported: Exported) -> Any:
+def classifier(head: dict[str, Tensor], kind: str, pooling: str) -> dict[str, Tensor]:
+    """A classifier under transformers' names. Dinov2's reads the class token beside the mean over patches."""
+    weight = head["weight"]
+    if kind != "vit":
+        nothing = torch.zeros_like(weight)
+        weight = torch.cat([weight, nothing] if pooling == "class" else [nothing, weight], 1)
+    return {"classifier.weight": weight, "classifier.bias": head["bias"]}
+
+
+def make_processor(exported: Exported) -> Any:
     """The image processor that does what sslvit does to an image, or to one that is fitted before (`is_fitted`)."""
     import transformers
 
     settings = exported.settings
-    height, width = settings.image_size
-    common = {"resample": RESAMPLE[settings.interpolation], "image_mean": settings.mean, "image_std": settings.std}
+    height, width = settings.size
+    crop = {"height": height, "width": width}
+    common: dict[str, Any] = {
+        "resample": RESAMPLE[settings.interpolation], "image_mean": settings.mean, "image_std": settings.std,
+    }  # fmt: skip
     if settings.tokens == "pixel":
         common |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # palettes are in [-1, 1]
-        clusters = exported.encoder.patch_embed.palette.tolist()
-        return transformers.ImageGPTImageProcessor(clusters, size={"height": height, "width": width}, **common)
+        return transformers.ImageGPTImageProcessor(pixel_tokens(exported).palette.tolist(), size=crop, **common)
     common["do_convert_rgb"] = settings.channels == 3
     if is_fitted(settings):
         return transformers.ViTImageProcessor(do_resize=False, **common)
-    crop, (rows, columns) = {"height": height, "width": width}, resized_sides(settings)
+    rows, columns = resized_sides(settings)
     size = {"height": rows, "width": columns} if settings.crop_mode == "squash" else {"shortest_edge": rows}
     if size == crop:
         return transformers.ViTImageProcessor(size=size, **common)
     return transformers.BitImageProcessor(size=size, crop_size=crop, **common)
 
 
-def opened(folder: Path, exported: Exported) -> nn.Module:
+def pixel_tokens(exported: Exported) -> PixelTokens:
+    """The tokenizer of an encoder of pixels."""
+    assert isinstance(exported.encoder.patch_embed, PixelTokens)
+    return exported.encoder.patch_embed
+
+
+def open_model(folder: Path, exported: Exported) -> PreTrainedModel:
     """The model as transformers opens it."""
     import transformers
 
     if exported.outputs == "logits":
         return transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
-    more = {"add_pooling_layer": False} if kind_of(exported.settings, exported.outputs) == "vit" else {}
+    more = {"add_pooling_layer": False} if model_type(exported.settings, exported.outputs) == "vit" else {}
     return transformers.AutoModel.from_pretrained(folder, **more).eval()
 
 
-def reopen(folder: Path, exported: Exported, is_fixed: bool) -> Callable[[Tensor], Tensor]:
+def reopen(folder: Path, exported: Exported) -> Reopened:
+    """The model as transformers runs it, with the pooling that `usage` states."""
     settings, outputs = exported.settings, exported.outputs
-    model = opened(folder, exported)
+    model = open_model(folder, exported)
+
+    def run_pixels(images: Tensor) -> Tensor:
+        indices = pixel_tokens(exported).indices(images)
+        start = torch.full((len(indices), 1), model.config.vocab_size - 1)
+        found = model(input_ids=torch.cat([start, indices[:, :-1]], 1), output_hidden_states=True)
+        if outputs == "tokens":
+            return found.last_hidden_state
+        layer = settings.feature_layer or settings.depth
+        if layer == settings.depth:
+            return found.last_hidden_state.mean(1)
+        norm = model.get_submodule(f"h.{layer}.ln_1" if settings.feature_norm == "next" else "ln_f")
+        return norm(found.hidden_states[layer]).mean(1)
 
     def run(images: Tensor) -> Tensor:
-        if settings.tokens == "pixel":
-            indices = exported.encoder.patch_embed.quantize(images)
-            start = torch.full((len(indices), 1), model.config.vocab_size - 1)
-            found = model(input_ids=torch.cat([start, indices[:, :-1]], 1), output_hidden_states=True)
-            if outputs == "tokens":
-                return found.last_hidden_state
-            layer = settings.feature_layer or settings.depth
-            if layer == settings.depth:
-                return found.last_hidden_state.mean(1)
-            norm = model.h[layer].ln_1 if settings.feature_norm == "next" else model.ln_f
-            return norm(found.hidden_states[layer]).mean(1)
-        is_stretched = kind_of(settings, outputs) == "vit" and list(images.shape[2:]) != settings.image_size
-        found = model(pixel_values=images, **({"interpolate_pos_encoding": True} if is_stretched else {}))
+        is_resampled = model_type(settings, outputs) == "vit" and tuple(images.shape[2:]) != settings.size
+        found = model(pixel_values=images, **({"interpolate_pos_encoding": True} if is_resampled else {}))
         if outputs == "logits":
             return found.logits
         tokens = found.last_hidden_state
@@ -130,24 +216,25 @@ def reopen(folder: Path, exported: Exported, is_fixed: bool) -> Callable[[Tensor
             return tokens
         return tokens[:, 0] if settings.pooling == "class" else tokens[:, settings.prefix :].mean(1)
 
-    return run
+    return run_pixels if settings.tokens == "pixel" else run
 
 
-def weights(folder: Path, exported: Exported, is_fixed: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def weights(folder: Path, exported: Exported) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Tensors of the encoder, and what transformers has in their place, both under the encoder's names.
 
-    What only one of both has and is neutral (a scale of one, a bias or a mask token of zero) stands in both.
+    What only one of them has and is neutral (a scale of one, a bias or a mask token of zero) is in both.
     """
     settings, outputs = exported.settings, exported.outputs
-    state = opened(folder, exported).state_dict()
-    kind = kind_of(settings, outputs)
+    state = open_model(folder, exported).state_dict()
+    kind = model_type(settings, outputs)
     if kind == "imagegpt":
-        found = openai_igpt.to_sslvit(state, settings.heads, image_size=settings.image_size, palette=settings.palette)
+        options = {"image_size": settings.image_size, "palette": settings.palette}
+        found = openai_igpt.to_sslvit(state, settings.heads, **options).encoder
         expected = {key: value for key, value in exported.encoder.state_dict().items() if key != "patch_embed.palette"}
-        neutral = {key: torch.zeros_like(value) for key, value in found.encoder.items() if key.endswith(".bias")}
-        return neutral | expected, found.encoder
+        neutral = {key: torch.zeros_like(value) for key, value in found.items() if key.endswith(".bias")}
+        return neutral | expected, found
     found, others = rename(state)
-    expected = state_with_table(exported.encoder, 1, outputs)
+    expected = plain_vit.state_with_table(exported.encoder, 1, outputs)
     if kind == "vit":
         expected = {key: value for key, value in expected.items() if key != "mask_token"}
     else:
@@ -160,55 +247,25 @@ def weights(folder: Path, exported: Exported, is_fixed: bool) -> tuple[dict[str,
 
 
 def preprocessing(folder: Path, exported: Exported) -> Callable[[Image], Tensor]:
-    """What transformers does to an image on its way in; of ImageGPT, the colors that the indices stand for."""
+    """What transformers does to an image on its way in; for ImageGPT, the colors that the indices stand for."""
     import transformers
 
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
     settings = exported.settings
 
     def prepare(image: Image) -> Tensor:
-        found = processor(fitted(image, settings) if is_fitted(settings) else image, return_tensors="pt")
+        found = processor(fit(image, settings) if is_fitted(settings) else image, return_tensors="pt")
         if settings.tokens == "pixel":
-            return exported.encoder.patch_embed.images_of(found["input_ids"], tuple(settings.image_size))[0]
+            return pixel_tokens(exported).images_of(found["input_ids"], settings.size)[0]
         return found["pixel_values"][0]
 
     return prepare
 
 
-def is_fitted(settings: EncoderSettings) -> bool:
-    """Whether images are cropped and resized before transformers' processor, which cannot keep these proportions."""
-    if settings.tokens == "pixel":
-        return settings.crop_mode != "squash" or settings.crop_fraction < 1
-    return settings.crop_mode != "squash" and settings.image_size[0] != settings.image_size[1]
-
-
-def fitted(image: Image, settings: EncoderSettings) -> Image:
-    """What evaluation sees of an image, resized."""
-    height, width = settings.image_size
-    cut = (1 - fraction_held(settings)) / 2
-    resampling = Resampling[settings.interpolation.upper()]
-    if settings.crop_mode == "squash":
-        box = (cut * image.width, cut * image.height, (1 - cut) * image.width, (1 - cut) * image.height)
-        return image.resize((width, height), resampling, box)
-    return ImageOps.fit(image, (width, height), resampling, bleed=cut)
-
-
-def fitting(settings: EncoderSettings) -> str:
-    """The same as a line of Python."""
-    height, width = settings.image_size
-    cut = (1 - fraction_held(settings)) / 2
-    resampling = f"Image.Resampling.{settings.interpolation.upper()}"
-    if settings.crop_mode == "squash":
-        w, h = "image.width", "image.height"
-        box = f"({cut!r} * {w}, {cut!r} * {h}, {1 - cut!r} * {w}, {1 - cut!r} * {h})"
-        return f"image = image.resize(({width}, {height}), {resampling}, {box})"
-    bleed = f", bleed={cut!r}" if cut else ""
-    return f"image = ImageOps.fit(image, ({width}, {height}), {resampling}{bleed})"
-
-
-def how_to_open(exported: Exported, is_fixed: bool) -> str:
+def usage(exported: Exported, is_fixed: bool) -> str:
+    """Lines of Python that open it."""
     settings, outputs = exported.settings, exported.outputs
-    is_vit = kind_of(settings, outputs) == "vit"
+    is_vit = model_type(settings, outputs) == "vit"
     auto = "AutoModelForImageClassification" if outputs == "logits" else "AutoModel"
     more = ", add_pooling_layer=False" if is_vit and outputs != "logits" else ""
     lines = [
@@ -219,7 +276,7 @@ def how_to_open(exported: Exported, is_fixed: bool) -> str:
         f'model = {auto}.from_pretrained("FOLDER"{more}).eval()',
     ]  # fmt: skip
     if is_fitted(settings):
-        lines.append(f"{fitting(settings)}  # the processor would squash it")
+        lines.append(f"{fit_snippet(settings)}  # the processor would squash it")
     if settings.tokens == "pixel":
         lines += [
             'indices = processor(image, return_tensors="pt")["input_ids"]',

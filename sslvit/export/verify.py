@@ -16,21 +16,22 @@ from torch import Tensor
 
 from sslvit.data.loader import view_of_image
 from sslvit.data.resample import normalize
-from sslvit.export.exported import Exported
+from sslvit.export.cropping import resized_sides, whole_pixel_fraction
+from sslvit.export.exported import Exported, Reopened
 from sslvit.files import printable
-from sslvit.layouts.preprocessing import fraction_held, resized_sides
+from sslvit.models.tokens import PixelTokens
 from sslvit.settings import EncoderSettings
 
 TOLERANCE = 1e-5  # of the largest output, or of one for tokens and features below that; float32 on both sides
-RESIZING = 0.005  # of a channel's deviation, on average: libraries round differently when they resize
-LEVELS = 0.28  # of 255, the same where deviations are small: twice rounded or once
-SHOWN = (1, 3)  # channels of images that other libraries read
+RESIZE_TOLERANCE = 0.005  # of a channel's deviation, on average: libraries round differently when they resize
+ROUNDING = 0.28  # of a level of 255, the same where deviations are small: rounded twice or once
+IMAGE_CHANNELS = (1, 3)  # of images that other libraries read
 
 
 def check_inputs(settings: EncoderSettings, is_fixed: bool) -> list[Tensor]:
     """Fixed images of the encoder's size, in two batches, and of another size where the export takes one."""
     source = torch.Generator().manual_seed(0)
-    height, width = settings.image_size
+    height, width = settings.size
     shapes = [(2, height, width), (3, height, width)]
     if not is_fixed:
         shapes.append((1, height + settings.patch, width + 2 * settings.patch))
@@ -38,11 +39,11 @@ def check_inputs(settings: EncoderSettings, is_fixed: bool) -> list[Tensor]:
 
 
 @torch.no_grad()
-def compare(exported: Exported, reopened: Callable[[Tensor], Tensor], images: list[Tensor]) -> dict[str, Any]:
-    """Largest difference between the outputs of both on the same images, and whether that is small enough.
+def compare(exported: Exported, reopened: Reopened, images: list[Tensor]) -> dict[str, Any]:
+    """The largest difference between the outputs of both on the same images, and whether that is small enough.
 
     Raises:
-        ValueError: the outputs have other shapes.
+        ValueError: The outputs have other shapes.
     """
     worst, scale = 0.0, 0.0
     for batch in images:
@@ -60,7 +61,7 @@ def compare(exported: Exported, reopened: Callable[[Tensor], Tensor], images: li
 
 
 def compare_weights(expected: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, Any]:
-    """Whether both hold the same numbers: what changes in a block behind a faint LayerScale shows in no output."""
+    """Whether both hold the same numbers: a change in a block behind a faint LayerScale shows in no output."""
     differing = sorted(expected.keys() ^ found.keys())
     for key in sorted(expected.keys() & found.keys()):
         one, other = expected[key].detach().cpu(), found[key].detach().cpu()
@@ -72,54 +73,60 @@ def compare_weights(expected: dict[str, Tensor], found: dict[str, Tensor]) -> di
 @torch.no_grad()
 def with_unit_scale(exported: Exported) -> Exported:
     """A copy in which every LayerScale is one."""
-    louder = copy.deepcopy(exported)
-    for key, value in louder.named_parameters():
+    rescaled = copy.deepcopy(exported)
+    for key, value in rescaled.named_parameters():
         if key.endswith(".gamma"):
             value.fill_(1.0)
-    return louder
+    return rescaled
 
 
 def compare_preprocessing(exported: Exported, prepare: Callable[[Image.Image], Tensor]) -> dict[str, Any]:
-    """Prepared pixels against what evaluation sees: of an image that is cropped only, and of one that is resized too.
+    """Prepared pixels against what evaluation shows, for an image that is only cropped and one that is resized too.
 
-    The first must agree; of the second, which every library rounds in its own way, the mean difference is small.
-    Libraries resize to whole pixels before they crop, so the fraction of the crop that they can hold is compared.
+    The first must agree; for the second, which every library rounds in its own way, the mean difference is small.
+    Libraries resize to whole pixels before they crop, so the crop is compared at the fraction that they can hold.
     Both images are of sizes for which that crop begins at a whole pixel of the resized image; libraries shift by half a
     pixel what would begin between two of them.
     """
-    settings = dataclasses.replace(exported.settings, crop_fraction=fraction_held(exported.settings))
+    settings = dataclasses.replace(exported.settings, crop_fraction=whole_pixel_fraction(exported.settings))
     source = np.random.default_rng(0)
-    height, width = settings.image_size
+    height, width = settings.size
     rows, columns = resized_sides(exported.settings)
     is_squashed = settings.crop_mode == "squash"
     if not is_squashed:
         columns = width + 2 * math.ceil((width / settings.crop_fraction - width) / 2 - 1e-6)
-    exact = Image.fromarray(as_image(source.integers(0, 256, (rows, columns, settings.channels))))
+    exact = Image.fromarray(to_image(source.integers(0, 256, (rows, columns, settings.channels))))
     sides = (2 * rows, 3 * columns if is_squashed else 2 * columns + 4 * max(width // 4, 1))
     down, right = np.mgrid[0 : sides[0], 0 : sides[1]] / max(height, width)
     waves = [127 + 90 * np.sin(3 * down + 2 * right * (1 + channel)) for channel in range(settings.channels)]
     noise = source.uniform(-30, 30, (*down.shape, settings.channels))  # tells bilinear from bicubic
-    large = Image.fromarray(as_image(np.stack(waves, 2) + noise))
+    large = Image.fromarray(to_image(np.stack(waves, 2) + noise))
     found = {"largest_difference": 0.0, "mean_difference": 0.0}
     for image, measure in ((exact, "largest_difference"), (large, "mean_difference")):
-        expected = as_evaluated(image, settings)
+        expected = evaluation_view(image, settings)
         if settings.tokens == "pixel":  # colors of the palette on both sides
             tokens = exported.encoder.patch_embed
+            assert isinstance(tokens, PixelTokens)
             expected = tokens.images_of(tokens.quantize(expected[None]), (height, width))[0]
         got = prepare(image)
         if got.shape != expected.shape:
             raise ValueError(f"its preprocessing gives {tuple(got.shape)}, not {tuple(expected.shape)}")
         difference = (got - expected).abs()
         found[measure] = float(difference.max() if image is exact else difference.mean())
-    levels = LEVELS / 255 / min(settings.std)
-    found |= {"tolerance": TOLERANCE, "mean_tolerance": max(RESIZING, levels), "crop_fraction": settings.crop_fraction}
+    assert settings.std is not None
+    rounding = ROUNDING / 255 / min(settings.std)
+    found |= {
+        "tolerance": TOLERANCE,
+        "mean_tolerance": max(RESIZE_TOLERANCE, rounding),
+        "crop_fraction": settings.crop_fraction,
+    }
     if settings.tokens == "pixel":
         found["mean_tolerance"] = math.inf  # a nearby color may be another one
     return found | {"passed": shortfall(found) == ""}
 
 
 def shortfall(found: dict[str, Any]) -> str:
-    """What a comparison fails by, measure by measure, each with its number and tolerance; empty where it passes."""
+    """By how much a comparison fails, measure by measure with number and tolerance; empty if it passes."""
     if differing := found.get("differing"):
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         return f"{printable(', '.join(differing[:3]))}{more} differ"
@@ -134,12 +141,15 @@ def shortfall(found: dict[str, Any]) -> str:
     )
 
 
-def as_image(pixels: np.ndarray) -> np.ndarray:
+def to_image(pixels: np.ndarray) -> np.ndarray:
+    """Pixels 'h w c' as PIL takes them."""
     return pixels.astype(np.uint8) if pixels.shape[2] > 1 else pixels[:, :, 0].astype(np.uint8)
 
 
-def as_evaluated(image: Image.Image, settings: EncoderSettings) -> Tensor:
+def evaluation_view(image: Image.Image, settings: EncoderSettings) -> Tensor:
     """An image as evaluation shows it to an encoder, 'c h w'."""
     content = io.BytesIO()
     image.save(content, "png")
+    assert settings.mean is not None
+    assert settings.std is not None
     return normalize(view_of_image(content.getvalue(), settings)[None], settings.mean, settings.std)[0]

@@ -3,47 +3,69 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from sslvit.files import printable
-from sslvit.layouts import dino, dinov2, mae, openai_igpt, timm, transformers_weights
+from sslvit.layouts import dino, dinov2, mae, openai_igpt, timm, transformers
 from sslvit.layouts.nearest import nearest_layout
-from sslvit.layouts.preprocessing import by_file_name
+from sslvit.layouts.preprocessing import guess_from_file_name
 from sslvit.layouts.unwrap import unwrap
-from sslvit.layouts.vit import HEADS, Converted, as_read
+from sslvit.layouts.vit import HEADS, Converted, describe_architecture
 
-LAYOUTS = {
-    "mae": mae, "openai_igpt": openai_igpt, "dinov2": dinov2, "dino": dino, "timm": timm,
-    "transformers": transformers_weights,
+
+class Layout(Protocol):
+    """The names and shapes of a family's released weights. A module of this package is a layout if it has these."""
+
+    def recognize(self, keys: set[str]) -> bool:
+        """Whether weights under these names have this layout."""
+
+    def to_sslvit(self, state: dict[str, Tensor], heads: int | None = None, **changes: Any) -> Converted:
+        """Foreign weights under our names. `heads` and `changes` are settings that weights do not show.
+
+        Raises:
+            KeyError: Weights are missing.
+        """
+
+    def from_sslvit(self, encoder: dict[str, Tensor], extras: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Our encoder and other modules under this layout's names."""
+
+
+LAYOUTS: dict[str, Layout] = {  # from the most specific to the plainest
+    "mae": mae, "openai_igpt": openai_igpt, "dinov2": dinov2, "dino": dino, "timm": timm, "transformers": transformers,
 }  # fmt: skip
 
 
+def find_layout(name: str) -> Layout:
+    """The layout of a name."""
+    if name not in LAYOUTS:
+        raise ValueError(f"layout: '{name}' is not one of {', '.join(LAYOUTS)}.")
+    return LAYOUTS[name]
+
+
 def recognize_layout(keys: set[str], source: str) -> str:
-    """The first layout that knows these names; the table goes from the most special to the plainest.
+    """The name of the first layout that has these names.
 
     Raises:
-        ValueError: none does; the message shows some of the names, the nearest layout and what is missing for it.
+        ValueError: None has; the message gives some of the names, the nearest layout and what is missing for it.
     """
     for name, layout in LAYOUTS.items():
         if layout.recognize(keys):
             return name
-    shown = printable(", ".join(sorted(keys)[:4]))
+    some = printable(", ".join(sorted(keys)[:4]))
     raise ValueError(
-        f"{source}: no known layout has these weights ({shown}, ...). {nearest_layout(keys)}"
+        f"{source}: no known layout has these weights ({some}, ...). {nearest_layout(keys, LAYOUTS)}"
         f"Known: {', '.join(LAYOUTS)}."
     )
 
 
 def from_sslvit(encoder: dict[str, Tensor], layout: str, extras: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The way back: our weights, and other parts of the model, under the names of a layout.
+    """Our weights, and other modules of the model, under the names of a layout.
 
     Only names and shapes change; settings are for whoever builds the model there.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout: '{layout}' is not one of {', '.join(LAYOUTS)}.")
-    return LAYOUTS[layout].from_sslvit(encoder, extras or {})
+    return find_layout(layout).from_sslvit(encoder, extras or {})
 
 
 def to_sslvit(
@@ -57,18 +79,18 @@ def to_sslvit(
     """Convert a foreign state dict.
 
     Args:
-        content: the state dict, or what a file holds around it (unwrap.py).
-        layout: recognized from the names unless given.
-        heads: of attention, where the weights do not say them.
-        network: which one, of a file with several.
-        source: for messages.
-        changes: settings that the file does not say.
+        content: The state dict, or what a file holds around it (unwrap.py).
+        layout: Name of its layout; recognized from the names if None.
+        heads: Attention heads, where the weights do not show them.
+        network: Which network of a file with several.
+        source: Where it comes from, for messages and as a hint on preprocessing.
+        changes: Settings that the file does not state.
 
     Raises:
-        ValueError: no layout has these names, some are missing, or there is no such network.
+        ValueError: No layout has these names, some are missing, or there is no such network.
     """
-    if layout is not None and layout not in LAYOUTS:
-        raise ValueError(f"layout: '{layout}' is not one of {', '.join(LAYOUTS)}.")
+    if layout is not None:
+        find_layout(layout)
     found = unwrap(content, source, network)
     heads_beside = {key: value for key, value in found.beside.items() if key.startswith(HEADS)}
     others = {key: value for key, value in found.beside.items() if key not in heads_beside}
@@ -76,19 +98,18 @@ def to_sslvit(
     is_dino = layout is None and name == "timm" and "backbone" in found.prefix.split(".")
     name = "dino" if is_dino else name
     try:
-        prepared, said = _prepared(name, found.weights, source, changes)
-        changes = prepared | changes
-        converted = LAYOUTS[name].to_sslvit(found.weights | heads_beside, heads, **changes)
+        prepared, notes = _guess_preprocessing(name, found.weights, source, changes)
+        converted = LAYOUTS[name].to_sslvit(found.weights | heads_beside, heads, **{**prepared, **changes})
     except (KeyError, IndexError) as error:
         raise ValueError(
-            f"{source}: layout {name}: {printable(error)} is missing. {nearest_layout(set(found.weights))}"
-            "Is the file complete, and of this layout?"
+            f"{source}: layout {name}: {printable(error)} is missing. "
+            f"{nearest_layout(set(found.weights), LAYOUTS)}Is the file complete, and of this layout?"
         ) from error
     converted.extras |= others
-    converted.read = len(found.everything)
-    converted.notes = [*found.notes, *converted.notes, *said]
+    converted.num_read = len(found.everything)
+    converted.notes = [*found.notes, *converted.notes, *notes]
     if name == "timm":
-        converted.notes.append(as_read(converted.settings))
+        converted.notes.append(describe_architecture(converted.settings))
     if is_dino:
         converted.notes.append(
             "layout: taken for DINO's, as its names begin with backbone. Give the layout if it is not."
@@ -101,12 +122,14 @@ def to_sslvit(
     return converted
 
 
-def _prepared(name: str, weights: dict[str, Tensor], source: str, changes: dict[str, Any]) -> tuple[dict, list[str]]:
-    """Preprocessing of a file in timm's names, as far as its own name says it, and a line on it."""
+def _guess_preprocessing(
+    name: str, weights: dict[str, Tensor], source: str, changes: dict[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """Preprocessing of a file in timm's names, as far as its own name shows it, and a line on it."""
     if name != "timm":
         return {}, []
     _, channels, patch, _ = weights["patch_embed.proj.weight"].shape
     rows = weights["pos_embed"].shape[1] if "pos_embed" in weights and weights["pos_embed"].ndim == 3 else 0
     size = changes.get("image_size", math.isqrt(rows) * patch)
-    prepared, note = by_file_name(source, channels, size if isinstance(size, int) else max(size), changes)
+    prepared, note = guess_from_file_name(source, channels, size if isinstance(size, int) else max(size), changes)
     return prepared, [note] if note else []

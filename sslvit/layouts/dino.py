@@ -5,26 +5,25 @@ Positions are resampled by a scale factor of (cells + 0.1) / trained cells, with
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from sslvit.layouts.preprocessing import assumed
-from sslvit.layouts.vit import HEADS, Converted, demand, settings_from_shapes, split
+from sslvit.layouts.vit import HEADS, Converted, convert_vit, require, split_by_prefix
 
 
 def recognize(keys: set[str]) -> bool:
+    """Whether there is a `backbone.`, as beside a projection head."""
     return any(key.removeprefix("module.").startswith("backbone.") for key in keys)
 
 
-def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes) -> Converted:
-    """DINO names -> ours; `module.` and `backbone.` prefixes go, the projection head becomes the extras."""
-    notes: list[str] = []
+def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes: Any) -> Converted:
+    """DINO names -> ours, without the prefixes `module.` and `backbone.`; the projection head becomes the extras."""
     state = {key.removeprefix("module."): value for key, value in state.items()}
-    encoder, head = split(state, HEADS)
+    encoder, head = split_by_prefix(state, HEADS)
     encoder = {key.removeprefix("backbone."): value for key, value in encoder.items()}
-    demand(encoder, "norm.weight")
-    prepared = assumed("dino", encoder["patch_embed.proj.weight"].shape[1], "DINO's own evaluation", changes, notes)
-    found = {**prepared, "interpolate_antialias": False, "interpolate_offset": 0.1, **changes}
-    return Converted(settings_from_shapes(encoder, heads, notes, **found), encoder, head, notes)
+    require(encoder, "norm.weight")
+    return convert_vit("dino", encoder, head, heads, changes, interpolate_antialias=False, interpolate_offset=0.1)
 
 
 def from_sslvit(encoder: dict[str, Tensor], extras: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -33,11 +32,7 @@ def from_sslvit(encoder: dict[str, Tensor], extras: dict[str, Tensor]) -> dict[s
 
 
 def head_shape(head: dict[str, Tensor]) -> dict[str, int | bool]:
-    """Fields of DINOSettings that the head's weights tell.
-
-    Raises:
-        ValueError: there is no head.
-    """
+    """Fields of DINOSettings that the head's weights determine."""
     if "head.last_layer.weight_v" not in head:
         raise ValueError("these weights hold no projection head (head.last_layer.weight_v).")
     out_dim, bottleneck = head["head.last_layer.weight_v"].shape

@@ -5,10 +5,12 @@ The position table of pretraining is fixed (sine-cosine); it is resampled bicubi
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from sslvit.layouts.preprocessing import assumed
-from sslvit.layouts.vit import HEADS, Converted, count_blocks, demand, settings_from_shapes, split
+from sslvit.layouts.vit import HEADS, Converted, convert_vit, inverted, rename_prefix, require, split_by_prefix
+from sslvit.weight_files import count_blocks
 
 DECODER = {
     "mask_token": "decoder.mask_token",
@@ -21,39 +23,27 @@ DECODER = {
 
 
 def recognize(keys: set[str]) -> bool:
+    """Whether there is MAE's decoder."""
     return "decoder_pos_embed" in keys
 
 
-def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes) -> Converted:
-    """Official MAE names -> ours. With a decoder its parts are the extras, under the names of tasks/mae.py."""
-    notes: list[str] = []
-    encoder, decoder = split(state, tuple(DECODER))
-    encoder, head = split(encoder, HEADS)
-    demand(encoder, "norm.weight|fc_norm.weight")
-    prepared = assumed("mae", encoder["patch_embed.proj.weight"].shape[1], "MAE's own evaluation", changes, notes)
-    found = {
-        **prepared,
-        "pos_embed": "sincos_2d" if decoder else "learned_1d",
-        "interpolate_antialias": False,
-        **changes,
-    }
-    settings = settings_from_shapes(encoder, heads, notes, **found)
-    extras = {_rename(key, DECODER): value for key, value in decoder.items()} | head
-    return Converted(settings, encoder, extras, notes)
+def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes: Any) -> Converted:
+    """Official MAE names -> ours. A decoder becomes the extras, under the names of tasks/mae.py."""
+    encoder, decoder = split_by_prefix(state, tuple(DECODER))
+    encoder, head = split_by_prefix(encoder, HEADS)
+    require(encoder, "norm.weight|fc_norm.weight")
+    extras = {rename_prefix(key, DECODER): value for key, value in decoder.items()} | head
+    pos_embed = "sincos_2d" if decoder else "learned_1d"
+    return convert_vit("mae", encoder, extras, heads, changes, pos_embed=pos_embed, interpolate_antialias=False)
 
 
 def from_sslvit(encoder: dict[str, Tensor], extras: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our names -> official MAE names."""
-    back = {ours: theirs for theirs, ours in DECODER.items()}
-    return encoder | {_rename(key, back): value for key, value in extras.items()}
+    return encoder | {rename_prefix(key, inverted(DECODER)): value for key, value in extras.items()}
 
 
 def decoder_shape(extras: dict[str, Tensor]) -> dict[str, int | float]:
-    """Fields of MAESettings that the decoder's weights tell.
-
-    Raises:
-        ValueError: there is no decoder, or not all of it.
-    """
+    """Fields of MAESettings that the decoder's weights determine."""
     embed, inner = (extras.get(f"decoder.{key}.weight") for key in ("embed", "blocks.0.mlp.fc1"))
     if embed is None or inner is None:
         raise ValueError("this checkpoint has an encoder only; MAE.from_official needs one with its decoder.")
@@ -62,10 +52,3 @@ def decoder_shape(extras: dict[str, Tensor]) -> dict[str, int | float]:
         "decoder_width": width, "decoder_depth": count_blocks(extras, "decoder.blocks."),
         "decoder_mlp_ratio": inner.shape[0] / width,
     }  # fmt: skip
-
-
-def _rename(key: str, table: dict[str, str]) -> str:
-    for old, new in table.items():
-        if key.startswith(old):
-            return new + key[len(old) :]
-    return key

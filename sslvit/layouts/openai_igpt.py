@@ -13,42 +13,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sslvit.layouts.preprocessing import words
-from sslvit.layouts.vit import Converted, count_blocks, infer_heads, refuse_if
-from sslvit.settings import PRESETS, EncoderSettings, preset
+from sslvit.layouts.preprocessing import PREPROCESSING, describe_preprocessing
+from sslvit.layouts.vit import Converted, infer_heads, inverted, rename_prefix
+from sslvit.settings import PRESETS, preset
 from sslvit.settings.palette import UNIFORM, read_palette
+from sslvit.weight_files import count_blocks
 
 BLOCK = {
     "ln_1.": "norm1.", "ln_2.": "norm2.", "attn.c_attn.": "attn.qkv.", "attn.c_proj.": "attn.proj.",
     "mlp.c_fc.": "mlp.fc1.", "mlp.c_proj.": "mlp.fc2.",
 }  # fmt: skip
-
-
 NOT_WEIGHTS = ("adam", "global_step", "_step", "beta1_power", "beta2_power", "clf")  # in TensorFlow's names
 
 
 def recognize(keys: set[str]) -> bool:
+    """Whether there is iGPT's token table, under either library's name."""
     names = {key.removeprefix("transformer.") for key in keys}
     return "wte.weight" in names or is_tensorflow(keys)
 
 
 def is_tensorflow(keys: set[str]) -> bool:
+    """Whether the names are TensorFlow's."""
     return {"wte", "sos", "wpe"} <= {plain_name(key) for key in keys}
 
 
 def plain_name(key: str) -> str:
-    """model/h0/attn/q_proj:0 -> h0/attn/q_proj."""
+    """A TensorFlow variable's name without scope and output: model/h0/attn/q_proj:0 -> h0/attn/q_proj."""
     return key.removeprefix("model/").removesuffix(":0")
 
 
 def released_heads(width: int, depth: int) -> int | None:
-    """Of the model that was released in this size, if one was."""
+    """The number of heads of the model that was released in this size; None if there is none."""
     shapes = {(values["width"], values["depth"]): values for name, values in PRESETS.items() if name.startswith("igpt")}
     return shapes[width, depth]["heads"] if (width, depth) in shapes else None
 
 
 def from_tensorflow(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], int, list[str]]:
-    """TensorFlow's variables -> transformers' state dict, the number of heads (their shapes say it), names left out.
+    """TensorFlow's variables -> transformers' state dict, the number of heads (by their shapes), ignored names.
 
     Queries, keys and values are stored (heads, channels of a head, width), as is the projection behind them.
     """
@@ -76,17 +77,11 @@ def from_tensorflow(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], int, l
     return found, heads, ignored
 
 
-def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes) -> Converted:
+def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes: Any) -> Converted:
     """Either layout -> ours.
 
-    Args:
-        state: the weights.
-        heads: of attention; None to take those of the released model of this size, or 64 channels each.
-        changes: settings that the file does not say. The palette is one: a file of colors, a list of them, or
-            uniform, which is set with a note if none is given.
-
-    Raises:
-        ValueError: weights are missing, or the palette has another number of colors.
+    Without `heads`, those of the released model of this size are taken, or 64 channels each. The palette is one of the
+    `changes`: a file of colors, a list of them, or uniform, which is set with a note if none is given.
     """
     notes: list[str] = []
     ignored: list[str] = []
@@ -100,32 +95,6 @@ def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes) -> 
         raise ValueError(f"layout openai_igpt: {error} is missing. Is the file complete, and iGPT's?") from error
 
 
-def model_arguments(settings: EncoderSettings) -> dict[str, Any]:
-    """Arguments of transformers' ImageGPTConfig for these settings.
-
-    Raises:
-        ValueError: ImageGPT cannot hold an option; all such options are named.
-    """
-    refuse_if("transformers' imagegpt", {
-        "causal: false": not settings.causal,
-        f"channels: {settings.channels}": settings.channels != 3,
-        f"norm: {settings.norm}": settings.norm != "rms",
-        f"mlp: {settings.mlp}": settings.mlp != "quick_gelu",
-        f"pos_embed: {settings.pos_embed}": settings.pos_embed not in ("learned_1d", "sincos_1d", "sincos_2d"),
-        "locality_self_attention: true": settings.locality_self_attention,
-        "qk_norm: true": settings.qk_norm,
-        f"layer_scale: {settings.layer_scale}": settings.layer_scale is not None,
-        "final_norm: false": not settings.final_norm,
-        "mask_token: true": settings.mask_token,
-    })  # fmt: skip
-    return {
-        "vocab_size": (512 if settings.palette == UNIFORM else len(settings.palette)) + 1,
-        "n_positions": settings.grid[0] * settings.grid[1], "n_embd": settings.width, "n_layer": settings.depth,
-        "n_head": settings.heads, "n_inner": settings.mlp_width, "layer_norm_epsilon": settings.norm_eps,
-        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
-    }  # fmt: skip
-
-
 def from_sslvit(encoder: dict[str, Tensor], extras: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our names -> those of transformers' ImageGPT; biases that our encoder does not have are zero there."""
     found = {
@@ -136,9 +105,8 @@ def from_sslvit(encoder: dict[str, Tensor], extras: dict[str, Tensor]) -> dict[s
     for key, value in encoder.items():
         if not key.startswith("blocks."):
             continue
-        key = key.replace("blocks.", "h.", 1)
-        for theirs, ours in BLOCK.items():
-            key = key.replace(f".{ours}", f".{theirs}", 1)
+        _, number, name = key.split(".", 2)
+        key = f"h.{number}.{rename_prefix(name, inverted(BLOCK))}"
         found[key] = value.T.contiguous() if value.ndim == 2 else value
         if value.ndim == 2:
             found.setdefault(key.replace("weight", "bias"), value.new_zeros(len(value)))
@@ -150,9 +118,9 @@ def from_sslvit(encoder: dict[str, Tensor], extras: dict[str, Tensor]) -> dict[s
 
 
 def _convert(
-    state: dict[str, Tensor], heads: int | None, notes: list[str], ignored: list[str], changes: dict
+    state: dict[str, Tensor], heads: int | None, notes: list[str], ignored: list[str], changes: dict[str, Any]
 ) -> Converted:
-    """transformers' names -> ours."""
+    """Convert from the names of transformers."""
     table = state["wte.weight"]
     width = table.shape[1]
     encoder = {
@@ -162,25 +130,21 @@ def _convert(
         "norm.weight": state["ln_f.weight"],
     }
     extras = {"head.weight": state["lm_head.weight"]} if "lm_head.weight" in state else {}
-    named = {"wte.weight", "wpe.weight", "ln_f.weight", "lm_head.weight"}
+    tables = {"wte.weight", "wpe.weight", "ln_f.weight", "lm_head.weight"}
     for key, value in state.items():
-        if not key.startswith("h.") and key not in named:
+        if not key.startswith("h.") and key not in tables:
             extras[key] = value
         elif key.endswith((".attn.bias", ".attn.masked_bias")):  # of the causal mask
             ignored.append(key)
         elif key.startswith("h."):
-            number, part = key.removeprefix("h.").split(".", 1)
-            for theirs, ours in BLOCK.items():
-                if part.startswith(theirs):
-                    part = ours + part.removeprefix(theirs)
-                    break
-            encoder[f"blocks.{number}.{part}"] = value.T if value.ndim == 2 else value
+            _, number, name = key.split(".", 2)
+            encoder[f"blocks.{number}.{rename_prefix(name, BLOCK)}"] = value.T if value.ndim == 2 else value
     depth = count_blocks(state, "h.")
     have_biases = [f"blocks.{number}.attn.qkv.bias" in encoder for number in range(depth)]
     if "bias" not in changes and "blocks.0.attn.proj.bias" in encoder and not any(have_biases):
         notes.append("biases: the file has none of queries, keys and values; they are zero.")
-        for number in range(depth):
-            encoder[f"blocks.{number}.attn.qkv.bias"] = table.new_zeros(3 * width)
+        for block in range(depth):
+            encoder[f"blocks.{block}.attn.qkv.bias"] = table.new_zeros(3 * width)
     palette = changes.get("palette", UNIFORM)
     if not isinstance(palette, list) and palette != UNIFORM:
         changes["palette"] = palette = read_palette(palette)
@@ -189,11 +153,11 @@ def _convert(
         raise ValueError(f"palette: {colors} colors for a model of {len(table) - 1}. Give the one it was trained on.")
     if "palette" not in changes:
         notes.append("palette: not in the file; set to uniform. Give the released clusters: palette= (--palette FILE).")
-    places = state["wpe.weight"].shape[0]
-    if math.isqrt(places) ** 2 != places and "image_size" not in changes:
-        raise ValueError(f"{places} places are no square. Give image_size=[height, width] (--image-size).")
+    positions = state["wpe.weight"].shape[0]
+    if math.isqrt(positions) ** 2 != positions and "image_size" not in changes:
+        raise ValueError(f"{positions} positions are no square. Give image_size=[height, width] (--image-size).")
     found = {
-        "image_size": math.isqrt(places),
+        "image_size": math.isqrt(positions),
         "width": width,
         "depth": depth,
         "heads": infer_heads(width, heads or released_heads(width, depth), notes),
@@ -201,7 +165,6 @@ def _convert(
         "bias": "blocks.0.attn.proj.bias" in encoder,
     }
     settings = preset("igpt_small", **{**found, **changes})
-    keys = ("mean", "std", "interpolation", "crop_mode", "crop_fraction")
-    if unsaid := {key: getattr(settings, key) for key in keys if key not in changes}:
-        notes.append(f"preprocessing: not in the file; assumed: {words(unsaid)}.")
+    if assumed := {key: getattr(settings, key) for key in PREPROCESSING if key not in changes}:
+        notes.append(f"preprocessing: not in the file; assumed: {describe_preprocessing(assumed)}.")
     return Converted(settings, encoder, extras, notes, ignored)

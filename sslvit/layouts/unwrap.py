@@ -1,4 +1,4 @@
-"""What released files put around a network's weights: entries, prefixes of names, a second network, other parts.
+"""What released files put around a network's weights: entries, prefixes of names, other networks, other modules.
 
 A file may hold {"student": {...}, "teacher": {...}}, {"state_dict": {"module.backbone.cls_token": ...}} or names such
 as "teacher.backbone.cls_token" side by side with those of its head. All of this is found by the names that every
@@ -29,10 +29,10 @@ class Unwrapped:
     """One network of a file.
 
     Args:
-        weights: under the names of its layout, without a prefix.
-        beside: other tensors that belong to it (a projection head, a decoder), without the prefix that all share.
-        prefix: what was taken off.
-        notes: what a reader should know, one line each.
+        weights: Its weights, without a prefix.
+        beside: Other tensors that belong to it (a projection head, a decoder), without the prefix that all share.
+        prefix: The prefix that was removed.
+        notes: What a reader should know, one line each.
     """
 
     weights: dict[str, Tensor]
@@ -42,6 +42,7 @@ class Unwrapped:
 
     @property
     def everything(self) -> dict[str, Tensor]:
+        """The weights and the other tensors."""
         return self.beside | self.weights
 
 
@@ -49,40 +50,40 @@ def unwrap(content: dict[str, Any], source: str, network: str | None = None) -> 
     """The network in a file's content.
 
     Args:
-        content: as read.
-        source: for messages.
-        network: an entry or part of a name, such as student or model_ema, of a file with several networks; None for the
+        content: The content as read.
+        source: The file, for messages.
+        network: An entry or part of a name, such as student or model_ema, of a file with several networks; None for the
             teacher, an average over training, or what there is.
 
     Raises:
-        ValueError: there are no weights, none of this network, or several networks and no way to choose.
+        ValueError: There are no weights, none of this network, or several networks and no way to choose.
     """
     dicts = state_dicts(content)
     if not dicts:
-        raise ValueError(f"{source}: holds no weights ({_shown_entries(content)}).")
+        raise ValueError(f"{source}: holds no weights ({_list_entries(content)}).")
     found = [(entry, prefix) for entry, state in dicts.items() for prefix in prefixes_of(state)]
     labels = {_label(entry, prefix): (entry, prefix) for entry, prefix in found}
     if network is not None:
-        labels = {label: place for label, place in labels.items() if network in label.split(".")}
+        labels = {label: key for label, key in labels.items() if network in label.split(".")}
         if not labels:
-            raise ValueError(f"{source}: holds no {network} ({_shown_entries(content)}).")
-    if not labels:  # no vision transformer; the layouts say what is missing
+            raise ValueError(f"{source}: holds no {network} ({_list_entries(content)}).")
+    if not labels:  # no vision transformer; the layouts report what is missing
         entry = max(dicts, key=lambda name: len(dicts[name]))
         return Unwrapped(dicts[entry])
     label = _choice(list(labels), source)
     entry, prefix = labels[label]
     state, notes = dicts[entry], []
-    others = [other for other in (_label(*place) for place in found) if other != label]
+    others = [other for other in (_label(*key) for key in found) if other != label]
     if others and network is None:
-        there = ", ".join(_name(other, [label]) for other in others)
-        notes.append(f"several networks: took {_name(label, others)}; also there: {there} (weights=, --weights NAME).")
-    rivals = [other for where, other in found if where == entry and other != prefix]
+        names = ", ".join(_name(other, [label]) for other in others)
+        notes.append(f"several networks: took {_name(label, others)}; also there: {names} (weights=, --weights NAME).")
+    rivals = [other for name, other in found if name == entry and other != prefix]
     scope = _scope(prefix, rivals)
     inside = tuple(other for other in rivals if not prefix.startswith(other))
     state = {key: value for key, value in state.items() if key.startswith(scope) and not key.startswith(inside)}
     if prefix:
         number = sum(key.startswith(prefix) for key in state)
-        notes.append(f"names: prefix {printable(prefix)} taken off {number} of {len(state)}.")
+        notes.append(f"names: prefix {printable(prefix)} removed from {number} of {len(state)}.")
     weights = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     shared = shared_prefix(set(state))
     beside = {key.removeprefix(shared): value for key, value in state.items() if not key.startswith(prefix)}
@@ -92,8 +93,8 @@ def unwrap(content: dict[str, Any], source: str, network: str | None = None) -> 
 
 def state_dicts(content: dict[str, Any], entry: str = "", nested: int = 0) -> dict[str, dict[str, Tensor]]:
     """Name of an entry -> the tensors in it, for every entry that holds tensors; "" for the file itself."""
-    own = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
-    found = {entry: own} if own else {}
+    tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    found = {entry: tensors} if tensors else {}
     for key, value in content.items():
         if isinstance(key, str) and isinstance(value, dict) and key not in NO_NETWORK and nested < MAX_NESTED:
             found |= state_dicts(value, f"{entry}.{key}" if entry else key, nested + 1)
@@ -101,13 +102,13 @@ def state_dicts(content: dict[str, Any], entry: str = "", nested: int = 0) -> di
 
 
 def prefixes_of(names: dict[str, Any]) -> list[str]:
-    """What stands in front of the names that every vision transformer has; "" for nothing."""
+    """Prefixes of the names that every vision transformer has; "" for none."""
     found = {key[: -len(anchor)] for key in names for anchor in ANCHORS if key.endswith(anchor)}
     return sorted(prefix for prefix in found if not prefix or prefix.endswith("."))
 
 
 def shared_prefix(names: set[str]) -> str:
-    """The parts, each with its dot, that all names begin with; each keeps a part of its own."""
+    """The longest prefix of whole parts that all names share."""
     shared: list[str] = []
     for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
         if len(set(parts)) > 1:
@@ -121,7 +122,7 @@ def _label(entry: str, prefix: str) -> str:
 
 
 def _rank(label: str) -> int:
-    """The lower, the rather it is taken."""
+    """Lower is preferred."""
     order = [*AVERAGES, *PLAIN]
     parts = label.split(".")
     averages = [AVERAGES.index(part) for part in parts if part in AVERAGES]
@@ -146,7 +147,7 @@ def _name(label: str, others: list[str]) -> str:
 
 
 def _scope(prefix: str, others: list[str]) -> str:
-    """The part of a prefix within which there is this network alone, so that what is beside it there is its own."""
+    """The shortest part of a prefix that no other network has, so that what is beside this one there belongs to it."""
     parts = prefix.split(".")[:-1]
     for number in range(len(parts) + 1):
         scope = "".join(f"{part}." for part in parts[:number])
@@ -155,6 +156,6 @@ def _scope(prefix: str, others: list[str]) -> str:
     return prefix
 
 
-def _shown_entries(content: dict[str, Any]) -> str:
+def _list_entries(content: dict[str, Any]) -> str:
     names = Counter(str(key).split(".")[0] for key in content)
     return f"its entries: {printable(', '.join(list(names)[:6]))}"

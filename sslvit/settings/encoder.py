@@ -244,6 +244,13 @@ class EncoderSettings:
         return str(near[0]) if near[0] == near[1] else str(near)
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of image_size, which is a list once it is checked."""
+        assert isinstance(self.image_size, list)
+        height, width = self.image_size
+        return height, width
+
+    @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches at image_size."""
         return self.grid_of(*self.image_size)

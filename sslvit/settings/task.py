@@ -8,6 +8,8 @@ from typing import Self
 class TaskSettings:
     """Base of a task's settings."""
 
+    name: str
+
     def fitted(self, images: int, global_batch_size: int, total_steps: int, classes: int | None = None) -> Self:
         """The same with every null replaced by what suits the job; here there are none.
 

@@ -8,13 +8,15 @@ from typing import Any
 
 from torch import Tensor
 
-from sslvit.checkpoint import check_fits, load_strict, split_checkpoint
+from sslvit.checkpoint import split_checkpoint
+from sslvit.compatibility import check_fits, load_strict
 from sslvit.layouts import dino, mae, openai_igpt
 from sslvit.layouts.unwrap import unwrap
 from sslvit.models.dino import DINOModel
 from sslvit.models.igpt import IGPTModel
 from sslvit.models.mae import MAEModel
 from sslvit.settings import DINOSettings, EncoderSettings, IGPTSettings, MAESettings
+from sslvit.sharded_checkpoint import read_checkpoint
 from sslvit.weight_files import read_torch_file
 
 logger = logging.getLogger(__name__)
@@ -105,7 +107,7 @@ def load_igpt(source: str | Path, heads: int | None = None, **changes: Any) -> I
                 f"{source}: no checkpoints/last.ckpt there. An encoder alone cannot predict pixels: "
                 "give the run folder or the checkpoint."
             )
-    content = read_torch_file(path)
+    content = read_checkpoint(path)
     if "sslvit" not in content:
         weights = unwrap(content, str(path)).everything
         if openai_igpt.recognize(set(weights)) and "palette" not in changes:

@@ -8,7 +8,7 @@ import torch
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
-from sslvit.checkpoint import POSITION_TABLES, check_same, load_strict
+from sslvit.compatibility import POSITION_TABLES, check_same, load_strict
 from sslvit.files import printable
 from sslvit.models import ViTEncoder
 from sslvit.models.resize import resize_weights
@@ -31,7 +31,7 @@ def begin_with(
         encoder: of the run, with its first weights.
         start: the trained one.
         source: where that comes from, for messages.
-        besides: settings that may differ (checkpoint.check_same).
+        besides: settings that may differ (compatibility.check_same).
         ends: parts of the new encoder, as prefixes of names, that may have no weights in the trained one.
 
     Raises:

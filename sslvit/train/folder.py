@@ -30,7 +30,7 @@ import yaml
 from sslvit.files import new_file, printable, remove_stale_parts, to_json, write_atomically, write_error
 from sslvit.locks import lock_folder
 from sslvit.settings.load import YAML_ERRORS
-from sslvit.weight_files import SHARDS, check_checkpoint
+from sslvit.sharded_checkpoint import SHARDS, check_checkpoint
 
 logger = logging.getLogger(__name__)
 

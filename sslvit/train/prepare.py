@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sslvit.checkpoint import check_same, settings_from
+from sslvit.compatibility import check_same, settings_from
 from sslvit.data.header import MODES
 from sslvit.data.index import Index
 from sslvit.data.module import ShardDataModule
@@ -21,11 +21,11 @@ from sslvit.run_plan import RunPlan, split_batch
 from sslvit.settings import RunSettings
 from sslvit.settings.load import brief, by_dotted_key
 from sslvit.settings.views import AugmentSettings, MultiCropSettings
+from sslvit.sharded_checkpoint import read_checkpoint
 from sslvit.tasks import task_class
 from sslvit.tasks.base import Task
 from sslvit.train.folder import RunFolder
 from sslvit.train.loggers import check_loggers
-from sslvit.weight_files import read_torch_file
 
 logger = logging.getLogger(__name__)
 
@@ -193,7 +193,7 @@ def check_resumed(
     folder: RunFolder, checkpoint: Path, settings: RunSettings, data: ShardDataModule, task: Task
 ) -> None:
     """A resumed run must train the same encoder on the same data in the same order; other changes are said."""
-    content = read_torch_file(checkpoint)
+    content = read_checkpoint(checkpoint)
     try:
         trained, position = content["sslvit"]["encoder"], content[ShardDataModule.__qualname__]
         shapes = {key: value.shape for key, value in content["state_dict"].items()}

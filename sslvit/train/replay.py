@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from sslvit.data.batch import Batch
 from sslvit.run_plan import RunPlan
 from sslvit.settings.load import load_recipe
+from sslvit.sharded_checkpoint import read_checkpoint
 from sslvit.tasks import make_task
 from sslvit.tasks.base import Task
 from sslvit.train.callbacks.incidents import from_tensors
-from sslvit.weight_files import read_torch_file
 
 
 def replay(folder: str | Path) -> list[str]:
@@ -41,7 +41,7 @@ def replay(folder: str | Path) -> list[str]:
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'incident.json'}: damaged ({error}).") from error
     task = make_task(settings, run)
-    task.load_state_dict(read_torch_file(folder / "state.ckpt")["state_dict"])
+    task.load_state_dict(read_checkpoint(folder / "state.ckpt")["state_dict"])
     files = sorted(folder.glob("batch-rank-*.safetensors"))
     said = [f"step {step} of {settings.task.name}, seed {run.seed}, was taken in {about['precision']}"]
     said += weights_in_words(task)

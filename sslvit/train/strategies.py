@@ -17,13 +17,12 @@ from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 from sslvit.models.transformer import Block
 from sslvit.settings import TrainSettings
+from sslvit.sharded_checkpoint import extract_local_shards, shard_like
 from sslvit.train.checkpoint_io import AtomicCheckpointIO
 from sslvit.train.timing import Clock
-from sslvit.weight_files import SHARD
 
 # what an exchange between ranks says when another one is gone, and when the fault is here
 PEER_ERRORS = (
@@ -59,8 +58,8 @@ class Replicated(DDPStrategy):
 class Sharded(DDPStrategy):
     """Each rank holds a part of every weight, gradient and moment (fully_shard; Zhao et al. 2023).
 
-    A block's weights are gathered when it runs and let go again. Each rank writes its own file of a checkpoint, and the
-    first one the file that names them; `weight_files.py` joins them.
+    A block's weights are gathered when it runs and let go again. Each rank writes its shard of a checkpoint, and the
+    first one the manifest that names them (sharded_checkpoint.py).
     """
 
     def model_to_device(self) -> None:
@@ -76,11 +75,11 @@ class Sharded(DDPStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         io = self.checkpoint_io
         assert isinstance(io, AtomicCheckpointIO)
-        io.finish()  # the first rank lets go of parts without a name, so none may begin to write before it has done so
-        name = f"{checkpoint['global_step']:08d}-{self.broadcast(uuid.uuid4().hex[:8])}"  # never that of an older part
-        own: dict[str, Tensor] = {}
-        head = extract_local_shards(checkpoint, own)
-        io.save_shard(head, own, Path(filepath), name, self.global_rank, self.world_size)
+        io.finish()  # rank 0 deletes orphaned shards, so none may begin to write before it has done so
+        name = f"{checkpoint['global_step']:08d}-{self.broadcast(uuid.uuid4().hex[:8])}"  # new on every save
+        shards: dict[str, Tensor] = {}
+        manifest = extract_local_shards(checkpoint, shards)
+        io.save_shard(manifest, shards, Path(filepath), name, self.global_rank, self.world_size)
 
     def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:
         """The state of whole weights; each rank keeps its part."""
@@ -132,34 +131,6 @@ def shard(task: pl.LightningModule, device: str) -> None:
                 fully_shard(module, mesh=mesh)
         if any(True for _ in network.parameters()):
             fully_shard(network, mesh=mesh)
-
-
-def shard_like(whole: Tensor, like: DTensor) -> DTensor:
-    """This rank's part of a tensor that lies on every rank, cut as another one is."""
-    mesh = like.device_mesh
-    parts = whole.chunk(mesh.size(), dim=0)  # fully_shard's cut
-    rank = mesh.get_local_rank()
-    part = parts[rank] if rank < len(parts) else whole.narrow(0, 0, 0)
-    local = part.to(like.device, copy=True)
-    return DTensor.from_local(local, mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
-
-
-def extract_local_shards(value: Any, own: dict[str, Tensor], path: str = "") -> Any:
-    """A checkpoint in which a number and a shape stand for each tensor that is spread over ranks.
-
-    Args:
-        value: the checkpoint, or a part of it.
-        own: gets this rank's parts, by number.
-        path: of the value in the checkpoint.
-    """
-    if isinstance(value, DTensor):
-        own[path] = value.to_local().detach()
-        return {SHARD: path, "shape": list(value.shape)}
-    if isinstance(value, dict):
-        return {key: extract_local_shards(item, own, f"{path}/{key}") for key, item in value.items()}
-    if isinstance(value, list):
-        return [extract_local_shards(item, own, f"{path}/{i}") for i, item in enumerate(value)]
-    return value
 
 
 def compile_blocks(task: nn.Module, undo: bool = False) -> None:

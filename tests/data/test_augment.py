@@ -156,9 +156,9 @@ def test_gray_images_are_augmented_too() -> None:
     ("changes", "message"),
     [
         ({"magnitude": 20}, "data.view.magnitude: 20 must be in .0, 10."),
-        ({"magnitude_std": -1}, "data.view.magnitude_std: -1 is not 0"),
+        ({"magnitude_std": -1}, "data.view.magnitude_std: -1 must be 0 or more"),
         ({"probability": 1.5}, "data.view.probability: 1.5 must be a probability"),
-        ({"operations": -1}, "Use 0 for none"),
+        ({"operations": -1}, "data.view.operations: -1 must be 0 or more"),
     ],
 )
 def test_impossible_settings_are_refused(changes: dict, message: str) -> None:

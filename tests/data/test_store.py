@@ -97,7 +97,7 @@ def test_resized_and_encoded_images_are_so_and_the_index_says_it(tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"shard_mb": 0}, "--shard-mb 0"), ({"resize": 0}, "--resize 0"), ({"encode": "gif"}, "--encode gif"),
+    [({"shard_mb": 0}, "--shard-mb 0"), ({"resize": 0}, "--resize 0"), ({"encode": "gif"}, "--encode: 'gif'"),
      ({"quality": 101}, "--quality 101")],
 )  # fmt: skip
 def test_impossible_ways_of_storing_are_refused(options: dict, message: str) -> None:

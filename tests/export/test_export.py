@@ -21,9 +21,10 @@ from sslvit.checkpoint import fingerprint, load_encoder, save_encoder
 from sslvit.cli import main
 from sslvit.data.array_images import array_samples
 from sslvit.data.pack import pack
-from sslvit.export import MAKING, export_encoder, keep_others
+from sslvit.export import export_encoder
 from sslvit.export import timm as timm_format
 from sslvit.export.exported import Exported
+from sslvit.export.folder import IN_PROGRESS, move_foreign_files
 from sslvit.export.verify import check_inputs, compare
 from sslvit.files import WriteError
 from sslvit.models import ViTEncoder
@@ -308,7 +309,7 @@ def test_a_library_that_fails_leaves_a_verdict(tmp_path: Path, monkeypatch: pyte
     monkeypatch.undo()
     assert export_encoder(tmp_path / "e", tmp_path / "out", "timm")["passed"]  # what failed makes way
     assert not (tmp_path / "out.part").exists()
-    assert not (tmp_path / "out" / MAKING).exists()
+    assert not (tmp_path / "out" / IN_PROGRESS).exists()
 
 
 def test_nothing_of_the_users_is_lost(tmp_path: Path) -> None:
@@ -454,7 +455,8 @@ def test_what_a_killed_export_or_import_left_goes(tmp_path: Path, moment: str) -
     saved(tmp_path / "e")
     part = tmp_path / "out.part"
     part.mkdir()
-    left = {"begun": [MAKING], "marked": [MAKING, "verdict.json"], "verdict": ["verdict.json"], "empty": []}[moment]
+    leftovers = {"begun": [IN_PROGRESS], "marked": [IN_PROGRESS, "verdict.json"], "verdict": ["verdict.json"]}
+    left = leftovers.get(moment, [])
     for name in left:
         (part / name).write_text("{}")
     torch.save(load_encoder(tmp_path / "e").state_dict(), tmp_path / "vit.pth")
@@ -473,7 +475,7 @@ def test_an_export_that_is_killed_while_it_replaces_another_loses_nothing(tmp_pa
         export_encoder(tmp_path / "e", tmp_path / "new", "safetensors")
         (tmp_path / "new").rename(tmp_path / "out")
     if killed == "at the end":
-        keep_others(tmp_path / "out.replaced", tmp_path / "out")
+        move_foreign_files(tmp_path / "out.replaced", tmp_path / "out")
     export_encoder(tmp_path / "e", tmp_path / "out", "torch", overwrite=True)
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["e", "out"]

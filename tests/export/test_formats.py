@@ -23,15 +23,15 @@ from safetensors.torch import save_file
 from sslvit.checkpoint import load_encoder, save_encoder
 from sslvit.cli import main
 from sslvit.data.resample import normalize
-from sslvit.export import FORMATS, export_encoder
+from sslvit.export import EXPORTERS, export_encoder
 from sslvit.export import timm as timm_format
 from sslvit.export.exported import Exported, with_outputs
 from sslvit.export.verify import (
-    as_evaluated,
     check_inputs,
     compare,
     compare_preprocessing,
     compare_weights,
+    evaluation_view,
     with_unit_scale,
 )
 from sslvit.models import ViTEncoder, preset
@@ -207,7 +207,7 @@ def test_preprocessing_of_a_photograph_is_that_of_the_card(tmp_path: Path, kind:
     other = {"bilinear": "bicubic", "bicubic": "bilinear"}[interpolation]
     encoder = load_encoder(tmp_path / "square")
     encoder.settings.interpolation = other
-    module = FORMATS[kind]
+    module = EXPORTERS[kind]
     prepare = module.preprocessing(tmp_path / f"square-{kind}", Exported(encoder))
     assert not compare_preprocessing(Exported(encoder), prepare)["passed"]
 
@@ -247,15 +247,15 @@ def test_a_failed_verdict_names_the_measure_that_failed(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved(tmp_path / "e")
-    prepare = FORMATS[kind].preprocessing
+    prepare = EXPORTERS[kind].preprocessing
 
     def shifted(*args):
         return lambda image: prepare(*args)(image if image.size == (16, 16) else ImageOps.mirror(image))
 
-    monkeypatch.setattr(FORMATS[kind], "preprocessing", shifted)
+    monkeypatch.setattr(EXPORTERS[kind], "preprocessing", shifted)
     with pytest.raises(RuntimeError, match="cropped and resized differs on average by 1.[0-9]e.00 .allowed 5e-03"):
         export_encoder(tmp_path / "e", tmp_path / "out", kind)
-    monkeypatch.setattr(FORMATS[kind], "preprocessing", lambda *args: lambda image: prepare(*args)(image) + 2e-5)
+    monkeypatch.setattr(EXPORTERS[kind], "preprocessing", lambda *args: lambda image: prepare(*args)(image) + 2e-5)
     with pytest.raises(RuntimeError, match="its preprocessing differs by 2..e-05 .allowed 1e-05"):
         export_encoder(tmp_path / "e", tmp_path / "out", kind)
 
@@ -293,7 +293,7 @@ def test_programs_give_the_features_of_the_checkpoint(tmp_path: Path, kind: str,
 
 def test_an_onnx_file_says_its_opset_and_how_images_reach_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved(tmp_path / "e", mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], interpolation="bilinear", crop_fraction=0.75)
-    monkeypatch.setattr(FORMATS["onnx"], "MOST_BYTES", 1000)
+    monkeypatch.setattr(EXPORTERS["onnx"], "MAX_FILE_BYTES", 1000)
     verdict = export_encoder(tmp_path / "e", tmp_path / "out", "onnx")
     assert verdict["files"] == ["README.md", "card.json", "model.onnx", "model.onnx.data", "verdict.json"]
     session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx")
@@ -324,7 +324,7 @@ def test_the_snippet_of_a_card_gives_what_the_card_says(tmp_path: Path, kind: st
     exported = with_outputs(load_encoder(tmp_path / "e"), tmp_path / "e", outputs)
     size = (*exported.settings.image_size, 3)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, size, np.uint8))
-    images = as_evaluated(image, exported.settings)[None]
+    images = evaluation_view(image, exported.settings)[None]
     (snippet,) = re.findall(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.DOTALL)
     left = {"image": image, "images": images.numpy() if kind == "onnx" else images}
     exec(compile(snippet, "README.md", "exec"), left)
@@ -357,7 +357,7 @@ def test_every_option_becomes_a_program(tmp_path: Path, kind: str, outputs: str,
 
 @torch.no_grad()
 @pytest.mark.parametrize("outputs", ["tokens", "logits"])
-@pytest.mark.parametrize("kind", list(FORMATS))
+@pytest.mark.parametrize("kind", list(EXPORTERS))
 def test_a_change_of_any_tensor_behind_a_faint_layer_scale_is_seen(tmp_path: Path, kind: str, outputs: str) -> None:
     """Outputs change by less than their tolerance when a block does whose branches are multiplied by 1e-5."""
     torch.manual_seed(0)
@@ -366,18 +366,18 @@ def test_a_change_of_any_tensor_behind_a_faint_layer_scale_is_seen(tmp_path: Pat
         if key.endswith("gamma"):
             value.copy_(1e-5 * torch.rand_like(value))
     head = shaken(torch.nn.Linear(32, 3)) if outputs == "logits" else None
-    exported, writer = Exported(encoder, outputs, head), FORMATS[kind]
+    exported, writer = Exported(encoder, outputs, head), EXPORTERS[kind]
     writer.write(exported, tmp_path, True)
     images = check_inputs(encoder.settings, True)
 
     def is_caught() -> bool:
-        if not compare_weights(*writer.weights(tmp_path, exported, True))["passed"]:
+        if not compare_weights(*writer.weights(tmp_path, exported))["passed"]:
             return True
         if not compare(exported, reopened, images)["passed"]:
             return True
         return kind == "onnx" and not compare(with_unit_scale(exported), louder, images)["passed"]
 
-    reopened = writer.reopen(tmp_path, exported, True)
+    reopened = writer.reopen(tmp_path, exported)
     louder = writer.reopen_with_unit_scale(tmp_path, exported) if kind == "onnx" else None
     assert not is_caught()
     for key, value in exported.named_parameters():
@@ -396,14 +396,14 @@ def test_an_export_whose_blocks_are_others_is_not_written(tmp_path: Path, monkey
                 value.fill_(1e-6)
     save_encoder(encoder, tmp_path / "e")
     for kind in ("timm", "transformers", "safetensors", "torch"):
-        write = FORMATS[kind].write
+        write = EXPORTERS[kind].write
 
         def otherwise(exported: Exported, folder: Path, is_fixed: bool, write=write) -> None:
             other = copy.deepcopy(exported)
             other.encoder.blocks[1].attn.qkv.weight.data[3, 5] += 1e-3
             write(other, folder, is_fixed)
 
-        monkeypatch.setattr(FORMATS[kind], "write", otherwise)
+        monkeypatch.setattr(EXPORTERS[kind], "write", otherwise)
         with pytest.raises(RuntimeError, match="among its weights .*blocks.1.attn.qkv.weight differ"):
             export_encoder(tmp_path / "e", tmp_path / kind, kind)
         verdict = json.loads((tmp_path / f"{kind}.part" / "verdict.json").read_text())
@@ -424,14 +424,14 @@ def test_an_onnx_file_whose_blocks_are_others_is_not_written(tmp_path: Path, mon
     for branch in (encoder.blocks[0].ls1, encoder.blocks[0].ls2):
         branch.gamma.data.fill_(1e-6)
     save_encoder(encoder, tmp_path / "e")
-    write = FORMATS["onnx"].write
+    write = EXPORTERS["onnx"].write
 
     def otherwise(exported: Exported, folder: Path, is_fixed: bool) -> None:
         other = copy.deepcopy(exported)
         other.encoder.blocks[0].mlp.fc1.weight.data.mul_(1.01)
         write(other, folder, is_fixed)
 
-    monkeypatch.setattr(FORMATS["onnx"], "write", otherwise)
+    monkeypatch.setattr(EXPORTERS["onnx"], "write", otherwise)
     with pytest.raises(RuntimeError, match="with every LayerScale set to one it differs by"):
         export_encoder(tmp_path / "e", tmp_path / "out", "onnx")
     verdict = json.loads((tmp_path / "out.part" / "verdict.json").read_text())
@@ -479,7 +479,7 @@ def test_exports_show_what_evaluation_shows(tmp_path: Path, options: dict, pct: 
     image = Image.fromarray(np.stack(waves, 2).astype(np.uint8))
     for kind in ("timm", "transformers"):
         export_encoder(tmp_path / "e", tmp_path / kind, kind)
-        prepared = FORMATS[kind].preprocessing(tmp_path / kind, Exported(load_encoder(tmp_path / "e")))(image)
+        prepared = EXPORTERS[kind].preprocessing(tmp_path / kind, Exported(load_encoder(tmp_path / "e")))(image)
         assert float((prepared - evaluated(image, held)).abs().mean()) < 0.02, kind
         card = json.loads((tmp_path / kind / "card.json").read_text())["preprocessing"]
         assert (card["crop_mode"], card["crop_fraction"]) == (encoder.crop_mode, pytest.approx(pct))

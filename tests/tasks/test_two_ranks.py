@@ -18,8 +18,8 @@ from sslvit.data.array_images import array_samples
 from sslvit.data.pack import pack
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings
+from sslvit.sharded_checkpoint import read_checkpoint
 from sslvit.train.folder import RunFolder
-from sslvit.weight_files import read_torch_file
 
 
 @pytest.mark.slow
@@ -29,7 +29,7 @@ def test_two_ranks_pretrain_an_encoder_with_parts_that_are_not_used(tmp_path: Pa
     pack(array_samples(images, np.arange(16) % 2), tmp_path / "shards", ["a", "b"])
     options = {"encoder.mask_token": True, "encoder.fc_norm": True, "train.devices": 2, "train.steps": 3}
     run = run_ranks(tmp_path / "shards", tmp_path / "run", recipe=recipe, **options)
-    assert read_torch_file(run.checkpoint)["global_step"] == 3
+    assert read_checkpoint(run.checkpoint)["global_step"] == 3
 
 
 @pytest.mark.slow

@@ -15,12 +15,12 @@ import pytest
 import torch
 from run_fixtures import metrics, run, same, weights
 
-from sslvit import weight_files
+from sslvit import sharded_checkpoint
 from sslvit.settings import TrainSettings
+from sslvit.sharded_checkpoint import read_checkpoint, write_checkpoint
 from sslvit.stopping import RankLost
 from sslvit.train import checkpoints
-from sslvit.train.checkpoint_io import AtomicCheckpointIO, keep_some, write_whole
-from sslvit.weight_files import read_torch_file
+from sslvit.train.checkpoint_io import AtomicCheckpointIO, keep_some
 
 
 def step_of(path: Path) -> int:
@@ -39,14 +39,14 @@ def full_disk() -> object:
 
 def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(tmp_path: Path, full_disk) -> None:
     last = tmp_path / "checkpoints" / "last.ckpt"
-    write_whole({"global_step": 3, "x": torch.zeros(10)}, last)
+    write_checkpoint({"global_step": 3, "x": torch.zeros(10)}, last)
     full_disk(200_000)
     with pytest.raises(RuntimeError, match="checkpoint of step 6 could not be written.*before it is whole.*--resume"):
-        write_whole({"global_step": 6, "x": torch.zeros(1_000_000)}, last)
+        write_checkpoint({"global_step": 6, "x": torch.zeros(1_000_000)}, last)
     assert step_of(last) == 3
     assert [path.name for path in last.parent.iterdir()] == ["last.ckpt"]
     with pytest.raises(RuntimeError, match="There is none before it"):
-        write_whole({"global_step": 6, "x": torch.zeros(1_000_000)}, tmp_path / "other.ckpt")
+        write_checkpoint({"global_step": 6, "x": torch.zeros(1_000_000)}, tmp_path / "other.ckpt")
 
 
 @pytest.mark.parametrize("in_background", [False, True])
@@ -89,7 +89,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_takes_its_place(tmp_path: Path, m
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(os, "replace", replaced)
     path = tmp_path / "checkpoints" / "last.ckpt"
-    write_whole({"global_step": 3, "weights": torch.zeros(99)}, path)
+    write_checkpoint({"global_step": 3, "weights": torch.zeros(99)}, path)
     size = path.stat().st_size
     assert [entry[:2] for entry in done] == [("sync", "last.part"), ("rename", "last.part"), ("sync", "checkpoints")]
     assert done[0][2] == size  # all of it, its checksum included
@@ -99,9 +99,9 @@ def test_a_writer_that_is_killed_leaves_the_checkpoint_before(tmp_path: Path) ->
     code = """
         import sys, torch
         from pathlib import Path
-        from sslvit.train.checkpoint_io import write_whole
+        from sslvit.sharded_checkpoint import write_checkpoint
         for step in range(1, 10_000):
-            write_whole({"global_step": step, "x": torch.full((2_000_000,), float(step))}, Path(sys.argv[1]))
+            write_checkpoint({"global_step": step, "x": torch.full((2_000_000,), float(step))}, Path(sys.argv[1]))
             print(step, flush=True)
     """
     last = tmp_path / "last.ckpt"
@@ -123,7 +123,7 @@ def test_a_writer_that_is_killed_leaves_the_checkpoint_before(tmp_path: Path) ->
 
 def test_a_background_writer_gives_the_same_checkpoints(shards: Path, tmp_path: Path, monkeypatch) -> None:
     """Steps that are taken while it writes do not show in what it writes."""
-    write, at = checkpoints.write_whole, []
+    write, at = checkpoints.write_checkpoint, []
 
     def slowly(checkpoint, path):
         time.sleep(0.3)
@@ -132,7 +132,7 @@ def test_a_background_writer_gives_the_same_checkpoints(shards: Path, tmp_path: 
 
     kept = {"train.keep_last": 9}
     plain = run(shards, tmp_path / "plain", **kept)
-    monkeypatch.setattr(checkpoints, "write_whole", slowly)
+    monkeypatch.setattr(checkpoints, "write_checkpoint", slowly)
     behind = run(shards, tmp_path / "behind", **kept, **{"train.checkpoint_in_background": True})
     assert at == [3, 6, 7]
     assert same(behind, plain)
@@ -152,7 +152,7 @@ def test_some_checkpoints_are_kept_by_their_step(tmp_path: Path) -> None:
         (2, 40, [40, 80, 90, 100]),
     ):
         for step in range(10, 101, 10):
-            write_whole({"global_step": step}, last)
+            write_checkpoint({"global_step": step}, last)
             keep_some(last, step, keep_last, keep_every)
         assert sorted(path.name for path in tmp_path.glob("step-0*")) == [f"step-{step:08d}.ckpt" for step in names]
         assert all(step_of(tmp_path / f"step-{step:08d}.ckpt") == step for step in names)
@@ -166,7 +166,7 @@ def test_kept_checkpoints_need_no_links(tmp_path: Path, monkeypatch: pytest.Monk
         raise PermissionError
 
     monkeypatch.setattr(os, "link", refuse)
-    write_whole({"global_step": 5}, tmp_path / "last.ckpt")
+    write_checkpoint({"global_step": 5}, tmp_path / "last.ckpt")
     keep_some(tmp_path / "last.ckpt", 5, 2, None)
     assert step_of(tmp_path / "step-00000005.ckpt") == 5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "step-00000005.ckpt"]
@@ -194,40 +194,43 @@ def test_settings_that_cannot_work_are_refused() -> None:
     assert AtomicCheckpointIO(TrainSettings()).writer is None
 
 
-def in_parts(path: Path, ranks: int, name: str, value: torch.Tensor, step: int = 3, **settings) -> None:
+def write_shards(path: Path, ranks: int, name: str, value: torch.Tensor, step: int = 3, **settings) -> None:
     """A checkpoint of several ranks, each holding some rows."""
-    head = {"global_step": step, "state_dict": {"w": {"shard": "/w", "shape": list(value.shape)}, "b": torch.ones(2)}}
+    manifest = {
+        "global_step": step,
+        "state_dict": {"w": {"shard": "/w", "shape": list(value.shape)}, "b": torch.ones(2)},
+    }
     for rank in reversed(range(ranks)):  # the first one waits for all others
-        own = {"/w": value.chunk(ranks)[rank]}
-        AtomicCheckpointIO(TrainSettings(**settings)).save_shard(head, own, path, name, rank, ranks)
+        rows = {"/w": value.chunk(ranks)[rank]}
+        AtomicCheckpointIO(TrainSettings(**settings)).save_shard(manifest, rows, path, name, rank, ranks)
 
 
-def test_a_checkpoint_in_parts_is_read_whole(tmp_path: Path) -> None:
+def test_a_sharded_checkpoint_is_read_complete(tmp_path: Path) -> None:
     last, value = tmp_path / "last.ckpt", torch.arange(14.0).view(7, 2)
-    in_parts(last, 3, "00000003-a", value)
-    state = read_torch_file(last)
+    write_shards(last, 3, "00000003-a", value)
+    state = read_checkpoint(last)
     assert torch.equal(state["state_dict"]["w"], value)
     assert state["state_dict"]["b"].tolist() == [1, 1]
     assert state["global_step"] == 3
     assert "shards" not in state
 
 
-def test_parts_live_as_long_as_a_file_names_them(tmp_path: Path) -> None:
+def test_shards_live_as_long_as_a_checkpoint_names_them(tmp_path: Path) -> None:
     last, value = tmp_path / "last.ckpt", torch.arange(4.0)
     (tmp_path / "shards" / "00000009-half-written").mkdir(parents=True)
     for step in (3, 6, 9):
-        in_parts(last, 2, f"{step:08d}-x", value + step, step, keep_last=2)
+        write_shards(last, 2, f"{step:08d}-x", value + step, step, keep_last=2)
     assert sorted(path.name for path in (tmp_path / "shards").iterdir()) == ["00000006-x", "00000009-x"]
-    assert read_torch_file(tmp_path / "step-00000006.ckpt")["state_dict"]["w"].tolist() == [6, 7, 8, 9]
+    assert read_checkpoint(tmp_path / "step-00000006.ckpt")["state_dict"]["w"].tolist() == [6, 7, 8, 9]
     write = AtomicCheckpointIO(TrainSettings())
     write.save_checkpoint({"global_step": 12}, last)  # by ranks that each hold everything
     assert not list((tmp_path / "shards").iterdir())
 
 
-def test_a_part_that_does_not_come_ends_the_wait_and_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+def test_a_shard_that_does_not_come_ends_the_wait_and_leaves_the_checkpoint_before(tmp_path: Path) -> None:
     last = tmp_path / "last.ckpt"
-    write_whole({"global_step": 3}, last)
-    with pytest.raises(RankLost, match="rank-00001.pt: another rank has not written .* in 0.05 s .*all machines"):
+    write_checkpoint({"global_step": 3}, last)
+    with pytest.raises(RankLost, match="rank-00001.pt: another rank .* its shard .* in 0.05 s .*all machines"):
         AtomicCheckpointIO(TrainSettings(timeout_seconds=0.05)).save_shard({"global_step": 6}, {}, last, "6", 0, 2)
     assert step_of(last) == 3
 
@@ -235,30 +238,30 @@ def test_a_part_that_does_not_come_ends_the_wait_and_leaves_the_checkpoint_befor
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"folder": "../../elsewhere"}, ValueError, "last.ckpt: its parts are in ../../elsewhere, which is outside"),
-        ({"folder": ".."}, ValueError, "its parts are in .., which is outside"),
-        ({"ranks": 3}, FileNotFoundError, "rank-00002.pt: a part of .* is missing. Copy the folder shards/"),
-        ({"ranks": -1}, ValueError, "says that it has -1 parts"),
-        ({"ranks": 1}, ValueError, "its parts do not fit together .* Are they of one checkpoint"),
+        ({"folder": "../../elsewhere"}, ValueError, "last.ckpt: its shards are in ../../elsewhere, which is outside"),
+        ({"folder": ".."}, ValueError, "its shards are in .., which is outside"),
+        ({"ranks": 3}, FileNotFoundError, "rank-00002.pt: a shard of .* is missing. Copy the folder shards/"),
+        ({"ranks": -1}, ValueError, "states -1 shards"),
+        ({"ranks": 1}, ValueError, "its shards do not fit together .* Are they of one checkpoint"),
     ],
 )
-def test_parts_that_are_missing_or_elsewhere_are_refused(
+def test_shards_that_are_missing_or_elsewhere_are_refused(
     tmp_path: Path, change: dict, error: type[Exception], message: str
 ) -> None:
     last = tmp_path / "last.ckpt"
-    in_parts(last, 2, "00000003-a", torch.arange(4.0))
-    head = torch.load(last, weights_only=True)
-    torch.save(head | {"shards": head["shards"] | change}, last)
+    write_shards(last, 2, "00000003-a", torch.arange(4.0))
+    manifest = torch.load(last, weights_only=True)
+    torch.save(manifest | {"shards": manifest["shards"] | change}, last)
     with pytest.raises(error, match=message):
-        read_torch_file(last)
+        read_checkpoint(last)
 
 
-def test_a_part_that_would_run_code_is_refused(tmp_path: Path) -> None:
-    last, part = tmp_path / "last.ckpt", tmp_path / "shards" / "3" / "rank-00001.pt"
-    in_parts(last, 2, "3", torch.arange(4.0))
-    torch.save({"tensors": {"/w": Path("code")}}, part)
+def test_a_shard_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    last, shard = tmp_path / "last.ckpt", tmp_path / "shards" / "3" / "rank-00001.pt"
+    write_shards(last, 2, "3", torch.arange(4.0))
+    torch.save({"tensors": {"/w": Path("code")}}, shard)
     with pytest.raises(ValueError, match="rank-00001.pt: refused, because it holds objects besides tensors"):
-        read_torch_file(last)
+        read_checkpoint(last)
 
 
 def test_the_first_rank_says_why_another_could_not_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,24 +288,24 @@ def test_an_error_of_the_run_is_not_hidden_by_its_writer(tmp_path: Path, capsys:
     assert "not written, as the run ended" in capsys.readouterr().err
 
 
-def test_a_file_that_cannot_be_read_keeps_all_parts(tmp_path: Path) -> None:
-    in_parts(tmp_path / "last.ckpt", 2, "00000003-a", torch.arange(4.0), 3)
+def test_a_file_that_cannot_be_read_keeps_all_shards(tmp_path: Path) -> None:
+    write_shards(tmp_path / "last.ckpt", 2, "00000003-a", torch.arange(4.0), 3)
     (tmp_path / "half-copied.ckpt").write_bytes(b"PK")
-    in_parts(tmp_path / "last.ckpt", 2, "00000006-a", torch.arange(4.0), 6)
+    write_shards(tmp_path / "last.ckpt", 2, "00000006-a", torch.arange(4.0), 6)
     assert len(list((tmp_path / "shards").iterdir())) == 2
 
 
 def test_a_checkpoint_that_is_replaced_while_it_is_read_is_read_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    last, read = tmp_path / "last.ckpt", weight_files.read_one_file
-    in_parts(last, 2, "00000003-a", torch.arange(4.0), 3)
+    last, read = tmp_path / "last.ckpt", sharded_checkpoint.read_torch_file
+    write_shards(last, 2, "00000003-a", torch.arange(4.0), 3)
 
     def replaced(path: Path) -> dict:
         content = read(path)
         if path == last and content["global_step"] == 3:
-            in_parts(last, 2, "00000006-a", torch.arange(4.0) + 1, 6)
+            write_shards(last, 2, "00000006-a", torch.arange(4.0) + 1, 6)
         return content
 
-    monkeypatch.setattr(weight_files, "read_one_file", replaced)
-    assert read_torch_file(last)["state_dict"]["w"].tolist() == [1, 2, 3, 4]
+    monkeypatch.setattr(sharded_checkpoint, "read_torch_file", replaced)
+    assert read_checkpoint(last)["state_dict"]["w"].tolist() == [1, 2, 3, 4]

@@ -16,10 +16,10 @@ from sslvit.checkpoint import load_encoder
 from sslvit.evaluate.probe import probe
 from sslvit.settings import ProbeSettings
 from sslvit.settings.load import load_recipe
+from sslvit.sharded_checkpoint import read_checkpoint
 from sslvit.train.folder import RunFolder
 from sslvit.train.strategies import compile_blocks, is_peer_failure, make_strategy, shard
 from sslvit.train.timing import Clock
-from sslvit.weight_files import read_torch_file
 
 WAYS = {
     "2 ranks, 2 passes": {"train.devices": 2, "train.micro_batch_size": 2},
@@ -88,7 +88,7 @@ def test_a_checkpoint_in_parts_is_one_of_any_other_number_of_ranks(shards: Path,
     for number, way in enumerate(ways, start=1):
         stop = {"train.steps": 12, "train.checkpoint_every": 3}
         cut = stopped_at(shards, tmp_path / "cut", 3 * number, resume=number > 1, **options | stop | way)
-        assert read_torch_file(cut.checkpoint)["global_step"] >= 3 * number
+        assert read_checkpoint(cut.checkpoint)["global_step"] >= 3 * number
     assert_alike(whole, cut)
     assert not list((cut.checkpoint.parent / "shards").iterdir())  # nothing names them any longer
 

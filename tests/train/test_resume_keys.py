@@ -19,8 +19,8 @@ from run_fixtures import RECIPES
 from sslvit.data.array_images import array_samples
 from sslvit.data.pack import pack
 from sslvit.settings.load import by_dotted_key, load_recipe
+from sslvit.sharded_checkpoint import read_checkpoint
 from sslvit.train.run import pretrain
-from sslvit.weight_files import read_torch_file
 
 REFUSED = r"--resume|another architecture|written with other data"
 SHARED = {
@@ -162,7 +162,7 @@ def begun(images: Path, tmp_path_factory: pytest.TempPathFactory):
         if recipe not in made:
             out = tmp_path_factory.mktemp("run") / "run"
             folder = pretrain(settings_of(recipe, images, out, {}))
-            end = read_torch_file(folder.checkpoint)
+            end = read_checkpoint(folder.checkpoint)
             folder.checkpoint.with_name("step-00000003.ckpt").rename(folder.checkpoint)
             folder.checkpoint.with_name("step-00000006.ckpt").unlink()
             made[recipe] = out, end
@@ -174,7 +174,7 @@ def begun(images: Path, tmp_path_factory: pytest.TempPathFactory):
 def resumed(recipe: str, images: Path, begun, out: Path, changes: dict[str, Any]) -> dict:
     """The last checkpoint of a run that goes on with changed settings."""
     shutil.copytree(begun(recipe)[0], out)
-    return read_torch_file(pretrain(settings_of(recipe, images, out, changes), resume=True).checkpoint)
+    return read_checkpoint(pretrain(settings_of(recipe, images, out, changes), resume=True).checkpoint)
 
 
 def is_same(one: dict, other: dict) -> bool:

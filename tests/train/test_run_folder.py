@@ -18,12 +18,13 @@ from run_fixtures import TINY, metrics, run, same, weights
 import sslvit
 from sslvit.cli import main
 from sslvit.settings import TrainSettings
+from sslvit.sharded_checkpoint import check_checkpoint, read_checkpoint, write_checkpoint
 from sslvit.stopping import Preempted
 from sslvit.tasks import task_class
 from sslvit.train import run as run_module
-from sslvit.train.checkpoint_io import AtomicCheckpointIO, write_whole
+from sslvit.train.checkpoint_io import AtomicCheckpointIO
 from sslvit.train.folder import RunFolder, read_lines
-from sslvit.weight_files import check_checkpoint, read_one_file, read_torch_file
+from sslvit.weight_files import read_torch_file
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -256,7 +257,7 @@ def problem_of(path: Path) -> str:
 def flip_a_bit(path: Path) -> None:
     """In the middle of a weight."""
     content = bytearray(path.read_bytes())
-    weight = read_one_file(path)["state_dict"]["encoder.blocks.0.attn.qkv.weight"].numpy().tobytes()
+    weight = read_torch_file(path)["state_dict"]["encoder.blocks.0.attn.qkv.weight"].numpy().tobytes()
     content[content.index(weight) + 100] ^= 1
     path.write_bytes(content)
 
@@ -266,7 +267,7 @@ def flip_a_bit(path: Path) -> None:
 
 def test_every_flipped_bit_in_a_checkpoint_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
-    write_whole({"global_step": 1, "state_dict": {f"w{i}": torch.randn(9) for i in range(20)}}, path)
+    write_checkpoint({"global_step": 1, "state_dict": {f"w{i}": torch.randn(9) for i in range(20)}}, path)
     whole, source = path.read_bytes(), np.random.default_rng(0)
     check_checkpoint(path)
     ends = range(8 * (len(whole) - 50), 8 * len(whole))  # the checksum itself, and the record before it
@@ -286,33 +287,33 @@ def test_every_flipped_bit_in_a_checkpoint_is_noticed(tmp_path: Path) -> None:
 
 def test_a_checkpoint_with_its_checksum_is_an_ordinary_file_of_torch(tmp_path: Path) -> None:
     path, value = tmp_path / "last.ckpt", torch.arange(5000.0)
-    write_whole({"global_step": 1, "x": value}, path)
+    write_checkpoint({"global_step": 1, "x": value}, path)
     for options in ({}, {"mmap": True}):
         assert torch.equal(torch.load(path, weights_only=True, **options)["x"], value)
     assert zipfile.ZipFile(path).testzip() is None
     torch.save({"x": value}, tmp_path / "other.ckpt")  # without one
-    assert torch.equal(read_one_file(tmp_path / "other.ckpt")["x"], value)
+    assert torch.equal(read_torch_file(tmp_path / "other.ckpt")["x"], value)
     content = bytearray((tmp_path / "other.ckpt").read_bytes())
     content[content.index(value[9:12].numpy().tobytes())] ^= 1
     (tmp_path / "other.ckpt").write_bytes(content)
     with pytest.raises(ValueError, match="other.ckpt: damaged"):
-        read_one_file(tmp_path / "other.ckpt")
+        read_torch_file(tmp_path / "other.ckpt")
 
 
-def test_a_flipped_bit_in_a_part_of_a_checkpoint_is_noticed(tmp_path: Path) -> None:
+def test_a_flipped_bit_in_a_shard_is_noticed(tmp_path: Path) -> None:
     last = tmp_path / "last.ckpt"
-    head = {"global_step": 3, "state_dict": {"w": {"shard": "/w", "shape": [4]}}}
+    manifest = {"global_step": 3, "state_dict": {"w": {"shard": "/w", "shape": [4]}}}
     for rank in (1, 0):
-        own = {"/w": torch.arange(4.0).chunk(2)[rank]}
-        AtomicCheckpointIO(TrainSettings()).save_shard(head, own, last, "00000003-a", rank, 2)
+        rows = {"/w": torch.arange(4.0).chunk(2)[rank]}
+        AtomicCheckpointIO(TrainSettings()).save_shard(manifest, rows, last, "00000003-a", rank, 2)
     assert not problem_of(last)
-    part = tmp_path / "shards" / "00000003-a" / "rank-00001.pt"
-    content = bytearray(part.read_bytes())
+    shard = tmp_path / "shards" / "00000003-a" / "rank-00001.pt"
+    content = bytearray(shard.read_bytes())
     content[content.index(torch.tensor([2.0, 3.0]).numpy().tobytes())] ^= 1
-    part.write_bytes(content)
+    shard.write_bytes(content)
     assert "rank-00001.pt: damaged" in problem_of(last)
     with pytest.raises(ValueError, match="rank-00001.pt: damaged"):
-        read_torch_file(last)
+        read_checkpoint(last)
 
 
 def test_a_resume_takes_the_newest_checkpoint_that_is_whole(shards: Path, tmp_path: Path, monkeypatch, capsys) -> None:

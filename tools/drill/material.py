@@ -16,8 +16,8 @@ from run_fixtures import command as pretrain_command
 from run_fixtures import metrics, read_keys
 from shard_fixtures import numbered_shards, photograph
 
+from sslvit.sharded_checkpoint import read_checkpoint
 from sslvit.train.folder import RunFolder
-from sslvit.weight_files import read_torch_file
 
 TASKS = ("mae", "dino", "igpt")
 COMMON = {"train.steps": 40, "train.checkpoint_every": 3, "train.threads": 1, "data.ledger": True}
@@ -109,7 +109,7 @@ def import_libraries() -> None:
 def differences(one: RunFolder, other: RunFolder) -> list[str]:
     """In what two runs are not the same to the last bit: weights, moments, metrics, ledger, encoder."""
     found = []
-    a, b = (read_torch_file(folder.checkpoint) for folder in (one, other))
+    a, b = (read_checkpoint(folder.checkpoint) for folder in (one, other))
     for key in ("state_dict", "optimizer_states", "global_step"):
         if not same_values(a[key], b[key]):
             found.append(key)

@@ -222,9 +222,9 @@ FAULTS = [
           "(max(1, self.limit * len(self.index)) if self.limit else 0)", "max(1, self.limit * len(self.index))",
           (LEDGER,)),
     # ---- checkpoints
-    Fault("A checkpoint takes its place before the disk has it", CHECKPOINTS,
+    Fault("A checkpoint takes its place before the disk has it", "sslvit/sharded_checkpoint.py",
           "            os.fsync(file.fileno())\n", "", (KEPT,)),
-    Fault("A checkpoint's new name is not synced", CHECKPOINTS,
+    Fault("A checkpoint's new name is not synced", "sslvit/sharded_checkpoint.py",
           "            os.fsync(folder)  # the new name too survives a power cut\n", "            pass\n", (KEPT,)),
     Fault("The oldest checkpoints are kept instead of the newest", CHECKPOINTS,
           "named[-keep_last:]", "named[:keep_last]", (KEPT,)),

@@ -1,0 +1,100 @@
+"""Whether weights fit an encoder's settings, and whether two encoders mean the same by the same weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sslvit.files import brief, printable
+from sslvit.models import ViTEncoder
+from sslvit.settings import EncoderSettings
+from sslvit.settings.load import build
+from sslvit.weight_files import count_blocks
+
+POSITION_TABLES = ("learned_1d", "sincos_1d", "sincos_2d")
+NOT_IN_THE_WEIGHTS = (
+    "dropout", "drop_path", "activation_checkpointing", "init", "color_init", "mean", "std", "interpolation",
+    "crop_mode", "crop_fraction", "feature_layer", "feature_norm", "pooling",
+    "interpolate_antialias", "interpolate_offset",
+)  # fmt: skip
+
+
+def settings_from(content: object, source: str | Path) -> EncoderSettings:
+    """Settings from a file, checked like those of a recipe."""
+    try:
+        if not isinstance(content, dict):
+            raise ValueError(f"its encoder is a {type(content).__name__}, not settings.")
+        return build(EncoderSettings, content)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error} Was it written by another version of sslvit?") from error
+
+
+def load_strict(module: nn.Module, weights: dict[str, Tensor], source: str) -> None:
+    """Load weights that must fit exactly; the error lists names that are missing, unknown or of another shape."""
+    _compare_shapes(module.state_dict(), weights, source)
+    module.load_state_dict(weights)
+
+
+def check_fits(settings: EncoderSettings, weights: dict[str, Any], source: str) -> None:
+    """Refuse weights that settings from a file do not describe, before memory is allocated for what they describe."""
+    other = next((key for key, value in weights.items() if not isinstance(value, Tensor)), None)
+    if other is not None:
+        raise ValueError(f"{source}: {brief(other)} is a {type(weights[other]).__name__}, not a tensor. Is it damaged?")
+    shape = copy.copy(settings)
+    shape.depth = min(settings.depth, count_blocks(weights, "blocks.") + 1)
+    shape.color_init = "normal"
+    if shape.pos_embed in POSITION_TABLES:
+        shape.pos_embed = "learned_1d"  # a table of the same shape, without its arithmetic
+    try:
+        with torch.device("meta"):
+            expected = ViTEncoder(shape).state_dict()
+    except (RuntimeError, OverflowError, TypeError, MemoryError) as error:  # sizes beyond what a tensor can have
+        reason = printable(str(error).splitlines()[0], 120)
+        raise ValueError(f"{source}: its settings describe no network that can be built ({reason}).") from error
+    _compare_shapes(expected, weights, source, f" of {settings.depth:,} blocks" if shape.depth < settings.depth else "")
+
+
+def _compare_shapes(expected: dict[str, Tensor], weights: dict[str, Tensor], source: str, more: str = "") -> None:
+    missing = sorted(expected.keys() - weights.keys())
+    unknown = sorted(weights.keys() - expected.keys())
+    shapes = [
+        f"{key} is {tuple(weights[key].shape)}, here {tuple(expected[key].shape)}"
+        for key in expected.keys() & weights.keys()
+        if expected[key].shape != weights[key].shape
+    ]
+    problems = [
+        f"{title} {printable(', '.join(keys[:4]))}{f' and {len(keys) - 4} more' if len(keys) > 4 else ''}"
+        for title, keys in (("missing:", missing), ("unknown:", unknown), ("other shape:", sorted(shapes)))
+        if keys
+    ]
+    if problems:
+        raise ValueError(f"{source}: these weights are of another architecture{more} ({'; '.join(problems)}).")
+
+
+def settings_difference(one: EncoderSettings, other: EncoderSettings) -> list[str]:
+    """Settings that change the meaning of the same weights, as 'width: 192 and 384'.
+
+    Randomness, memory savers, pooling and the resampling of positions do not count; a learned and a fixed position
+    table are both a table.
+    """
+    differences = []
+    for field in fields(EncoderSettings):
+        values = [getattr(settings, field.name) for settings in (one, other)]
+        if field.name == "pos_embed":
+            values = ["a table" if value in POSITION_TABLES else value for value in values]
+        if field.name not in NOT_IN_THE_WEIGHTS and values[0] != values[1]:
+            differences.append(f"{field.name}: {brief(values[0])} and {brief(values[1])}")
+    return differences
+
+
+def check_same(there: EncoderSettings, here: EncoderSettings, source: str, besides: Sequence[str] = ()) -> None:
+    """Refuse weights whose own settings (`there`) differ from those they would be used with, besides some."""
+    differences = [text for text in settings_difference(there, here) if text.split(":")[0] not in besides]
+    if differences:
+        raise ValueError(f"{source}: an encoder of another architecture (there and here {'; '.join(differences)}).")

@@ -1,0 +1,52 @@
+"""The part of an image that evaluation shows, in libraries that resize to whole pixels before they crop."""
+
+from __future__ import annotations
+
+from PIL import ImageOps
+from PIL.Image import Image, Resampling
+
+from sslvit.settings import EncoderSettings
+
+
+def resized_sides(settings: EncoderSettings) -> list[int]:
+    """Height and width that a library resizes to before it keeps the middle: an even number of pixels more.
+
+    With an odd number the middle would lie between two pixels, and a library would shift it by half of one.
+    """
+    return [side + 2 * round((side / settings.crop_fraction - side) / 2) for side in settings.size]
+
+
+def whole_pixel_fraction(settings: EncoderSettings) -> float:
+    """The crop's fraction in a library that resizes to whole pixels."""
+    return settings.size[0] / resized_sides(settings)[0]
+
+
+def is_fitted(settings: EncoderSettings) -> bool:
+    """Whether images are cropped and resized before transformers' processor, which cannot keep these proportions."""
+    if settings.tokens == "pixel":
+        return settings.crop_mode != "squash" or settings.crop_fraction < 1
+    return settings.crop_mode != "squash" and settings.size[0] != settings.size[1]
+
+
+def fit(image: Image, settings: EncoderSettings) -> Image:
+    """The part of an image that evaluation shows, resized."""
+    height, width = settings.size
+    cut = (1 - whole_pixel_fraction(settings)) / 2
+    resampling = Resampling[settings.interpolation.upper()]
+    if settings.crop_mode == "squash":
+        box = (cut * image.width, cut * image.height, (1 - cut) * image.width, (1 - cut) * image.height)
+        return image.resize((width, height), resampling, box)
+    return ImageOps.fit(image, (width, height), resampling, bleed=cut)
+
+
+def fit_snippet(settings: EncoderSettings) -> str:
+    """`fit` as a line of Python."""
+    height, width = settings.size
+    cut = (1 - whole_pixel_fraction(settings)) / 2
+    resampling = f"Image.Resampling.{settings.interpolation.upper()}"
+    if settings.crop_mode == "squash":
+        w, h = "image.width", "image.height"
+        box = f"({cut!r} * {w}, {cut!r} * {h}, {1 - cut!r} * {w}, {1 - cut!r} * {h})"
+        return f"image = image.resize(({width}, {height}), {resampling}, {box})"
+    bleed = f", bleed={cut!r}" if cut else ""
+    return f"image = ImageOps.fit(image, ({width}, {height}), {resampling}{bleed})"

@@ -1,0 +1,137 @@
+"""The folder of an export: written under another name, complete or absent, and replaced without losing files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from sslvit.export.card import CARD
+from sslvit.files import WriteError, is_disk_error, write_error
+
+VERDICT = "verdict.json"
+IN_PROGRESS = ".export-in-the-making"  # marks a folder that this package may delete
+
+
+def is_write_failure(error: BaseException) -> bool:
+    """Whether a write failed. What other libraries raise as OSError without a number is something else."""
+    if isinstance(error, OSError) and not isinstance(error, WriteError):
+        return error.errno is not None and not isinstance(error, FileNotFoundError)
+    if isinstance(error, SafetensorError):
+        return "os error" in str(error)  # and not a file that it cannot read
+    return is_disk_error(error)
+
+
+@contextmanager
+def complete_or_removed(part: Path) -> Iterator[None]:
+    """Remove a folder if the disk fails, or the process is told to stop, while the block writes it.
+
+    Raises:
+        WriteError: The disk is full or cannot be written to.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not is_write_failure(error):
+            raise
+        shutil.rmtree(part, ignore_errors=True)
+        raise error if isinstance(error, WriteError) else write_error(part, error) from error
+    except Exception:  # a failed comparison: what was written stays, to be looked at
+        raise
+    except BaseException:  # told to stop
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def check_destination(out: Path, overwrite: bool = False, may_overwrite: bool = True) -> None:
+    """Refuse, before any work, a folder that is in use or cannot be made.
+
+    Args:
+        out: The folder.
+        overwrite: Whether an earlier export there is to be replaced.
+        may_overwrite: Whether the command has --overwrite.
+    """
+    _finish_replacement(out)
+    if _replaced(out).exists():
+        raise ValueError(f"{_replaced(out)}: in the way. Move it, or choose another name.")
+    if out.is_symlink() or out.is_file():
+        raise ValueError(f"{out}: is a {'link' if out.is_symlink() else 'file'}. Choose the name of a new folder.")
+    if out.exists() and any(out.iterdir()):
+        if not overwrite:
+            more = ", or pass --overwrite" if may_overwrite else ""
+            raise ValueError(f"{out}: already exists. Choose another folder{more}.")
+        if not (out / VERDICT).exists():
+            raise ValueError(f"{out}: not an earlier export (no {VERDICT}), so --overwrite leaves it alone.")
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"{out}: {parent} is no folder that can be written to. Choose another one.")
+
+
+def make_part(out: Path) -> Path:
+    """An empty folder beside the destination, in the place of what a failed export left there."""
+    part = out.with_name(f"{out.name}.part")
+    is_leftover = part.is_dir() and (
+        (part / IN_PROGRESS).exists() or (part / VERDICT).exists() or not any(part.iterdir())
+    )
+    if part.is_symlink() or (part.exists() and not is_leftover):
+        raise ValueError(f"{part}: in the way, and not of an earlier export. Move it, or choose another name.")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"{part}: cannot be made ({error.strerror}). Choose another folder.") from error
+    with complete_or_removed(part):
+        (part / IN_PROGRESS).write_text("an export is being written here; the folder may be deleted\n")
+    return part
+
+
+def move_into_place(part: Path, out: Path) -> None:
+    """Give a finished folder its name; files that others put into an earlier export move over.
+
+    The earlier one is renamed first and deleted last, so that nothing of it is lost if this process is killed.
+    """
+    (part / IN_PROGRESS).unlink()
+    if out.exists():
+        out.rename(_replaced(out))
+    part.rename(out)
+    _finish_replacement(out)
+
+
+def _replaced(out: Path) -> Path:
+    """The name of an earlier export until the new one has its name."""
+    return out.with_name(f"{out.name}.replaced")
+
+
+def _finish_replacement(out: Path) -> None:
+    """Delete a replaced export once others' files have moved; rename it back if there is no new one."""
+    old = _replaced(out)
+    if not old.is_dir() or old.is_symlink() or (any(old.iterdir()) and not (old / VERDICT).exists()):
+        return
+    if not out.exists():
+        old.rename(out)
+        return
+    move_foreign_files(old, out)
+    if not set(os.listdir(old)) - _exported_names(old):
+        shutil.rmtree(old)
+
+
+def _exported_names(folder: Path) -> set[str]:
+    """Names of the files that an export wrote there itself, as far as its verdict can be read."""
+    try:
+        names = json.loads((folder / VERDICT).read_text()).get("files", [])
+    except (OSError, ValueError, AttributeError):
+        names = []
+    return {VERDICT, *CARD, *(name for name in names if isinstance(name, str))}
+
+
+def move_foreign_files(old: Path, new: Path) -> None:
+    """Move what others put into an earlier export."""
+    exported = _exported_names(old)
+    for path in old.iterdir():
+        if path.name not in exported and not (new / path.name).exists():
+            path.rename(new / path.name)

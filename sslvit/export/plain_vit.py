@@ -1,0 +1,74 @@
+"""What the plain ViTs of other libraries hold of an encoder, and its weights in the form that they read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sslvit.models import ViTEncoder
+from sslvit.settings import EncoderSettings
+
+TABLES = ("learned_1d", "learned_2d", "sincos_1d", "sincos_2d")
+
+
+def unsupported_options(settings: EncoderSettings, outputs: str) -> dict[str, bool]:
+    """Options that no ViT of another library has -> whether this encoder has them and its outputs depend on them."""
+    is_pooled = outputs != "tokens"
+    return {
+        f"tokens: {settings.tokens}": settings.tokens != "patch",
+        f"pos_embed: {settings.pos_embed}": settings.pos_embed not in (*TABLES, "none"),
+        f"norm: {settings.norm}": settings.norm != "layer",
+        "causal: true": settings.causal,
+        "locality_self_attention: true": settings.locality_self_attention,
+        "pooling: attention": is_pooled and settings.pooling == "attention",
+        f"feature_layer: {settings.feature_layer}": is_pooled and settings.feature_layer not in (None, settings.depth),
+    }
+
+
+def refuse_options(model: str, options: dict[str, bool]) -> None:
+    """Raise ValueError with all options that this encoder has and a model does not."""
+    refused = "; ".join(option for option, applies in options.items() if applies)
+    if refused:
+        raise ValueError(f"{model} cannot hold this encoder ({refused}). Use --format onnx, torch or safetensors.")
+
+
+def resampling_difference(settings: EncoderSettings, antialias: bool) -> str | None:
+    """The setting by which positions at other sizes differ from a plain resampling to the size, or None."""
+    if settings.pos_embed == "none":
+        return None
+    if settings.interpolate_offset:
+        return f"interpolate_offset: {settings.interpolate_offset:g}"
+    if settings.interpolate_antialias != antialias:
+        return f"interpolate_antialias: {str(settings.interpolate_antialias).lower()}"
+    return None
+
+
+def is_fixed_size(library: str, size: str | None, difference: str | None) -> bool:
+    """Whether an export takes images of one size only, as asked or as its library resamples positions differently."""
+    if size == "dynamic" and difference:
+        raise ValueError(f"--size dynamic: {library} resamples positions differently ({difference}). Use --size fixed.")
+    return size == "fixed" or difference is not None
+
+
+def state_with_table(encoder: ViTEncoder, rows: int, outputs: str) -> dict[str, Tensor]:
+    """Weights with one position table that has `rows` rows in front of the patches' rows; the same function.
+
+    A prefix token's row beyond those is added to the token itself; a missing row is zero.
+    """
+    settings = encoder.settings
+    skipped = ("pos_embed", "fc_norm.", "attn_pool.") if outputs == "tokens" else ("pos_embed",)
+    state = {key: value for key, value in encoder.state_dict().items() if not key.startswith(skipped)}
+    prefix, patches = encoder.position_table(settings.grid)
+    if patches is None:
+        return state
+    if prefix is None:
+        prefix = patches.new_zeros(0, settings.width)
+    names = ["cls_token"] * settings.class_token + ["reg_token"] * bool(settings.registers)
+    if rows < len(prefix):
+        tokens = torch.cat([state[name] for name in names], 1).clone()
+        tokens[0, rows : len(prefix)] += prefix[rows:]
+        parts = tokens.split([state[name].shape[1] for name in names], 1)
+        state |= {name: part.contiguous() for name, part in zip(names, parts, strict=True)}
+    first = torch.cat([prefix[:rows], prefix.new_zeros(max(rows - len(prefix), 0), settings.width)])
+    state["pos_embed"] = torch.cat([first, patches])[None].detach()
+    return state

@@ -1,0 +1,157 @@
+"""timm's pretrained models, by name or from a folder, compared with timm's own outputs before they are taken."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sslvit.files import printable, quoted
+from sslvit.layouts.preprocessing import from_timm
+from sslvit.layouts.timm import to_sslvit
+from sslvit.layouts.vit import Converted
+from sslvit.models import ViTEncoder
+from sslvit.progress import quiet_libraries
+from sslvit.weight_files import count_blocks, read_folder_weights
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
+
+logger = logging.getLogger(__name__)
+
+TOLERANCE = 1e-3  # of outputs that are about 1 in size
+MODULES = ("vision_transformer", "deit")  # of timm, with plain vision transformers
+MAX_PATCHES = 1 << 16  # of the images on which both are compared
+
+
+def from_folder(path: Path, **changes: Any) -> Converted | None:
+    """The model in a folder that timm opens, as `sslvit export --format timm` writes; None for other folders."""
+    try:
+        config = json.loads((path / "config.json").read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(config, dict) or not {"architecture", "pretrained_cfg"} <= config.keys():
+        return None
+    weights = read_folder_weights(path)
+    return _from_timm(f"local-dir:{path}", weights, **changes)
+
+
+def from_name(name: str, **changes: Any) -> Converted:
+    """A pretrained model of timm's by its name; timm downloads the weights.
+
+    Raises:
+        ImportError: timm is not installed.
+        ValueError: The name is unknown, the weights are unavailable, or the model is no plain ViT, computes something
+            else or pools in a way that the encoder does not have.
+    """
+    return _from_timm(name, None, **changes)
+
+
+def _from_timm(name: str, weights: dict[str, Tensor] | None, **changes: Any) -> Converted:
+    """A model by name, or, with its weights, from a folder, whose settings are first compared with them."""
+    if weights is not None:
+        _check_fits(name, weights)
+    else:
+        _import_timm(name)
+        logger.info(f"timm:{name}: downloading its weights, unless they are in the hub's cache")
+    model = _create(name, pretrained=True).eval()
+    _check_plain(name, model)
+    prepared, notes = from_timm(model.pretrained_cfg, list(model.patch_embed.img_size), name)
+    pooling = pooling_of(name, model, changes, notes)
+    found = {
+        "image_size": list(model.patch_embed.img_size), "norm_eps": model.blocks[0].norm1.eps, "pooling": pooling,
+        **prepared, **changes,
+    }  # fmt: skip
+    converted = to_sslvit(model.state_dict(), model.blocks[0].attn.num_heads, **found)
+    converted.num_read = len(model.state_dict())
+    converted.notes += notes
+    if math.prod(converted.settings.grid) > MAX_PATCHES:
+        raise ValueError(f"timm:{name}: images of {converted.settings.image_size} pixels are too large to be compared.")
+    images = torch.randn(2, converted.settings.channels, *converted.settings.size)
+    with torch.no_grad():
+        ours = ViTEncoder(converted.settings).eval()
+        if set(ours.state_dict()) != set(converted.encoder):
+            names = sorted(set(ours.state_dict()) ^ set(converted.encoder))[:4]
+            raise ValueError(f"timm:{name}: differs from a plain vision transformer in {', '.join(names)}.")
+        ours.load_state_dict(converted.encoder)
+        difference = float((ours(images) - model.forward_features(images)).abs().max())
+        if not difference < TOLERANCE:
+            raise ValueError(f"timm:{name}: gives other outputs than a plain vision transformer (by {difference:.1e}).")
+        if model.global_pool and "pooling" not in changes:
+            difference = float((ours.features(images) - model(images)).abs().max())
+    if not difference < TOLERANCE:
+        raise ValueError(
+            f"timm:{name}: its features differ from those of {converted.settings.pooling} pooling (by "
+            f"{difference:.1e}). Give pooling= in Python to take it with another."
+        )
+    return converted
+
+
+def pooling_of(name: str, model: VisionTransformer, changes: dict[str, Any], notes: list[str]) -> str:
+    """Our name for how a model of timm's pools."""
+    known = {"token": "class", "avg": "mean"}
+    if model.global_pool in known or "pooling" in changes:
+        return known.get(model.global_pool, "mean")
+    if model.global_pool:
+        raise ValueError(
+            f"timm:{name}: pools by {quoted(model.global_pool)} (global_pool), which is not done here. Give "
+            "pooling=mean or pooling=class in Python to take it with another."
+        )
+    usual = "mean" if model.cls_token is None else "class"
+    notes.append(f"pooling: it returns tokens without pooling; {usual} is used.")
+    return usual
+
+
+def _import_timm(name: str) -> ModuleType:
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError(f"timm:{name} needs timm. Install it: pip install 'sslvit[timm]'") from error
+    return timm
+
+
+def _create(name: str, pretrained: bool) -> Any:
+    """A model of timm's, which sets its attributes dynamically, without its classifier; errors become one line."""
+    timm = _import_timm(name)
+    try:
+        with quiet_libraries():
+            return timm.create_model(name, pretrained=pretrained, num_classes=0)
+    except Exception as error:  # the hub raises almost anything when it cannot be reached
+        near = timm.list_models(f"{name.split('.')[0][:12]}*", pretrained=True)[:3]
+        reason = printable(str(error).splitlines()[0], 160) if str(error) else type(error).__name__
+        raise ValueError(f"timm:{name}: {reason}.{f' Did you mean {near}?' if near else ''}") from error
+
+
+def _check_plain(name: str, model: nn.Module) -> None:
+    if not isinstance(model, _import_timm(name).models.vision_transformer.VisionTransformer):
+        raise ValueError(f"timm:{name}: a {type(model).__name__}, and only plain vision transformers can be probed.")
+
+
+def _check_fits(name: str, weights: dict[str, Tensor]) -> None:
+    """Refuse a folder whose settings describe another network than its weights, before memory is taken for it."""
+    config = json.loads((Path(name.removeprefix("local-dir:")) / "config.json").read_text())
+    arguments, architecture = config.get("model_args") or {}, config["architecture"]
+    if not isinstance(architecture, str) or not _import_timm(name).models.is_model_in_modules(architecture, MODULES):
+        raise ValueError(
+            f"timm:{name}: a {printable(architecture, 40)}, and only plain vision transformers can be probed."
+        )
+    depth = arguments.get("depth") if isinstance(arguments, dict) else None
+    blocks = count_blocks(weights, "blocks.")
+    if depth is not None and depth != blocks:
+        raise ValueError(
+            f"timm:{name}: states a depth of {printable(depth, 40)}, but its weights have {blocks} blocks."
+        )
+    with torch.device("meta"):
+        model = _create(name, pretrained=False)
+    _check_plain(name, model)
+    for key, value in model.state_dict().items():
+        there = tuple(weights[key].shape) if key in weights else "missing"
+        is_table = key == "pos_embed" and key in weights and value.shape[1] <= MAX_PATCHES  # timm may stretch it
+        if there != tuple(value.shape) and not is_table:
+            raise ValueError(f"timm:{name}: states {tuple(value.shape)} for {key}, which is {there} among its weights.")

@@ -1,0 +1,136 @@
+"""Folders that transformers writes: ViT, Dinov2, Dinov2WithRegisters, and ImageGPT through openai_igpt.
+
+config.json states what the shapes do not (heads, epsilon), preprocessor_config.json the preprocessing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sslvit.files import brief
+from sslvit.layouts import openai_igpt
+from sslvit.layouts.transformers import ALWAYS, fill_biases, remove_mask_token, rename
+from sslvit.layouts.transformers_processor import from_transformers
+from sslvit.layouts.vit import Converted, require, settings_from_shapes
+from sslvit.settings.encoder import MAX_CHANNELS
+
+SHAPE = {"hidden_size": "width", "num_hidden_layers": "depth", "patch_size": "patch", "num_channels": "channels"}
+IMAGEGPT_SHAPE = {"n_embd": "width", "n_layer": "depth"}
+MODELS = ("vit", "dinov2", "dinov2_with_registers", "imagegpt")
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a path is a folder with a config.json."""
+    return (path / "config.json").is_file()
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The content of config.json, if it is of a plain vision transformer."""
+    config = _read_json(path / "config.json")
+    if config.get("model_type") not in MODELS:
+        kind = config.get("model_type", "no model_type")
+        raise ValueError(f"{path}: a transformers folder of another model ({brief(kind)}). Known: {', '.join(MODELS)}.")
+    return config
+
+
+def to_sslvit(state: dict[str, Tensor], path: Path, **changes: Any) -> Converted:
+    """Convert a folder's weights, which must have all that its config.json states; `changes` override settings."""
+    config = read_config(path)
+    try:
+        return _convert(state, config, path, changes)
+    except (KeyError, TypeError, AttributeError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path}: its settings or weights are damaged ({reason}).") from error
+
+
+def _convert(state: dict[str, Tensor], config: dict[str, Any], path: Path, changes: dict[str, Any]) -> Converted:
+    is_igpt = config["model_type"] == "imagegpt"
+    side = math.isqrt(config["n_positions"]) if is_igpt and "n_positions" in config else None
+    size = changes.get("image_size", config.get("image_size", side or 0))
+    sides = [size, size] if isinstance(size, int) else size
+    if not (isinstance(sides, list) and [type(side) for side in sides] == [int, int]):
+        raise ValueError(f"{path}: image_size {size!r} is neither a side in pixels nor a pair of them.")
+    channels = 3 if is_igpt else config.get("num_channels", 3)
+    if not isinstance(channels, int) or channels > MAX_CHANNELS:
+        raise ValueError(f"{path}: num_channels {brief(channels)} is no number of channels.")
+    processor = path / "preprocessor_config.json"
+    content = _read_json(processor) if processor.is_file() else None
+    try:
+        prepared, notes = from_transformers(content, config["model_type"], channels, sides)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{processor}: damaged ({brief(str(error))}). Is the download complete?") from error
+    if is_igpt:
+        clusters = (content or {}).get("clusters")  # the colors that pixels are mapped to
+        palette = {} if clusters is None else {"palette": clusters}
+        known = prepared | palette | _imagegpt_settings(config, path)
+        converted = openai_igpt.to_sslvit(state, config["n_head"], **known | changes)
+        converted.num_read = len(state)
+        converted.notes += notes
+        return converted
+    known = prepared | _vit_settings(config, path)
+    encoder, extras = rename(state)
+    has_biases = any(key.endswith("attn.qkv.bias") for key in encoder)
+    if config.get("qkv_bias", True) is False:
+        if has_biases:
+            raise ValueError(f"{path}: states qkv_bias: false, but its weights have such biases.")
+        fill_biases(encoder)
+    ignored = remove_mask_token(encoder) if config["model_type"] == "vit" else []
+    require(encoder, "norm.weight")
+    settings = settings_from_shapes(encoder, config["num_attention_heads"], notes, **known | changes)
+    return Converted(settings, encoder, extras, notes, ignored, len(state))
+
+
+def _vit_settings(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Settings of a ViT or Dinov2 by its config.json."""
+    is_dinov2 = config["model_type"] != "vit"
+    is_gated = bool(config.get("use_swiglu_ffn"))
+    activation = "silu" if is_gated else config.get("hidden_act", "gelu")
+    if activation not in ("gelu", "silu") or (activation == "silu" and not is_gated):
+        raise ValueError(f"{path}: hidden_act {brief(activation)} is not gelu, so this encoder cannot be held.")
+    found = {ours: config[theirs] for theirs, ours in SHAPE.items() if theirs in config}
+    if isinstance(found.get("patch"), list) and len(set(found["patch"])) == 1:
+        found["patch"] = found["patch"][0]
+    if is_dinov2 and "mlp_ratio" in config:
+        found["mlp_ratio"] = float(config["mlp_ratio"])
+    elif "intermediate_size" in config and "hidden_size" in config:
+        found["mlp_ratio"] = config["intermediate_size"] / config["hidden_size"]
+    has_registers = config["model_type"] == "dinov2_with_registers"
+    return found | ALWAYS | {
+        "norm_eps": config["layer_norm_eps"], "image_size": config["image_size"],
+        "mlp": "swiglu" if is_gated else "gelu", "layer_scale": 1.0 if is_dinov2 else None,
+        "registers": config.get("num_register_tokens", 4) if has_registers else 0,
+        "interpolate_antialias": has_registers,
+    }  # fmt: skip
+
+
+def _imagegpt_settings(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Settings of an ImageGPT by its config.json."""
+    activation = config.get("activation_function", "quick_gelu")
+    if activation != "quick_gelu":
+        raise ValueError(f"{path}: activation_function {activation} is not quick_gelu, so it cannot be held.")
+    for key, usual in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
+        if config.get(key, usual) is not usual:
+            raise ValueError(
+                f"{path}: {key} {brief(config[key])}: scores are scaled differently here, so it cannot be held."
+            )
+    found = {ours: config[theirs] for theirs, ours in IMAGEGPT_SHAPE.items() if theirs in config}
+    if "n_embd" in config:
+        found["mlp_ratio"] = (config.get("n_inner") or 4 * config["n_embd"]) / config["n_embd"]
+    if "n_positions" in config and math.isqrt(config["n_positions"]) ** 2 == config["n_positions"]:
+        found["image_size"] = math.isqrt(config["n_positions"])
+    return found | {"norm_eps": config.get("layer_norm_epsilon", 1e-5), "bias": True}
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: damaged ({error}). Is the download complete?") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: holds a {type(content).__name__}, not settings.")
+    return content

@@ -1,0 +1,121 @@
+"""Preprocessing as transformers' processors state it (preprocessor_config.json)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sslvit.files import brief, quoted
+from sslvit.layouts.preprocessing import (
+    CLIP,
+    HALF,
+    INTERPOLATIONS,
+    UNCROPPED,
+    describe_preprocessing,
+    is_number,
+    released_preprocessing,
+)
+
+# transformers' defaults
+PROCESSORS: dict[str, dict[str, Any]] = {
+    "ViT": {**HALF, "resample": 2, "size": {"height": 224, "width": 224}, "is_cropped": False, "is_square": True},
+    "Bit": {**CLIP, "resample": 3, "size": {"shortest_edge": 224}, "is_cropped": True, "is_square": False},
+    "ImageGPT": {**HALF, "resample": 2, "size": {"height": 256, "width": 256}, "is_cropped": False, "is_square": True},
+}
+PROCESSOR_OF = {"vit": "ViT", "dinov2": "Bit", "dinov2_with_registers": "Bit", "imagegpt": "ImageGPT"}
+
+
+def from_transformers(
+    content: dict[str, Any] | None, model: str, channels: int, image_size: list[int]
+) -> tuple[dict[str, Any], list[str]]:
+    """Settings and notes from preprocessor_config.json (None if missing), with its processor's defaults."""
+    if content is None:
+        family = "vit" if model in ("vit", "imagegpt") else "dinov2"
+        found = released_preprocessing(family, channels)
+        who = "transformers' ViT" if family == "vit" else "the released DINOv2 models"
+        return found, [
+            f"preprocessing: no preprocessor_config.json there; as in {who}: {describe_preprocessing(found)}."
+        ]
+    named = content.get("image_processor_type") or content.get("feature_extractor_type") or ""
+    kinds = [kind for kind in PROCESSORS if isinstance(named, str) and named.startswith(kind)]
+    defaults = PROCESSORS[kinds[0] if kinds else PROCESSOR_OF[model]]
+    notes = (
+        [] if kinds or not named else [f"preprocessing: {quoted(named)} is unknown; read as of {PROCESSOR_OF[model]}."]
+    )
+    found, unusual = _normalization(content, defaults, channels)
+    number = content.get("resample", defaults["resample"])
+    found["interpolation"] = INTERPOLATIONS.get(number, "bicubic")
+    if number not in INTERPOLATIONS:
+        notes.append(f"preprocessing: resample {brief(number)} is not bilinear or bicubic; bicubic is used.")
+    crop, more = _crop(content, defaults, image_size)
+    return found | crop, notes + unusual + more
+
+
+def _normalization(
+    content: dict[str, Any], defaults: dict[str, Any], channels: int
+) -> tuple[dict[str, Any], list[str]]:
+    """Mean and deviation of pixels in [0, 1], whatever a processor scales them by."""
+    mean, std = (content.get(f"image_{key}") or (defaults[key] if channels == 3 else [0.5] * channels)
+                 for key in ("mean", "std"))  # fmt: skip
+    if content.get("do_normalize", True) is False:
+        mean, std = [0.0] * channels, [1.0] * channels
+    mean, std = ([value] * channels if is_number(value) else value for value in (mean, std))
+    factor = 1.0 if content.get("do_rescale", True) is False else content.get("rescale_factor", 1 / 255)
+    if not is_number(factor) or not factor > 0:
+        raise ValueError(f"rescale_factor {brief(factor)} is not a number above 0")
+    scale = 255 * factor
+    if abs(scale - 1) < 1e-3:
+        return {"mean": list(mean), "std": list(std)}, []
+    note = f"preprocessing: its pixels are scaled to 0 to {scale:g}; mean and std are those of pixels from 0 to 1."
+    return {"mean": [value / scale for value in mean], "std": [value / scale for value in std]}, [note]
+
+
+def _crop(content: dict[str, Any], defaults: dict[str, Any], image_size: list[int]) -> tuple[dict[str, Any], list[str]]:
+    """Which part of an image a processor keeps."""
+    height, width = image_size
+    is_cropped = content.get("do_center_crop", defaults["is_cropped"] or "crop_size" in content) is not False
+    crop = _height_and_width(content.get("crop_size", 224 if "size" not in content else None)) if is_cropped else None
+    if content.get("do_resize", True) is False:
+        return UNCROPPED, [
+            "preprocessing: there images are not resized; here the largest centered box is resized to "
+            f"{height} x {width}."
+        ]
+    size = content.get("size", defaults["size"])
+    if is_number(size):
+        size = {"height": size, "width": size} if defaults["is_square"] and not crop else {"shortest_edge": size}
+    size = size if isinstance(size, dict) else {}
+    edge, squashed = size.get("shortest_edge"), _height_and_width(size)
+    states_size = "size" in content or "crop_size" in content
+    if edge and not crop:
+        return UNCROPPED, [
+            f"preprocessing: there the shorter side is resized to {brief(edge)} and nothing is cut; here the largest "
+            f"centered box is resized to {height} x {width}."
+        ]
+    if edge and crop and not (size.get("longest_edge") or crop[0] != crop[1] or edge < crop[0]):
+        return {"crop_mode": "center", "crop_fraction": crop[0] / edge}, _size_mismatch(crop, image_size, states_size)
+    if squashed and (crop is None or (crop[0] <= squashed[0] and crop[0] * squashed[1] == crop[1] * squashed[0])):
+        fraction = 1.0 if crop is None else crop[0] / squashed[0]
+        found = {"crop_mode": "squash", "crop_fraction": fraction}
+        return found, _size_mismatch(crop or squashed, image_size, states_size)
+    return UNCROPPED, [
+        f"preprocessing: there images are resized to {brief(size)} and cropped to {brief(content.get('crop_size'))}, "
+        f"which is not done here; the largest centered box is resized to {height} x {width}."
+    ]
+
+
+def _size_mismatch(processed: tuple[float, float], image_size: list[int], states_size: bool) -> list[str]:
+    if not states_size or list(processed) == image_size:
+        return []
+    height, width = image_size
+    return [
+        f"preprocessing: its processor makes images of {processed[0]} x {processed[1]}, and its positions are for "
+        f"{height} x {width}; here images are {height} x {width}."
+    ]
+
+
+def _height_and_width(value: Any) -> tuple[float, float] | None:
+    """Height and width, of a number or a record of both."""
+    if is_number(value):
+        return value, value
+    if isinstance(value, dict) and is_number(value.get("height")) and is_number(value.get("width")):
+        return value["height"], value["width"]
+    return None
