@@ -73,9 +73,9 @@ def fit_palette(
 
     Args:
         pixels: colors in [-1, 1].
-        colors: how many.
-        seed: of the first centers.
-        rounds: as many as may be taken; a caller can watch them pass.
+        colors: Number of colors.
+        seed: Seed of the first centers.
+        rounds: At most so many rounds; a caller can track them.
 
     Raises:
         ValueError: the pixels have fewer different colors.

@@ -34,9 +34,9 @@ def track(items: Iterable[Item], what: str, total: int, unit: str = "images", ea
     """Yield the items and say how far it is, once it has taken two seconds.
 
     Args:
-        items: to go through.
-        what: is being done, as in "packing".
-        total: how many units in all.
+        items: Items to go through.
+        what: Name of the work, as in "packing".
+        total: Total number of units.
         unit: what is counted.
         each: units per item.
     """
@@ -53,10 +53,10 @@ def track_counter(
     """Say how far it is while the block runs, from a thread of its own.
 
     Args:
-        what: is being done.
-        total: how many units in all.
+        what: Name of the work.
+        total: Total number of units.
         unit: what is counted.
-        done: asks for the units done; None to count what the yielded counter is told.
+        done: Returns the number of units done; None to count the ticks of the yielded counter.
     """
     counter, finished = Counter(), threading.Event()
     read = done or (lambda: counter.done)

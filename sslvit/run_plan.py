@@ -65,7 +65,7 @@ def split_batch(global_batch_size: int, ranks: int, micro_batch_size: int | None
     if global_batch_size % ranks:
         near = round(global_batch_size / ranks) * ranks or ranks
         raise ValueError(
-            f"data.global_batch_size: {global_batch_size} images cannot be shared equally by {ranks} ranks. "
+            f"data.global_batch_size: {global_batch_size} must be a multiple of the number of ranks ({ranks}). "
             f"Use {near} images, or one of {fitting_ranks(global_batch_size, max(2 * ranks, 8))} ranks."
         )
     per_rank = global_batch_size // ranks

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from sslvit.data.arrays import array_samples
-from sslvit.data.decode import BadImage, decode
+from sslvit.data.array_images import array_samples
+from sslvit.data.decode import decode
+from sslvit.data.header import BadImage
 from sslvit.data.pack import pack
 from sslvit.data.reader import ShardReader
 from sslvit.data.store import PackSettings

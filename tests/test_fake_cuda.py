@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sslvit
 from sslvit.checkpoint import save_encoder
-from sslvit.data.arrays import array_samples
+from sslvit.data.array_images import array_samples
 from sslvit.data.batch import Batch
 from sslvit.data.color import sample_colors
 from sslvit.data.index import load_index

@@ -23,13 +23,12 @@ from sslvit.files import (
     cache_folder,
     expand_path,
     explain_os_error,
-    lock_file,
-    lock_folder,
     new_file,
     printable,
     to_json,
     write_atomically,
 )
+from sslvit.locks import lock_file, lock_folder
 
 
 def test_a_failed_write_leaves_the_old_content_and_no_part(tmp_path: Path) -> None:
@@ -145,7 +144,7 @@ def test_errors_of_the_system_name_file_and_remedy() -> None:
 
 HOLD = """
 import sys, time
-from sslvit.files import lock_folder
+from sslvit.locks import lock_folder
 with lock_folder(sys.argv[1], "train"):
     print("held", flush=True)
     time.sleep(60)
@@ -174,7 +173,7 @@ def test_a_folder_is_held_by_one_process_and_free_again_after_kill_9(tmp_path: P
 def test_a_forked_child_does_not_keep_a_folder_of_its_killed_parent(tmp_path: Path) -> None:
     code = """
 import os, sys, time
-from sslvit.files import lock_folder
+from sslvit.locks import lock_folder
 with lock_folder(sys.argv[1], "train"):
     if os.fork() == 0:
         time.sleep(5)

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from sslvit.checkpoint import load_encoder, save_encoder
 from sslvit.cli import main
-from sslvit.data.arrays import array_samples
+from sslvit.data.array_images import array_samples
 from sslvit.data.pack import pack
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings

@@ -11,7 +11,7 @@ import pytest
 from disk_fixtures import files_up_to
 
 from sslvit.commands.files import write_json
-from sslvit.data.arrays import array_samples
+from sslvit.data.array_images import array_samples
 from sslvit.data.pack import pack
 from sslvit.data.pixels import make_palette
 from sslvit.evaluate.embed import Embeddings

@@ -78,8 +78,8 @@ class IndexShardsOptions(Options, Parallel, IndexOptions, ShardsArg):
 
 def run_index(options: IndexShardsOptions) -> None:
     """Index shards, or join the parts of a packing, and print what is in them."""
-    from sslvit.data.pack import finish_packing
     from sslvit.data.scan import index_shards
+    from sslvit.data.unfinished import finish_packing
 
     folder = Path(options.folder)
     if not options.merge:

@@ -21,19 +21,19 @@ def read_source(source: str | Path, options: SourceOptions | None = None) -> Ima
     """
     path, options = Path(source), options or SourceOptions()
     if path.is_dir():
-        options.refuse_others(path, "a folder")
+        options.reject_unused(path, "a folder")
         return folder_source(path)
     if not path.exists():
         raise ValueError(f"{printable(path)}: no such file or folder.")
     name = path.name.lower()
     if path.suffix.lower() in LISTS:
-        options.refuse_others(path, "a list", "label_column")
+        options.reject_unused(path, "a list", "label_column")
         return list_source(path, options.label_column)
     if path.suffix.lower() in (".npy", ".npz"):
-        options.refuse_others(path, "an array", "labels", "images", "layout", "convert")
+        options.reject_unused(path, "an array", "labels", "images", "layout", "convert")
         return array_source(path, options.labels, options.images, options.layout, options.convert)
     if "ubyte" in name or ".idx" in name or "-idx" in name:
-        options.refuse_others(path, "an IDX file")
+        options.reject_unused(path, "an IDX file")
         return idx_source(path)
     if name.endswith((".tar", ".zip", *COMPRESSED_TARS)):
         raise ValueError(

@@ -82,7 +82,7 @@ def sample_operations(settings: AugmentSettings, key: tuple[int, int], samples: 
     """What happens to each sample, 'b operations 3': which of NAMES (-1: nothing), how strongly (0 to 1), and the sign.
 
     Args:
-        settings: how many operations, and how they are sampled.
+        settings: Number of operations, and how they are sampled.
         key: seed and epoch.
         samples: their numbers.
     """
@@ -100,7 +100,7 @@ def augment_image(image: Tensor, operations: np.ndarray, fill: list[float], inte
 
     Args:
         image: uint8 'c h w' of 1 or 3 channels.
-        operations: of sample_operations, for one sample: 'operations 3'.
+        operations: Result of sample_operations for one sample, 'operations 3'.
         fill: per channel, from 0 to 1: what comes in from outside.
         interpolation: bilinear or bicubic, of moves and turns.
     """

@@ -20,7 +20,7 @@ class Batch:
         valid: False where a row only fills up (an unreadable sample, or padding in evaluation), 'b'.
         epochs: the pass over its data set that each sample is in, 'b'.
         first_row: index of the first row within the global batch; with the step it keys every chance draw.
-        unreadable: why a sample could not be read, by its key.
+        unreadable: Reason why a sample could not be read, by its key.
         colors: changes of color still to be made, one 'b columns' per view, or None.
     """
 

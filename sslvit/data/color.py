@@ -58,7 +58,7 @@ def color_jitter(images: Tensor, draws: Tensor) -> Tensor:
 
     Args:
         images: pixels 0 to 255 of any dtype, 'b c h w'; hue, saturation and grayness need three channels.
-        draws: of sample_colors, on the images' device.
+        draws: Result of sample_colors, on the images' device.
 
     Returns:
         float32 'b c h w', 0 to 255; whole numbers if the images' were.
@@ -105,7 +105,7 @@ def _scale_in_place(pixels: Tensor, factors: Tensor, is_gray: Tensor | None = No
 
     Args:
         pixels: 'b c n'.
-        factors: of the three, 'b 3'.
+        factors: Factors of the three, 'b 3'.
         is_gray: 1 where color goes, 'b'.
     """
     brightness, contrast, saturation = (factors[:, i, None] for i in range(3))

@@ -7,29 +7,16 @@ turned upright as their EXIF orientation says, unless their stored pixels are as
 from __future__ import annotations
 
 import io
-import logging
 import math
-import re
-import warnings
-from dataclasses import dataclass
-from importlib.util import find_spec
 
 import numpy as np
 import torch
-from PIL import Image
-from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
+from sslvit.data.header import MODES, NPY, BadImage, Header, has_end_marker, open_image, read_header, read_tiff
 from sslvit.data.orientation import (
-    START_OF_SCAN,
-    exif_orientation,
-    inverse_orientation,
-    jpeg_segments,
-    swaps_sides,
     turn,
 )
-from sslvit.files import printable
-from sslvit.settings.data import MAX_PIXELS
 
 try:  # 1.4 times as many JPEGs per second as PIL, with the same pixels
     import simplejpeg
@@ -37,76 +24,7 @@ except ImportError:
     simplejpeg = None
 
 MAX_UINT16 = 65_535  # value of a pixel of 16 bits
-SUSPICIOUS_PIXELS = 1_000_000  # from here on, a file of almost no bytes counts as damaged
-MAX_SCANS = 100  # of a progressive JPEG and its thumbnails; encoders write about ten
-MAX_PIXELS_PER_BYTE = 2000  # deflate's limit is 1032 values to a byte
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # other numbers of channels are stored as arrays
 REDUCTIONS = (8, 4, 2)  # at which a JPEG can be decoded without computing all of its pixels
-HAS_AVIF = find_spec("PIL._avif") is not None
-HAS_HEIF = find_spec("pillow_heif") is not None
-HAS_TIFFFILE = find_spec("tifffile") is not None
-FORMATS = (  # others, such as EPS, would start programs
-    "JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF", *(["AVIF"] if HAS_AVIF else []),
-)  # fmt: skip
-MAX_REASON = 250  # characters
-NPY = b"\x93NUMPY"
-TIFFS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-HEIF = re.compile(rb".{4}ftyp(heic|heix|hevc|heim|heis|mif1|msf1)", re.DOTALL)
-IMAGE_SUFFIXES = {
-    ".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif", ".npy",
-    *([".avif"] if HAS_AVIF else []), *([".heic", ".heif"] if HAS_HEIF else []),
-}  # fmt: skip
-EXTRAS = {  # what reads other files that people have, by ending
-    ".avif": "a Pillow that was built with AVIF", ".heic": "pip install 'sslvit[heif]'",
-    ".heif": "pip install 'sslvit[heif]'",
-}  # fmt: skip
-
-# what is wrong with an image is said by BadImage; PIL's and tifffile's own words would come once more, for each image
-warnings.filterwarnings("ignore", module="PIL")
-for name in ("tifffile", "PIL.TiffImagePlugin"):
-    logging.getLogger(name).setLevel(logging.CRITICAL)
-
-
-class BadImage(ValueError):
-    """An image that cannot be used; the message is the reason, in one short line whatever the file says."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(printable(reason, MAX_REASON))
-
-
-@dataclass
-class Header:
-    """What an image says of itself before its pixels are computed.
-
-    Args:
-        height: in pixels, as the image is returned.
-        width: in pixels, as the image is returned.
-        mode: PIL's name (RGB, L, I;16, CMYK ...), or "array".
-        channels: 1, 3 or 4, or those of an array.
-        bits: 8 or 16 per channel.
-        is_jpeg: it can be decoded at a reduced scale.
-        orientation: how the stored pixels are turned to be returned, as EXIF counts; 1 for not at all.
-    """
-
-    height: int
-    width: int
-    mode: str
-    channels: int
-    bits: int = 8
-    is_jpeg: bool = False
-    orientation: int = 1
-
-    def turned(self, orientation: int) -> Header:
-        """The same image, returned in this orientation."""
-        if swaps_sides(orientation):
-            self.height, self.width = self.width, self.height
-        self.orientation = orientation
-        return self
-
-    @property
-    def stored_sides(self) -> tuple[int, int]:
-        """Height and width of the pixels in the file."""
-        return (self.width, self.height) if swaps_sides(self.orientation) else (self.height, self.width)
 
 
 class Scratch:
@@ -122,45 +40,14 @@ class Scratch:
         return self.memory
 
 
-def read_header(content: bytes, max_pixels: int = MAX_PIXELS, upright: bool = True) -> Header:
-    """Size and type of an image.
-
-    Args:
-        content: of the file.
-        max_pixels: of the largest image that is accepted.
-        upright: turn it as its EXIF orientation says; otherwise its pixels stay as they are stored.
-
-    Raises:
-        BadImage: empty, of unknown format, or too large.
-    """
-    if not content:
-        raise BadImage("zero bytes")
-    if content.startswith(b"\xff\xd8") and (scans := content.count(b"\xff\xda")) > MAX_SCANS:
-        raise BadImage(f"damaged image (a JPEG of {scans} scans, each of which takes as long as the image)")
-    header = None
-    if content.startswith(NPY):
-        header = _array_header(content)
-    elif simplejpeg is not None and content.startswith(b"\xff\xd8"):
-        header = _jpeg_header(content)
-        if header is not None and upright:
-            header.turned(exif_orientation(content))
-    header = header or _pil_header(content, max_pixels, upright)
-    pixels = header.height * header.width
-    if pixels > max_pixels:
-        raise BadImage(f"{header.width} x {header.height} pixels, more than {max_pixels} (data.max_pixels)")
-    if pixels > SUSPICIOUS_PIXELS and pixels > MAX_PIXELS_PER_BYTE * len(content):
-        raise BadImage(f"damaged image ({header.width} x {header.height} pixels in {len(content)} bytes)")
-    return header
-
-
 def find_problem(content: bytes, header: Header, fully: bool = False) -> str:
     """What is wrong with the pixels of an image whose header is right, or nothing.
 
     Whether a file is whole is asked of its end, which takes no time; only one without a proper end is decoded.
 
     Args:
-        content: of the file.
-        header: of it.
+        content: Bytes of the file.
+        header: Header of the file.
         fully: decode it in any case.
     """
     if not fully and has_end_marker(content):
@@ -170,20 +57,6 @@ def find_problem(content: bytes, header: Header, fully: bool = False) -> str:
     except BadImage as error:
         return str(error)
     return ""
-
-
-def has_end_marker(content: bytes) -> bool:
-    """Whether the file goes on to the mark that ends an image of its format; False also where there is none."""
-    if content.startswith(b"\xff\xd8"):
-        scans = [start for marker, start, _ in jpeg_segments(content) if marker == START_OF_SCAN]
-        return bool(scans) and content.rfind(b"\xff\xd9") > scans[0]  # a thumbnail in a segment has an end of its own
-    if content.startswith(b"\x89PNG"):
-        return b"IEND" in content[-64:]
-    if content.startswith(b"RIFF"):
-        return len(content) >= 8 + int.from_bytes(content[4:8], "little")
-    if content.startswith(b"GIF8"):
-        return content.rstrip(b"\0").endswith(b";")
-    return content.startswith(NPY)  # whose header has told the length
 
 
 def decode(
@@ -209,11 +82,11 @@ def decode_pixels(
     """Decode to 'h w c'; other modes (palette, CMYK, ...) are converted.
 
     Args:
-        content: of the file.
-        channels: of the result.
+        content: Bytes of the file.
+        channels: Number of channels of the result.
         bits: 8 for uint8; 16 for float32 in the same units, with what 16-bit images know beyond them.
         reduction: 1, 2, 4 or 8: a JPEG's sides are divided by it, in much less time; others ignore it.
-        header: if it was read before.
+        header: Header of the file, if it was read before.
         scratch: memory for the result, which then lasts until the next image; None for memory of its own.
 
     Raises:
@@ -279,94 +152,6 @@ def _with_alpha(gray: np.ndarray) -> np.ndarray:
     return np.stack([gray, gray, gray, np.full_like(gray, 255)], 2)
 
 
-def open_image(content: bytes) -> Image.Image:
-    """The image as PIL opens it, in the formats that start no programs."""
-    if HAS_HEIF and HEIF.match(content[:12]):
-        import pillow_heif
-
-        pillow_heif.register_heif_opener()
-        return Image.open(io.BytesIO(content), formats=("HEIF",))
-    return Image.open(io.BytesIO(content), formats=FORMATS)
-
-
-def _pil_header(content: bytes, max_pixels: int, upright: bool) -> Header:
-    try:
-        return _parse_header(open_image(content), content, max_pixels, upright)
-    except BadImage:
-        raise
-    except Image.DecompressionBombError as error:
-        pixels = re.search(r"\d+", str(error))
-        raise BadImage(
-            f"{pixels[0] if pixels else 'too many'} pixels, more than {max_pixels} (data.max_pixels)"
-        ) from error
-    except Exception as error:  # PIL raises whatever its format plugins raise
-        if content.startswith(TIFFS):
-            return _tiff_header(content)
-        raise BadImage(f"not an image ({type(error).__name__})") from error
-
-
-def _parse_header(image: Image.Image, content: bytes, max_pixels: int, upright: bool) -> Header:
-    if isinstance(image, TiffImageFile) and image.tag_v2.get(277, 1) > 4:  # of planes side by side, PIL shows the first
-        return _tiff_header(content)
-    if image.mode == "F":
-        raise BadImage("an image of floating-point numbers, which have no agreed range; store 8 or 16 bits")
-    is_16_bit, is_jpeg = image.mode.startswith("I"), image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
-    channels = 1 if is_16_bit or image.mode in ("1", "L") else 4 if image.mode in ("RGBA", "LA", "PA") else 3
-    header = Header(image.height, image.width, image.mode, channels, 16 if is_16_bit else 8, is_jpeg)
-    if isinstance(image, TiffImageFile):
-        tile = int(image.tag_v2.get(322, 1)) * int(image.tag_v2.get(323, 1))
-        if tile > max_pixels:
-            raise BadImage(f"damaged image (a tile of {tile} pixels)")
-        # PIL turns these by itself
-        return header if upright else header.turned(inverse_orientation(image.tag_v2.get(274, 1)))
-    if not upright:
-        return header
-    is_known = content.startswith((b"\xff\xd8", b"\x89PNG"))  # PIL decodes a PNG to look for what follows its pixels
-    orientation = exif_orientation(content) if is_known else image.getexif().get(274, 1)
-    return header.turned(orientation if orientation in range(1, 9) else 1)
-
-
-def _tiff_header(content: bytes) -> Header:
-    """Of a TIFF that PIL does not open, which has five channels and more."""
-    array = _read_tiff(content, shape_only=True)
-    return Header(array.shape[0], array.shape[1], "array", array.shape[2], 8 * array.dtype.itemsize)
-
-
-def _read_tiff(content: bytes, shape_only: bool = False) -> np.ndarray:
-    """A TIFF of any number of channels as 'h w c'."""
-    if not HAS_TIFFFILE:
-        raise BadImage("a TIFF that needs tifffile, as those of five and more channels do (pip install 'sslvit[tiff]')")
-    import tifffile
-
-    try:
-        with tifffile.TiffFile(io.BytesIO(content)) as file:
-            page = file.pages[0]
-            shape, axes, dtype = page.shape, page.axes, np.dtype(page.dtype)
-            if axes not in ("YXS", "SYX") or dtype not in (np.uint8, np.uint16) or 0 in shape:
-                raise BadImage(
-                    f"a TIFF of {dtype} and axes {axes} {shape}; images are 8 or 16 bits, channels in one page"
-                )
-            if math.prod(shape) > MAX_PIXELS * 4:
-                raise BadImage(f"a TIFF of shape {shape}, more than {MAX_PIXELS} pixels")
-            pixels = np.broadcast_to(np.zeros((), dtype), shape) if shape_only else page.asarray()
-    except BadImage:
-        raise
-    except Exception as error:  # tifffile raises almost anything for damaged bytes
-        raise BadImage(f"damaged image ({error})") from error
-    return np.moveaxis(pixels, 0, 2) if axes == "SYX" else pixels
-
-
-def _jpeg_header(content: bytes) -> Header | None:
-    """None where PIL should look: a damaged header, or colors that only PIL converts."""
-    try:
-        height, width, colors, _ = simplejpeg.decode_jpeg_header(content)
-    except ValueError:
-        return None
-    if colors not in ("YCbCr", "Gray"):
-        return None
-    return Header(height, width, *(("L", 1) if colors == "Gray" else ("RGB", 3)), is_jpeg=True)
-
-
 def _jpeg_pixels(
     content: bytes, header: Header, channels: int, reduction: int, scratch: Scratch | None
 ) -> np.ndarray | None:
@@ -384,26 +169,11 @@ def _jpeg_pixels(
     return pixels if header.channels == channels else np.repeat(pixels, channels, 2)
 
 
-def _array_header(content: bytes) -> Header:
-    try:
-        file = io.BytesIO(content)
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(file)
-    except Exception as error:
-        raise BadImage(f"damaged array ({error})") from error
-    if dtype not in (np.uint8, np.uint16) or len(shape) not in (2, 3) or 0 in shape:
-        raise BadImage(f"an array of {dtype} and shape {shape}; images are uint8 or uint16, 'h w' or 'h w c'")
-    if math.prod(shape) * dtype.itemsize > len(content) - file.tell():
-        raise BadImage(f"an array that ends early ({len(content)} bytes for the shape {shape})")
-    return Header(shape[0], shape[1], "array", shape[2] if len(shape) == 3 else 1, 8 * dtype.itemsize)
-
-
 def _array_pixels(content: bytes, header: Header, channels: int, bits: int) -> np.ndarray:
     if header.channels != channels:
         raise BadImage(f"an array of {header.channels} channels, but {channels} are expected")
     is_npy = content.startswith(NPY)
-    pixels = np.load(io.BytesIO(content), allow_pickle=False) if is_npy else _read_tiff(content)
+    pixels = np.load(io.BytesIO(content), allow_pickle=False) if is_npy else read_tiff(content)
     if header.bits == 16:
         return (pixels / np.float32(257)) if bits == 16 else (pixels >> 8).astype(np.uint8)
     return pixels if bits == 8 else pixels.astype(np.float32)

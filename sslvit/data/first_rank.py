@@ -39,7 +39,7 @@ def publish_folder(notes: Path, source: Path) -> Iterator[Callable[[Path], None]
 
     Args:
         notes: folder of the cache.
-        source: that is walked.
+        source: Folder that is walked.
     """
     identity = _identity(os.getpid())
     about = {"walker": [os.getpid(), identity], "launches": [identity, *_launches()]}

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sslvit.data.decode import EXTRAS, IMAGE_SUFFIXES
+from sslvit.data.header import EXTRAS, IMAGE_SUFFIXES
 from sslvit.data.labels import NO_LABEL, brief_names, sorted_names
 from sslvit.data.sources import FileImages, ImageSource, Sample
 from sslvit.files import printable
@@ -26,7 +26,7 @@ class _Skipped:
     Args:
         endings: files that are not read as images, by ending.
         system: hidden and system files and folders, by name.
-        reasons: other things, by their path.
+        reasons: Reasons for other entries, by path.
     """
 
     endings: Counter = field(default_factory=Counter)

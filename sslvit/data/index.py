@@ -4,7 +4,8 @@
     index.npy    one record per sample: where its image starts in its shard, its length, its label
 
 With it, any sample is one read by offset, an epoch's length is known before it starts, and nothing is scanned.
-index.json is a superset of the _info.json that timm reads, which is written beside it.
+index.json is a superset of the _info.json that timm reads, which is written beside it. What readers ask of an index
+(Index) and its main implementation stand together, hence the length of this file.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import hashlib
 import json
 import os
 import tarfile
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,13 +23,11 @@ from urllib.parse import quote
 
 import numpy as np
 
-from sslvit.data.decode import BadImage
-from sslvit.data.labels import NO_LABEL
+from sslvit.data.header import BadImage
+from sslvit.data.records import check_digest, check_labels, is_url, load_records, save_records, sha256_of
 from sslvit.data.schema import FORMAT, INDEX_FIELDS, checked_index, parse_json
-from sslvit.files import new_file, printable, write_atomically
+from sslvit.files import printable, write_atomically
 
-RECORD = np.dtype([("offset", "<i8"), ("size", "<u4"), ("label", "<i4")])
-CHECKED_BYTES = 64 * 2**20  # up to this length index.npy is compared with its checksum at each start
 MAX_REPEATED_PATH = 80  # characters of a path that the remedy repeats
 SPLITS = ("train", "val", "validation", "test")  # a folder of this name is a split for timm; others are its train
 
@@ -40,9 +38,9 @@ class Shard:
 
     Args:
         name: file name in the index's folder, or a path or address of its own.
-        samples: how many it holds.
-        bytes: its length.
-        sha256: of its bytes.
+        samples: Number of samples in it.
+        bytes: Length of the file.
+        sha256: Checksum of its bytes.
     """
 
     name: str
@@ -140,18 +138,18 @@ class ShardIndex:
 
     Args:
         location: folder or address where the shards lie.
-        shards: in order; samples are numbered through them from zero.
-        records: one RECORD per sample.
-        classes: names by label, or None for unlabeled data.
-        channels: of the images.
+        shards: Shards in order; samples are numbered through them from zero.
+        records: One RECORD per sample.
+        classes: Class names by label, or None for unlabeled data.
+        channels: Number of channels of the images.
         bits: 8, or 16 if all images have them.
-        mean: per channel, of pixels in [0, 1].
-        std: per channel.
+        mean: Mean of each channel, of pixels in [0, 1].
+        std: Standard deviation of each channel.
         image_size: height and width if all images share them.
         encoding: what packing did to the images, in words; empty for nothing.
         orientation: upright if images are turned as EXIF says, stored if their pixels are taken as they lie.
         skipped: files that packing skipped, with the reason.
-        cache: brings shards here from the network (remote.ShardCache), or None.
+        cache: Cache of shards from the network, or None.
         cached_in: folder of this machine's cache that holds the index, where it does not lie beside the shards.
     """
 
@@ -195,7 +193,7 @@ class ShardIndex:
             )
         labels = self.records["label"][samples]
         try:
-            _check_labels(labels, self.classes, "index.npy")
+            check_labels(labels, self.classes, "index.npy")
         except ValueError as error:
             where = self.cached_in or self.location
             raise ValueError(f"{printable(where)}/{error}. {_rebuild_hint(self.location, self.cached_in)}") from error
@@ -349,9 +347,9 @@ def read_index(content: bytes, records_file: Path, location: str, cached_in: str
     """An index from the bytes of its index.json and the file of its records.
 
     Args:
-        content: of index.json.
+        content: Bytes of index.json.
         records_file: index.npy.
-        location: of the shards.
+        location: Folder or address of the shards.
         cached_in: Folder of this machine's cache for an index that was made here, which may name shards anywhere;
             others name shards in their own folder only.
 
@@ -361,7 +359,7 @@ def read_index(content: bytes, records_file: Path, location: str, cached_in: str
     try:
         about = checked_index(parse_json(content), bool(cached_in))
         (split,) = about["splits"].values()
-        _check_digest(records_file, about["records_sha256"])
+        check_digest(records_file, about["records_sha256"])
         records = load_records(records_file, split["num_samples"], about["classes"])
     except ValueError as error:
         where = printable(cached_in or location)
@@ -369,35 +367,6 @@ def read_index(content: bytes, records_file: Path, location: str, cached_in: str
     columns = [split[name] for name in ("filenames", "shard_lengths", "bytes", "sha256")]
     shards = [Shard(*values) for values in zip(*columns, strict=True)]
     return ShardIndex(location, shards, records, **{name: about[name] for name in INDEX_FIELDS}, cached_in=cached_in)
-
-
-def save_records(file: Path, records: np.ndarray) -> None:
-    """Write records whole or not at all; numpy's own way says nothing of a full disk."""
-    with new_file(file) as part, open(part, "wb") as out:
-        np.lib.format.write_array_header_1_0(out, np.lib.format.header_data_from_array_1_0(records))
-        out.write(np.ascontiguousarray(records).data)
-
-
-def load_records(file: Path, samples: int, classes: list[str] | None) -> np.ndarray:
-    """The records of so many samples; of large files the labels are checked only when they are used.
-
-    Raises:
-        ValueError: the file is missing, damaged, or holds something else.
-    """
-    try:
-        with warnings.catch_warnings(action="ignore"):  # Python's own, about the syntax of a damaged header
-            records = np.load(file, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError as error:
-        raise ValueError(f"{file.name} is missing") from error
-    except Exception as error:  # besides the usual, numpy parses headers with Python's own parser and its errors
-        raise ValueError(f"{file.name} is unreadable ({printable(error, 80)})") from error
-    if not isinstance(records, np.ndarray) or records.dtype != RECORD or records.ndim != 1:
-        raise ValueError(f"{file.name} holds something else than records")
-    if len(records) != samples:
-        raise ValueError(f"{file.name} holds {len(records)} records for {samples} images")
-    if records.nbytes <= CHECKED_BYTES:
-        _check_labels(records["label"], classes, file.name)
-    return records
 
 
 def _rebuild_hint(location: str, cached_in: str = "") -> str:
@@ -408,38 +377,6 @@ def _rebuild_hint(location: str, cached_in: str = "") -> str:
     return (
         f"Make it again: sslvit shards index {printable(location) if len(location) <= MAX_REPEATED_PATH else 'FOLDER'}"
     )
-
-
-def _check_digest(records_file: Path, expected: str) -> None:
-    """Raise ValueError if a records file of moderate length has other bytes."""
-    try:
-        is_other = os.path.getsize(records_file) <= CHECKED_BYTES and sha256_of(records_file) != expected
-    except FileNotFoundError as error:
-        raise ValueError(f"{records_file.name} is missing") from error
-    if is_other:
-        raise ValueError(f"{records_file.name} is not the one that it describes")
-
-
-def _check_labels(labels: np.ndarray, classes: list[str] | None, name: str) -> None:
-    """Raise ValueError for class numbers without a class: counting them would ask for any amount of memory."""
-    if not labels.size:
-        return
-    smallest, largest = int(labels.min()), int(labels.max())
-    lowest = NO_LABEL if classes is None else 0
-    if smallest < lowest or (classes is not None and largest >= len(classes)):
-        wrong = smallest if smallest < lowest else largest
-        raise ValueError(f"{name} has the label {wrong}, which is none of its {len(classes or [])} classes")
-
-
-def is_url(source: str) -> bool:
-    """Whether it names something on the network."""
-    return "://" in source
-
-
-def sha256_of(path: Path) -> str:
-    """Return the checksum of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_json(path: Path, content: dict) -> None:

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from sslvit.data.decode import BadImage, decode, read_header
-from sslvit.data.index import ShardIndex, sha256_of, unlisted_warning
+from sslvit.data.decode import decode
+from sslvit.data.header import BadImage, read_header
+from sslvit.data.index import ShardIndex, unlisted_warning
 from sslvit.data.parallel import in_parallel
 from sslvit.data.plan import EpochPlan
+from sslvit.data.records import sha256_of
 from sslvit.files import printable
 from sslvit.run_plan import fitting_ranks
 
@@ -31,7 +33,7 @@ class ShardCheck:
         large: images of more than LARGE_PIXELS.
         digests: numbers of samples by the digest of their bytes.
         sizes: shorter sides of the images.
-        modes: how often each mode occurs.
+        modes: Number of images of each mode.
     """
 
     damaged: dict[str, str] = field(default_factory=dict)
@@ -80,7 +82,7 @@ def check_shards(index: ShardIndex, workers: int | None = None) -> ShardCheck:
     """Verify every checksum and decode every image.
 
     Args:
-        index: of the shards.
+        index: Index of the shards.
         workers: processes; None for one per core.
     """
     total = ShardCheck()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,9 +11,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from sslvit import rng
 from sslvit.data.batch import Batch
-from sslvit.data.decode import MAX_PIXELS, BadImage, Header, Scratch, decode, read_header, reduction_for
+from sslvit.data.decode import decode, reduction_for
+from sslvit.data.header import BadImage
 from sslvit.data.plan import EvaluationBatches, Plan
-from sslvit.data.reader import ShardReader
+from sslvit.data.reader import ImageReader, MemoryReader, ShardReader
 from sslvit.data.resample import normalize
 from sslvit.data.views import Views, jitter_views
 from sslvit.files import printable
@@ -24,29 +24,6 @@ from sslvit.stopping import obey_parent_alone
 
 MAX_KEY = 4096  # characters of a sample's key: cut ones would be counted as one sample
 MAX_SUBSTITUTES = 64  # tried for an unreadable sample before its row stays black
-
-
-class ImageReader(Protocol):
-    """What a batch is made from: the encoded images of a data set, by sample number."""
-
-    channels: int
-    bits: int
-    scratch: Scratch
-
-    def read(self, sample: int) -> bytes:
-        """Return the encoded image; BadImage if it cannot be read."""
-
-    def header(self, content: bytes) -> Header:
-        """Return size and type of an encoded image; BadImage if it is none, or too large."""
-
-    def key(self, sample: int) -> str:
-        """Return a sample's readable name."""
-
-    def labels_of(self, samples: np.ndarray) -> np.ndarray | None:
-        """Return class numbers, or None for unlabeled data."""
-
-    def decoded_images(self, samples: np.ndarray) -> tuple[Tensor, dict[int, str]] | None:
-        """Return images 'b c h w' and the reason for unreadable ones by row; None if they are not kept decoded."""
 
 
 def make_batch(
@@ -62,14 +39,14 @@ def make_batch(
     """Read, decode and view the given samples.
 
     Args:
-        reader: of the data set.
+        reader: Reader of the data set.
         views: what is seen of each image.
-        samples: their numbers.
+        samples: Sample numbers.
         epochs: the pass over the data set that each is in.
         valid: False for rows that only fill up; None for no such rows.
         first_row: index within the global batch.
-        size: of the main views, if not the encoder's.
-        substitutes: for a row, samples and their epochs of which the first readable one takes its place.
+        size: Height and width of the main views, if not the encoder's.
+        substitutes: Samples and epochs for a row, of which the first readable one takes its place.
     """
     images, unreadable = view_samples(reader, views, samples, epochs, size)
     used, used_epochs = samples.copy(), epochs.copy()
@@ -158,39 +135,6 @@ def _decode_and_view(
     return images, unreadable
 
 
-class MemoryReader:
-    """Encoded images that are here already, in the place of a ShardReader.
-
-    Args:
-        contents: key and bytes by sample number.
-        channels: of the images handed out.
-        max_pixels: of the largest image that is accepted.
-    """
-
-    bits = 8
-
-    def __init__(self, contents: dict[int, tuple[str, bytes]], channels: int, max_pixels: int = MAX_PIXELS) -> None:
-        self.contents, self.channels, self.max_pixels, self.scratch = contents, channels, max_pixels, Scratch()
-
-    def header(self, content: bytes) -> Header:
-        """Return size and type of an encoded image."""
-        return read_header(content, self.max_pixels)
-
-    def read(self, sample: int) -> bytes:
-        """Return the encoded image."""
-        return self.contents[sample][1]
-
-    def key(self, sample: int) -> str:
-        """Return a sample's readable name."""
-        return self.contents[sample][0]
-
-    def labels_of(self, samples: np.ndarray) -> None:
-        """Return no labels."""
-
-    def decoded_images(self, samples: np.ndarray) -> None:
-        """Return no decoded images."""
-
-
 def view_of_image(content: bytes, encoder: EncoderSettings) -> Tensor:
     """What evaluation sees of one encoded image: pixels 'c h w' (0 to 255, uint8) before they are normalized.
 
@@ -213,10 +157,10 @@ class TrainingBatches(Dataset[Batch]):
     """The micro-batches of one rank, counted over the whole run. Each worker makes whole batches.
 
     Args:
-        reader: of the data set.
+        reader: Reader of the data set.
         views: what is seen of each image.
         plan: the order.
-        rank: of this process.
+        rank: Rank of this process.
         micro: images per micro-batch.
         accumulation_steps: micro-batches per optimizer step on one rank.
         resolutions: sides of the main views, one of which is sampled for each step; None for the encoder's size.
@@ -297,15 +241,15 @@ def evaluation_loader(
     """Every sample once, in order, in batches of one size, seen through a center crop unless another view is given.
 
     Args:
-        reader: of the data set.
+        reader: Reader of the data set.
         encoder: size and interpolation of its input.
         batch: images in each.
         workers: loader processes.
-        rank: of this process.
-        ranks: that share the data set.
-        view: of each image; a random one draws from (seed, epoch, sample).
-        epoch: of that chance.
-        seed: of that chance.
+        rank: Rank of this process.
+        ranks: Number of ranks that share the data set.
+        view: View of each image; a random one is sampled from (seed, epoch, sample).
+        epoch: Epoch of random views.
+        seed: Seed of random views.
         subset: numbers of the samples that are seen; None for all.
     """
     views = encoder_views(encoder, view or center_view(encoder), seed)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sslvit.data.decode import MODES
+from sslvit.data.header import MODES
 from sslvit.data.index import ShardIndex
 from sslvit.data.plan import EpochPlan
 
@@ -121,7 +121,7 @@ class MixturePlan:
     Rows of the sources are spread evenly over the batch, so that every rank gets rows of each.
 
     Args:
-        plans: one per source; their batches add up to the mixture's.
+        plans: One plan per source; their batches add up to the mixture's.
     """
 
     def __init__(self, plans: Sequence[EpochPlan]) -> None:

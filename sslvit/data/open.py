@@ -7,8 +7,6 @@ import glob
 import hashlib
 import logging
 import os
-import re
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +14,15 @@ import numpy as np
 from braceexpand import braceexpand
 from filelock import FileLock
 
-from sslvit.data.decode import BadImage
-from sslvit.data.first_rank import is_local_rank_zero, publish_folder, wait_for_folder
-from sslvit.data.folders import folder_source
-from sslvit.data.index import (
-    CHECKED_BYTES,
-    RECORD,
-    Index,
-    ShardIndex,
-    is_url,
-    load_index,
-    read_index,
-    sha256_of,
-    unlisted_warning,
-)
+from sslvit.data.header import BadImage
+from sslvit.data.index import Index, ShardIndex, load_index, read_index, unlisted_warning
 from sslvit.data.mixture import JoinedIndex, MixturePlan, split_by_weight
-from sslvit.data.pack import digest_samples, digest_times, pack
+from sslvit.data.open_folder import open_image_folder
 from sslvit.data.plan import EpochPlan, Plan
+from sslvit.data.records import CHECKED_BYTES, RECORD, is_url, sha256_of
 from sslvit.data.remote import ShardCache
 from sslvit.data.scan import index_names, index_shards
 from sslvit.data.schema import checked_index, parse_json
-from sslvit.data.sources import ImageSource
 from sslvit.data.stream import PIPE, StreamIndex, is_stream
 from sslvit.files import expand_path, printable
 from sslvit.settings import DataSettings
@@ -52,9 +38,9 @@ def open_data(settings: DataSettings, seed: int, ranks: int = 1) -> tuple[Index 
     """The index of a run's data and the order in which it is read.
 
     Args:
-        settings: of the run.
-        seed: of the order.
-        ranks: that share each batch; a batch that may be lowered to what is there stays a multiple of them.
+        settings: Data settings of the run.
+        seed: Seed of the order.
+        ranks: Number of ranks; a batch size that is lowered to what is there stays a multiple of it.
 
     Raises:
         FileNotFoundError: nothing given, or nothing there.
@@ -87,7 +73,7 @@ def open_shards(source: str | Path, cache: ShardCache | None = None) -> ShardInd
 
     Args:
         source: a folder of shards or of images, a pattern of shards, or an address of either.
-        cache: for shards from the network and for those of image folders; None for the default place.
+        cache: Cache for network shards and packed image folders; None for the default folder.
 
     Raises:
         FileNotFoundError: nothing given, or nothing there.
@@ -120,14 +106,14 @@ def open_shards(source: str | Path, cache: ShardCache | None = None) -> ShardInd
         return load_index(path)  # says what to do
     if (path / "train" / "index.json").exists():
         raise FileNotFoundError(f"{printable(path)}: holds train/ and val/, not shards. Pass {path / 'train'}.")
-    return _open_images(path, cache)
+    return open_image_folder(path, cache)
 
 
 def check_present(index: Index | StreamIndex, max_fraction: float) -> None:
     """Whether the shards on this machine are there and as long as the index says.
 
     Args:
-        index: of the shards.
+        index: Index of the shards.
         max_fraction: largest fraction of samples in missing shards; below it they are reported and skipped.
 
     Raises:
@@ -184,45 +170,6 @@ def _plan(index: ShardIndex, settings: DataSettings, batch: int, seed: int) -> E
     if settings.mixture and lanes:
         lanes = int(np.gcd(lanes, batch))
     return EpochPlan(index.shard_samples, batch, seed, lanes, settings.window_shards)
-
-
-def _open_images(path: Path, cache: ShardCache) -> ShardIndex:
-    """The shards of an image folder, packed into the cache on first use."""
-    notes = cache.folder / "packed"
-    if not is_local_rank_zero() and (folder := wait_for_folder(notes, path)) is not None:
-        with FileLock(folder / ".pack.lock"):  # the first process may be packing still
-            if (folder / "index.json").exists():
-                return load_index(folder)
-    with publish_folder(notes, path) if is_local_rank_zero() else nullcontext() as publish:
-        found = folder_source(path)
-        folder = packed_folder(path, found, cache)
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".pack.lock"):
-            if publish is not None:
-                publish(folder)  # the others wait for the lock from now on
-            index = _pack_once(path, found, folder)
-    return index
-
-
-def _pack_once(path: Path, found: ImageSource, folder: Path) -> ShardIndex:
-    """The shards of a folder's images, packed now unless they were before."""
-    if (folder / "index.json").exists():
-        logger.info(f"{printable(path)}: an image folder; using its shards packed earlier in {folder}.")
-        return load_index(folder)
-    for note in found.notes:
-        logger.info(f"{printable(path)}: {note}")
-    logger.info(f"{printable(path)}: an image folder; packing it into {folder} first.")
-    index = pack(found.samples, folder, found.classes, skipped=found.skipped)
-    assert index is not None  # all of it was packed here
-    return index
-
-
-def packed_folder(path: Path, found: ImageSource, cache: ShardCache) -> Path:
-    """Where the shards of an image folder are kept: by names, lengths, times and classes, so that no other is read."""
-    about = f"{digest_samples(found.samples)} {digest_times(found.samples)} {found.classes}"
-    digest = hashlib.sha256(about.encode("utf-8", "surrogateescape"))
-    name = re.sub(r"[^\w-]", "_", path.resolve().name) or "images"
-    return cache.folder / "packed" / f"{name[:40]}-{digest.hexdigest()[:16]}"
 
 
 def _open_pattern(pattern: str, cache: ShardCache) -> ShardIndex:

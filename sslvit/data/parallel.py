@@ -27,10 +27,10 @@ def in_parallel(
     """job(number, tick) for every number, in processes, results in order; shows how far it is.
 
     Args:
-        job: does one; calls tick(n) when n more units are done.
-        jobs: how many, or which numbers.
+        job: Does one piece of work; calls tick(n) when n more units are done.
+        jobs: Number of pieces, or their numbers.
         workers: processes; None for one per core.
-        what: is being done, as in "packing".
+        what: Name of the work, as in "packing".
         total: units in all.
         unit: what is counted.
     """

@@ -46,11 +46,11 @@ def make_palette(
     """Fit a palette on a data set's pixels; write it as JSON, and as a picture beside that.
 
     Args:
-        index: of the data set.
+        index: Index of the data set.
         out: the JSON file; the picture has its name with .png.
-        colors: how many; None for 8 per channel: 512, or 8 grays.
+        colors: Number of colors; None for 8 per channel: 512, or 8 grays.
         image_size: side of the images that the encoder will see.
-        seed: of the pixels that are drawn, and of the first centers.
+        seed: Seed of the sampled pixels and of the first centers.
 
     Returns:
         What the file says.

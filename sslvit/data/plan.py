@@ -56,9 +56,9 @@ class EpochPlan:
     """The order of one training set.
 
     Args:
-        shard_samples: how many samples each shard holds; samples are numbered through them.
+        shard_samples: Number of samples in each shard; samples are numbered through them.
         global_batch_size: B, samples per optimizer step over all ranks.
-        seed: another seed is another order.
+        seed: Seed of the order.
         lanes: L; None for one up to a million samples and gcd(64, B) above.
         window_shards: shards of a lane that are shuffled together.
 
@@ -222,7 +222,7 @@ class EpochPlan:
         return [*shards[first:].tolist(), *shards[: last + 1].tolist()]
 
 
-class EvaluationBatches(Sequence[tuple[np.ndarray, np.ndarray]]):
+class EvaluationBatches:
     """Every sample exactly once over all ranks, in batches of one size and equally many on each: (numbers, valid).
 
     Batch t of rank r holds the samples from (t * ranks + r) * batch_size on. Rows past the end repeat the last sample
@@ -230,10 +230,10 @@ class EvaluationBatches(Sequence[tuple[np.ndarray, np.ndarray]]):
     made when it is asked for.
 
     Args:
-        samples: in the data set.
+        samples: Number of samples in the data set.
         batch_size: Samples in each batch.
-        rank: of this process.
-        ranks: that share the data set.
+        rank: Rank of this process.
+        ranks: Number of ranks that share the data set.
     """
 
     def __init__(self, samples: int, batch_size: int, rank: int = 0, ranks: int = 1) -> None:

@@ -11,16 +11,19 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sslvit.data.decode import MAX_PIXELS, BadImage, Header, Scratch, decode_pixels, read_header
+from sslvit.data.decode import Scratch, decode_pixels
+from sslvit.data.header import BadImage, Header, read_header
 from sslvit.data.index import Index
 from sslvit.data.parallel import in_parallel
 from sslvit.data.resample import SMALL_SIDE
 from sslvit.files import REMEDIES, WriteError, printable
+from sslvit.settings.data import MAX_PIXELS
 
 MAX_OPEN_SHARDS = 64  # files kept open per process
 CHUNK_IMAGES = 1024  # images of a small set that a process decodes before it takes others
@@ -35,10 +38,10 @@ class ShardReader:
     """Images of a data set by sample number. Its files are closed when nobody holds it any more.
 
     Args:
-        index: of the shards.
-        channels: of the images handed out.
+        index: Index of the shards.
+        channels: Number of channels of the returned images.
         memory_limit_mb: sets of small equal images are decoded once if they fit.
-        max_pixels: of the largest image that is accepted.
+        max_pixels: Number of pixels of the largest image that is accepted.
     """
 
     def __init__(
@@ -233,3 +236,59 @@ class _Prefetcher:
             if shard is not None:
                 self.done.add(shard)
         return shard
+
+
+class ImageReader(Protocol):
+    """What a batch is made from: the encoded images of a data set, by sample number."""
+
+    channels: int
+    bits: int
+    scratch: Scratch
+
+    def read(self, sample: int) -> bytes:
+        """Return the encoded image; BadImage if it cannot be read."""
+
+    def header(self, content: bytes) -> Header:
+        """Return size and type of an encoded image; BadImage if it is none, or too large."""
+
+    def key(self, sample: int) -> str:
+        """Return a sample's readable name."""
+
+    def labels_of(self, samples: np.ndarray) -> np.ndarray | None:
+        """Return class numbers, or None for unlabeled data."""
+
+    def decoded_images(self, samples: np.ndarray) -> tuple[Tensor, dict[int, str]] | None:
+        """Return images 'b c h w' and the reason for unreadable ones by row; None if they are not kept decoded."""
+
+
+class MemoryReader:
+    """Encoded images that are here already, in the place of a ShardReader.
+
+    Args:
+        contents: key and bytes by sample number.
+        channels: Number of channels of the returned images.
+        max_pixels: Number of pixels of the largest image that is accepted.
+    """
+
+    bits = 8
+
+    def __init__(self, contents: dict[int, tuple[str, bytes]], channels: int, max_pixels: int = MAX_PIXELS) -> None:
+        self.contents, self.channels, self.max_pixels, self.scratch = contents, channels, max_pixels, Scratch()
+
+    def header(self, content: bytes) -> Header:
+        """Return size and type of an encoded image."""
+        return read_header(content, self.max_pixels)
+
+    def read(self, sample: int) -> bytes:
+        """Return the encoded image."""
+        return self.contents[sample][1]
+
+    def key(self, sample: int) -> str:
+        """Return a sample's readable name."""
+        return self.contents[sample][0]
+
+    def labels_of(self, samples: np.ndarray) -> None:
+        """Return no labels."""
+
+    def decoded_images(self, samples: np.ndarray) -> None:
+        """Return no decoded images."""

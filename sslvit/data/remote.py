@@ -1,8 +1,8 @@
 """Shards from the network -> a bounded folder on this machine.
 
 One download per machine however many processes ask, continued where it broke off, checked against the index, and
-put in its place only when whole. While one is under way, its lock's file holds the room that is reserved for it, so
-that downloads side by side stay within the limit together. How bytes come from the network is in transfer.py.
+put in its place only when whole. How bytes come from the network is in transfer.py, how the folder stays within its
+size in cache_folder.py.
 """
 
 from __future__ import annotations
@@ -11,33 +11,26 @@ import hashlib
 import os
 import random
 import re
-import stat
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
-from sslvit.data.decode import BadImage
-from sslvit.data.index import Shard, sha256_of
-from sslvit.data.transfer import Gone, RemoteError, RemoteFile, TryAgain
-from sslvit.files import WriteError, cache_folder, lock_file, printable, write_atomically, write_error
+from sslvit.data.cache_folder import FAILURE_TTL_SECONDS, CacheFolder, disk_errors_named, locked
+from sslvit.data.header import BadImage
+from sslvit.data.index import Shard
+from sslvit.data.opener import RemoteError
+from sslvit.data.records import sha256_of
+from sslvit.data.transfer import Gone, RemoteFile, TryAgain
+from sslvit.files import WriteError, printable
 
 MAX_TRIES = 8  # without progress: with the waits below, some two minutes
 FIRST_WAIT_SECONDS = 1.0  # before the second try; doubled for each further one
 MAX_WAIT_SECONDS = 60.0
 READ_TIMEOUT_SECONDS = 60.0  # without a byte, or below the minimum rate
 MIN_BYTES_PER_SECOND = 4096.0  # a shard of 256 MB would take 18 hours
-FAILURE_TTL_SECONDS = 120  # for which other processes do not ask again for a shard that is missing or damaged
-EVICT_DOWN_TO = 0.95  # of the limit: the folder is then listed for one download in many
-ROOM_POLL_SECONDS = 0.1  # between checks while downloads of others take all of it
-MAX_PART_DAYS = 2  # after which an unfinished download is given up
 MAX_INDEX_BYTES = {"index.json": 2**30, "index.npy": 2**36}  # of files that are fetched before their size is known
 VERSION_THREADS = 16  # shards without an index, for their versions
-USED_FILE = "room.used"  # holds how many bytes the folder has at most
-MARKER = ".sslvit-shard-cache"  # lies in a folder in which files may be deleted
-SUB_FOLDER = "sslvit-shards"  # used in a folder that holds other things
-CACHE_NAME = re.compile(r"[0-9a-f]{32}-[A-Za-z0-9._-]{1,80}(\.part|\.lock|\.bad)?", re.ASCII)
 
 
 class ShardCache:
@@ -46,8 +39,8 @@ class ShardCache:
     Args:
         folder: on a disk of this machine; one that holds other things already gets a sub-folder for the shards.
         limit_gb: size of the folder.
-        tries: how often a transfer may fail without progress.
-        first_wait_seconds: before the second try; doubled for each further one.
+        tries: Number of failures without progress after which a transfer is given up.
+        first_wait_seconds: Wait before the second try; doubled for each further one.
         timeout_seconds: without a byte, or below the minimum rate, after which a connection is given up.
         min_bytes_per_second: slower transfers count as failed.
     """
@@ -57,26 +50,17 @@ class ShardCache:
         first_wait_seconds: float = FIRST_WAIT_SECONDS, timeout_seconds: float = READ_TIMEOUT_SECONDS,
         *, min_bytes_per_second: float = MIN_BYTES_PER_SECOND,
     ) -> None:  # fmt: skip
-        self.requested = folder
-        self.limit = int(limit_gb * 2**30)
+        self.room = CacheFolder(folder, int(limit_gb * 2**30))
         self.tries, self.first_wait, self.timeout = tries, first_wait_seconds, timeout_seconds
         self.min_rate = min_bytes_per_second
-        self._folder: Path | None = None
 
     @property
     def folder(self) -> Path:
-        """Where the files are, made and marked when first asked for.
-
-        Raises:
-            ValueError: it holds other things, and so does the sub-folder.
-            WriteError: it cannot be made.
-        """
-        if self._folder is None:
-            self._folder = _claim_folder(cache_folder(self.requested))
-        return self._folder
+        """Where the files are, made and marked when first asked for."""
+        return self.room.path
 
     def shard(self, address: str, shard: Shard) -> Path:
-        """A shard's file on this machine.
+        """Return a shard's file on this machine.
 
         Raises:
             BadImage: the server does not have it, or what it has is not what the index describes.
@@ -86,17 +70,17 @@ class ShardCache:
         return self.get(address, shard.bytes, shard.sha256)
 
     def fetch_if_free(self, address: str, shard: Shard) -> bool:
-        """Fetch a shard ahead of its use; False if another process or thread is at it."""
+        """Fetch a shard ahead of its use; False if another process or thread is fetching it."""
         return self._get(address, shard.bytes, shard.sha256, wait=False) is not None
 
     def get(
         self, address: str, size: int | None = None, sha256: str | None = None, max_bytes: int | None = None,
         expected: int | None = None,
     ) -> Path:  # fmt: skip
-        """Any file.
+        """Return any file, which is fetched first.
 
         Args:
-            address: of the file.
+            address: Address of the file.
             size: its length as an index tells it; another one is damage.
             sha256: its checksum; without one it is fetched anew each time.
             max_bytes: more of it are not taken.
@@ -113,16 +97,16 @@ class ShardCache:
         path = self.path_of(address, sha256)
         if sha256 is not None and _touch(path):
             return path  # it got this name only after its checksum agreed
-        with _writing(path):
+        with disk_errors_named(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_name(path.name + ".lock"), wait) as lock:
+        with locked(path.with_name(path.name + ".lock"), wait) as lock:
             if lock is None:
                 return None
             if sha256 is not None and _touch(path):
                 return path  # another process was faster
             if size is not None:  # a shard; who looks for an index anew has perhaps just uploaded it
                 self._raise_recent_failure(path)
-            self._reserve(size or expected or 0, path, lock)
+            self.room.reserve(size or expected or 0, path, lock)
             try:
                 self._download(address, path, size, sha256, max_bytes)
             except BadImage as error:
@@ -132,7 +116,7 @@ class ShardCache:
                 raise
             if size is None and expected is None:  # only now is its length known
                 os.truncate(lock, 0)
-                self._reserve(0, path, None)
+                self.room.reserve(0, path, None)
         return path
 
     def versions(self, addresses: list[str]) -> list[dict[str, str]]:
@@ -146,7 +130,7 @@ class ShardCache:
             return list(threads.map(self._version, addresses))
 
     def _version(self, address: str) -> dict[str, str]:
-        remote = RemoteFile(address, None, self.limit, self.timeout, self.min_rate)
+        remote = RemoteFile(address, None, self.room.limit, self.timeout, self.min_rate)
         for failures in range(1, self.tries + 1):
             try:
                 return remote.ask_version()
@@ -162,7 +146,7 @@ class ShardCache:
     def rename_to_digest(self, address: str, sha256: str) -> None:
         """Keep a file that came without a checksum under the name of its content, so that it is not fetched twice."""
         path = self.path_of(address, sha256)
-        with _writing(path):
+        with disk_errors_named(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with suppress(FileNotFoundError):  # gone already, for room
                 os.replace(self.path_of(address), path)
@@ -176,7 +160,7 @@ class ShardCache:
         """Where a file is kept: named after the whole address and its content, so that none is taken for another."""
         digest = hashlib.sha256(f"{address} {sha256 or ''}".encode("utf-8", "surrogateescape")).hexdigest()
         name = re.sub(r"[^A-Za-z0-9._-]", "_", _name_of(address)[-80:]) or "_"
-        return self.folder / digest[:2] / f"{digest[:32]}-{name}"
+        return self.room.path / digest[:2] / f"{digest[:32]}-{name}"
 
     def _raise_recent_failure(self, path: Path) -> None:
         note = path.with_name(path.name + ".bad")
@@ -191,7 +175,7 @@ class ShardCache:
         part = path.with_name(path.name + ".part")
         if size is None:
             part.unlink(missing_ok=True)
-        limit = self.limit if size is not None else MAX_INDEX_BYTES.get(_name_of(address), self.limit)
+        limit = self.room.limit if size is not None else MAX_INDEX_BYTES.get(_name_of(address), self.room.limit)
         remote = RemoteFile(address, size, min(limit, max_bytes or limit), self.timeout, self.min_rate)
         failures = damages = 0
         reached, since = _length(part), time.monotonic()
@@ -224,7 +208,7 @@ class ShardCache:
                     "and the server, then go on with --resume."
                 )
             time.sleep(self._wait(failures, wait))
-        with _writing(path):
+        with disk_errors_named(path):
             with open(part, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(part, path)
@@ -252,13 +236,13 @@ class ShardCache:
         chunks = remote.chunks(start)
         first = next(chunks, None)  # before the file is opened: what is there stays if there is no answer
         try:
-            with _writing(part):
+            with disk_errors_named(part):
                 file = open(part, "r+b" if start else "wb")  # noqa: SIM115 closed below, where errors are the disk's
             try:
                 end = -1
                 while first is not None:
                     position, chunk = first
-                    with _writing(part):
+                    with disk_errors_named(part):
                         if position != end:
                             file.seek(position)
                             file.truncate()
@@ -266,149 +250,11 @@ class ShardCache:
                     end = position + len(chunk)
                     first = next(chunks, None)
             finally:
-                with _writing(part):
+                with disk_errors_named(part):
                     file.close()
         except WriteError:
             part.unlink(missing_ok=True)  # a full disk is in the way of others too
             raise
-
-    def _reserve(self, size: int, path: Path, lock: int | None) -> None:
-        """Make room for a download, by deleting the longest unused files, and note in its lock that it is taken.
-
-        Whoever has a deleted file open can go on reading it. Where other downloads take all the room, they are waited
-        for. The folder is only listed when what is noted in it comes to the limit.
-        """
-        if size > self.limit:
-            raise ValueError(
-                f"data.cache_gb: {self.limit / 2**30:g} GB cannot hold one shard of {size / 2**30:.2f} GB. Raise it."
-            )
-        while not self._try_reserve(size, path, lock):
-            time.sleep(ROOM_POLL_SECONDS)
-
-    def _try_reserve(self, size: int, path: Path, lock: int | None) -> bool:
-        note = self.folder / USED_FILE
-        with _locked(self.folder / "room.lock"):
-            used = _read_number(note)
-            if lock is None or used is None or used + size > self.limit:
-                used = self._evict(size, path)
-            is_free = used + size <= self.limit
-            with _writing(note):
-                if is_free and lock is not None:
-                    os.pwrite(lock, str(size).encode(), 0)
-                write_atomically(note, str(used + size if is_free else used), sync=False)
-        return is_free or lock is None
-
-    def _evict(self, size: int, keep: Path) -> int:
-        """Delete what need not be kept until `size` more fits, and some more; returns how much is in use."""
-        sizes: dict[Path, tuple[float, int]] = {}
-        used, now, locks = 0, time.time(), []
-        for file, about in self._cache_files():
-            kind = file.suffix if file.suffix in (".part", ".lock", ".bad") else ""
-            if kind == ".lock":
-                locks.append(file)
-            elif kind == ".bad":
-                if now - about.st_mtime > FAILURE_TTL_SECONDS:
-                    _unlink(file)
-            elif kind == ".part":
-                if file.with_suffix(".lock").exists():
-                    continue  # under way: its lock says how long it becomes
-                if now - about.st_mtime > MAX_PART_DAYS * 86_400:
-                    _unlink(file)
-                else:
-                    used += about.st_size
-            else:
-                sizes[file] = about.st_mtime, about.st_size
-        for lock in locks:
-            file = lock.with_suffix("")
-            if file == keep:
-                continue
-            reserved = _reserved(lock)
-            if not reserved and file not in sizes:  # it may have come just now
-                with suppress(OSError):
-                    about = file.stat()
-                    sizes[file] = about.st_mtime, about.st_size
-            used += reserved
-        files = [(time_used, length, file) for file, (time_used, length) in sizes.items()]
-        used += sum(length for _, length, _ in files)
-        if used + size <= self.limit:
-            return used
-        for _, length, file in sorted(files):
-            if used + size <= max(EVICT_DOWN_TO * self.limit, size):
-                break
-            if file != keep and _unlink(file):
-                used -= length
-        return used
-
-    def _cache_files(self) -> Iterator[tuple[Path, os.stat_result]]:
-        """The files in this folder that have a name which only this class gives."""
-        for file in self.folder.glob("[0-9a-f][0-9a-f]/*"):
-            if CACHE_NAME.fullmatch(file.name) and file.name.startswith(file.parent.name):
-                with suppress(OSError):
-                    about = file.lstat()
-                    if stat.S_ISREG(about.st_mode):
-                        yield file, about
-
-
-def _claim_folder(folder: Path) -> Path:
-    """A folder in which all is ours: this one if it is new, empty or marked, otherwise one inside it."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"data.cache: {printable(folder)} is not a folder.")
-    for candidate in (folder, folder / SUB_FOLDER):
-        with _writing(candidate):
-            candidate.mkdir(parents=True, exist_ok=True)
-            found = os.listdir(candidate)
-            if MARKER in found:
-                return candidate
-            if not found:  # the mark is the first file in it, so that processes that start at once agree
-                (candidate / MARKER).write_text("Made by sslvit for shards from the network, and cleared by it.\n")
-                return candidate
-    raise ValueError(
-        f"data.cache: {printable(folder)} and its {SUB_FOLDER} hold files that are not of this cache. "
-        "Choose an empty or a new folder."
-    )
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Errors of this machine's disk get their own name: they are none of the network."""
-    try:
-        yield
-    except WriteError:
-        raise
-    except OSError as error:
-        raise WriteError(f"data.cache: {write_error(path, error)}") from error
-
-
-@contextmanager
-def _locked(lock: Path, wait: bool = True) -> Iterator[int | None]:
-    """Hold a lock in the cache; errors of its file are those of the disk."""
-    with ExitStack() as stack:
-        with _writing(lock):
-            handle = stack.enter_context(lock_file(lock, wait))
-        yield handle
-
-
-def _reserved(lock: Path) -> int:
-    """Bytes that a download under way has reserved; 0 for one whose process was killed, and its lock goes."""
-    note = _read_number(lock) or 0
-    with lock_file(lock, wait=False) as handle:
-        return note if handle is None else 0
-
-
-def _read_number(path: Path) -> int | None:
-    try:
-        return int(path.read_text() or 0)
-    except (OSError, ValueError):
-        return None
-
-
-def _unlink(path: Path) -> bool:
-    """Whether the file is gone; one of another user stays."""
-    try:
-        path.unlink(missing_ok=True)
-    except PermissionError:
-        return False
-    return True
 
 
 def _name_of(address: str) -> str:

@@ -28,7 +28,7 @@ class Boxes:
         left: first column.
         height: number of rows.
         width: number of columns.
-        is_mirrored: whether left and right change places.
+        is_mirrored: Whether left and right change places.
         is_cut: pixels outside of a box do not count in its view, as if it had been cut out first (random crops);
             otherwise they smooth its border, as in PIL's resize with a box (center views).
     """
@@ -61,10 +61,10 @@ def crop_and_resize(image: Tensor, box: Boxes, size: list[int], interpolation: s
 
     Args:
         image: uint8, or float in the same units.
-        box: in pixels of the image before it was reduced.
+        box: Box in pixels of the image before it was reduced.
         size: height and width of the view.
         interpolation: bilinear or bicubic.
-        reduction: that the image was decoded at.
+        reduction: Reduction at which the image was decoded.
     """
     height, width = image.shape[1:]
     box = box.reduced(reduction)
@@ -99,7 +99,7 @@ def _resize_by_pil(image: Tensor, sides: list[float], is_cut: bool, size: list[i
         image: uint8 or float.
         sides: top, left, height, width, in pixels or between them.
         is_cut: see Boxes.
-        size: of the view.
+        size: Height and width of the view.
         interpolation: bilinear or bicubic.
     """
     starts, ends, hull = sides[:2], [sides[axis] + sides[2 + axis] for axis in (0, 1)], []
@@ -132,8 +132,8 @@ def resample(images: Tensor, boxes: Boxes, size: list[int], interpolation: str) 
 
     Args:
         images: uint8, or float in the same units, 'b c h w'.
-        boxes: one per image; what lies outside the image is black.
-        size: of the result.
+        boxes: One box per image; what lies outside the image is black.
+        size: Height and width of the result.
         interpolation: bilinear or bicubic.
     """
     b, c, h, w = images.shape

@@ -6,7 +6,6 @@ Packing and indexing both make one report per shard, in parallel and in any orde
 from __future__ import annotations
 
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -15,19 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from sslvit.data.decode import (
-    IMAGE_SUFFIXES,
-    MAX_PIXELS,
-    MODES,
-    BadImage,
-    Header,
-    decode_pixels,
-    find_problem,
-    read_header,
-)
-from sslvit.data.index import RECORD, Shard, ShardIndex, load_index, sha256_of
+from sslvit.data.header import IMAGE_SUFFIXES
+from sslvit.data.index import Shard, ShardIndex, load_index
 from sslvit.data.labels import NO_LABEL, NotClasses, brief_names, number_labels
+from sslvit.data.measure import Measured, measure_shard
 from sslvit.data.parallel import in_parallel
+from sslvit.data.records import RECORD, sha256_of
 from sslvit.data.schema import check_shard_name
 from sslvit.data.tars import COMPRESSED_TARS, TarMembers, choose_images, compressed_kind
 from sslvit.files import printable
@@ -36,83 +28,6 @@ from sslvit.settings.pack import IndexOptions
 logger = logging.getLogger(__name__)
 
 LABEL_FIELDS = ("cls", "txt", "json", "label", "class", "cls.txt")  # that people keep labels in
-STATISTICS_SAMPLES = 10_000  # channel mean and std are measured on about this many images
-ROWS_OF_PIXELS = 2**20  # pixels of an image that are numbers with fractions at the same time
-
-
-@dataclass
-class Measured:
-    """Properties of images, added up.
-
-    Args:
-        moments: sums over images of the mean of each channel, and of its mean square.
-        channels: of the images that were decoded for the moments.
-        images: how many these are.
-        sizes: how often each (height, width) occurs.
-        modes: how often each mode occurs.
-        kinds: how often each (channels, bits) occurs.
-    """
-
-    moments: list[list[float]] = field(default_factory=list)
-    channels: int = 0
-    images: int = 0
-    sizes: Counter = field(default_factory=Counter)
-    modes: Counter = field(default_factory=Counter)
-    kinds: Counter = field(default_factory=Counter)
-
-    def count(self, header: Header) -> None:
-        """Count size, mode and kind of one image."""
-        self.sizes[header.height, header.width] += 1
-        self.modes[header.mode] += 1
-        self.kinds[header.channels, header.bits] += 1
-
-    def measure(self, content: bytes, header: Header) -> None:
-        """Add the moments of one image; those of another number of channels are skipped."""
-        is_gray_or_rgb = header.mode != "array" and header.channels < 4
-        channels = 3 if is_gray_or_rgb else header.channels  # gray images among colors count as colors
-        if self.images and channels != self.channels:
-            return
-        moments = moments_of(decode_pixels(content, channels, header.bits, header=header))
-        self.moments = (np.array(self.moments) + moments if self.images else moments).tolist()
-        self.channels, self.images = channels, self.images + 1
-
-    def add(self, other: Measured) -> None:
-        """Add the properties of other images."""
-        for name in ("sizes", "modes", "kinds"):
-            getattr(self, name).update(getattr(other, name))
-        if other.images and (not self.images or self.channels == other.channels):
-            self.moments = (np.array(self.moments) + other.moments).tolist() if self.images else other.moments
-            self.channels, self.images = other.channels, self.images + other.images
-
-    def describe(self, location: str) -> dict[str, Any]:
-        """Fields of the index.
-
-        Raises:
-            ValueError: no image could be decoded.
-        """
-        if not self.images:
-            raise ValueError(f"{location}: none of the images can be decoded.")
-        kinds = {channels for channels, _ in self.kinds}
-        only = next(iter(kinds)) if len(kinds) == 1 else 0
-        channels = only or (3 if kinds <= set(MODES) and self.channels >= 3 else self.channels)
-        mean, square = np.array(self.moments)[:, :channels] / self.images
-        return {
-            "channels": channels,
-            "bits": 16 if {bits for _, bits in self.kinds} == {16} else 8,
-            "mean": mean.round(4).tolist(),
-            "std": np.sqrt((square - mean**2).clip(min=0)).round(4).tolist(),
-            "image_size": list(next(iter(self.sizes))) if len(self.sizes) == 1 else None,
-        }
-
-
-def moments_of(pixels: np.ndarray) -> np.ndarray:
-    """Mean and mean square of each channel of an image 'h w c', of pixels from 0 to 1; a few rows at a time."""
-    height, width, channels = pixels.shape
-    sums = np.zeros((2, channels))
-    for start in range(0, height, max(1, ROWS_OF_PIXELS // width)):
-        part = pixels[start : start + max(1, ROWS_OF_PIXELS // width)].reshape(-1, channels) / 255
-        sums += np.stack([part.sum(0, dtype=np.float64), np.square(part).sum(0, dtype=np.float64)])
-    return sums / (height * width)  # every image counts the same, whatever its size
 
 
 @dataclass
@@ -121,12 +36,12 @@ class ShardReport:
 
     Args:
         shard: name, counts, checksum.
-        records: of its samples.
+        records: Records of its samples.
         measured: properties of its images.
         skipped: images that were skipped, with the reason.
         labels: what the label of each sample says, where it still has to become a number; then the label of a record
             is its index in this list.
-        fields: other members beside the images, by field, counted.
+        fields: Number of members besides the images, by field.
     """
 
     shard: Shard
@@ -179,7 +94,7 @@ def index_shards(folder: str | Path, workers: int | None = None, options: IndexO
     """Make the index of tar shards that others wrote (WebDataset format): KEY.jpg beside KEY.cls.
 
     Args:
-        folder: where they lie, and where the index goes.
+        folder: Folder of the shards, and of the index.
         workers: processes; None for one per core.
         options: what only the user knows about them.
 
@@ -235,9 +150,9 @@ def index_names(
     """The index of shards by name, wherever they are.
 
     Args:
-        location: of the index.
-        names: of the shards.
-        path_of: brings a shard to this machine, where it is not, and returns its path.
+        location: Location of the index.
+        names: Names of the shards.
+        path_of: Returns the path of a shard, which is fetched first where it is not here.
         workers: processes; None for one per core.
         options: what only the user knows about them.
     """
@@ -354,39 +269,3 @@ def scan_shard(path: Path, shards: int = 1, options: IndexOptions | None = None)
     return ShardReport(
         shard, records, measured, members.skipped | skipped, labels if any(labels) else [], members.fields
     )
-
-
-def measure_shard(
-    path: Path,
-    records: np.ndarray,
-    shards: int,
-    upright: bool = True,
-    max_pixels: int = MAX_PIXELS,
-    is_checked: bool = False,
-) -> tuple[Measured, dict[int, str]]:
-    """Sizes and modes of all images of a shard, moments of its part of STATISTICS_SAMPLES; what is not readable.
-
-    Args:
-        path: of the tar file.
-        records: of its samples.
-        shards: in the whole set.
-        upright: whether images are turned as EXIF says.
-        max_pixels: of the largest image that is accepted.
-        is_checked: the images are known to be whole.
-    """
-    measured, unreadable = Measured(), {}
-    count = min(len(records), max(50, STATISTICS_SAMPLES // shards))
-    sampled = set(np.linspace(0, len(records) - 1, count).astype(int).tolist())
-    with open(path, "rb") as file:
-        for row, record in enumerate(records):
-            content = os.pread(file.fileno(), int(record["size"]), int(record["offset"]))
-            try:
-                header = read_header(content, max_pixels, upright)
-                if not is_checked and (problem := find_problem(content, header)):
-                    raise BadImage(problem)
-                if row in sampled:
-                    measured.measure(content, header)
-                measured.count(header)
-            except BadImage as error:
-                unreadable[row] = str(error)
-    return measured, unreadable

@@ -50,7 +50,7 @@ def checked_index(content: Any, is_cached: bool = False) -> dict[str, Any]:
 
     Args:
         content: parsed.
-        is_cached: made on this machine for shards anywhere, so that names may be paths and addresses.
+        is_cached: Whether it was made on this machine for shards anywhere, so that names may be paths and addresses.
     """
     version = _get(content, "format", "the index")
     if type(version) is not int or version != FORMAT:

@@ -33,12 +33,12 @@ class Sample:
 
     Args:
         key: its name; made unique and free of dots on the way.
-        suffix: of the image file, with the dot.
-        source: holds the image.
+        suffix: Suffix of the image file, with the dot.
+        source: Source that holds the image.
         item: path or index of the image within its source.
         label: class number, or NO_LABEL.
         bytes: about how long it is.
-        modified_ns: when its file was changed last, which tells two of equal length apart; 0 for none.
+        modified_ns: Time of the file's last change, which tells two of equal length apart; 0 for none.
     """
 
     key: str
@@ -89,7 +89,7 @@ class SampleTable:
     A list of samples would be copied into each process, page by page, as soon as their reference counts are touched.
 
     Args:
-        samples: in their order.
+        samples: Samples in their order.
     """
 
     def __init__(self, samples: Samples) -> None:
@@ -181,8 +181,8 @@ class ImageSource:
     """Images that were found somewhere, before they are packed.
 
     Args:
-        samples: in the order of their names.
-        classes: names by label, or None for images without labels.
+        samples: Samples in the order of their names.
+        classes: Class names by label, or None for images without labels.
         skipped: what was skipped, with the reason, for the index.
         notes: what a person should know of how it was read, one line each.
     """
@@ -199,23 +199,22 @@ def dataset_source(dataset: Any) -> ImageSource:
     Raises:
         ValueError: its items are not PIL images, or its labels cannot be class numbers.
     """
-    source = DatasetImages(dataset)
+    source, count = DatasetImages(dataset), len(dataset)
     size = len(source.read(0))
     targets = getattr(dataset, "targets", getattr(dataset, "labels", None))
     if targets is None and isinstance(dataset[0], tuple):
-        targets = [dataset[i][1] for i in range(len(dataset))]
-    if targets is None:
-        return ImageSource([Sample(f"{i:06d}", ".png", source, i, NO_LABEL, size) for i in range(len(dataset))])
+        targets = [dataset[i][1] for i in range(count)]
+    classes, labels, notes = None, [NO_LABEL] * count, []
     try:
-        classes, labels = number_labels(labels_in(np.asarray(targets), len(dataset)))
+        if targets is not None:
+            classes, labels = number_labels(labels_in(np.asarray(targets), count))
+            classes = [str(name) for name in getattr(dataset, "classes", None) or classes]
     except Unlabeled as error:
-        samples = [Sample(f"{i:06d}", ".png", source, i, NO_LABEL, size) for i in range(len(dataset))]
-        return ImageSource(samples, notes=[str(error)])
+        notes = [str(error)]
     except NotClasses as error:
         raise ValueError(f"{type(dataset).__name__}: {error}.") from error
-    names = getattr(dataset, "classes", None) or classes
     samples = [Sample(f"{i:06d}", ".png", source, i, label, size) for i, label in enumerate(labels)]
-    return ImageSource(samples, [str(name) for name in names])
+    return ImageSource(samples, classes, notes=notes)
 
 
 def hold_out(samples: Samples, fraction: float) -> tuple[list[Sample], list[Sample]]:

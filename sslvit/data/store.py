@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sslvit.data.decode import MODES, BadImage, find_problem, open_image, read_header
+from sslvit.data.decode import find_problem
+from sslvit.data.header import MODES, BadImage, open_image, read_header
 from sslvit.settings.pack import PackSettings
 
 BLOCK = tarfile.BLOCKSIZE

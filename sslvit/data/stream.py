@@ -18,13 +18,16 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from sslvit import rng
 from sslvit.data.batch import Batch
-from sslvit.data.decode import IMAGE_SUFFIXES, MAX_PIXELS, BadImage
-from sslvit.data.index import Shard, common_prefix_length, is_url
-from sslvit.data.loader import MAX_KEY, MemoryReader, make_batch
+from sslvit.data.header import IMAGE_SUFFIXES, BadImage
+from sslvit.data.index import Shard, common_prefix_length
+from sslvit.data.loader import MAX_KEY, make_batch
+from sslvit.data.reader import MemoryReader
+from sslvit.data.records import is_url
 from sslvit.data.remote import ShardCache
 from sslvit.data.tars import FRAME_NUMBER
 from sslvit.data.views import Views
 from sslvit.files import printable
+from sslvit.settings.data import MAX_PIXELS
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +47,10 @@ class StreamIndex:
     """What is known of a stream before it is read.
 
     Args:
-        urls: of its shards.
+        urls: Addresses of its shards.
         samples: about how many images they hold.
         allow_pipe: commands may run.
-        cache: for shards from the network.
+        cache: Cache for shards from the network.
 
     Raises:
         ValueError: no number of images, or a command without permission.
@@ -104,15 +107,15 @@ class StreamBatches(IterableDataset):
     """Micro-batches of one rank without end; each worker reads shards of its own.
 
     Args:
-        index: of the stream.
+        index: Index of the stream.
         views: what is seen of each image.
-        channels: of the images.
-        rank: of this process.
-        ranks: how many there are.
+        channels: Number of channels of the images.
+        rank: Rank of this process.
+        ranks: Number of ranks.
         micro: images per micro-batch.
         accumulation_steps: micro-batches per optimizer step on one rank.
-        start_step: of the run; another one is another order.
-        max_pixels: of the largest image that is accepted.
+        start_step: First step of the run; another one is another order.
+        max_pixels: Number of pixels of the largest image that is accepted.
     """
 
     def __init__(

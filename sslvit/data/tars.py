@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import BinaryIO
 
-from sslvit.data.decode import IMAGE_SUFFIXES
+from sslvit.data.header import IMAGE_SUFFIXES
 from sslvit.files import printable
 
 PICKLES = {".pyd", ".pkl", ".pickle", ".pth", ".pt"}  # what other readers would unpickle, that is: run
@@ -34,12 +34,12 @@ class TarImage:
     """A member that looks like an image.
 
     Args:
-        name: of the member.
-        key: up to its first dot, with its folder.
-        field: behind that dot.
+        name: Name of the member.
+        key: Name up to its first dot, with its folder.
+        field: Rest of the name behind that dot.
         stem: the whole name without its last suffix.
-        offset: where its content begins.
-        size: of its content.
+        offset: Offset of its content.
+        size: Length of its content.
     """
 
     name: str
@@ -59,8 +59,8 @@ class TarMembers:
     """What a tar file holds.
 
     Args:
-        file: open for reading.
-        length: of it.
+        file: The tar file, open for reading.
+        length: Length of the file.
     """
 
     def __init__(self, file: BinaryIO, length: int) -> None:

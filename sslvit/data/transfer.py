@@ -6,17 +6,16 @@ http(s) is read with the standard library; s3, gs and others through fsspec.
 from __future__ import annotations
 
 import http.client
-import io
 import re
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import quote
 
-from sslvit.data.decode import BadImage
+from sslvit.data.header import BadImage
+from sslvit.data.opener import Pace, RemoteError, make_opener
 from sslvit.files import printable
 
 CHUNK = 2**18
@@ -30,10 +29,6 @@ HTTP_VERSION = ("ETag", "Last-Modified")
 FSSPEC_VERSION = ("ETag", "etag", "LastModified", "updated", "mtime", "generation")  # in which file systems tell it
 
 
-class RemoteError(RuntimeError):
-    """The network or the server failed for good; the message names the address."""
-
-
 class Gone(BadImage):
     """No other try would find it."""
 
@@ -43,7 +38,7 @@ class TryAgain(Exception):
 
     Args:
         problem: what went wrong.
-        wait_seconds: when the server wants to be asked again.
+        wait_seconds: Time after which the server wants to be asked again.
         restart: what was fetched so far does not fit what would follow.
     """
 
@@ -56,11 +51,11 @@ class RemoteFile:
     """One file on the network while it is fetched, perhaps in several tries.
 
     Args:
-        address: of the file.
+        address: Address of the file.
         size: its length, or None if only the server knows.
         max_bytes: a longer answer is not taken.
-        timeout_seconds: after which a connection below the minimum rate is given up.
-        min_bytes_per_second: over each such time.
+        timeout_seconds: Time after which a connection below the minimum rate is given up.
+        min_bytes_per_second: Minimum rate over each such time.
     """
 
     def __init__(
@@ -103,7 +98,7 @@ class RemoteFile:
         if not self.address.startswith(("http://", "https://")):
             return self._fsspec_version()
         try:
-            with self._ask(0, _Pace(self.timeout, self.min_rate), {"Range": "bytes=0-0"}) as response:
+            with self._ask(0, Pace(self.timeout, self.min_rate), {"Range": "bytes=0-0"}) as response:
                 found = {key: response.headers[key] for key in HTTP_VERSION if response.headers[key]}
                 content_range = CONTENT_RANGE.fullmatch((response.headers["Content-Range"] or "").strip())
                 length = content_range[3] if content_range else response.headers["Content-Length"]
@@ -145,7 +140,7 @@ class RemoteFile:
             self.version = version
 
     def _http(self, start: int) -> Iterator[tuple[int, bytes]]:
-        pace = _Pace(self.timeout, self.min_rate)
+        pace = Pace(self.timeout, self.min_rate)
         with self._ask(start, pace) as response:
             position, total = self._parse_range(response, start)
             self._expect(total)
@@ -157,7 +152,7 @@ class RemoteFile:
             if total is not None and position < total:
                 raise TryAgain(f"the connection ended {total - position} bytes early")
 
-    def _ask(self, start: int, pace: _Pace, more: dict[str, str] | None = None) -> http.client.HTTPResponse:
+    def _ask(self, start: int, pace: Pace, more: dict[str, str] | None = None) -> http.client.HTTPResponse:
         headers = {"User-Agent": "sslvit", "Accept-Encoding": "identity", **(more or {})}
         if start:
             headers["Range"] = f"bytes={start}-"
@@ -167,7 +162,7 @@ class RemoteFile:
                 headers["If-Range"] = condition
         try:
             address = quote(self.address, SAFE_CHARACTERS, errors="surrogateescape")
-            return _opener(pace).open(urllib.request.Request(address, headers=headers), timeout=self.timeout)
+            return make_opener(pace).open(urllib.request.Request(address, headers=headers), timeout=self.timeout)
         except urllib.error.HTTPError as error:
             with error:
                 self._explain(error)
@@ -243,103 +238,3 @@ class RemoteFile:
             raise RemoteError(f"{address}: {printable(error)}. Check the address and your access to it.") from error
         except Exception as error:  # every file system has errors of its own
             raise TryAgain(f"{type(error).__name__}: {error}") from error
-
-
-class _Pace:
-    """Whether a response makes progress: in each window of time the minimum number of bytes of the file."""
-
-    def __init__(self, seconds: float, min_rate: float) -> None:
-        self.seconds, self.min_rate = seconds, min_rate
-        self.restart()
-
-    def restart(self) -> None:
-        self.started, self.bytes = time.monotonic(), 0
-
-    def check(self) -> None:
-        if time.monotonic() - self.started < self.seconds:
-            return
-        if self.bytes < self.min_rate * self.seconds:
-            raise TimeoutError(f"{self.bytes} bytes in {self.seconds:g} s, less than {self.min_rate:g} a second")
-        self.restart()
-
-
-class _PacedStream(io.RawIOBase):
-    """A connection, looked at before each read, also while status and headers come drop by drop."""
-
-    def __init__(self, raw: io.RawIOBase, pace: _Pace) -> None:
-        self.raw, self.pace = raw, pace
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        self.pace.check()
-        return self.raw.readinto(buffer)
-
-    def close(self) -> None:
-        self.raw.close()
-        super().close()
-
-
-def _response_class(pace: _Pace) -> type[http.client.HTTPResponse]:
-    class PacedResponse(http.client.HTTPResponse):
-        def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **options)
-            pace.restart()
-            self.fp = io.BufferedReader(_PacedStream(self.fp.detach(), pace))
-
-    return PacedResponse
-
-
-class _Paced(urllib.request.AbstractHTTPHandler):
-    def __init__(self, pace: _Pace) -> None:
-        super().__init__()
-        self.pace = pace
-
-    def do_open(
-        self, http_class: Callable[..., http.client.HTTPConnection], req: urllib.request.Request, **options: Any
-    ) -> http.client.HTTPResponse:
-        def connection(host: str, **more: Any) -> http.client.HTTPConnection:
-            made = http_class(host, **more)
-            made.response_class = _response_class(self.pace)
-            return made
-
-        return super().do_open(connection, req, **options)
-
-
-class _PacedHTTP(_Paced, urllib.request.HTTPHandler):
-    pass
-
-
-class _PacedHTTPS(_Paced, urllib.request.HTTPSHandler):
-    pass
-
-
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows a server to other http(s) addresses only: not to files of this machine, nor to FTP."""
-
-    def http_error_302(self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any) -> Any:
-        address, target = printable(req.full_url), headers["Location"] or headers["URI"] or ""
-        try:
-            scheme = urlsplit(urljoin(req.full_url, target)).scheme
-        except ValueError:
-            scheme = ""
-        if scheme not in ("http", "https"):
-            raise RemoteError(
-                f"{address}: the server sends on to {printable(target, 80)}, and only http and https are followed. "
-                "Check the address."
-            )
-        return super().http_error_302(req, fp, code, msg, headers)
-
-    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
-
-
-def _opener(pace: _Pace) -> urllib.request.OpenerDirector:
-    """What opens http(s) and nothing else."""
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler(), _PacedHTTP(pace), _PacedHTTPS(pace), _Redirects(),
-        urllib.request.HTTPDefaultErrorHandler(), urllib.request.HTTPErrorProcessor(), urllib.request.UnknownHandler(),
-    ):  # fmt: skip
-        opener.add_handler(handler)
-    return opener

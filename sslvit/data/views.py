@@ -50,10 +50,10 @@ class Views:
     """All views of a batch of images.
 
     Args:
-        settings: which views, and how their boxes are drawn.
+        settings: Which views, and how their boxes are sampled.
         size: height and width of the encoder's input.
         interpolation: bilinear or bicubic, always antialiased.
-        seed: of the draws.
+        seed: Seed of the samples.
         color_here: change colors here; otherwise whoever gets the batch does (data.color_on).
         fill: per channel, from 0 to 1: what RandAugment moves in from outside; None for gray.
     """
@@ -97,7 +97,7 @@ class Views:
 
         Args:
             sides: heights and widths of the images, 'b 2'.
-            samples: their numbers.
+            samples: Sample numbers.
             epochs: the epoch that each is in.
             size: of the main views, if not the encoder's.
         """

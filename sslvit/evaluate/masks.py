@@ -13,7 +13,8 @@ from jaxtyping import Float
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from sslvit.data.decode import BadImage, decode_pixels, read_header
+from sslvit.data.decode import decode_pixels
+from sslvit.data.header import BadImage, read_header
 from sslvit.data.views import center_crops
 from sslvit.progress import track
 from sslvit.settings import EncoderSettings

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from sslvit.checkpoint import load_encoder
-from sslvit.data.arrays import array_samples
+from sslvit.data.array_images import array_samples
 from sslvit.data.folders import folder_source
 from sslvit.data.index import ShardIndex
 from sslvit.data.pack import pack

@@ -47,7 +47,7 @@ class PackSettings:
         if not self.resize and self.encode == "keep":
             return ""
         size = f"shorter side at most {self.resize} (bicubic), " if self.resize else ""
-        kind = "encoded again in their own format" if self.encode == "keep" else f"encoded as {self.encode}"
+        kind = "re-encoded in their own format" if self.encode == "keep" else f"encoded as {self.encode}"
         quality = "" if self.encode == "png" else f", quality {self.quality}"
         return f"{size}{kind}{quality}; arrays of other numbers of channels as they are"
 
@@ -69,11 +69,11 @@ class SourceOptions:
     """Values of an array that are not 8 or 16 bits: unit (0 to 1), signed (-1 to 1), byte (0 to 255) or deep (0 to
     65,535)."""
 
-    def refuse_others(self, source: Path, kind: str, *usable: str) -> None:
+    def reject_unused(self, source: Path, kind: str, *usable: str) -> None:
         """Raise ValueError if an option is given that this kind of source has no use for."""
         for name, value in vars(self).items():
             if value is not None and name not in usable:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: {printable(source)} is {kind}. Leave it out.")
+                raise ValueError(f"--{name.replace('_', '-')} {value}: {printable(source)} is {kind}. Omit the option.")
 
 
 @dataclass

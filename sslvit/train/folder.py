@@ -27,7 +27,8 @@ from typing import Any, Literal
 
 import yaml
 
-from sslvit.files import lock_folder, new_file, printable, remove_stale_parts, to_json, write_atomically, write_error
+from sslvit.files import new_file, printable, remove_stale_parts, to_json, write_atomically, write_error
+from sslvit.locks import lock_folder
 from sslvit.settings.load import YAML_ERRORS
 from sslvit.sharded_checkpoint import SHARDS, check_checkpoint
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sslvit.compatibility import check_same, settings_from
-from sslvit.data.decode import MODES
+from sslvit.data.header import MODES
 from sslvit.data.index import Index
 from sslvit.data.module import ShardDataModule
 from sslvit.data.open import check_present

@@ -14,8 +14,9 @@ from PIL import Image
 from shard_fixtures import contents, image_folder, numbers_of
 
 from sslvit.data.any_source import SourceOptions, read_source
-from sslvit.data.arrays import array_samples
-from sslvit.data.decode import decode_pixels, read_header
+from sslvit.data.array_images import array_samples
+from sslvit.data.decode import decode_pixels
+from sslvit.data.header import read_header
 from sslvit.data.pack import pack, pack_source
 from sslvit.data.reader import ShardReader
 from sslvit.data.sources import dataset_source
@@ -136,7 +137,7 @@ def test_arrays_and_labels_of_an_npz_are_chosen_by_name(tmp_path: Path) -> None:
         ({"images": "z"}, "--images z: not in .*a.npz .it holds a, b"),
         ({"images": "a", "labels": "z"}, "--labels z: neither an array of"),
         ({"label_column": "y"}, "--label-column y: .*a.npz is an array. Omit the option"),
-        ({"layout": "hwc"}, "--layout hwc: expected one of nhw, nhwc, nchw"),
+        ({"layout": "hwc"}, "--layout: 'hwc' is not one of nhw, nhwc, nchw"),
     ]:
         with pytest.raises(ValueError, match=message):
             read_source(tmp_path / "a.npz", SourceOptions(**options))

@@ -12,7 +12,8 @@ from PIL import Image
 from shard_fixtures import encoded, photograph
 
 from sslvit.data.augment import NAMES, augment_image, sample_operations
-from sslvit.data.loader import MemoryReader, make_batch
+from sslvit.data.loader import make_batch
+from sslvit.data.reader import MemoryReader
 from sslvit.data.views import Views
 from sslvit.settings.views import AugmentSettings, CropSettings
 

@@ -14,7 +14,9 @@ from PIL import Image, ImageOps
 from shard_fixtures import encoded, photograph
 
 from sslvit.data import decode as module
-from sslvit.data.decode import BadImage, Header, decode, find_problem, has_end_marker, read_header, reduction_for
+from sslvit.data import header as header_module
+from sslvit.data.decode import decode, find_problem, reduction_for
+from sslvit.data.header import BadImage, Header, has_end_marker, read_header
 from sslvit.data.orientation import exif_orientation, turn
 
 
@@ -91,6 +93,7 @@ def test_the_fast_jpeg_decoder_gives_pils_pixels(mode: str, channels: int, monke
     fast = decode(content, channels)
     half = decode(content, channels, reduction=2)
     monkeypatch.setattr(module, "simplejpeg", None)
+    monkeypatch.setattr(header_module, "simplejpeg", None)
     assert torch.equal(fast, decode(content, channels))
     if mode == "RGB" and channels == 3:
         assert half.shape == (3, 60, 45)
@@ -101,6 +104,7 @@ def test_the_fast_jpeg_decoder_gives_pils_pixels(mode: str, channels: int, monke
 def test_reduced_decoding_shows_the_same_picture(has_fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not has_fast:
         monkeypatch.setattr(module, "simplejpeg", None)
+        monkeypatch.setattr(header_module, "simplejpeg", None)
     odd = encoded(photograph(402, 299), "JPEG")
     picture = photograph(400, 304)
     content = encoded(picture, "JPEG", quality=95)
@@ -122,7 +126,7 @@ def test_the_reduction_leaves_every_view_its_pixels() -> None:
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
 def test_images_are_turned_upright_as_every_viewer_shows_them(kind: str, orientation: int) -> None:
-    if kind == "AVIF" and not module.HAS_AVIF:
+    if kind == "AVIF" and not header_module.HAS_AVIF:
         pytest.skip("Pillow was built without AVIF")
     content = turned(photograph(40, 24), kind, orientation)
     with Image.open(io.BytesIO(content)) as image:
@@ -143,6 +147,7 @@ def test_a_reduced_image_is_turned_to_the_pixels_of_one_that_was_turned_first(
 ) -> None:
     if not has_fast:
         monkeypatch.setattr(module, "simplejpeg", None)
+        monkeypatch.setattr(header_module, "simplejpeg", None)
     picture = photograph(400, 304)
     content = turned(picture, "JPEG", orientation, quality=90)
     plain = decode(turned(picture, "JPEG", 1, quality=90), reduction=4).permute(1, 2, 0).numpy()
@@ -177,7 +182,7 @@ def test_a_tiff_of_many_channels_is_read_through_tifffile(monkeypatch: pytest.Mo
             assert np.allclose(found, pixels if kind == np.uint8 else pixels / np.float32(257))
     with pytest.raises(BadImage):
         decode(buffer.getvalue()[:200], 6)
-    monkeypatch.setattr(module, "HAS_TIFFFILE", False)
+    monkeypatch.setattr(header_module, "HAS_TIFFFILE", False)
     with pytest.raises(BadImage, match=r"needs tifffile.*pip install 'sslvit\[tiff\]'"):
         read_header(buffer.getvalue())
 

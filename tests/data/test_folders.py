@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from shard_fixtures import contents, image_folder
 
-from sslvit.data.decode import IMAGE_SUFFIXES
 from sslvit.data.folders import folder_source
+from sslvit.data.header import IMAGE_SUFFIXES
 from sslvit.data.index import load_index
 from sslvit.data.inspect import describe_shards
 from sslvit.data.pack import pack_source

@@ -17,13 +17,14 @@ from shard_fixtures import encoded, image_folder, numbered_shards, numbers_of, p
 
 from sslvit.cli import main
 from sslvit.data.decode import decode
-from sslvit.data.index import RECORD, load_index
+from sslvit.data.index import load_index
 from sslvit.data.inspect import check_shards, describe_shards
 from sslvit.data.loader import make_batch
 from sslvit.data.open import open_shards
 from sslvit.data.pack import pack_source
 from sslvit.data.plan import EpochPlan
 from sslvit.data.reader import ShardReader
+from sslvit.data.records import RECORD
 from sslvit.data.remote import ShardCache
 from sslvit.data.scan import index_shards
 from sslvit.data.views import Views
@@ -196,7 +197,7 @@ def test_a_sparse_index_of_a_billion_samples_is_not_read_whole(tmp_path: Path, m
     fields = {"classes": ["a"], "channels": 3, "bits": 8, "mean": [0.0] * 3, "std": [1.0] * 3, "image_size": None}
     about = {"format": 3, "records_sha256": "0" * 64, **fields, "encoding": "", "skipped": {}, "orientation": "upright"}
     (tmp_path / "index.json").write_text(json.dumps(about | {"splits": {"train": split}}))
-    monkeypatch.setattr("sslvit.data.index.sha256_of", lambda path: pytest.fail("a checksum reads the whole file"))
+    monkeypatch.setattr("sslvit.data.records.sha256_of", lambda path: pytest.fail("a checksum reads the whole file"))
     index = load_index(tmp_path)
     tracemalloc.start()
     plan = EpochPlan(index.shard_samples, 65_536)

@@ -11,7 +11,7 @@ from PIL import Image
 from shard_fixtures import numbered_shards, photograph
 
 from sslvit.data import inspect
-from sslvit.data.arrays import array_samples
+from sslvit.data.array_images import array_samples
 from sslvit.data.index import ShardIndex
 from sslvit.data.inspect import check_shards, describe_shards
 from sslvit.data.pack import pack, pack_source

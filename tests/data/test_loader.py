@@ -11,9 +11,8 @@ import torch
 from PIL import Image
 from shard_fixtures import encoded, numbered_shards, photograph
 
-from sslvit.data.arrays import array_samples
+from sslvit.data.array_images import array_samples
 from sslvit.data.loader import (
-    MemoryReader,
     TrainingBatches,
     center_view,
     evaluation_loader,
@@ -25,8 +24,9 @@ from sslvit.data.loader import (
 from sslvit.data.module import ShardDataModule
 from sslvit.data.pack import pack
 from sslvit.data.plan import EpochPlan
-from sslvit.data.reader import ShardReader
+from sslvit.data.reader import MemoryReader, ShardReader
 from sslvit.data.views import Views
+from sslvit.run_plan import RunPlan
 from sslvit.settings import DataSettings, EncoderSettings
 from sslvit.settings.views import AugmentSettings, CenterSettings, CropSettings, MultiCropSettings
 
@@ -183,7 +183,7 @@ def test_the_data_module_hands_out_the_views_that_its_settings_name(tmp_path: Pa
     encoder = EncoderSettings(image_size=12, patch=4, mean=[0.1, 0.5, 0.8], std=[0.5, 0.2, 0.3])
     settings = DataSettings(global_batch_size=4, view=MultiCropSettings(local_crops=1, local_size=8))
     plan = EpochPlan(index.shard_samples, 4, seed=9)
-    module = ShardDataModule(index, settings, encoder, plan, total_steps=3)
+    module = ShardDataModule(index, settings, encoder, plan, RunPlan(3, 3, 4))
     batch = module.examples(5)
     expected = make_batch(
         ShardReader(index), Views(settings.view, [12, 12], "bicubic", 9), np.arange(5), np.zeros(5, int)
@@ -203,16 +203,18 @@ def test_the_data_module_fills_what_moves_in_with_the_encoders_mean(tmp_path: Pa
     index = pack(array_samples(np.full((60, 16, 16, 3), 255, np.uint8)), tmp_path, workers=1)
     encoder = EncoderSettings(image_size=16, patch=4, mean=[0.2, 0.4, 0.6], std=[1.0, 1.0, 1.0])
     settings = DataSettings(global_batch_size=4, view=AugmentSettings(scale=[1.0, 1.0], operations=1, probability=1.0))
-    batch = ShardDataModule(index, settings, encoder, EpochPlan(index.shard_samples, 4, seed=1), 3).examples(60)
+    batch = ShardDataModule(
+        index, settings, encoder, EpochPlan(index.shard_samples, 4, seed=1), RunPlan(3, 15, 4)
+    ).examples(60)
     corners = batch.views[0][:, :, [0, 0, -1, -1], [0, -1, 0, -1]].abs().amax(1)  # 0: the mean itself
     assert 5 < int((corners < 0.5 / 255).any(1).sum()) < 40
 
 
 def test_statistics_are_of_images_from_all_over_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A shard whose images grow brighter: dark ones come first, as sorted folders have them."""
-    from sslvit.data import scan
+    from sslvit.data import measure
 
-    monkeypatch.setattr(scan, "STATISTICS_SAMPLES", 50)
+    monkeypatch.setattr(measure, "STATISTICS_SAMPLES", 50)
     count = 240
     images = np.repeat(np.arange(count, dtype=np.uint8), 16).reshape(count, 4, 4)
     index = pack(array_samples(images), tmp_path, workers=1)

@@ -30,7 +30,7 @@ def test_folders_whose_files_have_equal_names_and_lengths_do_not_share_shards(tm
 
 def _open_as_rank(rank: int, source: Path, cache: Path, walks: Path, results) -> None:
     os.environ["LOCAL_RANK"] = str(rank)
-    import sslvit.data.open as module
+    import sslvit.data.open_folder as module
 
     original = module.folder_source
 

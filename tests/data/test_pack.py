@@ -16,14 +16,16 @@ import pytest
 from PIL import Image
 from shard_fixtures import contents, image_folder, numbered_shards, numbers_of
 
-from sslvit.data.arrays import array_samples
+from sslvit.data.array_images import array_samples
 from sslvit.data.index import load_index
 from sslvit.data.inspect import describe_shards
-from sslvit.data.pack import PackJob, finish_packing, pack, pack_source
+from sslvit.data.pack import pack, pack_source
+from sslvit.data.pack_job import PackJob
 from sslvit.data.scan import index_shards
 from sslvit.data.sources import FileImages, Sample, SampleTable, hold_out
 from sslvit.data.store import PackSettings
-from sslvit.files import lock_folder
+from sslvit.data.unfinished import finish_packing
+from sslvit.locks import lock_folder
 
 SMALL = PackSettings(shard_mb=0.005)
 
@@ -102,7 +104,7 @@ def test_a_killed_packing_goes_on_where_it_was(tmp_path: Path, capfd: pytest.Cap
 
     def slowly() -> None:
         os.setpgrp()
-        import sslvit.data.pack as module
+        import sslvit.data.pack_job as module
 
         original = module.store
         module.store = lambda *a: time.sleep(0.01) or original(*a)
@@ -276,7 +278,7 @@ def test_channel_statistics_are_those_of_all_pixels_every_image_counting_the_sam
 
 
 def test_statistics_of_a_large_shard_are_spread_over_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sslvit.data.scan.STATISTICS_SAMPLES", 10)
+    monkeypatch.setattr("sslvit.data.measure.STATISTICS_SAMPLES", 10)
     images = np.repeat(np.arange(200, dtype=np.uint8), 16).reshape(200, 4, 4)
     index = pack(array_samples(images), tmp_path, workers=1)
     seen = np.array(numbers_of(index))[np.linspace(0, 199, 50).astype(int)]
@@ -375,7 +377,7 @@ def test_workers_end_when_their_packing_is_killed(tmp_path: Path) -> None:
     source = image_folder(tmp_path / "in", count=100)
 
     def slowly() -> None:
-        import sslvit.data.pack as module
+        import sslvit.data.pack_job as module
 
         original = module.store
         module.store = lambda *a: time.sleep(0.2) or original(*a)

@@ -11,7 +11,7 @@ from shard_fixtures import image_folder
 
 from sslvit.cli import main
 from sslvit.data import pixels
-from sslvit.data.arrays import array_samples
+from sslvit.data.array_images import array_samples
 from sslvit.data.index import load_index
 from sslvit.data.pack import pack
 from sslvit.data.pixels import make_palette, sample_pixels

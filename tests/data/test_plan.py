@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from shard_fixtures import numbered_shards
 
 from sslvit import rng
-from sslvit.data.arrays import array_samples
-from sslvit.data.decode import BadImage
+from sslvit.data.array_images import array_samples
+from sslvit.data.header import BadImage
 from sslvit.data.mixture import MixturePlan, split_by_weight
 from sslvit.data.open import open_data, shard_cache
 from sslvit.data.pack import pack
@@ -96,7 +96,7 @@ def test_odd_counts_over_ranks_and_workers(ranks: int, workers: int) -> None:
 def test_settings_of_the_data_reach_what_reads_it(tmp_path: Path) -> None:
     dark = numbered_shards(tmp_path / "a", 40)
     bright = numbered_shards(tmp_path / "b", 40, first=200)
-    assert shard_cache(DataSettings(cache=str(tmp_path / "c"), cache_gb=2.5)).limit == 2.5 * 2**30
+    assert shard_cache(DataSettings(cache=str(tmp_path / "c"), cache_gb=2.5)).room.limit == 2.5 * 2**30
     reader = ShardReader(dark, 1, 0, max_pixels=63)
     with pytest.raises(BadImage, match="8 x 8 pixels, more than 63"):
         reader.header(reader.read(0))

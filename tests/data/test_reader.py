@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 from shard_fixtures import encoded, image_folder, numbered_shards, numbers_of, photograph
 
-from sslvit.data.arrays import array_samples
-from sslvit.data.decode import BadImage, decode
+from sslvit.data.array_images import array_samples
+from sslvit.data.decode import decode
+from sslvit.data.header import BadImage
 from sslvit.data.loader import TrainingBatches, evaluation_loader, make_batch, sample_resolution, view_samples
 from sslvit.data.mixture import JoinedIndex, MixturePlan
 from sslvit.data.pack import pack, pack_source

@@ -10,7 +10,7 @@ import pytest
 from server_fixtures import Server
 from shard_fixtures import numbered_shards, numbers_of
 
-from sslvit.data.decode import BadImage
+from sslvit.data.header import BadImage
 from sslvit.data.open import open_data, open_shards
 from sslvit.data.reader import ShardReader
 from sslvit.data.remote import RemoteError, ShardCache
@@ -115,7 +115,7 @@ def test_shards_uploaded_anew_are_not_taken_for_the_old_ones(server: Server, cac
     old = {path.name: path.stat().st_size for path in (server.folder / "a").glob("*.tar")}
     for path in (server.folder / "a").iterdir():
         path.unlink()
-    from sslvit.data.arrays import array_samples
+    from sslvit.data.array_images import array_samples
     from sslvit.data.pack import pack
     from sslvit.data.store import PackSettings
 

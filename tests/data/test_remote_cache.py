@@ -15,9 +15,10 @@ from server_fixtures import Server
 from shard_fixtures import numbered_shards, numbers_of
 
 from sslvit.data import remote as remote_module
+from sslvit.data.cache_folder import SUB_FOLDER, CacheFolder
 from sslvit.data.open import open_shards
 from sslvit.data.reader import ShardReader
-from sslvit.data.remote import SUB_FOLDER, ShardCache
+from sslvit.data.remote import ShardCache
 from sslvit.files import WriteError
 
 
@@ -111,11 +112,11 @@ def test_the_longest_unused_shard_goes_first(server: Server, tmp_path: Path) -> 
 
 def test_room_that_a_killed_download_had_reserved_is_free_again(server: Server, cache: ShardCache) -> None:
     index = open_shards(f"{server.address}/a", cache)
-    cache.limit = 2 * max(shard.bytes for shard in index.shards)
+    cache.room.limit = 2 * max(shard.bytes for shard in index.shards)
     lock = index.local_path(1).with_name(index.local_path(1).name + ".lock")
     lock.parent.mkdir(parents=True, exist_ok=True)
-    lock.write_text(str(cache.limit))
-    (cache.folder / "room.used").write_text(str(cache.limit))
+    lock.write_text(str(cache.room.limit))
+    (cache.folder / "room.used").write_text(str(cache.room.limit))
     fetching = threading.Thread(target=index.shard_path, args=(0,), daemon=True)
     fetching.start()
     fetching.join(10)
@@ -126,8 +127,8 @@ def test_room_that_a_killed_download_had_reserved_is_free_again(server: Server, 
 def test_the_folder_is_not_listed_for_each_download(server: Server, cache: ShardCache, monkeypatch) -> None:
     index = open_shards(f"{server.address}/a", cache)
     listings = []
-    original = ShardCache._cache_files
-    monkeypatch.setattr(ShardCache, "_cache_files", lambda self: listings.append(self is cache) or original(self))
+    original = CacheFolder.files
+    monkeypatch.setattr(CacheFolder, "files", lambda self: listings.append(self is cache.room) or original(self))
     for number in range(4):
         index.shard_path(number)
     assert True not in listings

@@ -12,8 +12,10 @@ from PIL import Image, ImageOps
 from shard_fixtures import encoded, photograph, smooth_images
 
 from sslvit.data import resample as resample_module
-from sslvit.data.decode import BadImage, decode
-from sslvit.data.loader import MemoryReader, center_view, make_batch, view_of_image
+from sslvit.data.decode import decode
+from sslvit.data.header import BadImage
+from sslvit.data.loader import center_view, make_batch, view_of_image
+from sslvit.data.reader import MemoryReader
 from sslvit.data.resample import Boxes, crop_and_resize, normalize, resample
 from sslvit.data.views import Views
 from sslvit.settings import EncoderSettings

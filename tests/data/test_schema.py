@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from shard_fixtures import numbered_shards, numbers_of, png, write_tar
 
-from sslvit.data.decode import BadImage
+from sslvit.data.header import BadImage
 from sslvit.data.index import load_index, read_index
 from sslvit.data.scan import ShardReport, index_shards, join_reports, scan_shard
 from sslvit.data.schema import check_shard_name, checked_job, checked_report
@@ -217,7 +217,7 @@ def test_a_label_without_a_class_is_refused_before_it_is_counted(tmp_path: Path,
     index.save()
     with pytest.raises(ValueError, match="index.npy has the label 2147483647, which is none of its 2 classes"):
         load_index(tmp_path)
-    monkeypatch.setattr("sslvit.data.index.CHECKED_BYTES", 0)  # of a large file only what is used is looked at
+    monkeypatch.setattr("sslvit.data.records.CHECKED_BYTES", 0)  # of a large file only what is used is looked at
     large = load_index(tmp_path)
     assert large.labels_of(np.array([4, 6])).tolist() == before[[4, 6]].tolist()
     with pytest.raises(ValueError, match="/index.npy has the label 2147483647.*Make it again: sslvit shards index"):

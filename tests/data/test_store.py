@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 from shard_fixtures import encoded, image_folder, photograph
 
-from sslvit.data.decode import decode, decode_pixels, read_header
+from sslvit.data.decode import decode, decode_pixels
+from sslvit.data.header import read_header
 from sslvit.data.index import load_index
 from sslvit.data.pack import pack_source
 from sslvit.data.reader import ShardReader
@@ -96,7 +97,7 @@ def test_resized_and_encoded_images_are_so_and_the_index_says_it(tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"shard_mb": 0}, "--shard-mb 0"), ({"resize": 0}, "--resize 0"), ({"encode": "gif"}, "--encode gif"),
+    [({"shard_mb": 0}, "--shard-mb 0"), ({"resize": 0}, "--resize 0"), ({"encode": "gif"}, "--encode: 'gif'"),
      ({"quality": 101}, "--quality 101")],
 )  # fmt: skip
 def test_impossible_ways_of_storing_are_refused(options: dict, message: str) -> None:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from shard_fixtures import encoded
 
-from sslvit.data.decode import BadImage
+from sslvit.data.header import BadImage
 from sslvit.data.open import open_data
 from sslvit.data.stream import StreamBatches, StreamIndex, sample_number
 from sslvit.data.views import Views

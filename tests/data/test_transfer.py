@@ -13,7 +13,7 @@ from server_fixtures import Server
 from shard_fixtures import numbered_shards, numbers_of
 
 from sslvit.data import remote as remote_module
-from sslvit.data.decode import BadImage
+from sslvit.data.header import BadImage
 from sslvit.data.open import open_shards
 from sslvit.data.remote import RemoteError, ShardCache
 
@@ -140,7 +140,7 @@ def test_no_more_is_taken_than_a_file_can_have(server: Server, cache: ShardCache
             cache.get(f"{server.address}/a/index.json")
     assert server.requests["a/index.json"] == 3
     assert sum(path.stat().st_size for path in cache.folder.rglob("*.part")) <= 2**20
-    small = ShardCache(cache.requested, limit_gb=2**20 / 2**30)
+    small = ShardCache(cache.room.requested, limit_gb=2**20 / 2**30)
     server.fail["a/shard-000001.tar"] = [endless]
     with pytest.raises(RemoteError, match="more than 1048576 bytes are not taken"):
         small.get(f"{server.address}/a/shard-000001.tar")

@@ -11,7 +11,7 @@ import torch
 
 from sslvit.checkpoint import save_encoder
 from sslvit.cli import main
-from sslvit.data.arrays import array_samples
+from sslvit.data.array_images import array_samples
 from sslvit.data.pack import pack
 from sslvit.evaluate import layers
 from sslvit.evaluate.layers import HELD_OUT, LINEAR, layer_numbers, plot_layers, probe_layers

@@ -12,7 +12,7 @@ import torch
 from shard_fixtures import image_folder
 
 from sslvit.cli import main
-from sslvit.data.arrays import array_samples
+from sslvit.data.array_images import array_samples
 from sslvit.data.folders import folder_source
 from sslvit.data.index import load_index
 from sslvit.data.pack import pack

@@ -18,7 +18,7 @@ from PIL import Image
 
 from sslvit.checkpoint import save_encoder
 from sslvit.cli import main
-from sslvit.data.arrays import array_samples
+from sslvit.data.array_images import array_samples
 from sslvit.data.index import load_index
 from sslvit.data.pack import pack
 from sslvit.evaluate import features as features_module

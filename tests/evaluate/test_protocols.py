@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from golden_fixtures import Golden, looks_at
 from run_fixtures import read_protocol
 
-from sslvit.data.arrays import array_samples
+from sslvit.data.array_images import array_samples
 from sslvit.data.pack import pack
 from sslvit.evaluate import protocols
 from sslvit.evaluate.probe import PAPER_RULE, probe

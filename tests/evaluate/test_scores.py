@@ -12,7 +12,7 @@ from scipy import stats
 from shard_fixtures import overwrite, two_classes
 
 from sslvit.checkpoint import load_encoder, save_encoder
-from sslvit.data.arrays import array_samples
+from sslvit.data.array_images import array_samples
 from sslvit.data.index import load_index
 from sslvit.data.pack import pack
 from sslvit.evaluate.classify import accuracy

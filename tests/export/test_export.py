@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from sslvit.checkpoint import fingerprint, load_encoder, save_encoder
 from sslvit.cli import main
-from sslvit.data.arrays import array_samples
+from sslvit.data.array_images import array_samples
 from sslvit.data.pack import pack
 from sslvit.export import export_encoder
 from sslvit.export import timm as timm_format

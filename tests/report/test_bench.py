@@ -13,7 +13,7 @@ import yaml
 
 from sslvit.checkpoint import save_encoder
 from sslvit.cli import main
-from sslvit.data.arrays import array_samples
+from sslvit.data.array_images import array_samples
 from sslvit.data.pack import pack
 from sslvit.evaluate import scores
 from sslvit.models import ViTEncoder

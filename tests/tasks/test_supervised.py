@@ -15,7 +15,7 @@ from shard_fixtures import overwrite
 import sslvit
 from sslvit.checkpoint import load_encoder, save_encoder
 from sslvit.cli import main
-from sslvit.data.arrays import array_samples
+from sslvit.data.array_images import array_samples
 from sslvit.data.batch import Batch
 from sslvit.data.index import load_index
 from sslvit.data.pack import pack

@@ -14,7 +14,7 @@ import torch
 from run_fixtures import run_ranks, weights
 
 from sslvit.checkpoint import save_encoder
-from sslvit.data.arrays import array_samples
+from sslvit.data.array_images import array_samples
 from sslvit.data.pack import pack
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings

@@ -10,7 +10,7 @@ import yaml
 from run_fixtures import TINY, run
 
 from sslvit.cli import main
-from sslvit.data.arrays import array_samples
+from sslvit.data.array_images import array_samples
 from sslvit.data.open import open_data
 from sslvit.data.pack import pack
 from sslvit.settings import DataSettings, EncoderSettings, OptimSettings

@@ -13,7 +13,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from sslvit.data.arrays import array_samples
+from sslvit.data.array_images import array_samples
 from sslvit.data.pack import pack
 from sslvit.evaluate.health import feature_std, rankme
 from sslvit.settings import DINOSettings, EncoderSettings, OptimSettings

@@ -12,7 +12,7 @@ from PIL import Image
 from run_fixtures import metrics, run, weights
 
 from sslvit.checkpoint import load_encoder
-from sslvit.data.arrays import array_samples
+from sslvit.data.array_images import array_samples
 from sslvit.data.index import load_index
 from sslvit.data.pack import pack
 from sslvit.evaluate.label_free import evenly_spaced

@@ -19,7 +19,7 @@ import yaml
 from run_fixtures import BERT, RECIPES, TINY, metrics, read_keys, run, same, weights
 
 from sslvit.checkpoint import load_encoder
-from sslvit.data.arrays import array_samples
+from sslvit.data.array_images import array_samples
 from sslvit.data.index import load_index
 from sslvit.data.module import ShardDataModule
 from sslvit.data.pack import pack

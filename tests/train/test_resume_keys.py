@@ -16,7 +16,7 @@ import pytest
 import torch
 from run_fixtures import RECIPES
 
-from sslvit.data.arrays import array_samples
+from sslvit.data.array_images import array_samples
 from sslvit.data.pack import pack
 from sslvit.settings.load import by_dotted_key, load_recipe
 from sslvit.sharded_checkpoint import read_checkpoint

@@ -14,7 +14,7 @@ from run_fixtures import BERT, RECIPES, TINY, metrics, read_keys, run, same, wei
 
 import sslvit
 from sslvit.checkpoint import load_encoder
-from sslvit.data.arrays import array_samples
+from sslvit.data.array_images import array_samples
 from sslvit.data.pack import pack
 from sslvit.train.folder import RunFolder
 

@@ -27,11 +27,12 @@ from torchvision import transforms as T
 from torchvision.datasets import ImageFolder
 
 from sslvit.data.decode import Scratch, decode_pixels
-from sslvit.data.index import RECORD, Shard, ShardIndex, load_index
+from sslvit.data.index import Shard, ShardIndex, load_index
 from sslvit.data.loader import TrainingBatches
 from sslvit.data.pack import pack_source
 from sslvit.data.plan import EpochPlan
 from sslvit.data.reader import ShardReader
+from sslvit.data.records import RECORD
 from sslvit.data.resample import normalize
 from sslvit.data.schema import FORMAT, INDEX_FIELDS
 from sslvit.data.store import PackSettings

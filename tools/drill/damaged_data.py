@@ -20,10 +20,11 @@ from shard_fixtures import encoded, photograph
 from targets import Payload, Reader, Shared, Target, copied, npy, one_file, prepare_shards
 
 from sslvit.data.any_source import read_source
-from sslvit.data.index import RECORD, load_index, sha256_of
+from sslvit.data.index import load_index
 from sslvit.data.inspect import describe_shards
-from sslvit.data.pack import finish_packing
+from sslvit.data.records import RECORD, sha256_of
 from sslvit.data.scan import scan_shard
+from sslvit.data.unfinished import finish_packing
 from sslvit.settings.palette import read_palette
 
 

@@ -11,7 +11,8 @@ from PIL import Image
 from shard_fixtures import encoded, photograph
 from targets import Payload, Reader, Target, npy
 
-from sslvit.data.decode import decode, read_header
+from sslvit.data.decode import decode
+from sslvit.data.header import read_header
 from sslvit.data.store import PackSettings, store
 
 

@@ -26,7 +26,7 @@ from material import Workshop, import_libraries
 from targets import Target
 from trials import Part, Trial
 
-from sslvit.data.decode import BadImage
+from sslvit.data.header import BadImage
 from sslvit.files import explain_os_error
 
 TARGETS = damaged_images.TARGETS | damaged_data.TARGETS | damaged_weights.TARGETS

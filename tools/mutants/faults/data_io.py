@@ -77,7 +77,7 @@ FAULTS = [
     Fault(
         "The checksum of index.npy is not looked at",
         "sslvit/data/index.py",
-        '        _check_digest(records_file, about["records_sha256"])\n',
+        '        check_digest(records_file, about["records_sha256"])\n',
         "",
         (f"{INDEX}::test_an_index_of_other_bytes_than_it_describes_is_refused",),
     ),
@@ -105,7 +105,7 @@ FAULTS = [
     Fault(
         "Labels of a large index are not checked when they are used",
         "sslvit/data/index.py",
-        '            _check_labels(labels, self.classes, "index.npy")\n',
+        '            check_labels(labels, self.classes, "index.npy")\n',
         "            pass\n",
         (f"{REMOTE}::test_a_damaged_index_in_the_cache_is_made_or_fetched_again",),
     ),
@@ -125,28 +125,28 @@ FAULTS = [
     ),
     Fault(
         "The deviation of a channel is its mean square",
-        "sslvit/data/scan.py",
+        "sslvit/data/measure.py",
         "np.sqrt((square - mean**2).clip(min=0))",
         "np.sqrt(square.clip(min=0))",
         (f"{PACK}::test_channel_statistics_are_those_of_all_pixels_every_image_counting_the_same",),
     ),
     Fault(
         "Large images count more in the statistics",
-        "sslvit/data/scan.py",
+        "sslvit/data/measure.py",
         "return sums / (height * width)  #",
         "return sums / 48  #",
         (f"{PACK}::test_channel_statistics_are_those_of_all_pixels_every_image_counting_the_same",),
     ),
     Fault(
         "Statistics are measured on the first images of a shard",
-        "sslvit/data/scan.py",
+        "sslvit/data/measure.py",
         "sampled = set(np.linspace(0, len(records) - 1, count).astype(int).tolist())",
         "sampled = set(range(most))",
         (f"{PACK}::test_statistics_of_a_large_shard_are_spread_over_it",),
     ),
     Fault(
         "A set with one image of 16 bits counts as one of 16 bits",
-        "sslvit/data/scan.py",
+        "sslvit/data/measure.py",
         "{bits for _, bits in self.kinds} == {16}",
         "16 in {bits for _, bits in self.kinds}",
         (f"{PACK}::test_a_set_is_of_16_bits_only_if_all_of_its_images_are",),
@@ -175,7 +175,7 @@ FAULTS = [
     ),
     Fault(
         "The shards of an image folder do not depend on the times of its files",
-        "sslvit/data/open.py",
+        "sslvit/data/open_folder.py",
         "{digest_times(found.samples)} ",
         "",
         (f"{OPEN_FOLDER}::test_folders_whose_files_have_equal_names_and_lengths_do_not_share_shards",),
@@ -384,7 +384,7 @@ FAULTS = [
     ),
     Fault(
         "The most recently used shard goes first",
-        "sslvit/data/remote.py",
+        "sslvit/data/cache_folder.py",
         "in sorted(files):",
         "in sorted(files, reverse=True):",
         (f"{REMOTE_CACHE}::test_the_longest_unused_shard_goes_first",),
@@ -398,21 +398,21 @@ FAULTS = [
     ),
     Fault(
         "Downloads side by side do not see each other's room",
-        "sslvit/data/remote.py",
+        "sslvit/data/cache_folder.py",
         "            used += reserved\n",
         "",
         (f"{REMOTE_CACHE}::test_downloads_side_by_side_stay_within_the_size_of_the_cache",),
     ),
     Fault(
         "The room of a download that was killed stays taken",
-        "sslvit/data/remote.py",
+        "sslvit/data/cache_folder.py",
         "    with lock_file(lock, wait=False) as handle:\n        return note if handle is None else 0\n",
         "    return note\n",
         (f"{REMOTE_CACHE}::test_room_that_a_killed_download_had_reserved_is_free_again",),
     ),
     Fault(
         "The cache is listed for each download",
-        "sslvit/data/remote.py",
+        "sslvit/data/cache_folder.py",
         "if lock is None or used is None or used + size > self.limit:",
         "if True:",
         (f"{REMOTE_CACHE}::test_the_folder_is_not_listed_for_each_download",),
@@ -426,7 +426,7 @@ FAULTS = [
     ),
     Fault(
         "The least rate of a transfer is not asked for",
-        "sslvit/data/transfer.py",
+        "sslvit/data/opener.py",
         "if self.bytes < self.min_rate * self.seconds:",
         "if self.bytes < 1:",
         (f"{TRANSFER}::test_a_server_that_drips_is_given_up",),
@@ -469,7 +469,7 @@ FAULTS = [
     ),
     Fault(
         "Samples are packed in the order of their source",
-        "sslvit/data/pack.py",
+        "sslvit/data/pack_job.py",
         'generator(0, "pack").permutation(len(self.samples))',
         "np.arange(len(self.samples))",
         (f"{PACK}::test_shards_mix_classes_and_keep_to_their_size",),
@@ -490,7 +490,7 @@ FAULTS = [
     ),
     Fault(
         "A packing goes on with files that were changed",
-        "sslvit/data/pack.py",
+        "sslvit/data/pack_job.py",
         '"source": source, "times": times, **more}',
         '"source": source, "times": "", **more}',
         (f"{PACK}::test_a_packing_whose_files_were_changed_meanwhile_does_not_go_on",),
@@ -518,7 +518,7 @@ FAULTS = [
     ),
     Fault(
         "The pixels of a signed array are a little too dark",
-        "sslvit/data/arrays.py",
+        "sslvit/data/array_images.py",
         "(values.astype(np.float32) + 1) * 127.5",
         "(values.astype(np.float32) + 1) * 127",
         (f"{ARRAYS}::test_values_that_are_no_pixels_are_converted_by_name",),
@@ -667,7 +667,7 @@ FAULTS = [
     ),
     Fault(
         "--shard-mb counts a thousand bytes more to the kilobyte",
-        "sslvit/data/pack.py",
+        "sslvit/data/pack_job.py",
         "self.settings.shard_mb * 2**20)",
         "self.settings.shard_mb * 2**21)",
         (f"{PACK}::test_shards_mix_classes_and_keep_to_their_size",),

@@ -48,7 +48,7 @@ FAULTS = [
     ),
     Fault(
         "Statistics are of a shard's first images",
-        "sslvit/data/scan.py",
+        "sslvit/data/measure.py",
         "np.linspace(0, len(records) - 1, count).astype(int).tolist()",
         "range(most)",
         ("tests/data/test_loader.py",),

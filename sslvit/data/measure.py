@@ -1,0 +1,129 @@
+"""Properties of a shard's images: channels, sizes, modes, and the statistics of their channels."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sslvit.data.decode import decode_pixels, find_problem
+from sslvit.data.header import MODES, BadImage, Header, read_header
+from sslvit.settings.data import MAX_PIXELS
+
+STATISTICS_SAMPLES = 10_000  # channel mean and std are measured on about this many images
+ROWS_OF_PIXELS = 2**20  # pixels of an image that are numbers with fractions at the same time
+
+
+@dataclass
+class Measured:
+    """Properties of images, added up.
+
+    Args:
+        moments: sums over images of the mean of each channel, and of its mean square.
+        channels: Number of channels of the images decoded for the moments.
+        images: Number of images decoded for the moments.
+        sizes: Number of images of each (height, width).
+        modes: Number of images of each mode.
+        kinds: Number of images of each (channels, bits).
+    """
+
+    moments: list[list[float]] = field(default_factory=list)
+    channels: int = 0
+    images: int = 0
+    sizes: Counter = field(default_factory=Counter)
+    modes: Counter = field(default_factory=Counter)
+    kinds: Counter = field(default_factory=Counter)
+
+    def count(self, header: Header) -> None:
+        """Count size, mode and kind of one image."""
+        self.sizes[header.height, header.width] += 1
+        self.modes[header.mode] += 1
+        self.kinds[header.channels, header.bits] += 1
+
+    def measure(self, content: bytes, header: Header) -> None:
+        """Add the moments of one image; those of another number of channels are skipped."""
+        is_gray_or_rgb = header.mode != "array" and header.channels < 4
+        channels = 3 if is_gray_or_rgb else header.channels  # gray images among colors count as colors
+        if self.images and channels != self.channels:
+            return
+        moments = moments_of(decode_pixels(content, channels, header.bits, header=header))
+        self.moments = (np.array(self.moments) + moments if self.images else moments).tolist()
+        self.channels, self.images = channels, self.images + 1
+
+    def add(self, other: Measured) -> None:
+        """Add the properties of other images."""
+        for name in ("sizes", "modes", "kinds"):
+            getattr(self, name).update(getattr(other, name))
+        if other.images and (not self.images or self.channels == other.channels):
+            self.moments = (np.array(self.moments) + other.moments).tolist() if self.images else other.moments
+            self.channels, self.images = other.channels, self.images + other.images
+
+    def describe(self, location: str) -> dict[str, Any]:
+        """Fields of the index.
+
+        Raises:
+            ValueError: no image could be decoded.
+        """
+        if not self.images:
+            raise ValueError(f"{location}: none of the images can be decoded.")
+        kinds = {channels for channels, _ in self.kinds}
+        only = next(iter(kinds)) if len(kinds) == 1 else 0
+        channels = only or (3 if kinds <= set(MODES) and self.channels >= 3 else self.channels)
+        mean, square = np.array(self.moments)[:, :channels] / self.images
+        return {
+            "channels": channels,
+            "bits": 16 if {bits for _, bits in self.kinds} == {16} else 8,
+            "mean": mean.round(4).tolist(),
+            "std": np.sqrt((square - mean**2).clip(min=0)).round(4).tolist(),
+            "image_size": list(next(iter(self.sizes))) if len(self.sizes) == 1 else None,
+        }
+
+
+def moments_of(pixels: np.ndarray) -> np.ndarray:
+    """Mean and mean square of each channel of an image 'h w c', of pixels from 0 to 1; a few rows at a time."""
+    height, width, channels = pixels.shape
+    sums = np.zeros((2, channels))
+    for start in range(0, height, max(1, ROWS_OF_PIXELS // width)):
+        part = pixels[start : start + max(1, ROWS_OF_PIXELS // width)].reshape(-1, channels) / 255
+        sums += np.stack([part.sum(0, dtype=np.float64), np.square(part).sum(0, dtype=np.float64)])
+    return sums / (height * width)  # every image counts the same, whatever its size
+
+
+def measure_shard(
+    path: Path,
+    records: np.ndarray,
+    shards: int,
+    upright: bool = True,
+    max_pixels: int = MAX_PIXELS,
+    is_checked: bool = False,
+) -> tuple[Measured, dict[int, str]]:
+    """Sizes and modes of all images of a shard, moments of its part of STATISTICS_SAMPLES; what is not readable.
+
+    Args:
+        path: The tar file.
+        records: Records of its samples.
+        shards: Number of shards in the data set.
+        upright: Whether images are turned as EXIF says.
+        max_pixels: Number of pixels of the largest image that is accepted.
+        is_checked: the images are known to be whole.
+    """
+    measured, unreadable = Measured(), {}
+    count = min(len(records), max(50, STATISTICS_SAMPLES // shards))
+    sampled = set(np.linspace(0, len(records) - 1, count).astype(int).tolist())
+    with open(path, "rb") as file:
+        for row, record in enumerate(records):
+            content = os.pread(file.fileno(), int(record["size"]), int(record["offset"]))
+            try:
+                header = read_header(content, max_pixels, upright)
+                if not is_checked and (problem := find_problem(content, header)):
+                    raise BadImage(problem)
+                if row in sampled:
+                    measured.measure(content, header)
+                measured.count(header)
+            except BadImage as error:
+                unreadable[row] = str(error)
+    return measured, unreadable

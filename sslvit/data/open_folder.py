@@ -1,0 +1,61 @@
+"""An image folder named as data -> its shards, packed into the cache on first use."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from contextlib import nullcontext
+from pathlib import Path
+
+from filelock import FileLock
+
+from sslvit.data.first_rank import is_local_rank_zero, publish_folder, wait_for_folder
+from sslvit.data.folders import folder_source
+from sslvit.data.index import ShardIndex, load_index
+from sslvit.data.pack import pack
+from sslvit.data.remote import ShardCache
+from sslvit.data.sources import ImageSource
+from sslvit.data.unfinished import digest_samples, digest_times
+from sslvit.files import printable
+
+logger = logging.getLogger(__name__)
+
+
+def open_image_folder(path: Path, cache: ShardCache) -> ShardIndex:
+    """The shards of an image folder, packed into the cache on first use."""
+    notes = cache.folder / "packed"
+    if not is_local_rank_zero() and (folder := wait_for_folder(notes, path)) is not None:
+        with FileLock(folder / ".pack.lock"):  # the first process may be packing still
+            if (folder / "index.json").exists():
+                return load_index(folder)
+    with publish_folder(notes, path) if is_local_rank_zero() else nullcontext() as publish:
+        found = folder_source(path)
+        folder = packed_folder(path, found, cache)
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".pack.lock"):
+            if publish is not None:
+                publish(folder)  # the others wait for the lock from now on
+            index = _pack_once(path, found, folder)
+    return index
+
+
+def _pack_once(path: Path, found: ImageSource, folder: Path) -> ShardIndex:
+    """The shards of a folder's images, packed now unless they were before."""
+    if (folder / "index.json").exists():
+        logger.info(f"{printable(path)}: an image folder; using its shards packed earlier in {folder}.")
+        return load_index(folder)
+    for note in found.notes:
+        logger.info(f"{printable(path)}: {note}")
+    logger.info(f"{printable(path)}: an image folder; packing it into {folder} first.")
+    index = pack(found.samples, folder, found.classes, skipped=found.skipped)
+    assert index is not None  # all of it was packed here
+    return index
+
+
+def packed_folder(path: Path, found: ImageSource, cache: ShardCache) -> Path:
+    """Where the shards of an image folder are kept: by names, lengths, times and classes, so that no other is read."""
+    about = f"{digest_samples(found.samples)} {digest_times(found.samples)} {found.classes}"
+    digest = hashlib.sha256(about.encode("utf-8", "surrogateescape"))
+    name = re.sub(r"[^\w-]", "_", path.resolve().name) or "images"
+    return cache.folder / "packed" / f"{name[:40]}-{digest.hexdigest()[:16]}"

@@ -1,0 +1,152 @@
+"""What decides the bytes of the shards of one packing, and the writing of one shard."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from sslvit import rng
+from sslvit.data.header import BadImage
+from sslvit.data.index import Shard
+from sslvit.data.labels import NO_LABEL
+from sslvit.data.measure import measure_shard
+from sslvit.data.records import RECORD
+from sslvit.data.scan import ShardReport
+from sslvit.data.sources import Samples, SampleTable, Texts
+from sslvit.data.store import BLOCK, PackSettings, TarWriter, store
+from sslvit.data.unfinished import (
+    digest_samples,
+    digest_times,
+    load_report,
+    save_report,
+    shard_name,
+)
+from sslvit.files import new_file
+
+MAX_MEMBER_NAME = 100  # of the plain tar header
+TRIAL_IMAGES = 64  # encoded ahead to estimate how long the others become
+
+
+@dataclass
+class PackJob:
+    """Everything that decides the bytes of the shards; the processes share it by fork.
+
+    Args:
+        samples: Samples in the order of their source, as a table, which the processes do not copy.
+        folder: Folder for finished shards.
+        settings: How images are stored.
+        keys: unique names, one per sample.
+        order: sample numbers in the order of packing.
+        starts: position in that order at which each shard begins, and the end.
+    """
+
+    samples: SampleTable
+    folder: Path
+    settings: PackSettings
+    keys: Texts = field(default_factory=lambda: Texts([]))
+    order: np.ndarray = field(default_factory=lambda: np.empty(0, int))
+    starts: np.ndarray = field(default_factory=lambda: np.zeros(1, int))
+
+    def __post_init__(self) -> None:
+        self.keys = Texts(_unique_keys(self.samples))
+        self.order = rng.generator(0, "pack").permutation(len(self.samples))
+
+    def cut(self) -> None:
+        """Decide where shards begin."""
+        self.starts = _shard_starts(self._stored_bytes(), self.settings.shard_mb * 2**20)
+
+    @property
+    def shards(self) -> int:
+        """Number of shards."""
+        return len(self.starts) - 1
+
+    def identity(self, classes: list[str] | None) -> dict:
+        """What must be the same for a restart to go on."""
+        source, times = digest_samples(self.samples), digest_times(self.samples)
+        more = {"classes": classes, **asdict(self.settings)}
+        return {"images": len(self.samples), "source": source, "times": times, **more}
+
+    def _stored_bytes(self) -> np.ndarray:
+        """About how long each sample becomes, in the order of packing; files that stay as they are exactly so."""
+        sizes = self.samples.bytes[self.order].astype(float)
+        headers = BLOCK + 2 * BLOCK * (self.samples.labels[self.order] != NO_LABEL)
+        if self.settings.describe():
+            trials = np.linspace(0, len(self.order) - 1, min(len(self.order), TRIAL_IMAGES)).astype(int)
+            before = after = 0
+            for position in trials:
+                sample = self.samples[self.order[position]]
+                try:
+                    content = sample.read()
+                    after += len(store(content, sample.suffix, self.settings)[0])
+                    before += len(content)
+                except (BadImage, OSError):
+                    continue
+            sizes *= after / before if before else 1.0
+        return np.ceil(sizes / BLOCK) * BLOCK + headers
+
+    def __call__(self, number: int, tick: Callable[[int], None]) -> ShardReport:
+        """Write one shard and its report, each whole or not at all."""
+        finished = load_report(self.folder, number)
+        numbers = self.order[self.starts[number] : self.starts[number + 1]]
+        if finished is not None:
+            tick(len(numbers))
+            return finished
+        rows: list[tuple[int, int, int]] = []
+        skipped: dict[str, str] = {}
+        with new_file(self.folder / shard_name(number)) as part:
+            with TarWriter(part) as tar:
+                for i in numbers:
+                    tick(1)
+                    self._add(tar, i, rows, skipped)
+            records = np.array(rows, RECORD)
+            shard = Shard(shard_name(number), len(records), part.stat().st_size, tar.digest.hexdigest())
+            upright = self.settings.orientation == "upright"
+            measured, _ = measure_shard(part, records, self.shards, upright, self.settings.max_pixels, is_checked=True)
+        report = ShardReport(shard, records, measured, skipped)
+        save_report(self.folder, number, report)
+        return report
+
+    def _add(self, tar: TarWriter, number: int, rows: list[tuple[int, int, int]], skipped: dict[str, str]) -> None:
+        """Write one sample, or note why not."""
+        sample = self.samples[number]
+        try:
+            content, suffix = store(sample.read(), sample.suffix, self.settings)
+        except BadImage as error:
+            skipped[sample.key + sample.suffix] = str(error)
+            return
+        except OSError as error:  # of reading; what the disk says of writing ends the packing
+            skipped[sample.key + sample.suffix] = error.strerror or str(error)
+            return
+        offset = tar.add(self.keys[number] + suffix, content)
+        if sample.label != NO_LABEL:
+            tar.add(self.keys[number] + ".cls", str(sample.label).encode())
+        rows.append((offset, len(content), sample.label))
+
+
+def _shard_starts(sizes: np.ndarray, limit: float) -> np.ndarray:
+    """Where shards begin so that none grows past the limit, unless one image alone does."""
+    ends = np.cumsum(sizes)
+    starts = [0]
+    while starts[-1] < len(sizes):
+        before = ends[starts[-1] - 1] if starts[-1] else 0.0
+        starts.append(max(starts[-1] + 1, int(np.searchsorted(ends, before + limit, side="right"))))
+    return np.array(starts)
+
+
+def _unique_keys(samples: Samples) -> list[str]:
+    """Keys without dots, which WebDataset would split at, inside their folder, and short enough for a tar header."""
+    used: set[str] = set()
+    keys = []
+    for number, sample in enumerate(samples):
+        key = re.sub(r"[^\w/+-]", "_", sample.key).strip("/")
+        if key in used or not key or len(key.encode()) + len(sample.suffix) + 1 > MAX_MEMBER_NAME:
+            key = f"{number:09d}"
+            while key in used:
+                key += "_"
+        used.add(key)
+        keys.append(key)
+    return keys

@@ -1,0 +1,144 @@
+"""A packing on disk until it is whole: its job, the reports of finished shards, and joining them into an index."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sslvit.data.index import ShardIndex
+from sslvit.data.records import load_records, save_records
+from sslvit.data.scan import ShardReport, join_reports
+from sslvit.data.schema import checked_job, checked_report, parse_json
+from sslvit.data.sources import Samples, SampleTable
+from sslvit.data.store import PackSettings
+from sslvit.files import printable, write_atomically
+from sslvit.locks import lock_folder
+
+logger = logging.getLogger(__name__)
+
+
+def finish_packing(destination: str | Path, overwrite: bool = False) -> ShardIndex:
+    """Join the reports of all shards into an index, and put the shards in their place.
+
+    Raises:
+        ValueError: nothing was packed there, shards are missing, or no image was readable.
+    """
+    destination = Path(destination)
+    folder = destination / "packing"
+    if not (folder / "job.json").exists():
+        raise ValueError(
+            f"{destination}: no packing to finish there (sslvit shards pack SRC {destination} --part 1/8)."
+        )
+    check_destination(destination, overwrite)
+    with lock_folder(folder, "finish its packing", ".finish.lock"):
+        return _finish(destination, folder)
+
+
+def _finish(destination: Path, folder: Path) -> ShardIndex:
+    job = load_job(folder)
+    shards = len(job["starts"]) - 1
+    found = {number: load_report(folder, number) for number in range(shards)}
+    reports = [report for report in found.values() if report is not None]
+    if missing := [shard_name(number) for number, report in found.items() if report is None]:
+        raise ValueError(
+            f"{destination}: {len(missing)} of {shards} shards are not packed yet (first: {missing[0]}). Run the "
+            "missing parts first."
+        )
+    skipped = {name: reason for report in reports for name, reason in report.skipped.items()}
+    if not any(report.shard.samples for report in reports):
+        shutil.rmtree(folder)
+        name, reason = next(iter(skipped.items()))
+        raise ValueError(
+            f"{printable(destination)}: none of {job['images']} images is readable (first: {printable(name)}: "
+            f"{printable(reason)})."
+        )
+    settings = PackSettings(**{name: job[name] for name in asdict(PackSettings())})
+    index = join_reports(reports, destination, job["classes"], settings.describe(), settings.orientation)
+    index.skipped = job["passed_over"] | index.skipped
+    for old in [*destination.glob("shard-*.tar"), *destination.glob("index.*")]:
+        if old.name not in {shard.name for shard in index.shards} or (folder / old.name).exists():
+            old.unlink()  # with --overwrite, and only now that the new ones are whole
+    for shard in index.shards:
+        if (folder / shard.name).exists():  # not yet moved by an earlier attempt
+            os.replace(folder / shard.name, destination / shard.name)
+    index.save()
+    shutil.rmtree(folder)
+    if skipped:
+        name, reason = next(iter(skipped.items()))
+        logger.info(
+            f"skipped {len(skipped)} of {job['images']} images (first: {printable(name)}: {printable(reason)}); "
+            "all are listed in index.json"
+        )
+    return index
+
+
+def check_destination(folder: Path, overwrite: bool) -> None:
+    """Raise ValueError if shards lie there and may not be replaced."""
+    is_finishing = (folder / "packing" / "job.json").exists() and not (folder / "index.json").exists()
+    if not overwrite and not is_finishing and (any(folder.glob("*.tar")) or (folder / "index.json").exists()):
+        raise ValueError(f"{folder}: already holds shards. Choose another folder, or pass --overwrite.")
+
+
+def shard_name(number: int) -> str:
+    """Return the file name of a shard."""
+    return f"shard-{number:06d}.tar"
+
+
+def save_report(folder: Path, number: int, report: ShardReport) -> None:
+    """Write the report on a finished shard, its records first."""
+    save_records(folder / f"shard-{number:06d}.npy", report.records)
+    write_atomically(folder / f"shard-{number:06d}.json", json.dumps(report.as_dict()))
+
+
+def load_report(folder: Path, number: int) -> ShardReport | None:
+    """The report of a finished shard.
+
+    Raises:
+        ValueError: it is damaged, or of another shard.
+    """
+    path = folder / f"shard-{number:06d}.json"
+    if not path.exists():
+        return None
+    try:
+        report = checked_report(parse_json(path.read_bytes()), shard_name(number))
+        records = load_records(path.with_suffix(".npy"), report["shard"]["samples"], None)
+    except ValueError as error:
+        raise ValueError(f"{printable(path)}: {error}. Delete it and run the same packing again.") from error
+    return ShardReport.from_dict(report, records)
+
+
+def load_job(folder: Path) -> dict[str, Any]:
+    """What an unfinished packing has decided.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    path = folder / "job.json"
+    try:
+        job = checked_job(parse_json(path.read_bytes()), PackSettings)
+        PackSettings(**{name: job[name] for name in asdict(PackSettings())})
+        return job
+    except ValueError as error:
+        raise ValueError(f"{printable(path)}: {error}. Delete {printable(folder)} and pack again.") from error
+
+
+def digest_samples(samples: Samples) -> str:
+    """Of names, labels and lengths, and of pixels where there are no files: what tells one source from another."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        about = f"{sample.key}\0{sample.suffix}\0{sample.label}\0{sample.bytes}\n"
+        digest.update(about.encode("utf-8", "surrogateescape"))  # names need not be UTF-8
+    for source in SampleTable.of(samples).sources:
+        digest.update(source.digest().encode())
+    return digest.hexdigest()
+
+
+def digest_times(samples: Samples) -> str:
+    """Of the times of files, which tell changed ones of equal length apart."""
+    return hashlib.sha256(SampleTable.of(samples).modified_ns.tobytes()).hexdigest()

@@ -1,0 +1,111 @@
+"""Files and folders that one process locks; the system releases a lock even after kill -9."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from sslvit.files import printable
+
+logger = logging.getLogger(__name__)
+_lock_handles: set[int] = set()  # handles of locks, which a forked process must not keep alive
+
+
+@contextmanager
+def lock_folder(folder: str | Path, doing: str, name: str = ".lock", wait_seconds: float = 0.0) -> Iterator[None]:
+    """Lock a folder for this process while the block runs; the system releases the lock even after kill -9.
+
+    Args:
+        folder: Folder, which is made if missing, and removed again if nothing was put there.
+        doing: what this process wants to do, for the message, as in "pack into it".
+        name: Name of the lock's file, which is deleted when the block ends.
+        wait_seconds: Time to wait for another process that may be ending.
+
+    Raises:
+        ValueError: another process has locked it.
+    """
+    path, deadline, is_reported = Path(folder) / name, time.monotonic() + wait_seconds, False
+    is_new = not path.parent.exists()
+    while (handle := _try_lock(path)) is None:
+        if time.monotonic() >= deadline:
+            raise ValueError(
+                f"{printable(folder)}: another process is at work there. Wait until it has ended to {doing}, or choose "
+                "another folder."
+            )
+        if not is_reported:
+            is_reported = True
+            logger.info(f"{printable(folder)}: another process is at work there; waiting up to {wait_seconds:g} s")
+        time.sleep(0.1)
+    _lock_handles.add(handle)
+    try:
+        yield
+    finally:
+        _lock_handles.discard(handle)
+        path.unlink(missing_ok=True)  # while it is locked: whoever has opened it meanwhile sees that it is another file
+        if is_new:
+            with suppress(OSError):
+                path.parent.rmdir()  # nothing was made there
+        os.close(handle)
+
+
+@contextmanager
+def lock_file(path: str | Path, wait: bool = True) -> Iterator[int | None]:
+    """Lock a file while the block runs; it is deleted afterwards, and the system releases the lock after kill -9.
+
+    Args:
+        path: A file for this purpose, in a folder that exists or can be made.
+        wait: Whether to wait for another process or thread that has the lock; otherwise the block gets None then.
+
+    Yields:
+        A handle of the file, for a note to others.
+    """
+    while (handle := _try_lock(Path(path))) is None and wait:
+        time.sleep(0.02)
+    if handle is None:
+        yield None
+        return
+    _lock_handles.add(handle)
+    try:
+        yield handle
+    finally:
+        _lock_handles.discard(handle)
+        with suppress(OSError):  # while it is locked: whoever has opened it meanwhile sees that it is another file
+            os.unlink(path)
+        os.close(handle)
+
+
+def _try_lock(path: Path) -> int | None:
+    """A handle with the lock; None while another process has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_locked = os.path.samestat(os.fstat(handle), os.stat(path))
+    except (BlockingIOError, FileNotFoundError):
+        is_locked = False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            os.close(handle)
+            raise
+        logger.warning(f"{printable(path.parent)}: its file system has no locks, so two processes may use it at once")
+        is_locked = True
+    if is_locked:
+        return handle
+    os.close(handle)
+    return None
+
+
+def _close_locks_in_child() -> None:
+    for handle in _lock_handles:
+        with suppress(OSError):
+            os.close(handle)
+    _lock_handles.clear()
+
+
+os.register_at_fork(after_in_child=_close_locks_in_child)
