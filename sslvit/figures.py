@@ -29,6 +29,7 @@ class TextFigure(Figure):
     """
 
     def savefig(self, *args: Any, **options: Any) -> None:
+        """Write the figure, with its texts printed as they are."""
         for text in self.findobj(Text):
             text.set_parse_math(False)
             text.set_text("\n".join(printable(line) for line in text.get_text().split("\n")))
@@ -176,7 +177,8 @@ def plot_palette(path: str | Path, colors: np.ndarray, images: np.ndarray, quant
     squares = np.ones((rows * columns, colors.shape[1]))
     squares[: len(colors)] = colors
     figure = TextFigure(figsize=(8, 2.3 + 0.25 * rows), dpi=120, layout="constrained")
-    top, bottom = np.ravel(figure.subfigures(2, 1, height_ratios=[0.3 + 0.25 * rows, 2]))
+    parts = figure.add_gridspec(2, 1, height_ratios=[0.3 + 0.25 * rows, 2])
+    top, bottom = figure.add_subfigure(parts[0]), figure.add_subfigure(parts[1])
     axes = top.add_subplot()
     _show(axes, squares.reshape(rows, columns, -1))
     axes.set_title(f"{len(colors)} colors", fontsize=10)

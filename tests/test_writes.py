@@ -17,7 +17,7 @@ from sslvit.data.pixels import make_palette
 from sslvit.evaluate.embed import Embeddings
 from sslvit.figures import plot_bars, plot_images
 from sslvit.files import WriteError
-from sslvit.report.page import Text, write_page
+from sslvit.report.page import text, write_page
 
 PIXELS = np.random.default_rng(0).random((64, 3, 16, 16))
 
@@ -30,7 +30,7 @@ WRITERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "pictures": ("a.png", lambda path: plot_images(path, [PIXELS[:8]], ["row"])),
     "bars": ("a.png", lambda path: plot_bars(path, {"row": {"column": 1.0}}, "percent", "title")),
     "features": ("a.npz", embeddings),
-    "page": ("a.html", lambda path: write_page(path, "title", [Text(5000 * "x")])),
+    "page": ("a.html", lambda path: write_page(path, "title", [text(5000 * "x")])),
     "table": ("a.json", lambda path: write_json(path, {"x": 5000 * "x"})),
 }
 

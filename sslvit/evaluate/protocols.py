@@ -74,13 +74,7 @@ class ProbeContext:
         return len(self.train.classes)
 
     def features(self, data: LabeledSet, readouts: list[Readout], fraction: float | None = None) -> Features:
-        """Features of the center views of a data set; empty on ranks other than the first.
-
-        Args:
-            data: the data set.
-            readouts: the readouts that are concatenated.
-            fraction: fraction of the center crop; None for the encoder's own.
-        """
+        """Features of the center views of a data set at some readouts; empty on ranks other than the first."""
         return self.extractor.features(self.source, data, readouts, fraction).at(readouts)
 
 

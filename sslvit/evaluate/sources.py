@@ -144,6 +144,7 @@ class FrozenEncoder(Source):
         return [(number, pooling) for number in numbers]
 
     def features_at(self, images: Tensor, readouts: Sequence[Readout]) -> list[Tensor]:
+        """See `Source.features_at`."""
         dtype = next(self.encoder.parameters()).dtype  # float64, where a run trains in it
         found: dict[Readout, Tensor] = {}
         for block in self.encoder.intermediates(images.to(dtype), {number for number, _ in readouts}, norm=True):
@@ -153,6 +154,7 @@ class FrozenEncoder(Source):
         return [found[readout] for readout in readouts]
 
     def fingerprint(self) -> str:
+        """See `Source.fingerprint`."""
         return fingerprint(self.encoder)
 
 
@@ -164,15 +166,18 @@ class RawPixels(Source):
     """
 
     def readouts(self, layer: int | None, blocks: int, pooling: str | None) -> list[Readout]:
+        """The one readout of pixels."""
         return [(0, "pixels")]
 
     def features_at(self, images: Tensor, readouts: Sequence[Readout]) -> list[Tensor]:
+        """See `Source.features_at`."""
         height, width = (min(MAX_PIXEL_SIDE, side) for side in images.shape[2:])
         if (height, width) != images.shape[2:]:
             images = F.interpolate(images, size=(height, width), mode="bilinear", antialias=True)
         return [images.flatten(1)] * len(readouts)
 
     def fingerprint(self) -> str:
+        """See `Source.fingerprint`."""
         return f"pixels {MAX_PIXEL_SIDE}"
 
 

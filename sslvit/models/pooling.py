@@ -33,6 +33,7 @@ class AttentionPool(nn.Module):
         nn.init.trunc_normal_(self.query, std=width**-0.5)
 
     def forward(self, tokens: Float[Tensor, "b t d"]) -> Float[Tensor, "b d"]:
+        """One vector per image."""
         key, value = rearrange(self.kv(tokens), "b t (two heads e) -> two b heads t e", two=2, heads=self.heads)
         query: Tensor = rearrange(self.query, "1 1 (heads e) -> 1 heads 1 e", heads=self.heads)
         query = query.expand(tokens.shape[0], -1, -1, -1).to(key.dtype)

@@ -68,15 +68,9 @@ def table_on_grid(
     antialias: bool = True,
     offset: float = 0.0,
 ) -> tuple[Float[Tensor, "prefix d"], Float[Tensor, "n d"]]:
-    """Rows for the prefix tokens and for the patches of a grid, of a table that was made for another one.
+    """Rows for the prefix tokens and for the patches of a grid, of a table that was made for `trained_grid`.
 
-    Args:
-        table: rows of the prefix tokens, then one row per patch of `trained_grid`, row by row.
-        prefix: number of rows for prefix tokens.
-        trained_grid: rows and columns that the table was made for.
-        grid: rows and columns wanted.
-        antialias: see `resample_table`.
-        offset: see `resample_table`.
+    The table has `prefix` rows for prefix tokens in front; `antialias` and `offset` are those of `resample_table`.
     """
     return table[0, :prefix], resample_table(table[0, prefix:], trained_grid, grid, antialias, offset)
 
@@ -166,6 +160,7 @@ class RelativeBias(nn.Module):
         self.table = nn.Parameter(torch.zeros(heads, 2 * grid[0] - 1, 2 * grid[1] - 1))
 
     def forward(self, layout: TokenLayout) -> Float[Tensor, "*b heads t t"]:
+        """The bias of every pair of tokens; with visible patches, image by image."""
         rows, columns = layout.grid
         table: Tensor = self.table
         wanted = (2 * rows - 1, 2 * columns - 1)

@@ -42,6 +42,7 @@ class PatchTokens(nn.Module):
         self.proj = nn.Conv2d(settings.channels, settings.width, settings.patch, settings.patch)
 
     def forward(self, images: Float[Tensor, "b c h w"], visible: Int[Tensor, "b k"] | None = None) -> Tensor:
+        """The tokens of the visible patches."""
         patches = gather_tokens(cut_patches(images, self.patch), visible)
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
@@ -56,6 +57,7 @@ class ShiftedPatchTokens(nn.Module):
         self.proj = nn.Conv2d(5 * settings.channels, settings.width, settings.patch, settings.patch)
 
     def forward(self, images: Float[Tensor, "b c h w"], visible: Int[Tensor, "b k"] | None = None) -> Tensor:
+        """The tokens of the visible patches."""
         half = self.patch // 2
         height, width = images.shape[2:]
         padded = F.pad(images, (half, half, half, half))
@@ -83,6 +85,7 @@ class ConvStemTokens(nn.Module):
         self.proj = nn.Conv2d(widths[-1], settings.width, 1)
 
     def forward(self, images: Float[Tensor, "b c h w"], visible: Int[Tensor, "b k"] | None = None) -> Tensor:
+        """The tokens of the visible patches."""
         tokens = self.proj(self.stem(images))
         return gather_tokens(rearrange(tokens, "b d rows cols -> b (rows cols) d"), visible)
 
@@ -104,6 +107,7 @@ class HybridTokens(nn.Module):
         self.proj = nn.Conv2d(last.num_features, settings.width, 1)
 
     def forward(self, images: Float[Tensor, "b c h w"], visible: Int[Tensor, "b k"] | None = None) -> Tensor:
+        """The tokens of the visible patches."""
         tokens = self.proj(self.cnn(images))
         return gather_tokens(rearrange(tokens, "b d rows cols -> b (rows cols) d"), visible)
 
@@ -148,6 +152,7 @@ class PixelTokens(nn.Module):
         return ((colors + 1) / 2 - self.mean) / self.std
 
     def forward(self, images: Float[Tensor, "b c h w"], visible: Int[Tensor, "b k"] | None = None) -> Tensor:
+        """The tokens of the visible pixels."""
         indices = self.quantize(images)
         return gather_tokens(self.begin(indices[:, :-1]) if self.shifted else self.embed(indices), visible)
 

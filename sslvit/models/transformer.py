@@ -40,6 +40,7 @@ class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x), the approximation of iGPT's released model."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """The activation, entry by entry."""
         return x * torch.sigmoid(1.702 * x)
 
 
@@ -156,6 +157,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, settings.width, bias=settings.bias)
 
     def forward(self, tokens: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
+        """The tokens, each mapped alone."""
         hidden = self.fc1(tokens)
         if self.gated:
             gate, hidden = hidden.chunk(2, dim=-1)
@@ -173,6 +175,7 @@ class LayerScale(nn.Module):
         self.gamma = nn.Parameter(torch.full((width,), value))
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """The scaled tokens."""
         return tokens * self.gamma
 
 

@@ -21,7 +21,7 @@ from sslvit.evaluate.scores import (
 from sslvit.evaluate.sources import LabeledSet
 from sslvit.figures import plot_bars
 from sslvit.files import printable, to_json, write_atomically
-from sslvit.report.page import Heading, Part, Picture, Table, Text, write_page
+from sslvit.report.page import heading, picture, table, text, write_page
 from sslvit.settings.bench import BenchSettings, ProbeColumn
 
 
@@ -49,11 +49,7 @@ class Result:
 
     def as_dict(self) -> dict[str, Any]:
         """The entry as it is written to JSON."""
-        return {
-            "data": self.data, "row": self.row, "column": self.column, "mean": mean(self.values),
-            "interval": interval(self.values), "values": self.values, "seconds": self.seconds, "key": self.key,
-            "about": self.about,
-        }  # fmt: skip
+        return asdict(self) | {"mean": mean(self.values), "interval": interval(self.values)}
 
 
 def write_tables(
@@ -70,7 +66,7 @@ def write_tables(
     """
     folder = Path(settings.out or "")
     markdown: list[str] = []
-    content: list[Part] = []
+    content: list[str] = []
     for data, rows in tables.items():
         train, val = sets[data]
         note = (
@@ -80,11 +76,11 @@ def write_tables(
             f"± {sampling_interval(val.images):.1f}. The reported images select nothing."
         )
         markdown += [f"## {markdown_text(data)}", "", markdown_table(rows), "", markdown_text(note), ""]
-        content += [Heading(data), Table(rows), Text(note)]
+        content += [heading(data), table(rows), text(note)]
         if columns_of(rows):
             means = {row: {column: mean(values) for column, values in of.items()} for row, of in rows.items()}
-            picture = plot_bars(folder / f"{printable(data)}.png", means, "top-1 accuracy (%)", data)
-            content.append(Picture(picture, "The same as bars."))
+            bars = plot_bars(folder / f"{printable(data)}.png", means, "top-1 accuracy (%)", data)
+            content.append(picture(bars, "The same as bars."))
     spent: dict[str, float] = {}
     for result in {result.key: result for result in results}.values():  # rows may share one
         spent[result.column] = spent.get(result.column, 0.0) + result.seconds
@@ -95,17 +91,17 @@ def write_tables(
     ]
     notes.append("Minutes per column: " + "; ".join(f"{name} {s / 60:.1f}" for name, s in spent.items()) + ".")
     markdown += [line for note in notes for line in (markdown_text(note), "")]
-    content += [Heading("Cost and settings"), *(Text(note) for note in notes)]
+    content += [heading("Cost and settings"), *(text(note) for note in notes)]
     for result in results:
         about = "; ".join(f"{key} {value}" for key, value in result.about.items())
-        content.append(Text(f"{result.data}, {result.row}, {result.column}: {about}."))
+        content.append(text(f"{result.data}, {result.row}, {result.column}: {about}."))
     cells = [result.as_dict() for result in results]
     files = {
         "table.md": "\n".join(markdown), "table.csv": _csv(cells),
         "table.json": to_json({"cells": cells, "settings": asdict(settings)}, indent=1) + "\n",
     }  # fmt: skip
-    for name, text in files.items():
-        write_atomically(folder / name, text)
+    for name, written in files.items():
+        write_atomically(folder / name, written)
     page = write_page(folder / "report.html", "sslvit bench", content)
     return {"page": page, **{name: folder / name for name in files}}
 

@@ -28,7 +28,7 @@ from sslvit.evaluate.probe import LINEAR, ProbeTable, probe
 from sslvit.export import export_encoder
 from sslvit.figures import plot_bars
 from sslvit.files import to_json, write_atomically
-from sslvit.report.page import Heading, Part, Picture, Table, Text, write_page
+from sslvit.report.page import heading, picture, table, text, write_page
 from sslvit.settings import MAESettings, ProbeSettings
 from sslvit.settings.load import by_dotted_key, load_recipe
 from sslvit.train.folder import RunFolder
@@ -235,9 +235,9 @@ def _is_python_archive(path: Path) -> bool:
 
 
 def page_content(
-    data: str, table: ProbeTable, runs: dict[str, RunFolder], bars_file: Path, layers: LayerTable, layers_file: Path,
+    data: str, scores: ProbeTable, runs: dict[str, RunFolder], bars_file: Path, layers: LayerTable, layers_file: Path,
     verdict: dict[str, Any], seconds: float,
-) -> list[Part]:  # fmt: skip
+) -> list[str]:  # fmt: skip
     """The parts of the demo's page, top to bottom."""
     about = {
         "digits": (
@@ -251,7 +251,7 @@ def page_content(
             "the whole image."
         ),
     }[data]
-    features = "; ".join(f"{name}: {table.about['probed'][name]['features']}" for name in NAMES.values())
+    features = "; ".join(f"{name}: {scores.about['probed'][name]['features']}" for name in NAMES.values())
     units = ""
     mae = load_recipe(RECIPES[data]["mae"]).task
     assert isinstance(mae, MAESettings)
@@ -259,57 +259,57 @@ def page_content(
         units = ", each predicted patch with the true one's mean and contrast: it is predicted in those units"
     health = json.loads(runs["dino"].health.read_text())
     nats = runs["igpt"].read_metrics()[-1]["loss"]
-    scores = {number: layers.rows[f"layer {number}"][LINEAR] for number in (layers.best, layers.last)}
+    by_layer = {number: layers.rows[f"layer {number}"][LINEAR] for number in (layers.best, layers.last)}
     return [
-        Text(about),
-        Heading("Probes of the features"),
-        Table(table.scores),
-        Text(
+        text(about),
+        heading("Probes of the features"),
+        table(scores.scores),
+        text(
             "Top-1 accuracy (%). Raw pixels and the same networks with untrained weights get the same probes. "
             f"Features: {features}. "
             "Linear: logistic regression on standardized features, its L2 penalty selected on held-out training "
             "images; with 10 labels per class the mean of 5 draws and half its 95 % interval. kNN: cosine, "
-            f"weighted by exp(similarity / {table.about['temperature']}).",
+            f"weighted by exp(similarity / {scores.about['temperature']}).",
         ),
-        Picture(bars_file, "The same scores as bars."),
-        Heading("What MAE learned"),
-        Picture(
+        picture(bars_file, "The same scores as bars."),
+        heading("What MAE learned"),
+        picture(
             runs["mae"].figures / "reconstruction.png",
             "Input, what the encoder sees (hidden patches gray), and the reconstruction" + units,
         ),
-        Picture(runs["mae"].figures / "loss.png", "Training loss."),
-        Heading("What DINO learned"),
-        Picture(
+        picture(runs["mae"].figures / "loss.png", "Training loss."),
+        heading("What DINO learned"),
+        picture(
             runs["dino"].figures / "attention.png",
             "Attention of the class token to each patch in the last block, head by head; below, the patches that hold "
             "60 % of the heads' mean. No label says what belongs to the object.",
         ),
-        Picture(runs["dino"].figures / "attention_larger.png", "The same at twice the training resolution."),
-        Picture(
+        picture(runs["dino"].figures / "attention_larger.png", "The same at twice the training resolution."),
+        picture(
             runs["dino"].figures / "patches.png",
             "The first three principal components of the patches' features as red, green and blue, over all images.",
         ),
-        Picture(
+        picture(
             runs["dino"].figures / "loss.png",
             f"Training loss. It says little by itself: a collapsed run has a low one too. This run's health: "
             f"{health['verdict']}.",
         ),
-        Heading("What iGPT learned"),
-        Picture(runs["igpt"].figures / "generated.png", "Sampled unconditionally, pixel by pixel, row by row."),
-        Picture(
+        heading("What iGPT learned"),
+        picture(runs["igpt"].figures / "generated.png", "Sampled unconditionally, pixel by pixel, row by row."),
+        picture(
             runs["igpt"].figures / "completed.png",
             "Given the upper half (the rest is gray here), it samples the lower one, twice; below, the original.",
         ),
-        Picture(
+        picture(
             runs["igpt"].figures / "loss.png",
             f"Training loss in nats per pixel; at the end {nats:.2f} nats, {nats / math.log(2):.2f} bits.",
         ),
-        Picture(
+        picture(
             layers_file,
             f"The linear probe at each depth. Block {layers.best} is the best on {HELD_OUT}: it has "
-            f"{scores[layers.best]:.1f} % on the test images, the last block {scores[layers.last]:.1f} %.",
+            f"{by_layer[layers.best]:.1f} % on the test images, the last block {by_layer[layers.last]:.1f} %.",
         ),
-        Text(
+        text(
             f"The exported timm model agrees with MAE's encoder to {verdict['largest_difference']:.1e}. "
             f"Everything on this page took {seconds / 60:.1f} minutes.",
         ),

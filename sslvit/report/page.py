@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from sslvit.evaluate.scores import Scores, columns_of, format_score, html_text
@@ -20,76 +18,39 @@ figure { margin: 1.5rem 0; } img { max-width: 100%; } figcaption { color: #555; 
 """
 
 
-@dataclass
-class Text:
-    """A paragraph."""
-
-    text: str
-
-    def html(self) -> str:
-        """The part as HTML."""
-        return f"<p>{html_text(self.text)}</p>"
-
-
-@dataclass
-class Heading:
-    """A heading of a section."""
-
-    text: str
-
-    def html(self) -> str:
-        """The part as HTML."""
-        return f"<h2>{html_text(self.text)}</h2>"
-
-
-@dataclass
-class Table:
-    """A table of scores."""
-
-    rows: Scores
-
-    def html(self) -> str:
-        """The part as HTML."""
-        columns = columns_of(self.rows)
-        head = "".join(f"<th>{html_text(column)}</th>" for column in ["", *columns])
-        lines = [
-            f"<tr><td>{html_text(name)}</td>"
-            + "".join(f"<td>{format_score(scores.get(column))}</td>" for column in columns)
-            + "</tr>"
-            for name, scores in self.rows.items()
-        ]
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-
-
-@dataclass
-class Picture:
-    """A PNG, which the page holds inside, with a caption."""
-
-    path: Path
-    caption: str
-
-    def html(self) -> str:
-        """The part as HTML."""
-        data = base64.b64encode(self.path.read_bytes()).decode()
-        text = html_text(self.caption)
-        return f'<figure><img src="data:image/png;base64,{data}" alt="{text}"><figcaption>{text}</figcaption></figure>'
-
-
-Part = Text | Heading | Table | Picture
-
-
-def write_page(path: Path, title: str, content: Sequence[Part]) -> Path:
-    """Write a page of parts, top to bottom.
-
-    Args:
-        path: HTML file to write.
-        title: title of the page.
-        content: parts of the page.
-    """
-    body = "\n".join(part.html() for part in content)
+def write_page(path: Path, title: str, parts: list[str]) -> Path:
+    """Write a page of parts, top to bottom: what `text`, `heading`, `table` and `picture` return."""
+    body = "\n".join(parts)
     write_atomically(
         path,
         f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{html_text(title)}</title>\n'
         f"<style>{STYLE}</style>\n<h1>{html_text(title)}</h1>\n{body}\n</html>\n",
     )
     return path
+
+
+def text(content: str) -> str:
+    """A paragraph."""
+    return f"<p>{html_text(content)}</p>"
+
+
+def heading(content: str) -> str:
+    """The heading of a section."""
+    return f"<h2>{html_text(content)}</h2>"
+
+
+def table(rows: Scores) -> str:
+    """A table of scores."""
+    columns = columns_of(rows)
+    head = "".join(f"<th>{html_text(column)}</th>" for column in ["", *columns])
+    lines = [
+        f"<tr><td>{html_text(name)}</td>" + "".join(f"<td>{format_score(of.get(c))}</td>" for c in columns) + "</tr>"
+        for name, of in rows.items()
+    ]
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+
+
+def picture(path: Path, caption: str) -> str:
+    """A PNG, which the page embeds, with a caption."""
+    data, words = base64.b64encode(path.read_bytes()).decode(), html_text(caption)
+    return f'<figure><img src="data:image/png;base64,{data}" alt="{words}"><figcaption>{words}</figcaption></figure>'

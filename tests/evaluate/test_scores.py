@@ -154,13 +154,13 @@ def test_a_bench_measures_again_where_images_or_crops_changed_and_keeps_nothing_
     shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured = []
-    probed = BenchRun.probed
+    probed = BenchRun.probe
 
-    def watched(self, source, *given):
-        measured.append(type(source).__name__)
-        return probed(self, source, *given)
+    def watched(self, context, *given):
+        measured.append(type(context.source).__name__)
+        return probed(self, context, *given)
 
-    monkeypatch.setattr(BenchRun, "probed", watched)
+    monkeypatch.setattr(BenchRun, "probe", watched)
 
     def rows(val: str, limit: float = 0.01) -> tuple[list[str], dict[str, float], str]:
         """What was measured, its scores, and the table in words."""

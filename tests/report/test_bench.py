@@ -66,7 +66,7 @@ def test_one_command_fills_the_table_and_goes_on_where_it_stopped(
     files: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     measured = []
-    probed = module.BenchRun.probed
+    probed = module.BenchRun.probe
 
     def stop_after_three(self, *arguments):
         if len(measured) == 3:
@@ -75,7 +75,7 @@ def test_one_command_fills_the_table_and_goes_on_where_it_stopped(
         return probed(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module.BenchRun, "probed", stop_after_three)
+        patch.setattr(module.BenchRun, "probe", stop_after_three)
         assert main(["bench", write(files, tmp_path)]) == 130
     done = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "bench" / "cells").iterdir()}
     assert len(done) == 3
@@ -106,7 +106,7 @@ def test_one_command_fills_the_table_and_goes_on_where_it_stopped(
     assert untrained["values"] == scratch["values"]  # from scratch, both
     markdown = (tmp_path / "bench" / "table.md").read_text()
     assert "| raw pixels |" in markdown
-    assert "The reported images choose nothing" in markdown
+    assert "The reported images select nothing" in markdown
     with open(tmp_path / "bench" / "table.csv") as file:
         assert len(list(csv.DictReader(file))) == len(content["cells"])
     assert "<table>" in (tmp_path / "bench" / "report.html").read_text()
@@ -183,7 +183,7 @@ def test_a_papers_choice_is_said_and_not_made(files: dict, tmp_path: Path) -> No
     text = (tmp_path / "bench" / "table.md").read_text()
     assert "dinov2: the paper selected on the images that it reports (the best of the heads); not so here" in text
     cell = cells_of(tmp_path)["B", "dinov2"]
-    assert cell["about"]["score by the paper's choice, made on the reported images"] >= cell["mean"]
+    assert cell["about"]["score by the paper's choice, selected on the reported images"] >= cell["mean"]
 
 
 def test_two_benches_do_not_share_a_folder(files: dict, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
