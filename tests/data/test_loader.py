@@ -27,6 +27,7 @@ from sslvit.data.pack import pack
 from sslvit.data.plan import EpochPlan
 from sslvit.data.reader import ShardReader
 from sslvit.data.views import Views
+from sslvit.run_plan import RunPlan
 from sslvit.settings import DataSettings, EncoderSettings
 from sslvit.settings.views import AugmentSettings, CenterSettings, CropSettings, MultiCropSettings
 
@@ -183,7 +184,7 @@ def test_the_data_module_hands_out_the_views_that_its_settings_name(tmp_path: Pa
     encoder = EncoderSettings(image_size=12, patch=4, mean=[0.1, 0.5, 0.8], std=[0.5, 0.2, 0.3])
     settings = DataSettings(global_batch_size=4, view=MultiCropSettings(local_crops=1, local_size=8))
     plan = EpochPlan(index.shard_samples, 4, seed=9)
-    module = ShardDataModule(index, settings, encoder, plan, total_steps=3)
+    module = ShardDataModule(index, settings, encoder, plan, RunPlan(3, 3, 4))
     batch = module.examples(5)
     expected = make_batch(
         ShardReader(index), Views(settings.view, [12, 12], "bicubic", 9), np.arange(5), np.zeros(5, int)
@@ -203,7 +204,8 @@ def test_the_data_module_fills_what_moves_in_with_the_encoders_mean(tmp_path: Pa
     index = pack(array_samples(np.full((60, 16, 16, 3), 255, np.uint8)), tmp_path, workers=1)
     encoder = EncoderSettings(image_size=16, patch=4, mean=[0.2, 0.4, 0.6], std=[1.0, 1.0, 1.0])
     settings = DataSettings(global_batch_size=4, view=AugmentSettings(scale=[1.0, 1.0], operations=1, probability=1.0))
-    batch = ShardDataModule(index, settings, encoder, EpochPlan(index.shard_samples, 4, seed=1), 3).examples(60)
+    plan = EpochPlan(index.shard_samples, 4, seed=1)
+    batch = ShardDataModule(index, settings, encoder, plan, RunPlan(3, 15, 4)).examples(60)
     corners = batch.views[0][:, :, [0, 0, -1, -1], [0, -1, 0, -1]].abs().amax(1)  # 0: the mean itself
     assert 5 < int((corners < 0.5 / 255).any(1).sum()) < 40
 

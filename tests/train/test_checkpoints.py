@@ -18,7 +18,7 @@ from run_fixtures import metrics, run, same, weights
 from sslvit import weight_files
 from sslvit.settings import TrainSettings
 from sslvit.stopping import RankLost
-from sslvit.train import checkpoints
+from sslvit.train import checkpoint_io
 from sslvit.train.checkpoint_io import AtomicCheckpointIO, keep_some, write_whole
 from sslvit.weight_files import read_torch_file
 
@@ -123,7 +123,7 @@ def test_a_writer_that_is_killed_leaves_the_checkpoint_before(tmp_path: Path) ->
 
 def test_a_background_writer_gives_the_same_checkpoints(shards: Path, tmp_path: Path, monkeypatch) -> None:
     """Steps that are taken while it writes do not show in what it writes."""
-    write, at = checkpoints.write_whole, []
+    write, at = checkpoint_io.write_whole, []
 
     def slowly(checkpoint, path):
         time.sleep(0.3)
@@ -132,7 +132,7 @@ def test_a_background_writer_gives_the_same_checkpoints(shards: Path, tmp_path: 
 
     kept = {"train.keep_last": 9}
     plain = run(shards, tmp_path / "plain", **kept)
-    monkeypatch.setattr(checkpoints, "write_whole", slowly)
+    monkeypatch.setattr(checkpoint_io, "write_whole", slowly)
     behind = run(shards, tmp_path / "behind", **kept, **{"train.checkpoint_in_background": True})
     assert at == [3, 6, 7]
     assert same(behind, plain)

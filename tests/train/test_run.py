@@ -79,21 +79,21 @@ def test_the_teacher_moves_once_per_update_as_written_in_the_paper(shards: Path,
 
     class Watched(DINO):
         def optimizer_step(self, *args, **kwargs) -> None:
-            before = [p.clone() for p in self.teacher.parameters()]
+            before = [p.clone() for p in self.model.teacher.parameters()]
             super().optimizer_step(*args, **kwargs)
             share = self.momentum_at(len(seen))
-            pairs = zip(before, self.encoder.parameters(), self.teacher.parameters(), strict=True)
+            pairs = zip(before, self.encoder.parameters(), self.model.teacher.parameters(), strict=True)
             seen.append(max(float((share * b + (1 - share) * s - t).abs().max()) for b, s, t in pairs))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sslvit.train.run.task_class", lambda name: Watched)
+        patch.setattr("sslvit.tasks.task_class", lambda name: Watched)
         folder = run(shards, tmp_path / "run", recipe="dino/digits", **{"train.micro_batch_size": 2})
     assert len(seen) == 7
     assert max(seen) < 1e-6
     state = weights(folder)
-    assert not torch.equal(state["teacher.cls_token"], state["encoder.cls_token"])
-    assert state["center"].abs().max() > 0
-    assert torch.equal(load_encoder(folder.path).cls_token, state["teacher.cls_token"])
+    assert not torch.equal(state["model.teacher.cls_token"], state["model.encoder.cls_token"])
+    assert state["model.center"].abs().max() > 0
+    assert torch.equal(load_encoder(folder.path).cls_token, state["model.teacher.cls_token"])
 
 
 def test_folders_are_not_overwritten_silently(shards: Path, tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_folders_are_not_overwritten_silently(shards: Path, tmp_path: Path) -> N
 def test_impossible_runs_stop_before_anything_is_made(shards: Path, tmp_path: Path) -> None:
     for changes, message in [
         ({"data.global_batch_size": 31}, "more than the 30 samples"),
-        ({"train.micro_batch_size": 3}, "does not divide a rank's share"),
+        ({"train.micro_batch_size": 3}, "does not divide a rank's 8 images"),
         ({"data.shards": str(tmp_path / "none")}, "is not a folder"),
         ({"init": str(tmp_path / "none")}, "no such file or folder"),
     ]:
