@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,13 @@ def test_a_run_leaves_everything_in_its_folder(shards: Path, tmp_path: Path) -> 
     images = torch.randn(2, 1, 8, 8)
     assert torch.equal(encoder.features(images), last.features(images))
     assert json.loads((folder.encoder / "encoder.json").read_text())["provenance"]["step"] == 7
+
+
+def test_lightning_warns_of_nothing_in_a_run(shards: Path, tmp_path: Path) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run(shards, tmp_path / "run", **{"train.steps": 2, "train.micro_batch_size": 4})
+    assert [str(warning.message) for warning in caught if "lightning" in warning.filename] == []
 
 
 def test_the_same_settings_give_the_same_run_and_another_seed_another(shards: Path, tmp_path: Path) -> None:
