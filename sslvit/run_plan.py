@@ -73,7 +73,7 @@ def split_batch(global_batch_size: int, ranks: int, micro_batch_size: int | None
     if per_rank % micro:
         fitting = [n for n in range(1, per_rank + 1) if per_rank % n == 0]
         raise ValueError(
-            f"train.micro_batch_size: {micro} does not divide a rank's {per_rank} images "
+            f"train.micro_batch_size: {micro} must divide the {per_rank} images of each rank "
             f"(global batch {global_batch_size} over {ranks} ranks). Use one of {fitting[-8:]}."
         )
     return micro, per_rank // micro

@@ -355,7 +355,7 @@ def test_paper_recipes_have_the_papers_numbers() -> None:
     recipe = load_recipe("mae/vit_base_in1k")
     assert (recipe.encoder.width, recipe.encoder.depth, recipe.encoder.patch) == (768, 12, 16)
     assert (recipe.task.decoder_width, recipe.task.decoder_depth, recipe.task.decoder_heads) == (512, 8, 16)
-    assert (recipe.task.mask_ratio, recipe.task.model.target) == (0.75, "normalized")
+    assert (recipe.task.mask_ratio, recipe.task.target) == (0.75, "normalized")
     assert recipe.optim.peak_lr(recipe.data.global_batch_size) == pytest.approx(2.4e-3)
     assert (recipe.optim.betas, recipe.optim.weight_decay, recipe.optim.warmup_epochs) == ([0.9, 0.95], 0.05, 40)
     assert (recipe.data.view.scale, recipe.data.view.flip) == ([0.2, 1.0], 0.5)

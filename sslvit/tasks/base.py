@@ -284,6 +284,7 @@ class Task(pl.LightningModule):
             return
         metrics = {f"train/{name}": torch.stack([v.to(self.device, torch.float32) for v in values]).mean()
                    for name, values in self.records.items()}  # fmt: skip
+        metrics["step"] = torch.tensor(float(self.global_step), device=self.device)  # loggers count from one, as we do
         self.log_dict(metrics, batch_size=len(batch), sync_dist=trainer.world_size > 1)
 
     # ---- weights move ----------------------------------------------------------------------------------------

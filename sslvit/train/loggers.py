@@ -63,11 +63,10 @@ def describe_run(settings: RunSettings, index: Index) -> dict[str, Any]:
     return {**settings.as_dict(), "data_set": data, "versions": versions, "command": shlex.join(sys.argv)}
 
 
-def log_line(trainer: pl.Trainer, line: dict[str, float]) -> None:
-    """What a line of metrics.jsonl holds besides the task's records, on the first rank; those the task logs itself."""
-    numbers = {f"run/{name}": value for name, value in line.items() if name != "step"}
+def log_numbers(trainer: pl.Trainer, numbers: dict[str, float], step: int) -> None:
+    """Send numbers to all loggers, on the first rank."""
     for logger in trainer.loggers:
-        logger.log_metrics(numbers, step=int(line["step"]))
+        logger.log_metrics(numbers, step=step)
 
 
 def log_pictures(trainer: pl.Trainer, figures: Path, step: int) -> None:

@@ -223,7 +223,8 @@ def _silence_needless_warnings() -> None:
         ".*does not have many workers.*",
         ".*GPU available but not used.*",
         ".*isinstance.treespec, LeafSpec.*",
-        ".*does not have a `val_dataloader`.*",
+        ".*Total length of `list` across ranks is zero.*",  # no validation in the loop
+        ".*overridden `on_before_batch_transfer`.*",  # our batches pass through it as they are
         ".*silently drop the pre-backward hook.*",  # of a view that is changed in place; none is
     ):
         warnings.filterwarnings("ignore", text)

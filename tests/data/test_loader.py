@@ -203,9 +203,8 @@ def test_the_data_module_fills_what_moves_in_with_the_encoders_mean(tmp_path: Pa
     index = pack(array_samples(np.full((60, 16, 16, 3), 255, np.uint8)), tmp_path, workers=1)
     encoder = EncoderSettings(image_size=16, patch=4, mean=[0.2, 0.4, 0.6], std=[1.0, 1.0, 1.0])
     settings = DataSettings(global_batch_size=4, view=AugmentSettings(scale=[1.0, 1.0], operations=1, probability=1.0))
-    batch = ShardDataModule(
-        index, settings, encoder, EpochPlan(index.shard_samples, 4, seed=1), RunPlan(3, 15, 4)
-    ).examples(60)
+    plan = EpochPlan(index.shard_samples, 4, seed=1)
+    batch = ShardDataModule(index, settings, encoder, plan, RunPlan(3, 15, 4)).examples(60)
     corners = batch.views[0][:, :, [0, 0, -1, -1], [0, -1, 0, -1]].abs().amax(1)  # 0: the mean itself
     assert 5 < int((corners < 0.5 / 255).any(1).sum()) < 40
 

@@ -200,7 +200,7 @@ def test_a_checkpoint_brings_its_own_classifier(tmp_path: Path) -> None:
     earlier = tmp_path / "run" / "checkpoints" / "step-00000002.ckpt"
     export_encoder(earlier, tmp_path / "out", "safetensors", "logits")
     state = torch.load(earlier, weights_only=True)["state_dict"]
-    assert torch.equal(load_file(tmp_path / "out" / "head.safetensors")["head.weight"], state["head.weight"])
+    assert torch.equal(load_file(tmp_path / "out" / "head.safetensors")["head.weight"], state["model.head.weight"])
     card = json.loads((tmp_path / "out" / "card.json").read_text())
     assert (card["task"], card["step"], card["classes"]) == ("supervised", 2, ["a", "b"])
     export_encoder(tmp_path / "run", tmp_path / "last", "timm", "logits")
@@ -391,7 +391,7 @@ def test_the_student_of_a_run_of_dino(tmp_path: Path) -> None:
     state = weights(folder)
     pixels = torch.randn(2, 1, 8, 8)
     found = {}
-    for network, prefix in (("student", "encoder."), ("teacher", "teacher."), (None, "teacher.")):
+    for network, prefix in (("student", "model.encoder."), ("teacher", "model.teacher."), (None, "model.teacher.")):
         out = tmp_path / f"out-{network}"
         export_encoder(tmp_path / "run", out, "timm", weights=network)
         encoder = load_encoder(out)

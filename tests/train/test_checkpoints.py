@@ -19,7 +19,7 @@ from sslvit import sharded_checkpoint
 from sslvit.settings import TrainSettings
 from sslvit.sharded_checkpoint import read_checkpoint, write_checkpoint
 from sslvit.stopping import RankLost
-from sslvit.train import checkpoints
+from sslvit.train import checkpoint_io
 from sslvit.train.checkpoint_io import AtomicCheckpointIO, keep_some
 
 
@@ -123,7 +123,7 @@ def test_a_writer_that_is_killed_leaves_the_checkpoint_before(tmp_path: Path) ->
 
 def test_a_background_writer_gives_the_same_checkpoints(shards: Path, tmp_path: Path, monkeypatch) -> None:
     """Steps that are taken while it writes do not show in what it writes."""
-    write, at = checkpoints.write_checkpoint, []
+    write, at = checkpoint_io.write_checkpoint, []
 
     def slowly(checkpoint, path):
         time.sleep(0.3)
@@ -132,7 +132,7 @@ def test_a_background_writer_gives_the_same_checkpoints(shards: Path, tmp_path: 
 
     kept = {"train.keep_last": 9}
     plain = run(shards, tmp_path / "plain", **kept)
-    monkeypatch.setattr(checkpoints, "write_checkpoint", slowly)
+    monkeypatch.setattr(checkpoint_io, "write_checkpoint", slowly)
     behind = run(shards, tmp_path / "behind", **kept, **{"train.checkpoint_in_background": True})
     assert at == [3, 6, 7]
     assert same(behind, plain)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,28 +18,26 @@ from sslvit.train.forecast import example
 DROPOUT = {"encoder.dropout": 0.3}
 
 
-def make_task(seed: int = 0, step: int = 0, **changes) -> Task:
+def make_task(seed: int = 0, **changes) -> Task:
     settings = load_recipe("mae/digits", RECIPES["mae/digits"] | DROPOUT | changes)
     torch.manual_seed(0)
-    task = task_class("mae")(settings.task, settings.encoder, settings.optim, RunPlan(9, 3, 8, seed=seed))  # fmt: skip
-    task._trainer = SimpleNamespace(global_step=step)
-    return task
+    return task_class("mae")(settings.task, settings.encoder, settings.optim, RunPlan(9, 3, 8, seed=seed))
 
 
-def dropped(seed: int = 0, step: int = 0, first_row: int = 0, batch_idx: int = 0, drawn: int = 0) -> list[bool]:
+def dropped(seed: int = 0, step: int = 0, first_row: int = 0, drawn: int = 0) -> list[bool]:
     """Which units the encoder's dropout drops in a micro-batch."""
-    task = make_task(seed, step)
+    task = make_task(seed)
     torch.rand(drawn)
     batch = example(load_recipe("mae/digits", RECIPES["mae/digits"]), 4)
     batch.first_row = first_row
-    task.on_train_batch_start(batch, batch_idx)
+    task.seed_dropout(batch, step)
     return (task.encoder.dropout(torch.ones(64)) == 0).tolist()
 
 
 def test_dropout_depends_on_seed_step_and_row_and_on_nothing_else() -> None:
     one = dropped()
     assert 4 < sum(one) < 40
-    assert dropped(batch_idx=5, drawn=3) == one
+    assert dropped(drawn=3) == one
     others = [dropped(seed=1), dropped(step=1), dropped(first_row=4), dropped(first_row=8)]
     assert all(other != one for other in others)
     assert len({tuple(other) for other in others}) == 4
@@ -83,7 +80,7 @@ def test_recomputed_blocks_drop_the_same_units() -> None:
         task = make_task(**{"encoder.activation_checkpointing": checkpointing, "encoder.depth": 2})
         batch = example(load_recipe("mae/digits", RECIPES["mae/digits"]), 8)
         batch.views = [torch.linspace(-1, 1, 512).reshape(8, 1, 8, 8)]
-        task.on_train_batch_start(batch, 0)
+        task.seed_dropout(batch, 0)
         task.training_step(batch).backward()
         gradients.append([p.grad for p in task.parameters() if p.grad is not None])
     for plain, recomputed in zip(*gradients, strict=True):

@@ -35,7 +35,7 @@ def test_a_recipes_batch_is_lowered_to_few_images_and_said(shards: Path, tmp_pat
     folder = pretrain(recipe)
     out = capsys.readouterr().out
     assert "2 steps of 4 images" in out
-    assert f"peak rate {8e-3 * 4 / 256:.2e}" in out
+    assert f"peak learning rate {8e-3 * 4 / 256:.2e}" in out
     assert "data.global_batch_size 4 instead of 64" in out
     kept = yaml.safe_load(folder.config.read_text())["data"]
     assert (kept["global_batch_size"], kept["fit_batch"]) == (4, False)

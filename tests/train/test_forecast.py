@@ -97,7 +97,7 @@ def test_with_buckets_a_step_of_ddp_holds_what_is_planned(tmp_path: Path) -> Non
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             model = DistributedDataParallel(task, **strategy._ddp_kwargs)
             for _ in range(2):
-                model(example(settings, found.micro), 0).backward()
+                model(example(settings, found.run.images_per_pass), 0).backward()
                 task.zero_grad()
     finally:
         distributed.destroy_process_group()
@@ -113,10 +113,12 @@ def test_steps_and_batches_are_those_of_the_run(shards: Path, tmp_path: Path) ->
     changes = {"train.steps": None, "train.epochs": 2.5, "train.micro_batch_size": 4}
     settings = load_recipe("mae/digits", RECIPES["mae/digits"] | changes)
     found, _ = forecast(settings, 30)
-    assert (found.steps, found.steps_per_epoch, found.micro, found.passes) == (8, 3, 4, 2)
+    plan = found.run
+    assert (plan.total_steps, plan.steps_per_epoch) == (8, 3)
+    assert (plan.images_per_pass, plan.accumulation_steps) == (4, 2)
     folder = run(shards, tmp_path / "run", **changes)
-    assert folder.read_metrics()[-1]["step"] == found.steps
-    assert sum(value.numel() for value in weights(folder).values()) == found.held
+    assert folder.read_metrics()[-1]["step"] == plan.total_steps
+    assert sum(value.numel() for value in weights(folder).values()) == found.total_params
 
 
 def test_more_work_costs_more(tmp_path: Path) -> None:
@@ -156,6 +158,7 @@ def test_the_command_prints_and_draws(tmp_path: Path, capsys: pytest.CaptureFixt
 
 MEASURE = """
 import gc, resource, sys, torch
+from sslvit.run_plan import RunPlan
 from sslvit.settings.load import load_recipe
 from sslvit.tasks import task_class
 from sslvit.train import forecast as plan
@@ -168,7 +171,7 @@ task = task_class(settings.task.name)(
     settings.task.fitted(1_000_000, micro, 9), settings.encoder, settings.optim.fitted(99, 9), RunPlan(9, 99, micro))
 gc.collect()
 status = next(line for line in open("/proc/self/status") if line.startswith("VmRSS"))
-base = int(status.split()[1]) * 1024 - 4 * found.held
+base = int(status.split()[1]) * 1024 - 4 * found.total_params
 optimizer = task.configure_optimizers()
 batch = plan.example(settings, micro)
 for _ in range(2):

@@ -53,8 +53,8 @@ def test_planned_memory_is_what_the_gpu_holds(recipe: str, micro: int) -> None:
     )
     found, _ = forecast(settings, 1_000_000)
     task = task_class(settings.task.name)(
-        settings.task.fitted(1_000_000, micro, 9), settings.encoder, settings.optim.fitted(99, 9), RunPlan(9, 99,
-        micro),
+        settings.task.fitted(1_000_000, micro, 9), settings.encoder, settings.optim.fitted(99, 9),
+        RunPlan(9, 99, micro),
     ).cuda()  # fmt: skip
     optimizer, batch = task.configure_optimizers(), example(settings, micro).to("cuda")
     torch.cuda.reset_peak_memory_stats()

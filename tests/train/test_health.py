@@ -11,17 +11,23 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from run_fixtures import run
 from sklearn.datasets import load_digits
 
 from sslvit.data.array_images import array_samples
 from sslvit.data.pack import pack
 from sslvit.evaluate.health import feature_std, rankme
+from sslvit.run_plan import RunPlan
 from sslvit.settings import DINOSettings, EncoderSettings, OptimSettings
 from sslvit.settings.load import load_recipe
-from sslvit.tasks.base import Task
-from sslvit.train.callbacks.health import Health, Sign, find_sign, measure
+from sslvit.tasks import task_class
+from sslvit.tasks.base import StepOutput, Task, as_batch
+from sslvit.tasks.symptoms import Symptom
+from sslvit.train.callbacks.health import Health, measure, not_finite
 from sslvit.train.folder import RunFolder
 from sslvit.train.run import pretrain
+
+PLAN = RunPlan(total_steps=1000, steps_per_epoch=100, global_batch_size=32)
 
 
 def test_feature_std_is_0_for_one_and_1_for_independent_channels() -> None:
@@ -40,18 +46,27 @@ def test_rankme_counts_directions() -> None:
     assert rankme(uneven) == pytest.approx(math.exp(-(shares * np.log(shares)).sum()), abs=1e-4)
 
 
-def test_prototype_measures() -> None:
-    task = Task(DINOSettings(), EncoderSettings(32), OptimSettings(), 9, steps_per_epoch=3, global_batch_size=4)
-    shares = torch.tensor([[1.0, 0, 0, 0], [0.5, 0.5, 0, 0], [0.25, 0.25, 0.25, 0.25], [0, 0, 0.1, 0.9]])
-    task.watch(torch.randn(4, 8), shares)
-    assert not task.watched  # nobody looks at this step
-    task.is_watched = True
-    task.watch(torch.randn(4, 8), shares)
-    looked = measure({name: torch.cat(parts) for name, parts in task.watched.items()})
+def dino(**changes) -> Task:
+    """A small task with 256 prototypes."""
+    task = DINOSettings(**{"out_dim": 256, "head_width": 16, "bottleneck": 8, "teacher_temp": 0.04} | changes)
+    return task_class("dino")(task, EncoderSettings(8, patch=4, width=8, depth=1, heads=1), OptimSettings(), PLAN)
+
+
+def test_prototype_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = dino()
+    probs = torch.tensor([[1.0, 0, 0, 0], [0.5, 0.5, 0, 0], [0.25, 0.25, 0.25, 0.25], [0, 0, 0.1, 0.9]])
+    output = StepOutput(torch.zeros(()), {}, torch.randn(4, 8), probs)
+    monkeypatch.setattr(task, "compute", lambda batch, step: output)
+    batch = as_batch(torch.zeros(4, 3, 8, 8))
+    task.training_step(batch)
+    assert not task.logged_features  # this step is not checked
+    task.logs_features = True
+    task.training_step(batch)
+    measures = measure({name: torch.cat(parts) for name, parts in task.logged_features.items()})
     entropy = (0 + math.log(2) + math.log(4) - 0.1 * math.log(0.1) - 0.9 * math.log(0.9)) / 4
-    assert looked["teacher_entropy"] == pytest.approx(entropy, abs=1e-6)
-    assert looked["teacher_uniform_kl"] == pytest.approx(math.log(4) - entropy, abs=1e-6)
-    assert looked["largest_prototype_share"] == 0.75
+    assert measures["teacher_entropy"] == pytest.approx(entropy, abs=1e-6)
+    assert measures["teacher_uniform_kl"] == pytest.approx(math.log(4) - entropy, abs=1e-6)
+    assert measures["largest_prototype_share"] == 0.75
 
 
 HEALTHY = {
@@ -77,46 +92,50 @@ HEALTHY = {
         ({"teacher_entropy": 5.5}, {"warmup_teacher_temp": 0.3}, "even", "task.warmup_teacher_temp"),
     ],
 )
-def test_each_sign_names_its_knob(seen: dict, task: dict, name: str | None, knob: str) -> None:
-    settings = DINOSettings(**{"out_dim": 256, "teacher_temp": 0.04} | task)
+def test_each_symptom_names_its_knob(seen: dict, task: dict, name: str | None, knob: str) -> None:
     seen = HEALTHY | seen
     seen["teacher_uniform_kl"] = math.log(256) - seen["teacher_entropy"]
-    sign = find_sign(seen, 64, settings, OptimSettings())
-    assert (sign.name if sign else None) == name
-    assert sign is None or knob in sign.remedy
+    symptom = find_symptom(dino(**task), seen)
+    assert (symptom.name if symptom else None) == name
+    assert symptom is None or knob in symptom.suggestion
 
 
-def test_a_remedy_is_not_what_is_set_already() -> None:
-    settings = DINOSettings(out_dim=256, teacher_temp=0.04, centering="sinkhorn", batch_norm=True)
-    one = find_sign(HEALTHY | {"largest_prototype_share": 1.0}, 64, settings, OptimSettings(clip_grad=3.0))
-    assert "sinkhorn" not in one.remedy
-    assert "batch_norm" not in one.remedy
-    assert "clip" not in find_sign(HEALTHY | {"loss": math.inf}, 64, settings, OptimSettings(clip_grad=3.0)).remedy
+def find_symptom(task: Task, measures: dict, images: int = 64) -> Symptom | None:
+    """As the health check finds it."""
+    return not_finite(measures, task.optim) or next(iter(task.symptoms(measures | {"images": float(images)})), None)
+
+
+def test_a_suggestion_is_not_what_is_set_already() -> None:
+    task = dino(centering="sinkhorn", batch_norm=True)
+    one = find_symptom(task, HEALTHY | {"largest_prototype_share": 1.0})
+    assert "sinkhorn" not in one.suggestion
+    assert "batch_norm" not in one.suggestion
+    assert "clip" not in not_finite(HEALTHY | {"loss": math.inf}, OptimSettings(clip_grad=3.0)).suggestion
     few = HEALTHY | {"largest_prototype_share": 1.0, "feature_std": 0.0}
-    assert find_sign(few, 2, settings, OptimSettings()) is None  # two images can be alike by chance
+    assert find_symptom(task, few, images=2) is None  # two images can be alike by chance
 
 
-def judged(tmp_path: Path, looks: str, total: int = 1000, young: int = 0) -> list[str]:
-    """The verdict after each look: e(ven), o(ne prototype), n(ot finite) or . for a healthy one."""
+def judged(tmp_path: Path, checks: str, total: int = 1000, grace: int = 0) -> list[str]:
+    """The verdict after each check: e(ven), o(ne prototype), n(ot finite) or . for a healthy one."""
     folder = RunFolder(tmp_path)
-    health = Health(folder, total, every=10)
+    health = Health(folder, RunPlan(total, 10, 8), every=10)
     names = {"e": "even", "o": "one prototype", "n": "not finite"}
     verdicts = []
-    for number, look in enumerate(looks, start=1):
+    for number, check in enumerate(checks, start=1):
         health.step = 10 * number
-        sign = Sign(names[look], "seen", "Remedy.") if look in names else None
-        health.judge(sign, {"loss": 1.0}, is_young=number <= young)
+        symptom = Symptom(names[check], "seen", "Do this.") if check in names else None
+        health.judge(symptom, {"loss": 1.0}, is_early=number <= grace)
         verdicts.append(json.loads(folder.health.read_text())["verdict"])
-        again = Health(folder, total, every=10)  # as a resumed run
+        again = Health(folder, RunPlan(total, 10, 8), every=10)  # as a resumed run
         again.load_state_dict(json.loads(json.dumps(health.state_dict())))
         health = again
     return verdicts
 
 
-def test_a_verdict_rests_on_several_looks(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_verdict_rests_on_several_checks(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert judged(tmp_path, "..e..") == ["healthy", "healthy", "suspicious", "healthy", "healthy"]
     assert capsys.readouterr().out == ""
-    assert judged(tmp_path, "eeee", young=3)[:3] == ["too early to say"] * 3
+    assert judged(tmp_path, "eeee", grace=3)[:3] == ["too early to say"] * 3
     assert judged(tmp_path, "eoeo")[-1] == "collapsed"  # it swings between two ways to fail
     capsys.readouterr()
     assert judged(tmp_path, "eee.ee...") == [
@@ -126,26 +145,26 @@ def test_a_verdict_rests_on_several_looks(tmp_path: Path, capsys: pytest.Capture
     assert [line.split(":")[0] for line in said] == ["step 30", "step 90"]
     assert said[1].endswith("this run has recovered from its collapse.")
     assert judged(tmp_path, "n") == ["collapsed"]
-    assert judged(tmp_path, "ee", total=20) == ["suspicious", "collapsed"]  # a short run has no third look
-    assert judged(tmp_path, "ee.ee", total=2500)[-1] == "collapsed"  # four of the five looks that it needs
+    assert judged(tmp_path, "ee", total=20) == ["suspicious", "collapsed"]  # a short run has no third check
+    assert judged(tmp_path, "ee.ee", total=2500)[-1] == "collapsed"  # four of the five checks that it needs
     assert judged(tmp_path, "e.e.e", total=2500)[-1] == "suspicious"
     assert judged(tmp_path, "eeeee.e...", total=2500)[-2:] == ["collapsed", "healthy"]  # two, then one of five
-    long = judged(tmp_path, "e" * 30, total=10_000)  # a fiftieth of it: 20 looks
+    long = judged(tmp_path, "e" * 30, total=10_000)  # a fiftieth of it: 20 checks
     assert [long.index("collapsed"), long.count("collapsed")] == [19, 11]
 
 
-def test_a_network_is_young_up_to_the_step_that_its_task_names(tmp_path: Path) -> None:
-    """A loss that is not finite aside, what it shows until then is no sign."""
-    settings = load_recipe("dino/digits", {})
-    health = Health(RunFolder(tmp_path), 100, every=1)
+def test_no_symptom_counts_until_the_step_that_its_task_names(tmp_path: Path) -> None:
+    """A loss that is not finite aside: a network that has just begun looks much the same."""
+    task = dino(out_dim=64)
+    health = Health(RunFolder(tmp_path), RunPlan(100, 10, 32), every=1)
     verdicts = []
     for health.step in range(1, 8):
         even = {"features": torch.randn(32, 8), "entropy": torch.full((32,), math.log(64)),
                 "uniform_kl": torch.zeros(32), "choice": torch.arange(32)}  # fmt: skip
         module = SimpleNamespace(
-            is_watched=True, is_skipped=False, watched={name: [value] for name, value in even.items()},
-            records={"loss": [torch.tensor(4.1)]}, record=lambda name, value: None, young_until=3,
-            settings=settings.task.fitted(10_000, 32, 1000), optim=settings.optim,
+            logs_features=True, guard=SimpleNamespace(skipped=False), symptoms=task.symptoms, optim=task.optim,
+            logged_features={name: [value] for name, value in even.items()}, health_grace_steps=3,
+            records={"loss": [torch.tensor(4.1)]}, record=lambda name, value: None,
         )  # fmt: skip
         health.on_step(SimpleNamespace(is_global_zero=True, world_size=1), module)
         verdicts.append(health.verdict)
@@ -188,14 +207,14 @@ BROKEN = {
 def test_broken_settings_are_noticed_and_their_knob_is_named(
     fault: str, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    changes, sign, remedy = BROKEN[fault]
+    changes, symptom, suggestion = BROKEN[fault]
     folder = train(shards, tmp_path / "run", **{"task.batch_norm": False} | changes)
     health = json.loads(folder.health.read_text())
     assert health["verdict"] == "collapsed"
-    assert [message["sign"] for message in health["messages"]] == [sign]
+    assert [message["symptom"] for message in health["messages"]] == [symptom]
     said = [line for line in capsys.readouterr().out.splitlines() if "collapsed" in line]
     assert said == [health["messages"][0]["message"]]
-    assert re.search(remedy, said[0])
+    assert re.search(suggestion, said[0])
 
 
 @pytest.mark.parametrize("changes", [{}, {"task.koleo": 0.01}, {"task.centering": "sinkhorn"}])
@@ -209,6 +228,17 @@ def test_a_healthy_run_is_left_in_peace(
     last = folder.read_metrics()[-1]
     assert last["teacher_entropy"] == pytest.approx(health["measures"]["teacher_entropy"])
     assert {"teacher_uniform_kl", "feature_std", "rankme", "largest_prototype_share"} <= last.keys()
+
+
+@pytest.mark.parametrize("recipe", ["mae/digits", "igpt/digits"])
+def test_a_run_that_learns_is_healthy_though_it_begins_above_a_constant_guess(
+    recipe: str, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    learning = {"data.global_batch_size": 32, "train.steps": 60, "train.log_every": 10, "optim.warmup_epochs": 1}
+    folder = run(shards, tmp_path / "run", recipe=recipe, **learning, **{"optim.base_lr": 1.6e-2})
+    health = json.loads(folder.health.read_text())
+    assert (health["verdict"], health["messages"]) == ("healthy", [])
+    assert "collapsed" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("recipe", ["dino/digits", "mae/digits", "igpt/digits"])
@@ -229,6 +259,31 @@ def test_a_run_that_explodes_says_so_and_ends_in_order(
     folder = pretrain(load_recipe(recipe, changes | {"data.shards": str(shards), "out": str(tmp_path / "run")}))
     health = json.loads(folder.health.read_text(), parse_constant=pytest.fail)
     assert health["verdict"] == "collapsed"
-    assert [message["sign"] for message in health["messages"]] == ["not finite"]
+    assert [message["symptom"] for message in health["messages"]] == ["not finite"]
     if recipe != "igpt/digits":  # a norm keeps its outputs finite
         assert "no pictures: what the encoder gives is not finite" in capsys.readouterr().out
+
+
+def test_a_run_without_anything_to_judge_by_is_not_checked(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task that names no symptoms; a loss that is not finite says enough by itself."""
+    assert Health(RunFolder(tmp_path), PLAN, every=1).verdict == "not checked"
+    monkeypatch.setattr(task_class("mae"), "symptoms", Task.symptoms)
+    health = json.loads(run(shards, tmp_path / "run", **{"train.steps": 4}).health.read_text())
+    assert (health["verdict"], health["messages"], health["step"]) == ("not checked", [], 4)
+    assert health["measures"].keys() >= {"loss", "rankme", "target_variance"}
+    broken = run(shards, tmp_path / "broken", **{"train.steps": 4, "optim.base_lr": 1e30, "optim.warmup_epochs": 0})
+    assert json.loads(broken.health.read_text())["verdict"] == "collapsed"
+
+
+@pytest.mark.parametrize("recipe", ["mae/digits", "igpt/digits"])
+def test_a_loss_no_better_than_a_constant_guess_is_a_symptom(recipe: str, shards: Path, tmp_path: Path) -> None:
+    """Its reference stands beside it in each line; at a rate of zero nothing is learned."""
+    stuck = {"optim.base_lr": 0.0, "optim.min_lr": 0.0, "data.global_batch_size": 32, "train.steps": 20}
+    folder = run(shards, tmp_path / "run", recipe=recipe, **stuck)
+    health = json.loads(folder.health.read_text())
+    assert (health["verdict"], health["messages"][0]["symptom"]) == ("collapsed", "trivial")
+    reference = "target_variance" if recipe == "mae/digits" else "unigram_entropy"
+    assert all(line["loss"] > 0.98 * line[reference] > 0 for line in folder.read_metrics())
+    assert "optim.base_lr (0)" in health["messages"][0]["message"]

@@ -12,6 +12,7 @@ import torch
 from run_fixtures import metrics, run, weights
 
 from sslvit.cli import main
+from sslvit.models.dino import DINOModel
 from sslvit.tasks import task_class
 from sslvit.train.folder import RunFolder
 
@@ -22,7 +23,11 @@ def broken_at(monkeypatch: pytest.MonkeyPatch, name: str, is_broken: Callable[[i
     step = task.training_step
 
     def wrong(self, batch, batch_idx=0):
-        if how == "pixel" and is_broken(self.global_step) and batch.first_row + len(batch) == self.global_batch_size:
+        if (
+            how == "pixel"
+            and is_broken(self.global_step)
+            and batch.first_row + len(batch) == self.run.global_batch_size
+        ):
             batch.views[0][-1, 0, 0, 0] = math.inf
         if how == "pixel":
             return step(self, batch, batch_idx)
@@ -75,18 +80,18 @@ def test_the_center_follows_the_outputs_of_steps_that_were_taken(
 ) -> None:
     """Each step moves it towards the mean of the teacher's outputs in its micro-batches; a skipped one does not."""
     task, outputs, centers = task_class("dino"), {}, {}
-    targets, update = task.model.targets, task.optimizer_step
+    targets, update = DINOModel.targets, task.optimizer_step
 
-    def watched(self, given):
-        outputs.setdefault(self.global_step, []).append(given.flatten(0, 1).clone())
-        return targets(self, given)
+    def watched(self, given, temperature):
+        outputs.setdefault(len(centers), []).append(given.flatten(0, 1).clone())
+        return targets(self, given, temperature)
 
     def after(self, *given, **named):
         step = self.global_step
         update(self, *given, **named)
-        centers[step] = self.center.clone()
+        centers[step] = self.model.center.clone()
 
-    monkeypatch.setattr(task, "targets", watched)
+    monkeypatch.setattr(DINOModel, "targets", watched)
     monkeypatch.setattr(task, "optimizer_step", after)
     broken_at(monkeypatch, "dino", lambda step: step == 2, "pixel")
     run(shards, tmp_path / "run", recipe="dino/digits", **{"train.micro_batch_size": 4, "task.center_momentum": 0.7})
@@ -177,17 +182,19 @@ def test_a_replay_names_the_part_and_the_image(
             run(shards, tmp_path / "run", **{"train.skip_limit": 1})
     folder = RunFolder(tmp_path / "run").incident
     state = torch.load(folder / "state.ckpt", weights_only=True)
-    state["state_dict"]["encoder.blocks.0.mlp.fc1.weight"][0] = 3e38
+    state["state_dict"]["model.encoder.blocks.0.mlp.fc1.weight"][0] = 3e38
     torch.save(state, folder / "state.ckpt")
     capsys.readouterr()
     assert main(["replay", str(folder)]) == 0
     said = capsys.readouterr().out
-    assert "first output that is not finite: encoder.blocks.0.mlp.fc1 (Linear)" in said
+    assert "first output that is not finite: model.encoder.blocks.0.mlp.fc1 (Linear)" in said
     assert "gives a gradient that is not finite" in said
-    state["state_dict"]["encoder.blocks.0.mlp.fc1.weight"][0] = math.nan
+    state["state_dict"]["model.encoder.blocks.0.mlp.fc1.weight"][0] = math.nan
     torch.save(state, folder / "state.ckpt")
     main(["replay", str(folder)])
-    assert "weights that are not finite before the step: encoder.blocks.0.mlp.fc1.weight" in capsys.readouterr().out
+    assert (
+        "weights that are not finite before the step: model.encoder.blocks.0.mlp.fc1.weight" in capsys.readouterr().out
+    )
 
 
 def test_what_is_no_incident_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

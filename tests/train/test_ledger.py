@@ -32,7 +32,7 @@ def test_bad_samples_of_all_ranks_and_of_earlier_parts_are_added_up(
     ledger.load_state_dict(bad(1, 4))
     for reasons in ({"k0": "reason 0"}, {"k0": "reason 0", "k2": "reason 0"}, {}):
         ledger.on_micro_batch(SimpleNamespace(global_rank=0), SimpleNamespace(unreadable=reasons))
-    assert {key: entry["times"] for key, entry in ledger.of_all_ranks().items()} == {"k0": 3, "k1": 4, "k2": 1}
+    assert {key: entry["times"] for key, entry in ledger.exchange().items()} == {"k0": 3, "k1": 4, "k2": 1}
 
     def gather(shares, own):
         shares[:] = [own, bad(10, 0, 20)]
@@ -40,9 +40,10 @@ def test_bad_samples_of_all_ranks_and_of_earlier_parts_are_added_up(
     monkeypatch.setattr(distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(distributed, "all_gather_object", gather)
+    ledger.before_checkpoint(SimpleNamespace())
     merged = ledger.state_dict()
     assert {key: entry["times"] for key, entry in merged.items()} == {"k0": 13, "k1": 4, "k2": 21}
-    ledger.save(SimpleNamespace(is_global_zero=True, global_step=25), merged)
+    ledger.save(SimpleNamespace(is_global_zero=True, global_step=25))
     content = json.loads((tmp_path / "ledger.json").read_text())
     about = {key: value for key, value in content.items() if key != "bad"}
     assert about == {"samples_read": 1250, "dropped_per_epoch": 7, "epochs_finished": 2,

@@ -95,7 +95,7 @@ def labeled_features(encoder: ViTEncoder, folder: Path, numbers: np.ndarray) -> 
 
 def test_a_look_gives_back_the_mode_of_every_part() -> None:
     class Task(torch.nn.Sequential):
-        def whole(self):
+        def gather_full_copy(self):
             return self
 
     module = Task(torch.nn.Linear(2, 2), torch.nn.Dropout())

@@ -24,6 +24,7 @@ from sslvit.data.index import load_index
 from sslvit.data.module import ShardDataModule
 from sslvit.data.pack import pack
 from sslvit.data.plan import EpochPlan
+from sslvit.run_plan import RunPlan
 from sslvit.settings import DataSettings, EncoderSettings
 from sslvit.tasks import task_class
 from sslvit.train.folder import RunFolder
@@ -100,7 +101,7 @@ def test_while_a_run_goes_on_its_encoder_is_that_of_the_checkpoint(
 
     monkeypatch.setattr(module, "_finish", lambda *_: None)
     folder = run(shards, tmp_path / "run", resume=True, **{"train.steps": 6})
-    state = weights(folder)["encoder.blocks.0.attn.qkv.weight"]
+    state = weights(folder)["model.encoder.blocks.0.attn.qkv.weight"]
     assert torch.equal(load_encoder(folder.path).blocks[0].attn.qkv.weight, state)
 
 
@@ -140,7 +141,9 @@ def test_a_position_holds_only_for_its_order(shards: Path) -> None:
 
     def at(**changes) -> ShardDataModule:
         plan = EpochPlan(**{"shard_samples": [30], "global_batch_size": 6, "seed": 0, "lanes": 1} | changes)
-        module = ShardDataModule(index, DataSettings(), EncoderSettings(8, channels=1, patch=2), plan, 9)
+        module = ShardDataModule(
+            index, DataSettings(), EncoderSettings(8, channels=1, patch=2), plan, RunPlan(9, 3, plan.global_batch_size)
+        )
         module.trainer = SimpleNamespace(global_step=4)
         return module
 
@@ -184,7 +187,9 @@ def test_what_was_chosen_for_a_run_stays_when_it_is_made_longer(
 ) -> None:
     options = {"recipe": "dino/digits", "task.momentum": None, "optim.warmup_epochs": None}
     first = yaml.safe_load(run(shards, tmp_path / "run", **options, **{"train.steps": 20}).config.read_text())
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("chosen for 30 images, 8 a step:")]
+    said = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("resolved for 30 images, 8 a step:")
+    ]
     assert "task.momentum 0.5" in said[0]
     assert "optim.warmup_epochs 2 steps (0.67 epochs)" in said[0]
     longer = run(shards, tmp_path / "run", resume=True, **options, **{"train.steps": 40})

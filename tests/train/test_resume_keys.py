@@ -71,7 +71,7 @@ REFUSED_VALUES = {
     "encoder.mask_token": True, "encoder.final_norm": False, "encoder.fc_norm": True,
     "encoder.init": "normal", "data.mixture": "copy", "data.global_batch_size": 6,
     "data.fit_normalization": True, "data.lanes": 2, "optim.betas": [0.8, 0.9], "train.epochs": 3.0, "seed": 1,
-    "init": "copy", "task.model.target": "normalized", "task.decoder_width": 32, "task.decoder_depth": 2,
+    "init": "copy", "task.target": "normalized", "task.decoder_width": 32, "task.decoder_depth": 2,
     "task.decoder_heads": 4, "task.decoder_mlp_ratio": 2.0,
 }  # fmt: skip
 # processes, an account, another folder; threads change the order of sums

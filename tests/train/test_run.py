@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,13 @@ def test_a_run_leaves_everything_in_its_folder(shards: Path, tmp_path: Path) -> 
     images = torch.randn(2, 1, 8, 8)
     assert torch.equal(encoder.features(images), last.features(images))
     assert json.loads((folder.encoder / "encoder.json").read_text())["provenance"]["step"] == 7
+
+
+def test_lightning_warns_of_nothing_in_a_run(shards: Path, tmp_path: Path) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run(shards, tmp_path / "run", **{"train.steps": 2, "train.micro_batch_size": 4})
+    assert [str(warning.message) for warning in caught if "lightning" in warning.filename] == []
 
 
 def test_the_same_settings_give_the_same_run_and_another_seed_another(shards: Path, tmp_path: Path) -> None:
@@ -79,21 +87,21 @@ def test_the_teacher_moves_once_per_update_as_written_in_the_paper(shards: Path,
 
     class Watched(DINO):
         def optimizer_step(self, *args, **kwargs) -> None:
-            before = [p.clone() for p in self.teacher.parameters()]
+            before = [p.clone() for p in self.model.teacher.parameters()]
             super().optimizer_step(*args, **kwargs)
             share = self.momentum_at(len(seen))
-            pairs = zip(before, self.encoder.parameters(), self.teacher.parameters(), strict=True)
+            pairs = zip(before, self.encoder.parameters(), self.model.teacher.parameters(), strict=True)
             seen.append(max(float((share * b + (1 - share) * s - t).abs().max()) for b, s, t in pairs))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sslvit.train.run.task_class", lambda name: Watched)
+        patch.setattr("sslvit.tasks.task_class", lambda name: Watched)
         folder = run(shards, tmp_path / "run", recipe="dino/digits", **{"train.micro_batch_size": 2})
     assert len(seen) == 7
     assert max(seen) < 1e-6
     state = weights(folder)
-    assert not torch.equal(state["teacher.cls_token"], state["encoder.cls_token"])
-    assert state["center"].abs().max() > 0
-    assert torch.equal(load_encoder(folder.path).cls_token, state["teacher.cls_token"])
+    assert not torch.equal(state["model.teacher.cls_token"], state["model.encoder.cls_token"])
+    assert state["model.center"].abs().max() > 0
+    assert torch.equal(load_encoder(folder.path).cls_token, state["model.teacher.cls_token"])
 
 
 def test_folders_are_not_overwritten_silently(shards: Path, tmp_path: Path) -> None:

@@ -257,7 +257,7 @@ def problem_of(path: Path) -> str:
 def flip_a_bit(path: Path) -> None:
     """In the middle of a weight."""
     content = bytearray(path.read_bytes())
-    weight = read_torch_file(path)["state_dict"]["encoder.blocks.0.attn.qkv.weight"].numpy().tobytes()
+    weight = read_torch_file(path)["state_dict"]["model.encoder.blocks.0.attn.qkv.weight"].numpy().tobytes()
     content[content.index(weight) + 100] ^= 1
     path.write_bytes(content)
 
@@ -422,8 +422,8 @@ def test_a_run_goes_on_by_its_folder_alone(shards: Path, tmp_path: Path, monkeyp
         ),
         ({"task.decoder_heads": 4}, "task.decoder_heads was 2 and cannot become 4, since it cuts the decoder's"),
         (
-            {"task.model.target": "normalized"},
-            "task.model.target was raw and cannot become normalized, since the decoder",
+            {"task.target": "normalized"},
+            "task.target was raw and cannot become normalized, since the decoder",
         ),
         ({"encoder.mean": [0.5]}, "encoder.mean was .* cannot become .* since the weights were trained on images"),
         ({"seed": 1, "optim.betas": [0.5, 0.9]}, "seed was 0 .*; optim.betas was .* Restore them"),

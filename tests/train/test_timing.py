@@ -11,6 +11,7 @@ import torch
 from run_fixtures import RECIPES, metrics, run
 
 from sslvit.data.module import ShardDataModule
+from sslvit.run_plan import RunPlan
 from sslvit.settings.load import load_recipe
 from sslvit.tasks import task_class
 from sslvit.train import forecast
@@ -102,9 +103,8 @@ def test_throughput_and_share_of_the_peak_are_those_of_all_ranks(
     watch = SimpleNamespace(now=0.0, perf_counter=lambda: watch.now, monotonic=lambda: watch.now)
     monkeypatch.setattr("sslvit.train.timing.time", watch)
     monkeypatch.setattr("sslvit.train.callbacks.run_log.time", watch)
-    plan = SimpleNamespace(global_batch_size=48, steps_per_epoch=8)
     (tmp_path / "metrics.jsonl").touch()
-    log = RunLog(RunFolder(tmp_path), plan, 4, 2, Clock(), 0.001)
+    log = RunLog(RunFolder(tmp_path), RunPlan(4, 8, 48, ranks=4), 2, Clock(), 0.001)
     strategy = SimpleNamespace(reduce=lambda value, reduce_op: value, root_device="cpu")
     trainer = SimpleNamespace(is_global_zero=True, global_step=0, world_size=4, strategy=strategy, loggers=[])
     module = SimpleNamespace(records={})
@@ -235,7 +235,7 @@ def test_each_rank_counts_the_steps_between_two_lines(tmp_path: Path, monkeypatc
     monkeypatch.setattr("sslvit.train.callbacks.run_log.mean_over_ranks", mean)
     clock = Clock()
     clock.mark("start")
-    log = RunLog(RunFolder(tmp_path), None, 9, 3, clock)
+    log = RunLog(RunFolder(tmp_path), RunPlan(9, 3, 8), 3, clock)
     rank, module = SimpleNamespace(is_global_zero=False, global_step=0), SimpleNamespace(records={})
     log.on_train_start(rank, module)
     for log.step in range(1, 10):

@@ -14,7 +14,7 @@ from sslvit.run_plan import RunPlan
 from sslvit.tasks.base import Task
 from sslvit.train.callbacks.base import StepCallback, mean_over_ranks
 from sslvit.train.folder import RunFolder, append_lines
-from sslvit.train.loggers import log_line
+from sslvit.train.loggers import log_numbers
 from sslvit.train.timing import Clock
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,10 @@ class RunLog(StepCallback):
         line |= {f"{part}_seconds": value for part, value in zip(seconds, times, strict=True)}
         line["elapsed_seconds"] = self.elapsed(now)
         append_lines(self.folder.metrics, [line])
-        log_line(trainer, {name: value for name, value in line.items() if name not in module.records})
+        numbers = {f"run/{name}": value for name, value in line.items() if name not in (*module.records, "step")}
+        if self.step % self.every:  # after the last step Lightning sends the task's records only if they are due
+            numbers |= {f"train/{name}": line[name] for name in module.records}
+        log_numbers(trainer, numbers, self.step)
         self.last = now
         self._show(line)
 

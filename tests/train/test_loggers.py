@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+import yaml
 from run_fixtures import TINY, metrics, run
 
 
@@ -16,10 +18,16 @@ def test_tensorboard_holds_the_lines_and_the_pictures(shards: Path, tmp_path: Pa
     folder = run(shards, tmp_path / "run", **{"train.tensorboard": True, "train.log_every": 2})
     log = events.EventAccumulator(str(folder.path / "tensorboard"), size_guidance={"images": 0})
     log.Reload()
-    losses = {event.step: event.value for event in log.Scalars("loss")}
-    assert losses == pytest.approx({line["step"]: line["loss"] for line in folder.read_metrics()})
-    assert sorted(losses) == [2, 4, 6, 7]
+    lines = folder.read_metrics()
+    assert [line["step"] for line in lines] == [2, 4, 6, 7]
+    for tag, name in (("train/loss", "loss"), ("train/rankme", "rankme"), ("run/epoch", "epoch")):
+        logged = {event.step: event.value for event in log.Scalars(tag)}
+        assert logged == pytest.approx({line["step"]: line[name] for line in lines})
     assert set(log.Tags()["images"]) == {file.stem for file in folder.figures.glob("*.png")}
+    about = yaml.safe_load((folder.path / "tensorboard" / "hparams.yaml").read_text())  # what two runs are compared by
+    assert about["encoder"]["width"] == 16
+    assert about["data_set"]["images"] == 30
+    assert about["versions"]["torch"] == metadata.version("torch")
 
 
 def test_no_logger_changes_the_run(shards: Path, tmp_path: Path) -> None:
