@@ -114,7 +114,7 @@ def demand(state: dict[str, Tensor], *names: str) -> None:
 def as_read(settings: EncoderSettings) -> str:
     """What the names and shapes of a bare file were taken for, so that a reader sees what may have been lost."""
     parts = {
-        "class token": settings.class_token, "pos_embed": settings.pos_embed != "none", "biases": settings.bias,
+        "class token": settings.class_token, "positions": settings.pos_embed != "none", "biases": settings.bias,
         "last norm": settings.final_norm or settings.fc_norm, "registers": settings.registers > 0,
         "LayerScale": settings.layer_scale is not None, "query-key norm": settings.qk_norm,
     }  # fmt: skip
