@@ -23,9 +23,7 @@ from sslvit.data.pack import pack
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings
 from sslvit.settings.load import load_recipe
-from sslvit.tasks.dino import DINO
-from sslvit.tasks.igpt import IGPT
-from sslvit.tasks.mae import MAE
+from sslvit.tasks.released import load_dino, load_igpt, load_mae
 
 SMALL = {"image_size": 8, "patch": 2, "width": 16, "depth": 1, "heads": 2, "channels": 1}
 VIT = {"model_type": "vit", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8,
@@ -168,12 +166,12 @@ def test_models_of_pixels_and_palettes(here: Path, capsys: pytest.CaptureFixture
         assert not (here / "trace").exists()
 
 
-def test_released_tasks(here: Path) -> None:
+def test_released_models(here: Path) -> None:
     released(here)
     for load in (
-        lambda: MAE.from_official("released.pth", heads=2, decoder_heads=2),
-        lambda: DINO.from_official("released.pth", heads=2),
-        lambda: IGPT.from_official("released.pth", "uniform"),
+        lambda: load_mae("released.pth", heads=2, decoder_heads=2),
+        lambda: load_dino("released.pth", heads=2),
+        lambda: load_igpt("released.pth", palette="uniform"),
     ):
         with pytest.raises(ValueError, match="refused, because it holds objects besides tensors"):
             load()

@@ -16,7 +16,7 @@ from sslvit.cli import main
 from sslvit.layouts import from_sslvit
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings
-from sslvit.tasks.mae import MAE
+from sslvit.tasks.released import load_mae, mae_to_state
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -135,11 +135,11 @@ def test_a_backbone_of_timms_names_is_taken_for_dinos_and_said(tmp_path: Path, c
     assert "layout: taken for DINO's, as its names begin with backbone" in capsys.readouterr().out
 
 
-def test_a_released_task_may_have_a_prefix_too(tmp_path: Path) -> None:
+def test_a_released_model_may_have_a_prefix_too(tmp_path: Path) -> None:
     weights = weights_of("mae")
     torch.save({"model": under("module.", weights)}, tmp_path / "full.pth")
-    task = MAE.from_official(str(tmp_path / "full.pth"), heads=4, decoder_heads=4)
-    assert all(torch.equal(task.official_state()[key], value) for key, value in weights.items())
+    official = mae_to_state(load_mae(tmp_path / "full.pth", heads=4, decoder_heads=4))
+    assert all(torch.equal(official[key], value) for key, value in weights.items())
 
 
 # ---- what is missing, and what no file says --------------------------------------------------------------------------

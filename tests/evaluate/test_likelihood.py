@@ -26,7 +26,7 @@ from sslvit.evaluate.likelihood import (
     unigram_nats,
 )
 from sslvit.evaluate.sources import LabeledSet
-from sslvit.models.igpt import pixel_nll
+from sslvit.models.igpt import IGPTModel, pixel_nll
 from sslvit.run_plan import RunPlan
 from sslvit.settings import EncoderSettings, IGPTSettings, OptimSettings
 from sslvit.tasks.igpt import IGPT
@@ -154,75 +154,77 @@ def test_the_smoothing_is_the_best_of_all_on_every_tenth_image() -> None:
 
 
 @pytest.fixture
-def task() -> IGPT:
+def model() -> IGPTModel:
     encoder = EncoderSettings(
         image_size=6, channels=1, mean=[0.5], std=[0.5], tokens="pixel", patch=1, width=16, depth=1, heads=2,
         class_token=False, prefix_positions="none", pooling="mean", causal=True,
     )  # fmt: skip
     torch.manual_seed(0)
-    task = IGPT(IGPTSettings(), encoder, OptimSettings(), RunPlan(1, 1, 8))
-    torch.nn.init.normal_(task.model.head.weight)
-    return task.eval()
+    model = IGPTModel(IGPTSettings(), encoder)
+    torch.nn.init.normal_(model.head.weight)
+    return model.eval()
 
 
 @torch.no_grad()
-def test_the_models_nats_are_its_loss_whatever_the_batch(task: IGPT) -> None:
+def test_the_models_nats_are_its_loss_whatever_the_batch(model: IGPTModel) -> None:
     colors = torch.randint(0, 8, (7, 36))
-    images = task.encoder.patch_embed.images_of(colors, (6, 6))
-    loss = float(pixel_nll(task.model.head(task.encoder(images)), colors))
-    assert model_nats(task, colors, 3) == pytest.approx(loss, rel=1e-6)
-    assert model_nats(task, colors, 7) == pytest.approx(loss, rel=1e-6)
+    images = model.encoder.patch_embed.images_of(colors, (6, 6))
+    loss = float(pixel_nll(model.head(model.encoder(images)), colors))
+    assert model_nats(model, colors, 3) == pytest.approx(loss, rel=1e-6)
+    assert model_nats(model, colors, 7) == pytest.approx(loss, rel=1e-6)
 
 
 @torch.no_grad()
-def by_model(task: IGPT, scored: np.ndarray) -> float:
+def by_model(model: IGPTModel, scored: np.ndarray) -> float:
     """Minus the mean logarithm of each pixel's probability, one pixel after the other, from those before it."""
     total = 0.0
     for image in torch.from_numpy(scored).flatten(1):
-        for readout in range(len(image)):
+        for position in range(len(image)):
             told = image.clone()
-            told[readout:] = 0  # nothing that the model must not see
+            told[position:] = 0  # nothing that the model must not see
             pixels = (told.view(1, 1, 6, 6) * 32 + 15.5) / 127.5 - 1  # the middles of the boxes in [-1, 1]
-            logits = task.head(task.encoder(pixels))[0, readout].double()
-            total -= float(logits.log_softmax(0)[image[readout]])
+            logits = model.head(model.encoder(pixels))[0, position].double()
+            total -= float(logits.log_softmax(0)[image[position]])
     return total / scored.size
 
 
-def test_unreadable_images_are_left_out(task: IGPT, tmp_path: Path) -> None:
+def test_unreadable_images_are_left_out(model: IGPTModel, tmp_path: Path) -> None:
     folder = image_folder(tmp_path / "images", count=3)
     found = folder_source(folder)
     index = pack(found.samples, tmp_path / "shards", found.classes)
     path = tmp_path / "shards" / "shard-000000.tar"
     content = path.read_bytes()
     path.write_bytes(content.replace(b"IHDR", b"XXXX", 1))
-    assert palette_images(task, LabeledSet(index, 1, max_unreadable_fraction=0.2)).shape == (5, 6, 6)
+    assert palette_images(model, LabeledSet(index, 1, max_unreadable_fraction=0.2)).shape == (5, 6, 6)
     with pytest.raises(ValueError, match="1 of 6 images cannot be read"):
-        palette_images(task, LabeledSet(index, 1))
+        palette_images(model, LabeledSet(index, 1))
 
 
-def test_the_table_and_its_command(task: IGPT, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_table_and_its_command(model: IGPTModel, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     source, grays = np.random.default_rng(0), {}
     for name, count, most in (("train", 40, 64), ("val", 10, 96)):
         grays[name] = source.integers(0, most, (count, 6, 6)).astype(np.uint8)
         pack(array_samples(grays[name]), tmp_path / name)
     train, val = (LabeledSet(load_index(tmp_path / name), 1) for name in ("train", "val"))
-    rows = likelihood(task, train, val)
+    rows = likelihood(model, train, val)
     names = ["uniform over 8 colors", "unigram", "n-gram of left and upper neighbor", "iGPT"]
     assert list(rows) == names
     assert rows[names[0]] == {"nats per pixel": math.log(8), "bits per pixel": 3.0}
-    counted, scored = palette_images(task, train), palette_images(task, val)
+    counted, scored = palette_images(model, train), palette_images(model, val)
     for name, found in (("train", counted), ("val", scored)):  # packing shuffles
         boxes = grays[name] // 32  # eight equal ones
         assert sorted(found.reshape(-1, 36).tolist()) == sorted(boxes.reshape(-1, 36).tolist())
     often = (np.bincount(counted.ravel(), minlength=8) + 1) / (counted.size + 8)
     smoothing = tune_smoothing(counted, 8)
     neighbors = counted_by_hand(counted, scored, 8, *smoothing)
-    expected = [math.log(8), -np.log(often[scored]).mean(), neighbors, by_model(task, scored)]
+    expected = [math.log(8), -np.log(often[scored]).mean(), neighbors, by_model(model, scored)]
     assert [row["nats per pixel"] for row in rows.values()] == pytest.approx(expected, rel=1e-5)
     assert [row["bits per pixel"] for row in rows.values()] == pytest.approx(np.array(expected) / math.log(2), rel=1e-5)
-    in_pieces = likelihood(task, train, val, batch=3)  # of 10 images, so the last piece is a smaller one
+    in_pieces = likelihood(model, train, val, batch=3)  # of 10 images, so the last piece is a smaller one
     assert [row["nats per pixel"] for row in in_pieces.values()] == pytest.approx(expected, rel=1e-5)
     assert expected[1] > 2 * math.log(2)  # a third of the pixels has a gray that is not in the training images
+    task = IGPT(IGPTSettings(), model.encoder.settings, OptimSettings(), RunPlan(1, 1, 8))
+    task.model.load_state_dict(model.state_dict())
     saved: dict = {"state_dict": task.state_dict()}
     task.on_save_checkpoint(saved)
     torch.save(saved, tmp_path / "igpt.ckpt")

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from sslvit.data.batch import Batch
-from sslvit.models.dino import DINOHead, dino_loss, embed_views, koleo_loss, sinkhorn_knopp
+from sslvit.layouts import dino as layout
+from sslvit.models.dino import (
+    DINOHead,
+    DINOModel,
+    apply_head,
+    dino_loss,
+    embed_views,
+    koleo_loss,
+    sinkhorn_knopp,
+)
 from sslvit.run_plan import RunPlan
 from sslvit.settings import DINOSettings, EncoderSettings, OptimSettings
 from sslvit.settings.dino import momentum_for, prototypes_for
 from sslvit.tasks.dino import DINO
+from sslvit.tasks.released import load_dino
 
 
 def make(task: dict | None = None, **encoder) -> DINO:
@@ -52,7 +61,7 @@ def test_a_view_is_never_compared_with_itself() -> None:
 
 def test_the_teacher_gets_no_gradient_and_is_what_is_saved() -> None:
     task = make()
-    task.training_step(batch_of()).backward()
+    task.compute(batch_of(), 0).objective.backward()
     assert all(
         p.grad is None for network in (task.model.teacher, task.model.teacher_head) for p in network.parameters()
     )
@@ -60,7 +69,7 @@ def test_the_teacher_gets_no_gradient_and_is_what_is_saved() -> None:
     assert without == []  # and every trained weight gets one
     assert task.trained_encoder is task.model.teacher
     assert not task.model.head.last_layer.weight_g.requires_grad
-    assert make({"norm_last_layer": False}).head.last_layer.weight_g.requires_grad
+    assert make({"norm_last_layer": False}).model.head.last_layer.weight_g.requires_grad
 
 
 def test_teacher_and_student_start_alike_also_from_another_encoder() -> None:
@@ -77,15 +86,15 @@ def test_stochastic_depth_is_the_students_alone_and_follows_the_rows() -> None:
     task = make(drop_path=0.5)
     assert task.model.teacher.settings.drop_path == 0
     whole = batch_of(8)
-    noise = task.path_noise(whole, views=4)  # branches (v b)
+    noise = task.path_noise(whole, 0, views=4)  # branches (v b)
     half = Batch(
         [view[4:] for view in whole.views], None, whole.samples[4:], whole.valid[4:], whole.epochs[4:], first_row=4
     )  # fmt: skip
     by_view = noise.view(-1, 4, 8)
-    torch.testing.assert_close(task.path_noise(half, views=4).view(-1, 4, 4), by_view[:, :, 4:])
+    torch.testing.assert_close(task.path_noise(half, 0, views=4).view(-1, 4, 4), by_view[:, :, 4:])
     assert len(by_view.flatten().unique()) == by_view.numel()
     torch.testing.assert_close(
-        embed_views(task.encoder, half.views, task.path_noise(half, 4)),
+        embed_views(task.encoder, half.views, task.path_noise(half, 0, 4)),
         embed_views(task.encoder, whole.views, noise)[:, 4:],
     )
 
@@ -102,8 +111,8 @@ def test_logits_and_loss_are_float32_under_bf16() -> None:
     task = make()
     with torch.autocast("cpu", torch.bfloat16):
         features = embed_views(task.encoder, batch_of().views)
-        logits = task.each(task.model.head, features)
-        loss = task.training_step(batch_of())
+        logits = apply_head(task.model.head, features)
+        loss = task.compute(batch_of(), 0).objective.detach()
     assert logits.dtype == loss.dtype == torch.float32
     assert not torch.equal(logits, logits.bfloat16().float())  # not merely bf16 numbers in a larger type
     assert math.isfinite(loss)
@@ -122,10 +131,10 @@ def test_sinkhorn_uses_every_prototype_equally_and_keeps_each_images_preference(
     shares = sinkhorn_knopp(unloved, 0.04, iterations=3)
     assert shares.isfinite().all()
     torch.testing.assert_close(shares.sum(-1), torch.ones(1, 20), atol=1e-4, rtol=0)
-    task = make({"centering": "sinkhorn"})
-    task.training_step(batch_of())
-    task.move_center()
-    assert not task.model.center.any()
+    model = make({"centering": "sinkhorn"}).model
+    model.loss(batch_of().views, teacher_temp=0.04)
+    model.update_center()
+    assert not model.center.any()
 
 
 def test_koleo_is_large_where_images_coincide() -> None:
@@ -135,10 +144,10 @@ def test_koleo_is_large_where_images_coincide() -> None:
     torch.testing.assert_close(koleo_loss(points), -chord.log().mean(), atol=1e-4, rtol=0)
     assert koleo_loss(points[[0, 0, 2]]) > koleo_loss(points[:3]) + 2
     task, plain = make({"koleo": 0.5}), make()
-    loss = task.training_step(batch_of())
+    output = task.compute(batch_of(), 0)
     extra = sum(koleo_loss(view) for view in embed_views(task.encoder, batch_of().views)[:2])
-    torch.testing.assert_close(loss, plain.training_step(batch_of()) + 0.5 * extra)
-    torch.testing.assert_close(task.records["koleo"][0], extra.detach())
+    torch.testing.assert_close(output.objective, plain.compute(batch_of(), 0).objective + 0.5 * extra)
+    torch.testing.assert_close(output.metrics["koleo"], extra)
 
 
 def test_a_single_image_cannot_be_spread() -> None:
@@ -152,57 +161,53 @@ def test_a_single_image_cannot_be_spread() -> None:
 
 
 def test_the_center_counts_every_micro_batch_once() -> None:
-    whole, parts = make(), make()
-    batch = batch_of(6)
-    whole.training_step(batch)
+    whole, parts = make().model, make().model
+    views = batch_of(6).views
+    whole.loss(views, teacher_temp=0.04)
     for start in (0, 2, 4):
-        rows = slice(start, start + 2)
-        parts.training_step(
-            Batch(
-                [v[rows] for v in batch.views], None, batch.samples[rows], batch.valid[rows], batch.epochs[rows], start
-            )
-        )
+        parts.loss([view[start : start + 2] for view in views], teacher_temp=0.04)
         assert not parts.center.any()  # it moves with the update, not with the micro-batch
-    for task in (whole, parts):
-        task.move_center()
+    for model in (whole, parts):
+        model.update_center()
     assert whole.center.abs().max() > 1e-3
     torch.testing.assert_close(whole.center, parts.center)
-    before = whole.center.clone()
-    whole.move_center()
-    assert torch.equal(whole.center, before)
+
+
+def test_images_that_are_not_trained_on_do_not_move_the_center() -> None:
+    model = make().model.eval()
+    model.loss(batch_of().views, teacher_temp=0.04)
+    assert not model.output_sum.any()
+    assert model.output_rows == 0
 
 
 def test_a_step_that_is_skipped_leaves_no_trace_in_center_or_teacher() -> None:
     task, undisturbed = make(), make()
-    broken = batch_of(6, first_row=100)
-    task.on_train_batch_start(broken, 0)
-    task.training_step(broken)
+    task.guard.begin_step()
+    loss = task.compute(batch_of(6, first_row=100), 0).objective
     assert task.model.output_sum.any()
-    teacher = {key: value.clone() for key, value in task.model.teacher.state_dict().items()}
-    optimizer = type("Skipping", (), {"param_groups": [], "step": lambda self, closure: None})()
-    task._trainer = SimpleNamespace(global_step=0)
-    task.guard.skipped = True
-    task.encoder.cls_token.data += 1
+    task.guard.backward(loss * math.inf)
+    before = {key: value.clone() for key, value in task.state_dict().items()}
+    optimizer = task.configure_optimizers()
+    task.configure_gradient_clipping(optimizer)
     task.optimizer_step(0, 0, optimizer)
-    assert not task.model.center.any()
-    assert not task.model.output_sum.any()
-    assert all(torch.equal(value, teacher[key]) for key, value in task.model.teacher.state_dict().items())
-    for one in (task, undisturbed):
-        one.training_step(batch_of())
-        one.move_center()
-    torch.testing.assert_close(task.model.center, undisturbed.center)
+    assert task.guard.skipped
+    assert all(torch.equal(value, before[key]) for key, value in task.state_dict().items())
+    for model in (task.model, undisturbed.model):
+        model.loss(batch_of().views, teacher_temp=0.04)
+        model.update_center()
+    torch.testing.assert_close(task.model.center, undisturbed.model.center)
 
 
-def by_hand(task: DINO, batch: Batch, shares_of) -> torch.Tensor:
+def by_hand(model: DINOModel, batch: Batch, probs_of) -> torch.Tensor:
     """The loss of a step: each pair of two views, by the networks' outputs."""
-    teacher = [task.model.teacher_head(task.model.teacher.features(view)) for view in batch.views[:2]]
-    student = [task.model.head(task.encoder.features(view)) for view in batch.views]
-    targets = shares_of(torch.stack(teacher).detach())
+    teacher = [model.teacher_head(model.teacher.features(view)) for view in batch.views[:2]]
+    student = [model.head(model.encoder.features(view)) for view in batch.views]
+    targets = probs_of(torch.stack(teacher).detach())
     terms = []
     for t in range(2):
         for s, output in enumerate(student):
             if s != t:
-                logits = (output / task.settings.student_temp).log_softmax(-1)
+                logits = (output / model.settings.student_temp).log_softmax(-1)
                 terms.append(-(targets[t] * logits).sum(-1).mean())
     return sum(terms) / len(terms)
 
@@ -227,21 +232,20 @@ def test_a_steps_loss_is_by_the_temperatures_of_its_epoch(step: int, student: fl
         "warmup_teacher_temp_epochs": 3,
     }))  # fmt: skip
     temperature = {0: first, 1: (first + last) / 2}.get(step // 5, last)
-    task.__class__ = type("DINOAtStep", (DINO,), {"global_step": step})
     batch = batch_of()
-    expected = by_hand(task, batch, lambda outputs: ((outputs - task.model.center) / temperature).softmax(-1))
-    torch.testing.assert_close(task.training_step(batch), expected, rtol=1e-4, atol=1e-5)
+    expected = by_hand(task.model, batch, lambda outputs: ((outputs - task.model.center) / temperature).softmax(-1))
+    torch.testing.assert_close(task.compute(batch, step).objective, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("iterations", "temperature"), [(1, 0.2), (2, 0.2), (40, 0.2), (2, 0.5)])
-def test_sinkhorns_shares_are_those_of_its_iterations_and_temperature(iterations: int, temperature: float) -> None:
+def test_sinkhorns_targets_are_those_of_its_iterations_and_temperature(iterations: int, temperature: float) -> None:
     """By hand as in SwAV: rows of prototypes, then columns of images, divided by their sums in turn."""
     task = different(make({
         "centering": "sinkhorn", "sinkhorn_iterations": iterations, "teacher_temp": temperature,
         "warmup_teacher_temp_epochs": 0,
     }))  # fmt: skip
 
-    def shares(outputs: torch.Tensor) -> torch.Tensor:
+    def probs(outputs: torch.Tensor) -> torch.Tensor:
         table = (outputs.flatten(0, 1).double() / temperature).exp().T
         prototypes, images = table.shape
         table = table / table.sum()
@@ -251,36 +255,31 @@ def test_sinkhorns_shares_are_those_of_its_iterations_and_temperature(iterations
         return (table * images).T.unflatten(0, (2, -1)).float()
 
     batch = batch_of()
-    expected = by_hand(task, batch, shares)
-    torch.testing.assert_close(task.training_step(batch), expected, rtol=1e-4, atol=1e-5)
+    expected = by_hand(task.model, batch, probs)
+    torch.testing.assert_close(task.compute(batch, 0).objective, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9, 1.0])
-def test_the_share_of_the_center_that_stays_is_its_momentum(momentum: float) -> None:
-    task = different(make({"center_momentum": momentum}))
-    before, batch = task.model.center.clone(), batch_of()
-    task.training_step(batch)
-    task.move_center()
-    outputs = torch.stack(
-        [task.model.teacher_head(task.model.teacher.features(view)) for view in batch.views[:2]]
-    ).detach()
-    torch.testing.assert_close(task.model.center, momentum * before + (1 - momentum) * outputs.mean((0, 1)))
+def test_the_center_moves_by_its_momentum(momentum: float) -> None:
+    model, views = different(make({"center_momentum": momentum})).model, batch_of().views
+    before = model.center.clone()
+    model.loss(views, teacher_temp=0.04)
+    model.update_center()
+    outputs = torch.stack([model.teacher_head(model.teacher.features(view)) for view in views[:2]]).detach()
+    torch.testing.assert_close(model.center, momentum * before + (1 - momentum) * outputs.mean((0, 1)))
 
 
-def test_the_teachers_momentum_goes_from_the_first_to_the_last_and_each_step_uses_its_own() -> None:
+def test_the_teachers_momentum_goes_from_the_first_to_the_last_and_each_step_uses_its_own(monkeypatch) -> None:
     task = different(make({"momentum": 0.8, "final_momentum": 0.96}))
     momenta = [0.96 + (0.8 - 0.96) * (1 + math.cos(math.pi * step / 100)) / 2 for step in range(101)]
     assert [task.momentum_at(step) for step in range(101)] == pytest.approx(momenta)
     pairs = [(task.model.teacher, task.encoder), (task.model.teacher_head, task.model.head)]
     before = [[p.detach().clone() for p in teacher.parameters()] for teacher, _ in pairs]
+    task.compute(batch_of(), 50)
     optimizer = task.configure_optimizers()
-    step = [50]
-
-    def update(closure=None) -> None:
-        step[0] += 1  # Lightning counts the step within its optimizer's call
-
-    optimizer.step = update
-    task.__class__ = type("DINOAtStep", (DINO,), {"global_step": property(lambda self: step[0])})
+    # Lightning counts the step within its optimizer's call
+    optimizer.step = lambda closure=None: monkeypatch.setattr(DINO, "global_step", 51)
+    monkeypatch.setattr(DINO, "global_step", 50)
     task.optimizer_step(0, 0, optimizer)
     for (teacher, student), old in zip(pairs, before, strict=True):
         for now, then, other in zip(teacher.parameters(), old, student.parameters(), strict=True):
@@ -315,35 +314,33 @@ def test_a_head_starts_small_and_its_prototypes_of_length_one() -> None:
 
 
 def test_recorded_numbers_are_the_loss_without_koleo_and_koleo_without_its_weight() -> None:
-    task, plain = make({"koleo": 0.5}), make()
-    whole = task.training_step(batch_of())
-    loss, spread = (task.records[name][0] for name in ("loss", "koleo"))
-    torch.testing.assert_close(loss, plain.training_step(batch_of()).detach())
-    torch.testing.assert_close(whole.detach(), loss + 0.5 * spread)
+    output = make({"koleo": 0.5}).compute(batch_of(), 0)
+    loss, koleo = (output.metrics[name] for name in ("loss", "koleo"))
+    torch.testing.assert_close(loss, make().compute(batch_of(), 0).objective)
+    torch.testing.assert_close(output.objective, loss + 0.5 * koleo)
 
 
 def test_the_health_check_sees_the_teachers_first_view() -> None:
-    task = different(make())
-    task.is_watched, batch = True, batch_of()
-    task.training_step(batch)
-    torch.testing.assert_close(task.watched["features"][0], task.model.teacher.features(batch.views[0]))
+    task, batch = different(make()), batch_of()
+    output, first = task.compute(batch, 99), task.model.teacher.features(batch.views[0])
+    torch.testing.assert_close(output.features, first)
+    probs = ((task.model.teacher_head(first) - task.model.center) / task.settings.teacher_temp).softmax(-1)
+    torch.testing.assert_close(output.probs, probs)
 
 
 def test_a_released_checkpoint_brings_its_center(tmp_path) -> None:
-    task = different(make(channels=3))
-    from sslvit.layouts import dino as layout
-
+    model = different(make(channels=3)).model
     networks = {
         name: layout.from_sslvit(encoder.state_dict(), {f"head.{k}": v for k, v in head.state_dict().items()})
         for name, encoder, head in (
-            ("student", task.encoder, task.model.head),
-            ("teacher", task.model.teacher, task.model.teacher_head),
+            ("student", model.encoder, model.head),
+            ("teacher", model.teacher, model.teacher_head),
         )
     }
-    torch.save(networks | {"dino_loss": {"center": task.model.center[None]}}, tmp_path / "full.pth")
-    again = DINO.from_official(str(tmp_path / "full.pth"), heads=2)
-    assert torch.equal(again.center, task.model.center)
-    for key, value in task.model.teacher.state_dict().items():
+    torch.save(networks | {"dino_loss": {"center": model.center[None]}}, tmp_path / "full.pth")
+    again = load_dino(tmp_path / "full.pth", heads=2)
+    assert torch.equal(again.center, model.center)
+    for key, value in model.teacher.state_dict().items():
         assert torch.equal(again.teacher.state_dict()[key], value)
 
 
@@ -376,9 +373,9 @@ def test_what_cannot_work_is_refused_by_name() -> None:
         make(tokens="pixel", patch=1, class_token=False, pooling="mean")
     with pytest.raises(ValueError, match="in front of a causal encoder, which sees no patch"):
         make(causal=True)
-    make(causal=True, pooling="mean").training_step(batch_of())
+    make(causal=True, pooling="mean").compute(batch_of(), 0)
     with pytest.raises(ValueError, match=r"task.out_dim, .* still null"):
-        DINO(DINOSettings(), EncoderSettings(), OptimSettings(), RunPlan(1, 1, 1))
+        DINOModel(DINOSettings(), EncoderSettings())
 
 
 def test_the_rate_never_passes_its_peak() -> None:
@@ -397,4 +394,5 @@ def test_the_rate_never_passes_its_peak() -> None:
 def test_a_run_shorter_than_its_recipe_still_trains_its_prototypes() -> None:
     assert make({"freeze_last_layer": 2}).frozen_steps == 10
     assert make({"freeze_last_layer": 1000}).frozen_steps == 25  # a quarter of 100
-    assert make({"freeze_last_layer": 2}).young_until == 25  # the warm-up of 40 epochs is longer than the run
+    assert make({"freeze_last_layer": 1}).health_grace_steps == 10  # the warm-up, a tenth of the run
+    assert make({"freeze_last_layer": 3}).health_grace_steps == 15  # a network with frozen prototypes has just begun

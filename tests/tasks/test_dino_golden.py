@@ -10,11 +10,12 @@ from torch import nn
 
 from sslvit.data.batch import Batch
 from sslvit.layouts import dino as layout
-from sslvit.models.dino import DINOHead, center_and_sharpen, dino_loss, embed_views
-from sslvit.optim import clip_by_parameter_norm, cosine, decay_groups, ema_update, grad_norms, warmup_cosine
+from sslvit.models.dino import DINOHead, DINOModel, apply_head, center_and_sharpen, dino_loss, embed_views
+from sslvit.optim import clip_by_parameter_norm, cosine, ema_update, grad_norms, warmup_cosine
 from sslvit.run_plan import RunPlan
 from sslvit.settings import DINOSettings, EncoderSettings, OptimSettings
 from sslvit.tasks.dino import DINO
+from sslvit.tasks.released import dino_from_state, load_dino
 
 
 def head_of(config: dict, state: dict[str, torch.Tensor]) -> DINOHead:
@@ -60,12 +61,12 @@ def test_a_heads_settings_are_read_from_its_weights() -> None:
         assert config["nlayers"] == 1 or shape["head_width"] == config["hidden_dim"]
 
 
-def tiny_task(**changes) -> DINO:
+def tiny_task(steps_per_epoch: int = 1, **changes) -> DINO:
     """A task whose networks do not matter, for its schedules and its loss."""
     encoder = EncoderSettings(image_size=16, patch=4, width=24, depth=1, heads=2)
     small = {"out_dim": 16, "head_width": 8, "bottleneck": 4, "momentum": 0.9}
     settings = DINOSettings(**small | changes).fitted(256, 256, 100)
-    return DINO(settings, encoder, OptimSettings(), RunPlan(100, 1, 256))
+    return DINO(settings, encoder, OptimSettings(), RunPlan(100, steps_per_epoch, 256))
 
 
 @looks_at("dino_loss", "*")
@@ -76,7 +77,8 @@ def test_loss_and_center_over_three_steps(golden: Golden) -> None:
         teacher_temp=config["teacher_temp"], warmup_teacher_temp_epochs=config["warmup_teacher_temp_epochs"],
         center_momentum=config["center_momentum"],
     )  # fmt: skip
-    schedule = [task.temperature_at(epoch) for epoch in range(config["nepochs"])]
+    model = task.model
+    schedule = [task.teacher_temp_at(epoch) for epoch in range(config["nepochs"])]
     torch.testing.assert_close(
         torch.tensor(schedule, dtype=torch.float64), golden["output/teacher_temp_schedule"].double(), atol=1e-7, rtol=0
     )
@@ -84,16 +86,15 @@ def test_loss_and_center_over_three_steps(golden: Golden) -> None:
     for step, epoch in enumerate(config["epochs_of_steps"]):
         student = golden[f"input/student_step{step}"].clone().requires_grad_()
         outputs = golden[f"input/teacher_step{step}"].unflatten(0, (2, config["batch"]))
-        task.temperature_at = lambda _, epoch=epoch: schedule[epoch]
-        targets = task.model.targets(outputs)
-        torch.testing.assert_close(targets, center_and_sharpen(outputs, task.model.center, schedule[epoch]))
+        targets = model.targets(outputs, schedule[epoch])
+        torch.testing.assert_close(targets, center_and_sharpen(outputs, model.center, schedule[epoch]))
         logits = student.unflatten(0, (config["ncrops"], config["batch"])) / config["student_temp"]
         loss = dino_loss(targets, logits)
         golden.check(f"output/loss_step{step}", loss.detach().view(1))
         loss.backward()
         golden.check(f"grad/student_step{step}", student.grad)
-        task.move_center()
-        golden.check(f"output/center_step{step}", task.model.center[None])
+        model.update_center()
+        golden.check(f"output/center_step{step}", model.center[None])
 
 
 @looks_at("dino_step_ops", "config/clips", "info/names", "input/*", "output/clip*")
@@ -121,48 +122,38 @@ def test_the_teacher_follows_the_student(golden: Golden) -> None:
 
 
 @looks_at("dino_step_ops", "info/frozen")
-def test_the_last_layer_is_frozen_in_the_epochs_that_the_released_code_freezes_it(golden: Golden) -> None:
+def test_the_last_layer_is_frozen_in_the_epochs_that_the_released_code_freezes_it(
+    golden: Golden, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for case in golden.info["frozen"]:
-        task = tiny_task(freeze_last_layer=case["freeze_last_layer"], norm_last_layer=False)
+        task = tiny_task(steps_per_epoch=3, freeze_last_layer=case["freeze_last_layer"], norm_last_layer=False)
         for parameter in task.parameters():
             parameter.grad = torch.ones_like(parameter)
-        task.run.steps_per_epoch = 3
         for step in range(3 * case["epoch"], 3 * case["epoch"] + 3):
-            trained = _at_step(task, step)
-            trained.configure_gradient_clipping(None)
+            monkeypatch.setattr(DINO, "global_step", step)
+            task.configure_gradient_clipping(task.configure_optimizers())
             without = {f"last_layer.{k}" for k, p in task.model.head.last_layer.named_parameters() if p.grad is None}
             assert without == set(case["without_grad"])
-            others = [name for name, p in task.named_parameters() if p.grad is None and "head.last_layer" not in name]
+            others = [name for name, p in task.named_parameters() if p.grad is None and ".head.last_layer" not in name]
             assert not others
-
-
-class _AtStep(DINO):
-    """A task that believes to be at some step."""
-
-    global_step = 0
-
-
-def _at_step(task: DINO, step: int) -> DINO:
-    task.__class__ = type("DINOAtStep", (_AtStep,), {"global_step": step})
-    return task
 
 
 @looks_at("multi_crop", "*")
 def test_crops_of_one_size_go_through_the_encoder_together(golden: Golden) -> None:
     student = golden.under("param/")
-    task = DINO.from_state(student, student, golden.config["vit"]["num_heads"]).eval()
-    assert not task.settings.norm_last_layer  # its prototypes have other lengths than one
-    check_shape(golden.config["vit"], task.encoder.settings)
-    check_head(golden.config["head"], task)
+    model = dino_from_state(student, student, golden.config["vit"]["num_heads"]).eval()
+    assert not model.settings.norm_last_layer  # its prototypes have other lengths than one
+    check_shape(golden.config["vit"], model.encoder.settings)
+    check_head(golden.config["head"], model)
     for i, side in enumerate(golden.config["crop_sizes"]):
         assert golden[f"input/crop_{i}"].shape == (golden.config["batch"], 3, side, side)
     calls: list[list[int]] = []
-    task.encoder.register_forward_pre_hook(lambda module, inputs: calls.append(list(inputs[0].shape)))
+    model.encoder.register_forward_pre_hook(lambda module, inputs: calls.append(list(inputs[0].shape)))
     for name, order in golden.config["orders"].items():
         calls.clear()
         views = [golden[f"input/crop_{i}"] for i in order]
         with torch.no_grad():
-            outputs = task.each(task.model.head, embed_views(task.encoder, views))
+            outputs = apply_head(model.head, embed_views(model.encoder, views))
         golden.check(f"output/{name}/y", outputs.flatten(0, 1))
         assert calls == golden.info["backbone_batches"][name]
 
@@ -202,8 +193,8 @@ def check_decay_groups(golden: Golden, unit_length: bool) -> None:
     ).fitted(256, 256, 1)  # fmt: skip
     task = DINO(settings, encoder, OptimSettings(), RunPlan(1, 1, 256))
     assert (head["in_dim"], head["norm_last_layer"]) == (encoder.width, True)  # the other kind has its list too
-    names = {id(p): name.replace("encoder.", "backbone.") for name, p in task.named_parameters()}
-    spared, decayed = ({names[id(p)] for p in group["params"]} for group in decay_groups(task, 0.04))
+    names = {id(p): name.replace("encoder.", "backbone.") for name, p in task.model.named_parameters()}
+    spared, decayed = ({names[id(p)] for p in group["params"]} for group in task.parameter_groups())
     expected = golden.info["groups"][f"norm_last_layer={unit_length}"]
     assert spared == set(expected["not_regularized"])
     assert decayed == set(expected["regularized"])
@@ -215,24 +206,25 @@ def check_decay_groups(golden: Golden, unit_length: bool) -> None:
 def test_training_steps_of_the_released_loop(golden: Golden, tmp_path) -> None:
     config = golden.config
     networks = {name: golden.under(f"param/{name}.") for name in ("student", "teacher")}
-    task = DINO.from_state(
+    model = dino_from_state(
         networks["student"], networks["teacher"], config["vit"]["num_heads"],
         teacher_temp=config["teacher_temp"], warmup_teacher_temp=config["warmup_teacher_temp"],
         warmup_teacher_temp_epochs=config["warmup_teacher_temp_epochs"], momentum=config["momentum_teacher"],
         freeze_last_layer=config["freeze_last_layer"],
     )  # fmt: skip
-    check_shape(config["vit"], task.encoder.settings)
-    check_head(config["head"], task)
+    check_shape(config["vit"], model.encoder.settings)
+    check_head(config["head"], model)
     for key, share in golden.info["comparable_fraction"].items():  # of all other weights everything is compared
         assert float(golden[f"output/comparable/{key}"].float().mean()) == pytest.approx(share)
     per_epoch, micro = config["steps_per_epoch"], config["steps_per_epoch"] * config["epochs_run"]
-    task.optim = OptimSettings(
+    optim = OptimSettings(
         base_lr=config["lr"], min_lr=config["min_lr"], weight_decay=config["weight_decay"],
         final_weight_decay=config["weight_decay_end"], betas=[0.9, 0.999], clip_grad=config["clip_grad"],
-        clip_grad_by="parameter",
+        clip_grad_by="parameter", warmup_epochs=config["warmup_epochs"],
     )  # fmt: skip
-    task.peak_lr, task.warmup_steps = config["lr"], config["warmup_epochs"] * per_epoch
-    task.run.total_steps, task.run.steps_per_epoch = config["epochs"] * per_epoch, per_epoch
+    # at a batch of 256 the base rate is the peak
+    task = DINO(model.settings, model.encoder.settings, optim, RunPlan(config["epochs"] * per_epoch, per_epoch, 256))
+    task.model.load_state_dict(model.state_dict())
     momenta = [task.momentum_at(step) for step in range(task.run.total_steps)]
     torch.testing.assert_close(
         torch.tensor(momenta, dtype=torch.float64), golden["output/momentum_schedule"], atol=1e-9, rtol=0
@@ -251,21 +243,20 @@ def test_training_steps_of_the_released_loop(golden: Golden, tmp_path) -> None:
     class Watch(pl.Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, k) -> None:
             golden.check(f"output/loss_{k}", module.records["loss"][-1].view(1))
-            golden.check(f"output/center_{k}", module.center[None])
+            golden.check(f"output/center_{k}", module.model.center[None])
             spared, decayed = trainer.optimizers[0].param_groups
             assert spared["lr"] == decayed["lr"] == pytest.approx(float(golden["output/lr_schedule"][k]), abs=1e-9)
             assert spared["weight_decay"] == 0
             assert decayed["weight_decay"] == pytest.approx(float(golden["output/wd_schedule"][k]), abs=1e-9)
             if (k + 1) % per_epoch == 0:
                 after[k // per_epoch] = {
-                    "student": _official(module.encoder, module.head),
-                    "teacher": _official(module.teacher, module.teacher_head),
+                    "student": _official(module.model.encoder, module.model.head),
+                    "teacher": _official(module.model.teacher, module.model.teacher_head),
                 }
 
     trainer = pl.Trainer(
         accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[Watch()], gradient_clip_val=config["clip_grad"],
-        default_root_dir=tmp_path,
+        enable_model_summary=False, callbacks=[Watch()], default_root_dir=tmp_path,
     )  # fmt: skip
     trainer.fit(task, torch.utils.data.DataLoader(batches, batch_size=None))
     assert len(after) == config["epochs_run"]
@@ -278,11 +269,11 @@ def test_training_steps_of_the_released_loop(golden: Golden, tmp_path) -> None:
                 assert difference <= bound, f"{network} {key} after epoch {epoch}: {difference:.2e} > {bound:.2e}"
 
 
-def check_head(config, task: DINO) -> None:
+def check_head(config, model: DINOModel) -> None:
     """The official names of a head against the settings that were read from its weights."""
-    settings = task.settings
+    settings = model.settings
     ours = {
-        "in_dim": task.encoder.settings.width, "out_dim": settings.out_dim, "hidden_dim": settings.head_width,
+        "in_dim": model.encoder.settings.width, "out_dim": settings.out_dim, "hidden_dim": settings.head_width,
         "bottleneck_dim": settings.bottleneck, "nlayers": settings.head_layers, "use_bn": settings.batch_norm,
         "norm_last_layer": settings.norm_last_layer,
     }  # fmt: skip
@@ -300,16 +291,15 @@ def test_the_full_checkpoint_loads_with_heads_and_center(tmp_path) -> None:
     content["teacher"] = golden.under("param/teacher.")
     content["dino_loss"] = {"center": golden["output/center_3"]}
     torch.save(content, tmp_path / "full.pth")
-    task = DINO.from_official(str(tmp_path / "full.pth"), heads=golden.config["vit"]["num_heads"])
+    model = load_dino(tmp_path / "full.pth", heads=golden.config["vit"]["num_heads"])
     for network, state in (
-        ("student", _official(task.encoder, task.model.head)), ("teacher", _official(task.model.teacher,
-        task.model.teacher_head)),
+        ("student", _official(model.encoder, model.head)), ("teacher", _official(model.teacher, model.teacher_head)),
     ):  # fmt: skip
         expected = golden.under(f"param/{network}.")
         assert state.keys() == expected.keys()
         assert all(torch.equal(state[key], expected[key]) for key in expected)
-    assert torch.equal(task.model.center, golden["output/center_3"][0])
+    assert torch.equal(model.center, golden["output/center_3"][0])
+    assert model.settings.norm_last_layer
     torch.save(content["teacher"], tmp_path / "one.pth")
     with pytest.raises(ValueError, match="no student and teacher"):
-        DINO.from_official(str(tmp_path / "one.pth"), heads=2)
-    assert task.settings.norm_last_layer
+        load_dino(tmp_path / "one.pth", heads=2)

@@ -15,7 +15,7 @@ from sslvit.data.views import Views
 from sslvit.run_plan import RunPlan
 from sslvit.settings.load import load_recipe
 from sslvit.tasks import task_class
-from sslvit.tasks.base import Task
+from sslvit.tasks.base import StepOutput, Task
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = sorted(
@@ -95,12 +95,6 @@ def test_a_class_token_that_sees_no_patch_is_not_trained(recipe: str) -> None:
 # ---- what a step draws, how it moves weights, what it records
 
 
-def at_step(task: Task, step: int) -> Task:
-    """The task, believing to be at some step."""
-    task.__class__ = type("AtStep", (task_class(task.settings.name),), {"global_step": step})
-    return task
-
-
 EVERY_TASK = {
     "mae/digits": {}, "dino/digits": {}, "igpt/digits": {},
     "finetune/small_images": {"task.mixup": 0, "task.cutmix": 0, "task.erase": 0},
@@ -112,10 +106,10 @@ def test_stochastic_depth_follows_step_seed_and_row_and_not_torchs_stream(recipe
     task, batch = task_of(recipe, **shrunk(recipe), **EVERY_TASK[recipe], **{"encoder.drop_path": 0.5})
 
     def loss(step: int = 7, seed: int = 0, first_row: int = 0, stream: int = 0) -> float:
-        task.run.seed, batch.first_row = seed, first_row
+        task.run, batch.first_row = replace(task.run, seed=seed), first_row
         torch.manual_seed(stream)
         with torch.no_grad():
-            return float(at_step(task, step).training_step(batch, 0))
+            return float(task.compute(batch, step).objective)
 
     drop_rates = {block.drop_rate for block in task.encoder.blocks}
     assert drop_rates == {0.0, 0.5}
@@ -126,11 +120,11 @@ def test_stochastic_depth_follows_step_seed_and_row_and_not_torchs_stream(recipe
 
 def test_noise_of_a_step_is_uniform_and_its_rows_are_those_of_the_global_batch() -> None:
     task, batch = task_of("mae/digits", **shrunk("mae/digits"))
-    noise = at_step(task, 3).uniform("mask", batch, 1000)
+    noise = task.uniform("mask", batch, 1000, 3)
     assert noise.mean() == pytest.approx(0.5, abs=0.02)
     assert noise.var() == pytest.approx(1 / 12, abs=0.005)
     batch.first_row = 2
-    later = task.uniform("mask", batch, 1000)
+    later = task.uniform("mask", batch, 1000, 3)
     assert torch.equal(later[:2], noise[2:])
     assert not torch.equal(later[2:], noise[2:])
 
@@ -138,22 +132,21 @@ def test_noise_of_a_step_is_uniform_and_its_rows_are_those_of_the_global_batch()
 class Steps:
     """What Lightning's optimizer does with a task: an update with gradients that are given."""
 
-    def __init__(self, task: Task) -> None:
-        self.task, self.optimizer = task, task.configure_optimizers()
+    def __init__(self, task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.task, self.optimizer, self.monkeypatch = task, task.configure_optimizers(), monkeypatch
 
     def take(self, step: int) -> dict[str, float]:
         """Update number `step`, and what it records."""
-        task = at_step(self.task, step)
-        task._trainer = type("T", (), {"global_step": step, "optimizers": []})()
-        task.configure_gradient_clipping(self.optimizer)
-        Task.optimizer_step(task, 0, 0, self.optimizer)
-        return {name: float(values[-1]) for name, values in task.records.items()}
+        self.monkeypatch.setattr(type(self.task), "global_step", step)
+        self.task.configure_gradient_clipping(self.optimizer)
+        self.task.optimizer_step(0, 0, self.optimizer)
+        return {name: float(values[-1]) for name, values in self.task.records.items()}
 
 
 @pytest.mark.parametrize("clip", [None, 0.5, 2.0, 1000.0])
 @pytest.mark.parametrize("clip_grad_by", ["all", "parameter"])
 def test_gradients_are_clipped_as_asked_and_their_norm_is_recorded_as_it_was(
-    clip: float | None, clip_grad_by: str
+    clip: float | None, clip_grad_by: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task, _ = task_of(
         "mae/digits", **shrunk("mae/digits"), **{"optim.clip_grad": clip, "optim.clip_grad_by": clip_grad_by}
@@ -163,7 +156,7 @@ def test_gradients_are_clipped_as_asked_and_their_norm_is_recorded_as_it_was(
         parameter.grad = torch.randn_like(parameter)
     before = [p.grad.clone() for p in trained]
     total = sum(float(grad.double().square().sum()) for grad in before) ** 0.5
-    steps = Steps(task)
+    steps = Steps(task, monkeypatch)
     given: list[torch.Tensor] = []  # to the optimizer; after its step there are none
     steps.optimizer.step = lambda closure=None: given.extend(p.grad.clone() for p in trained)
     assert steps.take(3)["grad_norm"] == pytest.approx(total, rel=1e-5)
@@ -173,7 +166,9 @@ def test_gradients_are_clipped_as_asked_and_their_norm_is_recorded_as_it_was(
         torch.testing.assert_close(clipped, grad * min((clip or norm) / norm, 1), rtol=1e-4, atol=1e-7)
 
 
-def test_an_update_moves_weights_as_adamw_at_the_rate_and_decay_of_its_step_and_records_that_rate() -> None:
+def test_an_update_moves_weights_as_adamw_at_the_rate_and_decay_of_its_step_and_records_that_rate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """By hand, for three updates: the first one from zero moments is the same for all averages."""
     changes = {
         "optim.base_lr": 0.32, "optim.min_lr": 0.004, "optim.warmup_epochs": 1, "optim.weight_decay": 0.3,
@@ -181,7 +176,7 @@ def test_an_update_moves_weights_as_adamw_at_the_rate_and_decay_of_its_step_and_
     }  # fmt: skip
     task, _ = task_of("mae/digits", **shrunk("mae/digits"), **changes)
     weight = task.encoder.blocks[0].attn.qkv.weight
-    steps, source = Steps(task), torch.Generator().manual_seed(0)
+    steps, source = Steps(task, monkeypatch), torch.Generator().manual_seed(0)
     expected, first, second = weight.detach().double().clone(), 0.0, 0.0
     peak = 0.32 * 8 / 256  # of a batch of 8
     for number, step in enumerate((40, 41, 99), start=1):
@@ -207,23 +202,27 @@ def test_a_loss_that_is_not_finite_marks_every_gradient_it_reaches() -> None:
         assert not is_finite or torch.equal(weight.grad, torch.ones(2))
 
 
-@pytest.mark.parametrize(("warmup", "young"), [(0, 0), (1, 10), (2.5, 25), (9, 25)])
-def test_a_run_is_young_in_its_warmup_and_at_most_for_a_quarter(warmup: float, young: int) -> None:
+@pytest.mark.parametrize(("warmup", "steps"), [(0, 0), (1, 10), (2.5, 25), (9, 25)])
+def test_a_run_is_young_in_its_warmup_and_at_most_for_a_quarter(warmup: float, steps: int) -> None:
     settings = load_recipe("mae/digits", SMALL | shrunk("mae/digits") | {"data.shards": "none"})
     optim = replace(settings.optim, warmup_epochs=warmup)
     task = task_class("mae")(settings.task, settings.encoder, optim, RunPlan(100, 10, 8))
-    assert task.young_until == young
+    assert task.health_grace_steps == steps
 
 
-def test_what_the_health_check_sees_is_of_the_features_and_shares_given() -> None:
-    task, _ = task_of("mae/digits", **shrunk("mae/digits"))
-    features, shares = torch.randn(2, 3), torch.tensor([[0.5, 0.25, 0.25, 0.0], [0.25, 0.25, 0.25, 0.25]])
-    task.watch(features, shares)
-    assert not task.watched  # not a step that is looked at
-    task.is_watched = True
-    task.watch(features, shares)
-    seen = {name: values[0] for name, values in task.watched.items()}
+def test_what_the_health_check_sees_is_of_the_features_and_probs_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    task, batch = task_of("mae/digits", **shrunk("mae/digits"))
+    features, loss = torch.randn(2, 3), torch.tensor(3.0)
+    probs = torch.tensor([[0.5, 0.25, 0.25, 0.0], [0.25, 0.25, 0.25, 0.25]])
+    output = StepOutput(loss, {"loss": loss}, features, probs, {"variance": torch.tensor(2.0)})
+    monkeypatch.setattr(type(task), "compute", lambda self, batch, step: output)
+    task.training_step(batch)
+    assert not task.logged_features  # not a step that is looked at
+    task.logs_features = True
+    task.training_step(batch)
+    seen = {name: values[0] for name, values in task.logged_features.items()}
     assert torch.equal(seen["features"], features)
+    assert seen["variance"].tolist() == [2.0]
     torch.testing.assert_close(seen["entropy"], torch.tensor([1.5, 2.0]) * np.log(2))
     torch.testing.assert_close(seen["uniform_kl"], torch.tensor([0.5, 0.0]) * np.log(2))
     assert seen["choice"][0] == 0
@@ -238,7 +237,7 @@ def test_every_trained_weight_of_every_recipe_gets_a_gradient(recipe: str, optio
         alone = ("encoder.registers", "encoder.locality_self_attention")  # not for a causal sequence of pixels
         changes = {key: value for key, value in changes.items() if key not in alone}
     task, batch = task_of(recipe, **shrunk(recipe), **changes)
-    task.training_step(batch, 0).backward()
+    task.compute(batch, 0).objective.backward()
     idle = [name for name, p in task.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert idle == []
     frozen = {name for name, p in task.encoder.named_parameters() if not p.requires_grad}

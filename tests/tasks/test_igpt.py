@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from test_mae import batch_of
 
-from sslvit.models.igpt import pixel_nll, random_mask
+from sslvit.models.igpt import IGPTModel, pixel_nll, random_mask
 from sslvit.run_plan import RunPlan
 from sslvit.settings import EncoderSettings, IGPTSettings, OptimSettings
 from sslvit.settings.palette import check_palette
@@ -58,9 +59,9 @@ def test_each_pixels_prediction_depends_on_the_pixels_before_it_only(positions: 
 def test_loss_is_the_mean_over_all_pixels_in_nats_and_bits() -> None:
     task = make()
     task.model.head.weight.data.zero_()
-    loss = task.training_step(batch_of(gray()))
-    torch.testing.assert_close(float(loss.detach()), math.log(8))
-    torch.testing.assert_close(float(task.records["bits"][0]), 3.0)
+    metrics = task.compute(batch_of(gray()), 0).metrics
+    torch.testing.assert_close(float(metrics["loss"].detach()), math.log(8))
+    torch.testing.assert_close(float(metrics["bits"].detach()), 3.0)
     logits = torch.tensor([[[2.0, 0.0], [0.0, 1.0]]])
     colors = torch.tensor([[0, 0]])
     parts = [-math.log(math.exp(2) / (math.exp(2) + 1)), -math.log(1 / (1 + math.e))]
@@ -79,10 +80,9 @@ def test_the_loss_is_computed_in_float32_and_keeps_float64() -> None:
 
 def test_a_new_model_finds_all_colors_alike() -> None:
     torch.manual_seed(0)
-    encoder = EncoderSettings(**PIXELS)
-    task = IGPT(IGPTSettings(), encoder, OptimSettings(), RunPlan(1, 1, 256))
-    assert float(task.training_step(batch_of(gray())).detach()) == pytest.approx(math.log(8), abs=1e-6)
-    assert task.encoder.patch_embed.start_token.detach().std() == pytest.approx(0.02, rel=0.5)
+    model = IGPTModel(IGPTSettings(), EncoderSettings(**PIXELS))
+    assert float(model.loss(gray()).detach()) == pytest.approx(math.log(8), abs=1e-6)
+    assert model.encoder.patch_embed.start_token.detach().std() == pytest.approx(0.02, rel=0.5)
 
 
 def test_bert_sees_around_a_hidden_pixel_but_not_the_pixel() -> None:
@@ -101,11 +101,9 @@ def test_bert_sees_around_a_hidden_pixel_but_not_the_pixel() -> None:
 
 @pytest.mark.parametrize(("ratio", "hidden"), [(0.15, 2), (0.5, 8), (0.8, 13)])
 def test_bert_hides_its_ratio_of_the_pixels_those_with_the_lowest_noise(ratio: float, hidden: int) -> None:
-    task = IGPT(IGPTSettings(objective="bert", mask_ratio=ratio), EncoderSettings(**PIXELS | BERT), OptimSettings(),
-                RunPlan(10, 5, 256))  # fmt: skip
-    batch = batch_of(gray(4))
-    noise = task.uniform("mask", batch, 16)
-    is_hidden = task.draw_mask(batch)
+    model = IGPTModel(IGPTSettings(objective="bert", mask_ratio=ratio), EncoderSettings(**PIXELS | BERT))
+    noise = torch.rand(4, 16, generator=torch.Generator().manual_seed(0))
+    _, _, is_hidden = model.predict(gray(4), noise)
     for row, mask in zip(noise.tolist(), is_hidden.tolist(), strict=True):
         order = sorted(range(16), key=row.__getitem__)
         assert {place for place, is_out in enumerate(mask) if is_out} == set(order[:hidden])
@@ -115,7 +113,7 @@ def test_pictures_are_drawn_by_the_runs_seed() -> None:
     task = make().eval()
     shown = []
     for seed in (0, 0, 1):
-        task.run.seed = seed
+        task.run = replace(task.run, seed=seed)
         shown.append(np.stack(task.figures(batch_of(gray(3)))["generated"][1]))
     assert np.array_equal(shown[0], shown[1])
     assert not np.array_equal(shown[0], shown[2])
@@ -124,16 +122,27 @@ def test_pictures_are_drawn_by_the_runs_seed() -> None:
 def test_bert_counts_hidden_pixels_only_and_hides_as_many_in_every_image() -> None:
     task = make("bert", **BERT)
     batch = batch_of(gray(6))
-    is_hidden = task.draw_mask(batch)
-    assert is_hidden.sum(1).tolist() == [2] * 6  # 15 % of 16
+    is_hidden = random_mask(task.uniform("mask", batch, 16, 3), 2)  # 15 % of 16
+    assert is_hidden.sum(1).tolist() == [2] * 6
     assert len({tuple(row) for row in is_hidden.tolist()}) > 1
-    loss = task.training_step(batch)
-    logits = task.model.head(task.encoder(batch.views[0], hidden=is_hidden))
+    tokens = task.encoder(batch.views[0], hidden=is_hidden)
     colors = task.encoder.patch_embed.quantize(batch.views[0])
-    expected = torch.nn.functional.cross_entropy(logits[is_hidden], colors[is_hidden])
-    torch.testing.assert_close(loss, expected)
+    expected = torch.nn.functional.cross_entropy(task.model.head(tokens)[is_hidden], colors[is_hidden])
+    output = task.compute(batch, 3)
+    torch.testing.assert_close(output.objective, expected)
+    torch.testing.assert_close(task.model.loss(batch.views[0], task.mask_noise(batch, 3)), expected)
+    torch.testing.assert_close(output.features, tokens.mean(1))
     noise = torch.tensor([[0.5, 0.1, 0.1, 0.9]])
     assert random_mask(noise, 1).tolist() == [[False, True, False, False]]
+
+
+def test_the_health_check_compares_with_the_entropy_of_the_colors() -> None:
+    task, batch = make(), batch_of(gray(4))
+    assert task.compute(batch, 0).references == {}
+    task.logs_features = True
+    counts = torch.bincount(task.encoder.patch_embed.indices(batch.views[0]).flatten()).double()
+    expected = sum(-count / 64 * math.log(count / 64) for count in counts.tolist() if count)
+    assert float(task.compute(batch, 0).references["unigram_entropy"]) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -143,21 +152,21 @@ def test_bert_counts_hidden_pixels_only_and_hides_as_many_in_every_image() -> No
 )  # fmt: skip
 def test_every_trained_parameter_gets_a_gradient(objective: str, options: dict) -> None:
     task = make(objective, **options)
-    task.training_step(batch_of(gray(4))).backward()
+    task.compute(batch_of(gray(4)), 0).objective.backward()
     idle = [name for name, p in task.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert idle == []
 
 
 def test_a_few_steps_lower_the_loss_on_one_batch() -> None:
-    task, batch = make(), batch_of(gray(4))
-    optimizer = torch.optim.AdamW(task.parameters(), 1e-2)
+    model, images = make().model, gray(4)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     losses = []
     for _ in range(60):
-        loss = task.training_step(batch)
+        loss = model.loss(images)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.2 * losses[0]
 
 

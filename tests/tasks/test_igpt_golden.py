@@ -9,22 +9,20 @@ import numpy as np
 import pytest
 import torch
 from golden_fixtures import Golden, looks_at
-from test_mae import batch_of
 
 from sslvit.checkpoint import load_encoder
 from sslvit.layouts import to_sslvit
-from sslvit.models.igpt import pixel_nll
+from sslvit.models.igpt import IGPTModel, pixel_nll
 from sslvit.settings.palette import read_palette
-from sslvit.tasks.igpt import IGPT
-from sslvit.tasks.released import load_igpt
+from sslvit.tasks.released import igpt_from_state, load_igpt
 
 
-def task_of(golden: Golden) -> IGPT:
-    return IGPT.from_state(golden.under("param/"), heads=golden.config["n_head"])
+def model_of(golden: Golden) -> IGPTModel:
+    return igpt_from_state(golden.under("param/"), heads=golden.config["n_head"])
 
 
-def images_of(golden: Golden, task: IGPT) -> torch.Tensor:
-    return task.encoder.patch_embed.images_of(golden["input/pixels"], task.encoder.settings.grid)
+def images_of(golden: Golden, model: IGPTModel) -> torch.Tensor:
+    return model.encoder.patch_embed.images_of(golden["input/pixels"], model.encoder.settings.grid)
 
 
 @looks_at(
@@ -32,11 +30,11 @@ def images_of(golden: Golden, task: IGPT) -> torch.Tensor:
     "output/hf_internal_loss",
 )  # fmt: skip
 def test_loss_logits_and_gradients(golden: Golden) -> None:
-    task = task_of(golden)
-    images, pixels = images_of(golden, task), golden["input/pixels"]
-    logits = task.model.head(task.encoder(images))
+    model = model_of(golden)
+    images, pixels = images_of(golden, model), golden["input/pixels"]
+    logits = model.head(model.encoder(images))
     golden.check("output/logits", logits)
-    loss = task.training_step(batch_of(images))
+    loss = model.loss(images)
     golden.check("output/loss", loss.detach())
     # transformers' own loss shifts once more: the output that predicts pixel i + 1 against pixel i
     golden.check("output/hf_internal_loss", pixel_nll(logits[:, :-1], pixels[:, :-1]).detach())
@@ -48,12 +46,12 @@ def test_loss_logits_and_gradients(golden: Golden) -> None:
         apart = (golden["output/loss"] - golden["output/official_tf/loss"]).abs()
         assert float(apart) == pytest.approx(golden.info["hf_vs_official_tf_abs_loss_diff"])
     loss.backward()
-    encoder = task.encoder
+    encoder = model.encoder
     pixels = encoder.patch_embed
     ours = {
         "wpe.weight": encoder.pos_embed.grad[0],
         "wte.weight": torch.cat([pixels.embed.weight.grad, pixels.start_token.grad[0]]),
-        "ln_f.weight": encoder.norm.weight.grad, "lm_head.weight": task.model.head.weight.grad,
+        "ln_f.weight": encoder.norm.weight.grad, "lm_head.weight": model.head.weight.grad,
     }  # fmt: skip
     for number, block in enumerate(encoder.blocks):
         parts = {"attn.c_attn": block.attn.qkv, "attn.c_proj": block.attn.proj, "mlp.c_fc": block.mlp.fc1,
@@ -97,11 +95,11 @@ def test_tensorflow_variables_exported_as_arrays(tmp_path: Path, prefix: str) ->
     golden = Golden("igpt_model_nobias")
     variables = {name.replace("model/", prefix, 1): value for name, value in tensorflow_names(golden).items()}
     np.savez(tmp_path / "model.npz", **variables)
-    task = load_igpt(tmp_path / "model.npz", palette="uniform")  # the heads are in the shapes
-    assert not task.encoder.settings.bias
-    golden.check("output/official_tf/logits", task.model.head(task.encoder(images_of(golden, task))))
+    model = load_igpt(tmp_path / "model.npz", palette="uniform")  # the heads are in the shapes
+    assert not model.encoder.settings.bias
+    golden.check("output/official_tf/logits", model.head(model.encoder(images_of(golden, model))))
     encoder = load_encoder(tmp_path / "model.npz")
-    golden.check("output/ln_f", encoder(images_of(golden, task)))
+    golden.check("output/ln_f", encoder(images_of(golden, model)))
 
 
 class Trap:
@@ -166,11 +164,11 @@ def test_a_released_file_takes_the_released_palette(tmp_path: Path) -> None:
     torch.save(golden.under("param/"), tmp_path / "pytorch_model.bin")
     palettes = [read_palette(tmp_path / name) for name in ("kmeans_centers.npy", "preprocessor_config.json")]
     for palette in palettes:
-        task = IGPT.from_official(tmp_path / "pytorch_model.bin", palette, golden.config["n_head"])
-        assert torch.equal(task.encoder.patch_embed.palette, colors)
-        assert torch.equal(task.encoder.patch_embed.quantize(images_of(golden, task)), golden["input/pixels"])
-        golden.check("output/logits", task.model.head(task.encoder(images_of(golden, task))))
-    by_file = IGPT.from_official(tmp_path / "pytorch_model.bin", tmp_path / "kmeans_centers.npy", 4)
+        model = load_igpt(tmp_path / "pytorch_model.bin", golden.config["n_head"], palette=palette)
+        assert torch.equal(model.encoder.patch_embed.palette, colors)
+        assert torch.equal(model.encoder.patch_embed.quantize(images_of(golden, model)), golden["input/pixels"])
+        golden.check("output/logits", model.head(model.encoder(images_of(golden, model))))
+    by_file = load_igpt(tmp_path / "pytorch_model.bin", heads=4, palette=tmp_path / "kmeans_centers.npy")
     assert torch.equal(by_file.encoder.patch_embed.palette, colors)
     with pytest.raises(ValueError, match="does not hold its colors. Give --palette FILE"):
         load_igpt(tmp_path / "pytorch_model.bin", heads=4)
@@ -182,4 +180,4 @@ def test_a_model_without_its_output_matrix_is_no_igpt() -> None:
     state = Golden("igpt_model").under("param/")
     state.pop("lm_head.weight")
     with pytest.raises(ValueError, match="no output matrix"):
-        IGPT.from_state(state, heads=4)
+        igpt_from_state(state, heads=4)

@@ -6,19 +6,29 @@ import pytest
 import torch
 
 from sslvit.data.batch import Batch
-from sslvit.models.mae import MAEDecoder, masked_patch_mse, patchify
+from sslvit.models.mae import MAEDecoder, MAEModel, masked_patch_mse, patchify
 from sslvit.run_plan import RunPlan
 from sslvit.settings import EncoderSettings, MAESettings, OptimSettings
 from sslvit.tasks.mae import MAE
+from sslvit.tasks.released import load_mae, mae_from_state, mae_to_state
 
 
-def make(**changes) -> MAE:
-    torch.manual_seed(0)
-    encoder = EncoderSettings(
-        **{"image_size": 16, "patch": 4, "width": 32, "depth": 2, "heads": 2, "channels": 1} | changes
+def settings_of(**changes) -> tuple[MAESettings, EncoderSettings]:
+    encoder = {"image_size": 16, "patch": 4, "width": 32, "depth": 2, "heads": 2, "channels": 1}
+    return (
+        MAESettings(mask_ratio=0.5, decoder_width=16, decoder_depth=1, decoder_heads=2),
+        EncoderSettings(**encoder | changes),
     )
-    settings = MAESettings(mask_ratio=0.5, decoder_width=16, decoder_depth=1, decoder_heads=2)
-    return MAE(settings, encoder, OptimSettings(), RunPlan(10, 5, 256))
+
+
+def make(**changes) -> MAEModel:
+    torch.manual_seed(0)
+    return MAEModel(*settings_of(**changes))
+
+
+def task_of(seed: int = 0, **changes) -> MAE:
+    torch.manual_seed(0)
+    return MAE(*settings_of(**changes), OptimSettings(), RunPlan(10, 5, 256, seed=seed))
 
 
 def batch_of(images: torch.Tensor, first_row: int = 0) -> Batch:
@@ -39,15 +49,15 @@ def test_loss_counts_hidden_patches_only() -> None:
 def test_the_encoder_sees_the_patches_that_the_mask_ratio_leaves_and_the_loss_is_of_the_others(
     ratio: float, visible: int
 ) -> None:
-    task = make()
-    task.settings.mask_ratio = ratio
+    model = make()
+    model.settings.mask_ratio = ratio
     images, noise, seen = torch.randn(3, 1, 16, 16), torch.rand(3, 16), []
-    task.encoder.register_forward_hook(lambda module, inputs, output: seen.append((inputs[1], output)))
-    loss = task.loss(images, noise)
+    model.encoder.register_forward_hook(lambda module, inputs, output: seen.append((inputs[1], output)))
+    loss = model.loss(images, noise)
     places, latent = seen[0]
     assert latent.shape[1] == 1 + visible
     expected = []
-    predicted = task.model.decoder(latent, places)
+    predicted = model.decoder(latent, places)
     for image in range(3):
         order = sorted(range(16), key=lambda place: float(noise[image, place]))
         assert places[image].tolist() == order[:visible]  # the lowest noise
@@ -60,34 +70,45 @@ def test_the_encoder_sees_the_patches_that_the_mask_ratio_leaves_and_the_loss_is
 
 
 def test_rows_of_a_global_batch_draw_the_same_masks_however_it_is_cut() -> None:
-    task = make()
+    task = task_of()
     images = torch.randn(8, 1, 16, 16)
-    whole = task.uniform("mask", batch_of(images), 16)
-    parts = [task.uniform("mask", batch_of(images[i : i + 2], first_row=i), 16) for i in range(0, 8, 2)]
+    whole = task.uniform("mask", batch_of(images), 16, 0)
+    parts = [task.uniform("mask", batch_of(images[i : i + 2], first_row=i), 16, 0) for i in range(0, 8, 2)]
     assert torch.equal(torch.cat(parts), whole)
-    assert not torch.equal(task.uniform("drop path", batch_of(images), 16), whole)
+    assert not torch.equal(task.uniform("drop path", batch_of(images), 16, 0), whole)
     assert len({tuple(row) for row in whole.argsort(1).tolist()}) == 8
 
 
 def test_masks_differ_from_step_to_step_and_from_seed_to_seed() -> None:
     batch, drawn = batch_of(torch.randn(4, 1, 16, 16)), []
     for seed, step in ((0, 0), (0, 1), (0, 2), (1, 0)):
-        task = make()
-        task.run.seed = seed
-        task.__class__ = type("MAEAtStep", (MAE,), {"global_step": step})
-        drawn.append(task.uniform("mask", batch, 16))
-        assert torch.equal(task.uniform("mask", batch, 16), drawn[-1])
+        task = task_of(seed)
+        drawn.append(task.uniform("mask", batch, 16, step))
+        assert torch.equal(task.uniform("mask", batch, 16, step), drawn[-1])
     every = torch.stack(drawn)
     assert len(every.flatten().unique()) == every.numel()
 
 
 def test_each_use_of_chance_in_a_step_has_numbers_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Masks and skipped branches from the same numbers would go together."""
-    task, drawn, uniform = make(drop_path=0.5), [], MAE.uniform
+    task, drawn, uniform = task_of(drop_path=0.5), [], MAE.uniform
     monkeypatch.setattr(MAE, "uniform", lambda *key: drawn.append(uniform(*key)) or drawn[-1])
-    task.training_step(batch_of(torch.randn(4, 1, 16, 16)))
+    task.compute(batch_of(torch.randn(4, 1, 16, 16)), 0)
     assert [numbers.shape for numbers in drawn] == [(4, 16), (4, 2 * 2)]  # patches; two branches of two blocks
     assert len(torch.cat(drawn, 1).unique()) == 4 * (16 + 4)
+
+
+def test_a_steps_loss_is_the_models_under_the_steps_numbers() -> None:
+    task, batch = task_of(drop_path=0.5), batch_of(torch.randn(4, 1, 16, 16))
+    task.logs_features = True
+    output = task.compute(batch, 3)
+    noise, path_noise = task.uniform("mask", batch, 16, 3), task.path_noise(batch, 3)
+    assert torch.equal(output.objective, task.model.loss(batch.views[0], noise, path_noise))
+    latent, _, is_hidden = task.model.encode(batch.views[0], noise, path_noise)
+    assert torch.equal(output.features, latent.mean(1))
+    hidden = task.model.target(batch.views[0])[is_hidden]
+    guess = task.model.target(batch.views[0]).mean((0, 1))
+    torch.testing.assert_close(output.references["target_variance"], (hidden - guess).square().mean())
 
 
 def test_a_decoder_starts_with_a_small_random_mask_token_and_xavier_maps() -> None:
@@ -106,17 +127,12 @@ def test_checkpointing_keeps_one_tensor_per_block_of_encoder_and_decoder(stack: 
         torch.manual_seed(0)
         depths = {"encoder": 1, "decoder": 1} | {stack: depth}
         encoder = EncoderSettings(
-            image_size=16,
-            patch=4,
-            width=32,
-            depth=depths["encoder"],
-            heads=2,
-            channels=1,
+            image_size=16, patch=4, width=32, depth=depths["encoder"], heads=2, channels=1,
             activation_checkpointing=checkpointing,
-        )
+        )  # fmt: skip
         settings = MAESettings(mask_ratio=0.5, decoder_width=32, decoder_depth=depths["decoder"], decoder_heads=2)
-        task = MAE(settings, encoder, OptimSettings(), RunPlan(10, 5, 256))
-        weights = {parameter.data_ptr() for parameter in task.parameters()}
+        model = MAEModel(settings, encoder)
+        weights = {parameter.data_ptr() for parameter in model.parameters()}
         seen: dict[int, int] = {}
 
         def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -128,7 +144,7 @@ def test_checkpointing_keeps_one_tensor_per_block_of_encoder_and_decoder(stack: 
 
         alive: list[torch.Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            loss = task.loss(torch.randn(4, 1, 16, 16), torch.rand(4, 16))
+            loss = model.loss(torch.randn(4, 1, 16, 16), torch.rand(4, 16))
         loss.backward()
         return sum(seen.values())
 
@@ -140,17 +156,17 @@ def test_checkpointing_keeps_one_tensor_per_block_of_encoder_and_decoder(stack: 
 def test_checkpointing_changes_no_gradient_of_the_decoder() -> None:
     gradients = []
     for checkpointing in (False, True):
-        task = make(activation_checkpointing=checkpointing)
-        task.loss(torch.ones(2, 1, 16, 16), torch.arange(32.0).view(2, 16)).backward()
-        gradients.append([p.grad for p in task.model.decoder.parameters() if p.requires_grad])
+        model = make(activation_checkpointing=checkpointing)
+        model.loss(torch.ones(2, 1, 16, 16), torch.arange(32.0).view(2, 16)).backward()
+        gradients.append([p.grad for p in model.decoder.parameters() if p.requires_grad])
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
 
 def test_reconstruction_keeps_visible_pixels_and_fills_the_others() -> None:
-    task = make().eval()
+    model = make().eval()
     images = torch.randn(3, 1, 16, 16)
     noise = torch.rand(3, 16)
-    filled, area = task.model.reconstruct(images, noise)
+    filled, area = model.reconstruct(images, noise)
     is_hidden = area.bool().expand_as(images)
     assert torch.equal(filled[~is_hidden], images[~is_hidden])
     assert (filled[is_hidden] != images[is_hidden]).all()
@@ -158,11 +174,11 @@ def test_reconstruction_keeps_visible_pixels_and_fills_the_others() -> None:
 
 
 def test_a_reconstruction_is_in_units_of_each_patchs_deviation() -> None:
-    task = make().eval()
+    model = make().eval()
     images, noise = torch.randn(2, 1, 16, 16) * 3 + 1, torch.rand(2, 16)
-    task.model.decoder.pred.weight.data.zero_()
-    task.model.decoder.pred.bias.data.fill_(2.0)  # predicts two deviations above each patch's mean
-    filled, area = task.model.reconstruct(images, noise)
+    model.decoder.pred.weight.data.zero_()
+    model.decoder.pred.bias.data.fill_(2.0)  # predicts two deviations above each patch's mean
+    filled, area = model.reconstruct(images, noise)
     patches, hidden = patchify(filled, 4), patchify(area, 4)[:, :, 0].bool()
     originals = patchify(images, 4)
     expected = originals.mean(2, keepdim=True) + 2 * originals.std(2, keepdim=True)
@@ -170,11 +186,11 @@ def test_a_reconstruction_is_in_units_of_each_patchs_deviation() -> None:
 
 
 def test_reconstruction_undoes_the_normalization_of_each_patch() -> None:
-    task = make().eval()
+    model = make().eval()
     images = torch.randn(2, 1, 16, 16) * 5 + 3
-    task.model.decoder.pred.weight.data.zero_()
-    task.model.decoder.pred.bias.data.zero_()  # predicts zero deviations from each patch's mean
-    filled, area = task.model.reconstruct(images, torch.rand(2, 16))
+    model.decoder.pred.weight.data.zero_()
+    model.decoder.pred.bias.data.zero_()  # predicts zero deviations from each patch's mean
+    filled, area = model.reconstruct(images, torch.rand(2, 16))
     patches, hidden = patchify(filled, 4), patchify(area, 4)[:, :, 0].bool()
     expected = patchify(images, 4).mean(2, keepdim=True).expand_as(patches)
     torch.testing.assert_close(patches[hidden], expected[hidden])
@@ -192,20 +208,20 @@ def test_reconstruction_undoes_the_normalization_of_each_patch() -> None:
     ],
 )
 def test_every_trained_parameter_gets_a_gradient(options: dict) -> None:
-    task = make(**options)
+    task = task_of(**options)
     height, width = task.encoder.settings.image_size
-    task.loss(torch.randn(4, 1, height, width), torch.rand(4, height * width // 16)).backward()
+    task.model.loss(torch.randn(4, 1, height, width), torch.rand(4, height * width // 16)).backward()
     without = [name for name, p in task.named_parameters() if p.requires_grad and p.grad is None]
     assert not without
 
 
 def test_a_few_steps_lower_the_loss_on_one_batch() -> None:
-    task = make()
-    optimizer = torch.optim.AdamW(task.parameters(), lr=3e-3)
+    model = make()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     images, noise = torch.randn(8, 1, 16, 16), torch.rand(8, 16)
     losses = []
     for _ in range(60):
-        loss = task.loss(images, noise)
+        loss = model.loss(images, noise)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -229,53 +245,51 @@ def test_encoders_that_cannot_be_masked_are_refused(encoder: dict, message: str)
 
 
 def test_an_encoder_alone_is_no_mae(tmp_path) -> None:
-    task = make(channels=3)
-    weights = {
-        key: value for key, value in task.official_state().items() if "decoder" not in key and key != "mask_token"
-    }
+    model = make(channels=3)
+    official = mae_to_state(model)
+    weights = {key: value for key, value in official.items() if "decoder" not in key and key != "mask_token"}
     torch.save({"model": weights}, tmp_path / "encoder.pth")
     with pytest.raises(ValueError, match="needs one with its decoder"):
-        MAE.from_official(str(tmp_path / "encoder.pth"), heads=2, decoder_heads=2)
-    torch.save({"model": task.official_state()}, tmp_path / "full.pth")
-    ratio = task.settings.mask_ratio
-    again = MAE.from_official(str(tmp_path / "full.pth"), heads=2, decoder_heads=2, mask_ratio=ratio)
+        load_mae(tmp_path / "encoder.pth", heads=2, decoder_heads=2)
+    torch.save({"model": official}, tmp_path / "full.pth")
+    again = load_mae(tmp_path / "full.pth", heads=2, decoder_heads=2, mask_ratio=model.settings.mask_ratio)
     images, noise = torch.randn(2, 3, 16, 16), torch.rand(2, 16)
-    torch.testing.assert_close(again.loss(images, noise), task.loss(images, noise))
+    torch.testing.assert_close(again.loss(images, noise), model.loss(images, noise))
 
 
 @pytest.mark.parametrize("side", [8, 16, 24])
 def test_other_resolutions_train_and_the_own_one_is_as_it_was(side: int) -> None:
     encoder = EncoderSettings(image_size=16, patch=4, width=16, depth=1, heads=2, channels=1, mean=[0.5], std=[0.5])
     torch.manual_seed(0)
-    task = MAE(MAESettings(decoder_width=16, decoder_depth=1, decoder_heads=2), encoder, OptimSettings(), RunPlan(4,
-    2, 4))  # fmt: skip
-    images = torch.randn(4, 1, side, side)
-    assert task.patches_of(images) == (side // 4) ** 2
-    task.loss(images, torch.rand(4, task.patches_of(images))).backward()
-    assert task.encoder.patch_embed.proj.weight.grad.abs().sum() > 0
-    assert torch.equal(task.model.decoder.positions((4, 4)), task.model.decoder.pos_embed)
-    table = task.model.decoder.pos_embed
+    model = MAEModel(MAESettings(decoder_width=16, decoder_depth=1, decoder_heads=2), encoder)
+    images, patches = torch.randn(4, 1, side, side), (side // 4) ** 2
+    model.loss(images, torch.rand(4, patches)).backward()
+    assert model.encoder.patch_embed.proj.weight.grad.abs().sum() > 0
+    table = model.decoder.pos_embed
+    assert torch.equal(model.decoder.positions((4, 4)), table)
     cells = table[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
     stretched = torch.nn.functional.interpolate(cells, (side // 4, side // 4), mode="bicubic", antialias=True)
     expected = torch.cat([table[:, :1], stretched.flatten(2).transpose(1, 2)], 1)
-    torch.testing.assert_close(task.model.decoder.positions((side // 4, side // 4)), expected)
-    filled, _ = task.model.reconstruct(images, torch.rand(4, task.patches_of(images)))
+    torch.testing.assert_close(model.decoder.positions((side // 4, side // 4)), expected)
+    filled, _ = model.reconstruct(images, torch.rand(4, patches))
     assert filled.shape == images.shape
+    task = MAE(model.settings, encoder, OptimSettings(), RunPlan(4, 2, 4))
+    assert task.compute(batch_of(images), 0).objective.isfinite()  # one number per patch of this size
 
 
 def released(ratio: float, decoder_ratio: float | None, width: int = 24) -> dict[str, torch.Tensor]:
     """A full checkpoint whose MLPs have these ratios, under the official names."""
     encoder = EncoderSettings(image_size=16, patch=8, width=width, depth=1, heads=1, mlp_ratio=ratio)
     settings = MAESettings(decoder_width=24, decoder_depth=1, decoder_heads=2, decoder_mlp_ratio=decoder_ratio)
-    return MAE(settings, encoder, OptimSettings(), RunPlan(1, 1, 4)).official_state()
+    return mae_to_state(MAEModel(settings, encoder))
 
 
 @pytest.mark.parametrize(("ratio", "decoder_ratio"), [(3.0, None), (4.0, 3.0), (2.5, 4.1), (4.1, 2.0)])
 def test_a_released_file_says_the_mlp_ratios_of_encoder_and_decoder(ratio: float, decoder_ratio: float | None) -> None:
     official = released(ratio, decoder_ratio)
-    again = MAE.from_state(official, heads=1, decoder_heads=2)
+    again = mae_from_state(official, heads=1, decoder_heads=2)
     assert again.decoder.blocks[0].mlp.fc1.weight.shape[0] == round(24 * (decoder_ratio or ratio))
-    back = again.official_state()
+    back = mae_to_state(again)
     assert back.keys() == official.keys()
     assert all(torch.equal(back[key], value) for key, value in official.items())
 
@@ -290,4 +304,4 @@ def test_a_released_file_whose_parts_do_not_fit_is_refused_in_a_line() -> None:
     with pytest.raises(
         ValueError, match=r"other shape: decoder.blocks.0.mlp.fc2.weight is \(24, 95\), here \(24, 96\)"
     ):
-        MAE.from_state(official, heads=1, decoder_heads=2)
+        mae_from_state(official, heads=1, decoder_heads=2)

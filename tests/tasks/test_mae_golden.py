@@ -10,27 +10,28 @@ from golden_fixtures import Golden, check_shape, looks_at
 from sslvit.data.batch import Batch
 from sslvit.layouts import mae as layout
 from sslvit.models import ViTEncoder
-from sslvit.models.mae import normalize_patches, num_visible, patchify, random_masking, unpatchify
+from sslvit.models.mae import MAEModel, normalize_patches, num_visible, patchify, random_masking, unpatchify
 from sslvit.models.transformer import Block
-from sslvit.optim import decay_groups, layer_decay_groups, layer_of, warmup_cosine
+from sslvit.optim import layer_decay_groups, layer_of, warmup_cosine
 from sslvit.run_plan import RunPlan
 from sslvit.settings import EncoderSettings, MAESettings, OptimSettings
 from sslvit.tasks.mae import MAE
+from sslvit.tasks.released import mae_from_state, mae_to_state
 
 
-def mae_of(golden: Golden, **settings) -> MAE:
+def mae_of(golden: Golden, **settings) -> MAEModel:
     config = golden.config
-    return MAE.from_state(
+    return mae_from_state(
         golden.under("param/"), config["num_heads"], config["decoder_num_heads"],
         mask_ratio=config["mask_ratio"], **settings,
     )  # fmt: skip
 
 
-def check_decoder(config, task: MAE) -> None:
+def check_decoder(config, model: MAEModel) -> None:
     """The official names of a decoder against the settings that were read from its weights."""
-    settings, block = task.settings, task.model.decoder.blocks[0]
+    settings, block = model.settings, model.decoder.blocks[0]
     assert settings.decoder_width == config["decoder_embed_dim"]
-    assert settings.decoder_depth == len(task.model.decoder.blocks) == config["decoder_depth"]
+    assert settings.decoder_depth == len(model.decoder.blocks) == config["decoder_depth"]
     assert settings.decoder_heads == block.attn.heads == config["decoder_num_heads"]
     assert block.mlp.fc1.out_features == config["mlp_ratio"] * config["decoder_embed_dim"]
 
@@ -59,31 +60,31 @@ def test_masks_follow_the_noise(golden: Golden) -> None:
 )  # fmt: skip
 @torch.no_grad()
 def test_encoder_and_decoder(golden: Golden) -> None:
-    task = mae_of(golden, target="raw").eval()
-    check_shape(golden.config, task.encoder.settings)
-    check_decoder(golden.config, task)
+    model = mae_of(golden, target="raw").eval()
+    check_shape(golden.config, model.encoder.settings)
+    check_decoder(golden.config, model)
     images = golden["input/imgs"]
     assert len(images) == golden.config["batch"]
-    assert task.settings.mask_ratio == golden.config["mask_ratio"] == MAESettings().mask_ratio
+    assert model.settings.mask_ratio == golden.config["mask_ratio"] == MAESettings().mask_ratio
     visible, _ = random_masking(golden["input/noise"], 4)
-    latent = task.encoder(images, visible)
+    latent = model.encoder(images, visible)
     golden.check("output/latent", latent)
-    golden.check("output/pred", task.model.decoder(latent, visible))
-    golden.check("output/latent_full", task.encoder(images))
-    golden.check("output/probe_block0", task.encoder.blocks[0](golden["input/probe_tokens"]))
-    golden.check("output/probe_norm", task.encoder.norm(golden["input/probe_tokens"]))
-    block: Block = task.model.decoder.blocks[0]
+    golden.check("output/pred", model.decoder(latent, visible))
+    golden.check("output/latent_full", model.encoder(images))
+    golden.check("output/probe_block0", model.encoder.blocks[0](golden["input/probe_tokens"]))
+    golden.check("output/probe_norm", model.encoder.norm(golden["input/probe_tokens"]))
+    block: Block = model.decoder.blocks[0]
     golden.check("output/probe_decoder_block0", block(golden["input/probe_decoder_tokens"]))
 
 
 @looks_at("mae_model", "grad/*", "output/loss_*", "info/*")
 def test_loss_and_gradients(golden: Golden) -> None:
     for target, name in [("raw", "pix"), ("normalized", "norm_pix")]:
-        task = mae_of(golden, target=target)
-        loss = task.loss(golden["input/imgs"], golden["input/noise"])
+        model = mae_of(golden, target=target)
+        loss = model.loss(golden["input/imgs"], golden["input/noise"])
         golden.check(f"output/loss_{name}", loss.detach().view(1))
         loss.backward()
-        gradients = {key: parameter.grad for key, parameter in _official_parameters(task).items()}
+        gradients = {key: parameter.grad for key, parameter in _official_parameters(model).items()}
         for key in golden.keys_under(f"grad/{name}/"):
             golden.check(f"grad/{name}/{key}", gradients[key])
         norms = golden.info[f"grad_norm_{name}"]
@@ -91,33 +92,30 @@ def test_loss_and_gradients(golden: Golden) -> None:
         # what float32 adds to a gradient is a share of the largest ones, also where the gradient itself is small
         for key, norm in norms.items():
             assert float(gradients[key].norm()) == pytest.approx(norm, rel=1e-4, abs=1e-6), key
-    assert mae_of(golden).official_state().keys() - gradients.keys() == set(golden.info["params_without_grad"])
+    assert mae_to_state(mae_of(golden)).keys() - gradients.keys() == set(golden.info["params_without_grad"])
 
 
 @looks_at("mae_model", "param_sincos/*", "output/sincos/*")
 @torch.no_grad()
 def test_fixed_position_tables_are_the_ones_we_make(golden: Golden) -> None:
-    fresh = MAE(
-        MAESettings(decoder_width=32, decoder_depth=2, decoder_heads=4),
-        mae_of(golden).encoder.settings, OptimSettings(), RunPlan(1, 1, 256),
-    )  # fmt: skip
+    fresh = MAEModel(MAESettings(decoder_width=32, decoder_depth=2, decoder_heads=4), mae_of(golden).encoder.settings)
     torch.testing.assert_close(fresh.encoder.pos_embed, golden["param_sincos/pos_embed"], atol=1e-6, rtol=0)
     torch.testing.assert_close(fresh.decoder.pos_embed, golden["param_sincos/decoder_pos_embed"], atol=1e-6, rtol=0)
     for target, name in [("raw", "pix"), ("normalized", "norm_pix")]:
-        task = mae_of(golden, target=target)
-        task.encoder.pos_embed.copy_(fresh.encoder.pos_embed)
-        task.model.decoder.pos_embed.copy_(fresh.decoder.pos_embed)
-        loss = task.loss(golden["input/imgs"], golden["input/noise"])
+        model = mae_of(golden, target=target)
+        model.encoder.pos_embed.copy_(fresh.encoder.pos_embed)
+        model.decoder.pos_embed.copy_(fresh.decoder.pos_embed)
+        loss = model.loss(golden["input/imgs"], golden["input/noise"])
         golden.check(f"output/sincos/loss_{name}", loss.view(1))
     visible, _ = random_masking(golden["input/noise"], 4)
-    latent = task.encoder(golden["input/imgs"], visible)
+    latent = model.encoder(golden["input/imgs"], visible)
     golden.check("output/sincos/latent", latent)
-    golden.check("output/sincos/pred", task.model.decoder(latent, visible))
+    golden.check("output/sincos/pred", model.decoder(latent, visible))
 
 
 @looks_at("mae_model", "param/*")
 def test_official_names_come_back(golden: Golden) -> None:
-    official = mae_of(golden).official_state()
+    official = mae_to_state(mae_of(golden))
     assert official.keys() == golden.under("param/").keys()
     for key, value in golden.under("param/").items():
         assert torch.equal(official[key], value), key
@@ -128,32 +126,27 @@ def test_flat_patches_do_not_explode() -> None:
     torch.testing.assert_close(normalize_patches(flat), torch.zeros_like(flat), atol=1e-3, rtol=0)
 
 
-class _Replay(MAE):
-    """MAE with the masking noise of the fixture."""
-
-    noise: list[torch.Tensor]
-
-    def uniform(self, purpose: str, batch: Batch, columns: int) -> torch.Tensor:
-        return self.noise[int(batch.samples[0])]
-
-
 @looks_at("mae_train_steps", "*")
-def test_training_steps_of_the_released_loop(golden: Golden, tmp_path) -> None:
+def test_training_steps_of_the_released_loop(golden: Golden, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = golden.config
-    task = _Replay.from_state(
-        golden.under("param/"), config["num_heads"], config["decoder_num_heads"], mask_ratio=config["mask_ratio"]
-    )
-    check_shape(config, task.encoder.settings)
-    check_decoder(config, task)
-    assert config["norm_pix_loss"] == (task.settings.target == "normalized")
+    model = mae_of(golden)
+    check_shape(config, model.encoder.settings)
+    check_decoder(config, model)
+    assert config["norm_pix_loss"] == (model.settings.target == "normalized")
     for key, share in golden.info["comparable_fraction"].items():  # of all other weights everything is compared
         assert float(golden[f"output/comparable/{key}"].float().mean()) == pytest.approx(share)
     updates = config["steps_per_epoch"] // config["accum_iter"]
-    task.optim = OptimSettings(weight_decay=config["weight_decay"], min_lr=config["min_lr"])
-    task.peak_lr, task.run.total_steps = config["lr"], config["epochs"] * updates
-    task.warmup_steps = config["warmup_epochs"] * updates
+    optim = OptimSettings(
+        base_lr=config["lr"], min_lr=config["min_lr"], warmup_epochs=config["warmup_epochs"],
+        weight_decay=config["weight_decay"],
+    )  # fmt: skip
+    # at a batch of 256 the base rate is the peak
+    plan = RunPlan(config["epochs"] * updates, updates, 256, micro_batch_size=256 // config["accum_iter"])
+    task = MAE(model.settings, model.encoder.settings, optim, plan)
+    task.model.load_state_dict(model.state_dict())
     micro = config["steps_per_epoch"] * config["epochs_run"]
-    task.noise = [golden[f"input/noise_{k}"] for k in range(micro)]
+    noise = [golden[f"input/noise_{k}"] for k in range(micro)]  # instead of the task's own numbers
+    monkeypatch.setattr(MAE, "uniform", lambda self, purpose, batch, columns, step: noise[int(batch.samples[0])])
     count = config["batch"]
     everyone = torch.ones(count, dtype=torch.bool)
     batches = [
@@ -167,7 +160,7 @@ def test_training_steps_of_the_released_loop(golden: Golden, tmp_path) -> None:
             rates = {group["lr"] for group in trainer.optimizers[0].param_groups}
             seen.append((float(module.records["loss"][-1]), rates))
             if (batch_idx + 1) % config["steps_per_epoch"] == 0:
-                state = {key: value.clone() for key, value in module.official_state().items()}
+                state = {key: value.clone() for key, value in mae_to_state(module.model).items()}
                 after[batch_idx // config["steps_per_epoch"]] = state
 
     trainer = pl.Trainer(
@@ -218,20 +211,18 @@ def test_weight_decay_groups_of_the_released_code(golden: Golden) -> None:
         decoder_width=config["decoder_embed_dim"], decoder_depth=config["decoder_depth"],
         decoder_heads=config["decoder_num_heads"],
     )  # fmt: skip
-    task = MAE(
-        decoder, encoder, OptimSettings(), RunPlan(1, 1, 256),
-    )  # fmt: skip
-    official = {id(value): key for key, value in _official_parameters(task).items()}
-    spared, decayed = decay_groups(task, config["weight_decay"])
+    task = MAE(decoder, encoder, OptimSettings(weight_decay=config["weight_decay"]), RunPlan(1, 1, 256))
+    official = {id(value): key for key, value in _official_parameters(task.model).items()}
+    spared, decayed = task.parameter_groups()
     expected = golden.info["pretrain_groups"]
     assert {official[id(p)] for p in spared["params"]} == set(expected["weight_decay_0"])
     assert {official[id(p)] for p in decayed["params"]} == set(expected["weight_decay"])
     assert (spared["weight_decay"], decayed["weight_decay"]) == (0.0, config["weight_decay"])
-    assert task.official_state().keys() - official.values() == set(expected["not_trained"])
+    assert mae_to_state(task.model).keys() - official.values() == set(expected["not_trained"])
 
 
-def _official_parameters(task: MAE) -> dict[str, torch.nn.Parameter]:
-    own = dict(task.named_parameters())
+def _official_parameters(model: MAEModel) -> dict[str, torch.nn.Parameter]:
+    own = dict(model.named_parameters())
     extras = {key: value for key, value in own.items() if key.startswith("decoder.")}
     return layout.from_sslvit({k.removeprefix("encoder."): v for k, v in own.items() if k not in extras}, extras)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sslvit.models import ViTEncoder
+from sslvit.run_plan import RunPlan
 from sslvit.settings import DINOSettings, EncoderSettings, MAESettings, OptimSettings, SupervisedSettings
 from sslvit.tasks.base import Task
 from sslvit.tasks.dino import DINO
@@ -13,7 +14,7 @@ from sslvit.tasks.mae import MAE
 from sslvit.tasks.supervised import Supervised
 
 SMALL = {"image_size": 16, "patch": 4, "width": 32, "depth": 1, "heads": 2}
-RUN = {"total_steps": 1, "steps_per_epoch": 1, "global_batch_size": 4}
+RUN = RunPlan(total_steps=1, steps_per_epoch=1, global_batch_size=4)
 
 
 def trained(**changes) -> ViTEncoder:
@@ -28,12 +29,10 @@ def task_of(kind: str, **changes) -> Task:
     torch.manual_seed(0)
     encoder = EncoderSettings(**SMALL | changes)
     if kind == "mae":
-        return MAE(MAESettings(decoder_width=8, decoder_depth=1, decoder_heads=1), encoder, OptimSettings(), **RUN)
+        return MAE(MAESettings(decoder_width=8, decoder_depth=1, decoder_heads=1), encoder, OptimSettings(), RUN)
     if kind == "dino":
-        return DINO(
-            DINOSettings(out_dim=8, bottleneck=4, head_width=8).fitted(9, 4, 1), encoder, OptimSettings(), **RUN
-        )
-    return Supervised(SupervisedSettings(classes=2), encoder, OptimSettings(), **RUN)
+        return DINO(DINOSettings(out_dim=8, bottleneck=4, head_width=8), encoder, OptimSettings(), RUN)
+    return Supervised(SupervisedSettings(classes=2), encoder, OptimSettings(), RUN)
 
 
 @pytest.mark.parametrize("kind", ["mae", "dino", "supervised"])

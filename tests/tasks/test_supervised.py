@@ -20,11 +20,13 @@ from sslvit.data.batch import Batch
 from sslvit.data.index import load_index
 from sslvit.data.pack import pack
 from sslvit.models import ViTEncoder
+from sslvit.models.classifier import Classifier
+from sslvit.run_plan import RunPlan
 from sslvit.settings import EncoderSettings, OptimSettings, SupervisedSettings
 from sslvit.tasks.supervised import Supervised
 
 SMALL = {"image_size": 8, "patch": 4, "width": 16, "depth": 2, "heads": 2}
-RUN = {"total_steps": 10, "steps_per_epoch": 5, "global_batch_size": 8}
+RUN = RunPlan(total_steps=10, steps_per_epoch=5, global_batch_size=8)
 SHORT = {
     "data.global_batch_size": 16, "data.workers": 0, "train.steps": 60, "train.log_every": 10,
     "train.precision": "float32",
@@ -42,9 +44,9 @@ def make(seed: int = 0, **changes) -> ViTEncoder:
     return encoder
 
 
-def task_for(encoder: EncoderSettings, **changes) -> Supervised:
+def task_for(encoder: EncoderSettings, seed: int = 0, **changes) -> Supervised:
     torch.manual_seed(1)
-    return Supervised(SupervisedSettings(classes=3, **changes), encoder, OptimSettings(), **RUN)
+    return Supervised(SupervisedSettings(classes=3, **changes), encoder, OptimSettings(), replace(RUN, seed=seed))
 
 
 def batch_of(count: int = 6) -> Batch:
@@ -81,6 +83,14 @@ def test_it_starts_from_the_encoder_and_what_is_behind_the_blocks_is_new() -> No
         task_for(replace(start.settings, width=32)).start_from(start, "there")
 
 
+def test_in_evaluation_the_images_are_whole_and_labels_unmixed() -> None:
+    task, batch = task_for(EncoderSettings(**SMALL), erase=0.9, smoothing=0.0).eval(), batch_of()
+    logits = task.model(batch.views[0])
+    torch.testing.assert_close(
+        task.compute(batch, 0).objective, torch.nn.functional.cross_entropy(logits, batch.labels)
+    )
+
+
 def test_positions_are_stretched_to_a_larger_size() -> None:
     start = make()
     task = task_for(replace(start.settings, image_size=16))
@@ -95,7 +105,7 @@ def test_positions_are_stretched_to_a_larger_size() -> None:
         task_for(replace(turning.settings, image_size=16)).start_from(turning, "there")
 
 
-def test_rates_fall_from_the_head_to_the_patches() -> None:
+def test_rates_fall_from_the_head_to_the_patches(monkeypatch: pytest.MonkeyPatch) -> None:
     task = task_for(EncoderSettings(**SMALL), layer_decay=0.5)
     optimizer = task.configure_optimizers()
     rate_of = {}
@@ -110,62 +120,54 @@ def test_rates_fall_from_the_head_to_the_patches() -> None:
     assert rate_of[id(task.encoder.patch_embed.proj.weight)] == (0.125, True)
     assert rate_of[id(task.encoder.pos_embed)] == (0.125, False)
     assert len(rate_of) == len(list(task.parameters()))
-    task._trainer = type("T", (), {"global_step": 3, "optimizers": []})()
-    optimizer.step = lambda closure=None: None
+    monkeypatch.setattr(Supervised, "global_step", 3)
     task.optimizer_step(0, 0, optimizer)
     rates = {group["lr_scale"]: group["lr"] for group in optimizer.param_groups}
     assert rates[0.125] == pytest.approx(rates[1.0] / 8)
+    assert rates[1.0] == task.lr_at(3) > 0
     assert {group["weight_decay"] for group in optimizer.param_groups if not group["decays"]} == {0.0}
 
 
-def test_mixing_and_erasing_are_drawn_by_key_and_leave_torchs_stream_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mixing_and_erasing_are_drawn_by_key_and_leave_torchs_stream_alone() -> None:
     task = task_for(EncoderSettings(**SMALL), erase=0.5)
-    step = [0]
-    monkeypatch.setattr(Supervised, "global_step", property(lambda self: step[0]))
     before = torch.get_rng_state()
 
-    def once() -> tuple[torch.Tensor, torch.Tensor]:
+    def once(step: int) -> tuple[torch.Tensor, torch.Tensor]:
         batch = batch_of()
-        return task.mix(task.erase(batch), batch)
+        return task.mix(task.erase(batch, step), batch, step)
 
-    one, other = once(), once()
+    one, other = once(0), once(0)
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(one[0], other[0])
     torch.testing.assert_close(one[1].sum(1), torch.ones(6))
     assert (one[1].max(1).values < 1).any()
-    step[0] = 1
-    assert not torch.equal(one[1], once()[1])
+    assert not torch.equal(one[1], once(1)[1])
     plain = task_for(EncoderSettings(**SMALL), erase=0.0, mixup=0.0, cutmix=0.0)
-    images, target = plain.mix(plain.erase(batch_of()), batch_of())
+    images, target = plain.mix(plain.erase(batch_of(), 0), batch_of(), 0)
     assert torch.equal(images, batch_of().views[0])
     assert torch.equal(target.argmax(1), batch_of().labels)
 
 
 def test_labels_are_smoothed() -> None:
-    def loss(smoothing: float) -> float:
+    torch.manual_seed(0)
+    model, target = Classifier(EncoderSettings(**SMALL), 3), torch.eye(3)[batch_of().labels]
+    torch.nn.init.normal_(model.head.weight)
+    pooled = model.pooled(batch_of().views[0])
+    found = {}
+    for smoothing in (0.0, 0.6):
+        even = (1 - smoothing) * target + smoothing / 3
+        found[smoothing] = model.loss(pooled, target, smoothing)
+        torch.testing.assert_close(found[smoothing], -(even * model.head(pooled).log_softmax(1)).sum(1).mean())
         task = task_for(EncoderSettings(**SMALL), smoothing=smoothing, mixup=0.0, cutmix=0.0, erase=0.0)
-        task.model.head.weight.data.normal_(generator=torch.Generator().manual_seed(0))
-        task._trainer = type("T", (), {"global_step": 0})()
-        logits = task.logits(batch_of().views[0]).detach()
-        expected = torch.nn.functional.cross_entropy(logits, batch_of().labels, label_smoothing=smoothing)
-        found = task.training_step(batch_of(), 0).detach()
-        assert float(found) == pytest.approx(float(expected), rel=1e-5)
-        return float(found)
-
-    assert loss(0.6) != pytest.approx(loss(0.0), rel=1e-3)
-
-
-def at_step(task: Supervised, step: int) -> Supervised:
-    task._trainer = type("T", (), {"global_step": step})()
-    return task
+        task.model.load_state_dict(model.state_dict())
+        torch.testing.assert_close(task.compute(batch_of(), 0).objective, found[smoothing])
+    assert float(found[0.6].detach()) != pytest.approx(float(found[0.0].detach()), rel=1e-3)
 
 
 def mixed(step: int = 0, seed: int = 0, first_row: int = 0, **changes) -> tuple[torch.Tensor, torch.Tensor]:
-    task = Supervised(SupervisedSettings(classes=3, **changes), EncoderSettings(**SMALL), OptimSettings(), **RUN,
-                      seed=seed)  # fmt: skip
-    batch = batch_of()
+    task, batch = task_for(EncoderSettings(**SMALL), seed, **changes), batch_of()
     batch.first_row = first_row
-    return at_step(task, step).mix(batch.views[0], batch)
+    return task.mix(batch.views[0], batch, step)
 
 
 def shares_of(target: torch.Tensor) -> set[float]:
@@ -211,12 +213,11 @@ def test_where_both_are_asked_for_each_step_draws_one_of_them() -> None:
 
 def test_erasing_is_drawn_by_seed_epoch_and_sample_wherever_the_image_stands() -> None:
     def erased(seed: int = 0, epoch: int = 0, samples: tuple = (4, 9), step: int = 0) -> torch.Tensor:
-        task = Supervised(SupervisedSettings(classes=3, erase=1.0), EncoderSettings(**SMALL), OptimSettings(), **RUN,
-                          seed=seed)  # fmt: skip
+        task = task_for(EncoderSettings(**SMALL), seed, erase=1.0)
         number = torch.tensor(samples)
         batch = Batch([torch.full((2, 3, 8, 8), 7.0)], number % 3, number, torch.ones(2, dtype=torch.bool),
                       torch.full((2,), epoch))  # fmt: skip
-        return at_step(task, step).erase(batch)
+        return task.erase(batch, step)
 
     one = erased()
     assert torch.equal(erased(samples=(9, 4)).flip(0), one)
@@ -234,7 +235,7 @@ def test_whether_an_image_is_erased_is_drawn_by_step_and_row() -> None:
     def which(step: int, first_row: int = 0) -> list[bool]:
         batch = batch_of()
         batch.first_row = first_row
-        return (at_step(task, step).erase(batch) != batch.views[0]).flatten(1).any(1).tolist()
+        return (task.erase(batch, step) != batch.views[0]).flatten(1).any(1).tolist()
 
     assert which(3) == which(3)
     assert len({tuple(which(step)) for step in range(8)}) > 3
@@ -250,8 +251,8 @@ def test_a_new_head_is_nearly_zero_and_reads_what_is_pooled() -> None:
     batch = batch_of()
     pooled = task.encoder.fc_norm(task.encoder(batch.views[0])[:, 1:].mean(1))
     expected = torch.nn.functional.cross_entropy(pooled @ task.model.head.weight.T, batch.labels)
-    torch.testing.assert_close(at_step(task, 0).training_step(batch, 0), expected)
-    torch.testing.assert_close(task.logits(batch.views[0]), pooled @ task.model.head.weight.T)
+    torch.testing.assert_close(task.compute(batch, 0).objective, expected)
+    torch.testing.assert_close(task.model(batch.views[0]), pooled @ task.model.head.weight.T)
 
 
 @pytest.mark.parametrize("layer_decay", [0.5, 0.9])
@@ -264,23 +265,19 @@ def test_the_decay_of_rates_is_the_settings(layer_decay: float) -> None:
 def test_erasing_follows_its_probability() -> None:
     erased = 0
     for seed in range(40):
-        task = Supervised(
-            SupervisedSettings(classes=3, erase=0.25), EncoderSettings(**SMALL), OptimSettings(), **RUN, seed=seed
-        )
-        task._trainer = type("T", (), {"global_step": 0})()
-        changed = (task.erase(batch_of()) != batch_of().views[0]).flatten(1).any(1)
+        task = task_for(EncoderSettings(**SMALL), seed, erase=0.25)
+        changed = (task.erase(batch_of(), 0) != batch_of().views[0]).flatten(1).any(1)
         erased += int(changed.sum())
     assert 0.15 < erased / 240 < 0.35
 
 
-def test_an_image_is_erased_elsewhere_in_another_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_is_erased_elsewhere_in_another_epoch() -> None:
     task = task_for(EncoderSettings(**SMALL), erase=0.999)
-    monkeypatch.setattr(Supervised, "global_step", property(lambda self: 0))
     erased = []
     for epoch in (0, 0, 1):
         batch = batch_of()
         batch.epochs = torch.full((6,), epoch)
-        erased.append(task.erase(batch))
+        erased.append(task.erase(batch, 0))
     assert torch.equal(erased[0], erased[1])
     assert all(not torch.equal(one, other) for one, other in zip(erased[0], erased[2], strict=True))
 

@@ -64,13 +64,9 @@ def main() -> None:
     options = parser.parse_args()
     recipe = load_recipe(options.recipe, {"encoder.drop_path": 0.0})
     plain = {
-        "layer_scale": None,
-        "qk_norm": False,
-        "locality_self_attention": False,
-        "causal": False,
-        "dropout": 0.0,
+        "layer_scale": None, "qk_norm": False, "locality_self_attention": False, "causal": False, "dropout": 0.0,
         "pooling": "class",
-    }
+    }  # fmt: skip
     other = [key for key, value in plain.items() if getattr(recipe.encoder, key) != value]
     if other or recipe.encoder.pos_embed in ("rotary_2d", "relative_bias"):
         parser.error(f"{options.recipe}: packing is written for plain encoders ({', '.join(other) or 'positions'}).")

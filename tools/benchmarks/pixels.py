@@ -15,24 +15,22 @@ import time
 
 import torch
 
-from sslvit.data.batch import Batch
+from sslvit.models.igpt import IGPTModel
 from sslvit.models.sampling import complete
-from sslvit.run_plan import RunPlan
-from sslvit.settings import IGPTSettings, OptimSettings
+from sslvit.settings import IGPTSettings
 from sslvit.settings.load import load_recipe
 from sslvit.settings.sample import SampleSettings
-from sslvit.tasks.igpt import IGPT
 
 EVERY = 64
 
 
-def make(side: int, width: int, depth: int) -> IGPT:
+def make(side: int, width: int, depth: int) -> IGPTModel:
     changes = {"image_size": side, "width": width, "depth": depth, "heads": width // 32}
     encoder = load_recipe("igpt/small_cifar10", {f"encoder.{key}": value for key, value in changes.items()}).encoder
     torch.manual_seed(0)
-    task = IGPT(IGPTSettings(), encoder, OptimSettings(), RunPlan(1, 1, 16))
-    torch.nn.init.normal_(task.model.head.weight, std=0.02)
-    return task
+    model = IGPTModel(IGPTSettings(), encoder)
+    torch.nn.init.normal_(model.head.weight, std=0.02)
+    return model
 
 
 def seconds_of(function, least: float = 1.0) -> float:
@@ -47,15 +45,15 @@ def seconds_of(function, least: float = 1.0) -> float:
 
 @torch.no_grad()
 def sampling(width: int, depth: int, images: int = 16, side: int = 32) -> None:
-    task = make(side, width, depth).eval()
-    encoder = task.encoder
+    model = make(side, width, depth).eval()
+    encoder = model.encoder
     nothing = torch.zeros(images, 0, dtype=torch.long)
     start = time.perf_counter()
-    drawn = complete(encoder, task.model.head, nothing, SampleSettings(batch=images))
+    drawn = complete(encoder, model.head, nothing, SampleSettings(batch=images))
     kept = time.perf_counter() - start
 
     def read_again(place: int) -> None:  # the prefix alone, not the whole image
-        task.model.head(encoder.decode(drawn[:, :place], encoder.init_kv_cache(images))[:, -1])
+        model.head(encoder.decode(drawn[:, :place], encoder.init_kv_cache(images))[:, -1])
 
     places = range(EVERY // 2, side * side, EVERY)
     again = EVERY * sum(seconds_of(lambda place=place: read_again(place), least=0) for place in places)
@@ -65,16 +63,9 @@ def sampling(width: int, depth: int, images: int = 16, side: int = 32) -> None:
     print(f"                      {again / kept:8.1f} times as long")
 
 
-def training_step(task: IGPT, images: int, side: int):
+def training_step(model: IGPTModel, images: int, side: int):
     pixels = torch.randn(images, 3, side, side)
-    rows = torch.arange(images)
-    batch = Batch([pixels], None, rows, torch.ones(images, dtype=torch.bool), 0 * rows)
-
-    def step() -> None:
-        task.training_step(batch).backward()
-        task.records.clear()
-
-    return step, pixels
+    return lambda: model.loss(pixels).backward(), pixels
 
 
 def training(width: int, depth: int) -> None:
@@ -88,9 +79,9 @@ def training(width: int, depth: int) -> None:
 
 
 def quantizing(width: int, depth: int, images: int = 8) -> None:
-    task = make(32, width, depth)
-    step, pixels = training_step(task, images, 32)
-    whole, part = seconds_of(step), seconds_of(lambda: task.encoder.patch_embed.quantize(pixels))
+    model = make(32, width, depth)
+    step, pixels = training_step(model, images, 32)
+    whole, part = seconds_of(step), seconds_of(lambda: model.encoder.patch_embed.quantize(pixels))
     print(
         f"{images} images of 32 x 32, 512 colors: quantized in {part * 1e3:.1f} ms; a training step of width {width}, "
         f"{depth} blocks: {whole * 1e3:.0f} ms. A step quantizes twice: {2 * part / whole:.1%} of it"
