@@ -56,7 +56,7 @@ def test_a_score_of_fewer_images_says_so_and_is_theirs(shards: Path, capsys: pyt
     assert "warning:" in capsys.readouterr().out
     assert (table.about["val_images"], table.about["val_unreadable"]) == (17, 3)
     assert (table.about["train_images"], table.about["train_unreadable"]) == (40, 0)
-    assert "one percentage of 17 images" in table.text()
+    assert "on 17 images" in table.text()
     # the vote by hand, on the 17 images alone
     source = FrozenEncoder(make())
     train, val = (
