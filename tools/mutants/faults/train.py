@@ -162,7 +162,7 @@ FAULTS = [
           '"global_batch_size": self.global_batch_size, "seed": self.seed,',
           '"global_batch_size": self.global_batch_size,', (POSITION,)),
     Fault("A resume begins at the first micro-batch of another step", MODULE,
-          "_PositionSampler(self.start_step * accumulation_steps,", "_PositionSampler(self.start_step,",
+          "self.start_step * run.accumulation_steps)", "self.start_step)",
           (f"{RESUMED}::test_a_stopped_run_resumes_to_the_same_weights_and_metrics",)),
     Fault("A resumed run chooses anew what was left open", PREPARE,
           "            fitted = replace(fitted, **{name: replace(part, **kept)})\n", "            pass\n",

@@ -643,8 +643,8 @@ FAULTS = [
     Fault(
         "Neighboring views get each other's colors",
         "sslvit/data/views.py",
-        "torch.cat(colors[start:stop])",
-        "torch.cat(colors[start:stop][::-1])",
+        "torch.cat(draws)",
+        "torch.cat(draws[::-1])",
         ("tests/data/test_color.py",),
     ),
     Fault(
