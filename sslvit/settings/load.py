@@ -47,7 +47,9 @@ def load_recipe(
         ValueError: An unknown key (the nearest is suggested), or a value that does not fit.
     """
     path = find_recipe(config)
-    recipe, given = list(leaves(RunSettings, read_yaml(path))), list(leaves(RunSettings, changes or {}))
+    content = read_yaml(path)
+    _check_foreign_code(path, content, changes or {})
+    recipe, given = list(leaves(RunSettings, content)), list(leaves(RunSettings, changes or {}))
     if dict(recipe).get("data.allow_pipe") and not dict(given).get("data.allow_pipe"):
         raise ValueError(f"{path}: data.allow_pipe is for you to give, not for a file: --data.allow_pipe true")
     tree: dict[str, Any] = {} if base is None else {"encoder": asdict(base)}
@@ -61,6 +63,22 @@ def load_recipe(
         encoder["palette"] = read_palette(palette if Path(palette).exists() or not beside.exists() else beside)
     _leave_open(tree, dict(given))
     return build(RunSettings, tree)
+
+
+def _check_foreign_code(path: Path, content: dict[str, Any], changes: dict[str, Any]) -> None:
+    """Refuse a task by import path that nobody has allowed, before anything of it is imported."""
+    if changes.get("allow_foreign_code"):
+        return
+    if content.get("allow_foreign_code"):
+        raise ValueError(f"{path}: allow_foreign_code is for you to give, not for a file: --allow_foreign_code true")
+    for tree in (content, changes):
+        task = tree.get("task")
+        for name in (tree.get("task.name"), task.get("name") if isinstance(task, dict) else task):
+            if isinstance(name, str) and ":" in name:
+                raise ValueError(
+                    f"task.name: {brief(name)} would run code of that module. If you trust it, pass "
+                    "--allow_foreign_code true."
+                )
 
 
 def leaves(kind: type, tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from typing import Annotated, Any
 
-from sslvit.files import expand_path
+from sslvit.files import brief, expand_path
 from sslvit.settings.choices import Choice
 from sslvit.settings.data import DataSettings
 from sslvit.settings.dino import DINOSettings
@@ -24,8 +25,26 @@ TASK_SETTINGS: dict[str, type[TaskSettings]] = {
 
 
 def task_settings(name: str) -> type[TaskSettings] | None:
-    """The settings dataclass of a task; None for an unknown name."""
-    return TASK_SETTINGS.get(name)
+    """The settings dataclass of a task by name or import path; None for an unknown name."""
+    return import_task(name).settings_class if ":" in name else TASK_SETTINGS.get(name)
+
+
+def import_task(path: str) -> Any:
+    """The task class behind an import path such as my_package.simmim:SimMIM; this runs the module's code.
+
+    Raises:
+        ValueError: There is no such module or class, or it is not a task.
+    """
+    module, _, attribute = path.partition(":")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"task.name {brief(path)}: cannot be imported ({error}). Write PACKAGE.MODULE:CLASS."
+        ) from error
+    if not issubclass(getattr(found, "settings_class", object), TaskSettings):
+        raise ValueError(f"task.name {brief(path)}: not a task. Its class must derive from sslvit.tasks.base.Task.")
+    return found
 
 
 TASK_CHOICE = Choice("name", "mae", TASK_SETTINGS, task_settings)
@@ -53,6 +72,9 @@ class RunSettings:
     """Run folder."""
     init: str | None = None
     """Encoder whose weights are the initialization; null for random weights."""
+
+    allow_foreign_code: bool = False
+    """Import the task that task.name gives by import path; only the command line can say so, no file."""
 
     def __post_init__(self) -> None:
         self.out = expand_path(self.out)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from sslvit.settings.run import import_task
+
 if TYPE_CHECKING:
     from sslvit.run_plan import RunPlan
     from sslvit.settings import RunSettings
@@ -19,7 +21,9 @@ TASKS = {
 
 
 def task_class(name: str) -> type:
-    """The Lightning module of a task."""
+    """The Lightning module of a task by name or import path."""
+    if ":" in name:
+        return import_task(name)
     module, attribute = TASKS[name]
     return getattr(import_module(module), attribute)
 
