@@ -46,7 +46,7 @@ def decoder_shape(extras: dict[str, Tensor]) -> dict[str, int | float]:
     """Fields of MAESettings that the decoder's weights determine."""
     embed, inner = (extras.get(f"decoder.{key}.weight") for key in ("embed", "blocks.0.mlp.fc1"))
     if embed is None or inner is None:
-        raise ValueError("this checkpoint has an encoder only; MAE.from_official needs one with its decoder.")
+        raise ValueError("this checkpoint has an encoder only; load_mae needs one with its decoder.")
     width = embed.shape[0]
     return {
         "decoder_width": width, "decoder_depth": count_blocks(extras, "decoder.blocks."),
