@@ -39,7 +39,8 @@ class StepOutput:
         metrics: Numbers for the records, "loss" among them.
         features: 'b d', of the encoder that is trained; the health check looks at them.
         probs: 'b k', over prototypes, where the task has some.
-        references: Numbers that the health check compares the loss with, where `Task.logs_features` asks for them.
+        references: Statistics of the targets that the loss of a constant guess follows from, where `Task.logs_features`
+            asks for them; those of micro-batches and ranks are put together by train/callbacks/health.py.
     """
 
     objective: Tensor

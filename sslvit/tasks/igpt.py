@@ -39,7 +39,10 @@ class IGPT(Task):
             batch.views[0], self.mask_noise(batch, step), self.path_noise(batch, step)
         )  # b n d, b n, b n
         loss = pixel_nll(self.model.head(states), colors, is_hidden)
-        references = {"unigram_entropy": unigram_entropy(colors)} if self.logs_features else {}
+        references = {}
+        if self.logs_features:
+            palette_size = len(self.encoder.patch_embed.palette)
+            references["color_counts"] = torch.bincount(colors.flatten(), minlength=palette_size)
         return StepOutput(loss, {"loss": loss, "bits": loss / math.log(2)}, states.mean(1), references=references)
 
     def mask_noise(self, batch: Batch, step: int) -> Float[Tensor, "b n"] | None:
@@ -86,10 +89,3 @@ class IGPT(Task):
         completed = complete(encoder, head, upper, settings).chunk(COMPLETIONS)
         rows = completion_rows(encoder, colors, prefix_length, list(completed))
         return {"generated": ([""] * 2, [to_display(encoder, part) for part in generated]), "completed": rows}
-
-
-def unigram_entropy(colors: Tensor) -> Tensor:
-    """Entropy of how frequent the colors are, in nats: the loss of a model that knows only that."""
-    counts = torch.bincount(colors.flatten()).double()
-    probs = counts / counts.sum()
-    return -torch.xlogy(probs, probs).sum().float()

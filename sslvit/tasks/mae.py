@@ -6,6 +6,8 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
 
 from sslvit import rng
 from sslvit.data.batch import Batch
@@ -37,10 +39,7 @@ class MAE(Task):
         predicted = self.model.decoder(latent, visible, (rows, columns))  # b n pixels
         target = self.model.target(images)  # b n pixels
         loss = masked_patch_mse(predicted, target, is_hidden)
-        references = {}
-        if self.logs_features:
-            constant = target.mean((0, 1), keepdim=True).expand_as(target)
-            references["target_variance"] = masked_patch_mse(constant, target, is_hidden)
+        references = {"target_moments": target_moments(target, is_hidden)} if self.logs_features else {}
         return StepOutput(loss, {"loss": loss}, latent.mean(1), references=references)
 
     def symptoms(self, measures: dict[str, float]) -> list[Symptom]:
@@ -66,3 +65,9 @@ class MAE(Task):
         titles = ["input", "what the\nencoder sees", "reconstruction"]
         pictures = [row.float().cpu().numpy() for row in (pixels, masked, filled)]
         return {"reconstruction": (titles, pictures)}
+
+
+def target_moments(target: Float[Tensor, "b n p"], is_hidden: Bool[Tensor, "b n"]) -> Float[Tensor, "3 p"]:
+    """The mean patch, and over hidden patches the mean and the mean square: the error of guessing that patch."""
+    weights = is_hidden[:, :, None].to(target) / is_hidden.sum()  # b n 1
+    return torch.stack([target.mean((0, 1)), *((value * weights).sum((0, 1)) for value in (target, target.square()))])

@@ -22,6 +22,7 @@ from sslvit.settings import DINOSettings, EncoderSettings, OptimSettings
 from sslvit.settings.load import load_recipe
 from sslvit.tasks import task_class
 from sslvit.tasks.base import StepOutput, Task, as_batch
+from sslvit.tasks.mae import target_moments
 from sslvit.tasks.symptoms import Symptom
 from sslvit.train.callbacks.health import Health, measure, not_finite
 from sslvit.train.folder import RunFolder
@@ -130,6 +131,19 @@ def judged(tmp_path: Path, checks: str, total: int = 1000, grace: int = 0) -> li
         again.load_state_dict(json.loads(json.dumps(health.state_dict())))
         health = again
     return verdicts
+
+
+def test_what_a_constant_guess_costs_is_that_of_the_whole_step() -> None:
+    """However its images are cut into micro-batches: by hand, over all of them."""
+    source = torch.Generator().manual_seed(0)
+    target = torch.randn(8, 6, 3, generator=source, dtype=torch.float64) + torch.arange(8)[:, None, None]
+    is_hidden = torch.rand(8, 6, generator=source).argsort(1) < 4
+    parts = [target_moments(target[rows], is_hidden[rows]) for rows in (slice(0, 4), slice(4, 8))]
+    expected = (target[is_hidden] - target.mean((0, 1))).square().mean()
+    assert measure({"target_moments": torch.stack(parts)}) == {"target_variance": pytest.approx(float(expected))}
+    entropy = -sum(p * math.log(p) for p in (5 / 8, 1 / 8, 2 / 8))
+    counts = torch.tensor([[4, 0, 0, 0], [1, 1, 0, 2]])
+    assert measure({"color_counts": counts}) == {"unigram_entropy": pytest.approx(entropy)}
 
 
 def test_a_verdict_rests_on_several_checks(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -146,11 +146,13 @@ def test_what_looks_at_the_encoder_sees_all_of_it(shards: Path, tmp_path: Path) 
     assert len(scores) == 3
 
 
-def test_a_task_that_holds_weights_itself_cannot_be_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("owner", ["task", "model"])
+def test_weights_outside_of_all_networks_cannot_be_shared_out(monkeypatch: pytest.MonkeyPatch, owner: str) -> None:
     monkeypatch.setattr("sslvit.train.strategies.init_device_mesh", lambda *_: None)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     task = torch.nn.Module()
-    task.scale = torch.nn.Parameter(torch.ones(3))
+    task.model = torch.nn.Module()
+    (task if owner == "task" else task.model).scale = torch.nn.Parameter(torch.ones(3))
     with pytest.raises(ValueError, match="train.strategy: fsdp gathers .*Module holds scale itself.*or use ddp"):
         shard(task, "cpu")
 

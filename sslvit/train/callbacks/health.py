@@ -39,10 +39,16 @@ def measure(logged: dict[str, Tensor]) -> dict[str, float]:
 
     Args:
         logged: Features ('b d'); of tasks with prototypes each image's entropy, distance to even probabilities and
-            first choice ('b'); and references, one per micro-batch.
+            first choice ('b'); and of each micro-batch the moments of an MAE's target ('m 3 p') or how often an iGPT's
+            colors occur ('m k').
     """
-    known = {"features", "entropy", "uniform_kl", "choice"}
-    measures = {name: float(value.double().mean()) for name, value in logged.items() if name not in known}
+    measures = {}
+    if "target_moments" in logged:  # the error of the mean patch
+        mean, hidden_mean, hidden_square = logged["target_moments"].double().mean(0)
+        measures["target_variance"] = float((hidden_square - 2 * mean * hidden_mean + mean**2).mean())
+    if "color_counts" in logged:  # the loss of how frequent colors are, in nats
+        counts = logged["color_counts"].sum(0).double()
+        measures["unigram_entropy"] = float(-torch.xlogy(counts, counts / counts.sum()).sum() / counts.sum())
     if "features" in logged:
         features = logged["features"]
         measures |= label_free(features[:: math.ceil(len(features) / MAX_ROWS)].float())
