@@ -11,7 +11,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, NamedTuple, TypeVar
 
 from sslvit.files import brief, quoted
-from sslvit.settings.choices import Choice, alternatives, hints_of, not_one_of, plain, words_of
+from sslvit.settings.choices import Choice, alternatives, hints_of, in_message, not_one_of, plain, words_of
 from sslvit.settings.encoder import EncoderSettings
 
 Settings = TypeVar("Settings")
@@ -234,10 +234,10 @@ def convert(hint: Any, value: Any, key: str) -> Any:
         return _converted(hint, value)
     except (TypeError, OverflowError, RecursionError) as error:
         words = words_of(hint)
-        wrong = not_one_of(value, words) if words else f"expected {describe_type(hint)}, got {quoted(value)}."
+        wrong = not_one_of(value, words) if words else f"expected {describe_type(hint)}, got {in_message(value)}."
         for meant, names in USUAL_VALUES.get(key, {}).items():
             if str(value)[:MAX_KEY].lower() in names:
-                wrong = f"{quoted(value)} is not one of {', '.join(map(str, words))}. Did you mean {meant}?"
+                wrong = f"{in_message(value)} is not one of {', '.join(map(str, words))}. Did you mean {meant}?"
         raise ValueError(f"{key}: {wrong}") from error
 
 
