@@ -152,10 +152,10 @@ def hint_for(key: str, known: Known) -> str:
     if same:
         remark = REMARKS.get(same[0].split(".")[-1], "") if usual else ""
         return f" Did you mean {same[0]}{remark}?"
-    for chosen, choice in known.choices.items():
+    for path, choice in known.choices.items():
         owners = [name for name, record in choice.records.items() if last in hints_of(record)]
-        if owners and section in ("", chosen):
-            return f" {chosen}.{last} is a setting of {chosen}.{choice.key} {' or '.join(owners)}."
+        if owners and section in ("", path):
+            return f" {path}.{last} is a setting of {path}.{choice.key} {' or '.join(owners)}."
     siblings = {one.split(".")[-1]: one for one in every if one.rpartition(".")[0] == section}
     nearest = [siblings[name] for name in difflib.get_close_matches(last, siblings, n=1)]
     nearest = nearest or difflib.get_close_matches(key, every, n=1, cutoff=0.7)

@@ -74,7 +74,7 @@ def checked(prefix: str) -> Callable[[Record], Record]:
     """
 
     def decorate(kind: Any) -> Any:
-        own = kind.__dict__.get("__post_init__")
+        original = kind.__dict__.get("__post_init__")
 
         def __post_init__(self: Any) -> None:
             kind_of_self: Any = type(self)
@@ -82,8 +82,8 @@ def checked(prefix: str) -> Callable[[Record], Record]:
                 if getattr(self, key) not in words:
                     name = key.replace("_", "-") if prefix == "--" else key
                     raise ValueError(f"{prefix}{name}: {not_one_of(getattr(self, key), words)}")
-            if own is not None:
-                own(self)
+            if original is not None:
+                original(self)
             elif hasattr(super(kind, self), "__post_init__"):
                 super(kind, self).__post_init__()
 
