@@ -161,5 +161,5 @@ def requeue() -> None:
         reason = done.stderr.strip() if done.returncode else ""
     except (OSError, subprocess.TimeoutExpired) as error:
         reason = str(error)
-    said = f"was not taken: {reason}. Submit it again." if reason else "is in the queue again."
-    print(f"SLURM job {job} {said}", file=sys.stderr, flush=True)
+    outcome = f"was not taken: {reason}. Submit it again." if reason else "is in the queue again."
+    print(f"SLURM job {job} {outcome}", file=sys.stderr, flush=True)

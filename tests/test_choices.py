@@ -47,5 +47,5 @@ def test_the_message_is_that_of_a_recipe() -> None:
     with pytest.raises(ValueError, match="is not one of") as in_a_recipe:
         build(EncoderSettings, {"pos_embed": "rotary_1d"})
     assert str(in_python.value) == f"encoder.{in_a_recipe.value}"
-    with pytest.raises(ValueError, match="--device: None is not one of auto, cpu, cuda"):
+    with pytest.raises(ValueError, match="--device: null is not one of auto, cpu, cuda"):
         ProbeSettings("a", "b", device=None)

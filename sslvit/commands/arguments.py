@@ -50,10 +50,10 @@ def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
         text, choice, names = texts[field.name], choice_of(hint), [f"--{field.name.replace('_', '-')}"]
         more: dict[str, Any] = {"default": argparse.SUPPRESS}
         words = list(choice.records) if choice else [str(word) for word in words_of(hint) if word is not None]
-        shown = " ".join(map(str, default)) if isinstance(default, list) else in_yaml(default)
+        default_text = " ".join(map(str, default)) if isinstance(default, list) else in_yaml(default)
         text = re.sub(r"[;,] null for ([^;]*)\.$", r" (default: \1).", text)
-        if default is not None and default is not False and shown and "(default:" not in text:
-            text = f"{text.removesuffix('.')} (default: {choice.default if choice else shown})."
+        if default is not None and default is not False and default_text and "(default:" not in text:
+            text = f"{text.removesuffix('.')} (default: {choice.default if choice else default_text})."
         if alternatives(hint) == (bool,):
             more["action"] = argparse.BooleanOptionalAction if default else "store_true"
         else:

@@ -11,7 +11,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, NamedTuple, TypeVar
 
 from sslvit.files import brief, quoted
-from sslvit.settings.choices import Choice, alternatives, hints_of, not_one_of, plain, words_of
+from sslvit.settings.choices import Choice, alternatives, hints_of, in_message, not_one_of, plain, words_of
 from sslvit.settings.encoder import EncoderSettings
 
 Settings = TypeVar("Settings")
@@ -152,10 +152,10 @@ def hint_for(key: str, known: Known) -> str:
     if same:
         remark = REMARKS.get(same[0].split(".")[-1], "") if usual else ""
         return f" Did you mean {same[0]}{remark}?"
-    for chosen, choice in known.choices.items():
+    for path, choice in known.choices.items():
         owners = [name for name, record in choice.records.items() if last in hints_of(record)]
-        if owners and section in ("", chosen):
-            return f" {chosen}.{last} is a setting of {chosen}.{choice.key} {' or '.join(owners)}."
+        if owners and section in ("", path):
+            return f" {path}.{last} is a setting of {path}.{choice.key} {' or '.join(owners)}."
     siblings = {one.split(".")[-1]: one for one in every if one.rpartition(".")[0] == section}
     nearest = [siblings[name] for name in difflib.get_close_matches(last, siblings, n=1)]
     nearest = nearest or difflib.get_close_matches(key, every, n=1, cutoff=0.7)
@@ -234,10 +234,10 @@ def convert(hint: Any, value: Any, key: str) -> Any:
         return _converted(hint, value)
     except (TypeError, OverflowError, RecursionError) as error:
         words = words_of(hint)
-        wrong = not_one_of(value, words) if words else f"expected {describe_type(hint)}, got {quoted(value)}."
+        wrong = not_one_of(value, words) if words else f"expected {describe_type(hint)}, got {in_message(value)}."
         for meant, names in USUAL_VALUES.get(key, {}).items():
             if str(value)[:MAX_KEY].lower() in names:
-                wrong = f"{quoted(value)} is not one of {', '.join(map(str, words))}. Did you mean {meant}?"
+                wrong = f"{in_message(value)} is not one of {', '.join(map(str, words))}. Did you mean {meant}?"
         raise ValueError(f"{key}: {wrong}") from error
 
 

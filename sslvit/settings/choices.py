@@ -74,7 +74,7 @@ def checked(prefix: str) -> Callable[[Record], Record]:
     """
 
     def decorate(kind: Any) -> Any:
-        own = kind.__dict__.get("__post_init__")
+        original = kind.__dict__.get("__post_init__")
 
         def __post_init__(self: Any) -> None:
             kind_of_self: Any = type(self)
@@ -82,8 +82,8 @@ def checked(prefix: str) -> Callable[[Record], Record]:
                 if getattr(self, key) not in words:
                     name = key.replace("_", "-") if prefix == "--" else key
                     raise ValueError(f"{prefix}{name}: {not_one_of(getattr(self, key), words)}")
-            if own is not None:
-                own(self)
+            if original is not None:
+                original(self)
             elif hasattr(super(kind, self), "__post_init__"):
                 super(kind, self).__post_init__()
 
@@ -96,7 +96,12 @@ def checked(prefix: str) -> Callable[[Record], Record]:
 def not_one_of(value: object, words: Iterable[object]) -> str:
     """What is wrong with a value that is none of some words, and which of them was meant."""
     known = [str(word) for word in words if word is not None]
-    return f"{quoted(value)} is not one of {', '.join(known)}.{near(value, known)}"
+    return f"{in_message(value)} is not one of {', '.join(known)}.{near(value, known)}"
+
+
+def in_message(value: object) -> str:
+    """A value as YAML writes it, cut if it is long."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else quoted(value)
 
 
 def near(value: object, words: Iterable[str]) -> str:

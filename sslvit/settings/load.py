@@ -182,11 +182,11 @@ def find_recipe(name: str | Path, group: str = "") -> Path:
         ValueError: It is a folder.
     """
     path, known, option = Path(expand_path(name)), recipe_names(group), "" if group else "--config "
-    own = str(name).removesuffix(".yaml")
+    stem = str(name).removesuffix(".yaml")
     if _is_file(path):
         return path
-    if own in known:
-        return recipes_folder() / f"{own}.yaml"
+    if stem in known:
+        return recipes_folder() / f"{stem}.yaml"
     found = difflib.get_close_matches(str(name)[:MAX_KEY], known, n=3, cutoff=0.4)
     hint = f"Did you mean {', '.join(found)}? All recipes: sslvit settings --recipes"
     if path.suffix in (".yaml", ".yml") or not found:
