@@ -344,7 +344,7 @@ def test_features_of_timm_are_compared_and_not_only_tokens(monkeypatch: pytest.M
         return model
 
     monkeypatch.setattr(timm, "create_model", with_odd_head)
-    with pytest.raises(ValueError, match="its features are others than class pooling gives"):
+    with pytest.raises(ValueError, match="its features differ from those of class pooling"):
         load_encoder("timm:vit_tiny_patch16_224")
 
 
