@@ -30,6 +30,7 @@ class Prototypes(nn.Module):
 
     def __init__(self, width: int, count: int, unit_length: bool) -> None:
         super().__init__()
+        self.count = count
         self.weight_g = nn.Parameter(torch.ones(count, 1), requires_grad=not unit_length)
         self.weight_v = nn.Parameter(nn.Linear(width, count, bias=False).weight.detach())
 
@@ -58,6 +59,7 @@ class DINOHead(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
+        assert settings.out_dim is not None
         self.last_layer = Prototypes(settings.bottleneck, settings.out_dim, settings.norm_last_layer)
 
     def forward(self, features: Float[Tensor, "b d"]) -> Float[Tensor, "b k"]:
@@ -174,6 +176,10 @@ class DINOModel(nn.Module):
         ValueError: An encoder that is tied to one size, or settings that are still null.
     """
 
+    center: Tensor
+    output_sum: Tensor
+    output_rows: Tensor
+
     def __init__(self, settings: DINOSettings, encoder: EncoderSettings) -> None:
         super().__init__()
         if encoder.tokens == "pixel":
@@ -188,8 +194,8 @@ class DINOModel(nn.Module):
         self.teacher = ViTEncoder(EncoderSettings(**{**vars(encoder), "drop_path": 0.0, "dropout": 0.0}))
         self.head = DINOHead(encoder.width, settings)
         self.teacher_head = DINOHead(encoder.width, settings)
-        self.register_buffer("center", torch.zeros(settings.out_dim))
-        self.register_buffer("output_sum", torch.zeros(settings.out_dim), persistent=False)
+        self.register_buffer("center", torch.zeros(self.head.last_layer.count))
+        self.register_buffer("output_sum", torch.zeros(self.head.last_layer.count), persistent=False)
         self.register_buffer("output_rows", torch.zeros(()), persistent=False)  # that were added up
         self.reset_teacher()
         self.teacher.requires_grad_(False)

@@ -86,7 +86,11 @@ class IGPTModel(nn.Module):
     ) -> tuple[Float[Tensor, "b n d"], Int[Tensor, "b n"], Bool[Tensor, "b n"] | None]:
         """The tokens that pixels are predicted from, the true colors, and which pixels count (None: all)."""
         colors = self.encoder.pixel_tokens.quantize(images)  # b n
-        is_hidden = None if self.settings.objective == "autoregressive" else random_mask(noise, self.num_hidden)
+        is_hidden = None
+        if self.settings.objective == "bert":
+            if noise is None:
+                raise ValueError("the BERT objective needs noise: one number per pixel.")
+            is_hidden = random_mask(noise, self.num_hidden)
         return self.encoder(images, hidden=is_hidden, path_noise=path_noise), colors, is_hidden
 
 

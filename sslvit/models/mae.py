@@ -75,6 +75,8 @@ class MAEDecoder(nn.Module):
         settings: width, depth, heads and the ratio of its MLPs.
     """
 
+    pos_embed: Tensor
+
     def __init__(self, encoder: EncoderSettings, settings: MAESettings) -> None:
         super().__init__()
         width, self.prefix, self.grid = settings.decoder_width, encoder.prefix, encoder.grid
@@ -106,6 +108,7 @@ class MAEDecoder(nn.Module):
         places = places.scatter(1, visible[:, :, None].expand_as(seen), seen)  # b n w
         tokens = torch.cat([prefix, places], 1) + positions
         for block in self.blocks:
+            assert isinstance(block, Block)
             tokens = run_block(block, tokens, recompute=self.recompute)
         return self.pred(self.norm(tokens))[:, self.prefix :]
 

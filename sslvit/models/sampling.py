@@ -40,7 +40,7 @@ def complete(
     places = encoder.settings.grid[0] * encoder.settings.grid[1]
     if given.shape[1] > places:
         raise ValueError(f"{given.shape[1]} pixels are given, but this encoder's images have {places}.")
-    device = encoder.patch_embed.palette.device
+    device = encoder.pixel_tokens.palette.device
     table = rng.uniform((settings.seed, "sampling"), np.arange(len(given)), places)
     numbers = torch.from_numpy(table).to(device)
     drawn = F.pad(given.to(device), (0, places - given.shape[1]))  # b n

@@ -23,7 +23,8 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     Tokens and position tables decay too, as in the pretraining of MAE and DINO, whose released code spares what has one
     dimension or is a bias. Parameters without gradient are left out.
     """
-    decayed, spared = [], []
+    decayed: list[nn.Parameter] = []
+    spared: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             (decayed if decays(name, parameter) else spared).append(parameter)

@@ -20,7 +20,7 @@ TASKS = {
 }
 
 
-def task_class(name: str) -> type:
+def task_class(name: str) -> type[Task]:
     """The Lightning module of a task by name or import path."""
     if ":" in name:
         return import_task(name)

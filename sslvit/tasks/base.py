@@ -10,7 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import pytorch_lightning as pl
@@ -88,7 +88,7 @@ class Task(pl.LightningModule):
                 "encoder.pooling: the class token stands in front of a causal encoder, which sees no patch from there: "
                 "all images look alike. Set encoder.causal to false, or encoder.pooling to mean."
             )
-        self.save_hyperparameters({"task": asdict(self.settings), "encoder": asdict(encoder),
+        self.save_hyperparameters({"task": asdict(cast(Any, self.settings)), "encoder": asdict(encoder),
                                    "optim": asdict(self.optim), "run": asdict(self.run)})  # fmt: skip
         self.model = self.make_model(encoder)
         self._freeze_unused_parts()
@@ -280,7 +280,7 @@ class Task(pl.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Send the records of a step to Lightning's loggers and callbacks when they are due."""
         trainer = self.trainer
-        is_due = self.global_step % trainer.log_every_n_steps == 0 or trainer.is_last_batch
+        is_due = self.global_step % cast(Any, trainer).log_every_n_steps == 0 or trainer.is_last_batch
         if not is_due or self.global_step == self._current_step:  # more micro-batches of this step are to come
             return
         metrics = {f"train/{name}": torch.stack([v.to(self.device, torch.float32) for v in values]).mean()
@@ -292,7 +292,8 @@ class Task(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW, its rates set step by step."""
-        return torch.optim.AdamW(self.parameter_groups(), lr=self.lr_at(0), betas=tuple(self.optim.betas), fused=True)
+        first, second = self.optim.betas
+        return torch.optim.AdamW(self.parameter_groups(), lr=self.lr_at(0), betas=(first, second), fused=True)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Which weights decay, and by which factor of the learning rate they move."""

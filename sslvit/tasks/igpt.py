@@ -41,7 +41,7 @@ class IGPT(Task):
         loss = pixel_nll(self.model.head(states), colors, is_hidden)
         references = {}
         if self.logs_features:
-            palette_size = len(self.encoder.patch_embed.palette)
+            palette_size = len(self.encoder.pixel_tokens.palette)
             references["color_counts"] = torch.bincount(colors.flatten(), minlength=palette_size)
         return StepOutput(loss, {"loss": loss, "bits": loss / math.log(2)}, states.mean(1), references=references)
 
@@ -78,9 +78,10 @@ class IGPT(Task):
         noise = self.mask_noise(batch, self.global_step)
         if noise is not None:
             states, colors, is_hidden = self.model.predict(images, noise.to(images.device))
+            assert is_hidden is not None
             filled = torch.where(is_hidden, head(states).argmax(2), colors)
-            rows = [to_display(encoder, colors, ~is_hidden), to_display(encoder, filled), to_display(encoder, colors)]
-            return {"filled": (["seen", "filled in", "original"], rows)}
+            pictures = [to_display(encoder, colors, ~is_hidden), *(to_display(encoder, c) for c in (filled, colors))]
+            return {"filled": (["seen", "filled in", "original"], pictures)}
         colors = encoder.pixel_tokens.quantize(images)  # b n
         settings = SampleSettings(seed=self.run.seed)
         generated = complete(encoder, head, colors[:, :0].repeat(2, 1), settings).chunk(2)

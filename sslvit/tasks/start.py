@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 
 import torch
-from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from sslvit.compatibility import POSITION_TABLES, check_same, load_strict
@@ -59,7 +58,7 @@ def begin_with(
     ]:
         notes.append(f"the run's settings hold: {', '.join(different)}")
     load_strict(encoder, own | {key: value for key, value in given.items() if key in own}, source)
-    if notes and rank_zero_only.rank == 0:
+    if notes and is_first_rank():
         logger.info(f"starting from {printable(source)}: {'; '.join(notes)}")
 
 

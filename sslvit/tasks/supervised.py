@@ -20,7 +20,7 @@ from sslvit.data.batch import Batch
 from sslvit.models import ViTEncoder
 from sslvit.models.classifier import Classifier
 from sslvit.optim import layer_decay_groups
-from sslvit.settings import EncoderSettings, SupervisedSettings
+from sslvit.settings import EncoderSettings, SupervisedSettings, TaskSettings
 from sslvit.tasks.base import StepOutput, Task
 from sslvit.tasks.start import begin_with
 from sslvit.tasks.symptoms import STUCK_FRACTION, Symptom, feature_symptoms, lr_in_words
@@ -37,8 +37,9 @@ class Supervised(Task):
     settings: SupervisedSettings
     model: Classifier
 
-    def resolve(self, settings: SupervisedSettings) -> SupervisedSettings:
+    def resolve(self, settings: TaskSettings) -> TaskSettings:
         """The settings as they are: only the data set knows its classes."""
+        assert isinstance(settings, SupervisedSettings)
         if settings.classes is None:
             raise ValueError("task.classes: still null. Call SupervisedSettings.fitted first.")
         return settings

@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sslvit.data.batch import Batch
 from sslvit.data.index import Index
+from sslvit.data.stream import StreamIndex
 from sslvit.data.views import Views
 from sslvit.figures import plot_curves
 from sslvit.models.transformer import Block
@@ -153,7 +155,7 @@ def forecast(settings: RunSettings, images: int, classes: int | None = None) -> 
     return found, task
 
 
-def mfu_per_throughput(settings: RunSettings, index: Index) -> float | None:
+def mfu_per_throughput(settings: RunSettings, index: Index | StreamIndex) -> float | None:
     """Share of all devices' peak that one image a second takes; None where the peak or the work is not known.
 
     The work is that of the model's products in a step, without what is computed again to save memory.
@@ -228,7 +230,7 @@ class LiveBytes(TorchDispatchMode):
         self.alive = {value.untyped_storage()._cdata: 0 for value in known}
         self.now = self.peak = 0
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         tree_map_only(torch.Tensor, self.on_alloc, result)
         return result

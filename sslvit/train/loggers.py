@@ -16,6 +16,7 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from sslvit import __version__
 from sslvit.data.index import Index
+from sslvit.data.stream import StreamIndex
 from sslvit.environment import require_packages
 from sslvit.files import write_atomically
 from sslvit.settings import RunSettings, TrainSettings
@@ -34,7 +35,7 @@ def check_loggers(settings: TrainSettings) -> None:
         require_packages("train.wandb", "wandb", "wandb")
 
 
-def make_loggers(settings: RunSettings, folder: RunFolder, index: Index) -> list[Logger]:
+def make_loggers(settings: RunSettings, folder: RunFolder, index: Index | StreamIndex) -> list[Logger]:
     """Those that the settings ask for, on the first rank, with all that the run depends on as their configuration.
 
     A resumed run goes on in the same run of Weights & Biases.
@@ -48,14 +49,14 @@ def make_loggers(settings: RunSettings, folder: RunFolder, index: Index) -> list
         file = folder.wandb / "run-id"
         if not file.exists():
             write_atomically(file, uuid.uuid4().hex[:12] + "\n")
-        given = {"project": train.wandb, "id": file.read_text().strip(), "resume": "allow"}
-        loggers.append(WandbLogger(folder.path.name, folder.path, **given))
+        run_id = file.read_text().strip()
+        loggers.append(WandbLogger(folder.path.name, folder.path, id=run_id, project=train.wandb, resume="allow"))
     for logger in loggers:
         logger.log_hyperparams(describe_run(settings, index))
     return loggers
 
 
-def describe_run(settings: RunSettings, index: Index) -> dict[str, Any]:
+def describe_run(settings: RunSettings, index: Index | StreamIndex) -> dict[str, Any]:
     """Settings, data, versions and command, nested: what two runs are compared by."""
     data = {"location": index.location, "images": len(index), "fingerprint": index.fingerprint()}
     versions = {name: metadata.version(name) for name in ("torch", "torchvision", "pytorch-lightning", "numpy")}

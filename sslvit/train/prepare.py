@@ -65,7 +65,7 @@ def check_machine(settings: RunSettings) -> None:
         raise ValueError("train.accelerator: gpu, but torch sees none here. Use auto or cpu.")
 
 
-def check_data(settings: RunSettings, index: Index, plan: Plan) -> None:
+def check_data(settings: RunSettings, index: Index | StreamIndex, plan: Plan) -> None:
     """Refuse data that this run cannot read, before step 0."""
     data, encoder = settings.data, settings.encoder
     if index.channels != encoder.channels and not {index.channels, encoder.channels} <= set(MODES):
@@ -101,7 +101,9 @@ def check_data(settings: RunSettings, index: Index, plan: Plan) -> None:
         )
 
 
-def resolve_defaults(settings: RunSettings, earlier: RunFolder | None, index: Index, run: RunPlan) -> RunSettings:
+def resolve_defaults(
+    settings: RunSettings, earlier: RunFolder | None, index: Index | StreamIndex, run: RunPlan
+) -> RunSettings:
     """The settings with every null resolved for the job; a resumed run keeps what it resolved before.
 
     Args:
@@ -123,12 +125,13 @@ def resolve_defaults(settings: RunSettings, earlier: RunFolder | None, index: In
         check_machine(fitted)
     if earlier is not None:
         before, requested = by_dotted_key(earlier.read_config()), by_dotted_key(settings.as_dict())
-        for name, section in (("task", task), ("optim", optim)):
+
+        def as_before(name: str, section: Any) -> Any:
             was_open = {key: before.get(f"{name}.{key}") for key in vars(section) if requested[f"{name}.{key}"] is None}
-            kept = {
-                key: value for key, value in was_open.items() if value is not None and vars(section)[key] is not None
-            }
-            fitted = replace(fitted, **{name: replace(section, **kept)})
+            return replace(section, **{key: value for key, value in was_open.items()
+                                       if value is not None and vars(section)[key] is not None})  # fmt: skip
+
+        fitted = replace(fitted, task=as_before("task", task), optim=as_before("optim", optim))
     return fitted
 
 

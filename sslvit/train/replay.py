@@ -6,6 +6,7 @@ import json
 import math
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -108,7 +109,7 @@ def batch_in_words(task: Task, batch: Batch, step: int) -> list[str]:
     return said
 
 
-def watcher(name: str, first: list[str]):
+def watcher(name: str, first: list[str]) -> Callable[[nn.Module, tuple, object], None]:
     """A hook that writes down the first module whose output is not finite."""
 
     def look(module: nn.Module, given: tuple, output: object) -> None:

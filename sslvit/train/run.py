@@ -89,7 +89,7 @@ def _pretrain(settings: RunSettings, folder: RunFolder, is_first: bool, goes_on:
     data = ShardDataModule(index, settings.data, settings.encoder, plan, run)
     task = make_task(settings, run)
     if start is not None:
-        task.start_from(start, settings.init)
+        task.start_from(start, str(settings.init))
     if train.precision == "float64":
         task.double()  # before a checkpoint is loaded, which would otherwise pass through float32
     if checkpoint is not None:
@@ -172,14 +172,14 @@ def make_trainer(settings: RunSettings, folder: RunFolder, data: ShardDataModule
         )
 
 
-def precision_of(train: TrainSettings) -> str:
+def precision_of(train: TrainSettings) -> Any:
     """Lightning's name for the precision; auto is bf16 where the hardware computes in it."""
     names = {"float32": "32-true", "bf16": "bf16-mixed", "float64": "64-true"}
     if train.precision != "auto":
         return names[train.precision]
     if train.accelerator != "cpu" and torch.cuda.is_available():
         return names["bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"]
-    known = getattr(torch.cpu, "get_capabilities", dict)()
+    known: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return names["bf16" if known.get("amx_bf16") or known.get("avx512_bf16") else "float32"]
 
 

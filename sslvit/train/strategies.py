@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import re
 import uuid
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
@@ -17,6 +18,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from sslvit.models.transformer import Block
 from sslvit.settings import TrainSettings
@@ -52,7 +54,8 @@ class Replicated(DDPStrategy):
 
     def _register_ddp_hooks(self) -> None:
         """Lightning registers them on GPUs only."""
-        self.model.register_comm_hook(None, self._ddp_comm_hook)
+        assert isinstance(self.model, DistributedDataParallel)
+        self.model.register_comm_hook(None, cast(Any, self._ddp_comm_hook))
 
 
 class Sharded(DDPStrategy):
@@ -65,8 +68,8 @@ class Sharded(DDPStrategy):
     def model_to_device(self) -> None:
         """Nothing yet: the whole model might not fit, so blocks move one by one as they are sharded."""
 
-    def _setup_model(self, model: pl.LightningModule) -> pl.LightningModule:
-        shard(model, self.root_device.type)
+    def _setup_model(self, model: nn.Module) -> Any:
+        shard(cast(pl.LightningModule, model), self.root_device.type)
         return model.to(self.root_device)  # what is no weight
 
     def _register_ddp_hooks(self) -> None:
@@ -81,7 +84,7 @@ class Sharded(DDPStrategy):
         manifest = extract_local_shards(checkpoint, shards)
         io.save_shard(manifest, shards, Path(filepath), name, self.global_rank, self.world_size)
 
-    def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """The state of whole weights; each rank keeps its part."""
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -93,14 +96,14 @@ class Sharded(DDPStrategy):
             optimizer.load_state_dict(state)
 
     def on_exception(self, exception: BaseException) -> None:
-        self.checkpoint_io.aborted.set()
+        cast(AtomicCheckpointIO, self.checkpoint_io).aborted.set()
         super().on_exception(exception)
 
     def teardown(self) -> None:
         """Weights stay where they are: the run is still to be finished from them."""
-        self.cluster_environment.teardown()
-        self.precision_plugin.teardown()
-        self.accelerator.teardown()
+        for part in (self.cluster_environment, self.precision_plugin, self.accelerator):
+            if part is not None:
+                part.teardown()
         self.checkpoint_io.teardown()
 
 
@@ -139,4 +142,4 @@ def compile_blocks(task: nn.Module, undo: bool = False) -> None:
         if isinstance(module, Block):
             module.__dict__.pop("forward", None)
             if not undo:
-                module.forward = torch.compile(module.forward)
+                module.forward = torch.compile(module.forward)  # type: ignore[method-assign]  # of this module alone

@@ -36,7 +36,8 @@ class Clock:
         if len(self.moments) > MAX_TIMESTAMPS:
             self._add_up(MAX_TIMESTAMPS // 2)  # long past, so nothing is waited for
 
-    def mark_gradients(self, state, bucket):  # torch compares annotations with its types, and here they are strings
+    # torch compares annotations with its types, and here they would be strings
+    def mark_gradients(self, state, bucket):  # type: ignore[no-untyped-def]
         """Averages gradients over ranks as DDP does, and notes when the last of them are ready to be sent.
 
         What comes after that in the backward pass is communication that no computation hides.
@@ -44,7 +45,7 @@ class Clock:
         if bucket.is_last():
             self.mark("backward")
             self.is_exchanging = True
-        return allreduce_hook(distributed.group.WORLD, bucket)
+        return allreduce_hook(distributed.group.WORLD, bucket)  # type: ignore[arg-type]  # there is a group by now
 
     def take(self) -> dict[str, float]:
         """Seconds since the last call by what they went into; there may be others."""

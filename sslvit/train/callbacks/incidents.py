@@ -21,6 +21,8 @@ from safetensors.torch import save_file
 from sslvit.data.batch import Batch
 from sslvit.data.index import Index
 from sslvit.data.loader import TrainingBatches
+from sslvit.data.module import ShardDataModule
+from sslvit.data.stream import StreamIndex
 from sslvit.files import new_file, to_json, write_atomically
 from sslvit.tasks.base import Task
 from sslvit.train.callbacks.base import StepCallback, save_checkpoint
@@ -38,7 +40,7 @@ class Incidents(StepCallback):
         limit: steps skipped in a row that end the run.
     """
 
-    def __init__(self, folder: RunFolder, index: Index, limit: int) -> None:
+    def __init__(self, folder: RunFolder, index: Index | StreamIndex, limit: int) -> None:
         self.folder, self.index, self.limit = folder, index, limit
         self.skipped = self.in_a_row = 0
 
@@ -68,11 +70,13 @@ class Incidents(StepCallback):
             self.folder.incident.mkdir()
         trainer.strategy.barrier()
         step = self.step - 1
-        dataset, passes = trainer.train_dataloader.dataset, trainer.accumulate_grad_batches
+        dataset = getattr(trainer.train_dataloader, "dataset", None)
+        data: ShardDataModule = trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it in fit
         names = []
-        if isinstance(dataset, TrainingBatches):  # a stream cannot give the same images again
-            for number in range(passes):
-                batch = trainer.datamodule.prepare(dataset[step * passes + number])
+        # a stream cannot give the same images again
+        if isinstance(dataset, TrainingBatches) and not isinstance(self.index, StreamIndex):
+            for number in range(data.run.accumulation_steps):
+                batch = data.prepare(dataset[step * data.run.accumulation_steps + number])
                 name = f"batch-rank-{trainer.global_rank:05d}-{number}.safetensors"
                 with new_file(self.folder.incident / name) as part:
                     save_file(as_tensors(batch), part, {"first_row": str(batch.first_row)})

@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 from sslvit.data.batch import Batch
 from sslvit.data.index import Index
 from sslvit.data.plan import Plan
+from sslvit.data.stream import StreamIndex
 from sslvit.files import to_json, write_atomically
 from sslvit.ranks import said_by_all
 from sslvit.train.callbacks.base import StepCallback
@@ -30,7 +31,9 @@ class Ledger(StepCallback):
         writes_keys: also write down the name of every sample that this rank reads.
     """
 
-    def __init__(self, folder: RunFolder, index: Index, plan: Plan, limit: float, writes_keys: bool = False) -> None:
+    def __init__(
+        self, folder: RunFolder, index: Index | StreamIndex, plan: Plan, limit: float, writes_keys: bool = False
+    ) -> None:
         self.folder, self.index, self.plan, self.limit, self.writes_keys = folder, index, plan, limit, writes_keys
         self.earlier: dict[str, dict[str, Any]] = {}  # from the checkpoint: the same on every rank
         self.own: dict[str, dict[str, Any]] = {}  # met by this rank since
@@ -46,7 +49,7 @@ class Ledger(StepCallback):
         for key, reason in batch.unreadable.items():
             entry = self.own.setdefault(key, {"key": key, "reason": reason, "times": 0})
             entry["times"] += 1
-        if self.writes_keys:
+        if self.writes_keys and not isinstance(self.index, StreamIndex):  # of which check_data refuses a ledger
             rows = zip(batch.samples.tolist(), batch.epochs.tolist(), strict=True)
             lines = [{"step": self.step, "epoch": epoch, "key": self.index.key(sample)} for sample, epoch in rows]
             append_lines(self.folder.samples_read(trainer.global_rank), lines)

@@ -10,6 +10,7 @@ import signal
 import threading
 from datetime import timedelta
 from types import FrameType
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -33,7 +34,7 @@ class Preemption(StepCallback):
         self.folder, self.total_steps = folder, total_steps
         self.timeout = timedelta(seconds=timeout_seconds)
         self.told: str | None = None
-        self.group: distributed.ProcessGroup | None = None
+        self.group: Any = None
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         super().on_train_start(trainer, module)

@@ -62,7 +62,7 @@ class RunLog(StepCallback):
         done, self.last_step = self.step - self.last_step, self.step  # on every rank
         seconds = self.clock.take()
         times = torch.tensor([value / done for value in seconds.values()], dtype=torch.float64)
-        times = mean_over_ranks(trainer, [times]).tolist()
+        means = mean_over_ranks(trainer, [times]).tolist()
         if not trainer.is_global_zero:
             return
         now = time.monotonic()
@@ -70,7 +70,7 @@ class RunLog(StepCallback):
         line["images_per_second"] = done * self.run.global_batch_size / (now - self.last)
         if self.mfu_per_throughput is not None:
             line["mfu"] = line["images_per_second"] * self.mfu_per_throughput
-        line |= {f"{part}_seconds": value for part, value in zip(seconds, times, strict=True)}
+        line |= {f"{part}_seconds": value for part, value in zip(seconds, means, strict=True)}
         line["elapsed_seconds"] = self.elapsed(now)
         append_lines(self.folder.metrics, [line])
         numbers = {f"run/{name}": value for name, value in line.items() if name not in (*module.records, "step")}

@@ -12,12 +12,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
 
 from sslvit.data.index import Index, ShardIndex
 from sslvit.data.open import open_shards
+from sslvit.data.stream import StreamIndex
 from sslvit.evaluate.classify import Accuracy, accuracy
 from sslvit.evaluate.features import FeatureExtractor
 from sslvit.evaluate.knn import knn_accuracies
@@ -29,7 +31,6 @@ from sslvit.files import to_json, write_atomically
 from sslvit.ranks import broadcast_from_rank0, is_first_rank
 from sslvit.settings import ProbeSettings, RunSettings, SupervisedSettings
 from sslvit.tasks.base import Task
-from sslvit.tasks.supervised import Supervised
 from sslvit.train.callbacks.base import StepCallback
 from sslvit.train.folder import RunFolder
 
@@ -86,6 +87,8 @@ class OnlineProbe(ScoringCallback):
 
     def __init__(self, settings: RunSettings, total_steps: int) -> None:
         online = self.online = settings.online
+        assert online.train is not None
+        assert online.val is not None
         super().__init__(online.every, settings.train.log_every, total_steps)
         self.seed = settings.seed
         indices = open_labeled(ProbeSettings(online.train, online.val, neighbors=[]))
@@ -103,7 +106,7 @@ class OnlineProbe(ScoringCallback):
         found = measures_of(source, self.val, extractor, seed=self.seed)
         found = {f"online_{name}": value for name, value in found.items()}
         if is_first_rank():
-            classes = len(self.train.index.classes)
+            classes = len(self.train.classes)
             k = min(self.online.neighbors, len(train))
             found |= {
                 "online_knn": knn_accuracies(train, val, classes, [k], 0.07)[k],
@@ -115,20 +118,20 @@ class OnlineProbe(ScoringCallback):
 class Validation(ScoringCallback):
     """A classifier's accuracy on the reported images; the last one is written to scores.json."""
 
-    def __init__(self, settings: RunSettings, folder: RunFolder, index: ShardIndex, total_steps: int) -> None:
-        super().__init__(settings.task.validate_every, settings.train.log_every, total_steps)
+    def __init__(
+        self, settings: RunSettings, task: SupervisedSettings, folder: RunFolder, index: Index | StreamIndex,
+        total_steps: int,
+    ) -> None:  # fmt: skip
+        super().__init__(task.validate_every, settings.train.log_every, total_steps)
         self.settings, self.folder = settings, folder
-        data = settings.data
-        self.data = LabeledSet(
-            open_val(settings, index),
-            settings.encoder.channels,
-            None,
-            data.max_unreadable_fraction,
-            data.memory_limit_mb,
-        )
+        data, val = settings.data, open_shards(task.val or "")
+        assert isinstance(index, ShardIndex)  # streams and mixtures have no labels to train on
+        check_classes(index, val, ProbeSettings("", "", neighbors=[]))
+        self.data = LabeledSet(val, settings.encoder.channels, None, data.max_unreadable_fraction, data.memory_limit_mb)
         self.start = time.monotonic()
 
-    def scores(self, trainer: pl.Trainer, module: Supervised) -> dict[str, float]:
+    def scores(self, trainer: pl.Trainer, module: Task) -> dict[str, float]:
+        """The accuracy, written down after the last step."""
         workers = 0 if self.data.reader.decoded is not None else self.settings.data.workers
         found = accuracy(
             lambda images: module.model(images.to(module.dtype)), self.data, self.settings.encoder, module.device,
@@ -138,7 +141,7 @@ class Validation(ScoringCallback):
             self.write(found)
         return {"val_top1": found.top1}
 
-    def on_fit_end(self, trainer: pl.Trainer, module: Supervised) -> None:
+    def on_fit_end(self, trainer: pl.Trainer, module: Any) -> None:
         """Score a run that is at its last step and has no score of it yet: the one that was tried then failed.
 
         Raises:
@@ -153,6 +156,7 @@ class Validation(ScoringCallback):
             self.scores(trainer, full)
 
     def write(self, found: Accuracy) -> None:
+        """Write scores.json."""
         about = {
             **asdict(found), "val": self.data.index.location, "fingerprint": self.data.index.fingerprint(),
             "step": self.step, "init": self.settings.init, "seed": self.settings.seed, "reported": "the last step",
@@ -161,19 +165,13 @@ class Validation(ScoringCallback):
         write_atomically(self.folder.scores, to_json(about, indent=1) + "\n")
 
 
-def open_val(settings: RunSettings, index: ShardIndex) -> ShardIndex:
-    """The labeled set that a classifier is scored on, once it is known to fit the training set."""
-    name = settings.task.val
-    val = open_shards(name)
-    check_classes(index, val, ProbeSettings("", "", neighbors=[]))
-    return val
-
-
-def scoring(settings: RunSettings, folder: RunFolder, index: Index, total_steps: int) -> list[pl.Callback]:
+def scoring(
+    settings: RunSettings, folder: RunFolder, index: Index | StreamIndex, total_steps: int
+) -> list[pl.Callback]:
     """What scores labeled images while the run trains."""
     callbacks: list[pl.Callback] = []
     if settings.online.train is not None:
         callbacks.append(OnlineProbe(settings, total_steps))
     if isinstance(settings.task, SupervisedSettings) and settings.task.val is not None:
-        callbacks.append(Validation(settings, folder, index, total_steps))
+        callbacks.append(Validation(settings, settings.task, folder, index, total_steps))
     return callbacks
