@@ -20,8 +20,11 @@ class ExportOptions(Reported, Encoder):
 
     out: Annotated[str, Arg("OUT", position=2)]
     """Folder for the export."""
-    format: Literal["timm", "transformers", "onnx", "torch", "safetensors"]
-    """Library or file format; torch is a program of torch.export."""
+    format: str
+    """Library or file format: timm, transformers, onnx, torch (a program of torch.export), safetensors, or the import
+    path of an exporter, PACKAGE.MODULE:NAME."""
+    allow_foreign_code: bool = False
+    """Import an exporter that is given by import path."""
     outputs: Literal["tokens", "features", "logits"] = "features"
     """Output: the encoder's tokens, pooled features, or a classifier's logits."""
     size: Literal["fixed", "dynamic"] | None = None
@@ -40,7 +43,7 @@ def run_export(options: ExportOptions) -> None:
     given = {"layout": options.layout, "heads": options.heads, **foreign_overrides(options)}
     verdict = export_encoder(
         options.encoder, options.out, options.format, options.outputs, options.size, scores=options.scores,
-        overwrite=options.overwrite, **given,
+        overwrite=options.overwrite, allow_foreign_code=options.allow_foreign_code, **given,
     )  # fmt: skip
     text = (
         f"{options.out}: reopened in {options.format} and compared; largest difference "

@@ -16,6 +16,7 @@ from sslvit.export.destination import IN_PROGRESS, VERDICT, complete_or_removed,
 from sslvit.export.exported import Exported, Reopened, with_outputs
 from sslvit.files import to_json
 from sslvit.progress import quiet_libraries
+from sslvit.settings.choices import import_object
 
 
 class Exporter(Protocol):
@@ -57,9 +58,20 @@ EXPORTERS: dict[str, Exporter] = {
     "timm": timm, "transformers": transformers, "onnx": onnx, "torch": torch, "safetensors": safetensors,
 }  # fmt: skip
 
+EXPORTER_PARTS = ("check", "write", "reopen", "weights", "usage")
 
-def find_exporter(name: str) -> Exporter:
-    """The exporter of a format."""
+
+def find_exporter(name: str, allow_foreign_code: bool = False) -> Exporter:
+    """The exporter of a format, by name or, where that is allowed, by import path."""
+    if ":" in name:
+        if not allow_foreign_code:
+            raise ValueError(
+                f"--format {name}: would run code of that module. If you trust it, pass --allow-foreign-code."
+            )
+        exporter: Exporter = import_object("--format", name)
+        if missing := [part for part in EXPORTER_PARTS if not hasattr(exporter, part)]:
+            raise ValueError(f"--format {name}: not an exporter (no {', '.join(missing)}; see sslvit.export.Exporter).")
+        return exporter
     if name not in EXPORTERS:
         raise ValueError(f"--format {name}: not one of {', '.join(EXPORTERS)}.")
     return EXPORTERS[name]
@@ -74,6 +86,7 @@ def export_encoder(
     weights: str | None = None,
     scores: Sequence[str | Path] = (),
     overwrite: bool = False,
+    allow_foreign_code: bool = False,
     **overrides: Any,
 ) -> dict[str, Any]:
     """Write an encoder in another library's format, reopen it there and compare its outputs.
@@ -81,13 +94,14 @@ def export_encoder(
     Args:
         source: Anything that load_encoder takes.
         out: The folder to write.
-        kind: timm, transformers, onnx, torch or safetensors.
+        kind: timm, transformers, onnx, torch or safetensors, or an import path.
         outputs: tokens (the encoder alone), features (pooled) or logits (a fine-tuned run's classifier).
         size: fixed (images of the training size) or dynamic (any that the patch divides); None for dynamic where timm
             and transformers resample positions as this encoder does, and for fixed with onnx and torch.
         weights: student or teacher, of a checkpoint that holds both.
         scores: Files of scores for the card.
         overwrite: Whether to replace an earlier export there.
+        allow_foreign_code: Whether to import a format that is given as PACKAGE.MODULE:NAME.
         overrides: What a released file does not state (layout, heads, image_size, palette).
 
     Returns:
@@ -99,7 +113,7 @@ def export_encoder(
         RuntimeError: What was written gives other outputs, or none; it stays in OUT.part, with the verdict.
     """
     out, files = Path(out), [Path(file) for file in scores]
-    exporter = find_exporter(kind)
+    exporter = find_exporter(kind, allow_foreign_code)
     destination.check(out, overwrite)
     known_scores(source, files)
     encoder = load_encoder(source, weights=weights, **overrides)

@@ -66,17 +66,16 @@ def load_recipe(
 
 
 def _check_foreign_code(path: Path, content: dict[str, Any], changes: dict[str, Any]) -> None:
-    """Refuse a task by import path that nobody has allowed, before anything of it is imported."""
+    """Refuse a task or a view by import path that nobody has allowed, before anything of it is imported."""
     if changes.get("allow_foreign_code"):
         return
     if content.get("allow_foreign_code"):
         raise ValueError(f"{path}: allow_foreign_code is for you to give, not for a file: --allow_foreign_code true")
     for tree in (content, changes):
-        task = tree.get("task")
-        for name in (tree.get("task.name"), task.get("name") if isinstance(task, dict) else task):
-            if isinstance(name, str) and ":" in name:
+        for key, name in by_dotted_key(tree).items():
+            if key in ("task", "task.name", "data.view", "data.view.kind") and isinstance(name, str) and ":" in name:
                 raise ValueError(
-                    f"task.name: {brief(name)} would run code of that module. If you trust it, pass "
+                    f"{key}: {brief(name)} would run code of that module. If you trust it, pass "
                     "--allow_foreign_code true."
                 )
 

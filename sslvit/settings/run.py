@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from importlib import import_module
 from typing import Annotated, Any
 
 from sslvit.files import brief, expand_path
-from sslvit.settings.choices import Choice
+from sslvit.settings.choices import Choice, import_object
 from sslvit.settings.data import DataSettings
 from sslvit.settings.dino import DINOSettings
 from sslvit.settings.encoder import EncoderSettings
@@ -30,18 +29,8 @@ def task_settings(name: str) -> type[TaskSettings] | None:
 
 
 def import_task(path: str) -> Any:
-    """The task class behind an import path such as my_package.simmim:SimMIM; this runs the module's code.
-
-    Raises:
-        ValueError: There is no such module or class, or it is not a task.
-    """
-    module, _, attribute = path.partition(":")
-    try:
-        found = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"task.name {brief(path)}: cannot be imported ({error}). Write PACKAGE.MODULE:CLASS."
-        ) from error
+    """The task class behind an import path; this runs the module's code."""
+    found = import_object("task.name", path)
     if not issubclass(getattr(found, "settings_class", object), TaskSettings):
         raise ValueError(f"task.name {brief(path)}: not a task. Its class must derive from sslvit.tasks.base.Task.")
     return found
@@ -74,7 +63,7 @@ class RunSettings:
     """Encoder whose weights are the initialization; null for random weights."""
 
     allow_foreign_code: bool = False
-    """Import the task that task.name gives by import path; only the command line can say so, no file."""
+    """Import a task (task.name) or a view (data.view.kind) given by import path; only the command line can say so."""
 
     def __post_init__(self) -> None:
         self.out = expand_path(self.out)

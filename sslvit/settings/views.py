@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Literal
 
 from sslvit.files import brief
-from sslvit.settings.choices import Choice, checked
+from sslvit.settings.choices import Choice, checked, import_object
 
 MAX_MAGNITUDE = 10  # of RandAugment's operations
 MAX_GLOBAL_SCALE = 16.0  # times its area that a crop may be larger than the image
@@ -210,7 +210,19 @@ VIEW_SETTINGS: dict[str, type] = {
     "crop": CropSettings, "square": SquareSettings, "center": CenterSettings, "canvas": CanvasSettings,
     "multi_crop": MultiCropSettings,
 }  # fmt: skip
-VIEW_CHOICE = Choice("kind", "crop", VIEW_SETTINGS)
+
+
+def view_settings(kind: str) -> type | None:
+    """The settings dataclass of a view by name, or by import path of a class with `specs`; None for an unknown name."""
+    if ":" not in kind:
+        return VIEW_SETTINGS.get(kind)
+    found = import_object("data.view.kind", kind)
+    if not (is_dataclass(found) and hasattr(found, "specs")):
+        raise ValueError(f"data.view.kind {brief(kind)}: not a view. It must be a dataclass with specs(size).")
+    return found
+
+
+VIEW_CHOICE = Choice("kind", "crop", VIEW_SETTINGS, view_settings)
 
 
 def check_range(key: str, values: list[float], maximum: float = float("inf")) -> None:

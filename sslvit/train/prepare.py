@@ -56,7 +56,7 @@ def check_machine(settings: RunSettings) -> None:
     micro, _ = split_batch(settings.data.global_batch_size, ranks, train.micro_batch_size)
     settings.task.check_micro_batch(micro)
     kinds = task_class(settings.task.name).view_kinds
-    if settings.data.view.kind not in kinds:
+    if settings.data.view.kind not in kinds and ":" not in settings.data.view.kind:
         raise ValueError(
             f"data.view.kind: {settings.data.view.kind} is not for {settings.task.name}. Use {' or '.join(kinds)}."
         )

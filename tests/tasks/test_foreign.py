@@ -63,7 +63,16 @@ def test_a_loss_depends_on_hidden_patches_alone() -> None:
     torch.testing.assert_close(loss, torch.stack(expected).mean())
 
 
-@pytest.mark.parametrize("changes", [{"task.name": "simmim:SimMIM"}, {"task": {"name": "simmim:SimMIM"}}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"task.name": "simmim:SimMIM"},
+        {"task": {"name": "simmim:SimMIM"}},
+        {"task": "simmim:SimMIM"},
+        {"data.view.kind": "simmim:SimMIM"},
+        {"data": {"view": {"kind": "simmim:SimMIM"}}},
+    ],
+)
 def test_without_the_flag_nothing_is_imported(changes: dict) -> None:
     sys.modules.pop("simmim", None)
     with pytest.raises(ValueError, match=r"simmim:SimMIM would run code.*--allow_foreign_code true"):
@@ -92,3 +101,64 @@ def test_no_file_can_allow_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> 
 def test_what_is_no_task_is_refused_by_name(name: str, said: str) -> None:
     with pytest.raises(ValueError, match=rf"task.name '?{name}'?: {said}"):
         load_recipe("mae/digits", {"task.name": name, "allow_foreign_code": True})
+
+
+VIEW = """
+from dataclasses import dataclass
+import numpy as np
+from sslvit.data.resample import Boxes
+from sslvit.data.views import ViewSpec
+
+@dataclass
+class Corner:
+    kind: str = "corner:Corner"
+    side: int = 4
+    \"\"\"Side of the corner that is seen.\"\"\"
+
+    def specs(self, size):
+        def boxes(uniform, heights, widths, size):
+            zeros = np.zeros(len(heights))
+            return Boxes(zeros, zeros, zeros + self.side, zeros + self.side, zeros > 0)
+        return [ViewSpec(size, boxes)]
+
+def nothing():
+    pass
+"""
+
+
+def test_a_view_from_outside_is_what_training_sees(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "corner.py").write_text(VIEW)
+    sys.path.insert(0, str(tmp_path))
+    try:
+        changes = {"data.view.kind": "corner:Corner", "data.view.side": 8, "allow_foreign_code": True}
+        folder = sslvit.pretrain("mae/digits", shards, tmp_path / "run", **SMALL | changes | {"train.steps": 2})
+        assert folder.read_config()["data"]["view"] == {"kind": "corner:Corner", "side": 8}
+        settings = load_recipe("mae/digits", SMALL | changes | {"data.shards": str(shards)})
+        batch = sslvit.ShardDataModule.from_settings(settings).examples(2)
+        whole = load_recipe("mae/digits", SMALL | {"data.view.kind": "center", "data.shards": str(shards)})
+        torch.testing.assert_close(batch.views[0], sslvit.ShardDataModule.from_settings(whole).examples(2).views[0])
+        with pytest.raises(ValueError, match="data.view.kind .*not a view"):
+            load_recipe("mae/digits", {"data.view.kind": "corner:nothing", "allow_foreign_code": True})
+    finally:
+        sys.path.remove(str(tmp_path))
+        sys.modules.pop("corner", None)
+
+
+def test_an_exporter_from_outside_is_reopened_and_compared(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    settings = sslvit.EncoderSettings(image_size=8, patch=4, width=16, depth=1, heads=2)
+    sslvit.save_encoder(sslvit.ViTEncoder(settings), tmp_path / "encoder")
+    (tmp_path / "mine.py").write_text("import sslvit.export.safetensors as exporter\n")
+    sys.path.insert(0, str(tmp_path))
+    try:
+        words = ["export", str(tmp_path / "encoder"), str(tmp_path / "out"), "--format", "mine:exporter"]
+        assert main(words) == 1
+        assert "mine:exporter: would run code" in capsys.readouterr().err
+        assert "mine" not in sys.modules
+        assert main([*words, "--allow-foreign-code"]) == 0
+        assert json.loads((tmp_path / "out" / "verdict.json").read_text())["passed"]
+        words[-1] = "json:loads"
+        assert main([*words, "--allow-foreign-code"]) == 1
+        assert "not an exporter (no check, write, reopen, weights, usage" in capsys.readouterr().err
+    finally:
+        sys.path.remove(str(tmp_path))
+        sys.modules.pop("mine", None)
