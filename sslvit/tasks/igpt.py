@@ -39,7 +39,7 @@ class IGPT(Task):
             batch.views[0], self.mask_noise(batch, step), self.path_noise(batch, step)
         )  # b n d, b n, b n
         loss = pixel_nll(self.model.head(states), colors, is_hidden)
-        references = {}
+        references: dict[str, Tensor] = {}
         if self.logs_features:
             palette_size = len(self.encoder.pixel_tokens.palette)
             references["color_counts"] = torch.bincount(colors.flatten(), minlength=palette_size)

@@ -42,7 +42,7 @@ def measure(logged: dict[str, Tensor]) -> dict[str, float]:
             first choice ('b'); and of each micro-batch the moments of an MAE's target ('m 3 p') or how often an iGPT's
             colors occur ('m k').
     """
-    measures = {}
+    measures: dict[str, float] = {}
     if "target_moments" in logged:  # the error of the mean patch
         mean, hidden_mean, hidden_square = logged["target_moments"].double().mean(0)
         measures["target_variance"] = float((hidden_square - 2 * mean * hidden_mean + mean**2).mean())
