@@ -13,10 +13,12 @@ from torch import Tensor, distributed
 
 
 def is_distributed() -> bool:
+    """Whether several processes have joined a group."""
     return distributed.is_available() and distributed.is_initialized()
 
 
 def world_size() -> int:
+    """Number of processes."""
     return distributed.get_world_size() if is_distributed() else 1
 
 
@@ -58,10 +60,12 @@ def _exchange_device(values: Tensor) -> torch.device:
 
 
 def rank() -> int:
+    """Number of this process, from zero."""
     return distributed.get_rank() if is_distributed() else 0
 
 
 def is_first_rank() -> bool:
+    """Whether this is the process that speaks for all."""
     return rank() == 0
 
 

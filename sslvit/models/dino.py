@@ -35,6 +35,7 @@ class Prototypes(nn.Module):
         self.weight_v = nn.Parameter(nn.Linear(width, count, bias=False).weight.detach())
 
     def forward(self, x: Float[Tensor, "b bottleneck"]) -> Float[Tensor, "b k"]:
+        """Cosine of each vector and each direction, times the direction's length."""
         return F.linear(x, self.weight_g * F.normalize(self.weight_v, dim=1))
 
 

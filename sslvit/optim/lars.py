@@ -30,6 +30,7 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of all parameters that have a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

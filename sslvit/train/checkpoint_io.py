@@ -50,6 +50,7 @@ class AtomicCheckpointIO(CheckpointIO):
         self.aborted = threading.Event()  # the run has ended with an error: no part is waited for
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint, in the background if the settings say so."""
         self.finish()
         self._submit(partial(self.write, self._kept(checkpoint), Path(path)))
 
@@ -77,6 +78,7 @@ class AtomicCheckpointIO(CheckpointIO):
             self.write(manifest, path)
 
     def write(self, checkpoint: dict[str, Any], path: Path) -> None:
+        """Write a checkpoint, and let go of those that are not to be kept."""
         if path in self.written and not path.exists():
             logger.warning(f"{path}: the checkpoint before was deleted meanwhile; a new one is written")
         write_checkpoint(checkpoint, path)
@@ -115,6 +117,7 @@ class AtomicCheckpointIO(CheckpointIO):
             raise failure
 
     def teardown(self) -> None:
+        """Wait for a writer in the background; its error gives way to the run's own."""
         ended_by = sys.exc_info()[1]
         try:
             self.finish()
@@ -124,9 +127,11 @@ class AtomicCheckpointIO(CheckpointIO):
             logger.error(error)  # and the run's own error goes on
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict:
+        """Read a checkpoint, with weights only."""
         return read_checkpoint(Path(path))
 
     def remove_checkpoint(self, path: str | Path) -> None:
+        """Delete a checkpoint."""
         Path(path).unlink(missing_ok=True)
 
 

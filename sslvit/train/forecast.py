@@ -236,6 +236,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def on_alloc(self, value: torch.Tensor) -> torch.Tensor:
+        """Count a tensor's storage, once."""
         storage = value.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key not in self.alive:
@@ -246,6 +247,7 @@ class LiveBytes(TorchDispatchMode):
         return value
 
     def on_free(self, key: int) -> None:
+        """Take a storage off again."""
         self.now -= self.alive.pop(key)
 
 

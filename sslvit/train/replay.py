@@ -56,17 +56,20 @@ def replay(folder: str | Path, allow_foreign_code: bool = False) -> list[str]:
 
 
 def read_batch(file: Path) -> Batch:
+    """A micro-batch that an incident has kept."""
     with safe_open(file, "pt") as content:
         first_row = int((content.metadata() or {}).get("first_row", 0))
     return from_tensors(load_file(file), first_row)
 
 
 def weights_in_words(task: Task) -> list[str]:
+    """Weights that are not finite, as a line for the reader."""
     broken = [name for name, value in task.state_dict().items() if not is_finite(value)]
     return [f"weights that are not finite before the step: {named(broken)}"] if broken else []
 
 
 def named(names: list[str]) -> str:
+    """Some of the names, and how many there are."""
     return f"{', '.join(names[:4])} ({len(names)} in all)"
 
 
@@ -120,4 +123,5 @@ def watcher(name: str, first: list[str]) -> Callable[[nn.Module, tuple, object],
 
 
 def is_finite(value: Tensor) -> bool:
+    """Whether every number in a tensor is finite."""
     return not value.is_floating_point() or bool(value.isfinite().all())

@@ -76,6 +76,7 @@ class Sharded(DDPStrategy):
         pass
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Write this rank's shard, and on the first rank the manifest."""
         io = self.checkpoint_io
         assert isinstance(io, AtomicCheckpointIO)
         io.finish()  # rank 0 deletes orphaned shards, so none may begin to write before it has done so
@@ -96,6 +97,7 @@ class Sharded(DDPStrategy):
             optimizer.load_state_dict(state)
 
     def on_exception(self, exception: BaseException) -> None:
+        """Let no writer wait for the shards of other ranks."""
         cast(AtomicCheckpointIO, self.checkpoint_io).aborted.set()
         super().on_exception(exception)
 

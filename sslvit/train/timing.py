@@ -28,6 +28,7 @@ class Clock:
         self.is_exchanging = False  # gradients are complete here, and the ranks exchange the last of them
 
     def mark(self, ended: str) -> None:
+        """Note that a part of the step has just ended."""
         now: Any = time.perf_counter()
         if self.is_gpu:
             now = torch.cuda.Event(enable_timing=True)

@@ -24,6 +24,7 @@ class Checkpoints(StepCallback):
         self.folder, self.settings, self.total_steps = folder, settings, total_steps
 
     def on_step(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Write a checkpoint when one is due."""
         if self.step % self.settings.checkpoint_every and self.step != self.total_steps:
             return
         save_checkpoint(trainer, self.folder.checkpoint)

@@ -45,6 +45,7 @@ class Incidents(StepCallback):
         self.skipped = self.in_a_row = 0
 
     def on_step(self, trainer: pl.Trainer, module: Task) -> None:
+        """Count a skipped step; end the run after too many in a row."""
         self.in_a_row = self.in_a_row + 1 if module.guard.skipped else 0
         self.skipped += module.guard.skipped
         if self.skipped:
@@ -92,9 +93,11 @@ class Incidents(StepCallback):
             write_atomically(self.folder.incident / "incident.json", to_json(about, indent=1) + "\n")
 
     def state_dict(self) -> dict[str, int]:
+        """The counts."""
         return {"skipped": self.skipped, "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from the checkpoint's."""
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
 
 

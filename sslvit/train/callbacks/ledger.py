@@ -40,12 +40,14 @@ class Ledger(StepCallback):
         self.merged: dict[str, dict[str, Any]] = {}  # of all ranks, when they last exchanged theirs
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Drop keys of steps after the checkpoint's, which are read again."""
         super().on_train_start(trainer, module)
         if trainer.is_global_zero:
             self.folder.cut_samples_read(self.step)
         trainer.strategy.barrier()  # no rank writes before all files are cut
 
     def on_micro_batch(self, trainer: pl.Trainer, batch: Batch) -> None:
+        """Note what could not be read, and, where asked, what was."""
         for key, reason in batch.unreadable.items():
             entry = self.own.setdefault(key, {"key": key, "reason": reason, "times": 0})
             entry["times"] += 1
@@ -55,11 +57,13 @@ class Ledger(StepCallback):
             append_lines(self.folder.samples_read(trainer.global_rank), lines)
 
     def on_step(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Look whether too much is unreadable."""
         if trainer.world_size > 1 and self.step % STEPS_BETWEEN_COUNTS:
             return  # ranks decide together, and counting together is not free
         self.check(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Look once more, and write ledger.json."""
         self.check(trainer)
         self.save(trainer)
 

@@ -37,6 +37,7 @@ class Preemption(StepCallback):
         self.group: Any = None
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Listen for signals from here on."""
         super().on_train_start(trainer, module)
         if trainer.world_size > 1:
             # flags lie on the CPU: no device is waited for
@@ -63,9 +64,11 @@ class Preemption(StepCallback):
             )
 
     def hear(self, number: int, frame: FrameType | None) -> None:
+        """Note a signal; nothing else happens before the step's end."""
         self.told = note_signal(number)
 
     def on_step(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Write a checkpoint and leave, once any rank was told to."""
         if not self.is_agreed() or self.step == self.total_steps:
             return
         save_checkpoint(trainer, self.folder.checkpoint, waits=True)

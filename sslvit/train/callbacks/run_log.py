@@ -45,6 +45,7 @@ class RunLog(StepCallback):
         self.earlier_seconds = 0.0  # that training took up to the checkpoint that this process goes on from
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Cut metrics.jsonl back to the checkpoint's step, and start the clock."""
         super().on_train_start(trainer, module)
         self.start = self.last = time.monotonic()
         self.first_step = self.last_step = self.step
@@ -54,6 +55,7 @@ class RunLog(StepCallback):
                 self.bar = tqdm(total=self.total_steps, initial=self.step, desc="training", unit=" steps")
 
     def on_step(self, trainer: pl.Trainer, module: Task) -> None:
+        """Write a line when one is due."""
         if self.bar is not None:
             self.bar.update(1)
         if self.step % self.every and self.step != self.total_steps:
@@ -81,6 +83,7 @@ class RunLog(StepCallback):
         self._show(line)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Close the progress bar."""
         if self.bar is not None:
             self.bar.close()
 
@@ -89,9 +92,11 @@ class RunLog(StepCallback):
         return self.earlier_seconds + now - self.start
 
     def state_dict(self) -> dict[str, float]:
+        """Seconds of training so far."""
         return {"elapsed_seconds": self.elapsed(time.monotonic())}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
+        """Go on from the checkpoint's."""
         self.earlier_seconds = state["elapsed_seconds"]
 
     def _show(self, line: dict[str, float]) -> None:

@@ -65,6 +65,7 @@ class ScoringCallback(StepCallback):
         self.total_steps = total_steps
 
     def on_step(self, trainer: pl.Trainer, module: Task) -> None:
+        """Score when it is due, and record the scores."""
         if self.step % self.every and self.step != self.total_steps:
             return
         with evaluating(module) as full:
@@ -99,6 +100,7 @@ class OnlineProbe(ScoringCallback):
         )
 
     def scores(self, trainer: pl.Trainer, module: Task) -> dict[str, float]:
+        """Scores of neighbors and of a linear head, and measures without labels."""
         source = FrozenEncoder(module.trained_encoder)
         readouts = source.readouts(None, 1, None)
         extractor = FeatureExtractor(min(IMAGES_AT_ONCE, self.online.images))
