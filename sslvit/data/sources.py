@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import hashlib
 import io
 import operator
@@ -49,7 +50,7 @@ class Sample:
     bytes: int = 0
     modified_ns: int = 0
 
-    def read(self) -> bytes:
+    def read(self) -> builtins.bytes:
         """Return the encoded image."""
         return self.source.read(self.item)
 

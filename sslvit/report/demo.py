@@ -22,6 +22,7 @@ from sslvit.data.index import ShardIndex
 from sslvit.data.pack import pack
 from sslvit.data.sources import Samples, hold_out
 from sslvit.data.views import Views
+from sslvit.environment import require_packages
 from sslvit.evaluate.layers import HELD_OUT, LayerTable, plot_layers, probe_layers
 from sslvit.evaluate.probe import LINEAR, ProbeTable, probe
 from sslvit.export import export_encoder
@@ -92,7 +93,7 @@ def demo(
             raise ValueError(f"{folder}: not the folder of a demo (no {MARK}), so --overwrite leaves it alone.")
         for name in FOLDERS:
             shutil.rmtree(folder / name, ignore_errors=True)
-    importlib.import_module("timm")  # the last step needs it; a missing one is reported now
+    require_packages("demo", "sslvit[timm]", "timm")  # for the last step
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / MARK, json.dumps({"data": data, "seed": seed}) + "\n")
     logger.info(f"1/4  packing {data} into WebDataset shards")

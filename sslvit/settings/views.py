@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, is_dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from sslvit.files import brief
 from sslvit.settings.choices import Choice, checked, import_object
@@ -219,7 +219,7 @@ def view_settings(kind: str) -> type | None:
     found = import_object("data.view.kind", kind)
     if not (is_dataclass(found) and hasattr(found, "specs")):
         raise ValueError(f"data.view.kind {brief(kind)}: not a view. It must be a dataclass with specs(size).")
-    return found
+    return cast(type, found)
 
 
 VIEW_CHOICE = Choice("kind", "crop", VIEW_SETTINGS, view_settings)

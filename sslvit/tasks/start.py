@@ -11,6 +11,7 @@ from sslvit.compatibility import POSITION_TABLES, check_same, load_strict
 from sslvit.files import printable
 from sslvit.models import ViTEncoder
 from sslvit.models.resize import resize_weights
+from sslvit.ranks import is_first_rank
 from sslvit.settings.load import brief
 
 logger = logging.getLogger(__name__)
