@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from sslvit.data.views import Views, runs_of_one_size
+from sslvit.data.views import Views
 from sslvit.models import ViTEncoder
-from sslvit.models.dino import embed_views
+from sslvit.models.dino import embed_views, runs_of_one_size
 from sslvit.settings.load import load_recipe
 
 
