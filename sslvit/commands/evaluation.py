@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from sslvit.commands.files import check_new, check_new_picture, foreign_overrides, only, report, write_json
 from sslvit.commands.options import CroppedEncoder, File, Options, Output, Recipe, Reported, Saved
-from sslvit.settings.choices import Arg
-from sslvit.settings.probe import BlocksReadout, Device, KNNSettings, Passes, ProbeSettings, Readout, check_least
+from sslvit.settings.choices import Arg, check_bounds
+from sslvit.settings.probe import BlocksReadout, Device, KNNSettings, Passes, ProbeSettings, Readout
 
 if TYPE_CHECKING:
     from sslvit.models import ViTEncoder
@@ -190,7 +190,8 @@ class SegmentOptions(Saved, CroppedEncoder):
 
 def run_segment(options: SegmentOptions) -> None:
     """Score segmentation, and print the table."""
-    check_least(options, batch=1, seed=0)
+    check_bounds(options, "--", "1 or more", "batch")
+    check_bounds(options, "--", "0 or more", "seed")
     check_new(options.output)
     check_new_picture(options.figure)
     from sslvit.evaluate.dense import segment
@@ -237,7 +238,7 @@ def run_show(options: ShowOptions) -> None:
     if not out:
         folder = Path(options.encoder) / "figures"
         out = (folder if folder.is_dir() else Path()) / f"{options.what}.png"
-    check_least(options, images=1)
+    check_bounds(options, "--", "1 or more", "images")
     check_new_picture(out)
     numbers_file = out.with_suffix(".json")
     if options.what == "distance":

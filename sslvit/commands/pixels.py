@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from sslvit.commands.files import check_new, check_new_picture, foreign_overrides, only, report
 from sslvit.commands.options import Options, Output, Released, Saved
-from sslvit.settings.choices import Arg
-from sslvit.settings.probe import Device, ForwardPasses, check_least
+from sslvit.settings.choices import Arg, check_bounds
+from sslvit.settings.probe import Device, ForwardPasses
 from sslvit.settings.sample import SampleSettings
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class SampleOptions(Options, PixelModel, SampleSettings):
 
 def run_sample(options: SampleOptions) -> None:
     """Sample or complete images, and print where the picture is."""
-    check_least(options, count=1, draws=1)
+    check_bounds(options, "--", "1 or more", "count", "draws")
     out = options.output and Path(options.output)
     if not out:
         if not Path(options.run).exists():
