@@ -103,13 +103,7 @@ def measure_shard(
 ) -> tuple[Measured, dict[int, str]]:
     """Sizes and modes of all images of a shard, moments of its part of STATISTICS_SAMPLES; what is not readable.
 
-    Args:
-        path: The tar file.
-        records: Records of its samples.
-        shards: Number of shards in the data set.
-        upright: Whether images are turned as EXIF says.
-        max_pixels: Number of pixels of the largest image that is accepted.
-        is_checked: the images are known to be whole.
+    The shard is one of so many; images that `is_checked` are known to be whole.
     """
     measured, unreadable = Measured(), {}
     count = min(len(records), max(50, STATISTICS_SAMPLES // shards))

@@ -119,9 +119,6 @@ class MixturePlan:
     """A fixed fraction of every batch for each source, and each source its own order and epochs.
 
     Rows of the sources are spread evenly over the batch, so that every rank gets rows of each.
-
-    Args:
-        plans: One plan per source; their batches add up to the mixture's.
     """
 
     def __init__(self, plans: Sequence[EpochPlan]) -> None:
