@@ -34,14 +34,7 @@ SPLITS = ("train", "val", "validation", "test")  # a folder of this name is a sp
 
 @dataclass
 class Shard:
-    """One tar file.
-
-    Args:
-        name: file name in the index's folder, or a path or address of its own.
-        samples: Number of samples in it.
-        bytes: Length of the file.
-        sha256: Checksum of its bytes.
-    """
+    """One tar file, named by its name in the index's folder, or by a path or address of its own."""
 
     name: str
     samples: int

@@ -20,9 +20,7 @@ LISTS = {".csv": ",", ".tsv": "\t", ".jsonl": None}
 def list_source(path: Path, label_column: str | None = None) -> ImageSource:
     """The images of a CSV, TSV or JSONL list with a column of paths, relative to the list, and perhaps one of labels.
 
-    Args:
-        path: The list.
-        label_column: Column with the labels; None for one of the usual names.
+    Without the name of a column, labels are taken from one of the usual ones.
 
     Raises:
         ValueError: no such column, a line that cannot be read, or an image that is not there; the line is named.

@@ -79,11 +79,7 @@ def make_batch(
 
 
 def view_samples(
-    reader: ImageReader,
-    views: Views,
-    samples: np.ndarray,
-    epochs: np.ndarray,
-    size: list[int] | None = None,
+    reader: ImageReader, views: Views, samples: np.ndarray, epochs: np.ndarray, size: list[int] | None = None
 ) -> tuple[list[Tensor], dict[int, str]]:
     """Views 'b c h w' of the given samples, black for unreadable ones, and the reason for these by row."""
     if (found := reader.decoded_images(samples)) is not None:

@@ -22,13 +22,8 @@ ROWS_OF_PIXELS = 2**20  # pixels of an image that are numbers with fractions at 
 class Measured:
     """Properties of images, added up.
 
-    Args:
-        moments: sums over images of the mean of each channel, and of its mean square.
-        channels: Number of channels of the images decoded for the moments.
-        images: Number of images decoded for the moments.
-        sizes: Number of images of each (height, width).
-        modes: Number of images of each mode.
-        kinds: Number of images of each (channels, bits).
+    `moments` are sums, over so many `images` of so many `channels`, of the mean of each channel and of its mean square.
+    The others count images by (height, width), mode and (channels, bits).
     """
 
     moments: list[list[float]] = field(default_factory=list)

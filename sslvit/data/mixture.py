@@ -17,9 +17,7 @@ from sslvit.data.plan import EpochPlan
 class JoinedIndex:
     """Several data sets as one: their samples and shards numbered through, without labels.
 
-    Args:
-        sources: the data sets.
-        weights: Relative part of each in a batch, for the channel statistics.
+    The weights are those of the sources in a batch, for the channel statistics.
 
     Raises:
         ValueError: their images cannot be converted to one number of channels.

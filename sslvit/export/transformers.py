@@ -21,7 +21,6 @@ from sslvit.export.cropping import fit, fit_snippet, is_fitted, resized_sides
 from sslvit.export.exported import Exported, Reopened, save_tensors
 from sslvit.layouts import openai_igpt
 from sslvit.layouts.transformers import rename, to_transformers
-from sslvit.models.tokens import PixelTokens
 from sslvit.settings import EncoderSettings
 from sslvit.settings.palette import UNIFORM
 
@@ -162,7 +161,7 @@ def make_processor(exported: Exported) -> Any:
     }  # fmt: skip
     if settings.tokens == "pixel":
         common |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # palettes are in [-1, 1]
-        return transformers.ImageGPTImageProcessor(pixel_tokens(exported).palette.tolist(), size=crop, **common)
+        return transformers.ImageGPTImageProcessor(exported.encoder.pixel_tokens.palette.tolist(), size=crop, **common)
     common["do_convert_rgb"] = settings.channels == 3
     if is_fitted(settings):
         return transformers.ViTImageProcessor(do_resize=False, **common)
@@ -171,12 +170,6 @@ def make_processor(exported: Exported) -> Any:
     if size == crop:
         return transformers.ViTImageProcessor(size=size, **common)
     return transformers.BitImageProcessor(size=size, crop_size=crop, **common)
-
-
-def pixel_tokens(exported: Exported) -> PixelTokens:
-    """The tokenizer of an encoder of pixels."""
-    assert isinstance(exported.encoder.patch_embed, PixelTokens)
-    return exported.encoder.patch_embed
 
 
 def open_model(folder: Path, exported: Exported) -> PreTrainedModel:
@@ -195,7 +188,7 @@ def reopen(folder: Path, exported: Exported) -> Reopened:
     model = open_model(folder, exported)
 
     def run_pixels(images: Tensor) -> Tensor:
-        indices = pixel_tokens(exported).indices(images)
+        indices = exported.encoder.pixel_tokens.quantize(images)
         start = torch.full((len(indices), 1), model.config.vocab_size - 1)
         found = model(input_ids=torch.cat([start, indices[:, :-1]], 1), output_hidden_states=True)
         if outputs == "tokens":
@@ -256,7 +249,7 @@ def preprocessing(folder: Path, exported: Exported) -> Callable[[Image], Tensor]
     def prepare(image: Image) -> Tensor:
         found = processor(fit(image, settings) if is_fitted(settings) else image, return_tensors="pt")
         if settings.tokens == "pixel":
-            return pixel_tokens(exported).images_of(found["input_ids"], settings.size)[0]
+            return exported.encoder.pixel_tokens.images_of(found["input_ids"], settings.size)[0]
         return found["pixel_values"][0]
 
     return prepare
