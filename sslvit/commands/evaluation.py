@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from sslvit.commands.files import check_new, check_new_picture, foreign_overrides, only, report, write_json
+from sslvit.commands.files import check_new, check_new_picture, foreign_overrides, only, report, table_of, write_json
 from sslvit.commands.options import CroppedEncoder, File, Options, Output, Recipe, Reported, Saved
 from sslvit.settings.choices import Arg, check_bounds
 from sslvit.settings.probe import BlocksReadout, Device, KNNSettings, Passes, ProbeSettings, Readout
@@ -145,7 +145,6 @@ def run_health(options: HealthOptions) -> None:
     from sslvit.data.open import open_shards
     from sslvit.environment import pick_device
     from sslvit.evaluate.label_free import evenly_spaced, measure_health
-    from sslvit.evaluate.scores import format_table
     from sslvit.evaluate.sources import LabeledSet
 
     encoder = load_scored(options)
@@ -157,10 +156,9 @@ def run_health(options: HealthOptions) -> None:
         encoder.to(pick_device(options.device)), data, options.layer, options.pooling, options.batch, options.workers,
         options.seed,
     )  # fmt: skip
-    table = format_table({row: {name: [value] for name, value in of.items()} for row, of in rows.items()}, 3)
     text = (
         f"\nwithout labels, on {data.count_text} of {index.location}\n"
-        f"each image: {encoder.settings.crop_in_words}\n\n{table}"
+        f"each image: {encoder.settings.crop_in_words}\n\n{table_of(rows, 3)}"
     )
     report(options, text, rows)
 

@@ -89,10 +89,6 @@ class DataSettings:
         """The same with a batch that the data set fills, if it may be lowered and must be.
 
         It becomes a power of two on each rank, with a few steps in an epoch.
-
-        Args:
-            images: in the data set.
-            ranks: that share the batch equally.
         """
         if not self.fit_batch or images >= self.global_batch_size:
             return self

@@ -83,13 +83,7 @@ class DINOSettings(TaskSettings):
             raise ValueError("task.out_dim: with 1 prototype there is nothing to tell apart. Use 2 or more.")
 
     def fitted(self, images: int, global_batch_size: int, total_steps: int, classes: int | None = None) -> DINOSettings:
-        """The same with every null replaced by what suits the job.
-
-        Args:
-            images: in the data set.
-            global_batch_size: images per optimizer step.
-            total_steps: of the run.
-        """
+        """The same with every null replaced by what suits the job."""
         epochs = total_steps * global_batch_size / images
         fitting: dict[str, Any] = {
             "out_dim": prototypes_for(images),

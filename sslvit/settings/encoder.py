@@ -181,11 +181,8 @@ class EncoderSettings:
                 f"Use one of {[h for h in range(1, 33) if self.width % h == 0]}."
             )
         for key in ("mean", "std"):
-            values = getattr(self, key)
-            if len(values) != self.channels:
-                raise ValueError(
-                    f"encoder.{key}: {len(values)} values for {self.channels} channels. Give one per channel."
-                )
+            if (found := len(getattr(self, key))) != self.channels:
+                raise ValueError(f"encoder.{key}: {found} values for {self.channels} channels. Give one per channel.")
         if not all(std > 0 for std in self.std):
             raise ValueError(f"encoder.std: {brief(self.std)} must be positive.")
         if self.pooling == "class" and not self.class_token:
@@ -241,8 +238,7 @@ class EncoderSettings:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of image_size, which is a list once it is checked."""
-        assert isinstance(self.image_size, list)
+        """Height and width of image_size."""
         height, width = self.image_size
         return height, width
 
