@@ -401,7 +401,7 @@ def test_by_torchs_own_rules_the_forward_pass_of_a_step_mixes_no_devices(
     views = Views(settings.data.view, settings.encoder.image_size, settings.encoder.interpolation).specs()
     with FakeTensorMode(allow_non_fake_inputs=True):
         move_to_fake_gpu(task)
-        batch = batch_of([view.size for view in views], channels=settings.encoder.channels)
+        batch = batch_of([size for size, _ in views], channels=settings.encoder.channels)
         assert task.training_step(batch, 0).device == GPU
         logged = [value for values in task.logged_features.values() for value in values]
         assert logged

@@ -93,12 +93,6 @@ def types_in(hint: Any) -> list[Any]:
 def read_options(parser: argparse.ArgumentParser, kind: type, name: str, arguments: list[str]) -> Any:
     """A command's options as typed.
 
-    Args:
-        parser: Parser with those options.
-        kind: Their dataclass.
-        name: The command as typed, for messages.
-        arguments: What was typed behind it.
-
     Raises:
         ValueError: An option that there is not, a value that does not fit, or a setting without a value.
     """
@@ -163,10 +157,6 @@ def take_settings(arguments: list[str], known: Container[str]) -> tuple[list[str
     """Words for argparse, and settings with their values, wherever those stand.
 
     A setting always takes one value, so what follows that is never taken for it, nor it for a positional argument.
-
-    Args:
-        arguments: What was typed.
-        known: Options that argparse knows.
     """
     words, settings, left = [], [], deque(arguments)
     while left:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from sslvit.commands.files import check_new, check_new_picture, foreign_overrides, only, report, write_json
+from sslvit.commands.files import check_new, check_new_picture, foreign_overrides, only, report, table_of, write_json
 from sslvit.commands.options import CroppedEncoder, File, Options, Output, Recipe, Reported, Saved
-from sslvit.settings.choices import Arg
-from sslvit.settings.probe import BlocksReadout, Device, KNNSettings, Passes, ProbeSettings, Readout, check_least
+from sslvit.settings.choices import Arg, check_bounds
+from sslvit.settings.probe import BlocksReadout, Device, KNNSettings, Passes, ProbeSettings, Readout
 
 if TYPE_CHECKING:
     from sslvit.models import ViTEncoder
@@ -145,7 +145,6 @@ def run_health(options: HealthOptions) -> None:
     from sslvit.data.open import open_shards
     from sslvit.environment import pick_device
     from sslvit.evaluate.label_free import evenly_spaced, measure_health
-    from sslvit.evaluate.scores import format_table
     from sslvit.evaluate.sources import LabeledSet
 
     encoder = load_scored(options)
@@ -157,10 +156,9 @@ def run_health(options: HealthOptions) -> None:
         encoder.to(pick_device(options.device)), data, options.layer, options.pooling, options.batch, options.workers,
         options.seed,
     )  # fmt: skip
-    table = format_table({row: {name: [value] for name, value in of.items()} for row, of in rows.items()}, 3)
     text = (
         f"\nwithout labels, on {data.count_text} of {index.location}\n"
-        f"each image: {encoder.settings.crop_in_words}\n\n{table}"
+        f"each image: {encoder.settings.crop_in_words}\n\n{table_of(rows, 3)}"
     )
     report(options, text, rows)
 
@@ -190,7 +188,8 @@ class SegmentOptions(Saved, CroppedEncoder):
 
 def run_segment(options: SegmentOptions) -> None:
     """Score segmentation, and print the table."""
-    check_least(options, batch=1, seed=0)
+    check_bounds(options, "--", "1 or more", "batch")
+    check_bounds(options, "--", "0 or more", "seed")
     check_new(options.output)
     check_new_picture(options.figure)
     from sslvit.evaluate.dense import segment
@@ -237,7 +236,7 @@ def run_show(options: ShowOptions) -> None:
     if not out:
         folder = Path(options.encoder) / "figures"
         out = (folder if folder.is_dir() else Path()) / f"{options.what}.png"
-    check_least(options, images=1)
+    check_bounds(options, "--", "1 or more", "images")
     check_new_picture(out)
     numbers_file = out.with_suffix(".json")
     if options.what == "distance":

@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sslvit.commands.options import FromFile, Released, Reported
+from sslvit.commands.options import FromFile, Released, Reported, Saved
 from sslvit.files import brief, to_json, write_atomically
 
 Settings = TypeVar("Settings")
@@ -21,7 +21,20 @@ def only(kind: type[Settings], options: Any) -> Settings:
 def report(options: Reported, text: str, content: Any) -> None:
     """Print a result as text, or with --json as one JSON document; -o writes the latter to a file."""
     print(to_json(content, indent=1) if options.json else text)
-    write_json(getattr(options, "output", None), content)
+    if isinstance(options, Saved) and options.output is not None:
+        write_json(options.output, content)
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write numbers for programs."""
+    write_atomically(path, to_json(content, indent=1) + "\n")
+
+
+def table_of(rows: dict[str, dict[str, float]], decimals: int) -> str:
+    """A table of single numbers."""
+    from sslvit.evaluate.scores import format_table
+
+    return format_table({row: {name: [value] for name, value in of.items()} for row, of in rows.items()}, decimals)
 
 
 def check_new(path: str | Path | None) -> None:
@@ -34,12 +47,6 @@ def check_new(path: str | Path | None) -> None:
         raise ValueError(f"{path}: its folder does not exist. Make it first.")
     if not os.access(Path(path).parent, os.W_OK):
         raise ValueError(f"{path}: its folder cannot be written to. Choose another.")
-
-
-def write_json(path: str | Path | None, content: Any) -> None:
-    """Numbers for a file that was asked for; None if none was."""
-    if path is not None:
-        write_atomically(path, to_json(content, indent=1) + "\n")
 
 
 def check_new_picture(path: str | Path | None) -> None:

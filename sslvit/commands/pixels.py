@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from sslvit.commands.files import check_new, check_new_picture, foreign_overrides, only, report
+from sslvit.commands.files import check_new, check_new_picture, foreign_overrides, only, report, table_of
 from sslvit.commands.options import Options, Output, Released, Saved
-from sslvit.settings.choices import Arg
-from sslvit.settings.probe import Device, ForwardPasses, check_least
+from sslvit.settings.choices import Arg, check_bounds
+from sslvit.settings.probe import Device, ForwardPasses
 from sslvit.settings.sample import SampleSettings
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class SampleOptions(Options, PixelModel, SampleSettings):
 
 def run_sample(options: SampleOptions) -> None:
     """Sample or complete images, and print where the picture is."""
-    check_least(options, count=1, draws=1)
+    check_bounds(options, "--", "1 or more", "count", "draws")
     out = options.output and Path(options.output)
     if not out:
         if not Path(options.run).exists():
@@ -90,7 +90,6 @@ def run_likelihood(options: LikelihoodOptions) -> None:
     check_new(options.output)
     from sslvit.data.open import open_shards
     from sslvit.evaluate.likelihood import likelihood
-    from sslvit.evaluate.scores import format_table
     from sslvit.evaluate.sources import LabeledSet
 
     task = load_task(options)
@@ -99,10 +98,9 @@ def run_likelihood(options: LikelihoodOptions) -> None:
         LabeledSet(open_shards(source), settings.channels, None, limit) for source in (options.train, options.val)
     )
     rows = likelihood(task, train, val, options.batch)
-    table = format_table({row: {column: [value] for column, value in of.items()} for row, of in rows.items()}, 4)
     text = (
         f"\n{val.count_text} of {val.index.location}; counted on {train.count_text} of {train.index.location}\n"
-        f"each image: {settings.crop_in_words}\n\n{table}"
+        f"each image: {settings.crop_in_words}\n\n{table_of(rows, 4)}"
     )
     report(options, text, rows)
 

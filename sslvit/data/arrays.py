@@ -21,7 +21,6 @@ from sslvit.files import brief, printable
 
 IDX_BYTES = 0x08  # the IDX type code of unsigned bytes
 MAX_INFLATION = 1032  # of deflate: a compressed file that promises more is damaged
-LAYOUTS = ("nhw", "nhwc", "nchw")
 
 
 def array_source(
@@ -34,7 +33,7 @@ def array_source(
         path: The file.
         labels: name of the array of labels in an .npz, or a file of them; None for one that fits.
         images: name of the array of images in an .npz; None for the only one.
-        layout: One of LAYOUTS; None where the shape tells.
+        layout: nhw, nhwc or nchw; None where the shape tells.
         convert: One of CONVERSIONS; None for arrays of 8 or 16 bits.
 
     Raises:
@@ -200,13 +199,11 @@ def _is_label_name(name: str) -> bool:
 
 
 def _label_file(file: Path) -> np.ndarray:
-    if file.suffix.lower() == ".npy":
-        return _load(file, "")
-    return _read_idx(file)
+    return _load(file, "") if file.suffix.lower() == ".npy" else _read_idx(file)
 
 
 def _layout_of(path: Path, shape: tuple[int, ...], requested: str | None, notes: list[str]) -> str:
-    """Of LAYOUTS, as asked or as the shape tells.
+    """nhw, nhwc or nchw, as asked or as the shape tells.
 
     Raises:
         ValueError: it could be either, or is not of this shape.

@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from sslvit.data.header import MODES, NPY, BadImage, Header, has_end_marker, open_image, read_header, read_tiff
-from sslvit.data.orientation import (
-    turn,
-)
+from sslvit.data.orientation import turn
 
 try:  # 1.4 times as many JPEGs per second as PIL, with the same pixels
     import simplejpeg
@@ -43,12 +41,8 @@ class Scratch:
 def find_problem(content: bytes, header: Header, fully: bool = False) -> str:
     """What is wrong with the pixels of an image whose header is right, or nothing.
 
-    Whether a file is whole is asked of its end, which takes no time; only one without a proper end is decoded.
-
-    Args:
-        content: Bytes of the file.
-        header: Header of the file.
-        fully: decode it in any case.
+    Whether a file is whole is asked of its end, which takes no time. It is decoded `fully` only on demand, or without
+    a proper end.
     """
     if not fully and has_end_marker(content):
         return ""
@@ -143,13 +137,10 @@ def _pixels(
             )
         wide = wide.astype(np.uint16, copy=False)
         pixels = wide / np.float32(257) if bits == 16 else (wide >> 8).astype(np.uint8)
-        return np.repeat(pixels[..., None], channels, 2) if channels < 4 else _with_alpha(pixels)
+        layers = [pixels] * channels if channels < 4 else [pixels, pixels, pixels, np.full_like(pixels, 255)]
+        return np.stack(layers, 2)
     pixels = np.array(image.convert(MODES[channels]))
     return pixels if bits == 8 else pixels.astype(np.float32)
-
-
-def _with_alpha(gray: np.ndarray) -> np.ndarray:
-    return np.stack([gray, gray, gray, np.full_like(gray, 255)], 2)
 
 
 def _jpeg_pixels(

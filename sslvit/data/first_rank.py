@@ -36,10 +36,6 @@ def publish_folder(notes: Path, source: Path) -> Iterator[Callable[[Path], None]
     """Walk a folder for the other processes of this machine; the block calls what it gets with the result.
 
     Where no note can be written, each of the others walks by itself after a while.
-
-    Args:
-        notes: folder of the cache.
-        source: Folder that is walked.
     """
     identity = _identity(os.getpid())
     about = {"walker": [os.getpid(), identity], "launches": [identity, *_launches()]}

@@ -15,13 +15,7 @@ import numpy as np
 from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 
-from sslvit.data.orientation import (
-    START_OF_SCAN,
-    exif_orientation,
-    inverse_orientation,
-    jpeg_segments,
-    swaps_sides,
-)
+from sslvit.data.orientation import START_OF_SCAN, exif_orientation, inverse_orientation, jpeg_segments, swaps_sides
 from sslvit.files import printable
 from sslvit.settings.data import MAX_PIXELS
 
@@ -70,14 +64,8 @@ class BadImage(ValueError):
 class Header:
     """What an image says of itself before its pixels are computed.
 
-    Args:
-        height: Height in pixels, as the image is returned.
-        width: Width in pixels, as the image is returned.
-        mode: PIL's name (RGB, L, I;16, CMYK ...), or "array".
-        channels: 1, 3 or 4, or those of an array.
-        bits: 8 or 16 per channel.
-        is_jpeg: Whether it can be decoded at a reduced scale.
-        orientation: EXIF orientation by which the stored pixels are turned; 1 for not at all.
+    The sides are those of the image as it is returned, which `orientation` (of EXIF, 1 for none) turns. The mode is
+    PIL's name (RGB, L, I;16, CMYK ...), or "array".
     """
 
     height: int

@@ -34,14 +34,7 @@ SPLITS = ("train", "val", "validation", "test")  # a folder of this name is a sp
 
 @dataclass
 class Shard:
-    """One tar file.
-
-    Args:
-        name: file name in the index's folder, or a path or address of its own.
-        samples: Number of samples in it.
-        bytes: Length of the file.
-        sha256: Checksum of its bytes.
-    """
+    """One tar file, named by its name in the index's folder, or by a path or address of its own."""
 
     name: str
     samples: int
@@ -63,43 +56,17 @@ class Cache(Protocol):
 
 
 class Index(Protocol):
-    """A data set whose samples are read by number: one set of shards, or several joined."""
+    """A data set whose samples are read by number: one set of shards, or several joined; see ShardIndex."""
 
-    @property
-    def location(self) -> str:
-        """Folder or address of the shards."""
-
-    @property
-    def shards(self) -> list[Shard]:
-        """All shards in order; samples are numbered through them from zero."""
-
-    @property
-    def classes(self) -> list[str] | None:
-        """Class names by label, or None for unlabeled data."""
-
-    @property
-    def channels(self) -> int:
-        """Number of channels of the images."""
-
-    @property
-    def bits(self) -> int:
-        """Bits per channel: 16 if all images have them, otherwise 8."""
-
-    @property
-    def mean(self) -> list[float]:
-        """Mean of each channel, of pixels in [0, 1]."""
-
-    @property
-    def std(self) -> list[float]:
-        """Standard deviation of each channel, of pixels in [0, 1]."""
-
-    @property
-    def image_size(self) -> list[int] | None:
-        """Height and width if all images share them."""
-
-    @property
-    def orientation(self) -> str:
-        """Either upright (images are turned as EXIF says) or stored (pixels are taken as they lie)."""
+    location: str
+    shards: list[Shard]
+    classes: list[str] | None
+    channels: int
+    bits: int
+    mean: list[float]
+    std: list[float]
+    image_size: list[int] | None
+    orientation: str
 
     @property
     def is_remote(self) -> bool:

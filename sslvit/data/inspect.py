@@ -7,11 +7,11 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 
-from sslvit.data.decode import decode
+from sslvit.data.decode import decode_pixels
 from sslvit.data.header import BadImage, read_header
 from sslvit.data.index import ShardIndex, unlisted_warning
 from sslvit.data.parallel import in_parallel
@@ -79,56 +79,43 @@ class ShardCheck:
 
 
 def check_shards(index: ShardIndex, workers: int | None = None) -> ShardCheck:
-    """Verify every checksum and decode every image.
-
-    Args:
-        index: Index of the shards.
-        workers: processes; None for one per core.
-    """
+    """Verify every checksum and decode every image."""
     total = ShardCheck()
-    for check in in_parallel(_CheckJob(index), len(index.shards), workers, "checking", len(index)):
+    for check in in_parallel(partial(_check_shard, index), len(index.shards), workers, "checking", len(index)):
         total.add(check)
     return total
 
 
-@dataclass
-class _CheckJob:
-    index: ShardIndex
-
-    def __call__(self, number: int, tick: Callable[[int], None]) -> ShardCheck:
-        found, shard = ShardCheck(), self.index.shards[number]
-        try:
-            path = self.index.shard_path(number)
-            if sha256_of(path) != shard.sha256:
-                found.damaged[shard.name] = "its bytes do not have the checksum in index.json"
-        except (OSError, BadImage) as error:
-            found.damaged[shard.name] = f"missing ({error})"
-            tick(shard.samples)
-            return found
-        self._check_images(path, number, found, tick)
+def _check_shard(index: ShardIndex, number: int, tick: Callable[[int], None]) -> ShardCheck:
+    found, shard = ShardCheck(), index.shards[number]
+    try:
+        path = index.shard_path(number)
+        if sha256_of(path) != shard.sha256:
+            found.damaged[shard.name] = "its bytes do not have the checksum in index.json"
+    except (OSError, BadImage) as error:
+        found.damaged[shard.name] = f"missing ({error})"
+        tick(shard.samples)
         return found
-
-    def _check_images(self, path: Path, number: int, found: ShardCheck, tick: Callable[[int], None]) -> None:
-        first, end = self.index.first_of_shard[number : number + 2]
-        with open(path, "rb") as file:
-            for sample in range(first, end):
-                tick(1)
-                try:
-                    _, offset, size = self.index.locate(sample)
-                    content = os.pread(file.fileno(), size, offset)
-                    if len(content) < size:
-                        raise BadImage("truncated shard")
-                    header = read_header(content, upright=self.index.orientation == "upright")
-                    decode(content, header.channels, header=header)
-                except BadImage as error:
-                    found.corrupt[self.index.key(sample)] = str(error)
-                    continue
-                if header.height * header.width > LARGE_PIXELS:
-                    found.large[self.index.key(sample)] = f"{header.width} x {header.height}"
-                found.modes[header.mode] += 1
-                found.sizes[min(header.height, header.width)] += 1
-                digest = hashlib.blake2b(content, digest_size=16).digest()
-                found.digests.setdefault(digest, []).append(int(sample))
+    with open(path, "rb") as file:
+        for sample in range(*index.first_of_shard[number : number + 2]):
+            tick(1)
+            try:
+                _, offset, size = index.locate(sample)
+                content = os.pread(file.fileno(), size, offset)
+                if len(content) < size:
+                    raise BadImage("truncated shard")
+                header = read_header(content, upright=index.orientation == "upright")
+                decode_pixels(content, header.channels, header=header)
+            except BadImage as error:
+                found.corrupt[index.key(sample)] = str(error)
+                continue
+            if header.height * header.width > LARGE_PIXELS:
+                found.large[index.key(sample)] = f"{header.width} x {header.height}"
+            found.modes[header.mode] += 1
+            found.sizes[min(header.height, header.width)] += 1
+            digest = hashlib.blake2b(content, digest_size=16).digest()
+            found.digests.setdefault(digest, []).append(int(sample))
+    return found
 
 
 def describe_shards(index: ShardIndex, global_batch_size: int | None = None) -> str:

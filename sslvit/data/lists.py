@@ -20,14 +20,18 @@ LISTS = {".csv": ",", ".tsv": "\t", ".jsonl": None}
 def list_source(path: Path, label_column: str | None = None) -> ImageSource:
     """The images of a CSV, TSV or JSONL list with a column of paths, relative to the list, and perhaps one of labels.
 
-    Args:
-        path: The list.
-        label_column: Column with the labels; None for one of the usual names.
+    Without the name of a column, labels are taken from one of the usual ones.
 
     Raises:
         ValueError: no such column, a line that cannot be read, or an image that is not there; the line is named.
     """
-    rows = list(_rows(path))
+    try:
+        rows = list(_rows(path))
+    except UnicodeDecodeError as error:
+        where = f"{error.reason} at byte {error.start}"
+        raise ValueError(f"{printable(path)}: not in UTF-8 ({where}). Save it as UTF-8.") from error
+    except csv.Error as error:
+        raise ValueError(f"{printable(path)}: not readable ({error}).") from error
     if not rows:
         raise ValueError(f"{printable(path)}: an empty list.")
     columns = list(dict.fromkeys(column for _, row in rows for column in row))  # a first row may lack some
@@ -87,17 +91,6 @@ def _find(folder: Path, name: str) -> str | None:
 
 def _rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
     """(line number, columns) of a list."""
-    try:
-        yield from _parsed_rows(path)
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{printable(path)}: not in UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8."
-        ) from error
-    except csv.Error as error:
-        raise ValueError(f"{printable(path)}: not readable ({error}).") from error
-
-
-def _parsed_rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
     with open(path, newline="", encoding="utf-8-sig") as file:
         if path.suffix.lower() == ".jsonl":
             for line, text in enumerate(file, 1):

@@ -79,11 +79,7 @@ def make_batch(
 
 
 def view_samples(
-    reader: ImageReader,
-    views: Views,
-    samples: np.ndarray,
-    epochs: np.ndarray,
-    size: list[int] | None = None,
+    reader: ImageReader, views: Views, samples: np.ndarray, epochs: np.ndarray, size: list[int] | None = None
 ) -> tuple[list[Tensor], dict[int, str]]:
     """Views 'b c h w' of the given samples, black for unreadable ones, and the reason for these by row."""
     if (found := reader.decoded_images(samples)) is not None:
@@ -138,10 +134,6 @@ def _decode_and_view(
 def view_of_image(content: bytes, encoder: EncoderSettings) -> Tensor:
     """What evaluation sees of one encoded image: pixels 'c h w' (0 to 255, uint8) before they are normalized.
 
-    Args:
-        content: bytes of an image file.
-        encoder: channels, size, interpolation and crop of the encoder's input.
-
     Raises:
         BadImage: the bytes are no image, or cannot be given the encoder's channels.
     """
@@ -156,14 +148,8 @@ def view_of_image(content: bytes, encoder: EncoderSettings) -> Tensor:
 class TrainingBatches(Dataset[Batch]):
     """The micro-batches of one rank, counted over the whole run. Each worker makes whole batches.
 
-    Args:
-        reader: Reader of the data set.
-        views: what is seen of each image.
-        plan: the order.
-        rank: Rank of this process.
-        micro: images per micro-batch.
-        accumulation_steps: micro-batches per optimizer step on one rank.
-        resolutions: sides of the main views, one of which is sampled for each step; None for the encoder's size.
+    A step takes `accumulation_steps` micro-batches of `micro` images on each rank; where `resolutions` are given, its
+    main views have one of these sides.
     """
 
     def __init__(
@@ -224,7 +210,6 @@ def encoder_views(
     encoder: EncoderSettings, view: ViewSettings, seed: int = 0, scale: int = 1, fill: list[float] | None = None
 ) -> Views:
     """Views at the encoder's input size, or at a multiple of it."""
-    assert isinstance(encoder.image_size, list)  # as the settings make it
     size = [scale * side for side in encoder.image_size]
     return Views(view, size, encoder.interpolation, seed, fill=fill)
 
@@ -240,17 +225,8 @@ def evaluation_loader(
 ) -> DataLoader:  # fmt: skip
     """Every sample once, in order, in batches of one size, seen through a center crop unless another view is given.
 
-    Args:
-        reader: Reader of the data set.
-        encoder: size and interpolation of its input.
-        batch: images in each.
-        workers: loader processes.
-        rank: Rank of this process.
-        ranks: Number of ranks that share the data set.
-        view: View of each image; a random one is sampled from (seed, epoch, sample).
-        epoch: Epoch of random views.
-        seed: Seed of random views.
-        subset: numbers of the samples that are seen; None for all.
+    A random view is sampled from (seed, epoch, sample). `subset` holds the numbers of the samples that are seen, None
+    for all.
     """
     views = encoder_views(encoder, view or center_view(encoder), seed)
     batches = _EvaluationBatches(reader, views, batch, rank, ranks, epoch, subset)
@@ -264,6 +240,4 @@ def normalized_view(batch: Batch, encoder: EncoderSettings, device: torch.device
 
 def normalize_view(view: Tensor, encoder: EncoderSettings) -> Tensor:
     """Normalize pixels (0 to 255) with the encoder's mean and standard deviation."""
-    assert encoder.mean is not None  # as the settings make them
-    assert encoder.std is not None
     return normalize(view, encoder.mean, encoder.std)

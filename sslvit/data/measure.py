@@ -22,13 +22,8 @@ ROWS_OF_PIXELS = 2**20  # pixels of an image that are numbers with fractions at 
 class Measured:
     """Properties of images, added up.
 
-    Args:
-        moments: sums over images of the mean of each channel, and of its mean square.
-        channels: Number of channels of the images decoded for the moments.
-        images: Number of images decoded for the moments.
-        sizes: Number of images of each (height, width).
-        modes: Number of images of each mode.
-        kinds: Number of images of each (channels, bits).
+    `moments` are sums, over so many `images` of so many `channels`, of the mean of each channel and of its mean square.
+    The others count images by (height, width), mode and (channels, bits).
     """
 
     moments: list[list[float]] = field(default_factory=list)
@@ -103,13 +98,7 @@ def measure_shard(
 ) -> tuple[Measured, dict[int, str]]:
     """Sizes and modes of all images of a shard, moments of its part of STATISTICS_SAMPLES; what is not readable.
 
-    Args:
-        path: The tar file.
-        records: Records of its samples.
-        shards: Number of shards in the data set.
-        upright: Whether images are turned as EXIF says.
-        max_pixels: Number of pixels of the largest image that is accepted.
-        is_checked: the images are known to be whole.
+    The shard is one of so many; images that `is_checked` are known to be whole.
     """
     measured, unreadable = Measured(), {}
     count = min(len(records), max(50, STATISTICS_SAMPLES // shards))

@@ -17,9 +17,7 @@ from sslvit.data.plan import EpochPlan
 class JoinedIndex:
     """Several data sets as one: their samples and shards numbered through, without labels.
 
-    Args:
-        sources: the data sets.
-        weights: Relative part of each in a batch, for the channel statistics.
+    The weights are those of the sources in a batch, for the channel statistics.
 
     Raises:
         ValueError: their images cannot be converted to one number of channels.
@@ -119,9 +117,6 @@ class MixturePlan:
     """A fixed fraction of every batch for each source, and each source its own order and epochs.
 
     Rows of the sources are spread evenly over the batch, so that every rank gets rows of each.
-
-    Args:
-        plans: One plan per source; their batches add up to the mixture's.
     """
 
     def __init__(self, plans: Sequence[EpochPlan]) -> None:

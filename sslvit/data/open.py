@@ -37,10 +37,7 @@ USAGE = "Pass a folder of images or of shards (sslvit shards pack SRC DST)."
 def open_data(settings: DataSettings, seed: int, ranks: int = 1) -> tuple[Index | StreamIndex, Plan]:
     """The index of a run's data and the order in which it is read.
 
-    Args:
-        settings: Data settings of the run.
-        seed: Seed of the order.
-        ranks: Number of ranks; a batch size that is lowered to what is there stays a multiple of it.
+    A batch size that is lowered to what is there stays a multiple of the ranks.
 
     Raises:
         FileNotFoundError: nothing given, or nothing there.
@@ -110,11 +107,9 @@ def open_shards(source: str | Path, cache: ShardCache | None = None) -> ShardInd
 
 
 def check_present(index: Index | StreamIndex, max_fraction: float) -> None:
-    """Whether the shards on this machine are there and as long as the index says.
+    """Check that the shards on this machine are there and as long as the index says.
 
-    Args:
-        index: Index of the shards.
-        max_fraction: largest fraction of samples in missing shards; below it they are reported and skipped.
+    Up to a fraction of all samples in missing shards is reported and skipped.
 
     Raises:
         ValueError: more are missing.

@@ -90,7 +90,6 @@ def _orientation_in(tiff: bytes) -> int:
     for number in range(min(tags, MAX_TAGS)):
         tag, kind, _ = struct.unpack_from(f"{order}HHI", tiff, start + 2 + 12 * number)
         if tag == TAG:
-            return struct.unpack_from(order + {3: "H", 4: "I", 1: "B"}.get(kind, "H"), tiff, start + 10 + 12 * number)[
-                0
-            ]
+            value = order + {3: "H", 4: "I", 1: "B"}.get(kind, "H")
+            return struct.unpack_from(value, tiff, start + 10 + 12 * number)[0]
     return 1

@@ -26,11 +26,7 @@ from sslvit.data.pack_job import PackJob
 from sslvit.data.parallel import in_parallel
 from sslvit.data.sources import Samples, SampleTable, hold_out
 from sslvit.data.store import PackSettings
-from sslvit.data.unfinished import (
-    check_destination,
-    finish_packing,
-    load_job,
-)
+from sslvit.data.unfinished import check_destination, finish_packing, load_job
 from sslvit.files import printable, write_atomically
 from sslvit.locks import lock_folder
 
@@ -103,15 +99,8 @@ def pack(
 ) -> ShardIndex | None:
     """Write shards and their index; unreadable images are skipped, counted and named in the index.
 
-    Args:
-        samples: images in the order of their source.
-        destination: folder for the shards.
-        classes: Class names by label, or None for images without labels.
-        settings: How images are stored.
-        overwrite: replace shards that are already there.
-        workers: processes; None for one per core.
-        part: Number of the part that this process writes, and number of parts.
-        skipped: what was skipped in the source already, with the reason.
+    `part` is the number of the part that this process writes, and the number of parts; `skipped` is what the source has
+    skipped already.
 
     Returns:
         The index, or None if other parts are still to come (finish_packing joins them).

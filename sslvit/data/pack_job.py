@@ -18,13 +18,7 @@ from sslvit.data.records import RECORD
 from sslvit.data.scan import ShardReport
 from sslvit.data.sources import Samples, SampleTable, Texts
 from sslvit.data.store import BLOCK, PackSettings, TarWriter, store
-from sslvit.data.unfinished import (
-    digest_samples,
-    digest_times,
-    load_report,
-    save_report,
-    shard_name,
-)
+from sslvit.data.unfinished import digest_samples, digest_times, load_report, save_report, shard_name
 from sslvit.files import new_file
 
 MAX_MEMBER_NAME = 100  # of the plain tar header

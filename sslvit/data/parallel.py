@@ -26,13 +26,8 @@ def in_parallel(
 ) -> Iterator[Result]:  # fmt: skip
     """job(number, tick) for every number, in processes, results in order; shows how far it is.
 
-    Args:
-        job: Does one piece of work; calls tick(n) when n more units are done.
-        jobs: Number of pieces, or their numbers.
-        workers: processes; None for one per core.
-        what: Name of the work, as in "packing".
-        total: units in all.
-        unit: what is counted.
+    The jobs are so many, or have these numbers; tick(n) tells that n more units of the total are done. Without a number
+    of workers there is one process per core.
     """
     numbers = list(range(jobs)) if isinstance(jobs, int) else jobs
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -19,15 +19,7 @@ from sslvit.data.resample import normalize
 from sslvit.data.views import Views
 from sslvit.figures import plot_palette
 from sslvit.files import remove_stale_parts, write_atomically, write_error
-from sslvit.palette import (
-    LEVELS,
-    MAX_ROUNDS,
-    colors_of,
-    fit_palette,
-    nearest_color,
-    squared_error,
-    uniform_palette,
-)
+from sslvit.palette import LEVELS, MAX_ROUNDS, colors_of, fit_palette, nearest_color, squared_error, uniform_palette
 from sslvit.progress import track
 from sslvit.settings.views import CenterSettings
 

@@ -228,12 +228,6 @@ class EvaluationBatches:
     Batch t of rank r holds the samples from (t * ranks + r) * batch_size on. Rows past the end repeat the last sample
     and are marked False in `valid`, so that features do not depend on how many samples happen to be left. Each batch is
     made when it is asked for.
-
-    Args:
-        samples: Number of samples in the data set.
-        batch_size: Samples in each batch.
-        rank: Rank of this process.
-        ranks: Number of ranks that share the data set.
     """
 
     def __init__(self, samples: int, batch_size: int, rank: int = 0, ranks: int = 1) -> None:

@@ -37,11 +37,7 @@ class ReadError(OSError):
 class ShardReader:
     """Images of a data set by sample number. Its files are closed when nobody holds it any more.
 
-    Args:
-        index: Index of the shards.
-        channels: Number of channels of the returned images.
-        memory_limit_mb: sets of small equal images are decoded once if they fit.
-        max_pixels: Number of pixels of the largest image that is accepted.
+    Sets of small equal images that fit `memory_limit_mb` are decoded once.
     """
 
     def __init__(
@@ -262,13 +258,7 @@ class ImageReader(Protocol):
 
 
 class MemoryReader:
-    """Encoded images that are here already, in the place of a ShardReader.
-
-    Args:
-        contents: key and bytes by sample number.
-        channels: Number of channels of the returned images.
-        max_pixels: Number of pixels of the largest image that is accepted.
-    """
+    """Encoded images that are here already (key and bytes by sample number), in the place of a ShardReader."""
 
     bits = 8
 

@@ -95,12 +95,7 @@ def _resize_by_pil(image: Tensor, sides: list[float], is_cut: bool, size: list[i
 
     An axis that is seen from end to end goes through torch before, which is faster and gives the same.
 
-    Args:
-        image: uint8 or float.
-        sides: top, left, height, width, in pixels or between them.
-        is_cut: see Boxes.
-        size: Height and width of the view.
-        interpolation: bilinear or bicubic.
+    `sides` are top, left, height and width, in pixels or between them.
     """
     starts, ends, hull = sides[:2], [sides[axis] + sides[2 + axis] for axis in (0, 1)], []
     for axis in (0, 1):
@@ -125,16 +120,12 @@ def _resize_by_pil(image: Tensor, sides: list[float], is_cut: bool, size: list[i
 
 
 def resample(images: Tensor, boxes: Boxes, size: list[int], interpolation: str) -> Tensor:
-    """Boxes of equally large images, as two matrix products per image.
+    """Boxes of equally large images 'b c h w' (uint8, or float in the same units), as two matrix products per image.
 
     Resampling is separable and linear, so a box, its mirror image and the black around an image are all a matrix
     of rows and one of columns.
 
-    Args:
-        images: uint8, or float in the same units, 'b c h w'.
-        boxes: One box per image; what lies outside the image is black.
-        size: Height and width of the result.
-        interpolation: bilinear or bicubic.
+    What lies outside an image is black.
     """
     b, c, h, w = images.shape
     rows = _weights(h, boxes.top, boxes.height, size[0], interpolation, boxes.is_cut)

@@ -93,11 +93,6 @@ def join_reports(
 def index_shards(folder: str | Path, workers: int | None = None, options: IndexOptions | None = None) -> ShardIndex:
     """Make the index of tar shards that others wrote (WebDataset format): KEY.jpg beside KEY.cls.
 
-    Args:
-        folder: Folder of the shards, and of the index.
-        workers: processes; None for one per core.
-        options: what only the user knows about them.
-
     Raises:
         ValueError: no shard, or none with an image in it; damaged ones are read as far as they go, and named.
     """
@@ -149,16 +144,17 @@ def index_names(
 ) -> ShardIndex:
     """The index of shards by name, wherever they are.
 
-    Args:
-        location: Location of the index.
-        names: Names of the shards.
-        path_of: Returns the path of a shard, which is fetched first where it is not here.
-        workers: processes; None for one per core.
-        options: what only the user knows about them.
+    `path_of` returns the path of a shard, which it fetches first where it is not here.
     """
     options = options or IndexOptions()
-    job = _ScanJob(names, path_of, options)
-    reports = list(in_parallel(job, len(names), workers, "indexing", len(names), "shards"))
+
+    def scan(number: int, tick: Callable[[int], None]) -> ShardReport:
+        report = scan_shard(path_of(names[number]), len(names), options)
+        report.shard.name = names[number]
+        tick(1)
+        return report
+
+    reports = list(in_parallel(scan, len(names), workers, "indexing", len(names), "shards"))
     if not any(report.shard.samples for report in reports):
         raise ValueError(f"{printable(location)}: the shards hold no images{_why_empty(reports)}.")
     classes = number_reports(printable(location), reports, options.labels)
@@ -224,19 +220,6 @@ def number_reports(location: str, reports: list[ShardReport], requested: str | N
 def _clear_labels(reports: list[ShardReport]) -> None:
     for report in reports:
         report.records["label"] = NO_LABEL
-
-
-@dataclass
-class _ScanJob:
-    names: list[str]
-    path_of: Callable[[str], Path]
-    options: IndexOptions
-
-    def __call__(self, number: int, tick: Callable[[int], None]) -> ShardReport:
-        report = scan_shard(self.path_of(self.names[number]), len(self.names), self.options)
-        report.shard.name = self.names[number]
-        tick(1)
-        return report
 
 
 def scan_shard(path: Path, shards: int = 1, options: IndexOptions | None = None) -> ShardReport:

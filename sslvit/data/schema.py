@@ -114,12 +114,7 @@ def checked_report(content: Any, name: str) -> dict[str, Any]:
 
 
 def checked_job(content: Any, settings: type) -> dict[str, Any]:
-    """Return the content of a packing's job.json.
-
-    Args:
-        content: parsed.
-        settings: dataclass whose fields it holds too (store.PackSettings).
-    """
+    """Return the content of a packing's job.json, which holds the fields of its settings, too."""
     images = _count("images", _get(content, "images", "the job"))
     for name in ("source", "times"):
         _text(name, _get(content, name, "the job"))

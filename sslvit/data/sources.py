@@ -78,19 +78,11 @@ class Texts:
         start, end = self.starts[number], self.starts[number + 1]
         return self.content[start:end].decode("utf-8", "surrogateescape")
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes in memory."""
-        return len(self.content) + self.starts.nbytes
-
 
 class SampleTable:
     """Samples in columns: a third of the memory, and processes share it after a fork.
 
     A list of samples would be copied into each process, page by page, as soon as their reference counts are touched.
-
-    Args:
-        samples: Samples in their order.
     """
 
     def __init__(self, samples: Samples) -> None:
@@ -132,12 +124,6 @@ class SampleTable:
             int(item) if isinstance(item, np.integer) else item, int(self.labels[number]), int(self.bytes[number]),
             int(self.modified_ns[number]),
         )  # fmt: skip
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in memory."""
-        columns = [self._source, self._suffix, self.labels, self.bytes, self.modified_ns, self.keys, self._items]
-        return sum(getattr(column, "nbytes", 0) for column in columns)
 
 
 class FileImages:

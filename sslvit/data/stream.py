@@ -46,12 +46,6 @@ def is_stream(source: str) -> bool:
 class StreamIndex:
     """What is known of a stream before it is read.
 
-    Args:
-        urls: Addresses of its shards.
-        samples: about how many images they hold.
-        allow_pipe: commands may run.
-        cache: Cache for shards from the network.
-
     Raises:
         ValueError: no number of images, or a command without permission.
         FileNotFoundError: a file does not exist.
@@ -106,16 +100,7 @@ class StreamIndex:
 class StreamBatches(IterableDataset):
     """Micro-batches of one rank without end; each worker reads shards of its own.
 
-    Args:
-        index: Index of the stream.
-        views: what is seen of each image.
-        channels: Number of channels of the images.
-        rank: Rank of this process.
-        ranks: Number of ranks.
-        micro: images per micro-batch.
-        accumulation_steps: micro-batches per optimizer step on one rank.
-        start_step: First step of the run; another one is another order.
-        max_pixels: Number of pixels of the largest image that is accepted.
+    Another `start_step` is another order.
     """
 
     def __init__(
@@ -123,13 +108,8 @@ class StreamBatches(IterableDataset):
         accumulation_steps: int, start_step: int = 0, max_pixels: int = MAX_PIXELS,
     ) -> None:  # fmt: skip
         self.index, self.views, self.channels, self.max_pixels = index, views, channels, max_pixels
-        self.rank, self.ranks, self.micro, self.accumulation_steps, self.start_step = (
-            rank,
-            ranks,
-            micro,
-            accumulation_steps,
-            start_step,
-        )
+        self.rank, self.ranks, self.micro = rank, ranks, micro
+        self.accumulation_steps, self.start_step = accumulation_steps, start_step
         self.labels = {url: index.shard_label(number) for number, url in enumerate(index.urls)}
         self.unused: set[str] = set()  # fields with images that it was said of
         if ranks > len(index.urls):
@@ -221,15 +201,10 @@ class StreamBatches(IterableDataset):
                 problems[printable(f"{label}/{key}.*", MAX_KEY)] = (
                     f"{len(images)} images of one key ({names}): none of them is used"
                 )
-            self._report_unused(key, others)
-
-    def _report_unused(self, key: str, fields: list[str]) -> None:
-        """Images beside the one of a key, the first time that such a field is met."""
-        for name in set(fields) - self.unused:
-            self.unused.add(name)
-            logger.info(
-                f"data.shards: images such as {printable(f'{key}.{name}')} are not used, only one of each key is"
-            )
+            for name in set(others) - self.unused:
+                self.unused.add(name)
+                example = printable(f"{key}.{name}")
+                logger.info(f"data.shards: images such as {example} are not used, only one of each key is")
 
 
 def _key_and_field(name: str) -> tuple[str | None, str | None]:

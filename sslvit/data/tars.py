@@ -49,19 +49,9 @@ class TarImage:
     offset: int
     size: int
 
-    @property
-    def middle(self) -> str:
-        """Between the first and the last dot, empty for most."""
-        return self.field.rpartition(".")[0]
-
 
 class TarMembers:
-    """What a tar file holds.
-
-    Args:
-        file: The tar file, open for reading.
-        length: Length of the file.
-    """
+    """What a tar file holds."""
 
     def __init__(self, file: BinaryIO, length: int) -> None:
         self.file, self.length = file, length
@@ -199,7 +189,8 @@ def _select_for_key(images: list[TarImage]) -> tuple[list[TarImage], list[TarIma
     numbered: list[TarImage] = []
     named: list[TarImage] = []
     for image in images:
-        kind = plain if not image.middle else numbered if FRAME_NUMBER.fullmatch(image.middle) else named
+        middle = image.field.rpartition(".")[0]  # between the first and the last dot, empty for most
+        kind = plain if not middle else numbered if FRAME_NUMBER.fullmatch(middle) else named
         kind.append(image)
     if plain or numbered:
         return plain[:1] + numbered, plain[1:] + named

@@ -50,12 +50,8 @@ class TryAgain(Exception):
 class RemoteFile:
     """One file on the network while it is fetched, perhaps in several tries.
 
-    Args:
-        address: Address of the file.
-        size: its length, or None if only the server knows.
-        max_bytes: a longer answer is not taken.
-        timeout_seconds: Time after which a connection below the minimum rate is given up.
-        min_bytes_per_second: Minimum rate over each such time.
+    Without a size only the server knows it. More than `max_bytes` are not taken, and a connection that stays below the
+    minimum rate for `timeout_seconds` is given up.
     """
 
     def __init__(

@@ -8,7 +8,6 @@ on who loads it. An image is decoded once, at the resolution that its most magni
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
@@ -30,20 +29,8 @@ from sslvit.settings.views import (
 )
 
 ATTEMPTS = 10  # boxes sampled before the fallback, as in torchvision's RandomResizedCrop
+# (uniform numbers 'b columns', heights, widths, size of the view) -> boxes
 BoxSampler = Callable[[np.ndarray, np.ndarray, np.ndarray, list[int]], Boxes]
-
-
-@dataclass
-class ViewSpec:
-    """One of the views of an image.
-
-    Args:
-        size: height and width.
-        sample_boxes: (uniform numbers 'b columns', heights, widths, size) -> boxes.
-    """
-
-    size: list[int]
-    sample_boxes: BoxSampler
 
 
 class Views:
@@ -70,44 +57,36 @@ class Views:
         """Whether images are decoded in full: what is seen without chance is what other libraries make of an image."""
         return isinstance(self.settings, CenterSettings)
 
-    def specs(self, size: list[int] | None = None) -> list[ViewSpec]:
-        """Return the views, with the main ones of another size than the encoder's if one is given."""
+    def specs(self, size: list[int] | None = None) -> list[tuple[list[int], BoxSampler]]:
+        """Size and boxes of each view, the main ones of another size than the encoder's if one is given."""
         settings, size = self.settings, size or self.size
         match settings:
             case CropSettings() | AugmentSettings():
-                return [ViewSpec(size, random_crops(settings.scale, settings.ratio, settings.flip))]
+                return [(size, random_crops(settings.scale, settings.ratio, settings.flip))]
             case SquareSettings():
-                return [ViewSpec(size, random_squares(settings.resize, settings.crop, settings.flip))]
+                return [(size, random_squares(settings.resize, settings.crop, settings.flip))]
             case CanvasSettings():
-                return [ViewSpec(size, canvas_boxes(settings.side, settings.flip))]
+                return [(size, canvas_boxes(settings.side, settings.flip))]
             case CenterSettings():
-                return [ViewSpec(size, center_crops(settings.fraction, settings.mode))]
+                return [(size, center_crops(settings.fraction, settings.mode))]
             case MultiCropSettings():
-                large = ViewSpec(size, random_crops(settings.global_scale, settings.ratio, settings.flip))
-                small = ViewSpec(
-                    [settings.local_size] * 2, random_crops(settings.local_scale, settings.ratio, settings.flip)
-                )
+                large = (size, random_crops(settings.global_scale, settings.ratio, settings.flip))
+                crops = random_crops(settings.local_scale, settings.ratio, settings.flip)
+                small = ([settings.local_size] * 2, crops)
                 return [large, large] + [small] * settings.local_crops
         return settings.specs(size)  # a view from outside the package
 
     def sample_boxes(
         self, sides: np.ndarray, samples: np.ndarray, epochs: np.ndarray, size: list[int] | None = None
     ) -> list[tuple[list[int], Boxes]]:
-        """Sample (size, boxes) of each view.
-
-        Args:
-            sides: heights and widths of the images, 'b 2'.
-            samples: Sample numbers.
-            epochs: the epoch that each is in.
-            size: of the main views, if not the encoder's.
-        """
+        """Sample (size, boxes) of each view of images with these heights and widths ('b 2')."""
 
         def uniform(key: str) -> np.ndarray:
             return by_epoch(lambda e, rows: rng.uniform((self.seed, e, key), rows, 2 * ATTEMPTS + 3), samples, epochs)
 
         return [
-            (view.size, view.sample_boxes(uniform(f"view {i}" if i else "view"), sides[:, 0], sides[:, 1], view.size))
-            for i, view in enumerate(self.specs(size))
+            (view_size, sample(uniform(f"view {i}" if i else "view"), sides[:, 0], sides[:, 1], view_size))
+            for i, (view_size, sample) in enumerate(self.specs(size))
         ]
 
     def sample_colors(self, samples: np.ndarray, epochs: np.ndarray) -> list[Tensor] | None:

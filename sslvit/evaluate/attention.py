@@ -87,10 +87,8 @@ def receptive_field(
 ) -> Float[Tensor, "h w"]:
     """Influence of each pixel on a feature, from 0 to 1: the mean size of its gradient (Luo et al. 2016).
 
-    Args:
-        features: maps images to the features at one position of a network.
-        images: normalized images.
-        seed: seed of the random direction in feature space whose gradient is taken, one per image.
+    `features` maps images to the features at one position of a network; the gradient is that of a random direction in
+    their space, one per image.
     """
     images = images.clone().requires_grad_()
     with torch.enable_grad():

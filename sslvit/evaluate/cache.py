@@ -39,12 +39,7 @@ def key_of(source: Source, data: LabeledSet, view: ViewSettings, batch: int) -> 
 
 
 class FeatureCache:
-    """A folder of features, kept below a size; the least recently used go first. Foreign files are left alone.
-
-    Args:
-        folder: the folder, which is made when something is put there.
-        limit_gb: largest size of the folder.
-    """
+    """A folder of features, kept below a size; the least recently used go first. Foreign files are left alone."""
 
     def __init__(self, folder: str | Path, limit_gb: float = 20.0) -> None:
         self.folder, self.limit_gb = cache_folder(folder), limit_gb
@@ -54,10 +49,7 @@ class FeatureCache:
     def find(self, key: str, readouts: Sequence[Readout], samples: np.ndarray) -> FeatureTable | None:
         """The cached ones of some readouts, or None if none is there; a damaged file counts as not there.
 
-        Args:
-            key: see `key_of`.
-            readouts: the readouts wanted.
-            samples: sample numbers that the table must have, in this order.
+        The table must have these samples, in this order.
         """
         try:
             rows = load_file(self.folder / key / "rows.safetensors")

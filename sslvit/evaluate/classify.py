@@ -19,13 +19,9 @@ TOP_K = 5
 
 @dataclass
 class Accuracy:
-    """Accuracy on the readable images of a data set, each counted once on any number of ranks.
+    """Accuracy in percent on the readable images of a data set, each counted once on any number of ranks.
 
-    Args:
-        top1: top-1 accuracy in percent.
-        top5: top-5 accuracy in percent; None for five classes or fewer.
-        images: number of images.
-        unreadable: number of images that were left out.
+    Of five classes or fewer there is no top-5 accuracy.
     """
 
     top1: float
@@ -40,14 +36,6 @@ def accuracy(
     batch: int = 256, workers: int = 0,
 ) -> Accuracy:  # fmt: skip
     """Accuracy of a classifier on the encoder's center views.
-
-    Args:
-        logits_of: maps normalized images 'b c h w' to logits 'b classes'.
-        data: labeled images.
-        settings: settings of the encoder, which say how images reach it.
-        device: device of the classifier.
-        batch: number of images per forward pass and rank.
-        workers: number of loader processes.
 
     Raises:
         NoScore: too many images cannot be read, or logits are not finite.

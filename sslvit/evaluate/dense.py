@@ -57,14 +57,7 @@ class DenseTable:
 
 @dataclass
 class PatchClassifier:
-    """A standardization and a linear map from patch features to classes.
-
-    Args:
-        weight: weight of the map.
-        bias: bias of the map.
-        mean: mean of each channel, which is subtracted from features.
-        scale: standard deviation of each channel, which features are divided by.
-    """
+    """A standardization and a linear map from patch features to classes."""
 
     weight: Float[Tensor, "classes d"]
     bias: Float[Tensor, "classes"]
@@ -84,14 +77,8 @@ def segment(
 ) -> DenseTable:  # fmt: skip
     """Score frozen patch tokens by a linear map to classes.
 
-    Args:
-        encoders: encoders by the name of their row, at least one; None stands for the patches' own pixels.
-        train: data set that the maps are fitted on; every fifth image selects the penalty.
-        val: data set that is reported, and selects nothing.
-        batch: number of images per forward pass.
-        pictures: number of predicted masks that are kept for a figure.
-        seed: seed that selects the held-out images.
-        device: device for the encoders and the maps.
+    None among the encoders stands for the patches' own pixels. Every fifth image of `train` selects the penalty; `val`
+    selects nothing. So many predicted `pictures` are kept for a figure.
 
     Raises:
         ValueError: `val` has classes that are not in `train`, or `train` has fewer than two.
@@ -160,9 +147,7 @@ def measures(confusion: Int[Tensor, "classes classes"], classes: np.ndarray) -> 
 
     A class that is predicted and occurs nowhere has an IoU of 0.
 
-    Args:
-        confusion: number of pixels by class (rows) and prediction (columns), over the whole data set.
-        classes: class numbers in the masks.
+    Rows of the confusion matrix are classes, columns are predictions.
     """
     right, total = confusion.diagonal().double(), confusion.sum().double()
     union = confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
@@ -176,14 +161,7 @@ def fit_head(
     values: Float[Tensor, "n d"], target: Float[Tensor, "n classes"], weights: Float[Tensor, "n"],
     is_held_out: Bool[Tensor, "n"],
 ) -> PatchClassifier:  # fmt: skip
-    """Fit a map on all patches, with the L2 penalty of the lowest loss on held-out ones.
-
-    Args:
-        values: features of the patches.
-        target: class frequencies of the patches.
-        weights: weight of each patch in the loss.
-        is_held_out: True for the patches that select the penalty.
-    """
+    """Fit a map on all patches, with the L2 penalty of the lowest loss on held-out ones."""
     values, weights, classes = values.double(), weights.double(), target.shape[1]
     mean, scale = values.mean(0), values.std(0, correction=0).clamp(min=1e-12)
     values = (values - mean) / scale

@@ -6,13 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from sslvit.data.loader import evaluation_loader, normalized_view
-from sslvit.evaluate.sources import LabeledSet, NoScore, Readout, Source
+from sslvit.data.loader import center_view
+from sslvit.evaluate.features import FeatureExtractor
+from sslvit.evaluate.sources import LabeledSet, Readout, Source
 from sslvit.files import new_file, remove_stale_parts
-from sslvit.progress import track
 
 
 @dataclass
@@ -45,35 +43,17 @@ class Embeddings:
             np.savez(out, **arrays)  # type: ignore[arg-type]  # numpy's stub takes them for allow_pickle
 
 
-@torch.no_grad()
 def embed(source: Source, data: LabeledSet, readouts: list[Readout], batch: int = 256, workers: int = 0) -> Embeddings:
     """Features of the encoder's center view of every image that can be read.
-
-    Args:
-        source: the source of the features.
-        data: the images, labeled or not.
-        readouts: the readouts whose features are concatenated.
-        batch: number of images per forward pass.
-        workers: number of loader processes.
 
     Raises:
         NoScore: too many images cannot be read, or features that are not finite.
     """
-    settings, index = source.settings, data.index
-    loader = evaluation_loader(data.reader, settings, batch, workers, subset=data.subset)
-    rows: list[Tensor] = []
-    samples: list[Tensor] = []
-    bad: dict[str, str] = {}
-    for piece in track(loader, "features", len(loader) * batch, each=batch):
-        values = torch.cat(source.features_at(normalized_view(piece, settings, source.device), readouts), 1)
-        rows.append(values.float().cpu()[piece.valid])
-        samples.append(piece.samples[piece.valid])
-        bad |= piece.unreadable
-    data.account_for(torch.cat(samples), bad)
-    features = torch.cat(rows)
-    if not features.isfinite().all():
-        raise NoScore(f"features are not finite on {index.location}: the weights are broken.")
-    numbers = torch.cat(samples).numpy()
+    table, index = (
+        FeatureExtractor(batch, workers).run(source, data, readouts, center_view(source.settings)),
+        data.index,
+    )
+    numbers = table.samples.numpy()
     labels = index.labels_of(numbers) if index.classes else None
     keys = np.array([index.key(number) for number in numbers])
-    return Embeddings(features.numpy(), keys, labels, list(index.classes or []))
+    return Embeddings(table.at(readouts).values.numpy(), keys, labels, list(index.classes or []))

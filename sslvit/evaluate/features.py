@@ -22,13 +22,7 @@ from sslvit.settings.views import CenterSettings, ViewSettings
 
 @dataclass
 class FeatureExtractor:
-    """Computes features of data sets, and keeps those of the last source.
-
-    Args:
-        batch: number of images per forward pass.
-        workers: number of loader processes.
-        cache: cache for features of center views, or None.
-    """
+    """Computes features of data sets, and keeps those of the last source; those of center views in a cache, too."""
 
     batch: int = 256
     workers: int = 0
@@ -41,11 +35,7 @@ class FeatureExtractor:
     ) -> FeatureTable:
         """Features of the center view of every image, computed once for each readout.
 
-        Args:
-            source: the source of the features.
-            data: the images.
-            readouts: the readouts wanted.
-            fraction: fraction of the center crop; None for the encoder's own.
+        Without a fraction the center crop is the encoder's own.
         """
         fraction = fraction or source.settings.crop_fraction
         if source is not self._source:
@@ -84,14 +74,6 @@ class FeatureExtractor:
         """One pass over the images, each seen once through a view; every rank takes part, the first gets the table.
 
         Images that cannot be read are left out; `data` registers them.
-
-        Args:
-            source: the source of the features.
-            data: the images.
-            readouts: the readouts wanted.
-            view: how an image is cropped.
-            epoch: epoch of the random crops.
-            seed: seed of the random crops.
 
         Raises:
             NoScore: too many images cannot be read, or other ones than in an earlier pass; features that are not

@@ -13,28 +13,6 @@ QUERIES_AT_ONCE = 1024
 BANK_AT_ONCE = 131_072  # training images: half a gigabyte of similarities
 
 
-def knn_votes(
-    train: Features, queries: Float[Tensor, "m d"], classes: int, neighbors: int = 20, temperature: float = 0.07
-) -> Float[Tensor, "m classes"]:
-    """For each query and class, the sum of exp(cosine / temperature) over its nearest neighbors of that class.
-
-    Args:
-        train: labeled features.
-        queries: features to classify.
-        classes: number of classes.
-        neighbors: k; at most the number of training images.
-        temperature: temperature of the votes; small values let the nearest neighbor decide.
-    """
-    bank = F.normalize(train.values, dim=1)
-    chunks = F.normalize(queries, dim=1).split(QUERIES_AT_ONCE)
-    found = []
-    for chunk in chunks:
-        similarity, labels = nearest(chunk, bank, train.labels, neighbors)
-        largest = (similarity[:, :1] / temperature).exp()
-        found.append(votes(similarity, labels, classes, temperature) * largest)
-    return torch.cat(found)
-
-
 def knn_accuracies(
     train: Features, val: Features, classes: int, neighbors: list[int], temperature: float, device: str = "cpu"
 ) -> dict[int, float]:

@@ -21,17 +21,7 @@ def measure_health(
     encoder: ViTEncoder, data: LabeledSet, layer: int | None = None, pooling: str | None = None, batch: int = 256,
     workers: int = 0, seed: int = 0,
 ) -> dict[str, dict[str, float]]:  # fmt: skip
-    """Rows (raw pixels, untrained encoder, encoder) of RankMe, deviation, spectrum, uniformity and alignment.
-
-    Args:
-        encoder: the encoder, on its device.
-        data: the images, with labels or without.
-        layer: number of the block; None for the encoder's own choice.
-        pooling: pooling of its tokens; None for the encoder's own choice.
-        batch: number of images per forward pass.
-        workers: number of loader processes.
-        seed: seed of the crops and the untrained weights.
-    """
+    """Rows (raw pixels, untrained encoder, encoder) of RankMe, deviation, spectrum, uniformity and alignment."""
     check_present(data.index, 0.0)
     sources: dict[str, Source] = {
         "raw pixels": RawPixels(encoder.settings),

@@ -71,12 +71,7 @@ def layer_numbers(text: str, depth: int) -> list[int]:
 
 
 def probe_layers(encoder: ViTEncoder, settings: ProbeSettings, numbers: list[int]) -> LayerTable:
-    """Score blocks of one encoder, from one pass over each data set.
-
-    Args:
-        encoder: the encoder.
-        settings: data and probes.
-        numbers: numbers of the blocks, counted from 1.
+    """Score blocks of one encoder by their numbers, counted from 1, from one pass over each data set.
 
     Raises:
         ValueError: the protocol does not hold out training images to select by.

@@ -90,10 +90,6 @@ class NGramTable:
 
     Backs off to a mixture of p(color | left) and p(color | upper), each of which backs off to the unigram p(color) with
     one added to each count. Neighbors beyond the edge have a color of their own.
-
-    Args:
-        images: palette indices, 'b h w'.
-        colors: number of colors in the palette.
     """
 
     def __init__(self, images: np.ndarray, colors: int) -> None:
@@ -149,11 +145,7 @@ def unigram_nats(train: np.ndarray, val: np.ndarray, colors: int) -> float:
 def likelihood(model: IGPTModel, train: LabeledSet, val: LabeledSet, batch: int = 16) -> dict[str, dict[str, float]]:
     """Nats and bits per pixel of `val` under a uniform distribution, unigram and n-gram of `train`, and the model.
 
-    Args:
-        model: a trained model, on its device.
-        train: images for the counts; the model should have been trained on the same.
-        val: images that are scored, by one center view each.
-        batch: number of images per forward pass.
+    The model should have been trained on `train`, too; each image of `val` is scored in one center view.
 
     Raises:
         ValueError: there are too few images for the counts, too many cannot be read, or predictions are not finite.

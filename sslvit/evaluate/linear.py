@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -29,14 +30,8 @@ NOT_CONVERGED = "logistic regression: not converged; the score may be a little l
 class LinearHead:
     """A standardization and a linear map.
 
-    Args:
-        mean: mean that is subtracted from features.
-        scale: standard deviation that features are divided by.
-        weight: weight of the linear map, (classes, d).
-        bias: bias of the linear map, (classes,).
-        l2: weight of the squared penalty that it was fitted with.
-        held_out: top-1 accuracy in percent on held-out training images, under that penalty.
-        weakest_l2: weakest penalty that was compared with the others.
+    `held_out` is its top-1 accuracy in percent on held-out training images under the penalty `l2`, and `weakest_l2` the
+    weakest penalty that was compared.
     """
 
     mean: Tensor
@@ -102,11 +97,16 @@ def solved_in_all_folds(is_solved: Bool[Tensor, "folds penalties"]) -> list[int]
 def stratified_folds(labels: Int[Tensor, "n"], seed: int) -> Int[Tensor, "n"]:
     """A fold number for each image, every class spread evenly over the folds."""
     fold = torch.empty_like(labels)
+    for _, members in shuffled_classes(labels, seed, "folds"):
+        fold[members] = torch.arange(len(members)) % FOLDS
+    return fold
+
+
+def shuffled_classes(labels: Int[Tensor, "n"], seed: int, purpose: str) -> Iterator[tuple[int, Int[Tensor, "m"]]]:
+    """Each class with the indices of its images, in an order of their own for every purpose."""
     for label in labels.unique().tolist():
         members = torch.nonzero(labels == label)[:, 0]
-        order = rng.generator(seed, label, "folds").permutation(len(members))
-        fold[members[torch.from_numpy(order)]] = torch.arange(len(members)) % FOLDS
-    return fold
+        yield label, members[torch.from_numpy(rng.generator(seed, label, purpose).permutation(len(members)))]
 
 
 def sample_labels(
@@ -119,13 +119,11 @@ def sample_labels(
     """
     option = f"--labels-per-class {per_class}" if per_class else f"--labels-percent {percent:g}"
     sampled = []
-    for label in labels.unique().tolist():
-        members = torch.nonzero(labels == label)[:, 0]
+    for label, members in shuffled_classes(labels, seed, "draw"):
         count = per_class or round(len(members) * (percent or 0) / 100)
         if count < MIN_LABELS or len(members) < count:
             raise ValueError(
                 f"{option}: class {label} has only {len(members)} images, of which {count} would be drawn."
             )
-        order = rng.generator(seed, label, "draw").permutation(len(members))[:count]
-        sampled.append(members[torch.from_numpy(order)])
+        sampled.append(members[:count])
     return torch.cat(sampled)

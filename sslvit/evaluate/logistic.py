@@ -74,14 +74,7 @@ def fit_logistic(
 
 
 class PenalizedLoss:
-    """Weighted cross-entropy + penalty / 2 * theta^2, of p problems side by side.
-
-    Args:
-        values: features, the bias's among them.
-        target: class probabilities of each row.
-        row_weight: weight of each row in each problem.
-        penalty: penalty on each feature's weights.
-    """
+    """Weighted cross-entropy + penalty / 2 * theta^2, of p problems side by side."""
 
     def __init__(
         self, values: Float[Tensor, "n k"], target: Float[Tensor, "classes n"], row_weight: Float[Tensor, "p n"],
@@ -131,12 +124,8 @@ def minimize(
 ) -> tuple[Float[Tensor, "p m"], list[Step], Bool[Tensor, "p"]]:  # fmt: skip
     """L-BFGS (Liu and Nocedal 1989) on p independent smooth convex problems side by side.
 
-    Args:
-        objective: the function to minimize.
-        start: initial parameters.
-        max_iterations: largest number of iterations.
-        tolerance: largest entry of each problem's gradient at convergence.
-        steps: last steps of an earlier search of these problems.
+    A problem has converged when no entry of its gradient is above its tolerance. `steps` are the last ones of an
+    earlier search of these problems.
 
     Returns:
         Final parameters of each problem, its last steps, and whether it reached the tolerance.

@@ -26,13 +26,7 @@ RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling
 
 @dataclass
 class MaskedImages:
-    """Images with a class number for every pixel.
-
-    Args:
-        folder: folder that holds images/ and masks/.
-        images: files of the images.
-        masks: files of their masks.
-    """
+    """Images with a class number for every pixel: images/ and masks/ in a folder."""
 
     folder: Path
     images: list[Path]

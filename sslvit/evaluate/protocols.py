@@ -12,9 +12,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from sslvit import rng
 from sslvit.evaluate.features import FeatureExtractor
-from sslvit.evaluate.linear import L2_GRID, fit_probe
+from sslvit.evaluate.linear import L2_GRID, fit_probe, shuffled_classes
 from sslvit.evaluate.sgd_probe import HeadGrid, fit_batch_norm_head, iterate_batches
 from sslvit.evaluate.sources import Features, FeatureTable, LabeledSet, Readout, Source
 from sslvit.optim import cosine, warmup_cosine
@@ -52,15 +51,7 @@ class LinearResult:
 
 @dataclass
 class ProbeContext:
-    """A source and the two data sets that it is probed on.
-
-    Args:
-        source: the source of the features.
-        train: the data set that heads are fitted on.
-        val: the data set that is reported.
-        extractor: computes the features.
-        device: device to fit heads on.
-    """
+    """A source and the two data sets that it is probed on."""
 
     source: Source
     train: LabeledSet
@@ -187,9 +178,7 @@ def _dino(
     lr = protocol.base_lr * run.batch / 256
     grid = HeadGrid.initialize([readouts], run.widths(val, [readouts]), [lr], context.classes, seed, context.device)
     scores = []
-    for epoch in range(
-        math.ceil(run.steps / run.per_epoch)
-    ):  # the learning rate changes by epoch, as in the released code
+    for epoch in range(math.ceil(run.steps / run.per_epoch)):  # the rate changes by epoch, as in the released code
         factor = cosine(epoch, 1.0, 0.0, run.steps / run.per_epoch)
 
         def factor_at(step: int, factor: float = factor) -> float:
@@ -296,10 +285,8 @@ class _SGDRun:
 def sample_held_out(labels: Int[Tensor, "n"], fraction: float, seed: int) -> Bool[Tensor, "n"]:
     """True for a random fraction of each class."""
     is_held_out = torch.zeros(len(labels), dtype=torch.bool)
-    for label in labels.unique().tolist():
-        members = torch.nonzero(labels == label)[:, 0]
-        order = torch.from_numpy(rng.generator(seed, label, "held out").permutation(len(members)))
-        is_held_out[members[order[: max(1, round(fraction * len(members)))]]] = True
+    for _, members in shuffled_classes(labels, seed, "held out"):
+        is_held_out[members[: max(1, round(fraction * len(members)))]] = True
     return is_held_out
 
 

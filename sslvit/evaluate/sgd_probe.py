@@ -31,17 +31,7 @@ def fit_batch_norm_head(
     batches: Iterator[tuple[int, Features]], width: int, classes: int, lr_at: Callable[[int], float],
     momentum: float = 0.9, seed: int = 0, device: str | torch.device = "cpu",
 ) -> BatchNormHead:  # fmt: skip
-    """Train MAE's head by LARS.
-
-    Args:
-        batches: steps, each with the features of its batch.
-        width: width of the features.
-        classes: number of classes.
-        lr_at: maps a step to its learning rate.
-        momentum: momentum of LARS.
-        seed: seed of the initial weights.
-        device: device to train on.
-    """
+    """Train MAE's head by LARS."""
     head = BatchNormHead(width, classes, seed).to(device)
     optimizer = LARS(head.parameters(), lr=0.0, momentum=momentum)
     for step, batch in batches:
@@ -144,13 +134,7 @@ def iterate_batches(
 ) -> Iterator[tuple[int, Features]]:  # fmt: skip
     """Steps with their batches: each table is one epoch in a random order, without its last incomplete batch.
 
-    Args:
-        tables: tables of features, one per epoch.
-        readouts: the readouts whose columns are concatenated.
-        rows: rows of the tables that are used; None for all.
-        batch: rows per step, no more than there are.
-        steps: number of steps.
-        seed: seed of the order.
+    `rows` of the tables are used, None for all; a step takes `batch` of them, no more than there are.
     """
     step = 0
     for epoch, table in enumerate(tables):

@@ -35,12 +35,7 @@ class NoScore(ValueError):
 
 @dataclass
 class Features:
-    """Features of the readable images of a data set, on the CPU.
-
-    Args:
-        values: one row per image.
-        labels: class numbers.
-    """
+    """Features of the readable images of a data set, on the CPU."""
 
     values: Float[Tensor, "n d"]
     labels: Int[Tensor, "n"]
@@ -54,13 +49,7 @@ class Features:
 
 @dataclass
 class FeatureTable:
-    """Features of a data set at several readouts, as one pass over it gives them.
-
-    Args:
-        columns: features 'n d' of each readout.
-        labels: class numbers 'n'.
-        samples: sample numbers 'n' of the images.
-    """
+    """Features of a data set at several readouts, as one pass over it gives them."""
 
     columns: dict[Readout, Tensor]
     labels: Tensor
@@ -77,11 +66,7 @@ class FeatureTable:
 
 
 class Source(ABC):
-    """A source of features: an encoder, or the raw pixels.
-
-    Args:
-        settings: settings of an encoder, which say how images reach the source.
-    """
+    """A source of features: an encoder, or the raw pixels."""
 
     device = torch.device("cpu")
 
@@ -111,11 +96,7 @@ class Source(ABC):
 
 
 class FrozenEncoder(Source):
-    """An encoder as a source of features.
-
-    Args:
-        encoder: the encoder, which is put into evaluation mode.
-    """
+    """An encoder, put into evaluation mode, as a source of features."""
 
     def __init__(self, encoder: ViTEncoder) -> None:
         super().__init__(encoder.settings)
@@ -159,11 +140,7 @@ class FrozenEncoder(Source):
 
 
 class RawPixels(Source):
-    """The pixels themselves, at most 32 x 32: what a probe gets without learning.
-
-    Args:
-        settings: settings of the encoder that they are compared with, for the same view of the images.
-    """
+    """The pixels themselves, at most 32 x 32, in the view of an encoder: what a probe gets without learning."""
 
     def readouts(self, layer: int | None, blocks: int, pooling: str | None) -> list[Readout]:
         """The one readout of pixels."""

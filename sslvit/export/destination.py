@@ -51,10 +51,7 @@ def complete_or_removed(part: Path) -> Iterator[None]:
 def check(out: Path, overwrite: bool = False, may_overwrite: bool = True) -> None:
     """Refuse, before any work, a folder that is in use or cannot be made.
 
-    Args:
-        out: The folder.
-        overwrite: Whether an earlier export there is to be replaced.
-        may_overwrite: Whether the command has --overwrite.
+    `may_overwrite` says whether the command has --overwrite.
     """
     _finish_replacement(out)
     if _replaced(out).exists():

@@ -19,7 +19,6 @@ from sslvit.data.resample import normalize
 from sslvit.export.cropping import resized_sides, whole_pixel_fraction
 from sslvit.export.exported import Exported, Reopened
 from sslvit.files import printable
-from sslvit.models.tokens import PixelTokens
 from sslvit.settings import EncoderSettings
 
 TOLERANCE = 1e-5  # of the largest output, or of one for tokens and features below that; float32 on both sides
@@ -105,15 +104,13 @@ def compare_preprocessing(exported: Exported, prepare: Callable[[Image.Image], T
     for image, measure in ((exact, "largest_difference"), (large, "mean_difference")):
         expected = evaluation_view(image, settings)
         if settings.tokens == "pixel":  # colors of the palette on both sides
-            tokens = exported.encoder.patch_embed
-            assert isinstance(tokens, PixelTokens)
+            tokens = exported.encoder.pixel_tokens
             expected = tokens.images_of(tokens.quantize(expected[None]), (height, width))[0]
         got = prepare(image)
         if got.shape != expected.shape:
             raise ValueError(f"its preprocessing gives {tuple(got.shape)}, not {tuple(expected.shape)}")
         difference = (got - expected).abs()
         found[measure] = float(difference.max() if image is exact else difference.mean())
-    assert settings.std is not None
     rounding = ROUNDING / 255 / min(settings.std)
     found |= {
         "tolerance": TOLERANCE,
@@ -150,6 +147,4 @@ def evaluation_view(image: Image.Image, settings: EncoderSettings) -> Tensor:
     """An image as evaluation shows it to an encoder, 'c h w'."""
     content = io.BytesIO()
     image.save(content, "png")
-    assert settings.mean is not None
-    assert settings.std is not None
     return normalize(view_of_image(content.getvalue(), settings)[None], settings.mean, settings.std)[0]

@@ -77,9 +77,6 @@ class Entry:
 class BenchRun:
     """A run of one bench.
 
-    Args:
-        settings: what is compared.
-
     Raises:
         ValueError: something in the settings that no cell could be measured with.
     """
@@ -195,7 +192,7 @@ class BenchRun:
                 ]
         for name, encoders in self.encoders.items():
             rows[name] = [
-                Entry(partial(_same, encoder), path, False, seed)
+                Entry(lambda encoder=encoder: encoder, path, False, seed)
                 for encoder, path in zip(encoders, settings.encoders[name], strict=True)
                 for seed in (seeds if len(encoders) == 1 else seeds[:1])
             ]
@@ -293,23 +290,6 @@ class BenchRun:
             )  # fmt: skip
         return folder.path, key
 
-    def kept(
-        self, identity: dict[str, Any], title: str, measure: Callable[[], tuple[list[float], dict]], data: str
-    ) -> Cell:
-        """The cell of this identity: from its file, or measured and, if all images could be read, written there."""
-        key = _key(identity)
-        file = self.folder / "cells" / f"{key}.json"
-        if file.exists():
-            found = json.loads(file.read_text())
-            return Cell(found["values"], found["seconds"], found["about"], key)
-        logger.info(printable(title))
-        start = time.monotonic()
-        values, about = measure()
-        cell = Cell(values, time.monotonic() - start, about, key)
-        if not any(part.unreadable for part in self.sets[data]):
-            write_atomically(file, json.dumps({**asdict(cell), "identity": identity}, indent=1, default=str) + "\n")
-        return cell
-
 
 def bench(settings: BenchSettings) -> dict[str, Path]:
     """Run or resume a bench, report its tables, and return the files written."""
@@ -345,10 +325,6 @@ def _training_seconds(folder: RunFolder) -> float:
         seconds += (line["step"] - step) * batch / line["images_per_second"]
         step = line["step"]
     return seconds
-
-
-def _same(encoder: ViTEncoder) -> ViTEncoder:
-    return encoder
 
 
 def _key(identity: dict[str, Any]) -> str:

@@ -27,17 +27,7 @@ from sslvit.settings.bench import BenchSettings, ProbeColumn
 
 @dataclass
 class Result:
-    """One entry of a table: the measurements of all its encoders and seeds together.
-
-    Args:
-        data: name of the data set.
-        row: name of the row.
-        column: name of the column.
-        values: independent scores in percent.
-        seconds: time that the measurements took.
-        key: keys of the measurements.
-        about: what a reader needs to quote them.
-    """
+    """One entry of a table: the measurements of all its encoders and seeds together."""
 
     data: str
     row: str
@@ -56,14 +46,7 @@ def write_tables(
     settings: BenchSettings, sets: dict[str, tuple[LabeledSet, LabeledSet]], tables: dict[str, Scores],
     results: list[Result],
 ) -> dict[str, Path]:  # fmt: skip
-    """Write all tables into the folder of a bench, and return the files.
-
-    Args:
-        settings: settings of the bench.
-        sets: training and reported images of each data set.
-        tables: one table for each data set.
-        results: all entries of the tables.
-    """
+    """Write all tables into the folder of a bench, and return the files."""
     folder = Path(settings.out or "")
     markdown: list[str] = []
     content: list[str] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import math
@@ -269,7 +270,7 @@ def page_content(
             f"Features: {features}. "
             "Linear: logistic regression on standardized features, its L2 penalty selected on held-out training "
             "images; with 10 labels per class the mean of 5 draws and half its 95 % interval. kNN: cosine, "
-            f"weighted by exp(similarity / {scores.about['temperature']}).",
+            f"weighted by exp(similarity / {scores.about['temperature']})."
         ),
         picture(bars_file, "The same scores as bars."),
         heading("What MAE learned"),
@@ -311,6 +312,6 @@ def page_content(
         ),
         text(
             f"The exported timm model agrees with MAE's encoder to {verdict['largest_difference']:.1e}. "
-            f"Everything on this page took {seconds / 60:.1f} minutes.",
+            f"Everything on this page took {seconds / 60:.1f} minutes."
         ),
     ]

@@ -25,14 +25,7 @@ COLUMNS = 8  # images in a row of generated ones
 
 
 def plot_samples(model: IGPTModel, out: str | Path, count: int, settings: SampleSettings) -> Path:
-    """Sample images unconditionally, and plot them.
-
-    Args:
-        model: a trained model, on its device.
-        out: PNG to write.
-        count: number of images.
-        settings: settings of the sampling.
-    """
+    """Sample images unconditionally, and plot them."""
     nothing = torch.zeros(count, 0, dtype=torch.long)
     images = to_display(model.encoder, complete(model.encoder, model.head, nothing, settings))
     rows = [images[start : start + COLUMNS] for start in range(0, count, COLUMNS)]
@@ -44,14 +37,7 @@ def plot_completions(
 ) -> Path:
     """Complete the first images of a data set, and plot input, completions and original.
 
-    Args:
-        model: a trained model, on its device.
-        images: shards, or a folder of images.
-        out: PNG to write.
-        count: number of images.
-        given: fraction of the pixels that the model is given, row by row from the top.
-        draws: number of completions of each image.
-        settings: settings of the sampling.
+    The model is given a fraction of the pixels, row by row from the top.
 
     Raises:
         ValueError: the fraction gives all pixels, or no image can be read.

@@ -176,11 +176,7 @@ def choices_in(kind: type, prefix: str = "") -> dict[str, Choice]:
 def _instantiate(kind: Any, tree: dict[str, Any], prefix: str, within: str = "") -> Any:
     """Innermost first, so that each dataclass fills in its own defaults from what was given.
 
-    Args:
-        kind: The dataclass.
-        tree: Its keys and values.
-        prefix: Prefix of its keys in messages.
-        within: Section that the dataclass's own messages do not name.
+    `within` is the section that the dataclass's own messages do not name.
     """
     hints, values = hints_of(kind), dict[str, Any]()
     nested = {name for name, hint in hints.items() if _named_sections(hint) or record_of(hint, {}, "")}

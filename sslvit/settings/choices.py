@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import math
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -105,6 +106,27 @@ def checked(prefix: str) -> Callable[[Record], Record]:
         return kind
 
     return decorate
+
+
+BOUNDS: dict[str, Callable[[float], bool]] = {  # in the words of a message
+    "positive": lambda value: 0 < value < math.inf,
+    "0 or more": lambda value: 0 <= value < math.inf,
+    "1 or more": lambda value: value >= 1,
+    "2 or more": lambda value: value >= 2,
+    "in [0, 1]": lambda value: 0 <= value <= 1,
+    "in [0, 1)": lambda value: 0 <= value < 1,
+    "in (0, 1]": lambda value: 0 < value <= 1,
+}
+
+
+def check_bounds(settings: object, prefix: str, bounds: str, *keys: str) -> None:
+    """Raise ValueError on the first number, of those that there are, that is out of bounds, one of BOUNDS."""
+    for key in keys:
+        value = getattr(settings, key, None)
+        if value is not None and not BOUNDS[bounds](value):
+            name = key.replace("_", "-") if prefix == "--" else key
+            between = (" ", ":") if prefix.startswith("--") else (": ", "")
+            raise ValueError(f"{prefix}{name}{between[0]}{value}{between[1]} must be {bounds}.")
 
 
 def not_one_of(value: object, words: Iterable[object]) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from sslvit.files import brief, expand_path
-from sslvit.settings.choices import checked
+from sslvit.settings.choices import check_bounds, checked
 from sslvit.settings.views import VIEW_CHOICE, CropSettings, ViewSettings
 
 MAX_PIXELS = 100_000_000  # a header that promises more is a decompression bomb, not a training image
@@ -75,8 +75,7 @@ class DataSettings:
             self.cache = expand_path(self.cache)
         if self.shards and self.mixture:
             raise ValueError("data.shards and data.mixture exclude each other. Name the shards in the mixture only.")
-        if self.global_batch_size < 1:
-            raise ValueError(f"data.global_batch_size: {self.global_batch_size} must be 1 or more.")
+        check_bounds(self, "data.", "1 or more", "global_batch_size")
         if self.workers < 0:
             raise ValueError(f"data.workers: {self.workers} must be 0 or more; 0 loads in the main process.")
         for key in ("lanes", "window_shards", "cache_gb", "stream_samples", "max_pixels"):
@@ -90,10 +89,6 @@ class DataSettings:
         """The same with a batch that the data set fills, if it may be lowered and must be.
 
         It becomes a power of two on each rank, with a few steps in an epoch.
-
-        Args:
-            images: in the data set.
-            ranks: that share the batch equally.
         """
         if not self.fit_batch or images >= self.global_batch_size:
             return self

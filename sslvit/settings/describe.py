@@ -65,13 +65,7 @@ def describe_settings(width: int = 100) -> str:
 def explained_settings(
     kind: type = RunSettings, prefix: str = "", choice: Choice | None = None
 ) -> Iterator[tuple[type, str, Any, str]]:
-    """Dataclass, key, default and meaning of each setting.
-
-    Args:
-        kind: Dataclass of settings.
-        prefix: Prefix of its keys.
-        choice: The records of which it is one.
-    """
+    """Dataclass, key, default and meaning of each setting."""
     texts, hints = field_texts(kind), hints_of(kind)
     if kind is EncoderSettings:
         yield kind, f"{prefix}preset", None, PRESET

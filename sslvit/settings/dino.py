@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from sslvit.settings.choices import checked
+from sslvit.settings.choices import check_bounds, checked
 from sslvit.settings.task import TaskSettings
 
 IMAGES_PER_PROTOTYPE = 20  # ImageNet's 1.28 M images for 65,536 outputs (Caron et al. 2021, section 3.2)
@@ -70,22 +70,11 @@ class DINOSettings(TaskSettings):
     """Epochs in which the student's last layer is frozen; at most a quarter of the run."""
 
     def __post_init__(self) -> None:
-        for key in ("out_dim", "head_layers", "head_width", "bottleneck", "sinkhorn_iterations"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ValueError(f"task.{key}: {value} must be 1 or more.")
-        for key in ("student_temp", "teacher_temp", "warmup_teacher_temp"):
-            value = getattr(self, key)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"task.{key}: {value} must be positive.")
-        for key in ("momentum", "final_momentum", "center_momentum"):
-            value = getattr(self, key)
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"task.{key}: {value} must be in [0, 1].")
-        for key in ("warmup_teacher_temp_epochs", "koleo", "freeze_last_layer"):
-            value = getattr(self, key)
-            if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"task.{key}: {value} must be 0 or more.")
+        counts = ("out_dim", "head_layers", "head_width", "bottleneck", "sinkhorn_iterations")
+        check_bounds(self, "task.", "1 or more", *counts)
+        check_bounds(self, "task.", "positive", "student_temp", "teacher_temp", "warmup_teacher_temp")
+        check_bounds(self, "task.", "in [0, 1]", "momentum", "final_momentum", "center_momentum")
+        check_bounds(self, "task.", "0 or more", "warmup_teacher_temp_epochs", "koleo", "freeze_last_layer")
         if self.momentum is not None and self.momentum > self.final_momentum:
             raise ValueError(
                 f"task.final_momentum: {self.final_momentum} is below task.momentum ({self.momentum}), but it rises."
@@ -94,13 +83,7 @@ class DINOSettings(TaskSettings):
             raise ValueError("task.out_dim: with 1 prototype there is nothing to tell apart. Use 2 or more.")
 
     def fitted(self, images: int, global_batch_size: int, total_steps: int, classes: int | None = None) -> DINOSettings:
-        """The same with every null replaced by what suits the job.
-
-        Args:
-            images: in the data set.
-            global_batch_size: images per optimizer step.
-            total_steps: of the run.
-        """
+        """The same with every null replaced by what suits the job."""
         epochs = total_steps * global_batch_size / images
         fitting: dict[str, Any] = {
             "out_dim": prototypes_for(images),

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal, cast
 
 from sslvit.files import brief
-from sslvit.settings.choices import Also, checked
+from sslvit.settings.choices import Also, check_bounds, checked
 from sslvit.settings.palette import check_palette
 
 TokenKind = Literal["patch", "conv_stem", "hybrid", "shifted_patch", "pixel"]
@@ -162,16 +162,11 @@ class EncoderSettings:
 
     def check(self) -> None:
         """Raise ValueError on the first combination that cannot work, naming the keys and the remedy."""
-        for key in ("channels", "patch", "width", "depth", "heads", "mlp_ratio", "norm_eps"):
-            if not getattr(self, key) > 0:
-                raise ValueError(f"encoder.{key}: {getattr(self, key)} must be positive.")
-        for key in ("dropout", "drop_path"):
-            if not 0 <= getattr(self, key) < 1:
-                raise ValueError(f"encoder.{key}: {getattr(self, key)} must be in [0, 1).")
-        if not 0 < self.crop_fraction <= 1:
-            raise ValueError(f"encoder.crop_fraction: {self.crop_fraction} must be in (0, 1].")
-        if self.registers < 0:
-            raise ValueError(f"encoder.registers: {self.registers} must be 0 or more.")
+        sizes = ("channels", "patch", "width", "depth", "heads", "mlp_ratio", "norm_eps")
+        check_bounds(self, "encoder.", "positive", *sizes)
+        check_bounds(self, "encoder.", "in [0, 1)", "dropout", "drop_path")
+        check_bounds(self, "encoder.", "in (0, 1]", "crop_fraction")
+        check_bounds(self, "encoder.", "0 or more", "registers")
         if len(self.image_size) != 2:
             raise ValueError(f"encoder.image_size: {brief(self.image_size)} must be one side or [height, width].")
         if not all(side > 0 and side % self.patch == 0 for side in self.image_size):
@@ -186,11 +181,8 @@ class EncoderSettings:
                 f"Use one of {[h for h in range(1, 33) if self.width % h == 0]}."
             )
         for key in ("mean", "std"):
-            values = getattr(self, key)
-            if len(values) != self.channels:
-                raise ValueError(
-                    f"encoder.{key}: {len(values)} values for {self.channels} channels. Give one per channel."
-                )
+            if (found := len(getattr(self, key))) != self.channels:
+                raise ValueError(f"encoder.{key}: {found} values for {self.channels} channels. Give one per channel.")
         if not all(std > 0 for std in self.std):
             raise ValueError(f"encoder.std: {brief(self.std)} must be positive.")
         if self.pooling == "class" and not self.class_token:
@@ -246,8 +238,7 @@ class EncoderSettings:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of image_size, which is a list once it is checked."""
-        assert isinstance(self.image_size, list)
+        """Height and width of image_size."""
         height, width = self.image_size
         return height, width
 

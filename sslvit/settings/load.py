@@ -83,10 +83,7 @@ def _check_foreign_code(path: Path, content: dict[str, Any], changes: dict[str, 
 def leaves(kind: type, tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys and values of nested settings in the order in which they count.
 
-    Args:
-        kind: Dataclass that tells sections from values.
-        tree: Nested settings; keys may be dotted, too.
-        prefix: Section that they stand in.
+    Keys of the tree may be dotted, too.
     """
     for name in sorted(tree, key=lambda name: name not in FIRST):
         key, value = f"{prefix}{name}", tree[name]
@@ -100,16 +97,11 @@ def leaves(kind: type, tree: dict[str, Any], prefix: str = "") -> Iterator[tuple
 
 
 def set_keys(kind: type, tree: dict[str, Any], changes: dict[str, Any]) -> None:
-    """Let changes win over what nested settings say, and later ones over earlier ones.
-
-    Args:
-        kind: Dataclass that the settings are for.
-        tree: The settings, changed in place.
-        changes: Values by dotted key, or whole sections.
-    """
+    """Let changes win over what nested settings say, and later ones over earlier ones."""
     for key, value in leaves(kind, changes):
         if value is not None and key in REPLACED:
-            _drop(tree, REPLACED[key])
+            section, _, replaced = REPLACED[key].rpartition(".")
+            _find(tree, section).pop(replaced, None)
         _say(kind, tree, key, value)
 
 
@@ -120,7 +112,7 @@ def _say(kind: type, tree: dict[str, Any], key: str, value: Any) -> None:
         return
     section, _, last = key.rpartition(".")
     choice = choice_of(section_of(kind, section)) if section else None
-    if choice and last == choice.key and value != _find(tree, section, {}).get(last, choice.default):
+    if choice and last == choice.key and value != _find(tree, section).get(last, choice.default):
         _put(tree, section, {})  # the other keys there belong to another choice
     _put(tree, key, value)
 
@@ -136,17 +128,11 @@ def _put(tree: dict[str, Any], key: str, value: Any) -> None:
     tree[last] = value
 
 
-def _find(tree: Any, section: str, default: dict[str, Any]) -> dict[str, Any]:
+def _find(tree: Any, section: str) -> dict[str, Any]:
     """A section of nested settings."""
     for part in section.split("."):
         tree = tree.get(part) if isinstance(tree, dict) else None
-    return tree if isinstance(tree, dict) else default
-
-
-def _drop(tree: dict[str, Any], key: str) -> None:
-    """Take a dotted key out, if it is there."""
-    section, _, last = key.rpartition(".")
-    _find(tree, section, {}).pop(last, None)
+    return tree if isinstance(tree, dict) else {}
 
 
 def _leave_open(tree: dict[str, Any], given: dict[str, Any]) -> None:

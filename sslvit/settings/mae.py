@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from sslvit.settings.choices import checked
+from sslvit.settings.choices import check_bounds, checked
 from sslvit.settings.task import TaskSettings
 
 
@@ -32,10 +32,7 @@ class MAESettings(TaskSettings):
     def __post_init__(self) -> None:
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f"task.mask_ratio: {self.mask_ratio} must be in (0, 1) (the paper's is 0.75).")
-        for key in ("decoder_width", "decoder_depth", "decoder_heads", "decoder_mlp_ratio"):
-            value = getattr(self, key)
-            if value is not None and not value > 0:
-                raise ValueError(f"task.{key}: {value} must be positive.")
+        check_bounds(self, "task.", "positive", "decoder_width", "decoder_depth", "decoder_heads", "decoder_mlp_ratio")
         if self.decoder_width % 4:
             raise ValueError(f"task.decoder_width: positions need a multiple of 4, not {self.decoder_width}.")
         if self.decoder_width % self.decoder_heads:

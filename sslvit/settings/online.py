@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sslvit.files import expand_path
+from sslvit.settings.choices import check_bounds
 
 
 @dataclass
@@ -26,6 +27,4 @@ class OnlineSettings:
         if (self.train is None) != (self.val is None):
             raise ValueError("online.train and online.val belong together: give both, or neither.")
         self.train, self.val = (part and expand_path(part) for part in (self.train, self.val))
-        for key in ("every", "images", "neighbors"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"online.{key}: {getattr(self, key)} must be 1 or more.")
+        check_bounds(self, "online.", "1 or more", "every", "images", "neighbors")

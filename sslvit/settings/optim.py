@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from sslvit.files import brief
-from sslvit.settings.choices import checked
+from sslvit.settings.choices import check_bounds, checked
 
 MAX_WARMUP_STEPS = 12_500  # 10 epochs of ImageNet in batches of 1024 (Caron et al. 2021, section 3.2)
 
@@ -36,10 +36,8 @@ class OptimSettings:
     """Norm that is clipped: that of all gradients together, or of each parameter on its own (DINO)."""
 
     def __post_init__(self) -> None:
-        for key in ("base_lr", "min_lr", "warmup_epochs", "weight_decay", "final_weight_decay"):
-            value = getattr(self, key)
-            if value is not None and not 0 <= value < float("inf"):
-                raise ValueError(f"optim.{key}: {value} must be 0 or more.")
+        rates = ("base_lr", "min_lr", "warmup_epochs", "weight_decay", "final_weight_decay")
+        check_bounds(self, "optim.", "0 or more", *rates)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optim.betas: {brief(self.betas)} must be two numbers in [0, 1).")
         if self.clip_grad is not None and not self.clip_grad > 0:

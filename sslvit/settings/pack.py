@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from sslvit.files import printable
-from sslvit.settings.choices import Arg, checked
+from sslvit.settings.choices import Arg, check_bounds, checked
 from sslvit.settings.data import MAX_PIXELS
 
 
@@ -35,12 +35,10 @@ class PackSettings:
     def __post_init__(self) -> None:
         if not 0 < self.shard_mb < 2**20:
             raise ValueError(f"--shard-mb {self.shard_mb}: must be in (0, 2**20).")
-        if self.resize is not None and self.resize < 1:
-            raise ValueError(f"--resize {self.resize}: must be 1 or more.")
+        check_bounds(self, "--", "1 or more", "resize")
         if not 1 <= self.quality <= 100:
             raise ValueError(f"--quality {self.quality}: must be in [1, 100].")
-        if self.max_pixels < 1:
-            raise ValueError(f"--max-pixels {self.max_pixels}: must be 1 or more.")
+        check_bounds(self, "--", "1 or more", "max_pixels")
 
     def describe(self) -> str:
         """What happens to the images, in words; empty for nothing."""

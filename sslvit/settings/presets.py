@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
-from sslvit.files import brief, quoted
+from sslvit.settings.choices import not_one_of
 from sslvit.settings.encoder import EncoderSettings
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -34,9 +33,7 @@ def preset_values(name: str) -> dict[str, Any]:
         ValueError: an unknown name.
     """
     if not isinstance(name, str) or name not in PRESETS:
-        near = difflib.get_close_matches(brief(name), PRESETS, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise ValueError(f"encoder.preset: {quoted(name)} is not one of {', '.join(PRESETS)}.{hint}")
+        raise ValueError(f"encoder.preset: {not_one_of(name, PRESETS)}")
     return dict(PRESETS[name])
 
 

@@ -6,7 +6,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import Annotated, Literal
 
 from sslvit.files import brief, expand_path
-from sslvit.settings.choices import Arg, checked
+from sslvit.settings.choices import Arg, check_bounds, checked
 from sslvit.settings.protocols import PROTOCOL_CHOICE, LogregSettings, ProtocolSettings
 
 Pooling = Literal["class", "mean", "class+mean", "attention"]
@@ -57,9 +57,9 @@ class ForwardPasses:
     """Device of the encoder and of what is fitted; auto is a GPU where there is one."""
 
     def __post_init__(self) -> None:
-        check_least(self, batch=1, workers=0, layer=1, blocks=1, seeds=1, seed=0, draws=1, labels_per_class=1)
-        if not 0 <= self.max_unreadable_fraction < 1:
-            raise ValueError(f"--max-unreadable-fraction {self.max_unreadable_fraction}: must be in [0, 1).")
+        check_bounds(self, "--", "0 or more", "workers", "seed")
+        check_bounds(self, "--", "1 or more", "batch", "layer", "blocks", "seeds", "draws", "labels_per_class")
+        check_bounds(self, "--", "in [0, 1)", "max_unreadable_fraction")
 
 
 @dataclass(kw_only=True)
@@ -119,11 +119,3 @@ class ProbeSettings(FewLabels, KNNSettings):
             raise ValueError("--labels-per-class 1: the strength is chosen on held-out labels; use 2 or more.")
         if self.labels_percent is not None and not 0 < self.labels_percent < 100:
             raise ValueError(f"--labels-percent {self.labels_percent:g}: must be in (0, 100).")
-
-
-def check_least(settings: object, **least: int) -> None:
-    """Raise ValueError on the first option, of those that there are, that is below its least value."""
-    for key, minimum in least.items():
-        value = getattr(settings, key, None)
-        if value is not None and value < minimum:
-            raise ValueError(f"--{key.replace('_', '-')} {value}: must be {minimum} or more.")

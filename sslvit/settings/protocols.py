@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from sslvit.files import brief
-from sslvit.settings.choices import Choice, checked
+from sslvit.settings.choices import Choice, check_bounds, checked
 
 
 @dataclass
@@ -60,18 +60,12 @@ class SGDProbeSettings(ProtocolSettings):
     """Take new crops in every epoch, each a pass through the encoder; false takes one pass over center crops."""
 
     def __post_init__(self) -> None:
-        if self.batch < 2:
-            raise ValueError(f"--protocol.batch {self.batch}: must be 2 or more.")
-        for key in ("momentum", "flip"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise ValueError(f"--protocol.{key} {getattr(self, key)}: must be in [0, 1].")
-        if not 0 < self.fraction <= 1:
-            raise ValueError(f"--protocol.fraction {self.fraction}: must be in (0, 1].")
+        check_bounds(self, "--protocol.", "2 or more", "batch")
+        check_bounds(self, "--protocol.", "in [0, 1]", "momentum", "flip")
+        check_bounds(self, "--protocol.", "in (0, 1]", "fraction")
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError(f"--protocol.scale {brief(self.scale)}: must be [smallest, largest] fraction of the area.")
-        for key in ("epochs", "base_lr"):
-            if not 0 < getattr(self, key, 1) < float("inf"):
-                raise ValueError(f"--protocol.{key} {getattr(self, key)}: must be positive.")
+        check_bounds(self, "--protocol.", "positive", "epochs", "base_lr")
 
     def steps(self, per_epoch: int) -> int:
         """Number of steps, where an epoch has `per_epoch`."""
@@ -127,8 +121,7 @@ class DINOProbeSettings(SGDProbeSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.blocks is not None and self.blocks < 1:
-            raise ValueError(f"--protocol.blocks {self.blocks}: must be 1 or more.")
+        check_bounds(self, "--protocol.", "1 or more", "blocks")
 
     def steps(self, per_epoch: int) -> int:
         """Steps of all epochs."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sslvit.settings.choices import check_bounds
+
 MIN_TEMPERATURE = 0.001  # below, the likeliest color has all of the probability anyway
 
 
@@ -27,11 +29,8 @@ class SampleSettings:
             raise ValueError(
                 f"--temperature {self.temperature}: must be 0, or {MIN_TEMPERATURE} or more (1: the model as it is)."
             )
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"--top-k {self.top_k}: must be 1 or more.")
+        check_bounds(self, "--", "1 or more", "top_k")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top-p {self.top_p}: must be in (0, 1]; 1 for all colors.")
-        if self.seed < 0:
-            raise ValueError(f"--seed {self.seed}: must be 0 or more.")
-        if self.batch < 1:
-            raise ValueError(f"--batch {self.batch}: must be 1 or more.")
+        check_bounds(self, "--", "0 or more", "seed")
+        check_bounds(self, "--", "1 or more", "batch")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from sslvit.files import expand_path
-from sslvit.settings.choices import checked
+from sslvit.settings.choices import check_bounds, checked
 from sslvit.settings.task import TaskSettings
 
 
@@ -38,18 +38,11 @@ class SupervisedSettings(TaskSettings):
 
     def __post_init__(self) -> None:
         self.val = self.val and expand_path(self.val)
-        if self.classes is not None and self.classes < 2:
-            raise ValueError(f"task.classes: {self.classes} must be 2 or more.")
-        if self.validate_every is not None and self.validate_every < 1:
-            raise ValueError(f"task.validate_every: {self.validate_every} must be 1 or more.")
-        if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"task.layer_decay: {self.layer_decay} must be in (0, 1].")
-        for key in ("smoothing", "erase"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise ValueError(f"task.{key}: {getattr(self, key)} must be in [0, 1].")
-        for key in ("mixup", "cutmix"):
-            if not 0 <= getattr(self, key) < float("inf"):
-                raise ValueError(f"task.{key}: {getattr(self, key)} must be 0 or more.")
+        check_bounds(self, "task.", "2 or more", "classes")
+        check_bounds(self, "task.", "1 or more", "validate_every")
+        check_bounds(self, "task.", "in (0, 1]", "layer_decay")
+        check_bounds(self, "task.", "in [0, 1]", "smoothing", "erase")
+        check_bounds(self, "task.", "0 or more", "mixup", "cutmix")
 
     def check_micro_batch(self, micro: int) -> None:
         """Raise ValueError where there is no second image to mix with."""

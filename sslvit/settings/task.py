@@ -11,14 +11,7 @@ class TaskSettings:
     name: str
 
     def fitted(self, images: int, global_batch_size: int, total_steps: int, classes: int | None = None) -> Self:
-        """The same with every null replaced by what suits the job; here there are none.
-
-        Args:
-            images: in the data set.
-            global_batch_size: images per optimizer step.
-            total_steps: of the run.
-            classes: of the data set; None where it has no labels.
-        """
+        """The same with every null replaced by what suits the job; here there are none."""
         return self
 
     def check_micro_batch(self, micro: int) -> None:
@@ -27,8 +20,7 @@ class TaskSettings:
     def remedy(self, sign: str, rate: str) -> str:
         """Which knob to turn when training has failed; a task with knobs of its own names them.
 
-        Args:
-            sign: what is seen: even (all prototypes alike) or one prototype (train/health.py).
-            rate: the rate's key and value, in words.
+        The sign is even (all prototypes alike) or one prototype (train/health.py); the rate is its key and value, in
+        words.
         """
         return f"Lower {rate}, or raise data.global_batch_size."

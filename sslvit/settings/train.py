@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from sslvit.settings.choices import checked
+from sslvit.settings.choices import check_bounds, checked
 
 
 @dataclass
@@ -67,10 +67,8 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         counts = ("devices", "nodes", "log_every", "checkpoint_every", "keep_last", "keep_every", "skip_limit")
-        for key in ("epochs", "steps", "micro_batch_size", "threads", "timeout_seconds", "peak_tflops", *counts):
-            value = getattr(self, key)
-            if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"train.{key}: {value} must be positive.")
+        more = ("epochs", "steps", "micro_batch_size", "threads", "timeout_seconds", "peak_tflops")
+        check_bounds(self, "train.", "positive", *more, *counts)
         if self.keep_every is not None and self.keep_every % self.checkpoint_every:
             often = self.checkpoint_every
             raise ValueError(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, is_dataclass
 from typing import Literal, cast
 
 from sslvit.files import brief
-from sslvit.settings.choices import Choice, checked, import_object
+from sslvit.settings.choices import Choice, check_bounds, checked, import_object
 
 MAX_MAGNITUDE = 10  # of RandAugment's operations
 MAX_GLOBAL_SCALE = 16.0  # times its area that a crop may be larger than the image
@@ -157,9 +157,7 @@ class MultiCropSettings:
                 )
             for value in values:
                 check_probability(key, value)
-        for key in ("brightness", "contrast", "saturation"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise ValueError(f"data.view.{key}: {getattr(self, key)} must be in [0, 1].")
+        check_bounds(self, "data.view.", "in [0, 1]", "brightness", "contrast", "saturation")
         if not 0 <= self.hue <= 0.5:
             raise ValueError(f"data.view.hue: {self.hue} must be in [0, 0.5].")
         if self.local_crops < 0 or self.local_size < 1:
@@ -196,12 +194,10 @@ class AugmentSettings:
         check_range("ratio", self.ratio)
         check_probability("flip", self.flip)
         check_probability("probability", self.probability)
-        if self.operations < 0:
-            raise ValueError(f"data.view.operations: {self.operations} must be 0 or more.")
+        check_bounds(self, "data.view.", "0 or more", "operations")
         if not 0 <= self.magnitude <= MAX_MAGNITUDE:
             raise ValueError(f"data.view.magnitude: {self.magnitude} must be in [0, {MAX_MAGNITUDE}].")
-        if not 0 <= self.magnitude_std < float("inf"):
-            raise ValueError(f"data.view.magnitude_std: {self.magnitude_std} must be 0 or more.")
+        check_bounds(self, "data.view.", "0 or more", "magnitude_std")
 
 
 ViewSettings = AugmentSettings | CropSettings | SquareSettings | CenterSettings | CanvasSettings | MultiCropSettings

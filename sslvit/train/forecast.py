@@ -183,7 +183,7 @@ def example(settings: RunSettings, count: int = FEW) -> Batch:
     """Some images as the task would get them."""
     views = Views(settings.data.view, settings.encoder.image_size, settings.encoder.interpolation).specs()
     numbers = torch.zeros(count, dtype=torch.long)
-    images = [torch.zeros(count, settings.encoder.channels, *view.size) for view in views]
+    images = [torch.zeros(count, settings.encoder.channels, *size) for size, _ in views]
     return Batch(images, numbers, numbers, torch.ones(count, dtype=torch.bool), numbers)
 
 

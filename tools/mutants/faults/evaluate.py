@@ -48,10 +48,10 @@ FAULTS = [
           "values = values.sub_(mean).div_(scale)", "test_probes.py"),
     fault("Features are not standardized", "linear.py", "values = (values - mean) / scale",
           "mean, scale = torch.zeros_like(mean), torch.ones_like(scale)", "test_probes.py"),
-    fault("Folds do not depend on the seed", "linear.py", 'generator(seed, label, "folds")',
-          'generator(0, label, "folds")', "test_probes.py", "test_probe_table.py"),
-    fault("Draws of labels do not depend on the seed", "linear.py", 'generator(seed, label, "draw")',
-          'generator(0, label, "draw")', "test_probes.py", "test_probe_table.py"),
+    fault("Folds do not depend on the seed", "linear.py", 'shuffled_classes(labels, seed, "folds")',
+          'shuffled_classes(labels, 0, "folds")', "test_probes.py", "test_probe_table.py"),
+    fault("Draws of labels do not depend on the seed", "linear.py", 'shuffled_classes(labels, seed, "draw")',
+          'shuffled_classes(labels, 0, "draw")', "test_probes.py", "test_probe_table.py"),
     fault("Labels are drawn with one class's count for all", "linear.py",
           "count = per_class or round(len(members) * (percent or 0) / 100)",
           "count = per_class or round(len(labels) * (percent or 0) / 100 / int(labels.max() + 1))", "test_probes.py"),
@@ -198,9 +198,8 @@ FAULTS = [
     fault("Health ignores its seed", "label_free.py", "readouts, replace(PAIR), epoch, seed)",
           "readouts, replace(PAIR), epoch, 0)", "test_label_free.py"),
     # attention
-    fault("Embeddings ignore the chosen block", "embed.py", "source.features_at(normalized_view(piece, settings, "
-          "source.device), readouts)", "source.features_at(normalized_view(piece, settings, source.device), "
-          "[(settings.depth, p) for _, p in readouts])", "test_embed.py"),
+    fault("Embeddings are of the last block alone", "embed.py", "table.at(readouts)", "table.at(readouts[-1:])",
+          "test_embed.py"),
     fault("Keys of embeddings are those of the first images", "embed.py",
           "keys = np.array([index.key(number) for number in numbers])",
           "keys = np.array([index.key(number) for number in range(len(numbers))])", "test_unreadable.py"),

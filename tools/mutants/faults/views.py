@@ -476,8 +476,8 @@ FAULTS = [
     Fault(
         "Crops' ratio is the default one",
         "sslvit/data/views.py",
-        "return [ViewSpec(size, random_crops(settings.scale, settings.ratio, settings.flip))]",
-        "return [ViewSpec(size, random_crops(settings.scale, [3 / 4, 4 / 3], settings.flip))]",
+        "return [(size, random_crops(settings.scale, settings.ratio, settings.flip))]",
+        "return [(size, random_crops(settings.scale, [3 / 4, 4 / 3], settings.flip))]",
         (
             "tests/data/test_views.py",
             "tests/data/test_resample.py",
@@ -486,8 +486,8 @@ FAULTS = [
     Fault(
         "Crops' flip is a half",
         "sslvit/data/views.py",
-        "return [ViewSpec(size, random_crops(settings.scale, settings.ratio, settings.flip))]",
-        "return [ViewSpec(size, random_crops(settings.scale, settings.ratio, 0.5))]",
+        "return [(size, random_crops(settings.scale, settings.ratio, settings.flip))]",
+        "return [(size, random_crops(settings.scale, settings.ratio, 0.5))]",
         (
             "tests/data/test_views.py",
             "tests/data/test_resample.py",
