@@ -1,7 +1,7 @@
-"""DINO's crops: one forward pass per resolution, as training does it, against all crops packed into one.
+"""DINO's crops: one forward pass per resolution, as in training, against all crops packed into one.
 
 Packed, the tokens of all crops lie in one matrix for the linear maps and norms; attention runs per resolution. Both
-give the same numbers. Prints the ratio of their times for a forward and backward pass, the two taking turns.
+give the same numbers. Prints the ratio of their times for a forward and backward pass, measured in turns.
 
     python tools/benchmarks/crops.py dino/vit_small_in1k_100 --batch 2
     python tools/benchmarks/crops.py dino/vit_small_in1k_100 --batch 64 --device cuda --bf16

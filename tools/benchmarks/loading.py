@@ -1,4 +1,4 @@
-"""How fast images become batches, against what people use otherwise; the tables of docs/data.md.
+"""Throughput of data loading, beside common alternatives; the tables of docs/data.md.
 
     python tools/benchmarks/loading.py decode PHOTOS     JPEG decoders
     python tools/benchmarks/loading.py views PHOTOS      MAE's and DINO's views against ImageFolder + PIL + torchvision
@@ -6,7 +6,7 @@
     python tools/benchmarks/loading.py index             start and resume at 1,000,000,000 samples on 4,096 ranks
 
 PHOTOS and IMAGES are image folders. Contestants take turns in one process on one core (`small`: on all cores), and
-each one's best round counts.
+the best round of each counts.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""What sequences of pixels cost: sampling with and without kept keys and values, training by side, quantizing.
+"""The cost of pixel sequences: sampling with and without a KV cache, training by image size, quantizing.
 
     python tools/benchmarks/pixels.py sampling      16 images of 32 x 32
     python tools/benchmarks/pixels.py training      one image of 8 x 8 to 64 x 64, forward and backward
     python tools/benchmarks/pixels.py quantizing    palette indices beside a training step
 
-Without the kept state a pixel costs a pass over all pixels before it. That is timed at every 64th place and summed over
-all, since timing each would take hours; with it, the whole sampling is timed. Nothing else should run meanwhile.
+Without the cache, a pixel costs a pass over all pixels before it. That is timed at every 64th position and summed over
+all, since timing each would take hours; with the cache, all of sampling is timed. Nothing else should run meanwhile.
 """
 
 from __future__ import annotations

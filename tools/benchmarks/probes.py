@@ -1,9 +1,9 @@
-"""How long heads take to fit, features given: logistic regression beside scikit-learn's, a grid of heads beside one.
+"""The time to fit heads on given features: logistic regression beside scikit-learn's, a grid of heads beside one.
 
     python tools/benchmarks/probes.py [--threads 1] [--images 50000] [--width 192]
 
-Features are random, correlated as an encoder's are and partly separable, so nothing has to be downloaded. Ratios mean
-something; seconds are this machine's.
+Features are random, correlated as an encoder's are and partly separable, so nothing has to be downloaded. The ratios
+matter; the seconds are those of one machine.
 """
 
 from __future__ import annotations

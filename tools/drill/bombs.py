@@ -1,4 +1,4 @@
-"""Small files that promise, or unpack to, gigabytes; each bomb lies in a folder and names the commands that meet it."""
+"""Small files that promise, or unpack to, gigabytes; each in a folder, with the commands that meet it."""
 
 from __future__ import annotations
 

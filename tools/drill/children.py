@@ -1,4 +1,4 @@
-"""Processes that are forked when everything is imported: a command starts in milliseconds and can be killed at will."""
+"""Processes forked after all imports: a command starts in milliseconds and can be killed at any moment."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The drill: everything that can stop, damage or attack a job, tried again and again, and what came of it.
+"""The drill: everything that can stop, damage or attack a job, tried again and again, with a report.
 
     python tools/drill/drill.py                                  every kind, ten minutes
-    python tools/drill/drill.py kill fuzz --seconds 60 --seed 7  some kinds, another draw
+    python tools/drill/drill.py kill fuzz --seconds 60 --seed 7  some kinds, another seed
     python tools/drill/drill.py fuzz:tar fuzz:jpeg               some parts of a kind
     python tools/drill/drill.py fuzz --seed 7 --only tar-12.44   one trial again, as a failure names it
 
@@ -10,11 +10,11 @@
     starts       two processes on one folder at once
     disk         a disk that fills up in the middle
     fuzz         damaged files of every kind that is read
-    hostile      files that want to run, write elsewhere, fill the memory or forge the screen
-    network      a server that cuts, drips, lies and redirects
+    hostile      files that try to run code, write elsewhere, fill the memory or forge the screen
+    network      a server that disconnects, stalls, lies and redirects
     concurrency  one to four ranks with up to three workers each
 
-It prints what was promised, how often that was tried and how often it failed, writes the same as report.json and
+It prints what is guaranteed, how often that was tried and how often it failed, writes the same as report.json and
 report.md, and ends with exit code 1 if anything failed. Linux only; a small disk is a tmpfs for root, otherwise a limit
 on the length of files.
 """

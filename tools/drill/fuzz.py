@@ -1,7 +1,7 @@
 """Damaged files of every kind that is read: only documented errors come out, in one line, soon, in little memory.
 
 A trial is a forked child that takes damaged inputs for about a second; each has its own random stream, so a failure
-is repeated alone by its number (tar-12.44). A child that dies or hangs costs one input, which is a failure.
+can be repeated alone by its number (tar-12.44). A child that dies or hangs costs one input, which is a failure.
 """
 
 from __future__ import annotations

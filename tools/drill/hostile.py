@@ -1,6 +1,6 @@
-"""Files that want to run, to write elsewhere, to fill the memory or to forge the screen: none of them does.
+"""Files that try to run code, write elsewhere, fill the memory or forge the screen: none of them succeeds.
 
-Each trial works in in/; beside it lies outside/, which nobody may read, write or make anything in.
+Each trial works in in/; beside it lies outside/, in which nothing may be read, written or made.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""kill -9 at random moments: what was made before is whole, and the next start comes to the same end."""
+"""kill -9 at random moments: earlier files are complete, and the next start ends with the same result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the trials work on: small shards, tiny runs of each task that nothing stopped, encoders, images."""
+"""What the trials work on: small shards, tiny uninterrupted runs of each task, encoders, images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A server that cuts, drips, lies, never ends or sends elsewhere: what arrives is whole, or the error says what is."""
+"""A server that disconnects, stalls, lies, sends endlessly or redirects: complete files, or an error with the cause."""
 
 from __future__ import annotations
 

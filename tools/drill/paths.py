@@ -1,4 +1,4 @@
-"""Files that name places outside of their folder, and the commands that meet those names."""
+"""Files that name paths outside of their folder, and the commands that meet those names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names that would forge lines of the screen, or come alive in a table that somebody opens."""
+"""Names that would forge lines of output, or act as formulas or markup in a table that somebody opens."""
 
 from __future__ import annotations
 

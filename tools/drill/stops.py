@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1 at random moments, from the first line of the command on: exit code 75, and the run goes on."""
+"""SIGTERM and SIGUSR1 at random moments, from the first line of the command on: exit code 75, and it resumes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trials: what is promised, how often it was tried, what went wrong and how to repeat it."""
+"""Trials: what is guaranteed, how often it was tried, what went wrong and how to repeat it."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""Put plausible silent faults into a copy of the code, one at a time, and see whether a test fails.
+"""Put plausible silent faults into a copy of the code, one at a time, and check that a test fails.
 
-    python tools/mutants/run.py                      # all rooms, some hours on two cores
-    python tools/mutants/run.py --rooms data tasks   # faults of some rooms (the files of tools/mutants/faults/)
+    python tools/mutants/run.py                        # all rooms, some hours on two cores
+    python tools/mutants/run.py --rooms data_io tasks  # faults of some rooms (the files of tools/mutants/faults/)
     python tools/mutants/run.py --only "kNN" -o runs/mutants.json
-    python tools/mutants/run.py --sample 60 --seed 1 # a random part of them
+    python tools/mutants/run.py --sample 60 --seed 1   # a random part of them
 
 The tests that the faults name are run once without a fault first, and must pass. The exit status is 1 if a fault
-survived that has no reason to, if its text no longer stands in the code exactly once, or if its tests fail anyway.
+survived without a stated reason, if its text does not occur in the code exactly once, or if its tests fail anyway.
 """
 
 from __future__ import annotations

@@ -2,12 +2,12 @@
 
     sudo python tools/two_hosts/two_hosts.py SHARDS OUT [--config mae/digits] [--key value ...]
 
-trains over the cable with gloo, each host reading its own rank's share of every batch, and hands out the exit codes of
-both. What may go wrong on a network can be brought about:
+trains over the cable with gloo, each host reading its own rank's slice of every batch, and returns the exit codes of
+both. Failures of a network can be simulated:
 
     --kill STEP            kill everything on the second host once it has logged this step
-    --cut STEP             pull the cable
-    --slow STEP --rate R   from then on let R through, such as 20kbit
+    --cut STEP             disconnect the cable
+    --slow STEP --rate R   limit the bandwidth to R from then on, such as 20kbit
 
 Needs Linux, root, `ip` and `tc` (iproute2). Nothing outside of the two namespaces is touched, and both are removed at
 the end, whatever happens.

@@ -1,4 +1,4 @@
-"""Plausible silent faults, room by room: each gives other numbers without an error, and a test must see it."""
+"""Plausible silent faults, room by room: each changes numbers without an error, and a test must notice it."""
 
 from __future__ import annotations
 

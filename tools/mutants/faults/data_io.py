@@ -1,4 +1,4 @@
-"""Faults between a file and the bytes of a sample: packing, indices, reading, the network, the order of the data."""
+"""Faults between a file and the bytes of a sample: packing, indexes, reading, the network, the order of the data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults in scores: what is fitted, chosen, counted and kept."""
+"""Faults in scores: what is fitted, selected, counted and stored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults in tasks: what a step draws, what its loss counts, how weights move."""
+"""Faults in tasks: what a step samples, what its loss averages, how weights move."""
 
 from __future__ import annotations
 
