@@ -207,9 +207,9 @@ def test_a_step_of_any_encoder_on_a_gpu_can_be_repeated(name: str, fake_cuda: No
         encoder.pool(encoder(images)).square().sum().backward()
         assert encoder.blocks[0].mlp.fc1.weight.grad.device == GPU
         with torch.no_grad():
-            encoder.features_at(images, [(1, "mean"), (2, "mean")])
-            encoder.patch_features(images)
-            list(encoder.intermediates(images, [2], attention=True))
+            encoder.layers(images, [1, 2])
+            encoder.features(images)
+            [found.patch_map() for found in encoder.intermediates(images, [2], attention=True)]
 
 
 @pytest.mark.parametrize("positions", ["learned_1d", "learned_2d", "sincos_1d", "rotary_2d", "relative_bias"])

@@ -83,7 +83,8 @@ class ShardDataModule(pl.LightningDataModule):
             # a data set in memory has no decoding to spread over processes, but changing image by image is work
             is_light = reader.decoded is not None and not isinstance(self.settings.view, AugmentSettings)
             workers = 0 if is_light else self.settings.workers
-            steps = run.total_steps if trainer.max_epochs == 1 else run.steps_per_epoch
+            is_one_pass = trainer.max_epochs == 1 and trainer.max_steps == run.total_steps
+            steps = run.total_steps if is_one_pass else run.steps_per_epoch
             order = _EpochOrder(trainer, steps * run.accumulation_steps, self.start_step * run.accumulation_steps)
         return DataLoader(
             batches, batch_size=None, sampler=order, pin_memory=is_gpu, num_workers=workers,

@@ -216,6 +216,11 @@ class Task(pl.LightningModule):
                 f"Trainer: {trainer.world_size} processes, but the run plan says {run.ranks}. Make RunPlan with "
                 f"ranks={trainer.world_size}."
             )
+        if trainer.gradient_clip_val is not None:
+            raise ValueError(
+                f"Trainer(gradient_clip_val={trainer.gradient_clip_val}): the task clips by its own settings. Set "
+                "OptimSettings.clip_grad instead."
+            )
         epochs = trainer.max_epochs or -1
         steps = trainer.max_steps if trainer.max_steps > 0 else epochs * run.steps_per_epoch
         if steps > run.total_steps or steps < 0:

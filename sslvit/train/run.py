@@ -165,7 +165,6 @@ def make_trainer(settings: RunSettings, folder: RunFolder, data: ShardDataModule
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            gradient_clip_val=settings.optim.clip_grad,
             plugins=plugins,
             callbacks=make_callbacks(settings, folder, data, clock),
             default_root_dir=folder.path,

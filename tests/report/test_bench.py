@@ -224,8 +224,11 @@ def test_two_benches_do_not_share_a_folder(files: dict, tmp_path: Path, capsys: 
         ({"columns": {"x": {"kind": "magic"}}}, "columns.x.kind: 'magic' is not one of linear, few, knn"),
         ({"columns": {"x": {"protocol": "best"}}}, "columns.x.protocol.name: 'best' is not one of logreg"),
         ({"columns": {"x": {"protocol": {"name": "mae", "epoch": 1}}}}, "columns.x.protocol.epoch: no such setting"),
-        ({"columns": {"x": {"neighbour": 3}}}, "columns.x.neighbour: no such setting. Did you mean neighbors?"),
-        ({"data": {"toy": {"train": "a"}}}, "data.toy: missing"),
+        (
+            {"columns": {"x": {"neighbour": 3}}},
+            "columns.x.neighbour: no such setting. Did you mean columns.x.neighbors?",
+        ),
+        ({"data": {"toy": {"train": "a"}}}, "data.toy.val: missing"),
         ({"baselines": ["none"]}, "baselines: none is not one of pixels, untrained, scratch"),
         ({"columns": {"x": {"kind": "finetune", "train.step": 3}}}, "columns.x: train.step: no such setting"),
         (

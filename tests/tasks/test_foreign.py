@@ -107,7 +107,6 @@ VIEW = """
 from dataclasses import dataclass
 import numpy as np
 from sslvit.data.resample import Boxes
-from sslvit.data.views import ViewSpec
 
 @dataclass
 class Corner:
@@ -119,7 +118,7 @@ class Corner:
         def boxes(uniform, heights, widths, size):
             zeros = np.zeros(len(heights))
             return Boxes(zeros, zeros, zeros + self.side, zeros + self.side, zeros > 0)
-        return [ViewSpec(size, boxes)]
+        return [(size, boxes)]
 
 def nothing():
     pass

@@ -23,6 +23,7 @@ PIXELS = {
     "causal": True,
 }  # fmt: skip
 BERT = {"causal": False, "mask_token": True}
+from sslvit.train.callbacks.health import measure
 
 
 def make(objective: str = "autoregressive", **changes) -> IGPT:
@@ -140,9 +141,10 @@ def test_the_health_check_compares_with_the_entropy_of_the_colors() -> None:
     task, batch = make(), batch_of(gray(4))
     assert task.compute(batch, 0).references == {}
     task.logs_features = True
-    counts = torch.bincount(task.encoder.patch_embed.indices(batch.views[0]).flatten()).double()
+    counts = torch.bincount(task.encoder.pixel_tokens.quantize(batch.views[0]).flatten()).double()
     expected = sum(-count / 64 * math.log(count / 64) for count in counts.tolist() if count)
-    assert float(task.compute(batch, 0).references["unigram_entropy"]) == pytest.approx(expected)
+    found = task.compute(batch, 0).references["color_counts"]
+    assert measure({"color_counts": found[None]})["unigram_entropy"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

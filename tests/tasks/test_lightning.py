@@ -180,6 +180,7 @@ def test_validation_loss_is_the_same_every_time_and_moves_nothing(shards: Path, 
         ({"accumulate_grad_batches": 2}, r"accumulate_grad_batches=2.*Set accumulate_grad_batches=1"),
         ({"max_epochs": 3}, r"6 steps, but the schedules end after 4.*max_steps=4"),
         ({"max_epochs": -1}, r"no end of steps"),
+        ({"gradient_clip_val": 1.0}, r"gradient_clip_val=1.0.*OptimSettings.clip_grad"),
     ],
 )
 def test_a_trainer_that_takes_other_steps_is_refused(options: dict, said: str, tmp_path: Path) -> None:
