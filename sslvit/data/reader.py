@@ -97,11 +97,7 @@ class ShardReader:
         _close_files(self.files)
 
     def header(self, content: bytes) -> Header:
-        """Return size and type of an image, which is upright or as stored, as the index says.
-
-        Raises:
-            BadImage: it is none, or too large.
-        """
+        """Return size and type of an image, which is upright or as stored, as the index says."""
         return read_header(content, self.max_pixels, self.index.orientation == "upright")
 
     def key(self, sample: int) -> str:

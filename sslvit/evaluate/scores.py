@@ -101,12 +101,12 @@ def format_table(rows: Scores, decimals: int = 1) -> str:
     return "\n".join(lines)
 
 
-def markdown_table(rows: Scores, decimals: int = 1) -> str:
+def markdown_table(rows: Scores) -> str:
     """A table in Markdown."""
     columns = columns_of(rows)
     titles = " | ".join(markdown_text(column) for column in columns)
     lines = [f"| | {titles} |", "|---" * (len(columns) + 1) + "|"]
     for name, scores in rows.items():
-        cells = [format_score(scores.get(column), decimals) for column in columns]
+        cells = [format_score(scores.get(column)) for column in columns]
         lines.append(f"| {markdown_text(name)} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -58,13 +58,6 @@ EXPORTERS: dict[str, Exporter] = {
 }  # fmt: skip
 
 
-def find_exporter(name: str) -> Exporter:
-    """The exporter of a format."""
-    if name not in EXPORTERS:
-        raise ValueError(f"--format {name}: not one of {', '.join(EXPORTERS)}.")
-    return EXPORTERS[name]
-
-
 def export_encoder(
     source: str | Path,
     out: str | Path,
@@ -99,7 +92,9 @@ def export_encoder(
         RuntimeError: What was written gives other outputs, or none; it stays in OUT.part, with the verdict.
     """
     out, files = Path(out), [Path(file) for file in scores]
-    exporter = find_exporter(kind)
+    if kind not in EXPORTERS:
+        raise ValueError(f"--format {kind}: not one of {', '.join(EXPORTERS)}.")
+    exporter = EXPORTERS[kind]
     destination.check(out, overwrite)
     known_scores(source, files)
     encoder = load_encoder(source, weights=weights, **overrides)

@@ -75,11 +75,7 @@ class Entry:
 
 
 class BenchRun:
-    """A run of one bench.
-
-    Raises:
-        ValueError: something in the settings that no cell could be measured with.
-    """
+    """A run of one bench."""
 
     def __init__(self, settings: BenchSettings) -> None:
         assert settings.out is not None  # BenchOptions fills it in
