@@ -13,7 +13,7 @@ from sslvit.settings.probe import Device, ForwardPasses
 from sslvit.settings.sample import SampleSettings
 
 if TYPE_CHECKING:
-    from sslvit.tasks.igpt import IGPT
+    from sslvit.models.igpt import IGPTModel
 
 
 @dataclass(kw_only=True)
@@ -105,7 +105,7 @@ def run_likelihood(options: LikelihoodOptions) -> None:
     report(options, text, rows)
 
 
-def load_task(options: PixelModel) -> IGPT:
+def load_task(options: PixelModel) -> IGPTModel:
     """An iGPT with its output matrix, on the device asked for."""
     from sslvit.environment import pick_device
     from sslvit.tasks.released import load_igpt

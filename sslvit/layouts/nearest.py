@@ -16,7 +16,7 @@ from sslvit.settings import EncoderSettings, preset
 if TYPE_CHECKING:
     from sslvit.layouts import Layout
 
-tiny = partial(EncoderSettings, image_size=4, patch=2, width=4, depth=1, heads=1)
+tiny = partial(EncoderSettings, image_size=[4, 4], patch=2, width=4, depth=1, heads=1)
 EXAMPLES = {  # of one block each; mae and dino have timm's names
     "timm": tiny(),
     "transformers": tiny(),

@@ -188,7 +188,7 @@ class BenchRun:
                 ]
         for name, encoders in self.encoders.items():
             rows[name] = [
-                Entry(lambda encoder=encoder: encoder, path, False, seed)
+                Entry(partial(lambda one: one, encoder), path, False, seed)
                 for encoder, path in zip(encoders, settings.encoders[name], strict=True)
                 for seed in (seeds if len(encoders) == 1 else seeds[:1])
             ]

@@ -10,7 +10,6 @@ import shutil
 import tarfile
 import time
 import zlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from sslvit.data.array_images import array_samples
 from sslvit.data.folders import folder_source
 from sslvit.data.index import ShardIndex
 from sslvit.data.pack import pack
-from sslvit.data.sources import Sample, hold_out
+from sslvit.data.sources import Samples, hold_out
 from sslvit.data.views import Views
 from sslvit.evaluate.layers import HELD_OUT, LayerTable, plot_layers, probe_layers
 from sslvit.evaluate.probe import LINEAR, ProbeTable, probe
@@ -219,7 +218,7 @@ def pack_cifar10(folder: Path, archive: str | None, download: Path) -> ShardInde
     return _packed(train, folder / "train", found.classes)
 
 
-def _packed(samples: Sequence[Sample], folder: Path, classes: list[str]) -> ShardIndex:
+def _packed(samples: Samples, folder: Path, classes: list[str]) -> ShardIndex:
     """Pack all samples on this machine."""
     index = pack(samples, folder, classes)
     assert index is not None  # only one of several machines that pack together has none

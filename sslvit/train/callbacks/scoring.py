@@ -16,7 +16,8 @@ from dataclasses import asdict
 import pytorch_lightning as pl
 import torch
 
-from sslvit.data.index import Index, ShardIndex
+from sslvit.data.index import ShardIndex
+from sslvit.data.mixture import Index
 from sslvit.data.open import open_shards
 from sslvit.evaluate.classify import Accuracy, accuracy
 from sslvit.evaluate.features import FeatureExtractor
