@@ -4,8 +4,7 @@
     index.npy    one record per sample: where its image starts in its shard, its length, its label
 
 With it, any sample is one read by offset, an epoch's length is known before it starts, and nothing is scanned.
-index.json is a superset of the _info.json that timm reads, which is written beside it. What readers ask of an index
-(Index) and its main implementation stand together, hence the length of this file.
+index.json is a superset of the _info.json that timm reads, which is written beside it.
 """
 
 from __future__ import annotations
@@ -53,50 +52,6 @@ class Cache(Protocol):
 
     def path_of(self, address: str, sha256: str | None = None) -> Path:
         """Return where a file is kept, whether or not it is here."""
-
-
-class Index(Protocol):
-    """A data set whose samples are read by number: one set of shards, or several joined; see ShardIndex."""
-
-    location: str
-    shards: list[Shard]
-    classes: list[str] | None
-    channels: int
-    bits: int
-    mean: list[float]
-    std: list[float]
-    image_size: list[int] | None
-    orientation: str
-
-    @property
-    def is_remote(self) -> bool:
-        """Whether any shard has to come from the network."""
-
-    def __len__(self) -> int: ...
-
-    def locate(self, sample: int) -> tuple[int, int, int]:
-        """Return the number of the shard, and offset and length of the sample's image in it."""
-
-    def shard_path(self, shard: int) -> Path:
-        """Return the shard's file on this machine; one from the network is fetched first."""
-
-    def fetch_if_free(self, shard: int) -> bool:
-        """Fetch a shard ahead of its use; False if another process or thread is fetching it."""
-
-    def key(self, sample: int) -> str:
-        """Return a sample's readable name."""
-
-    def labels_of(self, samples: np.ndarray) -> np.ndarray:
-        """Return class numbers; ValueError for unlabeled data."""
-
-    def missing_shards(self) -> dict[int, str]:
-        """Return local shards that are missing or have another length, by number, with the problem."""
-
-    def shard_label(self, shard: int) -> str:
-        """Return a shard's readable name."""
-
-    def fingerprint(self) -> str:
-        """Return a short name of the exact bytes of all shards."""
 
 
 @dataclass

@@ -13,7 +13,8 @@ from sslvit import rng
 from sslvit.data.batch import Batch
 from sslvit.data.decode import decode, reduction_for
 from sslvit.data.header import BadImage
-from sslvit.data.plan import EvaluationBatches, Plan
+from sslvit.data.mixture import Plan
+from sslvit.data.plan import EvaluationBatches
 from sslvit.data.reader import ImageReader, MemoryReader, ShardReader
 from sslvit.data.resample import normalize
 from sslvit.data.views import Views, jitter_views

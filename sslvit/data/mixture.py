@@ -113,6 +113,9 @@ class JoinedIndex:
         return number, int(sample - self.first_sample[number])
 
 
+Index = ShardIndex | JoinedIndex  # a data set whose samples are read by number
+
+
 class MixturePlan:
     """A fixed fraction of every batch for each source, and each source its own order and epochs.
 
@@ -170,6 +173,9 @@ class MixturePlan:
         before = np.bincount(self.source_of_row[:start], minlength=len(self.plans))
         rows = np.bincount(self.source_of_row[start:stop], minlength=len(self.plans))
         return [(i, plan, int(before[i]), int(before[i] + rows[i])) for i, plan in enumerate(self.plans) if rows[i]]
+
+
+Plan = EpochPlan | MixturePlan  # which samples make up each batch
 
 
 def split_by_weight(weights: Sequence[float], global_batch_size: int) -> list[int]:

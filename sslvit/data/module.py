@@ -10,10 +10,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sslvit.data.batch import Batch
-from sslvit.data.index import Index
 from sslvit.data.loader import TrainingBatches, encoder_views, evaluation_loader, make_batch, normalize_view
+from sslvit.data.mixture import Index, Plan
 from sslvit.data.open import open_data, open_shards
-from sslvit.data.plan import Plan
 from sslvit.data.reader import ShardReader
 from sslvit.data.stream import StreamBatches, StreamIndex
 from sslvit.data.views import Views, jitter_views

@@ -15,10 +15,10 @@ from braceexpand import braceexpand
 from filelock import FileLock
 
 from sslvit.data.header import BadImage
-from sslvit.data.index import Index, ShardIndex, load_index, read_index, unlisted_warning
-from sslvit.data.mixture import JoinedIndex, MixturePlan, split_by_weight
+from sslvit.data.index import ShardIndex, load_index, read_index, unlisted_warning
+from sslvit.data.mixture import Index, JoinedIndex, MixturePlan, Plan, split_by_weight
 from sslvit.data.open_folder import open_image_folder
-from sslvit.data.plan import EpochPlan, Plan
+from sslvit.data.plan import EpochPlan
 from sslvit.data.records import CHECKED_BYTES, RECORD, is_url, sha256_of
 from sslvit.data.remote import ShardCache
 from sslvit.data.scan import index_names, index_shards

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 
@@ -22,34 +21,6 @@ from sslvit import rng
 
 FULL_PERMUTATION_SAMPLES = 1_000_000  # sets up to this size are permuted as a whole
 LANES = 64
-
-
-class Plan(Protocol):
-    """What the loader asks of an order."""
-
-    samples: int
-    global_batch_size: int
-    seed: int
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Whole batches in one epoch."""
-
-    @property
-    def dropped_per_epoch(self) -> int:
-        """Samples left over at the end of each epoch; others in each."""
-
-    def batch(self, step: int, start: int = 0, stop: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Return sample numbers and epochs of rows start to stop of global batch `step`, counted over the whole run."""
-
-    def shards_near(self, step: int, start: int = 0, stop: int | None = None) -> list[int]:
-        """Return the shards that these rows read at this step, then those of the windows that follow."""
-
-    def shards_at_once(self, start: int = 0, stop: int | None = None) -> int:
-        """Return how many shards these rows need within reach at any time."""
-
-    def identity(self) -> dict[str, int | str]:
-        """Return everything that decides the order; a run can resume only with the same."""
 
 
 class EpochPlan:

@@ -11,7 +11,6 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from sslvit.data.decode import Scratch, decode_pixels
 from sslvit.data.header import BadImage, Header, read_header
-from sslvit.data.index import Index
+from sslvit.data.mixture import Index
 from sslvit.data.parallel import in_parallel
 from sslvit.data.resample import SMALL_SIDE
 from sslvit.files import REMEDIES, WriteError, printable
@@ -97,11 +96,7 @@ class ShardReader:
         _close_files(self.files)
 
     def header(self, content: bytes) -> Header:
-        """Return size and type of an image, which is upright or as stored, as the index says.
-
-        Raises:
-            BadImage: it is none, or too large.
-        """
+        """Return size and type of an image, which is upright or as stored, as the index says."""
         return read_header(content, self.max_pixels, self.index.orientation == "upright")
 
     def key(self, sample: int) -> str:
@@ -234,29 +229,6 @@ class _Prefetcher:
         return shard
 
 
-class ImageReader(Protocol):
-    """What a batch is made from: the encoded images of a data set, by sample number."""
-
-    channels: int
-    bits: int
-    scratch: Scratch
-
-    def read(self, sample: int) -> bytes:
-        """Return the encoded image; BadImage if it cannot be read."""
-
-    def header(self, content: bytes) -> Header:
-        """Return size and type of an encoded image; BadImage if it is none, or too large."""
-
-    def key(self, sample: int) -> str:
-        """Return a sample's readable name."""
-
-    def labels_of(self, samples: np.ndarray) -> np.ndarray | None:
-        """Return class numbers, or None for unlabeled data."""
-
-    def decoded_images(self, samples: np.ndarray) -> tuple[Tensor, dict[int, str]] | None:
-        """Return images 'b c h w' and the reason for unreadable ones by row; None if they are not kept decoded."""
-
-
 class MemoryReader:
     """Encoded images that are here already (key and bytes by sample number), in the place of a ShardReader."""
 
@@ -282,3 +254,6 @@ class MemoryReader:
 
     def decoded_images(self, samples: np.ndarray) -> None:
         """Return no decoded images."""
+
+
+ImageReader = ShardReader | MemoryReader  # what a batch is made from

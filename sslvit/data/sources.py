@@ -6,7 +6,7 @@ import builtins
 import hashlib
 import io
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, SupportsIndex
 
@@ -53,14 +53,6 @@ class Sample:
     def read(self) -> builtins.bytes:
         """Return the encoded image."""
         return self.source.read(self.item)
-
-
-class Samples(Protocol):
-    """Samples in their order: a list or a SampleTable."""
-
-    def __len__(self) -> int: ...
-    def __iter__(self) -> Iterator[Sample]: ...
-    def __getitem__(self, number: SupportsIndex, /) -> Sample: ...
 
 
 class Texts:
@@ -124,6 +116,9 @@ class SampleTable:
             int(item) if isinstance(item, np.integer) else item, int(self.labels[number]), int(self.bytes[number]),
             int(self.modified_ns[number]),
         )  # fmt: skip
+
+
+Samples = Sequence[Sample] | SampleTable  # in their order
 
 
 class FileImages:

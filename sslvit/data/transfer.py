@@ -123,11 +123,7 @@ class RemoteFile:
             self._reject(f"{total} bytes")
 
     def _check_version(self, version: dict[str, str], is_more: bool, start: int) -> None:
-        """Remember the version of a first answer; one that goes on has to be of the same.
-
-        Raises:
-            TryAgain: it is of another version, or there is no telling.
-        """
+        """Remember the version of a first answer; one that goes on has to be of the same."""
         if is_more and self.version:
             common = self.version.keys() & version.keys()
             if not common or any(self.version[key] != version[key] for key in common):

@@ -97,11 +97,7 @@ def save_report(folder: Path, number: int, report: ShardReport) -> None:
 
 
 def load_report(folder: Path, number: int) -> ShardReport | None:
-    """The report of a finished shard.
-
-    Raises:
-        ValueError: it is damaged, or of another shard.
-    """
+    """The report of a finished shard."""
     path = folder / f"shard-{number:06d}.json"
     if not path.exists():
         return None
@@ -114,11 +110,7 @@ def load_report(folder: Path, number: int) -> ShardReport | None:
 
 
 def load_job(folder: Path) -> dict[str, Any]:
-    """What an unfinished packing has decided.
-
-    Raises:
-        ValueError: it is damaged.
-    """
+    """What an unfinished packing has decided."""
     path = folder / "job.json"
     try:
         job = checked_job(parse_json(path.read_bytes()), PackSettings)

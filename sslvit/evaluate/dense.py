@@ -123,11 +123,7 @@ def segment(
 
 
 def check_masks(train: MaskedImages, val: MaskedImages, of_train: MaskSummary, of_val: MaskSummary) -> None:
-    """Refuse masks that nothing can be fitted on, or that cannot be scored.
-
-    Raises:
-        ValueError: too few labeled images or classes, or classes of `val` that are not in `train`.
-    """
+    """Refuse masks that nothing can be fitted on, or that cannot be scored."""
     if len(of_train.labeled) < 2:
         raise ValueError(
             f"{train.folder}: {len(of_train.labeled)} of {len(train)} images have labeled pixels in the encoder's "

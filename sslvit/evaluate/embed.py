@@ -30,11 +30,7 @@ class Embeddings:
     classes: list[str]
 
     def save(self, file: Path) -> None:
-        """Write an .npz of features, keys and, where there are labels, labels and classes; whole or not at all.
-
-        Raises:
-            WriteError: the disk is full or cannot be written to.
-        """
+        """Write an .npz of features, keys and, where there are labels, labels and classes; whole or not at all."""
         arrays: dict[str, np.ndarray] = {"features": self.features, "keys": self.keys}
         if self.labels is not None:
             arrays |= {"labels": self.labels, "classes": np.array(self.classes)}

@@ -108,11 +108,7 @@ class FeatureExtractor:
 
 
 def check_finite(table: FeatureTable | None, data: LabeledSet) -> None:
-    """Refuse, on all ranks, features that are not finite; the first rank passes its table, the others None.
-
-    Raises:
-        NoScore: a feature is not finite.
-    """
+    """Refuse, on all ranks, features that are not finite; the first rank passes its table, the others None."""
     columns = {} if table is None else table.columns
     broken = [readout for readout, values in columns.items() if not values.isfinite().all()]
     broken = broadcast_from_rank0(broken)

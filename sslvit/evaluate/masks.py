@@ -129,11 +129,7 @@ class MaskSummary:
 
 
 def summarize_masks(data: MaskedImages, settings: EncoderSettings) -> MaskSummary:
-    """Read every image and mask once, so that all are known to be readable.
-
-    Raises:
-        ValueError: an image or a mask cannot be read, or their sizes differ.
-    """
+    """Read every image and mask once, so that all are known to be readable."""
     classes: set[int] = set()
     labeled, seen, total = [], 0, 0
     for number in track(range(len(data)), "reading masks", len(data)):

@@ -94,11 +94,7 @@ def choose_readouts(source: Source, settings: ProbeSettings) -> list[Readout]:
 
 
 def check_readouts(source: Source, settings: ProbeSettings) -> None:
-    """Refuse, before any pass, layers and poolings that the source does not have.
-
-    Raises:
-        ValueError: the source does not have them, or the protocol decides an option itself.
-    """
+    """Refuse, before any pass, layers and poolings that the source does not have."""
     choose_readouts(source, settings)
     match settings.protocol:
         case (DINOProbeSettings() | DINOv2ProbeSettings()) as protocol if settings.blocks != 1:

@@ -19,11 +19,7 @@ def markdown_text(text: object) -> str:
     """Untrusted text as one line of Markdown, in which nothing is a tag, a link, mathematics or a cell's edge."""
     line = html.escape(printable(text, MAX_CHARACTERS), quote=False)
     line = MARKDOWN_SIGNS.sub(lambda sign: f"\\{sign[0]}", line)
-    return MARKDOWN_STARTS.sub(lambda start: f"{start[1]}{_as_entity(start[2])}", line)
-
-
-def _as_entity(sign: str) -> str:
-    return f"&#{ord(sign[0])};{sign[1:]}"
+    return MARKDOWN_STARTS.sub(lambda start: f"{start[1]}&#{ord(start[2][0])};{start[2][1:]}", line)
 
 
 def html_text(text: object) -> str:
@@ -101,12 +97,12 @@ def format_table(rows: Scores, decimals: int = 1) -> str:
     return "\n".join(lines)
 
 
-def markdown_table(rows: Scores, decimals: int = 1) -> str:
+def markdown_table(rows: Scores) -> str:
     """A table in Markdown."""
     columns = columns_of(rows)
     titles = " | ".join(markdown_text(column) for column in columns)
     lines = [f"| | {titles} |", "|---" * (len(columns) + 1) + "|"]
     for name, scores in rows.items():
-        cells = [format_score(scores.get(column), decimals) for column in columns]
+        cells = [format_score(scores.get(column)) for column in columns]
         lines.append(f"| {markdown_text(name)} | {' | '.join(cells)} |")
     return "\n".join(lines)

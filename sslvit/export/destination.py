@@ -29,11 +29,7 @@ def is_write_failure(error: BaseException) -> bool:
 
 @contextmanager
 def complete_or_removed(part: Path) -> Iterator[None]:
-    """Remove a folder if the disk fails, or the process is told to stop, while the block writes it.
-
-    Raises:
-        WriteError: The disk is full or cannot be written to.
-    """
+    """Remove a folder if the disk fails, or the process is told to stop, while the block writes it."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:

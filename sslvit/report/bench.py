@@ -75,11 +75,7 @@ class Entry:
 
 
 class BenchRun:
-    """A run of one bench.
-
-    Raises:
-        ValueError: something in the settings that no cell could be measured with.
-    """
+    """A run of one bench."""
 
     def __init__(self, settings: BenchSettings) -> None:
         assert settings.out is not None  # BenchOptions fills it in
@@ -192,7 +188,7 @@ class BenchRun:
                 ]
         for name, encoders in self.encoders.items():
             rows[name] = [
-                Entry(lambda encoder=encoder: encoder, path, False, seed)
+                Entry(partial(lambda one: one, encoder), path, False, seed)
                 for encoder, path in zip(encoders, settings.encoders[name], strict=True)
                 for seed in (seeds if len(encoders) == 1 else seeds[:1])
             ]

@@ -27,11 +27,7 @@ PRESETS |= {
 
 
 def preset_values(name: str) -> dict[str, Any]:
-    """The settings that a name stands for.
-
-    Raises:
-        ValueError: an unknown name.
-    """
+    """The settings that a name stands for."""
     if not isinstance(name, str) or name not in PRESETS:
         raise ValueError(f"encoder.preset: {not_one_of(name, PRESETS)}")
     return dict(PRESETS[name])

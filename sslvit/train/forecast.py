@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from sslvit.data.batch import Batch
-from sslvit.data.index import Index
+from sslvit.data.mixture import Index
 from sslvit.data.stream import StreamIndex
 from sslvit.data.views import Views
 from sslvit.figures import plot_curves

@@ -15,7 +15,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from sslvit import __version__
-from sslvit.data.index import Index
+from sslvit.data.mixture import Index
 from sslvit.data.stream import StreamIndex
 from sslvit.environment import require_packages
 from sslvit.files import write_atomically

@@ -12,10 +12,9 @@ import torch
 
 from sslvit.compatibility import check_same, settings_from
 from sslvit.data.header import MODES
-from sslvit.data.index import Index
+from sslvit.data.mixture import Index, Plan
 from sslvit.data.module import ShardDataModule
 from sslvit.data.open import check_present
-from sslvit.data.plan import Plan
 from sslvit.data.stream import StreamIndex
 from sslvit.run_plan import RunPlan, split_batch
 from sslvit.settings import RunSettings

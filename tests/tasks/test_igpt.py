@@ -16,6 +16,7 @@ from sslvit.settings import EncoderSettings, IGPTSettings, OptimSettings
 from sslvit.settings.palette import check_palette
 from sslvit.tasks.igpt import IGPT
 from sslvit.tasks.released import load_igpt
+from sslvit.train.callbacks.health import measure
 
 PIXELS = {
     "image_size": 4, "channels": 1, "mean": [0.5], "std": [0.5], "tokens": "pixel", "patch": 1, "width": 32, "depth": 2,
@@ -23,7 +24,6 @@ PIXELS = {
     "causal": True,
 }  # fmt: skip
 BERT = {"causal": False, "mask_token": True}
-from sslvit.train.callbacks.health import measure
 
 
 def make(objective: str = "autoregressive", **changes) -> IGPT:

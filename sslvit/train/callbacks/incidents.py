@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import save_file
 
 from sslvit.data.batch import Batch
-from sslvit.data.index import Index
 from sslvit.data.loader import TrainingBatches
+from sslvit.data.mixture import Index
 from sslvit.data.module import ShardDataModule
 from sslvit.data.stream import StreamIndex
 from sslvit.files import new_file, to_json, write_atomically

@@ -8,8 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from sslvit.data.batch import Batch
-from sslvit.data.index import Index
-from sslvit.data.plan import Plan
+from sslvit.data.mixture import Index, Plan
 from sslvit.data.stream import StreamIndex
 from sslvit.files import to_json, write_atomically
 from sslvit.ranks import said_by_all

@@ -17,7 +17,8 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from sslvit.data.index import Index, ShardIndex
+from sslvit.data.index import ShardIndex
+from sslvit.data.mixture import Index
 from sslvit.data.open import open_shards
 from sslvit.data.stream import StreamIndex
 from sslvit.evaluate.classify import Accuracy, accuracy

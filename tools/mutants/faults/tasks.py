@@ -162,7 +162,11 @@ FAULTS = [
         ("tests/optim/test_optim.py", *OF_STEPS),
     ),
     Fault(
-        "AdamW's averages are not the recipe's", BASE, "betas=tuple(self.optim.betas)", "betas=(0.9, 0.95)", OF_STEPS
+        "AdamW's averages are not the recipe's",
+        BASE,
+        "first, second = self.optim.betas",
+        "first, second = 0.9, 0.95",
+        OF_STEPS,
     ),
     Fault(
         "The smallest rate is ignored",
