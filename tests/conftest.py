@@ -12,7 +12,9 @@ from pathlib import Path
 from jaxtyping import install_import_hook
 
 sys.path.insert(0, str(Path(__file__).parent))
-install_import_hook(["sslvit.models", "sslvit.tasks", "sslvit.palette", "sslvit.evaluate"], "beartype.beartype")
+# every file whose signatures name shapes
+SHAPED = ["data.pixels", "evaluate", "export.exported", "models", "palette", "tasks"]
+install_import_hook([f"sslvit.{name}" for name in SHAPED], "beartype.beartype")
 
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="sslvit-tests-")  # of other processes that tests start, too
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], True)

@@ -523,7 +523,7 @@ def test_json_is_all_that_is_printed_and_quiet_leaves_out_messages(capsys, photo
     plan = ["plan", "--config", "mae/digits", "--images", "100", "--data.global_batch_size", "4"]
     assert main([*plan, "--json"]) == 0
     found = capsys.readouterr()
-    assert json.loads(found.out)["global_batch_size"] == 4
+    assert json.loads(found.out)["run"]["global_batch_size"] == 4
     assert main([*plan, "--quiet"]) == 0
     assert "parameters" in capsys.readouterr().out  # the result is no message
     assert main(["settings", "--json"]) == 0

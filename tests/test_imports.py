@@ -83,3 +83,14 @@ def test_lazy_names_exist() -> None:
         assert getattr(sslvit, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'MEA'"):
         _ = sslvit.MEA
+
+
+def test_shapes_are_checked_in_every_file_that_names_them() -> None:
+    tree = ast.parse((PACKAGE.parent / "tests" / "conftest.py").read_text())
+    (listed,) = [
+        node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SHAPED"
+    ]
+    named = [path for path in PACKAGE.rglob("*.py") if "from jaxtyping import" in path.read_text()]
+    modules = {".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in named}
+    assert modules
+    assert not [module for module in modules if not module.startswith(tuple(ast.literal_eval(listed)))]
