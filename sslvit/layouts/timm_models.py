@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sslvit.environment import require_packages
 from sslvit.files import printable, quoted
 from sslvit.layouts.preprocessing import from_timm
 from sslvit.layouts.timm import to_sslvit
@@ -106,10 +107,9 @@ def _pooling(name: str, global_pool: str, has_class: bool, changes: dict[str, An
 
 
 def _import_timm(name: str) -> ModuleType:
-    try:
-        import timm
-    except ImportError as error:
-        raise ImportError(f"timm:{name} needs timm. Install it: pip install 'sslvit[timm]'") from error
+    require_packages(f"timm:{name}", "sslvit[timm]", "timm")
+    import timm
+
     return timm
 
 

@@ -622,7 +622,7 @@ def test_unknown_preset_lists_the_known_ones() -> None:
         ({"pos_embed": "rotary_2d", "width": 60, "heads": 10}, "multiples of 4"),
         ({"mean": [0.5]}, "1 values for 3 channels"),
         ({"feature_layer": 13}, r"outside 1\.\.12"),
-        ({"image_size": [1, 2, 3]}, "not one side or"),
+        ({"image_size": [1, 2, 3]}, "must be one side or"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(changes: dict, message: str) -> None:
