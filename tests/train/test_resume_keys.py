@@ -54,6 +54,7 @@ UNFELT = {
     "online.neighbors": 3, "online.train": "copy", "online.val": "copy",
 }  # fmt: skip
 FELT = {
+    "train.epochs": 3.0,  # said last, it takes the place of train.steps
     "encoder.interpolation": "bicubic", "encoder.dropout": 0.3, "encoder.drop_path": 0.4, "data.view.kind": "square",
     "data.view.scale": [0.2, 0.3], "data.view.ratio": [0.5, 2.0], "data.view.flip": 0.9, "data.resolutions": [4],
     "optim.base_lr": 0.01, "optim.min_lr": 0.02, "optim.warmup_epochs": 2.0, "optim.weight_decay": 0.9,
@@ -70,7 +71,7 @@ REFUSED_VALUES = {
     "encoder.prefix_positions": "none", "encoder.class_token": False, "encoder.registers": 1,
     "encoder.mask_token": True, "encoder.final_norm": False, "encoder.fc_norm": True,
     "encoder.init": "normal", "data.mixture": "copy", "data.global_batch_size": 6,
-    "data.fit_normalization": True, "data.lanes": 2, "optim.betas": [0.8, 0.9], "train.epochs": 3.0, "seed": 1,
+    "data.fit_normalization": True, "data.lanes": 2, "optim.betas": [0.8, 0.9], "seed": 1,
     "init": "copy", "task.target": "normalized", "task.decoder_width": 32, "task.decoder_depth": 2,
     "task.decoder_heads": 4, "task.decoder_mlp_ratio": 2.0,
 }  # fmt: skip
