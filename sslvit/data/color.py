@@ -40,6 +40,7 @@ def sample_colors(settings: MultiCropSettings, view: int, key: tuple[int, int], 
         key: seed and epoch.
         samples: their numbers.
     """
+    # the spelling is part of the key: another one would be other random numbers
     uniform = rng.uniform((*key, f"colour {view}"), samples, 10)
     kind = min(view, 2)  # first global crop, second one, local crops
     is_changed = uniform[:, 0] < settings.jitter

@@ -43,7 +43,7 @@ class DINOHead(nn.Module):
     """MLP, a bottleneck of length one, and the prototypes (section 3.2, "Network architecture"; appendix C).
 
     Args:
-        width: of the encoder.
+        width: Channels of an encoder token.
         settings: layers, widths and prototypes.
     """
 

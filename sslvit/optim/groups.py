@@ -55,7 +55,7 @@ def layer_decay_groups(
 
     Args:
         named: parameters under the encoder's names; all others count as behind it.
-        depth: of the encoder.
+        depth: Number of the encoder's blocks.
         weight_decay: of matrices.
         layer_decay: rate of a layer over that of the one behind it.
     """

@@ -18,9 +18,10 @@ class TaskSettings:
         """Raise ValueError where a task needs more images side by side."""
 
     def remedy(self, sign: str, rate: str) -> str:
-        """Which knob to turn when training has failed; a task with knobs of its own names them.
+        """Which setting to change when training has failed.
 
-        The sign is even (all prototypes alike) or one prototype (train/health.py); the rate is its key and value, in
-        words.
+        Args:
+            sign: Name of the symptom: even (all prototypes alike) or one prototype (tasks/dino.py).
+            rate: Key and value of the learning rate, in words.
         """
         return f"Lower {rate}, or raise data.global_batch_size."

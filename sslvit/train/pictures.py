@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 IMAGES = 8
 LARGER = 2  # times the training resolution
 MASS = 0.6  # of the attention, in the masks
-MOST_HEADS = 16  # shown
+MAX_HEADS = 16  # one row of the picture each
 
 
 def draw_pictures(folder: RunFolder, task: Task, data: ShardDataModule) -> None:
@@ -65,7 +65,7 @@ def attention_rows(encoder: ViTEncoder, images: Tensor) -> tuple[list[str], list
     mean = maps.mean(1, keepdim=True)
     pixels = encoder.to_display(images).numpy()
     titles, rows = [f"input\n{images.shape[2]} x {images.shape[3]}"], [pixels]
-    for head in range(min(maps.shape[1], MOST_HEADS)):
+    for head in range(min(maps.shape[1], MAX_HEADS)):
         titles.append(f"head {head + 1}")
         rows.append(overlay_heat(pixels, maps[:, head].numpy()))
     titles += ["mean of heads", f"{MASS:.0%} of it"]

@@ -15,9 +15,9 @@ class Checkpoints(StepCallback):
     """Writes checkpoints/last.ckpt every so many optimizer steps and after the last one, and keeps some by their step.
 
     Args:
-        folder: of the run.
+        folder: The run's folder.
         settings: how often, and which are kept.
-        total_steps: of the run.
+        total_steps: Number of optimizer steps in the run.
     """
 
     def __init__(self, folder: RunFolder, settings: TrainSettings, total_steps: int) -> None:

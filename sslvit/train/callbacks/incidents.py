@@ -35,7 +35,7 @@ class Incidents(StepCallback):
     """Counts skipped steps, and ends a run that does nothing but skip.
 
     Args:
-        folder: of the run.
+        folder: The run's folder.
         index: names the samples.
         limit: steps skipped in a row that end the run.
     """

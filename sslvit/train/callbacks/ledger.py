@@ -15,7 +15,7 @@ from sslvit.ranks import said_by_all
 from sslvit.train.callbacks.base import StepCallback
 from sslvit.train.folder import RunFolder, append_lines
 
-ROWS_THAT_SAY_MUCH = 100  # unreadable ones from which on their share of what was read counts
+ROWS_THAT_SAY_MUCH = 100  # unreadable ones from which on their fraction of what was read counts
 STEPS_BETWEEN_COUNTS = 50  # with several ranks: how often they add up their unreadable samples
 
 
@@ -23,11 +23,11 @@ class Ledger(StepCallback):
     """Counts what was read, names what could not be, and stops the run when that is too much.
 
     Args:
-        folder: of the run.
-        index: turns sample numbers into names.
-        plan: of the run.
-        limit: largest share of unreadable samples.
-        writes_keys: also write down the name of every sample that this rank reads.
+        folder: The run's folder.
+        index: Turns sample numbers into names.
+        plan: The order of the data.
+        limit: Largest fraction of unreadable samples.
+        writes_keys: Also write down the name of every sample that this rank reads.
     """
 
     def __init__(

@@ -25,9 +25,9 @@ class Preemption(StepCallback):
     """Stops the run at the next step boundary after a signal.
 
     Args:
-        folder: of the run.
-        total_steps: of the run; after the last one there is nothing to stop.
-        timeout_seconds: how long to wait for the other ranks.
+        folder: The run's folder.
+        total_steps: Number of optimizer steps in the run; after the last one there is nothing to stop.
+        timeout_seconds: How long to wait for the other ranks.
     """
 
     def __init__(self, folder: RunFolder, total_steps: int, timeout_seconds: float) -> None:

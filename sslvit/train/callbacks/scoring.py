@@ -58,7 +58,7 @@ class ScoringCallback(StepCallback):
     Args:
         every: steps between two looks; None for the last step alone.
         log_every: steps between two lines.
-        total_steps: of the run.
+        total_steps: Number of optimizer steps in the run.
     """
 
     def __init__(self, every: int | None, log_every: int, total_steps: int) -> None:
