@@ -9,7 +9,6 @@ import logging
 import math
 import os
 import reprlib
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,18 +65,19 @@ class WriteError(OSError):
 
 
 @contextmanager
-def new_file(path: str | Path, sync: bool = True) -> Iterator[Path]:
+def new_file(path: str | Path, sync: bool = True, part: Path | None = None) -> Iterator[Path]:
     """A file to write beside `path`, which takes its place when the block ends, or is removed if that fails.
 
     Args:
         path: Destination; what is there before stays until the new file is whole.
         sync: wait until the disk has it, so that it survives a power cut.
+        part: The file to write, for a path that one process writes; by default one of this process.
 
     Raises:
         WriteError: the disk is full or cannot be written to.
     """
     path = Path(path)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = part or path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.touch()
@@ -212,11 +212,6 @@ def _existing(path: str) -> str:
     while not os.path.exists(path):
         path = os.path.dirname(path) or "."
     return path
-
-
-def free_bytes(folder: str | Path) -> int:
-    """Room on the disk of a folder that exists, or will."""
-    return shutil.disk_usage(_existing(str(folder))).free
 
 
 def is_disk_error(error: BaseException) -> bool:

@@ -8,7 +8,6 @@ A checkpoint of ranks that each hold everything is one file. Both are read by `r
 
 from __future__ import annotations
 
-import os
 import shutil
 import threading
 import time
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from sslvit.files import WriteError, new_file
 from sslvit.stopping import RankLost
 from sslvit.weight_files import ChecksumWriter, check_checksum, read_torch_file
 
@@ -58,7 +58,9 @@ def shard_like(full: Tensor, like: DTensor) -> DTensor:
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: Path, last: Path | None = None) -> None:
-    """Write a file under another name, sync it and rename it, so that it is complete or absent.
+    """Write a file that is complete or absent.
+
+    Its part has one name, so that the next writer, on whatever machine, writes over what a killed one has left.
 
     Args:
         checkpoint: The content.
@@ -68,25 +70,15 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path, last: Path | None =
     Raises:
         RuntimeError: The disk is full or cannot be written to; the previous checkpoint is untouched.
     """
-    part = path.with_suffix(".part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
+        with new_file(path, part=path.with_suffix(".part")) as part, open(part, "wb") as file:
             writer = ChecksumWriter(file)
             torch.save(checkpoint, writer)  # type: ignore[arg-type]  # it needs no more than write and flush
             writer.append_checksum()
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name too survives a power cut
-        finally:
-            os.close(folder)
     except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
-        part.unlink(missing_ok=True)
         before = "The checkpoint before it is whole" if (last or path).exists() else "There is none before it"
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        cause = error.__cause__ if isinstance(error, WriteError) else error
+        reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause).splitlines()[0]
         raise RuntimeError(
             f"{path}: the checkpoint of step {checkpoint.get('global_step')} could not be written ({reason}). "
             f"{before}; make room, then --resume."

@@ -9,6 +9,7 @@ import shutil
 import tarfile
 import time
 import zlib
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,7 @@ def demo(
 
 def split_changes(recipes: dict[str, str], changes: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """For each task, the changes that its recipe has keys for, and those that no recipe has (presets; or a mistake)."""
-    known = {task: by_dotted_key(load_recipe(recipe).as_dict()) for task, recipe in recipes.items()}
+    known = {task: by_dotted_key(asdict(load_recipe(recipe))) for task, recipe in recipes.items()}
     everywhere = [key for key in changes if not any(key in keys for keys in known.values())]
     return {
         task: {key: value for key, value in changes.items() if key in keys or key in everywhere}

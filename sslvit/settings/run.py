@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from sslvit.files import brief, expand_path
@@ -70,7 +70,3 @@ class RunSettings:
         self.init = self.init and expand_path(self.init)
         if self.seed < 0:
             raise ValueError(f"seed: {self.seed} must be 0 or more.")
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists, strings and numbers, as YAML and checkpoints take them."""
-        return asdict(self)

@@ -6,6 +6,7 @@ import platform
 import shlex
 import sys
 import uuid
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def describe_run(settings: RunSettings, index: Index | StreamIndex) -> dict[str,
     data = {"location": index.location, "images": len(index), "fingerprint": index.fingerprint()}
     versions = {name: metadata.version(name) for name in ("torch", "torchvision", "pytorch-lightning", "numpy")}
     versions |= {"sslvit": __version__, "python": platform.python_version()}
-    return {**settings.as_dict(), "data_set": data, "versions": versions, "command": shlex.join(sys.argv)}
+    return {**asdict(settings), "data_set": data, "versions": versions, "command": shlex.join(sys.argv)}
 
 
 def log_numbers(trainer: pl.Trainer, numbers: dict[str, float], step: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,7 @@ def resolve_defaults(
     if data.global_batch_size != settings.data.global_batch_size:
         check_machine(fitted)
     if earlier is not None:
-        before, requested = by_dotted_key(earlier.read_config()), by_dotted_key(settings.as_dict())
+        before, requested = by_dotted_key(earlier.read_config()), by_dotted_key(asdict(settings))
 
         def as_before(name: str, section: Any) -> Any:
             was_open = {key: before.get(f"{name}.{key}") for key in vars(section) if requested[f"{name}.{key}"] is None}
@@ -136,7 +136,7 @@ def resolve_defaults(
 
 def describe_resolved(requested: RunSettings, settings: RunSettings, run: RunPlan) -> list[str]:
     """What was null or did not fit and is resolved now, as "task.out_dim 256"."""
-    before, after = by_dotted_key(requested.as_dict()), by_dotted_key(settings.as_dict())
+    before, after = by_dotted_key(asdict(requested)), by_dotted_key(asdict(settings))
     found = []
     for key, value in after.items():
         if before[key] == value or key in ("data.fit_batch", "data.fit_normalization"):
@@ -202,7 +202,7 @@ def check_resumed(
         moved = [len(group["params"]) for group in content["optimizer_states"][0]["param_groups"]]
     except (KeyError, TypeError) as error:
         raise ValueError(f"--resume: {folder.path} is not a run of sslvit that can go on ({error}).") from error
-    old, new = by_dotted_key(folder.read_config()), by_dotted_key(settings.as_dict())
+    old, new = by_dotted_key(folder.read_config()), by_dotted_key(asdict(settings))
     check_changes(old, new)
     check_same(settings_from(trained, checkpoint), settings.encoder, str(checkpoint))
     data.load_state_dict(position)

@@ -7,6 +7,7 @@ import logging
 import signal
 import warnings
 from contextlib import nullcontext
+from dataclasses import asdict
 from typing import Any
 
 import pytorch_lightning as pl
@@ -98,7 +99,7 @@ def _pretrain(settings: RunSettings, folder: RunFolder, is_first: bool, goes_on:
         compile_blocks(task)
     trainer = make_trainer(settings, folder, data)
     if is_first:
-        folder.start(settings.as_dict(), goes_on)
+        folder.start(asdict(settings), goes_on)
         trainer.loggers = make_loggers(settings, folder, index)
         _announce(settings, data, task, trainer)
         if resolved := describe_resolved(requested, settings, run):
@@ -202,7 +203,7 @@ def _finish(settings: RunSettings, folder: RunFolder, data: ShardDataModule, tas
     provenance = {
         "sslvit": __version__, "task": settings.task.name, "step": trainer.global_step,
         "data": {"shards": index.location, "samples": len(index), "fingerprint": index.fingerprint()},
-        "settings": settings.as_dict(),
+        "settings": asdict(settings),
     }  # fmt: skip
     if task.trained_encoder is not task.encoder:
         provenance["weights"] = "teacher"
