@@ -70,7 +70,7 @@ def is_first_rank() -> bool:
 
 
 def broadcast_from_rank0(value: Any) -> Any:
-    """What the first rank says, on each of them."""
+    """The first rank's value, on each of them."""
     if not is_distributed():
         return value
     said = [value]
@@ -78,8 +78,8 @@ def broadcast_from_rank0(value: Any) -> Any:
     return said[0]
 
 
-def said_by_all(value: Any) -> list[Any]:
-    """What each rank says, in their order, on each of them."""
+def all_gather_objects(value: Any) -> list[Any]:
+    """The values of all ranks in rank order, on each of them."""
     if not is_distributed():
         return [value]
     said: list[Any] = [None] * world_size()

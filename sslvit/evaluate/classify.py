@@ -11,7 +11,7 @@ from torch import Tensor
 from sslvit.data.loader import evaluation_loader, normalized_view
 from sslvit.evaluate.features import labels_of
 from sslvit.evaluate.sources import LabeledSet, NoScore
-from sslvit.ranks import all_gather, all_reduce_sum, rank, said_by_all, world_size
+from sslvit.ranks import all_gather, all_gather_objects, all_reduce_sum, rank, world_size
 from sslvit.settings import EncoderSettings
 
 TOP_K = 5
@@ -55,7 +55,7 @@ def accuracy(
         is_right = likeliest == labels_of(piece)[piece.valid][:, None]
         counts += torch.tensor([is_right[:, 0].sum(), is_right.any(1).sum(), len(is_right)])
     data.account_for(torch.cat(samples), bad)
-    if not all(said_by_all(is_finite)):
+    if not all(all_gather_objects(is_finite)):
         raise NoScore(
             f"the classifier's logits are not finite on {data.index.location}: the weights are broken. Has the run "
             "diverged (health.json)?"

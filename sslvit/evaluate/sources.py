@@ -19,7 +19,7 @@ from sslvit.data.index import ShardIndex
 from sslvit.data.reader import ShardReader
 from sslvit.files import printable
 from sslvit.models import ViTEncoder
-from sslvit.ranks import is_first_rank, said_by_all
+from sslvit.ranks import all_gather_objects, is_first_rank
 from sslvit.settings import EncoderSettings
 
 logger = logging.getLogger(__name__)
@@ -220,7 +220,7 @@ class LabeledSet:
             NoScore: too many could not be read, or others than in an earlier pass.
         """
         used = np.sort(np.asarray(used))
-        bad = {key: reason for one in said_by_all(bad) for key, reason in one.items()}
+        bad = {key: reason for one in all_gather_objects(bad) for key, reason in one.items()}
         example = "".join(f", e.g. {printable(key)}: {printable(reason)}" for key, reason in list(bad.items())[:1])
         if self._used is None:
             missing = len(self.samples) - len(used)

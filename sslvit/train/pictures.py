@@ -23,7 +23,7 @@ MASS = 0.6  # of the attention, in the masks
 MAX_HEADS = 16  # one row of the picture each
 
 
-def draw_pictures(folder: RunFolder, task: Task, data: ShardDataModule) -> None:
+def plot_pictures(folder: RunFolder, task: Task, data: ShardDataModule) -> None:
     """Draw them all from the first images of the data set; the task is left on the CPU."""
     metrics = folder.read_metrics()
     steps = [line["step"] for line in metrics]

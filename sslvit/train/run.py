@@ -30,7 +30,7 @@ from sslvit.train.callbacks import make_callbacks
 from sslvit.train.checkpoint_io import AtomicCheckpointIO
 from sslvit.train.folder import RunFolder
 from sslvit.train.loggers import log_pictures, make_loggers
-from sslvit.train.pictures import draw_pictures
+from sslvit.train.pictures import plot_pictures
 from sslvit.train.prepare import (
     check_data,
     check_machine,
@@ -212,7 +212,7 @@ def _finish(settings: RunSettings, folder: RunFolder, data: ShardDataModule, tas
         classes = {"classes": json.dumps(index.classes)}
         with new_file(folder.encoder / HEAD) as part:
             save_file({key: value.cpu().contiguous() for key, value in extra.items()}, part, classes)
-    draw_pictures(folder, task, data)
+    plot_pictures(folder, task, data)
     log_pictures(trainer, folder.figures, trainer.global_step)
     logger.info(f"encoder in {folder.encoder}, figures in {folder.figures}")
 

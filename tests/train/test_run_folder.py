@@ -73,7 +73,7 @@ def test_a_run_holds_its_folder_to_the_end_of_its_pictures(shards: Path, tmp_pat
             pass
         tried.append(True)
 
-    monkeypatch.setattr(run_module, "draw_pictures", draw)
+    monkeypatch.setattr(run_module, "plot_pictures", draw)
     folder = run(shards, tmp_path / "run", **{"train.steps": 2})
     assert tried == [True]
     assert not (folder.path / ".lock").exists()
@@ -520,7 +520,7 @@ def test_a_signal_while_modules_are_imported_is_heard(tmp_path: Path, monkeypatc
 
 
 def test_a_signal_while_figures_are_drawn_says_that_all_is_kept(shards: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(run_module, "draw_pictures", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(run_module, "plot_pictures", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Preempted, match="received SIGTERM after the last step; --resume draws the figures"):
         run(shards, tmp_path / "run", **{"train.steps": 2})
     assert RunFolder(tmp_path / "run").goes_on

@@ -11,7 +11,7 @@ from sslvit.data.batch import Batch
 from sslvit.data.mixture import Index, Plan
 from sslvit.data.stream import StreamIndex
 from sslvit.files import to_json, write_atomically
-from sslvit.ranks import said_by_all
+from sslvit.ranks import all_gather_objects
 from sslvit.train.callbacks.base import StepCallback
 from sslvit.train.folder import RunFolder, append_lines
 
@@ -68,14 +68,14 @@ class Ledger(StepCallback):
 
     def check(self, trainer: pl.Trainer) -> None:
         """End the run if too much is unreadable, of the data set or of what was read so far."""
-        bad = self.exchange()
-        rows = sum(entry["times"] for entry in bad.values())
+        unreadable = self.exchange()
+        rows = sum(entry["times"] for entry in unreadable.values())
         is_much = rows >= ROWS_THAT_SAY_MUCH and rows > self.limit * self.step * self.plan.global_batch_size
-        if is_much or len(bad) > (max(1, self.limit * len(self.index)) if self.limit else 0):
+        if is_much or len(unreadable) > (max(1, self.limit * len(self.index)) if self.limit else 0):
             self.save(trainer)
-            first = next(iter(bad.values()))
+            first = next(iter(unreadable.values()))
             raise RuntimeError(
-                f"{len(bad)} unreadable samples are more than data.max_unreadable_fraction ({self.limit:.1%} "
+                f"{len(unreadable)} unreadable samples are more than data.max_unreadable_fraction ({self.limit:.1%} "
                 f"of {len(self.index)} in all, or of the {self.step * self.plan.global_batch_size} read so far); "
                 f"the first: {first['key']}: {first['reason']}. All are in {self.folder.ledger}."
             )
@@ -83,7 +83,7 @@ class Ledger(StepCallback):
     def exchange(self) -> dict[str, dict[str, Any]]:
         """Unreadable samples of the whole run, by key; all ranks call it."""
         merged = {key: dict(entry) for key, entry in self.earlier.items()}
-        for entries in said_by_all(self.own):
+        for entries in all_gather_objects(self.own):
             for key, entry in entries.items():
                 before = merged.get(key, {"times": 0})["times"]
                 merged[key] = entry | {"times": entry["times"] + before}
@@ -96,13 +96,14 @@ class Ledger(StepCallback):
 
     def save(self, trainer: pl.Trainer) -> None:
         """Write ledger.json."""
-        bad = self.merged
+        unreadable = self.merged
         if trainer.is_global_zero:
             epochs = trainer.global_step // self.plan.steps_per_epoch
             content = {
                 "samples_read": trainer.global_step * self.plan.global_batch_size,
                 "dropped_per_epoch": self.plan.dropped_per_epoch, "epochs_finished": epochs,
-                "bad_by_reason": dict(Counter(entry["reason"] for entry in bad.values())), "bad": list(bad.values()),
+                "bad_by_reason": dict(Counter(entry["reason"] for entry in unreadable.values())),
+                "bad": list(unreadable.values()),
             }  # fmt: skip
             write_atomically(self.folder.ledger, to_json(content, indent=1) + "\n")
 

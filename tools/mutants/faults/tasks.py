@@ -764,9 +764,9 @@ FAULTS = [
     Fault(
         "Top-p cuts at the probabilities before the temperature",
         SAMPLING,
-        "ordered, order = shares.sort(dim=1, descending=True, stable=True)\n        parts = in_parts(ordered)",
-        "ordered, order = shares.sort(dim=1, descending=True, stable=True)\n"
-        "        parts = in_parts((logits * settings.temperature).softmax(1).gather(1, order))",
+        "ordered, order = probs.sort(dim=1, descending=True, stable=True)\n        units = in_units(ordered)",
+        "ordered, order = probs.sort(dim=1, descending=True, stable=True)\n"
+        "        units = in_units((logits * settings.temperature).softmax(1).gather(1, order))",
         OF_SAMPLING,
     ),
     Fault(
@@ -780,7 +780,7 @@ FAULTS = [
     Fault(
         "Top-p leaves out the color that reaches it",
         SAMPLING,
-        "parts.cumsum(1) - parts >=",
+        "units.cumsum(1) - units >=",
         "parts.cumsum(1) >=",
         OF_SAMPLING,
     ),
@@ -794,15 +794,15 @@ FAULTS = [
     Fault(
         "Every pixel of an image is drawn with one number",
         SAMPLING,
-        "sample_colors(shares, numbers[:, place])",
-        "sample_colors(shares, numbers[:, 0])",
+        "sample_colors(probs, numbers[:, position])",
+        "sample_colors(probs, numbers[:, 0])",
         OF_SAMPLING,
     ),
     Fault(
         "Every batch begins with the first image's draws",
         SAMPLING,
         "given.shape[1], numbers[piece],",
-        "given.shape[1], numbers[: len(drawn[piece])],",
+        "given.shape[1], numbers[: len(colors[piece])],",
         OF_SAMPLING,
     ),
     # ---- fine-tuning

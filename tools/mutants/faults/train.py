@@ -221,7 +221,7 @@ FAULTS = [
     Fault("Unreadable samples are counted once, however often they are met", LEDGERS,
           'entry["times"] + before', "max(entry[\"times\"], before)", (LEDGER,)),
     Fault("Unreadable samples of other ranks do not count", LEDGERS,
-          "in said_by_all(self.own):", "in [self.own]:", (LEDGER,)),
+          "in all_gather_objects(self.own):", "in [self.own]:", (LEDGER,)),
     Fault("Unreadable samples are forgotten at a resume", LEDGERS,
           "self.earlier.items()}", "{}.items()}", (LEDGER,)),
     Fault("A share of what was read is compared with one rank's step", LEDGERS,
