@@ -41,7 +41,7 @@ sslvit.files.write_error = lambda path, error: sslvit.files.WriteError("It did n
 sslvit.files.explain_os_error = lambda error: "It did not work."
 """),
     "an error that nobody promised": ("fuzz:png", """
-import sslvit.data.decode as module
+import sslvit.data.header as module
 whole = module.read_header
 def read_header(content, *more, **options):
     try:
