@@ -9,10 +9,15 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+if TYPE_CHECKING:  # settings and plans draw without torch
+    from torch import Tensor
+
 GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)
+MULTIPLIERS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 MAX_COLUMNS = 1 << 20
 
 
@@ -55,15 +60,51 @@ def uniform(key: tuple[int | str, ...], rows: np.ndarray, columns: int) -> np.nd
     Returns:
         float64, (len(rows), columns).
     """
-    if columns > MAX_COLUMNS:
-        raise ValueError(f"{columns} columns are more than a row of this table has ({MAX_COLUMNS}).")
-    start = _sequence(key).generate_state(1, np.uint64)[0]
+    start = _first_cell(key, columns)
     place = np.asarray(rows, np.uint64)[:, None] * np.uint64(MAX_COLUMNS) + np.arange(columns, dtype=np.uint64)
-    mixed = start + (place + np.uint64(1)) * GOLDEN_RATIO  # wraps around, as it should
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: np.ndarray = start + (place + np.uint64(1)) * GOLDEN_RATIO  # wraps around, as it should
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * MULTIPLIERS[0]
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * MULTIPLIERS[1]
     mixed ^= mixed >> np.uint64(31)
     return (mixed >> np.uint64(11)) * 2.0**-53
+
+
+def uniform_on(key: tuple[int | str, ...], rows: Tensor, columns: int) -> Tensor:
+    """The same numbers as `uniform`, made on the device of `rows`, so that nothing has to be sent there.
+
+    Args:
+        key: As of `uniform`.
+        rows: Row numbers, int64, 'b'.
+        columns: Numbers per row.
+
+    Returns:
+        float64, 'b columns'.
+    """
+    import torch
+
+    place = rows[:, None] * MAX_COLUMNS + torch.arange(1, columns + 1, device=rows.device)
+    mixed = place * _signed(GOLDEN_RATIO) + _signed(_first_cell(key, columns))  # wraps around, as in uint64
+    mixed = (mixed ^ _shifted(mixed, 30)) * _signed(MULTIPLIERS[0])
+    mixed = (mixed ^ _shifted(mixed, 27)) * _signed(MULTIPLIERS[1])
+    mixed = mixed ^ _shifted(mixed, 31)
+    return _shifted(mixed, 11).double() * 2.0**-53
+
+
+def _first_cell(key: tuple[int | str, ...], columns: int) -> np.uint64:
+    """The sequence's start for a key."""
+    if columns > MAX_COLUMNS:
+        raise ValueError(f"{columns} columns are more than a row of this table has ({MAX_COLUMNS}).")
+    return np.uint64(_sequence(key).generate_state(1, np.uint64)[0])
+
+
+def _signed(value: np.uint64) -> int:
+    """The int64 of the same bits: torch has no products of uint64."""
+    return int(value.astype(np.int64))
+
+
+def _shifted(values: Tensor, bits: int) -> Tensor:
+    """Shifted to the right with zeros coming in: that of int64 would repeat the sign."""
+    return (values >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _sequence(key: tuple[int | str, ...]) -> np.random.SeedSequence:

@@ -11,7 +11,9 @@ FakeTensorMode knows torch's own rules, but no values: see test_fake_cuda.py, wh
 from __future__ import annotations
 
 import importlib
+import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -44,6 +46,10 @@ NEVER_REPEATABLE = {
     "_upsample_bilinear2d_aa_backward", "_upsample_bicubic2d_aa_backward", "_ctc_loss_backward",
 }  # fmt: skip
 NOT_REPEATABLE_ON_FLOATS = {"cumsum", "cumsum_", "cumprod", "logcumsumexp", "_logcumsumexp"}
+# what the host learns something from, so that it has to wait until the device is done
+WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "unique_dim",
+         "unique_consecutive", "repeat_interleave", "bincount"}  # fmt: skip
+FROM_HOST = {torch.tensor, torch.as_tensor, torch.asarray}
 
 
 class Whereabouts:
@@ -51,6 +57,8 @@ class Whereabouts:
 
     def __init__(self) -> None:
         self.known: dict[int, tuple[torch.device, torch.UntypedStorage]] = {}
+        self.transfers: Counter[str] = Counter()  # from the host to the device, by file and line
+        self.waits: Counter[str] = Counter()  # of the host for the device
 
     def of(self, tensor: torch.Tensor) -> torch.device:
         return self.known[key(tensor)][0] if key(tensor) in self.known else CPU
@@ -66,6 +74,14 @@ def key(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
+def caller() -> str:
+    """The innermost line of the package that is being executed."""
+    frame = sys._getframe(1)
+    while frame is not None and "/sslvit/" not in frame.f_code.co_filename:
+        frame = frame.f_back
+    return "outside" if frame is None else f"{frame.f_code.co_filename.split('/sslvit/')[-1]}:{frame.f_lineno}"
+
+
 class _Operations(TorchDispatchMode):
     """What torch's kernels see: refuses what a GPU refuses, and says where results lie."""
 
@@ -77,6 +93,7 @@ class _Operations(TorchDispatchMode):
         kwargs = kwargs or {}
         given = tensors(args, kwargs)
         self.check(function, args, given)
+        self.count(function, args, kwargs, given)
         result = function(*args, **kwargs)
         places = [self.where.of(value) for value in given]
         place = GPU if GPU in places else CPU if CPU in places else UNSETTLED
@@ -85,6 +102,21 @@ class _Operations(TorchDispatchMode):
             if key(value) not in before or self.where.of(value) == UNSETTLED:
                 self.where.put(value, place)
         return result
+
+    def count(self, function, args: tuple, kwargs: dict, given: list[torch.Tensor]) -> None:
+        """Note what moves between host and device, and what the host has to wait for."""
+        places = [self.where.of(value) for value in given]
+        if GPU not in places:
+            return
+        name = function.overloadpacket.__name__
+        if name == "copy_":
+            if places[0] == CPU and not (kwargs.get("non_blocking") or args[2:] == (True,)):
+                self.where.waits[caller()] += 1
+            elif places[1] == CPU:
+                self.where.transfers[caller()] += 1
+        is_by_mask = function in TAKES_CPU_INDICES and any(index.dtype == torch.bool for index in tensors(args[1]))
+        if name in WAITS or is_by_mask:
+            self.where.waits[caller()] += 1
 
     def check(self, function, args: tuple, given: list[torch.Tensor]) -> None:
         places = {self.where.of(value) for value in given}
@@ -133,12 +165,17 @@ class _Names(TorchFunctionMode):
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
         if function is torch.Tensor.pin_memory:
             return args[0]
+        kwargs.pop("pin_memory", None)  # asks the driver
         asked = kwargs.get("device")
         asked = None if asked is None else torch.device(asked)
         if asked is not None:
             if asked.type == "cuda" and kwargs.get("generator") is not None:
                 raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
             kwargs["device"] = CPU
+        if function is torch.Tensor.tolist and self.where.of(args[0]) == GPU:
+            self.where.waits[caller()] += 1
+        if function in FROM_HOST and asked is not None and asked.type == "cuda":
+            self.where.transfers[caller()] += 1
         result = function(*args, **kwargs)
         places = [self.where.of(value) for value in tensors(args, kwargs)]
         for value in tensors(result):
@@ -169,6 +206,9 @@ class _Names(TorchFunctionMode):
     def move(self, tensor: torch.Tensor, place: torch.device) -> torch.Tensor:
         if self.where.of(tensor) == place:
             return tensor
+        # torch's optimizers group tensors by where they truly lie, and move their numbers there
+        if "/torch/optim/" not in sys._getframe(3).f_code.co_filename:
+            (self.where.waits if place == CPU else self.where.transfers)[caller()] += 1
         moved = tensor.clone()
         self.where.put(moved, place)
         return moved
@@ -195,6 +235,9 @@ class _Event:
 
     def synchronize(self) -> None:
         pass
+
+    def query(self) -> bool:
+        return False  # the device lags behind
 
     def elapsed_time(self, later: _Event) -> float:
         return 1000 * (later.seconds - self.seconds)

@@ -55,7 +55,7 @@ class SimMIM(Task):
         images = batch.views[0]  # b c h w
         rows, columns = self.encoder.settings.grid_of(*images.shape[2:])
         noise = self.uniform("mask", batch, rows * columns, step)  # b n
-        loss, tokens = self.model.loss(images, noise, self.path_noise(batch, step))
+        loss, tokens = self.loss_fn(images, noise, self.path_noise(batch, step))
         return StepOutput(loss, {"loss": loss}, tokens.mean(1))
 
     def unused_parts(self) -> tuple[str, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -10,6 +12,18 @@ from sslvit.models.encoder import ViTEncoder
 from sslvit.settings import EncoderSettings
 
 HEAD_STD = 2e-5
+
+
+class ClassifierLoss(NamedTuple):
+    """What one pass of a Classifier computes.
+
+    Attributes:
+        loss: Cross-entropy in nats.
+        features: The head's input, 'b d'.
+    """
+
+    loss: Tensor
+    features: Tensor
 
 
 class Classifier(nn.Module):
@@ -29,20 +43,19 @@ class Classifier(nn.Module):
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b classes"]:
         """Logits of the classes."""
-        return self.head(self.pooled(images))
-
-    def pooled(self, images: Float[Tensor, "b c h w"], path_noise: Tensor | None = None) -> Float[Tensor, "b d"]:
-        """The head's input."""
-        return self.encoder.pool(self.encoder(images, path_noise=path_noise))
+        return self.head(self.encoder.pool(self.encoder(images)))
 
     def loss(
-        self, pooled: Float[Tensor, "b d"], target: Float[Tensor, "b classes"], smoothing: float
-    ) -> Float[Tensor, ""]:
+        self, images: Float[Tensor, "b c h w"], target: Float[Tensor, "b classes"], smoothing: float,
+        path_noise: Tensor | None = None,
+    ) -> ClassifierLoss:  # fmt: skip
         """Cross-entropy with label smoothing (Szegedy et al. 2016).
 
         Args:
-            pooled: The head's input.
+            images: Normalized pixels.
             target: Probabilities of the classes; after mixup or CutMix those of two images.
             smoothing: Probability that is spread evenly over all classes.
+            path_noise: Uniform numbers for stochastic depth, 'branches b'.
         """
-        return F.cross_entropy(self.head(pooled).float(), target, label_smoothing=smoothing)
+        pooled = self.encoder.pool(self.encoder(images, path_noise=path_noise))  # b d
+        return ClassifierLoss(F.cross_entropy(self.head(pooled).float(), target, label_smoothing=smoothing), pooled)

@@ -99,13 +99,15 @@ def runs_of_one_size(views: list[Tensor]) -> list[tuple[int, int]]:
 
 
 def center_and_sharpen(
-    outputs: Float[Tensor, "v b k"], center: Float[Tensor, "k"], temperature: float
+    outputs: Float[Tensor, "v b k"], center: Float[Tensor, "k"], temperature: float | Tensor
 ) -> Float[Tensor, "v b k"]:
     """The teacher's shares: softmax of its centered outputs at a low temperature (equations 1 and 4)."""
     return ((outputs - center) / temperature).softmax(-1)
 
 
-def sinkhorn_knopp(outputs: Float[Tensor, "v b k"], temperature: float, iterations: int) -> Float[Tensor, "v b k"]:
+def sinkhorn_knopp(
+    outputs: Float[Tensor, "v b k"], temperature: float | Tensor, iterations: int
+) -> Float[Tensor, "v b k"]:
     """Shares of which each prototype gets equally much over the batch of all ranks.
 
     Sinkhorn-Knopp as in SwAV (Caron et al. 2020, section 3.1) and DINOv2 (Oquab et al. 2024, section 4), on
@@ -131,9 +133,12 @@ def dino_loss(targets: Float[Tensor, "t b k"], logits: Float[Tensor, "s b k"]) -
     t, s, b = len(targets), len(logits), targets.shape[1]
     # float32 also under autocast: a bf16 softmax over 65,536 prototypes loses its tail
     with torch.autocast(logits.device.type, enabled=False):
-        each = -torch.einsum("tbk,sbk->ts", targets, at_least_float32(logits).log_softmax(-1)) / b  # t s
-        is_other = 1 - torch.eye(t, s, dtype=each.dtype, device=each.device)
-        return (each * is_other).sum() / (t * s - t)
+        # -sum of p log softmax(z) is logsumexp(z) - sum of p z, as p sums to one; a sum over pairs of products is a
+        # product of sums, so neither a logarithm of every share nor a pair is ever made
+        logits = at_least_float32(logits)
+        normalizers = logits.logsumexp(-1)  # s b
+        agreement = (targets.sum(0) * logits.sum(0)).sum() - (targets * logits[:t]).sum()  # over all other views
+        return (t * normalizers.sum() - normalizers[:t].sum() - agreement) / (b * (t * s - t))
 
 
 def koleo_loss(features: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
@@ -207,7 +212,7 @@ class DINOModel(nn.Module):
         self.teacher.load_state_dict(self.encoder.state_dict())
         self.teacher_head.load_state_dict(self.head.state_dict())
 
-    def loss(self, views: list[Tensor], teacher_temp: float, path_noise: Tensor | None = None) -> DINOLosses:
+    def loss(self, views: list[Tensor], teacher_temp: float | Tensor, path_noise: Tensor | None = None) -> DINOLosses:
         """The student's error in naming each view as the teacher names the other ones.
 
         In training mode the teacher's outputs are added up for the next `update_center`.
@@ -228,7 +233,7 @@ class DINOModel(nn.Module):
             koleo = torch.stack([koleo_loss(view) for view in features[:GLOBAL_VIEWS]]).sum()
         return DINOLosses(loss, koleo, teacher_features[0], targets[0])
 
-    def targets(self, outputs: Float[Tensor, "v b k"], teacher_temp: float) -> Float[Tensor, "v b k"]:
+    def targets(self, outputs: Float[Tensor, "v b k"], teacher_temp: float | Tensor) -> Float[Tensor, "v b k"]:
         """The teacher's probabilities under the center of earlier steps."""
         if self.settings.centering == "sinkhorn":
             return sinkhorn_knopp(outputs, teacher_temp, self.settings.sinkhorn_iterations)
@@ -238,12 +243,17 @@ class DINOModel(nn.Module):
         return center_and_sharpen(outputs, self.center, teacher_temp)
 
     @torch.no_grad()
-    def update_center(self) -> None:
-        """Move the center toward the mean output of all micro-batches and ranks since the last update (equation 4)."""
+    def update_center(self, skip: Tensor) -> None:
+        """Move the center toward the mean output of all micro-batches and ranks since the last update (equation 4).
+
+        Args:
+            skip: 1 where the center shall stay as it is, else 0; a number on the device.
+        """
         if self.settings.centering == "sinkhorn":
             return
         mean = all_reduce_sum(self.output_sum) / (self.output_rows * world_size())
-        self.center.lerp_(mean, 1 - self.settings.center_momentum)
+        moved = self.center.lerp(mean, 1 - self.settings.center_momentum)
+        self.center.copy_(torch.where(skip.bool(), self.center, moved))
         self.output_sum.zero_()
         self.output_rows.zero_()
 

@@ -61,6 +61,8 @@ class ViTEncoder(nn.Module):
         settings: what it is; see EncoderSettings.
     """
 
+    drop_rates: Float[Tensor, "branches 1"]
+
     def __init__(self, settings: EncoderSettings) -> None:
         super().__init__()
         self.settings = settings
@@ -78,6 +80,7 @@ class ViTEncoder(nn.Module):
         rates = [settings.drop_path * i / max(settings.depth - 1, 1) for i in range(settings.depth)]
         rates[-1] = settings.drop_path  # also where the first block is the last
         self.blocks = nn.ModuleList(Block(settings, rate) for rate in rates)
+        self.register_buffer("drop_rates", torch.tensor(rates).repeat_interleave(2)[:, None], persistent=False)
         self.norm = make_norm(settings, width) if settings.final_norm else nn.Identity()
         self.attn_pool = AttentionPool(width, settings.heads) if settings.pooling == "attention" else None
         self.fc_norm = make_norm(settings, width) if settings.fc_norm else nn.Identity()
@@ -105,9 +108,9 @@ class ViTEncoder(nn.Module):
             ValueError: a size that the patch does not divide, other channels, or `hidden` without a mask token.
         """
         tokens, layout = self.embed(images, visible, hidden)
-        path_noise = self._path_noise(tokens, path_noise)
+        path_scale = self._path_scale(tokens, path_noise)
         for number in range(1, len(self.blocks) + 1):
-            tokens = self._run_block(number, tokens, layout, path_noise)
+            tokens = self._run_block(number, tokens, layout, path_scale)
         return self.norm(tokens)
 
     def init_kv_cache(self, batch: int) -> list[KVCache]:
@@ -180,13 +183,13 @@ class ViTEncoder(nn.Module):
         tokens, layout = self.embed(images)
         if 0 in blocks:
             yield Intermediate(0, tokens, layout)
-        path_noise = self._path_noise(tokens)
+        path_scale = self._path_scale(tokens)
         for number in range(1, max(blocks, default=0) + 1):
             weights = None
             if attention and number in blocks:
                 block = self.block(number)
                 weights = block.attn.weights(block.norm1(tokens), layout)
-            tokens = self._run_block(number, tokens, layout, path_noise)
+            tokens = self._run_block(number, tokens, layout, path_scale)
             if number in blocks:
                 yield Intermediate(number, self._feature_norm(number)(tokens) if norm else tokens, layout, weights)
 
@@ -337,19 +340,23 @@ class ViTEncoder(nn.Module):
         assert isinstance(block, Block)
         return block
 
-    def _path_noise(self, tokens: Tensor, path_noise: Tensor | None = None) -> Tensor | None:
-        """Numbers for stochastic depth: those given, or drawn here; None where no path is dropped."""
-        if not self.training:
+    def _path_scale(self, tokens: Tensor, path_noise: Tensor | None = None) -> Float[Tensor, "branches b"] | None:
+        """What each branch of each sample is multiplied with: 0 where its number is below the rate of dropping.
+
+        The numbers are drawn here where none are given; None where no path is dropped.
+        """
+        if not (self.training and self.settings.drop_path):
             return None
-        if path_noise is None and self.settings.drop_path:
-            return torch.rand(2 * len(self.blocks), tokens.shape[0], device=tokens.device)
-        return path_noise
+        if path_noise is None:
+            path_noise = torch.rand(2 * len(self.blocks), tokens.shape[0], device=tokens.device)
+        return (path_noise >= self.drop_rates).to(tokens.dtype) / (1 - self.drop_rates)
 
     def _run_block(
-        self, number: int, tokens: Float[Tensor, "b t d"], layout: TokenLayout, path_noise: Tensor | None
+        self, number: int, tokens: Float[Tensor, "b t d"], layout: TokenLayout, path_scale: Tensor | None
     ) -> Float[Tensor, "b t d"]:
-        noise = None if path_noise is None else path_noise[2 * number - 2 : 2 * number]
-        return run_block(self.block(number), tokens, layout, noise, self.settings.activation_checkpointing)
+        block = self.block(number)
+        scale = path_scale[2 * number - 2 : 2 * number] if path_scale is not None and block.drop_rate else None
+        return run_block(block, tokens, layout, scale, self.settings.activation_checkpointing)
 
     def reset_parameters(self) -> None:
         """Maps by settings.init, zero biases in linear ones, and tokens and tables of std 0.02."""

@@ -7,6 +7,8 @@ hidden, and an encoder that looks both ways predicts them.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -47,6 +49,20 @@ def random_mask(noise: Float[Tensor, "b n"], hidden: int) -> Bool[Tensor, "b n"]
     return noise.argsort(dim=1, stable=True).argsort(dim=1, stable=True) < hidden
 
 
+class IGPTLoss(NamedTuple):
+    """What one pass of an IGPTModel computes.
+
+    Attributes:
+        loss: Nats per predicted pixel.
+        features: Mean of the encoder's tokens, 'b d'.
+        colors: Palette index of every pixel, 'b n'.
+    """
+
+    loss: Tensor
+    features: Tensor
+    colors: Tensor
+
+
 class IGPTModel(nn.Module):
     """An encoder of pixels and a linear map from its tokens to the palette's colors (section 2.2).
 
@@ -70,8 +86,8 @@ class IGPTModel(nn.Module):
     def loss(
         self, images: Float[Tensor, "b c h w"], noise: Float[Tensor, "b n"] | None = None,
         path_noise: Tensor | None = None,
-    ) -> Float[Tensor, ""]:  # fmt: skip
-        """Nats per predicted pixel.
+    ) -> IGPTLoss:  # fmt: skip
+        """The negative log-likelihood of the pixels that are predicted.
 
         Args:
             images: Normalized pixels.
@@ -79,7 +95,7 @@ class IGPTModel(nn.Module):
             path_noise: Uniform numbers for stochastic depth, 'branches b'.
         """
         states, colors, is_hidden = self.predict(images, noise, path_noise)
-        return pixel_nll(self.head(states), colors, is_hidden)
+        return IGPTLoss(pixel_nll(self.head(states), colors, is_hidden), states.mean(1), colors)
 
     def predict(
         self, images: Float[Tensor, "b c h w"], noise: Float[Tensor, "b n"] | None, path_noise: Tensor | None = None

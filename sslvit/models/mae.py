@@ -6,6 +6,8 @@ hidden place, and predicts the pixels of the hidden patches.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from sslvit.models.encoder import ViTEncoder
 from sslvit.models.positions import sincos_2d, sincos_table, table_on_grid
+from sslvit.models.tokens import gather_tokens
 from sslvit.models.transformer import Block, run_block
 from sslvit.settings import EncoderSettings, MAESettings
 
@@ -34,12 +37,16 @@ def num_visible(patches: int, mask_ratio: float) -> int:
     return int(patches * (1 - mask_ratio))
 
 
-def random_masking(noise: Float[Tensor, "b n"], visible: int) -> tuple[Int[Tensor, "b k"], Bool[Tensor, "b n"]]:
-    """The `visible` patches with the lowest noise, in the order of their noise; and what is hidden (True)."""
+def random_masking(noise: Float[Tensor, "b n"], visible: int) -> tuple[Int[Tensor, "b k"], Int[Tensor, "b m"]]:
+    """The `visible` patches with the lowest noise and the hidden others, each in the order of their noise."""
     order = noise.argsort(dim=1, stable=True)
-    is_hidden = torch.ones_like(noise, dtype=torch.bool)
-    is_hidden.scatter_(1, order[:, :visible], False)
-    return order[:, :visible], is_hidden
+    return order[:, :visible], order[:, visible:]
+
+
+def mask_of(hidden: Int[Tensor, "b m"], patches: int) -> Bool[Tensor, "b n"]:
+    """True for each hidden one of so many patches."""
+    mask = torch.zeros(hidden.shape[0], patches, dtype=torch.bool, device=hidden.device)
+    return mask.scatter_(1, hidden, True)
 
 
 def normalize_patches(patches: Float[Tensor, "b n pixels"]) -> Float[Tensor, "b n pixels"]:
@@ -48,23 +55,31 @@ def normalize_patches(patches: Float[Tensor, "b n pixels"]) -> Float[Tensor, "b 
     return (patches - mean) / (variance + 1e-6).sqrt()
 
 
-def masked_patch_mse(
-    predicted: Float[Tensor, "b n pixels"],
-    target: Float[Tensor, "b n pixels"],
-    is_hidden: Bool[Tensor, "b n"],
-) -> Float[Tensor, ""]:
-    """Mean squared error over the patches that the encoder did not see.
+def patch_mse(predicted: Float[Tensor, "b m pixels"], target: Float[Tensor, "b m pixels"]) -> Float[Tensor, ""]:
+    """Mean squared error of hidden patches, at least in float32 (section 3, "Reconstruction target")."""
+    kind = torch.promote_types(predicted.dtype, torch.float32)
+    return (predicted.to(kind) - target.to(kind)).square().mean()
 
-    MAE (He et al. 2022), section 3, "Reconstruction target".
 
-    Args:
-        predicted: in the target's units.
-        target: raw pixels, or patches in units of their own standard deviation.
-        is_hidden: True where the patch was hidden from the encoder.
+def target_moments(
+    target: Float[Tensor, "b n pixels"], hidden: Float[Tensor, "b m pixels"]
+) -> Float[Tensor, "3 pixels"]:
+    """The mean patch, and of hidden patches the mean and the mean square: the error of guessing that patch."""
+    return torch.stack([target.mean((0, 1)), hidden.mean((0, 1)), hidden.square().mean((0, 1))])
+
+
+class MAELoss(NamedTuple):
+    """What one pass of an MAEModel computes.
+
+    Attributes:
+        loss: Mean squared error of the hidden patches.
+        features: Mean of the encoder's tokens, 'b d'.
+        moments: Of the target (`target_moments`); None where they are not asked for.
     """
-    kind = torch.promote_types(predicted.dtype, torch.float32)  # float32 at least
-    error = (predicted.to(kind) - target.to(kind)).square().mean(2)
-    return (error * is_hidden).sum() / is_hidden.sum()  # indexing by the mask would wait for the device
+
+    loss: Tensor
+    features: Tensor
+    moments: Tensor | None
 
 
 class MAEDecoder(nn.Module):
@@ -98,9 +113,13 @@ class MAEDecoder(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(
-        self, latent: Float[Tensor, "b t d"], visible: Int[Tensor, "b k"], grid: tuple[int, int] | None = None
-    ) -> Float[Tensor, "b n pixels"]:
-        """Predicted pixels of every patch, hidden or not, row by row; on a grid that is not the encoder's own too."""
+        self, latent: Float[Tensor, "b t d"], visible: Int[Tensor, "b k"], grid: tuple[int, int] | None = None,
+        wanted: Int[Tensor, "b m"] | None = None,
+    ) -> Float[Tensor, "b m pixels"]:  # fmt: skip
+        """Predicted pixels of the wanted patches; of every patch, row by row, for None.
+
+        The grid may be another than the encoder's own.
+        """
         tokens = self.embed(latent)  # b (prefix + k) w
         prefix, seen = tokens[:, : self.prefix], tokens[:, self.prefix :]
         positions = self.positions(grid or self.grid)  # 1 (prefix + n) w
@@ -110,7 +129,7 @@ class MAEDecoder(nn.Module):
         for block in self.blocks:
             assert isinstance(block, Block)
             tokens = run_block(block, tokens, recompute=self.recompute)
-        return self.pred(self.norm(tokens))[:, self.prefix :]
+        return self.pred(self.norm(gather_tokens(tokens[:, self.prefix :], wanted)))
 
     def positions(self, grid: tuple[int, int]) -> Float[Tensor, "1 t d"]:
         """The table of the encoder's own grid, resampled for others."""
@@ -136,35 +155,31 @@ class MAEModel(nn.Module):
         self.decoder = MAEDecoder(encoder, settings)
 
     def loss(
-        self, images: Float[Tensor, "b c h w"], noise: Float[Tensor, "b n"], path_noise: Tensor | None = None
-    ) -> Float[Tensor, ""]:
+        self, images: Float[Tensor, "b c h w"], noise: Float[Tensor, "b n"], path_noise: Tensor | None = None,
+        with_moments: bool = False,
+    ) -> MAELoss:  # fmt: skip
         """The reconstruction error of the hidden patches.
 
         Args:
             images: Normalized pixels.
             noise: One number per patch; those with the lowest stay visible.
             path_noise: Uniform numbers for stochastic depth, 'branches b'.
+            with_moments: Whether the target's moments are wanted.
         """
-        predicted, is_hidden = self.predict(images, noise, path_noise)  # b n pixels, b n
-        return masked_patch_mse(predicted, self.target(images), is_hidden)
+        visible, hidden = self.mask(noise)  # b k, b m
+        latent = self.encoder(images, visible, path_noise=path_noise)  # b t d
+        predicted = self.decoder(latent, visible, self.grid_of(images), hidden)  # b m pixels
+        patches = patchify(images, self.encoder.settings.patch)  # b n pixels
+        target = self.target(gather_tokens(patches, hidden))  # b m pixels
+        moments = target_moments(self.target(patches), target) if with_moments else None
+        return MAELoss(patch_mse(predicted, target), latent.mean(1), moments)
 
-    def predict(
-        self, images: Float[Tensor, "b c h w"], noise: Float[Tensor, "b n"], path_noise: Tensor | None = None
-    ) -> tuple[Float[Tensor, "b n pixels"], Bool[Tensor, "b n"]]:
-        """Every patch in the target's units, and which ones the encoder did not see."""
-        latent, visible, is_hidden = self.encode(images, noise, path_noise)
-        return self.decoder(latent, visible, self.grid_of(images)), is_hidden
+    def mask(self, noise: Float[Tensor, "b n"]) -> tuple[Int[Tensor, "b k"], Int[Tensor, "b m"]]:
+        """Numbers of the visible and of the hidden patches."""
+        return random_masking(noise, num_visible(noise.shape[1], self.settings.mask_ratio))
 
-    def encode(
-        self, images: Float[Tensor, "b c h w"], noise: Float[Tensor, "b n"], path_noise: Tensor | None = None
-    ) -> tuple[Float[Tensor, "b t d"], Int[Tensor, "b k"], Bool[Tensor, "b n"]]:
-        """Tokens of the visible patches, their numbers, and which patches are hidden."""
-        visible, is_hidden = random_masking(noise, num_visible(noise.shape[1], self.settings.mask_ratio))  # b k, b n
-        return self.encoder(images, visible, path_noise=path_noise), visible, is_hidden
-
-    def target(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n pixels"]:
-        """What the decoder learns to predict (section 3, "Reconstruction target")."""
-        patches = patchify(images, self.encoder.settings.patch)
+    def target(self, patches: Float[Tensor, "b m pixels"]) -> Float[Tensor, "b m pixels"]:
+        """What the decoder learns to predict of these patches (section 3, "Reconstruction target")."""
         return normalize_patches(patches) if self.settings.target == "normalized" else patches
 
     def grid_of(self, images: Float[Tensor, "b c h w"]) -> tuple[int, int]:
@@ -180,7 +195,9 @@ class MAEModel(nn.Module):
         Visible pixels are put back. With a normalized target the network predicts each patch in units of its own
         mean and deviation, which are taken from the image itself.
         """
-        predicted, is_hidden = self.predict(images, noise)
+        visible, hidden = self.mask(noise)
+        predicted = self.decoder(self.encoder(images, visible), visible, self.grid_of(images))
+        is_hidden = mask_of(hidden, noise.shape[1])
         patch = self.encoder.settings.patch
         patches = patchify(images, patch)
         if self.settings.target == "normalized":

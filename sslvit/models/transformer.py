@@ -203,32 +203,30 @@ class Block(nn.Module):
         self,
         tokens: Float[Tensor, "b t d"],
         layout: TokenLayout | None = None,
-        path_noise: Float[Tensor, "2 b"] | None = None,
+        path_scale: Float[Tensor, "2 b"] | None = None,
         kv_cache: KVCache | None = None,
     ) -> Float[Tensor, "b t d"]:
-        """The block's output; a sample skips a branch where its number in `path_noise` is below the drop rate."""
+        """The block's output; a sample skips a branch where its `path_scale` is zero."""
         attended = self.dropout(self.ls1(self.attn(self.norm1(tokens), layout, kv_cache)))
-        tokens = tokens + self.drop_path(attended, path_noise, 0)
+        tokens = tokens + drop_path(attended, path_scale, 0)
         mixed = self.dropout(self.ls2(self.mlp(self.norm2(tokens))))
-        return tokens + self.drop_path(mixed, path_noise, 1)
+        return tokens + drop_path(mixed, path_scale, 1)
 
-    def drop_path(self, branch: Tensor, path_noise: Tensor | None, which: int) -> Tensor:
-        """The branch, zeroed for the samples that skip it and scaled up for the others."""
-        if path_noise is None or not self.drop_rate:
-            return branch
-        is_kept = (path_noise[which] >= self.drop_rate).to(branch.dtype)
-        return branch * (is_kept / (1 - self.drop_rate))[:, None, None]
+
+def drop_path(branch: Float[Tensor, "b t d"], path_scale: Float[Tensor, "2 b"] | None, which: int) -> Tensor:
+    """One of a block's two branches, zero for the samples that skip it and scaled up for the others."""
+    return branch if path_scale is None else branch * path_scale[which, :, None, None]
 
 
 def run_block(
     block: Block,
     tokens: Float[Tensor, "b t d"],
     layout: TokenLayout | None = None,
-    path_noise: Float[Tensor, "2 b"] | None = None,
+    path_scale: Float[Tensor, "2 b"] | None = None,
     recompute: bool = False,
 ) -> Float[Tensor, "b t d"]:
     """A block's output; with `recompute` (encoder.activation_checkpointing) nothing inside it is kept for the
     backward pass."""
     if recompute and block.training and torch.is_grad_enabled():
-        return checkpoint(block, tokens, layout, path_noise, use_reentrant=False)
-    return block(tokens, layout, path_noise)
+        return checkpoint(block, tokens, layout, path_scale, use_reentrant=False)
+    return block(tokens, layout, path_scale)

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from sslvit.optim.clip import local_shard
 
 
 @torch.no_grad()
-def ema_update(average: nn.Module, source: nn.Module, momentum: float) -> None:
-    """average = momentum x average + (1 - momentum) x source, parameter by parameter; buffers stay as they are."""
+def ema_update(average: nn.Module, source: nn.Module, momentum: float, skip: Tensor) -> None:
+    """average = momentum x average + (1 - momentum) x source, parameter by parameter; buffers stay as they are.
+
+    Args:
+        average: Moves.
+        source: Of the same architecture.
+        momentum: Share of the average that stays.
+        skip: 1 where the average shall stay as it is, else 0; a number on the device, for which nothing waits.
+    """
     for module in (*average.modules(), *source.modules()):
         if isinstance(module, FSDPModule):  # weights that a forward pass gathered from all ranks are a copy
             module.reshard()
     ours = [local_shard(parameter) for parameter in average.parameters()]
     theirs = [local_shard(parameter.detach()) for parameter in source.parameters()]
-    torch._foreach_mul_(ours, momentum)
-    torch._foreach_add_(ours, theirs, alpha=1 - momentum)
+    if skip.device.type == "cpu":  # the number is at hand, and the sum needs no copy of the weights
+        if not skip:
+            torch._foreach_mul_(ours, momentum)
+            torch._foreach_add_(ours, theirs, alpha=1 - momentum)
+        return
+    torch._foreach_mul_(ours, momentum + (1 - momentum) * skip)
+    torch._foreach_add_(ours, torch._foreach_mul(theirs, (1 - momentum) * (1 - skip)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, cast
 
@@ -91,6 +91,7 @@ class Task(pl.LightningModule):
         self.save_hyperparameters({"task": asdict(cast(Any, self.settings)), "encoder": asdict(encoder),
                                    "optim": asdict(self.optim), "run": asdict(self.run)})  # fmt: skip
         self.model = self.make_model(encoder)
+        self.loss_fn: Callable[..., Any] = cast(Any, self.model).loss  # or its compiled form (train/strategies.py)
         self._freeze_unused_parts()
         self.guard = StepGuard(self.model, self.optim)
         self.warmup_steps = self.optim.warmup_steps(self.run.steps_per_epoch, self.run.total_steps)
@@ -105,7 +106,7 @@ class Task(pl.LightningModule):
     # ---- what a task writes ----------------------------------------------------------------------------------
 
     def make_model(self, encoder: EncoderSettings) -> nn.Module:
-        """The network with its losses; its `encoder` is the one that is trained."""
+        """The network; its `encoder` is the one that is trained, and its `loss` what `compute` calls as `loss_fn`."""
         raise NotImplementedError
 
     def compute(self, batch: Batch, step: int) -> StepOutput:
@@ -261,7 +262,7 @@ class Task(pl.LightningModule):
         self, optimizer: torch.optim.Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
         """Clip where the recipe says so, and record the norm over all weights before that."""
-        self.guard.check_gradients()
+        self.guard.check_gradients(optimizer, self.global_step + 1)
         assert self.guard.grad_norm is not None
         self.records["grad_norm"] = [self.guard.grad_norm]
 
@@ -276,11 +277,15 @@ class Task(pl.LightningModule):
         optimizer.step(closure=optimizer_closure)
         self.zero_grad(set_to_none=True)  # now, and not beside the activations of the next forward pass
         self.guard.end_step()
-        if not self.guard.skipped:
-            self.after_update(step)
+        self.after_update(step, self.guard.skip)
 
-    def after_update(self, step: int) -> None:
-        """What else moves once per update, such as a moving average of the weights; not after a skipped step."""
+    def after_update(self, step: int, skip: Tensor) -> None:
+        """What else moves once per update, such as a moving average of the weights.
+
+        Args:
+            step: Number of the update, counted from zero.
+            skip: 1 where the step was skipped, so that nothing may move, else 0; a number on the device.
+        """
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Send the records of a step to Lightning's loggers and callbacks when they are due."""
@@ -318,9 +323,9 @@ class Task(pl.LightningModule):
 
     def uniform(self, purpose: str, batch: Batch, columns: int, step: int) -> Tensor:
         """Uniform numbers 'b columns' of a step: the batch's rows of one table for the whole global batch."""
-        rows = batch.first_row + np.arange(len(batch))
-        table = rng.uniform((self.run.seed, step, purpose), rows, columns)
-        return torch.from_numpy(table.astype(np.float32)).to(batch.samples.device)
+        first, device = batch.first_row, batch.views[0].device
+        rows = torch.arange(first, first + len(batch), device=device)
+        return rng.uniform_on((self.run.seed, step, purpose), rows, columns).float()
 
     def path_noise(self, batch: Batch, step: int, views: int = 1) -> Tensor | None:
         """Numbers for stochastic depth, 'branches (views b)', or None where the encoder has none or is evaluated."""

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar
 
+import torch
+from torch import Tensor
+
 from sslvit.data.batch import Batch
 from sslvit.models import ViTEncoder
-from sslvit.models.dino import DINOModel
+from sslvit.models.dino import DINOLosses, DINOModel
 from sslvit.optim import cosine, ema_update, warmup_cosine
 from sslvit.settings import DINOSettings, EncoderSettings
 from sslvit.tasks.base import StepOutput, Task
@@ -41,18 +44,20 @@ class DINO(Task):
     def compute(self, batch: Batch, step: int) -> StepOutput:
         """The cross-entropy of all pairs of views, and KoLeo where it is wanted."""
         views = batch.views  # v times b c h w, the global ones first
-        losses = self.model.loss(views, self.teacher_temp_at(step), self.path_noise(batch, step, len(views)))
+        # a tensor, so that a compiled loss is the same program at every temperature
+        teacher_temp = torch.full((), self.teacher_temp_at(step), dtype=views[0].dtype, device=views[0].device)
+        losses: DINOLosses = self.loss_fn(views, teacher_temp, self.path_noise(batch, step, len(views)))
         objective, metrics = losses.loss, {"loss": losses.loss}
         if losses.koleo is not None:
             objective, metrics["koleo"] = losses.loss + self.settings.koleo * losses.koleo, losses.koleo
         return StepOutput(objective, metrics, losses.features, losses.probs)
 
-    def after_update(self, step: int) -> None:
+    def after_update(self, step: int, skip: Tensor) -> None:
         """Move the teacher and the center, once per update, however many micro-batches it has."""
         momentum = self.momentum_at(step)
-        ema_update(self.model.teacher, self.model.encoder, momentum)
-        ema_update(self.model.teacher_head, self.model.head, momentum)
-        self.model.update_center()
+        ema_update(self.model.teacher, self.model.encoder, momentum, skip)
+        ema_update(self.model.teacher_head, self.model.head, momentum, skip)
+        self.model.update_center(skip)
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
         """As of Task; the prototypes stay as they are in the first steps."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sslvit.data.batch import Batch
 from sslvit.environment import pick_device
-from sslvit.models.igpt import IGPTModel, completion_rows, pixel_nll, to_display
+from sslvit.models.igpt import IGPTLoss, IGPTModel, completion_rows, to_display
 from sslvit.models.sampling import complete
 from sslvit.settings import EncoderSettings, IGPTSettings
 from sslvit.settings.sample import SampleSettings
@@ -35,15 +35,14 @@ class IGPT(Task):
 
     def compute(self, batch: Batch, step: int) -> StepOutput:
         """The negative log-likelihood of the pixels."""
-        states, colors, is_hidden = self.model.predict(
-            batch.views[0], self.mask_noise(batch, step), self.path_noise(batch, step)
-        )  # b n d, b n, b n
-        loss = pixel_nll(self.model.head(states), colors, is_hidden)
+        noise = self.mask_noise(batch, step)
+        found: IGPTLoss = self.loss_fn(batch.views[0], noise, self.path_noise(batch, step))
         references: dict[str, Tensor] = {}
         if self.logs_features:
             palette_size = len(self.encoder.pixel_tokens.palette)
-            references["color_counts"] = torch.bincount(colors.flatten(), minlength=palette_size)
-        return StepOutput(loss, {"loss": loss, "bits": loss / math.log(2)}, states.mean(1), references=references)
+            references["color_counts"] = torch.bincount(found.colors.flatten(), minlength=palette_size)
+        metrics = {"loss": found.loss, "bits": found.loss / math.log(2)}
+        return StepOutput(found.loss, metrics, found.features, references=references)
 
     def mask_noise(self, batch: Batch, step: int) -> Float[Tensor, "b n"] | None:
         """For the BERT objective one number per pixel; None where every pixel counts."""

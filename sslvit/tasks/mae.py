@@ -6,12 +6,10 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
-from torch import Tensor
 
 from sslvit import rng
 from sslvit.data.batch import Batch
-from sslvit.models.mae import MAEModel, masked_patch_mse
+from sslvit.models.mae import MAELoss, MAEModel
 from sslvit.settings import EncoderSettings, MAESettings
 from sslvit.tasks.base import StepOutput, Task
 from sslvit.tasks.symptoms import Symptom, feature_symptoms, trivial_loss
@@ -35,12 +33,9 @@ class MAE(Task):
         images = batch.views[0]  # b c h w
         rows, columns = self.model.grid_of(images)
         noise = self.uniform("mask", batch, rows * columns, step)  # b n
-        latent, visible, is_hidden = self.model.encode(images, noise, self.path_noise(batch, step))  # b t d, b k, b n
-        predicted = self.model.decoder(latent, visible, (rows, columns))  # b n pixels
-        target = self.model.target(images)  # b n pixels
-        loss = masked_patch_mse(predicted, target, is_hidden)
-        references = {"target_moments": target_moments(target, is_hidden)} if self.logs_features else {}
-        return StepOutput(loss, {"loss": loss}, latent.mean(1), references=references)
+        found: MAELoss = self.loss_fn(images, noise, self.path_noise(batch, step), self.logs_features)
+        references = {} if found.moments is None else {"target_moments": found.moments}
+        return StepOutput(found.loss, {"loss": found.loss}, found.features, references=references)
 
     def symptoms(self, measures: dict[str, float]) -> list[Symptom]:
         """A decoder that predicts the mean patch, or features without rank."""
@@ -65,9 +60,3 @@ class MAE(Task):
         titles = ["input", "what the\nencoder sees", "reconstruction"]
         pictures = [row.float().cpu().numpy() for row in (pixels, masked, filled)]
         return {"reconstruction": (titles, pictures)}
-
-
-def target_moments(target: Float[Tensor, "b n p"], is_hidden: Bool[Tensor, "b n"]) -> Float[Tensor, "3 p"]:
-    """The mean patch, and over hidden patches the mean and the mean square: the error of guessing that patch."""
-    weights = is_hidden[:, :, None].to(target) / is_hidden.sum()  # b n 1
-    return torch.stack([target.mean((0, 1)), *((value * weights).sum((0, 1)) for value in (target, target.square()))])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar
 
-import torch
+import numpy as np
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 from sslvit import rng
 from sslvit.data.batch import Batch
 from sslvit.models import ViTEncoder
-from sslvit.models.classifier import Classifier
+from sslvit.models.classifier import Classifier, ClassifierLoss
 from sslvit.optim import layer_decay_groups
 from sslvit.settings import EncoderSettings, SupervisedSettings, TaskSettings
 from sslvit.tasks.base import StepOutput, Task
@@ -60,9 +60,8 @@ class Supervised(Task):
             images, target = self.mix(self.erase(batch, step), batch, step)  # b c h w, b classes
         else:
             images, target = batch.views[0], self.one_hot(batch, batch.views[0])
-        pooled = self.model.pooled(images, self.path_noise(batch, step))  # b d
-        loss = self.model.loss(pooled, target, self.settings.smoothing)
-        return StepOutput(loss, {"loss": loss}, pooled)
+        found: ClassifierLoss = self.loss_fn(images, target, self.settings.smoothing, self.path_noise(batch, step))
+        return StepOutput(found.loss, {"loss": found.loss}, found.features)
 
     def symptoms(self, measures: dict[str, float]) -> list[Symptom]:
         """A loss that says the same of every class, or features without rank."""
@@ -80,10 +79,11 @@ class Supervised(Task):
         (images,) = batch.views
         if not self.settings.erase:
             return images
-        is_erased = self.uniform("erase", batch, 1, step)[:, 0] < self.settings.erase
+        rows = batch.first_row + np.arange(len(batch))
+        is_erased = rng.uniform((self.run.seed, step, "erase"), rows, 1)[:, 0] < self.settings.erase
         images = images.clone()
         eraser = v2.RandomErasing(p=1.0, value="random")
-        for row in torch.nonzero(is_erased)[:, 0].tolist():
+        for row in np.flatnonzero(is_erased).tolist():
             with rng.torch_seeded(self.run.seed, "erase", int(batch.epochs[row]), int(batch.samples[row])):
                 images[row] = eraser(images[row])
         return images

@@ -11,6 +11,7 @@ import torch
 from sslvit.models import ViTEncoder, preset
 from sslvit.models.positions import RelativeBias, TokenLayout, resample_table, rotary_2d, rotate
 from sslvit.models.resize import resize_weights
+from sslvit.models.transformer import drop_path
 from sslvit.settings import PRESETS, EncoderSettings
 
 POSITIONS = ["none", "learned_1d", "learned_2d", "sincos_1d", "sincos_2d", "rotary_2d", "relative_bias"]
@@ -385,9 +386,9 @@ def test_stochastic_depth_drops_whole_samples_and_keeps_the_mean() -> None:
     one = encoder.norm(encoder.eval().layers(images(), [1])[0])
     torch.testing.assert_close(tokens[0], one[0])
     assert (tokens[1] - one[1]).abs().max() > 1e-3
-    block = encoder.blocks[1]
     branch = torch.ones(20_000, 1, 1)
-    kept = block.drop_path(branch, torch.rand(2, 20_000, generator=torch.Generator().manual_seed(0)), 0)
+    noise = torch.rand(4, 20_000, generator=torch.Generator().manual_seed(0))
+    kept = drop_path(branch, encoder.train()._path_scale(branch, noise)[2:], 0)
     assert set(kept.unique().tolist()) == {0.0, 2.0}
     assert abs(kept.mean() - 1) < 0.02
 
@@ -450,10 +451,9 @@ def test_stochastic_depth_rises_from_the_first_block_to_the_last(depth: int, rat
 def test_the_branches_of_a_block_are_dropped_one_by_one() -> None:
     block, tokens = make(drop_path=0.5, depth=1).blocks[0], torch.randn(4, 5, 48)
     kept = torch.tensor([[0.0, 0.0, 2.0, 2.0], [0.0, 2.0, 0.0, 2.0]])[:, :, None, None]  # twice what is not dropped
-    noise = torch.tensor([[0.1, 0.4, 0.5, 0.9], [0.4, 0.5, 0.1, 0.9]])
     once = tokens + kept[0] * block.attn(block.norm1(tokens))
     twice = once + kept[1] * block.mlp(block.norm2(once))
-    torch.testing.assert_close(block(tokens, path_noise=noise), twice)
+    torch.testing.assert_close(block(tokens, path_scale=kept[:, :, 0, 0]), twice)
 
 
 def through(encoder: ViTEncoder, before_last: torch.Tensor, noise: torch.Tensor, depth: int) -> torch.Tensor:

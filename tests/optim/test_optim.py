@@ -161,7 +161,9 @@ def test_averages_move_by_hand_and_leave_the_source_alone() -> None:
     average, source = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
     before = [parameter.detach().clone() for parameter in average.parameters()]
     theirs = [parameter.detach().clone() for parameter in source.parameters()]
-    ema_update(average, source, 0.9)
+    ema_update(average, source, 0.9, torch.ones(()))
+    assert all(torch.equal(now, old) for now, old in zip(average.parameters(), before, strict=True))
+    ema_update(average, source, 0.9, torch.zeros(()))
     for now, old, other in zip(average.parameters(), before, theirs, strict=True):
         torch.testing.assert_close(now.detach(), 0.9 * old + 0.1 * other)
     assert all(torch.equal(now, old) for now, old in zip(source.parameters(), theirs, strict=True))

@@ -133,7 +133,7 @@ def test_sinkhorn_uses_every_prototype_equally_and_keeps_each_images_preference(
     torch.testing.assert_close(shares.sum(-1), torch.ones(1, 20), atol=1e-4, rtol=0)
     model = make({"centering": "sinkhorn"}).model
     model.loss(batch_of().views, teacher_temp=0.04)
-    model.update_center()
+    model.update_center(torch.zeros(()))
     assert not model.center.any()
 
 
@@ -168,7 +168,7 @@ def test_the_center_counts_every_micro_batch_once() -> None:
         parts.loss([view[start : start + 2] for view in views], teacher_temp=0.04)
         assert not parts.center.any()  # it moves with the update, not with the micro-batch
     for model in (whole, parts):
-        model.update_center()
+        model.update_center(torch.zeros(()))
     assert whole.center.abs().max() > 1e-3
     torch.testing.assert_close(whole.center, parts.center)
 
@@ -194,7 +194,7 @@ def test_a_step_that_is_skipped_leaves_no_trace_in_center_or_teacher() -> None:
     assert all(torch.equal(value, before[key]) for key, value in task.state_dict().items())
     for model in (task.model, undisturbed.model):
         model.loss(batch_of().views, teacher_temp=0.04)
-        model.update_center()
+        model.update_center(torch.zeros(()))
     torch.testing.assert_close(task.model.center, undisturbed.model.center)
 
 
@@ -264,7 +264,7 @@ def test_the_center_moves_by_its_momentum(momentum: float) -> None:
     model, views = different(make({"center_momentum": momentum})).model, batch_of().views
     before = model.center.clone()
     model.loss(views, teacher_temp=0.04)
-    model.update_center()
+    model.update_center(torch.zeros(()))
     outputs = torch.stack([model.teacher_head(model.teacher.features(view)) for view in views[:2]]).detach()
     torch.testing.assert_close(model.center, momentum * before + (1 - momentum) * outputs.mean((0, 1)))
 

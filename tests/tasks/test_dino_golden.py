@@ -93,7 +93,7 @@ def test_loss_and_center_over_three_steps(golden: Golden) -> None:
         golden.check(f"output/loss_step{step}", loss.detach().view(1))
         loss.backward()
         golden.check(f"grad/student_step{step}", student.grad)
-        model.update_center()
+        model.update_center(torch.zeros(()))
         golden.check(f"output/center_step{step}", model.center[None])
 
 
@@ -116,7 +116,7 @@ def test_the_teacher_follows_the_student(golden: Golden) -> None:
         teacher, student = (
             head_of(golden.config["head"], golden.under(f"param/{name}.")) for name in ("teacher", "student")
         )
-        ema_update(teacher, student, momentum)
+        ema_update(teacher, student, momentum, torch.zeros(()))
         for key, parameter in teacher.named_parameters():
             golden.check(f"output/ema_m{momentum:g}/{key}", parameter.detach())
 

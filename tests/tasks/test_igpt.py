@@ -82,7 +82,7 @@ def test_the_loss_is_computed_in_float32_and_keeps_float64() -> None:
 def test_a_new_model_finds_all_colors_alike() -> None:
     torch.manual_seed(0)
     model = IGPTModel(IGPTSettings(), EncoderSettings(**PIXELS))
-    assert float(model.loss(gray()).detach()) == pytest.approx(math.log(8), abs=1e-6)
+    assert float(model.loss(gray()).loss.detach()) == pytest.approx(math.log(8), abs=1e-6)
     assert model.encoder.patch_embed.start_token.detach().std() == pytest.approx(0.02, rel=0.5)
 
 
@@ -131,7 +131,7 @@ def test_bert_counts_hidden_pixels_only_and_hides_as_many_in_every_image() -> No
     expected = torch.nn.functional.cross_entropy(task.model.head(tokens)[is_hidden], colors[is_hidden])
     output = task.compute(batch, 3)
     torch.testing.assert_close(output.objective, expected)
-    torch.testing.assert_close(task.model.loss(batch.views[0], task.mask_noise(batch, 3)), expected)
+    torch.testing.assert_close(task.model.loss(batch.views[0], task.mask_noise(batch, 3)).loss, expected)
     torch.testing.assert_close(output.features, tokens.mean(1))
     noise = torch.tensor([[0.5, 0.1, 0.1, 0.9]])
     assert random_mask(noise, 1).tolist() == [[False, True, False, False]]
@@ -164,7 +164,7 @@ def test_a_few_steps_lower_the_loss_on_one_batch() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     losses = []
     for _ in range(60):
-        loss = model.loss(images)
+        loss = model.loss(images).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

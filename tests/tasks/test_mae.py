@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sslvit.data.batch import Batch
-from sslvit.models.mae import MAEDecoder, MAEModel, masked_patch_mse, patchify
+from sslvit.models.mae import MAEDecoder, MAEModel, mask_of, patchify
 from sslvit.run_plan import RunPlan
 from sslvit.settings import EncoderSettings, MAESettings, OptimSettings
 from sslvit.tasks.mae import MAE
@@ -39,13 +39,6 @@ def batch_of(images: torch.Tensor, first_row: int = 0) -> Batch:
     )
 
 
-def test_loss_counts_hidden_patches_only() -> None:
-    predicted, target = torch.zeros(2, 3, 4), torch.zeros(2, 3, 4)
-    target[0, 1], target[1, 2] = 2.0, 4.0
-    is_hidden = torch.tensor([[False, True, False], [True, False, False]])
-    assert masked_patch_mse(predicted, target, is_hidden) == 2.0  # (2^2 + 0) / 2
-
-
 @pytest.mark.parametrize(("ratio", "visible"), [(0.75, 4), (0.5, 8), (0.3, 11), (0.9, 1)])
 def test_the_encoder_sees_the_patches_that_the_mask_ratio_leaves_and_the_loss_is_of_the_others(
     ratio: float, visible: int
@@ -54,7 +47,7 @@ def test_the_encoder_sees_the_patches_that_the_mask_ratio_leaves_and_the_loss_is
     model.settings.mask_ratio = ratio
     images, noise, seen = torch.randn(3, 1, 16, 16), torch.rand(3, 16), []
     model.encoder.register_forward_hook(lambda module, inputs, output: seen.append((inputs[1], output)))
-    loss = model.loss(images, noise)
+    loss = model.loss(images, noise).loss
     places, latent = seen[0]
     assert latent.shape[1] == 1 + visible
     expected = []
@@ -104,11 +97,12 @@ def test_a_steps_loss_is_the_models_under_the_steps_numbers() -> None:
     task.logs_features = True
     output = task.compute(batch, 3)
     noise, path_noise = task.uniform("mask", batch, 16, 3), task.path_noise(batch, 3)
-    assert torch.equal(output.objective, task.model.loss(batch.views[0], noise, path_noise))
-    latent, _, is_hidden = task.model.encode(batch.views[0], noise, path_noise)
+    assert torch.equal(output.objective, task.model.loss(batch.views[0], noise, path_noise).loss)
+    visible, hidden = task.model.mask(noise)
+    latent = task.model.encoder(batch.views[0], visible, path_noise=path_noise)
     assert torch.equal(output.features, latent.mean(1))
-    hidden = task.model.target(batch.views[0])[is_hidden]
-    guess = task.model.target(batch.views[0]).mean((0, 1))
+    target = task.model.target(patchify(batch.views[0], 4))
+    hidden, guess = target[mask_of(hidden, 16)], target.mean((0, 1))
     found = measure({"target_moments": output.references["target_moments"][None]})["target_variance"]
     assert found == pytest.approx(float((hidden - guess).square().mean()), rel=1e-5)
 
@@ -146,7 +140,7 @@ def test_checkpointing_keeps_one_tensor_per_block_of_encoder_and_decoder(stack: 
 
         alive: list[torch.Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            loss = model.loss(torch.randn(4, 1, 16, 16), torch.rand(4, 16))
+            loss = model.loss(torch.randn(4, 1, 16, 16), torch.rand(4, 16)).loss
         loss.backward()
         return sum(seen.values())
 
@@ -159,7 +153,7 @@ def test_checkpointing_changes_no_gradient_of_the_decoder() -> None:
     gradients = []
     for checkpointing in (False, True):
         model = make(activation_checkpointing=checkpointing)
-        model.loss(torch.ones(2, 1, 16, 16), torch.arange(32.0).view(2, 16)).backward()
+        model.loss(torch.ones(2, 1, 16, 16), torch.arange(32.0).view(2, 16)).loss.backward()
         gradients.append([p.grad for p in model.decoder.parameters() if p.requires_grad])
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
@@ -212,7 +206,7 @@ def test_reconstruction_undoes_the_normalization_of_each_patch() -> None:
 def test_every_trained_parameter_gets_a_gradient(options: dict) -> None:
     task = task_of(**options)
     height, width = task.encoder.settings.image_size
-    task.model.loss(torch.randn(4, 1, height, width), torch.rand(4, height * width // 16)).backward()
+    task.model.loss(torch.randn(4, 1, height, width), torch.rand(4, height * width // 16)).loss.backward()
     without = [name for name, p in task.named_parameters() if p.requires_grad and p.grad is None]
     assert not without
 
@@ -223,7 +217,7 @@ def test_a_few_steps_lower_the_loss_on_one_batch() -> None:
     images, noise = torch.randn(8, 1, 16, 16), torch.rand(8, 16)
     losses = []
     for _ in range(60):
-        loss = model.loss(images, noise)
+        loss = model.loss(images, noise).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -256,7 +250,7 @@ def test_an_encoder_alone_is_no_mae(tmp_path) -> None:
     torch.save({"model": official}, tmp_path / "full.pth")
     again = load_mae(tmp_path / "full.pth", heads=2, decoder_heads=2, mask_ratio=model.settings.mask_ratio)
     images, noise = torch.randn(2, 3, 16, 16), torch.rand(2, 16)
-    torch.testing.assert_close(again.loss(images, noise), model.loss(images, noise))
+    torch.testing.assert_close(again.loss(images, noise).loss, model.loss(images, noise).loss)
 
 
 @pytest.mark.parametrize("side", [8, 16, 24])
@@ -265,7 +259,7 @@ def test_other_resolutions_train_and_the_own_one_is_as_it_was(side: int) -> None
     torch.manual_seed(0)
     model = MAEModel(MAESettings(decoder_width=16, decoder_depth=1, decoder_heads=2), encoder)
     images, patches = torch.randn(4, 1, side, side), (side // 4) ** 2
-    model.loss(images, torch.rand(4, patches)).backward()
+    model.loss(images, torch.rand(4, patches)).loss.backward()
     assert model.encoder.patch_embed.proj.weight.grad.abs().sum() > 0
     table = model.decoder.pos_embed
     assert torch.equal(model.decoder.positions((4, 4)), table)

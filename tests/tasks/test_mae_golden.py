@@ -10,7 +10,7 @@ from golden_fixtures import Golden, check_shape, looks_at
 from sslvit.data.batch import Batch
 from sslvit.layouts import mae as layout
 from sslvit.models import ViTEncoder
-from sslvit.models.mae import MAEModel, normalize_patches, num_visible, patchify, random_masking, unpatchify
+from sslvit.models.mae import MAEModel, mask_of, normalize_patches, num_visible, patchify, random_masking, unpatchify
 from sslvit.models.transformer import Block
 from sslvit.optim import layer_decay_groups, layer_of, warmup_cosine
 from sslvit.run_plan import RunPlan
@@ -46,10 +46,11 @@ def test_patches_are_cut_and_put_together(golden: Golden) -> None:
 
 @looks_at("mae_model", "input/noise", "output/mask", "output/ids_restore", "output/len_keep_table")
 def test_masks_follow_the_noise(golden: Golden) -> None:
-    visible, is_hidden = random_masking(golden["input/noise"], 4)
-    golden.check("output/mask", is_hidden.float())
+    visible, hidden = random_masking(golden["input/noise"], 4)
+    golden.check("output/mask", mask_of(hidden, visible.shape[1] + hidden.shape[1]).float())
     order = golden["output/ids_restore"].argsort(1)
     assert torch.equal(visible, order[:, :4])
+    assert torch.equal(hidden, order[:, 4:])
     for patches, ratio, kept in golden["output/len_keep_table"].tolist():
         assert num_visible(int(patches), ratio / 1000) == kept
 
@@ -81,7 +82,7 @@ def test_encoder_and_decoder(golden: Golden) -> None:
 def test_loss_and_gradients(golden: Golden) -> None:
     for target, name in [("raw", "pix"), ("normalized", "norm_pix")]:
         model = mae_of(golden, target=target)
-        loss = model.loss(golden["input/imgs"], golden["input/noise"])
+        loss = model.loss(golden["input/imgs"], golden["input/noise"]).loss
         golden.check(f"output/loss_{name}", loss.detach().view(1))
         loss.backward()
         gradients = {key: parameter.grad for key, parameter in _official_parameters(model).items()}
@@ -105,7 +106,7 @@ def test_fixed_position_tables_are_the_ones_we_make(golden: Golden) -> None:
         model = mae_of(golden, target=target)
         model.encoder.pos_embed.copy_(fresh.encoder.pos_embed)
         model.decoder.pos_embed.copy_(fresh.decoder.pos_embed)
-        loss = model.loss(golden["input/imgs"], golden["input/noise"])
+        loss = model.loss(golden["input/imgs"], golden["input/noise"]).loss
         golden.check(f"output/sincos/loss_{name}", loss.view(1))
     visible, _ = random_masking(golden["input/noise"], 4)
     latent = model.encoder(golden["input/imgs"], visible)

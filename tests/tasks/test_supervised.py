@@ -152,12 +152,13 @@ def test_labels_are_smoothed() -> None:
     torch.manual_seed(0)
     model, target = Classifier(EncoderSettings(**SMALL), 3), torch.eye(3)[batch_of().labels]
     torch.nn.init.normal_(model.head.weight)
-    pooled = model.pooled(batch_of().views[0])
+    images = batch_of().views[0]
+    logits = model(images)
     found = {}
     for smoothing in (0.0, 0.6):
         even = (1 - smoothing) * target + smoothing / 3
-        found[smoothing] = model.loss(pooled, target, smoothing)
-        torch.testing.assert_close(found[smoothing], -(even * model.head(pooled).log_softmax(1)).sum(1).mean())
+        found[smoothing] = model.loss(images, target, smoothing).loss
+        torch.testing.assert_close(found[smoothing], -(even * logits.log_softmax(1)).sum(1).mean())
         task = task_for(EncoderSettings(**SMALL), smoothing=smoothing, mixup=0.0, cutmix=0.0, erase=0.0)
         task.model.load_state_dict(model.state_dict())
         torch.testing.assert_close(task.compute(batch_of(), 0).objective, found[smoothing])

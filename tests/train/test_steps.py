@@ -79,7 +79,7 @@ def test_the_teacher_keeps_a_share_that_rises_with_the_steps(
 ) -> None:
     """Once per step, however many micro-batches it has."""
     shares = []
-    monkeypatch.setattr("sslvit.tasks.dino.ema_update", lambda average, source, momentum: shares.append(momentum))
+    monkeypatch.setattr("sslvit.tasks.dino.ema_update", lambda average, source, momentum, skip: shares.append(momentum))
     run(shards, tmp_path / "run", recipe="dino/digits", **{"train.micro_batch_size": 2, "task.final_momentum": 0.98})
     expected = [half_cosine(0.9, 0.98, step / 7) for step in range(7)]
     assert shares == pytest.approx([share for share in expected for _ in ("encoder", "head")])

@@ -65,7 +65,7 @@ def sampling(width: int, depth: int, images: int = 16, side: int = 32) -> None:
 
 def training_step(model: IGPTModel, images: int, side: int):
     pixels = torch.randn(images, 3, side, side)
-    return lambda: model.loss(pixels).backward(), pixels
+    return lambda: model.loss(pixels).loss.backward(), pixels
 
 
 def training(width: int, depth: int) -> None:

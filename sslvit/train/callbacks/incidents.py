@@ -43,18 +43,16 @@ class Incidents(StepCallback):
     def __init__(self, folder: RunFolder, index: Index | StreamIndex, limit: int) -> None:
         self.folder, self.index, self.limit = folder, index, limit
         self.skipped = self.in_a_row = 0
+        self.not_finite: list[str] = []  # parameters, in the last skipped step
 
     def on_step(self, trainer: pl.Trainer, module: Task) -> None:
-        """Count a skipped step; end the run after too many in a row."""
-        self.in_a_row = self.in_a_row + 1 if module.guard.skipped else 0
-        self.skipped += module.guard.skipped
-        if self.skipped:
-            module.record("skipped_steps", torch.tensor(float(self.skipped), dtype=torch.float64))
-        if not module.guard.skipped:
-            return
-        where = ", ".join(module.guard.not_finite[:3]) or "the loss"
-        if trainer.is_global_zero:
-            logger.info(f"step {self.step}: skipped, not finite ({where}; {self.skipped} so far)")
+        """Count skipped steps; end the run after too many in a row.
+
+        A step that logs nothing waits for nothing: it counts what the device has finished. Only where all that is not
+        known yet could be too much, or a line is due, the device is waited for, so a run ends at the same step on any.
+        """
+        guard = module.guard
+        self.count(trainer, module, wait=module.logs_features or self.in_a_row + guard.pending >= self.limit)
         if self.in_a_row >= self.limit:
             self.save(trainer, module)
             trainer.strategy.barrier()
@@ -63,6 +61,32 @@ class Incidents(StepCallback):
                 f"last: sslvit replay {self.folder.incident}. Then lower optim.base_lr, set optim.clip_grad or "
                 "train.precision float32, and go on from the last checkpoint with --resume."
             )
+
+    def count(self, trainer: pl.Trainer, module: Task, wait: bool) -> None:
+        """Take note of what became of the last steps.
+
+        Args:
+            trainer: The run's.
+            module: The task, whose guard knows.
+            wait: Whether to wait for the device.
+        """
+        for outcome in module.guard.outcomes(wait):
+            self.in_a_row = self.in_a_row + 1 if outcome.skipped else 0
+            if not outcome.skipped:
+                continue
+            self.skipped += 1
+            self.not_finite = outcome.not_finite
+            where = ", ".join(outcome.not_finite[:3]) or "the loss"
+            if trainer.is_global_zero:
+                logger.info(f"step {outcome.step}: skipped, not finite ({where}; {self.skipped} so far)")
+        if self.skipped:
+            module.record("skipped_steps", torch.tensor(float(self.skipped), dtype=torch.float64))
+
+    def before_checkpoint(self, trainer: pl.Trainer) -> None:
+        """Count all steps that the checkpoint holds."""
+        module = trainer.lightning_module
+        assert isinstance(module, Task)
+        self.count(trainer, module, wait=True)
 
     def save(self, trainer: pl.Trainer, module: Task) -> None:
         """The step that was just skipped, with all that decided it."""
@@ -87,7 +111,7 @@ class Incidents(StepCallback):
             about = {
                 "step": step, "seed": module.run.seed, "rank": trainer.global_rank, "ranks": trainer.world_size,
                 "precision": str(trainer.precision), "run": asdict(module.run),
-                "not_finite": module.guard.not_finite, "samples": names,
+                "not_finite": self.not_finite, "samples": names,
             }  # fmt: skip
             shutil.copy(self.folder.config, self.folder.incident / "config.yaml")
             write_atomically(self.folder.incident / "incident.json", to_json(about, indent=1) + "\n")
