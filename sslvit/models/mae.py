@@ -61,25 +61,16 @@ def patch_mse(predicted: Float[Tensor, "b m pixels"], target: Float[Tensor, "b m
     return (predicted.to(kind) - target.to(kind)).square().mean()
 
 
-def target_moments(
-    target: Float[Tensor, "b n pixels"], hidden: Float[Tensor, "b m pixels"]
-) -> Float[Tensor, "3 pixels"]:
-    """The mean patch, and of hidden patches the mean and the mean square: the error of guessing that patch."""
-    return torch.stack([target.mean((0, 1)), hidden.mean((0, 1)), hidden.square().mean((0, 1))])
-
-
 class MAELoss(NamedTuple):
     """What one pass of an MAEModel computes.
 
     Attributes:
         loss: Mean squared error of the hidden patches.
         features: Mean of the encoder's tokens, 'b d'.
-        moments: Of the target (`target_moments`); None where they are not asked for.
     """
 
     loss: Tensor
     features: Tensor
-    moments: Tensor | None
 
 
 class MAEDecoder(nn.Module):
@@ -155,24 +146,28 @@ class MAEModel(nn.Module):
         self.decoder = MAEDecoder(encoder, settings)
 
     def loss(
-        self, images: Float[Tensor, "b c h w"], noise: Float[Tensor, "b n"], path_noise: Tensor | None = None,
-        with_moments: bool = False,
-    ) -> MAELoss:  # fmt: skip
+        self, images: Float[Tensor, "b c h w"], noise: Float[Tensor, "b n"], path_noise: Tensor | None = None
+    ) -> MAELoss:
         """The reconstruction error of the hidden patches.
 
         Args:
             images: Normalized pixels.
             noise: One number per patch; those with the lowest stay visible.
             path_noise: Uniform numbers for stochastic depth, 'branches b'.
-            with_moments: Whether the target's moments are wanted.
         """
         visible, hidden = self.mask(noise)  # b k, b m
         latent = self.encoder(images, visible, path_noise=path_noise)  # b t d
         predicted = self.decoder(latent, visible, self.grid_of(images), hidden)  # b m pixels
-        patches = patchify(images, self.encoder.settings.patch)  # b n pixels
-        target = self.target(gather_tokens(patches, hidden))  # b m pixels
-        moments = target_moments(self.target(patches), target) if with_moments else None
-        return MAELoss(patch_mse(predicted, target), latent.mean(1), moments)
+        target = self.target(gather_tokens(patchify(images, self.encoder.settings.patch), hidden))  # b m pixels
+        return MAELoss(patch_mse(predicted, target), latent.mean(1))
+
+    def target_moments(
+        self, images: Float[Tensor, "b c h w"], noise: Float[Tensor, "b n"]
+    ) -> Float[Tensor, "3 pixels"]:
+        """The mean patch, and of the hidden patches the mean and the mean square: the error of guessing that patch."""
+        target = self.target(patchify(images, self.encoder.settings.patch))  # b n pixels
+        hidden = gather_tokens(target, self.mask(noise)[1])  # b m pixels
+        return torch.stack([target.mean((0, 1)), hidden.mean((0, 1)), hidden.square().mean((0, 1))])
 
     def mask(self, noise: Float[Tensor, "b n"]) -> tuple[Int[Tensor, "b k"], Int[Tensor, "b m"]]:
         """Numbers of the visible and of the hidden patches."""

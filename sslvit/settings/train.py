@@ -34,8 +34,10 @@ class TrainSettings:
     """
     timeout_seconds: float = 900
     """Seconds that a process waits for the others, also at startup, before the run ends with an error."""
-    compile: bool = False
-    """Use torch.compile for the blocks; it pays on GPUs."""
+    compile: Literal["auto", "none", "default", "reduce-overhead"] = "auto"
+    """Mode of torch.compile for the computation of a step; auto is default on a GPU and none elsewhere. reduce-overhead
+    also records each step's kernels as a CUDA graph: for small models, and without accumulation.
+    """
     precision: Literal["auto", "float32", "bf16", "float64"] = "auto"
     """Precision of the computation; auto is bf16 where the hardware supports it, otherwise float32."""
     log_every: int = 20

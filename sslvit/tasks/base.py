@@ -91,7 +91,7 @@ class Task(pl.LightningModule):
         self.save_hyperparameters({"task": asdict(cast(Any, self.settings)), "encoder": asdict(encoder),
                                    "optim": asdict(self.optim), "run": asdict(self.run)})  # fmt: skip
         self.model = self.make_model(encoder)
-        self.loss_fn: Callable[..., Any] = cast(Any, self.model).loss  # or its compiled form (train/strategies.py)
+        self.loss_fn: Callable[..., Any] = cast(Any, self.model).loss  # or its compiled form (train/compilation.py)
         self._freeze_unused_parts()
         self.guard = StepGuard(self.model, self.optim)
         self.warmup_steps = self.optim.warmup_steps(self.run.steps_per_epoch, self.run.total_steps)
@@ -338,7 +338,7 @@ class Task(pl.LightningModule):
 
     def record(self, name: str, value: Tensor) -> None:
         """Keep a number of this micro-batch; it is averaged over the global batch when a line is due."""
-        self.records[name].append(value.detach())
+        self.records[name].append(value.detach().clone())  # the next replay of a CUDA graph may write over it
 
     def _log_features(self, output: StepOutput) -> None:
         """Keep what the health check looks at (train/callbacks/health.py)."""

@@ -33,8 +33,8 @@ class MAE(Task):
         images = batch.views[0]  # b c h w
         rows, columns = self.model.grid_of(images)
         noise = self.uniform("mask", batch, rows * columns, step)  # b n
-        found: MAELoss = self.loss_fn(images, noise, self.path_noise(batch, step), self.logs_features)
-        references = {} if found.moments is None else {"target_moments": found.moments}
+        found: MAELoss = self.loss_fn(images, noise, self.path_noise(batch, step))
+        references = {"target_moments": self.model.target_moments(images, noise)} if self.logs_features else {}
         return StepOutput(found.loss, {"loss": found.loss}, found.features, references=references)
 
     def symptoms(self, measures: dict[str, float]) -> list[Symptom]:

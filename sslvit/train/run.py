@@ -28,6 +28,7 @@ from sslvit.tasks import make_task
 from sslvit.tasks.base import Task
 from sslvit.train.callbacks import make_callbacks
 from sslvit.train.checkpoint_io import AtomicCheckpointIO
+from sslvit.train.compilation import compile_mode, compile_task, undo_compilation
 from sslvit.train.folder import RunFolder
 from sslvit.train.loggers import log_pictures, make_loggers
 from sslvit.train.pictures import plot_pictures
@@ -39,7 +40,7 @@ from sslvit.train.prepare import (
     keep_start,
     resolve_defaults,
 )
-from sslvit.train.strategies import compile_blocks, is_peer_failure, make_strategy
+from sslvit.train.strategies import is_peer_failure, make_strategy
 from sslvit.train.timing import Clock
 
 logger = logging.getLogger(__name__)
@@ -95,8 +96,8 @@ def _pretrain(settings: RunSettings, folder: RunFolder, is_first: bool, goes_on:
         task.double()  # before a checkpoint is loaded, which would otherwise pass through float32
     if checkpoint is not None:
         check_resumed(folder, checkpoint, settings, data, task)
-    if train.compile:
-        compile_blocks(task)
+    if (mode := compile_mode(train)) is not None:
+        compile_task(task, mode)
     trainer = make_trainer(settings, folder, data)
     if is_first:
         folder.start(asdict(settings), goes_on)
@@ -109,7 +110,7 @@ def _pretrain(settings: RunSettings, folder: RunFolder, is_first: bool, goes_on:
         _silence_needless_warnings()
         try:
             trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-            compile_blocks(task, undo=True)
+            undo_compilation(task)
             task = task.gather_full_copy()  # together: each rank may hold a shard of it
         except Preempted:
             if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):

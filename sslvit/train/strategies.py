@@ -136,12 +136,3 @@ def shard(task: pl.LightningModule, device: str) -> None:
                 fully_shard(module, mesh=mesh)
         if any(True for _ in network.parameters()):
             fully_shard(network, mesh=mesh)
-
-
-def compile_blocks(task: nn.Module, undo: bool = False) -> None:
-    """Compile the forward pass of every block, or no longer; names and weights stay as they are."""
-    for module in task.modules():
-        if isinstance(module, Block):
-            module.__dict__.pop("forward", None)
-            if not undo:
-                module.forward = torch.compile(module.forward)  # type: ignore[method-assign]  # of this module alone

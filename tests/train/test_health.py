@@ -17,9 +17,9 @@ from sklearn.datasets import load_digits
 from sslvit.data.array_images import array_samples
 from sslvit.data.pack import pack
 from sslvit.evaluate.health import feature_std, rankme
-from sslvit.models.mae import target_moments
+from sslvit.models.mae import MAEModel, mask_of, patchify
 from sslvit.run_plan import RunPlan
-from sslvit.settings import DINOSettings, EncoderSettings, OptimSettings
+from sslvit.settings import DINOSettings, EncoderSettings, MAESettings, OptimSettings
 from sslvit.settings.load import load_recipe
 from sslvit.tasks import task_class
 from sslvit.tasks.base import StepOutput, Task, as_batch
@@ -136,12 +136,12 @@ def judged(tmp_path: Path, checks: str, total: int = 1000, grace: int = 0) -> li
 def test_what_a_constant_guess_costs_is_that_of_the_whole_step() -> None:
     """However its images are cut into micro-batches: by hand, over all of them."""
     source = torch.Generator().manual_seed(0)
-    target = torch.randn(8, 6, 3, generator=source, dtype=torch.float64) + torch.arange(8)[:, None, None]
-    is_hidden = torch.rand(8, 6, generator=source).argsort(1) < 4
-    parts = [
-        target_moments(target[rows], target[rows][is_hidden[rows]].unflatten(0, (4, 4)))
-        for rows in (slice(0, 4), slice(4, 8))
-    ]
+    encoder = EncoderSettings(image_size=8, channels=1, patch=2, width=16, depth=1, heads=2)
+    model = MAEModel(MAESettings(target="raw", decoder_width=16, decoder_depth=1, decoder_heads=2), encoder)
+    images = torch.randn(8, 1, 8, 8, generator=source, dtype=torch.float64) + torch.arange(8)[:, None, None, None]
+    noise = torch.rand(8, 16, generator=source)
+    parts = [model.target_moments(images[rows], noise[rows]) for rows in (slice(0, 4), slice(4, 8))]
+    target, is_hidden = patchify(images, 2), mask_of(model.mask(noise)[1], 16)
     expected = (target[is_hidden] - target.mean((0, 1))).square().mean()
     assert measure({"target_moments": torch.stack(parts)}) == {"target_variance": pytest.approx(float(expected))}
     entropy = -sum(p * math.log(p) for p in (5 / 8, 1 / 8, 2 / 8))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import time
@@ -18,7 +17,7 @@ from sslvit.settings import ProbeSettings
 from sslvit.settings.load import load_recipe
 from sslvit.sharded_checkpoint import read_checkpoint
 from sslvit.train.folder import RunFolder
-from sslvit.train.strategies import compile_blocks, is_peer_failure, make_strategy, shard
+from sslvit.train.strategies import is_peer_failure, make_strategy, shard
 from sslvit.train.timing import Clock
 
 WAYS = {
@@ -167,54 +166,6 @@ def test_one_process_shares_nothing() -> None:
 def test_gradients_lie_in_the_buckets_that_are_exchanged() -> None:
     settings = load_recipe("mae/digits", {"train.devices": 2, "train.nodes": 3}).train
     assert make_strategy(settings, Clock())._ddp_kwargs["gradient_as_bucket_view"] is True
-
-
-@pytest.mark.parametrize(("recipe", "passes"), [("mae/digits", 2), ("dino/digits", 3)])
-def test_every_block_of_a_step_is_the_compiled_one(
-    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, passes: int
-) -> None:
-    """Of encoder and decoder; of a student that sees two sizes of views, and its teacher, which sees one."""
-    calls = []
-
-    def compiled(call):
-        return lambda *given: calls.append(call.__self__) or call(*given)
-
-    monkeypatch.setattr(torch, "compile", compiled)
-    options = {"recipe": recipe, "train.steps": 2, "train.micro_batch_size": 4}
-    plain = run(shards, tmp_path / "plain", **options)
-    assert calls == []
-    again = run(shards, tmp_path / "compiled", **options, **{"train.compile": True})
-    assert len(calls) == passes * 4  # micro-batches
-    assert len({id(block) for block in calls}) == 2  # encoder and decoder; student and teacher
-    assert same(plain, again)
-
-
-@pytest.mark.slow
-def test_compiled_blocks_train_alike(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In processes of their own, without the checks of shapes; what was compiled lies in the compiler's cache."""
-    options = {"recipe": "mae/digits", "train.steps": 3}
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    plain = run_ranks(shards, tmp_path / "plain", **options)
-    assert not list((tmp_path / "cache").rglob("*.py"))
-    compiled = run_ranks(shards, tmp_path / "compiled", **options, **{"train.compile": True})
-    assert list((tmp_path / "cache").rglob("*.py"))
-    assert weights(compiled).keys() == weights(plain).keys()
-    assert [a["loss"] for a in metrics(compiled)] == pytest.approx([b["loss"] for b in metrics(plain)], rel=1e-4)
-    assert json.loads((compiled.encoder / "encoder.json").read_text())["provenance"]["step"] == 3
-
-
-def test_compiling_changes_no_name_and_can_be_undone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", lambda call: lambda *given: call(*given))
-    from sslvit.models import ViTEncoder
-    from sslvit.settings import EncoderSettings
-
-    encoder = ViTEncoder(EncoderSettings(image_size=8, patch=4, width=16, depth=2, heads=2))
-    before = list(encoder.state_dict())
-    compile_blocks(encoder)
-    assert all("forward" in vars(block) for block in encoder.blocks)
-    assert list(encoder.state_dict()) == before
-    compile_blocks(encoder, undo=True)
-    assert not any("forward" in vars(block) for block in encoder.blocks)
 
 
 def test_only_the_silence_of_others_is_a_lost_rank() -> None:

@@ -1,0 +1,79 @@
+"""torch.compile for a step: the whole loss as one program, or block by block where ranks work while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch import nn
+
+from sslvit.models.transformer import Block
+from sslvit.settings import TrainSettings
+from sslvit.tasks.base import Task
+
+MAX_PROGRAMS = 64  # of one function: one for each size of views, in training and in evaluation
+
+
+def compile_mode(train: TrainSettings) -> str | None:
+    """The mode that `train.compile` stands for; None for no compilation.
+
+    torch writes its kernels for GPUs in Triton, so `auto` needs that as well.
+    """
+    if train.compile == "auto":
+        is_on_gpu = train.accelerator != "cpu" and torch.cuda.is_available()
+        return "default" if is_on_gpu and find_spec("triton") else None
+    return None if train.compile == "none" else train.compile
+
+
+def compile_task(task: Task, mode: str) -> None:
+    """Compile what a step computes; names and weights stay as they are.
+
+    On one rank that is the loss of the model as one program, forward and backward. On several it is each block alone:
+    gradients are exchanged, or weights gathered, while the backward pass goes on, and one program would first end.
+
+    Args:
+        task: The task.
+        mode: As of torch.compile.
+
+    Raises:
+        ValueError: CUDA graphs and several passes per step: the second would write over the gradients of the first.
+    """
+    if mode == "reduce-overhead" and task.run.accumulation_steps > 1:
+        raise ValueError(
+            f"train.compile: reduce-overhead takes one pass per step, not {task.run.accumulation_steps} of "
+            f"{task.run.images_per_pass} images (train.micro_batch_size). Use default, or a smaller global batch."
+        )
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_PROGRAMS)
+    if task.run.ranks == 1:
+        task.loss_fn = _compiled(task.loss_fn, mode)
+        return
+    for block in blocks(task):
+        block.forward = _compiled(block.forward, mode)  # type: ignore[method-assign]  # of this block alone
+
+
+def undo_compilation(task: Task) -> None:
+    """Compute as before `compile_task`: what was trained is used in other ways."""
+    task.loss_fn = task.model.loss  # type: ignore[assignment]  # a module's attribute
+    for block in blocks(task):
+        block.__dict__.pop("forward", None)
+
+
+def blocks(task: nn.Module) -> list[Block]:
+    """Every block of every network."""
+    return [module for module in task.modules() if isinstance(module, Block)]
+
+
+def _compiled(function: Callable[..., Any], mode: str) -> Callable[..., Any]:
+    # every size gets a program of its own: there are few, and one for any size would be slower
+    compiled = torch.compile(function, mode=mode, dynamic=False)
+    if mode == "default":
+        return compiled
+
+    def replayed(*args: Any, **kwargs: Any) -> Any:
+        torch.compiler.cudagraph_mark_step_begin()  # what the last replay has left may be written over
+        return compiled(*args, **kwargs)
+
+    return replayed
