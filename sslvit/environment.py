@@ -18,12 +18,20 @@ SHARED_MEMORY = (
     "container more: docker run --shm-size 8g"
 )
 
+COMPILER_ERRORS = ("No working C++ compiler", "Cannot find a working triton", "Failed to find C compiler")
+NO_COMPILER = (
+    "train.compile: torch.compile finds no C++ compiler here, or no Triton. Install gcc (Debian: apt install "
+    "build-essential), or use --train.compile none."
+)
+
 
 def explain(error: BaseException) -> str | None:
     """The remedy for an error that stems from the machine or from libraries that do not fit together, or None."""
     text = str(error)
     if "shared memory" in text or "Bus error" in text or "unable to mmap" in text or "torch_shm" in text:
         return SHARED_MEMORY
+    if any(sign in text for sign in COMPILER_ERRORS):
+        return NO_COMPILER
     is_misfit = "torchvision::nms does not exist" in text or "partially initialized module 'torchvision'" in text
     return MISFIT if is_misfit else None
 

@@ -446,6 +446,16 @@ def test_import_then_probe_files_that_are_not_there(capsys, tmp_path: Path) -> N
     assert "no such file or folder" in failing(capsys, "export", none, str(tmp_path / "o"), "--format", "timm")
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["No working C++ compiler found in torch._inductor.config.cpp.cxx: (None, 'g++')",
+     "Cannot find a working triton installation. Either the package is not installed or it is too old.",
+     "Failed to find C compiler. Please specify via CC environment variable"],
+)  # fmt: skip
+def test_compilation_without_a_compiler_is_named_with_its_remedy(text: str) -> None:
+    assert "--train.compile none" in explain(RuntimeError(text))
+
+
 def test_torch_and_torchvision_that_do_not_fit_are_explained() -> None:
     assert "Install both from the same index" in explain(RuntimeError("operator torchvision::nms does not exist"))
     assert explain(ValueError("something else")) is None

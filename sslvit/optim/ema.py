@@ -24,10 +24,15 @@ def ema_update(average: nn.Module, source: nn.Module, momentum: float, skip: Ten
             module.reshard()
     ours = [local_shard(parameter) for parameter in average.parameters()]
     theirs = [local_shard(parameter.detach()) for parameter in source.parameters()]
-    if skip.device.type == "cpu":  # the number is at hand, and the sum needs no copy of the weights
+    if is_on_host(skip):  # the number is at hand, and the sum needs no copy of the weights
         if not skip:
             torch._foreach_mul_(ours, momentum)
             torch._foreach_add_(ours, theirs, alpha=1 - momentum)
         return
     torch._foreach_mul_(ours, momentum + (1 - momentum) * skip)
     torch._foreach_add_(ours, torch._foreach_mul(theirs, (1 - momentum) * (1 - skip)))
+
+
+def is_on_host(value: Tensor) -> bool:
+    """Whether reading a number waits for no device."""
+    return value.device.type == "cpu"

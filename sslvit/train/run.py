@@ -84,6 +84,9 @@ def _pretrain(settings: RunSettings, folder: RunFolder, is_first: bool, goes_on:
 
     if train.threads:
         torch.set_num_threads(train.threads)
+    if train.accelerator != "cpu" and torch.cuda.is_available() and precision_of(train) == "bf16-mixed":
+        # what autocast leaves in float32 (DINO's prototypes) takes TF32, which still has more digits than bf16
+        torch.set_float32_matmul_precision("high")
     pl.seed_everything(settings.seed, verbose=False)
     run = RunPlan.make(train, plan.steps_per_epoch, plan.global_batch_size, settings.seed)
     requested = settings
