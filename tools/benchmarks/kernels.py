@@ -31,7 +31,8 @@ from sslvit.tasks import make_task
 VIEWS = {
     "view", "_unsafe_view", "t", "transpose", "permute", "expand", "slice", "select", "unsqueeze", "squeeze", "alias",
     "detach", "as_strided", "split", "split_with_sizes", "unbind", "narrow", "reshape", "chunk", "_reshape_alias",
-    "lift_fresh", "diagonal", "device", "view_as", "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided",
+    "lift_fresh", "diagonal", "device", "view_as", "empty", "empty_like", "new_empty", "empty_strided",
+    "new_empty_strided",
 }  # fmt: skip
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution"}
 PER_LAUNCH = {1: 110, 2: 64, 3: 48, 4: 36}  # tensors of each list that one launch of a multi-tensor kernel takes
