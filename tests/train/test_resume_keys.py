@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ UNFELT = {
     "data.workers": 1, "data.memory_limit_mb": 0, "data.window_shards": 2, "data.color_on": "workers",
     "data.cache": "cache", "data.cache_gb": 3.0, "data.stream_samples": 30, "data.allow_pipe": True,
     "data.max_pixels": 1000, "data.max_unreadable_fraction": 0.5, "data.ledger": True, "train.accelerator": "auto",
-    "train.strategy": "fsdp", "train.timeout_seconds": 300.0, "train.compile": True, "train.log_every": 2,
+    "train.strategy": "fsdp", "train.timeout_seconds": 300.0, "train.compile": "default", "train.log_every": 2,
     "train.checkpoint_every": 1, "train.skip_limit": 3, "train.requeue": False, "train.keep_last": 2,
     "train.keep_every": 6, "train.checkpoint_in_background": True, "train.tensorboard": True,
     "train.peak_tflops": 2.0, "train.deterministic": True, "online.every": 3, "online.images": 9,
@@ -135,7 +136,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def as_before(monkeypatch: pytest.MonkeyPatch):
     """No pictures, and torch's own switches as they were."""
     monkeypatch.setattr("sslvit.train.run._finish", lambda *_: None)
-    monkeypatch.setattr(torch, "compile", lambda call: call)
+    monkeypatch.setattr(torch, "compile", lambda call, **_: call)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -221,5 +222,5 @@ def test_a_key_changed_at_a_resume_is_refused_or_does_what_it_says(
 def test_every_key_is_among_those_that_are_tried(images: Path) -> None:
     tried = {key for _, _, key, _ in CASES} | STARTED_OTHERWISE | ONE_CHANNEL | NEEDS_ANOTHER
     for recipe in RUNS:
-        every = by_dotted_key(settings_of(recipe, images, images, {}).as_dict())
+        every = by_dotted_key(asdict(settings_of(recipe, images, images, {})))
         assert not set(every) - tried
