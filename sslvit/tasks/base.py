@@ -320,7 +320,7 @@ class Task(pl.LightningModule):
         """Uniform numbers 'b columns' of a step: the batch's rows of one table for the whole global batch."""
         rows = batch.first_row + np.arange(len(batch))
         table = rng.uniform((self.run.seed, step, purpose), rows, columns)
-        return torch.from_numpy(table.astype(np.float32)).to(batch.samples.device)
+        return torch.from_numpy(table.astype(np.float32)).to(batch.views[0].device)
 
     def path_noise(self, batch: Batch, step: int, views: int = 1) -> Tensor | None:
         """Numbers for stochastic depth, 'branches (views b)', or None where the encoder has none or is evaluated."""
