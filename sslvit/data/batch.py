@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
+import torch
 from torch import Tensor
+
+from sslvit.data.packed import Packed
 
 
 @dataclass
 class Batch:
     """One rank's part of a (micro-)batch.
 
+    Views, labels and colors move to the device; what only the CPU reads stays there.
+
     Args:
         views: list of 'b c h w': pixels 0 to 255 as they leave the loader, normalized floats once on the device.
         labels: class numbers 'b', or None for unlabeled data.
-        samples: number of each sample in its data set, 'b'; the index turns it into a key.
-        valid: False where a row only fills up (an unreadable sample, or padding in evaluation), 'b'.
-        epochs: the pass over its data set that each sample is in, 'b'.
+        samples: number of each sample in its data set, 'b', on the CPU; the index turns it into a key.
+        valid: False where a row only fills up (an unreadable sample, or padding in evaluation), 'b', on the CPU.
+        epochs: the pass over its data set that each sample is in, 'b', on the CPU.
         first_row: index of the first row within the global batch; with the step it keys every chance draw.
         unreadable: Reason why a sample could not be read, by its key.
         colors: changes of color still to be made, one 'b columns' per view, or None.
@@ -33,27 +36,32 @@ class Batch:
     unreadable: dict[str, str] = field(default_factory=dict)
     colors: list[Tensor] | None = None
 
-    def to(self, *args: Any, **kwargs: Any) -> Batch:
-        """Return the batch on another device; called by Lightning."""
-        return self._map(lambda tensor: tensor.to(*args, **kwargs))
+    def to(self, device: torch.device | str) -> Batch:
+        """Return the batch on another device, moved there in one copy; called by Lightning."""
+        device, tensors = torch.device(device), self._moving()
+        if device.type == "cpu" or all(tensor.device == device for tensor in tensors):
+            return self._with([tensor.to(device) for tensor in tensors])
+        return self._with(Packed.of(tensors).to(device).tensors())
 
     def rows(self, is_kept: Tensor) -> Batch:
-        """The rows where `is_kept` ('b') is True."""
-        return replace(self._map(lambda tensor: tensor[is_kept]), epochs=self.epochs[is_kept.cpu()])
+        """The rows where `is_kept` ('b', on the CPU) is True."""
+        moving = self._with([tensor[is_kept] for tensor in self._moving()])
+        host = {name: getattr(self, name)[is_kept] for name in ("samples", "valid", "epochs")}
+        return replace(moving, **host)
 
     def pin_memory(self) -> Batch:
-        """Return the batch in page-locked memory; called by the DataLoader."""
-        return self._map(lambda tensor: tensor.pin_memory())
+        """Return the batch in page-locked memory, in one piece; called by the DataLoader."""
+        return self._with(Packed.of(self._moving()).pin_memory().tensors())
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        return replace(
-            self,
-            views=[change(view) for view in self.views],
-            labels=None if self.labels is None else change(self.labels),
-            samples=change(self.samples),
-            valid=change(self.valid),
-            colors=None if self.colors is None else [change(draws) for draws in self.colors],
-        )
+    def _moving(self) -> list[Tensor]:
+        """What the device needs: views, labels and colors."""
+        return [*self.views, *([] if self.labels is None else [self.labels]), *(self.colors or [])]
+
+    def _with(self, tensors: list[Tensor]) -> Batch:
+        """The same batch with others in the place of `_moving`."""
+        views, rest = tensors[: len(self.views)], tensors[len(self.views) :]
+        labels = None if self.labels is None else rest.pop(0)
+        return replace(self, views=views, labels=labels, colors=self.colors and rest)
 
     def __len__(self) -> int:
         return len(self.samples)

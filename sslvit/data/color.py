@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,13 +19,18 @@ from torch import Tensor
 from sslvit import rng
 from sslvit.settings.views import MultiCropSettings
 
-Tap = TypeVar("Tap", float, Tensor)
 GRAY = (0.299, 0.587, 0.114)  # ITU-R 601-2, as in PIL
 COLUMNS = ("brightness", "contrast", "saturation", "hue", "order", "is_gray", "sigma", "is_solarized")
 ORDERS = list(itertools.permutations(range(4)))
 HUE = COLUMNS.index("hue")
+# for brightness, contrast and saturation a number whose bit `order` says whether it comes before the hue in that order
+BEFORE_HUE = [
+    sum(1 << number for number, order in enumerate(ORDERS) if order.index(kind) < order.index(HUE))
+    for kind in range(HUE)
+]
 SOLARIZE_THRESHOLD = 128
 TRUNCATE = 3  # standard deviations at which a blur's kernel ends
+MIN_SIGMA = 1e-3  # of rows that are not blurred, where a kernel has to be computed nevertheless
 PIXELS_AT_ONCE = 50_000  # on a CPU: what is worked on stays in its cache
 
 
@@ -74,19 +77,19 @@ def color_jitter(images: Tensor, draws: Tensor) -> Tensor:
 def _change(images: Tensor, draws: Tensor) -> Tensor:
     b, c, h, w = images.shape
     pixels = images.to(torch.float32, copy=True).reshape(b, c, h * w)
-    hue = draws[:, HUE]
-    rank = torch.tensor(ORDERS, device=images.device).argsort(1)[draws[:, 4].long()]  # b steps: the position of each
-    is_before = rank[:, :HUE] < rank[:, HUE:]  # brightness, contrast, saturation
+    hue, order = draws[:, HUE], draws[:, 4:5].long()
+    is_before = (torch.cat([bits >> order for bits in BEFORE_HUE], 1) & 1).bool()  # brightness, contrast, saturation
     factors = draws[:, :HUE]
     if c == 3:
-        turned = hue.nonzero()[:, 0]
-        if len(turned):
-            some = pixels if len(turned) == b else pixels[turned]
+        is_before &= (hue != 0)[:, None]
+        turned = _rows(hue)
+        if turned is not None:
+            some = pixels[turned]
             _scale_in_place(some, torch.where(is_before, factors, 1.0)[turned])
             _turn_hue_in_place(some.clamp_(0, 255), hue[turned])
-            if some is not pixels:
+            if isinstance(turned, Tensor):
                 pixels[turned] = some
-            factors = torch.where(is_before & (hue != 0)[:, None], 1.0, factors)
+            factors = torch.where(is_before, 1.0, factors)
         _scale_in_place(pixels, factors, draws[:, 5])
     else:
         _scale_in_place(pixels, factors)
@@ -94,11 +97,22 @@ def _change(images: Tensor, draws: Tensor) -> Tensor:
     _blur_in_place(pixels, draws[:, 6])
     if not images.is_floating_point():
         pixels.round_()
-    is_solarized = draws[:, 7].nonzero()[:, 0]
-    if len(is_solarized):
-        bright = pixels[is_solarized]
-        pixels[is_solarized] = torch.where(bright >= SOLARIZE_THRESHOLD, 255 - bright, bright)
+    solarized = _rows(draws[:, 7])
+    if solarized is not None:
+        bright, is_solarized = pixels[solarized], draws[solarized, 7, None, None, None] > 0
+        pixels[solarized] = torch.where((bright >= SOLARIZE_THRESHOLD) & is_solarized, 255 - bright, bright)
     return pixels
+
+
+def _rows(strength: Tensor) -> Tensor | slice | None:
+    """The rows that a change is for: on a CPU those where it is not zero, None if there are none.
+
+    Elsewhere all, which costs less than to wait for the device to say which.
+    """
+    if strength.device.type != "cpu":
+        return slice(None)
+    rows = strength.nonzero()[:, 0]
+    return None if not len(rows) else slice(None) if len(rows) == len(strength) else rows
 
 
 def _scale_in_place(pixels: Tensor, factors: Tensor, is_gray: Tensor | None = None) -> None:
@@ -146,36 +160,57 @@ def _turn_hue_in_place(pixels: Tensor, hue: Tensor) -> None:
 
 def _blur_in_place(images: Tensor, sigma: Tensor) -> None:
     """Gaussian blur of the rows whose deviation is not zero; a separable kernel, mirrored at the border."""
-    blurred = sigma.nonzero()[:, 0]
-    if not len(blurred):
-        return
     max_radius = min(images.shape[2:]) - 1  # a mirror image has no more
     if images.device.type == "cpu":  # one by one: no more taps than each needs, and plain numbers are faster
-        for i in blurred.tolist():
-            weights: list[float] = _kernel(sigma[i : i + 1], max_radius)[0].tolist()
-            images[i : i + 1] = _blur(
-                images[i : i + 1], weights, lambda total, shifted, tap: total.add_(shifted, alpha=tap)
-            )
-    else:
-        taps = list(_kernel(sigma[blurred], max_radius)[:, :, None, None, None].unbind(1))  # each b 1 1 1
-        images[blurred] = _blur(images[blurred], taps, Tensor.addcmul_)
+        for i in sigma.nonzero()[:, 0].tolist():
+            images[i : i + 1] = _blur(images[i : i + 1], _kernel(float(sigma[i]), max_radius))
+    else:  # all at once, as matrices: how many taps they need is not known without waiting
+        images.copy_(torch.where(sigma[:, None, None, None] > 0, _blur_by_matrices(images, sigma, max_radius), images))
 
 
-def _kernel(sigma: Tensor, max_radius: int) -> Tensor:
-    """Weights 'b taps' that sum to one; beyond TRUNCATE deviations of a row they are zero."""
-    radius = min(max(1, math.ceil(TRUNCATE * float(sigma.max()))), max_radius)
-    offset = torch.arange(-radius, radius + 1, device=sigma.device)
-    weights = torch.exp(-0.5 * (offset / sigma[:, None]) ** 2)
-    weights *= offset.abs() <= torch.ceil(TRUNCATE * sigma[:, None]).clamp(min=1)
-    return weights / weights.sum(1, keepdim=True)
+def _kernel(sigma: float, max_radius: int) -> list[float]:
+    """Weights that sum to one; beyond TRUNCATE deviations there are none."""
+    radius = min(max(1, math.ceil(TRUNCATE * sigma)), max_radius)
+    offset = torch.arange(-radius, radius + 1)
+    weights = torch.exp(-0.5 * (offset / sigma) ** 2)
+    return (weights / weights.sum()).tolist()
 
 
-def _blur(images: Tensor, taps: list[Tap], add_weighted: Callable[[Tensor, Tensor, Tap], Tensor]) -> Tensor:
+def _blur(images: Tensor, taps: list[float]) -> Tensor:
     radius = len(taps) // 2
     for axis, padding in ((3, (radius, radius, 0, 0)), (2, (0, 0, radius, radius))):
         padded = F.pad(images, padding, mode="reflect")
         length = images.shape[axis]
         images = padded.narrow(axis, 0, length) * taps[0]
         for offset, tap in enumerate(taps[1:], 1):
-            add_weighted(images, padded.narrow(axis, offset, length), tap)
+            images.add_(padded.narrow(axis, offset, length), alpha=tap)
     return images
+
+
+def _blur_by_matrices(images: Tensor, sigma: Tensor, max_radius: int) -> Tensor:
+    """`_blur` of each row with its own deviation, as one product with a matrix for each axis."""
+    b, c, h, w = images.shape
+    rows = _blur_matrices(sigma, h, max_radius)
+    columns = rows if h == w else _blur_matrices(sigma, w, max_radius)
+    along_columns = torch.bmm(images.reshape(b, c * h, w), columns.transpose(1, 2)).view(b, c, h, w)
+    return rows[:, None] @ along_columns
+
+
+def _blur_matrices(sigma: Tensor, length: int, max_radius: int) -> Tensor:
+    """(b, length, length): how much of each pixel goes into each blurred one, along one axis.
+
+    A pixel has three places: its own, and its mirror images beyond the two ends; the pixels at the ends have no other.
+    """
+    pixel = torch.arange(length, device=sigma.device)
+    into, far, last = pixel[:, None], 2 * length + max_radius, length - 1
+    distance = torch.stack(
+        [
+            pixel - into,
+            torch.where(pixel > 0, pixel + into, far),
+            torch.where(pixel < last, 2 * last - pixel - into, far),
+        ]
+    ).abs_()  # 3 into pixel
+    sigma = sigma.clamp(min=MIN_SIGMA)[:, None, None, None]
+    radius = torch.ceil(TRUNCATE * sigma).clamp(1, max_radius)
+    weights = (torch.exp(-0.5 * (distance / sigma) ** 2) * (distance <= radius)).sum(1)
+    return weights / weights.sum(2, keepdim=True)

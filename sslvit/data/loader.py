@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -64,18 +65,37 @@ def make_batch(
         jittered = jitter_views(images, colors)
         images, colors = [new.to(old.dtype) for new, old in zip(jittered, images, strict=True)], None
     images = views.augment(images, used, used_epochs)
+    return replace(
+        describe_rows(reader, samples, epochs, used, unreadable, valid, first_row), views=images, colors=colors
+    )
+
+
+def describe_rows(
+    reader: ImageReader, samples: np.ndarray, epochs: np.ndarray, used: np.ndarray, unreadable: dict[int, str],
+    valid: np.ndarray | None = None, first_row: int = 0,
+) -> Batch:  # fmt: skip
+    """All of a batch but what is seen.
+
+    Args:
+        reader: Reader of the data set.
+        samples: Sample numbers.
+        epochs: the pass over the data set that each is in.
+        used: The samples that are seen in the rows, some of them in the place of unreadable ones.
+        unreadable: Reason why a row's sample could not be read.
+        valid: False for rows that only fill up; None for no such rows.
+        first_row: index within the global batch.
+    """
     valid = np.ones(len(samples), bool) if valid is None else valid.copy()
     valid[list(unreadable)] = False
     labels = reader.labels_of(used)
     return Batch(
-        views=images,
+        views=[],
         labels=None if labels is None else torch.from_numpy(labels),
         samples=torch.from_numpy(samples),
         valid=torch.from_numpy(valid),
         epochs=torch.from_numpy(epochs),
         first_row=first_row,
         unreadable={printable(reader.key(int(samples[i])), MAX_KEY): reason for i, reason in unreadable.items()},
-        colors=colors,
     )
 
 
@@ -162,24 +182,39 @@ class TrainingBatches(Dataset[Batch]):
         self.is_remote = reader.index.is_remote
 
     def __getitem__(self, number: int) -> Batch:
-        step, micro_step = divmod(number, self.accumulation_steps)
-        first_row = (self.rank * self.accumulation_steps + micro_step) * self.micro
-        samples, epochs = self.plan.batch(step, first_row, first_row + self.micro)
-        if self.is_remote:
-            first = self.rank * self.accumulation_steps * self.micro
-            self.reader.prefetch(self.plan.shards_near(step, first, first + self.accumulation_steps * self.micro))
-        size = sample_resolution(self.resolutions, self.plan.seed, step)
+        samples, epochs, first_row, size = self.rows(number)
 
         def substitutes(row: int) -> Iterable[tuple[int, int]]:
-            # the rows that follow in the global batch, on whichever rank: the same for any number of ranks
-            for distance in range(1, min(MAX_SUBSTITUTES, self.plan.global_batch_size)):
-                candidate = (first_row + row + distance) % self.plan.global_batch_size
-                (sample,), (epoch,) = self.plan.batch(step, candidate, candidate + 1)
-                yield int(sample), int(epoch)
+            return self.substitutes(number, row)
 
         return make_batch(
             self.reader, self.views, samples, epochs, first_row=first_row, size=size, substitutes=substitutes
         )
+
+    def rows(self, number: int) -> tuple[np.ndarray, np.ndarray, int, list[int] | None]:
+        """Samples and epochs of a micro-batch, its first row in the global batch, and the size of its main views."""
+        step, first_row = self._place_of(number)
+        samples, epochs = self.plan.batch(step, first_row, first_row + self.micro)
+        if self.is_remote:
+            first = self.rank * self.accumulation_steps * self.micro
+            self.reader.prefetch(self.plan.shards_near(step, first, first + self.accumulation_steps * self.micro))
+        return samples, epochs, first_row, sample_resolution(self.resolutions, self.plan.seed, step)
+
+    def substitutes(self, number: int, row: int) -> Iterator[tuple[int, int]]:
+        """Samples and epochs that may take the place of a row of a micro-batch, the first one first.
+
+        They are the rows that follow in the global batch, on whichever rank: the same for any number of ranks.
+        """
+        step, first_row = self._place_of(number)
+        for distance in range(1, min(MAX_SUBSTITUTES, self.plan.global_batch_size)):
+            candidate = (first_row + row + distance) % self.plan.global_batch_size
+            (sample,), (epoch,) = self.plan.batch(step, candidate, candidate + 1)
+            yield int(sample), int(epoch)
+
+    def _place_of(self, number: int) -> tuple[int, int]:
+        step, micro_step = divmod(number, self.accumulation_steps)
+        first_row = (self.rank * self.accumulation_steps + micro_step) * self.micro
+        return step, first_row
 
 
 def sample_resolution(resolutions: list[int] | None, seed: int, step: int) -> list[int] | None:

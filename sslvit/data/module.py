@@ -6,20 +6,26 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytorch_lightning as pl
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sslvit.data.batch import Batch
-from sslvit.data.loader import TrainingBatches, encoder_views, evaluation_loader, make_batch, normalize_view
+from sslvit.data.color import color_jitter
+from sslvit.data.loader import TrainingBatches, encoder_views, evaluation_loader, make_batch
 from sslvit.data.mixture import Index, Plan
+from sslvit.data.on_device import DeviceBatches, DeviceLoader, Prefetcher
 from sslvit.data.open import open_data, open_shards
-from sslvit.data.reader import ShardReader
+from sslvit.data.reader import ShardReader, fits_in_memory
+from sslvit.data.resample import SMALL_SIDE, Normalization
 from sslvit.data.stream import StreamBatches, StreamIndex
-from sslvit.data.views import Views, jitter_views
+from sslvit.data.views import Views, by_size
 from sslvit.run_plan import RunPlan
 from sslvit.settings import DataSettings, EncoderSettings, RunSettings
-from sslvit.settings.views import AugmentSettings, CenterSettings
+from sslvit.settings.views import CenterSettings
 from sslvit.stopping import obey_parent_alone
+
+MAX_CACHED_FRACTION = 0.05  # of a GPU's memory, up to which a small training set lies there unless asked otherwise
 
 
 class ShardDataModule(pl.LightningDataModule):
@@ -27,7 +33,7 @@ class ShardDataModule(pl.LightningDataModule):
 
     Args:
         index: The shards.
-        settings: View and loading.
+        settings: View and loading; see data.cache_on_device for where a small set's batches are made.
         encoder: Size, channels and normalization of its input.
         plan: The order; its seed is also that of the views.
         run: Steps, batch sizes and ranks.
@@ -42,8 +48,11 @@ class ShardDataModule(pl.LightningDataModule):
         self.index, self.settings, self.encoder = index, settings, encoder
         self.plan, self.run, self.val = plan, run, val
         self.views = encoder_views(encoder, settings.view, plan.seed, fill=encoder.mean)
+        self.normalize = Normalization(encoder.mean, encoder.std)
         self.start_step = 0
         self.reader: ShardReader | None = None
+        if settings.cache_on_device not in ("auto", False) and (reason := self._cannot_cache()):
+            raise ValueError(f"data.cache_on_device true: {reason}. Leave it at auto.")
 
     @classmethod
     def from_settings(cls, settings: RunSettings, val: str | None = None) -> ShardDataModule:
@@ -59,10 +68,10 @@ class ShardDataModule(pl.LightningDataModule):
         held_out = None if val is None else open_shards(val)
         return cls(index, settings.data, settings.encoder, plan, run, held_out)
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> DataLoader | Prefetcher | DeviceLoader:
         """The run's batches, or one epoch's where a Trainer counts epochs; from the restored position on."""
-        trainer, run = self._attached_trainer, self.run
-        is_gpu = trainer.strategy.root_device.type == "cuda"
+        trainer, run, device = self._attached_trainer, self.run, self._attached_trainer.strategy.root_device
+        is_gpu = device.type == "cuda"
         color_on = self.settings.color_on
         self.views.color_here = color_on == "workers" or (color_on == "auto" and not is_gpu)
         batches: Dataset[Batch]
@@ -80,15 +89,42 @@ class ShardDataModule(pl.LightningDataModule):
                 self.settings.resolutions,
             )  # fmt: skip
             # a data set in memory has no decoding to spread over processes, but changing image by image is work
-            is_light = reader.decoded is not None and not isinstance(self.settings.view, AugmentSettings)
+            is_light = reader.decoded is not None and not self.views.augments
             workers = 0 if is_light else self.settings.workers
             is_one_pass = trainer.max_epochs == 1 and trainer.max_steps == run.total_steps
             steps = run.total_steps if is_one_pass else run.steps_per_epoch
             order = _EpochOrder(trainer, steps * run.accumulation_steps, self.start_step * run.accumulation_steps)
-        return DataLoader(
+            if self._caches_on(device, reader):
+                return DeviceLoader(DeviceBatches(batches, device), order)
+        loader = DataLoader(
             batches, batch_size=None, sampler=order, pin_memory=is_gpu, num_workers=workers,
             worker_init_fn=obey_parent_alone,
         )  # fmt: skip
+        return Prefetcher(loader, device) if is_gpu and torch.cuda.is_available() else loader
+
+    def _caches_on(self, device: torch.device, reader: ShardReader) -> bool:
+        """Whether the training images lie on the device."""
+        wanted = self.settings.cache_on_device
+        if wanted != "auto":
+            return bool(wanted)
+        if self._cannot_cache() or self.settings.color_on == "workers" or device.type != "cuda":
+            return False
+        # of all its memory and not of what is free, so that a resumed run takes the same way
+        memory = torch.cuda.get_device_properties(device).total_memory if torch.cuda.is_available() else 0
+        return reader.decoded is not None and reader.decoded.nbytes <= MAX_CACHED_FRACTION * memory
+
+    def _cannot_cache(self) -> str:
+        """Why the training images cannot lie on the device; empty where they can."""
+        if isinstance(self.index, StreamIndex):
+            return "a stream is read from end to end"
+        if self.views.augments:
+            return "RandAugment (data.view.operations) changes image by image, on the CPU"
+        if not fits_in_memory(self.index, self.encoder.channels, self.settings.memory_limit_mb):
+            return (
+                f"its images are not all of one size up to {SMALL_SIDE} pixels, or take more than "
+                f"data.memory_limit_mb ({self.settings.memory_limit_mb})"
+            )
+        return ""
 
     def val_dataloader(self) -> DataLoader | list:
         """Every image of `val` once, seen as in training, the same every time."""
@@ -130,9 +166,13 @@ class ShardDataModule(pl.LightningDataModule):
 
     def prepare(self, batch: Batch) -> Batch:
         """Colors and units as the encoder takes them, on the batch's device."""
-        if batch.colors is not None:
-            batch.views, batch.colors = jitter_views(batch.views, batch.colors), None
-        batch.views = [normalize_view(view, self.encoder) for view in batch.views]
+        prepared: list[Tensor] = []
+        for same_size, draws in by_size(batch.views, batch.colors):
+            pixels = torch.cat(same_size) if len(same_size) > 1 else same_size[0]
+            if draws:
+                pixels = color_jitter(pixels, torch.cat(draws))
+            prepared += self.normalize(pixels).chunk(len(same_size))
+        batch.views, batch.colors = prepared, None
         return batch
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:

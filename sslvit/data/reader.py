@@ -50,11 +50,9 @@ class ShardReader:
         self.decoded: Tensor | None = None
         self.unreadable: dict[int, str] = {}
         self.prefetcher: _Prefetcher | None = None
-        size = index.image_size
-        if size is not None and max(size) <= SMALL_SIDE:
-            pixel = torch.uint8 if index.bits == 8 else torch.float32
-            if len(index) * channels * size[0] * size[1] * pixel.itemsize <= memory_limit_mb * 2**20:
-                self.decoded = self._decode_all(size, pixel)
+        if fits_in_memory(index, channels, memory_limit_mb):
+            assert index.image_size is not None
+            self.decoded = self._decode_all(index.image_size, torch.uint8 if index.bits == 8 else torch.float32)
 
     def read(self, sample: int) -> bytes:
         """Return the image's bytes.
@@ -111,12 +109,14 @@ class ShardReader:
         """Return images 'b c h w' and the reason for unreadable ones by row; None if the data set is not in memory."""
         if self.decoded is None:
             return None
-        unreadable = (
-            {i: self.unreadable[int(s)] for i, s in enumerate(samples) if int(s) in self.unreadable}
-            if self.unreadable
-            else {}
-        )
-        return self.decoded.index_select(0, torch.from_numpy(samples)), unreadable  # 15 times as fast as indexing
+        images = self.decoded.index_select(0, torch.from_numpy(samples))  # 15 times as fast as indexing
+        return images, self.unreadable_rows(samples)
+
+    def unreadable_rows(self, samples: np.ndarray) -> dict[int, str]:
+        """Return the reason for unreadable samples by row, of a data set in memory."""
+        if not self.unreadable:
+            return {}
+        return {i: self.unreadable[int(s)] for i, s in enumerate(samples) if int(s) in self.unreadable}
 
     def prefetch(self, shards: list[int]) -> None:
         """Fetch shards from the network, in this order, while others are read; those that are here cost nothing."""
@@ -178,6 +178,14 @@ class ShardReader:
     def __setstate__(self, state: dict) -> None:
         self.__dict__ |= state  # a worker opens its own files
         self.files, self.prefetcher = _new_files(self), None
+
+
+def fits_in_memory(index: Index, channels: int, memory_limit_mb: int) -> bool:
+    """Whether a data set is of small equal images that are decoded once, since they fit the limit."""
+    size, itemsize = index.image_size, 1 if index.bits == 8 else 4
+    if size is None or max(size) > SMALL_SIDE:
+        return False
+    return len(index) * channels * size[0] * size[1] * itemsize <= memory_limit_mb * 2**20
 
 
 def _new_files(reader: ShardReader) -> OrderedDict[int, int]:

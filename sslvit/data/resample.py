@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+CPU = torch.device("cpu")
 SMALL_SIDE = 96  # images up to this side are decoded once and resampled a batch at a time
 CHUNK_IMAGES = 128  # images that are resampled together: what they need fits the processor's cache
 CHUNK_FLOATS = 2**24  # pixels of images that are floats at the same time
@@ -51,9 +53,67 @@ class Boxes:
         sides = {name: getattr(self, name) / reduction for name in ("top", "left", "height", "width")}
         return replace(self, **sides)
 
+    def placed(self, sides: Sequence[int], size: list[int]) -> PlacedBoxes:
+        """The same boxes for a device that is to make views of a size of images with these sides, height and width."""
+        numbers = np.stack([self.top, self.left, self.height, self.width, self.is_mirrored]).astype(np.float32)
+        spans = ((self.top, self.height), (self.left, self.width))
+        in_table = tuple(
+            length * (length + 1) // 2 * out * length * 4 <= MAX_TABLE_BYTES and self._is_whole(start, extent, length)
+            for (start, extent), length, out in zip(spans, sides, size, strict=True)
+        )
+        return PlacedBoxes(torch.from_numpy(numbers), self.is_cut, in_table)
+
+    def _is_whole(self, start: np.ndarray, extent: np.ndarray, length: int) -> bool:
+        """Whether all boxes lie at whole pixels inside of the images, along one axis."""
+        is_inside = (start >= 0) & (start + extent <= length) & (start % 1 == 0) & (extent % 1 == 0) & (extent >= 1)
+        return bool(is_inside.all() and (self.is_cut or (extent == length).all()))
+
     def zoom(self, size: list[int]) -> np.ndarray:
         """Image pixels per view pixel, along the axis where they are fewer."""
         return np.minimum(self.height / size[0], self.width / size[1])
+
+
+@dataclass
+class PlacedBoxes:
+    """Boxes as the device needs them.
+
+    Args:
+        numbers: float32 '5 b': top, left, height, width, and 1 where left and right change places.
+        is_cut: As in `Boxes`.
+        in_table: Whether the weights of all boxes stand in a table, along the rows and along the columns.
+    """
+
+    numbers: Tensor
+    is_cut: bool
+    in_table: tuple[bool, ...]
+
+
+class WeightTables:
+    """Weights of every box at whole pixels of small images, kept on one device.
+
+    A batch of each of several resolutions asks for two others. The least recently used go first.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = device
+        self.kept: dict[tuple, tuple[Tensor, ...]] = {}  # by what _make_table takes; the one used last stands last
+
+    def get(self, length: int, out: int, interpolation: str, is_columns: bool) -> tuple[Tensor, ...]:
+        """The rows of boxes in the table, and the table; see `_make_table`."""
+        key = (length, out, interpolation, is_columns)
+        tables = self.kept.pop(key, None) or tuple(made.to(self.device) for made in _make_table(*key))
+        self.kept[key] = tables
+        while len(self.kept) > 1 and self.nbytes > MAX_TABLES_BYTES:
+            del self.kept[next(iter(self.kept))]
+        return tables
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all tables."""
+        return sum(table.nbytes for tables in self.kept.values() for table in tables)
+
+
+_tables = WeightTables()
 
 
 def crop_and_resize(image: Tensor, box: Boxes, size: list[int], interpolation: str, reduction: int = 1) -> Tensor:
@@ -120,7 +180,14 @@ def _resize_by_pil(image: Tensor, sides: list[float], is_cut: bool, size: list[i
 
 
 def resample(images: Tensor, boxes: Boxes, size: list[int], interpolation: str) -> Tensor:
-    """Boxes of equally large images 'b c h w' (uint8, or float in the same units), as two matrix products per image.
+    """Boxes of equally large images 'b c h w' on the CPU (uint8, or float in the same units); see `resample_placed`."""
+    return resample_placed(images, boxes.placed(images.shape[2:], size), size, interpolation, _tables)
+
+
+def resample_placed(
+    images: Tensor, boxes: PlacedBoxes, size: list[int], interpolation: str, tables: WeightTables
+) -> Tensor:
+    """Boxes of equally large images 'b c h w', as two matrix products per image, on the device of all that is given.
 
     Resampling is separable and linear, so a box, its mirror image and the black around an image are all a matrix
     of rows and one of columns.
@@ -128,11 +195,12 @@ def resample(images: Tensor, boxes: Boxes, size: list[int], interpolation: str) 
     What lies outside an image is black.
     """
     b, c, h, w = images.shape
-    rows = _weights(h, boxes.top, boxes.height, size[0], interpolation, boxes.is_cut)
-    columns = _weights(w, boxes.left, boxes.width, size[1], interpolation, boxes.is_cut, boxes.is_mirrored)
-    views = torch.empty(b, c, *size, dtype=images.dtype)
-    for start in range(0, b, CHUNK_IMAGES):
-        rows_now = slice(start, start + CHUNK_IMAGES)
+    rows = _weights(h, boxes, 0, size[0], interpolation, tables)
+    columns = _weights(w, boxes, 1, size[1], interpolation, tables)
+    views = torch.empty(b, c, *size, dtype=images.dtype, device=images.device)
+    at_once = CHUNK_IMAGES if images.device.type == "cpu" else max(1, CHUNK_FLOATS // (c * h * w))
+    for start in range(0, b, at_once):
+        rows_now = slice(start, start + at_once)
         view = rows[rows_now, None] @ _along_columns(images[rows_now], columns[rows_now])
         if images.dtype == torch.uint8:
             view = view.round_().to(torch.int16)  # twice as fast as from float to uint8 in one step
@@ -151,45 +219,23 @@ def _along_columns(images: Tensor, columns: Tensor) -> Tensor:
     return chunks[0] if len(chunks) == 1 else torch.cat(chunks, 2)
 
 
-def _weights(
-    length: int, start: np.ndarray, extent: np.ndarray, out: int, interpolation: str, is_cut: bool = True,
-    is_mirrored: np.ndarray | None = None,
-) -> Tensor:  # fmt: skip
+def _weights(length: int, boxes: PlacedBoxes, axis: int, out: int, interpolation: str, tables: WeightTables) -> Tensor:
     """(b, out, length): how much of each input pixel goes into each output pixel, along one axis.
 
-    Columns (`is_mirrored` given) lie transposed in memory: a batched product of a view that does not is ten times
-    slower.
+    Columns lie transposed in memory: a batched product of a view that does not is ten times slower.
     """
-    is_whole = length * (length + 1) // 2 * out * length * 4 <= MAX_TABLE_BYTES and bool(
-        ((start >= 0) & (start + extent <= length) & (start % 1 == 0) & (extent % 1 == 0) & (extent >= 1)).all()
-        and (is_cut or (extent == length).all())
-    )
-    if is_whole:
-        box = torch.from_numpy((start * (length + 1) + extent).astype(np.int64))
-        if is_mirrored is None:
-            row_of_box, table = _table(length, out, interpolation, False)
-            return table.index_select(0, row_of_box[box])
-        row_of_box, table = _table(length, out, interpolation, True)
-        return table.index_select(0, row_of_box[box] * 2 + torch.from_numpy(is_mirrored)).transpose(1, 2)
-    weights = _compute_weights(length, start, extent, out, interpolation, is_cut)
-    if is_mirrored is None:
-        return weights
-    mirrored = torch.from_numpy(is_mirrored)
-    weights[mirrored] = weights[mirrored].flip(1)
+    start, extent, is_mirrored = boxes.numbers[axis], boxes.numbers[2 + axis], boxes.numbers[4]
+    if boxes.in_table[axis]:
+        box = (start * (length + 1) + extent).long()
+        row_of_box, table = tables.get(length, out, interpolation, is_columns=axis == 1)
+        row = row_of_box.index_select(0, box)
+        if axis == 0:
+            return table.index_select(0, row)
+        return table.index_select(0, row * 2 + is_mirrored.long()).transpose(1, 2)
+    if axis == 0:
+        return _compute_weights(length, start, extent, out, interpolation, boxes.is_cut)
+    weights = _compute_weights(length, start, extent, out, interpolation, boxes.is_cut, is_mirrored)
     return weights.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-_tables: dict[tuple, tuple[Tensor, Tensor]] = {}  # by what _make_table takes; the one used last stands last
-
-
-def _table(length: int, out: int, interpolation: str, is_columns: bool) -> tuple[Tensor, Tensor]:
-    """_make_table, kept: a batch of each of several resolutions asks for two others."""
-    key = (length, out, interpolation, is_columns)
-    tables = _tables.pop(key, None) or _make_table(*key)
-    _tables[key] = tables
-    while len(_tables) > 1 and sum(table.nbytes for cached in _tables.values() for table in cached) > MAX_TABLES_BYTES:
-        del _tables[next(iter(_tables))]
-    return tables
 
 
 def _make_table(length: int, out: int, interpolation: str, is_columns: bool) -> tuple[Tensor, Tensor]:
@@ -202,19 +248,24 @@ def _make_table(length: int, out: int, interpolation: str, is_columns: bool) -> 
     starts, extents = starts[fits], extents[fits]
     row_of_box = torch.zeros(length * (length + 1) + 1, dtype=torch.int64)
     row_of_box[torch.from_numpy(starts * (length + 1) + extents)] = torch.arange(len(starts))
-    table = _compute_weights(length, starts, extents, out, interpolation)
+    start, extent = (torch.from_numpy(v.astype(np.float32)) for v in (starts, extents))
+    table = _compute_weights(length, start, extent, out, interpolation)
     if is_columns:
         table = torch.stack([table, table.flip(1)], 1).flatten(0, 1).transpose(1, 2).contiguous()
     return row_of_box, table
 
 
 def _compute_weights(
-    length: int, start: np.ndarray, extent: np.ndarray, out: int, interpolation: str, is_cut: bool = True
-) -> Tensor:
-    first, size = (torch.from_numpy(np.asarray(v, np.float32))[:, None, None] for v in (start, extent))
+    length: int, start: Tensor, extent: Tensor, out: int, interpolation: str, is_cut: bool = True,
+    is_mirrored: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    first, size = start[:, None, None], extent[:, None, None]
     scale = size / out
-    center = first + (torch.arange(out)[:, None] + 0.5) * scale
-    pixel = torch.arange(length) + 0.5
+    position = torch.arange(out, device=start.device)[:, None]
+    if is_mirrored is not None:
+        position = torch.where(is_mirrored[:, None, None] > 0, out - 1 - position, position)
+    center = first + (position + 0.5) * scale
+    pixel = torch.arange(length, device=start.device) + 0.5
     distance = (pixel - center).abs_() / scale.clamp(min=1)  # shrinking widens the filter: antialiasing
     if interpolation == "bilinear":
         weight = 1 - distance.clamp_(max=1)
@@ -230,8 +281,26 @@ def _compute_weights(
     return (weight / total).masked_fill_(is_black, 0)
 
 
+class Normalization:
+    """Pixels (0 to 255) -> float32 in units of the channel's deviation, on their device, where its constants stay.
+
+    Args:
+        mean: Mean of each channel, of pixels from 0 to 1.
+        std: Standard deviation of each.
+    """
+
+    def __init__(self, mean: list[float], std: list[float]) -> None:
+        scale = 1 / (torch.tensor(std).view(-1, 1, 1) * 255)
+        self.constants = {CPU: torch.stack([scale, -255 * torch.tensor(mean).view(-1, 1, 1) * scale])}
+
+    def __call__(self, view: Tensor) -> Tensor:
+        """Normalize pixels 'b c h w' or 'c h w'."""
+        if view.device not in self.constants:
+            self.constants[view.device] = self.constants[CPU].to(view.device)
+        scale, shift = self.constants[view.device].unbind()
+        return view.to(torch.float32, copy=True).mul_(scale).add_(shift)
+
+
 def normalize(view: Tensor, mean: list[float], std: list[float]) -> Tensor:
-    """Pixels (0 to 255) -> float32 in units of the channel's deviation, on the view's device."""
-    scale = 1 / (torch.tensor(std, device=view.device).view(-1, 1, 1) * 255)
-    shift = -255 * torch.tensor(mean, device=view.device).view(-1, 1, 1) * scale
-    return view.to(torch.float32, copy=True).mul_(scale).add_(shift)
+    """Normalize pixels once; whoever does so at each step keeps a `Normalization`."""
+    return Normalization(mean, std)(view)

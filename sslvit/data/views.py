@@ -7,8 +7,9 @@ on who loads it. An image is decoded once, at the resolution that its most magni
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,6 +58,11 @@ class Views:
         """Whether images are decoded in full: what is seen without chance is what other libraries make of an image."""
         return isinstance(self.settings, CenterSettings)
 
+    @property
+    def augments(self) -> bool:
+        """Whether images are changed one by one, by RandAugment."""
+        return isinstance(self.settings, AugmentSettings) and self.settings.operations > 0
+
     def specs(self, size: list[int] | None = None) -> list[tuple[list[int], BoxSampler]]:
         """Size and boxes of each view, the main ones of another size than the encoder's if one is given."""
         settings, size = self.settings, size or self.size
@@ -103,7 +109,7 @@ class Views:
     def augment(self, views: list[Tensor], samples: np.ndarray, epochs: np.ndarray) -> list[Tensor]:
         """Apply RandAugment to each image, sampled from (seed, epoch, sample)."""
         settings = self.settings
-        if not (isinstance(settings, AugmentSettings) and settings.operations):
+        if not (isinstance(settings, AugmentSettings) and self.augments):
             return views
         operations = by_epoch(
             lambda epoch, rows: sample_operations(settings, (self.seed, epoch), rows), samples, epochs
@@ -220,10 +226,20 @@ def canvas_boxes(side: list[float], flip: float) -> BoxSampler:
     return sample
 
 
+def by_size(
+    views: list[Tensor], colors: list[Tensor] | None
+) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]]:
+    """Neighboring views of one size, which are worked on together, and their color changes; None if there are none."""
+    draws: list[Any] = [None] * len(views) if colors is None else colors
+    for _, pairs in groupby(zip(views, draws, strict=True), key=lambda pair: pair[0].shape):
+        same_size, theirs = zip(*pairs, strict=True)
+        yield same_size, None if colors is None else theirs
+
+
 def jitter_views(views: list[Tensor], colors: list[Tensor]) -> list[Tensor]:
     """Apply the color changes of every view; neighbors of one size go together."""
     changed: list[Tensor] = []
-    for _, pairs in groupby(zip(views, colors, strict=True), key=lambda pair: pair[0].shape):
-        same_size, draws = zip(*pairs, strict=True)
+    for same_size, draws in by_size(views, colors):
+        assert draws is not None
         changed += color_jitter(torch.cat(same_size), torch.cat(draws)).chunk(len(same_size))
     return changed

@@ -131,7 +131,7 @@ def check_bounds(settings: object, prefix: str, bounds: str, *keys: str) -> None
 
 def not_one_of(value: object, words: Iterable[object]) -> str:
     """What is wrong with a value that is none of some words, and which of them was meant."""
-    known = [str(word) for word in words if word is not None]
+    known = [str(word).lower() if isinstance(word, bool) else str(word) for word in words if word is not None]
     return f"{in_message(value)} is not one of {', '.join(known)}.{near(value, known)}"
 
 

@@ -50,7 +50,8 @@ def test_the_whole_image_at_its_own_size_is_itself() -> None:
 def test_resampling_tables_of_many_resolutions_are_kept_up_to_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     make = resample_module._make_table
-    monkeypatch.setattr(resample_module, "_tables", {})
+    tables = resample_module.WeightTables()
+    monkeypatch.setattr(resample_module, "_tables", tables)
     monkeypatch.setattr(resample_module, "_make_table", lambda *key: made.append(key) or make(*key))
     images, boxes = smooth_images(1, 24, 24), boxes_of(3, 4, 12, 14)
     sizes = range(8, 20, 2)
@@ -59,12 +60,12 @@ def test_resampling_tables_of_many_resolutions_are_kept_up_to_their_bytes(monkey
     again = [resample(images, boxes, [size, size], "bicubic") for size in sizes]
     assert len(made) == 12
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    held = sum(tensor.nbytes for table in resample_module._tables.values() for tensor in table)
+    held = tables.nbytes
     monkeypatch.setattr(resample_module, "MAX_TABLES_BYTES", held)
     resample(images, boxes, [8, 8], "bicubic")
     resample(images, boxes, [20, 20], "bicubic")  # too much: those of 10 go, of 8 were just used
     assert len(made) == 14
-    assert sum(tensor.nbytes for table in resample_module._tables.values() for tensor in table) <= held
+    assert tables.nbytes <= held
     resample(images, boxes, [8, 8], "bicubic")
     assert len(made) == 14
     resample(images, boxes, [10, 10], "bicubic")

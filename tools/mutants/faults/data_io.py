@@ -626,15 +626,15 @@ FAULTS = [
     Fault(
         "data.memory_limit_mb is ignored",
         "sslvit/data/reader.py",
-        "<= memory_limit_mb * 2**20:",
-        "<= 1024 * 2**20:",
+        "<= memory_limit_mb * 2**20",
+        "<= 1024 * 2**20",
         (f"{PLAN}::test_settings_of_the_data_reach_what_reads_it",),
     ),
     Fault(
         "The limit of a set kept in memory does not count its channels",
         "sslvit/data/reader.py",
-        "if len(index) * channels * size[0]",
-        "if len(index) * size[0]",
+        "return len(index) * channels * size[0]",
+        "return len(index) * size[0]",
         (f"{PLAN}::test_settings_of_the_data_reach_what_reads_it",),
     ),
     Fault(

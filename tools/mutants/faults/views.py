@@ -91,8 +91,8 @@ FAULTS = [
     Fault(
         "Mean and deviation are swapped",
         "sslvit/data/resample.py",
-        "scale = 1 / (torch.tensor(std,",
-        "scale = 1 / (torch.tensor(mean,",
+        "scale = 1 / (torch.tensor(std)",
+        "scale = 1 / (torch.tensor(mean)",
         (
             "tests/data/test_resample.py",
             "tests/data/test_views.py",
@@ -101,8 +101,8 @@ FAULTS = [
     Fault(
         "The mean is not divided by the deviation",
         "sslvit/data/resample.py",
-        "-1, 1, 1) * scale\n    return view",
-        "-1, 1, 1) / 255\n    return view",
+        "torch.tensor(mean).view(-1, 1, 1) * scale]",
+        "torch.tensor(mean).view(-1, 1, 1) / 255]",
         (
             "tests/data/test_resample.py",
             "tests/data/test_views.py",
@@ -370,9 +370,8 @@ FAULTS = [
     Fault(
         "Eight resampling tables are kept",
         "sslvit/data/resample.py",
-        "while len(_tables) > 1 and sum(table.nbytes for cached in _tables.values() for table in cached) > "
-        "MAX_TABLES_BYTES:",
-        "while len(_tables) > 8:",
+        "while len(self.kept) > 1 and self.nbytes > MAX_TABLES_BYTES:",
+        "while len(self.kept) > 8:",
         (
             "tests/data/test_resample.py",
             "tests/data/test_views.py",
@@ -381,8 +380,8 @@ FAULTS = [
     Fault(
         "The table that was just used goes first",
         "sslvit/data/resample.py",
-        "del _tables[next(iter(_tables))]",
-        "del _tables[list(_tables)[-2]]",
+        "del self.kept[next(iter(self.kept))]",
+        "del self.kept[list(self.kept)[-2]]",
         (
             "tests/data/test_resample.py",
             "tests/data/test_views.py",
@@ -680,8 +679,8 @@ FAULTS = [
     Fault(
         "Small views are not mirrored",
         "sslvit/data/resample.py",
-        "row_of_box[box] * 2 + torch.from_numpy(is_mirrored)",
-        "row_of_box[box] * 2",
+        "row * 2 + is_mirrored.long()",
+        "row * 2",
         (
             "tests/data/test_resample.py",
             "tests/data/test_views.py",
@@ -690,8 +689,8 @@ FAULTS = [
     Fault(
         "Small views between pixels are not mirrored",
         "sslvit/data/resample.py",
-        "weights[mirrored] = weights[mirrored].flip(1)",
-        "weights[mirrored] = weights[mirrored]",
+        "out - 1 - position, position)",
+        "position, position)",
         (
             "tests/data/test_resample.py",
             "tests/data/test_views.py",
@@ -766,8 +765,8 @@ FAULTS = [
     Fault(
         "Weights are shifted by half a pixel",
         "sslvit/data/resample.py",
-        "pixel = torch.arange(length) + 0.5",
-        "pixel = torch.arange(length) + 0.0",
+        "pixel = torch.arange(length, device=start.device) + 0.5",
+        "pixel = torch.arange(length, device=start.device) + 0.0",
         (
             "tests/data/test_resample.py",
             "tests/data/test_views.py",
@@ -1003,15 +1002,15 @@ FAULTS = [
     Fault(
         "Colors are changed twice",
         "sslvit/data/module.py",
-        "batch.views, batch.colors = jitter_views(batch.views, batch.colors), None",
-        "batch.views = jitter_views(jitter_views(batch.views, batch.colors), batch.colors)",
+        "pixels = color_jitter(pixels, torch.cat(draws))",
+        "pixels = color_jitter(color_jitter(pixels, torch.cat(draws)), torch.cat(draws))",
         ("tests/data/test_loader.py",),
     ),
     Fault(
         "Colors of the device are never changed",
         "sslvit/data/module.py",
-        "if batch.colors is not None:",
-        "if False:",
+        "            if draws:\n",
+        "            if False:\n",
         ("tests/data/test_loader.py",),
     ),
     Fault(
@@ -1181,5 +1180,89 @@ FAULTS = [
         "step = max(1, -(-(high - low + 1) // bars))",
         "step = max(1, (high - low + 1) // bars)",
         ("tests/data/test_inspect.py",),
+    ),
+    Fault(
+        "A set on the device shows unreadable samples",
+        "sslvit/data/on_device.py",
+        "used[row], used_epochs[row] = next(readable, (samples[row], epochs[row]))",
+        "next(readable, None)",
+        ("tests/data/test_on_device.py",),
+    ),
+    Fault(
+        "A substitute on the device may be unreadable too",
+        "sslvit/data/on_device.py",
+        " if found[0] not in self.reader.unreadable)",
+        ")",
+        ("tests/data/test_on_device.py",),
+    ),
+    Fault(
+        "Main views on the device have one resolution",
+        "sslvit/data/on_device.py",
+        "(len(samples), 1)), used, used_epochs, size)",
+        "(len(samples), 1)), used, used_epochs)",
+        ("tests/data/test_on_device.py",),
+    ),
+    Fault(
+        "Boxes on the device are those of another view",
+        "sslvit/data/on_device.py",
+        "numbers=rest.pop(0))",
+        "numbers=boxes.numbers.to(self.device))",
+        ("tests/data/test_on_device.py",),
+    ),
+    Fault(
+        "A step does not wait for its own batch",
+        "sslvit/data/on_device.py",
+        "        current.wait_event(arrived)\n",
+        "",
+        ("tests/data/test_on_device.py",),
+    ),
+    Fault(
+        "The memory of a batch may be used again while a step reads it",
+        "sslvit/data/on_device.py",
+        "        batch.views[0].record_stream(current)  # all of a batch lies in one piece of memory\n",
+        "",
+        ("tests/data/test_on_device.py",),
+    ),
+    Fault(
+        "Images lie on a CPU without being asked for",
+        "sslvit/data/module.py",
+        ' or device.type != "cuda":',
+        ":",
+        ("tests/data/test_on_device.py",),
+    ),
+    Fault(
+        "A set of any size lies on a GPU",
+        "sslvit/data/module.py",
+        " and reader.decoded.nbytes <= MAX_CACHED_FRACTION * memory",
+        "",
+        ("tests/data/test_on_device.py",),
+    ),
+    Fault(
+        "Each view travels alone",
+        "sslvit/data/batch.py",
+        "return self._with(Packed.of(tensors).to(device).tensors())",
+        "return self._with([tensor.to(device) for tensor in tensors])",
+        ("tests/data/test_on_device.py",),
+    ),
+    Fault(
+        "A GPU says which rows are solarized",
+        "sslvit/data/color.py",
+        'if strength.device.type != "cpu":',
+        "if False:",
+        ("tests/data/test_on_device.py",),
+    ),
+    Fault(
+        "Blur on a GPU counts the pixel at the end twice",
+        "sslvit/data/color.py",
+        "torch.where(pixel > 0, pixel + into, far)",
+        "pixel + into",
+        ("tests/data/test_color.py",),
+    ),
+    Fault(
+        "The mean travels with every view",
+        "sslvit/data/resample.py",
+        "if view.device not in self.constants:",
+        "if True:",
+        ("tests/data/test_on_device.py",),
     ),
 ]

@@ -1,0 +1,62 @@
+"""Tensors in one piece of memory, so that they travel to a device in one copy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 64  # bytes at multiples of which each tensor begins
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Tensors of any types and shapes that lie one after the other in a buffer.
+
+    Args:
+        buffer: Their bytes.
+        layout: First byte, type and shape of each.
+    """
+
+    buffer: Tensor
+    layout: tuple[tuple[int, torch.dtype, torch.Size], ...]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> Packed:
+        """Pack tensors of one device; those that lie in one buffer already are left where they are."""
+        layout, end = [], 0
+        for tensor in tensors:
+            layout.append((end, tensor.dtype, tensor.shape))
+            end += math.ceil(tensor.nbytes / ALIGNMENT) * ALIGNMENT
+        storage = tensors[0].untyped_storage()
+        is_packed = storage.nbytes() == end and all(
+            tensor.untyped_storage().data_ptr() == storage.data_ptr()
+            and tensor.storage_offset() * tensor.itemsize == start
+            and tensor.is_contiguous()
+            for tensor, (start, *_) in zip(tensors, layout, strict=True)
+        )
+        buffer = torch.empty(0 if is_packed else end, dtype=torch.uint8, device=tensors[0].device)
+        packed = cls(buffer.set_(storage) if is_packed else buffer, tuple(layout))
+        if not is_packed:
+            for place, tensor in zip(packed.tensors(), tensors, strict=True):
+                place.copy_(tensor)
+        return packed
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors, which share the buffer's memory."""
+        ends = [start + math.prod(shape) * dtype.itemsize for start, dtype, shape in self.layout]
+        return [
+            self.buffer[start:end].view(dtype).view(shape)
+            for end, (start, dtype, shape) in zip(ends, self.layout, strict=True)
+        ]
+
+    def pin_memory(self) -> Packed:
+        """The same in page-locked memory, from which a GPU copies without anyone waiting."""
+        return Packed(self.buffer.pin_memory(), self.layout)
+
+    def to(self, device: torch.device) -> Packed:
+        """The same on a device, by one copy; nobody waits for it where the memory is page-locked."""
+        return Packed(self.buffer.to(device, non_blocking=device.type == "cuda"), self.layout)
