@@ -189,11 +189,13 @@ def _attention(
     scale: float | None = None,
 ) -> Tensor:  # fmt: skip
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
-    return _Attention.apply(query.to(dtype), key.to(dtype), value.to(dtype), bias)  # type: ignore[no-any-return]
+    mixed: Tensor = _Attention.apply(query.to(dtype), key.to(dtype), value.to(dtype), bias)
+    return mixed
 
 
 def _rms_norm(tokens: Tensor, shape: Any, weight: Tensor, eps: float | None = None) -> Tensor:
-    return _RMSNorm.apply(tokens, weight)  # type: ignore[no-any-return]
+    normalized: Tensor = _RMSNorm.apply(tokens, weight)
+    return normalized
 
 
 class _Attention(torch.autograd.Function):
