@@ -35,10 +35,16 @@ class RunPlan:
 
     @classmethod
     def make(cls, train: TrainSettings, steps_per_epoch: int, global_batch_size: int, seed: int) -> RunPlan:
-        """The plan of a run whose epoch has `steps_per_epoch` steps."""
+        """The plan of a run whose epoch has `steps_per_epoch` steps; `auto` is the rank's whole part here."""
+        micro = None if train.micro_batch_size == "auto" else train.micro_batch_size
         steps = train.steps or max(1, round(train.epochs * steps_per_epoch))
         ranks = train.devices * train.nodes
-        return cls(steps, steps_per_epoch, global_batch_size, train.micro_batch_size, ranks, seed)
+        return cls(steps, steps_per_epoch, global_batch_size, micro, ranks, seed)
+
+    @property
+    def images_per_rank(self) -> int:
+        """Images of one rank per optimizer step."""
+        return self.global_batch_size // self.ranks
 
     @property
     def images_per_pass(self) -> int:

@@ -267,7 +267,8 @@ def describe_type(hint: Any) -> str:
         return " or ".join(map(describe_type, alternatives(hint)))
     hint = plain(hint)
     if typing.get_origin(hint) is typing.Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+        words = typing.get_args(hint)
+        return ("one of " if len(words) > 1 else "") + ", ".join(map(str, words))
     if isinstance(hint, types.GenericAlias):
         return f"{hint.__origin__.__name__}[{', '.join(map(describe_type, hint.__args__))}]"
     return "null" if hint is type(None) else getattr(hint, "__name__", str(hint))

@@ -17,9 +17,10 @@ class TrainSettings:
     """Passes over the data, converted to steps once, from the index and the global batch size."""
     steps: int | None = None
     """Number of optimizer steps in the run; overrides epochs, and the schedules shrink with it."""
-    micro_batch_size: int | None = None
-    """Images per forward pass on one rank; null for all of the rank's images. Smaller micro-batches are accumulated,
-    with the same result up to rounding.
+    micro_batch_size: int | Literal["auto"] | None = "auto"
+    """Images per forward pass on one rank; null for all of the rank's images; auto for as many of them as the memory of
+    a GPU holds by `sslvit plan`, and on a CPU for all. Smaller micro-batches are accumulated, with the same result up
+    to rounding.
     """
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """Hardware to train on."""
@@ -69,8 +70,10 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         counts = ("devices", "nodes", "log_every", "checkpoint_every", "keep_last", "keep_every", "skip_limit")
-        more = ("epochs", "steps", "micro_batch_size", "threads", "timeout_seconds", "peak_tflops")
+        more = ("epochs", "steps", "threads", "timeout_seconds", "peak_tflops")
         check_bounds(self, "train.", "positive", *more, *counts)
+        if self.micro_batch_size != "auto":
+            check_bounds(self, "train.", "positive", "micro_batch_size")
         if self.keep_every is not None and self.keep_every % self.checkpoint_every:
             often = self.checkpoint_every
             raise ValueError(

@@ -16,7 +16,7 @@ from sslvit.data.mixture import Index, Plan
 from sslvit.data.module import ShardDataModule
 from sslvit.data.open import check_present
 from sslvit.data.stream import StreamIndex
-from sslvit.run_plan import RunPlan, split_batch
+from sslvit.run_plan import RunPlan
 from sslvit.settings import RunSettings
 from sslvit.settings.load import brief, by_dotted_key
 from sslvit.settings.views import AugmentSettings, MultiCropSettings
@@ -51,9 +51,8 @@ FIXED = [
 def check_machine(settings: RunSettings) -> None:
     """Refuse what cannot run here, before data is touched."""
     train = settings.train
-    ranks = train.devices * train.nodes
-    micro, _ = split_batch(settings.data.global_batch_size, ranks, train.micro_batch_size)
-    settings.task.check_micro_batch(micro)
+    run = RunPlan.make(train, 1, settings.data.global_batch_size, settings.seed)
+    settings.task.check_micro_batch(run.images_per_pass)
     kinds = task_class(settings.task.name).view_kinds
     if settings.data.view.kind not in kinds and ":" not in settings.data.view.kind:
         raise ValueError(

@@ -22,7 +22,7 @@ from sslvit.data.module import ShardDataModule
 from sslvit.data.open import open_data
 from sslvit.files import new_file
 from sslvit.run_plan import RunPlan
-from sslvit.settings import RunSettings, TrainSettings
+from sslvit.settings import RunSettings
 from sslvit.stopping import Preempted, RankLost, is_first_process, requeue, stopping_at_once
 from sslvit.tasks import make_task
 from sslvit.tasks.base import Task
@@ -30,7 +30,9 @@ from sslvit.train.callbacks import make_callbacks
 from sslvit.train.checkpoint_io import AtomicCheckpointIO
 from sslvit.train.compilation import compile_mode, compile_task, undo_compilation
 from sslvit.train.folder import RunFolder
+from sslvit.train.hardware import precision_of
 from sslvit.train.loggers import log_pictures, make_loggers
+from sslvit.train.micro_batch import fit_micro_batch
 from sslvit.train.pictures import plot_pictures
 from sslvit.train.prepare import (
     check_data,
@@ -44,6 +46,8 @@ from sslvit.train.strategies import is_peer_failure, make_strategy
 from sslvit.train.timing import Clock
 
 logger = logging.getLogger(__name__)
+
+PRECISIONS: dict[str, Any] = {"float32": "32-true", "bf16": "bf16-mixed", "float64": "64-true"}  # as Lightning says
 
 
 def pretrain(settings: RunSettings, resume: bool = False, overwrite: bool = False) -> RunFolder:
@@ -91,6 +95,7 @@ def _pretrain(settings: RunSettings, folder: RunFolder, is_first: bool, goes_on:
     run = RunPlan.make(train, plan.steps_per_epoch, plan.global_batch_size, settings.seed)
     requested = settings
     settings = resolve_defaults(settings, folder if goes_on else None, index, run)
+    run, notice = fit_micro_batch(run, settings, len(index), len(index.classes) if index.classes else None)
     data = ShardDataModule(index, settings.data, settings.encoder, plan, run)
     task = make_task(settings, run)
     if start is not None:
@@ -106,6 +111,8 @@ def _pretrain(settings: RunSettings, folder: RunFolder, is_first: bool, goes_on:
         folder.start(asdict(settings), goes_on)
         trainer.loggers = make_loggers(settings, folder, index)
         _announce(settings, data, task, trainer)
+        if notice:
+            logger.info(notice)
         if resolved := describe_resolved(requested, settings, run):
             logger.info(f"resolved for {len(index):,} images, {run.global_batch_size} a step: {'; '.join(resolved)}")
 
@@ -158,7 +165,7 @@ def make_trainer(settings: RunSettings, folder: RunFolder, data: ShardDataModule
             devices=train.devices,
             num_nodes=train.nodes,
             strategy=make_strategy(train, clock),
-            precision=precision_of(train),
+            precision=PRECISIONS[precision_of(train)],
             max_epochs=1,  # steps, not epochs: one loader covers the whole run, so a resume is always mid-epoch
             max_steps=data.run.total_steps,
             accumulate_grad_batches=data.run.accumulation_steps,
@@ -174,17 +181,6 @@ def make_trainer(settings: RunSettings, folder: RunFolder, data: ShardDataModule
             callbacks=make_callbacks(settings, folder, data, clock),
             default_root_dir=folder.path,
         )
-
-
-def precision_of(train: TrainSettings) -> Any:
-    """Lightning's name for the precision; auto is bf16 where the hardware computes in it."""
-    names = {"float32": "32-true", "bf16": "bf16-mixed", "float64": "64-true"}
-    if train.precision != "auto":
-        return names[train.precision]
-    if train.accelerator != "cpu" and torch.cuda.is_available():
-        return names["bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"]
-    known: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    return names["bf16" if known.get("amx_bf16") or known.get("avx512_bf16") else "float32"]
 
 
 def _announce(settings: RunSettings, data: ShardDataModule, task: Task, trainer: pl.Trainer) -> None:

@@ -1,0 +1,232 @@
+"""A step with tensors that have shapes and no content: its matrix products, and the most memory that it holds at once.
+
+It runs on any machine, also for a GPU that is not there: the tensors are those of a CPU, and where a GPU's kernels keep
+something else for the backward pass, functions with the footprint of these kernels take their place.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
+
+from sslvit.data.batch import Batch
+from sslvit.data.views import Views
+from sslvit.run_plan import RunPlan
+from sslvit.settings import RunSettings
+from sslvit.tasks import make_task
+from sslvit.train.hardware import precision_of, trains_on_gpu
+
+FEW = 4  # images that the products are counted with
+# of fine-tuning: what they do to an image depends on what is drawn for it; they take no matrix product, and a copy of
+# the images at most
+DRAWN = ("erase", "mixup", "cutmix")
+# under autocast on a GPU, but not on a CPU
+IN_FLOAT32 = (F.layer_norm, F.cross_entropy, Tensor.softmax, Tensor.log_softmax)
+
+
+class FakeStep:
+    """Counts what a step of a run takes.
+
+    Args:
+        settings: Settings of the run.
+        run: Steps, batch sizes and ranks.
+        images: Number of images in the data set.
+        classes: Number of its classes, where it has labels.
+    """
+
+    def __init__(self, settings: RunSettings, run: RunPlan, images: int, classes: int | None = None) -> None:
+        self.settings, self.run, self.images = settings, run, images
+        self.on_gpu, self.precision = trains_on_gpu(settings.train), precision_of(settings.train)
+        fitted: Any = settings.task.fitted(images, run.global_batch_size, run.total_steps, classes)
+        fitted = replace(fitted, **{key: 0.0 for key in DRAWN if hasattr(fitted, key)})
+        with torch.device("meta"):  # initialization would ask fake numbers for their values
+            self.task = make_task(replace(settings, task=fitted), run)
+        if self.precision == "float64":
+            self.task.double()
+        self.total_params = sum(value.numel() for value in self.task.state_dict().values())
+        self.peaks: dict[tuple[int, int, bool], int] = {}
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with self.mode:
+            self.task.to_empty(device="cpu")
+
+    @cached_property
+    def flops_per_image(self) -> int:
+        """FLOPs of all matrix products, forward and backward; attention as two, whatever kernel makes it."""
+        with self._faked(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            self.task.compute(self._example(FEW), 0).objective.backward()
+        self.task.zero_grad()
+        return counter.get_total_flops() // FEW
+
+    def peak(self, images: int, passes: int, has_gradients: bool = False) -> int:
+        """Most bytes besides weights that are held at once in the passes of a step, gradients and images included.
+
+        Args:
+            images: Images per pass.
+            passes: Forward passes in the step.
+            has_gradients: Whether gradients have their place before the step, and do not count.
+        """
+        passes = min(passes, 2)  # the gradients of the first stay while the second runs
+        key = images, passes, has_gradients
+        if key in self.peaks:
+            return self.peaks[key]
+        known = [*self.task.parameters(), *self.task.buffers()]
+        with self._faked(), FusedKernels() if self.on_gpu else nullcontext():
+            if has_gradients:
+                for parameter in self.task.parameters():
+                    if parameter.requires_grad:
+                        parameter.grad = torch.zeros_like(parameter)
+                        known.append(parameter.grad)
+            with LiveBytes(known) as live:
+                for _ in range(passes):
+                    batch = self._example(images)
+                    with self._autocast():
+                        loss = self.task.compute(batch, 0).objective
+                    _backward(loss)
+                    del batch, loss
+        self.task.zero_grad()
+        self.peaks[key] = live.peak
+        return live.peak
+
+    @contextmanager
+    def _faked(self) -> Iterator[None]:
+        try:
+            with self.mode:
+                yield
+        except (DynamicOutputShapeException, DataDependentOutputException) as error:
+            raise ValueError(
+                f"task.name: a step of {self.settings.task.name} depends on what its images show or on what is drawn "
+                "for each, so it cannot be counted beforehand."
+            ) from error
+
+    def _autocast(self) -> Any:
+        # float16 is as large, and attention is never written out in it, which on a CPU it may be in bf16
+        dtype = torch.float16 if self.on_gpu else torch.bfloat16
+        return torch.autocast("cpu", dtype, enabled=self.precision == "bf16")
+
+    def _example(self, count: int) -> Batch:
+        batch = example(self.settings, count)
+        batch.views = [view.to(self.task.dtype) for view in batch.views]
+        return batch
+
+
+def _backward(loss: Tensor) -> None:
+    """As loss.backward(), which would leave FusedKernels, where blocks that are computed again must run too."""
+    engine: Any = torch.autograd.Variable._execution_engine
+    engine.run_backward((loss,), (torch.ones_like(loss),), False, False, (), True, True)
+
+
+def example(settings: RunSettings, count: int = FEW) -> Batch:
+    """Some images as the task would get them."""
+    views = Views(settings.data.view, settings.encoder.image_size, settings.encoder.interpolation).specs()
+    numbers = torch.zeros(count, dtype=torch.long)
+    images = [torch.zeros(count, settings.encoder.channels, *size) for size, _ in views]
+    return Batch(images, numbers, numbers, torch.ones(count, dtype=torch.bool), numbers)
+
+
+class LiveBytes(TorchDispatchMode):
+    """While it is on, counts the bytes of the tensors that are alive, each storage once; `peak` is the most.
+
+    Args:
+        known: Tensors that do not count.
+    """
+
+    def __init__(self, known: list[Tensor]) -> None:
+        super().__init__()
+        self.alive = {value.untyped_storage()._cdata: 0 for value in known}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self.on_alloc, result)
+        return result
+
+    def on_alloc(self, value: Tensor) -> Tensor:
+        """Count a tensor's storage, once."""
+        storage = value.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.alive:
+            self.alive[key] = size
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.on_free, key)
+        return value
+
+    def on_free(self, key: int) -> None:
+        """Take a storage off again."""
+        self.now -= self.alive.pop(key)
+
+
+class FusedKernels(TorchFunctionMode):
+    """While it is on, attention and norms hold what a GPU's kernels hold; what they compute has no meaning."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention:
+            return _attention(*args, **kwargs)
+        if function is F.rms_norm:
+            return _rms_norm(*args, **kwargs)
+        if function in IN_FLOAT32 and torch.is_autocast_enabled("cpu"):
+            args = (args[0].float(), *args[1:])
+        return function(*args, **kwargs)
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:  # fmt: skip
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+    mixed: Tensor = _Attention.apply(query.to(dtype), key.to(dtype), value.to(dtype), bias)
+    return mixed
+
+
+def _rms_norm(tokens: Tensor, shape: Any, weight: Tensor, eps: float | None = None) -> Tensor:
+    normalized: Tensor = _RMSNorm.apply(tokens, weight)
+    return normalized
+
+
+class _Attention(torch.autograd.Function):
+    """The fused kernel keeps its inputs, its output and one number per row of the scores, which it makes anew."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+        batch, heads, length, width = query.shape
+        mixed = query.new_empty(batch, length, heads, width).transpose(1, 2)
+        ctx.save_for_backward(query, key, value, bias, mixed, query.new_empty(batch, heads, length, dtype=torch.float))
+        return mixed
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        query, key, value, bias, *_ = ctx.saved_tensors
+        of_bias = None
+        if ctx.needs_input_grad[3]:
+            every = query.new_empty(*query.shape[:3], key.shape[2])
+            of_bias = every.sum_to_size(bias.shape).to(bias.dtype)
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), of_bias
+
+
+class _RMSNorm(torch.autograd.Function):
+    """The fused kernel keeps its input and one number per row."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens, weight, tokens.new_empty(tokens.shape[:-1]))
+        return torch.empty_like(tokens)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        tokens, weight, _ = ctx.saved_tensors
+        return torch.empty_like(tokens), torch.empty_like(weight)
