@@ -21,41 +21,28 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tests")]
+PATHS = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tests")]
+sys.path[:0] = PATHS
 
 from device_day_parts.common import Day, append_record, last_line, read_records  # noqa: E402
 from device_day_parts.table import write_table  # noqa: E402
 
 TOTAL = 540  # seconds that the limits are meant for
-MIN_ON_CPU = 180  # seconds for a part there: starting takes longer than what is measured, and scales with nothing
+MIN_ON_CPU = 180  # seconds of a part there: starting takes longer than what is measured
 TAIL = 15  # lines of output that become a record
 MAX_OUTPUT = 2**20  # bytes of each part's output that are kept
 
 
-@dataclass
-class Part:
-    """One part: its module, its limit in seconds, and whether the day goes on without it."""
-
-    module: str
-    seconds: float
-
-
+# seconds of each part, which is a module of device_day_parts
 PARTS = {
-    "start": Part("start", 25),  # libraries are read from the disk once, outside of the limits of the others
-    "machine": Part("machine", 10),
-    "gpu_tests": Part("gpu_tests", 100),
-    "fixtures": Part("fixtures", 25),
-    "cases": Part("cases", 170),
-    "attention": Part("attention", 20),
-    "loading": Part("loading", 25),
-    "cifar": Part("cifar", 165),
-}
-DATA = Part("prepare", 150)  # beside the parts: images are packed while the tests run
+    "start": 25,  # libraries are read from the disk once, outside of the limits of the others
+    "machine": 10, "gpu_tests": 100, "fixtures": 25, "cases": 170, "attention": 20, "loading": 25, "cifar": 165,
+}  # fmt: skip
+DATA, DATA_SECONDS = "data", 300  # beside the parts: images are packed while the tests run
 NEED_DATA = {"loading", "cifar"}
 
 
@@ -109,22 +96,22 @@ def read_options() -> argparse.Namespace:
 def run_one(options: argparse.Namespace) -> int:
     """A part, in this process."""
     day = Day(options.part, options.out, options.work, options.data, options.cpu, options.deadline, options.item)
-    module = (PARTS | {"data": DATA})[options.part].module
-    import_module(f"device_day_parts.{module}").run_part(day)
+    import_module(f"device_day_parts.{options.part}").run_part(day)
     return 0
 
 
 def run_all(options: argparse.Namespace, chosen: list[str], work: Path) -> list[bool]:
     """Whether each part came to its end."""
-    ended, packing = [], None
-    scale = options.seconds / TOTAL
+    ended, packing, due = [], None, time.time()
     for name in chosen:
-        limit = PARTS[name].seconds * scale
-        ended.append(run_process(options, name, max(limit, MIN_ON_CPU) if options.cpu else limit, work))
+        limit = PARTS[name] * options.seconds / TOTAL
+        due += limit
+        limit = max(limit, MIN_ON_CPU if options.cpu else due - time.time())  # with what the parts before have left
+        ended.append(run_process(options, name, limit, work))
         if name == "start" and not ended[0]:
             break  # no other part could run
         if name == "machine" or (name == "start" and "machine" not in chosen):  # ceilings are measured in quiet
-            packing = start_process(options, "data", DATA.seconds, work) if NEED_DATA & set(chosen) else None
+            packing = start_process(options, DATA, DATA_SECONDS, work) if NEED_DATA & set(chosen) else None
     if packing is not None:
         stop(packing)
     return ended
@@ -133,7 +120,7 @@ def run_all(options: argparse.Namespace, chosen: list[str], work: Path) -> list[
 def start_process(options: argparse.Namespace, name: str, limit: float, work: Path) -> subprocess.Popen:
     words = [f"--out={options.out}", f"--work={work}", f"--part={name}", f"--deadline={time.time() + limit}"]
     words += ["--cpu"] * options.cpu + [f"--data={options.data}"] * bool(options.data)
-    paths = [*sys.path[:3], *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [*PATHS, *filter(None, [os.environ.get("PYTHONPATH")])]
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "XDG_CACHE_HOME": str(work / "cache"),
         "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"),

@@ -94,8 +94,10 @@ def measure(day: Day, name: str, mode: str, is_compiled: bool, batch: int, turn:
         # random numbers and no images: zeros take less power and run faster than what training sees
         one = data.examples(2)
         views = [torch.randn(batch, *view.shape[1:], device=day.device) for view in one.views]
-        rows = torch.arange(batch, device=day.device)
-        made = replace(one, views=views, labels=None, samples=rows, valid=rows >= 0, epochs=rows.cpu() * 0, colors=None)
+        rows = torch.arange(batch)
+        rest = replace(one, views=[], labels=None, samples=rows, valid=rows >= 0, epochs=0 * rows, colors=None)
+        # the rest as a loader gives it, from where the run moves what it wants on the device
+        made = replace(rest if day.is_cpu else rest.pin_memory(), views=views)
         trainer.callbacks.append(watch)
         try:
             fit(trainer, task, train_dataloaders=Repeated(made))

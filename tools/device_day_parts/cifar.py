@@ -20,11 +20,11 @@ def run_part(day: Day) -> None:
     if day.item:
         run_recipe(day, day.item)
         return
-    begun = time.time()
-    whole, failed = day.deadline - begun, []
+    failed = []
     processes = {name: day.start(name) for name in RECIPES}  # they import side by side, and take turns after that
-    for number, (name, process) in enumerate(processes.items(), start=1):
-        ends, go = begun + whole * number / len(RECIPES), day.work / f"go-{name.replace('/', '-')}"
+    for number, (name, process) in enumerate(processes.items()):
+        day.wait_for(ready(day, name), until=time.time() + day.seconds_left / 2)
+        ends, go = time.time() + day.seconds_left / (len(RECIPES) - number), turn_of(day, name)
         go.with_suffix(".part").write_text(str(ends))
         go.with_suffix(".part").rename(go)
         try:
@@ -43,10 +43,12 @@ def run_recipe(day: Day, name: str) -> None:
     import sslvit.evaluate.probe
     import sslvit.train.run
 
-    go = day.work / f"go-{name.replace('/', '-')}"
-    if not day.wait_for(go, day.work / "cifar.ready"):
+    if not day.wait_for(day.work / "cifar.ready"):
         raise SystemExit("cifar: not packed in time")
-    ends = float(go.read_text())
+    ready(day, name).touch()
+    if not day.wait_for(turn_of(day, name)):
+        raise SystemExit("its turn never came")
+    ends = float(turn_of(day, name).read_text())
     begun, origin = time.time(), (day.work / "cifar.ready").read_text()
     train, test = day.work / "cifar" / "train", day.work / "cifar" / "test"
     # the warm-up as of a run of this length, not of the recipe's
@@ -70,6 +72,16 @@ def run_recipe(day: Day, name: str) -> None:
         split_seconds={part: statistics.median(line.get(f"{part}_seconds", 0) for line in lines) for part in parts},
     )  # fmt: skip
     probe(day, name, folder.path, train, test)
+
+
+def ready(day: Day, name: str) -> Path:
+    """Appears when a recipe's process has imported what it needs."""
+    return day.work / f"ready-{name.replace('/', '-')}"
+
+
+def turn_of(day: Day, name: str) -> Path:
+    """Appears when a recipe may start, and holds the Unix time until which it may run."""
+    return day.work / f"turn-{name.replace('/', '-')}"
 
 
 def steps_per_second(day: Day, fit: Any, trainer: Any, task: Any, data: Any) -> float:
