@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from device_day_parts.common import read_records
+from device_day_parts.common import last_line, read_records
 
 
 def write_table(out: Path) -> str:
@@ -18,7 +18,12 @@ def write_table(out: Path) -> str:
     text = [f"Written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC.", *of_parts(by_part)]
     for name, section in SECTIONS.items():
         if any("ended" not in record for record in by_part.get(name, [])):
-            text += section(by_part[name])
+            try:
+                text += section(by_part[name])
+            except (
+                Exception
+            ) as error:  # records of a part that broke off; they are in results.jsonl, and the rest counts
+                text += [f"## {name}", f"Not readable: {last_line(error)}"]
     page = "\n\n".join(text) + "\n"
     (out / "table.md").write_text(page)
     return page
@@ -103,8 +108,8 @@ def cases(records: list[dict[str, Any]]) -> list[str]:
     rows = [
         [r["case"], r["mode"], r["batch"], r["images_per_second"], percent(r.get("mfu")),
          percent(r.get("share_of_measured")), r.get("peak_gib"), milliseconds(r["step_seconds"]),
-         " / ".join(cell(milliseconds(r["split_seconds"].get(part))) for part in parts), r["kernels"],
-         milliseconds(r["kernel_seconds"]), r["first_step_seconds"]]
+         " / ".join(cell(milliseconds(r["split_seconds"].get(part))) for part in parts), r.get("kernels"),
+         milliseconds(r.get("kernel_seconds")), r["first_step_seconds"]]
         for r in found
     ]  # fmt: skip
     head = ("recipe | mode | batch | images/s | MFU | of measured peak | peak GiB | step ms | "
@@ -125,8 +130,9 @@ def cases(records: list[dict[str, Any]]) -> list[str]:
     if waits:
         text.append(rows_of("recipe, mode | where | in a step that logs | in the nine others", waits))
     for r in found:
-        top = [[name, count, ms, percent(share)] for name, count, ms, share in r["top"]]
-        text += [f"{r['case']}, {r['mode']}:", rows_of("kernel | count | ms | share", top)]
+        top = [[name, count, ms, percent(share)] for name, count, ms, share in r.get("top", [])]
+        no_profile = f"no profile: {r.get('profile_error')}"
+        text += [f"{r['case']}, {r['mode']}:", rows_of("kernel | count | ms | share", top) if top else no_profile]
     return text
 
 

@@ -17,7 +17,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from device_day_parts.common import Day, synchronize
+from device_day_parts.common import Day, last_line, synchronize
 
 WARMUP = 4  # steps, the first of which compiles
 TIMED_SECONDS = 2.0
@@ -80,12 +80,10 @@ class Watch(pl.Callback):
                 self.found["waits"] = self.waits.stop()
         elif self.steps > timed_until and not self.is_profiling and (trainer.global_step + 1) % LOG_EVERY:
             self.is_profiling = True  # the next step, which does not log
-            self.clock()
-            self.profiler.__enter__()
+            self.profile(self.profiler.start)
         elif self.is_profiling:
-            synchronize(self.day)
-            self.profiler.__exit__(None, None, None)
-            self.found |= self.kernels()
+            self.profile(self.profiler.stop)
+            self.profile(self.add_kernels)
             raise Finished
 
     def clock(self) -> float:
@@ -128,7 +126,15 @@ class Watch(pl.Callback):
         self.found |= {"timed": len(steps), "split_seconds": {key: statistics.median(of) for key, of in split.items()}}
         self.marks.clear()
 
-    def kernels(self) -> dict[str, Any]:
+    def profile(self, do: Callable[[], None]) -> None:
+        """Do one thing to the profiler; times count without what it would show."""
+        synchronize(self.day)
+        try:
+            do()
+        except Exception as error:  # a driver that keeps its counters to itself, say
+            self.found.setdefault("profile_error", last_line(error))
+
+    def add_kernels(self) -> None:
         """How many kernels a step has, and those that take the most time: name, count, milliseconds, share."""
         kind, key = (DeviceType.CUDA, "self_device_time_total")
         if self.day.is_cpu:
@@ -137,7 +143,7 @@ class Watch(pl.Callback):
         rows.sort(key=lambda pair: -pair[0])
         total = sum(time for time, _ in rows) or 1
         top = [[row.key[:100], row.count, time, time / total] for time, row in rows[:TOP]]
-        return {"kernels": sum(row.count for _, row in rows), "kernel_seconds": total / 1000, "top": top}
+        self.found |= {"kernels": sum(row.count for _, row in rows), "kernel_seconds": total / 1000, "top": top}
 
 
 class Waits:
