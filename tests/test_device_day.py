@@ -81,11 +81,25 @@ def test_without_a_gpu_it_says_so_and_leaves_a_table(tmp_path: Path) -> None:
     assert not records(tmp_path, "attention")
 
 
-def test_a_part_that_takes_too_long_is_stopped_with_all_that_it_has_started(tmp_path: Path) -> None:
-    assert not device_day.run_process(options(tmp_path), "attention", 0.3, tmp_path)
+def test_a_part_that_takes_too_long_is_stopped_with_all_that_it_has_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in = tmp_path / "part.py"
+    stand_in.write_text(
+        "import subprocess, sys\nchild = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        f"open({str(tmp_path / 'child')!r}, 'w').write(str(child.pid))\nprint('begun', flush=True)\nchild.wait()\n"
+    )
+    monkeypatch.setattr(device_day, "__file__", str(stand_in))
+    assert not device_day.run_process(options(tmp_path), "attention", 2, tmp_path)
     (record,) = records(tmp_path, "attention")
-    assert record["ended"] == "stopped after 0 s"
-    assert record["seconds"] < 5
+    assert (record["ended"], record["output"]) == ("stopped after 2 s", ["begun"])
+    assert record["seconds"] < 10
+    child = Path("/proc") / (tmp_path / "child").read_text() / "stat"
+    for _ in range(100):  # whoever inherits it takes it away
+        if not child.exists() or child.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.05)
+    raise AssertionError("what the part had started still runs")
 
 
 def test_the_last_lines_of_a_part_that_fails_are_its_record_and_the_next_one_runs(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from device_day_parts.common import Day, in_a_run, last_line, pack_noise, recipe
+from device_day_parts.common import Day, compile_value, in_a_run, last_line, pack_noise, recipe
 from device_day_parts.watch import LOG_EVERY, Finished, Watch
 
 # recipe -> images per micro-batch; a fit in 80 GB
@@ -24,7 +24,7 @@ CASES = {
     "mae/vit_tiny_cifar10": 1024, "dino/vit_tiny_cifar10": 512, "igpt/small_cifar10": 128,
 }  # fmt: skip
 ON_CPU = ["mae/vit_large_in1k", "dino/vit_tiny_cifar10", "igpt/small_cifar10"]  # tiny networks of each task are enough
-MODES = {"eager": False, "compiled": True}  # values of train.compile
+MODES = {"eager": False, "compiled": True}
 SHARED_CARD = 120e9  # bytes of device memory from which all cases may compile at once
 # fractions of the part's time until which a process waits for the others
 UNTIL = {"built": 0.25, "eager": 0.5, "compiled": 0.75}
@@ -85,7 +85,8 @@ def measure(day: Day, name: str, mode: str, is_compiled: bool, batch: int, turn:
         if is_warm or mode == "eager" or must_be_alone(day):
             turn.acquire()
 
-    changes = {"data.global_batch_size": batch, "train.steps": 10**6, "train.compile": is_compiled,
+    changes = {"data.global_batch_size": batch, "train.steps": 10**6, "train.micro_batch_size": None,
+               "train.compile": compile_value(is_compiled),
                "train.log_every": LOG_EVERY, "data.workers": 0}  # fmt: skip
     settings = recipe(day, name, day.work / "noise-8", f"{name.replace('/', '-')}-{mode}", **changes)
     watch = Watch(day, wait_for_turn)
@@ -157,9 +158,11 @@ def graphs() -> dict[str, Any]:
 def utilization(day: Day, settings: Any, images_per_second: float) -> dict[str, Any]:
     """Work per image, and which share of the data sheet's and of the measured peak it makes."""
     try:
-        from sslvit.train.forecast import PEAKS, forecast
+        from sslvit.data.index import load_index
+        from sslvit.train.forecast import PEAKS, mfu_per_throughput
 
-        flops = forecast(settings, settings.data.global_batch_size)[0].flops_per_image
+        of_one_tflops = replace(settings, train=replace(settings.train, peak_tflops=1.0))
+        flops = 1e12 * mfu_per_throughput(of_one_tflops, load_index(settings.data.shards))
     except Exception as error:  # the speed counts without it
         return {"mfu_error": last_line(error)}
     machine = {record.get("what"): record for record in day.read("machine")}
