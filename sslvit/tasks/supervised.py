@@ -10,6 +10,7 @@ import math
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -81,11 +82,16 @@ class Supervised(Task):
             return images
         rows = batch.first_row + np.arange(len(batch))
         is_erased = rng.uniform((self.run.seed, step, "erase"), rows, 1)[:, 0] < self.settings.erase
-        images = images.clone()
+        (rows,) = np.nonzero(is_erased)
+        # boxes of noise, made where their numbers are drawn, and sent in one piece
+        noise = torch.full((len(rows), *images.shape[1:]), math.nan, dtype=images.dtype)
         eraser = v2.RandomErasing(p=1.0, value="random")
-        for row in np.flatnonzero(is_erased).tolist():
+        for number, row in enumerate(rows):
             with rng.torch_seeded(self.run.seed, "erase", int(batch.epochs[row]), int(batch.samples[row])):
-                images[row] = eraser(images[row])
+                noise[number] = eraser(noise[number])
+        noise, erased = noise.to(images.device), torch.from_numpy(rows).to(images.device)
+        images = images.clone()
+        images[erased] = torch.where(noise.isnan(), images[erased], noise)
         return images
 
     def mix(

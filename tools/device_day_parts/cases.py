@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from device_day_parts.common import Day, compile_value, in_a_run, last_line, pack_noise, recipe
+from device_day_parts.common import Day, in_a_run, last_line, pack_noise, recipe
 from device_day_parts.watch import LOG_EVERY, Finished, Watch
 
 # recipe -> images per micro-batch; a fit in 80 GB
@@ -86,7 +86,7 @@ def measure(day: Day, name: str, mode: str, is_compiled: bool, batch: int, turn:
             turn.acquire()
 
     changes = {"data.global_batch_size": batch, "train.steps": 10**6, "train.micro_batch_size": None,
-               "train.compile": compile_value(is_compiled),
+               "train.compile": "auto" if is_compiled else "none",
                "train.log_every": LOG_EVERY, "data.workers": 0}  # fmt: skip
     settings = recipe(day, name, day.work / "noise-8", f"{name.replace('/', '-')}-{mode}", **changes)
     watch = Watch(day, wait_for_turn)

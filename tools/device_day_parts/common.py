@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -142,14 +142,6 @@ def recipe(day: Day, name: str, shards: Path, out: str, **changes: Any) -> Any:
         "train.checkpoint_every": 10**6, "train.devices": 1, "train.nodes": 1,
     }  # fmt: skip
     return load_recipe(name, (tiny if day.is_cpu else {}) | given | changes)
-
-
-def compile_value(is_compiled: bool) -> Any:
-    """Value of train.compile for a run that is compiled as the package does it by itself on a GPU, or not at all."""
-    from sslvit.settings import TrainSettings
-
-    has_modes = bool(get_args(get_type_hints(TrainSettings)["compile"]))
-    return ("auto" if is_compiled else "none") if has_modes else is_compiled
 
 
 class _Done(Exception):

@@ -19,7 +19,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from device_day_parts.common import ROOT, Day, compile_value, in_a_run, last_line, pack_noise, recipe
+from device_day_parts.common import ROOT, Day, in_a_run, last_line, pack_noise, recipe
 from device_day_parts.gpu_tests import Recorder, run_pytest
 
 FILES = ("tests/test_golden_encoders.py", "tests/tasks/test_mae_golden.py", "tests/tasks/test_dino_golden.py",
@@ -94,7 +94,7 @@ def deterministic(day: Day) -> None:
     shards = pack_noise(day.work / "noise-32", 256, 32)
     for name in ("mae/vit_tiny_cifar10", "dino/vit_tiny_cifar10", "igpt/small_cifar10"):
         changes = {"data.global_batch_size": day.pick(64, 8), "train.steps": STEPS, "train.deterministic": True,
-                   "train.compile": compile_value(False)}  # fmt: skip
+                   "train.compile": "none"}  # fmt: skip
         try:
             settings = recipe(day, name, shards, "deterministic", **changes)
             one, other = (in_a_run(settings, final_weights) for _ in range(2))

@@ -838,8 +838,8 @@ FAULTS = [
     Fault(
         "All images are erased",
         SUPERVISED,
-        'is_erased = self.uniform("erase", batch, 1, step)[:, 0] < self.settings.erase',
-        'is_erased = self.uniform("erase", batch, 1, step)[:, 0] >= 0',
+        "rows, 1)[:, 0] < self.settings.erase",
+        "rows, 1)[:, 0] >= 0",
         OF_LABELS,
     ),
     Fault("The head starts as large as any other map", CLASSIFIER, "HEAD_STD = 2e-5", "HEAD_STD = 0.02", OF_LABELS),
