@@ -17,7 +17,7 @@ import torch
 from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from sslvit.models.transformer import Block
@@ -91,7 +91,7 @@ class Sharded(_RanksStrategy):
         """Nothing yet: the whole model might not fit, so blocks move one by one as they are sharded."""
 
     def _setup_model(self, model: nn.Module) -> Any:
-        shard(cast(pl.LightningModule, model), self.root_device.type)
+        shard(cast(pl.LightningModule, model), self.root_device.type, self.precision_plugin.precision == "bf16-mixed")
         return model.to(self.root_device)  # what is no weight
 
     def _register_ddp_hooks(self) -> None:
@@ -138,8 +138,15 @@ def is_peer_failure(error: BaseException, ranks: int) -> bool:
     return ranks > 1 and is_exchange and bool(re.search(PEER_ERRORS, said)) and not re.search(LOCAL_ERRORS, said)
 
 
-def shard(task: pl.LightningModule, device: str) -> None:
+def shard(task: pl.LightningModule, device: str, is_bf16: bool = False) -> None:
     """Spread the weights of a task over all ranks, block by block, then what is left of each of its networks.
+
+    Args:
+        task: The task.
+        device: Type of device that the ranks compute on.
+        is_bf16: Gather the weights of blocks in bf16, in which autocast would compute with copies of them. Gradients
+            are reduced in float32, and what is outside of blocks stays in it: embeddings, the last norm, heads, and
+            DINO's prototypes, whose cosines need it.
 
     Raises:
         ValueError: the task owns weights outside of its networks, which no forward pass would gather.
@@ -152,10 +159,12 @@ def shard(task: pl.LightningModule, device: str) -> None:
             f"train.strategy: fsdp gathers weights when a module runs, but {type(model).__name__} holds {outside[0]} "
             "itself. Put it into a module, or use ddp."
         )
+    in_bf16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)  # tokens stay in float32
+    policy = in_bf16 if is_bf16 else MixedPrecisionPolicy()
     for network in model.children():
         for module in network.modules():
             if isinstance(module, Block) and module is not network:
-                fully_shard(module, mesh=mesh)
+                fully_shard(module, mesh=mesh, mp_policy=policy)
         if any(True for _ in network.parameters()):
             fully_shard(network, mesh=mesh)
 
