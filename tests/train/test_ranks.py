@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from run_fixtures import BERT, RECIPES, command, metrics, run, run_ranks, same, weights
+from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from sslvit.checkpoint import load_encoder
@@ -22,6 +23,7 @@ from sslvit.settings.load import load_recipe
 from sslvit.sharded_checkpoint import read_checkpoint
 from sslvit.tasks import task_class
 from sslvit.train.folder import RunFolder
+from sslvit.train.forecast import example
 from sslvit.train.strategies import compile_blocks, is_peer_failure, make_strategy, shard
 from sslvit.train.timing import Clock
 
@@ -180,6 +182,27 @@ def test_blocks_alone_are_gathered_in_bf16(monkeypatch: pytest.MonkeyPatch, is_b
     for module, policy in given.items():
         low = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32, "cast_forward_inputs": False}
         assert policy == MixedPrecisionPolicy(**low if module in in_bf16 else {})
+
+
+@pytest.mark.filterwarnings("ignore:.*silently drop the pre-backward hook.*")
+@pytest.mark.parametrize(("is_bf16", "kept"), [(True, {0}), (False, {4 * 16 * 16 * 2})])
+def test_no_copies_of_weights_are_kept_for_the_backward_pass(tmp_path: Path, is_bf16: bool, kept: set[int]) -> None:
+    """Of weights gathered in float32 autocast makes copies in bf16, which the backward pass would wait for."""
+    settings = load_recipe("mae/digits", RECIPES["mae/digits"])
+    task = task_class("mae")(settings.task, settings.encoder, settings.optim, RunPlan(9, 9, 8))
+    saved: list[torch.Tensor] = []
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    try:
+        shard(task, "cpu", is_bf16)
+        with saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+            loss = task.compute(example(settings, 2), 0).objective
+        hidden = [x for x in saved if x.shape == (16, 64) and x.dtype == torch.bfloat16]  # fc1, transposed
+        assert {x.untyped_storage().nbytes() for x in hidden} == kept
+        loss.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    gradients = [parameter.grad for parameter in task.parameters() if parameter.grad is not None]
+    assert {gradient.dtype for gradient in gradients} == {torch.float32}
 
 
 SAYS_TYPES = """
