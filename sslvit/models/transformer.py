@@ -44,11 +44,32 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
+class LayerNorm(nn.LayerNorm):
+    """torch's LayerNorm, no less precise than its input where FSDP2 has gathered its weights in bf16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The tokens, each normalized over its channels."""
+        return F.layer_norm(x, self.normalized_shape, as_precise(self.weight, x), as_precise(self.bias, x), self.eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch's RMSNorm, likewise."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The tokens, each divided by its root mean square."""
+        return F.rms_norm(x, self.normalized_shape, as_precise(self.weight, x), self.eps)
+
+
+def as_precise(weight: Tensor, x: Tensor) -> Tensor:
+    """A weight in the precision of an input, or in its own where that is higher."""
+    return weight.to(torch.promote_types(weight.dtype, x.dtype))
+
+
 def make_norm(settings: EncoderSettings, width: int) -> nn.Module:
     """The encoder's kind of normalization over `width` channels."""
     if settings.norm == "rms":
-        return nn.RMSNorm(width, eps=settings.norm_eps)
-    return nn.LayerNorm(width, eps=settings.norm_eps)
+        return RMSNorm(width, eps=settings.norm_eps)
+    return LayerNorm(width, eps=settings.norm_eps)
 
 
 class Attention(nn.Module):

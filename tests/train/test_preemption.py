@@ -18,7 +18,7 @@ from sslvit.cli import main
 from sslvit.stopping import Preempted, requeue, stopping_at_once
 from sslvit.tasks import task_class
 from sslvit.train import run as run_module
-from sslvit.train.callbacks.preemption import Preemption
+from sslvit.train.callbacks.peers import Peers
 from sslvit.train.folder import RunFolder
 
 
@@ -138,7 +138,7 @@ def is_asleep(process: int) -> bool:
 
 
 def test_ranks_that_read_different_checkpoints_do_not_train_together(tmp_path: Path, monkeypatch) -> None:
-    rank = Preemption(RunFolder(tmp_path), 9, 1.0)
+    rank = Peers(RunFolder(tmp_path), (3,), 9, 1.0)
     rank.step, others = 6, [torch.tensor([6, -6]), torch.tensor([3, -3])]
 
     def all_reduce(values: torch.Tensor, *_, **__) -> None:

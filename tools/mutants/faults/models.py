@@ -495,15 +495,15 @@ FAULTS = [
     Fault(
         "The norms' epsilon is torch's own",
         BLOCKS,
-        "return nn.LayerNorm(width, eps=settings.norm_eps)",
-        "return nn.LayerNorm(width)",
+        "return LayerNorm(width, eps=settings.norm_eps)",
+        "return LayerNorm(width)",
         OURS,
     ),
     Fault(
         "The RMS norms' epsilon is torch's own",
         BLOCKS,
-        "return nn.RMSNorm(width, eps=settings.norm_eps)",
-        "return nn.RMSNorm(width)",
+        "return RMSNorm(width, eps=settings.norm_eps)",
+        "return RMSNorm(width)",
         OURS,
     ),
     Fault(
