@@ -602,8 +602,8 @@ FAULTS = [
     Fault(
         "A turn goes the wrong way for one half",
         POSITIONS,
-        "second * cos + first * sin",
-        "second * cos - first * sin",
+        "torch.cat([-sin, sin], -1)",
+        "torch.cat([sin, sin], -1)",
         OURS,
     ),
     Fault(
