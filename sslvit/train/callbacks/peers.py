@@ -21,6 +21,7 @@ from torch import distributed
 
 from sslvit.ranks import is_distributed
 from sslvit.stopping import SIGNALS, note_signal, received_signal
+from sslvit.tasks.base import Task
 from sslvit.train.callbacks.base import StepCallback
 from sslvit.train.folder import RunFolder
 
@@ -55,25 +56,37 @@ class Peers(StepCallback):
         super().on_train_start(trainer, module)
         if is_distributed():
             self.group = distributed.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout_seconds))
-            self.check_same_step()
+            assert isinstance(module, Task)
+            self.check_alike(module.run.images_per_pass)
         self.received = received_signal()  # while all was prepared, where a library may have swallowed it
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:  # after Lightning's own, which would stop without a checkpoint
                 signal.signal(number, self.on_signal)
 
-    def check_same_step(self) -> None:
-        """Refuse ranks that go on from different checkpoints, as when one of them reads a damaged file.
+    def check_alike(self, micro_batch_size: int) -> None:
+        """Refuse ranks that would take other steps than this one.
+
+        They go on from different checkpoints when one of them reads a damaged file, and take other micro-batches when
+        `auto` finds other GPUs on their machine.
+
+        Args:
+            micro_batch_size: Images per forward pass on this rank.
 
         Raises:
             RuntimeError: they do.
         """
-        ends = torch.tensor([self.step, -self.step])
-        distributed.all_reduce(ends, distributed.ReduceOp.MAX, group=self.group)
-        last, first = int(ends[0]), -int(ends[1])
+        numbers = torch.tensor([self.step, -self.step, micro_batch_size, -micro_batch_size])
+        distributed.all_reduce(numbers, distributed.ReduceOp.MAX, group=self.group)
+        last, first, largest, smallest = (abs(number) for number in numbers.tolist())
         if first != last:
             raise RuntimeError(
                 f"{self.folder.checkpoint}: ranks would go on from steps {first} to {last}, so not all of them can "
                 "read the same checkpoint. See what each says, and check the disk that they share."
+            )
+        if smallest != largest:
+            raise RuntimeError(
+                f"train.micro_batch_size: auto chose {largest} images on one rank and {smallest} on another, whose GPU "
+                f"has less memory. Set it to {smallest}."
             )
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
