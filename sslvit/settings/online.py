@@ -25,7 +25,7 @@ class OnlineSettings:
     neighbors: int = 20
     """Number k of neighbors that vote."""
     precision: Precision = "float32"
-    """Precision of the encoder's forward passes, as of `sslvit probe`; bf16 is faster on a GPU."""
+    """Precision of the encoder's forward passes, as of `sslvit probe`: bf16 is faster and less exact."""
 
     def __post_init__(self) -> None:
         if (self.train is None) != (self.val is None):

@@ -33,7 +33,7 @@ from sslvit.settings import EncoderSettings, ProbeSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*device_type of 'cuda'.*", "ignore:.*no accelerator is found.*")
 READOUTS = [(1, "class"), (2, "mean")]
-BF16_ERROR = 0.02  # of features, relative: what the help of --precision states
+BF16_ERROR = 0.013  # of features, relative: what the help of --precision states
 
 
 def make(**changes: Any) -> ViTEncoder:
@@ -84,8 +84,9 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[torch.device]]:
 
 
 def test_online_scores_are_computed_on_the_modules_device(
-    shards: Path, tmp_path: Path, fake_cuda: Whereabouts, devices: dict
+    shards: Path, tmp_path: Path, fake_cuda: Whereabouts, devices: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("sslvit.train.run._finish", lambda *_: None)  # pictures take longer than all the rest
     online = {"online.train": str(shards / "train"), "online.val": str(shards / "val"), "online.images": 9}
     folder = run(shards / "train", tmp_path / "run", recipe="mae/digits", **online, **{"train.steps": 1})
     assert {"online_knn", "online_linear", "online_rankme", "online_alignment"} <= metrics(folder)[-1].keys()
