@@ -6,6 +6,8 @@ import os
 import sys
 from importlib.util import find_spec
 
+MAX_WORKERS = 16  # loader processes that nobody asked for
+
 MISFIT = (
     "torch and torchvision are of different builds (a CPU-only torch beside the default torchvision, say), so "
     "torchvision cannot load. Install both from the same index: pip install --force-reinstall "
@@ -74,6 +76,25 @@ def pick_device(name: str = "auto") -> str:
     if name == "cpu" or not torch.cuda.is_available():
         return "cpu"
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+
+
+def cpu_cores() -> int:
+    """Number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def pick_workers(workers: int | None, device: str) -> int:
+    """The number of loader processes behind a setting.
+
+    Args:
+        workers: The number that is asked for. None is one per CPU core but one, up to MAX_WORKERS, for a GPU, which
+            would wait for a single process; and none for a CPU, whose cores the encoder needs.
+        device: Type of the encoder's device.
+    """
+    if workers is not None:
+        return workers
+    cores = cpu_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of several processes each gets its own
+    return 0 if device == "cpu" else min(MAX_WORKERS, max(1, cores - 1))
 
 
 if __name__ == "__main__":

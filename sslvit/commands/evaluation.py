@@ -10,10 +10,24 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from sslvit.commands.files import check_new, check_new_picture, foreign_overrides, only, report, table_of, write_json
 from sslvit.commands.options import CroppedEncoder, File, Options, Output, Recipe, Reported, Saved
 from sslvit.settings.choices import Arg, check_bounds
-from sslvit.settings.probe import BlocksReadout, Device, KNNSettings, Passes, ProbeSettings, Readout
+from sslvit.settings.probe import (
+    BlocksReadout,
+    KNNSettings,
+    Passes,
+    Precision,
+    ProbeSettings,
+    Readout,
+    UnreadableImages,
+)
 
 if TYPE_CHECKING:
     from sslvit.models import ViTEncoder
+    from sslvit.settings import EncoderSettings
+
+
+def view_text(encoder: EncoderSettings, precision: Precision) -> str:
+    """What is seen of each image, and how features are computed where that is not exact."""
+    return encoder.crop_in_words + ("" if precision == "float32" else f"; features computed in {precision}")
 
 
 def load_scored(options: CroppedEncoder) -> ViTEncoder:
@@ -101,10 +115,11 @@ def show_probe(encoder: ViTEncoder, settings: ProbeSettings, options: Saved) -> 
                for part in ("train", "val")}  # fmt: skip
     of_encoder = about["probed"]["encoder"]
     has_own_views = "fraction" in of_encoder.get("linear", {})  # a paper's protocol says its own below
+    view = view_text(encoder.settings, settings.precision)
     lines = [
         f"\nTop-1 accuracy (%) on {about['val_images']:,} images{skipped['val']} of {about['val']}",
         f"(heads fitted on {about['train_images']:,}{skipped['train']} of {about['train']})",
-        f"each image{', of few labels and kNN' if has_own_views else ''}: {about['view']}",
+        f"each image{', of few labels and kNN' if has_own_views else ''}: {view}",
     ]
     if about["protocol"]:
         lines.append(f"linear probe: {about['protocol']} ({about['source']})")
@@ -123,7 +138,7 @@ def in_words(key: str, value: Any) -> str:
 
 
 @dataclass(kw_only=True)
-class HealthOptions(Saved, Passes, Readout, CroppedEncoder):
+class HealthOptions(Saved, Passes, UnreadableImages, Readout, CroppedEncoder):
     """Measure features without labels: rank, spectrum, uniformity, alignment.
 
     Example: sslvit health runs/dino shards/val
@@ -154,17 +169,17 @@ def run_health(options: HealthOptions) -> None:
     )
     rows = measure_health(
         encoder.to(pick_device(options.device)), data, options.layer, options.pooling, options.batch, options.workers,
-        options.seed,
+        options.seed, options.precision,
     )  # fmt: skip
     text = (
         f"\nwithout labels, on {data.count_text} of {index.location}\n"
-        f"each image: {encoder.settings.crop_in_words}\n\n{table_of(rows, 3)}"
+        f"each image: {view_text(encoder.settings, options.precision)}\n\n{table_of(rows, 3)}"
     )
     report(options, text, rows)
 
 
 @dataclass(kw_only=True)
-class SegmentOptions(Saved, CroppedEncoder):
+class SegmentOptions(Saved, Passes, CroppedEncoder):
     """Score patch tokens by linear segmentation: mean IoU.
 
     Example: sslvit segment runs/dino --train voc/train --val voc/val --figure segments.png
@@ -175,21 +190,16 @@ class SegmentOptions(Saved, CroppedEncoder):
     val: Annotated[str, Arg("FOLDER")]
     """Folder of the same kind that is scored."""
     batch: int = 16
-    """Images per forward pass."""
     baselines: bool = True
     """Also score raw pixels and the same architecture with untrained weights."""
     seed: int = 0
     """Seed of the untrained weights and the folds."""
-    device: Device = "auto"
-    """Device of the encoder; auto is a GPU where there is one."""
     figure: Annotated[str | None, File] = None
     """PNG file for images, masks and predictions."""
 
 
 def run_segment(options: SegmentOptions) -> None:
     """Score segmentation, and print the table."""
-    check_bounds(options, "--", "1 or more", "batch")
-    check_bounds(options, "--", "0 or more", "seed")
     check_new(options.output)
     check_new_picture(options.figure)
     from sslvit.evaluate.dense import segment
@@ -202,10 +212,14 @@ def run_segment(options: SegmentOptions) -> None:
     rows: dict[str, ViTEncoder | None] = {"encoder": encoder}
     if options.baselines:
         rows = {"raw pixels": None, "untrained encoder": untrained(encoder, options.seed), **rows}
-    table = segment(rows, train, val, options.batch, seed=options.seed, device=options.device)
+    table = segment(
+        rows, train, val, options.batch, seed=options.seed, device=options.device, workers=options.workers,
+        precision=options.precision,
+    )  # fmt: skip
+    view = view_text(encoder.settings, options.precision)
     text = (
         f"\nPercent on {len(val):,} images of {val.folder} (maps fitted on {len(train):,} of {train.folder});\n"
-        f"of each image and mask: {table.about['view']}; L2 penalty {table.about['l2']}\n\n{table.text()}"
+        f"of each image and mask: {view}; L2 penalty {table.about['l2']}\n\n{table.text()}"
     )
     if options.figure:
         text += f"\n{plot_predictions(table, val, encoder.settings, options.figure)}"
@@ -256,7 +270,7 @@ def run_show(options: ShowOptions) -> None:
 
 
 @dataclass(kw_only=True)
-class EmbedOptions(Options, Passes, BlocksReadout, CroppedEncoder):
+class EmbedOptions(Options, Passes, UnreadableImages, BlocksReadout, CroppedEncoder):
     """Write features of images as arrays in one .npz file.
 
     Example: sslvit embed runs/dino photos -o features.npz
@@ -279,7 +293,7 @@ def run_embed(options: EmbedOptions) -> None:
     from sslvit.evaluate.sources import FrozenEncoder, LabeledSet
 
     encoder = load_scored(options)
-    source = FrozenEncoder(encoder.to(pick_device(options.device)))
+    source = FrozenEncoder(encoder.to(pick_device(options.device)), options.precision)
     readouts = source.readouts(options.layer, options.blocks, options.pooling)
     index = open_shards(options.data)
     data = LabeledSet(index, encoder.settings.channels, None, options.max_unreadable_fraction)
@@ -287,7 +301,7 @@ def run_embed(options: EmbedOptions) -> None:
     made.save(Path(options.output))
     arrays = "features, keys, labels and classes" if made.labels is not None else "features and keys"
     print(f"{options.output}: {arrays} of {data.count_text}, {made.features.shape[1]} numbers each")
-    print(f"each image: {encoder.settings.crop_in_words}")
+    print(f"each image: {view_text(encoder.settings, options.precision)}")
 
 
 @dataclass(kw_only=True)

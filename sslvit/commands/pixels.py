@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from sslvit.commands.files import check_new, check_new_picture, foreign_overrides, only, report, table_of
 from sslvit.commands.options import Options, Output, Released, Saved
 from sslvit.settings.choices import Arg, check_bounds
-from sslvit.settings.probe import Device, ForwardPasses
+from sslvit.settings.probe import Device, ForwardPasses, UnreadableImages
 from sslvit.settings.sample import SampleSettings
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def run_sample(options: SampleOptions) -> None:
 
 
 @dataclass(kw_only=True)
-class LikelihoodOptions(Saved, PixelModel, ForwardPasses):
+class LikelihoodOptions(Saved, PixelModel, ForwardPasses, UnreadableImages):
     """Measure nats per pixel of an iGPT run, beside n-gram baselines.
 
     Example: sslvit likelihood runs/igpt --train shards/train --val shards/val

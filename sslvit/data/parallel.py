@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
+from sslvit.environment import cpu_cores
 from sslvit.progress import track_counter
 
 PARENT_CHECK_SECONDS = 0.5  # between checks that a worker's parent still runs
@@ -30,8 +31,7 @@ def in_parallel(
     of workers there is one process per core.
     """
     numbers = list(range(jobs)) if isinstance(jobs, int) else jobs
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(workers or cores, len(numbers))
+    workers = min(workers or cpu_cores(), len(numbers))
     context = multiprocessing.get_context("fork") if "fork" in multiprocessing.get_all_start_methods() else None
     if workers <= 1 or context is None:
         with track_counter(what, total, unit) as counter:

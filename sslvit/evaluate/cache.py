@@ -33,7 +33,7 @@ def key_of(source: Source, data: LabeledSet, view: ViewSettings, batch: int) -> 
     content = {
         "format": FORMAT, "source": source.fingerprint(), "settings": settings, "shards": data.index.fingerprint(),
         "chosen": None if data.subset is None else data.subset.tolist(), "view": asdict(view), "batch": batch,
-        "device": source.device.type,
+        "device": source.device.type, "precision": source.precision,
     }  # fmt: skip
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 

@@ -40,25 +40,27 @@ def accuracy(
     Raises:
         NoScore: too many images cannot be read, or logits are not finite.
     """
-    loader = evaluation_loader(data.reader, settings, batch, workers, rank(), world_size(), subset=data.subset)
-    counts = torch.zeros(3, dtype=torch.long)  # right, right among the first k, images
+    loader = evaluation_loader(
+        data.reader, settings, batch, data.workers(workers), rank(), world_size(), subset=data.subset
+    )
+    counts = torch.zeros(3, dtype=torch.long, device=device)  # right, right among the first k, images
     classes = len(data.classes)
     samples: list[Tensor] = []
     bad: dict[str, str] = {}
-    is_finite = True
+    is_finite = torch.ones((), dtype=torch.bool, device=device)
     for piece in loader:
-        logits = logits_of(normalized_view(piece, settings, device)).float().cpu()
-        is_finite &= bool(logits[piece.valid].isfinite().all())
+        logits = logits_of(normalized_view(piece, settings, device)).float()
+        valid, labels = (column.to(device, non_blocking=True)[:, None] for column in (piece.valid, labels_of(piece)))
+        is_finite &= (logits.isfinite() | ~valid).all()  # the host asks once, at the end
         samples.append(all_gather(piece.samples)[all_gather(piece.valid)])
         bad |= piece.unreadable
-        likeliest = logits.topk(min(TOP_K, classes), dim=1).indices[piece.valid]
-        is_right = likeliest == labels_of(piece)[piece.valid][:, None]
-        counts += torch.tensor([is_right[:, 0].sum(), is_right.any(1).sum(), len(is_right)])
+        is_right = (logits.topk(min(TOP_K, classes), dim=1).indices == labels) & valid
+        counts += torch.stack([is_right[:, 0].sum(), is_right.any(1).sum(), valid.sum()])
     data.account_for(torch.cat(samples), bad)
-    if not all(all_gather_objects(is_finite)):
+    if not all(all_gather_objects(bool(is_finite))):
         raise NoScore(
             f"the classifier's logits are not finite on {data.index.location}: the weights are broken. Has the run "
             "diverged (health.json)?"
         )
-    top1, top5, images = all_reduce_sum(counts).tolist()
+    top1, top5, images = all_reduce_sum(counts.cpu()).tolist()
     return Accuracy(100 * top1 / images, 100 * top5 / images if classes > TOP_K else None, images, data.unreadable)

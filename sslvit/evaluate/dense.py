@@ -18,17 +18,21 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from sslvit import rng
 from sslvit.data.resample import normalize
-from sslvit.environment import pick_device
+from sslvit.environment import pick_device, pick_workers
 from sslvit.evaluate.linear import L2_GRID, NOT_CONVERGED, TRIAL_ITERATIONS, solved_in_all_folds
 from sslvit.evaluate.logistic import fit_logistic
 from sslvit.evaluate.masks import IGNORED, MaskedImages, MaskSummary, class_indices, patch_targets, summarize_masks
 from sslvit.evaluate.scores import Scores, format_table
+from sslvit.evaluate.sources import forward_precision, full_float32
 from sslvit.models import ViTEncoder
 from sslvit.progress import track
 from sslvit.settings import EncoderSettings
+from sslvit.settings.probe import Precision
+from sslvit.stopping import obey_parent_alone
 
 logger = logging.getLogger(__name__)
 
@@ -70,10 +74,62 @@ class PatchClassifier:
         return torch.einsum("bdhw,cd->bchw", standardized, self.weight) + self.bias[:, None, None]
 
 
+@dataclass
+class PatchMaps:
+    """Computes the patch features of images, with their masks.
+
+    Args:
+        encoder: The encoder, on the device; None for the patches' own pixels.
+        settings: How images are seen.
+        batch: Images per forward pass.
+        device: Device of the features.
+        workers: Number of loader processes; None for what suits the device (`pick_workers`).
+        precision: Precision of the encoder's forward passes.
+    """
+
+    encoder: ViTEncoder | None
+    settings: EncoderSettings
+    batch: int
+    device: str
+    workers: int | None = None
+    precision: Precision = "float32"
+
+    def __call__(self, data: MaskedImages) -> Iterator[tuple[Float[Tensor, "b d rows columns"], np.ndarray]]:
+        """Batches of patch features, and of masks 'b h w'."""
+        loader = DataLoader(
+            _Pairs(data, self.settings), self.batch, collate_fn=list, worker_init_fn=obey_parent_alone,
+            num_workers=pick_workers(self.workers, torch.device(self.device).type),
+        )  # fmt: skip
+        for pairs in track(loader, "features", len(data), each=self.batch):
+            images = torch.stack([image for image, _ in pairs]).to(self.device)
+            yield self.features_of(images), np.stack([mask for _, mask in pairs])
+
+    def features_of(self, images: Tensor) -> Float[Tensor, "b d rows columns"]:
+        """Patch features of images with pixels from 0 to 255."""
+        settings = self.settings
+        images = normalize(images, settings.mean, settings.std)
+        if self.encoder is None:
+            return F.pixel_unshuffle(images, max(settings.patch, 2))
+        with forward_precision(self.precision, self.device):
+            (block,) = self.encoder.intermediates(images, [settings.probed_layer], norm=True)
+            return block.patch_map().float()
+
+
+class _Pairs(Dataset[tuple[Tensor, np.ndarray]]):
+    def __init__(self, data: MaskedImages, settings: EncoderSettings) -> None:
+        self.data, self.settings = data, settings
+
+    def __getitem__(self, number: int) -> tuple[Tensor, np.ndarray]:
+        return self.data.read(number, self.settings)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+
 @torch.no_grad()
 def segment(
     encoders: dict[str, ViTEncoder | None], train: MaskedImages, val: MaskedImages, batch: int = 16, pictures: int = 6,
-    seed: int = 0, device: str = "auto",
+    seed: int = 0, device: str = "auto", workers: int | None = None, precision: Precision = "float32",
 ) -> DenseTable:  # fmt: skip
     """Score frozen patch tokens by a linear map to classes.
 
@@ -96,11 +152,11 @@ def segment(
     predictions = {}
     for row, encoder in encoders.items():
         logger.info(f"probing {row}")
-        source = None if encoder is None else encoder.to(device).eval()
-        head = _fit_on(source, train, settings, classes, is_held_out, batch, device)
+        maps_of = PatchMaps(encoder and encoder.to(device).eval(), settings, batch, device, workers, precision)
+        head = _fit_on(maps_of, train, classes, is_held_out)
         confusion = torch.zeros(len(classes), len(classes), dtype=torch.long)
         kept: list[np.ndarray] = []
-        for maps, masks in _maps(source, val, settings, batch, device):
+        for maps, masks in maps_of(val):
             logits = F.interpolate(
                 head.logits(maps).float(), size=masks.shape[1:], mode="bilinear", align_corners=False
             )
@@ -115,7 +171,7 @@ def segment(
         predictions[row] = np.stack(kept)
     about = {
         "train": str(train.folder), "train_images": len(train), "val": str(val.folder), "val_images": len(val),
-        "classes": classes.tolist(), "view": settings.crop_in_words,
+        "classes": classes.tolist(), "view": settings.crop_in_words, "precision": precision,
         "labeled_pixels_seen_percent": 100 * of_val.coverage, "l2": "selected on held-out training images",
         "seed": seed,
     }  # fmt: skip
@@ -153,6 +209,7 @@ def measures(confusion: Int[Tensor, "classes classes"], classes: np.ndarray) -> 
     return found | {f"class {number}": float(iou[i]) for i, number in enumerate(classes.tolist()) if counts[i]}
 
 
+@full_float32()
 def fit_head(
     values: Float[Tensor, "n d"], target: Float[Tensor, "n classes"], weights: Float[Tensor, "n"],
     is_held_out: Bool[Tensor, "n"],
@@ -177,31 +234,15 @@ def fit_head(
 
 
 def _fit_on(
-    encoder: ViTEncoder | None, train: MaskedImages, settings: EncoderSettings, classes: np.ndarray,
-    is_held_out: Bool[Tensor, "images"], batch: int, device: str,
-) -> PatchClassifier:  # fmt: skip
+    maps_of: PatchMaps, train: MaskedImages, classes: np.ndarray, is_held_out: Bool[Tensor, "images"]
+) -> PatchClassifier:
     """`fit_head` on the patches of all training images, each weighted by its labeled pixels."""
     values, targets, weights, held_out = [], [], [], []
-    for number, (maps, masks) in enumerate(_maps(encoder, train, settings, batch, device)):
+    for number, (maps, masks) in enumerate(maps_of(train)):
         target, labeled = patch_targets(masks, classes, (maps.shape[2], maps.shape[3]))
-        values.append(rearrange(maps, "b d rows columns -> (b rows columns) d").cpu())
+        values.append(rearrange(maps, "b d rows columns -> (b rows columns) d"))
         targets.append(target)
         weights.append(labeled)
-        of_batch = is_held_out[number * batch : number * batch + len(masks)]
+        of_batch = is_held_out[number * maps_of.batch :][: len(masks)]
         held_out.append(of_batch.repeat_interleave(labeled.numel() // len(masks)) & (labeled > 0))
-    return fit_head(*(torch.cat(parts).to(device) for parts in (values, targets, weights, held_out)))
-
-
-def _maps(
-    encoder: ViTEncoder | None, data: MaskedImages, settings: EncoderSettings, batch: int, device: str
-) -> Iterator[tuple[Tensor, np.ndarray]]:
-    """Batches of patch features 'b d rows columns' and masks 'b h w'."""
-    for start in track(range(0, len(data), batch), "features", len(data), each=batch):
-        pairs = [data.read(number, settings) for number in range(start, min(start + batch, len(data)))]
-        images = normalize(torch.stack([image for image, _ in pairs]).to(device), settings.mean, settings.std)
-        if encoder is None:
-            maps = F.pixel_unshuffle(images, max(settings.patch, 2))
-        else:
-            (block,) = encoder.intermediates(images, [settings.probed_layer], norm=True)
-            maps = block.patch_map().float()
-        yield maps, np.stack([mask for _, mask in pairs])
+    return fit_head(*(torch.cat(parts).to(maps_of.device) for parts in (values, targets, weights, held_out)))

@@ -39,7 +39,9 @@ class Embeddings:
             np.savez(out, **arrays)  # type: ignore[arg-type]  # numpy's stub takes them for allow_pickle
 
 
-def embed(source: Source, data: LabeledSet, readouts: list[Readout], batch: int = 256, workers: int = 0) -> Embeddings:
+def embed(
+    source: Source, data: LabeledSet, readouts: list[Readout], batch: int = 256, workers: int | None = None
+) -> Embeddings:
     """Features of the encoder's center view of every image that can be read.
 
     Raises:

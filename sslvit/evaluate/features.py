@@ -1,31 +1,43 @@
 """Frozen encoder -> features of a data set, in one pass, at any number of readouts.
 
 A pass is cut into batches of one size, keyed by position, so features do not depend on how many processes share it.
+The host reads the features of a batch while the device computes those of the next.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from sslvit.data.batch import Batch
 from sslvit.data.loader import center_view, evaluation_loader, normalized_view
+from sslvit.environment import pick_workers
 from sslvit.evaluate.cache import FeatureCache, key_of
 from sslvit.evaluate.sources import FeatureTable, LabeledSet, NoScore, Readout, Source
+from sslvit.optim.guard import HostCopy
 from sslvit.progress import track
 from sslvit.ranks import all_gather, broadcast_from_rank0, is_first_rank, rank, world_size
 from sslvit.settings.views import CenterSettings, ViewSettings
 
+T = TypeVar("T")
+
 
 @dataclass
 class FeatureExtractor:
-    """Computes features of data sets, and keeps those of the last source; those of center views in a cache, too."""
+    """Computes features of data sets, and keeps those of the last source; those of center views in a cache, too.
+
+    Args:
+        batch: Images per forward pass.
+        workers: Number of loader processes; None for what suits the source's device (`pick_workers`).
+        cache: Where features of center views are kept; None for nowhere.
+    """
 
     batch: int = 256
-    workers: int = 0
+    workers: int | None = None
     cache: FeatureCache | None = None
     _source: Source | None = None
     _tables: dict[tuple[int, float], FeatureTable] = field(default_factory=dict)
@@ -81,16 +93,22 @@ class FeatureExtractor:
         """
         settings = source.settings
         loader = evaluation_loader(
-            data.reader, settings, self.batch, self.workers, rank(), world_size(), view, epoch, seed, data.subset
-        )
+            data.reader, settings, self.batch, data.workers(pick_workers(self.workers, source.device.type)), rank(),
+            world_size(), view, epoch, seed, data.subset,
+        )  # fmt: skip
         rows: dict[Readout, list[Tensor]] = {readout: [] for readout in readouts}
         labels: list[Tensor] = []
         samples: list[Tensor] = []
         bad: dict[str, str] = {}
-        for piece in track(loader, "features", len(loader) * self.batch * world_size(), each=self.batch * world_size()):
-            found = source.features_at(normalized_view(piece, settings, source.device), readouts)
+        pieces = track(loader, "features", len(loader) * self.batch * world_size(), each=self.batch * world_size())
+
+        def features_of(piece: Batch) -> list[HostCopy]:
+            images = normalized_view(piece, settings, source.device)
+            return [HostCopy(values.float()) for values in source.features_at(images, readouts)]
+
+        for piece, found in one_behind((piece, features_of(piece)) for piece in pieces):
             valid, numbers = all_gather(piece.valid), all_gather(labels_of(piece))
-            gathered = [all_gather(values.float().cpu()) for values in found]
+            gathered = [all_gather(values.read()) for values in found]
             samples.append(all_gather(piece.samples)[valid])
             bad |= piece.unreadable
             if is_first_rank():
@@ -105,6 +123,15 @@ class FeatureExtractor:
         table = FeatureTable(columns, torch.cat(labels), torch.cat(samples))
         check_finite(table, data)
         return table
+
+
+def one_behind(items: Iterable[T]) -> Iterator[T]:
+    """The same items, each once the next one has been made."""
+    held: list[T] = []
+    for item in items:
+        yield from held
+        held = [item]
+    yield from held
 
 
 def check_finite(table: FeatureTable | None, data: LabeledSet) -> None:

@@ -12,6 +12,7 @@ from sslvit.evaluate.health import alignment, label_free
 from sslvit.evaluate.probe import untrained
 from sslvit.evaluate.sources import FrozenEncoder, LabeledSet, RawPixels, Source
 from sslvit.models import ViTEncoder
+from sslvit.settings.probe import Precision
 from sslvit.settings.views import CropSettings
 
 PAIR = CropSettings(scale=[0.2, 1.0])  # two crops of an image, whose features should agree
@@ -19,14 +20,14 @@ PAIR = CropSettings(scale=[0.2, 1.0])  # two crops of an image, whose features s
 
 def measure_health(
     encoder: ViTEncoder, data: LabeledSet, layer: int | None = None, pooling: str | None = None, batch: int = 256,
-    workers: int = 0, seed: int = 0,
+    workers: int | None = None, seed: int = 0, precision: Precision = "float32",
 ) -> dict[str, dict[str, float]]:  # fmt: skip
     """Rows (raw pixels, untrained encoder, encoder) of RankMe, deviation, spectrum, uniformity and alignment."""
     check_present(data.index, 0.0)
     sources: dict[str, Source] = {
-        "raw pixels": RawPixels(encoder.settings),
-        "untrained encoder": FrozenEncoder(untrained(encoder, seed)),
-        "encoder": FrozenEncoder(encoder),
+        "raw pixels": RawPixels(encoder.settings, next(encoder.parameters()).device),
+        "untrained encoder": FrozenEncoder(untrained(encoder, seed), precision),
+        "encoder": FrozenEncoder(encoder, precision),
     }
     return {
         row: measures_of(source, data, FeatureExtractor(batch, workers), layer, pooling, seed)
@@ -42,13 +43,14 @@ def measures_of(
     pooling: str | None = None,
     seed: int = 0,
 ) -> dict[str, float]:
-    """All measures of one source; empty on ranks other than the first."""
+    """All measures of one source, on its device; empty on ranks other than the first."""
     readouts = source.readouts(layer, 1, pooling)
     features = extractor.features(source, data, readouts).at(readouts).values
     pair = [extractor.run(source, data, readouts, replace(PAIR), epoch, seed).at(readouts).values for epoch in (0, 1)]
     if not len(features):
         return {}
-    return label_free(features) | {"alignment": alignment(*pair)}
+    features, one, other = (values.to(source.device) for values in (features, *pair))
+    return label_free(features) | {"alignment": alignment(one, other)}
 
 
 def evenly_spaced(images: int, limit: int) -> np.ndarray:

@@ -86,10 +86,10 @@ def probe_layers(encoder: ViTEncoder, settings: ProbeSettings, numbers: list[int
     train, val = (LabeledSet(index, encoder.settings.channels, None, limit) for index in indices)
     cache = FeatureCache(settings.cache, settings.cache_gb) if settings.cache else None
     extractor = FeatureExtractor(settings.batch, settings.workers, cache)
-    sources: dict[str, Source] = {"layer {}": FrozenEncoder(encoder.to(device))}
+    sources: dict[str, Source] = {"layer {}": FrozenEncoder(encoder.to(device), settings.precision)}
     if settings.baselines:
-        sources["untrained, layer {}"] = FrozenEncoder(untrained(encoder, settings.seed))
-        sources["raw pixels"] = RawPixels(encoder.settings)
+        sources["untrained, layer {}"] = FrozenEncoder(untrained(encoder, settings.seed), settings.precision)
+        sources["raw pixels"] = RawPixels(encoder.settings, device)
     table: Scores = {}
     for name, source in sources.items():
         context = ProbeContext(source, train, val, extractor, device)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sslvit import rng
 from sslvit.evaluate.logistic import fit_logistic
-from sslvit.evaluate.sources import Features
+from sslvit.evaluate.sources import Features, full_float32
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ NOT_CONVERGED = "logistic regression: not converged; the score may be a little l
 
 @dataclass
 class LinearHead:
-    """A standardization and a linear map.
+    """A standardization and a linear map, in float64 on the device that they were fitted on.
 
     `held_out` is its top-1 accuracy in percent on held-out training images under the penalty `l2`, and `weakest_l2` the
     weakest penalty that was compared.
@@ -44,14 +44,16 @@ class LinearHead:
 
     def logits(self, values: Float[Tensor, "n d"]) -> Float[Tensor, "n classes"]:
         """Logits of features that are not standardized."""
-        return (values.double() - self.mean) / self.scale @ self.weight.T + self.bias
+        return (values.to(self.mean) - self.mean) / self.scale @ self.weight.T + self.bias
 
     def accuracy(self, features: Features) -> float:
         """Top-1 accuracy in percent."""
-        return 100 * float((self.logits(features.values).argmax(1) == features.labels).double().mean())
+        labels = features.labels.to(self.mean.device)
+        return 100 * float((self.logits(features.values).argmax(1) == labels).double().mean())
 
 
-def fit_probe(features: Features, classes: int, seed: int = 0, device: str = "cpu") -> LinearHead:
+@full_float32()
+def fit_probe(features: Features, classes: int, seed: int = 0, device: str | torch.device = "cpu") -> LinearHead:
     """A head fitted on all of `features`, with the L2 penalty that was best on held-out ones among them.
 
     They are stratified by class and drawn by seed: five folds for up to 1,000 images, otherwise one fifth. Ties go to
@@ -72,21 +74,20 @@ def fit_probe(features: Features, classes: int, seed: int = 0, device: str = "cp
         values, labels, classes, tried.repeat(len(is_held_out)), used, TRIAL_ITERATIONS
     )
     compared = solved_in_all_folds(is_solved.view(len(is_held_out), -1))
-    right, loss = torch.zeros(2, len(L2_GRID), dtype=torch.float64)
+    right, loss = torch.zeros(2, len(L2_GRID), dtype=torch.float64, device=device)
     for f, held_out in enumerate(is_held_out):
         for i in range(len(L2_GRID)):
             problem = f * len(L2_GRID) + i
             logits = values[held_out] @ weight[problem].T + bias[problem]
-            right[i] += (logits.argmax(1) == labels[held_out]).sum().cpu()
-            loss[i] += F.cross_entropy(logits, labels[held_out], reduction="sum").cpu()
+            right[i] += (logits.argmax(1) == labels[held_out]).sum()
+            loss[i] += F.cross_entropy(logits, labels[held_out], reduction="sum")
+    right, loss = right.cpu(), loss.cpu()
     best = min(compared, key=lambda i: (-right[i], loss[i]))
     weight, bias, is_solved = fit_logistic(values, labels, classes, tried[best : best + 1])
     if not is_solved:
         logger.info(NOT_CONVERGED)
     accuracy = 100 * float(right[best] / is_held_out.sum())
-    return LinearHead(
-        mean.cpu(), scale.cpu(), weight[0].cpu(), bias[0].cpu(), L2_GRID[best], accuracy, L2_GRID[max(compared)]
-    )
+    return LinearHead(mean, scale, weight[0], bias[0], L2_GRID[best], accuracy, L2_GRID[max(compared)])
 
 
 def solved_in_all_folds(is_solved: Bool[Tensor, "folds penalties"]) -> list[int]:

@@ -107,13 +107,13 @@ def probe(encoders: dict[str, ViTEncoder], settings: ProbeSettings) -> ProbeTabl
     rows: dict[str, list[tuple[Source, int]]] = {}  # each source with a seed that it is scored under
     seeds = range(settings.seed, settings.seed + settings.seeds)
     if settings.baselines:
-        rows["raw pixels"] = [(source, seed) for source in [RawPixels(first)] for seed in seeds]
+        rows["raw pixels"] = [(source, seed) for source in [RawPixels(first, device)] for seed in seeds]
     for name, encoder in encoders.items():
         alike = [other for other in encoders if encoders[other].settings == encoder.settings]
         if settings.baselines and alike[0] == name:
             row = f"{', '.join(alike)} untrained" if len(encoders) > 1 else "untrained encoder"
-            rows[row] = [(FrozenEncoder(untrained(encoder, seed)), seed) for seed in seeds]
-        rows[name] = [(source, seed) for source in [FrozenEncoder(encoder)] for seed in seeds]
+            rows[row] = [(FrozenEncoder(untrained(encoder, seed), settings.precision), seed) for seed in seeds]
+        rows[name] = [(source, seed) for source in [FrozenEncoder(encoder, settings.precision)] for seed in seeds]
     for sources in rows.values():
         check_readouts(sources[0][0], settings)  # what cannot be probed is refused before the first pass
     cache = FeatureCache(settings.cache, settings.cache_gb) if settings.cache else None
@@ -141,7 +141,7 @@ def describe(context: ProbeContext, settings: ProbeSettings, probed: dict[str, d
     return {
         "train": train.location, "train_images": context.train.images, "train_unreadable": context.train.unreadable,
         "val": val.location, "val_images": context.val.images, "val_unreadable": context.val.unreadable,
-        "view": context.source.settings.crop_in_words,
+        "view": context.source.settings.crop_in_words, "precision": settings.precision,
         "classes": context.classes, "fingerprints": {"train": train.fingerprint(), "val": val.fingerprint()},
         "protocol": protocol.name if protocol else None, "source": protocol.source if protocol else None,
         "chosen_by_paper": protocol.chosen_by_paper if protocol else None, "probed": probed,
@@ -194,9 +194,9 @@ def few_labels(
     scores = {}
     for column, (per_class, percent) in wanted.items():
         scores[column] = [
-            fit_probe(train[sample_labels(train.labels, per_class, percent, number)], context.classes, number).accuracy(
-                val
-            )
+            fit_probe(
+                train[sample_labels(train.labels, per_class, percent, number)], context.classes, number, context.device
+            ).accuracy(val)
             for number in range(seed * settings.draws, (seed + 1) * settings.draws)
         ]
     return scores

@@ -15,7 +15,7 @@ from torch import Tensor
 from sslvit.evaluate.features import FeatureExtractor
 from sslvit.evaluate.linear import L2_GRID, fit_probe, shuffled_classes
 from sslvit.evaluate.sgd_probe import HeadGrid, fit_batch_norm_head, iterate_batches
-from sslvit.evaluate.sources import Features, FeatureTable, LabeledSet, Readout, Source
+from sslvit.evaluate.sources import Features, FeatureTable, LabeledSet, Readout, Source, full_float32
 from sslvit.optim import cosine, warmup_cosine
 from sslvit.ranks import broadcast_from_rank0, is_first_rank
 from sslvit.settings import ProbeSettings
@@ -157,7 +157,7 @@ def _mae(context: ProbeContext, settings: ProbeSettings, protocol: MAEProbeSetti
         run.batches, val.values.shape[1], context.classes,
         lambda step: warmup_cosine(step, peak, 0.0, warmup, run.steps), protocol.momentum, seed, context.device,
     )  # fmt: skip
-    with torch.no_grad():
+    with torch.no_grad(), full_float32():
         guesses = head(val.values.to(context.device)).argmax(1).cpu()
     about = run.about() | {"effective lr": peak, "optimizer": "LARS", "weight decay": 0}
     return LinearResult(100 * float((guesses == val.labels).double().mean()), about)

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sslvit import rng
-from sslvit.evaluate.sources import Features, FeatureTable, Readout
+from sslvit.evaluate.sources import Features, FeatureTable, Readout, full_float32
 from sslvit.optim.lars import LARS
 
 ROWS_AT_ONCE = 8192  # images that are scored together
@@ -27,6 +27,7 @@ class BatchNormHead(nn.Sequential):
         nn.init.zeros_(linear.bias)
 
 
+@full_float32()
 def fit_batch_norm_head(
     batches: Iterator[tuple[int, Features]], width: int, classes: int, lr_at: Callable[[int], float],
     momentum: float = 0.9, seed: int = 0, device: str | torch.device = "cpu",
@@ -90,6 +91,7 @@ class HeadGrid:
         first = sum(self.widths[readout] for readout in self.order[: numbers[0]])
         return slice(first, first + sum(self.widths[readout] for readout in readouts))
 
+    @full_float32()
     def fit(
         self, batches: Iterator[tuple[int, Features]], factor_at: Callable[[int], float], momentum: float = 0.9
     ) -> None:
@@ -114,6 +116,7 @@ class HeadGrid:
                 weight.addcmul_(lr[:, None], buffer[0], value=-1)
                 bias.addcmul_(lr, buffer[1], value=-1)
 
+    @full_float32()
     def accuracies(self, features: Features) -> Float[Tensor, "features lrs"]:
         """Top-1 accuracy of each head in percent; the features' columns are in the order of `order`."""
         device = self.weight[0].device

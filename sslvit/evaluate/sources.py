@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,6 +22,7 @@ from sslvit.files import printable
 from sslvit.models import ViTEncoder
 from sslvit.ranks import all_gather_objects, is_first_rank
 from sslvit.settings import EncoderSettings
+from sslvit.settings.probe import Precision
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +33,26 @@ Readout = tuple[int, str]  # a block, counted from 1, and a pooling
 
 class NoScore(ValueError):
     """Images cannot be read, or numbers are not finite, so a score would not be of what it says."""
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Float32 is computed in float32, also on a GPU, where convolutions and a run in bf16 would take TF32 for it."""
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
+
+
+@contextmanager
+def forward_precision(precision: Precision, device: torch.device | str) -> Iterator[None]:
+    """The precision of forward passes: bf16 casts as training does, and leaves the weights in float32."""
+    with full_float32(), torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
+        yield
 
 
 @dataclass
@@ -66,12 +88,18 @@ class FeatureTable:
 
 
 class Source(ABC):
-    """A source of features: an encoder, or the raw pixels."""
+    """A source of features: an encoder, or the raw pixels.
 
-    device = torch.device("cpu")
+    Attributes:
+        settings: How images are seen.
+        device: Where features are computed, and what is measured on them.
+        precision: Precision in which they are computed.
+    """
 
-    def __init__(self, settings: EncoderSettings) -> None:
-        self.settings = settings
+    precision: Precision = "float32"
+
+    def __init__(self, settings: EncoderSettings, device: torch.device | str = "cpu") -> None:
+        self.settings, self.device = settings, torch.device(device)
 
     @abstractmethod
     def readouts(self, layer: int | None, blocks: int, pooling: str | None) -> list[Readout]:
@@ -98,10 +126,9 @@ class Source(ABC):
 class FrozenEncoder(Source):
     """An encoder, put into evaluation mode, as a source of features."""
 
-    def __init__(self, encoder: ViTEncoder) -> None:
-        super().__init__(encoder.settings)
-        self.encoder = encoder.eval()
-        self.device = next(encoder.parameters()).device
+    def __init__(self, encoder: ViTEncoder, precision: Precision = "float32") -> None:
+        super().__init__(encoder.settings, next(encoder.parameters()).device)
+        self.encoder, self.precision = encoder.eval(), precision
 
     def readouts(self, layer: int | None, blocks: int, pooling: str | None) -> list[Readout]:
         """See `Source.readouts`.
@@ -128,10 +155,12 @@ class FrozenEncoder(Source):
         """See `Source.features_at`."""
         dtype = next(self.encoder.parameters()).dtype  # float64, where a run trains in it
         found: dict[Readout, Tensor] = {}
-        for block in self.encoder.intermediates(images.to(dtype), {number for number, _ in readouts}, norm=True):
-            for number, pooling in readouts:  # pooled at once, so that no more than one block's tokens are kept
-                if number == block.number:
-                    found[number, pooling] = self.encoder.pool(block.tokens, pooling).to(images.dtype)
+        numbers = {number for number, _ in readouts}
+        with forward_precision(self.precision, self.device):
+            for block in self.encoder.intermediates(images.to(dtype), numbers, norm=True):
+                for number, pooling in readouts:  # pooled at once, so that no more than one block's tokens are kept
+                    if number == block.number:
+                        found[number, pooling] = self.encoder.pool(block.tokens, pooling).to(images.dtype)
         return [found[readout] for readout in readouts]
 
     def fingerprint(self) -> str:
@@ -186,6 +215,10 @@ class LabeledSet:
     def samples(self) -> np.ndarray:
         """Sample numbers of the images that are to be scored, readable or not."""
         return np.arange(len(self.index)) if self.subset is None else self.subset
+
+    def workers(self, workers: int) -> int:
+        """Number of loader processes for a pass: as asked for, but none for images that are decoded already."""
+        return workers if self.reader.decoded is None else 0
 
     @property
     def classes(self) -> list[str]:

@@ -209,12 +209,15 @@ class BenchRun:
             return None if entry.path is None else self.finetune_cell(data, wanted, entry, entry.path)
         encoder = None if entry.encoder is None else entry.encoder().to(self.device)
         first = next(iter(self.encoders.values()))[0].settings
-        source: Source = RawPixels(first) if encoder is None else FrozenEncoder(encoder)
+        source: Source = (
+            RawPixels(first, self.device) if encoder is None else FrozenEncoder(encoder, self.settings.precision)
+        )
         train, val = self.sets[data]
         identity = {
             "source": source.fingerprint(), "input": asdict(source.settings), "column": asdict(wanted),
             "train": train.index.fingerprint(), "val": val.index.fingerprint(), "seed": entry.seed,
             "batch": self.settings.batch, "device": self.device.split(":")[0],
+            "precision": source.precision,
         }  # fmt: skip
         key = _key(identity)
         file = self.folder / "cells" / f"{key}.json"

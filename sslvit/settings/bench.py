@@ -10,7 +10,7 @@ from sslvit.files import brief, expand_path, printable, quoted
 from sslvit.settings.build import build
 from sslvit.settings.choices import Choice, checked
 from sslvit.settings.load import find_recipe, read_yaml, set_keys
-from sslvit.settings.probe import BlocksReadout, FewLabels, Passes, ProbeSettings
+from sslvit.settings.probe import BlocksReadout, FewLabels, Passes, ProbeSettings, UnreadableImages
 from sslvit.settings.protocols import PROTOCOL_CHOICE, LogregSettings, ProtocolSettings
 
 BASELINES = ("pixels", "untrained", "scratch")
@@ -81,7 +81,7 @@ COLUMNS = Choice("kind", "linear", {**dict.fromkeys(("linear", "few", "knn"), Pr
 
 @dataclass(kw_only=True)
 @checked("")
-class BenchSettings(Passes):
+class BenchSettings(Passes, UnreadableImages):
     """What is compared with what, and how."""
 
     data: dict[str, SplitSettings]

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sslvit.files import expand_path
-from sslvit.settings.choices import check_bounds
+from sslvit.settings.choices import check_bounds, checked
+from sslvit.settings.probe import Precision
 
 
 @dataclass
+@checked("online.")
 class OnlineSettings:
     """Nearest neighbors and a linear probe on frozen features, every so many steps; training does not feel them."""
 
@@ -22,6 +24,8 @@ class OnlineSettings:
     """Number of images used of each of the two sets, evenly spaced."""
     neighbors: int = 20
     """Number k of neighbors that vote."""
+    precision: Precision = "float32"
+    """Precision of the encoder's forward passes, as of `sslvit probe`: bf16 is faster and less exact."""
 
     def __post_init__(self) -> None:
         if (self.train is None) != (self.val is None):

@@ -11,6 +11,7 @@ from sslvit.settings.protocols import PROTOCOL_CHOICE, LogregSettings, ProtocolS
 
 Pooling = Literal["class", "mean", "class+mean", "attention"]
 Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["float32", "bf16"]
 
 
 @dataclass(kw_only=True)
@@ -49,8 +50,6 @@ class FewLabels:
 class ForwardPasses:
     """Forward passes of images."""
 
-    max_unreadable_fraction: float = 0.01
-    """Fraction of a data set's images that may be unreadable; these are skipped and counted."""
     batch: int = 256
     """Images per forward pass."""
     device: Device = "auto"
@@ -64,15 +63,30 @@ class ForwardPasses:
 
 @dataclass(kw_only=True)
 class Passes(ForwardPasses):
-    """Forward passes of images that processes may load."""
+    """Forward passes of an encoder, whose images processes may load."""
 
-    workers: int = 0
-    """Number of loader processes."""
+    workers: int | None = None
+    """Number of loader processes, which images that are kept in memory do not need; null for one per CPU core but one,
+    up to 16, if the encoder is on a GPU, and none if it is on a CPU.
+    """
+    precision: Precision = "float32"
+    """Precision of the encoder's forward passes. bf16 is faster; features differ by up to 1.3 % of their norm, and
+    where they vary little from image to image, accuracies were up to 4 points lower. Heads and neighbors are computed
+    in float32 and float64.
+    """
+
+
+@dataclass(kw_only=True)
+class UnreadableImages:
+    """Images that cannot be read."""
+
+    max_unreadable_fraction: float = 0.01
+    """Fraction of a data set's images that may be unreadable; these are skipped and counted."""
 
 
 @dataclass
 @checked("--")
-class KNNSettings(Passes, BlocksReadout):
+class KNNSettings(Passes, UnreadableImages, BlocksReadout):
     """Nearest neighbors on frozen features."""
 
     train: Annotated[str, Arg("SHARDS")]

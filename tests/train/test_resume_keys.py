@@ -52,7 +52,7 @@ UNFELT = {
     "train.checkpoint_every": 1, "train.skip_limit": 3, "train.requeue": False, "train.keep_last": 2,
     "train.keep_every": 6, "train.checkpoint_in_background": True, "train.tensorboard": True,
     "train.peak_tflops": 2.0, "train.deterministic": True, "online.every": 3, "online.images": 9,
-    "online.neighbors": 3, "online.train": "copy", "online.val": "copy",
+    "online.neighbors": 3, "online.precision": "bf16", "online.train": "copy", "online.val": "copy",
 }  # fmt: skip
 FELT = {
     "train.epochs": 3.0,  # said last, it takes the place of train.steps
@@ -110,6 +110,7 @@ WITH = {  # keys that must change together
     "online.every": {"online.val": "copy", "online.train": "copy"}, "encoder.class_token": {"encoder.pooling": "mean"},
     "online.images": {"online.val": "copy", "online.train": "copy"},
     "online.neighbors": {"online.val": "copy", "online.train": "copy"},
+    "online.precision": {"online.val": "copy", "online.train": "copy"},
     "encoder.channels": {"encoder.mean": [0.5] * 3, "encoder.std": [0.5] * 3},
     "encoder.patch": {"data.view.kind": "crop"},
     "data.view.kind": {"data.view.scale": None, "data.view.ratio": None},

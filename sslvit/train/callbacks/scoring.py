@@ -27,7 +27,7 @@ from sslvit.evaluate.knn import knn_accuracies
 from sslvit.evaluate.label_free import evenly_spaced, measures_of
 from sslvit.evaluate.linear import fit_probe
 from sslvit.evaluate.probe import check_classes, open_labeled
-from sslvit.evaluate.sources import FrozenEncoder, LabeledSet, NoScore
+from sslvit.evaluate.sources import FrozenEncoder, LabeledSet, NoScore, full_float32
 from sslvit.files import to_json, write_atomically
 from sslvit.ranks import broadcast_from_rank0, is_first_rank
 from sslvit.settings import ProbeSettings, RunSettings, SupervisedSettings
@@ -42,10 +42,11 @@ IMAGES_AT_ONCE = 256
 
 @contextmanager
 def evaluating(module: Task) -> Iterator[Task]:
-    """All weights in evaluation mode, and afterwards every part and torch's stream of chance as they were."""
+    """All weights in evaluation mode, in full float32; afterwards every part and torch's stream of chance as before."""
     was_training = {part: part.training for part in module.modules()}
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):  # a loader draws its workers' seed when it starts
+        # a loader draws its workers' seed when it starts
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), full_float32():
             yield module.gather_full_copy().eval()
     finally:
         for part, training in was_training.items():
@@ -92,7 +93,7 @@ class OnlineProbe(ScoringCallback):
         assert online.train is not None
         assert online.val is not None
         super().__init__(online.every, settings.train.log_every, total_steps)
-        self.seed = settings.seed
+        self.seed, self.workers = settings.seed, settings.data.workers
         indices = open_labeled(ProbeSettings(online.train, online.val, neighbors=[]))
         channels = settings.encoder.channels
         limit = settings.data.max_unreadable_fraction
@@ -101,10 +102,10 @@ class OnlineProbe(ScoringCallback):
         )
 
     def scores(self, trainer: pl.Trainer, module: Task) -> dict[str, float]:
-        """Scores of neighbors and of a linear head, and measures without labels."""
-        source = FrozenEncoder(module.trained_encoder)
+        """Scores of neighbors and of a linear head, and measures without labels, all on the module's device."""
+        source = FrozenEncoder(module.trained_encoder, self.online.precision)
         readouts = source.readouts(None, 1, None)
-        extractor = FeatureExtractor(min(IMAGES_AT_ONCE, self.online.images))
+        extractor = FeatureExtractor(min(IMAGES_AT_ONCE, self.online.images), self.workers)
         train, val = (extractor.features(source, data, readouts).at(readouts) for data in (self.train, self.val))
         found = measures_of(source, self.val, extractor, seed=self.seed)
         found = {f"online_{name}": value for name, value in found.items()}
@@ -112,8 +113,8 @@ class OnlineProbe(ScoringCallback):
             classes = len(self.train.classes)
             k = min(self.online.neighbors, len(train))
             found |= {
-                "online_knn": knn_accuracies(train, val, classes, [k], 0.07)[k],
-                "online_linear": fit_probe(train, classes, self.seed).accuracy(val),
+                "online_knn": knn_accuracies(train, val, classes, [k], 0.07, source.device)[k],
+                "online_linear": fit_probe(train, classes, self.seed, source.device).accuracy(val),
             }
         return broadcast_from_rank0(found)
 
@@ -135,10 +136,9 @@ class Validation(ScoringCallback):
 
     def scores(self, trainer: pl.Trainer, module: Task) -> dict[str, float]:
         """The accuracy, written down after the last step."""
-        workers = 0 if self.data.reader.decoded is not None else self.settings.data.workers
         found = accuracy(
             lambda images: module.model(images.to(module.dtype)), self.data, self.settings.encoder, module.device,
-            IMAGES_AT_ONCE, workers,
+            IMAGES_AT_ONCE, self.settings.data.workers,
         )  # fmt: skip
         if self.step == self.total_steps and trainer.is_global_zero:
             self.write(found)
