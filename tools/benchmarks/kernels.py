@@ -1,6 +1,7 @@
 """How many kernels a step launches and how many bytes they move, counted on a machine without a GPU.
 
     python tools/benchmarks/kernels.py mae/vit_tiny_cifar10 dino/vit_tiny_cifar10 igpt/small_cifar10
+    python tools/benchmarks/kernels.py --compiled mae/vit_tiny_cifar10
 
 Tensors have shapes and no content (FakeTensorMode), so any size fits. The second step is counted: the first makes the
 optimizer's moments. What the host sends and waits for is counted by tests/test_device_budget.py.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
 import warnings
 from collections import Counter
@@ -17,6 +19,7 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
+from torch._inductor.utils import run_fw_bw_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -28,6 +31,8 @@ from sslvit.optim import ema_update
 from sslvit.run_plan import RunPlan
 from sslvit.settings.load import load_recipe
 from sslvit.tasks import make_task
+from sslvit.train.compilation import compile_task
+from sslvit.train.fake_step import example
 
 VIEWS = {
     "view", "_unsafe_view", "t", "transpose", "permute", "expand", "slice", "select", "unsqueeze", "squeeze", "alias",
@@ -118,14 +123,44 @@ def count(recipe: str, images: int, options: dict) -> Count:
     return counted
 
 
+def count_compiled(recipe: str) -> tuple[int, int]:
+    """Kernels that torch.compile has left of a loss and its backward pass: fused ones, and those it calls.
+
+    Inductor writes this program for a CPU; for a GPU it fuses by the same rules.
+    """
+    settings = load_recipe(recipe, {"data.global_batch_size": 4, "train.steps": 1000})
+    settings = replace(settings, task=settings.task.fitted(50_000, 4, 1000, 10))
+    task = make_task(settings, RunPlan(1000, 50, 4))
+    compile_task(task, "default")
+
+    def loss() -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return task.compute(example(settings, 4), 0).objective
+
+    fused = called = 0
+    for code in run_fw_bw_and_get_code(loss)[1]:
+        body = code[code.index("def call(") :]
+        fused += len(re.findall(r"^\s+cpp_fused\w*\(", body, re.MULTILINE))
+        called += len(re.findall(r"extern_kernels\.\w+\(|torch\.ops\.(?!inductor)[\w.]+\(", body))
+    return fused, called
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print the counts of each recipe."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipes", nargs="+")
+    parser.add_argument("--compiled", action="store_true", help="count what torch.compile makes of the loss instead")
     parser.add_argument("--images", type=int, default=64, help="per step")
     parser.add_argument("--top", type=int, default=8, help="names of kernels that are listed")
     arguments = parser.parse_args(argv)
     as_on_a_gpu()
+    if arguments.compiled:
+        for recipe in arguments.recipes:
+            fused, called = count_compiled(recipe)
+            print(
+                f"{recipe}, compiled: {fused + called} kernels of forward and backward pass ({fused} fused)", flush=True
+            )
+        return 0
     print(f"torch {torch.__version__}, bf16, {arguments.images} images a step")
     for recipe in arguments.recipes:
         found = count(recipe, arguments.images, {})
