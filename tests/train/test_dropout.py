@@ -13,7 +13,7 @@ from sslvit.run_plan import RunPlan
 from sslvit.settings.load import load_recipe
 from sslvit.tasks import task_class
 from sslvit.tasks.base import Task
-from sslvit.train.forecast import example
+from sslvit.train.fake_step import example
 
 DROPOUT = {"encoder.dropout": 0.3}
 

@@ -12,7 +12,8 @@ from test_ranks import assert_alike
 from sslvit.run_plan import RunPlan
 from sslvit.settings.load import load_recipe
 from sslvit.tasks import task_class
-from sslvit.train.forecast import example, forecast
+from sslvit.train.fake_step import example
+from sslvit.train.forecast import forecast
 
 GPU = {"train.accelerator": "gpu"}
 needs_one = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

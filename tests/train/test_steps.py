@@ -13,7 +13,7 @@ from run_fixtures import RECIPES, metrics, run, weights
 from sslvit.run_plan import RunPlan
 from sslvit.settings.load import load_recipe
 from sslvit.tasks import task_class
-from sslvit.train.forecast import example
+from sslvit.train.fake_step import example
 
 STEPS = 12
 SCHEDULE = {
