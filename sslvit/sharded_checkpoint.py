@@ -162,9 +162,9 @@ def shard_files(manifest: dict[str, Any], path: Path) -> list[Path]:
     return files
 
 
-def join_shards(manifest: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The complete checkpoint: each tensor's rows, rank by rank."""
-    shards = [read_torch_file(file) for file in shard_files(manifest, path)]
+def join_shards(manifest: dict[str, Any], path: Path, mmap: bool = False, map_location: str = "cpu") -> dict[str, Any]:
+    """The complete checkpoint: each tensor's rows, rank by rank; arguments as of `read_torch_file`."""
+    shards = [read_torch_file(file, mmap, map_location) for file in shard_files(manifest, path)]
 
     def join(value: Any) -> Any:
         if isinstance(value, dict) and value.keys() == {SHARD, "shape"}:
@@ -183,8 +183,8 @@ def join_shards(manifest: dict[str, Any], path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: its shards do not fit together ({reason}). Are they of one checkpoint?") from error
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint, sharded or not, or any file that `read_torch_file` reads.
+def read_checkpoint(path: Path, mmap: bool = False, map_location: str = "cpu") -> dict[str, Any]:
+    """A checkpoint, sharded or not, or any file that `read_torch_file` reads; arguments as of that.
 
     A running training may replace it meanwhile; then the newer one is read.
 
@@ -193,11 +193,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ValueError: A file is damaged, or holds more than numbers.
     """
     for _ in range(READ_ATTEMPTS):
-        content = read_torch_file(path)
+        content = read_torch_file(path, mmap, map_location)
         if not isinstance(content.get(SHARDS), dict):
             return content
         try:
-            return join_shards(content, path)
+            return join_shards(content, path, mmap, map_location)
         except FileNotFoundError:
             if read_torch_file(path).get(SHARDS) == content[SHARDS]:
                 raise
@@ -211,7 +211,7 @@ def check_checkpoint(path: Path) -> None:
         FileNotFoundError: A file is missing.
         ValueError: A file is damaged.
     """
-    manifest = read_torch_file(path)
+    manifest = read_torch_file(path, mmap=True, map_location="meta")
     if isinstance(manifest.get(SHARDS), dict):
         for shard in shard_files(manifest, path):
             check_checksum(shard)

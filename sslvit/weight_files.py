@@ -30,8 +30,14 @@ CHECKSUM = b"sslvit crc32 "  # a checkpoint's comment: the checksum of all its b
 FOLDER_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")  # transformers' names
 
 
-def read_torch_file(path: Path) -> dict[str, Any]:
+def read_torch_file(path: Path, mmap: bool = False, map_location: str = "cpu") -> dict[str, Any]:
     """A .safetensors file, an .npz of arrays or a torch file, read so that nothing in it can run.
+
+    Args:
+        path: The file.
+        mmap: Map a torch file into memory, so that values are read when they are used. Whoever replaces it must give
+            the new file its place, as our own writers do, and not write into it.
+        map_location: Device of a torch file's tensors; on "meta", with `mmap`, they have shapes and no values.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -50,7 +56,8 @@ def read_torch_file(path: Path) -> dict[str, Any]:
             with np.load(path, allow_pickle=False) as arrays:
                 return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
         with torch.serialization.safe_globals([argparse.Namespace]):  # DINO's files hold their command line
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            mmap = mmap and zipfile.is_zipfile(path)  # and not of the kind that torch wrote up to 1.5
+            content = torch.load(path, map_location, weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path}: refused, because it holds objects besides tensors and loading those could run code. "

@@ -145,11 +145,11 @@ def rotary_2d(
 
 
 def rotate(heads: Float[Tensor, "b heads t e"], rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each pair (channel i, channel i + e/2) by its angle."""
-    cos, sin = rotation
-    first, second = heads.to(torch.promote_types(heads.dtype, torch.float32)).chunk(2, dim=-1)
-    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
-    return turned.to(heads.dtype)
+    """Turn each pair (channel i, channel i + e/2) by its angle, in the precision of the heads."""
+    cos, sin = (table.to(heads.dtype) for table in rotation)
+    # each channel times its cosine plus its partner times -sin or sin: half the passes over memory of pair by pair
+    partners = heads.roll(heads.shape[-1] // 2, -1)
+    return heads * torch.cat([cos, cos], -1) + partners * torch.cat([-sin, sin], -1)
 
 
 class RelativeBias(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from sslvit.settings.choices import check_bounds, checked
+from sslvit.settings.choices import check_bounds, checked, not_one_of
 
 
 @dataclass
@@ -72,8 +72,11 @@ class TrainSettings:
         counts = ("devices", "nodes", "log_every", "checkpoint_every", "keep_last", "keep_every", "skip_limit")
         more = ("epochs", "steps", "threads", "timeout_seconds", "peak_tflops")
         check_bounds(self, "train.", "positive", *more, *counts)
-        if self.micro_batch_size != "auto":
+        if not isinstance(self.micro_batch_size, str):
             check_bounds(self, "train.", "positive", "micro_batch_size")
+        elif self.micro_batch_size != "auto":
+            words = ("auto", "a number", "null")
+            raise ValueError(f"train.micro_batch_size: {not_one_of(self.micro_batch_size, words)}")
         if self.keep_every is not None and self.keep_every % self.checkpoint_every:
             often = self.checkpoint_every
             raise ValueError(

@@ -127,8 +127,8 @@ class AtomicCheckpointIO(CheckpointIO):
             logger.error(error)  # and the run's own error goes on
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict:
-        """Read a checkpoint, with weights only."""
-        return read_checkpoint(Path(path))
+        """Map a checkpoint into memory, with weights only; the ranks of a machine share what they read of it."""
+        return read_checkpoint(Path(path), mmap=True)
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Delete a checkpoint."""

@@ -194,7 +194,7 @@ def check_resumed(
     folder: RunFolder, checkpoint: Path, settings: RunSettings, data: ShardDataModule, task: Task
 ) -> None:
     """A resumed run must train the same encoder on the same data in the same order; other changes are said."""
-    content = read_checkpoint(checkpoint)
+    content = read_checkpoint(checkpoint, mmap=True, map_location="meta")  # shapes, and no values
     try:
         trained, position = content["sslvit"]["encoder"], content[ShardDataModule.__qualname__]
         shapes = {key: value.shape for key, value in content["state_dict"].items()}

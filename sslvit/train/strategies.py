@@ -15,14 +15,15 @@ from typing import Any, cast
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import DDPStrategy
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from sslvit.models.transformer import Block
 from sslvit.settings import TrainSettings
 from sslvit.sharded_checkpoint import extract_local_shards, shard_like
+from sslvit.stopping import RankLost
 from sslvit.train.checkpoint_io import AtomicCheckpointIO
 from sslvit.train.timing import Clock
 
@@ -31,6 +32,7 @@ PEER_ERRORS = (
     r"(?i)connection (was )?(closed|reset|refused)|timed? ?out|broken pipe|no route|unreachable|remote process|socket"
 )
 LOCAL_ERRORS = r"(?i)address already in use|EADDRINUSE|invalid ?usage|out of memory|duplicate gpu"
+NCCL_PATIENCE = 2  # times train.timeout_seconds
 
 
 def make_strategy(settings: TrainSettings, clock: Clock) -> DDPStrategy | str:
@@ -49,7 +51,27 @@ def make_strategy(settings: TrainSettings, clock: Clock) -> DDPStrategy | str:
     return Replicated(timeout=timeout, ddp_comm_hook=clock.mark_gradients, gradient_as_bucket_view=True)
 
 
-class Replicated(DDPStrategy):
+class _RanksStrategy(DDPStrategy):
+    """What both ways share: a lost rank ends in our own message, and not in an abort by NCCL's watchdog.
+
+    The exchange of callbacks/peers.py is done over gloo, and has to speak first.
+    """
+
+    def setup_distributed(self) -> None:
+        """Let NCCL wait for longer than that exchange does."""
+        super().setup_distributed()
+        if distributed.get_backend() == "nccl" and self._timeout is not None:
+            cast(distributed.ProcessGroup, distributed.group.WORLD).set_timeout(NCCL_PATIENCE * self._timeout)
+
+    def on_exception(self, exception: BaseException) -> None:
+        """End NCCL's kernels when a rank is lost: they wait for it, and all that is torn down waits for them."""
+        is_lost = isinstance(exception, RankLost) or is_peer_failure(exception, self.world_size)
+        if is_lost and distributed.is_initialized() and distributed.get_backend() == "nccl":
+            cast(distributed.ProcessGroup, distributed.group.WORLD).abort()
+        super().on_exception(exception)
+
+
+class Replicated(_RanksStrategy):
     """Every rank holds all weights and moves them alike; gradients are averaged while the backward pass goes on."""
 
     def _register_ddp_hooks(self) -> None:
@@ -58,7 +80,7 @@ class Replicated(DDPStrategy):
         self.model.register_comm_hook(None, cast(Any, self._ddp_comm_hook))
 
 
-class Sharded(DDPStrategy):
+class Sharded(_RanksStrategy):
     """Each rank holds a part of every weight, gradient and moment (fully_shard; Zhao et al. 2023).
 
     A block's weights are gathered when it runs and let go again. Each rank writes its shard of a checkpoint, and the
@@ -69,7 +91,7 @@ class Sharded(DDPStrategy):
         """Nothing yet: the whole model might not fit, so blocks move one by one as they are sharded."""
 
     def _setup_model(self, model: nn.Module) -> Any:
-        shard(cast(pl.LightningModule, model), self.root_device.type)
+        shard(cast(pl.LightningModule, model), self.root_device.type, self.precision_plugin.precision == "bf16-mixed")
         return model.to(self.root_device)  # what is no weight
 
     def _register_ddp_hooks(self) -> None:
@@ -109,20 +131,27 @@ class Sharded(DDPStrategy):
         self.checkpoint_io.teardown()
 
 
-def is_peer_failure(error: RuntimeError, ranks: int) -> bool:
+def is_peer_failure(error: BaseException, ranks: int) -> bool:
     """Whether an error says that another rank no longer answers, and not that something is wrong here."""
     said = str(error)
-    is_exchange = isinstance(error, torch.distributed.DistError) or "gloo/transport" in said or "Gloo connect" in said
+    is_exchange = isinstance(error, distributed.DistError) or "gloo/transport" in said or "Gloo connect" in said
     return ranks > 1 and is_exchange and bool(re.search(PEER_ERRORS, said)) and not re.search(LOCAL_ERRORS, said)
 
 
-def shard(task: pl.LightningModule, device: str) -> None:
+def shard(task: pl.LightningModule, device: str, is_bf16: bool = False) -> None:
     """Spread the weights of a task over all ranks, block by block, then what is left of each of its networks.
+
+    Args:
+        task: The task.
+        device: Type of device that the ranks compute on.
+        is_bf16: Gather the weights of blocks in bf16, in which autocast would compute with copies of them. Gradients
+            are reduced in float32, and what is outside of blocks stays in it: embeddings, the last norm, heads, and
+            DINO's prototypes, whose cosines need it.
 
     Raises:
         ValueError: the task owns weights outside of its networks, which no forward pass would gather.
     """
-    mesh = init_device_mesh(device, (torch.distributed.get_world_size(),))
+    mesh = init_device_mesh(device, (distributed.get_world_size(),))
     model = task.model
     assert isinstance(model, nn.Module)
     if outside := [name for owner in (task, model) for name, _ in owner.named_parameters(recurse=False)]:
@@ -130,9 +159,11 @@ def shard(task: pl.LightningModule, device: str) -> None:
             f"train.strategy: fsdp gathers weights when a module runs, but {type(model).__name__} holds {outside[0]} "
             "itself. Put it into a module, or use ddp."
         )
+    in_bf16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)  # tokens stay in float32
+    policy = in_bf16 if is_bf16 else MixedPrecisionPolicy()
     for network in model.children():
         for module in network.modules():
             if isinstance(module, Block) and module is not network:
-                fully_shard(module, mesh=mesh)
+                fully_shard(module, mesh=mesh, mp_policy=policy)
         if any(True for _ in network.parameters()):
             fully_shard(network, mesh=mesh)

@@ -18,7 +18,8 @@ from sslvit.train.callbacks.ledger import Ledger
 from sslvit.train.folder import RunFolder
 from sslvit.train.timing import Clock
 
-BEFORE, AFTER = ["StepTimes", "Ledger", "Incidents", "Health"], ["RunLog", "Checkpoints", "Preemption", "WaitForData"]
+BEFORE = ["StepTimes", "Peers", "Ledger", "Incidents", "Health"]
+AFTER = ["RunLog", "Checkpoints", "Preemption", "WaitForData"]
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_object", "broadcast", "broadcast_object_list", "barrier")
 
 

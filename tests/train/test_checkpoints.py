@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from run_fixtures import metrics, run, same, weights
 
 from sslvit import sharded_checkpoint
 from sslvit.settings import TrainSettings
-from sslvit.sharded_checkpoint import read_checkpoint, write_checkpoint
+from sslvit.sharded_checkpoint import check_checkpoint, read_checkpoint, write_checkpoint
 from sslvit.stopping import RankLost
 from sslvit.train import checkpoint_io
 from sslvit.train.checkpoint_io import AtomicCheckpointIO, keep_some
@@ -201,7 +202,7 @@ def write_shards(path: Path, ranks: int, name: str, value: torch.Tensor, step: i
         "state_dict": {"w": {"shard": "/w", "shape": list(value.shape)}, "b": torch.ones(2)},
     }
     for rank in reversed(range(ranks)):  # the first one waits for all others
-        rows = {"/w": value.chunk(ranks)[rank]}
+        rows = {"/w": value.chunk(ranks)[rank].clone()}  # without it, all would be written
         AtomicCheckpointIO(TrainSettings(**settings)).save_shard(manifest, rows, path, name, rank, ranks)
 
 
@@ -295,14 +296,46 @@ def test_a_file_that_cannot_be_read_keeps_all_shards(tmp_path: Path) -> None:
     assert len(list((tmp_path / "shards").iterdir())) == 2
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_going_on_reads_a_checkpoint_once_and_into_no_memory(tmp_path: Path, ranks: int) -> None:
+    """All bytes for the checksum, shapes from the head, and values when they are used."""
+    last, size = tmp_path / "last.ckpt", 2**26
+    weights = torch.rand(size // 4)
+    if ranks == 1:
+        write_checkpoint({"global_step": 3, "state_dict": {"w": weights}}, last)
+    else:
+        write_shards(last, ranks, "00000003-a", weights, 3)
+    for path in (last, *(tmp_path / "shards").rglob("*.pt")):
+        os.utime(path, (0, 0))  # written long ago
+    read, memory = usage()
+    check_checkpoint(last)
+    head = read_checkpoint(last, mmap=True, map_location="meta")
+    assert head["state_dict"]["w"].shape == weights.shape
+    assert usage()[1] - memory < size / 8
+    content = read_checkpoint(last, mmap=True)
+    joined = size if ranks > 1 else 0
+    assert usage()[1] - memory < joined + size / 8
+    assert size < usage()[0] - read < 1.1 * size
+    assert torch.equal(content["state_dict"]["w"], weights)
+
+
+def usage() -> tuple[int, int]:
+    """Bytes that this process has read so far, and bytes of memory that no file stands behind."""
+    read = re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())
+    memory = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert read
+    assert memory
+    return int(read[1]), int(memory[1]) * 1024
+
+
 def test_a_checkpoint_that_is_replaced_while_it_is_read_is_read_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     last, read = tmp_path / "last.ckpt", sharded_checkpoint.read_torch_file
     write_shards(last, 2, "00000003-a", torch.arange(4.0), 3)
 
-    def replaced(path: Path) -> dict:
-        content = read(path)
+    def replaced(path: Path, *options) -> dict:
+        content = read(path, *options)
         if path == last and content["global_step"] == 3:
             write_shards(last, 2, "00000006-a", torch.arange(4.0) + 1, 6)
         return content

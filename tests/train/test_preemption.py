@@ -18,7 +18,7 @@ from sslvit.cli import main
 from sslvit.stopping import Preempted, requeue, stopping_at_once
 from sslvit.tasks import task_class
 from sslvit.train import run as run_module
-from sslvit.train.callbacks.preemption import Preemption
+from sslvit.train.callbacks.peers import Peers
 from sslvit.train.folder import RunFolder
 
 
@@ -137,18 +137,21 @@ def is_asleep(process: int) -> bool:
     return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "S"
 
 
-def test_ranks_that_read_different_checkpoints_do_not_train_together(tmp_path: Path, monkeypatch) -> None:
-    rank = Preemption(RunFolder(tmp_path), 9, 1.0)
-    rank.step, others = 6, [torch.tensor([6, -6]), torch.tensor([3, -3])]
+def test_ranks_that_would_take_other_steps_do_not_train_together(tmp_path: Path, monkeypatch) -> None:
+    rank = Peers(RunFolder(tmp_path), (3,), 9, 1.0)
+    rank.step, others = 6, [torch.tensor([6, -6, 8, -8]), torch.tensor([3, -3, 8, -8])]
 
     def all_reduce(values: torch.Tensor, *_, **__) -> None:
         values.copy_(torch.stack([values, *others]).amax(0))
 
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     with pytest.raises(RuntimeError, match="last.ckpt: ranks would go on from steps 3 to 6.* check the disk"):
-        rank.check_same_step()
+        rank.check_alike(8)
+    others[1] = torch.tensor([6, -6, 4, -4])
+    with pytest.raises(RuntimeError, match="auto chose 8 images on one rank and 4 on another.* Set it to 4"):
+        rank.check_alike(8)
     others[1] = others[0]
-    rank.check_same_step()
+    rank.check_alike(8)
 
 
 @pytest.mark.slow

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from run_fixtures import BERT, RECIPES, command, metrics, run, run_ranks, same, weights
+from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from sslvit.checkpoint import load_encoder
 from sslvit.evaluate.probe import probe
+from sslvit.run_plan import RunPlan
 from sslvit.settings import ProbeSettings
 from sslvit.settings.load import load_recipe
 from sslvit.sharded_checkpoint import read_checkpoint
+from sslvit.tasks import task_class
 from sslvit.train.folder import RunFolder
+from sslvit.train.fake_step import example
 from sslvit.train.strategies import is_peer_failure, make_strategy, shard
 from sslvit.train.timing import Clock
 
@@ -154,6 +160,111 @@ def test_weights_outside_of_all_networks_cannot_be_shared_out(monkeypatch: pytes
     (task if owner == "task" else task.model).scale = torch.nn.Parameter(torch.ones(3))
     with pytest.raises(ValueError, match="train.strategy: fsdp gathers .*Module holds scale itself.*or use ddp"):
         shard(task, "cpu")
+
+
+@pytest.mark.parametrize("is_bf16", [True, False])
+def test_blocks_alone_are_gathered_in_bf16(monkeypatch: pytest.MonkeyPatch, is_bf16: bool) -> None:
+    """Gradients are reduced in float32, and what comes in and goes out stays in it; in float32 nothing changes."""
+    settings = load_recipe("dino/digits", RECIPES["dino/digits"])
+    task = task_class("dino")(settings.task.fitted(9, 8, 9), settings.encoder, settings.optim, RunPlan(9, 9, 8))
+    given = {}
+    monkeypatch.setattr("sslvit.train.strategies.init_device_mesh", lambda *_: "mesh")
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(
+        "sslvit.train.strategies.fully_shard",
+        lambda module, mesh, mp_policy=None: given.update({module: mp_policy or MixedPrecisionPolicy()}),
+    )
+    shard(task, "cpu", is_bf16)
+    in_bf16 = {module for module, policy in given.items() if policy.param_dtype == torch.bfloat16}
+    assert in_bf16 == ({*task.model.encoder.blocks, *task.model.teacher.blocks} if is_bf16 else set())
+    assert given.keys() - in_bf16 >= {task.model.encoder, task.model.teacher, task.model.head, task.model.teacher_head}
+    for module, policy in given.items():
+        low = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32, "cast_forward_inputs": False}
+        assert policy == MixedPrecisionPolicy(**low if module in in_bf16 else {})
+
+
+@pytest.mark.filterwarnings("ignore:.*silently drop the pre-backward hook.*")
+@pytest.mark.parametrize(("is_bf16", "kept"), [(True, {0}), (False, {4 * 16 * 16 * 2})])
+def test_no_copies_of_weights_are_kept_for_the_backward_pass(tmp_path: Path, is_bf16: bool, kept: set[int]) -> None:
+    """Of weights gathered in float32 autocast makes copies in bf16, which the backward pass would wait for."""
+    settings = load_recipe("mae/digits", RECIPES["mae/digits"])
+    task = task_class("mae")(settings.task, settings.encoder, settings.optim, RunPlan(9, 9, 8))
+    saved: list[torch.Tensor] = []
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    try:
+        shard(task, "cpu", is_bf16)
+        with saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+            loss = task.compute(example(settings, 2), 0).objective
+        hidden = [x for x in saved if x.shape == (16, 64) and x.dtype == torch.bfloat16]  # fc1, transposed
+        assert {x.untyped_storage().nbytes() for x in hidden} == kept
+        loss.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    gradients = [parameter.grad for parameter in task.parameters() if parameter.grad is not None]
+    assert {gradient.dtype for gradient in gradients} == {torch.float32}
+
+
+SAYS_TYPES = """
+import json, os, sys
+from pathlib import Path
+from torch import distributed
+from sslvit.cli import main
+from sslvit.models.dino import Prototypes
+from sslvit.models.transformer import Block
+
+seen = {}
+
+def notes(owner, name, types):
+    call = getattr(owner, name)
+    def note(*args, **options):
+        result = call(*args, **options)
+        given = [*args, *options.values()]
+        is_training = getattr(given[0], "training", True)  # and no figure is drawn
+        for key, value in types(given, result).items() if is_training else ():
+            seen.setdefault(key, set()).add(str(value.dtype))
+        return result
+    setattr(owner, name, note)
+
+for name in ("all_gather_into_tensor", "all_gather_single", "reduce_scatter_tensor", "reduce_scatter_single"):
+    if hasattr(distributed, name):  # from torch 2.15 on those of one tensor
+        key = "gathered" if name.startswith("all") else "reduced"
+        notes(distributed, name, lambda given, result, key=key: {key: given[0]})
+notes(Block, "forward", lambda given, result: {"block": given[0].mlp.fc1.weight, "in": given[1], "out": result})
+notes(Prototypes, "forward", lambda given, result: {"prototypes": given[0].weight_v, "logits": result})
+code = main(sys.argv[1:])
+if os.environ["LOCAL_RANK"] == "0":
+    Path(os.environ["SEEN"]).write_text(json.dumps({key: sorted(types) for key, types in seen.items()}))
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+def test_parts_in_bf16_train_as_whole_weights_do(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DINO with its moving average: what is gathered, results near those of DDP, and checkpoints that it reads."""
+    options = {
+        "recipe": "dino/digits", "train.precision": "bf16", "train.devices": 2, "train.steps": 12,
+        "train.checkpoint_every": 3, "encoder.activation_checkpointing": True, "encoder.layer_scale": 0.1,
+    }  # fmt: skip
+    whole = run_ranks(shards, tmp_path / "whole", **options)
+    parts = RunFolder(tmp_path / "parts")
+    monkeypatch.setenv("SEEN", str(tmp_path / "seen.json"))
+    words = command(shards, parts.path, **options, **{"train.strategy": "fsdp"})[3:]
+    (tmp_path / "says_types.py").write_text(SAYS_TYPES)
+    subprocess.run([sys.executable, str(tmp_path / "says_types.py"), *words], check=True, timeout=400)
+    low, full = ["torch.bfloat16"], ["torch.float32"]
+    assert json.loads((tmp_path / "seen.json").read_text()) == {
+        "gathered": low + full, "reduced": full, "block": low, "in": full, "out": full, "prototypes": full,
+        "logits": full,
+    }  # fmt: skip
+    one, other = weights(whole), weights(parts)
+    assert {key: (value.shape, value.dtype) for key, value in one.items()} == {
+        key: (value.shape, value.dtype) for key, value in other.items()
+    }
+    for a, b in zip(metrics(whole), metrics(parts), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.05)
+    stopped_at(shards, tmp_path / "cut", 4, resume=False, **options, **{"train.strategy": "fsdp"})
+    cut = run_ranks(shards, tmp_path / "cut", "--resume", **options)
+    assert [a["loss"] for a in metrics(cut)] == pytest.approx([b["loss"] for b in metrics(whole)], rel=0.05)
 
 
 def test_one_process_shares_nothing() -> None:

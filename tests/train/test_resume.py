@@ -51,6 +51,31 @@ def test_a_stopped_run_resumes_to_the_same_weights_and_metrics(
     assert same(run(shards, tmp_path / "cut", resume=True, **changes), whole)
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_resume_maps_its_checkpoint_and_lets_go_of_it(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
+) -> None:
+    """Values are read once; a file that is replaced later does not take up room to the end of the run."""
+    interrupted(shards, tmp_path / "cut", 5, monkeypatch, recipe=recipe)
+    load, loads, files = torch.load, [], []
+
+    def noted(path: Path, map_location: str, **options):
+        loads.append((Path(path).name, map_location, options["mmap"]))
+        return load(path, map_location, **options)
+
+    def is_mapped() -> bool:
+        return str(tmp_path / "cut" / "checkpoints") in Path("/proc/self/maps").read_text()
+
+    task = task_class(recipe.split("/")[0])
+    step = task.training_step
+    monkeypatch.setattr(task, "on_load_checkpoint", lambda *_: files.append(is_mapped()))
+    monkeypatch.setattr(task, "training_step", lambda *given: files.append(is_mapped()) or step(*given))
+    monkeypatch.setattr(torch, "load", noted)
+    run(shards, tmp_path / "cut", resume=True, recipe=recipe)
+    assert loads == [("last.ckpt", "meta", True), ("last.ckpt", "meta", True), ("last.ckpt", "cpu", True)]
+    assert files == [True, False, False, False, False]
+
+
 def interrupted(shards: Path, out: Path, at: int, monkeypatch: pytest.MonkeyPatch, **changes) -> None:
     """A run that is stopped by Ctrl-C in the middle of a step."""
     task = task_class(changes.get("recipe", "mae/digits").split("/")[0])

@@ -9,7 +9,8 @@ from sslvit.settings import RunSettings
 from sslvit.train.callbacks.checkpoints import Checkpoints
 from sslvit.train.callbacks.health import Health
 from sslvit.train.callbacks.incidents import Incidents
-from sslvit.train.callbacks.ledger import Ledger
+from sslvit.train.callbacks.ledger import STEPS_BETWEEN_COUNTS, Ledger
+from sslvit.train.callbacks.peers import Peers
 from sslvit.train.callbacks.preemption import Preemption
 from sslvit.train.callbacks.run_log import RunLog
 from sslvit.train.callbacks.scoring import scoring
@@ -29,8 +30,11 @@ def make_callbacks(settings: RunSettings, folder: RunFolder, data: ShardDataModu
         clock: Is told where a step's time goes.
     """
     run, train, index = data.run, settings.train, data.index
+    waits_every = (train.log_every, train.checkpoint_every, STEPS_BETWEEN_COUNTS)
+    peers = Peers(folder, waits_every, run.total_steps, train.timeout_seconds)
     return [
         StepTimes(clock),  # first: what the others take is not the optimizer's time
+        peers,  # before anything waits for the device, which a lost rank would make endless
         Ledger(
             folder, index, data.plan, settings.data.max_unreadable_fraction, settings.data.ledger
         ),  # may end the run
@@ -39,8 +43,6 @@ def make_callbacks(settings: RunSettings, folder: RunFolder, data: ShardDataModu
         *scoring(settings, folder, index, run.total_steps),  # and these scores,
         RunLog(folder, run, train.log_every, clock, mfu_per_throughput(settings, index)),  # before the line is written,
         Checkpoints(folder, train, run.total_steps),  # which a checkpoint of this step counts on
-        Preemption(
-            folder, run.total_steps, train.timeout_seconds
-        ),  # after the checkpoint, which it need not write again
+        Preemption(peers, folder, run.total_steps),  # after the checkpoint, which it need not write again
         WaitForData(clock),  # last: from here on the next batch is waited for
     ]

@@ -23,6 +23,16 @@ class Checkpoints(StepCallback):
     def __init__(self, folder: RunFolder, settings: TrainSettings, total_steps: int) -> None:
         self.folder, self.settings, self.total_steps = folder, settings, total_steps
 
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Copy what the optimizer has taken over as it was in the checkpoint, which is mapped into memory.
+
+        It would hold a file that is long replaced, and the room that it takes on the disk, to the end of the run.
+        """
+        super().on_train_start(trainer, module)
+        for optimizer in trainer.optimizers:
+            for state in optimizer.state.values():
+                state |= {name: value.clone() for name, value in state.items() if value.device.type == "cpu"}
+
     def on_step(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Write a checkpoint when one is due."""
         if self.step % self.settings.checkpoint_every and self.step != self.total_steps:

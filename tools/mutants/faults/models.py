@@ -502,15 +502,15 @@ FAULTS = [
     Fault(
         "The norms' epsilon is torch's own",
         BLOCKS,
-        "return nn.LayerNorm(width, eps=settings.norm_eps)",
-        "return nn.LayerNorm(width)",
+        "return LayerNorm(width, eps=settings.norm_eps)",
+        "return LayerNorm(width)",
         OURS,
     ),
     Fault(
         "The RMS norms' epsilon is torch's own",
         BLOCKS,
-        "return nn.RMSNorm(width, eps=settings.norm_eps)",
-        "return nn.RMSNorm(width)",
+        "return RMSNorm(width, eps=settings.norm_eps)",
+        "return RMSNorm(width)",
         OURS,
     ),
     Fault(
@@ -609,8 +609,8 @@ FAULTS = [
     Fault(
         "A turn goes the wrong way for one half",
         POSITIONS,
-        "second * cos + first * sin",
-        "second * cos - first * sin",
+        "torch.cat([-sin, sin], -1)",
+        "torch.cat([sin, sin], -1)",
         OURS,
     ),
     Fault(

@@ -1,0 +1,131 @@
+"""After each step: are all ranks still there, and has any been told to stop?
+
+The ranks exchange a flag over gloo, from CPU to CPU, once a step's kernels are queued and before anything waits for the
+device. A kernel that exchanges gradients never ends when its peer is gone, and a process that waits for it can only
+be aborted; the exchange fails at once instead, with an error that ends the run in one line (train/run.py).
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Collection
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import distributed
+
+from sslvit.ranks import is_distributed
+from sslvit.stopping import SIGNALS, note_signal, received_signal
+from sslvit.tasks.base import Task
+from sslvit.train.callbacks.base import StepCallback
+from sslvit.train.folder import RunFolder
+
+PAUSE_SECONDS = 0.0005  # between two looks at a device that is behind
+
+
+class Peers(StepCallback):
+    """Exchanges signals and signs of life with the other ranks, and takes the waits for the device upon itself.
+
+    A rank may also be lost while the others' devices still work on its last step. So while a device is behind, the
+    ranks go on with the exchange: until the step before is done, or this one, where callbacks are going to wait for it.
+
+    Args:
+        folder: The run's folder.
+        waits_every: Numbers of steps at whose multiples callbacks wait for the device.
+        total_steps: Number of optimizer steps in the run; after the last one callbacks wait, too.
+        timeout_seconds: How long to wait for the other ranks.
+    """
+
+    def __init__(
+        self, folder: RunFolder, waits_every: Collection[int], total_steps: int, timeout_seconds: float
+    ) -> None:
+        self.folder, self.waits_every, self.total_steps = folder, waits_every, total_steps
+        self.timeout_seconds = timeout_seconds
+        self.received: str | None = None  # the signal that this rank was sent
+        self.is_stopping = False  # whether any rank was sent one
+        self.group: Any = None
+        self.queued: torch.cuda.Event | None = None  # event in the device's stream behind the last step
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Listen for signals from here on."""
+        super().on_train_start(trainer, module)
+        if is_distributed():
+            self.group = distributed.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout_seconds))
+            assert isinstance(module, Task)
+            self.check_alike(module.run.images_per_pass)
+        self.received = received_signal()  # while all was prepared, where a library may have swallowed it
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:  # after Lightning's own, which would stop without a checkpoint
+                signal.signal(number, self.on_signal)
+
+    def check_alike(self, micro_batch_size: int) -> None:
+        """Refuse ranks that would take other steps than this one.
+
+        They go on from different checkpoints when one of them reads a damaged file, and take other micro-batches when
+        `auto` finds other GPUs on their machine.
+
+        Args:
+            micro_batch_size: Images per forward pass on this rank.
+
+        Raises:
+            RuntimeError: they do.
+        """
+        numbers = torch.tensor([self.step, -self.step, micro_batch_size, -micro_batch_size])
+        distributed.all_reduce(numbers, distributed.ReduceOp.MAX, group=self.group)
+        last, first, largest, smallest = (abs(number) for number in numbers.tolist())
+        if first != last:
+            raise RuntimeError(
+                f"{self.folder.checkpoint}: ranks would go on from steps {first} to {last}, so not all of them can "
+                "read the same checkpoint. See what each says, and check the disk that they share."
+            )
+        if smallest != largest:
+            raise RuntimeError(
+                f"train.micro_batch_size: auto chose {largest} images on one rank and {smallest} on another, whose GPU "
+                f"has less memory. Set it to {smallest}."
+            )
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Note a signal; nothing else happens before the step's end."""
+        self.received = note_signal(number)
+
+    def on_step(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Learn whether to stop, and wait for the devices of all ranks as far as callbacks are going to.
+
+        Raises:
+            RuntimeError: a rank is gone, or its device has not come on in time.
+        """
+        if self.group is None:
+            self.is_stopping = self.received is not None
+            return
+        before, self.queued = self.queued, _end_of_queue(trainer.strategy.root_device)
+        self.is_stopping = self.is_any(self.received is not None)
+        callbacks_wait = any(self.step % every == 0 for every in self.waits_every) or self.step == self.total_steps
+        self.wait_for(self.queued if callbacks_wait or self.is_stopping else before)
+
+    def is_any(self, flag: bool) -> bool:
+        """Whether the flag of any rank is raised."""
+        flags = torch.tensor([flag], dtype=torch.uint8)
+        distributed.all_reduce(flags, distributed.ReduceOp.MAX, group=self.group)
+        return bool(flags)
+
+    def wait_for(self, event: torch.cuda.Event | None) -> None:
+        """Go on with the exchange until the event is behind the devices of all ranks."""
+        deadline = time.monotonic() + self.timeout_seconds
+        while event is not None and self.is_any(not event.query()):
+            if time.monotonic() > deadline:  # all ranks are there, and what their devices send is not
+                raise distributed.DistBackendError(f"timed out: the devices have not done step {self.step}")
+            time.sleep(PAUSE_SECONDS)
+
+
+def _end_of_queue(device: torch.device) -> torch.cuda.Event | None:
+    """An event behind all that a GPU has been told to do; None for a CPU, which has done it."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record()
+    return event
