@@ -170,8 +170,9 @@ def test_what_a_device_finishes_late_is_counted_as_if_it_were_at_hand(
 ) -> None:
     """In the checkpoint of its step and in the line of its step; and too many in a row end the run at the same step."""
     monkeypatch.setattr(HostCopy, "is_here", False)
-    broken_at(monkeypatch, "mae", lambda step: step in (1, 3), "loss")
-    folder = run(shards, tmp_path / "run", **{"train.log_every": 4, "train.keep_every": 3})
+    with monkeypatch.context() as patch:
+        broken_at(patch, "mae", lambda step: step in (1, 3), "loss")
+        folder = run(shards, tmp_path / "run", **{"train.log_every": 4, "train.keep_every": 3})
     checkpoint = torch.load(folder.checkpoint.with_name("step-00000003.ckpt"), weights_only=True)
     assert checkpoint["callbacks"]["Incidents"] == {"skipped": 1, "in_a_row": 0}
     assert [(line["step"], line["skipped_steps"]) for line in metrics(folder)] == [(4, 2), (7, 2)]
