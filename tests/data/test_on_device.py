@@ -378,6 +378,9 @@ def test_packed_tensors_are_the_same_and_are_packed_once() -> None:
         assert one.dtype == other.dtype
     again = Packed.of(packed.tensors())
     assert again.buffer.data_ptr() == packed.buffer.data_ptr()
+    swapped = [torch.ones(2, 8), torch.zeros(2, 8)]
+    turned = Packed.of(Packed.of(swapped).tensors()[::-1])  # in one buffer, but not in this order
+    assert [tensor.unique().tolist() for tensor in turned.tensors()] == [[0.0], [1.0]]
     whole = torch.randn(100, 3)
     assert Packed.of([whole[:5]]).buffer.nbytes < 200  # not the storage that a part of it lies in
 

@@ -157,7 +157,10 @@ def test_a_decay_that_grows_from_zero_reaches_matrices_alone(kind: str, monkeypa
         assert decay_of[id(parameter)] == pytest.approx(0.1 if is_decayed else 0), name  # half a cosine of 0 to 0.2
 
 
-def test_averages_move_by_hand_and_leave_the_source_alone() -> None:
+@pytest.mark.parametrize("on_host", [True, False])
+def test_averages_move_by_hand_and_leave_the_source_alone(on_host: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the number that says so is at hand, or on a device that is not waited for."""
+    monkeypatch.setattr("sslvit.optim.ema.is_on_host", lambda value: on_host)
     average, source = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
     before = [parameter.detach().clone() for parameter in average.parameters()]
     theirs = [parameter.detach().clone() for parameter in source.parameters()]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from run_fixtures import BERT
 
+from sslvit import rng
 from sslvit.data.batch import Batch
 from sslvit.data.views import Views
 from sslvit.run_plan import RunPlan
@@ -127,6 +128,12 @@ def test_noise_of_a_step_is_uniform_and_its_rows_are_those_of_the_global_batch()
     later = task.uniform("mask", batch, 1000, 3)
     assert torch.equal(later[:2], noise[2:])
     assert not torch.equal(later[2:], noise[2:])
+
+
+@pytest.mark.parametrize("key", [(0, 0, "mask"), (7, 123456, "drop path"), (2**31, 1, "erase")])
+def test_numbers_made_on_a_device_are_those_of_numpy_bit_for_bit(key: tuple) -> None:
+    rows = np.array([0, 1, 5, 4095, 2**32 + 3, 2**44 - 1])
+    assert torch.equal(rng.uniform_on(key, torch.from_numpy(rows), 300), torch.from_numpy(rng.uniform(key, rows, 300)))
 
 
 class Steps:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_fixtures import BERT, RECIPES, metrics, run_ranks, weights
+from run_fixtures import BERT, RECIPES, metrics, run, run_ranks, weights
 
 from sslvit.models.transformer import Block
 from sslvit.run_plan import RunPlan
@@ -21,7 +21,7 @@ from sslvit.settings.load import load_recipe
 from sslvit.tasks import make_task
 from sslvit.tasks.base import Task
 from sslvit.train.compilation import blocks, compile_mode, compile_task, undo_compilation
-from sslvit.train.forecast import example
+from sslvit.train.fake_step import example
 
 KINDS = {
     "mae": ("mae/digits", {"encoder.drop_path": 0.1}),
@@ -111,6 +111,19 @@ def test_auto_compiles_on_a_gpu_with_triton_alone(monkeypatch: pytest.MonkeyPatc
         assert compile_mode(TrainSettings(accelerator=accelerator)) == expected
     assert compile_mode(TrainSettings(compile="none")) is None
     assert compile_mode(TrainSettings(compile="reduce-overhead")) == "reduce-overhead"
+
+
+def test_a_run_is_compiled_while_it_trains_and_not_after(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, left = [], []
+    monkeypatch.setattr(torch, "compile", lambda loss, **_: lambda *given: calls.append(1) or loss(*given))
+    monkeypatch.setattr(
+        "sslvit.train.run.plot_pictures", lambda folder, task, data: left.append(task.loss_fn == task.model.loss)
+    )
+    run(shards, tmp_path / "run", **{"train.steps": 3, "train.compile": "default"})
+    assert len(calls) == 3
+    assert left == [True]
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from run_fixtures import metrics, run, weights
 
 from sslvit.cli import main
 from sslvit.models.dino import DINOModel
+from sslvit.optim.guard import HostCopy
 from sslvit.tasks import task_class
 from sslvit.train.folder import RunFolder
 
@@ -162,6 +163,23 @@ def test_now_and_then_does_not_end_the_run(shards: Path, tmp_path: Path, monkeyp
     folder = run(shards, tmp_path / "run", **{"train.skip_limit": 2})
     assert metrics(folder)[-1]["skipped_steps"] == 3
     assert not folder.incident.exists()
+
+
+def test_what_a_device_finishes_late_is_counted_as_if_it_were_at_hand(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the checkpoint of its step and in the line of its step; and too many in a row end the run at the same step."""
+    monkeypatch.setattr(HostCopy, "is_here", False)
+    with monkeypatch.context() as patch:
+        broken_at(patch, "mae", lambda step: step in (1, 3), "loss")
+        folder = run(shards, tmp_path / "run", **{"train.log_every": 4, "train.keep_every": 3})
+    checkpoint = torch.load(folder.checkpoint.with_name("step-00000003.ckpt"), weights_only=True)
+    assert checkpoint["callbacks"]["Incidents"] == {"skipped": 1, "in_a_row": 0}
+    assert [(line["step"], line["skipped_steps"]) for line in metrics(folder)] == [(4, 2), (7, 2)]
+    broken_at(monkeypatch, "mae", lambda step: step >= 2, "loss")
+    rare = {"train.log_every": 100, "train.checkpoint_every": 100, "train.skip_limit": 2}
+    with pytest.raises(RuntimeError, match="step 4: 2 steps in a row"):
+        run(shards, tmp_path / "ended", **rare)
 
 
 def test_the_count_goes_on_after_a_resume(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

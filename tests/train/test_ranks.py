@@ -21,8 +21,8 @@ from sslvit.settings import ProbeSettings
 from sslvit.settings.load import load_recipe
 from sslvit.sharded_checkpoint import read_checkpoint
 from sslvit.tasks import task_class
+from sslvit.train.fake_step import example
 from sslvit.train.folder import RunFolder
-from sslvit.train.forecast import example
 from sslvit.train.strategies import is_peer_failure, make_strategy, shard
 from sslvit.train.timing import Clock
 

@@ -10,7 +10,7 @@ BASE, MAE_TASK, DINO_TASK, IGPT_TASK, SUPERVISED, START, RELEASED = (
 MAE, DINO, IGPT, CLASSIFIER, SAMPLING = (
     f"sslvit/models/{name}.py" for name in ("mae", "dino", "igpt", "classifier", "sampling")
 )
-LIKELIHOOD = "sslvit/evaluate/likelihood.py"
+LIKELIHOOD, RNG = "sslvit/evaluate/likelihood.py", "sslvit/rng.py"
 GROUPS, SCHEDULES, EMA, LARS, GUARD = (
     f"sslvit/optim/{name}.py" for name in ("groups", "schedules", "ema", "lars", "guard")
 )
@@ -29,44 +29,65 @@ FAULTS = [
     Fault(
         "Masks do not depend on the step",
         BASE,
-        "rng.uniform((self.run.seed, step, purpose), rows",
-        "rng.uniform((self.run.seed, 0, purpose), rows",
+        "rng.uniform_on((self.run.seed, step, purpose), rows",
+        "rng.uniform_on((self.run.seed, 0, purpose), rows",
         OF_TASKS,
     ),
     Fault(
         "Masks do not depend on the seed",
         BASE,
-        "rng.uniform((self.run.seed, step, purpose), rows",
-        "rng.uniform((0, step, purpose), rows",
+        "rng.uniform_on((self.run.seed, step, purpose), rows",
+        "rng.uniform_on((0, step, purpose), rows",
         OF_TASKS,
     ),
     Fault(
         "Masks and stochastic depth share their numbers",
         BASE,
-        "rng.uniform((self.run.seed, step, purpose), rows",
-        'rng.uniform((self.run.seed, step, "mask"), rows',
+        "rng.uniform_on((self.run.seed, step, purpose), rows",
+        'rng.uniform_on((self.run.seed, step, "mask"), rows',
         OF_TASKS,
     ),
     Fault(
         "Every micro-batch and rank draws the first rows' masks",
         BASE,
-        "rows = batch.first_row + np.arange(len(batch))",
-        "rows = np.arange(len(batch))",
+        "rows = torch.arange(first, first + len(batch), device=device)",
+        "rows = torch.arange(len(batch), device=device)",
         OF_TASKS,
     ),
     Fault(
         "All images of a step get one mask",
         BASE,
-        "rows = batch.first_row + np.arange(len(batch))",
-        "rows = batch.first_row + np.zeros(len(batch), np.int64)",
+        "rows = torch.arange(first, first + len(batch), device=device)",
+        "rows = torch.full((len(batch),), first, device=device)",
         OF_TASKS,
     ),
     Fault(
         "A fifth epoch's masks come from the step in its epoch",
         BASE,
-        "rng.uniform((self.run.seed, step, purpose), rows",
-        "rng.uniform((self.run.seed, step % self.run.steps_per_epoch, purpose), rows",
+        "rng.uniform_on((self.run.seed, step, purpose), rows",
+        "rng.uniform_on((self.run.seed, step % self.run.steps_per_epoch, purpose), rows",
         OF_TASKS,
+    ),
+    Fault(
+        "Random numbers made on a device shift their sign in",
+        RNG,
+        "return (values >> bits) & ((1 << (64 - bits)) - 1)",
+        "return values >> bits",
+        OF_STEPS,
+    ),
+    Fault(
+        "Rows of random numbers made on a device overlap",
+        RNG,
+        "place = rows[:, None] * MAX_COLUMNS + torch",
+        "place = rows[:, None] + torch",
+        OF_STEPS,
+    ),
+    Fault(
+        "Random numbers made on a device are those of one key",
+        RNG,
+        "_signed(_first_cell(key, columns))",
+        "_signed(_first_cell((0,), columns))",
+        OF_STEPS,
     ),
     Fault(
         "Stochastic depth of all views is that of the first",
@@ -78,29 +99,29 @@ FAULTS = [
     Fault(
         "MAE's stochastic depth comes from torch's stream",
         MAE_TASK,
-        "self.model.encode(images, noise, self.path_noise(batch, step))",
-        "self.model.encode(images, noise)",
+        "self.loss_fn(images, noise, self.path_noise(batch, step))",
+        "self.loss_fn(images, noise)",
         OF_TASKS,
     ),
     Fault(
         "DINO's stochastic depth comes from torch's stream",
         DINO_TASK,
-        "self.teacher_temp_at(step), self.path_noise(batch, step, len(views)))",
-        "self.teacher_temp_at(step))",
+        "teacher_temp, self.path_noise(batch, step, len(views)))",
+        "teacher_temp)",
         (*OF_DINO, "tests/tasks/test_every_task.py"),
     ),
     Fault(
         "iGPT's stochastic depth comes from torch's stream",
         IGPT_TASK,
-        "self.mask_noise(batch, step), self.path_noise(batch, step)",
-        "self.mask_noise(batch, step)",
+        "noise, self.path_noise(batch, step))",
+        "noise)",
         (*OF_IGPT, "tests/tasks/test_every_task.py"),
     ),
     Fault(
         "Fine-tuning's stochastic depth comes from torch's stream",
         SUPERVISED,
-        "self.model.pooled(images, self.path_noise(batch, step))",
-        "self.model.pooled(images)",
+        "self.settings.smoothing, self.path_noise(batch, step))",
+        "self.settings.smoothing)",
         OF_LABELS,
     ),
     Fault(
@@ -228,8 +249,8 @@ FAULTS = [
     Fault(
         "A loss that is not finite does not mark its gradients",
         GUARD,
-        "torch.where(loss.detach().isfinite(), 1.0, math.nan).to(loss)",
-        "torch.ones_like(loss)",
+        "loss.backward(loss.detach() * 0 + 1)",
+        "loss.backward()",
         OF_STEPS,
     ),
     Fault(
@@ -355,8 +376,22 @@ FAULTS = [
     Fault(
         "The teacher takes over the student's share of the average",
         EMA,
-        "torch._foreach_mul_(ours, momentum)\n    torch._foreach_add_(ours, theirs, alpha=1 - momentum)",
-        "torch._foreach_mul_(ours, 1 - momentum)\n    torch._foreach_add_(ours, theirs, alpha=momentum)",
+        "torch._foreach_mul_(ours, momentum)\n            torch._foreach_add_(ours, theirs, alpha=1 - momentum)",
+        "torch._foreach_mul_(ours, 1 - momentum)\n            torch._foreach_add_(ours, theirs, alpha=momentum)",
+        OF_OPTIM,
+    ),
+    Fault(
+        "A skipped step shrinks the teacher on a device",
+        EMA,
+        "torch._foreach_mul_(ours, momentum + (1 - momentum) * skip)",
+        "torch._foreach_mul_(ours, momentum)",
+        OF_OPTIM,
+    ),
+    Fault(
+        "A skipped step moves the teacher on a device",
+        EMA,
+        "(1 - momentum) * (1 - skip)",
+        "1 - momentum",
         OF_OPTIM,
     ),
     Fault("The trust of LARS is a constant", LARS, 'group["trust"] * size / step', "1e-3 * size / step", OF_OPTIM),
@@ -393,36 +428,54 @@ FAULTS = [
     Fault(
         "Patches are divided by their variance",
         MAE,
-        "(variance + 1e-6).sqrt()\n\n\ndef masked",
-        "(variance + 1e-6)\n\n\ndef masked",
+        "return (patches - mean) / (variance + 1e-6).sqrt()",
+        "return (patches - mean) / (variance + 1e-6)",
         OF_MAE,
     ),
     Fault(
         "MAE's loss counts visible patches too",
         MAE,
-        "return (error * is_hidden).sum() / is_hidden.sum()",
-        "return error.mean()",
+        "visible, self.grid_of(images), hidden)  # b m pixels\n"
+        "        target = self.target(gather_tokens(patchify(images, self.encoder.settings.patch), hidden))",
+        "visible, self.grid_of(images))  # b n pixels\n"
+        "        target = self.target(patchify(images, self.encoder.settings.patch))",
         OF_MAE,
     ),
     Fault(
         "MAE's loss counts visible patches only",
         MAE,
-        "return (error * is_hidden).sum() / is_hidden.sum()",
-        "return (error * ~is_hidden).sum() / (~is_hidden).sum()",
+        "visible, self.grid_of(images), hidden)  # b m pixels\n"
+        "        target = self.target(gather_tokens(patchify(images, self.encoder.settings.patch), hidden))",
+        "visible, self.grid_of(images), visible)  # b m pixels\n"
+        "        target = self.target(gather_tokens(patchify(images, self.encoder.settings.patch), visible))",
         OF_MAE,
     ),
     Fault(
-        "MAE's loss is divided by all patches",
+        "MAE's loss is summed over a patch's pixels",
         MAE,
-        "return (error * is_hidden).sum() / is_hidden.sum()",
-        "return (error * is_hidden).mean()",
+        "target.to(kind)).square().mean()",
+        "target.to(kind)).square().sum(2).mean()",
+        OF_MAE,
+    ),
+    Fault(
+        "MAE's predictions are of the places one prefix token before the hidden ones",
+        MAE,
+        "gather_tokens(tokens[:, self.prefix :], wanted)",
+        "gather_tokens(tokens, wanted)",
+        OF_MAE,
+    ),
+    Fault(
+        "MAE's targets are normalized by all patches of an image",
+        MAE,
+        "patches.mean(2, keepdim=True), patches.var(2, keepdim=True)",
+        "patches.mean((1, 2), keepdim=True), patches.var((1, 2), keepdim=True)",
         OF_MAE,
     ),
     Fault(
         "The mask ratio is ignored",
         MAE,
-        "random_masking(noise, num_visible(noise.shape[1], self.settings.mask_ratio))  # b k",
-        "random_masking(noise, num_visible(noise.shape[1], 0.75))  # b k",
+        "num_visible(noise.shape[1], self.settings.mask_ratio)",
+        "num_visible(noise.shape[1], 0.75)",
         OF_MAE,
     ),
     Fault(
@@ -487,22 +540,30 @@ FAULTS = [
     Fault(
         "A student's crop is compared with the teacher's view of itself",
         DINO,
-        "is_other = 1 - torch.eye(t, s,",
-        "is_other = 1 - 0 * torch.eye(t, s,",
+        "agreement = (targets.sum(0) * logits.sum(0)).sum() - (targets * logits[:t]).sum()  # over all other views\n"
+        "        return (t * normalizers.sum() - normalizers[:t].sum() - agreement)",
+        "agreement = (targets.sum(0) * logits.sum(0)).sum()\n        return (t * normalizers.sum() - agreement)",
         OF_DINO,
     ),
     Fault(
         "DINO's loss is the mean over all pairs, those of one view included",
         DINO,
-        "/ (t * s - t)",
-        "/ (t * s)",
+        "/ (b * (t * s - t))",
+        "/ (b * (t * s))",
+        OF_DINO,
+    ),
+    Fault(
+        "DINO's loss leaves out pairs of the wrong views",
+        DINO,
+        "- (targets * logits[:t]).sum()",
+        "- (targets * logits[-t:]).sum()",
         OF_DINO,
     ),
     Fault(
         "DINO's loss is the sum over images",
         DINO,
-        "at_least_float32(logits).log_softmax(-1)) / b  # t s",
-        "at_least_float32(logits).log_softmax(-1))  # t s",
+        "/ (b * (t * s - t))",
+        "/ (t * s - t)",
         OF_DINO,
     ),
     Fault(
@@ -529,8 +590,8 @@ FAULTS = [
     Fault(
         "The teacher's temperature is the student's",
         DINO_TASK,
-        "self.model.loss(views, self.teacher_temp_at(step)",
-        "self.model.loss(views, self.settings.student_temp",
+        "torch.full((), self.teacher_temp_at(step)",
+        "torch.full((), self.settings.student_temp",
         OF_DINO,
     ),
     Fault(
@@ -556,6 +617,13 @@ FAULTS = [
         OF_DINO,
     ),
     Fault(
+        "A skipped step moves the center",
+        DINO,
+        "torch.where(skip.bool(), self.center, moved)",
+        "moved",
+        OF_DINO,
+    ),
+    Fault(
         "The center is the mean of the last micro-batch",
         DINO,
         "self.output_sum += outputs.sum((0, 1))",
@@ -576,7 +644,13 @@ FAULTS = [
         "self.output_rows = torch.zeros(())",
         OF_DINO,
     ),
-    Fault("The teacher moves in a skipped step", BASE, "if not self.guard.skipped:", "if True:", OF_DINO),
+    Fault(
+        "The teacher moves in a skipped step",
+        BASE,
+        "self.after_update(step, self.guard.skip)",
+        "self.after_update(step, torch.zeros(()))",
+        OF_DINO,
+    ),
     Fault("Images that are not trained on move the center", DINO, "if self.training:", "if True:", OF_DINO),
     Fault(
         "The number of Sinkhorn-Knopp's iterations is ignored",
@@ -634,7 +708,7 @@ FAULTS = [
     Fault(
         "The teacher's head does not follow the student's",
         DINO_TASK,
-        "ema_update(self.model.teacher_head, self.model.head, momentum)",
+        "ema_update(self.model.teacher_head, self.model.head, momentum, skip)",
         "pass",
         OF_DINO,
     ),
@@ -720,9 +794,9 @@ FAULTS = [
     # ---- iGPT
     Fault(
         "BERT's loss counts all pixels",
-        IGPT_TASK,
-        "loss = pixel_nll(self.model.head(states), colors, is_hidden)",
-        "loss = pixel_nll(self.model.head(states), colors)",
+        IGPT,
+        "pixel_nll(self.head(states), colors, is_hidden)",
+        "pixel_nll(self.head(states), colors)",
         OF_IGPT,
     ),
     Fault(
@@ -735,8 +809,8 @@ FAULTS = [
     Fault(
         "Bits are nats times the logarithm of two",
         IGPT_TASK,
-        '"bits": loss / math.log(2)',
-        '"bits": loss * math.log(2)',
+        "found.loss / math.log(2)",
+        "found.loss * math.log(2)",
         OF_IGPT,
     ),
     Fault(

@@ -12,6 +12,7 @@ BASE, DINO, GUARD, CLIP = (
 )
 MODULE, RUN_PLAN, CHECKPOINT_IO = "sslvit/data/module.py", "sslvit/run_plan.py", "sslvit/train/checkpoint_io.py"
 PREPARE, RUN, STRATEGIES = "sslvit/train/prepare.py", "sslvit/train/run.py", "sslvit/train/strategies.py"
+COMPILATION = "sslvit/train/compilation.py"
 FOLDER, TIMING, FORECAST = "sslvit/train/folder.py", "sslvit/train/timing.py", "sslvit/train/forecast.py"
 FAKE_STEP, MICRO_BATCH = "sslvit/train/fake_step.py", "sslvit/train/micro_batch.py"
 CALLBACKS = "sslvit/train/callbacks"
@@ -21,6 +22,8 @@ RUN_LOG, LEDGERS, STEP_TIMES = f"{CALLBACKS}/run_log.py", f"{CALLBACKS}/ledger.p
 DROPOUT, STEPS = "tests/train/test_dropout.py", "tests/train/test_steps.py"
 TIMES, LEDGER = "tests/train/test_timing.py", "tests/train/test_ledger.py"
 BROKEN, KEPT = "tests/train/test_incidents.py", "tests/train/test_checkpoints.py"
+LATE = f"{BROKEN}::test_what_a_device_finishes_late_is_counted_as_if_it_were_at_hand"
+GUARDED = "tests/optim/test_guard.py"
 PLANNED, MICRO_BATCHES = "tests/train/test_forecast.py", "tests/train/test_micro_batch.py"
 RESUMED = "tests/train/test_resume.py"
 KEYS = "tests/train/test_resume_keys.py::test_a_key_changed_at_a_resume_is_refused_or_does_what_it_says"
@@ -32,7 +35,9 @@ CLIPPED = f"{STEPS}::test_gradients_are_clipped_by_the_norm_that_is_recorded"
 COMPUTED = f"{STEPS}::test_how_a_step_is_computed_is_what_is_asked_for"
 SCORES = "tests/train/test_online.py::test_online_scores_are_those_of_the_trained_encoder_on_the_reported_images"
 THROUGHPUT = f"{TIMES}::test_throughput_and_share_of_the_peak_are_those_of_all_ranks"
-COMPILED = "tests/train/test_ranks.py::test_every_block_of_a_step_is_the_compiled_one"
+COMPILING = "tests/train/test_compilation.py"
+COMPILED = f"{COMPILING}::test_on_several_ranks_each_block_is_compiled_alone"
+TRAINS_COMPILED = f"{COMPILING}::test_a_run_is_compiled_while_it_trains_and_not_after"
 
 
 def refused(key: str, reason: str, tasks: str, test: str) -> Fault:
@@ -68,13 +73,17 @@ FAULTS = [
     Fault("An incident keeps the images of the step after", INCIDENTS,
           "dataset[step * data.run.accumulation_steps", "dataset[(step + 1) * data.run.accumulation_steps", (BROKEN,)),
     Fault("Masks no longer depend on the row of the micro-batch", BASE,
-          "rows = batch.first_row + np.arange(len(batch))", "rows = np.arange(len(batch))", (MASKS,)),
+          "rows = torch.arange(first, first + len(batch), device=device)",
+          "rows = torch.arange(len(batch), device=device)", (MASKS,)),
     Fault("Masks no longer depend on the step", BASE,
-          "rng.uniform((self.run.seed, step, purpose)", "rng.uniform((self.run.seed, 0, purpose)", (MASKS,)),
+          "rng.uniform_on((self.run.seed, step, purpose), rows",
+          "rng.uniform_on((self.run.seed, 0, purpose), rows", (MASKS,)),
     Fault("Masks no longer depend on the seed", BASE,
-          "rng.uniform((self.run.seed, step, purpose)", "rng.uniform((0, step, purpose)", (MASKS,)),
+          "rng.uniform_on((self.run.seed, step, purpose), rows",
+          "rng.uniform_on((0, step, purpose), rows", (MASKS,)),
     Fault("Masks and stochastic depth share their numbers", BASE,
-          "rng.uniform((self.run.seed, step, purpose)", "rng.uniform((self.run.seed, step)", (MASKS,)),
+          "rng.uniform_on((self.run.seed, step, purpose), rows",
+          "rng.uniform_on((self.run.seed, step), rows", (MASKS,)),
     Fault("The first weights no longer depend on the seed", RUN,
           "pl.seed_everything(settings.seed, verbose=False)", "pl.seed_everything(0, verbose=False)", (STEPS,)),
     # ---- a step
@@ -120,11 +129,17 @@ FAULTS = [
     Fault("Every micro-batch is a step", RUN,
           "accumulate_grad_batches=data.run.accumulation_steps,", "accumulate_grad_batches=1,", (STEPS,)),
     # ---- how a step is computed
-    Fault("train.compile is ignored", RUN, "    if train.compile:\n", "    if False:\n", (COMPILED,)),
-    Fault("Blocks behind the first ones are not compiled", STRATEGIES,
-          "                module.forward = torch.compile(module.forward)",
-          "                module.forward = torch.compile(module.forward)\n                return",
-          (COMPILED,)),
+    Fault("train.compile is ignored", RUN,
+          "if (mode := compile_mode(train)) is not None:",
+          "if (mode := None) is not None:", (TRAINS_COMPILED,)),
+    Fault("Blocks behind the first ones are not compiled", COMPILATION,
+          "  # type: ignore[method-assign]  # of this block alone\n",
+          "  # type: ignore[method-assign]  # of this block alone\n        return\n", (COMPILED,)),
+    Fault("On several ranks the loss is one program", COMPILATION, "if task.run.ranks == 1:", "if True:", (COMPILED,)),
+    Fault("train.compile auto compiles on a CPU", COMPILATION, "if is_on_gpu and find_spec", "if find_spec",
+          (f"{COMPILING}::test_auto_compiles_on_a_gpu_with_triton_alone",)),
+    Fault("What was trained is used in its compiled form", RUN,
+          "            undo_compilation(task)\n", "", (TRAINS_COMPILED,)),
     Fault("train.deterministic is ignored", RUN, "train.deterministic or None", "None", (COMPUTED,)),
     Fault("train.threads is ignored", RUN, "    if train.threads:\n", "    if False:\n", (COMPUTED,)),
     Fault("bf16 is float32", RUN, '"bf16": "bf16-mixed"', '"bf16": "32-true"', (COMPUTED,)),
@@ -134,15 +149,39 @@ FAULTS = [
     Fault("A skipped step is undone up to its last micro-batch only", BASE,
           "if self._current_step != self.global_step:", "if True:", (BROKEN,)),
     Fault("A skipped step puts back what was before the first step", GUARD,
-          "            torch._foreach_copy_(self._buffers, buffers)", "            pass", (BROKEN,)),
+          "torch._foreach_copy_(copies, buffers)",
+          "pass", (BROKEN,)),
     Fault("A skipped step's rows stay in DINO's center", "sslvit/models/dino.py",
           'self.register_buffer("output_rows", torch.zeros(()), persistent=False)',
           "self.output_rows = torch.zeros(())", (BROKEN,)),
+    Fault("A skipped step leaves running statistics as its forward passes made them", GUARD,
+          "-1 if id(buffer) in statistics else buffer._version", "buffer._version", (BROKEN,)),
+    Fault("A skipped step leaves sums as its forward passes made them", GUARD,
+          "            if buffer._version != version:\n", "            if version < 0:\n", (BROKEN,)),
+    Fault("The optimizer is not told that its step is skipped", GUARD,
+          "optimizer.grad_scale = self.skip, None", "optimizer.grad_scale = self.skip * 0, None", (BROKEN,)),
+    Fault("An optimizer that cannot be told takes the step", GUARD, "elif self.skipped:", "elif False:", (GUARDED,)),
+    Fault("A number is read before it has arrived", GUARD,
+          "            self.arrival.synchronize()\n", "            pass\n", (GUARDED,)),
+    Fault("Of several steps the outcome of one is given", GUARD,
+          "while self._pending and (wait", "if self._pending and (wait", (GUARDED,)),
+    Fault("The outcomes of steps are given last first", GUARD,
+          "self._pending.popleft()", "self._pending.pop()", (GUARDED,)),
+    Fault("A checkpoint does not count what the device has not finished", INCIDENTS,
+          "self.count(trainer, module, wait=True)", "self.count(trainer, module, wait=False)", (LATE,)),
+    Fault("A line does not count what the device has not finished", INCIDENTS,
+          "wait=module.logs_features or self", "wait=self", (LATE,)),
+    Fault("A run goes on beyond train.skip_limit until the device has finished", INCIDENTS,
+          "self.in_a_row + guard.pending >= self.limit)", "self.in_a_row >= self.limit)", (LATE,)),
+    Fault("Every step waits for the device to be counted", INCIDENTS,
+          "wait=module.logs_features or self.in_a_row + guard.pending >= self.limit)", "wait=True)",
+          ("tests/test_device_budget.py::test_a_step_that_logs_nothing_waits_for_nothing[igpt]",)),
     Fault("A skipped step moves DINO's teacher and center", BASE,
-          "        if not self.guard.skipped:\n            self.after", "        if True:\n            self.after",
-          (BROKEN,)),
+          "self.after_update(step, self.guard.skip)",
+          "self.after_update(step, torch.zeros(()))", (BROKEN,)),
     Fault("Skipped steps count as in a row when they are not", INCIDENTS,
-          "self.in_a_row + 1 if module.guard.skipped else 0", "self.in_a_row + module.guard.skipped", (BROKEN,)),
+          "self.in_a_row + 1 if outcome.skipped else 0",
+          "self.in_a_row + outcome.skipped", (BROKEN,)),
     Fault("A run ends one skipped step late", INCIDENTS,
           "if self.in_a_row >= self.limit:", "if self.in_a_row > self.limit:", (BROKEN,)),
     Fault("The count of skipped steps starts anew at a resume", INCIDENTS,
