@@ -258,20 +258,24 @@ def center_view(encoder: EncoderSettings, fraction: float | None = None) -> Cent
 def evaluation_loader(
     reader: ShardReader, encoder: EncoderSettings, batch: int = 256, workers: int = 0, rank: int = 0, ranks: int = 1,
     view: ViewSettings | None = None, epoch: int = 0, seed: int = 0, subset: np.ndarray | None = None,
+    for_gpu: bool = False,
 ) -> DataLoader:  # fmt: skip
     """Every sample once, in order, in batches of one size, seen through a center crop unless another view is given.
 
     A random view is sampled from (seed, epoch, sample). `subset` holds the numbers of the samples that are seen, None
-    for all.
+    for all. Batches `for_gpu` lie in page-locked memory, from which they are copied without anyone waiting.
     """
     views = encoder_views(encoder, view or center_view(encoder), seed)
     batches = _EvaluationBatches(reader, views, batch, rank, ranks, epoch, subset)
-    return DataLoader(batches, batch_size=None, num_workers=workers, worker_init_fn=obey_parent_alone)
+    return DataLoader(
+        batches, batch_size=None, num_workers=workers, worker_init_fn=obey_parent_alone,
+        pin_memory=for_gpu and torch.cuda.is_available(),
+    )  # fmt: skip
 
 
 def normalized_view(batch: Batch, encoder: EncoderSettings, device: torch.device) -> Tensor:
     """Return the one view of an evaluation batch, on the device, as the encoder takes it."""
-    return normalize_view(batch.views[0].to(device), encoder)
+    return normalize_view(batch.views[0].to(device, non_blocking=True), encoder)
 
 
 def normalize_view(view: Tensor, encoder: EncoderSettings) -> Tensor:

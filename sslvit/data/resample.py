@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -289,7 +290,7 @@ class Normalization:
         std: Standard deviation of each.
     """
 
-    def __init__(self, mean: list[float], std: list[float]) -> None:
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         scale = 1 / (torch.tensor(std).view(-1, 1, 1) * 255)
         self.constants = {CPU: torch.stack([scale, -255 * torch.tensor(mean).view(-1, 1, 1) * scale])}
 
@@ -302,5 +303,10 @@ class Normalization:
 
 
 def normalize(view: Tensor, mean: list[float], std: list[float]) -> Tensor:
-    """Normalize pixels once; whoever does so at each step keeps a `Normalization`."""
-    return Normalization(mean, std)(view)
+    """Normalize pixels 'b c h w' or 'c h w' on their device."""
+    return _normalization(tuple(mean), tuple(std))(view)
+
+
+@lru_cache(maxsize=8)
+def _normalization(mean: tuple[float, ...], std: tuple[float, ...]) -> Normalization:
+    return Normalization(mean, std)

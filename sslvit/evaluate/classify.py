@@ -41,7 +41,14 @@ def accuracy(
         NoScore: too many images cannot be read, or logits are not finite.
     """
     loader = evaluation_loader(
-        data.reader, settings, batch, data.workers(workers), rank(), world_size(), subset=data.subset
+        data.reader,
+        settings,
+        batch,
+        data.workers(workers),
+        rank(),
+        world_size(),
+        subset=data.subset,
+        for_gpu=device.type == "cuda",
     )
     counts = torch.zeros(3, dtype=torch.long, device=device)  # right, right among the first k, images
     classes = len(data.classes)

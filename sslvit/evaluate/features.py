@@ -94,7 +94,7 @@ class FeatureExtractor:
         settings = source.settings
         loader = evaluation_loader(
             data.reader, settings, self.batch, data.workers(pick_workers(self.workers, source.device.type)), rank(),
-            world_size(), view, epoch, seed, data.subset,
+            world_size(), view, epoch, seed, data.subset, source.device.type == "cuda",
         )  # fmt: skip
         rows: dict[Readout, list[Tensor]] = {readout: [] for readout in readouts}
         labels: list[Tensor] = []
