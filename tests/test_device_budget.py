@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from fake_cuda_fixtures import on_fake_cuda, take_fake_cuda
 from run_fixtures import BERT, run
 
@@ -50,6 +51,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Any:
     take_fake_cuda(monkeypatch)
     steps: list[tuple[Counter, Counter]] = []
     with on_fake_cuda() as where:
+        monkeypatch.setattr(torch.cuda.Event, "synchronize", lambda event: where.waits.update(["Event.synchronize"]))
 
         def count(*_: Any) -> None:
             steps.append((where.transfers.copy(), where.waits.copy()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -20,10 +21,13 @@ def linear() -> tuple[torch.nn.Linear, StepGuard]:
     return network, StepGuard(network, OptimSettings())
 
 
-def take(guard: StepGuard, optimizer: torch.optim.Optimizer, step: int, bias: float = 1.0) -> None:
+def take(
+    guard: StepGuard, optimizer: torch.optim.Optimizer, step: int, bias: float = 1.0, forward: Callable = lambda: None
+) -> None:
     """A step whose weights have the gradient 1, and whose biases another."""
     network = guard.network
     guard.begin_step()
+    forward()
     network.weight.grad, network.bias.grad = torch.ones(3, 2), torch.full((3,), bias)
     guard.check_gradients(optimizer, step)
     optimizer.step()
@@ -65,6 +69,17 @@ def test_what_became_of_steps_is_told_once_in_their_order_and_not_before_the_dev
     assert list(guard.outcomes(wait=False)) == told
     assert guard.pending == 0
     assert list(guard.outcomes(wait=True)) == []
+
+
+def test_sums_of_a_skipped_steps_forward_passes_are_put_back() -> None:
+    network, guard = linear()
+    network.register_buffer("rows", torch.zeros(()), persistent=False)
+    optimizer = torch.optim.AdamW(network.parameters(), fused=True)
+    found = []
+    for step, bias in ((1, 1.0), (2, math.nan), (3, 1.0)):
+        take(guard, optimizer, step, bias, lambda: network.rows.add_(8))
+        found.append(float(network.rows))
+    assert found == [8, 8, 16]
 
 
 def test_a_number_is_read_when_it_has_arrived() -> None:
