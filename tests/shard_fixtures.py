@@ -39,6 +39,16 @@ def numbered_shards(folder: Path, count: int, shard_mb: float = 256, side: int =
     return pack(samples, folder, ["even", "odd"], PackSettings(shard_mb=shard_mb), workers=1)
 
 
+def labeled_shards(folder: Path) -> Path:
+    """Gray 8 x 8 images of three classes that differ in brightness: 30 in train/, 21 in val/."""
+    source = np.random.default_rng(0)
+    for name, count in (("train", 30), ("val", 21)):
+        labels = np.arange(count) % 3
+        images = source.integers(0, 90, (count, 8, 8)) + labels[:, None, None] * 80
+        pack(array_samples(images.astype(np.uint8), labels), folder / name, ["a", "b", "c"])
+    return folder
+
+
 def numbers_of(index) -> list[int]:
     """The number in the pixels of each sample, in the index's order; -1 for one that cannot be read."""
     reader, numbers = ShardReader(index, 1, memory_limit_mb=0), []

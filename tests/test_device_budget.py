@@ -6,16 +6,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from fake_cuda_fixtures import on_fake_cuda, take_fake_cuda
 from run_fixtures import BERT, run
+from shard_fixtures import labeled_shards
 
 import sslvit
 from sslvit.checkpoint import save_encoder
-from sslvit.data.array_images import array_samples
-from sslvit.data.pack import pack
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings
 from sslvit.train.callbacks.step_times import WaitForData
@@ -37,12 +35,7 @@ NO_LINES = {"train.steps": STEPS, "train.log_every": 100, "train.checkpoint_ever
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    source = np.random.default_rng(0)
-    for name, count in (("train", 30), ("val", 21)):
-        labels = np.arange(count) % 3
-        images = source.integers(0, 90, (count, 8, 8)) + labels[:, None, None] * 80
-        pack(array_samples(images.astype(np.uint8), labels), tmp_path / name, ["a", "b", "c"])
-    return tmp_path
+    return labeled_shards(tmp_path)
 
 
 @pytest.fixture

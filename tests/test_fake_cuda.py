@@ -14,15 +14,14 @@ import torch.nn.functional as F
 from fake_cuda_fixtures import GPU, on_fake_cuda, repeatable_kernels, take_fake_cuda
 from PIL import Image
 from run_fixtures import BERT, TINY_DINO, TINY_IGPT, metrics, run
+from shard_fixtures import labeled_shards
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sslvit
 from sslvit.checkpoint import save_encoder
-from sslvit.data.array_images import array_samples
 from sslvit.data.batch import Batch
 from sslvit.data.color import sample_colors
 from sslvit.data.index import load_index
-from sslvit.data.pack import pack
 from sslvit.data.views import Views, jitter_views
 from sslvit.evaluate import attention, health
 from sslvit.evaluate.dense import MaskedImages, segment
@@ -70,12 +69,7 @@ def repeatable() -> Iterator[None]:
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    source = np.random.default_rng(0)
-    for name, count in (("train", 30), ("val", 21)):
-        labels = np.arange(count) % 3
-        images = source.integers(0, 90, (count, 8, 8)) + labels[:, None, None] * 80
-        pack(array_samples(images.astype(np.uint8), labels), tmp_path / name, ["a", "b", "c"])
-    return tmp_path
+    return labeled_shards(tmp_path)
 
 
 # ---- the device that is not there ----------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from torch import nn
 from sslvit.models.transformer import Block
 from sslvit.settings import TrainSettings
 from sslvit.tasks.base import Task
+from sslvit.train.hardware import trains_on_gpu
 
 MAX_PROGRAMS = 64  # of one function: one for each size of views, in training and in evaluation
 
@@ -23,8 +24,7 @@ def compile_mode(train: TrainSettings) -> str | None:
     torch writes its kernels for GPUs in Triton, so `auto` needs that as well.
     """
     if train.compile == "auto":
-        is_on_gpu = train.accelerator != "cpu" and torch.cuda.is_available()
-        return "default" if is_on_gpu and find_spec("triton") else None
+        return "default" if trains_on_gpu(train) and find_spec("triton") else None
     return None if train.compile == "none" else train.compile
 
 

@@ -23,6 +23,12 @@ def precision_of(train: TrainSettings) -> str:
     return "bf16" if known.get("amx_bf16") or known.get("avx512_bf16") else "float32"
 
 
+def allow_tf32(train: TrainSettings) -> None:
+    """Let what autocast leaves in float32 (DINO's prototypes) take TF32 beside bf16, which has fewer digits."""
+    if trains_on_gpu(train) and precision_of(train) == "bf16":
+        torch.set_float32_matmul_precision("high")
+
+
 def gpu_memory(devices: int = 1) -> int:
     """Bytes of the smallest of the first GPUs of this machine; 0 where there is none."""
     here = range(min(devices, torch.cuda.device_count() if torch.cuda.is_available() else 0))

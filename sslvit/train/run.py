@@ -30,7 +30,7 @@ from sslvit.train.callbacks import make_callbacks
 from sslvit.train.checkpoint_io import AtomicCheckpointIO
 from sslvit.train.compilation import compile_mode, compile_task, undo_compilation
 from sslvit.train.folder import RunFolder
-from sslvit.train.hardware import precision_of
+from sslvit.train.hardware import allow_tf32, precision_of, trains_on_gpu
 from sslvit.train.loggers import log_pictures, make_loggers
 from sslvit.train.micro_batch import fit_micro_batch
 from sslvit.train.pictures import plot_pictures
@@ -88,9 +88,7 @@ def _pretrain(settings: RunSettings, folder: RunFolder, is_first: bool, goes_on:
 
     if train.threads:
         torch.set_num_threads(train.threads)
-    if train.accelerator != "cpu" and torch.cuda.is_available() and precision_of(train) == "bf16-mixed":
-        # what autocast leaves in float32 (DINO's prototypes) takes TF32, which still has more digits than bf16
-        torch.set_float32_matmul_precision("high")
+    allow_tf32(train)
     pl.seed_everything(settings.seed, verbose=False)
     run = RunPlan.make(train, plan.steps_per_epoch, plan.global_batch_size, settings.seed)
     requested = settings
@@ -171,7 +169,7 @@ def make_trainer(settings: RunSettings, folder: RunFolder, data: ShardDataModule
             accumulate_grad_batches=data.run.accumulation_steps,
             log_every_n_steps=train.log_every,
             use_distributed_sampler=False,
-            sync_batchnorm=train.accelerator != "cpu" and torch.cuda.is_available(),  # torch has it for GPUs only
+            sync_batchnorm=trains_on_gpu(train),  # torch has it for GPUs only
             deterministic=train.deterministic or None,
             logger=False,
             enable_checkpointing=False,

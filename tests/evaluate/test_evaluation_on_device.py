@@ -12,12 +12,11 @@ import torch
 from fake_cuda_fixtures import GPU, Whereabouts, on_fake_cuda, take_fake_cuda
 from PIL import Image
 from run_fixtures import metrics, run
+from shard_fixtures import labeled_shards
 
 from sslvit.checkpoint import save_encoder
 from sslvit.cli import main
-from sslvit.data.array_images import array_samples
 from sslvit.data.index import load_index
-from sslvit.data.pack import pack
 from sslvit.environment import pick_workers
 from sslvit.evaluate import features as features_module
 from sslvit.evaluate import health, knn, linear
@@ -44,12 +43,7 @@ def make(**changes: Any) -> ViTEncoder:
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    source = np.random.default_rng(0)
-    for name, count in (("train", 30), ("val", 21)):
-        labels = np.arange(count) % 3
-        images = source.integers(0, 90, (count, 8, 8)) + labels[:, None, None] * 80
-        pack(array_samples(images.astype(np.uint8), labels), tmp_path / name, ["a", "b", "c"])
-    return tmp_path
+    return labeled_shards(tmp_path)
 
 
 @pytest.fixture
