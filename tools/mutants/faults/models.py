@@ -494,7 +494,7 @@ FAULTS = [
     Fault(
         "The quick GELU is the exact one",
         BLOCKS,
-        "return x * torch.sigmoid(1.702 * x)",
+        "return F.silu(1.702 * x) / 1.702",
         "return torch.nn.functional.gelu(x)",
         OF_IGPT,
     ),
