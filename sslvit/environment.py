@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from importlib.util import find_spec
 
+from sslvit.files import printable
+
+logger = logging.getLogger(__name__)
+
+MAX_STEPS = "SSLVIT_MAX_STEPS"  # of runs and of heads, to try commands out
 MAX_WORKERS = 16  # loader processes that nobody asked for
 
 MISFIT = (
@@ -45,6 +51,22 @@ def check() -> str | None:
     except (RuntimeError, AttributeError, ImportError) as error:
         return explain(error) or f"torchvision cannot be imported: {error}"
     return None
+
+
+def limited_steps(steps: int, what: str) -> int:
+    """The steps that a run or a head takes: at most $SSLVIT_MAX_STEPS, where that is set; says so where it is fewer.
+
+    Raises:
+        ValueError: The variable is not a positive number.
+    """
+    text = os.environ.get(MAX_STEPS)
+    if not text:
+        return steps
+    if not (text.isdecimal() and int(text)):
+        raise ValueError(f"{MAX_STEPS}={printable(text)}: expected a number of steps. Unset it for whole runs.")
+    if steps > int(text):
+        logger.warning(f"{MAX_STEPS}={text}: {what} takes {text} steps instead of {steps:,}")
+    return min(steps, int(text))
 
 
 def require_packages(asked: str, install: str, *packages: str) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from sslvit.checkpoint import save_encoder
 from sslvit.cli import main
+from sslvit.environment import limited_steps
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings
 
@@ -43,3 +44,18 @@ def test_what_needs_a_missing_package_names_the_extra(
         rf"sslvit: error: .+: {package} is not installed. Run: pip install 'sslvit\[{extra}\]'", message
     )
     assert not Path("out").exists()
+
+
+def test_an_environment_variable_shortens_runs_and_heads_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert limited_steps(500, "this run") == 500
+    monkeypatch.setenv("SSLVIT_MAX_STEPS", "3")
+    assert limited_steps(2, "this run") == 2
+    assert not capsys.readouterr().out
+    assert limited_steps(5000, "this run") == 3
+    assert capsys.readouterr().out == "warning: SSLVIT_MAX_STEPS=3: this run takes 3 steps instead of 5,000\n"
+    for wrong in ("0", "-1", "many"):
+        monkeypatch.setenv("SSLVIT_MAX_STEPS", wrong)
+        with pytest.raises(ValueError, match=f"SSLVIT_MAX_STEPS={wrong}: expected a number of steps"):
+            limited_steps(2, "this run")

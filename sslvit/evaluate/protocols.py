@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from sslvit.environment import limited_steps
 from sslvit.evaluate.features import FeatureExtractor
 from sslvit.evaluate.linear import L2_GRID, fit_probe, shuffled_classes
 from sslvit.evaluate.sgd_probe import HeadGrid, fit_batch_norm_head, iterate_batches
@@ -245,7 +246,7 @@ class _SGDRun:
         )
         batch = min(protocol.batch, images)
         per_epoch = images // batch
-        steps = protocol.steps(per_epoch)
+        steps = limited_steps(protocol.steps(per_epoch), f"a head of the protocol {protocol.name}")
         epochs = chain([first], islice(endless, math.ceil(steps / per_epoch) - 1))
         if not is_first_rank():
             for _ in epochs:

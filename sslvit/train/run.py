@@ -7,7 +7,7 @@ import logging
 import signal
 import warnings
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytorch_lightning as pl
@@ -18,8 +18,10 @@ from safetensors.torch import save_file
 
 from sslvit import __version__
 from sslvit.checkpoint import HEAD, load_encoder, save_encoder
+from sslvit.data.mixture import Plan
 from sslvit.data.module import ShardDataModule
 from sslvit.data.open import open_data
+from sslvit.environment import limited_steps
 from sslvit.files import new_file
 from sslvit.run_plan import RunPlan
 from sslvit.settings import RunSettings
@@ -90,7 +92,8 @@ def _pretrain(settings: RunSettings, folder: RunFolder, is_first: bool, goes_on:
         torch.set_num_threads(train.threads)
     allow_tf32(train)
     pl.seed_everything(settings.seed, verbose=False)
-    run = RunPlan.make(train, plan.steps_per_epoch, plan.global_batch_size, settings.seed)
+    settings = shortened(settings, plan)
+    run = RunPlan.make(settings.train, plan.steps_per_epoch, plan.global_batch_size, settings.seed)
     requested = settings
     settings = resolve_defaults(settings, folder if goes_on else None, index, run)
     run, notice = fit_micro_batch(run, settings, len(index), len(index.classes) if index.classes else None)
@@ -142,6 +145,13 @@ def _pretrain(settings: RunSettings, folder: RunFolder, is_first: bool, goes_on:
         with stopping_at_once(" after the last step; --resume draws the figures"):
             _finish(settings, folder, data, task, trainer)
     return folder
+
+
+def shortened(settings: RunSettings, plan: Plan) -> RunSettings:
+    """The settings of a run whose length $SSLVIT_MAX_STEPS may limit."""
+    steps = RunPlan.make(settings.train, plan.steps_per_epoch, plan.global_batch_size, settings.seed).total_steps
+    limited = limited_steps(steps, "this run")
+    return settings if limited == steps else replace(settings, train=replace(settings.train, steps=limited))
 
 
 def _resume_hint(folder: RunFolder) -> str:

@@ -1,0 +1,54 @@
+"""Code blocks of the README and of docs/, as a reader sees them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMAND = re.compile(r"(?:[A-Z]+=\S+ )?(?:sslvit|torchrun|sbatch|python|pip|make|git|cat) ")
+
+
+@dataclass(frozen=True)
+class Snippet:
+    """A command or a block of Python, as it is typed.
+
+    Attributes:
+        page: Name of the file.
+        line: Number of its first line there.
+        text: A command without its comment, or Python.
+        is_python: Whether it is Python.
+    """
+
+    page: str
+    line: int
+    text: str
+    is_python: bool
+
+
+def snippets_of(page: Path) -> list[Snippet]:
+    """Commands and Python of a page, in their order; blocks that are neither (output, trees, YAML) are left out."""
+    text, found = page.read_text(), []
+    for block in re.finditer(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        language, body = block.groups()
+        first = text.count("\n", 0, block.start()) + 2
+        if language == "python":
+            found.append(Snippet(page.name, first, body, is_python=True))
+        elif language in ("", "sh") and COMMAND.match(body):
+            found += _commands(page.name, first, body)
+    return found
+
+
+def _commands(page: str, first: int, body: str) -> list[Snippet]:
+    found, parts, start = [], [], first
+    for number, line in enumerate(body.splitlines(), first):
+        parts.append(line.removesuffix("\\"))
+        if line.endswith("\\"):
+            continue
+        command = re.sub(r"\s{2,}#.*$", "", "".join(parts)).strip()
+        if command and not command.startswith("#"):
+            found.append(Snippet(page, start, command, is_python=False))
+        parts, start = [], number + 1
+    return found
