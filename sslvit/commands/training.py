@@ -8,9 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from sslvit.commands.files import check_new_picture, one_source, report
+from sslvit.commands.files import report
 from sslvit.commands.options import Options, Recipe, Reported, Resumable
+from sslvit.files import check_new_picture
 from sslvit.settings.choices import Arg
+from sslvit.settings.data import one_source
 
 if TYPE_CHECKING:
     from sslvit.train.folder import RunFolder
