@@ -1,13 +1,13 @@
-"""Python's functions for frozen encoders: scores, features and samples, by names and paths as the commands take them."""
+"""Frozen encoders from Python: scores, features and samples, by names and paths as the commands take them."""
 
 from __future__ import annotations
 
 import copy
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, is_dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar, Unpack
+from typing import Unpack
 
 from sslvit.checkpoint import load_encoder
 from sslvit.data.open import open_shards
@@ -27,15 +27,13 @@ from sslvit.models import ViTEncoder
 from sslvit.models.igpt import IGPTModel
 from sslvit.ranks import all_ranks, is_first_rank
 from sslvit.settings import ProbeSettings
-from sslvit.settings.build import build
 from sslvit.settings.data import one_source
 from sslvit.settings.keywords import KNNKeywords, ProbeKeywords, SampleKeywords
-from sslvit.settings.load import set_keys
+from sslvit.settings.load import from_keywords
 from sslvit.settings.probe import Device, KNNSettings, Pooling, Precision
 from sslvit.settings.sample import SampleSettings
 from sslvit.tasks.released import load_igpt
 
-Settings = TypeVar("Settings")
 EncoderLike = str | os.PathLike[str] | ViTEncoder
 DataLike = str | Path | Sequence[str | Path]
 
@@ -74,7 +72,7 @@ def probe(
         table = sslvit.probe("runs/mae", "shards/train", "shards/val", labels_per_class=10)
         print(table.rows["encoder"])
     """
-    found = settings_from(ProbeSettings, {"train": _name(train), "val": _name(val), **settings})
+    found = from_keywords(ProbeSettings, {"train": _name(train), "val": _name(val), **settings})
     if figure and not layers:
         raise ValueError("--figure is for --layers.")
     if layers and found.layer:
@@ -121,7 +119,7 @@ def knn(
         table = sslvit.knn("runs/dino", "shards/train", "shards/val", neighbors=[20])
         print(table.rows["encoder"]["kNN, k = 20"])
     """
-    found = settings_from(KNNSettings, {"train": _name(train), "val": _name(val), **settings})
+    found = from_keywords(KNNSettings, {"train": _name(train), "val": _name(val), **settings})
     with all_ranks():
         network = open_encoder(encoder, crop_fraction)
         return probing.probe({"encoder": network}, ProbeSettings(**vars(found), protocol=None))
@@ -156,7 +154,7 @@ def compare(
     named = encoders if isinstance(encoders, Mapping) else {str(path): path for path in encoders}
     if not named:
         raise ValueError("encoders: none given. Give a dict of names and encoders, or a list of paths.")
-    found = settings_from(ProbeSettings, {"train": _name(train), "val": _name(val or train), **settings})
+    found = from_keywords(ProbeSettings, {"train": _name(train), "val": _name(val or train), **settings})
     with all_ranks():
         networks = {name: open_encoder(encoder) for name, encoder in named.items()}
         if open_shards(found.val).classes is None:
@@ -215,7 +213,7 @@ def health(
         "layer": layer, "pooling": pooling, "batch": batch, "workers": workers, "device": device, "seed": seed,
         "precision": precision, "max_unreadable_fraction": max_unreadable_fraction,
     }  # fmt: skip
-    found = settings_from(ProbeSettings, {"train": "", "val": "", **given})
+    found = from_keywords(ProbeSettings, {"train": "", "val": "", **given})
     return _measured({"encoder": open_encoder(encoder, crop_fraction)}, _name(data), images, found)
 
 
@@ -282,7 +280,7 @@ def embed(
         "layer": layer, "pooling": pooling, "blocks": blocks, "batch": batch, "workers": workers, "device": device,
         "precision": precision, "max_unreadable_fraction": max_unreadable_fraction,
     }  # fmt: skip
-    found = settings_from(KNNSettings, {"train": "", "val": "", **given})
+    found = from_keywords(KNNSettings, {"train": "", "val": "", **given})
     network = open_encoder(encoder, crop_fraction).to(pick_device(device))
     source = FrozenEncoder(network, precision)
     readouts = source.readouts(layer, found.blocks, pooling)
@@ -335,7 +333,7 @@ def sample(
         raise ValueError("--draws and --given are for --complete IMAGES.")
     if output is not None:
         check_new_picture(output)
-    found = settings_from(SampleSettings, dict(settings))
+    found = from_keywords(SampleSettings, dict(settings))
     model = _pixel_model(run, device)
     if complete is None:
         made = sample_images(model, count or 16, found)
@@ -406,18 +404,6 @@ def open_encoder(encoder: EncoderLike, crop_fraction: float | None = None) -> Vi
     seen = copy.copy(encoder)  # with the same weights
     seen.settings = replace(encoder.settings, crop_fraction=crop_fraction)
     return seen
-
-
-def settings_from(kind: type[Settings], given: Mapping[str, Any]) -> Settings:
-    """Settings from keywords, sections as names, dicts or dataclasses.
-
-    Raises:
-        ValueError: No such keyword, or a value that does not fit.
-    """
-    plain = {key: asdict(value) if is_dataclass(value) else value for key, value in given.items()}  # type: ignore[arg-type]
-    tree: dict[str, Any] = {}
-    set_keys(kind, tree, plain)
-    return build(kind, tree)
 
 
 def _name(data: DataLike) -> str:

@@ -26,7 +26,7 @@ from sslvit.data.views import Views
 from sslvit.environment import require_packages
 from sslvit.evaluate.layers import HELD_OUT, LayerTable, plot_layers, probe_layers
 from sslvit.evaluate.probe import LINEAR, ProbeTable, probe
-from sslvit.export import export_encoder
+from sslvit.exporters import export_encoder
 from sslvit.figures import plot_bars
 from sslvit.files import to_json, write_atomically
 from sslvit.report.page import heading, picture, table, text, write_page

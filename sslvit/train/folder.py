@@ -29,6 +29,7 @@ import yaml
 
 from sslvit.files import new_file, printable, remove_stale_parts, to_json, write_atomically, write_error
 from sslvit.locks import lock_folder
+from sslvit.results import Result
 from sslvit.settings.load import YAML_ERRORS
 from sslvit.sharded_checkpoint import SHARDS, check_checkpoint
 
@@ -50,8 +51,8 @@ class _Dumper(yaml.SafeDumper):
         return super().represent_sequence(tag, sequence, flow_style=is_plain)
 
 
-class RunFolder:
-    """Paths of one run.
+class RunFolder(Result):
+    """Paths of one run, and what they hold.
 
     Args:
         path: the folder.
@@ -72,6 +73,42 @@ class RunFolder:
         self.wandb = self.path / "wandb"
         self.figures = self.path / "figures"
         self.scores = self.path / "scores.json"
+
+    def __fspath__(self) -> str:
+        """The folder, so that a run stands wherever its path does."""
+        return str(self.path)
+
+    def text(self) -> str:
+        """How far the run is, how it ended, and where its encoder is."""
+        found = self.to_dict()
+        lines = [f"run folder {printable(self.path)}"]
+        if last := found["metrics"]:
+            loss = last.get("loss")
+            lines.append(f"step {last['step']:,}" + (f", loss {loss:.4f}" if loss is not None else ""))
+        if found["health"]:
+            lines.append(f"health: {found['health'].get('verdict')}")
+        if found["scores"]:
+            lines.append(self.scores_in_words())
+        lines.append(f"encoder in {self.encoder}" if found["encoder"] else "no encoder yet")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The paths of folder and encoder, the last line of metrics, the scores and the health."""
+        lines = self.read_metrics()
+        return {
+            "path": str(self.path), "encoder": str(self.encoder) if (self.encoder / "encoder.json").exists() else None,
+            "metrics": lines[-1] if lines else None, "scores": _read_json(self.scores),
+            "health": _read_json(self.health),
+        }  # fmt: skip
+
+    def scores_in_words(self) -> str:
+        """The scores of a fine-tuning."""
+        found = json.loads(self.scores.read_text())
+        among = "" if found["top5"] is None else f", top-5 {found['top5']:.1f} %"
+        return (
+            f"top-1 accuracy {found['top1']:.1f} %{among} on {found['images']:,} images of {found['val']}, after the "
+            f"last step; more in {self.scores}"
+        )
 
     def held(self, waits: bool) -> AbstractContextManager[None]:
         """The folder for this process alone, while the block runs.
@@ -260,6 +297,15 @@ class RunFolder:
         """Drop lines after a checkpoint's step, which the resumed run will write again."""
         kept = [line for line in self.read_metrics() if line["step"] <= step]
         write_atomically(self.metrics, "".join(to_json(line) + "\n" for line in kept))
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """What a file of a run holds; None where there is none, or a damaged one."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def append_lines(path: Path, lines: list[dict[str, Any]]) -> None:

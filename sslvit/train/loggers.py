@@ -6,6 +6,7 @@ import platform
 import shlex
 import sys
 import uuid
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -36,8 +37,10 @@ def check_loggers(settings: TrainSettings) -> None:
         require_packages("train.wandb", "wandb", "wandb")
 
 
-def make_loggers(settings: RunSettings, folder: RunFolder, index: Index | StreamIndex) -> list[Logger]:
-    """Those that the settings ask for, on the first rank, with all that the run depends on as their configuration.
+def make_loggers(
+    settings: RunSettings, folder: RunFolder, index: Index | StreamIndex, others: Sequence[Logger] = ()
+) -> list[Logger]:
+    """Those that the settings ask for and the user's, on the first rank, told all that the run depends on.
 
     A resumed run goes on in the same run of Weights & Biases.
     """
@@ -52,6 +55,7 @@ def make_loggers(settings: RunSettings, folder: RunFolder, index: Index | Stream
             write_atomically(file, uuid.uuid4().hex[:12] + "\n")
         run_id = file.read_text().strip()
         loggers.append(WandbLogger(folder.path.name, folder.path, id=run_id, project=train.wandb, resume="allow"))
+    loggers += others
     for logger in loggers:
         logger.log_hyperparams(describe_run(settings, index))
     return loggers

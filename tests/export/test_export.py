@@ -21,11 +21,11 @@ from sslvit.checkpoint import fingerprint, load_encoder, save_encoder
 from sslvit.cli import main
 from sslvit.data.array_images import array_samples
 from sslvit.data.pack import pack
-from sslvit.export import export_encoder
-from sslvit.export import timm as timm_format
-from sslvit.export.destination import IN_PROGRESS, move_foreign_files
-from sslvit.export.exported import Exported
-from sslvit.export.verify import check_inputs, compare
+from sslvit.exporters import export_encoder
+from sslvit.exporters import timm as timm_format
+from sslvit.exporters.destination import IN_PROGRESS, move_foreign_files
+from sslvit.exporters.exported import Exported
+from sslvit.exporters.verify import check_inputs, compare
 from sslvit.files import WriteError
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings

@@ -23,10 +23,10 @@ from safetensors.torch import save_file
 from sslvit.checkpoint import load_encoder, save_encoder
 from sslvit.cli import main
 from sslvit.data.resample import normalize
-from sslvit.export import EXPORTERS, export_encoder
-from sslvit.export import timm as timm_format
-from sslvit.export.exported import Exported, with_outputs
-from sslvit.export.verify import (
+from sslvit.exporters import EXPORTERS, export_encoder
+from sslvit.exporters import timm as timm_format
+from sslvit.exporters.exported import Exported, with_outputs
+from sslvit.exporters.verify import (
     check_inputs,
     compare,
     compare_preprocessing,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-from sslvit.export.exported import Exported, Reopened
+from sslvit.exporters.exported import Exported, Reopened
 
 FILE = "model.pt2"
 MAX_PATCHES = 4096  # rows or columns of dynamic sizes

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sslvit.checkpoint import HEAD, load_encoder, save_encoder
-from sslvit.export.exported import Exported, with_outputs
+from sslvit.exporters.exported import Exported, with_outputs
 
 
 def check(exported: Exported, size: str | None) -> bool:

@@ -16,9 +16,9 @@ from PIL.Image import Image
 from torch import Tensor
 
 from sslvit.environment import require_packages
-from sslvit.export import plain_vit
-from sslvit.export.cropping import fit, fit_snippet, is_fitted, resized_sides
-from sslvit.export.exported import Exported, Reopened, save_tensors
+from sslvit.exporters import plain_vit
+from sslvit.exporters.cropping import fit, fit_snippet, is_fitted, resized_sides
+from sslvit.exporters.exported import Exported, Reopened, save_tensors
 from sslvit.layouts import openai_igpt
 from sslvit.layouts.transformers import rename, to_transformers
 from sslvit.settings import EncoderSettings

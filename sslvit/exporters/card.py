@@ -11,8 +11,8 @@ from typing import Any
 from sslvit import __version__
 from sslvit.checkpoint import fingerprint
 from sslvit.evaluate.scores import markdown_table, markdown_text
-from sslvit.export.cropping import whole_pixel_fraction
-from sslvit.export.exported import Exported
+from sslvit.exporters.cropping import whole_pixel_fraction
+from sslvit.exporters.exported import Exported
 from sslvit.files import printable
 from sslvit.models import ViTEncoder
 from sslvit.settings.encoder import crop_words

@@ -16,9 +16,9 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from sslvit.environment import require_packages
-from sslvit.export import plain_vit
-from sslvit.export.cropping import resized_sides
-from sslvit.export.exported import Exported, save_tensors
+from sslvit.exporters import plain_vit
+from sslvit.exporters.cropping import resized_sides
+from sslvit.exporters.exported import Exported, save_tensors
 from sslvit.layouts.timm import from_sslvit
 from sslvit.settings import EncoderSettings
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from sslvit.environment import require_packages
-from sslvit.export import torch as program
-from sslvit.export.exported import Exported, Reopened
+from sslvit.exporters import torch as program
+from sslvit.exporters.exported import Exported, Reopened
 from sslvit.settings.encoder import crop_words
 
 FILE = "model.onnx"
