@@ -31,7 +31,7 @@ from sslvit.layouts.unwrap import unwrap
 from sslvit.messages import for_python
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings
-from sslvit.settings.load import YAML_ERRORS
+from sslvit.settings.load import MADE_BY, YAML_ERRORS
 from sslvit.sharded_checkpoint import read_checkpoint
 from sslvit.weight_files import FOLDER_FILES, read_folder_weights, read_torch_file
 
@@ -313,7 +313,7 @@ def _run_settings(file: Path) -> dict[str, Any] | None:
     except (OSError, *YAML_ERRORS):
         return None
     is_ours = isinstance(content, dict) and all(isinstance(content.get(key), dict) for key in ("task", "encoder"))
-    return content if is_ours else None
+    return {key: value for key, value in content.items() if key != MADE_BY} if is_ours else None
 
 
 def _read_description(file: Path) -> dict[str, Any]:

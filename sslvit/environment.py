@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import os
+import platform
+import shlex
+import subprocess
 import sys
+from datetime import datetime
+from importlib import metadata
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
+import sslvit
+
+GIT_SECONDS = 5  # that git may take to name a commit
 MAX_WORKERS = 16  # loader processes that nobody asked for
 
 MISFIT = (
@@ -45,6 +55,29 @@ def check() -> str | None:
     except (RuntimeError, AttributeError, ImportError) as error:
         return explain(error) or f"torchvision cannot be imported: {error}"
     return None
+
+
+def describe_process() -> dict[str, Any]:
+    """What made a file, beside its settings: command, date, host, versions, and commits of the code."""
+    versions = {name: metadata.version(name) for name in ("torch", "torchvision", "pytorch-lightning", "numpy")}
+    return {
+        "command": shlex.join(sys.argv), "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "host": platform.node(),
+        "versions": {"sslvit": sslvit.__version__, "python": platform.python_version(), **versions},
+        "commits": {
+            "sslvit": git_commit(Path(sslvit.__file__).parent), "working_directory": git_commit(Path.cwd()),
+        },
+    }  # fmt: skip
+
+
+def git_commit(folder: Path) -> str | None:
+    """The commit that is checked out around a folder, with -dirty behind it where files have changed; None for none."""
+    words = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=GIT_SECONDS, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
 
 
 def require_packages(asked: str, install: str, *packages: str) -> None:

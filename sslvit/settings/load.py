@@ -25,6 +25,7 @@ from sslvit.settings.run import RunSettings
 # a change of the first key takes the second one, which would exclude it or win over it, out of what was said before
 REPLACED = {"data.shards": "data.mixture", "data.mixture": "data.shards", "train.epochs": "train.steps"}
 Settings = TypeVar("Settings")
+MADE_BY = "made_by"  # in a run's config.yaml: the processes that ran it, which is no setting
 FIRST = ("preset", "name", "kind")  # keys that decide what the others of their section mean or start from
 # what reading YAML may raise: its constructors of dates and numbers have errors of their own for damaged ones
 YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError, AttributeError, TypeError, KeyError, OverflowError)
@@ -49,6 +50,7 @@ def load_recipe(
     """
     path = find_recipe(config)
     content = read_yaml(path)
+    content.pop(MADE_BY, None)
     _check_foreign_code(path, content, changes or {})
     recipe, given = list(leaves(RunSettings, content)), list(leaves(RunSettings, changes or {}))
     if dict(recipe).get("data.allow_pipe") and not dict(given).get("data.allow_pipe"):

@@ -1,6 +1,6 @@
 """The run folder: all that a run made, and never overwritten silently.
 
-config.yaml      exactly what ran
+config.yaml      exactly what ran, and under made_by each process that ran it: command, date, host, versions, commits
 metrics.jsonl    one line per logged step, appended
 checkpoints/     last.ckpt
 encoder/         encoder.json + encoder.safetensors
@@ -27,10 +27,11 @@ from typing import Any, Literal
 
 import yaml
 
+from sslvit.environment import describe_process
 from sslvit.files import new_file, printable, remove_stale_parts, to_json, write_atomically, write_error
 from sslvit.locks import lock_folder
 from sslvit.results import Result
-from sslvit.settings.load import YAML_ERRORS
+from sslvit.settings.load import MADE_BY, YAML_ERRORS
 from sslvit.sharded_checkpoint import SHARDS, check_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -214,6 +215,8 @@ class RunFolder(Result):
         for folder in (self.path, self.encoder, self.figures, self.samples, self.incident):
             for name in {left.name.rsplit(".", 2)[0] for left in folder.glob("*.*.part")}:
                 remove_stale_parts(folder / name)
+        earlier = self._made_by() if goes_on else []
+        settings = {**settings, MADE_BY: [*earlier, describe_process()]}
         with new_file(self.config) as part:
             part.write_text(yaml.dump(settings, Dumper=_Dumper, sort_keys=False, width=120))
             if not goes_on:
@@ -270,7 +273,7 @@ class RunFolder(Result):
                 new.writelines(text for text, line in read_lines(path) if line["step"] < step)
 
     def read_config(self) -> dict[str, Any]:
-        """What config.yaml says.
+        """The settings that config.yaml holds.
 
         Raises:
             ValueError: it is missing or damaged.
@@ -282,7 +285,14 @@ class RunFolder(Result):
             raise ValueError(f"{printable(self.config)}: not the settings of a run ({reason}).") from error
         if not isinstance(content, dict):
             raise ValueError(f"{printable(self.config)}: holds no settings, so the run cannot go on.")
+        content.pop(MADE_BY, None)
         return content
+
+    def _made_by(self) -> list[Any]:
+        """The processes that ran it so far, as config.yaml names them."""
+        content = yaml.safe_load(self.config.read_text()) if self.config.exists() else None
+        found = content.get(MADE_BY) if isinstance(content, dict) else None
+        return found if isinstance(found, list) else []
 
     def read_metrics(self) -> list[dict[str, float]]:
         """The lines of metrics.jsonl; a null there is a number that was not finite."""
