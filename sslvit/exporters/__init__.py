@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sslvit.checkpoint import load_encoder
 from sslvit.exporters import destination, onnx, safetensors, timm, torch, transformers, verify
-from sslvit.exporters.card import CARD, known_scores, make_card, quote, write_card
+from sslvit.exporters.card import CARD, known_scores, make_card, write_card
 from sslvit.exporters.destination import IN_PROGRESS, VERDICT, complete_or_removed, is_write_failure
 from sslvit.exporters.exported import Exported, Reopened, with_outputs
 from sslvit.files import to_json
@@ -37,7 +37,7 @@ class Exporter(Protocol):
         """Tensors as they should be, and as the library has them, under the same names."""
 
     def usage(self, exported: Exported, is_fixed: bool) -> str:
-        """Lines of Python that open it; FOLDER stands for the folder."""
+        """Lines of Python that open it in its own folder and show it photo.jpg there."""
 
 
 @runtime_checkable
@@ -160,7 +160,7 @@ def export_encoder(
         if failure:
             raise RuntimeError(f"{out}: not written, because {failure}; what was tried is in {part}.")
         card = make_card(exported, source, kind, is_fixed, files)
-        write_card(card, verdict, exporter.usage(exported, is_fixed).replace("FOLDER", quote(out)), part, out.name)
+        write_card(card, verdict, exporter.usage(exported, is_fixed), part, out.name)
     destination.move_into_place(part, out)
     return verdict
 
