@@ -1,5 +1,14 @@
 """Self-supervised pretraining for vision transformers: MAE, DINO and iGPT on one shared encoder, from shard to export.
 
+    import sslvit
+
+    run = sslvit.pretrain("mae/vit_tiny_cifar10", data="photos", out="runs/photos")
+    encoder = sslvit.load_encoder(run)
+    features = encoder.features(encoder.preprocess("dog.jpg"))
+
+Each function does what the command of its name does, takes the command's options as keywords, and returns an object
+that shows itself as the command prints it, with `to_dict()` for programs and the paths of the files it made.
+
 Importing this package imports no torch; the names below load what they need on first use.
 """
 
@@ -7,9 +16,22 @@ from __future__ import annotations
 
 import logging
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sslvit.messages import MessageHandler
+
+if TYPE_CHECKING:
+    from sslvit import tasks
+    from sslvit.api import export, finetune, pack, pretrain, resume
+    from sslvit.checkpoint import load_encoder, save_encoder
+    from sslvit.data.module import ShardDataModule
+    from sslvit.evaluation import compare, embed, health, knn, likelihood, probe, sample
+    from sslvit.models import ViTEncoder
+    from sslvit.run_plan import RunPlan
+    from sslvit.settings import EncoderSettings
+    from sslvit.settings.describe import recipes
+    from sslvit.settings.load import load_recipe
+    from sslvit.tasks import make_task
 
 __version__ = "0.1.0"
 
@@ -19,20 +41,55 @@ _logger.setLevel(logging.INFO)
 _logger.addHandler(MessageHandler())
 _logger.propagate = False
 
+# name -> the module that has it; an empty one for a package's own
 _LAZY = {
-    "load_encoder": "sslvit.checkpoint",
-    "save_encoder": "sslvit.checkpoint",
-    "pretrain": "sslvit.api",
-    "resume": "sslvit.api",
-    "finetune": "sslvit.api",
-    "load_recipe": "sslvit.settings.load",
-    "make_task": "sslvit.tasks",
+    "EncoderSettings": "sslvit.settings",
     "RunPlan": "sslvit.run_plan",
     "ShardDataModule": "sslvit.data.module",
     "ViTEncoder": "sslvit.models",
-    "EncoderSettings": "sslvit.settings",
+    "compare": "sslvit.evaluation",
+    "embed": "sslvit.evaluation",
+    "export": "sslvit.api",
+    "finetune": "sslvit.api",
+    "health": "sslvit.evaluation",
+    "knn": "sslvit.evaluation",
+    "likelihood": "sslvit.evaluation",
+    "load_encoder": "sslvit.checkpoint",
+    "load_recipe": "sslvit.settings.load",
+    "make_task": "sslvit.tasks",
+    "pack": "sslvit.api",
+    "pretrain": "sslvit.api",
+    "probe": "sslvit.evaluation",
+    "recipes": "sslvit.settings.describe",
+    "resume": "sslvit.api",
+    "sample": "sslvit.evaluation",
+    "save_encoder": "sslvit.checkpoint",
     "tasks": "",
 }
+__all__ = [
+    "EncoderSettings",
+    "RunPlan",
+    "ShardDataModule",
+    "ViTEncoder",
+    "compare",
+    "embed",
+    "export",
+    "finetune",
+    "health",
+    "knn",
+    "likelihood",
+    "load_encoder",
+    "load_recipe",
+    "make_task",
+    "pack",
+    "pretrain",
+    "probe",
+    "recipes",
+    "resume",
+    "sample",
+    "save_encoder",
+    "tasks",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -42,4 +99,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_LAZY]
+    return sorted({*globals(), *_LAZY})

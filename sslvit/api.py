@@ -1,78 +1,125 @@
-"""The Python doors that take names and paths instead of settings."""
+"""Training, packing and exporting from Python, by names and paths as the commands take them."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import os
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
+
+import pytorch_lightning as pl
+from pytorch_lightning.loggers import Logger
 
 from sslvit.checkpoint import load_encoder
+from sslvit.data.inspect import Packing
+from sslvit.data.pack import pack_source
+from sslvit.exporters import Export, export_encoder
 from sslvit.files import expand_path
+from sslvit.messages import for_python
 from sslvit.settings import EncoderSettings, SupervisedSettings
-from sslvit.settings.load import load_recipe
+from sslvit.settings.data import one_source
+from sslvit.settings.keywords import PackKeywords
+from sslvit.settings.load import from_keywords, load_recipe
+from sslvit.settings.pack import PackSettings, SourceOptions
 from sslvit.train.folder import RunFolder
 from sslvit.train.run import pretrain as run_settings
 
 
+@for_python
 def pretrain(
     config: str | Path,
-    data: str | Path | None = None,
+    data: str | Path | Sequence[str | Path] | None = None,
     out: str | Path | None = None,
-    init: str | Path | None = None,
+    init: str | os.PathLike[str] | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    callbacks: Sequence[pl.Callback] = (),
+    loggers: Sequence[Logger] = (),
     **changes: Any,
 ) -> RunFolder:
     """Pretrain by a recipe.
 
     Args:
         config: YAML file, or the name of a recipe such as mae/vit_tiny_cifar10.
-        data: Folder of images or of shards; replaces the recipe's data.shards.
+        data: Folder of images or of shards, or several .tar files; replaces the recipe's data.shards.
         out: Run folder; replaces the recipe's.
         init: Encoder whose weights are the initialization.
         resume: Resume from the run folder's last checkpoint.
         overwrite: Delete an earlier run there first.
+        callbacks: Lightning's callbacks, or your own, which act after those of sslvit.
+        loggers: Lightning's loggers, beside those that the settings ask for.
         changes: Other settings by dotted key, ``**{"train.epochs": 10}``, or by section, ``optim={"base_lr": 1e-3}``;
             they are merged with the recipe's, and later ones win.
+
+    Returns:
+        The run folder: its paths, metrics, scores and health.
+
+    Raises:
+        FileNotFoundError: No such recipe, or no data there.
+        ValueError: Settings that do not fit, or a folder that is in use.
+
+    Example:
+        run = sslvit.pretrain("mae/vit_tiny_cifar10", data="photos", out="runs/photos", **{"train.epochs": 10})
+        encoder = sslvit.load_encoder(run)
     """
     for key in ("data.shards", "data.mixture"):
         if data is not None and key in changes:
             raise ValueError(f"--data and --{key} exclude each other: give one of them.")
-    given = {"data.shards": data, "out": out, "init": init}
-    changes |= {key: str(value) for key, value in given.items() if value is not None}
-    return run_settings(load_recipe(config, changes), resume=resume, overwrite=overwrite)
+    given = {"data.shards": one_source(data), "out": out, "init": init}
+    changes |= {key: os.fspath(value) for key, value in given.items() if value is not None}
+    return run_settings(load_recipe(config, changes), resume, overwrite, callbacks, loggers)
 
 
-def resume(run: str | Path, **changes: Any) -> RunFolder:
+@for_python
+def resume(
+    run: str | os.PathLike[str],
+    callbacks: Sequence[pl.Callback] = (),
+    loggers: Sequence[Logger] = (),
+    **changes: Any,
+) -> RunFolder:
     """Resume a run that has stopped, with its own config.yaml.
 
     Args:
         run: Run folder, which may have moved.
+        callbacks: Lightning's callbacks, or your own, as in `pretrain`.
+        loggers: Lightning's loggers, as in `pretrain`.
         changes: Settings that change, as in `pretrain`. They are printed; those that would make it another run are
             refused.
 
+    Returns:
+        The run folder.
+
     Raises:
         ValueError: Not a run folder, or a change that a run cannot take.
+
+    Example:
+        run = sslvit.resume("runs/photos", **{"train.epochs": 20})
+        print(run)
     """
-    folder = RunFolder(run)
+    folder = RunFolder(expand_path(os.fspath(run)))
     if not folder.config.is_file():
         raise ValueError(f"{run}: not a run folder (no config.yaml). Give the folder that --out named.")
     for key in ("out", "init"):
         if key in changes:
             raise ValueError(f"--{key}: a run that goes on keeps its folder and its start. Leave it out.")
     folder.read_config()  # says in one line if it is damaged
-    return run_settings(load_recipe(folder.config, {"out": str(run)} | changes), resume=True)
+    settings = load_recipe(folder.config, {"out": str(folder.path)} | changes)
+    return run_settings(settings, resume=True, callbacks=callbacks, loggers=loggers)
 
 
+@for_python
 def finetune(
-    encoder: str | Path,
-    train: str | Path,
-    val: str | Path,
+    encoder: str | os.PathLike[str],
+    train: str | Path | Sequence[str | Path],
+    val: str | Path | Sequence[str | Path],
     config: str | Path = "finetune/small_images",
     out: str | Path | None = None,
     scratch: bool = False,
     resume: bool = False,
     overwrite: bool = False,
+    callbacks: Sequence[pl.Callback] = (),
+    loggers: Sequence[Logger] = (),
     **changes: Any,
 ) -> RunFolder:
     """Fine-tune an encoder with labels, and score it on others.
@@ -86,12 +133,21 @@ def finetune(
         scratch: Start from random weights instead: the baseline.
         resume: Resume from the run folder's last checkpoint.
         overwrite: Delete an earlier run there first.
+        callbacks: Lightning's callbacks, or your own, as in `pretrain`.
+        loggers: Lightning's loggers, as in `pretrain`.
         changes: Other settings, as in `pretrain`.
+
+    Returns:
+        The run folder, with the scores.
 
     Raises:
         ValueError: A recipe for something else, or data without labels.
+
+    Example:
+        run = sslvit.finetune("runs/photos", "shards/train", "shards/val", out="runs/finetuned")
+        print(run.to_dict()["scores"]["top1"])
     """
-    encoder = expand_path(encoder)
+    encoder = expand_path(os.fspath(encoder))
     start = for_labels(load_encoder(encoder).settings)
     task = load_recipe(config, base=start).task
     if not isinstance(task, SupervisedSettings):
@@ -99,11 +155,100 @@ def finetune(
     for key, instead in (("init", "ENCODER"), ("data", "--train"), ("data.shards", "--train"), ("task.val", "--val")):
         if key in changes:
             raise ValueError(f"--{key}: fine-tuning takes {instead} for that.")
-    given = {"data.shards": train, "task.val": val, "out": out, "init": None if scratch else encoder}
-    changes |= {key: str(value) for key, value in given.items() if value is not None}
-    return run_settings(load_recipe(config, changes, start), resume=resume, overwrite=overwrite)
+    given = {
+        "data.shards": one_source(train), "task.val": one_source(val), "out": out, "init": None if scratch else encoder
+    }  # fmt: skip
+    changes |= {key: os.fspath(value) for key, value in given.items() if value is not None}
+    return run_settings(load_recipe(config, changes, start), resume, overwrite, callbacks, loggers)
 
 
 def for_labels(settings: EncoderSettings) -> EncoderSettings:
     """The settings that a recipe of fine-tuning changes: the encoder's, read out behind its last block."""
     return replace(settings, feature_layer=None, feature_norm="final")
+
+
+@for_python
+def pack(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    holdout: float = 0.0,
+    part: str | None = None,
+    overwrite: bool = False,
+    workers: int | None = None,
+    **settings: Unpack[PackKeywords],
+) -> Packing:
+    """Pack images into shards with an index.
+
+    Args:
+        source: Class folders, a flat folder, a list (.csv, .tsv, .jsonl), an array (.npy, .npz) or an IDX file.
+        destination: Folder for the shards.
+        holdout: Fraction of each class, its last images, that goes into destination/val; the rest goes into
+            destination/train.
+        part: "3/64" writes the third of 64 parts only, as one machine of several.
+        overwrite: Replace shards that are already there.
+        workers: Number of processes; None for one per core.
+        settings: Fields of `PackSettings` and `SourceOptions`, such as resize=256 or label_column="species".
+
+    Returns:
+        The indices of the shards, with their folders and what was skipped.
+
+    Raises:
+        ValueError: No images, shards that are already there, or settings that do not fit.
+
+    Example:
+        packed = sslvit.pack("photos", "shards/photos", holdout=0.1)
+        print(packed)
+    """
+    names = {field.name for field in fields(SourceOptions)}
+    of_source = {key: value for key, value in settings.items() if key in names}
+    of_packing = {key: value for key, value in settings.items() if key not in names}
+    indices = pack_source(
+        expand_path(source), expand_path(destination), from_keywords(PackSettings, of_packing), holdout, overwrite,
+        workers, part, from_keywords(SourceOptions, of_source),
+    )  # fmt: skip
+    return Packing(indices)
+
+
+@for_python
+def export(
+    encoder: str | os.PathLike[str],
+    out: str | Path,
+    format: str,
+    *,
+    outputs: str = "features",
+    size: str | None = None,
+    scores: Sequence[str | Path] = (),
+    overwrite: bool = False,
+    allow_foreign_code: bool = False,
+    **overrides: Any,
+) -> Export:
+    """Export an encoder for another library, and compare it there.
+
+    Args:
+        encoder: What `load_encoder` takes.
+        out: Folder for the export.
+        format: timm, transformers, onnx, torch, safetensors, or the import path of an exporter.
+        outputs: tokens (the encoder alone), features (pooled) or logits (a fine-tuned run's classifier).
+        size: fixed (images of one size) or dynamic (any that the patch divides); None for what the format does best.
+        scores: Files of scores for the model card.
+        overwrite: Replace an earlier export there.
+        allow_foreign_code: Import an exporter that is given by import path.
+        overrides: What a released file does not state, as `load_encoder` takes it: layout, heads, weights, image_size,
+            palette.
+
+    Returns:
+        The folder, and how near its outputs come to the encoder's.
+
+    Raises:
+        ValueError: The folder is in use, or the format is unknown or cannot hold the encoder.
+        RuntimeError: What was written gives other outputs.
+
+    Example:
+        made = sslvit.export("runs/photos", "exports/photos", "timm")
+        print(made.verdict["largest_difference"])
+    """
+    name = os.fspath(encoder)
+    given = {"outputs": outputs, "size": size, "scores": scores, "overwrite": overwrite}
+    verdict = export_encoder(name, out, format, allow_foreign_code=allow_foreign_code, **given, **overrides)
+    return Export(Path(out), verdict)

@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -24,12 +24,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sslvit.compatibility import check_fits, load_strict, settings_from
+from sslvit.data.preprocess import ImageLike, preprocess
 from sslvit.files import new_file, printable, remove_stale_parts
 from sslvit.layouts import Converted, timm_models, to_sslvit, transformers_folder
 from sslvit.layouts.unwrap import unwrap
+from sslvit.messages import for_python
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings
-from sslvit.settings.load import YAML_ERRORS
+from sslvit.settings.load import MADE_BY, YAML_ERRORS
 from sslvit.sharded_checkpoint import read_checkpoint
 from sslvit.weight_files import FOLDER_FILES, read_folder_weights, read_torch_file
 
@@ -40,6 +42,25 @@ HEAD = "head.safetensors"  # beside an encoder: the classifier that was trained 
 TIMM = "timm:"  # prefix of the name of one of timm's pretrained models
 SNAPSHOTS = "snapshots"  # of a model in the hub's cache
 STUDENT, TEACHER = "model.encoder.", "model.teacher."  # prefixes in a checkpoint whose task trains both
+
+
+class LoadedEncoder(ViTEncoder):
+    """A `ViTEncoder` from a file, which knows how its images are prepared."""
+
+    def preprocess(self, images: ImageLike | Sequence[ImageLike]) -> Tensor:
+        """The normalized batch 'b c h w' that evaluation makes of images: turned upright, cropped and resized.
+
+        Args:
+            images: An image, or several: paths, PIL images, or arrays 'h w' or 'h w c' of 8 or 16 bits.
+
+        Raises:
+            ValueError: Something that is no such image; floating-point values, whose range nothing tells.
+            FileNotFoundError: No such file.
+
+        Example:
+            features = encoder.features(encoder.preprocess("dog.jpg"))
+        """
+        return preprocess(images, self.settings).to(next(self.parameters()))
 
 
 def describe_encoder(encoder: ViTEncoder) -> dict[str, Any]:
@@ -81,9 +102,10 @@ def save_encoder(encoder: ViTEncoder, folder: str | Path, provenance: dict[str, 
     return folder
 
 
+@for_python
 def load_encoder(
     source: str | Path, layout: str | None = None, heads: int | None = None, weights: str | None = None, **changes: Any
-) -> ViTEncoder:
+) -> LoadedEncoder:
     """An encoder in evaluation mode from anything that holds one; never runs code from the file.
 
     Args:
@@ -100,6 +122,10 @@ def load_encoder(
         FileNotFoundError: Nothing is there, or nothing that holds an encoder.
         ValueError: The file is no checkpoint, would run code, holds other weights than its settings describe, or
             states what is to be changed.
+
+    Example:
+        encoder = sslvit.load_encoder("runs/photos")
+        features = encoder.features(encoder.preprocess(["dog.jpg", "cat.jpg"]))
     """
     overrides = {key: value for key, value in (("layout", layout), ("heads", heads), ("weights", weights)) if value}
     if str(source).startswith(TIMM):
@@ -176,7 +202,7 @@ def reject_overrides(source: str, overrides: dict[str, Any]) -> None:
         )
 
 
-def _build_converted(converted: Converted, source: str) -> ViTEncoder:
+def _build_converted(converted: Converted, source: str) -> LoadedEncoder:
     source = printable(source)
     for note in converted.notes:
         logger.info(f"{source}: {note}")
@@ -186,9 +212,9 @@ def _build_converted(converted: Converted, source: str) -> ViTEncoder:
     return encoder
 
 
-def _build(settings: EncoderSettings, weights: dict[str, Tensor], source: str | Path) -> ViTEncoder:
+def _build(settings: EncoderSettings, weights: dict[str, Tensor], source: str | Path) -> LoadedEncoder:
     check_fits(settings, weights, str(source))
-    encoder = ViTEncoder(settings)
+    encoder = LoadedEncoder(settings)
     load_strict(encoder, weights, str(source))
     return encoder.eval()
 
@@ -287,7 +313,7 @@ def _run_settings(file: Path) -> dict[str, Any] | None:
     except (OSError, *YAML_ERRORS):
         return None
     is_ours = isinstance(content, dict) and all(isinstance(content.get(key), dict) for key in ("task", "encoder"))
-    return content if is_ours else None
+    return {key: value for key, value in content.items() if key != MADE_BY} if is_ours else None
 
 
 def _read_description(file: Path) -> dict[str, Any]:

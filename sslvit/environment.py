@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
+import shlex
+import subprocess
 import sys
+from datetime import datetime
+from importlib import metadata
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
+import sslvit
 from sslvit.files import printable
 
 logger = logging.getLogger(__name__)
 
 MAX_STEPS = "SSLVIT_MAX_STEPS"  # of runs and of heads, to try commands out
+GIT_SECONDS = 5  # that git may take to name a commit
 MAX_WORKERS = 16  # loader processes that nobody asked for
 
 MISFIT = (
@@ -67,6 +76,29 @@ def limited_steps(steps: int, what: str) -> int:
     if steps > int(text):
         logger.warning(f"{MAX_STEPS}={text}: {what} takes {text} steps instead of {steps:,}")
     return min(steps, int(text))
+
+
+def describe_process() -> dict[str, Any]:
+    """What made a file, beside its settings: command, date, host, versions, and commits of the code."""
+    versions = {name: metadata.version(name) for name in ("torch", "torchvision", "pytorch-lightning", "numpy")}
+    return {
+        "command": shlex.join(sys.argv), "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "host": platform.node(),
+        "versions": {"sslvit": sslvit.__version__, "python": platform.python_version(), **versions},
+        "commits": {
+            "sslvit": git_commit(Path(sslvit.__file__).parent), "working_directory": git_commit(Path.cwd()),
+        },
+    }  # fmt: skip
+
+
+def git_commit(folder: Path) -> str | None:
+    """The commit that is checked out around a folder, with -dirty behind it where files have changed; None for none."""
+    words = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=GIT_SECONDS, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
 
 
 def require_packages(asked: str, install: str, *packages: str) -> None:

@@ -118,6 +118,32 @@ def remove_stale_parts(path: str | Path) -> None:
             part.unlink(missing_ok=True)
 
 
+def check_new(path: str | Path | None) -> None:
+    """Refuse, before any work, a file that could not be written or would replace another."""
+    if path is None:
+        return
+    if Path(path).exists():
+        raise ValueError(f"{path}: already exists. Choose another file.")
+    if not Path(path).parent.is_dir():
+        raise ValueError(f"{path}: its folder does not exist. Make it first.")
+    if not os.access(Path(path).parent, os.W_OK):
+        raise ValueError(f"{path}: its folder cannot be written to. Choose another.")
+
+
+def check_new_picture(path: str | Path | None) -> None:
+    """check_new for a picture."""
+    if path is not None and Path(path).suffix != ".png":
+        raise ValueError(f"{path}: a picture is written as PNG. Choose a name that ends in .png.")
+    check_new(path)
+
+
+def check_new_arrays(path: str | Path | None) -> None:
+    """check_new for features."""
+    if path is not None and Path(path).suffix != ".npz":
+        raise ValueError(f"{path}: features are written as .npz. Choose a name that ends in .npz.")
+    check_new(path)
+
+
 def _is_running(process: int) -> bool:
     try:
         os.kill(process, 0)

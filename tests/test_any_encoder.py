@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from sslvit.checkpoint import load_encoder, save_encoder
 from sslvit.data.loader import view_of_image
 from sslvit.data.resample import normalize
-from sslvit.export import export_encoder
+from sslvit.exporters import export_encoder
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings
 

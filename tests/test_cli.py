@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 import sslvit
 from sslvit.cli import COMMANDS, main, make_parser, read_command
 from sslvit.commands.arguments import read_changes
-from sslvit.commands.evaluation import in_words
 from sslvit.environment import explain
+from sslvit.evaluate.probe import in_words
 from sslvit.messages import messages_of
 from sslvit.settings import TASK_SETTINGS
 from sslvit.settings.bench import load_bench

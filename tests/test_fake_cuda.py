@@ -30,11 +30,11 @@ from sslvit.evaluate.label_free import measure_health
 from sslvit.evaluate.likelihood import likelihood
 from sslvit.evaluate.linear import fit_probe
 from sslvit.evaluate.probe import probe
+from sslvit.evaluate.samples import complete_images, sample_images
 from sslvit.evaluate.sources import Features, LabeledSet
 from sslvit.models import ViTEncoder
 from sslvit.models.sampling import complete
 from sslvit.palette import nearest_color, squared_error, uniform_palette
-from sslvit.report.samples import plot_completions, plot_samples
 from sslvit.run_plan import RunPlan
 from sslvit.settings import EncoderSettings, OptimSettings, ProbeSettings
 from sslvit.settings.load import load_recipe
@@ -300,15 +300,15 @@ def segmentation(shards: Path) -> None:
 
 
 def without_labels(shards: Path) -> None:
-    measure_health(small_encoder(), LabeledSet(load_index(shards / "val"), 1, np.arange(9)), batch=4)
+    measure_health({"encoder": small_encoder()}, LabeledSet(load_index(shards / "val"), 1, np.arange(9)), batch=4)
 
 
 def pixels(shards: Path) -> None:
     task = pixel_model().to(GPU)
     train, val = (LabeledSet(load_index(shards / name), task.encoder.settings.channels) for name in ("train", "val"))
     likelihood(task.model, train, val, 4)
-    plot_samples(task.model, shards / "drawn.png", 3, SampleSettings())
-    plot_completions(task.model, str(shards / "val"), shards / "completed.png", 2, 0.5, 2, SampleSettings())
+    sample_images(task.model, 3, SampleSettings())
+    complete_images(task.model, str(shards / "val"), 2, 0.5, 2, SampleSettings())
 
 
 def colors(_: Path) -> None:

@@ -5,41 +5,33 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from sslvit.commands.files import check_new, check_new_picture, foreign_overrides, only, report, table_of, write_json
+from sslvit.commands.files import foreign_overrides, only, report, write_json
 from sslvit.commands.options import CroppedEncoder, File, Options, Output, Recipe, Reported, Saved
+from sslvit.files import check_new, check_new_arrays, check_new_picture
 from sslvit.settings.choices import Arg, check_bounds
 from sslvit.settings.probe import (
     BlocksReadout,
     KNNSettings,
     Passes,
-    Precision,
     ProbeSettings,
     Readout,
     UnreadableImages,
 )
+from sslvit.stopping import is_first_process
 
 if TYPE_CHECKING:
     from sslvit.models import ViTEncoder
-    from sslvit.settings import EncoderSettings
-
-
-def view_text(encoder: EncoderSettings, precision: Precision) -> str:
-    """What is seen of each image, and how features are computed where that is not exact."""
-    return encoder.crop_in_words + ("" if precision == "float32" else f"; features computed in {precision}")
 
 
 def load_scored(options: CroppedEncoder) -> ViTEncoder:
     """The encoder that a command scores, with the crop that was asked for."""
     from sslvit.checkpoint import load_encoder
+    from sslvit.evaluation import open_encoder
 
     encoder = load_encoder(options.encoder, options.layout, options.heads, **foreign_overrides(options))
-    if options.crop_fraction is not None:
-        if not 0 < options.crop_fraction <= 1:
-            raise ValueError(f"--crop-fraction {options.crop_fraction:g}: must be in (0, 1].")
-        encoder.settings.crop_fraction = options.crop_fraction
-    return encoder
+    return open_encoder(encoder, options.crop_fraction)
 
 
 @dataclass(kw_only=True)
@@ -66,22 +58,12 @@ def run_probe(options: ProbeOptions) -> None:
     if options.layers and options.layer:
         raise ValueError("--layer and --layers exclude each other: one block for the table, or several side by side?")
     check_new(options.output)
-    check_new_picture(figure or None)
-    from sslvit.evaluate.layers import layer_numbers, plot_layers, probe_layers
-    from sslvit.ranks import all_ranks, is_first_rank
+    check_new_picture(figure)
+    from sslvit.evaluation import probe
 
-    settings = only(ProbeSettings, options)
-    with all_ranks():
-        encoder = load_scored(options)
-        if not options.layers:
-            show_probe(encoder, settings, options)
-            return
-        numbers = layer_numbers(options.layers, encoder.settings.depth)
-        curve = probe_layers(encoder, settings, numbers)
-        if is_first_rank():
-            assert figure
-            drawn = plot_layers(curve, numbers, figure)
-            report(options, f"\n{curve.text()}\n{drawn}", curve.as_dict())
+    table = probe(load_scored(options), layers=options.layers, figure=figure, **vars(only(ProbeSettings, options)))
+    if is_first_process():
+        report(options, f"\n{table}", table.to_dict())
 
 
 @dataclass(kw_only=True)
@@ -95,46 +77,11 @@ class KNNOptions(Saved, CroppedEncoder, KNNSettings):
 def run_knn(options: KNNOptions) -> None:
     """Score an encoder by its neighbors, and print the table."""
     check_new(options.output)
-    from sslvit.ranks import all_ranks
+    from sslvit.evaluation import knn
 
-    settings = ProbeSettings(**vars(only(KNNSettings, options)), protocol=None)
-    with all_ranks():
-        show_probe(load_scored(options), settings, options)
-
-
-def show_probe(encoder: ViTEncoder, settings: ProbeSettings, options: Saved) -> None:
-    """Probe one encoder, and print the table with all that a reader needs to quote it."""
-    from sslvit.evaluate.probe import probe
-    from sslvit.ranks import is_first_rank
-
-    table = probe({"encoder": encoder}, settings)
-    if not is_first_rank():
-        return
-    about = table.about
-    skipped = {part: f" ({about[f'{part}_unreadable']:,} cannot be read)" if about[f"{part}_unreadable"] else ""
-               for part in ("train", "val")}  # fmt: skip
-    of_encoder = about["probed"]["encoder"]
-    has_own_views = "fraction" in of_encoder.get("linear", {})  # a paper's protocol says its own below
-    view = view_text(encoder.settings, settings.precision)
-    lines = [
-        f"\nTop-1 accuracy (%) on {about['val_images']:,} images{skipped['val']} of {about['val']}",
-        f"(heads fitted on {about['train_images']:,}{skipped['train']} of {about['train']})",
-        f"each image{', of few labels and kNN' if has_own_views else ''}: {view}",
-    ]
-    if about["protocol"]:
-        lines.append(f"linear probe: {about['protocol']} ({about['source']})")
-        lines.append("  " + "; ".join(in_words(key, value) for key, value in of_encoder["linear"].items()))
-    lines.append(
-        f"few labels and kNN: {of_encoder['features']}; temperature {about['temperature']}; seed {about['seed']}"
-    )
-    report(options, "\n".join([*lines, "", table.text()]), table.as_dict())
-
-
-def in_words(key: str, value: Any) -> str:
-    """A setting or a result of a probe, with as many digits as somebody reads."""
-    if "accuracy" in key or "score" in key:
-        return f"{key} {value:.1f} %"
-    return f"{key.replace('_', ' ')} {f'{value:.4g}' if isinstance(value, float) else value}"
+    table = knn(load_scored(options), **vars(only(KNNSettings, options)))
+    if is_first_process():
+        report(options, f"\n{table}", table.to_dict())
 
 
 @dataclass(kw_only=True)
@@ -154,28 +101,12 @@ class HealthOptions(Saved, Passes, UnreadableImages, Readout, CroppedEncoder):
 
 def run_health(options: HealthOptions) -> None:
     """Measure features without labels, and print the table."""
-    if options.images < 2:
-        raise ValueError(f"--images {options.images}: how images differ takes 2 or more.")
     check_new(options.output)
-    from sslvit.data.open import open_shards
-    from sslvit.environment import pick_device
-    from sslvit.evaluate.label_free import evenly_spaced, measure_health
-    from sslvit.evaluate.sources import LabeledSet
+    from sslvit.evaluation import health
 
-    encoder = load_scored(options)
-    index = open_shards(options.data)
-    data = LabeledSet(
-        index, encoder.settings.channels, evenly_spaced(len(index), options.images), options.max_unreadable_fraction
-    )
-    rows = measure_health(
-        encoder.to(pick_device(options.device)), data, options.layer, options.pooling, options.batch, options.workers,
-        options.seed, options.precision,
-    )  # fmt: skip
-    text = (
-        f"\nwithout labels, on {data.count_text} of {index.location}\n"
-        f"each image: {view_text(encoder.settings, options.precision)}\n\n{table_of(rows, 3)}"
-    )
-    report(options, text, rows)
+    given = vars(only(Passes, options)) | vars(only(UnreadableImages, options)) | vars(only(Readout, options))
+    table = health(load_scored(options), options.data, images=options.images, seed=options.seed, **given)
+    report(options, f"\n{table}", table.to_dict())
 
 
 @dataclass(kw_only=True)
@@ -205,6 +136,7 @@ def run_segment(options: SegmentOptions) -> None:
     from sslvit.evaluate.dense import segment
     from sslvit.evaluate.masks import MaskedImages
     from sslvit.evaluate.probe import untrained
+    from sslvit.evaluate.sources import view_in_words
     from sslvit.report.show import plot_predictions
 
     train, val = (MaskedImages.open(folder) for folder in (options.train, options.val))
@@ -216,7 +148,7 @@ def run_segment(options: SegmentOptions) -> None:
         rows, train, val, options.batch, seed=options.seed, device=options.device, workers=options.workers,
         precision=options.precision,
     )  # fmt: skip
-    view = view_text(encoder.settings, options.precision)
+    view = view_in_words(encoder.settings, options.precision)
     text = (
         f"\nPercent on {len(val):,} images of {val.folder} (maps fitted on {len(train):,} of {train.folder});\n"
         f"of each image and mask: {view}; L2 penalty {table.about['l2']}\n\n{table.text()}"
@@ -284,24 +216,11 @@ class EmbedOptions(Options, Passes, UnreadableImages, BlocksReadout, CroppedEnco
 
 def run_embed(options: EmbedOptions) -> None:
     """Write features, and print what is in the file."""
-    if Path(options.output).suffix != ".npz":
-        raise ValueError(f"{options.output}: features are written as .npz. Choose a name that ends in .npz.")
-    check_new(options.output)
-    from sslvit.data.open import open_shards
-    from sslvit.environment import pick_device
-    from sslvit.evaluate.embed import embed
-    from sslvit.evaluate.sources import FrozenEncoder, LabeledSet
+    check_new_arrays(options.output)
+    from sslvit.evaluation import embed
 
-    encoder = load_scored(options)
-    source = FrozenEncoder(encoder.to(pick_device(options.device)), options.precision)
-    readouts = source.readouts(options.layer, options.blocks, options.pooling)
-    index = open_shards(options.data)
-    data = LabeledSet(index, encoder.settings.channels, None, options.max_unreadable_fraction)
-    made = embed(source, data, readouts, options.batch, options.workers)
-    made.save(Path(options.output))
-    arrays = "features, keys, labels and classes" if made.labels is not None else "features and keys"
-    print(f"{options.output}: {arrays} of {data.count_text}, {made.features.shape[1]} numbers each")
-    print(f"each image: {view_text(encoder.settings, options.precision)}")
+    given = vars(only(Passes, options)) | vars(only(UnreadableImages, options)) | vars(only(BlocksReadout, options))
+    print(embed(load_scored(options), options.data, options.output, **given))
 
 
 @dataclass(kw_only=True)

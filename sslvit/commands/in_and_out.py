@@ -38,19 +38,14 @@ class ExportOptions(Reported, Encoder):
 
 def run_export(options: ExportOptions) -> None:
     """Export an encoder, and print how near it comes to the original."""
-    from sslvit.export import export_encoder
+    from sslvit.api import export
 
     given = {"layout": options.layout, "heads": options.heads, **foreign_overrides(options)}
-    verdict = export_encoder(
-        options.encoder, options.out, options.format, options.outputs, options.size, scores=options.scores,
-        overwrite=options.overwrite, allow_foreign_code=options.allow_foreign_code, **given,
+    made = export(
+        options.encoder, options.out, options.format, outputs=options.outputs, size=options.size,
+        scores=options.scores, overwrite=options.overwrite, allow_foreign_code=options.allow_foreign_code, **given,
     )  # fmt: skip
-    text = (
-        f"{options.out}: reopened in {options.format} and compared; largest difference "
-        f"{verdict['largest_difference']:.1e} (allowed {verdict['tolerance']:.0e}); images of "
-        f"{'one size' if verdict['image_sizes'] == 'fixed' else 'any size'}"
-    )
-    report(options, text, verdict)
+    report(options, str(made), made.to_dict())
 
 
 @dataclass(kw_only=True)
@@ -69,7 +64,7 @@ class ImportOptions(Options, FromFile):
 def run_import(options: ImportOptions) -> None:
     """Write an encoder folder from released weights."""
     from sslvit.checkpoint import load_encoder, provenance_of, save_encoder
-    from sslvit.export import destination
+    from sslvit.exporters import destination
 
     out = Path(options.out)
     destination.check(out, may_overwrite=False)

@@ -53,14 +53,15 @@ class PackOptions(Options, Parallel, SourceOptions, PackSettings):
 
 def run_pack(options: PackOptions) -> None:
     """Pack images, and print what is in the shards."""
-    from sslvit.data.pack import pack_source
+    from sslvit.api import pack
 
-    indices = pack_source(
-        options.source, options.destination, only(PackSettings, options), options.holdout, options.overwrite,
-        options.workers, options.part, only(SourceOptions, options),
+    given = vars(only(PackSettings, options)) | vars(only(SourceOptions, options))
+    made = pack(
+        options.source, options.destination, holdout=options.holdout, overwrite=options.overwrite,
+        workers=options.workers, part=options.part, **given,
     )  # fmt: skip
-    for index in indices:
-        show_shards(index)
+    if made.indices:
+        print(made)
 
 
 @dataclass(kw_only=True)
@@ -126,16 +127,10 @@ class InfoOptions(Reported, ShardsArg):
 
 def run_info(options: InfoOptions) -> None:
     """Print what is in shards."""
-    from sslvit.data.inspect import describe_shards
+    from sslvit.data.inspect import describe_shards, shards_content
 
     index = find_shards(options.folder)
-    content = {
-        "location": index.location, "images": len(index), "shards": len(index.shards), "channels": index.channels,
-        "bytes": sum(shard.bytes for shard in index.shards), "image_size": index.image_size, "bits": index.bits,
-        "classes": index.classes, "mean": index.mean, "std": index.std, "orientation": index.orientation,
-        "skipped": index.skipped, "fingerprint": index.fingerprint(),
-    }  # fmt: skip
-    report(options, describe_shards(index, options.global_batch_size), content)
+    report(options, describe_shards(index, options.global_batch_size), shards_content(index))
 
 
 def find_shards(name: str) -> ShardIndex:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from sslvit.commands.files import check_new, check_new_picture, foreign_overrides, only, report, table_of
+from sslvit.commands.files import foreign_overrides, only, report
 from sslvit.commands.options import Options, Output, Released, Saved
+from sslvit.files import check_new, check_new_picture
 from sslvit.settings.choices import Arg, check_bounds
 from sslvit.settings.probe import Device, ForwardPasses, UnreadableImages
 from sslvit.settings.sample import SampleSettings
@@ -59,16 +60,14 @@ def run_sample(options: SampleOptions) -> None:
         check_new_picture(out)
     if not options.complete and (options.draws, options.given) != (None, None):
         raise ValueError("--draws and --given are for --complete IMAGES.")
-    from sslvit.report.samples import plot_completions, plot_samples
+    from sslvit.evaluation import sample
 
-    task, settings = load_task(options), only(SampleSettings, options)
-    if options.complete:
-        count, draws = options.count or 8, options.draws or 3
-        given = 0.5 if options.given is None else options.given
-        plot_completions(task, options.complete, out, count, given, draws, settings)
-    else:
-        plot_samples(task, out, options.count or 16, settings)
-    print(out)
+    made = sample(
+        load_task(options), complete=options.complete, given=options.given, draws=options.draws, count=options.count,
+        device=options.device, **vars(only(SampleSettings, options)),
+    )  # fmt: skip
+    made.save(out)
+    print(made)
 
 
 @dataclass(kw_only=True)
@@ -88,21 +87,13 @@ class LikelihoodOptions(Saved, PixelModel, ForwardPasses, UnreadableImages):
 def run_likelihood(options: LikelihoodOptions) -> None:
     """Measure nats per pixel, and print the table."""
     check_new(options.output)
-    from sslvit.data.open import open_shards
-    from sslvit.evaluate.likelihood import likelihood
-    from sslvit.evaluate.sources import LabeledSet
+    from sslvit.evaluation import likelihood
 
-    task = load_task(options)
-    settings, limit = task.encoder.settings, options.max_unreadable_fraction
-    train, val = (
-        LabeledSet(open_shards(source), settings.channels, None, limit) for source in (options.train, options.val)
-    )
-    rows = likelihood(task, train, val, options.batch)
-    text = (
-        f"\n{val.count_text} of {val.index.location}; counted on {train.count_text} of {train.index.location}\n"
-        f"each image: {settings.crop_in_words}\n\n{table_of(rows, 4)}"
-    )
-    report(options, text, rows)
+    table = likelihood(
+        load_task(options), options.train, options.val, batch=options.batch, device=options.device,
+        max_unreadable_fraction=options.max_unreadable_fraction,
+    )  # fmt: skip
+    report(options, f"\n{table}", table.to_dict())
 
 
 def load_task(options: PixelModel) -> IGPTModel:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
-from sslvit.commands.files import check_new_picture, one_source, report
+from sslvit.commands.files import report
 from sslvit.commands.options import Options, Recipe, Reported, Resumable
+from sslvit.files import check_new_picture
 from sslvit.settings.choices import Arg
-
-if TYPE_CHECKING:
-    from sslvit.train.folder import RunFolder
+from sslvit.settings.data import one_source
 
 
 @dataclass(kw_only=True)
@@ -106,7 +104,7 @@ def run_finetune(options: FinetuneOptions) -> None:
         options.encoder, options.train, options.val, options.config, options.out, options.scratch, options.resume,
         options.overwrite, **options.changes,
     )  # fmt: skip
-    show_scores(folder)
+    print(folder.scores_in_words())
 
 
 @dataclass(kw_only=True)
@@ -128,7 +126,7 @@ def run_resume(options: ResumeOptions) -> None:
 
     folder = resume(options.run, **options.changes)
     if folder.scores.exists():
-        show_scores(folder)
+        print(folder.scores_in_words())
 
 
 def wants_requeue(options: Options | None) -> bool:
@@ -142,16 +140,6 @@ def wants_requeue(options: Options | None) -> bool:
         return load_recipe(config, options.changes).train.requeue
     except (ValueError, OSError):
         return bool(options.changes.get("train.requeue", True))
-
-
-def show_scores(folder: RunFolder) -> None:
-    """Print the scores of a fine-tuning."""
-    found = json.loads(folder.scores.read_text())
-    among = "" if found["top5"] is None else f", top-5 {found['top5']:.1f} %"
-    print(
-        f"top-1 accuracy {found['top1']:.1f} %{among} on {found['images']:,} images of {found['val']}, after the last "
-        f"step; more in {folder.scores}"
-    )
 
 
 @dataclass(kw_only=True)
@@ -276,8 +264,7 @@ class SettingsOptions(Reported):
 
 def run_settings(options: SettingsOptions) -> None:
     """Print all settings, or all recipes."""
-    from sslvit.settings.describe import describe_settings, explained_settings
-    from sslvit.settings.load import recipe_names, recipes_folder
+    from sslvit.settings.describe import describe_settings, explained_settings, recipes
 
     if not options.recipes:
         width = min(max(shutil.get_terminal_size((100, 24)).columns, 60), 120)
@@ -286,8 +273,5 @@ def run_settings(options: SettingsOptions) -> None:
         ]
         report(options, describe_settings(width), keys)
         return
-    recipes = {
-        name: (recipes_folder() / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
-        for name in recipe_names()
-    }
-    report(options, "\n".join(f"{name:<28} {first}" for name, first in recipes.items()), recipes)
+    found = recipes()
+    report(options, str(found), found.to_dict())

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from sslvit.data.parallel import in_parallel
 from sslvit.data.plan import EpochPlan
 from sslvit.data.records import sha256_of
 from sslvit.files import printable
+from sslvit.results import Result
 from sslvit.run_plan import fitting_ranks
 
 LARGE_PIXELS = 50_000_000  # slow to decode; half of what is refused
@@ -116,6 +118,40 @@ def _check_shard(index: ShardIndex, number: int, tick: Callable[[int], None]) ->
             digest = hashlib.blake2b(content, digest_size=16).digest()
             found.digests.setdefault(digest, []).append(int(sample))
     return found
+
+
+@dataclass(repr=False)
+class Packing(Result):
+    """Shards that were packed.
+
+    Args:
+        indices: The index of the shards, or those of train and val; none of a part that waits for the others.
+    """
+
+    indices: list[ShardIndex]
+
+    @property
+    def path(self) -> str:
+        """Folder of the shards, the first one of train and val."""
+        return self.indices[0].location
+
+    def text(self) -> str:
+        """What is in the shards."""
+        return "\n".join(describe_shards(index) for index in self.indices)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Location -> what is in the shards there."""
+        return {index.location: shards_content(index) for index in self.indices}
+
+
+def shards_content(index: ShardIndex) -> dict[str, Any]:
+    """What is in shards, for programs."""
+    return {
+        "location": index.location, "images": len(index), "shards": len(index.shards), "channels": index.channels,
+        "bytes": sum(shard.bytes for shard in index.shards), "image_size": index.image_size, "bits": index.bits,
+        "classes": index.classes, "mean": index.mean, "std": index.std, "orientation": index.orientation,
+        "skipped": index.skipped, "fingerprint": index.fingerprint(),
+    }  # fmt: skip
 
 
 def describe_shards(index: ShardIndex, global_batch_size: int | None = None) -> str:

@@ -153,12 +153,15 @@ def _decode_and_view(
 
 
 def view_of_image(content: bytes, encoder: EncoderSettings) -> Tensor:
-    """What evaluation sees of one encoded image: pixels 'c h w' (0 to 255, uint8) before they are normalized.
+    """What evaluation sees of one encoded image: pixels 'c h w' (0 to 255) before they are normalized.
+
+    They are uint8, or float32 for an image of 16 bits.
 
     Raises:
         BadImage: the bytes are no image, or cannot be given the encoder's channels.
     """
     reader = MemoryReader({0: ("image", content)}, encoder.channels)
+    reader.bits = reader.header(content).bits
     views = encoder_views(encoder, center_view(encoder))
     batch = make_batch(reader, views, np.zeros(1, int), np.zeros(1, int))
     if batch.unreadable:

@@ -240,7 +240,7 @@ class _Prefetcher:
 class MemoryReader:
     """Encoded images that are here already (key and bytes by sample number), in the place of a ShardReader."""
 
-    bits = 8
+    bits = 8  # or 16, of images that have them
 
     def __init__(self, contents: dict[int, tuple[str, bytes]], channels: int, max_pixels: int = MAX_PIXELS) -> None:
         self.contents, self.channels, self.max_pixels, self.scratch = contents, channels, max_pixels, Scratch()

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from sslvit.data.loader import center_view
 from sslvit.evaluate.features import FeatureExtractor
-from sslvit.evaluate.sources import LabeledSet, Readout, Source
+from sslvit.evaluate.sources import LabeledSet, Readout, Source, view_in_words
 from sslvit.files import new_file, remove_stale_parts
+from sslvit.results import Result
 
 
-@dataclass
-class Embeddings:
+@dataclass(repr=False)
+class Embeddings(Result):
     """Features of the readable images of a data set, in its order.
 
     Args:
@@ -22,12 +25,36 @@ class Embeddings:
         keys: names of the images.
         labels: class numbers 'n', or None where there are none.
         classes: names of the classes; empty where there are none.
+        heading: what was read, and what is seen of each image.
+        path: the file that they were written to.
     """
 
     features: np.ndarray
     keys: np.ndarray
     labels: np.ndarray | None
     classes: list[str]
+    heading: str = ""
+    path: Path | None = None
+
+    def text(self) -> str:
+        """What the arrays are."""
+        arrays = "features, keys, labels and classes" if self.labels is not None else "features and keys"
+        where = f"{self.path}: " if self.path else ""
+        about, _, view = self.heading.partition("\n")
+        return f"{where}{arrays} of {about}, {self.features.shape[1]} numbers each\n{view}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The file and what is in it, without the arrays."""
+        return {
+            "path": self.path and str(self.path), "images": len(self.features), "width": self.features.shape[1],
+            "classes": self.classes if self.labels is not None else None,
+        }  # fmt: skip
+
+    def cells(self) -> tuple[Sequence[object], Iterable[Sequence[object]]]:
+        """Shapes and types of the arrays."""
+        arrays = {"features": self.features, "keys": self.keys, "labels": self.labels}
+        found = [(name, " x ".join(map(str, of.shape)), of.dtype) for name, of in arrays.items() if of is not None]
+        return ("array", "shape", "type"), found
 
     def save(self, file: Path) -> None:
         """Write an .npz of features, keys and, where there are labels, labels and classes; whole or not at all."""
@@ -37,6 +64,7 @@ class Embeddings:
         remove_stale_parts(file)
         with new_file(file) as part, part.open("wb") as out:
             np.savez(out, **arrays)  # type: ignore[arg-type]  # numpy's stub takes them for allow_pickle
+        self.path = file
 
 
 def embed(
@@ -54,4 +82,5 @@ def embed(
     numbers = table.samples.numpy()
     labels = index.labels_of(numbers) if index.classes else None
     keys = np.array([index.key(number) for number in numbers])
-    return Embeddings(table.at(readouts).values.numpy(), keys, labels, list(index.classes or []))
+    heading = f"{data.count_text}\neach image: {view_in_words(source.settings, source.precision)}"
+    return Embeddings(table.at(readouts).values.numpy(), keys, labels, list(index.classes or []), heading)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from sslvit.data.open import check_present
 from sslvit.evaluate.features import FeatureExtractor
 from sslvit.evaluate.health import alignment, label_free
-from sslvit.evaluate.probe import untrained
+from sslvit.evaluate.probe import check_channels, untrained, untrained_row
 from sslvit.evaluate.sources import FrozenEncoder, LabeledSet, RawPixels, Source
 from sslvit.models import ViTEncoder
 from sslvit.settings.probe import Precision
@@ -19,16 +20,29 @@ PAIR = CropSettings(scale=[0.2, 1.0])  # two crops of an image, whose features s
 
 
 def measure_health(
-    encoder: ViTEncoder, data: LabeledSet, layer: int | None = None, pooling: str | None = None, batch: int = 256,
-    workers: int | None = None, seed: int = 0, precision: Precision = "float32",
+    encoders: Mapping[str, ViTEncoder], data: LabeledSet, layer: int | None = None, pooling: str | None = None,
+    batch: int = 256, workers: int | None = None, seed: int = 0, precision: Precision = "float32",
 ) -> dict[str, dict[str, float]]:  # fmt: skip
-    """Rows (raw pixels, untrained encoder, encoder) of RankMe, deviation, spectrum, uniformity and alignment."""
+    """RankMe, deviation, spectrum, uniformity and alignment of raw pixels and of encoders, untrained and as they are.
+
+    Args:
+        encoders: Encoders by the name of their row; those of one architecture share an untrained one.
+        data: The images.
+        layer: Block that is read; None for each encoder's own.
+        pooling: Pooling of its tokens; None for each encoder's own.
+        batch: Images per forward pass.
+        workers: Number of loader processes.
+        seed: Seed of the crops and of the untrained weights.
+        precision: Precision of the forward passes.
+    """
     check_present(data.index, 0.0)
-    sources: dict[str, Source] = {
-        "raw pixels": RawPixels(encoder.settings, next(encoder.parameters()).device),
-        "untrained encoder": FrozenEncoder(untrained(encoder, seed), precision),
-        "encoder": FrozenEncoder(encoder, precision),
-    }
+    check_channels(encoders)
+    first = next(iter(encoders.values()))
+    sources: dict[str, Source] = {"raw pixels": RawPixels(first.settings, next(first.parameters()).device)}
+    for name, encoder in encoders.items():
+        if row := untrained_row(name, encoders):
+            sources[row] = FrozenEncoder(untrained(encoder, seed), precision)
+        sources[name] = FrozenEncoder(encoder, precision)
     return {
         row: measures_of(source, data, FeatureExtractor(batch, workers), layer, pooling, seed)
         for row, source in sources.items()

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 HELD_OUT = "held-out training images"
 
 
-@dataclass
+@dataclass(repr=False)
 class LayerTable(ProbeTable):
     """A table of scores in percent of each block.
 
@@ -33,24 +33,27 @@ class LayerTable(ProbeTable):
         about: what a reader needs to quote them.
         best: the block with the best linear probe on held-out training images; the reported images select nothing.
         last: the deepest block that was probed.
+        figure: the plot of scores against depth, once it is drawn.
     """
 
     best: int
     last: int
+    figure: Path | None = None
 
     def text(self) -> str:
         """The table for a terminal, with the best layer below it."""
         scores = {number: self.rows[f"layer {number}"][LINEAR] for number in (self.best, self.last)}
+        drawn = f"\n{self.figure}" if self.figure else ""
         return (
             f"Top-1 accuracy (%) on {self.about['val_images']:,} images of {self.about['val']}\n\n"
             f"{format_table(self.scores)}\n\n"
             f"best layer, by {HELD_OUT}: {self.best} (linear {scores[self.best]:.1f}; "
-            f"the last probed, {self.last}: {scores[self.last]:.1f})"
+            f"the last probed, {self.last}: {scores[self.last]:.1f}){drawn}"
         )
 
-    def as_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The table as it is written to JSON."""
-        return super().as_dict() | {"best": self.best, "last": self.last}
+        return super().to_dict() | {"best": self.best, "last": self.last}
 
 
 def layer_numbers(text: str, depth: int) -> list[int]:

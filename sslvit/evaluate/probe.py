@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,11 +20,12 @@ from sslvit.evaluate.features import FeatureExtractor
 from sslvit.evaluate.knn import knn_accuracies
 from sslvit.evaluate.linear import fit_probe, sample_labels
 from sslvit.evaluate.protocols import ProbeContext, check_readouts, choose_readouts, describe_readouts, linear_probe
-from sslvit.evaluate.scores import Scores, format_table, independent, interval, mean, sampling_interval
+from sslvit.evaluate.scores import Scores, format_table, independent, interval, mean, sampling_interval, score_cells
 from sslvit.evaluate.sources import Features, FrozenEncoder, LabeledSet, RawPixels, Source
 from sslvit.files import brief
 from sslvit.models import ViTEncoder
 from sslvit.ranks import is_first_rank
+from sslvit.results import Result
 from sslvit.settings import ProbeSettings
 
 logger = logging.getLogger(__name__)
@@ -34,8 +36,8 @@ HELD_OUT_ACCURACY = "top-1 accuracy on held-out training images"
 FEW_STEPS = 1000  # the papers' learning rates are meant for several times as many
 
 
-@dataclass
-class ProbeTable:
+@dataclass(repr=False)
+class ProbeTable(Result):
     """A table of scores in percent.
 
     Args:
@@ -51,8 +53,38 @@ class ProbeTable:
         """Means over draws of labels and seeds."""
         return {row: {column: mean(values) for column, values in of.items()} for row, of in self.scores.items()}
 
+    def heading(self) -> str:
+        """What stands above the table: data, views and protocol."""
+        about = self.about
+        skipped = {part: f" ({about[f'{part}_unreadable']:,} cannot be read)" if about[f"{part}_unreadable"] else ""
+                   for part in ("train", "val")}  # fmt: skip
+        last = list(about["probed"].values())[-1]
+        linear = last.get("linear", {})
+        has_own_views = "fraction" in linear  # a paper's protocol says its own below
+        lines = [
+            f"Top-1 accuracy (%) on {about['val_images']:,} images{skipped['val']} of {about['val']}",
+            f"(heads fitted on {about['train_images']:,}{skipped['train']} of {about['train']})",
+            f"each image{', of few labels and kNN' if has_own_views else ''}: {about['view']}"
+            + ("" if about["precision"] == "float32" else f"; features computed in {about['precision']}"),
+        ]
+        if about["protocol"]:
+            lines.append(f"linear probe: {about['protocol']} ({about['source']})")
+            lines.append("  " + "; ".join(in_words(key, value) for key, value in linear.items()))
+        lines.append(
+            f"few labels and kNN: {last['features']}; temperature {about['temperature']}; seed {about['seed']}"
+        )
+        return "\n".join(lines)
+
     def text(self) -> str:
-        """The table for a terminal, with notes below it."""
+        """The table for a terminal, with all that a reader needs to quote it above, and notes below."""
+        return f"{self.heading()}\n\n{format_table(self.scores)}\n\n{self.notes()}"
+
+    def cells(self) -> tuple[Sequence[object], Iterable[Sequence[object]]]:
+        """The scores."""
+        return score_cells(self.scores)
+
+    def notes(self) -> str:
+        """How far the scores can be trusted, and what was left out."""
         images = self.about["val_images"]
         below = [f"sampling error of an accuracy on {images:,} images: up to ± {sampling_interval(images):.1f} (95 %)"]
         if any(interval(values) is not None for scores in self.scores.values() for values in scores.values()):
@@ -72,9 +104,9 @@ class ProbeTable:
                 f"the head took {min(steps)} steps, and the paper's learning rate is meant for thousands: with so few "
                 "images, raise --protocol.base_lr (dinov2: --protocol.iterations), or lower --protocol.batch"
             )
-        return format_table(self.scores) + "\n\n" + "\n".join(below)
+        return "\n".join(below)
 
-    def as_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The table as it is written to JSON."""
         intervals = {
             row: {column: interval(values) for column, values in of.items()} for row, of in self.scores.items()
@@ -100,8 +132,7 @@ def probe(encoders: dict[str, ViTEncoder], settings: ProbeSettings) -> ProbeTabl
     device = pick_device(settings.device)
     encoders = {name: encoder.to(device) for name, encoder in encoders.items()}
     first = next(iter(encoders.values())).settings
-    if any(encoder.settings.channels != first.channels for encoder in encoders.values()):
-        raise ValueError(f"{', '.join(encoders)}: these encoders take images of different channels. Probe each alone.")
+    check_channels(encoders)
     limit = settings.max_unreadable_fraction
     train, val = (LabeledSet(index, first.channels, None, limit) for index in (train_index, val_index))
     rows: dict[str, list[tuple[Source, int]]] = {}  # each source with a seed that it is scored under
@@ -109,9 +140,7 @@ def probe(encoders: dict[str, ViTEncoder], settings: ProbeSettings) -> ProbeTabl
     if settings.baselines:
         rows["raw pixels"] = [(source, seed) for source in [RawPixels(first, device)] for seed in seeds]
     for name, encoder in encoders.items():
-        alike = [other for other in encoders if encoders[other].settings == encoder.settings]
-        if settings.baselines and alike[0] == name:
-            row = f"{', '.join(alike)} untrained" if len(encoders) > 1 else "untrained encoder"
+        if settings.baselines and (row := untrained_row(name, encoders)):
             rows[row] = [(FrozenEncoder(untrained(encoder, seed), settings.precision), seed) for seed in seeds]
         rows[name] = [(source, seed) for source in [FrozenEncoder(encoder, settings.precision)] for seed in seeds]
     for sources in rows.values():
@@ -132,6 +161,27 @@ def probe(encoders: dict[str, ViTEncoder], settings: ProbeSettings) -> ProbeTabl
         table[row] = {column: independent(values) for column, values in by_seed.items()}
         probed[row] |= {"fingerprint": sources[-1][0].fingerprint(), "scores": dict(by_seed)}
     return ProbeTable(table, describe(context, settings, probed))
+
+
+def check_channels(encoders: Mapping[str, ViTEncoder]) -> None:
+    """Refuse encoders that cannot see the same images."""
+    if len({encoder.settings.channels for encoder in encoders.values()}) > 1:
+        raise ValueError(f"{', '.join(encoders)}: these encoders take images of different channels. Score each alone.")
+
+
+def untrained_row(name: str, encoders: Mapping[str, ViTEncoder]) -> str | None:
+    """The row of an encoder's untrained network; None where an earlier one of the same architecture has it."""
+    alike = [other for other in encoders if encoders[other].settings == encoders[name].settings]
+    if alike[0] != name:
+        return None
+    return f"{', '.join(alike)} untrained" if len(encoders) > 1 else "untrained encoder"
+
+
+def in_words(key: str, value: Any) -> str:
+    """A setting or a result of a probe, with as many digits as somebody reads."""
+    if "accuracy" in key or "score" in key:
+        return f"{key} {value:.1f} %"
+    return f"{key.replace('_', ' ')} {f'{value:.4g}' if isinstance(value, float) else value}"
 
 
 def describe(context: ProbeContext, settings: ProbeSettings, probed: dict[str, dict[str, Any]]) -> dict[str, Any]:

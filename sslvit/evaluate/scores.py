@@ -5,11 +5,14 @@ from __future__ import annotations
 import html
 import math
 import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from sslvit.files import printable
+from sslvit.results import MAX_CHARACTERS, Result
 
 Scores = dict[str, dict[str, list[float]]]  # row -> column -> one score for each draw or seed
-MAX_CHARACTERS = 10_000  # largest length of an untrusted text in a table or a page
 STARTS_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # of a spreadsheet's cell, in front of anything but a number
 MARKDOWN_SIGNS = re.compile(r"[\\`*\[\]$~#|!]|(?<![^\W_])_|_(?![^\W_])")  # an underscore inside a word is none
 MARKDOWN_STARTS = re.compile(r"^(\s*)([-+=]|\d+(?=[.)](?:\s|$)))")  # a list, or a line's underline
@@ -20,11 +23,6 @@ def markdown_text(text: object) -> str:
     line = html.escape(printable(text, MAX_CHARACTERS), quote=False)
     line = MARKDOWN_SIGNS.sub(lambda sign: f"\\{sign[0]}", line)
     return MARKDOWN_STARTS.sub(lambda start: f"{start[1]}&#{ord(start[2][0])};{start[2][1:]}", line)
-
-
-def html_text(text: object) -> str:
-    """Untrusted text for a page."""
-    return html.escape(printable(text, MAX_CHARACTERS))
 
 
 def spreadsheet_cell(value: object) -> object:
@@ -95,6 +93,45 @@ def format_table(rows: Scores, decimals: int = 1) -> str:
     for name, line in cells:
         lines.append("  ".join([f"{name:<{first}}", *(f"{c:>{w}}" for c, w in zip(line, widths, strict=True))]))
     return "\n".join(lines)
+
+
+def score_cells(rows: Scores, decimals: int = 1) -> tuple[Sequence[object], Iterable[Sequence[object]]]:
+    """The titles and rows of a table whose cells are scores as text."""
+    columns = columns_of(rows)
+    lines = [[name, *(format_score(of.get(column), decimals) for column in columns)] for name, of in rows.items()]
+    return ["", *columns], lines
+
+
+@dataclass(repr=False)
+class MeasureTable(Result):
+    """A table of single numbers.
+
+    Args:
+        rows: Row -> column -> number.
+        heading: What a reader needs to quote them.
+        decimals: Number of decimals that are shown.
+    """
+
+    rows: dict[str, dict[str, float]]
+    heading: str
+    decimals: int
+
+    @property
+    def scores(self) -> Scores:
+        """Every number as a list of one score."""
+        return {row: {column: [value] for column, value in of.items()} for row, of in self.rows.items()}
+
+    def text(self) -> str:
+        """The heading and the table."""
+        return f"{self.heading}\n\n{format_table(self.scores, self.decimals)}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The rows."""
+        return self.rows
+
+    def cells(self) -> tuple[Sequence[object], Iterable[Sequence[object]]]:
+        """The table's."""
+        return score_cells(self.scores, self.decimals)
 
 
 def markdown_table(rows: Scores) -> str:

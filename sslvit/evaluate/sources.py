@@ -55,6 +55,11 @@ def forward_precision(precision: Precision, device: torch.device | str) -> Itera
         yield
 
 
+def view_in_words(settings: EncoderSettings, precision: Precision) -> str:
+    """What is seen of each image, and how features are computed where that is not exact."""
+    return settings.crop_in_words + ("" if precision == "float32" else f"; features computed in {precision}")
+
+
 @dataclass
 class Features:
     """Features of the readable images of a data set, on the CPU."""

@@ -26,7 +26,7 @@ from sslvit.data.views import Views
 from sslvit.environment import require_packages
 from sslvit.evaluate.layers import HELD_OUT, LayerTable, plot_layers, probe_layers
 from sslvit.evaluate.probe import LINEAR, ProbeTable, probe
-from sslvit.export import export_encoder
+from sslvit.exporters import export_encoder
 from sslvit.figures import plot_bars
 from sslvit.files import to_json, write_atomically
 from sslvit.report.page import heading, picture, table, text, write_page
@@ -118,7 +118,7 @@ def demo(
     )
     plot_layers(layers, list(range(1, depth + 1)), layers_file)
     scores = folder / "scores.json"
-    write_atomically(scores, to_json(table.as_dict(), indent=1) + "\n")
+    write_atomically(scores, to_json(table.to_dict(), indent=1) + "\n")
     logger.info("4/4  exporting MAE's encoder to timm and comparing its outputs there")
     verdict = export_encoder(runs["mae"].path, folder / "export" / "timm", "timm")
     bars_file = plot_bars(
@@ -129,7 +129,7 @@ def demo(
     page = write_page(
         folder / "report.html", title, page_content(data, table, runs, bars_file, layers, layers_file, verdict, seconds)
     )
-    logger.info(f"\nTop-1 accuracy (%) on {table.about['val_images']} test images:\n\n{table.text()}\n")
+    logger.info(f"\n{table}\n")
     logger.info(f"Done in {seconds / 60:.1f} minutes. Open these:")
     for path, what in [
         (page, "the page with everything on it"),
@@ -142,7 +142,7 @@ def demo(
         (folder / "export" / "timm", "MAE's encoder, for timm"),
     ]:  # fmt: skip
         logger.info(f"  {path!s:<40} {what}")
-    return table.as_dict()
+    return table.to_dict()
 
 
 def split_changes(recipes: dict[str, str], changes: dict[str, Any]) -> dict[str, dict[str, Any]]:

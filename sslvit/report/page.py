@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 from pathlib import Path
 
-from sslvit.evaluate.scores import Scores, columns_of, format_score, html_text
+from sslvit.evaluate.scores import Scores, score_cells
 from sslvit.files import write_atomically
+from sslvit.results import html_table, html_text
 
 STYLE = """
 body { max-width: 46rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif; color: #222; }
@@ -41,13 +42,7 @@ def heading(content: str) -> str:
 
 def table(rows: Scores) -> str:
     """A table of scores."""
-    columns = columns_of(rows)
-    head = "".join(f"<th>{html_text(column)}</th>" for column in ["", *columns])
-    lines = [
-        f"<tr><td>{html_text(name)}</td>" + "".join(f"<td>{format_score(of.get(c))}</td>" for c in columns) + "</tr>"
-        for name, of in rows.items()
-    ]
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    return html_table(*score_cells(rows))
 
 
 def picture(path: Path, caption: str) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Annotated, Literal
 
 from sslvit.files import brief, expand_path
@@ -12,6 +14,31 @@ from sslvit.settings.views import VIEW_CHOICE, CropSettings, ViewSettings
 MAX_PIXELS = 100_000_000  # a header that promises more is a decompression bomb, not a training image
 MIN_STEPS_PER_EPOCH = 4  # that a batch which is made smaller leaves
 MIN_IMAGES_PER_RANK = 4  # below which it is not made for that
+
+
+def one_source(names: str | Path | Sequence[str | Path] | None) -> str | None:
+    """What is given as data, as one name: several files, as a shell makes them of *.tar, become a pattern.
+
+    Raises:
+        ValueError: Several folders, or names that a pattern cannot hold.
+    """
+    if not names:
+        return None
+    if isinstance(names, (str, Path)):
+        return str(names)
+    words = [str(name) for name in names]
+    if len(words) == 1:
+        return words[0]
+    other = next((name for name in words if not name.endswith(".tar")), None)
+    if other is not None:
+        raise ValueError(
+            f"--data: {len(words)} names, and {brief(other)} is no .tar file. Give one folder, or mix several: "
+            "--data.mixture '{A: 1, B: 1}'"
+        )
+    odd = next((name for name in words if set(name) & set("{},")), None)
+    if odd is not None:
+        raise ValueError(f"--data: {brief(odd)}: braces and commas in a name of several. Give their folder instead.")
+    return f"{{{','.join(words)}}}"
 
 
 @dataclass

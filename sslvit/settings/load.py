@@ -7,11 +7,11 @@ section it comes before the section's other keys, wherever it is written.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, is_dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -24,6 +24,8 @@ from sslvit.settings.run import RunSettings
 
 # a change of the first key takes the second one, which would exclude it or win over it, out of what was said before
 REPLACED = {"data.shards": "data.mixture", "data.mixture": "data.shards", "train.epochs": "train.steps"}
+Settings = TypeVar("Settings")
+MADE_BY = "made_by"  # in a run's config.yaml: the processes that ran it, which is no setting
 FIRST = ("preset", "name", "kind")  # keys that decide what the others of their section mean or start from
 # what reading YAML may raise: its constructors of dates and numbers have errors of their own for damaged ones
 YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError, AttributeError, TypeError, KeyError, OverflowError)
@@ -48,6 +50,7 @@ def load_recipe(
     """
     path = find_recipe(config)
     content = read_yaml(path)
+    content.pop(MADE_BY, None)
     _check_foreign_code(path, content, changes or {})
     recipe, given = list(leaves(RunSettings, content)), list(leaves(RunSettings, changes or {}))
     if dict(recipe).get("data.allow_pipe") and not dict(given).get("data.allow_pipe"):
@@ -103,6 +106,19 @@ def set_keys(kind: type, tree: dict[str, Any], changes: dict[str, Any]) -> None:
             section, _, replaced = REPLACED[key].rpartition(".")
             _find(tree, section).pop(replaced, None)
         _say(kind, tree, key, value)
+
+
+def from_keywords(kind: type[Settings], given: Mapping[str, Any]) -> Settings:
+    """Settings from the keywords of a Python call, sections as names, dicts or dataclasses.
+
+    Raises:
+        ValueError: No such keyword (the nearest is suggested), or a value that does not fit.
+    """
+    tree: dict[str, Any] = {}
+    plain = {key: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+             for key, value in given.items()}  # fmt: skip
+    set_keys(kind, tree, plain)
+    return build(kind, tree)
 
 
 def _say(kind: type, tree: dict[str, Any], key: str, value: Any) -> None:

@@ -1,6 +1,6 @@
 """The run folder: all that a run made, and never overwritten silently.
 
-config.yaml      exactly what ran
+config.yaml      exactly what ran, and under made_by each process that ran it: command, date, host, versions, commits
 metrics.jsonl    one line per logged step, appended
 checkpoints/     last.ckpt
 encoder/         encoder.json + encoder.safetensors
@@ -27,9 +27,11 @@ from typing import Any, Literal
 
 import yaml
 
+from sslvit.environment import describe_process
 from sslvit.files import new_file, printable, remove_stale_parts, to_json, write_atomically, write_error
 from sslvit.locks import lock_folder
-from sslvit.settings.load import YAML_ERRORS
+from sslvit.results import Result
+from sslvit.settings.load import MADE_BY, YAML_ERRORS
 from sslvit.sharded_checkpoint import SHARDS, check_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -50,8 +52,8 @@ class _Dumper(yaml.SafeDumper):
         return super().represent_sequence(tag, sequence, flow_style=is_plain)
 
 
-class RunFolder:
-    """Paths of one run.
+class RunFolder(Result):
+    """Paths of one run, and what they hold.
 
     Args:
         path: the folder.
@@ -72,6 +74,42 @@ class RunFolder:
         self.wandb = self.path / "wandb"
         self.figures = self.path / "figures"
         self.scores = self.path / "scores.json"
+
+    def __fspath__(self) -> str:
+        """The folder, so that a run stands wherever its path does."""
+        return str(self.path)
+
+    def text(self) -> str:
+        """How far the run is, how it ended, and where its encoder is."""
+        found = self.to_dict()
+        lines = [f"run folder {printable(self.path)}"]
+        if last := found["metrics"]:
+            loss = last.get("loss")
+            lines.append(f"step {last['step']:,}" + (f", loss {loss:.4f}" if loss is not None else ""))
+        if found["health"]:
+            lines.append(f"health: {found['health'].get('verdict')}")
+        if found["scores"]:
+            lines.append(self.scores_in_words())
+        lines.append(f"encoder in {self.encoder}" if found["encoder"] else "no encoder yet")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The paths of folder and encoder, the last line of metrics, the scores and the health."""
+        lines = self.read_metrics()
+        return {
+            "path": str(self.path), "encoder": str(self.encoder) if (self.encoder / "encoder.json").exists() else None,
+            "metrics": lines[-1] if lines else None, "scores": _read_json(self.scores),
+            "health": _read_json(self.health),
+        }  # fmt: skip
+
+    def scores_in_words(self) -> str:
+        """The scores of a fine-tuning."""
+        found = json.loads(self.scores.read_text())
+        among = "" if found["top5"] is None else f", top-5 {found['top5']:.1f} %"
+        return (
+            f"top-1 accuracy {found['top1']:.1f} %{among} on {found['images']:,} images of {found['val']}, after the "
+            f"last step; more in {self.scores}"
+        )
 
     def held(self, waits: bool) -> AbstractContextManager[None]:
         """The folder for this process alone, while the block runs.
@@ -177,6 +215,8 @@ class RunFolder:
         for folder in (self.path, self.encoder, self.figures, self.samples, self.incident):
             for name in {left.name.rsplit(".", 2)[0] for left in folder.glob("*.*.part")}:
                 remove_stale_parts(folder / name)
+        earlier = self._made_by() if goes_on else []
+        settings = {**settings, MADE_BY: [*earlier, describe_process()]}
         with new_file(self.config) as part:
             part.write_text(yaml.dump(settings, Dumper=_Dumper, sort_keys=False, width=120))
             if not goes_on:
@@ -233,7 +273,7 @@ class RunFolder:
                 new.writelines(text for text, line in read_lines(path) if line["step"] < step)
 
     def read_config(self) -> dict[str, Any]:
-        """What config.yaml says.
+        """The settings that config.yaml holds.
 
         Raises:
             ValueError: it is missing or damaged.
@@ -245,7 +285,14 @@ class RunFolder:
             raise ValueError(f"{printable(self.config)}: not the settings of a run ({reason}).") from error
         if not isinstance(content, dict):
             raise ValueError(f"{printable(self.config)}: holds no settings, so the run cannot go on.")
+        content.pop(MADE_BY, None)
         return content
+
+    def _made_by(self) -> list[Any]:
+        """The processes that ran it so far, as config.yaml names them."""
+        content = yaml.safe_load(self.config.read_text()) if self.config.exists() else None
+        found = content.get(MADE_BY) if isinstance(content, dict) else None
+        return found if isinstance(found, list) else []
 
     def read_metrics(self) -> list[dict[str, float]]:
         """The lines of metrics.jsonl; a null there is a number that was not finite."""
@@ -260,6 +307,15 @@ class RunFolder:
         """Drop lines after a checkpoint's step, which the resumed run will write again."""
         kept = [line for line in self.read_metrics() if line["step"] <= step]
         write_atomically(self.metrics, "".join(to_json(line) + "\n" for line in kept))
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """What a file of a run holds; None where there is none, or a damaged one."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def append_lines(path: Path, lines: list[dict[str, Any]]) -> None:

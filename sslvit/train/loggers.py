@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import platform
-import shlex
-import sys
 import uuid
+from collections.abc import Sequence
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +12,9 @@ import matplotlib.image
 import pytorch_lightning as pl
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 
-from sslvit import __version__
 from sslvit.data.mixture import Index
 from sslvit.data.stream import StreamIndex
-from sslvit.environment import require_packages
+from sslvit.environment import describe_process, require_packages
 from sslvit.files import write_atomically
 from sslvit.settings import RunSettings, TrainSettings
 from sslvit.train.folder import RunFolder
@@ -36,8 +32,10 @@ def check_loggers(settings: TrainSettings) -> None:
         require_packages("train.wandb", "wandb", "wandb")
 
 
-def make_loggers(settings: RunSettings, folder: RunFolder, index: Index | StreamIndex) -> list[Logger]:
-    """Those that the settings ask for, on the first rank, with all that the run depends on as their configuration.
+def make_loggers(
+    settings: RunSettings, folder: RunFolder, index: Index | StreamIndex, others: Sequence[Logger] = ()
+) -> list[Logger]:
+    """Those that the settings ask for and the user's, on the first rank, told all that the run depends on.
 
     A resumed run goes on in the same run of Weights & Biases.
     """
@@ -52,17 +50,16 @@ def make_loggers(settings: RunSettings, folder: RunFolder, index: Index | Stream
             write_atomically(file, uuid.uuid4().hex[:12] + "\n")
         run_id = file.read_text().strip()
         loggers.append(WandbLogger(folder.path.name, folder.path, id=run_id, project=train.wandb, resume="allow"))
+    loggers += others
     for logger in loggers:
         logger.log_hyperparams(describe_run(settings, index))
     return loggers
 
 
 def describe_run(settings: RunSettings, index: Index | StreamIndex) -> dict[str, Any]:
-    """Settings, data, versions and command, nested: what two runs are compared by."""
+    """Settings, data, versions, commits and command, nested: what two runs are compared by."""
     data = {"location": index.location, "images": len(index), "fingerprint": index.fingerprint()}
-    versions = {name: metadata.version(name) for name in ("torch", "torchvision", "pytorch-lightning", "numpy")}
-    versions |= {"sslvit": __version__, "python": platform.python_version()}
-    return {**asdict(settings), "data_set": data, "versions": versions, "command": shlex.join(sys.argv)}
+    return {**asdict(settings), "data_set": data, **describe_process()}
 
 
 def log_numbers(trainer: pl.Trainer, numbers: dict[str, float], step: int) -> None:

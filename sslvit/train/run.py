@@ -6,6 +6,7 @@ import json
 import logging
 import signal
 import warnings
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins.environments import SLURMEnvironment
+from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from safetensors.torch import save_file
 
@@ -52,13 +55,21 @@ logger = logging.getLogger(__name__)
 PRECISIONS: dict[str, Any] = {"float32": "32-true", "bf16": "bf16-mixed", "float64": "64-true"}  # as Lightning says
 
 
-def pretrain(settings: RunSettings, resume: bool = False, overwrite: bool = False) -> RunFolder:
+def pretrain(
+    settings: RunSettings,
+    resume: bool = False,
+    overwrite: bool = False,
+    callbacks: Sequence[pl.Callback] = (),
+    loggers: Sequence[Logger] = (),
+) -> RunFolder:
     """Pretrain an encoder and leave all that the run made in settings.out.
 
     Args:
         settings: what runs.
         resume: go on from the folder's newest whole checkpoint; at step 0 where the run ended before it wrote one.
         overwrite: delete an earlier run in the folder first.
+        callbacks: others, which act after those of the run.
+        loggers: others, beside those that the settings ask for.
 
     Raises:
         ValueError: settings that cannot work together, or a folder that is in use; before any work is done.
@@ -69,7 +80,7 @@ def pretrain(settings: RunSettings, resume: bool = False, overwrite: bool = Fals
         with folder.held(waits=resume) if is_first else nullcontext():
             if is_first:
                 folder.check(resume, overwrite)
-            return _pretrain(settings, folder, is_first, goes_on=resume and folder.goes_on)
+            return _pretrain(settings, folder, is_first, resume and folder.goes_on, callbacks, loggers)
     except Preempted as error:
         if is_first and settings.train.requeue and not error.is_requeued:
             requeue()
@@ -77,7 +88,10 @@ def pretrain(settings: RunSettings, resume: bool = False, overwrite: bool = Fals
         raise
 
 
-def _pretrain(settings: RunSettings, folder: RunFolder, is_first: bool, goes_on: bool) -> RunFolder:
+def _pretrain(
+    settings: RunSettings, folder: RunFolder, is_first: bool, goes_on: bool, callbacks: Sequence[pl.Callback],
+    loggers: Sequence[Logger],
+) -> RunFolder:  # fmt: skip
     train = settings.train
     if goes_on:
         settings = keep_start(settings, folder)
@@ -107,10 +121,10 @@ def _pretrain(settings: RunSettings, folder: RunFolder, is_first: bool, goes_on:
         check_resumed(folder, checkpoint, settings, data, task)
     if (mode := compile_mode(train)) is not None:
         compile_task(task, mode)
-    trainer = make_trainer(settings, folder, data)
+    trainer = make_trainer(settings, folder, data, callbacks)
     if is_first:
         folder.start(asdict(settings), goes_on)
-        trainer.loggers = make_loggers(settings, folder, index)
+        trainer.loggers = make_loggers(settings, folder, index, loggers)
         _announce(settings, data, task, trainer)
         if notice:
             logger.info(notice)
@@ -139,9 +153,11 @@ def _pretrain(settings: RunSettings, folder: RunFolder, is_first: bool, goes_on:
             raise KeyboardInterrupt(
                 f"stopped at step {trainer.global_step} of {run.total_steps}{_resume_hint(folder)}"
             ) from error
-    if trainer.global_step != run.total_steps:
+    if trainer.global_step != run.total_steps and not trainer.should_stop:
         raise RuntimeError(f"training ended at step {trainer.global_step} instead of {run.total_steps}.")
     if trainer.is_global_zero:
+        if trainer.global_step != run.total_steps:
+            logger.info(f"a callback ended the run at step {trainer.global_step} of {run.total_steps}")
         with stopping_at_once(" after the last step; --resume draws the figures"):
             _finish(settings, folder, data, task, trainer)
     return folder
@@ -158,7 +174,9 @@ def _resume_hint(folder: RunFolder) -> str:
     return "; go on from its last checkpoint with --resume" if folder.checkpoint.exists() else ""
 
 
-def make_trainer(settings: RunSettings, folder: RunFolder, data: ShardDataModule) -> pl.Trainer:
+def make_trainer(
+    settings: RunSettings, folder: RunFolder, data: ShardDataModule, callbacks: Sequence[pl.Callback] = ()
+) -> pl.Trainer:
     """Lightning's Trainer for one run: one pass of `total_steps` global batches, our order, our files."""
     train = settings.train
     plugins: list[Any] = [AtomicCheckpointIO(train)]
@@ -182,11 +200,11 @@ def make_trainer(settings: RunSettings, folder: RunFolder, data: ShardDataModule
             sync_batchnorm=trains_on_gpu(train),  # torch has it for GPUs only
             deterministic=train.deterministic or None,
             logger=False,
-            enable_checkpointing=False,
+            enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),  # ours are files
             enable_progress_bar=False,
             enable_model_summary=False,
             plugins=plugins,
-            callbacks=make_callbacks(settings, folder, data, clock),
+            callbacks=make_callbacks(settings, folder, data, clock, callbacks),
             default_root_dir=folder.path,
         )
 

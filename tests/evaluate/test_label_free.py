@@ -169,7 +169,7 @@ def test_effective_rank_and_deviation_are_their_formulas() -> None:
 
 def test_the_crops_that_should_agree_are_drawn_by_seed(here: Path) -> None:
     data = LabeledSet(load_index(here / "plain"), 3)
-    one, same, other = (measure_health(make(), data, seed=seed)["encoder"] for seed in (0, 0, 1))
+    one, same, other = (measure_health({"encoder": make()}, data, seed=seed)["encoder"] for seed in (0, 0, 1))
     assert one == same
     assert other["alignment"] != one["alignment"]
     assert other["rankme"] == one["rankme"]  # of center views

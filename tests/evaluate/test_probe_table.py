@@ -118,7 +118,7 @@ def test_the_table_has_baselines_and_solves_an_easy_set(shards: Path) -> None:
     assert probe({"again": make()}, settings).rows["raw pixels"] == table.rows["raw pixels"]
     assert "raw pixels" in table.text()
     assert "images: up to ± 25.3 (95 %)" in table.text()
-    assert table.as_dict()["intervals"]["mine"]["kNN, k = 3"] is None
+    assert table.to_dict()["intervals"]["mine"]["kNN, k = 3"] is None
 
 
 def test_seeds_draw_the_untrained_weights_anew(shards: Path) -> None:

@@ -89,7 +89,7 @@ def test_probe_and_bench_say_the_same_of_the_same_data(shards: Path) -> None:
     cells = json.loads(run.run()["table.json"].read_text())["cells"]
     of_bench = {(cell["row"], cell["column"]): (cell["mean"], cell["interval"]) for cell in cells}
     names = {"raw pixels": "raw pixels", "untrained encoder": "mine untrained", "mine": "mine"}
-    of_probe = table.as_dict()
+    of_probe = table.to_dict()
     for row, other in names.items():
         for column, short in (("linear, 5 per class", "few"), ("kNN, k = 3", "knn")):
             mine = of_probe["rows"][row][column], of_probe["intervals"][row][column]
@@ -104,7 +104,7 @@ def test_probe_and_bench_say_the_same_of_the_same_data(shards: Path) -> None:
 
 def test_a_table_of_one_seed_names_draws() -> None:
     about = {"val_images": 100, "train_images": 100, "neighbors": [], "seeds": 1, "draws": 5, "probed": {}}
-    assert "mean over 5 draws of labels" in ProbeTable({"mine": {"few": [1.0, 2.0]}}, about).text()
+    assert "mean over 5 draws of labels" in ProbeTable({"mine": {"few": [1.0, 2.0]}}, about).notes()
 
 
 def test_every_draw_of_every_seed_is_another_choice_of_labels(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import jaxtyping
 import pytest
 
-from sslvit.export import torch as program
+from sslvit.exporters import torch as program
 
 
 @pytest.fixture(autouse=True)

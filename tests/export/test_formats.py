@@ -23,10 +23,10 @@ from safetensors.torch import save_file
 from sslvit.checkpoint import load_encoder, save_encoder
 from sslvit.cli import main
 from sslvit.data.resample import normalize
-from sslvit.export import EXPORTERS, export_encoder
-from sslvit.export import timm as timm_format
-from sslvit.export.exported import Exported, with_outputs
-from sslvit.export.verify import (
+from sslvit.exporters import EXPORTERS, export_encoder
+from sslvit.exporters import timm as timm_format
+from sslvit.exporters.exported import Exported, with_outputs
+from sslvit.exporters.verify import (
     check_inputs,
     compare,
     compare_preprocessing,
@@ -316,7 +316,9 @@ def test_an_onnx_file_says_its_opset_and_how_images_reach_it(tmp_path: Path, mon
         ("onnx", "logits", {}), ("safetensors", "logits", {}), ("safetensors", "features", {}),
     ],
 )  # fmt: skip
-def test_the_snippet_of_a_card_gives_what_the_card_says(tmp_path: Path, kind: str, outputs: str, options: dict) -> None:
+def test_the_snippet_of_a_card_runs_in_its_folder_and_gives_what_the_card_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, outputs: str, options: dict
+) -> None:
     saved(tmp_path / "e", **options)
     head = {"head.weight": torch.randn(3, 32), "head.bias": torch.randn(3)}
     save_file(head, tmp_path / "e" / "head.safetensors", {"classes": '["a", "b", "c"]'})
@@ -324,9 +326,11 @@ def test_the_snippet_of_a_card_gives_what_the_card_says(tmp_path: Path, kind: st
     exported = with_outputs(load_encoder(tmp_path / "e"), tmp_path / "e", outputs)
     size = (*exported.settings.image_size, 3)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, size, np.uint8))
+    image.save(tmp_path / "out" / "photo.jpg", format="PNG")
     images = evaluation_view(image, exported.settings)[None]
     (snippet,) = re.findall(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.DOTALL)
-    left = {"image": image, "images": images.numpy() if kind == "onnx" else images}
+    monkeypatch.chdir(tmp_path / "out")
+    left: dict = {}
     exec(compile(snippet, "README.md", "exec"), left)
     torch.testing.assert_close(torch.as_tensor(left[outputs]), exported(images), atol=1e-4, rtol=1e-4)
 
@@ -511,14 +515,18 @@ def test_exports_show_what_evaluation_shows(tmp_path: Path, options: dict, pct: 
         IGPT | {"crop_mode": "squash", "interpolation": "bilinear"},
     ],
 )  # fmt: skip
-def test_the_snippet_of_a_card_cuts_what_evaluation_cuts(tmp_path: Path, options: dict) -> None:
+def test_the_snippet_of_a_card_cuts_what_evaluation_cuts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict
+) -> None:
     saved(tmp_path / "e", **{"image_size": 56, "patch": 14} | options)
     export_encoder(tmp_path / "e", tmp_path / "out", "transformers")
     rows, columns = np.mgrid[0:160, 0:320] / 40
     waves = [127 + 90 * np.sin(rows + columns * (1 + channel)) for channel in range(3)]
     image = Image.fromarray(np.stack(waves, 2).astype(np.uint8))
     (snippet,) = re.findall(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.DOTALL)
-    left = {"image": image}
+    image.save(tmp_path / "out" / "photo.jpg", format="PNG")
+    monkeypatch.chdir(tmp_path / "out")
+    left: dict = {}
     exec(compile(snippet, "README.md", "exec"), left)
     encoder = load_encoder(tmp_path / "e")
     expected = evaluated(image, encoder.settings)

@@ -146,7 +146,7 @@ def test_a_view_from_outside_is_what_training_sees(shards: Path, tmp_path: Path)
 def test_an_exporter_from_outside_is_reopened_and_compared(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     settings = sslvit.EncoderSettings(image_size=8, patch=4, width=16, depth=1, heads=2)
     sslvit.save_encoder(sslvit.ViTEncoder(settings), tmp_path / "encoder")
-    (tmp_path / "mine.py").write_text("import sslvit.export.safetensors as exporter\n")
+    (tmp_path / "mine.py").write_text("import sslvit.exporters.safetensors as exporter\n")
     sys.path.insert(0, str(tmp_path))
     try:
         words = ["export", str(tmp_path / "encoder"), str(tmp_path / "out"), "--format", "mine:exporter"]

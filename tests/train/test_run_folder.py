@@ -5,20 +5,24 @@ from __future__ import annotations
 import errno
 import json
 import os
+import platform
 import signal
 import subprocess
 import zipfile
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from run_fixtures import TINY, metrics, run, same, weights
 
 import sslvit
 from sslvit.cli import main
 from sslvit.settings import TrainSettings
+from sslvit.settings.load import load_recipe
 from sslvit.sharded_checkpoint import check_checkpoint, read_checkpoint, write_checkpoint
 from sslvit.stopping import Preempted
 from sslvit.tasks import task_class
@@ -555,3 +559,23 @@ def test_a_full_disk_names_the_file_that_it_did_not_take(
     said = capsys.readouterr().err
     assert said.startswith(f"sslvit: error: {full}: could not be written (No space left on device). Make room")
     assert said.count("\n") == 1
+
+
+def test_the_settings_name_each_process_that_ran(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["sslvit", "pretrain", "--config", "mae/digits"])
+    folder = run(shards, tmp_path / "run")
+    (made,) = yaml.safe_load(folder.config.read_text())["made_by"]
+    assert made["command"] == "sslvit pretrain --config mae/digits"
+    assert made["host"] == platform.node()
+    assert made["versions"].keys() >= {"sslvit", "python", "torch", "pytorch-lightning"}
+    assert made["commits"].keys() == {"sslvit", "working_directory"}
+    assert abs(datetime.fromisoformat(made["date"]) - datetime.now().astimezone()).total_seconds() < 600
+    assert "made_by" not in folder.read_config()
+    again = load_recipe(folder.config, {"out": str(tmp_path / "again")})  # a run's settings are a recipe
+    assert again.train.steps == 7
+    sslvit.resume(folder, **{"train.steps": 9})
+    kept = yaml.safe_load(folder.config.read_text())["made_by"]
+    assert len(kept) == 2
+    assert kept[0] == made
+    described = json.loads((folder.encoder / "encoder.json").read_text())["provenance"]
+    assert "made_by" not in described["settings"]  # a host's name is nothing for those who get the encoder

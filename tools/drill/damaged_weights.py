@@ -17,7 +17,7 @@ from mutations import damage_bytes, damage_json, damage_values, damage_yaml, odd
 from targets import Payload, Reader, Shared, Target, copied, one_file
 
 from sslvit.checkpoint import load_encoder
-from sslvit.export import export_encoder
+from sslvit.exporters import export_encoder
 from sslvit.settings.bench import load_bench
 from sslvit.settings.load import load_recipe, recipes_folder
 from sslvit.train.folder import RunFolder

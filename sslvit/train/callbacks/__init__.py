@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytorch_lightning as pl
 
 from sslvit.data.module import ShardDataModule
@@ -20,7 +22,9 @@ from sslvit.train.forecast import mfu_per_throughput
 from sslvit.train.timing import Clock
 
 
-def make_callbacks(settings: RunSettings, folder: RunFolder, data: ShardDataModule, clock: Clock) -> list[pl.Callback]:
+def make_callbacks(
+    settings: RunSettings, folder: RunFolder, data: ShardDataModule, clock: Clock, others: Sequence[pl.Callback] = ()
+) -> list[pl.Callback]:
     """The callbacks of a run.
 
     Args:
@@ -28,6 +32,7 @@ def make_callbacks(settings: RunSettings, folder: RunFolder, data: ShardDataModu
         folder: The run's folder.
         data: The training data.
         clock: Is told where a step's time goes.
+        others: The user's.
     """
     run, train, index = data.run, settings.train, data.index
     waits_every = (train.log_every, train.checkpoint_every, STEPS_BETWEEN_COUNTS)
@@ -42,6 +47,7 @@ def make_callbacks(settings: RunSettings, folder: RunFolder, data: ShardDataModu
         Health(folder, run, train.log_every),  # records measures,
         *scoring(settings, folder, index, run.total_steps),  # and these scores,
         RunLog(folder, run, train.log_every, clock, mfu_per_throughput(settings, index)),  # before the line is written,
+        *others,  # may stop the run, which a checkpoint then ends
         Checkpoints(folder, train, run.total_steps),  # which a checkpoint of this step counts on
         Preemption(peers, folder, run.total_steps),  # after the checkpoint, which it need not write again
         WaitForData(clock),  # last: from here on the next batch is waited for

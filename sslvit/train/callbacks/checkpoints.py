@@ -35,7 +35,8 @@ class Checkpoints(StepCallback):
 
     def on_step(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Write a checkpoint when one is due."""
-        if self.step % self.settings.checkpoint_every and self.step != self.total_steps:
+        is_last = self.step == self.total_steps or trainer.should_stop  # as a callback of the user may decide
+        if self.step % self.settings.checkpoint_every and not is_last:
             return
         save_checkpoint(trainer, self.folder.checkpoint)
 

@@ -287,7 +287,7 @@ FAULTS = [
     Fault("A writer in the background sees later steps", CHECKPOINT_IO,
           'value.detach().to("cpu", copy=True)', 'value.detach().to("cpu")', (KEPT,)),
     Fault("No checkpoint is written after the last step", f"{CALLBACKS}/checkpoints.py",
-          "if self.step % self.settings.checkpoint_every and self.step != self.total_steps:",
+          "if self.step % self.settings.checkpoint_every and not is_last:",
           "if self.step % self.settings.checkpoint_every:", (KEPT,)),
     Fault("The student is saved for the teacher", RUN,
           "save_encoder(task.trained_encoder,", "save_encoder(task.encoder,", ("tests/train/test_run.py",)),

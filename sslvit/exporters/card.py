@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from sslvit import __version__
 from sslvit.checkpoint import fingerprint
 from sslvit.evaluate.scores import markdown_table, markdown_text
-from sslvit.export.cropping import whole_pixel_fraction
-from sslvit.export.exported import Exported
+from sslvit.exporters.cropping import whole_pixel_fraction
+from sslvit.exporters.exported import Exported
 from sslvit.files import printable
 from sslvit.models import ViTEncoder
+from sslvit.settings import TASK_SETTINGS
 from sslvit.settings.encoder import crop_words
 
 CARD = ("card.json", "README.md")
+LIBRARIES = {"timm": "timm", "transformers": "transformers", "onnx": "onnx", "torch": "pytorch"}  # the Hub's names
 OMITTED = ("out", "init", "seed", "online")  # of a run's settings: the author's own paths, and what changes no weight
 
 
@@ -84,9 +89,44 @@ def fingerprints_in(scores: dict[str, Any]) -> dict[str, str]:
     return {row: value for row, value in named.items() if isinstance(value, str)}
 
 
-def quote(path: str | Path) -> str:
-    """A path as it is written between the quotes of a program."""
-    return json.dumps(str(path), ensure_ascii=not str(path).isprintable())[1:-1]
+def hub_header(card: dict[str, Any], name: str) -> dict[str, Any]:
+    """What Hugging Face's Hub reads at the top of a card; the license is the author's to choose."""
+    is_classifier = card["outputs"] == "logits"
+    task = [card["task"]] if card["task"] in TASK_SETTINGS else []
+    header: dict[str, Any] = {
+        "license": "unknown", "library_name": LIBRARIES.get(card["format"], "sslvit"),
+        "pipeline_tag": "image-classification" if is_classifier else "image-feature-extraction",
+        "tags": ["sslvit", "vision-transformer", "self-supervised-learning", *task],
+    }  # fmt: skip
+    results = [result for content in card["scores"].values() if (result := _hub_result(content, card["fingerprint"]))]
+    if results:
+        header["model-index"] = [{"name": _plain(name), "results": results}]
+    return header
+
+
+def _hub_result(content: dict[str, Any], own: str) -> dict[str, Any] | None:
+    """This encoder's scores of one file, as the Hub lists them; None where the file does not name it."""
+    about = content.get("about")
+    data = content.get("val") or (about.get("val") if isinstance(about, dict) else None)
+    if isinstance(top1 := content.get("top1"), float):
+        scores = {"top-1 accuracy": [top1]}
+    else:
+        rows = [row for row, value in fingerprints_in(content).items() if value == own]
+        scores = _table(content.get("rows")).get(rows[0], {}) if rows else {}
+    if not scores or not isinstance(data, str):
+        return None
+    return {
+        "task": {"type": "image-classification"}, "dataset": {"name": _plain(data), "type": "image-folder"},
+        "metrics": [
+            {"type": "accuracy", "name": _plain(column), "value": round(values[0], 2)}
+            for column, values in scores.items()
+        ],
+    }  # fmt: skip
+
+
+def _plain(text: str) -> str:
+    """A name from a file with nothing in it that a page could take for more."""
+    return re.sub(r"[^\w ,.%=()/+-]", "_", printable(text))
 
 
 def write_card(card: dict[str, Any], verdict: dict[str, Any], usage: str, folder: Path, name: str) -> None:
@@ -99,7 +139,9 @@ def _lines(card: dict[str, Any], verdict: dict[str, Any], usage: str, name: str)
     encoder, prepared = card["encoder"], card["preprocessing"]
     height, width = prepared["size"]
     crop = f"{prepared['crop'][0].upper()}{prepared['crop'][1:]}"
+    header = yaml.safe_dump(hub_header(card, name), sort_keys=False, allow_unicode=True, width=1000)
     lines = [
+        "---", header.rstrip(), "---", "",
         f"# {markdown_text(name)}", "",
         f"A vision transformer of {card['parameters'] / 1e6:.1f} M parameters ({encoder['depth']} blocks, width "
         f"{encoder['width']}, {encoder['heads']} heads, patch {encoder['patch']}), written by sslvit {card['sslvit']} "
@@ -107,7 +149,8 @@ def _lines(card: dict[str, Any], verdict: dict[str, Any], usage: str, name: str)
         "```python", usage, "```", "",
         "## Preprocessing", "",
         f"{crop}, resized to {height} x {width} ({prepared['interpolation']}); pixels from "
-        f"0 to 1, minus mean {_numbers(prepared['mean'])}, over std {_numbers(prepared['std'])}.",
+        f"0 to 1, minus mean {_numbers(prepared['mean'])}, over std {_numbers(prepared['std'])}."
+        + (" encoder.preprocess does this." if card["format"] == "safetensors" else ""),
         "It takes images of this size only." if card["image_sizes"] == "fixed"
         else f"It takes other sizes too, in multiples of {encoder['patch']}.", "",
         "## Origin", "",

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from sslvit.data.loader import view_of_image
 from sslvit.data.resample import normalize
-from sslvit.export.cropping import resized_sides, whole_pixel_fraction
-from sslvit.export.exported import Exported, Reopened
+from sslvit.exporters.cropping import resized_sides, whole_pixel_fraction
+from sslvit.exporters.exported import Exported, Reopened
 from sslvit.files import printable
 from sslvit.settings import EncoderSettings
 

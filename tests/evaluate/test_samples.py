@@ -11,7 +11,7 @@ from PIL import Image
 from shard_fixtures import image_folder
 
 from sslvit.cli import main
-from sslvit.report import samples
+from sslvit.evaluate import samples
 from sslvit.run_plan import RunPlan
 from sslvit.settings import EncoderSettings, IGPTSettings, OptimSettings
 from sslvit.tasks.igpt import IGPT

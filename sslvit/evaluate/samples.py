@@ -1,9 +1,11 @@
-"""Figures of images sampled from a model of pixels: unconditionally, or given the first rows of an image."""
+"""Images sampled from a model of pixels: unconditionally, or given the first rows of an image."""
 
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from sslvit.figures import plot_images
 from sslvit.files import printable
 from sslvit.models.igpt import IGPTModel, completion_rows, to_display
 from sslvit.models.sampling import complete
+from sslvit.results import Result
 from sslvit.settings.sample import SampleSettings
 from sslvit.settings.views import CenterSettings
 
@@ -24,18 +27,47 @@ logger = logging.getLogger(__name__)
 COLUMNS = 8  # images in a row of generated ones
 
 
-def plot_samples(model: IGPTModel, out: str | Path, count: int, settings: SampleSettings) -> Path:
-    """Sample images unconditionally, and plot them."""
+@dataclass(repr=False)
+class SampledImages(Result):
+    """Images that a model of pixels has made.
+
+    Args:
+        images: Sampled images 'n c h w' in [0, 1]; completions of one image after those of the other.
+        rows: What the picture shows, row by row: samples, or inputs, their completions and the originals.
+        titles: Titles of the rows.
+        path: The picture, once it is drawn.
+    """
+
+    images: np.ndarray
+    rows: list[np.ndarray]
+    titles: list[str]
+    path: Path | None = None
+
+    def text(self) -> str:
+        """The picture; where none is drawn, what the images are."""
+        return str(self.path) if self.path else " x ".join(map(str, self.images.shape)) + " (images, channels, sides)"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The picture, and the size of the images."""
+        return {"path": self.path and str(self.path), "shape": list(self.images.shape)}
+
+    def save(self, path: str | Path) -> None:
+        """Draw the picture."""
+        self.path = plot_images(path, self.rows, self.titles)
+
+
+def sample_images(model: IGPTModel, count: int, settings: SampleSettings) -> SampledImages:
+    """Sample images unconditionally."""
     nothing = torch.zeros(count, 0, dtype=torch.long)
     images = to_display(model.encoder, complete(model.encoder, model.head, nothing, settings))
     rows = [images[start : start + COLUMNS] for start in range(0, count, COLUMNS)]
-    return plot_images(out, rows, [""] * len(rows))
+    return SampledImages(images, rows, [""] * len(rows))
 
 
-def plot_completions(
-    model: IGPTModel, images: str, out: str | Path, count: int, given: float, draws: int, settings: SampleSettings
-) -> Path:
-    """Complete the first images of a data set, and plot input, completions and original.
+def complete_images(
+    model: IGPTModel, images: str, count: int, given: float, draws: int, settings: SampleSettings
+) -> SampledImages:
+    """Complete the first images of a data set; the rows are input, completions and original.
 
     The model is given a fraction of the pixels, row by row from the top.
 
@@ -60,4 +92,5 @@ def plot_completions(
     colors = embed.quantize(view)  # b n
     completed = complete(model.encoder, model.head, colors[:, :known].repeat(draws, 1), settings)
     titles, rows = completion_rows(model.encoder, colors, known, list(completed.chunk(draws)))
-    return plot_images(out, rows, titles)
+    made = np.stack(rows[1:-1], 1)  # b draws c h w
+    return SampledImages(made.reshape(-1, *made.shape[2:]), rows, titles)

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from sslvit.environment import require_packages
-from sslvit.export import torch as program
-from sslvit.export.exported import Exported, Reopened
+from sslvit.exporters import torch as program
+from sslvit.exporters.cropping import array_snippet
+from sslvit.exporters.exported import Exported, Reopened
 from sslvit.settings.encoder import crop_words
 
 FILE = "model.onnx"
@@ -121,7 +122,9 @@ def layer_scales(exported: Exported) -> dict[str, Tensor]:
 
 def usage(exported: Exported, is_fixed: bool) -> str:
     """Lines of Python that open it."""
-    return f"""import onnxruntime
-
-session = onnxruntime.InferenceSession("FOLDER/{FILE}")
-({exported.outputs},) = session.run(None, {{"images": images}})  # float32 'b c h w', prepared as above"""
+    lines = [
+        "import numpy as np", "import onnxruntime", "from PIL import Image, ImageOps", "",
+        f'session = onnxruntime.InferenceSession("{FILE}")', *array_snippet(exported.settings),
+        f'({exported.outputs},) = session.run(None, {{"images": images}})',
+    ]  # fmt: skip
+    return "\n".join(lines)

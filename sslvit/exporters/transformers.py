@@ -16,9 +16,9 @@ from PIL.Image import Image
 from torch import Tensor
 
 from sslvit.environment import require_packages
-from sslvit.export import plain_vit
-from sslvit.export.cropping import fit, fit_snippet, is_fitted, resized_sides
-from sslvit.export.exported import Exported, Reopened, save_tensors
+from sslvit.exporters import plain_vit
+from sslvit.exporters.cropping import fit, fit_snippet, is_fitted, open_snippet, resized_sides
+from sslvit.exporters.exported import Exported, Reopened, save_tensors
 from sslvit.layouts import openai_igpt
 from sslvit.layouts.transformers import rename, to_transformers
 from sslvit.settings import EncoderSettings
@@ -263,10 +263,11 @@ def usage(exported: Exported, is_fixed: bool) -> str:
     more = ", add_pooling_layer=False" if is_vit and outputs != "logits" else ""
     lines = [
         *(["import torch"] if settings.tokens == "pixel" else []),
-        *(["from PIL import Image, ImageOps"] if is_fitted(settings) else []),
+        "from PIL import Image, ImageOps",
         f"from transformers import AutoImageProcessor, {auto}", "",
-        'processor = AutoImageProcessor.from_pretrained("FOLDER")',
-        f'model = {auto}.from_pretrained("FOLDER"{more}).eval()',
+        'processor = AutoImageProcessor.from_pretrained(".")',
+        f'model = {auto}.from_pretrained("."{more}).eval()',
+        open_snippet(settings),
     ]  # fmt: skip
     if is_fitted(settings):
         lines.append(f"{fit_snippet(settings)}  # the processor would squash it")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,12 +11,13 @@ from PIL.Image import Image
 from torch import Tensor
 
 from sslvit.checkpoint import load_encoder
-from sslvit.export import destination, onnx, safetensors, timm, torch, transformers, verify
-from sslvit.export.card import CARD, known_scores, make_card, quote, write_card
-from sslvit.export.destination import IN_PROGRESS, VERDICT, complete_or_removed, is_write_failure
-from sslvit.export.exported import Exported, Reopened, with_outputs
+from sslvit.exporters import destination, onnx, safetensors, timm, torch, transformers, verify
+from sslvit.exporters.card import CARD, known_scores, make_card, write_card
+from sslvit.exporters.destination import IN_PROGRESS, VERDICT, complete_or_removed, is_write_failure
+from sslvit.exporters.exported import Exported, Reopened, with_outputs
 from sslvit.files import to_json
 from sslvit.progress import quiet_libraries
+from sslvit.results import Result
 from sslvit.settings.choices import import_object
 
 
@@ -35,7 +37,7 @@ class Exporter(Protocol):
         """Tensors as they should be, and as the library has them, under the same names."""
 
     def usage(self, exported: Exported, is_fixed: bool) -> str:
-        """Lines of Python that open it; FOLDER stands for the folder."""
+        """Lines of Python that open it in its own folder and show it photo.jpg there."""
 
 
 @runtime_checkable
@@ -54,6 +56,32 @@ class FoldsWeights(Protocol):
         """The program with every LayerScale set to one, so that no block is faint."""
 
 
+@dataclass(repr=False)
+class Export(Result):
+    """An encoder in another library's format, reopened there and compared.
+
+    Args:
+        path: The folder.
+        verdict: How near its outputs come to the encoder's, which is also in verdict.json.
+    """
+
+    path: Path
+    verdict: dict[str, Any]
+
+    def text(self) -> str:
+        """The verdict in one line."""
+        found = self.verdict
+        return (
+            f"{self.path}: reopened in {found['format']} and compared; largest difference "
+            f"{found['largest_difference']:.1e} (allowed {found['tolerance']:.0e}); images of "
+            f"{'one size' if found['image_sizes'] == 'fixed' else 'any size'}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The verdict."""
+        return self.verdict
+
+
 EXPORTERS: dict[str, Exporter] = {
     "timm": timm, "transformers": transformers, "onnx": onnx, "torch": torch, "safetensors": safetensors,
 }  # fmt: skip
@@ -70,7 +98,9 @@ def find_exporter(name: str, allow_foreign_code: bool = False) -> Exporter:
             )
         exporter: Exporter = import_object("--format", name)
         if missing := [part for part in EXPORTER_PARTS if not hasattr(exporter, part)]:
-            raise ValueError(f"--format {name}: not an exporter (no {', '.join(missing)}; see sslvit.export.Exporter).")
+            raise ValueError(
+                f"--format {name}: not an exporter (no {', '.join(missing)}; see sslvit.exporters.Exporter)."
+            )
         return exporter
     if name not in EXPORTERS:
         raise ValueError(f"--format {name}: not one of {', '.join(EXPORTERS)}.")
@@ -130,7 +160,7 @@ def export_encoder(
         if failure:
             raise RuntimeError(f"{out}: not written, because {failure}; what was tried is in {part}.")
         card = make_card(exported, source, kind, is_fixed, files)
-        write_card(card, verdict, exporter.usage(exported, is_fixed).replace("FOLDER", quote(out)), part, out.name)
+        write_card(card, verdict, exporter.usage(exported, is_fixed), part, out.name)
     destination.move_into_place(part, out)
     return verdict
 

@@ -16,9 +16,9 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from sslvit.environment import require_packages
-from sslvit.export import plain_vit
-from sslvit.export.cropping import resized_sides
-from sslvit.export.exported import Exported, save_tensors
+from sslvit.exporters import plain_vit
+from sslvit.exporters.cropping import open_snippet, resized_sides
+from sslvit.exporters.exported import Exported, save_tensors
 from sslvit.layouts.timm import from_sslvit
 from sslvit.settings import EncoderSettings
 
@@ -135,7 +135,9 @@ def preprocessing(folder: Path, exported: Exported) -> Callable[[Image], Tensor]
 def usage(exported: Exported, is_fixed: bool) -> str:
     """Lines of Python that open it."""
     return f"""import timm
+from PIL import Image, ImageOps
 
-model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
+model = timm.create_model("local-dir:.", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+{open_snippet(exported.settings)}
 {exported.outputs} = model(transform(image)[None])"""

@@ -39,6 +39,26 @@ def fit(image: Image, settings: EncoderSettings) -> Image:
     return ImageOps.fit(image, (width, height), resampling, bleed=cut)
 
 
+def open_snippet(settings: EncoderSettings) -> str:
+    """A line of Python that opens a photograph, turned upright, in the encoder's channels."""
+    mode = "L" if settings.channels == 1 else "RGB"
+    return f'image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("{mode}")'
+
+
+def array_snippet(settings: EncoderSettings) -> list[str]:
+    """Lines of Python that make a batch of a photograph, for a program that takes prepared pixels."""
+    if settings.channels not in (1, 3):
+        shape = (1, settings.channels, *settings.size)
+        return [f"images = np.zeros({shape}, np.float32)  # prepared as below"]
+    return [
+        open_snippet(settings),
+        fit_snippet(settings),
+        "pixels = np.atleast_3d(np.asarray(image, np.float32)) / 255",
+        f"pixels = (pixels - np.float32({settings.mean!r})) / np.float32({settings.std!r})",
+        "images = pixels.transpose(2, 0, 1)[None]",
+    ]
+
+
 def fit_snippet(settings: EncoderSettings) -> str:
     """`fit` as a line of Python."""
     height, width = settings.size

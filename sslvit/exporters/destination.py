@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from sslvit.export.card import CARD
+from sslvit.exporters.card import CARD
 from sslvit.files import WriteError, is_disk_error, write_error
 
 VERDICT = "verdict.json"

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-from sslvit.export.exported import Exported, Reopened
+from sslvit.exporters.cropping import array_snippet
+from sslvit.exporters.exported import Exported, Reopened
 
 FILE = "model.pt2"
 MAX_PATCHES = 4096  # rows or columns of dynamic sizes
@@ -71,7 +72,9 @@ def weights(folder: Path, exported: Exported) -> tuple[dict[str, Tensor], dict[s
 
 def usage(exported: Exported, is_fixed: bool) -> str:
     """Lines of Python that open it."""
-    return f"""import torch
-
-model = torch.export.load("FOLDER/{FILE}").module()
-{exported.outputs} = model(images)"""
+    lines = [
+        "import numpy as np", "import torch", "from PIL import Image, ImageOps", "",
+        f'model = torch.export.load("{FILE}").module()', *array_snippet(exported.settings),
+        f"{exported.outputs} = model(torch.from_numpy(images))",
+    ]  # fmt: skip
+    return "\n".join(lines)

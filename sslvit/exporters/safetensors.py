@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sslvit.checkpoint import HEAD, load_encoder, save_encoder
-from sslvit.export.exported import Exported, with_outputs
+from sslvit.exporters.exported import Exported, with_outputs
 
 
 def check(exported: Exported, size: str | None) -> bool:
@@ -41,11 +41,12 @@ def weights(folder: Path, exported: Exported) -> tuple[dict[str, Tensor], dict[s
 
 def usage(exported: Exported, is_fixed: bool) -> str:
     """Lines of Python that open it."""
-    lines = ["import sslvit", "", 'encoder = sslvit.load_encoder("FOLDER")']
+    lines = ["import sslvit", "", 'encoder = sslvit.load_encoder(".")']
     if exported.outputs == "logits":
-        lines = ["from safetensors.torch import load_file", *lines, f'head = load_file("FOLDER/{HEAD}")']
+        lines = ["from safetensors.torch import load_file", *lines, f'head = load_file("{HEAD}")']
     call = {
         "tokens": "encoder(images)", "features": "encoder.features(images)",
         "logits": 'encoder.pool(encoder(images)) @ head["head.weight"].T + head["head.bias"]',
     }  # fmt: skip
+    lines.append('images = encoder.preprocess("photo.jpg")')
     return "\n".join([*lines, f"{exported.outputs} = {call[exported.outputs]}"])

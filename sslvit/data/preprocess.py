@@ -1,0 +1,84 @@
+"""Images as people have them -> the batch that evaluation would make of them."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from sslvit.data.array_images import ArrayImages
+from sslvit.data.header import BadImage
+from sslvit.data.loader import normalize_view, view_of_image
+from sslvit.files import brief, expand_path, printable
+from sslvit.settings import EncoderSettings
+
+ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
+AS_TIFF = {"CMYK", "YCbCr", "LAB", "HSV"}  # modes that PNG has not
+FLOATS = (
+    "holds {}, and nothing says which value is white. Give 8 or 16 bits, such as (image * 255).round().astype('uint8') "
+    "for values from 0 to 1."
+)
+
+
+def preprocess(images: ImageLike | Sequence[ImageLike], encoder: EncoderSettings) -> Tensor:
+    """Normalized images 'b c h w' as evaluation sees them: turned upright, cropped, resized, in the encoder's channels.
+
+    Args:
+        images: An image, or several: paths, PIL images, or arrays 'h w' or 'h w c' of 8 or 16 bits.
+        encoder: How the encoder sees images.
+
+    Raises:
+        ValueError: Something that is no such image; floating-point values, whose range nothing tells.
+        FileNotFoundError: No such file.
+    """
+    several = list(images) if isinstance(images, Sequence) and not isinstance(images, str) else [images]
+    if not several:
+        raise ValueError("no images given.")
+    batch = []
+    for number, image in enumerate(several):
+        name = printable(image) if isinstance(image, (str, os.PathLike)) else f"image {number}"
+        try:
+            view = view_of_image(encoded(image), encoder)
+        except BadImage as error:
+            raise ValueError(f"{name}: {error}") from error
+        batch.append(normalize_view(view[None], encoder))
+    return torch.cat(batch)
+
+
+def encoded(image: ImageLike) -> bytes:
+    """An image as the bytes of a file, which lose nothing of it.
+
+    Raises:
+        BadImage: It is none.
+    """
+    if isinstance(image, (str, os.PathLike)):
+        return Path(expand_path(os.fspath(image))).read_bytes()
+    if isinstance(image, Image.Image):
+        return _encoded_picture(image)
+    if not isinstance(image, np.ndarray):
+        raise BadImage(f"a {type(image).__name__}. Give a path, a PIL image or an array 'h w c' (tensor.numpy()).")
+    if image.dtype.kind == "f":
+        raise BadImage(FLOATS.format(f"{image.dtype} values"))
+    if image.ndim not in (2, 3) or 0 in image.shape or image.dtype not in (np.uint8, np.uint16):
+        raise BadImage(
+            f"an array of {image.dtype} and shape {brief(image.shape)}; an image is uint8 or uint16, 'h w' or 'h w c', "
+            "and several are a list."
+        )
+    return ArrayImages(image[None]).read(0)
+
+
+def _encoded_picture(image: Image.Image) -> bytes:
+    if image.mode == "F":
+        raise BadImage(FLOATS.format("floating-point values (mode F)"))
+    upright, buffer = ImageOps.exif_transpose(image), io.BytesIO()
+    if upright.mode in AS_TIFF:
+        upright.save(buffer, "TIFF")
+    else:
+        upright.save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()

@@ -1,0 +1,49 @@
+"""What a call from Python gives back: text in a terminal, a table in a notebook, plain values for programs."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from sslvit.files import printable
+
+MAX_CHARACTERS = 10_000  # largest length of an untrusted text in a table or a page
+
+
+class Result:
+    """A result that shows itself as the command prints it.
+
+    Its classes are dataclasses, made with repr=False.
+    """
+
+    def text(self) -> str:
+        """What the command prints."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the command prints with --json."""
+        raise NotImplementedError
+
+    def cells(self) -> tuple[Sequence[object], Iterable[Sequence[object]]]:
+        """The titles and rows of its table in a notebook; names and values unless a class has a table of its own."""
+        return ("", ""), self.to_dict().items()
+
+    def __repr__(self) -> str:
+        return self.text()
+
+    def _repr_html_(self) -> str:
+        return html_table(*self.cells())
+
+
+def html_text(text: object) -> str:
+    """Untrusted text for a page."""
+    return html.escape(printable(text, MAX_CHARACTERS))
+
+
+def html_table(titles: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    """A plain table for a page or a notebook, its untrusted cells escaped."""
+    head = "".join(f"<th>{html_text(title)}</th>" for title in titles)
+    body = ["".join(f"<td>{html_text(cell)}</td>" for cell in row) for row in rows]
+    lines = "\n".join(f"<tr>{line}</tr>" for line in body)
+    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{lines}\n</tbody>\n</table>"

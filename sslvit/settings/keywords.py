@@ -1,0 +1,68 @@
+"""Names and types of the keywords that Python's functions hand to a settings dataclass, for type checkers.
+
+Defaults and meanings stand in the dataclasses; a test compares the names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypedDict
+
+from sslvit.settings.probe import Device, Pooling, Precision
+from sslvit.settings.protocols import ProtocolSettings
+
+
+class KNNKeywords(TypedDict, total=False):
+    """Those of `KNNSettings`."""
+
+    layer: int | None
+    pooling: Pooling | None
+    blocks: int
+    batch: int
+    device: Device
+    workers: int | None
+    precision: Precision
+    max_unreadable_fraction: float
+    neighbors: Sequence[int]
+    temperature: float
+    baselines: bool
+    seeds: int
+    seed: int
+    cache: str | None
+    cache_gb: float
+
+
+class ProbeKeywords(KNNKeywords, total=False):
+    """Those of `ProbeSettings`."""
+
+    labels_per_class: int | None
+    labels_percent: float | None
+    draws: int
+    protocol: str | Mapping[str, Any] | ProtocolSettings | None
+
+
+class SampleKeywords(TypedDict, total=False):
+    """Those of `SampleSettings`."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float
+    seed: int
+    batch: int
+
+
+class PackKeywords(TypedDict, total=False):
+    """Those of `PackSettings` and `SourceOptions`."""
+
+    shard_mb: float
+    resize: int | None
+    encode: Literal["keep", "jpg", "png", "webp"]
+    quality: int
+    orientation: Literal["upright", "stored"]
+    decode: bool
+    max_pixels: int
+    labels: str | None
+    label_column: str | None
+    images: str | None
+    layout: Literal["nhw", "nhwc", "nchw"] | None
+    convert: Literal["unit", "signed", "byte", "deep"] | None
