@@ -133,7 +133,7 @@ def test_settings_may_stand_before_positional_arguments(capsys, tmp_path: Path) 
         ["--encoder.image_size", "48"],
         ["--encoder.image_size=48"],
         ["--seed", "3"],
-        ["--optim.min_lr", "-1"],
+        ["--encoder.interpolate_offset", "-1"],
     ):
         assert "runs/nothing" in failing(capsys, "finetune", *setting, "runs/nothing", *given)
         assert "runs/nothing" in failing(capsys, "finetune", "runs/nothing", *setting, *given)

@@ -319,9 +319,11 @@ class BenchOptions(Reported, Recipe):
 
 def run_bench(options: BenchOptions) -> None:
     """Fill the tables."""
-    from sslvit.report.bench import bench
     from sslvit.settings.bench import load_bench
 
-    files = bench(load_bench(options.config, options.changes))
+    settings = load_bench(options.config, options.changes)
+    from sslvit.report.bench import bench
+
+    files = bench(settings)
     if options.json:
         print(json.dumps(json.loads(files["table.json"].read_text()), indent=1))

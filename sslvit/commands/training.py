@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from sslvit.commands.files import check_new_picture, one_source, report
 from sslvit.commands.options import Options, Recipe, Reported, Resumable
 from sslvit.settings.choices import Arg
+from sslvit.settings.load import check_changes, load_recipe
 
 if TYPE_CHECKING:
     from sslvit.train.folder import RunFolder
@@ -39,6 +40,9 @@ class DemoOptions(Recipe):
 
 def run_demo(options: DemoOptions) -> None:
     """Run the demo."""
+    from sslvit.settings.demo import check_demo
+
+    check_demo(options.data, options.changes)
     from sslvit.report.demo import demo
 
     demo(options.data, options.archive, options.out, options.overwrite, options.seed, options.changes)
@@ -65,6 +69,7 @@ class PretrainOptions(Resumable):
 
 def run_pretrain(options: PretrainOptions) -> None:
     """Pretrain."""
+    load_recipe(options.config, options.changes)  # whatever is wrong with it is said before torch is imported
     from sslvit.api import pretrain
 
     pretrain(
@@ -98,10 +103,11 @@ class FinetuneOptions(Resumable):
 
 def run_finetune(options: FinetuneOptions) -> None:
     """Fine-tune, and print the scores."""
-    from sslvit.api import finetune
-
     if "encoder" in options.changes:
         raise ValueError("--encoder: ENCODER is what is trained on; its settings are --encoder.KEY value.")
+    check_changes(options.config, options.changes)
+    from sslvit.api import finetune
+
     folder = finetune(
         options.encoder, options.train, options.val, options.config, options.out, options.scratch, options.resume,
         options.overwrite, **options.changes,
@@ -124,6 +130,9 @@ class ResumeOptions(Recipe):
 
 def run_resume(options: ResumeOptions) -> None:
     """Resume, and print the scores of a fine-tuning."""
+    config = Path(options.run) / "config.yaml"
+    if config.is_file():
+        check_changes(config, options.changes)
     from sslvit.api import resume
 
     folder = resume(options.run, **options.changes)
@@ -133,8 +142,6 @@ def run_resume(options: ResumeOptions) -> None:
 
 def wants_requeue(options: Options | None) -> bool:
     """Whether a training command that was stopped before it read its settings is to be put into the queue again."""
-    from sslvit.settings.load import load_recipe
-
     if not isinstance(options, (PretrainOptions, FinetuneOptions, ResumeOptions)):
         return False
     config = Path(options.run) / "config.yaml" if isinstance(options, ResumeOptions) else options.config
@@ -192,13 +199,12 @@ def run_plan(options: PlanOptions) -> None:
         raise ValueError(f"--tflops {options.tflops:g}: must be positive.")
     if options.memory_gib is not None and not options.memory_gib > 0:
         raise ValueError(f"--memory-gib {options.memory_gib:g}: must be positive.")
+    settings = load_recipe(options.config, options.changes)
     from sslvit.data.open import open_shards
-    from sslvit.settings.load import load_recipe
     from sslvit.train.forecast import PEAKS, forecast, plan_step, plot_schedules
     from sslvit.train.hardware import gpu_memory, trains_on_gpu
     from sslvit.train.micro_batch import choose_micro_batch
 
-    settings = load_recipe(options.config, options.changes)
     if options.memory_gib is not None:
         if settings.train.accelerator == "cpu":
             raise ValueError("--memory-gib: the memory of a GPU, but train.accelerator is cpu. Leave one of them out.")

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from sslvit.files import brief, expand_path, printable
-from sslvit.settings.build import EMPTY, MAX_KEY, build, choice_of, section_of
+from sslvit.settings.build import EMPTY, MAX_KEY, build, check_values, choice_of, section_of
 from sslvit.settings.encoder import EncoderSettings
 from sslvit.settings.palette import UNIFORM, read_palette
 from sslvit.settings.presets import preset_values
@@ -46,6 +46,25 @@ def load_recipe(
         FileNotFoundError: No such recipe (the nearest names are shown).
         ValueError: An unknown key (the nearest is suggested), or a value that does not fit.
     """
+    return build(RunSettings, _merge(config, changes, base))
+
+
+def check_changes(config: str | Path, changes: dict[str, Any]) -> None:
+    """Refuse what is wrong with a recipe and its changes whatever the encoder is that they change.
+
+    Reading that encoder takes torch, whose import takes seconds; this takes none of them.
+
+    Raises:
+        FileNotFoundError: No such recipe.
+        ValueError: An unknown key, or a value that fits no encoder.
+    """
+    tree = _merge(config, changes, None)
+    check_values(RunSettings, tree)
+    build(RunSettings, {key: value for key, value in tree.items() if key != "encoder"})
+
+
+def _merge(config: str | Path, changes: dict[str, Any] | None, base: EncoderSettings | None) -> dict[str, Any]:
+    """The nested keys and values of a recipe with changes."""
     path = find_recipe(config)
     content = read_yaml(path)
     _check_foreign_code(path, content, changes or {})
@@ -62,7 +81,7 @@ def load_recipe(
         beside = path.parent / palette  # a recipe may bring its palette along
         encoder["palette"] = read_palette(palette if Path(palette).exists() or not beside.exists() else beside)
     _leave_open(tree, dict(given))
-    return build(RunSettings, tree)
+    return tree
 
 
 def _check_foreign_code(path: Path, content: dict[str, Any], changes: dict[str, Any]) -> None:
