@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sslvit.checkpoint import load_encoder
+from sslvit.data.folders import check_labeled
 from sslvit.files import expand_path
 from sslvit.settings import EncoderSettings, SupervisedSettings
 from sslvit.settings.load import load_recipe
@@ -91,6 +92,8 @@ def finetune(
     Raises:
         ValueError: A recipe for something else, or data without labels.
     """
+    for option, source in (("--train", train), ("--val", val)):
+        check_labeled(option, source)
     encoder = expand_path(encoder)
     start = for_labels(load_encoder(encoder).settings)
     task = load_recipe(config, base=start).task
