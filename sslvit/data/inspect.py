@@ -189,8 +189,9 @@ def _histogram(counts: Counter, bars: int = 10, width: int = 40) -> list[str]:
     for value, count in counts.items():
         ranges[(value - low) // step] += count
     longest = max(ranges.values())
-    return [
-        f"    {low + i * step:>6} to {low + (i + 1) * step - 1:<6} {count:>9,} "
-        + "#" * max(1, width * count // longest)
-        for i, count in sorted(ranges.items())
-    ]
+    lines = []
+    for i, count in sorted(ranges.items()):
+        start = low + i * step
+        values = f"{start:>6} to {start + step - 1:<6}" if step > 1 else f"{start:>6}"
+        lines.append(f"    {values} {count:>9,} {'#' * max(1, width * count // longest)}")
+    return lines
