@@ -78,9 +78,10 @@ def _check_kind(path: Path) -> None:
     with open(path, "rb") as file:
         start = file.read(32)
     if start and not start.startswith((b"PK", b"\x80")) and not tarfile.is_tarfile(path):
+        first = brief(start.decode(errors="replace").splitlines()[0])
         raise ValueError(
-            f"{path}: not a file of weights (it begins with {brief(start.decode(errors='replace').splitlines()[0])}). Give a run "
-            "folder, an encoder folder, or a file such as .ckpt, .pth, .safetensors or .npz."
+            f"{path}: not a file of weights (it begins with {first}). Give a run folder, an encoder folder, or a file "
+            "such as .ckpt, .pth, .safetensors or .npz."
         )
 
 

@@ -63,6 +63,7 @@ def modules_after(code: str) -> set[str]:
         "import sslvit.settings",
         "import sslvit.cli; sslvit.cli.make_parser()",
         "from sslvit.settings.load import load_recipe; load_recipe('mae/digits')",
+        "import sslvit.cli; sslvit.cli.main(['recipes', '--json'])",
     ],
 )
 def test_the_front_door_imports_no_torch(code: str) -> None:

@@ -72,7 +72,7 @@ def test_a_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
 def test_an_installed_wheel_finds_its_recipes_and_runs_the_demo(installed: Path, tmp_path: Path) -> None:
     where = run(installed / "python", "-c", "import sslvit; print(sslvit.__file__)", cwd=tmp_path).strip()
     assert Path(where).is_relative_to(installed.parent)
-    listed = run(installed / "sslvit", "settings", "--recipes", cwd=tmp_path)
+    listed = run(installed / "sslvit", "recipes", cwd=tmp_path)
     recipes = [f"{file.parent.name}/{file.stem}" for file in CHECKOUT.glob("configs/*/*.yaml")]
     assert len(recipes) > 15
     assert all(recipe in listed for recipe in recipes if not recipe.startswith("bench/"))

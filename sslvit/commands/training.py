@@ -270,30 +270,45 @@ def run_replay(options: ReplayOptions) -> None:
 
 
 @dataclass(kw_only=True)
+class RecipesOptions(Reported):
+    """List the recipes that come with sslvit, with data, size, cost and score, or print one.
+
+    Example: sslvit recipes mae/digits
+    """
+
+    name: Annotated[str | None, Arg("RECIPE", position=1, is_path=False)] = None
+    """Name of the recipe, whose YAML is printed; all of them are listed by default."""
+
+
+def run_recipes(options: RecipesOptions) -> None:
+    """Print all recipes, or one."""
+    from sslvit.settings.recipes import bench_titles, list_recipes, recipe_text, summarize
+
+    if options.name is not None:
+        text = recipe_text(options.name)
+        about = {} if options.name.startswith("bench/") else asdict(summarize(options.name))
+        report(options, text.rstrip("\n"), about | {"name": options.name, "yaml": text})
+        return
+    recipes, benches = list_recipes(), bench_titles()
+    lines = [repr(recipes), "", "benches, for sslvit bench", *(f"{name:<28}{title}" for name, title in benches.items())]
+    content = {"recipes": [asdict(one) for one in recipes], "benches": benches}
+    report(options, "\n".join(lines), content)
+
+
+@dataclass(kw_only=True)
 class SettingsOptions(Reported):
     """List all settings of a recipe, with their defaults and meaning.
 
-    Example: sslvit settings --recipes
+    Example: sslvit settings train
     """
-
-    recipes: bool = False
-    """List the recipes that come with sslvit instead."""
 
 
 def run_settings(options: SettingsOptions) -> None:
-    """Print all settings, or all recipes."""
+    """Print all settings."""
     from sslvit.settings.describe import describe_settings, explained_settings
-    from sslvit.settings.load import recipe_names, recipes_folder
 
-    if not options.recipes:
-        width = min(max(shutil.get_terminal_size((100, 24)).columns, 60), 120)
-        keys: list[dict[str, Any]] = [
-            {"key": key, "default": default, "meaning": text} for _, key, default, text in explained_settings()
-        ]
-        report(options, describe_settings(width), keys)
-        return
-    recipes = {
-        name: (recipes_folder() / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
-        for name in recipe_names()
-    }
-    report(options, "\n".join(f"{name:<28} {first}" for name, first in recipes.items()), recipes)
+    width = min(max(shutil.get_terminal_size((100, 24)).columns, 60), 120)
+    keys: list[dict[str, Any]] = [
+        {"key": key, "default": default, "meaning": text} for _, key, default, text in explained_settings()
+    ]
+    report(options, describe_settings(width), keys)

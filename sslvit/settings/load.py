@@ -46,7 +46,7 @@ def load_recipe(
         FileNotFoundError: No such recipe (the nearest names are shown).
         ValueError: An unknown key (the nearest is suggested), or a value that does not fit.
     """
-    return build(RunSettings, _merge(config, changes, base))
+    return build(RunSettings, merge_recipe(config, changes, base))
 
 
 def check_changes(config: str | Path, changes: dict[str, Any]) -> None:
@@ -58,13 +58,15 @@ def check_changes(config: str | Path, changes: dict[str, Any]) -> None:
         FileNotFoundError: No such recipe.
         ValueError: An unknown key, or a value that fits no encoder.
     """
-    tree = _merge(config, changes, None)
+    tree = merge_recipe(config, changes, None)
     check_values(RunSettings, tree)
     build(RunSettings, {key: value for key, value in tree.items() if key != "encoder"})
 
 
-def _merge(config: str | Path, changes: dict[str, Any] | None, base: EncoderSettings | None) -> dict[str, Any]:
-    """The nested keys and values of a recipe with changes."""
+def merge_recipe(
+    config: str | Path, changes: dict[str, Any] | None = None, base: EncoderSettings | None = None
+) -> dict[str, Any]:
+    """The nested keys and values of a recipe with changes, not yet checked; arguments as those of `load_recipe`."""
     path = find_recipe(config)
     content = read_yaml(path)
     _check_foreign_code(path, content, changes or {})
@@ -179,28 +181,29 @@ def find_recipe(name: str | Path, group: str = "") -> Path:
 
     Args:
         name: The path or name.
-        group: Folder of configs/ that alone is searched; by default all but those of benches.
+        group: Folder of configs/ that alone is searched, whose recipes may be named without it; by default all but
+            those of benches.
 
     Raises:
         FileNotFoundError: Neither a file nor a recipe; the message names the nearest, or says how to list them.
         ValueError: It is a folder.
     """
     path, known, option = Path(expand_path(name)), recipe_names(group), "" if group else "--config "
-    stem = str(name).removesuffix(".yaml")
     if _is_file(path):
         return path
-    if stem in known:
-        return recipes_folder() / f"{stem}.yaml"
-    found = difflib.get_close_matches(str(name)[:MAX_KEY], known, n=3, cutoff=0.4)
-    hint = f"Did you mean {', '.join(found)}? All recipes: sslvit settings --recipes"
-    if path.suffix in (".yaml", ".yml") or not found:
-        hint = "Check the path, or take a recipe that comes with sslvit (sslvit settings --recipes)."
-    if group:
-        hint = f"Start from one that comes with sslvit: {', '.join(known)}."
+    stem = str(name).removesuffix(".yaml")
+    if packaged := {stem, f"{group}/{stem}"} & set(known):
+        return recipes_folder() / f"{packaged.pop()}.yaml"
+    near = difflib.get_close_matches(f"{group}/{stem}"[:MAX_KEY] if group else stem[:MAX_KEY], known, n=3, cutoff=0.4)
+    hint = f"Did you mean {', '.join(near)}? All that come with sslvit: sslvit recipes"
+    if path.suffix in (".yaml", ".yml") or not near:
+        hint = "Check the path, or take one that comes with sslvit: sslvit recipes"
     if path.is_dir():
-        hint = hint if group else "Give a YAML file in it, or a recipe's name."
-        raise ValueError(f"{option}{printable(name)}: a folder, not a YAML file. {hint}")
-    raise FileNotFoundError(f"{option}{printable(name)}: no such file{'' if group else ' or recipe'}. {hint}")
+        raise ValueError(
+            f"{option}{printable(name)}: a folder, not a YAML file. Give a file in it, or one that comes with sslvit: "
+            "sslvit recipes"
+        )
+    raise FileNotFoundError(f"{option}{printable(name)}: no such file or {group or 'recipe'}. {hint}")
 
 
 def _is_file(path: Path) -> bool:

@@ -56,7 +56,7 @@ def test_every_image_stands_in_one_line_of_the_histogram(tmp_path: Path, sides: 
     assert sum(int(line[-2]) for line in lines) == len(sides)
     assert len(lines) <= 10
     for low, *to, count, bar in lines:
-        assert int(count) == sum(int(low) <= side <= int(([low] + to)[-1]) for side in sides)
+        assert int(count) == sum(int(low) <= side <= int([low, *to][-1]) for side in sides)
         most = max(int(line[-2]) for line in lines)
         assert len(bar) == max(1, 40 * int(count) // most)
 
