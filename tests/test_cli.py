@@ -426,6 +426,7 @@ def test_settings_explain_every_key() -> None:
         "data.view.local_crops (8): ",
         "encoder.mean (null): ",
         "seed (0): ",
+        "base (null): Recipe, or YAML file beside this one",
     ):
         assert key in text
     assert all(line == "" or ": " in line or line.startswith("    ") for line in text.splitlines())

@@ -124,7 +124,7 @@ def load_bench(path: str | Path, changes: dict[str, Any]) -> BenchSettings:
         FileNotFoundError: No such file.
         ValueError: An unknown key or a value that does not fit; the message names file and key.
     """
-    path = find_recipe(path, "bench")
+    path = find_recipe(path, "bench", option="")
     tree = read_yaml(path) | {"name": path.stem}
     try:
         if isinstance(tree.get("columns"), dict):

@@ -19,6 +19,7 @@ from sslvit.settings.encoder import EncoderSettings
 from sslvit.settings.presets import PRESETS
 from sslvit.settings.run import RunSettings
 
+BASE = "Recipe, or YAML file beside this one, whose settings this one's change. A key of YAML files only."
 PRESET = f"Architecture whose settings are set where it is said; later words change them. One of {', '.join(PRESETS)}."
 
 
@@ -84,6 +85,8 @@ def explained_settings(
             yield from explained_settings(record_type, f"{key}.")
         else:
             yield kind, key, default_of(field), text
+    if kind is RunSettings:
+        yield kind, "base", None, BASE
 
 
 def default_of(field: Any) -> Any:

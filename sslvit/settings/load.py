@@ -1,7 +1,7 @@
 """YAML and command line -> settings; whatever is wrong is said in one line before anything else happens.
 
-What is said later wins: the recipe, then the changes in their order. A preset sets its keys where it is said; within a
-section it comes before the section's other keys, wherever it is written.
+What is said later wins: the base of a recipe, the recipe, then the changes in their order. A preset sets its keys where it
+is said; within a section it comes before the section's other keys, wherever it is written.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def load_recipe(
     """The settings of a recipe with changes.
 
     Args:
-        config: YAML file, or the name of one in configs/ such as mae/digits.
+        config: YAML file, or the name of one in configs/ such as mae/digits; its key `base` names another one, whose
+            keys it changes.
         changes: Dotted keys and their values, such as {"train.epochs": 10}, or whole sections, whose keys are merged
             with the recipe's; they win over the recipe, and later ones over earlier ones.
         base: Encoder whose settings the recipe changes; None for one that it describes itself.
@@ -67,23 +68,54 @@ def merge_recipe(
     config: str | Path, changes: dict[str, Any] | None = None, base: EncoderSettings | None = None
 ) -> dict[str, Any]:
     """The nested keys and values of a recipe with changes, not yet checked; arguments as those of `load_recipe`."""
-    path = find_recipe(config)
-    content = read_yaml(path)
-    _check_foreign_code(path, content, changes or {})
-    recipe, given = list(leaves(RunSettings, content)), list(leaves(RunSettings, changes or {}))
-    if dict(recipe).get("data.allow_pipe") and not dict(given).get("data.allow_pipe"):
-        raise ValueError(f"{path}: data.allow_pipe is for you to give, not for a file: --data.allow_pipe true")
+    path, given = find_recipe(config), dict(leaves(RunSettings, changes or {}))
+    if "base" in given:
+        raise ValueError("base: stands in a YAML file. --config names the recipe that all other settings change.")
     tree: dict[str, Any] = {} if base is None else {"encoder": asdict(base)}
-    for key, value in recipe:
-        _say(RunSettings, tree, key, value)
+    for file, content in _with_bases(path):
+        _check_foreign_code(file, content, changes or {})
+        recipe = dict(leaves(RunSettings, content))
+        if recipe.get("data.allow_pipe") and not given.get("data.allow_pipe"):
+            raise ValueError(f"{file}: data.allow_pipe is for you to give, not for a file: --data.allow_pipe true")
+        for key, value in recipe.items():
+            if value is not None and REPLACED.get(key) not in recipe:
+                _drop_replaced(tree, key)
+            is_palette = key == "encoder.palette" and isinstance(value, str)
+            _say(RunSettings, tree, key, _palette_beside(file, value) if is_palette else value)
     set_keys(RunSettings, tree, changes or {})
     encoder = tree.get("encoder")
     if isinstance(encoder, dict) and isinstance(encoder.get("palette"), str) and encoder["palette"] != UNIFORM:
-        palette = expand_path(encoder["palette"])
-        beside = path.parent / palette  # a recipe may bring its palette along
-        encoder["palette"] = read_palette(palette if Path(palette).exists() or not beside.exists() else beside)
-    _leave_open(tree, dict(given))
+        encoder["palette"] = read_palette(_palette_beside(path, encoder["palette"]))
+    _leave_open(tree, given)
     return tree
+
+
+def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:
+    """A YAML file and its content, after those of its base, of the base's base and so on.
+
+    Raises:
+        FileNotFoundError: A base is neither a file nor a recipe.
+        ValueError: Bases that lead in a circle, or a base that is no name.
+    """
+    content, chain = read_yaml(path), (*above, path.resolve())
+    if (base := content.pop("base", None)) is None:
+        return [(path, content)]
+    if not isinstance(base, str):
+        raise ValueError(f"{printable(path)}: base: {brief(base)} is no name of a recipe and no YAML file.")
+    beside = path.parent / expand_path(base)
+    try:
+        below = beside if _is_file(beside) else find_recipe(base, option="base: ")
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"{printable(path)}: {error}") from error
+    if below.resolve() in chain:
+        raise ValueError(f"{printable(path)}: base: {brief(base)} leads back to where it began. Leave one base out.")
+    return [*_with_bases(below, chain), (path, content)]
+
+
+def _palette_beside(file: Path, palette: str) -> str:
+    """The path of a palette, which a recipe may bring along in its folder."""
+    path = expand_path(palette)
+    return str(file.parent / path) if not Path(path).exists() and (file.parent / path).exists() else path
 
 
 def _check_foreign_code(path: Path, content: dict[str, Any], changes: dict[str, Any]) -> None:
@@ -120,10 +152,16 @@ def leaves(kind: type, tree: dict[str, Any], prefix: str = "") -> Iterator[tuple
 def set_keys(kind: type, tree: dict[str, Any], changes: dict[str, Any]) -> None:
     """Let changes win over what nested settings say, and later ones over earlier ones."""
     for key, value in leaves(kind, changes):
-        if value is not None and key in REPLACED:
-            section, _, replaced = REPLACED[key].rpartition(".")
-            _find(tree, section).pop(replaced, None)
+        if value is not None:
+            _drop_replaced(tree, key)
         _say(kind, tree, key, value)
+
+
+def _drop_replaced(tree: dict[str, Any], key: str) -> None:
+    """Take out what a change of a key replaces."""
+    if key in REPLACED:
+        section, _, replaced = REPLACED[key].rpartition(".")
+        _find(tree, section).pop(replaced, None)
 
 
 def _say(kind: type, tree: dict[str, Any], key: str, value: Any) -> None:
@@ -176,19 +214,20 @@ def by_dotted_key(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def find_recipe(name: str | Path, group: str = "") -> Path:
+def find_recipe(name: str | Path, group: str = "", option: str = "--config ") -> Path:
     """The file behind a path or a recipe's name.
 
     Args:
         name: The path or name.
         group: Folder of configs/ that alone is searched, whose recipes may be named without it; by default all but
             those of benches.
+        option: What named it, for messages.
 
     Raises:
         FileNotFoundError: Neither a file nor a recipe; the message names the nearest, or says how to list them.
         ValueError: It is a folder.
     """
-    path, known, option = Path(expand_path(name)), recipe_names(group), "" if group else "--config "
+    path, known = Path(expand_path(name)), recipe_names(group)
     if _is_file(path):
         return path
     stem = str(name).removesuffix(".yaml")
