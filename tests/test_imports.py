@@ -118,6 +118,7 @@ WRONG = {  # what is typed -> what the answer says
     "bench bench/cifar10 --sedes 5": "seeds?",
     "bench bench/cifra10": "bench/cifar10",
     "bench BENCH": "columns.tuned: train.stps",
+    "bench GONE": "not there: encoders.e (gone/e), data.d.val (gone/v). Make them first",
     "demo --train.stps 5": "train.steps?",
     "demo --data digit": "digits?",
 }
@@ -128,7 +129,10 @@ def test_what_is_typed_wrong_is_answered_before_torch_is_imported(tmp_path: Path
     (tmp_path / "bench.yaml").write_text(
         "data: {d: {train: a, val: b}}\nencoders: {e: RUN}\ncolumns: {tuned: {kind: finetune, train.stps: 3}}"
     )
-    places = {"RUN": str(tmp_path), "BENCH": str(tmp_path / "bench.yaml")}
+    (tmp_path / "gone.yaml").write_text(
+        f"data: {{d: {{train: {tmp_path}, val: gone/v}}}}\nencoders: {{e: gone/e, f: 'timm:f'}}\ncolumns: {{kNN: knn}}"
+    )
+    places = {"RUN": str(tmp_path), "BENCH": str(tmp_path / "bench.yaml"), "GONE": str(tmp_path / "gone.yaml")}
     typed = [[places.get(word, word) for word in line.split()] for line in WRONG]
     code = (
         "import contextlib, io, json, sys\nfrom sslvit.cli import main\nanswers = []\n"

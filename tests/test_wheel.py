@@ -80,4 +80,8 @@ def test_an_installed_wheel_finds_its_recipes_and_runs_the_demo(installed: Path,
     said = run(installed / "sslvit", "demo", "--out", "demo", *changes, cwd=tmp_path)
     assert "Open these:" in said
     assert (tmp_path / "demo" / "report.html").exists()
+    given = ["--data.cifar10.train", "demo/shards/train", "--data.cifar10.val", "demo/shards/test", "--encoders",
+             "{MAE: demo/mae}", "--columns", "{kNN: knn}", "--baselines", "[pixels]", "--out", "tables"]  # fmt: skip
+    run(installed / "sslvit", "bench", "cifar10_cpu", *given, cwd=tmp_path)
+    assert "raw pixels" in (tmp_path / "tables" / "table.md").read_text()
     assert not (tmp_path / "configs").exists()

@@ -158,6 +158,24 @@ def _check_column(column: FinetuneColumn, where: str) -> None:
         raise type(error)(f"{where}: {error}") from error
 
 
+def check_sources(settings: BenchSettings) -> None:
+    """Refuse encoders and data sets that are not there, all in one line, before anything is loaded."""
+    named = {f"encoders.{row}": path for row, paths in settings.encoders.items() for path in paths}
+    for name, split in settings.data.items():
+        named |= {f"data.{name}.train": split.train, f"data.{name}.val": split.val}
+    missing = [
+        f"{key} ({printable(path)})"
+        for key, path in named.items()
+        if not set(path) & set(":{*?[")
+        and not Path(path).exists()  # addresses, patterns and timm:NAME are not looked up
+    ]
+    if missing:
+        raise FileNotFoundError(
+            f"not there: {', '.join(missing)}. Make them first, by the commands at the top of the bench's YAML (sslvit "
+            f"recipes shows those that come with sslvit), or name others: --{missing[0].split()[0]} PATH"
+        )
+
+
 def _check_names(key: str, entries: Any) -> None:
     if not isinstance(entries, dict) or not entries:
         raise ValueError(f"{key}: expected at least one name and what it stands for.")

@@ -1,7 +1,7 @@
 """YAML and command line -> settings; whatever is wrong is said in one line before anything else happens.
 
-What is said later wins: the base of a recipe, the recipe, then the changes in their order. A preset sets its keys where it
-is said; within a section it comes before the section's other keys, wherever it is written.
+What is said later wins: the base of a recipe, the recipe, then the changes in their order. A preset sets its keys where
+it is said; within a section it comes before the section's other keys, wherever it is written.
 """
 
 from __future__ import annotations
