@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from sslvit.models import ViTEncoder
     from sslvit.run_plan import RunPlan
     from sslvit.settings import EncoderSettings
-    from sslvit.settings.describe import recipes
     from sslvit.settings.load import load_recipe
+    from sslvit.settings.recipes import recipes
     from sslvit.tasks import make_task
 
 __version__ = "0.1.0"
@@ -60,7 +60,7 @@ _LAZY = {
     "pack": "sslvit.api",
     "pretrain": "sslvit.api",
     "probe": "sslvit.evaluation",
-    "recipes": "sslvit.settings.describe",
+    "recipes": "sslvit.settings.recipes",
     "resume": "sslvit.api",
     "sample": "sslvit.evaluation",
     "save_encoder": "sslvit.checkpoint",

@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.loggers import Logger
 
 from sslvit.checkpoint import load_encoder
+from sslvit.data.folders import check_labeled
 from sslvit.data.inspect import Packing
 from sslvit.data.pack import pack_source
 from sslvit.exporters import Export, export_encoder
@@ -147,6 +148,8 @@ def finetune(
         run = sslvit.finetune("runs/photos", "shards/train", "shards/val", out="runs/finetuned")
         print(run.to_dict()["scores"]["top1"])
     """
+    for option, source in (("--train", train), ("--val", val)):
+        check_labeled(option, str(one_source(source)))
     encoder = expand_path(os.fspath(encoder))
     start = for_labels(load_encoder(encoder).settings)
     task = load_recipe(config, base=start).task
@@ -248,7 +251,8 @@ def export(
         made = sslvit.export("runs/photos", "exports/photos", "timm")
         print(made.verdict["largest_difference"])
     """
-    name = os.fspath(encoder)
-    given = {"outputs": outputs, "size": size, "scores": scores, "overwrite": overwrite}
-    verdict = export_encoder(name, out, format, allow_foreign_code=allow_foreign_code, **given, **overrides)
+    verdict = export_encoder(
+        os.fspath(encoder), out, format, outputs=outputs, size=size, scores=scores, overwrite=overwrite,
+        allow_foreign_code=allow_foreign_code, **overrides,
+    )  # fmt: skip
     return Export(Path(out), verdict)

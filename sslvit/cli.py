@@ -39,6 +39,7 @@ COMMANDS: Mapping[str, Function] = {
     "finetune": training.run_finetune,
     "plan": training.run_plan,
     "replay": training.run_replay,
+    "recipes": training.run_recipes,
     "settings": training.run_settings,
     "probe": evaluation.run_probe,
     "knn": evaluation.run_knn,

@@ -178,6 +178,16 @@ def printable(text: object, limit: int = MAX_PRINTED) -> str:
     return line if len(line) <= limit else f"{line[: limit - 4]} ..."
 
 
+def bytes_text(count: float) -> str:
+    """A number of bytes in the unit that leaves few digits: 900 bytes, 12.5 KB (of 1,024 bytes), 3.4 MB, 1.2 GB."""
+    if count < 1000:
+        return f"{count:,.0f} bytes"
+    for unit, size in (("KB", 2**10), ("MB", 2**20)):
+        if count < 999.5 * size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count / 2**30:,.1f} GB"
+
+
 def brief(value: object) -> str:
     """A value in a message: one line, and short however large the value is."""
     text = value[: 2 * MAX_VALUE] if isinstance(value, str) else _SHORT.repr(value)

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import pickle
+import tarfile
 import time
 import zipfile
 import zlib
@@ -21,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sslvit.files import printable
+from sslvit.files import brief, printable
 
 CHUNK = 2**22
 MTIME_MARGIN_NS = 2_000_000_000  # a file written so recently may change without a newer time
@@ -48,6 +49,7 @@ def read_torch_file(path: Path, mmap: bool = False, map_location: str = "cpu") -
     if path.suffix == ".npy":
         raise ValueError(f"{path}: one array, not a checkpoint. Give the .npz of all arrays.")
     if path.suffix not in (".safetensors", ".npz"):
+        _check_kind(path)
         check_checksum(path)
     try:
         if path.suffix == ".safetensors":
@@ -69,6 +71,18 @@ def read_torch_file(path: Path, mmap: bool = False, map_location: str = "cpu") -
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, not a checkpoint with named weights.")
     return content
+
+
+def _check_kind(path: Path) -> None:
+    """Refuse a file that torch has not written, by its first bytes: those of a zip archive, a pickle or a tar file."""
+    with open(path, "rb") as file:
+        start = file.read(32)
+    if start and not start.startswith((b"PK", b"\x80")) and not tarfile.is_tarfile(path):
+        first = brief(start.decode(errors="replace").splitlines()[0])
+        raise ValueError(
+            f"{path}: not a file of weights (it begins with {first}). Give a run folder, an encoder folder, or a file "
+            "such as .ckpt, .pth, .safetensors or .npz."
+        )
 
 
 class ChecksumWriter:

@@ -52,8 +52,8 @@ def test_timm_by_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_models_of_timm_that_are_no_plain_vit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"^timm:vit_tinny: Unknown model"):
-        load_encoder("timm:vit_tinny")
+    with pytest.raises(ValueError, match=r"^timm:vit_tinny_patch16_224: Unknown model .*. Did you mean vit_tiny_patch"):
+        load_encoder("timm:vit_tinny_patch16_224")
     give_random_weights(monkeypatch)
     with pytest.raises(ValueError, match="timm:resnet18: a ResNet, and only plain vision transformers can be probed"):
         load_encoder("timm:resnet18")
@@ -477,3 +477,15 @@ def test_activations_that_are_not_gelu_are_refused(tmp_path: Path, activation: s
     folder_of("ViT", tmp_path, intermediate_size=128, hidden_act=activation)
     with pytest.raises(ValueError, match=f"hidden_act {activation} is not gelu"):
         load_encoder(tmp_path)
+
+
+def test_weights_that_no_network_can_bring_are_said_with_the_way_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise FileNotFoundError("An error happened while trying to locate the file on the Hub " + 300 * "x")
+
+    monkeypatch.setattr(timm, "create_model", unreachable)
+    for name in ("vit_tiny_patch16_224", "vit_tiny_patch16_224.augreg_in21k"):
+        with pytest.raises(ValueError, match="its weights are not in .*hub, and the hub does not answer") as found:
+            load_encoder(f"timm:{name}")
+        assert f"timm.create_model('{name}', pretrained=True)" in str(found.value)
+        assert "Did you mean" not in str(found.value)

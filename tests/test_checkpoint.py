@@ -16,6 +16,7 @@ from sslvit.checkpoint import load_encoder, save_encoder
 from sslvit.compatibility import settings_difference
 from sslvit.models import ViTEncoder, preset
 from sslvit.settings import EncoderSettings
+from sslvit.weight_files import read_torch_file
 
 SMALL = {"image_size": 16, "patch": 4, "width": 32, "depth": 2, "heads": 2}
 
@@ -78,7 +79,7 @@ def test_files_that_are_no_checkpoint_are_named(tmp_path: Path) -> None:
     torch.save({"a": 1}, tmp_path / "empty.pth")
     save_file({"layer1.conv.weight": torch.zeros(3)}, tmp_path / "resnet.safetensors")
     for name, message in [
-        ("text.pth", "text.pth: (refused|not a readable)"),
+        ("text.pth", "text.pth: not a file of weights .it begins with hello."),
         ("cut.safetensors", "not a readable checkpoint"),
         ("list.pth", "holds a list"),
         ("empty.pth", "holds no weights"),
@@ -91,6 +92,15 @@ def test_files_that_are_no_checkpoint_are_named(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(FileNotFoundError, match="holds no encoder"):
         load_encoder(tmp_path / "folder")
+
+
+def test_a_file_of_another_kind_is_called_that(tmp_path: Path) -> None:
+    for content in ("# sslvit\n\nSelf-supervised pretraining\n", "version https://git-lfs.github.com/spec/v1\n"):
+        (tmp_path / "README.md").write_text(content)
+        with pytest.raises(ValueError, match="not a file of weights .it begins with .*Give a run folder") as found:
+            read_torch_file(tmp_path / "README.md")
+        assert content[:7] in str(found.value)
+        assert "\n" not in str(found.value)
 
 
 def test_another_architecture_is_refused_with_what_differs(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from sslvit.settings import TASK_SETTINGS
 from sslvit.settings.bench import load_bench
 from sslvit.settings.describe import describe_settings, explained_settings
 from sslvit.settings.load import load_recipe, recipe_names, recipes_folder
+from sslvit.settings.recipes import FIELDS, NOT_MEASURED, in_brief, read_header, recipes
 from sslvit.tasks import TASKS
 
 
@@ -133,7 +134,7 @@ def test_settings_may_stand_before_positional_arguments(capsys, tmp_path: Path) 
         ["--encoder.image_size", "48"],
         ["--encoder.image_size=48"],
         ["--seed", "3"],
-        ["--optim.min_lr", "-1"],
+        ["--encoder.interpolate_offset", "-1"],
     ):
         assert "runs/nothing" in failing(capsys, "finetune", *setting, "runs/nothing", *given)
         assert "runs/nothing" in failing(capsys, "finetune", "runs/nothing", *setting, *given)
@@ -156,8 +157,8 @@ def test_a_wrong_recipe_names_the_nearest(capsys, tmp_path: Path) -> None:
     assert "Did you mean mae/digits" in failing(capsys, "pretrain", "--config", "mae/digit")
     error = failing(capsys, "pretrain", "--config", str(tmp_path / "nofile.yaml"))
     assert "nofile.yaml: no such file or recipe" in error
-    assert "sslvit settings --recipes" in error
-    assert "a folder, not a YAML file. Give a YAML" in failing(capsys, "pretrain", "--config", str(tmp_path))
+    assert "take one that comes with sslvit: sslvit recipes" in error
+    assert "a folder, not a YAML file. Give a file" in failing(capsys, "pretrain", "--config", str(tmp_path))
     (tmp_path / "bad.yaml").write_text("encoder: [")
     assert "bad.yaml: not readable as YAML" in failing(capsys, "pretrain", "--config", str(tmp_path / "bad.yaml"))
     (tmp_path / "list.yaml").write_text("- 1")
@@ -168,13 +169,52 @@ def test_a_wrong_recipe_names_the_nearest(capsys, tmp_path: Path) -> None:
         assert "data: an empty section. Put settings below it, or leave it out." in error
 
 
-def test_recipes_are_listed_and_each_can_be_loaded(capsys) -> None:
-    assert main(["settings", "--recipes"]) == 0
+def test_recipes_are_listed_with_task_size_cost_and_score(capsys) -> None:
+    assert main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    names = [line.split()[0] for line in lines]
-    assert names == recipe_names()
-    assert {"mae/digits", "dino/digits", "igpt/digits"} <= set(names)
-    assert all(load_recipe(name).encoder.grid for name in names)
+    names = [line.split()[0] for line in lines if line and not line.startswith(("recipe ", " ", "benches"))]
+    assert names == [*recipe_names(), *recipe_names("bench")]
+    assert {"mae/digits", "dino/digits", "igpt/digits", "bench/cifar10"} <= set(names)
+    number = next(number for number, line in enumerate(lines) if line.startswith("dino/vit_small_in1k_300"))
+    assert lines[number].split(maxsplit=2)[1:] == ["dino", "ViT-S/16, 22 M    62 h on 16 GPUs (published)"]
+    assert lines[number + 1] == "    ImageNet-1k at 224 x 224; score: kNN 73.3, linear 76.0 (published)"
+    assert main(["recipes", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["benches"].keys() == set(recipe_names("bench"))
+    (found,) = (one for one in content["recipes"] if one["name"] == "mae/digits")
+    assert (found["task"], found["hours"]) == ("mae", "0.05 (measured here)")
+    assert recipes().text().splitlines()[3] in lines
+
+
+def test_one_recipe_is_printed_as_it_is(capsys) -> None:
+    for name in ("mae/digits", "bench/cifar10"):
+        text = (recipes_folder() / f"{name}.yaml").read_text()
+        assert main(["recipes", name]) == 0
+        assert capsys.readouterr().out == text
+        assert main(["recipes", name, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["yaml"] == text
+    assert "Did you mean mae/digits? All: sslvit recipes" in failing(capsys, "recipes", "mae/digit")
+
+
+def test_what_a_recipes_header_says_of_its_encoder_is_so() -> None:
+    for recipe in recipes().recipes:
+        if recipe.task == "supervised":
+            assert recipe.encoder.startswith("as given")
+            continue
+        with torch.device("meta"):
+            encoder = sslvit.ViTEncoder(load_recipe(recipe.name).encoder)
+        millions = sum(parameter.numel() for parameter in encoder.parameters()) / 1e6
+        counted = f"{millions:,.0f}" if millions > 10 else f"{millions:.1f}"
+        assert in_brief(recipe.encoder).split(", ", 1)[-1] == f"{counted} M", recipe.name
+
+
+def test_a_header_is_read_line_by_line() -> None:
+    title, fields = read_header(
+        "# A title: with a colon.\n#   sslvit pretrain --config x\n# Data: photographs (many)\n# Score: 3 (published,\n"
+        "#   elsewhere); more.\n# A remark.\n#   sslvit probe\ntask: mae\n# Hours: 9\n"
+    )
+    assert title == "A title: with a colon."
+    assert fields == {"Data": "photographs (many)", "Score": "3 (published, elsewhere); more"}
 
 
 LONG = 3600 * "x"
@@ -269,12 +309,18 @@ def test_what_is_given_last_wins_over_the_recipe(tmp_path: Path) -> None:
     assert load_recipe(tmp_path / "mixed.yaml", {"data.shards": "c"}).data.mixture is None
 
 
-def test_a_folder_is_no_bench_and_benches_have_names(capsys, tmp_path: Path, monkeypatch) -> None:
+def test_a_bench_is_named_with_its_folder_or_without(capsys, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "cifar10").mkdir()
-    error = failing(capsys, "bench", "cifar10")
-    assert "cifar10: a folder, not a YAML file. Start from one that comes with sslvit: bench/cifar10" in error
-    assert load_bench("bench/cifar10", {}).name == "cifar10"
+    (tmp_path / "cifar10").mkdir()  # of images, say
+    (tmp_path / "other").mkdir()
+    for name in ("bench/cifar10", "cifar10", "cifar10.yaml"):
+        assert load_bench(name, {}).name == "cifar10"
+    assert "other: a folder, not a YAML file. Give a file in it, or one that comes with sslvit" in failing(
+        capsys, "bench", "other"
+    )
+    assert "no such file or bench. Did you mean bench/cifar10" in failing(capsys, "bench", "cifra10")
+    (tmp_path / "cifar10_cpu").write_text("data: [")
+    assert "cifar10_cpu: not readable as YAML" in failing(capsys, "bench", "cifar10_cpu")  # a file comes first
 
 
 @pytest.mark.parametrize(
@@ -342,12 +388,11 @@ def test_every_recipe_loads_and_opens_with_its_command_hardware_and_score(name: 
     assert settings.encoder.grid
     text = (recipes_folder() / name).read_text()
     assert "#   sslvit " in text or "#   sbatch " in text, f"{name} does not say its command"
-    for word in ("# Hardware: ", "# Hours: ", "# Score: "):
-        assert word in text, f"{name} does not say {word}"
-    for claim in ("# Hours: ", "# Score: "):
-        said = text.split(claim, 1)[1].split("\n# ", 1)[0].split("\ntask:")[0]
-        is_sourced = any(word in said for word in ("published, ", "measured here", "not measured yet"))
-        assert is_sourced, f"{name}: {said}"
+    _, fields = read_header(text)
+    assert list(fields) == list(FIELDS), f"{name} does not say what each recipe says"
+    for claim in ("Hours", "Score"):
+        is_sourced = any(word in fields[claim] for word in ("(published, ", "(measured here"))
+        assert is_sourced or fields[claim].startswith(NOT_MEASURED), f"{name}: {fields[claim]}"
 
 
 def test_paper_recipes_have_the_papers_numbers() -> None:
@@ -381,6 +426,7 @@ def test_settings_explain_every_key() -> None:
         "data.view.local_crops (8): ",
         "encoder.mean (null): ",
         "seed (0): ",
+        "base (null): Recipe, or YAML file beside this one",
     ):
         assert key in text
     assert all(line == "" or ": " in line or line.startswith("    ") for line in text.splitlines())
@@ -499,7 +545,7 @@ def test_a_folder_of_another_package_hides_no_recipes(tmp_path: Path) -> None:
     (tmp_path / "sslvit" / "configs").symlink_to(recipes_folder())  # as it is installed
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "theirs.yaml").write_text("a: 1")
-    command = [sys.executable, "-m", "sslvit.cli", "settings", "--recipes"]
+    command = [sys.executable, "-m", "sslvit.cli", "recipes"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": ""})
     assert "mae/digits" in done.stdout
     assert "theirs" not in done.stdout
@@ -538,8 +584,6 @@ def test_json_is_all_that_is_printed_and_quiet_leaves_out_messages(capsys, photo
     assert "parameters" in capsys.readouterr().out  # the result is no message
     assert main(["settings", "--json"]) == 0
     assert {"key", "default", "meaning"} == json.loads(capsys.readouterr().out)[0].keys()
-    assert main(["settings", "--recipes", "--json"]) == 0
-    assert "mae/digits" in json.loads(capsys.readouterr().out)
 
 
 def test_messages_go_where_the_options_say(capsys) -> None:

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from sslvit.files import (
     WriteError,
+    bytes_text,
     cache_folder,
     expand_path,
     explain_os_error,
@@ -248,3 +249,9 @@ def test_caches_go_to_a_private_temporary_folder_without_a_home(monkeypatch, tmp
     assert folder == tmp_path / f"sslvit-{os.getuid()}" / ".cache/sslvit"
     assert stat.S_IMODE((tmp_path / f"sslvit-{os.getuid()}").stat().st_mode) == 0o700
     assert "no home folder" in capsys.readouterr().out
+
+
+def test_a_number_of_bytes_is_told_in_the_unit_that_leaves_few_digits() -> None:
+    texts = {7: "7 bytes", 999: "999 bytes", 1500: "1.46 KB", 1_023_000: "999 KB", 1_023_600: "0.976 MB"}
+    texts |= {123_456_789: "118 MB", 1_047_000_000: "998 MB", 1_048_300_000: "1.0 GB", 3 * 2**40: "3,072.0 GB"}
+    assert {count: bytes_text(count) for count in texts} == texts

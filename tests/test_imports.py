@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import configparser
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,7 @@ def modules_after(code: str) -> set[str]:
         "import sslvit.settings",
         "import sslvit.cli; sslvit.cli.make_parser()",
         "from sslvit.settings.load import load_recipe; load_recipe('mae/digits')",
+        "import sslvit.cli; sslvit.cli.main(['recipes', '--json'])",
     ],
 )
 def test_the_front_door_imports_no_torch(code: str) -> None:
@@ -94,3 +96,53 @@ def test_shapes_are_checked_in_every_file_that_names_them() -> None:
     modules = {".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in named}
     assert modules
     assert not [module for module in modules if not module.startswith(tuple(ast.literal_eval(listed)))]
+
+
+WRONG = {  # what is typed -> what the answer says
+    "pretrain --config mae/digits --train.stps 5": "train.steps?",
+    "pretrain --config mae/digits --optim.base_lr -1": "optim.base_lr: -1",
+    "pretrain --config mae/digts": "mae/digits",
+    "finetune RUN --train a --val b --out c --train.stps 5": "train.steps?",
+    "finetune RUN --train a --val b --out c --encoder.wdth 5": "encoder.width?",
+    "finetune RUN --train a --val b --out c --encoder.width many": "encoder.width: expected int",
+    "finetune RUN --train a --val b --out c --task.smoothing 2": "task.smoothing",
+    "finetune RUN --train a --val b --out c --config finetune/small": "finetune/small_images",
+    "resume RUN --train.stps 5": "train.steps?",
+    "resume RUN --train.steps many": "train.steps: expected int",
+    "plan --config mae/digits --images 9 --train.stps 5": "train.steps?",
+    "probe RUN --train a --val b --protocol.epcohs 5": "protocol",
+    "probe RUN --train a --val b --protocl mae": "--protocol?",
+    "probe RUN --train a --val b --protocol mea": "mae?",
+    "sample RUN --cuont 5": "--count?",
+    "sample RUN --count many": "--count: expected int",
+    "bench bench/cifar10 --sedes 5": "seeds?",
+    "bench bench/cifra10": "bench/cifar10",
+    "bench BENCH": "columns.tuned: train.stps",
+    "bench GONE": "not there: encoders.e (gone/e), data.d.val (gone/v). Make them first",
+    "demo --train.stps 5": "train.steps?",
+    "demo --data digit": "digits?",
+}
+
+
+def test_what_is_typed_wrong_is_answered_before_torch_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("task: mae")
+    (tmp_path / "bench.yaml").write_text(
+        "data: {d: {train: a, val: b}}\nencoders: {e: RUN}\ncolumns: {tuned: {kind: finetune, train.stps: 3}}"
+    )
+    (tmp_path / "gone.yaml").write_text(
+        f"data: {{d: {{train: {tmp_path}, val: gone/v}}}}\nencoders: {{e: gone/e, f: 'timm:f'}}\ncolumns: {{kNN: knn}}"
+    )
+    places = {"RUN": str(tmp_path), "BENCH": str(tmp_path / "bench.yaml"), "GONE": str(tmp_path / "gone.yaml")}
+    typed = [[places.get(word, word) for word in line.split()] for line in WRONG]
+    code = (
+        "import contextlib, io, json, sys\nfrom sslvit.cli import main\nanswers = []\n"
+        f"for words in {typed!r}:\n"
+        "    with contextlib.redirect_stderr(io.StringIO()) as error:\n"
+        "        code = main(words)\n"
+        "    answers.append([code, error.getvalue(), 'torch' in sys.modules])\n"
+        "print(json.dumps(answers))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
+    for (line, expected), (exit_code, error, has_torch) in zip(WRONG.items(), json.loads(done.stdout), strict=True):
+        assert expected in error, f"{line}: {error}"
+        assert (exit_code, has_torch) == (1, False), line

@@ -14,7 +14,8 @@ from PIL import Image
 from sslvit.checkpoint import load_encoder
 from sslvit.cli import main
 from sslvit.data.index import load_index
-from sslvit.report.demo import RECIPES, demo, pack_digits, split_changes
+from sslvit.report.demo import demo, pack_digits
+from sslvit.settings.demo import RECIPES, split_changes
 
 SHORT = {
     "train.steps": 4, "train.log_every": 2, "encoder.width": 32, "encoder.depth": 1, "encoder.feature_layer": 1,

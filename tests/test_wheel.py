@@ -27,7 +27,7 @@ def test_a_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
 def test_an_installed_wheel_finds_its_recipes_and_runs_the_demo(installed: Path, tmp_path: Path) -> None:
     where = run(installed / "python", "-c", "import sslvit; print(sslvit.__file__)", cwd=tmp_path).strip()
     assert Path(where).is_relative_to(installed.parent)
-    listed = run(installed / "sslvit", "settings", "--recipes", cwd=tmp_path)
+    listed = run(installed / "sslvit", "recipes", cwd=tmp_path)
     recipes = [f"{file.parent.name}/{file.stem}" for file in CHECKOUT.glob("configs/*/*.yaml")]
     assert len(recipes) > 15
     assert all(recipe in listed for recipe in recipes if not recipe.startswith("bench/"))
@@ -35,4 +35,8 @@ def test_an_installed_wheel_finds_its_recipes_and_runs_the_demo(installed: Path,
     said = run(installed / "sslvit", "demo", "--out", "demo", *changes, cwd=tmp_path)
     assert "Open these:" in said
     assert (tmp_path / "demo" / "report.html").exists()
+    given = ["--data.cifar10.train", "demo/shards/train", "--data.cifar10.val", "demo/shards/test", "--encoders",
+             "{MAE: demo/mae}", "--columns", "{kNN: knn}", "--baselines", "[pixels]", "--out", "tables"]  # fmt: skip
+    run(installed / "sslvit", "bench", "cifar10_cpu", *given, cwd=tmp_path)
+    assert "raw pixels" in (tmp_path / "tables" / "table.md").read_text()
     assert not (tmp_path / "configs").exists()

@@ -64,7 +64,8 @@ def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
             elif any(typing.get_origin(one) is list for one in alternatives(hint)):
                 more["nargs"] = "*"
         if arg.position:
-            names, more["default"] = [field.name], None
+            names = [field.name]
+            more |= {"default": None} if is_required(field) else {"nargs": "?"}
         else:
             names = [arg.flag, *names] if arg.flag else names
             more["required"] = is_required(field)

@@ -227,20 +227,23 @@ def run_embed(options: EmbedOptions) -> None:
 class BenchOptions(Reported, Recipe):
     """Fill a table of encoders x protocols x data sets, or resume where it stopped.
 
-    Settings of the bench are given as --KEY VALUE, e.g. --out runs/bench, --device cpu or --seeds 3.
+    Settings of the bench are given as --KEY VALUE, e.g. --out runs/bench, --encoders.MAE runs/mae or --seeds 3.
 
-    Example: sslvit bench configs/bench/cifar10.yaml --device cpu
+    Example: sslvit bench cifar10 --device cpu
     """
 
     config: Annotated[str, Arg("CONFIG", position=1)]
-    """YAML file, or the name of one that comes with sslvit, such as bench/cifar10."""
+    """YAML file, or the name of one that comes with sslvit, such as cifar10; `sslvit recipes` lists them."""
 
 
 def run_bench(options: BenchOptions) -> None:
     """Fill the tables."""
-    from sslvit.report.bench import bench
-    from sslvit.settings.bench import load_bench
+    from sslvit.settings.bench import check_sources, load_bench
 
-    files = bench(load_bench(options.config, options.changes))
+    settings = load_bench(options.config, options.changes)
+    check_sources(settings)
+    from sslvit.report.bench import bench
+
+    files = bench(settings)
     if options.json:
         print(json.dumps(json.loads(files["table.json"].read_text()), indent=1))

@@ -180,7 +180,7 @@ def run_palette(options: PaletteOptions) -> None:
     error, uniform = made["mean_squared_error"], made["mean_squared_error_uniform"]
     print(
         f"{options.output}: {len(made['colors'])} colors fitted on {made['pixels']:,} pixels; "
-        f"mean squared error {error:.2e} of values in [-1, 1], {error**0.5 * 127.5:.1f} of 255 on average "
+        f"mean squared error {error:.2e} of values in [-1, 1], {error**0.5 * 127.5:.1f} of 255 on average"
         f"{f' (uniform palette: {uniform:.2e}, {uniform**0.5 * 127.5:.1f})' if uniform is not None else ''}\n"
         f"use it with --encoder.palette {options.output}; drawn in {Path(options.output).with_suffix('.png')}"
     )

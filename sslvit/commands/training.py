@@ -12,6 +12,7 @@ from sslvit.commands.options import Options, Recipe, Reported, Resumable
 from sslvit.files import check_new_picture
 from sslvit.settings.choices import Arg
 from sslvit.settings.data import one_source
+from sslvit.settings.load import check_changes, load_recipe
 
 
 @dataclass(kw_only=True)
@@ -37,6 +38,9 @@ class DemoOptions(Recipe):
 
 def run_demo(options: DemoOptions) -> None:
     """Run the demo."""
+    from sslvit.settings.demo import check_demo
+
+    check_demo(options.data, options.changes)
     from sslvit.report.demo import demo
 
     demo(options.data, options.archive, options.out, options.overwrite, options.seed, options.changes)
@@ -63,6 +67,7 @@ class PretrainOptions(Resumable):
 
 def run_pretrain(options: PretrainOptions) -> None:
     """Pretrain."""
+    load_recipe(options.config, options.changes)  # whatever is wrong with it is said before torch is imported
     from sslvit.api import pretrain
 
     pretrain(
@@ -96,10 +101,11 @@ class FinetuneOptions(Resumable):
 
 def run_finetune(options: FinetuneOptions) -> None:
     """Fine-tune, and print the scores."""
-    from sslvit.api import finetune
-
     if "encoder" in options.changes:
         raise ValueError("--encoder: ENCODER is what is trained on; its settings are --encoder.KEY value.")
+    check_changes(options.config, options.changes)
+    from sslvit.api import finetune
+
     folder = finetune(
         options.encoder, options.train, options.val, options.config, options.out, options.scratch, options.resume,
         options.overwrite, **options.changes,
@@ -122,6 +128,9 @@ class ResumeOptions(Recipe):
 
 def run_resume(options: ResumeOptions) -> None:
     """Resume, and print the scores of a fine-tuning."""
+    config = Path(options.run) / "config.yaml"
+    if config.is_file():
+        check_changes(config, options.changes)
     from sslvit.api import resume
 
     folder = resume(options.run, **options.changes)
@@ -131,8 +140,6 @@ def run_resume(options: ResumeOptions) -> None:
 
 def wants_requeue(options: Options | None) -> bool:
     """Whether a training command that was stopped before it read its settings is to be put into the queue again."""
-    from sslvit.settings.load import load_recipe
-
     if not isinstance(options, (PretrainOptions, FinetuneOptions, ResumeOptions)):
         return False
     config = Path(options.run) / "config.yaml" if isinstance(options, ResumeOptions) else options.config
@@ -180,13 +187,12 @@ def run_plan(options: PlanOptions) -> None:
         raise ValueError(f"--tflops {options.tflops:g}: must be positive.")
     if options.memory_gib is not None and not options.memory_gib > 0:
         raise ValueError(f"--memory-gib {options.memory_gib:g}: must be positive.")
+    settings = load_recipe(options.config, options.changes)
     from sslvit.data.open import open_shards
-    from sslvit.settings.load import load_recipe
     from sslvit.train.forecast import PEAKS, forecast, plan_step, plot_schedules
     from sslvit.train.hardware import gpu_memory, trains_on_gpu
     from sslvit.train.micro_batch import choose_micro_batch
 
-    settings = load_recipe(options.config, options.changes)
     if options.memory_gib is not None:
         if settings.train.accelerator == "cpu":
             raise ValueError("--memory-gib: the memory of a GPU, but train.accelerator is cpu. Leave one of them out.")
@@ -252,26 +258,43 @@ def run_replay(options: ReplayOptions) -> None:
 
 
 @dataclass(kw_only=True)
+class RecipesOptions(Reported):
+    """List the recipes that come with sslvit, with data, size, cost and score, or print one.
+
+    Example: sslvit recipes mae/digits
+    """
+
+    name: Annotated[str | None, Arg("RECIPE", position=1, is_path=False)] = None
+    """Name of the recipe, whose YAML is printed; all of them are listed by default."""
+
+
+def run_recipes(options: RecipesOptions) -> None:
+    """Print all recipes, or one."""
+    from sslvit.settings.recipes import recipe_text, recipes, summarize
+
+    if options.name is not None:
+        text = recipe_text(options.name)
+        about = {} if options.name.startswith("bench/") else asdict(summarize(options.name))
+        report(options, text.rstrip("\n"), about | {"name": options.name, "yaml": text})
+        return
+    found = recipes()
+    report(options, found.text(), found.to_dict())
+
+
+@dataclass(kw_only=True)
 class SettingsOptions(Reported):
     """List all settings of a recipe, with their defaults and meaning.
 
-    Example: sslvit settings --recipes
+    Example: sslvit settings train
     """
-
-    recipes: bool = False
-    """List the recipes that come with sslvit instead."""
 
 
 def run_settings(options: SettingsOptions) -> None:
-    """Print all settings, or all recipes."""
-    from sslvit.settings.describe import describe_settings, explained_settings, recipes
+    """Print all settings."""
+    from sslvit.settings.describe import describe_settings, explained_settings
 
-    if not options.recipes:
-        width = min(max(shutil.get_terminal_size((100, 24)).columns, 60), 120)
-        keys: list[dict[str, Any]] = [
-            {"key": key, "default": default, "meaning": text} for _, key, default, text in explained_settings()
-        ]
-        report(options, describe_settings(width), keys)
-        return
-    found = recipes()
-    report(options, str(found), found.to_dict())
+    width = min(max(shutil.get_terminal_size((100, 24)).columns, 60), 120)
+    keys: list[dict[str, Any]] = [
+        {"key": key, "default": default, "meaning": text} for _, key, default, text in explained_settings()
+    ]
+    report(options, describe_settings(width), keys)

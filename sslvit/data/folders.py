@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sslvit.data.header import EXTRAS, IMAGE_SUFFIXES
+from sslvit.data.index import sets_below
 from sslvit.data.labels import NO_LABEL, brief_names, sorted_names
 from sslvit.data.sources import FileImages, ImageSource, Sample
-from sslvit.files import printable
+from sslvit.files import expand_path, printable
 
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"}
 # what systems and archives leave beside people's files
@@ -82,6 +83,28 @@ def folder_source(source: Path) -> ImageSource:
         notes.append(f"{brief_names(splits)} {'is' if len(splits) == 1 else 'are'} taken for classes like the others")
     samples = top_level + [sample for name in names for sample in classes[name]]
     return ImageSource(samples, names or None, _skipped(skipped, empty), notes)
+
+
+def check_labeled(option: str, source: str | Path) -> None:
+    """Refuse images that lie side by side where labels are needed, before they are packed.
+
+    Args:
+        option: What named them, for the message.
+        source: What was named; anything but an image folder passes.
+
+    Raises:
+        ValueError: They have no folders that could be classes.
+    """
+    folder = Path(expand_path(source))
+    if not folder.is_dir() or (folder / "index.json").exists() or any(folder.glob("*.tar")):
+        return
+    skipped = _Skipped()
+    entries = _entries(folder, skipped)
+    if not any(map(_is_folder, entries)) and any(_is_image(entry, folder, skipped) for entry in entries):
+        raise ValueError(
+            f"{option} {printable(source)}: images side by side, which have no labels. Give one folder per class, or "
+            "pack a list with a column label: sslvit shards pack LIST.csv SHARDS"
+        )
 
 
 def _entries(folder: str | Path, skipped: _Skipped) -> list[os.DirEntry]:
@@ -178,9 +201,9 @@ def _extra(ending: str) -> str:
 
 def _contents(source: Path, skipped: _Skipped) -> str:
     """What a folder without images holds, for the message."""
-    sets = [path.name for path in sorted(source.iterdir()) if (path / "index.json").exists() or any(path.glob("*.tar"))]
-    if sets:
-        return f"itself; shards lie in its folders {brief_names(sets)}. Name one of them, such as {source / sets[0]}"
+    if sets := sets_below(source):
+        names = brief_names([str(path.relative_to(source)) for path in sets])
+        return f"(shards lie in its folders {names}; name one of them, such as {printable(sets[0])})"
     if skipped.endings:
         return f"(it holds {_counted(skipped.endings)}; images end in {', '.join(sorted(IMAGE_SUFFIXES))})"
     return f"(looked for {', '.join(sorted(IMAGE_SUFFIXES))} in it and its folders)"

@@ -240,10 +240,21 @@ def load_index(folder: str | Path) -> ShardIndex:
     file = folder / "index.json"
     if not file.exists():
         hint = f"Run: sslvit shards index {folder}" if any(folder.glob("*.tar")) else "Run: sslvit shards pack SRC DST"
+        if sets := sets_below(folder):
+            hint = f"Shards lie below it: {', '.join(map(printable, sets[:3]))}{', ...' if len(sets) > 3 else ''}."
         if (folder / "packing").is_dir():
             hint = "Packing was not finished there: run the same sslvit shards pack again, or shards index --merge."
         raise FileNotFoundError(f"{folder}: no index.json there. {hint}")
     return read_index(file.read_bytes(), folder / "index.npy", str(folder))
+
+
+def sets_below(folder: Path) -> list[Path]:
+    """The nearest folders of shards below a folder, at most two levels down."""
+    for pattern in ("*", "*/*"):
+        sets = {path.parent for name in ("index.json", "*.tar") for path in folder.glob(f"{pattern}/{name}")}
+        if sets:
+            return sorted(sets)
+    return []
 
 
 def common_prefix_length(names: Iterable[str]) -> int:

@@ -18,7 +18,7 @@ from sslvit.data.index import ShardIndex, unlisted_warning
 from sslvit.data.parallel import in_parallel
 from sslvit.data.plan import EpochPlan
 from sslvit.data.records import sha256_of
-from sslvit.files import printable
+from sslvit.files import bytes_text, printable
 from sslvit.results import Result
 from sslvit.run_plan import fitting_ranks
 
@@ -162,7 +162,7 @@ def describe_shards(index: ShardIndex, global_batch_size: int | None = None) -> 
     total = sum(shard.bytes for shard in index.shards)
     lines = [
         f"{printable(index.location)}: {len(index):,} images ({size}, {index.channels} channels{depth}, {classes}) in "
-        f"{len(index.shards)} shards, {total / 1e6:,.1f} MB",
+        f"{len(index.shards):,} {'shard' if len(index.shards) == 1 else 'shards'}, {bytes_text(total)}",
         f"  mean {index.mean}, std {index.std} (of pixels from 0 to 1)",
     ]
     if not index.classes:
@@ -204,13 +204,13 @@ def describe_shards(index: ShardIndex, global_batch_size: int | None = None) -> 
             f"  at a global batch of {batch:,}: {plan.steps_per_epoch:,} steps per epoch, each dropping "
             f"{plan.dropped_per_epoch:,} images; ranks that fit: {', '.join(map(str, fitting_ranks(batch, 1024)))}"
         )
-    shard_gb = max(shard.bytes for shard in index.shards) / 2**30
+    longest = max(shard.bytes for shard in index.shards)
     needs = {
-        hosts: plan.shards_at_once(0, batch // hosts) * shard_gb for hosts in (1, 2, 4, 8, 16) if batch % hosts == 0
+        hosts: plan.shards_at_once(0, batch // hosts) * longest for hosts in (1, 2, 4, 8, 16) if batch % hosts == 0
     }
-    caches = [f"{need:.2g} GB on {hosts}" for hosts, need in needs.items()]
+    caches = [f"{bytes_text(need)} on {hosts}" for hosts, need in needs.items()]
     if len(set(needs.values())) == 1:
-        caches = [f"{needs[1]:.2g} GB on any number"]
+        caches = [f"{bytes_text(needs[1])} on any number"]
     lines.append(f"  read over the network, each host needs a cache of about {', '.join(caches)} of hosts")
     return "\n".join(lines)
 
@@ -225,8 +225,9 @@ def _histogram(counts: Counter, bars: int = 10, width: int = 40) -> list[str]:
     for value, count in counts.items():
         ranges[(value - low) // step] += count
     longest = max(ranges.values())
-    return [
-        f"    {low + i * step:>6} to {low + (i + 1) * step - 1:<6} {count:>9,} "
-        + "#" * max(1, width * count // longest)
-        for i, count in sorted(ranges.items())
-    ]
+    lines = []
+    for i, count in sorted(ranges.items()):
+        start = low + i * step
+        values = f"{start:>6} to {start + step - 1:<6}" if step > 1 else f"{start:>6}"
+        lines.append(f"    {values} {count:>9,} {'#' * max(1, width * count // longest)}")
+    return lines

@@ -101,8 +101,6 @@ def open_shards(source: str | Path, cache: ShardCache | None = None) -> ShardInd
         return load_index(path)
     if (path / "packing").is_dir():
         return load_index(path)  # says what to do
-    if (path / "train" / "index.json").exists():
-        raise FileNotFoundError(f"{printable(path)}: holds train/ and val/, not shards. Pass {path / 'train'}.")
     return open_image_folder(path, cache)
 
 

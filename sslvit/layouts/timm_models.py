@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import math
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-3  # of outputs that are about 1 in size
 MODULES = ("vision_transformer", "deit")  # of timm, with plain vision transformers
+MAX_NAME = 100  # characters that are compared with known names
+HTTP = ("httpx", "requests", "urllib3")  # libraries by which the hub is reached
 MAX_PATCHES = 1 << 16  # of the images on which both are compared
 
 
@@ -120,9 +123,28 @@ def _create(name: str, pretrained: bool) -> Any:
         with quiet_libraries():
             return timm.create_model(name, pretrained=pretrained, num_classes=0)
     except Exception as error:  # the hub raises almost anything when it cannot be reached
-        near = timm.list_models(f"{name.split('.')[0][:12]}*", pretrained=True)[:3]
-        reason = printable(str(error).splitlines()[0], 160) if str(error) else type(error).__name__
-        raise ValueError(f"timm:{name}: {reason}.{f' Did you mean {near}?' if near else ''}") from error
+        raise ValueError(f"timm:{name}: {_explain(error, name)}") from error
+
+
+def _explain(error: Exception, name: str) -> str:
+    """Why there is no such model, and what to do."""
+    import timm
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    tagged = [model for module in MODULES for model in timm.list_models(module=module, pretrained=True)]
+    known = {*tagged, *(model.split(".")[0] for model in tagged)}
+    causes = (error, error.__cause__)
+    is_unreachable = any(isinstance(one, OSError) or type(one).__module__.split(".")[0] in HTTP for one in causes)
+    if name in known and is_unreachable:
+        return (
+            f"its weights are not in {HF_HUB_CACHE}, and the hub does not answer. With a network once: python -c "
+            f"\"import timm; timm.create_model('{name}', pretrained=True)\"; without one, copy that folder from a "
+            "machine where this was done."
+        )
+    near = difflib.get_close_matches(name[:MAX_NAME], known, n=3)
+    reason = printable(str(error).splitlines()[0], 160) if str(error) else type(error).__name__
+    hint = f" Did you mean {', '.join(near)}?" if near else ""
+    return f"{reason.removesuffix('.')}.{hint}"
 
 
 def _check_plain(name: str, model: nn.Module) -> None:

@@ -9,7 +9,6 @@ import shutil
 import tarfile
 import time
 import zlib
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,11 @@ from sslvit.evaluate.probe import LINEAR, ProbeTable, probe
 from sslvit.exporters import export_encoder
 from sslvit.figures import plot_bars
 from sslvit.files import to_json, write_atomically
+from sslvit.models import ViTEncoder
 from sslvit.report.page import heading, picture, table, text, write_page
 from sslvit.settings import MAESettings, ProbeSettings
-from sslvit.settings.load import by_dotted_key, load_recipe
+from sslvit.settings.demo import CIFAR10_ON_A_CPU, RECIPES, split_changes
+from sslvit.settings.load import load_recipe
 from sslvit.train.folder import RunFolder
 from sslvit.train.run import pretrain
 
@@ -39,24 +40,6 @@ logger = logging.getLogger(__name__)
 
 TASKS = {"mae": "masked autoencoder", "dino": "self-distillation", "igpt": "next-pixel prediction"}
 NAMES = {"mae": "MAE", "dino": "DINO", "igpt": "iGPT"}
-RECIPES = {
-    "digits": {"mae": "mae/digits", "dino": "dino/digits", "igpt": "igpt/digits"},
-    "cifar10": {"mae": "mae/vit_tiny_cifar10", "dino": "dino/vit_tiny_cifar10", "igpt": "igpt/small_cifar10"},
-}
-# on a CPU the demo on CIFAR-10 shows the steps, not the result: the recipes' full length would take weeks there
-CIFAR10_ON_A_CPU: dict[str, dict[str, Any]] = {
-    "mae": {"data.global_batch_size": 128, "optim.base_lr": 1e-3, "optim.warmup_epochs": 0.15, "train.steps": 400},
-    "dino": {"data.global_batch_size": 64, "optim.warmup_epochs": None, "task.momentum": 0.99, "train.steps": 100},
-    "igpt": {
-        "encoder.width": 96,
-        "encoder.depth": 4,
-        "encoder.heads": 3,
-        "data.global_batch_size": 4,
-        "optim.base_lr": 0.256,
-        "optim.warmup_epochs": None,
-        "train.steps": 300,
-    },
-}
 MARK = "demo.json"  # marks the folder of a demo
 FOLDERS = ("shards", "download", *TASKS, "export", "figures")
 TEST_EVERY = 5  # one of so many digits is for the test
@@ -100,7 +83,8 @@ def demo(
     logger.info(f"1/4  packing {data} into WebDataset shards")
     shards = folder / "shards"
     source = pack_digits(shards) if data == "digits" else pack_cifar10(shards, archive, folder / "download")
-    encoders, runs = {}, {}
+    encoders: dict[str, ViTEncoder] = {}
+    runs = {}
     given = {"data.shards": source.location, "seed": seed}
     for task, changed in split_changes(RECIPES[data], changes or {}).items():
         logger.info(f"2/4  pretraining: {TASKS[task]}")
@@ -143,16 +127,6 @@ def demo(
     ]:  # fmt: skip
         logger.info(f"  {path!s:<40} {what}")
     return table.to_dict()
-
-
-def split_changes(recipes: dict[str, str], changes: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """For each task, the changes that its recipe has keys for, and those that no recipe has (presets; or a mistake)."""
-    known = {task: by_dotted_key(asdict(load_recipe(recipe))) for task, recipe in recipes.items()}
-    everywhere = [key for key in changes if not any(key in keys for keys in known.values())]
-    return {
-        task: {key: value for key, value in changes.items() if key in keys or key in everywhere}
-        for task, keys in known.items()
-    }
 
 
 def pack_digits(folder: Path) -> ShardIndex:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from sslvit.files import brief, expand_path, printable, quoted
 from sslvit.settings.build import build
 from sslvit.settings.choices import Choice, checked
-from sslvit.settings.load import find_recipe, read_yaml, set_keys
+from sslvit.settings.load import check_changes, find_recipe, read_yaml, set_keys
 from sslvit.settings.probe import BlocksReadout, FewLabels, Passes, ProbeSettings, UnreadableImages
 from sslvit.settings.protocols import PROTOCOL_CHOICE, LogregSettings, ProtocolSettings
 
@@ -124,7 +124,7 @@ def load_bench(path: str | Path, changes: dict[str, Any]) -> BenchSettings:
         FileNotFoundError: No such file.
         ValueError: An unknown key or a value that does not fit; the message names file and key.
     """
-    path = find_recipe(path, "bench")
+    path = find_recipe(path, "bench", option="")
     tree = read_yaml(path) | {"name": path.stem}
     try:
         if isinstance(tree.get("columns"), dict):
@@ -141,9 +141,39 @@ def load_bench(path: str | Path, changes: dict[str, Any]) -> BenchSettings:
             if not isinstance(paths, list) or not paths or not all(isinstance(one, str) for one in paths):
                 raise ValueError(f"encoders.{brief(name)}: expected an encoder, or a list of them.")
             tree["encoders"][name] = [expand_path(one) for one in paths]
-        return build(BenchSettings, tree)
-    except ValueError as error:
-        raise ValueError(f"{printable(path)}: {error}") from error
+        settings = build(BenchSettings, tree)
+        for name, column in settings.columns.items():
+            if isinstance(column, FinetuneColumn):
+                _check_column(column, f"columns.{name}")
+        _check_column(settings.scratch, "scratch")
+        return settings
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"{printable(path)}: {error}") from error
+
+
+def _check_column(column: FinetuneColumn, where: str) -> None:
+    try:
+        check_changes(column.config, column.changes)
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"{where}: {error}") from error
+
+
+def check_sources(settings: BenchSettings) -> None:
+    """Refuse encoders and data sets that are not there, all in one line, before anything is loaded."""
+    named = {f"encoders.{row}": path for row, paths in settings.encoders.items() for path in paths}
+    for name, split in settings.data.items():
+        named |= {f"data.{name}.train": split.train, f"data.{name}.val": split.val}
+    missing = [
+        f"{key} ({printable(path)})"
+        for key, path in named.items()
+        if not set(path) & set(":{*?[")
+        and not Path(path).exists()  # addresses, patterns and timm:NAME are not looked up
+    ]
+    if missing:
+        raise FileNotFoundError(
+            f"not there: {', '.join(missing)}. Make them first, by the commands at the top of the bench's YAML (sslvit "
+            f"recipes shows those that come with sslvit), or name others: --{missing[0].split()[0]} PATH"
+        )
 
 
 def _check_names(key: str, entries: Any) -> None:

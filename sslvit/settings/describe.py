@@ -9,54 +9,18 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, fields
 from itertools import pairwise
 from typing import Any
 
-from sslvit.results import Result
 from sslvit.settings.build import choice_of, is_required, record_of
 from sslvit.settings.choices import Choice, hints_of, words_of
 from sslvit.settings.encoder import EncoderSettings
-from sslvit.settings.load import recipe_names, recipes_folder
 from sslvit.settings.presets import PRESETS
 from sslvit.settings.run import RunSettings
 
+BASE = "Recipe, or YAML file beside this one, whose settings this one's change. A key of YAML files only."
 PRESET = f"Architecture whose settings are set where it is said; later words change them. One of {', '.join(PRESETS)}."
-
-
-@dataclass(repr=False)
-class Recipes(Result):
-    """The recipes that come with sslvit.
-
-    Args:
-        about: Name of a recipe -> what it trains.
-    """
-
-    about: dict[str, str]
-
-    def text(self) -> str:
-        """A line for each recipe."""
-        return "\n".join(f"{name:<28} {first}" for name, first in self.about.items())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Names and what they train."""
-        return dict(self.about)
-
-
-def recipes() -> Recipes:
-    """List the recipes that come with sslvit.
-
-    Returns:
-        Names, which `pretrain` and `load_recipe` take, and what they train.
-
-    Example:
-        print(sslvit.recipes())
-        print(sslvit.load_recipe("mae/digits").train.epochs)
-    """
-    files = {name: recipes_folder() / f"{name}.yaml" for name in recipe_names()}
-    return Recipes(
-        {name: file.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ") for name, file in files.items()}
-    )
 
 
 def field_texts(kind: type) -> dict[str, str]:
@@ -121,6 +85,8 @@ def explained_settings(
             yield from explained_settings(record_type, f"{key}.")
         else:
             yield kind, key, default_of(field), text
+    if kind is RunSettings:
+        yield kind, "base", None, BASE
 
 
 def default_of(field: Any) -> Any:

@@ -1,7 +1,7 @@
 """YAML and command line -> settings; whatever is wrong is said in one line before anything else happens.
 
-What is said later wins: the recipe, then the changes in their order. A preset sets its keys where it is said; within a
-section it comes before the section's other keys, wherever it is written.
+What is said later wins: the base of a recipe, the recipe, then the changes in their order. A preset sets its keys where
+it is said; within a section it comes before the section's other keys, wherever it is written.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import yaml
 
 from sslvit.files import brief, expand_path, printable
-from sslvit.settings.build import EMPTY, MAX_KEY, build, choice_of, section_of
+from sslvit.settings.build import EMPTY, MAX_KEY, build, check_values, choice_of, section_of
 from sslvit.settings.encoder import EncoderSettings
 from sslvit.settings.palette import UNIFORM, read_palette
 from sslvit.settings.presets import preset_values
@@ -39,7 +39,8 @@ def load_recipe(
     """The settings of a recipe with changes.
 
     Args:
-        config: YAML file, or the name of one in configs/ such as mae/digits.
+        config: YAML file, or the name of one in configs/ such as mae/digits; its key `base` names another one, whose
+            keys it changes.
         changes: Dotted keys and their values, such as {"train.epochs": 10}, or whole sections, whose keys are merged
             with the recipe's; they win over the recipe, and later ones over earlier ones.
         base: Encoder whose settings the recipe changes; None for one that it describes itself.
@@ -48,24 +49,76 @@ def load_recipe(
         FileNotFoundError: No such recipe (the nearest names are shown).
         ValueError: An unknown key (the nearest is suggested), or a value that does not fit.
     """
-    path = find_recipe(config)
-    content = read_yaml(path)
-    content.pop(MADE_BY, None)
-    _check_foreign_code(path, content, changes or {})
-    recipe, given = list(leaves(RunSettings, content)), list(leaves(RunSettings, changes or {}))
-    if dict(recipe).get("data.allow_pipe") and not dict(given).get("data.allow_pipe"):
-        raise ValueError(f"{path}: data.allow_pipe is for you to give, not for a file: --data.allow_pipe true")
+    return build(RunSettings, merge_recipe(config, changes, base))
+
+
+def check_changes(config: str | Path, changes: dict[str, Any]) -> None:
+    """Refuse what is wrong with a recipe and its changes whatever the encoder is that they change.
+
+    Reading that encoder takes torch, whose import takes seconds; this takes none of them.
+
+    Raises:
+        FileNotFoundError: No such recipe.
+        ValueError: An unknown key, or a value that fits no encoder.
+    """
+    tree = merge_recipe(config, changes, None)
+    check_values(RunSettings, tree)
+    build(RunSettings, {key: value for key, value in tree.items() if key != "encoder"})
+
+
+def merge_recipe(
+    config: str | Path, changes: dict[str, Any] | None = None, base: EncoderSettings | None = None
+) -> dict[str, Any]:
+    """The nested keys and values of a recipe with changes, not yet checked; arguments as those of `load_recipe`."""
+    path, given = find_recipe(config), dict(leaves(RunSettings, changes or {}))
+    if "base" in given:
+        raise ValueError("base: stands in a YAML file. --config names the recipe that all other settings change.")
     tree: dict[str, Any] = {} if base is None else {"encoder": asdict(base)}
-    for key, value in recipe:
-        _say(RunSettings, tree, key, value)
+    for file, content in _with_bases(path):
+        _check_foreign_code(file, content, changes or {})
+        recipe = dict(leaves(RunSettings, content))
+        if recipe.get("data.allow_pipe") and not given.get("data.allow_pipe"):
+            raise ValueError(f"{file}: data.allow_pipe is for you to give, not for a file: --data.allow_pipe true")
+        for key, value in recipe.items():
+            if value is not None and REPLACED.get(key) not in recipe:
+                _drop_replaced(tree, key)
+            is_palette = key == "encoder.palette" and isinstance(value, str)
+            _say(RunSettings, tree, key, _palette_beside(file, value) if is_palette else value)
     set_keys(RunSettings, tree, changes or {})
     encoder = tree.get("encoder")
     if isinstance(encoder, dict) and isinstance(encoder.get("palette"), str) and encoder["palette"] != UNIFORM:
-        palette = expand_path(encoder["palette"])
-        beside = path.parent / palette  # a recipe may bring its palette along
-        encoder["palette"] = read_palette(palette if Path(palette).exists() or not beside.exists() else beside)
-    _leave_open(tree, dict(given))
-    return build(RunSettings, tree)
+        encoder["palette"] = read_palette(_palette_beside(path, encoder["palette"]))
+    _leave_open(tree, given)
+    return tree
+
+
+def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:
+    """A YAML file and its content, after those of its base, of the base's base and so on.
+
+    Raises:
+        FileNotFoundError: A base is neither a file nor a recipe.
+        ValueError: Bases that lead in a circle, or a base that is no name.
+    """
+    content, chain = read_yaml(path), (*above, path.resolve())
+    content.pop(MADE_BY, None)
+    if (base := content.pop("base", None)) is None:
+        return [(path, content)]
+    if not isinstance(base, str):
+        raise ValueError(f"{printable(path)}: base: {brief(base)} is no name of a recipe and no YAML file.")
+    beside = path.parent / expand_path(base)
+    try:
+        below = beside if _is_file(beside) else find_recipe(base, option="base: ")
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"{printable(path)}: {error}") from error
+    if below.resolve() in chain:
+        raise ValueError(f"{printable(path)}: base: {brief(base)} leads back to where it began. Leave one base out.")
+    return [*_with_bases(below, chain), (path, content)]
+
+
+def _palette_beside(file: Path, palette: str) -> str:
+    """The path of a palette, which a recipe may bring along in its folder."""
+    path = expand_path(palette)
+    return str(file.parent / path) if not Path(path).exists() and (file.parent / path).exists() else path
 
 
 def _check_foreign_code(path: Path, content: dict[str, Any], changes: dict[str, Any]) -> None:
@@ -102,9 +155,8 @@ def leaves(kind: type, tree: dict[str, Any], prefix: str = "") -> Iterator[tuple
 def set_keys(kind: type, tree: dict[str, Any], changes: dict[str, Any]) -> None:
     """Let changes win over what nested settings say, and later ones over earlier ones."""
     for key, value in leaves(kind, changes):
-        if value is not None and key in REPLACED:
-            section, _, replaced = REPLACED[key].rpartition(".")
-            _find(tree, section).pop(replaced, None)
+        if value is not None:
+            _drop_replaced(tree, key)
         _say(kind, tree, key, value)
 
 
@@ -119,6 +171,13 @@ def from_keywords(kind: type[Settings], given: Mapping[str, Any]) -> Settings:
              for key, value in given.items()}  # fmt: skip
     set_keys(kind, tree, plain)
     return build(kind, tree)
+
+
+def _drop_replaced(tree: dict[str, Any], key: str) -> None:
+    """Take out what a change of a key replaces."""
+    if key in REPLACED:
+        section, _, replaced = REPLACED[key].rpartition(".")
+        _find(tree, section).pop(replaced, None)
 
 
 def _say(kind: type, tree: dict[str, Any], key: str, value: Any) -> None:
@@ -171,33 +230,35 @@ def by_dotted_key(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def find_recipe(name: str | Path, group: str = "") -> Path:
+def find_recipe(name: str | Path, group: str = "", option: str = "--config ") -> Path:
     """The file behind a path or a recipe's name.
 
     Args:
         name: The path or name.
-        group: Folder of configs/ that alone is searched; by default all but those of benches.
+        group: Folder of configs/ that alone is searched, whose recipes may be named without it; by default all but
+            those of benches.
+        option: What named it, for messages.
 
     Raises:
         FileNotFoundError: Neither a file nor a recipe; the message names the nearest, or says how to list them.
         ValueError: It is a folder.
     """
-    path, known, option = Path(expand_path(name)), recipe_names(group), "" if group else "--config "
-    stem = str(name).removesuffix(".yaml")
+    path, known = Path(expand_path(name)), recipe_names(group)
     if _is_file(path):
         return path
-    if stem in known:
-        return recipes_folder() / f"{stem}.yaml"
-    found = difflib.get_close_matches(str(name)[:MAX_KEY], known, n=3, cutoff=0.4)
-    hint = f"Did you mean {', '.join(found)}? All recipes: sslvit settings --recipes"
-    if path.suffix in (".yaml", ".yml") or not found:
-        hint = "Check the path, or take a recipe that comes with sslvit (sslvit settings --recipes)."
-    if group:
-        hint = f"Start from one that comes with sslvit: {', '.join(known)}."
+    stem = str(name).removesuffix(".yaml")
+    if packaged := {stem, f"{group}/{stem}"} & set(known):
+        return recipes_folder() / f"{packaged.pop()}.yaml"
+    near = difflib.get_close_matches(f"{group}/{stem}"[:MAX_KEY] if group else stem[:MAX_KEY], known, n=3, cutoff=0.4)
+    hint = f"Did you mean {', '.join(near)}? All that come with sslvit: sslvit recipes"
+    if path.suffix in (".yaml", ".yml") or not near:
+        hint = "Check the path, or take one that comes with sslvit: sslvit recipes"
     if path.is_dir():
-        hint = hint if group else "Give a YAML file in it, or a recipe's name."
-        raise ValueError(f"{option}{printable(name)}: a folder, not a YAML file. {hint}")
-    raise FileNotFoundError(f"{option}{printable(name)}: no such file{'' if group else ' or recipe'}. {hint}")
+        raise ValueError(
+            f"{option}{printable(name)}: a folder, not a YAML file. Give a file in it, or one that comes with sslvit: "
+            "sslvit recipes"
+        )
+    raise FileNotFoundError(f"{option}{printable(name)}: no such file or {group or 'recipe'}. {hint}")
 
 
 def _is_file(path: Path) -> bool:

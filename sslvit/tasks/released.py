@@ -120,7 +120,10 @@ def load_igpt(source: str | Path, heads: int | None = None, **changes: Any) -> I
         )
     settings, encoder, others = split_checkpoint(content, path)
     if settings.tokens != "pixel" or not settings.causal or "head.weight" not in others:
-        raise ValueError(f"{source}: not trained by iGPT to predict the next pixel, so nothing can be sampled from it.")
+        raise ValueError(
+            f"{source}: does not predict the next pixel, which sampling and likelihoods need. Give a run of iGPT, such "
+            "as sslvit pretrain --config igpt/digits trains."
+        )
     return _igpt(settings, encoder, others["head.weight"])
 
 

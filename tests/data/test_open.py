@@ -110,3 +110,13 @@ def test_shards_in_a_folder_that_one_may_only_read_are_indexed_in_the_cache(tmp_
     found = open_shards(tmp_path / "theirs", ShardCache(tmp_path / "cache"))
     assert numbers_of(found) == numbers_of(index)
     assert sorted((tmp_path / "theirs").iterdir()) == before
+
+
+def test_a_folder_above_shards_names_them(tmp_path: Path) -> None:
+    for name in ("photos/train", "photos/val"):
+        numbered_shards(tmp_path / "sets" / name, 4)
+    for folder, first in (("sets", "photos/train"), ("sets/photos", "train")):
+        with pytest.raises(ValueError, match=f"no images there .shards lie in its folders {first}, .*/photos/train."):
+            open_shards(tmp_path / folder)
+        with pytest.raises(FileNotFoundError, match="no index.json there. Shards lie below it: .*/train, .*/val."):
+            load_index(tmp_path / folder)

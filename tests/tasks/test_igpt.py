@@ -225,5 +225,5 @@ def test_a_file_without_pixels_to_predict_is_refused(tmp_path) -> None:
     saved: dict = {"state_dict": task.state_dict()}
     task.on_save_checkpoint(saved)
     torch.save(saved, tmp_path / "bert.ckpt")
-    with pytest.raises(ValueError, match="not trained by iGPT to predict the next pixel"):
+    with pytest.raises(ValueError, match="does not predict the next pixel, which sampling and likelihoods need"):
         load_igpt(tmp_path / "bert.ckpt")

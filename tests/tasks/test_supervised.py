@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from shard_fixtures import overwrite
 
@@ -344,7 +345,12 @@ def test_what_cannot_be_fine_tuned_is_refused(shards: Path, capsys: pytest.Captu
         assert not (shards / "new").exists()
         return capsys.readouterr().err
 
-    assert "supervised training needs labels, and this data has none" in failing("plain", "val")
+    assert "data.shards: supervised training needs labels, and these images have none" in failing("plain", "val")
+    (shards / "flat").mkdir()
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(shards / "flat" / "1.png")
+    for sets, option in ((("flat", "val"), "--train"), (("train", "flat"), "--val")):
+        error = failing(*sets)
+        assert f"{option} {shards / 'flat'}: images side by side, which have no labels. Give one folder" in error
     assert "have no labels" in failing("train", "plain")
     assert "have different classes" in failing("train", "other")
     assert "trains mae, not with labels" in failing("train", "val", "--config", "mae/digits")

@@ -1163,15 +1163,15 @@ FAULTS = [
     Fault(
         "Each machine's need of cache is that of one",
         "sslvit/data/inspect.py",
-        "plan.shards_at_once(0, batch // hosts) * shard_gb for",
-        "plan.shards_at_once(0, batch) * shard_gb for",
+        "plan.shards_at_once(0, batch // hosts) * largest for",
+        "plan.shards_at_once(0, batch) * largest for",
         ("tests/data/test_inspect.py",),
     ),
     Fault(
         "The need of cache is told of the smallest shard",
         "sslvit/data/inspect.py",
-        "shard_gb = max(shard.bytes",
-        "shard_gb = min(shard.bytes",
+        "largest = max(shard.bytes",
+        "largest = min(shard.bytes",
         ("tests/data/test_inspect.py",),
     ),
     Fault(
