@@ -26,6 +26,7 @@ from sslvit.data.schema import checked_index, parse_json
 from sslvit.data.stream import PIPE, StreamIndex, is_stream
 from sslvit.files import expand_path, printable
 from sslvit.settings import DataSettings
+from sslvit.settings.task import TaskSettings
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +35,16 @@ PATTERN_CHARACTERS = "{*?["
 USAGE = "Pass a folder of images or of shards (sslvit shards pack SRC DST)."
 
 
-def open_data(settings: DataSettings, seed: int, ranks: int = 1) -> tuple[Index | StreamIndex, Plan]:
+def open_data(
+    settings: DataSettings, seed: int, multiple_of: int = 1, usual_batch: int = TaskSettings.usual.batch
+) -> tuple[Index | StreamIndex, Plan]:
     """The index of a run's data and the order in which it is read.
 
-    A batch size that is lowered to what is there stays a multiple of the ranks.
+    Args:
+        settings: Data and batch size.
+        seed: Seed of the order.
+        multiple_of: What a batch size that is chosen or lowered is a multiple of (`TrainSettings.batch_multiple`).
+        usual_batch: Largest batch where none is given (`Usual.batch` of the task).
 
     Raises:
         FileNotFoundError: nothing given, or nothing there.
@@ -47,15 +54,15 @@ def open_data(settings: DataSettings, seed: int, ranks: int = 1) -> tuple[Index 
         stream = StreamIndex(
             expand(expand_path(settings.shards)), settings.stream_samples, settings.allow_pipe, shard_cache(settings)
         )
-        return stream, EpochPlan([len(stream)], settings.fitted(len(stream), ranks).global_batch_size, seed)
+        return stream, EpochPlan([len(stream)], settings.batch_for(len(stream), usual_batch, multiple_of), seed)
     if not settings.mixture:
         index = open_shards(settings.shards or "", shard_cache(settings))
-        return index, _plan(index, settings, settings.fitted(len(index), ranks).global_batch_size, seed)
+        return index, _plan(index, settings, settings.batch_for(len(index), usual_batch, multiple_of), seed)
     weights = list(settings.mixture.values())
-    rows = split_by_weight(weights, settings.global_batch_size)
+    split_by_weight(weights, settings.global_batch_size or usual_batch)  # refuses before anything is opened
     sources = [open_shards(source, shard_cache(settings)) for source in settings.mixture]
     fillable = min(len(index) * sum(weights) / weight for index, weight in zip(sources, weights, strict=True))
-    rows = split_by_weight(weights, settings.fitted(int(fillable), ranks).global_batch_size)
+    rows = split_by_weight(weights, settings.batch_for(int(fillable), usual_batch, multiple_of))
     plans = []
     for number, (index, count) in enumerate(zip(sources, rows, strict=True)):
         try:

@@ -122,10 +122,11 @@ def plan_step(settings: RunSettings, images: int, classes: int | None = None) ->
     Raises:
         ValueError: There are fewer images than a batch.
     """
-    train = settings.train
-    batch = settings.data.fitted(images, train.devices * train.nodes).global_batch_size
+    usual, train = settings.task.usual, settings.train
+    batch = settings.data.batch_for(images, usual.batch, train.batch_multiple)
     if images < batch:
         raise ValueError(f"data.global_batch_size: {batch} is more than the {images} images there are.")
+    train = train.fitted(usual, images, images // batch)
     return FakeStep(settings, RunPlan.make(train, images // batch, batch, settings.seed), images, classes)
 
 

@@ -50,13 +50,26 @@ FIXED = [
 
 def check_machine(settings: RunSettings) -> None:
     """Refuse what cannot run here, before data is touched."""
-    train = settings.train
-    run = RunPlan.make(train, 1, settings.data.global_batch_size, settings.seed)
-    settings.task.check_micro_batch(run.images_per_pass)
+    train, data, encoder = settings.train, settings.data, settings.encoder
+    if data.global_batch_size is not None:
+        steps = train.fitted(settings.task.usual, 1, 1)
+        run = RunPlan.make(steps, 1, data.global_batch_size, settings.seed)
+        settings.task.check_micro_batch(run.images_per_pass)
     kinds = task_class(settings.task.name).view_kinds
     if settings.data.view.kind not in kinds and ":" not in settings.data.view.kind:
         raise ValueError(
             f"data.view.kind: {settings.data.view.kind} is not for {settings.task.name}. Use {' or '.join(kinds)}."
+        )
+    sides = {"data.resolutions": data.resolutions or []}
+    if isinstance(data.view, MultiCropSettings) and data.view.local_crops:
+        sides["data.view.local_size"] = [data.view.local_size]
+    for key, wanted in sides.items():
+        for side in wanted:
+            if side % encoder.patch:
+                raise ValueError(f"{key}: {side} is not a multiple of encoder.patch ({encoder.patch}).")
+    if encoder.tokens == "pixel" and data.resolutions:
+        raise ValueError(
+            "data.resolutions: a pixel sequence is tied to its size (encoder.image_size). Leave data.resolutions out."
         )
     check_loggers(train)
     if train.accelerator == "gpu" and not torch.cuda.is_available():
@@ -70,17 +83,6 @@ def check_data(settings: RunSettings, index: Index | StreamIndex, plan: Plan) ->
         raise ValueError(
             f"encoder.channels: {encoder.channels}, but the images of {index.location} have {index.channels}. "
             f"Images are converted between {', '.join(map(str, MODES))} channels only."
-        )
-    sides = {"data.resolutions": data.resolutions or []}
-    if isinstance(data.view, MultiCropSettings) and data.view.local_crops:
-        sides["data.view.local_size"] = [data.view.local_size]
-    for key, wanted in sides.items():
-        for side in wanted:
-            if side % encoder.patch:
-                raise ValueError(f"{key}: {side} is not a multiple of encoder.patch ({encoder.patch}).")
-    if encoder.tokens == "pixel" and data.resolutions:
-        raise ValueError(
-            "data.resolutions: a pixel sequence is tied to its size (encoder.image_size). Leave data.resolutions out."
         )
     if data.ledger and isinstance(index, StreamIndex):
         raise ValueError("data.ledger: a stream cannot promise each sample once. Pack it into shards, or leave it off.")
@@ -113,7 +115,8 @@ def resolve_defaults(
     task = settings.task.fitted(
         len(index), run.global_batch_size, run.total_steps, len(index.classes) if index.classes else None
     )
-    optim = settings.optim.fitted(run.steps_per_epoch, run.total_steps)
+    base_lr = task.usual.base_lr_at(run.global_batch_size)
+    optim = settings.optim.fitted(run.steps_per_epoch, run.total_steps, base_lr)
     data = replace(settings.data, global_batch_size=run.global_batch_size, fit_batch=False, fit_normalization=False)
     encoder = settings.encoder
     if settings.data.fit_normalization and len(index.mean) == encoder.channels:  # a stream knows none
@@ -133,8 +136,17 @@ def resolve_defaults(
     return fitted
 
 
-def describe_resolved(requested: RunSettings, settings: RunSettings, run: RunPlan) -> list[str]:
-    """What was null or did not fit and is resolved now, as "task.out_dim 256"."""
+def describe_resolved(
+    requested: RunSettings, settings: RunSettings, run: RunPlan, notes: dict[str, str] | None = None
+) -> list[str]:
+    """What was null or did not fit and is resolved now, as "task.out_dim 256".
+
+    Args:
+        requested: Settings as requested.
+        settings: Settings as resolved.
+        run: Steps and batch sizes.
+        notes: What else is to be said of some keys.
+    """
     before, after = by_dotted_key(asdict(requested)), by_dotted_key(asdict(settings))
     found = []
     for key, value in after.items():
@@ -143,8 +155,24 @@ def describe_resolved(requested: RunSettings, settings: RunSettings, run: RunPla
         text = f"{value:.4g}" if isinstance(value, float) else brief(value)
         if key.endswith("_epochs"):
             text = f"{round(value * run.steps_per_epoch):,} steps ({value:.2g} epochs)"
-        found.append(f"{key} {text}" + ("" if before[key] is None else f" instead of {brief(before[key])}"))
+        if before[key] is not None:
+            was = before[key]
+            text += f" instead of {was:g}" if isinstance(was, float) else f" instead of {brief(was)}"
+            if key == "optim.warmup_epochs":
+                text += f", since the run has {run.total_steps / run.steps_per_epoch:.2g} epochs"
+        found.append(f"{key} {text}" + (f" ({note})" if (note := (notes or {}).get(key)) else ""))
     return found
+
+
+def keep_resolved(settings: RunSettings, earlier: RunFolder) -> RunSettings:
+    """The settings of a run that goes on, with the batch and the length that were chosen for it before."""
+    before = by_dotted_key(earlier.read_config())
+    batch, epochs = before.get("data.global_batch_size"), before.get("train.epochs")
+    if settings.data.global_batch_size is None and batch is not None:
+        settings = replace(settings, data=replace(settings.data, global_batch_size=batch))
+    if settings.train.epochs is None and epochs is not None:
+        settings = replace(settings, train=replace(settings.train, epochs=epochs))
+    return settings
 
 
 def keep_start(settings: RunSettings, earlier: RunFolder) -> RunSettings:

@@ -7,7 +7,7 @@ import logging
 import signal
 import warnings
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytorch_lightning as pl
@@ -31,6 +31,7 @@ from sslvit.train.checkpoint_io import AtomicCheckpointIO
 from sslvit.train.compilation import compile_mode, compile_task, undo_compilation
 from sslvit.train.folder import RunFolder
 from sslvit.train.hardware import allow_tf32, precision_of, trains_on_gpu
+from sslvit.train.length import fit_length
 from sslvit.train.loggers import log_pictures, make_loggers
 from sslvit.train.micro_batch import fit_micro_batch
 from sslvit.train.pictures import plot_pictures
@@ -39,6 +40,7 @@ from sslvit.train.prepare import (
     check_machine,
     check_resumed,
     describe_resolved,
+    keep_resolved,
     keep_start,
     resolve_defaults,
 )
@@ -78,22 +80,23 @@ def pretrain(settings: RunSettings, resume: bool = False, overwrite: bool = Fals
 def _pretrain(settings: RunSettings, folder: RunFolder, is_first: bool, goes_on: bool) -> RunFolder:
     train = settings.train
     if goes_on:
-        settings = keep_start(settings, folder)
+        settings = keep_resolved(keep_start(settings, folder), folder)
     check_machine(settings)
-    index, plan = open_data(settings.data, settings.seed, train.devices * train.nodes)
-    if is_first:
-        check_data(settings, index, plan)
     checkpoint = folder.newest_checkpoint() if goes_on else None
     start = load_encoder(settings.init) if settings.init and not goes_on else None
+    index, plan = open_data(settings.data, settings.seed, train.batch_multiple, settings.task.usual.batch)
+    if is_first:
+        check_data(settings, index, plan)
 
     if train.threads:
         torch.set_num_threads(train.threads)
     allow_tf32(train)
     pl.seed_everything(settings.seed, verbose=False)
+    requested, classes = settings, len(index.classes) if index.classes else None
+    train, length = fit_length(settings, len(index), classes, plan.steps_per_epoch, plan.global_batch_size)
     run = RunPlan.make(train, plan.steps_per_epoch, plan.global_batch_size, settings.seed)
-    requested = settings
-    settings = resolve_defaults(settings, folder if goes_on else None, index, run)
-    run, notice = fit_micro_batch(run, settings, len(index), len(index.classes) if index.classes else None)
+    settings = resolve_defaults(replace(settings, train=train), folder if goes_on else None, index, run)
+    run, notice = fit_micro_batch(run, settings, len(index), classes)
     data = ShardDataModule(index, settings.data, settings.encoder, plan, run)
     task = make_task(settings, run)
     if start is not None:
@@ -111,7 +114,7 @@ def _pretrain(settings: RunSettings, folder: RunFolder, is_first: bool, goes_on:
         _announce(settings, data, task, trainer)
         if notice:
             logger.info(notice)
-        if resolved := describe_resolved(requested, settings, run):
+        if resolved := describe_resolved(requested, settings, run, {"train.epochs": length}):
             logger.info(f"resolved for {len(index):,} images, {run.global_batch_size} a step: {'; '.join(resolved)}")
 
     with warnings.catch_warnings():
