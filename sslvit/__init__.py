@@ -25,6 +25,7 @@ _LAZY = {
     "pretrain": "sslvit.api",
     "resume": "sslvit.api",
     "finetune": "sslvit.api",
+    "plan": "sslvit.api",
     "load_recipe": "sslvit.settings.load",
     "make_task": "sslvit.tasks",
     "RunPlan": "sslvit.run_plan",

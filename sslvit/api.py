@@ -11,6 +11,8 @@ from sslvit.files import expand_path
 from sslvit.settings import EncoderSettings, SupervisedSettings
 from sslvit.settings.load import load_recipe
 from sslvit.train.folder import RunFolder
+from sslvit.train.planning import PlannedRun
+from sslvit.train.planning import plan as plan_run
 from sslvit.train.run import pretrain as run_settings
 
 
@@ -102,6 +104,40 @@ def finetune(
     given = {"data.shards": train, "task.val": val, "out": out, "init": None if scratch else encoder}
     changes |= {key: str(value) for key, value in given.items() if value is not None}
     return run_settings(load_recipe(config, changes, start), resume=resume, overwrite=overwrite)
+
+
+def plan(
+    config: str | Path,
+    data: str | Path | None = None,
+    images: int | None = None,
+    classes: int | None = None,
+    tflops: float | None = None,
+    utilization: float = 0.35,
+    memory_gib: float | None = None,
+    measure: bool = False,
+    figure: str | Path | None = None,
+    **changes: Any,
+) -> PlannedRun:
+    """Compute parameters, memory, steps and time of a run before it runs; printed, it is what `sslvit plan` prints.
+
+    Args:
+        config: YAML file, or the name of a recipe such as mae/own_images.
+        data: Shards or a folder of images; None for the recipe's data.shards.
+        images: Number of images, in the place of data.
+        classes: Number of classes of labeled images, beside a number of images.
+        tflops: Peak TFLOP/s of one device in the run's precision; None for this machine.
+        utilization: Assumed fraction of the peak that is used.
+        memory_gib: Memory of one GPU in GiB, which the plan is then made for.
+        measure: Time some real steps on this machine.
+        figure: PNG to plot the schedules to.
+        changes: Other settings, as in `pretrain`.
+
+    Raises:
+        ValueError: Settings that cannot run, or no images to count.
+    """
+    return plan_run(
+        load_recipe(config, changes), data, images, classes, tflops, utilization, memory_gib, measure, figure
+    )
 
 
 def for_labels(settings: EncoderSettings) -> EncoderSettings:

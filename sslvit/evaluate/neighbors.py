@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sslvit.data.loader import center_view, encoder_views, make_batch, normalized_view
-from sslvit.data.mixture import Index
 from sslvit.data.reader import ShardReader
 from sslvit.data.views import Views
 from sslvit.evaluate.knn import nearest

@@ -17,8 +17,8 @@ class OptimSettings:
     """AdamW with a rate that warms up linearly and decays along a half cosine, step by step."""
 
     base_lr: float | None = 1.5e-4
-    """Learning rate at a global batch size of 256; the peak learning rate is base_lr x global_batch_size / 256. null for
-    one that suits the task, with a peak that grows like the square root of the batch size.
+    """Learning rate at a global batch size of 256; the peak learning rate is base_lr x global_batch_size / 256. null
+    for one that suits the task, with a peak that grows like the square root of the batch size.
     """
     min_lr: float = 0.0
     """Learning rate at the last step."""

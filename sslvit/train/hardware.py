@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from contextlib import suppress
@@ -12,6 +13,11 @@ from torch import nn
 
 from sslvit.settings.train import TrainSettings
 
+# limit, use and caches that can be dropped, in control groups of version 2 and 1
+GROUP_FILES = [
+    ("memory.max", "memory.current", "inactive_file "),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file "),
+]
 MEASURED_TOKENS = 2048  # some ten images
 
 
@@ -74,8 +80,7 @@ def _group_limits() -> list[tuple[int, int]]:
         groups += [groups["memory" in kinds] / path.lstrip("/") for _, kinds, path in lines if kinds in ("", "memory")]
     found = []
     for group in dict.fromkeys(groups):
-        for limit, used, cached in (("memory.max", "memory.current", "inactive_file "),
-                                    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file ")):  # fmt: skip
+        for limit, used, cached in GROUP_FILES:
             with suppress(OSError, ValueError):  # ValueError: "max"
                 most, now = int((group / limit).read_text()), int((group / used).read_text())
                 stat = (group / "memory.stat").read_text().splitlines()
@@ -84,6 +89,7 @@ def _group_limits() -> list[tuple[int, int]]:
     return found
 
 
+@functools.cache
 def cpu_flops(width: int, precision: str, seconds: float = 0.5) -> float:
     """FLOP/s of a transformer's MLP, forward and backward, on this machine's CPU with torch's number of threads.
 

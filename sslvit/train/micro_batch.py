@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 import math
+from bisect import bisect_right
 from dataclasses import dataclass, replace
 
 from sslvit.files import brief
@@ -20,8 +20,8 @@ RESERVED_ON_CPU = 0.5 * 2**30  # the process with its libraries, images on their
 # The caching allocator rounds sizes up and leaves holes between the blocks of one size and those of the next; kernels
 # have room of their own, too.
 FRAGMENTED = 0.1  # of the memory
-# Bytes that a step on a CPU holds for each token, number of its width and block: two to ten times what was counted. Where
-# even that is little beside the memory, the step need not be counted, which takes a second.
+# Bytes that a step on a CPU holds for each token, number of its width and block: two to ten times what is counted.
+# Where even that is little beside the memory, the step is not counted, which takes a second.
 ROUGH_BYTES, LITTLE = 256, 0.05
 
 

@@ -11,14 +11,15 @@ from typing import Any
 import torch
 
 from sslvit.compatibility import check_same, settings_from
+from sslvit.data.examples import Examples
 from sslvit.data.header import MODES
 from sslvit.data.mixture import Index, Plan
 from sslvit.data.module import ShardDataModule
-from sslvit.data.open import check_present
+from sslvit.data.open import check_labels_visible, check_present
 from sslvit.data.stream import StreamIndex
 from sslvit.run_plan import RunPlan
-from sslvit.settings import RunSettings
-from sslvit.settings.load import brief, by_dotted_key
+from sslvit.settings import RunSettings, SupervisedSettings
+from sslvit.settings.load import brief, by_dotted_key, recipe_names
 from sslvit.settings.views import AugmentSettings, MultiCropSettings
 from sslvit.sharded_checkpoint import read_checkpoint
 from sslvit.tasks import task_class
@@ -28,6 +29,7 @@ from sslvit.train.loggers import check_loggers
 
 logger = logging.getLogger(__name__)
 
+SHRINKS, GROWS = 10, 7  # times that the shorter side of images becomes smaller or larger, from which on it is said
 # what a run that goes on keeps, besides the shapes of its weights and the identity of its data, which are compared with
 # the checkpoint: (key, tasks that it is fixed for or None for all, why)
 FIXED = [
@@ -48,8 +50,13 @@ FIXED = [
 ]
 
 
-def check_machine(settings: RunSettings) -> None:
-    """Refuse what cannot run here, before data is touched."""
+def check_machine(settings: RunSettings, is_planned: bool = False) -> None:
+    """Refuse what cannot run here, before data is touched.
+
+    Args:
+        settings: Settings of the run.
+        is_planned: Whether it is planned only, perhaps for a GPU that is not here.
+    """
     train, data, encoder = settings.train, settings.data, settings.encoder
     if data.global_batch_size is not None:
         steps = train.fitted(settings.task.usual, 1, 1)
@@ -71,8 +78,11 @@ def check_machine(settings: RunSettings) -> None:
         raise ValueError(
             "data.resolutions: a pixel sequence is tied to its size (encoder.image_size). Leave data.resolutions out."
         )
+    if isinstance(settings.task, SupervisedSettings):
+        check_labels_visible(data.shards, "train")
+        check_labels_visible(settings.task.val, "val")
     check_loggers(train)
-    if train.accelerator == "gpu" and not torch.cuda.is_available():
+    if train.accelerator == "gpu" and not is_planned and not torch.cuda.is_available():
         raise ValueError("train.accelerator: gpu, but torch sees none here. Use auto or cpu.")
 
 
@@ -99,6 +109,33 @@ def check_data(settings: RunSettings, index: Index | StreamIndex, plan: Plan) ->
             f"data.cache_gb: {data.cache_gb:g} GB cannot hold the shards that each machine reads side by side "
             f"({needed:.1f} GB). Raise it, or set data.lanes or data.window_shards lower."
         )
+
+
+def size_notice(settings: RunSettings, examples: Examples) -> str | None:
+    """That the images are seen at a far smaller or larger size than they have, with the remedy; None if they are not.
+
+    Args:
+        settings: Settings of the run.
+        examples: Some of its images.
+    """
+    encoder, size = settings.encoder, examples.size
+    if size is None:
+        return None
+    scale = min(size) / min(encoder.image_size)
+    if 1 / GROWS < scale < SHRINKS:
+        return None
+    seen = f"images of about {size[0]} x {size[1]} pixels are seen at {encoder.image_size[0]} x {encoder.image_size[1]}"
+    if scale >= SHRINKS:
+        own = f"{settings.task.name}/own_images"
+        has_recipe = encoder.tokens == "patch" and own in recipe_names()
+        remedy = f"Take {own}, or raise encoder.image_size." if has_recipe else "encoder.image_size says the size."
+        return f"{examples.location}: {seen}, {scale:.0f} times smaller, where what is small in them is lost. {remedy}"
+    small = f"{settings.task.name}/vit_tiny_cifar10"
+    recipe = f", or take a recipe for small images ({small})" if small in recipe_names() else ""
+    return (
+        f"{examples.location}: {seen}, {1 / scale:.0f} times larger, which costs time and adds nothing. Lower "
+        f"encoder.image_size with encoder.patch{recipe}."
+    )
 
 
 def resolve_defaults(

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from sslvit import __version__
 from sslvit.checkpoint import HEAD, load_encoder, save_encoder
+from sslvit.data.examples import Examples
 from sslvit.data.module import ShardDataModule
 from sslvit.data.open import open_data
 from sslvit.files import new_file
@@ -43,6 +44,7 @@ from sslvit.train.prepare import (
     keep_resolved,
     keep_start,
     resolve_defaults,
+    size_notice,
 )
 from sslvit.train.strategies import is_peer_failure, make_strategy
 from sslvit.train.timing import Clock
@@ -96,7 +98,7 @@ def _pretrain(settings: RunSettings, folder: RunFolder, is_first: bool, goes_on:
     train, length = fit_length(settings, len(index), classes, plan.steps_per_epoch, plan.global_batch_size)
     run = RunPlan.make(train, plan.steps_per_epoch, plan.global_batch_size, settings.seed)
     settings = resolve_defaults(replace(settings, train=train), folder if goes_on else None, index, run)
-    run, notice = fit_micro_batch(run, settings, len(index), classes)
+    run, memory = fit_micro_batch(run, settings, len(index), classes)
     data = ShardDataModule(index, settings.data, settings.encoder, plan, run)
     task = make_task(settings, run)
     if start is not None:
@@ -112,8 +114,9 @@ def _pretrain(settings: RunSettings, folder: RunFolder, is_first: bool, goes_on:
         folder.start(asdict(settings), goes_on)
         trainer.loggers = make_loggers(settings, folder, index)
         _announce(settings, data, task, trainer)
-        if notice:
-            logger.info(notice)
+        for notice in (memory, size_notice(settings, Examples.of(index))):
+            if notice:
+                logger.info(notice)
         if resolved := describe_resolved(requested, settings, run, {"train.epochs": length}):
             logger.info(f"resolved for {len(index):,} images, {run.global_batch_size} a step: {'; '.join(resolved)}")
 
