@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import resource
 import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -28,6 +32,8 @@ from sslvit.train.length import cpu_seconds, duration, fit_length
 from sslvit.train.micro_batch import MicroBatch, choose_micro_batch
 from sslvit.train.prepare import check_machine, resolve_defaults, size_notice
 from sslvit.train.run import make_trainer
+
+logger = logging.getLogger(__name__)
 
 LONG_SECONDS = 24 * 3600.0  # of a run on a CPU, from which on GPUs are named beside it
 # images that one core decodes and crops in a second where none are there to measure: photographs of 500 x 375 pixels
@@ -89,9 +95,7 @@ class Loading:
         verdict = (
             "enough"
             if self.is_enough
-            else (
-                "too few, so the device waits: take more cores, or store the images smaller (sslvit shards pack --resize)"
-            )
+            else ("too few, so the device waits: take more cores, or store the images smaller (shards pack --resize)")
         )
         return f"{rates}, {self.workers} processes {self.delivered:,.0f}: {verdict}"
 
@@ -267,6 +271,18 @@ def loading_of(settings: RunSettings, examples: Examples, images_per_second: flo
     return Loading(images_per_second / train.nodes, measured or assumed, measured is not None, workers)
 
 
+@contextmanager
+def silent() -> Iterator[None]:
+    """What a run says of its health or its pace means nothing after a few steps."""
+    ours = logging.getLogger("sslvit")
+    level = ours.level
+    ours.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        ours.setLevel(level)
+
+
 def measure_steps(settings: RunSettings, data: str, images_per_pass: int) -> Measured:
     """Some real steps of a run on one device of this machine, with its own loader; nothing of them is kept.
 
@@ -300,7 +316,10 @@ def measure_steps(settings: RunSettings, data: str, images_per_pass: int) -> Mea
         run_folder = RunFolder(folder)
         run_folder.start(asdict(own), goes_on=False)
         trainer = make_trainer(own, run_folder, module)
-        trainer.fit(task, datamodule=module)
+        logger.info(f"timing {steps} steps of {batch} images")
+        with silent(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer.fit(task, datamodule=module)
         lines = run_folder.read_metrics()[1:]
         seconds = median(batch / line["images_per_second"] for line in lines)
         waiting = median(line["data_seconds"] for line in lines) / seconds
