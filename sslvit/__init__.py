@@ -22,7 +22,7 @@ from sslvit.messages import MessageHandler
 
 if TYPE_CHECKING:
     from sslvit import tasks
-    from sslvit.api import export, finetune, pack, pretrain, resume
+    from sslvit.api import export, finetune, pack, plan, pretrain, resume
     from sslvit.checkpoint import load_encoder, save_encoder
     from sslvit.data.module import ShardDataModule
     from sslvit.evaluation import compare, embed, health, knn, likelihood, probe, sample
@@ -58,6 +58,7 @@ _LAZY = {
     "load_recipe": "sslvit.settings.load",
     "make_task": "sslvit.tasks",
     "pack": "sslvit.api",
+    "plan": "sslvit.api",
     "pretrain": "sslvit.api",
     "probe": "sslvit.evaluation",
     "recipes": "sslvit.settings.recipes",
@@ -82,6 +83,7 @@ __all__ = [
     "load_recipe",
     "make_task",
     "pack",
+    "plan",
     "pretrain",
     "probe",
     "recipes",

@@ -24,6 +24,8 @@ from sslvit.settings.keywords import PackKeywords
 from sslvit.settings.load import from_keywords, load_recipe
 from sslvit.settings.pack import PackSettings, SourceOptions
 from sslvit.train.folder import RunFolder
+from sslvit.train.planning import PlannedRun
+from sslvit.train.planning import plan as plan_run
 from sslvit.train.run import pretrain as run_settings
 
 
@@ -163,6 +165,56 @@ def finetune(
     }  # fmt: skip
     changes |= {key: os.fspath(value) for key, value in given.items() if value is not None}
     return run_settings(load_recipe(config, changes, start), resume, overwrite, callbacks, loggers)
+
+
+@for_python
+def plan(
+    config: str | Path,
+    data: str | Path | Sequence[str | Path] | None = None,
+    images: int | None = None,
+    classes: int | None = None,
+    tflops: float | None = None,
+    utilization: float = 0.35,
+    memory_gib: float | None = None,
+    measure: bool = False,
+    figure: str | Path | None = None,
+    **changes: Any,
+) -> PlannedRun:
+    """Compute parameters, memory, steps and time of a run before it runs; printed, it is what `sslvit plan` prints.
+
+    Args:
+        config: YAML file, or the name of a recipe such as mae/own_images.
+        data: Folder of images or of shards, or several .tar files; None for the recipe's data.shards.
+        images: Number of images, in the place of data.
+        classes: Number of classes of labeled images, beside a number of images.
+        tflops: Peak TFLOP/s of one device in the run's precision; None for this machine.
+        utilization: Assumed fraction of the peak that is used.
+        memory_gib: Memory of one GPU in GiB, which the plan is then made for.
+        measure: Time some real steps on this machine.
+        figure: PNG to plot the schedules to.
+        changes: Other settings, as in `pretrain`.
+
+    Returns:
+        The numbers, which show themselves as the command prints them.
+
+    Raises:
+        ValueError: Settings that cannot run, or no images to count.
+
+    Example:
+        found = sslvit.plan("mae/own_images", data="photos")
+        print(found.to_dict()["run"])
+    """
+    return plan_run(
+        load_recipe(config, changes),
+        one_source(data),
+        images,
+        classes,
+        tflops,
+        utilization,
+        memory_gib,
+        measure,
+        figure,
+    )
 
 
 def for_labels(settings: EncoderSettings) -> EncoderSettings:

@@ -137,17 +137,18 @@ def cpu_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def pick_workers(workers: int | None, device: str) -> int:
-    """The number of loader processes behind a setting.
+def pick_workers(workers: int | None, device: str, ranks: int | None = None) -> int:
+    """The number of loader processes of one rank behind a setting, in training and evaluation.
 
     Args:
         workers: The number that is asked for. None is one per CPU core but one, up to MAX_WORKERS, for a GPU, which
             would wait for a single process; and none for a CPU, whose cores the encoder needs.
         device: Type of the encoder's device.
+        ranks: Number of processes on this machine; None for what torchrun says.
     """
     if workers is not None:
         return workers
-    cores = cpu_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of several processes each gets its own
+    cores = cpu_cores() // (ranks or int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # of several each gets its own
     return 0 if device == "cpu" else min(MAX_WORKERS, max(1, cores - 1))
 
 

@@ -51,7 +51,13 @@ def add_legend(owner: Axes | Figure, artists: Mapping[str, Any], **options: Any)
         text.set_text(name)
 
 
-def plot_images(path: str | Path, rows: list[np.ndarray], titles: list[str], title: str = "") -> Path:
+def plot_images(
+    path: str | Path,
+    rows: list[np.ndarray],
+    titles: list[str],
+    title: str = "",
+    captions: list[list[str]] | None = None,
+) -> Path:
     """Plot rows of small images, with a title left of each row.
 
     Args:
@@ -59,20 +65,25 @@ def plot_images(path: str | Path, rows: list[np.ndarray], titles: list[str], tit
         rows: images of each row, 'b c h w' in [0, 1]; 1 channel is gray, of more than 3 the first 3 are plotted.
         titles: titles of the rows.
         title: title of the figure.
+        captions: a short text above each image; None for none.
     """
     columns = rows[0].shape[0]
-    cell = 1.0
+    cell, space = 1.0, 0.15 if captions else 0.0
     margin = 1.35 if any(titles) else 0.05
-    figure = TextFigure(figsize=(columns * cell + margin + 0.05, len(rows) * cell + (0.5 if title else 0.1)), dpi=120)
-    top = 1 - (0.45 / figure.get_figheight() if title else 0)
+    figure = TextFigure(
+        figsize=(columns * cell + margin + 0.05, len(rows) * (cell + space) + (0.5 if title else 0.1)), dpi=120
+    )
+    top = 1 - ((0.45 if title else 0) + space) / figure.get_figheight()
     left = margin / figure.get_figwidth()
     grid = figure.add_gridspec(
-        len(rows), columns, left=left, right=0.995, top=top, bottom=0.01, wspace=0.06, hspace=0.06
+        len(rows), columns, left=left, right=0.995, top=top, bottom=0.01, wspace=0.06, hspace=0.06 + space
     )
     for r, row in enumerate(rows):
         for c, image in enumerate(row):
             axes = figure.add_subplot(grid[r, c])
             _show(axes, image.transpose(1, 2, 0))
+            if captions:
+                axes.set_title(captions[r][c], fontsize=7, pad=2)
             if c == 0:
                 axes.set_ylabel(titles[r], rotation=0, ha="right", va="center", fontsize=9)
     if title:

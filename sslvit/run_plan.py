@@ -35,9 +35,15 @@ class RunPlan:
 
     @classmethod
     def make(cls, train: TrainSettings, steps_per_epoch: int, global_batch_size: int, seed: int) -> RunPlan:
-        """The plan of a run whose epoch has `steps_per_epoch` steps; `auto` is the rank's whole part here."""
+        """The plan of a run whose epoch has `steps_per_epoch` steps; `auto` is the rank's whole part here.
+
+        Raises:
+            ValueError: the length is still to be chosen, or the batch cannot be split.
+        """
         micro = None if train.micro_batch_size == "auto" else train.micro_batch_size
-        steps = train.steps or max(1, round(train.epochs * steps_per_epoch))
+        if train.steps is None and train.epochs is None:
+            raise ValueError("train.epochs: still null. Call TrainSettings.fitted first.")
+        steps = train.steps or max(1, round((train.epochs or 0) * steps_per_epoch))
         ranks = train.devices * train.nodes
         return cls(steps, steps_per_epoch, global_batch_size, micro, ranks, seed)
 

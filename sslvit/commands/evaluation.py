@@ -162,16 +162,18 @@ def run_segment(options: SegmentOptions) -> None:
 class ShowOptions(Options, CroppedEncoder):
     """Plot what an encoder does with images.
 
-    Example: sslvit show attention runs/dino shards/val -o attention.png
+    Example: sslvit show neighbors runs/dino photos -o neighbors.png
     """
 
-    what: Annotated[Literal["attention", "distance", "field"], Arg("WHAT", position=-1)]
-    """What to plot: attention (of the class token), distance (of each head's attention) or field (the pixels that reach
-    a patch)."""
+    what: Annotated[Literal["attention", "distance", "field", "neighbors"], Arg("WHAT", position=-1)]
+    """What to plot: attention (of the class token), distance (of each head's attention), field (the pixels that reach
+    a patch) or neighbors (the images whose features are nearest)."""
     data: Annotated[str, Arg("SHARDS", position=2)]
     """Shards, or a folder of images."""
     images: int = 8
     """Number of images, evenly spaced."""
+    among: int | None = None
+    """Number of images, evenly spaced, among which neighbors are searched; null for 1,000."""
     output: Annotated[str | None, Output] = None
     """PNG file; null for WHAT.png, below ENCODER/figures."""
 
@@ -183,6 +185,9 @@ def run_show(options: ShowOptions) -> None:
         folder = Path(options.encoder) / "figures"
         out = (folder if folder.is_dir() else Path()) / f"{options.what}.png"
     check_bounds(options, "--", "1 or more", "images")
+    check_bounds(options, "--", "2 or more", "among")
+    if options.among is not None and options.what != "neighbors":
+        raise ValueError("--among is for show neighbors.")
     check_new_picture(out)
     numbers_file = out.with_suffix(".json")
     if options.what == "distance":
@@ -190,6 +195,9 @@ def run_show(options: ShowOptions) -> None:
     from sslvit.report import show
 
     encoder = load_scored(options)
+    if options.what == "neighbors":
+        print(show.show_neighbors(encoder, options.data, out, options.images, options.among or 1000))
+        return
     images = show.some_images(encoder.settings, options.data, options.images)
     if options.what == "attention":
         print(show.plot_attention(encoder, images, out))

@@ -155,7 +155,9 @@ class PlanOptions(Reported, Recipe):
 
     Settings of the recipe are given as --KEY VALUE, e.g. --train.epochs 10; `sslvit settings` lists them all.
 
-    Example: sslvit plan --config mae/vit_large_in1k --images 1281167 --train.devices 8 --memory-gib 80
+    It is made for this machine unless --tflops, --memory-gib or train.accelerator names a GPU.
+
+    Example: sslvit plan --config mae/own_images --data photos --measure
     """
 
     config: Annotated[str, Arg("RECIPE")]
@@ -172,6 +174,8 @@ class PlanOptions(Reported, Recipe):
     """Assumed fraction of the peak that is used."""
     memory_gib: float | None = None
     """Memory of one GPU in GiB, which the plan is then made for; null for that of the GPUs of this machine."""
+    measure: bool = False
+    """Time some real steps on this machine."""
     figure: Annotated[str | None, Arg("FILE")] = None
     """PNG file for a plot of learning rate, weight decay and the task's own schedules."""
 
@@ -187,54 +191,14 @@ def run_plan(options: PlanOptions) -> None:
         raise ValueError(f"--tflops {options.tflops:g}: must be positive.")
     if options.memory_gib is not None and not options.memory_gib > 0:
         raise ValueError(f"--memory-gib {options.memory_gib:g}: must be positive.")
-    settings = load_recipe(options.config, options.changes)
-    from sslvit.data.open import open_shards
-    from sslvit.train.forecast import PEAKS, forecast, plan_step, plot_schedules
-    from sslvit.train.hardware import gpu_memory, trains_on_gpu
-    from sslvit.train.micro_batch import choose_micro_batch
+    load_recipe(options.config, options.changes)  # what is wrong there is said before torch is imported
+    from sslvit.api import plan
 
-    if options.memory_gib is not None:
-        if settings.train.accelerator == "cpu":
-            raise ValueError("--memory-gib: the memory of a GPU, but train.accelerator is cpu. Leave one of them out.")
-        settings.train.accelerator = "gpu"
-    data = one_source(options.data) or settings.data.shards
-    images, classes = options.images, options.classes
-    if images is None:
-        if data is None:
-            raise ValueError("--images N or --data SHARDS: how many images are there?")
-        index = open_shards(str(data))
-        images, classes = len(index), len(index.classes) if index.classes else None
-    step, chosen = plan_step(settings, images, classes), None
-    memory = options.memory_gib * 2**30 if options.memory_gib else gpu_memory(settings.train.devices)
-    if memory and trains_on_gpu(settings.train):
-        chosen = choose_micro_batch(step, memory)
-    is_auto = chosen is not None and chosen.size is not None and settings.train.micro_batch_size == "auto"
-    found = chosen.found if chosen and is_auto else forecast(step)
-    lines = [found.text(), *([f"micro-batch  {chosen.text()}"] if chosen else [])]
-    if found.run.global_batch_size != settings.data.global_batch_size:
-        lines.append(
-            f"             instead of the recipe's {settings.data.global_batch_size:,} images, more than there are"
-        )
-    peaks = {"given": options.tflops} if options.tflops else PEAKS
-    hours = {name: found.hours(tflops, options.utilization) for name, tflops in peaks.items()}
-    lines += [
-        f"time         {duration(hours[name])} on {found.run.ranks} x {name} "
-        f"({tflops:g} TFLOP/s, {options.utilization:.0%} used)"
-        for name, tflops in peaks.items()
-    ]
-    content = asdict(found) | {"memory": {kind: found.memory(kind) for kind in ("ddp", "fsdp")}, "hours": hours}
-    content["auto_micro_batch_size"] = chosen and chosen.size
-    if options.figure:
-        figure = str(plot_schedules(step.task, Path(options.figure)))
-        lines, content = [*lines, figure], content | {"figure": figure}
-    report(options, "\n".join(lines), content)
-
-
-def duration(hours: float) -> str:
-    """Hours in words; minutes below one hour."""
-    if hours >= 1:
-        return f"{hours:,.1f} hours"
-    return f"{60 * hours:.1f} minutes" if 60 * hours >= 0.1 else "under 0.1 minutes"
+    found = plan(
+        options.config, one_source(options.data), options.images, options.classes, options.tflops, options.utilization,
+        options.memory_gib, options.measure, options.figure, **options.changes,
+    )  # fmt: skip
+    report(options, found.text(), found.to_dict())
 
 
 @dataclass(kw_only=True)

@@ -110,8 +110,9 @@ class ShardIndex:
         """
         if self.classes is None:
             raise ValueError(
-                f"{self.location}: these images have no labels, and a probe needs them. "
-                "Pack a folder with one sub-folder per class."
+                f"{self.location}: these images have no labels, and a probe needs them. Pack a folder with one folder "
+                "per class; without labels, see what the encoder finds alike: sslvit show neighbors ENCODER "
+                f"{printable(self.location)}"
             )
         labels = self.records["label"][samples]
         try:

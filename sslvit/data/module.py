@@ -20,6 +20,7 @@ from sslvit.data.reader import ShardReader, fits_in_memory
 from sslvit.data.resample import SMALL_SIDE, Normalization
 from sslvit.data.stream import StreamBatches, StreamIndex
 from sslvit.data.views import Views, by_size
+from sslvit.environment import pick_workers
 from sslvit.run_plan import RunPlan
 from sslvit.settings import DataSettings, EncoderSettings, RunSettings
 from sslvit.settings.views import CenterSettings
@@ -63,7 +64,8 @@ class ShardDataModule(pl.LightningDataModule):
             val: Shards or a folder of images that the validation loss is of; None for none.
         """
         train = settings.train
-        index, plan = open_data(settings.data, settings.seed, train.devices * train.nodes)
+        index, plan = open_data(settings.data, settings.seed, train.batch_multiple, settings.task.usual.batch)
+        train = train.fitted(settings.task.usual, len(index), plan.steps_per_epoch)
         run = RunPlan.make(train, plan.steps_per_epoch, plan.global_batch_size, settings.seed)
         held_out = None if val is None else open_shards(val)
         return cls(index, settings.data, settings.encoder, plan, run, held_out)
@@ -81,7 +83,7 @@ class ShardDataModule(pl.LightningDataModule):
                 self.index, self.views, self.encoder.channels, trainer.global_rank, run.ranks, run.images_per_pass,
                 run.accumulation_steps, self.start_step, self.settings.max_pixels,
             )  # fmt: skip
-            workers = stream.workers(self.settings.workers)
+            workers = stream.workers(self._workers)
         else:
             reader = self.make_reader(self.index)
             batches = TrainingBatches(
@@ -90,7 +92,7 @@ class ShardDataModule(pl.LightningDataModule):
             )  # fmt: skip
             # a data set in memory has no decoding to spread over processes, but changing image by image is work
             is_light = reader.decoded is not None and not self.views.augments
-            workers = 0 if is_light else self.settings.workers
+            workers = 0 if is_light else self._workers
             is_one_pass = trainer.max_epochs == 1 and trainer.max_steps == run.total_steps
             steps = run.total_steps if is_one_pass else run.steps_per_epoch
             order = _EpochOrder(trainer, steps * run.accumulation_steps, self.start_step * run.accumulation_steps)
@@ -133,7 +135,7 @@ class ShardDataModule(pl.LightningDataModule):
         run, settings = self.run, self.settings
         reader = ShardReader(self.val, self.encoder.channels, settings.memory_limit_mb, settings.max_pixels)
         return evaluation_loader(
-            reader, self.encoder, run.images_per_pass, settings.workers, self._attached_trainer.global_rank, run.ranks,
+            reader, self.encoder, run.images_per_pass, self._workers, self._attached_trainer.global_rank, run.ranks,
             settings.view, 0, run.seed,
         )  # fmt: skip
 
@@ -141,6 +143,11 @@ class ShardDataModule(pl.LightningDataModule):
     def _attached_trainer(self) -> pl.Trainer:
         assert self.trainer is not None  # Lightning sets it before it asks for anything
         return self.trainer
+
+    @property
+    def _workers(self) -> int:
+        trainer = self._attached_trainer
+        return pick_workers(self.settings.workers, trainer.strategy.root_device.type, trainer.num_devices)
 
     def make_reader(self, index: Index) -> ShardReader:
         """Return the reader of the training images, which is made once."""

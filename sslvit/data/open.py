@@ -14,6 +14,7 @@ import numpy as np
 from braceexpand import braceexpand
 from filelock import FileLock
 
+from sslvit.data.folders import folder_source
 from sslvit.data.header import BadImage
 from sslvit.data.index import ShardIndex, load_index, read_index, unlisted_warning
 from sslvit.data.mixture import Index, JoinedIndex, MixturePlan, Plan, split_by_weight
@@ -26,6 +27,7 @@ from sslvit.data.schema import checked_index, parse_json
 from sslvit.data.stream import PIPE, StreamIndex, is_stream
 from sslvit.files import expand_path, printable
 from sslvit.settings import DataSettings
+from sslvit.settings.task import TaskSettings
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +36,16 @@ PATTERN_CHARACTERS = "{*?["
 USAGE = "Pass a folder of images or of shards (sslvit shards pack SRC DST)."
 
 
-def open_data(settings: DataSettings, seed: int, ranks: int = 1) -> tuple[Index | StreamIndex, Plan]:
+def open_data(
+    settings: DataSettings, seed: int, multiple_of: int = 1, usual_batch: int = TaskSettings.usual.batch
+) -> tuple[Index | StreamIndex, Plan]:
     """The index of a run's data and the order in which it is read.
 
-    A batch size that is lowered to what is there stays a multiple of the ranks.
+    Args:
+        settings: Data and batch size.
+        seed: Seed of the order.
+        multiple_of: What a batch size that is chosen or lowered is a multiple of (`TrainSettings.batch_multiple`).
+        usual_batch: Largest batch where none is given (`Usual.batch` of the task).
 
     Raises:
         FileNotFoundError: nothing given, or nothing there.
@@ -47,15 +55,15 @@ def open_data(settings: DataSettings, seed: int, ranks: int = 1) -> tuple[Index 
         stream = StreamIndex(
             expand(expand_path(settings.shards)), settings.stream_samples, settings.allow_pipe, shard_cache(settings)
         )
-        return stream, EpochPlan([len(stream)], settings.fitted(len(stream), ranks).global_batch_size, seed)
+        return stream, EpochPlan([len(stream)], settings.batch_for(len(stream), usual_batch, multiple_of), seed)
     if not settings.mixture:
         index = open_shards(settings.shards or "", shard_cache(settings))
-        return index, _plan(index, settings, settings.fitted(len(index), ranks).global_batch_size, seed)
+        return index, _plan(index, settings, settings.batch_for(len(index), usual_batch, multiple_of), seed)
     weights = list(settings.mixture.values())
-    rows = split_by_weight(weights, settings.global_batch_size)
+    split_by_weight(weights, settings.global_batch_size or usual_batch)  # refuses before anything is opened
     sources = [open_shards(source, shard_cache(settings)) for source in settings.mixture]
     fillable = min(len(index) * sum(weights) / weight for index, weight in zip(sources, weights, strict=True))
-    rows = split_by_weight(weights, settings.fitted(int(fillable), ranks).global_batch_size)
+    rows = split_by_weight(weights, settings.batch_for(int(fillable), usual_batch, multiple_of))
     plans = []
     for number, (index, count) in enumerate(zip(sources, rows, strict=True)):
         try:
@@ -102,6 +110,30 @@ def open_shards(source: str | Path, cache: ShardCache | None = None) -> ShardInd
     if (path / "packing").is_dir():
         return load_index(path)  # says what to do
     return open_image_folder(path, cache)
+
+
+def is_image_folder(source: str | Path) -> bool:
+    """Whether a source is a folder of images that has to be packed, and not one of shards or of their index."""
+    path = Path(expand_path(source))
+    is_indexed = (path / "index.json").exists() or (path / "train" / "index.json").exists()
+    return path.is_dir() and not is_indexed and not (path / "packing").is_dir() and not any(path.glob("*.tar"))
+
+
+def check_labels_visible(source: str | Path | None, key: str) -> None:
+    """Refuse, before it is packed, a folder of images that has visibly no labels.
+
+    Args:
+        source: What a user named as labeled data; None for nothing.
+        key: Word for it, such as train or val.
+
+    Raises:
+        ValueError: the images lie side by side.
+    """
+    if source and is_image_folder(source) and folder_source(Path(expand_path(source))).classes is None:
+        raise ValueError(
+            f"{key} {printable(source)}: images side by side have no labels. Give a folder with one folder per class; "
+            f"without labels, see what the encoder finds alike: sslvit show neighbors ENCODER {printable(source)}"
+        )
 
 
 def check_present(index: Index | StreamIndex, max_fraction: float) -> None:

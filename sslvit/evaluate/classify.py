@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sslvit.data.loader import evaluation_loader, normalized_view
+from sslvit.environment import pick_workers
 from sslvit.evaluate.features import labels_of
 from sslvit.evaluate.sources import LabeledSet, NoScore
 from sslvit.ranks import all_gather, all_gather_objects, all_reduce_sum, rank, world_size
@@ -33,7 +34,7 @@ class Accuracy:
 @torch.no_grad()
 def accuracy(
     logits_of: Callable[[Tensor], Tensor], data: LabeledSet, settings: EncoderSettings, device: torch.device,
-    batch: int = 256, workers: int = 0,
+    batch: int = 256, workers: int | None = 0,
 ) -> Accuracy:  # fmt: skip
     """Accuracy of a classifier on the encoder's center views.
 
@@ -44,7 +45,7 @@ def accuracy(
         data.reader,
         settings,
         batch,
-        data.workers(workers),
+        data.workers(pick_workers(workers, device.type)),
         rank(),
         world_size(),
         subset=data.subset,

@@ -13,7 +13,7 @@ import torch
 
 from sslvit.data.index import ShardIndex
 from sslvit.data.labels import brief_names, sorted_names
-from sslvit.data.open import check_present, open_shards
+from sslvit.data.open import check_labels_visible, check_present, open_shards
 from sslvit.environment import pick_device
 from sslvit.evaluate.cache import FeatureCache
 from sslvit.evaluate.features import FeatureExtractor
@@ -263,6 +263,8 @@ def neighbors(train: Features, val: Features, context: ProbeContext, settings: P
 
 def open_labeled(settings: ProbeSettings) -> tuple[ShardIndex, ShardIndex]:
     """The two data sets of a probe, refused unless their classes are the same."""
+    for key in ("train", "val"):
+        check_labels_visible(getattr(settings, key), key)  # before anything is packed
     train, val = (open_shards(source) for source in (settings.train, settings.val))
     check_classes(train, val, settings)
     return train, val

@@ -125,7 +125,7 @@ class BenchRun:
                 if recipe.train.devices * recipe.train.nodes > 1:
                     raise ValueError(f"{where}.train.devices: a bench trains on one device.")
                 fewest = min(len(train.index) for train, _ in self.sets.values())
-                batch = recipe.data.fitted(fewest).global_batch_size
+                batch = recipe.data.batch_for(fewest, recipe.task.usual.batch)
                 if batch > fewest:
                     raise ValueError(
                         f"{where}: data.global_batch_size {batch}, but there are {fewest} training images."

@@ -1,4 +1,4 @@
-"""Figures of an encoder: attention maps, attention distances, receptive fields, predicted masks."""
+"""Figures of an encoder: attention maps, attention distances, receptive fields, neighbors, predicted masks."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from sslvit.data.loader import make_batch, normalized_view
 from sslvit.data.open import open_shards
 from sslvit.data.reader import ShardReader
 from sslvit.data.views import Views
+from sslvit.environment import pick_device
 from sslvit.evaluate.attention import attention_measures, receptive_field
 from sslvit.evaluate.dense import DenseTable
 from sslvit.evaluate.label_free import evenly_spaced
 from sslvit.evaluate.masks import MaskedImages
+from sslvit.evaluate.neighbors import find_neighbors, plot_neighbors
 from sslvit.evaluate.probe import untrained
 from sslvit.figures import overlay_heat, plot_images, plot_points
 from sslvit.files import printable
@@ -46,6 +48,13 @@ def some_images(settings: EncoderSettings, source: str, count: int) -> Tensor:
         key, reason = next(iter(batch.unreadable.items()))
         raise ValueError(f"{source}: {printable(key)} cannot be read ({printable(reason)}).")
     return normalized_view(batch, settings, torch.device("cpu"))
+
+
+def show_neighbors(encoder: ViTEncoder, source: str, out: str | Path, images: int = 8, among: int = 1000) -> Path:
+    """Plot images of a data set with those whose features are nearest."""
+    reader = ShardReader(open_shards(source), encoder.settings.channels, 0)
+    encoder = encoder.to(pick_device())
+    return plot_neighbors(encoder, reader, find_neighbors(encoder, reader, images, among=among), out)
 
 
 def plot_attention(encoder: ViTEncoder, images: Tensor, out: str | Path) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -56,8 +56,10 @@ class DataSettings:
     """
     view: Annotated[ViewSettings, VIEW_CHOICE] = field(default_factory=CropSettings)
     """How the views of an image are made; its kind picks the other keys."""
-    global_batch_size: int = 4096
-    """Images per optimizer step, over all ranks and micro-batches."""
+    global_batch_size: int | None = 4096
+    """Images per optimizer step, over all ranks and micro-batches; null for a power of two on each rank that leaves a
+    few steps in an epoch, up to what suits the task (MAE 1024, DINO 256, iGPT 128).
+    """
     fit_batch: bool = False
     """Lower global_batch_size where the data set holds fewer images. A recipe means true unless global_batch_size is
     given on the command line; config.yaml records the batch size that ran.
@@ -68,8 +70,10 @@ class DataSettings:
     """
     resolutions: list[int] | None = None
     """Image sides in pixels, one of which is sampled for each step; null for encoder.image_size."""
-    workers: int = 4
-    """Loader processes per rank; the order of the data does not depend on it."""
+    workers: int | None = None
+    """Loader processes per rank; the order of the data does not depend on it. null for the rank's part of this
+    machine's cores but one, up to 16, on a GPU, and for none on a CPU, whose cores the encoder needs.
+    """
     memory_limit_mb: int = 1024
     """Largest size in MB up to which a data set of small, equally sized images is decoded once and kept in memory."""
     cache_on_device: Literal["auto", True, False] = "auto"
@@ -108,7 +112,7 @@ class DataSettings:
         if self.shards and self.mixture:
             raise ValueError("data.shards and data.mixture exclude each other. Name the shards in the mixture only.")
         check_bounds(self, "data.", "1 or more", "global_batch_size")
-        if self.workers < 0:
+        if self.workers is not None and self.workers < 0:
             raise ValueError(f"data.workers: {self.workers} must be 0 or more; 0 loads in the main process.")
         for key in ("lanes", "window_shards", "cache_gb", "stream_samples", "max_pixels"):
             value = getattr(self, key)
@@ -122,16 +126,22 @@ class DataSettings:
         if self.resolutions is not None and not (self.resolutions and min(self.resolutions) > 0):
             raise ValueError(f"data.resolutions: {brief(self.resolutions)} must be a list of sides in pixels.")
 
-    def fitted(self, images: int, ranks: int = 1) -> DataSettings:
-        """The same with a batch that the data set fills, if it may be lowered and must be.
+    def batch_for(self, images: int, usual: int, multiple_of: int = 1) -> int:
+        """Images per step on a data set of so many: as given, or what it fills where that may be chosen.
 
-        It becomes a power of two on each rank, with a few steps in an epoch.
+        A chosen batch is a power of two times the smallest one, with a few steps in an epoch.
+
+        Args:
+            images: Number of images in the data set.
+            usual: Largest batch that is chosen where none is given (`Usual.batch`).
+            multiple_of: Smallest batch: one image on each rank, or one micro-batch.
         """
-        if not self.fit_batch or images >= self.global_batch_size:
-            return self
-        batch = ranks
-        while 2 * batch <= images and (
-            2 * batch * MIN_STEPS_PER_EPOCH <= images or 2 * batch <= MIN_IMAGES_PER_RANK * ranks
+        given = self.global_batch_size
+        if given is not None and not (self.fit_batch and images < given):
+            return given
+        batch, most = multiple_of, usual if given is None else given
+        while 2 * batch <= min(images, most) and (
+            2 * batch * MIN_STEPS_PER_EPOCH <= images or 2 * batch <= MIN_IMAGES_PER_RANK * multiple_of
         ):
             batch *= 2
-        return replace(self, global_batch_size=min(batch, self.global_batch_size))
+        return batch if given is None else min(batch, given)

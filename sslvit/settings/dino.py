@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from sslvit.settings.choices import check_bounds, checked
-from sslvit.settings.task import TaskSettings
+from sslvit.settings.task import TaskSettings, Usual
 
 IMAGES_PER_PROTOTYPE = 20  # ImageNet's 1.28 M images for 65,536 outputs (Caron et al. 2021, section 3.2)
 PAPER_BATCH, PAPER_MOMENTUM = 1024, 0.996  # section 3.2, "Implementation details"
@@ -22,6 +22,8 @@ class DINOSettings(TaskSettings):
     Keys that are null are chosen for the data set and the batch, and printed at the start (docs/dino.md).
     """
 
+    # 300 epochs, or as many images as 100 epochs of ImageNet have (the released code's two lengths)
+    usual: ClassVar[Usual] = Usual(batch=256, epochs=300, images=1.28e8, base_lr=5e-4)
     name: Literal["dino"] = "dino"
     """Name of the task."""
     out_dim: int | None = None

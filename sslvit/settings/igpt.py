@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from sslvit.settings.choices import checked
-from sslvit.settings.task import TaskSettings
+from sslvit.settings.task import TaskSettings, Usual
 
 
 @dataclass
@@ -14,6 +14,8 @@ from sslvit.settings.task import TaskSettings
 class IGPTSettings(TaskSettings):
     """Predict the palette color of pixels."""
 
+    # the paper's million steps of 128 images; the rate of igpt/small_cifar10
+    usual: ClassVar[Usual] = Usual(batch=128, epochs=100, images=1.28e8, base_lr=2e-3)
     name: Literal["igpt"] = "igpt"
     """Name of the task."""
     objective: Literal["autoregressive", "bert"] = "autoregressive"

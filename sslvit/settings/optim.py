@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from sslvit.files import brief
 from sslvit.settings.choices import check_bounds, checked
@@ -16,8 +16,10 @@ MAX_WARMUP_STEPS = 12_500  # 10 epochs of ImageNet in batches of 1024 (Caron et 
 class OptimSettings:
     """AdamW with a rate that warms up linearly and decays along a half cosine, step by step."""
 
-    base_lr: float = 1.5e-4
-    """Learning rate at a global batch size of 256; the peak learning rate is base_lr x global_batch_size / 256."""
+    base_lr: float | None = 1.5e-4
+    """Learning rate at a global batch size of 256; the peak learning rate is base_lr x global_batch_size / 256. null
+    for one that suits the task, with a peak that grows like the square root of the batch size.
+    """
     min_lr: float = 0.0
     """Learning rate at the last step."""
     warmup_epochs: float | None = 40
@@ -43,11 +45,18 @@ class OptimSettings:
         if self.clip_grad is not None and not self.clip_grad > 0:
             raise ValueError(f"optim.clip_grad: {self.clip_grad} must be positive; null for no clipping.")
 
-    def fitted(self, steps_per_epoch: int, total_steps: int) -> OptimSettings:
-        """The same with every null that stands for a choice, or a warm-up without an end, replaced by what suits."""
-        if self.warmup_epochs is not None and self.warmup_epochs * steps_per_epoch < max(total_steps, 1):
-            return self
-        return replace(self, warmup_epochs=min(total_steps // 10, MAX_WARMUP_STEPS) / steps_per_epoch)
+    def fitted(self, steps_per_epoch: int, total_steps: int, base_lr: float | None = None) -> OptimSettings:
+        """The same with every null that stands for a choice, or a warm-up without an end, replaced by what suits.
+
+        Args:
+            steps_per_epoch: Optimizer steps in one pass over the data.
+            total_steps: Optimizer steps in the run.
+            base_lr: Learning rate where none is given (`Usual.base_lr_at`).
+        """
+        fitting: dict[str, Any] = {} if self.base_lr is not None else {"base_lr": base_lr}
+        if self.warmup_epochs is None or self.warmup_epochs * steps_per_epoch >= max(total_steps, 1):
+            fitting["warmup_epochs"] = min(total_steps // 10, MAX_WARMUP_STEPS) / steps_per_epoch
+        return replace(self, **fitting) if fitting else self
 
     def warmup_steps(self, steps_per_epoch: int, total_steps: int) -> int:
         """Whole steps; fewer than the recipe's where the run is shorter than that.
@@ -60,5 +69,11 @@ class OptimSettings:
         return min(round(self.warmup_epochs * steps_per_epoch), total_steps)
 
     def peak_lr(self, global_batch_size: int) -> float:
-        """Learning rate after the warm-up."""
+        """Learning rate after the warm-up.
+
+        Raises:
+            ValueError: it is still to be chosen.
+        """
+        if self.base_lr is None:
+            raise ValueError("optim.base_lr: still null. Call OptimSettings.fitted first.")
         return self.base_lr * global_batch_size / 256

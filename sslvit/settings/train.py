@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from sslvit.settings.choices import check_bounds, checked, not_one_of
+from sslvit.settings.task import Usual
+
+MIN_FITTED_STEPS = 10_000  # of a run whose length is chosen for a small data set
 
 
 @dataclass
@@ -13,14 +16,17 @@ from sslvit.settings.choices import check_bounds, checked, not_one_of
 class TrainSettings:
     """One run."""
 
-    epochs: float = 800
-    """Passes over the data, converted to steps once, from the index and the global batch size."""
+    epochs: float | None = 800
+    """Passes over the data, converted to steps once, from the index and the global batch size. null for the paper's,
+    for at least 10,000 steps on a small data set, and for no more images in all than the paper's run saw; on a CPU for
+    about an hour at most.
+    """
     steps: int | None = None
     """Number of optimizer steps in the run; overrides epochs, and the schedules shrink with it."""
     micro_batch_size: int | Literal["auto"] | None = "auto"
     """Images per forward pass on one rank; null for all of the rank's images; auto for as many of them as the memory of
-    a GPU holds by `sslvit plan`, and on a CPU for all. Smaller micro-batches are accumulated, with the same result up
-    to rounding.
+    a GPU holds by `sslvit plan`, or, on a CPU, what is free of this machine's. Smaller micro-batches are accumulated,
+    with the same result up to rounding.
     """
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """Hardware to train on."""
@@ -82,3 +88,22 @@ class TrainSettings:
             raise ValueError(
                 f"train.keep_every: {self.keep_every} must be a multiple of train.checkpoint_every ({often})."
             )
+
+    @property
+    def batch_multiple(self) -> int:
+        """What every global batch size is a multiple of: one image, or one given micro-batch, on each rank."""
+        micro = self.micro_batch_size if isinstance(self.micro_batch_size, int) else 1
+        return self.devices * self.nodes * micro
+
+    def fitted(self, usual: Usual, images: int, steps_per_epoch: int) -> TrainSettings:
+        """The same with a length that suits the data set, where none is given.
+
+        Args:
+            usual: What suits the task.
+            images: Number of images in the data set.
+            steps_per_epoch: Optimizer steps in one pass over them.
+        """
+        if self.epochs is not None or self.steps is not None:
+            return self
+        epochs = max(min(usual.epochs, usual.images / images), MIN_FITTED_STEPS / steps_per_epoch)
+        return replace(self, epochs=float(f"{epochs:.4g}"))

@@ -82,7 +82,8 @@ class Task(pl.LightningModule):
         self.settings = self.resolve(settings)
         encoder = EncoderSettings(**encoder) if isinstance(encoder, dict) else encoder
         optim = OptimSettings(**optim) if isinstance(optim, dict) else optim
-        self.optim = optim.fitted(self.run.steps_per_epoch, self.run.total_steps)
+        base_lr = self.settings.usual.base_lr_at(self.run.global_batch_size)
+        self.optim = optim.fitted(self.run.steps_per_epoch, self.run.total_steps, base_lr)
         if encoder.causal and encoder.pooling == "class":
             raise ValueError(
                 "encoder.pooling: the class token stands in front of a causal encoder, which sees no patch from there: "

@@ -131,10 +131,15 @@ def _backward(loss: Tensor) -> None:
 
 def example(settings: RunSettings, count: int = FEW) -> Batch:
     """Some images as the task would get them."""
-    views = Views(settings.data.view, settings.encoder.image_size, settings.encoder.interpolation).specs()
     numbers = torch.zeros(count, dtype=torch.long)
-    images = [torch.zeros(count, settings.encoder.channels, *size) for size, _ in views]
+    images = [torch.zeros(count, settings.encoder.channels, *size) for size in view_sizes(settings)]
     return Batch(images, numbers, numbers, torch.ones(count, dtype=torch.bool), numbers)
+
+
+def view_sizes(settings: RunSettings) -> list[tuple[int, int]]:
+    """Height and width of each view of an image."""
+    views = Views(settings.data.view, settings.encoder.image_size, settings.encoder.interpolation)
+    return [(height, width) for (height, width), _ in views.specs()]
 
 
 class LiveBytes(TorchDispatchMode):

@@ -122,10 +122,11 @@ def plan_step(settings: RunSettings, images: int, classes: int | None = None) ->
     Raises:
         ValueError: There are fewer images than a batch.
     """
-    train = settings.train
-    batch = settings.data.fitted(images, train.devices * train.nodes).global_batch_size
+    usual, train = settings.task.usual, settings.train
+    batch = settings.data.batch_for(images, usual.batch, train.batch_multiple)
     if images < batch:
         raise ValueError(f"data.global_batch_size: {batch} is more than the {images} images there are.")
+    train = train.fitted(usual, images, images // batch)
     return FakeStep(settings, RunPlan.make(train, images // batch, batch, settings.seed), images, classes)
 
 
@@ -168,8 +169,7 @@ def mfu_per_throughput(settings: RunSettings, index: Index | StreamIndex) -> flo
     train = settings.train
     peak = train.peak_tflops
     if peak is None and trains_on_gpu(train):
-        name = torch.cuda.get_device_name().lower().replace(" ", "")
-        peak = next((tflops for key, tflops in PEAKS.items() if key in name), None)
+        peak = next(iter((peak_of_gpu() or {}).values()), None)
     if peak is None:
         return None
     once = replace(settings, encoder=replace(settings.encoder, activation_checkpointing=False))
@@ -179,6 +179,12 @@ def mfu_per_throughput(settings: RunSettings, index: Index | StreamIndex) -> flo
     except Exception:  # the work depends on what the images show: then there is no such number, and the run goes on
         return None
     return flops / (peak * 1e12 * train.devices * train.nodes)
+
+
+def peak_of_gpu() -> dict[str, float] | None:
+    """Name and TFLOP/s of the GPU of this machine; None where there is none, or nothing is known of it."""
+    name = torch.cuda.get_device_name().lower().replace(" ", "") if torch.cuda.is_available() else ""
+    return next(({key: tflops} for key, tflops in PEAKS.items() if key in name), None)
 
 
 def plot_schedules(task: Task, path: Path) -> Path:

@@ -1,10 +1,24 @@
-"""Which device a run takes, in which precision it computes there, and how much memory a GPU has."""
+"""Which device a run takes, in which precision it computes there, how much memory is there, how fast a CPU is."""
 
 from __future__ import annotations
 
+import functools
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+
 import torch
+from torch import nn
 
 from sslvit.settings.train import TrainSettings
+
+# limit, use and caches that can be dropped, in control groups of version 2 and 1
+GROUP_FILES = [
+    ("memory.max", "memory.current", "inactive_file "),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file "),
+]
+MEASURED_TOKENS = 2048  # some ten images
 
 
 def trains_on_gpu(train: TrainSettings) -> bool:
@@ -33,3 +47,73 @@ def gpu_memory(devices: int = 1) -> int:
     """Bytes of the smallest of the first GPUs of this machine; 0 where there is none."""
     here = range(min(devices, torch.cuda.device_count() if torch.cuda.is_available() else 0))
     return min((int(torch.cuda.get_device_properties(number).total_memory) for number in here), default=0)
+
+
+def cpu_memory(processes: int = 1) -> int:
+    """Bytes of main memory that one process may take; 0 where the system does not tell.
+
+    For one process that is what is free now, within the limit of its control group (a container's, a batch job's).
+    Several must come to the same number, each by itself, so for them it is an equal part of half of all memory.
+
+    Args:
+        processes: Number of processes of the run on this machine.
+    """
+    known = {}
+    with suppress(OSError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        known = {name: 1024 * int(value.split()[0]) for name, _, value in (line.partition(":") for line in lines)}
+    total, free = known.get("MemTotal", 0), known.get("MemAvailable", 0)
+    if not total:
+        with suppress(OSError, ValueError, AttributeError):  # no Linux
+            total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = free or total // 2
+    for limit, used in _group_limits():
+        total, free = min(total, limit), min(free, max(limit - used, 0))
+    return free if processes == 1 else total // (2 * processes)
+
+
+def _group_limits() -> list[tuple[int, int]]:
+    """Limit and use of memory of this process's control groups that have a limit; caches of files do not count."""
+    groups = [Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory")]
+    with suppress(OSError, IndexError):
+        lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+        groups += [groups["memory" in kinds] / path.lstrip("/") for _, kinds, path in lines if kinds in ("", "memory")]
+    found = []
+    for group in dict.fromkeys(groups):
+        for limit, used, cached in GROUP_FILES:
+            with suppress(OSError, ValueError):  # ValueError: "max"
+                most, now = int((group / limit).read_text()), int((group / used).read_text())
+                stat = (group / "memory.stat").read_text().splitlines()
+                now -= sum(int(line.removeprefix(cached)) for line in stat if line.startswith(cached))
+                found.append((most, now))
+    return found
+
+
+@functools.cache
+def cpu_flops(width: int, precision: str, seconds: float = 0.5) -> float:
+    """FLOP/s of a transformer's MLP, forward and backward, on this machine's CPU with torch's number of threads.
+
+    Products alone would promise several times as much where a CPU has units for bf16, which its other work lacks.
+
+    Args:
+        width: Width of the tokens.
+        precision: float32, bf16 or float64.
+        seconds: How long is measured, after a first pass.
+    """
+    dtype = torch.float64 if precision == "float64" else torch.float32
+    with torch.random.fork_rng(devices=[]):
+        layers = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        tokens = torch.randn(MEASURED_TOKENS, width, dtype=dtype, requires_grad=True)
+    layers.to(dtype)
+
+    def run() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            result = tokens + layers(tokens)
+        result.sum().backward()
+
+    run()
+    count, start = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < seconds or not count:
+        run()
+        count += 1
+    return 3 * 16.0 * MEASURED_TOKENS * width**2 * count / elapsed

@@ -1,33 +1,38 @@
-"""`train.micro_batch_size: auto`: as many images at once as the memory of a GPU holds, by the forecast of a step."""
+"""`train.micro_batch_size: auto`: as many images at once as memory holds, by the forecast of a step."""
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from dataclasses import dataclass, replace
 
 from sslvit.files import brief
 from sslvit.run_plan import RunPlan
 from sslvit.settings import RunSettings
-from sslvit.train.fake_step import FakeStep
+from sslvit.train.fake_step import FakeStep, view_sizes
 from sslvit.train.forecast import Forecast, forecast
-from sslvit.train.hardware import gpu_memory, trains_on_gpu
+from sslvit.train.hardware import cpu_memory, gpu_memory, trains_on_gpu
 
 # What a forecast does not count. The CUDA context with its loaded kernels takes about half a GiB, the workspaces of
 # cuBLAS and cuDNN some 100 MiB, NCCL's buffers up to half a GiB, probes and pictures during training the rest.
 RESERVED = 1.5 * 2**30
+RESERVED_ON_CPU = 0.5 * 2**30  # the process with its libraries, images on their way, probes and pictures
 # The caching allocator rounds sizes up and leaves holes between the blocks of one size and those of the next; kernels
 # have room of their own, too.
 FRAGMENTED = 0.1  # of the memory
+# Bytes that a step on a CPU holds for each token, number of its width and block: two to ten times what is counted.
+# Where even that is little beside the memory, the step is not counted, which takes a second.
+ROUGH_BYTES, LITTLE = 256, 0.05
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Images per forward pass that fit a GPU.
+    """Images per forward pass that fit the memory.
 
     Args:
         size: Number of images; None where not even the fewest fit.
         found: The forecast with that number, or with the fewest.
-        memory: Bytes of the GPU.
+        memory: Bytes of the GPU, or what is free of a CPU's.
         settings: Settings of the run.
     """
 
@@ -40,33 +45,37 @@ class MicroBatch:
         """What was chosen and why, or why nothing fits and what would help, in one line."""
         run, encoder, train = self.found.run, self.settings.encoder, self.settings.train
         count = f"{run.images_per_pass} image{'' if run.images_per_pass == 1 else 's'}"
+        on_gpu, there = self.found.on_gpu, f"{self.memory / 2**30:.1f} GiB"
+        of = f"of the GPU's {there}" if on_gpu else f"of the {there} that are free on this machine"
         why = (
             f"{self.found.total(train.strategy) / 2**30:.1f} GiB are forecast in {self.found.precision}, and "
-            f"{usable(self.memory) / 2**30:.1f} of the GPU's {self.memory / 2**30:.1f} GiB can be planned with"
+            f"{usable(self.memory, on_gpu) / 2**30:.1f} {of} can be planned with"
         )
         if self.size is not None:
             return f"train.micro_batch_size auto: {count} at once, of {run.images_per_rank} on each rank ({why})"
         remedies = [] if encoder.activation_checkpointing else ["encoder.activation_checkpointing true"]
-        remedies += ["train.strategy fsdp on several GPUs" if train.strategy == "ddp" else "more train.devices"]
+        if on_gpu:
+            remedies += ["train.strategy fsdp on several GPUs" if train.strategy == "ddp" else "more train.devices"]
+        remedies = remedies or ["a smaller encoder"]
         return (
             f"train.micro_batch_size: not even {count} at once would fit: {why}. Use {', '.join(remedies)}, or a "
             f"smaller view (encoder.image_size); a number here is tried as it is."
         )
 
 
-def usable(memory: float) -> float:
-    """Bytes of a GPU's memory that a forecast may fill."""
-    return (1 - FRAGMENTED) * memory - RESERVED
+def usable(memory: float, on_gpu: bool = True) -> float:
+    """Bytes of a memory that a forecast may fill."""
+    return (1 - FRAGMENTED) * memory - (RESERVED if on_gpu else RESERVED_ON_CPU)
 
 
 def choose_micro_batch(step: FakeStep, memory: float) -> MicroBatch:
-    """The most images per forward pass, of those that divide a rank's part of the batch, whose forecast fits a GPU.
+    """The most images per forward pass, of those that divide a rank's part of the batch, whose forecast fits.
 
     Args:
         step: A step of the run.
-        memory: Bytes of the GPU.
+        memory: Bytes of the GPU, or what is free of a CPU's.
     """
-    settings, limit, most = step.settings, usable(memory), step.run.images_per_rank
+    settings, limit, most = step.settings, usable(memory, step.on_gpu), step.run.images_per_rank
     settings.task.check_micro_batch(most)
 
     def needed(size: int) -> float:
@@ -83,9 +92,10 @@ def choose_micro_batch(step: FakeStep, memory: float) -> MicroBatch:
 def fit_micro_batch(
     run: RunPlan, settings: RunSettings, images: int, classes: int | None
 ) -> tuple[RunPlan, str | None]:
-    """The plan with the micro-batch that `auto` chooses for the GPU here, and what to say about it.
+    """The plan with the micro-batch that `auto` chooses for the GPU or the memory here, and what to say about it.
 
-    The setting stays `auto`, so that a resume on another machine chooses for that one.
+    The setting stays `auto`, so that a resume on another machine chooses for that one. What is free of a CPU's memory
+    may soon be more, so a run that does not fit it is tried with the fewest images.
 
     Args:
         run: Steps, batch sizes and ranks.
@@ -94,18 +104,30 @@ def fit_micro_batch(
         classes: Number of its classes, where it has labels.
 
     Raises:
-        ValueError: Not even the fewest images fit.
+        ValueError: Not even the fewest images fit a GPU.
     """
-    if settings.train.micro_batch_size != "auto" or not trains_on_gpu(settings.train):
+    train, on_gpu = settings.train, trains_on_gpu(settings.train)
+    if train.micro_batch_size != "auto":
+        return run, None
+    memory = gpu_memory(train.devices) if on_gpu else cpu_memory(train.devices)
+    if not on_gpu and (not memory or rough_bytes(settings, run.images_per_rank) < LITTLE * memory):
         return run, None
     try:
-        chosen = choose_micro_batch(FakeStep(settings, run, images, classes), gpu_memory(settings.train.devices))
+        chosen = choose_micro_batch(FakeStep(settings, run, images, classes), memory)
     except Exception as error:  # a task of one's own may do what fake tensors cannot; its run is to go on
         reason = brief(str(error))
         return run, f"train.micro_batch_size auto: all {run.images_per_rank} images of each rank at once ({reason})"
-    if chosen.size is None:
+    if chosen.size is None and on_gpu:
         raise ValueError(chosen.text())
-    return replace(run, micro_batch_size=chosen.size), chosen.text()
+    size = chosen.found.run.images_per_pass
+    return replace(run, micro_batch_size=size), chosen.text() if on_gpu or size < run.images_per_rank else None
+
+
+def rough_bytes(settings: RunSettings, images: int) -> float:
+    """What a step with so many images at once holds, roughly and rather too much."""
+    encoder = settings.encoder
+    tokens = sum(math.prod(size) for size in view_sizes(settings)) / encoder.patch**2
+    return ROUGH_BYTES * images * tokens * encoder.width * (encoder.depth + 1)
 
 
 def _is_allowed(settings: RunSettings, size: int) -> bool:

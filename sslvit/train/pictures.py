@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from sslvit.data.module import ShardDataModule
+from sslvit.data.stream import StreamIndex
 from sslvit.evaluate.attention import class_attention, mass_mask, patch_colors
+from sslvit.evaluate.neighbors import find_neighbors, plot_neighbors
 from sslvit.figures import dim_outside, overlay_heat, plot_curves, plot_images
 from sslvit.models import ViTEncoder
 from sslvit.tasks.base import Task
@@ -21,6 +23,7 @@ IMAGES = 8
 LARGER = 2  # times the training resolution
 MASS = 0.6  # of the attention, in the masks
 MAX_HEADS = 16  # one row of the picture each
+SEARCHED, SEARCHED_ON_CPU = 1000, 128  # images among which neighbors are searched: seconds
 
 
 def plot_pictures(folder: RunFolder, task: Task, data: ShardDataModule) -> None:
@@ -31,7 +34,9 @@ def plot_pictures(folder: RunFolder, task: Task, data: ShardDataModule) -> None:
     plot_curves(
         folder.figures / "loss.png", losses, "optimizer step", "loss", f"{type(task).__name__}: training loss"
     )  # fmt: skip
-    task.to("cpu", torch.float32)
+    task.to(dtype=torch.float32)
+    plot_found_neighbors(folder, task, data)
+    task.to("cpu")
     examples = data.examples(IMAGES)
     titles = [f"view {number}\n{view.shape[2]} x {view.shape[3]}" for number, view in enumerate(examples.views, 1)]
     plot_images(
@@ -57,6 +62,17 @@ def plot_pictures(folder: RunFolder, task: Task, data: ShardDataModule) -> None:
         titles.append(f"patches at\n{images.shape[2]} x {images.shape[3]}")
         rows.append(patch_colors(encoder, images).numpy())
     plot_images(folder.figures / "patches.png", rows, titles)
+
+
+def plot_found_neighbors(folder: RunFolder, task: Task, data: ShardDataModule) -> None:
+    """Draw some images with their nearest neighbors, where the encoder's features are finite."""
+    index, encoder = data.index, task.trained_encoder
+    if isinstance(index, StreamIndex) or len(index) < 2:
+        return
+    reader = data.make_reader(index)
+    found = find_neighbors(encoder, reader, among=SEARCHED_ON_CPU if task.device.type == "cpu" else SEARCHED)
+    if np.isfinite(found.similarity).all():
+        plot_neighbors(encoder, reader, found, folder.figures / "neighbors.png")
 
 
 def attention_rows(encoder: ViTEncoder, images: Tensor) -> tuple[list[str], list[np.ndarray]]:

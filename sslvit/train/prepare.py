@@ -11,14 +11,15 @@ from typing import Any
 import torch
 
 from sslvit.compatibility import check_same, settings_from
+from sslvit.data.examples import Examples
 from sslvit.data.header import MODES
 from sslvit.data.mixture import Index, Plan
 from sslvit.data.module import ShardDataModule
-from sslvit.data.open import check_present
+from sslvit.data.open import check_labels_visible, check_present
 from sslvit.data.stream import StreamIndex
 from sslvit.run_plan import RunPlan
-from sslvit.settings import RunSettings
-from sslvit.settings.load import brief, by_dotted_key
+from sslvit.settings import RunSettings, SupervisedSettings
+from sslvit.settings.load import brief, by_dotted_key, recipe_names
 from sslvit.settings.views import AugmentSettings, MultiCropSettings
 from sslvit.sharded_checkpoint import read_checkpoint
 from sslvit.tasks import task_class
@@ -28,6 +29,7 @@ from sslvit.train.loggers import check_loggers
 
 logger = logging.getLogger(__name__)
 
+SHRINKS, GROWS = 10, 7  # times that the shorter side of images becomes smaller or larger, from which on it is said
 # what a run that goes on keeps, besides the shapes of its weights and the identity of its data, which are compared with
 # the checkpoint: (key, tasks that it is fixed for or None for all, why)
 FIXED = [
@@ -48,28 +50,22 @@ FIXED = [
 ]
 
 
-def check_machine(settings: RunSettings) -> None:
-    """Refuse what cannot run here, before data is touched."""
-    train = settings.train
-    run = RunPlan.make(train, 1, settings.data.global_batch_size, settings.seed)
-    settings.task.check_micro_batch(run.images_per_pass)
+def check_machine(settings: RunSettings, is_planned: bool = False) -> None:
+    """Refuse what cannot run here, before data is touched.
+
+    Args:
+        settings: Settings of the run.
+        is_planned: Whether it is planned only, perhaps for a GPU that is not here.
+    """
+    train, data, encoder = settings.train, settings.data, settings.encoder
+    if data.global_batch_size is not None:
+        steps = train.fitted(settings.task.usual, 1, 1)
+        run = RunPlan.make(steps, 1, data.global_batch_size, settings.seed)
+        settings.task.check_micro_batch(run.images_per_pass)
     kinds = task_class(settings.task.name).view_kinds
     if settings.data.view.kind not in kinds and ":" not in settings.data.view.kind:
         raise ValueError(
             f"data.view.kind: {settings.data.view.kind} is not for {settings.task.name}. Use {' or '.join(kinds)}."
-        )
-    check_loggers(train)
-    if train.accelerator == "gpu" and not torch.cuda.is_available():
-        raise ValueError("train.accelerator: gpu, but torch sees none here. Use auto or cpu.")
-
-
-def check_data(settings: RunSettings, index: Index | StreamIndex, plan: Plan) -> None:
-    """Refuse data that this run cannot read, before step 0."""
-    data, encoder = settings.data, settings.encoder
-    if index.channels != encoder.channels and not {index.channels, encoder.channels} <= set(MODES):
-        raise ValueError(
-            f"encoder.channels: {encoder.channels}, but the images of {index.location} have {index.channels}. "
-            f"Images are converted between {', '.join(map(str, MODES))} channels only."
         )
     sides = {"data.resolutions": data.resolutions or []}
     if isinstance(data.view, MultiCropSettings) and data.view.local_crops:
@@ -81,6 +77,22 @@ def check_data(settings: RunSettings, index: Index | StreamIndex, plan: Plan) ->
     if encoder.tokens == "pixel" and data.resolutions:
         raise ValueError(
             "data.resolutions: a pixel sequence is tied to its size (encoder.image_size). Leave data.resolutions out."
+        )
+    if isinstance(settings.task, SupervisedSettings):
+        check_labels_visible(data.shards, "train")
+        check_labels_visible(settings.task.val, "val")
+    check_loggers(train)
+    if train.accelerator == "gpu" and not is_planned and not torch.cuda.is_available():
+        raise ValueError("train.accelerator: gpu, but torch sees none here. Use auto or cpu.")
+
+
+def check_data(settings: RunSettings, index: Index | StreamIndex, plan: Plan) -> None:
+    """Refuse data that this run cannot read, before step 0."""
+    data, encoder = settings.data, settings.encoder
+    if index.channels != encoder.channels and not {index.channels, encoder.channels} <= set(MODES):
+        raise ValueError(
+            f"encoder.channels: {encoder.channels}, but the images of {index.location} have {index.channels}. "
+            f"Images are converted between {', '.join(map(str, MODES))} channels only."
         )
     if data.ledger and isinstance(index, StreamIndex):
         raise ValueError("data.ledger: a stream cannot promise each sample once. Pack it into shards, or leave it off.")
@@ -99,6 +111,33 @@ def check_data(settings: RunSettings, index: Index | StreamIndex, plan: Plan) ->
         )
 
 
+def size_notice(settings: RunSettings, examples: Examples) -> str | None:
+    """That the images are seen at a far smaller or larger size than they have, with the remedy; None if they are not.
+
+    Args:
+        settings: Settings of the run.
+        examples: Some of its images.
+    """
+    encoder, size = settings.encoder, examples.size
+    if size is None:
+        return None
+    scale = min(size) / min(encoder.image_size)
+    if 1 / GROWS < scale < SHRINKS:
+        return None
+    seen = f"images of about {size[0]} x {size[1]} pixels are seen at {encoder.image_size[0]} x {encoder.image_size[1]}"
+    if scale >= SHRINKS:
+        own = f"{settings.task.name}/own_images"
+        has_recipe = encoder.tokens == "patch" and own in recipe_names()
+        remedy = f"Take {own}, or raise encoder.image_size." if has_recipe else "encoder.image_size says the size."
+        return f"{examples.location}: {seen}, {scale:.0f} times smaller, where what is small in them is lost. {remedy}"
+    small = f"{settings.task.name}/vit_tiny_cifar10"
+    recipe = f", or take a recipe for small images ({small})" if small in recipe_names() else ""
+    return (
+        f"{examples.location}: {seen}, {1 / scale:.0f} times larger, which costs time and adds nothing. Lower "
+        f"encoder.image_size with encoder.patch{recipe}."
+    )
+
+
 def resolve_defaults(
     settings: RunSettings, earlier: RunFolder | None, index: Index | StreamIndex, run: RunPlan
 ) -> RunSettings:
@@ -113,7 +152,8 @@ def resolve_defaults(
     task = settings.task.fitted(
         len(index), run.global_batch_size, run.total_steps, len(index.classes) if index.classes else None
     )
-    optim = settings.optim.fitted(run.steps_per_epoch, run.total_steps)
+    base_lr = task.usual.base_lr_at(run.global_batch_size)
+    optim = settings.optim.fitted(run.steps_per_epoch, run.total_steps, base_lr)
     data = replace(settings.data, global_batch_size=run.global_batch_size, fit_batch=False, fit_normalization=False)
     encoder = settings.encoder
     if settings.data.fit_normalization and len(index.mean) == encoder.channels:  # a stream knows none
@@ -133,8 +173,17 @@ def resolve_defaults(
     return fitted
 
 
-def describe_resolved(requested: RunSettings, settings: RunSettings, run: RunPlan) -> list[str]:
-    """What was null or did not fit and is resolved now, as "task.out_dim 256"."""
+def describe_resolved(
+    requested: RunSettings, settings: RunSettings, run: RunPlan, notes: dict[str, str] | None = None
+) -> list[str]:
+    """What was null or did not fit and is resolved now, as "task.out_dim 256".
+
+    Args:
+        requested: Settings as requested.
+        settings: Settings as resolved.
+        run: Steps and batch sizes.
+        notes: What else is to be said of some keys.
+    """
     before, after = by_dotted_key(asdict(requested)), by_dotted_key(asdict(settings))
     found = []
     for key, value in after.items():
@@ -143,8 +192,24 @@ def describe_resolved(requested: RunSettings, settings: RunSettings, run: RunPla
         text = f"{value:.4g}" if isinstance(value, float) else brief(value)
         if key.endswith("_epochs"):
             text = f"{round(value * run.steps_per_epoch):,} steps ({value:.2g} epochs)"
-        found.append(f"{key} {text}" + ("" if before[key] is None else f" instead of {brief(before[key])}"))
+        if before[key] is not None:
+            was = before[key]
+            text += f" instead of {was:g}" if isinstance(was, float) else f" instead of {brief(was)}"
+            if key == "optim.warmup_epochs":
+                text += f", since the run has {run.total_steps / run.steps_per_epoch:.2g} epochs"
+        found.append(f"{key} {text}" + (f" ({note})" if (note := (notes or {}).get(key)) else ""))
     return found
+
+
+def keep_resolved(settings: RunSettings, earlier: RunFolder) -> RunSettings:
+    """The settings of a run that goes on, with the batch and the length that were chosen for it before."""
+    before = by_dotted_key(earlier.read_config())
+    batch, epochs = before.get("data.global_batch_size"), before.get("train.epochs")
+    if settings.data.global_batch_size is None and batch is not None:
+        settings = replace(settings, data=replace(settings.data, global_batch_size=batch))
+    if settings.train.epochs is None and epochs is not None:
+        settings = replace(settings, train=replace(settings.train, epochs=epochs))
+    return settings
 
 
 def keep_start(settings: RunSettings, earlier: RunFolder) -> RunSettings:

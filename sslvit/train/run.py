@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from sslvit import __version__
 from sslvit.checkpoint import HEAD, load_encoder, save_encoder
+from sslvit.data.examples import Examples
 from sslvit.data.mixture import Plan
 from sslvit.data.module import ShardDataModule
 from sslvit.data.open import open_data
@@ -36,6 +37,7 @@ from sslvit.train.checkpoint_io import AtomicCheckpointIO
 from sslvit.train.compilation import compile_mode, compile_task, undo_compilation
 from sslvit.train.folder import RunFolder
 from sslvit.train.hardware import allow_tf32, precision_of, trains_on_gpu
+from sslvit.train.length import fit_length
 from sslvit.train.loggers import log_pictures, make_loggers
 from sslvit.train.micro_batch import fit_micro_batch
 from sslvit.train.pictures import plot_pictures
@@ -44,8 +46,10 @@ from sslvit.train.prepare import (
     check_machine,
     check_resumed,
     describe_resolved,
+    keep_resolved,
     keep_start,
     resolve_defaults,
+    size_notice,
 )
 from sslvit.train.strategies import is_peer_failure, make_strategy
 from sslvit.train.timing import Clock
@@ -94,23 +98,24 @@ def _pretrain(
 ) -> RunFolder:  # fmt: skip
     train = settings.train
     if goes_on:
-        settings = keep_start(settings, folder)
+        settings = keep_resolved(keep_start(settings, folder), folder)
     check_machine(settings)
-    index, plan = open_data(settings.data, settings.seed, train.devices * train.nodes)
-    if is_first:
-        check_data(settings, index, plan)
     checkpoint = folder.newest_checkpoint() if goes_on else None
     start = load_encoder(settings.init) if settings.init and not goes_on else None
+    index, plan = open_data(settings.data, settings.seed, train.batch_multiple, settings.task.usual.batch)
+    if is_first:
+        check_data(settings, index, plan)
 
     if train.threads:
         torch.set_num_threads(train.threads)
     allow_tf32(train)
     pl.seed_everything(settings.seed, verbose=False)
-    settings = shortened(settings, plan)
+    requested, classes = settings, len(index.classes) if index.classes else None
+    train, length = fit_length(settings, len(index), classes, plan.steps_per_epoch, plan.global_batch_size)
+    settings = shortened(replace(settings, train=train), plan)
     run = RunPlan.make(settings.train, plan.steps_per_epoch, plan.global_batch_size, settings.seed)
-    requested = settings
     settings = resolve_defaults(settings, folder if goes_on else None, index, run)
-    run, notice = fit_micro_batch(run, settings, len(index), len(index.classes) if index.classes else None)
+    run, memory = fit_micro_batch(run, settings, len(index), classes)
     data = ShardDataModule(index, settings.data, settings.encoder, plan, run)
     task = make_task(settings, run)
     if start is not None:
@@ -126,9 +131,10 @@ def _pretrain(
         folder.start(asdict(settings), goes_on)
         trainer.loggers = make_loggers(settings, folder, index, loggers)
         _announce(settings, data, task, trainer)
-        if notice:
-            logger.info(notice)
-        if resolved := describe_resolved(requested, settings, run):
+        for notice in (memory, size_notice(settings, Examples.of(index))):
+            if notice:
+                logger.info(notice)
+        if resolved := describe_resolved(requested, settings, run, {"train.epochs": length}):
             logger.info(f"resolved for {len(index):,} images, {run.global_batch_size} a step: {'; '.join(resolved)}")
 
     with warnings.catch_warnings():

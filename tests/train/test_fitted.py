@@ -26,8 +26,8 @@ SMALL = {key: value for key, value in TINY.items() if key != "data.global_batch_
     [(60, 1, 8), (1023, 1, 128), (1024, 1, 1024), (60, 3, 12), (20, 1, 4), (6, 1, 4), (3, 1, 2), (10, 8, 8), (5, 8, 8)],
 )
 def test_a_batch_that_is_not_filled_becomes_a_power_of_two_on_each_rank(images: int, ranks: int, batch: int) -> None:
-    assert DataSettings(global_batch_size=1024, fit_batch=True).fitted(images, ranks).global_batch_size == batch
-    assert DataSettings(global_batch_size=1024).fitted(images, ranks).global_batch_size == 1024
+    assert DataSettings(global_batch_size=1024, fit_batch=True).batch_for(images, 256, ranks) == batch
+    assert DataSettings(global_batch_size=1024).batch_for(images, 256, ranks) == 1024
 
 
 def test_a_recipes_batch_is_lowered_to_few_images_and_said(shards: Path, tmp_path: Path, capsys) -> None:
@@ -73,7 +73,8 @@ def test_a_warm_up_as_long_as_the_run_becomes_a_tenth_of_it(shards: Path, tmp_pa
     assert OptimSettings(warmup_epochs=40).fitted(7, 100).warmup_steps(7, 100) == 10
     assert OptimSettings(warmup_epochs=4).fitted(7, 100).warmup_steps(7, 100) == 28
     run(shards, tmp_path / "run", **{"optim.warmup_epochs": 40, "train.steps": 2})
-    assert "optim.warmup_epochs 0 steps (0 epochs) instead of 40" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "optim.warmup_epochs 0 steps (0 epochs) instead of 40, since the run has 0.67 epochs" in out
 
 
 def test_five_channels_get_the_mean_and_deviation_of_their_shards(tmp_path: Path, capsys) -> None:

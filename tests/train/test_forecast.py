@@ -19,13 +19,13 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from sslvit.cli import main
-from sslvit.commands.training import duration
 from sslvit.run_plan import RunPlan
 from sslvit.settings import RunSettings
 from sslvit.settings.load import load_recipe
 from sslvit.tasks import task_class
 from sslvit.train.fake_step import FEW, example
 from sslvit.train.forecast import Forecast, forecast, plan_step
+from sslvit.train.length import duration
 from sslvit.train.strategies import make_strategy
 from sslvit.train.timing import Clock
 
@@ -168,7 +168,7 @@ def test_the_command_prints_and_draws(tmp_path: Path, capsys: pytest.CaptureFixt
         (["--config", "mae/digits", "--images", "99", "--memory-gib", "0"], "--memory-gib 0"),
         (
             ["--config", "mae/digits", "--images", "99", "--memory-gib", "8", "--train.accelerator", "cpu"],
-            "--memory-gib: the memory of a GPU, but train.accelerator is cpu",
+            "memory-gib: the memory of a GPU, but train.accelerator is cpu",
         ),
     ):
         assert main(["plan", *more]) == 1
@@ -176,7 +176,7 @@ def test_the_command_prints_and_draws(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_minutes_are_printed_below_an_hour() -> None:
-    assert [duration(hours) for hours in (1234.56, 1.0, 0.75, 0.01, 1e-6)] == [
+    assert [duration(3600 * hours) for hours in (1234.56, 1.0, 0.75, 0.01, 1e-6)] == [
         "1,234.6 hours", "1.0 hours", "45.0 minutes", "0.6 minutes", "under 0.1 minutes",
     ]  # fmt: skip
 

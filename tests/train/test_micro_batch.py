@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +16,10 @@ from sslvit.cli import main
 from sslvit.run_plan import RunPlan
 from sslvit.settings import RunSettings, TrainSettings
 from sslvit.settings.load import load_recipe
-from sslvit.train import micro_batch
+from sslvit.train import hardware, micro_batch
 from sslvit.train.fake_step import FakeStep
 from sslvit.train.forecast import forecast, plan_step
-from sslvit.train.micro_batch import FRAGMENTED, RESERVED, choose_micro_batch, fit_micro_batch
+from sslvit.train.micro_batch import FRAGMENTED, RESERVED, RESERVED_ON_CPU, choose_micro_batch, fit_micro_batch
 
 GPU = {"train.accelerator": "gpu", "train.precision": "bf16", "data.global_batch_size": 12}
 LARGE = {"encoder.width": 128, "encoder.depth": 4}  # weights beside which activations are few
@@ -36,7 +37,12 @@ def step() -> FakeStep:
 
 def memory_for(step: FakeStep, size: int) -> float:
     """A GPU that is just large enough for so many images at once."""
-    return (forecast(step, size).total(step.settings.train.strategy) + RESERVED) / (1 - FRAGMENTED) + 2
+    reserved = RESERVED if step.on_gpu else RESERVED_ON_CPU
+    return (forecast(step, size).total(step.settings.train.strategy) + reserved) / (1 - FRAGMENTED) + 2
+
+
+def all_memory() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def put_gpu_here(monkeypatch: pytest.MonkeyPatch, memory: float) -> None:
@@ -109,12 +115,43 @@ def test_a_given_number_is_left_alone(given: int | None, monkeypatch: pytest.Mon
     assert fit_micro_batch(plan, settings_of(**{"train.micro_batch_size": given}), 100, None) == (plan, None)
 
 
-def test_a_cpu_takes_all_images_and_counts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_with_much_memory_takes_all_images_and_counts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(micro_batch, "FakeStep", None)
     assert TrainSettings().micro_batch_size == "auto"
     assert RunPlan.make(TrainSettings(), 7, 12, 0).images_per_pass == 12
     settings = settings_of(**{"train.accelerator": "cpu"})
     assert fit_micro_batch(RUN, settings, 100, None) == (RUN, None)
+
+
+def test_a_cpu_takes_what_its_free_memory_holds_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = settings_of(**{"train.accelerator": "cpu"})
+    free = memory_for(plan_step(settings, 100), 4)
+    monkeypatch.setattr(micro_batch, "cpu_memory", lambda processes: free)
+    monkeypatch.setattr(micro_batch, "LITTLE", 0)
+    plan, notice = fit_micro_batch(RUN, settings, 100, None)
+    assert plan.images_per_pass == 4
+    assert notice.startswith("train.micro_batch_size auto: 4 images at once, of 12 on each rank (")
+    assert "GiB that are free on this machine can be planned with" in notice
+    monkeypatch.setattr(micro_batch, "cpu_memory", lambda processes: 1e12)
+    assert fit_micro_batch(RUN, settings, 100, None) == (replace(RUN, micro_batch_size=12), None)
+    monkeypatch.setattr(micro_batch, "cpu_memory", lambda processes: 2**20)  # what is free may grow: it is tried
+    plan, notice = fit_micro_batch(RUN, settings, 100, None)
+    assert plan.images_per_pass == 1
+    assert "not even 1 image at once would fit" in notice
+
+
+@pytest.mark.parametrize("recipe", ["mae/digits", "dino/digits", "igpt/digits", "mae/vit_base_in1k"])
+def test_what_is_too_little_to_be_counted_is_estimated_too_high(recipe: str) -> None:
+    settings = load_recipe(recipe, {"train.accelerator": "cpu", "data.global_batch_size": 4})
+    assert micro_batch.rough_bytes(settings, 4) > 1.5 * plan_step(settings, 100).peak(4, 1)
+
+
+def test_free_memory_is_within_the_limit_of_the_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = hardware.cpu_memory()
+    assert 0 < free <= all_memory()
+    monkeypatch.setattr(hardware, "_group_limits", lambda: [(6 * 2**20, 2**20)])
+    assert hardware.cpu_memory() == 5 * 2**20
+    assert hardware.cpu_memory(3) == 2**20  # of several, each an equal part of half of all
 
 
 def test_a_task_that_cannot_be_counted_takes_all_images_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +193,7 @@ def test_a_run_trains_with_what_fits_and_a_resume_chooses_anew(
     for name, value in weights(resumed).items():
         assert torch.allclose(value, weights(chosen)[name], rtol=1e-3, atol=1e-4), name
 
-    put_gpu_here(monkeypatch, 2**30)
+    put_gpu_here(monkeypatch, 2**20)
     with pytest.raises(ValueError, match="not even 1 image at once would fit"):
         run(shards, tmp_path / "none")
 

@@ -58,7 +58,7 @@ CASES = {
         ["lightly", "transformers"],
     ),
     "dino": Case(
-        "dino/vit_small", {
+        "dino/own_images", {
             "encoder.drop_path": 0, "optim.clip_grad": None, "data.view.local_crops": 6, "task.freeze_last_layer": 0,
             "task.out_dim": 65536,
         },
@@ -272,7 +272,7 @@ def run_pretrain(data: str, out: str, precision: str) -> dict[str, float]:
     """Seconds of a step of `sslvit.pretrain`, waiting for data left out."""
     import sslvit
 
-    folder = sslvit.pretrain("dino/vit_small", data, out, overwrite=True, **OVERHEAD, **{"train.precision": precision})
+    folder = sslvit.pretrain("dino/own_images", data, out, overwrite=True, **OVERHEAD, **{"train.precision": precision})
     line = json.loads(Path(folder.metrics).read_text().splitlines()[-1])
     return {"seconds": OVERHEAD["data.global_batch_size"] / line["images_per_second"] - line["data_seconds"]}
 
@@ -284,7 +284,7 @@ def run_bare(precision: str) -> dict[str, float]:
     from sslvit.tasks import make_task
     from sslvit.tasks.base import as_batch
 
-    settings = load_recipe("dino/vit_small", OVERHEAD)
+    settings = load_recipe("dino/own_images", OVERHEAD)
     case = CASES["dino"]
     task = make_task(settings, RunPlan(OVERHEAD_STEPS, OVERHEAD_STEPS, case.batch))
     optimizer = torch.optim.AdamW([p for p in task.parameters() if p.requires_grad], lr=1e-4, fused=True)

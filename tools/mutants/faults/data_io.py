@@ -647,8 +647,8 @@ FAULTS = [
     Fault(
         "data.fit_batch forgets the ranks",
         "sslvit/data/open.py",
-        "settings.fitted(len(index), ranks).global_batch_size",
-        "settings.fitted(len(index)).global_batch_size",
+        "settings.batch_for(len(index), usual_batch, multiple_of)",
+        "settings.batch_for(len(index), usual_batch)",
         (f"{PLAN}::test_settings_of_the_data_reach_what_reads_it",),
     ),
     Fault(

@@ -25,6 +25,7 @@ BROKEN, KEPT = "tests/train/test_incidents.py", "tests/train/test_checkpoints.py
 LATE = f"{BROKEN}::test_what_a_device_finishes_late_is_counted_as_if_it_were_at_hand"
 GUARDED = "tests/optim/test_guard.py"
 PLANNED, MICRO_BATCHES = "tests/train/test_forecast.py", "tests/train/test_micro_batch.py"
+OWN_IMAGES, LENGTH = "tests/train/test_own_images.py", "sslvit/train/length.py"
 RESUMED = "tests/train/test_resume.py"
 KEYS = "tests/train/test_resume_keys.py::test_a_key_changed_at_a_resume_is_refused_or_does_what_it_says"
 OTHER_DATA = f"{RESUMED}::test_a_resume_on_other_images_or_with_another_seed_is_refused"
@@ -340,20 +341,36 @@ FAULTS = [
     Fault("Blocks that are computed again leave a GPU's kernels", FAKE_STEP,
           "                    _backward(loss)\n", "                    loss.backward()\n", (PLANNED,)),
     Fault("A forecast for a GPU leaves no headroom", MICRO_BATCH,
-          "(1 - FRAGMENTED) * memory - RESERVED", "memory", (MICRO_BATCHES,)),
+          "(1 - FRAGMENTED) * memory - (RESERVED if on_gpu else RESERVED_ON_CPU)", "memory", (MICRO_BATCHES,)),
     Fault("The smallest micro-batch is chosen", MICRO_BATCH,
           "sizes[max(fitting, 1) - 1]", "sizes[0]", (MICRO_BATCHES,)),
     Fault("A micro-batch is chosen that the task cannot take", MICRO_BATCH,
           " and _is_allowed(settings, size)]", "]", (MICRO_BATCHES,)),
-    Fault("A micro-batch is chosen on a CPU, too", MICRO_BATCH,
-          ' != "auto" or not trains_on_gpu(settings.train):', ' != "auto":', (MICRO_BATCHES,)),
-    Fault("Minutes are given as hours", "sslvit/commands/training.py",
-          "    if hours >= 1:\n", "    if hours >= 0:\n", (PLANNED,)),
+    Fault("A CPU takes more images at once than its free memory holds", MICRO_BATCH,
+          "rough_bytes(settings, run.images_per_rank) < LITTLE * memory", "True", (MICRO_BATCHES,)),
+    Fault("A run that has less free memory than it needs is refused on a CPU", MICRO_BATCH,
+          "if chosen.size is None and on_gpu:", "if chosen.size is None:", (MICRO_BATCHES,)),
+    Fault("Minutes are given as hours", LENGTH, "    if minutes >= 60:\n", "    if minutes >= 0:\n", (PLANNED,)),
+    Fault("A CPU trains as long as a GPU where nobody says how long", LENGTH,
+          "if seconds <= CPU_SECONDS:", "if True:", (OWN_IMAGES,)),
+    Fault("Each of several processes measures its own length", LENGTH,
+          "one = run.ranks == 1", "one = True", (OWN_IMAGES,)),
+    Fault("A small data set has no floor of steps", "sslvit/settings/train.py",
+          "max(min(usual.epochs, usual.images / images), MIN_FITTED_STEPS / steps_per_epoch)",
+          "min(usual.epochs, usual.images / images)", (OWN_IMAGES,)),
+    Fault("A huge data set has no cap of images", "sslvit/settings/train.py",
+          "min(usual.epochs, usual.images / images)", "usual.epochs", (OWN_IMAGES,)),
+    Fault("A resumed run chooses its batch anew", "sslvit/train/prepare.py",
+          "if settings.data.global_batch_size is None and batch is not None:", "if False:", (OWN_IMAGES,)),
+    Fault("A resumed run chooses its length anew", "sslvit/train/prepare.py",
+          "if settings.train.epochs is None and epochs is not None:", "if False:", (OWN_IMAGES,)),
+    Fault("The rate of a chosen batch grows linearly", "sslvit/settings/task.py",
+          "self.base_lr * math.sqrt(self.batch / global_batch_size)", "self.base_lr", (OWN_IMAGES,)),
     Fault("Frozen weights have moments", FORECAST,
           "trained=sum(p.numel() for p in task.parameters() if p.requires_grad)",
           "trained=sum(p.numel() for p in task.parameters())", (PLANNED,)),
     Fault("Hours do not shrink with the ranks", FORECAST,
           "(tflops * 1e12 * utilization * self.run.ranks)", "(tflops * 1e12 * utilization)", (PLANNED,)),
     Fault("Epochs are cut to whole steps, not rounded", RUN_PLAN,
-          "max(1, round(train.epochs * steps_per_epoch))", "max(1, int(train.epochs * steps_per_epoch))", (PLANNED,)),
+          "round((train.epochs or 0) * steps_per_epoch)", "int((train.epochs or 0) * steps_per_epoch)", (PLANNED,)),
 ]  # fmt: skip

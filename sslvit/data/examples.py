@@ -1,0 +1,96 @@
+"""Some images of a data set, packed or not: how large they are, and how fast one core decodes them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sslvit.data.folders import folder_source
+from sslvit.data.header import BadImage, read_header
+from sslvit.data.loader import make_batch
+from sslvit.data.mixture import Index
+from sslvit.data.open import is_image_folder, open_shards
+from sslvit.data.reader import MemoryReader, ReadError, ShardReader
+from sslvit.data.remote import ShardCache
+from sslvit.data.stream import StreamIndex
+from sslvit.data.views import Views
+from sslvit.files import expand_path
+
+EXAMPLES = 32  # images that are looked at
+DECODED_SECONDS = 1.0  # how long decoding is measured, at most
+
+
+@dataclass
+class Examples:
+    """Evenly spaced images of a data set.
+
+    Args:
+        location: Folder or address of the data set.
+        images: Number of its images.
+        classes: Number of its classes; None for images without labels.
+        contents: Bytes of the images that are looked at; none where they would have to be fetched.
+    """
+
+    location: str
+    images: int
+    classes: int | None
+    contents: list[bytes]
+
+    @classmethod
+    def of(cls, index: Index | StreamIndex, count: int = EXAMPLES) -> Examples:
+        """Images of a data set that is indexed."""
+        classes = len(index.classes) if index.classes else None
+        contents: list[bytes] = []
+        if not isinstance(index, StreamIndex) and not index.is_remote:
+            reader = ShardReader(index, index.channels, 0)
+            for sample in np.unique(np.linspace(0, len(index) - 1, min(count, len(index))).astype(int)):
+                try:
+                    contents.append(reader.read(int(sample)))
+                except (BadImage, ReadError):
+                    continue  # a run says what it cannot read
+        return cls(index.location, len(index), classes, contents)
+
+    @classmethod
+    def open(cls, source: str | Path, cache: ShardCache | None = None, count: int = EXAMPLES) -> Examples:
+        """Images of whatever a user names as data; a folder of images is looked at and not packed.
+
+        Raises:
+            FileNotFoundError: nothing given, or nothing there.
+            ValueError: no images there, or a damaged index.
+        """
+        if not is_image_folder(source):
+            return cls.of(open_shards(source, cache), count)
+        found = folder_source(Path(expand_path(source)))
+        numbers = np.unique(np.linspace(0, len(found.samples) - 1, min(count, len(found.samples))).astype(int))
+        contents = [found.samples[number].read() for number in numbers]
+        return cls(str(source), len(found.samples), len(found.classes) if found.classes else None, contents)
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Median height and width of the images in pixels; None where none can be read."""
+        sizes = []
+        for content in self.contents:
+            try:
+                header = read_header(content)
+            except BadImage:
+                continue
+            sizes.append((header.height, header.width))
+        if not sizes:
+            return None
+        height, width = np.median(sizes, axis=0).astype(int).tolist()
+        return height, width
+
+    def images_per_second(self, views: Views, channels: int) -> float | None:
+        """Images that one core decodes and crops in a second; None where none can be read."""
+        named = {number: (str(number), content) for number, content in enumerate(self.contents)}
+        reader, done, start = MemoryReader(named, channels), 0, time.perf_counter()
+        views.color_here = False  # on the device, as on a GPU
+        for number in named:
+            sample = np.array([number])
+            done += int(make_batch(reader, views, sample, np.zeros_like(sample)).valid.sum())
+            if time.perf_counter() - start > DECODED_SECONDS:
+                break
+        return done / (time.perf_counter() - start) if done else None

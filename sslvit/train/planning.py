@@ -1,0 +1,329 @@
+"""`sslvit plan`: what a run would be on this machine or on a GPU, before it runs."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from sslvit.data.examples import Examples
+from sslvit.data.module import ShardDataModule
+from sslvit.data.open import open_data, shard_cache
+from sslvit.data.views import Views
+from sslvit.environment import cpu_cores, pick_workers
+from sslvit.results import Result
+from sslvit.run_plan import RunPlan
+from sslvit.settings import RunSettings
+from sslvit.tasks import make_task
+from sslvit.train.compilation import compile_mode, compile_task
+from sslvit.train.folder import RunFolder
+from sslvit.train.forecast import PEAKS, Forecast, forecast, peak_of_gpu, plan_step, plot_schedules
+from sslvit.train.hardware import allow_tf32, cpu_memory, gpu_memory, trains_on_gpu
+from sslvit.train.length import cpu_seconds, duration, fit_length
+from sslvit.train.micro_batch import MicroBatch, choose_micro_batch
+from sslvit.train.prepare import check_machine, resolve_defaults, size_notice
+from sslvit.train.run import make_trainer
+
+logger = logging.getLogger(__name__)
+
+LONG_SECONDS = 24 * 3600.0  # of a run on a CPU, from which on GPUs are named beside it
+# images that one core decodes and crops in a second where none are there to measure: photographs of 500 x 375 pixels
+# for one view of 224 pixels, and for DINO's ten
+ASSUMED_ONE_VIEW, ASSUMED_MANY_VIEWS = 500.0, 200.0
+STEPS_ON_GPU, STEPS_ON_CPU = 20, 4  # that are measured, the first of them left out
+IMAGES_ON_CPU = 16  # at most in each of them
+
+
+@dataclass
+class Pace:
+    """How long a run takes on one kind of hardware.
+
+    Args:
+        hardware: Its name.
+        basis: Where the number is from, in words.
+        seconds: Length of the run.
+        images_per_second: Images trained on in a second, over all ranks.
+    """
+
+    hardware: str
+    basis: str
+    seconds: float
+    images_per_second: float
+
+
+@dataclass
+class Loading:
+    """Whether the cores of this machine decode as many images as its device takes.
+
+    Args:
+        needed: Images per second that one machine's devices take.
+        per_core: Images per second that one core decodes and crops.
+        is_measured: Whether that was measured on the images, or assumed.
+        workers: Loader processes on this machine; 0 where decoding and training take turns.
+    """
+
+    needed: float
+    per_core: float
+    is_measured: bool
+    workers: int
+
+    @property
+    def delivered(self) -> float:
+        """Images per second that all of them deliver."""
+        return self.per_core * max(self.workers, 1)
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether the device need not wait for long: for at most a tenth of the time."""
+        return self.delivered >= (self.needed if self.workers else 10 * self.needed)
+
+    def text(self) -> str:
+        """One line for a reader."""
+        basis = "measured on these images" if self.is_measured else "assumed, of photographs of 500 x 375 pixels"
+        rates = f"{self.needed:,.1f} images/s are needed; a core delivers {self.per_core:,.0f} ({basis})"
+        if not self.workers:
+            return f"{rates}, in turns with training: {self.needed / (self.needed + self.per_core):.0%} of the time"
+        verdict = (
+            "enough"
+            if self.is_enough
+            else ("too few, so the device waits: take more cores, or store the images smaller (shards pack --resize)")
+        )
+        return f"{rates}, {self.workers} processes {self.delivered:,.0f}: {verdict}"
+
+
+@dataclass
+class Measured:
+    """Real steps on this machine.
+
+    Args:
+        steps: Number of steps.
+        batch: Images in each of them.
+        images_per_second: Images trained on in a second.
+        waiting: Fraction of the time in which training waited for images.
+        memory: Most bytes: on a GPU those of tensors, on a CPU those of the whole process.
+        device: Type of the device.
+    """
+
+    steps: int
+    batch: int
+    images_per_second: float
+    waiting: float
+    memory: int
+    device: str
+
+    def text(self) -> str:
+        """One line for a reader."""
+        return (
+            f"{self.images_per_second:,.1f} images/s in {self.steps} steps of {self.batch} images on this machine's "
+            f"{'GPU' if self.device == 'cuda' else 'CPU'}, {self.waiting:.0%} of it waiting for data; "
+            f"{self.memory / 2**30:.1f} GiB {'of its memory' if self.device == 'cuda' else 'in the whole process'}"
+        )
+
+
+@dataclass(repr=False)
+class PlannedRun(Result):
+    """What `plan` found.
+
+    Args:
+        forecast: Parameters, FLOPs and memory of a step, and the run's batches and steps.
+        paces: How long it takes, by hardware; the first is the one that the plan is made for.
+        loading: What the loader has to deliver; None where no rate of training is known.
+        micro_batch: What `train.micro_batch_size: auto` would take; None where it was not asked.
+        measured: Real steps, where they were asked for.
+        notes: What else is to be said, by topic.
+        figure: PNG of the schedules, where it was asked for.
+    """
+
+    forecast: Forecast
+    paces: list[Pace]
+    loading: Loading | None
+    micro_batch: MicroBatch | None
+    measured: Measured | None
+    notes: dict[str, str] = field(default_factory=dict)
+    figure: str | None = None
+
+    def text(self) -> str:
+        """For a reader."""
+        named = [("micro-batch", self.micro_batch.text())] if self.micro_batch else []
+        named += list(self.notes.items())
+        named += [("loader", self.loading.text())] if self.loading else []
+        named += [("measured", self.measured.text())] if self.measured else []
+        named += [("time", f"{duration(pace.seconds)} on {pace.hardware} ({pace.basis})") for pace in self.paces]
+        lines = [f"{topic:<12} {text}" for topic, text in named]
+        return "\n".join([self.forecast.text(), *lines, *([self.figure] if self.figure else [])])
+
+    def __repr__(self) -> str:
+        return self.text()
+
+    def to_dict(self) -> dict[str, Any]:
+        """For programs."""
+        found = self.forecast
+        return asdict(found) | {
+            "memory": {kind: found.memory(kind) for kind in ("ddp", "fsdp")},
+            "hours": {pace.hardware: pace.seconds / 3600 for pace in self.paces},
+            "images_per_second": {pace.hardware: pace.images_per_second for pace in self.paces},
+            "auto_micro_batch_size": self.micro_batch and self.micro_batch.size,
+            "loading": self.loading and asdict(self.loading) | {"is_enough": self.loading.is_enough},
+            "measured": self.measured and asdict(self.measured),
+            "notes": self.notes, "figure": self.figure,
+        }  # fmt: skip
+
+
+def plan(
+    settings: RunSettings, data: str | Path | None = None, images: int | None = None, classes: int | None = None,
+    tflops: float | None = None, utilization: float = 0.35, memory_gib: float | None = None, measure: bool = False,
+    figure: str | Path | None = None,
+) -> PlannedRun:  # fmt: skip
+    """What a run with these settings would be.
+
+    Args:
+        settings: As for a run.
+        data: Shards or a folder of images, which is looked at and not packed; None for data.shards.
+        images: Number of images, in the place of data.
+        classes: Number of classes, beside a number of images.
+        tflops: Peak TFLOP/s of one device; None for what is known of this machine or of some GPUs.
+        utilization: Assumed fraction of the peak that is used.
+        memory_gib: Memory of one GPU, which the plan is then made for.
+        measure: Time some real steps on this machine.
+        figure: PNG to plot the schedules to.
+
+    Raises:
+        ValueError: settings that cannot run, no number of images, or fewer than a batch.
+        FileNotFoundError: no data there.
+    """
+    if memory_gib is not None:
+        if settings.train.accelerator == "cpu":
+            raise ValueError("memory-gib: the memory of a GPU, but train.accelerator is cpu. Leave one of them out.")
+        settings = replace(settings, train=replace(settings.train, accelerator="gpu"))
+    check_machine(settings, is_planned=True)
+    data = data or settings.data.shards
+    if images is None:
+        if data is None:
+            raise ValueError("images or data: how many images are there? Give their number, shards or a folder.")
+        examples = Examples.open(data, shard_cache(settings.data))
+        images, classes = examples.images, examples.classes
+    else:
+        examples = Examples("", images, classes, [])
+        if measure:
+            raise ValueError("measure: real steps take images, not their number. Give shards or a folder.")
+    train, on_gpu = settings.train, trains_on_gpu(settings.train)
+    if train.threads:
+        torch.set_num_threads(train.threads)
+    notes: dict[str, str] = {}
+    requested_batch = settings.data.global_batch_size
+    batch = settings.data.batch_for(images, settings.task.usual.batch, train.batch_multiple)
+    if images >= batch:
+        train, length = fit_length(settings, images, classes, images // batch, batch)
+        settings = replace(settings, train=train)
+        if length:
+            notes["length"] = f"train.epochs {train.epochs:.4g}: {length}"
+    step, chosen = plan_step(settings, images, classes), None
+    memory = memory_gib * 2**30 if memory_gib else gpu_memory(train.devices) if on_gpu else cpu_memory(train.devices)
+    if memory:
+        chosen = choose_micro_batch(step, memory)
+    found = forecast(step)
+    if chosen and train.micro_batch_size == "auto" and (chosen.size is not None or not on_gpu):
+        found = chosen.found
+    if requested_batch is not None and found.run.global_batch_size != requested_batch:
+        notes["batch size"] = f"lowered from the recipe's {requested_batch:,} images, more than there are"
+    if notice := size_notice(settings, examples):
+        notes["image size"] = notice
+    measured = measure_steps(settings, str(data), found.run.images_per_pass) if measure else None
+
+    total = found.run.global_batch_size * found.run.total_steps
+    paces = []
+    if measured:
+        rate = measured.images_per_second * found.run.ranks
+        where = f"{found.run.ranks} x this machine's {'GPU' if on_gpu else 'CPU'}"
+        paces.append(Pace(where, "at the measured rate", total / rate, rate))
+    elif not on_gpu and tflops is None:
+        seconds = cpu_seconds(step)
+        basis = f"{cpu_cores()} cores, by its rate of matrix products; --measure times real steps"
+        paces.append(Pace("this machine's CPU", basis, seconds, total / seconds))
+    if not paces or (not on_gpu and paces[0].seconds > LONG_SECONDS):
+        here = peak_of_gpu() if on_gpu and memory_gib is None else None
+        for name, peak in ({"given": tflops} if tflops else here or PEAKS).items():
+            seconds = 3600 * found.hours(peak, utilization)
+            basis = f"{peak:g} TFLOP/s, {utilization:.0%} used"
+            paces.append(Pace(f"{found.run.ranks} x {name}", basis, seconds, total / seconds))
+    return PlannedRun(
+        found, paces, loading_of(settings, examples, paces[0].images_per_second, on_gpu), chosen, measured, notes,
+        str(plot_schedules(step.task, Path(figure))) if figure else None,
+    )  # fmt: skip
+
+
+def loading_of(settings: RunSettings, examples: Examples, images_per_second: float, on_gpu: bool) -> Loading:
+    """What the loader of each machine has to deliver, and what its cores can."""
+    train, encoder = settings.train, settings.encoder
+    views = Views(settings.data.view, encoder.image_size, encoder.interpolation)
+    measured = examples.images_per_second(views, encoder.channels)
+    assumed = ASSUMED_MANY_VIEWS if len(views.specs()) > 1 else ASSUMED_ONE_VIEW
+    workers = train.devices * pick_workers(settings.data.workers, "cuda" if on_gpu else "cpu", train.devices)
+    return Loading(images_per_second / train.nodes, measured or assumed, measured is not None, workers)
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """What a run says of its health or its pace means nothing after a few steps."""
+    ours = logging.getLogger("sslvit")
+    level = ours.level
+    ours.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        ours.setLevel(level)
+
+
+def measure_steps(settings: RunSettings, data: str, images_per_pass: int) -> Measured:
+    """Some real steps of a run on one device of this machine, with its own loader; nothing of them is kept.
+
+    Args:
+        settings: Settings of the run.
+        data: Shards or a folder of images, which is packed into the cache as for a run.
+        images_per_pass: Images per forward pass, which a step has here.
+    """
+    on_gpu = trains_on_gpu(settings.train)
+    steps, batch = (STEPS_ON_GPU, images_per_pass) if on_gpu else (STEPS_ON_CPU, min(images_per_pass, IMAGES_ON_CPU))
+    with tempfile.TemporaryDirectory(prefix="sslvit-plan-") as folder:
+        train = replace(
+            settings.train, devices=1, nodes=1, strategy="ddp", steps=steps, micro_batch_size=None, log_every=1,
+            keep_every=None, tensorboard=False, wandb=None,
+        )  # fmt: skip
+        own = replace(
+            settings, train=train, out=folder,
+            data=replace(settings.data, shards=data, mixture=None, global_batch_size=batch, fit_batch=False),
+        )  # fmt: skip
+        index, order = open_data(own.data, own.seed)
+        run = RunPlan.make(train, order.steps_per_epoch, batch, own.seed)
+        own = resolve_defaults(own, None, index, run)
+        allow_tf32(train)
+        pl.seed_everything(own.seed, verbose=False)
+        module = ShardDataModule(index, own.data, own.encoder, order, run)
+        task = make_task(own, run)
+        if train.precision == "float64":
+            task.double()
+        if (mode := compile_mode(train)) is not None:
+            compile_task(task, mode)
+        run_folder = RunFolder(folder)
+        run_folder.start(asdict(own), goes_on=False)
+        trainer = make_trainer(own, run_folder, module)
+        logger.info(f"timing {steps} steps of {batch} images")
+        with silent(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer.fit(task, datamodule=module)
+        lines = run_folder.read_metrics()[1:]
+        seconds = median(batch / line["images_per_second"] for line in lines)
+        waiting = median(line["data_seconds"] for line in lines) / seconds
+        device = task.device.type
+    memory = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return Measured(steps, batch, batch / seconds, min(waiting, 1.0), memory, device)
