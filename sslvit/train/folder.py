@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -92,6 +93,11 @@ class RunFolder:
         """The last checkpoint and those that are kept by their step, newest first."""
         kept = sorted(self.checkpoint.parent.glob(NAMED), reverse=True)
         return [path for path in (self.checkpoint, *kept) if path.is_file()]
+
+    @property
+    def resume_command(self) -> str:
+        """What is typed to go on with the run."""
+        return f"sslvit resume {shlex.quote(str(self.path))}"
 
     @property
     def goes_on(self) -> bool:

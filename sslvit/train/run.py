@@ -23,7 +23,7 @@ from sslvit.data.open import open_data
 from sslvit.files import new_file
 from sslvit.run_plan import RunPlan
 from sslvit.settings import RunSettings
-from sslvit.stopping import Preempted, RankLost, is_first_process, requeue, stopping_at_once
+from sslvit.stopping import Interrupted, Preempted, RankLost, is_first_process, requeue, stopping_at_once
 from sslvit.tasks import make_task
 from sslvit.tasks.base import Task
 from sslvit.train.callbacks import make_callbacks
@@ -68,6 +68,8 @@ def pretrain(settings: RunSettings, resume: bool = False, overwrite: bool = Fals
             if is_first:
                 folder.check(resume, overwrite)
             return _pretrain(settings, folder, is_first, goes_on=resume and folder.goes_on)
+    except Interrupted as error:
+        raise KeyboardInterrupt(str(error)) from None
     except Preempted as error:
         if is_first and settings.train.requeue and not error.is_requeued:
             requeue()
@@ -134,18 +136,19 @@ def _pretrain(settings: RunSettings, folder: RunFolder, is_first: bool, goes_on:
             ) from error
         except SystemExit as error:  # Lightning's answer to Ctrl-C
             raise KeyboardInterrupt(
-                f"stopped at step {trainer.global_step} of {run.total_steps}{_resume_hint(folder)}"
+                f"interrupted at step {trainer.global_step} of {run.total_steps}, which is not kept"
+                f"{_resume_hint(folder) or ': there is no checkpoint yet'}"
             ) from error
     if trainer.global_step != run.total_steps:
         raise RuntimeError(f"training ended at step {trainer.global_step} instead of {run.total_steps}.")
     if trainer.is_global_zero:
-        with stopping_at_once(" after the last step; --resume draws the figures"):
+        with stopping_at_once(f" after the last step, which is kept: {folder.resume_command} draws the figures"):
             _finish(settings, folder, data, task, trainer)
     return folder
 
 
 def _resume_hint(folder: RunFolder) -> str:
-    return "; go on from its last checkpoint with --resume" if folder.checkpoint.exists() else ""
+    return f"; go on from its last checkpoint: {folder.resume_command}" if folder.checkpoint.exists() else ""
 
 
 def make_trainer(settings: RunSettings, folder: RunFolder, data: ShardDataModule) -> pl.Trainer:
@@ -155,7 +158,8 @@ def make_trainer(settings: RunSettings, folder: RunFolder, data: ShardDataModule
     clock = Clock()
     if SLURMEnvironment.detect():
         plugins.append(SLURMEnvironment(auto_requeue=False))  # callbacks/preemption.py saves and requeues
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+    for talkative in ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.distributed"):
+        logging.getLogger(talkative).setLevel(logging.WARNING)
     with warnings.catch_warnings():
         _silence_needless_warnings()
         return pl.Trainer(
