@@ -11,6 +11,7 @@ from sslvit.files import expand_path
 from sslvit.settings import EncoderSettings, SupervisedSettings
 from sslvit.settings.load import load_recipe
 from sslvit.train.folder import RunFolder
+from sslvit.train.prepare import launched
 from sslvit.train.run import pretrain as run_settings
 
 
@@ -61,7 +62,8 @@ def resume(run: str | Path, **changes: Any) -> RunFolder:
         if key in changes:
             raise ValueError(f"--{key}: a run that goes on keeps its folder and its start. Leave it out.")
     folder.read_config()  # says in one line if it is damaged
-    return run_settings(load_recipe(folder.config, {"out": str(run)} | changes), resume=True)
+    processes = {"train.devices": None, "train.nodes": None} if launched() else {}  # then they are those of now
+    return run_settings(load_recipe(folder.config, {"out": str(run)} | processes | changes), resume=True)
 
 
 def finetune(

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from sslvit.messages import BEFORE_MESSAGE
 from sslvit.stopping import is_first_process
@@ -53,7 +53,7 @@ class Bar:
         start: When the work began, by `time.monotonic`; None for now.
     """
 
-    shown: list[Bar] = []  # outermost first
+    shown: ClassVar[list[Bar]] = []  # outermost first
 
     def __init__(self, what: str, total: int, unit: str, done: int = 0, start: float | None = None) -> None:
         self.what, self.total, self.unit, self.first = what, total, unit, done

@@ -38,8 +38,7 @@ class RunPlan:
         """The plan of a run whose epoch has `steps_per_epoch` steps; `auto` is the rank's whole part here."""
         micro = None if train.micro_batch_size == "auto" else train.micro_batch_size
         steps = train.steps or max(1, round(train.epochs * steps_per_epoch))
-        ranks = train.devices * train.nodes
-        return cls(steps, steps_per_epoch, global_batch_size, micro, ranks, seed)
+        return cls(steps, steps_per_epoch, global_batch_size, micro, train.ranks, seed)
 
     @property
     def images_per_rank(self) -> int:

@@ -211,7 +211,7 @@ def run_plan(options: PlanOptions) -> None:
         index = open_shards(str(data))
         images, classes = len(index), len(index.classes) if index.classes else None
     step, chosen = plan_step(settings, images, classes), None
-    memory = options.memory_gib * 2**30 if options.memory_gib else gpu_memory(settings.train.devices)
+    memory = options.memory_gib * 2**30 if options.memory_gib else gpu_memory(settings.train.devices or 1)
     if memory and trains_on_gpu(settings.train):
         chosen = choose_micro_batch(step, memory)
     is_auto = chosen is not None and chosen.size is not None and settings.train.micro_batch_size == "auto"

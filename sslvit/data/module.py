@@ -63,7 +63,7 @@ class ShardDataModule(pl.LightningDataModule):
             val: Shards or a folder of images that the validation loss is of; None for none.
         """
         train = settings.train
-        index, plan = open_data(settings.data, settings.seed, train.devices * train.nodes)
+        index, plan = open_data(settings.data, settings.seed, train.ranks)
         run = RunPlan.make(train, plan.steps_per_epoch, plan.global_batch_size, settings.seed)
         held_out = None if val is None else open_shards(val)
         return cls(index, settings.data, settings.encoder, plan, run, held_out)

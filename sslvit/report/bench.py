@@ -122,7 +122,7 @@ class BenchRun:
                     raise ValueError(f"{where}: {error}") from error
                 if not isinstance(recipe.task, SupervisedSettings):
                     raise ValueError(f"{where}.config: {column.config} does not train with labels.")
-                if recipe.train.devices * recipe.train.nodes > 1:
+                if recipe.train.ranks > 1:
                     raise ValueError(f"{where}.train.devices: a bench trains on one device.")
                 fewest = min(len(train.index) for train, _ in self.sets.values())
                 batch = recipe.data.fitted(fewest).global_batch_size

@@ -123,7 +123,7 @@ def plan_step(settings: RunSettings, images: int, classes: int | None = None) ->
         ValueError: There are fewer images than a batch.
     """
     train = settings.train
-    batch = settings.data.fitted(images, train.devices * train.nodes).global_batch_size
+    batch = settings.data.fitted(images, train.ranks).global_batch_size
     if images < batch:
         raise ValueError(f"data.global_batch_size: {batch} is more than the {images} images there are.")
     return FakeStep(settings, RunPlan.make(train, images // batch, batch, settings.seed), images, classes)
@@ -178,7 +178,7 @@ def mfu_per_throughput(settings: RunSettings, index: Index | StreamIndex) -> flo
         flops = step.flops_per_image
     except Exception:  # the work depends on what the images show: then there is no such number, and the run goes on
         return None
-    return flops / (peak * 1e12 * train.devices * train.nodes)
+    return flops / (peak * 1e12 * train.ranks)
 
 
 def plot_schedules(task: Task, path: Path) -> Path:

@@ -99,7 +99,7 @@ def fit_micro_batch(
     if settings.train.micro_batch_size != "auto" or not trains_on_gpu(settings.train):
         return run, None
     try:
-        chosen = choose_micro_batch(FakeStep(settings, run, images, classes), gpu_memory(settings.train.devices))
+        chosen = choose_micro_batch(FakeStep(settings, run, images, classes), gpu_memory(settings.train.devices or 1))
     except Exception as error:  # a task of one's own may do what fake tensors cannot; its run is to go on
         reason = brief(str(error))
         return run, f"train.micro_batch_size auto: all {run.images_per_rank} images of each rank at once ({reason})"

@@ -7,7 +7,7 @@ import logging
 import signal
 import warnings
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytorch_lightning as pl
@@ -39,8 +39,10 @@ from sslvit.train.prepare import (
     check_machine,
     check_resumed,
     describe_resolved,
+    is_slurm_job,
     keep_start,
     resolve_defaults,
+    resolve_processes,
 )
 from sslvit.train.strategies import is_peer_failure, make_strategy
 from sslvit.train.timing import Clock
@@ -78,11 +80,12 @@ def pretrain(settings: RunSettings, resume: bool = False, overwrite: bool = Fals
 
 
 def _pretrain(settings: RunSettings, folder: RunFolder, is_first: bool, goes_on: bool) -> RunFolder:
+    settings = replace(settings, train=resolve_processes(settings.train))
     train = settings.train
     if goes_on:
         settings = keep_start(settings, folder)
     check_machine(settings)
-    index, plan = open_data(settings.data, settings.seed, train.devices * train.nodes)
+    index, plan = open_data(settings.data, settings.seed, train.ranks)
     if is_first:
         check_data(settings, index, plan)
     checkpoint = folder.newest_checkpoint() if goes_on else None
@@ -156,7 +159,7 @@ def make_trainer(settings: RunSettings, folder: RunFolder, data: ShardDataModule
     train = settings.train
     plugins: list[Any] = [AtomicCheckpointIO(train)]
     clock = Clock()
-    if SLURMEnvironment.detect():
+    if is_slurm_job():
         plugins.append(SLURMEnvironment(auto_requeue=False))  # callbacks/preemption.py saves and requeues
     for talkative in ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.distributed"):
         logging.getLogger(talkative).setLevel(logging.WARNING)
@@ -164,8 +167,8 @@ def make_trainer(settings: RunSettings, folder: RunFolder, data: ShardDataModule
         _silence_needless_warnings()
         return pl.Trainer(
             accelerator=train.accelerator,
-            devices=train.devices,
-            num_nodes=train.nodes,
+            devices=train.devices or 1,
+            num_nodes=train.nodes or 1,
             strategy=make_strategy(train, clock),
             precision=PRECISIONS[precision_of(train)],
             max_epochs=1,  # steps, not epochs: one loader covers the whole run, so a resume is always mid-epoch
@@ -214,6 +217,7 @@ def _finish(settings: RunSettings, folder: RunFolder, data: ShardDataModule, tas
         classes = {"classes": json.dumps(index.classes)}
         with new_file(folder.encoder / HEAD) as part:
             save_file({key: value.cpu().contiguous() for key, value in extra.items()}, part, classes)
+    logger.info("drawing figures")
     plot_pictures(folder, task, data)
     log_pictures(trainer, folder.figures, trainer.global_step)
     logger.info(f"encoder in {folder.encoder}, figures in {folder.figures}")

@@ -8,7 +8,7 @@ import time
 import pytorch_lightning as pl
 import torch
 
-from sslvit.progress import Bar, duration, shows_bars, time_left
+from sslvit.progress import Bar, shows_bars, time_left
 from sslvit.run_plan import RunPlan
 from sslvit.tasks.base import Task
 from sslvit.train.callbacks.base import StepCallback, mean_over_ranks
