@@ -148,9 +148,10 @@ def show_scores(folder: RunFolder) -> None:
     """Print the scores of a fine-tuning."""
     found = json.loads(folder.scores.read_text())
     among = "" if found["top5"] is None else f", top-5 {found['top5']:.1f} %"
+    same = " (those that it was trained on: it says nothing of others)" if found.get("is_training_data") else ""
     print(
-        f"top-1 accuracy {found['top1']:.1f} %{among} on {found['images']:,} images of {found['val']}, after the last "
-        f"step; more in {folder.scores}"
+        f"top-1 accuracy {found['top1']:.1f} %{among} on {found['images']:,} images of {found['val']}{same}, after the "
+        f"last step; more in {folder.scores}"
     )
 
 

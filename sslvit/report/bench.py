@@ -95,7 +95,7 @@ class BenchRun:
         probes = [column for column in settings.columns.values() if isinstance(column, ProbeColumn)]
         for name, split in settings.data.items():
             for probe in probes or [ProbeColumn()]:
-                train, val = open_labeled(probe.settings(split))
+                train, val = open_labeled(probe.settings(split, allow_same_data=settings.allow_same_data))
             limit = settings.max_unreadable_fraction
             self.sets[name] = LabeledSet(train, channels[0], None, limit), LabeledSet(val, channels[0], None, limit)
         for encoders in self.encoders.values():
@@ -283,6 +283,7 @@ class BenchRun:
             split = self.settings.data[data]
             accelerator = "cpu" if self.device == "cpu" else "gpu"
             changes: dict[str, Any] = {**wanted.changes, "seed": seed, "train.accelerator": accelerator}
+            changes["task.allow_same_data"] = self.settings.allow_same_data
             finetune(
                 path, split.train, split.val, wanted.config, folder.path, is_scratch, resume=folder.checkpoint.exists(),
                 **changes,
