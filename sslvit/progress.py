@@ -43,7 +43,7 @@ class Counter:
 class Bar:
     """One line of a terminal that is drawn anew: what is done, how far it is, and the time left.
 
-    Of bars within bars the innermost is drawn.
+    Of bars within bars the innermost is drawn, behind what is done of those around it.
 
     Args:
         what: Name of the work.
@@ -58,21 +58,23 @@ class Bar:
     def __init__(self, what: str, total: int, unit: str, done: int = 0, start: float | None = None) -> None:
         self.what, self.total, self.unit, self.first = what, total, unit, done
         self.start = time.monotonic() if start is None else start
-        self.width, self.drawn_at, self.is_left = 0, 0.0, False
+        self.width, self.drawn_at, self.is_left, self.brief = 0, 0.0, False, ""
         Bar.shown.append(self)
 
     def draw(self, done: int, note: str = "") -> None:
         """Draw it, unless that was a moment ago."""
-        now = time.monotonic()
+        now, done = time.monotonic(), min(done, self.total)
+        self.brief = ", ".join([f"{self.what}: {done:,} of {self.total:,} {self.unit}", *([note] if note else [])])
         if self.is_left or Bar.shown[-1] is not self or now - self.drawn_at < REDRAW_SECONDS:
             return
-        self.drawn_at, done = now, min(done, self.total)
+        self.drawn_at = now
         full, empty = "#-" if is_ascii() else "\u2588\u2591"
         cells = BAR_CELLS * done // max(self.total, 1)
         bits = [f"{done:,} of {self.total:,} {self.unit}", *([note] if note else [])]
         bits += time_left(self.start, now, self.first, done, self.total)
+        around = "".join(f"{bar.brief}; " for bar in Bar.shown[:-1] if bar.brief)
         room = shutil.get_terminal_size((80, 24)).columns - 1
-        line = f"{self.what}: {full * cells}{empty * (BAR_CELLS - cells)} {', '.join(bits)}"[:room]
+        line = f"{around}{self.what}: {full * cells}{empty * (BAR_CELLS - cells)} {', '.join(bits)}"[:room]
         write(f"\r{line}{' ' * (self.width - len(line))}")
         self.width = len(line)
 

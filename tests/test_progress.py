@@ -65,7 +65,8 @@ def test_the_innermost_bar_is_drawn_and_a_message_has_its_line(terminal: Termina
     inner.close()
     outer.draw(2)
     outer.close()
-    assert "probing" in terminal.getvalue()
+    assert "\rprobing: 1 of 3 rows; features: " + "█" * 20 + " 9 of 9 images" in terminal.getvalue()
+    assert "\rprobing: " + "█" * 13 in terminal.getvalue()
     assert Bar.shown == []
 
 

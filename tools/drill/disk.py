@@ -90,7 +90,8 @@ def scenes(workshop: Workshop) -> dict[str, Scene]:
             lambda folder: run(folder, **longer | once), again=goes_on, check=run_is_whole, spared=all_but_the_encoder
         ),
         "cache": Scene(
-            lambda folder: ["probe", encoder(), "--train", shards(), "--val", shards(), "--allow-same-data", "--cache", folder / "cache"],
+            lambda folder: ["probe", encoder(), "--train", shards(), "--val", shards(), "--allow-same-data",
+                            "--cache", folder / "cache"],
             survives=True,
         ),
         "scores": Scene(
