@@ -26,6 +26,7 @@ from sslvit.settings.pack import PackSettings, SourceOptions
 from sslvit.train.folder import RunFolder
 from sslvit.train.planning import PlannedRun
 from sslvit.train.planning import plan as plan_run
+from sslvit.train.prepare import launched
 from sslvit.train.run import pretrain as run_settings
 
 
@@ -107,7 +108,8 @@ def resume(
         if key in changes:
             raise ValueError(f"--{key}: a run that goes on keeps its folder and its start. Leave it out.")
     folder.read_config()  # says in one line if it is damaged
-    settings = load_recipe(folder.config, {"out": str(folder.path)} | changes)
+    processes = {"train.devices": None, "train.nodes": None} if launched() else {}  # then they are those of now
+    settings = load_recipe(folder.config, {"out": str(folder.path)} | processes | changes)
     return run_settings(settings, resume=True, callbacks=callbacks, loggers=loggers)
 
 

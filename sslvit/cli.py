@@ -55,6 +55,16 @@ COMMANDS: Mapping[str, Function] = {
 }
 GROUPS = {"shards": "Make and inspect WebDataset shards."}
 TRAINING = {"pretrain", "finetune", "resume"}
+WITH_TRAINING = {*TRAINING, "demo", "bench"}
+# behind "interrupted", where there is more to say than that the command can be given again
+KEPT = {
+    "demo": "; what is done is kept in its folder: give the same command with --overwrite to begin anew",
+    "shards pack": "; shards that are finished are kept: the same command goes on with the others",
+    "resume": " before the first step; its checkpoint is as it was: give the same command again",
+    "probe": "; features of complete passes are in the cache: the same command goes on from them",
+    "knn": "; features of complete passes are in the cache: the same command goes on from them",
+    "bench": "; scores that are finished are kept: the same command goes on with the others",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -66,10 +76,13 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     options = None
     when = " before the first step, so there is nothing to save yet" if set(arguments[:1]) & TRAINING else ""
+    again = "give the same command again"
+    kept = next((text for name, text in KEPT.items() if arguments[: name.count(" ") + 1] == name.split()), None)
     try:
-        with stopping_at_once(f"{when}: give the same command again"):
+        with stopping_at_once(f"{when}: {again}", kept or f"{when or '; nothing is written'}: {again}"):
             function, options = read_command(arguments)
-            with messages_of(options.quiet, is_json=getattr(options, "json", False)):
+            lasts = bool(set(arguments[:1]) & WITH_TRAINING)
+            with messages_of(options.quiet, is_json=getattr(options, "json", False), outlives_reader=lasts):
                 code = function(options)
             sys.stdout.flush()
     except UnknownCommand as error:
@@ -90,7 +103,8 @@ def _run(arguments: list[str]) -> int:
             requeue()
         return TRY_AGAIN
     except KeyboardInterrupt as error:
-        print(f"sslvit: {error or 'interrupted'}", file=sys.stderr)
+        if is_first_process():
+            print(f"sslvit: {error or 'interrupted'}", file=sys.stderr)
         return 130
     return code or 0
 

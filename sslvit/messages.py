@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -66,32 +67,46 @@ def for_python(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
+BEFORE_MESSAGE: list[Callable[[], None]] = []  # what makes room on the screen
+
+
 class MessageHandler(logging.Handler):
     """Prints the message alone; warnings say so, and errors go to stderr.
 
     Args:
         to_stderr: Keep stdout free, for a command whose result there is JSON.
+
+    Attributes:
+        outlives_reader: Whether the work goes on, unheard, when whoever reads the messages has left.
     """
 
     def __init__(self, to_stderr: bool = False) -> None:
         super().__init__()
-        self.to_stderr = to_stderr
+        self.to_stderr, self.outlives_reader = to_stderr, False
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record."""
         prefix = "warning: " if record.levelno == logging.WARNING else ""
         stream = sys.stderr if self.to_stderr or record.levelno >= logging.ERROR else sys.stdout
         text = record.getMessage() if _is_command_line else in_python(record.getMessage())
-        print(prefix + text, file=stream, flush=True)
+        for make_room in BEFORE_MESSAGE:
+            make_room()
+        try:
+            print(prefix + text, file=stream, flush=True)
+        except BrokenPipeError:  # head, for example, has enough
+            if not self.outlives_reader:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @contextmanager
-def messages_of(is_quiet: bool, is_json: bool) -> Iterator[None]:
+def messages_of(is_quiet: bool, is_json: bool, outlives_reader: bool = False) -> Iterator[None]:
     """While the block runs a command, options are called so; say warnings and errors only, or everything on stderr.
 
     Args:
         is_quiet: Warnings and errors only; progress bars are off, too.
         is_json: stdout is for one JSON document.
+        outlives_reader: Go on, unheard, when whoever reads the messages has left.
     """
     global _is_command_line
     was_command_line, _is_command_line = _is_command_line, True
@@ -99,11 +114,11 @@ def messages_of(is_quiet: bool, is_json: bool) -> Iterator[None]:
     level, handlers = logger.level, [one for one in logger.handlers if isinstance(one, MessageHandler)]
     logger.setLevel(logging.WARNING if is_quiet else level)
     for handler in handlers:
-        handler.to_stderr = is_json
+        handler.to_stderr, handler.outlives_reader = is_json, outlives_reader
     try:
         yield
     finally:
         _is_command_line = was_command_line
         logger.setLevel(level)
         for handler in handlers:
-            handler.to_stderr = False
+            handler.to_stderr = handler.outlives_reader = False

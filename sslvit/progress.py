@@ -3,31 +3,141 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
-from tqdm import tqdm
+from sslvit.messages import BEFORE_MESSAGE
+from sslvit.stopping import is_first_process
 
 logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 FIRST_REPORT_SECONDS = 2.0
-REPORT_INTERVAL_SECONDS = 10.0
+MIN_INTERVAL_SECONDS, MAX_INTERVAL_SECONDS = 10.0, 60.0  # between two lines: a tenth of what it has taken so far
+REDRAW_SECONDS = 0.2
+BAR_CELLS = 20
 
 
 class Counter:
-    """Units done so far."""
+    """Units done so far.
 
-    def __init__(self) -> None:
-        self.done = 0
+    Attributes:
+        done: Their number.
+        note: What is said behind it.
+    """
+
+    def __init__(self, done: int = 0) -> None:
+        self.done, self.note = done, ""
 
     def tick(self, units: int = 1) -> None:
         """Count units that are done."""
         self.done += units
+
+
+class Bar:
+    """One line of a terminal that is drawn anew: what is done, how far it is, and the time left.
+
+    Of bars within bars the innermost is drawn, behind what is done of those around it.
+
+    Args:
+        what: Name of the work.
+        total: Total number of units.
+        unit: What is counted.
+        done: Units that an earlier process has done.
+        start: When the work began, by `time.monotonic`; None for now.
+    """
+
+    shown: ClassVar[list[Bar]] = []  # outermost first
+
+    def __init__(self, what: str, total: int, unit: str, done: int = 0, start: float | None = None) -> None:
+        self.what, self.total, self.unit, self.first = what, total, unit, done
+        self.start = time.monotonic() if start is None else start
+        self.width, self.drawn_at, self.is_left, self.brief = 0, 0.0, False, ""
+        Bar.shown.append(self)
+
+    def draw(self, done: int, note: str = "") -> None:
+        """Draw it, unless that was a moment ago."""
+        now, done = time.monotonic(), min(done, self.total)
+        self.brief = ", ".join([f"{self.what}: {done:,} of {self.total:,} {self.unit}", *([note] if note else [])])
+        if self.is_left or Bar.shown[-1] is not self or now - self.drawn_at < REDRAW_SECONDS:
+            return
+        self.drawn_at = now
+        full, empty = "#-" if is_ascii() else "\u2588\u2591"
+        cells = BAR_CELLS * done // max(self.total, 1)
+        bits = [f"{done:,} of {self.total:,} {self.unit}", *([note] if note else [])]
+        bits += time_left(self.start, now, self.first, done, self.total)
+        around = "".join(f"{bar.brief}; " for bar in Bar.shown[:-1] if bar.brief)
+        room = shutil.get_terminal_size((80, 24)).columns - 1
+        line = f"{around}{self.what}: {full * cells}{empty * (BAR_CELLS - cells)} {', '.join(bits)}"[:room]
+        write(f"\r{line}{' ' * (self.width - len(line))}")
+        self.width = len(line)
+
+    def erase(self) -> None:
+        """Make the line free for a message; the bar is drawn again when it next moves."""
+        if self.width and not self.is_left:
+            write(f"\r{' ' * self.width}\r")
+        self.width, self.drawn_at = 0, 0.0
+
+    def close(self) -> None:
+        """Erase it for good."""
+        self.erase()
+        self.is_left = True
+        if self in Bar.shown:
+            Bar.shown.remove(self)
+
+
+def erase_bars() -> None:
+    """Make the terminal's line free, for a message."""
+    for bar in Bar.shown:
+        bar.erase()
+
+
+BEFORE_MESSAGE.append(erase_bars)
+
+
+def leave_bars() -> None:
+    """Leave what is drawn as it stands and begin a line; none of these bars is drawn again."""
+    if any(bar.width for bar in Bar.shown):
+        os.write(2, b"\n")  # from a handler of signals, which may interrupt a print
+    for bar in Bar.shown:
+        bar.is_left = True
+
+
+def write(text: str) -> None:
+    """Write to the terminal at once."""
+    sys.stderr.write(text)
+    sys.stderr.flush()
+
+
+def is_ascii() -> bool:
+    """Whether the terminal shows plain characters only."""
+    encoding = (getattr(sys.stderr, "encoding", None) or "").lower().replace("-", "")
+    return os.environ.get("TERM") == "dumb" or encoding != "utf8"
+
+
+def shows_bars() -> bool:
+    """Whether progress is a bar on a terminal; lines elsewhere."""
+    return sys.stderr.isatty() and logger.isEnabledFor(logging.INFO) and is_first_process()
+
+
+def time_left(start: float, now: float, first: int, done: int, total: int) -> list[str]:
+    """The time that the rest will take at the pace so far, in words; nothing where none is known."""
+    if done <= first or done >= total:
+        return []
+    return [f"{duration((total - done) * (now - start) / (done - first))} left"]
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def track(items: Iterable[Item], what: str, total: int, unit: str = "images", each: int = 1) -> Iterator[Item]:
@@ -38,7 +148,7 @@ def track(items: Iterable[Item], what: str, total: int, unit: str = "images", ea
         what: Name of the work, as in "packing".
         total: Total number of units.
         unit: what is counted.
-        each: units per item.
+        each: units per item; the last one may have less.
     """
     with track_counter(what, total, unit) as counter:
         for item in items:
@@ -60,7 +170,7 @@ def track_counter(
     """
     counter, finished = Counter(), threading.Event()
     read = done or (lambda: counter.done)
-    thread = threading.Thread(target=_report, args=(what, total, unit, read, finished), daemon=True)
+    thread = threading.Thread(target=_report, args=(what, total, unit, read, counter, finished), daemon=True)
     thread.start()
     try:
         yield counter
@@ -69,24 +179,32 @@ def track_counter(
         thread.join()
 
 
-def _report(what: str, total: int, unit: str, done: Callable[[], int], finished: threading.Event) -> None:
+_trackers = [0]  # blocks around what goes on
+
+
+def _report(
+    what: str, total: int, unit: str, done: Callable[[], int], counter: Counter, finished: threading.Event
+) -> None:
     start = time.monotonic()
-    if not logger.isEnabledFor(logging.INFO):
+    if not logger.isEnabledFor(logging.INFO) or not is_first_process():
         return
-    if sys.stderr.isatty():
-        if not finished.wait(FIRST_REPORT_SECONDS):
-            with tqdm(total=total, desc=what, unit=f" {unit}", leave=False) as bar:
-                bar.start_t = bar.last_print_t = time.time() - FIRST_REPORT_SECONDS
-                while not finished.wait(0.2):
-                    bar.update(done() - bar.n)
-        return
-    wait = FIRST_REPORT_SECONDS
-    while not finished.wait(wait):
-        wait = REPORT_INTERVAL_SECONDS
-        count = done()
-        rate = count / (time.monotonic() - start)
-        left = f", {(total - count) / rate:.0f} s left" if count else ""
-        logger.info(f"{what}: {count:,} of {total:,} {unit}, {rate:,.0f}/s{left}")
+    _trackers[0] += 1
+    try:
+        if shows_bars():
+            if not finished.wait(FIRST_REPORT_SECONDS):
+                bar = Bar(what, total, unit, start=start)
+                while not finished.wait(REDRAW_SECONDS):
+                    bar.draw(done(), counter.note)
+                bar.close()
+            return
+        wait = FIRST_REPORT_SECONDS if _trackers[0] == 1 else MIN_INTERVAL_SECONDS
+        while not finished.wait(wait):
+            now, count = time.monotonic(), min(done(), total)
+            wait = min(max(MIN_INTERVAL_SECONDS, (now - start) / 10), MAX_INTERVAL_SECONDS)
+            bits = [f"{count:,} of {total:,} {unit}", *([counter.note] if counter.note else [])]
+            logger.info(f"{what}: {', '.join([*bits, *time_left(start, now, 0, count, total)])}")
+    finally:
+        _trackers[0] -= 1
 
 
 @contextmanager

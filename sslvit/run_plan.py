@@ -44,8 +44,7 @@ class RunPlan:
         if train.steps is None and train.epochs is None:
             raise ValueError("train.epochs: still null. Call TrainSettings.fitted first.")
         steps = train.steps or max(1, round((train.epochs or 0) * steps_per_epoch))
-        ranks = train.devices * train.nodes
-        return cls(steps, steps_per_epoch, global_batch_size, micro, ranks, seed)
+        return cls(steps, steps_per_epoch, global_batch_size, micro, train.ranks, seed)
 
     @property
     def images_per_rank(self) -> int:

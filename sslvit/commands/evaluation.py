@@ -125,6 +125,8 @@ class SegmentOptions(Saved, Passes, CroppedEncoder):
     """Also score raw pixels and the same architecture with untrained weights."""
     seed: int = 0
     """Seed of the untrained weights and the folds."""
+    allow_same_data: bool = False
+    """Take the same images for both sets, whose scores say nothing of other images."""
     figure: Annotated[str | None, File] = None
     """PNG file for images, masks and predictions."""
 
@@ -133,13 +135,19 @@ def run_segment(options: SegmentOptions) -> None:
     """Score segmentation, and print the table."""
     check_new(options.output)
     check_new_picture(options.figure)
+    from sslvit.data.overlap import refuse_or_warn, stored_files, warn_of_shared
     from sslvit.evaluate.dense import segment
     from sslvit.evaluate.masks import MaskedImages
-    from sslvit.evaluate.probe import untrained
+    from sslvit.evaluate.probe import SAME_DATA, untrained
     from sslvit.evaluate.sources import view_in_words
     from sslvit.report.show import plot_predictions
 
     train, val = (MaskedImages.open(folder) for folder in (options.train, options.val))
+    names, is_same = f"{train.folder} and {val.folder}", train.is_same(val)
+    if is_same:
+        refuse_or_warn(names, options.allow_same_data, "--allow-same-data")
+    else:
+        warn_of_shared(stored_files(train.images), stored_files(val.images), names)
     encoder = load_scored(options)
     rows: dict[str, ViTEncoder | None] = {"encoder": encoder}
     if options.baselines:
@@ -153,9 +161,10 @@ def run_segment(options: SegmentOptions) -> None:
         f"\nPercent on {len(val):,} images of {val.folder} (maps fitted on {len(train):,} of {train.folder});\n"
         f"of each image and mask: {view}; L2 penalty {table.about['l2']}\n\n{table.text()}"
     )
+    text += f"\n{SAME_DATA}" if is_same else ""
     if options.figure:
         text += f"\n{plot_predictions(table, val, encoder.settings, options.figure)}"
-    report(options, text, {"rows": table.scores, "about": table.about})
+    report(options, text, {"rows": table.scores, "about": table.about | {"same_data": is_same}})
 
 
 @dataclass(kw_only=True)

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from sslvit.environment import cpu_cores
 from sslvit.progress import track_counter
+from sslvit.stopping import Preempted
 
 PARENT_CHECK_SECONDS = 0.5  # between checks that a worker's parent still runs
 Result = TypeVar("Result")
@@ -39,12 +40,17 @@ def in_parallel(
                 yield job(number, counter.tick)
         return
     done = context.Value("q", 0)
+    others = multiprocessing.active_children()
     with ProcessPoolExecutor(workers, context, _start, (job, done)) as pool:
         try:
             with track_counter(what, total, unit, lambda: done.value):
                 yield from pool.map(_run, numbers)
         except BrokenProcessPool as error:
             raise RuntimeError(f"{what}: a process was killed, perhaps for its memory. Use fewer --workers.") from error
+        except (KeyboardInterrupt, Preempted, GeneratorExit):  # nobody waits for what is half done
+            for process in set(multiprocessing.active_children()).difference(others):
+                process.terminate()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -55,6 +61,7 @@ def _start(job: Callable[[int, Tick], Any], done: Any) -> None:
 
     for number in (signal.SIGTERM, signal.SIGUSR1):  # what the parent does then is not for its workers
         signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal tells them, too: their parent ends them
     threading.Thread(target=_exit_with, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)
     _state = job, done

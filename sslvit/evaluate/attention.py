@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sslvit.models import ViTEncoder
+from sslvit.progress import track
 
 
 @torch.no_grad()
@@ -22,7 +23,7 @@ def class_attention(encoder: ViTEncoder, images: Float[Tensor, "b c h w"]) -> Fl
     if not encoder.settings.class_token:
         raise ValueError("attention of the class token: this encoder has none (encoder.class_token: false).")
     rows_of_class = []
-    for image in images:  # one by one: of 't t' weights only one row is kept
+    for image in track(images, "attention maps", len(images)):  # one by one: of 't t' weights only one row is kept
         (last,) = encoder.intermediates(image[None], [len(encoder.blocks)], attention=True)
         assert last.attention is not None
         rows_of_class.append(last.attention[:, :, 0, encoder.prefix :])

@@ -12,6 +12,7 @@ from sslvit.data.loader import evaluation_loader, normalized_view
 from sslvit.environment import pick_workers
 from sslvit.evaluate.features import labels_of
 from sslvit.evaluate.sources import LabeledSet, NoScore
+from sslvit.progress import track
 from sslvit.ranks import all_gather, all_gather_objects, all_reduce_sum, rank, world_size
 from sslvit.settings import EncoderSettings
 
@@ -56,7 +57,7 @@ def accuracy(
     samples: list[Tensor] = []
     bad: dict[str, str] = {}
     is_finite = torch.ones((), dtype=torch.bool, device=device)
-    for piece in loader:
+    for piece in track(loader, "validation", len(data.samples), each=batch * world_size()):
         logits = logits_of(normalized_view(piece, settings, device)).float()
         valid, labels = (column.to(device, non_blocking=True)[:, None] for column in (piece.valid, labels_of(piece)))
         is_finite &= (logits.isfinite() | ~valid).all()  # the host asks once, at the end

@@ -100,7 +100,7 @@ class FeatureExtractor:
         labels: list[Tensor] = []
         samples: list[Tensor] = []
         bad: dict[str, str] = {}
-        pieces = track(loader, "features", len(loader) * self.batch * world_size(), each=self.batch * world_size())
+        pieces = track(loader, "features", len(data.samples), each=self.batch * world_size())
 
         def features_of(piece: Batch) -> list[HostCopy]:
             images = normalized_view(piece, settings, source.device)

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sslvit.evaluate.sources import Features, full_float32
+from sslvit.progress import track
 
 QUERIES_AT_ONCE = 1024
 BANK_AT_ONCE = 131_072  # training images: half a gigabyte of similarities
@@ -22,7 +23,7 @@ def knn_accuracies(
     bank, bank_labels = F.normalize(train.values.to(device), dim=1), train.labels.to(device)
     right = torch.zeros(len(neighbors), dtype=torch.long, device=device)  # the host asks once, at the end
     rows = zip(val.values.split(QUERIES_AT_ONCE), val.labels.split(QUERIES_AT_ONCE), strict=True)
-    for values, labels in rows:
+    for values, labels in track(rows, "nearest neighbors", len(val), each=QUERIES_AT_ONCE):
         similarity, found = nearest(F.normalize(values.to(device), dim=1), bank, bank_labels, max(neighbors))
         labels = labels.to(device)
         for i, k in enumerate(neighbors):

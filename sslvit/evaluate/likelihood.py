@@ -190,7 +190,7 @@ def palette_images(model: IGPTModel, data: LabeledSet) -> np.ndarray:
     pieces: list[np.ndarray] = []
     samples: list[Tensor] = []
     bad: dict[str, str] = {}
-    for batch in track(loader, "images into the palette", len(loader) * 256, each=256):
+    for batch in track(loader, "images into the palette", len(data.samples), each=256):
         indices = pixels.quantize(normalized_view(batch, encoder.settings, pixels.palette.device))[batch.valid]
         pieces.append(indices.cpu().numpy().astype(np.int32).reshape(-1, *encoder.settings.grid))
         samples.append(batch.samples[batch.valid])

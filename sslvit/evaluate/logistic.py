@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sslvit.progress import track
+
 SOLVED = 1e-3  # largest entry of the gradient over l2; weights are then right to a thousandth of the largest
 MAX_GRADIENT = 1e-5  # largest entry of a solved problem's gradient, however strong its penalty
 MAX_ITERATIONS = 5000  # in each precision
@@ -133,7 +135,7 @@ def minimize(
     theta = start
     value, gradient = objective(theta)
     tiny, rounding = torch.finfo(theta.dtype).tiny, 10 * torch.finfo(theta.dtype).eps
-    for iteration in range(max_iterations):
+    for iteration in track(range(max_iterations), "logistic regression", max_iterations, "iterations at most"):
         if iteration % REFRESH == 0:  # along the covariance's axes the curvature is nearly diagonal
             curvature = objective.curvature(theta)
             inverse = 1 / curvature.clamp(min=1e-3 * float(curvature.amax()) * rounding)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sslvit.data.decode import decode_pixels
 from sslvit.data.header import BadImage, read_header
+from sslvit.data.overlap import stored_files
 from sslvit.data.views import center_crops
 from sslvit.progress import track
 from sslvit.settings import EncoderSettings
@@ -57,6 +58,11 @@ class MaskedImages:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def is_same(self, other: MaskedImages) -> bool:
+        """Whether all images have the same bytes, in the same order."""
+        one, two = stored_files(self.images), stored_files(other.images)
+        return np.array_equal(one.sizes, two.sizes) and all(one.read(n) == two.read(n) for n in range(len(self)))
 
     def read(self, number: int, settings: EncoderSettings) -> tuple[Tensor, np.ndarray]:
         """The encoder's view of an image ('c h w', uint8) and of its mask ('h w'), at the encoder's size."""

@@ -14,6 +14,7 @@ import torch
 from sslvit.data.index import ShardIndex
 from sslvit.data.labels import brief_names, sorted_names
 from sslvit.data.open import check_labels_visible, check_present, open_shards
+from sslvit.data.overlap import check_same_data
 from sslvit.environment import pick_device
 from sslvit.evaluate.cache import FeatureCache
 from sslvit.evaluate.features import FeatureExtractor
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 LINEAR = "linear, all labels"
 PAPER_RULE = "the paper's choice"
 HELD_OUT_ACCURACY = "top-1 accuracy on held-out training images"
+SAME_DATA = "the scored images are those that heads were fitted on: these scores say nothing of others"
 FEW_STEPS = 1000  # the papers' learning rates are meant for several times as many
 
 
@@ -92,6 +94,8 @@ class ProbeTable(Result):
                 f"{self.about['seeds']} seeds" if self.about["seeds"] > 1 else f"{self.about['draws']} draws of labels"
             )
             below.append(f"± is half the 95 % interval of a mean over {over}")
+        if len(set(self.about["fingerprints"].values())) == 1:
+            below.append(SAME_DATA)
         if paper := self.about.get("chosen_by_paper"):
             below.append(f"the paper selected on the images that it reports: {paper}")
         if any(k > self.about["train_images"] for k in self.about["neighbors"]):
@@ -262,11 +266,12 @@ def neighbors(train: Features, val: Features, context: ProbeContext, settings: P
 
 
 def open_labeled(settings: ProbeSettings) -> tuple[ShardIndex, ShardIndex]:
-    """The two data sets of a probe, refused unless their classes are the same."""
+    """The two data sets of a probe, refused unless their classes are the same and their images are not."""
     for key in ("train", "val"):
         check_labels_visible(getattr(settings, key), key)  # before anything is packed
     train, val = (open_shards(source) for source in (settings.train, settings.val))
     check_classes(train, val, settings)
+    check_same_data(train, val, settings.allow_same_data, "--allow-same-data")
     return train, val
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain, count, islice, repeat
@@ -18,6 +20,7 @@ from sslvit.evaluate.linear import L2_GRID, fit_probe, shuffled_classes
 from sslvit.evaluate.sgd_probe import HeadGrid, fit_batch_norm_head, iterate_batches
 from sslvit.evaluate.sources import Features, FeatureTable, LabeledSet, Readout, Source, full_float32
 from sslvit.optim import cosine, warmup_cosine
+from sslvit.progress import duration, track_counter
 from sslvit.ranks import broadcast_from_rank0, is_first_rank
 from sslvit.settings import ProbeSettings
 from sslvit.settings.protocols import (
@@ -30,6 +33,9 @@ from sslvit.settings.protocols import (
 )
 from sslvit.settings.views import CropSettings
 
+logger = logging.getLogger(__name__)
+
+LONG_SECONDS = 120  # from which on it is said before, how long a protocol will take
 WIDE = 768  # from this width on, DINO's probe uses one block and the mean over its patches (ViT-B)
 
 
@@ -239,22 +245,31 @@ class _SGDRun:
         seed: int,
     ) -> _SGDRun | None:
         """Prepare the batches; None on ranks other than the first, once they have taken part in all passes."""
-        endless = cls._epochs(context, protocol, readouts, seed)
+        endless, start = cls._epochs(context, protocol, readouts, seed), time.monotonic()
         first = next(endless)  # tells how many images are readable
+        seconds = time.monotonic() - start
         images = broadcast_from_rank0(
             len(first.labels) if is_held_out is None else len(is_held_out) - int(is_held_out.sum())
         )
         batch = min(protocol.batch, images)
         per_epoch = images // batch
         steps = limited_steps(protocol.steps(per_epoch), f"a head of the protocol {protocol.name}")
-        epochs = chain([first], islice(endless, math.ceil(steps / per_epoch) - 1))
+        passes = math.ceil(steps / per_epoch)
+        if protocol.augment and seconds * passes > LONG_SECONDS and is_first_rank():
+            logger.info(
+                f"{protocol.name}: {passes:,} passes over {images:,} images, each with new crops, about "
+                f"{duration(seconds * passes)} for each row of the table. Fewer --protocol.{protocol.length} make it "
+                "shorter, and --protocol.augment false takes one pass"
+            )
+        epochs = chain([first], islice(endless, passes - 1))
         if not is_first_rank():
             for _ in epochs:
                 pass
             return None
         rows = None if is_held_out is None else torch.nonzero(~is_held_out)[:, 0]
+        batches = iterate_batches(epochs, readouts, rows, batch, steps, seed)
         return cls(
-            protocol, readouts, batch, per_epoch, steps, iterate_batches(epochs, readouts, rows, batch, steps, seed)
+            protocol, readouts, batch, per_epoch, steps, track_steps(batches, protocol.name, steps, per_epoch, passes)
         )
 
     @staticmethod
@@ -277,6 +292,18 @@ class _SGDRun:
         """The settings in force."""
         features = describe_readouts(self.readouts)
         return asdict(self.protocol) | {"features": features, "steps": self.steps, "batch used": self.batch}
+
+
+def track_steps(
+    batches: Iterator[tuple[int, Features]], protocol: str, steps: int, per_epoch: int, passes: int
+) -> Iterator[tuple[int, Features]]:
+    """The batches of a head's steps, and how far it is: which step of which pass over the images."""
+    with track_counter(f"{protocol}: training the head", steps, "steps") as counter:
+        counter.note = f"pass 1 of {passes:,}"
+        for step, batch in batches:
+            yield step, batch
+            counter.tick()
+            counter.note = f"pass {min((step + 1) // per_epoch + 1, passes):,} of {passes:,}"
 
 
 def sample_held_out(labels: Int[Tensor, "n"], fraction: float, seed: int) -> Bool[Tensor, "n"]:

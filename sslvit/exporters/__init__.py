@@ -16,7 +16,7 @@ from sslvit.exporters.card import CARD, known_scores, make_card, write_card
 from sslvit.exporters.destination import IN_PROGRESS, VERDICT, complete_or_removed, is_write_failure
 from sslvit.exporters.exported import Exported, Reopened, with_outputs
 from sslvit.files import to_json
-from sslvit.progress import quiet_libraries
+from sslvit.progress import quiet_libraries, track
 from sslvit.results import Result
 from sslvit.settings.choices import import_object
 
@@ -170,10 +170,14 @@ def _write_and_verify(
 ) -> str:
     """Write, reopen and compare; the verdict receives the results. Returns why it failed, empty if it did not."""
     try:
-        exporter.write(exported, part, is_fixed)
-        reopened = exporter.reopen(part, exported)
-        inputs = verify.check_inputs(exported.settings, is_fixed)
-        verdict |= verify.compare(exported, reopened, inputs)
+        for stage in track(("write", "reopen", "compare"), "exporting", 3, "stages"):
+            if stage == "write":
+                exporter.write(exported, part, is_fixed)
+            elif stage == "reopen":
+                reopened = exporter.reopen(part, exported)
+            else:
+                inputs = verify.check_inputs(exported.settings, is_fixed)
+                verdict |= verify.compare(exported, reopened, inputs)
         verdict["weights"] = verify.compare_weights(*exporter.weights(part, exported))
         if isinstance(exporter, FoldsWeights) and exported.settings.layer_scale is not None:
             rescaled = exporter.reopen_with_unit_scale(part, exported)

@@ -95,7 +95,7 @@ class BenchRun:
         probes = [column for column in settings.columns.values() if isinstance(column, ProbeColumn)]
         for name, split in settings.data.items():
             for probe in probes or [ProbeColumn()]:
-                train, val = open_labeled(probe.settings(split))
+                train, val = open_labeled(probe.settings(split, allow_same_data=settings.allow_same_data))
             limit = settings.max_unreadable_fraction
             self.sets[name] = LabeledSet(train, channels[0], None, limit), LabeledSet(val, channels[0], None, limit)
         for encoders in self.encoders.values():
@@ -122,7 +122,7 @@ class BenchRun:
                     raise ValueError(f"{where}: {error}") from error
                 if not isinstance(recipe.task, SupervisedSettings):
                     raise ValueError(f"{where}.config: {column.config} does not train with labels.")
-                if recipe.train.devices * recipe.train.nodes > 1:
+                if recipe.train.ranks > 1:
                     raise ValueError(f"{where}.train.devices: a bench trains on one device.")
                 fewest = min(len(train.index) for train, _ in self.sets.values())
                 batch = recipe.data.batch_for(fewest, recipe.task.usual.batch)
@@ -283,6 +283,7 @@ class BenchRun:
             split = self.settings.data[data]
             accelerator = "cpu" if self.device == "cpu" else "gpu"
             changes: dict[str, Any] = {**wanted.changes, "seed": seed, "train.accelerator": accelerator}
+            changes["task.allow_same_data"] = self.settings.allow_same_data
             finetune(
                 path, split.train, split.val, wanted.config, folder.path, is_scratch, resume=folder.checkpoint.exists(),
                 **changes,

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sslvit.evaluate.probe import SAME_DATA
 from sslvit.evaluate.scores import (
     Scores,
     columns_of,
@@ -58,6 +59,8 @@ def write_tables(
             "seeds or, with one seed, draws of labels; the sampling error of an accuracy on so many images is up to "
             f"± {sampling_interval(val.images):.1f}. The reported images select nothing."
         )
+        if train.index.fingerprint() == val.index.fingerprint():
+            note += f" {SAME_DATA.capitalize()}."
         markdown += [f"## {markdown_text(data)}", "", markdown_table(rows), "", markdown_text(note), ""]
         content += [heading(data), table(rows), text(note)]
         if columns_of(rows):

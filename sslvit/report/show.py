@@ -24,6 +24,7 @@ from sslvit.evaluate.probe import untrained
 from sslvit.figures import overlay_heat, plot_images, plot_points
 from sslvit.files import printable
 from sslvit.models import ViTEncoder
+from sslvit.progress import track
 from sslvit.settings import EncoderSettings
 from sslvit.settings.views import CenterSettings
 from sslvit.train.pictures import attention_rows
@@ -97,7 +98,10 @@ def plot_field(encoder: ViTEncoder, images: Tensor, out: str | Path, seed: int =
     rows: list[np.ndarray] = []
     titles: list[str] = []
     for name, network in (("this encoder", encoder), ("untrained", untrained(encoder, seed))):
-        fields = [receptive_field(middle_patch(network, block), images, seed) for block in blocks]
+        fields = [
+            receptive_field(middle_patch(network, block), images, seed)
+            for block in track(blocks, "receptive fields", len(blocks), "blocks")
+        ]
         rows.append(_as_row(fields))
         titles.append(f"{name}\nblocks {', '.join(map(str, blocks))}")
     torch.manual_seed(seed)

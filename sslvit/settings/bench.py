@@ -93,6 +93,8 @@ class BenchSettings(Passes, UnreadableImages):
     """Columns of the table by name."""
     scratch: FinetuneColumn = field(default_factory=FinetuneColumn)
     """How the baseline from scratch is trained where no column is a fine-tuning."""
+    allow_same_data: bool = False
+    """Take the same images for both sets, whose scores say nothing of other images."""
     baselines: list[str] = field(default_factory=lambda: list(BASELINES))
     """Rows besides the encoders: pixels, untrained (the same architectures with fresh weights) and scratch (the same
     architectures trained with labels, then scored like the others)."""

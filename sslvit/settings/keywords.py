@@ -30,6 +30,7 @@ class KNNKeywords(TypedDict, total=False):
     seed: int
     cache: str | None
     cache_gb: float
+    allow_same_data: bool
 
 
 class ProbeKeywords(KNNKeywords, total=False):

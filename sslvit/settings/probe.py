@@ -104,6 +104,8 @@ class KNNSettings(Passes, UnreadableImages, BlocksReadout):
     """Number of seeds of everything random: untrained weights, folds, subsets of labels and the steps of a head."""
     seed: int = 0
     """First seed."""
+    allow_same_data: bool = False
+    """Take the same images for both sets, whose scores say nothing of other images."""
     cache: Annotated[str | None, Arg("FOLDER")] = "~/.cache/sslvit-features"
     """Folder that keeps features; none for no such folder."""
     cache_gb: float = 20.0

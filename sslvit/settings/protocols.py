@@ -56,6 +56,7 @@ class SGDProbeSettings(ProtocolSettings):
     """Probability of a horizontal flip."""
     fraction: float = 0.875
     """Fraction of the shorter side that the center crop of the validation images keeps (224 of 256: 0.875)."""
+    length: ClassVar[str] = "epochs"  # the key that makes it longer or shorter
     augment: bool = True
     """Take new crops in every epoch, each a pass through the encoder; false takes one pass over center crops."""
 
@@ -143,6 +144,7 @@ class DINOv2ProbeSettings(SGDProbeSettings):
     """Numbers of last blocks whose class tokens are concatenated, each trained with and without the mean over the
     patches.
     """
+    length: ClassVar[str] = "iterations"
     iterations: int = 12_500
     """Number of steps."""
     held_out: float = 0.1

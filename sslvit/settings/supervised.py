@@ -21,6 +21,8 @@ class SupervisedSettings(TaskSettings):
     """Number of classes; null for as many as the shards name."""
     val: str | None = None
     """Labeled validation shards, which are never used to choose anything."""
+    allow_same_data: bool = False
+    """Take the images that are trained on for validation, whose scores say nothing of other images."""
     validate_every: int | None = None
     """Steps between two validations, rounded up to lines of metrics.jsonl; null for the last step alone, whose accuracy
     is the reported one.

@@ -30,10 +30,12 @@ class TrainSettings:
     """
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """Hardware to train on."""
-    devices: int = 1
-    """Number of processes on this machine."""
-    nodes: int = 1
-    """Number of machines."""
+    devices: int | None = None
+    """Number of processes on each machine; null for those that a launcher (torchrun, srun) has started, and for one
+    without a launcher.
+    """
+    nodes: int | None = None
+    """Number of machines; null for those that a launcher (torchrun, srun) has started, and for one without."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """Distribution over ranks: ddp (each process has all weights) or fsdp (each has a shard of them: FSDP2), for models
     whose weights, gradients and moments do not fit one GPU. The result is the same up to rounding, and a resumed run
@@ -74,6 +76,11 @@ class TrainSettings:
     deterministic: bool = False
     """Use deterministic kernels on the GPU, at some cost."""
 
+    @property
+    def ranks(self) -> int:
+        """Number of processes in all."""
+        return (self.devices or 1) * (self.nodes or 1)
+
     def __post_init__(self) -> None:
         counts = ("devices", "nodes", "log_every", "checkpoint_every", "keep_last", "keep_every", "skip_limit")
         more = ("epochs", "steps", "threads", "timeout_seconds", "peak_tflops")
@@ -93,7 +100,7 @@ class TrainSettings:
     def batch_multiple(self) -> int:
         """What every global batch size is a multiple of: one image, or one given micro-batch, on each rank."""
         micro = self.micro_batch_size if isinstance(self.micro_batch_size, int) else 1
-        return self.devices * self.nodes * micro
+        return self.ranks * micro
 
     def fitted(self, usual: Usual, images: int, steps_per_epoch: int) -> TrainSettings:
         """The same with a length that suits the data set, where none is given.

@@ -67,6 +67,7 @@ class Task(pl.LightningModule):
 
     settings_class: ClassVar[type[TaskSettings]] = TaskSettings
     view_kinds: ClassVar[tuple[str, ...]] = ("crop", "square", "center", "canvas")  # of data.view: those of one view
+    loss_shows_learning: ClassVar[bool] = True  # whether a loss that does not fall means that nothing is learned
     model: nn.Module
 
     def __init__(

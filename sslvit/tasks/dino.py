@@ -25,6 +25,7 @@ class DINO(Task):
 
     settings_class: ClassVar = DINOSettings
     view_kinds: ClassVar[tuple[str, ...]] = ("multi_crop",)
+    loss_shows_learning: ClassVar[bool] = False  # its target, the teacher, learns, too
     settings: DINOSettings
     model: DINOModel
 

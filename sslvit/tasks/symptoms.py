@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from sslvit.settings import OptimSettings
 
@@ -10,6 +14,9 @@ TRIVIAL_FRACTION = 0.98  # of the loss of a constant guess, from which on nothin
 STUCK_FRACTION = 0.002  # of ln K: a loss that close to it says the same of every class
 MIN_FEATURE_STD = 0.01  # standard deviation over images, relative to the features' size
 MIN_RANK = 1.5  # effective rank
+MIN_LOSSES = 20  # of a part of the curve that is judged
+MAX_UNSEEN_FALL = 0.02  # of the loss: where noise would hide more, nothing is said
+SURE = 2.0  # standard errors
 MIN_IMAGES = 16  # below which a batch says nothing about how images differ
 
 
@@ -60,3 +67,38 @@ def trivial_loss(loss: float, reference: float, what: str, optim: OptimSettings)
     return [
         Symptom("trivial", seen, f"Change {lr_in_words(optim)}: lower it, or raise it if it is far below a recipe's.")
     ]
+
+
+def fall_of(losses: Sequence[float]) -> tuple[float, float]:
+    """How far a loss has fallen along the line that fits it best, and the standard error of that.
+
+    The noise is taken from differences of neighbors, which a trend hardly touches (von Neumann 1941). Neighbors that
+    are alike by chance make it too small, so that a loss rather counts as one that falls.
+    """
+    values = np.asarray(losses, np.float64)
+    count = len(values)
+    noise = math.sqrt(np.square(np.diff(values)).mean() / 2)
+    slope = float(np.polyfit(np.arange(count), values, 1)[0])
+    return -slope * (count - 1), noise * math.sqrt(12 / count)
+
+
+def not_learning(losses: Sequence[float], since: int, optim: OptimSettings) -> Symptom | None:
+    """A loss that has not fallen by more than its noise, where a fall worth the name would stand out of it.
+
+    Args:
+        losses: Of the part of the run that is judged, evenly spaced.
+        since: Its first step.
+        optim: Settings of the optimizer.
+    """
+    if len(losses) < MIN_LOSSES:
+        return None
+    fall, error = fall_of(losses)
+    level = abs(float(np.mean(losses)))
+    if fall > SURE * error or SURE * error > MAX_UNSEEN_FALL * level:
+        return None
+    moved = "has risen" if fall < -SURE * error else "has not fallen by more than its noise"
+    seen = f"the loss ({losses[-1]:.3f}) {moved} since step {since:,}"
+    return Symptom(
+        "not learning", seen, f"Change {lr_in_words(optim)}: raise it if it is below a recipe's, lower it otherwise; "
+        "or the encoder may have learned what it can."
+    )  # fmt: skip

@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -106,9 +107,10 @@ class RunFolder(Result):
         """The scores of a fine-tuning."""
         found = json.loads(self.scores.read_text())
         among = "" if found["top5"] is None else f", top-5 {found['top5']:.1f} %"
+        same = " (those that it was trained on: it says nothing of others)" if found.get("is_training_data") else ""
         return (
-            f"top-1 accuracy {found['top1']:.1f} %{among} on {found['images']:,} images of {found['val']}, after the "
-            f"last step; more in {self.scores}"
+            f"top-1 accuracy {found['top1']:.1f} %{among} on {found['images']:,} images of {found['val']}{same}, after "
+            f"the last step; more in {self.scores}"
         )
 
     def held(self, waits: bool) -> AbstractContextManager[None]:
@@ -130,6 +132,11 @@ class RunFolder(Result):
         """The last checkpoint and those that are kept by their step, newest first."""
         kept = sorted(self.checkpoint.parent.glob(NAMED), reverse=True)
         return [path for path in (self.checkpoint, *kept) if path.is_file()]
+
+    @property
+    def resume_command(self) -> str:
+        """What is typed to go on with the run."""
+        return f"sslvit resume {shlex.quote(str(self.path))}"
 
     @property
     def goes_on(self) -> bool:

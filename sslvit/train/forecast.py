@@ -178,7 +178,7 @@ def mfu_per_throughput(settings: RunSettings, index: Index | StreamIndex) -> flo
         flops = step.flops_per_image
     except Exception:  # the work depends on what the images show: then there is no such number, and the run goes on
         return None
-    return flops / (peak * 1e12 * train.devices * train.nodes)
+    return flops / (peak * 1e12 * train.ranks)
 
 
 def peak_of_gpu() -> dict[str, float] | None:

@@ -109,7 +109,7 @@ def fit_micro_batch(
     train, on_gpu = settings.train, trains_on_gpu(settings.train)
     if train.micro_batch_size != "auto":
         return run, None
-    memory = gpu_memory(train.devices) if on_gpu else cpu_memory(train.devices)
+    memory = gpu_memory(train.devices or 1) if on_gpu else cpu_memory(train.devices or 1)
     if not on_gpu and (not memory or rough_bytes(settings, run.images_per_rank) < LITTLE * memory):
         return run, None
     try:

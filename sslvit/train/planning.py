@@ -31,7 +31,7 @@ from sslvit.train.forecast import PEAKS, Forecast, forecast, peak_of_gpu, plan_s
 from sslvit.train.hardware import allow_tf32, cpu_memory, gpu_memory, trains_on_gpu
 from sslvit.train.length import cpu_seconds, duration, fit_length
 from sslvit.train.micro_batch import MicroBatch, choose_micro_batch
-from sslvit.train.prepare import check_machine, resolve_defaults, size_notice
+from sslvit.train.prepare import check_machine, resolve_defaults, resolve_processes, size_notice
 from sslvit.train.run import make_trainer
 
 logger = logging.getLogger(__name__)
@@ -205,6 +205,7 @@ def plan(
         if settings.train.accelerator == "cpu":
             raise ValueError("memory-gib: the memory of a GPU, but train.accelerator is cpu. Leave one of them out.")
         settings = replace(settings, train=replace(settings.train, accelerator="gpu"))
+    settings = replace(settings, train=resolve_processes(settings.train))
     check_machine(settings, is_planned=True)
     data = data or settings.data.shards
     if images is None:
@@ -228,7 +229,8 @@ def plan(
         if length:
             notes["length"] = f"train.epochs {train.epochs:.4g}: {length}"
     step, chosen = plan_step(settings, images, classes), None
-    memory = memory_gib * 2**30 if memory_gib else gpu_memory(train.devices) if on_gpu else cpu_memory(train.devices)
+    devices = train.devices or 1
+    memory = memory_gib * 2**30 if memory_gib else gpu_memory(devices) if on_gpu else cpu_memory(devices)
     if memory:
         chosen = choose_micro_batch(step, memory)
     found = forecast(step)
@@ -268,8 +270,9 @@ def loading_of(settings: RunSettings, examples: Examples, images_per_second: flo
     views = Views(settings.data.view, encoder.image_size, encoder.interpolation)
     measured = examples.images_per_second(views, encoder.channels)
     assumed = ASSUMED_MANY_VIEWS if len(views.specs()) > 1 else ASSUMED_ONE_VIEW
-    workers = train.devices * pick_workers(settings.data.workers, "cuda" if on_gpu else "cpu", train.devices)
-    return Loading(images_per_second / train.nodes, measured or assumed, measured is not None, workers)
+    devices, nodes = train.devices or 1, train.nodes or 1
+    workers = devices * pick_workers(settings.data.workers, "cuda" if on_gpu else "cpu", devices)
+    return Loading(images_per_second / nodes, measured or assumed, measured is not None, workers)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
 from sslvit.compatibility import check_same, settings_from
 from sslvit.data.examples import Examples
@@ -18,7 +19,7 @@ from sslvit.data.module import ShardDataModule
 from sslvit.data.open import check_labels_visible, check_present
 from sslvit.data.stream import StreamIndex
 from sslvit.run_plan import RunPlan
-from sslvit.settings import RunSettings, SupervisedSettings
+from sslvit.settings import RunSettings, SupervisedSettings, TrainSettings
 from sslvit.settings.load import brief, by_dotted_key, recipe_names
 from sslvit.settings.views import AugmentSettings, MultiCropSettings
 from sslvit.sharded_checkpoint import read_checkpoint
@@ -48,6 +49,54 @@ FIXED = [
     ("task.target", ("mae",), "the decoder was trained for the other"),
     ("task.objective", ("igpt",), "the head was trained for the other"),
 ]
+
+
+def launched() -> tuple[str, int, int] | None:
+    """The launcher that started this process beside others, their number on each machine, and the number of machines.
+
+    None where no launcher has: then the run starts its own processes.
+
+    Raises:
+        ValueError: SLURM has reserved several tasks, and nothing has started them.
+    """
+    if TorchElasticEnvironment.detect():
+        world, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+        return "torchrun", local, world // local
+    if not is_slurm_job():
+        return None
+    tasks, nodes = int(os.environ["SLURM_NTASKS"]), int(os.environ.get("SLURM_NNODES", "1"))
+    if tasks > 1 and "SLURM_STEP_ID" not in os.environ:
+        raise ValueError(
+            f"train.devices: SLURM reserved {tasks} tasks (SLURM_NTASKS), and this command alone was started. Put srun "
+            "before it, or reserve one task."
+        )
+    return "srun", tasks // nodes, nodes
+
+
+def is_slurm_job() -> bool:
+    """Whether SLURM says which ranks there are; torchrun, which may run in a job of SLURM, comes first."""
+    return SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
+
+
+def resolve_processes(train: TrainSettings) -> TrainSettings:
+    """The settings with the number of processes that there are, or are to be.
+
+    Raises:
+        ValueError: Other numbers are given than a launcher has started.
+    """
+    found = launched()
+    if found is None:
+        return replace(train, devices=train.devices or 1, nodes=train.nodes or 1)
+    launcher, devices, nodes = found
+    for key, given, there, where in (
+        ("devices", train.devices, devices, "processes on each machine"), ("nodes", train.nodes, nodes, "machines")
+    ):  # fmt: skip
+        if given not in (None, there):
+            raise ValueError(
+                f"train.{key}: {given}, but {launcher} started {there} {where}. Give --train.{key} null, which takes "
+                f"what was started, or start {given}."
+            )
+    return replace(train, devices=devices, nodes=nodes)
 
 
 def check_machine(settings: RunSettings, is_planned: bool = False) -> None:
@@ -103,7 +152,7 @@ def check_data(settings: RunSettings, index: Index | StreamIndex, plan: Plan) ->
         )
     check_present(index, data.max_unreadable_fraction)
     largest = max(shard.bytes for shard in index.shards) if index.is_remote else 0
-    needed = plan.shards_at_once(0, plan.global_batch_size // settings.train.nodes) * largest / 2**30
+    needed = plan.shards_at_once(0, plan.global_batch_size // (settings.train.nodes or 1)) * largest / 2**30
     if needed > data.cache_gb:
         raise ValueError(
             f"data.cache_gb: {data.cache_gb:g} GB cannot hold the shards that each machine reads side by side "

@@ -51,7 +51,7 @@ def replay(folder: str | Path, allow_foreign_code: bool = False) -> list[str]:
     if not files:
         return [*said, "no batch was saved: a stream cannot give the same images again"]
     for file in files:
-        said += [f"{file.stem}: {line}" for line in batch_in_words(task, read_batch(file), step)]
+        said += [f"{file.stem}: {line}" for line in batch_in_words(task, read_batch(file), step - 1)]
     return said
 
 

@@ -29,7 +29,7 @@ from sslvit.environment import limited_steps
 from sslvit.files import new_file
 from sslvit.run_plan import RunPlan
 from sslvit.settings import RunSettings
-from sslvit.stopping import Preempted, RankLost, is_first_process, requeue, stopping_at_once
+from sslvit.stopping import Interrupted, Preempted, RankLost, is_first_process, requeue, stopping_at_once
 from sslvit.tasks import make_task
 from sslvit.tasks.base import Task
 from sslvit.train.callbacks import make_callbacks
@@ -46,9 +46,11 @@ from sslvit.train.prepare import (
     check_machine,
     check_resumed,
     describe_resolved,
+    is_slurm_job,
     keep_resolved,
     keep_start,
     resolve_defaults,
+    resolve_processes,
     size_notice,
 )
 from sslvit.train.strategies import is_peer_failure, make_strategy
@@ -85,6 +87,8 @@ def pretrain(
             if is_first:
                 folder.check(resume, overwrite)
             return _pretrain(settings, folder, is_first, resume and folder.goes_on, callbacks, loggers)
+    except Interrupted as error:
+        raise KeyboardInterrupt(str(error)) from None
     except Preempted as error:
         if is_first and settings.train.requeue and not error.is_requeued:
             requeue()
@@ -96,6 +100,7 @@ def _pretrain(
     settings: RunSettings, folder: RunFolder, is_first: bool, goes_on: bool, callbacks: Sequence[pl.Callback],
     loggers: Sequence[Logger],
 ) -> RunFolder:  # fmt: skip
+    settings = replace(settings, train=resolve_processes(settings.train))
     train = settings.train
     if goes_on:
         settings = keep_resolved(keep_start(settings, folder), folder)
@@ -157,14 +162,15 @@ def _pretrain(
             ) from error
         except SystemExit as error:  # Lightning's answer to Ctrl-C
             raise KeyboardInterrupt(
-                f"stopped at step {trainer.global_step} of {run.total_steps}{_resume_hint(folder)}"
+                f"interrupted at step {trainer.global_step} of {run.total_steps}, which is not kept"
+                f"{_resume_hint(folder) or ': there is no checkpoint yet'}"
             ) from error
     if trainer.global_step != run.total_steps and not trainer.should_stop:
         raise RuntimeError(f"training ended at step {trainer.global_step} instead of {run.total_steps}.")
     if trainer.is_global_zero:
         if trainer.global_step != run.total_steps:
             logger.info(f"a callback ended the run at step {trainer.global_step} of {run.total_steps}")
-        with stopping_at_once(" after the last step; --resume draws the figures"):
+        with stopping_at_once(f" after the last step, which is kept: {folder.resume_command} draws the figures"):
             _finish(settings, folder, data, task, trainer)
     return folder
 
@@ -177,7 +183,7 @@ def shortened(settings: RunSettings, plan: Plan) -> RunSettings:
 
 
 def _resume_hint(folder: RunFolder) -> str:
-    return "; go on from its last checkpoint with --resume" if folder.checkpoint.exists() else ""
+    return f"; go on from its last checkpoint: {folder.resume_command}" if folder.checkpoint.exists() else ""
 
 
 def make_trainer(
@@ -187,15 +193,16 @@ def make_trainer(
     train = settings.train
     plugins: list[Any] = [AtomicCheckpointIO(train)]
     clock = Clock()
-    if SLURMEnvironment.detect():
+    if is_slurm_job():
         plugins.append(SLURMEnvironment(auto_requeue=False))  # callbacks/preemption.py saves and requeues
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+    for talkative in ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.distributed"):
+        logging.getLogger(talkative).setLevel(logging.WARNING)
     with warnings.catch_warnings():
         _silence_needless_warnings()
         return pl.Trainer(
             accelerator=train.accelerator,
-            devices=train.devices,
-            num_nodes=train.nodes,
+            devices=train.devices or 1,
+            num_nodes=train.nodes or 1,
             strategy=make_strategy(train, clock),
             precision=PRECISIONS[precision_of(train)],
             max_epochs=1,  # steps, not epochs: one loader covers the whole run, so a resume is always mid-epoch
@@ -244,6 +251,7 @@ def _finish(settings: RunSettings, folder: RunFolder, data: ShardDataModule, tas
         classes = {"classes": json.dumps(index.classes)}
         with new_file(folder.encoder / HEAD) as part:
             save_file({key: value.cpu().contiguous() for key, value in extra.items()}, part, classes)
+    logger.info("drawing figures")
     plot_pictures(folder, task, data)
     log_pictures(trainer, folder.figures, trainer.global_step)
     logger.info(f"encoder in {folder.encoder}, figures in {folder.figures}")

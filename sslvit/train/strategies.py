@@ -42,7 +42,7 @@ def make_strategy(settings: TrainSettings, clock: Clock) -> DDPStrategy | str:
         settings: of the run.
         clock: is told when gradients are ready to be exchanged.
     """
-    if settings.devices * settings.nodes == 1:
+    if settings.ranks == 1:
         return "auto"
     timeout = timedelta(seconds=settings.timeout_seconds)
     if settings.strategy == "fsdp":

@@ -8,6 +8,8 @@ import os
 import pickle
 import shutil
 import signal
+import subprocess
+import sys
 import tarfile
 import time
 from pathlib import Path
@@ -125,6 +127,49 @@ def test_a_killed_packing_goes_on_where_it_was(tmp_path: Path, capfd: pytest.Cap
     pack_source(source, tmp_path / "out", SMALL, workers=1)
     assert f"going on; {len(kept)} of" in capfd.readouterr().out
     assert done < len(checksums(tmp_path / "whole"))
+    assert checksums(tmp_path / "out") == checksums(tmp_path / "whole")
+
+
+SLOW_FROM_THE_THIRD_SHARD = """
+import signal, sys, time
+from sslvit.cli import main
+from sslvit.data.pack_job import PackJob
+call = PackJob.__call__
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+def slow(self, number, tick):
+    if number > 1:
+        time.sleep(100)
+    return call(self, number, tick)
+
+PackJob.__call__ = slow
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whom", ["terminal", "parent"])
+def test_a_packing_that_is_interrupted_keeps_what_is_finished(tmp_path: Path, capfd, whom: str) -> None:
+    source, folder = image_folder(tmp_path / "in", count=25), tmp_path / "out" / "packing"
+    pack_source(source, tmp_path / "whole", SMALL, workers=1)
+    words = ["shards", "pack", str(source), str(tmp_path / "out"), "--shard-mb", "0.005", "--workers", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_FROM_THE_THIRD_SHARD, *words], start_new_session=True, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while len(list(folder.glob("shard-*.json"))) < 2:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    (os.killpg if whom == "terminal" else os.kill)(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert said == (
+        "sslvit: interrupted; shards that are finished are kept: the same command goes on with the others\n"
+    )
+    pack_source(source, tmp_path / "out", SMALL, workers=1)
+    assert "going on; 2 of" in capfd.readouterr().out
     assert checksums(tmp_path / "out") == checksums(tmp_path / "whole")
 
 

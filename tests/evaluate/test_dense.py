@@ -108,6 +108,20 @@ def test_the_command_learns_an_easy_task_and_draws_it(tmp_path: Path, capsys: py
     assert "already exists" in capsys.readouterr().err
 
 
+def test_images_that_are_both_fitted_on_and_scored_are_refused_or_said(tmp_path: Path, capsys) -> None:
+    train, val = write(tmp_path / "train", 12, 0), write(tmp_path / "val", 12, 0)  # of one seed
+    save_encoder(make(), tmp_path / "encoder")
+    words = ["segment", str(tmp_path / "encoder"), "--train", str(train), "--val", str(val), "--no-baselines"]
+    assert main(words) == 1
+    assert "val: the same images. Scores of" in capsys.readouterr().err
+    assert main([*words, "--allow-same-data"]) == 0
+    assert "these scores say nothing of others" in capsys.readouterr().out.splitlines()[-1]
+    (val / "images" / "00.png").write_bytes((val / "images" / "01.png").read_bytes())
+    (val / "images" / "02.png").unlink()
+    assert main(words) == 0
+    assert "val: 11 of 11 images to be scored that were compared are in both" in capsys.readouterr().out
+
+
 def test_reported_masks_choose_nothing(tmp_path: Path) -> None:
     train, val = (MaskedImages.open(write(tmp_path / name, n, i)) for i, (name, n) in enumerate([("t", 12), ("v", 4)]))
     table = segment({"e": make()}, train, val)

@@ -121,6 +121,20 @@ def test_the_table_has_baselines_and_solves_an_easy_set(shards: Path) -> None:
     assert table.to_dict()["intervals"]["mine"]["kNN, k = 3"] is None
 
 
+@pytest.mark.parametrize("command", ["probe", "knn"])
+def test_training_data_as_test_data_is_refused_or_said_below_the_table(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture, command: str
+) -> None:
+    save_encoder(make(), tmp_path / "encoder")
+    words = [command, str(tmp_path / "encoder"), "--train", str(shards / "train"), "--val", str(shards / "train")]
+    words += ["--neighbors", "3", "--cache", "none", "--no-baselines"]
+    assert main(words) == 1
+    assert "train: the same images. Scores of images that were trained on" in capsys.readouterr().err
+    assert main([*words, "--allow-same-data"]) == 0
+    said = capsys.readouterr().out
+    assert "the scored images are those that heads were fitted on: these scores say nothing of others" in said
+
+
 def test_seeds_draw_the_untrained_weights_anew(shards: Path) -> None:
     settings = settings_of(shards, seeds=3)
     table = probe({"mine": make()}, settings)

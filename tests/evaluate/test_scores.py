@@ -103,7 +103,8 @@ def test_probe_and_bench_say_the_same_of_the_same_data(shards: Path) -> None:
 
 
 def test_a_table_of_one_seed_names_draws() -> None:
-    about = {"val_images": 100, "train_images": 100, "neighbors": [], "seeds": 1, "draws": 5, "probed": {}}
+    about = {"val_images": 100, "train_images": 100, "neighbors": [], "seeds": 1, "draws": 5, "probed": {},
+             "fingerprints": {"train": "a", "val": "b"}}  # fmt: skip
     assert "mean over 5 draws of labels" in ProbeTable({"mine": {"few": [1.0, 2.0]}}, about).notes()
 
 

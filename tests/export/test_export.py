@@ -194,7 +194,8 @@ def test_a_checkpoint_brings_its_own_classifier(tmp_path: Path) -> None:
     pack(array_samples(np.zeros((16, 8, 8), np.uint8), labels), tmp_path / "shards", ["a", "b"])
     saved(tmp_path / "e", image_size=8, channels=1)
     words = ["finetune", str(tmp_path / "e"), "--train", str(tmp_path / "shards"), "--val", str(tmp_path / "shards")]
-    changes = {"train.steps": 4, "train.checkpoint_every": 2, "train.keep_every": 2, "data.global_batch_size": 8,
+    changes = {"task.allow_same_data": "true", "train.steps": 4, "train.checkpoint_every": 2, "train.keep_every": 2,
+               "data.global_batch_size": 8,
                "data.workers": 0, "train.precision": "float32", "optim.base_lr": 0.1}  # fmt: skip
     words += [word for key, value in changes.items() for word in (f"--{key}", str(value))]
     assert main([*words, "--out", str(tmp_path / "run")]) == 0

@@ -284,6 +284,19 @@ def test_an_image_is_erased_elsewhere_in_another_epoch() -> None:
     assert all(not torch.equal(one, other) for one, other in zip(erased[0], erased[2], strict=True))
 
 
+def test_training_data_as_validation_data_is_refused_or_said(shards: Path, capsys: pytest.CaptureFixture) -> None:
+    words = ["finetune", str(shards / "encoder"), "--train", str(shards / "train"), "--val", str(shards / "train")]
+    words += [word for key, value in SHORT.items() for word in (f"--{key}", str(value))]
+    words += ["--out", str(shards / "run"), "--train.steps", "2"]
+    assert main(words) == 1
+    assert "the same images. Scores of" in (said := capsys.readouterr().err)
+    assert said.endswith("or pass --task.allow_same_data true.\n")
+    assert not (shards / "run").exists()
+    assert main([*words, "--task.allow_same_data", "true"]) == 0
+    assert "(those that it was trained on: it says nothing of others)" in capsys.readouterr().out
+    assert json.loads((shards / "run" / "scores.json").read_text())["is_training_data"]
+
+
 def test_the_command_learns_and_writes_what_it_reports(shards: Path, capsys: pytest.CaptureFixture) -> None:
     words = ["finetune", str(shards / "encoder"), "--train", str(shards / "train"), "--val", str(shards / "val")]
     changes = [word for key, value in SHORT.items() for word in (f"--{key}", str(value))]

@@ -23,9 +23,9 @@ from sslvit.settings import DINOSettings, EncoderSettings, MAESettings, OptimSet
 from sslvit.settings.load import load_recipe
 from sslvit.tasks import task_class
 from sslvit.tasks.base import StepOutput, Task, as_batch
-from sslvit.tasks.symptoms import Symptom
+from sslvit.tasks.symptoms import Symptom, not_learning
 from sslvit.train.callbacks.health import Health, measure, not_finite
-from sslvit.train.folder import RunFolder
+from sslvit.train.folder import RunFolder, append_lines
 from sslvit.train.run import pretrain
 
 PLAN = RunPlan(total_steps=1000, steps_per_epoch=100, global_batch_size=32)
@@ -150,19 +150,20 @@ def test_what_a_constant_guess_costs_is_that_of_the_whole_step() -> None:
 
 
 def test_a_verdict_rests_on_several_checks(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert judged(tmp_path, "..e..") == ["healthy", "healthy", "suspicious", "healthy", "healthy"]
+    assert judged(tmp_path, "..e..") == ["too early to say"] * 2 + ["suspicious", "healthy", "healthy"]
     assert capsys.readouterr().out == ""
     assert judged(tmp_path, "eeee", grace=3)[:3] == ["too early to say"] * 3
     assert judged(tmp_path, "eoeo")[-1] == "collapsed"  # it swings between two ways to fail
     capsys.readouterr()
     assert judged(tmp_path, "eee.ee...") == [
-        "suspicious", "suspicious", *["collapsed"] * 6, "healthy",
+        *["too early to say"] * 2, *["collapsed"] * 6, "healthy",
     ]  # fmt: skip
     said = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in said] == ["step 30", "step 90"]
     assert said[1].endswith("this run has recovered from its collapse.")
     assert judged(tmp_path, "n") == ["collapsed"]
-    assert judged(tmp_path, "ee", total=20) == ["suspicious", "collapsed"]  # a short run has no third check
+    assert judged(tmp_path, "..", total=20) == ["too early to say"] * 2
+    assert judged(tmp_path, "ee", total=20) == ["too early to say", "collapsed"]  # a short run has no third check
     assert judged(tmp_path, "ee.ee", total=2500)[-1] == "collapsed"  # four of the five checks that it needs
     assert judged(tmp_path, "e.e.e", total=2500)[-1] == "suspicious"
     assert judged(tmp_path, "eeeee.e...", total=2500)[-2:] == ["collapsed", "healthy"]  # two, then one of five
@@ -181,11 +182,75 @@ def test_no_symptom_counts_until_the_step_that_its_task_names(tmp_path: Path) ->
         module = SimpleNamespace(
             logs_features=True, guard=SimpleNamespace(skipped=False), symptoms=task.symptoms, optim=task.optim,
             logged_features={name: [value] for name, value in even.items()}, health_grace_steps=3,
+            loss_shows_learning=task.loss_shows_learning,
             records={"loss": [torch.tensor(4.1)]}, record=lambda name, value: None,
         )  # fmt: skip
         health.on_step(SimpleNamespace(is_global_zero=True, world_size=1), module)
         verdicts.append(health.verdict)
-    assert verdicts == ["too early to say"] * 3 + ["suspicious"] * 2 + ["collapsed"] * 2
+    assert verdicts == ["too early to say"] * 5 + ["collapsed"] * 2
+
+
+CURVES = json.loads((Path(__file__).parent / "curves.json").read_text())  # of MAE on digits, at three learning rates
+
+
+@pytest.mark.parametrize(
+    ("losses", "is_stuck"),
+    [
+        (CURVES["flat"], True),  # a learning rate of 1e-9
+        (CURVES["flat"][:15], False),  # too few to say so
+        (CURVES["flat"][:30], False),  # a fall of two percent could hide in this noise
+        (CURVES["fast"][:60], False),
+        (CURVES["slow"][450:], False),  # it falls by three percent, which is as much as its noise from step to step
+        ([0.6 + 0.001 * (n % 2) for n in range(100)], True),
+        ([0.6 - 0.0001 * n + 0.003 * (n * 7 % 5) for n in range(100)], False),
+        ([0.6 + 0.001 * n for n in range(40)], True),  # it rises
+    ],
+)
+def test_a_loss_that_has_moved_by_no_more_than_its_noise_is_told_from_one_that_falls(losses, is_stuck: bool) -> None:
+    symptom = not_learning(losses, 81, OptimSettings(base_lr=1e-9))
+    assert (symptom is not None) == is_stuck
+    if symptom:
+        assert re.search(r"the loss \(.*\) has (not fallen by more than its noise|risen) since step 81", symptom.seen)
+        assert "optim.base_lr (1e-09)" in symptom.suggestion
+
+
+def test_noise_without_a_trend_is_called_so_and_a_fall_of_five_errors_is_not() -> None:
+    source = np.random.default_rng(0)
+    flat, falling = 0, 0
+    for _ in range(300):
+        noise = source.normal(0, 0.01, 100)
+        flat += not_learning(list(1 + noise), 1, OptimSettings()) is not None
+        fallen = np.linspace(0, 5 * 0.01 * math.sqrt(12 / 100), 100)
+        falling += not_learning(list(1 + noise - fallen), 1, OptimSettings()) is not None
+    assert flat > 0.95 * 300
+    assert falling < 0.03 * 300
+
+
+@pytest.mark.parametrize("task", ["mae", "dino"])
+def test_a_run_whose_loss_stays_where_it_is_is_not_learning(tmp_path: Path, capsys, task: str) -> None:
+    """Said once, in the second half; a teacher that learns with its student may keep the loss where it is."""
+    folder, plan = RunFolder(tmp_path), RunPlan(200, 10, 64)
+    health, source = Health(folder, plan, every=1), np.random.default_rng(0)
+    verdicts = []
+    for health.step in range(1, 201):
+        loss = 2 - 0.01 * health.step if health.step > 150 else 2 + source.normal(0, 0.01)
+        module = SimpleNamespace(
+            logs_features=True, guard=SimpleNamespace(skipped=False), symptoms=lambda measures: [],
+            optim=OptimSettings(), logged_features={"features": [torch.randn(32, 8)]}, health_grace_steps=10,
+            records={"loss": [torch.tensor(loss)]}, record=lambda name, value: None,
+            loss_shows_learning=task_class(task).loss_shows_learning,
+        )  # fmt: skip
+        health.on_step(SimpleNamespace(is_global_zero=True, world_size=1), module)
+        append_lines(folder.metrics, [{"step": health.step, "loss": loss}])
+        verdicts.append(health.verdict)
+    said = capsys.readouterr().out
+    if task == "dino":
+        assert (set(verdicts[13:]), said) == ({"healthy"}, "")
+        return
+    assert verdicts[12:99] == ["healthy"] * 87
+    assert set(verdicts[100:150]) == {"not learning"}
+    assert verdicts[-1] == "healthy"
+    assert said.count("has not fallen by more than its noise since step 51") == 1
 
 
 @pytest.fixture(scope="module")

@@ -109,22 +109,31 @@ def test_too_many_in_a_row_end_the_run_and_can_be_taken_again(
 ) -> None:
     with monkeypatch.context() as patch:
         broken_at(patch, "mae", lambda step: step >= 4, "gradient")
-        with pytest.raises(RuntimeError, match=r"step 6: 2 steps in a row were not finite \(train.skip_limit\)"):
+        said = r"step 6: 2 steps in a row were not finite \(train.skip_limit\).*the last checkpoint: sslvit resume "
+        with pytest.raises(RuntimeError, match=said):
             run(shards, tmp_path / "run", **{"train.skip_limit": 2, "train.micro_batch_size": 4, "train.keep_last": 2})
     folder = RunFolder(tmp_path / "run")
     about = json.loads((folder.incident / "incident.json").read_text())
-    assert (about["step"], about["seed"]) == (5, 0)
+    assert (about["step"], about["seed"]) == (6, 0)
     assert len(about["samples"]) == 2  # micro-batches
     assert about["not_finite"]
     assert [path.name for path in folder.incident.glob("*.ckpt")] == ["state.ckpt"]
     capsys.readouterr()
     assert main(["replay", str(folder.incident)]) == 0
     said = capsys.readouterr().out
-    assert "step 5 of mae" in said
+    assert "step 6 of mae" in said
     assert said.count("finite in float32: the step fails in its own precision only") == 2
     kept = run(shards, tmp_path / "run", resume=True)  # from step 3, and the incident stays to be read
     assert len(kept.read_metrics()) == 7
     assert (folder.incident / "incident.json").exists()
+
+
+def test_a_run_that_breaks_before_its_first_checkpoint_names_none_to_go_on_from(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken_at(monkeypatch, "mae", lambda step: True, "loss")
+    with pytest.raises(RuntimeError, match="step 2: .*start anew with --overwrite: there is no checkpoint from before"):
+        run(shards, tmp_path / "run", **{"train.skip_limit": 2})
 
 
 def test_what_is_replayed_is_the_step_that_was_skipped(

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from sslvit.cli import main
 from sslvit.stopping import Preempted, requeue, stopping_at_once
 from sslvit.tasks import task_class
 from sslvit.train import run as run_module
-from sslvit.train.callbacks.peers import Peers
+from sslvit.train.callbacks.peers import ENDING, Peers
 from sslvit.train.folder import RunFolder
 
 
@@ -52,12 +53,70 @@ def test_a_signal_ends_the_step_and_writes_it_down(
     with monkeypatch.context() as patch:
         signaled(patch, numbers, at=4)
         name = signal.Signals(numbers[-1]).name
-        with pytest.raises(Preempted, match=f"stopped at step 5 of 7: received {name}; .*--resume"):
+        with pytest.raises(Preempted, match=f"stopped at step 5 of 7: received {name}; .*sslvit resume "):
             run(shards, tmp_path / "cut", **changes)
     folder = RunFolder(tmp_path / "cut")
     assert torch.load(folder.checkpoint, weights_only=True)["global_step"] == 5
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
     assert same(run(shards, tmp_path / "cut", resume=True, **changes), whole)
+
+
+def test_ctrl_c_ends_the_step_and_writes_it_down(shards: Path, tmp_path: Path, monkeypatch, capfd) -> None:
+    whole, before = run(shards, tmp_path / "whole"), signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        signaled(patch, [signal.SIGINT], at=4)
+        way_on = rf"interrupted at step 5 of 7; the checkpoint is whole: sslvit resume {tmp_path}/cut$"
+        with pytest.raises(KeyboardInterrupt, match=way_on):
+            run(shards, tmp_path / "cut")
+    assert capfd.readouterr().err.startswith("interrupted: this step is finished and a checkpoint written")
+    assert torch.load(RunFolder(tmp_path / "cut").checkpoint, weights_only=True)["global_step"] == 5
+    assert signal.getsignal(signal.SIGINT) is before
+    assert same(run(shards, tmp_path / "cut", resume=True), whole)
+
+
+def test_ctrl_c_is_one_line_and_asks_no_scheduler(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(run_module, "requeue", lambda: pytest.fail("a scheduler was asked"))
+    monkeypatch.setattr("sslvit.cli.requeue", lambda: pytest.fail("a scheduler was asked"))
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "open_data", lambda *_: tell(signal.SIGINT))
+        assert main(words_of(shards, tmp_path / "run")) == 130
+    assert capfd.readouterr().err == (
+        "sslvit: interrupted before the first step, so there is nothing to save yet: give the same command again\n"
+    )
+    signaled(monkeypatch, [signal.SIGINT], at=2)
+    assert main(words_of(shards, tmp_path / "run")) == 130
+    *_, last = capfd.readouterr().err.splitlines()
+    assert last.startswith("sslvit: interrupted at step 3 of 7; the checkpoint is whole: sslvit resume ")
+    monkeypatch.undo()
+    assert main(["resume", str(tmp_path / "run")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("shards pack", "interrupted; shards that are finished are kept: the same command goes on with the others"),
+        ("probe", "interrupted; features of complete passes are in the cache: the same command goes on from them"),
+        ("resume", "interrupted before the first step; its checkpoint is as it was: give the same command again"),
+        ("shards info", "interrupted; nothing is written: give the same command again"),
+    ],
+)
+def test_ctrl_c_in_any_command_says_what_is_kept(monkeypatch: pytest.MonkeyPatch, capfd, command: str, said: str):
+    stopped = SimpleNamespace(quiet=False)
+    monkeypatch.setattr("sslvit.cli.read_command", lambda _: (lambda options: tell(signal.SIGINT), stopped))
+    assert main(command.split()) == 130
+    assert capfd.readouterr().err == f"sslvit: {said}\n"
+
+
+def test_a_process_in_the_background_does_not_hear_ctrl_c(shards: Path, tmp_path: Path, monkeypatch) -> None:
+    """A shell starts it so; what is typed at the terminal is for others."""
+    signaled(monkeypatch, [signal.SIGINT], at=2)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert main(words_of(shards, tmp_path / "run")) == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_signal_in_the_last_step_lets_the_run_end(
@@ -154,6 +213,63 @@ def test_ranks_that_would_take_other_steps_do_not_train_together(tmp_path: Path,
     rank.check_alike(8)
 
 
+TYPED = """
+import os, signal, sys, time
+from sslvit.cli import main
+from sslvit.tasks.mae import MAE
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+def step(self, batch, batch_idx=0):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.2)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(100)
+
+MAE.training_step = step
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_at_once(shards: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", TYPED, *words_of(shards, tmp_path / "run")], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr.splitlines() == [ENDING.decode().strip()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_terminals_ctrl_c_ends_ranks_and_loaders_without_a_traceback(
+    shards: Path, tmp_path: Path, devices: int
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    changes = {"train.steps": 3000, "data.workers": 2, "data.memory_limit_mb": 0, "train.devices": devices}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sslvit.cli", *words_of(shards, folder.path, **changes)], start_new_session=True,
+        stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    wait_for_lines(process, folder, 5)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    step = torch.load(folder.checkpoint, weights_only=True)["global_step"]
+    assert process.returncode == 130, said
+    assert said.splitlines() == [
+        ENDING.decode().strip(),
+        f"sslvit: interrupted at step {step} of 3000; the checkpoint is whole: sslvit resume {folder.path}",
+    ]
+
+
+def wait_for_lines(process: subprocess.Popen, folder: RunFolder, count: int) -> None:
+    """Until a run has logged so many steps."""
+    deadline = time.monotonic() + 120
+    while len(folder.read_metrics()) < count:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_all_processes_of_a_job_leaves_its_loaders_to_the_run(
@@ -166,11 +282,7 @@ def test_a_signal_to_all_processes_of_a_job_leaves_its_loaders_to_the_run(
         [sys.executable, "-m", "sslvit.cli", *words_of(shards, folder.path, **changes)],
         start_new_session=True, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while len(folder.read_metrics()) < 5:
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.05)
+    wait_for_lines(process, folder, 5)
     os.killpg(process.pid, number)
     _, said = process.communicate(timeout=120)
     assert (process.returncode, f"received {number.name}" in said) == (75, True), said
@@ -217,11 +329,7 @@ def test_ranks_stop_together_whichever_was_told(shards: Path, tmp_path: Path, wh
     command = [sys.executable, "-m", "sslvit.cli", *words]
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
     folder = RunFolder(tmp_path / "run")
-    deadline = time.monotonic() + 120
-    while len(folder.read_metrics()) < 5:
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.05)
+    wait_for_lines(process, folder, 5)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout
     told = {
         "parent": [process.pid],

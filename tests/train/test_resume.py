@@ -87,7 +87,7 @@ def interrupted(shards: Path, out: Path, at: int, monkeypatch: pytest.MonkeyPatc
         return step(self, batch, batch_idx)
 
     monkeypatch.setattr(task, "training_step", stop)
-    with pytest.raises(KeyboardInterrupt, match=f"stopped at step {at} of .*--resume"):
+    with pytest.raises(KeyboardInterrupt, match=f"interrupted at step {at} of .*sslvit resume "):
         run(shards, out, **changes)
     monkeypatch.setattr(task, "training_step", step)
 

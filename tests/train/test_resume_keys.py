@@ -97,7 +97,7 @@ TASKS = {
     ),
     "igpt/digits": ({"task.mask_ratio": 0.3}, {}, {"task.objective": "bert"}),
     "finetune/small_images": (
-        {"task.val": "copy", "task.validate_every": 3},
+        {"task.val": "copy", "task.validate_every": 3, "task.allow_same_data": True},
         {"task.smoothing": 0.5, "task.mixup": 0.8, "task.cutmix": 0.0, "task.erase": 0.9, "data.view.operations": 1,
          "data.view.magnitude": 1, "data.view.magnitude_std": 5.0, "data.view.probability": 1.0,
          "optim.weight_decay": 0.9},
@@ -116,7 +116,8 @@ WITH = {  # keys that must change together
     "encoder.patch": {"data.view.kind": "crop"},
     "data.view.kind": {"data.view.scale": None, "data.view.ratio": None},
     "task.objective": {"encoder.causal": False, "encoder.mask_token": True},
-    "task.validate_every": {"task.val": "copy"},
+    "task.validate_every": {"task.val": "copy", "task.allow_same_data": True},
+    "task.val": {"task.allow_same_data": True},
     "data.view.brightness": {"data.view.jitter": 1.0}, "data.view.contrast": {"data.view.jitter": 1.0},
     "data.view.blur_sigma": {"data.view.blur": [1.0, 1.0, 1.0]},
 }  # fmt: skip

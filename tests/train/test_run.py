@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
+import subprocess
 import warnings
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from run_fixtures import BERT, RECIPES, TINY, metrics, read_keys, run, same, weights
+from run_fixtures import BERT, RECIPES, TINY, command, metrics, read_keys, run, same, weights
 
 import sslvit
 from sslvit.checkpoint import load_encoder
@@ -323,3 +325,13 @@ def test_the_views_of_training_are_drawn(
     assert [row.shape for row in rows] == [(8, 1, size, size) for size, count in sizes.items() for _ in range(count)]
     assert titles[0] == "view 1\n8 x 8"
     assert all(row.min() >= 0 and row.max() <= 1 and row.std() > 0.05 for row in rows)
+
+
+@pytest.mark.slow
+def test_a_training_outlives_whoever_read_its_messages(shards: Path, tmp_path: Path) -> None:
+    words = command(shards, tmp_path / "run", **{"train.steps": 40})
+    first_line = f"set -o pipefail; {shlex.join(words)} | head -1"
+    done = subprocess.run(["bash", "-c", first_line], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("mae: encoder of")
+    assert (tmp_path / "run" / "encoder" / "encoder.json").exists()

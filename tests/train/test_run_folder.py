@@ -466,7 +466,8 @@ def test_a_run_keeps_the_encoder_that_it_started_from(shards: Path, tmp_path: Pa
 
 def test_a_fine_tuning_goes_on_by_its_folder_alone(shards: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     start = str(run(shards, tmp_path / "start", **{"train.steps": 2}).path)
-    words = ["finetune", start, "--train", str(shards), "--val", str(shards), "--out", str(tmp_path / "tuned")]
+    words = ["finetune", start, "--train", str(shards), "--val", str(shards), "--out", str(tmp_path / "tuned"),
+             "--task.allow_same_data", "true"]  # fmt: skip
     words += [word for key, value in TINY.items() if not key.startswith(("encoder", "task", "data.view"))
               for word in (f"--{key}", json.dumps(value))]  # fmt: skip
     with monkeypatch.context() as patch:
@@ -525,9 +526,21 @@ def test_a_signal_while_modules_are_imported_is_heard(tmp_path: Path, monkeypatc
 
 def test_a_signal_while_figures_are_drawn_says_that_all_is_kept(shards: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(run_module, "plot_pictures", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(Preempted, match="received SIGTERM after the last step; --resume draws the figures"):
+    with pytest.raises(
+        Preempted, match="received SIGTERM after the last step, which is kept: sslvit resume .*run draws the figures"
+    ):
         run(shards, tmp_path / "run", **{"train.steps": 2})
     assert RunFolder(tmp_path / "run").goes_on
+
+
+def test_ctrl_c_while_figures_are_drawn_says_how_to_draw_them(shards: Path, tmp_path: Path, monkeypatch, capfd) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "plot_pictures", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        said = "interrupted after the last step, which is kept: sslvit resume .*run draws the figures"
+        with pytest.raises(KeyboardInterrupt, match=said):
+            run(shards, tmp_path / "run", **{"train.steps": 2})
+    assert main(["resume", str(tmp_path / "run")]) == 0
+    assert (RunFolder(tmp_path / "run").figures / "loss.png").exists()
 
 
 # ---- a full disk -------------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ def test_a_host_that_dies_costs_nothing_but_time(shards: Path, tmp_path: Path, t
         assert time.monotonic() - killed < SECONDS
         said = (tmp_path / "first" / "host-0.txt").read_text()
         assert "another rank has ended, or did not answer" in said
-        assert "go on from its last checkpoint with --resume" in said
+        assert "go on from its last checkpoint: sslvit resume " in said
         second = hosts.start(words(shards, cut.path, "--resume"), tmp_path / "second")
         assert [process.wait() for process in second] == [0, 0], (tmp_path / "second" / "host-0.txt").read_text()
     assert same(whole, cut)

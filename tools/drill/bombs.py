@@ -124,7 +124,10 @@ def networks(work: Path, rng: random.Random) -> list[list]:
         {"registers": 1 << 30}, {"mlp_ratio": 1e9}, {"depth": 4000, "width": 8192, "heads": 8},
     ))  # fmt: skip
     file.write_text(json.dumps(about))
-    return [["import", "own", "out"], ["probe", "own", "--train", "shards", "--val", "shards", "--cache", "none"]]
+    return [
+        ["import", "own", "out"],
+        ["probe", "own", "--train", "shards", "--val", "shards", "--allow-same-data", "--cache", "none"],
+    ]
 
 
 def long_headers(work: Path, rng: random.Random) -> list[list]:

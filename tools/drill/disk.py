@@ -90,12 +90,13 @@ def scenes(workshop: Workshop) -> dict[str, Scene]:
             lambda folder: run(folder, **longer | once), again=goes_on, check=run_is_whole, spared=all_but_the_encoder
         ),
         "cache": Scene(
-            lambda folder: ["probe", encoder(), "--train", shards(), "--val", shards(), "--cache", folder / "cache"],
+            lambda folder: ["probe", encoder(), "--train", shards(), "--val", shards(), "--allow-same-data",
+                            "--cache", folder / "cache"],
             survives=True,
         ),
         "scores": Scene(
-            lambda folder: ["probe", encoder(), "--train", shards(), "--val", shards(), "--cache", "none",
-                            "-o", folder / "scores.json"]
+            lambda folder: ["probe", encoder(), "--train", shards(), "--val", shards(), "--allow-same-data",
+                            "--cache", "none", "-o", folder / "scores.json"]
         ),
         "import": Scene(lambda folder: ["import", encoder(), folder / "encoder"]),
         "embed": Scene(lambda folder: ["embed", encoder(), shards(), "-o", folder / "features.npz"]),

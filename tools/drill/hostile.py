@@ -105,11 +105,11 @@ def pickles(trial: Trial, workshop: Workshop) -> None:
     doors = {
         "import": ["import", source, "out"],
         "export": ["export", source, "out", "--format", "safetensors"],
-        "probe": ["probe", source, *split, "--cache", "none"],
+        "probe": ["probe", source, *split, "--allow-same-data", "--cache", "none"],
         "health": ["health", source, "shards"],
         "embed": ["embed", source, "shards", "-o", "out.npz"],
         "show": ["show", "attention", source, "shards"],
-        "finetune": ["finetune", source, *split, "--out", "out"],
+        "finetune": ["finetune", source, *split, "--task.allow_same_data", "true", "--out", "out"],
         "sample": ["sample", source, "-o", "out.png"],
         "init": ["pretrain", "--config", "mae/digits", "--data", "shards", "--out", "out", "--init", source,
                  "--data.global_batch_size", "8"],

@@ -103,8 +103,8 @@ def other_command(workshop: Workshop, name: str, folder: Path) -> list[str]:
         "import": ["import", encoder, folder / "encoder"],
         "embed": ["embed", encoder, shards, "-o", folder / "features.npz"],
         "export": ["export", encoder, folder / "export", "--format", "safetensors"],
-        "probe": ["probe", encoder, "--train", shards, "--val", shards, "--cache", folder / "cache",
-                  "-o", folder / "scores.json"],
+        "probe": ["probe", encoder, "--train", shards, "--val", shards, "--allow-same-data",
+                  "--cache", folder / "cache", "-o", folder / "scores.json"],
         "palette": ["palette", shards, "-o", folder / "palette.json"],
     }[name]  # fmt: skip
 

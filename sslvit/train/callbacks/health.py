@@ -21,7 +21,7 @@ from sslvit.ranks import all_gather
 from sslvit.run_plan import RunPlan
 from sslvit.settings import OptimSettings
 from sslvit.tasks.base import Task
-from sslvit.tasks.symptoms import Symptom, lr_in_words
+from sslvit.tasks.symptoms import Symptom, lr_in_words, not_learning
 from sslvit.train.callbacks.base import StepCallback, mean_over_ranks
 from sslvit.train.folder import RunFolder
 
@@ -30,8 +30,9 @@ logger = logging.getLogger(__name__)
 MIN_CHECKS = 3  # that a verdict rests on; in long runs as many as fit in one fiftieth of their steps
 RUN_PARTS = 50
 MAX_ROWS = 512  # of features, whose spectrum is taken on one CPU thread
+CURVE_LOOKS = 20  # at the curve of the loss, in the second half of a run
 FAIL_FRACTION = 0.8  # of the last checks with a symptom make a collapse; as many without one make a recovery
-NOT_CHECKED = "not checked"
+NOT_CHECKED, NOT_LEARNING, TOO_EARLY = "not checked", "not learning", "too early to say"
 
 
 def measure(logged: dict[str, Tensor]) -> dict[str, float]:
@@ -85,6 +86,7 @@ class Health(StepCallback):
         self.checks: list[str | None] = []  # symptoms of the last checks, None for a healthy one
         self.messages: list[dict[str, Any]] = []
         self.verdict = NOT_CHECKED
+        self.is_stuck = False  # whether the loss did not fall, when its curve was looked at
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         """Ask the task for features in steps that are checked."""
@@ -114,6 +116,28 @@ class Health(StepCallback):
             self.write(measures)
         else:
             self.judge(symptom, measures, is_early=self.step <= module.health_grace_steps)
+            if module.loss_shows_learning and self.is_curve_due():
+                self.judge_curve(measures, module.health_grace_steps, module.optim)
+
+    def is_curve_due(self) -> bool:
+        """Whether to look at the curve of the loss now: some times in the second half of a run, and at its end."""
+        often = max(self.total_steps // (2 * CURVE_LOOKS), 1)
+        is_late = self.step * 2 >= self.total_steps
+        return is_late and (self.step == self.total_steps or self.step % often < self.every)
+
+    def judge_curve(self, measures: dict[str, float], grace_steps: int, optim: OptimSettings) -> None:
+        """Say once if the loss has not fallen in the latter half of the steps so far, of a run that is healthy else."""
+        if self.verdict not in ("healthy", NOT_LEARNING):
+            return
+        first = max(self.step // 2, grace_steps) + 1
+        lines = [line for line in self.folder.read_metrics() if first <= line["step"] < self.step]
+        losses = [line["loss"] for line in lines if math.isfinite(line.get("loss", math.nan))]
+        symptom = not_learning([*losses, measures["loss"]], first, optim)
+        if symptom and symptom.name not in [message["symptom"] for message in self.messages]:
+            self.report(symptom.name, f"{symptom.seen}. {symptom.suggestion}")
+        self.is_stuck = symptom is not None
+        self.verdict = NOT_LEARNING if symptom else "healthy"
+        self.write(measures)
 
     def judge(
         self, symptom: Symptom | None, measures: dict[str, float], is_early: bool = False, is_skipped: bool = False
@@ -143,7 +167,10 @@ class Health(StepCallback):
                 self.report("recovered", "this run has recovered from its collapse.")
                 self.verdict = "healthy"
         else:
-            self.verdict = "too early to say" if is_early else "suspicious" if symptom else "healthy"
+            is_early = is_early or len(self.checks) < MIN_CHECKS
+            self.verdict = (
+                TOO_EARLY if is_early else "suspicious" if symptom else NOT_LEARNING if self.is_stuck else "healthy"
+            )
         self.write(measures)
 
     def report(self, symptom: str, text: str) -> None:
@@ -159,8 +186,9 @@ class Health(StepCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """The last checks, and what was reported."""
-        return {"checks": self.checks, "messages": self.messages, "verdict": self.verdict}
+        return {"checks": self.checks, "messages": self.messages, "verdict": self.verdict, "is_stuck": self.is_stuck}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from the checkpoint's."""
         self.checks, self.messages, self.verdict = list(state["checks"]), list(state["messages"]), state["verdict"]
+        self.is_stuck = state["is_stuck"]

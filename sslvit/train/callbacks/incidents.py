@@ -3,7 +3,7 @@
 What such a run leaves in incident/ is enough to take the step again elsewhere (`sslvit replay`):
 
 config.yaml     the run's
-incident.json   step, seed, and which weights had gradients that are not finite
+incident.json   step (the first is 1), seed, and which weights had gradients that are not finite
 state.ckpt      the state before the step, which skipping left as it was
 batch-rank-00000-0.safetensors and so on: what each rank saw, micro-batch by micro-batch
 """
@@ -11,6 +11,7 @@ batch-rank-00000-0.safetensors and so on: what each rank saw, micro-batch by mic
 from __future__ import annotations
 
 import logging
+import shlex
 import shutil
 from dataclasses import asdict
 
@@ -56,10 +57,13 @@ class Incidents(StepCallback):
         if self.in_a_row >= self.limit:
             self.save(trainer, module)
             trainer.strategy.barrier()
+            way_on = "start anew with --overwrite: there is no checkpoint from before"
+            if self.folder.goes_on:
+                way_on = f"go on from the last checkpoint: {self.folder.resume_command}"
             raise RuntimeError(
                 f"step {self.step}: {self.in_a_row} steps in a row were not finite (train.skip_limit). Look at the "
-                f"last: sslvit replay {self.folder.incident}. Then lower optim.base_lr, set optim.clip_grad or "
-                "train.precision float32, and go on from the last checkpoint with --resume."
+                f"last: sslvit replay {shlex.quote(str(self.folder.incident))}. Then lower optim.base_lr, set "
+                f"optim.clip_grad or train.precision float32, and {way_on}."
             )
 
     def count(self, trainer: pl.Trainer, module: Task, wait: bool) -> None:
@@ -94,14 +98,14 @@ class Incidents(StepCallback):
             shutil.rmtree(self.folder.incident, ignore_errors=True)  # of an earlier end
             self.folder.incident.mkdir()
         trainer.strategy.barrier()
-        step = self.step - 1
+        before = self.step - 1  # steps that came before this one
         dataset = getattr(trainer.train_dataloader, "dataset", None)
         data: ShardDataModule = trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it in fit
         names = []
         # a stream cannot give the same images again
         if isinstance(dataset, TrainingBatches) and not isinstance(self.index, StreamIndex):
             for number in range(data.run.accumulation_steps):
-                batch = data.prepare(dataset[step * data.run.accumulation_steps + number])
+                batch = data.prepare(dataset[before * data.run.accumulation_steps + number])
                 name = f"batch-rank-{trainer.global_rank:05d}-{number}.safetensors"
                 with new_file(self.folder.incident / name) as part:
                     save_file(as_tensors(batch), part, {"first_row": str(batch.first_row)})
@@ -109,7 +113,7 @@ class Incidents(StepCallback):
         save_checkpoint(trainer, self.folder.incident / "state.ckpt", waits=True)
         if trainer.is_global_zero:
             about = {
-                "step": step, "seed": module.run.seed, "rank": trainer.global_rank, "ranks": trainer.world_size,
+                "step": self.step, "seed": module.run.seed, "rank": trainer.global_rank, "ranks": trainer.world_size,
                 "precision": str(trainer.precision), "run": asdict(module.run),
                 "not_finite": self.not_finite, "samples": names,
             }  # fmt: skip

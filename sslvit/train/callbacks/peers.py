@@ -7,6 +7,7 @@ be aborted; the exchange fails at once instead, with an error that ends the run 
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -19,13 +20,23 @@ import pytorch_lightning as pl
 import torch
 from torch import distributed
 
+from sslvit.progress import leave_bars
 from sslvit.ranks import is_distributed
-from sslvit.stopping import SIGNALS, note_signal, received_signal
+from sslvit.stopping import (
+    CTRL_C,
+    SIGNALS,
+    end_at_next_ctrl_c,
+    hears_ctrl_c,
+    is_first_process,
+    note_signal,
+    received_signal,
+)
 from sslvit.tasks.base import Task
 from sslvit.train.callbacks.base import StepCallback
 from sslvit.train.folder import RunFolder
 
 PAUSE_SECONDS = 0.0005  # between two looks at a device that is behind
+ENDING = b"interrupted: this step is finished and a checkpoint written; another Ctrl-C ends at once, without one\n"
 
 
 class Peers(StepCallback):
@@ -48,6 +59,7 @@ class Peers(StepCallback):
         self.timeout_seconds = timeout_seconds
         self.received: str | None = None  # the signal that this rank was sent
         self.is_stopping = False  # whether any rank was sent one
+        self.is_interrupted = False  # whether it was a Ctrl-C
         self.group: Any = None
         self.queued: torch.cuda.Event | None = None  # event in the device's stream behind the last step
 
@@ -60,7 +72,8 @@ class Peers(StepCallback):
             self.check_alike(module.run.images_per_pass)
         self.received = received_signal()  # while all was prepared, where a library may have swallowed it
         if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:  # after Lightning's own, which would stop without a checkpoint
+            # after Lightning's own, which would stop without a checkpoint
+            for number in (*SIGNALS, CTRL_C) if hears_ctrl_c() else SIGNALS:
                 signal.signal(number, self.on_signal)
 
     def check_alike(self, micro_batch_size: int) -> None:
@@ -92,6 +105,11 @@ class Peers(StepCallback):
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """Note a signal; nothing else happens before the step's end."""
         self.received = note_signal(number)
+        if number == CTRL_C:
+            end_at_next_ctrl_c()
+            if is_first_process():
+                leave_bars()
+                os.write(2, ENDING)  # print might be what was interrupted
 
     def on_step(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Learn whether to stop, and wait for the devices of all ranks as far as callbacks are going to.
@@ -100,23 +118,24 @@ class Peers(StepCallback):
             RuntimeError: a rank is gone, or its device has not come on in time.
         """
         if self.group is None:
-            self.is_stopping = self.received is not None
+            self.is_stopping, self.is_interrupted = self.received is not None, self.received == CTRL_C.name
             return
         before, self.queued = self.queued, _end_of_queue(trainer.strategy.root_device)
-        self.is_stopping = self.is_any(self.received is not None)
+        urgency = self.highest((self.received is not None) + (self.received == CTRL_C.name))
+        self.is_stopping, self.is_interrupted = urgency > 0, urgency > 1
         callbacks_wait = any(self.step % every == 0 for every in self.waits_every) or self.step == self.total_steps
         self.wait_for(self.queued if callbacks_wait or self.is_stopping else before)
 
-    def is_any(self, flag: bool) -> bool:
-        """Whether the flag of any rank is raised."""
-        flags = torch.tensor([flag], dtype=torch.uint8)
-        distributed.all_reduce(flags, distributed.ReduceOp.MAX, group=self.group)
-        return bool(flags)
+    def highest(self, number: int) -> int:
+        """The largest of all ranks' small numbers."""
+        numbers = torch.tensor([number], dtype=torch.uint8)
+        distributed.all_reduce(numbers, distributed.ReduceOp.MAX, group=self.group)
+        return int(numbers)
 
     def wait_for(self, event: torch.cuda.Event | None) -> None:
         """Go on with the exchange until the event is behind the devices of all ranks."""
         deadline = time.monotonic() + self.timeout_seconds
-        while event is not None and self.is_any(not event.query()):
+        while event is not None and self.highest(not event.query()):
             if time.monotonic() > deadline:  # all ranks are there, and what their devices send is not
                 raise distributed.DistBackendError(f"timed out: the devices have not done step {self.step}")
             time.sleep(PAUSE_SECONDS)

@@ -1,14 +1,15 @@
 """At a signal to stop: a whole checkpoint at the next step boundary, and an exit that no scheduler takes for a failure.
 
-From the first step on, SIGTERM and SIGUSR1 only set a flag, so a second one changes nothing. After each step the ranks
-agree (peers.py; one of them alone may have received it), the first writes the checkpoint, and all leave together.
+From the first step on, SIGTERM and SIGUSR1 only set a flag, so a second one changes nothing; so does a first Ctrl-C,
+and a second one ends the process at once. After each step the ranks agree (peers.py; one of them alone may have
+received it), the first writes the checkpoint, and all leave together.
 """
 
 from __future__ import annotations
 
 import pytorch_lightning as pl
 
-from sslvit.stopping import Preempted
+from sslvit.stopping import Interrupted, Preempted
 from sslvit.train.callbacks.base import StepCallback, save_checkpoint
 from sslvit.train.callbacks.peers import Peers
 from sslvit.train.folder import RunFolder
@@ -32,8 +33,10 @@ class Preemption(StepCallback):
             return
         save_checkpoint(trainer, self.folder.checkpoint, waits=True)
         trainer.strategy.barrier()  # no rank leaves before the checkpoint is whole
+        where = f"at step {self.step} of {self.total_steps}"
+        way_on = f"the checkpoint is whole: {self.folder.resume_command}"
+        if self.peers.is_interrupted:
+            raise Interrupted(f"interrupted {where}; {way_on}")
         received = self.peers.received
         why = f"received {received}" if received else "another rank received a signal"
-        raise Preempted(
-            f"stopped at step {self.step} of {self.total_steps}: {why}; the checkpoint is whole: go on with --resume"
-        )
+        raise Preempted(f"stopped {where}: {why}; {way_on}")

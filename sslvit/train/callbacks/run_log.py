@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 
 import pytorch_lightning as pl
 import torch
-from tqdm import tqdm
 
+from sslvit.progress import Bar, shows_bars, time_left
 from sslvit.run_plan import RunPlan
 from sslvit.tasks.base import Task
 from sslvit.train.callbacks.base import StepCallback, mean_over_ranks
@@ -41,7 +40,8 @@ class RunLog(StepCallback):
     ) -> None:  # fmt: skip
         self.folder, self.run, self.total_steps, self.every = folder, run, run.total_steps, every
         self.clock, self.mfu_per_throughput = clock, mfu_per_throughput
-        self.bar: tqdm | None = None
+        self.bar: Bar | None = None
+        self.note = ""  # behind the bar
         self.earlier_seconds = 0.0  # that training took up to the checkpoint that this process goes on from
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -51,13 +51,14 @@ class RunLog(StepCallback):
         self.first_step = self.last_step = self.step
         if trainer.is_global_zero:
             self.folder.cut_metrics(self.step)
-            if sys.stderr.isatty() and logger.isEnabledFor(logging.INFO):
-                self.bar = tqdm(total=self.total_steps, initial=self.step, desc="training", unit=" steps")
+            if shows_bars():
+                self.bar = Bar("training", self.total_steps, "steps", self.step, self.start)
+                self.bar.draw(self.step)
 
     def on_step(self, trainer: pl.Trainer, module: Task) -> None:
         """Write a line when one is due."""
         if self.bar is not None:
-            self.bar.update(1)
+            self.bar.draw(self.step, self.note)
         if self.step % self.every and self.step != self.total_steps:
             return
         line = {name: float(mean_over_ranks(trainer, values)) for name, values in module.records.items()}
@@ -87,6 +88,10 @@ class RunLog(StepCallback):
         if self.bar is not None:
             self.bar.close()
 
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        """Close the progress bar."""
+        self.on_train_end(trainer, module)
+
     def elapsed(self, now: float) -> float:
         """Seconds of training up to a moment, over all processes that went on with the run."""
         return self.earlier_seconds + now - self.start
@@ -106,20 +111,13 @@ class RunLog(StepCallback):
         mfu = f", MFU {line['mfu']:.0%}" if "mfu" in line else ""
         pace = f"{speed:,.0f} images/s{mfu}" + (f", {waiting:.0%} waiting for data" if waiting > MUCH_WAITING else "")
         if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {_short(loss)}{bits}, {pace}")
+            self.note = f"loss {_short(loss)}{bits}, {pace}"
             return
-        left = (self.total_steps - self.step) * (self.last - self.start) / max(self.step - self.first_step, 1)
-        logger.info(
-            f"step {self.step}/{self.total_steps}  epoch {line['epoch']:.1f}  loss {_short(loss)}{bits}  "
-            f"{pace}  {_duration(left)} left")  # fmt: skip
+        left = time_left(self.start, self.last, self.first_step, self.step, self.total_steps)
+        logger.info("  ".join([f"step {self.step}/{self.total_steps}", f"epoch {line['epoch']:.1f}",
+                               f"loss {_short(loss)}{bits}", pace, *left]))  # fmt: skip
 
 
 def _short(value: float) -> str:
     """Four decimals, or two digits of a number that has gone far off."""
     return f"{value:.4f}" if abs(value) < FAR_OFF or value != value else f"{value:.2g}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

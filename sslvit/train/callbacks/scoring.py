@@ -20,6 +20,7 @@ import torch
 from sslvit.data.index import ShardIndex
 from sslvit.data.mixture import Index
 from sslvit.data.open import open_shards
+from sslvit.data.overlap import check_same_data
 from sslvit.data.stream import StreamIndex
 from sslvit.evaluate.classify import Accuracy, accuracy
 from sslvit.evaluate.features import FeatureExtractor
@@ -94,7 +95,7 @@ class OnlineProbe(ScoringCallback):
         assert online.val is not None
         super().__init__(online.every, settings.train.log_every, total_steps)
         self.seed, self.workers = settings.seed, settings.data.workers
-        indices = open_labeled(ProbeSettings(online.train, online.val, neighbors=[]))
+        indices = open_labeled(ProbeSettings(online.train, online.val, neighbors=[], allow_same_data=True))
         channels = settings.encoder.channels
         limit = settings.data.max_unreadable_fraction
         self.train, self.val = (
@@ -131,8 +132,9 @@ class Validation(ScoringCallback):
         data, val = settings.data, open_shards(task.val or "")
         assert isinstance(index, ShardIndex)  # streams and mixtures have no labels to train on
         check_classes(index, val, ProbeSettings("", "", neighbors=[]))
+        check_same_data(index, val, task.allow_same_data, "--task.allow_same_data true")
         self.data = LabeledSet(val, settings.encoder.channels, None, data.max_unreadable_fraction, data.memory_limit_mb)
-        self.start = time.monotonic()
+        self.trained_on, self.start = index.fingerprint(), time.monotonic()
 
     def scores(self, trainer: pl.Trainer, module: Task) -> dict[str, float]:
         """The accuracy, written down after the last step."""
@@ -163,6 +165,7 @@ class Validation(ScoringCallback):
         about = {
             **asdict(found), "val": self.data.index.location, "fingerprint": self.data.index.fingerprint(),
             "step": self.step, "init": self.settings.init, "seed": self.settings.seed, "reported": "the last step",
+            "is_training_data": self.data.index.fingerprint() == self.trained_on,
             "seconds_since_start": time.monotonic() - self.start,
         }  # fmt: skip
         write_atomically(self.folder.scores, to_json(about, indent=1) + "\n")

@@ -1,0 +1,117 @@
+"""Are the images that are scored among those that heads are fitted on? Compared by their bytes, on a sample."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from sslvit.data.index import ShardIndex
+from sslvit.files import printable
+from sslvit.stopping import is_first_process
+
+logger = logging.getLogger(__name__)
+
+MAX_COMPARED = 500  # scored images, evenly spaced
+MIN_COMPARED = 10  # fewer say nothing
+MAX_READ = 20_000  # training images of the lengths of those
+MAX_BYTES = 2**16  # of each image, its end
+
+
+@dataclass
+class Stored:
+    """Encoded images: how long they are, and their bytes."""
+
+    sizes: np.ndarray
+    read: Callable[[int], bytes]
+
+
+def check_same_data(train: ShardIndex, val: ShardIndex, is_allowed: bool, option: str) -> None:
+    """Refuse training data as the data that is scored, and warn of images that are in both.
+
+    Args:
+        train: What heads are fitted on, or weights trained.
+        val: What is scored.
+        is_allowed: Whether the same data may be both, which is then warned of.
+        option: What allows it, as it is typed.
+
+    Raises:
+        ValueError: They are the same.
+    """
+    names = f"{printable(train.location)} and {printable(val.location)}"
+    if train.fingerprint() == val.fingerprint():
+        refuse_or_warn(names, is_allowed, option)
+    elif not (train.is_remote or val.is_remote):
+        with stored(train) as one, stored(val) as other:
+            warn_of_shared(one, other, names)
+
+
+def refuse_or_warn(names: str, is_allowed: bool, option: str) -> None:
+    """Raise ValueError where the same data is fitted on and scored, or warn where that is allowed."""
+    if not is_allowed:
+        raise ValueError(
+            f"{names}: the same images. Scores of images that were trained on say nothing of others: hold some out "
+            f"(sslvit shards pack SRC DST --holdout 0.1), or pass {option}."
+        )
+    if is_first_process():
+        logger.warning(f"{names}: the same images, so these scores say nothing of others")
+
+
+def warn_of_shared(train: Stored, val: Stored, names: str) -> None:
+    """Warn of scored images that are among those of training."""
+    shared, compared = count_shared(train, val)
+    if shared and is_first_process():
+        logger.warning(f"{names}: {shared:,} of {compared:,} images to be scored that were compared are in both")
+
+
+def count_shared(train: Stored, val: Stored) -> tuple[int, int]:
+    """Scored images whose bytes a training image has, too, of how many that were compared."""
+    count = min(MAX_COMPARED, len(val.sizes))
+    while count >= min(MIN_COMPARED, len(val.sizes)):
+        chosen = np.linspace(0, len(val.sizes) - 1, count).astype(int)
+        alike = np.nonzero(np.isin(train.sizes, val.sizes[chosen]))[0]
+        if len(alike) <= MAX_READ:
+            found = {train.read(int(number)) for number in alike}
+            return sum(val.read(int(number)) in found for number in chosen), count
+        count //= 2
+    return 0, 0
+
+
+@contextmanager
+def stored(index: ShardIndex) -> Iterator[Stored]:
+    """The images of shards on this machine, whose files are open within the block."""
+    with ExitStack() as files:
+        opened: dict[int, BinaryIO] = {}
+
+        def read(sample: int) -> bytes:
+            shard = int(np.searchsorted(index.first_of_shard, sample, side="right")) - 1
+            if shard not in opened:
+                opened[shard] = files.enter_context(open(index.local_path(shard), "rb"))
+            record = index.records[sample]
+            size = int(record["size"])
+            return read_end(opened[shard], int(record["offset"]) + size, size)
+
+        yield Stored(np.asarray(index.records["size"]), read)
+
+
+def stored_files(paths: list[Path]) -> Stored:
+    """Images in files of their own."""
+    sizes = np.array([path.stat().st_size for path in paths])
+
+    def read(number: int) -> bytes:
+        with open(paths[number], "rb") as file:
+            return read_end(file, int(sizes[number]), int(sizes[number]))
+
+    return Stored(sizes, read)
+
+
+def read_end(file: BinaryIO, end: int, size: int) -> bytes:
+    """The last bytes of an image."""
+    length = min(size, MAX_BYTES)
+    file.seek(max(end - length, 0))
+    return file.read(length)
