@@ -237,7 +237,7 @@ def plan(
     if chosen and train.micro_batch_size == "auto" and (chosen.size is not None or not on_gpu):
         found = chosen.found
     if requested_batch is not None and found.run.global_batch_size != requested_batch:
-        notes["batch size"] = f"lowered from the recipe's {requested_batch:,} images, more than there are"
+        notes["batch size"] = f"{batch:,} instead of the recipe's {requested_batch:,} images, more than there are"
     if notice := size_notice(settings, examples):
         notes["image size"] = notice
     measured = measure_steps(settings, str(data), found.run.images_per_pass) if measure else None
