@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -419,7 +420,7 @@ def test_igpt_recipes_have_the_papers_numbers() -> None:
 
 
 def test_settings_explain_every_key() -> None:
-    text = describe_settings()
+    text = describe_settings(explained_settings(), 100)
     for key in (
         "task.mask_ratio (0.75): Fraction",
         "data.view.kind (crop): ",
@@ -433,6 +434,36 @@ def test_settings_explain_every_key() -> None:
     assert max(map(len, text.splitlines())) <= 100
     assert "One of mae, dino, igpt, supervised; the keys below are those of" in text
     assert "One of gelu, quick_gelu, swiglu." in text
+
+
+def test_settings_of_a_section_or_one_of_them_are_explained_alone(capsys, monkeypatch) -> None:
+    def shown(*words: str) -> list[str]:
+        assert main(["settings", *words]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    keys = [line.split()[0] for line in shown("train") if line and not line.startswith(" ")]
+    assert {key.partition(".")[0] for key in keys} == {"train"}
+    assert {"train.epochs", "train.steps", "train.deterministic"} <= set(keys)
+    assert shown("data.view")[0].startswith("data.view.kind (augment): ")
+    for name in ("train.log_every", "log_every", "train.log-every"):
+        assert shown(name) == ["train.log_every (20): Steps between two lines of metrics.jsonl."]
+    text = " ".join(" ".join(shown("mask_ratio")).split())
+    assert text == (
+        "task.mask_ratio (0.75): Fraction of patches hidden from the encoder. A setting of task.name mae. "
+        "task.mask_ratio (0.15): Fraction of pixels that the bert objective masks. A setting of task.name igpt."
+    )
+    assert "One of cpu" not in shown("train.precision")[0]
+    assert [one["key"] for one in json.loads("\n".join(shown("seed", "--json")))] == ["seed"]
+    for wide, columns in ((60, "60"), (80, "")):
+        monkeypatch.setenv("COLUMNS", columns)
+        assert 0.9 * wide < max(map(len, shown())) <= wide
+    hints = {
+        "trian": "Did you mean train?",
+        "lr": "Did you mean optim.base_lr",
+        "train.stps": "Did you mean train.steps?",
+    }
+    for wrong, hint in {**hints, "qqq": "All: sslvit settings"}.items():
+        assert f"{wrong}: no such setting or section. {hint}" in failing(capsys, "settings", wrong)
 
 
 def test_every_task_has_settings_and_a_class() -> None:
@@ -556,7 +587,11 @@ def test_each_commands_help_explains_its_options_and_ends_with_an_example(capsys
     with pytest.raises(SystemExit):
         main([*name.split(), "--help"])
     text = capsys.readouterr().out
-    assert text.rstrip().splitlines()[-1].startswith(f"Example: sslvit {name} ")
+    last = text.rstrip().splitlines()[-1]
+    assert last.startswith(f"Example: sslvit {name}")
+    _, options = read_command(shlex.split(last.removeprefix("Example: sslvit ")))  # refuses what is not well formed
+    if hasattr(options, "changes") and name not in ("bench", "finetune", "resume", "demo"):
+        load_recipe(options.config, options.changes)
     for action in make_parser(name).get_default("parsers")[name]._actions:
         assert action.help, f"{name}: {action.dest}"
         assert action.dest == "help" or action.help[0].isupper(), action.help
@@ -605,3 +640,9 @@ def test_settings_of_a_bench_are_read_as_those_of_a_recipe(capsys) -> None:
     assert "seed: expected int, got 'many'" in failing(capsys, "bench", "bench/cifar10", "--seed", "many")
     assert "--draws: expected int or null, got 'x'" in failing(capsys, "sample", "run", "--draws", "x")
     assert "--device: 'gpu' is not one of auto, cpu, cuda" in failing(capsys, "sample", "run", "--device", "gpu")
+
+
+def test_the_package_runs_as_a_module() -> None:
+    words = [sys.executable, "-m", "sslvit", "--version"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=Path(sslvit.__file__).parents[1])
+    assert (done.returncode, done.stdout) == (0, f"sslvit {sslvit.__version__}\n")

@@ -19,6 +19,7 @@ ROOMS = {
     "progress": 0, "environment": 0, "ranks": 0, "stopping": 0, "data": 1, "models": 1, "weight_files": 2,
     "sharded_checkpoint": 3, "optim": 3, "compatibility": 3, "layouts": 4, "checkpoint": 5, "tasks": 6, "evaluate": 7,
     "train": 8, "export": 9, "api": 9, "report": 10, "commands": 11, "cli": 12,
+    "__main__": 13,
 }  # fmt: skip
 
 

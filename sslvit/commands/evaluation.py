@@ -46,7 +46,7 @@ def load_scored(options: CroppedEncoder) -> ViTEncoder:
 class ProbeOptions(Saved, CroppedEncoder, ProbeSettings):
     """Score a frozen encoder: linear probe and kNN, with baselines.
 
-    Example: sslvit probe runs/mae --train shards/train --val shards/val --protocol mae --protocol.epochs 10
+    Example: sslvit probe runs/mae --train shards/train --val shards/val --protocol mae --protocol.epochs 20
     """
 
     layers: str | None = None
