@@ -621,6 +621,22 @@ def test_json_is_all_that_is_printed_and_quiet_leaves_out_messages(capsys, photo
     assert {"key", "default", "meaning"} == json.loads(capsys.readouterr().out)[0].keys()
 
 
+def test_what_is_written_is_named_in_one_json_document(capsys, photos: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    encoder = sslvit.ViTEncoder(sslvit.EncoderSettings(16, patch=4, width=64, depth=1, heads=1))
+    save_file(encoder.state_dict(), tmp_path / "vit.safetensors")
+
+    def content(*words: str) -> dict:
+        assert main([*words, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    assert content("import", "vit.safetensors", "e") == {"encoder": "e"}
+    assert content("show", "attention", "e", str(photos), "-o", "a.png") == {"figure": "a.png"}
+    assert content("show", "distance", "e", str(photos), "-o", "d.png") == {"figure": "d.png", "numbers": "d.json"}
+    found = content("palette", str(photos), "-o", "p.json", "--colors", "4")
+    assert (found["file"], found["figure"], len(found["colors"])) == ("p.json", "p.png", 4)
+
+
 def test_messages_go_where_the_options_say(capsys) -> None:
     logger = logging.getLogger("sslvit.somewhere")
     for is_quiet, is_json, out, err in ((0, 0, "a\nwarning: b\n", ""), (1, 0, "warning: b\n", ""), (0, 1, "", "a\n")):
