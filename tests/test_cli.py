@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -106,6 +107,14 @@ def test_a_wrong_setting_is_named_before_data_is_touched(
         (["--overwite"], "--overwite: no such option. Did you mean --overwrite?"),
         (["--task.out_dim", "9"], "task.out_dim: no such setting. task.out_dim is a setting of task.name dino."),
         (["--data.view.local_crops", "9"], "data.view.local_crops is a setting of data.view.kind multi_crop."),
+        (["--out_dim", "9"], "out_dim: no such setting. task.out_dim is a setting of task.name dino."),
+        (["--local_crops_number", "4"], "data.view.local_crops is a setting of data.view.kind multi_crop."),
+        (["--accum-iter", "4"], "Did you mean train.micro_batch_size (images per forward pass; as many passes as make"),
+        (["--train.device", "cuda"], "train.device: no such setting. Did you mean train.accelerator?"),
+        (["--gradient_clip_val", "1"], "Did you mean optim.clip_grad?"),
+        (["--output_dir", "x"], "Did you mean out?"),
+        (["--epochs", "5"], "Did you mean train.epochs?"),
+        (["--train.compile", "true"], "true is not one of auto, none, default, reduce-overhead. Did you mean default?"),
         (["--train.precision", "fp32"], "Did you mean float32?"),
         (["--train.precision", "bf16-mixed"], "Did you mean bf16?"),
         (["--train.precision", "32"], "Did you mean float32?"),
@@ -419,7 +428,7 @@ def test_igpt_recipes_have_the_papers_numbers() -> None:
 
 
 def test_settings_explain_every_key() -> None:
-    text = describe_settings()
+    text = describe_settings(explained_settings(), 100)
     for key in (
         "task.mask_ratio (0.75): Fraction",
         "data.view.kind (crop): ",
@@ -433,6 +442,36 @@ def test_settings_explain_every_key() -> None:
     assert max(map(len, text.splitlines())) <= 100
     assert "One of mae, dino, igpt, supervised; the keys below are those of" in text
     assert "One of gelu, quick_gelu, swiglu." in text
+
+
+def test_settings_of_a_section_or_one_of_them_are_explained_alone(capsys, monkeypatch) -> None:
+    def shown(*words: str) -> list[str]:
+        assert main(["settings", *words]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    keys = [line.split()[0] for line in shown("train") if line and not line.startswith(" ")]
+    assert {key.partition(".")[0] for key in keys} == {"train"}
+    assert {"train.epochs", "train.steps", "train.deterministic"} <= set(keys)
+    assert shown("data.view")[0].startswith("data.view.kind (augment): ")
+    for name in ("train.log_every", "log_every", "train.log-every"):
+        assert shown(name) == ["train.log_every (20): Steps between two lines of metrics.jsonl."]
+    text = " ".join(" ".join(shown("mask_ratio")).split())
+    assert text == (
+        "task.mask_ratio (0.75): Fraction of patches hidden from the encoder. A setting of task.name mae. "
+        "task.mask_ratio (0.15): Fraction of pixels that the bert objective masks. A setting of task.name igpt."
+    )
+    assert "One of cpu" not in shown("train.precision")[0]
+    assert [one["key"] for one in json.loads("\n".join(shown("seed", "--json")))] == ["seed"]
+    for wide, columns in ((60, "60"), (80, "")):
+        monkeypatch.setenv("COLUMNS", columns)
+        assert 0.9 * wide < max(map(len, shown())) <= wide
+    hints = {
+        "trian": "Did you mean train?",
+        "lr": "Did you mean optim.base_lr",
+        "train.stps": "Did you mean train.steps?",
+    }
+    for wrong, hint in {**hints, "qqq": "All: sslvit settings"}.items():
+        assert f"{wrong}: no such setting or section. {hint}" in failing(capsys, "settings", wrong)
 
 
 def test_every_task_has_settings_and_a_class() -> None:
@@ -556,7 +595,11 @@ def test_each_commands_help_explains_its_options_and_ends_with_an_example(capsys
     with pytest.raises(SystemExit):
         main([*name.split(), "--help"])
     text = capsys.readouterr().out
-    assert text.rstrip().splitlines()[-1].startswith(f"Example: sslvit {name} ")
+    last = text.rstrip().splitlines()[-1]
+    assert last.startswith(f"Example: sslvit {name}")
+    _, options = read_command(shlex.split(last.removeprefix("Example: sslvit ")))  # refuses what is not well formed
+    if hasattr(options, "changes") and name not in ("bench", "finetune", "resume", "demo"):
+        load_recipe(options.config, options.changes)
     for action in make_parser(name).get_default("parsers")[name]._actions:
         assert action.help, f"{name}: {action.dest}"
         assert action.dest == "help" or action.help[0].isupper(), action.help
@@ -586,6 +629,22 @@ def test_json_is_all_that_is_printed_and_quiet_leaves_out_messages(capsys, photo
     assert {"key", "default", "meaning"} == json.loads(capsys.readouterr().out)[0].keys()
 
 
+def test_what_is_written_is_named_in_one_json_document(capsys, photos: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    encoder = sslvit.ViTEncoder(sslvit.EncoderSettings(16, patch=4, width=64, depth=1, heads=1))
+    save_file(encoder.state_dict(), tmp_path / "vit.safetensors")
+
+    def content(*words: str) -> dict:
+        assert main([*words, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    assert content("import", "vit.safetensors", "e") == {"encoder": "e"}
+    assert content("show", "attention", "e", str(photos), "-o", "a.png") == {"figure": "a.png"}
+    assert content("show", "distance", "e", str(photos), "-o", "d.png") == {"figure": "d.png", "numbers": "d.json"}
+    found = content("palette", str(photos), "-o", "p.json", "--colors", "4")
+    assert (found["file"], found["figure"], len(found["colors"])) == ("p.json", "p.png", 4)
+
+
 def test_messages_go_where_the_options_say(capsys) -> None:
     logger = logging.getLogger("sslvit.somewhere")
     for is_quiet, is_json, out, err in ((0, 0, "a\nwarning: b\n", ""), (1, 0, "warning: b\n", ""), (0, 1, "", "a\n")):
@@ -605,3 +664,9 @@ def test_settings_of_a_bench_are_read_as_those_of_a_recipe(capsys) -> None:
     assert "seed: expected int, got 'many'" in failing(capsys, "bench", "bench/cifar10", "--seed", "many")
     assert "--draws: expected int or null, got 'x'" in failing(capsys, "sample", "run", "--draws", "x")
     assert "--device: 'gpu' is not one of auto, cpu, cuda" in failing(capsys, "sample", "run", "--device", "gpu")
+
+
+def test_the_package_runs_as_a_module() -> None:
+    words = [sys.executable, "-m", "sslvit", "--version"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=Path(sslvit.__file__).parents[1])
+    assert (done.returncode, done.stdout) == (0, f"sslvit {sslvit.__version__}\n")

@@ -15,10 +15,11 @@ from typing import Any
 import yaml
 
 from sslvit.files import brief, expand_path
-from sslvit.settings.build import build, choice_of, convert, is_required
+from sslvit.settings.build import USUAL_NAMES, build, choice_of, choices_in, convert, is_required, known_keys
 from sslvit.settings.choices import Arg, alternatives, hints_of, words_of
 from sslvit.settings.describe import default_of, field_texts, in_yaml
 from sslvit.settings.load import YAML_ERRORS, set_keys
+from sslvit.settings.run import RunSettings
 
 Function = Callable[[Any], int | None]
 MAX_OPTION = 100  # characters that are compared with known options
@@ -100,7 +101,8 @@ def read_options(parser: argparse.ArgumentParser, kind: type, name: str, argumen
     hints = hints_of(kind)
     words, settings = take_settings(arguments, parser._option_string_actions)
     for word in [setting.partition("=")[0] for setting in settings if setting.startswith("--")]:
-        hint = "" if "." in word else hint_for_option(word, parser)
+        is_known = "changes" in hints and word[2:].replace("-", "_") in _names_of_settings()
+        hint = "" if "." in word or is_known else hint_for_option(word, parser)
         is_setting = "changes" in hints or choice_of(hints.get(word[2:].partition(".")[0]))
         if hint or not is_setting:
             raise ValueError(f"{brief(word)}: no such option.{hint} See: {name} --help")
@@ -152,6 +154,13 @@ def hint_for_option(word: str, parser: argparse.ArgumentParser) -> str:
     """The option that a word nearly is, as a sentence."""
     near = difflib.get_close_matches(word[:MAX_OPTION], parser._option_string_actions, n=1, cutoff=0.7)
     return f" Did you mean {near[0]}?" if near else ""
+
+
+def _names_of_settings() -> set[str]:
+    """Names of all settings of a recipe without their sections, and what other libraries call them."""
+    records = [record for choice in choices_in(RunSettings).values() for record in choice.records.values()]
+    names = {key.rpartition(".")[2] for key in known_keys(RunSettings)}
+    return names.union(USUAL_NAMES, *map(hints_of, records))
 
 
 def take_settings(arguments: list[str], known: Container[str]) -> tuple[list[str], list[str]]:

@@ -38,7 +38,7 @@ def load_scored(options: CroppedEncoder) -> ViTEncoder:
 class ProbeOptions(Saved, CroppedEncoder, ProbeSettings):
     """Score a frozen encoder: linear probe and kNN, with baselines.
 
-    Example: sslvit probe runs/mae --train shards/train --val shards/val --protocol mae --protocol.epochs 10
+    Example: sslvit probe runs/mae --train shards/train --val shards/val --protocol mae --protocol.epochs 20
     """
 
     layers: str | None = None
@@ -168,7 +168,7 @@ def run_segment(options: SegmentOptions) -> None:
 
 
 @dataclass(kw_only=True)
-class ShowOptions(Options, CroppedEncoder):
+class ShowOptions(Reported, CroppedEncoder):
     """Plot what an encoder does with images.
 
     Example: sslvit show neighbors runs/dino photos -o neighbors.png
@@ -209,13 +209,15 @@ def run_show(options: ShowOptions) -> None:
         return
     images = show.some_images(encoder.settings, options.data, options.images)
     if options.what == "attention":
-        print(show.plot_attention(encoder, images, out))
+        files = {"figure": show.plot_attention(encoder, images, out)}
     elif options.what == "field":
-        print(show.plot_field(encoder, images, out))
+        files = {"figure": show.plot_field(encoder, images, out)}
     else:
         path, numbers = show.plot_distance(encoder, images, out)
         write_json(numbers_file, numbers)
-        print(f"{path}\n{numbers_file}")
+        files = {"figure": path, "numbers": numbers_file}
+    names = {what: str(file) for what, file in files.items()}
+    report(options, "\n".join(names.values()), names)
 
 
 @dataclass(kw_only=True)

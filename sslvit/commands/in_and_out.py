@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from sslvit.commands.files import foreign_overrides, report
-from sslvit.commands.options import Encoder, File, FromFile, Options, Reported
+from sslvit.commands.options import Encoder, File, FromFile, Reported
 from sslvit.settings.choices import Arg
 
 
@@ -49,7 +49,7 @@ def run_export(options: ExportOptions) -> None:
 
 
 @dataclass(kw_only=True)
-class ImportOptions(Options, FromFile):
+class ImportOptions(Reported, FromFile):
     """Import released weights into an encoder folder.
 
     Example: sslvit import mae_pretrain_vit_base.pth encoders/mae --heads 12
@@ -73,4 +73,4 @@ def run_import(options: ImportOptions) -> None:
     with destination.complete_or_removed(part):
         save_encoder(encoder, part, provenance_of(options.checkpoint, options.weights))
     destination.move_into_place(part, out)
-    print(f"encoder in {out}")
+    report(options, f"encoder in {out}", {"encoder": str(out)})

@@ -151,7 +151,7 @@ def show_shards(index: ShardIndex) -> None:
 
 
 @dataclass(kw_only=True)
-class PaletteOptions(Options):
+class PaletteOptions(Reported):
     """Fit a palette of few colors for pixel sequences on images.
 
     Example: sslvit palette shards/photos/train -o palette.json --colors 64
@@ -178,9 +178,10 @@ def run_palette(options: PaletteOptions) -> None:
     index = open_shards(options.shards)
     made = make_palette(index, options.output, options.colors, options.image_size, options.seed)
     error, uniform = made["mean_squared_error"], made["mean_squared_error_uniform"]
-    print(
+    text = (
         f"{options.output}: {len(made['colors'])} colors fitted on {made['pixels']:,} pixels; "
         f"mean squared error {error:.2e} of values in [-1, 1], {error**0.5 * 127.5:.1f} of 255 on average"
         f"{f' (uniform palette: {uniform:.2e}, {uniform**0.5 * 127.5:.1f})' if uniform is not None else ''}\n"
         f"use it with --encoder.palette {options.output}; drawn in {Path(options.output).with_suffix('.png')}"
     )
+    report(options, text, made | {"file": options.output, "figure": str(Path(options.output).with_suffix(".png"))})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from sslvit.commands.files import report
 from sslvit.commands.options import Options, Recipe, Reported, Resumable
@@ -247,18 +247,20 @@ def run_recipes(options: RecipesOptions) -> None:
 
 @dataclass(kw_only=True)
 class SettingsOptions(Reported):
-    """List all settings of a recipe, with their defaults and meaning.
+    """Explain all settings of a recipe, those of a section, or one, with defaults and choices.
 
     Example: sslvit settings train
     """
 
+    name: Annotated[str | None, Arg("KEY", position=1, is_path=False)] = None
+    """Section, such as train or data.view, or setting, such as train.steps; all of them by default."""
+
 
 def run_settings(options: SettingsOptions) -> None:
-    """Print all settings."""
-    from sslvit.settings.describe import describe_settings, explained_settings
+    """Print settings with their meaning."""
+    from sslvit.settings.describe import describe_settings, select_settings
 
-    width = min(max(shutil.get_terminal_size((100, 24)).columns, 60), 120)
-    keys: list[dict[str, Any]] = [
-        {"key": key, "default": default, "meaning": text} for _, key, default, text in explained_settings()
-    ]
-    report(options, describe_settings(width), keys)
+    settings = select_settings(options.name)
+    keys = [{"key": key, "default": default, "meaning": text} for _, key, default, text in settings]
+    width = min(max(shutil.get_terminal_size((80, 24)).columns, 40), 120)
+    report(options, describe_settings(settings, width), keys)

@@ -204,9 +204,9 @@ def describe_shards(index: ShardIndex, global_batch_size: int | None = None) -> 
             f"  at a global batch of {batch:,}: {plan.steps_per_epoch:,} steps per epoch, each dropping "
             f"{plan.dropped_per_epoch:,} images; ranks that fit: {', '.join(map(str, fitting_ranks(batch, 1024)))}"
         )
-    longest = max(shard.bytes for shard in index.shards)
+    shard_bytes = max(shard.bytes for shard in index.shards)
     needs = {
-        hosts: plan.shards_at_once(0, batch // hosts) * longest for hosts in (1, 2, 4, 8, 16) if batch % hosts == 0
+        hosts: plan.shards_at_once(0, batch // hosts) * shard_bytes for hosts in (1, 2, 4, 8, 16) if batch % hosts == 0
     }
     caches = [f"{bytes_text(need)} on {hosts}" for hosts, need in needs.items()]
     if len(set(needs.values())) == 1:

@@ -34,8 +34,16 @@ USUAL_NAMES: dict[str, tuple[str, ...]] = {
     "hidden_size": ("width",), "num_heads": ("heads",), "num_layers": ("depth",), "layers": ("depth",),
     "drop_path_rate": ("drop_path",), "in_chans": ("channels",), "arch": ("preset",), "model": ("preset",),
     "grad_checkpointing": ("activation_checkpointing",), "gradient_checkpointing": ("activation_checkpointing",),
+    "max_lr": ("base_lr",), "gradient_clip_val": ("clip_grad",), "max_grad_norm": ("clip_grad",), "beta1": ("betas",),
+    "beta2": ("betas",), "device": ("accelerator",), "micro_batch": ("micro_batch_size",),
+    "accumulate_grad_batches": ("micro_batch_size",), "gradient_accumulation_steps": ("micro_batch_size",),
+    "accum_iter": ("micro_batch_size",), "norm_pix_loss": ("target",), "local_crops_number": ("local_crops",),
+    "global_crops_scale": ("global_scale",), "local_crops_scale": ("local_scale",), "crop_scale": ("scale",),
 }  # fmt: skip
-REMARKS = {"base_lr": " (the learning rate at a batch size of 256)"}
+REMARKS = {
+    "base_lr": " (the learning rate at a batch size of 256)",
+    "micro_batch_size": " (images per forward pass; as many passes as make data.global_batch_size are accumulated)",
+}
 # other libraries' names for values
 USUAL_VALUES: dict[str, dict[str, tuple[str, ...]]] = {
     "train.precision": {
@@ -43,7 +51,8 @@ USUAL_VALUES: dict[str, dict[str, tuple[str, ...]]] = {
         "bf16": ("bf16-mixed", "bf16-true", "bfloat16", "16", "fp16", "float16", "16-mixed", "half", "mixed"),
         "float64": ("64", "fp64", "f64", "64-true", "double"),
     },
-    "train.accelerator": {"gpu": ("cuda",)},
+    "train.accelerator": {"gpu": ("cuda", "cuda:0")},
+    "train.compile": {"default": ("true", "yes", "on"), "none": ("false", "no", "off", "eager")},
 }
 
 
@@ -174,9 +183,9 @@ def hint_for(key: str, known: Known) -> str:
         remark = REMARKS.get(same[0].split(".")[-1], "") if usual else ""
         return f" Did you mean {same[0]}{remark}?"
     for path, choice in known.choices.items():
-        owners = [name for name, record in choice.records.items() if last in hints_of(record)]
-        if owners and section in ("", path):
-            return f" {path}.{last} is a setting of {path}.{choice.key} {' or '.join(owners)}."
+        for meant in (last, *usual) if section in ("", path) else ():
+            if owners := [name for name, record in choice.records.items() if meant in hints_of(record)]:
+                return f" {path}.{meant} is a setting of {path}.{choice.key} {' or '.join(owners)}."
     siblings = {one.split(".")[-1]: one for one in every if one.rpartition(".")[0] == section}
     nearest = [siblings[name] for name in difflib.get_close_matches(last, siblings, n=1)]
     nearest = nearest or difflib.get_close_matches(key, every, n=1, cutoff=0.7)

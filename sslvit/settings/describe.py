@@ -8,13 +8,14 @@ import inspect
 import re
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, fields
 from itertools import pairwise
 from typing import Any
 
-from sslvit.settings.build import choice_of, is_required, record_of
-from sslvit.settings.choices import Choice, hints_of, words_of
+from sslvit.files import brief
+from sslvit.settings.build import Known, choice_of, choices_in, hint_for, is_required, record_of
+from sslvit.settings.choices import Choice, hints_of, near, words_of
 from sslvit.settings.encoder import EncoderSettings
 from sslvit.settings.presets import PRESETS
 from sslvit.settings.run import RunSettings
@@ -49,11 +50,14 @@ def _texts_in(module: str) -> dict[str, dict[str, str]]:
     return found
 
 
-def describe_settings(width: int = 100) -> str:
+Explained = tuple[type, str, Any, str]  # dataclass, key, default and meaning of a setting
+
+
+def describe_settings(settings: Iterable[Explained], width: int = 80) -> str:
     """Each key of a recipe with its default and its meaning, one paragraph per section."""
     lines: list[str] = []
     previous: type | None = None
-    for record, key, default, text in explained_settings():
+    for record, key, default, text in settings:
         lines += [""] if record is not previous and lines else []
         previous = record
         lines += textwrap.wrap(
@@ -63,9 +67,41 @@ def describe_settings(width: int = 100) -> str:
     return "\n".join(lines)
 
 
-def explained_settings(
-    kind: type = RunSettings, prefix: str = "", choice: Choice | None = None
-) -> Iterator[tuple[type, str, Any, str]]:
+def select_settings(name: str | None) -> list[Explained]:
+    """The settings of a section such as train or data.view, or one setting, with its section or without.
+
+    Args:
+        name: Name of the section or the setting; None for all settings.
+
+    Raises:
+        ValueError: There is none of that name; the message says the nearest.
+    """
+    every, choices = list(explained_settings()), choices_in(RunSettings)
+    if name is None:
+        return every
+    name = name.replace("-", "_").removesuffix(".")
+    if section := [one for one in every if one[1].startswith(f"{name}.")]:
+        return section
+    found = [_with_owner(*one, choices) for one in every if one[1] == name or one[1].endswith(f".{name}")]
+    if not found:
+        keys = [one[1] for one in every]
+        sections = {key.rpartition(".")[0] for key in keys}
+        hint = hint_for(name, Known(keys, choices)) or near(name, sections) or " All: sslvit settings"
+        raise ValueError(f"{brief(name)}: no such setting or section.{hint}")
+    return found
+
+
+def _with_owner(record: type, key: str, default: Any, text: str, choices: dict[str, Choice]) -> Explained:
+    """The same, with the word that picks the dataclass of the setting, where its section is one of several."""
+    section, _, last = key.rpartition(".")
+    choice = choices.get(section)
+    if choice and last != choice.key:
+        owners = [word for word, one in choice.records.items() if one is record]
+        text += f" A setting of {section}.{choice.key} {' or '.join(owners)}."
+    return record, key, default, text
+
+
+def explained_settings(kind: type = RunSettings, prefix: str = "", choice: Choice | None = None) -> Iterator[Explained]:
     """Dataclass, key, default and meaning of each setting."""
     texts, hints = field_texts(kind), hints_of(kind)
     if kind is EncoderSettings:

@@ -224,9 +224,10 @@ def make_trainer(
 
 def _announce(settings: RunSettings, data: ShardDataModule, task: Task, trainer: pl.Trainer) -> None:
     parameters = sum(parameter.numel() for parameter in task.trained_encoder.parameters())
+    size = f"{parameters / 1e6:,.1f} M" if parameters >= 1e6 else f"{parameters:,}"
     run, dropped = data.run, data.plan.dropped_per_epoch
     logger.info(
-        f"{settings.task.name}: encoder of {parameters / 1e6:.1f} M parameters on {len(data.index):,} images; "
+        f"{settings.task.name}: encoder of {size} parameters on {len(data.index):,} images; "
         f"{run.total_steps:,} steps of {run.global_batch_size} images "
         f"({run.total_steps / run.steps_per_epoch:.1f} epochs, each dropping {dropped} images); "
         f"peak learning rate {task.peak_lr:.2e}; "

@@ -68,6 +68,7 @@ def test_classes_with_the_fewest_and_the_most_images_are_named(tmp_path: Path) -
     text = describe_shards(index)
     assert "images per class: 2 (bee) to 9 (cow)\n" in text
     assert " in 1 shard, " in text
+    assert "dropping" not in text  # at a batch that nobody asked for
     assert "GB" not in text  # of a few kilobytes
 
 

@@ -1163,15 +1163,15 @@ FAULTS = [
     Fault(
         "Each machine's need of cache is that of one",
         "sslvit/data/inspect.py",
-        "plan.shards_at_once(0, batch // hosts) * longest for",
-        "plan.shards_at_once(0, batch) * longest for",
+        "plan.shards_at_once(0, batch // hosts) * shard_bytes for",
+        "plan.shards_at_once(0, batch) * shard_bytes for",
         ("tests/data/test_inspect.py",),
     ),
     Fault(
         "The need of cache is told of the smallest shard",
         "sslvit/data/inspect.py",
-        "longest = max(shard.bytes",
-        "longest = min(shard.bytes",
+        "shard_bytes = max(shard.bytes",
+        "shard_bytes = min(shard.bytes",
         ("tests/data/test_inspect.py",),
     ),
     Fault(
