@@ -69,11 +69,15 @@ def weights(folder: RunFolder) -> dict[str, torch.Tensor]:
 
 def is_timing(name: str) -> bool:
     """Names of metrics that differ from run to run."""
-    return name.endswith(("_seconds", "_per_second")) or name == "mfu"
+    return name.startswith("time/")
 
 
 def metrics(folder: RunFolder) -> list[dict]:
     return [{k: v for k, v in line.items() if not is_timing(k)} for line in folder.read_metrics()]
+
+
+def losses(folder: RunFolder) -> list[float]:
+    return [line["train/loss"] for line in folder.read_metrics()]
 
 
 def same(one: RunFolder, other: RunFolder) -> bool:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from fake_cuda_fixtures import GPU, on_fake_cuda, repeatable_kernels, take_fake_cuda
 from PIL import Image
-from run_fixtures import BERT, TINY_DINO, TINY_IGPT, metrics, run
+from run_fixtures import BERT, TINY_DINO, TINY_IGPT, losses, metrics, run
 from shard_fixtures import labeled_shards
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -151,10 +151,10 @@ def test_a_pretraining_run_on_a_gpu_reaches_its_end(
     request.getfixturevalue("fake_cuda")
     folder = run(shards / "train", tmp_path / "gpu", **options, **online, **{"train.deterministic": True})
     lines = metrics(folder)
-    assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in metrics(on_cpu)], rel=1e-3)
-    assert {"online_knn", "online_linear", "online_rankme"} <= lines[-1].keys()
-    assert {"rankme", "alpha", "uniformity"} <= lines[-1].keys()
-    assert json.loads(folder.health.read_text())["measures"]["alpha"] == lines[-1]["alpha"]
+    assert [line["train/loss"] for line in lines] == pytest.approx(losses(on_cpu), rel=1e-3)
+    assert {"probe/knn", "probe/linear", "probe/rankme"} <= lines[-1].keys()
+    assert {"health/rankme", "health/alpha", "health/uniformity"} <= lines[-1].keys()
+    assert json.loads(folder.health.read_text())["measures"]["alpha"] == lines[-1]["health/alpha"]
     assert {"loss", "views", *figures} <= {path.stem for path in folder.figures.glob("*.png")}
     assert sslvit.load_encoder(folder.path).settings.width == 16
 
@@ -172,7 +172,7 @@ def test_a_fine_tuning_run_on_a_gpu_reaches_its_end(
     )  # fmt: skip
     lines = metrics(folder)
     assert len(lines) == 3
-    assert all({"loss", "rankme", "alpha", "val_top1"} <= line.keys() for line in lines)
+    assert all({"train/loss", "health/rankme", "health/alpha", "val/top1"} <= line.keys() for line in lines)
     assert json.loads(folder.scores.read_text())["images"] == 21
 
 

@@ -47,7 +47,7 @@ def test_images_become_an_encoder_that_timm_opens(tmp_path: Path, capsys: pytest
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     train = ["pretrain", "--config", "mae/digits", "--data", str(shards / "train"), "--out", str(out)]
     assert main([*train, *words]) == 0
-    losses = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    losses = [json.loads(line)["train/loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
     scores = tmp_path / "scores.json"
     probe = [

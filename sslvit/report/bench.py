@@ -322,7 +322,7 @@ def _training_seconds(folder: RunFolder) -> float:
     seconds, step = 0.0, 0.0
     batch = folder.read_config()["data"]["global_batch_size"]
     for line in folder.read_metrics():
-        seconds += (line["step"] - step) * batch / line["images_per_second"]
+        seconds += (line["step"] - step) * batch / line["time/images_per_second"]
         step = line["step"]
     return seconds
 

@@ -233,7 +233,7 @@ def page_content(
     if mae.target == "normalized":
         units = ", each predicted patch with the true one's mean and contrast: it is predicted in those units"
     health = json.loads(runs["dino"].health.read_text())
-    nats = runs["igpt"].read_metrics()[-1]["loss"]
+    nats = runs["igpt"].read_metrics()[-1]["train/loss"]
     by_layer = {number: layers.rows[f"layer {number}"][LINEAR] for number in (layers.best, layers.last)}
     return [
         text(about),

@@ -67,6 +67,10 @@ class TrainSettings:
     """Also write the metrics, and the figures at the end, for TensorBoard (tensorboard/ in the run folder)."""
     wandb: str | None = None
     """Project of Weights & Biases to log to as well; null for none. WANDB_MODE=offline needs no account."""
+    mlflow: str | None = None
+    """Experiment of MLflow to log to as well; null for none. MLFLOW_TRACKING_URI names the server; without it the run
+    folder's mlflow/ is written.
+    """
     peak_tflops: float | None = None
     """Peak TFLOP/s of each device, for the model FLOPs utilization (mfu) in the metrics; null for what is known of the
     GPU by name.

@@ -186,7 +186,7 @@ class Task(pl.LightningModule):
         """The loss of one micro-batch."""
         output = self.compute(batch, self.global_step)
         for name, value in output.metrics.items():
-            self.record(name, value)
+            self.record(f"train/{name}", value)
         if self.logs_features:
             self._log_features(output)
         return output.objective
@@ -266,7 +266,7 @@ class Task(pl.LightningModule):
         """Clip where the recipe says so, and record the norm over all weights before that."""
         self.guard.check_gradients(optimizer, self.global_step + 1)
         assert self.guard.grad_norm is not None
-        self.records["grad_norm"] = [self.guard.grad_norm]
+        self.records["train/grad_norm"] = [self.guard.grad_norm]
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """One update at the rate of this step. Lightning calls this once per global batch, not per micro-batch."""
@@ -295,7 +295,7 @@ class Task(pl.LightningModule):
         is_due = self.global_step % cast(Any, trainer).log_every_n_steps == 0 or trainer.is_last_batch
         if not is_due or self.global_step == self._current_step:  # more micro-batches of this step are to come
             return
-        metrics = {f"train/{name}": torch.stack([v.to(self.device, torch.float32) for v in values]).mean()
+        metrics = {name: torch.stack([v.to(self.device, torch.float32) for v in values]).mean()
                    for name, values in self.records.items()}  # fmt: skip
         metrics["step"] = torch.tensor(float(self.global_step), device=self.device)  # loggers count from one, as we do
         self.log_dict(metrics, batch_size=len(batch), sync_dist=trainer.world_size > 1)

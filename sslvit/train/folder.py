@@ -8,7 +8,7 @@ ledger.json      how many samples were read, which could not be and why
 ledger/          with data.ledger: one file per rank, a line per sample that it read
 scores.json      of a classifier: accuracy on the reported images
 health.json      whether training has collapsed, and what to do about it
-tensorboard/     wandb/      what those were told, where the settings ask for it
+tensorboard/     wandb/     mlflow/      what those were told, where the settings ask for it
 incident/        a step that was not finite, of a run that ended so
 figures/
 .lock            held by the process that trains
@@ -42,7 +42,10 @@ WAIT_SECONDS = 30.0  # for the process before, which writes its last checkpoint
 NAMED = f"step-{'[0-9]' * 8}.ckpt"  # and not what a user calls step-best.ckpt
 SECTIONS = {"task", "encoder", "data", "train"}  # of a config.yaml
 # what a run has made when it is killed before its first checkpoint
-BEGUN = {"config.yaml", "checkpoints", "metrics.jsonl", "ledger.json", "ledger", "health.json", "tensorboard", "wandb"}
+BEGUN = {
+    "config.yaml", "checkpoints", "metrics.jsonl", "ledger.json", "ledger", "health.json", "tensorboard", "wandb",
+    "mlflow",
+}  # fmt: skip
 
 
 class _Dumper(yaml.SafeDumper):
@@ -73,6 +76,7 @@ class RunFolder(Result):
         self.incident = self.path / "incident"
         self.tensorboard = self.path / "tensorboard"
         self.wandb = self.path / "wandb"
+        self.mlflow = self.path / "mlflow"
         self.figures = self.path / "figures"
         self.scores = self.path / "scores.json"
 
@@ -85,7 +89,7 @@ class RunFolder(Result):
         found = self.to_dict()
         lines = [f"run folder {printable(self.path)}"]
         if last := found["metrics"]:
-            loss = last.get("loss")
+            loss = last.get("train/loss")
             lines.append(f"step {last['step']:,}" + (f", loss {loss:.4f}" if loss is not None else ""))
         if found["health"]:
             lines.append(f"health: {found['health'].get('verdict')}")
@@ -235,7 +239,15 @@ class RunFolder(Result):
         folder = self.checkpoint.parent
         for made in (self.checkpoint, *folder.glob(NAMED), *folder.glob("*.part"), *self.path.glob("*.jsonl.*.part")):
             made.unlink(missing_ok=True)
-        folders = (folder / SHARDS, self.figures, self.samples, self.incident, self.tensorboard, self.wandb)
+        folders = (
+            folder / SHARDS,
+            self.figures,
+            self.samples,
+            self.incident,
+            self.tensorboard,
+            self.wandb,
+            self.mlflow,
+        )
         for made in (*folders, self.encoder):
             shutil.rmtree(made, ignore_errors=True)
         for made in (self.metrics, self.ledger, self.health, self.scores):

@@ -1,7 +1,8 @@
-"""Beside metrics.jsonl: TensorBoard and Weights & Biases, by flag; numbers as they come, pictures at the end."""
+"""Beside metrics.jsonl: TensorBoard, Weights & Biases and MLflow; numbers as they come, pictures at the end."""
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -10,7 +11,7 @@ from typing import Any
 
 import matplotlib.image
 import pytorch_lightning as pl
-from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from sslvit.data.mixture import Index
 from sslvit.data.stream import StreamIndex
@@ -30,6 +31,8 @@ def check_loggers(settings: TrainSettings) -> None:
         require_packages("train.tensorboard", "sslvit[tensorboard]", "tensorboard")
     if settings.wandb is not None:
         require_packages("train.wandb", "wandb", "wandb")
+    if settings.mlflow is not None:
+        require_packages("train.mlflow", "sslvit[mlflow]", "mlflow")
 
 
 def make_loggers(
@@ -37,9 +40,9 @@ def make_loggers(
 ) -> list[Logger]:
     """Those that the settings ask for and the user's, on the first rank, told all that the run depends on.
 
-    A resumed run goes on in the same run of Weights & Biases.
+    A resumed run goes on in the same run of Weights & Biases and of MLflow, which takes no parameter a second time.
     """
-    train = settings.train
+    train, about = settings.train, describe_run(settings, index)
     loggers: list[Logger] = []
     if train.tensorboard:
         loggers.append(TensorBoardLogger(folder.path, name=None, version=folder.tensorboard.name))
@@ -52,8 +55,23 @@ def make_loggers(
         loggers.append(WandbLogger(folder.path.name, folder.path, id=run_id, project=train.wandb, resume="allow"))
     loggers += others
     for logger in loggers:
-        logger.log_hyperparams(describe_run(settings, index))
+        logger.log_hyperparams(about)
+    if train.mlflow is not None:
+        loggers.append(_mlflow(train.mlflow, folder, about))
     return loggers
+
+
+def _mlflow(experiment: str, folder: RunFolder, about: dict[str, Any]) -> MLFlowLogger:
+    """A run of MLflow, begun or continued; on the server that the environment names, or in the run folder."""
+    folder.mlflow.mkdir(exist_ok=True)
+    file = folder.mlflow / "run-id"
+    run_id = file.read_text().strip() if file.exists() else None
+    server = os.environ.get("MLFLOW_TRACKING_URI")
+    logger = MLFlowLogger(experiment, folder.path.name, server, save_dir=str(folder.mlflow), run_id=run_id)
+    if run_id is None:
+        logger.log_hyperparams(about)
+        write_atomically(file, f"{logger.run_id}\n")
+    return logger
 
 
 def describe_run(settings: RunSettings, index: Index | StreamIndex) -> dict[str, Any]:
@@ -78,6 +96,8 @@ def log_pictures(trainer: pl.Trainer, figures: Path, step: int) -> None:
                 logger.experiment.add_image(file.stem, pixels, step, dataformats="HWC")
             elif isinstance(logger, WandbLogger):
                 logger.log_image(file.stem, [str(file)])
+            elif isinstance(logger, MLFlowLogger):
+                logger.experiment.log_artifact(logger.run_id, str(file), "figures")
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.flush()
         elif isinstance(logger, WandbLogger):

@@ -30,7 +30,7 @@ def plot_pictures(folder: RunFolder, task: Task, data: ShardDataModule) -> None:
     """Draw them all from the first images of the data set; the task is left on the CPU."""
     metrics = folder.read_metrics()
     steps = [line["step"] for line in metrics]
-    losses = {"loss": (steps, [line["loss"] for line in metrics])}
+    losses = {"loss": (steps, [line["train/loss"] for line in metrics])}
     plot_curves(
         folder.figures / "loss.png", losses, "optimizer step", "loss", f"{type(task).__name__}: training loss"
     )  # fmt: skip

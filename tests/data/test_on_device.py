@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from fake_cuda_fixtures import CPU, GPU, Whereabouts, on_fake_cuda, take_fake_cuda, tensors
-from run_fixtures import metrics, read_keys, run, same
+from run_fixtures import losses, read_keys, run, same
 from shard_fixtures import overwrite, smooth_images
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -175,7 +175,7 @@ def test_a_run_on_cached_images_is_that_of_the_loader_and_resumes_bit_for_bit(
     assert read_keys(cached) == read_keys(by_loader)
     assert cached.ledger.read_text() == by_loader.ledger.read_text()
     assert '"times"' in cached.ledger.read_text()
-    losses, expected = ([line["loss"] for line in metrics(folder)] for folder in (cached, by_loader))
+    losses, expected = (losses(folder) for folder in (cached, by_loader))
     assert losses == pytest.approx(expected, rel=1e-2)
     task = task_class(recipe.split("/")[0])
     step = task.training_step
@@ -471,5 +471,5 @@ def test_a_run_whose_views_are_made_on_a_gpu_is_that_of_the_cpu(
     take_fake_cuda(monkeypatch)
     with on_fake_cuda():
         on_gpu = run(shards, tmp_path / "gpu", **options, **{"data.cache_on_device": True})
-    losses, expected = ([line["loss"] for line in metrics(folder)] for folder in (on_gpu, on_cpu))
+    losses, expected = (losses(folder) for folder in (on_gpu, on_cpu))
     assert losses == pytest.approx(expected, rel=1e-2)

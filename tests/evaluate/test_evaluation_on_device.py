@@ -83,7 +83,7 @@ def test_online_scores_are_computed_on_the_modules_device(
     monkeypatch.setattr("sslvit.train.run._finish", lambda *_: None)  # pictures take longer than all the rest
     online = {"online.train": str(shards / "train"), "online.val": str(shards / "val"), "online.images": 9}
     folder = run(shards / "train", tmp_path / "run", recipe="mae/digits", **online, **{"train.steps": 1})
-    assert {"online_knn", "online_linear", "online_rankme", "online_alignment"} <= metrics(folder)[-1].keys()
+    assert {"probe/knn", "probe/linear", "probe/rankme", "probe/alignment"} <= metrics(folder)[-1].keys()
     assert devices.keys() == {"nearest", "fit_logistic", "features_at", "rankme", "alpha_of_spectrum", "uniformity"}
     assert set.union(*devices.values()) == {GPU}
 

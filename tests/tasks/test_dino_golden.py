@@ -242,7 +242,7 @@ def test_training_steps_of_the_released_loop(golden: Golden, tmp_path) -> None:
 
     class Watch(pl.Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, k) -> None:
-            golden.check(f"output/loss_{k}", module.records["loss"][-1].view(1))
+            golden.check(f"output/loss_{k}", module.records["train/loss"][-1].view(1))
             golden.check(f"output/center_{k}", module.model.center[None])
             spared, decayed = trainer.optimizers[0].param_groups
             assert spared["lr"] == decayed["lr"] == pytest.approx(float(golden["output/lr_schedule"][k]), abs=1e-9)

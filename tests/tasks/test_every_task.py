@@ -166,7 +166,7 @@ def test_gradients_are_clipped_as_asked_and_their_norm_is_recorded_as_it_was(
     steps = Steps(task, monkeypatch)
     given: list[torch.Tensor] = []  # to the optimizer; after its step there are none
     steps.optimizer.step = lambda closure=None: given.extend(p.grad.clone() for p in trained)
-    assert steps.take(3)["grad_norm"] == pytest.approx(total, rel=1e-5)
+    assert steps.take(3)["train/grad_norm"] == pytest.approx(total, rel=1e-5)
     assert all(p.grad is None for p in trained)
     for clipped, grad in zip(given, before, strict=True):
         norm = total if clip_grad_by == "all" else float(grad.norm())

@@ -38,7 +38,7 @@ def shards(tmp_path: Path) -> Path:
 def test_simmim_trains_resumes_and_is_probed_without_a_line_in_the_package(shards: Path, tmp_path: Path) -> None:
     whole = sslvit.pretrain("mae/digits", shards, tmp_path / "whole", **SMALL | SIMMIM)
     lines = whole.read_metrics()
-    assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
+    assert lines[-1]["train/loss"] < 0.9 * lines[0]["train/loss"]
     assert json.loads(whole.health.read_text())["verdict"] == "not checked"  # it names no symptoms
     sslvit.pretrain("mae/digits", shards, tmp_path / "cut", **SMALL | SIMMIM | {"train.steps": 6, "train.epochs": 1})
     resumed = sslvit.resume(tmp_path / "cut", allow_foreign_code=True, **{"train.steps": 12})

@@ -79,7 +79,7 @@ def test_stock_callbacks_and_loggers_get_the_metrics(
     trainer.fit(task, data)
     loggers[2].experiment.finish()
     assert trainer.global_step == 10  # two epochs of 40 images
-    assert {"train/loss", "train/lr", "train/grad_norm", "val/loss"} <= trainer.callback_metrics.keys()
+    assert {"train/loss", "lr", "train/grad_norm", "val/loss"} <= trainer.callback_metrics.keys()
     assert Path(best.best_model_path).is_file()
     table = (tmp_path / "csv" / "version_0" / "metrics.csv").read_text()
     assert "lr-AdamW/pg1" in table
@@ -96,7 +96,11 @@ def test_records_stay_bounded_without_our_callbacks(tmp_path: Path) -> None:
     trainer = quiet_trainer(tmp_path, accumulate_grad_batches=2)
     trainer.fit(task, loader(160, 4))
     assert trainer.global_step == 40
-    assert {name: len(values) for name, values in task.records.items()} == {"loss": 2, "grad_norm": 1, "lr": 1}
+    assert {name: len(values) for name, values in task.records.items()} == {
+        "train/loss": 2,
+        "train/grad_norm": 1,
+        "lr": 1,
+    }
 
 
 class Samples(pl.Callback):

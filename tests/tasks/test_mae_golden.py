@@ -159,7 +159,7 @@ def test_training_steps_of_the_released_loop(golden: Golden, tmp_path, monkeypat
     class Watch(pl.Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
             rates = {group["lr"] for group in trainer.optimizers[0].param_groups}
-            seen.append((float(module.records["loss"][-1]), rates))
+            seen.append((float(module.records["train/loss"][-1]), rates))
             if (batch_idx + 1) % config["steps_per_epoch"] == 0:
                 state = {key: value.clone() for key, value in mae_to_state(module.model).items()}
                 after[batch_idx // config["steps_per_epoch"]] = state

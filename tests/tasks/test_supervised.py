@@ -306,8 +306,8 @@ def test_the_command_learns_and_writes_what_it_reports(shards: Path, capsys: pyt
     assert scores["top1"] > 60
     assert scores["images"] == 30
     lines = [json.loads(line) for line in (shards / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "val_top1" in line] == [30, 60]  # 25, rounded up to a line
-    assert lines[-1]["val_top1"] == scores["top1"]
+    assert [line["step"] for line in lines if "val/top1" in line] == [30, 60]  # 25, rounded up to a line
+    assert lines[-1]["val/top1"] == scores["top1"]
     encoder = load_encoder(shards / "run")
     assert encoder.settings.fc_norm
     head = load_file(shards / "run" / "encoder" / "head.safetensors")

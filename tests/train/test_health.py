@@ -183,7 +183,7 @@ def test_no_symptom_counts_until_the_step_that_its_task_names(tmp_path: Path) ->
             logs_features=True, guard=SimpleNamespace(skipped=False), symptoms=task.symptoms, optim=task.optim,
             logged_features={name: [value] for name, value in even.items()}, health_grace_steps=3,
             loss_shows_learning=task.loss_shows_learning,
-            records={"loss": [torch.tensor(4.1)]}, record=lambda name, value: None,
+            records={"train/loss": [torch.tensor(4.1)]}, record=lambda name, value: None,
         )  # fmt: skip
         health.on_step(SimpleNamespace(is_global_zero=True, world_size=1), module)
         verdicts.append(health.verdict)
@@ -308,8 +308,9 @@ def test_a_healthy_run_is_left_in_peace(
     assert (health["verdict"], health["messages"], health["step"]) == ("healthy", [], 120)
     assert "collapsed" not in capsys.readouterr().out
     last = folder.read_metrics()[-1]
-    assert last["teacher_entropy"] == pytest.approx(health["measures"]["teacher_entropy"])
-    assert {"teacher_uniform_kl", "feature_std", "rankme", "largest_prototype_share"} <= last.keys()
+    assert last["health/teacher_entropy"] == pytest.approx(health["measures"]["teacher_entropy"])
+    names = ("teacher_uniform_kl", "feature_std", "rankme", "largest_prototype_share")
+    assert {f"health/{name}" for name in names} <= last.keys()
 
 
 @pytest.mark.parametrize("recipe", ["mae/digits", "igpt/digits"])
@@ -367,5 +368,5 @@ def test_a_loss_no_better_than_a_constant_guess_is_a_symptom(recipe: str, shards
     health = json.loads(folder.health.read_text())
     assert (health["verdict"], health["messages"][0]["symptom"]) == ("collapsed", "trivial")
     reference = "target_variance" if recipe == "mae/digits" else "unigram_entropy"
-    assert all(line["loss"] > 0.98 * line[reference] > 0 for line in folder.read_metrics())
+    assert all(line["train/loss"] > 0.98 * line[f"health/{reference}"] > 0 for line in folder.read_metrics())
     assert "optim.base_lr (0)" in health["messages"][0]["message"]

@@ -68,8 +68,8 @@ def test_a_step_that_is_not_finite_changes_nothing(
     assert str(after["optimizer_states"][0]["state"]) == str(before["optimizer_states"][0]["state"])
     lines = metrics(folder)
     assert [line.get("skipped_steps") for line in lines] == [None] * 3 + [1.0] * 4
-    assert math.isnan(lines[3]["loss"]) == (how == "pixel")  # otherwise it went wrong after it was recorded
-    assert all(math.isfinite(line["loss"]) for line in lines[4:])
+    assert math.isnan(lines[3]["train/loss"]) == (how == "pixel")  # otherwise it went wrong after it was recorded
+    assert all(math.isfinite(line["train/loss"]) for line in lines[4:])
     assert all(value.isfinite().all() for value in weights(folder).values())
     text = folder.metrics.read_text() + folder.health.read_text()
     assert "NaN" not in text  # no JSON

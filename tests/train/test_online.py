@@ -44,8 +44,8 @@ def test_online_scores_leave_the_training_as_it_was(shards: Path, recipe: str) -
     one, other = weights(with_them), weights(without)
     assert all(torch.equal(one[key], other[key]) for key in one)
     lines = metrics(with_them)
-    assert [line["step"] for line in lines if "online_knn" in line] == [4, 7]  # 3 rounded up to a line; the last step
-    assert [{k: v for k, v in line.items() if not k.startswith("online_")} for line in lines] == metrics(without)
+    assert [line["step"] for line in lines if "probe/knn" in line] == [4, 7]  # 3 rounded up to a line; the last step
+    assert [{k: v for k, v in line.items() if not k.startswith("probe/")} for line in lines] == metrics(without)
 
 
 @pytest.mark.parametrize("recipe", ["mae/digits", "dino/digits"])
@@ -69,13 +69,13 @@ def test_online_scores_are_those_of_the_trained_encoder_on_the_reported_images(s
         for nearest in np.argsort(-row)[:5]:
             votes[train_labels[nearest]] += np.exp(row[nearest] / 0.07)
         right += votes.argmax() == label
-    assert line["online_knn"] == pytest.approx(100 * right / 20)
+    assert line["probe/knn"] == pytest.approx(100 * right / 20)
     tensors = [torch.from_numpy(array) for array in (train, train_labels, val, val_labels)]
     head = fit_probe(Features(*tensors[:2]), 2, seed=0)
     guesses = (((val - head.mean.numpy()) / head.scale.numpy()) @ head.weight.numpy().T + head.bias.numpy()).argmax(1)
-    assert line["online_linear"] == pytest.approx(100 * (guesses == val_labels).mean())
-    assert line["online_feature_std"] == pytest.approx(4 * unit[1].std(0).mean(), rel=1e-4)  # of 16 channels
-    assert {line["online_knn"], line["online_linear"]} != {100.0}  # scores that say something
+    assert line["probe/linear"] == pytest.approx(100 * (guesses == val_labels).mean())
+    assert line["probe/feature_std"] == pytest.approx(4 * unit[1].std(0).mean(), rel=1e-4)  # of 16 channels
+    assert {line["probe/knn"], line["probe/linear"]} != {100.0}  # scores that say something
 
 
 def labeled_features(encoder: ViTEncoder, folder: Path, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_fixtures import BERT, RECIPES, command, metrics, run, run_ranks, same, weights
+from run_fixtures import BERT, RECIPES, command, losses, metrics, run, run_ranks, same, weights
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -39,7 +39,7 @@ FLOAT64 = {"train.precision": "float64"}
 def assert_alike(one: RunFolder, two: RunFolder, rel: float = 1e-6) -> None:
     """Loss curve, measures of health, weights, center and teacher."""
     for a, b in zip(metrics(one), metrics(two), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=rel)
+        assert a["train/loss"] == pytest.approx(b["train/loss"], rel=rel)
         assert a == pytest.approx(b, rel=1e-5)  # measures of health included: RankMe of float32
     for key, value in weights(one).items():
         torch.testing.assert_close(weights(two)[key], value, rtol=rel, atol=1e-8)
@@ -65,7 +65,7 @@ def test_ranks_train_as_one(shards: Path, tmp_path: Path, recipe: str, special: 
         assert_alike(one, other)
         assert probe_score(shards, other) == score
         is_exchanged = WAYS[way].get("train.strategy") != "fsdp"  # there it is in forward and backward
-        assert all((line["communication_seconds"] > 0) == is_exchanged for line in other.read_metrics())
+        assert all((line["time/communication"] > 0) == is_exchanged for line in other.read_metrics())
         assert (other.figures / "loss.png").exists()
 
 
@@ -81,7 +81,7 @@ def test_in_float32_a_run_that_changes_its_ranks_agrees_to_a_stated_tolerance(sh
     whole = run(shards, tmp_path / "whole", **{"train.steps": 40})
     stopped_at(shards, tmp_path / "cut", 8, resume=False, **{"train.steps": 40, "train.devices": 2})
     cut = run_ranks(shards, tmp_path / "cut", "--resume", **{"train.steps": 40, "train.devices": 4})
-    assert [a["loss"] for a in metrics(cut)] == pytest.approx([b["loss"] for b in metrics(whole)], rel=1e-3)
+    assert losses(cut) == pytest.approx(losses(whole), rel=1e-3)
 
 
 @pytest.mark.slow
@@ -147,8 +147,8 @@ def test_what_looks_at_the_encoder_sees_all_of_it(shards: Path, tmp_path: Path) 
     options = {"online.train": str(shards), "online.val": str(shards), "online.every": 3, **FLOAT64}
     one = run(shards, tmp_path / "one", **options)
     other = run_ranks(shards, tmp_path / "other", **options, **WAYS["2 parts"])
-    scores = [line["online_linear"] for line in metrics(one) if "online_linear" in line]
-    assert scores == [line["online_linear"] for line in metrics(other) if "online_linear" in line]
+    scores = [line["probe/linear"] for line in metrics(one) if "probe/linear" in line]
+    assert scores == [line["probe/linear"] for line in metrics(other) if "probe/linear" in line]
     assert len(scores) == 3
 
 
@@ -262,10 +262,10 @@ def test_parts_in_bf16_train_as_whole_weights_do(shards: Path, tmp_path: Path, m
         key: (value.shape, value.dtype) for key, value in other.items()
     }
     for a, b in zip(metrics(whole), metrics(parts), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=0.05)
+        assert a["train/loss"] == pytest.approx(b["train/loss"], rel=0.05)
     stopped_at(shards, tmp_path / "cut", 4, resume=False, **options, **{"train.strategy": "fsdp"})
     cut = run_ranks(shards, tmp_path / "cut", "--resume", **options)
-    assert [a["loss"] for a in metrics(cut)] == pytest.approx([b["loss"] for b in metrics(whole)], rel=0.05)
+    assert losses(cut) == pytest.approx(losses(whole), rel=0.05)
 
 
 def test_one_process_shares_nothing() -> None:

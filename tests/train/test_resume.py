@@ -100,7 +100,7 @@ def test_a_resume_may_cut_the_batch_in_other_micro_batches(
     interrupted(shards, tmp_path / "cut", 5, monkeypatch, **base)
     again = run(shards, tmp_path / "cut", resume=True, **base, **{"train.micro_batch_size": 2})
     for one, two in zip(metrics(whole), metrics(again), strict=True):
-        assert one["loss"] == pytest.approx(two["loss"], rel=1e-6)
+        assert one["train/loss"] == pytest.approx(two["train/loss"], rel=1e-6)
     for key, value in weights(whole).items():
         torch.testing.assert_close(weights(again)[key], value, rtol=1e-6, atol=1e-8)
 

@@ -26,7 +26,7 @@ def test_a_run_leaves_everything_in_its_folder(shards: Path, tmp_path: Path) -> 
     folder = run(shards, tmp_path / "run")
     lines = folder.read_metrics()
     assert [line["step"] for line in lines] == list(range(1, 8))
-    assert {"step", "epoch", "loss", "lr", "grad_norm", "images_per_second"} <= lines[0].keys()
+    assert {"step", "epoch", "train/loss", "lr", "train/grad_norm", "time/images_per_second"} <= lines[0].keys()
     assert lines[0]["lr"] == 0  # the first update of a warm-up
     assert lines[2]["epoch"] == 1.0  # 30 images, 8 a step, 6 dropped
     assert (folder.figures / "loss.png").stat().st_size > 1000
@@ -74,9 +74,9 @@ def test_a_model_of_pixels_logs_nats_and_bits_and_draws(
 ) -> None:
     folder = run(shards, tmp_path / "run", recipe="igpt/digits", **{"train.steps": 2})
     last = folder.read_metrics()[-1]
-    assert last["bits"] == pytest.approx(last["loss"] / math.log(2))
-    assert {"feature_std", "rankme"} <= last.keys()
-    assert f"loss {last['loss']:.4f} ({last['bits']:.4f} bits)" in capsys.readouterr().out
+    assert last["train/bits"] == pytest.approx(last["train/loss"] / math.log(2))
+    assert {"health/feature_std", "health/rankme"} <= last.keys()
+    assert f"loss {last['train/loss']:.4f} ({last['train/bits']:.4f} bits)" in capsys.readouterr().out
     assert {"generated.png", "completed.png", "loss.png"} <= {path.name for path in folder.figures.iterdir()}
     filled = run(shards, tmp_path / "bert", recipe="igpt/digits", **BERT, **{"train.steps": 2})
     assert (filled.figures / "filled.png").exists()

@@ -99,7 +99,7 @@ def test_gradients_are_clipped_by_the_norm_that_is_recorded(by: str, largest: fl
     norms = [np.sqrt((gradient**2).sum()) for gradient in before]
     total = np.sqrt(sum(norm**2 for norm in norms))
     assert total > 1.5 * max(norms)
-    assert float(task.records["grad_norm"][0]) == pytest.approx(total, rel=1e-5)
+    assert float(task.records["train/grad_norm"][0]) == pytest.approx(total, rel=1e-5)
     for parameter, gradient, norm in zip(parameters, before, norms, strict=True):
         factor = min(1, largest / (total if by == "all" else norm))
         np.testing.assert_allclose(parameter.grad.numpy(), gradient * factor, rtol=1e-4, atol=1e-8)
@@ -214,5 +214,5 @@ def test_a_line_holds_the_numbers_of_its_own_step(shards: Path, tmp_path: Path) 
     every = {line["step"]: line for line in metrics(run(shards, tmp_path / "all"))}
     some = metrics(run(shards, tmp_path / "some", **{"train.log_every": 3}))
     assert [line["step"] for line in some] == [3, 6, 7]
-    names = ("loss", "lr", "grad_norm", "epoch")
+    names = ("train/loss", "lr", "train/grad_norm", "epoch")
     assert all(line[name] == every[line["step"]][name] for line in some for name in names)

@@ -64,9 +64,9 @@ def test_a_part_that_takes_long_is_named(
     folder = run(shards, tmp_path / "run", **{"train.micro_batch_size": 4, "train.steps": 4, "train.log_every": 2})
     passes = 1 if part == "optimizer" else 2
     for line in folder.read_metrics():
-        taken = {name: line[f"{name}_seconds"] for name in PARTS}
+        taken = {name: line[f"time/{name}"] for name in PARTS}
         assert taken == {name: PAUSE * passes if name == part else 0 for name in PARTS}
-        assert line["images_per_second"] == pytest.approx(8 / (PAUSE * passes), rel=0.3)
+        assert line["time/images_per_second"] == pytest.approx(8 / (PAUSE * passes), rel=0.3)
     assert ("waiting for data" in capsys.readouterr().out) == (part == "data")
 
 
@@ -93,8 +93,8 @@ def test_elapsed_seconds_go_on_where_a_run_was_stopped(
     watch.now = 1000.0
     folder = run(shards, tmp_path / "run", resume=True, **options)
     lines = {line["step"]: line for line in folder.read_metrics()}
-    assert {step: line["elapsed_seconds"] for step, line in lines.items()} == {2: 2, 4: 4, 6: 6, 8: 8, 9: 9}
-    assert all(line["images_per_second"] == 8 for line in lines.values())
+    assert {step: line["time/elapsed"] for step, line in lines.items()} == {2: 2, 4: 4, 6: 6, 8: 8, 9: 9}
+    assert all(line["time/images_per_second"] == 8 for line in lines.values())
 
 
 def test_throughput_and_share_of_the_peak_are_those_of_all_ranks(
@@ -113,12 +113,12 @@ def test_throughput_and_share_of_the_peak_are_those_of_all_ranks(
     log.clock.mark("start")
     for log.step in range(1, 5):
         watch.now += 0.5
-        module.records["loss"] = [torch.tensor(value) for value in (1.0, 2.0, 6.0)]
+        module.records["train/loss"] = [torch.tensor(value) for value in (1.0, 2.0, 6.0)]
         log.on_step(trainer, module)
     lines = RunFolder(tmp_path).read_metrics()
     assert [(line["step"], line["epoch"]) for line in lines] == [(2, 0.25), (4, 0.5)]
     for line in lines:
-        assert (line["images_per_second"], line["mfu"], line["loss"]) == (96, pytest.approx(0.096), 3)
+        assert (line["time/images_per_second"], line["time/mfu"], line["train/loss"]) == (96, pytest.approx(0.096), 3)
 
 
 def test_the_peak_of_all_devices_counts() -> None:
@@ -179,9 +179,9 @@ def test_the_share_of_the_peak_is_the_work_over_the_time(shards: Path, tmp_path:
     folder = run(shards, tmp_path / "run", **{"train.peak_tflops": 0.5, "encoder.activation_checkpointing": True})
     found = forecast.plan_step(load_recipe("mae/digits", RECIPES["mae/digits"]), 30)
     for line in folder.read_metrics():
-        assert line["mfu"] == pytest.approx(line["images_per_second"] * found.flops_per_image / 0.5e12)
+        assert line["time/mfu"] == pytest.approx(line["time/images_per_second"] * found.flops_per_image / 0.5e12)
     assert not any("mfu" in line for line in metrics(folder))  # a timing
-    assert "mfu" not in run(shards, tmp_path / "cpu").read_metrics()[0]  # no peak is known of a CPU
+    assert "time/mfu" not in run(shards, tmp_path / "cpu").read_metrics()[0]  # no peak is known of a CPU
 
 
 def test_the_peak_of_a_gpu_is_known_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:

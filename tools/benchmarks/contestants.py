@@ -274,7 +274,7 @@ def run_pretrain(data: str, out: str, precision: str) -> dict[str, float]:
 
     folder = sslvit.pretrain("dino/own_images", data, out, overwrite=True, **OVERHEAD, **{"train.precision": precision})
     line = json.loads(Path(folder.metrics).read_text().splitlines()[-1])
-    return {"seconds": OVERHEAD["data.global_batch_size"] / line["images_per_second"] - line["data_seconds"]}
+    return {"seconds": OVERHEAD["data.global_batch_size"] / line["time/images_per_second"] - line["time/data"]}
 
 
 def run_bare(precision: str) -> dict[str, float]:

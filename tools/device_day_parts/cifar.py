@@ -66,10 +66,10 @@ def run_recipe(day: Day, name: str) -> None:
     batch = folder.read_config()["data"]["global_batch_size"]
     parts = ("data", "forward", "backward", "optimizer")
     day.record(
-        recipe=name, origin=origin, steps=steps, epochs=lines[-1]["epoch"], seconds=lines[-1]["elapsed_seconds"],
-        images_per_second=statistics.median(line["images_per_second"] for line in lines), batch=batch,
-        first_loss=lines[0]["loss"], loss=lines[-1]["loss"],
-        split_seconds={part: statistics.median(line.get(f"{part}_seconds", 0) for line in lines) for part in parts},
+        recipe=name, origin=origin, steps=steps, epochs=lines[-1]["epoch"], seconds=lines[-1]["time/elapsed"],
+        images_per_second=statistics.median(line["time/images_per_second"] for line in lines), batch=batch,
+        first_loss=lines[0]["train/loss"], loss=lines[-1]["train/loss"],
+        split_seconds={part: statistics.median(line.get(f"time/{part}", 0) for line in lines) for part in parts},
     )  # fmt: skip
     probe(day, name, folder.path, train, test)
 

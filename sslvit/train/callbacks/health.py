@@ -105,8 +105,8 @@ class Health(StepCallback):
         logged = {name: all_gather(torch.cat(parts)) for name, parts in module.logged_features.items()}
         measures = measure(logged)
         for name, value in measures.items():
-            module.record(name, torch.tensor(value, dtype=torch.float64))
-        measures["loss"] = float(mean_over_ranks(trainer, module.records["loss"]))
+            module.record(f"health/{name}", torch.tensor(value, dtype=torch.float64))
+        measures["loss"] = float(mean_over_ranks(trainer, module.records["train/loss"]))
         symptoms = module.symptoms(measures | {"images": float(len(logged["features"]))})
         symptom = not_finite(measures, module.optim) or next(iter(symptoms or []), None)
         if not trainer.is_global_zero:

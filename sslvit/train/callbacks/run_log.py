@@ -70,15 +70,15 @@ class RunLog(StepCallback):
             return
         now = time.monotonic()
         line = {"step": self.step, "epoch": self.step / self.run.steps_per_epoch, **line}
-        line["images_per_second"] = done * self.run.global_batch_size / (now - self.last)
+        line["time/images_per_second"] = done * self.run.global_batch_size / (now - self.last)
         if self.mfu_per_throughput is not None:
-            line["mfu"] = line["images_per_second"] * self.mfu_per_throughput
-        line |= {f"{part}_seconds": value for part, value in zip(seconds, means, strict=True)}
-        line["elapsed_seconds"] = self.elapsed(now)
+            line["time/mfu"] = line["time/images_per_second"] * self.mfu_per_throughput
+        line |= {f"time/{part}": value for part, value in zip(seconds, means, strict=True)}
+        line["time/elapsed"] = self.elapsed(now)
         append_lines(self.folder.metrics, [line])
-        numbers = {f"run/{name}": value for name, value in line.items() if name not in (*module.records, "step")}
+        numbers = {name: value for name, value in line.items() if name not in (*module.records, "step")}
         if self.step % self.every:  # after the last step Lightning sends the task's records only if they are due
-            numbers |= {f"train/{name}": line[name] for name in module.records}
+            numbers |= {name: line[name] for name in module.records}
         log_numbers(trainer, numbers, self.step)
         self.last = now
         self._show(line)
@@ -105,10 +105,10 @@ class RunLog(StepCallback):
         self.earlier_seconds = state["elapsed_seconds"]
 
     def _show(self, line: dict[str, float]) -> None:
-        loss, speed = line.get("loss", float("nan")), line["images_per_second"]
-        bits = f" ({_short(line['bits'])} bits)" if "bits" in line else ""
-        waiting = line["data_seconds"] * speed / self.run.global_batch_size
-        mfu = f", MFU {line['mfu']:.0%}" if "mfu" in line else ""
+        loss, speed = line.get("train/loss", float("nan")), line["time/images_per_second"]
+        bits = f" ({_short(line['train/bits'])} bits)" if "train/bits" in line else ""
+        waiting = line["time/data"] * speed / self.run.global_batch_size
+        mfu = f", MFU {line['time/mfu']:.0%}" if "time/mfu" in line else ""
         pace = f"{speed:,.0f} images/s{mfu}" + (f", {waiting:.0%} waiting for data" if waiting > MUCH_WAITING else "")
         if self.bar is not None:
             self.note = f"loss {_short(loss)}{bits}, {pace}"

@@ -109,13 +109,13 @@ class OnlineProbe(ScoringCallback):
         extractor = FeatureExtractor(min(IMAGES_AT_ONCE, self.online.images), self.workers)
         train, val = (extractor.features(source, data, readouts).at(readouts) for data in (self.train, self.val))
         found = measures_of(source, self.val, extractor, seed=self.seed)
-        found = {f"online_{name}": value for name, value in found.items()}
+        found = {f"probe/{name}": value for name, value in found.items()}
         if is_first_rank():
             classes = len(self.train.classes)
             k = min(self.online.neighbors, len(train))
             found |= {
-                "online_knn": knn_accuracies(train, val, classes, [k], 0.07, source.device)[k],
-                "online_linear": fit_probe(train, classes, self.seed, source.device).accuracy(val),
+                "probe/knn": knn_accuracies(train, val, classes, [k], 0.07, source.device)[k],
+                "probe/linear": fit_probe(train, classes, self.seed, source.device).accuracy(val),
             }
         return broadcast_from_rank0(found)
 
@@ -144,7 +144,7 @@ class Validation(ScoringCallback):
         )  # fmt: skip
         if self.step == self.total_steps and trainer.is_global_zero:
             self.write(found)
-        return {"val_top1": found.top1}
+        return {"val/top1": found.top1}
 
     def on_fit_end(self, trainer: pl.Trainer, module: Any) -> None:
         """Score a run that is at its last step and has no score of it yet: the one that was tried then failed.
