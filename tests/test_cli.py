@@ -643,6 +643,10 @@ def test_what_is_written_is_named_in_one_json_document(capsys, photos: Path, tmp
     assert content("show", "distance", "e", str(photos), "-o", "d.png") == {"figure": "d.png", "numbers": "d.json"}
     found = content("palette", str(photos), "-o", "p.json", "--colors", "4")
     assert (found["file"], found["figure"], len(found["colors"])) == ("p.json", "p.png", 4)
+    packed = content("shards", "pack", str(photos), "s")
+    assert content("shards", "index", "s")["s"]["images"] == packed["s"]["images"] > 0
+    assert content("show", "neighbors", "e", "s", "-o", "n.png") == {"figure": "n.png"}
+    assert content("embed", "e", "s", "-o", "f.npz")["path"] == "f.npz"
 
 
 def test_messages_go_where_the_options_say(capsys) -> None:

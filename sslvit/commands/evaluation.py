@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from sslvit.commands.files import foreign_overrides, only, report, write_json
-from sslvit.commands.options import CroppedEncoder, File, Options, Output, Recipe, Reported, Saved
+from sslvit.commands.options import CroppedEncoder, File, Output, Recipe, Reported, Saved
 from sslvit.files import check_new, check_new_arrays, check_new_picture
 from sslvit.settings.choices import Arg, check_bounds
 from sslvit.settings.probe import (
@@ -205,7 +205,8 @@ def run_show(options: ShowOptions) -> None:
 
     encoder = load_scored(options)
     if options.what == "neighbors":
-        print(show.show_neighbors(encoder, options.data, out, options.images, options.among or 1000))
+        file = str(show.show_neighbors(encoder, options.data, out, options.images, options.among or 1000))
+        report(options, file, {"figure": file})
         return
     images = show.some_images(encoder.settings, options.data, options.images)
     if options.what == "attention":
@@ -221,7 +222,7 @@ def run_show(options: ShowOptions) -> None:
 
 
 @dataclass(kw_only=True)
-class EmbedOptions(Options, Passes, UnreadableImages, BlocksReadout, CroppedEncoder):
+class EmbedOptions(Reported, Passes, UnreadableImages, BlocksReadout, CroppedEncoder):
     """Write features of images as arrays in one .npz file.
 
     Example: sslvit embed runs/dino photos -o features.npz
@@ -239,7 +240,8 @@ def run_embed(options: EmbedOptions) -> None:
     from sslvit.evaluation import embed
 
     given = vars(only(Passes, options)) | vars(only(UnreadableImages, options)) | vars(only(BlocksReadout, options))
-    print(embed(load_scored(options), options.data, options.output, **given))
+    made = embed(load_scored(options), options.data, options.output, **given)
+    report(options, str(made), made.to_dict())
 
 
 @dataclass(kw_only=True)

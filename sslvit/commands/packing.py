@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from sslvit.commands.files import only, report
-from sslvit.commands.options import Options, Reported
+from sslvit.commands.options import Reported
 from sslvit.settings.choices import Arg
 from sslvit.settings.pack import IndexOptions, PackSettings, SourceOptions
 
@@ -32,7 +32,7 @@ class ShardsArg:
 
 
 @dataclass(kw_only=True)
-class PackOptions(Options, Parallel, SourceOptions, PackSettings):
+class PackOptions(Reported, Parallel, SourceOptions, PackSettings):
     """Pack images into shards with an index.
 
     Example: sslvit shards pack photos shards/photos --holdout 0.1
@@ -61,11 +61,11 @@ def run_pack(options: PackOptions) -> None:
         workers=options.workers, part=options.part, **given,
     )  # fmt: skip
     if made.indices:
-        print(made)
+        report(options, str(made), made.to_dict())
 
 
 @dataclass(kw_only=True)
-class IndexShardsOptions(Options, Parallel, IndexOptions, ShardsArg):
+class IndexShardsOptions(Reported, Parallel, IndexOptions, ShardsArg):
     """Index shards that others wrote, or join the parts of a packing.
 
     Example: sslvit shards index shards/laion --labels json
@@ -79,16 +79,17 @@ class IndexShardsOptions(Options, Parallel, IndexOptions, ShardsArg):
 
 def run_index(options: IndexShardsOptions) -> None:
     """Index shards, or join the parts of a packing, and print what is in them."""
+    from sslvit.data.inspect import Packing
     from sslvit.data.scan import index_shards
     from sslvit.data.unfinished import finish_packing
 
     folder = Path(options.folder)
-    if not options.merge:
-        show_shards(index_shards(folder, options.workers, only(IndexOptions, options)))
-        return
-    parts = [folder / name for name in ("train", "val") if (folder / name / "packing").is_dir()]
-    for part in parts or [folder]:
-        show_shards(finish_packing(part, options.overwrite))
+    if options.merge:
+        parts = [folder / name for name in ("train", "val") if (folder / name / "packing").is_dir()]
+        made = Packing([finish_packing(part, options.overwrite) for part in parts or [folder]])
+    else:
+        made = Packing([index_shards(folder, options.workers, only(IndexOptions, options))])
+    report(options, str(made), made.to_dict())
 
 
 @dataclass(kw_only=True)
@@ -141,13 +142,6 @@ def find_shards(name: str) -> ShardIndex:
     folder = Path(name)
     has_shards = not folder.is_dir() or any(folder.glob("*.tar"))
     return open_shards(name) if has_shards else load_index(folder)
-
-
-def show_shards(index: ShardIndex) -> None:
-    """Print what is in shards."""
-    from sslvit.data.inspect import describe_shards
-
-    print(describe_shards(index))
 
 
 @dataclass(kw_only=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from sslvit.commands.files import foreign_overrides, only, report
-from sslvit.commands.options import Options, Output, Released, Saved
+from sslvit.commands.options import Output, Released, Reported, Saved
 from sslvit.files import check_new, check_new_picture
 from sslvit.settings.choices import Arg, check_bounds
 from sslvit.settings.probe import Device, ForwardPasses, UnreadableImages
@@ -28,7 +28,7 @@ class PixelModel(Released):
 
 
 @dataclass(kw_only=True)
-class SampleOptions(Options, PixelModel, SampleSettings):
+class SampleOptions(Reported, PixelModel, SampleSettings):
     """Sample images from a model of pixels, or complete given ones.
 
     Example: sslvit sample runs/igpt --complete shards/val --given 0.5
@@ -67,7 +67,7 @@ def run_sample(options: SampleOptions) -> None:
         device=options.device, **vars(only(SampleSettings, options)),
     )  # fmt: skip
     made.save(out)
-    print(made)
+    report(options, str(made), made.to_dict())
 
 
 @dataclass(kw_only=True)

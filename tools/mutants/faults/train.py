@@ -238,7 +238,7 @@ FAULTS = [
           "done * self.run.global_batch_size / (now - self.start)",
           (THROUGHPUT,)),
     Fault("Throughput counts one step per line", RUN_LOG,
-          'line["time/images_per_second"] = done * self.run', 'line["time/images_per_second"] = self.run', (THROUGHPUT,)),
+          'line["time/images_per_second"] = done *', 'line["time/images_per_second"] =', (THROUGHPUT,)),
     Fault("Epochs are whole ones", RUN_LOG,
           "self.step / self.run.steps_per_epoch, **line", "self.step // self.run.steps_per_epoch, **line",
           (THROUGHPUT,)),
