@@ -72,7 +72,13 @@ def pretrain(
             raise ValueError(f"--data and --{key} exclude each other: give one of them.")
     given = {"data.shards": one_source(data), "out": out, "init": init}
     changes |= {key: os.fspath(value) for key, value in given.items() if value is not None}
-    return run_settings(load_recipe(config, changes), resume, overwrite, callbacks, loggers)
+    settings = load_recipe(config, changes)
+    if isinstance(settings.task, SupervisedSettings):
+        raise ValueError(
+            f"--config {config}: trains with labels. Use: sslvit finetune ENCODER --train SHARDS --val SHARDS "
+            f"--out RUN --config {config} (--scratch for one without pretraining)."
+        )
+    return run_settings(settings, resume, overwrite, callbacks, loggers)
 
 
 @for_python

@@ -81,7 +81,7 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path, last: Path | None =
         reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause).splitlines()[0]
         raise RuntimeError(
             f"{path}: the checkpoint of step {checkpoint.get('global_step')} could not be written ({reason}). "
-            f"{before}; make room, then --resume."
+            f"{before}; make room, then sslvit resume RUN."
         ) from error
 
 
@@ -115,7 +115,7 @@ def wait_for_shards(manifest: dict[str, Any], path: Path, timeout_seconds: float
             raise RankLost(
                 f"{missing[0]}: another rank has not written its shard of the checkpoint in {timeout_seconds:g} s "
                 "(train.timeout_seconds). Has it ended, and is the run folder on a disk that all machines share? "
-                "Resume from the previous checkpoint with --resume"
+                "Go on from the previous checkpoint: sslvit resume RUN"
             )
         time.sleep(0.01)
 

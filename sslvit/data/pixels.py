@@ -119,7 +119,7 @@ def sample_pixels(
     first: list[Tensor] = []
     unreadable = 0
     batches = [selected[start : start + BATCH] for start in range(0, len(selected), BATCH)]
-    for samples in track(batches, "reading pixels", len(batches) * BATCH, each=BATCH):
+    for samples in track(batches, "reading pixels", len(selected), each=BATCH):
         batch = make_batch(reader, views, samples, np.zeros_like(samples))
         images = normalize(batch.views[0][batch.valid], half, half)
         unreadable += int((~batch.valid).sum())

@@ -205,7 +205,7 @@ class ShardCache:
             if failures >= self.tries:
                 raise RemoteError(
                     f"{printable(address)}: not fetched in {failures} tries; the last: {problem}. Check the network "
-                    "and the server, then go on with --resume."
+                    "and the server, then give the command again (sslvit resume RUN goes on with a run)."
                 )
             time.sleep(self._wait(failures, wait))
         with disk_errors_named(path):

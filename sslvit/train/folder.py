@@ -165,10 +165,12 @@ class RunFolder(Result):
         if resume and not self.goes_on:
             instead = "Start without --resume." if self.is_new else "Copy it back, or start anew with --overwrite."
             raise ValueError(
-                f"--resume: {printable(self.path)} has no checkpoint (checkpoints/{self.checkpoint.name}). {instead}"
+                f"resume: {printable(self.path)} has no checkpoint (checkpoints/{self.checkpoint.name}). {instead}"
             )
         if not resume and not overwrite:
-            way_on = "Pass --resume to go on, or" if self.goes_on else "It has no checkpoint to go on from: pass"
+            way_on = "It has no checkpoint to go on from: pass"
+            if self.goes_on:
+                way_on = f"To go on with it: {printable(self.resume_command)}. Or pass"
             raise ValueError(
                 f"{printable(self.path)}: already exists. {way_on} --overwrite to start anew, or choose another --out."
             )

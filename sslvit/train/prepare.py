@@ -270,7 +270,7 @@ def keep_start(settings: RunSettings, earlier: RunFolder) -> RunSettings:
     before = earlier.read_config().get("init")
     if settings.init and (not before or os.path.realpath(settings.init) != os.path.realpath(before)):
         raise ValueError(
-            f"--resume: this run started from {before or 'random weights'}, and goes on from its checkpoint, not from "
+            f"resume: this run started from {before or 'random weights'}, and goes on from its checkpoint, not from "
             f"{settings.init}. Leave that out, or choose another --out for a new run."
         )
     return replace(settings, init=before)
@@ -293,13 +293,13 @@ def check_changes(old: dict[str, Any], new: dict[str, Any]) -> None:
     ]
     if refused:
         raise ValueError(
-            f"--resume: {'; '.join(refused)}. Restore {'it' if len(refused) == 1 else 'them'}, or start a new run from "
+            f"resume: {'; '.join(refused)}. Restore {'it' if len(refused) == 1 else 'them'}, or start a new run from "
             "this one's encoder with --init."
         )
     steps, epochs = new["train.steps"], new["train.epochs"]
     if steps is not None and old.get("train.steps") == steps and old.get("train.epochs") != epochs:
         raise ValueError(
-            f"--resume: train.epochs {brief(epochs)} would change nothing, since train.steps ({steps}) decides. Give "
+            f"resume: train.epochs {brief(epochs)} would change nothing, since train.steps ({steps}) decides. Give "
             "--train.steps."
         )
 
@@ -314,19 +314,19 @@ def check_resumed(
         shapes = {key: value.shape for key, value in content["state_dict"].items()}
         moved = [len(group["params"]) for group in content["optimizer_states"][0]["param_groups"]]
     except (KeyError, TypeError) as error:
-        raise ValueError(f"--resume: {folder.path} is not a run of sslvit that can go on ({error}).") from error
+        raise ValueError(f"resume: {folder.path} is not a run of sslvit that can go on ({error}).") from error
     old, new = by_dotted_key(folder.read_config()), by_dotted_key(asdict(settings))
     check_changes(old, new)
     check_same(settings_from(trained, checkpoint), settings.encoder, str(checkpoint))
     data.load_state_dict(position)
     if data.start_step > data.run.total_steps:
-        raise ValueError(f"--resume: {folder.path} is at step {data.start_step} already, past {data.run.total_steps}.")
+        raise ValueError(f"resume: {folder.path} is at step {data.start_step} already, past {data.run.total_steps}.")
     changed = [f"{key} {brief(old.get(key))} -> {brief(new.get(key))}" for key in new if old.get(key) != new.get(key)]
     same_shapes = shapes == {key: value.shape for key, value in task.state_dict().items()}
     if not same_shapes or moved != [len(group["params"]) for group in task.parameter_groups()]:
         guilty = [change for change in changed if change.startswith("task.")] or changed or ["another task"]
         raise ValueError(
-            f"--resume: the weights in {checkpoint} do not fit these settings ({'; '.join(guilty)}). "
+            f"resume: the weights in {checkpoint} do not fit these settings ({'; '.join(guilty)}). "
             "Restore them, or start a new run from its encoder with --init."
         )
     if changed:

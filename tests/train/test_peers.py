@@ -189,6 +189,21 @@ def test_a_device_that_never_comes_on_is_a_lost_rank(
     assert is_peer_failure(caught.value, 2)
 
 
+def test_the_group_of_ranks_ends_with_training_however_it_ends(tmp_path: Path, monkeypatch) -> None:
+    ended = []
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", ended.append)
+    for ends in (
+        lambda peers: peers.on_train_end(None, None),
+        lambda peers: peers.on_exception(None, None, ValueError()),
+    ):
+        peers = Peers(RunFolder(tmp_path), (3,), 9, 1.0)
+        ends(peers)  # one rank has none
+        peers.group = "group"
+        ends(peers)
+        ends(peers)
+    assert ended == ["group", "group"]
+
+
 DIES = """
 import os, signal, sys
 from sslvit.cli import main

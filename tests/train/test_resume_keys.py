@@ -23,7 +23,7 @@ from sslvit.settings.load import by_dotted_key, load_recipe
 from sslvit.sharded_checkpoint import read_checkpoint
 from sslvit.train.run import pretrain
 
-REFUSED = r"--resume|another architecture|written with other data"
+REFUSED = r"resume: |another architecture|written with other data"
 SHARED = {
     "encoder.depth": 2, "encoder.dropout": 0.1, "optim.clip_grad": 0.05, "optim.clip_grad_by": "all",
     "optim.warmup_epochs": 0.3,

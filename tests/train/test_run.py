@@ -108,7 +108,7 @@ def test_the_teacher_moves_once_per_update_as_written_in_the_paper(shards: Path,
 
 def test_folders_are_not_overwritten_silently(shards: Path, tmp_path: Path) -> None:
     run(shards, tmp_path / "run")
-    with pytest.raises(ValueError, match=r"already exists. Pass --resume to go on, or --overwrite"):
+    with pytest.raises(ValueError, match=r"already exists. To go on with it: sslvit resume .*Or pass --overwrite"):
         run(shards, tmp_path / "run")
     with pytest.raises(ValueError, match="exclude each other"):
         run(shards, tmp_path / "run", resume=True, overwrite=True)
@@ -325,6 +325,12 @@ def test_the_views_of_training_are_drawn(
     assert [row.shape for row in rows] == [(8, 1, size, size) for size, count in sizes.items() for _ in range(count)]
     assert titles[0] == "view 1\n8 x 8"
     assert all(row.min() >= 0 and row.max() <= 1 and row.std() > 0.05 for row in rows)
+
+
+def test_a_recipe_of_fine_tuning_is_sent_to_its_command(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="finetune/small_images: trains with labels. Use: sslvit finetune ENCODER .*"):
+        sslvit.pretrain("finetune/small_images", shards, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -76,6 +76,16 @@ class Peers(StepCallback):
             for number in (*SIGNALS, CTRL_C) if hears_ctrl_c() else SIGNALS:
                 signal.signal(number, self.on_signal)
 
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """End the group's threads: one that runs when the interpreter ends may abort the process."""
+        if self.group is not None:
+            distributed.destroy_process_group(self.group)
+            self.group = None
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        """As after the last step."""
+        self.on_train_end(trainer, module)
+
     def check_alike(self, micro_batch_size: int) -> None:
         """Refuse ranks that would take other steps than this one.
 

@@ -72,7 +72,7 @@ FAULTS = [
     Fault("A replay takes every micro-batch for the first", INCIDENTS,
           '{"first_row": str(batch.first_row)}', '{"first_row": "0"}', (BROKEN,)),
     Fault("An incident keeps the images of the step after", INCIDENTS,
-          "dataset[before * data.run.accumulation", "dataset[(before + 1) * data.run.accumulation", (BROKEN,)),
+          "dataset[before * data.run", "dataset[(before + 1) * data.run", (BROKEN,)),
     Fault("Masks no longer depend on the row of the micro-batch", BASE,
           "rows = torch.arange(first, first + len(batch), device=device)",
           "rows = torch.arange(len(batch), device=device)", (MASKS,)),
