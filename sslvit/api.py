@@ -12,7 +12,6 @@ import pytorch_lightning as pl
 from pytorch_lightning.loggers import Logger
 
 from sslvit.checkpoint import load_encoder
-from sslvit.data.folders import check_labeled
 from sslvit.data.inspect import Packing
 from sslvit.data.pack import pack_source
 from sslvit.exporters import Export, export_encoder
@@ -158,8 +157,6 @@ def finetune(
         run = sslvit.finetune("runs/photos", "shards/train", "shards/val", out="runs/finetuned")
         print(run.to_dict()["scores"]["top1"])
     """
-    for option, source in (("--train", train), ("--val", val)):
-        check_labeled(option, str(one_source(source)))
     encoder = expand_path(os.fspath(encoder))
     start = for_labels(load_encoder(encoder).settings)
     task = load_recipe(config, base=start).task

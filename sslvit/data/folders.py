@@ -85,7 +85,7 @@ def folder_source(source: Path) -> ImageSource:
     return ImageSource(samples, names or None, _skipped(skipped, empty), notes)
 
 
-def check_labeled(option: str, source: str | Path) -> None:
+def check_labeled(option: str, source: str | Path | None) -> None:
     """Refuse images that lie side by side where labels are needed, before they are packed.
 
     Args:
@@ -95,15 +95,16 @@ def check_labeled(option: str, source: str | Path) -> None:
     Raises:
         ValueError: They have no folders that could be classes.
     """
-    folder = Path(expand_path(source))
-    if not folder.is_dir() or (folder / "index.json").exists() or any(folder.glob("*.tar")):
+    folder = Path(expand_path(source or ""))
+    if not source or not folder.is_dir() or (folder / "index.json").exists() or any(folder.glob("*.tar")):
         return
     skipped = _Skipped()
     entries = _entries(folder, skipped)
     if not any(map(_is_folder, entries)) and any(_is_image(entry, folder, skipped) for entry in entries):
         raise ValueError(
-            f"{option} {printable(source)}: images side by side, which have no labels. Give one folder per class, or "
-            "pack a list with a column label: sslvit shards pack LIST.csv SHARDS"
+            f"{option} {printable(source)}: images side by side have no labels. Give one folder per class, or pack a "
+            "list with a column label (sslvit shards pack LIST.csv SHARDS); without labels, see what the encoder finds "
+            f"alike: sslvit show neighbors ENCODER {printable(source)}"
         )
 
 

@@ -14,7 +14,6 @@ import numpy as np
 from braceexpand import braceexpand
 from filelock import FileLock
 
-from sslvit.data.folders import folder_source
 from sslvit.data.header import BadImage
 from sslvit.data.index import ShardIndex, load_index, read_index, unlisted_warning
 from sslvit.data.mixture import Index, JoinedIndex, MixturePlan, Plan, split_by_weight
@@ -117,23 +116,6 @@ def is_image_folder(source: str | Path) -> bool:
     path = Path(expand_path(source))
     is_indexed = (path / "index.json").exists() or (path / "train" / "index.json").exists()
     return path.is_dir() and not is_indexed and not (path / "packing").is_dir() and not any(path.glob("*.tar"))
-
-
-def check_labels_visible(source: str | Path | None, key: str) -> None:
-    """Refuse, before it is packed, a folder of images that has visibly no labels.
-
-    Args:
-        source: What a user named as labeled data; None for nothing.
-        key: Word for it, such as train or val.
-
-    Raises:
-        ValueError: the images lie side by side.
-    """
-    if source and is_image_folder(source) and folder_source(Path(expand_path(source))).classes is None:
-        raise ValueError(
-            f"{key} {printable(source)}: images side by side have no labels. Give a folder with one folder per class; "
-            f"without labels, see what the encoder finds alike: sslvit show neighbors ENCODER {printable(source)}"
-        )
 
 
 def check_present(index: Index | StreamIndex, max_fraction: float) -> None:

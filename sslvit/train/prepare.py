@@ -13,10 +13,11 @@ from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElastic
 
 from sslvit.compatibility import check_same, settings_from
 from sslvit.data.examples import Examples
+from sslvit.data.folders import check_labeled
 from sslvit.data.header import MODES
 from sslvit.data.mixture import Index, Plan
 from sslvit.data.module import ShardDataModule
-from sslvit.data.open import check_labels_visible, check_present
+from sslvit.data.open import check_present
 from sslvit.data.stream import StreamIndex
 from sslvit.run_plan import RunPlan
 from sslvit.settings import RunSettings, SupervisedSettings, TrainSettings
@@ -128,8 +129,8 @@ def check_machine(settings: RunSettings, is_planned: bool = False) -> None:
             "data.resolutions: a pixel sequence is tied to its size (encoder.image_size). Leave data.resolutions out."
         )
     if isinstance(settings.task, SupervisedSettings):
-        check_labels_visible(data.shards, "train")
-        check_labels_visible(settings.task.val, "val")
+        check_labeled("--train", data.shards)
+        check_labeled("--val", settings.task.val)
     check_loggers(train)
     if train.accelerator == "gpu" and not is_planned and not torch.cuda.is_available():
         raise ValueError("train.accelerator: gpu, but torch sees none here. Use auto or cpu.")

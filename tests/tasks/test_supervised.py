@@ -363,7 +363,7 @@ def test_what_cannot_be_fine_tuned_is_refused(shards: Path, capsys: pytest.Captu
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(shards / "flat" / "1.png")
     for sets, option in ((("flat", "val"), "--train"), (("train", "flat"), "--val")):
         error = failing(*sets)
-        assert f"{option} {shards / 'flat'}: images side by side, which have no labels. Give one folder" in error
+        assert f"{option} {shards / 'flat'}: images side by side have no labels. Give one folder" in error
     assert "have no labels" in failing("train", "plain")
     assert "have different classes" in failing("train", "other")
     assert "trains mae, not with labels" in failing("train", "val", "--config", "mae/digits")
