@@ -23,6 +23,7 @@ IMAGES = 8
 LARGER = 2  # times the training resolution
 MASS = 0.6  # of the attention, in the masks
 MAX_HEADS = 16  # one row of the picture each
+NEIGHBORS_OF = 5  # images; `sslvit show neighbors` draws more
 SEARCHED, SEARCHED_ON_CPU = 1000, 128  # images among which neighbors are searched: seconds
 
 
@@ -70,7 +71,9 @@ def plot_found_neighbors(folder: RunFolder, task: Task, data: ShardDataModule) -
     if isinstance(index, StreamIndex) or len(index) < 2:
         return
     reader = data.make_reader(index)
-    found = find_neighbors(encoder, reader, among=SEARCHED_ON_CPU if task.device.type == "cpu" else SEARCHED)
+    found = find_neighbors(
+        encoder, reader, NEIGHBORS_OF, among=SEARCHED_ON_CPU if task.device.type == "cpu" else SEARCHED
+    )
     if np.isfinite(found.similarity).all():
         plot_neighbors(encoder, reader, found, folder.figures / "neighbors.png")
 

@@ -1,0 +1,72 @@
+"""`sslvit plan` and `sslvit.plan`: this machine by default, measured where asked, and what the loader must deliver."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from run_fixtures import TINY
+
+import sslvit
+from sslvit.cli import main
+from sslvit.data import open as opening
+from sslvit.train.planning import Loading
+
+TINY_RUN = {key: value for key, value in TINY.items() if key != "data.workers"}
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    source = np.random.default_rng(0)
+    for number in range(24):
+        folder = tmp_path / "photos" / "ab"[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(source.integers(0, 255, (9, 8, 3)).astype(np.uint8)).save(folder / f"{number}.png")
+    return tmp_path / "photos"
+
+
+def test_a_plan_is_for_this_machine_and_packs_nothing(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opening, "open_image_folder", None)
+    found = sslvit.plan("mae/own_images", photos, **TINY_RUN)
+    assert [pace.hardware for pace in found.paces] == ["this machine's CPU"]
+    assert found.forecast.images == 24
+    assert found.loading.is_measured
+    assert found.loading.workers == 0
+    total = found.forecast.run.total_steps * 8
+    assert found.paces[0].images_per_second == pytest.approx(total / found.paces[0].seconds)
+    assert "measured on these images" in found.text()
+    assert json.loads(json.dumps(found.to_dict()))["hours"] == {"this machine's CPU": found.paces[0].seconds / 3600}
+
+
+def test_a_gpu_is_named_by_its_peak_or_its_memory() -> None:
+    given = sslvit.plan("mae/own_images", images=100, tflops=10, **TINY_RUN)
+    assert [pace.hardware for pace in given.paces] == ["1 x given"]
+    large = sslvit.plan("mae/own_images", images=100, memory_gib=80, **TINY_RUN | {"train.accelerator": "auto"})
+    assert {"1 x h200", "1 x a100"} < {pace.hardware for pace in large.paces}
+    assert large.loading.workers > 0
+    assert not large.loading.is_measured
+    with pytest.raises(ValueError, match="measure: real steps take images"):
+        sslvit.plan("mae/own_images", images=100, measure=True)
+
+
+def test_real_steps_are_timed_and_leave_nothing(photos: Path, capsys: pytest.CaptureFixture) -> None:
+    words = [f"--{key}={json.dumps(value)}" for key, value in TINY_RUN.items()]
+    assert main(["plan", "--config", "mae/own_images", "--data", str(photos), "--measure", "--json", *words]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["measured"]["steps"], found["measured"]["batch"]) == (4, 8)
+    assert 0 <= found["measured"]["waiting"] <= 1
+    assert found["images_per_second"] == {"1 x this machine's CPU": found["measured"]["images_per_second"]}
+    assert found["measured"]["memory"] > 2**26
+    assert not (Path("runs") / "new").exists()
+
+
+def test_cores_that_deliver_too_little_are_said() -> None:
+    assert Loading(1000, 100, True, 15).is_enough
+    few = Loading(1000, 100, True, 7)
+    assert not few.is_enough
+    assert "7 processes 700: too few" in few.text()
+    assert "in turns with training: 50% of the time" in Loading(100, 100, False, 0).text()
+    assert not Loading(100, 100, False, 0).is_enough
