@@ -248,7 +248,8 @@ def export(
         made = sslvit.export("runs/photos", "exports/photos", "timm")
         print(made.verdict["largest_difference"])
     """
-    name = os.fspath(encoder)
-    given = {"outputs": outputs, "size": size, "scores": scores, "overwrite": overwrite}
-    verdict = export_encoder(name, out, format, allow_foreign_code=allow_foreign_code, **given, **overrides)
+    verdict = export_encoder(
+        os.fspath(encoder), out, format, outputs, size, scores=scores, overwrite=overwrite,
+        allow_foreign_code=allow_foreign_code, **overrides,
+    )  # fmt: skip
     return Export(Path(out), verdict)
