@@ -119,7 +119,7 @@ class ProbeTable(Result):
         return {"rows": self.rows, "intervals": intervals, "draws": self.scores, "about": self.about}
 
 
-def probe(encoders: dict[str, ViTEncoder], settings: ProbeSettings) -> ProbeTable:
+def probe(encoders: Mapping[str, ViTEncoder], settings: ProbeSettings) -> ProbeTable:
     """Score encoders on labeled shards.
 
     Several processes share the passes through the encoders; the first one fits the heads and has the table.
