@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from golden_fixtures import Golden, looks_at
 from run_fixtures import read_protocol
 
+from sslvit import progress
 from sslvit.data.array_images import array_samples
 from sslvit.data.pack import pack
 from sslvit.evaluate import protocols
@@ -443,3 +446,18 @@ def test_a_held_out_part_that_leaves_nothing_is_refused(shards: Path) -> None:
     settings = settings_of(shards, "dinov2", **{"protocol.held_out": 0.9999})
     with pytest.raises(ValueError, match="--protocol.held_out 0.9999: leaves no image of some class"):
         probe({"mine": encoder()}, settings)
+
+
+def test_a_long_protocol_says_so_before_and_which_option_makes_it_short(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(protocols, "LONG_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "FIRST_REPORT_SECONDS", 0.02)
+    monkeypatch.setattr(progress, "MIN_INTERVAL_SECONDS", 0.02)
+    with caplog.at_level(logging.INFO, "sslvit"):
+        probe({"mine": encoder()}, replace(settings_of(shards, "dinov2"), baselines=False))
+    said = [record.getMessage() for record in caplog.records]
+    (before,) = (line for line in said if "passes over" in line)
+    assert re.search(r"dinov2: [\d,]+ passes over \d+ images, each with new crops, about \d+ s for each row", before)
+    assert "Fewer --protocol.iterations make it shorter, and --protocol.augment false takes one pass" in before
+    assert any(re.match(r"dinov2: training the head: \d+ of [\d,]+ steps, pass \d+ of", line) for line in said)
