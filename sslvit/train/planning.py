@@ -325,8 +325,8 @@ def measure_steps(settings: RunSettings, data: str, images_per_pass: int) -> Mea
             warnings.simplefilter("ignore")
             trainer.fit(task, datamodule=module)
         lines = run_folder.read_metrics()[1:]
-        seconds = median(batch / line["images_per_second"] for line in lines)
-        waiting = median(line["data_seconds"] for line in lines) / seconds
+        seconds = median(batch / line["time/images_per_second"] for line in lines)
+        waiting = median(line["time/data"] for line in lines) / seconds
         device = task.device.type
     memory = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return Measured(steps, batch, batch / seconds, min(waiting, 1.0), memory, device)

@@ -131,7 +131,7 @@ class Health(StepCallback):
             return
         first = max(self.step // 2, grace_steps) + 1
         lines = [line for line in self.folder.read_metrics() if first <= line["step"] < self.step]
-        losses = [line["loss"] for line in lines if math.isfinite(line.get("loss", math.nan))]
+        losses = [line["train/loss"] for line in lines if math.isfinite(line.get("train/loss", math.nan))]
         symptom = not_learning([*losses, measures["loss"]], first, optim)
         if symptom and symptom.name not in [message["symptom"] for message in self.messages]:
             self.report(symptom.name, f"{symptom.seen}. {symptom.suggestion}")
