@@ -237,11 +237,11 @@ def test_a_run_whose_loss_stays_where_it_is_is_not_learning(tmp_path: Path, caps
         module = SimpleNamespace(
             logs_features=True, guard=SimpleNamespace(skipped=False), symptoms=lambda measures: [],
             optim=OptimSettings(), logged_features={"features": [torch.randn(32, 8)]}, health_grace_steps=10,
-            records={"loss": [torch.tensor(loss)]}, record=lambda name, value: None,
+            records={"train/loss": [torch.tensor(loss)]}, record=lambda name, value: None,
             loss_shows_learning=task_class(task).loss_shows_learning,
         )  # fmt: skip
         health.on_step(SimpleNamespace(is_global_zero=True, world_size=1), module)
-        append_lines(folder.metrics, [{"step": health.step, "loss": loss}])
+        append_lines(folder.metrics, [{"step": health.step, "train/loss": loss}])
         verdicts.append(health.verdict)
     said = capsys.readouterr().out
     if task == "dino":
