@@ -195,7 +195,7 @@ def _is_in_library_folder(file: Path) -> bool:
 def reject_overrides(source: str, overrides: dict[str, Any]) -> None:
     """Refuse options for released files, as a source states its own settings."""
     if "weights" in overrides:
-        raise ValueError(f"{source}: holds one network, no student beside a teacher. Remove weights (--weights).")
+        raise ValueError(f"{source}: holds one network, no student beside a teacher. Remove --weights.")
     if overrides:
         raise ValueError(
             f"{source}: already stores its settings; remove what is for released files ({', '.join(overrides)})."
@@ -235,7 +235,7 @@ def split_checkpoint(
     try:
         settings, prefix, state = content["sslvit"]["encoder"], content["sslvit"]["prefix"], content["state_dict"]
         if network is not None and prefix != TEACHER:
-            raise ValueError(f"{path}: its task trains one network. Remove weights (--weights).")
+            raise ValueError(f"{path}: its task trains one network. Remove --weights.")
         if network not in (None, "student", "teacher"):
             raise ValueError(f"{path}: holds a student and a teacher, no {network}.")
         prefix = STUDENT if network == "student" else prefix

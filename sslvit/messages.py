@@ -22,7 +22,7 @@ R = TypeVar("R")
 FLAGS = frozenset({"allow-foreign-code", "baselines", "json", "merge", "overwrite", "quiet", "resume", "scratch"})
 OPTION = re.compile(
     r"""(?<![^\s("'])(?:--(?P<name>[a-z][\w-]*(?:\.[\w-]+)*)|(?P<output>-o)\b)"""
-    r"""(?P<value>[ ](?:'[^']*'|\[[^]]*\]|[A-Z]{2,}(?:\s[A-Z]{2,})*\b|(?:true|false|none)\b"""
+    r"""(?P<value>[ ](?:'[^']*'|\[[^]]*\]|[A-Z]{2,}(?:\s[A-Z]{2,})*\b|[NX]\b|(?:true|false|none)\b"""
     r"""|-?\d\S*?(?=[:,;.)]*(?:\s|$))|(?!\()\S*[^\s:,;.)](?=[:,;.)]+(?:\s|$))))?"""
 )
 SHELL = re.compile(r"\b(?:sslvit [a-z]+|pip install|docker run)\b[^;:()]*$")  # a command, which is typed in any case

@@ -101,7 +101,7 @@ def test_of_several_networks_the_average_is_taken_and_said(
     torch.save(content, tmp_path / "both.pth")
     encoder = load_encoder(tmp_path / "both.pth", layout="timm", heads=2)
     said = capsys.readouterr().out
-    assert f"several networks: took {taken}; also there: {other} (weights=, --weights NAME)" in said
+    assert f"several networks: took {taken}; also there: {other} (weights=NAME)" in said
     assert "not the encoder's: head (1)" in said
     assert torch.equal(encoder.norm.weight, average["norm.weight"])
     assert torch.equal(encoder.blocks[0].attn.qkv.weight, average["blocks.0.attn.qkv.weight"])

@@ -152,10 +152,10 @@ def _convert(
     if colors != len(table) - 1:
         raise ValueError(f"palette: {colors} colors for a model of {len(table) - 1}. Give the one it was trained on.")
     if "palette" not in changes:
-        notes.append("palette: not in the file; set to uniform. Give the released clusters: palette= (--palette FILE).")
+        notes.append("palette: not in the file; set to uniform. Give the released clusters: --palette FILE.")
     positions = state["wpe.weight"].shape[0]
     if math.isqrt(positions) ** 2 != positions and "image_size" not in changes:
-        raise ValueError(f"{positions} positions are no square. Give image_size=[height, width] (--image-size).")
+        raise ValueError(f"{positions} positions are no square. Give --image-size HEIGHT WIDTH.")
     found = {
         "image_size": math.isqrt(positions),
         "width": width,

@@ -76,7 +76,7 @@ def unwrap(content: dict[str, Any], source: str, network: str | None = None) -> 
     others = [other for other in (_label(*key) for key in found) if other != label]
     if others and network is None:
         names = ", ".join(_name(other, [label]) for other in others)
-        notes.append(f"several networks: took {_name(label, others)}; also there: {names} (weights=, --weights NAME).")
+        notes.append(f"several networks: took {_name(label, others)}; also there: {names} (--weights NAME).")
     rivals = [other for name, other in found if name == entry and other != prefix]
     scope = _scope(prefix, rivals)
     inside = tuple(other for other in rivals if not prefix.startswith(other))
@@ -135,9 +135,7 @@ def _choice(labels: list[str], source: str) -> str:
     if len(best) == 1:
         return best[0]
     names = sorted({_name(label, [other for other in best if other != label]) for label in best})
-    raise ValueError(
-        f"{source}: holds several networks ({printable(', '.join(names))}). Name one: weights= (--weights NAME)."
-    )
+    raise ValueError(f"{source}: holds several networks ({printable(', '.join(names))}). Name one: --weights NAME.")
 
 
 def _name(label: str, others: list[str]) -> str:

@@ -75,7 +75,7 @@ def infer_heads(width: int, heads: int | None, notes: list[str]) -> int:
     if heads is not None:
         return heads
     if width % 64:
-        raise ValueError(f"heads: not in the file, and width {width} is not a multiple of 64. Give heads= (--heads).")
+        raise ValueError(f"heads: not in the file, and width {width} is not a multiple of 64. Give --heads N.")
     notes.append(f"heads: not in the file; assumed {width // 64} (64 channels each). Give heads= if that is wrong.")
     return width // 64
 
@@ -164,7 +164,7 @@ def _position_grid(
                 return {"prefix_positions": kind}
     raise ValueError(
         f"pos_embed: {length} rows are no {'square grid' if size is None else f'grid of {size} pixels'} of patches of "
-        f"{patch} with {rows['all']} prefix tokens. Give image_size=[height, width] (--image-size HEIGHT WIDTH)."
+        f"{patch} with {rows['all']} prefix tokens. Give --image-size HEIGHT WIDTH."
     )
 
 

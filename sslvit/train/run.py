@@ -134,6 +134,7 @@ def _pretrain(
     trainer = make_trainer(settings, folder, data, callbacks)
     if is_first:
         folder.start(asdict(settings), goes_on)
+        task._log_hyperparams = False  # the loggers are told all at once, and MLflow takes no parameter twice
         trainer.loggers = make_loggers(settings, folder, index, loggers)
         _announce(settings, data, task, trainer)
         for notice in (memory, size_notice(settings, Examples.of(index))):
