@@ -108,7 +108,7 @@ def resume(
     """
     folder = RunFolder(expand_path(os.fspath(run)))
     if not folder.config.is_file():
-        raise ValueError(f"{run}: not a run folder (no config.yaml). Give the folder that --out named.")
+        raise ValueError(f"{run}: not a run folder (no config.yaml). Give what was given as --out.")
     for key in ("out", "init"):
         if key in changes:
             raise ValueError(f"--{key}: a run that goes on keeps its folder and its start. Leave it out.")

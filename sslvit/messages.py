@@ -23,7 +23,7 @@ FLAGS = frozenset({"allow-foreign-code", "baselines", "json", "merge", "overwrit
 OPTION = re.compile(
     r"""(?<![^\s("'])(?:--(?P<name>[a-z][\w-]*(?:\.[\w-]+)*)|(?P<output>-o)\b)"""
     r"""(?P<value>[ ](?:'[^']*'|\[[^]]*\]|[A-Z]{2,}(?:\s[A-Z]{2,})*\b|[NX]\b|(?:true|false|none)\b"""
-    r"""|-?\d\S*?(?=[:,;.)]*(?:\s|$))|(?!\()\S*[^\s:,;.)](?=[:,;.)]+(?:\s|$))))?"""
+    r"""|-?\d\S*?(?=[:,;.)]*(?:\s|$))|(?!\()\S*[^\s:,;.)](?=[:,;.)]+(?:\s|$)|$)))?"""
 )
 SHELL = re.compile(r"\b(?:sslvit [a-z]+|pip install|docker run)\b[^;:()]*$")  # a command, which is typed in any case
 WORDS = {"true": "True", "false": "False", "none": "None"}

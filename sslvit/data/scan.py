@@ -193,7 +193,9 @@ def number_reports(location: str, reports: list[ShardReport], requested: str | N
                 "either"
             )
         elif others := [name for name in fields if name in LABEL_FIELDS]:
-            logger.info(f"{location}: the .{others[0]} members are not used as labels (--labels {others[0]} uses them)")
+            logger.info(
+                f"{location}: the .{others[0]} members are not used as labels; to use them: --labels {others[0]}"
+            )
         _clear_labels(reports)
         return None
     try:

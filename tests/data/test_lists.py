@@ -78,7 +78,7 @@ def test_a_column_of_another_name_is_said_and_taken_by_name(tmp_path: Path, caps
     (index,) = pack_source(tmp_path / "a.csv", tmp_path / "out", workers=1)
     said = capsys.readouterr().out
     assert index.classes is None
-    assert "columns that are not used: kind (for labels: --label-column kind)" in said
+    assert 'columns that are not used: kind (for labels: label_column="kind")' in said
     found = read_source(tmp_path / "a.csv", SourceOptions(label_column="kind"))
     assert found.classes == ["cat", "dog"]
     with pytest.raises(ValueError, match="--label-column none: not a column of .*a.csv .path, kind"):

@@ -175,8 +175,8 @@ def test_a_run_on_cached_images_is_that_of_the_loader_and_resumes_bit_for_bit(
     assert read_keys(cached) == read_keys(by_loader)
     assert cached.ledger.read_text() == by_loader.ledger.read_text()
     assert '"times"' in cached.ledger.read_text()
-    losses, expected = (losses(folder) for folder in (cached, by_loader))
-    assert losses == pytest.approx(expected, rel=1e-2)
+    found, expected = (losses(folder) for folder in (cached, by_loader))
+    assert found == pytest.approx(expected, rel=1e-2)
     task = task_class(recipe.split("/")[0])
     step = task.training_step
 
@@ -201,7 +201,12 @@ def module_on(device: torch.device, index: Any, settings: DataSettings, channels
     plan = EpochPlan([COUNT], 12, seed=3)
     module = ShardDataModule(index, settings, encoder, plan, RunPlan(3, 5, 12))
     module.trainer = SimpleNamespace(
-        strategy=SimpleNamespace(root_device=device), global_rank=0, max_epochs=1, max_steps=3, current_epoch=0
+        strategy=SimpleNamespace(root_device=device),
+        global_rank=0,
+        max_epochs=1,
+        max_steps=3,
+        current_epoch=0,
+        num_devices=1,
     )
     return module
 
@@ -471,5 +476,5 @@ def test_a_run_whose_views_are_made_on_a_gpu_is_that_of_the_cpu(
     take_fake_cuda(monkeypatch)
     with on_fake_cuda():
         on_gpu = run(shards, tmp_path / "gpu", **options, **{"data.cache_on_device": True})
-    losses, expected = (losses(folder) for folder in (on_gpu, on_cpu))
-    assert losses == pytest.approx(expected, rel=1e-2)
+    found, expected = (losses(folder) for folder in (on_gpu, on_cpu))
+    assert found == pytest.approx(expected, rel=1e-2)

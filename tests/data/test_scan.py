@@ -178,7 +178,7 @@ def test_captions_are_not_classes_unless_asked_for_and_it_is_said(tmp_path: Path
     assert "4 different texts (.txt) for 4 images are no classes; they are not used" in capsys.readouterr().out
     write_tar(tmp_path / "a.tar", members | {"0.txt": b"long " * 100, "1.json": b"{}"})
     assert index_shards(tmp_path, workers=1).classes is None
-    assert "the .txt members are not used as labels (--labels txt uses them)" in capsys.readouterr().out
+    assert 'the .txt members are not used as labels; to use them: labels="txt"' in capsys.readouterr().out
     write_tar(tmp_path / "a.tar", members)
     assert len(index_shards(tmp_path, workers=1, options=IndexOptions(labels="txt")).classes) == 4
 

@@ -37,6 +37,7 @@ def test_callbacks_are_called_in_the_order_of_their_reasons(
     """What may end the run, then what records, then the line of metrics.jsonl, then the checkpoint, then the stop."""
     changes = RECIPES.get(recipe, {"data.global_batch_size": 8, "encoder.image_size": 8, "encoder.patch": 4})
     changes = changes | {"data.shards": str(shards)} | dict.fromkeys(keys, str(shards))
+    changes |= {"task.allow_same_data": True} if recipe.startswith("finetune") else {}
     settings = load_recipe(recipe, changes)
     index, plan = open_data(settings.data, 0)
     data = ShardDataModule(index, settings.data, settings.encoder, plan, RunPlan(7, 3, 8))

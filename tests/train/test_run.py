@@ -328,7 +328,7 @@ def test_the_views_of_training_are_drawn(
 
 
 def test_a_recipe_of_fine_tuning_is_sent_to_its_command(shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="finetune/small_images: trains with labels. Use: sslvit finetune ENCODER .*"):
+    with pytest.raises(ValueError, match="finetune/small_images.: trains with labels. Use: sslvit finetune ENCODER .*"):
         sslvit.pretrain("finetune/small_images", shards, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

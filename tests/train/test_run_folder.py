@@ -433,8 +433,8 @@ def test_a_run_goes_on_by_its_folder_alone(shards: Path, tmp_path: Path, monkeyp
         ({"encoder.mean": [0.5]}, "encoder.mean was .* cannot become .* since the weights were trained on images"),
         ({"seed": 1, "optim.betas": [0.5, 0.9]}, "seed was 0 .*; optim.betas was .* Restore them"),
         ({"train.epochs": 9, "train.steps": 3}, "train.epochs 9.* would change nothing, since train.steps .3. decides"),
-        ({"out": "elsewhere"}, "--out: a run that goes on keeps its folder"),
-        ({"init": "other"}, "--init: a run that goes on keeps its folder and its start"),
+        ({"out": "elsewhere"}, "out=: a run that goes on keeps its folder"),
+        ({"init": "other"}, "init=: a run that goes on keeps its folder and its start"),
         ({"train.stepps": 9}, "train.stepps: no such setting. Did you mean train.steps"),
     ],
 )
@@ -483,7 +483,7 @@ def test_a_fine_tuning_goes_on_by_its_folder_alone(shards: Path, tmp_path: Path,
 
 
 def test_only_a_run_folder_goes_on(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="not a run folder .no config.yaml.. Give the folder that --out named"):
+    with pytest.raises(ValueError, match="not a run folder .no config.yaml.. Give what was given as out=."):
         sslvit.resume(tmp_path)
 
 
