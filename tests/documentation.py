@@ -9,6 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = re.compile(r"(?:[A-Z]+=\S+ )?(?:sslvit|torchrun|sbatch|python|pip|make|git|cat) ")
+PROMPT = "$ "
 
 
 @dataclass(frozen=True)
@@ -36,18 +37,21 @@ def snippets_of(page: Path) -> list[Snippet]:
         first = text.count("\n", 0, block.start()) + 2
         if language == "python":
             found.append(Snippet(page.name, first, body, is_python=True))
-        elif language in ("", "sh") and COMMAND.match(body):
+        elif language in ("", "sh") and COMMAND.match(body.removeprefix(PROMPT)):
             found += _commands(page.name, first, body)
     return found
 
 
 def _commands(page: str, first: int, body: str) -> list[Snippet]:
     found, parts, start = [], [], first
+    is_transcript = body.startswith(PROMPT)  # with what the commands print
     for number, line in enumerate(body.splitlines(), first):
-        parts.append(line.removesuffix("\\"))
+        if is_transcript and not line.startswith(PROMPT):
+            continue
+        parts.append(line.removeprefix(PROMPT).removesuffix("\\"))
         if line.endswith("\\"):
             continue
-        command = re.sub(r"\s{2,}#.*$", "", "".join(parts)).strip()
+        command = re.sub(r"\s+# .*$", "", "".join(parts)).strip()
         if command and not command.startswith("#"):
             found.append(Snippet(page, start, command, is_python=False))
         parts, start = [], number + 1

@@ -107,6 +107,8 @@ SUPPLIES = {
     "shards/imagenet": "sslvit shards pack photos/ shards/imagenet --holdout 0.1",
     "shards/train": "sslvit shards pack photos/ shards/train --encode png",
     "shards/theirs": "sslvit shards pack photos/ shards/theirs && rm shards/theirs/index.*",
+    "dog.jpg": 'cp "$(ls photos/*/* | head -n 1)" dog.jpg',
+    "cat.jpg": 'cp "$(ls photos/*/* | tail -n 1)" cat.jpg',
     "list.csv": "(echo path,label; ls photos/*/* | sed 's/.*/&,a/') > list.csv",
     "images.npz": "python -c \"import numpy as np; np.savez('images.npz', x=np.zeros((9, 8, 8, 3), np.uint8))\"",
     "runs/photos": pretrained(
