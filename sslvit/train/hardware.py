@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -37,10 +38,16 @@ def precision_of(train: TrainSettings) -> str:
     return "bf16" if known.get("amx_bf16") or known.get("avx512_bf16") else "float32"
 
 
-def allow_tf32(train: TrainSettings) -> None:
-    """Let what autocast leaves in float32 (DINO's prototypes) take TF32 beside bf16, which has fewer digits."""
+@contextmanager
+def tf32_beside_bf16(train: TrainSettings) -> Iterator[None]:
+    """While the block runs, what autocast leaves in float32 (DINO's prototypes) takes TF32, which has more digits."""
+    before = torch.get_float32_matmul_precision()
     if trains_on_gpu(train) and precision_of(train) == "bf16":
         torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def gpu_memory(devices: int = 1) -> int:

@@ -28,7 +28,7 @@ from sslvit.tasks import make_task
 from sslvit.train.compilation import compile_mode, compile_task
 from sslvit.train.folder import RunFolder
 from sslvit.train.forecast import PEAKS, Forecast, forecast, peak_of_gpu, plan_step, plot_schedules
-from sslvit.train.hardware import allow_tf32, cpu_memory, gpu_memory, trains_on_gpu
+from sslvit.train.hardware import cpu_memory, gpu_memory, tf32_beside_bf16, trains_on_gpu
 from sslvit.train.length import cpu_seconds, duration, fit_length
 from sslvit.train.micro_batch import MicroBatch, choose_micro_batch
 from sslvit.train.prepare import check_machine, resolve_defaults, resolve_processes, size_notice
@@ -309,7 +309,6 @@ def measure_steps(settings: RunSettings, data: str, images_per_pass: int) -> Mea
         index, order = open_data(own.data, own.seed)
         run = RunPlan.make(train, order.steps_per_epoch, batch, own.seed)
         own = resolve_defaults(own, None, index, run)
-        allow_tf32(train)
         pl.seed_everything(own.seed, verbose=False)
         module = ShardDataModule(index, own.data, own.encoder, order, run)
         task = make_task(own, run)
@@ -321,7 +320,7 @@ def measure_steps(settings: RunSettings, data: str, images_per_pass: int) -> Mea
         run_folder.start(asdict(own), goes_on=False)
         trainer = make_trainer(own, run_folder, module)
         logger.info(f"timing {steps} steps of {batch} images")
-        with silent(), warnings.catch_warnings():
+        with silent(), tf32_beside_bf16(train), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             trainer.fit(task, datamodule=module)
         lines = run_folder.read_metrics()[1:]

@@ -36,7 +36,7 @@ from sslvit.train.callbacks import make_callbacks
 from sslvit.train.checkpoint_io import AtomicCheckpointIO
 from sslvit.train.compilation import compile_mode, compile_task, undo_compilation
 from sslvit.train.folder import RunFolder
-from sslvit.train.hardware import allow_tf32, precision_of, trains_on_gpu
+from sslvit.train.hardware import precision_of, tf32_beside_bf16, trains_on_gpu
 from sslvit.train.length import fit_length
 from sslvit.train.loggers import log_pictures, make_loggers
 from sslvit.train.micro_batch import fit_micro_batch
@@ -83,7 +83,7 @@ def pretrain(
     """
     folder, is_first = RunFolder(settings.out), is_first_process()
     try:
-        with folder.held(waits=resume) if is_first else nullcontext():
+        with folder.held(waits=resume) if is_first else nullcontext(), tf32_beside_bf16(settings.train):
             if is_first:
                 folder.check(resume, overwrite)
             return _pretrain(settings, folder, is_first, resume and folder.goes_on, callbacks, loggers)
@@ -113,7 +113,6 @@ def _pretrain(
 
     if train.threads:
         torch.set_num_threads(train.threads)
-    allow_tf32(train)
     pl.seed_everything(settings.seed, verbose=False)
     requested, classes = settings, len(index.classes) if index.classes else None
     train, length = fit_length(settings, len(index), classes, plan.steps_per_epoch, plan.global_batch_size)

@@ -22,7 +22,7 @@ from sslvit.tasks import make_task
 from sslvit.tasks.base import Task
 from sslvit.train.compilation import blocks, compile_mode, compile_task, undo_compilation
 from sslvit.train.fake_step import example
-from sslvit.train.hardware import allow_tf32
+from sslvit.train.hardware import tf32_beside_bf16
 
 KINDS = {
     "mae": ("mae/digits", {"encoder.drop_path": 0.1}),
@@ -129,17 +129,16 @@ def test_a_run_is_compiled_while_it_trains_and_not_after(
 
 @pytest.mark.parametrize(
     ("precision", "accelerator", "expected"),
-    [("auto", "auto", ["high"]), ("bf16", "gpu", ["high"]), ("float32", "auto", []), ("bf16", "cpu", [])],
+    [("auto", "auto", "high"), ("bf16", "gpu", "high"), ("float32", "auto", "highest"), ("bf16", "cpu", "highest")],
 )
-def test_tf32_stands_beside_bf16_on_a_gpu_alone(
-    precision: str, accelerator: str, expected: list[str], monkeypatch: pytest.MonkeyPatch
+def test_tf32_stands_beside_bf16_on_a_gpu_alone_and_ends_with_the_run(
+    precision: str, accelerator: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen: list[str] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
-    monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
-    allow_tf32(TrainSettings(precision=precision, accelerator=accelerator))
-    assert chosen == expected
+    with tf32_beside_bf16(TrainSettings(precision=precision, accelerator=accelerator)):
+        assert torch.get_float32_matmul_precision() == expected
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 @pytest.mark.slow

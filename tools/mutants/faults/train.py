@@ -141,7 +141,7 @@ FAULTS = [
           (f"{COMPILING}::test_auto_compiles_on_a_gpu_with_triton_alone",)),
     Fault("TF32 stands beside no precision", "sslvit/train/hardware.py",
           'precision_of(train) == "bf16":', 'precision_of(train) == "bf16-mixed":',
-          (f"{COMPILING}::test_tf32_stands_beside_bf16_on_a_gpu_alone",)),
+          (f"{COMPILING}::test_tf32_stands_beside_bf16_on_a_gpu_alone_and_ends_with_the_run",)),
     Fault("What was trained is used in its compiled form", RUN,
           "            undo_compilation(task)\n", "", (TRAINS_COMPILED,)),
     Fault("train.deterministic is ignored", RUN, "train.deterministic or None", "None", (COMPUTED,)),
