@@ -71,8 +71,8 @@ class DataSettings:
     resolutions: list[int] | None = None
     """Image sides in pixels, one of which is sampled for each step; null for encoder.image_size."""
     workers: int | None = None
-    """Loader processes per rank; the order of the data does not depend on it. null for the rank's part of this
-    machine's cores but one, up to 16, on a GPU, and for none on a CPU, whose cores the encoder needs.
+    """Loader processes per rank; the order of the data does not depend on it. On a GPU, null is the rank's part of
+    this machine's cores but one, at most 16; on a CPU, whose cores the encoder needs, it is 0.
     """
     memory_limit_mb: int = 1024
     """Largest size in MB up to which a data set of small, equally sized images is decoded once and kept in memory."""
