@@ -23,7 +23,7 @@ from wheel_fixtures import run
 pytest_plugins = ["wheel_fixtures"]
 
 STEPS = "2"
-THUMBNAILS = 5  # of each photograph
+THUMBNAILS = 8  # of each photograph
 # what cannot be typed here: (page, how it begins, why)
 EXCEPTIONS = [
     ("README.md", "git clone", "the address is the reader's; a clone is where these tests come from"),
@@ -132,7 +132,7 @@ def photographs(folder: Path) -> None:
     source = np.random.default_rng(0)
     for name, whole in zip(("pagoda", "flower"), load_sample_images().images, strict=True):
         (folder / name).mkdir(parents=True)
-        for number in range(20):
+        for number in range(12):
             top, left = source.integers(0, 120), source.integers(0, 140)
             Image.fromarray(whole[top : top + 300, left : left + 500]).save(folder / name / f"{number:02}.jpg")
 
