@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import platform
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 MAX_STEPS = "SSLVIT_MAX_STEPS"  # of runs and of heads, to try commands out
 GIT_SECONDS = 5  # that git may take to name a commit
 MAX_WORKERS = 16  # loader processes that nobody asked for
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of mallopt(3)
 
 MISFIT = (
     "torch and torchvision are of different builds (a CPU-only torch beside the default torchvision, say), so "
@@ -99,6 +101,20 @@ def git_commit(folder: Path) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what a step frees for the next step, instead of giving it back to the system.
+
+    On a CPU glibc returns every large tensor, and the system fills new pages with zeros a moment later, which takes 5 to
+    14 percent of a training step. Other C libraries are left as they are.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return
+    mallopt(M_MMAP_THRESHOLD, 2**30)
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def require_packages(asked: str, install: str, *packages: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import platform
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -59,3 +61,45 @@ def test_an_environment_variable_shortens_runs_and_heads_and_says_so(
         monkeypatch.setenv("SSLVIT_MAX_STEPS", wrong)
         with pytest.raises(ValueError, match=f"SSLVIT_MAX_STEPS={wrong}: expected a number of steps"):
             limited_steps(2, "this run")
+
+
+FAULTS = """
+import resource
+import sys
+
+import pytorch_lightning as pl
+import torch
+
+from sslvit.run_plan import RunPlan
+from sslvit.settings.load import load_recipe
+from sslvit.tasks import make_task
+
+
+class Faults(pl.Callback):
+    def on_train_start(self, *_):
+        faults = []
+        for _ in range(2):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            tensors = [torch.ones(2**24) for _ in range(3)]  # 64 MiB each
+            del tensors
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        print(*faults)
+
+
+settings = load_recipe("mae/digits", {"data.global_batch_size": 2, "train.steps": 1})
+task = make_task(settings, RunPlan(1, 1, 2))
+images = torch.zeros(2, 1, 12, 12)
+trainer = pl.Trainer(
+    accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+    enable_model_summary=False, callbacks=[Faults()],
+)
+trainer.fit(task, torch.utils.data.DataLoader([(images, torch.zeros(2))], batch_size=None))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives memory back that early")
+def test_memory_that_a_step_frees_on_a_cpu_is_not_asked_for_anew_by_the_next_one() -> None:
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    first, second = map(int, done.stdout.splitlines()[-1].split())
+    assert first > 50  # 192 MiB, in pages of 4 KiB or of 2 MiB
+    assert second < first / 10

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from sslvit import rng
 from sslvit.checkpoint import describe_encoder
 from sslvit.data.batch import Batch
+from sslvit.environment import keep_freed_memory
 from sslvit.models import ViTEncoder
 from sslvit.optim import StepGuard, cosine, decay_groups, warmup_cosine
 from sslvit.run_plan import RunPlan
@@ -202,7 +203,7 @@ class Task(pl.LightningModule):
         return output.metrics["loss"]
 
     def on_fit_start(self) -> None:
-        """Refuse a Trainer that would take other steps than the run plan says.
+        """Refuse a Trainer that would take other steps than the run plan says; on a CPU, keep memory for the next step.
 
         Raises:
             ValueError: Its accumulation, its processes or its length differ.
@@ -231,6 +232,8 @@ class Task(pl.LightningModule):
                 f"Trainer: {steps if steps > 0 else 'no end of'} steps, but the schedules end after {run.total_steps} "
                 f"(RunPlan.total_steps). Set max_steps={run.total_steps}, or plan for more."
             )
+        if trainer.strategy.root_device.type == "cpu":
+            keep_freed_memory()
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Plain `(images, labels)` or images, as other data sets' loaders give them, become a Batch."""
