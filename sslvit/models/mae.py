@@ -117,10 +117,13 @@ class MAEDecoder(nn.Module):
         places = self.mask_token.to(tokens.dtype).expand(len(tokens), positions.shape[1] - self.prefix, -1)
         places = places.scatter(1, visible[:, :, None].expand_as(seen), seen)  # b n w
         tokens = torch.cat([prefix, places], 1) + positions
-        for block in self.blocks:
+        if wanted is None:
+            wanted = torch.arange(places.shape[1], device=places.device).expand(len(places), -1)
+        for number, block in enumerate(self.blocks, start=1):
             assert isinstance(block, Block)
-            tokens = run_block(block, tokens, recompute=self.recompute)
-        return self.pred(self.norm(gather_tokens(tokens[:, self.prefix :], wanted)))
+            last = wanted + self.prefix if number == len(self.blocks) else None  # the last MLP maps no others
+            tokens = run_block(block, tokens, recompute=self.recompute, wanted=last)
+        return self.pred(self.norm(tokens))
 
     def positions(self, grid: tuple[int, int]) -> Float[Tensor, "1 t d"]:
         """The table of the encoder's own grid, resampled for others."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sslvit.models.positions import RelativeBias, TokenLayout, rotate
+from sslvit.models.tokens import gather_tokens
 from sslvit.settings import EncoderSettings
 
 
@@ -244,10 +245,12 @@ class Block(nn.Module):
         layout: TokenLayout | None = None,
         path_scale: Float[Tensor, "2 b"] | None = None,
         kv_cache: KVCache | None = None,
-    ) -> Float[Tensor, "b t d"]:
-        """The block's output; a sample skips a branch where its `path_scale` is zero."""
+        wanted: Int[Tensor, "b k"] | None = None,
+    ) -> Float[Tensor, "b k d"]:
+        """The block's output, of all tokens or of the `wanted` ones; a sample skips a branch where its `path_scale` is
+        zero."""
         attended = self.dropout(self.ls1(self.attn(self.norm1(tokens), layout, kv_cache)))
-        tokens = tokens + drop_path(attended, path_scale, 0)
+        tokens = gather_tokens(tokens + drop_path(attended, path_scale, 0), wanted)
         mixed = self.dropout(self.ls2(self.mlp(self.norm2(tokens))))
         return tokens + drop_path(mixed, path_scale, 1)
 
@@ -263,9 +266,10 @@ def run_block(
     layout: TokenLayout | None = None,
     path_scale: Float[Tensor, "2 b"] | None = None,
     recompute: bool = False,
-) -> Float[Tensor, "b t d"]:
+    wanted: Int[Tensor, "b k"] | None = None,
+) -> Float[Tensor, "b k d"]:
     """A block's output; with `recompute` (encoder.activation_checkpointing) nothing inside it is kept for the
     backward pass."""
     if recompute and block.training and torch.is_grad_enabled():
-        return checkpoint(block, tokens, layout, path_scale, use_reentrant=False)
-    return block(tokens, layout, path_scale)
+        return checkpoint(block, tokens, layout, path_scale, wanted=wanted, use_reentrant=False)
+    return block(tokens, layout, path_scale, wanted=wanted)
