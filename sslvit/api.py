@@ -17,10 +17,10 @@ from sslvit.data.pack import pack_source
 from sslvit.exporters import Export, export_encoder
 from sslvit.files import expand_path
 from sslvit.messages import for_python
-from sslvit.settings import EncoderSettings, SupervisedSettings
+from sslvit.settings import EncoderSettings, RunSettings, SupervisedSettings
 from sslvit.settings.data import one_source
 from sslvit.settings.keywords import PackKeywords
-from sslvit.settings.load import from_keywords, load_recipe
+from sslvit.settings.load import from_keywords, load_recipe, merge_recipe, takes_init
 from sslvit.settings.pack import PackSettings, SourceOptions
 from sslvit.train.folder import RunFolder
 from sslvit.train.planning import PlannedRun
@@ -47,7 +47,7 @@ def pretrain(
         config: YAML file, or the name of a recipe such as mae/vit_tiny_cifar10.
         data: Folder of images or of shards, or several .tar files; replaces the recipe's data.shards.
         out: Run folder; replaces the recipe's.
-        init: Encoder whose weights are the initialization.
+        init: Encoder whose weights are the initialization; mae/continue and dino/continue take its architecture, too.
         resume: Resume from the run folder's last checkpoint.
         overwrite: Delete an earlier run there first.
         callbacks: Lightning's callbacks, or your own, which act after those of sslvit.
@@ -71,7 +71,7 @@ def pretrain(
             raise ValueError(f"--data and --{key} exclude each other: give one of them.")
     given = {"data.shards": one_source(data), "out": out, "init": init}
     changes |= {key: os.fspath(value) for key, value in given.items() if value is not None}
-    settings = load_recipe(config, changes)
+    settings = read_settings(config, changes)
     if isinstance(settings.task, SupervisedSettings):
         raise ValueError(
             f"--config {config}: trains with labels. Use: sslvit finetune ENCODER --train SHARDS --val SHARDS "
@@ -210,7 +210,7 @@ def plan(
         print(found.to_dict()["run"])
     """
     return plan_run(
-        load_recipe(config, changes),
+        read_settings(config, changes),
         one_source(data),
         images,
         classes,
@@ -220,6 +220,23 @@ def plan(
         measure,
         figure,
     )
+
+
+def read_settings(config: str | Path, changes: dict[str, Any]) -> RunSettings:
+    """The settings of a recipe, whose encoder may be the one that --init names (`encoder.preset: init`).
+
+    Raises:
+        ValueError: It is, and there is no --init.
+    """
+    if not takes_init(config, changes):
+        return load_recipe(config, changes)
+    init = merge_recipe(config, changes).get("init")
+    if not isinstance(init, str):
+        raise ValueError(
+            f"--config {config}: goes on from an encoder, and none is given. Name it with --init: a run, a folder, a "
+            "file, or timm:MODEL."
+        )
+    return load_recipe(config, changes, load_encoder(expand_path(init)).settings)
 
 
 def for_labels(settings: EncoderSettings) -> EncoderSettings:

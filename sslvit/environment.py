@@ -106,8 +106,8 @@ def git_commit(folder: Path) -> str | None:
 def keep_freed_memory() -> None:
     """Let the C library keep what a step frees for the next step, instead of giving it back to the system.
 
-    On a CPU glibc returns every large tensor, and the system fills new pages with zeros a moment later, which takes 5 to
-    14 percent of a training step. Other C libraries are left as they are.
+    On a CPU glibc returns every large tensor, and the system fills new pages with zeros a moment later, which takes 5
+    to 14 percent of a training step. Other C libraries are left as they are.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -83,7 +83,7 @@ class World:
         for bench in re.findall(r"bench (?:bench/)?(\w+)$", text, re.MULTILINE):
             self.provide((ROOT / "configs" / "bench" / f"{bench}.yaml").read_text())
         for path, make in SUPPLIES.items():
-            is_made_here = re.search(rf"(--out |-o |pack \S+ |out=\"){re.escape(path)}\b", text)
+            is_made_here = text == make or re.search(rf"(--out |-o |pack \S+ |out=\"){re.escape(path)}\b", text)
             is_there = is_made_here or (self.folder / path).exists()
             if re.search(rf"(?<![\w./-]){re.escape(path)}(?![\w-])", text) and not is_there:
                 self.provide(make)

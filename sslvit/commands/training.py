@@ -5,14 +5,14 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from sslvit.commands.files import report
 from sslvit.commands.options import Options, Recipe, Reported, Resumable
 from sslvit.files import check_new_picture
 from sslvit.settings.choices import Arg
 from sslvit.settings.data import one_source
-from sslvit.settings.load import check_changes, load_recipe
+from sslvit.settings.load import check_changes, load_recipe, takes_init
 
 
 @dataclass(kw_only=True)
@@ -65,9 +65,14 @@ class PretrainOptions(Resumable):
     """Encoder whose weights are the initialization; null for the recipe's."""
 
 
+def check_recipe(config: str, changes: dict[str, Any]) -> None:
+    """Say whatever is wrong with a recipe and its changes before torch is imported."""
+    (check_changes if takes_init(config, changes) else load_recipe)(config, changes)
+
+
 def run_pretrain(options: PretrainOptions) -> None:
     """Pretrain."""
-    load_recipe(options.config, options.changes)  # whatever is wrong with it is said before torch is imported
+    check_recipe(options.config, options.changes)
     from sslvit.api import pretrain
 
     pretrain(
@@ -191,7 +196,7 @@ def run_plan(options: PlanOptions) -> None:
         raise ValueError(f"--tflops {options.tflops:g}: must be positive.")
     if options.memory_gib is not None and not options.memory_gib > 0:
         raise ValueError(f"--memory-gib {options.memory_gib:g}: must be positive.")
-    load_recipe(options.config, options.changes)  # what is wrong there is said before torch is imported
+    check_recipe(options.config, options.changes)
     from sslvit.api import plan
 
     found = plan(

@@ -1,8 +1,10 @@
-"""Weights for one image size -> the same weights for another."""
+"""Weights for one image size, patch size or number of channels -> the same weights for another."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
 from sslvit.models.positions import table_on_grid
@@ -34,3 +36,26 @@ def check_resizable(old: EncoderSettings, new: EncoderSettings) -> None:
         raise ValueError(
             f"encoder.image_size: {what} cannot be moved from {old.image_size} to {new.image_size} pixels."
         )
+
+
+def resize_patches(weight: Float[Tensor, "d c p p"], patch: int) -> Float[Tensor, "d c q q"]:
+    """The patch embedding for patches of another size (FlexiViT, Beyer et al. 2023, section 3.4).
+
+    Where patches grow, an image that is enlarged with them has the tokens that it had before; where they shrink, the
+    tokens are the nearest ones that a linear map can give.
+    """
+    old = weight.shape[-1]
+    basis = torch.eye(old**2, dtype=torch.float64).view(-1, 1, old, old)
+    enlarge = F.interpolate(basis, size=(patch, patch), mode="bilinear", antialias=patch < old).flatten(1)  # p*p q*q
+    resized = weight.double().flatten(2) @ torch.linalg.pinv(enlarge).T
+    return resized.to(weight.dtype).unflatten(2, (patch, patch))
+
+
+def convert_channels(weight: Float[Tensor, "d c p p"], channels: int) -> Float[Tensor, "d n p p"]:
+    """The patch embedding for images of another number of channels.
+
+    Every new channel gets the mean over the old ones, scaled so that an image whose channels are all alike keeps its
+    tokens.
+    """
+    mean = weight.mean(1, keepdim=True) * (weight.shape[1] / channels)
+    return mean.expand(-1, channels, -1, -1).contiguous()

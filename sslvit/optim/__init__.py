@@ -2,7 +2,7 @@
 
 from sslvit.optim.clip import clip_by_global_norm, clip_by_parameter_norm, grad_norms
 from sslvit.optim.ema import ema_update
-from sslvit.optim.groups import decay_groups, layer_decay_groups, layer_of
+from sslvit.optim.groups import layer_decay_groups, layer_of
 from sslvit.optim.guard import StepGuard
 from sslvit.optim.schedules import cosine, warmup_cosine
 
@@ -11,7 +11,6 @@ __all__ = [
     "clip_by_global_norm",
     "clip_by_parameter_norm",
     "cosine",
-    "decay_groups",
     "ema_update",
     "grad_norms",
     "layer_decay_groups",

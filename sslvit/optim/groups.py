@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
@@ -15,23 +15,6 @@ TOKENS = ("cls_token", "reg_token", "mask_token", "start_token", "query", "pos_e
 def decays(name: str, parameter: nn.Parameter) -> bool:
     """Whether weight decay acts on a parameter: not on biases, norms, scales, learned temperatures and bias tables."""
     return parameter.ndim > 1 and not name.endswith(NEVER_DECAY)
-
-
-def decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
-    """Two parameter groups of pretraining: matrices decay; vectors and what is no weight of a map does not (`decays`).
-
-    Tokens and position tables decay too, as in the pretraining of MAE and DINO, whose released code spares what has one
-    dimension or is a bias. Parameters without gradient are left out.
-    """
-    decayed: list[nn.Parameter] = []
-    spared: list[nn.Parameter] = []
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            (decayed if decays(name, parameter) else spared).append(parameter)
-    return [
-        {"params": spared, "weight_decay": 0.0, "decays": False},
-        {"params": decayed, "weight_decay": weight_decay, "decays": True},
-    ]
 
 
 def layer_of(name: str, depth: int) -> int:
@@ -47,27 +30,33 @@ def layer_of(name: str, depth: int) -> int:
 
 
 def layer_decay_groups(
-    named: Iterable[tuple[str, nn.Parameter]], depth: int, weight_decay: float, layer_decay: float
+    named: Iterable[tuple[str, nn.Parameter]],
+    depth: int,
+    weight_decay: float,
+    layer_decay: float = 1.0,
+    spared: Sequence[str] = TOKENS,
 ) -> list[dict]:
-    """One group per layer and decay, each with `lr_scale` = layer_decay ** (depth + 1 - layer).
+    """One group per rate and decay, each with `lr_scale` = layer_decay ** (depth + 1 - layer).
 
-    Tokens and position tables do not decay either (MAE's fine-tuning spares those that it has).
+    Matrices decay; vectors and what is no weight of a map does not (`decays`). Parameters without gradient are left
+    out.
 
     Args:
         named: parameters under the encoder's names; all others count as behind it.
         depth: Number of the encoder's blocks.
         weight_decay: of matrices.
         layer_decay: rate of a layer over that of the one behind it.
+        spared: tokens and position tables that do not decay: none in the pretraining of MAE and DINO, whose released
+            code spares what has one dimension or is a bias, and those that it has in MAE's fine-tuning.
     """
-    groups: dict[tuple[int, bool], dict] = {}
+    groups: dict[tuple[float, bool], dict] = {}
     for name, parameter in named:
         if not parameter.requires_grad:
             continue
-        does_decay = decays(name, parameter) and name.split(".")[-1] not in TOKENS
-        layer = layer_of(name, depth)
-        group = groups.setdefault((layer, does_decay), {
-            "params": [], "weight_decay": weight_decay if does_decay else 0.0, "decays": does_decay,
-            "lr_scale": layer_decay ** (depth + 1 - layer),
+        does_decay = decays(name, parameter) and name.split(".")[-1] not in spared
+        scale = layer_decay ** (depth + 1 - layer_of(name, depth))
+        group = groups.setdefault((scale, does_decay), {
+            "params": [], "weight_decay": weight_decay if does_decay else 0.0, "decays": does_decay, "lr_scale": scale,
         })  # fmt: skip
         group["params"].append(parameter)
-    return list(groups.values())
+    return sorted(groups.values(), key=lambda group: group["decays"])

@@ -19,7 +19,7 @@ from sslvit.files import brief, expand_path, printable
 from sslvit.settings.build import EMPTY, MAX_KEY, build, check_values, choice_of, section_of
 from sslvit.settings.encoder import EncoderSettings
 from sslvit.settings.palette import UNIFORM, read_palette
-from sslvit.settings.presets import preset_values
+from sslvit.settings.presets import INIT, preset_values
 from sslvit.settings.run import RunSettings
 
 # a change of the first key takes the second one, which would exclude it or win over it, out of what was said before
@@ -43,13 +43,25 @@ def load_recipe(
             keys it changes.
         changes: Dotted keys and their values, such as {"train.epochs": 10}, or whole sections, whose keys are merged
             with the recipe's; they win over the recipe, and later ones over earlier ones.
-        base: Encoder whose settings the recipe changes; None for one that it describes itself.
+        base: Encoder whose settings the recipe changes, and which `encoder.preset: init` means; None for one that the
+            recipe describes itself.
 
     Raises:
         FileNotFoundError: No such recipe (the nearest names are shown).
         ValueError: An unknown key (the nearest is suggested), or a value that does not fit.
     """
+    if base is None and takes_init(config, changes):
+        raise ValueError(
+            f"encoder.preset: {INIT} means the encoder that --init names, and {brief(str(config))} is read without one."
+        )
     return build(RunSettings, merge_recipe(config, changes, base))
+
+
+def takes_init(config: str | Path, changes: dict[str, Any] | None = None) -> bool:
+    """Whether the encoder's architecture is to be read from the weights of --init (`encoder.preset: init`)."""
+    said = [content for _, content in _with_bases(find_recipe(config))] + [changes or {}]
+    presets = [dict(leaves(RunSettings, content)).get("encoder.preset") for content in said]
+    return ([preset for preset in presets if preset is not None] or [None])[-1] == INIT
 
 
 def check_changes(config: str | Path, changes: dict[str, Any]) -> None:
@@ -83,8 +95,8 @@ def merge_recipe(
             if value is not None and REPLACED.get(key) not in recipe:
                 _drop_replaced(tree, key)
             is_palette = key == "encoder.palette" and isinstance(value, str)
-            _say(RunSettings, tree, key, _palette_beside(file, value) if is_palette else value)
-    set_keys(RunSettings, tree, changes or {})
+            _say(RunSettings, tree, key, _palette_beside(file, value) if is_palette else value, base)
+    set_keys(RunSettings, tree, changes or {}, base)
     encoder = tree.get("encoder")
     if isinstance(encoder, dict) and isinstance(encoder.get("palette"), str) and encoder["palette"] != UNIFORM:
         encoder["palette"] = read_palette(_palette_beside(path, encoder["palette"]))
@@ -152,12 +164,12 @@ def leaves(kind: type, tree: dict[str, Any], prefix: str = "") -> Iterator[tuple
             yield key, value
 
 
-def set_keys(kind: type, tree: dict[str, Any], changes: dict[str, Any]) -> None:
+def set_keys(kind: type, tree: dict[str, Any], changes: dict[str, Any], base: EncoderSettings | None = None) -> None:
     """Let changes win over what nested settings say, and later ones over earlier ones."""
     for key, value in leaves(kind, changes):
         if value is not None:
             _drop_replaced(tree, key)
-        _say(kind, tree, key, value)
+        _say(kind, tree, key, value, base)
 
 
 def from_keywords(kind: type[Settings], given: Mapping[str, Any]) -> Settings:
@@ -180,7 +192,10 @@ def _drop_replaced(tree: dict[str, Any], key: str) -> None:
         _find(tree, section).pop(replaced, None)
 
 
-def _say(kind: type, tree: dict[str, Any], key: str, value: Any) -> None:
+def _say(kind: type, tree: dict[str, Any], key: str, value: Any, base: EncoderSettings | None = None) -> None:
+    if key == "encoder.preset" and value == INIT:
+        _put(tree, "encoder", {} if base is None else asdict(base))  # nothing of what was said before
+        return
     if key == "encoder.preset":
         for name, preset in preset_values(value).items():
             _put(tree, f"encoder.{name}", preset)

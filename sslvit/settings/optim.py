@@ -30,6 +30,14 @@ class OptimSettings:
     """Decoupled weight decay of matrices; biases, norms and other vectors have none."""
     final_weight_decay: float | None = None
     """Weight decay at the last step, reached along half a cosine (DINO); null keeps weight_decay."""
+    layer_decay: float = 1.0
+    """Factor of the learning rate from each block of the encoder to the one before it (He et al. 2022, appendix A.1);
+    what stands behind the encoder has the full rate.
+    """
+    freeze_encoder_epochs: float | None = 0
+    """Epochs at the start in which the encoder keeps the weights of --init, while what is new learns; null for a tenth
+    of the run, which also replaces a number as long as the run.
+    """
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     """Coefficients of AdamW's moving averages."""
     clip_grad: float | None = None
@@ -38,15 +46,16 @@ class OptimSettings:
     """Norm that is clipped: that of all gradients together, or of each parameter on its own (DINO)."""
 
     def __post_init__(self) -> None:
-        rates = ("base_lr", "min_lr", "warmup_epochs", "weight_decay", "final_weight_decay")
+        rates = ("base_lr", "min_lr", "warmup_epochs", "weight_decay", "final_weight_decay", "freeze_encoder_epochs")
         check_bounds(self, "optim.", "0 or more", *rates)
+        check_bounds(self, "optim.", "in (0, 1]", "layer_decay")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optim.betas: {brief(self.betas)} must be two numbers in [0, 1).")
         if self.clip_grad is not None and not self.clip_grad > 0:
             raise ValueError(f"optim.clip_grad: {self.clip_grad} must be positive; null for no clipping.")
 
     def fitted(self, steps_per_epoch: int, total_steps: int, base_lr: float | None = None) -> OptimSettings:
-        """The same with every null that stands for a choice, or a warm-up without an end, replaced by what suits.
+        """The same with every null that stands for a choice, and what would last as long as the run, replaced.
 
         Args:
             steps_per_epoch: Optimizer steps in one pass over the data.
@@ -56,6 +65,8 @@ class OptimSettings:
         fitting: dict[str, Any] = {} if self.base_lr is not None else {"base_lr": base_lr}
         if self.warmup_epochs is None or self.warmup_epochs * steps_per_epoch >= max(total_steps, 1):
             fitting["warmup_epochs"] = min(total_steps // 10, MAX_WARMUP_STEPS) / steps_per_epoch
+        if self.freeze_encoder_epochs is None or self.freeze_encoder_epochs * steps_per_epoch >= max(total_steps, 1):
+            fitting["freeze_encoder_epochs"] = total_steps // 10 / steps_per_epoch
         return replace(self, **fitting) if fitting else self
 
     def warmup_steps(self, steps_per_epoch: int, total_steps: int) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 from sslvit.settings.choices import not_one_of
 from sslvit.settings.encoder import EncoderSettings
 
+INIT = "init"  # the encoder whose weights --init names
 PRESETS: dict[str, dict[str, Any]] = {
     "vit_tiny": {"width": 192, "depth": 12, "heads": 3},
     "vit_small": {"width": 384, "depth": 12, "heads": 6},
@@ -29,7 +30,7 @@ PRESETS |= {
 def preset_values(name: str) -> dict[str, Any]:
     """The settings that a name stands for."""
     if not isinstance(name, str) or name not in PRESETS:
-        raise ValueError(f"encoder.preset: {not_one_of(name, PRESETS)}")
+        raise ValueError(f"encoder.preset: {not_one_of(name, [*PRESETS, INIT])}")
     return dict(PRESETS[name])
 
 

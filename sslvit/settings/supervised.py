@@ -27,8 +27,6 @@ class SupervisedSettings(TaskSettings):
     """Steps between two validations, rounded up to lines of metrics.jsonl; null for the last step alone, whose accuracy
     is the reported one.
     """
-    layer_decay: float = 0.65
-    """Factor of the learning rate from each block to the one before it."""
     smoothing: float = 0.1
     """Label smoothing (Szegedy et al. 2016)."""
     mixup: float = 0.8
@@ -42,7 +40,6 @@ class SupervisedSettings(TaskSettings):
         self.val = self.val and expand_path(self.val)
         check_bounds(self, "task.", "2 or more", "classes")
         check_bounds(self, "task.", "1 or more", "validate_every")
-        check_bounds(self, "task.", "in (0, 1]", "layer_decay")
         check_bounds(self, "task.", "in [0, 1]", "smoothing", "erase")
         check_bounds(self, "task.", "0 or more", "mixup", "cutmix")
 

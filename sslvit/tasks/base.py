@@ -24,10 +24,10 @@ from sslvit.checkpoint import describe_encoder
 from sslvit.data.batch import Batch
 from sslvit.environment import keep_freed_memory
 from sslvit.models import ViTEncoder
-from sslvit.optim import StepGuard, cosine, decay_groups, warmup_cosine
+from sslvit.optim import StepGuard, cosine, layer_decay_groups, warmup_cosine
 from sslvit.run_plan import RunPlan
 from sslvit.settings import EncoderSettings, OptimSettings, TaskSettings
-from sslvit.tasks.start import begin_with
+from sslvit.tasks.start import adaptable, begin_with
 from sslvit.tasks.symptoms import Symptom
 
 
@@ -68,6 +68,7 @@ class Task(pl.LightningModule):
 
     settings_class: ClassVar[type[TaskSettings]] = TaskSettings
     view_kinds: ClassVar[tuple[str, ...]] = ("crop", "square", "center", "canvas")  # of data.view: those of one view
+    spared_from_decay: ClassVar[tuple[str, ...]] = ()  # tokens and position tables that do not decay
     loss_shows_learning: ClassVar[bool] = True  # whether a loss that does not fall means that nothing is learned
     model: nn.Module
 
@@ -174,12 +175,12 @@ class Task(pl.LightningModule):
         return copy.to(self.device).train(self.training)
 
     def start_from(self, start: ViTEncoder, source: str) -> None:
-        """Begin with a trained encoder's weights; what is not as it was is said (start.py).
+        """Begin with a trained encoder's weights; what is not as it was is adapted and said (start.py).
 
         Raises:
-            ValueError: It is of another architecture.
+            ValueError: It is of another architecture, or cannot be adapted.
         """
-        begin_with(self.encoder, start, source)
+        begin_with(self.encoder, start, source, adaptable(start.settings))
 
     # ---- steps -----------------------------------------------------------------------------------------------
 
@@ -266,7 +267,10 @@ class Task(pl.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: torch.optim.Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
-        """Clip where the recipe says so, and record the norm over all weights before that."""
+        """Clip where the recipe says so, and record the norm over all weights that move before that."""
+        if self.global_step < self.frozen_encoder_steps:
+            for parameter in self.encoder.parameters():
+                parameter.grad = None  # the optimizer passes it by, moments and decay included
         self.guard.check_gradients(optimizer, self.global_step + 1)
         assert self.guard.grad_norm is not None
         self.records["train/grad_norm"] = [self.guard.grad_norm]
@@ -312,7 +316,14 @@ class Task(pl.LightningModule):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Which weights decay, and by which factor of the learning rate they move."""
-        return decay_groups(self.model, self.optim.weight_decay)
+        optim, spared = self.optim, self.spared_from_decay
+        named = [(name.removeprefix("encoder."), parameter) for name, parameter in self.model.named_parameters()]
+        return layer_decay_groups(named, self.encoder.settings.depth, optim.weight_decay, optim.layer_decay, spared)
+
+    @property
+    def frozen_encoder_steps(self) -> int:
+        """Updates at the start in which the encoder keeps its weights."""
+        return round((self.optim.freeze_encoder_epochs or 0) * self.run.steps_per_epoch)
 
     def lr_at(self, step: int) -> float:
         """Learning rate of the update number `step`, counted from zero."""

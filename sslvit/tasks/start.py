@@ -10,8 +10,9 @@ from torch import Tensor
 from sslvit.compatibility import POSITION_TABLES, check_same, load_strict
 from sslvit.files import printable
 from sslvit.models import ViTEncoder
-from sslvit.models.resize import resize_weights
+from sslvit.models.resize import convert_channels, resize_patches, resize_weights
 from sslvit.ranks import is_first_rank
+from sslvit.settings import EncoderSettings
 from sslvit.settings.load import brief
 
 logger = logging.getLogger(__name__)
@@ -20,6 +21,11 @@ CLOSE = 1e-4  # of a position table to the fixed one, whose entries are up to 1
 # what the weights were trained with and the run may do otherwise; its own settings hold
 READINGS = ("mean", "std", "interpolation", "crop_mode", "crop_fraction", "pooling", "feature_layer", "feature_norm",
             "interpolate_antialias", "interpolate_offset")  # fmt: skip
+
+
+def adaptable(there: EncoderSettings) -> tuple[str, ...]:
+    """Settings of a trained encoder that may differ in the run: sizes, and what its patch embedding takes."""
+    return ("image_size", "patch", "channels") if there.tokens == "patch" else ("image_size",)
 
 
 def begin_with(
@@ -40,11 +46,12 @@ def begin_with(
     there, here = start.settings, encoder.settings
     check_same(there, here, source, besides=besides)
     own, notes = encoder.state_dict(), []
-    given = resize_weights(start.state_dict(), there, here)
+    given = dict(resize_weights(start.state_dict(), there, here))
     if there.grid != here.grid:
         grids = [f"{rows} x {columns}" for rows, columns in (there.grid, here.grid)]
         notes.append(f"positions stretched from {grids[0]} to {grids[1]} patches")
     notes += _adapt_positions(given, own, there.pos_embed, here.pos_embed, source)
+    notes += _adapt_patches(given, there, here)
     if new := [key for key in own if key not in given]:
         wrong = [key for key in new if not key.startswith(ends)]
         if wrong or not ends:
@@ -61,6 +68,19 @@ def begin_with(
     load_strict(encoder, own | {key: value for key, value in given.items() if key in own}, source)
     if notes and is_first_rank():
         logger.info(f"starting from {printable(source)}: {'; '.join(notes)}")
+
+
+def _adapt_patches(given: dict[str, Tensor], there: EncoderSettings, here: EncoderSettings) -> list[str]:
+    """Notes on a patch embedding for other patches or channels, which takes the place of the given one."""
+    notes, key = [], "patch_embed.proj.weight"
+    if there.channels != here.channels:
+        given[key] = convert_channels(given[key], here.channels)
+        notes.append(f"patch embedding averaged from {there.channels} to {here.channels} channels")
+    if there.patch != here.patch:
+        given[key] = resize_patches(given[key], here.patch)
+        sizes = [f"{side} x {side}" for side in (there.patch, here.patch)]
+        notes.append(f"patch embedding resized from {sizes[0]} to {sizes[1]} pixels")
+    return notes
 
 
 def _adapt_positions(given: dict[str, Tensor], own: dict[str, Tensor], there: str, here: str, source: str) -> list[str]:

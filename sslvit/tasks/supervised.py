@@ -7,7 +7,7 @@ depth, RandAugment (in the view), mixup, CutMix, random erasing, label smoothing
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -20,13 +20,13 @@ from sslvit import rng
 from sslvit.data.batch import Batch
 from sslvit.models import ViTEncoder
 from sslvit.models.classifier import Classifier, ClassifierLoss
-from sslvit.optim import layer_decay_groups
+from sslvit.optim.groups import TOKENS
 from sslvit.settings import EncoderSettings, SupervisedSettings, TaskSettings
 from sslvit.tasks.base import StepOutput, Task
-from sslvit.tasks.start import begin_with
+from sslvit.tasks.start import adaptable, begin_with
 from sslvit.tasks.symptoms import STUCK_FRACTION, Symptom, feature_symptoms, lr_in_words
 
-NOT_COMPARED = ("image_size", "final_norm", "fc_norm", "mask_token", "pooling")  # a fine-tuned encoder may differ here
+NOT_COMPARED = ("final_norm", "fc_norm", "mask_token", "pooling")  # a fine-tuned encoder may differ here
 ENDS = ("norm.", "fc_norm.", "attn_pool.")  # of the encoder, that may be new
 
 
@@ -34,6 +34,7 @@ class Supervised(Task):
     """An encoder and a linear head; arguments as of Task, with `task.classes` known."""
 
     settings_class: ClassVar = SupervisedSettings
+    spared_from_decay: ClassVar = TOKENS
     view_kinds: ClassVar[tuple[str, ...]] = ("augment", "crop", "square", "center", "canvas")
     settings: SupervisedSettings
     model: Classifier
@@ -121,16 +122,10 @@ class Supervised(Task):
         """The head."""
         return {f"head.{key}": value for key, value in self.model.head.state_dict().items()}
 
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Rates that fall from the head to the patches."""
-        named = [(name.removeprefix("encoder."), parameter) for name, parameter in self.model.named_parameters()]
-        depth = self.encoder.settings.depth
-        return layer_decay_groups(named, depth, self.optim.weight_decay, self.settings.layer_decay)
-
     def start_from(self, start: ViTEncoder, source: str) -> None:
         """Begin with a pretrained encoder, positions interpolated to this size; what is behind the blocks may be new.
 
         Raises:
             ValueError: It is of another architecture, or cannot be interpolated.
         """
-        begin_with(self.encoder, start, source, NOT_COMPARED, ENDS)
+        begin_with(self.encoder, start, source, (*adaptable(start.settings), *NOT_COMPARED), ENDS)

@@ -45,7 +45,7 @@ FIXED = [
     ("encoder.mean", None, "the weights were trained on images normalized by it"),
     ("encoder.std", None, "the weights were trained on images normalized by it"),
     ("encoder.pooling", ("dino", "supervised"), "the head was trained on what it gives"),
-    ("task.layer_decay", ("supervised",), "the checkpoint's parameter groups hold each layer's rate"),
+    ("optim.layer_decay", None, "the checkpoint's parameter groups hold each layer's rate"),
     ("task.decoder_heads", ("mae",), "it cuts the decoder's weights into heads"),
     ("task.target", ("mae",), "the decoder was trained for the other"),
     ("task.objective", ("igpt",), "the head was trained for the other"),
@@ -245,7 +245,7 @@ def describe_resolved(
         if before[key] is not None:
             was = before[key]
             text += f" instead of {was:g}" if isinstance(was, float) else f" instead of {brief(was)}"
-            if key == "optim.warmup_epochs":
+            if key in ("optim.warmup_epochs", "optim.freeze_encoder_epochs"):
                 text += f", since the run has {run.total_steps / run.steps_per_epoch:.2g} epochs"
         found.append(f"{key} {text}" + (f" ({note})" if (note := (notes or {}).get(key)) else ""))
     return found

@@ -14,7 +14,6 @@ from sslvit.optim import (
     clip_by_global_norm,
     clip_by_parameter_norm,
     cosine,
-    decay_groups,
     ema_update,
     grad_norms,
     layer_decay_groups,
@@ -117,19 +116,22 @@ def test_only_maps_decay_in_fine_tuning_and_in_pretraining_tokens_and_added_tabl
         every = {kind_of(name) for name, p in named.items() if p.ndim > 1}
         seen |= every
         assert decaying_kinds(layer_decay_groups(named.items(), 2, 0.05, 0.5), named) == every & MATRICES
-        assert decaying_kinds(decay_groups(encoder, 0.05), named) == every & (MATRICES | TOKENS_AND_TABLES)
+        kinds = decaying_kinds(layer_decay_groups(named.items(), 2, 0.05, spared=()), named)
+        assert kinds == every & (MATRICES | TOKENS_AND_TABLES)
     assert seen == MATRICES | TOKENS_AND_TABLES | {"blocks.attn.scale", "blocks.attn.rel_pos.table"}
 
 
 def test_decoders_and_heads_decay_as_the_papers_code_has_it() -> None:
     encoder = EncoderSettings(image_size=16, patch=4, width=24, depth=1, heads=2)
     decoder = MAEDecoder(encoder, MAESettings(decoder_width=8, decoder_depth=1, decoder_heads=2))
-    assert decaying_kinds(decay_groups(decoder, 0.1), dict(decoder.named_parameters())) == {
+    named = dict(decoder.named_parameters())
+    assert decaying_kinds(layer_decay_groups(named.items(), 1, 0.1, spared=()), named) == {
         "embed.weight", "mask_token", "blocks.attn.qkv.weight", "blocks.attn.proj.weight", "blocks.mlp.fc.weight",
         "pred.weight",
     }  # fmt: skip
     head = DINOHead(24, DINOSettings(out_dim=8, head_width=8, bottleneck=4, batch_norm=True, norm_last_layer=False))
-    assert decaying_kinds(decay_groups(head, 0.1), dict(head.named_parameters())) == {
+    named = dict(head.named_parameters())
+    assert decaying_kinds(layer_decay_groups(named.items(), 1, 0.1, spared=()), named) == {
         "mlp.weight", "last_layer.weight_g", "last_layer.weight_v",
     }  # fmt: skip
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from sslvit.models import ViTEncoder
+from sslvit.models.resize import convert_channels, resize_patches
 from sslvit.run_plan import RunPlan
 from sslvit.settings import DINOSettings, EncoderSettings, MAESettings, OptimSettings, SupervisedSettings
 from sslvit.tasks.base import Task
@@ -109,3 +111,57 @@ def test_what_fine_tuning_adds_leaves_out_and_stretches_is_said(capsys: pytest.C
 def test_another_architecture_is_refused() -> None:
     with pytest.raises(ValueError, match="encoders/mine: an encoder of another architecture.*registers: 2 and 0"):
         task_of("mae").start_from(trained(registers=2), "encoders/mine")
+
+
+@pytest.mark.parametrize("patch", [6, 8])
+def test_larger_patches_see_an_enlarged_image_as_before(patch: int) -> None:
+    weight, patches = torch.randn(5, 3, 4, 4), torch.randn(7, 3, 4, 4)
+    enlarged = F.interpolate(patches, size=(patch, patch), mode="bilinear")
+    before, after = (
+        torch.einsum("ncpq,dcpq->nd", images, kernel)
+        for images, kernel in ((patches, weight), (enlarged, resize_patches(weight, patch)))
+    )
+    torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-4)
+
+
+def test_smaller_patches_have_the_nearest_tokens_that_a_linear_map_can_give() -> None:
+    """Nearest over patches of noise: no other weights come nearer, so the error has no slope."""
+    weight = torch.randn(2, 1, 6, 6, dtype=torch.float64)
+    shrunk = F.interpolate(torch.eye(36, dtype=torch.float64).view(36, 1, 6, 6), size=(3, 3), mode="bilinear",
+                           antialias=True).flatten(1)  # fmt: skip
+    kernel = resize_patches(weight, 3).requires_grad_()
+    error = (kernel.flatten(1) @ shrunk.T - weight.flatten(1)).square().sum()
+    error.backward()
+    assert float(error.detach()) > 0.1
+    torch.testing.assert_close(kernel.grad, torch.zeros_like(kernel), atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize(("old", "new"), [(3, 1), (3, 5), (1, 3), (12, 4)])
+def test_an_image_whose_channels_are_alike_keeps_its_tokens(old: int, new: int) -> None:
+    weight, gray = torch.randn(5, old, 4, 4), torch.randn(2, 1, 4, 4)
+    before, after = (
+        torch.einsum("ncpq,dcpq->nd", gray.expand(-1, channels, -1, -1), kernel)
+        for channels, kernel in ((old, weight), (new, convert_channels(weight, new)))
+    )
+    torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["mae", "dino", "supervised"])
+def test_another_size_patch_and_number_of_channels_are_adapted_and_said(
+    kind: str, capsys: pytest.CaptureFixture
+) -> None:
+    task, start = task_of(kind, image_size=32, patch=8, channels=1, mean=[0.5], std=[0.2]), trained()
+    task.start_from(start, "encoders/mine")
+    said = capsys.readouterr().out
+    assert "patch embedding averaged from 3 to 1 channels" in said
+    assert "patch embedding resized from 4 x 4 to 8 x 8 pixels" in said
+    gray = torch.randn(2, 1, 4, 4)
+    small = start.patch_embed(F.pad(gray, (0, 12, 0, 12)).expand(-1, 3, -1, -1))[:, 0]
+    large = F.interpolate(gray, size=(8, 8), mode="bilinear")
+    torch.testing.assert_close(task.trained_encoder.patch_embed(F.pad(large, (0, 24, 0, 24)))[:, 0], small,
+                               atol=1e-4, rtol=1e-4)  # fmt: skip
+
+
+def test_patches_of_another_tokenizer_are_not_adapted() -> None:
+    with pytest.raises(ValueError, match="an encoder of another architecture .*patch: 4 and 8"):
+        task_of("dino", patch=8, tokens="shifted_patch").start_from(trained(tokens="shifted_patch"), "there")

@@ -45,9 +45,10 @@ def make(seed: int = 0, **changes) -> ViTEncoder:
     return encoder
 
 
-def task_for(encoder: EncoderSettings, seed: int = 0, **changes) -> Supervised:
+def task_for(encoder: EncoderSettings, seed: int = 0, layer_decay: float = 0.65, **changes) -> Supervised:
     torch.manual_seed(1)
-    return Supervised(SupervisedSettings(classes=3, **changes), encoder, OptimSettings(), replace(RUN, seed=seed))
+    optim = OptimSettings(layer_decay=layer_decay)
+    return Supervised(SupervisedSettings(classes=3, **changes), encoder, optim, replace(RUN, seed=seed))
 
 
 def batch_of(count: int = 6) -> Batch:

@@ -60,7 +60,8 @@ FELT = {
     "encoder.interpolation": "bicubic", "encoder.dropout": 0.3, "encoder.drop_path": 0.4, "data.view.kind": "square",
     "data.view.scale": [0.2, 0.3], "data.view.ratio": [0.5, 2.0], "data.view.flip": 0.9, "data.resolutions": [4],
     "optim.base_lr": 0.01, "optim.min_lr": 0.02, "optim.warmup_epochs": 2.0, "optim.weight_decay": 0.9,
-    "optim.final_weight_decay": 0.9, "optim.clip_grad": 0.01, "optim.clip_grad_by": "parameter", "train.steps": 7,
+    "optim.final_weight_decay": 0.9, "optim.freeze_encoder_epochs": 2.0,
+    "optim.clip_grad": 0.01, "optim.clip_grad_by": "parameter", "train.steps": 7,
     "train.micro_batch_size": 4, "train.precision": "float64", "task.mask_ratio": 0.5,
 }  # fmt: skip
 REFUSED_VALUES = {
@@ -73,7 +74,8 @@ REFUSED_VALUES = {
     "encoder.prefix_positions": "none", "encoder.class_token": False, "encoder.registers": 1,
     "encoder.mask_token": True, "encoder.final_norm": False, "encoder.fc_norm": True,
     "encoder.init": "normal", "data.mixture": "copy", "data.global_batch_size": 6,
-    "data.fit_normalization": True, "data.lanes": 2, "optim.betas": [0.8, 0.9], "seed": 1,
+    "data.fit_normalization": True, "data.lanes": 2, "optim.betas": [0.8, 0.9], "optim.layer_decay": 0.9,
+    "seed": 1,
     "init": "copy", "task.target": "normalized", "task.decoder_width": 32, "task.decoder_depth": 2,
     "task.decoder_heads": 4, "task.decoder_mlp_ratio": 2.0,
 }  # fmt: skip
@@ -101,7 +103,7 @@ TASKS = {
         {"task.smoothing": 0.5, "task.mixup": 0.8, "task.cutmix": 0.0, "task.erase": 0.9, "data.view.operations": 1,
          "data.view.magnitude": 1, "data.view.magnitude_std": 5.0, "data.view.probability": 1.0,
          "optim.weight_decay": 0.9},
-        {"task.layer_decay": 0.9, "encoder.pooling": "class", "encoder.tokens": "shifted_patch",
+        {"encoder.pooling": "class", "encoder.tokens": "shifted_patch",
          "encoder.causal": True},
     ),
 }  # fmt: skip

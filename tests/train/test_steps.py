@@ -63,7 +63,7 @@ def test_rates_of_a_fine_tuning_fall_from_the_head_to_the_patches(
     seen = watched_groups(monkeypatch)
     others = ("task.", "data.view")
     settings = {key: value for key, value in RECIPES["mae/digits"].items() if not key.startswith(others)}
-    settings |= {"encoder.channels": 1, "encoder.mean": [0.2], "encoder.std": [0.3], "task.layer_decay": 0.5,
+    settings |= {"encoder.channels": 1, "encoder.mean": [0.2], "encoder.std": [0.3], "optim.layer_decay": 0.5,
                  "data.shards": str(shards), "out": str(tmp_path / "run")} | SCHEDULE  # fmt: skip
     from sslvit.train.run import pretrain
 

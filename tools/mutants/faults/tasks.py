@@ -320,8 +320,8 @@ FAULTS = [
     Fault(
         "Layer-wise rates are off by one layer",
         GROUPS,
-        '"lr_scale": layer_decay ** (depth + 1 - layer)',
-        '"lr_scale": layer_decay ** (depth - layer)',
+        "layer_decay ** (depth + 1 - layer_of(name, depth))",
+        "layer_decay ** (depth - layer_of(name, depth))",
         OF_OPTIM,
     ),
     Fault(
@@ -334,8 +334,8 @@ FAULTS = [
     Fault(
         "Groups that decay and groups that do not are one while the decay is zero",
         GROUPS,
-        "groups.setdefault((layer, does_decay), {",
-        "groups.setdefault((layer, does_decay and weight_decay > 0), {",
+        "groups.setdefault((scale, does_decay), {",
+        "groups.setdefault((scale, does_decay and weight_decay > 0), {",
         OF_OPTIM,
     ),
     Fault(
@@ -926,9 +926,9 @@ FAULTS = [
     ),
     Fault(
         "The decay of rates over layers is ignored",
-        SUPERVISED,
-        "self.optim.weight_decay, self.settings.layer_decay",
-        "self.optim.weight_decay, 0.65",
+        BASE,
+        "optim.weight_decay, optim.layer_decay, spared",
+        "optim.weight_decay, 0.65, spared",
         OF_LABELS,
     ),
     Fault(

@@ -1,0 +1,145 @@
+"""Training that goes on from an encoder: its architecture is read from the weights, and what is new learns first."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+import yaml
+from run_fixtures import TINY, TINY_DINO
+
+import sslvit
+from sslvit.api import read_settings
+from sslvit.checkpoint import load_encoder, save_encoder
+from sslvit.cli import main
+from sslvit.data.open import open_shards
+from sslvit.models import ViTEncoder
+from sslvit.run_plan import RunPlan
+from sslvit.settings import EncoderSettings
+from sslvit.settings.load import load_recipe, takes_init
+
+# nothing of which a recipe or a default says
+ODD = EncoderSettings(
+    image_size=[8, 12], patch=4, width=24, depth=2, heads=3, mlp="swiglu", norm_eps=1e-6, registers=2, layer_scale=0.1,
+    channels=1, mean=[0.4], std=[0.2], pooling="class", pos_embed="learned_1d",
+)  # fmt: skip
+SHORT = {key: value for key, value in TINY.items() if not key.startswith(("encoder.", "optim.", "task."))} | {
+    "task.decoder_width": 16, "task.decoder_depth": 1, "task.decoder_heads": 2,
+}  # fmt: skip
+SHORT_DINO = {key: value for key, value in TINY_DINO.items() if not key.startswith(("encoder.", "optim."))}
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    encoder = ViTEncoder(ODD)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    save_encoder(encoder, tmp_path / "start")
+    return tmp_path / "start"
+
+
+class Weights(pl.Callback):
+    """The weights after each step."""
+
+    def __init__(self) -> None:
+        self.after: list[dict[str, torch.Tensor]] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: object) -> None:
+        self.after.append({name: value.clone() for name, value in module.model.state_dict().items()})
+
+
+@pytest.mark.parametrize(("task", "changes"), [("mae", SHORT), ("dino", SHORT_DINO)])
+def test_the_architecture_is_that_of_the_weights(
+    shards: Path, start: Path, tmp_path: Path, task: str, changes: dict
+) -> None:
+    run = sslvit.pretrain(f"{task}/continue", shards, tmp_path / "run", init=start, **changes)
+    encoder = load_encoder(run).settings
+    is_as_before = {"drop_path", "activation_checkpointing", "dropout", "init", "color_init"}
+    different = {key for key, value in vars(encoder).items() if value != vars(ODD)[key]}
+    assert different <= is_as_before
+    assert "preset" not in yaml.safe_load(run.config.read_text())["encoder"]
+    run = sslvit.resume(run, **{"train.steps": 8})  # by the settings that it wrote
+    assert run.read_metrics()[-1]["step"] == 8
+
+
+def test_what_is_said_behind_the_preset_adapts_the_weights_and_is_said(
+    shards: Path, start: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    changes = SHORT | {"encoder.patch": 2, "encoder.image_size": 8, "encoder.drop_path": 0.3, "train.steps": 1}
+    run = sslvit.pretrain("mae/continue", shards, tmp_path / "run", init=start, **changes)
+    said = capsys.readouterr().out
+    assert "positions stretched from 2 x 3 to 4 x 4 patches" in said
+    assert "patch embedding resized from 4 x 4 to 2 x 2 pixels" in said
+    settings = load_encoder(run).settings
+    assert (settings.patch, settings.image_size, settings.width, settings.drop_path) == (2, [8, 8], 24, 0.3)
+
+
+@pytest.mark.parametrize(("task", "changes"), [("mae", SHORT), ("dino", SHORT_DINO)])
+def test_a_frozen_encoder_keeps_its_weights_while_what_is_new_learns(
+    shards: Path, start: Path, tmp_path: Path, task: str, changes: dict
+) -> None:
+    weights, before = Weights(), load_encoder(start).state_dict()
+    held = {"train.steps": 4, "train.log_every": 1, "optim.warmup_epochs": 0, "optim.base_lr": 1.0,
+            "task.freeze_last_layer": 0}  # fmt: skip
+    changes = {key: value for key, value in (changes | held).items() if task == "dino" or "freeze_last" not in key}
+    epoch = len(open_shards(shards)) // changes["data.global_batch_size"]
+    frozen = {"optim.freeze_encoder_epochs": 2 / epoch}
+    sslvit.pretrain(f"{task}/continue", shards, tmp_path / "run", init=start, callbacks=[weights], **changes | frozen)
+    new = "decoder." if task == "mae" else "head."
+    for step, after in enumerate(weights.after):
+        moved = [name for name, value in before.items() if not torch.equal(after[f"encoder.{name}"], value)]
+        assert bool(moved) == (step >= 2), step
+        if task == "dino":  # an average of equal weights, which rounds
+            follows = [(after[f"teacher.{name}"] - value).abs().max() > 1e-5 for name, value in before.items()]
+            assert any(follows) == (step >= 2), step
+    first, second = weights.after[:2]
+    assert any(not torch.equal(first[name], second[name]) for name in first if name.startswith(new))
+
+
+def test_blocks_far_from_the_output_move_at_lower_rates(start: Path) -> None:
+    settings = read_settings("mae/continue", {"init": str(start), "optim.layer_decay": 0.5})
+    task = sslvit.make_task(replace(settings, optim=settings.optim.fitted(10, 10, 1e-3)), RunPlan(10, 10, 8))
+    scale = {id(p): group["lr_scale"] for group in task.parameter_groups() for p in group["params"]}
+    scales = {name: scale[id(p)] for name, p in task.model.named_parameters() if id(p) in scale}
+    assert scales["encoder.cls_token"] == scales["encoder.patch_embed.proj.weight"] == 0.125
+    assert scales["encoder.blocks.0.attn.qkv.weight"] == 0.25
+    assert scales["encoder.blocks.1.attn.qkv.weight"] == 0.5
+    assert {value for name, value in scales.items() if name.startswith(("decoder.", "encoder.norm."))} == {1.0}
+
+
+def test_any_recipe_takes_the_architecture_where_the_preset_stands(tmp_path: Path) -> None:
+    base = replace(ODD, width=48)
+    settings = load_recipe("mae/digits", {"encoder.preset": "init", "encoder.depth": 3}, base)
+    assert settings.encoder == replace(base, depth=3)
+    (tmp_path / "mine.yaml").write_text("base: mae/continue\nencoder: {drop_path: 0.2}\n")
+    assert takes_init(tmp_path / "mine.yaml")
+    assert load_recipe(tmp_path / "mine.yaml", base=base).encoder == replace(base, drop_path=0.2)
+    (tmp_path / "other.yaml").write_text("base: mae/continue\nencoder: {preset: vit_tiny}\n")
+    assert not takes_init(tmp_path / "other.yaml")
+    assert takes_init("mae/digits", {"encoder": {"preset": "init"}})
+
+
+@pytest.mark.parametrize("words", ["pretrain --out run", "plan --images 30"])
+def test_without_an_encoder_to_go_on_from_the_remedy_is_said(
+    words: str, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = ["--data", str(shards)] if "pretrain" in words else []
+    assert main([*words.split(), "--config", "mae/continue", *data]) == 1
+    assert "goes on from an encoder, and none is given. Name it with --init" in capsys.readouterr().err
+    assert not Path("run").exists()
+    assert main([*words.split(), "--config", "mae/continue", *data, "--encoder.with", "3"]) == 1
+    assert "encoder.with: no such setting. Did you mean encoder.width?" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="encoder.preset: init means the encoder that --init names"):
+        load_recipe("mae/continue")
+
+
+def test_a_plan_is_of_the_encoder_that_is_named(start: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["plan", "--config", "mae/continue", "--init", str(start), "--images", "64"]) == 0
+    parameters = sum(p.numel() for p in load_encoder(start).parameters())
+    assert f"encoder {parameters:,}" in capsys.readouterr().out
