@@ -43,6 +43,7 @@ COMMANDS: Mapping[str, Function] = {
     "settings": training.run_settings,
     "probe": evaluation.run_probe,
     "knn": evaluation.run_knn,
+    "compare": evaluation.run_compare,
     "health": evaluation.run_health,
     "embed": evaluation.run_embed,
     "segment": evaluation.run_segment,
@@ -63,6 +64,7 @@ KEPT = {
     "resume": " before the first step; its checkpoint is as it was: give the same command again",
     "probe": "; features of complete passes are in the cache: the same command goes on from them",
     "knn": "; features of complete passes are in the cache: the same command goes on from them",
+    "compare": "; features of complete passes are in the cache: the same command goes on from them",
     "bench": "; scores that are finished are kept: the same command goes on with the others",
 }
 

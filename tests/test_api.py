@@ -99,8 +99,8 @@ def test_keywords_are_the_options_of_the_command() -> None:
     of_file = {"heads", "image_size", "palette", "layout", "weights"}  # load_encoder takes these
     of_screen = {"quiet", "traceback", "json", "output", "changes"}
     renamed = {"shards pack": "pack"}
-    for command in ("probe", "knn", "health", "embed", "sample", "likelihood", "pretrain", "resume", "finetune",
-                    "export", "shards pack"):  # fmt: skip
+    for command in ("probe", "knn", "compare", "health", "embed", "sample", "likelihood", "pretrain", "resume",
+                    "finetune", "export", "shards pack"):  # fmt: skip
         function = getattr(sslvit, renamed.get(command, command))
         known = set(inspect.signature(function).parameters)
         hint = typing.get_type_hints(inspect.unwrap(function)).get("settings")
@@ -150,6 +150,25 @@ def test_encoders_are_compared_in_one_table(here: Path, tmp_path: Path) -> None:
     measures = sslvit.compare([here / "one", here / "two"], flat)
     assert list(measures.rows)[2:] == [str(here / "one"), str(here / "two")]
     assert measures.rows[str(here / "two")] == sslvit.health(here / "two", flat).rows["encoder"]
+
+
+def test_the_command_prints_what_the_function_returns(
+    here: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(here)
+    words = ["--train", "train", "--val", "val", "--neighbors", "3", "--labels-per-class", "4", "--cache", "none"]
+    assert main(["compare", *words[:4], "one", "two", *words[4:], "-o", str(tmp_path / "table.json")]) == 0
+    given = {"neighbors": [3], "labels_per_class": 4, "cache": None}
+    table = sslvit.compare(["one", "two"], "train", "val", **given)
+    assert str(table) in capsys.readouterr().out
+    rows = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert list(rows)[-2:] == ["one", "two"]
+    assert rows == json.loads(json.dumps(table.to_dict()["rows"]))
+    assert main(["compare", "one", "one", *words]) == 1
+    assert "the same one twice" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["compare", *words])
+    assert "ENCODER" in capsys.readouterr().err
 
 
 def test_features_are_arrays_and_a_file(here: Path, tmp_path: Path) -> None:

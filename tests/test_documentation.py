@@ -68,6 +68,7 @@ class World:
 
     def __init__(self, folder: Path, tools: Path) -> None:
         self.folder, self.tools = folder, tools
+        self.supplied: set[str] = set()
         photographs(folder / "photos")
         thumbnails(folder / "photos", folder / "cifar10.tar.gz")
         for name in ("docs", "tools", "configs"):
@@ -79,15 +80,19 @@ class World:
                    PATH=f"{self.tools}:{os.environ['PATH']}", XDG_CACHE_HOME=str(self.folder / "cache"))  # fmt: skip
 
     def provide(self, text: str) -> None:
-        """Make what a text, and the bench that it names, reads and nobody has made."""
+        """Make what a text, and the bench that it names, reads and nobody has made; give way where it is made here."""
         for bench in re.findall(r"bench (?:bench/)?(\w+)$", text, re.MULTILINE):
             self.provide((ROOT / "configs" / "bench" / f"{bench}.yaml").read_text())
         for path, make in SUPPLIES.items():
             is_made_here = text == make or re.search(rf"(--out |-o |pack \S+ |out=\"){re.escape(path)}\b", text)
+            if is_made_here and path in self.supplied and text != make:
+                self.supplied.remove(path)
+                shutil.rmtree(self.folder / path)
             is_there = is_made_here or (self.folder / path).exists()
             if re.search(rf"(?<![\w./-]){re.escape(path)}(?![\w-])", text) and not is_there:
                 self.provide(make)
                 self.type(make)
+                self.supplied.add(path)
 
 
 SMALL = "--encoder.width 32 --encoder.depth 2 --encoder.heads 2"

@@ -66,7 +66,8 @@ def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
                 more["nargs"] = "*"
         if arg.position:
             names = [field.name]
-            more |= {"default": None} if is_required(field) else {"nargs": "?"}
+            several = {"nargs": "+"} if "nargs" in more else {}
+            more |= {"default": None} | several if is_required(field) else {"nargs": "?"}
         else:
             names = [arg.flag, *names] if arg.flag else names
             more["required"] = is_required(field)

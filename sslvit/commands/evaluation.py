@@ -85,6 +85,29 @@ def run_knn(options: KNNOptions) -> None:
 
 
 @dataclass(kw_only=True)
+class CompareOptions(Saved, ProbeSettings):
+    """Score several frozen encoders in one table.
+
+    Example: sslvit compare runs/before runs/after --train shards/train --val shards/val --labels-per-class 10
+    """
+
+    encoders: Annotated[list[str], Arg("ENCODER", position=1)]
+    """Run folders, encoder folders or checkpoint files."""
+
+
+def run_compare(options: CompareOptions) -> None:
+    """Score encoders, and print the table."""
+    check_new(options.output)
+    if len(set(options.encoders)) < len(options.encoders):
+        raise ValueError("ENCODER: the same one twice. Name each encoder once.")
+    from sslvit.evaluation import compare
+
+    table = compare(options.encoders, **vars(only(ProbeSettings, options)))
+    if is_first_process():
+        report(options, f"\n{table}", table.to_dict())
+
+
+@dataclass(kw_only=True)
 class HealthOptions(Saved, Passes, UnreadableImages, Readout, CroppedEncoder):
     """Measure features without labels: rank, spectrum, uniformity, alignment.
 

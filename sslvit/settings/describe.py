@@ -17,11 +17,14 @@ from sslvit.files import brief
 from sslvit.settings.build import Known, choice_of, choices_in, hint_for, is_required, record_of
 from sslvit.settings.choices import Choice, hints_of, near, words_of
 from sslvit.settings.encoder import EncoderSettings
-from sslvit.settings.presets import PRESETS
+from sslvit.settings.presets import INIT, PRESETS
 from sslvit.settings.run import RunSettings
 
 BASE = "Recipe, or YAML file beside this one, whose settings this one's change. A key of YAML files only."
-PRESET = f"Architecture whose settings are set where it is said; later words change them. One of {', '.join(PRESETS)}."
+PRESET = (
+    "Architecture whose settings are set where it is said; later words change them. One of "
+    f"{', '.join(PRESETS)}, or {INIT} for that of the weights of --init."
+)
 
 
 def field_texts(kind: type) -> dict[str, str]:
