@@ -79,18 +79,23 @@ class World:
         return run("bash", "-c", command, cwd=self.folder, SSLVIT_MAX_STEPS=STEPS, SLURM_ARRAY_TASK_ID="1",
                    PATH=f"{self.tools}:{os.environ['PATH']}", XDG_CACHE_HOME=str(self.folder / "cache"))  # fmt: skip
 
-    def provide(self, text: str) -> None:
-        """Make what a text, and the bench that it names, reads and nobody has made; give way where it is made here."""
+    def provide(self, text: str, makes: str = "") -> None:
+        """Make what a text, and the bench that it names, reads and nobody has made, and give way where it is made here.
+
+        Args:
+            text: A command, a block of Python, or a bench.
+            makes: The path that it supplies, if it is not the reader's.
+        """
         for bench in re.findall(r"bench (?:bench/)?(\w+)$", text, re.MULTILINE):
             self.provide((ROOT / "configs" / "bench" / f"{bench}.yaml").read_text())
         for path, make in SUPPLIES.items():
-            is_made_here = text == make or re.search(rf"(--out |-o |pack \S+ |out=\"){re.escape(path)}\b", text)
-            if is_made_here and path in self.supplied and text != make:
+            is_made_here = path == makes or re.search(rf"(--out |-o |pack \S+ |out=\"){re.escape(path)}\b", text)
+            if is_made_here and path in self.supplied and not makes:
                 self.supplied.remove(path)
                 shutil.rmtree(self.folder / path)
             is_there = is_made_here or (self.folder / path).exists()
             if re.search(rf"(?<![\w./-]){re.escape(path)}(?![\w-])", text) and not is_there:
-                self.provide(make)
+                self.provide(make, path)
                 self.type(make)
                 self.supplied.add(path)
 

@@ -247,7 +247,7 @@ def test_fine_tuning_is_planned_with_its_random_erasing() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "micro", "gib"),
-    [("mae/vit_large_in1k", 256, 22.8), ("dino/vit_small_in1k_100", 128, 16.5), ("igpt/medium_in1k", 16, 31.0)],
+    [("mae/vit_large_in1k", 256, 22.8), ("dino/vit_small_in1k_100", 128, 16.5), ("igpt/medium_in1k", 16, 26.5)],
 )
 def test_bf16_on_a_gpu_takes_what_torchs_own_fake_gpu_says(recipe: str, micro: int, gib: float) -> None:
     """The numbers are of a step on fake tensors on cuda:0, with the kernels that are chosen on an H100."""
