@@ -87,7 +87,8 @@ class World:
             makes: The path that it supplies, if it is not the reader's.
         """
         for bench in re.findall(r"bench (?:bench/)?(\w+)$", text, re.MULTILINE):
-            self.provide((ROOT / "configs" / "bench" / f"{bench}.yaml").read_text())
+            lines = (ROOT / "configs" / "bench" / f"{bench}.yaml").read_text().splitlines()
+            self.provide("\n".join(line for line in lines if not line.startswith("#")))
         for path, make in SUPPLIES.items():
             is_made_here = path == makes or re.search(rf"(--out |-o |pack \S+ |out=\"){re.escape(path)}\b", text)
             if is_made_here and path in self.supplied and not makes:
