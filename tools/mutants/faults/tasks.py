@@ -460,8 +460,8 @@ FAULTS = [
     Fault(
         "MAE's predictions are of the places one prefix token before the hidden ones",
         MAE,
-        "gather_tokens(tokens[:, self.prefix :], wanted)",
-        "gather_tokens(tokens, wanted)",
+        "wanted + self.prefix if number",
+        "wanted if number",
         OF_MAE,
     ),
     Fault(
@@ -520,7 +520,7 @@ FAULTS = [
         "places = torch.cat([seen, places[:, seen.shape[1] :]], 1)",
         OF_MAE,
     ),
-    Fault("The decoder keeps all of its activations", MAE, "recompute=self.recompute)", "recompute=False)", OF_MAE),
+    Fault("The decoder keeps all of its activations", MAE, "recompute=self.recompute, wanted", "recompute=False, wanted", OF_MAE),
     Fault(
         "The decoder's MLPs have the ratio 4 whatever the encoder's is",
         MAE,
