@@ -60,7 +60,7 @@ FELT = {
     "encoder.interpolation": "bicubic", "encoder.dropout": 0.3, "encoder.drop_path": 0.4, "data.view.kind": "square",
     "data.view.scale": [0.2, 0.3], "data.view.ratio": [0.5, 2.0], "data.view.flip": 0.9, "data.resolutions": [4],
     "optim.base_lr": 0.01, "optim.min_lr": 0.02, "optim.warmup_epochs": 2.0, "optim.weight_decay": 0.9,
-    "optim.final_weight_decay": 0.9, "optim.freeze_encoder_epochs": 2.0,
+    "optim.final_weight_decay": 0.9, "optim.freeze_encoder_epochs": 1.5,
     "optim.clip_grad": 0.01, "optim.clip_grad_by": "parameter", "train.steps": 7,
     "train.micro_batch_size": 4, "train.precision": "float64", "task.mask_ratio": 0.5,
 }  # fmt: skip
