@@ -520,7 +520,13 @@ FAULTS = [
         "places = torch.cat([seen, places[:, seen.shape[1] :]], 1)",
         OF_MAE,
     ),
-    Fault("The decoder keeps all of its activations", MAE, "recompute=self.recompute, wanted", "recompute=False, wanted", OF_MAE),
+    Fault(
+        "The decoder keeps all of its activations",
+        MAE,
+        "recompute=self.recompute, wanted",
+        "recompute=False, wanted",
+        OF_MAE,
+    ),
     Fault(
         "The decoder's MLPs have the ratio 4 whatever the encoder's is",
         MAE,
