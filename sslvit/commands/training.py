@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from sslvit.commands.files import report
 from sslvit.commands.options import Options, Recipe, Reported, Resumable
 from sslvit.files import check_new_picture
+from sslvit.settings import EncoderSettings
 from sslvit.settings.choices import Arg
 from sslvit.settings.data import one_source
 from sslvit.settings.load import check_changes, load_recipe, takes_init
@@ -149,7 +150,7 @@ def wants_requeue(options: Options | None) -> bool:
         return False
     config = Path(options.run) / "config.yaml" if isinstance(options, ResumeOptions) else options.config
     try:
-        return load_recipe(config, options.changes).train.requeue
+        return load_recipe(config, options.changes, base=EncoderSettings()).train.requeue  # whatever it trains
     except (ValueError, OSError):
         return bool(options.changes.get("train.requeue", True))
 

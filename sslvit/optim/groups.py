@@ -1,4 +1,4 @@
-"""Which weights decay."""
+"""Which weights decay, and at which fraction of the learning rate they move."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
 
 
 def layer_of(name: str, depth: int) -> int:
-    """Depth of a parameter for layer-wise rates: embeddings 0, block i i + 1, everything behind depth + 1.
+    """Depth of a parameter for layer-wise learning rates: embeddings 0, block i i + 1, everything behind depth + 1.
 
     MAE fine-tuning (He et al. 2022, appendix A.1), after BEiT.
     """
@@ -36,7 +36,7 @@ def layer_decay_groups(
     layer_decay: float = 1.0,
     spared: Sequence[str] = TOKENS,
 ) -> list[dict]:
-    """One group per rate and decay, each with `lr_scale` = layer_decay ** (depth + 1 - layer).
+    """One group per learning rate and decay, each with `lr_scale` = layer_decay ** (depth + 1 - layer).
 
     Matrices decay; vectors and what is no weight of a map does not (`decays`). Parameters without gradient are left
     out.
@@ -45,7 +45,7 @@ def layer_decay_groups(
         named: parameters under the encoder's names; all others count as behind it.
         depth: Number of the encoder's blocks.
         weight_decay: of matrices.
-        layer_decay: rate of a layer over that of the one behind it.
+        layer_decay: learning rate of a layer over that of the one behind it.
         spared: tokens and position tables that do not decay: none in the pretraining of MAE and DINO, whose released
             code spares what has one dimension or is a bias, and those that it has in MAE's fine-tuning.
     """

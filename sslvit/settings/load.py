@@ -53,15 +53,17 @@ def load_recipe(
     if base is None and takes_init(config, changes):
         raise ValueError(
             f"encoder.preset: {INIT} means the encoder that --init names, and {brief(str(config))} is read without one."
+            " Give its settings as base: sslvit.load_recipe(..., base=encoder.settings)."
         )
     return build(RunSettings, merge_recipe(config, changes, base))
 
 
 def takes_init(config: str | Path, changes: dict[str, Any] | None = None) -> bool:
     """Whether the encoder's architecture is to be read from the weights of --init (`encoder.preset: init`)."""
-    said = [content for _, content in _with_bases(find_recipe(config))] + [changes or {}]
-    presets = [dict(leaves(RunSettings, content)).get("encoder.preset") for content in said]
-    return ([preset for preset in presets if preset is not None] or [None])[-1] == INIT
+    preset = None
+    for content in (*(content for _, content in _with_bases(find_recipe(config))), changes or {}):
+        preset = dict(leaves(RunSettings, content)).get("encoder.preset") or preset
+    return preset == INIT
 
 
 def check_changes(config: str | Path, changes: dict[str, Any]) -> None:

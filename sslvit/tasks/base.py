@@ -317,7 +317,10 @@ class Task(pl.LightningModule):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Which weights decay, and by which factor of the learning rate they move."""
         optim, spared = self.optim, self.spared_from_decay
-        named = [(name.removeprefix("encoder."), parameter) for name, parameter in self.model.named_parameters()]
+        named = [
+            (name.removeprefix("encoder.") if name.startswith("encoder.") else f"behind.{name}", parameter)
+            for name, parameter in self.model.named_parameters()
+        ]
         return layer_decay_groups(named, self.encoder.settings.depth, optim.weight_decay, optim.layer_decay, spared)
 
     @property

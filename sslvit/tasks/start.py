@@ -49,7 +49,7 @@ def begin_with(
     given = dict(resize_weights(start.state_dict(), there, here))
     if there.grid != here.grid:
         grids = [f"{rows} x {columns}" for rows, columns in (there.grid, here.grid)]
-        notes.append(f"positions stretched from {grids[0]} to {grids[1]} patches")
+        notes.append(f"positions interpolated from {grids[0]} to {grids[1]} patches")
     notes += _adapt_positions(given, own, there.pos_embed, here.pos_embed, source)
     notes += _adapt_patches(given, there, here)
     if new := [key for key in own if key not in given]:

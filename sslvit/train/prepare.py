@@ -123,7 +123,10 @@ def check_machine(settings: RunSettings, is_planned: bool = False) -> None:
     for key, wanted in sides.items():
         for side in wanted:
             if side % encoder.patch:
-                raise ValueError(f"{key}: {side} is not a multiple of encoder.patch ({encoder.patch}).")
+                raise ValueError(
+                    f"{key}: {side} is not a multiple of encoder.patch ({encoder.patch}). The next one is "
+                    f"{-(-side // encoder.patch) * encoder.patch}."
+                )
     if encoder.tokens == "pixel" and data.resolutions:
         raise ValueError(
             "data.resolutions: a pixel sequence is tied to its size (encoder.image_size). Leave data.resolutions out."

@@ -103,7 +103,7 @@ def test_what_fine_tuning_adds_leaves_out_and_stretches_is_said(capsys: pytest.C
     task = task_of("supervised", image_size=32, pooling="mean", fc_norm=True, final_norm=False)
     task.start_from(trained(mask_token=True), "encoders/mine")
     said = capsys.readouterr().out
-    for part in ("positions stretched from 4 x 4 to 8 x 8 patches", "new: fc_norm.weight, fc_norm.bias",
+    for part in ("positions interpolated from 4 x 4 to 8 x 8 patches", "new: fc_norm.weight, fc_norm.bias",
                  "left out: mask_token, norm.weight, norm.bias", "pooling class -> mean"):  # fmt: skip
         assert part in said
 

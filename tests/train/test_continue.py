@@ -1,4 +1,4 @@
-"""Training that goes on from an encoder: its architecture is read from the weights, and what is new learns first."""
+"""Continued pretraining: its architecture is read from the weights, and what is new learns first."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import sslvit
 from sslvit.api import read_settings
 from sslvit.checkpoint import load_encoder, save_encoder
 from sslvit.cli import main
+from sslvit.commands.training import PretrainOptions, wants_requeue
 from sslvit.data.open import open_shards
 from sslvit.models import ViTEncoder
 from sslvit.run_plan import RunPlan
@@ -73,7 +74,7 @@ def test_what_is_said_behind_the_preset_adapts_the_weights_and_is_said(
     changes = SHORT | {"encoder.patch": 2, "encoder.image_size": 8, "encoder.drop_path": 0.3, "train.steps": 1}
     run = sslvit.pretrain("mae/continue", shards, tmp_path / "run", init=start, **changes)
     said = capsys.readouterr().out
-    assert "positions stretched from 2 x 3 to 4 x 4 patches" in said
+    assert "positions interpolated from 2 x 3 to 4 x 4 patches" in said
     assert "patch embedding resized from 4 x 4 to 2 x 2 pixels" in said
     settings = load_encoder(run).settings
     assert (settings.patch, settings.image_size, settings.width, settings.drop_path) == (2, [8, 8], 24, 0.3)
@@ -110,6 +111,30 @@ def test_blocks_far_from_the_output_move_at_lower_rates(start: Path) -> None:
     assert scales["encoder.blocks.0.attn.qkv.weight"] == 0.25
     assert scales["encoder.blocks.1.attn.qkv.weight"] == 0.5
     assert {value for name, value in scales.items() if name.startswith(("decoder.", "encoder.norm."))} == {1.0}
+
+
+def test_a_part_behind_the_encoder_moves_at_the_full_rate_whatever_its_name() -> None:
+    """A model from outside may have a mask token, or blocks, of its own."""
+    settings = load_recipe("mae/digits", {"optim.layer_decay": 0.5})
+    task = sslvit.make_task(settings, RunPlan(10, 10, 8))
+    task.model.mask_token = torch.nn.Parameter(torch.zeros(1, 1, 4))
+    task.model.blocks = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
+    scale = {id(p): group["lr_scale"] for group in task.parameter_groups() for p in group["params"]}
+    assert {scale[id(p)] for p in (task.model.mask_token, *task.model.blocks.parameters())} == {1.0}
+    assert scale[id(task.encoder.cls_token)] == 0.5 ** (settings.encoder.depth + 1)
+
+
+def test_a_command_that_is_stopped_early_is_requeued_as_its_recipe_says(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("base: mae/continue\ntrain: {requeue: false}\n")
+    for config, expected in (("mae/continue", True), (str(tmp_path / "mine.yaml"), False)):
+        assert wants_requeue(PretrainOptions(config=config, changes={})) is expected
+
+
+def test_local_crops_that_are_no_whole_patches_are_refused_with_the_next_size(
+    shards: Path, start: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"local_size: 6 is not a multiple of encoder.patch .4.. The next one is 8\."):
+        sslvit.pretrain("dino/continue", shards, tmp_path / "run", init=start, **{"data.view.local_size": 6})
 
 
 def test_any_recipe_takes_the_architecture_where_the_preset_stands(tmp_path: Path) -> None:
