@@ -14,7 +14,8 @@ from sslvit import rng
 from sslvit.data.batch import Batch
 from sslvit.data.views import Views
 from sslvit.run_plan import RunPlan
-from sslvit.settings.load import load_recipe
+from sslvit.settings import EncoderSettings, RunSettings
+from sslvit.settings.load import load_recipe, takes_init
 from sslvit.tasks import task_class
 from sslvit.tasks.base import StepOutput, Task
 
@@ -41,9 +42,15 @@ OPTIONS = {
 }  # fmt: skip
 
 
+def settings_of(recipe: str, **changes) -> RunSettings:
+    """A recipe's settings; continued pretraining is that of a plain ViT."""
+    base = EncoderSettings() if takes_init(recipe) else None
+    return load_recipe(recipe, {"data.shards": "none"} | changes, base)
+
+
 def task_of(recipe: str, **changes) -> tuple[Task, Batch]:
     """A small task after a recipe, and a batch as it would get it."""
-    settings = load_recipe(recipe, SMALL | {"data.shards": "none"} | changes)
+    settings = settings_of(recipe, **SMALL | changes)
     torch.manual_seed(0)
     task = task_class(settings.task.name)(
         settings.task.fitted(1000, 8, 100, 3), settings.encoder, replace(settings.optim, warmup_epochs=1),
@@ -60,7 +67,7 @@ def task_of(recipe: str, **changes) -> tuple[Task, Batch]:
 
 def shrunk(recipe: str) -> dict:
     """What makes a recipe's images and head small."""
-    settings = load_recipe(recipe, {"data.shards": "none"})
+    settings = settings_of(recipe)
     encoder, name = settings.encoder, settings.task.name
     if encoder.tokens == "pixel":
         return {"encoder.image_size": 4, "encoder.feature_layer": 1}
@@ -211,7 +218,7 @@ def test_a_loss_that_is_not_finite_marks_every_gradient_it_reaches() -> None:
 
 @pytest.mark.parametrize(("warmup", "steps"), [(0, 0), (1, 10), (2.5, 25), (9, 25)])
 def test_a_run_is_young_in_its_warmup_and_at_most_for_a_quarter(warmup: float, steps: int) -> None:
-    settings = load_recipe("mae/digits", SMALL | shrunk("mae/digits") | {"data.shards": "none"})
+    settings = settings_of("mae/digits", **SMALL | shrunk("mae/digits"))
     optim = replace(settings.optim, warmup_epochs=warmup)
     task = task_class("mae")(settings.task, settings.encoder, optim, RunPlan(100, 10, 8))
     assert task.health_grace_steps == steps
@@ -239,7 +246,7 @@ def test_what_the_health_check_sees_is_of_the_features_and_probs_given(monkeypat
 @pytest.mark.parametrize("options", OPTIONS)
 def test_every_trained_weight_of_every_recipe_gets_a_gradient(recipe: str, options: str) -> None:
     changes = OPTIONS[options]
-    is_pixel = load_recipe(recipe, {"data.shards": "none"}).encoder.tokens == "pixel"
+    is_pixel = settings_of(recipe).encoder.tokens == "pixel"
     if is_pixel:
         alone = ("encoder.registers", "encoder.locality_self_attention")  # not for a causal sequence of pixels
         changes = {key: value for key, value in changes.items() if key not in alone}

@@ -83,7 +83,9 @@ def test_on_several_ranks_each_block_is_compiled_alone(monkeypatch: pytest.Monke
     """Gradients are exchanged while the backward pass goes on."""
     calls: list[Block] = []
     monkeypatch.setattr(
-        torch, "compile", lambda forward, **_: lambda *given: calls.append(forward.__self__) or forward(*given)
+        torch,
+        "compile",
+        lambda forward, **_: lambda *given, **more: calls.append(forward.__self__) or forward(*given, **more),
     )
     task, batch = task_of("dino", ranks=2)
     names = list(task.state_dict())
