@@ -75,7 +75,10 @@ def infer_heads(width: int, heads: int | None, notes: list[str]) -> int:
     if heads is not None:
         return heads
     if width % 64:
-        raise ValueError(f"heads: not in the file, and width {width} is not a multiple of 64. Give --heads N.")
+        raise ValueError(
+            f"heads: not in the file, and width {width} is not a multiple of 64. Give --heads N; for --init, make an "
+            "encoder of it first: sslvit import FILE FOLDER --heads N."
+        )
     notes.append(f"heads: not in the file; assumed {width // 64} (64 channels each). Give heads= if that is wrong.")
     return width // 64
 

@@ -17,6 +17,7 @@ from sslvit.checkpoint import load_encoder, save_encoder
 from sslvit.cli import main
 from sslvit.commands.training import PretrainOptions, wants_requeue
 from sslvit.data.open import open_shards
+from sslvit.layouts import from_sslvit
 from sslvit.models import ViTEncoder
 from sslvit.run_plan import RunPlan
 from sslvit.settings import EncoderSettings
@@ -135,6 +136,18 @@ def test_local_crops_that_are_no_whole_patches_are_refused_with_the_next_size(
 ) -> None:
     with pytest.raises(ValueError, match=r"local_size: 6 is not a multiple of encoder.patch .4.. The next one is 8\."):
         sslvit.pretrain("dino/continue", shards, tmp_path / "run", init=start, **{"data.view.local_size": 6})
+
+
+def test_a_released_file_that_does_not_tell_its_heads_names_a_command_that_takes_them(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    encoder = ViTEncoder(EncoderSettings(image_size=8, patch=4, width=24, depth=1, heads=3))
+    torch.save(from_sslvit(encoder.state_dict(), "dino"), tmp_path / "dino.pth")
+    words = ["pretrain", "--config", "mae/continue", "--data", str(shards), "--out", str(tmp_path / "run")]
+    assert main([*words, "--init", str(tmp_path / "dino.pth")]) == 1
+    assert "sslvit import FILE FOLDER --heads N" in capsys.readouterr().err
+    assert main(["import", str(tmp_path / "dino.pth"), str(tmp_path / "start"), "--heads", "3"]) == 0
+    assert main(["plan", *words[1:5], "--init", str(tmp_path / "start")]) == 0
 
 
 def test_any_recipe_takes_the_architecture_where_the_preset_stands(tmp_path: Path) -> None:
