@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -92,6 +94,37 @@ def is_written_out(query: Float[Tensor, "b heads t e"], has_learned_bias: bool) 
     return has_learned_bias or (query.requires_grad and query.shape[2] < FUSED_BF16_TOKENS)
 
 
+class WrittenOutAttention(torch.autograd.Function):
+    """Attention as two products and a softmax, whose weights are computed again in the backward pass.
+
+    Kept for it, they would be a step's largest tensors. The gradient of the softmax is FlashAttention's (Dao et al.
+    2022, appendix B.2). `bias` is broadcastable to 'b heads t t' and takes no gradient.
+    """
+
+    @staticmethod
+    def forward(context: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+        """The mixed values 'b heads t e' of three tensors of that shape."""
+        mixed = _weights(query * scale, key, bias) @ value
+        context.save_for_backward(query, key, value, bias, mixed)
+        context.scale = scale
+        return mixed
+
+    @staticmethod
+    def backward(context: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        """Gradients of query, key and value."""
+        query, key, value, bias, mixed = context.saved_tensors
+        query = query * context.scale
+        weights = _weights(query, key, bias)
+        of_value = weights.mT @ grad
+        of_scores = (grad @ value.mT).sub_((grad * mixed).sum(-1, keepdim=True)).mul_(weights)
+        return (of_scores @ key).mul_(context.scale), of_scores.mT @ query, of_value, None, None
+
+
+def _weights(query: Tensor, key: Tensor, bias: Tensor | None) -> Float[Tensor, "b heads t t"]:
+    scores = query @ key.mT
+    return (scores if bias is None else scores.add_(bias)).softmax(-1)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017), with the encoder's saved options.
 
@@ -127,7 +160,11 @@ class Attention(nn.Module):
             bias = None if is_first else self.bias_after(query, kv_cache.length, layout)
             mixed = F.scaled_dot_product_attention(query, key, value, bias, is_causal=is_first and self.causal)
         elif is_written_out(query, self.rel_pos is not None):
-            mixed = self.scores(query, key, layout).softmax(-1).to(value.dtype) @ value
+            if self.locality or self.rel_pos is not None or query.shape[2] <= 3 * query.shape[3]:
+                mixed = self.scores(query, key, layout).softmax(-1).to(value.dtype) @ value
+            else:  # the weights are larger than queries, keys and values together
+                bias = self.score_bias(query, layout)
+                mixed = WrittenOutAttention.apply(query, key, value, bias, query.shape[3] ** -0.5)
         elif self.locality or self.rel_pos is not None:
             bias = self.score_bias(query, layout)
             mixed = F.scaled_dot_product_attention(query * self.scale.to(query.dtype), key, value, bias, scale=1.0)
@@ -152,7 +189,10 @@ class Attention(nn.Module):
 
     def scores(self, query: Tensor, key: Tensor, layout: TokenLayout | None) -> Float[Tensor, "b heads t t"]:
         """Scaled products of queries and keys, plus `score_bias`."""
-        scores = (query * self.scale.to(query.dtype)) @ key.transpose(-2, -1)
+        if self.locality:
+            scores = (query * self.scale.to(query.dtype)) @ key.mT
+        else:
+            scores = (query @ key.mT).mul_(query.shape[3] ** -0.5)  # in place: no scaled copy is kept for backward
         bias = self.score_bias(query, layout)
         return scores if bias is None else scores + bias
 

@@ -585,13 +585,13 @@ def test_bf16_path_on_the_cpu_agrees_with_float32() -> None:
 MASKS = [{}, {"causal": True}, {"locality_self_attention": True}, {"pos_embed": "relative_bias"}]
 
 
-@pytest.mark.parametrize("fused_from", [1, 10_000])
+@pytest.mark.parametrize(("fused_from", "heads"), [(1, 4), (10_000, 4), (10_000, 12)])  # the last keeps no weights
 @pytest.mark.parametrize("options", MASKS)
-def test_both_ways_of_attention_in_bf16_give_the_outputs_and_gradients_of_float32(
-    options: dict, fused_from: int, monkeypatch: pytest.MonkeyPatch
+def test_all_ways_of_attention_in_bf16_give_the_outputs_and_gradients_of_float32(
+    options: dict, fused_from: int, heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sslvit.models.transformer.FUSED_BF16_TOKENS", fused_from)
-    attention = make(**options).blocks[0].attn.train()
+    attention = make(**options, heads=heads).blocks[0].attn.train()
     layout = TokenLayout((4, 4), 1)
     tokens = torch.randn(2, 17, 48, generator=torch.Generator().manual_seed(2))
 
@@ -606,6 +606,21 @@ def test_both_ways_of_attention_in_bf16_give_the_outputs_and_gradients_of_float3
         found = run()
     for one, other in zip(found, expected, strict=True):
         assert (one - other).norm() < 0.02 * other.norm()
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}])
+@pytest.mark.parametrize(("heads", "keeps"), [(4, True), (12, False)])
+def test_weights_larger_than_their_queries_keys_and_values_are_not_kept_for_the_backward_pass(
+    options: dict, heads: int, keeps: bool
+) -> None:
+    attention, kept = make(**options, heads=heads).blocks[0].attn.train(), []
+    tokens = torch.randn(2, 17, 48, requires_grad=True)
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda x: x),
+    ):
+        attention(tokens, TokenLayout((4, 4), 1))
+    assert (2 * heads * 17 * 17 in kept) == keeps
 
 
 @pytest.mark.parametrize(
