@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sslvit.data.module import ShardDataModule
     from sslvit.evaluation import compare, embed, health, knn, likelihood, probe, sample
     from sslvit.models import ViTEncoder
+    from sslvit.plugins import use_plugin
     from sslvit.run_plan import RunPlan
     from sslvit.settings import EncoderSettings
     from sslvit.settings.load import load_recipe
@@ -66,6 +67,7 @@ _LAZY = {
     "sample": "sslvit.evaluation",
     "save_encoder": "sslvit.checkpoint",
     "tasks": "",
+    "use_plugin": "sslvit.plugins",
 }
 __all__ = [
     "EncoderSettings",
@@ -91,6 +93,7 @@ __all__ = [
     "sample",
     "save_encoder",
     "tasks",
+    "use_plugin",
 ]
 
 

@@ -297,7 +297,6 @@ def export(
     size: str | None = None,
     scores: Sequence[str | Path] = (),
     overwrite: bool = False,
-    allow_foreign_code: bool = False,
     **overrides: Any,
 ) -> Export:
     """Export an encoder for another library, and compare it there.
@@ -305,12 +304,11 @@ def export(
     Args:
         encoder: What `load_encoder` takes.
         out: Folder for the export.
-        format: timm, transformers, onnx, torch, safetensors, or the import path of an exporter.
+        format: timm, transformers, onnx, torch, safetensors, or what a plugin brings.
         outputs: tokens (the encoder alone), features (pooled) or logits (a fine-tuned run's classifier).
         size: fixed (images of one size) or dynamic (any that the patch divides); None for what the format does best.
         scores: Files of scores for the model card.
         overwrite: Replace an earlier export there.
-        allow_foreign_code: Import an exporter that is given by import path.
         overrides: What a released file does not state, as `load_encoder` takes it: layout, heads, weights, image_size,
             palette.
 
@@ -327,6 +325,6 @@ def export(
     """
     verdict = export_encoder(
         os.fspath(encoder), out, format, outputs=outputs, size=size, scores=scores, overwrite=overwrite,
-        allow_foreign_code=allow_foreign_code, **overrides,
+        **overrides,
     )  # fmt: skip
     return Export(Path(out), verdict)

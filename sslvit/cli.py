@@ -24,6 +24,7 @@ from sslvit.commands.arguments import (
 from sslvit.environment import explain
 from sslvit.files import explain_os_error, printable
 from sslvit.messages import messages_of
+from sslvit.plugins import use_plugin
 from sslvit.stopping import TRY_AGAIN, Preempted, RankLost, finishing, is_first_process, requeue, stopping_at_once
 
 MAX_MESSAGE = 1000  # characters
@@ -85,6 +86,8 @@ def _run(arguments: list[str]) -> int:
             function, options = read_command(arguments)
             lasts = bool(set(arguments[:1]) & WITH_TRAINING)
             with messages_of(options.quiet, is_json=getattr(options, "json", False), outlives_reader=lasts):
+                if options.plugin:
+                    use_plugin(options.plugin)
                 code = function(options)
             sys.stdout.flush()
     except UnknownCommand as error:

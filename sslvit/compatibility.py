@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sslvit.files import brief, printable
 from sslvit.models import ViTEncoder
+from sslvit.plugins import PluginNeeded
 from sslvit.settings import EncoderSettings
 from sslvit.settings.load import build
 from sslvit.weight_files import count_blocks
@@ -31,6 +32,8 @@ def settings_from(content: object, source: str | Path) -> EncoderSettings:
         if not isinstance(content, dict):
             raise ValueError(f"its encoder is a {type(content).__name__}, not settings.")
         return build(EncoderSettings, content)
+    except PluginNeeded as error:
+        raise PluginNeeded(f"{source}: {error}") from error
     except ValueError as error:
         raise ValueError(f"{source}: {error} Was it written by another version of sslvit?") from error
 

@@ -19,7 +19,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 # options without a value, which are on or off
-FLAGS = frozenset({"allow-foreign-code", "baselines", "json", "merge", "overwrite", "quiet", "resume", "scratch"})
+FLAGS = frozenset({"baselines", "json", "merge", "overwrite", "quiet", "resume", "scratch"})
 OPTION = re.compile(
     r"""(?<![^\s("'])(?:--(?P<name>[a-z][\w-]*(?:\.[\w-]+)*)|(?P<output>-o)\b)"""
     r"""(?P<value>[ ](?:'[^']*'|\[[^]]*\]|[A-Z]{2,}(?:\s[A-Z]{2,})*\b|[NX]\b|(?:true|false|none)\b"""
@@ -47,6 +47,8 @@ def _argument(found: re.Match[str]) -> str:
         given = given.strip("'")
     elif given and not re.match(r"[\[\d-]|[A-Z]+$|(?:True|False|None)$", given):
         given = f'"{given}"'
+    if name == "plugin":
+        return f"sslvit.use_plugin({given})"
     if "." in name:
         return f'**{{"{name}": {given}}}' if given else name
     return f"{name.replace('-', '_')}={given}"

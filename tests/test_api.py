@@ -97,7 +97,7 @@ def test_keywords_are_the_fields_of_the_settings(keywords: Any, kinds: list[Any]
 
 def test_keywords_are_the_options_of_the_command() -> None:
     of_file = {"heads", "image_size", "palette", "layout", "weights"}  # load_encoder takes these
-    of_screen = {"quiet", "traceback", "json", "output", "changes"}
+    of_screen = {"quiet", "traceback", "json", "output", "changes", "plugin"}
     renamed = {"shards pack": "pack"}
     for command in ("probe", "knn", "compare", "health", "embed", "sample", "likelihood", "pretrain", "resume",
                     "finetune", "export", "shards pack"):  # fmt: skip

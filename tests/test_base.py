@@ -65,13 +65,12 @@ def test_a_base_is_found_beside_the_file_and_keeps_its_palette(tmp_path: Path, m
         ("base: mine.yaml", "mine.yaml: base: mine.yaml leads back to where it began. Leave one base out."),
         ("base: ring.yaml", "ring.yaml: base: mine.yaml leads back to where it began. Leave one base out."),
         ("base: pipe.yaml", "pipe.yaml: data.allow_pipe is for you to give, not for a file"),
-        ("base: foreign.yaml", "foreign.yaml: allow_foreign_code is for you to give, not for a file"),
         ("base: mae/digits\ntrain: {stps: 3}", "train.stps: no such setting. Did you mean train.steps?"),
         ("base: mae/digits\ntrain:", "train: an empty section. Put settings below it, or leave it out."),
     ],
 )
 def test_what_a_base_cannot_be_is_one_line(capsys, tmp_path: Path, text: str, message: str) -> None:
-    write(tmp_path, ring="base: mine.yaml", pipe="data: {allow_pipe: true}", foreign="allow_foreign_code: true")
+    write(tmp_path, ring="base: mine.yaml", pipe="data: {allow_pipe: true}")
     write(tmp_path, mine=text)
     assert main(["plan", "--config", str(tmp_path / "mine.yaml"), "--images", "9"]) == 1
     error = capsys.readouterr().err

@@ -1,7 +1,7 @@
 """SimMIM (Xie et al. 2022) as a task of its own: hide patches behind a mask token, predict their pixels with one map.
 
-PYTHONPATH=docs/examples sslvit pretrain --config mae/digits --data shards/train --out runs/simmim \
-    --allow_foreign_code true --task.name simmim:SimMIM --encoder.mask_token true
+sslvit pretrain --config mae/digits --data shards/train --out runs/simmim --plugin docs/examples/simmim.py \
+    --task.name simmim:SimMIM --encoder.mask_token true
 """
 
 from dataclasses import dataclass

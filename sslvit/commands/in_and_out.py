@@ -21,10 +21,8 @@ class ExportOptions(Reported, Encoder):
     out: Annotated[str, Arg("OUT", position=2)]
     """Folder for the export."""
     format: str
-    """Library or file format: timm, transformers, onnx, torch (a program of torch.export), safetensors, or the import
-    path of an exporter, PACKAGE.MODULE:NAME."""
-    allow_foreign_code: bool = False
-    """Import an exporter that is given by import path."""
+    """Library or file format: timm, transformers, onnx, torch (a program of torch.export), safetensors, or what
+    a plugin brings, PACKAGE.MODULE:NAME."""
     outputs: Literal["tokens", "features", "logits"] = "features"
     """Output: the encoder's tokens, pooled features, or a classifier's logits."""
     size: Literal["fixed", "dynamic"] | None = None
@@ -43,7 +41,7 @@ def run_export(options: ExportOptions) -> None:
     given = {"layout": options.layout, "heads": options.heads, **foreign_overrides(options)}
     made = export(
         options.encoder, options.out, options.format, outputs=options.outputs, size=options.size,
-        scores=options.scores, overwrite=options.overwrite, allow_foreign_code=options.allow_foreign_code, **given,
+        scores=options.scores, overwrite=options.overwrite, **given,
     )  # fmt: skip
     report(options, str(made), made.to_dict())
 

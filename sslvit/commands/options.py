@@ -21,6 +21,10 @@ class Options:
     """Say warnings and errors only, and show no progress."""
     traceback: bool = False
     """Show where an error came from."""
+    plugin: Annotated[str | None, Arg("MODULE")] = None
+    """Module or .py file of your own whose tasks, views, tokenizers and exporters may be named by import path; separate
+    several by commas.
+    """
 
 
 @dataclass(kw_only=True)

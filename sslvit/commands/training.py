@@ -216,15 +216,13 @@ class ReplayOptions(Options):
 
     incident: Annotated[str, Arg("INCIDENT", position=1)]
     """Folder incident/ of a run that ended with a step that is not finite."""
-    allow_foreign_code: bool = False
-    """Import the task that the run names by import path."""
 
 
 def run_replay(options: ReplayOptions) -> None:
     """Re-run a failed step, and print what it shows."""
     from sslvit.train.replay import replay
 
-    print("\n".join(replay(options.incident, options.allow_foreign_code)))
+    print("\n".join(replay(options.incident)))
 
 
 @dataclass(kw_only=True)

@@ -16,9 +16,9 @@ from sslvit.exporters.card import CARD, known_scores, make_card, write_card
 from sslvit.exporters.destination import IN_PROGRESS, VERDICT, complete_or_removed, is_write_failure
 from sslvit.exporters.exported import Exported, Reopened, with_outputs
 from sslvit.files import to_json
+from sslvit.plugins import find_plugin
 from sslvit.progress import quiet_libraries, track
 from sslvit.results import Result
-from sslvit.settings.choices import import_object
 
 
 class Exporter(Protocol):
@@ -89,22 +89,16 @@ EXPORTERS: dict[str, Exporter] = {
 EXPORTER_PARTS = ("check", "write", "reopen", "weights", "usage")
 
 
-def find_exporter(name: str, allow_foreign_code: bool = False) -> Exporter:
-    """The exporter of a format, by name or, where that is allowed, by import path."""
-    if ":" in name:
-        if not allow_foreign_code:
-            raise ValueError(
-                f"--format {name}: would run code of that module. If you trust it, pass --allow-foreign-code."
-            )
-        exporter: Exporter = import_object("--format", name)
-        if missing := [part for part in EXPORTER_PARTS if not hasattr(exporter, part)]:
-            raise ValueError(
-                f"--format {name}: not an exporter (no {', '.join(missing)}; see sslvit.exporters.Exporter)."
-            )
-        return exporter
-    if name not in EXPORTERS:
+def find_exporter(name: str) -> Exporter:
+    """The exporter of a format by name, also of a plugin's."""
+    if name in EXPORTERS:
+        return EXPORTERS[name]
+    exporter: Exporter | None = find_plugin("--format", name)
+    if exporter is None:
         raise ValueError(f"--format {name}: not one of {', '.join(EXPORTERS)}.")
-    return EXPORTERS[name]
+    if missing := [part for part in EXPORTER_PARTS if not hasattr(exporter, part)]:
+        raise ValueError(f"--format {name}: not an exporter (no {', '.join(missing)}; see sslvit.exporters.Exporter).")
+    return exporter
 
 
 def export_encoder(
@@ -116,7 +110,6 @@ def export_encoder(
     weights: str | None = None,
     scores: Sequence[str | Path] = (),
     overwrite: bool = False,
-    allow_foreign_code: bool = False,
     **overrides: Any,
 ) -> dict[str, Any]:
     """Write an encoder in another library's format, reopen it there and compare its outputs.
@@ -131,7 +124,6 @@ def export_encoder(
         weights: student or teacher, of a checkpoint that holds both.
         scores: Files of scores for the card.
         overwrite: Whether to replace an earlier export there.
-        allow_foreign_code: Whether to import a format that is given as PACKAGE.MODULE:NAME.
         overrides: What a released file does not state (layout, heads, image_size, palette).
 
     Returns:
@@ -143,7 +135,7 @@ def export_encoder(
         RuntimeError: What was written gives other outputs, or none; it stays in OUT.part, with the verdict.
     """
     out, files = Path(out), [Path(file) for file in scores]
-    exporter = find_exporter(kind, allow_foreign_code)
+    exporter = find_exporter(kind)
     destination.check(out, overwrite)
     known_scores(source, files)
     encoder = load_encoder(source, weights=weights, **overrides)

@@ -26,7 +26,7 @@ from sslvit.models.positions import (
     sincos_table,
     table_on_grid,
 )
-from sslvit.models.tokens import TOKENIZERS, PixelTokens, gather_tokens
+from sslvit.models.tokens import PixelTokens, gather_tokens, make_tokenizer
 from sslvit.models.transformer import Block, KVCache, make_norm, run_block
 from sslvit.settings import EncoderSettings
 
@@ -68,7 +68,7 @@ class ViTEncoder(nn.Module):
         self.settings = settings
         self.prefix = settings.prefix
         width = settings.width
-        self.patch_embed = TOKENIZERS[settings.tokens](settings)
+        self.patch_embed = make_tokenizer(settings)
         if settings.class_token:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         if settings.registers:
@@ -374,8 +374,8 @@ class ViTEncoder(nn.Module):
         # 'normal' leaves it as torch makes a convolution: a fixed deviation would be too small for small patches
         if isinstance(projection, nn.Conv2d) and self.settings.init != "normal":
             start(projection.weight.flatten(1))  # a linear map in a convolution's shape
-            assert projection.bias is not None  # tokenizers leave no bias out
-            nn.init.zeros_(projection.bias)
+            if projection.bias is not None:
+                nn.init.zeros_(projection.bias)
         tables = ("cls_token", "reg_token", "mask_token", "pos_embed", "pos_embed_prefix", "pos_embed_row",
                   "pos_embed_column", "patch_embed.start_token")  # fmt: skip
         for name, parameter in self.named_parameters():

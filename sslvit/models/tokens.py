@@ -1,7 +1,7 @@
 """Image -> a sequence of tokens on an (h, w) grid, row by row.
 
-Every tokenizer takes `images` ('b c h w') and `visible` ('b k' patch indices, or None for all) and returns
-'b k d'. Where a patch's token depends on that patch alone, only the visible ones are computed.
+Every tokenizer is made from EncoderSettings, takes `images` ('b c h w') and `visible` ('b k' patch indices, or None for
+all) and returns 'b k d'. Where a patch's token depends on that patch alone, only the visible ones are computed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from einops import rearrange
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
+from sslvit.files import brief
 from sslvit.palette import colors_of, nearest_color, uniform_palette
+from sslvit.plugins import find_plugin
 from sslvit.settings import EncoderSettings
 
 FREQUENCY = 2.0  # radians per unit of color, of the Fourier features that colors may start from
@@ -162,10 +164,32 @@ class PixelTokens(nn.Module):
         return torch.cat([self.start_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], 1)
 
 
-TOKENIZERS = {
+TOKENIZERS: dict[str, type[nn.Module]] = {
     "patch": PatchTokens,
     "shifted_patch": ShiftedPatchTokens,
     "conv_stem": ConvStemTokens,
     "hybrid": HybridTokens,
     "pixel": PixelTokens,
 }
+
+
+def make_tokenizer(settings: EncoderSettings) -> nn.Module:
+    """The tokenizer that `settings.tokens` names, also of a plugin's.
+
+    Raises:
+        ValueError: What a plugin brings is no nn.Module, or makes something else than one token per patch.
+    """
+    if settings.tokens in TOKENIZERS:
+        return TOKENIZERS[settings.tokens](settings)
+    kind, name = find_plugin("encoder.tokens", settings.tokens), brief(settings.tokens)
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise ValueError(f"encoder.tokens: {name} is no tokenizer. It must be a class on torch.nn.Module.")
+    tokenizer, (rows, columns) = kind(settings), settings.grid
+    with torch.no_grad():
+        found = tuple(tokenizer.eval()(torch.zeros(1, settings.channels, *settings.size), None).shape)
+    if found != (expected := (1, rows * columns, settings.width)):
+        raise ValueError(
+            f"encoder.tokens: {name} makes {' x '.join(map(str, found))} numbers of an image, not "
+            f"{' x '.join(map(str, expected))} (image, tokens, width). See sslvit.models.tokens."
+        )
+    return tokenizer.train()

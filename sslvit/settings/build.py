@@ -11,6 +11,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, NamedTuple, TypeVar
 
 from sslvit.files import brief, quoted
+from sslvit.plugins import PluginNeeded
 from sslvit.settings.choices import Choice, alternatives, hints_of, in_message, not_one_of, plain, words_of
 from sslvit.settings.encoder import EncoderSettings
 
@@ -229,6 +230,8 @@ def _instantiate(kind: Any, tree: dict[str, Any], prefix: str, within: str = "")
             raise ValueError(f"{prefix}{one.name}: missing.")
     try:
         return kind(**values)
+    except PluginNeeded:
+        raise
     except ValueError as error:
         raise ValueError(f"{within}: {error}" if within else str(error)) from error
 

@@ -9,10 +9,9 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
-from importlib import import_module
 from typing import Any, TypeVar
 
-from sslvit.files import brief, quoted
+from sslvit.files import quoted
 
 Record = TypeVar("Record", bound=type)
 MAX_COMPARED = 100  # characters of a value that are compared with known ones
@@ -40,19 +39,6 @@ class Choice:
         if found is None:
             raise ValueError(f"{section}.{self.key}: {not_one_of(name, self.records)}")
         return found
-
-
-def import_object(key: str, path: str) -> Any:
-    """What an import path such as my_package.simmim:SimMIM names; this runs the module's code.
-
-    Raises:
-        ValueError: There is no such module, or nothing of that name in it.
-    """
-    module, _, attribute = path.partition(":")
-    try:
-        return getattr(import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{key} {brief(path)}: cannot be imported ({error}). Write PACKAGE.MODULE:NAME.") from error
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from sslvit.settings.build import Known, choice_of, choices_in, hint_for, is_req
 from sslvit.settings.choices import Choice, hints_of, near, words_of
 from sslvit.settings.encoder import EncoderSettings
 from sslvit.settings.presets import INIT, PRESETS
-from sslvit.settings.run import RunSettings
+from sslvit.settings.run import RunSettings, find_task
 
 BASE = "Recipe, or YAML file beside this one, whose settings this one's change. A key of YAML files only."
 PRESET = (
@@ -38,10 +38,12 @@ def field_texts(kind: type) -> dict[str, str]:
 @functools.cache
 def _texts_in(module: str) -> dict[str, dict[str, str]]:
     """Class -> field -> text, of all classes in a module."""
-    if not module.startswith("sslvit"):
-        return {}
     found: dict[str, dict[str, str]] = {}
-    for kind in ast.parse(inspect.getsource(sys.modules[module])).body:
+    try:
+        source = inspect.getsource(sys.modules[module])
+    except (OSError, TypeError):  # a plugin's may be compiled
+        return {}
+    for kind in ast.parse(source).body:
         if isinstance(kind, ast.ClassDef):
             found[kind.name] = {
                 ast.unparse(field.target): " ".join(str(text.value.value).split())
@@ -74,7 +76,7 @@ def select_settings(name: str | None) -> list[Explained]:
     """The settings of a section such as train or data.view, or one setting, with its section or without.
 
     Args:
-        name: Name of the section or the setting; None for all settings.
+        name: Name of the section, of the setting, or of a plugin's task; None for all settings.
 
     Raises:
         ValueError: There is none of that name; the message says the nearest.
@@ -82,6 +84,8 @@ def select_settings(name: str | None) -> list[Explained]:
     every, choices = list(explained_settings()), choices_in(RunSettings)
     if name is None:
         return every
+    if (plugin := find_task(name)) is not None:
+        return list(explained_settings(plugin.settings_class, "task."))
     name = name.replace("-", "_").removesuffix(".")
     if section := [one for one in every if one[1].startswith(f"{name}.")]:
         return section
@@ -110,7 +114,7 @@ def explained_settings(kind: type = RunSettings, prefix: str = "", choice: Choic
     if kind is EncoderSettings:
         yield kind, f"{prefix}preset", None, PRESET
     for field in fields(kind):
-        key, hint, text = prefix + field.name, hints[field.name], texts[field.name]
+        key, hint, text = prefix + field.name, hints[field.name], texts.get(field.name, "")
         words = [str(word) for word in words_of(hint) if word is not None]
         if choice and field.name == choice.key:
             text += f" One of {', '.join(choice.records)}; the keys below are those of {field.default}."

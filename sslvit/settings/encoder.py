@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal, cast
 
 from sslvit.files import brief
-from sslvit.settings.choices import Also, check_bounds, checked
+from sslvit.plugins import find_plugin
+from sslvit.settings.choices import Also, check_bounds, checked, not_one_of
 from sslvit.settings.palette import check_palette
 
-TokenKind = Literal["patch", "conv_stem", "hybrid", "shifted_patch", "pixel"]
+TOKEN_KINDS = ("patch", "conv_stem", "hybrid", "shifted_patch", "pixel")
 PositionKind = Literal["none", "learned_1d", "learned_2d", "sincos_1d", "sincos_2d", "rotary_2d", "relative_bias"]
 
 UNSET = cast("list[float]", None)  # __post_init__ fills it in
@@ -56,10 +57,10 @@ class EncoderSettings:
     """
     crop_fraction: float = 1.0
     """Fraction of that box's sides that is kept (224 of 256: 0.875)."""
-    tokens: TokenKind = "patch"
+    tokens: str = "patch"
     """Tokenizer: patch (one linear map per patch), conv_stem (3 x 3 convolutions of stride 2, then a 1 x 1; Xiao et al.
     2021), hybrid (the feature map of a ResNet; Dosovitskiy et al. 2021, section 3.1), shifted_patch (five shifted
-    copies, Lee et al. 2021) or pixel (palette indices, Chen et al. 2020).
+    copies, Lee et al. 2021), pixel (palette indices, Chen et al. 2020), or what a plugin brings, PACKAGE.MODULE:NAME.
     """
     patch: int = 16
     """Side of a patch in pixels; for conv_stem a power of two; for hybrid 4, 8, 16 or 32; for pixel 1."""
@@ -152,6 +153,8 @@ class EncoderSettings:
         if isinstance(self.image_size, int):
             self.image_size = [self.image_size, self.image_size]
         self.image_size = list(self.image_size)
+        if self.tokens not in TOKEN_KINDS and find_plugin("encoder.tokens", self.tokens) is None:
+            raise ValueError(f"encoder.tokens: {not_one_of(self.tokens, TOKEN_KINDS)}")
         if self.channels > MAX_CHANNELS:
             raise ValueError(f"encoder.channels: {self.channels} is above {MAX_CHANNELS:,}.")
         if self.mean is None:

@@ -89,7 +89,6 @@ def merge_recipe(
         raise ValueError("base: stands in a YAML file. --config names the recipe that all other settings change.")
     tree: dict[str, Any] = {} if base is None else {"encoder": asdict(base)}
     for file, content in _with_bases(path):
-        _check_foreign_code(file, content, changes or {})
         recipe = dict(leaves(RunSettings, content))
         if recipe.get("data.allow_pipe") and not given.get("data.allow_pipe"):
             raise ValueError(f"{file}: data.allow_pipe is for you to give, not for a file: --data.allow_pipe true")
@@ -133,21 +132,6 @@ def _palette_beside(file: Path, palette: str) -> str:
     """The path of a palette, which a recipe may bring along in its folder."""
     path = expand_path(palette)
     return str(file.parent / path) if not Path(path).exists() and (file.parent / path).exists() else path
-
-
-def _check_foreign_code(path: Path, content: dict[str, Any], changes: dict[str, Any]) -> None:
-    """Refuse a task or a view by import path that nobody has allowed, before anything of it is imported."""
-    if changes.get("allow_foreign_code"):
-        return
-    if content.get("allow_foreign_code"):
-        raise ValueError(f"{path}: allow_foreign_code is for you to give, not for a file: --allow_foreign_code true")
-    for tree in (content, changes):
-        for key, name in by_dotted_key(tree).items():
-            if key in ("task", "task.name", "data.view", "data.view.kind") and isinstance(name, str) and ":" in name:
-                raise ValueError(
-                    f"{key}: {brief(name)} would run code of that module. If you trust it, pass "
-                    "--allow_foreign_code true."
-                )
 
 
 def leaves(kind: type, tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

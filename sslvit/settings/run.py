@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from sslvit.files import brief, expand_path
-from sslvit.settings.choices import Choice, import_object
+from sslvit.plugins import find_plugin
+from sslvit.settings.choices import Choice
 from sslvit.settings.data import DataSettings
 from sslvit.settings.dino import DINOSettings
 from sslvit.settings.encoder import EncoderSettings
@@ -24,15 +25,16 @@ TASK_SETTINGS: dict[str, type[TaskSettings]] = {
 
 
 def task_settings(name: str) -> type[TaskSettings] | None:
-    """The settings dataclass of a task by name or import path; None for an unknown name."""
-    return import_task(name).settings_class if ":" in name else TASK_SETTINGS.get(name)
+    """The settings dataclass of a task by name; None for an unknown one."""
+    found = None if name in TASK_SETTINGS else find_task(name)
+    return found.settings_class if found else TASK_SETTINGS.get(name)
 
 
-def import_task(path: str) -> Any:
-    """The task class behind an import path; this runs the module's code."""
-    found = import_object("task.name", path)
-    if not issubclass(getattr(found, "settings_class", object), TaskSettings):
-        raise ValueError(f"task.name {brief(path)}: not a task. Its class must derive from sslvit.tasks.base.Task.")
+def find_task(name: str) -> Any:
+    """The task class of a plugin, by import path or registered name; None for an unknown name."""
+    found = find_plugin("task.name", name)
+    if found is not None and not issubclass(getattr(found, "settings_class", object), TaskSettings):
+        raise ValueError(f"task.name: {brief(name)} is no task. Its class must derive from sslvit.tasks.base.Task.")
     return found
 
 
@@ -61,9 +63,6 @@ class RunSettings:
     """Run folder."""
     init: str | None = None
     """Encoder whose weights are the initialization; null for random weights."""
-
-    allow_foreign_code: bool = False
-    """Import a task (task.name) or a view (data.view.kind) given by import path; only the command line can say so."""
 
     def __post_init__(self) -> None:
         self.out = expand_path(self.out)

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, is_dataclass
 from typing import Literal, cast
 
 from sslvit.files import brief
-from sslvit.settings.choices import Choice, check_bounds, checked, import_object
+from sslvit.plugins import find_plugin
+from sslvit.settings.choices import Choice, check_bounds, checked
 
 MAX_MAGNITUDE = 10  # of RandAugment's operations
 MAX_GLOBAL_SCALE = 16.0  # times its area that a crop may be larger than the image
@@ -209,13 +210,13 @@ VIEW_SETTINGS: dict[str, type] = {
 
 
 def view_settings(kind: str) -> type | None:
-    """The settings dataclass of a view by name, or by import path of a class with `specs`; None for an unknown name."""
-    if ":" not in kind:
-        return VIEW_SETTINGS.get(kind)
-    found = import_object("data.view.kind", kind)
-    if not (is_dataclass(found) and hasattr(found, "specs")):
-        raise ValueError(f"data.view.kind {brief(kind)}: not a view. It must be a dataclass with specs(size).")
-    return cast(type, found)
+    """The settings dataclass of a view by name, also of a plugin's; None for an unknown name."""
+    if kind in VIEW_SETTINGS:
+        return VIEW_SETTINGS[kind]
+    found = find_plugin("data.view.kind", kind)
+    if found is not None and not (is_dataclass(found) and hasattr(found, "specs")):
+        raise ValueError(f"data.view.kind: {brief(kind)} is no view. It must be a dataclass with specs(size).")
+    return cast("type | None", found)
 
 
 VIEW_CHOICE = Choice("kind", "crop", VIEW_SETTINGS, view_settings)

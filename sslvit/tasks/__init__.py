@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from sslvit.settings.run import import_task
+from sslvit.settings.run import find_task
 
 if TYPE_CHECKING:
     from sslvit.run_plan import RunPlan
@@ -21,11 +21,13 @@ TASKS = {
 
 
 def task_class(name: str) -> type[Task]:
-    """The Lightning module of a task by name or import path."""
-    if ":" in name:
-        return import_task(name)
+    """The Lightning module of a task by name, also of a plugin's."""
+    if name not in TASKS:
+        found: type[Task] = find_task(name)
+        return found
     module, attribute = TASKS[name]
-    return getattr(import_module(module), attribute)
+    kind: type[Task] = getattr(import_module(module), attribute)
+    return kind
 
 
 def make_task(settings: RunSettings, run: RunPlan) -> Task:

@@ -23,12 +23,11 @@ from sslvit.tasks.base import Task
 from sslvit.train.callbacks.incidents import from_tensors
 
 
-def replay(folder: str | Path, allow_foreign_code: bool = False) -> list[str]:
+def replay(folder: str | Path) -> list[str]:
     """What happens in the step of an incident, in words, one line each.
 
     Args:
         folder: incident/ of a run.
-        allow_foreign_code: import the task that the run names by import path.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -42,7 +41,7 @@ def replay(folder: str | Path, allow_foreign_code: bool = False) -> list[str]:
         step, run = about["step"], RunPlan(**about["run"])
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'incident.json'}: damaged ({error}).") from error
-    settings = load_recipe(folder / "config.yaml", {"allow_foreign_code": allow_foreign_code})
+    settings = load_recipe(folder / "config.yaml")
     task = make_task(settings, run)
     task.load_state_dict(read_checkpoint(folder / "state.ckpt")["state_dict"])
     files = sorted(folder.glob("batch-rank-*.safetensors"))

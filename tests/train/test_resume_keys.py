@@ -80,8 +80,7 @@ REFUSED_VALUES = {
     "task.decoder_heads": 4, "task.decoder_mlp_ratio": 2.0,
 }  # fmt: skip
 # processes, an account, another folder; threads change the order of sums
-STARTED_OTHERWISE = {"train.devices", "train.nodes", "train.wandb", "train.mlflow", "train.threads", "out",
-                     "allow_foreign_code"}  # fmt: skip
+STARTED_OTHERWISE = {"train.devices", "train.nodes", "train.wandb", "train.mlflow", "train.threads", "out"}  # fmt: skip
 TASKS = {
     "dino/digits": (
         {},
