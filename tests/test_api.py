@@ -164,6 +164,11 @@ def test_the_command_prints_what_the_function_returns(
     rows = json.loads((tmp_path / "table.json").read_text())["rows"]
     assert list(rows)[-2:] == ["one", "two"]
     assert rows == json.loads(json.dumps(table.to_dict()["rows"]))
+    for one in table.differences:
+        assert (one.row, one.against) == ("two", "one")
+        assert one.points == pytest.approx(rows["two"][one.column] - rows["one"][one.column])
+    assert [one.column for one in table.differences] == list(rows["one"])
+    assert "\ntwo against one, image by image: " in str(table)
     assert main(["compare", "one", "one", *words]) == 1
     assert "the same one twice" in capsys.readouterr().err
     with pytest.raises(SystemExit):

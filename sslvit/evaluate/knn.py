@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sslvit.evaluate.sources import Features, full_float32
@@ -14,21 +14,30 @@ QUERIES_AT_ONCE = 1024
 BANK_AT_ONCE = 131_072  # training images: half a gigabyte of similarities
 
 
-@full_float32()
 def knn_accuracies(
     train: Features, val: Features, classes: int, neighbors: list[int], temperature: float,
     device: str | torch.device = "cpu",
 ) -> dict[int, float]:  # fmt: skip
     """Top-1 accuracy in percent for each k, from one search."""
+    is_right = recognized_by_neighbors(train, val, classes, neighbors, temperature, device)
+    return {k: 100 * int(found.sum()) / len(val) for k, found in is_right.items()}
+
+
+@full_float32()
+def recognized_by_neighbors(
+    train: Features, val: Features, classes: int, neighbors: list[int], temperature: float,
+    device: str | torch.device = "cpu",
+) -> dict[int, Bool[Tensor, "n"]]:  # fmt: skip
+    """Whether each image is recognized, for each k, from one search."""
     bank, bank_labels = F.normalize(train.values.to(device), dim=1), train.labels.to(device)
-    right = torch.zeros(len(neighbors), dtype=torch.long, device=device)  # the host asks once, at the end
+    is_right: dict[int, list[Tensor]] = {k: [] for k in neighbors}
     rows = zip(val.values.split(QUERIES_AT_ONCE), val.labels.split(QUERIES_AT_ONCE), strict=True)
     for values, labels in track(rows, "nearest neighbors", len(val), each=QUERIES_AT_ONCE):
         similarity, found = nearest(F.normalize(values.to(device), dim=1), bank, bank_labels, max(neighbors))
         labels = labels.to(device)
-        for i, k in enumerate(neighbors):
-            right[i] += (votes(similarity[:, :k], found[:, :k], classes, temperature).argmax(1) == labels).sum()
-    return {k: 100 * count / len(val) for k, count in zip(neighbors, right.tolist(), strict=True)}
+        for k in neighbors:
+            is_right[k].append(votes(similarity[:, :k], found[:, :k], classes, temperature).argmax(1) == labels)
+    return {k: torch.cat(found).cpu() for k, found in is_right.items()}  # the host asks once, at the end
 
 
 def nearest(

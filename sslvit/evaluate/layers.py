@@ -126,6 +126,6 @@ def plot_layers(table: LayerTable, numbers: list[int], path: str | Path) -> Path
 
 
 def _scores(context: ProbeContext, settings: ProbeSettings) -> dict[str, list[float]]:
-    scores, about = score(context, settings, settings.seed)
+    scores, about, _ = score(context, settings, settings.seed)
     held_out = about["linear"][HELD_OUT_ACCURACY] if scores else 0.0
     return {HELD_OUT: [held_out], **scores}

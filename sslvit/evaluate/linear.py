@@ -46,10 +46,18 @@ class LinearHead:
         """Logits of features that are not standardized."""
         return (values.to(self.mean) - self.mean) / self.scale @ self.weight.T + self.bias
 
+    def is_right(self, features: Features) -> Bool[Tensor, "n"]:
+        """Whether each image is recognized."""
+        return self.logits(features.values).argmax(1) == features.labels.to(self.mean.device)
+
     def accuracy(self, features: Features) -> float:
         """Top-1 accuracy in percent."""
-        labels = features.labels.to(self.mean.device)
-        return 100 * float((self.logits(features.values).argmax(1) == labels).double().mean())
+        return percent(self.is_right(features))
+
+
+def percent(is_right: Bool[Tensor, "n"]) -> float:
+    """Top-1 accuracy in percent."""
+    return 100 * float(is_right.double().mean())
 
 
 @full_float32()

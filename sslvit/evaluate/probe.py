@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,10 @@ from sslvit.data.open import check_present, open_shards
 from sslvit.data.overlap import check_same_data
 from sslvit.environment import pick_device
 from sslvit.evaluate.cache import FeatureCache
+from sslvit.evaluate.differences import Difference, Right, differences, verdicts
 from sslvit.evaluate.features import FeatureExtractor
-from sslvit.evaluate.knn import knn_accuracies
-from sslvit.evaluate.linear import fit_probe, sample_labels
+from sslvit.evaluate.knn import recognized_by_neighbors
+from sslvit.evaluate.linear import fit_probe, percent, sample_labels
 from sslvit.evaluate.protocols import ProbeContext, check_readouts, choose_readouts, describe_readouts, linear_probe
 from sslvit.evaluate.scores import Scores, format_table, independent, interval, mean, sampling_interval, score_cells
 from sslvit.evaluate.sources import Features, FrozenEncoder, LabeledSet, RawPixels, Source
@@ -46,10 +47,12 @@ class ProbeTable(Result):
     Args:
         scores: row -> column -> independent scores: each seed's mean, or the draws of labels of a single seed.
         about: what a reader needs to quote them.
+        differences: of several encoders, each against the first one.
     """
 
     scores: Scores
     about: dict[str, Any]
+    differences: list[Difference] = field(default_factory=list, kw_only=True)
 
     @property
     def rows(self) -> dict[str, dict[str, float]]:
@@ -89,7 +92,8 @@ class ProbeTable(Result):
     def notes(self) -> str:
         """How far the scores can be trusted, and what was left out."""
         images = self.about["val_images"]
-        below = [f"sampling error of an accuracy on {images:,} images: up to ± {sampling_interval(images):.1f} (95 %)"]
+        below = verdicts(self.differences)
+        below += [f"sampling error of an accuracy on {images:,} images: up to ± {sampling_interval(images):.1f} (95 %)"]
         if any(interval(values) is not None for scores in self.scores.values() for values in scores.values()):
             over = (
                 f"{self.about['seeds']} seeds" if self.about["seeds"] > 1 else f"{self.about['draws']} draws of labels"
@@ -116,7 +120,8 @@ class ProbeTable(Result):
         intervals = {
             row: {column: interval(values) for column, values in of.items()} for row, of in self.scores.items()
         }
-        return {"rows": self.rows, "intervals": intervals, "draws": self.scores, "about": self.about}
+        return {"rows": self.rows, "intervals": intervals, "draws": self.scores,
+                "differences": [asdict(one) for one in self.differences], "about": self.about}  # fmt: skip
 
 
 def probe(encoders: Mapping[str, ViTEncoder], settings: ProbeSettings) -> ProbeTable:
@@ -154,18 +159,23 @@ def probe(encoders: Mapping[str, ViTEncoder], settings: ProbeSettings) -> ProbeT
     extractor = FeatureExtractor(settings.batch, settings.workers, cache)
     table: Scores = {}
     probed: dict[str, dict[str, Any]] = {}
+    right: dict[str, Right] = {row: defaultdict(list) for row in rows}
     for row, sources in rows.items():
         logger.info(f"probing {row}")
         by_seed: dict[str, list[list[float]]] = defaultdict(list)
         for source, seed in sources:
             context = ProbeContext(source, train, val, extractor, device)
             is_same = source is sources[0][0] and seed != sources[0][1]
-            scores, probed[row] = score(context, replace(settings, neighbors=[]) if is_same else settings, seed)
+            of_seed = replace(settings, neighbors=[]) if is_same else settings
+            scores, probed[row], recognized = score(context, of_seed, seed)
+            for column, of_draws in recognized.items():
+                right[row][column] += of_draws
             for column, values in scores.items():
                 by_seed[column].append(values)
         table[row] = {column: independent(values) for column, values in by_seed.items()}
         probed[row] |= {"fingerprint": sources[-1][0].fingerprint(), "scores": dict(by_seed)}
-    return ProbeTable(table, describe(context, settings, probed))
+    found = differences({name: right[name] for name in encoders}) if is_first_rank() else []
+    return ProbeTable(table, describe(context, settings, probed), differences=found)
 
 
 def check_channels(encoders: Mapping[str, ViTEncoder]) -> None:
@@ -211,12 +221,15 @@ def untrained(encoder: ViTEncoder, seed: int) -> ViTEncoder:
     return ViTEncoder(encoder.settings).to(next(encoder.parameters()).device).eval()
 
 
-def score(context: ProbeContext, settings: ProbeSettings, seed: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """The columns of the table for one source under one seed, and how it was probed.
+def score(
+    context: ProbeContext, settings: ProbeSettings, seed: int
+) -> tuple[dict[str, list[float]], dict[str, Any], Right]:
+    """The columns of the table for one source under one seed, how it was probed, and which images were recognized.
 
-    Both are empty on ranks other than the first.
+    All are empty on ranks other than the first.
     """
     scores: dict[str, list[float]] = {}
+    right: Right = {}
     readouts = choose_readouts(context.source, settings)
     about: dict[str, Any] = {"features": describe_readouts(readouts)}
     if settings.protocol is not None:
@@ -225,6 +238,8 @@ def score(context: ProbeContext, settings: ProbeSettings, seed: int) -> tuple[di
             name = settings.protocol.name
             column = LINEAR if name == "logreg" else f"linear ({name}), all labels"
             scores[column], about["linear"] = [result.score], result.about
+            if result.is_right is not None:
+                right[column] = [result.is_right]
             if result.held_out is not None:
                 about["linear"][HELD_OUT_ACCURACY] = result.held_out
             if result.paper_rule is not None:
@@ -233,37 +248,34 @@ def score(context: ProbeContext, settings: ProbeSettings, seed: int) -> tuple[di
     if few or settings.neighbors:
         train, val = context.features(context.train, readouts), context.features(context.val, readouts)
         if is_first_rank():
-            scores |= few_labels(train, val, context, settings, seed) | neighbors(train, val, context, settings)
-    return scores, about
+            found = few_labels(train, val, context, settings, seed) | neighbors(train, val, context, settings)
+            scores |= {column: [percent(is_right) for is_right in of_draws] for column, of_draws in found.items()}
+            right |= found
+    return scores, about, right
 
 
-def few_labels(
-    train: Features, val: Features, context: ProbeContext, settings: ProbeSettings, seed: int
-) -> dict[str, list[float]]:
-    """Logistic regression on random draws of a few labels, one score for each draw."""
+def few_labels(train: Features, val: Features, context: ProbeContext, settings: ProbeSettings, seed: int) -> Right:
+    """Logistic regression on random draws of a few labels: for each draw, which images it recognizes."""
     wanted: dict[str, tuple[int | None, float | None]] = {}
     if settings.labels_per_class:
         wanted[f"linear, {settings.labels_per_class} per class"] = (settings.labels_per_class, None)
     if settings.labels_percent:
         wanted[f"linear, {settings.labels_percent:g} % of labels"] = (None, settings.labels_percent)
-    scores = {}
-    for column, (per_class, percent) in wanted.items():
-        scores[column] = [
-            fit_probe(
-                train[sample_labels(train.labels, per_class, percent, number)], context.classes, number, context.device
-            ).accuracy(val)
-            for number in range(seed * settings.draws, (seed + 1) * settings.draws)
-        ]
-    return scores
+    right: Right = {column: [] for column in wanted}
+    for column, (per_class, of_labels) in wanted.items():
+        for number in range(seed * settings.draws, (seed + 1) * settings.draws):
+            drawn = train[sample_labels(train.labels, per_class, of_labels, number)]
+            right[column].append(fit_probe(drawn, context.classes, number, context.device).is_right(val).cpu())
+    return right
 
 
-def neighbors(train: Features, val: Features, context: ProbeContext, settings: ProbeSettings) -> dict[str, list[float]]:
-    """kNN for each k that is no larger than the number of training images."""
+def neighbors(train: Features, val: Features, context: ProbeContext, settings: ProbeSettings) -> Right:
+    """kNN for each k that is no larger than the number of training images: which images it recognizes."""
     ks = [k for k in settings.neighbors if k <= len(train)]
     if not ks:
         return {}
-    found = knn_accuracies(train, val, context.classes, ks, settings.temperature, context.device)
-    return {f"kNN, k = {k}": [value] for k, value in found.items()}
+    found = recognized_by_neighbors(train, val, context.classes, ks, settings.temperature, context.device)
+    return {f"kNN, k = {k}": [is_right] for k, is_right in found.items()}
 
 
 def open_labeled(settings: ProbeSettings) -> tuple[ShardIndex, ShardIndex]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sslvit.environment import limited_steps
 from sslvit.evaluate.features import FeatureExtractor
-from sslvit.evaluate.linear import L2_GRID, fit_probe, shuffled_classes
+from sslvit.evaluate.linear import L2_GRID, fit_probe, percent, shuffled_classes
 from sslvit.evaluate.sgd_probe import HeadGrid, fit_batch_norm_head, iterate_batches
 from sslvit.evaluate.sources import Features, FeatureTable, LabeledSet, Readout, Source, full_float32
 from sslvit.optim import cosine, warmup_cosine
@@ -48,12 +48,14 @@ class LinearResult:
         about: all settings in force, the effective learning rate, and what was chosen.
         paper_rule: the score if the choice were made on the reported images, as the paper did; None where it did not.
         held_out: top-1 accuracy in percent on held-out training images, where some were held out.
+        is_right: whether each reported image is recognized, 'n'; None where a grid of heads was scored.
     """
 
     score: float
     about: dict[str, Any]
     paper_rule: float | None = None
     held_out: float | None = None
+    is_right: Tensor | None = None
 
 
 @dataclass
@@ -150,7 +152,8 @@ def _logistic(
         "features": describe_readouts(readouts), "l2": head.l2,
         "l2 compared": f"{L2_GRID[0]:g} to {head.weakest_l2:g}", "l2 chosen on": "held-out training images",
     }  # fmt: skip
-    return LinearResult(head.accuracy(val), asdict(protocol) | about, held_out=head.held_out)
+    is_right = head.is_right(val).cpu()
+    return LinearResult(percent(is_right), asdict(protocol) | about, held_out=head.held_out, is_right=is_right)
 
 
 def _mae(context: ProbeContext, settings: ProbeSettings, protocol: MAEProbeSettings, seed: int) -> LinearResult | None:
