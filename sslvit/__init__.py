@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from sslvit.settings.load import load_recipe
     from sslvit.settings.recipes import recipes
     from sslvit.tasks import make_task
+    from sslvit.train.runs import runs
 
 __version__ = "0.1.0"
 
@@ -64,6 +65,7 @@ _LAZY = {
     "probe": "sslvit.evaluation",
     "recipes": "sslvit.settings.recipes",
     "resume": "sslvit.api",
+    "runs": "sslvit.train.runs",
     "sample": "sslvit.evaluation",
     "save_encoder": "sslvit.checkpoint",
     "tasks": "",
@@ -90,6 +92,7 @@ __all__ = [
     "probe",
     "recipes",
     "resume",
+    "runs",
     "sample",
     "save_encoder",
     "tasks",

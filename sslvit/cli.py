@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import sslvit
-from sslvit.commands import evaluation, in_and_out, packing, pixels, training
+from sslvit.commands import evaluation, in_and_out, packing, pixels, runs, training
 from sslvit.commands.arguments import (
     Function,
     UnknownCommand,
@@ -40,6 +40,7 @@ COMMANDS: Mapping[str, Function] = {
     "finetune": training.run_finetune,
     "plan": training.run_plan,
     "replay": training.run_replay,
+    "runs": runs.run_runs,
     "recipes": training.run_recipes,
     "settings": training.run_settings,
     "probe": evaluation.run_probe,

@@ -36,6 +36,17 @@ class Result:
         return html_table(*self.cells())
 
 
+def text_table(titles: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    """A table in plain text, its untrusted cells made printable; columns of numbers are aligned to the right."""
+    lines = [[printable(cell) for cell in line] for line in (titles, *rows)]
+    columns = []
+    for title, *cells in zip(*lines, strict=True):
+        width = max(map(len, (title, *cells)))
+        side = ">" if all(cell[:1].isdigit() or cell[:1] in ("-", "–") for cell in cells) else "<"
+        columns.append([f"{cell:{side}{width}}" for cell in (title, *cells)])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
+
+
 def html_text(text: object) -> str:
     """Untrusted text for a page."""
     return html.escape(printable(text, MAX_CHARACTERS))
