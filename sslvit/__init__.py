@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sslvit.evaluation import compare, embed, health, knn, likelihood, probe, sample
     from sslvit.models import ViTEncoder
     from sslvit.plugins import use_plugin
+    from sslvit.report.sweep import sweep
     from sslvit.run_plan import RunPlan
     from sslvit.settings import EncoderSettings
     from sslvit.settings.load import load_recipe
@@ -68,6 +69,7 @@ _LAZY = {
     "runs": "sslvit.train.runs",
     "sample": "sslvit.evaluation",
     "save_encoder": "sslvit.checkpoint",
+    "sweep": "sslvit.report.sweep",
     "tasks": "",
     "use_plugin": "sslvit.plugins",
 }
@@ -95,6 +97,7 @@ __all__ = [
     "runs",
     "sample",
     "save_encoder",
+    "sweep",
     "tasks",
     "use_plugin",
 ]

@@ -41,6 +41,7 @@ COMMANDS: Mapping[str, Function] = {
     "plan": training.run_plan,
     "replay": training.run_replay,
     "runs": runs.run_runs,
+    "sweep": runs.run_sweep,
     "recipes": training.run_recipes,
     "settings": training.run_settings,
     "probe": evaluation.run_probe,
@@ -58,7 +59,7 @@ COMMANDS: Mapping[str, Function] = {
 }
 GROUPS = {"shards": "Make and inspect WebDataset shards."}
 TRAINING = {"pretrain", "finetune", "resume"}
-WITH_TRAINING = {*TRAINING, "demo", "bench"}
+WITH_TRAINING = {*TRAINING, "demo", "bench", "sweep"}
 # behind "interrupted", where there is more to say than that the command can be given again
 KEPT = {
     "demo": "; what is done is kept in its folder: give the same command with --overwrite to begin anew",
@@ -67,6 +68,7 @@ KEPT = {
     "probe": "; features of complete passes are in the cache: the same command goes on from them",
     "knn": "; features of complete passes are in the cache: the same command goes on from them",
     "compare": "; features of complete passes are in the cache: the same command goes on from them",
+    "sweep": "; runs that are finished are kept: the same command goes on with the others",
     "bench": "; scores that are finished are kept: the same command goes on with the others",
 }
 

@@ -174,6 +174,28 @@ def plot_points(path: str | Path, panels: dict[str, dict[str, list[list[float]]]
     return _save(figure, path)
 
 
+def plot_ranges(path: str | Path, panels: dict[str, dict[str, list[float]]], y_label: str, title: str = "") -> Path:
+    """Plot panels side by side, label -> value -> numbers: a point for each, a line of means, a bar of ranges."""
+    figure = TextFigure(figsize=(1.2 + 3.2 * len(panels), 3.4), dpi=120, layout="constrained")
+    shared: Axes | None = None
+    for number, (label, groups) in enumerate(panels.items()):
+        axes = figure.add_subplot(1, len(panels), number + 1, sharey=shared)
+        shared = shared or axes
+        known = {x: values for x, values in enumerate(groups.values()) if values}
+        for x, values in known.items():
+            axes.vlines(x, min(values), max(values), color=COLORS[0], alpha=0.4, linewidth=5)
+            axes.scatter([x] * len(values), values, color=COLORS[0], s=14, alpha=0.6, linewidths=0)
+        axes.plot(list(known), [np.mean(values) for values in known.values()], color=COLORS[1], marker=".")
+        axes.set_xticks(range(len(groups)), [textwrap.fill(printable(value), 13) for value in groups])
+        axes.set_xlim(-0.5, len(groups) - 0.5)
+        axes.set(xlabel=label, ylabel=y_label if number == 0 else "")
+        axes.grid(alpha=0.3, axis="y")
+        axes.spines[["top", "right"]].set_visible(False)
+    if title:
+        figure.suptitle(title, fontsize=10)
+    return _save(figure, path)
+
+
 def plot_palette(path: str | Path, colors: np.ndarray, images: np.ndarray, quantized: np.ndarray) -> Path:
     """Plot a palette as squares, and images before and after quantization.
 

@@ -37,7 +37,7 @@ from sslvit.tasks.base import Task
 
 FUNCTIONS = (
     "compare", "embed", "export", "finetune", "health", "knn", "likelihood", "load_encoder", "pack", "pretrain",
-    "probe", "recipes", "resume", "runs", "sample",
+    "probe", "recipes", "resume", "runs", "sample", "sweep",
 )  # fmt: skip
 SMALL = {"image_size": 8, "patch": 4, "width": 16, "depth": 2, "heads": 2, "channels": 1, "mean": [0.5], "std": [0.3]}
 

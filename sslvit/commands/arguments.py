@@ -107,7 +107,7 @@ def read_options(parser: argparse.ArgumentParser, kind: type, name: str, argumen
         is_setting = "changes" in hints or choice_of(hints.get(word[2:].partition(".")[0]))
         if hint or not is_setting:
             raise ValueError(f"{brief(word)}: no such option.{hint} See: {name} --help")
-    changes = read_changes(settings)
+    changes = read_changes(settings, getattr(kind, "read_setting", read_value))
     given, rest = parser.parse_known_args(words)
     if rest and "changes" in hints:
         raise ValueError(f"{brief(rest[0])}: expected --key value, as in --train.epochs 10.")
@@ -184,8 +184,16 @@ def take_settings(arguments: list[str], known: Container[str]) -> tuple[list[str
     return words, settings
 
 
-def read_changes(rest: list[str]) -> dict[str, Any]:
-    """--encoder.width 192 --train.steps=5 -> {"encoder.width": 192, "train.steps": 5}."""
+def read_value(text: str) -> Any:
+    """A value as YAML reads it; text where that cannot."""
+    try:
+        return yaml.safe_load(text)
+    except YAML_ERRORS:
+        return text
+
+
+def read_changes(rest: list[str], read: Callable[[str], Any] = read_value) -> dict[str, Any]:
+    """--encoder.width 192 --train.steps=5 -> {"encoder.width": 192, "train.steps": 5}; `read` reads a value."""
     changes: dict[str, Any] = {}
     words = iter(rest)
     for word in words:
@@ -198,13 +206,5 @@ def read_changes(rest: list[str]) -> dict[str, Any]:
         if value is None or value.startswith("--"):
             raise ValueError(f"--{brief(key)}: no value given.")
         changes.pop(key, None)  # what is said again counts where it is said last
-        changes[key] = read_value(value)
+        changes[key] = read(value)
     return changes
-
-
-def read_value(text: str) -> Any:
-    """A value as YAML reads it; text where that cannot."""
-    try:
-        return yaml.safe_load(text)
-    except YAML_ERRORS:
-        return text

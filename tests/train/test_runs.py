@@ -18,6 +18,12 @@ from sslvit.cli import main
 from sslvit.train.folder import RunFolder
 
 
+@pytest.fixture(autouse=True)
+def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs draw none, which takes most of their time."""
+    monkeypatch.setattr("sslvit.train.run.plot_pictures", lambda *_: None)
+
+
 @pytest.fixture
 def folder(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A finished run of two epochs that was scored, and one that stopped behind its checkpoint at step 3."""
