@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 from sslvit.checkpoint import load_encoder
 from sslvit.data.open import open_shards
@@ -30,12 +31,15 @@ from sslvit.settings import ProbeSettings
 from sslvit.settings.data import one_source
 from sslvit.settings.keywords import KNNKeywords, ProbeKeywords, SampleKeywords
 from sslvit.settings.load import from_keywords
-from sslvit.settings.probe import Device, KNNSettings, Pooling, Precision
+from sslvit.settings.probe import Device, KNNSettings, Pooling, Precision, read_size
 from sslvit.settings.sample import SampleSettings
 from sslvit.tasks.released import load_igpt
 
+logger = logging.getLogger(__name__)
+
 EncoderLike = str | os.PathLike[str] | ViTEncoder
 DataLike = str | Path | Sequence[str | Path]
+Size = int | str | Sequence[int]
 
 
 @for_python
@@ -47,6 +51,7 @@ def probe(
     layers: str | Iterable[int] | None = None,
     figure: str | Path | None = None,
     crop_fraction: float | None = None,
+    size: Size | None = None,
     **settings: Unpack[ProbeKeywords],
 ) -> ProbeTable:
     """Score a frozen encoder: linear probe and kNN, with baselines.
@@ -58,6 +63,7 @@ def probe(
         layers: Blocks to score side by side: "all", or numbers such as [1, 4, 8].
         figure: PNG file for a plot of `layers`.
         crop_fraction: Fraction of the center crop's sides that is seen; None for the encoder's own.
+        size: Size in pixels that images are seen at, 64 or "48x64"; None for the encoder's own.
         settings: Further fields of `ProbeSettings`, such as labels_per_class=10 or protocol="mae"; settings of a
             protocol as {"name": "mae", "epochs": 10}.
 
@@ -79,7 +85,7 @@ def probe(
         raise ValueError("--layer and --layers exclude each other: one block for the table, or several side by side?")
     check_new_picture(figure)
     with all_ranks():
-        network = open_encoder(encoder, crop_fraction)
+        network = open_encoder(encoder, crop_fraction, size)
         if not layers:
             return probing.probe({"encoder": network}, found)
         text = layers if isinstance(layers, str) else ",".join(map(str, layers))
@@ -97,6 +103,7 @@ def knn(
     val: DataLike,
     *,
     crop_fraction: float | None = None,
+    size: Size | None = None,
     **settings: Unpack[KNNKeywords],
 ) -> ProbeTable:
     """Score a frozen encoder by its nearest neighbors alone.
@@ -106,6 +113,7 @@ def knn(
         train: Labeled shards or class folders whose images vote.
         val: Data of the same kind that is scored.
         crop_fraction: Fraction of the center crop's sides that is seen; None for the encoder's own.
+        size: Size in pixels that images are seen at, 64 or "48x64"; None for the encoder's own.
         settings: Further fields of `KNNSettings`, such as neighbors=[20].
 
     Returns:
@@ -121,7 +129,7 @@ def knn(
     """
     found = from_keywords(KNNSettings, {"train": _name(train), "val": _name(val), **settings})
     with all_ranks():
-        network = open_encoder(encoder, crop_fraction)
+        network = open_encoder(encoder, crop_fraction, size)
         return probing.probe({"encoder": network}, ProbeSettings(**vars(found), protocol=None))
 
 
@@ -179,6 +187,7 @@ def health(
     max_unreadable_fraction: float = 0.01,
     seed: int = 0,
     crop_fraction: float | None = None,
+    size: Size | None = None,
 ) -> MeasureTable:
     """Measure features without labels: rank, spectrum, uniformity, alignment.
 
@@ -195,6 +204,7 @@ def health(
         max_unreadable_fraction: Fraction of the images that may be unreadable.
         seed: Seed of the crops and of the untrained weights.
         crop_fraction: Fraction of the center crop's sides that is seen; None for the encoder's own.
+        size: Size in pixels that images are seen at, 64 or "48x64"; None for the encoder's own.
 
     Returns:
         The table, with the same network untrained and raw pixels beside the encoder.
@@ -214,7 +224,7 @@ def health(
         "precision": precision, "max_unreadable_fraction": max_unreadable_fraction,
     }  # fmt: skip
     found = from_keywords(ProbeSettings, {"train": "", "val": "", **given})
-    return _measured({"encoder": open_encoder(encoder, crop_fraction)}, _name(data), images, found)
+    return _measured({"encoder": open_encoder(encoder, crop_fraction, size)}, _name(data), images, found)
 
 
 def _measured(encoders: dict[str, ViTEncoder], data: str, images: int, settings: ProbeSettings) -> MeasureTable:
@@ -247,6 +257,7 @@ def embed(
     precision: Precision = "float32",
     max_unreadable_fraction: float = 0.01,
     crop_fraction: float | None = None,
+    size: Size | None = None,
 ) -> embedding.Embeddings:
     """Features of images as arrays.
 
@@ -263,6 +274,7 @@ def embed(
         precision: float32 or bf16.
         max_unreadable_fraction: Fraction of the images that may be unreadable.
         crop_fraction: Fraction of the center crop's sides that is seen; None for the encoder's own.
+        size: Size in pixels that images are seen at, 64 or "48x64"; None for the encoder's own.
 
     Returns:
         Arrays `features` ('n d') and `keys`, and `labels` with `classes` where there are some.
@@ -281,7 +293,7 @@ def embed(
         "precision": precision, "max_unreadable_fraction": max_unreadable_fraction,
     }  # fmt: skip
     found = from_keywords(KNNSettings, {"train": "", "val": "", **given})
-    network = open_encoder(encoder, crop_fraction).to(pick_device(device))
+    network = open_encoder(encoder, crop_fraction, size).to(pick_device(device))
     source = FrozenEncoder(network, precision)
     readouts = source.readouts(layer, found.blocks, pooling)
     images = LabeledSet(open_shards(_name(data)), network.settings.channels, None, max_unreadable_fraction)
@@ -393,16 +405,24 @@ def likelihood(
 # ---- what they share -----------------------------------------------------------------------------------------
 
 
-def open_encoder(encoder: EncoderLike, crop_fraction: float | None = None) -> ViTEncoder:
-    """An encoder by name or as it is, seeing another part of each image if that is asked for."""
+def open_encoder(encoder: EncoderLike, crop_fraction: float | None = None, size: Size | None = None) -> ViTEncoder:
+    """An encoder by name or as it is, seeing another part of each image, or at another size, if that is asked for."""
     if not isinstance(encoder, ViTEncoder):
         encoder = load_encoder(expand_path(os.fspath(encoder)))
-    if crop_fraction is None:
+    changes: dict[str, Any] = {}
+    if crop_fraction is not None:
+        if not 0 < crop_fraction <= 1:
+            raise ValueError(f"--crop-fraction {crop_fraction:g}: must be in (0, 1].")
+        changes["crop_fraction"] = crop_fraction
+    if size is not None:
+        changes["image_size"] = read_size(size, encoder.settings)
+    if not changes:
         return encoder
-    if not 0 < crop_fraction <= 1:
-        raise ValueError(f"--crop-fraction {crop_fraction:g}: must be in (0, 1].")
     seen = copy.copy(encoder)  # with the same weights
-    seen.settings = replace(encoder.settings, crop_fraction=crop_fraction)
+    seen.settings = replace(encoder.settings, **changes)
+    if seen.settings.grid != seen.position_grid and is_first_rank():
+        grids = [f"{rows} x {columns}" for rows, columns in (seen.position_grid, seen.settings.grid)]
+        logger.info(f"images are seen in {grids[1]} patches; positions are interpolated from {grids[0]}")
     return seen
 
 

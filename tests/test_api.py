@@ -180,7 +180,9 @@ def test_features_are_arrays_and_a_file(here: Path, tmp_path: Path) -> None:
     found = sslvit.embed(here / "one", here / "val", tmp_path / "out.npz")
     assert found.features.shape == (21, 16)
     assert found.path == tmp_path / "out.npz"
-    assert found.to_dict() == {"path": str(found.path), "images": 21, "width": 16, "classes": ["a", "b", "c"]}
+    assert found.to_dict() == {
+        "path": str(found.path), "images": 21, "width": 16, "classes": ["a", "b", "c"], "image_size": [8, 8]
+    }  # fmt: skip
     assert "21 x 16" in found._repr_html_()
     assert np.array_equal(np.load(found.path)["features"], found.features)
 

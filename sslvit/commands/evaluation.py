@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 
 def load_scored(options: CroppedEncoder) -> ViTEncoder:
-    """The encoder that a command scores, with the crop that was asked for."""
+    """The encoder that a command scores, with the crop and the size that were asked for."""
     from sslvit.checkpoint import load_encoder
     from sslvit.evaluation import open_encoder
 
     encoder = load_encoder(options.encoder, options.layout, options.heads, **foreign_overrides(options))
-    return open_encoder(encoder, options.crop_fraction)
+    return open_encoder(encoder, options.crop_fraction, options.size)
 
 
 @dataclass(kw_only=True)

@@ -96,3 +96,5 @@ class CroppedEncoder(Encoder):
 
     crop_fraction: float | None = None
     """Fraction of the center crop's sides that is seen, 224 of 256: 0.875; null for the encoder's own."""
+    size: Annotated[str | None, Arg("SIDE|HxW", is_path=False)] = None
+    """Size in pixels that images are seen at, 64 or 48x64; positions are interpolated; null for the encoder's own."""

@@ -26,6 +26,7 @@ class Embeddings(Result):
         labels: class numbers 'n', or None where there are none.
         classes: names of the classes; empty where there are none.
         heading: what was read, and what is seen of each image.
+        image_size: height and width in pixels that images were seen at.
         path: the file that they were written to.
     """
 
@@ -34,6 +35,7 @@ class Embeddings(Result):
     labels: np.ndarray | None
     classes: list[str]
     heading: str = ""
+    image_size: list[int] | None = None
     path: Path | None = None
 
     def text(self) -> str:
@@ -47,7 +49,7 @@ class Embeddings(Result):
         """The file and what is in it, without the arrays."""
         return {
             "path": self.path and str(self.path), "images": len(self.features), "width": self.features.shape[1],
-            "classes": self.classes if self.labels is not None else None,
+            "classes": self.classes if self.labels is not None else None, "image_size": self.image_size,
         }  # fmt: skip
 
     def cells(self) -> tuple[Sequence[object], Iterable[Sequence[object]]]:
@@ -83,4 +85,5 @@ def embed(
     labels = index.labels_of(numbers) if index.classes else None
     keys = np.array([index.key(number) for number in numbers])
     heading = f"{data.count_text}\neach image: {view_in_words(source.settings, source.precision)}"
-    return Embeddings(table.at(readouts).values.numpy(), keys, labels, list(index.classes or []), heading)
+    size = source.settings.image_size
+    return Embeddings(table.at(readouts).values.numpy(), keys, labels, list(index.classes or []), heading, size)

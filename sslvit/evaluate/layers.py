@@ -45,7 +45,8 @@ class LayerTable(ProbeTable):
         scores = {number: self.rows[f"layer {number}"][LINEAR] for number in (self.best, self.last)}
         drawn = f"\n{self.figure}" if self.figure else ""
         return (
-            f"Top-1 accuracy (%) on {self.about['val_images']:,} images of {self.about['val']}\n\n"
+            f"Top-1 accuracy (%) on {self.about['val_images']:,} images of {self.about['val']}\n"
+            f"each image: {self.about['view']}\n\n"
             f"{format_table(self.scores)}\n\n"
             f"best layer, by {HELD_OUT}: {self.best} (linear {scores[self.best]:.1f}; "
             f"the last probed, {self.last}: {scores[self.last]:.1f}){drawn}"

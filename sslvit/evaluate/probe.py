@@ -206,7 +206,8 @@ def describe(context: ProbeContext, settings: ProbeSettings, probed: dict[str, d
     return {
         "train": train.location, "train_images": context.train.images, "train_unreadable": context.train.unreadable,
         "val": val.location, "val_images": context.val.images, "val_unreadable": context.val.unreadable,
-        "view": context.source.settings.crop_in_words, "precision": settings.precision,
+        "view": context.source.settings.crop_in_words, "image_size": context.source.settings.image_size,
+        "precision": settings.precision,
         "classes": context.classes, "fingerprints": {"train": train.fingerprint(), "val": val.fingerprint()},
         "protocol": protocol.name if protocol else None, "source": protocol.source if protocol else None,
         "chosen_by_paper": protocol.chosen_by_paper if protocol else None, "probed": probed,

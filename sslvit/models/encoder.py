@@ -67,6 +67,7 @@ class ViTEncoder(nn.Module):
         super().__init__()
         self.settings = settings
         self.prefix = settings.prefix
+        self.position_grid = settings.grid  # of the position table, also in a copy that sees images of another size
         width = settings.width
         self.patch_embed = make_tokenizer(settings)
         if settings.class_token:
@@ -284,14 +285,14 @@ class ViTEncoder(nn.Module):
     def position_table(self, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
         """Rows for the prefix tokens and for the patches of a grid; None where positions are not a table."""
         settings = self.settings
-        if settings.tokens == "pixel" and grid != settings.grid:
+        if settings.tokens == "pixel" and grid != self.position_grid:
             raise ValueError(
-                f"a pixel sequence is tied to its size: this encoder takes {settings.grid} pixels, not {grid}. "
+                f"a pixel sequence is tied to its size: this encoder takes {self.position_grid} pixels, not {grid}. "
                 "Resize the images (encoder.image_size)."
             )
         if settings.pos_embed in ("none", "rotary_2d", "relative_bias"):
             return None, None
-        how = (settings.grid, grid, settings.interpolate_antialias, settings.interpolate_offset)
+        how = (self.position_grid, grid, settings.interpolate_antialias, settings.interpolate_offset)
         if settings.pos_embed == "learned_2d":
             prefix = None if self.pos_embed_prefix is None else self.pos_embed_prefix[0]
             return prefix, resample_table((self.pos_embed_row + self.pos_embed_column).flatten(0, 1), *how)
@@ -308,7 +309,8 @@ class ViTEncoder(nn.Module):
             prefix = rows.new_full((rows.shape[0], self.prefix, rows.shape[2]), still)  # prefix tokens do not turn
             return torch.cat([prefix, rows], 1)[:, None]
 
-        cos, sin = rotary_2d(grid, self.settings.grid, self.settings.head_width, device)
+        rows, columns = self.settings.rotary_grid or self.settings.grid
+        cos, sin = rotary_2d(grid, (rows, columns), self.settings.head_width, device)
         return with_prefix(cos, 1.0), with_prefix(sin, 0.0)
 
     def _prefix_tokens(self, positions: Tensor | None) -> Tensor | None:

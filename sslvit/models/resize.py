@@ -7,34 +7,47 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from sslvit.models.positions import table_on_grid
+from sslvit.models.positions import interpolate, resample_table, table_on_grid
 from sslvit.settings import EncoderSettings
 
-TABLES = ("learned_1d", "sincos_1d", "sincos_2d")
+BIAS_TABLE = ".rel_pos.table"  # of each block, with relative_bias
 
 
 def resize_weights(weights: dict[str, Tensor], old: EncoderSettings, new: EncoderSettings) -> dict[str, Tensor]:
-    """Weights whose position table fits the new image size, interpolated once (MAE and DINO fine-tune so).
+    """Weights whose position tables fit the new image size, interpolated once (MAE and DINO fine-tune so).
+
+    They give the positions that the old weights give on the new grid.
 
     Raises:
-        ValueError: positions that cannot be interpolated, or a pixel sequence, which is tied to its size.
+        ValueError: a pixel sequence, which is tied to its size.
     """
-    if old.grid == new.grid or old.pos_embed == "none":
+    if old.grid == new.grid:
         return weights
     check_resizable(old, new)
-    rows = table_on_grid(
-        weights["pos_embed"], old.position_rows, old.grid, new.grid, new.interpolate_antialias, new.interpolate_offset
-    )
-    return weights | {"pos_embed": torch.cat(rows)[None]}
+    how = (new.interpolate_antialias, new.interpolate_offset)
+    if old.pos_embed == "learned_2d":  # interpolation is linear and goes along one side after the other
+        (rows, columns), (new_rows, new_columns) = old.grid, new.grid
+        # each twice side by side: torch 2.15 interpolates images of width 1 wrongly where it antialiases
+        by_row = weights["pos_embed_row"].expand(-1, 2, -1).flatten(0, 1)
+        by_row = resample_table(by_row, (rows, 2), (new_rows, 2), *how)[::2]
+        by_column = weights["pos_embed_column"].expand(2, -1, -1).flatten(0, 1)
+        by_column = resample_table(by_column, (2, columns), (2, new_columns), *how)[:new_columns]
+        return weights | {"pos_embed_row": by_row[:, None], "pos_embed_column": by_column[None]}
+    if old.pos_embed == "relative_bias":
+        offsets = (2 * new.grid[0] - 1, 2 * new.grid[1] - 1)
+        tables = {key: value for key, value in weights.items() if key.endswith(BIAS_TABLE)}
+        return weights | {key: interpolate(table[None], offsets)[0] for key, table in tables.items()}
+    if "pos_embed" not in weights:  # none, or rotary: the settings hold the grid whose range it is scaled to
+        return weights
+    return weights | {"pos_embed": torch.cat(table_on_grid(weights["pos_embed"], old.position_rows, old.grid, new.grid,
+                                                           *how))[None]}  # fmt: skip
 
 
 def check_resizable(old: EncoderSettings, new: EncoderSettings) -> None:
     """Raise ValueError unless weights for one size can be used at the other."""
-    is_same = old.grid == new.grid or (old.pos_embed == "none" and old.tokens != "pixel")
-    if not is_same and (old.pos_embed not in TABLES or old.tokens == "pixel"):
-        what = "a pixel sequence" if old.tokens == "pixel" else f"{old.pos_embed} positions"
+    if old.grid != new.grid and old.tokens == "pixel":
         raise ValueError(
-            f"encoder.image_size: {what} cannot be moved from {old.image_size} to {new.image_size} pixels."
+            f"encoder.image_size: a pixel sequence cannot be moved from {old.image_size} to {new.image_size} pixels."
         )
 
 

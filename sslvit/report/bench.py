@@ -25,6 +25,7 @@ from sslvit.evaluate.probe import HELD_OUT_ACCURACY, few_labels, neighbors, open
 from sslvit.evaluate.protocols import ProbeContext, check_readouts, choose_readouts, linear_probe
 from sslvit.evaluate.scores import Scores, format_table, independent
 from sslvit.evaluate.sources import FrozenEncoder, LabeledSet, RawPixels, Source
+from sslvit.evaluation import open_encoder
 from sslvit.files import printable, remove_stale_parts, write_atomically
 from sslvit.models import ViTEncoder
 from sslvit.models.resize import check_resizable
@@ -82,7 +83,8 @@ class BenchRun:
         self.settings, self.folder = settings, Path(settings.out)
         self.device = pick_device(settings.device)
         # everything that can be refused is refused here, before the first pass
-        self.encoders = {name: [load_encoder(path) for path in paths] for name, paths in settings.encoders.items()}
+        trained = {name: [load_encoder(path) for path in paths] for name, paths in settings.encoders.items()}
+        self.encoders = {name: [open_encoder(one, size=settings.size) for one in of] for name, of in trained.items()}
         for name, (first, *others) in self.encoders.items():
             if any(other.settings != first.settings for other in others):
                 raise ValueError(
@@ -102,34 +104,31 @@ class BenchRun:
             for probe in probes:
                 for encoder in encoders:
                     check_readouts(FrozenEncoder(encoder), probe.settings(SplitSettings("", "")))
-        trained = {f"columns.{name}": one for name, one in settings.columns.items() if isinstance(one, FinetuneColumn)}
-        if "scratch" in settings.baselines and not trained:
-            trained["scratch"] = settings.scratch
-        for where, column in trained.items():
-            self.check_finetuning(where, column)
+        tuned = {f"columns.{name}": one for name, one in settings.columns.items() if isinstance(one, FinetuneColumn)}
+        if "scratch" in settings.baselines and not tuned:
+            tuned["scratch"] = settings.scratch
+        for where, column in tuned.items():
+            for encoder in (one for of in trained.values() for one in of):
+                self.check_finetuning(where, column, encoder)
         cache = FeatureCache(self.folder / "features")
         self.extractor = FeatureExtractor(settings.batch, settings.workers, cache)
 
-    def check_finetuning(self, where: str, column: FinetuneColumn) -> None:
+    def check_finetuning(self, where: str, column: FinetuneColumn, encoder: ViTEncoder) -> None:
         """Refuse a recipe or a change that fine-tuning could not run with."""
-        for encoders in self.encoders.values():
-            for encoder in encoders:
-                start = for_labels(encoder.settings)
-                try:
-                    recipe = load_recipe(column.config, column.changes, start)
-                    check_resizable(start, recipe.encoder)
-                except ValueError as error:
-                    raise ValueError(f"{where}: {error}") from error
-                if not isinstance(recipe.task, SupervisedSettings):
-                    raise ValueError(f"{where}.config: {column.config} does not train with labels.")
-                if recipe.train.ranks > 1:
-                    raise ValueError(f"{where}.train.devices: a bench trains on one device.")
-                fewest = min(len(train.index) for train, _ in self.sets.values())
-                batch = recipe.data.batch_for(fewest, recipe.task.usual.batch)
-                if batch > fewest:
-                    raise ValueError(
-                        f"{where}: data.global_batch_size {batch}, but there are {fewest} training images."
-                    )
+        start = for_labels(encoder.settings)
+        try:
+            recipe = load_recipe(column.config, column.changes, start)
+            check_resizable(start, recipe.encoder)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        if not isinstance(recipe.task, SupervisedSettings):
+            raise ValueError(f"{where}.config: {column.config} does not train with labels.")
+        if recipe.train.ranks > 1:
+            raise ValueError(f"{where}.train.devices: a bench trains on one device.")
+        fewest = min(len(train.index) for train, _ in self.sets.values())
+        batch = recipe.data.batch_for(fewest, recipe.task.usual.batch)
+        if batch > fewest:
+            raise ValueError(f"{where}: data.global_batch_size {batch}, but there are {fewest} training images.")
 
     def run(self) -> dict[str, Path]:
         """Fill the tables cell by cell, and return the files written."""
@@ -198,7 +197,7 @@ class BenchRun:
         """The encoder of `path` after training from random weights with the labels of a data set."""
         columns = [column for column in self.settings.columns.values() if isinstance(column, FinetuneColumn)]
         folder, _ = self.finetuned(data, columns[0] if columns else self.settings.scratch, path, True, seed)
-        return load_encoder(folder)
+        return open_encoder(folder, size=self.settings.size)
 
     # ---- cells -----------------------------------------------------------------------------------------------
 

@@ -98,6 +98,10 @@ class BenchSettings(Passes, UnreadableImages):
     baselines: list[str] = field(default_factory=lambda: list(BASELINES))
     """Rows besides the encoders: pixels, untrained (the same architectures with fresh weights) and scratch (the same
     architectures trained with labels, then scored like the others)."""
+    size: str | int | list[int] | None = None
+    """Size in pixels at which frozen encoders see images, 64, 48x64 or [48, 64]; null for each encoder's own. Columns
+    of fine-tuning have encoder.image_size.
+    """
     seeds: int = 1
     """Number of seeds, untrained weights included."""
     seed: int = 0

@@ -112,6 +112,10 @@ class EncoderSettings:
     """
     pos_embed: PositionKind = "learned_1d"
     """Position embedding."""
+    rotary_grid: list[int] | None = None
+    """Rows and columns of patches by whose numbers rotary_2d turns, and to whose range those of other grids are scaled;
+    null for the grid of image_size. It stays with the weights where these are fine-tuned at another size.
+    """
     prefix_positions: Literal["none", "class", "all"] = "class"
     """Prefix tokens with a row of their own in the position table."""
     interpolate_antialias: bool = True
@@ -162,6 +166,10 @@ class EncoderSettings:
         if self.std is None:
             self.std = [0.229, 0.224, 0.225] if self.channels == 3 else [0.25] * self.channels
         self.check()
+        if self.pos_embed != "rotary_2d":
+            self.rotary_grid = None
+        elif self.rotary_grid is None:
+            self.rotary_grid = list(self.grid)
 
     def check(self) -> None:
         """Raise ValueError on the first combination that cannot work, naming the keys and the remedy."""
@@ -222,6 +230,8 @@ class EncoderSettings:
                 f"encoder.heads: rotary_2d positions need width / heads in multiples of 4, "
                 f"not {self.width} / {self.heads} = {self.head_width}."
             )
+        if self.rotary_grid is not None and not (len(self.rotary_grid) == 2 and min(self.rotary_grid) > 0):
+            raise ValueError(f"encoder.rotary_grid: {brief(self.rotary_grid)} must be [rows, columns] of patches.")
         if self.feature_layer is not None and not 1 <= self.feature_layer <= self.depth:
             raise ValueError(f"encoder.feature_layer: {self.feature_layer} is outside 1..{self.depth} (encoder.depth).")
 

@@ -2,16 +2,46 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Annotated, Literal
 
 from sslvit.files import brief, expand_path
 from sslvit.settings.choices import Arg, check_bounds, checked
+from sslvit.settings.encoder import EncoderSettings
 from sslvit.settings.protocols import PROTOCOL_CHOICE, LogregSettings, ProtocolSettings
 
 Pooling = Literal["class", "mean", "class+mean", "attention"]
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["float32", "bf16"]
+
+
+def read_size(size: int | str | Sequence[int], settings: EncoderSettings) -> list[int]:
+    """Height and width that images are to be seen at.
+
+    Args:
+        size: One side, both as 48x64, or both in a sequence.
+        settings: Those of the encoder, whose patch must divide them.
+
+    Raises:
+        ValueError: It is no size, or the encoder cannot take it; the message names the nearest that it can.
+    """
+    text = "x".join(map(str, size)) if isinstance(size, (list, tuple)) else str(size)
+    match = re.fullmatch(r"(\d{1,6})(?:x(\d{1,6}))?", text.strip().lower())
+    if not match or not all(int(side) for side in match.groups(match[1])):
+        raise ValueError(f"--size {brief(text)}: expected a side in pixels, such as 64, or both, such as 48x64.")
+    sides = [int(side) for side in match.groups(match[1])]
+    if settings.tokens == "pixel" and sides != settings.image_size:
+        own = "x".join(map(str, settings.image_size))
+        raise ValueError(f"--size {text}: a pixel sequence is tied to its size ({own}). Omit the option.")
+    patch = settings.patch
+    if any(side % patch for side in sides):
+        near = [sorted({max(side // patch, 1) * patch, -(-side // patch) * patch}) for side in sides]
+        pairs = near if len(set(sides)) > 1 else near[:1]
+        nearest = " x ".join(" or ".join(map(str, one)) for one in pairs)
+        raise ValueError(f"--size {text}: cannot be cut into patches of {patch} pixels. The nearest sides: {nearest}.")
+    return sides
 
 
 @dataclass(kw_only=True)

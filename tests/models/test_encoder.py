@@ -180,6 +180,26 @@ def test_other_sizes_pass_and_the_own_size_is_not_resampled(tokens: str, positio
         assert torch.nn.functional.cosine_similarity(smooth, own).min() > 0.7
 
 
+@torch.no_grad()
+def test_tables_that_grow_evenly_do_so_at_twice_the_size() -> None:
+    """Bicubic interpolation keeps a straight line, away from the edges: i of 2 n lies at (i + 0.5) / 2 - 0.5."""
+    encoder = make(image_size=[32, 64], pos_embed="learned_2d", class_token=False, pooling="mean")
+    encoder.pos_embed_row.copy_(torch.arange(4.0)[:, None, None].expand(4, 1, 48))
+    encoder.pos_embed_column.copy_(10 * torch.arange(8.0)[None, :, None].expand(1, 8, 48))
+    _, table = encoder.position_table((8, 16))
+    row, column = ((torch.arange(side) + 0.5) / 2 - 0.5 for side in (8, 16))
+    expected = row[:, None] + 10 * column[None]
+    torch.testing.assert_close(table[:, 0].view(8, 16)[3:-3, 3:-3], expected[3:-3, 3:-3])
+    bias = RelativeBias(1, (4, 8))
+    bias.table.copy_(torch.arange(-3.0, 4)[None, :, None] + 10 * torch.arange(-7.0, 8)[None, None])
+    found = bias(TokenLayout((8, 16), 0))[0].view(8, 16, 8, 16)
+    # offsets, of which there are 2 n - 1 along a side, are spread over the same range
+    for one, other in (((4, 8), (3, 5)), ((2, 9), (4, 3)), ((5, 5), (5, 5))):
+        down, right = one[0] - other[0], one[1] - other[1]
+        expected = torch.tensor(down * 7 / 15 + 10 * right * 15 / 31)
+        torch.testing.assert_close(found[*one, *other], expected, atol=1e-4, rtol=1e-4)
+
+
 def test_size_that_the_patch_does_not_divide_is_refused_with_a_remedy() -> None:
     with pytest.raises(ValueError, match=r"30 x 32 .*patches of 8.*Set encoder.image_size to 32"):
         EncoderSettings(image_size=[30, 32], patch=8)

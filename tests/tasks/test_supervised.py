@@ -100,11 +100,51 @@ def test_positions_are_stretched_to_a_larger_size() -> None:
     images = torch.randn(2, 3, 16, 16)
     torch.testing.assert_close(task.encoder.eval()(images), start.eval()(images))  # as it does by itself at that size
     assert task.encoder.pos_embed.shape == (1, 1 + 16, 16)
-    turning = make(pos_embed="rotary_2d")
-    with pytest.raises(
-        ValueError, match=r"image_size: rotary_2d positions cannot be moved from \[8, 8\] to \[16, 16\]"
-    ):
-        task_for(replace(turning.settings, image_size=16)).start_from(turning, "there")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [[16, 24], [8, 4], [12, 8]])
+@pytest.mark.parametrize("how", [{}, {"interpolate_antialias": False}, {"interpolate_offset": 0.1}])
+@pytest.mark.parametrize("positions", ["none", "learned_1d", "learned_2d", "sincos_2d", "rotary_2d", "relative_bias"])
+def test_positions_of_every_kind_are_as_the_weights_have_them_at_the_new_size(
+    positions: str, how: dict, size: list[int]
+) -> None:
+    if how and positions == "relative_bias":
+        pytest.skip("its table has no such settings")
+    start = make(image_size=[8, 12], pos_embed=positions, registers=1, prefix_positions="all", **how)
+    for name, parameter in start.named_parameters():
+        if "pos_embed" in name or "rel_pos" in name:
+            parameter.copy_(torch.randn_like(parameter))  # so large that no wrong table passes
+    task = task_for(replace(start.settings, image_size=size))
+    task.start_from(start, "there")
+    images = torch.randn(2, 3, *size)
+    torch.testing.assert_close(task.encoder.eval()(images), start.eval()(images), rtol=1e-4, atol=1e-4)
+    assert task.encoder.settings.image_size == size
+    if positions != "none":
+        other = task_for(replace(start.settings, image_size=size[::-1]))
+        other.start_from(start, "there")
+        mirrored = other.encoder.eval()(images.transpose(2, 3))[:, 2:].unflatten(1, (size[1] // 4, size[0] // 4))
+        here = task.encoder.eval()(images)[:, 2:].unflatten(1, (size[0] // 4, size[1] // 4))
+        assert not torch.allclose(mirrored.transpose(1, 2), here, atol=1e-2)  # rows are no columns
+
+
+def test_a_turning_encoder_keeps_its_range_when_it_is_fine_tuned_again_and_saved(tmp_path: Path) -> None:
+    start = make(pos_embed="rotary_2d")
+    assert start.settings.rotary_grid == [2, 2]
+    larger = ViTEncoder(replace(start.settings, image_size=16))
+    larger.load_state_dict(start.state_dict())
+    save_encoder(larger, tmp_path / "larger")
+    again = load_encoder(tmp_path / "larger")
+    assert (again.settings.image_size, again.settings.rotary_grid) == ([16, 16], [2, 2])
+    images = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(again(images), start.eval()(images))
+    natively = task_for(EncoderSettings(**SMALL | {"image_size": 16, "pos_embed": "rotary_2d"}))
+    assert natively.encoder.settings.rotary_grid == [4, 4]
+    with pytest.raises(ValueError, match=r"rotary_grid: \[2, 2\] and \[4, 4\]"):
+        natively.start_from(start, "there")
+    assert EncoderSettings(**SMALL, rotary_grid=[2, 2]).rotary_grid is None  # other positions have none
+    with pytest.raises(ValueError, match="encoder.rotary_grid: .* must be"):
+        EncoderSettings(**SMALL, pos_embed="rotary_2d", rotary_grid=[2])
 
 
 def test_rates_fall_from_the_head_to_the_patches(monkeypatch: pytest.MonkeyPatch) -> None:
