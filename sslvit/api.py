@@ -251,6 +251,7 @@ def pack(
     *,
     holdout: float = 0.0,
     part: str | None = None,
+    only: str | Path | None = None,
     overwrite: bool = False,
     workers: int | None = None,
     **settings: Unpack[PackKeywords],
@@ -258,11 +259,12 @@ def pack(
     """Pack images into shards with an index.
 
     Args:
-        source: Class folders, a flat folder, a list (.csv, .tsv, .jsonl), an array (.npy, .npz) or an IDX file.
+        source: Class folders, a flat folder, shards, a list (.csv, .tsv, .jsonl), an array (.npy, .npz) or an IDX file.
         destination: Folder for the shards.
         holdout: Fraction of each class, its last images, that goes into destination/val; the rest goes into
             destination/train.
         part: "3/64" writes the third of 64 parts only, as one machine of several.
+        only: File with the names of the images that are taken from other shards, one a line.
         overwrite: Replace shards that are already there.
         workers: Number of processes; None for one per core.
         settings: Fields of `PackSettings` and `SourceOptions`, such as resize=256 or label_column="species".
@@ -282,7 +284,7 @@ def pack(
     of_packing = {key: value for key, value in settings.items() if key not in names}
     indices = pack_source(
         expand_path(source), expand_path(destination), from_keywords(PackSettings, of_packing), holdout, overwrite,
-        workers, part, from_keywords(SourceOptions, of_source),
+        workers, part, from_keywords(SourceOptions, of_source), only and expand_path(only),
     )  # fmt: skip
     return Packing(indices)
 

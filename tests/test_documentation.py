@@ -121,6 +121,8 @@ SUPPLIES = {
     "dog.jpg": 'cp "$(ls photos/*/* | head -n 1)" dog.jpg',
     "cat.jpg": 'cp "$(ls photos/*/* | tail -n 1)" cat.jpg',
     "list.csv": "(echo path,label; ls photos/*/* | sed 's/.*/&,a/') > list.csv",
+    "digits.npz": 'python -c "import numpy as np; from sklearn.datasets import load_digits; d = load_digits(); '
+    "np.savez('digits.npz', images=(d.images * 15).astype(np.uint8), labels=d.target)\"",
     "images.npz": "python -c \"import numpy as np; np.savez('images.npz', x=np.zeros((9, 8, 8, 3), np.uint8))\"",
     "runs/photos": pretrained(
         "mae/vit_tiny_cifar10", "shards/photos/train", "runs/photos", f"{SMALL} --data.ledger true"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from sslvit.commands.files import only, report
-from sslvit.commands.options import Reported
+from sslvit.commands.options import File, Reported
+from sslvit.files import check_new, check_new_picture
 from sslvit.settings.choices import Arg
 from sslvit.settings.pack import IndexOptions, PackSettings, SourceOptions
 
@@ -39,14 +40,17 @@ class PackOptions(Reported, Parallel, SourceOptions, PackSettings):
     """
 
     source: Annotated[str, Arg("SRC", position=1)]
-    """Images in class folders, or side by side without labels; a list (.csv, .tsv, .jsonl) with a column path and
-    perhaps label; an array (.npy, .npz); an IDX file."""
+    """Images in class folders, or side by side without labels; shards; a list (.csv, .tsv, .jsonl) with a column path
+    and perhaps label; an array (.npy, .npz); an IDX file."""
     destination: Annotated[str, Arg("DST", position=2)]
     """Folder for the shards."""
     holdout: float = 0.0
     """Fraction of each class, its last images, that goes into DST/val; the rest goes into DST/train."""
     part: Annotated[str | None, Arg("I/N", is_path=False)] = None
     """Write the I-th of N parts only, as one machine of several."""
+    only: Annotated[str | None, File] = None
+    """File with the names of the images that are taken, one a line, as shards check --write makes it for SRC, which are
+    shards."""
     overwrite: bool = False
     """Replace shards that are already there."""
 
@@ -58,7 +62,7 @@ def run_pack(options: PackOptions) -> None:
     given = vars(only(PackSettings, options)) | vars(only(SourceOptions, options))
     made = pack(
         options.source, options.destination, holdout=options.holdout, overwrite=options.overwrite,
-        workers=options.workers, part=options.part, **given,
+        workers=options.workers, part=options.part, only=options.only, **given,
     )  # fmt: skip
     if made.indices:
         report(options, str(made), made.to_dict())
@@ -96,12 +100,30 @@ def run_index(options: IndexShardsOptions) -> None:
 class CheckOptions(Reported, Parallel, ShardsArg):
     """Verify checksums and decode everything; the exit code is 1 if something is wrong.
 
-    Example: sslvit shards check shards/photos/train
+    With --near-duplicates ENCODER it also finds images whose features are nearly the same. Nothing is deleted: --write
+    lists what to keep, for sslvit shards pack --only.
+
+    Example: sslvit shards check shards/photos/train --near-duplicates runs/photos --write keep.txt
     """
+
+    near_duplicates: Annotated[str | None, Arg("ENCODER")] = None
+    """Encoder by whose features near-duplicates are found: a run folder, encoder folder or checkpoint file."""
+    threshold: float = 0.99
+    """Least cosine similarity of two near-duplicates."""
+    against: Annotated[str | None, Arg("SHARDS")] = None
+    """Shards whose images must not be among these, such as a validation set."""
+    write: Annotated[str | None, File] = None
+    """File for the names of the images to keep: one of each group, none that is among those of --against."""
+    figure: Annotated[str | None, File] = None
+    """PNG file for the largest groups."""
 
 
 def run_check(options: CheckOptions) -> int:
     """Check shards; returns the exit code."""
+    if options.near_duplicates is None and any((options.against, options.write, options.figure)):
+        raise ValueError("--against, --write and --figure are for --near-duplicates ENCODER.")
+    check_new(options.write)
+    check_new_picture(options.figure)
     from sslvit.data.inspect import check_shards
 
     index = find_shards(options.folder)
@@ -111,8 +133,31 @@ def run_check(options: CheckOptions) -> int:
         "damaged": found.damaged, "corrupt": found.corrupt, "large": found.large, "modes": found.modes,
         "duplicates": [[index.key(sample) for sample in same] for same in found.duplicates],
     }  # fmt: skip
-    report(options, found.text(index), content)
+    text = found.text(index)
+    if options.near_duplicates is not None:
+        more, content["near_duplicates"] = near_duplicates(options, index)
+        text += f"\n{more}"
+    report(options, text, content)
     return 0 if found.is_whole else 1
+
+
+def near_duplicates(options: CheckOptions, index: ShardIndex) -> tuple[str, dict[str, Any]]:
+    """Near-duplicates of shards, as text and for programs, and the files that were asked for."""
+    from sslvit.checkpoint import load_encoder
+    from sslvit.evaluate.duplicates import find_near_duplicates
+
+    assert options.near_duplicates is not None
+    encoder = load_encoder(options.near_duplicates)
+    against = None if options.against is None else find_shards(options.against)
+    found = find_near_duplicates(encoder, index, options.threshold, against)
+    lines, content = [found.text()], found.to_dict()
+    if options.write is not None:
+        content |= {"keep": options.write, "kept": found.write_kept(options.write)}
+        lines.append(f"  {options.write}: {content['kept']:,} of {len(index):,} images to keep")
+    if options.figure is not None and (figure := found.plot(encoder, options.figure)):
+        content["figure"] = str(figure)
+        lines.append(f"  {figure}")
+    return "\n".join(lines), content
 
 
 @dataclass(kw_only=True)

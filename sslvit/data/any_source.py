@@ -7,6 +7,7 @@ from pathlib import Path
 from sslvit.data.arrays import array_source, idx_source
 from sslvit.data.folders import folder_source
 from sslvit.data.lists import LISTS, list_source
+from sslvit.data.shard_images import holds_shards, shard_source
 from sslvit.data.sources import ImageSource
 from sslvit.data.tars import COMPRESSED_TARS
 from sslvit.files import printable
@@ -14,7 +15,7 @@ from sslvit.settings.pack import SourceOptions
 
 
 def read_source(source: str | Path, options: SourceOptions | None = None) -> ImageSource:
-    """Samples and class names of whatever a path names: a folder, a list, an array or an IDX file.
+    """Samples and class names of whatever a path names: a folder, shards, a list, an array or an IDX file.
 
     Raises:
         ValueError: nothing there that is known, or an option that is for another kind of source.
@@ -22,7 +23,7 @@ def read_source(source: str | Path, options: SourceOptions | None = None) -> Ima
     path, options = Path(source), options or SourceOptions()
     if path.is_dir():
         options.reject_unused(path, "a folder")
-        return folder_source(path)
+        return shard_source(path) if holds_shards(path) else folder_source(path)
     if not path.exists():
         raise ValueError(f"{printable(path)}: no such file or folder.")
     name = path.name.lower()

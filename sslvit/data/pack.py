@@ -24,6 +24,7 @@ from sslvit.data.index import ShardIndex
 from sslvit.data.labels import NO_LABEL
 from sslvit.data.pack_job import PackJob
 from sslvit.data.parallel import in_parallel
+from sslvit.data.shard_images import shard_source
 from sslvit.data.sources import Samples, SampleTable, hold_out
 from sslvit.data.store import PackSettings
 from sslvit.data.unfinished import check_destination, finish_packing, load_job
@@ -42,8 +43,9 @@ def pack_source(
     workers: int | None = None,
     part: str | None = None,
     options: SourceOptions | None = None,
+    only: str | Path | None = None,
 ) -> list[ShardIndex]:
-    """Pack a folder of images, a list, an array or an IDX file.
+    """Pack a folder of images, other shards, a list, an array or an IDX file.
 
     Args:
         source: Images, in any form that any_source.read_source takes.
@@ -54,6 +56,7 @@ def pack_source(
         workers: processes; None for one per core.
         part: "3/64" writes the third of 64 parts only, as one machine of several.
         options: what only the user knows of the source.
+        only: file with the names of the images that are taken from other shards, one a line.
 
     Returns:
         The index, or those of train and val; nothing for a part.
@@ -67,8 +70,15 @@ def pack_source(
             f"--holdout {holdout}: must be in [0, 1) (0.1 holds out a tenth of each class for validation)."
         )
     part_of = _read_part(part)
-    found = read_source(source, options)
+    if only is not None and holdout:
+        raise ValueError("--only and --holdout exclude each other: the list is of images that are split already.")
+    found = read_source(source, options) if only is None else shard_source(Path(source), only)
     settings = settings or PackSettings()
+    if found.orientation not in (None, settings.orientation):
+        raise ValueError(
+            f"{printable(source)}: its images are read {found.orientation}, and packing them so takes --orientation "
+            f"{found.orientation}."
+        )
     jobs = [(destination, SampleTable(found.samples))]
     if holdout:
         folders = (destination / "train", destination / "val")

@@ -167,12 +167,14 @@ class ImageSource:
         classes: Class names by label, or None for images without labels.
         skipped: what was skipped, with the reason, for the index.
         notes: what a person should know of how it was read, one line each.
+        orientation: upright or stored, of shards, whose index says it; None for what packing is asked for.
     """
 
     samples: list[Sample]
     classes: list[str] | None = None
     skipped: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    orientation: str | None = None
 
 
 def dataset_source(dataset: Any) -> ImageSource:

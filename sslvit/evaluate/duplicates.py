@@ -1,0 +1,265 @@
+"""Near-duplicates: images whose features are nearly the same, in groups, within a data set and across two."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sslvit.data.index import ShardIndex
+from sslvit.data.loader import center_view, encoder_views, make_batch
+from sslvit.data.reader import ShardReader
+from sslvit.environment import pick_device
+from sslvit.evaluate.cache import FeatureCache
+from sslvit.evaluate.features import FeatureExtractor
+from sslvit.evaluate.sources import FrozenEncoder, LabeledSet, full_float32
+from sslvit.figures import plot_images
+from sslvit.files import printable, write_atomically
+from sslvit.models import ViTEncoder
+from sslvit.progress import track
+from sslvit.results import Result
+from sslvit.settings.probe import KNNSettings
+
+BLOCK = 4096  # images that are compared with as many others at once, in 64 MB
+MAX_IMAGES = 2_000_000  # of both sets: their features lie in memory, and every pair is compared
+ROUNDING = 1e-6  # of a cosine similarity in float32
+SHOWN = 8  # groups of a picture, and images of each
+LISTED = 10  # groups in the text
+
+
+@dataclass(repr=False)
+class NearDuplicates(Result):
+    """Groups of images that are nearly the same.
+
+    Args:
+        index: The images.
+        against: Images that must not occur among them, such as those of a validation set; None for none.
+        threshold: Least cosine similarity of two near-duplicates.
+        samples: Sample numbers of the images that could be read, of `index`, then of `against`.
+        sizes: How many of them are of `index`.
+        groups: Rows of `samples` in each group, the largest first; images in a chain of near-duplicates are one group.
+        features: Features of unit length, 'n d'.
+    """
+
+    index: ShardIndex
+    against: ShardIndex | None
+    threshold: float
+    samples: np.ndarray
+    sizes: int
+    groups: list[np.ndarray]
+    features: Tensor
+
+    @property
+    def leaks(self) -> list[tuple[list[str], list[str]]]:
+        """Names of near-duplicates across the two sets, group by group: those of `index`, and those of `against`."""
+        found = [(self.inside(group), group[group >= self.sizes]) for group in self.groups]
+        return [(self.names(inside), self.names(outside)) for inside, outside in found if len(outside) and len(inside)]
+
+    @property
+    def within(self) -> list[list[str]]:
+        """Names of near-duplicates within `index`, group by group."""
+        return [self.names(inside) for group in self.groups if len(inside := self.inside(group)) > 1]
+
+    def inside(self, group: np.ndarray) -> np.ndarray:
+        """The rows of a group that are of `index`."""
+        return group[group < self.sizes]
+
+    def name(self, row: int) -> str:
+        """Shard and member name of an image."""
+        index = self.index if row < self.sizes else self.against
+        assert index is not None
+        return index.key(int(self.samples[row]))
+
+    def names(self, rows: np.ndarray) -> list[str]:
+        """Names of several images."""
+        return [self.name(int(row)) for row in rows]
+
+    def kept(self) -> list[str]:
+        """Names of the images of `index` to keep: all without near-duplicates, and of each group the largest file.
+
+        None is kept of a group with an image of `against`, nor are images that cannot be read.
+        """
+        is_kept = np.ones(self.sizes, bool)
+        for group in self.groups:
+            inside = self.inside(group)
+            is_kept[inside] = False
+            if len(inside) == len(group):
+                is_kept[max(inside, key=lambda row: (self.index.locate(int(self.samples[row]))[2], -row))] = True
+        return self.names(np.flatnonzero(is_kept))
+
+    def write_kept(self, path: str | Path) -> int:
+        """Write the names of the images to keep, one a line, and return their number.
+
+        Raises:
+            WriteError: The disk is full or cannot be written to.
+        """
+        names = self.kept()
+        write_atomically(path, "".join(f"{name}\n" for name in names).encode("utf-8", "surrogateescape"))
+        return len(names)
+
+    def text(self) -> str:
+        """How many groups there are, and the largest of them."""
+        within, leaks = self.within, self.leaks
+        images = sum(map(len, within))
+        lines = [
+            f"  near-duplicates (cosine similarity of features {self.threshold:g} or more): {len(within):,} groups of "
+            f"{images:,} images, {images - len(within):,} more than one of each"
+        ]
+        lines += [f"    {_brief(names)}" for names in within[:LISTED]]
+        lines += [f"    and {len(within) - LISTED:,} more"] if len(within) > LISTED else []
+        if self.against is not None:
+            lines.append(
+                f"  leaks: {sum(len(inside) for inside, _ in leaks):,} images are near-duplicates of "
+                f"{sum(len(outside) for _, outside in leaks):,} of {printable(self.against.location)}"
+            )
+            lines += [f"    {_brief(inside)} = {_brief(outside)} there" for inside, outside in leaks[:LISTED]]
+            lines += [f"    and {len(leaks) - LISTED:,} more groups"] if len(leaks) > LISTED else []
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The groups and the leaks, by name."""
+        return {
+            "threshold": self.threshold, "groups": self.within,
+            "leaks": [{"images": inside, "against": outside} for inside, outside in self.leaks],
+        }  # fmt: skip
+
+    def cells(self) -> tuple[Sequence[object], Iterable[Sequence[object]]]:
+        """A row for each group."""
+        return ("images", "near-duplicates"), ((len(names), _brief(names)) for names in self.within)
+
+    def plot(self, encoder: ViTEncoder, path: str | Path) -> Path | None:
+        """Plot the largest groups, those with a leak first, as the encoder sees them; None where there are none."""
+        ordered = sorted(self.groups, key=lambda group: group[-1] < self.sizes)[:SHOWN]
+        if not ordered:
+            return None
+        columns = min(SHOWN, max(map(len, ordered)))
+        # of a leak the last column is the other set's
+        chosen = [np.append(group[: columns - 1], group[-1]) if len(group) > columns else group for group in ordered]
+        readers = {index is self.index: ShardReader(index, encoder.settings.channels, 0)
+                   for index in (self.index, self.against) if index is not None}  # fmt: skip
+        blank = np.ones((columns, encoder.settings.channels, *encoder.settings.image_size), np.float32)
+        rows, captions = [], []
+        for group in chosen:
+            row = blank.copy()
+            row[: len(group)] = [self._pixels(int(one), readers[bool(one < self.sizes)], encoder) for one in group]
+            alike = (self.features[group] @ self.features[group[0]]).tolist()
+            words = [f"{value:.3f}" + ("" if one < self.sizes else " other set")
+                     for one, value in zip(group, alike, strict=True)]  # fmt: skip
+            captions.append([*words, *[""] * (columns - len(group))])
+            rows.append(row)
+        title = f"near-duplicates: cosine similarity with the first image, {self.threshold:g} or more to one of the row"
+        return plot_images(path, rows, [f"{len(group):,} images" for group in ordered], title, captions)
+
+    def _pixels(self, row: int, reader: ShardReader, encoder: ViTEncoder) -> np.ndarray:
+        views = encoder_views(encoder.settings, center_view(encoder.settings))
+        batch = make_batch(reader, views, self.samples[row : row + 1], np.zeros(1, int))
+        pixels: np.ndarray = batch.views[0][0].float().div(255).clamp(0, 1).numpy()
+        return pixels
+
+
+def find_near_duplicates(
+    encoder: ViTEncoder, index: ShardIndex, threshold: float, against: ShardIndex | None = None, batch: int = 256,
+    cache: str | Path | None = KNNSettings.cache,
+) -> NearDuplicates:  # fmt: skip
+    """Images of a data set, or across two, whose features have a high cosine similarity.
+
+    Args:
+        encoder: Encoder in evaluation mode, whose own features are compared.
+        index: Images.
+        threshold: Least cosine similarity.
+        against: Other images that must not be among them.
+        batch: Images per forward pass.
+        cache: Folder that keeps features; None for no such folder.
+
+    Raises:
+        ValueError: A threshold outside of (0, 1], or more images than are compared.
+    """
+    if not 0 < threshold <= 1:
+        raise ValueError(f"--threshold {threshold:g}: must be in (0, 1].")
+    indices = [index] if against is None else [index, against]
+    if (count := sum(map(len, indices))) > MAX_IMAGES:
+        raise ValueError(
+            f"{printable(index.location)}: {count:,} images are more than the {MAX_IMAGES:,} that are compared pair by "
+            "pair. Check parts of them, or pack fewer."
+        )
+    device = pick_device()
+    source = FrozenEncoder(encoder.to(device))
+    readouts = source.readouts(None, 1, None)
+    extractor = FeatureExtractor(batch, None, FeatureCache(cache) if cache else None)
+    tables = [
+        extractor.features(source, LabeledSet(one, encoder.settings.channels, None, 1.0), readouts) for one in indices
+    ]
+    features = F.normalize(torch.cat([table.at(readouts).values for table in tables]), dim=1)
+    samples = np.concatenate([table.samples.numpy() for table in tables])
+    first = len(tables[0].samples)
+    groups = groups_of(connect(features, threshold, first, device))
+    return NearDuplicates(index, against, threshold, samples, first, groups, features)
+
+
+@full_float32()
+def connect(
+    features: Float[Tensor, "n d"], threshold: float, first: int, device: str | torch.device = "cpu",
+    block: int = BLOCK,
+) -> Int[np.ndarray, "n"]:  # fmt: skip
+    """The smallest row that each row is connected with by a chain of similar ones.
+
+    Two blocks of rows are compared at a time, and only what connects them is kept.
+
+    Args:
+        features: Features of unit length.
+        threshold: Least cosine similarity of two rows that are similar.
+        first: Number of rows that are compared with those behind them; pairs of later rows are left out.
+        device: Where similarities are computed.
+        block: Number of rows in a block.
+    """
+    parent = np.arange(len(features))
+    for start in track(range(0, first, block), "comparing", first, each=block):
+        rows = features[start : min(start + block, first)].to(device)
+        for begin in range(start, len(features), block):
+            similar = rows @ features[begin : begin + block].to(device).T >= threshold - ROUNDING
+            if begin == start:
+                similar = similar.triu(1)  # each pair once, and none with itself
+            one, other = (pair.cpu().numpy() for pair in similar.nonzero(as_tuple=True))
+            _join(parent, one + start, other + begin)
+    return _roots(parent, np.arange(len(features)))
+
+
+def _join(parent: np.ndarray, one: np.ndarray, other: np.ndarray) -> None:
+    """Connect pairs of rows: each root is hung below the smallest root that it meets, until none meets another."""
+    while True:
+        one, other = _roots(parent, one), _roots(parent, other)
+        is_apart = one != other
+        if not is_apart.any():
+            return
+        one, other = one[is_apart], other[is_apart]
+        np.minimum.at(parent, np.maximum(one, other), np.minimum(one, other))
+
+
+def _roots(parent: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """The end of each row's way up; ways lead to smaller rows, so they end."""
+    asked = rows
+    while not np.array_equal(above := parent[rows], rows):
+        rows = above
+    parent[asked] = rows  # the next time the way is short
+    return rows
+
+
+def groups_of(roots: np.ndarray) -> list[np.ndarray]:
+    """Rows with the same root, several of each, the largest group first."""
+    order = np.argsort(roots, kind="stable")
+    pieces = np.split(order, np.flatnonzero(np.diff(roots[order])) + 1)
+    return sorted((piece for piece in pieces if len(piece) > 1), key=lambda piece: (-len(piece), piece[0]))
+
+
+def _brief(names: list[str]) -> str:
+    """Some names of a group."""
+    more = f" and {len(names) - 4:,} more" if len(names) > 4 else ""
+    return " = ".join(printable(os.fspath(name)) for name in names[:4]) + more
