@@ -14,11 +14,11 @@ from pytorch_lightning.loggers import Logger
 from sslvit.checkpoint import load_encoder
 from sslvit.data.inspect import Packing
 from sslvit.data.pack import pack_source
+from sslvit.data.python_data import DataLike, name_of, takes_datasets
 from sslvit.exporters import Export, export_encoder
-from sslvit.files import expand_path
+from sslvit.files import expand_path, printable
 from sslvit.messages import for_python
 from sslvit.settings import EncoderSettings, RunSettings, SupervisedSettings
-from sslvit.settings.data import one_source
 from sslvit.settings.keywords import PackKeywords
 from sslvit.settings.load import from_keywords, load_recipe, merge_recipe, takes_init
 from sslvit.settings.pack import PackSettings, SourceOptions
@@ -30,9 +30,10 @@ from sslvit.train.run import pretrain as run_settings
 
 
 @for_python
+@takes_datasets("data", "online.train", "online.val")
 def pretrain(
     config: str | Path,
-    data: str | Path | Sequence[str | Path] | None = None,
+    data: DataLike | None = None,
     out: str | Path | None = None,
     init: str | os.PathLike[str] | None = None,
     resume: bool = False,
@@ -45,7 +46,8 @@ def pretrain(
 
     Args:
         config: YAML file, or the name of a recipe such as mae/vit_tiny_cifar10.
-        data: Folder of images or of shards, or several .tar files; replaces the recipe's data.shards.
+        data: Folder of images or of shards, several .tar files, or a data set with data[i] and len(data): torch's,
+            Hugging Face's, an array; replaces the recipe's data.shards.
         out: Run folder; replaces the recipe's.
         init: Encoder whose weights are the initialization; mae/continue and dino/continue take its architecture, too.
         resume: Resume from the run folder's last checkpoint.
@@ -69,7 +71,7 @@ def pretrain(
     for key in ("data.shards", "data.mixture"):
         if data is not None and key in changes:
             raise ValueError(f"--data and --{key} exclude each other: give one of them.")
-    given = {"data.shards": one_source(data), "out": out, "init": init}
+    given = {"data.shards": name_of(data), "out": out, "init": init}
     changes |= {key: os.fspath(value) for key, value in given.items() if value is not None}
     settings = read_settings(config, changes)
     if isinstance(settings.task, SupervisedSettings):
@@ -81,10 +83,13 @@ def pretrain(
 
 
 @for_python
+@takes_datasets("data", "val", "online.train", "online.val")
 def resume(
     run: str | os.PathLike[str],
     callbacks: Sequence[pl.Callback] = (),
     loggers: Sequence[Logger] = (),
+    data: DataLike | None = None,
+    val: DataLike | None = None,
     **changes: Any,
 ) -> RunFolder:
     """Resume a run that has stopped, with its own config.yaml.
@@ -93,6 +98,8 @@ def resume(
         run: Run folder, which may have moved.
         callbacks: Lightning's callbacks, or your own, as in `pretrain`.
         loggers: Lightning's loggers, as in `pretrain`.
+        data: The data set that the run was given from Python (`train` of a fine-tuning); a folder where it has moved.
+        val: That of a fine-tuning's validation.
         changes: Settings that change, as in `pretrain`. They are printed; those that would make it another run are
             refused.
 
@@ -112,17 +119,40 @@ def resume(
     for key in ("out", "init"):
         if key in changes:
             raise ValueError(f"--{key}: a run that goes on keeps its folder and its start. Leave it out.")
-    folder.read_config()  # says in one line if it is damaged
+    changes |= given_again(folder, changes, {"data.shards": name_of(data), "task.val": name_of(val)})
     processes = {"train.devices": None, "train.nodes": None} if launched() else {}  # then they are those of now
     settings = load_recipe(folder.config, {"out": str(folder.path)} | processes | changes)
     return run_settings(settings, resume=True, callbacks=callbacks, loggers=loggers)
 
 
+def given_again(folder: RunFolder, changes: dict[str, Any], again: dict[str, str | None]) -> dict[str, str]:
+    """The settings that are given anew of what a run was given from Python, by dotted key.
+
+    Args:
+        folder: The run's folder.
+        changes: Other settings that change.
+        again: What is given again by dotted key; None where nothing is.
+
+    Raises:
+        ValueError: Something is missing that no file holds; or its config.yaml is damaged.
+    """
+    before = folder.given_from_python()
+    given = {key: name for key, name in again.items() if name is not None}
+    missing = [key for key in before if key not in given | changes]
+    if missing:
+        raise ValueError(
+            f"{printable(folder.path)}: trains on {before[missing[0]]}, which no file holds. Resume it from Python "
+            f"with the same data: {folder.resume_call(before)}"
+        )
+    return given
+
+
 @for_python
+@takes_datasets("train", "val", labels="needed")
 def finetune(
     encoder: str | os.PathLike[str],
-    train: str | Path | Sequence[str | Path],
-    val: str | Path | Sequence[str | Path],
+    train: DataLike,
+    val: DataLike,
     config: str | Path = "finetune/small_images",
     out: str | Path | None = None,
     scratch: bool = False,
@@ -136,7 +166,7 @@ def finetune(
 
     Args:
         encoder: Run folder, encoder folder or checkpoint file.
-        train: Labeled shards, or a folder of class folders.
+        train: Labeled shards, a folder of class folders, or a data set with labels, as in `pretrain`.
         val: Data of the same kind that is scored.
         config: YAML file, or the name of a recipe; its encoder settings change the encoder's.
         out: Run folder; replaces the recipe's.
@@ -166,16 +196,17 @@ def finetune(
         if key in changes:
             raise ValueError(f"--{key}: fine-tuning takes {instead} for that.")
     given = {
-        "data.shards": one_source(train), "task.val": one_source(val), "out": out, "init": None if scratch else encoder
+        "data.shards": name_of(train), "task.val": name_of(val), "out": out, "init": None if scratch else encoder
     }  # fmt: skip
     changes |= {key: os.fspath(value) for key, value in given.items() if value is not None}
     return run_settings(load_recipe(config, changes, start), resume, overwrite, callbacks, loggers)
 
 
 @for_python
+@takes_datasets("data")
 def plan(
     config: str | Path,
-    data: str | Path | Sequence[str | Path] | None = None,
+    data: DataLike | None = None,
     images: int | None = None,
     classes: int | None = None,
     tflops: float | None = None,
@@ -189,7 +220,7 @@ def plan(
 
     Args:
         config: YAML file, or the name of a recipe such as mae/own_images.
-        data: Folder of images or of shards, or several .tar files; None for the recipe's data.shards.
+        data: Images as in `pretrain`; None for the recipe's data.shards.
         images: Number of images, in the place of data.
         classes: Number of classes of labeled images, beside a number of images.
         tflops: Peak TFLOP/s of one device in the run's precision; None for this machine.
@@ -211,7 +242,7 @@ def plan(
     """
     return plan_run(
         read_settings(config, changes),
-        one_source(data),
+        name_of(data),
         images,
         classes,
         tflops,

@@ -12,6 +12,7 @@ from typing import Any, Unpack
 
 from sslvit.checkpoint import load_encoder
 from sslvit.data.open import open_shards
+from sslvit.data.python_data import DataLike, name_of, takes_datasets
 from sslvit.environment import pick_device
 from sslvit.evaluate import embed as embedding
 from sslvit.evaluate import likelihood as pixel_likelihood
@@ -28,7 +29,6 @@ from sslvit.models import ViTEncoder
 from sslvit.models.igpt import IGPTModel
 from sslvit.ranks import all_ranks, is_first_rank
 from sslvit.settings import ProbeSettings
-from sslvit.settings.data import one_source
 from sslvit.settings.keywords import KNNKeywords, ProbeKeywords, SampleKeywords
 from sslvit.settings.load import from_keywords
 from sslvit.settings.probe import Device, KNNSettings, Pooling, Precision, read_size
@@ -38,11 +38,11 @@ from sslvit.tasks.released import load_igpt
 logger = logging.getLogger(__name__)
 
 EncoderLike = str | os.PathLike[str] | ViTEncoder
-DataLike = str | Path | Sequence[str | Path]
 Size = int | str | Sequence[int]
 
 
 @for_python
+@takes_datasets("train", "val", labels="needed")
 def probe(
     encoder: EncoderLike,
     train: DataLike,
@@ -58,7 +58,7 @@ def probe(
 
     Args:
         encoder: An encoder, or what `load_encoder` takes.
-        train: Labeled shards or class folders that the heads are fitted on.
+        train: Labeled shards, class folders, or a data set with labels (as in `pretrain`) that the heads are fitted on.
         val: Data of the same kind that is scored.
         layers: Blocks to score side by side: "all", or numbers such as [1, 4, 8].
         figure: PNG file for a plot of `layers`.
@@ -97,6 +97,7 @@ def probe(
 
 
 @for_python
+@takes_datasets("train", "val", labels="needed")
 def knn(
     encoder: EncoderLike,
     train: DataLike,
@@ -110,7 +111,7 @@ def knn(
 
     Args:
         encoder: An encoder, or what `load_encoder` takes.
-        train: Labeled shards or class folders whose images vote.
+        train: Labeled shards, class folders, or a data set with labels (as in `pretrain`) whose images vote.
         val: Data of the same kind that is scored.
         crop_fraction: Fraction of the center crop's sides that is seen; None for the encoder's own.
         size: Size in pixels that images are seen at, 64 or "48x64"; None for the encoder's own.
@@ -134,6 +135,7 @@ def knn(
 
 
 @for_python
+@takes_datasets("train", "val", labels="read")
 def compare(
     encoders: Mapping[str, EncoderLike] | Sequence[str | Path],
     train: DataLike,
@@ -173,6 +175,7 @@ def compare(
 
 
 @for_python
+@takes_datasets("data")
 def health(
     encoder: EncoderLike,
     data: DataLike,
@@ -243,6 +246,7 @@ def _measured(encoders: dict[str, ViTEncoder], data: str, images: int, settings:
 
 
 @for_python
+@takes_datasets("data")
 def embed(
     encoder: EncoderLike,
     data: DataLike,
@@ -263,7 +267,7 @@ def embed(
 
     Args:
         encoder: An encoder, or what `load_encoder` takes.
-        data: Shards or a folder of images, with labels or without.
+        data: Shards, a folder of images or a data set (as in `pretrain`), with labels or without.
         output: File for the arrays, which ends in .npz.
         layer: Number of the block whose output is taken; None for the encoder's own.
         pooling: Pooling of the tokens; None for the encoder's own.
@@ -304,6 +308,7 @@ def embed(
 
 
 @for_python
+@takes_datasets("complete")
 def sample(
     run: str | os.PathLike[str] | IGPTModel,
     output: str | Path | None = None,
@@ -358,6 +363,7 @@ def sample(
 
 
 @for_python
+@takes_datasets("train", "val")
 def likelihood(
     run: str | os.PathLike[str] | IGPTModel,
     train: DataLike,
@@ -428,7 +434,7 @@ def open_encoder(encoder: EncoderLike, crop_fraction: float | None = None, size:
 
 def _name(data: DataLike) -> str:
     """Data by one name."""
-    return expand_path(one_source(data) or "")
+    return expand_path(name_of(data) or "")
 
 
 def _pixel_model(run: str | os.PathLike[str] | IGPTModel, device: Device) -> IGPTModel:

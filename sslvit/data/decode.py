@@ -11,9 +11,20 @@ import math
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from sslvit.data.header import MODES, NPY, BadImage, Header, has_end_marker, open_image, read_header, read_tiff
+from sslvit.data.header import (
+    MODES,
+    NPY,
+    BadImage,
+    Content,
+    Header,
+    has_end_marker,
+    open_image,
+    read_header,
+    read_tiff,
+)
 from sslvit.data.orientation import turn
 
 try:  # 1.4 times as many JPEGs per second as PIL, with the same pixels
@@ -54,7 +65,7 @@ def find_problem(content: bytes, header: Header, fully: bool = False) -> str:
 
 
 def decode(
-    content: bytes,
+    content: Content,
     channels: int = 3,
     bits: int = 8,
     reduction: int = 1,
@@ -66,7 +77,7 @@ def decode(
 
 
 def decode_pixels(
-    content: bytes,
+    content: Content,
     channels: int = 3,
     bits: int = 8,
     reduction: int = 1,
@@ -76,7 +87,7 @@ def decode_pixels(
     """Decode to 'h w c'; other modes (palette, CMYK, ...) are converted.
 
     Args:
-        content: Bytes of the file.
+        content: Bytes of the file, or a decoded image.
         channels: Number of channels of the result.
         bits: 8 for uint8; 16 for float32 in the same units, with what 16-bit images know beyond them.
         reduction: 1, 2, 4 or 8: a JPEG's sides are divided by it, in much less time; others ignore it.
@@ -115,19 +126,23 @@ def reduction_for(min_zoom: float, header: Header) -> int:
 
 
 def _pixels(
-    content: bytes, header: Header, channels: int, bits: int, reduction: int, scratch: Scratch | None
+    content: Content, header: Header, channels: int, bits: int, reduction: int, scratch: Scratch | None
 ) -> np.ndarray:
     if header.mode == "array":
         return _array_pixels(content, header, channels, bits)
     if channels not in MODES:
         raise BadImage(f"{header.mode} image, but {channels} channels are expected")
-    if simplejpeg is not None and header.is_jpeg and bits == 8:
+    if isinstance(content, bytes) and simplejpeg is not None and header.is_jpeg and bits == 8:
         pixels = _jpeg_pixels(content, header, channels, reduction, scratch)
         if pixels is not None:
             return pixels
-    image = open_image(content)
-    if reduction > 1 and image.mode == "RGB":
-        image.draft("RGB", (image.width // reduction, image.height // reduction))
+    assert not isinstance(content, np.ndarray)  # its mode is "array"
+    if isinstance(content, Image.Image):
+        image = content
+    else:
+        image = open_image(content)
+        if reduction > 1 and image.mode == "RGB":
+            image.draft("RGB", (image.width // reduction, image.height // reduction))
     if header.bits == 16:
         wide = np.asarray(image)
         if wide.dtype.itemsize > 2 and not 0 <= wide.min() <= wide.max() <= MAX_UINT16:
@@ -160,11 +175,16 @@ def _jpeg_pixels(
     return pixels if header.channels == channels else np.repeat(pixels, channels, 2)
 
 
-def _array_pixels(content: bytes, header: Header, channels: int, bits: int) -> np.ndarray:
+def _array_pixels(content: Content, header: Header, channels: int, bits: int) -> np.ndarray:
     if header.channels != channels:
         raise BadImage(f"an array of {header.channels} channels, but {channels} are expected")
-    is_npy = content.startswith(NPY)
-    pixels = np.load(io.BytesIO(content), allow_pickle=False) if is_npy else read_tiff(content)
+    assert not isinstance(content, Image.Image)
+    if isinstance(content, np.ndarray):
+        pixels = content
+    elif content.startswith(NPY):
+        pixels = np.load(io.BytesIO(content), allow_pickle=False)
+    else:
+        pixels = read_tiff(content)
     if header.bits == 16:
         return (pixels / np.float32(257)) if bits == 16 else (pixels >> 8).astype(np.uint8)
     return pixels if bits == 8 else pixels.astype(np.float32)

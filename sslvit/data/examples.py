@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from sslvit.data.folders import folder_source
-from sslvit.data.header import BadImage, read_header
+from sslvit.data.header import BadImage, Content, read_header
 from sslvit.data.loader import make_batch
 from sslvit.data.mixture import Index
 from sslvit.data.open import is_image_folder, open_shards
@@ -31,19 +31,19 @@ class Examples:
         location: Folder or address of the data set.
         images: Number of its images.
         classes: Number of its classes; None for images without labels.
-        contents: Bytes of the images that are looked at; none where they would have to be fetched.
+        contents: The images that are looked at, as files or decoded; none where they would have to be fetched.
     """
 
     location: str
     images: int
     classes: int | None
-    contents: list[bytes]
+    contents: list[Content]
 
     @classmethod
     def of(cls, index: Index | StreamIndex, count: int = EXAMPLES) -> Examples:
         """Images of a data set that is indexed."""
         classes = len(index.classes) if index.classes else None
-        contents: list[bytes] = []
+        contents: list[Content] = []
         if not isinstance(index, StreamIndex) and not index.is_remote:
             reader = ShardReader(index, index.channels, 0)
             for sample in np.unique(np.linspace(0, len(index) - 1, min(count, len(index))).astype(int)):
@@ -65,7 +65,7 @@ class Examples:
             return cls.of(open_shards(source, cache), count)
         found = folder_source(Path(expand_path(source)))
         numbers = np.unique(np.linspace(0, len(found.samples) - 1, min(count, len(found.samples))).astype(int))
-        contents = [found.samples[number].read() for number in numbers]
+        contents: list[Content] = [found.samples[number].read() for number in numbers]
         return cls(str(source), len(found.samples), len(found.classes) if found.classes else None, contents)
 
     @property

@@ -36,6 +36,7 @@ FORMATS = (  # others, such as EPS, would start programs
 )  # fmt: skip
 MAX_REASON = 250  # characters
 NPY = b"\x93NUMPY"
+Content = bytes | Image.Image | np.ndarray  # an image as a file, or decoded: as PIL's, or 'h w c' of 8 or 16 bits
 TIFFS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 HEIF = re.compile(rb".{4}ftyp(heic|heix|hevc|heim|heis|mif1|msf1)", re.DOTALL)
 IMAGE_SUFFIXES = {
@@ -89,17 +90,19 @@ class Header:
         return (self.width, self.height) if swaps_sides(self.orientation) else (self.height, self.width)
 
 
-def read_header(content: bytes, max_pixels: int = MAX_PIXELS, upright: bool = True) -> Header:
+def read_header(content: Content, max_pixels: int = MAX_PIXELS, upright: bool = True) -> Header:
     """Size and type of an image.
 
     Args:
-        content: Bytes of the file.
+        content: Bytes of the file, or a decoded image.
         max_pixels: Number of pixels of the largest image that is accepted.
         upright: turn it as its EXIF orientation says; otherwise its pixels stay as they are stored.
 
     Raises:
         BadImage: empty, of unknown format, or too large.
     """
+    if not isinstance(content, bytes):
+        return _check_pixels(_decoded_header(content, upright), max_pixels)
     if not content:
         raise BadImage("zero bytes")
     if content.startswith(b"\xff\xd8") and (scans := content.count(b"\xff\xda")) > MAX_SCANS:
@@ -111,12 +114,17 @@ def read_header(content: bytes, max_pixels: int = MAX_PIXELS, upright: bool = Tr
         header = _jpeg_header(content)
         if header is not None and upright:
             header.turned(exif_orientation(content))
-    header = header or _pil_header(content, max_pixels, upright)
+    header = _check_pixels(header or _pil_header(content, max_pixels, upright), max_pixels)
     pixels = header.height * header.width
-    if pixels > max_pixels:
-        raise BadImage(f"{header.width} x {header.height} pixels, more than {max_pixels} (data.max_pixels)")
     if pixels > SUSPICIOUS_PIXELS and pixels > MAX_PIXELS_PER_BYTE * len(content):
         raise BadImage(f"damaged image ({header.width} x {header.height} pixels in {len(content)} bytes)")
+    return header
+
+
+def _check_pixels(header: Header, max_pixels: int) -> Header:
+    """The header, unless the image is too large."""
+    if header.height * header.width > max_pixels:
+        raise BadImage(f"{header.width} x {header.height} pixels, more than {max_pixels} (data.max_pixels)")
     return header
 
 
@@ -163,11 +171,8 @@ def _pil_header(content: bytes, max_pixels: int, upright: bool) -> Header:
 def _parse_header(image: Image.Image, content: bytes, max_pixels: int, upright: bool) -> Header:
     if isinstance(image, TiffImageFile) and image.tag_v2.get(277, 1) > 4:  # of planes side by side, PIL shows the first
         return _tiff_header(content)
-    if image.mode == "F":
-        raise BadImage("an image of floating-point numbers, which have no agreed range; store 8 or 16 bits")
-    is_16_bit, is_jpeg = image.mode.startswith("I"), image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
-    channels = 1 if is_16_bit or image.mode in ("1", "L") else 4 if image.mode in ("RGBA", "LA", "PA") else 3
-    header = Header(image.height, image.width, image.mode, channels, 16 if is_16_bit else 8, is_jpeg)
+    header = _picture_header(image)
+    header.is_jpeg = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
     if isinstance(image, TiffImageFile):
         tile = int(image.tag_v2.get(322, 1)) * int(image.tag_v2.get(323, 1))
         if tile > max_pixels:
@@ -178,6 +183,24 @@ def _parse_header(image: Image.Image, content: bytes, max_pixels: int, upright: 
         return header
     is_known = content.startswith((b"\xff\xd8", b"\x89PNG"))  # PIL decodes a PNG to look for what follows its pixels
     orientation = exif_orientation(content) if is_known else image.getexif().get(274, 1)
+    return header.turned(orientation if orientation in range(1, 9) else 1)
+
+
+def _picture_header(image: Image.Image) -> Header:
+    """Of an image that PIL knows, before it is turned."""
+    if image.mode == "F":
+        raise BadImage("an image of floating-point numbers, which have no agreed range; store 8 or 16 bits")
+    is_16_bit = image.mode.startswith("I")
+    channels = 1 if is_16_bit or image.mode in ("1", "L") else 4 if image.mode in ("RGBA", "LA", "PA") else 3
+    return Header(image.height, image.width, image.mode, channels, 16 if is_16_bit else 8)
+
+
+def _decoded_header(image: Image.Image | np.ndarray, upright: bool) -> Header:
+    """Of an image that is decoded already."""
+    if isinstance(image, np.ndarray):
+        height, width, channels = image.shape
+        return Header(height, width, "array", channels, 8 * image.dtype.itemsize)
+    header, orientation = _picture_header(image), image.getexif().get(274, 1) if upright else 1
     return header.turned(orientation if orientation in range(1, 9) else 1)
 
 

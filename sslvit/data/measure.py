@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from sslvit.data.decode import decode_pixels, find_problem
-from sslvit.data.header import MODES, BadImage, Header, read_header
+from sslvit.data.header import MODES, BadImage, Content, Header, read_header
 from sslvit.settings.data import MAX_PIXELS
 
 STATISTICS_SAMPLES = 10_000  # channel mean and std are measured on about this many images
@@ -39,7 +39,7 @@ class Measured:
         self.modes[header.mode] += 1
         self.kinds[header.channels, header.bits] += 1
 
-    def measure(self, content: bytes, header: Header) -> None:
+    def measure(self, content: Content, header: Header) -> None:
         """Add the moments of one image; those of another number of channels are skipped."""
         is_gray_or_rgb = header.mode != "array" and header.channels < 4
         channels = 3 if is_gray_or_rgb else header.channels  # gray images among colors count as colors

@@ -19,6 +19,7 @@ from sslvit.data.index import ShardIndex, load_index, read_index, unlisted_warni
 from sslvit.data.mixture import Index, JoinedIndex, MixturePlan, Plan, split_by_weight
 from sslvit.data.open_folder import open_image_folder
 from sslvit.data.plan import EpochPlan
+from sslvit.data.python_data import given_index, is_given
 from sslvit.data.records import CHECKED_BYTES, RECORD, is_url, sha256_of
 from sslvit.data.remote import ShardCache
 from sslvit.data.scan import index_names, index_shards
@@ -83,6 +84,8 @@ def open_shards(source: str | Path, cache: ShardCache | None = None) -> ShardInd
         FileNotFoundError: nothing given, or nothing there.
         ValueError: no images there, or a damaged index.
     """
+    if is_given(str(source)):
+        return given_index(str(source))
     name, cache = expand_path(source), cache or shard_cache(DataSettings())
     path = Path(name)
     if not name:

@@ -12,6 +12,7 @@ from typing import BinaryIO
 import numpy as np
 
 from sslvit.data.index import ShardIndex
+from sslvit.data.python_data import PythonIndex
 from sslvit.files import printable
 from sslvit.stopping import is_first_process
 
@@ -46,7 +47,7 @@ def check_same_data(train: ShardIndex, val: ShardIndex, is_allowed: bool, option
     names = f"{printable(train.location)} and {printable(val.location)}"
     if train.fingerprint() == val.fingerprint():
         refuse_or_warn(names, is_allowed, option)
-    elif not (train.is_remote or val.is_remote):
+    elif not any(one.is_remote or isinstance(one, PythonIndex) for one in (train, val)):
         with stored(train) as one, stored(val) as other:
             warn_of_shared(one, other, names)
 

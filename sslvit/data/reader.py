@@ -9,7 +9,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 
 import numpy as np
@@ -17,15 +17,17 @@ import torch
 from torch import Tensor
 
 from sslvit.data.decode import Scratch, decode_pixels
-from sslvit.data.header import BadImage, Header, read_header
+from sslvit.data.header import BadImage, Content, Header, read_header
 from sslvit.data.mixture import Index
 from sslvit.data.parallel import in_parallel
+from sslvit.data.python_data import PythonIndex
 from sslvit.data.resample import SMALL_SIDE
 from sslvit.files import REMEDIES, WriteError, printable
 from sslvit.settings.data import MAX_PIXELS
 
 MAX_OPEN_SHARDS = 64  # files kept open per process
 CHUNK_IMAGES = 1024  # images of a small set that a process decodes before it takes others
+OTHER_SIZE = "pixels, the index says"  # of an image that differs from the others
 PREFETCH_THREADS = 2  # shards that a process brings from the network ahead of time
 
 
@@ -52,16 +54,22 @@ class ShardReader:
         self.prefetcher: _Prefetcher | None = None
         if fits_in_memory(index, channels, memory_limit_mb):
             assert index.image_size is not None
-            self.decoded = self._decode_all(index.image_size, torch.uint8 if index.bits == 8 else torch.float32)
+            decoded = self._decode_all(index.image_size, torch.uint8 if index.bits == 8 else torch.float32)
+            if isinstance(index, PythonIndex) and any(OTHER_SIZE in reason for reason in self.unreadable.values()):
+                self.unreadable = {}  # of its images only some had been looked at, and they are not all of one size
+            else:
+                self.decoded = decoded
 
-    def read(self, sample: int) -> bytes:
-        """Return the image's bytes.
+    def read(self, sample: int) -> Content:
+        """Return the image's bytes, or the image as a data set from Python gives it.
 
         Raises:
             BadImage: the shard is missing, is not the one of the index, or ends before them.
             ReadError: the machine, not the shard, is why it cannot be read: no image is to blame for that.
             WriteError: it has to be fetched, and the disk of the cache is full.
         """
+        if isinstance(self.index, PythonIndex):
+            return self.index.read(sample)
         shard, offset, size = self.index.locate(sample)
         try:
             content = os.pread(self._open(shard), size, offset)
@@ -93,7 +101,7 @@ class ShardReader:
         """Close all files; those that are read again are opened again."""
         _close_files(self.files)
 
-    def header(self, content: bytes) -> Header:
+    def header(self, content: Content) -> Header:
         """Return size and type of an image, which is upright or as stored, as the index says."""
         return read_header(content, self.max_pixels, self.index.orientation == "upright")
 
@@ -158,7 +166,7 @@ class ShardReader:
                     content = self.read(sample)
                     image = decode_pixels(content, self.channels, self.bits, header=self.header(content))
                     if list(image.shape[:2]) != size:
-                        raise BadImage(f"{list(image.shape[:2])} pixels, the index says {size}")
+                        raise BadImage(f"{list(image.shape[:2])} {OTHER_SIZE} {size}")
                     pixels[sample] = image.transpose(2, 0, 1)
                 except BadImage as error:
                     unreadable[sample] = str(error)
@@ -238,19 +246,21 @@ class _Prefetcher:
 
 
 class MemoryReader:
-    """Encoded images that are here already (key and bytes by sample number), in the place of a ShardReader."""
+    """Images that are here already (key and content by sample number), in the place of a ShardReader."""
 
     bits = 8  # or 16, of images that have them
 
-    def __init__(self, contents: dict[int, tuple[str, bytes]], channels: int, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(
+        self, contents: Mapping[int, tuple[str, Content]], channels: int, max_pixels: int = MAX_PIXELS
+    ) -> None:
         self.contents, self.channels, self.max_pixels, self.scratch = contents, channels, max_pixels, Scratch()
 
-    def header(self, content: bytes) -> Header:
-        """Return size and type of an encoded image."""
+    def header(self, content: Content) -> Header:
+        """Return size and type of an image."""
         return read_header(content, self.max_pixels)
 
-    def read(self, sample: int) -> bytes:
-        """Return the encoded image."""
+    def read(self, sample: int) -> Content:
+        """Return the image."""
         return self.contents[sample][1]
 
     def key(self, sample: int) -> str:

@@ -21,18 +21,19 @@ import logging
 import math
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from sslvit.data.python_data import is_given
 from sslvit.environment import describe_process
 from sslvit.files import new_file, printable, remove_stale_parts, to_json, write_atomically, write_error
 from sslvit.locks import lock_folder
 from sslvit.results import Result
-from sslvit.settings.load import MADE_BY, YAML_ERRORS
+from sslvit.settings.load import MADE_BY, YAML_ERRORS, by_dotted_key
 from sslvit.sharded_checkpoint import SHARDS, check_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,8 @@ LOCK = ".lock"
 WAIT_SECONDS = 30.0  # for the process before, which writes its last checkpoint
 NAMED = f"step-{'[0-9]' * 8}.ckpt"  # and not what a user calls step-best.ckpt
 SECTIONS = {"task", "encoder", "data", "train"}  # of a config.yaml
+# settings that an object may be given for, and how it is given again in Python
+GIVEN_AS = {"data.shards": "data", "task.val": "val", "online.train": "online.train", "online.val": "online.val"}
 # what a run has made when it is killed before its first checkpoint
 BEGUN = {
     "config.yaml", "checkpoints", "metrics.jsonl", "ledger.json", "ledger", "health.json", "tensorboard", "wandb",
@@ -139,8 +142,19 @@ class RunFolder(Result):
 
     @property
     def resume_command(self) -> str:
-        """What is typed to go on with the run."""
-        return f"sslvit resume {shlex.quote(str(self.path))}"
+        """What is typed to go on with the run; in Python where it was given an object."""
+        given = self.given_from_python() if self._kind_of_config() == "run" else {}
+        return self.resume_call(given) if given else f"sslvit resume {shlex.quote(str(self.path))}"
+
+    def given_from_python(self) -> dict[str, str]:
+        """What config.yaml says in words, by dotted key, since it was given as an object."""
+        before = by_dotted_key(self.read_config())
+        return {key: before[key] for key in GIVEN_AS if is_given(before.get(key))}
+
+    def resume_call(self, given: Iterable[str]) -> str:
+        """What is typed in Python to go on with a run that was given objects for these settings."""
+        words = [f"**{{'{key}': ...}}" if GIVEN_AS[key] == key else f"{GIVEN_AS[key]}=..." for key in given]
+        return f"sslvit.resume({', '.join([repr(str(self.path)), *words])})"
 
     @property
     def goes_on(self) -> bool:

@@ -36,7 +36,7 @@ def make_callbacks(
     """
     run, train, index = data.run, settings.train, data.index
     waits_every = (train.log_every, train.checkpoint_every, STEPS_BETWEEN_COUNTS)
-    peers = Peers(folder, waits_every, run.total_steps, train.timeout_seconds)
+    peers = Peers(folder, waits_every, run.total_steps, train.timeout_seconds, index.fingerprint())
     return [
         StepTimes(clock),  # first: what the others take is not the optimizer's time
         peers,  # before anything waits for the device, which a lost rank would make endless

@@ -50,13 +50,15 @@ class Peers(StepCallback):
         waits_every: Numbers of steps at whose multiples callbacks wait for the device.
         total_steps: Number of optimizer steps in the run; after the last one callbacks wait, too.
         timeout_seconds: How long to wait for the other ranks.
+        data: Fingerprint of the data on this rank, in hexadecimal digits.
     """
 
     def __init__(
-        self, folder: RunFolder, waits_every: Collection[int], total_steps: int, timeout_seconds: float
-    ) -> None:
+        self, folder: RunFolder, waits_every: Collection[int], total_steps: int, timeout_seconds: float,
+        data: str = "0",
+    ) -> None:  # fmt: skip
         self.folder, self.waits_every, self.total_steps = folder, waits_every, total_steps
-        self.timeout_seconds = timeout_seconds
+        self.timeout_seconds, self.data = timeout_seconds, data
         self.received: str | None = None  # the signal that this rank was sent
         self.is_stopping = False  # whether any rank was sent one
         self.is_interrupted = False  # whether it was a Ctrl-C
@@ -89,8 +91,8 @@ class Peers(StepCallback):
     def check_alike(self, micro_batch_size: int) -> None:
         """Refuse ranks that would take other steps than this one.
 
-        They go on from different checkpoints when one of them reads a damaged file, and take other micro-batches when
-        `auto` finds other GPUs on their machine.
+        They go on from different checkpoints when one of them reads a damaged file, take other micro-batches when
+        `auto` finds other GPUs on their machine, and have other data where a script makes another data set on each.
 
         Args:
             micro_batch_size: Images per forward pass on this rank.
@@ -98,13 +100,19 @@ class Peers(StepCallback):
         Raises:
             RuntimeError: they do.
         """
-        numbers = torch.tensor([self.step, -self.step, micro_batch_size, -micro_batch_size])
+        data = int(self.data[:15], 16)  # of 60 bits
+        numbers = torch.tensor([self.step, -self.step, micro_batch_size, -micro_batch_size, data, -data])
         distributed.all_reduce(numbers, distributed.ReduceOp.MAX, group=self.group)
-        last, first, largest, smallest = (abs(number) for number in numbers.tolist())
+        last, first, largest, smallest, *data_of_ranks = (abs(number) for number in numbers.tolist())
         if first != last:
             raise RuntimeError(
                 f"{self.folder.checkpoint}: ranks would go on from steps {first} to {last}, so not all of them can "
                 "read the same checkpoint. See what each says, and check the disk that they share."
+            )
+        if len(set(data_of_ranks)) > 1:
+            raise RuntimeError(
+                "the ranks have other data: each must be given the same images in the same order. See that the script "
+                "that makes the data set, or the folder on each machine, gives every process the same."
             )
         if smallest != largest:
             raise RuntimeError(

@@ -1,0 +1,122 @@
+"""Labels of a data set that is given from Python: from an attribute or a column, or sample by sample."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import Subset, TensorDataset
+
+from sslvit.data.header import BadImage
+from sslvit.data.labels import NotClasses, Unlabeled, labels_in, number_labels
+from sslvit.data.parallel import in_parallel
+
+CHUNK_SAMPLES = 256  # that a process reads before it takes others
+
+
+class Readable(Protocol):
+    """Samples by number."""
+
+    dataset: Any
+    kind: str
+
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    def read(self, item: int) -> tuple[Any, Any]:
+        """Image and label of a sample."""
+
+
+@dataclass
+class Labels:
+    """Class names, and the class number of every sample; both None without labels."""
+
+    classes: list[str] | None = None
+    numbers: np.ndarray | None = None
+
+
+def find_labels(source: Readable, examples: Mapping[int, Any], reads_samples: bool) -> Labels:
+    """The labels of a data set.
+
+    Args:
+        source: The data set.
+        examples: Labels of some samples, by number, as the samples themselves say.
+        reads_samples: Read all samples where nothing lists their labels.
+
+    Raises:
+        ValueError: samples were read for labels that are no classes.
+    """
+    from sslvit.data.hugging_face import is_hugging_face, label_column
+
+    if is_hugging_face(source.dataset):
+        found, names = label_column(source.dataset)
+    else:
+        found, names = listed_labels(source.dataset)
+    told = {item: label for item, label in examples.items() if label is not None}
+    if found is not None and any(plain(found[item]) != plain(label) for item, label in told.items()):
+        found = None  # the samples say something else
+    if found is None and reads_samples and told:
+        found = read_labels(source)
+    if found is None:
+        return Labels()
+    try:
+        classes, numbers = number_labels(labels_in(np.asarray([plain(label) for label in found]), len(source)))
+    except Unlabeled:
+        return Labels()
+    except NotClasses as error:
+        if reads_samples:
+            raise ValueError(f"{source.kind}: {error}.") from error
+        return Labels()
+    is_numbered = all(name.isdecimal() for name in classes)
+    if names is not None and is_numbered and len(names) >= len(classes):
+        classes = [str(name) for name in names]
+    return Labels(classes, np.asarray(numbers))
+
+
+def listed_labels(dataset: Any) -> tuple[list[Any] | None, list[str] | None]:
+    """The labels that a data set lists as torchvision's do, or None; names of their classes, or None."""
+    if isinstance(dataset, Subset):
+        whole, names = listed_labels(dataset.dataset)
+        return None if whole is None else [whole[item] for item in dataset.indices], names
+    found: Any
+    if isinstance(dataset, TensorDataset):
+        found = dataset.tensors[1] if len(dataset.tensors) > 1 else None
+    else:
+        found = getattr(dataset, "targets", getattr(dataset, "labels", None))
+    names = getattr(dataset, "classes", None)
+    if not isinstance(found, (list, tuple, np.ndarray, Tensor)) or len(found) != len(dataset):
+        return None, None
+    return list(found), list(names) if isinstance(names, (list, tuple)) else None
+
+
+def read_labels(source: Readable) -> list[Any]:
+    """The label of every sample, which is read for it; the first one's for those that cannot be read."""
+
+    def read_chunk(chunk: int, tick: Callable[[int], None]) -> list[Any]:
+        found: list[Any] = []
+        for item in range(chunk * CHUNK_SAMPLES, min((chunk + 1) * CHUNK_SAMPLES, len(source))):
+            try:
+                found.append(plain(source.read(item)[1]))
+            except BadImage:
+                found.append(None)
+        tick(len(found))
+        return found
+
+    chunks = math.ceil(len(source) / CHUNK_SAMPLES)
+    workers = None if chunks >= 4 else 1  # starting processes takes longer
+    labels = [one for part in in_parallel(read_chunk, chunks, workers, "labels", len(source)) for one in part]
+    first = next((label for label in labels if label is not None), None)
+    return [first if label is None else label for label in labels]
+
+
+def plain(label: Any) -> Any:
+    """A label as a number or text of Python."""
+    if isinstance(label, Tensor):
+        label = label.detach().cpu().numpy()
+    if isinstance(label, (np.ndarray, np.generic)):
+        return label.item() if label.size == 1 else label.tolist()
+    return label

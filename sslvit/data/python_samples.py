@@ -1,0 +1,129 @@
+"""One sample of a data set that is given from Python -> its image, decoded or not, and its label.
+
+An image is a PIL image, an array 'h w' or 'h w c', or a tensor 'h w' or 'c h w': of 8 or 16 bits, or of floating-point
+numbers from 0 to 1, which are rounded to 8 bits. It stands alone, before its label in a tuple, or in a dict.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sslvit.data.array_images import CONVERSIONS
+from sslvit.data.header import MODES, BadImage, Content
+from sslvit.data.labels import LABEL_NAMES
+from sslvit.files import brief, printable
+
+IMAGE_NAMES = ("image", "img", "images", "picture", "pixel_values", "pixels")  # of what holds the image in a dict
+MAX_AXIS_OF_CHANNELS = 4  # an axis up to this length, where the others are longer, is that of the channels
+FLOAT_MARGIN = 1e-3  # beyond 0 and 1, which arithmetic in float32 may leave
+
+
+def image_and_label(sample: Any) -> tuple[Any, Any]:
+    """The image of a sample, and its label or None.
+
+    Raises:
+        BadImage: a dict without an image.
+    """
+    if isinstance(sample, Mapping):
+        image = next((name for name in IMAGE_NAMES if name in sample), None)
+        image = image or next((name for name, value in sample.items() if is_image(value)), None)
+        if image is None:
+            raise BadImage(f"a dict without an image (it has {', '.join(map(str, sample))}; name it image)")
+        label = next((name for name in LABEL_NAMES if name in sample), None)
+        return sample[image], None if label is None else sample[label]
+    if isinstance(sample, (tuple, list)) and sample:
+        return sample[0], sample[1] if len(sample) > 1 else None
+    return sample, None
+
+
+def is_image(value: Any) -> bool:
+    """Whether a value of a dict can be its image."""
+    return isinstance(value, Image.Image) or (isinstance(value, (np.ndarray, Tensor)) and value.ndim in (2, 3))
+
+
+def as_content(image: Any) -> Content:
+    """An image as `read_header` and `decode` take it.
+
+    Raises:
+        BadImage: something that is no image, or whose values are not those of pixels.
+    """
+    if isinstance(image, Image.Image):
+        image.load()  # a TIFF is turned upright by that, and then says so
+        return image
+    if isinstance(image, Mapping) and {"bytes", "path"} <= image.keys():  # as Hugging Face keeps it
+        return image["bytes"] if image["bytes"] is not None else read_file(image["path"])
+    if isinstance(image, Tensor):
+        return of_array(pixels_of_tensor(image))
+    if isinstance(image, np.ndarray):
+        return of_array(pixels_of_array(image))
+    raise BadImage(f"a {type(image).__name__}, and not an image: a PIL image, an array 'h w c' or a tensor 'c h w'")
+
+
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of an image file.
+
+    Raises:
+        BadImage: it cannot be read.
+    """
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise BadImage(f"{printable(path)}: {error.strerror or error}") from error
+
+
+def pixels_of_tensor(image: Tensor) -> np.ndarray:
+    """A tensor 'h w' or 'c h w' as an array 'h w' or 'h w c' of 8 or 16 bits."""
+    image = image.detach().cpu()
+    shape = tuple(image.shape)
+    if len(shape) == 3 and shape[2] <= MAX_AXIS_OF_CHANNELS < min(shape[:2]):
+        raise BadImage(f"a tensor of shape {brief(shape)}: a tensor is 'c h w', an array is 'h w c'")
+    if image.dtype in (torch.bfloat16, torch.float16):
+        image = image.float()
+    array = image.numpy()
+    return in_pixels(array.transpose(1, 2, 0) if array.ndim == 3 else array, f"a tensor of {image.dtype}", shape)
+
+
+def pixels_of_array(image: np.ndarray) -> np.ndarray:
+    """An array 'h w' or 'h w c', in 8 or 16 bits."""
+    shape = image.shape
+    if len(shape) == 3 and shape[0] <= MAX_AXIS_OF_CHANNELS < min(shape[1:]):
+        raise BadImage(f"an array of shape {brief(shape)}: an array is 'h w c', a tensor is 'c h w'")
+    return in_pixels(image, f"an array of {image.dtype}", shape)
+
+
+def in_pixels(image: np.ndarray, kind: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Pixels of 8 or 16 bits; floating-point ones from 0 to 1 become 8 bits.
+
+    Raises:
+        BadImage: another shape or type, or values beyond 0 and 1.
+    """
+    if image.ndim not in (2, 3) or 0 in image.shape:
+        raise BadImage(f"{kind} and shape {brief(shape)}; an image has two or three axes")
+    if image.dtype in (np.uint8, np.uint16):
+        return image
+    if image.dtype.kind != "f":
+        raise BadImage(f"{kind}; pixels are uint8, uint16, or floating-point numbers from 0 to 1")
+    low, high = float(image.min()), float(image.max())
+    if not (low >= -FLOAT_MARGIN and high <= 1 + FLOAT_MARGIN):  # also where they are not numbers
+        raise BadImage(
+            f"{kind} with values from {low:.3g} to {high:.3g}; floating-point pixels are from 0 to 1 (leave a "
+            "normalization out: the encoder's own is encoder.mean and encoder.std)"
+        )
+    return CONVERSIONS["unit"][1](image.clip(0, 1))
+
+
+def of_array(image: np.ndarray) -> Content:
+    """Pixels 'h w' or 'h w c' as the PIL image that they can be, otherwise as the array, as packing stores them."""
+    if image.ndim == 3 and image.shape[2] == 1:
+        image = image[..., 0]
+    if image.ndim == 2 or (image.shape[2] in MODES and image.dtype == np.uint8):
+        return Image.fromarray(np.ascontiguousarray(image))
+    return np.array(image)  # a copy: the user's own may be changed later, or be read-only
