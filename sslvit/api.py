@@ -14,7 +14,7 @@ from pytorch_lightning.loggers import Logger
 from sslvit.checkpoint import load_encoder
 from sslvit.data.inspect import Packing
 from sslvit.data.pack import pack_source
-from sslvit.data.python_data import DataLike, name_of, takes_datasets
+from sslvit.data.python_data import DataLike, MapDataset, name_of, takes_datasets
 from sslvit.exporters import Export, export_encoder
 from sslvit.files import expand_path, printable
 from sslvit.messages import for_python
@@ -277,7 +277,7 @@ def for_labels(settings: EncoderSettings) -> EncoderSettings:
 
 @for_python
 def pack(
-    source: str | Path,
+    source: str | Path | MapDataset,
     destination: str | Path,
     *,
     holdout: float = 0.0,
@@ -290,7 +290,8 @@ def pack(
     """Pack images into shards with an index.
 
     Args:
-        source: Class folders, a flat folder, shards, a list (.csv, .tsv, .jsonl), an array (.npy, .npz) or an IDX file.
+        source: Class folders, a flat folder, shards, a list (.csv, .tsv, .jsonl), an array (.npy, .npz), an IDX file,
+            hf:NAME, torchvision:NAME, or a data set object, as in `pretrain`.
         destination: Folder for the shards.
         holdout: Fraction of each class, its last images, that goes into destination/val; the rest goes into
             destination/train.
@@ -313,9 +314,10 @@ def pack(
     names = {field.name for field in fields(SourceOptions)}
     of_source = {key: value for key, value in settings.items() if key in names}
     of_packing = {key: value for key, value in settings.items() if key not in names}
+    given = expand_path(source) if isinstance(source, (str, Path)) else source
     indices = pack_source(
-        expand_path(source), expand_path(destination), from_keywords(PackSettings, of_packing), holdout, overwrite,
-        workers, part, from_keywords(SourceOptions, of_source), only and expand_path(only),
+        given, expand_path(destination), from_keywords(PackSettings, of_packing), holdout, overwrite, workers, part,
+        from_keywords(SourceOptions, of_source), only and expand_path(only),
     )  # fmt: skip
     return Packing(indices)
 

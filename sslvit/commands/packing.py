@@ -41,7 +41,8 @@ class PackOptions(Reported, Parallel, SourceOptions, PackSettings):
 
     source: Annotated[str, Arg("SRC", position=1)]
     """Images in class folders, or side by side without labels; shards; a list (.csv, .tsv, .jsonl) with a column path
-    and perhaps label; an array (.npy, .npz); an IDX file."""
+    and perhaps label; an array (.npy, .npz); an IDX file; a data set of Hugging Face, hf:NAME or a folder of
+    save_to_disk; one of torchvision, such as torchvision:CIFAR100 with --root FOLDER."""
     destination: Annotated[str, Arg("DST", position=2)]
     """Folder for the shards."""
     holdout: float = 0.0

@@ -5,6 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from sslvit.data.arrays import array_source, idx_source
+from sslvit.data.dataset_source import (
+    HUGGING_FACE,
+    TORCHVISION,
+    hugging_face_source,
+    is_saved,
+    torchvision_source,
+)
 from sslvit.data.folders import folder_source
 from sslvit.data.lists import LISTS, list_source
 from sslvit.data.shard_images import holds_shards, shard_source
@@ -15,12 +22,19 @@ from sslvit.settings.pack import SourceOptions
 
 
 def read_source(source: str | Path, options: SourceOptions | None = None) -> ImageSource:
-    """Samples and class names of whatever a path names: a folder, shards, a list, an array or an IDX file.
+    """Samples and class names of whatever is named: a folder, shards, a list, an array, an IDX file, a library's data set.
 
     Raises:
         ValueError: nothing there that is known, or an option that is for another kind of source.
     """
     path, options = Path(source), options or SourceOptions()
+    name = str(source)
+    if name.startswith(HUGGING_FACE) or is_saved(path):
+        options.reject_unused(name, "a data set of Hugging Face", "label_column", "split")
+        return hugging_face_source(name, options)
+    if name.startswith(TORCHVISION):
+        options.reject_unused(name, "a data set of torchvision", "split", "root", "download")
+        return torchvision_source(name, options)
     if path.is_dir():
         options.reject_unused(path, "a folder")
         return shard_source(path) if holds_shards(path) else folder_source(path)

@@ -128,6 +128,17 @@ def _check_pixels(header: Header, max_pixels: int) -> Header:
     return header
 
 
+def suffix_of(content: bytes) -> str:
+    """The usual suffix of an image file by its first bytes; that of PNG where they tell nothing."""
+    starts = {
+        b"\xff\xd8": ".jpg", b"\x89PNG": ".png", b"RIFF": ".webp", b"GIF8": ".gif", b"BM": ".bmp", NPY: ".npy",
+        **dict.fromkeys(TIFFS, ".tif"),
+    }  # fmt: skip
+    if HEIF.match(content[:12]):
+        return ".heic"
+    return next((suffix for start, suffix in starts.items() if content.startswith(start)), ".png")
+
+
 def has_end_marker(content: bytes) -> bool:
     """Whether the file goes on to the mark that ends an image of its format; False also where there is none."""
     if content.startswith(b"\xff\xd8"):

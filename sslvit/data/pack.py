@@ -20,10 +20,12 @@ import numpy as np
 from filelock import FileLock
 
 from sslvit.data.any_source import SourceOptions, read_source
+from sslvit.data.dataset_source import dataset_source
 from sslvit.data.index import ShardIndex
 from sslvit.data.labels import NO_LABEL
 from sslvit.data.pack_job import PackJob
 from sslvit.data.parallel import in_parallel
+from sslvit.data.python_data import MapDataset
 from sslvit.data.shard_images import shard_source
 from sslvit.data.sources import Samples, SampleTable, hold_out
 from sslvit.data.store import PackSettings
@@ -35,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 def pack_source(
-    source: str | Path,
+    source: str | Path | MapDataset,
     destination: str | Path,
     settings: PackSettings | None = None,
     holdout: float = 0.0,
@@ -45,10 +47,10 @@ def pack_source(
     options: SourceOptions | None = None,
     only: str | Path | None = None,
 ) -> list[ShardIndex]:
-    """Pack a folder of images, other shards, a list, an array or an IDX file.
+    """Pack a folder of images, other shards, a list, an array, an IDX file or a data set.
 
     Args:
-        source: Images, in any form that any_source.read_source takes.
+        source: Images, in any form that any_source.read_source takes, or a map-style data set object.
         destination: folder for the shards; with a holdout its train/ and val/.
         settings: How images are stored.
         holdout: fraction of each class, the last by file name, that goes to val/ instead.
@@ -72,11 +74,16 @@ def pack_source(
     part_of = _read_part(part)
     if only is not None and holdout:
         raise ValueError("--only and --holdout exclude each other: the list is of images that are split already.")
-    found = read_source(source, options) if only is None else shard_source(Path(source), only)
+    if not isinstance(source, (str, Path)):
+        if only is not None:
+            raise ValueError("--only: takes some images of shards, and this is a data set object. Pack it first.")
+        found, name = dataset_source(source, (options or SourceOptions()).label_column), type(source).__name__
+    else:
+        found, name = read_source(source, options) if only is None else shard_source(Path(source), only), printable(source)
     settings = settings or PackSettings()
     if found.orientation not in (None, settings.orientation):
         raise ValueError(
-            f"{printable(source)}: its images are read {found.orientation}, and packing them so takes --orientation "
+            f"{name}: its images are read {found.orientation}, and packing them so takes --orientation "
             f"{found.orientation}."
         )
     jobs = [(destination, SampleTable(found.samples))]
@@ -89,7 +96,7 @@ def pack_source(
     for folder, _ in jobs:
         check_destination(folder, overwrite)
     for note in found.notes:
-        logger.info(f"{printable(source)}: {note}")
+        logger.info(f"{name}: {note}")
     packed = [
         pack(samples, folder, found.classes, settings, overwrite, workers, part_of, found.skipped)
         for folder, samples in jobs

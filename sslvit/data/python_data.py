@@ -82,9 +82,11 @@ class PythonIndex(ShardIndex):
 
     Args:
         source: The data set.
+        label_note: Why labels that are there are not used; empty where none are there.
     """
 
     source: Samples | None = None
+    label_note: str = ""
 
     def read(self, sample: int) -> Content:
         """Return a sample's image.
@@ -102,9 +104,10 @@ class PythonIndex(ShardIndex):
             ValueError: these images have none.
         """
         if self.classes is None:
+            reason = f" ({self.label_note})" if self.label_note else ""
             raise ValueError(
-                f"{self.location}: no labels, which are needed here. Give samples of (image, label), a dict with a key "
-                "label, or an attribute targets that lists them all."
+                f"{self.location}: no labels, which are needed here{reason}. Give samples of (image, label), a dict "
+                "with a key label, or an attribute targets that lists them all."
             )
         return super().labels_of(samples)
 
@@ -179,7 +182,7 @@ def python_index(dataset: Any, reads_labels: bool = False) -> PythonIndex:
     records["offset"], records["label"] = np.arange(count), NO_LABEL if labels.numbers is None else labels.numbers
     return PythonIndex(
         location, [Shard(kind, count, 0, digest.hexdigest())], records, labels.classes,
-        **measured.describe(location), source=source,
+        **measured.describe(location), source=source, label_note=labels.note,
     )  # fmt: skip
 
 

@@ -33,10 +33,14 @@ class Readable(Protocol):
 
 @dataclass
 class Labels:
-    """Class names, and the class number of every sample; both None without labels."""
+    """Class names, and the class number of every sample; both None without labels.
+
+    The note says why labels that are there are not used; empty where none are there.
+    """
 
     classes: list[str] | None = None
     numbers: np.ndarray | None = None
+    note: str = ""
 
 
 def find_labels(source: Readable, examples: Mapping[int, Any], reads_samples: bool) -> Labels:
@@ -46,9 +50,6 @@ def find_labels(source: Readable, examples: Mapping[int, Any], reads_samples: bo
         source: The data set.
         examples: Labels of some samples, by number, as the samples themselves say.
         reads_samples: Read all samples where nothing lists their labels.
-
-    Raises:
-        ValueError: samples were read for labels that are no classes.
     """
     from sslvit.data.hugging_face import is_hugging_face, label_column
 
@@ -65,12 +66,10 @@ def find_labels(source: Readable, examples: Mapping[int, Any], reads_samples: bo
         return Labels()
     try:
         classes, numbers = number_labels(labels_in(np.asarray([plain(label) for label in found]), len(source)))
-    except Unlabeled:
-        return Labels()
+    except Unlabeled as error:
+        return Labels(note=str(error))
     except NotClasses as error:
-        if reads_samples:
-            raise ValueError(f"{source.kind}: {error}.") from error
-        return Labels()
+        return Labels(note=f"labels are not used: {error}")
     is_numbered = all(name.isdecimal() for name in classes)
     if names is not None and is_numbered and len(names) >= len(classes):
         classes = [str(name) for name in names]

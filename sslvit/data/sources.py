@@ -1,21 +1,16 @@
-"""Where images come from before they are packed: folders, lists, arrays, data set objects."""
+"""Where images come from before they are packed, whatever their source: samples, and tables of them."""
 
 from __future__ import annotations
 
 import builtins
-import hashlib
-import io
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, SupportsIndex
 
 import numpy as np
-from PIL import Image
 
-from sslvit.data.labels import NO_LABEL, NotClasses, Unlabeled, labels_in, number_labels
-
-DIGEST_IMAGES = 64  # images of a data set object, which take long to make
+from sslvit.data.labels import NO_LABEL
 
 
 class Images(Protocol):
@@ -34,7 +29,7 @@ class Sample:
 
     Args:
         key: its name; made unique and free of dots on the way.
-        suffix: Suffix of the image file, with the dot.
+        suffix: Suffix of the image file, with the dot; empty where only its bytes tell.
         source: Source that holds the image.
         item: path or index of the image within its source.
         label: class number, or NO_LABEL.
@@ -134,30 +129,6 @@ class FileImages:
             return file.read()
 
 
-class DatasetImages:
-    """A data set object of torchvision's kind: dataset[i] is (image, label) or an image; stored as PNG."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def digest(self) -> str:
-        """Return a digest of up to 64 evenly spaced images."""
-        subset = np.unique(np.linspace(0, len(self.dataset) - 1, min(len(self.dataset), DIGEST_IMAGES)).astype(int))
-        return hashlib.sha256(b"".join(self.read(int(item)) for item in subset)).hexdigest()
-
-    def read(self, item: int) -> bytes:
-        """Return an image, encoded as PNG."""
-        entry = self.dataset[item]
-        image = entry[0] if isinstance(entry, tuple) else entry
-        if not isinstance(image, Image.Image):
-            raise ValueError(
-                f"item {item} holds a {type(image).__name__}, not a PIL image. Make the data set without transform."
-            )
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        return buffer.getvalue()
-
-
 @dataclass
 class ImageSource:
     """Images that were found somewhere, before they are packed.
@@ -175,30 +146,6 @@ class ImageSource:
     skipped: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     orientation: str | None = None
-
-
-def dataset_source(dataset: Any) -> ImageSource:
-    """Return the images of a torchvision data set object that was made without transforms.
-
-    Raises:
-        ValueError: its items are not PIL images, or its labels cannot be class numbers.
-    """
-    source, count = DatasetImages(dataset), len(dataset)
-    size = len(source.read(0))
-    targets = getattr(dataset, "targets", getattr(dataset, "labels", None))
-    if targets is None and isinstance(dataset[0], tuple):
-        targets = [dataset[i][1] for i in range(count)]
-    classes, labels, notes = None, [NO_LABEL] * count, []
-    try:
-        if targets is not None:
-            classes, labels = number_labels(labels_in(np.asarray(targets), count))
-            classes = [str(name) for name in getattr(dataset, "classes", None) or classes]
-    except Unlabeled as error:
-        notes = [str(error)]
-    except NotClasses as error:
-        raise ValueError(f"{type(dataset).__name__}: {error}.") from error
-    samples = [Sample(f"{i:06d}", ".png", source, i, label, size) for i, label in enumerate(labels)]
-    return ImageSource(samples, classes, notes=notes)
 
 
 def hold_out(samples: Samples, fraction: float) -> tuple[list[Sample], list[Sample]]:

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from sslvit.data.decode import find_problem
-from sslvit.data.header import MODES, BadImage, open_image, read_header
+from sslvit.data.header import MODES, BadImage, open_image, read_header, suffix_of
 from sslvit.settings.pack import PackSettings
 
 BLOCK = tarfile.BLOCKSIZE
@@ -27,7 +27,7 @@ TRANSPOSE = {
 
 
 def store(content: bytes, suffix: str, settings: PackSettings) -> tuple[bytes, str]:
-    """The bytes that go into a shard, and their suffix.
+    """The bytes that go into a shard, and their suffix; without one it is what they tell.
 
     Raises:
         BadImage: unreadable, cut off or, with settings.decode, damaged.
@@ -38,7 +38,7 @@ def store(content: bytes, suffix: str, settings: PackSettings) -> tuple[bytes, s
     shorter, limit = min(header.height, header.width), settings.resize
     scale = limit / shorter if limit is not None and shorter > limit else None
     if (settings.encode == "keep" and scale is None) or header.mode == "array":
-        return content, suffix
+        return content, suffix or suffix_of(content)
     try:
         image = open_image(content)
         # asked before the image is turned, which forgets it

@@ -67,3 +67,6 @@ class PackKeywords(TypedDict, total=False):
     images: str | None
     layout: Literal["nhw", "nhwc", "nchw"] | None
     convert: Literal["unit", "signed", "byte", "deep"] | None
+    split: str | None
+    root: str | None
+    download: bool

@@ -58,7 +58,7 @@ class SourceOptions:
     labels: Annotated[str | None, Arg("KEY")] = None
     """Array of labels in an .npz, or a file of them."""
     label_column: Annotated[str | None, Arg("NAME", is_path=False)] = None
-    """Column of labels in a list; null for the one that its name tells."""
+    """Column of labels in a list or in a data set of Hugging Face; null for the one that its name tells."""
     images: Annotated[str | None, Arg("KEY", is_path=False)] = None
     """Array of images in an .npz."""
     layout: Literal["nhw", "nhwc", "nchw"] | None = None
@@ -67,11 +67,19 @@ class SourceOptions:
     """Values of an array that are not 8 or 16 bits: unit (0 to 1), signed (-1 to 1), byte (0 to 255) or deep (0 to
     65,535)."""
 
-    def reject_unused(self, source: Path, kind: str, *usable: str) -> None:
+    split: Annotated[str | None, Arg("NAME", is_path=False)] = None
+    """Split of a data set of Hugging Face or torchvision, such as train."""
+    root: Annotated[str | None, Arg("FOLDER")] = None
+    """Folder with the files of a data set of torchvision."""
+    download: bool = False
+    """Fetch the files of a data set of torchvision that are not there."""
+
+    def reject_unused(self, source: str | Path, kind: str, *usable: str) -> None:
         """Raise ValueError if an option is given that this kind of source has no use for."""
         for name, value in vars(self).items():
-            if value is not None and name not in usable:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: {printable(source)} is {kind}. Omit the option.")
+            if value not in (None, False) and name not in usable:
+                given = name.replace("_", "-") + ("" if value is True else f" {value}")
+                raise ValueError(f"--{given}: {printable(source)} is {kind}. Omit the option.")
 
 
 @dataclass
