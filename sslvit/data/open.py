@@ -25,6 +25,7 @@ from sslvit.data.remote import ShardCache
 from sslvit.data.scan import index_names, index_shards
 from sslvit.data.schema import checked_index, parse_json
 from sslvit.data.stream import PIPE, StreamIndex, is_stream
+from sslvit.data.subset import limit_samples
 from sslvit.files import expand_path, printable
 from sslvit.settings import DataSettings
 from sslvit.settings.task import TaskSettings
@@ -52,12 +53,14 @@ def open_data(
         ValueError: no images there, a damaged index, or a batch that does not fit.
     """
     if settings.shards and is_stream(settings.shards) and not Path(expand_path(settings.shards)).is_dir():
+        if (settings.limit, settings.limit_per_class) != (None, None):
+            raise ValueError("data.limit: a stream cannot be drawn from. Pack it into shards, or leave the limit out.")
         stream = StreamIndex(
             expand(expand_path(settings.shards)), settings.stream_samples, settings.allow_pipe, shard_cache(settings)
         )
         return stream, EpochPlan([len(stream)], settings.batch_for(len(stream), usual_batch, multiple_of), seed)
     if not settings.mixture:
-        index = open_shards(settings.shards or "", shard_cache(settings))
+        index = limit_samples(open_shards(settings.shards or "", shard_cache(settings)), settings, seed)
         return index, _plan(index, settings, settings.batch_for(len(index), usual_batch, multiple_of), seed)
     weights = list(settings.mixture.values())
     split_by_weight(weights, settings.global_batch_size or usual_batch)  # refuses before anything is opened

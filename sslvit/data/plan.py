@@ -90,7 +90,7 @@ class EpochPlan:
     def shards_near(self, step: int, start: int = 0, stop: int | None = None) -> list[int]:
         """Return the shards that these rows read at this step, then those of the windows that follow."""
         if self.is_whole:
-            return list(range(len(self.shard_samples)))
+            return np.flatnonzero(self.shard_samples).tolist()
         epoch, epoch_step = divmod(step, self.steps_per_epoch)
         first, last = self._lanes_of(start, stop)
         now: list[int] = []
@@ -102,12 +102,12 @@ class EpochPlan:
                 ahead += self._shards_of(epoch, lane, window + 1)
             else:
                 ahead += self._shards_of(epoch + 1, lane, 0)
-        return list(dict.fromkeys(now + ahead))
+        return [shard for shard in dict.fromkeys(now + ahead) if self.shard_samples[shard]]
 
     def shards_at_once(self, start: int = 0, stop: int | None = None) -> int:
         """Return how many shards these rows need within reach at any time."""
         if self.is_whole:
-            return len(self.shard_samples)
+            return int(np.count_nonzero(self.shard_samples))
         first, last = self._lanes_of(start, stop)
         smallest_first = np.cumsum(np.sort(self.shard_samples))
         window_shards = int(np.searchsorted(smallest_first, self.window)) + 2  # it may begin and end inside shards

@@ -98,11 +98,13 @@ class PythonIndex(ShardIndex):
         return self.source.read(int(self.records[sample]["offset"]))[0]
 
     def labels_of(self, samples: np.ndarray | slice) -> np.ndarray:
-        """Return class numbers.
+        """Return class numbers, for which the samples are read where nothing lists them.
 
         Raises:
             ValueError: these images have none.
         """
+        if self.classes is None:
+            self.read_labels()
         if self.classes is None:
             reason = f" ({self.label_note})" if self.label_note else ""
             raise ValueError(
@@ -110,6 +112,16 @@ class PythonIndex(ShardIndex):
                 "with a key label, or an attribute targets that lists them all."
             )
         return super().labels_of(samples)
+
+    def read_labels(self) -> None:
+        """Read the samples for their labels, unless these are known."""
+        assert self.source is not None
+        if self.classes is None and not self.label_note:
+            *_, examples = look_at(self.source)
+            found = find_labels(self.source, examples, reads_samples=True)
+            if found.numbers is not None:
+                self.records["label"] = found.numbers[self.records["offset"]]
+            self.classes, self.label_note = found.classes, found.note
 
     def key(self, sample: int) -> str:
         """Return a sample's readable name."""
@@ -154,14 +166,13 @@ def check_dataset(dataset: Any) -> None:
         raise ValueError(f"{kind}: no images in it.")
 
 
-def python_index(dataset: Any, reads_labels: bool = False) -> PythonIndex:
+def python_index(dataset: Any) -> PythonIndex:
     """The index of a data set that is given from Python.
 
-    Some of its images are looked at. Labels come from an attribute or a column that holds them all.
+    Some of its images are looked at. Labels are those that an attribute or a column lists; `read_labels` finds others.
 
     Args:
         dataset: A map-style data set.
-        reads_labels: Read every sample for its label where nothing lists them all.
 
     Raises:
         ValueError: not map-style, none of the images that are looked at can be read, or they differ from one reading to
@@ -175,7 +186,7 @@ def python_index(dataset: Any, reads_labels: bool = False) -> PythonIndex:
         source.dataset = plain_columns(dataset)
     measured, digest, examples = look_at(source)
     kind, count = printable(source.kind), len(source)
-    labels = find_labels(source, examples, reads_labels)
+    labels = find_labels(source, examples, reads_samples=False)
     digest.update(repr((labels.classes, [label for _, label in sorted(examples.items())])).encode())
     location = f"{kind} of {count:,} image{'s' if count > 1 else ''} given from Python ({digest.hexdigest()[:8]})"
     records = np.zeros(count, RECORD)
@@ -275,8 +286,10 @@ def takes_datasets(
                 where = changes if "." in name else named
                 if is_dataset(where.get(name)):
                     use = "needed" if "." in name else labels
-                    index = python_index(where[name], reads_labels=use != "listed")
-                    if use == "needed":
+                    index = python_index(where[name])
+                    if use == "read":
+                        index.read_labels()
+                    elif use == "needed":
                         index.labels_of(slice(0))  # refuses before anything is done
                     where[name] = index.location
                     own.append(index.location)

@@ -71,6 +71,10 @@ class DataSettings:
     """Take encoder.mean and encoder.std from the index. A recipe means true for inputs of other than 1 or 3 channels
     unless they are given.
     """
+    limit: int | None = None
+    """Number of images that are used, drawn by the seed; null for all. A larger limit holds those of a smaller one."""
+    limit_per_class: int | None = None
+    """Number of images of each class that are used, drawn by the seed; null for all."""
     resolutions: list[int] | None = None
     """Image sides in pixels, one of which is sampled for each step; null for encoder.image_size."""
     workers: int | None = None
@@ -114,7 +118,14 @@ class DataSettings:
             self.cache = expand_path(self.cache)
         if self.shards and self.mixture:
             raise ValueError("data.shards and data.mixture exclude each other. Name the shards in the mixture only.")
-        check_bounds(self, "data.", "1 or more", "global_batch_size")
+        check_bounds(self, "data.", "1 or more", "global_batch_size", "limit", "limit_per_class")
+        if self.limit is not None and self.limit_per_class is not None:
+            raise ValueError("data.limit and data.limit_per_class exclude each other: give one of them.")
+        if self.mixture and (self.limit, self.limit_per_class) != (None, None):
+            raise ValueError(
+                "data.limit and data.limit_per_class draw from one data set (data.shards), not from a mixture. Leave "
+                "them out."
+            )
         if self.workers is not None and self.workers < 0:
             raise ValueError(f"data.workers: {self.workers} must be 0 or more; 0 loads in the main process.")
         for key in ("lanes", "window_shards", "cache_gb", "stream_samples", "max_pixels"):
@@ -128,6 +139,23 @@ class DataSettings:
             )
         if self.resolutions is not None and not (self.resolutions and min(self.resolutions) > 0):
             raise ValueError(f"data.resolutions: {brief(self.resolutions)} must be a list of sides in pixels.")
+
+    def images_of(self, images: int, location: str, classes: int | None = None) -> int:
+        """Number of images that the limits leave of a data set; with a limit per class at most.
+
+        Args:
+            images: Number of images in the data set.
+            location: Its name, for the message.
+            classes: Number of its classes.
+
+        Raises:
+            ValueError: A limit above that number.
+        """
+        if self.limit is not None and self.limit > images:
+            raise ValueError(f"data.limit: {self.limit} is more than the {images} images of {location}. Leave it out.")
+        if self.limit_per_class is not None and classes is not None:
+            return min(images, self.limit_per_class * classes)
+        return images if self.limit is None else self.limit
 
     def batch_for(self, images: int, usual: int, multiple_of: int = 1) -> int:
         """Images per step on a data set of so many: as given, or what it fills where that may be chosen.

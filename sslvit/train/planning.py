@@ -212,7 +212,8 @@ def plan(
         if data is None:
             raise ValueError("images or data: how many images are there? Give their number, shards or a folder.")
         examples = Examples.open(data, shard_cache(settings.data))
-        images, classes = examples.images, examples.classes
+        classes = examples.classes
+        images = settings.data.images_of(examples.images, examples.location, classes)
     else:
         examples = Examples("", images, classes, [])
         if measure:

@@ -38,6 +38,8 @@ FIXED = [
     ("task.name", None, "the checkpoint holds the weights of one task"),
     ("seed", None, "masks, crops and the order of the data follow from it"),
     ("data.global_batch_size", None, "the order of the data and the learning rate follow from it"),
+    ("data.limit", None, "the images were drawn with it"),
+    ("data.limit_per_class", None, "the images were drawn with it"),
     ("optim.betas", None, "the optimizer's averages in the checkpoint were made with it"),
     ("encoder.pos_embed", None, "the checkpoint holds the table"),
     ("encoder.init", None, "the weights have started already"),

@@ -298,18 +298,18 @@ def test_labels_are_taken_from_an_attribute_where_the_samples_agree() -> None:
     others = Pictures(images)  # whose samples say n % 3
     others.targets = [0] * COUNT  # type: ignore[attr-defined]
     assert python_index(others).classes is None
-    assert labels_of(python_index(others, reads_labels=True)) == [n % 3 for n in range(COUNT)]
+    assert labels_of(python_index(others)) == [n % 3 for n in range(COUNT)]
 
 
 def test_samples_are_read_for_their_labels_only_where_labels_are_needed() -> None:
     own = Pictures(photographs(), lambda image, label: (image, ["no", "yes", "no"][label]))
     assert python_index(own).classes is None
-    named = python_index(own, reads_labels=True)
-    assert (named.classes, labels_of(named)[:3]) == (["no", "yes"], [0, 1, 0])
+    named = python_index(own)
+    assert (labels_of(named)[:3], named.classes) == ([0, 1, 0], ["no", "yes"])
     scores = Pictures(photographs(), lambda image, label: (image, label + 0.5))
     assert python_index(scores).classes is None
     with pytest.raises(ValueError, match="no labels, which are needed here .labels are not used: float64 numbers that"):
-        python_index(scores, reads_labels=True).labels_of(slice(None))
+        python_index(scores).labels_of(slice(None))
 
 
 def test_a_name_stands_for_a_data_set_while_the_call_runs_and_tells_it_from_others() -> None:

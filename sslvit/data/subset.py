@@ -1,0 +1,70 @@
+"""Part of a data set (`data.limit`, `data.limit_per_class`), drawn by the seed: the same on any number of ranks."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import numpy as np
+
+from sslvit import rng
+from sslvit.data.index import ShardIndex
+from sslvit.files import printable
+from sslvit.settings import DataSettings
+from sslvit.stopping import is_first_process
+
+logger = logging.getLogger(__name__)
+
+
+def limit_samples(index: ShardIndex, settings: DataSettings, seed: int) -> ShardIndex:
+    """The index of the images that the limits leave, in its order; the index itself without limits.
+
+    Its fingerprint stays that of the whole data set.
+
+    Args:
+        index: The whole data set.
+        settings: Its limits.
+        seed: Seed of the draw.
+
+    Raises:
+        ValueError: there are fewer images than the limit, or no labels for one per class.
+    """
+    if settings.limit is None and settings.limit_per_class is None:
+        return index
+    settings.images_of(len(index), index.location)  # refuses a limit that is none
+    if settings.limit is not None:
+        chosen = draw(len(index), seed)[: settings.limit]
+        what = f"data.limit: {len(chosen):,} of {len(index):,} images"
+    else:
+        labels = index.labels_of(slice(None))
+        chosen = draw_per_class(labels, settings.limit_per_class or 0, seed)
+        counts = np.bincount(labels[chosen])
+        few = int(((counts < (settings.limit_per_class or 0)) & (counts > 0)).sum())
+        what = f"data.limit_per_class: {len(chosen):,} of {len(index):,} images of {np.count_nonzero(counts):,} classes"
+        what += f" ({few:,} of which have fewer)" if few else ""
+    if is_first_process():
+        logger.info(f"{printable(index.location)}: {what}, drawn by the seed ({seed})")
+    numbers = np.sort(chosen)
+    counts = np.diff(np.searchsorted(numbers, index.first_of_shard))
+    shards = [replace(shard, samples=int(count)) for shard, count in zip(index.shards, counts, strict=True)]
+    return replace(index, shards=shards, records=index.records[numbers])
+
+
+def draw(count: int, seed: int) -> np.ndarray:
+    """All sample numbers in a random order; a limit takes the first, so that a larger one holds those of a smaller."""
+    return rng.generator(seed, "limit").permutation(count)
+
+
+def draw_per_class(labels: np.ndarray, limit: int, seed: int) -> np.ndarray:
+    """Sample numbers of so many images of each class, or of all of a class that has fewer.
+
+    Args:
+        labels: Class number of each sample.
+        limit: Number of images of a class.
+        seed: Seed of the draw.
+    """
+    order = draw(len(labels), seed)
+    by_class = order[np.argsort(labels[order], kind="stable")]  # class by class, in the order of the draw
+    sorted_labels = labels[by_class]
+    within_class = np.arange(len(labels)) - np.searchsorted(sorted_labels, sorted_labels)
+    return by_class[within_class < limit]
