@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -15,6 +15,7 @@ from sslvit.checkpoint import load_encoder
 from sslvit.data.inspect import Packing
 from sslvit.data.pack import pack_source
 from sslvit.data.python_data import DataLike, MapDataset, name_of, takes_datasets
+from sslvit.data.transform import named_function
 from sslvit.exporters import Export, export_encoder
 from sslvit.files import expand_path, printable
 from sslvit.messages import for_python
@@ -40,6 +41,7 @@ def pretrain(
     overwrite: bool = False,
     callbacks: Sequence[pl.Callback] = (),
     loggers: Sequence[Logger] = (),
+    transform: Callable[[Any], Any] | None = None,
     **changes: Any,
 ) -> RunFolder:
     """Pretrain by a recipe.
@@ -54,6 +56,8 @@ def pretrain(
         overwrite: Delete an earlier run there first.
         callbacks: Lightning's callbacks, or your own, which act after those of sslvit.
         loggers: Lightning's loggers, beside those that the settings ask for.
+        transform: Function that makes the views of an image, a PIL image -> a tensor 'c h w' or several, uint8 or from
+            0 to 1; None for data.view.
         changes: Other settings by dotted key, ``**{"train.epochs": 10}``, or by section, ``optim={"base_lr": 1e-3}``;
             they are merged with the recipe's, and later ones win.
 
@@ -73,13 +77,14 @@ def pretrain(
             raise ValueError(f"--data and --{key} exclude each other: give one of them.")
     given = {"data.shards": name_of(data), "out": out, "init": init}
     changes |= {key: os.fspath(value) for key, value in given.items() if value is not None}
-    settings = read_settings(config, changes)
-    if isinstance(settings.task, SupervisedSettings):
-        raise ValueError(
-            f"--config {config}: trains with labels. Use: sslvit finetune ENCODER --train SHARDS --val SHARDS "
-            f"--out RUN --config {config} (--scratch for one without pretraining)."
-        )
-    return run_settings(settings, resume, overwrite, callbacks, loggers)
+    with named_function(transform) as view:
+        settings = read_settings(config, changes | view)
+        if isinstance(settings.task, SupervisedSettings):
+            raise ValueError(
+                f"--config {config}: trains with labels. Use: sslvit finetune ENCODER --train SHARDS --val SHARDS "
+                f"--out RUN --config {config} (--scratch for one without pretraining)."
+            )
+        return run_settings(settings, resume, overwrite, callbacks, loggers)
 
 
 @for_python
@@ -90,6 +95,7 @@ def resume(
     loggers: Sequence[Logger] = (),
     data: DataLike | None = None,
     val: DataLike | None = None,
+    transform: Callable[[Any], Any] | None = None,
     **changes: Any,
 ) -> RunFolder:
     """Resume a run that has stopped, with its own config.yaml.
@@ -100,6 +106,7 @@ def resume(
         loggers: Lightning's loggers, as in `pretrain`.
         data: The data set that the run was given from Python (`train` of a fine-tuning); a folder where it has moved.
         val: That of a fine-tuning's validation.
+        transform: The function that made the run's views.
         changes: Settings that change, as in `pretrain`. They are printed; those that would make it another run are
             refused.
 
@@ -119,10 +126,12 @@ def resume(
     for key in ("out", "init"):
         if key in changes:
             raise ValueError(f"--{key}: a run that goes on keeps its folder and its start. Leave it out.")
-    changes |= given_again(folder, changes, {"data.shards": name_of(data), "task.val": name_of(val)})
-    processes = {"train.devices": None, "train.nodes": None} if launched() else {}  # then they are those of now
-    settings = load_recipe(folder.config, {"out": str(folder.path)} | processes | changes)
-    return run_settings(settings, resume=True, callbacks=callbacks, loggers=loggers)
+    with named_function(transform) as view:
+        again = {"data.shards": name_of(data), "task.val": name_of(val), **view}
+        changes |= given_again(folder, changes, again)
+        processes = {"train.devices": None, "train.nodes": None} if launched() else {}  # then they are those of now
+        settings = load_recipe(folder.config, {"out": str(folder.path)} | processes | changes)
+        return run_settings(settings, resume=True, callbacks=callbacks, loggers=loggers)
 
 
 def given_again(folder: RunFolder, changes: dict[str, Any], again: dict[str, str | None]) -> dict[str, str]:
@@ -141,8 +150,8 @@ def given_again(folder: RunFolder, changes: dict[str, Any], again: dict[str, str
     missing = [key for key in before if key not in given | changes]
     if missing:
         raise ValueError(
-            f"{printable(folder.path)}: trains on {before[missing[0]]}, which no file holds. Resume it from Python "
-            f"with the same data: {folder.resume_call(before)}"
+            f"{printable(folder.path)}: was given {before[missing[0]]}, which no file holds. Resume it from Python "
+            f"with the same: {folder.resume_call(before)}"
         )
     return given
 

@@ -6,6 +6,7 @@ names its key (seed, step or epoch, purpose), and any row of an endless table ca
 
 from __future__ import annotations
 
+import random
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,21 @@ def torch_seeded(*key: int | str) -> Iterator[None]:
         yield
     finally:
         torch.default_generator.set_state(before)
+
+
+@contextmanager
+def all_seeded(*key: int | str) -> Iterator[None]:
+    """torch's generator on the CPU, numpy's and Python's, set by a key for a while: others' code draws from them."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 the one that others draw from
+    seeds = generator(*key, "others").integers(2**32, size=2).tolist()
+    random.seed(seeds[0])
+    np.random.seed(seeds[1])  # noqa: NPY002
+    try:
+        with torch_seeded(*key):
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)  # noqa: NPY002
 
 
 def seed_torch(*key: int | str) -> None:

@@ -22,7 +22,7 @@ from sslvit.settings.pack import SourceOptions
 
 
 def read_source(source: str | Path, options: SourceOptions | None = None) -> ImageSource:
-    """Samples and class names of whatever is named: a folder, shards, a list, an array, an IDX file, a library's data set.
+    """Samples and class names of what is named: a folder, shards, a list, an array, an IDX file, a library's data set.
 
     Raises:
         ValueError: nothing there that is known, or an option that is for another kind of source.

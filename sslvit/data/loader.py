@@ -18,10 +18,11 @@ from sslvit.data.mixture import Plan
 from sslvit.data.plan import EvaluationBatches
 from sslvit.data.reader import ImageReader, MemoryReader, ShardReader
 from sslvit.data.resample import normalize
+from sslvit.data.transform import TransformViews
 from sslvit.data.views import Views, jitter_views
 from sslvit.files import printable
 from sslvit.settings import EncoderSettings
-from sslvit.settings.views import CenterSettings, ViewSettings
+from sslvit.settings.views import CenterSettings, TransformSettings, ViewSettings
 from sslvit.stopping import obey_parent_alone
 
 MAX_KEY = 4096  # characters of a sample's key: cut ones would be counted as one sample
@@ -250,6 +251,8 @@ def encoder_views(
 ) -> Views:
     """Views at the encoder's input size, or at a multiple of it."""
     size = [scale * side for side in encoder.image_size]
+    if isinstance(view, TransformSettings):
+        return TransformViews(view, size, encoder.interpolation, seed)
     return Views(view, size, encoder.interpolation, seed, fill=fill)
 
 

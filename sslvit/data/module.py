@@ -120,7 +120,7 @@ class ShardDataModule(pl.LightningDataModule):
         if isinstance(self.index, StreamIndex):
             return "a stream is read from end to end"
         if self.views.augments:
-            return "RandAugment (data.view.operations) changes image by image, on the CPU"
+            return "RandAugment (data.view.operations) or a function of your own changes image by image, on the CPU"
         if not fits_in_memory(self.index, self.encoder.channels, self.settings.memory_limit_mb):
             return (
                 f"its images are not all of one size up to {SMALL_SIDE} pixels, or take more than "

@@ -79,7 +79,8 @@ def pack_source(
             raise ValueError("--only: takes some images of shards, and this is a data set object. Pack it first.")
         found, name = dataset_source(source, (options or SourceOptions()).label_column), type(source).__name__
     else:
-        found, name = read_source(source, options) if only is None else shard_source(Path(source), only), printable(source)
+        found = read_source(source, options) if only is None else shard_source(Path(source), only)
+        name = printable(source)
     settings = settings or PackSettings()
     if found.orientation not in (None, settings.orientation):
         raise ValueError(

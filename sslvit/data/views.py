@@ -26,6 +26,7 @@ from sslvit.settings.views import (
     CropSettings,
     MultiCropSettings,
     SquareSettings,
+    TransformSettings,
     ViewSettings,
 )
 
@@ -80,6 +81,8 @@ class Views:
                 crops = random_crops(settings.local_scale, settings.ratio, settings.flip)
                 small = ([settings.local_size] * 2, crops)
                 return [large, large] + [small] * settings.local_crops
+            case TransformSettings():  # makes its views without boxes (transform.py); sizes are known after a call
+                return [(list(side), center_crops(1.0)) for side in settings.sizes]
         return settings.specs(size)  # a view from outside the package
 
     def sample_boxes(

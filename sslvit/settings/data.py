@@ -15,8 +15,8 @@ from sslvit.settings.views import VIEW_CHOICE, CropSettings, ViewSettings
 MAX_PIXELS = 100_000_000  # a header that promises more is a decompression bomb, not a training image
 MIN_STEPS_PER_EPOCH = 4  # that a batch which is made smaller leaves
 MIN_IMAGES_PER_RANK = 4  # below which it is not made for that
-# what stands in the place of a name where a data set was given from Python
-IN_WORDS = re.compile(r"^\S+ of [\d,]+ images? given from Python \([0-9a-f]{8}\)$")
+# what stands for a data set or a function that was given from Python
+IN_WORDS = re.compile(r"^\S+ of .+ given from Python( \([0-9a-f]{8}\))?$")
 
 
 def one_source(names: str | Path | Sequence[str | Path] | None) -> str | None:

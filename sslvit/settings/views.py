@@ -201,11 +201,38 @@ class AugmentSettings:
         check_bounds(self, "data.view.", "0 or more", "magnitude_std")
 
 
-ViewSettings = AugmentSettings | CropSettings | SquareSettings | CenterSettings | CanvasSettings | MultiCropSettings
+@dataclass
+@checked("data.view.")
+class TransformSettings:
+    """Views that a function of your own makes, which only Python can give: sslvit.pretrain(..., transform=FUNCTION).
+
+    MAE and iGPT take one view of the encoder's size; DINO takes two of it, which are the global ones, then any number
+    of local ones.
+    """
+
+    kind: Literal["transform"] = "transform"
+    """Name of the view."""
+    function: str = ""
+    """The function in words."""
+    sizes: list[list[int]] = field(default_factory=list)
+    """Height and width of each view, as the function's first call gave them."""
+    digest: str | None = None
+    """Digest of the views of that call, by which a resume tells another function."""
+
+
+ViewSettings = (
+    TransformSettings
+    | AugmentSettings
+    | CropSettings
+    | SquareSettings
+    | CenterSettings
+    | CanvasSettings
+    | MultiCropSettings
+)
 VIEW_SETTINGS: dict[str, type] = {
     "augment": AugmentSettings,
     "crop": CropSettings, "square": SquareSettings, "center": CenterSettings, "canvas": CanvasSettings,
-    "multi_crop": MultiCropSettings,
+    "multi_crop": MultiCropSettings, "transform": TransformSettings,
 }  # fmt: skip
 
 

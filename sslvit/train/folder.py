@@ -43,7 +43,10 @@ WAIT_SECONDS = 30.0  # for the process before, which writes its last checkpoint
 NAMED = f"step-{'[0-9]' * 8}.ckpt"  # and not what a user calls step-best.ckpt
 SECTIONS = {"task", "encoder", "data", "train"}  # of a config.yaml
 # settings that an object may be given for, and how it is given again in Python
-GIVEN_AS = {"data.shards": "data", "task.val": "val", "online.train": "online.train", "online.val": "online.val"}
+GIVEN_AS = {
+    "data.shards": "data", "task.val": "val", "data.view.function": "transform", "online.train": "online.train",
+    "online.val": "online.val",
+}  # fmt: skip
 # what a run has made when it is killed before its first checkpoint
 BEGUN = {
     "config.yaml", "checkpoints", "metrics.jsonl", "ledger.json", "ledger", "health.json", "tensorboard", "wandb",

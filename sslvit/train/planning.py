@@ -17,9 +17,9 @@ import pytorch_lightning as pl
 import torch
 
 from sslvit.data.examples import Examples
+from sslvit.data.loader import encoder_views
 from sslvit.data.module import ShardDataModule
 from sslvit.data.open import open_data, shard_cache
-from sslvit.data.views import Views
 from sslvit.environment import cpu_cores, pick_workers
 from sslvit.results import Result
 from sslvit.run_plan import RunPlan
@@ -268,7 +268,7 @@ def plan(
 def loading_of(settings: RunSettings, examples: Examples, images_per_second: float, on_gpu: bool) -> Loading:
     """What the loader of each machine has to deliver, and what its cores can."""
     train, encoder = settings.train, settings.encoder
-    views = Views(settings.data.view, encoder.image_size, encoder.interpolation)
+    views = encoder_views(encoder, settings.data.view)
     measured = examples.images_per_second(views, encoder.channels)
     assumed = ASSUMED_MANY_VIEWS if len(views.specs()) > 1 else ASSUMED_ONE_VIEW
     devices, nodes = train.devices or 1, train.nodes or 1

@@ -19,10 +19,11 @@ from sslvit.data.mixture import Index, Plan
 from sslvit.data.module import ShardDataModule
 from sslvit.data.open import check_present
 from sslvit.data.stream import StreamIndex
+from sslvit.data.transform import first_call, function_of, in_words
 from sslvit.run_plan import RunPlan
 from sslvit.settings import RunSettings, SupervisedSettings, TrainSettings
 from sslvit.settings.load import brief, by_dotted_key, recipe_names
-from sslvit.settings.views import AugmentSettings, MultiCropSettings
+from sslvit.settings.views import AugmentSettings, MultiCropSettings, TransformSettings
 from sslvit.sharded_checkpoint import read_checkpoint
 from sslvit.tasks import task_class
 from sslvit.tasks.base import Task
@@ -115,7 +116,11 @@ def check_machine(settings: RunSettings, is_planned: bool = False) -> None:
         run = RunPlan.make(steps, 1, data.global_batch_size, settings.seed)
         settings.task.check_micro_batch(run.images_per_pass)
     kinds = task_class(settings.task.name).view_kinds
-    if settings.data.view.kind not in kinds and ":" not in settings.data.view.kind:
+    if isinstance(data.view, TransformSettings):
+        function_of(data.view)  # refuses one that nobody has given
+        if data.resolutions:
+            raise ValueError("data.resolutions: a function of your own decides the sizes of its views. Leave it out.")
+    elif settings.data.view.kind not in kinds and ":" not in settings.data.view.kind:
         raise ValueError(
             f"data.view.kind: {settings.data.view.kind} is not for {settings.task.name}. Use {' or '.join(kinds)}."
         )
@@ -164,6 +169,34 @@ def check_data(settings: RunSettings, index: Index | StreamIndex, plan: Plan) ->
             f"data.cache_gb: {data.cache_gb:g} GB cannot hold the shards that each machine reads side by side "
             f"({needed:.1f} GB). Raise it, or set data.lanes or data.window_shards lower."
         )
+
+
+def look_at_views(settings: RunSettings, index: Index | StreamIndex) -> RunSettings:
+    """The settings with the number and sizes of the views that the user's own function makes; as they are without one.
+
+    Raises:
+        ValueError: the task takes other views.
+    """
+    view, encoder, task = settings.data.view, settings.encoder, settings.task.name
+    if not isinstance(view, TransformSettings):
+        return settings
+    if isinstance(index, StreamIndex):
+        raise ValueError("transform: a stream is not looked at before the run. Pack it into shards.")
+    view = first_call(view, encoder, index, settings.seed)
+    count, takes_one = len(view.sizes), "multi_crop" not in task_class(task).view_kinds
+    main = view.sizes[: 1 if takes_one else 2]
+    if (takes_one and count != 1) or (not takes_one and count < 2):
+        needed = "one view of each image" if takes_one else "two global views of each image, then local ones"
+        raise ValueError(f"transform: it gives {count}, and {task} takes {needed}.")
+    if any(size != encoder.image_size for size in main):
+        raise ValueError(
+            f"transform: it gives {'views' if len(main) > 1 else 'a view'} of {in_words(main)} pixels, and encoder."
+            f"image_size is {in_words([encoder.image_size])}. Change one of them."
+        )
+    odd = next((size for size in view.sizes if any(side % encoder.patch for side in size)), None)
+    if odd is not None:
+        raise ValueError(f"transform: {in_words([odd])} pixels are not a multiple of encoder.patch ({encoder.patch}).")
+    return replace(settings, data=replace(settings.data, view=view))
 
 
 def size_notice(settings: RunSettings, examples: Examples) -> str | None:

@@ -49,6 +49,7 @@ from sslvit.train.prepare import (
     is_slurm_job,
     keep_resolved,
     keep_start,
+    look_at_views,
     resolve_defaults,
     resolve_processes,
     size_notice,
@@ -110,6 +111,7 @@ def _pretrain(
     index, plan = open_data(settings.data, settings.seed, train.batch_multiple, settings.task.usual.batch)
     if is_first:
         check_data(settings, index, plan)
+    settings = look_at_views(settings, index)
 
     if train.threads:
         torch.set_num_threads(train.threads)

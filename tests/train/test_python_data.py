@@ -119,7 +119,7 @@ def test_a_run_says_in_words_what_it_was_given_and_how_it_goes_on(
     capsys.readouterr()
     assert main(["resume", str(cut.path)]) == 1
     printed = capsys.readouterr().err
-    assert f"trains on {words}, which no file holds. Resume it from Python with the same data: {call}" in printed
+    assert f"was given {words}, which no file holds. Resume it from Python with the same: {call}" in printed
     assert main(["pretrain", "--config", str(cut.config), "--out", str(tmp_path / "other")]) == 1
     assert "an object of a Python process, which no file holds" in capsys.readouterr().err
     with pytest.raises(ValueError, match="already exists. To go on with it: sslvit.resume"):
@@ -132,7 +132,7 @@ def test_another_data_set_is_refused_where_a_run_goes_on(tmp_path: Path, monkeyp
     for other in (Noise(seed=1), Noise(count=31)):
         with pytest.raises(ValueError, match="the checkpoint was written with other data .*shards .* then"):
             sslvit.resume(cut, data=other)
-    with pytest.raises(ValueError, match="trains on Noise of 30 images .* sslvit.resume.*data="):
+    with pytest.raises(ValueError, match="was given Noise of 30 images .* sslvit.resume.*data="):
         sslvit.resume(cut)
     assert cut.checkpoint.read_bytes() == before
     assert pretrained(cut.path, Noise(), resume=True).read_metrics()[-1]["step"] == 7
