@@ -251,9 +251,8 @@ def encoder_views(
 ) -> Views:
     """Views at the encoder's input size, or at a multiple of it."""
     size = [scale * side for side in encoder.image_size]
-    if isinstance(view, TransformSettings):
-        return TransformViews(view, size, encoder.interpolation, seed)
-    return Views(view, size, encoder.interpolation, seed, fill=fill)
+    kind = TransformViews if isinstance(view, TransformSettings) else Views
+    return kind(view, size, encoder.interpolation, seed, fill=fill)
 
 
 def center_view(encoder: EncoderSettings, fraction: float | None = None) -> CenterSettings:

@@ -89,8 +89,11 @@ class TransformViews(Views):
 
     settings: TransformSettings
 
-    def __init__(self, settings: TransformSettings, size: list[int], interpolation: str, seed: int = 0) -> None:
-        super().__init__(settings, size, interpolation, seed)
+    def __init__(
+        self, settings: Any, size: list[int], interpolation: str, seed: int = 0, color_here: bool = True,
+        fill: list[float] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(settings, size, interpolation, seed, color_here, fill)
         self.function = function_of(settings)
 
     @property

@@ -159,6 +159,13 @@ def test_arrays_of_8_and_16_bits_and_of_any_channels_are_those_of_packed_ones(
             assert one.views[0].dtype == (torch.uint8 if dtype is np.uint8 else torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+def test_floating_point_pixels_are_rounded_to_8_bits(dtype: type) -> None:
+    between = (np.array([[0, 127.6, 254.7, 255.0]]) / 255).astype(dtype)
+    for image in (between, torch.from_numpy(between)):
+        assert np.asarray(as_content(image)).tolist() == [[0, 128, 255, 255]]
+
+
 def test_a_picture_is_turned_as_its_exif_orientation_says() -> None:
     exif = Image.Exif()
     exif[274] = 6

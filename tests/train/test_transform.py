@@ -18,6 +18,8 @@ from torchvision.transforms.functional import pil_to_tensor, to_tensor
 import sslvit
 from sslvit import rng
 from sslvit.cli import main
+from sslvit.data.transform import TransformViews, named_function
+from sslvit.settings.views import TransformSettings
 from sslvit.tasks import task_class
 from sslvit.train.folder import RunFolder
 
@@ -132,6 +134,17 @@ def test_a_run_says_its_function_in_words_and_how_it_goes_on(
     )
     sslvit.resume(cut, transform=CROP)
     assert "resuming with changes: data.view.function jittered of" in capsys.readouterr().out
+
+
+def test_the_views_of_an_image_follow_from_seed_epoch_and_sample() -> None:
+    with named_function(jittered) as view:
+        settings = TransformSettings(function=view["data.view.function"], sizes=[[8, 8]])
+        image = torch.arange(300, dtype=torch.uint8).view(1, 20, 15)
+        calls = [(0, 1, 2), (0, 1, 2), (0, 1, 3), (0, 2, 2), (1, 1, 2)]
+        made = [TransformViews(settings, [8, 8], "bilinear", seed).call(image, sample, epoch)[0]
+                for seed, epoch, sample in calls]  # fmt: skip
+    assert torch.equal(made[0], made[1])
+    assert not any(torch.equal(made[0], other) for other in made[2:])
 
 
 def sized(*sizes: tuple[int, int], channels: int = 1):
