@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sslvit.checkpoint import load_encoder, save_encoder
     from sslvit.data.module import ShardDataModule
     from sslvit.evaluation import compare, embed, health, knn, likelihood, probe, sample
-    from sslvit.models import ViTEncoder
+    from sslvit.models import Backbone, ViTEncoder
     from sslvit.plugins import use_plugin
     from sslvit.report.sweep import sweep
     from sslvit.run_plan import RunPlan
@@ -46,6 +46,7 @@ _logger.propagate = False
 
 # name -> the module that has it; an empty one for a package's own
 _LAZY = {
+    "Backbone": "sslvit.models",
     "EncoderSettings": "sslvit.settings",
     "RunPlan": "sslvit.run_plan",
     "ShardDataModule": "sslvit.data.module",
@@ -74,6 +75,7 @@ _LAZY = {
     "use_plugin": "sslvit.plugins",
 }
 __all__ = [
+    "Backbone",
     "EncoderSettings",
     "RunPlan",
     "ShardDataModule",

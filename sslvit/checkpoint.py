@@ -21,16 +21,18 @@ from typing import Any
 import torch
 import yaml
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from sslvit.compatibility import check_fits, load_strict, settings_from
 from sslvit.data.preprocess import ImageLike, preprocess
 from sslvit.files import new_file, printable, remove_stale_parts
-from sslvit.layouts import Converted, timm_models, to_sslvit, transformers_folder
+from sslvit.layouts import Converted, backbones, timm_models, to_sslvit, transformers_folder
 from sslvit.layouts.unwrap import unwrap
 from sslvit.messages import for_python
-from sslvit.models import ViTEncoder
+from sslvit.models import Backbone, Encoder, ViTEncoder
+from sslvit.models.networks import BackboneLike, given_backbone, make_network
 from sslvit.settings import EncoderSettings
+from sslvit.settings.encoder import OF_A_BACKBONE, OWN
 from sslvit.settings.load import MADE_BY, YAML_ERRORS
 from sslvit.sharded_checkpoint import read_checkpoint
 from sslvit.weight_files import FOLDER_FILES, read_folder_weights, read_torch_file
@@ -40,12 +42,15 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 HEAD = "head.safetensors"  # beside an encoder: the classifier that was trained with it
 TIMM = "timm:"  # prefix of the name of one of timm's pretrained models
+LIBRARIES = (TIMM, "torchvision:")
 SNAPSHOTS = "snapshots"  # of a model in the hub's cache
 STUDENT, TEACHER = "model.encoder.", "model.teacher."  # prefixes in a checkpoint whose task trains both
 
 
-class LoadedEncoder(ViTEncoder):
-    """A `ViTEncoder` from a file, which knows how its images are prepared."""
+class Preprocesses:
+    """What comes from a file knows how its images are prepared."""
+
+    settings: EncoderSettings
 
     def preprocess(self, images: ImageLike | Sequence[ImageLike]) -> Tensor:
         """The normalized batch 'b c h w' that evaluation makes of images: turned upright, cropped and resized.
@@ -60,24 +65,37 @@ class LoadedEncoder(ViTEncoder):
         Example:
             features = encoder.features(encoder.preprocess("dog.jpg"))
         """
+        assert isinstance(self, nn.Module)
         return preprocess(images, self.settings).to(next(self.parameters()))
 
 
-def describe_encoder(encoder: ViTEncoder) -> dict[str, Any]:
-    """The encoder's settings as plain dicts, lists, strings and numbers."""
-    return asdict(encoder.settings)
+class LoadedEncoder(Preprocesses, ViTEncoder):
+    """A `ViTEncoder` from a file."""
 
 
-def fingerprint(encoder: ViTEncoder) -> str:
-    """A hash of exactly these settings and weights."""
+class LoadedBackbone(Preprocesses, Backbone):
+    """A `Backbone` from a file or by its name."""
+
+
+def describe_encoder(encoder: Encoder) -> dict[str, Any]:
+    """The encoder's settings as plain dicts, lists, strings and numbers: those that hold for it."""
+    found = asdict(encoder.settings)
+    is_backbone = encoder.settings.backbone is not None
+    return {key: value for key, value in found.items() if key in OF_A_BACKBONE} if is_backbone else found
+
+
+def fingerprint(encoder: Encoder) -> str:
+    """A hash of exactly these settings and weights; of a module from Python also of what it computes."""
     content = hashlib.sha256(json.dumps(describe_encoder(encoder), sort_keys=True).encode())
     for key, value in sorted(encoder.state_dict().items()):
         content.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
         content.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    if isinstance(encoder, Backbone) and encoder.settings.backbone == OWN:  # whose code no name stands for
+        content.update(repr(encoder.net).encode() + encoder.answer().cpu().numpy().tobytes())
     return content.hexdigest()
 
 
-def save_encoder(encoder: ViTEncoder, folder: str | Path, provenance: dict[str, Any] | None = None) -> Path:
+def save_encoder(encoder: Encoder, folder: str | Path, provenance: dict[str, Any] | None = None) -> Path:
     """Write encoder.json and encoder.safetensors, each complete or not at all.
 
     Args:
@@ -104,18 +122,21 @@ def save_encoder(encoder: ViTEncoder, folder: str | Path, provenance: dict[str, 
 
 @for_python
 def load_encoder(
-    source: str | Path, layout: str | None = None, heads: int | None = None, weights: str | None = None, **changes: Any
-) -> LoadedEncoder:
+    source: str | Path, layout: str | None = None, heads: int | None = None, weights: str | None = None,
+    backbone: BackboneLike | None = None, **changes: Any,
+) -> LoadedEncoder | LoadedBackbone:  # fmt: skip
     """An encoder in evaluation mode from anything that holds one; never runs code from the file.
 
     Args:
         source: A run folder, an encoder folder, a Lightning checkpoint of ours, a released checkpoint file, a folder
-            that transformers or timm opens, or timm:NAME for a pretrained model of timm's.
+            that transformers or timm opens, timm:NAME for a pretrained model of timm's, or another network by its name,
+            such as torchvision:resnet18@IMAGENET1K_V1 (layouts/backbones.py).
         layout: Layout of a released file: mae, dino, dinov2, timm, transformers or openai_igpt; recognized from the
             names if None.
         heads: Attention heads of a released file, which does not state them; 64 channels a head are assumed if None.
         weights: Which network of a file with several, by a part of its name, such as student or model_ema; None for
             what its task calls the result, the teacher, or an average over training.
+        backbone: The module from Python that a run trained, or a function that makes it: no folder holds its code.
         changes: Settings that a released file does not state, such as `palette`.
 
     Raises:
@@ -127,7 +148,13 @@ def load_encoder(
         encoder = sslvit.load_encoder("runs/photos")
         features = encoder.features(encoder.preprocess(["dog.jpg", "cat.jpg"]))
     """
+    if backbone is not None:
+        with given_backbone(backbone):
+            return load_encoder(source, layout, heads, weights, **changes)
     overrides = {key: value for key, value in (("layout", layout), ("heads", heads), ("weights", weights)) if value}
+    if str(source).startswith(LIBRARIES) and backbones.is_name(str(source)):
+        reject_overrides(str(source), overrides)
+        return _build_converted(backbones.from_name(str(source), **changes), str(source))
     if str(source).startswith(TIMM):
         reject_overrides(str(source), overrides)
         return _build_converted(timm_models.from_name(str(source).removeprefix(TIMM), **changes), str(source))
@@ -202,19 +229,27 @@ def reject_overrides(source: str, overrides: dict[str, Any]) -> None:
         )
 
 
-def _build_converted(converted: Converted, source: str) -> LoadedEncoder:
+def _build_converted(converted: Converted, source: str) -> LoadedEncoder | LoadedBackbone:
     source = printable(source)
     for note in converted.notes:
         logger.info(f"{source}: {note}")
     settings = settings_from(asdict(converted.settings), source)  # what a foreign file states is checked as well
     encoder = _build(settings, converted.encoder, source)
-    logger.info(f"{source}: {converted.summary()}")
+    if converted.num_read:
+        logger.info(f"{source}: {converted.summary()}")
     return encoder
 
 
-def _build(settings: EncoderSettings, weights: dict[str, Tensor], source: str | Path) -> LoadedEncoder:
+def _build(settings: EncoderSettings, weights: dict[str, Tensor], source: str | Path) -> LoadedEncoder | LoadedBackbone:
     check_fits(settings, weights, str(source))
-    encoder = LoadedEncoder(settings)
+    encoder: LoadedEncoder | LoadedBackbone
+    if settings.backbone is None:
+        encoder = LoadedEncoder(settings)
+    else:
+        try:
+            encoder = LoadedBackbone(make_network(settings), settings)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
     load_strict(encoder, weights, str(source))
     return encoder.eval()
 
@@ -290,7 +325,7 @@ def _snapshot(folder: Path) -> Path:
 def provenance_of(source: str | Path, weights: str | None = None) -> dict[str, Any]:
     """Where the weights of a source come from, as far as its files state it: task, step, data, settings of a run."""
     network = {} if weights is None else {"weights": weights}
-    if str(source).startswith(TIMM):
+    if str(source).startswith(LIBRARIES):
         return {"imported_from": str(source)}
     path = find_encoder(source, by_network=weights is not None)
     if path.is_dir():

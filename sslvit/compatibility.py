@@ -49,6 +49,8 @@ def check_fits(settings: EncoderSettings, weights: dict[str, Any], source: str) 
     other = next((key for key, value in weights.items() if not isinstance(value, Tensor)), None)
     if other is not None:
         raise ValueError(f"{source}: {brief(other)} is a {type(weights[other]).__name__}, not a tensor. Is it damaged?")
+    if settings.backbone is not None:
+        return  # its library, and not the file, says how large it is
     shape = copy.copy(settings)
     shape.depth = min(settings.depth, count_blocks(weights, "blocks.") + 1)
     shape.color_init = "normal"

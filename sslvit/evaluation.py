@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
+from torch import nn
+
 from sslvit.checkpoint import load_encoder
 from sslvit.data.open import open_shards
 from sslvit.data.python_data import DataLike, name_of, takes_datasets
@@ -22,10 +24,10 @@ from sslvit.evaluate.layers import layer_numbers, plot_layers, probe_layers
 from sslvit.evaluate.probe import ProbeTable
 from sslvit.evaluate.samples import SampledImages, complete_images, sample_images
 from sslvit.evaluate.scores import MeasureTable
-from sslvit.evaluate.sources import FrozenEncoder, LabeledSet, view_in_words
+from sslvit.evaluate.sources import LabeledSet, frozen, view_in_words
 from sslvit.files import check_new_arrays, check_new_picture, expand_path
 from sslvit.messages import for_python
-from sslvit.models import ViTEncoder
+from sslvit.models import Backbone, Encoder, ViTEncoder
 from sslvit.models.igpt import IGPTModel
 from sslvit.ranks import all_ranks, is_first_rank
 from sslvit.settings import ProbeSettings
@@ -37,7 +39,7 @@ from sslvit.tasks.released import load_igpt
 
 logger = logging.getLogger(__name__)
 
-EncoderLike = str | os.PathLike[str] | ViTEncoder
+EncoderLike = str | os.PathLike[str] | nn.Module  # a ViTEncoder, a Backbone, or any module from images to vectors
 Size = int | str | Sequence[int]
 
 
@@ -57,7 +59,7 @@ def probe(
     """Score a frozen encoder: linear probe and kNN, with baselines.
 
     Args:
-        encoder: An encoder, or what `load_encoder` takes.
+        encoder: An encoder, any module that makes a vector 'b d' of images, or what `load_encoder` takes.
         train: Labeled shards, class folders, or a data set with labels (as in `pretrain`) that the heads are fitted on.
         val: Data of the same kind that is scored.
         layers: Blocks to score side by side: "all", or numbers such as [1, 4, 8].
@@ -89,7 +91,7 @@ def probe(
         if not layers:
             return probing.probe({"encoder": network}, found)
         text = layers if isinstance(layers, str) else ",".join(map(str, layers))
-        numbers = layer_numbers(text, network.settings.depth)
+        numbers = layer_numbers(text, frozen(network).depth)
         curve = probe_layers(network, found, numbers)
         if figure and is_first_rank():
             curve.figure = plot_layers(curve, numbers, figure)
@@ -110,7 +112,7 @@ def knn(
     """Score a frozen encoder by its nearest neighbors alone.
 
     Args:
-        encoder: An encoder, or what `load_encoder` takes.
+        encoder: An encoder, any module that makes a vector 'b d' of images, or what `load_encoder` takes.
         train: Labeled shards, class folders, or a data set with labels (as in `pretrain`) whose images vote.
         val: Data of the same kind that is scored.
         crop_fraction: Fraction of the center crop's sides that is seen; None for the encoder's own.
@@ -195,7 +197,7 @@ def health(
     """Measure features without labels: rank, spectrum, uniformity, alignment.
 
     Args:
-        encoder: An encoder, or what `load_encoder` takes.
+        encoder: An encoder, any module that makes a vector 'b d' of images, or what `load_encoder` takes.
         data: Images, with labels or without.
         images: Number of images, evenly spaced.
         layer: Number of the block whose output is taken; None for the encoder's own.
@@ -230,7 +232,7 @@ def health(
     return _measured({"encoder": open_encoder(encoder, crop_fraction, size)}, _name(data), images, found)
 
 
-def _measured(encoders: dict[str, ViTEncoder], data: str, images: int, settings: ProbeSettings) -> MeasureTable:
+def _measured(encoders: dict[str, Encoder], data: str, images: int, settings: ProbeSettings) -> MeasureTable:
     """Measures without labels of encoders, with what a reader needs to quote them."""
     index, device = open_shards(data), pick_device(settings.device)
     encoders = {name: encoder.to(device) for name, encoder in encoders.items()}
@@ -266,7 +268,7 @@ def embed(
     """Features of images as arrays.
 
     Args:
-        encoder: An encoder, or what `load_encoder` takes.
+        encoder: An encoder, any module that makes a vector 'b d' of images, or what `load_encoder` takes.
         data: Shards, a folder of images or a data set (as in `pretrain`), with labels or without.
         output: File for the arrays, which ends in .npz.
         layer: Number of the block whose output is taken; None for the encoder's own.
@@ -298,7 +300,7 @@ def embed(
     }  # fmt: skip
     found = from_keywords(KNNSettings, {"train": "", "val": "", **given})
     network = open_encoder(encoder, crop_fraction, size).to(pick_device(device))
-    source = FrozenEncoder(network, precision)
+    source = frozen(network, precision)
     readouts = source.readouts(layer, found.blocks, pooling)
     images = LabeledSet(open_shards(_name(data)), network.settings.channels, None, max_unreadable_fraction)
     made = embedding.embed(source, images, readouts, batch, workers)
@@ -411,22 +413,29 @@ def likelihood(
 # ---- what they share -----------------------------------------------------------------------------------------
 
 
-def open_encoder(encoder: EncoderLike, crop_fraction: float | None = None, size: Size | None = None) -> ViTEncoder:
+def open_encoder(encoder: EncoderLike, crop_fraction: float | None = None, size: Size | None = None) -> Encoder:
     """An encoder by name or as it is, seeing another part of each image, or at another size, if that is asked for."""
-    if not isinstance(encoder, ViTEncoder):
-        encoder = load_encoder(expand_path(os.fspath(encoder)))
+    found: Encoder
+    if isinstance(encoder, (ViTEncoder, Backbone)):
+        found = encoder
+    elif isinstance(encoder, nn.Module):
+        found = Backbone(encoder)
+    else:
+        found = load_encoder(expand_path(os.fspath(encoder)))
     changes: dict[str, Any] = {}
     if crop_fraction is not None:
         if not 0 < crop_fraction <= 1:
             raise ValueError(f"--crop-fraction {crop_fraction:g}: must be in (0, 1].")
         changes["crop_fraction"] = crop_fraction
     if size is not None:
-        changes["image_size"] = read_size(size, encoder.settings)
+        changes["image_size"] = read_size(size, found.settings)
     if not changes:
-        return encoder
-    seen = copy.copy(encoder)  # with the same weights
-    seen.settings = replace(encoder.settings, **changes)
-    if seen.settings.grid != seen.position_grid and is_first_rank():
+        return found
+    seen = copy.copy(found)  # with the same weights
+    seen.settings = replace(found.settings, **changes)
+    if isinstance(seen, Backbone):
+        seen.measure_width()  # refuses a size that it cannot take
+    elif seen.settings.grid != seen.position_grid and is_first_rank():
         grids = [f"{rows} x {columns}" for rows, columns in (seen.position_grid, seen.settings.grid)]
         logger.info(f"images are seen in {grids[1]} patches; positions are interpolated from {grids[0]}")
     return seen

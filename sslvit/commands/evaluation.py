@@ -22,10 +22,10 @@ from sslvit.settings.probe import (
 from sslvit.stopping import is_first_process
 
 if TYPE_CHECKING:
-    from sslvit.models import ViTEncoder
+    from sslvit.models import Encoder, ViTEncoder
 
 
-def load_scored(options: CroppedEncoder) -> ViTEncoder:
+def load_scored(options: CroppedEncoder) -> Encoder:
     """The encoder that a command scores, with the crop and the size that were asked for."""
     from sslvit.checkpoint import load_encoder
     from sslvit.evaluation import open_encoder
@@ -163,6 +163,7 @@ def run_segment(options: SegmentOptions) -> None:
     from sslvit.evaluate.masks import MaskedImages
     from sslvit.evaluate.probe import SAME_DATA, untrained
     from sslvit.evaluate.sources import view_in_words
+    from sslvit.models import require_transformer
     from sslvit.report.show import plot_predictions
 
     train, val = (MaskedImages.open(folder) for folder in (options.train, options.val))
@@ -171,7 +172,7 @@ def run_segment(options: SegmentOptions) -> None:
         refuse_or_warn(names, options.allow_same_data, "--allow-same-data")
     else:
         warn_of_shared(stored_files(train.images), stored_files(val.images), names)
-    encoder = load_scored(options)
+    encoder = require_transformer(load_scored(options), "segment")
     rows: dict[str, ViTEncoder | None] = {"encoder": encoder}
     if options.baselines:
         rows = {"raw pixels": None, "untrained encoder": untrained(encoder, options.seed), **rows}
@@ -224,22 +225,26 @@ def run_show(options: ShowOptions) -> None:
     numbers_file = out.with_suffix(".json")
     if options.what == "distance":
         check_new(numbers_file)
+    from sslvit.models import require_transformer
     from sslvit.report import show
 
-    encoder = load_scored(options)
+    network = load_scored(options)
     if options.what == "neighbors":
-        file = str(show.show_neighbors(encoder, options.data, out, options.images, options.among or 1000))
+        file = str(show.show_neighbors(network, options.data, out, options.images, options.among or 1000))
         report(options, file, {"figure": file})
         return
-    images = show.some_images(encoder.settings, options.data, options.images)
-    if options.what == "attention":
-        files = {"figure": show.plot_attention(encoder, images, out)}
-    elif options.what == "field":
-        files = {"figure": show.plot_field(encoder, images, out)}
+    if options.what == "field":
+        images = show.some_images(network.settings, options.data, options.images)
+        files = {"figure": show.plot_field(network, images, out)}
     else:
-        path, numbers = show.plot_distance(encoder, images, out)
-        write_json(numbers_file, numbers)
-        files = {"figure": path, "numbers": numbers_file}
+        encoder = require_transformer(network, f"show {options.what}")
+        images = show.some_images(encoder.settings, options.data, options.images)
+        if options.what == "attention":
+            files = {"figure": show.plot_attention(encoder, images, out)}
+        else:
+            path, numbers = show.plot_distance(encoder, images, out)
+            write_json(numbers_file, numbers)
+            files = {"figure": path, "numbers": numbers_file}
     names = {what: str(file) for what, file in files.items()}
     report(options, "\n".join(names.values()), names)
 

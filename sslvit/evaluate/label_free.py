@@ -11,8 +11,8 @@ from sslvit.data.open import check_present
 from sslvit.evaluate.features import FeatureExtractor
 from sslvit.evaluate.health import alignment, label_free
 from sslvit.evaluate.probe import check_channels, untrained, untrained_row
-from sslvit.evaluate.sources import FrozenEncoder, LabeledSet, RawPixels, Source
-from sslvit.models import ViTEncoder
+from sslvit.evaluate.sources import LabeledSet, RawPixels, Source, frozen
+from sslvit.models import Encoder
 from sslvit.settings.probe import Precision
 from sslvit.settings.views import CropSettings
 
@@ -20,7 +20,7 @@ PAIR = CropSettings(scale=[0.2, 1.0])  # two crops of an image, whose features s
 
 
 def measure_health(
-    encoders: Mapping[str, ViTEncoder], data: LabeledSet, layer: int | None = None, pooling: str | None = None,
+    encoders: Mapping[str, Encoder], data: LabeledSet, layer: int | None = None, pooling: str | None = None,
     batch: int = 256, workers: int | None = None, seed: int = 0, precision: Precision = "float32",
 ) -> dict[str, dict[str, float]]:  # fmt: skip
     """RankMe, deviation, spectrum, uniformity and alignment of raw pixels and of encoders, untrained and as they are.
@@ -41,8 +41,8 @@ def measure_health(
     sources: dict[str, Source] = {"raw pixels": RawPixels(first.settings, next(first.parameters()).device)}
     for name, encoder in encoders.items():
         if row := untrained_row(name, encoders):
-            sources[row] = FrozenEncoder(untrained(encoder, seed), precision)
-        sources[name] = FrozenEncoder(encoder, precision)
+            sources[row] = frozen(untrained(encoder, seed), precision)
+        sources[name] = frozen(encoder, precision)
     return {
         row: measures_of(source, data, FeatureExtractor(batch, workers), layer, pooling, seed)
         for row, source in sources.items()

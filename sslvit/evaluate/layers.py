@@ -13,9 +13,9 @@ from sslvit.evaluate.features import FeatureExtractor
 from sslvit.evaluate.probe import HELD_OUT_ACCURACY, LINEAR, ProbeTable, describe, open_labeled, score, untrained
 from sslvit.evaluate.protocols import ProbeContext
 from sslvit.evaluate.scores import Scores, format_table
-from sslvit.evaluate.sources import FrozenEncoder, LabeledSet, RawPixels, Source
+from sslvit.evaluate.sources import LabeledSet, RawPixels, Source, frozen
 from sslvit.figures import plot_curves
-from sslvit.models import ViTEncoder
+from sslvit.models import Encoder
 from sslvit.ranks import is_first_rank
 from sslvit.settings import LogregSettings, ProbeSettings
 
@@ -74,7 +74,7 @@ def layer_numbers(text: str, depth: int) -> list[int]:
     return numbers
 
 
-def probe_layers(encoder: ViTEncoder, settings: ProbeSettings, numbers: list[int]) -> LayerTable:
+def probe_layers(encoder: Encoder, settings: ProbeSettings, numbers: list[int]) -> LayerTable:
     """Score blocks of one encoder by their numbers, counted from 1, from one pass over each data set.
 
     Raises:
@@ -90,9 +90,9 @@ def probe_layers(encoder: ViTEncoder, settings: ProbeSettings, numbers: list[int
     train, val = (LabeledSet(index, encoder.settings.channels, None, limit) for index in indices)
     cache = FeatureCache(settings.cache, settings.cache_gb) if settings.cache else None
     extractor = FeatureExtractor(settings.batch, settings.workers, cache)
-    sources: dict[str, Source] = {"layer {}": FrozenEncoder(encoder.to(device), settings.precision)}
+    sources: dict[str, Source] = {"layer {}": frozen(encoder.to(device), settings.precision)}
     if settings.baselines:
-        sources["untrained, layer {}"] = FrozenEncoder(untrained(encoder, settings.seed), settings.precision)
+        sources["untrained, layer {}"] = frozen(untrained(encoder, settings.seed), settings.precision)
         sources["raw pixels"] = RawPixels(encoder.settings, device)
     table: Scores = {}
     for name, source in sources.items():

@@ -17,7 +17,7 @@ from sslvit.evaluate.knn import nearest
 from sslvit.evaluate.label_free import evenly_spaced
 from sslvit.evaluate.sources import full_float32
 from sslvit.figures import plot_images
-from sslvit.models import ViTEncoder
+from sslvit.models import Encoder
 from sslvit.progress import track
 
 IMAGES_AT_ONCE = 16
@@ -42,7 +42,7 @@ class Neighbors:
 
 @full_float32()
 def find_neighbors(
-    encoder: ViTEncoder, reader: ShardReader, queries: int = 8, neighbors: int = 6, among: int = 1000
+    encoder: Encoder, reader: ShardReader, queries: int = 8, neighbors: int = 6, among: int = 1000
 ) -> Neighbors:
     """The nearest neighbors of images that are evenly spaced over a data set, by cosine similarity.
 
@@ -74,7 +74,7 @@ def find_neighbors(
 
 
 @torch.no_grad()
-def features_of(encoder: ViTEncoder, reader: ShardReader, samples: np.ndarray) -> tuple[np.ndarray, Tensor]:
+def features_of(encoder: Encoder, reader: ShardReader, samples: np.ndarray) -> tuple[np.ndarray, Tensor]:
     """The samples that can be read, and their features 'n d' on the CPU."""
     device, dtype = next(encoder.parameters()).device, next(encoder.parameters()).dtype
     views, kept, rows = _views(encoder), [], []
@@ -85,11 +85,10 @@ def features_of(encoder: ViTEncoder, reader: ShardReader, samples: np.ndarray) -
         if len(images):
             rows.append(encoder.features(images.to(dtype)).float().cpu())
             kept.append(piece[batch.valid.numpy()])
-    nothing = torch.empty(0, encoder.settings.width)
-    return np.concatenate([samples[:0], *kept]), torch.cat(rows) if rows else nothing
+    return np.concatenate([samples[:0], *kept]), torch.cat(rows) if rows else torch.empty(0, 1)
 
 
-def plot_neighbors(encoder: ViTEncoder, reader: ShardReader, found: Neighbors, path: str | Path) -> Path:
+def plot_neighbors(encoder: Encoder, reader: ShardReader, found: Neighbors, path: str | Path) -> Path:
     """Plot each image in a row with its neighbors, as the encoder sees them."""
     numbers = np.concatenate([found.queries[:, None], found.samples], axis=1)
     flat = numbers.reshape(-1)
@@ -101,5 +100,5 @@ def plot_neighbors(encoder: ViTEncoder, reader: ShardReader, found: Neighbors, p
     return plot_images(path, rows, [""] * len(rows), title, captions)
 
 
-def _views(encoder: ViTEncoder) -> Views:
+def _views(encoder: Encoder) -> Views:
     return encoder_views(encoder.settings, center_view(encoder.settings))

@@ -6,7 +6,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -24,14 +24,16 @@ from sslvit.evaluate.knn import recognized_by_neighbors
 from sslvit.evaluate.linear import fit_probe, percent, sample_labels
 from sslvit.evaluate.protocols import ProbeContext, check_readouts, choose_readouts, describe_readouts, linear_probe
 from sslvit.evaluate.scores import Scores, format_table, independent, interval, mean, sampling_interval, score_cells
-from sslvit.evaluate.sources import Features, FrozenEncoder, LabeledSet, RawPixels, Source
+from sslvit.evaluate.sources import Features, FrozenBackbone, LabeledSet, RawPixels, Source, frozen
 from sslvit.files import brief
-from sslvit.models import ViTEncoder
+from sslvit.models import Backbone, Encoder, make_encoder
 from sslvit.ranks import is_first_rank
 from sslvit.results import Result
 from sslvit.settings import ProbeSettings
+from sslvit.settings.encoder import OWN
 
 logger = logging.getLogger(__name__)
+AnyEncoder = TypeVar("AnyEncoder", bound=Encoder)
 
 LINEAR = "linear, all labels"
 PAPER_RULE = "the paper's choice"
@@ -73,6 +75,8 @@ class ProbeTable(Result):
             f"each image{', of few labels and kNN' if has_own_views else ''}: {about['view']}"
             + ("" if about["precision"] == "float32" else f"; features computed in {about['precision']}"),
         ]
+        networks = {row: of["network"] for row, of in about["probed"].items() if "network" in of}
+        lines += [f"{row}: {network}" for row, network in networks.items() if not row.startswith(network)]
         if about["protocol"]:
             lines.append(f"linear probe: {about['protocol']} ({about['source']})")
             lines.append("  " + "; ".join(in_words(key, value) for key, value in linear.items()))
@@ -124,7 +128,7 @@ class ProbeTable(Result):
                 "differences": [asdict(one) for one in self.differences], "about": self.about}  # fmt: skip
 
 
-def probe(encoders: Mapping[str, ViTEncoder], settings: ProbeSettings) -> ProbeTable:
+def probe(encoders: Mapping[str, Encoder], settings: ProbeSettings) -> ProbeTable:
     """Score encoders on labeled shards.
 
     Several processes share the passes through the encoders; the first one fits the heads and has the table.
@@ -151,8 +155,8 @@ def probe(encoders: Mapping[str, ViTEncoder], settings: ProbeSettings) -> ProbeT
         rows["raw pixels"] = [(source, seed) for source in [RawPixels(first, device)] for seed in seeds]
     for name, encoder in encoders.items():
         if settings.baselines and (row := untrained_row(name, encoders)):
-            rows[row] = [(FrozenEncoder(untrained(encoder, seed), settings.precision), seed) for seed in seeds]
-        rows[name] = [(source, seed) for source in [FrozenEncoder(encoder, settings.precision)] for seed in seeds]
+            rows[row] = [(frozen(untrained(encoder, seed), settings.precision), seed) for seed in seeds]
+        rows[name] = [(source, seed) for source in [frozen(encoder, settings.precision)] for seed in seeds]
     for sources in rows.values():
         check_readouts(sources[0][0], settings)  # what cannot be probed is refused before the first pass
     cache = FeatureCache(settings.cache, settings.cache_gb) if settings.cache else None
@@ -174,19 +178,30 @@ def probe(encoders: Mapping[str, ViTEncoder], settings: ProbeSettings) -> ProbeT
                 by_seed[column].append(values)
         table[row] = {column: independent(values) for column, values in by_seed.items()}
         probed[row] |= {"fingerprint": sources[-1][0].fingerprint(), "scores": dict(by_seed)}
+        if row in encoders and isinstance(source, FrozenBackbone):
+            probed[row]["network"] = source.backbone.name
     found = differences({name: right[name] for name in encoders}) if is_first_rank() else []
     return ProbeTable(table, describe(context, settings, probed), differences=found)
 
 
-def check_channels(encoders: Mapping[str, ViTEncoder]) -> None:
+def check_channels(encoders: Mapping[str, Encoder]) -> None:
     """Refuse encoders that cannot see the same images."""
     if len({encoder.settings.channels for encoder in encoders.values()}) > 1:
         raise ValueError(f"{', '.join(encoders)}: these encoders take images of different channels. Score each alone.")
 
 
-def untrained_row(name: str, encoders: Mapping[str, ViTEncoder]) -> str | None:
-    """The row of an encoder's untrained network; None where an earlier one of the same architecture has it."""
-    alike = [other for other in encoders if encoders[other].settings == encoders[name].settings]
+def untrained_row(name: str, encoders: Mapping[str, Encoder]) -> str | None:
+    """The row of an encoder's untrained network; None where an earlier one of the same architecture has it.
+
+    A module from Python that cannot be reset has none.
+    """
+    encoder = encoders[name]
+    alike = [other for other in encoders if encoders[other].settings == encoder.settings]
+    if encoder.settings.backbone == OWN:
+        alike = [name]  # the same name stands for any module
+    if isinstance(encoder, Backbone) and not encoder.has_twin:
+        logger.info(f"{name}: no untrained row, since some of its modules have no reset_parameters()")
+        return None
     if alike[0] != name:
         return None
     return f"{', '.join(alike)} untrained" if len(encoders) > 1 else "untrained encoder"
@@ -216,10 +231,11 @@ def describe(context: ProbeContext, settings: ProbeSettings, probed: dict[str, d
     }  # fmt: skip
 
 
-def untrained(encoder: ViTEncoder, seed: int) -> ViTEncoder:
+def untrained(encoder: AnyEncoder, seed: int) -> AnyEncoder:
     """The same encoder with freshly initialized weights."""
     torch.manual_seed(seed)
-    return ViTEncoder(encoder.settings).to(next(encoder.parameters()).device).eval()
+    made = encoder.untrained() if isinstance(encoder, Backbone) else make_encoder(encoder.settings)
+    return cast(AnyEncoder, made.to(next(encoder.parameters()).device).eval())
 
 
 def score(

@@ -18,7 +18,16 @@ from sslvit.environment import limited_steps
 from sslvit.evaluate.features import FeatureExtractor
 from sslvit.evaluate.linear import L2_GRID, fit_probe, percent, shuffled_classes
 from sslvit.evaluate.sgd_probe import HeadGrid, fit_batch_norm_head, iterate_batches
-from sslvit.evaluate.sources import Features, FeatureTable, LabeledSet, Readout, Source, full_float32
+from sslvit.evaluate.sources import (
+    OUTPUT,
+    Features,
+    FeatureTable,
+    FrozenBackbone,
+    LabeledSet,
+    Readout,
+    Source,
+    full_float32,
+)
 from sslvit.optim import cosine, warmup_cosine
 from sslvit.progress import duration, track_counter
 from sslvit.ranks import broadcast_from_rank0, is_first_rank
@@ -97,7 +106,7 @@ def choose_readouts(source: Source, settings: ProbeSettings) -> list[Readout]:
     """The readouts of logistic regression and kNN: the settings' choice, or else the protocol's or the encoder's."""
     layer, pooling = settings.layer, settings.pooling
     if isinstance(settings.protocol, IGPTProbeSettings):
-        layer = layer or source.settings.feature_layer or max(1, source.settings.depth // 2)
+        layer = layer or source.settings.feature_layer or max(1, source.depth // 2)
         pooling = pooling or "mean"
     return source.readouts(layer, settings.blocks, pooling)
 
@@ -122,14 +131,18 @@ def _mae_readouts(source: Source, settings: ProbeSettings) -> list[Readout]:
 
 
 def _dino_readouts(source: Source, settings: ProbeSettings, protocol: DINOProbeSettings) -> list[Readout]:
+    if isinstance(source, FrozenBackbone):
+        return source.readouts(settings.layer, protocol.blocks or 1, settings.pooling)
     is_wide = source.settings.width >= WIDE
-    last = settings.layer or source.settings.depth
+    last = settings.layer or source.depth
     pooling = settings.pooling or _with_class(source, "class+mean" if is_wide else "class")
     return source.readouts(last, protocol.blocks or min(1 if is_wide else 4, last), pooling)
 
 
 def _dinov2_features(source: Source, settings: ProbeSettings, protocol: DINOv2ProbeSettings) -> list[list[Readout]]:
-    last = settings.layer or source.settings.depth
+    if isinstance(source, FrozenBackbone):
+        return [source.readouts(settings.layer, 1, settings.pooling)]
+    last = settings.layer or source.depth
     usual = [_with_class(source, pooling) for pooling in ("class", "class+mean")]
     features: list[list[Readout]] = []
     for blocks in protocol.blocks:
@@ -326,6 +339,8 @@ def describe_readouts(readouts: list[Readout]) -> str:
     for pooling, layers in by_pooling.items():
         if pooling == "pixels":
             parts.append("pixels")
+        elif pooling == OUTPUT:
+            parts.append("the network's output")
         else:
             where = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
             parts.append(f"{where}, {pooling} pooling")

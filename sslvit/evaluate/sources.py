@@ -19,7 +19,7 @@ from sslvit.checkpoint import fingerprint
 from sslvit.data.index import ShardIndex
 from sslvit.data.reader import ShardReader
 from sslvit.files import printable
-from sslvit.models import ViTEncoder
+from sslvit.models import Backbone, Encoder, ViTEncoder
 from sslvit.ranks import all_gather_objects, is_first_rank
 from sslvit.settings import EncoderSettings
 from sslvit.settings.probe import Precision
@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 MAX_UNREADABLE_FRACTION = 0.01  # of a data set's images; above it there is no score
 MAX_PIXEL_SIDE = 32  # raw pixels of larger images are shrunk to this side
 Readout = tuple[int, str]  # a block, counted from 1, and a pooling
+OUTPUT = "output"  # in the place of a pooling: the vector that a network gives itself
 
 
 class NoScore(ValueError):
@@ -106,6 +107,11 @@ class Source(ABC):
     def __init__(self, settings: EncoderSettings, device: torch.device | str = "cpu") -> None:
         self.settings, self.device = settings, torch.device(device)
 
+    @property
+    def depth(self) -> int:
+        """Number of layers, the last of which it reads unless another is asked for."""
+        return self.settings.depth
+
     @abstractmethod
     def readouts(self, layer: int | None, blocks: int, pooling: str | None) -> list[Readout]:
         """The readouts of the `blocks` blocks that end at a layer.
@@ -171,6 +177,53 @@ class FrozenEncoder(Source):
     def fingerprint(self) -> str:
         """See `Source.fingerprint`."""
         return fingerprint(self.encoder)
+
+
+class FrozenBackbone(Source):
+    """Another network, such as a CNN: its own vector, or the mean over the feature map of one of its stages."""
+
+    def __init__(self, backbone: Backbone, precision: Precision = "float32") -> None:
+        super().__init__(backbone.settings, next(backbone.parameters()).device)
+        self.backbone, self.precision = backbone.eval(), precision
+
+    @property
+    def depth(self) -> int:
+        """Number of its stages."""
+        return len(self.backbone.stages)
+
+    def readouts(self, layer: int | None, blocks: int, pooling: str | None) -> list[Readout]:
+        """See `Source.readouts`; its own vector unless a layer is asked for."""
+        name = self.settings.backbone
+        if blocks != 1:
+            raise ValueError(f"--blocks {blocks}: {name} has stages of different widths. Give one with --layer.")
+        if pooling not in (None, "mean"):
+            raise ValueError(f"--pooling {pooling}: {name} has no tokens. Leave it out.")
+        if layer is None:
+            return [(self.depth, OUTPUT)]
+        if not 1 <= layer <= self.depth:
+            stages = f"has stages 1 to {self.depth}" if self.depth else "tells no stages"
+            raise ValueError(f"--layer {layer}: {name} {stages}.")
+        return [(layer, "mean")]
+
+    def features_at(self, images: Tensor, readouts: Sequence[Readout]) -> list[Tensor]:
+        """See `Source.features_at`."""
+        dtype = next(self.backbone.parameters()).dtype
+        numbers = [number for number, pooling in readouts if pooling != OUTPUT]
+        with forward_precision(self.precision, self.device):
+            vectors, maps = self.backbone.maps(images.to(dtype), numbers)
+        found = [vectors if pooling == OUTPUT else maps[number].mean((2, 3)) for number, pooling in readouts]
+        return [values.to(images.dtype) for values in found]
+
+    def fingerprint(self) -> str:
+        """See `Source.fingerprint`."""
+        return fingerprint(self.backbone)
+
+
+def frozen(encoder: Encoder, precision: Precision = "float32") -> Source:
+    """An encoder as a source of features."""
+    if isinstance(encoder, Backbone):
+        return FrozenBackbone(encoder, precision)
+    return FrozenEncoder(encoder, precision)
 
 
 class RawPixels(Source):

@@ -16,6 +16,7 @@ from sslvit.exporters.card import CARD, known_scores, make_card, write_card
 from sslvit.exporters.destination import IN_PROGRESS, VERDICT, complete_or_removed, is_write_failure
 from sslvit.exporters.exported import Exported, Reopened, with_outputs
 from sslvit.files import to_json
+from sslvit.models import require_transformer
 from sslvit.plugins import find_plugin
 from sslvit.progress import quiet_libraries, track
 from sslvit.results import Result
@@ -138,7 +139,7 @@ def export_encoder(
     exporter = find_exporter(kind)
     destination.check(out, overwrite)
     known_scores(source, files)
-    encoder = load_encoder(source, weights=weights, **overrides)
+    encoder = require_transformer(load_encoder(source, weights=weights, **overrides), f"--format {kind}")
     known_scores(source, files, encoder)
     exported = with_outputs(encoder, source, outputs, weights)
     is_fixed = exporter.check(exported, size)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sslvit.checkpoint import HEAD, load_encoder, save_encoder
 from sslvit.exporters.exported import Exported, with_outputs
+from sslvit.models import require_transformer
 
 
 def check(exported: Exported, size: str | None) -> bool:
@@ -31,7 +32,7 @@ def write(exported: Exported, folder: Path, is_fixed: bool) -> None:
 
 def reopen(folder: Path, exported: Exported) -> Exported:
     """The encoder as sslvit loads it, with its classifier."""
-    return with_outputs(load_encoder(folder), folder, exported.outputs)
+    return with_outputs(require_transformer(load_encoder(folder), str(folder)), folder, exported.outputs)
 
 
 def weights(folder: Path, exported: Exported) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -61,7 +61,7 @@ def _from_timm(name: str, weights: dict[str, Tensor] | None, **changes: Any) -> 
     else:
         _import_timm(name)
         logger.info(f"timm:{name}: downloading its weights, unless they are in the hub's cache")
-    model = _create(name, pretrained=True).eval()
+    model = create(name, pretrained=True).eval()
     _check_plain(name, model)
     prepared, notes = from_timm(model.pretrained_cfg, list(model.patch_embed.img_size), name)
     pooling = _pooling(name, model.global_pool, model.cls_token is not None, changes, notes)
@@ -116,7 +116,7 @@ def _import_timm(name: str) -> ModuleType:
     return timm
 
 
-def _create(name: str, pretrained: bool) -> Any:
+def create(name: str, pretrained: bool) -> Any:
     """A model of timm's, which sets its attributes dynamically, without its classifier; errors become one line."""
     timm = _import_timm(name)
     try:
@@ -131,7 +131,7 @@ def _explain(error: Exception, name: str) -> str:
     import timm
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    tagged = [model for module in MODULES for model in timm.list_models(module=module, pretrained=True)]
+    tagged = timm.list_models(pretrained=True)
     known = {*tagged, *(model.split(".")[0] for model in tagged)}
     causes = (error, error.__cause__)
     is_unreachable = any(isinstance(one, OSError) or type(one).__module__.split(".")[0] in HTTP for one in causes)
@@ -167,7 +167,7 @@ def _check_fits(name: str, weights: dict[str, Tensor]) -> None:
             f"timm:{name}: states a depth of {printable(depth, 40)}, but its weights have {blocks} blocks."
         )
     with torch.device("meta"):
-        model = _create(name, pretrained=False)
+        model = create(name, pretrained=False)
     _check_plain(name, model)
     for key, value in model.state_dict().items():
         there = tuple(weights[key].shape) if key in weights else "missing"

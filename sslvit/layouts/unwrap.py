@@ -46,7 +46,9 @@ class Unwrapped:
         return self.beside | self.weights
 
 
-def unwrap(content: dict[str, Any], source: str, network: str | None = None) -> Unwrapped:
+def unwrap(
+    content: dict[str, Any], source: str, network: str | None = None, anchors: tuple[str, ...] = ANCHORS
+) -> Unwrapped:
     """The network in a file's content.
 
     Args:
@@ -54,6 +56,7 @@ def unwrap(content: dict[str, Any], source: str, network: str | None = None) -> 
         source: The file, for messages.
         network: An entry or part of a name, such as student or model_ema, of a file with several networks; None for the
             teacher, an average over training, or what there is.
+        anchors: Names that every network of the kind that is searched has.
 
     Raises:
         ValueError: There are no weights, none of this network, or several networks and no way to choose.
@@ -61,7 +64,7 @@ def unwrap(content: dict[str, Any], source: str, network: str | None = None) -> 
     dicts = state_dicts(content)
     if not dicts:
         raise ValueError(f"{source}: holds no weights ({_list_entries(content)}).")
-    found = [(entry, prefix) for entry, state in dicts.items() for prefix in prefixes_of(state)]
+    found = [(entry, prefix) for entry, state in dicts.items() for prefix in prefixes_of(state, anchors)]
     labels = {_label(entry, prefix): (entry, prefix) for entry, prefix in found}
     if network is not None:
         labels = {label: key for label, key in labels.items() if network in label.split(".")}
@@ -101,9 +104,9 @@ def state_dicts(content: dict[str, Any], entry: str = "", nested: int = 0) -> di
     return found
 
 
-def prefixes_of(names: dict[str, Any]) -> list[str]:
-    """Prefixes of the names that every vision transformer has; "" for none."""
-    found = {key[: -len(anchor)] for key in names for anchor in ANCHORS if key.endswith(anchor)}
+def prefixes_of(names: dict[str, Any], anchors: tuple[str, ...] = ANCHORS) -> list[str]:
+    """Prefixes of the names that every vision transformer, or another kind of network, has; "" for none."""
+    found = {key[: -len(anchor)] for key in names for anchor in anchors if key.endswith(anchor)}
     return sorted(prefix for prefix in found if not prefix or prefix.endswith("."))
 
 

@@ -1,6 +1,7 @@
 """Plain torch.nn, shared by every task."""
 
+from sslvit.models.backbone import Backbone, Encoder, make_encoder, require_transformer
 from sslvit.models.encoder import ViTEncoder
 from sslvit.settings import PRESETS, preset
 
-__all__ = ["PRESETS", "ViTEncoder", "preset"]
+__all__ = ["PRESETS", "Backbone", "Encoder", "ViTEncoder", "make_encoder", "preset", "require_transformer"]

@@ -65,10 +65,15 @@ class ViTEncoder(nn.Module):
 
     def __init__(self, settings: EncoderSettings) -> None:
         super().__init__()
+        if settings.backbone is not None:
+            raise ValueError(
+                f"encoder.backbone: {settings.backbone} is no vision transformer, which is asked for here. "
+                "Set it to null."
+            )
         self.settings = settings
         self.prefix = settings.prefix
         self.position_grid = settings.grid  # of the position table, also in a copy that sees images of another size
-        width = settings.width
+        width = self.width = settings.width
         self.patch_embed = make_tokenizer(settings)
         if settings.class_token:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -228,12 +233,8 @@ class ViTEncoder(nn.Module):
         return self.fc_norm(pooled)
 
     def to_display(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Normalized images as pixels from 0 to 1: the inverse of how images are normalized for this encoder."""
-        mean, std = (
-            torch.tensor(values, device=images.device).view(-1, 1, 1)
-            for values in (self.settings.mean, self.settings.std)
-        )
-        return (images * std + mean).clamp(0, 1)
+        """`to_display` with this encoder's settings."""
+        return to_display(images, self.settings)
 
     def embed(
         self,
@@ -400,3 +401,9 @@ class ViTEncoder(nn.Module):
 
 def _small_normal(weight: Tensor) -> None:
     nn.init.trunc_normal_(weight, std=0.02)
+
+
+def to_display(images: Float[Tensor, "b c h w"], settings: EncoderSettings) -> Float[Tensor, "b c h w"]:
+    """Normalized images as pixels from 0 to 1: the inverse of how images are normalized for an encoder."""
+    mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (settings.mean, settings.std))
+    return (images * std + mean).clamp(0, 1)

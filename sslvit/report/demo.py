@@ -28,7 +28,7 @@ from sslvit.evaluate.probe import LINEAR, ProbeTable, probe
 from sslvit.exporters import export_encoder
 from sslvit.figures import plot_bars
 from sslvit.files import to_json, write_atomically
-from sslvit.models import ViTEncoder
+from sslvit.models import Encoder
 from sslvit.report.page import heading, picture, table, text, write_page
 from sslvit.settings import MAESettings, ProbeSettings
 from sslvit.settings.demo import CIFAR10_ON_A_CPU, RECIPES, split_changes
@@ -83,7 +83,7 @@ def demo(
     logger.info(f"1/4  packing {data} into WebDataset shards")
     shards = folder / "shards"
     source = pack_digits(shards) if data == "digits" else pack_cifar10(shards, archive, folder / "download")
-    encoders: dict[str, ViTEncoder] = {}
+    encoders: dict[str, Encoder] = {}
     runs = {}
     given = {"data.shards": source.location, "seed": seed}
     for task, changed in split_changes(RECIPES[data], changes or {}).items():

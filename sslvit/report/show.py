@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sslvit.data.loader import make_batch, normalized_view
 from sslvit.data.open import open_shards
@@ -23,14 +23,11 @@ from sslvit.evaluate.neighbors import find_neighbors, plot_neighbors
 from sslvit.evaluate.probe import untrained
 from sslvit.figures import overlay_heat, plot_images, plot_points
 from sslvit.files import printable
-from sslvit.models import ViTEncoder
+from sslvit.models import Backbone, Encoder, ViTEncoder, make_encoder
 from sslvit.progress import track
 from sslvit.settings import EncoderSettings
 from sslvit.settings.views import CenterSettings
 from sslvit.train.pictures import attention_rows
-
-if TYPE_CHECKING:  # torchvision takes seconds to import
-    from torchvision.models import ResNet
 
 FIELD_COLUMNS = 4  # number of blocks whose receptive fields are plotted
 
@@ -51,7 +48,7 @@ def some_images(settings: EncoderSettings, source: str, count: int) -> Tensor:
     return normalized_view(batch, settings, torch.device("cpu"))
 
 
-def show_neighbors(encoder: ViTEncoder, source: str, out: str | Path, images: int = 8, among: int = 1000) -> Path:
+def show_neighbors(encoder: Encoder, source: str, out: str | Path, images: int = 8, among: int = 1000) -> Path:
     """Plot images of a data set with those whose features are nearest."""
     reader = ShardReader(open_shards(source), encoder.settings.channels, 0)
     encoder = encoder.to(pick_device())
@@ -83,35 +80,41 @@ def plot_distance(
     return plot_points(out, panels, "block"), numbers
 
 
-def plot_field(encoder: ViTEncoder, images: Tensor, out: str | Path, seed: int = 0) -> Path:
+def plot_field(encoder: Encoder, images: Tensor, out: str | Path, seed: int = 0) -> Path:
     """Plot the receptive field of the middle patch, block by block, beside that of a ResNet-18's stages.
 
     Raises:
-        ValueError: tokens are pixels, whose colors are looked up, so that no gradient reaches the pixels.
+        ValueError: tokens are pixels, whose colors are looked up, so that no gradient reaches the pixels; a network
+            that tells no stages.
     """
-    from torchvision.models import resnet18
-
-    settings = encoder.settings
+    settings, is_backbone = encoder.settings, isinstance(encoder, Backbone)
     if settings.tokens == "pixel":
         raise ValueError("receptive field: colors are looked up in the palette, so no gradient reaches the pixels.")
-    blocks = sorted({round(1 + (settings.depth - 1) * i / (FIELD_COLUMNS - 1)) for i in range(FIELD_COLUMNS)})
+    depth = len(encoder.stages) if isinstance(encoder, Backbone) else settings.depth
+    if not depth:
+        raise ValueError(f"receptive field: {settings.backbone} tells no stages.")
+    blocks = sorted({round(1 + (depth - 1) * i / (FIELD_COLUMNS - 1)) for i in range(FIELD_COLUMNS)})
+    what = "stages" if is_backbone else "blocks"
     rows: list[np.ndarray] = []
     titles: list[str] = []
     for name, network in (("this encoder", encoder), ("untrained", untrained(encoder, seed))):
         fields = [
-            receptive_field(middle_patch(network, block), images, seed)
-            for block in track(blocks, "receptive fields", len(blocks), "blocks")
+            receptive_field(middle_of(network, block), images, seed)
+            for block in track(blocks, "receptive fields", len(blocks), what)
         ]
         rows.append(_as_row(fields))
-        titles.append(f"{name}\nblocks {', '.join(map(str, blocks))}")
+        titles.append(f"{name}\n{what} {', '.join(map(str, blocks))}")
     torch.manual_seed(seed)
-    cnn = resnet18(weights=None).eval()
-    if settings.channels != 3:
-        cnn.conv1 = nn.Conv2d(settings.channels, 64, 7, 2, 3, bias=False)
-    fields = [receptive_field(middle_of_stage(cnn, stage), images, seed) for stage in range(1, 5)]
+    cnn = make_encoder(replace(settings, backbone="torchvision:resnet18", small_stem=False)).eval()
+    fields = [receptive_field(middle_of(cnn, stage), images, seed) for stage in range(1, 5)]
     rows.append(_as_row(fields[: len(blocks)]))
     titles.append(f"ResNet-18,\nuntrained,\nstages 1 to {len(blocks)}")
     return plot_images(out, rows, titles)
+
+
+def middle_of(encoder: Encoder, layer: int) -> Callable[[Tensor], Tensor]:
+    """A function from images to what a layer gives in their middle."""
+    return middle_of_stage(encoder, layer) if isinstance(encoder, Backbone) else middle_patch(encoder, layer)
 
 
 def middle_patch(encoder: ViTEncoder, block: int) -> Callable[[Tensor], Tensor]:
@@ -125,13 +128,11 @@ def middle_patch(encoder: ViTEncoder, block: int) -> Callable[[Tensor], Tensor]:
     return features
 
 
-def middle_of_stage(cnn: ResNet, stage: int) -> Callable[[Tensor], Tensor]:
+def middle_of_stage(cnn: Backbone, stage: int) -> Callable[[Tensor], Tensor]:
     """A function from images to the features in the middle of the map after a stage."""
 
     def features(images: Tensor) -> Tensor:
-        maps = cnn.maxpool(cnn.relu(cnn.bn1(cnn.conv1(images))))
-        for number in range(1, stage + 1):
-            maps = getattr(cnn, f"layer{number}")(maps)
+        maps = cnn.maps(images, [stage])[1][stage]
         return maps[:, :, maps.shape[2] // 2, maps.shape[3] // 2]
 
     return features

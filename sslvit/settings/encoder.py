@@ -6,8 +6,9 @@ from its folder alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Annotated, Literal, cast
+import re
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Annotated, Any, Literal, cast
 
 from sslvit.files import brief
 from sslvit.plugins import find_plugin
@@ -19,6 +20,13 @@ PositionKind = Literal["none", "learned_1d", "learned_2d", "sincos_1d", "sincos_
 
 UNSET = cast("list[float]", None)  # __post_init__ fills it in
 MAX_CHANNELS = 10_000  # before lists of that length are made
+OWN = "own"  # a backbone that is a module from Python
+BACKBONE_NAME = re.compile(r"(torchvision|timm):\w{1,100}")
+# what holds for a backbone; all else describes the vision transformer
+OF_A_BACKBONE = (
+    "image_size", "channels", "mean", "std", "interpolation", "crop_mode", "crop_fraction", "backbone", "small_stem",
+)  # fmt: skip
+WITHOUT_TOKENS: dict[str, Any] = {"patch": 1, "class_token": False, "pooling": "mean"}
 
 
 def crop_words(mode: str, fraction: float, size: list[int] | None = None) -> str:
@@ -152,6 +160,14 @@ class EncoderSettings:
     """
     activation_checkpointing: bool = False
     """Recompute the blocks' activations (also those of MAE's decoder) in the backward pass instead of storing them."""
+    backbone: str | None = None
+    """Network in the place of the vision transformer: torchvision:NAME or timm:NAME, such as torchvision:resnet18, or
+    own (a module from Python). Then image_size to crop_fraction and small_stem hold, and no other key of this section.
+    """
+    small_stem: bool = False
+    """Replace a ResNet's 7 x 7 convolution of stride 2 by a 3 x 3 one of stride 1, and leave out its max pooling, for
+    images of 32 or 64 pixels (Chen et al. 2020, appendix B.9, after He et al. 2016, section 4.2).
+    """
 
     def __post_init__(self) -> None:
         if isinstance(self.image_size, int):
@@ -165,11 +181,27 @@ class EncoderSettings:
             self.mean = [0.485, 0.456, 0.406] if self.channels == 3 else [0.5] * self.channels
         if self.std is None:
             self.std = [0.229, 0.224, 0.225] if self.channels == 3 else [0.25] * self.channels
+        if self.backbone is not None:
+            self._forget_transformer()
+        elif self.small_stem:
+            raise ValueError("encoder.small_stem: is for a backbone (encoder.backbone). Set it to false.")
         self.check()
         if self.pos_embed != "rotary_2d":
             self.rotary_grid = None
         elif self.rotary_grid is None:
             self.rotary_grid = list(self.grid)
+
+    def _forget_transformer(self) -> None:
+        """Give the keys of the vision transformer, none of which holds for a backbone, the same values everywhere."""
+        name = self.backbone or ""
+        if name != OWN and not BACKBONE_NAME.fullmatch(name):
+            raise ValueError(
+                f"encoder.backbone: {brief(name)} is not torchvision:NAME or timm:NAME, such as torchvision:resnet18 "
+                "(weights are not named here: they are what a run starts from)."
+            )
+        for one in fields(self):
+            if one.name not in OF_A_BACKBONE:
+                setattr(self, one.name, WITHOUT_TOKENS.get(one.name, _default_of(one)))
 
     def check(self) -> None:
         """Raise ValueError on the first combination that cannot work, naming the keys and the remedy."""
@@ -293,3 +325,7 @@ class EncoderSettings:
         if self.mlp == "swiglu":
             hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
         return hidden
+
+
+def _default_of(one: Field[Any]) -> Any:
+    return one.default if one.default_factory is MISSING else one.default_factory()

@@ -488,8 +488,8 @@ FAULTS = [
     Fault(
         "The student is asked for and the teacher exported",
         "sslvit/exporters/__init__.py",
-        "encoder = load_encoder(source, weights=weights, **overrides)",
-        "encoder = load_encoder(source, **overrides)",
+        "load_encoder(source, weights=weights, **overrides)",
+        "load_encoder(source, **overrides)",
         (f"{EXPORT}::test_the_student_of_a_run_of_dino",),
     ),
     # ---- the verdict -----------------------------------------------------------------------------------------------
