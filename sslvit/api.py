@@ -18,10 +18,13 @@ from sslvit.data.python_data import DataLike, MapDataset, name_of, takes_dataset
 from sslvit.data.transform import named_function
 from sslvit.exporters import Export, export_encoder
 from sslvit.files import expand_path, printable
+from sslvit.layouts import backbones
 from sslvit.messages import for_python
+from sslvit.models.networks import BackboneLike, given_backbone
 from sslvit.settings import EncoderSettings, RunSettings, SupervisedSettings
+from sslvit.settings.encoder import OF_A_BACKBONE, OWN
 from sslvit.settings.keywords import PackKeywords
-from sslvit.settings.load import from_keywords, load_recipe, merge_recipe, takes_init
+from sslvit.settings.load import from_keywords, leaves, load_recipe, merge_recipe, takes_init
 from sslvit.settings.pack import PackSettings, SourceOptions
 from sslvit.train.folder import RunFolder
 from sslvit.train.planning import PlannedRun
@@ -42,6 +45,7 @@ def pretrain(
     callbacks: Sequence[pl.Callback] = (),
     loggers: Sequence[Logger] = (),
     transform: Callable[[Any], Any] | None = None,
+    backbone: BackboneLike | None = None,
     **changes: Any,
 ) -> RunFolder:
     """Pretrain by a recipe.
@@ -58,6 +62,8 @@ def pretrain(
         loggers: Lightning's loggers, beside those that the settings ask for.
         transform: Function that makes the views of an image, a PIL image -> a tensor 'c h w' or several, uint8 or from
             0 to 1; None for data.view.
+        backbone: A module of your own in the place of the vision transformer (DINO only), or a function that makes one:
+            from images 'b c h w', normalized by encoder.mean and encoder.std, to vectors 'b d'.
         changes: Other settings by dotted key, ``**{"train.epochs": 10}``, or by section, ``optim={"base_lr": 1e-3}``;
             they are merged with the recipe's, and later ones win.
 
@@ -77,8 +83,8 @@ def pretrain(
             raise ValueError(f"--data and --{key} exclude each other: give one of them.")
     given = {"data.shards": name_of(data), "out": out, "init": init}
     changes |= {key: os.fspath(value) for key, value in given.items() if value is not None}
-    with named_function(transform) as view:
-        settings = read_settings(config, changes | view)
+    with named_function(transform) as view, given_backbone(backbone):
+        settings = read_settings(config, changes | view | own_key(backbone, changes))
         if isinstance(settings.task, SupervisedSettings):
             raise ValueError(
                 f"--config {config}: trains with labels. Use: sslvit finetune ENCODER --train SHARDS --val SHARDS "
@@ -96,6 +102,7 @@ def resume(
     data: DataLike | None = None,
     val: DataLike | None = None,
     transform: Callable[[Any], Any] | None = None,
+    backbone: BackboneLike | None = None,
     **changes: Any,
 ) -> RunFolder:
     """Resume a run that has stopped, with its own config.yaml.
@@ -107,6 +114,7 @@ def resume(
         data: The data set that the run was given from Python (`train` of a fine-tuning); a folder where it has moved.
         val: That of a fine-tuning's validation.
         transform: The function that made the run's views.
+        backbone: The module of your own that the run trains, whose weights come from its checkpoint.
         changes: Settings that change, as in `pretrain`. They are printed; those that would make it another run are
             refused.
 
@@ -126,7 +134,7 @@ def resume(
     for key in ("out", "init"):
         if key in changes:
             raise ValueError(f"--{key}: a run that goes on keeps its folder and its start. Leave it out.")
-    with named_function(transform) as view:
+    with named_function(transform) as view, given_backbone(backbone):
         again = {"data.shards": name_of(data), "task.val": name_of(val), **view}
         changes |= given_again(folder, changes, again)
         processes = {"train.devices": None, "train.nodes": None} if launched() else {}  # then they are those of now
@@ -159,7 +167,7 @@ def given_again(folder: RunFolder, changes: dict[str, Any], again: dict[str, str
 @for_python
 @takes_datasets("train", "val", labels="needed")
 def finetune(
-    encoder: str | os.PathLike[str],
+    encoder: str | os.PathLike[str] | None,
     train: DataLike,
     val: DataLike,
     config: str | Path = "finetune/small_images",
@@ -169,12 +177,15 @@ def finetune(
     overwrite: bool = False,
     callbacks: Sequence[pl.Callback] = (),
     loggers: Sequence[Logger] = (),
+    backbone: BackboneLike | None = None,
     **changes: Any,
 ) -> RunFolder:
     """Fine-tune an encoder with labels, and score it on others.
 
     Args:
-        encoder: Run folder, encoder folder or checkpoint file.
+        encoder: Run folder, encoder folder, checkpoint file, or a network by its name, such as torchvision:resnet18,
+            which starts from random weights unless some are named; None for the recipe's own encoder from random
+            weights.
         train: Labeled shards, a folder of class folders, or a data set with labels, as in `pretrain`.
         val: Data of the same kind that is scored.
         config: YAML file, or the name of a recipe; its encoder settings change the encoder's.
@@ -184,6 +195,7 @@ def finetune(
         overwrite: Delete an earlier run there first.
         callbacks: Lightning's callbacks, or your own, as in `pretrain`.
         loggers: Lightning's loggers, as in `pretrain`.
+        backbone: A module of your own that is trained, as in `pretrain`.
         changes: Other settings, as in `pretrain`.
 
     Returns:
@@ -196,19 +208,27 @@ def finetune(
         run = sslvit.finetune("runs/photos", "shards/train", "shards/val", out="runs/finetuned")
         print(run.to_dict()["scores"]["top1"])
     """
-    encoder = expand_path(os.fspath(encoder))
-    start = for_labels(load_encoder(encoder).settings)
+    name = None if encoder is None else expand_path(os.fspath(encoder))
+    changes |= own_key(backbone, changes)
+    with given_backbone(backbone):
+        start = None if name is None else for_labels(load_encoder(name).settings)
+    if start is None:
+        check_described(config, changes)
     task = load_recipe(config, base=start).task
     if not isinstance(task, SupervisedSettings):
         raise ValueError(f"--config {config}: trains {task.name}, not with labels. Use finetune/small_images.")
     for key, instead in (("init", "ENCODER"), ("data", "--train"), ("data.shards", "--train"), ("task.val", "--val")):
         if key in changes:
             raise ValueError(f"--{key}: fine-tuning takes {instead} for that.")
+    is_random = scratch or name is None or (backbones.is_name(name) and not backbones.has_weights(name))
     given = {
-        "data.shards": name_of(train), "task.val": name_of(val), "out": out, "init": None if scratch else encoder
+        "data.shards": name_of(train), "task.val": name_of(val), "out": out, "init": None if is_random else name
     }  # fmt: skip
     changes |= {key: os.fspath(value) for key, value in given.items() if value is not None}
-    return run_settings(load_recipe(config, changes, start), resume, overwrite, callbacks, loggers)
+    settings = load_recipe(config, changes, start)
+    refuse_transformer_keys(settings.encoder, changes)
+    with given_backbone(backbone):
+        return run_settings(settings, resume, overwrite, callbacks, loggers)
 
 
 @for_python
@@ -262,6 +282,39 @@ def plan(
     )
 
 
+def own_key(backbone: BackboneLike | None, changes: dict[str, Any]) -> dict[str, Any]:
+    """The setting that stands for a module from Python.
+
+    Raises:
+        ValueError: Another network is named, too.
+    """
+    if backbone is None:
+        return {}
+    named = dict(leaves(RunSettings, changes)).get("encoder.backbone", OWN)
+    if named != OWN:
+        raise ValueError(f"backbone: and encoder.backbone {named} exclude each other: give one of them.")
+    return {"encoder.backbone": OWN}
+
+
+def refuse_transformer_keys(encoder: EncoderSettings, changes: dict[str, Any]) -> None:
+    """Raise ValueError for settings of the vision transformer that are given for another network."""
+    for key, _ in leaves(RunSettings, changes):
+        section, _, name = key.partition(".")
+        if encoder.backbone is not None and section == "encoder" and name not in OF_A_BACKBONE:
+            raise ValueError(f"--{key}: is of the vision transformer, and this is {encoder.backbone}. Leave it out.")
+
+
+def check_described(config: str | Path, changes: dict[str, Any]) -> None:
+    """Raise ValueError where neither a recipe nor changes say which encoder is trained from random weights."""
+    found = merge_recipe(config, changes).get("encoder", {})
+    if not {"width", "depth", "backbone"} & found.keys():
+        raise ValueError(
+            f"none: says to train the encoder that --config {config} describes, and it describes none. Give "
+            "--encoder.preset with --encoder.image_size and --encoder.patch, or a network such as torchvision:resnet18 "
+            "in the place of none."
+        )
+
+
 def read_settings(config: str | Path, changes: dict[str, Any]) -> RunSettings:
     """The settings of a recipe, whose encoder may be the one that --init names (`encoder.preset: init`).
 
@@ -269,7 +322,9 @@ def read_settings(config: str | Path, changes: dict[str, Any]) -> RunSettings:
         ValueError: It is, and there is no --init.
     """
     if not takes_init(config, changes):
-        return load_recipe(config, changes)
+        settings = load_recipe(config, changes)
+        refuse_transformer_keys(settings.encoder, changes)
+        return settings
     init = merge_recipe(config, changes).get("init")
     if not isinstance(init, str):
         raise ValueError(

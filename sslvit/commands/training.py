@@ -15,6 +15,8 @@ from sslvit.settings.choices import Arg
 from sslvit.settings.data import one_source
 from sslvit.settings.load import check_changes, load_recipe, takes_init
 
+NO_ENCODER = "none"  # in the place of ENCODER
+
 
 @dataclass(kw_only=True)
 class DemoOptions(Recipe):
@@ -84,7 +86,7 @@ def run_pretrain(options: PretrainOptions) -> None:
 
 @dataclass(kw_only=True)
 class FinetuneOptions(Resumable):
-    """Fine-tune an encoder with labels, or train its architecture from scratch.
+    """Fine-tune an encoder with labels, or train its architecture, or a CNN, from scratch.
 
     Settings of the recipe are given as --KEY VALUE, e.g. --train.epochs 10; `sslvit settings` lists them all.
 
@@ -92,7 +94,9 @@ class FinetuneOptions(Resumable):
     """
 
     encoder: Annotated[str, Arg("ENCODER", position=1)]
-    """Run folder, encoder folder or checkpoint file."""
+    """Run folder, encoder folder, checkpoint file, or a network such as torchvision:resnet18; none for the encoder that
+    the recipe describes, from random weights.
+    """
     train: Annotated[str, Arg("SHARDS")]
     """Labeled shards to train on."""
     val: Annotated[str, Arg("SHARDS")]
@@ -102,7 +106,7 @@ class FinetuneOptions(Resumable):
     config: Annotated[str, Arg("RECIPE")] = "finetune/small_images"
     """YAML file, or the name of a recipe."""
     scratch: bool = False
-    """Start from random weights: the baseline."""
+    """Start from random weights in the architecture of ENCODER: the baseline."""
 
 
 def run_finetune(options: FinetuneOptions) -> None:
@@ -112,8 +116,9 @@ def run_finetune(options: FinetuneOptions) -> None:
     check_changes(options.config, options.changes)
     from sslvit.api import finetune
 
+    encoder = None if options.encoder == NO_ENCODER else options.encoder
     folder = finetune(
-        options.encoder, options.train, options.val, options.config, options.out, options.scratch, options.resume,
+        encoder, options.train, options.val, options.config, options.out, options.scratch, options.resume,
         options.overwrite, **options.changes,
     )  # fmt: skip
     print(folder.scores_in_words())

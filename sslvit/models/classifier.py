@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sslvit.models.encoder import ViTEncoder
+from sslvit.models.backbone import make_encoder, pooled
 from sslvit.settings import EncoderSettings
 
 HEAD_STD = 2e-5
@@ -36,14 +36,14 @@ class Classifier(nn.Module):
 
     def __init__(self, encoder: EncoderSettings, classes: int) -> None:
         super().__init__()
-        self.encoder = ViTEncoder(encoder)
-        self.head = nn.Linear(encoder.width, classes)
+        self.encoder = make_encoder(encoder)
+        self.head = nn.Linear(self.encoder.width, classes)
         nn.init.trunc_normal_(self.head.weight, std=HEAD_STD)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b classes"]:
         """Logits of the classes."""
-        return self.head(self.encoder.pool(self.encoder(images)))
+        return self.head(pooled(self.encoder, images))
 
     def loss(
         self, images: Float[Tensor, "b c h w"], target: Float[Tensor, "b classes"], smoothing: float,
@@ -57,5 +57,5 @@ class Classifier(nn.Module):
             smoothing: Probability that is spread evenly over all classes.
             path_noise: Uniform numbers for stochastic depth, 'branches b'.
         """
-        pooled = self.encoder.pool(self.encoder(images, path_noise=path_noise))  # b d
-        return ClassifierLoss(F.cross_entropy(self.head(pooled).float(), target, label_smoothing=smoothing), pooled)
+        features = pooled(self.encoder, images, path_noise)  # b d
+        return ClassifierLoss(F.cross_entropy(self.head(features).float(), target, label_smoothing=smoothing), features)

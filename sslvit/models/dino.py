@@ -18,7 +18,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sslvit.models.encoder import ViTEncoder
+from sslvit.models.backbone import Encoder, make_encoder, pooled
 from sslvit.ranks import all_reduce_sum, logsumexp_over_ranks, world_size
 from sslvit.settings import DINOSettings, EncoderSettings
 
@@ -76,7 +76,7 @@ def at_least_float32(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def embed_views(encoder: ViTEncoder, views: list[Tensor], path_noise: Tensor | None = None) -> Float[Tensor, "v b d"]:
+def embed_views(encoder: Encoder, views: list[Tensor], path_noise: Tensor | None = None) -> Float[Tensor, "v b d"]:
     """One vector per image and view; neighboring views of one size share a forward pass (section 3.1, "multi-crop").
 
     Args:
@@ -88,7 +88,7 @@ def embed_views(encoder: ViTEncoder, views: list[Tensor], path_noise: Tensor | N
     features = []
     for start, stop in runs_of_one_size(views):
         noise = None if path_noise is None else path_noise[:, start * b : stop * b]
-        features.append(encoder.pool(encoder(torch.cat(views[start:stop]), path_noise=noise)))
+        features.append(pooled(encoder, torch.cat(views[start:stop]), noise))
     return rearrange(torch.cat(features), "(v b) d -> v b d", b=b)
 
 
@@ -196,10 +196,10 @@ class DINOModel(nn.Module):
         if open_keys := [f"task.{key}" for key, value in vars(settings).items() if value is None]:
             raise ValueError(f"{', '.join(open_keys)}: still null. Call DINOSettings.fitted first.")
         self.settings = settings
-        self.encoder = ViTEncoder(encoder)
-        self.teacher = ViTEncoder(EncoderSettings(**{**vars(encoder), "drop_path": 0.0, "dropout": 0.0}))
-        self.head = DINOHead(encoder.width, settings)
-        self.teacher_head = DINOHead(encoder.width, settings)
+        self.encoder = make_encoder(encoder)
+        self.teacher = make_encoder(EncoderSettings(**{**vars(encoder), "drop_path": 0.0, "dropout": 0.0}))
+        self.head = DINOHead(self.encoder.width, settings)
+        self.teacher_head = DINOHead(self.encoder.width, settings)
         self.register_buffer("center", torch.zeros(self.head.last_layer.count))
         self.register_buffer("output_sum", torch.zeros(self.head.last_layer.count), persistent=False)
         self.register_buffer("output_rows", torch.zeros(()), persistent=False)  # that were added up

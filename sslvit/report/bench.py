@@ -16,18 +16,19 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from sslvit.api import finetune, for_labels
+from sslvit.api import finetune, for_labels, refuse_transformer_keys
 from sslvit.checkpoint import fingerprint, load_encoder
 from sslvit.environment import pick_device
 from sslvit.evaluate.cache import FeatureCache
 from sslvit.evaluate.features import FeatureExtractor
+from sslvit.evaluate.linear import percent
 from sslvit.evaluate.probe import HELD_OUT_ACCURACY, few_labels, neighbors, open_labeled, untrained
 from sslvit.evaluate.protocols import ProbeContext, check_readouts, choose_readouts, linear_probe
 from sslvit.evaluate.scores import Scores, format_table, independent
-from sslvit.evaluate.sources import FrozenEncoder, LabeledSet, RawPixels, Source
+from sslvit.evaluate.sources import LabeledSet, RawPixels, Source, frozen
 from sslvit.evaluation import open_encoder
 from sslvit.files import printable, remove_stale_parts, write_atomically
-from sslvit.models import ViTEncoder
+from sslvit.models import Encoder
 from sslvit.models.resize import check_resizable
 from sslvit.report.bench_tables import Result, write_tables
 from sslvit.settings import SupervisedSettings
@@ -69,7 +70,7 @@ class Entry:
         seed: seed of everything random.
     """
 
-    encoder: Callable[[], ViTEncoder] | None
+    encoder: Callable[[], Encoder] | None
     path: str | None
     is_scratch: bool
     seed: int
@@ -103,7 +104,7 @@ class BenchRun:
         for encoders in self.encoders.values():
             for probe in probes:
                 for encoder in encoders:
-                    check_readouts(FrozenEncoder(encoder), probe.settings(SplitSettings("", "")))
+                    check_readouts(frozen(encoder), probe.settings(SplitSettings("", "")))
         tuned = {f"columns.{name}": one for name, one in settings.columns.items() if isinstance(one, FinetuneColumn)}
         if "scratch" in settings.baselines and not tuned:
             tuned["scratch"] = settings.scratch
@@ -113,11 +114,12 @@ class BenchRun:
         cache = FeatureCache(self.folder / "features")
         self.extractor = FeatureExtractor(settings.batch, settings.workers, cache)
 
-    def check_finetuning(self, where: str, column: FinetuneColumn, encoder: ViTEncoder) -> None:
+    def check_finetuning(self, where: str, column: FinetuneColumn, encoder: Encoder) -> None:
         """Refuse a recipe or a change that fine-tuning could not run with."""
         start = for_labels(encoder.settings)
         try:
             recipe = load_recipe(column.config, column.changes, start)
+            refuse_transformer_keys(recipe.encoder, column.changes)
             check_resizable(start, recipe.encoder)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
@@ -193,7 +195,7 @@ class BenchRun:
             ]
         return rows
 
-    def trained_from_scratch(self, data: str, path: str, seed: int) -> ViTEncoder:
+    def trained_from_scratch(self, data: str, path: str, seed: int) -> Encoder:
         """The encoder of `path` after training from random weights with the labels of a data set."""
         columns = [column for column in self.settings.columns.values() if isinstance(column, FinetuneColumn)]
         folder, _ = self.finetuned(data, columns[0] if columns else self.settings.scratch, path, True, seed)
@@ -208,9 +210,7 @@ class BenchRun:
             return None if entry.path is None else self.finetune_cell(data, wanted, entry, entry.path)
         encoder = None if entry.encoder is None else entry.encoder().to(self.device)
         first = next(iter(self.encoders.values()))[0].settings
-        source: Source = (
-            RawPixels(first, self.device) if encoder is None else FrozenEncoder(encoder, self.settings.precision)
-        )
+        source: Source = RawPixels(first, self.device) if encoder is None else frozen(encoder, self.settings.precision)
         train, val = self.sets[data]
         identity = {
             "source": source.fingerprint(), "input": asdict(source.settings), "column": asdict(wanted),
@@ -246,12 +246,12 @@ class BenchRun:
         readouts = choose_readouts(source, settings)
         train, val = context.features(context.train, readouts), context.features(context.val, readouts)
         if column.kind == "few":
-            (values,) = few_labels(train, val, context, settings, seed).values()
+            (right,) = few_labels(train, val, context, settings, seed).values()
         else:
-            (values,) = neighbors(train, val, context, settings).values()
+            (right,) = neighbors(train, val, context, settings).values()
         about = asdict(column) | {"view": source.settings.crop_in_words}
         del about["protocol"]  # which is for linear probes
-        return values, about
+        return [percent(is_right) for is_right in right], about
 
     def finetune_cell(self, data: str, wanted: FinetuneColumn, entry: Entry, start_from: str) -> Cell:
         """The accuracy of a fine-tuning, made now or before."""

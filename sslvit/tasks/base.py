@@ -23,7 +23,7 @@ from sslvit import rng
 from sslvit.checkpoint import describe_encoder
 from sslvit.data.batch import Batch
 from sslvit.environment import keep_freed_memory
-from sslvit.models import ViTEncoder
+from sslvit.models import Backbone, Encoder, ViTEncoder
 from sslvit.optim import StepGuard, cosine, layer_decay_groups, warmup_cosine
 from sslvit.run_plan import RunPlan
 from sslvit.settings import EncoderSettings, OptimSettings, TaskSettings
@@ -69,6 +69,7 @@ class Task(pl.LightningModule):
     settings_class: ClassVar[type[TaskSettings]] = TaskSettings
     view_kinds: ClassVar[tuple[str, ...]] = ("crop", "square", "center", "canvas")  # of data.view: those of one view
     spared_from_decay: ClassVar[tuple[str, ...]] = ()  # tokens and position tables that do not decay
+    needs_tokens: ClassVar[str | None] = "it trains the vision transformer"  # why; None: any network will do
     loss_shows_learning: ClassVar[bool] = True  # whether a loss that does not fall means that nothing is learned
     model: nn.Module
 
@@ -85,6 +86,7 @@ class Task(pl.LightningModule):
         self.settings = self.resolve(settings)
         encoder = EncoderSettings(**encoder) if isinstance(encoder, dict) else encoder
         optim = OptimSettings(**optim) if isinstance(optim, dict) else optim
+        self.refuse_backbone(encoder)
         base_lr = self.settings.usual.base_lr_at(self.run.global_batch_size)
         self.optim = optim.fitted(self.run.steps_per_epoch, self.run.total_steps, base_lr)
         if encoder.causal and encoder.pooling == "class":
@@ -106,6 +108,15 @@ class Task(pl.LightningModule):
         self.logs_features = False  # whether the health check looks at the current step
         self.logged_features: dict[str, list[Tensor]] = defaultdict(list)
         self._current_step = -1
+
+    @classmethod
+    def refuse_backbone(cls, encoder: EncoderSettings) -> None:
+        """Raise ValueError for a network in the place of the vision transformer, where the task needs its tokens."""
+        if encoder.backbone is not None and cls.needs_tokens is not None:
+            raise ValueError(
+                f"encoder.backbone: {encoder.backbone} makes no tokens, and {cls.needs_tokens}. Leave it out, or train "
+                "it by DINO (task.name) or with labels (sslvit finetune)."
+            )
 
     # ---- what a task writes ----------------------------------------------------------------------------------
 
@@ -138,17 +149,17 @@ class Task(pl.LightningModule):
         return ("mask_token",)
 
     @property
-    def trained_encoder(self) -> ViTEncoder:
+    def trained_encoder(self) -> Encoder:
         """The encoder that is saved, probed and exported."""
         return self.encoder
 
     # ---- the model -------------------------------------------------------------------------------------------
 
     @property
-    def encoder(self) -> ViTEncoder:
+    def encoder(self) -> Encoder:
         """The encoder that gradients train."""
         encoder = self.model.encoder
-        assert isinstance(encoder, ViTEncoder)
+        assert isinstance(encoder, (ViTEncoder, Backbone))
         return encoder
 
     def resolve(self, settings: TaskSettings) -> TaskSettings:
@@ -174,7 +185,7 @@ class Task(pl.LightningModule):
         copy.load_state_dict({k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in weights.items()})
         return copy.to(self.device).train(self.training)
 
-    def start_from(self, start: ViTEncoder, source: str) -> None:
+    def start_from(self, start: Encoder, source: str) -> None:
         """Begin with a trained encoder's weights; what is not as it was is adapted and said (start.py).
 
         Raises:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sslvit.data.batch import Batch
-from sslvit.models import ViTEncoder
+from sslvit.models import Encoder
 from sslvit.models.dino import DINOLosses, DINOModel
 from sslvit.optim import cosine, ema_update, warmup_cosine
 from sslvit.settings import DINOSettings, EncoderSettings
@@ -26,6 +26,7 @@ class DINO(Task):
     settings_class: ClassVar = DINOSettings
     view_kinds: ClassVar[tuple[str, ...]] = ("multi_crop",)
     loss_shows_learning: ClassVar[bool] = False  # its target, the teacher, learns, too
+    needs_tokens: ClassVar[str | None] = None
     settings: DINOSettings
     model: DINOModel
 
@@ -38,7 +39,7 @@ class DINO(Task):
         return DINOModel(self.settings, encoder)
 
     @property
-    def trained_encoder(self) -> ViTEncoder:
+    def trained_encoder(self) -> Encoder:
         """The teacher: it is the better of the two throughout training (section 5.2)."""
         return self.model.teacher
 
@@ -120,7 +121,7 @@ class DINO(Task):
             return [Symptom("one prototype", seen, self.settings.remedy("one prototype", lr))]
         return feature_symptoms(measures, self.optim)
 
-    def start_from(self, start: ViTEncoder, source: str) -> None:
+    def start_from(self, start: Encoder, source: str) -> None:
         """As of Task; the teacher starts from the same weights."""
         super().start_from(start, source)
         self.model.teacher.load_state_dict(self.model.encoder.state_dict())

@@ -26,6 +26,7 @@ class IGPT(Task):
     """Predict the palette color of pixels; arguments as of Task."""
 
     settings_class: ClassVar = IGPTSettings
+    needs_tokens: ClassVar[str | None] = "iGPT predicts each pixel from those before it, one token each"
     settings: IGPTSettings
     model: IGPTModel
 
@@ -39,7 +40,7 @@ class IGPT(Task):
         found: IGPTLoss = self.loss_fn(batch.views[0], noise, self.path_noise(batch, step))
         references: dict[str, Tensor] = {}
         if self.logs_features:
-            palette_size = len(self.encoder.pixel_tokens.palette)
+            palette_size = len(self.model.encoder.pixel_tokens.palette)
             references["color_counts"] = torch.bincount(found.colors.flatten(), minlength=palette_size)
         metrics = {"loss": found.loss, "bits": found.loss / math.log(2)}
         return StepOutput(found.loss, metrics, found.features, references=references)
@@ -73,7 +74,7 @@ class IGPT(Task):
         return figures
 
     def _figures(self, batch: Batch, images: Float[Tensor, "b c h w"]) -> dict[str, tuple[list[str], list[np.ndarray]]]:
-        encoder, head = self.encoder, self.model.head
+        encoder, head = self.model.encoder, self.model.head
         noise = self.mask_noise(batch, self.global_step)
         if noise is not None:
             states, colors, is_hidden = self.model.predict(images, noise.to(images.device))

@@ -21,6 +21,7 @@ class MAE(Task):
     """Reconstruct hidden patches from a few visible ones; arguments as of Task."""
 
     settings_class: ClassVar = MAESettings
+    needs_tokens: ClassVar[str | None] = "MAE encodes the visible patches alone, and a decoder puts the others in"
     settings: MAESettings
     model: MAEModel
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sslvit.compatibility import POSITION_TABLES, check_same, load_strict
 from sslvit.files import printable
-from sslvit.models import ViTEncoder
+from sslvit.models import Backbone, Encoder
 from sslvit.models.resize import convert_channels, resize_patches, resize_weights
 from sslvit.ranks import is_first_rank
 from sslvit.settings import EncoderSettings
@@ -25,11 +25,13 @@ READINGS = ("mean", "std", "interpolation", "crop_mode", "crop_fraction", "pooli
 
 def adaptable(there: EncoderSettings) -> tuple[str, ...]:
     """Settings of a trained encoder that may differ in the run: sizes, and what its patch embedding takes."""
+    if there.backbone is not None:
+        return ("image_size",)
     return ("image_size", "patch", "channels") if there.tokens == "patch" else ("image_size",)
 
 
 def begin_with(
-    encoder: ViTEncoder, start: ViTEncoder, source: str, besides: tuple[str, ...] = (), ends: tuple[str, ...] = ()
+    encoder: Encoder, start: Encoder, source: str, besides: tuple[str, ...] = (), ends: tuple[str, ...] = ()
 ) -> None:
     """Load a trained encoder's weights into a new one, and say what is not as it was.
 
@@ -45,6 +47,9 @@ def begin_with(
     """
     there, here = start.settings, encoder.settings
     check_same(there, here, source, besides=besides)
+    if isinstance(start, Backbone):
+        load_strict(encoder, start.state_dict(), source)
+        return
     own, notes = encoder.state_dict(), []
     given = dict(resize_weights(start.state_dict(), there, here))
     if there.grid != here.grid:

@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 
 from sslvit import rng
 from sslvit.data.batch import Batch
-from sslvit.models import ViTEncoder
+from sslvit.models import Encoder
 from sslvit.models.classifier import Classifier, ClassifierLoss
 from sslvit.optim.groups import TOKENS
 from sslvit.settings import EncoderSettings, SupervisedSettings, TaskSettings
@@ -36,6 +36,7 @@ class Supervised(Task):
     settings_class: ClassVar = SupervisedSettings
     spared_from_decay: ClassVar = TOKENS
     view_kinds: ClassVar[tuple[str, ...]] = ("augment", "crop", "square", "center", "canvas")
+    needs_tokens: ClassVar[str | None] = None
     settings: SupervisedSettings
     model: Classifier
 
@@ -122,7 +123,7 @@ class Supervised(Task):
         """The head."""
         return {f"head.{key}": value for key, value in self.model.head.state_dict().items()}
 
-    def start_from(self, start: ViTEncoder, source: str) -> None:
+    def start_from(self, start: Encoder, source: str) -> None:
         """Begin with a pretrained encoder, positions interpolated to this size; what is behind the blocks may be new.
 
         Raises:

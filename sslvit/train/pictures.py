@@ -13,7 +13,7 @@ from sslvit.data.stream import StreamIndex
 from sslvit.evaluate.attention import class_attention, mass_mask, patch_colors
 from sslvit.evaluate.neighbors import find_neighbors, plot_neighbors
 from sslvit.figures import dim_outside, overlay_heat, plot_curves, plot_images
-from sslvit.models import ViTEncoder
+from sslvit.models import Backbone, ViTEncoder
 from sslvit.tasks.base import Task
 from sslvit.train.folder import RunFolder
 
@@ -51,8 +51,8 @@ def plot_pictures(folder: RunFolder, task: Task, data: ShardDataModule) -> None:
     for name, (titles, rows) in task.figures(examples).items():
         plot_images(folder.figures / f"{name}.png", rows, titles)
     encoder = task.trained_encoder
-    if encoder.settings.tokens == "pixel":
-        return  # a pixel sequence is tied to its size, and its tokens are no patches
+    if isinstance(encoder, Backbone) or encoder.settings.tokens == "pixel":
+        return  # there are no tokens; a pixel sequence is tied to its size, and its tokens are no patches
     sizes = {"": data.whole_images(IMAGES), "_larger": data.whole_images(IMAGES, LARGER)}
     if encoder.settings.pooling == "class":
         for suffix, images in sizes.items():

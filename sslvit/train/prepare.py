@@ -27,6 +27,7 @@ from sslvit.settings.views import AugmentSettings, MultiCropSettings, TransformS
 from sslvit.sharded_checkpoint import read_checkpoint
 from sslvit.tasks import task_class
 from sslvit.tasks.base import Task
+from sslvit.train.backbones import check_backbone
 from sslvit.train.folder import RunFolder
 from sslvit.train.loggers import check_loggers
 
@@ -115,6 +116,8 @@ def check_machine(settings: RunSettings, is_planned: bool = False) -> None:
         steps = train.fitted(settings.task.usual, 1, 1)
         run = RunPlan.make(steps, 1, data.global_batch_size, settings.seed)
         settings.task.check_micro_batch(run.images_per_pass)
+    task_class(settings.task.name).refuse_backbone(encoder)
+    check_backbone(settings)
     kinds = task_class(settings.task.name).view_kinds
     if isinstance(data.view, TransformSettings):
         function_of(data.view)  # refuses one that nobody has given

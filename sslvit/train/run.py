@@ -236,6 +236,11 @@ def _announce(settings: RunSettings, data: ShardDataModule, task: Task, trainer:
         f"{trainer.precision} on {trainer.world_size} x {trainer.strategy.root_device.type}; "
         f"run folder {settings.out}",
     )
+    if settings.encoder.backbone is not None:
+        logger.info(
+            f"encoder.backbone {settings.encoder.backbone}: all its weights move at one learning rate, and what "
+            "encoder.* says of the vision transformer does not hold"
+        )
 
 
 def _finish(settings: RunSettings, folder: RunFolder, data: ShardDataModule, task: Task, trainer: pl.Trainer) -> None:

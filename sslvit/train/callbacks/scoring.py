@@ -28,7 +28,7 @@ from sslvit.evaluate.knn import knn_accuracies
 from sslvit.evaluate.label_free import evenly_spaced, measures_of
 from sslvit.evaluate.linear import fit_probe
 from sslvit.evaluate.probe import check_classes, open_labeled
-from sslvit.evaluate.sources import FrozenEncoder, LabeledSet, NoScore, full_float32
+from sslvit.evaluate.sources import LabeledSet, NoScore, frozen, full_float32
 from sslvit.files import to_json, write_atomically
 from sslvit.ranks import broadcast_from_rank0, is_first_rank
 from sslvit.settings import ProbeSettings, RunSettings, SupervisedSettings
@@ -104,7 +104,7 @@ class OnlineProbe(ScoringCallback):
 
     def scores(self, trainer: pl.Trainer, module: Task) -> dict[str, float]:
         """Scores of neighbors and of a linear head, and measures without labels, all on the module's device."""
-        source = FrozenEncoder(module.trained_encoder, self.online.precision)
+        source = frozen(module.trained_encoder, self.online.precision)
         readouts = source.readouts(None, 1, None)
         extractor = FeatureExtractor(min(IMAGES_AT_ONCE, self.online.images), self.workers)
         train, val = (extractor.features(source, data, readouts).at(readouts) for data in (self.train, self.val))

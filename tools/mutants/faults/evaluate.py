@@ -6,6 +6,7 @@ from faults import Fault
 
 EVALUATE = "sslvit/evaluate/"
 TESTS = "tests/evaluate/"
+MODELS, BACKBONES = "sslvit/models/", "test_backbones.py"
 
 
 def fault(name: str, file: str, text: str, replacement: str, *tests: str, survives: str = "") -> Fault:
@@ -180,7 +181,7 @@ FAULTS = [
     fault("What cannot vary has an interval of 0.0", "scores.py", "if len(set(values)) < 2:", "if len(values) < 2:",
           "test_scores.py"),
     fault("The untrained baseline has one seed's weights under all seeds", "probe.py",
-          "FrozenEncoder(untrained(encoder, seed), settings", "FrozenEncoder(untrained(encoder, 0), settings",
+          "frozen(untrained(encoder, seed), settings", "frozen(untrained(encoder, 0), settings",
           "test_scores.py"),
     fault("Few labels are drawn alike in every draw", "probe.py",
           "train[sample_labels(train.labels, per_class, percent, number)]",
@@ -230,6 +231,21 @@ FAULTS = [
     fault("Keys of embeddings are those of the first images", "embed.py",
           "keys = np.array([index.key(number) for number in numbers])",
           "keys = np.array([index.key(number) for number in range(len(numbers))])", "test_unreadable.py"),
+    # networks that are no vision transformer
+    fault("A stage's mean is that of the last one", "sources.py", "maps[number].mean((2, 3))",
+          "maps[max(maps)].mean((2, 3))", BACKBONES),
+    Fault("A module's fingerprint knows its weights alone", "sslvit/checkpoint.py", "encoder.answer().cpu()",
+          "torch.zeros(1)", (TESTS + BACKBONES,)),
+    Fault("An untrained twin keeps the running statistics", MODELS + "backbone.py", "for module in twin.modules():",
+          "for module in [twin.net.conv]:", (TESTS + BACKBONES,)),
+    Fault("Random weights are others each time", "sslvit/layouts/backbones.py", 'with rng.torch_seeded("backbone"):',
+          "if True:", (TESTS + BACKBONES,)),
+    Fault("torchvision's networks see whole images", "sslvit/layouts/backbones.py",
+          "min(1.0, seen.crop_size[0] / seen.resize_size[0])", "1.0", (TESTS + BACKBONES,)),
+    Fault("The small stem keeps the max pooling", MODELS + "networks.py", "net.maxpool = nn.Identity()", "pass",
+          (TESTS + BACKBONES,)),
+    Fault("The module that is given is trained itself", MODELS + "networks.py", "lambda: copy.deepcopy(backbone)",
+          "lambda: backbone", ("tests/train/test_backbone_runs.py",)),
     # bench
     bench("A cell's key has no seed", '"val": val.index.fingerprint(), "seed": entry.seed,',
           '"val": val.index.fingerprint(),', "evaluate/test_scores.py"),

@@ -926,8 +926,8 @@ FAULTS = [
     Fault(
         "The head classifies the first token whatever is pooled",
         CLASSIFIER,
-        "self.encoder.pool(self.encoder(images, path_noise=path_noise))",
-        "self.encoder(images, path_noise=path_noise)[:, 0]",
+        "features = pooled(self.encoder, images, path_noise)",
+        "features = self.encoder(images, path_noise=path_noise)[:, 0]",
         OF_LABELS,
     ),
     Fault(

@@ -1,0 +1,43 @@
+"""What a run with a network in the place of the vision transformer refuses before its first step."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sslvit import rng
+from sslvit.models import Backbone, make_encoder
+from sslvit.settings import RunSettings
+from sslvit.settings.views import MultiCropSettings
+from sslvit.train.hardware import trains_on_gpu
+
+PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def check_backbone(settings: RunSettings) -> None:
+    """Build the network once, and show it an image of each size.
+
+    Raises:
+        ImportError: Its library is not installed.
+        ValueError: It is unknown or takes no such images; weights that are sharded over ranks, or batch norms that
+            torch cannot synchronize over them.
+    """
+    encoder, train, data = settings.encoder, settings.train, settings.data
+    if encoder.backbone is None:
+        return
+    if train.strategy == "fsdp" and train.ranks > 1:
+        raise ValueError(f"train.strategy: fsdp shards vision transformers, not {encoder.backbone}. Use ddp.")
+    with rng.torch_seeded("check"):  # the run's own random numbers stay as they are
+        network = make_encoder(encoder)
+    assert isinstance(network, Backbone)
+    sides = list(data.resolutions or [])
+    if isinstance(data.view, MultiCropSettings) and data.view.local_crops:
+        sides.append(data.view.local_size)
+    for size in [encoder.image_size, *([side, side] for side in sides)]:
+        network.measure_width(size)
+    fused = [module for module in network.modules() if isinstance(module, _BatchNorm) and type(module) not in PLAIN]
+    if fused and train.ranks > 1 and trains_on_gpu(train):
+        raise ValueError(
+            f"train.devices: {encoder.backbone} has batch norms of its own kind ({type(fused[0]).__name__}), which "
+            "torch cannot synchronize over ranks. Use one process, or another network."
+        )
