@@ -180,7 +180,8 @@ def test_a_fine_tuning_run_on_a_gpu_reaches_its_end(
 
 ENCODERS = {
     "learned_1d on other grids": {"pos_embed": "learned_1d"}, "learned_2d": {"pos_embed": "learned_2d"},
-    "rotary_2d": {"pos_embed": "rotary_2d"}, "relative_bias on other grids": {"pos_embed": "relative_bias"},
+    "rotary_2d": {"pos_embed": "rotary_2d"}, "DINOv3's": {"pos_embed": "rotary_2d_normalized", "key_bias": False},
+    "relative_bias on other grids": {"pos_embed": "relative_bias"},
     "sincos_2d": {"pos_embed": "sincos_2d"}, "DINO's offset": {"interpolate_offset": 0.1},
     "registers": {"registers": 2}, "locality_self_attention": {"locality_self_attention": True},
     "shifted patches": {"tokens": "shifted_patch"},
@@ -206,7 +207,9 @@ def test_a_step_of_any_encoder_on_a_gpu_can_be_repeated(name: str, fake_cuda: No
             [found.patch_map() for found in encoder.intermediates(images, [2], attention=True)]
 
 
-@pytest.mark.parametrize("positions", ["learned_1d", "learned_2d", "sincos_1d", "rotary_2d", "relative_bias"])
+@pytest.mark.parametrize(
+    "positions", ["learned_1d", "learned_2d", "sincos_1d", "rotary_2d", "rotary_2d_normalized", "relative_bias"]
+)
 @pytest.mark.parametrize(("top_k", "top_p", "temperature"), [(None, 1.0, 1.0), (3, 0.9, 0.7), (None, 1.0, 0.0)])
 def test_pixels_drawn_on_a_gpu_can_be_repeated_and_are_those_of_a_cpu(
     positions: str, top_k: int | None, top_p: float, temperature: float, fake_cuda: None, repeatable: None

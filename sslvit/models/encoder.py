@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from sslvit.models.pooling import AttentionPool, pool_class, pool_mean
 from sslvit.models.positions import (
     TokenLayout,
+    normalized_coordinates,
     resample_table,
     rotary_2d,
+    scaled_coordinates,
     sincos_1d,
     sincos_2d,
     sincos_table,
@@ -29,6 +31,7 @@ from sslvit.models.positions import (
 from sslvit.models.tokens import PixelTokens, gather_tokens, make_tokenizer
 from sslvit.models.transformer import Block, KVCache, make_norm, run_block
 from sslvit.settings import EncoderSettings
+from sslvit.settings.encoder import ROTARY
 
 
 @dataclass
@@ -291,7 +294,7 @@ class ViTEncoder(nn.Module):
                 f"a pixel sequence is tied to its size: this encoder takes {self.position_grid} pixels, not {grid}. "
                 "Resize the images (encoder.image_size)."
             )
-        if settings.pos_embed in ("none", "rotary_2d", "relative_bias"):
+        if settings.pos_embed in ("none", *ROTARY, "relative_bias"):
             return None, None
         how = (self.position_grid, grid, settings.interpolate_antialias, settings.interpolate_offset)
         if settings.pos_embed == "learned_2d":
@@ -302,7 +305,7 @@ class ViTEncoder(nn.Module):
     def _rotation(
         self, grid: tuple[int, int], visible: Tensor | None, device: torch.device
     ) -> tuple[Tensor, Tensor] | None:
-        if self.settings.pos_embed != "rotary_2d":
+        if self.settings.pos_embed not in ROTARY:
             return None
 
         def with_prefix(table: Tensor, still: float) -> Tensor:
@@ -310,8 +313,12 @@ class ViTEncoder(nn.Module):
             prefix = rows.new_full((rows.shape[0], self.prefix, rows.shape[2]), still)  # prefix tokens do not turn
             return torch.cat([prefix, rows], 1)[:, None]
 
-        rows, columns = self.settings.rotary_grid or self.settings.grid
-        cos, sin = rotary_2d(grid, (rows, columns), self.settings.head_width, device)
+        if self.settings.pos_embed == "rotary_2d":
+            rows, columns = self.settings.rotary_grid or self.settings.grid
+            sides = scaled_coordinates(grid, (rows, columns), device)
+        else:
+            sides = normalized_coordinates(grid, device)
+        cos, sin = rotary_2d(sides, self.settings.head_width)
         return with_prefix(cos, 1.0), with_prefix(sin, 0.0)
 
     def _prefix_tokens(self, positions: Tensor | None) -> Tensor | None:

@@ -6,14 +6,17 @@ Kinds (`encoder.pos_embed`):
     learned_2d     a learned row per grid row plus one per grid column
     sincos_1d/_2d  fixed sines and cosines (Vaswani et al. 2017; MAE's 2-D table, He et al. 2022, appendix A.1)
     rotary_2d      queries and keys turned by angles that grow along rows and columns (Heo et al. 2024)
+    rotary_2d_normalized
+                   likewise, by coordinates from -1 to 1 on any grid (DINOv3, Siméoni et al. 2025, section 3.2)
     relative_bias  a learned bias w[i - j] per head, added before the softmax (CoAtNet, Dai et al. 2021)
 
 The first four are a table that is added to the tokens and resampled for other grids; rotary coordinates and the
-bias table are interpolated in the same way.
+bias table are interpolated in the same way. Normalized coordinates are the same for any grid, so nothing is.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +34,7 @@ class TokenLayout:
         grid: rows and columns of patches.
         prefix: number of tokens in front of the patches.
         visible: which patches are present ('b k'); None for all, in order.
-        rotation: cosines and sines for rotary_2d, '(b) 1 t e', or None.
+        rotation: cosines and sines for rotary positions, '(b) 1 t e', or None.
     """
 
     grid: tuple[int, int]
@@ -127,18 +130,31 @@ def _bicubic(image: Tensor, to: tuple[int, int], antialias: bool, offset: float)
     return resized
 
 
-def rotary_2d(
-    grid: tuple[int, int], trained_grid: tuple[int, int], width: int, device: torch.device
-) -> tuple[Float[Tensor, "n half"], Float[Tensor, "n half"]]:
-    """Cosines and sines of the angles of each patch: a quarter of the head's width by row, a quarter by column.
-
-    Heo et al. 2024, "Rotary Position Embedding for Vision Transformer", axial frequencies with base 100. On
-    another grid the coordinates are scaled to the trained range.
-    """
-    frequencies = 100.0 ** (-torch.arange(width // 4, device=device) / (width // 4))
-    sides = [
+def scaled_coordinates(grid: tuple[int, int], trained_grid: tuple[int, int], device: torch.device) -> list[Tensor]:
+    """Numbers of the rows and of the columns; on another grid scaled to the range of the trained one (rotary_2d)."""
+    return [
         (torch.arange(new, device=device) + 0.5) * old / new - 0.5 for new, old in zip(grid, trained_grid, strict=True)
     ]
+
+
+def normalized_coordinates(grid: tuple[int, int], device: torch.device) -> list[Tensor]:
+    """Centers of the rows and of the columns from -1 to 1 along each side, times 2 pi (rotary_2d_normalized).
+
+    DINOv3 (Siméoni et al. 2025), section 3.2. The shortest period is half of a side.
+    """
+    return [2 * math.pi * (2 * (torch.arange(side, device=device) + 0.5) / side - 1) for side in grid]
+
+
+def rotary_2d(sides: list[Tensor], width: int) -> tuple[Float[Tensor, "n half"], Float[Tensor, "n half"]]:
+    """Cosines and sines of the angles of each patch: a quarter of the head's width by row, a quarter by column.
+
+    Heo et al. 2024, "Rotary Position Embedding for Vision Transformer", axial frequencies with base 100.
+
+    Args:
+        sides: coordinates of the rows and of the columns.
+        width: channels of a head.
+    """
+    frequencies = 100.0 ** (-torch.arange(width // 4, device=sides[0].device) / (width // 4))
     by_row, by_column = torch.meshgrid(*sides, indexing="ij")
     angles = torch.cat([by_row.reshape(-1, 1) * frequencies, by_column.reshape(-1, 1) * frequencies], 1)
     return angles.cos(), angles.sin()

@@ -11,6 +11,7 @@ from sslvit.models.positions import interpolate, resample_table, table_on_grid
 from sslvit.settings import EncoderSettings
 
 BIAS_TABLE = ".rel_pos.table"  # of each block, with relative_bias
+OF_ANY_GRID = ("none", "rotary_2d_normalized")  # positions that are not made for one grid
 
 
 def resize_weights(weights: dict[str, Tensor], old: EncoderSettings, new: EncoderSettings) -> dict[str, Tensor]:

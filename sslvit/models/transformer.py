@@ -125,6 +125,19 @@ def _weights(query: Tensor, key: Tensor, bias: Tensor | None) -> Float[Tensor, "
     return (scores if bias is None else scores.add_(bias)).softmax(-1)
 
 
+class KeyUnbiasedLinear(nn.Linear):
+    """The map to queries, keys and values with a bias of which the keys' third counts as zero and gets no gradient.
+
+    What starts at zero, as a new or an imported one does, then stays there whatever decays or averages it.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Queries, keys and values."""
+        width = self.out_features // 3
+        bias = torch.cat([self.bias[:width], self.bias.new_zeros(width), self.bias[2 * width :]])
+        return F.linear(x, self.weight, bias)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017), with the encoder's saved options.
 
@@ -138,7 +151,8 @@ class Attention(nn.Module):
         self.heads = settings.heads
         self.causal = settings.causal
         self.locality = settings.locality_self_attention
-        self.qkv = nn.Linear(width, 3 * width, bias=settings.bias)
+        linear = nn.Linear if settings.key_bias or not settings.bias else KeyUnbiasedLinear
+        self.qkv = linear(width, 3 * width, bias=settings.bias)
         self.q_norm = make_norm(settings, settings.head_width) if settings.qk_norm else nn.Identity()
         self.k_norm = make_norm(settings, settings.head_width) if settings.qk_norm else nn.Identity()
         self.rel_pos = RelativeBias(settings.heads, settings.grid) if settings.pos_embed == "relative_bias" else None

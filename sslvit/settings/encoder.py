@@ -16,7 +16,10 @@ from sslvit.settings.choices import Also, check_bounds, checked, not_one_of
 from sslvit.settings.palette import check_palette
 
 TOKEN_KINDS = ("patch", "conv_stem", "hybrid", "shifted_patch", "pixel")
-PositionKind = Literal["none", "learned_1d", "learned_2d", "sincos_1d", "sincos_2d", "rotary_2d", "relative_bias"]
+PositionKind = Literal[
+    "none", "learned_1d", "learned_2d", "sincos_1d", "sincos_2d", "rotary_2d", "rotary_2d_normalized", "relative_bias"
+]  # fmt: skip
+ROTARY = ("rotary_2d", "rotary_2d_normalized")
 
 UNSET = cast("list[float]", None)  # __post_init__ fills it in
 MAX_CHANNELS = 10_000  # before lists of that length are made
@@ -100,6 +103,8 @@ class EncoderSettings:
     """Epsilon that normalization adds to the variance."""
     bias: bool = True
     """Use biases in the linear layers of the blocks."""
+    key_bias: bool = True
+    """Let the keys of attention have a bias; false keeps theirs at zero while the others are trained (BEiT, DINOv3)."""
     layer_scale: float | None = None
     """Initial value of LayerScale, a learned factor per channel on each residual branch; null for none."""
     qk_norm: bool = False
@@ -119,7 +124,9 @@ class EncoderSettings:
     single block has all of it.
     """
     pos_embed: PositionKind = "learned_1d"
-    """Position embedding."""
+    """Position embedding. Coordinates of rotary_2d count the patches of image_size; those of rotary_2d_normalized go
+    from -1 to 1 along each side of any image, with periods from 1 to 100, so no size needs interpolation (DINOv3).
+    """
     rotary_grid: list[int] | None = None
     """Rows and columns of patches by whose numbers rotary_2d turns, and to whose range those of other grids are scaled;
     null for the grid of image_size. It stays with the weights where these are fine-tuned at another size.
@@ -257,9 +264,9 @@ class EncoderSettings:
             raise ValueError(f"encoder.width: sincos_2d positions need a multiple of 4, not {self.width}.")
         if self.pos_embed == "sincos_1d" and self.width % 2:
             raise ValueError(f"encoder.width: sincos_1d positions need an even width, not {self.width}.")
-        if self.pos_embed == "rotary_2d" and self.head_width % 4:
+        if self.pos_embed in ROTARY and self.head_width % 4:
             raise ValueError(
-                f"encoder.heads: rotary_2d positions need width / heads in multiples of 4, "
+                f"encoder.heads: {self.pos_embed} positions need width / heads in multiples of 4, "
                 f"not {self.width} / {self.heads} = {self.head_width}."
             )
         if self.rotary_grid is not None and not (len(self.rotary_grid) == 2 and min(self.rotary_grid) > 0):

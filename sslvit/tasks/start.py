@@ -10,7 +10,7 @@ from torch import Tensor
 from sslvit.compatibility import POSITION_TABLES, check_same, load_strict
 from sslvit.files import printable
 from sslvit.models import Backbone, Encoder
-from sslvit.models.resize import convert_channels, resize_patches, resize_weights
+from sslvit.models.resize import OF_ANY_GRID, convert_channels, resize_patches, resize_weights
 from sslvit.ranks import is_first_rank
 from sslvit.settings import EncoderSettings
 from sslvit.settings.load import brief
@@ -52,7 +52,7 @@ def begin_with(
         return
     own, notes = encoder.state_dict(), []
     given = dict(resize_weights(start.state_dict(), there, here))
-    if there.grid != here.grid:
+    if there.grid != here.grid and there.pos_embed not in OF_ANY_GRID:
         grids = [f"{rows} x {columns}" for rows, columns in (there.grid, here.grid)]
         notes.append(f"positions interpolated from {grids[0]} to {grids[1]} patches")
     notes += _adapt_positions(given, own, there.pos_embed, here.pos_embed, source)

@@ -44,6 +44,7 @@ FIXED = [
     ("data.limit_per_class", None, "the images were drawn with it"),
     ("optim.betas", None, "the optimizer's averages in the checkpoint were made with it"),
     ("encoder.pos_embed", None, "the checkpoint holds the table"),
+    ("encoder.key_bias", None, "the weights were trained with it"),
     ("encoder.init", None, "the weights have started already"),
     ("encoder.color_init", None, "the weights have started already"),
     ("encoder.mean", None, "the weights were trained on images normalized by it"),

@@ -179,7 +179,7 @@ def test_float32_is_float32_also_where_training_takes_tf32(
         raise ValueError("broken")  # and the fixture sees that TF32 is allowed again
 
 
-@pytest.mark.parametrize("pos_embed", ["sincos_2d", "rotary_2d"])
+@pytest.mark.parametrize("pos_embed", ["sincos_2d", "rotary_2d", "rotary_2d_normalized"])
 def test_features_in_bf16_are_as_near_to_float32_as_is_stated(pos_embed: str) -> None:
     encoder = make(image_size=32, channels=3, patch=8, width=96, depth=12, heads=3, pos_embed=pos_embed)
     images = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(1))

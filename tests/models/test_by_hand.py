@@ -86,9 +86,10 @@ ATTENTION = {
     "plain": {}, "causal": {"causal": True}, "locality_self_attention": {"locality_self_attention": True},
     "bias": {"pos_embed": "relative_bias"},
     "rotary": {"pos_embed": "rotary_2d"}, "rotary, normed": {"pos_embed": "rotary_2d", "qk_norm": True},
+    "rotary, normalized": {"pos_embed": "rotary_2d_normalized", "registers": 2},
     "bias, causal": {"pos_embed": "relative_bias", "causal": True, "pooling": "mean"},
     "rms": {"qk_norm": True, "norm": "rms", "norm_eps": 0.3, "layer_scale": 0.5}, "eps": {"norm_eps": 0.3},
-    "no biases": {"bias": False},
+    "no biases": {"bias": False}, "no bias of keys": {"key_bias": False},
 }  # fmt: skip
 
 
@@ -115,8 +116,10 @@ def test_a_block_by_hand(kind: str) -> None:
     def turned(values: torch.Tensor) -> torch.Tensor:
         """b t e: each pair (i, i + e / 2) of a patch's channels by its angle; the class token is left alone."""
         result = values.clone()
-        for token in range(1, values.shape[1]):
-            row, column = divmod(token - 1, 4)
+        for token in range(settings.prefix, values.shape[1]):
+            row, column = divmod(token - settings.prefix, 4)
+            if settings.pos_embed == "rotary_2d_normalized":
+                row, column = ((2 * (side + 0.5) / 4 - 1) * 2 * torch.pi for side in (row, column))
             for i in range(width // 2):
                 quarter = width // 4
                 angle = torch.tensor((row if i < quarter else column) * 100.0 ** (-(i % quarter) / quarter))
@@ -126,15 +129,17 @@ def test_a_block_by_hand(kind: str) -> None:
         return result
 
     query, key, value = linear(norm(given, block.norm1), attended.qkv).chunk(3, -1)
+    if not settings.key_bias:
+        key = key - attended.qkv.bias.chunk(3)[1]
     mixed = []
     for head in range(heads):
         q, k, v = (part[..., head * width : (head + 1) * width] for part in (query, key, value))
         if settings.qk_norm:
             q, k = norm(q, attended.q_norm), norm(k, attended.k_norm)
-        if settings.pos_embed == "rotary_2d":
+        if settings.pos_embed in ("rotary_2d", "rotary_2d_normalized"):
             q, k = turned(q), turned(k)
         scores = q @ k.transpose(1, 2) * (attended.scale[head] if settings.locality_self_attention else width**-0.5)
-        for i, j in itertools.product(range(17), repeat=2):
+        for i, j in itertools.product(range(len(given[0])), repeat=2):
             if settings.pos_embed == "relative_bias" and i and j:
                 (r, c), (s, d) = divmod(i - 1, 4), divmod(j - 1, 4)
                 scores[:, i, j] += attended.rel_pos.table[head, r - s + 3, c - d + 3]

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
 from sslvit.models import ViTEncoder, preset
-from sslvit.models.positions import RelativeBias, TokenLayout, resample_table, rotary_2d, rotate
+from sslvit.models.positions import (
+    RelativeBias,
+    TokenLayout,
+    normalized_coordinates,
+    resample_table,
+    rotary_2d,
+    rotate,
+    scaled_coordinates,
+)
 from sslvit.models.resize import resize_weights
 from sslvit.models.transformer import drop_path
 from sslvit.settings import PRESETS, EncoderSettings
 
-POSITIONS = ["none", "learned_1d", "learned_2d", "sincos_1d", "sincos_2d", "rotary_2d", "relative_bias"]
+POSITIONS = ["none", "learned_1d", "learned_2d", "sincos_1d", "sincos_2d", "rotary_2d", "rotary_2d_normalized",
+             "relative_bias"]  # fmt: skip
 TOKENS = ["patch", "conv_stem", "shifted_patch", "hybrid"]
 
 
@@ -127,7 +137,7 @@ def test_positions_see_order_and_none_does_not(positions: str) -> None:
 def test_rotary_angles_by_hand() -> None:
     """A quarter of a head by row, a quarter by column, base 100; other grids lie on the trained one."""
     for grid, stretch in (((2, 3), 1.0), ((4, 6), 0.5)):
-        cos, sin = rotary_2d(grid, (2, 3), 8, torch.device("cpu"))
+        cos, sin = rotary_2d(scaled_coordinates(grid, (2, 3), torch.device("cpu")), 8)
         row, column = (torch.arange(side) * stretch + (stretch - 1) / 2 for side in grid)
         for place, (r, c) in enumerate(itertools.product(row.tolist(), column.tolist())):
             angles = torch.tensor([r, r / 10, c, c / 10])
@@ -136,6 +146,18 @@ def test_rotary_angles_by_hand() -> None:
     head = torch.tensor([1.0, 0, 0, 0, 0, 0, 0, 0]).view(1, 1, 1, 8)
     turned = rotate(head, (torch.zeros(1, 4), torch.ones(1, 4)))  # by a quarter turn
     assert turned.flatten().tolist() == [0, 0, 0, 0, 1, 0, 0, 0]
+
+
+@torch.no_grad()
+def test_normalized_angles_by_hand() -> None:
+    """Centers of the patches from -1 to 1 along each side of any grid, in full turns at the first period, 1."""
+    for rows, columns in ((2, 4), (1, 3)):
+        cos, sin = rotary_2d(normalized_coordinates((rows, columns), torch.device("cpu")), 8)
+        for place, (r, c) in enumerate(itertools.product(range(rows), range(columns))):
+            row, column = (2 * (r + 0.5) / rows - 1) * 2 * math.pi, (2 * (c + 0.5) / columns - 1) * 2 * math.pi
+            angles = torch.tensor([row, row / 10, column, column / 10])
+            torch.testing.assert_close(cos[place], angles.cos(), atol=1e-6, rtol=0)
+            torch.testing.assert_close(sin[place], angles.sin(), atol=1e-6, rtol=0)
 
 
 @torch.no_grad()
@@ -154,7 +176,7 @@ def test_the_bias_between_two_patches_is_that_of_their_offset() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("positions", ["rotary_2d", "relative_bias"])
+@pytest.mark.parametrize("positions", ["rotary_2d", "rotary_2d_normalized", "relative_bias"])
 def test_relative_positions_do_not_see_a_common_shift(positions: str) -> None:
     """A 2 x 2 pattern of visible patches gives the same tokens wherever it lies."""
     encoder = make(pos_embed=positions, class_token=False, pooling="mean")  # a class token has no place to turn by
@@ -349,7 +371,7 @@ def test_conv_stem_and_hybrid_look_beyond_their_patch() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("options", [{}, {"locality_self_attention": True}, {"pos_embed": "relative_bias"},
-{"pos_embed": "rotary_2d"},
+{"pos_embed": "rotary_2d"}, {"pos_embed": "rotary_2d_normalized", "key_bias": False},
                                      {"qk_norm": True}, {"causal": True, "pos_embed": "learned_1d"}])  # fmt: skip
 def test_attention_weights_give_the_output_of_the_fast_path(options: dict) -> None:
     encoder = make(**options)
@@ -733,6 +755,7 @@ def test_unknown_preset_lists_the_known_ones() -> None:
         ({"causal": True, "locality_self_attention": True}, "either causal or locality"),
         ({"pos_embed": "sincos_2d", "width": 50, "heads": 5}, "multiple of 4"),
         ({"pos_embed": "rotary_2d", "width": 60, "heads": 10}, "multiples of 4"),
+        ({"pos_embed": "rotary_2d_normalized", "width": 60, "heads": 10}, "rotary_2d_normalized .* multiples of 4"),
         ({"mean": [0.5]}, "1 values for 3 channels"),
         ({"feature_layer": 13}, r"outside 1\.\.12"),
         ({"image_size": [1, 2, 3]}, "must be one side or"),

@@ -43,7 +43,9 @@ def gray(count: int = 2, side: int = 4) -> torch.Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("positions", ["none", "learned_1d", "sincos_2d", "rotary_2d", "relative_bias"])
+@pytest.mark.parametrize(
+    "positions", ["none", "learned_1d", "sincos_2d", "rotary_2d", "rotary_2d_normalized", "relative_bias"]
+)
 def test_each_pixels_prediction_depends_on_the_pixels_before_it_only(positions: str) -> None:
     task = make(pos_embed=positions).eval()
     images = gray(1)

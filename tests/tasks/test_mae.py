@@ -198,6 +198,7 @@ def test_reconstruction_undoes_the_normalization_of_each_patch() -> None:
         {"registers": 2},
         {"class_token": False, "pooling": "mean"},
         {"pos_embed": "rotary_2d"},
+        {"pos_embed": "rotary_2d_normalized", "key_bias": False},
         {"pos_embed": "relative_bias"},
         {"fc_norm": True, "mask_token": True},
         {"image_size": [8, 16]},

@@ -10,7 +10,8 @@ from test_mae import batch_of
 from sslvit.models.sampling import complete, sample_colors, sampling_probs
 from sslvit.settings.sample import SampleSettings
 
-POSITIONS = ["none", "learned_1d", "learned_2d", "sincos_1d", "sincos_2d", "rotary_2d", "relative_bias"]
+POSITIONS = ["none", "learned_1d", "learned_2d", "sincos_1d", "sincos_2d", "rotary_2d", "rotary_2d_normalized",
+             "relative_bias"]  # fmt: skip
 
 
 @torch.no_grad()

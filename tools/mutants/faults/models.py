@@ -593,6 +593,20 @@ FAULTS = [
         OURS,
     ),
     Fault(
+        "Normalized rotary coordinates are those of the patches' corners",
+        POSITIONS,
+        "(2 * (torch.arange(side, device=device) + 0.5) / side - 1)",
+        "(2 * torch.arange(side, device=device) / side - 1)",
+        OURS,
+    ),
+    Fault(
+        "The keys' bias is trained where it is to stay zero",
+        BLOCKS,
+        "self.bias.new_zeros(width), self.bias[2 * width :]",
+        "self.bias[width:]",
+        OURS,
+    ),
+    Fault(
         "Rotary coordinates are scaled by their corners",
         POSITIONS,
         "+ 0.5) * old / new - 0.5",

@@ -197,6 +197,7 @@ FAULTS = [
     refused("optim.betas", "the optimizer's averages in the checkpoint were made with it", "None",
             f"{KEYS}[mae/digits-refused]"),
     refused("encoder.pos_embed", "the checkpoint holds the table", "None", f"{KEYS}[mae/digits-refused]"),
+    refused("encoder.key_bias", "the weights were trained with it", "None", f"{KEYS}[mae/digits-refused]"),
     refused("encoder.init", "the weights have started already", "None", f"{KEYS}[mae/digits-refused]"),
     refused("encoder.mean", "the weights were trained on images normalized by it", "None",
             f"{KEYS}[mae/digits-refused]"),
