@@ -131,8 +131,8 @@ def load_encoder(
         source: A run folder, an encoder folder, a Lightning checkpoint of ours, a released checkpoint file, a folder
             that transformers or timm opens, timm:NAME for a pretrained model of timm's, or another network by its name,
             such as torchvision:resnet18@IMAGENET1K_V1 (layouts/backbones.py).
-        layout: Layout of a released file: mae, dino, dinov2, timm, transformers or openai_igpt; recognized from the
-            names if None.
+        layout: Layout of a released file: mae, dino, dinov2, dinov3, timm, transformers or openai_igpt; recognized
+            from the names if None.
         heads: Attention heads of a released file, which does not state them; 64 channels a head are assumed if None.
         weights: Which network of a file with several, by a part of its name, such as student or model_ema; None for
             what its task calls the result, the teacher, or an average over training.

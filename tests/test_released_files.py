@@ -20,16 +20,18 @@ from sslvit.tasks.released import load_mae, mae_to_state
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-HEADS = {"mae": 4, "dino": 3, "dinov2": 3, "timm": 3, "openai_igpt": 4, "transformers": 2}
+HEADS = {"mae": 4, "dino": 3, "dinov2": 3, "dinov3": 2, "timm": 3, "openai_igpt": 4, "transformers": 2}
 FIXTURES = {"mae": "mae_model", "dino": "dino_vit", "dinov2": "dinov2_vit_reg4", "timm": "timm_vit_token",
             "openai_igpt": "igpt_model"}  # fmt: skip
 
 
 def weights_of(layout: str) -> dict[str, Tensor]:
-    if layout == "transformers":
+    if layout in ("transformers", "dinov3"):
         torch.manual_seed(0)
-        encoder = ViTEncoder(EncoderSettings(image_size=16, patch=4, width=32, depth=2, heads=2))
-        return from_sslvit(encoder.state_dict(), "transformers")
+        of_dinov3 = {"pos_embed": "rotary_2d_normalized", "key_bias": False, "registers": 4, "layer_scale": 0.1}
+        more = of_dinov3 if layout == "dinov3" else {}
+        encoder = ViTEncoder(EncoderSettings(image_size=16, patch=4, width=32, depth=2, heads=2, **more))
+        return from_sslvit(encoder.state_dict(), layout)
     return {key: value.clone() for key, value in Golden(FIXTURES[layout]).under("param/").items()}
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from sslvit.settings.choices import Arg
 
-Layout = Literal["mae", "dino", "dinov2", "timm", "transformers", "openai_igpt"]
+Layout = Literal["mae", "dino", "dinov2", "dinov3", "timm", "transformers", "openai_igpt"]
 File = Arg("FILE")
 Output = Arg("FILE", flag="-o")
 

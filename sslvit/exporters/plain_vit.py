@@ -11,12 +11,18 @@ from sslvit.settings import EncoderSettings
 TABLES = ("learned_1d", "learned_2d", "sincos_1d", "sincos_2d")
 
 
+def is_dinov3(settings: EncoderSettings) -> bool:
+    """Whether an encoder has DINOv3's positions, which other libraries have in its model alone."""
+    return settings.pos_embed == "rotary_2d_normalized"
+
+
 def unsupported_options(settings: EncoderSettings, outputs: str) -> dict[str, bool]:
     """Options that no ViT of another library has -> whether this encoder has them and its outputs depend on them."""
     is_pooled = outputs != "tokens"
+    positions = (*TABLES, "none", "rotary_2d_normalized")
     return {
         f"tokens: {settings.tokens}": settings.tokens != "patch",
-        f"pos_embed: {settings.pos_embed}": settings.pos_embed not in (*TABLES, "none"),
+        f"pos_embed: {settings.pos_embed}": settings.pos_embed not in positions,
         f"norm: {settings.norm}": settings.norm != "layer",
         "causal: true": settings.causal,
         "locality_self_attention: true": settings.locality_self_attention,
@@ -34,7 +40,7 @@ def refuse_options(model: str, options: dict[str, bool]) -> None:
 
 def resampling_difference(settings: EncoderSettings, antialias: bool) -> str | None:
     """The setting by which positions at other sizes differ from a plain resampling to the size, or None."""
-    if settings.pos_embed == "none":
+    if settings.pos_embed not in TABLES:
         return None
     if settings.interpolate_offset:
         return f"interpolate_offset: {settings.interpolate_offset:g}"

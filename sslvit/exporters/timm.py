@@ -19,10 +19,12 @@ from sslvit.environment import require_packages
 from sslvit.exporters import plain_vit
 from sslvit.exporters.cropping import open_snippet, resized_sides
 from sslvit.exporters.exported import Exported, save_tensors
+from sslvit.layouts.dinov3 import NORM_EPS, to_timm
 from sslvit.layouts.timm import from_sslvit
 from sslvit.settings import EncoderSettings
 
 ARCHITECTURE = "vit_base_patch16_224"  # any plain ViT: the arguments below override all of it
+DINOV3 = "vit_small_patch16_dinov3_qkvb"  # likewise; biases of queries and values are written even where they are zero
 
 
 def check(exported: Exported, size: str | None) -> bool:
@@ -34,8 +36,10 @@ def check(exported: Exported, size: str | None) -> bool:
 
 
 def model_arguments(exported: Exported) -> dict[str, Any]:
-    """Arguments of timm's VisionTransformer; refuses all options that it cannot hold."""
+    """Arguments of timm's model; refuses all options that it cannot hold."""
     settings, outputs = exported.settings, exported.outputs
+    if plain_vit.is_dinov3(settings):
+        return _dinov3_arguments(exported)
     is_pooled = outputs != "tokens"
     plain_vit.refuse_options("timm's VisionTransformer", {
         **plain_vit.unsupported_options(settings, outputs),
@@ -58,6 +62,29 @@ def model_arguments(exported: Exported) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _dinov3_arguments(exported: Exported) -> dict[str, Any]:
+    """Arguments of timm's Eva with DINOv3's positions."""
+    settings, outputs = exported.settings, exported.outputs
+    is_pooled = outputs != "tokens"
+    plain_vit.refuse_options("timm's DINOv3", {
+        **plain_vit.unsupported_options(settings, outputs),
+        f"norm_eps: {settings.norm_eps:g}": settings.norm_eps != NORM_EPS,
+        f"mlp: {settings.mlp}": settings.mlp not in ("gelu", "swiglu"),
+        "bias: false": not settings.bias,
+        "key_bias: true": settings.key_bias,
+    })  # fmt: skip
+    return {
+        "img_size": list(settings.size), "patch_size": settings.patch, "in_chans": settings.channels,
+        "embed_dim": settings.width, "depth": settings.depth, "num_heads": settings.heads,
+        "mlp_ratio": exact_ratio(settings.width, settings.mlp_width), "swiglu_mlp": settings.mlp == "swiglu",
+        "swiglu_align_to": 8, "qk_norm": settings.qk_norm, "init_values": settings.layer_scale,
+        "class_token": settings.class_token, "num_reg_tokens": settings.registers, "dynamic_img_size": True,
+        "global_pool": {"class": "token", "mean": "avg"}[settings.pooling] if is_pooled else "",
+        "num_classes": 0 if exported.head is None else exported.head.out_features,
+        "use_fc_norm": settings.fc_norm and is_pooled, "use_post_transformer_norm": settings.final_norm,
+    }  # fmt: skip
+
+
 def exact_ratio(width: int, hidden: int) -> float:
     """A ratio whose product with the width is the hidden width when timm truncates it."""
     ratio = hidden / width
@@ -75,7 +102,7 @@ def write(exported: Exported, folder: Path, is_fixed: bool) -> None:
     arguments = {**model_arguments(exported), "dynamic_img_size": not is_fixed}
     save_tensors(tensors_of(exported), folder)
     config = {
-        "architecture": ARCHITECTURE,
+        "architecture": DINOV3 if plain_vit.is_dinov3(settings) else ARCHITECTURE,
         "num_classes": arguments["num_classes"],
         "num_features": settings.width,
         "global_pool": arguments["global_pool"],
@@ -94,8 +121,9 @@ def write(exported: Exported, folder: Path, is_fixed: bool) -> None:
 def tensors_of(exported: Exported) -> dict[str, Tensor]:
     """Everything that is written, under timm's names."""
     classifier = {} if exported.head is None else {f"head.{k}": v for k, v in exported.head.state_dict().items()}
-    table = plain_vit.state_with_table(exported.encoder, prefix_rows(exported.settings), exported.outputs)
-    return from_sslvit(table, classifier)
+    rows = prefix_rows(exported.settings)
+    state = plain_vit.state_with_table(exported.encoder, rows, exported.outputs)
+    return to_timm(state) | classifier if plain_vit.is_dinov3(exported.settings) else from_sslvit(state, classifier)
 
 
 def crop_pct(settings: EncoderSettings) -> float:

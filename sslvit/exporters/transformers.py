@@ -1,4 +1,4 @@
-"""transformers: a folder that ``from_pretrained`` opens, as ViT, Dinov2, Dinov2WithRegisters or ImageGPT.
+"""transformers: a folder that ``from_pretrained`` opens, as ViT, Dinov2, Dinov2WithRegisters, DINOv3ViT or ImageGPT.
 
 config.json                 the model and its settings
 model.safetensors           the weights under transformers' names
@@ -19,7 +19,7 @@ from sslvit.environment import require_packages
 from sslvit.exporters import plain_vit
 from sslvit.exporters.cropping import fit, fit_snippet, is_fitted, open_snippet, resized_sides
 from sslvit.exporters.exported import Exported, Reopened, save_tensors
-from sslvit.layouts import openai_igpt
+from sslvit.layouts import dinov3, openai_igpt
 from sslvit.layouts.transformers import rename, to_transformers
 from sslvit.settings import EncoderSettings
 from sslvit.settings.palette import UNIFORM
@@ -27,7 +27,8 @@ from sslvit.settings.palette import UNIFORM
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CLASSES = {"vit": "ViT", "dinov2": "Dinov2", "dinov2_with_registers": "Dinov2WithRegisters", "imagegpt": "ImageGPT"}
+CLASSES = {"vit": "ViT", "dinov2": "Dinov2", "dinov2_with_registers": "Dinov2WithRegisters", "dinov3_vit": "DINOv3ViT",
+           "imagegpt": "ImageGPT"}  # fmt: skip
 RESAMPLE = {"bilinear": 2, "bicubic": 3}  # PIL's numbers
 
 
@@ -37,6 +38,8 @@ def check(exported: Exported, size: str | None) -> bool:
     model_arguments(settings, outputs)
     if settings.tokens == "pixel" and outputs == "logits":
         raise ValueError("--outputs logits: transformers' ImageGPT has another classifier. Use features.")
+    if plain_vit.is_dinov3(settings) and outputs == "logits":
+        raise ValueError("--outputs logits: transformers' DINOv3ViT has no classifier. Use features, or --format timm.")
     is_fixed = plain_vit.is_fixed_size("transformers", size, _size_difference(settings, outputs))
     require_packages("--format transformers", "sslvit[transformers]", "transformers")
     return is_fixed
@@ -46,6 +49,8 @@ def model_type(settings: EncoderSettings, outputs: str) -> str:
     """The model of transformers, as its config names it, that holds these settings or comes nearest."""
     if settings.tokens == "pixel":
         return "imagegpt"
+    if plain_vit.is_dinov3(settings):
+        return "dinov3_vit"
     if settings.registers:
         return "dinov2_with_registers"
     # Dinov2's classifier reads the mean over patches too, which ViT's does not
@@ -58,6 +63,8 @@ def model_arguments(settings: EncoderSettings, outputs: str = "features") -> dic
     kind = model_type(settings, outputs)
     if kind == "imagegpt":
         return _imagegpt_arguments(settings)
+    if kind == "dinov3_vit":
+        return _dinov3_arguments(settings, outputs)
     height, width = settings.size
     ratio = settings.mlp_ratio
     plain_vit.refuse_options(f"transformers' {kind}", {
@@ -72,15 +79,40 @@ def model_arguments(settings: EncoderSettings, outputs: str = "features") -> dic
         "fc_norm: true": settings.fc_norm and outputs != "tokens",
         f"image_size: {settings.image_size}, which is no square": kind != "vit" and height != width,
     })  # fmt: skip
-    common = {
-        "hidden_size": settings.width, "num_hidden_layers": settings.depth, "num_attention_heads": settings.heads,
-        "layer_norm_eps": settings.norm_eps, "patch_size": settings.patch, "num_channels": settings.channels,
-        "image_size": height if height == width else [height, width],
-    }  # fmt: skip
+    common = _common_arguments(settings)
     if kind == "vit":
         return common | {"intermediate_size": settings.mlp_width}
     registers = {"num_register_tokens": settings.registers} if settings.registers else {}
     return common | registers | {"mlp_ratio": int(ratio), "use_swiglu_ffn": settings.mlp == "swiglu"}
+
+
+def _common_arguments(settings: EncoderSettings) -> dict[str, Any]:
+    """What every ViT of transformers calls alike."""
+    height, width = settings.size
+    return {
+        "hidden_size": settings.width, "num_hidden_layers": settings.depth, "num_attention_heads": settings.heads,
+        "layer_norm_eps": settings.norm_eps, "patch_size": settings.patch, "num_channels": settings.channels,
+        "image_size": height if height == width else [height, width],
+    }  # fmt: skip
+
+
+def _dinov3_arguments(settings: EncoderSettings, outputs: str) -> dict[str, Any]:
+    is_gated = settings.mlp == "swiglu"
+    plain_vit.refuse_options("transformers' dinov3_vit", {
+        **plain_vit.unsupported_options(settings, outputs),
+        f"mlp: {settings.mlp}": settings.mlp not in ("gelu", "swiglu"),
+        "qk_norm: true": settings.qk_norm,
+        "class_token: false": not settings.class_token,
+        "final_norm: false": not settings.final_norm,
+        "fc_norm: true": settings.fc_norm and outputs != "tokens",
+    })  # fmt: skip
+    return _common_arguments(settings) | {
+        "intermediate_size": settings.mlp_width, "use_gated_mlp": is_gated,
+        "hidden_act": "silu" if is_gated else "gelu",
+        "num_register_tokens": settings.registers, "rope_theta": dinov3.BASE,
+        "key_bias": settings.key_bias and settings.bias,
+        **{f"{part}_bias": settings.bias for part in ("query", "value", "proj", "mlp")},
+    }  # fmt: skip
 
 
 def _imagegpt_arguments(settings: EncoderSettings) -> dict[str, Any]:
@@ -109,6 +141,8 @@ def _size_difference(settings: EncoderSettings, outputs: str) -> str | None:
     kind = model_type(settings, outputs)
     if kind == "imagegpt":
         return "a pixel sequence is tied to its size"
+    if kind == "dinov3_vit":
+        return None  # its positions are for any size, whatever its config states
     if settings.size[0] != settings.size[1]:
         return f"image_size: {settings.image_size}, which is no square"
     return plain_vit.resampling_difference(settings, antialias=kind == "dinov2_with_registers")
@@ -131,6 +165,9 @@ def write(exported: Exported, folder: Path, is_fixed: bool) -> None:
     config.save_pretrained(folder)
     if kind == "imagegpt":
         tensors = openai_igpt.from_sslvit(exported.encoder.state_dict(), {})
+    elif kind == "dinov3_vit":
+        state = plain_vit.state_with_table(exported.encoder, 0, outputs)
+        tensors = dinov3.to_transformers(state, settings.key_bias)
     else:
         tensors = to_transformers(plain_vit.state_with_table(exported.encoder, 1, outputs), kind)
     if exported.head is not None:
@@ -226,6 +263,11 @@ def weights(folder: Path, exported: Exported) -> tuple[dict[str, Tensor], dict[s
         expected = {key: value for key, value in exported.encoder.state_dict().items() if key != "patch_embed.palette"}
         neutral = {key: torch.zeros_like(value) for key, value in found.items() if key.endswith(".bias")}
         return neutral | expected, found
+    if kind == "dinov3_vit":
+        found, _ = dinov3.rename(state, [])
+        neutral = {key: torch.ones_like(value) for key, value in found.items() if ".ls" in key}
+        neutral |= {"mask_token": torch.zeros(1, 1, settings.width)}
+        return neutral | plain_vit.state_with_table(exported.encoder, 0, outputs), found
     found, others = rename(state)
     expected = plain_vit.state_with_table(exported.encoder, 1, outputs)
     if kind == "vit":

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from sslvit.files import printable
-from sslvit.layouts import dino, dinov2, mae, openai_igpt, timm, transformers
+from sslvit.layouts import dino, dinov2, dinov3, mae, openai_igpt, timm, transformers
 from sslvit.layouts.nearest import nearest_layout
-from sslvit.layouts.preprocessing import guess_from_file_name
+from sslvit.layouts.preprocessing import SATELLITE, SATELLITE_IMAGES, guess_from_file_name
 from sslvit.layouts.unwrap import unwrap
 from sslvit.layouts.vit import HEADS, Converted, describe_architecture
 
@@ -33,7 +33,8 @@ class Layout(Protocol):
 
 
 LAYOUTS: dict[str, Layout] = {  # from the most specific to the plainest
-    "mae": mae, "openai_igpt": openai_igpt, "dinov2": dinov2, "dino": dino, "timm": timm, "transformers": transformers,
+    "mae": mae, "openai_igpt": openai_igpt, "dinov3": dinov3, "dinov2": dinov2, "dino": dino, "timm": timm,
+    "transformers": transformers,
 }  # fmt: skip
 
 
@@ -125,7 +126,11 @@ def to_sslvit(
 def _guess_preprocessing(
     name: str, weights: dict[str, Tensor], source: str, changes: dict[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Preprocessing of a file in timm's names, as far as its own name shows it, and a line on it."""
+    """Preprocessing of a file in timm's names or of DINOv3, as far as its own name shows it, and a line on it."""
+    if name == "dinov3" and SATELLITE in source:
+        return dict(SATELLITE_IMAGES), [
+            f"preprocessing: mean and std of satellite images, as its name has {SATELLITE}."
+        ]
     if name != "timm":
         return {}, []
     _, channels, patch, _ = weights["patch_embed.proj.weight"].shape

@@ -21,6 +21,7 @@ EXAMPLES = {  # of one block each; mae and dino have timm's names
     "timm": tiny(),
     "transformers": tiny(),
     "dinov2": tiny(layer_scale=1.0, mask_token=True),
+    "dinov3": tiny(layer_scale=1.0, mask_token=True, pos_embed="rotary_2d_normalized", key_bias=False, registers=4),
     "openai_igpt": preset("igpt_small", width=4, depth=1, heads=1, image_size=4),
 }
 

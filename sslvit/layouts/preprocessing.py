@@ -26,10 +26,12 @@ RELEASED: dict[str, dict[str, Any]] = {  # as the released models are evaluated 
     "mae": {**IMAGENET, "interpolation": "bicubic", **MIDDLE},
     "dino": {**IMAGENET, "interpolation": "bicubic", **MIDDLE},
     "dinov2": {**IMAGENET, "interpolation": "bicubic", **MIDDLE},
+    "dinov3": {**IMAGENET, "interpolation": "bilinear", **SQUASHED},
     "vit": {**HALF, "interpolation": "bilinear", **SQUASHED},  # transformers' ViT
     "augreg": {**HALF, "interpolation": "bicubic", "crop_mode": "center", "crop_fraction": 0.9},
 }
-AUTHORS = {"mae": "MAE", "dino": "DINO", "dinov2": "DINOv2"}
+AUTHORS = {"mae": "MAE", "dino": "DINO", "dinov2": "DINOv2", "dinov3": "DINOv3"}
+SATELLITE, SATELLITE_IMAGES = "sat493m", {"mean": [0.430, 0.411, 0.296], "std": [0.213, 0.156, 0.143]}  # of DINOv3
 MIN_UNCROPPED_AUGREG = 384  # pixels from which on timm evaluates augreg's models without a crop
 INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 TIMM_NAME = re.compile(r"^(flexi)?(vit|deit3?)_\w+")

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from sslvit.environment import require_packages
 from sslvit.files import printable, quoted
+from sslvit.layouts import dinov3
+from sslvit.layouts import timm as plain_timm
 from sslvit.layouts.preprocessing import from_timm
-from sslvit.layouts.timm import to_sslvit
 from sslvit.layouts.vit import Converted
 from sslvit.models import ViTEncoder
 from sslvit.progress import quiet_libraries
@@ -25,7 +26,7 @@ from sslvit.weight_files import count_blocks, read_folder_weights
 logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-3  # of outputs that are about 1 in size
-MODULES = ("vision_transformer", "deit")  # of timm, with plain vision transformers
+MODULES = ("vision_transformer", "deit", "eva")  # of timm, with plain vision transformers and DINOv3's
 MAX_NAME = 100  # characters that are compared with known names
 HTTP = ("httpx", "requests", "urllib3")  # libraries by which the hub is reached
 MAX_PATCHES = 1 << 16  # of the images on which both are compared
@@ -69,7 +70,13 @@ def _from_timm(name: str, weights: dict[str, Tensor] | None, **changes: Any) -> 
         "image_size": list(model.patch_embed.img_size), "norm_eps": model.blocks[0].norm1.eps, "pooling": pooling,
         **prepared, **changes,
     }  # fmt: skip
-    converted = to_sslvit(model.state_dict(), model.blocks[0].attn.num_heads, **found)
+    layout = dinov3 if dinov3.recognize(set(model.state_dict())) else plain_timm
+    try:
+        converted = layout.to_sslvit(model.state_dict(), model.blocks[0].attn.num_heads, **found)
+    except KeyError as error:  # timm has variants of DINOv3 with other attention
+        raise ValueError(
+            f"timm:{name}: differs from a plain vision transformer in {printable(error.args[0])}."
+        ) from error
     converted.num_read = len(model.state_dict())
     converted.notes += notes
     if math.prod(converted.settings.grid) > MAX_PATCHES:
@@ -148,7 +155,9 @@ def _explain(error: Exception, name: str) -> str:
 
 
 def _check_plain(name: str, model: nn.Module) -> None:
-    if not isinstance(model, _import_timm(name).models.vision_transformer.VisionTransformer):
+    timm = _import_timm(name)
+    is_dinov3 = isinstance(getattr(model, "rope", None), timm.layers.RotaryEmbeddingDinoV3)
+    if not (isinstance(model, timm.models.vision_transformer.VisionTransformer) or is_dinov3):
         raise ValueError(f"timm:{name}: a {type(model).__name__}, and only plain vision transformers can be probed.")
 
 

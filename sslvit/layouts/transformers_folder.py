@@ -1,4 +1,5 @@
-"""Folders that transformers writes: ViT, Dinov2, Dinov2WithRegisters, and ImageGPT through openai_igpt.
+"""Folders that transformers writes: ViT, Dinov2, Dinov2WithRegisters, DINOv3ViT through dinov3, and ImageGPT through
+openai_igpt.
 
 config.json states what the shapes do not (heads, epsilon), preprocessor_config.json the preprocessing.
 """
@@ -13,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from sslvit.files import brief
-from sslvit.layouts import openai_igpt
+from sslvit.layouts import dinov3, openai_igpt
 from sslvit.layouts.transformers import ALWAYS, fill_biases, remove_mask_token, rename
 from sslvit.layouts.transformers_processor import from_transformers
 from sslvit.layouts.vit import Converted, require, settings_from_shapes
@@ -21,7 +22,7 @@ from sslvit.settings.encoder import MAX_CHANNELS
 
 SHAPE = {"hidden_size": "width", "num_hidden_layers": "depth", "patch_size": "patch", "num_channels": "channels"}
 IMAGEGPT_SHAPE = {"n_embd": "width", "n_layer": "depth"}
-MODELS = ("vit", "dinov2", "dinov2_with_registers", "imagegpt")
+MODELS = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit", "imagegpt")
 
 
 def is_folder(path: Path) -> bool:
@@ -72,15 +73,18 @@ def _convert(state: dict[str, Tensor], config: dict[str, Any], path: Path, chang
         converted.num_read = len(state)
         converted.notes += notes
         return converted
-    known = prepared | _vit_settings(config, path)
-    encoder, extras = rename(state)
+    is_dinov3 = config["model_type"] == "dinov3_vit"
+    known = prepared | (_dinov3_settings(config, state, path) if is_dinov3 else _vit_settings(config, path))
+    encoder, extras = (dinov3.rename(state, notes)[0], {}) if is_dinov3 else rename(state)
     has_biases = any(key.endswith("attn.qkv.bias") for key in encoder)
-    if config.get("qkv_bias", True) is False:
+    bias = "query_bias" if is_dinov3 else "qkv_bias"
+    if config.get(bias, True) is False:
         if has_biases:
-            raise ValueError(f"{path}: states qkv_bias: false, but its weights have such biases.")
+            raise ValueError(f"{path}: states {bias}: false, but its weights have such biases.")
         fill_biases(encoder)
     ignored = remove_mask_token(encoder) if config["model_type"] == "vit" else []
-    require(encoder, "norm.weight")
+    if not is_dinov3:
+        require(encoder, "norm.weight")
     settings = settings_from_shapes(encoder, config["num_attention_heads"], notes, **known | changes)
     return Converted(settings, encoder, extras, notes, ignored, len(state))
 
@@ -92,9 +96,7 @@ def _vit_settings(config: dict[str, Any], path: Path) -> dict[str, Any]:
     activation = "silu" if is_gated else config.get("hidden_act", "gelu")
     if activation not in ("gelu", "silu") or (activation == "silu" and not is_gated):
         raise ValueError(f"{path}: hidden_act {brief(activation)} is not gelu, so this encoder cannot be held.")
-    found = {ours: config[theirs] for theirs, ours in SHAPE.items() if theirs in config}
-    if isinstance(found.get("patch"), list) and len(set(found["patch"])) == 1:
-        found["patch"] = found["patch"][0]
+    found = _shape(config)
     if is_dinov2 and "mlp_ratio" in config:
         found["mlp_ratio"] = float(config["mlp_ratio"])
     elif "intermediate_size" in config and "hidden_size" in config:
@@ -106,6 +108,41 @@ def _vit_settings(config: dict[str, Any], path: Path) -> dict[str, Any]:
         "registers": config.get("num_register_tokens", 4) if has_registers else 0,
         "interpolate_antialias": has_registers,
     }  # fmt: skip
+
+
+def _dinov3_settings(config: dict[str, Any], state: dict[str, Tensor], path: Path) -> dict[str, Any]:
+    """Settings of a DINOv3ViT by its config.json."""
+    is_gated = config.get("use_gated_mlp", False)
+    activation, base = config.get("hidden_act", "gelu"), config.get("rope_theta", dinov3.BASE)
+    if activation != ("silu" if is_gated else "gelu"):
+        raise ValueError(
+            f"{path}: hidden_act {brief(activation)} with use_gated_mlp {brief(is_gated)}: this encoder has gelu, or "
+            "gates by silu, so it cannot be held."
+        )
+    if base != dinov3.BASE:
+        raise ValueError(f"{path}: rope_theta {brief(base)}: this encoder's is {dinov3.BASE:g}, so it cannot be held.")
+    key_bias = config.get("key_bias", False)
+    if key_bias is not any(key.endswith("k_proj.bias") for key in state):
+        have = "have no" if key_bias else "have"
+        raise ValueError(f"{path}: states key_bias: {brief(key_bias)}, but its weights {have} such biases.")
+    found = _shape(config)
+    if "intermediate_size" in config and "hidden_size" in config:
+        found["mlp_ratio"] = config["intermediate_size"] / config["hidden_size"] * (1.5 if is_gated else 1)
+    return found | dinov3.ALWAYS | {
+        "norm_eps": config.get("layer_norm_eps", dinov3.NORM_EPS),
+        "image_size": config.get("image_size", dinov3.IMAGE_SIZE),
+        "mlp": "swiglu" if is_gated else "gelu", "layer_scale": 1.0, "key_bias": key_bias,
+        "registers": config.get("num_register_tokens", 0), "class_token": True, "final_norm": True, "fc_norm": False,
+        "qk_norm": False, "bias": config.get("proj_bias", True), "mask_token": True,
+    }  # fmt: skip
+
+
+def _shape(config: dict[str, Any]) -> dict[str, Any]:
+    """Width, depth, patch and channels as config.json states them."""
+    found = {ours: config[theirs] for theirs, ours in SHAPE.items() if theirs in config}
+    if isinstance(found.get("patch"), list) and len(set(found["patch"])) == 1:
+        found["patch"] = found["patch"][0]
+    return found
 
 
 def _imagegpt_settings(config: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -6,8 +6,10 @@ from typing import Any
 
 from sslvit.files import brief, quoted
 from sslvit.layouts.preprocessing import (
+    AUTHORS,
     CLIP,
     HALF,
+    IMAGENET,
     INTERPOLATIONS,
     UNCROPPED,
     describe_preprocessing,
@@ -19,9 +21,17 @@ from sslvit.layouts.preprocessing import (
 PROCESSORS: dict[str, dict[str, Any]] = {
     "ViT": {**HALF, "resample": 2, "size": {"height": 224, "width": 224}, "is_cropped": False, "is_square": True},
     "Bit": {**CLIP, "resample": 3, "size": {"shortest_edge": 224}, "is_cropped": True, "is_square": False},
+    "DINOv3ViT": {
+        **IMAGENET,
+        "resample": 2,
+        "size": {"height": 224, "width": 224},
+        "is_cropped": False,
+        "is_square": True,
+    },
     "ImageGPT": {**HALF, "resample": 2, "size": {"height": 256, "width": 256}, "is_cropped": False, "is_square": True},
 }
-PROCESSOR_OF = {"vit": "ViT", "dinov2": "Bit", "dinov2_with_registers": "Bit", "imagegpt": "ImageGPT"}
+PROCESSOR_OF = {"vit": "ViT", "dinov2": "Bit", "dinov2_with_registers": "Bit", "dinov3_vit": "DINOv3ViT",
+                "imagegpt": "ImageGPT"}  # fmt: skip
 
 
 def from_transformers(
@@ -29,9 +39,9 @@ def from_transformers(
 ) -> tuple[dict[str, Any], list[str]]:
     """Settings and notes from preprocessor_config.json (None if missing), with its processor's defaults."""
     if content is None:
-        family = "vit" if model in ("vit", "imagegpt") else "dinov2"
+        family = {"dinov3_vit": "dinov3", "vit": "vit", "imagegpt": "vit"}.get(model, "dinov2")
         found = released_preprocessing(family, channels)
-        who = "transformers' ViT" if family == "vit" else "the released DINOv2 models"
+        who = "transformers' ViT" if family == "vit" else f"the released {AUTHORS[family]} models"
         return found, [
             f"preprocessing: no preprocessor_config.json there; as in {who}: {describe_preprocessing(found)}."
         ]

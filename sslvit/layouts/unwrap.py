@@ -15,7 +15,8 @@ from torch import Tensor
 
 from sslvit.files import printable
 
-ANCHORS = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight", "wte.weight")
+ANCHORS = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight",
+           "embeddings.patch_embeddings.weight", "wte.weight")  # fmt: skip
 # in a file with several networks: the average over training is the result that papers report and evaluate
 AVERAGES = ("teacher", "model_ema", "state_dict_ema", "ema", "ema_model", "params_ema", "target_encoder",
             "momentum_encoder")  # fmt: skip

@@ -43,6 +43,7 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not inst
 
 IGPT = {"tokens": "pixel", "patch": 1, "image_size": 8, "class_token": False, "pooling": "mean", "causal": True,
         "norm": "rms", "mlp": "quick_gelu"}  # fmt: skip
+DINOV3 = {"pos_embed": "rotary_2d_normalized", "registers": 2, "layer_scale": 0.1, "key_bias": False}
 
 
 # ---- timm ----------------------------------------------------------------------------------------------------------
@@ -277,6 +278,8 @@ def test_a_transformers_processor_takes_pictures_of_all_kinds(tmp_path: Path) ->
     [
         ("torch", {"registers": 2}, "dynamic"),
         pytest.param("torch", {"pos_embed": "relative_bias"}, "dynamic", marks=pytest.mark.slow),
+        pytest.param("torch", DINOV3 | {"mlp": "swiglu"}, "dynamic", marks=pytest.mark.slow),
+        pytest.param("onnx", DINOV3, "dynamic", marks=pytest.mark.slow),
         ("torch", IGPT, None),
         ("onnx", {"registers": 2, "layer_scale": 0.1}, "dynamic"),
         pytest.param("onnx", {"interpolate_offset": 0.1}, None, marks=pytest.mark.slow),
@@ -342,7 +345,7 @@ def test_the_snippet_of_a_card_runs_in_its_folder_and_gives_what_the_card_says(
     "options",
     [
         {}, {"tokens": "conv_stem"}, {"tokens": "shifted_patch"}, {"pos_embed": "rotary_2d"},
-        {"pos_embed": "learned_2d"},
+        DINOV3, {"pos_embed": "learned_2d"},
         {"pos_embed": "none", "norm": "rms"}, {"pos_embed": "sincos_1d", "mlp": "swiglu"},
         {"locality_self_attention": True},
         {"qk_norm": True, "bias": False}, {"causal": True, "pooling": "mean"}, {"pooling": "attention"},

@@ -89,7 +89,7 @@ ATTENTION = {
     "rotary, normalized": {"pos_embed": "rotary_2d_normalized", "registers": 2},
     "bias, causal": {"pos_embed": "relative_bias", "causal": True, "pooling": "mean"},
     "rms": {"qk_norm": True, "norm": "rms", "norm_eps": 0.3, "layer_scale": 0.5}, "eps": {"norm_eps": 0.3},
-    "no biases": {"bias": False}, "no bias of keys": {"key_bias": False},
+    "no biases": {"bias": False}, "no bias of keys": {"key_bias": False, "pos_embed": "rotary_2d"},
 }  # fmt: skip
 
 

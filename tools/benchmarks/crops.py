@@ -68,7 +68,7 @@ def main() -> None:
         "pooling": "class",
     }  # fmt: skip
     other = [key for key, value in plain.items() if getattr(recipe.encoder, key) != value]
-    if other or recipe.encoder.pos_embed in ("rotary_2d", "relative_bias"):
+    if other or recipe.encoder.pos_embed in ("rotary_2d", "rotary_2d_normalized", "relative_bias"):
         parser.error(f"{options.recipe}: packing is written for plain encoders ({', '.join(other) or 'positions'}).")
     encoder = ViTEncoder(recipe.encoder).to(options.device)
     sizes = [size for size, _ in Views(recipe.data.view, recipe.encoder.image_size, "bicubic").specs()]

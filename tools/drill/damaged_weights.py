@@ -112,17 +112,20 @@ def open_weight_arrays(folder: Path) -> Reader:
     return one_file(folder, "weights.npz", [buffer.getvalue()], damage_bytes, read_torch_file)
 
 
-def prepare_library(kind: str) -> Callable[[Workshop], None]:
+def prepare_library(kind: str, name: str = "", **changes: Any) -> Callable[[Workshop], None]:
+    """A folder in a library's format, of an encoder with changed settings where it has a name of its own."""
+    name = name or kind
+
     def prepare(workshop: Workshop) -> None:
-        out = workshop.folder / f"exported-{kind}"
+        out = workshop.folder / f"exported-{name}"
         if not out.exists():
 
             def make() -> None:
-                saved(workshop.folder / f"for-{kind}", **ENCODER | {"pooling": "class"})
-                export_encoder(workshop.folder / f"for-{kind}", out, kind, size="fixed")
+                saved(workshop.folder / f"for-{name}", **ENCODER | {"pooling": "class"} | changes)
+                export_encoder(workshop.folder / f"for-{name}", out, kind, size="fixed")
 
             in_child(make, workshop.log)
-        Shared.folders[kind] = out
+        Shared.folders[name] = out
 
     return prepare
 
@@ -158,4 +161,22 @@ TARGETS = {
     "weights": Target("weights as .npz", open_weight_arrays),
     "transformers": Target("folders of transformers", open_library("transformers"), prepare_library("transformers")),
     "timm": Target("folders of timm", open_library("timm"), prepare_library("timm")),
+    "dinov3": Target(
+        "folders of transformers' DINOv3ViT",
+        open_library("dinov3"),
+        prepare_library("transformers", "dinov3", pos_embed="rotary_2d_normalized", registers=2),
+    ),
+    "dinov3-timm": Target(
+        "folders of timm's DINOv3",
+        open_library("dinov3-timm"),
+        prepare_library(
+            "timm",
+            "dinov3-timm",
+            pos_embed="rotary_2d_normalized",
+            key_bias=False,
+            norm_eps=1e-5,
+            registers=2,
+            layer_scale=0.1,
+        ),
+    ),
 }

@@ -18,6 +18,7 @@ FOLDERS = f"{ANY}::test_transformers_by_folder"
 LOSSY = f"{RELEASED}::test_a_file_that_lacks_what_its_family_has_is_refused"
 OWN = f"{RELEASED}::test_released_files_are_evaluated_as_by_their_authors"
 IGPT = f"{ANY}::test_imagegpt_by_folder_and_attention_that_is_scaled_otherwise"
+DINOV3 = "tests/test_dinov3.py"
 LAYOUTS = "sslvit/layouts"
 
 FAULTS = [
@@ -28,6 +29,41 @@ FAULTS = [
         '(("query", "key", "value"), ("q_proj", "k_proj", "v_proj"))',
         '(("key", "query", "value"), ("k_proj", "q_proj", "v_proj"))',
         (FOLDERS,),
+    ),
+    Fault(
+        "Keys of DINOv3 have the biases that its files mask",
+        f"{LAYOUTS}/dinov3.py",
+        'attn.qkv.bias"] = bias * mask.to(bias)',
+        'attn.qkv.bias"] = bias',
+        (f"{DINOV3}::test_released_names_are_read_as_timm_reads_them",),
+    ),
+    Fault(
+        "The gates of timm's DINOv3 change places",
+        f"{LAYOUTS}/dinov3.py",
+        '("mlp.fc1_g", "mlp.fc1_x")',
+        '("mlp.fc1_x", "mlp.fc1_g")',
+        (f"{DINOV3}::test_a_model_of_timm_gives_its_features_at_any_size",),
+    ),
+    Fault(
+        "Positions of DINOv3 with other periods are taken",
+        f"{LAYOUTS}/dinov3.py",
+        "if not difference < 2**-8:",
+        "if not difference < 2**8:",
+        (f"{DINOV3}::test_released_files_of_another_kind_are_refused",),
+    ),
+    Fault(
+        "A mask of other biases than the keys' is taken",
+        f"{LAYOUTS}/dinov3.py",
+        "if not torch.equal(mask.to(bias), _mask_like(bias)):",
+        "if False:",
+        (f"{DINOV3}::test_released_files_of_another_kind_are_refused",),
+    ),
+    Fault(
+        "Biases of DINOv3's keys may be missing from a folder that states them",
+        f"{LAYOUTS}/transformers_folder.py",
+        'if key_bias is not any(key.endswith("k_proj.bias") for key in state):',
+        "if False:",
+        (f"{DINOV3}::test_a_folder_whose_config_says_something_else_is_refused",),
     ),
     Fault(
         "Exports to transformers swap keys and values",

@@ -1,0 +1,228 @@
+"""DINOv3's ViTs (Siméoni et al. 2025) under three kinds of names: its released files', timm's and transformers'.
+
+Its positions are rotary and have no weights: rows and columns go from -1 to 1 along each side, with periods from 1 to
+100. The keys' bias is zero: the released files mask it, and the libraries leave it out.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sslvit.layouts.preprocessing import assume_preprocessing
+from sslvit.layouts.transformers import fill_biases
+from sslvit.layouts.vit import (
+    HEADS,
+    Converted,
+    inverted,
+    is_gated,
+    rename_prefix,
+    settings_from_shapes,
+    split_by_prefix,
+)
+from sslvit.weight_files import count_blocks
+
+BASE = 100.0  # the longest period of its positions
+NORM_EPS = 1e-5
+ALWAYS: dict[str, Any] = {"pos_embed": "rotary_2d_normalized", "norm_eps": NORM_EPS, "pooling": "class"}
+IMAGE_SIZE = 224  # in pixels, of the released models; the positions are for any
+REQUIRED = ("cls_token", "reg_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.ls1.gamma",
+            "blocks.0.ls2.gamma", "norm.weight")  # fmt: skip
+# of the positions (computed here), of what must stay zero (checked), of a norm that only training on small crops uses
+PERIODS, MASK, LOCAL_NORM = "rope_embed.periods", "attn.qkv.bias_mask", "local_cls_norm."
+
+LAYER = re.compile(r"^(?:blocks|(?:model\.)?layer)\.(\d+)\.(.+)$")
+RELEASED = {"storage_tokens": "reg_token"}
+TRANSFORMERS = {
+    "embeddings.cls_token": "cls_token", "embeddings.mask_token": "mask_token",
+    "embeddings.register_tokens": "reg_token", "embeddings.patch_embeddings.": "patch_embed.proj.",
+}  # fmt: skip
+RELEASED_BLOCK = {"mlp.w3.": "mlp.fc2."}
+TIMM_BLOCK = {"gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma"}
+TRANSFORMERS_BLOCK = {
+    "attention.o_proj.": "attn.proj.", "mlp.down_proj.": "mlp.fc2.", "layer_scale1.lambda1": "ls1.gamma",
+    "layer_scale2.lambda1": "ls2.gamma",
+}  # fmt: skip
+# parts of one of our tensors, in order
+QKV = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
+RELEASED_GATED, TIMM_GATED, TRANSFORMERS_GATED = (
+    ("mlp.w1", "mlp.w2"), ("mlp.fc1_g", "mlp.fc1_x"), ("mlp.gate_proj", "mlp.up_proj")
+)  # fmt: skip
+TIMM_BIAS = ("attn.q_bias", "attn.k_bias", "attn.v_bias")
+
+
+def recognize(keys: set[str]) -> bool:
+    """Whether registers, positions or masks are DINOv3's, or LayerScale or patches have its names in a library."""
+    is_released = "patch_embed.proj.weight" in keys and bool({"storage_tokens", PERIODS, f"blocks.0.{MASK}"} & keys)
+    is_timm = {"reg_token", "blocks.0.gamma_1"} <= keys and "pos_embed" not in keys
+    return is_released or is_timm or "embeddings.patch_embeddings.weight" in keys
+
+
+def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes: Any) -> Converted:
+    """Convert from any of the three kinds of names; heads of training become the extras."""
+    notes: list[str] = []
+    backbone, training_heads = split_by_prefix(state, HEADS)
+    encoder, ignored = rename(backbone, notes)
+    if missing := [name for name in REQUIRED if name not in encoder]:
+        raise KeyError(", ".join(missing))
+    if heads is None and PERIODS in backbone:
+        heads = encoder["patch_embed.proj.weight"].shape[0] // (4 * len(backbone[PERIODS]))
+    if not any(key.endswith("attn.qkv.bias") for key in encoder):
+        fill_biases(encoder)
+        notes.append("biases: the file has none of queries, keys and values; they are zero (as in the 7B model).")
+    prepared = assume_preprocessing("dinov3", encoder["patch_embed.proj.weight"].shape[1], changes, notes)
+    known = {**ALWAYS, "image_size": IMAGE_SIZE, "key_bias": has_key_bias(encoder), **prepared, **changes}
+    settings = settings_from_shapes(encoder, heads, notes, **known)
+    return Converted(settings, encoder, training_heads, notes, ignored)
+
+
+def from_sslvit(encoder: dict[str, Tensor], extras: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Convert to the released files' names, without the periods, which have no weights."""
+    found: dict[str, Tensor] = {}
+    for key, value in _parts(encoder, RELEASED_GATED, RELEASED_BLOCK if is_gated(encoder) else {}).items():
+        found[rename_prefix(key, inverted(RELEASED))] = value.view(1, -1) if key == "mask_token" else value
+        if key.endswith("attn.qkv.bias") and not has_key_bias(encoder):
+            found[f"{key}_mask"] = _mask_like(value)
+    return found | extras
+
+
+def to_timm(encoder: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Convert to timm's names, which have no mask token and no bias of the keys."""
+    found: dict[str, Tensor] = {}
+    for key, value in _parts(encoder, TIMM_GATED, TIMM_BLOCK).items():
+        if key.endswith("attn.qkv.bias"):
+            query, _, value_bias = value.chunk(3)
+            found |= {
+                key.replace("attn.qkv.bias", name): part.contiguous()
+                for name, part in zip(TIMM_BIAS[::2], (query, value_bias), strict=True)
+            }
+        elif key != "mask_token":
+            found[key] = value
+    return found
+
+
+def to_transformers(encoder: dict[str, Tensor], key_bias: bool) -> dict[str, Tensor]:
+    """Convert to transformers' names. What it always has and we need not have is neutral there: a scale of one, a mask
+    token of zero, no registers."""
+    block = TRANSFORMERS_BLOCK | ({} if is_gated(encoder) else {f"{TRANSFORMERS_GATED[1]}.": "mlp.fc1."})
+    found: dict[str, Tensor] = {}
+    for key, value in _parts(encoder, TRANSFORMERS_GATED, block).items():
+        key = rename_prefix(key.replace("blocks.", "layer.", 1), inverted(TRANSFORMERS))
+        if ".attn.qkv." not in key:
+            found[key] = value
+            continue
+        for name, third in zip(QKV, value.chunk(3), strict=True):
+            if key_bias or not (key.endswith("bias") and name == QKV[1]):
+                found[key.replace("attn.qkv", name)] = third.contiguous()
+    width = encoder["norm.weight"].shape[0]
+    found.setdefault("embeddings.register_tokens", torch.zeros(1, 0, width))
+    found.setdefault("embeddings.mask_token", torch.zeros(1, 1, width))
+    for number in range(count_blocks(encoder, "blocks.")):
+        for which in (1, 2):
+            found.setdefault(f"layer.{number}.layer_scale{which}.lambda1", torch.ones(width))
+    return found
+
+
+def rename(state: dict[str, Tensor], notes: list[str]) -> tuple[dict[str, Tensor], list[str]]:
+    """Weights under our names, from any of the three kinds, and the names of what has no place among them.
+
+    Raises:
+        KeyError: A part of a tensor is missing.
+        ValueError: Positions, a mask of biases or a norm that this encoder does not have.
+    """
+    names = RELEASED_BLOCK | TIMM_BLOCK | TRANSFORMERS_BLOCK
+    found: dict[str, Tensor] = {}
+    ignored = [key for key in state if key == PERIODS or key.endswith(MASK) or key.startswith(LOCAL_NORM)]
+    if PERIODS in state:
+        notes += _check_periods(state[PERIODS])
+    if any(key.startswith("cls_norm.") for key in state):
+        raise ValueError("cls_norm: the class token has a norm of its own there, which this encoder has not.")
+    for key in (key for key in state if key not in ignored):
+        layer, value = LAYER.match(key), state[key]
+        if layer is None:
+            ours = rename_prefix(key, RELEASED | TRANSFORMERS)
+            found[ours] = value.view(1, 1, -1) if ours == "mask_token" else value
+        else:
+            found[f"blocks.{layer[1]}.{rename_prefix(layer[2], names)}"] = value
+    if "reg_token" in found and not found["reg_token"].numel():
+        del found["reg_token"]  # transformers' model without registers
+    lack_key_bias = not any(key.endswith(f"{QKV[1]}.bias") for key in found)
+    for number in range(count_blocks(found, "blocks.")):
+        _join_block(found, f"blocks.{number}.", lack_key_bias)
+        if (mask := state.get(f"blocks.{number}.{MASK}")) is not None:
+            bias = found[f"blocks.{number}.attn.qkv.bias"]
+            if not torch.equal(mask.to(bias), _mask_like(bias)):
+                raise ValueError(f"blocks.{number}.{MASK}: masks other biases than the keys', which is not done here.")
+            found[f"blocks.{number}.attn.qkv.bias"] = bias * mask.to(bias)
+    return found, ignored
+
+
+def has_key_bias(encoder: dict[str, Tensor]) -> bool:
+    """Whether any bias of keys is not zero; weights without values have none."""
+    biases = [value.chunk(3)[1] for key, value in encoder.items() if key.endswith("attn.qkv.bias")]
+    return any(not bias.is_meta and bool(bias.any()) for bias in biases)
+
+
+def _join_block(found: dict[str, Tensor], block: str, lack_key_bias: bool) -> None:
+    """Join the parts of a block's maps where they have names of their own."""
+    for kind in ("weight", "bias"):
+        _join(found, block, [f"{name}.{kind}" for name in QKV], f"attn.qkv.{kind}", lack_key_bias and kind == "bias")
+        for names in (RELEASED_GATED, TIMM_GATED, TRANSFORMERS_GATED):
+            _join(found, block, [f"{name}.{kind}" for name in names], f"mlp.fc1.{kind}")
+    _join(found, block, list(TIMM_BIAS), "attn.qkv.bias", True)
+
+
+def _join(found: dict[str, Tensor], block: str, names: list[str], ours: str, can_lack_keys: bool = False) -> None:
+    """Put the parts of one tensor together; with `can_lack_keys` a missing second part is zero."""
+    parts = [found.pop(block + name, None) for name in names]
+    if all(part is None for part in parts):
+        return
+    if names[1].startswith(TRANSFORMERS_GATED[1]) and parts[0] is None:
+        parts = parts[1:]  # its MLP without a gate
+    if can_lack_keys and parts[1] is None and parts[0] is not None:
+        parts[1] = torch.zeros_like(parts[0])
+    if lacking := [name for name, part in zip(names, parts, strict=False) if part is None]:
+        raise KeyError(block + lacking[0])
+    found[block + ours] = torch.cat([part for part in parts if part is not None])
+
+
+def _parts(encoder: dict[str, Tensor], gated: tuple[str, str], names: dict[str, str]) -> dict[str, Tensor]:
+    """Weights whose blocks have another layout's names, a gated first map in two parts."""
+    found: dict[str, Tensor] = {}
+    for key, value in encoder.items():
+        if not key.startswith("blocks."):
+            found[key] = value
+            continue
+        _, number, name = key.split(".", 2)
+        if name.startswith("mlp.fc1.") and is_gated(encoder):
+            kind = name.rsplit(".", 1)[1]
+            for part, half in zip(gated, value.chunk(2), strict=True):
+                found[f"blocks.{number}.{part}.{kind}"] = half.contiguous()
+        else:
+            found[f"blocks.{number}.{rename_prefix(name, inverted(names))}"] = value
+    return found
+
+
+def _mask_like(bias: Tensor) -> Tensor:
+    """One for the biases of queries and values, zero for those of keys."""
+    query, key, value = torch.ones_like(bias).chunk(3)
+    return torch.cat([query, torch.zeros_like(key), value])
+
+
+def _check_periods(periods: Tensor) -> list[str]:
+    """A note where the periods are rounded; refuses others than those of rotary_2d_normalized."""
+    number = periods.numel()
+    expected = BASE ** (torch.arange(number, dtype=torch.float64) / number)
+    is_row = periods.ndim == 1 and number > 0
+    difference = float((periods.double() / expected - 1).abs().max()) if is_row else math.inf
+    if not difference < 2**-8:  # of bfloat16
+        raise ValueError(f"{PERIODS}: are not the powers of {BASE:g} that this encoder's positions have.")
+    if difference < 1e-6:
+        return []
+    return [
+        "positions: the periods in the file are rounded to bfloat16; here, as in timm and transformers, they are not."
+    ]
