@@ -21,7 +21,7 @@ from sslvit.weight_files import count_blocks
 POSITION_TABLES = ("learned_1d", "sincos_1d", "sincos_2d")
 NOT_IN_THE_WEIGHTS = (
     "dropout", "drop_path", "activation_checkpointing", "init", "color_init", "mean", "std", "interpolation",
-    "crop_mode", "crop_fraction", "feature_layer", "feature_norm", "pooling",
+    "crop_mode", "crop_fraction", "feature_layer", "feature_norm", "pooling", "pool_mlp",
     "interpolate_antialias", "interpolate_offset",
 )  # fmt: skip
 

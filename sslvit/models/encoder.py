@@ -86,12 +86,13 @@ class ViTEncoder(nn.Module):
             self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self._make_positions()
         self.dropout = nn.Dropout(settings.dropout)
+        self.norm_pre = make_norm(settings, width) if settings.pre_norm else nn.Identity()
         rates = [settings.drop_path * i / max(settings.depth - 1, 1) for i in range(settings.depth)]
         rates[-1] = settings.drop_path  # also where the first block is the last
         self.blocks = nn.ModuleList(Block(settings, rate) for rate in rates)
         self.register_buffer("drop_rates", torch.tensor(rates).repeat_interleave(2)[:, None], persistent=False)
         self.norm = make_norm(settings, width) if settings.final_norm else nn.Identity()
-        self.attn_pool = AttentionPool(width, settings.heads) if settings.pooling == "attention" else None
+        self.attn_pool = AttentionPool(settings) if settings.pooling == "attention" else None
         self.fc_norm = make_norm(settings, width) if settings.fc_norm else nn.Identity()
         self.reset_parameters()
 
@@ -166,7 +167,7 @@ class ViTEncoder(nn.Module):
         rotation = self._rotation(grid, None, tokens.device)
         if rotation is not None:
             rotation = rotation[0][:, :, start:stop], rotation[1][:, :, start:stop]
-        layout = TokenLayout(grid, 0, None, rotation)
+        layout, tokens = TokenLayout(grid, 0, None, rotation), self.norm_pre(tokens)
         for block, kv_cache in zip(self.blocks, kv_caches, strict=True):
             tokens = block(tokens, layout, kv_cache=kv_cache)
         return self.norm(tokens)
@@ -268,7 +269,7 @@ class ViTEncoder(nn.Module):
         if prefix is not None:
             tokens = torch.cat([prefix.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], 1)
         layout = TokenLayout(grid, self.prefix, visible, self._rotation(grid, visible, images.device))
-        return self.dropout(tokens), layout
+        return self.norm_pre(self.dropout(tokens)), layout
 
     # ---- positions -------------------------------------------------------------------------------------------
 

@@ -8,6 +8,9 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sslvit.models.transformer import Mlp, make_norm
+from sslvit.settings import EncoderSettings
+
 
 def pool_class(tokens: Float[Tensor, "b t d"], prefix: int) -> Float[Tensor, "b d"]:
     """The class token, which stands first."""
@@ -22,14 +25,17 @@ def pool_mean(tokens: Float[Tensor, "b t d"], prefix: int) -> Float[Tensor, "b d
 
 
 class AttentionPool(nn.Module):
-    """A learned query attends to all tokens (the MAP head of Zhai et al. 2022, without its MLP)."""
+    """A learned query attends to all tokens (the MAP head of Zhai et al. 2022; its MLP with `pool_mlp`)."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, settings: EncoderSettings) -> None:
         super().__init__()
-        self.heads = heads
+        width = settings.width
+        self.heads = settings.heads
         self.query = nn.Parameter(torch.zeros(1, 1, width))
         self.kv = nn.Linear(width, 2 * width)
         self.proj = nn.Linear(width, width)
+        self.norm = make_norm(settings, width) if settings.pool_mlp else None
+        self.mlp = Mlp(settings) if settings.pool_mlp else None
         nn.init.trunc_normal_(self.query, std=width**-0.5)
 
     def forward(self, tokens: Float[Tensor, "b t d"]) -> Float[Tensor, "b d"]:
@@ -38,4 +44,7 @@ class AttentionPool(nn.Module):
         query: Tensor = rearrange(self.query, "1 1 (heads e) -> 1 heads 1 e", heads=self.heads)
         query = query.expand(tokens.shape[0], -1, -1, -1).to(key.dtype)
         pooled = F.scaled_dot_product_attention(query, key, value)
-        return self.proj(rearrange(pooled, "b heads 1 e -> b (heads e)"))
+        found: Tensor = self.proj(rearrange(pooled, "b heads 1 e -> b 1 (heads e)"))
+        if self.norm is not None and self.mlp is not None:
+            found = found + self.mlp(self.norm(found))
+        return found[:, 0]

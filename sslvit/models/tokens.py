@@ -41,7 +41,9 @@ class PatchTokens(nn.Module):
     def __init__(self, settings: EncoderSettings) -> None:
         super().__init__()
         self.patch = settings.patch
-        self.proj = nn.Conv2d(settings.channels, settings.width, settings.patch, settings.patch)
+        self.proj = nn.Conv2d(
+            settings.channels, settings.width, settings.patch, settings.patch, bias=settings.patch_bias
+        )
 
     def forward(self, images: Float[Tensor, "b c h w"], visible: Int[Tensor, "b k"] | None = None) -> Tensor:
         """The tokens of the visible patches."""

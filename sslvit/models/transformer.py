@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,6 +47,11 @@ class QuickGELU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The activation, entry by entry."""
         return F.silu(1.702 * x) / 1.702  # one kernel of sigmoids, with its own for the backward pass
+
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU, "gelu_tanh": partial(nn.GELU, approximate="tanh"), "quick_gelu": QuickGELU, "swiglu": nn.SiLU,
+}  # fmt: skip
 
 
 class LayerNorm(nn.LayerNorm):
@@ -246,7 +253,7 @@ class Mlp(nn.Module):
         self.gated = settings.mlp == "swiglu"
         hidden = settings.mlp_width
         self.fc1 = nn.Linear(settings.width, 2 * hidden if self.gated else hidden, bias=settings.bias)
-        self.act = {"gelu": nn.GELU, "quick_gelu": QuickGELU, "swiglu": nn.SiLU}[settings.mlp]()
+        self.act = ACTIVATIONS[settings.mlp]()
         self.dropout = nn.Dropout(settings.dropout)
         self.fc2 = nn.Linear(hidden, settings.width, bias=settings.bias)
 

@@ -22,7 +22,7 @@ def layer_of(name: str, depth: int) -> int:
 
     MAE fine-tuning (He et al. 2022, appendix A.1), after BEiT.
     """
-    if name.startswith(("cls_token", "reg_token", "mask_token", "pos_embed", "patch_embed")):
+    if name.startswith(("cls_token", "reg_token", "mask_token", "pos_embed", "patch_embed", "norm_pre")):
         return 0
     if name.startswith("blocks."):
         return int(name.split(".")[1]) + 1

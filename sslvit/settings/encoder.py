@@ -75,6 +75,8 @@ class EncoderSettings:
     """
     patch: int = 16
     """Side of a patch in pixels; for conv_stem a power of two; for hybrid 4, 8, 16 or 32; for pixel 1."""
+    patch_bias: bool = True
+    """Use a bias in the linear map of patch tokens (CLIP has none)."""
     hybrid_backbone: Literal["resnet18", "resnet34", "resnet50"] = "resnet50"
     """ResNet of torchvision that makes hybrid tokens, cut where its stride is `patch`."""
     palette: str | list[list[float]] = "uniform"
@@ -95,8 +97,8 @@ class EncoderSettings:
     """Hidden width of the MLP over the width; their product is rounded. With swiglu the hidden width is 2/3 of that,
     rounded up to a multiple of 8 (DINOv2).
     """
-    mlp: Literal["gelu", "quick_gelu", "swiglu"] = "gelu"
-    """Activation of the MLP."""
+    mlp: Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"] = "gelu"
+    """Activation of the MLP: gelu, its approximations gelu_tanh (SigLIP) and quick_gelu (iGPT, CLIP), or swiglu."""
     norm: Literal["layer", "rms"] = "layer"
     """Normalization: layer (LayerNorm) or rms (RMSNorm: no mean, no bias)."""
     norm_eps: float = 1e-6
@@ -145,10 +147,16 @@ class EncoderSettings:
     """Number of register tokens (Darcet et al. 2024) after the class token."""
     mask_token: bool = False
     """Have a learned token for masked patches."""
+    pre_norm: bool = False
+    """Normalize the tokens in front of the first block, with their positions (CLIP)."""
     final_norm: bool = True
     """Normalize after the last block."""
     pooling: Literal["class", "mean", "attention"] = "class"
     """How one vector per image is pooled: class (the class token), mean (over patches) or attention (a learned query).
+    """
+    pool_mlp: bool = False
+    """Follow attention pooling by an MLP on a residual branch, normalized before: the MAP head of Zhai et al. 2022 as
+    SigLIP has it.
     """
     fc_norm: bool = False
     """Normalize the pooled vector."""
@@ -258,6 +266,8 @@ class EncoderSettings:
                 f"encoder.patch: a convolutional stem halves the image step by step, so {self.patch} "
                 "must be a power of two from 2 on."
             )
+        if not self.patch_bias and self.tokens != "patch":
+            raise ValueError(f"encoder.patch_bias: false is for tokens: patch, not {self.tokens}. Set it to true.")
         if self.tokens == "hybrid" and self.patch not in (4, 8, 16, 32):
             raise ValueError(f"encoder.patch: a ResNet's strides are 4, 8, 16 and 32, not {self.patch}.")
         if self.pos_embed == "sincos_2d" and self.width % 4:

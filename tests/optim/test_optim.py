@@ -41,11 +41,12 @@ def test_every_part_in_front_of_the_blocks_counts_as_the_first_layer() -> None:
     """Of an encoder with all of them; what is behind the blocks moves at the full rate."""
     encoder = ViTEncoder(EncoderSettings(
         image_size=16, patch=4, width=24, depth=2, heads=2, registers=2, mask_token=True, pos_embed="learned_2d",
-        prefix_positions="all", fc_norm=True, pooling="attention",
+        prefix_positions="all", fc_norm=True, pooling="attention", pre_norm=True, pool_mlp=True,
     ))  # fmt: skip
     layers = {name.split(".")[0]: layer_of(name, 2) for name, _ in encoder.named_parameters() if "blocks" not in name}
     assert {name for name, layer in layers.items() if layer == 0} == {
         "cls_token", "reg_token", "mask_token", "patch_embed", "pos_embed_prefix", "pos_embed_row", "pos_embed_column",
+        "norm_pre",
     }  # fmt: skip
     assert {name for name, layer in layers.items() if layer == 3} == {"norm", "attn_pool", "fc_norm"}
     groups = layer_decay_groups(encoder.named_parameters(), 2, 0.05, 0.5)

@@ -44,7 +44,8 @@ RUNS = {
 UNFELT = {
     "encoder.crop_mode": "squash", "encoder.crop_fraction": 0.5, "encoder.feature_layer": 1,
     "encoder.feature_norm": "next", "encoder.activation_checkpointing": True, "encoder.interpolate_antialias": False,
-    "encoder.interpolate_offset": 0.1, "encoder.pooling": "class", "data.shards": "copy", "data.fit_batch": True,
+    "encoder.interpolate_offset": 0.1, "encoder.pooling": "class", "encoder.pool_mlp": True,
+    "data.shards": "copy", "data.fit_batch": True,
     "data.workers": 1, "data.memory_limit_mb": 0, "data.window_shards": 2, "data.color_on": "workers",
     "data.cache_on_device": False, "data.cache": "cache", "data.cache_gb": 3.0, "data.stream_samples": 30,
     "data.allow_pipe": True,
@@ -73,6 +74,7 @@ REFUSED_VALUES = {
     "encoder.layer_scale": 0.1, "encoder.qk_norm": True,
     "encoder.locality_self_attention": True, "encoder.pos_embed": "sincos_1d",
     "encoder.prefix_positions": "none", "encoder.class_token": False, "encoder.registers": 1,
+    "encoder.patch_bias": False, "encoder.pre_norm": True,
     "encoder.mask_token": True, "encoder.final_norm": False, "encoder.fc_norm": True,
     "encoder.init": "normal", "data.mixture": "copy", "data.global_batch_size": 6, "data.limit": 24,
     "data.limit_per_class": 9,
