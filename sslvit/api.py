@@ -404,7 +404,8 @@ def export(
         encoder: What `load_encoder` takes.
         out: Folder for the export.
         format: timm, transformers, onnx, torch, safetensors, or what a plugin brings.
-        outputs: tokens (the encoder alone), features (pooled) or logits (a fine-tuned run's classifier).
+        outputs: tokens (the encoder alone), features (pooled), logits (a fine-tuned run's classifier) or reconstruction
+            (a run of MAE with its decoder, for transformers).
         size: fixed (images of one size) or dynamic (any that the patch divides); None for what the format does best.
         scores: Files of scores for the model card.
         overwrite: Replace an earlier export there.

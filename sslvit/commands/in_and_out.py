@@ -23,8 +23,9 @@ class ExportOptions(Reported, Encoder):
     format: str
     """Library or file format: timm, transformers, onnx, torch (a program of torch.export), safetensors, or what
     a plugin brings, PACKAGE.MODULE:NAME."""
-    outputs: Literal["tokens", "features", "logits"] = "features"
-    """Output: the encoder's tokens, pooled features, or a classifier's logits."""
+    outputs: Literal["tokens", "features", "logits", "reconstruction"] = "features"
+    """Output: the encoder's tokens, pooled features, a classifier's logits, or the patches that a run of MAE predicts
+    (its decoder included; --format transformers)."""
     size: Literal["fixed", "dynamic"] | None = None
     """Image sizes that the export takes; null for dynamic with timm and transformers where they interpolate positions
     as this encoder does, otherwise fixed."""

@@ -119,7 +119,8 @@ def export_encoder(
         source: Anything that load_encoder takes.
         out: The folder to write.
         kind: timm, transformers, onnx, torch or safetensors, or an import path.
-        outputs: tokens (the encoder alone), features (pooled) or logits (a fine-tuned run's classifier).
+        outputs: tokens (the encoder alone), features (pooled), logits (a fine-tuned run's classifier) or reconstruction
+            (the patches that a run of MAE predicts, its decoder included; with transformers alone).
         size: fixed (images of the training size) or dynamic (any that the patch divides); None for dynamic where timm
             and transformers resample positions as this encoder does, and for fixed with onnx and torch.
         weights: student or teacher, of a checkpoint that holds both.
@@ -137,11 +138,13 @@ def export_encoder(
     """
     out, files = Path(out), [Path(file) for file in scores]
     exporter = find_exporter(kind)
+    if outputs == "reconstruction" and exporter is not transformers:
+        raise ValueError(f"--outputs reconstruction: {kind} has no decoder of MAE. Use --format transformers.")
     destination.check(out, overwrite)
     known_scores(source, files)
     encoder = require_transformer(load_encoder(source, weights=weights, **overrides), f"--format {kind}")
-    known_scores(source, files, encoder)
     exported = with_outputs(encoder, source, outputs, weights)
+    known_scores(source, files, exported.encoder)
     is_fixed = exporter.check(exported, size)
     part = destination.make_part(out)
     verdict: dict[str, Any] = {"format": kind, "outputs": outputs, "image_sizes": "fixed" if is_fixed else "any"}

@@ -1,4 +1,4 @@
-"""What an export computes, as one module: images -> tokens, features or logits."""
+"""What an export computes, as one module: images -> tokens, features, logits or MAE's predicted patches."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -14,10 +15,12 @@ from torch import Tensor, nn
 
 from sslvit.checkpoint import HEAD, find_encoder, provenance_of, split_checkpoint
 from sslvit.models import ViTEncoder
+from sslvit.models.mae import MAEModel
 from sslvit.settings import EncoderSettings
 from sslvit.sharded_checkpoint import read_checkpoint
+from sslvit.tasks.released import load_mae
 
-OUTPUTS = ("tokens", "features", "logits")
+OUTPUTS = ("tokens", "features", "logits", "reconstruction")
 Reopened = Callable[[Tensor], Tensor]
 """An export as its own library runs it: images 'b c h w' -> outputs."""
 
@@ -27,17 +30,21 @@ class Exported(nn.Module):
 
     Args:
         encoder: The encoder, in evaluation mode.
-        outputs: tokens (the encoder alone), features (pooled) or logits (a classifier's).
+        outputs: tokens (the encoder alone), features (pooled), logits (a classifier's) or reconstruction (patches that
+            MAE's decoder predicts).
         head: Linear map from pooled tokens to classes, for logits.
         classes: Names of the classes.
         provenance: Where the weights come from.
+        autoencoder: The encoder with MAE's decoder, for reconstruction.
     """
 
     def __init__(
         self, encoder: ViTEncoder, outputs: str = "features", head: nn.Linear | None = None,
         classes: list[str] | None = None, provenance: dict[str, Any] | None = None,
+        autoencoder: MAEModel | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
+        self.autoencoder = autoencoder
         self.encoder, self.outputs, self.head = encoder, outputs, head
         self.classes, self.provenance = classes or [], provenance or {}
         self.eval()
@@ -47,8 +54,18 @@ class Exported(nn.Module):
         """The encoder's settings."""
         return self.encoder.settings
 
+    @property
+    def mae(self) -> MAEModel:
+        """The encoder with MAE's decoder."""
+        assert self.autoencoder is not None  # as outputs: reconstruction always has one
+        return self.autoencoder
+
     def forward(self, images: Float[Tensor, "b c h w"]) -> Tensor:
-        """Tokens 'b t d', features 'b d' or logits 'b classes'."""
+        """Tokens 'b t d', features 'b d', logits 'b classes' or predicted patches 'b n pixels'."""
+        if self.outputs == "reconstruction":
+            grid = self.mae.grid_of(images)
+            visible, _ = self.mae.mask(masking_noise(len(images), grid[0] * grid[1]))
+            return self.mae.decoder(self.encoder(images, visible), visible, grid)
         if self.outputs == "tokens":
             return self.encoder(images)
         if self.head is None:
@@ -56,11 +73,19 @@ class Exported(nn.Module):
         return self.head(self.encoder.pool(self.encoder(images)))  # as it was trained (tasks/supervised.py)
 
 
+def masking_noise(images: int, patches: int) -> Float[Tensor, "b n"]:
+    """Fixed numbers that choose the hidden patches wherever predictions are compared."""
+    return torch.rand(images, patches, generator=torch.Generator().manual_seed(0))
+
+
 def with_outputs(encoder: ViTEncoder, source: str | Path, outputs: str, weights: str | None = None) -> Exported:
-    """An encoder with what follows it; for logits, the classifier of the fine-tuned run that it was loaded from."""
+    """An encoder with what follows it, from the run that it was loaded from: a classifier, or MAE's decoder."""
     if outputs not in OUTPUTS:
         raise ValueError(f"--outputs {outputs}: not one of {', '.join(OUTPUTS)}.")
     provenance = provenance_of(source, weights)
+    if outputs == "reconstruction":
+        model = load_mae(source)  # encoder and decoder of one step
+        return Exported(model.encoder, outputs, provenance=provenance, autoencoder=model)
     if outputs != "logits":
         return Exported(encoder, outputs, provenance=provenance)
     head, classes = read_classifier(source, encoder.settings.width)

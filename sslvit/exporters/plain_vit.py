@@ -18,24 +18,28 @@ def is_dinov3(settings: EncoderSettings) -> bool:
 
 def unsupported_options(settings: EncoderSettings, outputs: str) -> dict[str, bool]:
     """Options that no ViT of another library has -> whether this encoder has them and its outputs depend on them."""
-    is_pooled = outputs != "tokens"
-    positions = (*TABLES, "none", "rotary_2d_normalized")
+    is_pooled = outputs in ("features", "logits")
+    positions = (*TABLES, "none", *(() if outputs == "reconstruction" else ("rotary_2d_normalized",)))
     return {
         f"tokens: {settings.tokens}": settings.tokens != "patch",
         f"pos_embed: {settings.pos_embed}": settings.pos_embed not in positions,
         f"norm: {settings.norm}": settings.norm != "layer",
         "causal: true": settings.causal,
         "locality_self_attention: true": settings.locality_self_attention,
+        "pre_norm: true": settings.pre_norm,
+        "patch_bias: false": not settings.patch_bias,
         "pooling: attention": is_pooled and settings.pooling == "attention",
         f"feature_layer: {settings.feature_layer}": is_pooled and settings.feature_layer not in (None, settings.depth),
     }
 
 
-def refuse_options(model: str, options: dict[str, bool]) -> None:
-    """Raise ValueError with all options that this encoder has and a model does not."""
+def refuse_options(
+    model: str, options: dict[str, bool], instead: str = "Use --format onnx, torch or safetensors"
+) -> None:
+    """Raise ValueError with all options that this encoder has and a model does not, and what to do instead."""
     refused = "; ".join(option for option, applies in options.items() if applies)
     if refused:
-        raise ValueError(f"{model} cannot hold this encoder ({refused}). Use --format onnx, torch or safetensors.")
+        raise ValueError(f"{model} cannot hold this encoder ({refused}). {instead}.")
 
 
 def resampling_difference(settings: EncoderSettings, antialias: bool) -> str | None:
@@ -62,7 +66,7 @@ def state_with_table(encoder: ViTEncoder, rows: int, outputs: str) -> dict[str, 
     A prefix token's row beyond those is added to the token itself; a missing row is zero.
     """
     settings = encoder.settings
-    skipped = ("pos_embed", "fc_norm.", "attn_pool.") if outputs == "tokens" else ("pos_embed",)
+    skipped = ("pos_embed",) if outputs in ("features", "logits") else ("pos_embed", "fc_norm.", "attn_pool.")
     state = {key: value for key, value in encoder.state_dict().items() if not key.startswith(skipped)}
     prefix, patches = encoder.position_table(settings.grid)
     if patches is None:

@@ -1,4 +1,4 @@
-"""transformers: a folder that ``from_pretrained`` opens, as ViT, Dinov2, Dinov2WithRegisters, DINOv3ViT or ImageGPT.
+"""transformers: a folder that ``from_pretrained`` opens, as ViT, Dinov2, DINOv3ViT, ImageGPT or another of its models.
 
 config.json                 the model and its settings
 model.safetensors           the weights under transformers' names
@@ -16,10 +16,10 @@ from PIL.Image import Image
 from torch import Tensor
 
 from sslvit.environment import require_packages
-from sslvit.exporters import plain_vit
+from sslvit.exporters import plain_vit, transformers_kinds
 from sslvit.exporters.cropping import fit, fit_snippet, is_fitted, open_snippet, resized_sides
-from sslvit.exporters.exported import Exported, Reopened, save_tensors
-from sslvit.layouts import dinov3, openai_igpt
+from sslvit.exporters.exported import Exported, Reopened, masking_noise, save_tensors
+from sslvit.layouts import clip, dinov3, openai_igpt
 from sslvit.layouts.transformers import rename, to_transformers
 from sslvit.settings import EncoderSettings
 from sslvit.settings.palette import UNIFORM
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 CLASSES = {"vit": "ViT", "dinov2": "Dinov2", "dinov2_with_registers": "Dinov2WithRegisters", "dinov3_vit": "DINOv3ViT",
            "imagegpt": "ImageGPT"}  # fmt: skip
+CLASSES |= transformers_kinds.CLASSES
+ENDINGS = {"logits": "ForImageClassification", "reconstruction": "ForPreTraining"}  # of classes; Model for all else
+LOADERS = {"logits": "AutoModelForImageClassification", "reconstruction": "ViTMAEForPreTraining"}  # else AutoModel
 RESAMPLE = {"bilinear": 2, "bicubic": 3}  # PIL's numbers
 
 
@@ -49,8 +52,10 @@ def model_type(settings: EncoderSettings, outputs: str) -> str:
     """The model of transformers, as its config names it, that holds these settings or comes nearest."""
     if settings.tokens == "pixel":
         return "imagegpt"
-    if plain_vit.is_dinov3(settings):
+    if plain_vit.is_dinov3(settings) and outputs != "reconstruction":
         return "dinov3_vit"
+    if kind := transformers_kinds.kind_of(settings, outputs):
+        return kind
     if settings.registers:
         return "dinov2_with_registers"
     # Dinov2's classifier reads the mean over patches too, which ViT's does not
@@ -65,6 +70,8 @@ def model_arguments(settings: EncoderSettings, outputs: str = "features") -> dic
         return _imagegpt_arguments(settings)
     if kind == "dinov3_vit":
         return _dinov3_arguments(settings, outputs)
+    if kind in transformers_kinds.CLASSES:
+        return transformers_kinds.arguments(kind, settings, outputs)
     height, width = settings.size
     ratio = settings.mlp_ratio
     plain_vit.refuse_options(f"transformers' {kind}", {
@@ -143,6 +150,8 @@ def _size_difference(settings: EncoderSettings, outputs: str) -> str | None:
         return "a pixel sequence is tied to its size"
     if kind == "dinov3_vit":
         return None  # its positions are for any size, whatever its config states
+    if kind == "vit_mae":
+        return "its decoder's table as one row"
     if settings.size[0] != settings.size[1]:
         return f"image_size: {settings.image_size}, which is no square"
     return plain_vit.resampling_difference(settings, antialias=kind == "dinov2_with_registers")
@@ -160,14 +169,17 @@ def write(exported: Exported, folder: Path, is_fixed: bool) -> None:
         labels = {"id2label": names, "label2id": {name: number for number, name in names.items()}}
     elif exported.head is not None:
         labels = {"num_labels": exported.head.out_features}
-    config = getattr(transformers, f"{CLASSES[kind]}Config")(**model_arguments(settings, outputs), **labels)
-    config.architectures = [f"{CLASSES[kind]}{'Model' if exported.head is None else 'ForImageClassification'}"]
+    decoder = transformers_kinds.decoder_arguments(exported) if kind == "vit_mae" else {}
+    config = getattr(transformers, f"{CLASSES[kind]}Config")(**model_arguments(settings, outputs), **labels, **decoder)
+    config.architectures = [f"{CLASSES[kind]}{ENDINGS.get(outputs, 'Model')}"]
     config.save_pretrained(folder)
     if kind == "imagegpt":
         tensors = openai_igpt.from_sslvit(exported.encoder.state_dict(), {})
     elif kind == "dinov3_vit":
         state = plain_vit.state_with_table(exported.encoder, 0, outputs)
         tensors = dinov3.to_transformers(state, settings.key_bias)
+    elif kind in transformers_kinds.CLASSES:
+        tensors = transformers_kinds.tensors_of(kind, exported)
     else:
         tensors = to_transformers(plain_vit.state_with_table(exported.encoder, 1, outputs), kind)
     if exported.head is not None:
@@ -180,7 +192,7 @@ def write(exported: Exported, folder: Path, is_fixed: bool) -> None:
 def classifier(head: dict[str, Tensor], kind: str, pooling: str) -> dict[str, Tensor]:
     """A classifier under transformers' names. Dinov2's reads the class token beside the mean over patches."""
     weight = head["weight"]
-    if kind != "vit":
+    if kind.startswith("dinov2"):
         nothing = torch.zeros_like(weight)
         weight = torch.cat([weight, nothing] if pooling == "class" else [nothing, weight], 1)
     return {"classifier.weight": weight, "classifier.bias": head["bias"]}
@@ -209,20 +221,32 @@ def make_processor(exported: Exported) -> Any:
     return transformers.BitImageProcessor(size=size, crop_size=crop, **common)
 
 
+def has_pooler(kind: str) -> bool:
+    """Whether a model has a layer of its own behind the class token unless it is asked for none."""
+    return kind in ("vit", "ijepa", "deit")
+
+
+def resamples_on_request(kind: str) -> bool:
+    """Whether a model takes other sizes only when it is told to interpolate its positions."""
+    return kind == "vit" or kind in transformers_kinds.CLASSES
+
+
 def open_model(folder: Path, exported: Exported) -> PreTrainedModel:
     """The model as transformers opens it."""
     import transformers
 
     if exported.outputs == "logits":
         return transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
-    more = {"add_pooling_layer": False} if model_type(exported.settings, exported.outputs) == "vit" else {}
+    if exported.outputs == "reconstruction":
+        return transformers.ViTMAEForPreTraining.from_pretrained(folder).eval()
+    more = {"add_pooling_layer": False} if has_pooler(model_type(exported.settings, exported.outputs)) else {}
     return transformers.AutoModel.from_pretrained(folder, **more).eval()
 
 
 def reopen(folder: Path, exported: Exported) -> Reopened:
     """The model as transformers runs it, with the pooling that `usage` states."""
     settings, outputs = exported.settings, exported.outputs
-    model = open_model(folder, exported)
+    model, kind = open_model(folder, exported), model_type(exported.settings, exported.outputs)
 
     def run_pixels(images: Tensor) -> Tensor:
         indices = exported.encoder.pixel_tokens.quantize(images)
@@ -237,13 +261,20 @@ def reopen(folder: Path, exported: Exported) -> Reopened:
         return norm(found.hidden_states[layer]).mean(1)
 
     def run(images: Tensor) -> Tensor:
-        is_resampled = model_type(settings, outputs) == "vit" and tuple(images.shape[2:]) != settings.size
+        if outputs == "reconstruction":
+            grid = settings.grid_of(*images.shape[2:])
+            return model(pixel_values=images, noise=masking_noise(len(images), grid[0] * grid[1])).logits
+        is_resampled = resamples_on_request(kind) and tuple(images.shape[2:]) != settings.size
         found = model(pixel_values=images, **({"interpolate_pos_encoding": True} if is_resampled else {}))
         if outputs == "logits":
             return found.logits
         tokens = found.last_hidden_state
+        if kind == "clip_vision_model":
+            tokens = model.get_submodule("post_layernorm")(tokens)
         if outputs == "tokens":
             return tokens
+        if settings.pooling == "attention":
+            return found.pooler_output
         return tokens[:, 0] if settings.pooling == "class" else tokens[:, settings.prefix :].mean(1)
 
     return run_pixels if settings.tokens == "pixel" else run
@@ -268,9 +299,11 @@ def weights(folder: Path, exported: Exported) -> tuple[dict[str, Tensor], dict[s
         neutral = {key: torch.ones_like(value) for key, value in found.items() if ".ls" in key}
         neutral |= {"mask_token": torch.zeros(1, 1, settings.width)}
         return neutral | plain_vit.state_with_table(exported.encoder, 0, outputs), found
-    found, others = rename(state)
-    expected = plain_vit.state_with_table(exported.encoder, 1, outputs)
-    if kind == "vit":
+    found, others = clip.to_sslvit(state)[:2] if kind in clip.DEFAULTS else rename(state)
+    expected = plain_vit.state_with_table(exported.encoder, transformers_kinds.position_rows(kind), outputs)
+    if kind in transformers_kinds.CLASSES:
+        expected, found = transformers_kinds.weights(kind, exported, found, others)
+    elif kind == "vit":
         expected = {key: value for key, value in expected.items() if key != "mask_token"}
     else:
         neutral = {key: torch.ones_like(value) for key, value in found.items() if ".ls" in key}
@@ -300,9 +333,9 @@ def preprocessing(folder: Path, exported: Exported) -> Callable[[Image], Tensor]
 def usage(exported: Exported, is_fixed: bool) -> str:
     """Lines of Python that open it."""
     settings, outputs = exported.settings, exported.outputs
-    is_vit = model_type(settings, outputs) == "vit"
-    auto = "AutoModelForImageClassification" if outputs == "logits" else "AutoModel"
-    more = ", add_pooling_layer=False" if is_vit and outputs != "logits" else ""
+    kind, is_pooled_there = model_type(settings, outputs), outputs == "features" and settings.pooling == "attention"
+    auto = LOADERS.get(outputs, "AutoModel")
+    more = ", add_pooling_layer=False" if has_pooler(kind) and outputs != "logits" else ""
     lines = [
         *(["import torch"] if settings.tokens == "pixel" else []),
         "from PIL import Image, ImageOps",
@@ -326,13 +359,17 @@ def usage(exported: Exported, is_fixed: bool) -> str:
             norm = f"h[{layer}].ln_1" if settings.feature_norm == "next" else "ln_f"
             lines.append(f"tokens = model.{norm}(found.hidden_states[{layer}])")
     else:
-        size = ", interpolate_pos_encoding=True" if is_vit and not is_fixed else ""
-        result = "logits" if outputs == "logits" else "last_hidden_state"
-        lines += [
-            'pixels = processor(image, return_tensors="pt")["pixel_values"]',
-            f"{'logits' if outputs == 'logits' else 'tokens'} = model(pixels{size}).{result}",
-        ]
-    if outputs == "features":
+        size = ", interpolate_pos_encoding=True" if resamples_on_request(kind) and not is_fixed else ""
+        lines.append('pixels = processor(image, return_tensors="pt")["pixel_values"]')
+        if outputs in LOADERS:
+            lines.append(f"{outputs} = model(pixels{size}).logits")
+        elif is_pooled_there:
+            lines.append(f"features = model(pixels{size}).pooler_output")
+        elif kind == "clip_vision_model":
+            lines.append(f"tokens = model.post_layernorm(model(pixels{size}).last_hidden_state)")
+        else:
+            lines.append(f"tokens = model(pixels{size}).last_hidden_state")
+    if outputs == "features" and not is_pooled_there:
         prefix = settings.prefix
         lines.append(
             "features = tokens[:, 0]" if settings.pooling == "class" else f"features = tokens[:, {prefix}:].mean(1)"

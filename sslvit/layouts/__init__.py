@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from sslvit.files import printable
-from sslvit.layouts import dino, dinov2, dinov3, mae, openai_igpt, timm, transformers
+from sslvit.layouts import dino, dinov2, dinov3, mae, openai_igpt, timm, transformers, vit_mae
 from sslvit.layouts.nearest import nearest_layout
 from sslvit.layouts.preprocessing import SATELLITE, SATELLITE_IMAGES, guess_from_file_name
 from sslvit.layouts.unwrap import unwrap
@@ -99,7 +99,11 @@ def to_sslvit(
     is_dino = layout is None and name == "timm" and "backbone" in found.prefix.split(".")
     name = "dino" if is_dino else name
     try:
-        prepared, notes = _guess_preprocessing(name, found.weights, source, changes)
+        if name == "transformers" and vit_mae.has_decoder(set(others)):
+            channels = found.weights["embeddings.patch_embeddings.projection.weight"].shape[1]
+            prepared, notes = vit_mae.assumed_settings(channels, changes)
+        else:
+            prepared, notes = _guess_preprocessing(name, found.weights, source, changes)
         converted = LAYOUTS[name].to_sslvit(found.weights | heads_beside, heads, **{**prepared, **changes})
     except (KeyError, IndexError) as error:
         raise ValueError(

@@ -28,6 +28,8 @@ RELEASED: dict[str, dict[str, Any]] = {  # as the released models are evaluated 
     "dinov2": {**IMAGENET, "interpolation": "bicubic", **MIDDLE},
     "dinov3": {**IMAGENET, "interpolation": "bilinear", **SQUASHED},
     "vit": {**HALF, "interpolation": "bilinear", **SQUASHED},  # transformers' ViT
+    "clip": {**CLIP, "interpolation": "bicubic", **UNCROPPED},
+    "siglip": {**HALF, "interpolation": "bicubic", **SQUASHED},
     "augreg": {**HALF, "interpolation": "bicubic", "crop_mode": "center", "crop_fraction": 0.9},
 }
 AUTHORS = {"mae": "MAE", "dino": "DINO", "dinov2": "DINOv2", "dinov3": "DINOv3"}

@@ -1,4 +1,4 @@
-"""timm's VisionTransformer. Our names are timm's, so the weights pass through untouched."""
+"""timm's VisionTransformer. Our names are timm's, so the weights pass through untouched, but for two tokens."""
 
 from __future__ import annotations
 
@@ -17,8 +17,25 @@ def recognize(keys: set[str]) -> bool:
 def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes: Any) -> Converted:
     """Convert from timm's names; the classifier becomes the extras."""
     notes: list[str] = []
-    encoder, head = split_by_prefix(state, HEADS)
-    return Converted(settings_from_shapes(encoder, heads, notes, **changes), encoder, head, notes)
+    encoder, head = split_by_prefix(_renamed(state), HEADS)
+    known: dict[str, Any] = {"patch_bias": "patch_embed.proj.bias" in encoder}
+    if "attn_pool.query" in encoder:
+        known |= {"pooling": "attention", "pool_mlp": "attn_pool.mlp.fc1.weight" in encoder}
+    settings = settings_from_shapes(encoder, heads, notes, **{**known, **changes})
+    if settings.pooling != "attention":
+        encoder, pool = split_by_prefix(encoder, ("attn_pool.",))
+        head |= pool
+    return Converted(settings, encoder, head, notes)
+
+
+def _renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """DeiT's distillation token as a register, and the projected query of an attention pool in place of its parts."""
+    names = {"dist_token": "reg_token", "attn_pool.latent": "attn_pool.query"}
+    found = {names.get(key, key): value for key, value in state.items() if not key.startswith("attn_pool.q.")}
+    if "attn_pool.q.weight" in state and "attn_pool.query" in found:
+        query = found["attn_pool.query"] @ state["attn_pool.q.weight"].T
+        found["attn_pool.query"] = query + state["attn_pool.q.bias"] if "attn_pool.q.bias" in state else query
+    return found
 
 
 def from_sslvit(encoder: dict[str, Tensor], extras: dict[str, Tensor]) -> dict[str, Tensor]:

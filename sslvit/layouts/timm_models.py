@@ -25,6 +25,11 @@ from sslvit.weight_files import count_blocks, read_folder_weights
 
 logger = logging.getLogger(__name__)
 
+ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}  # timm's classes -> our names
+REFUSED = {
+    "Beit": " (each of its blocks has a relative position bias with entries for the class token, and no key bias)"
+}  # fmt: skip
+"""Classes of timm that this encoder cannot hold -> why."""
 TOLERANCE = 1e-3  # of outputs that are about 1 in size
 MODULES = ("vision_transformer", "deit", "eva")  # of timm, with plain vision transformers and DINOv3's
 MAX_NAME = 100  # characters that are compared with known names
@@ -66,18 +71,19 @@ def _from_timm(name: str, weights: dict[str, Tensor] | None, **changes: Any) -> 
     _check_plain(name, model)
     prepared, notes = from_timm(model.pretrained_cfg, list(model.patch_embed.img_size), name)
     pooling = _pooling(name, model.global_pool, model.cls_token is not None, changes, notes)
+    state, mlp = model.state_dict(), _activation(model, notes)
     found = {
         "image_size": list(model.patch_embed.img_size), "norm_eps": model.blocks[0].norm1.eps, "pooling": pooling,
-        **prepared, **changes,
+        **mlp, **prepared, **changes,
     }  # fmt: skip
-    layout = dinov3 if dinov3.recognize(set(model.state_dict())) else plain_timm
+    layout = dinov3 if dinov3.recognize(set(state)) else plain_timm
     try:
-        converted = layout.to_sslvit(model.state_dict(), model.blocks[0].attn.num_heads, **found)
+        converted = layout.to_sslvit(state, model.blocks[0].attn.num_heads, **found)
     except KeyError as error:  # timm has variants of DINOv3 with other attention
         raise ValueError(
             f"timm:{name}: differs from a plain vision transformer in {printable(error.args[0])}."
         ) from error
-    converted.num_read = len(model.state_dict())
+    converted.num_read = len(state)
     converted.notes += notes
     if math.prod(converted.settings.grid) > MAX_PATCHES:
         raise ValueError(f"timm:{name}: images of {converted.settings.image_size} pixels are too large to be compared.")
@@ -91,7 +97,11 @@ def _from_timm(name: str, weights: dict[str, Tensor] | None, **changes: Any) -> 
         difference = float((ours(images) - model.forward_features(images)).abs().max())
         if not difference < TOLERANCE:
             raise ValueError(f"timm:{name}: gives other outputs than a plain vision transformer (by {difference:.1e}).")
-        if model.global_pool and "pooling" not in changes:
+        if "dist_token" in state:
+            converted.notes.append(
+                "pooling: timm averages the class and the distillation token; the class token is used."
+            )
+        elif model.global_pool and "pooling" not in changes:
             difference = float((ours.features(images) - model(images)).abs().max())
     if not difference < TOLERANCE:
         raise ValueError(
@@ -103,7 +113,7 @@ def _from_timm(name: str, weights: dict[str, Tensor] | None, **changes: Any) -> 
 
 def _pooling(name: str, global_pool: str, has_class: bool, changes: dict[str, Any], notes: list[str]) -> str:
     """Our name for how a model of timm's pools."""
-    known = {"token": "class", "avg": "mean"}
+    known = {"token": "class", "avg": "mean", "map": "attention"}
     if global_pool in known or "pooling" in changes:
         return known.get(global_pool, "mean")
     if global_pool:
@@ -114,6 +124,15 @@ def _pooling(name: str, global_pool: str, has_class: bool, changes: dict[str, An
     usual = "class" if has_class else "mean"
     notes.append(f"pooling: it returns tokens without pooling; {usual} is used.")
     return usual
+
+
+def _activation(model: Any, notes: list[str]) -> dict[str, str]:
+    """Our name for the activation of a model's MLPs, which leaves no weight; nothing where it is none of ours."""
+    found = ACTIVATIONS.get(type(model.blocks[0].mlp.act).__name__)
+    remarks = " ".join(map(str, model.pretrained_cfg.get("notes") or ()))
+    if found != "quick_gelu" and "QuickGELU" in remarks:
+        notes.append(f"activation: {found}, as timm runs it; it remarks: {printable(remarks, 100)}.")
+    return {} if found is None else {"mlp": found}
 
 
 def _import_timm(name: str) -> ModuleType:
@@ -158,7 +177,10 @@ def _check_plain(name: str, model: nn.Module) -> None:
     timm = _import_timm(name)
     is_dinov3 = isinstance(getattr(model, "rope", None), timm.layers.RotaryEmbeddingDinoV3)
     if not (isinstance(model, timm.models.vision_transformer.VisionTransformer) or is_dinov3):
-        raise ValueError(f"timm:{name}: a {type(model).__name__}, and only plain vision transformers can be probed.")
+        kind = type(model).__name__
+        raise ValueError(
+            f"timm:{name}: a {kind}, and only plain vision transformers can be probed{REFUSED.get(kind, '')}."
+        )
 
 
 def _check_fits(name: str, weights: dict[str, Tensor]) -> None:

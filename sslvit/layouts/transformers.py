@@ -1,4 +1,4 @@
-"""Names of transformers' ViT, Dinov2 and Dinov2WithRegisters, also without their folder (model.safetensors alone).
+"""Names of transformers' ViT and its kin, Dinov2 and Dinov2WithRegisters, also without their folder.
 
 What config.json and preprocessor_config.json would state is then taken from the released models, with a note.
 """
@@ -15,7 +15,7 @@ from sslvit.layouts.preprocessing import describe_preprocessing, released_prepro
 from sslvit.layouts.vit import Converted, inverted, is_gated, rename_prefix, require, settings_from_shapes
 from sslvit.weight_files import count_blocks
 
-PREFIX = re.compile(r"^(vit|dinov2|dinov2_with_registers|transformer)\.")
+PREFIX = re.compile(r"^(vit|deit|ijepa|dinov2|dinov2_with_registers|transformer)\.")
 NAMES = {
     "embeddings.cls_token": "cls_token", "embeddings.mask_token": "mask_token",
     "embeddings.register_tokens": "reg_token", "embeddings.position_embeddings": "pos_embed",
@@ -31,6 +31,7 @@ VIT_BLOCK = {
 GATED = {"mlp.weights_in.": "mlp.fc1.", "mlp.weights_out.": "mlp.fc2."}
 # from its fifth version on, names in memory (a saved state_dict) differ from those in its own files
 IN_MEMORY = {"attention.o_proj.": "attn.proj.", "mlp.down_proj.": "mlp.fc2."}
+DISTILLATION = "embeddings.distillation_token"  # of DeiT: here a register with a position of its own
 LAYER = re.compile(r"^(?:encoder\.layer|layers)\.(\d+)\.(.+)$")
 PIECE = re.compile(
     r"^(?:attention\.attention\.(query|key|value)|attention\.([qkv]_proj)|mlp\.(gate_proj|up_proj))\.(weight|bias)$"
@@ -81,13 +82,14 @@ def from_sslvit(encoder: dict[str, Tensor], extras: dict[str, Tensor]) -> dict[s
 
 
 def to_transformers(encoder: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
-    """Convert to the names of vit, dinov2 or dinov2_with_registers; the position table has one row for the prefix.
+    """Convert to the names of vit, ijepa, deit, dinov2 or dinov2_with_registers, whose rows of positions it has.
 
-    The latter two multiply each branch by a scale per channel, one where we have none, and have a mask token, zero
+    The last two multiply each branch by a scale per channel, one where we have none, and have a mask token, zero
     where we have none.
     """
     names = inverted(NAMES)
-    block = inverted(BLOCK | (VIT_BLOCK if kind == "vit" else GATED if is_gated(encoder) else {}))
+    is_dinov2 = kind.startswith("dinov2")
+    block = inverted(BLOCK | (VIT_BLOCK if not is_dinov2 else GATED if is_gated(encoder) else {}))
     found: dict[str, Tensor] = {}
     for key, value in encoder.items():
         if not key.startswith("blocks."):
@@ -100,7 +102,9 @@ def to_transformers(encoder: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
                 found[f"{layer}attention.attention.{part}.{name.rsplit('.', 1)[1]}"] = third.contiguous()
         else:
             found[layer + rename_prefix(name, block)] = value
-    if kind == "vit":
+    if kind == "deit":
+        found[DISTILLATION] = found.pop("embeddings.register_tokens")
+    if not is_dinov2:
         found.pop("embeddings.mask_token", None)
         return found
     width = encoder["norm.weight"].shape[0]
@@ -120,7 +124,7 @@ def rename(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tenso
         key = PREFIX.sub("", key)
         layer = LAYER.match(key)
         if layer is None:
-            ours = rename_prefix(key, NAMES)
+            ours = "reg_token" if key == DISTILLATION else rename_prefix(key, NAMES)
             found = extras if ours == key else encoder
             found[ours] = value.view(1, 1, -1) if ours == "mask_token" else value
             continue

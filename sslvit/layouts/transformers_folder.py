@@ -1,5 +1,4 @@
-"""Folders that transformers writes: ViT, Dinov2, Dinov2WithRegisters, DINOv3ViT through dinov3, and ImageGPT through
-openai_igpt.
+"""Folders that transformers writes: ViT and its kin, Dinov2, DINOv3, vision towers, and ImageGPT.
 
 config.json states what the shapes do not (heads, epsilon), preprocessor_config.json the preprocessing.
 """
@@ -14,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from sslvit.files import brief
-from sslvit.layouts import dinov3, openai_igpt
+from sslvit.layouts import clip, dinov3, openai_igpt, vit_mae
 from sslvit.layouts.transformers import ALWAYS, fill_biases, remove_mask_token, rename
 from sslvit.layouts.transformers_processor import from_transformers
 from sslvit.layouts.vit import Converted, require, settings_from_shapes
@@ -22,7 +21,18 @@ from sslvit.settings.encoder import MAX_CHANNELS
 
 SHAPE = {"hidden_size": "width", "num_hidden_layers": "depth", "patch_size": "patch", "num_channels": "channels"}
 IMAGEGPT_SHAPE = {"n_embd": "width", "n_layer": "depth"}
-MODELS = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit", "imagegpt")
+VIT_KINDS: dict[str, dict[str, Any]] = {
+    "vit": {}, "vit_mae": vit_mae.KNOWN, "vit_msn": {}, "ijepa": {"class_token": False, "pooling": "mean"},
+    "deit": {"registers": 1, "prefix_positions": "all"},  # its distillation token
+}  # fmt: skip
+"""Models with ViT's blocks and names -> what each has besides what every ViT has."""
+MODELS = (*VIT_KINDS, "dinov2", "dinov2_with_registers", "dinov3_vit", *clip.KINDS, "imagegpt")
+OWN_BIAS = "each of its blocks learns a relative position bias with entries for the class token, and has no key bias"
+REFUSED = {
+    "beit": OWN_BIAS, "data2vec-vision": OWN_BIAS,
+    "siglip2": "its images have any proportions, and their patches are padded and masked",
+}  # fmt: skip
+"""Models that this encoder cannot hold -> why."""
 
 
 def is_folder(path: Path) -> bool:
@@ -30,11 +40,20 @@ def is_folder(path: Path) -> bool:
     return (path / "config.json").is_file()
 
 
+def model_type(path: Path) -> Any:
+    """What the config.json of a folder calls its model; None where it says nothing."""
+    return _read_json(path / "config.json").get("model_type")
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """The content of config.json, if it is of a plain vision transformer."""
     config = _read_json(path / "config.json")
     if config.get("model_type") not in MODELS:
         kind = config.get("model_type", "no model_type")
+        if isinstance(kind, str) and kind in REFUSED:
+            raise ValueError(
+                f"{path}: a {kind}, which cannot be held: {REFUSED[kind]}. Use another model, such as vit."
+            )
         raise ValueError(f"{path}: a transformers folder of another model ({brief(kind)}). Known: {', '.join(MODELS)}.")
     return config
 
@@ -49,7 +68,22 @@ def to_sslvit(state: dict[str, Tensor], path: Path, **changes: Any) -> Converted
         raise ValueError(f"{path}: its settings or weights are damaged ({reason}).") from error
 
 
+def mae_decoder(path: Path, extras: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Fields of MAESettings that a ViTMAE's config.json states, and its decoder, among what is not its encoder's.
+
+    Raises:
+        ValueError: Something is missing.
+    """
+    try:
+        return vit_mae.mae_settings(read_config(path)), vit_mae.decoder_to_sslvit(extras)
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path}: its decoder or its settings are damaged ({reason}).") from error
+
+
 def _convert(state: dict[str, Tensor], config: dict[str, Any], path: Path, changes: dict[str, Any]) -> Converted:
+    if config["model_type"] in clip.KINDS:
+        config = clip.vision_config(config)
     is_igpt = config["model_type"] == "imagegpt"
     side = math.isqrt(config["n_positions"]) if is_igpt and "n_positions" in config else None
     size = changes.get("image_size", config.get("image_size", side or 0))
@@ -73,8 +107,16 @@ def _convert(state: dict[str, Tensor], config: dict[str, Any], path: Path, chang
         converted.num_read = len(state)
         converted.notes += notes
         return converted
+    if config["model_type"] in clip.DEFAULTS:
+        encoder, extras, ignored = clip.to_sslvit(state)
+        if config["model_type"] == "clip_vision_model":
+            require(encoder)
+        known = prepared | shape_of(config) | clip.settings_of(config, path)
+        settings = settings_from_shapes(encoder, config["num_attention_heads"], notes, **known | changes)
+        return Converted(settings, encoder, extras, notes, ignored, len(state))
     is_dinov3 = config["model_type"] == "dinov3_vit"
-    known = prepared | (_dinov3_settings(config, state, path) if is_dinov3 else _vit_settings(config, path))
+    stated = _dinov3_settings(config, state, path) if is_dinov3 else _vit_settings(config, path)
+    known = prepared | stated | VIT_KINDS.get(config["model_type"], {})
     encoder, extras = (dinov3.rename(state, notes)[0], {}) if is_dinov3 else rename(state)
     has_biases = any(key.endswith("attn.qkv.bias") for key in encoder)
     bias = "query_bias" if is_dinov3 else "qkv_bias"
@@ -82,29 +124,37 @@ def _convert(state: dict[str, Tensor], config: dict[str, Any], path: Path, chang
         if has_biases:
             raise ValueError(f"{path}: states {bias}: false, but its weights have such biases.")
         fill_biases(encoder)
-    ignored = remove_mask_token(encoder) if config["model_type"] == "vit" else []
-    if not is_dinov3:
-        require(encoder, "norm.weight")
+    ignored = remove_mask_token(encoder) if config["model_type"] in VIT_KINDS else []
+    if known["class_token"] and not is_dinov3:
+        require(encoder, "norm.weight", *(["reg_token"] if known.get("registers") else []))
     settings = settings_from_shapes(encoder, config["num_attention_heads"], notes, **known | changes)
     return Converted(settings, encoder, extras, notes, ignored, len(state))
 
 
+def shape_of(config: dict[str, Any]) -> dict[str, Any]:
+    """Settings that a config.json states and shapes show, so that both can be compared."""
+    found = {ours: config[theirs] for theirs, ours in SHAPE.items() if theirs in config}
+    if isinstance(found.get("patch"), list) and len(set(found["patch"])) == 1:
+        found["patch"] = found["patch"][0]
+    if "intermediate_size" in config and "hidden_size" in config:
+        found["mlp_ratio"] = config["intermediate_size"] / config["hidden_size"]
+    return found
+
+
 def _vit_settings(config: dict[str, Any], path: Path) -> dict[str, Any]:
     """Settings of a ViT or Dinov2 by its config.json."""
-    is_dinov2 = config["model_type"] != "vit"
+    is_dinov2 = config["model_type"].startswith("dinov2")
     is_gated = bool(config.get("use_swiglu_ffn"))
-    activation = "silu" if is_gated else config.get("hidden_act", "gelu")
-    if activation not in ("gelu", "silu") or (activation == "silu" and not is_gated):
-        raise ValueError(f"{path}: hidden_act {brief(activation)} is not gelu, so this encoder cannot be held.")
-    found = _shape(config)
+    activation = config.get("hidden_act", "gelu")
+    if not is_gated and (not isinstance(activation, str) or activation not in clip.ACTIVATIONS):
+        raise ValueError(f"{path}: hidden_act {brief(activation)} is none of {', '.join(clip.ACTIVATIONS)}.")
+    found = shape_of(config)
     if is_dinov2 and "mlp_ratio" in config:
         found["mlp_ratio"] = float(config["mlp_ratio"])
-    elif "intermediate_size" in config and "hidden_size" in config:
-        found["mlp_ratio"] = config["intermediate_size"] / config["hidden_size"]
     has_registers = config["model_type"] == "dinov2_with_registers"
     return found | ALWAYS | {
         "norm_eps": config["layer_norm_eps"], "image_size": config["image_size"],
-        "mlp": "swiglu" if is_gated else "gelu", "layer_scale": 1.0 if is_dinov2 else None,
+        "mlp": "swiglu" if is_gated else clip.ACTIVATIONS[activation], "layer_scale": 1.0 if is_dinov2 else None,
         "registers": config.get("num_register_tokens", 4) if has_registers else 0,
         "interpolate_antialias": has_registers,
     }  # fmt: skip
@@ -125,9 +175,9 @@ def _dinov3_settings(config: dict[str, Any], state: dict[str, Tensor], path: Pat
     if key_bias is not any(key.endswith("k_proj.bias") for key in state):
         have = "have no" if key_bias else "have"
         raise ValueError(f"{path}: states key_bias: {brief(key_bias)}, but its weights {have} such biases.")
-    found = _shape(config)
-    if "intermediate_size" in config and "hidden_size" in config:
-        found["mlp_ratio"] = config["intermediate_size"] / config["hidden_size"] * (1.5 if is_gated else 1)
+    found = shape_of(config)
+    if is_gated and "mlp_ratio" in found:
+        found["mlp_ratio"] *= 1.5
     return found | dinov3.ALWAYS | {
         "norm_eps": config.get("layer_norm_eps", dinov3.NORM_EPS),
         "image_size": config.get("image_size", dinov3.IMAGE_SIZE),
@@ -135,14 +185,6 @@ def _dinov3_settings(config: dict[str, Any], state: dict[str, Tensor], path: Pat
         "registers": config.get("num_register_tokens", 0), "class_token": True, "final_norm": True, "fc_norm": False,
         "qk_norm": False, "bias": config.get("proj_bias", True), "mask_token": True,
     }  # fmt: skip
-
-
-def _shape(config: dict[str, Any]) -> dict[str, Any]:
-    """Width, depth, patch and channels as config.json states them."""
-    found = {ours: config[theirs] for theirs, ours in SHAPE.items() if theirs in config}
-    if isinstance(found.get("patch"), list) and len(set(found["patch"])) == 1:
-        found["patch"] = found["patch"][0]
-    return found
 
 
 def _imagegpt_settings(config: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from typing import Any
 
 from sslvit.files import brief, quoted
 from sslvit.layouts.preprocessing import (
-    AUTHORS,
     CLIP,
     HALF,
     IMAGENET,
@@ -21,6 +20,9 @@ from sslvit.layouts.preprocessing import (
 PROCESSORS: dict[str, dict[str, Any]] = {
     "ViT": {**HALF, "resample": 2, "size": {"height": 224, "width": 224}, "is_cropped": False, "is_square": True},
     "Bit": {**CLIP, "resample": 3, "size": {"shortest_edge": 224}, "is_cropped": True, "is_square": False},
+    "CLIP": {**CLIP, "resample": 3, "size": {"shortest_edge": 224}, "is_cropped": True, "is_square": False},
+    "Siglip": {**HALF, "resample": 3, "size": {"height": 224, "width": 224}, "is_cropped": False, "is_square": True},
+    "DeiT": {**HALF, "resample": 3, "size": {"height": 256, "width": 256}, "is_cropped": True, "is_square": True},
     "DINOv3ViT": {
         **IMAGENET,
         "resample": 2,
@@ -30,8 +32,17 @@ PROCESSORS: dict[str, dict[str, Any]] = {
     },
     "ImageGPT": {**HALF, "resample": 2, "size": {"height": 256, "width": 256}, "is_cropped": False, "is_square": True},
 }
-PROCESSOR_OF = {"vit": "ViT", "dinov2": "Bit", "dinov2_with_registers": "Bit", "dinov3_vit": "DINOv3ViT",
-                "imagegpt": "ImageGPT"}  # fmt: skip
+PROCESSOR_OF = {"vit": "ViT", "vit_mae": "ViT", "dinov2": "Bit", "dinov2_with_registers": "Bit", "imagegpt": "ImageGPT",
+                "dinov3_vit": "DINOv3ViT", "vit_msn": "ViT", "ijepa": "ViT", "deit": "DeiT",
+                "clip_vision_model": "CLIP", "siglip_vision_model": "Siglip"}  # fmt: skip
+
+FAMILY_OF = {"vit": ("vit", "transformers' ViT"), "imagegpt": ("vit", "transformers' ViT"),
+             "vit_mae": ("mae", "MAE's own evaluation"), "vit_msn": ("mae", "MAE's own evaluation"),
+             "ijepa": ("mae", "MAE's own evaluation"), "deit": ("mae", "DeiT's own evaluation"),
+             "dinov3_vit": ("dinov3", "the released DINOv3 models"),
+             "clip_vision_model": ("clip", "CLIP's own evaluation"),
+             "siglip_vision_model": ("siglip", "the released SigLIP models")}  # fmt: skip
+"""Whose preprocessing a model without a processor's file has, for the settings and for the reader."""
 
 
 def from_transformers(
@@ -39,9 +50,8 @@ def from_transformers(
 ) -> tuple[dict[str, Any], list[str]]:
     """Settings and notes from preprocessor_config.json (None if missing), with its processor's defaults."""
     if content is None:
-        family = {"dinov3_vit": "dinov3", "vit": "vit", "imagegpt": "vit"}.get(model, "dinov2")
+        family, who = FAMILY_OF.get(model, ("dinov2", "the released DINOv2 models"))
         found = released_preprocessing(family, channels)
-        who = "transformers' ViT" if family == "vit" else f"the released {AUTHORS[family]} models"
         return found, [
             f"preprocessing: no preprocessor_config.json there; as in {who}: {describe_preprocessing(found)}."
         ]
@@ -91,7 +101,11 @@ def _crop(content: dict[str, Any], defaults: dict[str, Any], image_size: list[in
         ]
     size = content.get("size", defaults["size"])
     if is_number(size):
-        size = {"height": size, "width": size} if defaults["is_square"] and not crop else {"shortest_edge": size}
+        size = (
+            {"height": size, "width": size}
+            if defaults["is_square"] and (not crop or defaults["is_cropped"])
+            else {"shortest_edge": size}
+        )
     size = size if isinstance(size, dict) else {}
     edge, squashed = size.get("shortest_edge"), _height_and_width(size)
     states_size = "size" in content or "crop_size" in content

@@ -114,6 +114,7 @@ def settings_from_shapes(
         "qk_norm": "blocks.0.attn.q_norm.weight" in state, "class_token": has_class, "registers": registers,
         "mask_token": "mask_token" in state, "final_norm": "norm.weight" in state, "fc_norm": fc_norm,
         "pooling": "class" if has_class and not fc_norm else "mean",
+        "pre_norm": "norm_pre.weight" in state,
     }  # fmt: skip
     if gated:
         found["mlp_ratio"] = 4.0 if (int(4 * width * 2 / 3) + 7) // 8 * 8 == hidden else 1.5 * hidden / width
@@ -134,7 +135,8 @@ def require(state: dict[str, Tensor], *names: str) -> None:
 def describe_architecture(settings: EncoderSettings) -> str:
     """What the names and shapes of a bare file were taken for, so that a reader sees what may have been lost."""
     modules = {
-        "class token": settings.class_token, "positions": settings.pos_embed != "none", "biases": settings.bias,
+        "class token": settings.class_token, "a bias of the patches": settings.patch_bias,
+        "positions": settings.pos_embed != "none", "biases": settings.bias,
         "last norm": settings.final_norm or settings.fc_norm, "registers": settings.registers > 0,
         "LayerScale": settings.layer_scale is not None, "query-key norm": settings.qk_norm,
     }  # fmt: skip

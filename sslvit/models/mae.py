@@ -88,14 +88,14 @@ class MAEDecoder(nn.Module):
         width, self.prefix, self.grid = settings.decoder_width, encoder.prefix, encoder.grid
         self.recompute = encoder.activation_checkpointing
         plain = EncoderSettings(
-            width=width, depth=settings.decoder_depth, heads=settings.decoder_heads, norm_eps=1e-6,
+            width=width, depth=settings.decoder_depth, heads=settings.decoder_heads, norm_eps=encoder.norm_eps,
             mlp_ratio=settings.decoder_mlp_ratio or encoder.mlp_ratio,
         )  # fmt: skip
         self.embed = nn.Linear(encoder.width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.register_buffer("pos_embed", sincos_table(sincos_2d(encoder.grid, width), self.prefix))
         self.blocks = nn.ModuleList(Block(plain) for _ in range(settings.decoder_depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.norm = nn.LayerNorm(width, eps=encoder.norm_eps)
         self.pred = nn.Linear(width, encoder.patch**2 * encoder.channels)
         nn.init.normal_(self.mask_token, std=0.02)
         for module in self.modules():  # appendix A.1, as encoder.init: xavier

@@ -98,7 +98,7 @@ class EncoderSettings:
     rounded up to a multiple of 8 (DINOv2).
     """
     mlp: Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"] = "gelu"
-    """Activation of the MLP: gelu, its approximations gelu_tanh (SigLIP) and quick_gelu (iGPT, CLIP), or swiglu."""
+    """Activation of the MLP; SigLIP has gelu_tanh, iGPT and CLIP have quick_gelu."""
     norm: Literal["layer", "rms"] = "layer"
     """Normalization: layer (LayerNorm) or rms (RMSNorm: no mean, no bias)."""
     norm_eps: float = 1e-6

@@ -9,9 +9,11 @@ import torch
 
 from sslvit import rng
 from sslvit.data.batch import Batch
+from sslvit.models import ViTEncoder
 from sslvit.models.mae import MAELoss, MAEModel
 from sslvit.settings import EncoderSettings, MAESettings
 from sslvit.tasks.base import StepOutput, Task
+from sslvit.tasks.start import begin_decoder
 from sslvit.tasks.symptoms import Symptom, feature_symptoms, trivial_loss
 
 FIGURE_IMAGES = 8
@@ -28,6 +30,15 @@ class MAE(Task):
     def make_model(self, encoder: EncoderSettings) -> MAEModel:
         """Encoder and decoder."""
         return MAEModel(self.settings, encoder)
+
+    def start_from(self, start: ViTEncoder, source: str) -> None:
+        """Begin with a trained encoder's weights, and with the decoder beside it where that is of these settings.
+
+        Raises:
+            ValueError: As of Task.
+        """
+        super().start_from(start, source)
+        begin_decoder(self.model, start.settings, source)
 
     def compute(self, batch: Batch, step: int) -> StepOutput:
         """The reconstruction error under this step's masks."""

@@ -1,4 +1,4 @@
-"""Models from the weights that the papers' authors released, and back."""
+"""Complete models, with what training puts behind the encoder: from released weights and from runs, and back."""
 
 from __future__ import annotations
 
@@ -8,42 +8,120 @@ from typing import Any
 
 from torch import Tensor
 
-from sslvit.checkpoint import split_checkpoint
+from sslvit.checkpoint import find_encoder, reject_overrides, split_checkpoint
 from sslvit.compatibility import check_fits, load_strict
-from sslvit.layouts import dino, mae, openai_igpt
+from sslvit.files import brief
+from sslvit.layouts import dino, mae, openai_igpt, transformers_folder, vit_mae
+from sslvit.layouts.transformers_folder import is_folder, model_type
 from sslvit.layouts.unwrap import unwrap
 from sslvit.models.dino import DINOModel
 from sslvit.models.igpt import IGPTModel
 from sslvit.models.mae import MAEModel
 from sslvit.settings import DINOSettings, EncoderSettings, IGPTSettings, MAESettings
+from sslvit.settings.load import build
 from sslvit.sharded_checkpoint import read_checkpoint
-from sslvit.weight_files import read_torch_file
+from sslvit.weight_files import read_folder_weights, read_torch_file
 
 logger = logging.getLogger(__name__)
 
 
-def load_mae(path: str | Path, heads: int, decoder_heads: int, **settings: Any) -> MAEModel:
-    """MAE's released full checkpoint, encoder and decoder.
+def load_mae(
+    source: str | Path, heads: int | None = None, decoder_heads: int | None = None, **settings: Any
+) -> MAEModel:
+    """MAE with its decoder, from a run, a folder of transformers, or a released file.
 
     Args:
-        path: A file with the decoder in it (mae_pretrain_vit_..._full.pth).
-        heads: Attention heads of the encoder, which the file does not state.
-        decoder_heads: Attention heads of the decoder.
-        settings: Other fields of MAESettings.
+        source: A run folder of MAE or its checkpoint, a folder of transformers' ViTMAEForPreTraining, or a released
+            file with the decoder in it (mae_pretrain_vit_..._full.pth).
+        heads: Attention heads of the encoder, which a released file does not state.
+        decoder_heads: Attention heads of the decoder, likewise.
+        settings: Other fields of MAESettings, in place of those that the source states.
 
     Raises:
-        ValueError: The file holds no decoder.
+        FileNotFoundError: Nothing is there.
+        ValueError: The source holds no decoder, states the heads that are given, or does not state those that are not.
     """
-    return mae_from_state(unwrap(read_torch_file(Path(path)), str(path)).everything, heads, decoder_heads, **settings)
+    path = find_encoder(source, by_network=True)
+    given = {"heads": heads, "decoder_heads": decoder_heads}
+    if is_folder(path):
+        reject_overrides(str(path), {key: value for key, value in given.items() if value})
+        return _mae_from_transformers(path, settings)
+    if path.is_dir():
+        raise ValueError(f"{path}: holds an encoder alone, without MAE's decoder. Give the run or its checkpoint.")
+    content = read_checkpoint(path)
+    if "sslvit" in content:
+        reject_overrides(str(path), {key: value for key, value in given.items() if value})
+        return _mae_from_run(content, path, settings)
+    if heads is None or decoder_heads is None:
+        missing = " and ".join(key for key, value in given.items() if value is None)
+        raise ValueError(f"{path}: a released file does not state its {missing}. Give them (12 and 16 for ViT-B).")
+    return mae_from_state(unwrap(content, str(path)).everything, heads, decoder_heads, **settings)
 
 
 def mae_from_state(state: dict[str, Tensor], heads: int, decoder_heads: int, **settings: Any) -> MAEModel:
-    """`load_mae`, for a state dict in memory."""
+    """`load_mae`, for the state dict of a released file in memory."""
     converted = mae.to_sslvit(state, heads)
-    shape = mae.decoder_shape(converted.extras)
-    model = MAEModel(MAESettings(**{**shape, "decoder_heads": decoder_heads, **settings}), converted.settings)
-    weights = {f"encoder.{key}": value for key, value in converted.encoder.items()}
-    load_strict(model, weights | converted.extras, "MAE")
+    stated = mae.decoder_shape(converted.extras) | {"decoder_heads": decoder_heads}
+    return _mae(converted.settings, converted.encoder, converted.extras, stated | settings, "MAE")
+
+
+def _mae_from_transformers(path: Path, settings: dict[str, Any]) -> MAEModel:
+    """A ViTMAEForPreTraining from its folder."""
+    if (kind := model_type(path)) != "vit_mae":
+        raise ValueError(f"{path}: a {brief(kind)}, which has no decoder of MAE. Give a ViTMAEForPreTraining.")
+    state = unwrap(read_folder_weights(path), str(path)).everything
+    converted = transformers_folder.to_sslvit(state, path)
+    stated, decoder = transformers_folder.mae_decoder(path, converted.extras)
+    return _mae(converted.settings, converted.encoder, decoder, stated | settings, str(path))
+
+
+def decoder_beside(source: str | Path) -> tuple[MAESettings, dict[str, Tensor]] | None:
+    """Settings and weights of the decoder in a folder of transformers' ViTMAEForPreTraining; None for other sources.
+
+    A released file of MAE has a decoder too, but does not state its heads and its target.
+    """
+    path = find_encoder(source) if Path(source).exists() else Path(source)
+    if not is_folder(path) or model_type(path) != "vit_mae":
+        return None
+    extras = transformers_folder.to_sslvit(unwrap(read_folder_weights(path), str(path)).everything, path).extras
+    if not vit_mae.has_decoder(set(extras)):
+        return None
+    stated, decoder = transformers_folder.mae_decoder(path, extras)
+    return _mae_settings(stated, str(path)), decoder
+
+
+def _mae_from_run(content: dict[str, Any], path: Path, settings: dict[str, Any]) -> MAEModel:
+    """The model of a run of MAE, from its checkpoint."""
+    encoder_settings, encoder, others = split_checkpoint(content, path)
+    parameters = content.get("hyper_parameters")
+    stated = parameters.get("task") if isinstance(parameters, dict) else None
+    decoder = {key: value for key, value in others.items() if key.startswith("decoder.")}
+    if not isinstance(stated, dict) or stated.get("name") != "mae" or not decoder:
+        raise ValueError(f"{path}: no run of MAE, which has a decoder. Give one, such as --config mae/digits trains.")
+    return _mae(encoder_settings, encoder, decoder, stated | settings, str(path))
+
+
+def _mae_settings(stated: dict[str, Any], source: str) -> MAESettings:
+    try:
+        return build(MAESettings, stated)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def _mae(
+    encoder_settings: EncoderSettings, encoder: dict[str, Tensor], decoder: dict[str, Tensor], stated: dict[str, Any],
+    source: str,
+) -> MAEModel:  # fmt: skip
+    """A model of these weights, whose shapes are compared with what is stated before memory is taken for it."""
+    check_fits(encoder_settings, encoder, source)
+    settings = _mae_settings(stated, source)
+    for key, value in mae.decoder_shape(decoder).items():
+        ratio = settings.decoder_mlp_ratio or encoder_settings.mlp_ratio
+        here = ratio if key == "decoder_mlp_ratio" else getattr(settings, key)
+        if round(here * settings.decoder_width) != round(value * settings.decoder_width):
+            raise ValueError(f"{source}: states {key} {brief(here)}, and its weights have {brief(value)}.")
+    model = MAEModel(settings, encoder_settings)
+    load_strict(model, {f"encoder.{key}": value for key, value in encoder.items()} | decoder, source)
     return model
 
 

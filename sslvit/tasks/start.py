@@ -10,10 +10,12 @@ from torch import Tensor
 from sslvit.compatibility import POSITION_TABLES, check_same, load_strict
 from sslvit.files import printable
 from sslvit.models import Backbone, Encoder
+from sslvit.models.mae import MAEModel
 from sslvit.models.resize import OF_ANY_GRID, convert_channels, resize_patches, resize_weights
 from sslvit.ranks import is_first_rank
-from sslvit.settings import EncoderSettings
+from sslvit.settings import EncoderSettings, MAESettings
 from sslvit.settings.load import brief
+from sslvit.tasks.released import decoder_beside
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +75,44 @@ def begin_with(
     load_strict(encoder, own | {key: value for key, value in given.items() if key in own}, source)
     if notes and is_first_rank():
         logger.info(f"starting from {printable(source)}: {'; '.join(notes)}")
+
+
+def begin_decoder(model: MAEModel, start: EncoderSettings, source: str) -> None:
+    """Take over the decoder that a source holds beside its encoder where the settings of both agree, and say so.
+
+    Args:
+        model: of the run, with its first weights.
+        start: settings of the source's encoder.
+        source: where that comes from; only a folder of transformers' ViTMAEForPreTraining states all of a decoder.
+    """
+    found = decoder_beside(source)
+    if found is None:
+        return
+    (there, weights), own = found, model.decoder.state_dict()
+    differences = _decoder_differences(there, start, model.settings, model.encoder.settings)
+    if differences:
+        note = f"decoder: new, as other settings were those of the weights ({', '.join(differences)})"
+    else:
+        given = {key.removeprefix("decoder."): value for key, value in weights.items()}
+        if start.grid != model.encoder.settings.grid:
+            given["pos_embed"] = own["pos_embed"]  # a fixed table, and the run's grid has its own
+        load_strict(model.decoder, given, source)
+        note = "decoder: taken over, too"
+    if is_first_rank():
+        logger.info(f"starting from {printable(source)}: {note}")
+
+
+def _decoder_differences(
+    there: MAESettings, there_encoder: EncoderSettings, here: MAESettings, here_encoder: EncoderSettings
+) -> list[str]:
+    """What keeps a decoder's weights from being those of a run, as 'task.target raw -> normalized'."""
+    fields = ("decoder_width", "decoder_depth", "decoder_heads", "target")
+    pairs = {f"task.{key}": (getattr(there, key), getattr(here, key)) for key in fields}
+    for key in ("patch", "channels"):
+        pairs[f"encoder.{key}"] = (getattr(there_encoder, key), getattr(here_encoder, key))
+    ratios = [task.decoder_mlp_ratio or of.mlp_ratio for task, of in ((there, there_encoder), (here, here_encoder))]
+    pairs["task.decoder_mlp_ratio"] = (ratios[0], ratios[1])
+    return [f"{key} {brief(before)} -> {brief(now)}" for key, (before, now) in pairs.items() if before != now]
 
 
 def _adapt_patches(given: dict[str, Tensor], there: EncoderSettings, here: EncoderSettings) -> list[str]:

@@ -45,6 +45,10 @@ IGPT = {"tokens": "pixel", "patch": 1, "image_size": 8, "class_token": False, "p
         "norm": "rms", "mlp": "quick_gelu"}  # fmt: skip
 DINOV3 = {"pos_embed": "rotary_2d_normalized", "registers": 2, "layer_scale": 0.1, "key_bias": False}
 
+CLIP = {"pre_norm": True, "patch_bias": False, "mlp": "quick_gelu", "norm_eps": 1e-5, "interpolate_antialias": False}
+SIGLIP = {"class_token": False, "pooling": "attention", "pool_mlp": True, "mlp": "gelu_tanh",
+          "interpolate_antialias": False}  # fmt: skip
+
 
 # ---- timm ----------------------------------------------------------------------------------------------------------
 
@@ -109,6 +113,7 @@ def test_timm_opens_the_weights_by_path_too(tmp_path: Path) -> None:
         ({"norm_eps": 1e-5}, "norm_eps: 1e-05"),
         ({"fc_norm": True}, "both final_norm and fc_norm"),
         ({"feature_layer": 1}, "feature_layer: 1"),
+        ({"pre_norm": True, "patch_bias": False}, "pre_norm: true; patch_bias: false"),
     ],
 )
 def test_what_timm_cannot_hold_is_refused_with_the_reason(tmp_path: Path, options: dict, reason: str) -> None:
@@ -133,6 +138,12 @@ def test_what_timm_cannot_hold_is_refused_with_the_reason(tmp_path: Path, option
         ({"registers": 2, "layer_scale": 0.1, "mask_token": True}, "Dinov2WithRegistersModel", "any"),
         ({"registers": 2, "prefix_positions": "all", "pooling": "mean"}, "Dinov2WithRegistersModel", "any"),
         ({"registers": 3, "interpolate_offset": 0.1}, "Dinov2WithRegistersModel", "fixed"),
+        ({"class_token": False, "pooling": "mean", "interpolate_antialias": False}, "IJepaModel", "any"),
+        ({"registers": 1, "prefix_positions": "all", "interpolate_antialias": False}, "DeiTModel", "any"),
+        (CLIP, "CLIPVisionModel", "any"),
+        (CLIP | {"mlp": "gelu", "pooling": "mean", "mask_token": True}, "CLIPVisionModel", "any"),
+        (SIGLIP, "SiglipVisionModel", "any"),
+        (SIGLIP | {"pooling": "mean", "pool_mlp": False}, "SiglipVisionModel", "any"),
         (IGPT, "ImageGPTModel", "fixed"),
         (IGPT | {"feature_layer": 1, "feature_norm": "next", "bias": False}, "ImageGPTModel", "fixed"),
         (IGPT | {"palette": [[-1.0, -1.0, -1.0], [0.0, 0.5, 0.0], [1.0, 1.0, 1.0]]}, "ImageGPTModel", "fixed"),
@@ -145,7 +156,7 @@ def test_transformers_gives_the_features_of_the_checkpoint(tmp_path: Path, optio
         assert verdict["image_sizes"] == sizes
     opened = transformers.AutoModel.from_pretrained(tmp_path / "tokens")
     assert type(opened).__name__ == model
-    again = load_encoder(tmp_path / "tokens", **({"pooling": "mean"} if encoder.settings.pooling == "mean" else {}))
+    again = load_encoder(tmp_path / "features", **({"pooling": "mean"} if encoder.settings.pooling == "mean" else {}))
     pixels = torch.rand(2, encoder.settings.channels, *encoder.settings.image_size)
     mine, theirs = (normalize(pixels * 255, one.settings.mean, one.settings.std) for one in (encoder, again))
     torch.testing.assert_close(again(theirs), encoder(mine), atol=1e-5, rtol=1e-5)
@@ -163,8 +174,10 @@ def test_a_processor_of_imagegpt_gives_the_colors_that_the_encoder_sees(tmp_path
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"pooling": "mean"}, {"registers": 2}, {"layer_scale": 0.5, "pooling": "mean"}]
-)
+    "options",
+    [{}, {"pooling": "mean"}, {"registers": 2}, {"layer_scale": 0.5, "pooling": "mean"},
+     {"class_token": False, "pooling": "mean"}],
+)  # fmt: skip
 def test_transformers_classifies(tmp_path: Path, options: dict) -> None:
     saved(tmp_path / "run" / "encoder", **options)
     head = {"head.weight": torch.randn(2, 32), "head.bias": torch.randn(2)}
@@ -182,7 +195,11 @@ def test_transformers_classifies(tmp_path: Path, options: dict) -> None:
         ({"bias": False}, "bias: false"),
         ({"final_norm": False}, "final_norm: false"),
         ({"fc_norm": True}, "fc_norm: true"),
-        ({"class_token": False, "pooling": "mean"}, "class_token: false"),
+        ({"class_token": False, "pooling": "mean", "registers": 1}, "class_token: false"),
+        (SIGLIP | {"pool_mlp": False}, "siglip_vision_model cannot hold this encoder .pooling: attention"),
+        (CLIP | {"patch_bias": True}, "clip_vision_model cannot hold this encoder .patch_bias: true"),
+        (CLIP | {"registers": 1}, "clip_vision_model cannot hold this encoder .registers: 1"),
+        ({"class_token": False, "pooling": "mean", "qk_norm": True}, "ijepa cannot hold this encoder .qk_norm: true"),
         ({"registers": 2, "image_size": [16, 24]}, r"image_size: \[16, 24\], which is no square"),
         ({"layer_scale": 0.1, "mlp_ratio": 2.5}, "mlp_ratio: 2.5, which is no whole number"),
         (IGPT | {"causal": False}, "causal: false"),
@@ -644,11 +661,12 @@ OPTIONS = st.fixed_dictionaries(
         "pos_embed": st.sampled_from(["none", "learned_1d", "learned_2d", "sincos_1d", "sincos_2d", "rotary_2d"]),
         "prefix_positions": st.sampled_from(["none", "class", "all"]),
         "class_token": st.booleans(), "registers": st.integers(0, 3), "mask_token": st.booleans(),
-        "mlp": st.sampled_from(["gelu", "quick_gelu", "swiglu"]), "mlp_ratio": st.sampled_from([1.5, 2.0, 4.0]),
+        "mlp": st.sampled_from(["gelu", "gelu_tanh", "quick_gelu", "swiglu"]),
+        "mlp_ratio": st.sampled_from([1.5, 2.0, 4.0]),
         "norm": st.sampled_from(["layer", "rms"]), "norm_eps": st.sampled_from([1e-6, 1e-3]),
         "bias": st.booleans(), "layer_scale": st.sampled_from([None, 0.5]), "qk_norm": st.booleans(),
         "locality_self_attention": st.booleans(), "causal": st.booleans(), "final_norm": st.booleans(),
-        "fc_norm": st.booleans(),
+        "fc_norm": st.booleans(), "pre_norm": st.booleans(), "patch_bias": st.booleans(), "pool_mlp": st.booleans(),
         "interpolate_antialias": st.booleans(), "interpolate_offset": st.sampled_from([0.0, 0.1]),
         "image_size": st.sampled_from([16, [16, 8]]), "channels": st.sampled_from([1, 3]),
         "pooling": st.sampled_from(["class", "mean", "attention"]),

@@ -1,0 +1,113 @@
+"""Models of transformers besides ViT, Dinov2 and ImageGPT: which of them holds an encoder, and what its config says.
+
+ViTMAE with MAE's decoder, I-JEPA (no class token), DeiT (its distillation token is a register with a position of its
+own), and the vision towers of CLIP and SigLIP.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from sslvit.exporters import plain_vit
+from sslvit.exporters.exported import Exported
+from sslvit.layouts import clip, vit_mae
+from sslvit.layouts.transformers import to_transformers
+from sslvit.layouts.vit import inverted
+from sslvit.settings import EncoderSettings
+
+CLASSES = {"vit_mae": "ViTMAE", "ijepa": "IJepa", "deit": "DeiT", "clip_vision_model": "CLIPVision",
+           "siglip_vision_model": "SiglipVision"}  # fmt: skip
+ACTIVATIONS = inverted(clip.ACTIVATIONS) | {"gelu_tanh": "gelu_pytorch_tanh"}  # two names there are one here
+
+
+def kind_of(settings: EncoderSettings, outputs: str) -> str | None:
+    """The model of this file that holds an encoder or comes nearest, as its config names it; None for the others."""
+    if outputs == "reconstruction":
+        return "vit_mae"
+    if settings.tokens != "patch" or settings.layer_scale is not None or settings.mlp == "swiglu":
+        return None
+    if settings.pre_norm or not settings.patch_bias:
+        return "clip_vision_model"
+    if not settings.class_token:
+        is_siglip = settings.pooling == "attention" or settings.mlp == "gelu_tanh"
+        return None if settings.registers else "siglip_vision_model" if is_siglip else "ijepa"
+    return "deit" if settings.registers == 1 and settings.prefix_positions == "all" else None
+
+
+def position_rows(kind: str) -> int:
+    """Rows of a model's position table in front of the patches' rows."""
+    return {"ijepa": 0, "siglip_vision_model": 0, "deit": 2}.get(kind, 1)
+
+
+def arguments(kind: str, settings: EncoderSettings, outputs: str) -> dict[str, Any]:
+    """Arguments of a model's config for these settings; refuses all options that it cannot hold."""
+    is_clip, is_siglip = kind == "clip_vision_model", kind == "siglip_vision_model"
+    registers = 1 if kind == "deit" else 0
+    is_pooled, has_head = outputs in ("features", "logits"), is_siglip and settings.pooling == "attention"
+    refused = plain_vit.unsupported_options(settings, outputs) | {
+        "pos_embed: none": settings.pos_embed == "none",
+        f"mlp: {settings.mlp}": settings.mlp not in ACTIVATIONS,
+        "bias: false": not settings.bias,
+        "qk_norm: true": settings.qk_norm,
+        f"layer_scale: {settings.layer_scale}": settings.layer_scale is not None,
+        f"registers: {settings.registers}": settings.registers != registers,
+        f"class_token: {str(settings.class_token).lower()}": settings.class_token == (kind == "ijepa" or is_siglip),
+        f"pre_norm: {str(settings.pre_norm).lower()}": settings.pre_norm != is_clip,
+        f"patch_bias: {str(settings.patch_bias).lower()}": settings.patch_bias == is_clip,
+        "final_norm: false": not settings.final_norm,
+        "fc_norm: true": settings.fc_norm and is_pooled,
+        "pooling: attention": is_pooled and settings.pooling == "attention" and not (has_head and settings.pool_mlp),
+        f"image_size: {settings.image_size}, which is no square": settings.size[0] != settings.size[1],
+    }
+    instead = ("Use --outputs features",) if outputs == "reconstruction" else ()
+    plain_vit.refuse_options(f"transformers' {kind}", refused, *instead)
+    if outputs == "logits" and kind != "ijepa":
+        raise ValueError(f"--outputs logits: transformers' {kind} has another classifier. Use --format onnx or torch.")
+    head = {"vision_use_head": is_pooled and has_head} if is_siglip else {}
+    return head | {
+        "hidden_size": settings.width, "num_hidden_layers": settings.depth, "num_attention_heads": settings.heads,
+        "layer_norm_eps": settings.norm_eps, "patch_size": settings.patch, "num_channels": settings.channels,
+        "image_size": settings.size[0], "intermediate_size": settings.mlp_width,
+        "hidden_act": ACTIVATIONS[settings.mlp],
+    }  # fmt: skip
+
+
+def tensors_of(kind: str, exported: Exported) -> dict[str, Tensor]:
+    """Everything but a classifier under transformers' names."""
+    state = plain_vit.state_with_table(exported.encoder, position_rows(kind), exported.outputs)
+    if kind == "vit_mae":
+        return vit_mae.to_vit_mae(state, decoder_state(exported))
+    if kind in clip.DEFAULTS:
+        return clip.from_sslvit(without_mask_token(state))
+    return to_transformers(state, kind)
+
+
+def without_mask_token(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights without a mask token, which these models have no place for."""
+    return {key: value for key, value in state.items() if key != "mask_token"}
+
+
+def decoder_arguments(exported: Exported) -> dict[str, Any]:
+    """Arguments of ViTMAE's config for the decoder and the loss."""
+    hidden = exported.mae.state_dict()["decoder.blocks.0.mlp.fc1.bias"].shape[0]
+    return vit_mae.mae_arguments(exported.mae.settings, hidden)
+
+
+def decoder_state(exported: Exported) -> dict[str, Tensor]:
+    """The decoder's weights under the names of models/mae.py."""
+    return {f"decoder.{key}": value for key, value in exported.mae.decoder.state_dict().items()}
+
+
+def weights(
+    kind: str, exported: Exported, found: dict[str, Tensor], others: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Tensors as they should be, and as transformers has them, under our names.
+
+    `found` and `others` are a reopened model's weights, renamed, and those that are not the encoder's.
+    """
+    expected = without_mask_token(plain_vit.state_with_table(exported.encoder, position_rows(kind), exported.outputs))
+    if kind != "vit_mae":
+        return expected, found
+    return expected | decoder_state(exported), found | vit_mae.decoder_to_sslvit(others)
