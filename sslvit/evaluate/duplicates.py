@@ -20,10 +20,10 @@ from sslvit.data.reader import ShardReader
 from sslvit.environment import pick_device
 from sslvit.evaluate.cache import FeatureCache
 from sslvit.evaluate.features import FeatureExtractor
-from sslvit.evaluate.sources import FrozenEncoder, LabeledSet, full_float32
+from sslvit.evaluate.sources import LabeledSet, frozen, full_float32
 from sslvit.figures import plot_images
 from sslvit.files import printable, write_atomically
-from sslvit.models import ViTEncoder
+from sslvit.models import Encoder
 from sslvit.progress import track
 from sslvit.results import Result
 from sslvit.settings.probe import KNNSettings
@@ -135,7 +135,7 @@ class NearDuplicates(Result):
         """A row for each group."""
         return ("images", "near-duplicates"), ((len(names), _brief(names)) for names in self.within)
 
-    def plot(self, encoder: ViTEncoder, path: str | Path) -> Path | None:
+    def plot(self, encoder: Encoder, path: str | Path) -> Path | None:
         """Plot the largest groups, those with a leak first, as the encoder sees them; None where there are none."""
         ordered = sorted(self.groups, key=lambda group: group[-1] < self.sizes)[:SHOWN]
         if not ordered:
@@ -158,7 +158,7 @@ class NearDuplicates(Result):
         title = f"near-duplicates: cosine similarity with the first image, {self.threshold:g} or more to one of the row"
         return plot_images(path, rows, [f"{len(group):,} images" for group in ordered], title, captions)
 
-    def _pixels(self, row: int, reader: ShardReader, encoder: ViTEncoder) -> np.ndarray:
+    def _pixels(self, row: int, reader: ShardReader, encoder: Encoder) -> np.ndarray:
         views = encoder_views(encoder.settings, center_view(encoder.settings))
         batch = make_batch(reader, views, self.samples[row : row + 1], np.zeros(1, int))
         pixels: np.ndarray = batch.views[0][0].float().div(255).clamp(0, 1).numpy()
@@ -166,7 +166,7 @@ class NearDuplicates(Result):
 
 
 def find_near_duplicates(
-    encoder: ViTEncoder, index: ShardIndex, threshold: float, against: ShardIndex | None = None, batch: int = 256,
+    encoder: Encoder, index: ShardIndex, threshold: float, against: ShardIndex | None = None, batch: int = 256,
     cache: str | Path | None = KNNSettings.cache,
 ) -> NearDuplicates:  # fmt: skip
     """Images of a data set, or across two, whose features have a high cosine similarity.
@@ -191,12 +191,11 @@ def find_near_duplicates(
             "pair. Check parts of them, or pack fewer."
         )
     device = pick_device()
-    source = FrozenEncoder(encoder.to(device))
+    source = frozen(encoder.to(device))
     readouts = source.readouts(None, 1, None)
     extractor = FeatureExtractor(batch, None, FeatureCache(cache) if cache else None)
-    tables = [
-        extractor.features(source, LabeledSet(one, encoder.settings.channels, None, 1.0), readouts) for one in indices
-    ]
+    sets = [LabeledSet(one, encoder.settings.channels, None, 1.0) for one in indices]  # all can be unreadable
+    tables = [extractor.features(source, one, readouts) for one in sets]
     features = F.normalize(torch.cat([table.at(readouts).values for table in tables]), dim=1)
     samples = np.concatenate([table.samples.numpy() for table in tables])
     first = len(tables[0].samples)

@@ -43,6 +43,7 @@ FIXED = [
     ("data.limit", None, "the images were drawn with it"),
     ("data.limit_per_class", None, "the images were drawn with it"),
     ("optim.betas", None, "the optimizer's averages in the checkpoint were made with it"),
+    ("encoder.backbone", None, "the checkpoint holds the weights of one network"),
     ("encoder.pos_embed", None, "the checkpoint holds the table"),
     ("encoder.key_bias", None, "the weights were trained with it"),
     ("encoder.init", None, "the weights have started already"),

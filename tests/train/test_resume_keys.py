@@ -85,6 +85,7 @@ REFUSED_VALUES = {
 }  # fmt: skip
 # processes, an account, another folder; threads change the order of sums
 STARTED_OTHERWISE = {"train.devices", "train.nodes", "train.wandb", "train.mlflow", "train.threads", "out"}  # fmt: skip
+CNN = "torchvision:shufflenet_v2_x0_5"
 TASKS = {
     "dino/digits": (
         {},
@@ -98,7 +99,7 @@ TASKS = {
          "data.view.contrast": 0.9, "data.view.blur": [1.0, 1.0, 1.0], "data.view.blur_sigma": [1.0, 3.0],
          "data.view.solarize": [1.0, 1.0, 1.0]},
         {"task.out_dim": 9, "task.head_layers": 2, "task.head_width": 8, "task.bottleneck": 4, "task.batch_norm": True,
-         "task.norm_last_layer": False, "encoder.pooling": "mean"},
+         "task.norm_last_layer": False, "encoder.pooling": "mean", "encoder.backbone": CNN, "encoder.small_stem": True},
     ),
     "igpt/digits": ({"task.mask_ratio": 0.3}, {}, {"task.objective": "bert"}),
     "finetune/small_images": (
@@ -119,6 +120,7 @@ WITH = {  # keys that must change together
     "online.precision": {"online.val": "copy", "online.train": "copy"},
     "encoder.channels": {"encoder.mean": [0.5] * 3, "encoder.std": [0.5] * 3},
     "encoder.patch": {"data.view.kind": "crop"},
+    "encoder.small_stem": {"encoder.backbone": "torchvision:resnet18"},
     "data.view.kind": {"data.view.scale": None, "data.view.ratio": None},
     "task.objective": {"encoder.causal": False, "encoder.mask_token": True},
     "task.validate_every": {"task.val": "copy", "task.allow_same_data": True},

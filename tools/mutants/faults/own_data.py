@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from faults import Fault
 
-DATA, RUNS = "tests/data/test_python_data.py", "tests/train/test_python_data.py"
+DATA, RUNS = "tests/data/test_python_data.py", "tests/train/test_data_sets.py"
 PACKED = "tests/data/test_dataset_source.py"
 SUBSET, LIMIT = "tests/data/test_subset.py", "tests/train/test_limit.py"
 TRANSFORM = "tests/train/test_transform.py"

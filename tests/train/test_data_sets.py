@@ -182,7 +182,7 @@ SCRIPT = """
 import sys
 sys.path[:0] = {paths!r}
 import sslvit
-from train.test_python_data import Noise
+from train.test_data_sets import Noise
 
 sslvit.pretrain("mae/digits", Noise(seed={seed}), {out!r}, resume={resume}, **{changes!r})
 """
