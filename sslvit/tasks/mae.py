@@ -9,7 +9,7 @@ import torch
 
 from sslvit import rng
 from sslvit.data.batch import Batch
-from sslvit.models import ViTEncoder
+from sslvit.models import Encoder
 from sslvit.models.mae import MAELoss, MAEModel
 from sslvit.settings import EncoderSettings, MAESettings
 from sslvit.tasks.base import StepOutput, Task
@@ -31,7 +31,7 @@ class MAE(Task):
         """Encoder and decoder."""
         return MAEModel(self.settings, encoder)
 
-    def start_from(self, start: ViTEncoder, source: str) -> None:
+    def start_from(self, start: Encoder, source: str) -> None:
         """Begin with a trained encoder's weights, and with the decoder beside it where that is of these settings.
 
         Raises:
