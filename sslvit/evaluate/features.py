@@ -40,7 +40,7 @@ class FeatureExtractor:
     workers: int | None = None
     cache: FeatureCache | None = None
     _source: Source | None = None
-    _tables: dict[tuple[int, float], FeatureTable] = field(default_factory=dict)
+    _tables: dict[tuple[int, float], tuple[LabeledSet, FeatureTable]] = field(default_factory=dict)
 
     def features(
         self, source: Source, data: LabeledSet, readouts: Sequence[Readout], fraction: float | None = None
@@ -52,12 +52,12 @@ class FeatureExtractor:
         fraction = fraction or source.settings.crop_fraction
         if source is not self._source:
             self._source, self._tables = source, {}
-        table = self._tables.get((id(data), fraction))
+        _, table = self._tables.get((id(data), fraction), (data, None))
         missing = [readout for readout in dict.fromkeys(readouts) if table is None or readout not in table.columns]
         if table is None or missing:
             made = self._through_cache(source, data, missing, center_view(source.settings, fraction))
             table = FeatureTable((table.columns if table else {}) | made.columns, made.labels, made.samples)
-            self._tables[id(data), fraction] = table
+            self._tables[id(data), fraction] = data, table  # kept with it, so that no other set gets its id
         return table
 
     def _through_cache(

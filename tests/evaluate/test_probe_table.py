@@ -69,6 +69,13 @@ def test_features_do_not_depend_on_the_batch(shards: Path) -> None:
     assert FeatureExtractor().features(pixels, data, [(0, "pixels")]).columns[0, "pixels"].shape == (15, 3 * 32 * 32)
 
 
+def test_a_data_set_that_nobody_holds_any_more_gives_its_features_to_no_other(shards: Path) -> None:
+    indices = [load_index(shards / part) for part in ("train", "val")]
+    extractor, source = FeatureExtractor(), RawPixels(make().settings)
+    found = [extractor.features(source, LabeledSet(index, 3), [(0, "pixels")]) for index in indices for _ in range(3)]
+    assert [len(table.samples) for table in found] == [len(index) for index in indices for _ in range(3)]
+
+
 def test_the_places_of_a_probe() -> None:
     source = FrozenEncoder(make(depth=4, class_token=True))
     assert source.readouts(None, 1, None) == [(4, "class")]
