@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from sslvit.compatibility import check_fits, load_strict, settings_from
 from sslvit.data.preprocess import ImageLike, preprocess
 from sslvit.files import new_file, printable, remove_stale_parts
-from sslvit.layouts import Converted, backbones, timm_models, to_sslvit, transformers_folder
+from sslvit.layouts import Converted, backbones, hub, timm_models, to_sslvit, transformers_folder
 from sslvit.layouts.unwrap import unwrap
 from sslvit.messages import for_python
 from sslvit.models import Backbone, Encoder, ViTEncoder
@@ -129,8 +129,8 @@ def load_encoder(
 
     Args:
         source: A run folder, an encoder folder, a Lightning checkpoint of ours, a released checkpoint file, a folder
-            that transformers or timm opens, timm:NAME for a pretrained model of timm's, or another network by its name,
-            such as torchvision:resnet18@IMAGENET1K_V1 (layouts/backbones.py).
+            that transformers or timm opens, hf:ORG/NAME[@REVISION] of the Hugging Face hub, timm:NAME for a pretrained
+            model of timm's, or another network by its name, such as torchvision:resnet18@IMAGENET1K_V1.
         layout: Layout of a released file: mae, dino, dinov2, dinov3, timm, transformers or openai_igpt; recognized
             from the names if None.
         heads: Attention heads of a released file, which does not state them; 64 channels a head are assumed if None.
@@ -286,7 +286,7 @@ def find_encoder(source: str | Path, by_network: bool = False) -> Path:
 
     With `by_network` a checkpoint is preferred, as it holds the student too.
     """
-    path = Path(source)
+    path = hub.snapshot(str(source)) if hub.is_name(source) else Path(source)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder. Give a run folder, encoder folder or checkpoint.")
     if (path / SNAPSHOTS).is_dir():
@@ -330,7 +330,8 @@ def provenance_of(source: str | Path, weights: str | None = None) -> dict[str, A
     path = find_encoder(source, by_network=weights is not None)
     if path.is_dir():
         if not (path / "encoder.json").is_file():
-            return {"imported_from": path.name}
+            is_named = hub.is_name(source)  # a snapshot's folder is called by its commit
+            return {"imported_from": f"{str(source).partition('@')[0]}@{path.name}" if is_named else path.name}
         found = _read_description(path / "encoder.json").get("provenance")
         return (found if isinstance(found, dict) else {}) | network
     content = read_checkpoint(path)

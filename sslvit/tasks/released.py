@@ -11,7 +11,7 @@ from torch import Tensor
 from sslvit.checkpoint import find_encoder, reject_overrides, split_checkpoint
 from sslvit.compatibility import check_fits, load_strict
 from sslvit.files import brief
-from sslvit.layouts import dino, mae, openai_igpt, transformers_folder, vit_mae
+from sslvit.layouts import dino, hub, mae, openai_igpt, transformers_folder, vit_mae
 from sslvit.layouts.transformers_folder import is_folder, model_type
 from sslvit.layouts.unwrap import unwrap
 from sslvit.models.dino import DINOModel
@@ -80,7 +80,7 @@ def decoder_beside(source: str | Path) -> tuple[MAESettings, dict[str, Tensor]] 
 
     A released file of MAE has a decoder too, but does not state its heads and its target.
     """
-    path = find_encoder(source) if Path(source).exists() else Path(source)
+    path = find_encoder(source) if hub.is_name(source) or Path(source).exists() else Path(source)
     if not is_folder(path) or model_type(path) != "vit_mae":
         return None
     extras = transformers_folder.to_sslvit(unwrap(read_folder_weights(path), str(path)).everything, path).extras

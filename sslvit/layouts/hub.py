@@ -1,0 +1,53 @@
+"""Models of the Hugging Face hub by name: hf:ORG/NAME, or hf:ORG/NAME@REVISION for a branch, a tag or a commit."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from sslvit.environment import require_packages
+from sslvit.files import printable
+from sslvit.progress import quiet_libraries
+
+HUB = "hf:"
+NAME = re.compile(r"hf:(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?")
+SAFE, PICKLED = ["*.json", "*.safetensors"], ["*.json", "pytorch_model*.bin"]
+
+
+def is_name(source: str | Path) -> bool:
+    """Whether a source is the name of a model of the hub."""
+    return str(source).startswith(HUB)
+
+
+def snapshot(source: str) -> Path:
+    """The folder of a model in the hub's cache, downloaded if it is not there: its config and its weights.
+
+    Weights are taken as safetensors; where there are none, as the pickles of earlier years, of which only tensors are
+    read.
+
+    Raises:
+        ValueError: No such name, or it is neither in the cache nor to be had from the hub.
+        ImportError: huggingface_hub is not installed.
+    """
+    name = NAME.fullmatch(source)
+    if name is None:
+        raise ValueError(f"{printable(source)}: expected hf:ORG/NAME, or hf:ORG/NAME@REVISION.")
+    require_packages(source, "sslvit[transformers]", "huggingface_hub")
+    found = _download(source, name["repo"], name["revision"], SAFE)
+    if not any(found.glob("*.safetensors")):
+        found = _download(source, name["repo"], name["revision"], PICKLED)
+    return found
+
+
+def _download(source: str, repo: str, revision: str | None, files: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        with quiet_libraries():
+            return Path(snapshot_download(repo, revision=revision, allow_patterns=files))
+    except Exception as error:  # of the hub, of its cache and of any HTTP library
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"{source}: neither in the hub's cache nor to be had from it ({printable(reason, 160)}). Check name and "
+            "revision, log in (hf auth login) for a gated model, or give a folder that was downloaded elsewhere."
+        ) from error
