@@ -1,13 +1,14 @@
-"""Code blocks of the README and of docs/, as a reader sees them."""
+"""Code blocks of the README and of docs/, and the cells of its notebooks, as a reader sees them."""
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs").glob("notebooks/*.ipynb"))]
 COMMAND = re.compile(r"(?:[A-Z]+=\S+ )?(?:sslvit|torchrun|sbatch|python|pip|make|git|cat) ")
 PROMPT = "$ "
 
@@ -18,7 +19,7 @@ class Snippet:
 
     Attributes:
         page: Name of the file.
-        line: Number of its first line there.
+        line: Number of its first line there; of a notebook's code cells, which one.
         text: A command without its comment, or Python.
         is_python: Whether it is Python.
     """
@@ -32,6 +33,11 @@ class Snippet:
 def snippets_of(page: Path) -> list[Snippet]:
     """Commands and Python of a page, in their order; blocks that are neither (output, trees, YAML) are left out."""
     text, found = page.read_text(), []
+    if page.suffix == ".ipynb":
+        cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+        return [
+            Snippet(page.name, number, "".join(cell["source"]) + "\n", True) for number, cell in enumerate(cells, 1)
+        ]
     for block in re.finditer(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
         language, body = block.groups()
         first = text.count("\n", 0, block.start()) + 2

@@ -194,6 +194,13 @@ def test_a_run_shows_itself_and_stands_for_its_path(here: Path, tmp_path: Path) 
     assert found["encoder"] == str(tmp_path / "run" / "encoder")
     assert "step 7" in repr(run)
     assert "step" in run._repr_html_()
+    lines, history = run.read_metrics(), run.history()
+    assert history["train/loss"].tolist() == [line["train/loss"] for line in lines]
+    with run.metrics.open("a") as file:
+        file.write('{"step": 8, "own/number": 0.5}\n')
+    assert np.isnan(run.history()["train/loss"][-1])
+    assert np.isnan(run.history()["own/number"][:-1]).all()
+    assert run.history()["own/number"][-1] == 0.5
     assert sslvit.load_encoder(run).settings.width == 16
     assert sslvit.resume(run, **{"train.steps": 9}).to_dict()["metrics"]["step"] == 9
     made = sslvit.export(run, tmp_path / "out", "safetensors")

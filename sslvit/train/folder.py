@@ -26,6 +26,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import yaml
 
 from sslvit.data.python_data import is_given
@@ -336,6 +337,16 @@ class RunFolder(Result):
         """The lines of metrics.jsonl; a null there is a number that was not finite."""
         lines = [line for _, line in read_lines(self.metrics)] if self.metrics.exists() else []
         return [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]
+
+    def history(self) -> dict[str, np.ndarray]:
+        """Every metric as an array with one number for each logged step, NaN where a step has none.
+
+        Example:
+            pandas.DataFrame(run.history())
+        """
+        lines = self.read_metrics()
+        names = dict.fromkeys(name for line in lines for name in line)
+        return {name: np.array([line.get(name, math.nan) for line in lines]) for name in names}
 
     def scored_step(self) -> int | None:
         """Step that scores.json is of; None where there is none."""
