@@ -26,10 +26,6 @@ from sslvit.weight_files import count_blocks, read_folder_weights
 logger = logging.getLogger(__name__)
 
 ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}  # timm's classes -> our names
-REFUSED = {
-    "Beit": " (each of its blocks has a relative position bias with entries for the class token, and no key bias)"
-}  # fmt: skip
-"""Classes of timm that this encoder cannot hold -> why."""
 TOLERANCE = 1e-3  # of outputs that are about 1 in size
 MODULES = ("vision_transformer", "deit", "eva")  # of timm, with plain vision transformers and DINOv3's
 MAX_NAME = 100  # characters that are compared with known names
@@ -177,10 +173,7 @@ def _check_plain(name: str, model: nn.Module) -> None:
     timm = _import_timm(name)
     is_dinov3 = isinstance(getattr(model, "rope", None), timm.layers.RotaryEmbeddingDinoV3)
     if not (isinstance(model, timm.models.vision_transformer.VisionTransformer) or is_dinov3):
-        kind = type(model).__name__
-        raise ValueError(
-            f"timm:{name}: a {kind}, and only plain vision transformers can be probed{REFUSED.get(kind, '')}."
-        )
+        raise ValueError(f"timm:{name}: a {type(model).__name__}, and only plain vision transformers can be probed.")
 
 
 def _check_fits(name: str, weights: dict[str, Tensor]) -> None:

@@ -103,7 +103,7 @@ def test_ctrl_c_is_one_line_and_asks_no_scheduler(
     ],
 )
 def test_ctrl_c_in_any_command_says_what_is_kept(monkeypatch: pytest.MonkeyPatch, capfd, command: str, said: str):
-    stopped = SimpleNamespace(quiet=False)
+    stopped = SimpleNamespace(quiet=False, plugin=None)
     monkeypatch.setattr("sslvit.cli.read_command", lambda _: (lambda options: tell(signal.SIGINT), stopped))
     assert main(command.split()) == 130
     assert capfd.readouterr().err == f"sslvit: {said}\n"
@@ -198,7 +198,7 @@ def is_asleep(process: int) -> bool:
 
 def test_ranks_that_would_take_other_steps_do_not_train_together(tmp_path: Path, monkeypatch) -> None:
     rank = Peers(RunFolder(tmp_path), (3,), 9, 1.0)
-    rank.step, others = 6, [torch.tensor([6, -6, 8, -8]), torch.tensor([3, -3, 8, -8])]
+    rank.step, others = 6, [torch.tensor([6, -6, 8, -8, 0, 0]), torch.tensor([3, -3, 8, -8, 0, 0])]
 
     def all_reduce(values: torch.Tensor, *_, **__) -> None:
         values.copy_(torch.stack([values, *others]).amax(0))
@@ -206,8 +206,11 @@ def test_ranks_that_would_take_other_steps_do_not_train_together(tmp_path: Path,
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     with pytest.raises(RuntimeError, match="last.ckpt: ranks would go on from steps 3 to 6.* check the disk"):
         rank.check_alike(8)
-    others[1] = torch.tensor([6, -6, 4, -4])
+    others[1] = torch.tensor([6, -6, 4, -4, 0, 0])
     with pytest.raises(RuntimeError, match="auto chose 8 images on one rank and 4 on another.* Set it to 4"):
+        rank.check_alike(8)
+    others[1] = torch.tensor([6, -6, 8, -8, 5, -5])
+    with pytest.raises(RuntimeError, match="the ranks have other data: each must be given the same images"):
         rank.check_alike(8)
     others[1] = others[0]
     rank.check_alike(8)

@@ -519,7 +519,7 @@ def test_a_signal_while_modules_are_imported_is_heard(tmp_path: Path, monkeypatc
     def stop(options) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("sslvit.cli.read_command", lambda arguments: (stop, SimpleNamespace(quiet=False)))
+    monkeypatch.setattr("sslvit.cli.read_command", lambda arguments: (stop, SimpleNamespace(quiet=False, plugin=None)))
     assert main(["shards", "info", str(tmp_path)]) == 75
     assert "sslvit: received SIGTERM: give the same command again" in capsys.readouterr().err
 
