@@ -239,11 +239,11 @@ FAULTS = [
     Fault(
         "Biases that a folder lacks are zero",
         f"{LAYOUTS}/transformers_folder.py",
-        '''    require(encoder, "norm.weight")
-    settings''',
+        '''    if known["class_token"] and not is_dinov3:
+''',
         '''    fill_biases(encoder) if not has_biases else None
-    require(encoder, "norm.weight")
-    settings''',
+    if known["class_token"] and not is_dinov3:
+''',
         (LOST,),
     ),
     Fault(
@@ -327,8 +327,8 @@ FAULTS = [
     Fault(
         "A number as the size of a ViT's processor is its shorter side",
         f"{LAYOUTS}/transformers_processor.py",
-        'if defaults["is_square"] and not crop else',
-        "if False else",
+        'if defaults["is_square"] and (not crop or defaults["is_cropped"])',
+        "if False",
         (SEEN,),
     ),
     Fault(
@@ -383,8 +383,8 @@ FAULTS = [
     Fault(
         "A model of timm that takes the maximum over patches is read by its class token",
         f"{LAYOUTS}/timm_models.py",
-        'known = {"token": "class", "avg": "mean"}',
-        'known = {"token": "class", "avg": "mean", "max": "class", "avgmax": "class"}',
+        'known = {"token": "class", "avg": "mean", "map": "attention"}',
+        'known = {"token": "class", "avg": "mean", "map": "attention", "max": "class", "avgmax": "class"}',
         (f"{ANY}::test_a_pooling_that_is_not_done_here_is_no_class_pooling",),
     ),
     Fault(

@@ -191,15 +191,15 @@ FAULTS = [
     Fault(
         "Position tables shrink without smoothing whatever is asked",
         ENCODER,
-        "settings.grid, grid, settings.interpolate_antialias, settings.interpolate_offset",
-        "settings.grid, grid, False, settings.interpolate_offset",
+        "self.position_grid, grid, settings.interpolate_antialias, settings.interpolate_offset",
+        "self.position_grid, grid, False, settings.interpolate_offset",
         GOLDEN,
     ),
     Fault(
         "The offset of interpolated positions is ignored",
         ENCODER,
-        "settings.grid, grid, settings.interpolate_antialias, settings.interpolate_offset",
-        "settings.grid, grid, settings.interpolate_antialias, 0.0",
+        "self.position_grid, grid, settings.interpolate_antialias, settings.interpolate_offset",
+        "self.position_grid, grid, settings.interpolate_antialias, 0.0",
         GOLDEN,
     ),
     Fault(
@@ -273,7 +273,13 @@ FAULTS = [
         "pooling = self.settings.pooling\n        if",
         OURS,
     ),
-    Fault("Tokens are not dropped", ENCODER, "return self.dropout(tokens), layout", "return tokens, layout", OURS),
+    Fault(
+        "Tokens are not dropped",
+        ENCODER,
+        "self.norm_pre(self.dropout(tokens)), layout",
+        "self.norm_pre(tokens), layout",
+        OURS,
+    ),
     Fault(
         "Stochastic depth is the same in all blocks",
         ENCODER,

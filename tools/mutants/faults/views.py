@@ -988,8 +988,8 @@ FAULTS = [
     Fault(
         "The interpolation of evaluation is the default",
         "sslvit/data/loader.py",
-        "Views(view, size, encoder.interpolation, seed",
-        'Views(view, size, "bicubic", seed',
+        "kind(view, size, encoder.interpolation, seed",
+        'kind(view, size, "bicubic", seed',
         ("tests/data/test_loader.py",),
     ),
     Fault(
