@@ -40,8 +40,8 @@ def resize_weights(weights: dict[str, Tensor], old: EncoderSettings, new: Encode
         return weights | {key: interpolate(table[None], offsets)[0] for key, table in tables.items()}
     if "pos_embed" not in weights:  # none, or rotary: the settings hold the grid whose range it is scaled to
         return weights
-    rows = table_on_grid(weights["pos_embed"], old.position_rows, old.grid, new.grid, *how)
-    return weights | {"pos_embed": torch.cat(rows)[None]}
+    table = table_on_grid(weights["pos_embed"], old.position_rows, old.grid, new.grid, *how)
+    return weights | {"pos_embed": torch.cat(table)[None]}
 
 
 def check_resizable(old: EncoderSettings, new: EncoderSettings) -> None:

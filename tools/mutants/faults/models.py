@@ -676,8 +676,8 @@ FAULTS = [
     Fault(
         "Resized tables lose the rows of prefix tokens' order",
         RESIZE,
-        "torch.cat(rows)[None]",
-        "torch.cat([rows[0] * 0, rows[1]])[None]",
+        "torch.cat(table)[None]",
+        "torch.cat([table[0] * 0, table[1]])[None]",
         OURS,
     ),
     Fault("Resized tables shrink without smoothing", RESIZE, "new.interpolate_antialias", "False", OURS),
