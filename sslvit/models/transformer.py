@@ -210,10 +210,7 @@ class Attention(nn.Module):
 
     def scores(self, query: Tensor, key: Tensor, layout: TokenLayout | None) -> Float[Tensor, "b heads t t"]:
         """Scaled products of queries and keys, plus `score_bias`."""
-        if self.locality:
-            scores = (query * self.scale.to(query.dtype)) @ key.mT
-        else:
-            scores = (query @ key.mT).mul_(query.shape[3] ** -0.5)  # in place: no scaled copy is kept for backward
+        scores = (query * self.scale.to(query.dtype)) @ key.transpose(-2, -1)
         bias = self.score_bias(query, layout)
         return scores if bias is None else scores + bias
 
