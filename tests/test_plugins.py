@@ -215,6 +215,8 @@ def test_a_tokenizer_from_outside_is_trained_and_opened_where_it_is_named(
             sslvit.ViTEncoder(sslvit.EncoderSettings(image_size=8, patch=4, width=16, heads=2, tokens=name))
     with pytest.raises(ValueError, match="encoder.tokens: 'patches' is not one of patch, .* Did you mean patch?"):
         sslvit.EncoderSettings(tokens="patches")
+    with pytest.raises(ValueError, match="encoder.tokens: 5 is not one of patch, "):
+        sslvit.EncoderSettings(tokens=5)
 
 
 VIEW = """

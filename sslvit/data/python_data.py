@@ -292,13 +292,14 @@ def takes_datasets(
                     elif use == "needed":
                         index.labels_of(slice(0))  # refuses before anything is done
                     where[name] = index.location
-                    own.append(index.location)
-                    _given.setdefault(index.location, index)
+                    if index.location not in _given:  # a callback may score on what its run was given
+                        own.append(index.location)
+                        _given[index.location] = index
             try:
                 return function(*bound.args, **bound.kwargs)
             finally:
                 for name in own:
-                    _given.pop(name, None)
+                    del _given[name]
 
         return call
 

@@ -51,11 +51,14 @@ def named_function(function: Function | None) -> Iterator[dict[str, str]]:
         raise ValueError(f"transform: a {type(function).__name__}, which cannot be called with an image.")
     kind: Any = function if hasattr(function, "__qualname__") else type(function)
     words = f"{printable(kind.__qualname__)} of {printable(kind.__module__)} given from Python"
-    _given[words] = function
+    outer, _given[words] = _given.get(words), function
     try:
         yield {"data.view.kind": "transform", "data.view.function": words}
     finally:
-        del _given[words]
+        if outer is None:
+            del _given[words]
+        else:  # of a call that this one is part of
+            _given[words] = outer
 
 
 def function_of(settings: TransformSettings) -> Function:

@@ -188,7 +188,8 @@ class EncoderSettings:
         if isinstance(self.image_size, int):
             self.image_size = [self.image_size, self.image_size]
         self.image_size = list(self.image_size)
-        if self.tokens not in TOKEN_KINDS and find_plugin("encoder.tokens", self.tokens) is None:
+        is_known = self.tokens in TOKEN_KINDS
+        if not is_known and not (isinstance(self.tokens, str) and find_plugin("encoder.tokens", self.tokens)):
             raise ValueError(f"encoder.tokens: {not_one_of(self.tokens, TOKEN_KINDS)}")
         if self.channels > MAX_CHANNELS:
             raise ValueError(f"encoder.channels: {self.channels} is above {MAX_CHANNELS:,}.")

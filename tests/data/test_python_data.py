@@ -348,3 +348,20 @@ def test_reading_a_sample_does_not_alias_the_users_own_array() -> None:
     own[:] = 7
     assert isinstance(content, np.ndarray)
     assert content.max() == 0
+
+
+def test_a_call_within_a_call_leaves_the_outer_ones_data_set_where_it_is() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)
+
+    @takes_datasets("data")
+    def inner(data: Any) -> int:
+        return len(given_index(data))
+
+    @takes_datasets("data")
+    def outer(data: Any) -> int:
+        assert inner(pixels) == 5
+        return len(given_index(data))
+
+    assert outer(pixels) == 5
+    with pytest.raises(ValueError, match="an object of a Python process"):
+        given_index(python_index(pixels).location)

@@ -18,7 +18,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_tensor
 import sslvit
 from sslvit import rng
 from sslvit.cli import main
-from sslvit.data.transform import TransformViews, named_function
+from sslvit.data.transform import TransformViews, function_of, named_function
 from sslvit.settings.views import TransformSettings
 from sslvit.tasks import task_class
 from sslvit.train.folder import RunFolder
@@ -219,3 +219,13 @@ def test_other_channels_and_16_bits_are_given_as_tensors(tmp_path: Path) -> None
         assert all(isinstance(image, torch.Tensor) and image.shape == (channels, 8, 8) for image in given)
         assert 0.9 < max(float(image.max()) for image in given) <= 1
         given.clear()
+
+
+def test_a_call_within_a_call_leaves_the_outer_ones_function_where_it_is() -> None:
+    with named_function(abs) as view:
+        settings = TransformSettings(function=view["data.view.function"])
+        with named_function(abs):
+            pass
+        assert function_of(settings) is abs
+    with pytest.raises(ValueError, match="takes a function, which no file holds"):
+        function_of(settings)
