@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from sslvit.api import export, finetune, pack, plan, pretrain, resume
     from sslvit.checkpoint import load_encoder, save_encoder
     from sslvit.data.module import ShardDataModule
-    from sslvit.evaluation import compare, embed, health, knn, likelihood, probe, sample
+    from sslvit.evaluation import compare, embed, health, knn, probe
     from sslvit.models import Backbone, ViTEncoder
+    from sslvit.pixel_models import likelihood, sample
     from sslvit.plugins import use_plugin
     from sslvit.report.sweep import sweep
     from sslvit.run_plan import RunPlan
@@ -57,7 +58,7 @@ _LAZY = {
     "finetune": "sslvit.api",
     "health": "sslvit.evaluation",
     "knn": "sslvit.evaluation",
-    "likelihood": "sslvit.evaluation",
+    "likelihood": "sslvit.pixel_models",
     "load_encoder": "sslvit.checkpoint",
     "load_recipe": "sslvit.settings.load",
     "make_task": "sslvit.tasks",
@@ -68,7 +69,7 @@ _LAZY = {
     "recipes": "sslvit.settings.recipes",
     "resume": "sslvit.api",
     "runs": "sslvit.train.runs",
-    "sample": "sslvit.evaluation",
+    "sample": "sslvit.pixel_models",
     "save_encoder": "sslvit.checkpoint",
     "sweep": "sslvit.report.sweep",
     "tasks": "",

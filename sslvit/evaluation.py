@@ -1,46 +1,30 @@
-"""Frozen encoders from Python: scores, features and samples, by names and paths as the commands take them."""
+"""Frozen encoders from Python: scores, measures and features, by names and paths as the commands take them."""
 
 from __future__ import annotations
 
-import copy
-import logging
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
-from torch import nn
-
-from sslvit.checkpoint import load_encoder
 from sslvit.data.open import open_shards
-from sslvit.data.python_data import DataLike, name_of, takes_datasets
+from sslvit.data.python_data import DataLike, path_of, takes_datasets
 from sslvit.environment import pick_device
 from sslvit.evaluate import embed as embedding
-from sslvit.evaluate import likelihood as pixel_likelihood
 from sslvit.evaluate import probe as probing
+from sslvit.evaluate.encoders import EncoderLike, Size, open_encoder
 from sslvit.evaluate.label_free import evenly_spaced, measure_health
 from sslvit.evaluate.layers import layer_numbers, plot_layers, probe_layers
 from sslvit.evaluate.probe import ProbeTable
-from sslvit.evaluate.samples import SampledImages, complete_images, sample_images
 from sslvit.evaluate.scores import MeasureTable
 from sslvit.evaluate.sources import LabeledSet, frozen, view_in_words
-from sslvit.files import check_new_arrays, check_new_picture, expand_path
+from sslvit.files import check_new_arrays, check_new_picture
 from sslvit.messages import for_python
-from sslvit.models import Backbone, Encoder, ViTEncoder
-from sslvit.models.igpt import IGPTModel
+from sslvit.models import Encoder
 from sslvit.ranks import all_ranks, is_first_rank
 from sslvit.settings import ProbeSettings
-from sslvit.settings.keywords import KNNKeywords, ProbeKeywords, SampleKeywords
+from sslvit.settings.keywords import KNNKeywords, ProbeKeywords
 from sslvit.settings.load import from_keywords
-from sslvit.settings.probe import Device, KNNSettings, Pooling, Precision, read_size
-from sslvit.settings.sample import SampleSettings
-from sslvit.tasks.released import load_igpt
-
-logger = logging.getLogger(__name__)
-
-EncoderLike = str | os.PathLike[str] | nn.Module  # a ViTEncoder, a Backbone, or any module from images to vectors
-Size = int | str | Sequence[int]
+from sslvit.settings.probe import Device, KNNSettings, Pooling, Precision
 
 
 @for_python
@@ -80,7 +64,7 @@ def probe(
         table = sslvit.probe("runs/mae", "shards/train", "shards/val", labels_per_class=10)
         print(table.rows["encoder"])
     """
-    found = from_keywords(ProbeSettings, {"train": _name(train), "val": _name(val), **settings})
+    found = from_keywords(ProbeSettings, {"train": path_of(train), "val": path_of(val), **settings})
     if figure and not layers:
         raise ValueError("--figure is for --layers.")
     if layers and found.layer:
@@ -130,7 +114,7 @@ def knn(
         table = sslvit.knn("runs/dino", "shards/train", "shards/val", neighbors=[20])
         print(table.rows["encoder"]["kNN, k = 20"])
     """
-    found = from_keywords(KNNSettings, {"train": _name(train), "val": _name(val), **settings})
+    found = from_keywords(KNNSettings, {"train": path_of(train), "val": path_of(val), **settings})
     with all_ranks():
         network = open_encoder(encoder, crop_fraction, size)
         return probing.probe({"encoder": network}, ProbeSettings(**vars(found), protocol=None))
@@ -166,7 +150,7 @@ def compare(
     named = encoders if isinstance(encoders, Mapping) else {str(path): path for path in encoders}
     if not named:
         raise ValueError("encoders: none given. Give a dict of names and encoders, or a list of paths.")
-    found = from_keywords(ProbeSettings, {"train": _name(train), "val": _name(val or train), **settings})
+    found = from_keywords(ProbeSettings, {"train": path_of(train), "val": path_of(val or train), **settings})
     with all_ranks():
         networks = {name: open_encoder(encoder) for name, encoder in named.items()}
         if open_shards(found.val).classes is None:
@@ -229,7 +213,7 @@ def health(
         "precision": precision, "max_unreadable_fraction": max_unreadable_fraction,
     }  # fmt: skip
     found = from_keywords(ProbeSettings, {"train": "", "val": "", **given})
-    return _measured({"encoder": open_encoder(encoder, crop_fraction, size)}, _name(data), images, found)
+    return _measured({"encoder": open_encoder(encoder, crop_fraction, size)}, path_of(data), images, found)
 
 
 def _measured(encoders: dict[str, Encoder], data: str, images: int, settings: ProbeSettings) -> MeasureTable:
@@ -302,151 +286,8 @@ def embed(
     network = open_encoder(encoder, crop_fraction, size).to(pick_device(device))
     source = frozen(network, precision)
     readouts = source.readouts(layer, found.blocks, pooling)
-    images = LabeledSet(open_shards(_name(data)), network.settings.channels, None, max_unreadable_fraction)
+    images = LabeledSet(open_shards(path_of(data)), network.settings.channels, None, max_unreadable_fraction)
     made = embedding.embed(source, images, readouts, batch, workers)
     if output is not None:
         made.save(Path(output))
     return made
-
-
-@for_python
-@takes_datasets("complete")
-def sample(
-    run: str | os.PathLike[str] | IGPTModel,
-    output: str | Path | None = None,
-    *,
-    complete: DataLike | None = None,
-    given: float | None = None,
-    draws: int | None = None,
-    count: int | None = None,
-    device: Device = "auto",
-    **settings: Unpack[SampleKeywords],
-) -> SampledImages:
-    """Sample images from a model of pixels, or complete given ones.
-
-    Args:
-        run: Run folder or checkpoint of an iGPT run, or a model of sslvit.tasks.released.load_igpt.
-        output: PNG file for a picture of them.
-        complete: Shards or a folder of images to complete.
-        given: Fraction of each image that is given, from the top; None for 0.5.
-        draws: Completions of each image; None for 3.
-        count: Number of images; None for 16, or 8 to complete.
-        device: auto, cpu or cuda.
-        settings: Further fields of `SampleSettings`, such as temperature=0.9.
-
-    Returns:
-        The images as arrays in [0, 1], and the picture's path.
-
-    Raises:
-        ValueError: Not a model of pixels, settings that do not fit, or a file that is there.
-        FileNotFoundError: No run there.
-
-    Example:
-        made = sslvit.sample("runs/igpt", count=4)
-        print(made.images.shape)
-    """
-    for name, number in (("count", count), ("draws", draws)):
-        if number is not None and number < 1:
-            raise ValueError(f"--{name} {number}: must be 1 or more.")
-    if complete is None and (draws, given) != (None, None):
-        raise ValueError("--draws and --given are for --complete IMAGES.")
-    if output is not None:
-        check_new_picture(output)
-    found = from_keywords(SampleSettings, dict(settings))
-    model = _pixel_model(run, device)
-    if complete is None:
-        made = sample_images(model, count or 16, found)
-    else:
-        part = 0.5 if given is None else given
-        made = complete_images(model, _name(complete), count or 8, part, draws or 3, found)
-    if output is not None:
-        made.save(output)
-    return made
-
-
-@for_python
-@takes_datasets("train", "val")
-def likelihood(
-    run: str | os.PathLike[str] | IGPTModel,
-    train: DataLike,
-    val: DataLike,
-    *,
-    batch: int = 16,
-    device: Device = "auto",
-    max_unreadable_fraction: float = 0.01,
-) -> MeasureTable:
-    """Measure nats per pixel of an iGPT run, beside n-gram baselines.
-
-    Args:
-        run: Run folder or checkpoint of an iGPT run, or a model of sslvit.tasks.released.load_igpt.
-        train: Images that the baselines count colors on.
-        val: Images that are scored.
-        batch: Images per forward pass.
-        device: auto, cpu or cuda.
-        max_unreadable_fraction: Fraction of a data set's images that may be unreadable.
-
-    Returns:
-        The table.
-
-    Raises:
-        ValueError: Not a model of pixels, or data that cannot be scored.
-        FileNotFoundError: No run or no images there.
-
-    Example:
-        table = sslvit.likelihood("runs/igpt", "shards/train", "shards/val")
-        print(table.rows["iGPT"]["nats per pixel"])
-    """
-    model = _pixel_model(run, device)
-    settings = model.encoder.settings
-    counted, scored = (
-        LabeledSet(open_shards(_name(source)), settings.channels, None, max_unreadable_fraction)
-        for source in (train, val)
-    )
-    rows = pixel_likelihood.likelihood(model, counted, scored, batch)
-    heading = (
-        f"{scored.count_text} of {scored.index.location}; counted on {counted.count_text} of {counted.index.location}\n"
-        f"each image: {settings.crop_in_words}"
-    )
-    return MeasureTable(rows, heading, 4)
-
-
-# ---- what they share -----------------------------------------------------------------------------------------
-
-
-def open_encoder(encoder: EncoderLike, crop_fraction: float | None = None, size: Size | None = None) -> Encoder:
-    """An encoder by name or as it is, seeing another part of each image, or at another size, if that is asked for."""
-    found: Encoder
-    if isinstance(encoder, (ViTEncoder, Backbone)):
-        found = encoder
-    elif isinstance(encoder, nn.Module):
-        found = Backbone(encoder)
-    else:
-        found = load_encoder(expand_path(os.fspath(encoder)))
-    changes: dict[str, Any] = {}
-    if crop_fraction is not None:
-        if not 0 < crop_fraction <= 1:
-            raise ValueError(f"--crop-fraction {crop_fraction:g}: must be in (0, 1].")
-        changes["crop_fraction"] = crop_fraction
-    if size is not None:
-        changes["image_size"] = read_size(size, found.settings)
-    if not changes:
-        return found
-    seen = copy.copy(found)  # with the same weights
-    seen.settings = replace(found.settings, **changes)
-    if isinstance(seen, Backbone):
-        seen.measure_width()  # refuses a size that it cannot take
-    elif seen.settings.grid != seen.position_grid and is_first_rank():
-        grids = [f"{rows} x {columns}" for rows, columns in (seen.position_grid, seen.settings.grid)]
-        logger.info(f"images are seen in {grids[1]} patches; positions are interpolated from {grids[0]}")
-    return seen
-
-
-def _name(data: DataLike) -> str:
-    """Data by one name."""
-    return expand_path(name_of(data) or "")
-
-
-def _pixel_model(run: str | os.PathLike[str] | IGPTModel, device: Device) -> IGPTModel:
-    """A model of pixels by name or as it is, on a device."""
-    model = run if isinstance(run, IGPTModel) else load_igpt(expand_path(os.fspath(run)))
-    return model.to(pick_device(device))

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def load_scored(options: CroppedEncoder) -> Encoder:
     """The encoder that a command scores, with the crop and the size that were asked for."""
     from sslvit.checkpoint import load_encoder
-    from sslvit.evaluation import open_encoder
+    from sslvit.evaluate.encoders import open_encoder
 
     encoder = load_encoder(options.encoder, options.layout, options.heads, **foreign_overrides(options))
     return open_encoder(encoder, options.crop_fraction, options.size)

@@ -60,7 +60,7 @@ def run_sample(options: SampleOptions) -> None:
         check_new_picture(out)
     if not options.complete and (options.draws, options.given) != (None, None):
         raise ValueError("--draws and --given are for --complete IMAGES.")
-    from sslvit.evaluation import sample
+    from sslvit.pixel_models import sample
 
     made = sample(
         load_task(options), complete=options.complete, given=options.given, draws=options.draws, count=options.count,
@@ -87,7 +87,7 @@ class LikelihoodOptions(Saved, PixelModel, ForwardPasses, UnreadableImages):
 def run_likelihood(options: LikelihoodOptions) -> None:
     """Measure nats per pixel, and print the table."""
     check_new(options.output)
-    from sslvit.evaluation import likelihood
+    from sslvit.pixel_models import likelihood
 
     table = likelihood(
         load_task(options), options.train, options.val, batch=options.batch, device=options.device,

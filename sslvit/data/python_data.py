@@ -27,7 +27,7 @@ from sslvit.data.measure import Measured
 from sslvit.data.python_labels import find_labels
 from sslvit.data.python_samples import as_content, image_and_label
 from sslvit.data.records import RECORD
-from sslvit.files import printable
+from sslvit.files import expand_path, printable
 from sslvit.settings.data import IN_WORDS, one_source
 
 LOOKED_AT = 64  # images that a data set is known by: their pixels, sizes and channels
@@ -313,3 +313,8 @@ DataLike = NameLike | MapDataset  # what stands for images in a call
 def name_of(data: DataLike | None) -> str | None:
     """Data by one name; a data set has one by now (`takes_datasets`)."""
     return one_source(cast(NameLike | None, data))
+
+
+def path_of(data: DataLike) -> str:
+    """The same with the user's home in the place of `~`, empty where there is no data."""
+    return expand_path(name_of(data) or "")

@@ -20,13 +20,13 @@ from sslvit.api import finetune, for_labels, refuse_transformer_keys
 from sslvit.checkpoint import fingerprint, load_encoder
 from sslvit.environment import pick_device
 from sslvit.evaluate.cache import FeatureCache
+from sslvit.evaluate.encoders import open_encoder
 from sslvit.evaluate.features import FeatureExtractor
 from sslvit.evaluate.linear import percent
 from sslvit.evaluate.probe import HELD_OUT_ACCURACY, few_labels, neighbors, open_labeled, untrained
 from sslvit.evaluate.protocols import ProbeContext, check_readouts, choose_readouts, linear_probe
 from sslvit.evaluate.scores import Scores, format_table, independent
 from sslvit.evaluate.sources import LabeledSet, RawPixels, Source, frozen
-from sslvit.evaluation import open_encoder
 from sslvit.files import printable, remove_stale_parts, write_atomically
 from sslvit.models import Encoder
 from sslvit.models.resize import check_resizable

@@ -15,8 +15,8 @@ from sslvit.checkpoint import fingerprint, save_encoder
 from sslvit.cli import main
 from sslvit.data.array_images import array_samples
 from sslvit.data.pack import pack
+from sslvit.evaluate.encoders import open_encoder
 from sslvit.evaluate.sources import FrozenEncoder, RawPixels
-from sslvit.evaluation import open_encoder
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings
 from sslvit.settings.probe import read_size
@@ -116,7 +116,7 @@ def test_a_size_is_a_side_or_height_and_width(size: object, expected: list[int])
         (18, r"size=18: cannot be cut into patches of 4 pixels\. The nearest sides: 16 or 20\."),
         ("12x18", r"The nearest sides: 12 x 16 or 20\."), (3, "The nearest sides: 4"), ("0", "expected a side"),
         ("big", "size=.?big.?: expected a side in pixels, such as 64, or both, such as 48x64"),
-        ([8, 8, 8], "expected a side"), (-8, "expected a side"), (8.5, "expected a side"),
+        ([8, 8, 8], "expected a side"), (-8, "expected a side"), ("8.5", "expected a side"),
     ],
 )  # fmt: skip
 def test_a_size_that_cannot_be_is_refused_with_the_nearest(here: Path, size: object, message: str) -> None:

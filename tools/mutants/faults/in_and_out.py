@@ -103,8 +103,8 @@ FAULTS = [
     Fault(
         "The heads of a transformers folder are assumed",
         f"{LAYOUTS}/transformers_folder.py",
-        'settings_from_shapes(encoder, config["num_attention_heads"]',
-        'settings_from_shapes(encoder, max(config["hidden_size"] // 64, 1)',
+        '\n    settings = settings_from_shapes(encoder, config["num_attention_heads"]',
+        '\n    settings = settings_from_shapes(encoder, max(config["hidden_size"] // 64, 1)',
         (FOLDERS,),
     ),
     Fault(

@@ -1,0 +1,51 @@
+"""Encoders as users name them: by path, by name, or as modules."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from sslvit.checkpoint import load_encoder
+from sslvit.files import expand_path
+from sslvit.models import Backbone, Encoder, ViTEncoder
+from sslvit.ranks import is_first_rank
+from sslvit.settings.probe import read_size
+
+logger = logging.getLogger(__name__)
+
+EncoderLike = str | os.PathLike[str] | nn.Module  # a ViTEncoder, a Backbone, or any module from images to vectors
+Size = int | str | Sequence[int]
+
+
+def open_encoder(encoder: EncoderLike, crop_fraction: float | None = None, size: Size | None = None) -> Encoder:
+    """An encoder by name or as it is, seeing another part of each image, or at another size, if that is asked for."""
+    found: Encoder
+    if isinstance(encoder, (ViTEncoder, Backbone)):
+        found = encoder
+    elif isinstance(encoder, nn.Module):
+        found = Backbone(encoder)
+    else:
+        found = load_encoder(expand_path(os.fspath(encoder)))
+    changes: dict[str, Any] = {}
+    if crop_fraction is not None:
+        if not 0 < crop_fraction <= 1:
+            raise ValueError(f"--crop-fraction {crop_fraction:g}: must be in (0, 1].")
+        changes["crop_fraction"] = crop_fraction
+    if size is not None:
+        changes["image_size"] = read_size(size, found.settings)
+    if not changes:
+        return found
+    seen = copy.copy(found)  # with the same weights
+    seen.settings = replace(found.settings, **changes)
+    if isinstance(seen, Backbone):
+        seen.measure_width()  # refuses a size that it cannot take
+    elif seen.settings.grid != seen.position_grid and is_first_rank():
+        grids = [f"{rows} x {columns}" for rows, columns in (seen.position_grid, seen.settings.grid)]
+        logger.info(f"images are seen in {grids[1]} patches; positions are interpolated from {grids[0]}")
+    return seen
