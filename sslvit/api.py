@@ -11,12 +11,13 @@ from typing import Any, Unpack
 import pytorch_lightning as pl
 from pytorch_lightning.loggers import Logger
 
+from sslvit import __version__
 from sslvit.checkpoint import load_encoder
 from sslvit.data.inspect import Packing
 from sslvit.data.pack import pack_source
 from sslvit.data.python_data import DataLike, MapDataset, name_of, takes_datasets
 from sslvit.data.transform import named_function
-from sslvit.exporters import Export, export_encoder
+from sslvit.exporters import Export, export_encoder, hub
 from sslvit.files import expand_path, printable
 from sslvit.layouts import backbones
 from sslvit.messages import for_python
@@ -395,6 +396,9 @@ def export(
     outputs: str = "features",
     size: str | None = None,
     scores: Sequence[str | Path] = (),
+    license: str | None = None,
+    push: str | None = None,
+    private: bool = False,
     overwrite: bool = False,
     **overrides: Any,
 ) -> Export:
@@ -408,7 +412,10 @@ def export(
             (a run of MAE with its decoder, for transformers).
         size: fixed (images of one size) or dynamic (any that the patch divides); None for what the format does best.
         scores: Files of scores for the model card.
-        overwrite: Replace an earlier export there.
+        license: License on the model card, as the Hugging Face hub writes it, such as "apache-2.0".
+        push: ORG/NAME of a model on the hub that gets the export as a commit; made if there is none of that name.
+        private: Make a new model on the hub visible to its owners alone.
+        overwrite: Replace an earlier export there, with `push` also files of the same names on the hub.
         overrides: What a released file does not state, as `load_encoder` takes it: layout, heads, weights, image_size,
             palette.
 
@@ -416,15 +423,23 @@ def export(
         The folder, and how near its outputs come to the encoder's.
 
     Raises:
-        ValueError: The folder is in use, or the format is unknown or cannot hold the encoder.
+        ValueError: The folder is in use, the format is unknown or cannot hold the encoder, or the hub refuses it.
         RuntimeError: What was written gives other outputs.
 
     Example:
         made = sslvit.export("runs/photos", "exports/photos", "timm")
         print(made.verdict["largest_difference"])
     """
+    if private and push is None:
+        raise ValueError("--private: is of a model on the hub. Name it with --push.")
+    if push is not None:
+        hub.check(push, overwrite)
     verdict = export_encoder(
-        os.fspath(encoder), out, format, outputs=outputs, size=size, scores=scores, overwrite=overwrite,
-        **overrides,
+        os.fspath(encoder), out, format, outputs=outputs, size=size, scores=scores, license=license,
+        overwrite=overwrite, **overrides,
     )  # fmt: skip
-    return Export(Path(out), verdict)
+    made = Export(Path(out), verdict)
+    if push is not None:
+        message = f"sslvit {__version__}: {outputs} for {format}"
+        made.pushed = hub.push(made.path, verdict["files"], push, private, message)
+    return made

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from documentation import PAGES, ROOT, Snippet, snippets_of
+from hub_fixtures import Hub
 from PIL import Image
 from wheel_fixtures import run
 
@@ -69,7 +70,7 @@ class World:
     """A reader's folder, with what a page takes for granted: images, shards and runs that other pages make."""
 
     def __init__(self, folder: Path, tools: Path) -> None:
-        self.folder, self.tools = folder, tools
+        self.folder, self.tools, self.hub = folder, tools, Hub()
         self.supplied: set[str] = set()
         photographs(folder / "photos")
         thumbnails(folder / "photos", folder / "cifar10.tar.gz")
@@ -79,7 +80,8 @@ class World:
     def type(self, command: str) -> str:
         """Run a command in the folder as a shell does."""
         return run("bash", "-c", command, cwd=self.folder, SSLVIT_MAX_STEPS=STEPS, SLURM_ARRAY_TASK_ID="1",
-                   PATH=f"{self.tools}:{os.environ['PATH']}", XDG_CACHE_HOME=str(self.folder / "cache"))  # fmt: skip
+                   PATH=f"{self.tools}:{os.environ['PATH']}", XDG_CACHE_HOME=str(self.folder / "cache"),
+                   HF_ENDPOINT=self.hub.address, HF_TOKEN=Hub.TOKEN, HF_HOME=str(self.folder / "hub"))  # fmt: skip
 
     def provide(self, text: str, makes: str = "") -> None:
         """Make what a text, and the bench that it names, reads and nobody has made, and give way where it is made here.

@@ -31,8 +31,14 @@ class ExportOptions(Reported, Encoder):
     as this encoder does, otherwise fixed."""
     scores: Annotated[list[str], File] = field(default_factory=list)
     """Files of scores for the model card, as `probe -o` writes them."""
+    license: str | None = None
+    """License on the model card, as the Hugging Face hub writes it: apache-2.0, mit, cc-by-nc-4.0."""
+    push: Annotated[str | None, Arg("ORG/NAME")] = None
+    """Model on the Hugging Face hub that gets the export as a commit; made if there is none of that name."""
+    private: bool = False
+    """Make a new model on the hub visible to its owners alone."""
     overwrite: bool = False
-    """Replace an earlier export there."""
+    """Replace an earlier export there, with --push also files of the same names on the hub."""
 
 
 def run_export(options: ExportOptions) -> None:
@@ -42,7 +48,8 @@ def run_export(options: ExportOptions) -> None:
     given = {"layout": options.layout, "heads": options.heads, **foreign_overrides(options)}
     made = export(
         options.encoder, options.out, options.format, outputs=options.outputs, size=options.size,
-        scores=options.scores, overwrite=options.overwrite, **given,
+        scores=options.scores, license=options.license, push=options.push, private=options.private,
+        overwrite=options.overwrite, **given,
     )  # fmt: skip
     report(options, str(made), made.to_dict())
 

@@ -15,6 +15,7 @@ from sslvit.exporters import destination, onnx, safetensors, timm, torch, transf
 from sslvit.exporters.card import CARD, known_scores, make_card, write_card
 from sslvit.exporters.destination import IN_PROGRESS, VERDICT, complete_or_removed, is_write_failure
 from sslvit.exporters.exported import Exported, Reopened, with_outputs
+from sslvit.exporters.hub import hub_license
 from sslvit.files import to_json
 from sslvit.models import require_transformer
 from sslvit.plugins import find_plugin
@@ -64,10 +65,12 @@ class Export(Result):
     Args:
         path: The folder.
         verdict: How near its outputs come to the encoder's, which is also in verdict.json.
+        pushed: Address of the commit on the Hugging Face hub that holds it, if it was pushed there.
     """
 
     path: Path
     verdict: dict[str, Any]
+    pushed: str | None = None
 
     def text(self) -> str:
         """The verdict in one line."""
@@ -76,11 +79,12 @@ class Export(Result):
             f"{self.path}: reopened in {found['format']} and compared; largest difference "
             f"{found['largest_difference']:.1e} (allowed {found['tolerance']:.0e}); images of "
             f"{'one size' if found['image_sizes'] == 'fixed' else 'any size'}"
+            + (f"\npushed: {self.pushed}" if self.pushed else "")
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The verdict."""
-        return self.verdict
+        """The verdict, and where the export was pushed to."""
+        return self.verdict | ({"pushed": self.pushed} if self.pushed else {})
 
 
 EXPORTERS: dict[str, Exporter] = {
@@ -110,6 +114,7 @@ def export_encoder(
     size: str | None = None,
     weights: str | None = None,
     scores: Sequence[str | Path] = (),
+    license: str | None = None,
     overwrite: bool = False,
     **overrides: Any,
 ) -> dict[str, Any]:
@@ -125,6 +130,7 @@ def export_encoder(
             and transformers resample positions as this encoder does, and for fixed with onnx and torch.
         weights: student or teacher, of a checkpoint that holds both.
         scores: Files of scores for the card.
+        license: The license on the card, in the Hugging Face hub's words.
         overwrite: Whether to replace an earlier export there.
         overrides: What a released file does not state (layout, heads, image_size, palette).
 
@@ -136,7 +142,7 @@ def export_encoder(
         WriteError: The disk is full or cannot be written to; nothing is left.
         RuntimeError: What was written gives other outputs, or none; it stays in OUT.part, with the verdict.
     """
-    out, files = Path(out), [Path(file) for file in scores]
+    out, files, license = Path(out), [Path(file) for file in scores], hub_license(license)
     exporter = find_exporter(kind)
     if outputs == "reconstruction" and exporter is not transformers:
         raise ValueError(f"--outputs reconstruction: {kind} has no decoder of MAE. Use --format transformers.")
@@ -155,7 +161,7 @@ def export_encoder(
         (part / VERDICT).write_text(to_json(verdict, indent=1) + "\n")
         if failure:
             raise RuntimeError(f"{out}: not written, because {failure}; what was tried is in {part}.")
-        card = make_card(exported, source, kind, is_fixed, files)
+        card = make_card(exported, source, kind, is_fixed, files, license)
         write_card(card, verdict, exporter.usage(exported, is_fixed), part, out.name)
     destination.move_into_place(part, out)
     return verdict

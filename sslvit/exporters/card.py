@@ -26,7 +26,9 @@ LIBRARIES = {"timm": "timm", "transformers": "transformers", "onnx": "onnx", "to
 OMITTED = ("out", "init", "seed", "online")  # of a run's settings: the author's own paths, and what changes no weight
 
 
-def make_card(exported: Exported, source: str | Path, kind: str, is_fixed: bool, scores: list[Path]) -> dict[str, Any]:
+def make_card(
+    exported: Exported, source: str | Path, kind: str, is_fixed: bool, scores: list[Path], license: str
+) -> dict[str, Any]:
     """Facts about an export; `scores` are files that `sslvit probe -o` and its relatives wrote."""
     settings = exported.settings
     provenance, run = exported.provenance, exported.provenance.get("settings")
@@ -37,7 +39,7 @@ def make_card(exported: Exported, source: str | Path, kind: str, is_fixed: bool,
     # timm and transformers resize to whole pixels before they crop
     fraction = whole_pixel_fraction(settings) if kind in ("timm", "transformers") else settings.crop_fraction
     return {
-        "format": kind, "sslvit": __version__, "outputs": exported.outputs,
+        "format": kind, "sslvit": __version__, "license": license, "outputs": exported.outputs,
         "image_sizes": "fixed" if is_fixed else "any",
         "parameters": sum(parameter.numel() for parameter in exported.parameters()),
         "encoder": asdict(settings), "weights": provenance.get("weights"),
@@ -90,11 +92,11 @@ def fingerprints_in(scores: dict[str, Any]) -> dict[str, str]:
 
 
 def hub_header(card: dict[str, Any], name: str) -> dict[str, Any]:
-    """What Hugging Face's Hub reads at the top of a card; the license is the author's to choose."""
+    """What Hugging Face's Hub reads at the top of a card; the license is what its author has said."""
     is_classifier = card["outputs"] == "logits"
     task = [card["task"]] if card["task"] in TASK_SETTINGS else []
     header: dict[str, Any] = {
-        "license": "unknown", "library_name": LIBRARIES.get(card["format"], "sslvit"),
+        "license": card["license"], "library_name": LIBRARIES.get(card["format"], "sslvit"),
         "pipeline_tag": "image-classification" if is_classifier else "image-feature-extraction",
         "tags": ["sslvit", "vision-transformer", "self-supervised-learning", *task],
     }  # fmt: skip

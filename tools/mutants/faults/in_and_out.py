@@ -14,6 +14,7 @@ TENSORS = (f"{FORMATS}::test_a_change_of_any_tensor_behind_a_faint_layer_scale_i
 SEEN = f"{ANY}::test_evaluation_sees_what_a_transformers_processor_makes"
 TIMM_SEEN = f"{ANY}::test_evaluation_sees_what_timm_makes"
 LOST = f"{ANY}::test_a_folder_that_lacks_what_its_config_says_is_refused"
+PUSH = "tests/export/test_push.py"
 FOLDERS = f"{ANY}::test_transformers_by_folder"
 LOSSY = f"{RELEASED}::test_a_file_that_lacks_what_its_family_has_is_refused"
 OWN = f"{RELEASED}::test_released_files_are_evaluated_as_by_their_authors"
@@ -628,5 +629,26 @@ FAULTS = [
         "sum(parameter.numel() for parameter in exported.parameters())",
         "sum(parameter.numel() for parameter in exported.encoder.parameters())",
         (f"{EXPORT}::test_a_card_counts_all_parameters",),
+    ),
+    Fault(
+        "A push replaces what a model on the hub has",
+        "sslvit/exporters/hub.py",
+        "if found and not overwrite:",
+        "if False:",
+        (f"{PUSH}::test_a_model_with_files_is_left_alone_until_told",),
+    ),
+    Fault(
+        "A new model on the hub is public where it should be private",
+        "sslvit/exporters/hub.py",
+        "private=is_private or None",
+        "private=None",
+        (f"{PUSH}::test_python_pushes_too_and_a_new_model_may_be_private",),
+    ),
+    Fault(
+        "The license that an author states is not on the card",
+        "sslvit/exporters/card.py",
+        '"license": card["license"]',
+        '"license": "unknown"',
+        (f"{PUSH}::test_what_was_pushed_opens_by_name_and_by_commit",),
     ),
 ]  # fmt: skip
