@@ -9,9 +9,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
 from jaxtyping import install_import_hook
 
 sys.path.insert(0, str(Path(__file__).parent))
+pytest.register_assert_rewrite("hub_fixtures", "wheel_fixtures")
 # every file whose signatures name shapes
 SHAPED = ["data.pixels", "evaluate", "exporters.exported", "models", "palette", "tasks"]
 install_import_hook([f"sslvit.{name}" for name in SHAPED], "beartype.beartype")
