@@ -19,6 +19,7 @@ from matplotlib.ticker import MaxNLocator
 
 from sslvit.files import new_file, printable
 
+GAP = 0.06  # between images that stand an inch from one another
 COLORS = ["#2a6f97", "#e07a5f", "#81b29a", "#f2cc8f", "#3d405b"]
 
 
@@ -67,28 +68,39 @@ def plot_images(
         title: title of the figure.
         captions: a short text above each image; None for none.
     """
-    columns = rows[0].shape[0]
-    cell, space = 1.0, 0.15 if captions else 0.0
-    margin = 1.35 if any(titles) else 0.05
-    figure = TextFigure(
-        figsize=(columns * cell + margin + 0.05, len(rows) * (cell + space) + (0.5 if title else 0.1)), dpi=120
-    )
-    top = 1 - ((0.45 if title else 0) + space) / figure.get_figheight()
-    left = margin / figure.get_figwidth()
-    grid = figure.add_gridspec(
-        len(rows), columns, left=left, right=0.995, top=top, bottom=0.01, wspace=0.06, hspace=0.06 + space
-    )
+    columns, space = max(row.shape[0] for row in rows), 0.16 if captions else 0.0
+    left = 1.35 if any(titles) else 0.05
+    width = left + columns + 0.05
+    y = 0.45 if title else 0.05
+    figure = TextFigure(dpi=120)
+    axes = figure.add_axes((0, 0, 1, 1))  # in inches, from the top left corner
     for r, row in enumerate(rows):
-        for c, image in enumerate(row):
-            axes = figure.add_subplot(grid[r, c])
-            _show(axes, image.transpose(1, 2, 0))
-            if captions:
-                axes.set_title(captions[r][c], fontsize=7, pad=2)
-            if c == 0:
-                axes.set_ylabel(titles[r], rotation=0, ha="right", va="center", fontsize=9)
+        y += space
+        height = (1 - GAP) * row.shape[2] / row.shape[3]
+        strip, end = _side_by_side(row)
+        axes.imshow(strip, vmin=0, vmax=1, interpolation="antialiased", extent=(left, left + end, y + height, y))
+        axes.text(left - 0.08, y + height / 2, titles[r], ha="right", va="center", fontsize=9)
+        for c in range(row.shape[0] if captions else 0):
+            assert captions is not None
+            axes.text(left + c + (1 - GAP) / 2, y - 0.02, captions[r][c], ha="center", va="bottom", fontsize=7)
+        y += height + GAP
+    axes.set(xlim=(0, width), ylim=(y, 0), aspect="auto")
+    axes.set_axis_off()
+    figure.set_size_inches(width, y)
     if title:
-        figure.suptitle(title, fontsize=10, y=1 - 0.12 / figure.get_figheight(), va="top")
+        figure.suptitle(title, fontsize=10, y=1 - 0.12 / y, va="top")
     return _save(figure, path)
+
+
+def _side_by_side(images: np.ndarray) -> tuple[np.ndarray, float]:
+    """Images 'b c h w' as one 'h w 3' with white between them, each an inch from the next; and its width in inches."""
+    pixels = np.asarray(images, float).transpose(0, 2, 3, 1)
+    pixels = pixels[..., :3] if pixels.shape[3] >= 3 else pixels[..., :1].repeat(3, 3)
+    count, height, width, _ = pixels.shape
+    gap = max(1, round(width * GAP / (1 - GAP)))
+    strip = np.ones((height, count, width + gap, 3))
+    strip[:, :, :width] = pixels.transpose(1, 0, 2, 3)
+    return strip.reshape(height, -1, 3)[:, :-gap].clip(0, 1), count - gap / (width + gap)
 
 
 def overlay_heat(images: np.ndarray, heat: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.text import Text
+from PIL import Image
 
 from sslvit import figures
 from sslvit.figures import dim_outside, overlay_heat
@@ -63,3 +64,18 @@ def test_any_name_can_stand_in_a_picture(name: str, tmp_path: Path, monkeypatch:
     assert all(drawing.stat().st_size > 1000 for drawing in drawings)
     whole = "\n".join(printable(part) for part in name.split("\n"))
     assert shown.count(whole) >= (9 if "\n" in name else 10)  # legends of curves, bars and points among them
+
+
+def test_a_row_shows_each_image_in_its_place_with_white_between_them(tmp_path: Path) -> None:
+    shades = np.array([0.2, 0.5, 0.8])
+    row = np.broadcast_to(shades[:, None, None, None], (3, 1, 20, 10))
+    colored = np.stack([row[:, 0]] * 2 + [np.zeros((3, 20, 10))], 1)
+    path = figures.plot_images(tmp_path / "rows.png", [row, colored], ["", ""])
+    pixels = np.asarray(Image.open(path).convert("RGB"), float) / 255
+    height, width = pixels.shape[:2]
+    middles = [round(width * (0.05 + column + 0.47) / 3.1) for column in range(3)]
+    np.testing.assert_allclose(pixels[height // 4, middles], np.stack([shades] * 3, 1), atol=0.01)
+    np.testing.assert_allclose(pixels[3 * height // 4, middles, 1], shades, atol=0.01)
+    np.testing.assert_allclose(pixels[3 * height // 4, middles, 2], 0, atol=0.01)
+    assert pixels[height // 4, round(width * 1.02 / 3.1)].min() == 1
+    assert 1.2 < height / width < 1.4  # two rows of images that are twice as high as wide
