@@ -7,7 +7,7 @@ it is said; within a section it comes before the section's other keys, wherever 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import asdict, is_dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -22,8 +22,11 @@ from sslvit.settings.palette import UNIFORM, read_palette
 from sslvit.settings.presets import INIT, preset_values
 from sslvit.settings.run import RunSettings
 
-# a change of the first key takes the second one, which would exclude it or win over it, out of what was said before
-REPLACED = {"data.shards": "data.mixture", "data.mixture": "data.shards", "train.epochs": "train.steps"}
+# a change of a key takes those, which would exclude it or win over it, out of what was said before
+REPLACED = {
+    "data.shards": ("data.mixture",), "data.mixture": ("data.shards",), "train.epochs": ("train.steps", "train.budget"),
+    "train.steps": ("train.budget",), "train.budget": ("train.steps",),
+}  # fmt: skip
 Settings = TypeVar("Settings")
 MADE_BY = "made_by"  # in a run's config.yaml: the processes that ran it, which is no setting
 FIRST = ("preset", "name", "kind")  # keys that decide what the others of their section mean or start from
@@ -93,8 +96,8 @@ def merge_recipe(
         if recipe.get("data.allow_pipe") and not given.get("data.allow_pipe"):
             raise ValueError(f"{file}: data.allow_pipe is for you to give, not for a file: --data.allow_pipe true")
         for key, value in recipe.items():
-            if value is not None and REPLACED.get(key) not in recipe:
-                _drop_replaced(tree, key)
+            if value is not None:
+                _drop_replaced(tree, key, recipe)
             is_palette = key == "encoder.palette" and isinstance(value, str)
             _say(RunSettings, tree, key, _palette_beside(file, value) if is_palette else value, base)
     set_keys(RunSettings, tree, changes or {}, base)
@@ -171,11 +174,12 @@ def from_keywords(kind: type[Settings], given: Mapping[str, Any]) -> Settings:
     return build(kind, tree)
 
 
-def _drop_replaced(tree: dict[str, Any], key: str) -> None:
-    """Take out what a change of a key replaces."""
-    if key in REPLACED:
-        section, _, replaced = REPLACED[key].rpartition(".")
-        _find(tree, section).pop(replaced, None)
+def _drop_replaced(tree: dict[str, Any], key: str, kept: Container[str] = ()) -> None:
+    """Take out what a change of a key replaces, but for keys that are said together with it."""
+    for replaced in REPLACED.get(key, ()):
+        if replaced not in kept:
+            section, _, name = replaced.rpartition(".")
+            _find(tree, section).pop(name, None)
 
 
 def _say(kind: type, tree: dict[str, Any], key: str, value: Any, base: EncoderSettings | None = None) -> None:

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from sslvit.files import brief
 from sslvit.settings.choices import check_bounds, checked, not_one_of
 from sslvit.settings.task import Usual
 
 MIN_FITTED_STEPS = 10_000  # of a run whose length is chosen for a small data set
+UNITS = {"d": 86400, "h": 3600, "min": 60, "s": 1}  # in seconds
+DURATION = re.compile("".join(rf"(?:(\d+(?:\.\d+)?)\s*{unit}\s*)?" for unit in UNITS))
+
+
+def read_duration(text: str) -> float:
+    """Seconds of a time in words, such as 90s, 60min, 1h30min or 2d.
+
+    Raises:
+        ValueError: It is none, or no time at all.
+    """
+    found = DURATION.fullmatch(text.strip().lower())
+    seconds = (
+        sum(float(part or 0) * unit for part, unit in zip(found.groups(), UNITS.values(), strict=True)) if found else 0
+    )
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"train.budget: {brief(text)} is no time. Give it as 90s, 60min, 8h or 1h30min.")
+    return seconds
 
 
 @dataclass
@@ -23,6 +42,10 @@ class TrainSettings:
     """
     steps: int | None = None
     """Number of optimizer steps in the run; overrides epochs, and the schedules shrink with it."""
+    budget: str | None = None
+    """Time from the first step to the last on this machine, such as 60min, 8h or 1h30min, in the place of epochs and
+    steps: some steps are timed before the run, and as many are taken as end in time.
+    """
     micro_batch_size: int | Literal["auto"] | None = "auto"
     """Images per forward pass on one rank; null for all of the rank's images; auto for as many of them as the memory of
     a GPU holds by `sslvit plan`, or, on a CPU, what is free of this machine's. Smaller micro-batches are accumulated,
@@ -89,6 +112,8 @@ class TrainSettings:
         counts = ("devices", "nodes", "log_every", "checkpoint_every", "keep_last", "keep_every", "skip_limit")
         more = ("epochs", "steps", "threads", "timeout_seconds", "peak_tflops")
         check_bounds(self, "train.", "positive", *more, *counts)
+        if self.budget is not None:
+            read_duration(self.budget)
         if not isinstance(self.micro_batch_size, str):
             check_bounds(self, "train.", "positive", "micro_batch_size")
         elif self.micro_batch_size != "auto":

@@ -3,36 +3,25 @@
 from __future__ import annotations
 
 import logging
-import resource
-import tempfile
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 
 from sslvit.data.examples import Examples
 from sslvit.data.loader import encoder_views
-from sslvit.data.module import ShardDataModule
-from sslvit.data.open import open_data, shard_cache
+from sslvit.data.open import shard_cache
 from sslvit.environment import cpu_cores, pick_workers
 from sslvit.results import Result
 from sslvit.run_plan import RunPlan
 from sslvit.settings import RunSettings
-from sslvit.tasks import make_task
-from sslvit.train.compilation import compile_mode, compile_task
-from sslvit.train.folder import RunFolder
 from sslvit.train.forecast import PEAKS, Forecast, forecast, peak_of_gpu, plan_step, plot_schedules
-from sslvit.train.hardware import cpu_memory, gpu_memory, tf32_beside_bf16, trains_on_gpu
+from sslvit.train.hardware import cpu_memory, gpu_memory, trains_on_gpu
 from sslvit.train.length import cpu_seconds, duration, fit_length
 from sslvit.train.micro_batch import MicroBatch, choose_micro_batch
-from sslvit.train.prepare import check_machine, resolve_defaults, resolve_processes, size_notice
-from sslvit.train.run import make_trainer
+from sslvit.train.prepare import check_machine, resolve_processes, size_notice
+from sslvit.train.timed_steps import TimedSteps, fit_budget, time_steps
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +29,7 @@ LONG_SECONDS = 24 * 3600.0  # of a run on a CPU, from which on GPUs are named be
 # images that one core decodes and crops in a second where none are there to measure: photographs of 500 x 375 pixels
 # for one view of 224 pixels, and for DINO's ten
 ASSUMED_ONE_VIEW, ASSUMED_MANY_VIEWS = 500.0, 200.0
-STEPS_ON_GPU, STEPS_ON_CPU = 20, 4  # that are measured, the first of them left out
+STEPS_ON_GPU, STEPS_ON_CPU = 20, 4  # that --measure times
 IMAGES_ON_CPU = 16  # at most in each of them
 
 
@@ -101,35 +90,6 @@ class Loading:
         return f"{rates}, {self.workers} processes {self.delivered:,.0f}: {verdict}"
 
 
-@dataclass
-class Measured:
-    """Real steps on this machine.
-
-    Args:
-        steps: Number of steps.
-        batch: Images in each of them.
-        images_per_second: Images trained on in a second.
-        waiting: Fraction of the time in which training waited for images.
-        memory: Most bytes: on a GPU those of tensors, on a CPU those of the whole process.
-        device: Type of the device.
-    """
-
-    steps: int
-    batch: int
-    images_per_second: float
-    waiting: float
-    memory: int
-    device: str
-
-    def text(self) -> str:
-        """One line for a reader."""
-        return (
-            f"{self.images_per_second:,.1f} images/s in {self.steps} steps of {self.batch} images on this machine's "
-            f"{'GPU' if self.device == 'cuda' else 'CPU'}, {self.waiting:.0%} of it waiting for data; "
-            f"{self.memory / 2**30:.1f} GiB {'of its memory' if self.device == 'cuda' else 'in the whole process'}"
-        )
-
-
 @dataclass(repr=False)
 class PlannedRun(Result):
     """What `plan` found.
@@ -148,7 +108,7 @@ class PlannedRun(Result):
     paces: list[Pace]
     loading: Loading | None
     micro_batch: MicroBatch | None
-    measured: Measured | None
+    measured: TimedSteps | None
     notes: dict[str, str] = field(default_factory=dict)
     figure: str | None = None
 
@@ -174,7 +134,7 @@ class PlannedRun(Result):
             "images_per_second": {pace.hardware: pace.images_per_second for pace in self.paces},
             "auto_micro_batch_size": self.micro_batch and self.micro_batch.size,
             "loading": self.loading and asdict(self.loading) | {"is_enough": self.loading.is_enough},
-            "measured": self.measured and asdict(self.measured),
+            "measured": self.measured and self.measured.to_dict(),
             "notes": self.notes, "figure": self.figure,
         }  # fmt: skip
 
@@ -207,7 +167,9 @@ def plan(
         settings = replace(settings, train=replace(settings.train, accelerator="gpu"))
     settings = replace(settings, train=resolve_processes(settings.train))
     check_machine(settings, is_planned=True)
-    data = data or settings.data.shards
+    if data is not None:
+        settings = replace(settings, data=replace(settings.data, shards=str(data), mixture=None))
+    data = settings.data.shards
     if images is None:
         if data is None:
             raise ValueError("images or data: how many images are there? Give their number, shards or a folder.")
@@ -224,7 +186,18 @@ def plan(
     notes: dict[str, str] = {}
     requested_batch = settings.data.global_batch_size
     batch = settings.data.batch_for(images, settings.task.usual.batch, train.batch_multiple)
-    if images >= batch:
+    measured = None
+    if train.budget is not None and train.steps is None:
+        if not examples.location or memory_gib is not None:
+            raise ValueError(
+                "train.budget: steps are timed on images and on this machine. Give shards or a folder and no other "
+                "memory, or a length with --train.steps."
+            )
+        one_step = RunPlan.make(replace(train, steps=1), max(images // batch, 1), batch, settings.seed)
+        train, measured = fit_budget(settings, one_step, images, classes)
+        settings = replace(settings, train=train)
+        notes["length"] = f"train.steps {train.steps:,}: {train.budget} at {measured.pace_text()}"
+    elif images >= batch:
         train, length = fit_length(settings, images, classes, images // batch, batch)
         settings = replace(settings, train=train)
         if length:
@@ -241,7 +214,8 @@ def plan(
         notes["batch size"] = f"{batch:,} instead of the recipe's {requested_batch:,} images, more than there are"
     if notice := size_notice(settings, examples):
         notes["image size"] = notice
-    measured = measure_steps(settings, str(data), found.run.images_per_pass) if measure else None
+    if measure and measured is None:
+        measured = _measure(settings, found.run, on_gpu)
 
     total = found.run.global_batch_size * found.run.total_steps
     paces = []
@@ -276,57 +250,7 @@ def loading_of(settings: RunSettings, examples: Examples, images_per_second: flo
     return Loading(images_per_second / nodes, measured or assumed, measured is not None, workers)
 
 
-@contextmanager
-def silent() -> Iterator[None]:
-    """What a run says of its health or its pace means nothing after a few steps."""
-    ours = logging.getLogger("sslvit")
-    level = ours.level
-    ours.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        ours.setLevel(level)
-
-
-def measure_steps(settings: RunSettings, data: str, images_per_pass: int) -> Measured:
-    """Some real steps of a run on one device of this machine, with its own loader; nothing of them is kept.
-
-    Args:
-        settings: Settings of the run.
-        data: Shards or a folder of images, which is packed into the cache as for a run.
-        images_per_pass: Images per forward pass, which a step has here.
-    """
-    on_gpu = trains_on_gpu(settings.train)
-    steps, batch = (STEPS_ON_GPU, images_per_pass) if on_gpu else (STEPS_ON_CPU, min(images_per_pass, IMAGES_ON_CPU))
-    with tempfile.TemporaryDirectory(prefix="sslvit-plan-") as folder:
-        train = replace(
-            settings.train, devices=1, nodes=1, strategy="ddp", steps=steps, micro_batch_size=None, log_every=1,
-            keep_every=None, tensorboard=False, wandb=None,
-        )  # fmt: skip
-        own = replace(
-            settings, train=train, out=folder,
-            data=replace(settings.data, shards=data, mixture=None, global_batch_size=batch, fit_batch=False),
-        )  # fmt: skip
-        index, order = open_data(own.data, own.seed)
-        run = RunPlan.make(train, order.steps_per_epoch, batch, own.seed)
-        own = resolve_defaults(own, None, index, run)
-        pl.seed_everything(own.seed, verbose=False)
-        module = ShardDataModule(index, own.data, own.encoder, order, run)
-        task = make_task(own, run)
-        if train.precision == "float64":
-            task.double()
-        if (mode := compile_mode(train)) is not None:
-            compile_task(task, mode)
-        run_folder = RunFolder(folder)
-        run_folder.start(asdict(own), goes_on=False)
-        trainer = make_trainer(own, run_folder, module)
-        logger.info(f"timing {steps} steps of {batch} images")
-        with silent(), tf32_beside_bf16(train), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            trainer.fit(task, datamodule=module)
-        lines = run_folder.read_metrics()[1:]
-        seconds = median(batch / line["time/images_per_second"] for line in lines)
-        waiting = median(line["time/data"] for line in lines) / seconds
-        device = task.device.type
-    memory = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return Measured(steps, batch, batch / seconds, min(waiting, 1.0), memory, device)
+def _measure(settings: RunSettings, run: RunPlan, on_gpu: bool) -> TimedSteps:
+    """Some real steps of one forward pass each, on a CPU of few images."""
+    batch = run.images_per_pass if on_gpu else min(run.images_per_pass, IMAGES_ON_CPU)
+    return time_steps(settings, RunPlan(1, 1, batch, seed=settings.seed), STEPS_ON_GPU if on_gpu else STEPS_ON_CPU)

@@ -300,6 +300,14 @@ def keep_resolved(settings: RunSettings, earlier: RunFolder) -> RunSettings:
     batch, epochs = before.get("data.global_batch_size"), before.get("train.epochs")
     if settings.data.global_batch_size is None and batch is not None:
         settings = replace(settings, data=replace(settings.data, global_batch_size=batch))
+    budget, steps = settings.train.budget, before.get("train.steps")
+    if budget is not None and settings.train.steps is None:
+        if budget != before.get("train.budget"):
+            raise ValueError(
+                f"resume: train.budget {budget}: the schedules of this run go over {brief(steps)} steps. Leave the "
+                "budget out, or give another length with --train.steps."
+            )
+        settings = replace(settings, train=replace(settings.train, steps=steps))
     if settings.train.epochs is None and epochs is not None:
         settings = replace(settings, train=replace(settings.train, epochs=epochs))
     return settings

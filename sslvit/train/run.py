@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import signal
+import time
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from lightning_fabric.plugins.environments import SLURMEnvironment
-from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from safetensors.torch import save_file
@@ -32,12 +30,10 @@ from sslvit.settings import RunSettings
 from sslvit.stopping import Interrupted, Preempted, RankLost, is_first_process, requeue, stopping_at_once
 from sslvit.tasks import make_task
 from sslvit.tasks.base import Task
-from sslvit.train.callbacks import make_callbacks
-from sslvit.train.checkpoint_io import AtomicCheckpointIO
 from sslvit.train.compilation import compile_mode, compile_task, undo_compilation
 from sslvit.train.folder import RunFolder
-from sslvit.train.hardware import precision_of, tf32_beside_bf16, trains_on_gpu
-from sslvit.train.length import fit_length
+from sslvit.train.hardware import tf32_beside_bf16
+from sslvit.train.length import duration, fit_length
 from sslvit.train.loggers import log_pictures, make_loggers
 from sslvit.train.micro_batch import fit_micro_batch
 from sslvit.train.pictures import plot_pictures
@@ -46,7 +42,6 @@ from sslvit.train.prepare import (
     check_machine,
     check_resumed,
     describe_resolved,
-    is_slurm_job,
     keep_resolved,
     keep_start,
     look_at_views,
@@ -54,12 +49,11 @@ from sslvit.train.prepare import (
     resolve_processes,
     size_notice,
 )
-from sslvit.train.strategies import is_peer_failure, make_strategy
-from sslvit.train.timing import Clock
+from sslvit.train.strategies import is_peer_failure
+from sslvit.train.timed_steps import fit_budget
+from sslvit.train.trainer import make_trainer, silence_needless_warnings
 
 logger = logging.getLogger(__name__)
-
-PRECISIONS: dict[str, Any] = {"float32": "32-true", "bf16": "bf16-mixed", "float64": "64-true"}  # as Lightning says
 
 
 def pretrain(
@@ -102,9 +96,9 @@ def _pretrain(
     loggers: Sequence[Logger],
 ) -> RunFolder:  # fmt: skip
     settings = replace(settings, train=resolve_processes(settings.train))
-    train = settings.train
     if goes_on:
         settings = keep_resolved(keep_start(settings, folder), folder)
+    train = settings.train
     check_machine(settings)
     checkpoint = folder.newest_checkpoint() if goes_on else None
     start = load_encoder(settings.init) if settings.init and not goes_on else None
@@ -115,9 +109,14 @@ def _pretrain(
 
     if train.threads:
         torch.set_num_threads(train.threads)
-    pl.seed_everything(settings.seed, verbose=False)
     requested, classes = settings, len(index.classes) if index.classes else None
-    train, length = fit_length(settings, len(index), classes, plan.steps_per_epoch, plan.global_batch_size)
+    if train.budget is not None and train.steps is None:
+        one_step = RunPlan.make(replace(train, steps=1), plan.steps_per_epoch, plan.global_batch_size, settings.seed)
+        train, timed = fit_budget(settings, one_step, len(index), classes)
+        length = timed.pace_text()
+    else:
+        train, length = fit_length(settings, len(index), classes, plan.steps_per_epoch, plan.global_batch_size)
+    pl.seed_everything(settings.seed, verbose=False)  # after the steps that a budget has timed
     settings = shortened(replace(settings, train=train), plan)
     run = RunPlan.make(settings.train, plan.steps_per_epoch, plan.global_batch_size, settings.seed)
     settings = resolve_defaults(settings, folder if goes_on else None, index, run)
@@ -141,11 +140,12 @@ def _pretrain(
         for notice in (memory, size_notice(settings, Examples.of(index))):
             if notice:
                 logger.info(notice)
-        if resolved := describe_resolved(requested, settings, run, {"train.epochs": length}):
+        if resolved := describe_resolved(requested, settings, run, {"train.epochs": length, "train.steps": length}):
             logger.info(f"resolved for {len(index):,} images, {run.global_batch_size} a step: {'; '.join(resolved)}")
 
+    started = time.perf_counter()
     with warnings.catch_warnings():
-        _silence_needless_warnings()
+        silence_needless_warnings()
         try:
             trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
             undo_compilation(task)
@@ -170,6 +170,9 @@ def _pretrain(
     if trainer.global_step != run.total_steps and not trainer.should_stop:
         raise RuntimeError(f"training ended at step {trainer.global_step} instead of {run.total_steps}.")
     if trainer.is_global_zero:
+        if train.budget is not None and not goes_on:
+            took = duration(time.perf_counter() - started)
+            logger.info(f"{trainer.global_step:,} steps took {took} (train.budget {train.budget})")
         if trainer.global_step != run.total_steps:
             logger.info(f"a callback ended the run at step {trainer.global_step} of {run.total_steps}")
         with stopping_at_once(f" after the last step, which is kept: {folder.resume_command} draws the figures"):
@@ -186,42 +189,6 @@ def shortened(settings: RunSettings, plan: Plan) -> RunSettings:
 
 def _resume_hint(folder: RunFolder) -> str:
     return f"; go on from its last checkpoint: {folder.resume_command}" if folder.checkpoint.exists() else ""
-
-
-def make_trainer(
-    settings: RunSettings, folder: RunFolder, data: ShardDataModule, callbacks: Sequence[pl.Callback] = ()
-) -> pl.Trainer:
-    """Lightning's Trainer for one run: one pass of `total_steps` global batches, our order, our files."""
-    train = settings.train
-    plugins: list[Any] = [AtomicCheckpointIO(train)]
-    clock = Clock()
-    if is_slurm_job():
-        plugins.append(SLURMEnvironment(auto_requeue=False))  # callbacks/preemption.py saves and requeues
-    for talkative in ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.distributed"):
-        logging.getLogger(talkative).setLevel(logging.WARNING)
-    with warnings.catch_warnings():
-        _silence_needless_warnings()
-        return pl.Trainer(
-            accelerator=train.accelerator,
-            devices=train.devices or 1,
-            num_nodes=train.nodes or 1,
-            strategy=make_strategy(train, clock),
-            precision=PRECISIONS[precision_of(train)],
-            max_epochs=1,  # steps, not epochs: one loader covers the whole run, so a resume is always mid-epoch
-            max_steps=data.run.total_steps,
-            accumulate_grad_batches=data.run.accumulation_steps,
-            log_every_n_steps=train.log_every,
-            use_distributed_sampler=False,
-            sync_batchnorm=trains_on_gpu(train),  # torch has it for GPUs only
-            deterministic=train.deterministic or None,
-            logger=False,
-            enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),  # ours are files
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            plugins=plugins,
-            callbacks=make_callbacks(settings, folder, data, clock, callbacks),
-            default_root_dir=folder.path,
-        )
 
 
 def _announce(settings: RunSettings, data: ShardDataModule, task: Task, trainer: pl.Trainer) -> None:
@@ -263,16 +230,3 @@ def _finish(settings: RunSettings, folder: RunFolder, data: ShardDataModule, tas
     plot_pictures(folder, task, data)
     log_pictures(trainer, folder.figures, trainer.global_step)
     logger.info(f"encoder in {folder.encoder}, figures in {folder.figures}")
-
-
-def _silence_needless_warnings() -> None:
-    for text in (
-        ".*dataloader is not resumable.*",  # it is: the position lies in the data module
-        ".*does not have many workers.*",
-        ".*GPU available but not used.*",
-        ".*isinstance.treespec, LeafSpec.*",
-        ".*Total length of `list` across ranks is zero.*",  # no validation in the loop
-        ".*overridden `on_before_batch_transfer`.*",  # our batches pass through it as they are
-        ".*silently drop the pre-backward hook.*",  # of a view that is changed in place; none is
-    ):
-        warnings.filterwarnings("ignore", text)

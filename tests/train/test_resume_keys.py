@@ -84,7 +84,8 @@ REFUSED_VALUES = {
     "task.decoder_heads": 4, "task.decoder_mlp_ratio": 2.0,
 }  # fmt: skip
 # processes, an account, another folder; threads change the order of sums
-STARTED_OTHERWISE = {"train.devices", "train.nodes", "train.wandb", "train.mlflow", "train.threads", "out"}  # fmt: skip
+STARTED_OTHERWISE = {"train.devices", "train.nodes", "train.wandb", "train.mlflow", "train.threads", "train.budget",
+                     "out"}  # fmt: skip
 CNN = "torchvision:shufflenet_v2_x0_5"
 TASKS = {
     "dino/digits": (

@@ -12,7 +12,8 @@ BASE, DINO, GUARD, CLIP = (
 )
 MODULE, RUN_PLAN, CHECKPOINT_IO = "sslvit/data/module.py", "sslvit/run_plan.py", "sslvit/train/checkpoint_io.py"
 PREPARE, RUN, STRATEGIES = "sslvit/train/prepare.py", "sslvit/train/run.py", "sslvit/train/strategies.py"
-COMPILATION = "sslvit/train/compilation.py"
+COMPILATION, TRAINER = "sslvit/train/compilation.py", "sslvit/train/trainer.py"
+TIMED, BUDGET = "sslvit/train/timed_steps.py", "tests/train/test_budget.py"
 FOLDER, TIMING, FORECAST = "sslvit/train/folder.py", "sslvit/train/timing.py", "sslvit/train/forecast.py"
 FAKE_STEP, MICRO_BATCH = "sslvit/train/fake_step.py", "sslvit/train/micro_batch.py"
 CALLBACKS = "sslvit/train/callbacks"
@@ -127,7 +128,7 @@ FAULTS = [
           "        self.zero_grad(set_to_none=True)  # now, and not beside the activations of the next forward pass\n",
           "",
           (STEPS,)),
-    Fault("Every micro-batch is a step", RUN,
+    Fault("Every micro-batch is a step", TRAINER,
           "accumulate_grad_batches=data.run.accumulation_steps,", "accumulate_grad_batches=1,", (STEPS,)),
     # ---- how a step is computed
     Fault("train.compile is ignored", RUN,
@@ -144,9 +145,9 @@ FAULTS = [
           (f"{COMPILING}::test_tf32_stands_beside_bf16_on_a_gpu_alone_and_ends_with_the_run",)),
     Fault("What was trained is used in its compiled form", RUN,
           "            undo_compilation(task)\n", "", (TRAINS_COMPILED,)),
-    Fault("train.deterministic is ignored", RUN, "train.deterministic or None", "None", (COMPUTED,)),
+    Fault("train.deterministic is ignored", TRAINER, "train.deterministic or None", "None", (COMPUTED,)),
     Fault("train.threads is ignored", RUN, "    if train.threads:\n", "    if False:\n", (COMPUTED,)),
-    Fault("bf16 is float32", RUN, '"bf16": "bf16-mixed"', '"bf16": "32-true"', (COMPUTED,)),
+    Fault("bf16 is float32", TRAINER, '"bf16": "bf16-mixed"', '"bf16": "32-true"', (COMPUTED,)),
     # ---- steps that are not finite
     Fault("A skipped step changes running statistics", BASE,
           "        self.guard.end_step()\n", "", (BROKEN,)),
@@ -375,4 +376,14 @@ FAULTS = [
           "(tflops * 1e12 * utilization * self.run.ranks)", "(tflops * 1e12 * utilization)", (PLANNED,)),
     Fault("Epochs are cut to whole steps, not rounded", RUN_PLAN,
           "round((train.epochs or 0) * steps_per_epoch)", "int((train.epochs or 0) * steps_per_epoch)", (PLANNED,)),
+    Fault("A budget's steps are timed with the first ones", TIMED,
+          "(ends.moments[-2] - ends.moments[LEFT_OUT - 1]) / steps", "(ends.moments[-2] - ends.moments[0]) / steps",
+          (BUDGET,)),
+    Fault("A budget takes as many steps as are timed", TIMED,
+          "round(seconds / timed.seconds_per_step)", "timed.steps", (BUDGET,)),
+    Fault("Steps that are timed change the run", RUN,
+          "    pl.seed_everything(settings.seed, verbose=False)  # after the steps that a budget has timed\n", "",
+          (BUDGET, "tests/train/test_steps.py")),
+    Fault("A resume may take another budget", PREPARE,
+          'if budget != before.get("train.budget"):', "if False:", (BUDGET,)),
 ]  # fmt: skip

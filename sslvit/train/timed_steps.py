@@ -1,0 +1,180 @@
+"""Some real steps of a run, timed before it; and how many of them a given time allows."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from sslvit.data.module import ShardDataModule
+from sslvit.data.open import open_data
+from sslvit.run_plan import RunPlan
+from sslvit.settings import RunSettings
+from sslvit.settings.train import TrainSettings, read_duration
+from sslvit.tasks import make_task
+from sslvit.train.callbacks.base import StepCallback
+from sslvit.train.compilation import compile_mode, compile_task
+from sslvit.train.folder import RunFolder
+from sslvit.train.hardware import tf32_beside_bf16, trains_on_gpu
+from sslvit.train.micro_batch import fit_micro_batch
+from sslvit.train.prepare import resolve_defaults
+from sslvit.train.trainer import make_trainer, silence_needless_warnings
+
+logger = logging.getLogger(__name__)
+
+LEFT_OUT = 2  # steps at the beginning
+FEWEST, MOST = 8, 500  # steps that are timed for a budget
+SHARE = 0.02  # of a budget that timing its steps may take
+
+
+@dataclass
+class TimedSteps:
+    """Real steps on this machine.
+
+    Args:
+        steps: Number of steps.
+        batch: Images in each of them.
+        seconds_per_step: Mean time from the end of one step to that of the next, with all that happens between them.
+        waiting: Fraction of the time in which training waited for images; None where no line of metrics tells.
+        memory: Most bytes: on a GPU those of tensors, on a CPU those of the whole process.
+        device: Type of the device.
+    """
+
+    steps: int
+    batch: int
+    seconds_per_step: float
+    waiting: float | None
+    memory: int
+    device: str
+
+    @property
+    def images_per_second(self) -> float:
+        """Images trained on in a second."""
+        return self.batch / self.seconds_per_step
+
+    def to_dict(self) -> dict[str, Any]:
+        """For programs."""
+        return asdict(self) | {"images_per_second": self.images_per_second}
+
+    def pace_text(self) -> str:
+        """How long a step takes, in words."""
+        return f"{self.seconds_per_step:.3g} s per step, the mean of {self.steps}"
+
+    def text(self) -> str:
+        """One line for a reader."""
+        waiting = "" if self.waiting is None else f", {self.waiting:.0%} of it waiting for data"
+        return (
+            f"{self.images_per_second:,.1f} images/s in {self.steps} steps of {self.batch} images on this machine's "
+            f"{'GPU' if self.device == 'cuda' else 'CPU'}{waiting}; "
+            f"{self.memory / 2**30:.1f} GiB {'of its memory' if self.device == 'cuda' else 'in the whole process'}"
+        )
+
+
+class Ends(StepCallback):
+    """Moments at which steps ended."""
+
+    def __init__(self) -> None:
+        self.moments: list[float] = []
+
+    def on_step(self, trainer: pl.Trainer, module: Any) -> None:
+        """Note the moment."""
+        if module.device.type == "cuda":
+            torch.cuda.synchronize(module.device)
+        self.moments.append(perf_counter())
+
+
+def fit_budget(
+    settings: RunSettings, run: RunPlan, images: int, classes: int | None
+) -> tuple[TrainSettings, TimedSteps]:
+    """The settings with the number of steps that `train.budget` allows on this machine, and the steps that tell.
+
+    Steps of the very run are timed for about a fiftieth of the budget, in a task and a Trainer of their own.
+
+    Args:
+        settings: Settings of the run, without a number of steps.
+        run: Its batch sizes and ranks; its number of steps is not looked at.
+        images: Number of images in the data set.
+        classes: Number of its classes, where it has labels.
+
+    Raises:
+        ValueError: Several ranks, whose steps one process cannot time.
+    """
+    train = settings.train
+    assert train.budget is not None
+    if run.ranks > 1:
+        raise ValueError(
+            f"train.budget: steps are timed in one process, and this run has {run.ranks}. Give --train.steps; sslvit "
+            "plan --measure says what a step takes on one of them."
+        )
+    seconds = read_duration(train.budget)
+    run = fit_micro_batch(run, settings, images, classes)[0]
+    short = time_steps(settings, run, 2).seconds_per_step
+    timed = time_steps(settings, run, min(max(round(SHARE * seconds / short), FEWEST), MOST), train.log_every)
+    return replace(train, steps=max(1, round(seconds / timed.seconds_per_step))), timed
+
+
+def time_steps(settings: RunSettings, run: RunPlan, steps: int, log_every: int = 1) -> TimedSteps:
+    """Train some steps of a run on one device of this machine, with its own loader; nothing of them is kept.
+
+    Args:
+        settings: Settings of the run; a folder of images is packed into the cache as for a run.
+        run: How large a step and its micro-batches are.
+        steps: Number of steps, beside two before them and one behind them that are not counted: memory is taken and
+            kernels are chosen in the first ones, and the last writes a checkpoint.
+        log_every: Steps between two lines of metrics.
+    """
+    batch, total = run.global_batch_size, LEFT_OUT + steps + 1
+    with tempfile.TemporaryDirectory(prefix="sslvit-steps-") as folder:
+        train = replace(
+            settings.train, devices=1, nodes=1, strategy="ddp", steps=total, budget=None,
+            log_every=log_every, keep_every=None, tensorboard=False, wandb=None, mlflow=None,
+        )  # fmt: skip
+        own = replace(
+            settings, train=train, out=folder, online=replace(settings.online, train=None, val=None),
+            data=replace(settings.data, global_batch_size=batch, fit_batch=False, ledger=False),
+        )  # fmt: skip
+        index, order = open_data(own.data, own.seed)
+        run = replace(run, total_steps=total, steps_per_epoch=order.steps_per_epoch, ranks=1)
+        own = resolve_defaults(own, None, index, run)
+        pl.seed_everything(own.seed, verbose=False)
+        module = ShardDataModule(index, own.data, own.encoder, order, run)
+        task = make_task(own, run)
+        if train.precision == "float64":
+            task.double()
+        if (mode := compile_mode(train)) is not None:
+            compile_task(task, mode)
+        run_folder, ends = RunFolder(folder), Ends()
+        run_folder.start(asdict(own), goes_on=False)
+        trainer = make_trainer(own, run_folder, module, [ends])
+        logger.info(f"timing {steps} steps of {batch} images")
+        with _silent(), tf32_beside_bf16(train), warnings.catch_warnings():
+            silence_needless_warnings()
+            trainer.fit(task, datamodule=module)
+        waited = [line["time/data"] for line in run_folder.read_metrics()][LEFT_OUT:-1]
+    seconds = (ends.moments[-2] - ends.moments[LEFT_OUT - 1]) / steps
+    waiting = min(median(waited) / seconds, 1.0) if waited else None
+    on_gpu = trains_on_gpu(train)
+    memory = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return TimedSteps(steps, batch, seconds, waiting, memory, task.device.type)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """What a run says of its health or its pace means nothing after a few steps."""
+    ours = logging.getLogger("sslvit")
+    level = ours.level
+    ours.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        ours.setLevel(level)

@@ -1,0 +1,74 @@
+"""Lightning's Trainer for a run."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+from lightning_fabric.plugins.environments import SLURMEnvironment
+from pytorch_lightning.callbacks import Checkpoint
+
+from sslvit.data.module import ShardDataModule
+from sslvit.settings import RunSettings
+from sslvit.train.callbacks import make_callbacks
+from sslvit.train.checkpoint_io import AtomicCheckpointIO
+from sslvit.train.folder import RunFolder
+from sslvit.train.hardware import precision_of, trains_on_gpu
+from sslvit.train.prepare import is_slurm_job
+from sslvit.train.strategies import make_strategy
+from sslvit.train.timing import Clock
+
+PRECISIONS: dict[str, Any] = {"float32": "32-true", "bf16": "bf16-mixed", "float64": "64-true"}  # as Lightning says
+
+
+def make_trainer(
+    settings: RunSettings, folder: RunFolder, data: ShardDataModule, callbacks: Sequence[pl.Callback] = ()
+) -> pl.Trainer:
+    """The Trainer of one run: one pass of `total_steps` global batches, our order, our files."""
+    train = settings.train
+    plugins: list[Any] = [AtomicCheckpointIO(train)]
+    clock = Clock()
+    if is_slurm_job():
+        plugins.append(SLURMEnvironment(auto_requeue=False))  # callbacks/preemption.py saves and requeues
+    for talkative in ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.distributed"):
+        logging.getLogger(talkative).setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        silence_needless_warnings()
+        return pl.Trainer(
+            accelerator=train.accelerator,
+            devices=train.devices or 1,
+            num_nodes=train.nodes or 1,
+            strategy=make_strategy(train, clock),
+            precision=PRECISIONS[precision_of(train)],
+            max_epochs=1,  # steps, not epochs: one loader covers the whole run, so a resume is always mid-epoch
+            max_steps=data.run.total_steps,
+            accumulate_grad_batches=data.run.accumulation_steps,
+            log_every_n_steps=train.log_every,
+            use_distributed_sampler=False,
+            sync_batchnorm=trains_on_gpu(train),  # torch has it for GPUs only
+            deterministic=train.deterministic or None,
+            logger=False,
+            enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),  # ours are files
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            plugins=plugins,
+            callbacks=make_callbacks(settings, folder, data, clock, callbacks),
+            default_root_dir=folder.path,
+        )
+
+
+def silence_needless_warnings() -> None:
+    """Leave out warnings of libraries that mean nothing here; inside `warnings.catch_warnings`."""
+    for text in (
+        ".*dataloader is not resumable.*",  # it is: the position lies in the data module
+        ".*does not have many workers.*",
+        ".*GPU available but not used.*",
+        ".*isinstance.treespec, LeafSpec.*",
+        ".*Total length of `list` across ranks is zero.*",  # no validation in the loop
+        ".*overridden `on_before_batch_transfer`.*",  # our batches pass through it as they are
+        ".*silently drop the pre-backward hook.*",  # of a view that is changed in place; none is
+    ):
+        warnings.filterwarnings("ignore", text)
