@@ -12,7 +12,7 @@ from sslvit.data.module import ShardDataModule
 from sslvit.data.open import open_data
 from sslvit.run_plan import RunPlan
 from sslvit.settings.load import load_recipe
-from sslvit.train import run as run_module
+from sslvit.train import trainer as trainer_module
 from sslvit.train.callbacks import make_callbacks
 from sslvit.train.callbacks.ledger import Ledger
 from sslvit.train.folder import RunFolder
@@ -54,7 +54,7 @@ def test_no_state_of_a_callback_asks_other_ranks(shards: Path, tmp_path: Path, m
         return callbacks
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "make_callbacks", kept)
+        patch.setattr(trainer_module, "make_callbacks", kept)
         run(shards, tmp_path / "run", **{"train.steps": 2, "online.train": str(shards), "online.val": str(shards)})
 
     def refuse(*_, **__) -> None:
