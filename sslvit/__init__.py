@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sslvit.models import Backbone, ViTEncoder
     from sslvit.pixel_models import likelihood, sample
     from sslvit.plugins import use_plugin
+    from sslvit.report.show import show
     from sslvit.report.sweep import sweep
     from sslvit.run_plan import RunPlan
     from sslvit.settings import EncoderSettings
@@ -71,6 +72,7 @@ _LAZY = {
     "runs": "sslvit.train.runs",
     "sample": "sslvit.pixel_models",
     "save_encoder": "sslvit.checkpoint",
+    "show": "sslvit.report.show",
     "sweep": "sslvit.report.sweep",
     "tasks": "",
     "use_plugin": "sslvit.plugins",
@@ -100,6 +102,7 @@ __all__ = [
     "runs",
     "sample",
     "save_encoder",
+    "show",
     "sweep",
     "tasks",
     "use_plugin",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import io
 import json
 import typing
 from dataclasses import fields
@@ -37,7 +38,7 @@ from sslvit.tasks.base import Task
 
 FUNCTIONS = (
     "compare", "embed", "export", "finetune", "health", "knn", "likelihood", "load_encoder", "pack", "pretrain",
-    "probe", "recipes", "resume", "runs", "sample", "sweep",
+    "probe", "recipes", "resume", "runs", "sample", "show", "sweep",
 )  # fmt: skip
 SMALL = {"image_size": 8, "patch": 4, "width": 16, "depth": 2, "heads": 2, "channels": 1, "mean": [0.5], "std": [0.3]}
 
@@ -100,7 +101,7 @@ def test_keywords_are_the_options_of_the_command() -> None:
     of_screen = {"quiet", "traceback", "json", "output", "changes", "plugin"}
     renamed = {"shards pack": "pack"}
     for command in ("probe", "knn", "compare", "health", "embed", "sample", "likelihood", "pretrain", "resume",
-                    "finetune", "export", "shards pack"):  # fmt: skip
+                    "finetune", "export", "show", "shards pack"):  # fmt: skip
         function = getattr(sslvit, renamed.get(command, command))
         known = set(inspect.signature(function).parameters)
         hint = typing.get_type_hints(inspect.unwrap(function)).get("settings")
@@ -360,3 +361,23 @@ def test_a_callback_may_end_a_run_which_can_go_on(
     one, other = (sslvit.load_encoder(folder).state_dict() for folder in (run, whole))
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert issubclass(Task, pl.LightningModule)
+
+
+def test_a_picture_is_shown_saved_once_and_made_of_pixels_in_memory_too(here: Path, tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 255, (6, 8, 8), np.uint8)
+    encoder = sslvit.load_encoder(here / "one")
+    picture = sslvit.show("distance", encoder, images, images=2)
+    assert Image.open(io.BytesIO(picture._repr_png_())).format == "PNG"
+    assert np.array(picture.numbers["trained"]["entropy_nats"]).shape == (2, 2)
+    assert picture.to_dict()["figure"] is None
+    assert picture.save(tmp_path / "a.png").read_bytes() == picture.png
+    assert str(picture) == repr(picture) == str(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="already exists"):
+        picture.save(tmp_path / "a.png")
+    kept = sslvit.show("neighbors", here / "one", here / "val", tmp_path / "n.png", images=2, among=5)
+    assert kept.path == tmp_path / "n.png"
+    assert kept.path.read_bytes() == kept.png
+    with pytest.raises(ValueError, match="what: .atention. is not one of .*Did you mean attention"):
+        sslvit.show("atention", encoder, images)
+    with pytest.raises(ValueError, match=r"among is for show neighbors"):
+        sslvit.show("field", encoder, images, among=5)

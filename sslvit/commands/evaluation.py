@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from sslvit.commands.files import foreign_overrides, only, report, write_json
 from sslvit.commands.options import CroppedEncoder, File, Output, Recipe, Reported, Saved
 from sslvit.files import check_new, check_new_arrays, check_new_picture
-from sslvit.settings.choices import Arg, check_bounds
+from sslvit.settings.choices import Arg
 from sslvit.settings.probe import (
     BlocksReadout,
     KNNSettings,
@@ -217,36 +217,18 @@ def run_show(options: ShowOptions) -> None:
     if not out:
         folder = Path(options.encoder) / "figures"
         out = (folder if folder.is_dir() else Path()) / f"{options.what}.png"
-    check_bounds(options, "--", "1 or more", "images")
-    check_bounds(options, "--", "2 or more", "among")
-    if options.among is not None and options.what != "neighbors":
-        raise ValueError("--among is for show neighbors.")
-    check_new_picture(out)
     numbers_file = out.with_suffix(".json")
     if options.what == "distance":
         check_new(numbers_file)
-    from sslvit.models import require_transformer
-    from sslvit.report import show
+    check_new_picture(out)
+    from sslvit.report.show import show
 
-    network = load_scored(options)
-    if options.what == "neighbors":
-        file = str(show.show_neighbors(network, options.data, out, options.images, options.among or 1000))
-        report(options, file, {"figure": file})
-        return
-    if options.what == "field":
-        images = show.some_images(network.settings, options.data, options.images)
-        files = {"figure": show.plot_field(network, images, out)}
-    else:
-        encoder = require_transformer(network, f"show {options.what}")
-        images = show.some_images(encoder.settings, options.data, options.images)
-        if options.what == "attention":
-            files = {"figure": show.plot_attention(encoder, images, out)}
-        else:
-            path, numbers = show.plot_distance(encoder, images, out)
-            write_json(numbers_file, numbers)
-            files = {"figure": path, "numbers": numbers_file}
-    names = {what: str(file) for what, file in files.items()}
-    report(options, "\n".join(names.values()), names)
+    picture = show(options.what, load_scored(options), options.data, out, images=options.images, among=options.among)
+    files = {"figure": str(out)}
+    if picture.numbers:
+        write_json(numbers_file, picture.numbers)
+        files["numbers"] = str(numbers_file)
+    report(options, "\n".join(files.values()), files)
 
 
 @dataclass(kw_only=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -12,24 +14,131 @@ from torch import Tensor
 
 from sslvit.data.loader import make_batch, normalized_view
 from sslvit.data.open import open_shards
+from sslvit.data.python_data import DataLike, path_of, takes_datasets
 from sslvit.data.reader import ShardReader
 from sslvit.data.views import Views
 from sslvit.environment import pick_device
 from sslvit.evaluate.attention import attention_measures, receptive_field
 from sslvit.evaluate.dense import DenseTable
+from sslvit.evaluate.encoders import EncoderLike, Size, open_encoder
 from sslvit.evaluate.label_free import evenly_spaced
 from sslvit.evaluate.masks import MaskedImages
 from sslvit.evaluate.neighbors import find_neighbors, plot_neighbors
 from sslvit.evaluate.probe import untrained
 from sslvit.figures import overlay_heat, plot_images, plot_points
-from sslvit.files import printable
-from sslvit.models import Backbone, Encoder, ViTEncoder, make_encoder
+from sslvit.files import check_new_picture, printable, write_atomically
+from sslvit.messages import for_python
+from sslvit.models import Backbone, Encoder, ViTEncoder, make_encoder, require_transformer
 from sslvit.progress import track
+from sslvit.results import Result
 from sslvit.settings import EncoderSettings
+from sslvit.settings.choices import not_one_of
 from sslvit.settings.views import CenterSettings
 from sslvit.train.pictures import attention_rows
 
 FIELD_COLUMNS = 4  # number of blocks whose receptive fields are plotted
+Shown = Literal["attention", "distance", "field", "neighbors"]
+
+
+@dataclass(repr=False)
+class Picture(Result):
+    """A picture, which a notebook shows.
+
+    Args:
+        png: The bytes of a PNG file.
+        path: Where it was written, if anywhere.
+        numbers: What is plotted, by network and measure, where there are such numbers.
+    """
+
+    png: bytes
+    path: Path | None = None
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, path: str | Path) -> Path:
+        """Write a PNG file, which must not be there yet."""
+        check_new_picture(path)
+        write_atomically(path, self.png)
+        self.path = Path(path)
+        return self.path
+
+    def text(self) -> str:
+        """Where the picture is."""
+        return str(self.path) if self.path else "a picture in memory, which save(PATH) writes"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its path and its numbers."""
+        return {"figure": self.path and str(self.path), **({"numbers": self.numbers} if self.numbers else {})}
+
+    def _repr_png_(self) -> bytes:
+        return self.png
+
+    def _repr_html_(self) -> None:  # type: ignore[override]  # a notebook takes the picture then
+        return None
+
+
+@for_python
+@takes_datasets("data")
+def show(
+    what: Shown,
+    encoder: EncoderLike,
+    data: DataLike,
+    output: str | Path | None = None,
+    *,
+    images: int = 8,
+    among: int | None = None,
+    crop_fraction: float | None = None,
+    size: Size | None = None,
+) -> Picture:
+    """Plot what an encoder does with images.
+
+    Args:
+        what: attention (of the class token), distance (of each head's attention), field (the pixels that reach a patch)
+            or neighbors (the images whose features are nearest).
+        encoder: An encoder, any module that makes a vector 'b d' of images, or what `load_encoder` takes.
+        data: Shards, a folder of images, or a data set (as in `pretrain`).
+        output: PNG file for the picture; None for none.
+        images: Number of images, evenly spaced.
+        among: Number of images, evenly spaced, among which neighbors are searched; None for 1,000.
+        crop_fraction: Fraction of the center crop's sides that is seen; None for the encoder's own.
+        size: Size in pixels that images are seen at, 64 or "48x64"; None for the encoder's own.
+
+    Returns:
+        The picture, which a notebook shows, and of distances the numbers.
+
+    Raises:
+        ValueError: An encoder without what is asked for, images that cannot be read, or a file that is there.
+        FileNotFoundError: No encoder or no images there.
+
+    Example:
+        picture = sslvit.show("neighbors", "runs/dino", "photos")
+        print(picture.save("neighbors.png"))
+    """
+    if what not in get_args(Shown):
+        raise ValueError(f"what: {not_one_of(what, get_args(Shown))}")
+    for name, number, least in (("images", images, 1), ("among", among, 2)):
+        if number is not None and number < least:
+            raise ValueError(f"--{name} {number}: must be {least} or more.")
+    if among is not None and what != "neighbors":
+        raise ValueError("--among is for show neighbors.")
+    check_new_picture(output)
+    network, source, numbers = open_encoder(encoder, crop_fraction, size), path_of(data), {}
+    with tempfile.TemporaryDirectory(prefix="sslvit-show-") as folder:
+        file = Path(folder) / "picture.png"
+        if what == "neighbors":
+            show_neighbors(network, source, file, images, among or 1000)
+        elif what == "field":
+            plot_field(network, some_images(network.settings, source, images), file)
+        else:
+            transformer = require_transformer(network, f"show {what}")
+            seen = some_images(transformer.settings, source, images)
+            if what == "attention":
+                plot_attention(transformer, seen, file)
+            else:
+                numbers = plot_distance(transformer, seen, file)[1]
+        picture = Picture(file.read_bytes(), numbers=numbers)
+    if output is not None:
+        picture.save(output)
+    return picture
 
 
 def some_images(settings: EncoderSettings, source: str, count: int) -> Tensor:
