@@ -14,6 +14,7 @@ from pathlib import Path
 from sslvit.files import printable
 
 logger = logging.getLogger(__name__)
+GLANCE = 0.3  # seconds in which whoever only asks for a lock (`is_locked`) has long let go of it
 _lock_handles: set[int] = set()  # handles of locks, which a forked process must not keep alive
 
 
@@ -30,18 +31,19 @@ def lock_folder(folder: str | Path, doing: str, name: str = ".lock", wait_second
     Raises:
         ValueError: another process has locked it.
     """
-    path, deadline, is_reported = Path(folder) / name, time.monotonic() + wait_seconds, False
+    path, started, is_reported = Path(folder) / name, time.monotonic(), False
+    deadline = started + wait_seconds
     is_new = not path.parent.exists()
     while (handle := _try_lock(path)) is None:
-        if time.monotonic() >= deadline:
+        if time.monotonic() >= max(deadline, started + GLANCE):
             raise ValueError(
                 f"{printable(folder)}: another process is at work there. Wait until it has ended to {doing}, or choose "
                 "another folder."
             )
-        if not is_reported:
+        if not is_reported and wait_seconds:
             is_reported = True
             logger.info(f"{printable(folder)}: another process is at work there; waiting up to {wait_seconds:g} s")
-        time.sleep(0.1)
+        time.sleep(0.1 if is_reported else 0.02)
     _lock_handles.add(handle)
     try:
         yield

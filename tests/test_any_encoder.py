@@ -498,3 +498,10 @@ def test_weights_that_no_network_can_bring_are_said_with_the_way_there(monkeypat
             load_encoder(f"timm:{name}")
         assert f"timm.create_model('{name}', pretrained=True)" in str(found.value)
         assert "Did you mean" not in str(found.value)
+
+
+def test_a_file_of_beit_is_refused_with_the_reason(tmp_path: Path) -> None:
+    model = timm.create_model("beit_base_patch16_224", img_size=32, embed_dim=32, depth=1, num_heads=2)
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match="a BEiT, which cannot be held: each of its blocks learns a relative position"):
+        load_encoder(tmp_path / "b.safetensors")

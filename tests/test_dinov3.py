@@ -19,7 +19,7 @@ import sslvit
 from sslvit.checkpoint import load_encoder, save_encoder
 from sslvit.cli import main
 from sslvit.exporters import export_encoder
-from sslvit.layouts import from_sslvit, to_sslvit
+from sslvit.layouts import dinov3, from_sslvit, to_sslvit
 from sslvit.models import ViTEncoder
 from sslvit.models.transformer import KeyUnbiasedLinear
 from sslvit.settings import EncoderSettings
@@ -270,6 +270,23 @@ def test_heads_follow_from_the_periods_and_biases_may_be_missing(tmp_path: Path,
     assert encoder.settings.image_size == [224, 224]
     assert not encoder.blocks[1].attn.qkv.bias.any()
     assert "biases: the file has none of queries, keys and values; they are zero" in capsys.readouterr().out
+
+
+def test_heads_other_than_those_of_the_periods_are_refused(tmp_path: Path) -> None:
+    torch.save(released(made(heads=2)), tmp_path / "two.pth")
+    assert load_encoder(tmp_path / "two.pth", heads=2).settings.heads == 2
+    with pytest.raises(
+        ValueError, match=r"heads: 4, but the periods in the file \(rope_embed\.periods\) are those of 2"
+    ):
+        load_encoder(tmp_path / "two.pth", heads=4)
+
+
+def test_the_7b_model_has_half_the_usual_heads() -> None:
+    with torch.device("meta"):
+        shapes = ViTEncoder(EncoderSettings(**DINOV3 | {"width": 4096, "heads": 32, "depth": 1})).state_dict()
+    found = to_sslvit(dinov3.to_transformers(shapes, key_bias=True))
+    assert found.settings.heads == 32
+    assert "those of the 7B model (32)" in " ".join(found.notes)
 
 
 def test_satellite_models_see_images_by_their_own_mean(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from sslvit.files import (
     to_json,
     write_atomically,
 )
-from sslvit.locks import lock_file, lock_folder
+from sslvit.locks import is_locked, lock_file, lock_folder
 
 
 def test_a_failed_write_leaves_the_old_content_and_no_part(tmp_path: Path) -> None:
@@ -208,9 +209,17 @@ def test_a_lock_whose_file_went_meanwhile_holds_nothing(tmp_path: Path, monkeypa
         pass
 
 
-def test_a_process_that_waits_gets_the_folder_when_the_other_has_ended(tmp_path: Path, capsys) -> None:
-    import threading
+def test_a_glance_at_a_lock_keeps_nobody_from_it(tmp_path: Path) -> None:
+    (tmp_path / ".lock").touch()
+    with open(tmp_path / ".lock") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        threading.Timer(0.05, fcntl.flock, (file, fcntl.LOCK_UN)).start()
+        with lock_folder(tmp_path, "train"):
+            assert is_locked(tmp_path / ".lock")
+    assert not is_locked(tmp_path / ".lock")
 
+
+def test_a_process_that_waits_gets_the_folder_when_the_other_has_ended(tmp_path: Path, capsys) -> None:
     def hold() -> None:
         with lock_folder(tmp_path, "train"):
             is_held.set()

@@ -52,6 +52,7 @@ QKV = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
 RELEASED_GATED, TIMM_GATED, TRANSFORMERS_GATED = (
     ("mlp.w1", "mlp.w2"), ("mlp.fc1_g", "mlp.fc1_x"), ("mlp.gate_proj", "mlp.up_proj")
 )  # fmt: skip
+WIDTH_7B, HEADS_7B = 4096, 32  # the one model whose heads have 128 channels
 TIMM_BIAS = ("attn.q_bias", "attn.k_bias", "attn.v_bias")
 
 
@@ -69,8 +70,17 @@ def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes: Any
     encoder, ignored = rename(backbone, notes)
     if missing := [name for name in REQUIRED if name not in encoder]:
         raise KeyError(", ".join(missing))
-    if heads is None and PERIODS in backbone:
-        heads = encoder["patch_embed.proj.weight"].shape[0] // (4 * len(backbone[PERIODS]))
+    width = encoder["patch_embed.proj.weight"].shape[0]
+    if PERIODS in backbone:
+        told = width // (4 * len(backbone[PERIODS]))
+        if heads not in (None, told):
+            raise ValueError(
+                f"heads: {heads}, but the periods in the file ({PERIODS}) are those of {told}. Leave heads out."
+            )
+        heads = told
+    elif heads is None and width == WIDTH_7B:
+        heads = HEADS_7B
+        notes.append(f"heads: not in the file; those of the 7B model ({HEADS_7B}).")
     if not any(key.endswith("attn.qkv.bias") for key in encoder):
         fill_biases(encoder)
         notes.append("biases: the file has none of queries, keys and values; they are zero (as in the 7B model).")
@@ -150,9 +160,9 @@ def rename(state: dict[str, Tensor], notes: list[str]) -> tuple[dict[str, Tensor
             found[f"blocks.{layer[1]}.{rename_prefix(layer[2], names)}"] = value
     if "reg_token" in found and not found["reg_token"].numel():
         del found["reg_token"]  # transformers' model without registers
-    lack_key_bias = not any(key.endswith(f"{QKV[1]}.bias") for key in found)
+    with_key_bias = any(key.endswith(f"{QKV[1]}.bias") for key in found)
     for number in range(count_blocks(found, "blocks.")):
-        _join_block(found, f"blocks.{number}.", lack_key_bias)
+        _join_block(found, f"blocks.{number}.", with_key_bias)
         if (mask := state.get(f"blocks.{number}.{MASK}")) is not None:
             bias = found[f"blocks.{number}.attn.qkv.bias"]
             if not torch.equal(mask.to(bias), _mask_like(bias)):
@@ -167,10 +177,12 @@ def has_key_bias(encoder: dict[str, Tensor]) -> bool:
     return any(not bias.is_meta and bool(bias.any()) for bias in biases)
 
 
-def _join_block(found: dict[str, Tensor], block: str, lack_key_bias: bool) -> None:
+def _join_block(found: dict[str, Tensor], block: str, with_key_bias: bool) -> None:
     """Join the parts of a block's maps where they have names of their own."""
     for kind in ("weight", "bias"):
-        _join(found, block, [f"{name}.{kind}" for name in QKV], f"attn.qkv.{kind}", lack_key_bias and kind == "bias")
+        _join(
+            found, block, [f"{name}.{kind}" for name in QKV], f"attn.qkv.{kind}", not with_key_bias and kind == "bias"
+        )
         for names in (RELEASED_GATED, TIMM_GATED, TRANSFORMERS_GATED):
             _join(found, block, [f"{name}.{kind}" for name in names], f"mlp.fc1.{kind}")
     _join(found, block, list(TIMM_BIAS), "attn.qkv.bias", True)

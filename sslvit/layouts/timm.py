@@ -8,6 +8,9 @@ from torch import Tensor
 
 from sslvit.layouts.vit import HEADS, Converted, settings_from_shapes, split_by_prefix
 
+# why BEiT's weights cannot be held
+OWN_BIAS = "each of its blocks learns a relative position bias with entries for the class token, and has no key bias"
+
 
 def recognize(keys: set[str]) -> bool:
     """Whether patch embedding and first block have timm's names."""
@@ -15,8 +18,14 @@ def recognize(keys: set[str]) -> bool:
 
 
 def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes: Any) -> Converted:
-    """Convert from timm's names; the classifier becomes the extras."""
+    """Convert from timm's names; the classifier becomes the extras.
+
+    Raises:
+        ValueError: Weights of a BEiT.
+    """
     notes: list[str] = []
+    if any(key.endswith("relative_position_bias_table") for key in state):
+        raise ValueError(f"a BEiT, which cannot be held: {OWN_BIAS}. Take MAE's, DINO's or DINOv2's of that size.")
     encoder, head = split_by_prefix(_renamed(state), HEADS)
     known: dict[str, Any] = {"patch_bias": "patch_embed.proj.bias" in encoder}
     if "attn_pool.query" in encoder:

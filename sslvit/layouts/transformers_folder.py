@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sslvit.files import brief
 from sslvit.layouts import clip, dinov3, openai_igpt, vit_mae
+from sslvit.layouts.timm import OWN_BIAS
 from sslvit.layouts.transformers import ALWAYS, fill_biases, remove_mask_token, rename
 from sslvit.layouts.transformers_processor import from_transformers
 from sslvit.layouts.vit import Converted, require, settings_from_shapes
@@ -27,7 +28,6 @@ VIT_KINDS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Models with ViT's blocks and names -> what each has besides what every ViT has."""
 MODELS = (*VIT_KINDS, "dinov2", "dinov2_with_registers", "dinov3_vit", *clip.KINDS, "imagegpt")
-OWN_BIAS = "each of its blocks learns a relative position bias with entries for the class token, and has no key bias"
 REFUSED = {
     "beit": OWN_BIAS, "data2vec-vision": OWN_BIAS,
     "siglip2": "its images have any proportions, and their patches are padded and masked",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,18 @@ def log_numbers(trainer: pl.Trainer, numbers: dict[str, float], step: int) -> No
     """Send numbers to all loggers, on the first rank."""
     for logger in trainer.loggers:
         logger.log_metrics(numbers, step=step)
+
+
+@contextmanager
+def ended_on_failure(trainer: pl.Trainer) -> Iterator[None]:
+    """End the logs of a run that does not reach its last step, so that the next one in this process has its own."""
+    try:
+        yield
+    except BaseException:
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.experiment.finish(exit_code=1)
+        raise
 
 
 def log_pictures(trainer: pl.Trainer, figures: Path, step: int) -> None:

@@ -34,7 +34,7 @@ from sslvit.train.compilation import compile_mode, compile_task, undo_compilatio
 from sslvit.train.folder import RunFolder
 from sslvit.train.hardware import tf32_beside_bf16
 from sslvit.train.length import duration, fit_length
-from sslvit.train.loggers import log_pictures, make_loggers
+from sslvit.train.loggers import ended_on_failure, log_pictures, make_loggers
 from sslvit.train.micro_batch import fit_micro_batch
 from sslvit.train.pictures import plot_pictures
 from sslvit.train.prepare import (
@@ -144,7 +144,7 @@ def _pretrain(
             logger.info(f"resolved for {len(index):,} images, {run.global_batch_size} a step: {'; '.join(resolved)}")
 
     started = time.perf_counter()
-    with warnings.catch_warnings():
+    with ended_on_failure(trainer), warnings.catch_warnings():
         silence_needless_warnings()
         try:
             trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
@@ -175,7 +175,10 @@ def _pretrain(
             logger.info(f"{trainer.global_step:,} steps took {took} (train.budget {train.budget})")
         if trainer.global_step != run.total_steps:
             logger.info(f"a callback ended the run at step {trainer.global_step} of {run.total_steps}")
-        with stopping_at_once(f" after the last step, which is kept: {folder.resume_command} draws the figures"):
+        with (
+            stopping_at_once(f" after the last step, which is kept: {folder.resume_command} draws the figures"),
+            ended_on_failure(trainer),
+        ):
             _finish(settings, folder, data, task, trainer)
     return folder
 

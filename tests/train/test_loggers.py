@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import pytest
 import yaml
-from pytorch_lightning.loggers import Logger
+from pytorch_lightning.loggers import Logger, WandbLogger
 from run_fixtures import TINY, metrics, run
 
 from sslvit.train import loggers
@@ -59,6 +59,24 @@ def test_weights_and_biases_offline_and_again_after_a_resume(shards: Path, tmp_p
     assert all(part.endswith(name) for part in parts)
     subprocess.run([*words, "--overwrite"], check=True, env=env, capture_output=True)
     assert (tmp_path / "run" / "wandb" / "run-id").read_text().strip() != name
+
+
+def test_a_run_that_fails_ends_its_log_so_that_the_next_one_has_its_own() -> None:
+    ended = []
+
+    class Log(WandbLogger):
+        def __init__(self) -> None:
+            pass
+
+        experiment = SimpleNamespace(finish=lambda exit_code: ended.append(exit_code))
+
+    trainer = SimpleNamespace(loggers=[Log()])
+    with loggers.ended_on_failure(trainer):
+        pass
+    assert ended == []
+    with pytest.raises(KeyboardInterrupt), loggers.ended_on_failure(trainer):
+        raise KeyboardInterrupt
+    assert ended == [1]
 
 
 def test_a_logger_that_is_not_installed_is_refused_before_anything_is_written(
