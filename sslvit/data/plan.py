@@ -199,10 +199,17 @@ class EvaluationBatches:
     Batch t of rank r holds the samples from (t * ranks + r) * batch_size on. Rows past the end repeat the last sample
     and are marked False in `valid`, so that features do not depend on how many samples happen to be left. Each batch is
     made when it is asked for.
+
+    Args:
+        samples: Number of samples.
+        batch_size: Most rows of a batch; there are fewer where as many batches hold all samples, too.
+        rank: Whose batches these are.
+        ranks: Number of ranks.
     """
 
     def __init__(self, samples: int, batch_size: int, rank: int = 0, ranks: int = 1) -> None:
-        self.samples, self.batch_size, self.rank, self.ranks = samples, batch_size, rank, ranks
+        self.samples, self.rank, self.ranks = samples, rank, ranks
+        self.batch_size = math.ceil(samples / math.ceil(samples / batch_size)) if samples else batch_size
 
     def __len__(self) -> int:
         return math.ceil(self.samples / (self.batch_size * self.ranks))

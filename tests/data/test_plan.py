@@ -291,7 +291,12 @@ def test_evaluation_covers_each_sample_once_on_any_number_of_ranks(samples: int,
     of_ranks = [EvaluationBatches(samples, batch, rank, ranks) for rank in range(ranks)]
     assert len({len(batches) for batches in of_ranks}) == 1
     rows = [row for turn in zip(*of_ranks, strict=True) for row in turn]
-    assert all(len(numbers) == batch and numbers.max() < samples for numbers, _ in rows)
+    size = len(rows[0][0])
+    assert size <= batch
+    assert all(len(numbers) == size and numbers.max() < samples for numbers, _ in rows)
+    needed = -(-samples // batch)
+    assert -(-samples // size) == needed
+    assert needed * size - samples < needed  # as few rows that repeat a sample as batches of one size can have
     assert np.concatenate([numbers[valid] for numbers, valid in rows]).tolist() == list(range(samples))
 
 
