@@ -674,3 +674,41 @@ def test_the_package_runs_as_a_module() -> None:
     words = [sys.executable, "-m", "sslvit", "--version"]
     done = subprocess.run(words, capture_output=True, text=True, cwd=Path(sslvit.__file__).parents[1])
     assert (done.returncode, done.stdout) == (0, f"sslvit {sslvit.__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [("encoder.positions", "encoder.pos_embed"), ("encoder.initialisation", "encoder.init"),
+     ("optim.rate", "optim.base_lr"), ("optim.peak_lr", "optim.base_lr"), ("encoder.cnn", "encoder.hybrid_backbone")],
+)  # fmt: skip
+def test_names_that_are_usual_elsewhere_lead_to_ours(key: str, meant: str) -> None:
+    with pytest.raises(ValueError, match=f"{key}: no such setting. Did you mean {meant}"):
+        load_recipe("mae/digits", {key: 1})
+
+
+def test_a_precision_of_a_probe_is_understood_as_that_of_a_run(capsys: pytest.CaptureFixture) -> None:
+    assert main(["probe", "e", "--train", "a", "--val", "b", "--precision", "fp32"]) == 1
+    assert "--precision: 'fp32' is not one of float32, bf16. Did you mean float32?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", "# nothing yet\n", "---\n"])
+def test_a_recipe_that_says_nothing_is_not_a_run_of_defaults(tmp_path: Path, content: str) -> None:
+    (tmp_path / "mine.yaml").write_text(content)
+    with pytest.raises(
+        ValueError, match=r"mine\.yaml: says nothing\. Put settings into it: sslvit settings"
+    ):
+        load_recipe(tmp_path / "mine.yaml")
+
+
+def test_ctrl_c_while_modules_are_loaded_is_one_line(monkeypatch, capsys: pytest.CaptureFixture) -> None:
+    from sslvit.__main__ import main as start
+
+    class Stop:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "sslvit.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "sslvit.cli")
+    monkeypatch.setattr(sys, "meta_path", [Stop(), *sys.meta_path])
+    assert start() == 130
+    assert capsys.readouterr().err == "sslvit: interrupted; nothing was begun\n"

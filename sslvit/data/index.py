@@ -110,7 +110,7 @@ class ShardIndex:
         """
         if self.classes is None:
             raise ValueError(
-                f"{self.location}: these images have no labels, and a probe needs them. Pack a folder with one folder "
+                f"{self.location}: these images have no labels, which are needed here. Pack a folder with one folder "
                 "per class; without labels, see what the encoder finds alike: sslvit show neighbors ENCODER "
                 f"{printable(self.location)}"
             )

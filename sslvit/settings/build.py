@@ -40,18 +40,23 @@ USUAL_NAMES: dict[str, tuple[str, ...]] = {
     "accumulate_grad_batches": ("micro_batch_size",), "gradient_accumulation_steps": ("micro_batch_size",),
     "accum_iter": ("micro_batch_size",), "norm_pix_loss": ("target",), "local_crops_number": ("local_crops",),
     "global_crops_scale": ("global_scale",), "local_crops_scale": ("local_scale",), "crop_scale": ("scale",),
+    "positions": ("pos_embed",), "position_embedding": ("pos_embed",), "pos_emb": ("pos_embed",),
+    "initialization": ("init",), "initialisation": ("init",), "rate": ("base_lr",), "peak_lr": ("base_lr",),
+    "cnn": ("hybrid_backbone",), "locality": ("locality_self_attention",), "lsa": ("locality_self_attention",),
 }  # fmt: skip
 REMARKS = {
     "base_lr": " (the learning rate at a batch size of 256)",
     "micro_batch_size": " (images per forward pass; as many passes as make data.global_batch_size are accumulated)",
 }
 # other libraries' names for values
+PRECISIONS: dict[str, tuple[str, ...]] = {
+    "float32": ("32", "fp32", "f32", "32-true", "single", "full"),
+    "bf16": ("bf16-mixed", "bf16-true", "bfloat16", "16", "fp16", "float16", "16-mixed", "half", "mixed"),
+}
 USUAL_VALUES: dict[str, dict[str, tuple[str, ...]]] = {
-    "train.precision": {
-        "float32": ("32", "fp32", "f32", "32-true", "single", "full"),
-        "bf16": ("bf16-mixed", "bf16-true", "bfloat16", "16", "fp16", "float16", "16-mixed", "half", "mixed"),
-        "float64": ("64", "fp64", "f64", "64-true", "double"),
-    },
+    "train.precision": PRECISIONS | {"float64": ("64", "fp64", "f64", "64-true", "double")},
+    "online.precision": PRECISIONS,
+    "precision": PRECISIONS,
     "train.accelerator": {"gpu": ("cuda", "cuda:0")},
     "train.compile": {"default": ("true", "yes", "on"), "none": ("false", "no", "off", "eager")},
 }
@@ -264,7 +269,7 @@ def convert(hint: Any, value: Any, key: str) -> Any:
     except (TypeError, OverflowError, RecursionError) as error:
         words = words_of(hint)
         wrong = not_one_of(value, words) if words else f"expected {describe_type(hint)}, got {in_message(value)}."
-        for meant, names in USUAL_VALUES.get(key, {}).items():
+        for meant, names in USUAL_VALUES.get(key.removeprefix("--"), {}).items():
             if str(value)[:MAX_KEY].lower() in names:
                 wrong = f"{in_message(value)} is not one of {', '.join(map(str, words))}. Did you mean {meant}?"
         raise ValueError(f"{key}: {wrong}") from error

@@ -295,10 +295,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if path.stat().st_size > MAX_YAML_BYTES:
         raise ValueError(f"{printable(path)}: {path.stat().st_size:,} bytes are too many for settings.")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except YAML_ERRORS as error:
         reason = printable(" ".join(str(error).split()), 160)
         raise ValueError(f"{printable(path)}: not readable as YAML ({reason}).") from error
+    if tree is None:
+        raise ValueError(f"{printable(path)}: says nothing. Put settings into it: sslvit settings lists them.")
     if _count(tree) > MAX_YAML_VALUES:
         raise ValueError(f"{printable(path)}: holds more values than settings ever have.")
     if not isinstance(tree, dict):

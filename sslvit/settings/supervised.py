@@ -56,8 +56,8 @@ class SupervisedSettings(TaskSettings):
         """The same with the number of classes that the data has; ValueError where there are no labels, or others."""
         if classes is None:
             raise ValueError(
-                "data.shards: supervised training needs labels, and these images have none. Pack them from one folder "
-                "per class, or from a list with a column label: sslvit shards pack LIST.csv SHARDS"
+                "--train: supervised training needs labels, and these images have none. Pack them from one folder per "
+                "class, or from a list with a column label: sslvit shards pack LIST.csv SHARDS"
             )
         if self.classes is not None and self.classes != classes:
             raise ValueError(f"task.classes: {self.classes}, but the data has {classes}. Leave it out.")

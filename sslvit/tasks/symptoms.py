@@ -63,7 +63,7 @@ def trivial_loss(loss: float, reference: float, what: str, optim: OptimSettings)
     """
     if loss < TRIVIAL_FRACTION * reference:
         return []
-    seen = f"the loss ({loss:.3f}) is that of {what} ({reference:.3f})"
+    seen = f"the loss ({loss:.3f}) is no better than that of {what} ({reference:.3f})"
     return [
         Symptom("trivial", seen, f"Change {lr_in_words(optim)}: lower it, or raise it if it is far below a recipe's.")
     ]

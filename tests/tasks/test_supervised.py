@@ -399,7 +399,7 @@ def test_what_cannot_be_fine_tuned_is_refused(shards: Path, capsys: pytest.Captu
         assert not (shards / "new").exists()
         return capsys.readouterr().err
 
-    assert "data.shards: supervised training needs labels, and these images have none" in failing("plain", "val")
+    assert "--train: supervised training needs labels, and these images have none" in failing("plain", "val")
     (shards / "flat").mkdir()
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(shards / "flat" / "1.png")
     for sets, option in ((("flat", "val"), "--train"), (("train", "flat"), "--val")):

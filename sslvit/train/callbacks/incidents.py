@@ -60,10 +60,11 @@ class Incidents(StepCallback):
             way_on = "start anew with --overwrite: there is no checkpoint from before"
             if self.folder.goes_on:
                 way_on = f"go on from the last checkpoint: {self.folder.resume_command}"
+            precise = "" if str(trainer.precision).startswith(("32", "64")) else " or train.precision float32"
             raise RuntimeError(
                 f"step {self.step}: {self.in_a_row} steps in a row were not finite (train.skip_limit). Look at the "
                 f"last: sslvit replay {shlex.quote(str(self.folder.incident))}. Then lower optim.base_lr, set "
-                f"optim.clip_grad or train.precision float32, and {way_on}."
+                f"optim.clip_grad{precise}, and {way_on}."
             )
 
     def count(self, trainer: pl.Trainer, module: Task, wait: bool) -> None:
