@@ -12,14 +12,13 @@ from collections import deque
 from collections.abc import Callable, Container, Mapping
 from typing import Any
 
-import yaml
-
 from sslvit.files import brief, expand_path
 from sslvit.settings.build import USUAL_NAMES, build, choice_of, choices_in, convert, is_required, known_keys
 from sslvit.settings.choices import Arg, alternatives, hints_of, words_of
 from sslvit.settings.describe import default_of, field_texts, in_yaml
-from sslvit.settings.load import YAML_ERRORS, set_keys
+from sslvit.settings.load import set_keys
 from sslvit.settings.run import RunSettings
+from sslvit.settings.typed import read_value
 
 Function = Callable[[Any], int | None]
 MAX_OPTION = 100  # characters that are compared with known options
@@ -184,14 +183,6 @@ def take_settings(arguments: list[str], known: Container[str]) -> tuple[list[str
     return words, settings
 
 
-def read_value(text: str) -> Any:
-    """A value as YAML reads it; text where that cannot."""
-    try:
-        return yaml.safe_load(text)
-    except YAML_ERRORS:
-        return text
-
-
 def read_changes(rest: list[str], read: Callable[[str], Any] = read_value) -> dict[str, Any]:
     """--encoder.width 192 --train.steps=5 -> {"encoder.width": 192, "train.steps": 5}; `read` reads a value."""
     changes: dict[str, Any] = {}
@@ -206,5 +197,8 @@ def read_changes(rest: list[str], read: Callable[[str], Any] = read_value) -> di
         if value is None or value.startswith("--"):
             raise ValueError(f"--{brief(key)}: no value given.")
         changes.pop(key, None)  # what is said again counts where it is said last
-        changes[key] = read(value)
+        try:
+            changes[key] = read(value)
+        except ValueError as error:
+            raise ValueError(f"--{key}: {error}") from error
     return changes

@@ -79,14 +79,15 @@ def run_sweep(options: SweepOptions) -> int:
             check_recipe(options.config, given | changes)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-    from sslvit.report.sweep import list_commands, plan_sweep, script_sweep, sweep
+    from sslvit.report.sweep import plan_sweep, sweep
+    from sslvit.report.sweep_script import list_commands, script_sweep
 
     words = (options.config, one_source(options.data), options.out, options.changes, options.init)
     named = {"--config": options.config, "--data": words[1], "--init": options.init, "--plugin": options.plugin}
     shared = [word for option, value in named.items() if value for word in (option, value)]
     if options.list:
         commands = list_commands(plan_sweep(*words), shared)
-        report(options, "\n".join(commands), commands)
+        report(options, "\n".join(commands) or "# all runs have finished", commands)
         return 0
     if options.slurm is not None:
         file = str(script_sweep(options.slurm, plan_sweep(*words), shared))

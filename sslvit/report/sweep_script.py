@@ -7,10 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sslvit.files import write_atomically
-from sslvit.settings.sweep import in_words
+from sslvit.files import printable, write_atomically
+from sslvit.report.sweep_folder import check_folder, claim_folder, state_of
+from sslvit.report.sweep_plan import SweepRun, check_runs
+from sslvit.settings.sweep import format_value
 from sslvit.train.folder import RunFolder
 
+MAX_COMMENT = 1000  # characters of a path
 # signals and resumption are those of tools/slurm/pretrain.sbatch
 SCRIPT = """#!/bin/bash
 # {count} runs of a sweep, each a job of an array; written by `sslvit sweep --slurm`.
@@ -42,6 +45,8 @@ export OMP_NUM_THREADS="${{OMP_NUM_THREADS:-1}}"
 resume=()
 if [ -e "$out/checkpoints/last.ckpt" ]; then
     resume=(--resume)
+elif [ -d "$out/incident" ] && [ ! -e "$out/encoder" ] && ! ls "$out"/checkpoints/*.ckpt >/dev/null 2>&1; then
+    resume=(--overwrite) # it was not finite before its first checkpoint
 fi
 
 # signals go to the job's steps; the shell waits for them, and sslvit asks for the job to be run again itself
@@ -57,6 +62,57 @@ exit $?
 """
 
 
+def list_commands(planned: list[SweepRun], shared: Sequence[str]) -> list[str]:
+    """A shell command for each run that has not finished.
+
+    Args:
+        planned: The runs.
+        shared: Options of `sslvit pretrain` that are the same for all runs.
+
+    Raises:
+        FileNotFoundError: No data there.
+        ValueError: A run cannot start, or the folder is in use.
+    """
+    runs = _claim_elsewhere(planned)
+    return [pretrain_command(shared, run.folder, run.changes) for run in runs]
+
+
+def script_sweep(file: str | Path, planned: list[SweepRun], shared: Sequence[str]) -> Path:
+    """Write a script for sbatch that runs each combination that has not finished as a job of an array.
+
+    Args:
+        file: The script.
+        planned: The runs.
+        shared: Options of `sslvit pretrain` that are the same for all runs.
+
+    Raises:
+        FileNotFoundError: No data there.
+        ValueError: A run cannot start, the folder is in use, all runs have finished, or they take different machines,
+            devices or accelerators, which one array cannot have.
+    """
+    out = planned[0].folder.path.parent
+    trains = [run.settings.train for run in planned]
+    sizes = {(train.nodes or 1, train.devices or 1, train.accelerator != "cpu") for train in trains}
+    if len(sizes) > 1:
+        raise ValueError(
+            "train.devices, train.nodes, train.accelerator: the jobs of one array are alike. Sweep these with --list."
+        )
+    runs = _claim_elsewhere(planned)
+    if not runs:
+        raise ValueError(f"{printable(out)}: all its runs have finished, so there is no job for --slurm. Leave it out.")
+    return write_script(Path(file), shared, out, {run.folder: run.changes for run in runs}, *sizes.pop())
+
+
+def _claim_elsewhere(planned: list[SweepRun]) -> list[SweepRun]:
+    """The runs that have not finished, when all are checked and the folder is this sweep's."""
+    out = planned[0].folder.path.parent
+    check_folder(out, planned)
+    resolved = check_runs(planned, is_elsewhere=True)
+    runs = [run for run in planned if state_of(run) != "finished"]
+    claim_folder(out, planned, resolved)
+    return runs
+
+
 def pretrain_command(shared: Sequence[str], folder: RunFolder, changes: Mapping[str, Any]) -> str:
     """The command that starts a run, or resumes it where there is a checkpoint.
 
@@ -65,13 +121,18 @@ def pretrain_command(shared: Sequence[str], folder: RunFolder, changes: Mapping[
         folder: The run's folder.
         changes: Settings that differ from the recipe's, by dotted key.
     """
-    words = [*shared, *typed(changes), "--out", str(folder.path), *(["--resume"] if folder.goes_on else [])]
+    words = [*shared, *format_options(changes), "--out", str(folder.path), *(["--resume"] if folder.goes_on else [])]
     return shlex.join(["sslvit", "pretrain", *words])
 
 
-def typed(changes: Mapping[str, Any]) -> list[str]:
+def format_options(changes: Mapping[str, Any]) -> list[str]:
     """Settings as words of a command."""
-    return [f"--{key}={in_words(value)}" for key, value in changes.items()]
+    return [f"--{key}={format_value(value)}" for key, value in changes.items()]
+
+
+def quote_in_comment(text: object) -> str:
+    """Text as one word of a shell on one line, so that it does not leave a comment."""
+    return shlex.quote(printable(text, MAX_COMMENT))
 
 
 def write_script(
@@ -91,12 +152,12 @@ def write_script(
     """
     cases = [
         f"{number})\n    out={shlex.quote(str(folder.path))}\n"
-        f"    settings=({shlex.join([*shared, *typed(changes)])})\n    ;;"
+        f"    settings=({shlex.join([*shared, *format_options(changes)])})\n    ;;"
         for number, (folder, changes) in enumerate(runs.items())
     ]
     text = SCRIPT.format(
-        count=len(cases), file=shlex.quote(str(file)), out=shlex.quote(str(out)), last=len(cases) - 1, nodes=nodes,
-        devices=devices, job=shlex.quote(out.name or "sweep"), cases="\n".join(cases),
+        count=len(cases), file=quote_in_comment(file), out=quote_in_comment(out), last=len(cases) - 1, nodes=nodes,
+        devices=devices, job=quote_in_comment(out.name or "sweep"), cases="\n".join(cases),
         gpus=f"#SBATCH --gpus-per-node={devices}\n" if uses_gpu else "",
     )  # fmt: skip
     write_atomically(file, text)

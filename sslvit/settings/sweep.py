@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
-
 from sslvit.files import brief, quoted
 from sslvit.settings.load import YAML_ERRORS
+from sslvit.settings.typed import read_plain, read_value
 
 MAX_NAME = 200  # characters of a folder's name, of which file systems take 255
 SWEPT = "encoder.depth 2,4"
@@ -22,11 +22,48 @@ def read_values(text: str) -> list[Any]:
 
     Commas separate values: 2,4. A value that is a list stands in brackets, [0.9,0.95],[0.9,0.999], and text with a
     comma in quotes. What YAML cannot read so is one value, the text.
+
+    Raises:
+        ValueError: It is text with a comma that YAML cannot read.
     """
     try:
-        return yaml.safe_load(f"[{text}]") or [None]
-    except YAML_ERRORS:
+        return read_plain(f"[{text}]") or [None]
+    except YAML_ERRORS as error:
+        if "," in text:
+            raise ValueError(
+                f"{quoted(text)} is no list of values. Put text with a comma or a sign of YAML in quotes within the "
+                "shell's, as in \"'a,b',c\"."
+            ) from error
         return [text]
+
+
+def plain_grid(grid: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+    """A grid with values as YAML has them: paths as text, numbers of NumPy as Python's, tuples as lists.
+
+    Args:
+        grid: Dotted key -> values.
+
+    Raises:
+        ValueError: A key has no list of values, or one that is no value of a setting.
+    """
+    for key, values in grid.items():
+        if isinstance(values, (str, bytes)) or not isinstance(values, Sequence) or not values:
+            raise ValueError(f"{key}: expected a list of values, not {quoted(values)}.")
+    return {key: [_to_plain(key, value) for value in values] for key, values in grid.items()}
+
+
+def _to_plain(key: str, value: Any) -> Any:
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        return value.item()
+    if isinstance(value, (list, tuple)):
+        return [_to_plain(key, one) for one in value]
+    if isinstance(value, dict):
+        return {name: _to_plain(key, one) for name, one in value.items()}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise ValueError(f"{key}: expected numbers, text, true, false, null or lists, not {brief(value)}.")
 
 
 def combinations(grid: Mapping[str, Sequence[Any]]) -> dict[str, dict[str, Any]]:
@@ -38,19 +75,17 @@ def combinations(grid: Mapping[str, Sequence[Any]]) -> dict[str, dict[str, Any]]
     Raises:
         ValueError: No key has several values, one has none or the same twice, or two runs would have one name.
     """
+    grid = plain_grid(grid)
     for key, values in grid.items():
-        if isinstance(values, (str, bytes)) or not isinstance(values, Sequence) or not values:
-            raise ValueError(f"{key}: expected a list of values, not {quoted(values)}.")
-        if double := next((one for number, one in enumerate(values) if one in values[:number]), None):
-            raise ValueError(f"{key}: {brief(double)} stands there twice.")
+        if doubles := [one for number, one in enumerate(values) if one in values[:number]]:
+            raise ValueError(f"{key}: {brief(doubles[0])} stands there twice.")
     swept = swept_keys(grid)
     if not swept:
         raise ValueError(f"sweep: no setting has several values. Give them with commas, as in --{SWEPT}.")
-    short = short_names(swept)
     runs: dict[str, dict[str, Any]] = {}
-    for values in itertools.product(*grid.values()):
-        changes = dict(zip(grid, values, strict=True))
-        name = ",".join(f"{short[key]}={in_name(changes[key])}" for key in swept)
+    for chosen in itertools.product(*grid.values()):
+        changes = dict(zip(grid, chosen, strict=True))
+        name = name_run({key: changes[key] for key in swept})
         if name in runs:
             raise ValueError(f"sweep: two runs would be called {brief(name)}. Sweep their values one after the other.")
         if len(name) > MAX_NAME:
@@ -59,32 +94,36 @@ def combinations(grid: Mapping[str, Sequence[Any]]) -> dict[str, dict[str, Any]]
     return runs
 
 
+def name_run(values: Mapping[str, Any]) -> str:
+    """The name of a run's folder, which says its values of the swept settings.
+
+    Args:
+        values: Dotted key -> value.
+    """
+    return ",".join(f"{key}={format_for_name(values[long])}" for long, key in shorten_keys(list(values)).items())
+
+
 def swept_keys(grid: Mapping[str, Sequence[Any]]) -> list[str]:
     """The keys that have several values."""
     return [key for key, values in grid.items() if len(values) > 1]
 
 
-def short_names(keys: Sequence[str]) -> dict[str, str]:
+def shorten_keys(keys: Sequence[str]) -> dict[str, str]:
     """Each key without its section, where no other key ends so."""
     last = [key.rpartition(".")[2] for key in keys]
     return {key: name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)}
 
 
-def in_name(value: Any) -> str:
+def format_for_name(value: Any) -> str:
     """A value as a part of a file's name: letters, digits, dots, signs and underscores."""
-    words = [in_words(one) for one in value] if isinstance(value, list) else [in_words(value)]
-    return re.sub(r"[^\w.+-]+", "-", "-".join(words), flags=re.ASCII).strip("-") or "empty"
+    values = value if isinstance(value, list) else [value]
+    words = [f"{one:.0f}" if isinstance(one, float) and one in range(10**6) else format_value(one) for one in values]
+    pieces = re.split(r"[^\w.+-]+", "\0".join(words), flags=re.ASCII)
+    return "-".join(piece for piece in pieces if piece) or "empty"
 
 
-def in_words(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value as it is typed behind its key."""
-    if isinstance(value, str) and _read(value) == value:
+    if isinstance(value, str) and read_value(value) == value:
         return value
-    return str(value) if isinstance(value, float) else json.dumps(value)
-
-
-def _read(text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except YAML_ERRORS:
-        return text
+    return str(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)

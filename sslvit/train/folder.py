@@ -110,8 +110,8 @@ class RunFolder(Result):
         lines = self.read_metrics()
         return {
             "path": str(self.path), "encoder": str(self.encoder) if (self.encoder / "encoder.json").exists() else None,
-            "metrics": lines[-1] if lines else None, "scores": _read_json(self.scores),
-            "health": _read_json(self.health),
+            "metrics": lines[-1] if lines else None, "scores": read_json(self.scores),
+            "health": read_json(self.health),
         }  # fmt: skip
 
     def scores_in_words(self) -> str:
@@ -214,6 +214,12 @@ class RunFolder(Result):
         lines = self.read_metrics()
         # a writer in the background may be killed as late as with the second; later, the first was there and is gone
         return not lines or lines[-1]["step"] < 2 * self._steps_to_first_checkpoint()
+
+    @property
+    def has_diverged_at_start(self) -> bool:
+        """Whether the run ended because its numbers were not finite, before its first checkpoint."""
+        found = {entry.name for entry in self.path.iterdir()} - {LOCK} if self.incident.is_dir() else set()
+        return bool(found) and self.has_only_begun(found - {self.incident.name})
 
     @property
     def is_run(self) -> bool:
@@ -358,7 +364,7 @@ class RunFolder(Result):
         write_atomically(self.metrics, "".join(to_json(line) + "\n" for line in kept))
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> dict[str, Any] | None:
     """What a file of a run holds; None where there is none, or a damaged one."""
     try:
         content = json.loads(path.read_text())

@@ -9,17 +9,17 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sslvit.evaluate.scores import spreadsheet_cell
-from sslvit.files import expand_path, printable, write_atomically
+from sslvit.files import expand_path, explain_os_error, printable, quoted, write_atomically
 from sslvit.locks import is_locked
 from sslvit.messages import for_python
 from sslvit.results import Result, text_table
-from sslvit.train.folder import LOCK, RunFolder
+from sslvit.train.folder import LOCK, RunFolder, read_json, read_lines
 
 logger = logging.getLogger(__name__)
 
@@ -90,10 +90,10 @@ class RunList(Result):
         titles = ("run", "task", "data", "encoder", "steps", "loss", *names, "health", "hours", "state")
         return titles, [
             (
-                run.path, run.task or "–", run.data or "–", f"{_number(run.width)} x {_number(run.depth)}",
-                f"{run.steps:,} of {_number(run.total_steps)}", _number(run.loss, ".4f"),
-                *(_number(run.scores.get(name), ".1f") for name in names), run.health or "–",
-                _number(run.hours, ".2f"), run.state,
+                run.path, run.task or "–", run.data or "–", f"{_format(run.width)} x {_format(run.depth)}",
+                f"{run.steps:,} of {_format(run.total_steps)}", _format(run.loss, ".4f"),
+                *(_format(run.scores.get(name), ".1f") for name in names), run.health or "–",
+                _format(run.hours, ".2f"), run.state,
             )
             for run in self.found
         ]  # fmt: skip
@@ -146,79 +146,161 @@ def runs(folders: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> 
         found = sslvit.runs("runs")
         print(found)
     """
-    summaries: dict[str, RunSummary] = {}
-    damaged: dict[str, str] = {}
     named = [folders] if isinstance(folders, (str, os.PathLike)) else folders
-    for path in _run_folders([Path(expand_path(os.fspath(folder))) for folder in named]):
+    unreadable: dict[str, str] = {}
+    found = list_runs(find_runs([Path(expand_path(os.fspath(folder))) for folder in named], unreadable))
+    return RunList(sorted(found, key=lambda run: _split_numbers(run.path)), found.damaged | unreadable)
+
+
+def list_runs(paths: Iterable[Path]) -> RunList:
+    """The runs in some folders, in their order; what is wrong with one does not keep the others from being listed."""
+    summaries: list[RunSummary] = []
+    damaged: dict[str, str] = {}
+    for path in paths:
         try:
-            summaries[str(path)] = summarize(RunFolder(path))
-        except (ValueError, OSError, TypeError, AttributeError) as error:
+            summaries.append(summarize(RunFolder(path)))
+        except (ValueError, OSError) as error:
             damaged[str(path)] = f"{error}"
-    return RunList([summaries[path] for path in sorted(summaries, key=_by_numbers)], damaged)
+    return RunList(summaries, damaged)
 
 
-def _run_folders(folders: Sequence[Path]) -> Iterator[Path]:
-    """Every run folder below some folders, once; what lies inside a run is not looked at."""
-    seen = set()
+def find_runs(folders: Sequence[Path], unreadable: dict[str, str]) -> Iterator[Path]:
+    """Every run folder below some folders, once, also behind links; what lies inside a run is not looked at.
+
+    Args:
+        folders: Where to look.
+        unreadable: Takes each folder that cannot be read -> why.
+
+    Raises:
+        FileNotFoundError: No such folder.
+    """
+
+    def note(error: OSError) -> None:
+        unreadable[str(error.filename)] = explain_os_error(error) or str(error)
+
+    seen: set[Path] = set()
     for top in folders:
         if not top.is_dir():
             raise FileNotFoundError(f"{printable(top)}: no such folder. Give one with runs below it.")
-        for name, inside, files in os.walk(top):
+        for name, inside, files in os.walk(top, followlinks=True, onerror=note):
             path = Path(name)
-            if "config.yaml" in files and RunFolder(path).is_run:
+            if path.resolve() in seen:  # by another link, which may lead in a circle
                 inside.clear()
-                if path.resolve() not in seen:
-                    seen.add(path.resolve())
-                    yield path
+                continue
+            seen.add(path.resolve())
+            inside.sort()
+            try:
+                is_run = ("config.yaml" in files and RunFolder(path).is_run) or (
+                    LOCK in files and is_locked(path / LOCK)
+                )
+            except OSError as error:
+                note(error)
+                continue
+            if is_run:
+                inside.clear()
+                yield path
+
+
+def has_begun(folder: RunFolder) -> bool:
+    """Whether there are settings of a run, or a process that opens its data before it writes them."""
+    return folder.config.exists() or is_locked(folder.path / LOCK)
 
 
 def summarize(folder: RunFolder) -> RunSummary:
     """What the files of a run tell.
 
     Raises:
-        ValueError: Its config.yaml is damaged.
+        OSError: A file cannot be read.
+        ValueError: Its config.yaml is damaged, or a value in its files is of another kind; the message names it.
     """
-    config, lines = folder.read_config(), folder.read_metrics()
-    last = lines[-1] if lines else {}
-    steps, total = int(last.get("step", 0)), total_steps(config, lines)
-    found = folder.to_dict()
-    scores = {title: line[key] for line in lines for key, title in SCORES.items() if key in line}
-    if found["scores"] and isinstance(found["scores"].get("top1"), (int, float)):
-        scores[SCORES["val/top1"]] = found["scores"]["top1"]
-    is_finished = total is not None and steps >= total and found["encoder"] is not None
-    task, encoder, data = (config[name] if isinstance(config.get(name), dict) else {} for name in
-                           ("task", "encoder", "data"))  # fmt: skip
+    config = folder.read_config() if folder.config.exists() else {}
+    task, encoder, data, train = (config[name] if isinstance(config.get(name), dict) else {} for name in
+                                  ("task", "encoder", "data", "train"))  # fmt: skip
+    last: dict[str, Any] = {}
+    scores: dict[str, float] = {}
+    for _, last in read_lines(folder.metrics) if folder.metrics.exists() else ():
+        for key in SCORES.keys() & last.keys():
+            scores[SCORES[key]] = _metric(last, key, folder.metrics)
+    steps, total = int(_number_in(last, "step", folder.metrics) or 0), _total_steps(train, last, folder)
+    reported, health = read_json(folder.scores) or {}, read_json(folder.health) or {}
+    if (top1 := _number_in(reported, "top1", folder.scores)) is not None:
+        scores[SCORES["val/top1"]] = top1
+    is_finished = total is not None and steps >= total and (folder.encoder / "encoder.json").exists()
+    width, depth = (_number_in(encoder, key, folder.config, "encoder.") for key in ("width", "depth"))
+    seconds = _metric(last, "time/elapsed", folder.metrics) if "time/elapsed" in last else None
     return RunSummary(
         str(folder.path), "running" if is_locked(folder.path / LOCK) else "finished" if is_finished else "stopped",
-        task.get("name"), data.get("shards") or _mixture(data.get("mixture")), encoder.get("width"),
-        encoder.get("depth"), steps, total, last.get("train/loss"), scores,
-        found["health"] and found["health"].get("verdict"),
-        last["time/elapsed"] / 3600 if "time/elapsed" in last else None,
+        _text_in(task, "name", folder.config, "task."),
+        _text_in(data, "shards", folder.config, "data.") or _format_mixture(data.get("mixture")),
+        width if width is None else int(width), depth if depth is None else int(depth), steps, total,
+        _metric(last, "train/loss", folder.metrics) if "train/loss" in last else None, scores,
+        _text_in(health, "verdict", folder.health), None if seconds is None else seconds / 3600,
     )  # fmt: skip
 
 
-def total_steps(config: dict[str, Any], lines: list[dict[str, float]]) -> int | None:
+def _total_steps(train: Mapping[str, Any], last: Mapping[str, Any], folder: RunFolder) -> int | None:
     """Number of optimizer steps of a whole run; None while neither its settings nor its metrics tell."""
-    train = config.get("train") or {}
-    if train.get("steps") is not None:
-        return int(train["steps"])
-    if not (lines and train.get("epochs") and lines[-1].get("epoch")):
+    steps, epochs = (_number_in(train, key, folder.config, "train.") for key in ("steps", "epochs"))
+    if steps is not None:
+        return int(steps)
+    epoch = _number_in(last, "epoch", folder.metrics)
+    if not (epochs and epoch):
         return None
-    steps_per_epoch = round(lines[-1]["step"] / lines[-1]["epoch"])
-    return max(1, round(train["epochs"] * steps_per_epoch))  # as RunPlan.make counts them
+    try:
+        return max(1, round(epochs * round(last["step"] / epoch)))  # as RunPlan.make counts them
+    except OverflowError:
+        return None
 
 
-def _mixture(mixture: dict[str, float] | None) -> str | None:
+def _metric(line: Mapping[str, Any], key: str, file: Path) -> float:
+    """A number of a line of metrics.jsonl; a null there was not finite."""
+    value = _number_in(line, key, file)
+    return math.nan if value is None else value
+
+
+def _number_in(values: Mapping[str, Any], key: str, file: Path, section: str = "") -> float | None:
+    """The finite number under a key; None where there is null, or no such key.
+
+    Args:
+        values: What a file holds, or a section of it.
+        key: The key.
+        file: The file, for the message.
+        section: What stands before the key, for the message.
+
+    Raises:
+        ValueError: Something else stands there.
+    """
+    value = values.get(key)
+    if value is None:
+        return None
+    try:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        is_number = False
+    if not is_number:
+        raise ValueError(f"{printable(file)}: {section}{key}: expected a finite number, not {quoted(value)}.")
+    return float(value)
+
+
+def _text_in(values: Mapping[str, Any], key: str, file: Path, section: str = "") -> str | None:
+    """The text under a key; arguments and errors as those of `_number_in`."""
+    value = values.get(key)
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{printable(file)}: {section}{key}: expected text, not {quoted(value)}.")
+    return value
+
+
+def _format_mixture(mixture: dict[str, float] | None) -> str | None:
     """A mixture in a cell."""
-    return json.dumps(mixture) if mixture else None
+    return json.dumps(mixture, default=str) if mixture else None
 
 
-def _by_numbers(path: str) -> list[tuple[bool, float, str]]:
-    """Sorts depth=2 before depth=12."""
+def _split_numbers(path: str) -> list[tuple[bool, float, str]]:
+    """A sort key by which depth=2 comes before depth=12."""
     pieces = re.split(r"(\d+(?:\.\d+)?)", path)
     return [(number % 2 == 1, float(piece) if number % 2 else 0.0, piece) for number, piece in enumerate(pieces)]
 
 
-def _number(value: float | None, form: str = ",") -> str:
+def _format(value: float | None, form: str = ",") -> str:
     """A number in a cell; a dash for none."""
     return "–" if value is None else "not finite" if not math.isfinite(value) else format(value, form)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,9 +20,14 @@ from shard_fixtures import labeled_shards
 
 import sslvit
 from sslvit import figures
+from sslvit.checkpoint import load_encoder, save_encoder
 from sslvit.cli import main
+from sslvit.models import ViTEncoder
 from sslvit.report import sweep as sweeping
-from sslvit.settings.sweep import combinations, in_words, read_values
+from sslvit.report import sweep_folder, sweep_plan
+from sslvit.report.sweep_plan import check_runs, plan_sweep
+from sslvit.settings.load import load_recipe
+from sslvit.settings.sweep import combinations, format_value, read_values
 from sslvit.tasks import task_class
 from sslvit.train.folder import RunFolder
 
@@ -43,7 +51,7 @@ def swept(shards: Path, out: Path, grid: dict[str, list[Any]], **changes: Any) -
 
 
 def words(shards: Path, out: Path, *more: str, **changes: Any) -> list[str]:
-    given = [f"--{key}={in_words(value)}" for key, value in (SHORT | changes).items()]
+    given = [f"--{key}={format_value(value)}" for key, value in (SHORT | changes).items()]
     return ["sweep", "mae/digits", "--data", str(shards / "train"), "--out", str(out), *given, *more]
 
 
@@ -57,6 +65,8 @@ def words(shards: Path, out: Path, *more: str, **changes: Any) -> list[str]:
         ("[0.9,0.95],[0.9,0.999]", [[0.9, 0.95], [0.9, 0.999]]), ("32,[32,64]", [32, [32, 64]]), ("null,3", [None, 3]),
         ("'a,b',c", ["a,b", "c"]), ("{a: 1, b: 2},{a: 3}", [{"a": 1, "b": 2}, {"a": 3}]), ("", [None]),
         ("true,false", [True, False]), ("s/{00..09}.tar", ["s/{00..09}.tar"]), ("a b,c", ["a b", "c"]),
+        ("2024-01-01,2024-01-02", ["2024-01-01", "2024-01-02"]), ("!!set {a}", ["!!set {a}"]),
+        ("!!binary aGk=", ["!!binary aGk="]),
     ],
 )  # fmt: skip
 def test_values_are_typed_as_a_yaml_list_without_its_brackets(typed: str, values: list[Any]) -> None:
@@ -64,14 +74,17 @@ def test_values_are_typed_as_a_yaml_list_without_its_brackets(typed: str, values
 
 
 @pytest.mark.parametrize(
-    "value", [2, 0.001, None, True, "cpu", "true", "1", "a,b", [0.9, 0.95], {"a": 1}, "a: b", "1e-3"]
+    "value",
+    [2, 0.001, None, True, "cpu", "true", "1", "a,b", [0.9, 0.95], {"a": 1}, "a: b", "1e-3", "2024-01-01", "😀: x"],
 )
 def test_a_value_is_printed_as_it_is_typed(value: Any) -> None:
-    (again,) = read_values(in_words(value) if isinstance(value, (list, dict)) else json.dumps(value))
+    (again,) = read_values(
+        format_value(value) if isinstance(value, (list, dict)) else json.dumps(value, ensure_ascii=False)
+    )
     assert again == value
-    from sslvit.commands.arguments import read_value
+    from sslvit.settings.typed import read_value
 
-    assert read_value(in_words(value)) == value
+    assert read_value(format_value(value)) == value
 
 
 def test_runs_are_named_by_what_differs() -> None:
@@ -84,6 +97,23 @@ def test_runs_are_named_by_what_differs() -> None:
     for name in combinations({"data.shards": ["a/b c", "../$x;`y`\n"], "seed": [0, 1]}):
         assert shlex.quote(name) == name
         assert "/" not in name
+    signed = combinations({"task.a": [-1, 1], "task.b": [[-1, 0.5], [1.0, 1e30]]})
+    assert list(signed) == ["a=-1,b=-1-0.5", "a=-1,b=1-1e+30", "a=1,b=-1-0.5", "a=1,b=1-1e+30"]
+
+
+def test_values_from_python_are_taken_as_yaml_has_them() -> None:
+    found = combinations({"data.shards": [Path("a"), Path("b")], "seed": (np.int64(3), np.float32(0.5)),
+                          "optim.betas": [(0.9, 0.95)]})  # fmt: skip
+    assert list(found) == ["shards=a,seed=3", "shards=a,seed=0.5", "shards=b,seed=3", "shards=b,seed=0.5"]
+    assert json.dumps(found["shards=b,seed=3"]) == '{"data.shards": "b", "seed": 3, "optim.betas": [0.9, 0.95]}'
+
+
+def test_a_run_is_named_by_the_value_of_its_setting_however_that_is_typed(tmp_path: Path) -> None:
+    planned = plan_sweep("mae/digits", None, tmp_path, {"optim.base_lr": ["1e-3", 0.002], "train.epochs": [3, 4.0]})
+    assert [run.name for run in planned] == ["base_lr=0.001,epochs=3", "base_lr=0.001,epochs=4",
+                                             "base_lr=0.002,epochs=3", "base_lr=0.002,epochs=4"]  # fmt: skip
+    with pytest.raises(ValueError, match=r"base_lr=1e-3 and base_lr=0\.001 are the same run"):
+        plan_sweep("mae/digits", None, tmp_path, {"optim.base_lr": ["1e-3", 0.001]})
 
 
 @pytest.mark.parametrize(
@@ -91,6 +121,9 @@ def test_runs_are_named_by_what_differs() -> None:
     [
         ({"encoder.depth": [2]}, "no setting has several values"),
         ({"encoder.depth": [2, 2]}, "encoder.depth: 2 stands there twice"),
+        ({"seed": [0, 0]}, "seed: 0 stands there twice"),
+        ({"seed": 3}, "seed: expected a list of values, not 3"),
+        ({"seed": [0, object()]}, "seed: expected numbers, text"),
         ({"encoder.depth": [], "seed": [0, 1]}, "expected a list of values"),
         ({"encoder.depth": "24", "seed": [0, 1]}, "expected a list of values, not '24'"),
         ({"data.shards": ["a/b", "a-b"]}, "two runs would be called shards=a-b"),
@@ -146,14 +179,37 @@ def test_a_sweep_goes_on_where_it_stopped(shards: Path, tmp_path: Path, monkeypa
     assert seen[before:] == [(2, 2), (2, 3), (3, 0), (3, 1), (3, 2), (3, 3)]  # none of the first, the second's rest
 
 
+def test_a_run_that_another_process_has_is_running_and_the_others_run(shards: Path, tmp_path: Path) -> None:
+    with RunFolder(tmp_path / "sweep" / "depth=1").held(waits=False):  # before it has written its settings
+        made = swept(shards, tmp_path / "sweep", {"encoder.depth": [1, 2]})
+        assert [run.state for run in sslvit.runs(tmp_path / "sweep")] == ["running", "finished"]
+    assert [run.state for run in made.found] == ["running", "finished"]
+    assert made.failed == {}
+
+
+def test_a_run_that_was_never_finite_starts_anew_and_the_others_run(shards: Path, tmp_path: Path) -> None:
+    grid = {"optim.base_lr": [1e30, 1e-3]}
+    more = {"train.steps": 6, "train.checkpoint_every": 6, "train.skip_limit": 2, "optim.clip_grad": None}
+    first, second = tmp_path / "sweep" / "base_lr=1e+30", tmp_path / "sweep" / "base_lr=0.001"
+    for _ in range(2):
+        made = swept(shards, tmp_path / "sweep", grid, **more)
+        assert list(made.failed) == [first.name]
+        assert "steps in a row were not finite" in made.failed[first.name]
+        assert [run.state for run in made.found] == ["stopped", "finished"]
+        shutil.rmtree(second)
+    (first / "notes.txt").write_text("")
+    assert not RunFolder(first).has_diverged_at_start  # somebody else's file would go
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError])
 def test_a_run_that_fails_is_named_and_the_others_run(
-    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, kind: type
 ) -> None:
     real = sweeping.pretrain
 
     def fail(settings: Any, **more: Any) -> RunFolder:
         if settings.encoder.depth == 1:
-            raise RuntimeError("CUDA out of memory")
+            raise kind("CUDA out of memory")
         return real(settings, **more)
 
     monkeypatch.setattr(sweeping, "pretrain", fail)
@@ -182,6 +238,9 @@ def test_a_run_that_fails_is_named_and_the_others_run(
         (["--encoder.depth=1,2", "--train.devices=2"], "--list prints the commands"),
         (["--encoder.depth=1,2", "--data.shards=x"], "--data.shards: given twice"),
         (["--encoder.depth=1"], "no setting has several values"),
+        (["--encoder.depth=2,,4"], "--encoder.depth: '2,,4' is no list of values. Put text"),
+        (["--encoder.depth=1,2", "--optim.base_lr=1e-3,0.001"], "are the same run"),
+        (["--encoder.depth=1,2", "--init=nowhere"], "depth=1: nowhere: "),
         (["--encoder.depth=1,2", "--list", "--slurm=x.sbatch"], "exclude each other"),
     ],
 )
@@ -190,7 +249,7 @@ def test_whatever_cannot_run_is_refused_before_the_first_step(
 ) -> None:
     given = {key: value for key, value in SHORT.items() if not any(word.startswith(f"--{key}=") for word in more)}
     base = ["sweep", "mae/digits", "--data", str(shards / "train"), "--out", str(tmp_path / "sweep")]
-    assert main([*base, *(f"--{key}={in_words(value)}" for key, value in given.items()), *more]) == 1
+    assert main([*base, *(f"--{key}={format_value(value)}" for key, value in given.items()), *more]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "sweep").exists()
 
@@ -202,6 +261,23 @@ def test_a_length_that_each_run_would_choose_itself_is_refused(shards: Path, tmp
         sslvit.sweep("finetune/small_images", shards / "train", tmp_path / "sweep", {"seed": [0, 1]})
 
 
+def test_a_budget_is_a_length_for_all_runs(shards: Path, tmp_path: Path) -> None:
+    changes = SHORT | {"train.steps": None, "train.epochs": None, "train.budget": "10s"}
+    grid = {key: [value] for key, value in changes.items()} | {"encoder.depth": [1, 2]}
+    assert list(check_runs(plan_sweep("mae/digits", str(shards / "train"), tmp_path, grid))) == ["depth=1", "depth=2"]
+
+
+def test_an_encoder_that_a_later_run_cannot_start_from_is_refused_first(shards: Path, tmp_path: Path) -> None:
+    init = save_encoder(ViTEncoder(load_recipe("mae/digits", SHORT).encoder), tmp_path / "encoder", {})
+    opened = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep_plan, "load_encoder", lambda name: opened.append(name) or load_encoder(name))
+        with pytest.raises(ValueError, match=r"width=32: .*another architecture \(there and here width: 16 and 32"):
+            swept(shards, tmp_path / "sweep", {"encoder.width": [16, 32]}, init=init)
+    assert opened == [str(init)]
+    assert not (tmp_path / "sweep").exists()
+
+
 def test_a_folder_with_something_else_and_other_settings_are_refused(shards: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("")
@@ -211,8 +287,51 @@ def test_a_folder_with_something_else_and_other_settings_are_refused(shards: Pat
     swept(shards, tmp_path / "sweep", grid)
     with pytest.raises(ValueError, match=r"depth=1: began with other settings \(optim\.weight_decay 0\.05 -> 0\.1\)"):
         swept(shards, tmp_path / "sweep", grid, **{"optim.weight_decay": 0.1})
+    mark = tmp_path / "sweep" / "sweep.json"
+    content = json.loads(mark.read_text())
+    for settings in content["runs"].values():
+        del settings["train.budget"], settings["train.timeout_seconds"]
+    mark.write_text(json.dumps(content))  # as of a version that did not have them
+    with pytest.raises(ValueError, match=r"began with other settings \(train\.timeout_seconds 900 -> 800\.0\)"):
+        swept(shards, tmp_path / "sweep", grid, **{"train.timeout_seconds": 800})
     made = swept(shards, tmp_path / "sweep", {"encoder.depth": [1, 2, 3]})  # more values are welcome
     assert [run.state for run in made.found] == ["finished"] * 3
+    mark.unlink()
+    with pytest.raises(ValueError, match=r"depth=1: began with other settings \(optim\.weight_decay 0\.05 -> 0\.1\)"):
+        swept(shards, tmp_path / "sweep", {"encoder.depth": [1, 2, 3]}, **{"optim.weight_decay": 0.1})
+    assert not mark.exists()
+    swept(shards, tmp_path / "sweep", {"encoder.depth": [1, 2, 3]})
+    assert mark.exists()
+
+
+@pytest.mark.parametrize("content", ["null", "3", '{"runs": []}', '{"runs": {"x": 3}}', "{"])
+def test_a_damaged_list_of_runs_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "sweep.json").write_text(content)
+    with pytest.raises(ValueError, match=r"sweep\.json: damaged\. Delete it"):
+        sweep_folder.check_folder(tmp_path, [])
+
+
+def test_a_later_run_that_cannot_be_read_is_said_before_the_first_starts(shards: Path, tmp_path: Path) -> None:
+    later = RunFolder(tmp_path / "sweep" / "depth=2")
+    later.path.mkdir(parents=True)
+    later.config.write_text("task: {}\nencoder: {}\ndata: {}\ntrain: {}\n")
+    later.metrics.write_text('{"step": 1, "train/loss": "x"}\n')
+    with pytest.raises(ValueError, match="train/loss: expected a finite number, not 'x'"):
+        swept(shards, tmp_path / "sweep", {"encoder.depth": [1, 2]})
+    assert not (tmp_path / "sweep" / "depth=1").exists()
+
+
+def test_two_sweeps_in_one_folder_keep_each_others_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = sweep_folder.write_atomically
+    monkeypatch.setattr(sweep_folder, "write_atomically", lambda *given: time.sleep(0.2) or real(*given))
+    plans = [plan_sweep("mae/digits", None, tmp_path, {"seed": seeds}) for seeds in ([0, 1], [2, 3])]
+    threads = [threading.Thread(target=sweep_folder.claim_folder, args=(tmp_path, plan, {})) for plan in plans]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.05)
+    for thread in threads:
+        thread.join()
+    assert list(json.loads((tmp_path / "sweep.json").read_text())["runs"]) == ["seed=0", "seed=1", "seed=2", "seed=3"]
 
 
 # ---- what comes of it ----------------------------------------------------------------------------------------
@@ -267,7 +386,7 @@ def test_the_figure_plots_means_and_ranges(tmp_path: Path, monkeypatch: pytest.M
 def test_listed_commands_are_the_runs_of_the_sweep(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main([*words(shards, tmp_path / "sweep"), "--encoder.depth=1,2", "--list"]) == 0
     commands = capsys.readouterr().out.splitlines()
-    assert not (tmp_path / "sweep").exists()
+    assert [entry.name for entry in (tmp_path / "sweep").iterdir()] == ["sweep.json"]
     assert len(commands) == 2
     for command in commands:
         first, *rest = shlex.split(command)
@@ -278,6 +397,14 @@ def test_listed_commands_are_the_runs_of_the_sweep(shards: Path, tmp_path: Path,
     assert capsys.readouterr().out.count(", finished") == 2
     assert main([*words(shards, tmp_path / "sweep"), "--encoder.depth=1,2", "--list", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == []
+    assert main([*words(shards, tmp_path / "sweep"), "--encoder.depth=1,2", "--list"]) == 0
+    assert capsys.readouterr().out == "# all runs have finished\n"
+    script = str(tmp_path / "x.sbatch")
+    assert main([*words(shards, tmp_path / "sweep"), "--encoder.depth=1,2", "--slurm", script]) == 1
+    assert "all its runs have finished" in capsys.readouterr().err
+    assert main([*words(shards, tmp_path / "sweep"), "--encoder.depth=1,2,3", "--slurm", script]) == 0
+    assert "#SBATCH --array=0-0\n" in Path(script).read_text()
+    capsys.readouterr()
     (tmp_path / "harmless.py").write_text("")
     plugin = ["--plugin", str(tmp_path / "harmless.py")]
     assert main([*words(shards, tmp_path / "other"), "--encoder.depth=1,2", "--list", *plugin]) == 0
@@ -311,7 +438,26 @@ def test_a_script_for_slurm_runs_one_combination_for_each_job(
     (tmp_path / asked[2] / "checkpoints").mkdir(parents=True)
     (tmp_path / asked[2] / "checkpoints" / "last.ckpt").write_text("")
     assert said("2")[-1] == "--resume"
+    (tmp_path / asked[2] / "checkpoints" / "last.ckpt").unlink()
+    (tmp_path / asked[2] / "incident").mkdir()
+    assert said("2")[-1] == "--overwrite"
+    (tmp_path / asked[2] / "checkpoints" / "step-00000002.ckpt").write_text("")
+    assert "--overwrite" not in said("2")
     assert subprocess.run(["bash", "job.sbatch"], env=env, capture_output=True, check=False).returncode == 2
     capsys.readouterr()
-    assert main([*words(shards, Path("b")), "--train.devices=1,2", "--slurm", "b.sbatch"]) == 1
-    assert "the jobs of one array are alike" in capsys.readouterr().err
+    for more in ("--train.devices=1,2", "--train.accelerator=cpu,gpu"):
+        assert main([*words(shards, Path("b")), more, "--slurm", "b.sbatch"]) == 1
+        assert "the jobs of one array are alike" in capsys.readouterr().err
+    for way in (["--slurm", "b.sbatch"], ["--list"]):
+        assert main([*words(Path("nowhere"), Path("b")), "--encoder.depth=1,2", *way]) == 1
+        assert "depth=1: nowhere" in capsys.readouterr().err
+    assert not Path("b").exists()
+
+
+def test_a_name_with_a_line_break_stays_in_its_comment(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([*words(shards, Path("a\nfalse")), "--encoder.depth=1,2", "--slurm", "b\nfalse.sbatch"]) == 0
+    head = Path("b\nfalse.sbatch").read_text().partition("\nset -u\n")[0]
+    assert [line for line in head.splitlines() if not line.startswith("#")] == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -108,3 +109,75 @@ def test_folders_without_runs_and_missing_ones_are_said(tmp_path: Path, capsys: 
     assert "no runs" in capsys.readouterr().out
     assert main(["runs", str(tmp_path / "nowhere")]) == 1
     assert "nowhere: no such folder" in capsys.readouterr().err
+
+
+def made_up(path: Path, metrics: dict | str, **sections: dict) -> Path:
+    """The files of a run, as far as a list looks at them."""
+    path.mkdir(parents=True)
+    config = {"task": {"name": "mae"}, "encoder": {"width": 16, "depth": 1}, "data": {}, "train": {"epochs": 2.0}}
+    (path / "config.yaml").write_text(yaml.dump(config | sections))
+    (path / "metrics.jsonl").write_text(metrics if isinstance(metrics, str) else json.dumps(metrics) + "\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("metrics", "sections", "message"),
+    [
+        ({"train/loss": "nan"}, {}, "metrics.jsonl: train/loss: expected a finite number, not 'nan'"),
+        ({"probe/linear": "x"}, {}, "metrics.jsonl: probe/linear: expected a finite number, not 'x'"),
+        ({"train/loss": 10**400}, {}, "metrics.jsonl: train/loss: expected a finite number, not 10000"),
+        ({"step": 10**400}, {}, "metrics.jsonl: step: expected a finite number"),
+        ({"time/elapsed": [1]}, {}, "metrics.jsonl: time/elapsed: expected a finite number, not [1]"),
+        ({}, {"encoder": {"width": "16"}}, "config.yaml: encoder.width: expected a finite number, not '16'"),
+        ({}, {"encoder": {"width": [16]}}, "config.yaml: encoder.width: expected a finite number, not [16]"),
+        ({"epoch": 1.0}, {"train": {"epochs": float("inf")}}, "config.yaml: train.epochs: expected a finite number"),
+        ({}, {"train": {"steps": float("inf")}}, "config.yaml: train.steps: expected a finite number, not inf"),
+        ({}, {"data": {"shards": [3]}}, "config.yaml: data.shards: expected text, not [3]"),
+    ],
+)
+def test_a_damaged_value_is_named_and_the_other_runs_are_listed(
+    tmp_path: Path, metrics: dict, sections: dict, message: str
+) -> None:
+    damaged = made_up(tmp_path / "damaged", {"step": 4} | metrics, **sections)
+    made_up(tmp_path / "whole", {"step": 4, "epoch": 1.0, "train/loss": None})
+    found = sslvit.runs(tmp_path)
+    assert [(run.path, run.total_steps) for run in found] == [(str(tmp_path / "whole"), 8)]
+    assert found.damaged[str(damaged)].startswith(f"{damaged}/{message}")
+    assert "not finite" in str(found)
+
+
+def test_a_run_whose_epoch_is_not_known_is_listed(tmp_path: Path) -> None:
+    for number, epoch in enumerate((None, 0, 1e-320)):
+        made_up(tmp_path / str(number), {"step": 4, "epoch": epoch})
+    assert [run.total_steps for run in sslvit.runs(tmp_path)] == [None] * 3
+
+
+def test_links_are_followed_and_what_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made_up(tmp_path / "elsewhere" / "a", {"step": 4})
+    made_up(tmp_path / "runs" / "b", {"step": 4})
+    (tmp_path / "runs" / "linked").symlink_to(tmp_path / "elsewhere" / "a")
+    (tmp_path / "runs" / "circle").symlink_to(tmp_path / "runs")
+    (tmp_path / "runs" / "again").symlink_to(tmp_path / "runs" / "b")
+    (tmp_path / "runs" / "closed").mkdir()
+    real = os.scandir
+
+    def scandir(path: str) -> object:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    found = sslvit.runs(tmp_path / "runs")
+    assert [Path(run.path).name for run in found] == ["again", "linked"]
+    closed = tmp_path / "runs" / "closed"
+    assert found.damaged == {str(closed): f"{closed}: permission denied. Check its permissions."}
+
+
+def test_metrics_are_read_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lines = [{"step": 1, "probe/linear": 10.0}, {"step": 2, "probe/linear": 20.0, "probe/knn": 5.0}, {"step": 3}]
+    made_up(tmp_path / "run", "".join(json.dumps(line) + "\n" for line in lines) + "damaged\n")
+    (run,) = sslvit.runs(tmp_path)
+    assert (run.steps, run.scores) == (3, {"linear": 20.0, "kNN": 5.0})
+    assert [record.message for record in caplog.records if "damaged" in record.message] == [
+        f"{tmp_path / 'run' / 'metrics.jsonl'}: line 4 damaged and passed over"
+    ]

@@ -28,6 +28,7 @@ GUARDED = "tests/optim/test_guard.py"
 PLANNED, MICRO_BATCHES = "tests/train/test_forecast.py", "tests/train/test_micro_batch.py"
 OWN_IMAGES, LENGTH = "tests/train/test_own_images.py", "sslvit/train/length.py"
 RESUMED = "tests/train/test_resume.py"
+SWEEP, SWEEPS = "sslvit/report/sweep", "tests/report/test_sweep.py"
 KEYS = "tests/train/test_resume_keys.py::test_a_key_changed_at_a_resume_is_refused_or_does_what_it_says"
 OTHER_DATA = f"{RESUMED}::test_a_resume_on_other_images_or_with_another_seed_is_refused"
 POSITION = f"{RESUMED}::test_a_position_holds_only_for_its_order"
@@ -386,4 +387,35 @@ FAULTS = [
           (BUDGET, "tests/train/test_steps.py")),
     Fault("A resume may take another budget", PREPARE,
           'if budget != before.get("train.budget"):', "if False:", (BUDGET,)),
+    # ---- several runs
+    Fault("A sweep takes runs of other settings as its own", f"{SWEEP}_folder.py",
+          "if run.name not in before and run.folder.config.exists():", "if False:",
+          (f"{SWEEPS}::test_a_folder_with_something_else_and_other_settings_are_refused",)),
+    Fault("A setting that a version did not have counts as changed", f"{SWEEP}_folder.py",
+          "by_dotted_key(_default_values(run.settings)) | before", "before",
+          (f"{SWEEPS}::test_a_folder_with_something_else_and_other_settings_are_refused",)),
+    Fault("Two sweeps in one folder lose each other's runs", f"{SWEEP}_folder.py",
+          "runs = before | {run.name:", "runs = {run.name:",
+          (f"{SWEEPS}::test_two_sweeps_in_one_folder_keep_each_others_runs",)),
+    Fault("A sweep opens an encoder to start from anew for each run", f"{SWEEP}_plan.py",
+          "if init not in starts:", "if True:",
+          (f"{SWEEPS}::test_an_encoder_that_a_later_run_cannot_start_from_is_refused_first",)),
+    Fault("A spelling of a value makes another run", f"{SWEEP}_plan.py",
+          "typed.setdefault(repr(built), words)", "words",
+          (f"{SWEEPS}::test_a_run_is_named_by_the_value_of_its_setting_however_that_is_typed",)),
+    Fault("A run that was never finite stops a sweep for good", f"{SWEEP}.py",
+          "is_anew = run.folder.has_diverged_at_start", "is_anew = False",
+          (f"{SWEEPS}::test_a_run_that_was_never_finite_starts_anew_and_the_others_run",)),
+    Fault("A job of SLURM's array deletes a run that has a checkpoint", f"{SWEEP}_script.py",
+          '&& ! ls "$out"/checkpoints/*.ckpt >/dev/null 2>&1; then', "; then",
+          (f"{SWEEPS}::test_a_script_for_slurm_runs_one_combination_for_each_job",)),
+    Fault("A sign is lost in a run's name", "sslvit/settings/sweep.py",
+          '"-".join(piece for piece in pieces if piece)', '"-".join(piece.strip("-") for piece in pieces if piece)',
+          (f"{SWEEPS}::test_runs_are_named_by_what_differs",)),
+    Fault("A list of runs ends at a link", "sslvit/train/runs.py", "followlinks=True", "followlinks=False",
+          ("tests/train/test_runs.py::test_links_are_followed_and_what_cannot_be_read_is_named",)),
+    Fault("A list keeps the first score of a run, not the last", "sslvit/train/runs.py",
+          "            scores[SCORES[key]] = _metric(last, key, folder.metrics)\n",
+          "            scores.setdefault(SCORES[key], _metric(last, key, folder.metrics))\n",
+          ("tests/train/test_runs.py::test_metrics_are_read_once",)),
 ]  # fmt: skip

@@ -1,0 +1,110 @@
+"""The folder of a sweep: which runs are there, and sweep.json, which says with what settings each was asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from sslvit.files import brief, printable, write_atomically
+from sslvit.locks import lock_file
+from sslvit.report.sweep_plan import SweepRun
+from sslvit.settings import RunSettings
+from sslvit.settings.describe import default_of
+from sslvit.settings.load import by_dotted_key
+from sslvit.train.runs import has_begun, summarize
+
+MARK, FIGURE, LOCK = "sweep.json", "sweep.png", ".sweep.lock"
+
+
+def state_of(run: SweepRun) -> str:
+    """Finished, running or stopped; a run that has not begun is stopped at step 0."""
+    return summarize(run.folder).state if has_begun(run.folder) else "stopped"
+
+
+def claim_folder(out: Path, planned: list[SweepRun], resolved: Mapping[str, RunSettings]) -> None:
+    """Write the settings of the runs into sweep.json, beside those of earlier ones.
+
+    Args:
+        out: Folder of the sweep.
+        planned: Its runs.
+        resolved: Name of each run -> its settings with every null resolved.
+
+    Raises:
+        ValueError: The folder holds something else, or runs with other settings; the message names them.
+    """
+    with lock_file(out / LOCK):
+        check_folder(out, planned)
+        before = _read_mark(out)
+        for run in planned:
+            if run.name not in before and run.folder.config.exists():
+                _check_config(run, resolved[run.name])
+        runs = before | {run.name: record_settings(run.settings) for run in planned}
+        write_atomically(out / MARK, json.dumps({"runs": runs}, indent=1) + "\n")
+
+
+def check_folder(out: Path, planned: list[SweepRun]) -> None:
+    """Refuse a folder that holds something else, and runs there that were asked for with other settings.
+
+    Raises:
+        ValueError: It does; the message names the entry, or the settings.
+    """
+    if not out.exists():
+        return
+    before = _read_mark(out)
+    names = {run.name for run in planned} | {MARK, FIGURE, LOCK}
+    others = [] if (out / MARK).exists() else [entry.name for entry in out.iterdir() if entry.name not in names]
+    if others:
+        raise ValueError(f"{printable(out)}: in use, and not by this sweep ({brief(others[0])}). Choose another --out.")
+    for run in planned:
+        if run.name in before and has_begun(run.folder):
+            _refuse_changes(run, before[run.name])
+
+
+def _check_config(run: SweepRun, resolved: RunSettings) -> None:
+    """Refuse a run that sweep.json does not name and whose config.yaml holds other settings than it would have here."""
+    asked, here = record_settings(run.settings), record_settings(resolved)
+    there = by_dotted_key(run.folder.read_config())
+    before = {
+        key: asked[key] if key in asked and (asked[key] is None or value == here[key]) else value
+        for key, value in there.items()
+        if key != "out"
+    }
+    _refuse_changes(run, before)
+
+
+def _refuse_changes(run: SweepRun, before: dict[str, Any]) -> None:
+    """Refuse a run that began with other settings; one that its version of sslvit did not have was at its default."""
+    now, before = record_settings(run.settings), by_dotted_key(_default_values(run.settings)) | before
+    changed = [f"{key} {brief(before.get(key))} -> {brief(now.get(key))}"
+               for key in before | now if key != "out" and before.get(key) != now.get(key)]  # fmt: skip
+    if changed:
+        raise ValueError(
+            f"{printable(run.folder.path)}: began with other settings ({'; '.join(changed[:4])}). Restore them, or "
+            "choose another --out."
+        )
+
+
+def record_settings(settings: RunSettings) -> dict[str, Any]:
+    """Settings by dotted key, as JSON has them."""
+    found: dict[str, Any] = json.loads(json.dumps(by_dotted_key(asdict(settings))))
+    return {key: value for key, value in found.items() if key != "out"}  # the folder may move
+
+
+def _default_values(settings: Any) -> dict[str, Any]:
+    """Nested settings as their classes have them."""
+    values = {field: getattr(settings, field.name) for field in fields(settings)}
+    return {field.name: _default_values(value) if is_dataclass(value) else default_of(field)
+            for field, value in values.items()}  # fmt: skip
+
+
+def _read_mark(out: Path) -> dict[str, dict[str, Any]]:
+    try:
+        content = json.loads((out / MARK).read_text())["runs"] if (out / MARK).exists() else {}
+        if not (isinstance(content, dict) and all(isinstance(one, dict) for one in content.values())):
+            raise TypeError("expected settings by the name of a run")
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        raise ValueError(f"{printable(out / MARK)}: damaged. Delete it; the runs beside it stay.") from error
+    return content

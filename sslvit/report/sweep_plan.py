@@ -1,0 +1,156 @@
+"""The runs of a sweep: their settings and names, and what is refused before the first of them starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sslvit.api import read_settings
+from sslvit.checkpoint import load_encoder
+from sslvit.compatibility import check_same
+from sslvit.data.open import open_data
+from sslvit.evaluate.probe import open_labeled
+from sslvit.files import brief, expand_path
+from sslvit.run_plan import RunPlan
+from sslvit.settings import EncoderSettings, ProbeSettings, RunSettings, SupervisedSettings
+from sslvit.settings.load import by_dotted_key
+from sslvit.settings.sweep import combinations, name_run, swept_keys
+from sslvit.tasks.start import adaptable
+from sslvit.train.folder import RunFolder
+from sslvit.train.prepare import check_data, check_machine, keep_resolved, resolve_defaults, resolve_processes
+
+
+@dataclass
+class SweepRun:
+    """One run of a sweep.
+
+    Args:
+        folder: Its run folder.
+        changes: Settings that differ from the recipe's, by dotted key.
+        settings: All of its settings.
+    """
+
+    folder: RunFolder
+    changes: dict[str, Any]
+    settings: RunSettings
+
+    @property
+    def name(self) -> str:
+        """Name of its folder, which says the swept values."""
+        return self.folder.path.name
+
+
+def plan_sweep(
+    config: str | Path, data: str | None, out: str | Path, grid: Mapping[str, Sequence[Any]],
+    init: str | os.PathLike[str] | None = None,
+) -> list[SweepRun]:  # fmt: skip
+    """The runs of a sweep, each with settings that are valid by themselves.
+
+    Raises:
+        ValueError: A combination is not, or two are the same run; the message names them.
+    """
+    given = {"data.shards": data and expand_path(data), "init": init and expand_path(os.fspath(init))}
+    given = {key: value for key, value in given.items() if value is not None}
+    for key in ("out", "init", "data.shards", "data.mixture"):
+        if key in grid and (key == "out" or key in given or (data and key == "data.mixture")):
+            raise ValueError(f"--{key}: {'--out names the folder of all runs' if key == 'out' else 'given twice'}.")
+    planned: dict[str, SweepRun] = {}
+    typed: dict[str, str] = {}  # settings of a run -> its name by the values as they were typed
+    for words, changes in combinations(grid).items():
+        try:
+            settings = read_settings(config, given | changes)
+        except ValueError as error:
+            raise ValueError(f"{words}: {error}") from error
+        built = by_dotted_key(asdict(settings))
+        if (same := typed.setdefault(repr(built), words)) != words:
+            raise ValueError(f"sweep: {brief(same)} and {brief(words)} are the same run. Leave one out.")
+        values = {key: changes[key] for key in swept_keys(grid)}
+        numbers = {key: built[key] for key in values if isinstance(built.get(key), (int, float, list))}
+        name = name_run(values | numbers)  # 0.001, also where 1e-3 was typed
+        if name in planned:
+            raise ValueError(f"sweep: two runs would be called {brief(name)}. Sweep their values one after the other.")
+        folder = RunFolder(Path(expand_path(out)) / name)
+        planned[name] = SweepRun(folder, changes, replace(settings, out=str(folder.path)))
+    _check_length(list(planned.values()))
+    return list(planned.values())
+
+
+def _check_length(planned: list[SweepRun]) -> None:
+    """Refuse recipes that a sweep cannot compare: with labels, or with a length that each run would choose itself."""
+    for run in planned:
+        train = run.settings.train
+        if isinstance(run.settings.task, SupervisedSettings):
+            raise ValueError("--config: a sweep pretrains, and this recipe trains with labels. See sslvit finetune.")
+        if train.epochs is None and train.steps is None and train.budget is None:
+            raise ValueError(
+                "train.epochs: null, so each run would choose a length of its own. Give one to all: --train.epochs 100"
+            )
+
+
+def check_runs(planned: list[SweepRun], is_elsewhere: bool = False) -> dict[str, RunSettings]:
+    """Refuse what a run would refuse before its first step.
+
+    Args:
+        planned: The runs.
+        is_elsewhere: Whether they start as commands or jobs of their own, perhaps with several processes or a GPU.
+
+    Returns:
+        Name of each run -> its settings with every null resolved, but for the length of a budget.
+
+    Raises:
+        FileNotFoundError: No data there, or no encoder to start from; the message names the run.
+        ValueError: It cannot run; the message names it.
+    """
+    starts: dict[str, EncoderSettings] = {}
+    resolved = {}
+    for run in planned:
+        try:
+            resolved[run.name] = _check(run, is_elsewhere)
+            _check_start(run, starts)
+        except (ValueError, FileNotFoundError) as error:
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+            raise kind(f"{run.name}: {error}") from error
+    return resolved
+
+
+def _check(run: SweepRun, is_elsewhere: bool) -> RunSettings:
+    settings = keep_resolved(run.settings, run.folder) if run.folder.config.exists() else run.settings
+    train = settings.train
+    if is_elsewhere:
+        train = replace(train, devices=train.devices or 1, nodes=train.nodes or 1, accelerator="auto")
+    else:
+        train = resolve_processes(train)
+        if train.ranks > 1:
+            raise ValueError(
+                "train.devices: a sweep trains on one device. --list prints the commands of the runs, which start "
+                "their own processes, and --slurm FILE writes a script of them."
+            )
+    settings = replace(settings, train=train)
+    check_machine(settings)
+    index, plan = open_data(settings.data, settings.seed, train.batch_multiple, settings.task.usual.batch)
+    check_data(settings, index, plan)
+    if train.epochs is None and train.steps is None:
+        train = replace(train, epochs=1.0)  # a budget's length is known when its steps have been timed
+    length = RunPlan.make(train, plan.steps_per_epoch, plan.global_batch_size, settings.seed)
+    online = settings.online
+    if online.train is not None and online.val is not None:
+        open_labeled(ProbeSettings(online.train, online.val, neighbors=[], allow_same_data=True))
+    return resolve_defaults(settings, None, index, length)
+
+
+def _check_start(run: SweepRun, starts: dict[str, EncoderSettings]) -> None:
+    """Refuse an encoder that a run at step 0 could not start from.
+
+    Args:
+        run: The run.
+        starts: Name of each encoder that was opened -> its settings.
+    """
+    init = run.settings.init
+    if not init or run.folder.goes_on:
+        return
+    if init not in starts:
+        starts[init] = load_encoder(init).settings
+    check_same(starts[init], run.settings.encoder, init, adaptable(starts[init]))
