@@ -694,9 +694,7 @@ def test_a_precision_of_a_probe_is_understood_as_that_of_a_run(capsys: pytest.Ca
 @pytest.mark.parametrize("content", ["", "# nothing yet\n", "---\n"])
 def test_a_recipe_that_says_nothing_is_not_a_run_of_defaults(tmp_path: Path, content: str) -> None:
     (tmp_path / "mine.yaml").write_text(content)
-    with pytest.raises(
-        ValueError, match=r"mine\.yaml: says nothing\. Put settings into it: sslvit settings"
-    ):
+    with pytest.raises(ValueError, match=r"mine\.yaml: says nothing\. Put settings into it: sslvit settings"):
         load_recipe(tmp_path / "mine.yaml")
 
 
