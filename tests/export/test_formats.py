@@ -381,7 +381,9 @@ def test_every_option_becomes_a_program(tmp_path: Path, kind: str, outputs: str,
 
 @torch.no_grad()
 @pytest.mark.parametrize("outputs", ["tokens", "logits"])
-@pytest.mark.parametrize("kind", list(EXPORTERS))
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind == "torch" else kind for kind in EXPORTERS]
+)
 def test_a_change_of_any_tensor_behind_a_faint_layer_scale_is_seen(tmp_path: Path, kind: str, outputs: str) -> None:
     """Outputs change by less than their tolerance when a block does whose branches are multiplied by 1e-5."""
     torch.manual_seed(0)
