@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,10 +96,11 @@ def measure_shard(
     upright: bool = True,
     max_pixels: int = MAX_PIXELS,
     is_checked: bool = False,
+    done: Callable[[], None] = lambda: None,
 ) -> tuple[Measured, dict[int, str]]:
     """Sizes and modes of all images of a shard, moments of its part of STATISTICS_SAMPLES; what is not readable.
 
-    The shard is one of so many; images that `is_checked` are known to be whole.
+    The shard is one of so many; images that `is_checked` are known to be whole. `done` is called after each of them.
     """
     measured, unreadable = Measured(), {}
     count = min(len(records), max(50, STATISTICS_SAMPLES // shards))
@@ -115,4 +117,5 @@ def measure_shard(
                 measured.count(header)
             except BadImage as error:
                 unreadable[row] = str(error)
+            done()
     return measured, unreadable

@@ -93,13 +93,19 @@ class PackJob:
         skipped: dict[str, str] = {}
         with new_file(self.folder / shard_name(number)) as part:
             with TarWriter(part) as tar:
-                for i in numbers:
-                    tick(1)
+                for position, i in enumerate(numbers):
+                    tick(
+                        position % 2
+                    )  # half of its images are done when all are copied, and all when they are measured
                     self._add(tar, i, rows, skipped)
             records = np.array(rows, RECORD)
             shard = Shard(shard_name(number), len(records), part.stat().st_size, tar.digest.hexdigest())
             upright = self.settings.orientation == "upright"
-            measured, _ = measure_shard(part, records, self.shards, upright, self.settings.max_pixels, is_checked=True)
+            left = iter(np.diff(np.linspace(len(numbers) // 2, len(numbers), len(records) + 1).astype(int)))
+            measured, _ = measure_shard(
+                part, records, self.shards, upright, self.settings.max_pixels, is_checked=True,
+                done=lambda: tick(int(next(left))),
+            )  # fmt: skip
         report = ShardReport(shard, records, measured, skipped)
         save_report(self.folder, number, report)
         return report

@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 from shard_fixtures import contents, image_folder, numbered_shards, numbers_of
 
+from sslvit.data import pack_job
 from sslvit.data.array_images import array_samples
 from sslvit.data.index import load_index
 from sslvit.data.inspect import describe_shards
@@ -441,3 +442,19 @@ def test_workers_end_when_their_packing_is_killed(tmp_path: Path) -> None:
     while any(Path(f"/proc/{worker}").exists() for worker in workers):
         assert time.monotonic() < deadline, "workers stayed"
         time.sleep(0.05)
+
+
+def test_a_shard_is_half_done_when_it_is_copied_and_done_when_it_is_measured(tmp_path: Path, monkeypatch) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 8, 8)).astype(np.uint8)
+    job = PackJob(SampleTable.of(array_samples(pixels)), tmp_path, PackSettings())
+    job.cut()
+    done: list[int] = []
+    at_half: list[int] = []
+    measure = pack_job.measure_shard
+    monkeypatch.setattr(pack_job, "measure_shard", lambda *a, **k: (at_half.append(sum(done)), measure(*a, **k))[1])
+    job(0, done.append)
+    assert at_half == [4]
+    assert sum(done) == 9
+    done.clear()
+    job(0, done.append)  # there already
+    assert done == [9]
