@@ -710,3 +710,10 @@ def test_ctrl_c_while_modules_are_loaded_is_one_line(monkeypatch, capsys: pytest
     monkeypatch.setattr(sys, "meta_path", [Stop(), *sys.meta_path])
     assert start() == 130
     assert capsys.readouterr().err == "sslvit: interrupted; nothing was begun\n"
+
+
+def test_a_bench_is_no_recipe_and_says_its_command() -> None:
+    with pytest.raises(
+        ValueError, match="bench/cifar10: a bench, and no recipe. Run it: sslvit bench cifar10"
+    ):
+        load_recipe("bench/cifar10")

@@ -119,6 +119,9 @@ SUPPLIES = {
     "shards/photos": "sslvit shards pack photos/ shards/photos --holdout 0.1",
     "cifar10/train": "tar xzf cifar10.tar.gz",
     "shards/cifar10": "sslvit shards pack cifar10/train shards/cifar10 --holdout 0.1",
+    "shards/vehicles": "sslvit shards pack cifar10/train shards/vehicles",
+    "shards/animals": "sslvit shards pack cifar10/train animals --holdout 0.2 && mkdir -p shards && "
+    "mv animals/train shards/animals && mv animals/val shards/animals-val",
     "shards/imagenet": "sslvit shards pack photos/ shards/imagenet --holdout 0.1",
     "shards/train": "sslvit shards pack photos/ shards/train --encode png",
     "shards/theirs": "sslvit shards pack photos/ shards/theirs && rm shards/theirs/index.*",

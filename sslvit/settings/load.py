@@ -246,7 +246,7 @@ def find_recipe(name: str | Path, group: str = "", option: str = "--config ") ->
 
     Raises:
         FileNotFoundError: Neither a file nor a recipe; the message names the nearest, or says how to list them.
-        ValueError: It is a folder.
+        ValueError: It is a folder, or a bench.
     """
     path, known = Path(expand_path(name)), recipe_names(group)
     if _is_file(path):
@@ -254,6 +254,8 @@ def find_recipe(name: str | Path, group: str = "", option: str = "--config ") ->
     stem = str(name).removesuffix(".yaml")
     if packaged := {stem, f"{group}/{stem}"} & set(known):
         return recipes_folder() / f"{packaged.pop()}.yaml"
+    if not group and stem in recipe_names("bench"):
+        raise ValueError(f"{option}{printable(name)}: a bench, and no recipe. Run it: sslvit bench {Path(stem).name}")
     near = difflib.get_close_matches(f"{group}/{stem}"[:MAX_KEY] if group else stem[:MAX_KEY], known, n=3, cutoff=0.4)
     hint = f"Did you mean {', '.join(near)}? All that come with sslvit: sslvit recipes"
     if path.suffix in (".yaml", ".yml") or not near:
