@@ -94,9 +94,7 @@ class PackJob:
         with new_file(self.folder / shard_name(number)) as part:
             with TarWriter(part) as tar:
                 for position, i in enumerate(numbers):
-                    tick(
-                        position % 2
-                    )  # half of its images are done when all are copied, and all when they are measured
+                    tick(position % 2)  # half of the images are done when all are copied, all when they are measured
                     self._add(tar, i, rows, skipped)
             records = np.array(rows, RECORD)
             shard = Shard(shard_name(number), len(records), part.stat().st_size, tar.digest.hexdigest())

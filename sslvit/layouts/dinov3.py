@@ -180,9 +180,8 @@ def has_key_bias(encoder: dict[str, Tensor]) -> bool:
 def _join_block(found: dict[str, Tensor], block: str, with_key_bias: bool) -> None:
     """Join the parts of a block's maps where they have names of their own."""
     for kind in ("weight", "bias"):
-        _join(
-            found, block, [f"{name}.{kind}" for name in QKV], f"attn.qkv.{kind}", not with_key_bias and kind == "bias"
-        )
+        can_lack_keys = kind == "bias" and not with_key_bias
+        _join(found, block, [f"{name}.{kind}" for name in QKV], f"attn.qkv.{kind}", can_lack_keys)
         for names in (RELEASED_GATED, TIMM_GATED, TRANSFORMERS_GATED):
             _join(found, block, [f"{name}.{kind}" for name in names], f"mlp.fc1.{kind}")
     _join(found, block, list(TIMM_BIAS), "attn.qkv.bias", True)
