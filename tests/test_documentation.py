@@ -24,7 +24,7 @@ from wheel_fixtures import run
 pytest_plugins = ["wheel_fixtures"]
 
 STEPS = "2"
-THUMBNAILS = 8  # of each photograph
+THUMBNAILS = 12  # of each photograph
 # what cannot be typed here: (page, how it begins, why)
 EXCEPTIONS = [
     ("README.md", "git clone", "the address is the reader's; a clone is where these tests come from"),
