@@ -259,8 +259,8 @@ def product_rate(precision: str) -> dict[str, float]:
 
 # ---- Lightning's share -----------------------------------------------------------------------------------------------
 
-# logged every half of them; the first line is warm-up
-OVERHEAD_STEPS = 20
+# a line for each half of them, every 20 steps as in a run; the first one is warm-up
+OVERHEAD_STEPS = 40
 OVERHEAD = {
     "encoder.preset": "vit_tiny", "data.view.local_crops": 6, "data.global_batch_size": 8, "data.workers": 0,
     "train.steps": OVERHEAD_STEPS, "train.accelerator": "cpu", "train.log_every": OVERHEAD_STEPS // 2,
