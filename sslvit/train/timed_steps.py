@@ -21,6 +21,7 @@ from sslvit.data.open import open_data
 from sslvit.run_plan import RunPlan
 from sslvit.settings import RunSettings
 from sslvit.settings.train import TrainSettings, read_duration
+from sslvit.stopping import Preempted
 from sslvit.tasks import make_task
 from sslvit.train.callbacks.base import StepCallback
 from sslvit.train.compilation import compile_mode, compile_task
@@ -137,7 +138,7 @@ def time_steps(settings: RunSettings, run: RunPlan, steps: int, log_every: int =
     with tempfile.TemporaryDirectory(prefix="sslvit-steps-") as folder:
         train = replace(
             settings.train, devices=1, nodes=1, strategy="ddp", steps=total, budget=None,
-            log_every=log_every, keep_every=None, tensorboard=False, wandb=None, mlflow=None,
+            log_every=log_every, keep_every=None, skip_limit=total, tensorboard=False, wandb=None, mlflow=None,
         )  # fmt: skip
         own = replace(
             settings, train=train, out=folder, online=replace(settings.online, train=None, val=None),
@@ -159,7 +160,14 @@ def time_steps(settings: RunSettings, run: RunPlan, steps: int, log_every: int =
         logger.info(f"timing {steps} steps of {batch} images")
         with _silent(), tf32_beside_bf16(train), warnings.catch_warnings():
             silence_needless_warnings()
-            trainer.fit(task, datamodule=module)
+            try:
+                trainer.fit(task, datamodule=module)
+            except (Preempted, SystemExit) as error:  # whose message names a folder that will be gone
+                again = "stopped while steps were timed, before the first one of a run: give the same command again"
+                kind = (
+                    type(error) if isinstance(error, Preempted) else KeyboardInterrupt
+                )  # Lightning's answer to Ctrl-C
+                raise kind(again) from error
         waited = [line["time/data"] for line in run_folder.read_metrics()][LEFT_OUT:-1]
     seconds = (ends.moments[-2] - ends.moments[LEFT_OUT - 1]) / steps
     waiting = min(median(waited) / seconds, 1.0) if waited else None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from run_fixtures import TINY, run
 import sslvit
 from sslvit.settings.load import load_recipe
 from sslvit.settings.train import TrainSettings, read_duration
+from sslvit.stopping import Preempted
 from sslvit.train import timed_steps
 from sslvit.train.timed_steps import TimedSteps
 
@@ -90,6 +93,22 @@ def test_steps_are_timed_without_the_first_and_the_last_and_leave_nothing(
     assert found.images_per_second == 8
     assert 0 <= found.waiting <= 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_while_steps_are_timed_names_no_folder_that_is_gone(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signals = iter([signal.SIGTERM])
+    monkeypatch.setattr(timed_steps, "perf_counter", lambda: [os.kill(os.getpid(), one) for one in signals])
+    with pytest.raises(Preempted, match="^stopped while steps were timed, before the first one of a run"):
+        run(shards, tmp_path / "run", **SHORT | {"train.budget": "4s"})
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_steps_that_are_not_finite_are_timed_too(shards: Path, tmp_path: Path) -> None:
+    changes = TINY | {"data.shards": str(shards), "out": str(tmp_path / "run"), "train.skip_limit": 1}
+    settings = load_recipe("mae/digits", changes | {"optim.base_lr": 1e30, "task.target": "raw"})
+    assert timed_steps.time_steps(settings, sslvit.RunPlan(1, 1, 8), 6).seconds_per_step > 0
 
 
 def test_a_plan_times_the_steps_too_and_needs_images_for_it(shards: Path) -> None:
