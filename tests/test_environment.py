@@ -78,12 +78,12 @@ from sslvit.tasks import make_task
 class Faults(pl.Callback):
     def on_train_start(self, *_):
         faults = []
-        for _ in range(2):
+        for _ in range(4):
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             tensors = [torch.ones(2**24) for _ in range(3)]  # 64 MiB each
             del tensors
             faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-        print(*faults)
+        print(faults[0], faults[-1])
 
 
 settings = load_recipe("mae/digits", {"data.global_batch_size": 2, "train.steps": 1})
@@ -100,6 +100,6 @@ trainer.fit(task, torch.utils.data.DataLoader([(images, torch.zeros(2))], batch_
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives memory back that early")
 def test_memory_that_a_step_frees_on_a_cpu_is_not_asked_for_anew_by_the_next_one() -> None:
     done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
-    first, second = map(int, done.stdout.splitlines()[-1].split())
+    first, last = map(int, done.stdout.splitlines()[-1].split())
     assert first > 50  # 192 MiB, in pages of 4 KiB or of 2 MiB
-    assert second < first / 10
+    assert last < first / 10  # the second may ask for one more tensor, if something small lies between the first ones
