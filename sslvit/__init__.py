@@ -22,19 +22,22 @@ from sslvit.messages import MessageHandler
 
 if TYPE_CHECKING:
     from sslvit import tasks
-    from sslvit.api import export, finetune, pack, plan, pretrain, resume
+    from sslvit.api import export, finetune, plan, pretrain, resume
     from sslvit.checkpoint import load_encoder, save_encoder
     from sslvit.data.module import ShardDataModule
     from sslvit.evaluation import compare, embed, health, knn, probe
     from sslvit.models import Backbone, ViTEncoder
     from sslvit.pixel_models import likelihood, sample
     from sslvit.plugins import use_plugin
+    from sslvit.report.bench import bench
     from sslvit.report.show import show
     from sslvit.report.sweep import sweep
     from sslvit.run_plan import RunPlan
+    from sslvit.segmentation import segment
     from sslvit.settings import EncoderSettings
     from sslvit.settings.load import load_recipe
     from sslvit.settings.recipes import recipes
+    from sslvit.shards import check, fit_palette, pack
     from sslvit.tasks import make_task
     from sslvit.train.runs import runs
 
@@ -53,17 +56,20 @@ _LAZY = {
     "RunPlan": "sslvit.run_plan",
     "ShardDataModule": "sslvit.data.module",
     "ViTEncoder": "sslvit.models",
+    "bench": "sslvit.report.bench",
+    "check": "sslvit.shards",
     "compare": "sslvit.evaluation",
     "embed": "sslvit.evaluation",
     "export": "sslvit.api",
     "finetune": "sslvit.api",
+    "fit_palette": "sslvit.shards",
     "health": "sslvit.evaluation",
     "knn": "sslvit.evaluation",
     "likelihood": "sslvit.pixel_models",
     "load_encoder": "sslvit.checkpoint",
     "load_recipe": "sslvit.settings.load",
     "make_task": "sslvit.tasks",
-    "pack": "sslvit.api",
+    "pack": "sslvit.shards",
     "plan": "sslvit.api",
     "pretrain": "sslvit.api",
     "probe": "sslvit.evaluation",
@@ -72,6 +78,7 @@ _LAZY = {
     "runs": "sslvit.train.runs",
     "sample": "sslvit.pixel_models",
     "save_encoder": "sslvit.checkpoint",
+    "segment": "sslvit.segmentation",
     "show": "sslvit.report.show",
     "sweep": "sslvit.report.sweep",
     "tasks": "",
@@ -83,10 +90,13 @@ __all__ = [
     "RunPlan",
     "ShardDataModule",
     "ViTEncoder",
+    "bench",
+    "check",
     "compare",
     "embed",
     "export",
     "finetune",
+    "fit_palette",
     "health",
     "knn",
     "likelihood",
@@ -102,6 +112,7 @@ __all__ = [
     "runs",
     "sample",
     "save_encoder",
+    "segment",
     "show",
     "sweep",
     "tasks",

@@ -1,21 +1,19 @@
-"""Training, packing and exporting from Python, by names and paths as the commands take them."""
+"""Training and exporting from Python, by names and paths as the commands take them."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.loggers import Logger
 
 from sslvit import __version__
 from sslvit.checkpoint import load_encoder
-from sslvit.data.inspect import Packing
-from sslvit.data.pack import pack_source
-from sslvit.data.python_data import DataLike, MapDataset, name_of, takes_datasets
+from sslvit.data.python_data import DataLike, name_of, takes_datasets
 from sslvit.data.transform import named_function
 from sslvit.exporters import Export, export_encoder, hub
 from sslvit.files import expand_path, printable
@@ -24,9 +22,7 @@ from sslvit.messages import for_python
 from sslvit.models.networks import BackboneLike, given_backbone
 from sslvit.settings import EncoderSettings, RunSettings, SupervisedSettings
 from sslvit.settings.encoder import OF_A_BACKBONE, OWN
-from sslvit.settings.keywords import PackKeywords
-from sslvit.settings.load import from_keywords, leaves, load_recipe, merge_recipe, takes_init
-from sslvit.settings.pack import PackSettings, SourceOptions
+from sslvit.settings.load import leaves, load_recipe, merge_recipe, takes_init
 from sslvit.train.folder import RunFolder
 from sslvit.train.planning import PlannedRun
 from sslvit.train.planning import plan as plan_run
@@ -338,53 +334,6 @@ def read_settings(config: str | Path, changes: dict[str, Any]) -> RunSettings:
 def for_labels(settings: EncoderSettings) -> EncoderSettings:
     """The settings that a recipe of fine-tuning changes: the encoder's, read out behind its last block."""
     return replace(settings, feature_layer=None, feature_norm="final")
-
-
-@for_python
-def pack(
-    source: str | Path | MapDataset,
-    destination: str | Path,
-    *,
-    holdout: float = 0.0,
-    part: str | None = None,
-    only: str | Path | None = None,
-    overwrite: bool = False,
-    workers: int | None = None,
-    **settings: Unpack[PackKeywords],
-) -> Packing:
-    """Pack images into shards with an index.
-
-    Args:
-        source: Class folders, a flat folder, shards, a list (.csv, .tsv, .jsonl), an array (.npy, .npz), an IDX file,
-            hf:NAME, torchvision:NAME, or a data set object, as in `pretrain`.
-        destination: Folder for the shards.
-        holdout: Fraction of each class, its last images, that goes into destination/val; the rest goes into
-            destination/train.
-        part: "3/64" writes the third of 64 parts only, as one machine of several.
-        only: File with the names of the images that are taken from other shards, one a line.
-        overwrite: Replace shards that are already there.
-        workers: Number of processes; None for one per core.
-        settings: Fields of `PackSettings` and `SourceOptions`, such as resize=256 or label_column="species".
-
-    Returns:
-        The indices of the shards, with their folders and what was skipped.
-
-    Raises:
-        ValueError: No images, shards that are already there, or settings that do not fit.
-
-    Example:
-        packed = sslvit.pack("photos", "shards/photos", holdout=0.1)
-        print(packed)
-    """
-    names = {field.name for field in fields(SourceOptions)}
-    of_source = {key: value for key, value in settings.items() if key in names}
-    of_packing = {key: value for key, value in settings.items() if key not in names}
-    given = expand_path(source) if isinstance(source, (str, Path)) else source
-    indices = pack_source(
-        given, expand_path(destination), from_keywords(PackSettings, of_packing), holdout, overwrite, workers, part,
-        from_keywords(SourceOptions, of_source), only and expand_path(only),
-    )  # fmt: skip
-    return Packing(indices)
 
 
 @for_python

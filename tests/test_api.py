@@ -6,6 +6,7 @@ import ast
 import inspect
 import io
 import json
+import shutil
 import typing
 from dataclasses import fields
 from pathlib import Path
@@ -37,8 +38,9 @@ from sslvit.settings.sample import SampleSettings
 from sslvit.tasks.base import Task
 
 FUNCTIONS = (
-    "compare", "embed", "export", "finetune", "health", "knn", "likelihood", "load_encoder", "pack", "pretrain",
-    "probe", "recipes", "resume", "runs", "sample", "show", "sweep",
+    "bench", "check", "compare", "embed", "export", "finetune", "fit_palette", "health", "knn", "likelihood",
+    "load_encoder", "pack", "plan", "pretrain", "probe", "recipes", "resume", "runs", "sample", "segment", "show",
+    "sweep",
 )  # fmt: skip
 SMALL = {"image_size": 8, "patch": 4, "width": 16, "depth": 2, "heads": 2, "channels": 1, "mean": [0.5], "std": [0.3]}
 
@@ -99,9 +101,9 @@ def test_keywords_are_the_fields_of_the_settings(keywords: Any, kinds: list[Any]
 def test_keywords_are_the_options_of_the_command() -> None:
     of_file = {"heads", "image_size", "palette", "layout", "weights"}  # load_encoder takes these
     of_screen = {"quiet", "traceback", "json", "output", "changes", "plugin"}
-    renamed = {"shards pack": "pack"}
+    renamed = {"shards pack": "pack", "shards check": "check", "palette": "fit_palette"}
     for command in ("probe", "knn", "compare", "health", "embed", "sample", "likelihood", "pretrain", "resume",
-                    "finetune", "export", "show", "shards pack"):  # fmt: skip
+                    "finetune", "export", "show", "shards pack", "shards check", "segment", "palette"):  # fmt: skip
         function = getattr(sslvit, renamed.get(command, command))
         known = set(inspect.signature(function).parameters)
         hint = typing.get_type_hints(inspect.unwrap(function)).get("settings")
@@ -381,3 +383,63 @@ def test_a_picture_is_shown_saved_once_and_made_of_pixels_in_memory_too(here: Pa
         sslvit.show("atention", encoder, images)
     with pytest.raises(ValueError, match="among= is for show neighbors"):
         sslvit.show("field", encoder, images, among=5)
+
+
+# ---- benches, shards and palettes ----------------------------------------------------------------------------
+
+
+def test_a_bench_takes_paths_and_gives_its_tables(here: Path, tmp_path: Path) -> None:
+    (tmp_path / "toy.yaml").write_text(
+        "data: {}\nencoders: {}\ncolumns: {kNN: {kind: knn, neighbors: 3}, linear: linear}\nbaselines: [pixels]\n"
+    )
+    split = {"train": here / "train", "val": here / "val"}
+    given: dict[str, Any] = {"data": {"toy": split}, "out": tmp_path / "bench", "device": "cpu"}
+    made = sslvit.bench(tmp_path / "toy.yaml", encoders={"both": [here / "one", here / "two"]}, **given)
+    rows = made.tables["toy"]
+    assert list(rows) == ["raw pixels", "both"]
+    for column, scores in (("kNN", "kNN, k = 3"), ("linear", "linear, all labels")):
+        alone = [
+            sslvit.probe(here / name, here / "train", here / "val", neighbors=[3], device="cpu").scores["encoder"]
+            for name in ("one", "two")
+        ]
+        assert rows["both"][column] == [one[scores][0] for one in alone]
+    assert {file.name for file in made.files} == {"report.html", "table.md", "table.csv", "table.json"}
+    assert [cell["values"] for cell in made.to_dict()["cells"] if cell["row"] == "both"] == list(rows["both"].values())
+    assert "<td>toy</td><td>both</td>" in made._repr_html_()
+    assert f"  {tmp_path / 'bench' / 'table.md'}" in repr(made).splitlines()
+    with pytest.raises(FileNotFoundError, match=r"encoders.lost"):
+        sslvit.bench(tmp_path / "toy.yaml", encoders={"lost": tmp_path / "none"}, **given)
+
+
+def test_shards_are_checked_and_near_duplicates_named(here: Path, tmp_path: Path) -> None:
+    checked = sslvit.check(here / "train", workers=1)
+    assert checked.is_whole
+    assert checked.near_duplicates is None
+    assert checked.to_dict()["images"] == sum(checked.found.modes.values()) > 0
+    with pytest.raises(ValueError, match=r"against and .*near_duplicates=ENCODER|are for near_duplicates=ENCODER"):
+        sslvit.check(here / "train", write=tmp_path / "keep.txt")
+    copied = sslvit.check(
+        here / "train", near_duplicates=here / "one", against=here / "train", write=tmp_path / "keep.txt", workers=1
+    )
+    assert copied.near_duplicates is not None
+    assert copied.kept == 0
+    assert (tmp_path / "keep.txt").read_text() == ""
+    assert sum(len(inside) for inside, _ in copied.near_duplicates.leaks) == checked.to_dict()["images"]
+    assert "groups across both sets" in copied._repr_html_()
+    broken = tmp_path / "broken"
+    shutil.copytree(here / "train", broken)
+    shard = next(broken.glob("*.tar"))
+    shard.write_bytes(shard.read_bytes().replace(b"\x89PNG", b"\x00PNG", 1))
+    assert not sslvit.check(broken, workers=1).is_whole
+
+
+def test_a_palette_is_fitted_on_an_array_and_used(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3)).astype(np.uint8)
+    made = sslvit.fit_palette(images, tmp_path / "palette.json", colors=5, image_size=8)
+    assert len(made.colors) == 5
+    assert made.figure.is_file()
+    assert sslvit.load_recipe("igpt/own_images", {"encoder.palette": str(made.path)}).encoder.palette == made.colors
+    assert made.to_dict()["pixels"] == 12 * 64
+    assert "5 colors fitted on 768 pixels" in repr(made)
+    with pytest.raises(ValueError, match="already exists"):
+        sslvit.fit_palette(images, tmp_path / "palette.json", colors=5)

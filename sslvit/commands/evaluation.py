@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -22,7 +21,7 @@ from sslvit.settings.probe import (
 from sslvit.stopping import is_first_process
 
 if TYPE_CHECKING:
-    from sslvit.models import Encoder, ViTEncoder
+    from sslvit.models import Encoder
 
 
 def load_scored(options: CroppedEncoder) -> Encoder:
@@ -158,37 +157,13 @@ def run_segment(options: SegmentOptions) -> None:
     """Score segmentation, and print the table."""
     check_new(options.output)
     check_new_picture(options.figure)
-    from sslvit.data.overlap import refuse_or_warn, stored_files, warn_of_shared
-    from sslvit.evaluate.dense import segment
-    from sslvit.evaluate.masks import MaskedImages
-    from sslvit.evaluate.probe import SAME_DATA, untrained
-    from sslvit.evaluate.sources import view_in_words
-    from sslvit.models import require_transformer
-    from sslvit.report.show import plot_predictions
+    from sslvit.segmentation import segment
 
-    train, val = (MaskedImages.open(folder) for folder in (options.train, options.val))
-    names, is_same = f"{train.folder} and {val.folder}", train.is_same(val)
-    if is_same:
-        refuse_or_warn(names, options.allow_same_data, "--allow-same-data")
-    else:
-        warn_of_shared(stored_files(train.images), stored_files(val.images), names)
-    encoder = require_transformer(load_scored(options), "segment")
-    rows: dict[str, ViTEncoder | None] = {"encoder": encoder}
-    if options.baselines:
-        rows = {"raw pixels": None, "untrained encoder": untrained(encoder, options.seed), **rows}
     table = segment(
-        rows, train, val, options.batch, seed=options.seed, device=options.device, workers=options.workers,
-        precision=options.precision,
+        load_scored(options), options.train, options.val, baselines=options.baselines, seed=options.seed,
+        allow_same_data=options.allow_same_data, figure=options.figure, **vars(only(Passes, options)),
     )  # fmt: skip
-    view = view_in_words(encoder.settings, options.precision)
-    text = (
-        f"\nPercent on {len(val):,} images of {val.folder} (maps fitted on {len(train):,} of {train.folder});\n"
-        f"of each image and mask: {view}; L2 penalty {table.about['l2']}\n\n{table.text()}"
-    )
-    text += f"\n{SAME_DATA}" if is_same else ""
-    if options.figure:
-        text += f"\n{plot_predictions(table, val, encoder.settings, options.figure)}"
-    report(options, text, {"rows": table.scores, "about": table.about | {"same_data": is_same}})
+    report(options, f"\n{table}", table.to_dict())
 
 
 @dataclass(kw_only=True)
@@ -268,13 +243,11 @@ class BenchOptions(Reported, Recipe):
 
 
 def run_bench(options: BenchOptions) -> None:
-    """Fill the tables."""
+    """Fill the tables, and print them."""
     from sslvit.settings.bench import check_sources, load_bench
 
-    settings = load_bench(options.config, options.changes)
-    check_sources(settings)
+    check_sources(load_bench(options.config, options.changes))  # before torch, whose import takes seconds
     from sslvit.report.bench import bench
 
-    files = bench(settings)
-    if options.json:
-        print(json.dumps(json.loads(files["table.json"].read_text()), indent=1))
+    made = bench(options.config, **options.changes)
+    report(options, f"\n{made}", made.to_dict())

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 from sslvit.commands.files import only, report
 from sslvit.commands.options import File, Reported
-from sslvit.files import check_new, check_new_picture
 from sslvit.settings.choices import Arg
 from sslvit.settings.pack import IndexOptions, PackSettings, SourceOptions
-
-if TYPE_CHECKING:
-    from sslvit.data.index import ShardIndex
 
 
 @dataclass(kw_only=True)
@@ -28,7 +24,7 @@ class Parallel:
 class ShardsArg:
     """Shards that are there."""
 
-    folder: Annotated[str, Arg("SHARDS", position=1)]
+    shards: Annotated[str, Arg("SHARDS", position=1)]
     """Folder, pattern or address of shards."""
 
 
@@ -58,7 +54,7 @@ class PackOptions(Reported, Parallel, SourceOptions, PackSettings):
 
 def run_pack(options: PackOptions) -> None:
     """Pack images, and print what is in the shards."""
-    from sslvit.api import pack
+    from sslvit.shards import pack
 
     given = vars(only(PackSettings, options)) | vars(only(SourceOptions, options))
     made = pack(
@@ -88,7 +84,7 @@ def run_index(options: IndexShardsOptions) -> None:
     from sslvit.data.scan import index_shards
     from sslvit.data.unfinished import finish_packing
 
-    folder = Path(options.folder)
+    folder = Path(options.shards)
     if options.merge:
         parts = [folder / name for name in ("train", "val") if (folder / name / "packing").is_dir()]
         made = Packing([finish_packing(part, options.overwrite) for part in parts or [folder]])
@@ -121,44 +117,14 @@ class CheckOptions(Reported, Parallel, ShardsArg):
 
 def run_check(options: CheckOptions) -> int:
     """Check shards; returns the exit code."""
-    if options.near_duplicates is None and any((options.against, options.write, options.figure)):
-        raise ValueError("--against, --write and --figure are for --near-duplicates ENCODER.")
-    check_new(options.write)
-    check_new_picture(options.figure)
-    from sslvit.data.inspect import check_shards
+    from sslvit.shards import check
 
-    index = find_shards(options.folder)
-    found = check_shards(index, options.workers)
-    content = {
-        "location": index.location, "is_whole": found.is_whole, "images": sum(found.modes.values()),
-        "damaged": found.damaged, "corrupt": found.corrupt, "large": found.large, "modes": found.modes,
-        "duplicates": [[index.key(sample) for sample in same] for same in found.duplicates],
-    }  # fmt: skip
-    text = found.text(index)
-    if options.near_duplicates is not None:
-        more, content["near_duplicates"] = near_duplicates(options, index)
-        text += f"\n{more}"
-    report(options, text, content)
-    return 0 if found.is_whole else 1
-
-
-def near_duplicates(options: CheckOptions, index: ShardIndex) -> tuple[str, dict[str, Any]]:
-    """Near-duplicates of shards, as text and for programs, and the files that were asked for."""
-    from sslvit.checkpoint import load_encoder
-    from sslvit.evaluate.duplicates import find_near_duplicates
-
-    assert options.near_duplicates is not None
-    encoder = load_encoder(options.near_duplicates)
-    against = None if options.against is None else find_shards(options.against)
-    found = find_near_duplicates(encoder, index, options.threshold, against)
-    lines, content = [found.text()], found.to_dict()
-    if options.write is not None:
-        content |= {"keep": options.write, "kept": found.write_kept(options.write)}
-        lines.append(f"  {options.write}: {content['kept']:,} of {len(index):,} images to keep")
-    if options.figure is not None and (figure := found.plot(encoder, options.figure)):
-        content["figure"] = str(figure)
-        lines.append(f"  {figure}")
-    return "\n".join(lines), content
+    checked = check(
+        options.shards, near_duplicates=options.near_duplicates, threshold=options.threshold, against=options.against,
+        write=options.write, figure=options.figure, workers=options.workers,
+    )  # fmt: skip
+    report(options, str(checked), checked.to_dict())
+    return 0 if checked.is_whole else 1
 
 
 @dataclass(kw_only=True)
@@ -175,19 +141,10 @@ class InfoOptions(Reported, ShardsArg):
 def run_info(options: InfoOptions) -> None:
     """Print what is in shards."""
     from sslvit.data.inspect import describe_shards, shards_content
+    from sslvit.shards import find_shards
 
-    index = find_shards(options.folder)
+    index = find_shards(options.shards)
     report(options, describe_shards(index, options.global_batch_size), shards_content(index))
-
-
-def find_shards(name: str) -> ShardIndex:
-    """Shards by folder, pattern or address; those without an index are indexed, but no image folder is packed."""
-    from sslvit.data.index import load_index
-    from sslvit.data.open import open_shards
-
-    folder = Path(name)
-    has_shards = not folder.is_dir() or any(folder.glob("*.tar"))
-    return open_shards(name) if has_shards else load_index(folder)
 
 
 @dataclass(kw_only=True)
@@ -197,7 +154,7 @@ class PaletteOptions(Reported):
     Example: sslvit palette shards/photos/train -o palette.json --colors 64
     """
 
-    shards: Annotated[str, Arg("SHARDS", position=1)]
+    data: Annotated[str, Arg("SHARDS", position=1)]
     """Shards, or a folder of images."""
     output: Annotated[str, Arg("FILE", flag="-o")]
     """File for the palette as JSON; FILE.png shows it."""
@@ -211,17 +168,9 @@ class PaletteOptions(Reported):
 
 def run_palette(options: PaletteOptions) -> None:
     """Fit a palette, and print how well it fits."""
-    from sslvit.data.open import open_shards
-    from sslvit.data.pixels import check_palette_options, make_palette
+    from sslvit.shards import fit_palette
 
-    check_palette_options(options.output, options.colors, options.image_size, options.seed)
-    index = open_shards(options.shards)
-    made = make_palette(index, options.output, options.colors, options.image_size, options.seed)
-    error, uniform = made["mean_squared_error"], made["mean_squared_error_uniform"]
-    text = (
-        f"{options.output}: {len(made['colors'])} colors fitted on {made['pixels']:,} pixels; "
-        f"mean squared error {error:.2e} of values in [-1, 1], {error**0.5 * 127.5:.1f} of 255 on average"
-        f"{f' (uniform palette: {uniform:.2e}, {uniform**0.5 * 127.5:.1f})' if uniform is not None else ''}\n"
-        f"use it with --encoder.palette {options.output}; drawn in {Path(options.output).with_suffix('.png')}"
+    made = fit_palette(
+        options.data, options.output, colors=options.colors, image_size=options.image_size, seed=options.seed
     )
-    report(options, text, made | {"file": options.output, "figure": str(Path(options.output).with_suffix(".png"))})
+    report(options, str(made), made.to_dict())

@@ -26,7 +26,7 @@ from sslvit.environment import pick_device, pick_workers
 from sslvit.evaluate.linear import L2_GRID, NOT_CONVERGED, TRIAL_ITERATIONS, solved_in_all_folds
 from sslvit.evaluate.logistic import fit_logistic
 from sslvit.evaluate.masks import IGNORED, MaskedImages, MaskSummary, class_indices, patch_targets, summarize_masks
-from sslvit.evaluate.scores import Scores, format_table
+from sslvit.evaluate.scores import Scores
 from sslvit.evaluate.sources import forward_precision, full_float32
 from sslvit.models import ViTEncoder
 from sslvit.progress import track
@@ -52,11 +52,6 @@ class DenseTable:
     scores: Scores
     about: dict[str, Any]
     predictions: dict[str, np.ndarray]
-
-    def text(self) -> str:
-        """The table for a terminal, and how much of the masks it covers."""
-        coverage = self.about["labeled_pixels_seen_percent"]
-        return f"{format_table(self.scores)}\n\nof the masks' labeled pixels, {coverage:.1f} % are in these views"
 
 
 @dataclass

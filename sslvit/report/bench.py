@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -25,14 +25,24 @@ from sslvit.evaluate.features import FeatureExtractor
 from sslvit.evaluate.linear import percent
 from sslvit.evaluate.probe import HELD_OUT_ACCURACY, few_labels, neighbors, open_labeled, untrained
 from sslvit.evaluate.protocols import ProbeContext, check_readouts, choose_readouts, linear_probe
-from sslvit.evaluate.scores import Scores, format_table, independent
+from sslvit.evaluate.scores import Scores, columns_of, format_score, format_table, independent
 from sslvit.evaluate.sources import LabeledSet, RawPixels, Source, frozen
 from sslvit.files import printable, remove_stale_parts, write_atomically
+from sslvit.messages import for_python
 from sslvit.models import Encoder
 from sslvit.models.resize import check_resizable
-from sslvit.report.bench_tables import Result, write_tables
+from sslvit.report.bench_tables import Measurement, write_tables
+from sslvit.results import Result
 from sslvit.settings import SupervisedSettings
-from sslvit.settings.bench import PIXELS, BenchSettings, FinetuneColumn, ProbeColumn, SplitSettings
+from sslvit.settings.bench import (
+    PIXELS,
+    BenchSettings,
+    FinetuneColumn,
+    ProbeColumn,
+    SplitSettings,
+    check_sources,
+    load_bench,
+)
 from sslvit.settings.load import load_recipe
 from sslvit.train.folder import RunFolder
 
@@ -132,10 +142,10 @@ class BenchRun:
         if batch > fewest:
             raise ValueError(f"{where}: data.global_batch_size {batch}, but there are {fewest} training images.")
 
-    def run(self) -> dict[str, Path]:
-        """Fill the tables cell by cell, and return the files written."""
+    def run(self) -> BenchTables:
+        """Fill the tables cell by cell."""
         tables: dict[str, Scores] = {}
-        results: list[Result] = []
+        results: list[Measurement] = []
         files: dict[str, Path] = {}
         for data in self.settings.data:
             tables[data] = {}
@@ -147,10 +157,10 @@ class BenchRun:
                     if cells:
                         values = tables[data][row][column] = independent([cell.values for cell in cells])
                         seconds, key = sum(cell.seconds for cell in cells), "+".join(cell.key for cell in cells)
-                        results.append(Result(data, row, column, values, seconds, key, cells[0].about))
+                        results.append(Measurement(data, row, column, values, seconds, key, cells[0].about))
                 # the tables can be read while the rest is measured
                 files = write_tables(self.settings, self.sets, tables, results)
-        return files
+        return BenchTables(self.folder, tables, list(files.values()))
 
     def claim(self) -> None:
         """Resume in a folder of a bench, or make a new one; nothing else is touched."""
@@ -290,30 +300,82 @@ class BenchRun:
         return folder.path, key
 
 
-def bench(settings: BenchSettings) -> dict[str, Path]:
-    """Run or resume a bench, report its tables, and return the files written."""
+@dataclass(repr=False)
+class BenchTables(Result):
+    """The tables of a bench.
+
+    Args:
+        folder: Where the bench and all its results are.
+        tables: Data set -> row -> column -> scores in percent, one for each run, seed or draw of labels.
+        files: report.html, table.md, table.csv and table.json.
+    """
+
+    folder: Path
+    tables: dict[str, Scores]
+    files: list[Path]
+
+    def text(self) -> str:
+        """The tables, and the files."""
+        tables = [f"{printable(data)}\n\n{format_table(rows)}\n" for data, rows in self.tables.items()]
+        return "\n".join([*tables, *(f"  {file}" for file in self.files)])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every measurement with its cost and settings, and the bench's own settings."""
+        return json.loads((self.folder / "table.json").read_text())
+
+    def cells(self) -> tuple[Sequence[object], Iterable[Sequence[object]]]:
+        """The tables in one, with the data set in front."""
+        columns = list(dict.fromkeys(column for rows in self.tables.values() for column in columns_of(rows)))
+        lines = (
+            [data, row, *(format_score(of.get(column)) for column in columns)]
+            for data, rows in self.tables.items()
+            for row, of in rows.items()
+        )
+        return ["data", "", *columns], lines
+
+
+@for_python
+def bench(config: str | Path, **changes: Any) -> BenchTables:
+    """Fill a table of encoders x protocols x data sets, or resume where it stopped.
+
+    Args:
+        config: YAML file, or the name of one that comes with sslvit, such as cifar10.
+        changes: Settings of the bench, such as out="runs/bench", encoders={"MAE": ["runs/mae-0", "runs/mae-1"]} or
+            seeds=3; they win over the file's.
+
+    Returns:
+        The tables and their files.
+
+    Raises:
+        ValueError: Settings that do not fit, or a folder that is in use.
+        FileNotFoundError: No such file, no encoder or no shards there.
+
+    Example:
+        made = sslvit.bench("cifar10", encoders={"MAE": "runs/mae"}, baselines=["pixels"], device="cpu")
+        print(made.tables["cifar10"]["MAE"]["linear (logreg)"])
+    """
+    settings = load_bench(config, {key: _as_text(value) for key, value in changes.items()})
+    check_sources(settings)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("bench: runs in one process. Start it without torchrun.")
     run = BenchRun(settings)
     run.claim()
     try:
         with FileLock(run.folder / ".lock", timeout=0):
-            files = run.run()
+            return run.run()
     except Timeout:
         raise ValueError(
             f"{run.folder}: another process runs this bench. Wait for it, or choose another --out."
         ) from None
-    logger.info("")
-    content = json.loads(files["table.json"].read_text())
-    for data in settings.data:
-        rows: Scores = {}
-        for cell in content["cells"]:
-            if cell["data"] == data:
-                rows.setdefault(cell["row"], {})[cell["column"]] = cell["values"]
-        logger.info(f"{printable(data)}\n\n{format_table(rows)}\n")
-    for file in files.values():
-        logger.info(f"  {file}")
-    return files
+
+
+def _as_text(value: Any) -> Any:
+    """Settings with paths and run folders as text."""
+    if isinstance(value, dict):
+        return {key: _as_text(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_text(one) for one in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _training_seconds(folder: RunFolder) -> float:

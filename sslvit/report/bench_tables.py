@@ -27,7 +27,7 @@ from sslvit.settings.bench import BenchSettings, ProbeColumn
 
 
 @dataclass
-class Result:
+class Measurement:
     """One entry of a table: the measurements of all its encoders and seeds together."""
 
     data: str
@@ -45,7 +45,7 @@ class Result:
 
 def write_tables(
     settings: BenchSettings, sets: dict[str, tuple[LabeledSet, LabeledSet]], tables: dict[str, Scores],
-    results: list[Result],
+    results: list[Measurement],
 ) -> dict[str, Path]:  # fmt: skip
     """Write all tables into the folder of a bench, and return the files."""
     folder = Path(settings.out or "")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+import sslvit
 from sslvit.checkpoint import save_encoder
 from sslvit.cli import main
 from sslvit.evaluate import dense
@@ -226,9 +227,26 @@ def test_what_share_of_the_labels_is_scored_is_said(tmp_path: Path, mode: str, f
     data = MaskedImages.open(tmp_path)
     table = segment({"e": ViTEncoder(settings)}, data, data)
     assert table.about["labeled_pixels_seen_percent"] == pytest.approx(100 * share)
-    assert f"{100 * share:.1f} % are in these views" in table.text()
     image, seen = data.read(0, settings)
     assert (seen[:, :4] == 0).all()
     assert (seen[:, 4:] == 1).all()
     assert (image[:, :, :3] < 10).all()
     assert (image[:, :, 5:] > 190).all()
+
+
+def test_segmentation_from_python_gives_what_the_command_prints(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    train, val = write(tmp_path / "train", 10, 0), write(tmp_path / "val", 4, 1)
+    encoder = make()
+    table = sslvit.segment(encoder, train, val, device="cpu", figure=tmp_path / "python.png")
+    save_encoder(encoder, tmp_path / "encoder")
+    words = [str(tmp_path / "encoder"), "--train", str(train), "--val", str(val), "--device", "cpu", "--json"]
+    capsys.readouterr()
+    assert main(["segment", *words, "--figure", str(tmp_path / "command.png")]) == 0
+    assert table.to_dict() == json.loads(capsys.readouterr().out)
+    assert list(table.scores) == ["raw pixels", "untrained encoder", "encoder"]
+    assert (tmp_path / "python.png").read_bytes() == (tmp_path / "command.png").read_bytes()
+    assert table.figure == tmp_path / "python.png"
+    assert "<td>encoder</td>" in table._repr_html_()
+    assert "of the masks' labeled pixels, 100.0 % are in these views" in repr(table)
+    with pytest.raises(ValueError, match=r"allow_same_data=True"):
+        sslvit.segment(encoder, train, train)
