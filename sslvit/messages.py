@@ -19,7 +19,9 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 # options without a value, which are on or off
-FLAGS = frozenset({"allow-same-data", "baselines", "download", "json", "merge", "overwrite", "quiet", "resume", "scratch"})
+FLAGS = frozenset(
+    {"allow-same-data", "baselines", "download", "json", "merge", "overwrite", "quiet", "resume", "scratch"}
+)
 OPTION = re.compile(
     r"""(?<![^\s("'])(?:--(?P<name>[a-z][\w-]*(?:\.[\w-]+)*)|(?P<output>-o)\b)"""
     r"""(?P<value>[ ](?:'[^']*'|\[[^]]*\]|[A-Z]{2,}(?:\s[A-Z]{2,})*\b|[NX]\b|(?:true|false|none)\b"""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
 import yaml
 from run_fixtures import TINY, TINY_DINO
+from sklearn.datasets import load_sample_images
 
 import sslvit
 from sslvit.api import read_settings
@@ -19,6 +21,7 @@ from sslvit.commands.training import PretrainOptions, wants_requeue
 from sslvit.data.open import open_shards
 from sslvit.layouts import from_sslvit
 from sslvit.models import ViTEncoder
+from sslvit.report.demo import pack_digits
 from sslvit.run_plan import RunPlan
 from sslvit.settings import EncoderSettings
 from sslvit.settings.load import load_recipe, takes_init
@@ -181,3 +184,39 @@ def test_a_plan_is_of_the_encoder_that_is_named(start: Path, capsys: pytest.Capt
     assert main(["plan", "--config", "mae/continue", "--init", str(start), "--images", "64"]) == 0
     parameters = sum(p.numel() for p in load_encoder(start).parameters())
     assert f"encoder {parameters:,}" in capsys.readouterr().out
+
+
+def photo_patches(count: int) -> np.ndarray:
+    """Gray patches of 12 x 12 pixels, 'n h w 1', of scikit-learn's two photographs at half their size."""
+    photos = [photo.mean(2) for photo in load_sample_images().images]
+    source = np.random.default_rng(0)
+    patches = []
+    for number in range(count):
+        photo = photos[number % 2]
+        top, left = (int(source.integers(0, side - 24)) for side in photo.shape)
+        patches.append(photo[top : top + 24, left : left + 24].reshape(12, 2, 12, 2).mean((1, 3)))
+    return np.stack(patches).astype(np.uint8)[..., None]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_neighbors_get_better_when_an_encoder_of_other_images_goes_on_with_ones_own(seed: int, tmp_path: Path) -> None:
+    pack_digits(tmp_path)
+    common = {"seed": seed, "online.train": None, "train.checkpoint_every": 10_000}
+    sslvit.pretrain(
+        "mae/digits", photo_patches(2000), tmp_path / "photos",
+        **common, **{"train.steps": 300, "data.view": {"kind": "crop", "scale": [0.5, 1]}},
+    )  # fmt: skip
+    recipe = load_recipe("mae/digits")
+    sslvit.pretrain(
+        "mae/continue", tmp_path / "pretrain", tmp_path / "digits", init=tmp_path / "photos", task=asdict(recipe.task),
+        optim={"base_lr": 8e-3, "warmup_epochs": 2}, train={"compile": "none", "steps": 1200},
+        **common, **{"data.view": asdict(recipe.data.view), "data.global_batch_size": 64, "data.workers": 0},
+    )  # fmt: skip
+    table = sslvit.compare(
+        {"photos": tmp_path / "photos", "digits": tmp_path / "digits"}, tmp_path / "train", tmp_path / "test",
+        neighbors=[20], protocol=None,
+    )  # fmt: skip
+    (neighbors,) = table.differences
+    assert neighbors.points > neighbors.half > 0
+    assert "digits against photos, image by image: better in kNN, k = 20" in repr(table)
