@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -11,6 +13,7 @@ from sslvit.evaluate.sources import Features, full_float32
 from sslvit.progress import track
 
 QUERIES_AT_ONCE = 1024
+DAMPING = 0.05  # of whitening: fraction of the largest standard deviation that is added to each
 BANK_AT_ONCE = 131_072  # training images: half a gigabyte of similarities
 
 
@@ -26,9 +29,12 @@ def knn_accuracies(
 @full_float32()
 def recognized_by_neighbors(
     train: Features, val: Features, classes: int, neighbors: list[int], temperature: float,
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "cpu", whiten: bool = False,
 ) -> dict[int, Bool[Tensor, "n"]]:  # fmt: skip
-    """Whether each image is recognized, for each k, from one search."""
+    """Whether each image is recognized, for each k, from one search; by whitened features if asked for."""
+    if whiten:
+        whitened = fit_whitening(train.values, device)
+        train, val = (Features(whitened(one.values), one.labels) for one in (train, val))
     bank, bank_labels = F.normalize(train.values.to(device), dim=1), train.labels.to(device)
     is_right: dict[int, list[Tensor]] = {k: [] for k in neighbors}
     rows = zip(val.values.split(QUERIES_AT_ONCE), val.labels.split(QUERIES_AT_ONCE), strict=True)
@@ -65,3 +71,38 @@ def votes(
     """
     empty = similarity.new_zeros(len(similarity), classes)
     return empty.scatter_add_(1, labels, ((similarity - similarity[:, :1]) / temperature).exp())
+
+
+@dataclass
+class Whitening:
+    """Centers features and gives their principal components about equal variance (Jegou and Chum 2012, section 4).
+
+    A few directions that all images share often have most of the variance and decide every cosine similarity. Each
+    component is divided by its standard deviation plus a fraction of the largest one, so that components of noise do
+    not count as much as the others.
+
+    Args:
+        mean: Mean of the features.
+        map: From centered features to components, 'd d'.
+    """
+
+    mean: Float[Tensor, "d"]
+    map: Float[Tensor, "d d"]
+
+    def __call__(self, values: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+        """The whitened features, on the CPU."""
+        rows = values.split(QUERIES_AT_ONCE)
+        return torch.cat([((one.to(self.mean) - self.mean) @ self.map).float().cpu() for one in rows])
+
+
+def fit_whitening(values: Float[Tensor, "n d"], device: str | torch.device = "cpu") -> Whitening:
+    """The whitening of features by their own mean and covariance, in float64; labels play no part."""
+    values = values.to(device)
+    mean = values.double().mean(0)
+    covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=values.device)
+    for rows in values.split(QUERIES_AT_ONCE):
+        centered = rows.double() - mean
+        covariance += centered.T @ centered
+    variances, directions = torch.linalg.eigh(covariance / len(values))
+    deviations = variances.clamp(min=0).sqrt()
+    return Whitening(mean, directions / (deviations + DAMPING * deviations[-1]).clamp(min=1e-12))

@@ -226,8 +226,8 @@ def describe(context: ProbeContext, settings: ProbeSettings, probed: dict[str, d
         "classes": context.classes, "fingerprints": {"train": train.fingerprint(), "val": val.fingerprint()},
         "protocol": protocol.name if protocol else None, "source": protocol.source if protocol else None,
         "chosen_by_paper": protocol.chosen_by_paper if protocol else None, "probed": probed,
-        "neighbors": settings.neighbors, "temperature": settings.temperature, "draws": settings.draws,
-        "seeds": settings.seeds, "seed": settings.seed,
+        "neighbors": settings.neighbors, "temperature": settings.temperature, "whiten": settings.whiten,
+        "draws": settings.draws, "seeds": settings.seeds, "seed": settings.seed,
     }  # fmt: skip
 
 
@@ -291,8 +291,11 @@ def neighbors(train: Features, val: Features, context: ProbeContext, settings: P
     ks = [k for k in settings.neighbors if k <= len(train)]
     if not ks:
         return {}
-    found = recognized_by_neighbors(train, val, context.classes, ks, settings.temperature, context.device)
-    return {f"kNN, k = {k}": [is_right] for k, is_right in found.items()}
+    found = recognized_by_neighbors(
+        train, val, context.classes, ks, settings.temperature, context.device, settings.whiten
+    )
+    what = "whitened kNN" if settings.whiten else "kNN"
+    return {f"{what}, k = {k}": [is_right] for k, is_right in found.items()}
 
 
 def open_labeled(settings: ProbeSettings) -> tuple[ShardIndex, ShardIndex]:

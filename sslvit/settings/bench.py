@@ -60,6 +60,8 @@ class ProbeColumn(FewLabels, BlocksReadout):
     """Number k of neighbors that vote."""
     temperature: float = 0.07
     """Temperature of the neighbors' vote."""
+    whiten: bool = False
+    """Whiten features before neighbors are searched."""
 
     def __post_init__(self) -> None:
         if self.kind == "few" and (self.labels_per_class is None) == (self.labels_percent is None):
@@ -68,7 +70,7 @@ class ProbeColumn(FewLabels, BlocksReadout):
 
     def settings(self, split: SplitSettings, **more: Any) -> ProbeSettings:
         """As `sslvit probe` takes them."""
-        given = {key: getattr(self, key) for key in ("temperature", "layer", "blocks", "pooling", "draws")}
+        given = {key: getattr(self, key) for key in ("temperature", "whiten", "layer", "blocks", "pooling", "draws")}
         given["protocol"] = self.protocol if self.kind == "linear" else None
         if self.kind == "few":
             given |= {"labels_per_class": self.labels_per_class, "labels_percent": self.labels_percent}

@@ -25,6 +25,7 @@ class KNNKeywords(TypedDict, total=False):
     max_unreadable_fraction: float
     neighbors: Sequence[int]
     temperature: float
+    whiten: bool
     baselines: bool
     seeds: int
     seed: int

@@ -128,6 +128,9 @@ class KNNSettings(Passes, UnreadableImages, BlocksReadout):
     """Numbers k of neighbors that vote."""
     temperature: float = 0.07
     """Temperature of the neighbors' vote."""
+    whiten: bool = False
+    """Whiten features before neighbors are searched, by mean and covariance of the training features: for encoders such
+    as MAE's, whose cosine similarities a few directions decide that all images share."""
     baselines: bool = True
     """Also score raw pixels and the same architecture with untrained weights."""
     seeds: int = 1

@@ -11,7 +11,7 @@ from golden_fixtures import Golden, looks_at
 from sklearn.linear_model import LogisticRegression
 
 from sslvit.evaluate import knn
-from sslvit.evaluate.knn import knn_accuracies, nearest, votes
+from sslvit.evaluate.knn import DAMPING, fit_whitening, knn_accuracies, nearest, recognized_by_neighbors, votes
 from sslvit.evaluate.linear import L2_GRID, fit_probe, sample_labels, stratified_folds
 from sslvit.evaluate.logistic import fit_logistic
 from sslvit.evaluate.sources import Features
@@ -378,3 +378,33 @@ def test_strengths_that_are_not_solved_are_not_compared(monkeypatch: pytest.Monk
     assert short.l2 >= short.weakest_l2
     assert linear.solved_in_all_folds(torch.tensor([[True, True, False], [True, False, False]])) == [0]
     assert linear.solved_in_all_folds(torch.zeros(2, 3, dtype=torch.bool)) == [0, 1, 2]
+
+
+# ---- whitening -----------------------------------------------------------------------------------------------
+
+
+def test_whitening_divides_each_component_by_its_deviation_and_a_part_of_the_largest() -> None:
+    source = torch.Generator().manual_seed(0)
+    deviations = torch.tensor([8.0, 2.0, 0.01])
+    rotation = torch.linalg.qr(torch.randn(3, 3, generator=source))[0]
+    values = (torch.randn(20_000, 3, generator=source) * deviations) @ rotation.T + 5
+    whitened = fit_whitening(values)(values)
+    assert whitened.mean(0).abs().max() < 1e-4
+    found = torch.linalg.svdvals(whitened.double() / len(values) ** 0.5)
+    torch.testing.assert_close(found.float(), deviations / (deviations + DAMPING * 8), rtol=0.02, atol=1e-3)
+    constant = torch.ones(10, 4)
+    assert fit_whitening(constant)(constant).abs().max() == 0
+
+
+def test_two_directions_that_all_images_share_decide_no_whitened_neighbor() -> None:
+    source = torch.Generator().manual_seed(0)
+    labels = torch.arange(600) % 4
+    values = torch.nn.functional.one_hot(labels, 7).float() + 0.3 * torch.randn(600, 7, generator=source)
+    values[:, 5:] = 40 * torch.randn(600, 2, generator=source)
+    train, val = Features(values[:400], labels[:400]), Features(values[400:], labels[400:])
+    plain, whitened = (recognized_by_neighbors(train, val, 4, [10], 0.07, whiten=one)[10] for one in (False, True))
+    assert plain.float().mean() < 0.5
+    assert whitened.float().mean() > 0.9
+    shifted = [Features(7 - 3 * one.values.flip(1), one.labels) for one in (train, val)]
+    again = recognized_by_neighbors(*shifted, 4, [10], 0.07, whiten=True)[10]
+    assert (again == whitened).float().mean() > 0.99  # it depends on no shift, scale or rotation
