@@ -254,6 +254,7 @@ class MemoryReader:
         self, contents: Mapping[int, tuple[str, Content]], channels: int, max_pixels: int = MAX_PIXELS
     ) -> None:
         self.contents, self.channels, self.max_pixels, self.scratch = contents, channels, max_pixels, Scratch()
+        self.decoded: Tensor | None = None  # all of them, 'n c h w', where somebody has decoded them
 
     def header(self, content: Content) -> Header:
         """Return size and type of an image."""
@@ -270,8 +271,9 @@ class MemoryReader:
     def labels_of(self, samples: np.ndarray) -> None:
         """Return no labels."""
 
-    def decoded_images(self, samples: np.ndarray) -> None:
-        """Return no decoded images."""
+    def decoded_images(self, samples: np.ndarray) -> tuple[Tensor, dict[int, str]] | None:
+        """Return images 'b c h w' without unreadable ones; None if they are not decoded."""
+        return None if self.decoded is None else (self.decoded[torch.from_numpy(samples)], {})
 
 
 ImageReader = ShardReader | MemoryReader  # what a batch is made from

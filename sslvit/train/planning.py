@@ -30,7 +30,7 @@ LONG_SECONDS = 24 * 3600.0  # of a run on a CPU, from which on GPUs are named be
 # for one view of 224 pixels, and for DINO's ten
 ASSUMED_ONE_VIEW, ASSUMED_MANY_VIEWS = 500.0, 200.0
 STEPS_ON_GPU, STEPS_ON_CPU = 20, 4  # that --measure times
-IMAGES_ON_CPU = 16  # at most in each of them
+SECONDS_ON_CPU = 2.0  # that each of them may take there, by the forecast
 
 
 @dataclass
@@ -214,25 +214,25 @@ def plan(
         notes["batch size"] = f"{batch:,} instead of the recipe's {requested_batch:,} images, more than there are"
     if notice := size_notice(settings, examples):
         notes["image size"] = notice
+    total_images = found.run.global_batch_size * found.run.total_steps
     if measure and measured is None:
-        measured = _measure(settings, found.run, on_gpu)
+        measured = _measure(settings, found.run, None if on_gpu else cpu_seconds(step) / total_images)
 
-    total = found.run.global_batch_size * found.run.total_steps
     paces = []
     if measured:
         rate = measured.images_per_second * found.run.ranks
         where = f"{found.run.ranks} x this machine's {'GPU' if on_gpu else 'CPU'}"
-        paces.append(Pace(where, "at the measured rate", total / rate, rate))
+        paces.append(Pace(where, "at the measured rate", total_images / rate, rate))
     elif not on_gpu and tflops is None:
         seconds = cpu_seconds(step)
         basis = f"{cpu_cores()} cores, by its rate of matrix products; --measure times real steps"
-        paces.append(Pace("this machine's CPU", basis, seconds, total / seconds))
+        paces.append(Pace("this machine's CPU", basis, seconds, total_images / seconds))
     if not paces or (not on_gpu and paces[0].seconds > LONG_SECONDS):
         here = peak_of_gpu() if on_gpu and memory_gib is None else None
         for name, peak in ({"given": tflops} if tflops else here or PEAKS).items():
             seconds = 3600 * found.hours(peak, utilization)
             basis = f"{peak:g} TFLOP/s, {utilization:.0%} used"
-            paces.append(Pace(f"{found.run.ranks} x {name}", basis, seconds, total / seconds))
+            paces.append(Pace(f"{found.run.ranks} x {name}", basis, seconds, total_images / seconds))
     return PlannedRun(
         found, paces, loading_of(settings, examples, paces[0].images_per_second, on_gpu), chosen, measured, notes,
         str(plot_schedules(step.task, Path(figure))) if figure else None,
@@ -243,14 +243,17 @@ def loading_of(settings: RunSettings, examples: Examples, images_per_second: flo
     """What the loader of each machine has to deliver, and what its cores can."""
     train, encoder = settings.train, settings.encoder
     views = encoder_views(encoder, settings.data.view)
-    measured = examples.images_per_second(views, encoder.channels)
+    views.color_here = not on_gpu
+    measured = examples.images_per_second(views, encoder.channels, settings.data.memory_limit_mb)
     assumed = ASSUMED_MANY_VIEWS if len(views.specs()) > 1 else ASSUMED_ONE_VIEW
     devices, nodes = train.devices or 1, train.nodes or 1
     workers = devices * pick_workers(settings.data.workers, "cuda" if on_gpu else "cpu", devices)
     return Loading(images_per_second / nodes, measured or assumed, measured is not None, workers)
 
 
-def _measure(settings: RunSettings, run: RunPlan, on_gpu: bool) -> TimedSteps:
-    """Some real steps of one forward pass each, on a CPU of few images."""
-    batch = run.images_per_pass if on_gpu else min(run.images_per_pass, IMAGES_ON_CPU)
-    return time_steps(settings, RunPlan(1, 1, batch, seed=settings.seed), STEPS_ON_GPU if on_gpu else STEPS_ON_CPU)
+def _measure(settings: RunSettings, run: RunPlan, cpu_seconds_per_image: float | None) -> TimedSteps:
+    """Some real steps of one forward pass each; on a CPU of as many images as take a moment, by the forecast."""
+    batch, steps = run.images_per_pass, STEPS_ON_GPU
+    if cpu_seconds_per_image is not None:
+        batch, steps = min(batch, max(1, round(SECONDS_ON_CPU / cpu_seconds_per_image))), STEPS_ON_CPU
+    return time_steps(settings, RunPlan(1, 1, batch, seed=settings.seed), steps)

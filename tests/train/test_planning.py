@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from run_fixtures import TINY
+from run_fixtures import TINY, TINY_DINO
 
 import sslvit
 from sslvit.cli import main
+from sslvit.data import examples
 from sslvit.data import open as opening
+from sslvit.train import planning
 from sslvit.train.planning import Loading
 
 TINY_RUN = {key: value for key, value in TINY.items() if key != "data.workers"}
@@ -70,3 +72,30 @@ def test_cores_that_deliver_too_little_are_said() -> None:
     assert "7 processes 700: too few" in few.text()
     assert "in turns with training: 50% of the time" in Loading(100, 100, False, 0).text()
     assert not Loading(100, 100, False, 0).is_enough
+
+
+@pytest.mark.parametrize(("limit", "largest"), [(1024, 128), (0, 4)])
+def test_a_small_set_is_timed_as_a_run_crops_it(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, limit: int, largest: int
+) -> None:
+    made = []
+    make = examples.make_batch
+
+    def note(reader, views, samples, epochs):
+        made.append((len(samples), reader.decoded is not None, views.color_here))
+        return make(reader, views, samples, epochs)
+
+    monkeypatch.setattr(examples, "make_batch", note)
+    found = sslvit.plan("dino/own_images", photos, **TINY_DINO | {"data.memory_limit_mb": limit})
+    assert found.loading.is_measured
+    assert set(made) == {(largest, limit > 0, True)}
+
+
+def test_as_many_images_are_timed_on_a_cpu_as_take_a_moment(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = TINY_RUN | {"data.global_batch_size": 24}
+    for seconds_per_image, expected in ((planning.SECONDS_ON_CPU / 5, 5), (100, 1), (1e-6, 24)):
+        monkeypatch.setattr(planning, "cpu_seconds", lambda step, each=seconds_per_image: each * step.images * 1.0)
+        monkeypatch.setattr(planning, "time_steps", lambda _, run, steps: batches.append(run.global_batch_size))
+        batches: list[int] = []
+        sslvit.plan("mae/own_images", photos, measure=True, **changes | {"train.steps": 1})
+        assert batches == [expected]
