@@ -309,7 +309,7 @@ def test_home_is_expanded_in_options_that_no_shell_expands(capsys, tmp_path: Pat
 def test_what_is_given_last_wins_over_the_recipe(tmp_path: Path) -> None:
     recipe = load_recipe("mae/digits", {"encoder.preset": "vit_small"})
     assert (recipe.encoder.width, recipe.encoder.depth, recipe.encoder.heads) == (384, 12, 6)
-    assert (recipe.encoder.image_size, recipe.encoder.channels) == ([12, 12], 1)  # not of the preset
+    assert (recipe.encoder.image_size, recipe.encoder.channels) == ([14, 14], 1)  # not of the preset
     assert load_recipe("mae/digits", {"encoder.preset": "vit_small", "encoder.width": 96}).encoder.width == 96
     assert load_recipe("igpt/small_in1k", {"encoder.preset": "igpt_medium"}).encoder.width == 1024
     assert load_recipe("igpt/small_in1k", {"train.epochs": 10}).train.steps is None

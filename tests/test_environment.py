@@ -88,7 +88,7 @@ class Faults(pl.Callback):
 
 settings = load_recipe("mae/digits", {"data.global_batch_size": 2, "train.steps": 1})
 task = make_task(settings, RunPlan(1, 1, 2))
-images = torch.zeros(2, 1, 12, 12)
+images = torch.zeros(2, 1, 14, 14)
 trainer = pl.Trainer(
     accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
     enable_model_summary=False, callbacks=[Faults()],

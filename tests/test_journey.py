@@ -14,6 +14,7 @@ from PIL import Image
 from sslvit.checkpoint import load_encoder
 from sslvit.cli import main
 from sslvit.data.index import load_index
+from sslvit.report import demo as module
 from sslvit.report.demo import demo, pack_digits
 from sslvit.settings.demo import RECIPES, split_changes
 
@@ -72,17 +73,20 @@ def test_images_become_an_encoder_that_timm_opens(tmp_path: Path, capsys: pytest
         torch.testing.assert_close(model(pictures), load_encoder(out).features(pictures), atol=1e-5, rtol=1e-5)
 
 
-def test_the_demo_writes_what_it_names(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_demo_writes_what_it_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "cpu_cores", lambda: 1)  # in this process
     out = tmp_path / "demo"
     table = demo(out=str(out), changes=SHORT)
     assert list(table["rows"]) == ["raw pixels", "MAE untrained", "MAE", "DINO untrained", "DINO",
                                   "iGPT untrained", "iGPT"]  # fmt: skip
-    assert list(table["rows"]["MAE"]) == ["linear, all labels", "linear, 10 per class", "kNN, k = 20"]
+    assert list(table["rows"]["MAE"]) == ["linear, all labels", "linear, 10 per class", "whitened kNN, k = 20"]
     named = [Path(line.split()[0]) for line in capsys.readouterr().out.split("Open these:")[1].strip().splitlines()]
     assert len(named) == 11
     assert all(path.exists() for path in named)
     page = (out / "report.html").read_text()
-    assert page.count("data:image/png;base64") == 11
+    assert page.count("data:image/png;base64") == 13
     assert 'src="http' not in page
     assert "no digit is in both parts" in page
     with pytest.raises(ValueError, match="Pass --overwrite"):

@@ -22,14 +22,15 @@ from sslvit.data.index import ShardIndex
 from sslvit.data.pack import pack
 from sslvit.data.sources import Samples, hold_out
 from sslvit.data.views import Views
-from sslvit.environment import require_packages
+from sslvit.environment import cpu_cores, require_packages
 from sslvit.evaluate.layers import HELD_OUT, LayerTable, plot_layers, probe_layers
 from sslvit.evaluate.probe import LINEAR, ProbeTable, probe
 from sslvit.exporters import export_encoder
-from sslvit.figures import plot_bars
+from sslvit.figures import plot_bars, plot_curves
 from sslvit.files import to_json, write_atomically
 from sslvit.models import Encoder
 from sslvit.report.page import heading, picture, table, text, write_page
+from sslvit.report.side_by_side import pretrain_side_by_side
 from sslvit.settings import MAESettings, ProbeSettings
 from sslvit.settings.demo import CIFAR10_ON_A_CPU, RECIPES, split_changes
 from sslvit.settings.load import load_recipe
@@ -43,6 +44,9 @@ NAMES = {"mae": "MAE", "dino": "DINO", "igpt": "iGPT"}
 MARK = "demo.json"  # marks the folder of a demo
 FOLDERS = ("shards", "download", *TASKS, "export", "figures")
 TEST_EVERY = 5  # one of so many digits is for the test
+# steps between two scores of features while they are learned: about six in a run, the last at its end
+ONLINE_EVERY = {"digits": {"mae": 330, "dino": 200, "igpt": 250}, "cifar10": {"mae": 200, "dino": 50, "igpt": 150}}
+ONLINE_IMAGES = 1500
 EVALUATION_SEED = 1  # of the digits' places for evaluation; training samples its own, from the run's seed
 
 
@@ -83,18 +87,25 @@ def demo(
     logger.info(f"1/4  packing {data} into WebDataset shards")
     shards = folder / "shards"
     source = pack_digits(shards) if data == "digits" else pack_cifar10(shards, archive, folder / "download")
-    encoders: dict[str, Encoder] = {}
-    runs = {}
-    given = {"data.shards": source.location, "seed": seed}
-    for task, changed in split_changes(RECIPES[data], changes or {}).items():
-        logger.info(f"2/4  pretraining: {TASKS[task]}")
-        short = CIFAR10_ON_A_CPU[task] if data == "cifar10" and not torch.cuda.is_available() else {}
-        settings = load_recipe(RECIPES[data][task], short | given | {"out": str(folder / task)} | changed)
-        runs[task] = pretrain(settings)
-        encoders[NAMES[task]] = load_encoder(runs[task].path)
-    logger.info("3/4  probing: logistic regression and nearest neighbors on frozen features")
     train, test = str(shards / "train"), str(shards / "test")
-    table = probe(encoders, ProbeSettings(train, test, labels_per_class=10, neighbors=[20], cache=None))
+    given = {"data.shards": source.location, "seed": seed}
+    given |= {"online.train": train, "online.val": test, "online.images": ONLINE_IMAGES}  # curves; nothing is chosen
+    on_gpu = torch.cuda.is_available()
+    to_run: dict[str, tuple[str, dict[str, Any]]] = {}
+    for task, changed in split_changes(RECIPES[data], changes or {}).items():
+        short = CIFAR10_ON_A_CPU[task] if data == "cifar10" and not on_gpu else {}
+        own = {"out": str(folder / task), "online.every": ONLINE_EVERY[data][task]}
+        to_run[task] = RECIPES[data][task], short | given | own | changed
+    logger.info(f"2/4  pretraining: {', '.join(TASKS.values())}")
+    if on_gpu or cpu_cores() == 1:
+        for recipe, of_task in to_run.values():
+            pretrain(load_recipe(recipe, of_task))
+    else:  # the longest first
+        pretrain_side_by_side({NAMES[task]: to_run[task] for task in reversed(to_run)})
+    runs = {task: RunFolder(folder / task) for task in to_run}
+    encoders: dict[str, Encoder] = {NAMES[task]: load_encoder(run.path) for task, run in runs.items()}
+    logger.info("3/4  probing: logistic regression and nearest neighbors on frozen features")
+    table = probe(encoders, ProbeSettings(train, test, labels_per_class=10, neighbors=[20], whiten=True, cache=None))
     depth = encoders["iGPT"].settings.depth
     layers_file = folder / "figures" / "layers.png"
     layers = probe_layers(
@@ -108,11 +119,13 @@ def demo(
     bars_file = plot_bars(
         folder / "figures" / "scores.png", table.rows, "top-1 accuracy (%)", "Probes of frozen features"
     )
+    curves = plot_progress({NAMES[task]: run for task, run in runs.items()}, folder / "figures")
     seconds = time.monotonic() - start
     title = f"sslvit demo: {data}"
     page = write_page(
-        folder / "report.html", title, page_content(data, table, runs, bars_file, layers, layers_file, verdict, seconds)
-    )
+        folder / "report.html", title,
+        page_content(data, table, runs, bars_file, curves, layers, layers_file, verdict, seconds),
+    )  # fmt: skip
     logger.info(f"\n{table}\n")
     logger.info(f"Done in {seconds / 60:.1f} minutes. Open these:")
     for path, what in [
@@ -209,16 +222,32 @@ def _is_python_archive(path: Path) -> bool:
         raise ValueError(f"{path}: not a readable tar archive ({error}).") from error
 
 
+def plot_progress(runs: dict[str, RunFolder], folder: Path) -> dict[str, Path]:
+    """Plot the scores that runs were given while they trained, one picture for each kind of score."""
+    drawn = {}
+    for key, what in (("probe/linear", "Linear probe"), ("probe/knn", "kNN, k = 20")):
+        lines = {}
+        for name, run in runs.items():
+            found = [(line["step"], line[key]) for line in run.read_metrics() if key in line]
+            steps = run.read_metrics()[-1]["step"]
+            if found:
+                lines[name] = [100 * step / steps for step, _ in found], [score for _, score in found]
+        if lines:
+            file = folder / f"{key.replace('/', '_')}.png"
+            drawn[what] = plot_curves(file, lines, "part of the run (%)", "top-1 accuracy (%)", what)
+    return drawn
+
+
 def page_content(
-    data: str, scores: ProbeTable, runs: dict[str, RunFolder], bars_file: Path, layers: LayerTable, layers_file: Path,
-    verdict: dict[str, Any], seconds: float,
+    data: str, scores: ProbeTable, runs: dict[str, RunFolder], bars_file: Path, curves: dict[str, Path],
+    layers: LayerTable, layers_file: Path, verdict: dict[str, Any], seconds: float,
 ) -> list[str]:  # fmt: skip
     """The parts of the demo's page, top to bottom."""
     about = {
         "digits": (
             "scikit-learn's 1,797 handwritten digits (8 x 8 pixels), split once: every fifth digit is for the test, "
             "and no digit is in both parts. A view is the digit at a random size (8 to 12 pixels) and position on a "
-            "black 12 x 12 canvas; DINO also gets small canvases with a part of it. Pretraining places each digit anew "
+            "black 14 x 14 canvas; DINO also gets small canvases with a part of it. Pretraining places each digit anew "
             "in every epoch and uses no labels; for evaluation every digit was placed once, with a fixed seed."
         ),
         "cifar10": (
@@ -243,10 +272,15 @@ def page_content(
             "Top-1 accuracy (%). Raw pixels and the same networks with untrained weights get the same probes. "
             f"Features: {features}. "
             "Linear: logistic regression on standardized features, its L2 penalty selected on held-out training "
-            "images; with 10 labels per class the mean of 5 draws and half its 95 % interval. kNN: cosine, "
-            f"weighted by exp(similarity / {scores.about['temperature']})."
+            "images; with 10 labels per class the mean of 5 draws and half its 95 % interval. kNN: whitened features "
+            f"(raw pixels, too), cosine, weighted by exp(similarity / {scores.about['temperature']})."
         ),
         picture(bars_file, "The same scores as bars."),
+        heading("While they learned"),
+        *(
+            picture(file, f"{what} on up to {ONLINE_IMAGES:,} test images during pretraining; nothing is chosen by it.")
+            for what, file in curves.items()
+        ),
         heading("What MAE learned"),
         picture(
             runs["mae"].figures / "reconstruction.png",

@@ -1,0 +1,72 @@
+"""Several small runs at the same time, a process of one thread for each, which a second thread would help little."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
+
+from sslvit.environment import cpu_cores
+from sslvit.files import printable
+from sslvit.settings.sweep import format_value
+
+logger = logging.getLogger(__name__)
+
+WARNING = "warning: "  # in front of such lines of a command
+LAST_LINES = 3  # of a run that failed, in the error
+Processes = dict[str, "subprocess.Popen[str]"]
+
+
+def pretrain_side_by_side(runs: dict[str, tuple[str, dict[str, Any]]]) -> None:
+    """Run `sslvit pretrain` for each name, as many at once as there are cores; their lines are said with the name.
+
+    Each run has its own process, so its numbers do not depend on the others or on the number of cores. When this one is
+    told to stop, all of them write a checkpoint and end.
+
+    Args:
+        runs: Name -> recipe, and its changes by dotted key.
+
+    Raises:
+        RuntimeError: A run failed; the message has its last lines, and the others have been stopped.
+    """
+    processes, is_over = Processes(), threading.Event()
+    with ThreadPoolExecutor(min(cpu_cores(), len(runs))) as pool:
+        try:
+            started = [pool.submit(_pretrain, processes, is_over, name, *run) for name, run in runs.items()]
+            for done in as_completed(started):
+                done.result()
+        except BaseException:
+            is_over.set()
+            for process in list(processes.values()):
+                process.terminate()
+            raise
+
+
+def _pretrain(processes: Processes, is_over: threading.Event, name: str, recipe: str, changes: dict[str, Any]) -> None:
+    if is_over.is_set():
+        return
+    words = [f"--{key}={format_value(value)}" for key, value in changes.items()]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sslvit", "pretrain", "--config", recipe, *words], text=True, errors="replace",
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,  # a terminal's Ctrl-C is for this process, which tells the others
+    )  # fmt: skip
+    processes[name] = process
+    if is_over.is_set():  # since the question above
+        process.terminate()
+    last: deque[str] = deque(maxlen=LAST_LINES)
+    assert process.stdout is not None
+    for line in process.stdout:
+        text = line.rstrip("\n")
+        last.append(text)
+        if text.startswith(WARNING):
+            logger.warning(f"{name}: {printable(text.removeprefix(WARNING), 1000)}")
+        else:
+            logger.info(f"{name}: {printable(text, 1000)}")
+    if process.wait() != 0:
+        raise RuntimeError(f"{name}: its run failed ({process.returncode}): {printable(' / '.join(last), 1000)}")
