@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from sslvit.models import Backbone, ViTEncoder
     from sslvit.pixel_models import likelihood, sample
     from sslvit.plugins import use_plugin
-    from sslvit.report.bench import bench
-    from sslvit.report.show import show
-    from sslvit.report.sweep import sweep
+    from sslvit.reports.bench import bench
+    from sslvit.reports.show import show
+    from sslvit.reports.sweep import sweep
     from sslvit.run_plan import RunPlan
     from sslvit.segmentation import segment
     from sslvit.settings import EncoderSettings
@@ -56,7 +56,7 @@ _LAZY = {
     "RunPlan": "sslvit.run_plan",
     "ShardDataModule": "sslvit.data.module",
     "ViTEncoder": "sslvit.models",
-    "bench": "sslvit.report.bench",
+    "bench": "sslvit.reports.bench",
     "check": "sslvit.shards",
     "compare": "sslvit.evaluation",
     "embed": "sslvit.evaluation",
@@ -79,8 +79,8 @@ _LAZY = {
     "sample": "sslvit.pixel_models",
     "save_encoder": "sslvit.checkpoint",
     "segment": "sslvit.segmentation",
-    "show": "sslvit.report.show",
-    "sweep": "sslvit.report.sweep",
+    "show": "sslvit.reports.show",
+    "sweep": "sslvit.reports.sweep",
     "tasks": "",
     "use_plugin": "sslvit.plugins",
 }

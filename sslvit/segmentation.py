@@ -18,7 +18,7 @@ from sslvit.evaluate.sources import view_in_words
 from sslvit.files import check_new_picture, expand_path
 from sslvit.messages import for_python
 from sslvit.models import ViTEncoder, require_transformer
-from sslvit.report.show import plot_predictions
+from sslvit.reports.show import plot_predictions
 from sslvit.results import Result
 from sslvit.settings.probe import Device, Precision
 

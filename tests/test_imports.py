@@ -20,7 +20,7 @@ ROOMS = {
     "data": 1, "models": 1, "weight_files": 2,
     "sharded_checkpoint": 3, "optim": 3, "compatibility": 3, "layouts": 4, "checkpoint": 5, "tasks": 6, "evaluate": 7,
     "train": 8, "exporters": 9, "api": 9.5, "evaluation": 9,
-    "pixel_models": 9, "shards": 9, "report": 10, "segmentation": 10.5, "commands": 11, "cli": 12, "__main__": 13,
+    "pixel_models": 9, "shards": 9, "reports": 10, "segmentation": 10.5, "commands": 11, "cli": 12, "__main__": 13,
 }  # fmt: skip
 
 

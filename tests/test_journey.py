@@ -14,8 +14,8 @@ from PIL import Image
 from sslvit.checkpoint import load_encoder
 from sslvit.cli import main
 from sslvit.data.index import load_index
-from sslvit.report import demo as module
-from sslvit.report.demo import demo, pack_digits
+from sslvit.reports import demo as module
+from sslvit.reports.demo import demo, pack_digits
 from sslvit.settings.demo import RECIPES, split_changes
 
 SHORT = {
@@ -124,7 +124,7 @@ def test_no_digit_is_in_both_splits_and_drawings_are_fixed(tmp_path: Path) -> No
 def test_the_cifar_demo_takes_a_local_archive_of_class_folders(tmp_path: Path, wrapped: bool) -> None:
     import tarfile
 
-    from sslvit.report.demo import pack_cifar10
+    from sslvit.reports.demo import pack_cifar10
 
     stripes(tmp_path / "train")
     with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as tar:

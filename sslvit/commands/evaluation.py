@@ -196,7 +196,7 @@ def run_show(options: ShowOptions) -> None:
     if options.what == "distance":
         check_new(numbers_file)
     check_new_picture(out)
-    from sslvit.report.show import show
+    from sslvit.reports.show import show
 
     picture = show(options.what, load_scored(options), options.data, out, images=options.images, among=options.among)
     files = {"figure": str(out)}
@@ -247,7 +247,7 @@ def run_bench(options: BenchOptions) -> None:
     from sslvit.settings.bench import check_sources, load_bench
 
     check_sources(load_bench(options.config, options.changes))  # before torch, whose import takes seconds
-    from sslvit.report.bench import bench
+    from sslvit.reports.bench import bench
 
     made = bench(options.config, **options.changes)
     report(options, f"\n{made}", made.to_dict())

@@ -79,8 +79,8 @@ def run_sweep(options: SweepOptions) -> int:
             check_recipe(options.config, given | changes)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-    from sslvit.report.sweep import plan_sweep, sweep
-    from sslvit.report.sweep_script import list_commands, script_sweep
+    from sslvit.reports.sweep import plan_sweep, sweep
+    from sslvit.reports.sweep_script import list_commands, script_sweep
 
     words = (options.config, one_source(options.data), options.out, options.changes, options.init)
     named = {"--config": options.config, "--data": words[1], "--init": options.init, "--plugin": options.plugin}

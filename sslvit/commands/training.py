@@ -44,7 +44,7 @@ def run_demo(options: DemoOptions) -> None:
     from sslvit.settings.demo import check_demo
 
     check_demo(options.data, options.changes)
-    from sslvit.report.demo import demo
+    from sslvit.reports.demo import demo
 
     demo(options.data, options.archive, options.out, options.overwrite, options.seed, options.changes)
 

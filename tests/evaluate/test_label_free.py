@@ -21,7 +21,7 @@ from sslvit.evaluate.health import alignment, alpha_of_spectrum, feature_std, la
 from sslvit.evaluate.label_free import evenly_spaced, measure_health
 from sslvit.evaluate.sources import LabeledSet
 from sslvit.models import ViTEncoder
-from sslvit.report.show import middle_patch
+from sslvit.reports.show import middle_patch
 from sslvit.settings import EncoderSettings
 
 

@@ -20,7 +20,7 @@ from sslvit.evaluate.probe import ProbeTable, probe
 from sslvit.evaluate.scores import format_score, independent, interval, sampling_interval
 from sslvit.evaluate.sources import LabeledSet
 from sslvit.models import ViTEncoder
-from sslvit.report.bench import BenchRun
+from sslvit.reports.bench import BenchRun
 from sslvit.settings import EncoderSettings, ProbeSettings
 from sslvit.settings.bench import BenchSettings, ProbeColumn, SplitSettings
 

@@ -21,7 +21,7 @@ from sslvit.commands.training import PretrainOptions, wants_requeue
 from sslvit.data.open import open_shards
 from sslvit.layouts import from_sslvit
 from sslvit.models import ViTEncoder
-from sslvit.report.demo import pack_digits
+from sslvit.reports.demo import pack_digits
 from sslvit.run_plan import RunPlan
 from sslvit.settings import EncoderSettings
 from sslvit.settings.load import load_recipe, takes_init

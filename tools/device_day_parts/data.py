@@ -37,7 +37,7 @@ def pack_cifar(day: Day, folder: Path) -> tuple[str, int]:
     """Shards in train/ and test/."""
     from device_day_parts.common import pack_noise
     from sslvit.data.pack import pack_source
-    from sslvit.report.demo import pack_cifar10
+    from sslvit.reports.demo import pack_cifar10
 
     found = find(day.data, "cifar")
     if found is None:

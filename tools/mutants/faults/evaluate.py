@@ -14,7 +14,7 @@ def fault(name: str, file: str, text: str, replacement: str, *tests: str, surviv
 
 
 def bench(name: str, text: str, replacement: str, test: str, file: str = "bench.py") -> Fault:
-    return Fault(name, f"sslvit/report/{file}", text, replacement, (f"tests/{test}",))
+    return Fault(name, f"sslvit/reports/{file}", text, replacement, (f"tests/{test}",))
 
 
 FAULTS = [
@@ -262,10 +262,10 @@ FAULTS = [
     bench("A cell's key has no reported images", '"train": train.index.fingerprint(), "val": val.index.fingerprint(), '
           '"seed"', '"train": train.index.fingerprint(), "seed"', "evaluate/test_scores.py"),
     bench("A cell's key has no column", '"input": asdict(source.settings), "column": asdict(wanted),',
-          '"input": asdict(source.settings),', "report/test_bench.py"),
+          '"input": asdict(source.settings),', "reports/test_bench.py"),
     bench("A cell's key has no crop", '"input": asdict(source.settings), ', "", "evaluate/test_scores.py"),
     bench("A fine-tuning's key has no seed", '"recipe": recipe, "seed": seed, "train"', '"recipe": recipe, "train"',
-          "report/test_bench.py"),
+          "reports/test_bench.py"),
     bench("Raw pixels are scored under one seed", "Entry(None, None, False, seed) for seed in seeds]",
           "Entry(None, None, False, seed) for seed in seeds[:1]]", "evaluate/test_scores.py"),
     bench("Cells of incomplete data sets are kept", "if not train.unreadable and not val.unreadable:",

@@ -11,8 +11,8 @@ from run_fixtures import TINY
 from shard_fixtures import labeled_shards
 
 from sslvit.checkpoint import fingerprint, load_encoder
-from sslvit.report import side_by_side
-from sslvit.report.side_by_side import pretrain_side_by_side
+from sslvit.reports import side_by_side
+from sslvit.reports.side_by_side import pretrain_side_by_side
 
 
 @pytest.fixture

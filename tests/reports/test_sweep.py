@@ -23,9 +23,9 @@ from sslvit import figures
 from sslvit.checkpoint import load_encoder, save_encoder
 from sslvit.cli import main
 from sslvit.models import ViTEncoder
-from sslvit.report import sweep as sweeping
-from sslvit.report import sweep_folder, sweep_plan
-from sslvit.report.sweep_plan import check_runs, plan_sweep
+from sslvit.reports import sweep as sweeping
+from sslvit.reports import sweep_folder, sweep_plan
+from sslvit.reports.sweep_plan import check_runs, plan_sweep
 from sslvit.settings.load import load_recipe
 from sslvit.settings.sweep import combinations, format_value, read_values
 from sslvit.tasks import task_class

@@ -29,8 +29,8 @@ from sslvit.exporters import export_encoder
 from sslvit.figures import plot_bars, plot_curves
 from sslvit.files import to_json, write_atomically
 from sslvit.models import Encoder
-from sslvit.report.page import heading, picture, table, text, write_page
-from sslvit.report.side_by_side import pretrain_side_by_side
+from sslvit.reports.page import heading, picture, table, text, write_page
+from sslvit.reports.side_by_side import pretrain_side_by_side
 from sslvit.settings import MAESettings, ProbeSettings
 from sslvit.settings.demo import CIFAR10_ON_A_CPU, RECIPES, split_changes
 from sslvit.settings.load import load_recipe

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from sslvit.files import printable, write_atomically
-from sslvit.report.sweep_folder import check_folder, claim_folder, state_of
-from sslvit.report.sweep_plan import SweepRun, check_runs
+from sslvit.reports.sweep_folder import check_folder, claim_folder, state_of
+from sslvit.reports.sweep_plan import SweepRun, check_runs
 from sslvit.settings.sweep import format_value
 from sslvit.train.folder import RunFolder
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from sslvit.files import brief, printable, write_atomically
 from sslvit.locks import lock_file
-from sslvit.report.sweep_plan import SweepRun
+from sslvit.reports.sweep_plan import SweepRun
 from sslvit.settings import RunSettings
 from sslvit.settings.describe import default_of
 from sslvit.settings.load import by_dotted_key

@@ -17,7 +17,7 @@ from sslvit.data.array_images import array_samples
 from sslvit.data.pack import pack
 from sslvit.evaluate import scores
 from sslvit.models import ViTEncoder
-from sslvit.report import bench as module
+from sslvit.reports import bench as module
 from sslvit.settings import EncoderSettings
 from sslvit.settings.bench import load_bench
 from sslvit.settings.load import recipes_folder

@@ -14,8 +14,8 @@ import torch
 from sslvit.figures import plot_ranges
 from sslvit.files import expand_path, printable
 from sslvit.messages import for_python
-from sslvit.report.sweep_folder import FIGURE, check_folder, claim_folder, state_of
-from sslvit.report.sweep_plan import SweepRun, check_runs, plan_sweep
+from sslvit.reports.sweep_folder import FIGURE, check_folder, claim_folder, state_of
+from sslvit.reports.sweep_plan import SweepRun, check_runs, plan_sweep
 from sslvit.results import Result
 from sslvit.settings.data import one_source
 from sslvit.settings.sweep import format_value, plain_grid, swept_keys

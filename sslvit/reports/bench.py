@@ -31,7 +31,7 @@ from sslvit.files import printable, remove_stale_parts, write_atomically
 from sslvit.messages import for_python
 from sslvit.models import Encoder
 from sslvit.models.resize import check_resizable
-from sslvit.report.bench_tables import Measurement, write_tables
+from sslvit.reports.bench_tables import Measurement, write_tables
 from sslvit.results import Result
 from sslvit.settings import SupervisedSettings
 from sslvit.settings.bench import (
