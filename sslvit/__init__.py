@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from sslvit.settings.recipes import recipes
     from sslvit.shards import check, fit_palette, pack
     from sslvit.tasks import make_task
+    from sslvit.train.report import report
     from sslvit.train.runs import runs
 
 __version__ = "0.1.0"
@@ -74,6 +75,7 @@ _LAZY = {
     "pretrain": "sslvit.api",
     "probe": "sslvit.evaluation",
     "recipes": "sslvit.settings.recipes",
+    "report": "sslvit.train.report",
     "resume": "sslvit.api",
     "runs": "sslvit.train.runs",
     "sample": "sslvit.pixel_models",
@@ -108,6 +110,7 @@ __all__ = [
     "pretrain",
     "probe",
     "recipes",
+    "report",
     "resume",
     "runs",
     "sample",

@@ -23,6 +23,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sslvit import zoo
 from sslvit.compatibility import check_fits, load_strict, settings_from
 from sslvit.data.preprocess import ImageLike, preprocess
 from sslvit.files import new_file, printable, remove_stale_parts
@@ -129,8 +130,9 @@ def load_encoder(
 
     Args:
         source: A run folder, an encoder folder, a Lightning checkpoint of ours, a released checkpoint file, a folder
-            that transformers or timm opens, hf:ORG/NAME[@REVISION] of the Hugging Face hub, timm:NAME for a pretrained
-            model of timm's, or another network by its name, such as torchvision:resnet18@IMAGENET1K_V1.
+            that transformers or timm opens, zoo:NAME of docs/record.md, hf:ORG/NAME[@REVISION] of the Hugging Face hub,
+            timm:NAME for a pretrained model of timm's, or another network by its name, such as
+            torchvision:resnet18@IMAGENET1K_V1.
         layout: Layout of a released file: mae, dino, dinov2, dinov3, timm, transformers or openai_igpt; recognized
             from the names if None.
         heads: Attention heads of a released file, which does not state them; 64 channels a head are assumed if None.
@@ -286,6 +288,8 @@ def find_encoder(source: str | Path, by_network: bool = False) -> Path:
 
     With `by_network` a checkpoint is preferred, as it holds the student too.
     """
+    if zoo.is_name(source):
+        return zoo.find(str(source))
     path = hub.snapshot(str(source)) if hub.is_name(source) else Path(source)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder. Give a run folder, encoder folder or checkpoint.")

@@ -41,6 +41,7 @@ COMMANDS: Mapping[str, Function] = {
     "plan": training.run_plan,
     "replay": training.run_replay,
     "runs": runs.run_runs,
+    "report": runs.run_report,
     "sweep": runs.run_sweep,
     "recipes": training.run_recipes,
     "settings": training.run_settings,

@@ -39,8 +39,8 @@ from sslvit.tasks.base import Task
 
 FUNCTIONS = (
     "bench", "check", "compare", "embed", "export", "finetune", "fit_palette", "health", "knn", "likelihood",
-    "load_encoder", "pack", "plan", "pretrain", "probe", "recipes", "resume", "runs", "sample", "segment", "show",
-    "sweep",
+    "load_encoder", "pack", "plan", "pretrain", "probe", "recipes", "report", "resume", "runs", "sample",
+    "segment", "show", "sweep",
 )  # fmt: skip
 SMALL = {"image_size": 8, "patch": 4, "width": 16, "depth": 2, "heads": 2, "channels": 1, "mean": [0.5], "std": [0.3]}
 
@@ -103,7 +103,8 @@ def test_keywords_are_the_options_of_the_command() -> None:
     of_screen = {"quiet", "traceback", "json", "output", "changes", "plugin"}
     renamed = {"shards pack": "pack", "shards check": "check", "palette": "fit_palette"}
     for command in ("probe", "knn", "compare", "health", "embed", "sample", "likelihood", "pretrain", "resume",
-                    "finetune", "export", "show", "shards pack", "shards check", "segment", "palette"):  # fmt: skip
+                    "finetune", "export", "show", "shards pack", "shards check", "segment", "palette",
+                    "report"):  # fmt: skip
         function = getattr(sslvit, renamed.get(command, command))
         known = set(inspect.signature(function).parameters)
         hint = typing.get_type_hints(inspect.unwrap(function)).get("settings")

@@ -121,7 +121,7 @@ def test_a_wrong_setting_is_named_before_data_is_touched(
         (["--train.accelerator", "cuda"], "Did you mean gpu?"),
         (["--encoder.mlp", "swiglue"], "Did you mean swiglu?"),
         (["--task.name", "dinov"], "Did you mean dino?"),
-        (["--encoder.patch", "5"], "Set encoder.image_size to 10, or encoder.patch to another side."),
+        (["--encoder.patch", "5"], "Set encoder.image_size to 15, or encoder.patch to another side."),
         (["--train.compile", "--train.steps", "3"], "--train.compile: no value given"),
         (["--train.steps", "1" + 50 * "0"], "train.steps: 1000"),
     ],

@@ -18,7 +18,8 @@ ROOMS = {
     "messages": -3, "files": -2, "results": -1, "plugins": -1, "locks": -1, "settings": 0, "rng": 0,
     "run_plan": 0.5, "palette": 0, "figures": 0, "progress": 0.5, "environment": 0, "ranks": 0, "stopping": 0,
     "data": 1, "models": 1, "weight_files": 2,
-    "sharded_checkpoint": 3, "optim": 3, "compatibility": 3, "layouts": 4, "checkpoint": 5, "tasks": 6, "evaluate": 7,
+    "sharded_checkpoint": 3, "optim": 3, "compatibility": 3, "layouts": 4, "zoo": 4, "checkpoint": 5,
+    "tasks": 6, "evaluate": 7, "pages": 7.5,
     "train": 8, "exporters": 9, "api": 9.5, "evaluation": 9,
     "pixel_models": 9, "shards": 9, "reports": 10, "segmentation": 10.5, "commands": 11, "cli": 12, "__main__": 13,
 }  # fmt: skip

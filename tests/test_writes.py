@@ -17,7 +17,7 @@ from sslvit.data.pixels import make_palette
 from sslvit.evaluate.embed import Embeddings
 from sslvit.figures import plot_bars, plot_images
 from sslvit.files import WriteError
-from sslvit.reports.page import text, write_page
+from sslvit.pages.page import text, write_page
 
 PIXELS = np.random.default_rng(0).random((64, 3, 16, 16))
 

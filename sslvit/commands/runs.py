@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from sslvit.commands.files import report
-from sslvit.commands.options import File, Recipe, Reported
+from sslvit.commands.options import File, Output, Recipe, Reported
 from sslvit.commands.training import check_recipe
 from sslvit.files import check_new
 from sslvit.settings.choices import Arg
@@ -38,6 +38,28 @@ def run_runs(options: RunsOptions) -> None:
     if options.csv is not None:
         found.to_csv(options.csv)
     report(options, found.text(), found.to_dict())
+
+
+@dataclass(kw_only=True)
+class ReportOptions(Reported):
+    """Show runs on one page: settings, curves, time, data, pictures and scores.
+
+    Example: sslvit report runs/mae runs/dino -o compared.html
+    """
+
+    runs: Annotated[list[str], Arg("RUN", position=1)]
+    """Run folders; the curves of several are plotted together."""
+    output: Annotated[str | None, Output] = None
+    """HTML file; null for report.html in the run's folder, or in this one for several runs. An earlier page there is
+    replaced."""
+
+
+def run_report(options: ReportOptions) -> None:
+    """Write the page, and print where it is."""
+    from sslvit.train.report import report as write
+
+    page = write(options.runs, options.output)
+    report(options, str(page), page.to_dict())
 
 
 @dataclass(kw_only=True)

@@ -22,7 +22,7 @@ from sslvit.evaluate.scores import (
 from sslvit.evaluate.sources import LabeledSet
 from sslvit.figures import plot_bars
 from sslvit.files import printable, to_json, write_atomically
-from sslvit.reports.page import heading, picture, table, text, write_page
+from sslvit.pages.page import heading, picture, table, text, write_page
 from sslvit.settings.bench import BenchSettings, ProbeColumn
 
 

@@ -29,7 +29,7 @@ from sslvit.exporters import export_encoder
 from sslvit.figures import plot_bars, plot_curves
 from sslvit.files import to_json, write_atomically
 from sslvit.models import Encoder
-from sslvit.reports.page import heading, picture, table, text, write_page
+from sslvit.pages.page import heading, picture, table, text, write_page
 from sslvit.reports.side_by_side import pretrain_side_by_side
 from sslvit.settings import MAESettings, ProbeSettings
 from sslvit.settings.demo import CIFAR10_ON_A_CPU, RECIPES, split_changes
@@ -142,7 +142,7 @@ def demo(
     return table.to_dict()
 
 
-def pack_digits(folder: Path) -> ShardIndex:
+def pack_digits(folder: str | Path) -> ShardIndex:
     """Digits for pretraining as they are (8 x 8); for evaluation placed once on the canvas, with labels.
 
     `pretrain` holds the originals, which are placed anew at every step; `train` and `test` hold one fixed placement of
@@ -161,7 +161,7 @@ def pack_digits(folder: Path) -> ShardIndex:
     placed = views[:, 0].numpy()
 
     def write(name: str, pixels: np.ndarray, rows: np.ndarray) -> ShardIndex:
-        return _packed(array_samples(pixels[rows], digits.target[rows], numbers[rows]), folder / name, classes)
+        return _packed(array_samples(pixels[rows], digits.target[rows], numbers[rows]), Path(folder, name), classes)
 
     write("train", placed, ~is_test)
     write("test", placed, is_test)

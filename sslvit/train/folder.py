@@ -51,7 +51,7 @@ GIVEN_AS = {
 # what a run has made when it is killed before its first checkpoint
 BEGUN = {
     "config.yaml", "checkpoints", "metrics.jsonl", "ledger.json", "ledger", "health.json", "tensorboard", "wandb",
-    "mlflow",
+    "mlflow", "report.html",
 }  # fmt: skip
 
 
@@ -86,6 +86,7 @@ class RunFolder(Result):
         self.mlflow = self.path / "mlflow"
         self.figures = self.path / "figures"
         self.scores = self.path / "scores.json"
+        self.page = self.path / "report.html"
 
     def __fspath__(self) -> str:
         """The folder, so that a run stands wherever its path does."""
@@ -276,7 +277,7 @@ class RunFolder(Result):
         )
         for made in (*folders, self.encoder):
             shutil.rmtree(made, ignore_errors=True)
-        for made in (self.metrics, self.ledger, self.health, self.scores):
+        for made in (self.metrics, self.ledger, self.health, self.scores, self.page):
             made.unlink(missing_ok=True)
 
     def newest_checkpoint(self) -> Path:

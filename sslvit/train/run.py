@@ -49,6 +49,7 @@ from sslvit.train.prepare import (
     resolve_processes,
     size_notice,
 )
+from sslvit.train.report import write_report
 from sslvit.train.strategies import is_peer_failure
 from sslvit.train.timed_steps import fit_budget
 from sslvit.train.trainer import make_trainer, silence_needless_warnings
@@ -232,4 +233,5 @@ def _finish(settings: RunSettings, folder: RunFolder, data: ShardDataModule, tas
     logger.info("drawing figures")
     plot_pictures(folder, task, data)
     log_pictures(trainer, folder.figures, trainer.global_step)
-    logger.info(f"encoder in {folder.encoder}, figures in {folder.figures}")
+    page = write_report([folder], state="finished")
+    logger.info(f"encoder in {folder.encoder}, figures in {folder.figures}, everything on one page in {page}")

@@ -12,6 +12,7 @@ from sslvit.train.callbacks.checkpoints import Checkpoints
 from sslvit.train.callbacks.health import Health
 from sslvit.train.callbacks.incidents import Incidents
 from sslvit.train.callbacks.ledger import STEPS_BETWEEN_COUNTS, Ledger
+from sslvit.train.callbacks.page import Page
 from sslvit.train.callbacks.peers import Peers
 from sslvit.train.callbacks.preemption import Preemption
 from sslvit.train.callbacks.run_log import RunLog
@@ -47,6 +48,7 @@ def make_callbacks(
         Health(folder, run, train.log_every),  # records measures,
         *scoring(settings, folder, index, run.total_steps),  # and these scores,
         RunLog(folder, run, train.log_every, clock, mfu_per_throughput(settings, index)),  # before the line is written,
+        Page(folder, train.log_every),  # which the page shows,
         *others,  # may stop the run, which a checkpoint then ends
         Checkpoints(folder, train, run.total_steps),  # which a checkpoint of this step counts on
         Preemption(peers, folder, run.total_steps),  # after the checkpoint, which it need not write again

@@ -1,0 +1,175 @@
+"""Line charts and bars as inline SVG, in the colors of a page; values under the pointer by a few lines of script."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from sslvit.results import html_text
+
+WIDTH, HEIGHT = 640, 250
+LEFT, RIGHT, TOP, BOTTOM = 62, 14, 10, 42  # margins
+MOST_POINTS = 400  # of a line; more are averaged
+SMOOTHED_FROM = 40  # points, from which on a smooth line is drawn over them
+COLORS = 6  # var(--c0) to var(--c5)
+DASHES = ("", "6 3", "2 3")  # of lines beyond them
+STEEP = 4.0  # times the rest of the range that a few values at its upper end may take without being cut off
+
+SCRIPT = """
+for (const figure of document.querySelectorAll("figure[data-lines]")) {
+  const lines = JSON.parse(figure.dataset.lines), [low, high, left, right, unit] = JSON.parse(figure.dataset.axis);
+  const [svg, mark, output] = ["svg", ".mark", "output"].map(name => figure.querySelector(name));
+  svg.addEventListener("pointermove", event => {
+    const box = svg.getBoundingClientRect(), at = (event.clientX - box.left) / box.width * svg.viewBox.baseVal.width;
+    const x = low + (at - left) / (right - left) * (high - low);
+    if (x < low || x > high) return;
+    const near = lines.map(([name, xs, ys]) => {
+      const i = xs.reduce((best, one, j) => Math.abs(one - x) < Math.abs(xs[best] - x) ? j : best, 0);
+      return [name, xs[i], ys[i]];
+    });
+    const first = near.reduce((a, b) => Math.abs(b[1] - x) < Math.abs(a[1] - x) ? b : a)[1];
+    const place = left + (first - low) / (high - low || 1) * (right - left);
+    mark.setAttribute("x1", place); mark.setAttribute("x2", place); mark.setAttribute("visibility", "visible");
+    output.textContent = `${unit} ${Math.round(first).toLocaleString("en")}: ` +
+      near.map(([name, , y]) => `${name} ${+y.toPrecision(4)}`).join(", ");
+  });
+}
+"""
+
+Lines = Mapping[str, tuple[Sequence[float], Sequence[float]]]
+
+
+def line_chart(title: str, lines: Lines, x_label: str, y_label: str) -> str:
+    """A figure with one line for each name, 'x' and 'y' of equal length; what is not finite is left out.
+
+    Returns an empty string where there is nothing to plot.
+    """
+    drawn = {name: thinned(x, y) for name, (x, y) in lines.items()}
+    drawn = {name: (x, y) for name, (x, y) in drawn.items() if len(x)}
+    if not drawn:
+        return ""
+    low_x, high_x = (float(end([end(x) for x, _ in drawn.values()])) for end in (min, max))
+    low, high = value_range(np.concatenate([y for _, y in drawn.values()]))
+    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+
+    def place(x: np.ndarray | float, y: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
+        across = LEFT + (np.asarray(x) - low_x) / ((high_x - low_x) or 1) * (right - LEFT)
+        return across, np.clip(bottom - (np.asarray(y) - low) / (high - low) * (bottom - TOP), TOP, bottom)
+
+    parts = []
+    for value in ticks(low, high):
+        up = float(place(low_x, value)[1])
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{up:.1f}" y2="{up:.1f}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{up + 4:.1f}" text-anchor="end">{short(value)}</text>')
+    for value in ticks(low_x, high_x):
+        across = float(place(value, low)[0])
+        parts.append(f'<text x="{across:.1f}" y="{bottom + 16}" text-anchor="middle">{short(value)}</text>')
+    parts.append(f'<text x="{(LEFT + right) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{html_text(x_label)}</text>')
+    middle = (TOP + bottom) / 2
+    parts.append(
+        f'<text transform="translate(14 {middle}) rotate(-90)" text-anchor="middle">{html_text(y_label)}</text>'
+    )
+    keys = []
+    for number, (name, (x, y)) in enumerate(drawn.items()):
+        look = f"stroke:var(--c{number % COLORS});stroke-dasharray:{DASHES[number // COLORS % len(DASHES)] or 'none'}"
+        is_smoothed = len(x) >= SMOOTHED_FROM
+        parts.append(_path(*place(x, y), "raw" if is_smoothed else "smooth", look))
+        if is_smoothed:
+            parts.append(_path(*place(x, smoothed(y)), "smooth", look))
+        keys.append(f'<span class="key"><i style="background:var(--c{number % COLORS})"></i>{html_text(name)}</span>')
+    values = [[name, np.round(x, 2).tolist(), [float(f"{v:.6g}") for v in y]] for name, (x, y) in drawn.items()]
+    axis = json.dumps([low_x, high_x, LEFT, right, x_label])
+    return (
+        f'<figure data-lines="{html.escape(json.dumps(values))}" data-axis="{html.escape(axis)}">'
+        f"<figcaption><strong>{html_text(title)}</strong> {''.join(keys) if len(drawn) > 1 else ''}</figcaption>"
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html_text(title)}">{"".join(parts)}'
+        f'<line class="mark" y1="{TOP}" y2="{bottom}" visibility="hidden"/></svg><output></output></figure>'
+    )
+
+
+def parts_chart(title: str, rows: Mapping[str, Mapping[str, float]], unit: str) -> str:
+    """A figure with a bar for each row, made of its parts side by side."""
+    names = list(dict.fromkeys(name for of in rows.values() for name in of))
+    longest = max((sum(of.values()) for of in rows.values()), default=0.0)
+    if not longest:
+        return ""
+    made = []
+    for number, (row, of) in enumerate(rows.items()):
+        x, y = 0.0, number * 46
+        made.append(f'<text x="0" y="{y + 14}">{html_text(row)}: {sum(of.values()):.3g} {html_text(unit)}</text>')
+        for color, name in enumerate(names):
+            width = WIDTH * of.get(name, 0.0) / longest
+            made.append(
+                f'<rect x="{x:.1f}" y="{y + 20}" width="{width:.1f}" height="18" style="fill:var(--c{color % COLORS})">'
+                f"<title>{html_text(name)} {of.get(name, 0.0):.3g} {html_text(unit)}</title></rect>"
+            )
+            x += width
+    keys = [
+        f'<span class="key"><i style="background:var(--c{color % COLORS})"></i>{html_text(name)}</span>'
+        for color, name in enumerate(names)
+    ]
+    return (
+        f"<figure><figcaption><strong>{html_text(title)}</strong> {''.join(keys)}</figcaption>"
+        f'<svg viewBox="0 0 {WIDTH} {46 * len(rows)}" role="img" aria-label="{html_text(title)}">{"".join(made)}</svg>'
+        "</figure>"
+    )
+
+
+def thinned(x: Sequence[float], y: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """The finite points of a line; of too many the means of neighbors."""
+    across, up = np.asarray(x, float), np.asarray(y, float)
+    is_finite = np.isfinite(across) & np.isfinite(up)
+    across, up = across[is_finite], up[is_finite]
+    if len(across) <= MOST_POINTS:
+        return across, up
+    pieces = [np.array_split(values, MOST_POINTS) for values in (across, up)]
+    return np.array([piece.mean() for piece in pieces[0]]), np.array([piece.mean() for piece in pieces[1]])
+
+
+def smoothed(y: np.ndarray) -> np.ndarray:
+    """A moving average over a fifteenth of the points, over fewer towards both ends."""
+    half = max(1, len(y) // 30)
+    sums = np.concatenate([[0.0], np.cumsum(y)])
+    first = np.maximum(np.arange(len(y)) - half, 0)
+    last = np.minimum(np.arange(len(y)) + half + 1, len(y))
+    return (sums[last] - sums[first]) / (last - first)
+
+
+def value_range(values: np.ndarray) -> tuple[float, float]:
+    """The range of an axis; few values far above the rest, as at the start of a run, do not decide it."""
+    low, high = float(values.min()), float(values.max())
+    most = float(np.quantile(values, 0.98))
+    if high - low > STEEP * (most - low) > 0:
+        high = most
+    margin = 0.05 * (high - low) or abs(high) * 0.05 or 1.0
+    return low - margin, high + margin
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers within a range, about so many."""
+    rough = (high - low) / count or 1.0
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [number * step for number in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def short(value: float) -> str:
+    """A number of an axis in few characters."""
+    if value == 0:
+        return "0"
+    for limit, sign in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit:
+            return f"{value / limit:g}{sign}"
+    return f"{value:.3g}"
+
+
+def _path(x: np.ndarray, y: np.ndarray, kind: str, look: str) -> str:
+    if len(x) == 1:
+        return f'<circle cx="{x[0]:.1f}" cy="{y[0]:.1f}" r="3" style="fill:{look.split(":")[1].split(";")[0]}"/>'
+    points = "L".join(f"{a:.1f} {b:.1f}" for a, b in zip(x, y, strict=True))
+    return f'<path class="{kind}" d="M{points}" style="{look}"/>'

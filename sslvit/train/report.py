@@ -1,0 +1,381 @@
+"""What a run was and what came of it, as one self-contained page; of several runs side by side."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from sslvit.evaluate.scores import Scores
+from sslvit.files import expand_path, printable
+from sslvit.messages import for_python
+from sslvit.pages.charts import line_chart, parts_chart
+from sslvit.pages.page import heading, is_page, picture, table, text, words, write_page
+from sslvit.results import Result
+from sslvit.settings.build import build
+from sslvit.settings.load import MADE_BY, YAML_ERRORS, by_dotted_key
+from sslvit.settings.run import RunSettings
+from sslvit.train.folder import RunFolder, read_json
+from sslvit.train.runs import RunSummary, summarize
+
+# title of a chart -> label of its values, and the metrics that it may show; those of one chart have one unit
+CHARTS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "Loss": ("loss", ("train/loss", "val/loss")),
+    "Accuracy while training": ("top-1 accuracy (%)", ("probe/linear", "probe/knn", "train/top1", "val/top1")),
+    "Learning rate": ("learning rate", ("lr",)),
+    "Gradient norm": ("norm", ("train/grad_norm",)),
+    "Rank of the features (RankMe)": ("effective rank", ("health/rankme", "probe/rankme")),
+    "Deviation of the features": ("standard deviation", ("health/feature_std", "probe/feature_std")),
+    "Entropy of the teacher": ("nats", ("health/teacher_entropy", "health/teacher_uniform_kl")),
+    "Speed": ("images/s", ("time/images_per_second",)),
+}  # fmt: skip
+PARTS_OF_A_STEP = ("data", "forward", "backward", "communication", "optimizer")
+CAPTIONS = {
+    "views": "What training is fed: views of some images.",
+    "reconstruction": "Input, what the encoder sees (hidden patches gray), and the reconstruction.",
+    "neighbors": "Images, and those whose features are nearest.",
+    "attention": "Attention of the class token to each patch in the last block, head by head.",
+    "attention_larger": "The same at twice the training resolution.",
+    "patches": "The first three principal components of the patches' features as red, green and blue.",
+    "generated": "Sampled unconditionally, pixel by pixel.",
+    "completed": "Given the upper half, the lower one sampled twice; below, the original.",
+    "layers": "The linear probe at each depth.",
+    "distance": "Mean attention distance of each head of each block.",
+    "field": "Receptive field of the middle patch.",
+}
+DRAWN = ("loss",)  # pictures that the charts of a page show as well
+MOST_REASONS = 10
+
+
+@dataclass(repr=False)
+class Report(Result):
+    """A page on some runs.
+
+    Args:
+        path: The HTML file.
+        runs: The run folders that it shows.
+    """
+
+    path: Path
+    runs: list[Path]
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def text(self) -> str:
+        """Where the page is."""
+        return str(self.path)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The paths."""
+        return {"path": str(self.path), "runs": [str(run) for run in self.runs]}
+
+    def _repr_html_(self) -> str:
+        """The page itself, in a frame in which it cannot touch the notebook."""
+        content = html.escape(self.path.read_text())
+        return f'<iframe sandbox="allow-scripts" srcdoc="{content}" style="width:100%;height:40rem"></iframe>'
+
+
+@for_python
+def report(
+    runs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], output: str | os.PathLike[str] | None = None
+) -> Report:
+    """Show runs on one self-contained page: settings, curves, time, data, pictures and scores.
+
+    Args:
+        runs: Run folder, or several, whose curves are plotted together.
+        output: HTML file; None for report.html in the run's folder, or in this one for several runs. An earlier page
+            there is replaced, and no other file.
+
+    Returns:
+        The page.
+
+    Raises:
+        ValueError: Not a run folder, the same one twice, or a file that is no page of this kind.
+
+    Example:
+        page = sslvit.report(["runs/mae", "runs/dino"], "compared.html")
+        print(page)
+    """
+    given = [runs] if isinstance(runs, (str, os.PathLike)) else list(runs)
+    if not given:
+        raise ValueError("RUN: none given. Name one run folder or several.")
+    folders = [RunFolder(expand_path(os.fspath(one))) for one in given]
+    for folder in folders:
+        if not folder.is_run:
+            raise ValueError(f"{printable(folder.path)}: not a run folder (no config.yaml of a run).")
+    if len({folder.path.resolve() for folder in folders}) < len(folders):
+        raise ValueError("RUN: the same folder twice. Name each run once.")
+    path = folders[0].page if len(folders) == 1 else Path(folders[0].page.name)
+    path = Path(expand_path(os.fspath(output))) if output else path
+    if path.suffix != ".html":
+        raise ValueError(f"{printable(path)}: a page is written as HTML. Choose a name that ends in .html.")
+    if path.exists() and not (path.is_file() and is_page(path)):
+        raise ValueError(f"{printable(path)}: already exists, and is no page of sslvit. Choose another file.")
+    return write_report(folders, path)
+
+
+def write_report(folders: Sequence[RunFolder], path: Path | None = None, state: str | None = None) -> Report:
+    """Write the page of one run, or of several.
+
+    Args:
+        folders: The runs.
+        path: HTML file; None for report.html in the folder of the first.
+        state: What is said of their state; None for what their folders tell, in which an ending run still runs.
+    """
+    path = path or folders[0].page
+    named = _names(folders)
+    title = f"sslvit: {next(iter(named))}" if len(named) == 1 else f"sslvit: {len(named)} runs"
+    parts = [
+        heading("What ran"), *_facts(named, state), *_scores(named), *_curves(named), *_pictures(named),
+        *_times(named), *_ledgers(named), *_exports(named), *_settings(named),
+    ]  # fmt: skip
+    write_page(path, title, [part for part in parts if part])
+    return Report(path, [folder.path for folder in folders])
+
+
+def _names(folders: Sequence[RunFolder]) -> dict[str, RunFolder]:
+    """A short name for each run: the end of its path that tells it from the others."""
+    paths = [folder.path.resolve().parts for folder in folders]
+    for length in range(1, max(map(len, paths)) + 1):
+        names = ["/".join(parts[-length:]) for parts in paths]
+        if len(set(names)) == len(names):
+            break
+    return dict(zip(names, folders, strict=True))
+
+
+def _facts(named: Mapping[str, RunFolder], state: str | None) -> list[str]:
+    """A column for each run: what it trained, where, how long, and how it went."""
+    summaries = [summarize(folder) for folder in named.values()]
+    columns = [
+        _facts_of(folder, replace(run, state=state or run.state))
+        for folder, run in zip(named.values(), summaries, strict=True)
+    ]
+    keys = list(dict.fromkeys(key for column in columns for key in column))
+    rows = [[key, *(column.get(key, "–") for column in columns)] for key in keys]
+    messages = []
+    for name, folder in named.items():
+        found = read_json(folder.health) or {}
+        said = found.get("messages")
+        messages += [text(f"{name}: {one}") for one in said if isinstance(one, str)] if isinstance(said, list) else []
+    return [words(["", *named], rows), *messages]
+
+
+def _facts_of(folder: RunFolder, run: RunSummary) -> dict[str, object]:
+    lines = folder.read_metrics()
+    last = lines[-1] if lines else {}
+    description = read_json(folder.encoder / "encoder.json") or {}
+    provenance = description.get("provenance")
+    data = provenance.get("data") if isinstance(provenance, dict) else None
+    made = _made_by(folder)
+    first = made[0] if made else {}
+    versions = first.get("versions")
+    speeds = [line["time/images_per_second"] for line in lines if "time/images_per_second" in line]
+    batch = _get(folder.read_config(), "data", "global_batch_size")
+    facts: dict[str, object] = {
+        "task": run.task, "state": run.state, "health": run.health, "data": run.data,
+        "images": f"{data['samples']:,}" if isinstance(data, dict) and isinstance(data.get("samples"), int) else None,
+        "fingerprint of the data": data.get("fingerprint") if isinstance(data, dict) else None,
+        "encoder": None if run.width is None else f"{run.depth} blocks of width {run.width}",
+        "steps": f"{run.steps:,} of {run.total_steps:,}" if run.total_steps else f"{run.steps:,}",
+        "images seen": f"{run.steps * batch:,}" if isinstance(batch, int) else None,
+        "epochs": f"{last['epoch']:.1f}" if "epoch" in last else None,
+        "time of training": None if run.hours is None else _duration(run.hours),
+        "images/s": f"{float(np.median(speeds)):,.0f} (median)" if speeds else None,
+        "loss at the end": None if run.loss is None else f"{run.loss:.4f}",
+        "started": first.get("date"), "host": first.get("host"), "command": first.get("command"),
+        "processes": f"{len(made)} (resumed)" if len(made) > 1 else None,
+        "software": ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else None,
+        "commit": _get(first, "commits", "sslvit"),
+    }  # fmt: skip
+    return {key: value for key, value in facts.items() if value is not None}
+
+
+def _duration(hours: float) -> str:
+    return f"{60 * hours:.1f} minutes" if hours < 1.5 else f"{hours:.1f} hours"
+
+
+def _made_by(folder: RunFolder) -> list[dict[str, Any]]:
+    try:
+        content = yaml.safe_load(folder.config.read_text())
+    except (OSError, *YAML_ERRORS):
+        return []
+    found = content.get(MADE_BY) if isinstance(content, dict) else None
+    return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+
+
+def _get(tree: Any, *keys: str) -> Any:
+    for key in keys:
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree
+
+
+def _settings(named: Mapping[str, RunFolder]) -> list[str]:
+    """Settings that differ from the defaults; of several runs, those in which they differ stand out."""
+    of_runs = {name: by_dotted_key(folder.read_config()) for name, folder in named.items()}
+    defaults = [_defaults(folder.read_config()) for folder in named.values()]
+    keys = list(dict.fromkeys(key for settings in of_runs.values() for key in settings))
+    rows: list[list[str]] = []
+    changed: list[int] = []
+    for key in keys:
+        values = [settings.get(key, "–") for settings in of_runs.values()]
+        differ = len({json.dumps(value, sort_keys=True, default=str) for value in values}) > 1
+        usual = [of.get(key, "–") for of in defaults]
+        if key in ("out",) or (values == usual and not differ):
+            continue
+        if differ:
+            changed.append(len(rows))
+        alike = len({_value(value) for value in usual}) == 1
+        rows.append([key, *map(_value, values), _value(usual[0]) if alike else "by task"])
+    said = " Rows in which the runs differ stand out." if len(named) > 1 else ""
+    return [
+        heading("Settings"),
+        text(f"Those that are not the defaults of this task and view, after every null was resolved.{said}"),
+        words(["", *named, "default"], rows, changed),
+    ]
+
+
+def _defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a run of the same task and view about which nothing was said."""
+    tree: dict[str, Any] = {"data": {"shards": "-"}}
+    for section, key in (("task", "name"), ("data.view", "kind")):
+        if isinstance(value := _get(config, *section.split("."), key), str):
+            *above, last = section.split(".")
+            place = tree
+            for part in above:
+                place = place.setdefault(part, {})
+            place[last] = {key: value}
+    try:
+        return by_dotted_key(asdict(build(RunSettings, tree)))
+    except (ValueError, TypeError):  # a task or a view from outside the package
+        return {}
+
+
+def _value(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list) and len(value) < 5:
+        return f"[{', '.join(map(_value, value))}]"
+    made = value if isinstance(value, str) else json.dumps(value, default=str)
+    return made if len(made) <= 200 else f"{made[:200]}..."
+
+
+def _scores(named: Mapping[str, RunFolder]) -> list[str]:
+    """Tables of the JSON files of scores in the run folders, as `sslvit probe RUN -o RUN/probe.json` writes them."""
+    made = []
+    for name, folder in named.items():
+        for file in sorted(folder.path.glob("*.json")):
+            content = read_json(file)
+            if content is None:
+                continue
+            if isinstance(content.get("top1"), float):
+                made.append(text(f"{name}, {file.name}: {folder.scores_in_words()}"))
+            elif rows := _rows(content):
+                about = content.get("about")
+                val = about.get("val") if isinstance(about, dict) else None
+                count = about.get("val_images") if isinstance(about, dict) else None
+                on = f" on {count:,} images of {val}" if isinstance(count, int) else ""
+                made += [text(f"{name}, {file.name}: top-1 accuracy (%){on}"), table(rows)]
+    return [heading("Scores"), *made] if made else []
+
+
+def _rows(content: dict[str, Any]) -> Scores:
+    """The scores of a file that `sslvit probe -o` or one of its relatives wrote; none of another file."""
+    rows, draws = content.get("rows"), content.get("draws")
+    found = draws if isinstance(draws, dict) else rows
+    if not isinstance(found, dict) or not isinstance(rows, dict):
+        return {}
+    made: Scores = {}
+    for row, columns in found.items():
+        if not isinstance(columns, dict):
+            return {}
+        for column, value in columns.items():
+            values = value if isinstance(value, list) else [value]
+            if not all(isinstance(one, (int, float)) and math.isfinite(one) for one in values) or not values:
+                return {}
+            made.setdefault(str(row), {})[str(column)] = [float(one) for one in values]
+    return made
+
+
+def _curves(named: Mapping[str, RunFolder]) -> list[str]:
+    """A chart for each kind of metric that a run has."""
+    histories = {name: folder.history() for name, folder in named.items()}
+    made = []
+    for title, (label, metrics) in CHARTS.items():
+        lines = {}
+        shown = [metric for metric in metrics if any(metric in history for history in histories.values())]
+        for name, history in histories.items():
+            for metric in shown:
+                if metric in history:
+                    own = metric if len(named) == 1 else f"{name}, {metric}" if len(shown) > 1 else name
+                    lines[own] = history["step"].tolist(), history[metric].tolist()
+        made.append(line_chart(title, lines, "step", label))
+    return [heading("Curves"), *made] if any(made) else []
+
+
+def _times(named: Mapping[str, RunFolder]) -> list[str]:
+    """Where a step's time goes, on average over the run."""
+    rows = {}
+    for name, folder in named.items():
+        history = folder.history()
+        parts = {part: history[f"time/{part}"] for part in PARTS_OF_A_STEP if f"time/{part}" in history}
+        means = {part: float(np.nanmean(values)) * 1000 for part, values in parts.items() if np.isfinite(values).any()}
+        if means:
+            rows[name] = {part: value for part, value in means.items() if value > 0}
+    chart = parts_chart("Time of a step", rows, "ms")
+    return [heading("Where the time goes"), chart] if chart else []
+
+
+def _ledgers(named: Mapping[str, RunFolder]) -> list[str]:
+    """How many images were read, and which were left out for what reason."""
+    made = []
+    for name, folder in named.items():
+        found = read_json(folder.ledger)
+        if found is None or not isinstance(found.get("samples_read"), int):
+            continue
+        reasons = found.get("bad_by_reason")
+        bad = reasons.items() if isinstance(reasons, dict) else ()
+        left = "; ".join(f"{count} x {reason}" for reason, count in list(bad)[:MOST_REASONS])
+        made.append(
+            text(
+                f"{name}: {found['samples_read']:,} images read, {found.get('epochs_finished', 0):,} epochs finished, "
+                f"{found.get('dropped_per_epoch', 0):,} images dropped in each. Unreadable: {left or 'none'}."
+            )
+        )
+    return [heading("Data that was read"), *made] if made else []
+
+
+def _exports(named: Mapping[str, RunFolder]) -> list[str]:
+    """Verdicts of exports that lie in the run folders."""
+    made = []
+    for name, folder in named.items():
+        for file in sorted([*folder.path.glob("*/verdict.json"), *folder.path.glob("*/*/verdict.json")]):
+            if (found := read_json(file)) is not None:
+                inside = file.parent.relative_to(folder.path)
+                said = "; ".join(
+                    f"{key} {value}" for key, value in found.items() if isinstance(value, (str, float, int))
+                )
+                made.append(text(f"{name}, {inside}: {said}"))
+    return [heading("Exports"), *made] if made else []
+
+
+def _pictures(named: Mapping[str, RunFolder]) -> list[str]:
+    """The figures of the run folders, those of one kind side by side."""
+    files = {name: {file.stem: file for file in sorted(folder.figures.glob("*.png"))} for name, folder in named.items()}
+    kinds = list(dict.fromkeys(kind for of in files.values() for kind in of if kind not in DRAWN))
+    kinds.sort(key=lambda kind: (list(CAPTIONS).index(kind) if kind in CAPTIONS else len(CAPTIONS), kind))
+    made = []
+    for kind in kinds:
+        for name, of in files.items():
+            if kind in of:
+                caption = CAPTIONS.get(kind, f"{kind}.png")
+                made.append(picture(of[kind], caption if len(named) == 1 else f"{name}: {caption}"))
+    return [heading("Pictures"), *made] if made else []

@@ -1,0 +1,164 @@
+"""The page of a run: written at its end, anew while it runs and by command; of several runs side by side."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from run_fixtures import TINY
+
+import sslvit
+from sslvit.cli import main
+from sslvit.pages.page import is_page
+from sslvit.train.callbacks import page as callback
+from sslvit.train.folder import RunFolder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two finished runs, a/ and b/, of other lengths and learning rates."""
+    import numpy as np
+
+    folder = tmp_path_factory.mktemp("report")
+    images = np.random.default_rng(0).integers(0, 255, (30, 8, 8, 1)).astype(np.uint8)
+    for name, changes in (("a", {}), ("b", {"train.steps": 4, "optim.base_lr": 1e-3})):
+        sslvit.pretrain("mae/digits", images, folder / name, **TINY | changes)
+    return folder
+
+
+def test_a_finished_run_has_its_page(runs: Path) -> None:
+    page = (runs / "a" / "report.html").read_text()
+    assert is_page(runs / "a" / "report.html")
+    assert "<td>state</td><td>finished</td>" in page
+    assert "<td>steps</td><td>7 of 7</td>" in page
+    assert "<td>optim.base_lr</td><td>0.008</td><td>0.00015</td>" in page  # beside the default
+    assert "optim.min_lr" not in page  # which is the default
+    for part in ("What ran", "Settings", "Curves", "Where the time goes", "Data that was read", "Pictures"):
+        assert f">{part}</a></li>" in page
+        assert f">{part}</h2>" in page
+    loss = RunFolder(runs / "a").history()["train/loss"]
+    assert f"{loss[-1]:.6g}" in page
+    assert page.count("data:image/png;base64") == len(list((runs / "a" / "figures").glob("*.png"))) - 1  # not loss.png
+    assert 'src="http' not in page
+    assert 'href="http' not in page
+
+
+def test_runs_are_plotted_together_and_their_differences_stand_out(
+    runs: Path, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    out = tmp_path / "both.html"
+    assert main(["report", str(runs / "a"), str(runs / "b"), "-o", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"path": str(out), "runs": [str(runs / "a"), str(runs / "b")]}
+    page = out.read_text()
+    assert '<tr class="changed"><td>optim.base_lr</td><td>0.008</td><td>0.001</td>' in page
+    assert '<tr class="changed"><td>train.steps</td><td>7</td><td>4</td>' in page
+    assert "<tr><td>encoder.width</td><td>16</td><td>16</td>" in page
+    assert page.count("</i>a</span>") > 4  # a line of each run in every chart
+    assert page.count("</i>b</span>") == page.count("</i>a</span>")
+    assert main(["report", str(runs / "a"), str(runs / "b"), "-o", str(out)]) == 0  # its own page is replaced
+
+
+def test_scores_and_exports_in_the_folder_are_shown(runs: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(runs / "a", tmp_path / "run")
+    scores = {"rows": {"raw pixels": {"kNN": 40.0}, "encoder": {"kNN": 62.5}},
+              "about": {"val": "shards/<b>val", "val_images": 24}}  # fmt: skip
+    (run / "probe.json").write_text(json.dumps(scores))
+    (run / "other.json").write_text('{"rows": [1, 2]}')
+    (run / "broken.json").write_text("{")
+    (run / "export").mkdir()
+    (run / "export" / "verdict.json").write_text('{"format": "timm", "largest_difference": 1e-06}')
+    page = sslvit.report(run)
+    text = Path(page).read_text()
+    assert '<td>encoder</td><td class="best">62.5</td>' in text
+    assert "<td>raw pixels</td><td>40.0</td>" in text
+    assert "on 24 images of shards/&lt;b&gt;val" in text
+    assert "format timm; largest_difference 1e-06" in text
+    assert "srcdoc=" in page._repr_html_()
+
+
+def test_hostile_names_and_values_are_no_markup(runs: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(runs / "b", tmp_path / "<script>alert(1)</script>")
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("mae\n", "'</td><script>alert(2)</script>'\n", 1))
+    health = {"verdict": "<script>alert(3)</script>", "messages": ["<img src=x onerror=alert(4)>", 5]}
+    (run / "health.json").write_text(json.dumps(health))
+    text = Path(sslvit.report(run)).read_text()
+    assert text.count("<script>") == 1  # our own
+    assert "<img src=x" not in text
+    assert "alert(3)" in text
+
+
+def test_what_is_no_run_or_no_page_is_refused(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "mine.html").write_text("<html>mine")
+    (tmp_path / "empty").mkdir()
+    for words, message in (
+        ([str(tmp_path / "empty")], "not a run folder"),
+        ([str(runs / "a"), str(runs / "a" / ".." / "a")], "the same folder twice"),
+        ([str(runs / "a"), "-o", str(tmp_path / "mine.html")], "already exists, and is no page of sslvit"),
+        ([str(runs / "a"), "-o", str(tmp_path / "page.pdf")], "Choose a name that ends in .html"),
+    ):
+        assert main(["report", *words]) == 1
+        assert message in capsys.readouterr().err
+    assert (tmp_path / "mine.html").read_text() == "<html>mine"
+
+
+def test_the_page_is_written_while_the_run_goes_on_and_its_failure_ends_nothing(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(callback, "SECONDS", 0.0)
+    written = []
+
+    def fails(folders: list[RunFolder]) -> None:
+        written.append(len(folders[0].read_metrics()))
+        raise OSError("no room")
+
+    monkeypatch.setattr(callback, "write_report", fails)
+    sslvit.pretrain("mae/digits", shards, tmp_path / "run", **TINY | {"train.log_every": 2})
+    assert written == [1, 2, 3]  # after lines 2, 4 and 6 of 7 steps
+    assert capsys.readouterr().out.count("warning: report.html: not written (no room)") == 3
+
+
+PROBE = """
+<script>
+addEventListener("load", () => {
+  const svg = document.querySelector("svg"), box = svg.getBoundingClientRect();
+  svg.dispatchEvent(new PointerEvent("pointermove", {clientX: box.left + 0.97 * box.width, clientY: box.top + 9}));
+  document.title = JSON.stringify({
+    wide: document.documentElement.scrollWidth - innerWidth, said: document.querySelector("output").textContent,
+    ground: getComputedStyle(document.body).backgroundColor, rows: document.querySelectorAll("tr").length,
+  });
+});
+</script>
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+@pytest.mark.parametrize("width", [390, 1100])
+@pytest.mark.parametrize("is_dark", [False, True])
+def test_a_browser_shows_the_page_without_an_error_at_any_width(
+    runs: Path, tmp_path: Path, width: int, is_dark: bool
+) -> None:
+    page = sslvit.report([runs / "a", runs / "b"], tmp_path / "page.html").path
+    page.write_text(page.read_text() + PROBE)
+    words = [
+        "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
+        "--enable-logging=stderr", f"--window-size={width},900", f"file://{page}",
+        f"--blink-settings=preferredColorScheme={0 if is_dark else 1}",
+    ]  # fmt: skip
+    done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=120)
+    assert "CONSOLE" not in done.stderr
+    found = re.search(r"<title>(\{.*?\})</title>", done.stdout)
+    assert found
+    measured = json.loads(html.unescape(found[1]))
+    assert measured["wide"] <= 0  # wide tables scroll by themselves
+    losses = [RunFolder(runs / name).history()["train/loss"][-1] for name in "ab"]
+    assert measured["said"] == f"step 7: a {losses[0]:.4g}, b {losses[1]:.4g}"
+    assert measured["ground"] == ("rgb(13, 17, 23)" if is_dark else "rgb(255, 255, 255)")
+    assert measured["rows"] > 30

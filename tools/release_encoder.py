@@ -1,0 +1,68 @@
+"""An encoder of a run -> the files of zoo:NAME: weights in float16, a card with its scores, and their checksums.
+
+    python tools/release_encoder.py runs/mae-60min cifar10/mae-60min --train shards/cifar10/train \
+        --val shards/cifar10/val --to exports
+
+The scores are those of the rounded weights. Files whose weights take at most 3 MB may lie in the package (--to
+sslvit/zoo); the others are for the folder or address that $SSLVIT_ZOO names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import sslvit
+from sslvit import zoo
+from sslvit.checkpoint import provenance_of
+from sslvit.exporters import export_encoder
+from sslvit.exporters.card import OMITTED
+from sslvit.files import to_json, write_atomically
+
+PACKAGE_BYTES = 3_000_000  # of the weights of an encoder that comes with the package
+
+
+def release(run: str, name: str, train: str, val: str, to: str | Path, license: str) -> Path:
+    """Write the files of an encoder, list it, and return its folder."""
+    folder = Path(to) / name
+    encoder = sslvit.load_encoder(run)
+    with torch.no_grad():
+        for value in encoder.state_dict().values():  # buffers, too
+            value.copy_(value.half())
+    provenance = provenance_of(run)
+    provenance["settings"] = {key: value for key, value in provenance["settings"].items() if key not in OMITTED}
+    table = sslvit.probe(encoder, train, val, labels_per_class=10, neighbors=[20])
+    with tempfile.TemporaryDirectory() as temporary:
+        rounded, scores = Path(temporary, name.rpartition("/")[2]), Path(temporary, "probe.json")
+        scores.write_text(to_json(table.to_dict(), indent=1))
+        sslvit.save_encoder(encoder, rounded, provenance)
+        export_encoder(rounded, folder, "safetensors", scores=[scores], license=license)
+    weights = folder / "encoder.safetensors"
+    save_file({key: value.half() for key, value in load_file(weights).items()}, weights)
+    size = weights.stat().st_size
+    if folder.resolve().is_relative_to(zoo.FOLDER) and size > PACKAGE_BYTES:
+        raise ValueError(f"{weights}: {size:,} bytes are too many for the package. Write it elsewhere: --to FOLDER")
+    files = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
+    listed = zoo.encoders() | {name: files}
+    write_atomically(zoo.FOLDER / "index.json", json.dumps(dict(sorted(listed.items())), indent=1) + "\n")
+    print(table)
+    print(f"{folder}: {size:,} bytes of weights")
+    return folder
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="run folder, encoder folder or checkpoint file")
+    parser.add_argument("name", help="DATA/NAME, such as cifar10/mae-60min")
+    parser.add_argument("--train", required=True, help="labeled shards that heads are fitted on")
+    parser.add_argument("--val", required=True, help="labeled shards that are scored")
+    parser.add_argument("--to", default="exports", help="folder that gets DATA/NAME/")
+    parser.add_argument("--license", default="apache-2.0", help="license on the card, in the Hugging Face hub's words")
+    given = parser.parse_args()
+    release(given.run, given.name, given.train, given.val, given.to, given.license)
