@@ -444,3 +444,28 @@ def test_a_palette_is_fitted_on_an_array_and_used(tmp_path: Path) -> None:
     assert "5 colors fitted on 768 pixels" in repr(made)
     with pytest.raises(ValueError, match="already exists"):
         sslvit.fit_palette(images, tmp_path / "palette.json", colors=5)
+
+
+def test_patches_and_reconstructions_are_shown(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    images, encoder = np.random.default_rng(0).integers(0, 256, (4, 8, 8)).astype(np.uint8), here / "one"
+    pictures = {what: sslvit.show(what, encoder, images, images=2).png for what in ("pca", "similarity")}
+    assert pictures["similarity"] != sslvit.show("similarity", encoder, images, images=2, patch=(0, 1)).png
+    assert pictures["similarity"] == sslvit.show("similarity", encoder, images, images=2, patch="1,1").png  # the middle
+    with pytest.raises(ValueError, match="patch=5,0: images have 2 x 2 patches"):
+        sslvit.show("similarity", encoder, images, patch="5,0")
+    for wrong in ("5", "a,b", "1,2,3"):
+        with pytest.raises(ValueError, match=f'patch="?{wrong}"?: expected a row and a column'):
+            sslvit.show("similarity", encoder, images, patch=wrong)
+    with pytest.raises(ValueError, match="patch is for show similarity|patch= is for show similarity"):
+        sslvit.show("pca", encoder, images, patch="1,1")
+    with pytest.raises(ValueError, match="holds an encoder alone, without MAE's decoder"):
+        sslvit.show("reconstruct", encoder, images)
+    with pytest.raises(ValueError, match="takes the folder of a run of MAE"):
+        sslvit.show("reconstruct", sslvit.load_encoder(encoder), images)
+    run = sslvit.pretrain("mae/digits", images[..., None], tmp_path / "run", **TINY | {"data.global_batch_size": 4})
+    drawn = sslvit.show("reconstruct", run, images, images=2)
+    assert drawn.png == (sslvit.show("reconstruct", tmp_path / "run", images, images=2).png)
+    assert sslvit.show("reconstruct", run, images, images=2, size=16).png != drawn.png
+    words = ["show", "reconstruct", str(tmp_path / "run"), str(here / "val"), "-o", str(tmp_path / "r.png"), "--images"]
+    assert main([*words, "2", "--size", "16"]) == 0
+    assert (tmp_path / "r.png").stat().st_size > 1000

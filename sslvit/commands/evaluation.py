@@ -173,15 +173,22 @@ class ShowOptions(Reported, CroppedEncoder):
     Example: sslvit show neighbors runs/dino photos -o neighbors.png
     """
 
-    what: Annotated[Literal["attention", "distance", "field", "neighbors"], Arg("WHAT", position=-1)]
+    what: Annotated[
+        Literal["attention", "distance", "field", "neighbors", "pca", "similarity", "reconstruct"],
+        Arg("WHAT", position=-1),
+    ]
     """What to plot: attention (of the class token), distance (of each head's attention), field (the pixels that reach
-    a patch) or neighbors (the images whose features are nearest)."""
+    a patch), neighbors (the images whose features are nearest), pca (principal components of the patches' features as
+    colors), similarity (of one patch's features to those of all patches) or reconstruct (what a run of MAE makes of
+    the patches that it sees)."""
     data: Annotated[str, Arg("SHARDS", position=2)]
     """Shards, or a folder of images."""
     images: int = 8
     """Number of images, evenly spaced."""
     among: int | None = None
     """Number of images, evenly spaced, among which neighbors are searched; null for 1,000."""
+    patch: Annotated[str | None, Arg("ROW,COLUMN")] = None
+    """Patch whose similarity is shown, from 0,0 at the top left; null for the middle one."""
     output: Annotated[str | None, Output] = None
     """PNG file; null for WHAT.png, below ENCODER/figures."""
 
@@ -198,7 +205,12 @@ def run_show(options: ShowOptions) -> None:
     check_new_picture(out)
     from sslvit.reports.show import show
 
-    picture = show(options.what, load_scored(options), options.data, out, images=options.images, among=options.among)
+    is_run = options.what == "reconstruct"  # which needs the decoder, too
+    picture = show(
+        options.what, options.encoder if is_run else load_scored(options), options.data, out, images=options.images,
+        among=options.among, patch=options.patch, crop_fraction=options.crop_fraction if is_run else None,
+        size=options.size if is_run else None,
+    )  # fmt: skip
     files = {"figure": str(out)}
     if picture.numbers:
         write_json(numbers_file, picture.numbers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -56,6 +57,25 @@ def patch_colors(encoder: ViTEncoder, images: Float[Tensor, "b c h w"]) -> Float
     low, high = (components.quantile(level, dim=0) for level in (0.02, 0.98))
     colors = ((components - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).float()
     return rearrange(colors, "(b rows cols) color -> b color rows cols", rows=rows, cols=columns)
+
+
+@torch.no_grad()
+def patch_similarity(
+    encoder: ViTEncoder, images: Float[Tensor, "b c h w"], row: int, column: int
+) -> Float[Tensor, "b rows cols"]:
+    """Cosine similarity of one patch's token, after the final norm, to those of all patches of the same image.
+
+    Raises:
+        ValueError: There is no such patch.
+    """
+    rows, columns = encoder.settings.grid_of(*images.shape[2:])
+    if not (0 <= row < rows and 0 <= column < columns):
+        raise ValueError(
+            f"--patch {row},{column}: images have {rows} x {columns} patches, from 0,0 to {rows - 1},{columns - 1}."
+        )
+    tokens = F.normalize(encoder(images)[:, encoder.prefix :].float(), dim=2)
+    similarity = torch.einsum("bnd,bd->bn", tokens, tokens[:, row * columns + column])
+    return rearrange(similarity, "b (rows cols) -> b rows cols", rows=rows)
 
 
 @torch.no_grad()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sslvit.data.loader import make_batch, normalized_view
@@ -18,7 +20,7 @@ from sslvit.data.python_data import DataLike, path_of, takes_datasets
 from sslvit.data.reader import ShardReader
 from sslvit.data.views import Views
 from sslvit.environment import pick_device
-from sslvit.evaluate.attention import attention_measures, receptive_field
+from sslvit.evaluate.attention import attention_measures, patch_colors, patch_similarity, receptive_field
 from sslvit.evaluate.dense import DenseTable
 from sslvit.evaluate.encoders import EncoderLike, Size, open_encoder
 from sslvit.evaluate.label_free import evenly_spaced
@@ -26,7 +28,7 @@ from sslvit.evaluate.masks import MaskedImages
 from sslvit.evaluate.neighbors import find_neighbors, plot_neighbors
 from sslvit.evaluate.probe import untrained
 from sslvit.figures import overlay_heat, plot_images, plot_points
-from sslvit.files import check_new_picture, printable, write_atomically
+from sslvit.files import brief, check_new_picture, expand_path, printable, write_atomically
 from sslvit.messages import for_python
 from sslvit.models import Backbone, Encoder, ViTEncoder, make_encoder, require_transformer
 from sslvit.progress import track
@@ -34,10 +36,13 @@ from sslvit.results import Result
 from sslvit.settings import EncoderSettings
 from sslvit.settings.choices import not_one_of
 from sslvit.settings.views import CenterSettings
+from sslvit.tasks.mae import reconstruction_rows
+from sslvit.tasks.released import load_mae
 from sslvit.train.pictures import attention_rows
 
+PCA_TITLES = ["input", "three principal\ncomponents"]
 FIELD_COLUMNS = 4  # number of blocks whose receptive fields are plotted
-Shown = Literal["attention", "distance", "field", "neighbors"]
+Shown = Literal["attention", "distance", "field", "neighbors", "pca", "similarity", "reconstruct"]
 
 
 @dataclass(repr=False)
@@ -86,19 +91,24 @@ def show(
     *,
     images: int = 8,
     among: int | None = None,
+    patch: str | Sequence[int] | None = None,
     crop_fraction: float | None = None,
     size: Size | None = None,
 ) -> Picture:
     """Plot what an encoder does with images.
 
     Args:
-        what: attention (of the class token), distance (of each head's attention), field (the pixels that reach a patch)
-            or neighbors (the images whose features are nearest).
+        what: attention (of the class token), distance (of each head's attention), field (the pixels that reach a
+            patch), neighbors (the images whose features are nearest), pca (principal components of the patches'
+            features as colors), similarity (of one patch's features to those of all patches) or reconstruct (what a run
+            of MAE makes of the patches that it sees).
         encoder: An encoder, any module that makes a vector 'b d' of images, or what `load_encoder` takes.
         data: Shards, a folder of images, or a data set (as in `pretrain`).
         output: PNG file for the picture; None for none.
         images: Number of images, evenly spaced.
         among: Number of images, evenly spaced, among which neighbors are searched; None for 1,000.
+        patch: Row and column of the patch whose similarity is shown, (3, 4) or "3,4", from 0 at the top left; None for
+            the middle one.
         crop_fraction: Fraction of the center crop's sides that is seen; None for the encoder's own.
         size: Size in pixels that images are seen at, 64 or "48x64"; None for the encoder's own.
 
@@ -120,19 +130,34 @@ def show(
             raise ValueError(f"--{name} {number}: must be {least} or more.")
     if among is not None and what != "neighbors":
         raise ValueError("--among is for show neighbors.")
+    if patch is not None and what != "similarity":
+        raise ValueError("--patch is for show similarity.")
+    place = None if patch is None else read_patch(patch)
     check_new_picture(output)
-    network, source, numbers = open_encoder(encoder, crop_fraction, size), path_of(data), {}
+    if what == "reconstruct" and not isinstance(encoder, (str, os.PathLike)):
+        raise ValueError("show reconstruct: takes the folder of a run of MAE, since an encoder has no decoder.")
+    model = load_mae(expand_path(os.fspath(encoder))) if what == "reconstruct" else None  # type: ignore[arg-type]
+    network = open_encoder(encoder if model is None else model.encoder, crop_fraction, size)
+    source, numbers = path_of(data), {}
     with tempfile.TemporaryDirectory(prefix="sslvit-show-") as folder:
         file = Path(folder) / "picture.png"
         if what == "neighbors":
             show_neighbors(network, source, file, images, among or 1000)
         elif what == "field":
             plot_field(network, some_images(network.settings, source, images), file)
+        elif model is not None:
+            titles, rows = reconstruction_rows(model, some_images(network.settings, source, images))
+            plot_images(file, rows, titles)
         else:
             transformer = require_transformer(network, f"show {what}")
             seen = some_images(transformer.settings, source, images)
             if what == "attention":
                 plot_attention(transformer, seen, file)
+            elif what == "pca":
+                colors = F.interpolate(patch_colors(transformer, seen), size=seen.shape[2:])  # each patch at its size
+                plot_images(file, [*inputs(transformer, seen), colors.numpy()], PCA_TITLES)
+            elif what == "similarity":
+                plot_similarity(transformer, seen, file, place)
             else:
                 numbers = plot_distance(transformer, seen, file)[1]
         picture = Picture(file.read_bytes(), numbers=numbers)
@@ -162,6 +187,35 @@ def show_neighbors(encoder: Encoder, source: str, out: str | Path, images: int =
     reader = ShardReader(open_shards(source), encoder.settings.channels, 0)
     encoder = encoder.to(pick_device())
     return plot_neighbors(encoder, reader, find_neighbors(encoder, reader, images, among=among), out)
+
+
+def read_patch(patch: str | Sequence[int]) -> tuple[int, int]:
+    """Row and column of a patch, from numbers or as they are typed: 3,4."""
+    given = patch.split(",") if isinstance(patch, str) else list(patch)
+    try:
+        row, column = (int(number) for number in given)
+    except ValueError:
+        raise ValueError(f"--patch {brief(patch)}: expected a row and a column, such as 3,4.") from None
+    return row, column
+
+
+def inputs(encoder: ViTEncoder, images: Tensor) -> list[np.ndarray]:
+    """The row of a picture that shows the images themselves."""
+    return [encoder.to_display(images).numpy()]
+
+
+def plot_similarity(encoder: ViTEncoder, images: Tensor, out: str | Path, place: tuple[int, int] | None) -> Path:
+    """Plot the similarity of one patch's token to those of all patches, the middle one's unless a place is given.
+
+    Raises:
+        ValueError: There is no patch at that place.
+    """
+    rows, columns = encoder.settings.grid_of(*images.shape[2:])
+    row, column = place or (rows // 2, columns // 2)
+    similarity = patch_similarity(encoder, images, row, column).clamp(min=0).numpy()
+    (pixels,) = inputs(encoder, images)
+    titles = ["input", f"similarity to\npatch {row}, {column}"]
+    return plot_images(out, [pixels, overlay_heat(pixels, similarity)], titles)
 
 
 def plot_attention(encoder: ViTEncoder, images: Tensor, out: str | Path) -> Path:

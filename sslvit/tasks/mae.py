@@ -6,6 +6,8 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from sslvit import rng
 from sslvit.data.batch import Batch
@@ -63,12 +65,18 @@ class MAE(Task):
 
     def figures(self, batch: Batch) -> dict[str, tuple[list[str], list[np.ndarray]]]:
         """reconstruction: the input, the input with hidden patches gray, and the reconstruction."""
-        images = batch.views[0][:FIGURE_IMAGES]
-        rows, columns = self.model.grid_of(images)
-        noise = rng.uniform((self.run.seed, 0, "figure"), np.arange(len(images)), rows * columns)
-        filled, is_hidden = self.model.reconstruct(images, torch.from_numpy(noise).to(images.device))
-        pixels, filled = self.encoder.to_display(images), self.encoder.to_display(filled)
-        masked = pixels * (1 - is_hidden) + 0.5 * is_hidden
-        titles = ["input", "what the\nencoder sees", "reconstruction"]
-        pictures = [row.float().cpu().numpy() for row in (pixels, masked, filled)]
-        return {"reconstruction": (titles, pictures)}
+        return {"reconstruction": reconstruction_rows(self.model, batch.views[0][:FIGURE_IMAGES], self.run.seed)}
+
+
+@torch.no_grad()
+def reconstruction_rows(
+    model: MAEModel, images: Float[Tensor, "b c h w"], seed: int = 0
+) -> tuple[list[str], list[np.ndarray]]:
+    """Titles and rows of a picture: the input, the input with hidden patches gray, and the reconstruction."""
+    rows, columns = model.grid_of(images)
+    noise = rng.uniform((seed, 0, "figure"), np.arange(len(images)), rows * columns)
+    filled, is_hidden = model.reconstruct(images, torch.from_numpy(noise).to(images.device))
+    pixels, filled = (model.encoder.to_display(one) for one in (images, filled))
+    masked = pixels * (1 - is_hidden) + 0.5 * is_hidden
+    titles = ["input", "what the\nencoder sees", "reconstruction"]
+    return titles, [row.float().cpu().numpy() for row in (pixels, masked, filled)]

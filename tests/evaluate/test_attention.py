@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sslvit.evaluate.attention import class_attention, mass_mask, patch_colors
+from sslvit.evaluate.attention import class_attention, mass_mask, patch_colors, patch_similarity
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings
 
@@ -59,3 +59,21 @@ def test_patches_with_similar_features_get_similar_colors_also_across_images() -
     middles = torch.stack([flat[kinds.flatten() == kind].mean(0) for kind in range(3)])
     assert torch.equal(torch.cdist(flat, middles).argmin(1), kinds.flatten())
     assert torch.pdist(middles).min() > 0.4
+
+
+def test_similarity_is_the_cosine_of_one_patch_to_all() -> None:
+    torch.manual_seed(0)
+    encoder = ViTEncoder(EncoderSettings(image_size=[8, 12], patch=4, width=16, depth=1, heads=2)).eval()
+    images = torch.randn(2, 3, 8, 12)
+    found = patch_similarity(encoder, images, 1, 2)
+    assert found.shape == (2, 2, 3)
+    tokens = encoder(images)[:, encoder.prefix :].view(2, 2, 3, 16)
+    for image in range(2):
+        for row in range(2):
+            for column in range(3):
+                one, other = tokens[image, 1, 2], tokens[image, row, column]
+                expected = float(one @ other / one.norm() / other.norm())
+                assert float(found[image, row, column]) == pytest.approx(expected, abs=1e-5)
+    assert found[:, 1, 2].tolist() == pytest.approx([1, 1], abs=1e-5)
+    with pytest.raises(ValueError, match="--patch 2,0: images have 2 x 3 patches, from 0,0 to 1,2"):
+        patch_similarity(encoder, images, 2, 0)
