@@ -3,6 +3,7 @@
 #   make demo DATA=cifar10                     downloads CIFAR-10
 #   make demo DATA=cifar10 ARCHIVE=file.tar.gz a local archive instead
 #   make demo OVERWRITE=1                      anew, over an earlier demo
+#   make docs                                  the documentation as a site, docs/_build/html
 
 # the first of these that runs and is new enough
 PYTHON ?= $(shell for name in python3 python3.12 python3.11 python3.13; do \
@@ -11,7 +12,7 @@ DATA ?= digits
 OUT ?= runs/demo$(if $(filter-out digits,$(DATA)),-$(DATA))
 READY := .venv/.ready
 
-.PHONY: demo test test-smoke test-all coverage lint types drill mutants clean
+.PHONY: demo test test-smoke test-all coverage lint types docs drill mutants clean
 
 demo: $(READY)
 	.venv/bin/sslvit demo --data $(DATA) --out $(OUT) $(if $(ARCHIVE),--archive $(ARCHIVE)) $(if $(OVERWRITE),--overwrite)
@@ -58,6 +59,11 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	.venv/bin/python -m sslvit.environment
 	@touch $@
+
+# the documentation as a site, without network: docs/_build/html/index.html
+docs: $(READY)
+	.venv/bin/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
 
 clean:
 	rm -rf .venv build dist *.egg-info
