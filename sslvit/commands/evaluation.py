@@ -174,13 +174,13 @@ class ShowOptions(Reported, CroppedEncoder):
     """
 
     what: Annotated[
-        Literal["attention", "distance", "field", "neighbors", "pca", "similarity", "reconstruct"],
+        Literal["attention", "distance", "field", "neighbors", "pca", "similarity", "reconstruct", "views"],
         Arg("WHAT", position=-1),
     ]
     """What to plot: attention (of the class token), distance (of each head's attention), field (the pixels that reach
     a patch), neighbors (the images whose features are nearest), pca (principal components of the patches' features as
-    colors), similarity (of one patch's features to those of all patches) or reconstruct (what a run of MAE makes of
-    the patches that it sees)."""
+    colors), similarity (of one patch's features to those of all patches), reconstruct (what a run of MAE makes of the
+    patches that it sees) or views (what a recipe, in the place of the encoder, feeds to its model)."""
     data: Annotated[str, Arg("SHARDS", position=2)]
     """Shards, or a folder of images."""
     images: int = 8
@@ -205,7 +205,7 @@ def run_show(options: ShowOptions) -> None:
     check_new_picture(out)
     from sslvit.reports.show import show
 
-    is_run = options.what == "reconstruct"  # which needs the decoder, too
+    is_run = options.what in ("reconstruct", "views")  # which need more than an encoder
     picture = show(
         options.what, options.encoder if is_run else load_scored(options), options.data, out, images=options.images,
         among=options.among, patch=options.patch, crop_fraction=options.crop_fraction if is_run else None,

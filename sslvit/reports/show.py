@@ -32,17 +32,20 @@ from sslvit.files import brief, check_new_picture, expand_path, printable, write
 from sslvit.messages import for_python
 from sslvit.models import Backbone, Encoder, ViTEncoder, make_encoder, require_transformer
 from sslvit.progress import track
+from sslvit.reports.views import plot_views
 from sslvit.results import Result
 from sslvit.settings import EncoderSettings
 from sslvit.settings.choices import not_one_of
+from sslvit.settings.load import load_recipe
 from sslvit.settings.views import CenterSettings
 from sslvit.tasks.mae import reconstruction_rows
 from sslvit.tasks.released import load_mae
+from sslvit.train.folder import RunFolder
 from sslvit.train.pictures import attention_rows
 
 PCA_TITLES = ["input", "three principal\ncomponents"]
 FIELD_COLUMNS = 4  # number of blocks whose receptive fields are plotted
-Shown = Literal["attention", "distance", "field", "neighbors", "pca", "similarity", "reconstruct"]
+Shown = Literal["attention", "distance", "field", "neighbors", "pca", "similarity", "reconstruct", "views"]
 
 
 @dataclass(repr=False)
@@ -100,9 +103,10 @@ def show(
     Args:
         what: attention (of the class token), distance (of each head's attention), field (the pixels that reach a
             patch), neighbors (the images whose features are nearest), pca (principal components of the patches'
-            features as colors), similarity (of one patch's features to those of all patches) or reconstruct (what a run
-            of MAE makes of the patches that it sees).
-        encoder: An encoder, any module that makes a vector 'b d' of images, or what `load_encoder` takes.
+            features as colors), similarity (of one patch's features to those of all patches), reconstruct (what a run
+            of MAE makes of the patches that it sees) or views (what a recipe feeds to its model).
+        encoder: An encoder, any module that makes a vector 'b d' of images, or what `load_encoder` takes; for
+            reconstruct a run of MAE, and for views a recipe or a run.
         data: Shards, a folder of images, or a data set (as in `pretrain`).
         output: PNG file for the picture; None for none.
         images: Number of images, evenly spaced.
@@ -134,6 +138,8 @@ def show(
         raise ValueError("--patch is for show similarity.")
     place = None if patch is None else read_patch(patch)
     check_new_picture(output)
+    if what == "views":
+        return _show_views(encoder, path_of(data), output, images, crop_fraction, size)
     if what == "reconstruct" and not isinstance(encoder, (str, os.PathLike)):
         raise ValueError("show reconstruct: takes the folder of a run of MAE, since an encoder has no decoder.")
     model = load_mae(expand_path(os.fspath(encoder))) if what == "reconstruct" else None  # type: ignore[arg-type]
@@ -161,6 +167,24 @@ def show(
             else:
                 numbers = plot_distance(transformer, seen, file)[1]
         picture = Picture(file.read_bytes(), numbers=numbers)
+    if output is not None:
+        picture.save(output)
+    return picture
+
+
+def _show_views(
+    config: EncoderLike, source: str, output: str | Path | None, images: int, crop_fraction: float | None,
+    size: Size | None,
+) -> Picture:  # fmt: skip
+    """The picture of what a recipe, or the settings of a run, feed to a model."""
+    if not isinstance(config, (str, os.PathLike)):
+        raise ValueError("show views: takes a recipe, a YAML file or a run folder; an encoder does not say its views.")
+    if crop_fraction is not None or size is not None:
+        raise ValueError("show views: shows what training sees, which neither --size nor --crop-fraction changes.")
+    run = RunFolder(expand_path(os.fspath(config)))
+    settings = load_recipe(run.config if run.is_run else os.fspath(config))
+    with tempfile.TemporaryDirectory(prefix="sslvit-show-") as folder:
+        picture = Picture(plot_views(settings, source, Path(folder) / "picture.png", images).read_bytes())
     if output is not None:
         picture.save(output)
     return picture

@@ -1,0 +1,90 @@
+"""What a recipe would feed to a model: images with the boxes of their views, and the views themselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from sslvit.data.decode import decode_pixels
+from sslvit.data.header import BadImage
+from sslvit.data.loader import encoder_views, make_batch
+from sslvit.data.open import open_shards
+from sslvit.data.reader import ShardReader
+from sslvit.data.resample import Boxes
+from sslvit.evaluate.label_free import evenly_spaced
+from sslvit.figures import plot_images
+from sslvit.files import printable
+from sslvit.settings import RunSettings
+from sslvit.settings.views import TransformSettings
+
+SIDE = 192  # pixels of an image with boxes
+COLORS = ((1.0, 0.6, 0.0), (0.2, 0.75, 1.0))  # of boxes: views of the largest size, and smaller ones
+
+
+def plot_views(settings: RunSettings, source: str, out: str | Path, images: int = 8) -> Path:
+    """Plot images with a box for each view, and below them the views as a run gets them in its first epoch.
+
+    Raises:
+        ValueError: One of the images cannot be read.
+    """
+    index, encoder = open_shards(source), settings.encoder
+    views = encoder_views(encoder, settings.data.view, settings.seed, fill=encoder.mean)
+    reader = ShardReader(index, encoder.channels, 0)
+    samples = evenly_spaced(len(index), images)
+    epochs = np.zeros_like(samples)
+    batch = make_batch(reader, views, samples, epochs)
+    if batch.unreadable:
+        key, reason = next(iter(batch.unreadable.items()))
+        raise ValueError(f"{source}: {printable(key)} cannot be read ({printable(reason)}).")
+    largest = max(view.shape[2] for view in batch.views)
+    titles, rows = [], []
+    if not isinstance(settings.data.view, TransformSettings):  # which makes its views without boxes
+        originals = [_decode(reader, int(sample)) for sample in samples]
+        sides = np.array([image.shape[:2] for image in originals])
+        boxes = views.sample_boxes(sides, samples, epochs)
+        drawn = [np.asarray(image, np.float32) / 255 for image in originals]
+        of_image = [[(size[0] == largest, box[row]) for size, box in boxes] for row in range(len(drawn))]
+        rows.append(np.stack([_with_boxes(*pair) for pair in zip(drawn, of_image, strict=True)]))
+        titles.append("image, and the\nboxes of its views")
+    for number, view in enumerate(batch.views, 1):
+        titles.append(f"view {number}\n{view.shape[2]} x {view.shape[3]}")
+        rows.append(view.float().numpy() / 255)
+    return plot_images(out, rows, titles)
+
+
+def _decode(reader: ShardReader, sample: int) -> np.ndarray:
+    """The pixels of an image, 'h w c'."""
+    content = reader.read(sample)
+    try:
+        return decode_pixels(content, reader.channels, reader.bits, header=reader.header(content))
+    except BadImage as error:  # which its views were made of a moment ago
+        raise ValueError(f"{printable(reader.key(sample))} cannot be read ({error}).") from error
+
+
+def _with_boxes(image: np.ndarray, boxes: list[tuple[bool, Boxes]]) -> np.ndarray:
+    """An image 'h w c' on a square with the outlines of boxes, also of those that reach outside: 'c side side'."""
+    height, width = image.shape[:2]
+    edges = [(0.0, 0.0, height, width)]
+    edges += [(box.top[0], box.left[0], box.top[0] + box.height[0], box.left[0] + box.width[0]) for _, box in boxes]
+    top, left = (min(edge[axis] for edge in edges) for axis in (0, 1))
+    bottom, right = (max(edge[axis] for edge in edges) for axis in (2, 3))
+    scale = (SIDE - 1) / max(bottom - top, right - left)
+    rows, columns = (max(1, round(side * scale)) for side in (height, width))
+    tensor = torch.from_numpy(image).permute(2, 0, 1)[None]
+    small = F.interpolate(tensor, (rows, columns), mode="bilinear", antialias=True)[0].numpy()
+    small = small[:3] if small.shape[0] >= 3 else small[:1].repeat(3, 0)
+    canvas = np.ones((3, SIDE, SIDE), np.float32)
+    y, x = round(-top * scale), round(-left * scale)
+    canvas[:, y : y + rows, x : x + columns] = small[:, : SIDE - y, : SIDE - x]
+    for is_large, (first_row, first_column, last_row, last_column) in zip(
+        [of for of, _ in boxes], edges[1:], strict=True
+    ):
+        a, c = (int(np.clip(round((edge - top) * scale), 0, SIDE - 1)) for edge in (first_row, last_row))
+        b, d = (int(np.clip(round((edge - left) * scale), 0, SIDE - 1)) for edge in (first_column, last_column))
+        color = np.array(COLORS[0 if is_large else 1], np.float32)[:, None]
+        canvas[:, [a, c], b : d + 1] = color[..., None]
+        canvas[:, a : c + 1, [b, d]] = color[..., None]
+    return canvas
