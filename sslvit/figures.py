@@ -148,8 +148,19 @@ def plot_curves(
     return _save(figure, path)
 
 
-def plot_bars(path: str | Path, groups: dict[str, dict[str, float]], y_label: str, title: str = "") -> Path:
-    """Plot grouped bars, group -> name -> height, each with its height on top; a missing one leaves a gap."""
+def plot_bars(
+    path: str | Path, groups: Mapping[str, Mapping[str, float]], y_label: str, title: str = "",
+    halves: Mapping[str, Mapping[str, float | None]] | None = None,
+) -> Path:  # fmt: skip
+    """Plot grouped bars, group -> name -> height, each with its height on top; a missing one leaves a gap.
+
+    Args:
+        path: PNG to write.
+        groups: Heights of the bars.
+        y_label: Label of the heights.
+        title: Title of the figure.
+        halves: Half the width of each bar's interval, where it has one.
+    """
     names = list(dict.fromkeys(name for group in groups.values() for name in group))
     figure = TextFigure(figsize=(max(6.4, 1.1 * len(groups)), 3.4), dpi=120, layout="constrained")
     axes = figure.add_subplot()
@@ -159,6 +170,9 @@ def plot_bars(path: str | Path, groups: dict[str, dict[str, float]], y_label: st
         positions = np.arange(len(groups)) + (i - (len(names) - 1) / 2) * width
         heights = [group.get(name, np.nan) for group in groups.values()]
         artists[name] = axes.bar(positions, heights, width * 0.92, color=COLORS[i % len(COLORS)])
+        errors = [((halves or {}).get(group) or {}).get(name) or np.nan for group in groups]
+        if np.isfinite(errors).any():
+            axes.errorbar(positions, heights, errors, fmt="none", ecolor="0.25", elinewidth=1, capsize=2)
         axes.bar_label(artists[name], fmt="%.0f", fontsize=8)
     axes.set_xticks(range(len(groups)), [textwrap.fill(printable(group), 13) for group in groups])
     axes.set_ylabel(y_label)

@@ -22,7 +22,7 @@ from sslvit.evaluate.scores import (
 from sslvit.evaluate.sources import LabeledSet
 from sslvit.figures import plot_bars
 from sslvit.files import printable, to_json, write_atomically
-from sslvit.pages.page import heading, picture, table, text, write_page
+from sslvit.pages.page import heading, picture, table, text, words, write_page
 from sslvit.settings.bench import BenchSettings, ProbeColumn
 
 
@@ -65,8 +65,9 @@ def write_tables(
         content += [heading(data), table(rows), text(note)]
         if columns_of(rows):
             means = {row: {column: mean(values) for column, values in of.items()} for row, of in rows.items()}
-            bars = plot_bars(folder / f"{printable(data)}.png", means, "top-1 accuracy (%)", data)
-            content.append(picture(bars, "The same as bars."))
+            halves = {row: {column: interval(values) for column, values in of.items()} for row, of in rows.items()}
+            bars = plot_bars(folder / f"{printable(data)}.png", means, "top-1 accuracy (%)", data, halves)
+            content.append(picture(bars, "The same as bars, with the intervals."))
     spent: dict[str, float] = {}
     for result in {result.key: result for result in results}.values():  # rows may share one
         spent[result.column] = spent.get(result.column, 0.0) + result.seconds
@@ -78,9 +79,11 @@ def write_tables(
     notes.append("Minutes per column: " + "; ".join(f"{name} {s / 60:.1f}" for name, s in spent.items()) + ".")
     markdown += [line for note in notes for line in (markdown_text(note), "")]
     content += [heading("Cost and settings"), *(text(note) for note in notes)]
-    for result in results:
-        about = "; ".join(f"{key} {value}" for key, value in result.about.items())
-        content.append(text(f"{result.data}, {result.row}, {result.column}: {about}."))
+    rows_about = [
+        [result.data, result.row, result.column, f"{result.seconds / 60:.1f}", _about_in_words(result.about)]
+        for result in results
+    ]
+    content.append(words(["data", "row", "column", "minutes", "how"], rows_about))
     cells = [result.as_dict() for result in results]
     files = {
         "table.md": "\n".join(markdown), "table.csv": _csv(cells),
@@ -90,6 +93,12 @@ def write_tables(
         write_atomically(folder / name, written)
     page = write_page(folder / "report.html", "sslvit bench", content)
     return {"page": page, **{name: folder / name for name in files}}
+
+
+def _about_in_words(about: dict[str, Any]) -> str:
+    """What a reader needs to quote a score, without what is not set, in as many digits as somebody reads."""
+    said = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in about.items()}
+    return "; ".join(f"{key.replace('_', ' ')} {value}" for key, value in said.items() if value not in (None, {}, []))
 
 
 def _csv(cells: list[dict[str, Any]]) -> str:

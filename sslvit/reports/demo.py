@@ -25,6 +25,7 @@ from sslvit.data.views import Views
 from sslvit.environment import cpu_cores, require_packages
 from sslvit.evaluate.layers import HELD_OUT, LayerTable, plot_layers, probe_layers
 from sslvit.evaluate.probe import LINEAR, ProbeTable, probe
+from sslvit.evaluate.scores import interval
 from sslvit.exporters import export_encoder
 from sslvit.figures import plot_bars, plot_curves
 from sslvit.files import to_json, write_atomically
@@ -117,7 +118,11 @@ def demo(
     logger.info("4/4  exporting MAE's encoder to timm and comparing its outputs there")
     verdict = export_encoder(runs["mae"].path, folder / "export" / "timm", "timm")
     bars_file = plot_bars(
-        folder / "figures" / "scores.png", table.rows, "top-1 accuracy (%)", "Probes of frozen features"
+        folder / "figures" / "scores.png",
+        table.rows,
+        "top-1 accuracy (%)",
+        "Probes of frozen features",
+        {row: {column: interval(draws) for column, draws in of.items()} for row, of in table.scores.items()},
     )
     curves = plot_progress({NAMES[task]: run for task, run in runs.items()}, folder / "figures")
     seconds = time.monotonic() - start

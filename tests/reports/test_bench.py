@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from sslvit.cli import main
 from sslvit.data.array_images import array_samples
 from sslvit.data.pack import pack
 from sslvit.evaluate import scores
+from sslvit.figures import plot_bars
 from sslvit.models import ViTEncoder
 from sslvit.reports import bench as module
 from sslvit.settings import EncoderSettings
@@ -320,3 +322,24 @@ def test_names_in_a_terminals_table_are_one_line_each() -> None:
     assert table.count("\n") == 2
     assert "\x1b" not in table
     assert len({len(line) for line in table.split("\n")}) == 1
+
+
+def test_the_page_says_how_each_score_was_made_in_words(files: dict, tmp_path: Path) -> None:
+    files |= {"columns": {"few": files["columns"]["few"]}, "baselines": ["pixels"]}
+    assert main(["bench", write(files, tmp_path)]) == 0
+    page = (tmp_path / "bench" / "report.html").read_text()
+    assert "None" not in page
+    assert "<td>raw pixels</td><td>few</td>" in page
+    assert "labels per class 4" in page
+    assert not re.search(r"\d\.\d{8}", re.sub(r"data:[^\"]+", "", page))
+    best = re.findall(r'<td>([^<]+)</td><td class="best">', page)
+    content = json.loads((tmp_path / "bench" / "table.json").read_text())
+    means = {cell["row"]: cell["mean"] for cell in content["cells"]}
+    assert set(best) == {row for row, value in means.items() if value == max(means.values())}
+
+
+def test_bars_have_their_intervals(tmp_path: Path) -> None:
+    groups = {"a": {"x": 50.0}, "b": {"x": 40.0}}
+    plain = plot_bars(tmp_path / "plain.png", groups, "%").read_bytes()
+    assert plot_bars(tmp_path / "none.png", groups, "%", halves={"a": {"x": None}}).read_bytes() == plain
+    assert plot_bars(tmp_path / "with.png", groups, "%", halves={"a": {"x": 5.0}}).read_bytes() != plain
