@@ -30,7 +30,7 @@ WRITERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "pictures": ("a.png", lambda path: plot_images(path, [PIXELS[:8]], ["row"])),
     "bars": ("a.png", lambda path: plot_bars(path, {"row": {"column": 1.0}}, "percent", "title")),
     "features": ("a.npz", embeddings),
-    "page": ("a.html", lambda path: write_page(path, "title", [text(5000 * "x")])),
+    "page": ("a.html", lambda path: write_page(path, "title", [text(5000 * "x")], "page")),
     "table": ("a.json", lambda path: write_json(path, {"x": 5000 * "x"})),
 }
 

@@ -22,15 +22,19 @@ STEEP = 4.0  # times the rest of the range that a few values at its upper end ma
 SCRIPT = """
 for (const figure of document.querySelectorAll("figure[data-lines]")) {
   const lines = JSON.parse(figure.dataset.lines), [low, high, left, right, unit] = JSON.parse(figure.dataset.axis);
-  const [svg, mark, output] = ["svg", ".mark", "output"].map(name => figure.querySelector(name));
+  const [svg, mark, output] = ["svg:not(.chip)", ".mark", "output"].map(name => figure.querySelector(name));
   svg.addEventListener("pointermove", event => {
     const box = svg.getBoundingClientRect(), at = (event.clientX - box.left) / box.width * svg.viewBox.baseVal.width;
     const x = low + (at - left) / (right - left) * (high - low);
     if (x < low || x > high) return;
-    const near = lines.map(([name, xs, ys]) => {
+    const near = lines.filter(([, xs]) => {
+      const gap = xs.length > 1 ? xs[1] - xs[0] : 0;
+      return x >= xs[0] - gap && x <= xs[xs.length - 1] + gap;
+    }).map(([name, xs, ys]) => {
       const i = xs.reduce((best, one, j) => Math.abs(one - x) < Math.abs(xs[best] - x) ? j : best, 0);
       return [name, xs[i], ys[i]];
     });
+    if (!near.length) return;
     const first = near.reduce((a, b) => Math.abs(b[1] - x) < Math.abs(a[1] - x) ? b : a)[1];
     const place = left + (first - low) / (high - low || 1) * (right - left);
     mark.setAttribute("x1", place); mark.setAttribute("x2", place); mark.setAttribute("visibility", "visible");
@@ -61,10 +65,12 @@ def line_chart(title: str, lines: Lines, x_label: str, y_label: str) -> str:
         return across, np.clip(bottom - (np.asarray(y) - low) / (high - low) * (bottom - TOP), TOP, bottom)
 
     parts = []
-    for value in ticks(low, high):
+    marks = ticks(low, high)
+    step = marks[1] - marks[0] if len(marks) > 1 else None
+    for value in marks:
         up = float(place(low_x, value)[1])
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{up:.1f}" y2="{up:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{up + 4:.1f}" text-anchor="end">{short(value)}</text>')
+        parts.append(f'<text x="{LEFT - 6}" y="{up + 4:.1f}" text-anchor="end">{short(value, step)}</text>')
     for value in ticks(low_x, high_x):
         across = float(place(value, low)[0])
         parts.append(f'<text x="{across:.1f}" y="{bottom + 16}" text-anchor="middle">{short(value)}</text>')
@@ -80,7 +86,8 @@ def line_chart(title: str, lines: Lines, x_label: str, y_label: str) -> str:
         parts.append(_path(*place(x, y), "raw" if is_smoothed else "smooth", look))
         if is_smoothed:
             parts.append(_path(*place(x, smoothed(y)), "smooth", look))
-        keys.append(f'<span class="key"><i style="background:var(--c{number % COLORS})"></i>{html_text(name)}</span>')
+        chip = f'<svg class="chip" viewBox="0 0 24 8"><path class="smooth" d="M0 4L24 4" style="{look}"/></svg>'
+        keys.append(f'<span class="key">{chip}{html_text(name)}</span>')
     values = [[name, np.round(x, 2).tolist(), [float(f"{v:.6g}") for v in y]] for name, (x, y) in drawn.items()]
     axis = json.dumps([low_x, high_x, LEFT, right, x_label])
     return (
@@ -158,14 +165,15 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [number * step for number in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def short(value: float) -> str:
-    """A number of an axis in few characters."""
-    if value == 0:
+def short(value: float, step: float | None = None) -> str:
+    """A number of an axis in few characters, but in enough of them to tell numbers apart that differ by a step."""
+    if value == 0 or abs(value) < (step or 0.0) / 1e6:
         return "0"
+    digits = max(3, math.ceil(math.log10(abs(value) / step)) + 1) if step else 3
     for limit, sign in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= limit:
-            return f"{value / limit:g}{sign}"
-    return f"{value:.3g}"
+            return f"{value / limit:.{max(digits, 6)}g}{sign}"
+    return f"{value:.{digits}g}"
 
 
 def _path(x: np.ndarray, y: np.ndarray, kind: str, look: str) -> str:

@@ -16,7 +16,8 @@ from sslvit.files import write_atomically
 from sslvit.pages.charts import SCRIPT
 from sslvit.results import html_table, html_text
 
-GENERATOR = '<meta name="generator" content="sslvit">'
+GENERATOR = '<meta name="generator" content="sslvit {}">'  # which kind of page it is
+MOST_PICTURE_BYTES = 2**25
 STYLE = """
 :root { color-scheme: light dark; --text: #1f2328; --dim: #59636e; --line: #d1d9e0; --ground: #fff; --raised: #f6f8fa;
   --c0: #0072b2; --c1: #d55e00; --c2: #009e73; --c3: #cc79a7; --c4: #8a6d00; --c5: #56b4e9; }
@@ -35,7 +36,9 @@ th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2
 .changed td { background: var(--raised); font-weight: 600; }
 figure { margin: 1.5rem 0; } img { max-width: 100%; background: #fff; }
 figcaption { color: var(--dim); font-size: .9rem; }
-svg { width: 100%; height: auto; display: block; touch-action: pan-y; } svg text { fill: var(--dim); font-size: 12px; }
+.chip { display: inline; width: 1.5rem; height: .5rem; margin-right: .4rem; vertical-align: middle; }
+svg:not(.chip) { width: 100%; height: auto; display: block; touch-action: pan-y; }
+svg text { fill: var(--dim); font-size: 12px; }
 svg .grid { stroke: var(--line); } svg .mark { stroke: var(--dim); stroke-dasharray: 3 3; } svg path { fill: none; }
 .raw { opacity: .35; stroke-width: 1; } .smooth { stroke-width: 2; }
 .key { display: inline-block; margin-right: 1rem; } .key i { display: inline-block; width: 1.2rem; height: .25rem;
@@ -47,8 +50,15 @@ svg .grid { stroke: var(--line); } svg .mark { stroke: var(--dim); stroke-dashar
 """
 
 
-def write_page(path: Path, title: str, parts: list[str]) -> Path:
-    """Write a page of parts, top to bottom: what the functions below and those of `charts` return."""
+def write_page(path: Path, title: str, parts: list[str], kind: str) -> Path:
+    """Write a page of parts, top to bottom: what the functions below and those of `charts` return.
+
+    Args:
+        path: The HTML file.
+        title: Title of the page.
+        parts: Its content.
+        kind: What makes such pages, such as report: it may replace its own (`is_page`).
+    """
     contents, body, taken = [], [], set()
     for part in parts:
         if found := re.fullmatch(r"<h2>(.*)</h2>", part, re.DOTALL):
@@ -62,7 +72,7 @@ def write_page(path: Path, title: str, parts: list[str]) -> Path:
     listed = f"<nav><ul>{''.join(contents)}</ul></nav>\n" if len(contents) > 2 else ""
     write_atomically(
         path,
-        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n{GENERATOR}\n'
+        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n{GENERATOR.format(kind)}\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{html_text(title)}</title>\n'
         f"<style>{STYLE}</style>\n<h1>{html_text(title)}</h1>\n{listed}{chr(10).join(body)}\n"
         f"<script>{SCRIPT}</script>\n</html>\n",
@@ -70,10 +80,12 @@ def write_page(path: Path, title: str, parts: list[str]) -> Path:
     return path
 
 
-def is_page(path: Path) -> bool:
-    """Whether a file is a page that `write_page` wrote."""
+def is_page(path: Path, kind: str) -> bool:
+    """Whether a file is a page of this kind that `write_page` wrote."""
+    if not path.is_file():
+        return False
     with open(path, "rb") as file:
-        return GENERATOR.encode() in file.read(200)
+        return GENERATOR.format(kind).encode() in file.read(200)
 
 
 def text(content: str) -> str:
@@ -113,6 +125,14 @@ def words(titles: Sequence[object], rows: Iterable[Sequence[object]], changed: I
 
 
 def picture(path: Path, caption: str) -> str:
-    """A PNG, which the page embeds, with a caption."""
-    data, said = base64.b64encode(path.read_bytes()).decode(), html_text(caption)
+    """A PNG, which the page embeds, with a caption.
+
+    Raises:
+        ValueError: The file is no PNG, or a link: a page is shown to others, and its folder may come from others.
+    """
+    is_file = path.is_file() and not path.is_symlink() and path.stat().st_size <= MOST_PICTURE_BYTES
+    content = path.read_bytes() if is_file else b""
+    if not content.startswith(b"\x89PNG"):
+        raise ValueError(f"{path}: not a picture that a page can show (a PNG of at most 32 MB).")
+    data, said = base64.b64encode(content).decode(), html_text(caption)
     return f'<figure><img src="data:image/png;base64,{data}" alt="{said}"><figcaption>{said}</figcaption></figure>'

@@ -91,7 +91,7 @@ def write_tables(
     }  # fmt: skip
     for name, written in files.items():
         write_atomically(folder / name, written)
-    page = write_page(folder / "report.html", "sslvit bench", content)
+    page = write_page(folder / "report.html", "sslvit bench", content, "bench")
     return {"page": page, **{name: folder / name for name in files}}
 
 

@@ -129,7 +129,7 @@ def demo(
     title = f"sslvit demo: {data}"
     page = write_page(
         folder / "report.html", title,
-        page_content(data, table, runs, bars_file, curves, layers, layers_file, verdict, seconds),
+        page_content(data, table, runs, bars_file, curves, layers, layers_file, verdict, seconds), "demo",
     )  # fmt: skip
     logger.info(f"\n{table}\n")
     logger.info(f"Done in {seconds / 60:.1f} minutes. Open these:")

@@ -277,7 +277,7 @@ class RunFolder(Result):
         )
         for made in (*folders, self.encoder):
             shutil.rmtree(made, ignore_errors=True)
-        for made in (self.metrics, self.ledger, self.health, self.scores, self.page):
+        for made in (self.metrics, self.ledger, self.health, self.scores):
             made.unlink(missing_ok=True)
 
     def newest_checkpoint(self) -> Path:

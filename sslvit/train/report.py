@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import html
 import json
+import logging
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ from sslvit.results import Result
 from sslvit.settings.build import build
 from sslvit.settings.load import MADE_BY, YAML_ERRORS, by_dotted_key
 from sslvit.settings.run import RunSettings
-from sslvit.train.folder import RunFolder, read_json
+from sslvit.train.folder import RunFolder, read_json, read_lines
 from sslvit.train.runs import RunSummary, summarize
 
 # title of a chart -> label of its values, and the metrics that it may show; those of one chart have one unit
@@ -32,8 +35,8 @@ CHARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "Accuracy while training": ("top-1 accuracy (%)", ("probe/linear", "probe/knn", "train/top1", "val/top1")),
     "Learning rate": ("learning rate", ("lr",)),
     "Gradient norm": ("norm", ("train/grad_norm",)),
-    "Rank of the features (RankMe)": ("effective rank", ("health/rankme", "probe/rankme")),
-    "Deviation of the features": ("standard deviation", ("health/feature_std", "probe/feature_std")),
+    "Effective rank of the features (RankMe)": ("effective rank", ("health/rankme", "probe/rankme")),
+    "Feature standard deviation": ("standard deviation", ("health/feature_std", "probe/feature_std")),
     "Entropy of the teacher": ("nats", ("health/teacher_entropy", "health/teacher_uniform_kl")),
     "Speed": ("images/s", ("time/images_per_second",)),
 }  # fmt: skip
@@ -53,6 +56,11 @@ CAPTIONS = {
 }
 DRAWN = ("loss",)  # pictures that the charts of a page show as well
 MOST_REASONS = 10
+MOST_BYTES = 2**25  # of a file of scores
+KIND = "report"  # of page
+# what reading the files of a run may raise, which may be damaged, another program's or a user's own
+DAMAGED = (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, OSError)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(repr=False)
@@ -84,6 +92,40 @@ class Report(Result):
         return f'<iframe sandbox="allow-scripts" srcdoc="{content}" style="width:100%;height:40rem"></iframe>'
 
 
+@dataclass
+class _Shown:
+    """What the files of a run hold, each read once.
+
+    Args:
+        folder: Its folder.
+        config: Its settings.
+        summary: What `sslvit runs` lists of it.
+        history: Metric -> one number for each logged step, NaN where there is none.
+    """
+
+    folder: RunFolder
+    config: dict[str, Any]
+    summary: RunSummary
+    history: dict[str, np.ndarray]
+
+    @classmethod
+    def read(cls, folder: RunFolder, state: str | None) -> _Shown:
+        """Read a run's files; `state` takes the place of what they tell of it."""
+        config, summary = folder.read_config(), summarize(folder)
+        by_dotted_key(config)  # which refuses keys that are no text
+        columns: dict[str, list[float]] = {}
+        lines = [line for _, line in read_lines(folder.metrics)] if folder.metrics.exists() else []
+        for number, line in enumerate(lines):
+            for name, value in line.items():
+                is_number = isinstance(value, (int, float)) and abs(value) < sys.float_info.max
+                columns.setdefault(name, [math.nan] * len(lines))[number] = float(value) if is_number else math.nan
+        history = {name: np.array(values) for name, values in columns.items()}
+        return cls(folder, config, replace(summary, state=state or summary.state), history)
+
+
+Named = Mapping[str, _Shown]
+
+
 @for_python
 def report(
     runs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], output: str | os.PathLike[str] | None = None
@@ -93,7 +135,7 @@ def report(
     Args:
         runs: Run folder, or several, whose curves are plotted together.
         output: HTML file; None for report.html in the run's folder, or in this one for several runs. An earlier page
-            there is replaced, and no other file.
+            of this function is replaced, and no other file.
 
     Returns:
         The page.
@@ -118,28 +160,51 @@ def report(
     path = Path(expand_path(os.fspath(output))) if output else path
     if path.suffix != ".html":
         raise ValueError(f"{printable(path)}: a page is written as HTML. Choose a name that ends in .html.")
-    if path.exists() and not (path.is_file() and is_page(path)):
-        raise ValueError(f"{printable(path)}: already exists, and is no page of sslvit. Choose another file.")
+    if path.exists() and not is_page(path, KIND):
+        raise ValueError(
+            f"{printable(path)}: already exists, and is no page that sslvit report wrote. Choose another file: -o FILE"
+        )
     return write_report(folders, path)
 
 
 def write_report(folders: Sequence[RunFolder], path: Path | None = None, state: str | None = None) -> Report:
-    """Write the page of one run, or of several.
+    """Write the page of one run, or of several; what cannot be read of a run is said on the page.
 
     Args:
         folders: The runs.
         path: HTML file; None for report.html in the folder of the first.
         state: What is said of their state; None for what their folders tell, in which an ending run still runs.
+
+    Raises:
+        WriteError: The page cannot be written.
     """
-    path = path or folders[0].page
-    named = _names(folders)
-    title = f"sslvit: {next(iter(named))}" if len(named) == 1 else f"sslvit: {len(named)} runs"
-    parts = [
-        heading("What ran"), *_facts(named, state), *_scores(named), *_curves(named), *_pictures(named),
-        *_times(named), *_ledgers(named), *_exports(named), *_settings(named),
-    ]  # fmt: skip
-    write_page(path, title, [part for part in parts if part])
+    path, problems = path or folders[0].page, []
+    named: dict[str, _Shown] = {}
+    for name, folder in _names(folders).items():
+        try:
+            named[name] = _Shown.read(folder, state)
+        except DAMAGED as error:
+            problems.append(text(f"{name}: cannot be read ({error})."))
+    title = f"sslvit: {next(iter(named), 'no run')}" if len(folders) == 1 else f"sslvit: {len(folders)} runs"
+    parts = [heading("What ran"), *problems]
+    for make in (_facts, _scores, _curves, _pictures, _times, _ledgers, _exports, _settings) if named else ():
+        try:
+            parts += make(named)
+        except DAMAGED as error:
+            parts.append(text(f"A part of this page could not be made ({type(error).__name__}: {error})."))
+    write_page(path, title, [part for part in parts if part], KIND)
     return Report(path, [folder.path for folder in folders])
+
+
+def write_own_report(folder: RunFolder, state: str | None = None) -> Path | None:
+    """Write the page of a run that goes on or has just ended, which does not fail for it; None where there is none."""
+    try:
+        if folder.page.exists() and not is_page(folder.page, KIND):
+            raise ValueError("a file of that name is there, and sslvit report did not write it")
+        return write_report([folder], state=state).path
+    except Exception as error:  # the run and its checkpoints are worth more than its page
+        logger.warning(f"{printable(folder.page)}: not written ({printable(error)})")
+        return None
 
 
 def _names(folders: Sequence[RunFolder]) -> dict[str, RunFolder]:
@@ -152,47 +217,44 @@ def _names(folders: Sequence[RunFolder]) -> dict[str, RunFolder]:
     return dict(zip(names, folders, strict=True))
 
 
-def _facts(named: Mapping[str, RunFolder], state: str | None) -> list[str]:
+def _facts(named: Named) -> list[str]:
     """A column for each run: what it trained, where, how long, and how it went."""
-    summaries = [summarize(folder) for folder in named.values()]
-    columns = [
-        _facts_of(folder, replace(run, state=state or run.state))
-        for folder, run in zip(named.values(), summaries, strict=True)
-    ]
+    columns = [_facts_of(shown) for shown in named.values()]
     keys = list(dict.fromkeys(key for column in columns for key in column))
     rows = [[key, *(column.get(key, "–") for column in columns)] for key in keys]
     messages = []
-    for name, folder in named.items():
-        found = read_json(folder.health) or {}
-        said = found.get("messages")
+    for name, shown in named.items():
+        said = (read_json(shown.folder.health) or {}).get("messages")
         messages += [text(f"{name}: {one}") for one in said if isinstance(one, str)] if isinstance(said, list) else []
     return [words(["", *named], rows), *messages]
 
 
-def _facts_of(folder: RunFolder, run: RunSummary) -> dict[str, object]:
-    lines = folder.read_metrics()
-    last = lines[-1] if lines else {}
+def _facts_of(shown: _Shown) -> dict[str, object]:
+    folder, run, history = shown.folder, shown.summary, shown.history
     description = read_json(folder.encoder / "encoder.json") or {}
     provenance = description.get("provenance")
     data = provenance.get("data") if isinstance(provenance, dict) else None
     made = _made_by(folder)
     first = made[0] if made else {}
     versions = first.get("versions")
-    speeds = [line["time/images_per_second"] for line in lines if "time/images_per_second" in line]
-    batch = _get(folder.read_config(), "data", "global_batch_size")
+    speeds = history.get("time/images_per_second", np.array([]))
+    speeds = speeds[np.isfinite(speeds)]
+    epochs = history.get("epoch", np.array([]))
+    batch = _get(shown.config, "data", "global_batch_size")
     facts: dict[str, object] = {
-        "task": run.task, "state": run.state, "health": run.health, "data": run.data,
+        "task": run.task, "state": run.state, "page written": f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
+        "health": run.health, "data": run.data,
         "images": f"{data['samples']:,}" if isinstance(data, dict) and isinstance(data.get("samples"), int) else None,
-        "fingerprint of the data": data.get("fingerprint") if isinstance(data, dict) else None,
+        "data fingerprint": data.get("fingerprint") if isinstance(data, dict) else None,
         "encoder": None if run.width is None else f"{run.depth} blocks of width {run.width}",
         "steps": f"{run.steps:,} of {run.total_steps:,}" if run.total_steps else f"{run.steps:,}",
         "images seen": f"{run.steps * batch:,}" if isinstance(batch, int) else None,
-        "epochs": f"{last['epoch']:.1f}" if "epoch" in last else None,
-        "time of training": None if run.hours is None else _duration(run.hours),
-        "images/s": f"{float(np.median(speeds)):,.0f} (median)" if speeds else None,
-        "loss at the end": None if run.loss is None else f"{run.loss:.4f}",
+        "epochs": f"{epochs[-1]:.1f}" if len(epochs) else None,
+        "training time": None if run.hours is None else _duration(run.hours),
+        "images/s": f"{float(np.median(speeds)):,.0f} (median)" if len(speeds) else None,
+        "final loss": None if run.loss is None else f"{run.loss:.4f}",
         "started": first.get("date"), "host": first.get("host"), "command": first.get("command"),
-        "processes": f"{len(made)} (resumed)" if len(made) > 1 else None,
+        "resumed": f"{len(made) - 1} times" if len(made) > 1 else None,
         "software": ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else None,
         "commit": _get(first, "commits", "sslvit"),
     }  # fmt: skip
@@ -218,10 +280,10 @@ def _get(tree: Any, *keys: str) -> Any:
     return tree
 
 
-def _settings(named: Mapping[str, RunFolder]) -> list[str]:
+def _settings(named: Named) -> list[str]:
     """Settings that differ from the defaults; of several runs, those in which they differ stand out."""
-    of_runs = {name: by_dotted_key(folder.read_config()) for name, folder in named.items()}
-    defaults = [_defaults(folder.read_config()) for folder in named.values()]
+    of_runs = {name: by_dotted_key(shown.config) for name, shown in named.items()}
+    defaults = [_defaults(shown.config) for shown in named.values()]
     keys = list(dict.fromkeys(key for settings in of_runs.values() for key in settings))
     rows: list[list[str]] = []
     changed: list[int] = []
@@ -268,23 +330,29 @@ def _value(value: object) -> str:
     return made if len(made) <= 200 else f"{made[:200]}..."
 
 
-def _scores(named: Mapping[str, RunFolder]) -> list[str]:
+def _scores(named: Named) -> list[str]:
     """Tables of the JSON files of scores in the run folders, as `sslvit probe RUN -o RUN/probe.json` writes them."""
     made = []
-    for name, folder in named.items():
-        for file in sorted(folder.path.glob("*.json")):
-            content = read_json(file)
+    for name, shown in named.items():
+        for file in sorted(shown.folder.path.glob("*.json")):
+            content = read_json(file) if _is_readable(file) else None
             if content is None:
                 continue
-            if isinstance(content.get("top1"), float):
-                made.append(text(f"{name}, {file.name}: {folder.scores_in_words()}"))
+            if file == shown.folder.scores and isinstance(content.get("top1"), float):
+                made.append(text(f"{name}, {file.name}: {shown.folder.scores_in_words()}"))
             elif rows := _rows(content):
                 about = content.get("about")
                 val = about.get("val") if isinstance(about, dict) else None
                 count = about.get("val_images") if isinstance(about, dict) else None
+                what = "top-1 accuracy (%)" if isinstance(about, dict) and "probed" in about else "scores"
                 on = f" on {count:,} images of {val}" if isinstance(count, int) else ""
-                made += [text(f"{name}, {file.name}: top-1 accuracy (%){on}"), table(rows)]
+                made += [text(f"{name}, {file.name}: {what}{on}"), table(rows)]
     return [heading("Scores"), *made] if made else []
+
+
+def _is_readable(file: Path) -> bool:
+    """Whether a file of a folder, which may come from others, is a plain one of a reasonable size."""
+    return file.is_file() and not file.is_symlink() and file.stat().st_size <= MOST_BYTES
 
 
 def _rows(content: dict[str, Any]) -> Scores:
@@ -305,9 +373,9 @@ def _rows(content: dict[str, Any]) -> Scores:
     return made
 
 
-def _curves(named: Mapping[str, RunFolder]) -> list[str]:
+def _curves(named: Named) -> list[str]:
     """A chart for each kind of metric that a run has."""
-    histories = {name: folder.history() for name, folder in named.items()}
+    histories = {name: shown.history for name, shown in named.items()}
     made = []
     for title, (label, metrics) in CHARTS.items():
         lines = {}
@@ -321,11 +389,11 @@ def _curves(named: Mapping[str, RunFolder]) -> list[str]:
     return [heading("Curves"), *made] if any(made) else []
 
 
-def _times(named: Mapping[str, RunFolder]) -> list[str]:
+def _times(named: Named) -> list[str]:
     """Where a step's time goes, on average over the run."""
     rows = {}
-    for name, folder in named.items():
-        history = folder.history()
+    for name, shown in named.items():
+        history = shown.history
         parts = {part: history[f"time/{part}"] for part in PARTS_OF_A_STEP if f"time/{part}" in history}
         means = {part: float(np.nanmean(values)) * 1000 for part, values in parts.items() if np.isfinite(values).any()}
         if means:
@@ -334,32 +402,36 @@ def _times(named: Mapping[str, RunFolder]) -> list[str]:
     return [heading("Where the time goes"), chart] if chart else []
 
 
-def _ledgers(named: Mapping[str, RunFolder]) -> list[str]:
+def _ledgers(named: Named) -> list[str]:
     """How many images were read, and which were left out for what reason."""
     made = []
-    for name, folder in named.items():
-        found = read_json(folder.ledger)
+    for name, shown in named.items():
+        found = read_json(shown.folder.ledger)
         if found is None or not isinstance(found.get("samples_read"), int):
             continue
+        epochs, dropped = (
+            value if isinstance(value := found.get(key), int) else 0 for key in ("epochs_finished", "dropped_per_epoch")
+        )
         reasons = found.get("bad_by_reason")
         bad = reasons.items() if isinstance(reasons, dict) else ()
         left = "; ".join(f"{count} x {reason}" for reason, count in list(bad)[:MOST_REASONS])
         made.append(
             text(
-                f"{name}: {found['samples_read']:,} images read, {found.get('epochs_finished', 0):,} epochs finished, "
-                f"{found.get('dropped_per_epoch', 0):,} images dropped in each. Unreadable: {left or 'none'}."
+                f"{name}: {found['samples_read']:,} images read, {epochs:,} epochs finished, "
+                f"{dropped:,} images dropped in each. Unreadable: {left or 'none'}."
             )
         )
     return [heading("Data that was read"), *made] if made else []
 
 
-def _exports(named: Mapping[str, RunFolder]) -> list[str]:
+def _exports(named: Named) -> list[str]:
     """Verdicts of exports that lie in the run folders."""
     made = []
-    for name, folder in named.items():
-        for file in sorted([*folder.path.glob("*/verdict.json"), *folder.path.glob("*/*/verdict.json")]):
-            if (found := read_json(file)) is not None:
-                inside = file.parent.relative_to(folder.path)
+    for name, shown in named.items():
+        path = shown.folder.path
+        for file in sorted([*path.glob("*/verdict.json"), *path.glob("*/*/verdict.json")]):
+            if _is_readable(file) and (found := read_json(file)) is not None:
+                inside = file.parent.relative_to(path)
                 said = "; ".join(
                     f"{key} {value}" for key, value in found.items() if isinstance(value, (str, float, int))
                 )
@@ -367,9 +439,11 @@ def _exports(named: Mapping[str, RunFolder]) -> list[str]:
     return [heading("Exports"), *made] if made else []
 
 
-def _pictures(named: Mapping[str, RunFolder]) -> list[str]:
+def _pictures(named: Named) -> list[str]:
     """The figures of the run folders, those of one kind side by side."""
-    files = {name: {file.stem: file for file in sorted(folder.figures.glob("*.png"))} for name, folder in named.items()}
+    files = {
+        name: {file.stem: file for file in sorted(shown.folder.figures.glob("*.png"))} for name, shown in named.items()
+    }
     kinds = list(dict.fromkeys(kind for of in files.values() for kind in of if kind not in DRAWN))
     kinds.sort(key=lambda kind: (list(CAPTIONS).index(kind) if kind in CAPTIONS else len(CAPTIONS), kind))
     made = []

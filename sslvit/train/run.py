@@ -49,7 +49,7 @@ from sslvit.train.prepare import (
     resolve_processes,
     size_notice,
 )
-from sslvit.train.report import write_report
+from sslvit.train.report import write_own_report
 from sslvit.train.strategies import is_peer_failure
 from sslvit.train.timed_steps import fit_budget
 from sslvit.train.trainer import make_trainer, silence_needless_warnings
@@ -233,5 +233,7 @@ def _finish(settings: RunSettings, folder: RunFolder, data: ShardDataModule, tas
     logger.info("drawing figures")
     plot_pictures(folder, task, data)
     log_pictures(trainer, folder.figures, trainer.global_step)
-    page = write_report([folder], state="finished")
-    logger.info(f"encoder in {folder.encoder}, figures in {folder.figures}, everything on one page in {page}")
+    is_whole = trainer.global_step == data.run.total_steps
+    page = write_own_report(folder, "finished" if is_whole else "ended by a callback")
+    one_page = f", everything on one page in {page}" if page else ""
+    logger.info(f"encoder in {folder.encoder}, figures in {folder.figures}{one_page}")

@@ -78,6 +78,19 @@ def test_numbers_of_axes_are_short() -> None:
     assert [short(value) for value in (0, 0.30000000000000004, 2500, 3e6, -2e9)] == ["0", "0.3", "2.5k", "3M", "-2G"]
 
 
+def test_ticks_that_differ_little_are_told_apart() -> None:
+    marks = ticks(8.317, 8.318)
+    labels = [short(value, marks[1] - marks[0]) for value in marks]
+    assert len(set(labels)) == len(labels) > 3
+    assert labels[0] == "8.317"
+
+
+def test_lines_beyond_the_colors_differ_in_their_key() -> None:
+    chart = line_chart("Loss", {f"run {number}": ([0, 1], [0, 1]) for number in range(8)}, "step", "loss")
+    chips = re.findall(r'<svg class="chip".*?</svg>', chart)
+    assert len(set(chips)) == 8
+
+
 def test_names_are_no_markup() -> None:
     hostile = '"><script>alert(1)</script>'
     for chart in (

@@ -15,6 +15,7 @@ from run_fixtures import TINY
 import sslvit
 from sslvit.cli import main
 from sslvit.pages.page import is_page
+from sslvit.train import report as module
 from sslvit.train.callbacks import page as callback
 from sslvit.train.folder import RunFolder
 
@@ -33,7 +34,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_finished_run_has_its_page(runs: Path) -> None:
     page = (runs / "a" / "report.html").read_text()
-    assert is_page(runs / "a" / "report.html")
+    assert is_page(runs / "a" / "report.html", "report")
     assert "<td>state</td><td>finished</td>" in page
     assert "<td>steps</td><td>7 of 7</td>" in page
     assert "<td>optim.base_lr</td><td>0.008</td><td>0.00015</td>" in page  # beside the default
@@ -58,8 +59,8 @@ def test_runs_are_plotted_together_and_their_differences_stand_out(
     assert '<tr class="changed"><td>optim.base_lr</td><td>0.008</td><td>0.001</td>' in page
     assert '<tr class="changed"><td>train.steps</td><td>7</td><td>4</td>' in page
     assert "<tr><td>encoder.width</td><td>16</td><td>16</td>" in page
-    assert page.count("</i>a</span>") > 4  # a line of each run in every chart
-    assert page.count("</i>b</span>") == page.count("</i>a</span>")
+    assert page.count("</svg>a</span>") > 4  # a line of each run in every chart
+    assert page.count("</svg>b</span>") == page.count("</svg>a</span>")
     assert main(["report", str(runs / "a"), str(runs / "b"), "-o", str(out)]) == 0  # its own page is replaced
 
 
@@ -90,6 +91,7 @@ def test_hostile_names_and_values_are_no_markup(runs: Path, tmp_path: Path) -> N
     text = Path(sslvit.report(run)).read_text()
     assert text.count("<script>") == 1  # our own
     assert "<img src=x" not in text
+    assert "alert(2)" in text
     assert "alert(3)" in text
 
 
@@ -99,7 +101,10 @@ def test_what_is_no_run_or_no_page_is_refused(runs: Path, tmp_path: Path, capsys
     for words, message in (
         ([str(tmp_path / "empty")], "not a run folder"),
         ([str(runs / "a"), str(runs / "a" / ".." / "a")], "the same folder twice"),
-        ([str(runs / "a"), "-o", str(tmp_path / "mine.html")], "already exists, and is no page of sslvit"),
+        (
+            [str(runs / "a"), "-o", str(tmp_path / "mine.html")],
+            "no page that sslvit report wrote",
+        ),
         ([str(runs / "a"), "-o", str(tmp_path / "page.pdf")], "Choose a name that ends in .html"),
     ):
         assert main(["report", *words]) == 1
@@ -107,26 +112,89 @@ def test_what_is_no_run_or_no_page_is_refused(runs: Path, tmp_path: Path, capsys
     assert (tmp_path / "mine.html").read_text() == "<html>mine"
 
 
-def test_the_page_is_written_while_the_run_goes_on_and_its_failure_ends_nothing(
-    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+def test_the_page_is_written_while_the_run_goes_on(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(callback, "SECONDS", 0.0)
-    written = []
+    monkeypatch.setattr(callback, "SHARE", 1e9)
+    seen = []
+    write = callback.write_own_report
 
-    def fails(folders: list[RunFolder]) -> None:
-        written.append(len(folders[0].read_metrics()))
-        raise OSError("no room")
+    def note(folder: RunFolder) -> None:
+        page = write(folder)
+        assert page is not None
+        seen.append(re.findall(r"<td>(?:state|steps)</td><td>([^<]+)</td>", page.read_text()))
 
-    monkeypatch.setattr(callback, "write_report", fails)
+    monkeypatch.setattr(callback, "write_own_report", note)
     sslvit.pretrain("mae/digits", shards, tmp_path / "run", **TINY | {"train.log_every": 2})
-    assert written == [1, 2, 3]  # after lines 2, 4 and 6 of 7 steps
-    assert capsys.readouterr().out.count("warning: report.html: not written (no room)") == 3
+    assert seen == [["running", f"{step} of 7"] for step in (2, 4, 6)]  # after their lines
+    assert "<td>state</td><td>finished</td>" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_page_that_cannot_be_written_ends_nothing(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(callback, "SECONDS", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_report", fails)
+        run = sslvit.pretrain("mae/digits", shards, tmp_path / "run", **TINY)
+    assert "report.html: not written (no room)" in capsys.readouterr().out
+    assert (run.encoder / "encoder.json").exists()
+    (tmp_path / "kept").mkdir()
+    run.page.write_text("<p>notes of the user</p>")
+    sslvit.resume(run, **{"train.steps": 8})
+    assert run.page.read_text() == "<p>notes of the user</p>"
+    assert "sslvit report did not write it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("best.json", '{"top1": 81.2}', None),
+        ("scores.json", '{"top1": 81.2}', "A part of this page could not be made"),
+        ("ledger.json", '{"samples_read": 5, "epochs_finished": null}', "5 images read, 0 epochs"),
+        ("big.json", '{"rows": {"a": {"b": ' + "9" * 400 + "}}}", "A part of this page could not be made"),
+        ("metrics.jsonl", '{"step": 1, "lr": {"a": 1}, "train/loss": [2]}\n', "cannot be read"),
+        ("metrics.jsonl", '{"step": 1, "lr": {"a": 1}, "train/loss": null}\n', None),
+        ("config.yaml", "", "cannot be read"),
+    ],
+)
+def test_files_that_are_damaged_or_others_keep_no_page_from_being_written(
+    runs: Path, tmp_path: Path, file: str, content: str, said: str | None
+) -> None:
+    run = shutil.copytree(runs / "b", tmp_path / "run")
+    (run / file).write_text(content)
+    page = Path(sslvit.report([run, runs / "a"], tmp_path / "page.html")).read_text()
+    assert "<td>steps</td>" in page  # of the other one
+    if said is None:
+        assert "could not be made" not in page
+        assert "cannot be read" not in page
+    else:
+        assert said in page
+
+
+def test_links_and_foreign_scores_are_not_shown(runs: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(runs / "b", tmp_path / "run")
+    (tmp_path / "secret.json").write_text('{"rows": {"secret": {"kNN": 1.0}}}')
+    (run / "linked.json").symlink_to(tmp_path / "secret.json")
+    (run / "segment.json").write_text(
+        '{"rows": {"encoder": {"mean IoU": 31.0}}, "about": {"val_images": 9, "val": "v"}}'
+    )
+    page = Path(sslvit.report(run)).read_text()
+    assert "secret" not in page
+    assert "segment.json: scores on 9 images of v" in page
+    (run / "figures" / "views.png").unlink()
+    (run / "figures" / "views.png").symlink_to(run / "config.yaml")
+    assert "A part of this page could not be made" in Path(sslvit.report(run)).read_text()
 
 
 PROBE = """
 <script>
 addEventListener("load", () => {
-  const svg = document.querySelector("svg"), box = svg.getBoundingClientRect();
+  const svg = document.querySelector("svg:not(.chip)"), box = svg.getBoundingClientRect();
   svg.dispatchEvent(new PointerEvent("pointermove", {clientX: box.left + 0.97 * box.width, clientY: box.top + 9}));
   document.title = JSON.stringify({
     wide: document.documentElement.scrollWidth - innerWidth, said: document.querySelector("output").textContent,
@@ -159,6 +227,6 @@ def test_a_browser_shows_the_page_without_an_error_at_any_width(
     measured = json.loads(html.unescape(found[1]))
     assert measured["wide"] <= 0  # wide tables scroll by themselves
     losses = [RunFolder(runs / name).history()["train/loss"][-1] for name in "ab"]
-    assert measured["said"] == f"step 7: a {losses[0]:.4g}, b {losses[1]:.4g}"
+    assert measured["said"] == f"step 7: a {losses[0]:.4g}"  # the other run has ended before
     assert measured["ground"] == ("rgb(13, 17, 23)" if is_dark else "rgb(255, 255, 255)")
     assert measured["rows"] > 30

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 
 import pytorch_lightning as pl
@@ -10,11 +9,10 @@ import pytorch_lightning as pl
 from sslvit.tasks.base import Task
 from sslvit.train.callbacks.base import StepCallback
 from sslvit.train.folder import RunFolder
-from sslvit.train.report import write_report
+from sslvit.train.report import write_own_report
 
-logger = logging.getLogger(__name__)
-
-SECONDS = 180.0  # between two pages
+SECONDS = 180.0  # between two pages, at least
+SHARE = 0.02  # of the time that writing them may take
 
 
 class Page(StepCallback):
@@ -27,14 +25,13 @@ class Page(StepCallback):
 
     def __init__(self, folder: RunFolder, every: int) -> None:
         self.folder, self.every = folder, every
-        self.written = time.monotonic()
+        self.due = time.monotonic() + SECONDS
 
     def on_step(self, trainer: pl.Trainer, module: Task) -> None:
         """Write the page when it is due."""
-        if self.step % self.every or not trainer.is_global_zero or time.monotonic() - self.written < SECONDS:
+        start = time.monotonic()
+        if self.step % self.every or not trainer.is_global_zero or start < self.due:
             return
-        try:
-            write_report([self.folder])
-        except (OSError, ValueError) as error:  # a run does not end for it
-            logger.warning(f"report.html: not written ({error})")
-        self.written = time.monotonic()
+        write_own_report(self.folder)
+        now = time.monotonic()
+        self.due = now + max(SECONDS, (now - start) / SHARE)
