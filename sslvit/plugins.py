@@ -57,6 +57,11 @@ def use_plugin(module: str) -> None:
         _named.add(name)
 
 
+def named_modules() -> list[str]:
+    """The modules that were named, for another process that runs on their behalf."""
+    return sorted(_named)
+
+
 def _put_on_path(file: Path) -> str:
     """Make a .py file importable; returns its name."""
     if not file.is_file():

@@ -105,6 +105,7 @@ def segment(
         table = sslvit.segment("runs/dino", "voc/train", "voc/val", figure="segments.png")
         print(table.scores["encoder"]["mean IoU"])
     """
+    figure = figure and expand_path(figure)
     check_new_picture(figure)
     of_train, of_val = (MaskedImages.open(expand_path(folder)) for folder in (train, val))
     names, is_same = f"{of_train.folder} and {of_val.folder}", of_train.is_same(of_val)

@@ -13,7 +13,7 @@ from sslvit.data.open import open_shards
 from sslvit.data.pack import pack_source
 from sslvit.data.pixels import check_palette_options, make_palette
 from sslvit.data.python_data import DataLike, MapDataset, path_of, takes_datasets
-from sslvit.evaluate.duplicates import NearDuplicates, find_near_duplicates
+from sslvit.evaluate.duplicates import NearDuplicates, check_comparable, find_near_duplicates
 from sslvit.evaluate.encoders import EncoderLike, open_encoder
 from sslvit.files import check_new, check_new_picture, expand_path
 from sslvit.messages import for_python
@@ -201,11 +201,14 @@ def check(
     """
     if near_duplicates is None and any((against, write, figure)):
         raise ValueError("--against, --write and --figure are for --near-duplicates ENCODER.")
+    write, figure = (path and expand_path(path) for path in (write, figure))
     check_new(write)
     check_new_picture(figure)
     index = find_shards(expand_path(shards))
     encoder = None if near_duplicates is None else open_encoder(near_duplicates)
     other = None if against is None else find_shards(path_of(against))
+    if encoder is not None:
+        check_comparable(index, threshold, other)  # before hours of decoding
     made = CheckedShards(index, check_shards(index, workers))
     if encoder is None:
         return made
@@ -254,6 +257,7 @@ def fit_palette(
         palette = sslvit.fit_palette("shards/photos/train", "palette.json", colors=64)
         run = sslvit.pretrain("igpt/own_images", data="photos", encoder={"palette": str(palette.path)})
     """
+    output = expand_path(output)
     check_palette_options(output, colors, image_size, seed)
     content = make_palette(open_shards(path_of(data)), output, colors, image_size, seed)
     return Palette(Path(output), Path(output).with_suffix(".png"), content)

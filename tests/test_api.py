@@ -36,6 +36,7 @@ from sslvit.settings.pack import PackSettings, SourceOptions
 from sslvit.settings.probe import KNNSettings, ProbeSettings
 from sslvit.settings.sample import SampleSettings
 from sslvit.tasks.base import Task
+from sslvit.tasks.released import load_mae
 
 FUNCTIONS = (
     "bench", "check", "compare", "embed", "export", "finetune", "fit_palette", "health", "knn", "likelihood",
@@ -466,6 +467,11 @@ def test_patches_and_reconstructions_are_shown(here: Path, tmp_path: Path, capsy
     drawn = sslvit.show("reconstruct", run, images, images=2)
     assert drawn.png == (sslvit.show("reconstruct", tmp_path / "run", images, images=2).png)
     assert sslvit.show("reconstruct", run, images, images=2, size=16).png != drawn.png
+    model = load_mae(run.path)
+    assert not model.training  # nothing is dropped
+    assert sslvit.show("reconstruct", model, images, images=2).png == drawn.png
+    assert main(["show", "reconstruct", str(tmp_path / "run"), str(here / "val"), "--heads", "2", "-o", "x.png"]) == 1
+    assert "takes a run and no --heads" in capsys.readouterr().err
     words = ["show", "reconstruct", str(tmp_path / "run"), str(here / "val"), "-o", str(tmp_path / "r.png"), "--images"]
     assert main([*words, "2", "--size", "16"]) == 0
     assert (tmp_path / "r.png").stat().st_size > 1000

@@ -65,13 +65,21 @@ def test_an_encoder_is_downloaded_once(elsewhere: Path, monkeypatch: pytest.Monk
         cached = tmp_path / "cache" / "sslvit" / "zoo" / "toys" / "tiny"
         (cached / "encoder.safetensors").unlink()
         weights = elsewhere / "toys" / "tiny" / "encoder.safetensors"
-        weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
-        with pytest.raises(FileNotFoundError, match=r"encoder.safetensors: not to be had .*Check SSLVIT_ZOO"):
+        first_bytes = weights.read_bytes()
+        weights.write_bytes(first_bytes[:-4] + b"\0\0\0\1")
+        with pytest.raises(ValueError, match=r"encoder.safetensors: not the file that was released .*Check SSLVIT_ZOO"):
             sslvit.load_encoder("zoo:toys/tiny")
         assert not (cached / "encoder.safetensors").exists()
+        weights.write_bytes(weights.read_bytes()[:-4] + first_bytes[-4:])
+        (cached / "encoder.json").write_text("of an earlier release")  # which is taken again
+        assert fingerprint(sslvit.load_encoder("zoo:toys/tiny")) == fingerprint(first)
     finally:
         server.stop()
-    with pytest.raises(FileNotFoundError, match="not to be had"):
+    monkeypatch.delenv(zoo.LOCATION)  # what is in the cache needs no address
+    assert fingerprint(sslvit.load_encoder("zoo:toys/tiny")) == fingerprint(first)
+    monkeypatch.setenv(zoo.LOCATION, server.address)
+    (cached / "encoder.json").unlink()
+    with pytest.raises(FileNotFoundError, match="could not be downloaded"):
         sslvit.load_encoder("zoo:toys/tiny")
 
 
@@ -110,3 +118,8 @@ def test_the_example_runs_on_what_is_installed(tmp_path: Path) -> None:
     rows = [line.split() for line in done.stdout.splitlines() if line.startswith("encoder ")]
     assert [float(row[1]) for row in rows] == pytest.approx([74.4, 69.4], abs=0.6)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_encoder_is_no_model_of_pixels() -> None:
+    with pytest.raises(FileNotFoundError, match="An encoder alone cannot predict pixels"):
+        sslvit.sample("zoo:digits/igpt")

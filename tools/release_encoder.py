@@ -32,11 +32,19 @@ def release(run: str, name: str, train: str, val: str, to: str | Path, license: 
     """Write the files of an encoder, list it, and return its folder."""
     folder = Path(to) / name
     encoder = sslvit.load_encoder(run)
+    size = 2 * sum(value.numel() for value in encoder.state_dict().values())
+    if folder.resolve().is_relative_to(zoo.FOLDER.resolve()) and size > PACKAGE_BYTES:
+        raise ValueError(
+            f"{folder}: {size:,} bytes of weights are too many for the package. Write it elsewhere: --to FOLDER"
+        )
+    if folder.exists():
+        raise ValueError(f"{folder}: already exists. Delete it, or choose another --to.")
     with torch.no_grad():
         for value in encoder.state_dict().values():  # buffers, too
             value.copy_(value.half())
     provenance = provenance_of(run)
-    provenance["settings"] = {key: value for key, value in provenance["settings"].items() if key not in OMITTED}
+    settings = provenance.get("settings") or {}
+    provenance["settings"] = {key: value for key, value in settings.items() if key not in OMITTED}
     table = sslvit.probe(encoder, train, val, labels_per_class=10, neighbors=[20])
     with tempfile.TemporaryDirectory() as temporary:
         rounded, scores = Path(temporary, name.rpartition("/")[2]), Path(temporary, "probe.json")
@@ -45,9 +53,6 @@ def release(run: str, name: str, train: str, val: str, to: str | Path, license: 
         export_encoder(rounded, folder, "safetensors", scores=[scores], license=license)
     weights = folder / "encoder.safetensors"
     save_file({key: value.half() for key, value in load_file(weights).items()}, weights)
-    size = weights.stat().st_size
-    if folder.resolve().is_relative_to(zoo.FOLDER) and size > PACKAGE_BYTES:
-        raise ValueError(f"{weights}: {size:,} bytes are too many for the package. Write it elsewhere: --to FOLDER")
     files = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
     listed = zoo.encoders() | {name: files}
     write_atomically(zoo.FOLDER / "index.json", json.dumps(dict(sorted(listed.items())), indent=1) + "\n")

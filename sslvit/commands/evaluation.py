@@ -206,6 +206,12 @@ def run_show(options: ShowOptions) -> None:
     from sslvit.reports.show import show
 
     is_run = options.what in ("reconstruct", "views")  # which need more than an encoder
+    for key in ("heads", "layout", "weights", "image_size", "palette") if is_run else ():
+        if getattr(options, key, None) is not None:
+            raise ValueError(
+                f"show {options.what}: takes a run and no --{key.replace('_', '-')}. A released MAE is opened from "
+                "Python: sslvit.show('reconstruct', load_mae(FILE), IMAGES)."
+            )
     picture = show(
         options.what, options.encoder if is_run else load_scored(options), options.data, out, images=options.images,
         among=options.among, patch=options.patch, crop_fraction=options.crop_fraction if is_run else None,

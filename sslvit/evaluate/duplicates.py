@@ -165,6 +165,23 @@ class NearDuplicates(Result):
         return pixels
 
 
+def check_comparable(index: ShardIndex, threshold: float, against: ShardIndex | None) -> list[ShardIndex]:
+    """The sets whose images are compared.
+
+    Raises:
+        ValueError: A threshold outside of (0, 1], or more images than are compared.
+    """
+    if not 0 < threshold <= 1:
+        raise ValueError(f"--threshold {threshold:g}: must be in (0, 1].")
+    indices = [index] if against is None else [index, against]
+    if (count := sum(map(len, indices))) > MAX_IMAGES:
+        raise ValueError(
+            f"{printable(index.location)}: {count:,} images are more than the {MAX_IMAGES:,} that are compared pair by "
+            "pair. Check parts of them, or pack fewer."
+        )
+    return indices
+
+
 def find_near_duplicates(
     encoder: Encoder, index: ShardIndex, threshold: float, against: ShardIndex | None = None, batch: int = 256,
     cache: str | Path | None = KNNSettings.cache,
@@ -182,14 +199,7 @@ def find_near_duplicates(
     Raises:
         ValueError: A threshold outside of (0, 1], or more images than are compared.
     """
-    if not 0 < threshold <= 1:
-        raise ValueError(f"--threshold {threshold:g}: must be in (0, 1].")
-    indices = [index] if against is None else [index, against]
-    if (count := sum(map(len, indices))) > MAX_IMAGES:
-        raise ValueError(
-            f"{printable(index.location)}: {count:,} images are more than the {MAX_IMAGES:,} that are compared pair by "
-            "pair. Check parts of them, or pack fewer."
-        )
+    indices = check_comparable(index, threshold, against)
     device = pick_device()
     source = frozen(encoder.to(device))
     readouts = source.readouts(None, 1, None)

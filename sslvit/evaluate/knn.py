@@ -98,7 +98,7 @@ class Whitening:
 def fit_whitening(values: Float[Tensor, "n d"], device: str | torch.device = "cpu") -> Whitening:
     """The whitening of features by their own mean and covariance, in float64; labels play no part."""
     values = values.to(device)
-    mean = values.double().mean(0)
+    mean = torch.stack([rows.double().sum(0) for rows in values.split(QUERIES_AT_ONCE)]).sum(0) / len(values)
     covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=values.device)
     for rows in values.split(QUERIES_AT_ONCE):
         centered = rows.double() - mean

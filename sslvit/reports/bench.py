@@ -222,8 +222,11 @@ class BenchRun:
         first = next(iter(self.encoders.values()))[0].settings
         source: Source = RawPixels(first, self.device) if encoder is None else frozen(encoder, self.settings.precision)
         train, val = self.sets[data]
+        described = asdict(wanted)
+        if not described["whiten"]:
+            del described["whiten"]  # cells that were measured before it was there keep their keys
         identity = {
-            "source": source.fingerprint(), "input": asdict(source.settings), "column": asdict(wanted),
+            "source": source.fingerprint(), "input": asdict(source.settings), "column": described,
             "train": train.index.fingerprint(), "val": val.index.fingerprint(), "seed": entry.seed,
             "batch": self.settings.batch, "device": self.device.split(":")[0],
             "precision": source.precision,

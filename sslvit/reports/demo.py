@@ -29,13 +29,14 @@ from sslvit.evaluate.scores import interval
 from sslvit.exporters import export_encoder
 from sslvit.figures import plot_bars, plot_curves
 from sslvit.files import to_json, write_atomically
+from sslvit.locks import is_locked
 from sslvit.models import Encoder
 from sslvit.pages.page import heading, picture, table, text, write_page
 from sslvit.reports.side_by_side import pretrain_side_by_side
 from sslvit.settings import MAESettings, ProbeSettings
 from sslvit.settings.demo import CIFAR10_ON_A_CPU, RECIPES, split_changes
 from sslvit.settings.load import load_recipe
-from sslvit.train.folder import RunFolder
+from sslvit.train.folder import LOCK, RunFolder
 from sslvit.train.run import pretrain
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,11 @@ def demo(
             )
         if not (folder / MARK).exists():
             raise ValueError(f"{folder}: not the folder of a demo (no {MARK}), so --overwrite leaves it alone.")
+        if going := [name for name in TASKS if is_locked(folder / name / LOCK)]:
+            raise ValueError(
+                f"{folder / going[0]}: a run of an earlier demo still works there. Wait for it or end it (pkill -f "
+                "'sslvit pretrain'), or pass --out elsewhere."
+            )
         for name in FOLDERS:
             shutil.rmtree(folder / name, ignore_errors=True)
     require_packages("demo", "sslvit[timm]", "timm")  # for the last step

@@ -31,6 +31,7 @@ from sslvit.figures import overlay_heat, plot_images, plot_points
 from sslvit.files import brief, check_new_picture, expand_path, printable, write_atomically
 from sslvit.messages import for_python
 from sslvit.models import Backbone, Encoder, ViTEncoder, make_encoder, require_transformer
+from sslvit.models.mae import MAEModel
 from sslvit.progress import track
 from sslvit.reports.views import plot_views
 from sslvit.results import Result
@@ -106,7 +107,7 @@ def show(
             features as colors), similarity (of one patch's features to those of all patches), reconstruct (what a run
             of MAE makes of the patches that it sees) or views (what a recipe feeds to its model).
         encoder: An encoder, any module that makes a vector 'b d' of images, or what `load_encoder` takes; for
-            reconstruct a run of MAE, and for views a recipe or a run.
+            reconstruct a run of MAE or its model (sslvit.tasks.released.load_mae), and for views a recipe or a run.
         data: Shards, a folder of images, or a data set (as in `pretrain`).
         output: PNG file for the picture; None for none.
         images: Number of images, evenly spaced.
@@ -140,9 +141,7 @@ def show(
     check_new_picture(output)
     if what == "views":
         return _show_views(encoder, path_of(data), output, images, crop_fraction, size)
-    if what == "reconstruct" and not isinstance(encoder, (str, os.PathLike)):
-        raise ValueError("show reconstruct: takes the folder of a run of MAE, since an encoder has no decoder.")
-    model = load_mae(expand_path(os.fspath(encoder))) if what == "reconstruct" else None  # type: ignore[arg-type]
+    model = _load_decoder(encoder) if what == "reconstruct" else None
     network = open_encoder(encoder if model is None else model.encoder, crop_fraction, size)
     source, numbers = path_of(data), {}
     with tempfile.TemporaryDirectory(prefix="sslvit-show-") as folder:
@@ -170,6 +169,18 @@ def show(
     if output is not None:
         picture.save(output)
     return picture
+
+
+def _load_decoder(source: EncoderLike) -> MAEModel:
+    """MAE with its decoder, from a run, or the model itself."""
+    if isinstance(source, MAEModel):
+        return source.eval()
+    if not isinstance(source, (str, os.PathLike)):
+        raise ValueError(
+            "show reconstruct: takes the folder of a run of MAE or a model of sslvit.tasks.released.load_mae, since an "
+            "encoder has no decoder."
+        )
+    return load_mae(expand_path(os.fspath(source)))
 
 
 def _show_views(

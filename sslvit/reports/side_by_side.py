@@ -13,6 +13,7 @@ from typing import Any
 
 from sslvit.environment import cpu_cores
 from sslvit.files import printable
+from sslvit.plugins import named_modules
 from sslvit.settings.sweep import format_value
 
 logger = logging.getLogger(__name__)
@@ -50,10 +51,15 @@ def pretrain_side_by_side(runs: dict[str, tuple[str, dict[str, Any]]]) -> None:
 def _pretrain(processes: Processes, is_over: threading.Event, name: str, recipe: str, changes: dict[str, Any]) -> None:
     if is_over.is_set():
         return
-    words = [f"--{key}={format_value(value)}" for key, value in changes.items()]
+    words = [f"--{key}={format_value(value)}" for key, value in (changes | {"train.requeue": False}).items()]
+    if plugins := named_modules():
+        words += ["--plugin", ",".join(plugins)]
+    # a run that is stopped because another failed is no job of SLURM's to put into the queue again
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     process = subprocess.Popen(
         [sys.executable, "-m", "sslvit", "pretrain", "--config", recipe, *words], text=True, errors="replace",
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment,
         start_new_session=True,  # a terminal's Ctrl-C is for this process, which tells the others
     )  # fmt: skip
     processes[name] = process

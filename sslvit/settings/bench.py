@@ -66,6 +66,8 @@ class ProbeColumn(FewLabels, BlocksReadout):
     def __post_init__(self) -> None:
         if self.kind == "few" and (self.labels_per_class is None) == (self.labels_percent is None):
             raise ValueError("few labels need labels_per_class or labels_percent.")
+        if self.whiten and self.kind != "knn":
+            raise ValueError(f"whiten: is for kind knn, not {self.kind}.")
         self.settings(SplitSettings("", ""))  # what `sslvit probe` refuses
 
     def settings(self, split: SplitSettings, **more: Any) -> ProbeSettings:
@@ -135,13 +137,8 @@ def load_bench(path: str | Path, changes: dict[str, Any]) -> BenchSettings:
     path = find_recipe(path, "bench", option="")
     tree = read_yaml(path) | {"name": path.stem}
     try:
-        if isinstance(tree.get("columns"), dict):
-            tree["columns"] = {
-                name: _column(value, f"columns.{brief(name)}") for name, value in tree["columns"].items()
-            }
-        if "scratch" in tree:
-            tree["scratch"] = _column(tree["scratch"], "scratch", "finetune")
-        set_keys(BenchSettings, tree, changes)
+        tree = _with_columns(tree)
+        set_keys(BenchSettings, tree, _with_columns(changes))
         for key in ("data", "encoders", "columns"):
             _check_names(key, tree.get(key))
         for name, value in tree["encoders"].items():
@@ -192,6 +189,19 @@ def _check_names(key: str, entries: Any) -> None:
             raise ValueError(f"{key}: {quoted(name)} is no name for a table. Use a few words, without / and |.")
 
 
+def _with_columns(given: dict[str, Any]) -> dict[str, Any]:
+    """Settings whose columns are as their dataclasses have them."""
+    made = dict(given)
+    for key, value in given.items():
+        if key == "columns" and isinstance(value, dict):
+            made[key] = {name: _column(of, f"columns.{brief(name)}") for name, of in value.items()}
+        elif key.startswith("columns.") and key.count(".") == 1:
+            made[key] = _column(value, brief(key))
+        elif key == "scratch":
+            made[key] = _column(value, key, "finetune")
+    return made
+
+
 def _column(value: Any, where: str, kind: str = "linear") -> Any:
     """A column as its dataclass has it: a word alone is its kind, and keys of a recipe are changes."""
     value = {"kind": value} if isinstance(value, str) else value
@@ -200,6 +210,8 @@ def _column(value: Any, where: str, kind: str = "linear") -> Any:
     if value.get("kind", kind) != "finetune":
         return value
     changes = {key: part for key, part in value.items() if key not in ("kind", "config")}
+    if isinstance(changes.get("changes"), dict):  # as the dataclass has it already
+        changes |= changes.pop("changes")
     for key in changes:
         if key in NOT_OF_A_COLUMN:
             what = (

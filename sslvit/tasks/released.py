@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sslvit import zoo
 from sslvit.checkpoint import find_encoder, reject_overrides, split_checkpoint
 from sslvit.compatibility import check_fits, load_strict
 from sslvit.files import brief
@@ -122,7 +123,7 @@ def _mae(
             raise ValueError(f"{source}: states {key} {brief(here)}, and its weights have {brief(value)}.")
     model = MAEModel(settings, encoder_settings)
     load_strict(model, {f"encoder.{key}": value for key, value in encoder.items()} | decoder, source)
-    return model
+    return model.eval()
 
 
 def mae_to_state(model: MAEModel) -> dict[str, Tensor]:
@@ -177,7 +178,7 @@ def load_igpt(source: str | Path, heads: int | None = None, **changes: Any) -> I
         FileNotFoundError: Nothing is there.
         ValueError: It was not trained by iGPT to predict the next pixel, or a released file's palette is not given.
     """
-    path = Path(source)
+    path = zoo.find(str(source)) if zoo.is_name(source) else Path(source)
     if path.is_dir():
         path = path / "checkpoints" / "last.ckpt"
         if not path.exists():

@@ -11,6 +11,7 @@ health.json      whether training has collapsed, and what to do about it
 tensorboard/     wandb/     mlflow/      what those were told, where the settings ask for it
 incident/        a step that was not finite, of a run that ended so
 figures/
+report.html      all of this on one page (report.py)
 .lock            held by the process that trains
 """
 

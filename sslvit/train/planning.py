@@ -247,7 +247,8 @@ def loading_of(settings: RunSettings, examples: Examples, images_per_second: flo
     measured = examples.images_per_second(views, encoder.channels, settings.data.memory_limit_mb)
     assumed = ASSUMED_MANY_VIEWS if len(views.specs()) > 1 else ASSUMED_ONE_VIEW
     devices, nodes = train.devices or 1, train.nodes or 1
-    workers = devices * pick_workers(settings.data.workers, "cuda" if on_gpu else "cpu", devices)
+    is_in_memory = examples.fits_in_memory(encoder.channels, settings.data.memory_limit_mb) and not views.augments
+    workers = 0 if is_in_memory else devices * pick_workers(settings.data.workers, "cuda" if on_gpu else "cpu", devices)
     return Loading(images_per_second / nodes, measured or assumed, measured is not None, workers)
 
 

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import http.client
 import json
 import os
+import urllib.request
 from pathlib import Path
 
-import torch
-
-from sslvit.files import cache_folder, expand_path, printable
+from sslvit.files import cache_folder, expand_path, printable, write_atomically
 
 ZOO = "zoo:"
 LOCATION = "SSLVIT_ZOO"  # environment variable: folder or address of the encoders that do not come with the package
 FOLDER = Path(__file__).parent
 CACHE = "~/.cache/sslvit/zoo"
+TIMEOUT_SECONDS = 60.0  # without a byte
+MOST_BYTES = 2**26  # of a file; what is larger has another checksum
 
 
 def is_name(source: str | Path) -> bool:
@@ -46,37 +48,52 @@ def find(source: str) -> Path:
             f"{printable(source)}: no such encoder. There are {', '.join(ZOO + one for one in known)}; the nearest is "
             f"{ZOO}{near[0]}."
         )
-    folder = FOLDER / name
+    folder, files = FOLDER / name, known[name]
     if not folder.is_dir():
-        folder = _elsewhere(name, known[name])
-    for file, digest in known[name].items():
+        folder = _elsewhere(name, files)
+    for file, digest in files.items():
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder / file}: no such file. {LOCATION} names the folder that holds {name}/.")
-        if hashlib.sha256((folder / file).read_bytes()).hexdigest() != digest:
+        if not _is_released(folder / file, digest):
             raise ValueError(
                 f"{folder / file}: not the file that was released as {ZOO}{name} (its SHA-256 differs). Delete it, and "
-                "take it anew."
+                "download it again."
             )
     return folder
 
 
+def _is_released(file: Path, digest: str) -> bool:
+    return file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == digest
+
+
 def _elsewhere(name: str, files: dict[str, str]) -> Path:
-    """The folder of an encoder that does not come with the package, which an address is downloaded to."""
-    location = os.environ.get(LOCATION)
-    if not location:
+    """The folder of an encoder that does not come with the package: the user's, or the cache of what was downloaded."""
+    location, cached = os.environ.get(LOCATION), cache_folder(CACHE) / name
+    if location and "://" not in location:
+        return Path(expand_path(location)) / name
+    missing = [file for file, digest in files.items() if not _is_released(cached / file, digest)]
+    if missing and not location:
         raise FileNotFoundError(
             f"{ZOO}{name}: does not come with the package. Set {LOCATION} to the folder or address that has {name}/."
         )
-    if "://" not in location:
-        return Path(expand_path(location)) / name
-    folder = cache_folder(CACHE) / name
-    folder.mkdir(parents=True, exist_ok=True)
-    for file, digest in files.items():
-        if not (folder / file).is_file():
-            address = f"{location.rstrip('/')}/{name}/{file}"
-            try:
-                torch.hub.download_url_to_file(address, str(folder / file), hash_prefix=digest, progress=False)
-            except Exception as error:  # of the network, of an address, or another file than the one released
-                reason = printable(str(error), 160) or type(error).__name__
-                raise FileNotFoundError(f"{printable(address)}: not to be had ({reason}). Check {LOCATION}.") from error
-    return folder
+    for file in missing:
+        address = f"{str(location).rstrip('/')}/{name}/{file}"
+        content = _download(address)
+        if hashlib.sha256(content).hexdigest() != files[file]:
+            raise ValueError(
+                f"{printable(address)}: not the file that was released as {ZOO}{name} (its SHA-256 differs). Check "
+                f"{LOCATION}."
+            )
+        cached.mkdir(parents=True, exist_ok=True)
+        write_atomically(cached / file, content)
+    return cached
+
+
+def _download(address: str) -> bytes:
+    try:
+        with urllib.request.urlopen(address, timeout=TIMEOUT_SECONDS) as answer:  # the user's own address
+            return answer.read(MOST_BYTES)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise FileNotFoundError(
+            f"{printable(address)}: could not be downloaded ({printable(error, 160)}). Check {LOCATION}."
+        ) from error

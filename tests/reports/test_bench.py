@@ -343,3 +343,32 @@ def test_bars_have_their_intervals(tmp_path: Path) -> None:
     plain = plot_bars(tmp_path / "plain.png", groups, "%").read_bytes()
     assert plot_bars(tmp_path / "none.png", groups, "%", halves={"a": {"x": None}}).read_bytes() == plain
     assert plot_bars(tmp_path / "with.png", groups, "%", halves={"a": {"x": 5.0}}).read_bytes() != plain
+
+
+def test_columns_from_python_are_those_of_the_file(files: dict, tmp_path: Path) -> None:
+    path = write(files, tmp_path)
+    columns = {"ft": {"kind": "finetune", "train.steps": 3}, "near": "knn"}
+    settings = load_bench(path, {"columns": columns, "scratch": {"train.steps": 2}})
+    assert list(settings.columns) == ["ft", "near"]
+    assert settings.columns["ft"].changes == {"train.steps": 3}
+    assert settings.columns["near"].kind == "knn"
+    assert settings.scratch.changes == {"train.steps": 2}
+    assert load_bench(path, {"columns.ft": {"kind": "finetune", "changes": {"train.steps": 4}}}).columns[
+        "ft"
+    ].changes == {"train.steps": 4}
+    for wrong, message in (
+        ({"columns": {"ft": {"kind": "finetune", "changes": {"seed": 3}}}}, "columns.ft.seed: cannot stand here"),
+        ({"columns": {"l": {"kind": "linear", "whiten": True}}}, "whiten: is for kind knn, not linear"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_bench(path, wrong)
+
+
+def test_a_column_that_does_not_whiten_keeps_the_key_of_its_cells(files: dict, tmp_path: Path) -> None:
+    files |= {"columns": {"kNN": files["columns"]["kNN"]}, "baselines": []}
+    assert main(["bench", write(files, tmp_path)]) == 0
+    (cell, *_) = [json.loads(file.read_text()) for file in (tmp_path / "bench" / "cells").iterdir()]
+    assert "whiten" not in cell["identity"]["column"]
+    before = len(list((tmp_path / "bench" / "cells").iterdir()))
+    assert main(["bench", write(files, tmp_path, columns={"kNN": files["columns"]["kNN"] | {"whiten": True}})]) == 0
+    assert len(list((tmp_path / "bench" / "cells").iterdir())) == 2 * before

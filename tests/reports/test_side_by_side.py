@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from run_fixtures import TINY
@@ -47,3 +48,27 @@ def test_one_that_fails_ends_the_others(shards: Path, tmp_path: Path, monkeypatc
         )
     assert time.monotonic() - start < 120
     assert not Path("later").exists()
+
+
+def test_a_run_has_the_plugins_of_this_process_and_is_no_job_of_slurms(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = []
+
+    class Started(Exception):
+        pass
+
+    def note(words: list[str], **options: Any) -> None:
+        started.append((words, options["env"]))
+        raise Started
+
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(side_by_side, "named_modules", lambda: ["my_tasks", "more"])
+    monkeypatch.setattr(side_by_side.subprocess, "Popen", note)
+    with pytest.raises(Started):
+        pretrain_side_by_side({"one": ("mae/digits", {"train.steps": 2})})
+    ((words, environment),) = started
+    assert words[words.index("--plugin") + 1] == "my_tasks,more"
+    assert "--train.requeue=false" in words
+    assert not [key for key in environment if key.startswith("SLURM_")]
+    assert environment["OMP_NUM_THREADS"] == "1"
