@@ -261,7 +261,7 @@ FAULTS = [
           '"val": val.index.fingerprint(),', "evaluate/test_scores.py"),
     bench("A cell's key has no reported images", '"train": train.index.fingerprint(), "val": val.index.fingerprint(), '
           '"seed"', '"train": train.index.fingerprint(), "seed"', "evaluate/test_scores.py"),
-    bench("A cell's key has no column", '"input": asdict(source.settings), "column": asdict(wanted),',
+    bench("A cell's key has no column", '"input": asdict(source.settings), "column": described,',
           '"input": asdict(source.settings),', "reports/test_bench.py"),
     bench("A cell's key has no crop", '"input": asdict(source.settings), ', "", "evaluate/test_scores.py"),
     bench("A fine-tuning's key has no seed", '"recipe": recipe, "seed": seed, "train"', '"recipe": recipe, "train"',
