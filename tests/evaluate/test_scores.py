@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +85,7 @@ def test_probe_and_bench_say_the_same_of_the_same_data(shards: Path) -> None:
     run = BenchRun(bench)
     run.claim()
 
-    cells = json.loads(run.run()["table.json"].read_text())["cells"]
+    cells = run.run().to_dict()["cells"]
     of_bench = {(cell["row"], cell["column"]): (cell["mean"], cell["interval"]) for cell in cells}
     names = {"raw pixels": "raw pixels", "untrained encoder": "mine untrained", "mine": "mine"}
     of_probe = table.to_dict()
@@ -173,9 +172,9 @@ def test_a_bench_measures_again_where_images_or_crops_changed_and_keeps_nothing_
         measured.clear()
         run = BenchRun(bench)
         run.claim()
-        files = run.run()
-        cells = json.loads(files["table.json"].read_text())["cells"]
-        return measured.copy(), {cell["row"]: cell["mean"] for cell in cells}, files["table.md"].read_text()
+        cells = run.run().to_dict()["cells"]
+        markdown = (shards / "bench" / "table.md").read_text()
+        return measured.copy(), {cell["row"]: cell["mean"] for cell in cells}, markdown
 
     both = ["RawPixels", "FrozenEncoder"]
     first = rows("val")

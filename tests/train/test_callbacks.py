@@ -19,7 +19,7 @@ from sslvit.train.folder import RunFolder
 from sslvit.train.timing import Clock
 
 BEFORE = ["StepTimes", "Peers", "Ledger", "Incidents", "Health"]
-AFTER = ["RunLog", "Checkpoints", "Preemption", "WaitForData"]
+AFTER = ["RunLog", "Page", "Checkpoints", "Preemption", "WaitForData"]
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_object", "broadcast", "broadcast_object_list", "barrier")
 
 

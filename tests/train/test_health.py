@@ -264,6 +264,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 TINY = {
     "encoder.tokens": "conv_stem", "encoder.patch": 2, "encoder.width": 32, "encoder.depth": 1, "encoder.heads": 2,
     "encoder.pooling": "class", "data.global_batch_size": 32, "data.view.local_crops": 2, "data.view.local_size": 6,
+    "encoder.image_size": 12, "data.view.global_scale": [1.0, 2.25],
     "task.out_dim": 64, "task.head_width": 64, "task.bottleneck": 16, "task.momentum": 0.98, "task.koleo": 0,
     "optim.base_lr": 1.6e-2, "train.steps": 120, "train.log_every": 10,
 }  # fmt: skip
