@@ -13,7 +13,7 @@ from sslvit.results import html_text
 
 WIDTH, HEIGHT = 640, 250
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 10, 42  # margins
-MOST_POINTS = 400  # of a line; more are averaged
+MAX_POINTS = 400  # of a line; more are averaged
 SMOOTHED_FROM = 40  # points, from which on a smooth line is drawn over them
 COLORS = 6  # var(--c0) to var(--c5)
 DASHES = ("", "6 3", "2 3")  # of lines beyond them
@@ -60,7 +60,7 @@ def line_chart(title: str, lines: Lines, x_label: str, y_label: str) -> str:
     low, high = value_range(np.concatenate([y for _, y in drawn.values()]))
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
 
-    def place(x: np.ndarray | float, y: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
+    def to_pixels(x: np.ndarray | float, y: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
         across = LEFT + (np.asarray(x) - low_x) / ((high_x - low_x) or 1) * (right - LEFT)
         return across, np.clip(bottom - (np.asarray(y) - low) / (high - low) * (bottom - TOP), TOP, bottom)
 
@@ -68,11 +68,11 @@ def line_chart(title: str, lines: Lines, x_label: str, y_label: str) -> str:
     marks = ticks(low, high)
     step = marks[1] - marks[0] if len(marks) > 1 else None
     for value in marks:
-        up = float(place(low_x, value)[1])
+        up = float(to_pixels(low_x, value)[1])
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{up:.1f}" y2="{up:.1f}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{up + 4:.1f}" text-anchor="end">{short(value, step)}</text>')
     for value in ticks(low_x, high_x):
-        across = float(place(value, low)[0])
+        across = float(to_pixels(value, low)[0])
         parts.append(f'<text x="{across:.1f}" y="{bottom + 16}" text-anchor="middle">{short(value)}</text>')
     parts.append(f'<text x="{(LEFT + right) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{html_text(x_label)}</text>')
     middle = (TOP + bottom) / 2
@@ -83,9 +83,9 @@ def line_chart(title: str, lines: Lines, x_label: str, y_label: str) -> str:
     for number, (name, (x, y)) in enumerate(drawn.items()):
         look = f"stroke:var(--c{number % COLORS});stroke-dasharray:{DASHES[number // COLORS % len(DASHES)] or 'none'}"
         is_smoothed = len(x) >= SMOOTHED_FROM
-        parts.append(_path(*place(x, y), "raw" if is_smoothed else "smooth", look))
+        parts.append(_path(*to_pixels(x, y), "raw" if is_smoothed else "smooth", look))
         if is_smoothed:
-            parts.append(_path(*place(x, smoothed(y)), "smooth", look))
+            parts.append(_path(*to_pixels(x, smoothed(y)), "smooth", look))
         chip = f'<svg class="chip" viewBox="0 0 24 8"><path class="smooth" d="M0 4L24 4" style="{look}"/></svg>'
         keys.append(f'<span class="key">{chip}{html_text(name)}</span>')
     values = [[name, np.round(x, 2).tolist(), [float(f"{v:.6g}") for v in y]] for name, (x, y) in drawn.items()]
@@ -131,9 +131,9 @@ def thinned(x: Sequence[float], y: Sequence[float]) -> tuple[np.ndarray, np.ndar
     across, up = np.asarray(x, float), np.asarray(y, float)
     is_finite = np.isfinite(across) & np.isfinite(up)
     across, up = across[is_finite], up[is_finite]
-    if len(across) <= MOST_POINTS:
+    if len(across) <= MAX_POINTS:
         return across, up
-    pieces = [np.array_split(values, MOST_POINTS) for values in (across, up)]
+    pieces = [np.array_split(values, MAX_POINTS) for values in (across, up)]
     return np.array([piece.mean() for piece in pieces[0]]), np.array([piece.mean() for piece in pieces[1]])
 
 

@@ -17,7 +17,7 @@ from sslvit.pages.charts import SCRIPT
 from sslvit.results import html_table, html_text
 
 GENERATOR = '<meta name="generator" content="sslvit {}">'  # which kind of page it is
-MOST_PICTURE_BYTES = 2**25
+MAX_PICTURE_BYTES = 2**25
 STYLE = """
 :root { color-scheme: light dark; --text: #1f2328; --dim: #59636e; --line: #d1d9e0; --ground: #fff; --raised: #f6f8fa;
   --c0: #0072b2; --c1: #d55e00; --c2: #009e73; --c3: #cc79a7; --c4: #8a6d00; --c5: #56b4e9; }
@@ -115,7 +115,7 @@ def table(rows: Scores) -> str:
     return f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
 
 
-def words(titles: Sequence[object], rows: Iterable[Sequence[object]], changed: Iterable[int] = ()) -> str:
+def text_rows(titles: Sequence[object], rows: Iterable[Sequence[object]], changed: Iterable[int] = ()) -> str:
     """A table of text; the rows of these numbers stand out."""
     made = html_table(titles, rows).replace("<table>", '<div class="wide"><table class="words">') + "</div>"
     marked, body = set(changed), iter(range(10**9))
@@ -130,7 +130,7 @@ def picture(path: Path, caption: str) -> str:
     Raises:
         ValueError: The file is no PNG, or a link: a page is shown to others, and its folder may come from others.
     """
-    is_file = path.is_file() and not path.is_symlink() and path.stat().st_size <= MOST_PICTURE_BYTES
+    is_file = path.is_file() and not path.is_symlink() and path.stat().st_size <= MAX_PICTURE_BYTES
     content = path.read_bytes() if is_file else b""
     if not content.startswith(b"\x89PNG"):
         raise ValueError(f"{path}: not a picture that a page can show (a PNG of at most 32 MB).")

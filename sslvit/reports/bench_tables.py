@@ -22,7 +22,7 @@ from sslvit.evaluate.scores import (
 from sslvit.evaluate.sources import LabeledSet
 from sslvit.figures import plot_bars
 from sslvit.files import printable, to_json, write_atomically
-from sslvit.pages.page import heading, picture, table, text, words, write_page
+from sslvit.pages.page import heading, picture, table, text, text_rows, write_page
 from sslvit.settings.bench import BenchSettings, ProbeColumn
 
 
@@ -83,7 +83,7 @@ def write_tables(
         [result.data, result.row, result.column, f"{result.seconds / 60:.1f}", _about_in_words(result.about)]
         for result in results
     ]
-    content.append(words(["data", "row", "column", "minutes", "how"], rows_about))
+    content.append(text_rows(["data", "row", "column", "minutes", "how"], rows_about))
     cells = [result.as_dict() for result in results]
     files = {
         "table.md": "\n".join(markdown), "table.csv": _csv(cells),

@@ -21,7 +21,7 @@ from sslvit.evaluate.scores import Scores
 from sslvit.files import expand_path, printable
 from sslvit.messages import for_python
 from sslvit.pages.charts import line_chart, parts_chart
-from sslvit.pages.page import heading, is_page, picture, table, text, words, write_page
+from sslvit.pages.page import heading, is_page, picture, table, text, text_rows, write_page
 from sslvit.results import Result
 from sslvit.settings.build import build
 from sslvit.settings.load import MADE_BY, YAML_ERRORS, by_dotted_key
@@ -54,9 +54,9 @@ CAPTIONS = {
     "distance": "Mean attention distance of each head of each block.",
     "field": "Receptive field of the middle patch.",
 }
-DRAWN = ("loss",)  # pictures that the charts of a page show as well
-MOST_REASONS = 10
-MOST_BYTES = 2**25  # of a file of scores
+PLOTTED_AS_CHARTS = ("loss",)  # pictures that the charts of a page show as well
+MAX_REASONS = 10
+MAX_BYTES = 2**25  # of a file of scores
 KIND = "report"  # of page
 # what reading the files of a run may raise, which may be damaged, another program's or a user's own
 DAMAGED = (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, OSError)
@@ -93,7 +93,7 @@ class Report(Result):
 
 
 @dataclass
-class _Shown:
+class _RunFiles:
     """What the files of a run hold, each read once.
 
     Args:
@@ -109,7 +109,7 @@ class _Shown:
     history: dict[str, np.ndarray]
 
     @classmethod
-    def read(cls, folder: RunFolder, state: str | None) -> _Shown:
+    def read(cls, folder: RunFolder, state: str | None) -> _RunFiles:
         """Read a run's files; `state` takes the place of what they tell of it."""
         config, summary = folder.read_config(), summarize(folder)
         by_dotted_key(config)  # which refuses keys that are no text
@@ -123,7 +123,7 @@ class _Shown:
         return cls(folder, config, replace(summary, state=state or summary.state), history)
 
 
-Named = Mapping[str, _Shown]
+Named = Mapping[str, _RunFiles]
 
 
 @for_python
@@ -179,10 +179,10 @@ def write_report(folders: Sequence[RunFolder], path: Path | None = None, state: 
         WriteError: The page cannot be written.
     """
     path, problems = path or folders[0].page, []
-    named: dict[str, _Shown] = {}
+    named: dict[str, _RunFiles] = {}
     for name, folder in _names(folders).items():
         try:
-            named[name] = _Shown.read(folder, state)
+            named[name] = _RunFiles.read(folder, state)
         except DAMAGED as error:
             problems.append(text(f"{name}: cannot be read ({error})."))
     title = f"sslvit: {next(iter(named), 'no run')}" if len(folders) == 1 else f"sslvit: {len(folders)} runs"
@@ -219,18 +219,18 @@ def _names(folders: Sequence[RunFolder]) -> dict[str, RunFolder]:
 
 def _facts(named: Named) -> list[str]:
     """A column for each run: what it trained, where, how long, and how it went."""
-    columns = [_facts_of(shown) for shown in named.values()]
+    columns = [_facts_of(files) for files in named.values()]
     keys = list(dict.fromkeys(key for column in columns for key in column))
     rows = [[key, *(column.get(key, "–") for column in columns)] for key in keys]
     messages = []
-    for name, shown in named.items():
-        said = (read_json(shown.folder.health) or {}).get("messages")
+    for name, files in named.items():
+        said = (read_json(files.folder.health) or {}).get("messages")
         messages += [text(f"{name}: {one}") for one in said if isinstance(one, str)] if isinstance(said, list) else []
-    return [words(["", *named], rows), *messages]
+    return [text_rows(["", *named], rows), *messages]
 
 
-def _facts_of(shown: _Shown) -> dict[str, object]:
-    folder, run, history = shown.folder, shown.summary, shown.history
+def _facts_of(files: _RunFiles) -> dict[str, object]:
+    folder, run, history = files.folder, files.summary, files.history
     description = read_json(folder.encoder / "encoder.json") or {}
     provenance = description.get("provenance")
     data = provenance.get("data") if isinstance(provenance, dict) else None
@@ -240,7 +240,7 @@ def _facts_of(shown: _Shown) -> dict[str, object]:
     speeds = history.get("time/images_per_second", np.array([]))
     speeds = speeds[np.isfinite(speeds)]
     epochs = history.get("epoch", np.array([]))
-    batch = _get(shown.config, "data", "global_batch_size")
+    batch = _get(files.config, "data", "global_batch_size")
     facts: dict[str, object] = {
         "task": run.task, "state": run.state, "page written": f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
         "health": run.health, "data": run.data,
@@ -282,8 +282,8 @@ def _get(tree: Any, *keys: str) -> Any:
 
 def _settings(named: Named) -> list[str]:
     """Settings that differ from the defaults; of several runs, those in which they differ stand out."""
-    of_runs = {name: by_dotted_key(shown.config) for name, shown in named.items()}
-    defaults = [_defaults(shown.config) for shown in named.values()]
+    of_runs = {name: by_dotted_key(files.config) for name, files in named.items()}
+    defaults = [_defaults(files.config) for files in named.values()]
     keys = list(dict.fromkeys(key for settings in of_runs.values() for key in settings))
     rows: list[list[str]] = []
     changed: list[int] = []
@@ -301,7 +301,7 @@ def _settings(named: Named) -> list[str]:
     return [
         heading("Settings"),
         text(f"Those that are not the defaults of this task and view, after every null was resolved.{said}"),
-        words(["", *named, "default"], rows, changed),
+        text_rows(["", *named, "default"], rows, changed),
     ]
 
 
@@ -333,13 +333,13 @@ def _value(value: object) -> str:
 def _scores(named: Named) -> list[str]:
     """Tables of the JSON files of scores in the run folders, as `sslvit probe RUN -o RUN/probe.json` writes them."""
     made = []
-    for name, shown in named.items():
-        for file in sorted(shown.folder.path.glob("*.json")):
+    for name, files in named.items():
+        for file in sorted(files.folder.path.glob("*.json")):
             content = read_json(file) if _is_readable(file) else None
             if content is None:
                 continue
-            if file == shown.folder.scores and isinstance(content.get("top1"), float):
-                made.append(text(f"{name}, {file.name}: {shown.folder.scores_in_words()}"))
+            if file == files.folder.scores and isinstance(content.get("top1"), float):
+                made.append(text(f"{name}, {file.name}: {files.folder.scores_in_words()}"))
             elif rows := _rows(content):
                 about = content.get("about")
                 val = about.get("val") if isinstance(about, dict) else None
@@ -352,7 +352,7 @@ def _scores(named: Named) -> list[str]:
 
 def _is_readable(file: Path) -> bool:
     """Whether a file of a folder, which may come from others, is a plain one of a reasonable size."""
-    return file.is_file() and not file.is_symlink() and file.stat().st_size <= MOST_BYTES
+    return file.is_file() and not file.is_symlink() and file.stat().st_size <= MAX_BYTES
 
 
 def _rows(content: dict[str, Any]) -> Scores:
@@ -375,15 +375,15 @@ def _rows(content: dict[str, Any]) -> Scores:
 
 def _curves(named: Named) -> list[str]:
     """A chart for each kind of metric that a run has."""
-    histories = {name: shown.history for name, shown in named.items()}
+    histories = {name: files.history for name, files in named.items()}
     made = []
     for title, (label, metrics) in CHARTS.items():
         lines = {}
-        shown = [metric for metric in metrics if any(metric in history for history in histories.values())]
+        present = [metric for metric in metrics if any(metric in history for history in histories.values())]
         for name, history in histories.items():
-            for metric in shown:
+            for metric in present:
                 if metric in history:
-                    own = metric if len(named) == 1 else f"{name}, {metric}" if len(shown) > 1 else name
+                    own = metric if len(named) == 1 else f"{name}, {metric}" if len(present) > 1 else name
                     lines[own] = history["step"].tolist(), history[metric].tolist()
         made.append(line_chart(title, lines, "step", label))
     return [heading("Curves"), *made] if any(made) else []
@@ -392,8 +392,8 @@ def _curves(named: Named) -> list[str]:
 def _times(named: Named) -> list[str]:
     """Where a step's time goes, on average over the run."""
     rows = {}
-    for name, shown in named.items():
-        history = shown.history
+    for name, files in named.items():
+        history = files.history
         parts = {part: history[f"time/{part}"] for part in PARTS_OF_A_STEP if f"time/{part}" in history}
         means = {part: float(np.nanmean(values)) * 1000 for part, values in parts.items() if np.isfinite(values).any()}
         if means:
@@ -405,8 +405,8 @@ def _times(named: Named) -> list[str]:
 def _ledgers(named: Named) -> list[str]:
     """How many images were read, and which were left out for what reason."""
     made = []
-    for name, shown in named.items():
-        found = read_json(shown.folder.ledger)
+    for name, files in named.items():
+        found = read_json(files.folder.ledger)
         if found is None or not isinstance(found.get("samples_read"), int):
             continue
         epochs, dropped = (
@@ -414,7 +414,7 @@ def _ledgers(named: Named) -> list[str]:
         )
         reasons = found.get("bad_by_reason")
         bad = reasons.items() if isinstance(reasons, dict) else ()
-        left = "; ".join(f"{count} x {reason}" for reason, count in list(bad)[:MOST_REASONS])
+        left = "; ".join(f"{count} x {reason}" for reason, count in list(bad)[:MAX_REASONS])
         made.append(
             text(
                 f"{name}: {found['samples_read']:,} images read, {epochs:,} epochs finished, "
@@ -427,8 +427,8 @@ def _ledgers(named: Named) -> list[str]:
 def _exports(named: Named) -> list[str]:
     """Verdicts of exports that lie in the run folders."""
     made = []
-    for name, shown in named.items():
-        path = shown.folder.path
+    for name, files in named.items():
+        path = files.folder.path
         for file in sorted([*path.glob("*/verdict.json"), *path.glob("*/*/verdict.json")]):
             if _is_readable(file) and (found := read_json(file)) is not None:
                 inside = file.parent.relative_to(path)
@@ -442,9 +442,9 @@ def _exports(named: Named) -> list[str]:
 def _pictures(named: Named) -> list[str]:
     """The figures of the run folders, those of one kind side by side."""
     files = {
-        name: {file.stem: file for file in sorted(shown.folder.figures.glob("*.png"))} for name, shown in named.items()
+        name: {file.stem: file for file in sorted(files.folder.figures.glob("*.png"))} for name, files in named.items()
     }
-    kinds = list(dict.fromkeys(kind for of in files.values() for kind in of if kind not in DRAWN))
+    kinds = list(dict.fromkeys(kind for of in files.values() for kind in of if kind not in PLOTTED_AS_CHARTS))
     kinds.sort(key=lambda kind: (list(CAPTIONS).index(kind) if kind in CAPTIONS else len(CAPTIONS), kind))
     made = []
     for kind in kinds:

@@ -21,7 +21,7 @@ LOCATION = "SSLVIT_ZOO"  # environment variable: folder or address of the encode
 FOLDER = Path(__file__).parent
 CACHE = "~/.cache/sslvit/zoo"
 TIMEOUT_SECONDS = 60.0  # without a byte
-MOST_BYTES = 2**26  # of a file; what is larger has another checksum
+MAX_BYTES = 2**26  # of a file; what is larger has another checksum
 
 
 def is_name(source: str | Path) -> bool:
@@ -50,7 +50,7 @@ def find(source: str) -> Path:
         )
     folder, files = FOLDER / name, known[name]
     if not folder.is_dir():
-        folder = _elsewhere(name, files)
+        folder = _external_folder(name, files)
     for file, digest in files.items():
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder / file}: no such file. {LOCATION} names the folder that holds {name}/.")
@@ -66,7 +66,7 @@ def _is_released(file: Path, digest: str) -> bool:
     return file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == digest
 
 
-def _elsewhere(name: str, files: dict[str, str]) -> Path:
+def _external_folder(name: str, files: dict[str, str]) -> Path:
     """The folder of an encoder that does not come with the package: the user's, or the cache of what was downloaded."""
     location, cached = os.environ.get(LOCATION), cache_folder(CACHE) / name
     if location and "://" not in location:
@@ -92,7 +92,7 @@ def _elsewhere(name: str, files: dict[str, str]) -> Path:
 def _download(address: str) -> bytes:
     try:
         with urllib.request.urlopen(address, timeout=TIMEOUT_SECONDS) as answer:  # the user's own address
-            return answer.read(MOST_BYTES)
+            return answer.read(MAX_BYTES)
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise FileNotFoundError(
             f"{printable(address)}: could not be downloaded ({printable(error, 160)}). Check {LOCATION}."

@@ -9,7 +9,7 @@ import re
 import numpy as np
 import pytest
 
-from sslvit.pages.charts import HEIGHT, LEFT, MOST_POINTS, WIDTH, line_chart, parts_chart, smoothed, thinned, ticks
+from sslvit.pages.charts import HEIGHT, LEFT, MAX_POINTS, WIDTH, line_chart, parts_chart, smoothed, thinned, ticks
 
 from sslvit.pages.charts import BOTTOM, RIGHT, TOP, short, value_range  # isort: skip
 
@@ -40,7 +40,7 @@ def test_what_is_not_finite_is_left_out_and_nothing_to_plot_is_no_chart() -> Non
 
 def test_many_points_are_averaged() -> None:
     x, y = thinned(list(range(4000)), [float(number) for number in range(4000)])
-    assert len(x) == MOST_POINTS
+    assert len(x) == MAX_POINTS
     assert (x[0], y[0]) == (4.5, 4.5)  # the mean of the first ten
 
 

@@ -116,7 +116,7 @@ def test_the_page_is_written_while_the_run_goes_on(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(callback, "SECONDS", 0.0)
-    monkeypatch.setattr(callback, "SHARE", 1e9)
+    monkeypatch.setattr(callback, "MAX_FRACTION", 1e9)
     seen = []
     write = callback.write_own_report
 

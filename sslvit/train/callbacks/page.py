@@ -12,7 +12,7 @@ from sslvit.train.folder import RunFolder
 from sslvit.train.report import write_own_report
 
 SECONDS = 180.0  # between two pages, at least
-SHARE = 0.02  # of the time that writing them may take
+MAX_FRACTION = 0.02  # of the time that writing them may take
 
 
 class Page(StepCallback):
@@ -34,4 +34,4 @@ class Page(StepCallback):
             return
         write_own_report(self.folder)
         now = time.monotonic()
-        self.due = now + max(SECONDS, (now - start) / SHARE)
+        self.due = now + max(SECONDS, (now - start) / MAX_FRACTION)
