@@ -23,6 +23,7 @@ from run_fixtures import TINY, TINY_IGPT
 from shard_fixtures import image_folder, labeled_shards
 
 import sslvit
+from sslvit import shards as shards_module
 from sslvit.checkpoint import save_encoder
 from sslvit.cli import COMMANDS, main
 from sslvit.commands.arguments import options_class
@@ -413,13 +414,19 @@ def test_a_bench_takes_paths_and_gives_its_tables(here: Path, tmp_path: Path) ->
         sslvit.bench(tmp_path / "toy.yaml", encoders={"lost": tmp_path / "none"}, **given)
 
 
-def test_shards_are_checked_and_near_duplicates_named(here: Path, tmp_path: Path) -> None:
+def test_shards_are_checked_and_near_duplicates_named(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checked = sslvit.check(here / "train", workers=1)
     assert checked.is_whole
     assert checked.near_duplicates is None
     assert checked.to_dict()["images"] == sum(checked.found.modes.values()) > 0
     with pytest.raises(ValueError, match=r"against and .*near_duplicates=ENCODER|are for near_duplicates=ENCODER"):
         sslvit.check(here / "train", write=tmp_path / "keep.txt")
+    with monkeypatch.context() as patch:
+        patch.setattr(shards_module, "check_shards", None)  # which would take hours first
+        with pytest.raises(ValueError, match="threshold=95: must be in"):
+            sslvit.check(here / "train", near_duplicates=here / "one", threshold=95.0)
     copied = sslvit.check(
         here / "train", near_duplicates=here / "one", against=here / "train", write=tmp_path / "keep.txt", workers=1
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from run_fixtures import TINY
 from shard_fixtures import image_folder
 
@@ -39,7 +40,10 @@ def test_boxes_are_drawn_where_they_are_and_one_that_reaches_outside_makes_room(
 
 
 def test_the_views_are_those_of_a_run_in_its_first_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = image_folder(tmp_path / "images", count=6)
+    folder, source = tmp_path / "images", np.random.default_rng(0)
+    folder.mkdir()
+    for number in range(8):
+        Image.fromarray(source.integers(0, 255, (16, 16, 3)).astype(np.uint8)).save(folder / f"{number}.png")
     run = sslvit.pretrain("mae/digits", folder, tmp_path / "run", **TINY | COLORED)
     plotted = {}
     monkeypatch.setattr(views, "plot_images", lambda out, rows, titles: plotted.update(rows=rows, titles=titles) or out)

@@ -99,3 +99,13 @@ def test_as_many_images_are_timed_on_a_cpu_as_take_a_moment(photos: Path, monkey
         monkeypatch.setattr(planning, "cpu_seconds", lambda step, each=seconds_per_image: each * step.images)
         sslvit.plan("mae/own_images", photos, measure=True, **changes | {"train.steps": 1})
         assert batches.pop() == expected
+
+
+@pytest.mark.parametrize(("limit", "has_workers"), [(1024, False), (0, True)])
+def test_a_set_that_is_decoded_once_has_no_loader_processes_on_a_gpu_either(
+    photos: Path, limit: int, has_workers: bool
+) -> None:
+    changes = TINY_RUN | {"train.accelerator": "gpu", "data.memory_limit_mb": limit}
+    found = sslvit.plan("mae/own_images", photos, memory_gib=80, **changes)
+    assert found.loading is not None
+    assert (found.loading.workers > 0) == has_workers
