@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from sslvit.settings.recipes import recipes
     from sslvit.shards import check, fit_palette, pack
     from sslvit.tasks import make_task
+    from sslvit.train.branch import branch
     from sslvit.train.report import report
     from sslvit.train.runs import runs
 
@@ -58,6 +59,7 @@ _LAZY = {
     "ShardDataModule": "sslvit.data.module",
     "ViTEncoder": "sslvit.models",
     "bench": "sslvit.reports.bench",
+    "branch": "sslvit.train.branch",
     "check": "sslvit.shards",
     "compare": "sslvit.evaluation",
     "embed": "sslvit.evaluation",
@@ -93,6 +95,7 @@ __all__ = [
     "ShardDataModule",
     "ViTEncoder",
     "bench",
+    "branch",
     "check",
     "compare",
     "embed",

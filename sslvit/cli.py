@@ -37,6 +37,7 @@ COMMANDS: Mapping[str, Function] = {
     "palette": packing.run_palette,
     "pretrain": training.run_pretrain,
     "resume": training.run_resume,
+    "branch": runs.run_branch,
     "finetune": training.run_finetune,
     "plan": training.run_plan,
     "replay": training.run_replay,

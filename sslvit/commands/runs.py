@@ -41,6 +41,29 @@ def run_runs(options: RunsOptions) -> None:
 
 
 @dataclass(kw_only=True)
+class BranchOptions(Reported):
+    """Copy a run as it was at a checkpoint into a new folder, to resume it with another length or other settings.
+
+    Example: sslvit branch runs/mae --step 6400 --out runs/mae-8000
+    """
+
+    run: Annotated[str, Arg("RUN", position=1)]
+    """Run folder, which is left as it is."""
+    out: Annotated[str, Arg("FOLDER")]
+    """Folder of the new run."""
+    step: int | None = None
+    """Step of the checkpoint; null for the last one. train.keep_every keeps more of them."""
+
+
+def run_branch(options: BranchOptions) -> None:
+    """Copy it, and print how to go on."""
+    from sslvit.train.branch import branch
+
+    new = branch(options.run, options.out, options.step)
+    report(options, f"{new}: resume it with {new.resume_command}", new.to_dict())
+
+
+@dataclass(kw_only=True)
 class ReportOptions(Reported):
     """Show runs on one page: settings, curves, time, data, pictures and scores.
 

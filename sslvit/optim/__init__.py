@@ -4,7 +4,7 @@ from sslvit.optim.clip import clip_by_global_norm, clip_by_parameter_norm, grad_
 from sslvit.optim.ema import ema_update
 from sslvit.optim.groups import layer_decay_groups, layer_of
 from sslvit.optim.guard import StepGuard
-from sslvit.optim.schedules import cosine, warmup_cosine
+from sslvit.optim.schedules import cosine, warmup_cosine, warmup_stable_decay
 
 __all__ = [
     "StepGuard",
@@ -16,4 +16,5 @@ __all__ = [
     "layer_decay_groups",
     "layer_of",
     "warmup_cosine",
+    "warmup_stable_decay",
 ]  # fmt: skip

@@ -30,3 +30,24 @@ def warmup_cosine(
     if step >= warmup_steps:
         return cosine(step - warmup_steps, peak, final, total_steps - warmup_steps)
     return start + (peak - start) * step / max(warmup_steps - twice_at_peak, 1)
+
+
+def warmup_stable_decay(
+    step: float, peak: float, final: float, warmup_steps: float, total_steps: float, cooldown_steps: float
+) -> float:
+    """Straight from zero to the peak, constant, and in the last steps down along one minus a square root.
+
+    Hägele et al. 2024, "Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations", section 3.
+
+    Args:
+        step: counted from zero.
+        peak: value between the warm-up and the cooldown.
+        final: value at total_steps.
+        warmup_steps: steps of the straight part.
+        total_steps: of all parts.
+        cooldown_steps: steps at the end in which the value falls; a warm-up that reaches into them goes first.
+    """
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    progress = (step - (total_steps - cooldown_steps)) / max(cooldown_steps, 1e-12)
+    return final + (peak - final) * (1 - math.sqrt(min(max(progress, 0.0), 1.0)))

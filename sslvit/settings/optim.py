@@ -14,7 +14,7 @@ MAX_WARMUP_STEPS = 12_500  # 10 epochs of ImageNet in batches of 1024 (Caron et 
 @dataclass
 @checked("optim.")
 class OptimSettings:
-    """AdamW with a rate that warms up linearly and decays along a half cosine, step by step."""
+    """AdamW with a rate that warms up linearly and then decays, step by step."""
 
     base_lr: float | None = 1.5e-4
     """Learning rate at a global batch size of 256; the peak learning rate is base_lr x global_batch_size / 256. null
@@ -26,6 +26,12 @@ class OptimSettings:
     """Epochs of linear learning rate warm-up from zero; null for a tenth of the run, at most 12,500 steps, which also
     replaces a warm-up as long as the run.
     """
+    lr_schedule: Literal["cosine", "wsd"] = "cosine"
+    """Learning rate after the warm-up: half a cosine to min_lr over the rest of the run, or wsd (warmup-stable-decay,
+    Hägele et al. 2024): constant, and in the cooldown along 1 - sqrt to min_lr, so that one run gives several lengths.
+    """
+    cooldown_fraction: float = 0.2
+    """With wsd, the fraction of the run at its end in which the learning rate decays."""
     weight_decay: float = 0.05
     """Decoupled weight decay of matrices; biases, norms and other vectors have none."""
     final_weight_decay: float | None = None
@@ -48,7 +54,7 @@ class OptimSettings:
     def __post_init__(self) -> None:
         rates = ("base_lr", "min_lr", "warmup_epochs", "weight_decay", "final_weight_decay", "freeze_encoder_epochs")
         check_bounds(self, "optim.", "0 or more", *rates)
-        check_bounds(self, "optim.", "in (0, 1]", "layer_decay")
+        check_bounds(self, "optim.", "in (0, 1]", "layer_decay", "cooldown_fraction")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optim.betas: {brief(self.betas)} must be two numbers in [0, 1).")
         if self.clip_grad is not None and not self.clip_grad > 0:

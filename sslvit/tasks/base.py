@@ -24,7 +24,7 @@ from sslvit.checkpoint import describe_encoder
 from sslvit.data.batch import Batch
 from sslvit.environment import keep_freed_memory
 from sslvit.models import Backbone, Encoder, ViTEncoder
-from sslvit.optim import StepGuard, cosine, layer_decay_groups, warmup_cosine
+from sslvit.optim import StepGuard, cosine, layer_decay_groups, warmup_cosine, warmup_stable_decay
 from sslvit.run_plan import RunPlan
 from sslvit.settings import EncoderSettings, OptimSettings, TaskSettings
 from sslvit.tasks.start import adaptable, begin_with
@@ -341,7 +341,10 @@ class Task(pl.LightningModule):
 
     def lr_at(self, step: int) -> float:
         """Learning rate of the update number `step`, counted from zero."""
-        return warmup_cosine(step, self.peak_lr, self.optim.min_lr, self.warmup_steps, self.run.total_steps)
+        curve = self.peak_lr, self.optim.min_lr, self.warmup_steps, self.run.total_steps
+        if self.optim.lr_schedule == "wsd":
+            return warmup_stable_decay(step, *curve, self.optim.cooldown_fraction * self.run.total_steps)
+        return warmup_cosine(step, *curve)
 
     def weight_decay_at(self, step: int) -> float:
         """Weight decay of the update number `step`."""

@@ -19,6 +19,7 @@ from sslvit.optim import (
     layer_decay_groups,
     layer_of,
     warmup_cosine,
+    warmup_stable_decay,
 )
 from sslvit.optim.lars import LARS
 from sslvit.run_plan import RunPlan
@@ -202,3 +203,12 @@ def test_a_warmup_rises_evenly_and_a_cosine_falls_by_its_formula() -> None:
     twice = [warmup_cosine(step, 2.0, 0.5, 5, 13, start=0.4, twice_at_peak=True) for step in range(6)]
     assert twice == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0, 2.0])
     assert cosine(3, 0.9, 1.0, 12) == pytest.approx(1 - 0.1 * (1 + math.cos(math.pi / 4)) / 2)
+
+
+def test_warmup_stable_decay_is_flat_and_falls_like_one_minus_a_root() -> None:
+    found = [warmup_stable_decay(step, 2.0, 0.5, 4, 20, 5) for step in range(22)]
+    falling = [0.5 + 1.5 * (1 - math.sqrt(step / 5)) for step in range(6)]
+    assert found == pytest.approx([0.0, 0.5, 1.0, 1.5] + [2.0] * 11 + falling + [0.5])
+    assert [warmup_stable_decay(step, 2.0, 0.5, 4, 6, 6) for step in (3, 4)] == pytest.approx(
+        [1.5, 0.5 + 1.5 * (1 - math.sqrt(4 / 6))]
+    )  # a warm-up goes before a cooldown that reaches into it

@@ -57,6 +57,17 @@ def test_rate_and_decay_of_each_step_are_those_of_the_schedule(
     assert [line["lr"] for line in metrics(folder)] == pytest.approx(rates)
 
 
+def test_a_rate_stays_constant_until_the_cooldown(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = watched_groups(monkeypatch)
+    wsd = {"optim.lr_schedule": "wsd", "optim.cooldown_fraction": 1 / 3}
+    run(shards, tmp_path / "run", **SCHEDULE | wsd)
+    rates = [PEAK * step / WARMUP for step in range(WARMUP)] + [PEAK] * 5
+    rates += [0.001 + (PEAK - 0.001) * (1 - math.sqrt(step / 4)) for step in range(4)]
+    assert [groups[0][0] for groups in seen] == pytest.approx(rates)
+
+
 def test_rates_of_a_fine_tuning_fall_from_the_head_to_the_patches(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

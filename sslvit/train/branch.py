@@ -1,0 +1,94 @@
+"""`sslvit branch`: a run's checkpoint as the beginning of another run folder, which is resumed on its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from sslvit.files import is_disk_error, printable, write_error
+from sslvit.messages import for_python
+from sslvit.sharded_checkpoint import SHARDS, check_checkpoint, shard_files
+from sslvit.train.folder import RunFolder
+from sslvit.weight_files import read_torch_file
+
+
+@for_python
+def branch(run: str | os.PathLike[str], out: str | os.PathLike[str], step: int | None = None) -> RunFolder:
+    """Copy a run as it was at a checkpoint into a new folder, to resume it there with another length or other settings.
+
+    The run itself is not touched and may still train. With optim.lr_schedule wsd one long run gives several lengths:
+    each branch cools down from a checkpoint of the constant part (train.keep_every keeps them).
+
+    Args:
+        run: Run folder.
+        out: Folder of the new run.
+        step: Step of the checkpoint; None for the last one.
+
+    Returns:
+        The new run folder.
+
+    Raises:
+        ValueError: Not a run folder, no checkpoint of that step, a damaged one, or a folder that is in use.
+
+    Example:
+        run = sslvit.branch("runs/mae", "runs/mae-8000", step=6400)
+        sslvit.resume(run, **{"train.steps": 8000})
+    """
+    source, new = RunFolder(run), RunFolder(out)
+    if not source.config.is_file():
+        raise ValueError(f"{printable(source.path)}: not a run folder (no config.yaml). Give what was given as --out.")
+    if os.path.lexists(new.path) and not (new.path.is_dir() and not any(new.path.iterdir())):
+        raise ValueError(f"{printable(new.path)}: already exists. Choose another --out.")
+    checkpoint = find_checkpoint(source, step)
+    check_checkpoint(checkpoint)
+    part = new.path.with_name(f".{new.path.name}.{os.getpid()}.part")
+    try:
+        _copy(source, checkpoint, RunFolder(part))
+        os.replace(part, new.path)
+    except OSError as error:
+        raise (write_error(new.path, error) if is_disk_error(error) else error) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return new
+
+
+def find_checkpoint(run: RunFolder, step: int | None) -> Path:
+    """A run's checkpoint of a step; of the last one for None.
+
+    Raises:
+        ValueError: There is none; the message says of which steps there are.
+    """
+    steps = {_step_of(path): path for path in reversed(run.checkpoints)}
+    if not steps:
+        raise ValueError(f"{printable(run.path)}: has no checkpoint yet (checkpoints/{run.checkpoint.name}).")
+    if step is None:
+        return run.checkpoint if run.checkpoint.is_file() else steps[max(steps)]
+    if step not in steps:
+        there = ", ".join(f"{number:,}" for number in sorted(steps))
+        raise ValueError(
+            f"--step {step}: {printable(run.path)} has no checkpoint of it, only of {there}. Take one of these; "
+            "train.keep_every keeps more of them."
+        )
+    return steps[step]
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(read_torch_file(checkpoint, mmap=True, map_location="meta")["global_step"])
+
+
+def _copy(source: RunFolder, checkpoint: Path, new: RunFolder) -> None:
+    """Settings, checkpoint and what was recorded; a resume cuts records at the checkpoint's step."""
+    new.checkpoint.parent.mkdir(parents=True)
+    for path in (source.config, source.metrics, source.ledger):
+        if path.is_file():
+            shutil.copyfile(path, new.path / path.name)
+    if source.samples.is_dir():
+        shutil.copytree(source.samples, new.samples)
+    shutil.copyfile(checkpoint, new.checkpoint)
+    manifest = read_torch_file(checkpoint, mmap=True, map_location="meta")
+    if isinstance(manifest.get(SHARDS), dict):
+        for shard in shard_files(manifest, checkpoint):
+            there = new.checkpoint.parent / shard.relative_to(checkpoint.parent)
+            there.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(shard, there)

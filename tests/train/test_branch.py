@@ -1,0 +1,67 @@
+"""A run's checkpoint as the beginning of another run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from run_fixtures import metrics, read_keys, run, run_ranks, same, weights
+
+import sslvit
+from sslvit.cli import main
+
+WSD = {"optim.lr_schedule": "wsd", "train.keep_every": 3, "data.ledger": True}
+
+
+def test_a_branch_cools_down_to_the_very_run_of_that_length(shards: Path, tmp_path: Path) -> None:
+    """One long run whose learning rate is constant gives the run of any shorter length."""
+    long = run(shards, tmp_path / "long", **WSD | {"train.steps": 20})
+    before = {path: path.read_bytes() for path in long.path.rglob("*") if path.is_file()}
+    branch = sslvit.branch(long, tmp_path / "short", step=6)
+    short = sslvit.resume(branch, **{"train.steps": 8})
+    whole = run(shards, tmp_path / "whole", **WSD | {"train.steps": 8})
+    assert same(short, whole)
+    assert read_keys(short) == read_keys(whole)
+    assert {path: path.read_bytes() for path in long.path.rglob("*") if path.is_file()} == before
+    assert [line["lr"] for line in metrics(short)[-2:]] == pytest.approx(
+        [metrics(short)[5]["lr"], metrics(short)[5]["lr"] * (1 - (0.6 / 1.6) ** 0.5)], rel=1e-6
+    )
+
+
+def test_the_last_checkpoint_is_taken_without_a_step(shards: Path, tmp_path: Path, capsys) -> None:
+    long = run(shards, tmp_path / "long", **{"train.steps": 4})
+    main(["branch", str(long.path), "--out", str(tmp_path / "new")])
+    assert f"resume it with sslvit resume {tmp_path / 'new'}" in capsys.readouterr().out
+    longer = sslvit.resume(tmp_path / "new", **{"train.steps": 6})
+    assert [line["step"] for line in longer.read_metrics()] == [1, 2, 3, 4, 5, 6]
+    assert len(long.read_metrics()) == 4
+
+
+def test_what_cannot_be_branched_is_said_and_nothing_is_left(shards: Path, tmp_path: Path) -> None:
+    long = run(shards, tmp_path / "long", **WSD)
+    wrong = f"--step 5: {long.path} has no checkpoint of it, only of 3, 6, 7. Take one of these"
+    with pytest.raises(ValueError, match=re.escape(wrong.replace("--step 5", "step=5"))):
+        sslvit.branch(long, tmp_path / "new", step=5)
+    with pytest.raises(ValueError, match="long: already exists. Choose another"):
+        sslvit.branch(long, long)
+    with pytest.raises(ValueError, match="not a run folder"):
+        sslvit.branch(tmp_path, tmp_path / "new")
+    content = bytearray(long.checkpoint.read_bytes())
+    content[len(content) // 2] ^= 1
+    long.checkpoint.unlink()  # its other name keeps the whole one
+    long.checkpoint.write_bytes(content)
+    with pytest.raises(ValueError, match="last.ckpt"):
+        sslvit.branch(long, tmp_path / "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["long", "s"]
+
+
+@pytest.mark.slow
+def test_a_sharded_checkpoint_is_copied_with_its_shards(shards: Path, tmp_path: Path) -> None:
+    sharded = {"train.devices": 2, "train.strategy": "fsdp", "data.lanes": 2}
+    long = run_ranks(shards, tmp_path / "long", **sharded)
+    new = sslvit.branch(long, tmp_path / "new")
+    assert not list(new.path.rglob("*.part"))
+    found = weights(new)
+    assert all(torch.equal(found[key], value) for key, value in weights(long).items())
