@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,7 +23,8 @@ from sslvit.data.resample import normalize
 from sslvit.data.transform import TransformViews
 from sslvit.data.views import Views, jitter_views
 from sslvit.files import printable
-from sslvit.settings import EncoderSettings
+from sslvit.run_plan import RunPlan
+from sslvit.settings import DataSettings, EncoderSettings
 from sslvit.settings.views import CenterSettings, TransformSettings, ViewSettings
 from sslvit.stopping import obey_parent_alone
 
@@ -174,12 +177,12 @@ class TrainingBatches(Dataset[Batch]):
     """The micro-batches of one rank, counted over the whole run. Each worker makes whole batches.
 
     A step takes `accumulation_steps` micro-batches of `micro` images on each rank; where `resolutions` are given, its
-    main views have one of these sides.
+    main views have the side of that step.
     """
 
     def __init__(
         self, reader: ShardReader, views: Views, plan: Plan, rank: int, micro: int, accumulation_steps: int,
-        resolutions: list[int] | None = None,
+        resolutions: Resolutions | None = None,
     ) -> None:  # fmt: skip
         self.reader, self.views, self.plan = reader, views, plan
         self.rank, self.micro, self.accumulation_steps, self.resolutions = rank, micro, accumulation_steps, resolutions
@@ -202,7 +205,7 @@ class TrainingBatches(Dataset[Batch]):
         if self.is_remote:
             first = self.rank * self.accumulation_steps * self.micro
             self.reader.prefetch(self.plan.shards_near(step, first, first + self.accumulation_steps * self.micro))
-        return samples, epochs, first_row, sample_resolution(self.resolutions, self.plan.seed, step)
+        return samples, epochs, first_row, None if self.resolutions is None else self.resolutions.size_at(step)
 
     def substitutes(self, number: int, row: int) -> Iterator[tuple[int, int]]:
         """Samples and epochs that may take the place of a row of a micro-batch, the first one first.
@@ -221,11 +224,35 @@ class TrainingBatches(Dataset[Batch]):
         return step, first_row
 
 
-def sample_resolution(resolutions: list[int] | None, seed: int, step: int) -> list[int] | None:
-    """Height and width of the main views at this step: the same on every rank."""
-    if resolutions is None:
-        return None
-    return [resolutions[rng.generator(seed, step, "resolution").integers(len(resolutions))]] * 2
+@dataclass(frozen=True)
+class Resolutions:
+    """The sides that main views have in the steps of a run: sampled for each step, or one after the other.
+
+    Args:
+        sides: Sides in pixels.
+        ends: With sides in turn, the step at which each of them ends; None to sample.
+        seed: Seed of the samples.
+    """
+
+    sides: list[int]
+    ends: list[int] | None
+    seed: int
+
+    @classmethod
+    def of(cls, settings: DataSettings, run: RunPlan) -> Resolutions | None:
+        """Those of a run; None where main views have the encoder's size."""
+        if settings.resolutions is None:
+            return None
+        ends = None
+        if settings.resolution_shares is not None:
+            ends = [round(share * run.total_steps) for share in itertools.accumulate(settings.resolution_shares)]
+        return cls(settings.resolutions, ends, run.seed)
+
+    def size_at(self, step: int) -> list[int]:
+        """Height and width of the main views at a step: the same on every rank."""
+        if self.ends is None:
+            return [self.sides[rng.generator(self.seed, step, "resolution").integers(len(self.sides))]] * 2
+        return [self.sides[min(bisect.bisect_right(self.ends, step), len(self.sides) - 1)]] * 2
 
 
 class _EvaluationBatches(Dataset[Batch]):

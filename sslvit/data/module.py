@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sslvit.data.batch import Batch
 from sslvit.data.color import color_jitter
-from sslvit.data.loader import TrainingBatches, encoder_views, evaluation_loader, make_batch
+from sslvit.data.loader import Resolutions, TrainingBatches, encoder_views, evaluation_loader, make_batch
 from sslvit.data.mixture import Index, Plan
 from sslvit.data.on_device import DeviceBatches, DeviceLoader, Prefetcher
 from sslvit.data.open import open_data, open_shards
@@ -88,7 +88,7 @@ class ShardDataModule(pl.LightningDataModule):
             reader = self.make_reader(self.index)
             batches = TrainingBatches(
                 reader, self.views, self.plan, trainer.global_rank, run.images_per_pass, run.accumulation_steps,
-                self.settings.resolutions,
+                Resolutions.of(self.settings, run),
             )  # fmt: skip
             # a data set in memory has no decoding to spread over processes, but changing image by image is work
             is_light = reader.decoded is not None and not self.views.augments

@@ -79,7 +79,6 @@ class IGPTModel(nn.Module):
         check_encoder(settings, encoder)
         self.settings = settings
         self.encoder = ViTEncoder(encoder)
-        self.num_hidden = num_hidden(settings, encoder)
         self.head = nn.Linear(encoder.width, len(self.encoder.pixel_tokens.palette), bias=False)
         nn.init.zeros_(self.head.weight)  # as in the released code: at first all colors are alike
 
@@ -106,13 +105,13 @@ class IGPTModel(nn.Module):
         if self.settings.objective == "bert":
             if noise is None:
                 raise ValueError("the BERT objective needs noise: one number per pixel.")
-            is_hidden = random_mask(noise, self.num_hidden)
+            is_hidden = random_mask(noise, num_hidden(self.settings, noise.shape[1]))
         return self.encoder(images, hidden=is_hidden, path_noise=path_noise), colors, is_hidden
 
 
-def num_hidden(settings: IGPTSettings, encoder: EncoderSettings) -> int:
+def num_hidden(settings: IGPTSettings, pixels: int) -> int:
     """Pixels of an image that the BERT objective hides."""
-    return round(settings.mask_ratio * encoder.grid[0] * encoder.grid[1])
+    return round(settings.mask_ratio * pixels)
 
 
 def check_encoder(settings: IGPTSettings, encoder: EncoderSettings) -> None:
@@ -132,7 +131,8 @@ def check_encoder(settings: IGPTSettings, encoder: EncoderSettings) -> None:
             "task.objective: bert predicts hidden pixels from all others. "
             "Set encoder.causal to false and encoder.mask_token to true."
         )
-    hidden, pixels = num_hidden(settings, encoder), encoder.grid[0] * encoder.grid[1]
+    pixels = encoder.grid[0] * encoder.grid[1]
+    hidden = num_hidden(settings, pixels)
     if settings.objective == "bert" and not 0 < hidden < pixels:
         raise ValueError(f"task.mask_ratio: {settings.mask_ratio} of {pixels} pixels hides {hidden}. Choose another.")
     if encoder.pooling == "attention":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -77,6 +78,10 @@ class DataSettings:
     """Number of images of each class that are used, drawn by the seed; null for all."""
     resolutions: list[int] | None = None
     """Image sides in pixels, one of which is sampled for each step; null for encoder.image_size."""
+    resolution_shares: list[float] | None = None
+    """Fractions of the run, summing to 1, in which images have each of data.resolutions in turn: a cheap beginning with
+    small images (FastMIM, arXiv 2212.06593; FastDINOv2, arXiv 2507.03779). null samples one for each step.
+    """
     workers: int | None = None
     """Loader processes per rank; the order of the data does not depend on it. On a GPU, null is the rank's part of
     this machine's cores but one, at most 16; on a CPU, whose cores the encoder needs, it is 0.
@@ -139,6 +144,25 @@ class DataSettings:
             )
         if self.resolutions is not None and not (self.resolutions and min(self.resolutions) > 0):
             raise ValueError(f"data.resolutions: {brief(self.resolutions)} must be a list of sides in pixels.")
+        shares = self.resolution_shares
+        if shares is not None and len(shares) != len(self.resolutions or []):
+            raise ValueError(
+                f"data.resolution_shares: {brief(shares)} must be one fraction of the run for each of data.resolutions "
+                f"({brief(self.resolutions)})."
+            )
+        if shares is not None and not (min(shares) > 0 and math.isclose(sum(shares), 1, abs_tol=1e-6)):
+            raise ValueError(f"data.resolution_shares: {brief(shares)} must be positive and sum to 1.")
+
+    @property
+    def shares_of_sides(self) -> dict[int | None, float]:
+        """Fraction of the run that is spent at each side of the main views; None is the encoder's own."""
+        if self.resolutions is None:
+            return {None: 1.0}
+        shares = self.resolution_shares or [1 / len(self.resolutions)] * len(self.resolutions)
+        found: dict[int | None, float] = {}
+        for side, share in zip(self.resolutions, shares, strict=True):
+            found[side] = found.get(side, 0.0) + share
+        return found
 
     def images_of(self, images: int, location: str, classes: int | None = None) -> int:
         """Number of images that the limits leave of a data set; with a limit per class at most.

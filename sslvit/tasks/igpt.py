@@ -49,7 +49,7 @@ class IGPT(Task):
         """For the BERT objective one number per pixel; None where every pixel counts."""
         if self.settings.objective == "autoregressive":
             return None
-        rows, columns = self.encoder.settings.grid
+        rows, columns = batch.views[0].shape[2:]
         return self.uniform("mask", batch, rows * columns, step)
 
     def symptoms(self, measures: dict[str, float]) -> list[Symptom]:

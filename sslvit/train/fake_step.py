@@ -65,11 +65,17 @@ class FakeStep:
 
     @cached_property
     def flops_per_image(self) -> int:
-        """FLOPs of all matrix products, forward and backward; attention as two, whatever kernel makes it."""
-        with self._faked(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            self.task.compute(self._example(FEW), 0).objective.backward()
-        self.task.zero_grad()
-        return counter.get_total_flops() // FEW
+        """FLOPs of all matrix products, forward and backward; attention as two, whatever kernel makes it.
+
+        The mean over the run, where its resolutions differ.
+        """
+        total = 0.0
+        for side, share in self.settings.data.shares_of_sides.items():
+            with self._faked(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+                self.task.compute(self._example(FEW, side), 0).objective.backward()
+            self.task.zero_grad()
+            total += share * counter.get_total_flops()
+        return round(total) // FEW
 
     def peak(self, images: int, passes: int, has_gradients: bool = False) -> int:
         """Most bytes besides weights that are held at once in the passes of a step, gradients and images included.
@@ -92,7 +98,7 @@ class FakeStep:
                         known.append(parameter.grad)
             with LiveBytes(known) as live:
                 for _ in range(passes):
-                    batch = self._example(images)
+                    batch = self._example(images, largest_side(self.settings))
                     with self._autocast():
                         loss = self.task.compute(batch, 0).objective
                     _backward(loss)
@@ -117,8 +123,8 @@ class FakeStep:
         dtype = torch.float16 if self.on_gpu else torch.bfloat16
         return torch.autocast("cpu", dtype, enabled=self.precision == "bf16")
 
-    def _example(self, count: int) -> Batch:
-        batch = example(self.settings, count)
+    def _example(self, count: int, side: int | None = None) -> Batch:
+        batch = example(self.settings, count, side)
         batch.views = [view.to(self.task.dtype) for view in batch.views]
         return batch
 
@@ -129,17 +135,22 @@ def _backward(loss: Tensor) -> None:
     engine.run_backward((loss,), (torch.ones_like(loss),), False, False, (), True, True)
 
 
-def example(settings: RunSettings, count: int = FEW) -> Batch:
-    """Some images as the task would get them."""
+def example(settings: RunSettings, count: int = FEW, side: int | None = None) -> Batch:
+    """Some images as the task would get them; `side` is that of the main views, None the encoder's own."""
     numbers = torch.zeros(count, dtype=torch.long)
-    images = [torch.zeros(count, settings.encoder.channels, *size) for size in view_sizes(settings)]
+    images = [torch.zeros(count, settings.encoder.channels, *size) for size in view_sizes(settings, side)]
     return Batch(images, numbers, numbers, torch.ones(count, dtype=torch.bool), numbers)
 
 
-def view_sizes(settings: RunSettings) -> list[tuple[int, int]]:
-    """Height and width of each view of an image."""
+def view_sizes(settings: RunSettings, side: int | None = None) -> list[tuple[int, int]]:
+    """Height and width of each view of an image; `side` is that of the main ones, None the encoder's own."""
     views = Views(settings.data.view, settings.encoder.image_size, settings.encoder.interpolation)
-    return [(height, width) for (height, width), _ in views.specs()]
+    return [(height, width) for (height, width), _ in views.specs([side] * 2 if side else None)]
+
+
+def largest_side(settings: RunSettings) -> int | None:
+    """The largest side of the main views in a run; None for the encoder's own size."""
+    return max(settings.data.resolutions) if settings.data.resolutions else None
 
 
 class LiveBytes(TorchDispatchMode):

@@ -158,7 +158,9 @@ def forecast(step: FakeStep, micro_batch_size: int | None = None) -> Forecast:
 
 
 def mfu_per_throughput(settings: RunSettings, index: Index | StreamIndex) -> float | None:
-    """Share of all devices' peak that one image a second takes; None where the peak or the work is not known.
+    """Share of all devices' peak that one image a second takes.
+
+    None where the peak or the work is not known, or the work of an image changes (data.resolution_shares).
 
     The work is that of the model's products in a step, without what is computed again to save memory.
 
@@ -171,6 +173,8 @@ def mfu_per_throughput(settings: RunSettings, index: Index | StreamIndex) -> flo
     if peak is None and trains_on_gpu(train):
         peak = next(iter((peak_of_gpu() or {}).values()), None)
     if peak is None:
+        return None
+    if settings.data.resolution_shares is not None:  # the work of an image changes on the way
         return None
     once = replace(settings, encoder=replace(settings.encoder, activation_checkpointing=False))
     try:

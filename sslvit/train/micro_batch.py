@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from sslvit.files import brief
 from sslvit.run_plan import RunPlan
 from sslvit.settings import RunSettings
-from sslvit.train.fake_step import FakeStep, view_sizes
+from sslvit.train.fake_step import FakeStep, largest_side, view_sizes
 from sslvit.train.forecast import Forecast, forecast
 from sslvit.train.hardware import cpu_memory, gpu_memory, trains_on_gpu
 
@@ -126,7 +126,7 @@ def fit_micro_batch(
 def rough_bytes(settings: RunSettings, images: int) -> float:
     """What a step with so many images at once holds, roughly and rather too much."""
     encoder = settings.encoder
-    tokens = sum(math.prod(size) for size in view_sizes(settings)) / encoder.patch**2
+    tokens = sum(math.prod(size) for size in view_sizes(settings, largest_side(settings))) / encoder.patch**2
     return ROUGH_BYTES * images * tokens * encoder.width * (encoder.depth + 1)
 
 

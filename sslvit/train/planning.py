@@ -21,7 +21,7 @@ from sslvit.train.hardware import cpu_memory, gpu_memory, trains_on_gpu
 from sslvit.train.length import cpu_seconds, duration, fit_length
 from sslvit.train.micro_batch import MicroBatch, choose_micro_batch
 from sslvit.train.prepare import check_machine, resolve_processes, size_notice
-from sslvit.train.timed_steps import TimedSteps, fit_budget, time_steps
+from sslvit.train.timed_steps import TimedSteps, fit_budget, time_run
 
 logger = logging.getLogger(__name__)
 
@@ -257,4 +257,4 @@ def _measure(settings: RunSettings, run: RunPlan, cpu_seconds_per_image: float |
     batch, steps = run.images_per_pass, STEPS_ON_GPU
     if cpu_seconds_per_image is not None:
         batch, steps = min(batch, max(1, round(SECONDS_ON_CPU / cpu_seconds_per_image))), STEPS_ON_CPU
-    return time_steps(settings, RunPlan(1, 1, batch, seed=settings.seed), steps)
+    return time_run(settings, RunPlan(1, 1, batch, seed=settings.seed), steps)

@@ -22,6 +22,7 @@ from sslvit.data.stream import StreamIndex
 from sslvit.data.transform import first_call, function_of, in_words
 from sslvit.run_plan import RunPlan
 from sslvit.settings import RunSettings, SupervisedSettings, TrainSettings
+from sslvit.settings.encoder import ROTARY
 from sslvit.settings.load import brief, by_dotted_key, recipe_names
 from sslvit.settings.views import AugmentSettings, MultiCropSettings, TransformSettings
 from sslvit.sharded_checkpoint import read_checkpoint
@@ -139,9 +140,10 @@ def check_machine(settings: RunSettings, is_planned: bool = False) -> None:
                     f"{key}: {side} is not a multiple of encoder.patch ({encoder.patch}). The next one is "
                     f"{-(-side // encoder.patch) * encoder.patch}."
                 )
-    if encoder.tokens == "pixel" and data.resolutions:
+    if encoder.tokens == "pixel" and data.resolutions and encoder.pos_embed not in ROTARY:
         raise ValueError(
-            "data.resolutions: a pixel sequence is tied to its size (encoder.image_size). Leave data.resolutions out."
+            f"data.resolutions: a pixel sequence with encoder.pos_embed {encoder.pos_embed} is tied to its size "
+            "(encoder.image_size). Set encoder.pos_embed to rotary_2d, or leave data.resolutions out."
         )
     if isinstance(settings.task, SupervisedSettings):
         check_labeled("--train", data.shards)
@@ -161,6 +163,11 @@ def check_data(settings: RunSettings, index: Index | StreamIndex, plan: Plan) ->
         )
     if data.ledger and isinstance(index, StreamIndex):
         raise ValueError("data.ledger: a stream cannot promise each sample once. Pack it into shards, or leave it off.")
+    if data.resolutions and isinstance(index, StreamIndex):
+        raise ValueError(
+            "data.resolutions: the images of a stream have one size (encoder.image_size). Pack it into shards, or "
+            "leave data.resolutions out."
+        )
     if isinstance(data.view, AugmentSettings) and (index.bits != 8 or encoder.channels not in (1, 3)):
         raise ValueError(
             "data.view.kind: augment changes 8-bit images of 1 or 3 channels only, "

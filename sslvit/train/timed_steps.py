@@ -119,9 +119,31 @@ def fit_budget(
         )
     seconds = read_duration(train.budget)
     run = fit_micro_batch(run, settings, images, classes)[0]
-    short = time_steps(settings, run, 2).seconds_per_step
-    timed = time_steps(settings, run, min(max(round(SHARE * seconds / short), FEWEST), MOST), train.log_every)
+    short = time_run(settings, run, 2).seconds_per_step
+    timed = time_run(settings, run, min(max(round(SHARE * seconds / short), FEWEST), MOST), train.log_every)
     return replace(train, steps=max(1, round(seconds / timed.seconds_per_step))), timed
+
+
+def time_run(settings: RunSettings, run: RunPlan, steps: int, log_every: int = 1) -> TimedSteps:
+    """Steps as a run takes them on the average; where its resolutions come in turn, some of each are timed.
+
+    Arguments are those of `time_steps`; each resolution gets its share of the steps.
+    """
+    data = settings.data
+    if data.resolution_shares is None:
+        return time_steps(settings, run, steps, log_every)
+    parts: list[tuple[float, TimedSteps]] = []
+    for side, share in data.shares_of_sides.items():
+        assert side is not None
+        alone = replace(settings, data=replace(data, resolutions=[side], resolution_shares=None))
+        parts.append((share, time_steps(alone, run, max(round(share * steps), 2), log_every)))
+    waiting = [(share, part.waiting) for share, part in parts if part.waiting is not None]
+    return TimedSteps(
+        sum(part.steps for _, part in parts), run.global_batch_size,
+        sum(share * part.seconds_per_step for share, part in parts),
+        sum(share * part for share, part in waiting) if len(waiting) == len(parts) else None,
+        max(part.memory for _, part in parts), parts[0][1].device,
+    )  # fmt: skip
 
 
 def time_steps(settings: RunSettings, run: RunPlan, steps: int, log_every: int = 1) -> TimedSteps:

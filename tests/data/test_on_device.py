@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 from sslvit.data.array_images import array_samples
 from sslvit.data.batch import Batch
 from sslvit.data.index import ShardIndex, load_index
-from sslvit.data.loader import TrainingBatches, encoder_views
+from sslvit.data.loader import Resolutions, TrainingBatches, encoder_views
 from sslvit.data.module import ShardDataModule
 from sslvit.data.on_device import BATCHES_AHEAD, DeviceBatches, DeviceLoader, Prefetcher
 from sslvit.data.pack import pack
@@ -118,7 +118,7 @@ def test_batches_made_on_a_device_are_those_of_the_loader(index: ShardIndex, vie
 
 
 def test_main_views_on_a_device_have_the_resolution_of_their_step(index: ShardIndex) -> None:
-    plain = batches_of(index, CropSettings(), resolutions=[8, 12, 16])
+    plain = batches_of(index, CropSettings(), resolutions=Resolutions([8, 12, 16], None, 0))
     cached = DeviceBatches(plain, CPU)
     for number in range(8):
         assert_same(cached[number], plain[number])

@@ -94,7 +94,7 @@ def test_a_small_set_is_timed_as_a_run_crops_it(
 def test_as_many_images_are_timed_on_a_cpu_as_take_a_moment(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes = TINY_RUN | {"data.global_batch_size": 24}
     batches: list[int] = []
-    monkeypatch.setattr(planning, "time_steps", lambda _, run, steps: batches.append(run.global_batch_size))
+    monkeypatch.setattr(planning, "time_run", lambda _, run, steps: batches.append(run.global_batch_size))
     for seconds_per_image, expected in ((planning.SECONDS_ON_CPU / 5, 5), (100, 1), (1e-6, 24)):
         monkeypatch.setattr(planning, "cpu_seconds", lambda step, each=seconds_per_image: each * step.images)
         sslvit.plan("mae/own_images", photos, measure=True, **changes | {"train.steps": 1})

@@ -258,6 +258,8 @@ def test_a_stream_trains_for_a_fixed_number_of_steps(tmp_path: Path) -> None:
     assert (folder.figures / "reconstruction.png").exists()
     resumed = run(tmp_path / "x.tar.gz", tmp_path / "run", resume=True, **options, **{"train.steps": 9})
     assert [line["step"] for line in resumed.read_metrics()] == list(range(1, 10))
+    with pytest.raises(ValueError, match="data.resolutions: the images of a stream have one size"):
+        run(tmp_path / "x.tar.gz", tmp_path / "new", **options, **{"data.resolutions": [8]})
     with pytest.raises(ValueError, match="data.ledger: a stream cannot promise each sample once"):
         run(tmp_path / "x.tar.gz", tmp_path / "new", **options, **{"data.ledger": True})
 
@@ -266,8 +268,10 @@ def test_data_that_does_not_fit_is_refused_before_the_first_step(shards: Path, t
     six = pack(array_samples(np.zeros((9, 8, 8, 6), np.uint8)), tmp_path / "six")
     with pytest.raises(ValueError, match="encoder.channels: 1, but the images of .*six have 6"):
         run(six.location, tmp_path / "run")
-    with pytest.raises(ValueError, match="data.resolutions: a pixel sequence is tied to its size"):
-        run(shards, tmp_path / "run", recipe="igpt/digits", **{"data.resolutions": [8, 4]})
+    tied = "data.resolutions: a pixel sequence with encoder.pos_embed learned_1d is tied to its size"
+    learned = {"data.resolutions": [8, 4], "encoder.pos_embed": "learned_1d"}
+    with pytest.raises(ValueError, match=tied):
+        run(shards, tmp_path / "run", recipe="igpt/digits", **learned)
     path = shards / "shard-000000.tar"
     path.rename(shards / "moved")
     with pytest.raises(ValueError, match=r"1 shards cannot be read, 30 of 30 samples .shard-000000.tar: missing shard"):
