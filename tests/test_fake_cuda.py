@@ -185,7 +185,7 @@ ENCODERS = {
     "sincos_2d": {"pos_embed": "sincos_2d"}, "DINO's offset": {"interpolate_offset": 0.1},
     "registers": {"registers": 2}, "locality_self_attention": {"locality_self_attention": True},
     "shifted patches": {"tokens": "shifted_patch"},
-    "conv stem": {"tokens": "conv_stem"}, "hybrid": {"tokens": "hybrid", "patch": 4},
+    "conv stem": {"tokens": "conv_stem"}, "mbconv": {"tokens": "mbconv"}, "hybrid": {"tokens": "hybrid", "patch": 4},
     "swiglu": {"mlp": "swiglu", "qk_norm": True, "norm": "rms"},
     "activation_checkpointing": {"activation_checkpointing": True},
     "layer scale": {"layer_scale": 1e-5, "dropout": 0.1}, "attention pool": {"pooling": "attention"},

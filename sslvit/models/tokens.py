@@ -6,6 +6,7 @@ all) and returns 'b k d'. Where a patch's token depends on that patch alone, onl
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -94,6 +95,62 @@ class ConvStemTokens(nn.Module):
         return gather_tokens(rearrange(tokens, "b d rows cols -> b (rows cols) d"), visible)
 
 
+class MBConv(nn.Module):
+    """An inverted bottleneck with squeeze and excitation, normalized before (CoAtNet, Dai et al. 2021, appendix A.1).
+
+    Four times as many channels inside; the depthwise convolution has the stride.
+    """
+
+    def __init__(self, before: int, after: int, stride: int) -> None:
+        super().__init__()
+        inside = 4 * before
+        self.expand = nn.Sequential(
+            nn.BatchNorm2d(before), nn.Conv2d(before, inside, 1, bias=False), nn.BatchNorm2d(inside), nn.GELU(),
+            nn.Conv2d(inside, inside, 3, stride, 1, groups=inside, bias=False), nn.BatchNorm2d(inside), nn.GELU(),
+        )  # fmt: skip
+        self.excite = nn.Sequential(
+            nn.Conv2d(inside, max(before // 4, 1), 1), nn.GELU(), nn.Conv2d(max(before // 4, 1), inside, 1),
+            nn.Sigmoid(),
+        )  # fmt: skip
+        self.project = nn.Conv2d(inside, after, 1)
+        self.pool = nn.MaxPool2d(3, 2, 1) if stride == 2 else nn.Identity()
+        self.shortcut = nn.Conv2d(before, after, 1) if before != after else nn.Identity()
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Tensor:
+        """The map, at half the size where the stride is 2."""
+        inside = self.expand(x)
+        inside = inside * self.excite(inside.mean((2, 3), keepdim=True))
+        return self.shortcut(self.pool(x)) + self.project(inside)
+
+
+class MBConvTokens(nn.Module):
+    """The convolutional stages of CoAtNet (Dai et al. 2021, section 2.2), one token per cell of the last map.
+
+    Two 3 x 3 convolutions at half the size, then stages of two MBConv blocks, each at half the size of the one before
+    and twice as wide, until the stride is the patch. With relative_bias positions the encoder is a CoAtNet.
+    """
+
+    def __init__(self, settings: EncoderSettings) -> None:
+        super().__init__()
+        steps = int(math.log2(settings.patch))
+        widths = [max(settings.width // 2 ** (steps - i), 8) for i in range(1, steps)] + [settings.width]
+        self.stem = nn.Sequential(
+            nn.Conv2d(settings.channels, widths[0], 3, 2, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.GELU(),
+            nn.Conv2d(widths[0], widths[0], 3, 1, 1),
+        )  # fmt: skip
+        self.stages = nn.Sequential(
+            *(
+                nn.Sequential(MBConv(before, after, 2), MBConv(after, after, 1))
+                for before, after in itertools.pairwise(widths)
+            )
+        )
+
+    def forward(self, images: Float[Tensor, "b c h w"], visible: Int[Tensor, "b k"] | None = None) -> Tensor:
+        """The tokens of the visible patches."""
+        tokens = self.stages(self.stem(images))
+        return gather_tokens(rearrange(tokens, "b d rows cols -> b (rows cols) d"), visible)
+
+
 class HybridTokens(nn.Module):
     """The feature map of a ResNet, one token per cell (Dosovitskiy et al. 2021, section 3.1, "Hybrid Architecture")."""
 
@@ -170,6 +227,7 @@ TOKENIZERS: dict[str, type[nn.Module]] = {
     "patch": PatchTokens,
     "shifted_patch": ShiftedPatchTokens,
     "conv_stem": ConvStemTokens,
+    "mbconv": MBConvTokens,
     "hybrid": HybridTokens,
     "pixel": PixelTokens,
 }

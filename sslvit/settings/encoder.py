@@ -15,7 +15,7 @@ from sslvit.plugins import find_plugin
 from sslvit.settings.choices import Also, check_bounds, checked, not_one_of
 from sslvit.settings.palette import check_palette
 
-TOKEN_KINDS = ("patch", "conv_stem", "hybrid", "shifted_patch", "pixel")
+TOKEN_KINDS = ("patch", "conv_stem", "mbconv", "hybrid", "shifted_patch", "pixel")
 PositionKind = Literal[
     "none", "learned_1d", "learned_2d", "sincos_1d", "sincos_2d", "rotary_2d", "rotary_2d_normalized", "relative_bias"
 ]  # fmt: skip
@@ -70,11 +70,12 @@ class EncoderSettings:
     """Fraction of that box's sides that is kept (224 of 256: 0.875)."""
     tokens: str = "patch"
     """Tokenizer: patch (one linear map per patch), conv_stem (3 x 3 convolutions of stride 2, then a 1 x 1; Xiao et al.
-    2021), hybrid (the feature map of a ResNet; Dosovitskiy et al. 2021, section 3.1), shifted_patch (five shifted
-    copies, Lee et al. 2021), pixel (palette indices, Chen et al. 2020), or what a plugin brings, PACKAGE.MODULE:NAME.
+    2021), mbconv (the convolutional stages of CoAtNet; Dai et al. 2021), hybrid (the feature map of a ResNet;
+    Dosovitskiy et al. 2021, section 3.1), shifted_patch (five shifted copies, Lee et al. 2021), pixel (palette indices,
+    Chen et al. 2020), or what a plugin brings, PACKAGE.MODULE:NAME.
     """
     patch: int = 16
-    """Side of a patch in pixels; for conv_stem a power of two; for hybrid 4, 8, 16 or 32; for pixel 1."""
+    """Side of a patch in pixels; for conv_stem and mbconv a power of two; for hybrid 4, 8, 16 or 32; for pixel 1."""
     patch_bias: bool = True
     """Use a bias in the linear map of patch tokens (CLIP has none)."""
     hybrid_backbone: Literal["resnet18", "resnet34", "resnet50"] = "resnet50"
@@ -262,7 +263,7 @@ class EncoderSettings:
                 "encoder.locality_self_attention: a causal first token could attend to nothing once it is "
                 "masked itself. Set either causal or locality_self_attention to false."
             )
-        if self.tokens == "conv_stem" and (self.patch < 2 or self.patch & (self.patch - 1)):
+        if self.tokens in ("conv_stem", "mbconv") and (self.patch < 2 or self.patch & (self.patch - 1)):
             raise ValueError(
                 f"encoder.patch: a convolutional stem halves the image step by step, so {self.patch} "
                 "must be a power of two from 2 on."

@@ -82,6 +82,34 @@ def test_a_conv_stem_by_hand() -> None:
     torch.testing.assert_close(part(images(16, 16)), expected, atol=1e-5, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_mbconv_tokens_by_hand() -> None:
+    """CoAtNet's stages: halved and doubled from block to block, a depthwise 3 x 3 between two 1 x 1, and excitation."""
+    part = make(tokens="mbconv", patch=8, image_size=16).patch_embed
+    assert [stage[0].project.out_channels for stage in part.stages] == [24, 48]
+    assert part.stem[0].out_channels == 12
+    block, values = part.stages[0][0].train(), torch.randn(2, 12, 8, 8)
+
+    def normalize(x: torch.Tensor, norm: torch.nn.BatchNorm2d) -> torch.Tensor:
+        x = (x - x.mean((0, 2, 3), keepdim=True)) / (x.var((0, 2, 3), keepdim=True, correction=0) + norm.eps).sqrt()
+        return x * norm.weight.view(-1, 1, 1) + norm.bias.view(-1, 1, 1)
+
+    functional, gelu = torch.nn.functional, torch.nn.functional.gelu
+    inside = gelu(
+        normalize(functional.conv2d(normalize(values, block.expand[0]), block.expand[1].weight), block.expand[2])
+    )
+    assert inside.shape[1] == 48
+    inside = functional.conv2d(inside, block.expand[4].weight, stride=2, padding=1, groups=48)
+    inside = gelu(normalize(inside, block.expand[5]))
+    squeezed = functional.conv2d(inside.mean((2, 3), keepdim=True), block.excite[0].weight, block.excite[0].bias)
+    assert squeezed.shape[1] == 3
+    share = functional.conv2d(gelu(squeezed), block.excite[2].weight, block.excite[2].bias).sigmoid()
+    expected = functional.conv2d(inside * share, block.project.weight, block.project.bias)
+    pooled = functional.max_pool2d(values, 3, 2, 1)
+    expected = expected + functional.conv2d(pooled, block.shortcut.weight, block.shortcut.bias)
+    torch.testing.assert_close(block(values), expected, atol=1e-5, rtol=1e-4)
+
+
 ATTENTION = {
     "plain": {}, "causal": {"causal": True}, "locality_self_attention": {"locality_self_attention": True},
     "bias": {"pos_embed": "relative_bias"},

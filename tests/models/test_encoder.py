@@ -25,7 +25,7 @@ from sslvit.settings import PRESETS, EncoderSettings
 
 POSITIONS = ["none", "learned_1d", "learned_2d", "sincos_1d", "sincos_2d", "rotary_2d", "rotary_2d_normalized",
              "relative_bias"]  # fmt: skip
-TOKENS = ["patch", "conv_stem", "shifted_patch", "hybrid"]
+TOKENS = ["patch", "conv_stem", "mbconv", "shifted_patch", "hybrid"]
 
 
 def make(**changes) -> ViTEncoder:
@@ -361,8 +361,8 @@ def test_a_conv_stem_doubles_its_channels_until_they_are_the_width() -> None:
     assert all(layer.stride == (2, 2) and layer.kernel_size == (3, 3) for layer in convolutions)
 
 
-def test_conv_stem_and_hybrid_look_beyond_their_patch() -> None:
-    for tokens in ("conv_stem", "hybrid"):
+def test_convolutions_look_beyond_their_patch() -> None:
+    for tokens in ("conv_stem", "mbconv", "hybrid"):
         encoder = make(hybrid_backbone="resnet18", tokens=tokens)
         other = images().clone()
         other[:, :, 7] += 1  # the last row above patch 5
