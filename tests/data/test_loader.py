@@ -13,12 +13,12 @@ from shard_fixtures import encoded, numbered_shards, photograph
 
 from sslvit.data.array_images import array_samples
 from sslvit.data.loader import (
+    Resolutions,
     TrainingBatches,
     center_view,
     evaluation_loader,
     make_batch,
     normalized_view,
-    sample_resolution,
     view_of_image,
 )
 from sslvit.data.module import ShardDataModule
@@ -114,12 +114,14 @@ def test_the_place_of_a_micro_batch_is_that_of_its_rows_in_the_global_batch(tmp_
 
 
 def test_the_resolution_depends_on_seed_and_step_and_each_is_as_likely() -> None:
-    drawn = np.array([[sample_resolution([4, 8, 12, 16], seed, step)[0] for step in range(1000)] for seed in range(3)])
+    drawn = np.array(
+        [[Resolutions([4, 8, 12, 16], None, seed).size_at(step)[0] for step in range(1000)] for seed in range(3)]
+    )
     assert np.abs(np.corrcoef(drawn) - np.eye(3)).max() < 0.12
     assert abs(np.corrcoef(drawn[0, 1:], drawn[0, :-1])[0, 1]) < 0.12
     for row in drawn:
         assert np.unique(row, return_counts=True)[1] / 1000 == pytest.approx(0.25, abs=0.05)
-    assert sample_resolution([8], 0, 0) == [8, 8]
+    assert Resolutions([8], None, 0).size_at(0) == [8, 8]
 
 
 def test_evaluation_shows_the_chosen_samples_in_their_order_through_the_encoders_own_crop(tmp_path: Path) -> None:

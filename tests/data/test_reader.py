@@ -18,7 +18,7 @@ from shard_fixtures import encoded, image_folder, numbered_shards, numbers_of, p
 from sslvit.data.array_images import array_samples
 from sslvit.data.decode import decode
 from sslvit.data.header import BadImage
-from sslvit.data.loader import TrainingBatches, evaluation_loader, make_batch, sample_resolution, view_samples
+from sslvit.data.loader import Resolutions, TrainingBatches, evaluation_loader, make_batch, view_samples
 from sslvit.data.mixture import JoinedIndex, MixturePlan
 from sslvit.data.pack import pack, pack_source
 from sslvit.data.plan import EpochPlan
@@ -337,12 +337,12 @@ def test_sources_of_other_channels_are_not_mixed(tmp_path: Path) -> None:
 def test_the_resolution_of_a_step_is_the_same_everywhere_and_all_occur(tmp_path: Path) -> None:
     index = numbered_shards(tmp_path, 40)
     plan = EpochPlan(index.shard_samples, 8, 3)
-    drawn = [sample_resolution([4, 6, 8], 3, step)[0] for step in range(60)]
+    resolutions = Resolutions([4, 6, 8], None, 3)
+    drawn = [resolutions.size_at(step)[0] for step in range(60)]
     assert set(drawn) == {4, 6, 8}
     for rank in (0, 1):
-        batches = TrainingBatches(ShardReader(index, 1), WHOLE, plan, rank, 4, 1, [4, 6, 8])
+        batches = TrainingBatches(ShardReader(index, 1), WHOLE, plan, rank, 4, 1, resolutions)
         assert [batches[step].views[0].shape[2] for step in range(10)] == drawn[:10]
-    assert sample_resolution(None, 3, 0) is None
 
 
 def test_sixteen_bit_sets_keep_their_depth_up_to_the_encoder(tmp_path: Path) -> None:

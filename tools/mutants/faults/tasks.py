@@ -190,13 +190,6 @@ FAULTS = [
         OF_STEPS,
     ),
     Fault(
-        "The smallest rate is ignored",
-        BASE,
-        "warmup_cosine(step, self.peak_lr, self.optim.min_lr, self.warmup_steps",
-        "warmup_cosine(step, self.peak_lr, 0.0, self.warmup_steps",
-        OF_STEPS,
-    ),
-    Fault(
         "The final weight decay is ignored",
         BASE,
         "if self.optim.final_weight_decay is None:",
@@ -808,8 +801,8 @@ FAULTS = [
     Fault(
         "BERT's mask ratio is ignored",
         IGPT,
-        "round(settings.mask_ratio * encoder.grid[0]",
-        "round(0.15 * encoder.grid[0]",
+        "round(settings.mask_ratio * pixels)",
+        "round(0.15 * pixels)",
         OF_IGPT,
     ),
     Fault(

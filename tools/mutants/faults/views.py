@@ -77,16 +77,30 @@ FAULTS = [
     Fault(
         "The resolution does not depend on the step",
         "sslvit/data/loader.py",
-        'generator(seed, step, "resolution")',
-        'generator(seed, 0, "resolution")',
+        'generator(self.seed, step, "resolution")',
+        'generator(self.seed, 0, "resolution")',
         ("tests/data/test_loader.py",),
     ),
     Fault(
         "The resolution does not depend on the seed",
         "sslvit/data/loader.py",
-        'generator(seed, step, "resolution")',
+        'generator(self.seed, step, "resolution")',
         'generator(0, step, "resolution")',
         ("tests/data/test_loader.py",),
+    ),
+    Fault(
+        "A resolution in turn ends one step late",
+        "sslvit/data/loader.py",
+        "bisect.bisect_right(self.ends, step)",
+        "bisect.bisect_left(self.ends, step)",
+        ("tests/train/test_resolutions.py",),
+    ),
+    Fault(
+        "Shares of resolutions are not summed up",
+        "sslvit/data/loader.py",
+        "itertools.accumulate(settings.resolution_shares)",
+        "settings.resolution_shares",
+        ("tests/train/test_resolutions.py",),
     ),
     Fault(
         "Mean and deviation are swapped",
