@@ -20,11 +20,13 @@ from matplotlib.ticker import MaxNLocator
 from sslvit.files import new_file, printable
 
 GAP = 0.06  # between images that stand an inch from one another
-COLORS = ["#2a6f97", "#e07a5f", "#81b29a", "#f2cc8f", "#3d405b"]
+COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9"]  # as on pages; safe for the color-blind
+FINE = 16  # pixels across an image, of which a gap can be a part
+FONT_SIZE = 9  # of every text in every figure
 
 
 class TextFigure(Figure):
-    """A figure whose texts are printed as they are: no dollar sign starts a formula, no character is an error.
+    """A figure with texts of one size, printed as they are: no dollar sign starts a formula, no character is an error.
 
     All figures are of this kind, so that no text of a user is forgotten.
     """
@@ -33,6 +35,7 @@ class TextFigure(Figure):
         """Write the figure, with its texts printed as they are."""
         for text in self.findobj(Text):
             text.set_parse_math(False)
+            text.set_fontsize(FONT_SIZE)
             text.set_text("\n".join(printable(line) for line in text.get_text().split("\n")))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing from")  # a name in another script is rendered as boxes
@@ -79,16 +82,16 @@ def plot_images(
         height = (1 - GAP) * row.shape[2] / row.shape[3]
         strip, end = _side_by_side(row)
         axes.imshow(strip, vmin=0, vmax=1, interpolation="antialiased", extent=(left, left + end, y + height, y))
-        axes.text(left - 0.08, y + height / 2, titles[r], ha="right", va="center", fontsize=9)
+        axes.text(left - 0.08, y + height / 2, titles[r], ha="right", va="center")
         for c in range(row.shape[0] if captions else 0):
             assert captions is not None
-            axes.text(left + c + (1 - GAP) / 2, y - 0.02, captions[r][c], ha="center", va="bottom", fontsize=7)
+            axes.text(left + c + (1 - GAP) / 2, y - 0.02, captions[r][c], ha="center", va="bottom")
         y += height + GAP
     axes.set(xlim=(0, width), ylim=(y, 0), aspect="auto")
     axes.set_axis_off()
     figure.set_size_inches(width, y)
     if title:
-        figure.suptitle(title, fontsize=10, y=1 - 0.12 / y, va="top")
+        figure.suptitle(title, y=1 - 0.12 / y, va="top")
     return _save(figure, path)
 
 
@@ -96,8 +99,10 @@ def _side_by_side(images: np.ndarray) -> tuple[np.ndarray, float]:
     """Images 'b c h w' as one 'h w 3' with white between them, each an inch from the next; and its width in inches."""
     pixels = np.asarray(images, float).transpose(0, 2, 3, 1)
     pixels = pixels[..., :3] if pixels.shape[3] >= 3 else pixels[..., :1].repeat(3, 3)
+    repeats = -(-FINE // pixels.shape[2])  # of tiny images, beside which a gap of one pixel would be wide
+    pixels = pixels.repeat(repeats, 1).repeat(repeats, 2)
     count, height, width, _ = pixels.shape
-    gap = max(1, round(width * GAP / (1 - GAP)))
+    gap = round(width * GAP / (1 - GAP))
     strip = np.ones((height, count, width + gap, 3))
     strip[:, :, :width] = pixels.transpose(1, 0, 2, 3)
     return strip.reshape(height, -1, 3)[:, :-gap].clip(0, 1), count - gap / (width + gap)
@@ -140,7 +145,7 @@ def plot_curves(
         artists[mark[1]] = axes.axvline(mark[0], color="0.5", linewidth=1, linestyle="--")
     axes.set(xlabel=x_label, ylabel=y_label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # steps, blocks
-    axes.set_title(title, fontsize=10)
+    axes.set_title(title)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     if len(artists) > 1:
@@ -173,12 +178,12 @@ def plot_bars(
         errors = [((halves or {}).get(group) or {}).get(name) or np.nan for group in groups]
         if np.isfinite(errors).any():
             axes.errorbar(positions, heights, errors, fmt="none", ecolor="0.25", elinewidth=1, capsize=2)
-        axes.bar_label(artists[name], fmt="%.0f", fontsize=8)
+        axes.bar_label(artists[name], fmt="%.0f")
     axes.set_xticks(range(len(groups)), [textwrap.fill(printable(group), 13) for group in groups])
     axes.set_ylabel(y_label)
-    axes.set_title(title, fontsize=10)
+    axes.set_title(title)
     axes.spines[["top", "right"]].set_visible(False)
-    add_legend(figure, artists, ncols=min(len(names), 5), loc="outside lower center", fontsize=9)
+    add_legend(figure, artists, ncols=min(len(names), 5), loc="outside lower center")
     return _save(figure, path)
 
 
@@ -196,7 +201,7 @@ def plot_points(path: str | Path, panels: dict[str, dict[str, list[list[float]]]
         axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.spines[["top", "right"]].set_visible(False)
-        add_legend(axes, artists, fontsize=9)
+        add_legend(axes, artists)
     return _save(figure, path)
 
 
@@ -218,7 +223,7 @@ def plot_ranges(path: str | Path, panels: dict[str, dict[str, list[float]]], y_l
         axes.grid(alpha=0.3, axis="y")
         axes.spines[["top", "right"]].set_visible(False)
     if title:
-        figure.suptitle(title, fontsize=10)
+        figure.suptitle(title)
     return _save(figure, path)
 
 
@@ -240,13 +245,13 @@ def plot_palette(path: str | Path, colors: np.ndarray, images: np.ndarray, quant
     top, bottom = figure.add_subfigure(parts[0]), figure.add_subfigure(parts[1])
     axes = top.add_subplot()
     _show(axes, squares.reshape(rows, columns, -1))
-    axes.set_title(f"{len(colors)} colors", fontsize=10)
+    axes.set_title(f"{len(colors)} colors")
     for number, (row, title) in enumerate([(images, "image"), (quantized, "in the palette")]):
         for column, image in enumerate(row):
             axes = bottom.add_subplot(2, len(row), number * len(row) + column + 1)
             _show(axes, image.transpose(1, 2, 0))
             if column == 0:
-                axes.set_ylabel(title, rotation=0, ha="right", va="center", fontsize=9)
+                axes.set_ylabel(title, rotation=0, ha="right", va="center")
     return _save(figure, path)
 
 

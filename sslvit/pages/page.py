@@ -35,6 +35,8 @@ th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2
 .words td:first-child { white-space: nowrap; } .best { font-weight: 700; }
 .changed td { background: var(--raised); font-weight: 600; }
 figure { margin: 1.5rem 0; } img { max-width: 100%; background: #fff; }
+.beside { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 0 1.5rem;
+  align-items: start; } .beside figure { margin: .75rem 0; }
 figcaption { color: var(--dim); font-size: .9rem; }
 .chip { display: inline; width: 1.5rem; height: .5rem; margin-right: .4rem; vertical-align: middle; }
 svg:not(.chip) { width: 100%; height: auto; display: block; touch-action: pan-y; }
@@ -136,3 +138,8 @@ def picture(path: Path, caption: str) -> str:
         raise ValueError(f"{path}: not a picture that a page can show (a PNG of at most 32 MB).")
     data, said = base64.b64encode(content).decode(), html_text(caption)
     return f'<figure><img src="data:image/png;base64,{data}" alt="{said}"><figcaption>{said}</figcaption></figure>'
+
+
+def beside(figures: list[str]) -> str:
+    """Figures side by side, as many in a row as fit."""
+    return f'<div class="beside">{"".join(figures)}</div>'

@@ -61,6 +61,9 @@ def test_runs_are_plotted_together_and_their_differences_stand_out(
     assert "<tr><td>encoder.width</td><td>16</td><td>16</td>" in page
     assert page.count("</svg>a</span>") > 4  # a line of each run in every chart
     assert page.count("</svg>b</span>") == page.count("</svg>a</span>")
+    pairs = re.findall(r'<div class="beside">(.*?)</div>', page)
+    assert pairs
+    assert all(re.findall(r"<figcaption>(\w+):", pair) == ["a", "b"] for pair in pairs)  # one kind of picture each
     assert main(["report", str(runs / "a"), str(runs / "b"), "-o", str(out)]) == 0  # its own page is replaced
 
 

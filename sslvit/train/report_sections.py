@@ -1,0 +1,334 @@
+"""The sections of a run's page: what ran, scores, curves, pictures, time, data, exports and settings.
+
+Each takes the files of runs by name and gives parts of a page; none where no run has anything of it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from sslvit.evaluate.scores import Scores
+from sslvit.pages.charts import line_chart, parts_chart
+from sslvit.pages.page import beside, heading, picture, table, text, text_rows
+from sslvit.settings.build import build
+from sslvit.settings.load import MADE_BY, YAML_ERRORS, by_dotted_key
+from sslvit.settings.run import RunSettings
+from sslvit.train.folder import RunFolder, read_json, read_lines
+from sslvit.train.runs import RunSummary, summarize
+
+# title of a chart -> label of its values, and the metrics that it may show; those of one chart have one unit
+CHARTS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "Loss": ("loss", ("train/loss", "val/loss")),
+    "Accuracy while training": ("top-1 accuracy (%)", ("probe/linear", "probe/knn", "train/top1", "val/top1")),
+    "Learning rate": ("learning rate", ("lr",)),
+    "Gradient norm": ("norm", ("train/grad_norm",)),
+    "Effective rank of the features (RankMe)": ("effective rank", ("health/rankme", "probe/rankme")),
+    "Feature standard deviation": ("standard deviation", ("health/feature_std", "probe/feature_std")),
+    "Entropy of the teacher": ("nats", ("health/teacher_entropy", "health/teacher_uniform_kl")),
+    "Speed": ("images/s", ("time/images_per_second",)),
+}  # fmt: skip
+PARTS_OF_A_STEP = ("data", "forward", "backward", "communication", "optimizer")
+CAPTIONS = {
+    "views": "What training is fed: views of some images.",
+    "reconstruction": "Input, what the encoder sees (hidden patches gray), and the reconstruction.",
+    "neighbors": "Images, and those whose features are nearest.",
+    "attention": "Attention of the class token to each patch in the last block, head by head.",
+    "attention_larger": "The same at twice the training resolution.",
+    "patches": "The first three principal components of the patches' features as red, green and blue.",
+    "generated": "Sampled unconditionally, pixel by pixel.",
+    "completed": "Given the upper half, the lower one sampled twice; below, the original.",
+    "layers": "The linear probe at each depth.",
+    "distance": "Mean attention distance of each head of each block.",
+    "field": "Receptive field of the middle patch.",
+}
+PLOTTED_AS_CHARTS = ("loss",)  # pictures that the charts of a page show as well
+MAX_REASONS = 10
+MAX_BYTES = 2**25  # of a file of scores
+
+
+@dataclass
+class RunFiles:
+    """What the files of a run hold, each read once.
+
+    Args:
+        folder: Its folder.
+        config: Its settings.
+        summary: What `sslvit runs` lists of it.
+        history: Metric -> one number for each logged step, NaN where there is none.
+    """
+
+    folder: RunFolder
+    config: dict[str, Any]
+    summary: RunSummary
+    history: dict[str, np.ndarray]
+
+    @classmethod
+    def read(cls, folder: RunFolder, state: str | None) -> RunFiles:
+        """Read a run's files; `state` takes the place of what they tell of it."""
+        config, summary = folder.read_config(), summarize(folder)
+        by_dotted_key(config)  # which refuses keys that are no text
+        columns: dict[str, list[float]] = {}
+        lines = [line for _, line in read_lines(folder.metrics)] if folder.metrics.exists() else []
+        for number, line in enumerate(lines):
+            for name, value in line.items():
+                is_number = isinstance(value, (int, float)) and abs(value) < sys.float_info.max
+                columns.setdefault(name, [math.nan] * len(lines))[number] = float(value) if is_number else math.nan
+        history = {name: np.array(values) for name, values in columns.items()}
+        return cls(folder, config, replace(summary, state=state or summary.state), history)
+
+
+Named = Mapping[str, RunFiles]
+
+
+def facts(named: Named) -> list[str]:
+    """A column for each run: what it trained, where, how long, and how it went."""
+    columns = [_facts_of(files) for files in named.values()]
+    keys = list(dict.fromkeys(key for column in columns for key in column))
+    rows = [[key, *(column.get(key, "–") for column in columns)] for key in keys]
+    messages = []
+    for name, files in named.items():
+        said = (read_json(files.folder.health) or {}).get("messages")
+        messages += [text(f"{name}: {one}") for one in said if isinstance(one, str)] if isinstance(said, list) else []
+    return [text_rows(["", *named], rows), *messages]
+
+
+def _facts_of(files: RunFiles) -> dict[str, object]:
+    folder, run, history = files.folder, files.summary, files.history
+    description = read_json(folder.encoder / "encoder.json") or {}
+    provenance = description.get("provenance")
+    data = provenance.get("data") if isinstance(provenance, dict) else None
+    made = _made_by(folder)
+    first = made[0] if made else {}
+    versions = first.get("versions")
+    speeds = history.get("time/images_per_second", np.array([]))
+    speeds = speeds[np.isfinite(speeds)]
+    epochs = history.get("epoch", np.array([]))
+    batch = _get(files.config, "data", "global_batch_size")
+    facts: dict[str, object] = {
+        "task": run.task, "state": run.state, "page written": f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
+        "health": run.health, "data": run.data,
+        "images": f"{data['samples']:,}" if isinstance(data, dict) and isinstance(data.get("samples"), int) else None,
+        "data fingerprint": data.get("fingerprint") if isinstance(data, dict) else None,
+        "encoder": None if run.width is None else f"{run.depth} blocks of width {run.width}",
+        "steps": f"{run.steps:,} of {run.total_steps:,}" if run.total_steps else f"{run.steps:,}",
+        "images seen": f"{run.steps * batch:,}" if isinstance(batch, int) else None,
+        "epochs": f"{epochs[-1]:.1f}" if len(epochs) else None,
+        "training time": None if run.hours is None else _duration(run.hours),
+        "images/s": f"{float(np.median(speeds)):,.0f} (median)" if len(speeds) else None,
+        "final loss": None if run.loss is None else f"{run.loss:.4f}",
+        "started": first.get("date"), "host": first.get("host"), "command": first.get("command"),
+        "resumed": f"{len(made) - 1} times" if len(made) > 1 else None,
+        "software": ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else None,
+        "commit": _get(first, "commits", "sslvit"),
+    }  # fmt: skip
+    return {key: value for key, value in facts.items() if value is not None}
+
+
+def _duration(hours: float) -> str:
+    return f"{60 * hours:.1f} minutes" if hours < 1.5 else f"{hours:.1f} hours"
+
+
+def _made_by(folder: RunFolder) -> list[dict[str, Any]]:
+    try:
+        content = yaml.safe_load(folder.config.read_text())
+    except (OSError, *YAML_ERRORS):
+        return []
+    found = content.get(MADE_BY) if isinstance(content, dict) else None
+    return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+
+
+def _get(tree: Any, *keys: str) -> Any:
+    for key in keys:
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree
+
+
+def settings(named: Named) -> list[str]:
+    """Settings that differ from the defaults; of several runs, those in which they differ stand out."""
+    of_runs = {name: by_dotted_key(files.config) for name, files in named.items()}
+    defaults = [_defaults(files.config) for files in named.values()]
+    keys = list(dict.fromkeys(key for settings in of_runs.values() for key in settings))
+    rows: list[list[str]] = []
+    changed: list[int] = []
+    for key in keys:
+        values = [settings.get(key, "–") for settings in of_runs.values()]
+        differ = len({json.dumps(value, sort_keys=True, default=str) for value in values}) > 1
+        usual = [of.get(key, "–") for of in defaults]
+        if key in ("out",) or (values == usual and not differ):
+            continue
+        if differ:
+            changed.append(len(rows))
+        alike = len({_value(value) for value in usual}) == 1
+        rows.append([key, *map(_value, values), _value(usual[0]) if alike else "by task"])
+    said = " Rows in which the runs differ stand out." if len(named) > 1 else ""
+    return [
+        heading("Settings"),
+        text(f"Those that are not the defaults of this task and view, after every null was resolved.{said}"),
+        text_rows(["", *named, "default"], rows, changed),
+    ]
+
+
+def _defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a run of the same task and view about which nothing was said."""
+    tree: dict[str, Any] = {"data": {"shards": "-"}}
+    for section, key in (("task", "name"), ("data.view", "kind")):
+        if isinstance(value := _get(config, *section.split("."), key), str):
+            *above, last = section.split(".")
+            place = tree
+            for part in above:
+                place = place.setdefault(part, {})
+            place[last] = {key: value}
+    try:
+        return by_dotted_key(asdict(build(RunSettings, tree)))
+    except (ValueError, TypeError):  # a task or a view from outside the package
+        return {}
+
+
+def _value(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list) and len(value) < 5:
+        return f"[{', '.join(map(_value, value))}]"
+    made = value if isinstance(value, str) else json.dumps(value, default=str)
+    return made if len(made) <= 200 else f"{made[:200]}..."
+
+
+def scores(named: Named) -> list[str]:
+    """Tables of the JSON files of scores in the run folders, as `sslvit probe RUN -o RUN/probe.json` writes them."""
+    made = []
+    for name, files in named.items():
+        for file in sorted(files.folder.path.glob("*.json")):
+            content = read_json(file) if _is_readable(file) else None
+            if content is None:
+                continue
+            if file == files.folder.scores and isinstance(content.get("top1"), float):
+                made.append(text(f"{name}, {file.name}: {files.folder.scores_in_words()}"))
+            elif rows := _rows(content):
+                about = content.get("about")
+                val = about.get("val") if isinstance(about, dict) else None
+                count = about.get("val_images") if isinstance(about, dict) else None
+                what = "top-1 accuracy (%)" if isinstance(about, dict) and "probed" in about else "scores"
+                on = f" on {count:,} images of {val}" if isinstance(count, int) else ""
+                made += [text(f"{name}, {file.name}: {what}{on}"), table(rows)]
+    return [heading("Scores"), *made] if made else []
+
+
+def _is_readable(file: Path) -> bool:
+    """Whether a file of a folder, which may come from others, is a plain one of a reasonable size."""
+    return file.is_file() and not file.is_symlink() and file.stat().st_size <= MAX_BYTES
+
+
+def _rows(content: dict[str, Any]) -> Scores:
+    """The scores of a file that `sslvit probe -o` or one of its relatives wrote; none of another file."""
+    rows, draws = content.get("rows"), content.get("draws")
+    found = draws if isinstance(draws, dict) else rows
+    if not isinstance(found, dict) or not isinstance(rows, dict):
+        return {}
+    made: Scores = {}
+    for row, columns in found.items():
+        if not isinstance(columns, dict):
+            return {}
+        for column, value in columns.items():
+            values = value if isinstance(value, list) else [value]
+            if not all(isinstance(one, (int, float)) and math.isfinite(one) for one in values) or not values:
+                return {}
+            made.setdefault(str(row), {})[str(column)] = [float(one) for one in values]
+    return made
+
+
+def curves(named: Named) -> list[str]:
+    """A chart for each kind of metric that a run has."""
+    histories = {name: files.history for name, files in named.items()}
+    made = []
+    for title, (label, metrics) in CHARTS.items():
+        lines = {}
+        present = [metric for metric in metrics if any(metric in history for history in histories.values())]
+        for name, history in histories.items():
+            for metric in present:
+                if metric in history:
+                    own = metric if len(named) == 1 else f"{name}, {metric}" if len(present) > 1 else name
+                    lines[own] = history["step"].tolist(), history[metric].tolist()
+        made.append(line_chart(title, lines, "step", label))
+    return [heading("Curves"), *made] if any(made) else []
+
+
+def times(named: Named) -> list[str]:
+    """Where a step's time goes, on average over the run."""
+    rows = {}
+    for name, files in named.items():
+        history = files.history
+        parts = {part: history[f"time/{part}"] for part in PARTS_OF_A_STEP if f"time/{part}" in history}
+        means = {part: float(np.nanmean(values)) * 1000 for part, values in parts.items() if np.isfinite(values).any()}
+        if means:
+            rows[name] = {part: value for part, value in means.items() if value > 0}
+    chart = parts_chart("Time of a step", rows, "ms")
+    return [heading("Where the time goes"), chart] if chart else []
+
+
+def ledgers(named: Named) -> list[str]:
+    """How many images were read, and which were left out for what reason."""
+    made = []
+    for name, files in named.items():
+        found = read_json(files.folder.ledger)
+        if found is None or not isinstance(found.get("samples_read"), int):
+            continue
+        epochs, dropped = (
+            value if isinstance(value := found.get(key), int) else 0 for key in ("epochs_finished", "dropped_per_epoch")
+        )
+        reasons = found.get("bad_by_reason")
+        bad = reasons.items() if isinstance(reasons, dict) else ()
+        left = "; ".join(f"{count} x {reason}" for reason, count in list(bad)[:MAX_REASONS])
+        made.append(
+            text(
+                f"{name}: {found['samples_read']:,} images read, {epochs:,} epochs finished, "
+                f"{dropped:,} images dropped in each. Unreadable: {left or 'none'}."
+            )
+        )
+    return [heading("Data that was read"), *made] if made else []
+
+
+def exports(named: Named) -> list[str]:
+    """Verdicts of exports that lie in the run folders."""
+    made = []
+    for name, files in named.items():
+        path = files.folder.path
+        for file in sorted([*path.glob("*/verdict.json"), *path.glob("*/*/verdict.json")]):
+            if _is_readable(file) and (found := read_json(file)) is not None:
+                inside = file.parent.relative_to(path)
+                said = "; ".join(
+                    f"{key} {value}" for key, value in found.items() if isinstance(value, (str, float, int))
+                )
+                made.append(text(f"{name}, {inside}: {said}"))
+    return [heading("Exports"), *made] if made else []
+
+
+def pictures(named: Named) -> list[str]:
+    """The figures of the run folders, those of one kind side by side."""
+    files = {
+        name: {file.stem: file for file in sorted(files.folder.figures.glob("*.png"))} for name, files in named.items()
+    }
+    kinds = list(dict.fromkeys(kind for of in files.values() for kind in of if kind not in PLOTTED_AS_CHARTS))
+    kinds.sort(key=lambda kind: (list(CAPTIONS).index(kind) if kind in CAPTIONS else len(CAPTIONS), kind))
+    made = []
+    for kind in kinds:
+        caption = CAPTIONS.get(kind, f"{kind}.png")
+        found = [
+            picture(of[kind], caption if len(named) == 1 else f"{name}: {caption}")
+            for name, of in files.items()
+            if kind in of
+        ]
+        made.append(found[0] if len(found) == 1 else beside(found))
+    return [heading("Pictures"), *made] if made else []
+
+
+SECTIONS = (facts, scores, curves, pictures, times, ledgers, exports, settings)  # in the order of a page
