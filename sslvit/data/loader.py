@@ -244,8 +244,8 @@ class Resolutions:
         if settings.resolutions is None:
             return None
         ends = None
-        if settings.resolution_shares is not None:
-            ends = [round(share * run.total_steps) for share in itertools.accumulate(settings.resolution_shares)]
+        if settings.resolution_fractions is not None:
+            ends = [round(share * run.total_steps) for share in itertools.accumulate(settings.resolution_fractions)]
         return cls(settings.resolutions, ends, run.seed)
 
     def size_at(self, step: int) -> list[int]:

@@ -78,7 +78,7 @@ class DataSettings:
     """Number of images of each class that are used, drawn by the seed; null for all."""
     resolutions: list[int] | None = None
     """Image sides in pixels, one of which is sampled for each step; null for encoder.image_size."""
-    resolution_shares: list[float] | None = None
+    resolution_fractions: list[float] | None = None
     """Fractions of the run, summing to 1, in which images have each of data.resolutions in turn: a cheap beginning with
     small images (FastMIM, arXiv 2212.06593; FastDINOv2, arXiv 2507.03779). null samples one for each step.
     """
@@ -144,24 +144,24 @@ class DataSettings:
             )
         if self.resolutions is not None and not (self.resolutions and min(self.resolutions) > 0):
             raise ValueError(f"data.resolutions: {brief(self.resolutions)} must be a list of sides in pixels.")
-        shares = self.resolution_shares
-        if shares is not None and len(shares) != len(self.resolutions or []):
+        fractions = self.resolution_fractions
+        if fractions is not None and len(fractions) != len(self.resolutions or []):
             raise ValueError(
-                f"data.resolution_shares: {brief(shares)} must be one fraction of the run for each of data.resolutions "
-                f"({brief(self.resolutions)})."
+                f"data.resolution_fractions: {brief(fractions)} must be one fraction of the run for each of "
+                f"data.resolutions ({brief(self.resolutions)})."
             )
-        if shares is not None and not (min(shares) > 0 and math.isclose(sum(shares), 1, abs_tol=1e-6)):
-            raise ValueError(f"data.resolution_shares: {brief(shares)} must be positive and sum to 1.")
+        if fractions is not None and not (min(fractions) > 0 and math.isclose(sum(fractions), 1, abs_tol=1e-6)):
+            raise ValueError(f"data.resolution_fractions: {brief(fractions)} must be positive and sum to 1.")
 
     @property
-    def shares_of_sides(self) -> dict[int | None, float]:
+    def fractions_of_sides(self) -> dict[int | None, float]:
         """Fraction of the run that is spent at each side of the main views; None is the encoder's own."""
         if self.resolutions is None:
             return {None: 1.0}
-        shares = self.resolution_shares or [1 / len(self.resolutions)] * len(self.resolutions)
+        fractions = self.resolution_fractions or [1 / len(self.resolutions)] * len(self.resolutions)
         found: dict[int | None, float] = {}
-        for side, share in zip(self.resolutions, shares, strict=True):
-            found[side] = found.get(side, 0.0) + share
+        for side, fraction in zip(self.resolutions, fractions, strict=True):
+            found[side] = found.get(side, 0.0) + fraction
         return found
 
     def images_of(self, images: int, location: str, classes: int | None = None) -> int:

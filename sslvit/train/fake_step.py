@@ -70,7 +70,7 @@ class FakeStep:
         The mean over the run, where its resolutions differ.
         """
         total = 0.0
-        for side, share in self.settings.data.shares_of_sides.items():
+        for side, share in self.settings.data.fractions_of_sides.items():
             with self._faked(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
                 self.task.compute(self._example(FEW, side), 0).objective.backward()
             self.task.zero_grad()

@@ -160,7 +160,7 @@ def forecast(step: FakeStep, micro_batch_size: int | None = None) -> Forecast:
 def mfu_per_throughput(settings: RunSettings, index: Index | StreamIndex) -> float | None:
     """Share of all devices' peak that one image a second takes.
 
-    None where the peak or the work is not known, or the work of an image changes (data.resolution_shares).
+    None where the peak or the work is not known, or the work of an image changes (data.resolution_fractions).
 
     The work is that of the model's products in a step, without what is computed again to save memory.
 
@@ -174,7 +174,7 @@ def mfu_per_throughput(settings: RunSettings, index: Index | StreamIndex) -> flo
         peak = next(iter((peak_of_gpu() or {}).values()), None)
     if peak is None:
         return None
-    if settings.data.resolution_shares is not None:  # the work of an image changes on the way
+    if settings.data.resolution_fractions is not None:  # the work of an image changes on the way
         return None
     once = replace(settings, encoder=replace(settings.encoder, activation_checkpointing=False))
     try:

@@ -130,12 +130,12 @@ def time_run(settings: RunSettings, run: RunPlan, steps: int, log_every: int = 1
     Arguments are those of `time_steps`; each resolution gets its share of the steps.
     """
     data = settings.data
-    if data.resolution_shares is None:
+    if data.resolution_fractions is None:
         return time_steps(settings, run, steps, log_every)
     parts: list[tuple[float, TimedSteps]] = []
-    for side, share in data.shares_of_sides.items():
+    for side, share in data.fractions_of_sides.items():
         assert side is not None
-        alone = replace(settings, data=replace(data, resolutions=[side], resolution_shares=None))
+        alone = replace(settings, data=replace(data, resolutions=[side], resolution_fractions=None))
         parts.append((share, time_steps(alone, run, max(round(share * steps), 2), log_every)))
     waiting = [(share, part.waiting) for share, part in parts if part.waiting is not None]
     return TimedSteps(

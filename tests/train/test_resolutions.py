@@ -19,7 +19,7 @@ from sslvit.train import timed_steps
 from sslvit.train.forecast import forecast, plan_step
 from sslvit.train.timed_steps import TimedSteps, time_run
 
-IN_TURN = {"data.resolutions": [4, 8], "data.resolution_shares": [0.7, 0.3]}
+IN_TURN = {"data.resolutions": [4, 8], "data.resolution_fractions": [0.7, 0.3]}
 
 
 def sides_in(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
@@ -61,7 +61,7 @@ def test_a_resume_goes_on_with_the_side_of_its_step(shards: Path, tmp_path: Path
 
 def test_the_steps_at_which_sides_end() -> None:
     run_plan = RunPlan(10, 5, 8, seed=3)
-    plan = Resolutions.of(DataSettings(resolutions=[16, 24, 32], resolution_shares=[0.5, 0.3, 0.2]), run_plan)
+    plan = Resolutions.of(DataSettings(resolutions=[16, 24, 32], resolution_fractions=[0.5, 0.3, 0.2]), run_plan)
     assert plan is not None
     assert [plan.size_at(step)[0] for step in range(12)] == [16] * 5 + [24] * 3 + [32] * 4
     sampled = Resolutions.of(DataSettings(resolutions=[16, 24, 32]), run_plan)
@@ -73,10 +73,13 @@ def test_the_steps_at_which_sides_end() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"resolution_shares": [1.0]}, r"data.resolution_shares: \[1.0\] must be one fraction of the run for each of"),
-        ({"resolutions": [8, 4], "resolution_shares": [1.0]}, "must be one fraction of the run for each of"),
-        ({"resolutions": [8, 4], "resolution_shares": [0.5, 0.4]}, r"\[0.5, 0.4\] must be positive and sum to 1"),
-        ({"resolutions": [8, 4], "resolution_shares": [1.5, -0.5]}, "must be positive and sum to 1"),
+        (
+            {"resolution_fractions": [1.0]},
+            r"data.resolution_fractions: \[1.0\] must be one fraction of the run for each of",
+        ),
+        ({"resolutions": [8, 4], "resolution_fractions": [1.0]}, "must be one fraction of the run for each of"),
+        ({"resolutions": [8, 4], "resolution_fractions": [0.5, 0.4]}, r"\[0.5, 0.4\] must be positive and sum to 1"),
+        ({"resolutions": [8, 4], "resolution_fractions": [1.5, -0.5]}, "must be positive and sum to 1"),
     ],
 )
 def test_shares_that_do_not_fit_are_refused(settings: dict, message: str) -> None:
@@ -110,7 +113,7 @@ def test_work_and_time_of_a_run_are_means_over_its_resolutions(monkeypatch: pyte
 
     def timed(settings, run, steps: int, log_every: int = 1) -> TimedSteps:
         (side,) = settings.data.resolutions
-        asked.append((side, steps, settings.data.resolution_shares))
+        asked.append((side, steps, settings.data.resolution_fractions))
         return TimedSteps(steps, run.global_batch_size, times[side], 0.5, 10 * side, "cpu")
 
     monkeypatch.setattr(timed_steps, "time_steps", timed)

@@ -62,6 +62,7 @@ FELT = {
     "data.view.scale": [0.2, 0.3], "data.view.ratio": [0.5, 2.0], "data.view.flip": 0.9, "data.resolutions": [4],
     "optim.base_lr": 0.01, "optim.min_lr": 0.02, "optim.warmup_epochs": 2.0, "optim.weight_decay": 0.9,
     "optim.final_weight_decay": 0.9, "optim.freeze_encoder_epochs": 1.5,
+    "optim.lr_schedule": "wsd", "optim.cooldown_fraction": 0.5, "data.resolution_fractions": [0.9, 0.1],
     "optim.clip_grad": 0.01, "optim.clip_grad_by": "parameter", "train.steps": 7,
     "train.micro_batch_size": 4, "train.precision": "float64", "task.mask_ratio": 0.5,
 }  # fmt: skip
@@ -122,6 +123,7 @@ WITH = {  # keys that must change together
     "encoder.channels": {"encoder.mean": [0.5] * 3, "encoder.std": [0.5] * 3},
     "encoder.patch": {"data.view.kind": "crop"},
     "encoder.small_stem": {"encoder.backbone": "torchvision:resnet18"},
+    "optim.cooldown_fraction": {"optim.lr_schedule": "wsd"}, "data.resolution_fractions": {"data.resolutions": [4, 8]},
     "data.view.kind": {"data.view.scale": None, "data.view.ratio": None},
     "task.objective": {"encoder.causal": False, "encoder.mask_token": True},
     "task.validate_every": {"task.val": "copy", "task.allow_same_data": True},

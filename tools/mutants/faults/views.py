@@ -96,10 +96,10 @@ FAULTS = [
         ("tests/train/test_resolutions.py",),
     ),
     Fault(
-        "Shares of resolutions are not summed up",
+        "Fractions of resolutions are not summed up",
         "sslvit/data/loader.py",
-        "itertools.accumulate(settings.resolution_shares)",
-        "settings.resolution_shares",
+        "itertools.accumulate(settings.resolution_fractions)",
+        "settings.resolution_fractions",
         ("tests/train/test_resolutions.py",),
     ),
     Fault(
