@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from matplotlib.textpath import TextPath
 from matplotlib.ticker import MaxNLocator
 
 from sslvit.files import new_file, printable
@@ -72,7 +73,7 @@ def plot_images(
         captions: a short text above each image; None for none.
     """
     columns, space = max(row.shape[0] for row in rows), 0.16 if captions else 0.0
-    left = 1.35 if any(titles) else 0.05
+    left = max([0.05, *(0.2 + _inches(line) for text in titles if text for line in text.split("\n"))])
     width = left + columns + 0.05
     y = 0.45 if title else 0.05
     figure = TextFigure(dpi=120)
@@ -93,6 +94,13 @@ def plot_images(
     if title:
         figure.suptitle(title, y=1 - 0.12 / y, va="top")
     return _save(figure, path)
+
+
+def _inches(line: str) -> float:
+    """Width of a line of text."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        return TextPath((0, 0), printable(line).replace("$", "S"), size=FONT_SIZE).get_extents().width / 72
 
 
 def _side_by_side(images: np.ndarray) -> tuple[np.ndarray, float]:

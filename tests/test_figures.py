@@ -10,7 +10,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from sslvit import figures
-from sslvit.figures import dim_outside, overlay_heat
+from sslvit.figures import dim_outside, overlay_heat, plot_images
 from sslvit.files import printable
 
 
@@ -79,3 +79,16 @@ def test_a_row_shows_each_image_in_its_place_with_white_between_them(tmp_path: P
     np.testing.assert_allclose(pixels[3 * height // 4, middles, 2], 0, atol=0.01)
     assert pixels[height // 4, round(width * 1.02 / 3.1)].min() == 1
     assert 1.2 < height / width < 1.4  # two rows of images that are twice as high as wide
+
+
+def test_titles_of_rows_are_not_cut_off(tmp_path: Path) -> None:
+    rows = [np.zeros((2, 1, 4, 4))] * 2
+    for title in (
+        "MAE",
+        "WWWWWWWWWWWWWWWWWWWW",
+        "a sentence that is longer than the images are wide",
+        "two\nlines of it",
+    ):
+        drawn = np.asarray(Image.open(plot_images(tmp_path / "rows.png", rows, [title, "x"])).convert("L"))
+        assert (drawn[:, :2] == 255).all(), title
+        assert (drawn < 255).any()
