@@ -98,6 +98,8 @@ def plot_images(
 
 def _inches(line: str) -> float:
     """Width of a line of text."""
+    if not line.strip():
+        return 0.0
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")
         return TextPath((0, 0), printable(line).replace("$", "S"), size=FONT_SIZE).get_extents().width / 72
@@ -186,12 +188,15 @@ def plot_bars(
         errors = [((halves or {}).get(group) or {}).get(name) or np.nan for group in groups]
         if np.isfinite(errors).any():
             axes.errorbar(positions, heights, errors, fmt="none", ecolor="0.25", elinewidth=1, capsize=2)
-        axes.bar_label(artists[name], fmt="%.0f")
+        for x, height, error in zip(positions, heights, errors, strict=True):
+            if np.isfinite(height):
+                axes.text(x, height + (error if np.isfinite(error) else 0.0), f"{height:.0f}", ha="center", va="bottom")
     axes.set_xticks(range(len(groups)), [textwrap.fill(printable(group), 13) for group in groups])
     axes.set_ylabel(y_label)
     axes.set_title(title)
     axes.spines[["top", "right"]].set_visible(False)
-    add_legend(figure, artists, ncols=min(len(names), 5), loc="outside lower center")
+    columns = int((figure.get_figwidth() - 0.3) / (max(map(_inches, names)) + 0.7))  # with a patch of color each
+    add_legend(figure, artists, ncols=min(len(names), max(columns, 1)), loc="outside lower center")
     return _save(figure, path)
 
 
