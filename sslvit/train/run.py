@@ -33,7 +33,7 @@ from sslvit.tasks.base import Task
 from sslvit.train.compilation import compile_mode, compile_task, undo_compilation
 from sslvit.train.folder import RunFolder
 from sslvit.train.hardware import tf32_beside_bf16
-from sslvit.train.length import duration, fit_length
+from sslvit.train.length import fit_length
 from sslvit.train.loggers import ended_on_failure, log_pictures, make_loggers
 from sslvit.train.micro_batch import fit_micro_batch
 from sslvit.train.pictures import plot_pictures
@@ -172,8 +172,8 @@ def _pretrain(
         raise RuntimeError(f"training ended at step {trainer.global_step} instead of {run.total_steps}.")
     if trainer.is_global_zero:
         if train.budget is not None and not goes_on:
-            took = duration(time.perf_counter() - started)
-            logger.info(f"{trainer.global_step:,} steps took {took} (train.budget {train.budget})")
+            took = (time.perf_counter() - started) / 60
+            logger.info(f"{trainer.global_step:,} steps took {took:.1f} minutes (train.budget {train.budget})")
         if trainer.global_step != run.total_steps:
             logger.info(f"a callback ended the run at step {trainer.global_step} of {run.total_steps}")
         with (
