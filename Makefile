@@ -4,6 +4,7 @@
 #   make demo DATA=cifar10 ARCHIVE=file.tar.gz a local archive instead
 #   make demo OVERWRITE=1                      anew, over an earlier demo
 #   make docs                                  the documentation as a site, docs/_build/html
+#   make learn                                 the lessons of docs/learn and their figures; LESSONS="04 13", FULL=1
 
 # the first of these that runs and is new enough
 PYTHON ?= $(shell for name in python3 python3.12 python3.11 python3.13; do \
@@ -12,7 +13,7 @@ DATA ?= digits
 OUT ?= runs/demo$(if $(filter-out digits,$(DATA)),-$(DATA))
 READY := .venv/.ready
 
-.PHONY: demo test test-smoke test-all coverage lint types docs drill mutants clean
+.PHONY: demo test test-smoke test-all coverage lint types docs learn drill mutants clean
 
 demo: $(READY)
 	.venv/bin/sslvit demo --data $(DATA) --out $(OUT) $(if $(ARCHIVE),--archive $(ARCHIVE)) $(if $(OVERWRITE),--overwrite)
@@ -64,6 +65,10 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 docs: $(READY)
 	.venv/bin/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
+
+# the lessons as they are written; FULL=1 also computes the numbers that they bring along
+learn: $(READY)
+	.venv/bin/python docs/learn/run.py $(LESSONS) $(if $(FULL),--full)
 
 clean:
 	rm -rf .venv build dist *.egg-info
