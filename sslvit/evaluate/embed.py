@@ -82,7 +82,7 @@ def embed(
         data.index,
     )
     numbers = table.samples.numpy()
-    labels = index.labels_of(numbers) if index.classes else None
+    labels = index.labels_of(numbers).astype(np.int64) if index.classes else None  # as torch's losses take them
     keys = np.array([index.key(number) for number in numbers])
     heading = f"{data.count_text}\neach image: {view_in_words(source.settings, source.precision)}"
     size = source.settings.image_size

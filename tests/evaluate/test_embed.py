@@ -38,6 +38,7 @@ def test_features_of_a_folder_by_name(here: Path, capsys: pytest.CaptureFixture)
     made = np.load(here / "out.npz")
     assert made["features"].dtype == np.float32
     encoder = load_encoder(here / "encoder")
+    assert made["labels"].dtype == np.int64  # torch's losses take no other
     for key, row, label in zip(made["keys"], made["features"], made["labels"], strict=True):
         (file,) = (here / "photos").glob(f"*/{Path(key).name}")
         assert made["classes"][label] == file.parent.name
