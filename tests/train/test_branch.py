@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,24 @@ def test_what_cannot_be_branched_is_said_and_nothing_is_left(shards: Path, tmp_p
     with pytest.raises(ValueError, match="last.ckpt"):
         sslvit.branch(long, tmp_path / "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["long", "s"]
+
+
+def test_a_run_that_goes_on_meanwhile_gives_no_other_step(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = run(shards, tmp_path / "long", **WSD)
+    replaced = tmp_path / "long" / "checkpoints" / "step-00000003.ckpt"
+    copy = shutil.copyfile
+
+    def late(source: Path, target: Path, **options: bool) -> None:
+        if Path(source) == replaced:
+            copy(long.checkpoint, replaced)
+        copy(source, target, **options)
+
+    monkeypatch.setattr("sslvit.train.branch.shutil.copyfile", late)
+    with pytest.raises(ValueError, match="step=3: .*long went on and replaced it meanwhile"):
+        sslvit.branch(long, tmp_path / "new", step=3)
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.slow
