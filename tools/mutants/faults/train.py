@@ -33,6 +33,7 @@ KEYS = "tests/train/test_resume_keys.py::test_a_key_changed_at_a_resume_is_refus
 OTHER_DATA = f"{RESUMED}::test_a_resume_on_other_images_or_with_another_seed_is_refused"
 POSITION = f"{RESUMED}::test_a_position_holds_only_for_its_order"
 MASKS = f"{STEPS}::test_masks_and_depth_follow_from_seed_step_purpose_and_row"
+COOLDOWN = "tests/train/test_steps.py::test_a_rate_stays_constant_until_the_cooldown"
 SCHEDULE = f"{STEPS}::test_rate_and_decay_of_each_step_are_those_of_the_schedule"
 CLIPPED = f"{STEPS}::test_gradients_are_clipped_by_the_norm_that_is_recorded"
 COMPUTED = f"{STEPS}::test_how_a_step_is_computed_is_what_is_asked_for"
@@ -118,9 +119,9 @@ FAULTS = [
           "self.peak_lr, self.optim.min_lr, self.warmup_steps, self.run.total_steps",
           "self.peak_lr, 0.0, self.warmup_steps, self.run.total_steps", (SCHEDULE,)),
     Fault("A constant rate falls along a cosine", BASE,
-          'self.optim.lr_schedule == "wsd"', 'self.optim.lr_schedule == "none"', (SCHEDULE,)),
+          'self.optim.lr_schedule == "wsd"', 'self.optim.lr_schedule == "none"', (COOLDOWN,)),
     Fault("The cooldown falls along a line", "sslvit/optim/schedules.py",
-          "(1 - math.sqrt(min(max(progress, 0.0), 1.0)))", "(1 - min(max(progress, 0.0), 1.0))", (SCHEDULE,)),
+          "(1 - math.sqrt(min(max(progress, 0.0), 1.0)))", "(1 - min(max(progress, 0.0), 1.0))", (COOLDOWN,)),
     Fault("A branch starts from the last checkpoint", "sslvit/train/branch.py",
           "    return steps[step]", "    return run.checkpoint", ("tests/train/test_branch.py",)),
     Fault("Gradients of micro-batches are added, not averaged", BASE,
