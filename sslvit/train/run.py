@@ -23,7 +23,7 @@ from sslvit.data.examples import Examples
 from sslvit.data.mixture import Plan
 from sslvit.data.module import ShardDataModule
 from sslvit.data.open import open_data
-from sslvit.environment import limited_steps
+from sslvit.environment import cpu_cores, limited_steps
 from sslvit.files import new_file
 from sslvit.run_plan import RunPlan
 from sslvit.settings import RunSettings
@@ -207,6 +207,12 @@ def _announce(settings: RunSettings, data: ShardDataModule, task: Task, trainer:
         f"{trainer.precision} on {trainer.world_size} x {trainer.strategy.root_device.type}; "
         f"run folder {settings.out}",
     )
+    workers, cores = settings.data.workers or 0, cpu_cores()
+    if workers > cores:
+        logger.info(
+            f"data.workers: {workers} loader processes on each rank, but this one may use {cores} CPU "
+            f"core{'s' if cores > 1 else ''}. Lower it, or ask the scheduler for more cores."
+        )
     if settings.encoder.backbone is not None:
         logger.info(
             f"encoder.backbone {settings.encoder.backbone}: all its weights move at one learning rate, and what "

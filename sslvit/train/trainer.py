@@ -65,6 +65,7 @@ def silence_needless_warnings() -> None:
     for text in (
         ".*dataloader is not resumable.*",  # it is: the position lies in the data module
         ".*does not have many workers.*",
+        ".*DataLoader will create .* worker processes.*",  # more than there are cores, which a run says itself
         ".*GPU available but not used.*",
         ".*isinstance.treespec, LeafSpec.*",
         ".*Total length of `list` across ranks is zero.*",  # no validation in the loop

@@ -239,6 +239,21 @@ def test_a_mixture_and_several_resolutions_train(shards: Path, tmp_path: Path, c
         run(shards, tmp_path / "new", **{"data.resolutions": [9]})
 
 
+def test_more_loader_processes_than_cores_are_said_in_our_words(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """A scheduler that gives each task one core is a common mistake."""
+    said = "data.workers: 2 loader processes on each rank, but this one may use 1 CPU core. Lower it"
+    for cores, is_said in ((1, True), (2, False)):
+        monkeypatch.setattr("sslvit.train.run.cpu_cores", lambda cores=cores: cores)
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            run(shards, tmp_path / str(cores), **{"data.workers": 2, "data.memory_limit_mb": 0, "train.steps": 2})
+        assert (said in capsys.readouterr().out) is is_said
+        assert not [one for one in found if "worker processes" in str(one.message)]
+
+
 def test_a_stream_trains_for_a_fixed_number_of_steps(tmp_path: Path) -> None:
     import io
     import tarfile
