@@ -92,3 +92,20 @@ def test_titles_of_rows_are_not_cut_off(tmp_path: Path) -> None:
         drawn = np.asarray(Image.open(plot_images(tmp_path / "rows.png", rows, [title, "x"])).convert("L"))
         assert (drawn[:, :2] == 255).all(), title
         assert (drawn < 255).any()
+
+
+def test_numbers_stand_above_their_intervals_and_legends_within_the_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path: kept.append(figure) or path)
+    names = [f"a method with a long name, number {number}" for number in range(6)]
+    halves = {"group": {names[0]: 7.0}}
+    figures.plot_bars(tmp_path / "bars.png", {"group": dict.fromkeys(names, 50.0)}, "accuracy (%)", halves=halves)
+    (figure,) = kept
+    heights = [text.get_position()[1] for text in figure.axes[0].texts]
+    assert heights == [57.0] + [50.0] * 5
+    figure.savefig(tmp_path / "bars.png")
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.x1

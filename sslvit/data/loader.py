@@ -245,7 +245,7 @@ class Resolutions:
             return None
         ends = None
         if settings.resolution_fractions is not None:
-            ends = [round(share * run.total_steps) for share in itertools.accumulate(settings.resolution_fractions)]
+            ends = [round(done * run.total_steps) for done in itertools.accumulate(settings.resolution_fractions)]
         return cls(settings.resolutions, ends, run.seed)
 
     def size_at(self, step: int) -> list[int]:

@@ -140,6 +140,6 @@ def picture(path: Path, caption: str) -> str:
     return f'<figure><img src="data:image/png;base64,{data}" alt="{said}"><figcaption>{said}</figcaption></figure>'
 
 
-def beside(figures: list[str]) -> str:
+def figure_row(figures: list[str]) -> str:
     """Figures side by side, as many in a row as fit."""
     return f'<div class="beside">{"".join(figures)}</div>'

@@ -14,7 +14,7 @@ MAX_WARMUP_STEPS = 12_500  # 10 epochs of ImageNet in batches of 1024 (Caron et 
 @dataclass
 @checked("optim.")
 class OptimSettings:
-    """AdamW with a rate that warms up linearly and then decays, step by step."""
+    """AdamW with a learning rate that warms up linearly and then decays, step by step."""
 
     base_lr: float | None = 1.5e-4
     """Learning rate at a global batch size of 256; the peak learning rate is base_lr x global_batch_size / 256. null

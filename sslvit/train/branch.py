@@ -6,10 +6,10 @@ import os
 import shutil
 from pathlib import Path
 
-from sslvit.files import is_disk_error, printable, write_error
+from sslvit.files import expand_path, is_disk_error, printable, write_error
 from sslvit.messages import for_python
 from sslvit.sharded_checkpoint import SHARDS, check_checkpoint, shard_files
-from sslvit.train.folder import RunFolder
+from sslvit.train.folder import RunFolder, named_step
 from sslvit.weight_files import read_torch_file
 
 
@@ -35,7 +35,7 @@ def branch(run: str | os.PathLike[str], out: str | os.PathLike[str], step: int |
         run = sslvit.branch("runs/mae", "runs/mae-8000", step=6400)
         sslvit.resume(run, **{"train.steps": 8000})
     """
-    source, new = RunFolder(os.fspath(run)), RunFolder(os.fspath(out))
+    source, new = RunFolder(expand_path(os.fspath(run))), RunFolder(expand_path(os.fspath(out)))
     if not source.config.is_file():
         raise ValueError(f"{printable(source.path)}: not a run folder (no config.yaml). Give what was given as --out.")
     if os.path.lexists(new.path) and not (new.path.is_dir() and not any(new.path.iterdir())):
@@ -64,7 +64,7 @@ def find_checkpoint(run: RunFolder, step: int | None) -> Path:
     Raises:
         ValueError: There is none; the message says of which steps there are.
     """
-    steps = {_step_of(path): path for path in reversed(run.checkpoints)}
+    steps = {_step_of(path) if path == run.checkpoint else named_step(path): path for path in reversed(run.checkpoints)}
     if not steps:
         raise ValueError(f"{printable(run.path)}: has no checkpoint yet (checkpoints/{run.checkpoint.name}).")
     if step is None:

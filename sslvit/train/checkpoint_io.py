@@ -25,7 +25,7 @@ from sslvit.sharded_checkpoint import (
     write_checkpoint,
     write_shard,
 )
-from sslvit.train.folder import NAMED, RunFolder
+from sslvit.train.folder import NAMED, RunFolder, named_step
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +152,7 @@ def keep_some(last: Path, step: int, keep_last: int, keep_every: int | None) -> 
         except OSError:  # a file system without hard links
             with new_file(own) as part:
                 shutil.copyfile(last, part)
-    named = sorted((int(path.stem.removeprefix("step-")), path) for path in last.parent.glob(NAMED))
+    named = sorted((named_step(path), path) for path in last.parent.glob(NAMED))
     passing = [path for number, path in named if not (keep_every and number % keep_every == 0)]
     newest = {path for _, path in named[-keep_last:]} if keep_last > 1 else set()
     for path in passing:

@@ -366,6 +366,11 @@ class RunFolder(Result):
         write_atomically(self.metrics, "".join(to_json(line) + "\n" for line in kept))
 
 
+def named_step(checkpoint: Path) -> int:
+    """The step in the name of a checkpoint that is kept by its step (NAMED)."""
+    return int(checkpoint.stem.removeprefix("step-"))
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
     """What a file of a run holds; None where there is none, or a damaged one."""
     try:

@@ -19,7 +19,7 @@ import yaml
 
 from sslvit.evaluate.scores import Scores
 from sslvit.pages.charts import line_chart, parts_chart
-from sslvit.pages.page import beside, heading, picture, table, text, text_rows
+from sslvit.pages.page import figure_row, heading, picture, table, text, text_rows
 from sslvit.settings.build import build
 from sslvit.settings.load import MADE_BY, YAML_ERRORS, by_dotted_key
 from sslvit.settings.run import RunSettings
@@ -327,7 +327,7 @@ def pictures(named: Named) -> list[str]:
             for name, of in files.items()
             if kind in of
         ]
-        made.append(found[0] if len(found) == 1 else beside(found))
+        made.append(found[0] if len(found) == 1 else figure_row(found))
     return [heading("Pictures"), *made] if made else []
 
 

@@ -40,6 +40,15 @@ def test_the_last_checkpoint_is_taken_without_a_step(shards: Path, tmp_path: Pat
     assert len(long.read_metrics()) == 4
 
 
+def test_a_damaged_checkpoint_of_another_step_is_not_in_the_way(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = run(shards, tmp_path / "long", **WSD)
+    long.checkpoint.with_name("step-00000003.ckpt").write_bytes(b"damaged")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert sslvit.branch("~/long", "~/new", step=6).path == tmp_path / "new"
+
+
 def test_what_cannot_be_branched_is_said_and_nothing_is_left(shards: Path, tmp_path: Path) -> None:
     long = run(shards, tmp_path / "long", **WSD)
     wrong = f"--step 5: {long.path} has no checkpoint of it, only of 3, 6, 7. Take one of these"

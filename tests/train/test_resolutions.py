@@ -16,7 +16,7 @@ from sslvit.settings import DataSettings
 from sslvit.settings.load import load_recipe
 from sslvit.tasks import task_class
 from sslvit.train import timed_steps
-from sslvit.train.forecast import forecast, plan_step
+from sslvit.train.forecast import forecast, mfu_per_throughput, plan_step
 from sslvit.train.timed_steps import TimedSteps, time_run
 
 IN_TURN = {"data.resolutions": [4, 8], "data.resolution_fractions": [0.7, 0.3]}
@@ -120,6 +120,21 @@ def test_work_and_time_of_a_run_are_means_over_its_resolutions(monkeypatch: pyte
     found = time_run(load_recipe("mae/digits", TINY | IN_TURN), RunPlan(7, 7, 8), 20)
     assert asked == [(4, 14, None), (8, 6, None)]
     assert (found.seconds_per_step, found.steps, found.waiting, found.memory) == (pytest.approx(2.2), 20, 0.5, 80)
+
+
+def test_the_utilization_of_a_run_whose_images_grow_is_not_said() -> None:
+    """The work of an image is not one number then."""
+
+    class Images(list):
+        classes = None
+
+    def found(**changes: object) -> float | None:
+        return mfu_per_throughput(
+            load_recipe("mae/digits", TINY | {"train.peak_tflops": 1.0} | changes), Images(range(100))
+        )
+
+    assert found(**IN_TURN) is None
+    assert found() is not None
 
 
 def test_memory_is_that_of_the_largest_side() -> None:
