@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
@@ -10,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
+
+GLOO_PAUSE = 0.3  # seconds that its threads have to let go of the last tensors, which takes them microseconds
 
 
 def is_distributed() -> bool:
@@ -85,6 +89,23 @@ def all_gather_objects(value: Any) -> list[Any]:
     said: list[Any] = [None] * world_size()
     distributed.all_gather_object(said, value)
     return said
+
+
+@contextmanager
+def ending_groups() -> Iterator[None]:
+    """End the gloo groups that are joined inside, with their threads.
+
+    A thread that still lets go of the tensors of the last exchange while the interpreter ends would abort the process
+    ("terminate called without an active exception"). NCCL's groups are ended by Lightning.
+    """
+    had_joined = is_distributed()
+    try:
+        yield
+    finally:
+        if is_distributed() and not had_joined and distributed.get_backend() == "gloo":
+            distributed.destroy_process_group()
+            gc.collect()  # what still holds the group in a cycle: its threads end with it
+            time.sleep(GLOO_PAUSE)  # torch never lets go of the group of a DTensor
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from sslvit.data.module import ShardDataModule
 from sslvit.data.open import open_data
 from sslvit.environment import cpu_cores, limited_steps
 from sslvit.files import new_file
+from sslvit.ranks import ending_groups
 from sslvit.run_plan import RunPlan
 from sslvit.settings import RunSettings
 from sslvit.stopping import Interrupted, Preempted, RankLost, is_first_process, requeue, stopping_at_once
@@ -79,7 +80,8 @@ def pretrain(
     """
     folder, is_first = RunFolder(settings.out), is_first_process()
     try:
-        with folder.held(waits=resume) if is_first else nullcontext(), tf32_beside_bf16(settings.train):
+        held = folder.held(waits=resume) if is_first else nullcontext()
+        with held, tf32_beside_bf16(settings.train), ending_groups():
             if is_first:
                 folder.check(resume, overwrite)
             return _pretrain(settings, folder, is_first, resume and folder.goes_on, callbacks, loggers)

@@ -75,6 +75,31 @@ def probe_score(shards: Path, folder: RunFolder) -> dict:
     return probe({"it": load_encoder(folder.path)}, settings).to_dict()["rows"]["it"]
 
 
+LEAVES_THREADS = """
+import json, sys
+from pathlib import Path
+from sslvit.settings.load import load_recipe
+from sslvit.train.run import pretrain
+
+pretrain(load_recipe("mae/digits", json.loads(sys.argv[1])))
+print([path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.smoke
+def test_a_run_leaves_no_thread_of_its_group(shards: Path, tmp_path: Path) -> None:
+    """One that lets go of its last tensors while the interpreter ends aborts the process, once in some dozens."""
+    script = tmp_path / "script.py"
+    script.write_text(LEAVES_THREADS)
+    options = RECIPES["mae/digits"] | {"train.devices": 2, "data.shards": str(shards), "out": str(tmp_path / "run")}
+    said = subprocess.run([sys.executable, script, json.dumps(options)], capture_output=True, text=True, timeout=200)
+    assert said.returncode == 0, said.stderr
+    threads = [line for line in said.stdout.splitlines() if line.startswith("[")]
+    assert len(threads) == 2  # one line of each rank
+    assert "gloo" not in said.stdout
+
+
 @pytest.mark.slow
 def test_in_float32_a_run_that_changes_its_ranks_agrees_to_a_stated_tolerance(shards: Path, tmp_path: Path) -> None:
     """docs/cluster.md: 1e-3 of each loss over some dozens of steps."""
