@@ -239,7 +239,6 @@ def plan(
     utilization: float = 0.35,
     memory_gib: float | None = None,
     measure: bool = False,
-    figure: str | Path | None = None,
     **changes: Any,
 ) -> PlannedRun:
     """Compute parameters, memory, steps and time of a run before it runs; printed, it is what `sslvit plan` prints.
@@ -253,7 +252,6 @@ def plan(
         utilization: Assumed fraction of the peak that is used.
         memory_gib: Memory of one GPU in GiB, which the plan is then made for.
         measure: Time some real steps on this machine.
-        figure: PNG to plot the schedules to.
         changes: Other settings, as in `pretrain`.
 
     Returns:
@@ -275,7 +273,6 @@ def plan(
         utilization,
         memory_gib,
         measure,
-        figure,
     )
 
 

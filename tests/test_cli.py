@@ -598,7 +598,7 @@ def test_each_commands_help_explains_its_options_and_ends_with_an_example(capsys
     last = text.rstrip().splitlines()[-1]
     assert last.startswith(f"Example: sslvit {name}")
     _, options = read_command(shlex.split(last.removeprefix("Example: sslvit ")))  # refuses what is not well formed
-    if hasattr(options, "changes") and name not in ("bench", "finetune", "resume", "demo", "sweep"):
+    if hasattr(options, "changes") and name not in ("bench", "finetune", "resume", "demo", "sweep", "show"):
         load_recipe(options.config, options.changes)
     for action in make_parser(name).get_default("parsers")[name]._actions:
         assert action.help, f"{name}: {action.dest}"

@@ -167,24 +167,27 @@ def run_segment(options: SegmentOptions) -> None:
 
 
 @dataclass(kw_only=True)
-class ShowOptions(Reported, CroppedEncoder):
-    """Plot what an encoder does with images.
+class ShowOptions(Recipe, Reported, CroppedEncoder):
+    """Plot what an encoder does with images, or what a recipe would do.
+
+    For views and schedule, settings of the recipe are given as --KEY VALUE.
 
     Example: sslvit show neighbors runs/dino photos -o neighbors.png
     """
 
     what: Annotated[
-        Literal["attention", "distance", "field", "neighbors", "pca", "similarity", "reconstruct", "views"],
+        Literal["attention", "distance", "field", "neighbors", "pca", "similarity", "reconstruct", "views", "schedule"],
         Arg("WHAT", position=-1),
     ]
     """What to plot: attention (of the class token), distance (of each head's attention), field (the pixels that reach
     a patch), neighbors (the images whose features are nearest), pca (principal components of the patches' features as
     colors), similarity (of one patch's features to those of all patches), reconstruct (what a run of MAE makes of the
-    patches that it sees) or views (what a recipe, in the place of the encoder, feeds to its model)."""
-    data: Annotated[str, Arg("SHARDS", position=2)]
-    """Shards, or a folder of images."""
-    images: int = 8
-    """Number of images, evenly spaced."""
+    patches that it sees), views (what a recipe, in the place of the encoder, feeds to its model) or schedule (a
+    recipe's learning rate and whatever else it changes over the epochs)."""
+    data: Annotated[str | None, Arg("SHARDS", position=2)] = None
+    """Shards, or a folder of images; a schedule needs none where the recipe gives its batch and its epochs."""
+    images: int | None = None
+    """Number of images, evenly spaced; null for 8."""
     among: int | None = None
     """Number of images, evenly spaced, among which neighbors are searched; null for 1,000."""
     patch: Annotated[str | None, Arg("ROW,COLUMN")] = None
@@ -205,17 +208,18 @@ def run_show(options: ShowOptions) -> None:
     check_new_picture(out)
     from sslvit.reports.show import show
 
-    is_run = options.what in ("reconstruct", "views")  # which need more than an encoder
+    is_run = options.what in ("reconstruct", "views", "schedule")  # which need more than an encoder
     for key in ("heads", "layout", "weights", "image_size", "palette") if is_run else ():
         if getattr(options, key, None) is not None:
+            of_released = " A released MAE is opened from Python: sslvit.show('reconstruct', load_mae(FILE), IMAGES)."
             raise ValueError(
-                f"show {options.what}: takes a run and no --{key.replace('_', '-')}. A released MAE is opened from "
-                "Python: sslvit.show('reconstruct', load_mae(FILE), IMAGES)."
+                f"show {options.what}: takes a run and no --{key.replace('_', '-')}."
+                f"{of_released if options.what == 'reconstruct' else ''}"
             )
     picture = show(
         options.what, options.encoder if is_run else load_scored(options), options.data, out, images=options.images,
         among=options.among, patch=options.patch, crop_fraction=options.crop_fraction if is_run else None,
-        size=options.size if is_run else None,
+        size=options.size if is_run else None, **options.changes,
     )  # fmt: skip
     files = {"figure": str(out)}
     if picture.numbers:

@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 
 from sslvit.commands.files import report
 from sslvit.commands.options import Options, Recipe, Reported, Resumable
-from sslvit.files import check_new_picture
 from sslvit.settings import EncoderSettings
 from sslvit.settings.choices import Arg
 from sslvit.settings.data import one_source
@@ -187,13 +186,10 @@ class PlanOptions(Reported, Recipe):
     """Memory of one GPU in GiB, which the plan is then made for; null for that of the GPUs of this machine."""
     measure: bool = False
     """Time some real steps on this machine."""
-    figure: Annotated[str | None, Arg("FILE")] = None
-    """PNG file for a plot of learning rate, weight decay and the task's own schedules."""
 
 
 def run_plan(options: PlanOptions) -> None:
     """Compute what a run would be, and print it."""
-    check_new_picture(options.figure)
     if options.images is not None and options.data is not None:
         raise ValueError("--images and --data: give one, a number of images or the images.")
     if not 0 < options.utilization <= 1:
@@ -207,7 +203,7 @@ def run_plan(options: PlanOptions) -> None:
 
     found = plan(
         options.config, one_source(options.data), options.images, options.classes, options.tflops, options.utilization,
-        options.memory_gib, options.measure, options.figure, **options.changes,
+        options.memory_gib, options.measure, **options.changes,
     )  # fmt: skip
     report(options, found.text(), found.to_dict())
 

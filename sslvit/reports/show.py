@@ -33,6 +33,7 @@ from sslvit.messages import for_python
 from sslvit.models import Backbone, Encoder, ViTEncoder, make_encoder, require_transformer
 from sslvit.models.mae import MAEModel
 from sslvit.progress import track
+from sslvit.reports.schedule import plot_schedule
 from sslvit.reports.views import plot_views
 from sslvit.results import Result
 from sslvit.settings import EncoderSettings
@@ -46,7 +47,9 @@ from sslvit.train.pictures import attention_rows
 
 PCA_TITLES = ["input", "three principal\ncomponents"]
 FIELD_COLUMNS = 4  # number of blocks whose receptive fields are plotted
-Shown = Literal["attention", "distance", "field", "neighbors", "pca", "similarity", "reconstruct", "views"]
+Shown = Literal["attention", "distance", "field", "neighbors", "pca", "similarity", "reconstruct", "views", "schedule"]
+OF_RECIPES = ("views", "schedule")
+IMAGES = 8  # of a picture
 
 
 @dataclass(repr=False)
@@ -90,32 +93,37 @@ class Picture(Result):
 def show(
     what: Shown,
     encoder: EncoderLike,
-    data: DataLike,
+    data: DataLike | None = None,
     output: str | Path | None = None,
     *,
-    images: int = 8,
+    images: int | None = None,
     among: int | None = None,
     patch: str | Sequence[int] | None = None,
     crop_fraction: float | None = None,
     size: Size | None = None,
+    **changes: Any,
 ) -> Picture:
-    """Plot what an encoder does with images.
+    """Plot what an encoder does with images, or what a recipe would do.
 
     Args:
         what: attention (of the class token), distance (of each head's attention), field (the pixels that reach a
             patch), neighbors (the images whose features are nearest), pca (principal components of the patches'
             features as colors), similarity (of one patch's features to those of all patches), reconstruct (what a run
-            of MAE makes of the patches that it sees) or views (what a recipe feeds to its model).
+            of MAE makes of the patches that it sees), views (what a recipe feeds to its model) or schedule (a recipe's
+            learning rate and whatever else it changes over the epochs).
         encoder: An encoder, any module that makes a vector 'b d' of images, or what `load_encoder` takes; for
-            reconstruct a run of MAE or its model (sslvit.tasks.released.load_mae), and for views a recipe or a run.
-        data: Shards, a folder of images, or a data set (as in `pretrain`).
+            reconstruct a run of MAE or its model (sslvit.tasks.released.load_mae), and for views and schedule a recipe
+            or a run.
+        data: Shards, a folder of images, or a data set (as in `pretrain`); a schedule needs none where the recipe gives
+            its batch and its epochs.
         output: PNG file for the picture; None for none.
-        images: Number of images, evenly spaced.
+        images: Number of images, evenly spaced; None for 8.
         among: Number of images, evenly spaced, among which neighbors are searched; None for 1,000.
         patch: Row and column of the patch whose similarity is shown, (3, 4) or "3,4", from 0 at the top left; None for
             the middle one.
         crop_fraction: Fraction of the center crop's sides that is seen; None for the encoder's own.
         size: Size in pixels that images are seen at, 64 or "48x64"; None for the encoder's own.
+        changes: Other settings of the recipe, as in `pretrain`, for views and schedule.
 
     Returns:
         The picture, which a notebook shows, and of distances the numbers.
@@ -139,8 +147,18 @@ def show(
         raise ValueError("--patch is for show similarity.")
     place = None if patch is None else read_patch(patch)
     check_new_picture(output)
-    if what == "views":
-        return _show_views(encoder, path_of(data), output, images, crop_fraction, size)
+    if what in OF_RECIPES:
+        for name, value in (("size", size), ("crop-fraction", crop_fraction)):
+            if value is not None:
+                raise ValueError(f"--{name} is for pictures of an encoder; show {what} is of training.")
+        if what == "schedule" and images is not None:
+            raise ValueError("--images is for pictures of images; a schedule takes the images themselves.")
+        return _show_recipe(what, encoder, data if data is None else path_of(data), output, images or IMAGES, changes)
+    if changes:
+        raise ValueError(f"{next(iter(changes))}: settings of a recipe are for show views and show schedule.")
+    if data is None:
+        raise ValueError(f"show {what}: name shards or a folder of images.")
+    images = images or IMAGES
     model = _load_decoder(encoder) if what == "reconstruct" else None
     network = open_encoder(encoder if model is None else model.encoder, crop_fraction, size)
     source, numbers = path_of(data), {}
@@ -183,19 +201,23 @@ def _load_decoder(source: EncoderLike) -> MAEModel:
     return load_mae(expand_path(os.fspath(source)))
 
 
-def _show_views(
-    config: EncoderLike, source: str, output: str | Path | None, images: int, crop_fraction: float | None,
-    size: Size | None,
-) -> Picture:  # fmt: skip
-    """The picture of what a recipe, or the settings of a run, feed to a model."""
+def _show_recipe(
+    what: str, config: EncoderLike, source: str | None, output: str | Path | None, images: int, changes: dict[str, Any]
+) -> Picture:
+    """The picture of what a recipe, or the settings of a run, would do."""
     if not isinstance(config, (str, os.PathLike)):
-        raise ValueError("show views: takes a recipe, a YAML file or a run folder; an encoder does not say its views.")
-    if crop_fraction is not None or size is not None:
-        raise ValueError("show views: shows what training sees, which neither --size nor --crop-fraction changes.")
+        raise ValueError(f"show {what}: takes a recipe, a YAML file or a run folder; an encoder does not tell it.")
     run = RunFolder(expand_path(os.fspath(config)))
-    settings = load_recipe(run.config if run.is_run else os.fspath(config))
+    settings = load_recipe(run.config if run.is_run else os.fspath(config), changes)
     with tempfile.TemporaryDirectory(prefix="sslvit-show-") as folder:
-        picture = Picture(plot_views(settings, source, Path(folder) / "picture.png", images).read_bytes())
+        file = Path(folder) / "picture.png"
+        if what == "schedule":
+            plot_schedule(settings, source, file)
+        elif source is not None:
+            plot_views(settings, source, file, images)
+        else:
+            raise ValueError("show views: name shards or a folder of images.")
+        picture = Picture(file.read_bytes())
     if output is not None:
         picture.save(output)
     return picture

@@ -7,24 +7,19 @@ those of every matrix product of the step, forward and backward; memory is the m
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-import numpy as np
 import torch
 
 from sslvit.data.mixture import Index
 from sslvit.data.stream import StreamIndex
-from sslvit.figures import plot_curves
 from sslvit.models.transformer import Block
 from sslvit.run_plan import RunPlan
 from sslvit.settings import RunSettings
-from sslvit.tasks.base import Task
 from sslvit.train.fake_step import FakeStep
 from sslvit.train.hardware import trains_on_gpu
 
 # TFLOP/s of 16-bit matrix products without sparsity (NVIDIA's data sheets)
 PEAKS = {"h200": 989.0, "h100pcie": 756.0, "h100": 989.0, "a100": 312.0, "l40s": 362.0, "rtx4090": 165.0, "v100": 125.0}
-POINTS = 400  # of a schedule's curve
 
 
 @dataclass
@@ -189,13 +184,3 @@ def peak_of_gpu() -> dict[str, float] | None:
     """Name and TFLOP/s of the GPU of this machine; None where there is none, or nothing is known of it."""
     name = torch.cuda.get_device_name().lower().replace(" ", "") if torch.cuda.is_available() else ""
     return next(({key: tflops} for key, tflops in PEAKS.items() if key in name), None)
-
-
-def plot_schedules(task: Task, path: Path) -> Path:
-    """Everything of the task that changes with the step: rate, weight decay, and a task's own."""
-    steps = np.unique(np.linspace(0, task.run.total_steps - 1, POINTS).astype(int)).tolist()
-    named = {name.removesuffix("_at"): getattr(task, name) for name in dir(type(task)) if name.endswith("_at")}
-    lines = {name.replace("_", " "): [at(step) for step in steps] for name, at in named.items()}
-    shares = {f"{name} (up to {max(values):.3g})": (steps, [value / (max(values) or 1) for value in values])
-              for name, values in lines.items()}  # fmt: skip
-    return plot_curves(path, shares, "optimizer step", "share of the largest value", "schedules")

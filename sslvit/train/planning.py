@@ -16,7 +16,7 @@ from sslvit.environment import cpu_cores, pick_workers
 from sslvit.results import Result
 from sslvit.run_plan import RunPlan
 from sslvit.settings import RunSettings
-from sslvit.train.forecast import PEAKS, Forecast, forecast, peak_of_gpu, plan_step, plot_schedules
+from sslvit.train.forecast import PEAKS, Forecast, forecast, peak_of_gpu, plan_step
 from sslvit.train.hardware import cpu_memory, gpu_memory, trains_on_gpu
 from sslvit.train.length import cpu_seconds, duration, fit_length
 from sslvit.train.micro_batch import MicroBatch, choose_micro_batch
@@ -101,7 +101,6 @@ class PlannedRun(Result):
         micro_batch: What `train.micro_batch_size: auto` would take; None where it was not asked.
         measured: Real steps, where they were asked for.
         notes: What else is to be said, by topic.
-        figure: PNG of the schedules, where it was asked for.
     """
 
     forecast: Forecast
@@ -110,7 +109,6 @@ class PlannedRun(Result):
     micro_batch: MicroBatch | None
     measured: TimedSteps | None
     notes: dict[str, str] = field(default_factory=dict)
-    figure: str | None = None
 
     def text(self) -> str:
         """For a reader."""
@@ -120,7 +118,7 @@ class PlannedRun(Result):
         named += [("measured", self.measured.text())] if self.measured else []
         named += [("time", f"{duration(pace.seconds)} on {pace.hardware} ({pace.basis})") for pace in self.paces]
         lines = [f"{topic:<12} {text}" for topic, text in named]
-        return "\n".join([self.forecast.text(), *lines, *([self.figure] if self.figure else [])])
+        return "\n".join([self.forecast.text(), *lines])
 
     def __repr__(self) -> str:
         return self.text()
@@ -135,14 +133,13 @@ class PlannedRun(Result):
             "auto_micro_batch_size": self.micro_batch and self.micro_batch.size,
             "loading": self.loading and asdict(self.loading) | {"is_enough": self.loading.is_enough},
             "measured": self.measured and self.measured.to_dict(),
-            "notes": self.notes, "figure": self.figure,
+            "notes": self.notes,
         }  # fmt: skip
 
 
 def plan(
     settings: RunSettings, data: str | Path | None = None, images: int | None = None, classes: int | None = None,
     tflops: float | None = None, utilization: float = 0.35, memory_gib: float | None = None, measure: bool = False,
-    figure: str | Path | None = None,
 ) -> PlannedRun:  # fmt: skip
     """What a run with these settings would be.
 
@@ -155,7 +152,6 @@ def plan(
         utilization: Assumed fraction of the peak that is used.
         memory_gib: Memory of one GPU, which the plan is then made for.
         measure: Time some real steps on this machine.
-        figure: PNG to plot the schedules to.
 
     Raises:
         ValueError: settings that cannot run, no number of images, or fewer than a batch.
@@ -234,9 +230,13 @@ def plan(
             basis = f"{peak:g} TFLOP/s, {utilization:.0%} used"
             paces.append(Pace(f"{found.run.ranks} x {name}", basis, seconds, total_images / seconds))
     return PlannedRun(
-        found, paces, loading_of(settings, examples, paces[0].images_per_second, on_gpu), chosen, measured, notes,
-        str(plot_schedules(step.task, Path(figure))) if figure else None,
-    )  # fmt: skip
+        found,
+        paces,
+        loading_of(settings, examples, paces[0].images_per_second, on_gpu),
+        chosen,
+        measured,
+        notes,
+    )
 
 
 def loading_of(settings: RunSettings, examples: Examples, images_per_second: float, on_gpu: bool) -> Loading:

@@ -1,0 +1,57 @@
+"""What a recipe schedules: learning rate, weight decay, and a task's own values such as DINO's momentum."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from sslvit.data.examples import Examples
+from sslvit.data.open import shard_cache
+from sslvit.figures import plot_curves
+from sslvit.settings import RunSettings
+from sslvit.train.forecast import plan_step
+
+POINTS = 400  # of a curve
+STEPS_PER_EPOCH = 1000  # of a recipe that is shown without images; the curves over epochs are the same with more
+
+
+def plot_schedule(settings: RunSettings, source: str | None, out: str | Path) -> Path:
+    """Plot each value over the epochs of a run, as a fraction of its largest value.
+
+    Args:
+        settings: Settings of the run.
+        source: Shards or a folder of images, which is looked at and not packed; None where the settings give batch
+            and epochs.
+        out: PNG file.
+
+    Raises:
+        ValueError: A length or a batch that depends on the images or on the machine.
+    """
+    train, batch = settings.train, settings.data.global_batch_size
+    if train.budget is not None and train.steps is None:
+        raise ValueError(
+            f"show schedule: train.budget {train.budget} is a number of steps that is measured before the run. Give "
+            "one with --train.steps."
+        )
+    if source is not None:
+        examples = Examples.open(source, shard_cache(settings.data))
+        classes = examples.classes
+        images = settings.data.images_of(examples.images, examples.location, classes)
+    elif train.steps is not None:
+        raise ValueError("show schedule: how many epochs train.steps are depends on the images. Name them.")
+    elif batch is None or train.epochs is None:
+        key = "data.global_batch_size" if batch is None else "train.epochs"
+        raise ValueError(f"show schedule: {key} is null here and suits itself to the images. Name them, or give {key}.")
+    else:
+        images, classes = STEPS_PER_EPOCH * batch, 2
+    task = plan_step(settings, images, classes).task
+    steps = np.unique(np.linspace(0, task.run.total_steps - 1, POINTS).astype(int)).tolist()
+    epochs = [step / task.run.steps_per_epoch for step in steps]
+    curves = {}
+    for name in sorted(name for name in dir(type(task)) if name.endswith("_at")):
+        values = [getattr(task, name)(step) for step in steps]
+        largest = max(values)
+        label = f"{name.removesuffix('_at').replace('_', ' ')} (up to {largest:.3g})"
+        curves[label] = (epochs, [value / (largest or 1) for value in values])
+    return plot_curves(out, curves, "epoch", "fraction of the largest value")
