@@ -29,34 +29,30 @@ class Counts:
 
     Args:
         keys: context x colors + color of the pairs that occurred, sorted.
-        counts: count of each key.
-        contexts: contexts that occurred, sorted.
-        totals: count of each context.
-        distinct: number of different colors that followed each context.
+        before: number of pairs with a smaller key than each of these; the last entry is the number of all pairs.
         colors: number of colors in the palette.
     """
 
     keys: np.ndarray
-    counts: np.ndarray
-    contexts: np.ndarray
-    totals: np.ndarray
-    distinct: np.ndarray
+    before: np.ndarray
     colors: int
 
     @classmethod
     def from_pairs(cls, context: np.ndarray, color: np.ndarray, colors: int) -> Counts:
         """Count the colors that follow each context."""
         keys, counts = np.unique(context * colors + color, return_counts=True)
-        contexts, first = np.unique(keys // colors, return_index=True)
-        return cls(keys, counts, contexts, np.add.reduceat(counts, first), np.diff([*first, len(keys)]), colors)
+        return cls(keys, np.append(0, np.cumsum(counts)), colors)
 
     def look_up(self, context: np.ndarray, color: np.ndarray) -> PixelCounts:
         """The counts of each pixel's context and color."""
-        index = _find(self.keys, context * self.colors + color)
-        counts = np.where(index >= 0, self.counts[index], 0)
-        index = _find(self.contexts, context)
-        totals, distinct = (np.where(index >= 0, values[index], 0) for values in (self.totals, self.distinct))
-        return PixelCounts(counts, totals, distinct)
+        first = context * self.colors
+        counts, _ = self._count(first + color, first + color + 1)
+        return PixelCounts(counts, *self._count(first, first + self.colors))
+
+    def _count(self, first: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Number of pairs, and of different ones, whose keys are `first` or more and less than `end`."""
+        start, stop = np.searchsorted(self.keys, first), np.searchsorted(self.keys, end)
+        return self.before[stop] - self.before[start], stop - start
 
 
 @dataclass
@@ -197,9 +193,3 @@ def palette_images(model: IGPTModel, data: LabeledSet) -> np.ndarray:
         bad |= batch.unreadable
     data.account_for(torch.cat(samples), bad)
     return np.concatenate(pieces)
-
-
-def _find(sorted_values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """The index of each wanted value, -1 where it does not occur."""
-    index = np.minimum(np.searchsorted(sorted_values, wanted), len(sorted_values) - 1)
-    return np.where(sorted_values[index] == wanted, index, -1)
