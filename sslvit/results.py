@@ -8,6 +8,7 @@ from typing import Any
 
 from sslvit.files import printable
 
+NUMBERS = ("-", "–", "nan", "inf")  # with what a cell of numbers begins that does not begin with a digit
 MAX_CHARACTERS = 10_000  # largest length of an untrusted text in a table or a page
 
 
@@ -42,7 +43,7 @@ def text_table(titles: Sequence[object], rows: Iterable[Sequence[object]]) -> st
     columns = []
     for title, *cells in zip(*lines, strict=True):
         width = max(map(len, (title, *cells)))
-        side = ">" if all(cell[:1].isdigit() or cell[:1] in ("-", "–") for cell in cells) else "<"
+        side = ">" if all(cell[:1].isdigit() or cell.startswith(NUMBERS) for cell in cells) else "<"
         columns.append([f"{cell:{side}{width}}" for cell in (title, *cells)])
     return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +10,14 @@ from sslvit.evaluate.probe import SAME_DATA
 from sslvit.evaluate.scores import (
     Scores,
     columns_of,
+    csv_text,
     interval,
+    intervals,
     markdown_table,
     markdown_text,
     mean,
+    means,
     sampling_interval,
-    spreadsheet_cell,
 )
 from sslvit.evaluate.sources import LabeledSet
 from sslvit.figures import plot_bars
@@ -64,9 +64,8 @@ def write_tables(
         markdown += [f"## {markdown_text(data)}", "", markdown_table(rows), "", markdown_text(note), ""]
         content += [heading(data), table(rows), text(note)]
         if columns_of(rows):
-            means = {row: {column: mean(values) for column, values in of.items()} for row, of in rows.items()}
-            halves = {row: {column: interval(values) for column, values in of.items()} for row, of in rows.items()}
-            bars = plot_bars(folder / f"{printable(data)}.png", means, "top-1 accuracy (%)", data, halves)
+            file = folder / f"{printable(data)}.png"
+            bars = plot_bars(file, means(rows), "top-1 accuracy (%)", data, intervals(rows))
             content.append(picture(bars, "The same as bars, with the intervals."))
     spent: dict[str, float] = {}
     for result in {result.key: result for result in results}.values():  # rows may share one
@@ -103,12 +102,6 @@ def _about_in_words(about: dict[str, Any]) -> str:
 
 def _csv(cells: list[dict[str, Any]]) -> str:
     """The entries as lines; of the values only their number."""
-    lines = io.StringIO()
-    # quoted: where a semicolon separates cells, one in a name must not begin another
-    writer = csv.writer(lines, quoting=csv.QUOTE_NONNUMERIC)
     titles = ["data", "row", "column", "mean", "interval", "values", "seconds"]
-    writer.writerow(titles)
-    for cell in cells:
-        line = {key: cell[key] for key in titles} | {"values": len(cell["values"])}
-        writer.writerow([spreadsheet_cell(value) for value in line.values()])
-    return lines.getvalue()
+    lines = (cell | {"values": len(cell["values"])} for cell in cells)
+    return csv_text(titles, ([line[key] for key in titles] for line in lines))

@@ -25,7 +25,7 @@ from sslvit.data.views import Views
 from sslvit.environment import cpu_cores, require_packages
 from sslvit.evaluate.layers import HELD_OUT, LayerTable, plot_layers, probe_layers
 from sslvit.evaluate.probe import LINEAR, ProbeTable, probe
-from sslvit.evaluate.scores import interval
+from sslvit.evaluate.scores import intervals
 from sslvit.exporters import export_encoder
 from sslvit.figures import plot_bars, plot_curves
 from sslvit.files import to_json, write_atomically
@@ -128,7 +128,7 @@ def demo(
         table.rows,
         "top-1 accuracy (%)",
         "Probes of frozen features",
-        {row: {column: interval(draws) for column, draws in of.items()} for row, of in table.scores.items()},
+        intervals(table.scores),
     )
     curves = plot_progress({NAMES[task]: run for task, run in runs.items()}, folder / "figures")
     seconds = time.monotonic() - start

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import logging
 import math
@@ -14,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sslvit.evaluate.scores import spreadsheet_cell
+from sslvit.evaluate.scores import csv_text
 from sslvit.files import expand_path, explain_os_error, printable, quoted, write_atomically
 from sslvit.locks import is_locked
 from sslvit.messages import for_python
@@ -119,14 +117,9 @@ class RunList(Result):
         Raises:
             WriteError: The disk is full or cannot be written to.
         """
-        names, lines = self.score_names, io.StringIO()
-        writer = csv.writer(lines, quoting=csv.QUOTE_NONNUMERIC)
-        columns = [name for name in RunSummary.__dataclass_fields__ if name != "scores"]
-        writer.writerow([*columns, *names])
-        for run in self.found:
-            values = [getattr(run, column) for column in columns] + [run.scores.get(name) for name in names]
-            writer.writerow(["" if value is None else spreadsheet_cell(value) for value in values])
-        write_atomically(path, lines.getvalue())
+        names, columns = self.score_names, [name for name in RunSummary.__dataclass_fields__ if name != "scores"]
+        lines = ([*(getattr(run, column) for column in columns), *map(run.scores.get, names)] for run in self.found)
+        write_atomically(path, csv_text([*columns, *names], lines))
 
 
 @for_python
