@@ -223,10 +223,7 @@ def _measured(encoders: dict[str, Encoder], data: str, images: int, settings: Pr
     first = next(iter(encoders.values())).settings
     subset = evenly_spaced(len(index), images)
     seen = LabeledSet(index, first.channels, subset, settings.max_unreadable_fraction)
-    rows = measure_health(
-        encoders, seen, settings.layer, settings.pooling, settings.batch, settings.workers, settings.seed,
-        settings.precision,
-    )  # fmt: skip
+    rows = measure_health(encoders, seen, settings)
     about = f"without labels, on {seen.count_text} of {index.location}\neach image: "
     return MeasureTable(rows, about + view_in_words(first, settings.precision), 3)
 
