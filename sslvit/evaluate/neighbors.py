@@ -91,13 +91,17 @@ def features_of(encoder: Encoder, reader: ShardReader, samples: np.ndarray) -> t
 def plot_neighbors(encoder: Encoder, reader: ShardReader, found: Neighbors, path: str | Path) -> Path:
     """Plot each image in a row with its neighbors, as the encoder sees them."""
     numbers = np.concatenate([found.queries[:, None], found.samples], axis=1)
-    flat = numbers.reshape(-1)
-    batch = make_batch(reader, _views(encoder), flat, np.zeros_like(flat))
-    pixels = batch.views[0].float().div(255).clamp(0, 1).numpy()
-    rows = list(pixels.reshape(*numbers.shape, *pixels.shape[1:]))
+    rows = [center_pixels(encoder, reader, row) for row in numbers]
     captions = [["image", *(f"{value:.2f}" for value in values)] for values in found.similarity]
     title = f"the nearest of {found.searched:,} images, by the cosine similarity of their features"
     return plot_images(path, rows, [""] * len(rows), title, captions)
+
+
+def center_pixels(encoder: Encoder, reader: ShardReader, samples: np.ndarray) -> np.ndarray:
+    """What an encoder sees of some images, 'n c h w' in [0, 1]."""
+    batch = make_batch(reader, _views(encoder), samples, np.zeros_like(samples))
+    pixels: np.ndarray = batch.views[0].float().div(255).clamp(0, 1).numpy()
+    return pixels
 
 
 def _views(encoder: Encoder) -> Views:
