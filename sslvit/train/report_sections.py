@@ -11,7 +11,6 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ import yaml
 
 from sslvit.evaluate.scores import Scores
 from sslvit.pages.charts import line_chart, parts_chart
-from sslvit.pages.page import figure_row, heading, picture, table, text, text_rows
+from sslvit.pages.page import figure_row, heading, is_plain, picture, table, text, text_rows
 from sslvit.settings.build import build
 from sslvit.settings.load import MADE_BY, YAML_ERRORS, by_dotted_key
 from sslvit.settings.run import RunSettings
@@ -53,7 +52,6 @@ CAPTIONS = {
 }
 PLOTTED_AS_CHARTS = ("loss",)  # pictures that the charts of a page show as well
 MAX_REASONS = 10
-MAX_BYTES = 2**25  # of a file of scores
 
 
 @dataclass
@@ -104,9 +102,8 @@ def facts(named: Named) -> list[str]:
 
 def _facts_of(files: RunFiles) -> dict[str, object]:
     folder, run, history = files.folder, files.summary, files.history
-    description = read_json(folder.encoder / "encoder.json") or {}
-    provenance = description.get("provenance")
-    data = provenance.get("data") if isinstance(provenance, dict) else None
+    data = _get(read_json(folder.encoder / "encoder.json"), "provenance", "data")
+    samples = _get(data, "samples")
     made = _made_by(folder)
     first = made[0] if made else {}
     versions = first.get("versions")
@@ -117,8 +114,8 @@ def _facts_of(files: RunFiles) -> dict[str, object]:
     facts: dict[str, object] = {
         "task": run.task, "state": run.state, "page written": f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
         "health": run.health, "data": run.data,
-        "images": f"{data['samples']:,}" if isinstance(data, dict) and isinstance(data.get("samples"), int) else None,
-        "data fingerprint": data.get("fingerprint") if isinstance(data, dict) else None,
+        "images": f"{samples:,}" if isinstance(samples, int) else None,
+        "data fingerprint": _get(data, "fingerprint"),
         "encoder": None if run.width is None else f"{run.depth} blocks of width {run.width}",
         "steps": f"{run.steps:,} of {run.total_steps:,}" if run.total_steps else f"{run.steps:,}",
         "images seen": f"{run.steps * batch:,}" if isinstance(batch, int) else None,
@@ -164,7 +161,7 @@ def settings(named: Named) -> list[str]:
         values = [settings.get(key, "–") for settings in of_runs.values()]
         differ = len({json.dumps(value, sort_keys=True, default=str) for value in values}) > 1
         usual = [of.get(key, "–") for of in defaults]
-        if key in ("out",) or (values == usual and not differ):
+        if key == "out" or (values == usual and not differ):
             continue
         if differ:
             changed.append(len(rows))
@@ -181,13 +178,10 @@ def settings(named: Named) -> list[str]:
 def _defaults(config: dict[str, Any]) -> dict[str, Any]:
     """Settings of a run of the same task and view about which nothing was said."""
     tree: dict[str, Any] = {"data": {"shards": "-"}}
-    for section, key in (("task", "name"), ("data.view", "kind")):
-        if isinstance(value := _get(config, *section.split("."), key), str):
-            *above, last = section.split(".")
-            place = tree
-            for part in above:
-                place = place.setdefault(part, {})
-            place[last] = {key: value}
+    if isinstance(task := _get(config, "task", "name"), str):
+        tree["task"] = {"name": task}
+    if isinstance(view := _get(config, "data", "view", "kind"), str):
+        tree["data"]["view"] = {"kind": view}
     try:
         return by_dotted_key(asdict(build(RunSettings, tree)))
     except (ValueError, TypeError):  # a task or a view from outside the package
@@ -208,24 +202,17 @@ def scores(named: Named) -> list[str]:
     made = []
     for name, files in named.items():
         for file in sorted(files.folder.path.glob("*.json")):
-            content = read_json(file) if _is_readable(file) else None
+            content = read_json(file) if is_plain(file) else None
             if content is None:
                 continue
             if file == files.folder.scores and isinstance(content.get("top1"), float):
                 made.append(text(f"{name}, {file.name}: {files.folder.scores_in_words()}"))
             elif rows := _rows(content):
-                about = content.get("about")
-                val = about.get("val") if isinstance(about, dict) else None
-                count = about.get("val_images") if isinstance(about, dict) else None
-                what = "top-1 accuracy (%)" if isinstance(about, dict) and "probed" in about else "scores"
-                on = f" on {count:,} images of {val}" if isinstance(count, int) else ""
+                count = _get(content, "about", "val_images")
+                what = "scores" if _get(content, "about", "probed") is None else "top-1 accuracy (%)"
+                on = f" on {count:,} images of {_get(content, 'about', 'val')}" if isinstance(count, int) else ""
                 made += [text(f"{name}, {file.name}: {what}{on}"), table(rows)]
     return [heading("Scores"), *made] if made else []
-
-
-def _is_readable(file: Path) -> bool:
-    """Whether a file of a folder, which may come from others, is a plain one of a reasonable size."""
-    return file.is_file() and not file.is_symlink() and file.stat().st_size <= MAX_BYTES
 
 
 def _rows(content: dict[str, Any]) -> Scores:
@@ -303,7 +290,7 @@ def exports(named: Named) -> list[str]:
     for name, files in named.items():
         path = files.folder.path
         for file in sorted([*path.glob("*/verdict.json"), *path.glob("*/*/verdict.json")]):
-            if _is_readable(file) and (found := read_json(file)) is not None:
+            if is_plain(file) and (found := read_json(file)) is not None:
                 inside = file.parent.relative_to(path)
                 said = "; ".join(
                     f"{key} {value}" for key, value in found.items() if isinstance(value, (str, float, int))
