@@ -46,7 +46,7 @@ class Measurement:
 def write_tables(
     settings: BenchSettings, sets: dict[str, tuple[LabeledSet, LabeledSet]], tables: dict[str, Scores],
     results: list[Measurement],
-) -> dict[str, Path]:  # fmt: skip
+) -> list[Path]:  # fmt: skip
     """Write all tables into the folder of a bench, and return the files."""
     folder = Path(settings.out or "")
     markdown: list[str] = []
@@ -91,7 +91,7 @@ def write_tables(
     for name, written in files.items():
         write_atomically(folder / name, written)
     page = write_page(folder / "report.html", "sslvit bench", content, "bench")
-    return {"page": page, **{name: folder / name for name in files}}
+    return [page, *(folder / name for name in files)]
 
 
 def _about_in_words(about: dict[str, Any]) -> str:
