@@ -168,7 +168,7 @@ def show(
             elif what == "similarity":
                 plot_similarity(transformer, seen, file, place)
             else:
-                numbers = plot_distance(transformer, seen, file)[1]
+                numbers = plot_distance(transformer, seen, file)
         picture = Picture(file.read_bytes(), numbers=numbers)
     if output is not None:
         picture.save(output)
@@ -237,23 +237,22 @@ def plot_similarity(encoder: ViTEncoder, images: Tensor, out: str | Path, place:
     return plot_images(out, [pixels, overlay_heat(pixels, similarity)], titles)
 
 
-def plot_distance(
-    encoder: ViTEncoder, images: Tensor, out: str | Path, seed: int = 0
-) -> tuple[Path, dict[str, dict[str, list[list[float]]]]]:
+def plot_distance(encoder: ViTEncoder, images: Tensor, out: str | Path) -> dict[str, dict[str, list[list[float]]]]:
     """Plot mean attention distance and entropy of every head against depth, beside those of the untrained network.
 
     Returns:
-        The PNG, and the numbers: network -> measure -> layers x heads.
+        The numbers: network -> measure -> layers x heads.
     """
     numbers = {}
-    for name, network in (("trained", encoder), ("untrained", untrained(encoder, seed))):
+    for name, network in (("trained", encoder), ("untrained", untrained(encoder, seed=0))):
         distance, entropy = attention_measures(network, images)
         numbers[name] = {"distance_pixels": distance.tolist(), "entropy_nats": entropy.tolist()}
     panels = {
         "mean attention distance in pixels": {name: of["distance_pixels"] for name, of in numbers.items()},
         "entropy of the attention in nats": {name: of["entropy_nats"] for name, of in numbers.items()},
     }
-    return plot_points(out, panels, "block"), numbers
+    plot_points(out, panels, "block")
+    return numbers
 
 
 def plot_field(encoder: Encoder, images: Tensor, out: str | Path, seed: int = 0) -> Path:
