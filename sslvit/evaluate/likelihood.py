@@ -23,25 +23,18 @@ DISCOUNTS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9)
 LEFT_WEIGHTS = (0.3, 0.4, 0.5, 0.6, 0.7)
 
 
-@dataclass
 class Counts:
     """How often each color followed each context.
 
-    Args:
+    Attributes:
         keys: context x colors + color of the pairs that occurred, sorted.
         before: number of pairs with a smaller key than each of these; the last entry is the number of all pairs.
         colors: number of colors in the palette.
     """
 
-    keys: np.ndarray
-    before: np.ndarray
-    colors: int
-
-    @classmethod
-    def from_pairs(cls, context: np.ndarray, color: np.ndarray, colors: int) -> Counts:
-        """Count the colors that follow each context."""
-        keys, counts = np.unique(context * colors + color, return_counts=True)
-        return cls(keys, np.append(0, np.cumsum(counts)), colors)
+    def __init__(self, context: np.ndarray, color: np.ndarray, colors: int) -> None:
+        self.keys, counts = np.unique(context * colors + color, return_counts=True)
+        self.before, self.colors = np.append(0, np.cumsum(counts)), colors
 
     def look_up(self, context: np.ndarray, color: np.ndarray) -> PixelCounts:
         """The counts of each pixel's context and color."""
@@ -92,8 +85,8 @@ class NGramTable:
         self.colors = colors
         left, upper, color = self.contexts_of(images)
         self.unigram = (np.bincount(color, minlength=colors) + 1) / (len(color) + colors)
-        self.by_left, self.by_upper = Counts.from_pairs(left, color, colors), Counts.from_pairs(upper, color, colors)
-        self.by_both = Counts.from_pairs(left * (colors + 1) + upper, color, colors)
+        self.by_left, self.by_upper = Counts(left, color, colors), Counts(upper, color, colors)
+        self.by_both = Counts(left * (colors + 1) + upper, color, colors)
 
     def contexts_of(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Left neighbor, upper neighbor and color of every pixel."""
