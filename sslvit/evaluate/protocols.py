@@ -195,15 +195,12 @@ def _dino(
     if run is None:
         return None
     lr = protocol.base_lr * run.batch / 256
-    grid = HeadGrid.initialize([readouts], run.widths(val, [readouts]), [lr], context.classes, seed, context.device)
-    scores = []
-    for epoch in range(math.ceil(run.steps / run.per_epoch)):  # the rate changes by epoch, as in the released code
-        factor = cosine(epoch, 1.0, 0.0, run.steps / run.per_epoch)
-
-        def factor_at(step: int, factor: float = factor) -> float:
-            return factor
-
-        grid.fit(islice(run.batches, run.per_epoch), factor_at, protocol.momentum)
+    grid = HeadGrid([readouts], run.width(val), [lr], context.classes, seed, context.device)
+    epochs, scores = run.steps / run.per_epoch, []
+    for _ in range(math.ceil(epochs)):
+        batches = islice(run.batches, run.per_epoch)
+        # the rate changes by epoch, as in the released code
+        grid.fit(batches, lambda step: cosine(step // run.per_epoch, 1.0, 0.0, epochs), protocol.momentum)
         scores.append(float(grid.accuracies(val)[0, 0]))
     about = run.about() | {"effective lr": lr, "optimizer": "SGD", "weight decay": 0, "reported": "the last epoch"}
     return LinearResult(scores[-1], about, paper_rule=max(scores))
@@ -227,7 +224,7 @@ def _dinov2(
         return None
     factor = run.batch / 256
     lrs = [lr * factor for lr in protocol.lrs]
-    grid = HeadGrid.initialize(features, run.widths(val, features), lrs, context.classes, seed, context.device)
+    grid = HeadGrid(features, run.width(val), lrs, context.classes, seed, context.device)
     grid.fit(run.batches, lambda step: cosine(step, 1.0, 0.0, run.steps), protocol.momentum)
     trial = grid.accuracies(center[is_held_out])
     best = divmod(int(trial.argmax()), len(lrs))
@@ -299,10 +296,9 @@ class _SGDRun:
         for epoch in count():
             yield context.extractor.run(context.source, context.train, readouts, view, epoch, seed)
 
-    def widths(self, features: Features, of: list[list[Readout]]) -> dict[Readout, int]:
-        """Columns of each readout: all are as wide as the encoder, except raw pixels."""
-        readouts = {readout for readouts in of for readout in readouts}
-        return dict.fromkeys(readouts, features.values.shape[1] // len(readouts))
+    def width(self, features: Features) -> int:
+        """Columns of each readout: all are as wide as the encoder, except raw pixels, which have one readout."""
+        return features.values.shape[1] // len(self.readouts)
 
     def about(self) -> dict[str, Any]:
         """The settings in force."""

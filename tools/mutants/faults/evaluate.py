@@ -113,8 +113,8 @@ FAULTS = [
           "lrs = torch.tensor(self.lrs, device=device).repeat_interleave(self.classes)",
           "lrs = torch.tensor(self.lrs[:1] * len(self.lrs), device=device).repeat_interleave(self.classes)",
           "test_protocols.py"),
-    fault("A grid's first weights are larger", "sgd_probe.py", "generator=generator) * 0.01).to(device)",
-          "generator=generator) * 0.1).to(device)", "test_protocols.py"),
+    fault("A grid's first weights are larger", "sgd_probe.py", "generator=generator) * 0.01 for",
+          "generator=generator) * 0.1 for", "test_protocols.py"),
     fault("The batch norm of MAE's head has the usual epsilon", "sgd_probe.py", "affine=False, eps=1e-6)",
           "affine=False)", "test_protocols.py"),
     # passes and what is kept
