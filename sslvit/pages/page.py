@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 
 from sslvit.evaluate.scores import Scores, columns_of, format_score, mean
@@ -122,13 +122,10 @@ def table(rows: Scores) -> str:
     return f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
 
 
-def text_rows(titles: Sequence[object], rows: Iterable[Sequence[object]], changed: Iterable[int] = ()) -> str:
+def text_rows(titles: Sequence[object], rows: Iterable[Sequence[object]], changed: Container[int] = ()) -> str:
     """A table of text; the rows of these numbers stand out."""
-    made = html_table(titles, rows).replace("<table>", '<div class="wide"><table class="words">') + "</div>"
-    marked, body = set(changed), iter(range(10**9))
-    head, separator, rest = made.partition("<tbody>")
-    rest = re.sub(r"<tr>", lambda _: '<tr class="changed">' if next(body) in marked else "<tr>", rest)
-    return head + separator + rest
+    made = html_table(titles, rows, changed)
+    return made.replace("<table>", '<div class="wide"><table class="words">') + "</div>"
 
 
 def picture(path: Path, caption: str) -> str:
