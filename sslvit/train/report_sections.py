@@ -23,7 +23,7 @@ from sslvit.settings.build import build
 from sslvit.settings.load import MADE_BY, YAML_ERRORS, by_dotted_key
 from sslvit.settings.run import RunSettings
 from sslvit.train.folder import RunFolder, read_json, read_lines
-from sslvit.train.runs import RunSummary, summarize
+from sslvit.train.runs import RunSummary, summarize, value_in
 
 # title of a chart -> label of its values, and the metrics that it may show; those of one chart have one unit
 CHARTS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -102,20 +102,20 @@ def facts(named: Named) -> list[str]:
 
 def _facts_of(files: RunFiles) -> dict[str, object]:
     folder, run, history = files.folder, files.summary, files.history
-    data = _get(read_json(folder.encoder / "encoder.json"), "provenance", "data")
-    samples = _get(data, "samples")
+    data = value_in(read_json(folder.encoder / "encoder.json"), "provenance.data")
+    samples = value_in(data, "samples")
     made = _made_by(folder)
     first = made[0] if made else {}
     versions = first.get("versions")
     speeds = history.get("time/images_per_second", np.array([]))
     speeds = speeds[np.isfinite(speeds)]
     epochs = history.get("epoch", np.array([]))
-    batch = _get(files.config, "data", "global_batch_size")
+    batch = value_in(files.config, "data.global_batch_size")
     facts: dict[str, object] = {
         "task": run.task, "state": run.state, "page written": f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
         "health": run.health, "data": run.data,
         "images": f"{samples:,}" if isinstance(samples, int) else None,
-        "data fingerprint": _get(data, "fingerprint"),
+        "data fingerprint": value_in(data, "fingerprint"),
         "encoder": None if run.width is None else f"{run.depth} blocks of width {run.width}",
         "steps": f"{run.steps:,} of {run.total_steps:,}" if run.total_steps else f"{run.steps:,}",
         "images seen": f"{run.steps * batch:,}" if isinstance(batch, int) else None,
@@ -126,7 +126,7 @@ def _facts_of(files: RunFiles) -> dict[str, object]:
         "started": first.get("date"), "host": first.get("host"), "command": first.get("command"),
         "resumed": f"{len(made) - 1} times" if len(made) > 1 else None,
         "software": ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else None,
-        "commit": _get(first, "commits", "sslvit"),
+        "commit": value_in(first, "commits.sslvit"),
     }  # fmt: skip
     return {key: value for key, value in facts.items() if value is not None}
 
@@ -142,12 +142,6 @@ def _made_by(folder: RunFolder) -> list[dict[str, Any]]:
         return []
     found = content.get(MADE_BY) if isinstance(content, dict) else None
     return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
-
-
-def _get(tree: Any, *keys: str) -> Any:
-    for key in keys:
-        tree = tree.get(key) if isinstance(tree, dict) else None
-    return tree
 
 
 def settings(named: Named) -> list[str]:
@@ -178,9 +172,9 @@ def settings(named: Named) -> list[str]:
 def _defaults(config: dict[str, Any]) -> dict[str, Any]:
     """Settings of a run of the same task and view about which nothing was said."""
     tree: dict[str, Any] = {"data": {"shards": "-"}}
-    if isinstance(task := _get(config, "task", "name"), str):
+    if isinstance(task := value_in(config, "task.name"), str):
         tree["task"] = {"name": task}
-    if isinstance(view := _get(config, "data", "view", "kind"), str):
+    if isinstance(view := value_in(config, "data.view.kind"), str):
         tree["data"]["view"] = {"kind": view}
     try:
         return by_dotted_key(asdict(build(RunSettings, tree)))
@@ -208,9 +202,9 @@ def scores(named: Named) -> list[str]:
             if file == files.folder.scores and isinstance(content.get("top1"), float):
                 made.append(text(f"{name}, {file.name}: {files.folder.scores_in_words()}"))
             elif rows := _rows(content):
-                count = _get(content, "about", "val_images")
-                what = "scores" if _get(content, "about", "probed") is None else "top-1 accuracy (%)"
-                on = f" on {count:,} images of {_get(content, 'about', 'val')}" if isinstance(count, int) else ""
+                count = value_in(content, "about.val_images")
+                what = "scores" if value_in(content, "about.probed") is None else "top-1 accuracy (%)"
+                on = f" on {count:,} images of {value_in(content, 'about.val')}" if isinstance(count, int) else ""
                 made += [text(f"{name}, {file.name}: {what}{on}"), table(rows)]
     return [heading("Scores"), *made] if made else []
 
