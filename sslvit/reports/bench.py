@@ -14,8 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from sslvit.api import finetune, for_labels, refuse_transformer_keys
 from sslvit.checkpoint import fingerprint, load_encoder
 from sslvit.environment import pick_device
@@ -27,6 +25,7 @@ from sslvit.evaluate.protocols import ProbeContext, check_readouts
 from sslvit.evaluate.scores import Scores, columns_of, format_score, format_table, independent
 from sslvit.evaluate.sources import LabeledSet, RawPixels, Source, frozen
 from sslvit.files import printable, remove_stale_parts, write_atomically
+from sslvit.locks import lock_file
 from sslvit.messages import for_python
 from sslvit.models import Encoder
 from sslvit.models.resize import check_resizable
@@ -355,13 +354,10 @@ def bench(config: str | Path, **changes: Any) -> BenchTables:
         raise ValueError("bench: runs in one process. Start it without torchrun.")
     run = BenchRun(settings)
     run.claim()
-    try:
-        with FileLock(run.folder / ".lock", timeout=0):
-            return run.run()
-    except Timeout:
-        raise ValueError(
-            f"{run.folder}: another process runs this bench. Wait for it, or choose another --out."
-        ) from None
+    with lock_file(run.folder / ".lock", wait=False) as handle:
+        if handle is None:
+            raise ValueError(f"{run.folder}: another process runs this bench. Wait for it, or choose another --out.")
+        return run.run()
 
 
 def _as_text(value: Any) -> Any:
