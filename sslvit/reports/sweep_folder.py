@@ -89,7 +89,6 @@ def _check_config(run: SweepRun, resolved: RunSettings) -> None:
     before = {
         key: asked[key] if key in asked and (asked[key] is None or value == here[key]) else value
         for key, value in there.items()
-        if key != "out"
     }
     _refuse_changes(run, before)
 
