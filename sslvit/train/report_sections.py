@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from sslvit.evaluate.scores import Scores
+from sslvit.evaluate.scores import read_scores
 from sslvit.pages.charts import line_chart, parts_chart
 from sslvit.pages.page import figure_row, heading, is_plain, picture, table, text, text_rows
 from sslvit.settings.build import build
@@ -201,30 +201,12 @@ def scores(named: Named) -> list[str]:
                 continue
             if file == files.folder.scores and isinstance(content.get("top1"), float):
                 made.append(text(f"{name}, {file.name}: {files.folder.scores_in_words()}"))
-            elif rows := _rows(content):
+            elif rows := read_scores(content.get("draws")) or read_scores(content.get("rows")):
                 count = value_in(content, "about.val_images")
                 what = "scores" if value_in(content, "about.probed") is None else "top-1 accuracy (%)"
                 on = f" on {count:,} images of {value_in(content, 'about.val')}" if isinstance(count, int) else ""
                 made += [text(f"{name}, {file.name}: {what}{on}"), table(rows)]
     return [heading("Scores"), *made] if made else []
-
-
-def _rows(content: dict[str, Any]) -> Scores:
-    """The scores of a file that `sslvit probe -o` or one of its relatives wrote; none of another file."""
-    rows, draws = content.get("rows"), content.get("draws")
-    found = draws if isinstance(draws, dict) else rows
-    if not isinstance(found, dict) or not isinstance(rows, dict):
-        return {}
-    made: Scores = {}
-    for row, columns in found.items():
-        if not isinstance(columns, dict):
-            return {}
-        for column, value in columns.items():
-            values = value if isinstance(value, list) else [value]
-            if not all(isinstance(one, (int, float)) and math.isfinite(one) for one in values) or not values:
-                return {}
-            made.setdefault(str(row), {})[str(column)] = [float(one) for one in values]
-    return made
 
 
 def curves(named: Named) -> list[str]:
