@@ -9,7 +9,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import datetime
 from typing import Any
 
@@ -22,8 +22,8 @@ from sslvit.pages.page import figure_row, heading, is_plain, picture, table, tex
 from sslvit.settings.build import build
 from sslvit.settings.load import MADE_BY, YAML_ERRORS, by_dotted_key
 from sslvit.settings.run import RunSettings
-from sslvit.train.folder import RunFolder, read_json, read_lines
-from sslvit.train.runs import RunSummary, summarize, value_in
+from sslvit.train.folder import RunFolder, read_json
+from sslvit.train.runs import summarize, value_in
 
 # title of a chart -> label of its values, and the metrics that it may show; those of one chart have one unit
 CHARTS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -54,35 +54,30 @@ PLOTTED_AS_CHARTS = ("loss",)  # pictures that the charts of a page show as well
 MAX_REASONS = 10
 
 
-@dataclass
 class RunFiles:
     """What the files of a run hold, each read once.
 
     Args:
         folder: Its folder.
+        state: What takes the place of what they tell of its state; None for nothing.
+
+    Attributes:
         config: Its settings.
         summary: What `sslvit runs` lists of it.
         history: Metric -> one number for each logged step, NaN where there is none.
     """
 
-    folder: RunFolder
-    config: dict[str, Any]
-    summary: RunSummary
-    history: dict[str, np.ndarray]
-
-    @classmethod
-    def read(cls, folder: RunFolder, state: str | None) -> RunFiles:
-        """Read a run's files; `state` takes the place of what they tell of it."""
-        config, summary = folder.read_config(), summarize(folder)
-        by_dotted_key(config)  # which refuses keys that are no text
+    def __init__(self, folder: RunFolder, state: str | None) -> None:
+        self.folder, self.config, summary = folder, folder.read_config(), summarize(folder)
+        self.summary = replace(summary, state=state or summary.state)
+        by_dotted_key(self.config)  # which refuses keys that are no text
         columns: dict[str, list[float]] = {}
-        lines = [line for _, line in read_lines(folder.metrics)] if folder.metrics.exists() else []
+        lines = folder.read_metrics()
         for number, line in enumerate(lines):
             for name, value in line.items():
                 is_number = isinstance(value, (int, float)) and abs(value) < sys.float_info.max
                 columns.setdefault(name, [math.nan] * len(lines))[number] = float(value) if is_number else math.nan
-        history = {name: np.array(values) for name, values in columns.items()}
-        return cls(folder, config, replace(summary, state=state or summary.state), history)
+        self.history = {name: np.array(values) for name, values in columns.items()}
 
 
 Named = Mapping[str, RunFiles]
