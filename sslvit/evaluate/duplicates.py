@@ -174,7 +174,7 @@ def check_comparable(index: ShardIndex, threshold: float, against: ShardIndex | 
 
 
 def find_near_duplicates(
-    encoder: Encoder, index: ShardIndex, threshold: float, against: ShardIndex | None = None, batch: int = 256,
+    encoder: Encoder, index: ShardIndex, threshold: float, against: ShardIndex | None = None,
     cache: str | Path | None = KNNSettings.cache,
 ) -> NearDuplicates:  # fmt: skip
     """Images of a data set, or across two, whose features have a high cosine similarity.
@@ -184,7 +184,6 @@ def find_near_duplicates(
         index: Images.
         threshold: Least cosine similarity.
         against: Other images that must not be among them.
-        batch: Images per forward pass.
         cache: Folder that keeps features; None for no such folder.
 
     Raises:
@@ -194,7 +193,7 @@ def find_near_duplicates(
     device = pick_device()
     source = frozen(encoder.to(device))
     readouts = source.readouts(None, 1, None)
-    extractor = FeatureExtractor(batch, None, FeatureCache(cache) if cache else None)
+    extractor = FeatureExtractor(cache=FeatureCache(cache) if cache else None)
     sets = [LabeledSet(one, encoder.settings.channels, None, 1.0) for one in indices]  # all can be unreadable
     tables = [extractor.features(source, one, readouts) for one in sets]
     features = F.normalize(torch.cat([table.at(readouts).values for table in tables]), dim=1)
