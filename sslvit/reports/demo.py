@@ -113,12 +113,10 @@ def demo(
     encoders: dict[str, Encoder] = {NAMES[task]: load_encoder(run.path) for task, run in runs.items()}
     logger.info("3/4  probing: logistic regression and nearest neighbors on frozen features")
     table = probe(encoders, ProbeSettings(train, test, labels_per_class=10, neighbors=[20], whiten=True, cache=None))
-    depth = encoders["iGPT"].settings.depth
+    blocks = list(range(1, encoders["iGPT"].settings.depth + 1))
     layers_file = folder / "figures" / "layers.png"
-    layers = probe_layers(
-        encoders["iGPT"], ProbeSettings(train, test, neighbors=[20], cache=None), list(range(1, depth + 1))
-    )
-    plot_layers(layers, list(range(1, depth + 1)), layers_file)
+    layers = probe_layers(encoders["iGPT"], ProbeSettings(train, test, neighbors=[20], cache=None), blocks)
+    plot_layers(layers, blocks, layers_file)
     scores = folder / "scores.json"
     write_atomically(scores, to_json(table.to_dict(), indent=1) + "\n")
     logger.info("4/4  exporting MAE's encoder to timm and comparing its outputs there")
