@@ -37,7 +37,6 @@ AnyEncoder = TypeVar("AnyEncoder", bound=Encoder)
 
 LINEAR = "linear, all labels"
 PAPER_RULE = "the paper's choice"
-HELD_OUT_ACCURACY = "top-1 accuracy on held-out training images"
 SAME_DATA = "the scored images are those that heads were fitted on: these scores say nothing of others"
 FEW_STEPS = 1000  # the papers' learning rates are meant for several times as many
 
@@ -254,8 +253,6 @@ def score(
             scores[column], about["linear"] = [result.score], result.about
             if result.is_right is not None:
                 right[column] = [result.is_right]
-            if result.held_out is not None:
-                about["linear"][HELD_OUT_ACCURACY] = result.held_out
             if result.paper_rule is not None:
                 scores[PAPER_RULE] = [result.paper_rule]
     few = settings.labels_per_class or settings.labels_percent

@@ -44,6 +44,7 @@ from sslvit.settings.views import CropSettings
 
 logger = logging.getLogger(__name__)
 
+HELD_OUT_ACCURACY = "top-1 accuracy on held-out training images"
 LONG_SECONDS = 120  # from which on it is said before, how long a protocol will take
 WIDE = 768  # from this width on, DINO's probe uses one block and the mean over its patches (ViT-B)
 
@@ -54,16 +55,15 @@ class LinearResult:
 
     Args:
         score: top-1 accuracy in percent on the reported images.
-        about: all settings in force, the effective learning rate, and what was chosen.
+        about: all settings in force, the effective learning rate, and what was chosen; top-1 accuracy in percent on
+            held-out training images, where some were held out.
         paper_rule: the score if the choice were made on the reported images, as the paper did; None where it did not.
-        held_out: top-1 accuracy in percent on held-out training images, where some were held out.
         is_right: whether each reported image is recognized, 'n'; None where a grid of heads was scored.
     """
 
     score: float
     about: dict[str, Any]
     paper_rule: float | None = None
-    held_out: float | None = None
     is_right: Tensor | None = None
 
 
@@ -164,9 +164,10 @@ def _logistic(
     about = {
         "features": describe_readouts(readouts), "l2": head.l2,
         "l2 compared": f"{L2_GRID[0]:g} to {head.weakest_l2:g}", "l2 chosen on": "held-out training images",
+        HELD_OUT_ACCURACY: head.held_out,
     }  # fmt: skip
     is_right = head.is_right(val).cpu()
-    return LinearResult(percent(is_right), asdict(protocol) | about, held_out=head.held_out, is_right=is_right)
+    return LinearResult(percent(is_right), asdict(protocol) | about, is_right=is_right)
 
 
 def _mae(context: ProbeContext, settings: ProbeSettings, protocol: MAEProbeSettings, seed: int) -> LinearResult | None:
@@ -233,8 +234,9 @@ def _dinov2(
         "effective lrs": lrs, "optimizer": "SGD", "weight decay": 0, "heads": len(features) * len(lrs),
         "chosen on": f"{int(is_held_out.sum()):,} held-out training images",
         "chosen features": describe_readouts(features[best[0]]), "chosen effective lr": lrs[best[1]],
+        HELD_OUT_ACCURACY: float(trial[best]),
     }  # fmt: skip
-    return LinearResult(float(scores[best]), about, paper_rule=float(scores.max()), held_out=float(trial[best]))
+    return LinearResult(float(scores[best]), about, paper_rule=float(scores.max()))
 
 
 @dataclass
