@@ -25,6 +25,8 @@ from sslvit.files import printable, to_json, write_atomically
 from sslvit.pages.page import heading, picture, table, text, text_rows, write_page
 from sslvit.settings.bench import BenchSettings, ProbeColumn
 
+CSV_COLUMNS = ("data", "row", "column", "mean", "interval", "values", "seconds")
+
 
 @dataclass
 class Measurement:
@@ -37,10 +39,6 @@ class Measurement:
     seconds: float
     key: str
     about: dict[str, Any]
-
-    def as_dict(self) -> dict[str, Any]:
-        """The entry as it is written to JSON."""
-        return asdict(self) | {"mean": mean(self.values), "interval": interval(self.values)}
 
 
 def write_tables(
@@ -83,9 +81,11 @@ def write_tables(
         for result in results
     ]
     content.append(text_rows(["data", "row", "column", "minutes", "how"], rows_about))
-    cells = [result.as_dict() for result in results]
+    cells = [asdict(one) | {"mean": mean(one.values), "interval": interval(one.values)} for one in results]
+    lines = (cell | {"values": len(cell["values"])} for cell in cells)  # of the values only their number
     files = {
-        "table.md": "\n".join(markdown), "table.csv": _csv(cells),
+        "table.md": "\n".join(markdown),
+        "table.csv": csv_text(CSV_COLUMNS, ([line[key] for key in CSV_COLUMNS] for line in lines)),
         "table.json": to_json({"cells": cells, "settings": asdict(settings)}, indent=1) + "\n",
     }  # fmt: skip
     for name, written in files.items():
@@ -98,10 +98,3 @@ def _about_in_words(about: dict[str, Any]) -> str:
     """What a reader needs to quote a score, without what is not set, in as many digits as somebody reads."""
     said = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in about.items()}
     return "; ".join(f"{key.replace('_', ' ')} {value}" for key, value in said.items() if value not in (None, {}, []))
-
-
-def _csv(cells: list[dict[str, Any]]) -> str:
-    """The entries as lines; of the values only their number."""
-    titles = ["data", "row", "column", "mean", "interval", "values", "seconds"]
-    lines = (cell | {"values": len(cell["values"])} for cell in cells)
-    return csv_text(titles, ([line[key] for key in titles] for line in lines))
