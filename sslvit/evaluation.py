@@ -208,11 +208,10 @@ def health(
     """
     if images < 2:
         raise ValueError(f"--images {images}: how images differ takes 2 or more.")
-    given = {
-        "layer": layer, "pooling": pooling, "batch": batch, "workers": workers, "device": device, "seed": seed,
-        "precision": precision, "max_unreadable_fraction": max_unreadable_fraction,
-    }  # fmt: skip
-    found = from_keywords(ProbeSettings, {"train": "", "val": "", **given})
+    found = from_keywords(ProbeSettings, {
+        "train": "", "val": "", "layer": layer, "pooling": pooling, "batch": batch, "workers": workers,
+        "device": device, "seed": seed, "precision": precision, "max_unreadable_fraction": max_unreadable_fraction,
+    })  # fmt: skip
     return _measured({"encoder": open_encoder(encoder, crop_fraction, size)}, path_of(data), images, found)
 
 
