@@ -208,11 +208,10 @@ def health(
     """
     if images < 2:
         raise ValueError(f"--images {images}: how images differ takes 2 or more.")
-    given = {
-        "layer": layer, "pooling": pooling, "batch": batch, "workers": workers, "device": device, "seed": seed,
-        "precision": precision, "max_unreadable_fraction": max_unreadable_fraction,
-    }  # fmt: skip
-    found = from_keywords(ProbeSettings, {"train": "", "val": "", **given})
+    found = from_keywords(ProbeSettings, {
+        "train": "", "val": "", "layer": layer, "pooling": pooling, "batch": batch, "workers": workers,
+        "device": device, "seed": seed, "precision": precision, "max_unreadable_fraction": max_unreadable_fraction,
+    })  # fmt: skip
     return _measured({"encoder": open_encoder(encoder, crop_fraction, size)}, path_of(data), images, found)
 
 
@@ -223,10 +222,7 @@ def _measured(encoders: dict[str, Encoder], data: str, images: int, settings: Pr
     first = next(iter(encoders.values())).settings
     subset = evenly_spaced(len(index), images)
     seen = LabeledSet(index, first.channels, subset, settings.max_unreadable_fraction)
-    rows = measure_health(
-        encoders, seen, settings.layer, settings.pooling, settings.batch, settings.workers, settings.seed,
-        settings.precision,
-    )  # fmt: skip
+    rows = measure_health(encoders, seen, settings)
     about = f"without labels, on {seen.count_text} of {index.location}\neach image: "
     return MeasureTable(rows, about + view_in_words(first, settings.precision), 3)
 

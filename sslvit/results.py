@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 from sslvit.files import printable
 
+NUMBERS = ("-", "–", "nan", "inf")  # with what a cell of numbers begins that does not begin with a digit
 MAX_CHARACTERS = 10_000  # largest length of an untrusted text in a table or a page
 
 
@@ -42,7 +43,7 @@ def text_table(titles: Sequence[object], rows: Iterable[Sequence[object]]) -> st
     columns = []
     for title, *cells in zip(*lines, strict=True):
         width = max(map(len, (title, *cells)))
-        side = ">" if all(cell[:1].isdigit() or cell[:1] in ("-", "–") for cell in cells) else "<"
+        side = ">" if all(cell[:1].isdigit() or cell.startswith(NUMBERS) for cell in cells) else "<"
         columns.append([f"{cell:{side}{width}}" for cell in (title, *cells)])
     return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
 
@@ -52,9 +53,12 @@ def html_text(text: object) -> str:
     return html.escape(printable(text, MAX_CHARACTERS))
 
 
-def html_table(titles: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
-    """A plain table for a page or a notebook, its untrusted cells escaped."""
+def html_table(titles: Sequence[object], rows: Iterable[Sequence[object]], changed: Container[int] = ()) -> str:
+    """A plain table for a page or a notebook, its untrusted cells escaped; `changed` are the numbers of marked rows."""
     head = "".join(f"<th>{html_text(title)}</th>" for title in titles)
-    body = ["".join(f"<td>{html_text(cell)}</td>" for cell in row) for row in rows]
-    lines = "\n".join(f"<tr>{line}</tr>" for line in body)
-    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{lines}\n</tbody>\n</table>"
+    lines = []
+    for number, row in enumerate(rows):
+        mark = ' class="changed"' if number in changed else ""
+        lines.append(f"<tr{mark}>{''.join(f'<td>{html_text(cell)}</td>' for cell in row)}</tr>")
+    body = "\n".join(lines)
+    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"

@@ -303,7 +303,8 @@ def segmentation(shards: Path) -> None:
 
 
 def without_labels(shards: Path) -> None:
-    measure_health({"encoder": small_encoder()}, LabeledSet(load_index(shards / "val"), 1, np.arange(9)), batch=4)
+    data = LabeledSet(load_index(shards / "val"), 1, np.arange(9))
+    measure_health({"encoder": small_encoder()}, data, ProbeSettings("", "", batch=4))
 
 
 def pixels(shards: Path) -> None:

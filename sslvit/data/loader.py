@@ -166,7 +166,7 @@ def view_of_image(content: bytes, encoder: EncoderSettings) -> Tensor:
     """
     reader = MemoryReader({0: ("image", content)}, encoder.channels)
     reader.bits = reader.header(content).bits
-    views = encoder_views(encoder, center_view(encoder))
+    views = encoder_views(encoder)
     batch = make_batch(reader, views, np.zeros(1, int), np.zeros(1, int))
     if batch.unreadable:
         raise BadImage(batch.unreadable["image"])
@@ -274,9 +274,11 @@ class _EvaluationBatches(Dataset[Batch]):
 
 
 def encoder_views(
-    encoder: EncoderSettings, view: ViewSettings, seed: int = 0, scale: int = 1, fill: list[float] | None = None
-) -> Views:
-    """Views at the encoder's input size, or at a multiple of it."""
+    encoder: EncoderSettings, view: ViewSettings | None = None, seed: int = 0, scale: int = 1,
+    fill: list[float] | None = None,
+) -> Views:  # fmt: skip
+    """Views at the encoder's input size, or at a multiple of it; what evaluation sees where no view is given."""
+    view = view or center_view(encoder)
     size = [scale * side for side in encoder.image_size]
     kind = TransformViews if isinstance(view, TransformSettings) else Views
     return kind(view, size, encoder.interpolation, seed, fill=fill)
@@ -297,7 +299,7 @@ def evaluation_loader(
     A random view is sampled from (seed, epoch, sample). `subset` holds the numbers of the samples that are seen, None
     for all. Batches `for_gpu` lie in page-locked memory, from which they are copied without anyone waiting.
     """
-    views = encoder_views(encoder, view or center_view(encoder), seed)
+    views = encoder_views(encoder, view, seed)
     batches = _EvaluationBatches(reader, views, batch, rank, ranks, epoch, subset)
     return DataLoader(
         batches, batch_size=None, num_workers=workers, worker_init_fn=obey_parent_alone,

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from sslvit import rng
 from sslvit.data.resample import normalize
 from sslvit.environment import pick_device, pick_workers
-from sslvit.evaluate.linear import L2_GRID, NOT_CONVERGED, TRIAL_ITERATIONS, solved_in_all_folds
+from sslvit.evaluate.linear import L2_GRID, NOT_CONVERGED, TRIAL_ITERATIONS, LinearMap, solved_in_all_folds
 from sslvit.evaluate.logistic import fit_logistic
 from sslvit.evaluate.masks import IGNORED, MaskedImages, MaskSummary, class_indices, patch_targets, summarize_masks
 from sslvit.evaluate.scores import Scores
@@ -52,21 +52,6 @@ class DenseTable:
     scores: Scores
     about: dict[str, Any]
     predictions: dict[str, np.ndarray]
-
-
-@dataclass
-class PatchClassifier:
-    """A standardization and a linear map from patch features to classes."""
-
-    weight: Float[Tensor, "classes d"]
-    bias: Float[Tensor, "classes"]
-    mean: Float[Tensor, "d"]
-    scale: Float[Tensor, "d"]
-
-    def logits(self, maps: Float[Tensor, "b d h w"]) -> Float[Tensor, "b classes h w"]:
-        """Logits of every patch."""
-        standardized = (maps.double() - self.mean.view(1, -1, 1, 1)) / self.scale.view(1, -1, 1, 1)
-        return torch.einsum("bdhw,cd->bchw", standardized, self.weight) + self.bias[:, None, None]
 
 
 @dataclass
@@ -152,9 +137,8 @@ def segment(
         confusion = torch.zeros(len(classes), len(classes), dtype=torch.long)
         kept: list[np.ndarray] = []
         for maps, masks in maps_of(val):
-            logits = F.interpolate(
-                head.logits(maps).float(), size=masks.shape[1:], mode="bilinear", align_corners=False
-            )
+            of_patches = head.logits(maps.movedim(1, 3)).movedim(3, 1).float()
+            logits = F.interpolate(of_patches, size=masks.shape[1:], mode="bilinear", align_corners=False)
             predicted = logits.argmax(1).cpu()
             kept += [classes[one] for one in predicted.numpy()[: max(0, pictures - len(kept))]]
             truth = torch.from_numpy(class_indices(masks, classes))
@@ -208,7 +192,7 @@ def measures(confusion: Int[Tensor, "classes classes"], classes: np.ndarray) -> 
 def fit_head(
     values: Float[Tensor, "n d"], target: Float[Tensor, "n classes"], weights: Float[Tensor, "n"],
     is_held_out: Bool[Tensor, "n"],
-) -> PatchClassifier:  # fmt: skip
+) -> LinearMap:  # fmt: skip
     """Fit a map on all patches, with the L2 penalty of the lowest loss on held-out ones."""
     values, weights, classes = values.double(), weights.double(), target.shape[1]
     mean, scale = values.mean(0), values.std(0, correction=0).clamp(min=1e-12)
@@ -225,12 +209,12 @@ def fit_head(
     weight, bias, is_solved = fit_logistic(values, target, classes, l2[best : best + 1], weights[None])
     if not is_solved:
         logger.info(NOT_CONVERGED)
-    return PatchClassifier(weight[0], bias[0], mean, scale)
+    return LinearMap(mean, scale, weight[0], bias[0])
 
 
 def _fit_on(
     maps_of: PatchMaps, train: MaskedImages, classes: np.ndarray, is_held_out: Bool[Tensor, "images"]
-) -> PatchClassifier:
+) -> LinearMap:
     """`fit_head` on the patches of all training images, each weighted by its labeled pixels."""
     values, targets, weights, held_out = [], [], [], []
     for number, (maps, masks) in enumerate(maps_of(train)):

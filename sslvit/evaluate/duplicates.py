@@ -15,11 +15,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sslvit.data.index import ShardIndex
-from sslvit.data.loader import center_view, encoder_views, make_batch
 from sslvit.data.reader import ShardReader
 from sslvit.environment import pick_device
 from sslvit.evaluate.cache import FeatureCache
 from sslvit.evaluate.features import FeatureExtractor
+from sslvit.evaluate.neighbors import center_pixels
 from sslvit.evaluate.sources import LabeledSet, frozen, full_float32
 from sslvit.figures import plot_images
 from sslvit.files import printable, write_atomically
@@ -145,24 +145,15 @@ class NearDuplicates(Result):
         chosen = [np.append(group[: columns - 1], group[-1]) if len(group) > columns else group for group in ordered]
         readers = {index is self.index: ShardReader(index, encoder.settings.channels, 0)
                    for index in (self.index, self.against) if index is not None}  # fmt: skip
-        blank = np.ones((columns, encoder.settings.channels, *encoder.settings.image_size), np.float32)
         rows, captions = [], []
         for group in chosen:
-            row = blank.copy()
-            row[: len(group)] = [self._pixels(int(one), readers[bool(one < self.sizes)], encoder) for one in group]
+            seen = [center_pixels(encoder, readers[bool(one < self.sizes)], self.samples[[one]]) for one in group]
+            rows.append(np.concatenate(seen))
             alike = (self.features[group] @ self.features[group[0]]).tolist()
-            words = [f"{value:.3f}" + ("" if one < self.sizes else " other set")
-                     for one, value in zip(group, alike, strict=True)]  # fmt: skip
-            captions.append([*words, *[""] * (columns - len(group))])
-            rows.append(row)
+            captions.append([f"{value:.3f}" + ("" if one < self.sizes else " other set")
+                             for one, value in zip(group, alike, strict=True)])  # fmt: skip
         title = f"near-duplicates: cosine similarity with the first image, {self.threshold:g} or more to one of the row"
         return plot_images(path, rows, [f"{len(group):,} images" for group in ordered], title, captions)
-
-    def _pixels(self, row: int, reader: ShardReader, encoder: Encoder) -> np.ndarray:
-        views = encoder_views(encoder.settings, center_view(encoder.settings))
-        batch = make_batch(reader, views, self.samples[row : row + 1], np.zeros(1, int))
-        pixels: np.ndarray = batch.views[0][0].float().div(255).clamp(0, 1).numpy()
-        return pixels
 
 
 def check_comparable(index: ShardIndex, threshold: float, against: ShardIndex | None) -> list[ShardIndex]:
@@ -183,7 +174,7 @@ def check_comparable(index: ShardIndex, threshold: float, against: ShardIndex | 
 
 
 def find_near_duplicates(
-    encoder: Encoder, index: ShardIndex, threshold: float, against: ShardIndex | None = None, batch: int = 256,
+    encoder: Encoder, index: ShardIndex, threshold: float, against: ShardIndex | None = None,
     cache: str | Path | None = KNNSettings.cache,
 ) -> NearDuplicates:  # fmt: skip
     """Images of a data set, or across two, whose features have a high cosine similarity.
@@ -193,7 +184,6 @@ def find_near_duplicates(
         index: Images.
         threshold: Least cosine similarity.
         against: Other images that must not be among them.
-        batch: Images per forward pass.
         cache: Folder that keeps features; None for no such folder.
 
     Raises:
@@ -203,7 +193,7 @@ def find_near_duplicates(
     device = pick_device()
     source = frozen(encoder.to(device))
     readouts = source.readouts(None, 1, None)
-    extractor = FeatureExtractor(batch, None, FeatureCache(cache) if cache else None)
+    extractor = FeatureExtractor(cache=FeatureCache(cache) if cache else None)
     sets = [LabeledSet(one, encoder.settings.channels, None, 1.0) for one in indices]  # all can be unreadable
     tables = [extractor.features(source, one, readouts) for one in sets]
     features = F.normalize(torch.cat([table.at(readouts).values for table in tables]), dim=1)

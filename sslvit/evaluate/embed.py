@@ -77,10 +77,8 @@ def embed(
     Raises:
         NoScore: too many images cannot be read, or features that are not finite.
     """
-    table, index = (
-        FeatureExtractor(batch, workers).run(source, data, readouts, center_view(source.settings)),
-        data.index,
-    )
+    table = FeatureExtractor(batch, workers).run(source, data, readouts, center_view(source.settings))
+    index = data.index
     numbers = table.samples.numpy()
     labels = index.labels_of(numbers).astype(np.int64) if index.classes else None  # as torch's losses take them
     keys = np.array([index.key(number) for number in numbers])

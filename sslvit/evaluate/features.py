@@ -116,11 +116,10 @@ class FeatureExtractor:
                 for readout, values in zip(readouts, gathered, strict=True):
                     rows[readout].append(values[valid])
         data.account_for(torch.cat(samples), bad)
-        if not is_first_rank():
-            check_finite(None, data)
-            return empty_table(readouts)
-        columns = {readout: torch.cat(pieces) for readout, pieces in rows.items()}
-        table = FeatureTable(columns, torch.cat(labels), torch.cat(samples))
+        table = empty_table(readouts)
+        if is_first_rank():
+            columns = {readout: torch.cat(pieces) for readout, pieces in rows.items()}
+            table = FeatureTable(columns, torch.cat(labels), torch.cat(samples))
         check_finite(table, data)
         return table
 
@@ -134,10 +133,9 @@ def one_behind(items: Iterable[T]) -> Iterator[T]:
     yield from held
 
 
-def check_finite(table: FeatureTable | None, data: LabeledSet) -> None:
-    """Refuse, on all ranks, features that are not finite; the first rank passes its table, the others None."""
-    columns = {} if table is None else table.columns
-    broken = [readout for readout, values in columns.items() if not values.isfinite().all()]
+def check_finite(table: FeatureTable, data: LabeledSet) -> None:
+    """Refuse, on all ranks, features that are not finite; the first rank has them, the others an empty table."""
+    broken = [readout for readout, values in table.columns.items() if not values.isfinite().all()]
     broken = broadcast_from_rank0(broken)
     if broken:
         layer, pooling = broken[0]

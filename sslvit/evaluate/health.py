@@ -36,12 +36,9 @@ def rankme(features: Float[Tensor, "b d"]) -> float:
 
 def label_free(features: Float[Tensor, "b d"]) -> dict[str, float]:
     """All measures of one set of features; those that so few images cannot give are left out."""
-    found = {
-        "feature_std": feature_std(features), "rankme": rankme(features), "alpha": alpha_of_spectrum(features),
-        "uniformity": uniformity(features),
-    }  # fmt: skip
-    few = ("alpha", "uniformity")
-    return {name: value for name, value in found.items() if name not in few or math.isfinite(value)}
+    of_many = {"alpha": alpha_of_spectrum(features), "uniformity": uniformity(features)}
+    given = {name: value for name, value in of_many.items() if math.isfinite(value)}
+    return {"feature_std": feature_std(features), "rankme": rankme(features), **given}
 
 
 def alpha_of_spectrum(features: Float[Tensor, "b d"]) -> float:

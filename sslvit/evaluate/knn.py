@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -73,30 +73,17 @@ def votes(
     return empty.scatter_add_(1, labels, ((similarity - similarity[:, :1]) / temperature).exp())
 
 
-@dataclass
-class Whitening:
-    """Centers features and gives their principal components about equal variance (Jegou and Chum 2012, section 4).
+def fit_whitening(values: Float[Tensor, "n d"], device: str | torch.device = "cpu") -> Callable[[Tensor], Tensor]:
+    """What centers features and gives their principal components about equal variance (Jegou and Chum 2012, section 4).
 
     A few directions that all images share often have most of the variance and decide every cosine similarity. Each
     component is divided by its standard deviation plus a fraction of the largest one, so that components of noise do
-    not count as much as the others.
+    not count as much as the others. The whitening is that of `values`, by their own mean and covariance, in float64;
+    labels play no part.
 
-    Args:
-        mean: Mean of the features.
-        map: From centered features to components, 'd d'.
+    Returns:
+        A function from features 'n d' to whitened ones, on the CPU.
     """
-
-    mean: Float[Tensor, "d"]
-    map: Float[Tensor, "d d"]
-
-    def __call__(self, values: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-        """The whitened features, on the CPU."""
-        rows = values.split(QUERIES_AT_ONCE)
-        return torch.cat([((one.to(self.mean) - self.mean) @ self.map).float().cpu() for one in rows])
-
-
-def fit_whitening(values: Float[Tensor, "n d"], device: str | torch.device = "cpu") -> Whitening:
-    """The whitening of features by their own mean and covariance, in float64; labels play no part."""
     values = values.to(device)
     mean = torch.stack([rows.double().sum(0) for rows in values.split(QUERIES_AT_ONCE)]).sum(0) / len(values)
     covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=values.device)
@@ -105,4 +92,10 @@ def fit_whitening(values: Float[Tensor, "n d"], device: str | torch.device = "cp
         covariance += centered.T @ centered
     variances, directions = torch.linalg.eigh(covariance / len(values))
     deviations = variances.clamp(min=0).sqrt()
-    return Whitening(mean, directions / (deviations + DAMPING * deviations[-1]).clamp(min=1e-12))
+    to_components = directions / (deviations + DAMPING * deviations[-1]).clamp(min=1e-12)  # d d
+
+    def whiten(values: Tensor) -> Tensor:
+        rows = values.split(QUERIES_AT_ONCE)
+        return torch.cat([((one.to(mean) - mean) @ to_components).float().cpu() for one in rows])
+
+    return whiten

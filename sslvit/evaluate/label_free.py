@@ -13,27 +13,21 @@ from sslvit.evaluate.health import alignment, label_free
 from sslvit.evaluate.probe import check_channels, untrained, untrained_row
 from sslvit.evaluate.sources import LabeledSet, RawPixels, Source, frozen
 from sslvit.models import Encoder
-from sslvit.settings.probe import Precision
+from sslvit.settings import ProbeSettings
 from sslvit.settings.views import CropSettings
 
 PAIR = CropSettings(scale=[0.2, 1.0])  # two crops of an image, whose features should agree
 
 
 def measure_health(
-    encoders: Mapping[str, Encoder], data: LabeledSet, layer: int | None = None, pooling: str | None = None,
-    batch: int = 256, workers: int | None = None, seed: int = 0, precision: Precision = "float32",
-) -> dict[str, dict[str, float]]:  # fmt: skip
+    encoders: Mapping[str, Encoder], data: LabeledSet, settings: ProbeSettings
+) -> dict[str, dict[str, float]]:
     """RankMe, deviation, spectrum, uniformity and alignment of raw pixels and of encoders, untrained and as they are.
 
     Args:
         encoders: Encoders by the name of their row; those of one architecture share an untrained one.
         data: The images.
-        layer: Block that is read; None for each encoder's own.
-        pooling: Pooling of its tokens; None for each encoder's own.
-        batch: Images per forward pass.
-        workers: Number of loader processes.
-        seed: Seed of the crops and of the untrained weights.
-        precision: Precision of the forward passes.
+        settings: How features are read, and the seed of the crops and of the untrained weights.
     """
     check_present(data.index, 0.0)
     check_channels(encoders)
@@ -41,10 +35,11 @@ def measure_health(
     sources: dict[str, Source] = {"raw pixels": RawPixels(first.settings, next(first.parameters()).device)}
     for name, encoder in encoders.items():
         if row := untrained_row(name, encoders):
-            sources[row] = frozen(untrained(encoder, seed), precision)
-        sources[name] = frozen(encoder, precision)
+            sources[row] = frozen(untrained(encoder, settings.seed), settings.precision)
+        sources[name] = frozen(encoder, settings.precision)
+    extractor = FeatureExtractor(settings.batch, settings.workers)
     return {
-        row: measures_of(source, data, FeatureExtractor(batch, workers), layer, pooling, seed)
+        row: measures_of(source, data, extractor, settings.layer, settings.pooling, settings.seed)
         for row, source in sources.items()
     }
 

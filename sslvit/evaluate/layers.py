@@ -10,8 +10,8 @@ from typing import Any
 from sslvit.environment import pick_device
 from sslvit.evaluate.cache import FeatureCache
 from sslvit.evaluate.features import FeatureExtractor
-from sslvit.evaluate.probe import HELD_OUT_ACCURACY, LINEAR, ProbeTable, describe, open_labeled, score, untrained
-from sslvit.evaluate.protocols import ProbeContext
+from sslvit.evaluate.probe import LINEAR, ProbeTable, describe, open_labeled, score, untrained
+from sslvit.evaluate.protocols import HELD_OUT_ACCURACY, ProbeContext
 from sslvit.evaluate.scores import Scores, format_table
 from sslvit.evaluate.sources import LabeledSet, RawPixels, Source, frozen
 from sslvit.figures import plot_curves
@@ -102,11 +102,13 @@ def probe_layers(encoder: Encoder, settings: ProbeSettings, numbers: list[int]) 
             readout for number in probed for readout in source.readouts(number, settings.blocks, settings.pooling)
         ]
         for data in (train, val):
-            extractor.features(source, data, list(dict.fromkeys(readouts)))  # all blocks in one pass
+            extractor.features(source, data, readouts)  # all blocks in one pass
         for number in probed:
             row = name.format(number)
             logger.info(f"probing {row}")
-            table[row] = _scores(context, replace(settings, layer=number))
+            scores, about, _ = score(context, replace(settings, layer=number), settings.seed)
+            held_out = about["linear"][HELD_OUT_ACCURACY] if scores else 0.0
+            table[row] = {HELD_OUT: [held_out], **scores}
     if not is_first_rank():
         return LayerTable(table, {}, numbers[0], numbers[-1])
     best = max(numbers, key=lambda number: table[f"layer {number}"][HELD_OUT][0])
@@ -124,9 +126,3 @@ def plot_layers(table: LayerTable, numbers: list[int], path: str | Path) -> Path
         lines["raw pixels"] = (numbers, [table.rows["raw pixels"][LINEAR]] * len(numbers))
     mark = (table.best, f"best on {HELD_OUT}")
     return plot_curves(path, lines, "block", "linear probe, top-1 accuracy (%)", mark=mark)
-
-
-def _scores(context: ProbeContext, settings: ProbeSettings) -> dict[str, list[float]]:
-    scores, about, _ = score(context, settings, settings.seed)
-    held_out = about["linear"][HELD_OUT_ACCURACY] if scores else 0.0
-    return {HELD_OUT: [held_out], **scores}

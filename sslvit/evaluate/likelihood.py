@@ -23,40 +23,29 @@ DISCOUNTS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9)
 LEFT_WEIGHTS = (0.3, 0.4, 0.5, 0.6, 0.7)
 
 
-@dataclass
 class Counts:
     """How often each color followed each context.
 
-    Args:
+    Attributes:
         keys: context x colors + color of the pairs that occurred, sorted.
-        counts: count of each key.
-        contexts: contexts that occurred, sorted.
-        totals: count of each context.
-        distinct: number of different colors that followed each context.
+        before: number of pairs with a smaller key than each of these; the last entry is the number of all pairs.
         colors: number of colors in the palette.
     """
 
-    keys: np.ndarray
-    counts: np.ndarray
-    contexts: np.ndarray
-    totals: np.ndarray
-    distinct: np.ndarray
-    colors: int
-
-    @classmethod
-    def from_pairs(cls, context: np.ndarray, color: np.ndarray, colors: int) -> Counts:
-        """Count the colors that follow each context."""
-        keys, counts = np.unique(context * colors + color, return_counts=True)
-        contexts, first = np.unique(keys // colors, return_index=True)
-        return cls(keys, counts, contexts, np.add.reduceat(counts, first), np.diff([*first, len(keys)]), colors)
+    def __init__(self, context: np.ndarray, color: np.ndarray, colors: int) -> None:
+        self.keys, counts = np.unique(context * colors + color, return_counts=True)
+        self.before, self.colors = np.append(0, np.cumsum(counts)), colors
 
     def look_up(self, context: np.ndarray, color: np.ndarray) -> PixelCounts:
         """The counts of each pixel's context and color."""
-        index = _find(self.keys, context * self.colors + color)
-        counts = np.where(index >= 0, self.counts[index], 0)
-        index = _find(self.contexts, context)
-        totals, distinct = (np.where(index >= 0, values[index], 0) for values in (self.totals, self.distinct))
-        return PixelCounts(counts, totals, distinct)
+        first = context * self.colors
+        counts, _ = self._count(first + color, first + color + 1)
+        return PixelCounts(counts, *self._count(first, first + self.colors))
+
+    def _count(self, first: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Number of pairs, and of different ones, whose keys are `first` or more and less than `end`."""
+        start, stop = np.searchsorted(self.keys, first), np.searchsorted(self.keys, end)
+        return self.before[stop] - self.before[start], stop - start
 
 
 @dataclass
@@ -96,8 +85,8 @@ class NGramTable:
         self.colors = colors
         left, upper, color = self.contexts_of(images)
         self.unigram = (np.bincount(color, minlength=colors) + 1) / (len(color) + colors)
-        self.by_left, self.by_upper = Counts.from_pairs(left, color, colors), Counts.from_pairs(upper, color, colors)
-        self.by_both = Counts.from_pairs(left * (colors + 1) + upper, color, colors)
+        self.by_left, self.by_upper = Counts(left, color, colors), Counts(upper, color, colors)
+        self.by_both = Counts(left * (colors + 1) + upper, color, colors)
 
     def contexts_of(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Left neighbor, upper neighbor and color of every pixel."""
@@ -197,9 +186,3 @@ def palette_images(model: IGPTModel, data: LabeledSet) -> np.ndarray:
         bad |= batch.unreadable
     data.account_for(torch.cat(samples), bad)
     return np.concatenate(pieces)
-
-
-def _find(sorted_values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """The index of each wanted value, -1 where it does not occur."""
-    index = np.minimum(np.searchsorted(sorted_values, wanted), len(sorted_values) - 1)
-    return np.where(sorted_values[index] == wanted, index, -1)

@@ -27,24 +27,30 @@ NOT_CONVERGED = "logistic regression: not converged; the score may be a little l
 
 
 @dataclass
-class LinearHead:
-    """A standardization and a linear map, in float64 on the device that they were fitted on.
+class LinearMap:
+    """A standardization and a linear map, in float64 on the device that they were fitted on."""
+
+    mean: Float[Tensor, "d"]
+    scale: Float[Tensor, "d"]
+    weight: Float[Tensor, "classes d"]
+    bias: Float[Tensor, "classes"]
+
+    def logits(self, values: Float[Tensor, "*n d"]) -> Float[Tensor, "*n classes"]:
+        """Logits of features that are not standardized."""
+        return (values.to(self.mean) - self.mean) / self.scale @ self.weight.T + self.bias
+
+
+@dataclass
+class LinearHead(LinearMap):
+    """A linear map of images.
 
     `held_out` is its top-1 accuracy in percent on held-out training images under the penalty `l2`, and `weakest_l2` the
     weakest penalty that was compared.
     """
 
-    mean: Tensor
-    scale: Tensor
-    weight: Tensor
-    bias: Tensor
     l2: float
     held_out: float
     weakest_l2: float
-
-    def logits(self, values: Float[Tensor, "n d"]) -> Float[Tensor, "n classes"]:
-        """Logits of features that are not standardized."""
-        return (values.to(self.mean) - self.mean) / self.scale @ self.weight.T + self.bias
 
     def is_right(self, features: Features) -> Bool[Tensor, "n"]:
         """Whether each image is recognized."""

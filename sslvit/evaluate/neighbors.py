@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sslvit.data.loader import center_view, encoder_views, make_batch, normalized_view
+from sslvit.data.loader import encoder_views, make_batch, normalized_view
 from sslvit.data.reader import ShardReader
-from sslvit.data.views import Views
 from sslvit.evaluate.knn import nearest
 from sslvit.evaluate.label_free import evenly_spaced
 from sslvit.evaluate.sources import full_float32
@@ -77,7 +76,7 @@ def find_neighbors(
 def features_of(encoder: Encoder, reader: ShardReader, samples: np.ndarray) -> tuple[np.ndarray, Tensor]:
     """The samples that can be read, and their features 'n d' on the CPU."""
     device, dtype = next(encoder.parameters()).device, next(encoder.parameters()).dtype
-    views, kept, rows = _views(encoder), [], []
+    views, kept, rows = encoder_views(encoder.settings), [], []
     pieces = np.split(samples, range(IMAGES_AT_ONCE, len(samples), IMAGES_AT_ONCE))
     for piece in track(pieces, "features", len(samples), each=IMAGES_AT_ONCE):
         batch = make_batch(reader, views, piece, np.zeros_like(piece))
@@ -91,14 +90,14 @@ def features_of(encoder: Encoder, reader: ShardReader, samples: np.ndarray) -> t
 def plot_neighbors(encoder: Encoder, reader: ShardReader, found: Neighbors, path: str | Path) -> Path:
     """Plot each image in a row with its neighbors, as the encoder sees them."""
     numbers = np.concatenate([found.queries[:, None], found.samples], axis=1)
-    flat = numbers.reshape(-1)
-    batch = make_batch(reader, _views(encoder), flat, np.zeros_like(flat))
-    pixels = batch.views[0].float().div(255).clamp(0, 1).numpy()
-    rows = list(pixels.reshape(*numbers.shape, *pixels.shape[1:]))
+    rows = [center_pixels(encoder, reader, row) for row in numbers]
     captions = [["image", *(f"{value:.2f}" for value in values)] for values in found.similarity]
     title = f"the nearest of {found.searched:,} images, by the cosine similarity of their features"
     return plot_images(path, rows, [""] * len(rows), title, captions)
 
 
-def _views(encoder: Encoder) -> Views:
-    return encoder_views(encoder.settings, center_view(encoder.settings))
+def center_pixels(encoder: Encoder, reader: ShardReader, samples: np.ndarray) -> np.ndarray:
+    """What an encoder sees of some images, 'n c h w' in [0, 1]."""
+    batch = make_batch(reader, encoder_views(encoder.settings), samples, np.zeros_like(samples))
+    pixels: np.ndarray = batch.views[0].float().div(255).clamp(0, 1).numpy()
+    return pixels

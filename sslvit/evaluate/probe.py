@@ -23,7 +23,7 @@ from sslvit.evaluate.features import FeatureExtractor
 from sslvit.evaluate.knn import recognized_by_neighbors
 from sslvit.evaluate.linear import fit_probe, percent, sample_labels
 from sslvit.evaluate.protocols import ProbeContext, check_readouts, choose_readouts, describe_readouts, linear_probe
-from sslvit.evaluate.scores import Scores, format_table, independent, interval, mean, sampling_interval, score_cells
+from sslvit.evaluate.scores import Scores, format_table, independent, intervals, means, sampling_interval, score_cells
 from sslvit.evaluate.sources import Features, FrozenBackbone, LabeledSet, RawPixels, Source, frozen
 from sslvit.files import brief
 from sslvit.models import Backbone, Encoder, make_encoder
@@ -37,7 +37,6 @@ AnyEncoder = TypeVar("AnyEncoder", bound=Encoder)
 
 LINEAR = "linear, all labels"
 PAPER_RULE = "the paper's choice"
-HELD_OUT_ACCURACY = "top-1 accuracy on held-out training images"
 SAME_DATA = "the scored images are those that heads were fitted on: these scores say nothing of others"
 FEW_STEPS = 1000  # the papers' learning rates are meant for several times as many
 
@@ -59,7 +58,7 @@ class ProbeTable(Result):
     @property
     def rows(self) -> dict[str, dict[str, float]]:
         """Means over draws of labels and seeds."""
-        return {row: {column: mean(values) for column, values in of.items()} for row, of in self.scores.items()}
+        return means(self.scores)
 
     def heading(self) -> str:
         """What stands above the table: data, views and protocol."""
@@ -98,7 +97,7 @@ class ProbeTable(Result):
         images = self.about["val_images"]
         below = verdicts(self.differences)
         below += [f"sampling error of an accuracy on {images:,} images: up to ± {sampling_interval(images):.1f} (95 %)"]
-        if any(interval(values) is not None for scores in self.scores.values() for values in scores.values()):
+        if any(half is not None for of in intervals(self.scores).values() for half in of.values()):
             over = (
                 f"{self.about['seeds']} seeds" if self.about["seeds"] > 1 else f"{self.about['draws']} draws of labels"
             )
@@ -121,10 +120,7 @@ class ProbeTable(Result):
 
     def to_dict(self) -> dict[str, Any]:
         """The table as it is written to JSON."""
-        intervals = {
-            row: {column: interval(values) for column, values in of.items()} for row, of in self.scores.items()
-        }
-        return {"rows": self.rows, "intervals": intervals, "draws": self.scores,
+        return {"rows": self.rows, "intervals": intervals(self.scores), "draws": self.scores,
                 "differences": [asdict(one) for one in self.differences], "about": self.about}  # fmt: skip
 
 
@@ -257,8 +253,6 @@ def score(
             scores[column], about["linear"] = [result.score], result.about
             if result.is_right is not None:
                 right[column] = [result.is_right]
-            if result.held_out is not None:
-                about["linear"][HELD_OUT_ACCURACY] = result.held_out
             if result.paper_rule is not None:
                 scores[PAPER_RULE] = [result.paper_rule]
     few = settings.labels_per_class or settings.labels_percent

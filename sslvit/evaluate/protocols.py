@@ -44,6 +44,7 @@ from sslvit.settings.views import CropSettings
 
 logger = logging.getLogger(__name__)
 
+HELD_OUT_ACCURACY = "top-1 accuracy on held-out training images"
 LONG_SECONDS = 120  # from which on it is said before, how long a protocol will take
 WIDE = 768  # from this width on, DINO's probe uses one block and the mean over its patches (ViT-B)
 
@@ -54,16 +55,15 @@ class LinearResult:
 
     Args:
         score: top-1 accuracy in percent on the reported images.
-        about: all settings in force, the effective learning rate, and what was chosen.
+        about: all settings in force, the effective learning rate, and what was chosen; top-1 accuracy in percent on
+            held-out training images, where some were held out.
         paper_rule: the score if the choice were made on the reported images, as the paper did; None where it did not.
-        held_out: top-1 accuracy in percent on held-out training images, where some were held out.
         is_right: whether each reported image is recognized, 'n'; None where a grid of heads was scored.
     """
 
     score: float
     about: dict[str, Any]
     paper_rule: float | None = None
-    held_out: float | None = None
     is_right: Tensor | None = None
 
 
@@ -164,9 +164,10 @@ def _logistic(
     about = {
         "features": describe_readouts(readouts), "l2": head.l2,
         "l2 compared": f"{L2_GRID[0]:g} to {head.weakest_l2:g}", "l2 chosen on": "held-out training images",
+        HELD_OUT_ACCURACY: head.held_out,
     }  # fmt: skip
     is_right = head.is_right(val).cpu()
-    return LinearResult(percent(is_right), asdict(protocol) | about, held_out=head.held_out, is_right=is_right)
+    return LinearResult(percent(is_right), asdict(protocol) | about, is_right=is_right)
 
 
 def _mae(context: ProbeContext, settings: ProbeSettings, protocol: MAEProbeSettings, seed: int) -> LinearResult | None:
@@ -195,15 +196,12 @@ def _dino(
     if run is None:
         return None
     lr = protocol.base_lr * run.batch / 256
-    grid = HeadGrid.initialize([readouts], run.widths(val, [readouts]), [lr], context.classes, seed, context.device)
-    scores = []
-    for epoch in range(math.ceil(run.steps / run.per_epoch)):  # the rate changes by epoch, as in the released code
-        factor = cosine(epoch, 1.0, 0.0, run.steps / run.per_epoch)
-
-        def factor_at(step: int, factor: float = factor) -> float:
-            return factor
-
-        grid.fit(islice(run.batches, run.per_epoch), factor_at, protocol.momentum)
+    grid = HeadGrid([readouts], run.width(val), [lr], context.classes, seed, context.device)
+    epochs, scores = run.steps / run.per_epoch, []
+    for _ in range(math.ceil(epochs)):
+        batches = islice(run.batches, run.per_epoch)
+        # the rate changes by epoch, as in the released code
+        grid.fit(batches, lambda step: cosine(step // run.per_epoch, 1.0, 0.0, epochs), protocol.momentum)
         scores.append(float(grid.accuracies(val)[0, 0]))
     about = run.about() | {"effective lr": lr, "optimizer": "SGD", "weight decay": 0, "reported": "the last epoch"}
     return LinearResult(scores[-1], about, paper_rule=max(scores))
@@ -227,7 +225,7 @@ def _dinov2(
         return None
     factor = run.batch / 256
     lrs = [lr * factor for lr in protocol.lrs]
-    grid = HeadGrid.initialize(features, run.widths(val, features), lrs, context.classes, seed, context.device)
+    grid = HeadGrid(features, run.width(val), lrs, context.classes, seed, context.device)
     grid.fit(run.batches, lambda step: cosine(step, 1.0, 0.0, run.steps), protocol.momentum)
     trial = grid.accuracies(center[is_held_out])
     best = divmod(int(trial.argmax()), len(lrs))
@@ -236,8 +234,9 @@ def _dinov2(
         "effective lrs": lrs, "optimizer": "SGD", "weight decay": 0, "heads": len(features) * len(lrs),
         "chosen on": f"{int(is_held_out.sum()):,} held-out training images",
         "chosen features": describe_readouts(features[best[0]]), "chosen effective lr": lrs[best[1]],
+        HELD_OUT_ACCURACY: float(trial[best]),
     }  # fmt: skip
-    return LinearResult(float(scores[best]), about, paper_rule=float(scores.max()), held_out=float(trial[best]))
+    return LinearResult(float(scores[best]), about, paper_rule=float(scores.max()))
 
 
 @dataclass
@@ -299,10 +298,9 @@ class _SGDRun:
         for epoch in count():
             yield context.extractor.run(context.source, context.train, readouts, view, epoch, seed)
 
-    def widths(self, features: Features, of: list[list[Readout]]) -> dict[Readout, int]:
-        """Columns of each readout: all are as wide as the encoder, except raw pixels."""
-        readouts = {readout for readouts in of for readout in readouts}
-        return dict.fromkeys(readouts, features.values.shape[1] // len(readouts))
+    def width(self, features: Features) -> int:
+        """Columns of each readout: all are as wide as the encoder, except raw pixels, which have one readout."""
+        return features.values.shape[1] // len(self.readouts)
 
     def about(self) -> dict[str, Any]:
         """The settings in force."""

@@ -10,17 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from sslvit.data.loader import make_batch, normalized_view
+from sslvit.data.loader import encoder_views, make_batch, normalized_view
 from sslvit.data.open import open_shards
 from sslvit.data.reader import ShardReader
-from sslvit.data.views import Views
 from sslvit.figures import plot_images
 from sslvit.files import printable
 from sslvit.models.igpt import IGPTModel, completion_rows, to_display
 from sslvit.models.sampling import complete
 from sslvit.results import Result
 from sslvit.settings.sample import SampleSettings
-from sslvit.settings.views import CenterSettings
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +79,7 @@ def complete_images(
         raise ValueError(f"--given {given}: that is {known} of {pixels} pixels. It must be in [0, 1).")
     index = open_shards(images)
     samples = np.arange(min(count, len(index)))
-    views = Views(CenterSettings(), encoder.image_size, encoder.interpolation)
+    views = encoder_views(encoder)
     batch = make_batch(ShardReader(index, encoder.channels, memory_limit_mb=0), views, samples, 0 * samples)
     for key, reason in batch.unreadable.items():
         logger.warning(f"{printable(key)} is left out: {printable(reason)}")

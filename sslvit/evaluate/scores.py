@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import html
+import io
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -10,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sslvit.files import printable
-from sslvit.results import MAX_CHARACTERS, Result
+from sslvit.results import MAX_CHARACTERS, Result, text_table
 
 Scores = dict[str, dict[str, list[float]]]  # row -> column -> one score for each draw or seed
 STARTS_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # of a spreadsheet's cell, in front of anything but a number
@@ -36,9 +38,24 @@ def spreadsheet_cell(value: object) -> object:
     return value
 
 
+def csv_text(titles: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
+    """The content of a CSV file; a cell of None is empty."""
+    lines = io.StringIO()
+    # quoted: where a semicolon separates cells, one in a name must not begin another
+    writer = csv.writer(lines, quoting=csv.QUOTE_NONNUMERIC)
+    writer.writerow(titles)
+    writer.writerows([spreadsheet_cell(value) for value in row] for row in rows)
+    return lines.getvalue()
+
+
 def mean(values: list[float]) -> float:
     """The arithmetic mean."""
     return sum(values) / len(values)
+
+
+def means(rows: Scores) -> dict[str, dict[str, float]]:
+    """The mean of each score."""
+    return {row: {column: mean(values) for column, values in of.items()} for row, of in rows.items()}
 
 
 def independent(by_seed: list[list[float]]) -> list[float]:
@@ -59,6 +76,26 @@ def interval(values: list[float]) -> float | None:
     average = mean(values)
     deviation = math.sqrt(sum((value - average) ** 2 for value in values) / (len(values) - 1))
     return float(t.ppf(0.975, len(values) - 1)) * deviation / math.sqrt(len(values))
+
+
+def intervals(rows: Scores) -> dict[str, dict[str, float | None]]:
+    """Half the width of each score's interval."""
+    return {row: {column: interval(values) for column, values in of.items()} for row, of in rows.items()}
+
+
+def read_scores(rows: Any) -> Scores:
+    """Scores of what a file of `sslvit probe -o` or one of its relatives has under rows or draws; empty of all else."""
+    if not isinstance(rows, dict) or not all(isinstance(of, dict) for of in rows.values()):
+        return {}
+    found = {
+        row: {column: values if isinstance(values, list) else [values] for column, values in of.items()}
+        for row, of in rows.items()
+    }
+    cells = [values for of in found.values() for values in of.values()]
+    is_sound = cells and all(cells) and all(
+        isinstance(value, (int, float)) and math.isfinite(value) for values in cells for value in values
+    )  # fmt: skip
+    return found if is_sound else {}
 
 
 def sampling_interval(images: int) -> float:
@@ -82,17 +119,7 @@ def columns_of(rows: Scores) -> list[str]:
 
 def format_table(rows: Scores, decimals: int = 1) -> str:
     """A table in plain text."""
-    columns = columns_of(rows)
-    cells = [
-        (printable(name), [format_score(of.get(column), decimals) for column in columns]) for name, of in rows.items()
-    ]
-    columns = [printable(column) for column in columns]
-    first = max(len(name) for name, _ in cells)
-    widths = [max([len(column), *(len(line[i]) for _, line in cells)]) for i, column in enumerate(columns)]
-    lines = ["  ".join([" " * first, *(f"{c:>{w}}" for c, w in zip(columns, widths, strict=True))])]
-    for name, line in cells:
-        lines.append("  ".join([f"{name:<{first}}", *(f"{c:>{w}}" for c, w in zip(line, widths, strict=True))]))
-    return "\n".join(lines)
+    return text_table(*score_cells(rows, decimals))
 
 
 def score_cells(rows: Scores, decimals: int = 1) -> tuple[Sequence[object], Iterable[Sequence[object]]]:
@@ -136,10 +163,8 @@ class MeasureTable(Result):
 
 def markdown_table(rows: Scores) -> str:
     """A table in Markdown."""
-    columns = columns_of(rows)
-    titles = " | ".join(markdown_text(column) for column in columns)
-    lines = [f"| | {titles} |", "|---" * (len(columns) + 1) + "|"]
-    for name, scores in rows.items():
-        cells = [format_score(scores.get(column)) for column in columns]
-        lines.append(f"| {markdown_text(name)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    (_, *columns), lines = score_cells(rows)
+    made = [f"| | {' | '.join(map(markdown_text, columns))} |", "|---" * (len(columns) + 1) + "|"]
+    for name, *cells in lines:
+        made.append(f"| {markdown_text(name)} | {' | '.join(map(str, cells))} |")
+    return "\n".join(made)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -43,53 +42,48 @@ def fit_batch_norm_head(
     return head.eval()
 
 
-@dataclass
 class HeadGrid:
     """Linear heads for every pair of a feature and a learning rate, trained together by SGD with momentum.
 
-    All heads of one feature are one matrix, so each step costs one product per feature and not one per head.
+    All heads of one feature are one matrix, so each step costs one product per feature and not one per head. Untrained
+    weights are from a normal distribution of deviation 0.01, biases zero (DINO, DINOv2).
 
     Args:
         features: the readouts of each feature, whose columns are neighbors in `order`.
-        order: all readouts, in the order of their columns in a batch.
-        widths: width of each readout.
+        width: width of each readout.
         lrs: learning rates.
         classes: number of classes.
+        seed: seed of the untrained weights.
+        device: where the heads are.
+
+    Attributes:
+        order: all readouts, in the order of their columns in a batch.
         weight: '(lrs classes) d' for each feature.
         bias: '(lrs classes)' for each feature.
         momentum_buffer: momentum of weight and bias for each feature.
     """
 
-    features: list[list[Readout]]
-    order: list[Readout]
-    widths: dict[Readout, int]
-    lrs: list[float]
-    classes: int
-    weight: list[Tensor]
-    bias: list[Tensor]
-    momentum_buffer: list[tuple[Tensor, Tensor]] | None = None
-
-    @classmethod
-    def initialize(
-        cls, features: list[list[Readout]], widths: dict[Readout, int], lrs: list[float], classes: int, seed: int = 0,
+    def __init__(
+        self, features: list[list[Readout]], width: int, lrs: list[float], classes: int, seed: int = 0,
         device: str | torch.device = "cpu",
-    ) -> HeadGrid:  # fmt: skip
-        """Untrained heads: weights from a normal distribution of deviation 0.01, biases zero (DINO, DINOv2)."""
-        order = sorted({readout for readouts in features for readout in readouts})
-        generator = torch.Generator().manual_seed(seed)
-        rows = len(lrs) * classes
-        total = [sum(widths[readout] for readout in readouts) for readouts in features]
-        weight = [(torch.randn(rows, width, generator=generator) * 0.01).to(device) for width in total]
-        bias = [torch.zeros(rows, device=device) for _ in features]
-        return cls(features, order, widths, lrs, classes, weight, bias)
+    ) -> None:  # fmt: skip
+        self.features, self.width, self.lrs, self.classes = features, width, lrs, classes
+        self.order = sorted({readout for readouts in features for readout in readouts})
+        generator, rows = torch.Generator().manual_seed(seed), len(lrs) * classes
+        weights = [torch.randn(rows, width * len(readouts), generator=generator) * 0.01 for readouts in features]
+        self.weight = [weight.to(device) for weight in weights]
+        self.bias = [torch.zeros(rows, device=device) for _ in features]
+        self.momentum_buffer = [
+            (torch.zeros_like(weight), torch.zeros_like(bias))
+            for weight, bias in zip(self.weight, self.bias, strict=True)
+        ]
 
     def columns(self, readouts: list[Readout]) -> slice:
         """The columns of a feature in a batch."""
         numbers = sorted(self.order.index(readout) for readout in readouts)
         if numbers != list(range(numbers[0], numbers[-1] + 1)):
             raise ValueError(f"{readouts} are not neighbors among {self.order}.")
-        first = sum(self.widths[readout] for readout in self.order[: numbers[0]])
-        return slice(first, first + sum(self.widths[readout] for readout in readouts))
+        return slice(self.width * numbers[0], self.width * (numbers[-1] + 1))
 
     @full_float32()
     def fit(
@@ -98,10 +92,6 @@ class HeadGrid:
         """Take a step for every batch, at each head's learning rate times factor_at(step)."""
         device = self.weight[0].device
         lrs = torch.tensor(self.lrs, device=device).repeat_interleave(self.classes)
-        if self.momentum_buffer is None:
-            self.momentum_buffer = [
-                (torch.zeros_like(w), torch.zeros_like(b)) for w, b in zip(self.weight, self.bias, strict=True)
-            ]
         columns = [self.columns(readouts) for readouts in self.features]
         for step, batch in batches:
             values, labels = batch.values.to(device), batch.labels.to(device)

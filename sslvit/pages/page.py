@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 
 from sslvit.evaluate.scores import Scores, columns_of, format_score, mean
@@ -17,7 +17,7 @@ from sslvit.pages.charts import SCRIPT
 from sslvit.results import html_table, html_text
 
 GENERATOR = '<meta name="generator" content="sslvit {}">'  # which kind of page it is
-MAX_PICTURE_BYTES = 2**25
+MAX_BYTES = 2**25  # of a file that a page shows
 STYLE = """
 :root { color-scheme: light dark; --text: #1f2328; --dim: #59636e; --line: #d1d9e0; --ground: #fff; --raised: #f6f8fa;
   --c0: #0072b2; --c1: #d55e00; --c2: #009e73; --c3: #cc79a7; --c4: #8a6d00; --c5: #56b4e9; }
@@ -90,6 +90,11 @@ def is_page(path: Path, kind: str) -> bool:
         return GENERATOR.format(kind).encode() in file.read(200)
 
 
+def is_plain(path: Path) -> bool:
+    """Whether a file of a folder, which may come from others, is a plain one of a reasonable size."""
+    return path.is_file() and not path.is_symlink() and path.stat().st_size <= MAX_BYTES
+
+
 def text(content: str) -> str:
     """A paragraph."""
     return f"<p>{html_text(content)}</p>"
@@ -117,13 +122,10 @@ def table(rows: Scores) -> str:
     return f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
 
 
-def text_rows(titles: Sequence[object], rows: Iterable[Sequence[object]], changed: Iterable[int] = ()) -> str:
+def text_rows(titles: Sequence[object], rows: Iterable[Sequence[object]], changed: Container[int] = ()) -> str:
     """A table of text; the rows of these numbers stand out."""
-    made = html_table(titles, rows).replace("<table>", '<div class="wide"><table class="words">') + "</div>"
-    marked, body = set(changed), iter(range(10**9))
-    head, separator, rest = made.partition("<tbody>")
-    rest = re.sub(r"<tr>", lambda _: '<tr class="changed">' if next(body) in marked else "<tr>", rest)
-    return head + separator + rest
+    made = html_table(titles, rows, changed)
+    return made.replace("<table>", '<div class="wide"><table class="words">') + "</div>"
 
 
 def picture(path: Path, caption: str) -> str:
@@ -132,8 +134,7 @@ def picture(path: Path, caption: str) -> str:
     Raises:
         ValueError: The file is no PNG, or a link: a page is shown to others, and its folder may come from others.
     """
-    is_file = path.is_file() and not path.is_symlink() and path.stat().st_size <= MAX_PICTURE_BYTES
-    content = path.read_bytes() if is_file else b""
+    content = path.read_bytes() if is_plain(path) else b""
     if not content.startswith(b"\x89PNG"):
         raise ValueError(f"{path}: not a picture that a page can show (a PNG of at most 32 MB).")
     data, said = base64.b64encode(content).decode(), html_text(caption)

@@ -14,20 +14,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from sslvit.api import finetune, for_labels, refuse_transformer_keys
 from sslvit.checkpoint import fingerprint, load_encoder
 from sslvit.environment import pick_device
 from sslvit.evaluate.cache import FeatureCache
 from sslvit.evaluate.encoders import open_encoder
 from sslvit.evaluate.features import FeatureExtractor
-from sslvit.evaluate.linear import percent
-from sslvit.evaluate.probe import HELD_OUT_ACCURACY, few_labels, neighbors, open_labeled, untrained
-from sslvit.evaluate.protocols import ProbeContext, check_readouts, choose_readouts, linear_probe
+from sslvit.evaluate.probe import PAPER_RULE, open_labeled, score, untrained
+from sslvit.evaluate.protocols import ProbeContext, check_readouts
 from sslvit.evaluate.scores import Scores, columns_of, format_score, format_table, independent
 from sslvit.evaluate.sources import LabeledSet, RawPixels, Source, frozen
 from sslvit.files import printable, remove_stale_parts, write_atomically
+from sslvit.locks import lock_file
 from sslvit.messages import for_python
 from sslvit.models import Encoder
 from sslvit.models.resize import check_resizable
@@ -146,7 +144,7 @@ class BenchRun:
         """Fill the tables cell by cell."""
         tables: dict[str, Scores] = {}
         results: list[Measurement] = []
-        files: dict[str, Path] = {}
+        files: list[Path] = []
         for data in self.settings.data:
             tables[data] = {}
             for row, entries in self.rows(data).items():
@@ -160,7 +158,7 @@ class BenchRun:
                         results.append(Measurement(data, row, column, values, seconds, key, cells[0].about))
                 # the tables can be read while the rest is measured
                 files = write_tables(self.settings, self.sets, tables, results)
-        return BenchTables(self.folder, tables, list(files.values()))
+        return BenchTables(self.folder, tables, files)
 
     def claim(self) -> None:
         """Resume in a folder of a bench, or make a new one; nothing else is touched."""
@@ -246,25 +244,18 @@ class BenchRun:
 
     def probe(self, context: ProbeContext, column: ProbeColumn, seed: int) -> tuple[list[float], dict[str, Any]]:
         """The scores of a column of frozen features, and what a reader needs to quote them."""
-        source, settings = context.source, column.settings(SplitSettings("", ""))
-        if column.kind == "linear":
-            result = linear_probe(context, settings, seed)
-            assert result is not None  # a bench runs in one process
-            about = ({} if "fraction" in result.about else {"view": source.settings.crop_in_words}) | result.about
-            if result.held_out is not None:
-                about |= {HELD_OUT_ACCURACY: result.held_out}
-            if result.paper_rule is not None:
-                about |= {"score by the paper's choice, selected on the reported images": result.paper_rule}
-            return [result.score], about
-        readouts = choose_readouts(source, settings)
-        train, val = context.features(context.train, readouts), context.features(context.val, readouts)
-        if column.kind == "few":
-            (right,) = few_labels(train, val, context, settings, seed).values()
-        else:
-            (right,) = neighbors(train, val, context, settings).values()
-        about = asdict(column) | {"view": source.settings.crop_in_words}
-        del about["protocol"]  # which is for linear probes
-        return [percent(is_right) for is_right in right], about
+        scores, found, _ = score(context, column.settings(SplitSettings("", "")), seed)
+        by_paper = scores.pop(PAPER_RULE, None)
+        (values,) = scores.values()
+        view = {"view": context.source.settings.crop_in_words}
+        if column.kind != "linear":
+            about = asdict(column) | view
+            del about["protocol"]  # which is for linear probes
+            return values, about
+        about = ({} if "fraction" in found["linear"] else view) | found["linear"]
+        if by_paper is not None:
+            about |= {"score by the paper's choice, selected on the reported images": by_paper[0]}
+        return values, about
 
     def finetune_cell(self, data: str, wanted: FinetuneColumn, entry: Entry, start_from: str) -> Cell:
         """The accuracy of a fine-tuning, made now or before."""
@@ -363,13 +354,10 @@ def bench(config: str | Path, **changes: Any) -> BenchTables:
         raise ValueError("bench: runs in one process. Start it without torchrun.")
     run = BenchRun(settings)
     run.claim()
-    try:
-        with FileLock(run.folder / ".lock", timeout=0):
-            return run.run()
-    except Timeout:
-        raise ValueError(
-            f"{run.folder}: another process runs this bench. Wait for it, or choose another --out."
-        ) from None
+    with lock_file(run.folder / ".lock", wait=False) as handle:
+        if handle is None:
+            raise ValueError(f"{run.folder}: another process runs this bench. Wait for it, or choose another --out.")
+        return run.run()
 
 
 def _as_text(value: Any) -> Any:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,18 +10,22 @@ from sslvit.evaluate.probe import SAME_DATA
 from sslvit.evaluate.scores import (
     Scores,
     columns_of,
+    csv_text,
     interval,
+    intervals,
     markdown_table,
     markdown_text,
     mean,
+    means,
     sampling_interval,
-    spreadsheet_cell,
 )
 from sslvit.evaluate.sources import LabeledSet
 from sslvit.figures import plot_bars
 from sslvit.files import printable, to_json, write_atomically
 from sslvit.pages.page import heading, picture, table, text, text_rows, write_page
 from sslvit.settings.bench import BenchSettings, ProbeColumn
+
+CSV_COLUMNS = ("data", "row", "column", "mean", "interval", "values", "seconds")
 
 
 @dataclass
@@ -38,15 +40,11 @@ class Measurement:
     key: str
     about: dict[str, Any]
 
-    def as_dict(self) -> dict[str, Any]:
-        """The entry as it is written to JSON."""
-        return asdict(self) | {"mean": mean(self.values), "interval": interval(self.values)}
-
 
 def write_tables(
     settings: BenchSettings, sets: dict[str, tuple[LabeledSet, LabeledSet]], tables: dict[str, Scores],
     results: list[Measurement],
-) -> dict[str, Path]:  # fmt: skip
+) -> list[Path]:  # fmt: skip
     """Write all tables into the folder of a bench, and return the files."""
     folder = Path(settings.out or "")
     markdown: list[str] = []
@@ -64,9 +62,8 @@ def write_tables(
         markdown += [f"## {markdown_text(data)}", "", markdown_table(rows), "", markdown_text(note), ""]
         content += [heading(data), table(rows), text(note)]
         if columns_of(rows):
-            means = {row: {column: mean(values) for column, values in of.items()} for row, of in rows.items()}
-            halves = {row: {column: interval(values) for column, values in of.items()} for row, of in rows.items()}
-            bars = plot_bars(folder / f"{printable(data)}.png", means, "top-1 accuracy (%)", data, halves)
+            file = folder / f"{printable(data)}.png"
+            bars = plot_bars(file, means(rows), "top-1 accuracy (%)", data, intervals(rows))
             content.append(picture(bars, "The same as bars, with the intervals."))
     spent: dict[str, float] = {}
     for result in {result.key: result for result in results}.values():  # rows may share one
@@ -84,31 +81,20 @@ def write_tables(
         for result in results
     ]
     content.append(text_rows(["data", "row", "column", "minutes", "how"], rows_about))
-    cells = [result.as_dict() for result in results]
+    cells = [asdict(one) | {"mean": mean(one.values), "interval": interval(one.values)} for one in results]
+    lines = (cell | {"values": len(cell["values"])} for cell in cells)  # of the values only their number
     files = {
-        "table.md": "\n".join(markdown), "table.csv": _csv(cells),
+        "table.md": "\n".join(markdown),
+        "table.csv": csv_text(CSV_COLUMNS, ([line[key] for key in CSV_COLUMNS] for line in lines)),
         "table.json": to_json({"cells": cells, "settings": asdict(settings)}, indent=1) + "\n",
     }  # fmt: skip
     for name, written in files.items():
         write_atomically(folder / name, written)
     page = write_page(folder / "report.html", "sslvit bench", content, "bench")
-    return {"page": page, **{name: folder / name for name in files}}
+    return [page, *(folder / name for name in files)]
 
 
 def _about_in_words(about: dict[str, Any]) -> str:
     """What a reader needs to quote a score, without what is not set, in as many digits as somebody reads."""
     said = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in about.items()}
     return "; ".join(f"{key.replace('_', ' ')} {value}" for key, value in said.items() if value not in (None, {}, []))
-
-
-def _csv(cells: list[dict[str, Any]]) -> str:
-    """The entries as lines; of the values only their number."""
-    lines = io.StringIO()
-    # quoted: where a semicolon separates cells, one in a name must not begin another
-    writer = csv.writer(lines, quoting=csv.QUOTE_NONNUMERIC)
-    titles = ["data", "row", "column", "mean", "interval", "values", "seconds"]
-    writer.writerow(titles)
-    for cell in cells:
-        line = {key: cell[key] for key in titles} | {"values": len(cell["values"])}
-        writer.writerow([spreadsheet_cell(value) for value in line.values()])
-    return lines.getvalue()

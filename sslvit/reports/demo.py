@@ -25,7 +25,7 @@ from sslvit.data.views import Views
 from sslvit.environment import cpu_cores, require_packages
 from sslvit.evaluate.layers import HELD_OUT, LayerTable, plot_layers, probe_layers
 from sslvit.evaluate.probe import LINEAR, ProbeTable, probe
-from sslvit.evaluate.scores import interval
+from sslvit.evaluate.scores import intervals
 from sslvit.exporters import export_encoder
 from sslvit.figures import plot_bars, plot_curves
 from sslvit.files import to_json, write_atomically
@@ -113,12 +113,10 @@ def demo(
     encoders: dict[str, Encoder] = {NAMES[task]: load_encoder(run.path) for task, run in runs.items()}
     logger.info("3/4  probing: logistic regression and nearest neighbors on frozen features")
     table = probe(encoders, ProbeSettings(train, test, labels_per_class=10, neighbors=[20], whiten=True, cache=None))
-    depth = encoders["iGPT"].settings.depth
+    blocks = list(range(1, encoders["iGPT"].settings.depth + 1))
     layers_file = folder / "figures" / "layers.png"
-    layers = probe_layers(
-        encoders["iGPT"], ProbeSettings(train, test, neighbors=[20], cache=None), list(range(1, depth + 1))
-    )
-    plot_layers(layers, list(range(1, depth + 1)), layers_file)
+    layers = probe_layers(encoders["iGPT"], ProbeSettings(train, test, neighbors=[20], cache=None), blocks)
+    plot_layers(layers, blocks, layers_file)
     scores = folder / "scores.json"
     write_atomically(scores, to_json(table.to_dict(), indent=1) + "\n")
     logger.info("4/4  exporting MAE's encoder to timm and comparing its outputs there")
@@ -128,7 +126,7 @@ def demo(
         table.rows,
         "top-1 accuracy (%)",
         "Probes of frozen features",
-        {row: {column: interval(draws) for column, draws in of.items()} for row, of in table.scores.items()},
+        intervals(table.scores),
     )
     curves = plot_progress({NAMES[task]: run for task, run in runs.items()}, folder / "figures")
     seconds = time.monotonic() - start

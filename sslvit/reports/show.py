@@ -14,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sslvit.data.loader import make_batch, normalized_view
+from sslvit.data.loader import encoder_views, make_batch, normalized_view
 from sslvit.data.open import open_shards
 from sslvit.data.python_data import DataLike, path_of, takes_datasets
 from sslvit.data.reader import ShardReader
-from sslvit.data.views import Views
 from sslvit.environment import pick_device
 from sslvit.evaluate.attention import attention_measures, patch_colors, patch_similarity, receptive_field
 from sslvit.evaluate.dense import DenseTable
@@ -36,10 +35,9 @@ from sslvit.progress import track
 from sslvit.reports.schedule import plot_schedule
 from sslvit.reports.views import plot_views
 from sslvit.results import Result
-from sslvit.settings import EncoderSettings
+from sslvit.settings import EncoderSettings, RunSettings
 from sslvit.settings.choices import not_one_of
 from sslvit.settings.load import load_recipe
-from sslvit.settings.views import CenterSettings
 from sslvit.tasks.mae import reconstruction_rows
 from sslvit.tasks.released import load_mae
 from sslvit.train.folder import RunFolder
@@ -151,38 +149,45 @@ def show(
         for name, value in (("size", size), ("crop-fraction", crop_fraction)):
             if value is not None:
                 raise ValueError(f"--{name} is for pictures of an encoder; show {what} is of training.")
-        if what == "schedule" and images is not None:
-            raise ValueError("--images is for pictures of images; a schedule takes the images themselves.")
-        return _show_recipe(what, encoder, data if data is None else path_of(data), output, images or IMAGES, changes)
-    if changes:
+    elif changes:
         raise ValueError(f"{next(iter(changes))}: settings of a recipe are for show views and show schedule.")
-    if data is None:
+    if what == "schedule" and images is not None:
+        raise ValueError("--images is for pictures of images; a schedule takes the images themselves.")
+    if what != "schedule" and data is None:
         raise ValueError(f"show {what}: name shards or a folder of images.")
     images = images or IMAGES
-    model = _load_decoder(encoder) if what == "reconstruct" else None
-    network = open_encoder(encoder if model is None else model.encoder, crop_fraction, size)
-    source, numbers = path_of(data), {}
+    source, numbers = "" if data is None else path_of(data), {}
     with tempfile.TemporaryDirectory(prefix="sslvit-show-") as folder:
         file = Path(folder) / "picture.png"
-        if what == "neighbors":
-            show_neighbors(network, source, file, images, among or 1000)
-        elif what == "field":
-            plot_field(network, some_images(network.settings, source, images), file)
-        elif model is not None:
-            titles, rows = reconstruction_rows(model, some_images(network.settings, source, images))
+        if what == "schedule":
+            plot_schedule(_read_recipe(what, encoder, changes), source or None, file)
+        elif what == "views":
+            plot_views(_read_recipe(what, encoder, changes), source, file, images)
+        elif what == "reconstruct":
+            model = _load_decoder(encoder)
+            settings = open_encoder(model.encoder, crop_fraction, size).settings
+            titles, rows = reconstruction_rows(model, some_images(settings, source, images))
             plot_images(file, rows, titles)
+        elif what == "neighbors":
+            network = open_encoder(encoder, crop_fraction, size).to(pick_device())
+            reader = ShardReader(open_shards(source), network.settings.channels, 0)
+            plot_neighbors(network, reader, find_neighbors(network, reader, images, among=among or 1000), file)
+        elif what == "field":
+            network = open_encoder(encoder, crop_fraction, size)
+            plot_field(network, some_images(network.settings, source, images), file)
         else:
-            transformer = require_transformer(network, f"show {what}")
+            transformer = require_transformer(open_encoder(encoder, crop_fraction, size), f"show {what}")
             seen = some_images(transformer.settings, source, images)
             if what == "attention":
-                plot_attention(transformer, seen, file)
+                titles, rows = attention_rows(transformer, seen)
+                plot_images(file, rows, titles)
             elif what == "pca":
                 colors = F.interpolate(patch_colors(transformer, seen), size=seen.shape[2:])  # each patch at its size
-                plot_images(file, [*inputs(transformer, seen), colors.numpy()], PCA_TITLES)
+                plot_images(file, [transformer.to_display(seen).numpy(), colors.numpy()], PCA_TITLES)
             elif what == "similarity":
                 plot_similarity(transformer, seen, file, place)
             else:
-                numbers = plot_distance(transformer, seen, file)[1]
+                numbers = plot_distance(transformer, seen, file)
         picture = Picture(file.read_bytes(), numbers=numbers)
     if output is not None:
         picture.save(output)
@@ -201,26 +206,12 @@ def _load_decoder(source: EncoderLike) -> MAEModel:
     return load_mae(expand_path(os.fspath(source)))
 
 
-def _show_recipe(
-    what: str, config: EncoderLike, source: str | None, output: str | Path | None, images: int, changes: dict[str, Any]
-) -> Picture:
-    """The picture of what a recipe, or the settings of a run, would do."""
+def _read_recipe(what: str, config: EncoderLike, changes: dict[str, Any]) -> RunSettings:
+    """The settings of a recipe or of a run, which say what is fed to a model, and what its schedules are."""
     if not isinstance(config, (str, os.PathLike)):
         raise ValueError(f"show {what}: takes a recipe, a YAML file or a run folder; an encoder does not tell it.")
     run = RunFolder(expand_path(os.fspath(config)))
-    settings = load_recipe(run.config if run.is_run else os.fspath(config), changes)
-    with tempfile.TemporaryDirectory(prefix="sslvit-show-") as folder:
-        file = Path(folder) / "picture.png"
-        if what == "schedule":
-            plot_schedule(settings, source, file)
-        elif source is not None:
-            plot_views(settings, source, file, images)
-        else:
-            raise ValueError("show views: name shards or a folder of images.")
-        picture = Picture(file.read_bytes())
-    if output is not None:
-        picture.save(output)
-    return picture
+    return load_recipe(run.config if run.is_run else os.fspath(config), changes)
 
 
 def some_images(settings: EncoderSettings, source: str, count: int) -> Tensor:
@@ -231,19 +222,12 @@ def some_images(settings: EncoderSettings, source: str, count: int) -> Tensor:
     """
     index = open_shards(source)
     samples = evenly_spaced(len(index), count)
-    views = Views(CenterSettings(), settings.image_size, settings.interpolation)
+    views = encoder_views(settings)
     batch = make_batch(ShardReader(index, settings.channels, 0), views, samples, np.zeros_like(samples))
     if batch.unreadable:
         key, reason = next(iter(batch.unreadable.items()))
         raise ValueError(f"{source}: {printable(key)} cannot be read ({printable(reason)}).")
     return normalized_view(batch, settings, torch.device("cpu"))
-
-
-def show_neighbors(encoder: Encoder, source: str, out: str | Path, images: int = 8, among: int = 1000) -> Path:
-    """Plot images of a data set with those whose features are nearest."""
-    reader = ShardReader(open_shards(source), encoder.settings.channels, 0)
-    encoder = encoder.to(pick_device())
-    return plot_neighbors(encoder, reader, find_neighbors(encoder, reader, images, among=among), out)
 
 
 def read_patch(patch: str | Sequence[int]) -> tuple[int, int]:
@@ -256,11 +240,6 @@ def read_patch(patch: str | Sequence[int]) -> tuple[int, int]:
     return row, column
 
 
-def inputs(encoder: ViTEncoder, images: Tensor) -> list[np.ndarray]:
-    """The row of a picture that shows the images themselves."""
-    return [encoder.to_display(images).numpy()]
-
-
 def plot_similarity(encoder: ViTEncoder, images: Tensor, out: str | Path, place: tuple[int, int] | None) -> Path:
     """Plot the similarity of one patch's token to those of all patches, the middle one's unless a place is given.
 
@@ -270,34 +249,27 @@ def plot_similarity(encoder: ViTEncoder, images: Tensor, out: str | Path, place:
     rows, columns = encoder.settings.grid_of(*images.shape[2:])
     row, column = place or (rows // 2, columns // 2)
     similarity = patch_similarity(encoder, images, row, column).clamp(min=0).numpy()
-    (pixels,) = inputs(encoder, images)
+    pixels = encoder.to_display(images).numpy()
     titles = ["input", f"similarity to\npatch {row}, {column}"]
     return plot_images(out, [pixels, overlay_heat(pixels, similarity)], titles)
 
 
-def plot_attention(encoder: ViTEncoder, images: Tensor, out: str | Path) -> Path:
-    """Plot the class token's attention in the last block, head by head."""
-    titles, rows = attention_rows(encoder, images)
-    return plot_images(out, rows, titles)
-
-
-def plot_distance(
-    encoder: ViTEncoder, images: Tensor, out: str | Path, seed: int = 0
-) -> tuple[Path, dict[str, dict[str, list[list[float]]]]]:
+def plot_distance(encoder: ViTEncoder, images: Tensor, out: str | Path) -> dict[str, dict[str, list[list[float]]]]:
     """Plot mean attention distance and entropy of every head against depth, beside those of the untrained network.
 
     Returns:
-        The PNG, and the numbers: network -> measure -> layers x heads.
+        The numbers: network -> measure -> layers x heads.
     """
     numbers = {}
-    for name, network in (("trained", encoder), ("untrained", untrained(encoder, seed))):
+    for name, network in (("trained", encoder), ("untrained", untrained(encoder, seed=0))):
         distance, entropy = attention_measures(network, images)
         numbers[name] = {"distance_pixels": distance.tolist(), "entropy_nats": entropy.tolist()}
     panels = {
         "mean attention distance in pixels": {name: of["distance_pixels"] for name, of in numbers.items()},
         "entropy of the attention in nats": {name: of["entropy_nats"] for name, of in numbers.items()},
     }
-    return plot_points(out, panels, "block"), numbers
+    plot_points(out, panels, "block")
+    return numbers
 
 
 def plot_field(encoder: Encoder, images: Tensor, out: str | Path, seed: int = 0) -> Path:
@@ -307,52 +279,40 @@ def plot_field(encoder: Encoder, images: Tensor, out: str | Path, seed: int = 0)
         ValueError: tokens are pixels, whose colors are looked up, so that no gradient reaches the pixels; a network
             that tells no stages.
     """
-    settings, is_backbone = encoder.settings, isinstance(encoder, Backbone)
+    settings = encoder.settings
     if settings.tokens == "pixel":
         raise ValueError("receptive field: colors are looked up in the palette, so no gradient reaches the pixels.")
     depth = len(encoder.stages) if isinstance(encoder, Backbone) else settings.depth
+    what = "stages" if isinstance(encoder, Backbone) else "blocks"
     if not depth:
         raise ValueError(f"receptive field: {settings.backbone} tells no stages.")
     blocks = sorted({round(1 + (depth - 1) * i / (FIELD_COLUMNS - 1)) for i in range(FIELD_COLUMNS)})
-    what = "stages" if is_backbone else "blocks"
     rows: list[np.ndarray] = []
     titles: list[str] = []
     for name, network in (("this encoder", encoder), ("untrained", untrained(encoder, seed))):
         fields = [
-            receptive_field(middle_of(network, block), images, seed)
+            receptive_field(middle_patch(network, block), images, seed)
             for block in track(blocks, "receptive fields", len(blocks), what)
         ]
         rows.append(_as_row(fields))
         titles.append(f"{name}\n{what} {', '.join(map(str, blocks))}")
     torch.manual_seed(seed)
     cnn = make_encoder(replace(settings, backbone="torchvision:resnet18", small_stem=False)).eval()
-    fields = [receptive_field(middle_of(cnn, stage), images, seed) for stage in range(1, 5)]
+    fields = [receptive_field(middle_patch(cnn, stage), images, seed) for stage in range(1, 5)]
     rows.append(_as_row(fields[: len(blocks)]))
     titles.append(f"ResNet-18,\nuntrained,\nstages 1 to {len(blocks)}")
     return plot_images(out, rows, titles)
 
 
-def middle_of(encoder: Encoder, layer: int) -> Callable[[Tensor], Tensor]:
-    """A function from images to what a layer gives in their middle."""
-    return middle_of_stage(encoder, layer) if isinstance(encoder, Backbone) else middle_patch(encoder, layer)
-
-
-def middle_patch(encoder: ViTEncoder, block: int) -> Callable[[Tensor], Tensor]:
-    """A function from images to the token of the middle patch after a block."""
+def middle_patch(encoder: Encoder, layer: int) -> Callable[[Tensor], Tensor]:
+    """A function from images to the token of the middle patch after a block, or the middle of a stage's map."""
 
     def features(images: Tensor) -> Tensor:
-        rows, columns = encoder.settings.grid_of(*images.shape[2:])
-        middle = encoder.prefix + (rows // 2) * columns + columns // 2
-        return encoder.layers(images, [block])[0][:, middle]
-
-    return features
-
-
-def middle_of_stage(cnn: Backbone, stage: int) -> Callable[[Tensor], Tensor]:
-    """A function from images to the features in the middle of the map after a stage."""
-
-    def features(images: Tensor) -> Tensor:
-        maps = cnn.maps(images, [stage])[1][stage]
+        if isinstance(encoder, Backbone):
+            maps = encoder.maps(images, [layer])[1][layer]
+        else:
+            (block,) = encoder.intermediates(images, [layer])
+            maps = block.patch_map()
         return maps[:, :, maps.shape[2] // 2, maps.shape[3] // 2]
 
     return features

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from sslvit.figures import plot_ranges
-from sslvit.files import expand_path, printable
+from sslvit.files import printable
 from sslvit.messages import for_python
-from sslvit.reports.sweep_folder import FIGURE, check_folder, claim_folder, state_of
-from sslvit.reports.sweep_plan import SweepRun, check_runs, plan_sweep
+from sslvit.reports.sweep_folder import FIGURE, claim_runs, state_of
+from sslvit.reports.sweep_plan import SweepRun, plan_sweep
 from sslvit.results import Result
 from sslvit.settings.data import one_source
 from sslvit.settings.sweep import format_value, plain_grid, swept_keys
@@ -96,12 +96,8 @@ def sweep(
     if not swept_keys(given):
         raise ValueError('grid: no setting has several values. Give some, as in grid={"encoder.depth": [2, 4]}.')
     shared = plain_grid({key: [value] for key, value in changes.items() if key not in given})
-    planned, folder = plan_sweep(config, one_source(data), out, shared | given, init), Path(expand_path(out))
-    check_folder(folder, planned)
-    resolved = check_runs(planned)
-    for run in planned:
-        state_of(run)  # refuses files that cannot be read
-    claim_folder(folder, planned, resolved)
+    planned = plan_sweep(config, one_source(data), out, shared | given, init)
+    claim_runs(planned)
     failed: dict[str, str] = {}
     for number, run in enumerate(planned, 1):
         state = state_of(run)
@@ -110,7 +106,7 @@ def sweep(
         if state == "stopped" and (reason := train(run)) and state_of(run) != "running":
             failed[run.name] = reason
             logger.warning(f"{run.name} failed: {printable(reason, 400)}")
-    return report_sweep(folder, planned, swept_keys(given), failed)
+    return report_sweep(planned, swept_keys(given), failed)
 
 
 def train(run: SweepRun) -> str | None:
@@ -132,12 +128,11 @@ def train(run: SweepRun) -> str | None:
 # ---- what comes of it ----------------------------------------------------------------------------------------
 
 
-def report_sweep(out: Path, planned: list[SweepRun], swept: Sequence[str], failed: dict[str, str]) -> Sweep:
+def report_sweep(planned: list[SweepRun], swept: Sequence[str], failed: dict[str, str]) -> Sweep:
     """The runs, and a figure of those that have finished.
 
     Args:
-        out: Folder of the sweep.
-        planned: Its runs.
+        planned: The runs of a sweep.
         swept: Settings that have several values, by dotted key.
         failed: Name of a run that failed just now -> why.
     """
@@ -150,7 +145,8 @@ def report_sweep(out: Path, planned: list[SweepRun], swept: Sequence[str], faile
         for run in planned:
             number = number_of.get(str(run.folder.path))
             panels[key].setdefault(format_value(run.changes[key]), []).extend([] if number is None else [number])
-    figure = plot_ranges(out / FIGURE, panels, label, f"{len(finished)} runs: mean and range") if finished else None
+    file, title = planned[0].folder.path.parent / FIGURE, f"{len(finished)} runs: mean and range"
+    figure = plot_ranges(file, panels, label, title) if finished else None
     values = {run.name: {key: run.changes[key] for key in swept} for run in planned}
     return Sweep(found, failed, figure, values)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from sslvit.files import brief, printable, write_atomically
 from sslvit.locks import lock_file
-from sslvit.reports.sweep_plan import SweepRun
+from sslvit.reports.sweep_plan import SweepRun, check_runs
 from sslvit.settings import RunSettings
 from sslvit.settings.describe import default_of
 from sslvit.settings.load import by_dotted_key
@@ -22,6 +22,25 @@ MARK, FIGURE, LOCK = "sweep.json", "sweep.png", ".sweep.lock"
 def state_of(run: SweepRun) -> str:
     """Finished, running or stopped; a run that has not begun is stopped at step 0."""
     return summarize(run.folder).state if has_begun(run.folder) else "stopped"
+
+
+def claim_runs(planned: list[SweepRun], is_elsewhere: bool = False) -> list[SweepRun]:
+    """Make the folder this sweep's, once all of its runs are checked, and return those that have not finished.
+
+    Args:
+        planned: The runs.
+        is_elsewhere: As in `check_runs`.
+
+    Raises:
+        FileNotFoundError: No data there.
+        ValueError: A run cannot start, its files cannot be read, or the folder is in use.
+    """
+    out = planned[0].folder.path.parent
+    check_folder(out, planned)
+    resolved = check_runs(planned, is_elsewhere)
+    unfinished = [run for run in planned if state_of(run) != "finished"]
+    claim_folder(out, planned, resolved)
+    return unfinished
 
 
 def claim_folder(out: Path, planned: list[SweepRun], resolved: Mapping[str, RunSettings]) -> None:
@@ -70,7 +89,6 @@ def _check_config(run: SweepRun, resolved: RunSettings) -> None:
     before = {
         key: asked[key] if key in asked and (asked[key] is None or value == here[key]) else value
         for key, value in there.items()
-        if key != "out"
     }
     _refuse_changes(run, before)
 

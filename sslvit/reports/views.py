@@ -67,10 +67,9 @@ def _decode(reader: ShardReader, sample: int) -> np.ndarray:
 def _with_boxes(image: np.ndarray, boxes: list[tuple[bool, Boxes]]) -> np.ndarray:
     """An image 'h w c' on a square with the outlines of boxes, also of those that reach outside: 'c side side'."""
     height, width = image.shape[:2]
-    edges = [(0.0, 0.0, height, width)]
-    edges += [(box.top[0], box.left[0], box.top[0] + box.height[0], box.left[0] + box.width[0]) for _, box in boxes]
-    top, left = (min(edge[axis] for edge in edges) for axis in (0, 1))
-    bottom, right = (max(edge[axis] for edge in edges) for axis in (2, 3))
+    corners = [(box.top[0], box.left[0], box.top[0] + box.height[0], box.left[0] + box.width[0]) for _, box in boxes]
+    edges = np.array([(0.0, 0.0, height, width), *corners])
+    (top, left), (bottom, right) = edges[:, :2].min(0), edges[:, 2:].max(0)
     scale = (SIDE - 1) / max(bottom - top, right - left)
     rows, columns = (max(1, round(side * scale)) for side in (height, width))
     tensor = torch.from_numpy(image).permute(2, 0, 1)[None]
@@ -79,12 +78,9 @@ def _with_boxes(image: np.ndarray, boxes: list[tuple[bool, Boxes]]) -> np.ndarra
     canvas = np.ones((3, SIDE, SIDE), np.float32)
     y, x = round(-top * scale), round(-left * scale)
     canvas[:, y : y + rows, x : x + columns] = small[:, : SIDE - y, : SIDE - x]
-    for is_large, (first_row, first_column, last_row, last_column) in zip(
-        [of for of, _ in boxes], edges[1:], strict=True
-    ):
-        a, c = (int(np.clip(round((edge - top) * scale), 0, SIDE - 1)) for edge in (first_row, last_row))
-        b, d = (int(np.clip(round((edge - left) * scale), 0, SIDE - 1)) for edge in (first_column, last_column))
+    drawn = np.round((edges[1:] - [top, left, top, left]) * scale).clip(0, SIDE - 1).astype(int)
+    for (is_large, _), (first_row, first_column, last_row, last_column) in zip(boxes, drawn, strict=True):
         color = np.array(COLORS[0 if is_large else 1], np.float32)[:, None]
-        canvas[:, [a, c], b : d + 1] = color[..., None]
-        canvas[:, a : c + 1, [b, d]] = color[..., None]
+        canvas[:, [first_row, last_row], first_column : last_column + 1] = color[..., None]
+        canvas[:, first_row : last_row + 1, [first_column, last_column]] = color[..., None]
     return canvas

@@ -108,7 +108,7 @@ def write_report(folders: Sequence[RunFolder], path: Path | None = None, state: 
     named: dict[str, RunFiles] = {}
     for name, folder in _names(folders).items():
         try:
-            named[name] = RunFiles.read(folder, state)
+            named[name] = RunFiles(folder, state)
         except DAMAGED as error:
             problems.append(text(f"{name}: cannot be read ({error})."))
     title = f"sslvit: {next(iter(named), 'no run')}" if len(folders) == 1 else f"sslvit: {len(folders)} runs"

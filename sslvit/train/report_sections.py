@@ -9,22 +9,21 @@ import json
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
-from sslvit.evaluate.scores import Scores
+from sslvit.evaluate.scores import read_scores
 from sslvit.pages.charts import line_chart, parts_chart
-from sslvit.pages.page import figure_row, heading, picture, table, text, text_rows
+from sslvit.pages.page import figure_row, heading, is_plain, picture, table, text, text_rows
 from sslvit.settings.build import build
 from sslvit.settings.load import MADE_BY, YAML_ERRORS, by_dotted_key
 from sslvit.settings.run import RunSettings
-from sslvit.train.folder import RunFolder, read_json, read_lines
-from sslvit.train.runs import RunSummary, summarize
+from sslvit.train.folder import RunFolder, read_json
+from sslvit.train.runs import summarize, value_in
 
 # title of a chart -> label of its values, and the metrics that it may show; those of one chart have one unit
 CHARTS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -53,38 +52,32 @@ CAPTIONS = {
 }
 PLOTTED_AS_CHARTS = ("loss",)  # pictures that the charts of a page show as well
 MAX_REASONS = 10
-MAX_BYTES = 2**25  # of a file of scores
 
 
-@dataclass
 class RunFiles:
     """What the files of a run hold, each read once.
 
     Args:
         folder: Its folder.
+        state: What takes the place of what they tell of its state; None for nothing.
+
+    Attributes:
         config: Its settings.
         summary: What `sslvit runs` lists of it.
         history: Metric -> one number for each logged step, NaN where there is none.
     """
 
-    folder: RunFolder
-    config: dict[str, Any]
-    summary: RunSummary
-    history: dict[str, np.ndarray]
-
-    @classmethod
-    def read(cls, folder: RunFolder, state: str | None) -> RunFiles:
-        """Read a run's files; `state` takes the place of what they tell of it."""
-        config, summary = folder.read_config(), summarize(folder)
-        by_dotted_key(config)  # which refuses keys that are no text
+    def __init__(self, folder: RunFolder, state: str | None) -> None:
+        self.folder, self.config, summary = folder, folder.read_config(), summarize(folder)
+        self.summary = replace(summary, state=state or summary.state)
+        by_dotted_key(self.config)  # which refuses keys that are no text
         columns: dict[str, list[float]] = {}
-        lines = [line for _, line in read_lines(folder.metrics)] if folder.metrics.exists() else []
+        lines = folder.read_metrics()
         for number, line in enumerate(lines):
             for name, value in line.items():
                 is_number = isinstance(value, (int, float)) and abs(value) < sys.float_info.max
                 columns.setdefault(name, [math.nan] * len(lines))[number] = float(value) if is_number else math.nan
-        history = {name: np.array(values) for name, values in columns.items()}
-        return cls(folder, config, replace(summary, state=state or summary.state), history)
+        self.history = {name: np.array(values) for name, values in columns.items()}
 
 
 Named = Mapping[str, RunFiles]
@@ -104,21 +97,20 @@ def facts(named: Named) -> list[str]:
 
 def _facts_of(files: RunFiles) -> dict[str, object]:
     folder, run, history = files.folder, files.summary, files.history
-    description = read_json(folder.encoder / "encoder.json") or {}
-    provenance = description.get("provenance")
-    data = provenance.get("data") if isinstance(provenance, dict) else None
+    data = value_in(read_json(folder.encoder / "encoder.json"), "provenance.data")
+    samples = value_in(data, "samples")
     made = _made_by(folder)
     first = made[0] if made else {}
     versions = first.get("versions")
     speeds = history.get("time/images_per_second", np.array([]))
     speeds = speeds[np.isfinite(speeds)]
     epochs = history.get("epoch", np.array([]))
-    batch = _get(files.config, "data", "global_batch_size")
+    batch = value_in(files.config, "data.global_batch_size")
     facts: dict[str, object] = {
         "task": run.task, "state": run.state, "page written": f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
         "health": run.health, "data": run.data,
-        "images": f"{data['samples']:,}" if isinstance(data, dict) and isinstance(data.get("samples"), int) else None,
-        "data fingerprint": data.get("fingerprint") if isinstance(data, dict) else None,
+        "images": f"{samples:,}" if isinstance(samples, int) else None,
+        "data fingerprint": value_in(data, "fingerprint"),
         "encoder": None if run.width is None else f"{run.depth} blocks of width {run.width}",
         "steps": f"{run.steps:,} of {run.total_steps:,}" if run.total_steps else f"{run.steps:,}",
         "images seen": f"{run.steps * batch:,}" if isinstance(batch, int) else None,
@@ -129,7 +121,7 @@ def _facts_of(files: RunFiles) -> dict[str, object]:
         "started": first.get("date"), "host": first.get("host"), "command": first.get("command"),
         "resumed": f"{len(made) - 1} times" if len(made) > 1 else None,
         "software": ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else None,
-        "commit": _get(first, "commits", "sslvit"),
+        "commit": value_in(first, "commits.sslvit"),
     }  # fmt: skip
     return {key: value for key, value in facts.items() if value is not None}
 
@@ -147,12 +139,6 @@ def _made_by(folder: RunFolder) -> list[dict[str, Any]]:
     return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
 
 
-def _get(tree: Any, *keys: str) -> Any:
-    for key in keys:
-        tree = tree.get(key) if isinstance(tree, dict) else None
-    return tree
-
-
 def settings(named: Named) -> list[str]:
     """Settings that differ from the defaults; of several runs, those in which they differ stand out."""
     of_runs = {name: by_dotted_key(files.config) for name, files in named.items()}
@@ -164,7 +150,7 @@ def settings(named: Named) -> list[str]:
         values = [settings.get(key, "–") for settings in of_runs.values()]
         differ = len({json.dumps(value, sort_keys=True, default=str) for value in values}) > 1
         usual = [of.get(key, "–") for of in defaults]
-        if key in ("out",) or (values == usual and not differ):
+        if key == "out" or (values == usual and not differ):
             continue
         if differ:
             changed.append(len(rows))
@@ -181,13 +167,10 @@ def settings(named: Named) -> list[str]:
 def _defaults(config: dict[str, Any]) -> dict[str, Any]:
     """Settings of a run of the same task and view about which nothing was said."""
     tree: dict[str, Any] = {"data": {"shards": "-"}}
-    for section, key in (("task", "name"), ("data.view", "kind")):
-        if isinstance(value := _get(config, *section.split("."), key), str):
-            *above, last = section.split(".")
-            place = tree
-            for part in above:
-                place = place.setdefault(part, {})
-            place[last] = {key: value}
+    if isinstance(task := value_in(config, "task.name"), str):
+        tree["task"] = {"name": task}
+    if isinstance(view := value_in(config, "data.view.kind"), str):
+        tree["data"]["view"] = {"kind": view}
     try:
         return by_dotted_key(asdict(build(RunSettings, tree)))
     except (ValueError, TypeError):  # a task or a view from outside the package
@@ -208,42 +191,17 @@ def scores(named: Named) -> list[str]:
     made = []
     for name, files in named.items():
         for file in sorted(files.folder.path.glob("*.json")):
-            content = read_json(file) if _is_readable(file) else None
+            content = read_json(file) if is_plain(file) else None
             if content is None:
                 continue
             if file == files.folder.scores and isinstance(content.get("top1"), float):
                 made.append(text(f"{name}, {file.name}: {files.folder.scores_in_words()}"))
-            elif rows := _rows(content):
-                about = content.get("about")
-                val = about.get("val") if isinstance(about, dict) else None
-                count = about.get("val_images") if isinstance(about, dict) else None
-                what = "top-1 accuracy (%)" if isinstance(about, dict) and "probed" in about else "scores"
-                on = f" on {count:,} images of {val}" if isinstance(count, int) else ""
+            elif rows := read_scores(content.get("draws")) or read_scores(content.get("rows")):
+                count = value_in(content, "about.val_images")
+                what = "scores" if value_in(content, "about.probed") is None else "top-1 accuracy (%)"
+                on = f" on {count:,} images of {value_in(content, 'about.val')}" if isinstance(count, int) else ""
                 made += [text(f"{name}, {file.name}: {what}{on}"), table(rows)]
     return [heading("Scores"), *made] if made else []
-
-
-def _is_readable(file: Path) -> bool:
-    """Whether a file of a folder, which may come from others, is a plain one of a reasonable size."""
-    return file.is_file() and not file.is_symlink() and file.stat().st_size <= MAX_BYTES
-
-
-def _rows(content: dict[str, Any]) -> Scores:
-    """The scores of a file that `sslvit probe -o` or one of its relatives wrote; none of another file."""
-    rows, draws = content.get("rows"), content.get("draws")
-    found = draws if isinstance(draws, dict) else rows
-    if not isinstance(found, dict) or not isinstance(rows, dict):
-        return {}
-    made: Scores = {}
-    for row, columns in found.items():
-        if not isinstance(columns, dict):
-            return {}
-        for column, value in columns.items():
-            values = value if isinstance(value, list) else [value]
-            if not all(isinstance(one, (int, float)) and math.isfinite(one) for one in values) or not values:
-                return {}
-            made.setdefault(str(row), {})[str(column)] = [float(one) for one in values]
-    return made
 
 
 def curves(named: Named) -> list[str]:
@@ -303,7 +261,7 @@ def exports(named: Named) -> list[str]:
     for name, files in named.items():
         path = files.folder.path
         for file in sorted([*path.glob("*/verdict.json"), *path.glob("*/*/verdict.json")]):
-            if _is_readable(file) and (found := read_json(file)) is not None:
+            if is_plain(file) and (found := read_json(file)) is not None:
                 inside = file.parent.relative_to(path)
                 said = "; ".join(
                     f"{key} {value}" for key, value in found.items() if isinstance(value, (str, float, int))

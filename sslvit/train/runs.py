@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import logging
 import math
@@ -14,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sslvit.evaluate.scores import spreadsheet_cell
+from sslvit.evaluate.scores import csv_text
 from sslvit.files import expand_path, explain_os_error, printable, quoted, write_atomically
 from sslvit.locks import is_locked
 from sslvit.messages import for_python
@@ -119,14 +117,9 @@ class RunList(Result):
         Raises:
             WriteError: The disk is full or cannot be written to.
         """
-        names, lines = self.score_names, io.StringIO()
-        writer = csv.writer(lines, quoting=csv.QUOTE_NONNUMERIC)
-        columns = [name for name in RunSummary.__dataclass_fields__ if name != "scores"]
-        writer.writerow([*columns, *names])
-        for run in self.found:
-            values = [getattr(run, column) for column in columns] + [run.scores.get(name) for name in names]
-            writer.writerow(["" if value is None else spreadsheet_cell(value) for value in values])
-        write_atomically(path, lines.getvalue())
+        names, columns = self.score_names, [name for name in RunSummary.__dataclass_fields__ if name != "scores"]
+        lines = ([*(getattr(run, column) for column in columns), *map(run.scores.get, names)] for run in self.found)
+        write_atomically(path, csv_text([*columns, *names], lines))
 
 
 @for_python
@@ -214,33 +207,32 @@ def summarize(folder: RunFolder) -> RunSummary:
         ValueError: Its config.yaml is damaged, or a value in its files is of another kind; the message names it.
     """
     config = folder.read_config() if folder.config.exists() else {}
-    task, encoder, data, train = (config[name] if isinstance(config.get(name), dict) else {} for name in
-                                  ("task", "encoder", "data", "train"))  # fmt: skip
+    mixture = value_in(config, "data.mixture")
     last: dict[str, Any] = {}
     scores: dict[str, float] = {}
     for _, last in read_lines(folder.metrics) if folder.metrics.exists() else ():
         for key in SCORES.keys() & last.keys():
             scores[SCORES[key]] = _metric(last, key, folder.metrics)
-    steps, total = int(_number_in(last, "step", folder.metrics) or 0), _total_steps(train, last, folder)
+    steps, total = int(_number_in(last, "step", folder.metrics) or 0), _total_steps(config, last, folder)
     reported, health = read_json(folder.scores) or {}, read_json(folder.health) or {}
     if (top1 := _number_in(reported, "top1", folder.scores)) is not None:
         scores[SCORES["val/top1"]] = top1
     is_finished = total is not None and steps >= total and (folder.encoder / "encoder.json").exists()
-    width, depth = (_number_in(encoder, key, folder.config, "encoder.") for key in ("width", "depth"))
+    width, depth = (_number_in(config, key, folder.config) for key in ("encoder.width", "encoder.depth"))
     seconds = _metric(last, "time/elapsed", folder.metrics) if "time/elapsed" in last else None
     return RunSummary(
         str(folder.path), "running" if is_locked(folder.path / LOCK) else "finished" if is_finished else "stopped",
-        _text_in(task, "name", folder.config, "task."),
-        _text_in(data, "shards", folder.config, "data.") or _format_mixture(data.get("mixture")),
+        _text_in(config, "task.name", folder.config),
+        _text_in(config, "data.shards", folder.config) or (json.dumps(mixture, default=str) if mixture else None),
         width if width is None else int(width), depth if depth is None else int(depth), steps, total,
         _metric(last, "train/loss", folder.metrics) if "train/loss" in last else None, scores,
         _text_in(health, "verdict", folder.health), None if seconds is None else seconds / 3600,
     )  # fmt: skip
 
 
-def _total_steps(train: Mapping[str, Any], last: Mapping[str, Any], folder: RunFolder) -> int | None:
+def _total_steps(config: Mapping[str, Any], last: Mapping[str, Any], folder: RunFolder) -> int | None:
     """Number of optimizer steps of a whole run; None while neither its settings nor its metrics tell."""
-    steps, epochs = (_number_in(train, key, folder.config, "train.") for key in ("steps", "epochs"))
+    steps, epochs = (_number_in(config, key, folder.config) for key in ("train.steps", "train.epochs"))
     if steps is not None:
         return int(steps)
     epoch = _number_in(last, "epoch", folder.metrics)
@@ -258,19 +250,25 @@ def _metric(line: Mapping[str, Any], key: str, file: Path) -> float:
     return math.nan if value is None else value
 
 
-def _number_in(values: Mapping[str, Any], key: str, file: Path, section: str = "") -> float | None:
+def value_in(values: Any, key: str) -> Any:
+    """The value under a dotted key; None where there is no such key, or no section above it."""
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
+
+
+def _number_in(values: Mapping[str, Any], key: str, file: Path) -> float | None:
     """The finite number under a key; None where there is null, or no such key.
 
     Args:
-        values: What a file holds, or a section of it.
-        key: The key.
+        values: What a file holds.
+        key: The dotted key.
         file: The file, for the message.
-        section: What stands before the key, for the message.
 
     Raises:
         ValueError: Something else stands there.
     """
-    value = values.get(key)
+    value = value_in(values, key)
     if value is None:
         return None
     try:
@@ -278,21 +276,16 @@ def _number_in(values: Mapping[str, Any], key: str, file: Path, section: str = "
     except OverflowError:  # an integer that no float holds
         is_number = False
     if not is_number:
-        raise ValueError(f"{printable(file)}: {section}{key}: expected a finite number, not {quoted(value)}.")
+        raise ValueError(f"{printable(file)}: {key}: expected a finite number, not {quoted(value)}.")
     return float(value)
 
 
-def _text_in(values: Mapping[str, Any], key: str, file: Path, section: str = "") -> str | None:
+def _text_in(values: Mapping[str, Any], key: str, file: Path) -> str | None:
     """The text under a key; arguments and errors as those of `_number_in`."""
-    value = values.get(key)
+    value = value_in(values, key)
     if value is not None and not isinstance(value, str):
-        raise ValueError(f"{printable(file)}: {section}{key}: expected text, not {quoted(value)}.")
+        raise ValueError(f"{printable(file)}: {key}: expected text, not {quoted(value)}.")
     return value
-
-
-def _format_mixture(mixture: dict[str, float] | None) -> str | None:
-    """A mixture in a cell."""
-    return json.dumps(mixture, default=str) if mixture else None
 
 
 def _split_numbers(path: str) -> list[tuple[bool, float, str]]:

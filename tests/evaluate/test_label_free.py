@@ -22,7 +22,7 @@ from sslvit.evaluate.label_free import evenly_spaced, measure_health
 from sslvit.evaluate.sources import LabeledSet
 from sslvit.models import ViTEncoder
 from sslvit.reports.show import middle_patch
-from sslvit.settings import EncoderSettings
+from sslvit.settings import EncoderSettings, ProbeSettings
 
 
 def make(**changes) -> ViTEncoder:
@@ -169,7 +169,9 @@ def test_effective_rank_and_deviation_are_their_formulas() -> None:
 
 def test_the_crops_that_should_agree_are_drawn_by_seed(here: Path) -> None:
     data = LabeledSet(load_index(here / "plain"), 3)
-    one, same, other = (measure_health({"encoder": make()}, data, seed=seed)["encoder"] for seed in (0, 0, 1))
+    one, same, other = (
+        measure_health({"encoder": make()}, data, ProbeSettings("", "", seed=seed))["encoder"] for seed in (0, 0, 1)
+    )
     assert one == same
     assert other["alignment"] != one["alignment"]
     assert other["rankme"] == one["rankme"]  # of center views

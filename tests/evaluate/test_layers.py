@@ -73,11 +73,11 @@ def test_the_best_layer_is_chosen_without_the_reported_images(
 ) -> None:
     scores = iter([(60.0, 90.0), (70.0, 50.0), (70.0, 80.0)])  # held out, reported; the shallower of equals is taken
 
-    def give(*_) -> dict[str, list[float]]:
+    def give(*_) -> tuple[dict[str, list[float]], dict[str, dict[str, float]], dict]:
         held_out, reported = next(scores)
-        return {HELD_OUT: [held_out], LINEAR: [reported]}
+        return {LINEAR: [reported]}, {"linear": {layers.HELD_OUT_ACCURACY: held_out}}, {}
 
-    monkeypatch.setattr(layers, "_scores", give)
+    monkeypatch.setattr(layers, "score", give)
     settings = ProbeSettings(shards.train, shards.val, baselines=False, cache=None)
     table = probe_layers(make(), settings, [1, 2, 3])
     assert (table.best, table.last) == (2, 3)

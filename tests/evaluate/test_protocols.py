@@ -88,7 +88,7 @@ def test_heads_start_small_by_seed_and_without_bias() -> None:
     """From N(0, 0.01), as in the released probes of MAE, DINO and DINOv2."""
     readout = (1, "class")
     heads = [BatchNormHead(64, 50, seed) for seed in (0, 0, 1)]
-    grids = [HeadGrid.initialize([[readout]], {readout: 64}, [0.1, 1.0], 25, seed) for seed in (0, 0, 1)]
+    grids = [HeadGrid([[readout]], 64, [0.1, 1.0], 25, seed) for seed in (0, 0, 1)]
     for one, same, other in ([head[1].weight.detach() for head in heads], [grid.weight[0] for grid in grids]):
         assert float(one.std()) == pytest.approx(0.01, rel=0.05)
         assert torch.equal(one, same)
@@ -111,7 +111,7 @@ def test_a_grid_of_heads_is_as_many_heads_under_torchs_sgd() -> None:
     features = [[readouts[1]], [readouts[1], readouts[2]], readouts]
     values, labels = torch.randn(64, 12, generator=source), torch.randint(0, 3, (64,), generator=source)
     rates = [0.05, 0.5]
-    grid = HeadGrid.initialize(features, dict.fromkeys(readouts, 4), rates, 3, seed=1)
+    grid = HeadGrid(features, 4, rates, 3, seed=1)
     columns = [range(4, 8), range(4, 12), range(12)]
     heads = []
     for number, part in enumerate(columns):

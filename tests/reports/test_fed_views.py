@@ -74,3 +74,14 @@ def test_views_are_shown_of_recipes_and_runs(
         sslvit.show("views", sslvit.load_encoder("zoo:digits/dino"), folder)
     with pytest.raises(FileNotFoundError, match="no such file or recipe"):
         sslvit.show("views", "mae/nothing", folder)
+
+
+@pytest.mark.parametrize("what", ["pca", "distance", "field"])
+def test_the_fraction_of_the_crop_is_that_of_pictures_of_an_encoder(tmp_path: Path, what: str) -> None:
+    source, folder = np.random.default_rng(0), tmp_path / "images"
+    folder.mkdir()
+    for number in range(2):
+        Image.fromarray(source.integers(0, 255, (28, 28)).astype(np.uint8)).save(folder / f"{number}.png")
+    encoder = sslvit.load_encoder("zoo:digits/mae")
+    whole, middle = (sslvit.show(what, encoder, folder, images=2, crop_fraction=part).png for part in (None, 0.5))
+    assert whole != middle

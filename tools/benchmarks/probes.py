@@ -81,7 +81,7 @@ def grid(images: int, width: int) -> None:
 
     def fit(chosen: list[list[Readout]], some_lrs: list[float]) -> None:
         order = sorted({readout for part in chosen for readout in part})
-        heads = HeadGrid.initialize(chosen, dict.fromkeys(order, width), some_lrs, CLASSES)
+        heads = HeadGrid(chosen, width, some_lrs, CLASSES)
         epochs = iter([table] * (STEPS * BATCH // images + 1))
         heads.fit(iterate_batches(epochs, order, None, BATCH, STEPS, 0), lambda step: 1.0)
 
