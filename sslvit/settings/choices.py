@@ -100,19 +100,24 @@ BOUNDS: dict[str, Callable[[float], bool]] = {  # in the words of a message
     "1 or more": lambda value: value >= 1,
     "2 or more": lambda value: value >= 2,
     "in [0, 1]": lambda value: 0 <= value <= 1,
+    "a probability in [0, 1]": lambda value: 0 <= value <= 1,
     "in [0, 1)": lambda value: 0 <= value < 1,
     "in (0, 1]": lambda value: 0 < value <= 1,
 }
 
 
 def check_bounds(settings: object, prefix: str, bounds: str, *keys: str) -> None:
-    """Raise ValueError on the first number, of those that there are, that is out of bounds, one of BOUNDS."""
+    """Raise ValueError on the first number, of those that there are, that is out of bounds, one of BOUNDS.
+
+    A list is out of bounds where one of its numbers is.
+    """
     for key in keys:
-        value = getattr(settings, key, None)
-        if value is not None and not BOUNDS[bounds](value):
-            name = key.replace("_", "-") if prefix == "--" else key
-            between = (" ", ":") if prefix.startswith("--") else (": ", "")
-            raise ValueError(f"{prefix}{name}{between[0]}{value}{between[1]} must be {bounds}.")
+        found = getattr(settings, key, None)
+        for value in found if isinstance(found, list) else [found]:
+            if value is not None and not BOUNDS[bounds](value):
+                name = key.replace("_", "-") if prefix == "--" else key
+                between = (" ", ":") if prefix.startswith("--") else (": ", "")
+                raise ValueError(f"{prefix}{name}{between[0]}{value}{between[1]} must be {bounds}.")
 
 
 def not_one_of(value: object, words: Iterable[object]) -> str:

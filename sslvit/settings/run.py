@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from sslvit.files import brief, expand_path
 from sslvit.plugins import find_plugin
-from sslvit.settings.choices import Choice
+from sslvit.settings.choices import Choice, check_bounds
 from sslvit.settings.data import DataSettings
 from sslvit.settings.dino import DINOSettings
 from sslvit.settings.encoder import EncoderSettings
@@ -67,5 +67,4 @@ class RunSettings:
     def __post_init__(self) -> None:
         self.out = expand_path(self.out)
         self.init = self.init and expand_path(self.init)
-        if self.seed < 0:
-            raise ValueError(f"seed: {self.seed} must be 0 or more.")
+        check_bounds(self, "", "0 or more", "seed")
