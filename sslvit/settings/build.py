@@ -80,30 +80,14 @@ def build(kind: type[Settings], tree: dict[str, Any]) -> Settings:
     Raises:
         ValueError: An unknown key (the nearest is suggested), a missing one, or a value that does not fit.
     """
-    _check_keys(kind, tree, "", Known(list(known_keys(kind, tree)), choices_in(kind)))
+    check_keys(kind, tree)
     built: Settings = _instantiate(kind, tree, "")
     return built
 
 
-def check_values(kind: type, tree: dict[str, Any]) -> None:
-    """Refuse unknown keys and values of another type, but no combination of values.
-
-    Raises:
-        ValueError: As `build` does.
-    """
+def check_keys(kind: type, tree: dict[str, Any]) -> None:
+    """Raise ValueError for an unknown key, and for a section that holds no settings, as `build` does."""
     _check_keys(kind, tree, "", Known(list(known_keys(kind, tree)), choices_in(kind)))
-    _check_types(kind, tree, "")
-
-
-def _check_types(kind: type, tree: dict[str, Any], prefix: str) -> None:
-    for name, hint in hints_of(kind).items():
-        if name in tree:
-            value, key = tree[name], prefix + name
-            record = record_of(hint, value, key)
-            if record is None:
-                convert(hint, value, key)
-            elif isinstance(value, dict):
-                _check_types(record, value, f"{key}.")
 
 
 def choice_of(hint: Any) -> Choice | None:
