@@ -20,7 +20,7 @@ from sslvit.exporters import plain_vit, transformers_kinds
 from sslvit.exporters.cropping import fit, fit_snippet, is_fitted, open_snippet, resized_sides
 from sslvit.exporters.exported import Exported, Reopened, masking_noise, save_tensors
 from sslvit.layouts import clip, dinov3, openai_igpt
-from sslvit.layouts.transformers import rename, to_transformers
+from sslvit.layouts.transformers import rename, to_transformers, with_neutral
 from sslvit.settings import EncoderSettings
 from sslvit.settings.palette import UNIFORM
 
@@ -296,9 +296,7 @@ def weights(folder: Path, exported: Exported) -> tuple[dict[str, Tensor], dict[s
         return neutral | expected, found
     if kind == "dinov3_vit":
         found, _ = dinov3.rename(state, [])
-        neutral = {key: torch.ones_like(value) for key, value in found.items() if ".ls" in key}
-        neutral |= {"mask_token": torch.zeros(1, 1, settings.width)}
-        return neutral | plain_vit.state_with_table(exported.encoder, 0, outputs), found
+        return with_neutral(plain_vit.state_with_table(exported.encoder, 0, outputs)), found
     found, others = clip.to_sslvit(state)[:2] if kind in clip.DEFAULTS else rename(state)
     expected = plain_vit.state_with_table(exported.encoder, transformers_kinds.position_rows(kind), outputs)
     if kind in transformers_kinds.CLASSES:
@@ -306,8 +304,7 @@ def weights(folder: Path, exported: Exported) -> tuple[dict[str, Tensor], dict[s
     elif kind == "vit":
         expected = {key: value for key, value in expected.items() if key != "mask_token"}
     else:
-        neutral = {key: torch.ones_like(value) for key, value in found.items() if ".ls" in key}
-        expected = neutral | {"mask_token": torch.zeros(1, 1, settings.width)} | expected
+        expected = with_neutral(expected)
     if exported.head is not None:
         expected |= classifier(exported.head.state_dict(), kind, settings.pooling)
         found |= {key: others.get(key, torch.empty(0)) for key in ("classifier.weight", "classifier.bias")}

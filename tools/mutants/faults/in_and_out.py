@@ -69,8 +69,8 @@ FAULTS = [
     Fault(
         "Exports to transformers swap keys and values",
         f"{LAYOUTS}/transformers.py",
-        'zip(("query", "key", "value"), value.chunk(3)',
-        'zip(("query", "value", "key"), value.chunk(3)',
+        'for part in ("query", "key", "value")',
+        'for part in ("query", "value", "key")',
         (OPENS,),
     ),
     Fault(
