@@ -328,8 +328,8 @@ FAULTS = [
     Fault(
         "A number as the size of a ViT's processor is its shorter side",
         f"{LAYOUTS}/transformers_processor.py",
-        'if defaults["is_square"] and (not crop or defaults["is_cropped"])',
-        "if False",
+        'is_square = "height" in defaults["size"] and (not crop or defaults["is_cropped"])',
+        "is_square = False",
         (SEEN,),
     ),
     Fault(
