@@ -41,8 +41,9 @@ def from_folder(path: Path, **changes: Any) -> Converted | None:
         return None
     if not isinstance(config, dict) or not {"architecture", "pretrained_cfg"} <= config.keys():
         return None
-    weights = read_folder_weights(path)
-    return _from_timm(f"local-dir:{path}", weights, **changes)
+    name = f"local-dir:{path}"
+    _check_fits(name, config, read_folder_weights(path))
+    return _from_timm(name, changes)
 
 
 def from_name(name: str, **changes: Any) -> Converted:
@@ -53,16 +54,13 @@ def from_name(name: str, **changes: Any) -> Converted:
         ValueError: The name is unknown, the weights are unavailable, or the model is no plain ViT, computes something
             else or pools in a way that the encoder does not have.
     """
-    return _from_timm(name, None, **changes)
+    _import_timm(name)
+    logger.info(f"timm:{name}: downloading its weights, unless they are in the hub's cache")
+    return _from_timm(name, changes)
 
 
-def _from_timm(name: str, weights: dict[str, Tensor] | None, **changes: Any) -> Converted:
-    """A model by name, or, with its weights, from a folder, whose settings are first compared with them."""
-    if weights is not None:
-        _check_fits(name, weights)
-    else:
-        _import_timm(name)
-        logger.info(f"timm:{name}: downloading its weights, unless they are in the hub's cache")
+def _from_timm(name: str, changes: dict[str, Any]) -> Converted:
+    """A model by its name for timm, which is local-dir:FOLDER for one in a folder."""
     model = create(name, pretrained=True).eval()
     _check_plain(name, model)
     prepared, notes = from_timm(model.pretrained_cfg, list(model.patch_embed.img_size), name)
@@ -176,9 +174,8 @@ def _check_plain(name: str, model: nn.Module) -> None:
         raise ValueError(f"timm:{name}: a {type(model).__name__}, and only plain vision transformers can be probed.")
 
 
-def _check_fits(name: str, weights: dict[str, Tensor]) -> None:
+def _check_fits(name: str, config: dict[str, Any], weights: dict[str, Tensor]) -> None:
     """Refuse a folder whose settings describe another network than its weights, before memory is taken for it."""
-    config = json.loads((Path(name.removeprefix("local-dir:")) / "config.json").read_text())
     arguments, architecture = config.get("model_args") or {}, config["architecture"]
     if not isinstance(architecture, str) or not _import_timm(name).models.is_model_in_modules(architecture, MODULES):
         raise ValueError(
