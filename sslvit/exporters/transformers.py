@@ -86,21 +86,11 @@ def model_arguments(settings: EncoderSettings, outputs: str = "features") -> dic
         "fc_norm: true": settings.fc_norm and outputs != "tokens",
         f"image_size: {settings.image_size}, which is no square": kind != "vit" and height != width,
     })  # fmt: skip
-    common = _common_arguments(settings)
+    common = transformers_kinds.common_arguments(settings)
     if kind == "vit":
         return common | {"intermediate_size": settings.mlp_width}
     registers = {"num_register_tokens": settings.registers} if settings.registers else {}
     return common | registers | {"mlp_ratio": int(ratio), "use_swiglu_ffn": settings.mlp == "swiglu"}
-
-
-def _common_arguments(settings: EncoderSettings) -> dict[str, Any]:
-    """What every ViT of transformers calls alike."""
-    height, width = settings.size
-    return {
-        "hidden_size": settings.width, "num_hidden_layers": settings.depth, "num_attention_heads": settings.heads,
-        "layer_norm_eps": settings.norm_eps, "patch_size": settings.patch, "num_channels": settings.channels,
-        "image_size": height if height == width else [height, width],
-    }  # fmt: skip
 
 
 def _dinov3_arguments(settings: EncoderSettings, outputs: str) -> dict[str, Any]:
@@ -113,7 +103,7 @@ def _dinov3_arguments(settings: EncoderSettings, outputs: str) -> dict[str, Any]
         "final_norm: false": not settings.final_norm,
         "fc_norm: true": settings.fc_norm and outputs != "tokens",
     })  # fmt: skip
-    return _common_arguments(settings) | {
+    return transformers_kinds.common_arguments(settings) | {
         "intermediate_size": settings.mlp_width, "use_gated_mlp": is_gated,
         "hidden_act": "silu" if is_gated else "gelu",
         "num_register_tokens": settings.registers, "rope_theta": dinov3.BASE,
@@ -221,9 +211,10 @@ def make_processor(exported: Exported) -> Any:
     return transformers.BitImageProcessor(size=size, crop_size=crop, **common)
 
 
-def has_pooler(kind: str) -> bool:
-    """Whether a model has a layer of its own behind the class token unless it is asked for none."""
-    return kind in ("vit", "ijepa", "deit")
+def has_unused_pooler(exported: Exported) -> bool:
+    """Whether the model has a layer of its own behind the class token unless it is asked for none."""
+    kind = model_type(exported.settings, exported.outputs)
+    return exported.outputs not in LOADERS and kind in ("vit", "ijepa", "deit")
 
 
 def resamples_on_request(kind: str) -> bool:
@@ -235,12 +226,9 @@ def open_model(folder: Path, exported: Exported) -> PreTrainedModel:
     """The model as transformers opens it."""
     import transformers
 
-    if exported.outputs == "logits":
-        return transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
-    if exported.outputs == "reconstruction":
-        return transformers.ViTMAEForPreTraining.from_pretrained(folder).eval()
-    more = {"add_pooling_layer": False} if has_pooler(model_type(exported.settings, exported.outputs)) else {}
-    return transformers.AutoModel.from_pretrained(folder, **more).eval()
+    loader = getattr(transformers, LOADERS.get(exported.outputs, "AutoModel"))
+    more = {"add_pooling_layer": False} if has_unused_pooler(exported) else {}
+    return loader.from_pretrained(folder, **more).eval()
 
 
 def reopen(folder: Path, exported: Exported) -> Reopened:
@@ -332,7 +320,7 @@ def usage(exported: Exported, is_fixed: bool) -> str:
     settings, outputs = exported.settings, exported.outputs
     kind, is_pooled_there = model_type(settings, outputs), outputs == "features" and settings.pooling == "attention"
     auto = LOADERS.get(outputs, "AutoModel")
-    more = ", add_pooling_layer=False" if has_pooler(kind) and outputs != "logits" else ""
+    more = ", add_pooling_layer=False" if has_unused_pooler(exported) else ""
     lines = [
         *(["import torch"] if settings.tokens == "pixel" else []),
         "from PIL import Image, ImageOps",

@@ -66,11 +66,17 @@ def arguments(kind: str, settings: EncoderSettings, outputs: str) -> dict[str, A
     if outputs == "logits" and kind != "ijepa":
         raise ValueError(f"--outputs logits: transformers' {kind} has another classifier. Use --format onnx or torch.")
     head = {"vision_use_head": is_pooled and has_head} if is_siglip else {}
-    return head | {
+    own = {"intermediate_size": settings.mlp_width, "hidden_act": ACTIVATIONS[settings.mlp]}
+    return head | common_arguments(settings) | own
+
+
+def common_arguments(settings: EncoderSettings) -> dict[str, Any]:
+    """What every ViT of transformers calls alike."""
+    height, width = settings.size
+    return {
         "hidden_size": settings.width, "num_hidden_layers": settings.depth, "num_attention_heads": settings.heads,
         "layer_norm_eps": settings.norm_eps, "patch_size": settings.patch, "num_channels": settings.channels,
-        "image_size": settings.size[0], "intermediate_size": settings.mlp_width,
-        "hidden_act": ACTIVATIONS[settings.mlp],
+        "image_size": height if height == width else [height, width],
     }  # fmt: skip
 
 
