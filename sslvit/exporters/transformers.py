@@ -19,8 +19,8 @@ from sslvit.environment import require_packages
 from sslvit.exporters import plain_vit, transformers_kinds
 from sslvit.exporters.cropping import fit, fit_snippet, is_fitted, open_snippet, resized_sides
 from sslvit.exporters.exported import Exported, Reopened, masking_noise, save_tensors
-from sslvit.layouts import clip, dinov3, openai_igpt
-from sslvit.layouts.transformers import rename, to_transformers, with_neutral
+from sslvit.layouts import dinov3, openai_igpt, transformers_folder, vit_mae
+from sslvit.layouts.transformers import with_neutral
 from sslvit.settings import EncoderSettings
 from sslvit.settings.palette import UNIFORM
 
@@ -165,13 +165,8 @@ def write(exported: Exported, folder: Path, is_fixed: bool) -> None:
     config.save_pretrained(folder)
     if kind == "imagegpt":
         tensors = openai_igpt.from_sslvit(exported.encoder.state_dict(), {})
-    elif kind == "dinov3_vit":
-        state = plain_vit.state_with_table(exported.encoder, 0, outputs)
-        tensors = dinov3.to_transformers(state, settings.key_bias)
-    elif kind in transformers_kinds.CLASSES:
-        tensors = transformers_kinds.tensors_of(kind, exported)
     else:
-        tensors = to_transformers(plain_vit.state_with_table(exported.encoder, 1, outputs), kind)
+        tensors = transformers_kinds.tensors_of(kind, exported)
     if exported.head is not None:
         tensors = {f"{kind}.{key}": value for key, value in tensors.items()}
         tensors |= classifier(exported.head.state_dict(), kind, settings.pooling)
@@ -274,25 +269,21 @@ def weights(folder: Path, exported: Exported) -> tuple[dict[str, Tensor], dict[s
     What only one of them has and is neutral (a scale of one, a bias or a mask token of zero) is in both.
     """
     settings, outputs = exported.settings, exported.outputs
-    state = open_model(folder, exported).state_dict()
     kind = model_type(settings, outputs)
+    converted = transformers_folder.to_sslvit(open_model(folder, exported).state_dict(), folder)
+    found, others = converted.encoder, converted.extras
     if kind == "imagegpt":
-        options = {"image_size": settings.image_size, "palette": settings.palette}
-        found = openai_igpt.to_sslvit(state, settings.heads, **options).encoder
         expected = {key: value for key, value in exported.encoder.state_dict().items() if key != "patch_embed.palette"}
         neutral = {key: torch.zeros_like(value) for key, value in found.items() if key.endswith(".bias")}
         return neutral | expected, found
-    if kind == "dinov3_vit":
-        found, _ = dinov3.rename(state, [])
-        return with_neutral(plain_vit.state_with_table(exported.encoder, 0, outputs)), found
-    found, others = clip.to_sslvit(state)[:2] if kind in clip.DEFAULTS else rename(state)
     expected = plain_vit.state_with_table(exported.encoder, transformers_kinds.position_rows(kind), outputs)
-    if kind in transformers_kinds.CLASSES:
-        expected, found = transformers_kinds.weights(kind, exported, found, others)
-    elif kind == "vit":
-        expected = {key: value for key, value in expected.items() if key != "mask_token"}
-    else:
+    if kind.startswith("dino"):
         expected = with_neutral(expected)
+    else:
+        expected.pop("mask_token", None)
+    if kind == "vit_mae":
+        expected |= transformers_kinds.decoder_state(exported)
+        found |= vit_mae.decoder_to_sslvit(others)
     if exported.head is not None:
         expected |= classifier(exported.head.state_dict(), kind, settings.pooling)
         found |= {key: others.get(key, torch.empty(0)) for key in ("classifier.weight", "classifier.bias")}

@@ -1,7 +1,7 @@
 """Models of transformers besides ViT, Dinov2 and ImageGPT: which of them holds an encoder, and what its config says.
 
 ViTMAE with MAE's decoder, I-JEPA (no class token), DeiT (its distillation token is a register with a position of its
-own), and the vision towers of CLIP and SigLIP.
+own), and the vision towers of CLIP and SigLIP. Weights get the names of all models but ImageGPT here.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sslvit.exporters import plain_vit
 from sslvit.exporters.exported import Exported
-from sslvit.layouts import clip, vit_mae
+from sslvit.layouts import clip, dinov3, vit_mae
 from sslvit.layouts.transformers import to_transformers
 from sslvit.layouts.vit import inverted
 from sslvit.settings import EncoderSettings
@@ -38,7 +38,7 @@ def kind_of(settings: EncoderSettings, outputs: str) -> str | None:
 
 def position_rows(kind: str) -> int:
     """Rows of a model's position table in front of the patches' rows."""
-    return {"ijepa": 0, "siglip_vision_model": 0, "deit": 2}.get(kind, 1)
+    return {"ijepa": 0, "siglip_vision_model": 0, "dinov3_vit": 0, "deit": 2}.get(kind, 1)
 
 
 def arguments(kind: str, settings: EncoderSettings, outputs: str) -> dict[str, Any]:
@@ -85,14 +85,12 @@ def tensors_of(kind: str, exported: Exported) -> dict[str, Tensor]:
     state = plain_vit.state_with_table(exported.encoder, position_rows(kind), exported.outputs)
     if kind == "vit_mae":
         return vit_mae.to_vit_mae(state, decoder_state(exported))
+    if kind == "dinov3_vit":
+        return dinov3.to_transformers(state, exported.settings.key_bias)
     if kind in clip.DEFAULTS:
-        return clip.from_sslvit(without_mask_token(state))
+        state.pop("mask_token", None)  # which they have no place for
+        return clip.from_sslvit(state)
     return to_transformers(state, kind)
-
-
-def without_mask_token(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights without a mask token, which these models have no place for."""
-    return {key: value for key, value in state.items() if key != "mask_token"}
 
 
 def decoder_arguments(exported: Exported) -> dict[str, Any]:
@@ -104,16 +102,3 @@ def decoder_arguments(exported: Exported) -> dict[str, Any]:
 def decoder_state(exported: Exported) -> dict[str, Tensor]:
     """The decoder's weights under the names of models/mae.py."""
     return {f"decoder.{key}": value for key, value in exported.mae.decoder.state_dict().items()}
-
-
-def weights(
-    kind: str, exported: Exported, found: dict[str, Tensor], others: dict[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Tensors as they should be, and as transformers has them, under our names.
-
-    `found` and `others` are a reopened model's weights, renamed, and those that are not the encoder's.
-    """
-    expected = without_mask_token(plain_vit.state_with_table(exported.encoder, position_rows(kind), exported.outputs))
-    if kind != "vit_mae":
-        return expected, found
-    return expected | decoder_state(exported), found | vit_mae.decoder_to_sslvit(others)
