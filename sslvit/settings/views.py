@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, is_dataclass
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 from sslvit.files import brief
 from sslvit.plugins import find_plugin
@@ -217,19 +217,15 @@ class TransformSettings:
 
 
 ViewSettings = (
-    TransformSettings
-    | AugmentSettings
+    AugmentSettings
     | CropSettings
     | SquareSettings
     | CenterSettings
     | CanvasSettings
     | MultiCropSettings
+    | TransformSettings
 )
-VIEW_SETTINGS: dict[str, type] = {
-    "augment": AugmentSettings,
-    "crop": CropSettings, "square": SquareSettings, "center": CenterSettings, "canvas": CanvasSettings,
-    "multi_crop": MultiCropSettings, "transform": TransformSettings,
-}  # fmt: skip
+VIEW_SETTINGS: dict[str, type] = {view.kind: view for view in get_args(ViewSettings)}
 
 
 def view_settings(kind: str) -> type | None:
