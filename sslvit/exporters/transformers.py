@@ -235,13 +235,13 @@ def reopen(folder: Path, exported: Exported) -> Reopened:
         indices = exported.encoder.pixel_tokens.quantize(images)
         start = torch.full((len(indices), 1), model.config.vocab_size - 1)
         found = model(input_ids=torch.cat([start, indices[:, :-1]], 1), output_hidden_states=True)
+        tokens = found.last_hidden_state
         if outputs == "tokens":
-            return found.last_hidden_state
-        layer = settings.feature_layer or settings.depth
-        if layer == settings.depth:
-            return found.last_hidden_state.mean(1)
-        norm = model.get_submodule(f"h.{layer}.ln_1" if settings.feature_norm == "next" else "ln_f")
-        return norm(found.hidden_states[layer]).mean(1)
+            return tokens
+        if (layer := settings.probed_layer) < settings.depth:
+            norm = model.get_submodule(f"h.{layer}.ln_1" if settings.feature_norm == "next" else "ln_f")
+            tokens = norm(found.hidden_states[layer])
+        return tokens.mean(1)
 
     def run(images: Tensor) -> Tensor:
         if outputs == "reconstruction":
