@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import json
 import logging
 import math
 from pathlib import Path
@@ -15,12 +13,13 @@ from torch import Tensor, nn
 
 from sslvit.environment import require_packages
 from sslvit.files import printable, quoted
-from sslvit.layouts import dinov3
+from sslvit.layouts import dinov3, transformers_folder
 from sslvit.layouts import timm as plain_timm
 from sslvit.layouts.preprocessing import from_timm
 from sslvit.layouts.vit import Converted
 from sslvit.models import ViTEncoder
 from sslvit.progress import quiet_libraries
+from sslvit.settings.choices import near
 from sslvit.weight_files import count_blocks, read_folder_weights
 
 logger = logging.getLogger(__name__)
@@ -28,18 +27,14 @@ logger = logging.getLogger(__name__)
 ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}  # timm's classes -> our names
 TOLERANCE = 1e-3  # of outputs that are about 1 in size
 MODULES = ("vision_transformer", "deit", "eva")  # of timm, with plain vision transformers and DINOv3's
-MAX_NAME = 100  # characters that are compared with known names
 HTTP = ("httpx", "requests", "urllib3")  # libraries by which the hub is reached
 MAX_PATCHES = 1 << 16  # of the images on which both are compared
 
 
 def from_folder(path: Path, **changes: Any) -> Converted | None:
     """The model in a folder that timm opens, as `sslvit export --format timm` writes; None for other folders."""
-    try:
-        config = json.loads((path / "config.json").read_text())
-    except (OSError, ValueError, RecursionError):
-        return None
-    if not isinstance(config, dict) or not {"architecture", "pretrained_cfg"} <= config.keys():
+    config = transformers_folder.stated(path)
+    if not {"architecture", "pretrained_cfg"} <= config.keys():
         return None
     name = f"local-dir:{path}"
     _check_fits(name, config, read_folder_weights(path))
@@ -161,10 +156,8 @@ def _explain(error: Exception, name: str) -> str:
             f"\"import timm; timm.create_model('{name}', pretrained=True)\"; without one, copy that folder from a "
             "machine where this was done."
         )
-    near = difflib.get_close_matches(name[:MAX_NAME], known, n=3)
     reason = printable(str(error).splitlines()[0], 160) if str(error) else type(error).__name__
-    hint = f" Did you mean {', '.join(near)}?" if near else ""
-    return f"{reason.removesuffix('.')}.{hint}"
+    return f"{reason.removesuffix('.')}.{near(name, known, most=3)}"
 
 
 def _check_plain(name: str, model: nn.Module) -> None:

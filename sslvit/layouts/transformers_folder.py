@@ -40,6 +40,14 @@ def is_folder(path: Path) -> bool:
     return (path / "config.json").is_file()
 
 
+def stated(folder: Path) -> dict[str, Any]:
+    """The content of a folder's config.json, whatever wrote it; nothing where there is none that can be read."""
+    try:
+        return _read_json(folder / "config.json")
+    except (OSError, ValueError):
+        return {}
+
+
 def model_type(path: Path) -> Any:
     """What the config.json of a folder calls its model; None where it says nothing."""
     return _read_json(path / "config.json").get("model_type")

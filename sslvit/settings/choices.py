@@ -131,10 +131,10 @@ def in_message(value: object) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else quoted(value)
 
 
-def near(value: object, words: Iterable[str]) -> str:
-    """Which of some words was meant, as a sentence; empty where none is near."""
-    found = difflib.get_close_matches(value[:MAX_COMPARED], words, n=1) if isinstance(value, str) else []
-    return f" Did you mean {found[0]}?" if found else ""
+def near(value: object, words: Iterable[str], most: int = 1) -> str:
+    """Which of some words, or at most how many of them, may be meant, as a sentence; empty where none is near."""
+    found = difflib.get_close_matches(value[:MAX_COMPARED], words, n=most) if isinstance(value, str) else []
+    return f" Did you mean {', '.join(found)}?" if found else ""
 
 
 @functools.cache
