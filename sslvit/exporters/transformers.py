@@ -19,7 +19,7 @@ from sslvit.environment import require_packages
 from sslvit.exporters import plain_vit, transformers_kinds
 from sslvit.exporters.cropping import fit, fit_snippet, is_fitted, open_snippet, resized_sides
 from sslvit.exporters.exported import Exported, Reopened, masking_noise, save_tensors
-from sslvit.layouts import dinov3, openai_igpt, transformers_folder, vit_mae
+from sslvit.layouts import openai_igpt, transformers_folder, vit_mae
 from sslvit.layouts.transformers import with_neutral
 from sslvit.settings import EncoderSettings
 from sslvit.settings.palette import UNIFORM
@@ -68,48 +68,7 @@ def model_arguments(settings: EncoderSettings, outputs: str = "features") -> dic
     kind = model_type(settings, outputs)
     if kind == "imagegpt":
         return _imagegpt_arguments(settings)
-    if kind == "dinov3_vit":
-        return _dinov3_arguments(settings, outputs)
-    if kind in transformers_kinds.CLASSES:
-        return transformers_kinds.arguments(kind, settings, outputs)
-    height, width = settings.size
-    ratio = settings.mlp_ratio
-    plain_vit.refuse_options(f"transformers' {kind}", {
-        **plain_vit.unsupported_options(settings, outputs),
-        "pos_embed: none": settings.pos_embed == "none",
-        f"mlp: {settings.mlp}": settings.mlp not in (("gelu",) if kind == "vit" else ("gelu", "swiglu")),
-        f"mlp_ratio: {ratio:g}, which is no whole number": kind != "vit" and ratio != int(ratio),
-        "bias: false": not settings.bias,
-        "qk_norm: true": settings.qk_norm,
-        "class_token: false": not settings.class_token,
-        "final_norm: false": not settings.final_norm,
-        "fc_norm: true": settings.fc_norm and outputs != "tokens",
-        f"image_size: {settings.image_size}, which is no square": kind != "vit" and height != width,
-    })  # fmt: skip
-    common = transformers_kinds.common_arguments(settings)
-    if kind == "vit":
-        return common | {"intermediate_size": settings.mlp_width}
-    registers = {"num_register_tokens": settings.registers} if settings.registers else {}
-    return common | registers | {"mlp_ratio": int(ratio), "use_swiglu_ffn": settings.mlp == "swiglu"}
-
-
-def _dinov3_arguments(settings: EncoderSettings, outputs: str) -> dict[str, Any]:
-    is_gated = settings.mlp == "swiglu"
-    plain_vit.refuse_options("transformers' dinov3_vit", {
-        **plain_vit.unsupported_options(settings, outputs),
-        f"mlp: {settings.mlp}": settings.mlp not in ("gelu", "swiglu"),
-        "qk_norm: true": settings.qk_norm,
-        "class_token: false": not settings.class_token,
-        "final_norm: false": not settings.final_norm,
-        "fc_norm: true": settings.fc_norm and outputs != "tokens",
-    })  # fmt: skip
-    return transformers_kinds.common_arguments(settings) | {
-        "intermediate_size": settings.mlp_width, "use_gated_mlp": is_gated,
-        "hidden_act": "silu" if is_gated else "gelu",
-        "num_register_tokens": settings.registers, "rope_theta": dinov3.BASE,
-        "key_bias": settings.key_bias and settings.bias,
-        **{f"{part}_bias": settings.bias for part in ("query", "value", "proj", "mlp")},
-    }  # fmt: skip
+    return transformers_kinds.arguments(kind, settings, outputs)
 
 
 def _imagegpt_arguments(settings: EncoderSettings) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Models of transformers besides ViT, Dinov2 and ImageGPT: which of them holds an encoder, and what its config says.
+"""ViTs of transformers: the configs and the weights of all of them, and which of the less usual ones holds an encoder.
 
-ViTMAE with MAE's decoder, I-JEPA (no class token), DeiT (its distillation token is a register with a position of its
-own), and the vision towers of CLIP and SigLIP. Weights get the names of all models but ImageGPT here.
+These are ViTMAE with MAE's decoder, I-JEPA (no class token), DeiT (its distillation token is a register with a position
+of its own), and the vision towers of CLIP and SigLIP.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ACTIVATIONS = inverted(clip.ACTIVATIONS) | {"gelu_tanh": "gelu_pytorch_tanh"}  #
 
 
 def kind_of(settings: EncoderSettings, outputs: str) -> str | None:
-    """The model of this file that holds an encoder or comes nearest, as its config names it; None for the others."""
+    """Which of CLASSES holds an encoder or comes nearest, as its config names it; None for the others."""
     if outputs == "reconstruction":
         return "vit_mae"
     if settings.tokens != "patch" or settings.layer_scale is not None or settings.mlp == "swiglu":
@@ -44,14 +44,18 @@ def position_rows(kind: str) -> int:
 def arguments(kind: str, settings: EncoderSettings, outputs: str) -> dict[str, Any]:
     """Arguments of a model's config for these settings; refuses all options that it cannot hold."""
     is_clip, is_siglip = kind == "clip_vision_model", kind == "siglip_vision_model"
-    registers = 1 if kind == "deit" else 0
+    is_dinov2, is_dinov3 = kind.startswith("dinov2"), kind == "dinov3_vit"
+    activations = ["gelu", "swiglu"] if is_dinov2 or is_dinov3 else ["gelu"] if kind == "vit" else [*ACTIVATIONS]
+    registers = settings.registers if is_dinov2 or is_dinov3 else 1 if kind == "deit" else 0
     is_pooled, has_head = outputs in ("features", "logits"), is_siglip and settings.pooling == "attention"
+    height, width = settings.size
     refused = plain_vit.unsupported_options(settings, outputs) | {
         "pos_embed: none": settings.pos_embed == "none",
-        f"mlp: {settings.mlp}": settings.mlp not in ACTIVATIONS,
-        "bias: false": not settings.bias,
+        f"mlp: {settings.mlp}": settings.mlp not in activations,
+        f"mlp_ratio: {settings.mlp_ratio:g}, which is no whole number": is_dinov2 and settings.mlp_ratio % 1 != 0,
+        "bias: false": not settings.bias and not is_dinov3,
         "qk_norm: true": settings.qk_norm,
-        f"layer_scale: {settings.layer_scale}": settings.layer_scale is not None,
+        f"layer_scale: {settings.layer_scale}": settings.layer_scale is not None and not (is_dinov2 or is_dinov3),
         f"registers: {settings.registers}": settings.registers != registers,
         f"class_token: {str(settings.class_token).lower()}": settings.class_token == (kind == "ijepa" or is_siglip),
         f"pre_norm: {str(settings.pre_norm).lower()}": settings.pre_norm != is_clip,
@@ -59,25 +63,31 @@ def arguments(kind: str, settings: EncoderSettings, outputs: str) -> dict[str, A
         "final_norm: false": not settings.final_norm,
         "fc_norm: true": settings.fc_norm and is_pooled,
         "pooling: attention": is_pooled and settings.pooling == "attention" and not (has_head and settings.pool_mlp),
-        f"image_size: {settings.image_size}, which is no square": settings.size[0] != settings.size[1],
+        f"image_size: {settings.image_size}, which is no square": height != width and kind not in ("vit", "dinov3_vit"),
     }
     instead = ("Use --outputs features",) if outputs == "reconstruction" else ()
     plain_vit.refuse_options(f"transformers' {kind}", refused, *instead)
-    if outputs == "logits" and kind != "ijepa":
+    if outputs == "logits" and kind in CLASSES and kind != "ijepa":
         raise ValueError(f"--outputs logits: transformers' {kind} has another classifier. Use --format onnx or torch.")
-    head = {"vision_use_head": is_pooled and has_head} if is_siglip else {}
-    own = {"intermediate_size": settings.mlp_width, "hidden_act": ACTIVATIONS[settings.mlp]}
-    return head | common_arguments(settings) | own
-
-
-def common_arguments(settings: EncoderSettings) -> dict[str, Any]:
-    """What every ViT of transformers calls alike."""
-    height, width = settings.size
-    return {
+    found: dict[str, Any] = {
         "hidden_size": settings.width, "num_hidden_layers": settings.depth, "num_attention_heads": settings.heads,
         "layer_norm_eps": settings.norm_eps, "patch_size": settings.patch, "num_channels": settings.channels,
         "image_size": height if height == width else [height, width],
     }  # fmt: skip
+    is_gated = settings.mlp == "swiglu"
+    if is_dinov2:
+        stated = {"num_register_tokens": registers} if registers else {}
+        return found | stated | {"mlp_ratio": int(settings.mlp_ratio), "use_swiglu_ffn": is_gated}
+    found["intermediate_size"] = settings.mlp_width
+    if is_dinov3:
+        return found | {
+            "use_gated_mlp": is_gated, "hidden_act": "silu" if is_gated else "gelu",
+            "num_register_tokens": registers, "rope_theta": dinov3.BASE,
+            "key_bias": settings.key_bias and settings.bias,
+            **{f"{part}_bias": settings.bias for part in ("query", "value", "proj", "mlp")},
+        }  # fmt: skip
+    head = {"vision_use_head": is_pooled and has_head} if is_siglip else {}
+    return found | head | {"hidden_act": ACTIVATIONS[settings.mlp]}
 
 
 def tensors_of(kind: str, exported: Exported) -> dict[str, Tensor]:
