@@ -25,17 +25,17 @@ class Choice:
         key: Field of those dataclasses whose value picks one.
         default: Its value where none is given.
         records: Dataclass of each known value.
-        find: Looks up the dataclass of a value, None for an unknown one; by default in `records`.
+        find: Looks up the dataclass of any other value, None for an unknown one.
     """
 
     key: str
     default: str
     records: Mapping[str, type]
-    find: Callable[[str], type | None] | None = None
+    find: Callable[[str], type | None] = lambda name: None
 
     def record(self, name: Any, section: str) -> type:
         """The dataclass of a name; ValueError where there is none."""
-        found = (self.find or self.records.get)(name) if isinstance(name, str) else None
+        found = (self.records.get(name) or self.find(name)) if isinstance(name, str) else None
         if found is None:
             raise ValueError(f"{section}.{self.key}: {not_one_of(name, self.records)}")
         return found

@@ -25,9 +25,9 @@ TASK_SETTINGS: dict[str, type[TaskSettings]] = {
 
 
 def task_settings(name: str) -> type[TaskSettings] | None:
-    """The settings dataclass of a task by name; None for an unknown one."""
-    found = None if name in TASK_SETTINGS else find_task(name)
-    return found.settings_class if found else TASK_SETTINGS.get(name)
+    """The settings dataclass of a plugin's task; None for an unknown name."""
+    found = find_task(name)
+    return found.settings_class if found else None
 
 
 def find_task(name: str) -> Any:

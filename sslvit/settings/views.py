@@ -228,17 +228,15 @@ ViewSettings = (
 VIEW_SETTINGS: dict[str, type] = {view.kind: view for view in get_args(ViewSettings)}
 
 
-def view_settings(kind: str) -> type | None:
-    """The settings dataclass of a view by name, also of a plugin's; None for an unknown name."""
-    if kind in VIEW_SETTINGS:
-        return VIEW_SETTINGS[kind]
+def find_view(kind: str) -> type | None:
+    """The settings dataclass of a plugin's view; None for an unknown name."""
     found = find_plugin("data.view.kind", kind)
     if found is not None and not (is_dataclass(found) and hasattr(found, "specs")):
         raise ValueError(f"data.view.kind: {brief(kind)} is no view. It must be a dataclass with specs(size).")
     return cast("type | None", found)
 
 
-VIEW_CHOICE = Choice("kind", "crop", VIEW_SETTINGS, view_settings)
+VIEW_CHOICE = Choice("kind", "crop", VIEW_SETTINGS, find_view)
 
 
 def check_range(key: str, values: list[float], maximum: float = float("inf")) -> None:
