@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sslvit.files import brief
-from sslvit.layouts.transformers import rename, rename_back
+from sslvit.layouts.transformers import ALWAYS, rename, rename_back
 from sslvit.layouts.vit import split_by_prefix
 
 KINDS = {"clip": "clip_vision_model", "clip_vision_model": "clip_vision_model", "siglip": "siglip_vision_model",
@@ -56,12 +56,10 @@ def settings_of(config: dict[str, Any], path: Path) -> dict[str, Any]:
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"{path}: hidden_act {brief(activation)} is none of {', '.join(ACTIVATIONS)}.")
     has_head = not is_clip and config["vision_use_head"]
-    return {
+    return ALWAYS | {
         "image_size": config["image_size"], "norm_eps": config["layer_norm_eps"], "mlp": ACTIVATIONS[activation],
-        "patch_bias": not is_clip, "pre_norm": is_clip, "class_token": is_clip, "final_norm": True, "fc_norm": False,
-        "bias": True, "qk_norm": False, "pos_embed": "learned_1d", "prefix_positions": "class",
-        "interpolate_antialias": False, "pool_mlp": has_head,
-        "pooling": "class" if is_clip else "attention" if has_head else "mean",
+        "patch_bias": not is_clip, "pre_norm": is_clip, "class_token": is_clip, "interpolate_antialias": False,
+        "pool_mlp": has_head, "pooling": "class" if is_clip else "attention" if has_head else "mean",
     }  # fmt: skip
 
 

@@ -186,12 +186,11 @@ def _dinov3_settings(config: dict[str, Any], state: dict[str, Tensor], path: Pat
     found = shape_of(config)
     if is_gated and "mlp_ratio" in found:
         found["mlp_ratio"] *= 1.5
-    return found | dinov3.ALWAYS | {
+    return found | ALWAYS | dinov3.ALWAYS | {
         "norm_eps": config.get("layer_norm_eps", dinov3.NORM_EPS),
         "image_size": config.get("image_size", dinov3.IMAGE_SIZE),
         "mlp": "swiglu" if is_gated else "gelu", "layer_scale": 1.0, "key_bias": key_bias,
-        "registers": config.get("num_register_tokens", 0), "class_token": True, "final_norm": True, "fc_norm": False,
-        "qk_norm": False, "bias": config.get("proj_bias", True), "mask_token": True,
+        "registers": config.get("num_register_tokens", 0), "bias": config.get("proj_bias", True), "mask_token": True,
     }  # fmt: skip
 
 
