@@ -196,21 +196,17 @@ def _instantiate(kind: Any, tree: dict[str, Any], prefix: str, within: str = "")
     `within` is the section that the dataclass's own messages do not name.
     """
     hints, values = hints_of(kind), dict[str, Any]()
-    nested = {name for name, hint in hints.items() if _named_sections(hint) or record_of(hint, {}, "")}
     for name, value in tree.items():
-        if name not in nested:
-            values[name] = convert(hints[name], value, prefix + name)
-    for name in nested & (tree.keys() | {one.name for one in fields(kind) if not is_required(one)}):
-        hint, section = hints[name], prefix + name
+        hint, key = hints[name], prefix + name
         if named := _named_sections(hint):
-            if name in tree:
-                entries = tree[name] if isinstance(tree[name], dict) else {}
-                values[name] = {
-                    entry: _section(named, value, f"{section}.{brief(entry)}", f"{section}.{brief(entry)}")
-                    for entry, value in entries.items()
-                }
+            values[name] = {
+                entry: _section(named, one, f"{key}.{brief(entry)}", f"{key}.{brief(entry)}")
+                for entry, one in (value.items() if isinstance(value, dict) else ())
+            }
+        elif record_of(hint, {}, ""):
+            values[name] = _section(hint, value, key, within and key)
         else:
-            values[name] = _section(hint, tree.get(name, {}), section, within and section)
+            values[name] = convert(hint, value, key)
     for one in fields(kind):
         if is_required(one) and one.name not in values:
             raise ValueError(f"{prefix}{one.name}: missing.")
