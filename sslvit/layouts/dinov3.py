@@ -81,8 +81,7 @@ def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes: Any
     elif heads is None and width == WIDTH_7B:
         heads = HEADS_7B
         notes.append(f"heads: not in the file; those of the 7B model ({HEADS_7B}).")
-    if not any(key.endswith("attn.qkv.bias") for key in encoder):
-        fill_biases(encoder)
+    if fill_biases(encoder):
         notes.append("biases: the file has none of queries, keys and values; they are zero (as in the 7B model).")
     prepared = assume_preprocessing("dinov3", encoder["patch_embed.proj.weight"].shape[1], changes, notes)
     known = {**ALWAYS, "image_size": IMAGE_SIZE, "key_bias": has_key_bias(encoder), **prepared, **changes}

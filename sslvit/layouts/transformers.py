@@ -60,8 +60,7 @@ def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes: Any
     encoder, extras = rename(state)
     is_dinov2 = any(".ls1." in key for key in encoder)
     ignored = [] if is_dinov2 else remove_mask_token(encoder)
-    if not any(key.endswith("attn.qkv.bias") for key in encoder):
-        fill_biases(encoder)
+    if fill_biases(encoder):
         notes.append("biases: the file has none of queries, keys and values; they are zero (qkv_bias: false).")
     require(encoder, "norm.weight")
     channels = encoder["patch_embed.proj.weight"].shape[1]
@@ -164,7 +163,10 @@ def remove_mask_token(encoder: dict[str, Tensor]) -> list[str]:
     return ["embeddings.mask_token"] if encoder.pop("mask_token", None) is not None else []
 
 
-def fill_biases(encoder: dict[str, Tensor]) -> None:
-    """Add zero biases of queries, keys and values to a model that has only the others."""
+def fill_biases(encoder: dict[str, Tensor]) -> bool:
+    """Add zero biases of queries, keys and values to a model that has only the others; returns whether it has none."""
+    if any(key.endswith("attn.qkv.bias") for key in encoder):
+        return False
     for key in [key for key in encoder if key.endswith("attn.proj.bias")]:
         encoder[key.replace("proj", "qkv")] = torch.zeros(3 * len(encoder[key]))
+    return True

@@ -126,12 +126,9 @@ def _convert(state: dict[str, Tensor], config: dict[str, Any], path: Path, chang
     stated = _dinov3_settings(config, state, path) if is_dinov3 else _vit_settings(config, path)
     known = prepared | stated | VIT_KINDS.get(config["model_type"], {})
     encoder, extras = (dinov3.rename(state, notes)[0], {}) if is_dinov3 else rename(state)
-    has_biases = any(key.endswith("attn.qkv.bias") for key in encoder)
     bias = "query_bias" if is_dinov3 else "qkv_bias"
-    if config.get(bias, True) is False:
-        if has_biases:
-            raise ValueError(f"{path}: states {bias}: false, but its weights have such biases.")
-        fill_biases(encoder)
+    if config.get(bias, True) is False and not fill_biases(encoder):
+        raise ValueError(f"{path}: states {bias}: false, but its weights have such biases.")
     ignored = remove_mask_token(encoder) if config["model_type"] in VIT_KINDS else []
     if known["class_token"] and not is_dinov3:
         require(encoder, "norm.weight", *(["reg_token"] if known.get("registers") else []))

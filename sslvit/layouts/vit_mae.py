@@ -66,8 +66,7 @@ def decoder_to_sslvit(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     layers = {f"layers.{found[1]}": value for key, value in state.items() if (found := LAYER.match(key))}
     blocks, _ = rename(layers)
-    if blocks and not any(key.endswith("attn.qkv.bias") for key in blocks):
-        fill_biases(blocks)
+    fill_biases(blocks)
     others = {rename_prefix(key, DECODER): value for key, value in state.items() if key.startswith(tuple(DECODER))}
     return others | {f"decoder.{key}": value for key, value in blocks.items()}
 

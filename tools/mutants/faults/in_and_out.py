@@ -242,7 +242,7 @@ FAULTS = [
         f"{LAYOUTS}/transformers_folder.py",
         '''    if known["class_token"] and not is_dinov3:
 ''',
-        '''    fill_biases(encoder) if not has_biases else None
+        '''    fill_biases(encoder)
     if known["class_token"] and not is_dinov3:
 ''',
         (LOST,),
