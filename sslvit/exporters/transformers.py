@@ -52,15 +52,24 @@ def model_type(settings: EncoderSettings, outputs: str) -> str:
     """The model of transformers, as its config names it, that holds these settings or comes nearest."""
     if settings.tokens == "pixel":
         return "imagegpt"
-    if plain_vit.is_dinov3(settings) and outputs != "reconstruction":
+    if outputs == "reconstruction":
+        return "vit_mae"
+    if plain_vit.is_dinov3(settings):
         return "dinov3_vit"
-    if kind := transformers_kinds.kind_of(settings, outputs):
-        return kind
+    is_dinov2 = settings.layer_scale is not None or settings.mlp == "swiglu"
+    if settings.tokens == "patch" and not is_dinov2:
+        if settings.pre_norm or not settings.patch_bias:
+            return "clip_vision_model"
+        if not settings.class_token and not settings.registers:
+            is_siglip = settings.pooling == "attention" or settings.mlp == "gelu_tanh"
+            return "siglip_vision_model" if is_siglip else "ijepa"
+        if settings.class_token and settings.registers == 1 and settings.prefix_positions == "all":
+            return "deit"
     if settings.registers:
         return "dinov2_with_registers"
     # Dinov2's classifier reads the mean over patches too, which ViT's does not
     is_mean = outputs == "logits" and settings.pooling == "mean"
-    return "dinov2" if settings.layer_scale is not None or settings.mlp == "swiglu" or is_mean else "vit"
+    return "dinov2" if is_dinov2 or is_mean else "vit"
 
 
 def model_arguments(settings: EncoderSettings, outputs: str = "features") -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""ViTs of transformers: the configs and the weights of all of them, and which of the less usual ones holds an encoder.
+"""ViTs of transformers: what each of them holds, and an encoder's settings and weights under its names.
 
-These are ViTMAE with MAE's decoder, I-JEPA (no class token), DeiT (its distillation token is a register with a position
-of its own), and the vision towers of CLIP and SigLIP.
+Besides ViT, Dinov2 and DINOv3 these are ViTMAE with MAE's decoder, I-JEPA (no class token), DeiT (its distillation
+token is a register with a position of its own), and the vision towers of CLIP and SigLIP.
 """
 
 from __future__ import annotations
@@ -20,20 +20,6 @@ from sslvit.settings import EncoderSettings
 CLASSES = {"vit_mae": "ViTMAE", "ijepa": "IJepa", "deit": "DeiT", "clip_vision_model": "CLIPVision",
            "siglip_vision_model": "SiglipVision"}  # fmt: skip
 ACTIVATIONS = inverted(clip.ACTIVATIONS) | {"gelu_tanh": "gelu_pytorch_tanh"}  # two names there are one here
-
-
-def kind_of(settings: EncoderSettings, outputs: str) -> str | None:
-    """Which of CLASSES holds an encoder or comes nearest, as its config names it; None for the others."""
-    if outputs == "reconstruction":
-        return "vit_mae"
-    if settings.tokens != "patch" or settings.layer_scale is not None or settings.mlp == "swiglu":
-        return None
-    if settings.pre_norm or not settings.patch_bias:
-        return "clip_vision_model"
-    if not settings.class_token:
-        is_siglip = settings.pooling == "attention" or settings.mlp == "gelu_tanh"
-        return None if settings.registers else "siglip_vision_model" if is_siglip else "ijepa"
-    return "deit" if settings.registers == 1 and settings.prefix_positions == "all" else None
 
 
 def position_rows(kind: str) -> int:
