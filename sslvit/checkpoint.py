@@ -210,15 +210,8 @@ def _from_library(path: Path, changes: dict[str, Any]) -> Converted | None:
 
 def _is_in_library_folder(file: Path) -> bool:
     """Whether a file of weights has a config.json of timm or transformers beside it."""
-    if file.name not in FOLDER_FILES or not transformers_folder.is_folder(file.parent):
-        return False
-    try:
-        config = json.loads((file.parent / "config.json").read_text())
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(config, dict) and (
-        "pretrained_cfg" in config or config.get("model_type") in transformers_folder.MODELS
-    )
+    config = transformers_folder.stated(file.parent) if file.name in FOLDER_FILES else {}
+    return "pretrained_cfg" in config or config.get("model_type") in transformers_folder.MODELS
 
 
 def reject_overrides(source: str, overrides: dict[str, Any]) -> None:

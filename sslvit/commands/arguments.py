@@ -160,7 +160,7 @@ def _names_of_settings() -> set[str]:
     """Names of all settings of a recipe without their sections, and what other libraries call them."""
     records = [record for choice in choices_in(RunSettings).values() for record in choice.records.values()]
     names = {key.rpartition(".")[2] for key in known_keys(RunSettings)}
-    return names.union(USUAL_NAMES, *map(hints_of, records))
+    return names.union(*USUAL_NAMES.values(), *map(hints_of, records))
 
 
 def take_settings(arguments: list[str], known: Container[str]) -> tuple[list[str], list[str]]:

@@ -60,9 +60,16 @@ def write(exported: Exported, folder: Path, is_fixed: bool) -> None:
     converted.save(folder / FILE, external_data=size > MAX_FILE_BYTES)
 
 
-def reopen(folder: Path, exported: Exported) -> Reopened:
-    """The program as ONNX Runtime runs it."""
-    return _run(folder, {})
+def reopen(folder: Path, exported: Exported, replacements: dict[str, Any] | None = None) -> Reopened:
+    """The program as ONNX Runtime runs it, perhaps with some of its tensors replaced."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    for name, value in (replacements or {}).items():
+        options.add_initializer(name, value)
+    session = onnxruntime.InferenceSession(folder / FILE, options, providers=["CPUExecutionProvider"])
+    session.replacements = replacements  # the session does not copy them
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
 def reopen_with_unit_scale(folder: Path, exported: Exported) -> Reopened:
@@ -71,19 +78,7 @@ def reopen_with_unit_scale(folder: Path, exported: Exported) -> Reopened:
 
     ones = {name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ones(len(value), np.float32))
             for name, value in layer_scales(exported).items()}  # fmt: skip
-    return _run(folder, ones)
-
-
-def _run(folder: Path, replacements: dict[str, Any]) -> Reopened:
-    """The program as ONNX Runtime runs it, with some of its tensors replaced."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    for name, value in replacements.items():
-        options.add_initializer(name, value)
-    session = onnxruntime.InferenceSession(folder / FILE, options, providers=["CPUExecutionProvider"])
-    session.replacements = replacements  # the session does not copy them
-    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    return reopen(folder, exported, ones)
 
 
 def weights(folder: Path, exported: Exported) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

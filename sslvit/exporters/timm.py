@@ -36,52 +36,43 @@ def check(exported: Exported, size: str | None) -> bool:
 
 
 def model_arguments(exported: Exported) -> dict[str, Any]:
-    """Arguments of timm's model; refuses all options that it cannot hold."""
+    """Arguments of timm's VisionTransformer, or of its Eva for DINOv3; refuses all options that it cannot hold."""
     settings, outputs = exported.settings, exported.outputs
-    if plain_vit.is_dinov3(settings):
-        return _dinov3_arguments(exported)
     is_pooled = outputs != "tokens"
-    plain_vit.refuse_options("timm's VisionTransformer", {
-        **plain_vit.unsupported_options(settings, outputs),
-        f"norm_eps: {settings.norm_eps:g}": settings.norm_eps != 1e-6,
-        f"mlp: {settings.mlp}": settings.mlp != "gelu",
-        "both final_norm and fc_norm": settings.final_norm and settings.fc_norm and is_pooled,
-    })  # fmt: skip
     fc_norm = settings.fc_norm and is_pooled
+    own: dict[str, Any]
+    if plain_vit.is_dinov3(settings):
+        plain_vit.refuse_options("timm's DINOv3", {
+            **plain_vit.unsupported_options(settings, outputs),
+            f"norm_eps: {settings.norm_eps:g}": settings.norm_eps != NORM_EPS,
+            f"mlp: {settings.mlp}": settings.mlp not in ("gelu", "swiglu"),
+            "bias: false": not settings.bias,
+            "key_bias: true": settings.key_bias,
+        })  # fmt: skip
+        own = {
+            "swiglu_mlp": settings.mlp == "swiglu", "swiglu_align_to": 8, "num_reg_tokens": settings.registers,
+            "use_fc_norm": fc_norm, "use_post_transformer_norm": settings.final_norm,
+        }  # fmt: skip
+    else:
+        plain_vit.refuse_options("timm's VisionTransformer", {
+            **plain_vit.unsupported_options(settings, outputs),
+            f"norm_eps: {settings.norm_eps:g}": settings.norm_eps != 1e-6,
+            f"mlp: {settings.mlp}": settings.mlp != "gelu",
+            "both final_norm and fc_norm": settings.final_norm and fc_norm,
+        })  # fmt: skip
+        own = {
+            "qkv_bias": settings.bias, "proj_bias": settings.bias, "reg_tokens": settings.registers,
+            "no_embed_class": prefix_rows(settings) < max(settings.prefix, 1),
+            "pos_embed": "none" if settings.pos_embed == "none" else "learn",
+            "fc_norm": fc_norm, "final_norm": settings.final_norm or fc_norm,  # its one norm, before or after pooling
+        }  # fmt: skip
     return {
         "img_size": list(settings.size), "patch_size": settings.patch, "in_chans": settings.channels,
         "embed_dim": settings.width, "depth": settings.depth, "num_heads": settings.heads,
         "mlp_ratio": exact_ratio(settings.width, settings.mlp_width), "qk_norm": settings.qk_norm,
-        "qkv_bias": settings.bias,
-        "proj_bias": settings.bias, "init_values": settings.layer_scale, "class_token": settings.class_token,
-        "reg_tokens": settings.registers, "no_embed_class": prefix_rows(settings) < max(settings.prefix, 1),
-        "pos_embed": "none" if settings.pos_embed == "none" else "learn",
+        "init_values": settings.layer_scale, "class_token": settings.class_token, "dynamic_img_size": True,
         "global_pool": {"class": "token", "mean": "avg"}[settings.pooling] if is_pooled else "",
-        "num_classes": 0 if exported.head is None else exported.head.out_features, "dynamic_img_size": True,
-        "fc_norm": fc_norm, "final_norm": settings.final_norm or fc_norm,  # its one norm, before or after the pooling
-    }  # fmt: skip
-
-
-def _dinov3_arguments(exported: Exported) -> dict[str, Any]:
-    """Arguments of timm's Eva with DINOv3's positions."""
-    settings, outputs = exported.settings, exported.outputs
-    is_pooled = outputs != "tokens"
-    plain_vit.refuse_options("timm's DINOv3", {
-        **plain_vit.unsupported_options(settings, outputs),
-        f"norm_eps: {settings.norm_eps:g}": settings.norm_eps != NORM_EPS,
-        f"mlp: {settings.mlp}": settings.mlp not in ("gelu", "swiglu"),
-        "bias: false": not settings.bias,
-        "key_bias: true": settings.key_bias,
-    })  # fmt: skip
-    return {
-        "img_size": list(settings.size), "patch_size": settings.patch, "in_chans": settings.channels,
-        "embed_dim": settings.width, "depth": settings.depth, "num_heads": settings.heads,
-        "mlp_ratio": exact_ratio(settings.width, settings.mlp_width), "swiglu_mlp": settings.mlp == "swiglu",
-        "swiglu_align_to": 8, "qk_norm": settings.qk_norm, "init_values": settings.layer_scale,
-        "class_token": settings.class_token, "num_reg_tokens": settings.registers, "dynamic_img_size": True,
-        "global_pool": {"class": "token", "mean": "avg"}[settings.pooling] if is_pooled else "",
-        "num_classes": 0 if exported.head is None else exported.head.out_features,
-        "use_fc_norm": settings.fc_norm and is_pooled, "use_post_transformer_norm": settings.final_norm,
+        "num_classes": 0 if exported.head is None else exported.head.out_features, **own,
     }  # fmt: skip
 
 

@@ -19,8 +19,8 @@ from sslvit.environment import require_packages
 from sslvit.exporters import plain_vit, transformers_kinds
 from sslvit.exporters.cropping import fit, fit_snippet, is_fitted, open_snippet, resized_sides
 from sslvit.exporters.exported import Exported, Reopened, masking_noise, save_tensors
-from sslvit.layouts import clip, dinov3, openai_igpt
-from sslvit.layouts.transformers import rename, to_transformers
+from sslvit.layouts import openai_igpt, transformers_folder, vit_mae
+from sslvit.layouts.transformers import with_neutral
 from sslvit.settings import EncoderSettings
 from sslvit.settings.palette import UNIFORM
 
@@ -52,15 +52,24 @@ def model_type(settings: EncoderSettings, outputs: str) -> str:
     """The model of transformers, as its config names it, that holds these settings or comes nearest."""
     if settings.tokens == "pixel":
         return "imagegpt"
-    if plain_vit.is_dinov3(settings) and outputs != "reconstruction":
+    if outputs == "reconstruction":
+        return "vit_mae"
+    if plain_vit.is_dinov3(settings):
         return "dinov3_vit"
-    if kind := transformers_kinds.kind_of(settings, outputs):
-        return kind
+    is_dinov2 = settings.layer_scale is not None or settings.mlp == "swiglu"
+    if settings.tokens == "patch" and not is_dinov2:
+        if settings.pre_norm or not settings.patch_bias:
+            return "clip_vision_model"
+        if not settings.class_token and not settings.registers:
+            is_siglip = settings.pooling == "attention" or settings.mlp == "gelu_tanh"
+            return "siglip_vision_model" if is_siglip else "ijepa"
+        if settings.class_token and settings.registers == 1 and settings.prefix_positions == "all":
+            return "deit"
     if settings.registers:
         return "dinov2_with_registers"
     # Dinov2's classifier reads the mean over patches too, which ViT's does not
     is_mean = outputs == "logits" and settings.pooling == "mean"
-    return "dinov2" if settings.layer_scale is not None or settings.mlp == "swiglu" or is_mean else "vit"
+    return "dinov2" if is_dinov2 or is_mean else "vit"
 
 
 def model_arguments(settings: EncoderSettings, outputs: str = "features") -> dict[str, Any]:
@@ -68,58 +77,7 @@ def model_arguments(settings: EncoderSettings, outputs: str = "features") -> dic
     kind = model_type(settings, outputs)
     if kind == "imagegpt":
         return _imagegpt_arguments(settings)
-    if kind == "dinov3_vit":
-        return _dinov3_arguments(settings, outputs)
-    if kind in transformers_kinds.CLASSES:
-        return transformers_kinds.arguments(kind, settings, outputs)
-    height, width = settings.size
-    ratio = settings.mlp_ratio
-    plain_vit.refuse_options(f"transformers' {kind}", {
-        **plain_vit.unsupported_options(settings, outputs),
-        "pos_embed: none": settings.pos_embed == "none",
-        f"mlp: {settings.mlp}": settings.mlp not in (("gelu",) if kind == "vit" else ("gelu", "swiglu")),
-        f"mlp_ratio: {ratio:g}, which is no whole number": kind != "vit" and ratio != int(ratio),
-        "bias: false": not settings.bias,
-        "qk_norm: true": settings.qk_norm,
-        "class_token: false": not settings.class_token,
-        "final_norm: false": not settings.final_norm,
-        "fc_norm: true": settings.fc_norm and outputs != "tokens",
-        f"image_size: {settings.image_size}, which is no square": kind != "vit" and height != width,
-    })  # fmt: skip
-    common = _common_arguments(settings)
-    if kind == "vit":
-        return common | {"intermediate_size": settings.mlp_width}
-    registers = {"num_register_tokens": settings.registers} if settings.registers else {}
-    return common | registers | {"mlp_ratio": int(ratio), "use_swiglu_ffn": settings.mlp == "swiglu"}
-
-
-def _common_arguments(settings: EncoderSettings) -> dict[str, Any]:
-    """What every ViT of transformers calls alike."""
-    height, width = settings.size
-    return {
-        "hidden_size": settings.width, "num_hidden_layers": settings.depth, "num_attention_heads": settings.heads,
-        "layer_norm_eps": settings.norm_eps, "patch_size": settings.patch, "num_channels": settings.channels,
-        "image_size": height if height == width else [height, width],
-    }  # fmt: skip
-
-
-def _dinov3_arguments(settings: EncoderSettings, outputs: str) -> dict[str, Any]:
-    is_gated = settings.mlp == "swiglu"
-    plain_vit.refuse_options("transformers' dinov3_vit", {
-        **plain_vit.unsupported_options(settings, outputs),
-        f"mlp: {settings.mlp}": settings.mlp not in ("gelu", "swiglu"),
-        "qk_norm: true": settings.qk_norm,
-        "class_token: false": not settings.class_token,
-        "final_norm: false": not settings.final_norm,
-        "fc_norm: true": settings.fc_norm and outputs != "tokens",
-    })  # fmt: skip
-    return _common_arguments(settings) | {
-        "intermediate_size": settings.mlp_width, "use_gated_mlp": is_gated,
-        "hidden_act": "silu" if is_gated else "gelu",
-        "num_register_tokens": settings.registers, "rope_theta": dinov3.BASE,
-        "key_bias": settings.key_bias and settings.bias,
-        **{f"{part}_bias": settings.bias for part in ("query", "value", "proj", "mlp")},
-    }  # fmt: skip
+    return transformers_kinds.arguments(kind, settings, outputs)
 
 
 def _imagegpt_arguments(settings: EncoderSettings) -> dict[str, Any]:
@@ -175,13 +133,8 @@ def write(exported: Exported, folder: Path, is_fixed: bool) -> None:
     config.save_pretrained(folder)
     if kind == "imagegpt":
         tensors = openai_igpt.from_sslvit(exported.encoder.state_dict(), {})
-    elif kind == "dinov3_vit":
-        state = plain_vit.state_with_table(exported.encoder, 0, outputs)
-        tensors = dinov3.to_transformers(state, settings.key_bias)
-    elif kind in transformers_kinds.CLASSES:
-        tensors = transformers_kinds.tensors_of(kind, exported)
     else:
-        tensors = to_transformers(plain_vit.state_with_table(exported.encoder, 1, outputs), kind)
+        tensors = transformers_kinds.tensors_of(kind, exported)
     if exported.head is not None:
         tensors = {f"{kind}.{key}": value for key, value in tensors.items()}
         tensors |= classifier(exported.head.state_dict(), kind, settings.pooling)
@@ -221,9 +174,10 @@ def make_processor(exported: Exported) -> Any:
     return transformers.BitImageProcessor(size=size, crop_size=crop, **common)
 
 
-def has_pooler(kind: str) -> bool:
-    """Whether a model has a layer of its own behind the class token unless it is asked for none."""
-    return kind in ("vit", "ijepa", "deit")
+def has_unused_pooler(exported: Exported) -> bool:
+    """Whether the model has a layer of its own behind the class token unless it is asked for none."""
+    kind = model_type(exported.settings, exported.outputs)
+    return exported.outputs not in LOADERS and kind in ("vit", "ijepa", "deit")
 
 
 def resamples_on_request(kind: str) -> bool:
@@ -235,12 +189,9 @@ def open_model(folder: Path, exported: Exported) -> PreTrainedModel:
     """The model as transformers opens it."""
     import transformers
 
-    if exported.outputs == "logits":
-        return transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
-    if exported.outputs == "reconstruction":
-        return transformers.ViTMAEForPreTraining.from_pretrained(folder).eval()
-    more = {"add_pooling_layer": False} if has_pooler(model_type(exported.settings, exported.outputs)) else {}
-    return transformers.AutoModel.from_pretrained(folder, **more).eval()
+    loader = getattr(transformers, LOADERS.get(exported.outputs, "AutoModel"))
+    more = {"add_pooling_layer": False} if has_unused_pooler(exported) else {}
+    return loader.from_pretrained(folder, **more).eval()
 
 
 def reopen(folder: Path, exported: Exported) -> Reopened:
@@ -252,13 +203,13 @@ def reopen(folder: Path, exported: Exported) -> Reopened:
         indices = exported.encoder.pixel_tokens.quantize(images)
         start = torch.full((len(indices), 1), model.config.vocab_size - 1)
         found = model(input_ids=torch.cat([start, indices[:, :-1]], 1), output_hidden_states=True)
+        tokens = found.last_hidden_state
         if outputs == "tokens":
-            return found.last_hidden_state
-        layer = settings.feature_layer or settings.depth
-        if layer == settings.depth:
-            return found.last_hidden_state.mean(1)
-        norm = model.get_submodule(f"h.{layer}.ln_1" if settings.feature_norm == "next" else "ln_f")
-        return norm(found.hidden_states[layer]).mean(1)
+            return tokens
+        if (layer := settings.probed_layer) < settings.depth:
+            norm = model.get_submodule(f"h.{layer}.ln_1" if settings.feature_norm == "next" else "ln_f")
+            tokens = norm(found.hidden_states[layer])
+        return tokens.mean(1)
 
     def run(images: Tensor) -> Tensor:
         if outputs == "reconstruction":
@@ -286,28 +237,21 @@ def weights(folder: Path, exported: Exported) -> tuple[dict[str, Tensor], dict[s
     What only one of them has and is neutral (a scale of one, a bias or a mask token of zero) is in both.
     """
     settings, outputs = exported.settings, exported.outputs
-    state = open_model(folder, exported).state_dict()
     kind = model_type(settings, outputs)
+    converted = transformers_folder.to_sslvit(open_model(folder, exported).state_dict(), folder)
+    found, others = converted.encoder, converted.extras
     if kind == "imagegpt":
-        options = {"image_size": settings.image_size, "palette": settings.palette}
-        found = openai_igpt.to_sslvit(state, settings.heads, **options).encoder
         expected = {key: value for key, value in exported.encoder.state_dict().items() if key != "patch_embed.palette"}
         neutral = {key: torch.zeros_like(value) for key, value in found.items() if key.endswith(".bias")}
         return neutral | expected, found
-    if kind == "dinov3_vit":
-        found, _ = dinov3.rename(state, [])
-        neutral = {key: torch.ones_like(value) for key, value in found.items() if ".ls" in key}
-        neutral |= {"mask_token": torch.zeros(1, 1, settings.width)}
-        return neutral | plain_vit.state_with_table(exported.encoder, 0, outputs), found
-    found, others = clip.to_sslvit(state)[:2] if kind in clip.DEFAULTS else rename(state)
     expected = plain_vit.state_with_table(exported.encoder, transformers_kinds.position_rows(kind), outputs)
-    if kind in transformers_kinds.CLASSES:
-        expected, found = transformers_kinds.weights(kind, exported, found, others)
-    elif kind == "vit":
-        expected = {key: value for key, value in expected.items() if key != "mask_token"}
+    if kind.startswith("dino"):
+        expected = with_neutral(expected)
     else:
-        neutral = {key: torch.ones_like(value) for key, value in found.items() if ".ls" in key}
-        expected = neutral | {"mask_token": torch.zeros(1, 1, settings.width)} | expected
+        expected.pop("mask_token", None)
+    if kind == "vit_mae":
+        expected |= transformers_kinds.decoder_state(exported)
+        found |= vit_mae.decoder_to_sslvit(others)
     if exported.head is not None:
         expected |= classifier(exported.head.state_dict(), kind, settings.pooling)
         found |= {key: others.get(key, torch.empty(0)) for key in ("classifier.weight", "classifier.bias")}
@@ -335,7 +279,7 @@ def usage(exported: Exported, is_fixed: bool) -> str:
     settings, outputs = exported.settings, exported.outputs
     kind, is_pooled_there = model_type(settings, outputs), outputs == "features" and settings.pooling == "attention"
     auto = LOADERS.get(outputs, "AutoModel")
-    more = ", add_pooling_layer=False" if has_pooler(kind) and outputs != "logits" else ""
+    more = ", add_pooling_layer=False" if has_unused_pooler(exported) else ""
     lines = [
         *(["import torch"] if settings.tokens == "pixel" else []),
         "from PIL import Image, ImageOps",

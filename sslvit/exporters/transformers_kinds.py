@@ -1,7 +1,7 @@
-"""Models of transformers besides ViT, Dinov2 and ImageGPT: which of them holds an encoder, and what its config says.
+"""ViTs of transformers: what each of them holds, and an encoder's settings and weights under its names.
 
-ViTMAE with MAE's decoder, I-JEPA (no class token), DeiT (its distillation token is a register with a position of its
-own), and the vision towers of CLIP and SigLIP.
+Besides ViT, Dinov2 and DINOv3 these are ViTMAE with MAE's decoder, I-JEPA (no class token), DeiT (its distillation
+token is a register with a position of its own), and the vision towers of CLIP and SigLIP.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sslvit.exporters import plain_vit
 from sslvit.exporters.exported import Exported
-from sslvit.layouts import clip, vit_mae
+from sslvit.layouts import clip, dinov3, vit_mae
 from sslvit.layouts.transformers import to_transformers
 from sslvit.layouts.vit import inverted
 from sslvit.settings import EncoderSettings
@@ -22,36 +22,26 @@ CLASSES = {"vit_mae": "ViTMAE", "ijepa": "IJepa", "deit": "DeiT", "clip_vision_m
 ACTIVATIONS = inverted(clip.ACTIVATIONS) | {"gelu_tanh": "gelu_pytorch_tanh"}  # two names there are one here
 
 
-def kind_of(settings: EncoderSettings, outputs: str) -> str | None:
-    """The model of this file that holds an encoder or comes nearest, as its config names it; None for the others."""
-    if outputs == "reconstruction":
-        return "vit_mae"
-    if settings.tokens != "patch" or settings.layer_scale is not None or settings.mlp == "swiglu":
-        return None
-    if settings.pre_norm or not settings.patch_bias:
-        return "clip_vision_model"
-    if not settings.class_token:
-        is_siglip = settings.pooling == "attention" or settings.mlp == "gelu_tanh"
-        return None if settings.registers else "siglip_vision_model" if is_siglip else "ijepa"
-    return "deit" if settings.registers == 1 and settings.prefix_positions == "all" else None
-
-
 def position_rows(kind: str) -> int:
     """Rows of a model's position table in front of the patches' rows."""
-    return {"ijepa": 0, "siglip_vision_model": 0, "deit": 2}.get(kind, 1)
+    return {"ijepa": 0, "siglip_vision_model": 0, "dinov3_vit": 0, "deit": 2}.get(kind, 1)
 
 
 def arguments(kind: str, settings: EncoderSettings, outputs: str) -> dict[str, Any]:
     """Arguments of a model's config for these settings; refuses all options that it cannot hold."""
     is_clip, is_siglip = kind == "clip_vision_model", kind == "siglip_vision_model"
-    registers = 1 if kind == "deit" else 0
+    is_dinov2, is_dinov3 = kind.startswith("dinov2"), kind == "dinov3_vit"
+    activations = ["gelu", "swiglu"] if is_dinov2 or is_dinov3 else ["gelu"] if kind == "vit" else [*ACTIVATIONS]
+    registers = settings.registers if is_dinov2 or is_dinov3 else 1 if kind == "deit" else 0
     is_pooled, has_head = outputs in ("features", "logits"), is_siglip and settings.pooling == "attention"
+    height, width = settings.size
     refused = plain_vit.unsupported_options(settings, outputs) | {
         "pos_embed: none": settings.pos_embed == "none",
-        f"mlp: {settings.mlp}": settings.mlp not in ACTIVATIONS,
-        "bias: false": not settings.bias,
+        f"mlp: {settings.mlp}": settings.mlp not in activations,
+        f"mlp_ratio: {settings.mlp_ratio:g}, which is no whole number": is_dinov2 and settings.mlp_ratio % 1 != 0,
+        "bias: false": not settings.bias and not is_dinov3,
         "qk_norm: true": settings.qk_norm,
-        f"layer_scale: {settings.layer_scale}": settings.layer_scale is not None,
+        f"layer_scale: {settings.layer_scale}": settings.layer_scale is not None and not (is_dinov2 or is_dinov3),
         f"registers: {settings.registers}": settings.registers != registers,
         f"class_token: {str(settings.class_token).lower()}": settings.class_token == (kind == "ijepa" or is_siglip),
         f"pre_norm: {str(settings.pre_norm).lower()}": settings.pre_norm != is_clip,
@@ -59,19 +49,31 @@ def arguments(kind: str, settings: EncoderSettings, outputs: str) -> dict[str, A
         "final_norm: false": not settings.final_norm,
         "fc_norm: true": settings.fc_norm and is_pooled,
         "pooling: attention": is_pooled and settings.pooling == "attention" and not (has_head and settings.pool_mlp),
-        f"image_size: {settings.image_size}, which is no square": settings.size[0] != settings.size[1],
+        f"image_size: {settings.image_size}, which is no square": height != width and kind not in ("vit", "dinov3_vit"),
     }
     instead = ("Use --outputs features",) if outputs == "reconstruction" else ()
     plain_vit.refuse_options(f"transformers' {kind}", refused, *instead)
-    if outputs == "logits" and kind != "ijepa":
+    if outputs == "logits" and kind in CLASSES and kind != "ijepa":
         raise ValueError(f"--outputs logits: transformers' {kind} has another classifier. Use --format onnx or torch.")
-    head = {"vision_use_head": is_pooled and has_head} if is_siglip else {}
-    return head | {
+    found: dict[str, Any] = {
         "hidden_size": settings.width, "num_hidden_layers": settings.depth, "num_attention_heads": settings.heads,
         "layer_norm_eps": settings.norm_eps, "patch_size": settings.patch, "num_channels": settings.channels,
-        "image_size": settings.size[0], "intermediate_size": settings.mlp_width,
-        "hidden_act": ACTIVATIONS[settings.mlp],
+        "image_size": height if height == width else [height, width],
     }  # fmt: skip
+    is_gated = settings.mlp == "swiglu"
+    if is_dinov2:
+        stated = {"num_register_tokens": registers} if registers else {}
+        return found | stated | {"mlp_ratio": int(settings.mlp_ratio), "use_swiglu_ffn": is_gated}
+    found["intermediate_size"] = settings.mlp_width
+    if is_dinov3:
+        return found | {
+            "use_gated_mlp": is_gated, "hidden_act": "silu" if is_gated else "gelu",
+            "num_register_tokens": registers, "rope_theta": dinov3.BASE,
+            "key_bias": settings.key_bias and settings.bias,
+            **{f"{part}_bias": settings.bias for part in ("query", "value", "proj", "mlp")},
+        }  # fmt: skip
+    head = {"vision_use_head": is_pooled and has_head} if is_siglip else {}
+    return found | head | {"hidden_act": ACTIVATIONS[settings.mlp]}
 
 
 def tensors_of(kind: str, exported: Exported) -> dict[str, Tensor]:
@@ -79,14 +81,12 @@ def tensors_of(kind: str, exported: Exported) -> dict[str, Tensor]:
     state = plain_vit.state_with_table(exported.encoder, position_rows(kind), exported.outputs)
     if kind == "vit_mae":
         return vit_mae.to_vit_mae(state, decoder_state(exported))
+    if kind == "dinov3_vit":
+        return dinov3.to_transformers(state, exported.settings.key_bias)
     if kind in clip.DEFAULTS:
-        return clip.from_sslvit(without_mask_token(state))
+        state.pop("mask_token", None)  # which they have no place for
+        return clip.from_sslvit(state)
     return to_transformers(state, kind)
-
-
-def without_mask_token(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights without a mask token, which these models have no place for."""
-    return {key: value for key, value in state.items() if key != "mask_token"}
 
 
 def decoder_arguments(exported: Exported) -> dict[str, Any]:
@@ -98,16 +98,3 @@ def decoder_arguments(exported: Exported) -> dict[str, Any]:
 def decoder_state(exported: Exported) -> dict[str, Tensor]:
     """The decoder's weights under the names of models/mae.py."""
     return {f"decoder.{key}": value for key, value in exported.mae.decoder.state_dict().items()}
-
-
-def weights(
-    kind: str, exported: Exported, found: dict[str, Tensor], others: dict[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Tensors as they should be, and as transformers has them, under our names.
-
-    `found` and `others` are a reopened model's weights, renamed, and those that are not the encoder's.
-    """
-    expected = without_mask_token(plain_vit.state_with_table(exported.encoder, position_rows(kind), exported.outputs))
-    if kind != "vit_mae":
-        return expected, found
-    return expected | decoder_state(exported), found | vit_mae.decoder_to_sslvit(others)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import io
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,8 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sslvit.data.loader import view_of_image
-from sslvit.data.resample import normalize
+from sslvit.data.preprocess import preprocess
 from sslvit.exporters.cropping import resized_sides, whole_pixel_fraction
 from sslvit.exporters.exported import Exported, Reopened
 from sslvit.files import printable
@@ -102,7 +100,7 @@ def compare_preprocessing(exported: Exported, prepare: Callable[[Image.Image], T
     large = Image.fromarray(to_image(np.stack(waves, 2) + noise))
     found = {"largest_difference": 0.0, "mean_difference": 0.0}
     for image, measure in ((exact, "largest_difference"), (large, "mean_difference")):
-        expected = evaluation_view(image, settings)
+        expected = preprocess(image, settings)[0]
         if settings.tokens == "pixel":  # colors of the palette on both sides
             tokens = exported.encoder.pixel_tokens
             expected = tokens.images_of(tokens.quantize(expected[None]), (height, width))[0]
@@ -141,10 +139,3 @@ def shortfall(found: dict[str, Any]) -> str:
 def to_image(pixels: np.ndarray) -> np.ndarray:
     """Pixels 'h w c' as PIL takes them."""
     return pixels.astype(np.uint8) if pixels.shape[2] > 1 else pixels[:, :, 0].astype(np.uint8)
-
-
-def evaluation_view(image: Image.Image, settings: EncoderSettings) -> Tensor:
-    """An image as evaluation shows it to an encoder, 'c h w'."""
-    content = io.BytesIO()
-    image.save(content, "png")
-    return normalize(view_of_image(content.getvalue(), settings)[None], settings.mean, settings.std)[0]

@@ -90,15 +90,10 @@ def _from_torchvision(name: str, weights: str, changes: dict[str, Any]) -> Conve
     }  # fmt: skip
     settings = EncoderSettings(**{"backbone": f"torchvision:{name}", **prepared, **changes})
     source, tags = f"torchvision:{name}@{weights}", ", ".join(one.name for one in known)
+    classifier = classifier_of(models.get_model(name, weights=None), name) if weights else ""
     if tag is None:
-        classifier = classifier_of(models.get_model(name, weights=None), name) if weights else ""
         return _without_download(source, settings, weights, f"torchvision's are {tags}", classifier)
-    return _converted(
-        settings,
-        read_torch_file(_downloaded(tag.url, source)),
-        classifier_of(models.get_model(name, weights=None), name),
-        source,
-    )
+    return _converted(settings, read_torch_file(_downloaded(tag.url, source)), classifier, source)
 
 
 def _downloaded(url: str, source: str) -> Path:

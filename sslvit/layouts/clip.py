@@ -8,7 +8,6 @@ transformers calls `pooler_output`.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ import torch
 from torch import Tensor
 
 from sslvit.files import brief
-from sslvit.layouts.vit import inverted, rename_prefix
+from sslvit.layouts.transformers import ALWAYS, rename, rename_back
+from sslvit.layouts.vit import split_by_prefix
 
 KINDS = {"clip": "clip_vision_model", "clip_vision_model": "clip_vision_model", "siglip": "siglip_vision_model",
          "siglip_vision_model": "siglip_vision_model"}  # fmt: skip
@@ -35,8 +35,7 @@ NAMES = {
 HEAD = {"head.attention.out_proj.": "attn_pool.proj.", "head.layernorm.": "attn_pool.norm.",
         "head.mlp.": "attn_pool.mlp."}  # fmt: skip
 BLOCK = {"layer_norm1.": "norm1.", "layer_norm2.": "norm2.", "self_attn.out_proj.": "attn.proj.", "mlp.": "mlp."}
-LAYER = re.compile(r"^encoder\.layers\.(\d+)\.(.+)$")
-THIRDS = ("q_proj", "k_proj", "v_proj")
+THIRDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 OTHERS = ("text_model.", "visual_projection.", "text_projection.", "logit_", "classifier.")
 BUFFERS = ("embeddings.position_ids",)  # of older files
 
@@ -57,12 +56,10 @@ def settings_of(config: dict[str, Any], path: Path) -> dict[str, Any]:
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"{path}: hidden_act {brief(activation)} is none of {', '.join(ACTIVATIONS)}.")
     has_head = not is_clip and config["vision_use_head"]
-    return {
+    return ALWAYS | {
         "image_size": config["image_size"], "norm_eps": config["layer_norm_eps"], "mlp": ACTIVATIONS[activation],
-        "patch_bias": not is_clip, "pre_norm": is_clip, "class_token": is_clip, "final_norm": True, "fc_norm": False,
-        "bias": True, "qk_norm": False, "pos_embed": "learned_1d", "prefix_positions": "class",
-        "interpolate_antialias": False, "pool_mlp": has_head,
-        "pooling": "class" if is_clip else "attention" if has_head else "mean",
+        "patch_bias": not is_clip, "pre_norm": is_clip, "class_token": is_clip, "interpolate_antialias": False,
+        "pool_mlp": has_head, "pooling": "class" if is_clip else "attention" if has_head else "mean",
     }  # fmt: skip
 
 
@@ -73,30 +70,15 @@ def to_sslvit(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Te
         KeyError: A query, key or value is missing.
     """
     state = {key.removeprefix("vision_model."): value for key, value in state.items()}
+    state, extras = split_by_prefix(state, OTHERS)
     ignored = [key for key in state if key in BUFFERS]
-    extras = {key: value for key, value in state.items() if key.startswith(OTHERS)}
-    encoder: dict[str, Tensor] = {}
-    pieces: dict[str, dict[str, Tensor]] = {}
-    for key, value in state.items():
-        if key in extras or key in ignored or key.startswith(("head.probe", "head.attention.in_proj")):
-            continue
-        if layer := LAYER.match(key):
-            number, name = layer.groups()
-            part, _, kind = name.removeprefix("self_attn.").partition(".")
-            if part in THIRDS:
-                pieces.setdefault(f"blocks.{number}.attn.qkv.{kind}", {})[part] = value
-            else:
-                encoder[f"blocks.{number}.{rename_prefix(name, BLOCK)}"] = value
-            continue
-        encoder[rename_prefix(key, NAMES | HEAD)] = value
-    for key, parts in pieces.items():
-        if missing := [part for part in THIRDS if part not in parts]:
-            raise KeyError(f"{', '.join(missing)} of {key}")
-        encoder[key] = torch.cat([parts[part] for part in THIRDS])
+    own, pool = split_by_prefix(state, (*BUFFERS, "head.probe", "head.attention.in_proj"))
+    encoder, unknown = rename(own, NAMES | HEAD, BLOCK)
+    encoder |= unknown  # refused where they are loaded
     for key, ndim in (("cls_token", 1), ("pos_embed", 2)):
         if key in encoder and encoder[key].ndim == ndim:
             encoder[key] = encoder[key].view(1, -1, encoder[key].shape[-1])
-    return encoder | _pool_query(state), extras, ignored
+    return encoder | _pool_query(pool), extras, ignored
 
 
 def _pool_query(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -113,21 +95,8 @@ def _pool_query(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def from_sslvit(encoder: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our encoder under the names of a vision tower; the projection of its pool's query is the identity."""
-    found: dict[str, Tensor] = {}
-    names = inverted(NAMES | HEAD)
-    for key, value in encoder.items():
-        if key.startswith("attn_pool.query") or key.startswith("attn_pool.kv."):
-            continue
-        if not key.startswith("blocks."):
-            found[rename_prefix(key, names)] = value
-            continue
-        _, number, name = key.split(".", 2)
-        layer = f"encoder.layers.{number}."
-        if name.startswith("attn.qkv."):
-            for part, third in zip(THIRDS, value.chunk(3), strict=True):
-                found[f"{layer}self_attn.{part}.{name.rsplit('.', 1)[1]}"] = third.contiguous()
-        else:
-            found[layer + rename_prefix(name, inverted(BLOCK))] = value
+    own, _ = split_by_prefix(encoder, ("attn_pool.query", "attn_pool.kv."))
+    found = rename_back(own, NAMES | HEAD, BLOCK, "encoder.layers", THIRDS)
     if "cls_token" in encoder:
         found["embeddings.class_embedding"] = encoder["cls_token"].flatten()
     found["embeddings.position_embedding.weight"] = encoder["pos_embed"][0]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sslvit.layouts.preprocessing import assume_preprocessing
-from sslvit.layouts.transformers import fill_biases
+from sslvit.layouts.transformers import fill_biases, rename_back, with_neutral
 from sslvit.layouts.vit import (
     HEADS,
     Converted,
@@ -81,8 +81,7 @@ def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes: Any
     elif heads is None and width == WIDTH_7B:
         heads = HEADS_7B
         notes.append(f"heads: not in the file; those of the 7B model ({HEADS_7B}).")
-    if not any(key.endswith("attn.qkv.bias") for key in encoder):
-        fill_biases(encoder)
+    if fill_biases(encoder):
         notes.append("biases: the file has none of queries, keys and values; they are zero (as in the 7B model).")
     prepared = assume_preprocessing("dinov3", encoder["patch_embed.proj.weight"].shape[1], changes, notes)
     known = {**ALWAYS, "image_size": IMAGE_SIZE, "key_bias": has_key_bias(encoder), **prepared, **changes}
@@ -119,22 +118,10 @@ def to_transformers(encoder: dict[str, Tensor], key_bias: bool) -> dict[str, Ten
     """Convert to transformers' names. What it always has and we need not have is neutral there: a scale of one, a mask
     token of zero, no registers."""
     block = TRANSFORMERS_BLOCK | ({} if is_gated(encoder) else {f"{TRANSFORMERS_GATED[1]}.": "mlp.fc1."})
-    found: dict[str, Tensor] = {}
-    for key, value in _parts(encoder, TRANSFORMERS_GATED, block).items():
-        key = rename_prefix(key.replace("blocks.", "layer.", 1), inverted(TRANSFORMERS))
-        if ".attn.qkv." not in key:
-            found[key] = value
-            continue
-        for name, third in zip(QKV, value.chunk(3), strict=True):
-            if key_bias or not (key.endswith("bias") and name == QKV[1]):
-                found[key.replace("attn.qkv", name)] = third.contiguous()
-    width = encoder["norm.weight"].shape[0]
-    found.setdefault("embeddings.register_tokens", torch.zeros(1, 0, width))
-    found.setdefault("embeddings.mask_token", torch.zeros(1, 1, width))
-    for number in range(count_blocks(encoder, "blocks.")):
-        for which in (1, 2):
-            found.setdefault(f"layer.{number}.layer_scale{which}.lambda1", torch.ones(width))
-    return found
+    registers = {"reg_token": torch.zeros(1, 0, encoder["norm.weight"].shape[0])}
+    parts = _parts(registers | with_neutral(encoder), TRANSFORMERS_GATED, {})
+    found = rename_back(parts, TRANSFORMERS, block, "layer", QKV)
+    return {key: value for key, value in found.items() if key_bias or not key.endswith(f"{QKV[1]}.bias")}
 
 
 def rename(state: dict[str, Tensor], notes: list[str]) -> tuple[dict[str, Tensor], list[str]]:

@@ -95,11 +95,9 @@ def _config_of_timm(name: str) -> dict[str, Any] | None:
     """The pretrained_cfg of one of timm's models; None if timm is not installed or does not know the name."""
     try:
         from timm.models import get_pretrained_cfg
-    except ImportError:
-        return None
-    try:
+
         config = get_pretrained_cfg(name)
-    except RuntimeError:
+    except (ImportError, RuntimeError):
         return None
     return config.to_dict() if config is not None and "." in name else None
 

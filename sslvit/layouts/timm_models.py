@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import json
 import logging
 import math
 from pathlib import Path
@@ -15,12 +13,13 @@ from torch import Tensor, nn
 
 from sslvit.environment import require_packages
 from sslvit.files import printable, quoted
-from sslvit.layouts import dinov3
+from sslvit.layouts import dinov3, transformers_folder
 from sslvit.layouts import timm as plain_timm
 from sslvit.layouts.preprocessing import from_timm
 from sslvit.layouts.vit import Converted
 from sslvit.models import ViTEncoder
 from sslvit.progress import quiet_libraries
+from sslvit.settings.choices import near
 from sslvit.weight_files import count_blocks, read_folder_weights
 
 logger = logging.getLogger(__name__)
@@ -28,21 +27,18 @@ logger = logging.getLogger(__name__)
 ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}  # timm's classes -> our names
 TOLERANCE = 1e-3  # of outputs that are about 1 in size
 MODULES = ("vision_transformer", "deit", "eva")  # of timm, with plain vision transformers and DINOv3's
-MAX_NAME = 100  # characters that are compared with known names
 HTTP = ("httpx", "requests", "urllib3")  # libraries by which the hub is reached
 MAX_PATCHES = 1 << 16  # of the images on which both are compared
 
 
 def from_folder(path: Path, **changes: Any) -> Converted | None:
     """The model in a folder that timm opens, as `sslvit export --format timm` writes; None for other folders."""
-    try:
-        config = json.loads((path / "config.json").read_text())
-    except (OSError, ValueError, RecursionError):
+    config = transformers_folder.stated(path)
+    if not {"architecture", "pretrained_cfg"} <= config.keys():
         return None
-    if not isinstance(config, dict) or not {"architecture", "pretrained_cfg"} <= config.keys():
-        return None
-    weights = read_folder_weights(path)
-    return _from_timm(f"local-dir:{path}", weights, **changes)
+    name = f"local-dir:{path}"
+    _check_fits(name, config, read_folder_weights(path))
+    return _from_timm(name, changes)
 
 
 def from_name(name: str, **changes: Any) -> Converted:
@@ -53,16 +49,13 @@ def from_name(name: str, **changes: Any) -> Converted:
         ValueError: The name is unknown, the weights are unavailable, or the model is no plain ViT, computes something
             else or pools in a way that the encoder does not have.
     """
-    return _from_timm(name, None, **changes)
+    _import_timm(name)
+    logger.info(f"timm:{name}: downloading its weights, unless they are in the hub's cache")
+    return _from_timm(name, changes)
 
 
-def _from_timm(name: str, weights: dict[str, Tensor] | None, **changes: Any) -> Converted:
-    """A model by name, or, with its weights, from a folder, whose settings are first compared with them."""
-    if weights is not None:
-        _check_fits(name, weights)
-    else:
-        _import_timm(name)
-        logger.info(f"timm:{name}: downloading its weights, unless they are in the hub's cache")
+def _from_timm(name: str, changes: dict[str, Any]) -> Converted:
+    """A model by its name for timm, which is local-dir:FOLDER for one in a folder."""
     model = create(name, pretrained=True).eval()
     _check_plain(name, model)
     prepared, notes = from_timm(model.pretrained_cfg, list(model.patch_embed.img_size), name)
@@ -163,10 +156,8 @@ def _explain(error: Exception, name: str) -> str:
             f"\"import timm; timm.create_model('{name}', pretrained=True)\"; without one, copy that folder from a "
             "machine where this was done."
         )
-    near = difflib.get_close_matches(name[:MAX_NAME], known, n=3)
     reason = printable(str(error).splitlines()[0], 160) if str(error) else type(error).__name__
-    hint = f" Did you mean {', '.join(near)}?" if near else ""
-    return f"{reason.removesuffix('.')}.{hint}"
+    return f"{reason.removesuffix('.')}.{near(name, known, most=3)}"
 
 
 def _check_plain(name: str, model: nn.Module) -> None:
@@ -176,9 +167,8 @@ def _check_plain(name: str, model: nn.Module) -> None:
         raise ValueError(f"timm:{name}: a {type(model).__name__}, and only plain vision transformers can be probed.")
 
 
-def _check_fits(name: str, weights: dict[str, Tensor]) -> None:
+def _check_fits(name: str, config: dict[str, Any], weights: dict[str, Tensor]) -> None:
     """Refuse a folder whose settings describe another network than its weights, before memory is taken for it."""
-    config = json.loads((Path(name.removeprefix("local-dir:")) / "config.json").read_text())
     arguments, architecture = config.get("model_args") or {}, config["architecture"]
     if not isinstance(architecture, str) or not _import_timm(name).models.is_model_in_modules(architecture, MODULES):
         raise ValueError(

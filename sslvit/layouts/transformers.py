@@ -6,6 +6,7 @@ What config.json and preprocessor_config.json would state is then taken from the
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,10 +32,12 @@ VIT_BLOCK = {
 GATED = {"mlp.weights_in.": "mlp.fc1.", "mlp.weights_out.": "mlp.fc2."}
 # from its fifth version on, names in memory (a saved state_dict) differ from those in its own files
 IN_MEMORY = {"attention.o_proj.": "attn.proj.", "mlp.down_proj.": "mlp.fc2."}
+EVERY_BLOCK = BLOCK | VIT_BLOCK | GATED | IN_MEMORY
 DISTILLATION = "embeddings.distillation_token"  # of DeiT: here a register with a position of its own
-LAYER = re.compile(r"^(?:encoder\.layer|layers)\.(\d+)\.(.+)$")
+LAYER = re.compile(r"^(?:encoder\.layers?|layers)\.(\d+)\.(.+)$")
 PIECE = re.compile(
-    r"^(?:attention\.attention\.(query|key|value)|attention\.([qkv]_proj)|mlp\.(gate_proj|up_proj))\.(weight|bias)$"
+    r"^(?:attention\.attention\.(query|key|value)|(?:attention|self_attn)\.([qkv]_proj)|mlp\.(gate_proj|up_proj))"
+    r"\.(weight|bias)$"
 )
 PIECES = {"attn.qkv": (("query", "key", "value"), ("q_proj", "k_proj", "v_proj")),
           "mlp.fc1": (("gate_proj", "up_proj"),)}  # fmt: skip
@@ -57,8 +60,7 @@ def to_sslvit(state: dict[str, Tensor], heads: int | None = None, **changes: Any
     encoder, extras = rename(state)
     is_dinov2 = any(".ls1." in key for key in encoder)
     ignored = [] if is_dinov2 else remove_mask_token(encoder)
-    if not any(key.endswith("attn.qkv.bias") for key in encoder):
-        fill_biases(encoder)
+    if fill_biases(encoder):
         notes.append("biases: the file has none of queries, keys and values; they are zero (qkv_bias: false).")
     require(encoder, "norm.weight")
     channels = encoder["patch_embed.proj.weight"].shape[1]
@@ -87,36 +89,50 @@ def to_transformers(encoder: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
     The last two multiply each branch by a scale per channel, one where we have none, and have a mask token, zero
     where we have none.
     """
-    names = inverted(NAMES)
     is_dinov2 = kind.startswith("dinov2")
-    block = inverted(BLOCK | (VIT_BLOCK if not is_dinov2 else GATED if is_gated(encoder) else {}))
-    found: dict[str, Tensor] = {}
-    for key, value in encoder.items():
-        if not key.startswith("blocks."):
-            found[rename_prefix(key, names)] = value.view(1, -1) if key == "mask_token" else value
-            continue
-        _, number, name = key.split(".", 2)
-        layer = f"encoder.layer.{number}."
-        if name.startswith("attn.qkv."):
-            for part, third in zip(("query", "key", "value"), value.chunk(3), strict=True):
-                found[f"{layer}attention.attention.{part}.{name.rsplit('.', 1)[1]}"] = third.contiguous()
-        else:
-            found[layer + rename_prefix(name, block)] = value
+    block = BLOCK | (VIT_BLOCK if not is_dinov2 else GATED if is_gated(encoder) else {})
+    thirds = [f"attention.attention.{part}" for part in ("query", "key", "value")]
+    found = rename_back(with_neutral(encoder) if is_dinov2 else encoder, NAMES, block, "encoder.layer", thirds)
+    if is_dinov2:
+        return found | {"embeddings.mask_token": found["embeddings.mask_token"].view(1, -1)}
+    found.pop("embeddings.mask_token", None)
     if kind == "deit":
         found[DISTILLATION] = found.pop("embeddings.register_tokens")
-    if not is_dinov2:
-        found.pop("embeddings.mask_token", None)
-        return found
-    width = encoder["norm.weight"].shape[0]
-    found.setdefault("embeddings.mask_token", torch.zeros(1, width))
-    for block_number in range(count_blocks(encoder, "blocks.")):
-        for which in (1, 2):
-            found.setdefault(f"encoder.layer.{block_number}.layer_scale{which}.lambda1", torch.ones(width))
     return found
 
 
-def rename(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The encoder under our names, and the rest (pooler, classifier) under its own."""
+def with_neutral(encoder: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights with what Dinov2 and DINOv3 always have and we need not have: scales of one, a mask token of zero."""
+    width, blocks = encoder["norm.weight"].shape[0], range(count_blocks(encoder, "blocks."))
+    scales = {f"blocks.{number}.ls{which}.gamma": torch.ones(width) for number in blocks for which in (1, 2)}
+    return scales | {"mask_token": torch.zeros(1, 1, width)} | encoder
+
+
+def rename_back(
+    encoder: dict[str, Tensor], names: dict[str, str], block: dict[str, str], layers: str, thirds: Sequence[str]
+) -> dict[str, Tensor]:
+    """The inverse of `rename`, with the names of queries, keys and values, and what is in front of a block's number."""
+    found: dict[str, Tensor] = {}
+    for key, value in encoder.items():
+        if not key.startswith("blocks."):
+            found[rename_prefix(key, inverted(names))] = value
+            continue
+        _, number, name = key.split(".", 2)
+        if name.startswith("attn.qkv."):
+            for part, third in zip(thirds, value.chunk(3), strict=True):
+                found[f"{layers}.{number}.{part}.{name.rsplit('.', 1)[1]}"] = third.contiguous()
+        else:
+            found[f"{layers}.{number}.{rename_prefix(name, inverted(block))}"] = value
+    return found
+
+
+def rename(
+    state: dict[str, Tensor], names: dict[str, str] = NAMES, block: dict[str, str] = EVERY_BLOCK
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The encoder under our names, and the rest (pooler, classifier) under its own.
+
+    `names` and `block` are its names outside the blocks and inside them -> ours.
+    """
     encoder: dict[str, Tensor] = {}
     extras: dict[str, Tensor] = {}
     pieces: dict[str, dict[str, Tensor]] = {}
@@ -124,7 +140,7 @@ def rename(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tenso
         key = PREFIX.sub("", key)
         layer = LAYER.match(key)
         if layer is None:
-            ours = "reg_token" if key == DISTILLATION else rename_prefix(key, NAMES)
+            ours = "reg_token" if key == DISTILLATION else rename_prefix(key, names)
             found = extras if ours == key else encoder
             found[ours] = value.view(1, 1, -1) if ours == "mask_token" else value
             continue
@@ -133,12 +149,12 @@ def rename(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tenso
             ours = "mlp.fc1" if piece[3] else "attn.qkv"
             pieces.setdefault(f"blocks.{number}.{ours}.{piece[4]}", {})[piece[1] or piece[2] or piece[3]] = value
         else:
-            encoder[f"blocks.{number}.{rename_prefix(name, BLOCK | VIT_BLOCK | GATED | IN_MEMORY)}"] = value
+            encoder[f"blocks.{number}.{rename_prefix(name, block)}"] = value
     for key, parts in pieces.items():
-        names = next(names for names in PIECES[".".join(key.split(".")[2:4])] if parts.keys() & set(names))
-        if missing := [name for name in names if name not in parts]:
+        order = next(names for names in PIECES[".".join(key.split(".")[2:4])] if parts.keys() & set(names))
+        if missing := [name for name in order if name not in parts]:
             raise KeyError(f"{', '.join(missing)} of {key}")
-        encoder[key] = torch.cat([parts[name] for name in names])
+        encoder[key] = torch.cat([parts[name] for name in order])
     return encoder, extras
 
 
@@ -147,7 +163,10 @@ def remove_mask_token(encoder: dict[str, Tensor]) -> list[str]:
     return ["embeddings.mask_token"] if encoder.pop("mask_token", None) is not None else []
 
 
-def fill_biases(encoder: dict[str, Tensor]) -> None:
-    """Add zero biases of queries, keys and values to a model that has only the others."""
+def fill_biases(encoder: dict[str, Tensor]) -> bool:
+    """Add zero biases of queries, keys and values to a model that has only the others; returns whether it has none."""
+    if any(key.endswith("attn.qkv.bias") for key in encoder):
+        return False
     for key in [key for key in encoder if key.endswith("attn.proj.bias")]:
         encoder[key.replace("proj", "qkv")] = torch.zeros(3 * len(encoder[key]))
+    return True

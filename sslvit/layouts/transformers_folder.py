@@ -40,6 +40,14 @@ def is_folder(path: Path) -> bool:
     return (path / "config.json").is_file()
 
 
+def stated(folder: Path) -> dict[str, Any]:
+    """The content of a folder's config.json, whatever wrote it; nothing where there is none that can be read."""
+    try:
+        return _read_json(folder / "config.json")
+    except (OSError, ValueError):
+        return {}
+
+
 def model_type(path: Path) -> Any:
     """What the config.json of a folder calls its model; None where it says nothing."""
     return _read_json(path / "config.json").get("model_type")
@@ -118,12 +126,9 @@ def _convert(state: dict[str, Tensor], config: dict[str, Any], path: Path, chang
     stated = _dinov3_settings(config, state, path) if is_dinov3 else _vit_settings(config, path)
     known = prepared | stated | VIT_KINDS.get(config["model_type"], {})
     encoder, extras = (dinov3.rename(state, notes)[0], {}) if is_dinov3 else rename(state)
-    has_biases = any(key.endswith("attn.qkv.bias") for key in encoder)
     bias = "query_bias" if is_dinov3 else "qkv_bias"
-    if config.get(bias, True) is False:
-        if has_biases:
-            raise ValueError(f"{path}: states {bias}: false, but its weights have such biases.")
-        fill_biases(encoder)
+    if config.get(bias, True) is False and not fill_biases(encoder):
+        raise ValueError(f"{path}: states {bias}: false, but its weights have such biases.")
     ignored = remove_mask_token(encoder) if config["model_type"] in VIT_KINDS else []
     if known["class_token"] and not is_dinov3:
         require(encoder, "norm.weight", *(["reg_token"] if known.get("registers") else []))
@@ -178,12 +183,11 @@ def _dinov3_settings(config: dict[str, Any], state: dict[str, Tensor], path: Pat
     found = shape_of(config)
     if is_gated and "mlp_ratio" in found:
         found["mlp_ratio"] *= 1.5
-    return found | dinov3.ALWAYS | {
+    return found | ALWAYS | dinov3.ALWAYS | {
         "norm_eps": config.get("layer_norm_eps", dinov3.NORM_EPS),
         "image_size": config.get("image_size", dinov3.IMAGE_SIZE),
         "mlp": "swiglu" if is_gated else "gelu", "layer_scale": 1.0, "key_bias": key_bias,
-        "registers": config.get("num_register_tokens", 0), "class_token": True, "final_norm": True, "fc_norm": False,
-        "qk_norm": False, "bias": config.get("proj_bias", True), "mask_token": True,
+        "registers": config.get("num_register_tokens", 0), "bias": config.get("proj_bias", True), "mask_token": True,
     }  # fmt: skip
 
 

@@ -18,19 +18,13 @@ from sslvit.layouts.preprocessing import (
 
 # transformers' defaults
 PROCESSORS: dict[str, dict[str, Any]] = {
-    "ViT": {**HALF, "resample": 2, "size": {"height": 224, "width": 224}, "is_cropped": False, "is_square": True},
-    "Bit": {**CLIP, "resample": 3, "size": {"shortest_edge": 224}, "is_cropped": True, "is_square": False},
-    "CLIP": {**CLIP, "resample": 3, "size": {"shortest_edge": 224}, "is_cropped": True, "is_square": False},
-    "Siglip": {**HALF, "resample": 3, "size": {"height": 224, "width": 224}, "is_cropped": False, "is_square": True},
-    "DeiT": {**HALF, "resample": 3, "size": {"height": 256, "width": 256}, "is_cropped": True, "is_square": True},
-    "DINOv3ViT": {
-        **IMAGENET,
-        "resample": 2,
-        "size": {"height": 224, "width": 224},
-        "is_cropped": False,
-        "is_square": True,
-    },
-    "ImageGPT": {**HALF, "resample": 2, "size": {"height": 256, "width": 256}, "is_cropped": False, "is_square": True},
+    "ViT": {**HALF, "resample": 2, "size": {"height": 224, "width": 224}, "is_cropped": False},
+    "Bit": {**CLIP, "resample": 3, "size": {"shortest_edge": 224}, "is_cropped": True},
+    "CLIP": {**CLIP, "resample": 3, "size": {"shortest_edge": 224}, "is_cropped": True},
+    "Siglip": {**HALF, "resample": 3, "size": {"height": 224, "width": 224}, "is_cropped": False},
+    "DeiT": {**HALF, "resample": 3, "size": {"height": 256, "width": 256}, "is_cropped": True},
+    "DINOv3ViT": {**IMAGENET, "resample": 2, "size": {"height": 224, "width": 224}, "is_cropped": False},
+    "ImageGPT": {**HALF, "resample": 2, "size": {"height": 256, "width": 256}, "is_cropped": False},
 }
 PROCESSOR_OF = {"vit": "ViT", "vit_mae": "ViT", "dinov2": "Bit", "dinov2_with_registers": "Bit", "imagegpt": "ImageGPT",
                 "dinov3_vit": "DINOv3ViT", "vit_msn": "ViT", "ijepa": "ViT", "deit": "DeiT",
@@ -101,11 +95,8 @@ def _crop(content: dict[str, Any], defaults: dict[str, Any], image_size: list[in
         ]
     size = content.get("size", defaults["size"])
     if is_number(size):
-        size = (
-            {"height": size, "width": size}
-            if defaults["is_square"] and (not crop or defaults["is_cropped"])
-            else {"shortest_edge": size}
-        )
+        is_square = "height" in defaults["size"] and (not crop or defaults["is_cropped"])
+        size = {"height": size, "width": size} if is_square else {"shortest_edge": size}
     size = size if isinstance(size, dict) else {}
     edge, squashed = size.get("shortest_edge"), _height_and_width(size)
     states_size = "size" in content or "crop_size" in content

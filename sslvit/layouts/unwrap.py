@@ -128,9 +128,7 @@ def _label(entry: str, prefix: str) -> str:
 def _rank(label: str) -> int:
     """Lower is preferred."""
     order = [*AVERAGES, *PLAIN]
-    parts = label.split(".")
-    averages = [AVERAGES.index(part) for part in parts if part in AVERAGES]
-    return min(averages or [order.index(part) for part in parts if part in order] or [len(order)])
+    return min((order.index(part) for part in label.split(".") if part in order), default=len(order))
 
 
 def _choice(labels: list[str], source: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sslvit.layouts import mae
 from sslvit.layouts.preprocessing import assume_preprocessing
 from sslvit.layouts.transformers import fill_biases, rename, to_transformers
 from sslvit.layouts.vit import inverted, rename_prefix
@@ -19,13 +20,7 @@ from sslvit.settings import MAESettings
 KNOWN: dict[str, Any] = {"pos_embed": "sincos_2d", "interpolate_antialias": False}
 """What every ViTMAE has besides what every ViT of transformers has."""
 USUAL_EPS = 1e-12  # of the layer norms of the released models
-DECODER = {
-    "decoder.mask_token": "decoder.mask_token",
-    "decoder.decoder_pos_embed": "decoder.pos_embed",
-    "decoder.decoder_embed.": "decoder.embed.",
-    "decoder.decoder_norm.": "decoder.norm.",
-    "decoder.decoder_pred.": "decoder.pred.",
-}
+DECODER = {f"decoder.{theirs}": ours for theirs, ours in mae.DECODER.items()}
 # of files up to its fourth version, and of its fifth one in memory and in files
 LAYER = re.compile(r"^decoder\.decoder_(?:layers|encoder\.layer)\.(\d+\..+)$")
 SHAPE = {
@@ -71,8 +66,7 @@ def decoder_to_sslvit(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     layers = {f"layers.{found[1]}": value for key, value in state.items() if (found := LAYER.match(key))}
     blocks, _ = rename(layers)
-    if blocks and not any(key.endswith("attn.qkv.bias") for key in blocks):
-        fill_biases(blocks)
+    fill_biases(blocks)
     others = {rename_prefix(key, DECODER): value for key, value in state.items() if key.startswith(tuple(DECODER))}
     return others | {f"decoder.{key}": value for key, value in blocks.items()}
 

@@ -20,29 +20,26 @@ EMPTY = "{}: an empty section. Put settings below it, or leave it out."
 MAX_KEY = 100  # characters of a key or a value that are compared with known ones
 MAX_INT = 2**63 - 1
 NUMBER = re.compile(r"[+-]?\d+(\.\d*)?e[+-]?\d+", re.IGNORECASE)  # 1e-3, which YAML takes for text
-# other libraries' names for keys
+# names of keys -> other libraries' names for them
 USUAL_NAMES: dict[str, tuple[str, ...]] = {
-    "lr": ("base_lr", "lrs"), "learning_rate": ("base_lr", "lrs"), "base_rate": ("base_lr", "lrs"),
-    "blr": ("base_lr",), "wd": ("weight_decay",), "warmup": ("warmup_epochs",),
-    "warmup_steps": ("warmup_epochs",), "clip": ("clip_grad",), "grad_clip": ("clip_grad",), "max_norm": ("clip_grad",),
-    "batch_size": ("global_batch_size", "batch"), "batch": ("global_batch_size",), "bs": ("global_batch_size", "batch"),
-    "num_workers": ("workers",), "teacher_temperature": ("teacher_temp",), "student_temperature": ("student_temp",),
-    "warmup_teacher_temperature": ("warmup_teacher_temp",), "momentum_teacher": ("momentum",),
-    "data_path": ("shards",), "data_dir": ("shards",), "output_dir": ("out",), "save_dir": ("out",),
-    "max_epochs": ("epochs",), "num_epochs": ("epochs",), "max_steps": ("steps",), "num_steps": ("steps",),
-    "gpus": ("devices",), "num_gpus": ("devices",), "num_nodes": ("nodes",), "amp": ("precision",),
-    "img_size": ("image_size",), "input_size": ("image_size",), "patch_size": ("patch",), "embed_dim": ("width",),
-    "hidden_size": ("width",), "num_heads": ("heads",), "num_layers": ("depth",), "layers": ("depth",),
-    "drop_path_rate": ("drop_path",), "in_chans": ("channels",), "arch": ("preset",), "model": ("preset",),
-    "grad_checkpointing": ("activation_checkpointing",), "gradient_checkpointing": ("activation_checkpointing",),
-    "max_lr": ("base_lr",), "gradient_clip_val": ("clip_grad",), "max_grad_norm": ("clip_grad",), "beta1": ("betas",),
-    "beta2": ("betas",), "device": ("accelerator",), "micro_batch": ("micro_batch_size",),
-    "accumulate_grad_batches": ("micro_batch_size",), "gradient_accumulation_steps": ("micro_batch_size",),
-    "accum_iter": ("micro_batch_size",), "norm_pix_loss": ("target",), "local_crops_number": ("local_crops",),
-    "global_crops_scale": ("global_scale",), "local_crops_scale": ("local_scale",), "crop_scale": ("scale",),
-    "positions": ("pos_embed",), "position_embedding": ("pos_embed",), "pos_emb": ("pos_embed",),
-    "initialization": ("init",), "initialisation": ("init",), "rate": ("base_lr",), "peak_lr": ("base_lr",),
-    "cnn": ("hybrid_backbone",), "locality": ("locality_self_attention",), "lsa": ("locality_self_attention",),
+    "base_lr": ("lr", "learning_rate", "base_rate", "blr", "max_lr", "rate", "peak_lr"),
+    "lrs": ("lr", "learning_rate", "base_rate"), "weight_decay": ("wd",), "warmup_epochs": ("warmup", "warmup_steps"),
+    "clip_grad": ("clip", "grad_clip", "max_norm", "gradient_clip_val", "max_grad_norm"),
+    "global_batch_size": ("batch_size", "batch", "bs"), "batch": ("batch_size", "bs"), "workers": ("num_workers",),
+    "teacher_temp": ("teacher_temperature",), "student_temp": ("student_temperature",),
+    "warmup_teacher_temp": ("warmup_teacher_temperature",), "momentum": ("momentum_teacher",),
+    "shards": ("data_path", "data_dir"), "out": ("output_dir", "save_dir"), "epochs": ("max_epochs", "num_epochs"),
+    "steps": ("max_steps", "num_steps"), "devices": ("gpus", "num_gpus"), "nodes": ("num_nodes",),
+    "precision": ("amp",), "image_size": ("img_size", "input_size"), "patch": ("patch_size",),
+    "width": ("embed_dim", "hidden_size"), "heads": ("num_heads",), "depth": ("num_layers", "layers"),
+    "drop_path": ("drop_path_rate",), "channels": ("in_chans",), "preset": ("arch", "model"),
+    "activation_checkpointing": ("grad_checkpointing", "gradient_checkpointing"), "betas": ("beta1", "beta2"),
+    "accelerator": ("device",),
+    "micro_batch_size": ("micro_batch", "accumulate_grad_batches", "gradient_accumulation_steps", "accum_iter"),
+    "target": ("norm_pix_loss",), "local_crops": ("local_crops_number",), "global_scale": ("global_crops_scale",),
+    "local_scale": ("local_crops_scale",), "scale": ("crop_scale",),
+    "pos_embed": ("positions", "position_embedding", "pos_emb"), "init": ("initialization", "initialisation"),
+    "hybrid_backbone": ("cnn",), "locality_self_attention": ("locality", "lsa"),
 }  # fmt: skip
 REMARKS = {
     "base_lr": " (the learning rate at a batch size of 256)",
@@ -80,30 +77,14 @@ def build(kind: type[Settings], tree: dict[str, Any]) -> Settings:
     Raises:
         ValueError: An unknown key (the nearest is suggested), a missing one, or a value that does not fit.
     """
-    _check_keys(kind, tree, "", Known(list(known_keys(kind, tree)), choices_in(kind)))
+    check_keys(kind, tree)
     built: Settings = _instantiate(kind, tree, "")
     return built
 
 
-def check_values(kind: type, tree: dict[str, Any]) -> None:
-    """Refuse unknown keys and values of another type, but no combination of values.
-
-    Raises:
-        ValueError: As `build` does.
-    """
+def check_keys(kind: type, tree: dict[str, Any]) -> None:
+    """Raise ValueError for an unknown key, and for a section that holds no settings, as `build` does."""
     _check_keys(kind, tree, "", Known(list(known_keys(kind, tree)), choices_in(kind)))
-    _check_types(kind, tree, "")
-
-
-def _check_types(kind: type, tree: dict[str, Any], prefix: str) -> None:
-    for name, hint in hints_of(kind).items():
-        if name in tree:
-            value, key = tree[name], prefix + name
-            record = record_of(hint, value, key)
-            if record is None:
-                convert(hint, value, key)
-            elif isinstance(value, dict):
-                _check_types(record, value, f"{key}.")
 
 
 def choice_of(hint: Any) -> Choice | None:
@@ -181,7 +162,7 @@ def hint_for(key: str, known: Known) -> str:
     every = known.keys
     key = key[:MAX_KEY].replace("-", "_")
     section, _, last = key.rpartition(".")
-    usual = USUAL_NAMES.get(last, ())
+    usual = [ours for ours, names in USUAL_NAMES.items() if last in names]
     same = [one for one in every if one == key] or [one for one in every if one.split(".")[-1] == last]
     if not same:
         same = [one for name in usual for one in every if one.split(".")[-1] == name]
@@ -215,21 +196,17 @@ def _instantiate(kind: Any, tree: dict[str, Any], prefix: str, within: str = "")
     `within` is the section that the dataclass's own messages do not name.
     """
     hints, values = hints_of(kind), dict[str, Any]()
-    nested = {name for name, hint in hints.items() if _named_sections(hint) or record_of(hint, {}, "")}
     for name, value in tree.items():
-        if name not in nested:
-            values[name] = convert(hints[name], value, prefix + name)
-    for name in nested & (tree.keys() | {one.name for one in fields(kind) if not is_required(one)}):
-        hint, section = hints[name], prefix + name
+        hint, key = hints[name], prefix + name
         if named := _named_sections(hint):
-            if name in tree:
-                entries = tree[name] if isinstance(tree[name], dict) else {}
-                values[name] = {
-                    entry: _section(named, value, f"{section}.{brief(entry)}", f"{section}.{brief(entry)}")
-                    for entry, value in entries.items()
-                }
+            values[name] = {
+                entry: _section(named, one, f"{key}.{brief(entry)}", f"{key}.{brief(entry)}")
+                for entry, one in (value.items() if isinstance(value, dict) else ())
+            }
+        elif record_of(hint, {}, ""):
+            values[name] = _section(hint, value, key, within and key)
         else:
-            values[name] = _section(hint, tree.get(name, {}), section, within and section)
+            values[name] = convert(hint, value, key)
     for one in fields(kind):
         if is_required(one) and one.name not in values:
             raise ValueError(f"{prefix}{one.name}: missing.")

@@ -25,17 +25,17 @@ class Choice:
         key: Field of those dataclasses whose value picks one.
         default: Its value where none is given.
         records: Dataclass of each known value.
-        find: Looks up the dataclass of a value, None for an unknown one; by default in `records`.
+        find: Looks up the dataclass of any other value, None for an unknown one.
     """
 
     key: str
     default: str
     records: Mapping[str, type]
-    find: Callable[[str], type | None] | None = None
+    find: Callable[[str], type | None] = lambda name: None
 
     def record(self, name: Any, section: str) -> type:
         """The dataclass of a name; ValueError where there is none."""
-        found = (self.find or self.records.get)(name) if isinstance(name, str) else None
+        found = (self.records.get(name) or self.find(name)) if isinstance(name, str) else None
         if found is None:
             raise ValueError(f"{section}.{self.key}: {not_one_of(name, self.records)}")
         return found
@@ -100,19 +100,24 @@ BOUNDS: dict[str, Callable[[float], bool]] = {  # in the words of a message
     "1 or more": lambda value: value >= 1,
     "2 or more": lambda value: value >= 2,
     "in [0, 1]": lambda value: 0 <= value <= 1,
+    "a probability in [0, 1]": lambda value: 0 <= value <= 1,
     "in [0, 1)": lambda value: 0 <= value < 1,
     "in (0, 1]": lambda value: 0 < value <= 1,
 }
 
 
 def check_bounds(settings: object, prefix: str, bounds: str, *keys: str) -> None:
-    """Raise ValueError on the first number, of those that there are, that is out of bounds, one of BOUNDS."""
+    """Raise ValueError on the first number, of those that there are, that is out of bounds, one of BOUNDS.
+
+    A list is out of bounds where one of its numbers is.
+    """
     for key in keys:
-        value = getattr(settings, key, None)
-        if value is not None and not BOUNDS[bounds](value):
-            name = key.replace("_", "-") if prefix == "--" else key
-            between = (" ", ":") if prefix.startswith("--") else (": ", "")
-            raise ValueError(f"{prefix}{name}{between[0]}{value}{between[1]} must be {bounds}.")
+        found = getattr(settings, key, None)
+        for value in found if isinstance(found, list) else [found]:
+            if value is not None and not BOUNDS[bounds](value):
+                name = key.replace("_", "-") if prefix == "--" else key
+                between = (" ", ":") if prefix.startswith("--") else (": ", "")
+                raise ValueError(f"{prefix}{name}{between[0]}{value}{between[1]} must be {bounds}.")
 
 
 def not_one_of(value: object, words: Iterable[object]) -> str:
@@ -126,10 +131,10 @@ def in_message(value: object) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else quoted(value)
 
 
-def near(value: object, words: Iterable[str]) -> str:
-    """Which of some words was meant, as a sentence; empty where none is near."""
-    found = difflib.get_close_matches(value[:MAX_COMPARED], words, n=1) if isinstance(value, str) else []
-    return f" Did you mean {found[0]}?" if found else ""
+def near(value: object, words: Iterable[str], most: int = 1) -> str:
+    """Which of some words, or at most how many of them, may be meant, as a sentence; empty where none is near."""
+    found = difflib.get_close_matches(value[:MAX_COMPARED], words, n=most) if isinstance(value, str) else []
+    return f" Did you mean {', '.join(found)}?" if found else ""
 
 
 @functools.cache

@@ -7,6 +7,7 @@ it is said; within a section it comes before the section's other keys, wherever 
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import asdict, is_dataclass
 from importlib.resources import files
@@ -16,7 +17,8 @@ from typing import Any, TypeVar
 import yaml
 
 from sslvit.files import brief, expand_path, printable
-from sslvit.settings.build import EMPTY, MAX_KEY, build, check_values, choice_of, section_of
+from sslvit.settings.build import EMPTY, MAX_KEY, build, check_keys, choice_of, convert, section_of
+from sslvit.settings.choices import hints_of
 from sslvit.settings.encoder import EncoderSettings
 from sslvit.settings.palette import UNIFORM, read_palette
 from sslvit.settings.presets import INIT, preset_values
@@ -79,8 +81,10 @@ def check_changes(config: str | Path, changes: dict[str, Any]) -> None:
         ValueError: An unknown key, or a value that fits no encoder.
     """
     tree = merge_recipe(config, changes, None)
-    check_values(RunSettings, tree)
-    build(RunSettings, {key: value for key, value in tree.items() if key != "encoder"})
+    check_keys(RunSettings, tree)
+    for key, value in tree.pop("encoder", {}).items():
+        convert(hints_of(EncoderSettings)[key], value, f"encoder.{key}")
+    build(RunSettings, tree)
 
 
 def merge_recipe(
@@ -123,7 +127,7 @@ def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[Path, di
         raise ValueError(f"{printable(path)}: base: {brief(base)} is no name of a recipe and no YAML file.")
     beside = path.parent / expand_path(base)
     try:
-        below = beside if _is_file(beside) else find_recipe(base, option="base: ")
+        below = beside if os.path.isfile(beside) else find_recipe(base, option="base: ")
     except (ValueError, FileNotFoundError) as error:
         raise type(error)(f"{printable(path)}: {error}") from error
     if below.resolve() in chain:
@@ -249,7 +253,7 @@ def find_recipe(name: str | Path, group: str = "", option: str = "--config ") ->
         ValueError: It is a folder, or a bench.
     """
     path, known = Path(expand_path(name)), recipe_names(group)
-    if _is_file(path):
+    if os.path.isfile(path):  # which is no error for a name that is too long for a file, as Path.is_file() is
         return path
     stem = str(name).removesuffix(".yaml")
     if packaged := {stem, f"{group}/{stem}"} & set(known):
@@ -266,13 +270,6 @@ def find_recipe(name: str | Path, group: str = "", option: str = "--config ") ->
             "sslvit recipes"
         )
     raise FileNotFoundError(f"{option}{printable(name)}: no such file or {group or 'recipe'}. {hint}")
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name that is too long for one
-        return False
 
 
 def recipe_names(group: str = "") -> list[str]:

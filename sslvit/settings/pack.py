@@ -35,10 +35,9 @@ class PackSettings:
     def __post_init__(self) -> None:
         if not 0 < self.shard_mb < 2**20:
             raise ValueError(f"--shard-mb {self.shard_mb}: must be in (0, 2**20).")
-        check_bounds(self, "--", "1 or more", "resize")
+        check_bounds(self, "--", "1 or more", "resize", "max_pixels")
         if not 1 <= self.quality <= 100:
             raise ValueError(f"--quality {self.quality}: must be in [1, 100].")
-        check_bounds(self, "--", "1 or more", "max_pixels")
 
     def describe(self) -> str:
         """What happens to the images, in words; empty for nothing."""

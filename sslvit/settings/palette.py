@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from sslvit.files import brief, expand_path, printable
 
@@ -30,7 +29,13 @@ def read_palette(path: str | Path) -> list[list[float]]:
             f"Make one with: sslvit palette SHARDS -o {printable(path)}, or use {UNIFORM}."
         )
     try:
-        colors = _read_array(path) if path.suffix == ".npy" else _read_json(path)
+        if path.suffix == ".npy":
+            import numpy as np  # only for this kind of file
+
+            colors = np.load(path, allow_pickle=False).tolist()
+        else:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            colors = content["colors"] if "colors" in content else content["clusters"]
         colors = [[float(value) for value in color] for color in colors]
     except Exception as error:  # damaged bytes make numpy's reader raise almost anything
         raise ValueError(
@@ -71,14 +76,3 @@ def check_palette(palette: str | list[list[float]], channels: int) -> None:
     outside = [value for value in values if not abs(value) <= FURTHEST]
     if outside:
         raise ValueError(f"encoder.palette: {outside[0]:g} is outside [-1, 1]. Bytes v become v / 127.5 - 1.")
-
-
-def _read_array(path: Path) -> list:
-    import numpy as np  # only for this kind of file
-
-    return np.load(path, allow_pickle=False).tolist()
-
-
-def _read_json(path: Path) -> list:
-    content: Any = json.loads(path.read_text(encoding="utf-8"))
-    return content["colors"] if "colors" in content else content["clusters"]

@@ -70,7 +70,7 @@ class SGDProbeSettings(ProtocolSettings):
 
     def steps(self, per_epoch: int) -> int:
         """Number of steps, where an epoch has `per_epoch`."""
-        raise NotImplementedError
+        return max(1, round(getattr(self, self.length) * per_epoch))
 
 
 @dataclass
@@ -97,10 +97,6 @@ class MAEProbeSettings(SGDProbeSettings):
                 f"--protocol.warmup_epochs {self.warmup_epochs:g}: must be below --protocol.epochs ({self.epochs:g})."
             )
 
-    def steps(self, per_epoch: int) -> int:
-        """Steps of all epochs."""
-        return max(1, round(self.epochs * per_epoch))
-
 
 @dataclass
 @checked("--protocol.")
@@ -123,10 +119,6 @@ class DINOProbeSettings(SGDProbeSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_bounds(self, "--protocol.", "1 or more", "blocks")
-
-    def steps(self, per_epoch: int) -> int:
-        """Steps of all epochs."""
-        return max(1, round(self.epochs * per_epoch))
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from sslvit.files import brief, expand_path
 from sslvit.plugins import find_plugin
-from sslvit.settings.choices import Choice
+from sslvit.settings.choices import Choice, check_bounds
 from sslvit.settings.data import DataSettings
 from sslvit.settings.dino import DINOSettings
 from sslvit.settings.encoder import EncoderSettings
@@ -25,9 +25,9 @@ TASK_SETTINGS: dict[str, type[TaskSettings]] = {
 
 
 def task_settings(name: str) -> type[TaskSettings] | None:
-    """The settings dataclass of a task by name; None for an unknown one."""
-    found = None if name in TASK_SETTINGS else find_task(name)
-    return found.settings_class if found else TASK_SETTINGS.get(name)
+    """The settings dataclass of a plugin's task; None for an unknown name."""
+    found = find_task(name)
+    return found.settings_class if found else None
 
 
 def find_task(name: str) -> Any:
@@ -67,5 +67,4 @@ class RunSettings:
     def __post_init__(self) -> None:
         self.out = expand_path(self.out)
         self.init = self.init and expand_path(self.init)
-        if self.seed < 0:
-            raise ValueError(f"seed: {self.seed} must be 0 or more.")
+        check_bounds(self, "", "0 or more", "seed")

@@ -29,8 +29,7 @@ class SampleSettings:
             raise ValueError(
                 f"--temperature {self.temperature}: must be 0, or {MIN_TEMPERATURE} or more (1: the model as it is)."
             )
-        check_bounds(self, "--", "1 or more", "top_k")
+        check_bounds(self, "--", "1 or more", "top_k", "batch")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top-p {self.top_p}: must be in (0, 1]; 1 for all colors.")
         check_bounds(self, "--", "0 or more", "seed")
-        check_bounds(self, "--", "1 or more", "batch")

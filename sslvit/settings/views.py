@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, is_dataclass
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 from sslvit.files import brief
 from sslvit.plugins import find_plugin
@@ -30,7 +30,7 @@ class CropSettings:
     def __post_init__(self) -> None:
         check_range("scale", self.scale, maximum=1.0)
         check_range("ratio", self.ratio)
-        check_probability("flip", self.flip)
+        check_bounds(self, "data.view.", "a probability in [0, 1]", "flip")
 
 
 @dataclass
@@ -59,7 +59,7 @@ class SquareSettings:
                 f"data.view.crop: {self.crop} must be in [1, {self.resize[0]}], up to the smallest shorter side "
                 "(data.view.resize)."
             )
-        check_probability("flip", self.flip)
+        check_bounds(self, "data.view.", "a probability in [0, 1]", "flip")
 
 
 @dataclass
@@ -94,7 +94,7 @@ class CanvasSettings:
 
     def __post_init__(self) -> None:
         check_range("side", self.side, maximum=1.0)
-        check_probability("flip", self.flip)
+        check_bounds(self, "data.view.", "a probability in [0, 1]", "flip")
 
 
 @dataclass
@@ -148,16 +148,13 @@ class MultiCropSettings:
         check_range("local_scale", self.local_scale, maximum=1.0)
         check_range("ratio", self.ratio)
         check_range("blur_sigma", self.blur_sigma)
-        for key in ("flip", "jitter", "gray"):
-            check_probability(key, getattr(self, key))
         for key in ("blur", "solarize"):
             values = getattr(self, key)
             if len(values) != 3:
                 raise ValueError(
                     f"data.view.{key}: {brief(values)} must be [first global, second global, local crops]."
                 )
-            for value in values:
-                check_probability(key, value)
+        check_bounds(self, "data.view.", "a probability in [0, 1]", "flip", "jitter", "gray", "blur", "solarize")
         check_bounds(self, "data.view.", "in [0, 1]", "brightness", "contrast", "saturation")
         if not 0 <= self.hue <= 0.5:
             raise ValueError(f"data.view.hue: {self.hue} must be in [0, 0.5].")
@@ -193,8 +190,7 @@ class AugmentSettings:
     def __post_init__(self) -> None:
         check_range("scale", self.scale, maximum=1.0)
         check_range("ratio", self.ratio)
-        check_probability("flip", self.flip)
-        check_probability("probability", self.probability)
+        check_bounds(self, "data.view.", "a probability in [0, 1]", "flip", "probability")
         check_bounds(self, "data.view.", "0 or more", "operations")
         if not 0 <= self.magnitude <= MAX_MAGNITUDE:
             raise ValueError(f"data.view.magnitude: {self.magnitude} must be in [0, {MAX_MAGNITUDE}].")
@@ -221,32 +217,26 @@ class TransformSettings:
 
 
 ViewSettings = (
-    TransformSettings
-    | AugmentSettings
+    AugmentSettings
     | CropSettings
     | SquareSettings
     | CenterSettings
     | CanvasSettings
     | MultiCropSettings
+    | TransformSettings
 )
-VIEW_SETTINGS: dict[str, type] = {
-    "augment": AugmentSettings,
-    "crop": CropSettings, "square": SquareSettings, "center": CenterSettings, "canvas": CanvasSettings,
-    "multi_crop": MultiCropSettings, "transform": TransformSettings,
-}  # fmt: skip
+VIEW_SETTINGS: dict[str, type] = {view.kind: view for view in get_args(ViewSettings)}
 
 
-def view_settings(kind: str) -> type | None:
-    """The settings dataclass of a view by name, also of a plugin's; None for an unknown name."""
-    if kind in VIEW_SETTINGS:
-        return VIEW_SETTINGS[kind]
+def find_view(kind: str) -> type | None:
+    """The settings dataclass of a plugin's view; None for an unknown name."""
     found = find_plugin("data.view.kind", kind)
     if found is not None and not (is_dataclass(found) and hasattr(found, "specs")):
         raise ValueError(f"data.view.kind: {brief(kind)} is no view. It must be a dataclass with specs(size).")
     return cast("type | None", found)
 
 
-VIEW_CHOICE = Choice("kind", "crop", VIEW_SETTINGS, view_settings)
+VIEW_CHOICE = Choice("kind", "crop", VIEW_SETTINGS, find_view)
 
 
 def check_range(key: str, values: list[float], maximum: float = float("inf")) -> None:
@@ -255,9 +245,3 @@ def check_range(key: str, values: list[float], maximum: float = float("inf")) ->
         raise ValueError(f"data.view.{key}: {brief(values)} must be [smallest, largest] with 0 < smallest.")
     if values[1] > maximum:
         raise ValueError(f"data.view.{key}: {values[1]} must be at most {maximum:g}, where 1 is the whole image.")
-
-
-def check_probability(key: str, value: float) -> None:
-    """Raise ValueError unless it is in [0, 1]."""
-    if not 0 <= value <= 1:
-        raise ValueError(f"data.view.{key}: {value} must be a probability in [0, 1].")

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from sslvit.checkpoint import load_encoder, save_encoder
 from sslvit.cli import main
+from sslvit.data.loader import view_of_image
 from sslvit.data.resample import normalize
 from sslvit.exporters import EXPORTERS, export_encoder
 from sslvit.exporters import timm as timm_format
@@ -31,7 +32,6 @@ from sslvit.exporters.verify import (
     compare,
     compare_preprocessing,
     compare_weights,
-    evaluation_view,
     with_unit_scale,
 )
 from sslvit.models import ViTEncoder, preset
@@ -347,7 +347,8 @@ def test_the_snippet_of_a_card_runs_in_its_folder_and_gives_what_the_card_says(
     size = (*exported.settings.image_size, 3)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, size, np.uint8))
     image.save(tmp_path / "out" / "photo.jpg", format="PNG")
-    images = evaluation_view(image, exported.settings)[None]
+    view = view_of_image((tmp_path / "out" / "photo.jpg").read_bytes(), exported.settings)
+    images = normalize(view[None], exported.settings.mean, exported.settings.std)
     (snippet,) = re.findall(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.DOTALL)
     monkeypatch.chdir(tmp_path / "out")
     left: dict = {}

@@ -69,8 +69,8 @@ FAULTS = [
     Fault(
         "Exports to transformers swap keys and values",
         f"{LAYOUTS}/transformers.py",
-        'zip(("query", "key", "value"), value.chunk(3)',
-        'zip(("query", "value", "key"), value.chunk(3)',
+        'for part in ("query", "key", "value")',
+        'for part in ("query", "value", "key")',
         (OPENS,),
     ),
     Fault(
@@ -242,7 +242,7 @@ FAULTS = [
         f"{LAYOUTS}/transformers_folder.py",
         '''    if known["class_token"] and not is_dinov3:
 ''',
-        '''    fill_biases(encoder) if not has_biases else None
+        '''    fill_biases(encoder)
     if known["class_token"] and not is_dinov3:
 ''',
         (LOST,),
@@ -328,8 +328,8 @@ FAULTS = [
     Fault(
         "A number as the size of a ViT's processor is its shorter side",
         f"{LAYOUTS}/transformers_processor.py",
-        'if defaults["is_square"] and (not crop or defaults["is_cropped"])',
-        "if False",
+        'is_square = "height" in defaults["size"] and (not crop or defaults["is_cropped"])',
+        "is_square = False",
         (SEEN,),
     ),
     Fault(
