@@ -16,7 +16,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from sslvit.api import finetune, for_labels, refuse_transformer_keys
+from sslvit.api import finetune, for_labels
 from sslvit.checkpoint import fingerprint, load_encoder
 from sslvit.environment import pick_device
 from sslvit.evaluate.cache import FeatureCache
@@ -44,6 +44,7 @@ from sslvit.settings.bench import (
     load_bench,
 )
 from sslvit.settings.load import load_recipe
+from sslvit.train.backbones import refuse_transformer_keys
 from sslvit.train.folder import RunFolder
 
 logger = logging.getLogger(__name__)

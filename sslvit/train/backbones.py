@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sslvit import rng
 from sslvit.models import Backbone, make_encoder
-from sslvit.settings import RunSettings
+from sslvit.settings import EncoderSettings, RunSettings
+from sslvit.settings.encoder import OF_A_BACKBONE
+from sslvit.settings.load import leaves
 from sslvit.settings.views import MultiCropSettings
 from sslvit.train.hardware import trains_on_gpu
 
@@ -41,3 +45,11 @@ def check_backbone(settings: RunSettings) -> None:
             f"train.devices: {encoder.backbone} has batch norms of its own kind ({type(fused[0]).__name__}), which "
             "torch cannot synchronize over ranks. Use one process, or another network."
         )
+
+
+def refuse_transformer_keys(encoder: EncoderSettings, changes: dict[str, Any]) -> None:
+    """Raise ValueError for settings of the vision transformer that are given for another network."""
+    for key, _ in leaves(RunSettings, changes):
+        section, _, name = key.partition(".")
+        if encoder.backbone is not None and section == "encoder" and name not in OF_A_BACKBONE:
+            raise ValueError(f"--{key}: is of the vision transformer, and this is {encoder.backbone}. Leave it out.")

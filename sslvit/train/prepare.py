@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
+from sslvit.checkpoint import load_encoder
 from sslvit.compatibility import check_same, settings_from
 from sslvit.data.examples import Examples
 from sslvit.data.folders import check_labeled
@@ -20,15 +21,16 @@ from sslvit.data.module import ShardDataModule
 from sslvit.data.open import check_present
 from sslvit.data.stream import StreamIndex
 from sslvit.data.transform import first_call, function_of, in_words
+from sslvit.files import expand_path
 from sslvit.run_plan import RunPlan
 from sslvit.settings import RunSettings, SupervisedSettings, TrainSettings
 from sslvit.settings.encoder import ROTARY
-from sslvit.settings.load import brief, by_dotted_key, recipe_names
+from sslvit.settings.load import brief, by_dotted_key, load_recipe, merge_recipe, recipe_names, takes_init
 from sslvit.settings.views import AugmentSettings, MultiCropSettings, TransformSettings
 from sslvit.sharded_checkpoint import read_checkpoint
 from sslvit.tasks import task_class
 from sslvit.tasks.base import Task
-from sslvit.train.backbones import check_backbone
+from sslvit.train.backbones import check_backbone, refuse_transformer_keys
 from sslvit.train.folder import RunFolder
 from sslvit.train.loggers import check_loggers
 
@@ -57,6 +59,25 @@ FIXED = [
     ("task.target", ("mae",), "the decoder was trained for the other"),
     ("task.objective", ("igpt",), "the head was trained for the other"),
 ]
+
+
+def read_settings(config: str | Path, changes: dict[str, Any]) -> RunSettings:
+    """The settings of a recipe, whose encoder may be the one that --init names (`encoder.preset: init`).
+
+    Raises:
+        ValueError: It is, and there is no --init.
+    """
+    if not takes_init(config, changes):
+        settings = load_recipe(config, changes)
+        refuse_transformer_keys(settings.encoder, changes)
+        return settings
+    init = merge_recipe(config, changes).get("init")
+    if not isinstance(init, str):
+        raise ValueError(
+            f"--config {config}: goes on from an encoder, and none is given. Name it with --init: a run, a folder, a "
+            "file, or timm:MODEL."
+        )
+    return load_recipe(config, changes, load_encoder(expand_path(init)).settings)
 
 
 def launched() -> tuple[str, int, int] | None:
