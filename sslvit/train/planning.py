@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,6 @@ from sslvit.train.length import cpu_seconds, duration, fit_length
 from sslvit.train.micro_batch import MicroBatch, choose_micro_batch
 from sslvit.train.prepare import check_machine, read_settings, resolve_processes, size_notice
 from sslvit.train.timed_steps import TimedSteps, fit_budget, time_run
-
-logger = logging.getLogger(__name__)
 
 LONG_SECONDS = 24 * 3600.0  # of a run on a CPU, from which on GPUs are named beside it
 # images that one core decodes and crops in a second where none are there to measure: photographs of 500 x 375 pixels
@@ -123,9 +120,6 @@ class PlannedRun(Result):
         named += [("time", f"{duration(pace.seconds)} on {pace.hardware} ({pace.basis})") for pace in self.paces]
         lines = [f"{topic:<12} {text}" for topic, text in named]
         return "\n".join([self.forecast.text(), *lines, *([self.figure] if self.figure else [])])
-
-    def __repr__(self) -> str:
-        return self.text()
 
     def to_dict(self) -> dict[str, Any]:
         """For programs."""
