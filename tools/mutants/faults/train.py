@@ -18,7 +18,7 @@ FOLDER, TIMING, FORECAST = "sslvit/train/folder.py", "sslvit/train/timing.py", "
 FAKE_STEP, MICRO_BATCH = "sslvit/train/fake_step.py", "sslvit/train/micro_batch.py"
 CALLBACKS = "sslvit/train/callbacks"
 INCIDENTS, SCORING, HEALTH = f"{CALLBACKS}/incidents.py", f"{CALLBACKS}/scoring.py", f"{CALLBACKS}/health.py"
-RUN_LOG, LEDGERS, STEP_TIMES = f"{CALLBACKS}/run_log.py", f"{CALLBACKS}/ledger.py", f"{CALLBACKS}/step_times.py"
+RUN_LOG, LEDGERS = f"{CALLBACKS}/run_log.py", f"{CALLBACKS}/ledger.py"
 
 DROPOUT, STEPS = "tests/train/test_dropout.py", "tests/train/test_steps.py"
 TIMES, LEDGER = "tests/train/test_timing.py", "tests/train/test_ledger.py"
@@ -258,8 +258,8 @@ FAULTS = [
           (f"{TIMES}::test_elapsed_seconds_go_on_where_a_run_was_stopped",)),
     Fault("The times of a line are those of all its steps", RUN_LOG,
           "value / done for value in", "value for value in", (TIMES,)),
-    Fault("The wait for other ranks counts as the backward pass", STEP_TIMES,
-          '"communication" if self.clock.is_exchanging else "backward"', '"backward"', (TIMES,)),
+    Fault("The wait for other ranks counts as the backward pass", TIMING,
+          '"communication" if self.is_exchanging else "backward"', '"backward"', (TIMES,)),
     Fault("The backward pass ends with the first bucket", TIMING,
           "        if bucket.is_last():\n", "        if not self.is_exchanging:\n", (TIMES,)),
     Fault("MFU is not divided by the devices of a machine", FORECAST,
