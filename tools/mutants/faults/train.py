@@ -295,7 +295,7 @@ FAULTS = [
     Fault("train.keep_last keeps one more", CHECKPOINT_IO,
           "named[-keep_last:]", "named[-keep_last - 1 :]", (KEPT,)),
     Fault("train.keep_every is ignored", CHECKPOINT_IO,
-          "if not (keep_every and number % keep_every == 0)]", "]", (KEPT,)),
+          "is_for_good = keep_every and named_step(path) % keep_every == 0", "is_for_good = False", (KEPT,)),
     Fault("A writer in the background sees later steps", CHECKPOINT_IO,
           'value.detach().to("cpu", copy=True)', 'value.detach().to("cpu")', (KEPT,)),
     Fault("No checkpoint is written after the last step", f"{CALLBACKS}/checkpoints.py",
