@@ -15,13 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from sslvit.evaluate.scores import Scores
 from sslvit.pages.charts import line_chart, parts_chart
 from sslvit.pages.page import figure_row, heading, picture, table, text, text_rows
-from sslvit.settings.build import build
-from sslvit.settings.load import MADE_BY, YAML_ERRORS, by_dotted_key
+from sslvit.settings.load import by_dotted_key, from_keywords
 from sslvit.settings.run import RunSettings
 from sslvit.train.folder import RunFolder, read_json, read_lines
 from sslvit.train.runs import RunSummary, summarize
@@ -104,10 +102,9 @@ def facts(named: Named) -> list[str]:
 
 def _facts_of(files: RunFiles) -> dict[str, object]:
     folder, run, history = files.folder, files.summary, files.history
-    description = read_json(folder.encoder / "encoder.json") or {}
-    provenance = description.get("provenance")
-    data = provenance.get("data") if isinstance(provenance, dict) else None
-    made = _made_by(folder)
+    data = _get(read_json(folder.encoder / "encoder.json"), "provenance", "data")
+    images = _get(data, "samples")
+    made = [one for one in folder.made_by() if isinstance(one, dict)]
     first = made[0] if made else {}
     versions = first.get("versions")
     speeds = history.get("time/images_per_second", np.array([]))
@@ -117,8 +114,7 @@ def _facts_of(files: RunFiles) -> dict[str, object]:
     facts: dict[str, object] = {
         "task": run.task, "state": run.state, "page written": f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
         "health": run.health, "data": run.data,
-        "images": f"{data['samples']:,}" if isinstance(data, dict) and isinstance(data.get("samples"), int) else None,
-        "data fingerprint": data.get("fingerprint") if isinstance(data, dict) else None,
+        "images": f"{images:,}" if isinstance(images, int) else None, "data fingerprint": _get(data, "fingerprint"),
         "encoder": None if run.width is None else f"{run.depth} blocks of width {run.width}",
         "steps": f"{run.steps:,} of {run.total_steps:,}" if run.total_steps else f"{run.steps:,}",
         "images seen": f"{run.steps * batch:,}" if isinstance(batch, int) else None,
@@ -136,15 +132,6 @@ def _facts_of(files: RunFiles) -> dict[str, object]:
 
 def _duration(hours: float) -> str:
     return f"{60 * hours:.1f} minutes" if hours < 1.5 else f"{hours:.1f} hours"
-
-
-def _made_by(folder: RunFolder) -> list[dict[str, Any]]:
-    try:
-        content = yaml.safe_load(folder.config.read_text())
-    except (OSError, *YAML_ERRORS):
-        return []
-    found = content.get(MADE_BY) if isinstance(content, dict) else None
-    return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
 
 
 def _get(tree: Any, *keys: str) -> Any:
@@ -180,16 +167,10 @@ def settings(named: Named) -> list[str]:
 
 def _defaults(config: dict[str, Any]) -> dict[str, Any]:
     """Settings of a run of the same task and view about which nothing was said."""
-    tree: dict[str, Any] = {"data": {"shards": "-"}}
-    for section, key in (("task", "name"), ("data.view", "kind")):
-        if isinstance(value := _get(config, *section.split("."), key), str):
-            *above, last = section.split(".")
-            place = tree
-            for part in above:
-                place = place.setdefault(part, {})
-            place[last] = {key: value}
+    said = {"task.name": _get(config, "task", "name"), "data.view.kind": _get(config, "data", "view", "kind")}
+    known = {key: value for key, value in said.items() if isinstance(value, str)}
     try:
-        return by_dotted_key(asdict(build(RunSettings, tree)))
+        return by_dotted_key(asdict(from_keywords(RunSettings, {"data.shards": "-"} | known)))
     except (ValueError, TypeError):  # a task or a view from outside the package
         return {}
 
@@ -214,11 +195,10 @@ def scores(named: Named) -> list[str]:
             if file == files.folder.scores and isinstance(content.get("top1"), float):
                 made.append(text(f"{name}, {file.name}: {files.folder.scores_in_words()}"))
             elif rows := _rows(content):
-                about = content.get("about")
-                val = about.get("val") if isinstance(about, dict) else None
-                count = about.get("val_images") if isinstance(about, dict) else None
-                what = "top-1 accuracy (%)" if isinstance(about, dict) and "probed" in about else "scores"
-                on = f" on {count:,} images of {val}" if isinstance(count, int) else ""
+                about = content["about"] if isinstance(content.get("about"), dict) else {}
+                count = about.get("val_images")
+                what = "top-1 accuracy (%)" if "probed" in about else "scores"
+                on = f" on {count:,} images of {about.get('val')}" if isinstance(count, int) else ""
                 made += [text(f"{name}, {file.name}: {what}{on}"), table(rows)]
     return [heading("Scores"), *made] if made else []
 
