@@ -137,11 +137,13 @@ def check_machine(settings: RunSettings, is_planned: bool = False) -> None:
     """
     train, data, encoder = settings.train, settings.data, settings.encoder
     if data.global_batch_size is not None:
-        steps = train.fitted(settings.task.usual, 1, 1)
-        run = RunPlan.make(steps, 1, data.global_batch_size, settings.seed)
+        run = RunPlan.make(replace(train, steps=1), 1, data.global_batch_size, settings.seed)
         settings.task.check_micro_batch(run.images_per_pass)
     task_class(settings.task.name).refuse_backbone(encoder)
-    check_backbone(settings)
+    sides = [("data.resolutions", side) for side in data.resolutions or []]
+    if isinstance(data.view, MultiCropSettings) and data.view.local_crops:
+        sides.append(("data.view.local_size", data.view.local_size))
+    check_backbone(settings, [side for _, side in sides])
     kinds = task_class(settings.task.name).view_kinds
     if isinstance(data.view, TransformSettings):
         function_of(data.view)  # refuses one that nobody has given
@@ -151,16 +153,12 @@ def check_machine(settings: RunSettings, is_planned: bool = False) -> None:
         raise ValueError(
             f"data.view.kind: {settings.data.view.kind} is not for {settings.task.name}. Use {' or '.join(kinds)}."
         )
-    sides = {"data.resolutions": data.resolutions or []}
-    if isinstance(data.view, MultiCropSettings) and data.view.local_crops:
-        sides["data.view.local_size"] = [data.view.local_size]
-    for key, wanted in sides.items():
-        for side in wanted:
-            if side % encoder.patch:
-                raise ValueError(
-                    f"{key}: {side} is not a multiple of encoder.patch ({encoder.patch}). The next one is "
-                    f"{-(-side // encoder.patch) * encoder.patch}."
-                )
+    for key, side in sides:
+        if side % encoder.patch:
+            raise ValueError(
+                f"{key}: {side} is not a multiple of encoder.patch ({encoder.patch}). The next one is "
+                f"{-(-side // encoder.patch) * encoder.patch}."
+            )
     if encoder.tokens == "pixel" and data.resolutions and encoder.pos_embed not in ROTARY:
         raise ValueError(
             f"data.resolutions: a pixel sequence with encoder.pos_embed {encoder.pos_embed} is tied to its size "
