@@ -207,8 +207,7 @@ def plan(
                 "train.budget: steps are timed on images and on this machine. Give shards or a folder and no other "
                 "memory, or a length with --train.steps."
             )
-        one_step = RunPlan.make(replace(train, steps=1), max(images // batch, 1), batch, settings.seed)
-        train, measured = fit_budget(settings, one_step, images, classes)
+        train, measured = fit_budget(settings, images, classes, max(images // batch, 1), batch)
         settings = replace(settings, train=train)
         notes["length"] = f"train.steps {train.steps:,}: {train.budget} at {measured.pace_text()}"
     elif images >= batch:
