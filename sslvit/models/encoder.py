@@ -16,7 +16,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sslvit.models.pooling import AttentionPool, pool_class, pool_mean
+from sslvit.models.pooling import AttentionPool
 from sslvit.models.positions import (
     TokenLayout,
     normalized_coordinates,
@@ -229,9 +229,11 @@ class ViTEncoder(nn.Module):
                 raise ValueError("pooling: attention, but this encoder has no attention pool. Use mean or class.")
             pooled = self.attn_pool(tokens)
         elif pooling == "class":
-            pooled = pool_class(tokens, int(self.settings.class_token))
+            if not self.settings.class_token:
+                raise ValueError("pooling: class, but this encoder has no class token. Use mean or attention.")
+            pooled = tokens[:, 0]
         elif pooling == "mean":
-            pooled = pool_mean(tokens, self.prefix)
+            pooled = tokens[:, self.prefix :].mean(1)  # over the patches: class and register tokens are left out
         else:
             raise ValueError(f"pooling: '{pooling}' is not one of class, mean, attention.")
         return self.fc_norm(pooled)

@@ -656,16 +656,20 @@ FAULTS = [
     ),
     # ---- one vector per image, other sizes
     Fault(
-        "The mean is over class token and registers too", POOLING, "tokens[:, prefix:].mean(1)", "tokens.mean(1)", OURS
+        "The mean is over class token and registers too",
+        ENCODER,
+        "tokens[:, self.prefix :].mean(1)",
+        "tokens.mean(1)",
+        OURS,
     ),
     Fault(
         "The mean leaves out the class token only",
-        POOLING,
-        "tokens[:, prefix:].mean(1)",
-        "tokens[:, min(prefix, 1) :].mean(1)",
+        ENCODER,
+        "tokens[:, self.prefix :].mean(1)",
+        "tokens[:, min(self.prefix, 1) :].mean(1)",
         OURS,
     ),
-    Fault("The class token is the last token", POOLING, "return tokens[:, 0]", "return tokens[:, -1]", GOLDEN),
+    Fault("The class token is the last token", ENCODER, "pooled = tokens[:, 0]", "pooled = tokens[:, -1]", GOLDEN),
     Fault(
         "Attention pooling takes keys for values",
         POOLING,
