@@ -30,6 +30,7 @@ from sslvit.settings.views import AugmentSettings, MultiCropSettings, TransformS
 from sslvit.sharded_checkpoint import read_checkpoint
 from sslvit.tasks import task_class
 from sslvit.tasks.base import Task
+from sslvit.tasks.start import changes_in_words
 from sslvit.train.backbones import check_backbone, refuse_transformer_keys
 from sslvit.train.folder import RunFolder
 from sslvit.train.loggers import check_loggers
@@ -399,7 +400,7 @@ def check_resumed(
     data.load_state_dict(position)
     if data.start_step > data.run.total_steps:
         raise ValueError(f"resume: {folder.path} is at step {data.start_step} already, past {data.run.total_steps}.")
-    changed = [f"{key} {brief(old.get(key))} -> {brief(new.get(key))}" for key in new if old.get(key) != new.get(key)]
+    changed = changes_in_words(old, new)
     same_shapes = shapes == {key: value.shape for key, value in task.state_dict().items()}
     if not same_shapes or moved != [len(group["params"]) for group in task.parameter_groups()]:
         guilty = [change for change in changed if change.startswith("task.")] or changed or ["another task"]
