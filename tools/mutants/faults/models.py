@@ -142,15 +142,15 @@ FAULTS = [
     Fault(
         "Hidden patches are looked up among the visible ones",
         ENCODER,
-        "gather_tokens(hidden[:, :, None], visible)[:, :, 0]",
-        "hidden[:, : tokens.shape[1]]",
+        "gather_tokens(hidden[:, :, None], visible)",
+        "hidden[:, : tokens.shape[1], None]",
         OURS,
     ),
     Fault(
         "The mask token stands where patches are visible",
         ENCODER,
-        "torch.where(is_hidden[:, :, None], ",
-        "torch.where(~is_hidden[:, :, None], ",
+        "torch.where(is_hidden, self",
+        "torch.where(~is_hidden, self",
         OURS,
     ),
     Fault(
