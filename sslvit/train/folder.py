@@ -351,10 +351,6 @@ class RunFolder(Result):
         names = dict.fromkeys(name for line in lines for name in line)
         return {name: np.array([line.get(name, math.nan) for line in lines]) for name in names}
 
-    def scored_step(self) -> int | None:
-        """Step that scores.json is of; None where there is none."""
-        return json.loads(self.scores.read_text()).get("step") if self.scores.exists() else None
-
     def cut_metrics(self, step: int) -> None:
         """Drop lines after a checkpoint's step, which the resumed run will write again."""
         kept = [line for line in self.read_metrics() if line["step"] <= step]

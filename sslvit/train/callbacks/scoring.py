@@ -35,7 +35,7 @@ from sslvit.ranks import broadcast_from_rank0, is_first_rank
 from sslvit.settings import ProbeSettings, RunSettings, SupervisedSettings
 from sslvit.tasks.base import Task
 from sslvit.train.callbacks.base import StepCallback
-from sslvit.train.folder import RunFolder
+from sslvit.train.folder import RunFolder, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -148,9 +148,8 @@ class Validation(ScoringCallback):
         Raises:
             NoScore: it fails again. The weights are saved, and a resume comes here.
         """
-        if trainer.global_step != self.total_steps or broadcast_from_rank0(
-            self.folder.scored_step() == self.total_steps
-        ):
+        scored_step = (read_json(self.folder.scores) or {}).get("step")
+        if trainer.global_step != self.total_steps or broadcast_from_rank0(scored_step == self.total_steps):
             return
         self.step = self.total_steps
         with scored_copy(module) as full:
