@@ -143,16 +143,15 @@ def forecast(step: FakeStep, micro_batch_size: int | None = None) -> Forecast:
     run, task = step.run, step.task
     if micro_batch_size is not None:
         run = replace(run, micro_batch_size=micro_batch_size)
-    blocks = {name: sum(p.numel() for p in module.parameters())
-              for name, module in task.named_modules() if isinstance(module, Block)}  # fmt: skip
+    blocks = [sum(p.numel() for p in module.parameters()) for module in task.modules() if isinstance(module, Block)]
     return Forecast(
         encoder=sum(p.numel() for p in task.trained_encoder.parameters()),
         trained=sum(p.numel() for p in task.parameters() if p.requires_grad),
         total_params=step.total_params, flops_per_image=step.flops_per_image,
         peak=step.peak(run.images_per_pass, run.accumulation_steps),
         activations=step.peak(run.images_per_pass, 1, has_gradients=True) if run.ranks > 1 else 0,
-        block=max(blocks.values(), default=0),
-        outside=sum(p.numel() for p in task.parameters()) - sum(blocks.values()),
+        block=max(blocks, default=0),
+        outside=sum(p.numel() for p in task.parameters()) - sum(blocks),
         images=step.images, precision=step.precision, on_gpu=step.on_gpu, run=run,
     )  # fmt: skip
 
