@@ -22,12 +22,12 @@ class Preempted(BaseException):
 
     Args:
         message: what is kept.
+
+    Attributes:
         is_requeued: whether a scheduler was asked already, or must not be.
     """
 
-    def __init__(self, message: str, is_requeued: bool = False) -> None:
-        super().__init__(message)
-        self.is_requeued = is_requeued
+    is_requeued = False
 
 
 class Interrupted(Preempted):
@@ -37,8 +37,7 @@ class Interrupted(Preempted):
         message: what is kept, and how to go on.
     """
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message, is_requeued=True)
+    is_requeued = True
 
 
 class RankLost(Exception):
