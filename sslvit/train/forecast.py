@@ -171,14 +171,11 @@ def mfu_per_throughput(settings: RunSettings, index: Index | StreamIndex) -> flo
     peak = train.peak_tflops
     if peak is None and trains_on_gpu(train):
         peak = next(iter((peak_of_gpu() or {}).values()), None)
-    if peak is None:
-        return None
-    if settings.data.resolution_fractions is not None:  # the work of an image changes on the way
+    if peak is None or settings.data.resolution_fractions is not None:  # the work of an image changes on the way
         return None
     once = replace(settings, encoder=replace(settings.encoder, activation_checkpointing=False))
     try:
-        step = plan_step(once, len(index), len(index.classes) if index.classes else None)
-        flops = step.flops_per_image
+        flops = plan_step(once, len(index), len(index.classes) if index.classes else None).flops_per_image
     except Exception:  # the work depends on what the images show: then there is no such number, and the run goes on
         return None
     return flops / (peak * 1e12 * train.ranks)

@@ -643,8 +643,8 @@ FAULTS = [
     Fault(
         "The bias of visible patches is that of the first ones",
         POSITIONS,
-        "index = layout.visible",
-        "index = index[: layout.visible.shape[1]].expand_as(layout.visible)",
+        "None else layout.visible",
+        "None else every[: layout.visible.shape[1]].expand_as(layout.visible)",
         OURS,
     ),
     Fault(
