@@ -46,7 +46,8 @@ def replay(folder: str | Path) -> list[str]:
     task.load_state_dict(read_checkpoint(folder / "state.ckpt")["state_dict"])
     files = sorted(folder.glob("batch-rank-*.safetensors"))
     said = [f"step {step} of {settings.task.name}, seed {run.seed}, was taken in {about['precision']}"]
-    said += weights_in_words(task)
+    if broken := [name for name, value in task.state_dict().items() if not is_finite(value)]:
+        said.append(f"weights that are not finite before the step: {named(broken)}")
     if not files:
         return [*said, "no batch was saved: a stream cannot give the same images again"]
     for file in files:
@@ -59,12 +60,6 @@ def read_batch(file: Path) -> Batch:
     with safe_open(file, "pt") as content:
         first_row = int((content.metadata() or {}).get("first_row", 0))
     return from_tensors(load_file(file), first_row)
-
-
-def weights_in_words(task: Task) -> list[str]:
-    """Weights that are not finite, as a line for the reader."""
-    broken = [name for name, value in task.state_dict().items() if not is_finite(value)]
-    return [f"weights that are not finite before the step: {named(broken)}"] if broken else []
 
 
 def named(names: list[str]) -> str:
