@@ -80,6 +80,19 @@ def columns_of(rows: Scores) -> list[str]:
     return list(dict.fromkeys(column for scores in rows.values() for column in scores))
 
 
+def read_scores(rows: Any) -> Scores:
+    """Row -> column -> scores, of what a file has under rows or draws; empty if it is something else."""
+    if not isinstance(rows, dict) or not all(isinstance(of, dict) for of in rows.values()):
+        return {}
+    found = {
+        row: {column: values if isinstance(values, list) else [values] for column, values in of.items()}
+        for row, of in rows.items()
+    }
+    scores = [values for of in found.values() for values in of.values()]
+    is_sound = all(isinstance(one, (int, float)) and math.isfinite(one) for values in scores for one in values)
+    return found if scores and all(scores) and is_sound else {}
+
+
 def format_table(rows: Scores, decimals: int = 1) -> str:
     """A table in plain text."""
     columns = columns_of(rows)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +12,7 @@ import yaml
 
 from sslvit import __version__
 from sslvit.checkpoint import fingerprint
-from sslvit.evaluate.scores import markdown_table, markdown_text
+from sslvit.evaluate.scores import markdown_table, markdown_text, read_scores
 from sslvit.exporters.cropping import whole_pixel_fraction
 from sslvit.exporters.exported import Exported
 from sslvit.files import printable
@@ -114,7 +113,7 @@ def _hub_result(content: dict[str, Any], own: str) -> dict[str, Any] | None:
         scores = {"top-1 accuracy": [top1]}
     else:
         rows = [row for row, value in fingerprints_in(content).items() if value == own]
-        scores = _table(content.get("rows")).get(rows[0], {}) if rows else {}
+        scores = read_scores(content.get("rows")).get(rows[0], {}) if rows else {}
     if not scores or not isinstance(data, str):
         return None
     return {
@@ -193,7 +192,7 @@ def _scores(file: str, content: dict[str, Any], own: str) -> list[str]:
     top1, images = content.get("top1"), content.get("images")
     if isinstance(top1, float) and isinstance(images, int):
         return [f"- {markdown_text(file)}: {top1:.1f} % right of {images:,} images"]
-    table = _table(content.get("draws")) or _table(content.get("rows"))
+    table = read_scores(content.get("draws")) or read_scores(content.get("rows"))
     if not table:
         return [f"- {markdown_text(file)}: {markdown_text(json.dumps(content))}"]
     named = fingerprints_in(content)
@@ -204,16 +203,3 @@ def _scores(file: str, content: dict[str, Any], own: str) -> list[str]:
     data = about.get("val")
     of = f" On {markdown_text(data)}, {markdown_text(about.get('val_images'))} images." if data else ""
     return [f"{markdown_text(file)}: {whose}{of}", "", markdown_table(table)]
-
-
-def _table(rows: Any) -> dict[str, dict[str, list[float]]]:
-    """Row -> column -> scores, of what a file has under rows or draws; empty if it is something else."""
-    if not isinstance(rows, dict) or not all(isinstance(of, dict) for of in rows.values()):
-        return {}
-    found = {
-        row: {column: values if isinstance(values, list) else [values] for column, values in of.items()}
-        for row, of in rows.items()
-    }
-    values = [value for of in found.values() for scores in of.values() for value in scores]
-    is_sound = values and all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
-    return found if is_sound else {}

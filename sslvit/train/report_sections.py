@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from sslvit.evaluate.scores import Scores
+from sslvit.evaluate.scores import read_scores
 from sslvit.pages.charts import line_chart, parts_chart
 from sslvit.pages.page import figure_row, heading, picture, table, text, text_rows
 from sslvit.settings.load import by_dotted_key, from_keywords
@@ -194,7 +194,7 @@ def scores(named: Named) -> list[str]:
                 continue
             if file == files.folder.scores and isinstance(content.get("top1"), float):
                 made.append(text(f"{name}, {file.name}: {files.folder.scores_in_words()}"))
-            elif rows := _rows(content):
+            elif rows := read_scores(content.get("draws")) or read_scores(content.get("rows")):
                 about = content["about"] if isinstance(content.get("about"), dict) else {}
                 count = about.get("val_images")
                 what = "top-1 accuracy (%)" if "probed" in about else "scores"
@@ -206,24 +206,6 @@ def scores(named: Named) -> list[str]:
 def _is_readable(file: Path) -> bool:
     """Whether a file of a folder, which may come from others, is a plain one of a reasonable size."""
     return file.is_file() and not file.is_symlink() and file.stat().st_size <= MAX_BYTES
-
-
-def _rows(content: dict[str, Any]) -> Scores:
-    """The scores of a file that `sslvit probe -o` or one of its relatives wrote; none of another file."""
-    rows, draws = content.get("rows"), content.get("draws")
-    found = draws if isinstance(draws, dict) else rows
-    if not isinstance(found, dict) or not isinstance(rows, dict):
-        return {}
-    made: Scores = {}
-    for row, columns in found.items():
-        if not isinstance(columns, dict):
-            return {}
-        for column, value in columns.items():
-            values = value if isinstance(value, list) else [value]
-            if not all(isinstance(one, (int, float)) and math.isfinite(one) for one in values) or not values:
-                return {}
-            made.setdefault(str(row), {})[str(column)] = [float(one) for one in values]
-    return made
 
 
 def curves(named: Named) -> list[str]:

@@ -618,7 +618,7 @@ FAULTS = [
     ),
     Fault(
         "A card's table has the first two rows",
-        "sslvit/exporters/card.py",
+        "sslvit/evaluate/scores.py",
         "for row, of in rows.items()\n    }",
         "for row, of in list(rows.items())[:2]\n    }",
         (f"{EXPORT}::test_a_card_shows_the_whole_table_of_scores",),
