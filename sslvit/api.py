@@ -132,32 +132,16 @@ def resume(
             raise ValueError(f"--{key}: a run that goes on keeps its folder and its start. Leave it out.")
     with named_function(transform) as view, given_backbone(backbone):
         again = {"data.shards": name_of(data), "task.val": name_of(val), **view}
-        changes |= given_again(folder, changes, again)
+        changes |= {key: name for key, name in again.items() if name is not None}
+        before = folder.given_from_python()
+        if missing := [key for key in before if key not in changes]:
+            raise ValueError(
+                f"{printable(folder.path)}: was given {before[missing[0]]}, which no file holds. Resume it from Python "
+                f"with the same: {folder.resume_call(before)}"
+            )
         processes = {"train.devices": None, "train.nodes": None} if launched() else {}  # then they are those of now
         settings = load_recipe(folder.config, {"out": str(folder.path)} | processes | changes)
         return run_settings(settings, resume=True, callbacks=callbacks, loggers=loggers)
-
-
-def given_again(folder: RunFolder, changes: dict[str, Any], again: dict[str, str | None]) -> dict[str, str]:
-    """The settings that are given anew of what a run was given from Python, by dotted key.
-
-    Args:
-        folder: The run's folder.
-        changes: Other settings that change.
-        again: What is given again by dotted key; None where nothing is.
-
-    Raises:
-        ValueError: Something is missing that no file holds; or its config.yaml is damaged.
-    """
-    before = folder.given_from_python()
-    given = {key: name for key, name in again.items() if name is not None}
-    missing = [key for key in before if key not in given | changes]
-    if missing:
-        raise ValueError(
-            f"{printable(folder.path)}: was given {before[missing[0]]}, which no file holds. Resume it from Python "
-            f"with the same: {folder.resume_call(before)}"
-        )
-    return given
 
 
 @for_python
