@@ -21,7 +21,7 @@ from sslvit.pages.charts import line_chart, parts_chart
 from sslvit.pages.page import figure_row, heading, picture, table, text, text_rows
 from sslvit.settings.load import by_dotted_key, from_keywords
 from sslvit.settings.run import RunSettings
-from sslvit.train.folder import RunFolder, read_json, read_lines
+from sslvit.train.folder import RunFolder, read_json
 from sslvit.train.runs import RunSummary, summarize
 
 # title of a chart -> label of its values, and the metrics that it may show; those of one chart have one unit
@@ -76,7 +76,7 @@ class RunFiles:
         config, summary = folder.read_config(), summarize(folder)
         by_dotted_key(config)  # which refuses keys that are no text
         columns: dict[str, list[float]] = {}
-        lines = [line for _, line in read_lines(folder.metrics)] if folder.metrics.exists() else []
+        lines = folder.read_metrics()
         for number, line in enumerate(lines):
             for name, value in line.items():
                 is_number = isinstance(value, (int, float)) and abs(value) < sys.float_info.max
@@ -189,9 +189,7 @@ def scores(named: Named) -> list[str]:
     made = []
     for name, files in named.items():
         for file in sorted(files.folder.path.glob("*.json")):
-            content = read_json(file) if _is_readable(file) else None
-            if content is None:
-                continue
+            content = _read(file) or {}
             if file == files.folder.scores and isinstance(content.get("top1"), float):
                 made.append(text(f"{name}, {file.name}: {files.folder.scores_in_words()}"))
             elif rows := read_scores(content.get("draws")) or read_scores(content.get("rows")):
@@ -203,9 +201,10 @@ def scores(named: Named) -> list[str]:
     return [heading("Scores"), *made] if made else []
 
 
-def _is_readable(file: Path) -> bool:
-    """Whether a file of a folder, which may come from others, is a plain one of a reasonable size."""
-    return file.is_file() and not file.is_symlink() and file.stat().st_size <= MAX_BYTES
+def _read(file: Path) -> dict[str, Any] | None:
+    """What a JSON file of a folder, which may come from others, holds; None unless it is plain and not too large."""
+    is_readable = file.is_file() and not file.is_symlink() and file.stat().st_size <= MAX_BYTES
+    return read_json(file) if is_readable else None
 
 
 def curves(named: Named) -> list[str]:
@@ -265,7 +264,7 @@ def exports(named: Named) -> list[str]:
     for name, files in named.items():
         path = files.folder.path
         for file in sorted([*path.glob("*/verdict.json"), *path.glob("*/*/verdict.json")]):
-            if _is_readable(file) and (found := read_json(file)) is not None:
+            if (found := _read(file)) is not None:
                 inside = file.parent.relative_to(path)
                 said = "; ".join(
                     f"{key} {value}" for key, value in found.items() if isinstance(value, (str, float, int))
