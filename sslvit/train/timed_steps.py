@@ -188,9 +188,8 @@ def time_steps(settings: RunSettings, run: RunPlan, steps: int, log_every: int =
                 trainer.fit(task, datamodule=module)
             except (Preempted, SystemExit) as error:  # whose message names a folder that will be gone
                 again = "stopped while steps were timed, before the first one of a run: give the same command again"
-                kind = (
-                    type(error) if isinstance(error, Preempted) else KeyboardInterrupt
-                )  # Lightning's answer to Ctrl-C
+                # SystemExit is Lightning's answer to Ctrl-C
+                kind = type(error) if isinstance(error, Preempted) else KeyboardInterrupt
                 raise kind(again) from error
         waited = [line["time/data"] for line in run_folder.read_metrics()][LEFT_OUT:-1]
     seconds = (ends.moments[-2] - ends.moments[LEFT_OUT - 1]) / steps
