@@ -22,7 +22,7 @@ from sslvit.messages import MessageHandler
 
 if TYPE_CHECKING:
     from sslvit import tasks
-    from sslvit.api import export, finetune, plan, pretrain, resume
+    from sslvit.api import export, finetune, pretrain, resume
     from sslvit.checkpoint import load_encoder, save_encoder
     from sslvit.data.module import ShardDataModule
     from sslvit.evaluation import compare, embed, health, knn, probe
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from sslvit.shards import check, fit_palette, pack
     from sslvit.tasks import make_task
     from sslvit.train.branch import branch
+    from sslvit.train.planning import plan
     from sslvit.train.report import report
     from sslvit.train.runs import runs
 
@@ -73,7 +74,7 @@ _LAZY = {
     "load_recipe": "sslvit.settings.load",
     "make_task": "sslvit.tasks",
     "pack": "sslvit.shards",
-    "plan": "sslvit.api",
+    "plan": "sslvit.train.planning",
     "pretrain": "sslvit.api",
     "probe": "sslvit.evaluation",
     "recipes": "sslvit.settings.recipes",

@@ -21,12 +21,11 @@ from sslvit.layouts import backbones
 from sslvit.messages import for_python
 from sslvit.models.networks import BackboneLike, given_backbone
 from sslvit.settings import EncoderSettings, RunSettings, SupervisedSettings
-from sslvit.settings.encoder import OF_A_BACKBONE, OWN
-from sslvit.settings.load import leaves, load_recipe, merge_recipe, takes_init
+from sslvit.settings.encoder import OWN
+from sslvit.settings.load import leaves, load_recipe, merge_recipe
+from sslvit.train.backbones import refuse_transformer_keys
 from sslvit.train.folder import RunFolder
-from sslvit.train.planning import PlannedRun
-from sslvit.train.planning import plan as plan_run
-from sslvit.train.prepare import launched
+from sslvit.train.prepare import launched, read_settings
 from sslvit.train.run import pretrain as run_settings
 
 
@@ -133,32 +132,16 @@ def resume(
             raise ValueError(f"--{key}: a run that goes on keeps its folder and its start. Leave it out.")
     with named_function(transform) as view, given_backbone(backbone):
         again = {"data.shards": name_of(data), "task.val": name_of(val), **view}
-        changes |= given_again(folder, changes, again)
+        changes |= {key: name for key, name in again.items() if name is not None}
+        before = folder.given_from_python()
+        if missing := [key for key in before if key not in changes]:
+            raise ValueError(
+                f"{printable(folder.path)}: was given {before[missing[0]]}, which no file holds. Resume it from Python "
+                f"with the same: {folder.resume_call(before)}"
+            )
         processes = {"train.devices": None, "train.nodes": None} if launched() else {}  # then they are those of now
         settings = load_recipe(folder.config, {"out": str(folder.path)} | processes | changes)
         return run_settings(settings, resume=True, callbacks=callbacks, loggers=loggers)
-
-
-def given_again(folder: RunFolder, changes: dict[str, Any], again: dict[str, str | None]) -> dict[str, str]:
-    """The settings that are given anew of what a run was given from Python, by dotted key.
-
-    Args:
-        folder: The run's folder.
-        changes: Other settings that change.
-        again: What is given again by dotted key; None where nothing is.
-
-    Raises:
-        ValueError: Something is missing that no file holds; or its config.yaml is damaged.
-    """
-    before = folder.given_from_python()
-    given = {key: name for key, name in again.items() if name is not None}
-    missing = [key for key in before if key not in given | changes]
-    if missing:
-        raise ValueError(
-            f"{printable(folder.path)}: was given {before[missing[0]]}, which no file holds. Resume it from Python "
-            f"with the same: {folder.resume_call(before)}"
-        )
-    return given
 
 
 @for_python
@@ -228,54 +211,6 @@ def finetune(
         return run_settings(settings, resume, overwrite, callbacks, loggers)
 
 
-@for_python
-@takes_datasets("data")
-def plan(
-    config: str | Path,
-    data: DataLike | None = None,
-    images: int | None = None,
-    classes: int | None = None,
-    tflops: float | None = None,
-    utilization: float = 0.35,
-    memory_gib: float | None = None,
-    measure: bool = False,
-    **changes: Any,
-) -> PlannedRun:
-    """Compute parameters, memory, steps and time of a run before it runs; printed, it is what `sslvit plan` prints.
-
-    Args:
-        config: YAML file, or the name of a recipe such as mae/own_images.
-        data: Images as in `pretrain`; None for the recipe's data.shards.
-        images: Number of images, in the place of data.
-        classes: Number of classes of labeled images, beside a number of images.
-        tflops: Peak TFLOP/s of one device in the run's precision; None for this machine.
-        utilization: Assumed fraction of the peak that is used.
-        memory_gib: Memory of one GPU in GiB, which the plan is then made for.
-        measure: Time some real steps on this machine.
-        changes: Other settings, as in `pretrain`.
-
-    Returns:
-        The numbers, which show themselves as the command prints them.
-
-    Raises:
-        ValueError: Settings that cannot run, or no images to count.
-
-    Example:
-        found = sslvit.plan("mae/own_images", data="photos")
-        print(found.to_dict()["run"])
-    """
-    return plan_run(
-        read_settings(config, changes),
-        name_of(data),
-        images,
-        classes,
-        tflops,
-        utilization,
-        memory_gib,
-        measure,
-    )
-
-
 def own_key(backbone: BackboneLike | None, changes: dict[str, Any]) -> dict[str, Any]:
     """The setting that stands for a module from Python.
 
@@ -290,14 +225,6 @@ def own_key(backbone: BackboneLike | None, changes: dict[str, Any]) -> dict[str,
     return {"encoder.backbone": OWN}
 
 
-def refuse_transformer_keys(encoder: EncoderSettings, changes: dict[str, Any]) -> None:
-    """Raise ValueError for settings of the vision transformer that are given for another network."""
-    for key, _ in leaves(RunSettings, changes):
-        section, _, name = key.partition(".")
-        if encoder.backbone is not None and section == "encoder" and name not in OF_A_BACKBONE:
-            raise ValueError(f"--{key}: is of the vision transformer, and this is {encoder.backbone}. Leave it out.")
-
-
 def check_described(config: str | Path, changes: dict[str, Any]) -> None:
     """Raise ValueError where neither a recipe nor changes say which encoder is trained from random weights."""
     found = merge_recipe(config, changes).get("encoder", {})
@@ -307,25 +234,6 @@ def check_described(config: str | Path, changes: dict[str, Any]) -> None:
             "--encoder.preset with --encoder.image_size and --encoder.patch, or a network such as torchvision:resnet18 "
             "in the place of none."
         )
-
-
-def read_settings(config: str | Path, changes: dict[str, Any]) -> RunSettings:
-    """The settings of a recipe, whose encoder may be the one that --init names (`encoder.preset: init`).
-
-    Raises:
-        ValueError: It is, and there is no --init.
-    """
-    if not takes_init(config, changes):
-        settings = load_recipe(config, changes)
-        refuse_transformer_keys(settings.encoder, changes)
-        return settings
-    init = merge_recipe(config, changes).get("init")
-    if not isinstance(init, str):
-        raise ValueError(
-            f"--config {config}: goes on from an encoder, and none is given. Name it with --init: a run, a folder, a "
-            "file, or timm:MODEL."
-        )
-    return load_recipe(config, changes, load_encoder(expand_path(init)).settings)
 
 
 def for_labels(settings: EncoderSettings) -> EncoderSettings:

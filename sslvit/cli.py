@@ -19,7 +19,6 @@ from sslvit.commands.arguments import (
     find_command,
     options_class,
     read_options,
-    summary_of,
 )
 from sslvit.environment import explain
 from sslvit.files import explain_os_error, printable
@@ -158,7 +157,7 @@ def make_parser(only: str | None = None) -> argparse.ArgumentParser:
         kind = options_class(function)
         text, _, example = (inspect.getdoc(kind) or "").partition("\n\nExample: ")
         sub = groups[group].add_parser(
-            word, help=summary_of(kind), description=text, epilog=f"Example: {example}", allow_abbrev=False,
+            word, help=text.splitlines()[0], description=text, epilog=f"Example: {example}", allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
         parsers[name] = sub

@@ -25,34 +25,28 @@ GIT_SECONDS = 5  # that git may take to name a commit
 MAX_WORKERS = 16  # loader processes that nobody asked for
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of mallopt(3)
 
-MISFIT = (
-    "torch and torchvision are of different builds (a CPU-only torch beside the default torchvision, say), so "
-    "torchvision cannot load. Install both from the same index: pip install --force-reinstall "
-    "'torch>=2.11,<2.16' 'torchvision>=0.26,<0.30', with the same --index-url for both if you give one."
-)
-
-
-SHARED_MEMORY = (
-    "the loader's processes have no shared memory left (/dev/shm). Use --data.workers 0 (or --workers 0), or give the "
-    "container more: docker run --shm-size 8g"
-)
-
-COMPILER_ERRORS = ("No working C++ compiler", "Cannot find a working triton", "Failed to find C compiler")
-NO_COMPILER = (
-    "train.compile: torch.compile finds no C++ compiler here, or no Triton. Install gcc (Debian: apt install "
-    "build-essential), or use --train.compile none."
-)
+# what is in the text of an error -> what to do about it
+REMEDIES = {
+    ("shared memory", "Bus error", "unable to mmap", "torch_shm"): (
+        "the loader's processes have no shared memory left (/dev/shm). Use --data.workers 0 (or --workers 0), or give "
+        "the container more: docker run --shm-size 8g"
+    ),
+    ("No working C++ compiler", "Cannot find a working triton", "Failed to find C compiler"): (
+        "train.compile: torch.compile finds no C++ compiler here, or no Triton. Install gcc (Debian: apt install "
+        "build-essential), or use --train.compile none."
+    ),
+    ("torchvision::nms does not exist", "partially initialized module 'torchvision'"): (
+        "torch and torchvision are of different builds (a CPU-only torch beside the default torchvision, say), so "
+        "torchvision cannot load. Install both from the same index: pip install --force-reinstall "
+        "'torch>=2.11,<2.16' 'torchvision>=0.26,<0.30', with the same --index-url for both if you give one."
+    ),
+}
 
 
 def explain(error: BaseException) -> str | None:
     """The remedy for an error that stems from the machine or from libraries that do not fit together, or None."""
     text = str(error)
-    if "shared memory" in text or "Bus error" in text or "unable to mmap" in text or "torch_shm" in text:
-        return SHARED_MEMORY
-    if any(sign in text for sign in COMPILER_ERRORS):
-        return NO_COMPILER
-    is_misfit = "torchvision::nms does not exist" in text or "partially initialized module 'torchvision'" in text
-    return MISFIT if is_misfit else None
+    return next((remedy for signs, remedy in REMEDIES.items() if any(sign in text for sign in signs)), None)
 
 
 def check() -> str | None:

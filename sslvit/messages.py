@@ -77,16 +77,12 @@ BEFORE_MESSAGE: list[Callable[[], None]] = []  # what makes room on the screen
 class MessageHandler(logging.Handler):
     """Prints the message alone; warnings say so, and errors go to stderr.
 
-    Args:
-        to_stderr: Keep stdout free, for a command whose result there is JSON.
-
     Attributes:
+        to_stderr: Keep stdout free, for a command whose result there is JSON.
         outlives_reader: Whether the work goes on, unheard, when whoever reads the messages has left.
     """
 
-    def __init__(self, to_stderr: bool = False) -> None:
-        super().__init__()
-        self.to_stderr, self.outlives_reader = to_stderr, False
+    to_stderr = outlives_reader = False
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record."""

@@ -64,13 +64,13 @@ class Bar:
     def draw(self, done: int, note: str = "") -> None:
         """Draw it, unless that was a moment ago."""
         now, done = time.monotonic(), min(done, self.total)
-        self.brief = ", ".join([f"{self.what}: {done:,} of {self.total:,} {self.unit}", *([note] if note else [])])
+        bits = [f"{done:,} of {self.total:,} {self.unit}", *([note] if note else [])]
+        self.brief = f"{self.what}: {', '.join(bits)}"
         if self.is_left or Bar.shown[-1] is not self or now - self.drawn_at < REDRAW_SECONDS:
             return
         self.drawn_at = now
         full, empty = "#-" if is_ascii() else "\u2588\u2591"
         cells = BAR_CELLS * done // max(self.total, 1)
-        bits = [f"{done:,} of {self.total:,} {self.unit}", *([note] if note else [])]
         bits += time_left(self.start, now, self.first, done, self.total)
         around = "".join(f"{bar.brief}; " for bar in Bar.shown[:-1] if bar.brief)
         room = shutil.get_terminal_size((80, 24)).columns - 1

@@ -22,12 +22,12 @@ class Preempted(BaseException):
 
     Args:
         message: what is kept.
+
+    Attributes:
         is_requeued: whether a scheduler was asked already, or must not be.
     """
 
-    def __init__(self, message: str, is_requeued: bool = False) -> None:
-        super().__init__(message)
-        self.is_requeued = is_requeued
+    is_requeued = False
 
 
 class Interrupted(Preempted):
@@ -37,8 +37,7 @@ class Interrupted(Preempted):
         message: what is kept, and how to go on.
     """
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message, is_requeued=True)
+    is_requeued = True
 
 
 class RankLost(Exception):
@@ -115,14 +114,12 @@ def stopping_at_once(message: str, is_kept: str = "") -> Iterator[None]:
         if os.getpid() != owner:  # a forked process has nothing to say or to save
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        elif number == CTRL_C:
+            return
+        if number == CTRL_C:
             end_at_next_ctrl_c()
             if os.isatty(2):
                 os.write(2, b"\n")  # it shows ^C where the cursor was
-            _signals.has_raised = True
-            note_signal(number)
-            raise what_to_raise()
-        elif _signals.received is None:
+        if number == CTRL_C or _signals.received is None:
             _signals.has_raised = True
             note_signal(number)
             raise what_to_raise()

@@ -16,7 +16,7 @@ import sslvit
 from sslvit.checkpoint import save_encoder
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings
-from sslvit.train.callbacks.step_times import WaitForData
+from sslvit.train.timing import WaitForData
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*device_type of 'cuda'.*", "ignore:.*no accelerator is found.*")
 STEPS = 6

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sslvit
-from sslvit.api import read_settings
 from sslvit.checkpoint import load_encoder
 from sslvit.exporters import export_encoder
 from sslvit.models import ViTEncoder
@@ -21,6 +20,7 @@ from sslvit.models.mae import MAEModel
 from sslvit.models.pooling import AttentionPool
 from sslvit.run_plan import RunPlan
 from sslvit.settings import EncoderSettings, MAESettings
+from sslvit.train.prepare import read_settings
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import inspect
 import re
 import typing
 from collections import deque
@@ -31,11 +30,6 @@ class UnknownCommand(Exception):
 def options_class(function: Function) -> type:
     """The dataclass of a command's options: the annotation of its argument."""
     return next(iter(typing.get_type_hints(function).values()))
-
-
-def summary_of(kind: type) -> str:
-    """The first line of an options dataclass's docstring."""
-    return (inspect.getdoc(kind) or "").splitlines()[0]
 
 
 def add_options(parser: argparse.ArgumentParser, kind: type) -> None:

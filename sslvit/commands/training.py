@@ -199,7 +199,7 @@ def run_plan(options: PlanOptions) -> None:
     if options.memory_gib is not None and not options.memory_gib > 0:
         raise ValueError(f"--memory-gib {options.memory_gib:g}: must be positive.")
     check_recipe(options.config, options.changes)
-    from sslvit.api import plan
+    from sslvit.train.planning import plan
 
     found = plan(
         options.config, one_source(options.data), options.images, options.classes, options.tflops, options.utilization,

@@ -83,21 +83,6 @@ def intervals(rows: Scores) -> dict[str, dict[str, float | None]]:
     return {row: {column: interval(values) for column, values in of.items()} for row, of in rows.items()}
 
 
-def read_scores(rows: Any) -> Scores:
-    """Scores of what a file of `sslvit probe -o` or one of its relatives has under rows or draws; empty of all else."""
-    if not isinstance(rows, dict) or not all(isinstance(of, dict) for of in rows.values()):
-        return {}
-    found = {
-        row: {column: values if isinstance(values, list) else [values] for column, values in of.items()}
-        for row, of in rows.items()
-    }
-    cells = [values for of in found.values() for values in of.values()]
-    is_sound = cells and all(cells) and all(
-        isinstance(value, (int, float)) and math.isfinite(value) for values in cells for value in values
-    )  # fmt: skip
-    return found if is_sound else {}
-
-
 def sampling_interval(images: int) -> float:
     """Largest half width of the 95 % interval of a percentage that was measured on so many images."""
     return 100 * 1.96 * math.sqrt(0.25 / images)
@@ -115,6 +100,19 @@ def format_score(values: list[float] | None, decimals: int = 1) -> str:
 def columns_of(rows: Scores) -> list[str]:
     """All columns, in the order in which they first appear."""
     return list(dict.fromkeys(column for scores in rows.values() for column in scores))
+
+
+def read_scores(rows: Any) -> Scores:
+    """Row -> column -> scores, of what a file has under rows or draws; empty if it is something else."""
+    if not isinstance(rows, dict) or not all(isinstance(of, dict) for of in rows.values()):
+        return {}
+    found = {
+        row: {column: values if isinstance(values, list) else [values] for column, values in of.items()}
+        for row, of in rows.items()
+    }
+    scores = [values for of in found.values() for values in of.values()]
+    is_sound = all(isinstance(one, (int, float)) and math.isfinite(one) for values in scores for one in values)
+    return found if scores and all(scores) and is_sound else {}
 
 
 def format_table(rows: Scores, decimals: int = 1) -> str:

@@ -58,8 +58,7 @@ class Backbone(nn.Module):
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
         """One vector per image."""
-        vectors: Tensor = self.net(images)
-        return vectors
+        return self.net(images)
 
     def features(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
         """As `forward`, by the name that a ViTEncoder has for it."""

@@ -203,14 +203,10 @@ class DINOModel(nn.Module):
         self.register_buffer("center", torch.zeros(self.head.last_layer.count))
         self.register_buffer("output_sum", torch.zeros(self.head.last_layer.count), persistent=False)
         self.register_buffer("output_rows", torch.zeros(()), persistent=False)  # that were added up
-        self.reset_teacher()
+        self.teacher.load_state_dict(self.encoder.state_dict())  # it begins as a copy of the student
+        self.teacher_head.load_state_dict(self.head.state_dict())
         self.teacher.requires_grad_(False)
         self.teacher_head.requires_grad_(False)
-
-    def reset_teacher(self) -> None:
-        """Make the teacher a copy of the student."""
-        self.teacher.load_state_dict(self.encoder.state_dict())
-        self.teacher_head.load_state_dict(self.head.state_dict())
 
     def loss(self, views: list[Tensor], teacher_temp: float | Tensor, path_noise: Tensor | None = None) -> DINOLosses:
         """The student's error in naming each view as the teacher names the other ones.

@@ -16,7 +16,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sslvit.models.pooling import AttentionPool, pool_class, pool_mean
+from sslvit.models.pooling import AttentionPool
 from sslvit.models.positions import (
     TokenLayout,
     normalized_coordinates,
@@ -229,9 +229,11 @@ class ViTEncoder(nn.Module):
                 raise ValueError("pooling: attention, but this encoder has no attention pool. Use mean or class.")
             pooled = self.attn_pool(tokens)
         elif pooling == "class":
-            pooled = pool_class(tokens, int(self.settings.class_token))
+            if not self.settings.class_token:
+                raise ValueError("pooling: class, but this encoder has no class token. Use mean or attention.")
+            pooled = tokens[:, 0]
         elif pooling == "mean":
-            pooled = pool_mean(tokens, self.prefix)
+            pooled = tokens[:, self.prefix :].mean(1)  # over the patches: class and register tokens are left out
         else:
             raise ValueError(f"pooling: '{pooling}' is not one of class, mean, attention.")
         return self.fc_norm(pooled)
@@ -260,7 +262,10 @@ class ViTEncoder(nn.Module):
         # under autocast the residual stream keeps the images' precision, whatever the positions
         tokens = self.patch_embed(images, visible).to(images.dtype)  # b k d
         if hidden is not None:
-            tokens = self._hide(tokens, gather_tokens(hidden[:, :, None], visible)[:, :, 0])
+            if not self.settings.mask_token:
+                raise ValueError("hidden: this encoder has no mask token. Set encoder.mask_token to true.")
+            is_hidden = gather_tokens(hidden[:, :, None], visible)  # b k 1
+            tokens = torch.where(is_hidden, self.mask_token.to(tokens.dtype), tokens)
         row_prefix, row_patches = self.position_table(grid)
         if row_patches is not None:
             rows = row_patches[None].expand(tokens.shape[0], -1, -1) if visible is not None else row_patches[None]
@@ -331,11 +336,6 @@ class ViTEncoder(nn.Module):
         if positions is None or not rows:
             return prefix
         return torch.cat([prefix[:, :rows] + positions, prefix[:, rows:]], 1)
-
-    def _hide(self, tokens: Tensor, is_hidden: Tensor) -> Tensor:
-        if not self.settings.mask_token:
-            raise ValueError("hidden: this encoder has no mask token. Set encoder.mask_token to true.")
-        return torch.where(is_hidden[:, :, None], self.mask_token.to(tokens.dtype), tokens)
 
     @property
     def pixel_tokens(self) -> PixelTokens:

@@ -110,8 +110,7 @@ def _from_timm(name: str, channels: int) -> nn.Module:
     import timm
 
     refuse_unknown("timm", name, timm.list_models())
-    net: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, in_chans=channels)
-    return net
+    return timm.create_model(name, pretrained=False, num_classes=0, in_chans=channels)
 
 
 def refuse_unknown(library: str, name: str, known: Sequence[str]) -> None:

@@ -12,18 +12,6 @@ from sslvit.models.transformer import Mlp, make_norm
 from sslvit.settings import EncoderSettings
 
 
-def pool_class(tokens: Float[Tensor, "b t d"], prefix: int) -> Float[Tensor, "b d"]:
-    """The class token, which stands first."""
-    if prefix == 0:
-        raise ValueError("pooling: class, but this encoder has no class token. Use mean or attention.")
-    return tokens[:, 0]
-
-
-def pool_mean(tokens: Float[Tensor, "b t d"], prefix: int) -> Float[Tensor, "b d"]:
-    """The mean over the patches; class and register tokens are left out."""
-    return tokens[:, prefix:].mean(1)
-
-
 class AttentionPool(nn.Module):
     """A learned query attends to all tokens (the MAP head of Zhai et al. 2022; its MLP with `pool_mlp`)."""
 

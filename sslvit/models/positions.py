@@ -182,9 +182,8 @@ class RelativeBias(nn.Module):
         wanted = (2 * rows - 1, 2 * columns - 1)
         if not is_same(tuple(table.shape[1:]), wanted):
             table = interpolate(table[None], wanted)[0]
-        index = torch.arange(rows * columns, device=table.device)
-        if layout.visible is not None:
-            index = layout.visible
+        every = torch.arange(rows * columns, device=table.device)
+        index = every if layout.visible is None else layout.visible
         row, column = index // columns, index % columns
         by_row = row[..., :, None] - row[..., None, :] + rows - 1
         by_column = column[..., :, None] - column[..., None, :] + columns - 1

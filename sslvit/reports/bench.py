@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sslvit.api import finetune, for_labels, refuse_transformer_keys
+from sslvit.api import finetune, for_labels
 from sslvit.checkpoint import fingerprint, load_encoder
 from sslvit.environment import pick_device
 from sslvit.evaluate.cache import FeatureCache
@@ -42,6 +42,7 @@ from sslvit.settings.bench import (
     load_bench,
 )
 from sslvit.settings.load import load_recipe
+from sslvit.train.backbones import refuse_transformer_keys
 from sslvit.train.folder import RunFolder
 
 logger = logging.getLogger(__name__)

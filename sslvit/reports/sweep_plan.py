@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sslvit.api import read_settings
 from sslvit.checkpoint import load_encoder
 from sslvit.compatibility import check_same
 from sslvit.data.open import open_data
@@ -20,7 +19,14 @@ from sslvit.settings.load import by_dotted_key
 from sslvit.settings.sweep import combinations, name_run, swept_keys
 from sslvit.tasks.start import adaptable
 from sslvit.train.folder import RunFolder
-from sslvit.train.prepare import check_data, check_machine, keep_resolved, resolve_defaults, resolve_processes
+from sslvit.train.prepare import (
+    check_data,
+    check_machine,
+    keep_resolved,
+    read_settings,
+    resolve_defaults,
+    resolve_processes,
+)
 
 
 @dataclass

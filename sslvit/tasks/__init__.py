@@ -23,17 +23,14 @@ TASKS = {
 def task_class(name: str) -> type[Task]:
     """The Lightning module of a task by name, also of a plugin's."""
     if name not in TASKS:
-        found: type[Task] = find_task(name)
-        return found
+        return find_task(name)
     module, attribute = TASKS[name]
-    kind: type[Task] = getattr(import_module(module), attribute)
-    return kind
+    return getattr(import_module(module), attribute)
 
 
 def make_task(settings: RunSettings, run: RunPlan) -> Task:
     """The task that a run's settings describe."""
-    task: Task = task_class(settings.task.name)(settings.task, settings.encoder, settings.optim, run)
-    return task
+    return task_class(settings.task.name)(settings.task, settings.encoder, settings.optim, run)
 
 
 def __getattr__(name: str) -> type:

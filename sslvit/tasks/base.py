@@ -71,6 +71,7 @@ class Task(pl.LightningModule):
     spared_from_decay: ClassVar[tuple[str, ...]] = ()  # tokens and position tables that do not decay
     needs_tokens: ClassVar[str | None] = "it trains the vision transformer"  # why; None: any network will do
     loss_shows_learning: ClassVar[bool] = True  # whether a loss that does not fall means that nothing is learned
+    twice_at_peak: ClassVar[bool] = False  # whether the warm-up's last step and the next one are both at the peak
     model: nn.Module
 
     def __init__(
@@ -344,7 +345,7 @@ class Task(pl.LightningModule):
         curve = self.peak_lr, self.optim.min_lr, self.warmup_steps, self.run.total_steps
         if self.optim.lr_schedule == "wsd":
             return warmup_stable_decay(step, *curve, self.optim.cooldown_fraction * self.run.total_steps)
-        return warmup_cosine(step, *curve)
+        return warmup_cosine(step, *curve, twice_at_peak=self.twice_at_peak)
 
     def weight_decay_at(self, step: int) -> float:
         """Weight decay of the update number `step`."""

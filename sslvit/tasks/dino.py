@@ -11,7 +11,7 @@ from torch import Tensor
 from sslvit.data.batch import Batch
 from sslvit.models import Encoder
 from sslvit.models.dino import DINOLosses, DINOModel
-from sslvit.optim import cosine, ema_update, warmup_cosine
+from sslvit.optim import cosine, ema_update
 from sslvit.settings import DINOSettings, EncoderSettings
 from sslvit.tasks.base import StepOutput, Task
 from sslvit.tasks.symptoms import MIN_IMAGES, STUCK_FRACTION, Symptom, feature_symptoms, lr_in_words
@@ -26,6 +26,7 @@ class DINO(Task):
     settings_class: ClassVar = DINOSettings
     view_kinds: ClassVar[tuple[str, ...]] = ("multi_crop",)
     loss_shows_learning: ClassVar[bool] = False  # its target, the teacher, learns, too
+    twice_at_peak: ClassVar[bool] = True
     needs_tokens: ClassVar[str | None] = None
     settings: DINOSettings
     model: DINOModel
@@ -75,12 +76,6 @@ class DINO(Task):
         return min(steps, self.run.total_steps // 4)
 
     # ---- schedules -------------------------------------------------------------------------------------------
-
-    def lr_at(self, step: int) -> float:
-        """Learning rate of the update number `step`; the warm-up's last step and the next one are both at the peak."""
-        return warmup_cosine(
-            step, self.peak_lr, self.optim.min_lr, self.warmup_steps, self.run.total_steps, twice_at_peak=True
-        )
 
     def momentum_at(self, step: int) -> float:
         """Momentum of the teacher at the update number `step` (section 3.1, "Teacher network")."""

@@ -17,7 +17,7 @@ from sslvit.models.sampling import complete
 from sslvit.settings import EncoderSettings, IGPTSettings
 from sslvit.settings.sample import SampleSettings
 from sslvit.tasks.base import StepOutput, Task
-from sslvit.tasks.symptoms import Symptom, feature_symptoms, trivial_loss
+from sslvit.tasks.symptoms import Symptom, trivial_symptoms
 
 COMPLETIONS = 2  # of each image in a run's pictures
 
@@ -55,10 +55,7 @@ class IGPT(Task):
     def symptoms(self, measures: dict[str, float]) -> list[Symptom]:
         """A model that has learned how frequent colors are and nothing else, or features without rank."""
         guess = "guessing each pixel by how frequent colors are"
-        return [
-            *trivial_loss(measures["loss"], measures["unigram_entropy"], guess, self.optim),
-            *feature_symptoms(measures, self.optim),
-        ]
+        return trivial_symptoms(measures, "unigram_entropy", guess, self.optim)
 
     def unused_parts(self) -> tuple[str, ...]:
         """Nothing is pooled, and only the BERT objective hides pixels."""

@@ -16,7 +16,7 @@ from sslvit.models.mae import MAELoss, MAEModel
 from sslvit.settings import EncoderSettings, MAESettings
 from sslvit.tasks.base import StepOutput, Task
 from sslvit.tasks.start import begin_decoder
-from sslvit.tasks.symptoms import Symptom, feature_symptoms, trivial_loss
+from sslvit.tasks.symptoms import Symptom, trivial_symptoms
 
 FIGURE_IMAGES = 8
 
@@ -53,11 +53,7 @@ class MAE(Task):
 
     def symptoms(self, measures: dict[str, float]) -> list[Symptom]:
         """A decoder that predicts the mean patch, or features without rank."""
-        guess = "predicting the mean patch everywhere"
-        return [
-            *trivial_loss(measures["loss"], measures["target_variance"], guess, self.optim),
-            *feature_symptoms(measures, self.optim),
-        ]
+        return trivial_symptoms(measures, "target_variance", "predicting the mean patch everywhere", self.optim)
 
     def unused_parts(self) -> tuple[str, ...]:
         """Nothing is pooled, and the decoder's mask token stands for hidden patches."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,11 +67,7 @@ def begin_with(
         notes.append(f"new: {', '.join(new)}")
     if left := [key for key in given if key not in own]:
         notes.append(f"left out: {', '.join(left)}")
-    if different := [
-        f"{key} {brief(getattr(there, key))} -> {brief(getattr(here, key))}"
-        for key in READINGS
-        if getattr(there, key) != getattr(here, key)
-    ]:
+    if different := changes_in_words(*({key: getattr(of, key) for key in READINGS} for of in (there, here))):
         notes.append(f"the run's settings hold: {', '.join(different)}")
     load_strict(encoder, own | {key: value for key, value in given.items() if key in own}, source)
     if notes and is_first_rank():
@@ -89,8 +86,8 @@ def begin_decoder(model: MAEModel, start: EncoderSettings, source: str) -> None:
     if found is None:
         return
     (there, weights), own = found, model.decoder.state_dict()
-    differences = _decoder_differences(there, start, model.settings, model.encoder.settings)
-    if differences:
+    here = _decoder_settings(model.settings, model.encoder.settings)
+    if differences := changes_in_words(_decoder_settings(there, start), here):
         note = f"decoder: new, as other settings were those of the weights ({', '.join(differences)})"
     else:
         given = {key.removeprefix("decoder."): value for key, value in weights.items()}
@@ -102,17 +99,17 @@ def begin_decoder(model: MAEModel, start: EncoderSettings, source: str) -> None:
         logger.info(f"starting from {printable(source)}: {note}")
 
 
-def _decoder_differences(
-    there: MAESettings, there_encoder: EncoderSettings, here: MAESettings, here_encoder: EncoderSettings
-) -> list[str]:
-    """What keeps a decoder's weights from being those of a run, as 'task.target raw -> normalized'."""
+def _decoder_settings(task: MAESettings, encoder: EncoderSettings) -> dict[str, Any]:
+    """What decides whether a decoder's weights are those of a run, by dotted key."""
     fields = ("decoder_width", "decoder_depth", "decoder_heads", "target")
-    pairs = {f"task.{key}": (getattr(there, key), getattr(here, key)) for key in fields}
-    for key in ("patch", "channels"):
-        pairs[f"encoder.{key}"] = (getattr(there_encoder, key), getattr(here_encoder, key))
-    ratios = [task.decoder_mlp_ratio or of.mlp_ratio for task, of in ((there, there_encoder), (here, here_encoder))]
-    pairs["task.decoder_mlp_ratio"] = (ratios[0], ratios[1])
-    return [f"{key} {brief(before)} -> {brief(now)}" for key, (before, now) in pairs.items() if before != now]
+    found = {f"task.{key}": getattr(task, key) for key in fields}
+    found |= {f"encoder.{key}": getattr(encoder, key) for key in ("patch", "channels")}
+    return found | {"task.decoder_mlp_ratio": task.decoder_mlp_ratio or encoder.mlp_ratio}
+
+
+def changes_in_words(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Settings that differ, as 'task.target raw -> normalized'."""
+    return [f"{key} {brief(before.get(key))} -> {brief(now[key])}" for key in now if before.get(key) != now[key]]
 
 
 def _adapt_patches(given: dict[str, Tensor], there: EncoderSettings, here: EncoderSettings) -> list[str]:

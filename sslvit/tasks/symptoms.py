@@ -52,21 +52,22 @@ def feature_symptoms(measures: dict[str, float], optim: OptimSettings) -> list[S
     return [Symptom("features", seen, suggestion)]
 
 
-def trivial_loss(loss: float, reference: float, what: str, optim: OptimSettings) -> list[Symptom]:
-    """A loss no better than that of a constant guess.
+def trivial_symptoms(measures: dict[str, float], reference: str, guess: str, optim: OptimSettings) -> list[Symptom]:
+    """A loss no better than that of a constant guess, or features without rank.
 
     Args:
-        loss: Of the step.
-        reference: Of the guess.
-        what: The guess, in words.
+        measures: Of the step.
+        reference: Which of them is the loss of the guess.
+        guess: The guess, in words.
         optim: Settings of the optimizer.
     """
-    if loss < TRIVIAL_FRACTION * reference:
-        return []
-    seen = f"the loss ({loss:.3f}) is no better than that of {what} ({reference:.3f})"
-    return [
-        Symptom("trivial", seen, f"Change {lr_in_words(optim)}: lower it, or raise it if it is far below a recipe's.")
-    ]
+    loss, trivial = measures["loss"], measures[reference]
+    features = feature_symptoms(measures, optim)
+    if loss < TRIVIAL_FRACTION * trivial:
+        return features
+    seen = f"the loss ({loss:.3f}) is no better than that of {guess} ({trivial:.3f})"
+    suggestion = f"Change {lr_in_words(optim)}: lower it, or raise it if it is far below a recipe's."
+    return [Symptom("trivial", seen, suggestion), *features]
 
 
 def fall_of(losses: Sequence[float]) -> tuple[float, float]:

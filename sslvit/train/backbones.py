@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sslvit import rng
 from sslvit.models import Backbone, make_encoder
-from sslvit.settings import RunSettings
-from sslvit.settings.views import MultiCropSettings
+from sslvit.settings import EncoderSettings, RunSettings
+from sslvit.settings.encoder import OF_A_BACKBONE
+from sslvit.settings.load import leaves
 from sslvit.train.hardware import trains_on_gpu
 
 PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-def check_backbone(settings: RunSettings) -> None:
+def check_backbone(settings: RunSettings, sides: list[int]) -> None:
     """Build the network once, and show it an image of each size.
+
+    Args:
+        settings: Settings of the run.
+        sides: Sides of views that are of other sizes than the encoder's own.
 
     Raises:
         ImportError: Its library is not installed.
         ValueError: It is unknown or takes no such images; weights that are sharded over ranks, or batch norms that
             torch cannot synchronize over them.
     """
-    encoder, train, data = settings.encoder, settings.train, settings.data
+    encoder, train = settings.encoder, settings.train
     if encoder.backbone is None:
         return
     if train.strategy == "fsdp" and train.ranks > 1:
@@ -30,9 +37,6 @@ def check_backbone(settings: RunSettings) -> None:
     with rng.torch_seeded("check"):  # the run's own random numbers stay as they are
         network = make_encoder(encoder)
     assert isinstance(network, Backbone)
-    sides = list(data.resolutions or [])
-    if isinstance(data.view, MultiCropSettings) and data.view.local_crops:
-        sides.append(data.view.local_size)
     for size in [encoder.image_size, *([side, side] for side in sides)]:
         network.measure_width(size)
     fused = [module for module in network.modules() if isinstance(module, _BatchNorm) and type(module) not in PLAIN]
@@ -41,3 +45,11 @@ def check_backbone(settings: RunSettings) -> None:
             f"train.devices: {encoder.backbone} has batch norms of its own kind ({type(fused[0]).__name__}), which "
             "torch cannot synchronize over ranks. Use one process, or another network."
         )
+
+
+def refuse_transformer_keys(encoder: EncoderSettings, changes: dict[str, Any]) -> None:
+    """Raise ValueError for settings of the vision transformer that are given for another network."""
+    for key, _ in leaves(RunSettings, changes):
+        section, _, name = key.partition(".")
+        if encoder.backbone is not None and section == "encoder" and name not in OF_A_BACKBONE:
+            raise ValueError(f"--{key}: is of the vision transformer, and this is {encoder.backbone}. Leave it out.")

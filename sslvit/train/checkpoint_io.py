@@ -8,12 +8,14 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning_fabric.plugins import CheckpointIO
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from sslvit.files import new_file
 from sslvit.settings import TrainSettings
@@ -44,8 +46,8 @@ class AtomicCheckpointIO(CheckpointIO):
 
     def __init__(self, settings: TrainSettings) -> None:
         self.settings = settings
-        self.writer: threading.Thread | None = None
-        self.failure: Exception | None = None
+        self.thread = ThreadPoolExecutor(1)  # which begins with the first checkpoint that it writes
+        self.writer: Future[None] | None = None
         self.written: set[Path] = set()
         self.aborted = threading.Event()  # the run has ended with an error: no part is waited for
 
@@ -91,30 +93,24 @@ class AtomicCheckpointIO(CheckpointIO):
             delete_orphaned_shards(path.parent)
 
     def _kept(self, values: dict[str, Any]) -> dict[str, Any]:
-        """What a writer in the background may look at while training goes on."""
-        return copied(values) if self.settings.checkpoint_in_background else values
+        """What a writer in the background may look at while training goes on: a copy that later steps do not change."""
+        if not self.settings.checkpoint_in_background:
+            return values
+        return tree_map_only(Tensor, lambda value: value.detach().to("cpu", copy=True), values)
 
     def _submit(self, work: Callable[[], None]) -> None:
-        if not self.settings.checkpoint_in_background:
+        if self.settings.checkpoint_in_background:
+            self.writer = self.thread.submit(work)
+        else:
             work()
-            return
-        self.writer = threading.Thread(target=self._try, args=(work,))
-        self.writer.start()
-
-    def _try(self, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except Exception as error:  # whatever it is, it must reach the run
-            self.failure = error
 
     def finish(self) -> None:
         """Wait for the thread; raises what went wrong in it."""
         if self.writer is not None:
-            self.writer.join()
+            failure = self.writer.exception()
             self.writer = None
-        if self.failure is not None:
-            failure, self.failure = self.failure, None
-            raise failure
+            if failure is not None:
+                raise failure
 
     def teardown(self) -> None:
         """Wait for a writer in the background; its error gives way to the run's own."""
@@ -152,20 +148,9 @@ def keep_some(last: Path, step: int, keep_last: int, keep_every: int | None) -> 
         except OSError:  # a file system without hard links
             with new_file(own) as part:
                 shutil.copyfile(last, part)
-    named = sorted((named_step(path), path) for path in last.parent.glob(NAMED))
-    passing = [path for number, path in named if not (keep_every and number % keep_every == 0)]
-    newest = {path for _, path in named[-keep_last:]} if keep_last > 1 else set()
-    for path in passing:
-        if path not in newest:
+    named = sorted(last.parent.glob(NAMED))  # by step, as each has the same number of digits
+    newest = named[-keep_last:] if keep_last > 1 else []
+    for path in named:
+        is_for_good = keep_every and named_step(path) % keep_every == 0
+        if not is_for_good and path not in newest:
             path.unlink()
-
-
-def copied(value: Any) -> Any:
-    """A copy in the machine's memory that later steps do not change."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return type(value)((key, copied(item)) for key, item in value.items())
-    if isinstance(value, (list, tuple)):
-        return type(value)(copied(item) for item in value)
-    return value

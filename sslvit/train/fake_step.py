@@ -205,13 +205,11 @@ def _attention(
     scale: float | None = None,
 ) -> Tensor:  # fmt: skip
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
-    mixed: Tensor = _Attention.apply(query.to(dtype), key.to(dtype), value.to(dtype), bias)
-    return mixed
+    return _Attention.apply(query.to(dtype), key.to(dtype), value.to(dtype), bias)
 
 
 def _rms_norm(tokens: Tensor, shape: Any, weight: Tensor, eps: float | None = None) -> Tensor:
-    normalized: Tensor = _RMSNorm.apply(tokens, weight)
-    return normalized
+    return _RMSNorm.apply(tokens, weight)
 
 
 class _Attention(torch.autograd.Function):

@@ -254,7 +254,7 @@ class RunFolder(Result):
         for folder in (self.path, self.encoder, self.figures, self.samples, self.incident):
             for name in {left.name.rsplit(".", 2)[0] for left in folder.glob("*.*.part")}:
                 remove_stale_parts(folder / name)
-        earlier = self._made_by() if goes_on else []
+        earlier = self.made_by() if goes_on else []
         settings = {**settings, MADE_BY: [*earlier, describe_process()]}
         with new_file(self.config) as part:
             part.write_text(yaml.dump(settings, Dumper=_Dumper, sort_keys=False, width=120))
@@ -267,16 +267,8 @@ class RunFolder(Result):
         folder = self.checkpoint.parent
         for made in (self.checkpoint, *folder.glob(NAMED), *folder.glob("*.part"), *self.path.glob("*.jsonl.*.part")):
             made.unlink(missing_ok=True)
-        folders = (
-            folder / SHARDS,
-            self.figures,
-            self.samples,
-            self.incident,
-            self.tensorboard,
-            self.wandb,
-            self.mlflow,
-        )
-        for made in (*folders, self.encoder):
+        logs = (self.tensorboard, self.wandb, self.mlflow)
+        for made in (folder / SHARDS, self.figures, self.samples, self.incident, *logs, self.encoder):
             shutil.rmtree(made, ignore_errors=True)
         for made in (self.metrics, self.ledger, self.health, self.scores):
             made.unlink(missing_ok=True)
@@ -335,9 +327,12 @@ class RunFolder(Result):
         content.pop(MADE_BY, None)
         return content
 
-    def _made_by(self) -> list[Any]:
-        """The processes that ran it so far, as config.yaml names them."""
-        content = yaml.safe_load(self.config.read_text()) if self.config.exists() else None
+    def made_by(self) -> list[Any]:
+        """The processes that ran it so far, as config.yaml names them; none where it is missing or damaged."""
+        try:
+            content = yaml.safe_load(self.config.read_text())
+        except (OSError, *YAML_ERRORS):
+            return []
         found = content.get(MADE_BY) if isinstance(content, dict) else None
         return found if isinstance(found, list) else []
 
@@ -355,10 +350,6 @@ class RunFolder(Result):
         lines = self.read_metrics()
         names = dict.fromkeys(name for line in lines for name in line)
         return {name: np.array([line.get(name, math.nan) for line in lines]) for name in names}
-
-    def scored_step(self) -> int | None:
-        """Step that scores.json is of; None where there is none."""
-        return json.loads(self.scores.read_text()).get("step") if self.scores.exists() else None
 
     def cut_metrics(self, step: int) -> None:
         """Drop lines after a checkpoint's step, which the resumed run will write again."""

@@ -138,16 +138,15 @@ def forecast(step: FakeStep, micro_batch_size: int | None = None) -> Forecast:
     run, task = step.run, step.task
     if micro_batch_size is not None:
         run = replace(run, micro_batch_size=micro_batch_size)
-    blocks = {name: sum(p.numel() for p in module.parameters())
-              for name, module in task.named_modules() if isinstance(module, Block)}  # fmt: skip
+    blocks = [sum(p.numel() for p in module.parameters()) for module in task.modules() if isinstance(module, Block)]
     return Forecast(
         encoder=sum(p.numel() for p in task.trained_encoder.parameters()),
         trained=sum(p.numel() for p in task.parameters() if p.requires_grad),
         total_params=step.total_params, flops_per_image=step.flops_per_image,
         peak=step.peak(run.images_per_pass, run.accumulation_steps),
         activations=step.peak(run.images_per_pass, 1, has_gradients=True) if run.ranks > 1 else 0,
-        block=max(blocks.values(), default=0),
-        outside=sum(p.numel() for p in task.parameters()) - sum(blocks.values()),
+        block=max(blocks, default=0),
+        outside=sum(p.numel() for p in task.parameters()) - sum(blocks),
         images=step.images, precision=step.precision, on_gpu=step.on_gpu, run=run,
     )  # fmt: skip
 
@@ -167,14 +166,11 @@ def mfu_per_throughput(settings: RunSettings, index: Index | StreamIndex) -> flo
     peak = train.peak_tflops
     if peak is None and trains_on_gpu(train):
         peak = next(iter((peak_of_gpu() or {}).values()), None)
-    if peak is None:
-        return None
-    if settings.data.resolution_fractions is not None:  # the work of an image changes on the way
+    if peak is None or settings.data.resolution_fractions is not None:  # the work of an image changes on the way
         return None
     once = replace(settings, encoder=replace(settings.encoder, activation_checkpointing=False))
     try:
-        step = plan_step(once, len(index), len(index.classes) if index.classes else None)
-        flops = step.flops_per_image
+        flops = plan_step(once, len(index), len(index.classes) if index.classes else None).flops_per_image
     except Exception:  # the work depends on what the images show: then there is no such number, and the run goes on
         return None
     return flops / (peak * 1e12 * train.ranks)

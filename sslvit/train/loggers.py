@@ -81,12 +81,6 @@ def describe_run(settings: RunSettings, index: Index | StreamIndex) -> dict[str,
     return {**asdict(settings), "data_set": data, **describe_process()}
 
 
-def log_numbers(trainer: pl.Trainer, numbers: dict[str, float], step: int) -> None:
-    """Send numbers to all loggers, on the first rank."""
-    for logger in trainer.loggers:
-        logger.log_metrics(numbers, step=step)
-
-
 @contextmanager
 def ended_on_failure(trainer: pl.Trainer) -> Iterator[None]:
     """End the logs of a run that does not reach its last step, so that the next one in this process has its own."""

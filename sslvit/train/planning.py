@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,9 @@ import torch
 from sslvit.data.examples import Examples
 from sslvit.data.loader import encoder_views
 from sslvit.data.open import shard_cache
+from sslvit.data.python_data import DataLike, name_of, takes_datasets
 from sslvit.environment import cpu_cores, pick_workers
+from sslvit.messages import for_python
 from sslvit.results import Result
 from sslvit.run_plan import RunPlan
 from sslvit.settings import RunSettings
@@ -20,10 +21,8 @@ from sslvit.train.forecast import PEAKS, Forecast, forecast, peak_of_gpu, plan_s
 from sslvit.train.hardware import cpu_memory, gpu_memory, trains_on_gpu
 from sslvit.train.length import cpu_seconds, duration, fit_length
 from sslvit.train.micro_batch import MicroBatch, choose_micro_batch
-from sslvit.train.prepare import check_machine, resolve_processes, size_notice
+from sslvit.train.prepare import check_machine, read_settings, resolve_processes, size_notice
 from sslvit.train.timed_steps import TimedSteps, fit_budget, time_run
-
-logger = logging.getLogger(__name__)
 
 LONG_SECONDS = 24 * 3600.0  # of a run on a CPU, from which on GPUs are named beside it
 # images that one core decodes and crops in a second where none are there to measure: photographs of 500 x 375 pixels
@@ -120,9 +119,6 @@ class PlannedRun(Result):
         lines = [f"{topic:<12} {text}" for topic, text in named]
         return "\n".join([self.forecast.text(), *lines])
 
-    def __repr__(self) -> str:
-        return self.text()
-
     def to_dict(self) -> dict[str, Any]:
         """For programs."""
         found = self.forecast
@@ -137,39 +133,57 @@ class PlannedRun(Result):
         }  # fmt: skip
 
 
+@for_python
+@takes_datasets("data")
 def plan(
-    settings: RunSettings, data: str | Path | None = None, images: int | None = None, classes: int | None = None,
-    tflops: float | None = None, utilization: float = 0.35, memory_gib: float | None = None, measure: bool = False,
-) -> PlannedRun:  # fmt: skip
-    """What a run with these settings would be.
+    config: str | Path,
+    data: DataLike | None = None,
+    images: int | None = None,
+    classes: int | None = None,
+    tflops: float | None = None,
+    utilization: float = 0.35,
+    memory_gib: float | None = None,
+    measure: bool = False,
+    **changes: Any,
+) -> PlannedRun:
+    """Compute parameters, memory, steps and time of a run before it runs; printed, it is what `sslvit plan` prints.
 
     Args:
-        settings: As for a run.
-        data: Shards or a folder of images, which is looked at and not packed; None for data.shards.
+        config: YAML file, or the name of a recipe such as mae/own_images.
+        data: Images as in `pretrain`, which are looked at and not packed; None for the recipe's data.shards.
         images: Number of images, in the place of data.
-        classes: Number of classes, beside a number of images.
-        tflops: Peak TFLOP/s of one device; None for what is known of this machine or of some GPUs.
+        classes: Number of classes of labeled images, beside a number of images.
+        tflops: Peak TFLOP/s of one device in the run's precision; None for this machine.
         utilization: Assumed fraction of the peak that is used.
-        memory_gib: Memory of one GPU, which the plan is then made for.
+        memory_gib: Memory of one GPU in GiB, which the plan is then made for.
         measure: Time some real steps on this machine.
+        changes: Other settings, as in `pretrain`.
+
+    Returns:
+        The numbers, which show themselves as the command prints them.
 
     Raises:
-        ValueError: settings that cannot run, no number of images, or fewer than a batch.
-        FileNotFoundError: no data there.
+        ValueError: Settings that cannot run, no images to count, or fewer than a batch.
+        FileNotFoundError: No data there.
+
+    Example:
+        found = sslvit.plan("mae/own_images", data="photos")
+        print(found.to_dict()["run"])
     """
+    settings = read_settings(config, changes)
     if memory_gib is not None:
         if settings.train.accelerator == "cpu":
             raise ValueError("memory-gib: the memory of a GPU, but train.accelerator is cpu. Leave one of them out.")
         settings = replace(settings, train=replace(settings.train, accelerator="gpu"))
     settings = replace(settings, train=resolve_processes(settings.train))
     check_machine(settings, is_planned=True)
-    if data is not None:
-        settings = replace(settings, data=replace(settings.data, shards=str(data), mixture=None))
-    data = settings.data.shards
+    if (given := name_of(data)) is not None:
+        settings = replace(settings, data=replace(settings.data, shards=given, mixture=None))
+    source = settings.data.shards
     if images is None:
-        if data is None:
+        if source is None:
             raise ValueError("images or data: how many images are there? Give their number, shards or a folder.")
-        examples = Examples.open(data, shard_cache(settings.data))
+        examples = Examples.open(source, shard_cache(settings.data))
         classes = examples.classes
         images = settings.data.images_of(examples.images, examples.location, classes)
     else:
@@ -189,8 +203,7 @@ def plan(
                 "train.budget: steps are timed on images and on this machine. Give shards or a folder and no other "
                 "memory, or a length with --train.steps."
             )
-        one_step = RunPlan.make(replace(train, steps=1), max(images // batch, 1), batch, settings.seed)
-        train, measured = fit_budget(settings, one_step, images, classes)
+        train, measured = fit_budget(settings, images, classes, max(images // batch, 1), batch)
         settings = replace(settings, train=train)
         notes["length"] = f"train.steps {train.steps:,}: {train.budget} at {measured.pace_text()}"
     elif images >= batch:

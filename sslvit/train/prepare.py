@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
+from sslvit.checkpoint import load_encoder
 from sslvit.compatibility import check_same, settings_from
 from sslvit.data.examples import Examples
 from sslvit.data.folders import check_labeled
@@ -20,15 +21,17 @@ from sslvit.data.module import ShardDataModule
 from sslvit.data.open import check_present
 from sslvit.data.stream import StreamIndex
 from sslvit.data.transform import first_call, function_of, in_words
+from sslvit.files import expand_path
 from sslvit.run_plan import RunPlan
 from sslvit.settings import RunSettings, SupervisedSettings, TrainSettings
 from sslvit.settings.encoder import ROTARY
-from sslvit.settings.load import brief, by_dotted_key, recipe_names
+from sslvit.settings.load import brief, by_dotted_key, load_recipe, merge_recipe, recipe_names, takes_init
 from sslvit.settings.views import AugmentSettings, MultiCropSettings, TransformSettings
 from sslvit.sharded_checkpoint import read_checkpoint
 from sslvit.tasks import task_class
 from sslvit.tasks.base import Task
-from sslvit.train.backbones import check_backbone
+from sslvit.tasks.start import changes_in_words
+from sslvit.train.backbones import check_backbone, refuse_transformer_keys
 from sslvit.train.folder import RunFolder
 from sslvit.train.loggers import check_loggers
 
@@ -57,6 +60,25 @@ FIXED = [
     ("task.target", ("mae",), "the decoder was trained for the other"),
     ("task.objective", ("igpt",), "the head was trained for the other"),
 ]
+
+
+def read_settings(config: str | Path, changes: dict[str, Any]) -> RunSettings:
+    """The settings of a recipe, whose encoder may be the one that --init names (`encoder.preset: init`).
+
+    Raises:
+        ValueError: It is, and there is no --init.
+    """
+    if not takes_init(config, changes):
+        settings = load_recipe(config, changes)
+        refuse_transformer_keys(settings.encoder, changes)
+        return settings
+    init = merge_recipe(config, changes).get("init")
+    if not isinstance(init, str):
+        raise ValueError(
+            f"--config {config}: goes on from an encoder, and none is given. Name it with --init: a run, a folder, a "
+            "file, or timm:MODEL."
+        )
+    return load_recipe(config, changes, load_encoder(expand_path(init)).settings)
 
 
 def launched() -> tuple[str, int, int] | None:
@@ -116,11 +138,13 @@ def check_machine(settings: RunSettings, is_planned: bool = False) -> None:
     """
     train, data, encoder = settings.train, settings.data, settings.encoder
     if data.global_batch_size is not None:
-        steps = train.fitted(settings.task.usual, 1, 1)
-        run = RunPlan.make(steps, 1, data.global_batch_size, settings.seed)
+        run = RunPlan.make(replace(train, steps=1), 1, data.global_batch_size, settings.seed)
         settings.task.check_micro_batch(run.images_per_pass)
     task_class(settings.task.name).refuse_backbone(encoder)
-    check_backbone(settings)
+    sides = [("data.resolutions", side) for side in data.resolutions or []]
+    if isinstance(data.view, MultiCropSettings) and data.view.local_crops:
+        sides.append(("data.view.local_size", data.view.local_size))
+    check_backbone(settings, [side for _, side in sides])
     kinds = task_class(settings.task.name).view_kinds
     if isinstance(data.view, TransformSettings):
         function_of(data.view)  # refuses one that nobody has given
@@ -130,16 +154,12 @@ def check_machine(settings: RunSettings, is_planned: bool = False) -> None:
         raise ValueError(
             f"data.view.kind: {settings.data.view.kind} is not for {settings.task.name}. Use {' or '.join(kinds)}."
         )
-    sides = {"data.resolutions": data.resolutions or []}
-    if isinstance(data.view, MultiCropSettings) and data.view.local_crops:
-        sides["data.view.local_size"] = [data.view.local_size]
-    for key, wanted in sides.items():
-        for side in wanted:
-            if side % encoder.patch:
-                raise ValueError(
-                    f"{key}: {side} is not a multiple of encoder.patch ({encoder.patch}). The next one is "
-                    f"{-(-side // encoder.patch) * encoder.patch}."
-                )
+    for key, side in sides:
+        if side % encoder.patch:
+            raise ValueError(
+                f"{key}: {side} is not a multiple of encoder.patch ({encoder.patch}). The next one is "
+                f"{-(-side // encoder.patch) * encoder.patch}."
+            )
     if encoder.tokens == "pixel" and data.resolutions and encoder.pos_embed not in ROTARY:
         raise ValueError(
             f"data.resolutions: a pixel sequence with encoder.pos_embed {encoder.pos_embed} is tied to its size "
@@ -380,7 +400,7 @@ def check_resumed(
     data.load_state_dict(position)
     if data.start_step > data.run.total_steps:
         raise ValueError(f"resume: {folder.path} is at step {data.start_step} already, past {data.run.total_steps}.")
-    changed = [f"{key} {brief(old.get(key))} -> {brief(new.get(key))}" for key in new if old.get(key) != new.get(key)]
+    changed = changes_in_words(old, new)
     same_shapes = shapes == {key: value.shape for key, value in task.state_dict().items()}
     if not same_shapes or moved != [len(group["params"]) for group in task.parameter_groups()]:
         guilty = [change for change in changed if change.startswith("task.")] or changed or ["another task"]

@@ -6,7 +6,6 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -46,7 +45,8 @@ def replay(folder: str | Path) -> list[str]:
     task.load_state_dict(read_checkpoint(folder / "state.ckpt")["state_dict"])
     files = sorted(folder.glob("batch-rank-*.safetensors"))
     said = [f"step {step} of {settings.task.name}, seed {run.seed}, was taken in {about['precision']}"]
-    said += weights_in_words(task)
+    if broken := [name for name, value in task.state_dict().items() if not is_finite(value)]:
+        said.append(f"weights that are not finite before the step: {named(broken)}")
     if not files:
         return [*said, "no batch was saved: a stream cannot give the same images again"]
     for file in files:
@@ -59,12 +59,6 @@ def read_batch(file: Path) -> Batch:
     with safe_open(file, "pt") as content:
         first_row = int((content.metadata() or {}).get("first_row", 0))
     return from_tensors(load_file(file), first_row)
-
-
-def weights_in_words(task: Task) -> list[str]:
-    """Weights that are not finite, as a line for the reader."""
-    broken = [name for name, value in task.state_dict().items() if not is_finite(value)]
-    return [f"weights that are not finite before the step: {named(broken)}"] if broken else []
 
 
 def named(names: list[str]) -> str:
@@ -82,8 +76,14 @@ def batch_in_words(task: Task, batch: Batch, step: int) -> list[str]:
             said.append(f"view {number}: pixels that are not finite in {len(rows)} images (samples {samples})")
     largest = max(float(view.nan_to_num(posinf=0, neginf=0).abs().max()) for view in batch.views)
     task.zero_grad()
-    first: list[str] = []
-    hooks = [module.register_forward_hook(watcher(name, first)) for name, module in task.named_modules() if name]
+    names = {module: name for name, module in task.named_modules() if name}
+    first: list[str] = []  # the first module whose output is not finite
+
+    def look(module: nn.Module, given: tuple, output: object) -> None:
+        if isinstance(output, Tensor) and not first and not is_finite(output):
+            first.append(f"{names[module]} ({type(module).__name__})")
+
+    hooks = [module.register_forward_hook(look) for module in names]
     anomaly = ""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -109,16 +109,6 @@ def batch_in_words(task: Task, batch: Batch, step: int) -> list[str]:
     if not (first or anomaly or broken) and math.isfinite(value):
         said.append("finite in float32: the step fails in its own precision only. Try train.precision float32")
     return said
-
-
-def watcher(name: str, first: list[str]) -> Callable[[nn.Module, tuple, object], None]:
-    """A hook that writes down the first module whose output is not finite."""
-
-    def look(module: nn.Module, given: tuple, output: object) -> None:
-        if isinstance(output, Tensor) and not first and not is_finite(output):
-            first.append(f"{name} ({type(module).__name__})")
-
-    return look
 
 
 def is_finite(value: Tensor) -> bool:

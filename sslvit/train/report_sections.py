@@ -14,13 +14,11 @@ from datetime import datetime
 from typing import Any
 
 import numpy as np
-import yaml
 
 from sslvit.evaluate.scores import read_scores
 from sslvit.pages.charts import line_chart, parts_chart
 from sslvit.pages.page import figure_row, heading, is_plain, picture, table, text, text_rows
-from sslvit.settings.build import build
-from sslvit.settings.load import MADE_BY, YAML_ERRORS, by_dotted_key
+from sslvit.settings.load import by_dotted_key, from_keywords
 from sslvit.settings.run import RunSettings
 from sslvit.train.folder import RunFolder, read_json
 from sslvit.train.runs import summarize, value_in
@@ -98,8 +96,8 @@ def facts(named: Named) -> list[str]:
 def _facts_of(files: RunFiles) -> dict[str, object]:
     folder, run, history = files.folder, files.summary, files.history
     data = value_in(read_json(folder.encoder / "encoder.json"), "provenance.data")
-    samples = value_in(data, "samples")
-    made = _made_by(folder)
+    images = value_in(data, "samples")
+    made = [one for one in folder.made_by() if isinstance(one, dict)]
     first = made[0] if made else {}
     versions = first.get("versions")
     speeds = history.get("time/images_per_second", np.array([]))
@@ -109,7 +107,7 @@ def _facts_of(files: RunFiles) -> dict[str, object]:
     facts: dict[str, object] = {
         "task": run.task, "state": run.state, "page written": f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
         "health": run.health, "data": run.data,
-        "images": f"{samples:,}" if isinstance(samples, int) else None,
+        "images": f"{images:,}" if isinstance(images, int) else None,
         "data fingerprint": value_in(data, "fingerprint"),
         "encoder": None if run.width is None else f"{run.depth} blocks of width {run.width}",
         "steps": f"{run.steps:,} of {run.total_steps:,}" if run.total_steps else f"{run.steps:,}",
@@ -128,15 +126,6 @@ def _facts_of(files: RunFiles) -> dict[str, object]:
 
 def _duration(hours: float) -> str:
     return f"{60 * hours:.1f} minutes" if hours < 1.5 else f"{hours:.1f} hours"
-
-
-def _made_by(folder: RunFolder) -> list[dict[str, Any]]:
-    try:
-        content = yaml.safe_load(folder.config.read_text())
-    except (OSError, *YAML_ERRORS):
-        return []
-    found = content.get(MADE_BY) if isinstance(content, dict) else None
-    return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
 
 
 def settings(named: Named) -> list[str]:
@@ -166,13 +155,10 @@ def settings(named: Named) -> list[str]:
 
 def _defaults(config: dict[str, Any]) -> dict[str, Any]:
     """Settings of a run of the same task and view about which nothing was said."""
-    tree: dict[str, Any] = {"data": {"shards": "-"}}
-    if isinstance(task := value_in(config, "task.name"), str):
-        tree["task"] = {"name": task}
-    if isinstance(view := value_in(config, "data.view.kind"), str):
-        tree["data"]["view"] = {"kind": view}
+    said = {key: value_in(config, key) for key in ("task.name", "data.view.kind")}
+    known = {key: value for key, value in said.items() if isinstance(value, str)}
     try:
-        return by_dotted_key(asdict(build(RunSettings, tree)))
+        return by_dotted_key(asdict(from_keywords(RunSettings, {"data.shards": "-"} | known)))
     except (ValueError, TypeError):  # a task or a view from outside the package
         return {}
 

@@ -114,8 +114,7 @@ def _pretrain(
         torch.set_num_threads(train.threads)
     requested, classes = settings, len(index.classes) if index.classes else None
     if train.budget is not None and train.steps is None:
-        one_step = RunPlan.make(replace(train, steps=1), plan.steps_per_epoch, plan.global_batch_size, settings.seed)
-        train, timed = fit_budget(settings, one_step, len(index), classes)
+        train, timed = fit_budget(settings, len(index), classes, plan.steps_per_epoch, plan.global_batch_size)
         length = timed.pace_text()
     else:
         train, length = fit_length(settings, len(index), classes, plan.steps_per_epoch, plan.global_batch_size)

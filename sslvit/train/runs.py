@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import re
@@ -18,8 +17,6 @@ from sslvit.locks import is_locked
 from sslvit.messages import for_python
 from sslvit.results import Result, text_table
 from sslvit.train.folder import LOCK, RunFolder, read_json, read_lines
-
-logger = logging.getLogger(__name__)
 
 # what is measured on labeled images: key in metrics.jsonl or scores.json -> title of its column
 SCORES = {"probe/linear": "linear", "probe/knn": "kNN", "val/top1": "top-1"}

@@ -95,7 +95,7 @@ class Ends(StepCallback):
 
 
 def fit_budget(
-    settings: RunSettings, run: RunPlan, images: int, classes: int | None
+    settings: RunSettings, images: int, classes: int | None, steps_per_epoch: int, global_batch_size: int
 ) -> tuple[TrainSettings, TimedSteps]:
     """The settings with the number of steps that `train.budget` allows on this machine, and the steps that tell.
 
@@ -103,15 +103,17 @@ def fit_budget(
 
     Args:
         settings: Settings of the run, without a number of steps.
-        run: Its batch sizes and ranks; its number of steps is not looked at.
         images: Number of images in the data set.
         classes: Number of its classes, where it has labels.
+        steps_per_epoch: Optimizer steps in one pass over the data.
+        global_batch_size: Images per step.
 
     Raises:
         ValueError: Several ranks, whose steps one process cannot time.
     """
     train = settings.train
     assert train.budget is not None
+    run = RunPlan.make(replace(train, steps=1), steps_per_epoch, global_batch_size, settings.seed)
     if run.ranks > 1:
         raise ValueError(
             f"train.budget: steps are timed in one process, and this run has {run.ranks}. Give --train.steps; sslvit "
@@ -186,9 +188,8 @@ def time_steps(settings: RunSettings, run: RunPlan, steps: int, log_every: int =
                 trainer.fit(task, datamodule=module)
             except (Preempted, SystemExit) as error:  # whose message names a folder that will be gone
                 again = "stopped while steps were timed, before the first one of a run: give the same command again"
-                kind = (
-                    type(error) if isinstance(error, Preempted) else KeyboardInterrupt
-                )  # Lightning's answer to Ctrl-C
+                # SystemExit is Lightning's answer to Ctrl-C
+                kind = type(error) if isinstance(error, Preempted) else KeyboardInterrupt
                 raise kind(again) from error
         waited = [line["time/data"] for line in run_folder.read_metrics()][LEFT_OUT:-1]
     seconds = (ends.moments[-2] - ends.moments[LEFT_OUT - 1]) / steps

@@ -10,6 +10,7 @@ from collections import defaultdict
 from itertools import pairwise
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from torch import distributed
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -18,8 +19,11 @@ MAX_TIMESTAMPS = 4096  # kept until a line is due
 PARTS = ("data", "forward", "backward", "communication", "optimizer")
 
 
-class Clock:
-    """Moments of a run, each named by what has just ended."""
+class Clock(pl.Callback):
+    """Moments of a run, each named by what has just ended.
+
+    It is the first of the callbacks, so that what others do is not the optimizer's; `WaitForData` is the last.
+    """
 
     def __init__(self) -> None:
         self.is_gpu = False
@@ -36,6 +40,28 @@ class Clock:
         self.moments.append((ended, now))
         if len(self.moments) > MAX_TIMESTAMPS:
             self._add_up(MAX_TIMESTAMPS // 2)  # long past, so nothing is waited for
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Start the clock."""
+        self.is_gpu = trainer.strategy.root_device.type == "cuda"
+        self.mark("start")
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """The batch is here."""
+        self.mark("data")
+
+    def on_before_backward(self, *_: Any) -> None:
+        """The forward pass is done."""
+        self.mark("forward")
+
+    def on_after_backward(self, *_: Any) -> None:
+        """The backward pass, and with several ranks the exchange, is done."""
+        self.mark("communication" if self.is_exchanging else "backward")
+        self.is_exchanging = False
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """The optimizer has moved the weights."""
+        self.mark("optimizer")
 
     # torch compares annotations with its types, and here they would be strings
     def mark_gradients(self, state, bucket):  # type: ignore[no-untyped-def]
@@ -63,3 +89,18 @@ class Clock:
         for (_, start), (ended, stop) in pairwise(old):
             self.seconds[ended] += start.elapsed_time(stop) / 1000 if self.is_gpu else stop - start
         del self.moments[: count - 1]
+
+
+class WaitForData(pl.Callback):
+    """The last of the callbacks: from here on the next batch is waited for.
+
+    Args:
+        clock: gets the moment.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """All other callbacks are done."""
+        self.clock.mark("callbacks")

@@ -391,6 +391,14 @@ def test_the_rate_never_passes_its_peak() -> None:
         OptimSettings(warmup_epochs=None).warmup_steps(5, 100)
 
 
+def test_the_rate_stays_constant_until_the_cooldown_where_that_is_asked_for() -> None:
+    task = make()
+    task.optim.lr_schedule = "wsd"
+    task.optim.cooldown_fraction = 0.5
+    assert [task.lr_at(step) for step in (task.warmup_steps, 49)] == [task.peak_lr] * 2
+    assert task.lr_at(75) < task.peak_lr
+
+
 def test_a_run_shorter_than_its_recipe_still_trains_its_prototypes() -> None:
     assert make({"freeze_last_layer": 2}).frozen_steps == 10
     assert make({"freeze_last_layer": 1000}).frozen_steps == 25  # a quarter of 100

@@ -12,7 +12,8 @@ from sslvit.layouts import mae as layout
 from sslvit.models import ViTEncoder
 from sslvit.models.mae import MAEModel, mask_of, normalize_patches, num_visible, patchify, random_masking, unpatchify
 from sslvit.models.transformer import Block
-from sslvit.optim import layer_decay_groups, layer_of, warmup_cosine
+from sslvit.optim import layer_decay_groups, warmup_cosine
+from sslvit.optim.groups import layer_of
 from sslvit.run_plan import RunPlan
 from sslvit.settings import EncoderSettings, MAESettings, OptimSettings
 from sslvit.tasks.mae import MAE

@@ -16,7 +16,6 @@ import sslvit
 from sslvit.cli import main
 from sslvit.models.networks import given_backbone
 from sslvit.settings import EncoderSettings
-from sslvit.settings.load import load_recipe
 from sslvit.train.folder import RunFolder
 from sslvit.train.planning import plan
 
@@ -184,7 +183,7 @@ def test_dino_trains_a_network_by_its_name(shards, tmp_path) -> None:
 
 def test_a_run_of_a_module_is_planned(shards) -> None:
     with given_backbone(Tiny):
-        found = plan(load_recipe("dino/digits", {**DINO, "encoder.backbone": "own"}), None, 30)
+        found = plan("dino/digits", images=30, **{**DINO, "encoder.backbone": "own"})
     assert found.forecast.encoder == sum(value.numel() for value in Tiny().parameters())
     assert found.forecast.flops_per_image > 0
 

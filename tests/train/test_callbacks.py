@@ -18,7 +18,7 @@ from sslvit.train.callbacks.ledger import Ledger
 from sslvit.train.folder import RunFolder
 from sslvit.train.timing import Clock
 
-BEFORE = ["StepTimes", "Peers", "Ledger", "Incidents", "Health"]
+BEFORE = ["Clock", "Peers", "Ledger", "Incidents", "Health"]
 AFTER = ["RunLog", "Page", "Checkpoints", "Preemption", "WaitForData"]
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_object", "broadcast", "broadcast_object_list", "barrier")
 

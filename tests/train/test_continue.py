@@ -14,7 +14,6 @@ from run_fixtures import TINY, TINY_DINO
 from sklearn.datasets import load_sample_images
 
 import sslvit
-from sslvit.api import read_settings
 from sslvit.checkpoint import load_encoder, save_encoder
 from sslvit.cli import main
 from sslvit.commands.training import PretrainOptions, wants_requeue
@@ -25,6 +24,7 @@ from sslvit.reports.demo import pack_digits
 from sslvit.run_plan import RunPlan
 from sslvit.settings import EncoderSettings
 from sslvit.settings.load import load_recipe, takes_init
+from sslvit.train.prepare import read_settings
 
 # nothing of which a recipe or a default says
 ODD = EncoderSettings(

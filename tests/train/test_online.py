@@ -20,7 +20,7 @@ from sslvit.evaluate.linear import fit_probe
 from sslvit.evaluate.sources import Features
 from sslvit.models import ViTEncoder
 from sslvit.settings import load
-from sslvit.train.callbacks.scoring import ScoringCallback, evaluating
+from sslvit.train.callbacks.scoring import ScoringCallback, scored_copy
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_a_look_gives_back_the_mode_of_every_part() -> None:
 
     module = Task(torch.nn.Linear(2, 2), torch.nn.Dropout())
     module[1].eval()
-    with evaluating(module):
+    with scored_copy(module):
         assert not any(part.training for part in module.modules())
         assert not torch.is_grad_enabled()
     assert [part.training for part in module.modules()] == [True, True, False]

@@ -24,11 +24,10 @@ from sslvit.settings.load import load_recipe
 from sslvit.stopping import RankLost
 from sslvit.tasks.base import Task
 from sslvit.train.callbacks.peers import Peers
-from sslvit.train.callbacks.step_times import WaitForData
 from sslvit.train.checkpoint_io import AtomicCheckpointIO
 from sslvit.train.folder import RunFolder
 from sslvit.train.strategies import is_peer_failure, make_strategy
-from sslvit.train.timing import Clock
+from sslvit.train.timing import Clock, WaitForData
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no accelerator is found.*")
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_object", "broadcast", "broadcast_object_list", "barrier")

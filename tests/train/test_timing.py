@@ -18,9 +18,8 @@ from sslvit.tasks import task_class
 from sslvit.train import forecast
 from sslvit.train.callbacks.base import mean_over_ranks
 from sslvit.train.callbacks.run_log import RunLog
-from sslvit.train.callbacks.step_times import StepTimes, WaitForData
 from sslvit.train.folder import RunFolder
-from sslvit.train.timing import MAX_TIMESTAMPS, PARTS, Clock
+from sslvit.train.timing import MAX_TIMESTAMPS, PARTS, Clock, WaitForData
 
 PAUSE = 0.25
 
@@ -161,13 +160,12 @@ def test_gradients_that_are_exchanged_after_the_last_are_communication(monkeypat
     monkeypatch.setattr("sslvit.train.timing.allreduce_hook", lambda group, bucket: "averaged")
     monkeypatch.setattr("sslvit.train.timing.distributed.group", SimpleNamespace(WORLD=None))
     clock = Clock()
-    times = StepTimes(clock)
     clock.mark("start")
     for seconds, happens in (
-        (1, times.on_train_batch_start), (2, times.on_before_backward),
+        (1, clock.on_train_batch_start), (2, clock.on_before_backward),
         (4, lambda: clock.mark_gradients(None, SimpleNamespace(is_last=lambda: False))),
         (8, lambda: clock.mark_gradients(None, SimpleNamespace(is_last=lambda: True))),
-        (16, times.on_after_backward), (32, times.on_train_batch_end), (64, WaitForData(clock).on_train_batch_end),
+        (16, clock.on_after_backward), (32, clock.on_train_batch_end), (64, WaitForData(clock).on_train_batch_end),
     ):  # fmt: skip
         watch.now += seconds
         happens()

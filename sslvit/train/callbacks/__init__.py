@@ -17,10 +17,9 @@ from sslvit.train.callbacks.peers import Peers
 from sslvit.train.callbacks.preemption import Preemption
 from sslvit.train.callbacks.run_log import RunLog
 from sslvit.train.callbacks.scoring import scoring
-from sslvit.train.callbacks.step_times import StepTimes, WaitForData
 from sslvit.train.folder import RunFolder
 from sslvit.train.forecast import mfu_per_throughput
-from sslvit.train.timing import Clock
+from sslvit.train.timing import Clock, WaitForData
 
 
 def make_callbacks(
@@ -32,14 +31,14 @@ def make_callbacks(
         settings: What runs.
         folder: The run's folder.
         data: The training data.
-        clock: Is told where a step's time goes.
+        clock: Knows where a step's time goes, and is the first of them.
         others: The user's.
     """
     run, train, index = data.run, settings.train, data.index
     waits_every = (train.log_every, train.checkpoint_every, STEPS_BETWEEN_COUNTS)
     peers = Peers(folder, waits_every, run.total_steps, train.timeout_seconds, index.fingerprint())
     return [
-        StepTimes(clock),  # first: what the others take is not the optimizer's time
+        clock,  # first: what the others take is not the optimizer's time
         peers,  # before anything waits for the device, which a lost rank would make endless
         Ledger(
             folder, index, data.plan, settings.data.max_unreadable_fraction, settings.data.ledger

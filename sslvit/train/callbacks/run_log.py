@@ -13,7 +13,6 @@ from sslvit.run_plan import RunPlan
 from sslvit.tasks.base import Task
 from sslvit.train.callbacks.base import StepCallback, mean_over_ranks
 from sslvit.train.folder import RunFolder, append_lines
-from sslvit.train.loggers import log_numbers
 from sslvit.train.timing import Clock
 
 logger = logging.getLogger(__name__)
@@ -79,7 +78,8 @@ class RunLog(StepCallback):
         numbers = {name: value for name, value in line.items() if name not in (*module.records, "step")}
         if self.step % self.every:  # after the last step Lightning sends the task's records only if they are due
             numbers |= {name: line[name] for name in module.records}
-        log_numbers(trainer, numbers, self.step)
+        for tracker in trainer.loggers:
+            tracker.log_metrics(numbers, step=self.step)
         self.last = now
         self._show(line)
 

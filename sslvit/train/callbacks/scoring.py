@@ -30,11 +30,12 @@ from sslvit.evaluate.linear import fit_probe
 from sslvit.evaluate.probe import check_classes, open_labeled
 from sslvit.evaluate.sources import LabeledSet, NoScore, frozen, full_float32
 from sslvit.files import to_json, write_atomically
+from sslvit.models.backbone import evaluating
 from sslvit.ranks import broadcast_from_rank0, is_first_rank
 from sslvit.settings import ProbeSettings, RunSettings, SupervisedSettings
 from sslvit.tasks.base import Task
 from sslvit.train.callbacks.base import StepCallback
-from sslvit.train.folder import RunFolder
+from sslvit.train.folder import RunFolder, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -42,16 +43,11 @@ IMAGES_AT_ONCE = 256
 
 
 @contextmanager
-def evaluating(module: Task) -> Iterator[Task]:
+def scored_copy(module: Task) -> Iterator[Task]:
     """All weights in evaluation mode, in full float32; afterwards every part and torch's stream of chance as before."""
-    was_training = {part: part.training for part in module.modules()}
-    try:
-        # a loader draws its workers' seed when it starts
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), full_float32():
-            yield module.gather_full_copy().eval()
-    finally:
-        for part, training in was_training.items():
-            part.training = training
+    # a loader draws its workers' seed when it starts
+    with evaluating(module), torch.no_grad(), torch.random.fork_rng(devices=[]), full_float32():
+        yield module.gather_full_copy()
 
 
 class ScoringCallback(StepCallback):
@@ -71,7 +67,7 @@ class ScoringCallback(StepCallback):
         """Score when it is due, and record the scores."""
         if self.step % self.every and self.step != self.total_steps:
             return
-        with evaluating(module) as full:
+        with scored_copy(module) as full:
             try:
                 found = self.scores(trainer, full)
             except NoScore as error:  # on all ranks alike
@@ -152,12 +148,11 @@ class Validation(ScoringCallback):
         Raises:
             NoScore: it fails again. The weights are saved, and a resume comes here.
         """
-        if trainer.global_step != self.total_steps or broadcast_from_rank0(
-            self.folder.scored_step() == self.total_steps
-        ):
+        scored_step = (read_json(self.folder.scores) or {}).get("step")
+        if trainer.global_step != self.total_steps or broadcast_from_rank0(scored_step == self.total_steps):
             return
         self.step = self.total_steps
-        with evaluating(module) as full:
+        with scored_copy(module) as full:
             self.scores(trainer, full)
 
     def write(self, found: Accuracy) -> None:

@@ -142,15 +142,15 @@ FAULTS = [
     Fault(
         "Hidden patches are looked up among the visible ones",
         ENCODER,
-        "gather_tokens(hidden[:, :, None], visible)[:, :, 0]",
-        "hidden[:, : tokens.shape[1]]",
+        "gather_tokens(hidden[:, :, None], visible)",
+        "hidden[:, : tokens.shape[1], None]",
         OURS,
     ),
     Fault(
         "The mask token stands where patches are visible",
         ENCODER,
-        "torch.where(is_hidden[:, :, None], ",
-        "torch.where(~is_hidden[:, :, None], ",
+        "torch.where(is_hidden, self",
+        "torch.where(~is_hidden, self",
         OURS,
     ),
     Fault(
@@ -643,8 +643,8 @@ FAULTS = [
     Fault(
         "The bias of visible patches is that of the first ones",
         POSITIONS,
-        "index = layout.visible",
-        "index = index[: layout.visible.shape[1]].expand_as(layout.visible)",
+        "None else layout.visible",
+        "None else every[: layout.visible.shape[1]].expand_as(layout.visible)",
         OURS,
     ),
     Fault(
@@ -656,16 +656,20 @@ FAULTS = [
     ),
     # ---- one vector per image, other sizes
     Fault(
-        "The mean is over class token and registers too", POOLING, "tokens[:, prefix:].mean(1)", "tokens.mean(1)", OURS
+        "The mean is over class token and registers too",
+        ENCODER,
+        "tokens[:, self.prefix :].mean(1)",
+        "tokens.mean(1)",
+        OURS,
     ),
     Fault(
         "The mean leaves out the class token only",
-        POOLING,
-        "tokens[:, prefix:].mean(1)",
-        "tokens[:, min(prefix, 1) :].mean(1)",
+        ENCODER,
+        "tokens[:, self.prefix :].mean(1)",
+        "tokens[:, min(self.prefix, 1) :].mean(1)",
         OURS,
     ),
-    Fault("The class token is the last token", POOLING, "return tokens[:, 0]", "return tokens[:, -1]", GOLDEN),
+    Fault("The class token is the last token", ENCODER, "pooled = tokens[:, 0]", "pooled = tokens[:, -1]", GOLDEN),
     Fault(
         "Attention pooling takes keys for values",
         POOLING,

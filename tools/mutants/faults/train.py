@@ -18,7 +18,7 @@ FOLDER, TIMING, FORECAST = "sslvit/train/folder.py", "sslvit/train/timing.py", "
 FAKE_STEP, MICRO_BATCH = "sslvit/train/fake_step.py", "sslvit/train/micro_batch.py"
 CALLBACKS = "sslvit/train/callbacks"
 INCIDENTS, SCORING, HEALTH = f"{CALLBACKS}/incidents.py", f"{CALLBACKS}/scoring.py", f"{CALLBACKS}/health.py"
-RUN_LOG, LEDGERS, STEP_TIMES = f"{CALLBACKS}/run_log.py", f"{CALLBACKS}/ledger.py", f"{CALLBACKS}/step_times.py"
+RUN_LOG, LEDGERS = f"{CALLBACKS}/run_log.py", f"{CALLBACKS}/ledger.py"
 
 DROPOUT, STEPS = "tests/train/test_dropout.py", "tests/train/test_steps.py"
 TIMES, LEDGER = "tests/train/test_timing.py", "tests/train/test_ledger.py"
@@ -258,8 +258,8 @@ FAULTS = [
           (f"{TIMES}::test_elapsed_seconds_go_on_where_a_run_was_stopped",)),
     Fault("The times of a line are those of all its steps", RUN_LOG,
           "value / done for value in", "value for value in", (TIMES,)),
-    Fault("The wait for other ranks counts as the backward pass", STEP_TIMES,
-          '"communication" if self.clock.is_exchanging else "backward"', '"backward"', (TIMES,)),
+    Fault("The wait for other ranks counts as the backward pass", TIMING,
+          '"communication" if self.is_exchanging else "backward"', '"backward"', (TIMES,)),
     Fault("The backward pass ends with the first bucket", TIMING,
           "        if bucket.is_last():\n", "        if not self.is_exchanging:\n", (TIMES,)),
     Fault("MFU is not divided by the devices of a machine", FORECAST,
@@ -295,7 +295,7 @@ FAULTS = [
     Fault("train.keep_last keeps one more", CHECKPOINT_IO,
           "named[-keep_last:]", "named[-keep_last - 1 :]", (KEPT,)),
     Fault("train.keep_every is ignored", CHECKPOINT_IO,
-          "if not (keep_every and number % keep_every == 0)]", "]", (KEPT,)),
+          "is_for_good = keep_every and named_step(path) % keep_every == 0", "is_for_good = False", (KEPT,)),
     Fault("A writer in the background sees later steps", CHECKPOINT_IO,
           'value.detach().to("cpu", copy=True)', 'value.detach().to("cpu")', (KEPT,)),
     Fault("No checkpoint is written after the last step", f"{CALLBACKS}/checkpoints.py",
