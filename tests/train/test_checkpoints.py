@@ -309,6 +309,10 @@ def test_going_on_reads_a_checkpoint_once_and_into_no_memory(tmp_path: Path, ran
         write_shards(last, ranks, "00000003-a", weights, 3)
     for path in (last, *(tmp_path / "shards").rglob("*.pt")):
         os.utime(path, (0, 0))  # written long ago
+    small = tmp_path / "small.ckpt"  # what a first reading imports and keeps
+    write_checkpoint({"global_step": 3, "state_dict": {"w": weights[:9]}}, small)
+    check_checkpoint(small)
+    read_checkpoint(small, mmap=True)
     read, memory = usage()
     check_checkpoint(last)
     head = read_checkpoint(last, mmap=True, map_location="meta")

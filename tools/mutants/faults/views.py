@@ -56,8 +56,8 @@ FAULTS = [
     Fault(
         "Evaluation sees a random crop",
         "sslvit/data/loader.py",
-        "encoder_views(encoder, view or center_view(encoder), seed)",
-        "encoder_views(encoder, view or CropSettings(), seed)",
+        "    view = view or center_view(encoder)\n",
+        "    view = view or CropSettings()\n",
         ("tests/data/test_loader.py",),
     ),
     Fault(
@@ -960,8 +960,8 @@ FAULTS = [
     Fault(
         "The seed of an evaluation's chance is ignored",
         "sslvit/data/loader.py",
-        "center_view(encoder), seed)\n    batches",
-        "center_view(encoder))\n    batches",
+        "views = encoder_views(encoder, view, seed)",
+        "views = encoder_views(encoder, view)",
         ("tests/data/test_loader.py",),
     ),
     Fault(
@@ -995,8 +995,8 @@ FAULTS = [
     Fault(
         "One image is seen through the whole box",
         "sslvit/data/loader.py",
-        "views = encoder_views(encoder, center_view(encoder))",
-        "views = encoder_views(encoder, CenterSettings())",
+        "    views = encoder_views(encoder)\n",
+        "    views = encoder_views(encoder, CenterSettings())\n",
         ("tests/data/test_loader.py", "tests/data/test_views.py", "tests/data/test_resample.py"),
     ),
     Fault(
