@@ -656,8 +656,8 @@ FAULTS = [
     Fault(
         "Neighboring views get each other's colors",
         "sslvit/data/views.py",
-        "torch.cat(draws)",
-        "torch.cat(draws[::-1])",
+        "torch.cat(theirs)",
+        "torch.cat(theirs[::-1])",
         ("tests/data/test_color.py",),
     ),
     Fault(
@@ -1016,15 +1016,15 @@ FAULTS = [
     Fault(
         "Colors are changed twice",
         "sslvit/data/module.py",
-        "pixels = color_jitter(pixels, torch.cat(draws))",
-        "pixels = color_jitter(color_jitter(pixels, torch.cat(draws)), torch.cat(draws))",
+        "jitter_views(batch.views, batch.colors, self.normalize)",
+        "jitter_views(jitter_views(batch.views, batch.colors), batch.colors, self.normalize)",
         ("tests/data/test_loader.py",),
     ),
     Fault(
         "Colors of the device are never changed",
         "sslvit/data/module.py",
-        "            if draws:\n",
-        "            if False:\n",
+        "jitter_views(batch.views, batch.colors, self.normalize)",
+        "jitter_views(batch.views, None, self.normalize)",
         ("tests/data/test_loader.py",),
     ),
     Fault(
