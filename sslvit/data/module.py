@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import pytorch_lightning as pl
@@ -16,7 +17,7 @@ from sslvit.data.mixture import Index, Plan
 from sslvit.data.on_device import DeviceBatches, DeviceLoader, Prefetcher
 from sslvit.data.open import open_data, open_shards
 from sslvit.data.reader import ShardReader, fits_in_memory
-from sslvit.data.resample import SMALL_SIDE, Normalization
+from sslvit.data.resample import SMALL_SIDE, normalize
 from sslvit.data.stream import StreamBatches, StreamIndex
 from sslvit.data.views import Views, jitter_views
 from sslvit.environment import pick_workers
@@ -48,7 +49,6 @@ class ShardDataModule(pl.LightningDataModule):
         self.index, self.settings, self.encoder = index, settings, encoder
         self.plan, self.run, self.val = plan, run, val
         self.views = encoder_views(encoder, settings.view, plan.seed, fill=encoder.mean)
-        self.normalize = Normalization(encoder.mean, encoder.std)
         self.start_step = 0
         self.reader: ShardReader | None = None
         if settings.cache_on_device not in ("auto", False) and (reason := self._cannot_cache()):
@@ -172,7 +172,8 @@ class ShardDataModule(pl.LightningDataModule):
 
     def prepare(self, batch: Batch) -> Batch:
         """Colors and units as the encoder takes them, on the batch's device."""
-        batch.views, batch.colors = jitter_views(batch.views, batch.colors, self.normalize), None
+        normalized = partial(normalize, mean=self.encoder.mean, std=self.encoder.std)
+        batch.views, batch.colors = jitter_views(batch.views, batch.colors, normalized), None
         return batch
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:

@@ -1016,15 +1016,15 @@ FAULTS = [
     Fault(
         "Colors are changed twice",
         "sslvit/data/module.py",
-        "jitter_views(batch.views, batch.colors, self.normalize)",
-        "jitter_views(jitter_views(batch.views, batch.colors), batch.colors, self.normalize)",
+        "jitter_views(batch.views, batch.colors, normalized)",
+        "jitter_views(jitter_views(batch.views, batch.colors), batch.colors, normalized)",
         ("tests/data/test_loader.py",),
     ),
     Fault(
         "Colors of the device are never changed",
         "sslvit/data/module.py",
-        "jitter_views(batch.views, batch.colors, self.normalize)",
-        "jitter_views(batch.views, None, self.normalize)",
+        "jitter_views(batch.views, batch.colors, normalized)",
+        "jitter_views(batch.views, None, normalized)",
         ("tests/data/test_loader.py",),
     ),
     Fault(
@@ -1282,8 +1282,8 @@ FAULTS = [
     Fault(
         "The mean travels with every view",
         "sslvit/data/resample.py",
-        "if view.device not in self.constants:",
-        "if True:",
+        "@lru_cache(maxsize=8)",
+        "@lru_cache(maxsize=0)",
         ("tests/data/test_on_device.py",),
     ),
 ]
