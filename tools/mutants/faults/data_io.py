@@ -420,8 +420,8 @@ FAULTS = [
     Fault(
         "A worker waits for what another fetches ahead",
         "sslvit/data/remote.py",
-        "shard.sha256, wait=False)",
-        "shard.sha256)",
+        "size, sha256, wait=False)",
+        "size, sha256)",
         (f"{REMOTE_CACHE}::test_every_worker_fetches_ahead_what_the_others_do_not",),
     ),
     Fault(
