@@ -14,8 +14,9 @@ from sslvit.data import hugging_face
 from sslvit.data.header import BadImage
 from sslvit.data.labels import NO_LABEL
 from sslvit.data.preprocess import encoded
-from sslvit.data.python_data import Samples, check_dataset, look_at
+from sslvit.data.python_data import check_dataset, look_at
 from sslvit.data.python_labels import find_labels
+from sslvit.data.python_samples import Samples
 from sslvit.data.sources import ImageSource, Sample
 from sslvit.environment import require_packages
 from sslvit.files import printable
