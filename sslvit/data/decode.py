@@ -24,13 +24,9 @@ from sslvit.data.header import (
     open_image,
     read_header,
     read_tiff,
+    simplejpeg,
 )
 from sslvit.data.orientation import turn
-
-try:  # 1.4 times as many JPEGs per second as PIL, with the same pixels
-    import simplejpeg
-except ImportError:
-    simplejpeg = None
 
 MAX_UINT16 = 65_535  # value of a pixel of 16 bits
 REDUCTIONS = (8, 4, 2)  # at which a JPEG can be decoded without computing all of its pixels
