@@ -114,7 +114,7 @@ def remove_stale_parts(path: str | Path) -> None:
     path = Path(path)
     for part in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
         number = part.name.removeprefix(f"{path.name}.").removesuffix(".part")
-        if number.isdecimal() and int(number) != os.getpid() and not _is_running(int(number)):
+        if number.isdecimal() and int(number) != os.getpid() and not is_running(int(number)):
             part.unlink(missing_ok=True)
 
 
@@ -144,7 +144,8 @@ def check_new_arrays(path: str | Path | None) -> None:
     check_new(path)
 
 
-def _is_running(process: int) -> bool:
+def is_running(process: int) -> bool:
+    """Whether there is a process of this number on this machine, whoever's it is."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
