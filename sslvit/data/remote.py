@@ -264,10 +264,6 @@ def _length(path: Path) -> int:
 
 def _touch(path: Path) -> bool:
     """Whether the file is there; if so it was used just now."""
-    try:
+    with suppress(OSError):  # someone else's file may be there, only its time cannot be set
         os.utime(path)
-    except FileNotFoundError:
-        return False
-    except OSError:  # someone else's file: it is there, only its time cannot be set
-        return True
-    return True
+    return os.path.exists(path)
