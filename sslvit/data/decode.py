@@ -45,19 +45,14 @@ class Scratch:
         return self.memory
 
 
-def find_problem(content: bytes, header: Header, fully: bool = False) -> str:
-    """What is wrong with the pixels of an image whose header is right, or nothing.
+def check_whole(content: bytes, header: Header, fully: bool = False) -> None:
+    """Raise BadImage for an image whose header is right and whose pixels are not.
 
     Whether a file is whole is asked of its end, which takes no time. It is decoded `fully` only on demand, or without
     a proper end.
     """
-    if not fully and has_end_marker(content):
-        return ""
-    try:
+    if fully or not has_end_marker(content):
         decode_pixels(content, header.channels, header.bits, header=header)
-    except BadImage as error:
-        return str(error)
-    return ""
 
 
 def decode(
