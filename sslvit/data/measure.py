@@ -47,8 +47,7 @@ class Measured:
         if self.images and channels != self.channels:
             return
         moments = moments_of(decode_pixels(content, channels, header.bits, header=header))
-        self.moments = (np.array(self.moments) + moments if self.images else moments).tolist()
-        self.channels, self.images = channels, self.images + 1
+        self.add(Measured(moments.tolist(), channels, images=1))
 
     def add(self, other: Measured) -> None:
         """Add the properties of other images."""
