@@ -385,8 +385,8 @@ FAULTS = [
     Fault(
         "The most recently used shard goes first",
         "sslvit/data/cache_folder.py",
-        "in sorted(files):",
-        "in sorted(files, reverse=True):",
+        "kept[file].st_mtime):",
+        "kept[file].st_mtime, reverse=True):",
         (f"{REMOTE_CACHE}::test_the_longest_unused_shard_goes_first",),
     ),
     Fault(
