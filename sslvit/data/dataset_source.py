@@ -14,7 +14,7 @@ from sslvit.data import hugging_face
 from sslvit.data.header import BadImage
 from sslvit.data.labels import NO_LABEL
 from sslvit.data.preprocess import encoded
-from sslvit.data.python_data import check_dataset, look_at
+from sslvit.data.python_data import look_at, samples_of
 from sslvit.data.python_labels import find_labels
 from sslvit.data.python_samples import Samples
 from sslvit.data.sources import ImageSource, Sample
@@ -58,10 +58,7 @@ def dataset_source(dataset: Any, label_column: str | None = None) -> ImageSource
     Raises:
         ValueError: not map-style, or no images in it.
     """
-    check_dataset(dataset)
-    samples = Samples(dataset)
-    if hugging_face.is_hugging_face(dataset):
-        samples.dataset = hugging_face.plain_columns(dataset, label_column)
+    samples = samples_of(dataset, label_column)
     *_, examples = look_at(samples)
     labels = find_labels(samples, examples, reads_samples=True)
     source, size = DatasetImages(samples), _usual_size(samples)

@@ -114,11 +114,15 @@ def is_dataset(data: Any) -> bool:
     return not is_names
 
 
-def check_dataset(dataset: Any) -> None:
-    """Refuse what gives no samples by number.
+def samples_of(dataset: Any, label_column: str | None = None) -> Samples:
+    """The samples of a data set, by number; of a table of Hugging Face, the columns of image and label.
+
+    Args:
+        dataset: A map-style data set.
+        label_column: Column of labels in a table; None for the one that its type or name tells.
 
     Raises:
-        ValueError: it does not; the message says what does.
+        ValueError: it gives no samples by number; the message says what does.
     """
     kind = type(dataset).__name__
     if isinstance(dataset, DataLoader):
@@ -133,6 +137,7 @@ def check_dataset(dataset: Any) -> None:
         )
     if not len(dataset):
         raise ValueError(f"{kind}: no images in it.")
+    return Samples(plain_columns(dataset, label_column) if is_hugging_face(dataset) else dataset)
 
 
 def python_index(dataset: Any) -> PythonIndex:
@@ -147,10 +152,7 @@ def python_index(dataset: Any) -> PythonIndex:
         ValueError: not map-style, none of the images that are looked at can be read, or they differ from one reading to
             the next.
     """
-    check_dataset(dataset)
-    source = Samples(dataset)
-    if is_hugging_face(dataset):
-        source.dataset = plain_columns(dataset)
+    source = samples_of(dataset)
     measured, digest, examples = look_at(source)
     kind, count = printable(source.kind), len(source)
     labels = find_labels(source, examples, reads_samples=False)
