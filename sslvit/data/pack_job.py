@@ -41,9 +41,9 @@ class PackJob:
     samples: SampleTable
     folder: Path
     settings: PackSettings
-    keys: Texts = field(default_factory=lambda: Texts([]))
-    order: np.ndarray = field(default_factory=lambda: np.empty(0, int))
-    starts: np.ndarray = field(default_factory=lambda: np.zeros(1, int))
+    keys: Texts = field(init=False)
+    order: np.ndarray = field(init=False)
+    starts: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
         self.keys = Texts(_unique_keys(self.samples))

@@ -58,9 +58,6 @@ class Texts:
         self.starts = np.cumsum([0, *map(len, encoded)])
         self.content = b"".join(encoded)
 
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
     def __getitem__(self, number: int) -> str:
         start, end = self.starts[number], self.starts[number + 1]
         return self.content[start:end].decode("utf-8", "surrogateescape")
