@@ -347,15 +347,15 @@ FAULTS = [
     Fault(
         "RandAugment shears the wrong axis",
         "sslvit/data/augment.py",
-        '"shear_x": _affine(0, 1, 0.3',
-        '"shear_x": _affine(1, 0, 0.3',
+        '"shear_x": partial(_affine, row=0, column=1',
+        '"shear_x": partial(_affine, row=1, column=0',
         ("tests/data/test_augment.py",),
     ),
     Fault(
         "RandAugment shifts by shares of the width both ways",
         "sslvit/data/augment.py",
-        "image.size[row] if is_of_side",
-        "image.size[0] if is_of_side",
+        "image.size[row] if column == 2",
+        "image.size[0] if column == 2",
         ("tests/data/test_augment.py",),
     ),
     Fault(
