@@ -247,10 +247,8 @@ def sets_below(folder: Path) -> list[Path]:
 
 def common_prefix_length(names: Iterable[str]) -> int:
     """Characters of the names of all shards up to the last slash before which they are alike."""
-    folders = {name[: name.rfind("/") + 1] for name in names}
-    first, last = min(folders), max(folders)  # what these share, all share
-    differs = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
-    return first.rfind("/", 0, next(differs, min(len(first), len(last)))) + 1
+    folders = [name[: name.rfind("/") + 1] for name in names]
+    return os.path.commonprefix(folders).rfind("/") + 1  # noqa: RUF071 addresses are no paths
 
 
 def unlisted_warning(index: ShardIndex) -> str:
