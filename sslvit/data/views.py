@@ -144,8 +144,6 @@ def by_epoch(make: Callable[[int, np.ndarray], np.ndarray], samples: np.ndarray,
     """make(epoch, samples) for each epoch that occurs (a mixture's sources differ), in the rows' own order."""
     rows_of_epoch = {int(epoch): epochs == epoch for epoch in np.unique(epochs)}
     made = [(rows, make(epoch, samples[rows])) for epoch, rows in rows_of_epoch.items()]
-    if len(made) == 1:
-        return made[0][1]
     whole = np.empty((len(samples), *made[0][1].shape[1:]), made[0][1].dtype)
     for rows, values in made:
         whole[rows] = values
