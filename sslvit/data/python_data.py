@@ -101,10 +101,6 @@ class PythonIndex(ShardIndex):
         """Return nothing: there are no files."""
         return {}
 
-    def unlisted(self) -> list[str]:
-        """Return nothing: there are no files."""
-        return []
-
 
 def is_dataset(data: Any) -> bool:
     """Whether data is given as an object, and not by names."""
