@@ -74,8 +74,7 @@ class PythonIndex(ShardIndex):
         Raises:
             ValueError: these images have none.
         """
-        if self.classes is None:
-            self.read_labels()
+        self.read_labels()
         if self.classes is None:
             reason = f" ({self.label_note})" if self.label_note else ""
             raise ValueError(

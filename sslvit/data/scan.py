@@ -39,8 +39,7 @@ class ShardReport:
         records: Records of its samples.
         measured: properties of its images.
         skipped: images that were skipped, with the reason.
-        labels: what the label of each sample says, where it still has to become a number; then the label of a record
-            is its index in this list.
+        labels: what the label of each sample says, where it still has to become a number.
         fields: Number of members besides the images, by field.
     """
 
@@ -196,7 +195,6 @@ def number_reports(location: str, reports: list[ShardReport], requested: str | N
             logger.info(
                 f"{location}: the .{others[0]} members are not used as labels; to use them: --labels {others[0]}"
             )
-        _clear_labels(reports)
         return None
     try:
         if requested is None and fields["txt"] and not fields["cls"] and len(set(texts)) > samples / 2:
@@ -206,7 +204,6 @@ def number_reports(location: str, reports: list[ShardReport], requested: str | N
         if requested:
             raise ValueError(f"--labels {requested}: {error}. Leave it out to index them without labels.") from error
         logger.info(f"{location}: {error}; they are not used")
-        _clear_labels(reports)
         return None
     names = [text for text in set(texts) if not text.isdecimal()]
     if names and len(names) < len(set(texts)):
@@ -217,11 +214,6 @@ def number_reports(location: str, reports: list[ShardReport], requested: str | N
     for report in reports:
         report.records["label"] = [number_of[text] for text in report.labels]
     return classes
-
-
-def _clear_labels(reports: list[ShardReport]) -> None:
-    for report in reports:
-        report.records["label"] = NO_LABEL
 
 
 def scan_shard(path: Path, shards: int = 1, options: IndexOptions | None = None) -> ShardReport:
@@ -242,14 +234,12 @@ def scan_shard(path: Path, shards: int = 1, options: IndexOptions | None = None)
             members.read(path.name)
     images, skipped = choose_images(members, path.name, options.image)
     labels = members.labels(images, options.labels)
-    rows = [(image.offset, image.size, number) for number, image in enumerate(images)]
-    records = np.array(rows, RECORD)
+    records = np.array([(image.offset, image.size, NO_LABEL) for image in images], RECORD)
     measured, unreadable = measure_shard(path, records, shards, options.orientation != "stored")
     for row, reason in unreadable.items():
         skipped[f"{path.name}/{images[row].name}"] = reason
     kept = [row for row in range(len(records)) if row not in unreadable]
     records, labels = records[kept], [labels[row] for row in kept]
-    records["label"] = np.arange(len(records)) if any(labels) else NO_LABEL
     shard = Shard(path.name, len(records), length, sha256_of(path))
     return ShardReport(
         shard, records, measured, members.skipped | skipped, labels if any(labels) else [], members.fields
