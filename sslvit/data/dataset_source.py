@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +72,8 @@ def _usual_size(samples: Samples) -> int:
     """About how many bytes an image takes."""
     source, sizes = DatasetImages(samples), []
     for item in np.unique(np.linspace(0, len(samples) - 1, min(SIZED, len(samples))).astype(int)):
-        try:
+        with suppress(BadImage):
             sizes.append(len(source.read(int(item))))
-        except BadImage:
-            continue
     return int(np.mean(sizes)) if sizes else 0
 
 
