@@ -104,24 +104,24 @@ def index_shards(folder: str | Path, workers: int | None = None, options: IndexO
         except ValueError as error:
             raise ValueError(f"{printable(folder)}: {error}.") from error
     options, earlier = options or IndexOptions(), _earlier_index(Path(folder))
-    if options.orientation is None and earlier.get("orientation") == "stored":
+    if options.orientation is None and earlier is not None and earlier.orientation == "stored":
         options = replace(options, orientation="stored")
     index = index_names(str(folder), names, lambda name: Path(folder) / name, workers, options)
-    known = earlier.get("classes") or []  # names that packing wrote; the tars know their numbers
-    if index.classes and all(name.isdecimal() for name in index.classes) and len(known) >= len(index.classes):
-        index.classes = known
-    index.encoding = earlier.get("encoding", "")
+    if earlier is not None:
+        known = earlier.classes or []  # names that packing wrote; the tars know their numbers
+        if index.classes and all(name.isdecimal() for name in index.classes) and len(known) >= len(index.classes):
+            index.classes = known
+        index.encoding = earlier.encoding
     index.save()
     return index
 
 
-def _earlier_index(folder: Path) -> dict[str, Any]:
-    """What an earlier index says that the tars do not; nothing if it is missing or damaged."""
+def _earlier_index(folder: Path) -> ShardIndex | None:
+    """The earlier index, which says what the tars do not; None if it is missing or damaged."""
     try:
-        earlier = load_index(folder)
+        return load_index(folder)
     except (FileNotFoundError, ValueError):
-        return {}
-    return {"classes": earlier.classes, "encoding": earlier.encoding, "orientation": earlier.orientation}
+        return None
 
 
 def _compressed_hint(folder: Path) -> str:
