@@ -12,6 +12,7 @@ import reprlib
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ REMEDIES = {
     errno.ENOTDIR: "Check the path.",
     errno.EISDIR: "It is a folder; give a file.",
 }
+WRITTEN_AS = {".png": "a picture is written as PNG", ".npz": "features are written as .npz"}  # by suffix
 MAX_PRINTED = 200  # characters of a name from a file in a message
 MAX_VALUE = 60  # characters of a value in a message
 _SHORT = reprlib.Repr()  # never looks at the whole of a large value
@@ -114,14 +116,16 @@ def remove_stale_parts(path: str | Path) -> None:
     path = Path(path)
     for part in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
         number = part.name.removeprefix(f"{path.name}.").removesuffix(".part")
-        if number.isdecimal() and int(number) != os.getpid() and not _is_running(int(number)):
+        if number.isdecimal() and int(number) != os.getpid() and not is_running(int(number)):
             part.unlink(missing_ok=True)
 
 
-def check_new(path: str | Path | None) -> None:
-    """Refuse, before any work, a file that could not be written or would replace another."""
+def check_new(path: str | Path | None, suffix: str | None = None) -> None:
+    """Refuse, before any work, a file that could not be written, would replace another, or has not this suffix."""
     if path is None:
         return
+    if suffix is not None and Path(path).suffix != suffix:
+        raise ValueError(f"{path}: {WRITTEN_AS[suffix]}. Choose a name that ends in {suffix}.")
     if Path(path).exists():
         raise ValueError(f"{path}: already exists. Choose another file.")
     if not Path(path).parent.is_dir():
@@ -130,21 +134,12 @@ def check_new(path: str | Path | None) -> None:
         raise ValueError(f"{path}: its folder cannot be written to. Choose another.")
 
 
-def check_new_picture(path: str | Path | None) -> None:
-    """check_new for a picture."""
-    if path is not None and Path(path).suffix != ".png":
-        raise ValueError(f"{path}: a picture is written as PNG. Choose a name that ends in .png.")
-    check_new(path)
+check_new_picture = partial(check_new, suffix=".png")
+check_new_arrays = partial(check_new, suffix=".npz")
 
 
-def check_new_arrays(path: str | Path | None) -> None:
-    """check_new for features."""
-    if path is not None and Path(path).suffix != ".npz":
-        raise ValueError(f"{path}: features are written as .npz. Choose a name that ends in .npz.")
-    check_new(path)
-
-
-def _is_running(process: int) -> bool:
+def is_running(process: int) -> bool:
+    """Whether there is a process of this number on this machine, whoever's it is."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -90,10 +90,8 @@ def is_locked(path: str | Path) -> bool:
         return False
     try:
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # a file system without locks
-        return False
+    except OSError as error:  # others are of a file system without locks
+        return isinstance(error, BlockingIOError)
     finally:
         os.close(handle)
     return False

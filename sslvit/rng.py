@@ -10,16 +10,17 @@ import random
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 if TYPE_CHECKING:  # settings and plans draw without torch
     from torch import Tensor
 
-GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)
-MULTIPLIERS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+GOLDEN_RATIO = 0x9E3779B97F4A7C15 - 2**64  # as int64: torch has no products of uint64
+MULTIPLIERS = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
 MAX_COLUMNS = 1 << 20
+Cells = TypeVar("Cells", np.ndarray, "Tensor")
 
 
 def generator(*key: int | str) -> np.random.Generator:
@@ -76,13 +77,8 @@ def uniform(key: tuple[int | str, ...], rows: np.ndarray, columns: int) -> np.nd
     Returns:
         float64, (len(rows), columns).
     """
-    start = _first_cell(key, columns)
-    place = np.asarray(rows, np.uint64)[:, None] * np.uint64(MAX_COLUMNS) + np.arange(columns, dtype=np.uint64)
-    mixed: np.ndarray = start + (place + np.uint64(1)) * GOLDEN_RATIO  # wraps around, as it should
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * MULTIPLIERS[0]
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * MULTIPLIERS[1]
-    mixed ^= mixed >> np.uint64(31)
-    return (mixed >> np.uint64(11)) * 2.0**-53
+    cells = np.asarray(rows, np.int64)[:, None] * MAX_COLUMNS + np.arange(1, columns + 1)
+    return _split_mix(key, cells, columns).astype(np.float64) * 2.0**-53
 
 
 def uniform_on(key: tuple[int | str, ...], rows: Tensor, columns: int) -> Tensor:
@@ -98,27 +94,21 @@ def uniform_on(key: tuple[int | str, ...], rows: Tensor, columns: int) -> Tensor
     """
     import torch
 
-    place = rows[:, None] * MAX_COLUMNS + torch.arange(1, columns + 1, device=rows.device)
-    mixed = place * _signed(GOLDEN_RATIO) + _signed(_first_cell(key, columns))  # wraps around, as in uint64
-    mixed = (mixed ^ _shifted(mixed, 30)) * _signed(MULTIPLIERS[0])
-    mixed = (mixed ^ _shifted(mixed, 27)) * _signed(MULTIPLIERS[1])
-    mixed = mixed ^ _shifted(mixed, 31)
-    return _shifted(mixed, 11).double() * 2.0**-53
+    cells = rows[:, None] * MAX_COLUMNS + torch.arange(1, columns + 1, device=rows.device)
+    return _split_mix(key, cells, columns).double() * 2.0**-53
 
 
-def _first_cell(key: tuple[int | str, ...], columns: int) -> np.uint64:
-    """The sequence's start for a key."""
+def _split_mix(key: tuple[int | str, ...], cells: Cells, columns: int) -> Cells:
+    """53 random bits for each cell of a key's table, int64; products wrap around, as those of uint64 would."""
     if columns > MAX_COLUMNS:
         raise ValueError(f"{columns} columns are more than a row of this table has ({MAX_COLUMNS}).")
-    return np.uint64(_sequence(key).generate_state(1, np.uint64)[0])
+    mixed = cells * GOLDEN_RATIO + int(_sequence(key).generate_state(1, np.uint64).view(np.int64)[0])
+    mixed = (mixed ^ _shifted(mixed, 30)) * MULTIPLIERS[0]
+    mixed = (mixed ^ _shifted(mixed, 27)) * MULTIPLIERS[1]
+    return _shifted(mixed ^ _shifted(mixed, 31), 11)
 
 
-def _signed(value: np.uint64) -> int:
-    """The int64 of the same bits: torch has no products of uint64."""
-    return int(value.astype(np.int64))
-
-
-def _shifted(values: Tensor, bits: int) -> Tensor:
+def _shifted(values: Cells, bits: int) -> Cells:
     """Shifted to the right with zeros coming in: that of int64 would repeat the sign."""
     return (values >> bits) & ((1 << (64 - bits)) - 1)
 

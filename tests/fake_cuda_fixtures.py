@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sslvit.data.resample import _normalization
+from sslvit.data.resample import _scale_and_shift
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 UNSETTLED = torch.device("meta")  # made inside an operation, which in truth makes it where its inputs lie
@@ -223,14 +223,14 @@ class _Names(TorchFunctionMode):
 def on_fake_cuda() -> Iterator[Whereabouts]:
     """While this is open, `cuda:0` is a device that tensors can be moved to."""
     where = Whereabouts()
-    _normalization.cache_clear()  # constants that lie on another device that is not there, or would remain on this one
+    _scale_and_shift.cache_clear()  # those that lie on another device that is not there, or would remain on this one
     try:
         with ExitStack() as modes:
             modes.enter_context(_Names(where))
             modes.enter_context(_Operations(where))
             yield where
     finally:
-        _normalization.cache_clear()
+        _scale_and_shift.cache_clear()
 
 
 class _Event:

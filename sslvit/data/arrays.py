@@ -55,11 +55,7 @@ def array_source(
     convert = _conversion_of(path, array, convert, notes)
     if axes_order == "nchw":
         array = array.transpose(0, 2, 3, 1)
-    try:
-        samples = _with_time(array_samples(array, numbers, convert=convert), path)
-    except ValueError as error:
-        raise ValueError(f"{printable(path)}: {error}") from error
-    return ImageSource(samples, classes, notes=notes)
+    return ImageSource(_samples(path, array, numbers, convert), classes, notes=notes)
 
 
 def idx_source(path: Path) -> ImageSource:
@@ -81,14 +77,15 @@ def idx_source(path: Path) -> ImageSource:
             notes.append(f"labels: {printable(file.name)}")
         except NotClasses as error:
             raise ValueError(f"{printable(file)}: {error}.") from error
+    return ImageSource(_samples(path, images, numbers), classes, notes=notes)
+
+
+def _samples(path: Path, images: np.ndarray, labels: list[int] | None, convert: str | None = None) -> list[Sample]:
+    """Samples with the time of the file that holds them all."""
     try:
-        return ImageSource(_with_time(array_samples(images, numbers), path), classes, notes=notes)
+        samples = array_samples(images, labels, convert=convert)
     except ValueError as error:
         raise ValueError(f"{printable(path)}: {error}") from error
-
-
-def _with_time(samples: list[Sample], path: Path) -> list[Sample]:
-    """Samples with the time of the file that holds them all."""
     modified = os.stat(path).st_mtime_ns
     for sample in samples:
         sample.modified_ns = modified

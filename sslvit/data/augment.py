@@ -8,6 +8,7 @@ those without a strength. Translations, rotations, shears and enhancements take 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -26,25 +27,20 @@ def _rotate(image: Image.Image, strength: float, sign: int, fill: Fill, resample
     return image.rotate(sign * 30 * strength, resample, fillcolor=fill)
 
 
-def _affine(row: int, column: int, limit: float, is_of_side: bool) -> Callable[..., Image.Image]:
+def _affine(
+    image: Image.Image, strength: float, sign: int, fill: Fill, resample: Image.Resampling, *, row: int, column: int,
+    limit: float,
+) -> Image.Image:  # fmt: skip
     """One coefficient of the map from output to input pixels: a shear, or a shift by a fraction of the side."""
-
-    def change(image: Image.Image, strength: float, sign: int, fill: Fill, resample: Image.Resampling) -> Image.Image:
-        matrix = np.eye(2, 3)
-        matrix[row, column] = sign * limit * strength * (image.size[row] if is_of_side else 1)
-        coefficients = tuple(matrix.ravel().tolist())
-        return image.transform(image.size, Image.Transform.AFFINE, coefficients, resample, fillcolor=fill)
-
-    return change
+    matrix = np.eye(2, 3)
+    matrix[row, column] = sign * limit * strength * (image.size[row] if column == 2 else 1)  # column 2 is the shift
+    coefficients = tuple(matrix.ravel().tolist())
+    return image.transform(image.size, Image.Transform.AFFINE, coefficients, resample, fillcolor=fill)
 
 
-def _enhance(enhancer: type) -> Callable[..., Image.Image]:
+def _enhance(enhancer: type, image: Image.Image, strength: float, sign: int, *_: object) -> Image.Image:
     """Away from the image as it is (a factor of 1), to either side."""
-
-    def change(image: Image.Image, strength: float, sign: int, fill: Fill, resample: Image.Resampling) -> Image.Image:
-        return enhancer(image).enhance(1 + sign * 0.9 * strength)
-
-    return change
+    return enhancer(image).enhance(1 + sign * 0.9 * strength)
 
 
 def _posterize(image: Image.Image, strength: float, *_: object) -> Image.Image:
@@ -66,14 +62,14 @@ OPERATIONS: dict[str, Callable[..., Image.Image]] = {  # (image, strength 0..1, 
     "posterize": _posterize,
     "solarize": lambda image, strength, *_: ImageOps.solarize(image, 256 - int(256 * strength)),
     "solarize_add": _solarize_add,
-    "color": _enhance(ImageEnhance.Color),
-    "contrast": _enhance(ImageEnhance.Contrast),
-    "brightness": _enhance(ImageEnhance.Brightness),
-    "sharpness": _enhance(ImageEnhance.Sharpness),
-    "shear_x": _affine(0, 1, 0.3, is_of_side=False),
-    "shear_y": _affine(1, 0, 0.3, is_of_side=False),
-    "translate_x": _affine(0, 2, 0.45, is_of_side=True),
-    "translate_y": _affine(1, 2, 0.45, is_of_side=True),
+    "color": partial(_enhance, ImageEnhance.Color),
+    "contrast": partial(_enhance, ImageEnhance.Contrast),
+    "brightness": partial(_enhance, ImageEnhance.Brightness),
+    "sharpness": partial(_enhance, ImageEnhance.Sharpness),
+    "shear_x": partial(_affine, row=0, column=1, limit=0.3),
+    "shear_y": partial(_affine, row=1, column=0, limit=0.3),
+    "translate_x": partial(_affine, row=0, column=2, limit=0.45),
+    "translate_y": partial(_affine, row=1, column=2, limit=0.45),
 }
 NAMES = list(OPERATIONS)
 

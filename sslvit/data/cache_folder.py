@@ -79,7 +79,7 @@ class CacheFolder:
 
     def _evict(self, size: int, keep: Path) -> int:
         """Delete what need not be kept until `size` more fits, and some more; returns how much is in use."""
-        sizes: dict[Path, tuple[float, int]] = {}
+        kept: dict[Path, os.stat_result] = {}
         used, now, locks = 0, time.time(), []
         for file, about in self.files():
             kind = file.suffix if file.suffix in (".part", ".lock", ".bad") else ""
@@ -96,26 +96,24 @@ class CacheFolder:
                 else:
                     used += about.st_size
             else:
-                sizes[file] = about.st_mtime, about.st_size
+                kept[file] = about
         for lock in locks:
             file = lock.with_suffix("")
             if file == keep:
                 continue
             reserved = _reserved(lock)
-            if not reserved and file not in sizes:  # it may have come just now
+            if not reserved and file not in kept:  # it may have come just now
                 with suppress(OSError):
-                    about = file.stat()
-                    sizes[file] = about.st_mtime, about.st_size
+                    kept[file] = file.stat()
             used += reserved
-        files = [(time_used, length, file) for file, (time_used, length) in sizes.items()]
-        used += sum(length for _, length, _ in files)
+        used += sum(about.st_size for about in kept.values())
         if used + size <= self.limit:
             return used
-        for _, length, file in sorted(files):
+        for file in sorted(kept, key=lambda file: kept[file].st_mtime):
             if used + size <= max(EVICT_DOWN_TO * self.limit, size):
                 break
             if file != keep and _unlink(file):
-                used -= length
+                used -= kept[file].st_size
         return used
 
     def files(self) -> Iterator[tuple[Path, os.stat_result]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from sslvit.data import hugging_face
 from sslvit.data.header import BadImage
 from sslvit.data.labels import NO_LABEL
 from sslvit.data.preprocess import encoded
-from sslvit.data.python_data import Samples, check_dataset, look_at
+from sslvit.data.python_data import look_at, samples_of
 from sslvit.data.python_labels import find_labels
+from sslvit.data.python_samples import Samples
 from sslvit.data.sources import ImageSource, Sample
 from sslvit.environment import require_packages
 from sslvit.files import printable
@@ -57,10 +59,7 @@ def dataset_source(dataset: Any, label_column: str | None = None) -> ImageSource
     Raises:
         ValueError: not map-style, or no images in it.
     """
-    check_dataset(dataset)
-    samples = Samples(dataset)
-    if hugging_face.is_hugging_face(dataset):
-        samples.dataset = hugging_face.plain_columns(dataset, label_column)
+    samples = samples_of(dataset, label_column)
     *_, examples = look_at(samples)
     labels = find_labels(samples, examples, reads_samples=True)
     source, size = DatasetImages(samples), _usual_size(samples)
@@ -73,10 +72,8 @@ def _usual_size(samples: Samples) -> int:
     """About how many bytes an image takes."""
     source, sizes = DatasetImages(samples), []
     for item in np.unique(np.linspace(0, len(samples) - 1, min(SIZED, len(samples))).astype(int)):
-        try:
+        with suppress(BadImage):
             sizes.append(len(source.read(int(item))))
-        except BadImage:
-            continue
     return int(np.mean(sizes)) if sizes else 0
 
 

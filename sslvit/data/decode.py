@@ -24,13 +24,9 @@ from sslvit.data.header import (
     open_image,
     read_header,
     read_tiff,
+    simplejpeg,
 )
 from sslvit.data.orientation import turn
-
-try:  # 1.4 times as many JPEGs per second as PIL, with the same pixels
-    import simplejpeg
-except ImportError:
-    simplejpeg = None
 
 MAX_UINT16 = 65_535  # value of a pixel of 16 bits
 REDUCTIONS = (8, 4, 2)  # at which a JPEG can be decoded without computing all of its pixels
@@ -49,19 +45,14 @@ class Scratch:
         return self.memory
 
 
-def find_problem(content: bytes, header: Header, fully: bool = False) -> str:
-    """What is wrong with the pixels of an image whose header is right, or nothing.
+def check_whole(content: bytes, header: Header, fully: bool = False) -> None:
+    """Raise BadImage for an image whose header is right and whose pixels are not.
 
     Whether a file is whole is asked of its end, which takes no time. It is decoded `fully` only on demand, or without
     a proper end.
     """
-    if not fully and has_end_marker(content):
-        return ""
-    try:
+    if fully or not has_end_marker(content):
         decode_pixels(content, header.channels, header.bits, header=header)
-    except BadImage as error:
-        return str(error)
-    return ""
 
 
 def decode(

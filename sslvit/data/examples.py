@@ -53,10 +53,8 @@ class Examples:
         if not isinstance(index, StreamIndex) and not index.is_remote:
             reader = ShardReader(index, index.channels, 0)
             for sample in np.unique(np.linspace(0, len(index) - 1, min(count, len(index))).astype(int)):
-                try:
+                with suppress(BadImage, ReadError):  # a run says what it cannot read
                     contents.append(reader.read(int(sample)))
-                except (BadImage, ReadError):
-                    continue  # a run says what it cannot read
         return cls(index.location, len(index), classes, contents)
 
     @classmethod
@@ -79,11 +77,9 @@ class Examples:
         """Heights and widths in pixels of the images that can be read."""
         sizes = []
         for content in self.contents:
-            try:
+            with suppress(BadImage):
                 header = read_header(content)
-            except BadImage:
-                continue
-            sizes.append((header.height, header.width))
+                sizes.append((header.height, header.width))
         return sizes
 
     @property

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from sslvit.files import WriteError, printable, write_atomically
+from sslvit.files import WriteError, is_running, printable, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -98,11 +98,5 @@ def _identity(process: int) -> str:
     try:
         began = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
-        try:
-            os.kill(process, 0)
-            began = "unknown"
-        except ProcessLookupError:
-            began = "ended"
-        except PermissionError:
-            began = "unknown"
+        began = "unknown" if is_running(process) else "ended"
     return f"{process} {began}"

@@ -17,13 +17,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
 from urllib.parse import quote
 
 import numpy as np
 
 from sslvit.data.header import BadImage
 from sslvit.data.records import check_digest, check_labels, is_url, load_records, save_records, sha256_of
+from sslvit.data.remote import ShardCache
 from sslvit.data.schema import FORMAT, INDEX_FIELDS, checked_index, parse_json
 from sslvit.files import printable, write_atomically
 
@@ -39,19 +39,6 @@ class Shard:
     samples: int
     bytes: int
     sha256: str
-
-
-class Cache(Protocol):
-    """A place on this machine for shards from the network (remote.ShardCache)."""
-
-    def shard(self, address: str, shard: Shard) -> Path:
-        """Return a shard's file, which is fetched first where it is not here."""
-
-    def fetch_if_free(self, address: str, shard: Shard) -> bool:
-        """Fetch a shard ahead of its use; False if another process or thread is fetching it."""
-
-    def path_of(self, address: str, sha256: str | None = None) -> Path:
-        """Return where a file is kept, whether or not it is here."""
 
 
 @dataclass
@@ -87,7 +74,7 @@ class ShardIndex:
     encoding: str = ""
     orientation: str = "upright"
     skipped: dict[str, str] = field(default_factory=dict)
-    cache: Cache | None = None
+    cache: ShardCache | None = None
     cached_in: str = ""
 
     def __post_init__(self) -> None:
@@ -151,13 +138,13 @@ class ShardIndex:
 
     def shard_path(self, shard: int) -> Path:
         """Return the tar file on this machine; one from the network is fetched first."""
-        address = self.address(shard)
-        return self.cache.shard(address, self.shards[shard]) if self.cache and is_url(address) else Path(address)
+        address, file = self.address(shard), self.shards[shard]
+        return self.cache.get(address, file.bytes, file.sha256) if self.cache and is_url(address) else Path(address)
 
     def fetch_if_free(self, shard: int) -> bool:
         """Fetch a tar file from the network ahead of its use; False if another process or thread is fetching it."""
-        address = self.address(shard)
-        return not (self.cache and is_url(address)) or self.cache.fetch_if_free(address, self.shards[shard])
+        address, file = self.address(shard), self.shards[shard]
+        return not (self.cache and is_url(address)) or self.cache.fetch_if_free(address, file.bytes, file.sha256)
 
     def local_path(self, shard: int) -> Path:
         """Return where the tar file is if it is here; nothing is fetched."""
@@ -260,10 +247,8 @@ def sets_below(folder: Path) -> list[Path]:
 
 def common_prefix_length(names: Iterable[str]) -> int:
     """Characters of the names of all shards up to the last slash before which they are alike."""
-    folders = {name[: name.rfind("/") + 1] for name in names}
-    first, last = min(folders), max(folders)  # what these share, all share
-    differs = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
-    return first.rfind("/", 0, next(differs, min(len(first), len(last)))) + 1
+    folders = [name[: name.rfind("/") + 1] for name in names]
+    return os.path.commonprefix(folders).rfind("/") + 1  # noqa: RUF071 addresses are no paths
 
 
 def unlisted_warning(index: ShardIndex) -> str:

@@ -47,12 +47,10 @@ class ShardCheck:
 
     def add(self, other: ShardCheck) -> None:
         """Add the findings on another shard."""
-        for name in ("damaged", "corrupt", "large"):
+        for name in ("damaged", "corrupt", "large", "sizes", "modes"):
             getattr(self, name).update(getattr(other, name))
         for digest, samples in other.digests.items():
             self.digests.setdefault(digest, []).extend(samples)
-        self.sizes.update(other.sizes)
-        self.modes.update(other.modes)
 
     @property
     def duplicates(self) -> list[list[int]]:

@@ -6,6 +6,7 @@ import bisect
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -190,10 +191,7 @@ class TrainingBatches(Dataset[Batch]):
 
     def __getitem__(self, number: int) -> Batch:
         samples, epochs, first_row, size = self.rows(number)
-
-        def substitutes(row: int) -> Iterable[tuple[int, int]]:
-            return self.substitutes(number, row)
-
+        substitutes = partial(self.substitutes, number)
         return make_batch(
             self.reader, self.views, samples, epochs, first_row=first_row, size=size, substitutes=substitutes
         )

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sslvit.data.decode import decode_pixels, find_problem
+from sslvit.data.decode import check_whole, decode_pixels
 from sslvit.data.header import MODES, BadImage, Content, Header, read_header
 from sslvit.settings.data import MAX_PIXELS
 
@@ -47,8 +47,7 @@ class Measured:
         if self.images and channels != self.channels:
             return
         moments = moments_of(decode_pixels(content, channels, header.bits, header=header))
-        self.moments = (np.array(self.moments) + moments if self.images else moments).tolist()
-        self.channels, self.images = channels, self.images + 1
+        self.add(Measured(moments.tolist(), channels, images=1))
 
     def add(self, other: Measured) -> None:
         """Add the properties of other images."""
@@ -110,8 +109,8 @@ def measure_shard(
             content = os.pread(file.fileno(), int(record["size"]), int(record["offset"]))
             try:
                 header = read_header(content, max_pixels, upright)
-                if not is_checked and (problem := find_problem(content, header)):
-                    raise BadImage(problem)
+                if not is_checked:
+                    check_whole(content, header)
                 if row in sampled:
                     measured.measure(content, header)
                 measured.count(header)

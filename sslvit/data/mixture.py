@@ -58,23 +58,23 @@ class JoinedIndex:
 
     def locate(self, sample: int) -> tuple[int, int, int]:
         """Return the number of the shard, and offset and length of the sample's image in it."""
-        number, local = self._source_of(sample)
+        number, local = _position(self.first_sample, sample)
         shard, offset, size = self.sources[number].locate(local)
         return int(self.first_shard[number]) + shard, offset, size
 
     def shard_path(self, shard: int) -> Path:
         """Return the shard's file on this machine."""
-        source, local = self._source_of_shard(shard)
-        return source.shard_path(local)
+        number, local = _position(self.first_shard, shard)
+        return self.sources[number].shard_path(local)
 
     def fetch_if_free(self, shard: int) -> bool:
         """Fetch a shard ahead of its use; False if another process or thread is fetching it."""
-        source, local = self._source_of_shard(shard)
-        return source.fetch_if_free(local)
+        number, local = _position(self.first_shard, shard)
+        return self.sources[number].fetch_if_free(local)
 
     def key(self, sample: int) -> str:
         """Return a sample's readable name, with its data set."""
-        number, local = self._source_of(sample)
+        number, local = _position(self.first_sample, sample)
         return f"{self.sources[number].location}/{self.sources[number].key(local)}"
 
     def labels_of(self, samples: np.ndarray) -> np.ndarray:
@@ -97,20 +97,18 @@ class JoinedIndex:
 
     def shard_label(self, shard: int) -> str:
         """Return a shard's readable name, with its data set."""
-        source, local = self._source_of_shard(shard)
-        return f"{source.location}/{source.shard_label(local)}"
+        number, local = _position(self.first_shard, shard)
+        return f"{self.sources[number].location}/{self.sources[number].shard_label(local)}"
 
     def fingerprint(self) -> str:
         """Return a short name of the exact bytes of all shards."""
         return hashlib.sha256("".join(source.fingerprint() for source in self.sources).encode()).hexdigest()[:16]
 
-    def _source_of_shard(self, shard: int) -> tuple[ShardIndex, int]:
-        number = int(np.searchsorted(self.first_shard, shard, side="right")) - 1
-        return self.sources[number], shard - int(self.first_shard[number])
 
-    def _source_of(self, sample: int) -> tuple[int, int]:
-        number = int(np.searchsorted(self.first_sample, sample, side="right")) - 1
-        return number, int(sample - self.first_sample[number])
+def _position(firsts: np.ndarray, joined: int) -> tuple[int, int]:
+    """Which source has a sample or a shard of the joined numbers, and its number there."""
+    source = int(np.searchsorted(firsts, joined, side="right")) - 1
+    return source, int(joined - firsts[source])
 
 
 Index = ShardIndex | JoinedIndex  # a data set whose samples are read by number

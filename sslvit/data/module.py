@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import pytorch_lightning as pl
@@ -11,15 +12,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sslvit.data.batch import Batch
-from sslvit.data.color import color_jitter
 from sslvit.data.loader import Resolutions, TrainingBatches, encoder_views, evaluation_loader, make_batch
 from sslvit.data.mixture import Index, Plan
 from sslvit.data.on_device import DeviceBatches, DeviceLoader, Prefetcher
 from sslvit.data.open import open_data, open_shards
 from sslvit.data.reader import ShardReader, fits_in_memory
-from sslvit.data.resample import SMALL_SIDE, Normalization
+from sslvit.data.resample import SMALL_SIDE, normalize
 from sslvit.data.stream import StreamBatches, StreamIndex
-from sslvit.data.views import Views, by_size
+from sslvit.data.views import Views, jitter_views
 from sslvit.environment import pick_workers
 from sslvit.run_plan import RunPlan
 from sslvit.settings import DataSettings, EncoderSettings, RunSettings
@@ -49,7 +49,6 @@ class ShardDataModule(pl.LightningDataModule):
         self.index, self.settings, self.encoder = index, settings, encoder
         self.plan, self.run, self.val = plan, run, val
         self.views = encoder_views(encoder, settings.view, plan.seed, fill=encoder.mean)
-        self.normalize = Normalization(encoder.mean, encoder.std)
         self.start_step = 0
         self.reader: ShardReader | None = None
         if settings.cache_on_device not in ("auto", False) and (reason := self._cannot_cache()):
@@ -173,13 +172,8 @@ class ShardDataModule(pl.LightningDataModule):
 
     def prepare(self, batch: Batch) -> Batch:
         """Colors and units as the encoder takes them, on the batch's device."""
-        prepared: list[Tensor] = []
-        for same_size, draws in by_size(batch.views, batch.colors):
-            pixels = torch.cat(same_size) if len(same_size) > 1 else same_size[0]
-            if draws:
-                pixels = color_jitter(pixels, torch.cat(draws))
-            prepared += self.normalize(pixels).chunk(len(same_size))
-        batch.views, batch.colors = prepared, None
+        normalized = partial(normalize, mean=self.encoder.mean, std=self.encoder.std)
+        batch.views, batch.colors = jitter_views(batch.views, batch.colors, normalized), None
         return batch
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:

@@ -7,6 +7,7 @@ import glob
 import hashlib
 import logging
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -191,11 +192,8 @@ def _open_pattern(pattern: str, cache: ShardCache) -> ShardIndex:
     folder = names[0].rpartition("/")[0] or "."
     is_one_folder = all((name.rpartition("/")[0] or ".") == folder for name in names)
     if is_one_folder:
-        try:
+        with suppress(FileNotFoundError):  # no index there
             whole = _open_address(folder, cache) if is_url(folder) else load_index(folder)
-        except FileNotFoundError:
-            whole = None
-        if whole is not None:
             selected = _select_shards(whole, [name.rpartition("/")[2] for name in names])
             if selected is not None:
                 return selected
@@ -239,33 +237,26 @@ def _index_names(pattern: str, names: list[str], cache: ShardCache) -> ShardInde
             raise FileNotFoundError(f"data.shards: {name} does not exist (of {pattern}).")
         return path
 
-    def make() -> ShardIndex:
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".index.lock"):
+        reason = "shards without an index; indexing them once."
+        if (folder / "index.json").exists():
+            try:
+                return _read_cached(folder, pattern, cache)
+            except ValueError as error:
+                reason = f"the cached index of these shards is damaged, so they are indexed again ({error})"
+        logger.info(f"{printable(pattern)}: {reason}")
         index_names(pattern, names, path_of).save(folder)
-        index = _read_cached(folder, pattern)
+        index = _read_cached(folder, pattern, cache)
         for shard in index.shards:
             if is_url(shard.name):
                 cache.rename_to_digest(shard.name, shard.sha256)
         return index
 
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".index.lock"):
-        if not (folder / "index.json").exists():
-            logger.info(f"{printable(pattern)}: shards without an index; indexing them once.")
-            index = make()
-        else:
-            try:
-                index = _read_cached(folder, pattern)
-            except ValueError as error:
-                logger.info(
-                    f"{printable(pattern)}: the cached index of these shards is damaged, so they are indexed "
-                    f"again ({error})"
-                )
-                index = make()
-    return dataclasses.replace(index, cache=cache)
 
-
-def _read_cached(folder: Path, pattern: str) -> ShardIndex:
-    return read_index((folder / "index.json").read_bytes(), folder / "index.npy", pattern, cached_in=str(folder))
+def _read_cached(folder: Path, pattern: str, cache: ShardCache) -> ShardIndex:
+    content, records = (folder / "index.json").read_bytes(), folder / "index.npy"
+    return dataclasses.replace(read_index(content, records, pattern, cached_in=str(folder)), cache=cache)
 
 
 def _versions(names: list[str], cache: ShardCache) -> list[Any]:

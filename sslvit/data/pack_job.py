@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -41,9 +42,9 @@ class PackJob:
     samples: SampleTable
     folder: Path
     settings: PackSettings
-    keys: Texts = field(default_factory=lambda: Texts([]))
-    order: np.ndarray = field(default_factory=lambda: np.empty(0, int))
-    starts: np.ndarray = field(default_factory=lambda: np.zeros(1, int))
+    keys: Texts = field(init=False)
+    order: np.ndarray = field(init=False)
+    starts: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
         self.keys = Texts(_unique_keys(self.samples))
@@ -73,12 +74,10 @@ class PackJob:
             before = after = 0
             for position in trials:
                 sample = self.samples[self.order[position]]
-                try:
+                with suppress(BadImage, OSError):
                     content = sample.read()
                     after += len(store(content, sample.suffix, self.settings)[0])
                     before += len(content)
-                except (BadImage, OSError):
-                    continue
             sizes *= after / before if before else 1.0
         return np.ceil(sizes / BLOCK) * BLOCK + headers
 

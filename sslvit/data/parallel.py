@@ -33,12 +33,12 @@ def in_parallel(
     """
     numbers = list(range(jobs)) if isinstance(jobs, int) else jobs
     workers = min(workers or cpu_cores(), len(numbers))
-    context = multiprocessing.get_context("fork") if "fork" in multiprocessing.get_all_start_methods() else None
-    if workers <= 1 or context is None:
+    if workers <= 1:
         with track_counter(what, total, unit) as counter:
             for number in numbers:
                 yield job(number, counter.tick)
         return
+    context = multiprocessing.get_context("fork")
     done = context.Value("q", 0)
     others = multiprocessing.active_children()
     with ProcessPoolExecutor(workers, context, _start, (job, done)) as pool:

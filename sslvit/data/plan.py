@@ -60,7 +60,8 @@ class EpochPlan:
             raise ValueError(
                 f"data.lanes: {lanes} does not divide data.global_batch_size ({global_batch_size}). Use {divisors}."
             )
-        self.window = window_shards * math.ceil(self.samples / len(self.shard_samples))
+        windowed = window_shards * math.ceil(self.samples / len(self.shard_samples))
+        self.window = self.samples if self.is_whole else windowed
         self.per_lane = global_batch_size // self.lanes  # rows of a batch that come from one lane
         self.lane_length = self.steps_per_epoch * self.per_lane
         self._rings: dict[int, tuple[np.ndarray, np.ndarray, int]] = {}
@@ -117,13 +118,13 @@ class EpochPlan:
         """Return everything that decides the order."""
         return {
             "samples": self.samples, "global_batch_size": self.global_batch_size, "seed": self.seed,
-            "lanes": self.lanes, "window": self.samples if self.is_whole else self.window,
+            "lanes": self.lanes, "window": self.window,
         }  # fmt: skip
 
     def _samples_at(self, epoch: int, lane: int, positions: np.ndarray) -> np.ndarray:
         """Sample numbers at positions of a lane."""
         samples = np.empty(len(positions), np.int64)
-        windows = np.full(len(positions), 0) if self.is_whole else self._window_of(lane, positions)
+        windows = self._window_of(lane, positions)
         for window in np.unique(windows):
             in_window = windows == window
             begin, order = self._window_order(epoch, lane, int(window))
@@ -132,10 +133,7 @@ class EpochPlan:
 
     def _window_order(self, epoch: int, lane: int, window: int) -> tuple[int, np.ndarray]:
         """First position of a window in its lane, and its samples in their order. The latest of each lane is kept."""
-        if self.is_whole:
-            begin, stop = 0, self.samples
-        else:
-            begin, stop = self._window_range(lane, window)
+        begin, stop = self._window_range(lane, window)
         cached = self._windows.get(lane)
         if cached is not None and cached[0] == (epoch, window):
             return begin, cached[1]

@@ -21,11 +21,12 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from sslvit import rng
 from sslvit.data.header import BadImage, Content, read_header
+from sslvit.data.hugging_face import is_hugging_face, plain_columns
 from sslvit.data.index import Shard, ShardIndex
 from sslvit.data.labels import NO_LABEL
 from sslvit.data.measure import Measured
 from sslvit.data.python_labels import find_labels
-from sslvit.data.python_samples import as_content, image_and_label
+from sslvit.data.python_samples import Samples
 from sslvit.data.records import RECORD
 from sslvit.files import expand_path, printable
 from sslvit.settings.data import IN_WORDS, one_source
@@ -47,36 +48,7 @@ class MapDataset(Protocol):
         """A sample."""
 
 
-class Samples:
-    """A data set, of which a sample is asked by its number.
-
-    Args:
-        dataset: The user's.
-    """
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset, self.kind = dataset, type(dataset).__name__
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def read(self, item: int) -> tuple[Content, Any]:
-        """Return the image of a sample, and its label or None.
-
-        Raises:
-            BadImage: the data set raises whatever it does, or gives something that is no image.
-        """
-        try:
-            sample = self.dataset[item]
-        except MemoryError:
-            raise  # the machine's fault, and not the sample's
-        except Exception as error:
-            raise BadImage(f"{type(error).__name__}: {error}") from error
-        image, label = image_and_label(sample)
-        return as_content(image), label
-
-
-@dataclass
+@dataclass(kw_only=True)
 class PythonIndex(ShardIndex):
     """A data set given from Python, as one shard without a file: a record's `offset` is the number of its sample.
 
@@ -85,7 +57,7 @@ class PythonIndex(ShardIndex):
         label_note: Why labels that are there are not used; empty where none are there.
     """
 
-    source: Samples | None = None
+    source: Samples
     label_note: str = ""
 
     def read(self, sample: int) -> Content:
@@ -94,7 +66,6 @@ class PythonIndex(ShardIndex):
         Raises:
             BadImage: there is none.
         """
-        assert self.source is not None
         return self.source.read(int(self.records[sample]["offset"]))[0]
 
     def labels_of(self, samples: np.ndarray | slice) -> np.ndarray:
@@ -103,8 +74,7 @@ class PythonIndex(ShardIndex):
         Raises:
             ValueError: these images have none.
         """
-        if self.classes is None:
-            self.read_labels()
+        self.read_labels()
         if self.classes is None:
             reason = f" ({self.label_note})" if self.label_note else ""
             raise ValueError(
@@ -115,7 +85,6 @@ class PythonIndex(ShardIndex):
 
     def read_labels(self) -> None:
         """Read the samples for their labels, unless these are known."""
-        assert self.source is not None
         if self.classes is None and not self.label_note:
             *_, examples = look_at(self.source)
             found = find_labels(self.source, examples, reads_samples=True)
@@ -125,16 +94,11 @@ class PythonIndex(ShardIndex):
 
     def key(self, sample: int) -> str:
         """Return a sample's readable name."""
-        assert self.source is not None
         return f"{self.source.kind}[{int(self.records[sample]['offset'])}]"
 
     def missing_shards(self) -> dict[int, str]:
         """Return nothing: there are no files."""
         return {}
-
-    def unlisted(self) -> list[str]:
-        """Return nothing: there are no files."""
-        return []
 
 
 def is_dataset(data: Any) -> bool:
@@ -145,11 +109,15 @@ def is_dataset(data: Any) -> bool:
     return not is_names
 
 
-def check_dataset(dataset: Any) -> None:
-    """Refuse what gives no samples by number.
+def samples_of(dataset: Any, label_column: str | None = None) -> Samples:
+    """The samples of a data set, by number; of a table of Hugging Face, the columns of image and label.
+
+    Args:
+        dataset: A map-style data set.
+        label_column: Column of labels in a table; None for the one that its type or name tells.
 
     Raises:
-        ValueError: it does not; the message says what does.
+        ValueError: it gives no samples by number; the message says what does.
     """
     kind = type(dataset).__name__
     if isinstance(dataset, DataLoader):
@@ -164,6 +132,7 @@ def check_dataset(dataset: Any) -> None:
         )
     if not len(dataset):
         raise ValueError(f"{kind}: no images in it.")
+    return Samples(plain_columns(dataset, label_column) if is_hugging_face(dataset) else dataset)
 
 
 def python_index(dataset: Any) -> PythonIndex:
@@ -178,12 +147,7 @@ def python_index(dataset: Any) -> PythonIndex:
         ValueError: not map-style, none of the images that are looked at can be read, or they differ from one reading to
             the next.
     """
-    from sslvit.data.hugging_face import is_hugging_face, plain_columns
-
-    check_dataset(dataset)
-    source = Samples(dataset)
-    if is_hugging_face(dataset):
-        source.dataset = plain_columns(dataset)
+    source = samples_of(dataset)
     measured, digest, examples = look_at(source)
     kind, count = printable(source.kind), len(source)
     labels = find_labels(source, examples, reads_samples=False)

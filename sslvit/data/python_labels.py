@@ -5,30 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 
 from sslvit.data.header import BadImage
+from sslvit.data.hugging_face import is_hugging_face, label_column
 from sslvit.data.labels import NotClasses, Unlabeled, labels_in, number_labels
 from sslvit.data.parallel import in_parallel
+from sslvit.data.python_samples import Samples
 
 CHUNK_SAMPLES = 256  # that a process reads before it takes others
-
-
-class Readable(Protocol):
-    """Samples by number."""
-
-    dataset: Any
-    kind: str
-
-    def __len__(self) -> int:
-        """Number of samples."""
-
-    def read(self, item: int) -> tuple[Any, Any]:
-        """Image and label of a sample."""
 
 
 @dataclass
@@ -43,7 +32,7 @@ class Labels:
     note: str = ""
 
 
-def find_labels(source: Readable, examples: Mapping[int, Any], reads_samples: bool) -> Labels:
+def find_labels(source: Samples, examples: Mapping[int, Any], reads_samples: bool) -> Labels:
     """The labels of a data set.
 
     Args:
@@ -51,8 +40,6 @@ def find_labels(source: Readable, examples: Mapping[int, Any], reads_samples: bo
         examples: Labels of some samples, by number, as the samples themselves say.
         reads_samples: Read all samples where nothing lists their labels.
     """
-    from sslvit.data.hugging_face import is_hugging_face, label_column
-
     if is_hugging_face(source.dataset):
         found, names = label_column(source.dataset)
     else:
@@ -92,7 +79,7 @@ def listed_labels(dataset: Any) -> tuple[list[Any] | None, list[str] | None]:
     return list(found), list(names) if isinstance(names, (list, tuple)) else None
 
 
-def read_labels(source: Readable) -> list[Any]:
+def read_labels(source: Samples) -> list[Any]:
     """The label of every sample, which is read for it; the first one's for those that cannot be read."""
 
     def read_chunk(chunk: int, tick: Callable[[int], None]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""One sample of a data set that is given from Python -> its image, decoded or not, and its label.
+"""Samples of a data set that is given from Python -> their images, decoded or not, and their labels.
 
 An image is a PIL image, an array 'h w' or 'h w c', or a tensor 'h w' or 'c h w': of 8 or 16 bits, or of floating-point
 numbers from 0 to 1, which are rounded to 8 bits. It stands alone, before its label in a tuple, or in a dict.
@@ -24,6 +24,35 @@ from sslvit.files import brief, printable
 IMAGE_NAMES = ("image", "img", "images", "picture", "pixel_values", "pixels")  # of what holds the image in a dict
 MAX_AXIS_OF_CHANNELS = 4  # an axis up to this length, where the others are longer, is that of the channels
 FLOAT_MARGIN = 1e-3  # beyond 0 and 1, which arithmetic in float32 may leave
+
+
+class Samples:
+    """A data set, of which a sample is asked by its number.
+
+    Args:
+        dataset: The user's.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset, self.kind = dataset, type(dataset).__name__
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def read(self, item: int) -> tuple[Content, Any]:
+        """Return the image of a sample, and its label or None.
+
+        Raises:
+            BadImage: the data set raises whatever it does, or gives something that is no image.
+        """
+        try:
+            sample = self.dataset[item]
+        except MemoryError:
+            raise  # the machine's fault, and not the sample's
+        except Exception as error:
+            raise BadImage(f"{type(error).__name__}: {error}") from error
+        image, label = image_and_label(sample)
+        return as_content(image), label
 
 
 def image_and_label(sample: Any) -> tuple[Any, Any]:

@@ -6,7 +6,6 @@ import math
 import mmap
 import os
 import threading
-import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -132,7 +131,7 @@ class ShardReader:
             self.prefetcher is None or self.prefetcher.process != os.getpid()
         ):  # threads do not follow into a forked worker
             self.prefetcher = _Prefetcher(self.index)
-            weakref.finalize(self, self.prefetcher.stop)
+            weakref.finalize(self, self.prefetcher.stopped.set)
         self.prefetcher.wanted = shards
 
     def _open(self, shard: int) -> int:
@@ -218,22 +217,18 @@ class _Prefetcher:
         self.index = index
         self.wanted: list[int] = []
         self.done: set[int] = set()  # or under way
-        self.lock, self.process, self.is_stopped = threading.Lock(), os.getpid(), False
+        self.lock, self.process, self.stopped = threading.Lock(), os.getpid(), threading.Event()
         for _ in range(PREFETCH_THREADS):
             threading.Thread(target=self._work, daemon=True).start()
 
-    def stop(self) -> None:
-        self.is_stopped = True
-
     def _work(self) -> None:
-        while not self.is_stopped:
+        while not self.stopped.wait(0.05):
             left_to_others: set[int] = set()
             while (shard := self._next(left_to_others)) is not None:
                 with suppress(Exception):
                     if not self.index.fetch_if_free(shard):
                         left_to_others.add(shard)
                         self.done.discard(shard)  # tried again in the next round
-            time.sleep(0.05)
 
     def _next(self, left_to_others: set[int]) -> int | None:
         with self.lock:

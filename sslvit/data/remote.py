@@ -18,7 +18,6 @@ from pathlib import Path
 
 from sslvit.data.cache_folder import FAILURE_TTL_SECONDS, CacheFolder, disk_errors_named, locked
 from sslvit.data.header import BadImage
-from sslvit.data.index import Shard
 from sslvit.data.opener import RemoteError
 from sslvit.data.records import sha256_of
 from sslvit.data.transfer import Gone, RemoteFile, TryAgain
@@ -59,19 +58,9 @@ class ShardCache:
         """Where the files are, made and marked when first asked for."""
         return self.room.path
 
-    def shard(self, address: str, shard: Shard) -> Path:
-        """Return a shard's file on this machine.
-
-        Raises:
-            BadImage: the server does not have it, or what it has is not what the index describes.
-            RemoteError: the transfer failed again and again.
-            WriteError: the cache's disk is full or cannot be written to.
-        """
-        return self.get(address, shard.bytes, shard.sha256)
-
-    def fetch_if_free(self, address: str, shard: Shard) -> bool:
+    def fetch_if_free(self, address: str, size: int, sha256: str) -> bool:
         """Fetch a shard ahead of its use; False if another process or thread is fetching it."""
-        return self._get(address, shard.bytes, shard.sha256, wait=False) is not None
+        return self._get(address, size, sha256, wait=False) is not None
 
     def get(
         self, address: str, size: int | None = None, sha256: str | None = None, max_bytes: int | None = None,
@@ -85,6 +74,11 @@ class ShardCache:
             sha256: its checksum; without one it is fetched anew each time.
             max_bytes: more of it are not taken.
             expected: its length as the server tells it, for which room is made.
+
+        Raises:
+            BadImage: the server does not have it, or what it has is not what the index describes.
+            RemoteError: the transfer failed again and again.
+            WriteError: the cache's disk is full or cannot be written to.
         """
         path = self._get(address, size, sha256, max_bytes, expected)
         assert path is not None  # waited for
@@ -270,10 +264,6 @@ def _length(path: Path) -> int:
 
 def _touch(path: Path) -> bool:
     """Whether the file is there; if so it was used just now."""
-    try:
+    with suppress(OSError):  # someone else's file may be there, only its time cannot be set
         os.utime(path)
-    except FileNotFoundError:
-        return False
-    except OSError:  # someone else's file: it is there, only its time cannot be set
-        return True
-    return True
+    return os.path.exists(path)

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-CPU = torch.device("cpu")
 SMALL_SIDE = 96  # images up to this side are decoded once and resampled a batch at a time
 CHUNK_IMAGES = 128  # images that are resampled together: what they need fits the processor's cache
 CHUNK_FLOATS = 2**24  # pixels of images that are floats at the same time
@@ -282,31 +281,20 @@ def _compute_weights(
     return (weight / total).masked_fill_(is_black, 0)
 
 
-class Normalization:
-    """Pixels (0 to 255) -> float32 in units of the channel's deviation, on their device, where its constants stay.
+def normalize(view: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Pixels (0 to 255), 'b c h w' or 'c h w' -> float32 in units of the channel's deviation, on their device.
 
     Args:
+        view: The pixels.
         mean: Mean of each channel, of pixels from 0 to 1.
         std: Standard deviation of each.
     """
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        scale = 1 / (torch.tensor(std).view(-1, 1, 1) * 255)
-        self.constants = {CPU: torch.stack([scale, -255 * torch.tensor(mean).view(-1, 1, 1) * scale])}
-
-    def __call__(self, view: Tensor) -> Tensor:
-        """Normalize pixels 'b c h w' or 'c h w'."""
-        if view.device not in self.constants:
-            self.constants[view.device] = self.constants[CPU].to(view.device)
-        scale, shift = self.constants[view.device].unbind()
-        return view.to(torch.float32, copy=True).mul_(scale).add_(shift)
-
-
-def normalize(view: Tensor, mean: list[float], std: list[float]) -> Tensor:
-    """Normalize pixels 'b c h w' or 'c h w' on their device."""
-    return _normalization(tuple(mean), tuple(std))(view)
+    scale, shift = _scale_and_shift(tuple(mean), tuple(std), view.device)
+    return view.to(torch.float32, copy=True).mul_(scale).add_(shift)
 
 
 @lru_cache(maxsize=8)
-def _normalization(mean: tuple[float, ...], std: tuple[float, ...]) -> Normalization:
-    return Normalization(mean, std)
+def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, ...]:
+    """Constants that stay on the device of the pixels, sent there in one copy."""
+    scale = 1 / (torch.tensor(std).view(-1, 1, 1) * 255)
+    return torch.stack([scale, -255 * torch.tensor(mean).view(-1, 1, 1) * scale]).to(device).unbind()

@@ -39,8 +39,7 @@ class ShardReport:
         records: Records of its samples.
         measured: properties of its images.
         skipped: images that were skipped, with the reason.
-        labels: what the label of each sample says, where it still has to become a number; then the label of a record
-            is its index in this list.
+        labels: what the label of each sample says, where it still has to become a number.
         fields: Number of members besides the images, by field.
     """
 
@@ -105,24 +104,24 @@ def index_shards(folder: str | Path, workers: int | None = None, options: IndexO
         except ValueError as error:
             raise ValueError(f"{printable(folder)}: {error}.") from error
     options, earlier = options or IndexOptions(), _earlier_index(Path(folder))
-    if options.orientation is None and earlier.get("orientation") == "stored":
+    if options.orientation is None and earlier is not None and earlier.orientation == "stored":
         options = replace(options, orientation="stored")
     index = index_names(str(folder), names, lambda name: Path(folder) / name, workers, options)
-    known = earlier.get("classes") or []  # names that packing wrote; the tars know their numbers
-    if index.classes and all(name.isdecimal() for name in index.classes) and len(known) >= len(index.classes):
-        index.classes = known
-    index.encoding = earlier.get("encoding", "")
+    if earlier is not None:
+        known = earlier.classes or []  # names that packing wrote; the tars know their numbers
+        if index.classes and all(name.isdecimal() for name in index.classes) and len(known) >= len(index.classes):
+            index.classes = known
+        index.encoding = earlier.encoding
     index.save()
     return index
 
 
-def _earlier_index(folder: Path) -> dict[str, Any]:
-    """What an earlier index says that the tars do not; nothing if it is missing or damaged."""
+def _earlier_index(folder: Path) -> ShardIndex | None:
+    """The earlier index, which says what the tars do not; None if it is missing or damaged."""
     try:
-        earlier = load_index(folder)
+        return load_index(folder)
     except (FileNotFoundError, ValueError):
-        return {}
-    return {"classes": earlier.classes, "encoding": earlier.encoding, "orientation": earlier.orientation}
+        return None
 
 
 def _compressed_hint(folder: Path) -> str:
@@ -196,7 +195,6 @@ def number_reports(location: str, reports: list[ShardReport], requested: str | N
             logger.info(
                 f"{location}: the .{others[0]} members are not used as labels; to use them: --labels {others[0]}"
             )
-        _clear_labels(reports)
         return None
     try:
         if requested is None and fields["txt"] and not fields["cls"] and len(set(texts)) > samples / 2:
@@ -206,7 +204,6 @@ def number_reports(location: str, reports: list[ShardReport], requested: str | N
         if requested:
             raise ValueError(f"--labels {requested}: {error}. Leave it out to index them without labels.") from error
         logger.info(f"{location}: {error}; they are not used")
-        _clear_labels(reports)
         return None
     names = [text for text in set(texts) if not text.isdecimal()]
     if names and len(names) < len(set(texts)):
@@ -217,11 +214,6 @@ def number_reports(location: str, reports: list[ShardReport], requested: str | N
     for report in reports:
         report.records["label"] = [number_of[text] for text in report.labels]
     return classes
-
-
-def _clear_labels(reports: list[ShardReport]) -> None:
-    for report in reports:
-        report.records["label"] = NO_LABEL
 
 
 def scan_shard(path: Path, shards: int = 1, options: IndexOptions | None = None) -> ShardReport:
@@ -242,14 +234,12 @@ def scan_shard(path: Path, shards: int = 1, options: IndexOptions | None = None)
             members.read(path.name)
     images, skipped = choose_images(members, path.name, options.image)
     labels = members.labels(images, options.labels)
-    rows = [(image.offset, image.size, number) for number, image in enumerate(images)]
-    records = np.array(rows, RECORD)
+    records = np.array([(image.offset, image.size, NO_LABEL) for image in images], RECORD)
     measured, unreadable = measure_shard(path, records, shards, options.orientation != "stored")
     for row, reason in unreadable.items():
         skipped[f"{path.name}/{images[row].name}"] = reason
     kept = [row for row in range(len(records)) if row not in unreadable]
     records, labels = records[kept], [labels[row] for row in kept]
-    records["label"] = np.arange(len(records)) if any(labels) else NO_LABEL
     shard = Shard(path.name, len(records), length, sha256_of(path))
     return ShardReport(
         shard, records, measured, members.skipped | skipped, labels if any(labels) else [], members.fields

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import builtins
-import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, SupportsIndex
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -58,9 +57,6 @@ class Texts:
         self.starts = np.cumsum([0, *map(len, encoded)])
         self.content = b"".join(encoded)
 
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
     def __getitem__(self, number: int) -> str:
         start, end = self.starts[number], self.starts[number + 1]
         return self.content[start:end].decode("utf-8", "surrogateescape")
@@ -101,10 +97,7 @@ class SampleTable:
     def __iter__(self) -> Iterator[Sample]:
         return (self[number] for number in range(len(self)))
 
-    def __getitem__(self, number: SupportsIndex) -> Sample:
-        number = operator.index(number)
-        if not -len(self) <= number < len(self):
-            raise IndexError(number)
+    def __getitem__(self, number: int) -> Sample:
         item = self._items[number]
         return Sample(
             self.keys[number], self._suffixes[self._suffix[number]], self.sources[self._source[number]],

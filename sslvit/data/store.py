@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sslvit.data.decode import find_problem
+from sslvit.data.decode import check_whole
 from sslvit.data.header import MODES, BadImage, open_image, read_header, suffix_of
 from sslvit.settings.pack import PackSettings
 
@@ -33,8 +33,7 @@ def store(content: bytes, suffix: str, settings: PackSettings) -> tuple[bytes, s
         BadImage: unreadable, cut off or, with settings.decode, damaged.
     """
     header = read_header(content, settings.max_pixels, settings.orientation == "upright")
-    if problem := find_problem(content, header, settings.decode):
-        raise BadImage(problem)
+    check_whole(content, header, settings.decode)
     shorter, limit = min(header.height, header.width), settings.resize
     scale = limit / shorter if limit is not None and shorter > limit else None
     if (settings.encode == "keep" and scale is None) or header.mode == "array":

@@ -70,10 +70,8 @@ class StreamIndex:
         self.location = urls[0] if len(urls) == 1 else f"{urls[0]} and {len(urls) - 1} more"
         self.shards = [Shard(url, 0, 0, "") for url in urls]
         self.classes: list[str] | None = None
-        self.image_size: list[int] | None = None
         self.channels, self.bits = 3, 8
         self.is_remote = False
-        self.orientation = "upright"
         self.mean: list[float] = []
         self.std: list[float] = []
 

@@ -7,7 +7,7 @@ on who loads it. An image is decoded once, at the resolution that its most magni
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import groupby
 from typing import Any
 
@@ -144,8 +144,6 @@ def by_epoch(make: Callable[[int, np.ndarray], np.ndarray], samples: np.ndarray,
     """make(epoch, samples) for each epoch that occurs (a mixture's sources differ), in the rows' own order."""
     rows_of_epoch = {int(epoch): epochs == epoch for epoch in np.unique(epochs)}
     made = [(rows, make(epoch, samples[rows])) for epoch, rows in rows_of_epoch.items()]
-    if len(made) == 1:
-        return made[0][1]
     whole = np.empty((len(samples), *made[0][1].shape[1:]), made[0][1].dtype)
     for rows, values in made:
         whole[rows] = values
@@ -229,20 +227,15 @@ def canvas_boxes(side: list[float], flip: float) -> BoxSampler:
     return sample
 
 
-def by_size(
-    views: list[Tensor], colors: list[Tensor] | None
-) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]]:
-    """Neighboring views of one size, which are worked on together, and their color changes; None if there are none."""
+def jitter_views(
+    views: list[Tensor], colors: list[Tensor] | None, finish: Callable[[Tensor], Tensor] = lambda pixels: pixels
+) -> list[Tensor]:
+    """Apply the color changes of every view, if there are any, and `finish`; neighbors of one size go together."""
     draws: list[Any] = [None] * len(views) if colors is None else colors
+    changed: list[Tensor] = []
     for _, pairs in groupby(zip(views, draws, strict=True), key=lambda pair: pair[0].shape):
         same_size, theirs = zip(*pairs, strict=True)
-        yield same_size, None if colors is None else theirs
-
-
-def jitter_views(views: list[Tensor], colors: list[Tensor]) -> list[Tensor]:
-    """Apply the color changes of every view; neighbors of one size go together."""
-    changed: list[Tensor] = []
-    for same_size, draws in by_size(views, colors):
-        assert draws is not None
-        changed += color_jitter(torch.cat(same_size), torch.cat(draws)).chunk(len(same_size))
+        pixels = torch.cat(same_size) if len(same_size) > 1 else same_size[0]
+        pixels = pixels if colors is None else color_jitter(pixels, torch.cat(theirs))
+        changed += finish(pixels).chunk(len(same_size))
     return changed

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from shard_fixtures import encoded, photograph
 
 from sslvit.data import decode as module
 from sslvit.data import header as header_module
-from sslvit.data.decode import decode, find_problem, reduction_for
+from sslvit.data.decode import check_whole, decode, reduction_for
 from sslvit.data.header import BadImage, Header, has_end_marker, read_header
 from sslvit.data.orientation import exif_orientation, turn
 
@@ -198,12 +197,12 @@ def test_a_heic_photograph_of_a_phone_is_read() -> None:
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM"])
 def test_a_file_that_is_cut_is_told_from_a_whole_one(kind: str) -> None:
     content = encoded(photograph(64, 48), kind)
-    assert find_problem(content, read_header(content)) == ""
-    assert find_problem(content + bytes(5000), read_header(content)) == ""  # padding is no damage
+    check_whole(content, read_header(content))
+    check_whole(content + bytes(5000), read_header(content))  # padding is no damage
     for length in (len(content) // 2, len(content) - 100):
         cut = content[:length]
-        with suppress(BadImage):  # said by its header
-            assert find_problem(cut, read_header(cut)) != ""
+        with pytest.raises(BadImage):  # of its header or of its pixels
+            check_whole(cut, read_header(cut))
 
 
 def test_the_end_of_a_thumbnail_is_not_the_end_of_the_photograph() -> None:
@@ -219,8 +218,9 @@ def test_damage_inside_a_whole_file_is_found_by_decoding_it() -> None:
     content = bytearray(encoded(photograph(64, 48), "PNG"))
     content[len(content) // 2] ^= 0xFF
     header = read_header(bytes(content))
-    assert find_problem(bytes(content), header) == ""
-    assert "damaged image" in find_problem(bytes(content), header, fully=True)
+    check_whole(bytes(content), header)
+    with pytest.raises(BadImage, match="damaged image"):
+        check_whole(bytes(content), header, fully=True)
 
 
 def test_few_bytes_that_promise_many_pixels_are_damaged() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -140,7 +141,20 @@ def test_noise_of_a_step_is_uniform_and_its_rows_are_those_of_the_global_batch()
 @pytest.mark.parametrize("key", [(0, 0, "mask"), (7, 123456, "drop path"), (2**31, 1, "erase")])
 def test_numbers_made_on_a_device_are_those_of_numpy_bit_for_bit(key: tuple) -> None:
     rows = np.array([0, 1, 5, 4095, 2**32 + 3, 2**44 - 1])
-    assert torch.equal(rng.uniform_on(key, torch.from_numpy(rows), 300), torch.from_numpy(rng.uniform(key, rows, 300)))
+    numbers = rng.uniform(key, rows, 300)
+    assert torch.equal(rng.uniform_on(key, torch.from_numpy(rows), 300), torch.from_numpy(numbers))
+    start = int(rng._sequence(key).generate_state(1, np.uint64)[0])
+    for row, column in itertools.product(range(len(rows)), (0, 1, 299)):
+        cell = int(rows[row]) * 2**20 + column
+        assert numbers[row, column] == (split_mix(start, cell) >> 11) * 2.0**-53
+
+
+def split_mix(start: int, number: int) -> int:
+    """Output of Steele's SplitMix64 by its number, in whole numbers of any length."""
+    mixed = (start + (number + 1) * 0x9E3779B97F4A7C15) % 2**64
+    mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB % 2**64
+    return mixed ^ mixed >> 31
 
 
 class Steps:

@@ -385,8 +385,8 @@ FAULTS = [
     Fault(
         "The most recently used shard goes first",
         "sslvit/data/cache_folder.py",
-        "in sorted(files):",
-        "in sorted(files, reverse=True):",
+        "kept[file].st_mtime):",
+        "kept[file].st_mtime, reverse=True):",
         (f"{REMOTE_CACHE}::test_the_longest_unused_shard_goes_first",),
     ),
     Fault(
@@ -420,8 +420,8 @@ FAULTS = [
     Fault(
         "A worker waits for what another fetches ahead",
         "sslvit/data/remote.py",
-        "shard.sha256, wait=False)",
-        "shard.sha256)",
+        "size, sha256, wait=False)",
+        "size, sha256)",
         (f"{REMOTE_CACHE}::test_every_worker_fetches_ahead_what_the_others_do_not",),
     ),
     Fault(

@@ -78,15 +78,15 @@ FAULTS = [
     Fault(
         "Rows of random numbers made on a device overlap",
         RNG,
-        "place = rows[:, None] * MAX_COLUMNS + torch",
-        "place = rows[:, None] + torch",
+        "cells = rows[:, None] * MAX_COLUMNS + torch",
+        "cells = rows[:, None] + torch",
         OF_STEPS,
     ),
     Fault(
         "Random numbers made on a device are those of one key",
         RNG,
-        "_signed(_first_cell(key, columns))",
-        "_signed(_first_cell((0,), columns))",
+        "return _split_mix(key, cells, columns).double()",
+        "return _split_mix((0,), cells, columns).double()",
         OF_STEPS,
     ),
     Fault(

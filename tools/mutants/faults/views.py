@@ -347,15 +347,15 @@ FAULTS = [
     Fault(
         "RandAugment shears the wrong axis",
         "sslvit/data/augment.py",
-        '"shear_x": _affine(0, 1, 0.3',
-        '"shear_x": _affine(1, 0, 0.3',
+        '"shear_x": partial(_affine, row=0, column=1',
+        '"shear_x": partial(_affine, row=1, column=0',
         ("tests/data/test_augment.py",),
     ),
     Fault(
         "RandAugment shifts by shares of the width both ways",
         "sslvit/data/augment.py",
-        "image.size[row] if is_of_side",
-        "image.size[0] if is_of_side",
+        "image.size[row] if column == 2",
+        "image.size[0] if column == 2",
         ("tests/data/test_augment.py",),
     ),
     Fault(
@@ -656,8 +656,8 @@ FAULTS = [
     Fault(
         "Neighboring views get each other's colors",
         "sslvit/data/views.py",
-        "torch.cat(draws)",
-        "torch.cat(draws[::-1])",
+        "torch.cat(theirs)",
+        "torch.cat(theirs[::-1])",
         ("tests/data/test_color.py",),
     ),
     Fault(
@@ -1016,15 +1016,15 @@ FAULTS = [
     Fault(
         "Colors are changed twice",
         "sslvit/data/module.py",
-        "pixels = color_jitter(pixels, torch.cat(draws))",
-        "pixels = color_jitter(color_jitter(pixels, torch.cat(draws)), torch.cat(draws))",
+        "jitter_views(batch.views, batch.colors, normalized)",
+        "jitter_views(jitter_views(batch.views, batch.colors), batch.colors, normalized)",
         ("tests/data/test_loader.py",),
     ),
     Fault(
         "Colors of the device are never changed",
         "sslvit/data/module.py",
-        "            if draws:\n",
-        "            if False:\n",
+        "jitter_views(batch.views, batch.colors, normalized)",
+        "jitter_views(batch.views, None, normalized)",
         ("tests/data/test_loader.py",),
     ),
     Fault(
@@ -1282,8 +1282,8 @@ FAULTS = [
     Fault(
         "The mean travels with every view",
         "sslvit/data/resample.py",
-        "if view.device not in self.constants:",
-        "if True:",
+        "@lru_cache(maxsize=8)",
+        "@lru_cache(maxsize=0)",
         ("tests/data/test_on_device.py",),
     ),
 ]
