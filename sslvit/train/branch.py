@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from sslvit.files import expand_path, is_disk_error, printable, write_error
+from sslvit.files import expand_path, printable, write_error
 from sslvit.messages import for_python
 from sslvit.sharded_checkpoint import SHARDS, check_checkpoint, shard_files
 from sslvit.train.folder import RunFolder, named_step
@@ -52,7 +52,7 @@ def branch(run: str | os.PathLike[str], out: str | os.PathLike[str], step: int |
             )
         os.replace(part, new.path)
     except OSError as error:
-        raise (write_error(new.path, error) if is_disk_error(error) else error) from error
+        raise write_error(new.path, error) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return new
