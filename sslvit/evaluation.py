@@ -8,11 +8,12 @@ from typing import Unpack
 
 from sslvit.data.open import open_shards
 from sslvit.data.python_data import DataLike, path_of, takes_datasets
+from sslvit.data.sources import evenly_spaced
 from sslvit.environment import pick_device
 from sslvit.evaluate import embed as embedding
 from sslvit.evaluate import probe as probing
 from sslvit.evaluate.encoders import EncoderLike, Size, open_encoder
-from sslvit.evaluate.label_free import evenly_spaced, measure_health
+from sslvit.evaluate.label_free import measure_health
 from sslvit.evaluate.layers import layer_numbers, plot_layers, probe_layers
 from sslvit.evaluate.probe import ProbeTable
 from sslvit.evaluate.scores import MeasureTable

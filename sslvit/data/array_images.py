@@ -11,7 +11,7 @@ from PIL import Image
 
 from sslvit.data.header import MODES, BadImage
 from sslvit.data.labels import NO_LABEL
-from sslvit.data.sources import Sample
+from sslvit.data.sources import Sample, evenly_spaced
 from sslvit.files import brief
 
 # how values become pixels, by name: what they are, and the conversion
@@ -43,7 +43,7 @@ class ArrayImages:
 
     def digest(self) -> str:
         """Return a digest of up to 1,024 evenly spaced images."""
-        subset = np.unique(np.linspace(0, len(self.images) - 1, min(len(self.images), 1024)).astype(int))
+        subset = evenly_spaced(len(self.images), 1024)
         return hashlib.sha256(b"".join(self.images[item].tobytes() for item in subset)).hexdigest()
 
     def read(self, item: int) -> bytes:

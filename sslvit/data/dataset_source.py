@@ -18,7 +18,7 @@ from sslvit.data.preprocess import encoded
 from sslvit.data.python_data import look_at, samples_of
 from sslvit.data.python_labels import find_labels
 from sslvit.data.python_samples import Samples
-from sslvit.data.sources import ImageSource, Sample
+from sslvit.data.sources import ImageSource, Sample, evenly_spaced
 from sslvit.environment import require_packages
 from sslvit.files import printable
 from sslvit.settings.pack import SourceOptions
@@ -71,7 +71,7 @@ def dataset_source(dataset: Any, label_column: str | None = None) -> ImageSource
 def _usual_size(samples: Samples) -> int:
     """About how many bytes an image takes."""
     source, sizes = DatasetImages(samples), []
-    for item in np.unique(np.linspace(0, len(samples) - 1, min(SIZED, len(samples))).astype(int)):
+    for item in evenly_spaced(len(samples), SIZED):
         with suppress(BadImage):
             sizes.append(len(source.read(int(item))))
     return int(np.mean(sizes)) if sizes else 0

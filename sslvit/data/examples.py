@@ -20,6 +20,7 @@ from sslvit.data.open import is_image_folder, open_shards
 from sslvit.data.reader import MemoryReader, ReadError, ShardReader
 from sslvit.data.remote import ShardCache
 from sslvit.data.resample import SMALL_SIDE
+from sslvit.data.sources import evenly_spaced
 from sslvit.data.stream import StreamIndex
 from sslvit.data.views import Views
 from sslvit.files import expand_path
@@ -52,7 +53,7 @@ class Examples:
         contents: list[Content] = []
         if not isinstance(index, StreamIndex) and not index.is_remote:
             reader = ShardReader(index, index.channels, 0)
-            for sample in np.unique(np.linspace(0, len(index) - 1, min(count, len(index))).astype(int)):
+            for sample in evenly_spaced(len(index), count):
                 with suppress(BadImage, ReadError):  # a run says what it cannot read
                     contents.append(reader.read(int(sample)))
         return cls(index.location, len(index), classes, contents)
@@ -68,7 +69,7 @@ class Examples:
         if not is_image_folder(source):
             return cls.of(open_shards(source, cache), count)
         found = folder_source(Path(expand_path(source)))
-        numbers = np.unique(np.linspace(0, len(found.samples) - 1, min(count, len(found.samples))).astype(int))
+        numbers = evenly_spaced(len(found.samples), count)
         contents: list[Content] = [found.samples[number].read() for number in numbers]
         return cls(str(source), len(found.samples), len(found.classes) if found.classes else None, contents)
 

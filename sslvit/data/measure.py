@@ -13,6 +13,7 @@ import numpy as np
 
 from sslvit.data.decode import check_whole, decode_pixels
 from sslvit.data.header import MODES, BadImage, Content, Header, read_header
+from sslvit.data.sources import evenly_spaced
 from sslvit.settings.data import MAX_PIXELS
 
 STATISTICS_SAMPLES = 10_000  # channel mean and std are measured on about this many images
@@ -103,7 +104,7 @@ def measure_shard(
     """
     measured, unreadable = Measured(), {}
     count = min(len(records), max(50, STATISTICS_SAMPLES // shards))
-    sampled = set(np.linspace(0, len(records) - 1, count).astype(int).tolist())
+    sampled = set(evenly_spaced(len(records), count).tolist())
     with open(path, "rb") as file:
         for row, record in enumerate(records):
             content = os.pread(file.fileno(), int(record["size"]), int(record["offset"]))

@@ -13,6 +13,7 @@ import numpy as np
 
 from sslvit.data.index import ShardIndex
 from sslvit.data.python_data import PythonIndex
+from sslvit.data.sources import evenly_spaced
 from sslvit.files import printable
 from sslvit.stopping import is_first_process
 
@@ -74,7 +75,7 @@ def count_shared(train: Stored, val: Stored) -> tuple[int, int]:
     """Scored images whose bytes a training image has, too, of how many that were compared."""
     count = min(MAX_COMPARED, len(val.sizes))
     while count >= min(MIN_COMPARED, len(val.sizes)):
-        chosen = np.linspace(0, len(val.sizes) - 1, count).astype(int)
+        chosen = evenly_spaced(len(val.sizes), count)
         alike = np.nonzero(np.isin(train.sizes, val.sizes[chosen]))[0]
         if len(alike) <= MAX_READ:
             found = {train.read(int(number)) for number in alike}

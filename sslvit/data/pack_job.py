@@ -17,7 +17,7 @@ from sslvit.data.labels import NO_LABEL
 from sslvit.data.measure import measure_shard
 from sslvit.data.records import RECORD
 from sslvit.data.scan import ShardReport
-from sslvit.data.sources import Samples, SampleTable, Texts
+from sslvit.data.sources import Samples, SampleTable, Texts, evenly_spaced
 from sslvit.data.store import BLOCK, PackSettings, TarWriter, store
 from sslvit.data.unfinished import digest_samples, digest_times, load_report, save_report, shard_name
 from sslvit.files import new_file
@@ -70,7 +70,7 @@ class PackJob:
         sizes = self.samples.bytes[self.order].astype(float)
         headers = BLOCK + 2 * BLOCK * (self.samples.labels[self.order] != NO_LABEL)
         if self.settings.describe():
-            trials = np.linspace(0, len(self.order) - 1, min(len(self.order), TRIAL_IMAGES)).astype(int)
+            trials = evenly_spaced(len(self.order), TRIAL_IMAGES)
             before = after = 0
             for position in trials:
                 sample = self.samples[self.order[position]]

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-import numpy as np
-
 from sslvit.data.open import check_present
 from sslvit.evaluate.features import FeatureExtractor
 from sslvit.evaluate.health import alignment, label_free
@@ -60,8 +58,3 @@ def measures_of(
         return {}
     features, one, other = (values.to(source.device) for values in (features, *pair))
     return label_free(features) | {"alignment": alignment(one, other)}
-
-
-def evenly_spaced(images: int, limit: int) -> np.ndarray:
-    """Sample numbers of at most `limit` images, evenly spaced over a data set."""
-    return np.unique(np.linspace(0, images - 1, min(images, limit)).astype(int))

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from sslvit.data.loader import encoder_views, make_batch, normalized_view
 from sslvit.data.reader import ShardReader
+from sslvit.data.sources import evenly_spaced
 from sslvit.evaluate.knn import nearest
-from sslvit.evaluate.label_free import evenly_spaced
 from sslvit.evaluate.sources import full_float32
 from sslvit.figures import plot_images
 from sslvit.models import Encoder

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
 from sslvit.data.examples import Examples
 from sslvit.data.open import shard_cache
+from sslvit.data.sources import evenly_spaced
 from sslvit.figures import plot_curves
 from sslvit.settings import RunSettings
 from sslvit.train.forecast import plan_step
@@ -46,7 +45,7 @@ def plot_schedule(settings: RunSettings, source: str | None, out: str | Path) ->
     else:
         images, classes = STEPS_PER_EPOCH * batch, 2
     task = plan_step(settings, images, classes).task
-    steps = np.unique(np.linspace(0, task.run.total_steps - 1, POINTS).astype(int)).tolist()
+    steps = evenly_spaced(task.run.total_steps, POINTS).tolist()
     epochs = [step / task.run.steps_per_epoch for step in steps]
     curves = {}
     for name in sorted(name for name in dir(type(task)) if name.endswith("_at")):

@@ -22,11 +22,11 @@ from sslvit.train.folder import RunFolder
 from sslvit.train.prepare import (
     check_data,
     check_machine,
-    keep_resolved,
     read_settings,
     resolve_defaults,
     resolve_processes,
 )
+from sslvit.train.resume import keep_resolved
 
 
 @dataclass

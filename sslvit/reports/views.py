@@ -14,7 +14,7 @@ from sslvit.data.loader import encoder_views, make_batch
 from sslvit.data.open import open_shards
 from sslvit.data.reader import ShardReader
 from sslvit.data.resample import Boxes
-from sslvit.evaluate.label_free import evenly_spaced
+from sslvit.data.sources import evenly_spaced
 from sslvit.figures import plot_images
 from sslvit.files import printable
 from sslvit.settings import RunSettings

@@ -41,16 +41,14 @@ from sslvit.train.pictures import plot_pictures
 from sslvit.train.prepare import (
     check_data,
     check_machine,
-    check_resumed,
     describe_resolved,
-    keep_resolved,
-    keep_start,
     look_at_views,
     resolve_defaults,
     resolve_processes,
     size_notice,
 )
 from sslvit.train.report import write_own_report
+from sslvit.train.resume import check_resumed, keep_resolved, keep_start
 from sslvit.train.strategies import is_peer_failure
 from sslvit.train.timed_steps import fit_budget
 from sslvit.train.trainer import make_trainer, silence_needless_warnings

@@ -15,10 +15,11 @@ from sslvit.cli import main
 from sslvit.data.array_images import array_samples
 from sslvit.data.index import load_index
 from sslvit.data.pack import pack
+from sslvit.data.sources import evenly_spaced
 from sslvit.evaluate import health
 from sslvit.evaluate.attention import attention_measures, receptive_field
 from sslvit.evaluate.health import alignment, alpha_of_spectrum, feature_std, label_free, rankme, uniformity
-from sslvit.evaluate.label_free import evenly_spaced, measure_health
+from sslvit.evaluate.label_free import measure_health
 from sslvit.evaluate.sources import LabeledSet
 from sslvit.models import ViTEncoder
 from sslvit.reports.show import middle_patch

@@ -21,11 +21,12 @@ from sslvit.data.index import ShardIndex
 from sslvit.data.mixture import Index
 from sslvit.data.open import open_shards
 from sslvit.data.overlap import check_same_data
+from sslvit.data.sources import evenly_spaced
 from sslvit.data.stream import StreamIndex
 from sslvit.evaluate.classify import Accuracy, accuracy
 from sslvit.evaluate.features import FeatureExtractor
 from sslvit.evaluate.knn import knn_accuracies
-from sslvit.evaluate.label_free import evenly_spaced, measures_of
+from sslvit.evaluate.label_free import measures_of
 from sslvit.evaluate.linear import fit_probe
 from sslvit.evaluate.probe import check_classes, open_labeled
 from sslvit.evaluate.sources import LabeledSet, NoScore, frozen, full_float32

@@ -140,8 +140,8 @@ FAULTS = [
     Fault(
         "Statistics are measured on the first images of a shard",
         "sslvit/data/measure.py",
-        "sampled = set(np.linspace(0, len(records) - 1, count).astype(int).tolist())",
-        "sampled = set(range(most))",
+        "sampled = set(evenly_spaced(len(records), count).tolist())",
+        "sampled = set(range(count))",
         (f"{PACK}::test_statistics_of_a_large_shard_are_spread_over_it",),
     ),
     Fault(

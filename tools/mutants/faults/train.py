@@ -12,6 +12,7 @@ BASE, DINO, GUARD, CLIP = (
 )
 MODULE, RUN_PLAN, CHECKPOINT_IO = "sslvit/data/module.py", "sslvit/run_plan.py", "sslvit/train/checkpoint_io.py"
 PREPARE, RUN, STRATEGIES = "sslvit/train/prepare.py", "sslvit/train/run.py", "sslvit/train/strategies.py"
+RESUME = "sslvit/train/resume.py"
 COMPILATION, TRAINER = "sslvit/train/compilation.py", "sslvit/train/trainer.py"
 TIMED, BUDGET = "sslvit/train/timed_steps.py", "tests/train/test_budget.py"
 FOLDER, TIMING, FORECAST = "sslvit/train/folder.py", "sslvit/train/timing.py", "sslvit/train/forecast.py"
@@ -47,7 +48,7 @@ TRAINS_COMPILED = f"{COMPILING}::test_a_run_is_compiled_while_it_trains_and_not_
 def refused(key: str, reason: str, tasks: str, test: str) -> Fault:
     """A resume accepts a key that the checkpoint overrides."""
     line = f'    ("{key}", {tasks}, "{reason}"),\n'
-    return Fault(f"A resume accepts another {key}, and ignores it", PREPARE, line, "", (test,))
+    return Fault(f"A resume accepts another {key}, and ignores it", RESUME, line, "", (test,))
 
 
 FAULTS = [
@@ -371,9 +372,9 @@ FAULTS = [
           "min(usual.epochs, usual.images / images)", (OWN_IMAGES,)),
     Fault("A huge data set has no cap of images", "sslvit/settings/train.py",
           "min(usual.epochs, usual.images / images)", "usual.epochs", (OWN_IMAGES,)),
-    Fault("A resumed run chooses its batch anew", "sslvit/train/prepare.py",
+    Fault("A resumed run chooses its batch anew", RESUME,
           "if settings.data.global_batch_size is None and batch is not None:", "if False:", (OWN_IMAGES,)),
-    Fault("A resumed run chooses its length anew", "sslvit/train/prepare.py",
+    Fault("A resumed run chooses its length anew", RESUME,
           "if settings.train.epochs is None and epochs is not None:", "if False:", (OWN_IMAGES,)),
     Fault("The rate of a chosen batch grows linearly", "sslvit/settings/task.py",
           "self.base_lr * math.sqrt(self.batch / global_batch_size)", "self.base_lr", (OWN_IMAGES,)),
@@ -392,7 +393,7 @@ FAULTS = [
     Fault("Steps that are timed change the run", RUN,
           "    pl.seed_everything(settings.seed, verbose=False)  # after the steps that a budget has timed\n", "",
           (BUDGET, "tests/train/test_steps.py")),
-    Fault("A resume may take another budget", PREPARE,
+    Fault("A resume may take another budget", RESUME,
           'if budget != before.get("train.budget"):', "if False:", (BUDGET,)),
     # ---- several runs
     Fault("A sweep takes runs of other settings as its own", f"{SWEEP}_folder.py",

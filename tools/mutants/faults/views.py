@@ -49,8 +49,8 @@ FAULTS = [
     Fault(
         "Statistics are of a shard's first images",
         "sslvit/data/measure.py",
-        "np.linspace(0, len(records) - 1, count).astype(int).tolist()",
-        "range(most)",
+        "evenly_spaced(len(records), count).tolist()",
+        "range(count)",
         ("tests/data/test_loader.py",),
     ),
     Fault(
