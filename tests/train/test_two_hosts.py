@@ -70,7 +70,8 @@ def test_a_network_that_fails_ends_both_hosts_in_time(shards: Path, tmp_path: Pa
         hosts.cut() if what == "cut" else hosts.slow("1kbit")
         start = time.monotonic()
         assert [process.wait(timeout=200) for process in processes] == [75, 75]
-        assert time.monotonic() - start < 2 * SECONDS
+        # on a slow link a short exchange may end just in time, and the next one waits anew
+        assert time.monotonic() - start < (2 if what == "cut" else 4) * SECONDS
     for host in (0, 1):
         said = (tmp_path / "said" / f"host-{host}.txt").read_text()
         assert f"did not answer for {SECONDS} s (train.timeout_seconds)" in said

@@ -101,7 +101,7 @@ def tables(trial: Trial, workshop: Workshop) -> None:
     row, column, data = trial.rng.sample(NAMES, 3)
     content = {
         "encoders": {row: str(encoder)}, "data": {data: {"train": shards, "val": shards}},
-        "columns": {column: {"kind": "knn", "neighbors": 3}}, "baselines": ["pixels"],
+        "columns": {column: {"kind": "knn", "neighbors": 3}}, "baselines": ["pixels"], "allow_same_data": True,
     }  # fmt: skip
     (trial.folder / "bench.yaml").write_text(yaml.dump(content))
     words = ["bench", "bench.yaml", "--out", "out", "--device", "cpu"]
