@@ -319,9 +319,13 @@ def test_an_unreachable_server_ends_the_run_in_one_line(shards: Path, tmp_path: 
     assert not (tmp_path / "small").exists()
     for path in (tmp_path / "cache").glob("??/*.tar"):
         path.unlink()
-    original = remote.ShardCache.shard
+    original = remote.ShardCache.get
     elsewhere = "http://127.0.0.1:1/x"
-    monkeypatch.setattr(remote.ShardCache, "shard", lambda self, _, shard: original(self, elsewhere, shard))
+
+    def get(cache: remote.ShardCache, address: str, *length_and_digest, **options) -> Path:
+        return original(cache, elsewhere if address.endswith(".tar") else address, *length_and_digest, **options)
+
+    monkeypatch.setattr(remote.ShardCache, "get", get)
     capsys.readouterr()
     assert main([*command, "--out", str(tmp_path / "new"), "--data.workers=1"]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
