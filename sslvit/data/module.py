@@ -23,7 +23,6 @@ from sslvit.data.views import Views, jitter_views
 from sslvit.environment import pick_workers
 from sslvit.run_plan import RunPlan
 from sslvit.settings import DataSettings, EncoderSettings, RunSettings
-from sslvit.settings.views import CenterSettings
 from sslvit.stopping import obey_parent_alone
 
 MAX_CACHED_FRACTION = 0.05  # of a GPU's memory, up to which a small training set lies there unless asked otherwise
@@ -167,8 +166,8 @@ class ShardDataModule(pl.LightningDataModule):
         return self.prepare(batch)
 
     def whole_images(self, count: int, scale: int = 1) -> Tensor:
-        """The middle of the first images, 'b c h w', at a multiple of the encoder's size."""
-        return self.examples(count, encoder_views(self.encoder, CenterSettings(), scale=scale)).views[0]
+        """What evaluation sees of the first images, 'b c h w', at a multiple of the encoder's size."""
+        return self.examples(count, encoder_views(self.encoder, scale=scale)).views[0]
 
     def prepare(self, batch: Batch) -> Batch:
         """Colors and units as the encoder takes them, on the batch's device."""

@@ -38,12 +38,16 @@ def plot_schedule(settings: RunSettings, source: str | None, out: str | Path) ->
         classes = examples.classes
         images = settings.data.images_of(examples.images, examples.location, classes)
     elif train.steps is not None:
-        raise ValueError("show schedule: how many epochs train.steps are depends on the images. Name them.")
+        raise ValueError(
+            "show schedule: how many epochs train.steps are depends on the images. Name their shards or folder."
+        )
     elif batch is None or train.epochs is None:
         key = "data.global_batch_size" if batch is None else "train.epochs"
-        raise ValueError(f"show schedule: {key} is null here and suits itself to the images. Name them, or give {key}.")
+        raise ValueError(
+            f"show schedule: {key} is null here and depends on the images. Name their shards or folder, or give {key}."
+        )
     else:
-        images, classes = STEPS_PER_EPOCH * batch, 2
+        images, classes = STEPS_PER_EPOCH * batch, 2  # no schedule depends on the number of classes
     task = plan_step(settings, images, classes).task
     steps = evenly_spaced(task.run.total_steps, POINTS).tolist()
     epochs = [step / task.run.steps_per_epoch for step in steps]

@@ -8,16 +8,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from run_fixtures import TINY
 from shard_fixtures import encoded, photograph
 
 import sslvit
 from sslvit.checkpoint import save_encoder
 from sslvit.data.loader import evaluation_loader, normalized_view
+from sslvit.data.module import ShardDataModule
 from sslvit.data.open import open_shards
 from sslvit.data.preprocess import preprocess
 from sslvit.data.reader import ShardReader
 from sslvit.models import ViTEncoder
 from sslvit.settings import EncoderSettings
+from sslvit.settings.load import load_recipe
 
 SMALL = {"image_size": 32, "patch": 8, "width": 16, "depth": 1, "heads": 2, "crop_fraction": 0.875}
 
@@ -111,3 +114,15 @@ def test_an_encoder_from_a_file_takes_a_photograph_in_one_line(tmp_path: Path) -
 def test_what_is_no_image_is_refused(image: object, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         preprocess(image, EncoderSettings(**SMALL))
+
+
+def test_pictures_of_a_run_show_images_as_evaluation_sees_them(tmp_path: Path) -> None:
+    """The encoder's own crop: here the whole image at another aspect ratio, and not its middle."""
+    wide = np.zeros((8, 16), np.uint8)
+    wide[:, 4:12] = 255  # the middle of the image is white, and its sides are black
+    (tmp_path / "images").mkdir()
+    Image.fromarray(wide).save(tmp_path / "images" / "wide.png")
+    changes = {"data.shards": str(tmp_path / "images"), "encoder.crop_mode": "squash", "data.global_batch_size": 1}
+    module = ShardDataModule.from_settings(load_recipe("mae/digits", TINY | changes))
+    seen = module.whole_images(1)
+    assert seen.min() < 0 < seen.max()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,9 @@ from sslvit.cli import main
 from sslvit.evaluate import samples
 from sslvit.run_plan import RunPlan
 from sslvit.settings import EncoderSettings, IGPTSettings, OptimSettings
+from sslvit.settings.sample import SampleSettings
 from sslvit.tasks.igpt import IGPT
+from sslvit.tasks.released import load_igpt
 
 
 @pytest.fixture
@@ -78,6 +81,20 @@ def test_completions_stand_between_input_and_original(run: Path, drawn: list, tm
     assert all(np.array_equal(row[:, :, :known], original[:, :, :known]) for row in (seen, *completed))
     assert (seen[:, :, known:] == 0.5).all()
     assert not np.array_equal(*completed)
+
+
+def test_images_are_completed_as_evaluation_sees_them(run: Path, tmp_path: Path) -> None:
+    """The encoder's own crop: here the whole image at another aspect ratio, and not its middle."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    wide = np.zeros((6, 12, 3), np.uint8)
+    wide[:, 3:9] = 255  # the middle of the image is white, and its sides are black
+    Image.fromarray(wide).save(folder / "wide.png")
+    model = load_igpt(run)
+    model.encoder.settings = replace(model.encoder.settings, crop_mode="squash")
+    original = samples.complete_images(model, str(folder), 1, 0.5, 1, SampleSettings()).rows[-1]
+    assert original.min() == 0
+    assert original.max() == 1
 
 
 @pytest.mark.parametrize(
