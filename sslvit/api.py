@@ -25,7 +25,8 @@ from sslvit.settings.encoder import OWN
 from sslvit.settings.load import leaves, load_recipe, merge_recipe
 from sslvit.train.backbones import refuse_transformer_keys
 from sslvit.train.folder import RunFolder
-from sslvit.train.prepare import launched, read_settings
+from sslvit.train.hardware import launched
+from sslvit.train.prepare import pretraining_settings
 from sslvit.train.run import pretrain as run_settings
 
 
@@ -74,18 +75,9 @@ def pretrain(
         run = sslvit.pretrain("mae/vit_tiny_cifar10", data="photos", out="runs/photos", **{"train.epochs": 10})
         encoder = sslvit.load_encoder(run)
     """
-    for key in ("data.shards", "data.mixture"):
-        if data is not None and key in changes:
-            raise ValueError(f"--data and --{key} exclude each other: give one of them.")
-    given = {"data.shards": name_of(data), "out": out, "init": init}
-    changes |= {key: os.fspath(value) for key, value in given.items() if value is not None}
     with named_function(transform) as view, given_backbone(backbone):
-        settings = read_settings(config, changes | view | own_key(backbone, changes))
-        if isinstance(settings.task, SupervisedSettings):
-            raise ValueError(
-                f"--config {config}: trains with labels. Use: sslvit finetune ENCODER --train SHARDS --val SHARDS "
-                f"--out RUN --config {config} (--scratch for one without pretraining)."
-            )
+        changes |= view | own_key(backbone, changes)
+        settings = pretraining_settings(config, changes, name_of(data), out, init)
         return run_settings(settings, resume, overwrite, callbacks, loggers)
 
 
@@ -206,7 +198,8 @@ def finetune(
     }  # fmt: skip
     changes |= {key: os.fspath(value) for key, value in given.items() if value is not None}
     settings = load_recipe(config, changes, start)
-    refuse_transformer_keys(settings.encoder, changes)
+    if settings.encoder.backbone is not None:
+        refuse_transformer_keys(settings.encoder, changes)
     with given_backbone(backbone):
         return run_settings(settings, resume, overwrite, callbacks, loggers)
 

@@ -121,7 +121,7 @@ def _run(arguments: list[str]) -> int:
 def read_command(arguments: list[str]) -> tuple[Function, Any]:
     """The function behind a command and its options, as typed; ends the process after --help and --version."""
     name, rest = find_command(COMMANDS, arguments)
-    parser = make_parser(name)
+    parser = make_parser(name, has_help=bool({"-h", "--help"} & set(rest)))
     if name not in COMMANDS:
         parser.parse_args(arguments)
     function = COMMANDS[name]
@@ -136,11 +136,12 @@ def last_words(error: BaseException) -> str:
     return printable(" ".join(text.split()), MAX_MESSAGE) or type(error).__name__
 
 
-def make_parser(only: str | None = None) -> argparse.ArgumentParser:
+def make_parser(only: str | None = None, has_help: bool = True) -> argparse.ArgumentParser:
     """The parser of all commands.
 
     Args:
         only: Command whose options alone are added; all commands have theirs by default, as shell completion needs.
+        has_help: Whether these options have their texts.
     """
     parser = argparse.ArgumentParser(
         "sslvit", description="Self-supervised pretraining for vision transformers.", allow_abbrev=False
@@ -162,7 +163,7 @@ def make_parser(only: str | None = None) -> argparse.ArgumentParser:
         )  # fmt: skip
         parsers[name] = sub
         if only in (None, name):
-            add_options(sub, kind)
+            add_options(sub, kind, has_help)
     return parser
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Unpack
 
 from sslvit.data.open import open_shards
+from sslvit.data.plan import evenly_spaced
 from sslvit.data.python_data import DataLike, path_of, takes_datasets
-from sslvit.data.sources import evenly_spaced
 from sslvit.environment import pick_device
 from sslvit.evaluate import embed as embedding
 from sslvit.evaluate import probe as probing

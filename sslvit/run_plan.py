@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sslvit.settings.train import TrainSettings
+from sslvit.settings.run import TrainSettings
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 from sslvit.files import brief, expand_path
 from sslvit.settings.build import USUAL_NAMES, build, choice_of, choices_in, convert, is_required, known_keys
 from sslvit.settings.choices import Arg, alternatives, hints_of, words_of
-from sslvit.settings.describe import default_of, field_texts, in_yaml
+from sslvit.settings.describe import option_texts
 from sslvit.settings.load import set_keys
 from sslvit.settings.run import RunSettings
 from sslvit.settings.typed import read_value
@@ -32,24 +32,26 @@ def options_class(function: Function) -> type:
     return next(iter(typing.get_type_hints(function).values()))
 
 
-def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
-    """Give a parser the options of a dataclass: a field is an option with the text below it as its help."""
-    texts, hints = field_texts(kind), hints_of(kind)
+def add_options(parser: argparse.ArgumentParser, kind: type, has_help: bool = True) -> None:
+    """Give a parser the options of a dataclass: a field is an option with the text below it as its help.
+
+    Args:
+        parser: The parser.
+        kind: The dataclass.
+        has_help: Whether the texts are looked up in the sources.
+    """
+    texts, hints = option_texts(kind) if has_help else {}, hints_of(kind)
     for field in sorted(
         dataclasses.fields(kind), key=lambda one: (not is_required(one), arg_of(hints[one.name]).position)
     ):
-        hint, arg, default = hints[field.name], arg_of(hints[field.name]), default_of(field)
+        hint, arg = hints[field.name], arg_of(hints[field.name])
         if is_hidden(hint):
             continue
-        text, choice, names = texts[field.name], choice_of(hint), [f"--{field.name.replace('_', '-')}"]
+        text, choice, names = texts.get(field.name, ""), choice_of(hint), [f"--{field.name.replace('_', '-')}"]
         more: dict[str, Any] = {"default": argparse.SUPPRESS}
         words = list(choice.records) if choice else [str(word) for word in words_of(hint) if word is not None]
-        default_text = " ".join(map(str, default)) if isinstance(default, list) else in_yaml(default)
-        text = re.sub(r"[;,] null for ([^;]*)\.$", r" (default: \1).", text)
-        if default is not None and default is not False and default_text and "(default:" not in text:
-            text = f"{text.removesuffix('.')} (default: {choice.default if choice else default_text})."
         if alternatives(hint) == (bool,):
-            more["action"] = argparse.BooleanOptionalAction if default else "store_true"
+            more["action"] = argparse.BooleanOptionalAction if field.default is True else "store_true"
         else:
             number = "N" if int in types_in(hint) else "X" if float in types_in(hint) else field.name.upper()
             more["metavar"] = arg.metavar or "|".join(words) or number

@@ -75,12 +75,12 @@ def check_recipe(config: str, changes: dict[str, Any]) -> None:
 def run_pretrain(options: PretrainOptions) -> None:
     """Pretrain."""
     check_recipe(options.config, options.changes)
-    from sslvit.api import pretrain
+    from sslvit.train.prepare import pretraining_settings
+    from sslvit.train.run import pretrain
 
-    pretrain(
-        options.config, one_source(options.data), options.out, options.init, options.resume, options.overwrite,
-        **options.changes,
-    )  # fmt: skip
+    data = one_source(options.data)
+    settings = pretraining_settings(options.config, options.changes, data, options.out, options.init)
+    pretrain(settings, options.resume, options.overwrite)
 
 
 @dataclass(kw_only=True)

@@ -11,7 +11,8 @@ from PIL import Image
 
 from sslvit.data.header import MODES, BadImage
 from sslvit.data.labels import NO_LABEL
-from sslvit.data.sources import Sample, evenly_spaced
+from sslvit.data.plan import evenly_spaced
+from sslvit.data.sources import Sample
 from sslvit.files import brief
 
 # how values become pixels, by name: what they are, and the conversion

@@ -14,11 +14,12 @@ import numpy as np
 from sslvit.data import hugging_face
 from sslvit.data.header import BadImage
 from sslvit.data.labels import NO_LABEL
+from sslvit.data.plan import evenly_spaced
 from sslvit.data.preprocess import encoded
 from sslvit.data.python_data import look_at, samples_of
 from sslvit.data.python_labels import find_labels
 from sslvit.data.python_samples import Samples
-from sslvit.data.sources import ImageSource, Sample, evenly_spaced
+from sslvit.data.sources import ImageSource, Sample
 from sslvit.environment import require_packages
 from sslvit.files import printable
 from sslvit.settings.pack import SourceOptions

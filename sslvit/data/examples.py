@@ -17,10 +17,10 @@ from sslvit.data.header import BadImage, Content, read_header
 from sslvit.data.loader import make_batch
 from sslvit.data.mixture import Index
 from sslvit.data.open import is_image_folder, open_shards
+from sslvit.data.plan import evenly_spaced
 from sslvit.data.reader import MemoryReader, ReadError, ShardReader
 from sslvit.data.remote import ShardCache
 from sslvit.data.resample import SMALL_SIDE
-from sslvit.data.sources import evenly_spaced
 from sslvit.data.stream import StreamIndex
 from sslvit.data.views import Views
 from sslvit.files import expand_path

@@ -13,7 +13,7 @@ import numpy as np
 
 from sslvit.data.decode import check_whole, decode_pixels
 from sslvit.data.header import MODES, BadImage, Content, Header, read_header
-from sslvit.data.sources import evenly_spaced
+from sslvit.data.plan import evenly_spaced
 from sslvit.settings.data import MAX_PIXELS
 
 STATISTICS_SAMPLES = 10_000  # channel mean and std are measured on about this many images

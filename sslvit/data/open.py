@@ -20,15 +20,16 @@ from sslvit.data.index import ShardIndex, load_index, read_index, unlisted_warni
 from sslvit.data.mixture import Index, JoinedIndex, MixturePlan, Plan, split_by_weight
 from sslvit.data.open_folder import open_image_folder
 from sslvit.data.plan import EpochPlan
-from sslvit.data.python_data import given_index, is_given
+from sslvit.data.python_data import given_index
 from sslvit.data.records import CHECKED_BYTES, RECORD, is_url, sha256_of
 from sslvit.data.remote import ShardCache
 from sslvit.data.scan import index_names, index_shards
 from sslvit.data.schema import checked_index, parse_json
-from sslvit.data.stream import PIPE, StreamIndex, is_stream
+from sslvit.data.stream import StreamIndex
 from sslvit.data.subset import limit_samples
 from sslvit.files import expand_path, printable
 from sslvit.settings import DataSettings
+from sslvit.settings.data import PIPE, is_given
 from sslvit.settings.task import TaskSettings
 
 logger = logging.getLogger(__name__)
@@ -53,19 +54,21 @@ def open_data(
         FileNotFoundError: nothing given, or nothing there.
         ValueError: no images there, a damaged index, or a batch that does not fit.
     """
-    if settings.shards and is_stream(settings.shards) and not Path(expand_path(settings.shards)).is_dir():
-        if (settings.limit, settings.limit_per_class) != (None, None):
+    if settings.is_stream:
+        if settings.has_limit:
             raise ValueError("data.limit: a stream cannot be drawn from. Pack it into shards, or leave the limit out.")
         stream = StreamIndex(
-            expand(expand_path(settings.shards)), settings.stream_samples, settings.allow_pipe, shard_cache(settings)
+            expand(settings.shards or ""), settings.stream_samples, settings.allow_pipe, shard_cache(settings)
         )
         return stream, EpochPlan([len(stream)], settings.batch_for(len(stream), usual_batch, multiple_of), seed)
     if not settings.mixture:
-        index = limit_samples(open_shards(settings.shards or "", shard_cache(settings)), settings, seed)
+        index = _open(settings.shards or "", settings)
+        if settings.has_limit:
+            index = limit_samples(index, settings, seed)
         return index, _plan(index, settings, settings.batch_for(len(index), usual_batch, multiple_of), seed)
     weights = list(settings.mixture.values())
     split_by_weight(weights, settings.global_batch_size or usual_batch)  # refuses before anything is opened
-    sources = [open_shards(source, shard_cache(settings)) for source in settings.mixture]
+    sources = [_open(source, settings) for source in settings.mixture]
     fillable = min(len(index) * sum(weights) / weight for index, weight in zip(sources, weights, strict=True))
     rows = split_by_weight(weights, settings.batch_for(int(fillable), usual_batch, multiple_of))
     plans = []
@@ -75,6 +78,25 @@ def open_data(
         except ValueError as error:
             raise ValueError(f"data.mixture, {index.location}: its {count} images of each batch: {error}") from error
     return JoinedIndex(sources, rows), MixturePlan(plans)
+
+
+def _open(source: str, settings: DataSettings) -> ShardIndex:
+    return open_indexed(source) or open_shards(source, shard_cache(settings))
+
+
+def open_indexed(source: str | Path) -> ShardIndex | None:
+    """The index of a folder that has one; None for whatever else a name may stand for.
+
+    Raises:
+        ValueError: a damaged index.
+    """
+    path = Path(expand_path(source))
+    if is_given(str(source)) or not str(source) or not (path / "index.json").exists():
+        return None
+    index = load_index(path)
+    if notice := unlisted_warning(index):
+        logger.warning(f"{printable(path)}: {notice}")
+    return index
 
 
 def open_shards(source: str | Path, cache: ShardCache | None = None) -> ShardIndex:
@@ -90,6 +112,8 @@ def open_shards(source: str | Path, cache: ShardCache | None = None) -> ShardInd
     """
     if is_given(str(source)):
         return given_index(str(source))
+    if (indexed := open_indexed(source)) is not None:
+        return indexed
     name, cache = expand_path(source), cache or shard_cache(DataSettings())
     path = Path(name)
     if not name:
@@ -100,11 +124,6 @@ def open_shards(source: str | Path, cache: ShardCache | None = None) -> ShardInd
         if is_url(name):
             return _open_address(name, cache)
         raise FileNotFoundError(f"{printable(path)} is not a folder. {USAGE}")
-    if (path / "index.json").exists():
-        index = load_index(path)
-        if notice := unlisted_warning(index):
-            logger.warning(f"{printable(path)}: {notice}")
-        return index
     if any(path.glob("*.tar")) and not (path / "packing").is_dir():
         if not os.access(path, os.W_OK):  # someone else's folder: its index is kept in the cache
             return _index_names(name, [str(tar) for tar in sorted(path.glob("*.tar"))], cache)

@@ -12,8 +12,8 @@ from typing import BinaryIO
 import numpy as np
 
 from sslvit.data.index import ShardIndex
+from sslvit.data.plan import evenly_spaced
 from sslvit.data.python_data import PythonIndex
-from sslvit.data.sources import evenly_spaced
 from sslvit.files import printable
 from sslvit.stopping import is_first_process
 

@@ -15,9 +15,10 @@ from sslvit.data.header import BadImage
 from sslvit.data.index import Shard
 from sslvit.data.labels import NO_LABEL
 from sslvit.data.measure import measure_shard
+from sslvit.data.plan import evenly_spaced
 from sslvit.data.records import RECORD
 from sslvit.data.scan import ShardReport
-from sslvit.data.sources import Samples, SampleTable, Texts, evenly_spaced
+from sslvit.data.sources import Samples, SampleTable, Texts
 from sslvit.data.store import BLOCK, PackSettings, TarWriter, store
 from sslvit.data.unfinished import digest_samples, digest_times, load_report, save_report, shard_name
 from sslvit.files import new_file

@@ -23,6 +23,11 @@ FULL_PERMUTATION_SAMPLES = 1_000_000  # sets up to this size are permuted as a w
 LANES = 64
 
 
+def evenly_spaced(images: int, limit: int) -> np.ndarray:
+    """Sample numbers of at most `limit` images, evenly spaced over a data set."""
+    return np.unique(np.linspace(0, images - 1, min(images, limit)).astype(int))
+
+
 class EpochPlan:
     """The order of one training set.
 

@@ -29,7 +29,7 @@ from sslvit.data.python_labels import find_labels
 from sslvit.data.python_samples import Samples
 from sslvit.data.records import RECORD
 from sslvit.files import expand_path, printable
-from sslvit.settings.data import IN_WORDS, one_source
+from sslvit.settings.data import one_source
 
 LOOKED_AT = 64  # images that a data set is known by: their pixels, sizes and channels
 READ_TWICE = 8  # of them, to see whether a sample stays the same
@@ -206,11 +206,6 @@ def as_bytes(content: Content) -> bytes:
 # ---- names of data sets that are given -----------------------------------------------------------------------
 
 _given: dict[str, PythonIndex] = {}  # while a call runs that was given them
-
-
-def is_given(name: str | None) -> bool:
-    """Whether a name stands for a data set that is given from Python."""
-    return name is not None and bool(IN_WORDS.match(name))
 
 
 def given_index(name: str) -> PythonIndex:

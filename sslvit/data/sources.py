@@ -12,11 +12,6 @@ import numpy as np
 from sslvit.data.labels import NO_LABEL
 
 
-def evenly_spaced(images: int, limit: int) -> np.ndarray:
-    """Sample numbers of at most `limit` images, evenly spaced over a data set."""
-    return np.unique(np.linspace(0, images - 1, min(images, limit)).astype(int))
-
-
 class Images(Protocol):
     """Where the bytes of samples come from: files, an array, a data set object."""
 

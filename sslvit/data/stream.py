@@ -27,20 +27,13 @@ from sslvit.data.remote import ShardCache
 from sslvit.data.tars import FRAME_NUMBER
 from sslvit.data.views import Views
 from sslvit.files import printable
-from sslvit.settings.data import MAX_PIXELS
+from sslvit.settings.data import MAX_PIXELS, PIPE
 
 logger = logging.getLogger(__name__)
 
-PIPE = "pipe:"
-GZIPPED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 BUFFER = 2_000  # images among which the next one is drawn
 SAMPLE_NUMBER_BITS = 43  # of the number that stands for a key in draws
 MAX_REASONS = 5  # of what could not be read, in a message
-
-
-def is_stream(source: str) -> bool:
-    """Whether it can only be read from end to end."""
-    return source.startswith(PIPE) or source.endswith(GZIPPED)
 
 
 class StreamIndex:
@@ -72,6 +65,7 @@ class StreamIndex:
         self.classes: list[str] | None = None
         self.channels, self.bits = 3, 8
         self.is_remote = False
+        self.image_size: list[int] | None = None
         self.mean: list[float] = []
         self.std: list[float] = []
 

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def limit_samples(index: ShardIndex, settings: DataSettings, seed: int) -> ShardIndex:
-    """The index of the images that the limits leave, in its order; the index itself without limits.
+    """The index of the images that the limits leave, in its order.
 
     Its fingerprint stays that of the whole data set.
 
@@ -29,8 +29,6 @@ def limit_samples(index: ShardIndex, settings: DataSettings, seed: int) -> Shard
     Raises:
         ValueError: there are fewer images than the limit, or no labels for one per class.
     """
-    if settings.limit is None and settings.limit_per_class is None:
-        return index
     settings.images_of(len(index), index.location)  # refuses a limit that is none
     if settings.limit is not None:
         chosen = draw(len(index), seed)[: settings.limit]

@@ -19,6 +19,7 @@ from sslvit import rng
 from sslvit.data.augment import augment_image, sample_operations
 from sslvit.data.color import color_jitter, sample_colors
 from sslvit.data.resample import Boxes, crop_and_resize, resample
+from sslvit.settings import RunSettings
 from sslvit.settings.views import (
     AugmentSettings,
     CanvasSettings,
@@ -239,3 +240,9 @@ def jitter_views(
         pixels = pixels if colors is None else color_jitter(pixels, torch.cat(theirs))
         changed += finish(pixels).chunk(len(same_size))
     return changed
+
+
+def view_sizes(settings: RunSettings, side: int | None = None) -> list[tuple[int, int]]:
+    """Height and width of each view of an image in a run; `side` is that of the main ones, None the encoder's own."""
+    views = Views(settings.data.view, settings.encoder.image_size, settings.encoder.interpolation)
+    return [(height, width) for (height, width), _ in views.specs([side] * 2 if side else None)]

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sslvit.data.loader import encoder_views, make_batch, normalized_view
+from sslvit.data.plan import evenly_spaced
 from sslvit.data.reader import ShardReader
-from sslvit.data.sources import evenly_spaced
 from sslvit.evaluate.knn import nearest
 from sslvit.evaluate.sources import full_float32
 from sslvit.figures import plot_images

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sslvit.data.examples import Examples
 from sslvit.data.open import shard_cache
-from sslvit.data.sources import evenly_spaced
+from sslvit.data.plan import evenly_spaced
 from sslvit.figures import plot_curves
 from sslvit.settings import RunSettings
 from sslvit.train.forecast import plan_step

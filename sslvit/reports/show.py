@@ -16,9 +16,9 @@ from torch import Tensor
 
 from sslvit.data.loader import encoder_views, make_batch, normalized_view
 from sslvit.data.open import open_shards
+from sslvit.data.plan import evenly_spaced
 from sslvit.data.python_data import DataLike, path_of, takes_datasets
 from sslvit.data.reader import ShardReader
-from sslvit.data.sources import evenly_spaced
 from sslvit.environment import pick_device
 from sslvit.evaluate.attention import attention_measures, patch_colors, patch_similarity, receptive_field
 from sslvit.evaluate.dense import DenseTable

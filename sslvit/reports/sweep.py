@@ -19,7 +19,7 @@ from sslvit.reports.sweep_plan import SweepRun, plan_sweep
 from sslvit.results import Result
 from sslvit.settings.data import one_source
 from sslvit.settings.sweep import format_value, plain_grid, swept_keys
-from sslvit.train.compilation import compile_mode
+from sslvit.train.hardware import compile_mode
 from sslvit.train.run import pretrain
 from sslvit.train.runs import SCORES, RunList, RunSummary, has_begun, list_runs
 

@@ -19,13 +19,8 @@ from sslvit.settings.load import by_dotted_key
 from sslvit.settings.sweep import combinations, name_run, swept_keys
 from sslvit.tasks.start import adaptable
 from sslvit.train.folder import RunFolder
-from sslvit.train.prepare import (
-    check_data,
-    check_machine,
-    read_settings,
-    resolve_defaults,
-    resolve_processes,
-)
+from sslvit.train.hardware import resolve_processes
+from sslvit.train.prepare import check_data, check_machine, read_settings, resolve_defaults
 from sslvit.train.resume import keep_resolved
 
 

@@ -12,9 +12,9 @@ from sslvit.data.decode import decode_pixels
 from sslvit.data.header import BadImage
 from sslvit.data.loader import encoder_views, make_batch
 from sslvit.data.open import open_shards
+from sslvit.data.plan import evenly_spaced
 from sslvit.data.reader import ShardReader
 from sslvit.data.resample import Boxes
-from sslvit.data.sources import evenly_spaced
 from sslvit.figures import plot_images
 from sslvit.files import printable
 from sslvit.settings import RunSettings

@@ -15,9 +15,16 @@ from sslvit.settings.views import VIEW_CHOICE, CropSettings, ViewSettings
 
 MAX_PIXELS = 100_000_000  # a header that promises more is a decompression bomb, not a training image
 MIN_STEPS_PER_EPOCH = 4  # that a batch which is made smaller leaves
+PIPE = "pipe:"  # what a command is given as
+GZIPPED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 MIN_IMAGES_PER_RANK = 4  # below which it is not made for that
 # what stands for a data set or a function that was given from Python
 IN_WORDS = re.compile(r"^\S+ of .+ given from Python( \([0-9a-f]{8}\))?$")
+
+
+def is_given(name: str | None) -> bool:
+    """Whether a name stands for a data set that was given from Python."""
+    return name is not None and bool(IN_WORDS.match(name))
 
 
 def one_source(names: str | Path | Sequence[str | Path] | None) -> str | None:
@@ -126,7 +133,7 @@ class DataSettings:
         check_bounds(self, "data.", "1 or more", "global_batch_size", "limit", "limit_per_class")
         if self.limit is not None and self.limit_per_class is not None:
             raise ValueError("data.limit and data.limit_per_class exclude each other: give one of them.")
-        if self.mixture and (self.limit, self.limit_per_class) != (None, None):
+        if self.mixture and self.has_limit:
             raise ValueError(
                 "data.limit and data.limit_per_class draw from one data set (data.shards), not from a mixture. Leave "
                 "them out."
@@ -152,6 +159,22 @@ class DataSettings:
             )
         if fractions is not None and not (min(fractions) > 0 and math.isclose(sum(fractions), 1, abs_tol=1e-6)):
             raise ValueError(f"data.resolution_fractions: {brief(fractions)} must be positive and sum to 1.")
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether the data can only be read from end to end."""
+        name = self.shards or ""
+        return name.startswith(PIPE) or (name.endswith(GZIPPED) and not Path(name).is_dir())
+
+    @property
+    def has_limit(self) -> bool:
+        """Whether only a part of the data set is used."""
+        return self.limit is not None or self.limit_per_class is not None
+
+    @property
+    def largest_side(self) -> int | None:
+        """The largest side of the main views in the run; None for the encoder's own size."""
+        return max(self.resolutions) if self.resolutions else None
 
     @property
     def fractions_of_sides(self) -> dict[int | None, float]:

@@ -35,6 +35,19 @@ def field_texts(kind: type) -> dict[str, str]:
     return texts
 
 
+def option_texts(kind: type) -> dict[str, str]:
+    """The same for the options of a command: with what stands for null, and with the default."""
+    texts, hints = field_texts(kind), hints_of(kind)
+    for field in fields(kind):
+        default, choice = default_of(field), choice_of(hints[field.name])
+        text = re.sub(r"[;,] null for ([^;]*)\.$", r" (default: \1).", texts[field.name])
+        default_text = " ".join(map(str, default)) if isinstance(default, list) else in_yaml(default)
+        if default is not None and default is not False and default_text and "(default:" not in text:
+            text = f"{text.removesuffix('.')} (default: {choice.default if choice else default_text})."
+        texts[field.name] = text
+    return texts
+
+
 @functools.cache
 def _texts_in(module: str) -> dict[str, dict[str, str]]:
     """Class -> field -> text, of all classes in a module."""

@@ -1,23 +1,264 @@
-"""One pretraining run: the record that a recipe in configs/ fills in."""
+"""One run: the record that a recipe in configs/ fills in, with its optimizer, length and hardware, and probes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Annotated, Any
+import re
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Literal
 
 from sslvit.files import brief, expand_path
 from sslvit.plugins import find_plugin
-from sslvit.settings.choices import Choice, check_bounds
+from sslvit.settings.choices import Choice, check_bounds, checked, not_one_of
 from sslvit.settings.data import DataSettings
-from sslvit.settings.dino import DINOSettings
 from sslvit.settings.encoder import EncoderSettings
-from sslvit.settings.igpt import IGPTSettings
-from sslvit.settings.mae import MAESettings
-from sslvit.settings.online import OnlineSettings
-from sslvit.settings.optim import OptimSettings
-from sslvit.settings.supervised import SupervisedSettings
-from sslvit.settings.task import TaskSettings
-from sslvit.settings.train import TrainSettings
+from sslvit.settings.probe import Precision
+from sslvit.settings.task import DINOSettings, IGPTSettings, MAESettings, SupervisedSettings, TaskSettings, Usual
+
+MAX_WARMUP_STEPS = 12_500  # 10 epochs of ImageNet in batches of 1024 (Caron et al. 2021, section 3.2)
+MIN_FITTED_STEPS = 10_000  # of a run whose length is chosen for a small data set
+UNITS = {"d": 86400, "h": 3600, "min": 60, "s": 1}  # in seconds
+DURATION = re.compile("".join(rf"(?:(\d+(?:\.\d+)?)\s*{unit}\s*)?" for unit in UNITS))
+
+
+@dataclass
+@checked("optim.")
+class OptimSettings:
+    """AdamW with a learning rate that warms up linearly and then decays, step by step."""
+
+    base_lr: float | None = 1.5e-4
+    """Learning rate at a global batch size of 256; the peak learning rate is base_lr x global_batch_size / 256. null
+    for one that suits the task, with a peak that grows like the square root of the batch size.
+    """
+    min_lr: float = 0.0
+    """Learning rate at the last step."""
+    warmup_epochs: float | None = 40
+    """Epochs of linear learning rate warm-up from zero; null for a tenth of the run, at most 12,500 steps, which also
+    replaces a warm-up as long as the run.
+    """
+    lr_schedule: Literal["cosine", "wsd"] = "cosine"
+    """Learning rate after the warm-up: half a cosine to min_lr over the rest of the run, or wsd (warmup-stable-decay,
+    Hägele et al. 2024): constant, and in the cooldown along 1 - sqrt to min_lr, so that one run gives several lengths.
+    """
+    cooldown_fraction: float = 0.2
+    """With wsd, the fraction of the run at its end in which the learning rate decays."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay of matrices; biases, norms and other vectors have none."""
+    final_weight_decay: float | None = None
+    """Weight decay at the last step, reached along half a cosine (DINO); null keeps weight_decay."""
+    layer_decay: float = 1.0
+    """Factor of the learning rate from each block of the encoder to the one before it (He et al. 2022, appendix A.1);
+    what stands behind the encoder has the full rate.
+    """
+    freeze_encoder_epochs: float | None = 0
+    """Epochs at the start in which the encoder keeps the weights of --init, while what is new learns; null for a tenth
+    of the run, which also replaces a number as long as the run.
+    """
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """Coefficients of AdamW's moving averages."""
+    clip_grad: float | None = None
+    """Maximum gradient norm; null for no clipping."""
+    clip_grad_by: Literal["all", "parameter"] = "all"
+    """Norm that is clipped: that of all gradients together, or of each parameter on its own (DINO)."""
+
+    def __post_init__(self) -> None:
+        rates = ("base_lr", "min_lr", "warmup_epochs", "weight_decay", "final_weight_decay", "freeze_encoder_epochs")
+        check_bounds(self, "optim.", "0 or more", *rates)
+        check_bounds(self, "optim.", "in (0, 1]", "layer_decay", "cooldown_fraction")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optim.betas: {brief(self.betas)} must be two numbers in [0, 1).")
+        if self.clip_grad is not None and not self.clip_grad > 0:
+            raise ValueError(f"optim.clip_grad: {self.clip_grad} must be positive; null for no clipping.")
+
+    def fitted(self, steps_per_epoch: int, total_steps: int, base_lr: float | None = None) -> OptimSettings:
+        """The same with every null that stands for a choice, and what would last as long as the run, replaced.
+
+        Args:
+            steps_per_epoch: Optimizer steps in one pass over the data.
+            total_steps: Optimizer steps in the run.
+            base_lr: Learning rate where none is given (`Usual.base_lr_at`).
+        """
+        fitting: dict[str, Any] = {} if self.base_lr is not None else {"base_lr": base_lr}
+        if self.warmup_epochs is None or self.warmup_epochs * steps_per_epoch >= max(total_steps, 1):
+            fitting["warmup_epochs"] = min(total_steps // 10, MAX_WARMUP_STEPS) / steps_per_epoch
+        if self.freeze_encoder_epochs is None or self.freeze_encoder_epochs * steps_per_epoch >= max(total_steps, 1):
+            fitting["freeze_encoder_epochs"] = total_steps // 10 / steps_per_epoch
+        return replace(self, **fitting) if fitting else self
+
+    def warmup_steps(self, steps_per_epoch: int, total_steps: int) -> int:
+        """Whole steps; fewer than the recipe's where the run is shorter than that.
+
+        Raises:
+            ValueError: the warm-up is still to be chosen.
+        """
+        if self.warmup_epochs is None:
+            raise ValueError("optim.warmup_epochs: still null. Call OptimSettings.fitted first.")
+        return min(round(self.warmup_epochs * steps_per_epoch), total_steps)
+
+    def peak_lr(self, global_batch_size: int) -> float:
+        """Learning rate after the warm-up.
+
+        Raises:
+            ValueError: it is still to be chosen.
+        """
+        if self.base_lr is None:
+            raise ValueError("optim.base_lr: still null. Call OptimSettings.fitted first.")
+        return self.base_lr * global_batch_size / 256
+
+
+def read_duration(text: str) -> float:
+    """Seconds of a time in words, such as 90s, 60min, 1h30min or 2d.
+
+    Raises:
+        ValueError: It is none, or no time at all.
+    """
+    found = DURATION.fullmatch(text.strip().lower())
+    seconds = (
+        sum(float(part or 0) * unit for part, unit in zip(found.groups(), UNITS.values(), strict=True)) if found else 0
+    )
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"train.budget: {brief(text)} is no time. Give it as 90s, 60min, 8h or 1h30min.")
+    return seconds
+
+
+@dataclass
+@checked("train.")
+class TrainSettings:
+    """One run."""
+
+    epochs: float | None = 800
+    """Passes over the data, converted to steps once, from the index and the global batch size. null for the paper's,
+    for at least 10,000 steps on a small data set, and for no more images in all than the paper's run saw; on a CPU for
+    about an hour at most.
+    """
+    steps: int | None = None
+    """Number of optimizer steps in the run; overrides epochs, and the schedules shrink with it."""
+    budget: str | None = None
+    """Time from the first step to the last on this machine, such as 60min, 8h or 1h30min, in the place of epochs and
+    steps: some steps are timed before the run, and as many are taken as end in time.
+    """
+    micro_batch_size: int | Literal["auto"] | None = "auto"
+    """Images per forward pass on one rank; null for all of the rank's images; auto for as many of them as the memory of
+    a GPU holds by `sslvit plan`, or, on a CPU, what is free of this machine's. Smaller micro-batches are accumulated,
+    with the same result up to rounding.
+    """
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    """Hardware to train on."""
+    devices: int | None = None
+    """Number of processes on each machine; null for those that a launcher (torchrun, srun) has started, and for one
+    without a launcher.
+    """
+    nodes: int | None = None
+    """Number of machines; null for those that a launcher (torchrun, srun) has started, and for one without."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """Distribution over ranks: ddp (each process has all weights) or fsdp (each has a shard of them: FSDP2), for models
+    whose weights, gradients and moments do not fit one GPU. The result is the same up to rounding, and a resumed run
+    may change it.
+    """
+    timeout_seconds: float = 900
+    """Seconds that a process waits for the others, also at startup, before the run ends with an error."""
+    compile: Literal["auto", "none", "default", "reduce-overhead"] = "auto"
+    """Mode of torch.compile for the computation of a step; auto is default on a GPU and none elsewhere. reduce-overhead
+    also records each step's kernels as a CUDA graph: for small models, and without accumulation.
+    """
+    precision: Literal["auto", "float32", "bf16", "float64"] = "auto"
+    """Precision of the computation; auto is bf16 where the hardware supports it, otherwise float32."""
+    log_every: int = 20
+    """Steps between two lines of metrics.jsonl."""
+    checkpoint_every: int = 1000
+    """Steps between two checkpoints; the last step always writes one."""
+    skip_limit: int = 10
+    """Consecutive steps that may be skipped because their loss or gradient is not finite, before the run ends."""
+    requeue: bool = True
+    """Ask SLURM to requeue the batch job when it is preempted."""
+    keep_last: int = 1
+    """Number of most recent checkpoints to keep; if it is more than one, they are named by step."""
+    keep_every: int | None = None
+    """Interval of steps whose checkpoints are kept for good; null for none."""
+    checkpoint_in_background: bool = False
+    """Write checkpoints in a thread while training goes on, from a copy in memory."""
+    tensorboard: bool = False
+    """Also write the metrics, and the figures at the end, for TensorBoard (tensorboard/ in the run folder)."""
+    wandb: str | None = None
+    """Project of Weights & Biases to log to as well; null for none. WANDB_MODE=offline needs no account."""
+    mlflow: str | None = None
+    """Experiment of MLflow to log to as well; null for none. MLFLOW_TRACKING_URI names the server; without it the run
+    folder's mlflow/ is written.
+    """
+    peak_tflops: float | None = None
+    """Peak TFLOP/s of each device, for the model FLOPs utilization (mfu) in the metrics; null for what is known of the
+    GPU by name.
+    """
+    threads: int | None = None
+    """CPU threads per process; null leaves torch's choice."""
+    deterministic: bool = False
+    """Use deterministic kernels on the GPU, at some cost."""
+
+    @property
+    def ranks(self) -> int:
+        """Number of processes in all."""
+        return (self.devices or 1) * (self.nodes or 1)
+
+    def __post_init__(self) -> None:
+        counts = ("devices", "nodes", "log_every", "checkpoint_every", "keep_last", "keep_every", "skip_limit")
+        more = ("epochs", "steps", "threads", "timeout_seconds", "peak_tflops")
+        check_bounds(self, "train.", "positive", *more, *counts)
+        if self.budget is not None:
+            read_duration(self.budget)
+        if not isinstance(self.micro_batch_size, str):
+            check_bounds(self, "train.", "positive", "micro_batch_size")
+        elif self.micro_batch_size != "auto":
+            words = ("auto", "a number", "null")
+            raise ValueError(f"train.micro_batch_size: {not_one_of(self.micro_batch_size, words)}")
+        if self.keep_every is not None and self.keep_every % self.checkpoint_every:
+            often = self.checkpoint_every
+            raise ValueError(
+                f"train.keep_every: {self.keep_every} must be a multiple of train.checkpoint_every ({often})."
+            )
+
+    @property
+    def batch_multiple(self) -> int:
+        """What every global batch size is a multiple of: one image, or one given micro-batch, on each rank."""
+        micro = self.micro_batch_size if isinstance(self.micro_batch_size, int) else 1
+        return self.ranks * micro
+
+    def fitted(self, usual: Usual, images: int, steps_per_epoch: int) -> TrainSettings:
+        """The same with a length that suits the data set, where none is given.
+
+        Args:
+            usual: What suits the task.
+            images: Number of images in the data set.
+            steps_per_epoch: Optimizer steps in one pass over them.
+        """
+        if self.epochs is not None or self.steps is not None:
+            return self
+        epochs = max(min(usual.epochs, usual.images / images), MIN_FITTED_STEPS / steps_per_epoch)
+        return replace(self, epochs=float(f"{epochs:.4g}"))
+
+
+@dataclass
+@checked("online.")
+class OnlineSettings:
+    """Nearest neighbors and a linear probe on frozen features, every so many steps; training does not feel them."""
+
+    train: str | None = None
+    """Labeled shards that the neighbors and the linear probe are fitted on; null for no online evaluation."""
+    val: str | None = None
+    """Labeled shards that the online evaluation scores."""
+    every: int = 1000
+    """Steps between two online evaluations, rounded up to lines of metrics.jsonl."""
+    images: int = 5000
+    """Number of images used of each of the two sets, evenly spaced."""
+    neighbors: int = 20
+    """Number k of neighbors that vote."""
+    precision: Precision = "float32"
+    """Precision of the encoder's forward passes, as of `sslvit probe`: bf16 is faster and less exact."""
+
+    def __post_init__(self) -> None:
+        if (self.train is None) != (self.val is None):
+            raise ValueError("online.train and online.val belong together: give both, or neither.")
+        self.train, self.val = (part and expand_path(part) for part in (self.train, self.val))
+        check_bounds(self, "online.", "1 or more", "every", "images", "neighbors")
+
 
 TASK_SETTINGS: dict[str, type[TaskSettings]] = {
     "mae": MAESettings, "dino": DINOSettings, "igpt": IGPTSettings, "supervised": SupervisedSettings,

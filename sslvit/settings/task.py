@@ -1,10 +1,17 @@
-"""What the settings of every pretext task share."""
+"""What the settings of every task share, and those of MAE, DINO, iGPT and supervised training."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar, Self
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Self
+
+from sslvit.files import expand_path
+from sslvit.settings.choices import check_bounds, checked
+
+IMAGES_PER_PROTOTYPE = 20  # ImageNet's 1.28 M images for 65,536 outputs (Caron et al. 2021, section 3.2)
+PAPER_BATCH, PAPER_MOMENTUM = 1024, 0.996  # section 3.2, "Implementation details"
+PARTS_OF_A_RUN = 10  # the teacher averages over at most one of them
 
 
 @dataclass(frozen=True)
@@ -53,3 +60,248 @@ class TaskSettings:
             rate: Key and value of the learning rate, in words.
         """
         return f"Lower {rate}, or raise data.global_batch_size."
+
+
+@dataclass
+@checked("task.")
+class MAESettings(TaskSettings):
+    """Reconstruct hidden patches from a few visible ones (He et al. 2022)."""
+
+    # the paper's 800 epochs of ImageNet; its peak of 2.4e-3 at a batch of 4096, by the square root
+    usual: ClassVar[Usual] = Usual(batch=1024, epochs=800, images=1.03e9, base_lr=3e-4)
+    name: Literal["mae"] = "mae"
+    """Name of the task."""
+    mask_ratio: float = 0.75
+    """Fraction of patches hidden from the encoder."""
+    target: Literal["normalized", "raw"] = "normalized"
+    """Reconstruction target: normalized (each patch by its own mean and variance) or raw pixels."""
+    decoder_width: int = 512
+    """Embedding dimension of the decoder."""
+    decoder_depth: int = 8
+    """Number of blocks in the decoder."""
+    decoder_heads: int = 16
+    """Number of attention heads in the decoder."""
+    decoder_mlp_ratio: float | None = None
+    """Hidden width of the decoder's MLPs over its width; null for encoder.mlp_ratio, as in the paper's code."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mask_ratio < 1:
+            raise ValueError(f"task.mask_ratio: {self.mask_ratio} must be in (0, 1) (the paper's is 0.75).")
+        check_bounds(self, "task.", "positive", "decoder_width", "decoder_depth", "decoder_heads", "decoder_mlp_ratio")
+        if self.decoder_width % 4:
+            raise ValueError(f"task.decoder_width: positions need a multiple of 4, not {self.decoder_width}.")
+        if self.decoder_width % self.decoder_heads:
+            raise ValueError(
+                f"task.decoder_heads: {self.decoder_heads} heads do not divide decoder width {self.decoder_width}."
+            )
+
+
+@dataclass
+@checked("task.")
+class DINOSettings(TaskSettings):
+    """A student learns to name crops as its own average, the teacher, names them (Caron et al. 2021).
+
+    Keys that are null are chosen for the data set and the batch, and printed at the start (docs/dino.md).
+    """
+
+    # 300 epochs, or as many images as 100 epochs of ImageNet have (the released code's two lengths)
+    usual: ClassVar[Usual] = Usual(batch=256, epochs=300, images=1.28e8, base_lr=5e-4)
+    name: Literal["dino"] = "dino"
+    """Name of the task."""
+    out_dim: int | None = None
+    """Number of prototypes, the output dimension of the heads; null for one per 20 images, from 256 to 65,536."""
+    head_layers: int = 3
+    """Linear layers in the head's MLP."""
+    head_width: int = 2048
+    """Hidden width of the head's MLP."""
+    bottleneck: int = 256
+    """Output width of the head's MLP, before the last layer."""
+    batch_norm: bool = False
+    """Use batch normalization in the head's MLP."""
+    norm_last_layer: bool = True
+    """Keep the norm of each prototype at one; false learns the norms (better for a small model with a fitting
+    temperature, less stable).
+    """
+    student_temp: float = 0.1
+    """Temperature of the student's softmax."""
+    teacher_temp: float | None = None
+    """Temperature of the teacher's softmax after its warm-up; lower is sharper. null for 0.07 at global batch sizes
+    from 1024 on, otherwise 0.04.
+    """
+    warmup_teacher_temp: float = 0.04
+    """Temperature of the teacher's softmax at the start of its warm-up."""
+    warmup_teacher_temp_epochs: float | None = None
+    """Epochs in which the teacher's temperature moves linearly to teacher_temp; null for 30, or a tenth of a shorter
+    run.
+    """
+    momentum: float | None = None
+    """Momentum of the teacher's moving average at the first update; null for 0.996 at a batch size of 1024, as strong
+    per image at others, and an average over at most a tenth of the run.
+    """
+    final_momentum: float = 1.0
+    """Momentum of the teacher's moving average at the last update."""
+    centering: Literal["mean", "sinkhorn"] = "mean"
+    """What keeps the teacher from one output for all images: mean (subtract a moving average) or sinkhorn
+    (Sinkhorn-Knopp: use all prototypes equally in every batch; DINOv2).
+    """
+    center_momentum: float = 0.9
+    """Momentum of the moving average that is subtracted as the center; 1 for no centering."""
+    sinkhorn_iterations: int = 3
+    """Iterations of Sinkhorn-Knopp."""
+    koleo: float = 0.0
+    """Weight of the KoLeo term, which spreads the student's features over the sphere (DINOv2 uses 0.1)."""
+    freeze_last_layer: float = 1
+    """Epochs in which the student's last layer is frozen; at most a quarter of the run."""
+
+    def __post_init__(self) -> None:
+        counts = ("out_dim", "head_layers", "head_width", "bottleneck", "sinkhorn_iterations")
+        check_bounds(self, "task.", "1 or more", *counts)
+        check_bounds(self, "task.", "positive", "student_temp", "teacher_temp", "warmup_teacher_temp")
+        check_bounds(self, "task.", "in [0, 1]", "momentum", "final_momentum", "center_momentum")
+        check_bounds(self, "task.", "0 or more", "warmup_teacher_temp_epochs", "koleo", "freeze_last_layer")
+        if self.momentum is not None and self.momentum > self.final_momentum:
+            raise ValueError(
+                f"task.final_momentum: {self.final_momentum} is below task.momentum ({self.momentum}), but it rises."
+            )
+        if self.out_dim == 1:
+            raise ValueError("task.out_dim: with 1 prototype there is nothing to tell apart. Use 2 or more.")
+
+    def fitted(self, images: int, global_batch_size: int, total_steps: int, classes: int | None = None) -> DINOSettings:
+        """The same with every null replaced by what suits the job."""
+        epochs = total_steps * global_batch_size / images
+        fitting: dict[str, Any] = {
+            "out_dim": prototypes_for(images),
+            "teacher_temp": 0.07 if global_batch_size >= PAPER_BATCH else 0.04,
+            "warmup_teacher_temp_epochs": min(30.0, epochs / 10),
+            "momentum": momentum_for(global_batch_size, total_steps),
+        }
+        return replace(self, **{key: value for key, value in fitting.items() if getattr(self, key) is None})
+
+    def check_micro_batch(self, micro: int) -> None:
+        """Raise ValueError where KoLeo has no second image."""
+        if micro < 2 and self.koleo:
+            raise ValueError(
+                f"task.koleo: {self.koleo:g} spreads the images of one micro-batch, and a single one has no neighbor. "
+                "Raise train.micro_batch_size or data.global_batch_size, or set task.koleo to 0."
+            )
+
+    def remedy(self, sign: str, rate: str) -> str:
+        """The knob for a teacher that is too even, or that has one prototype for all."""
+        return self._sharpen(rate) if sign == "even" else self._center(rate)
+
+    def _sharpen(self, rate: str) -> str:
+        hottest = max(("teacher_temp", "warmup_teacher_temp"), key=lambda key: getattr(self, key))
+        value = getattr(self, hottest)
+        temperature = f"task.{hottest} ({value:g})"
+        if value >= self.student_temp:
+            return f"Set {temperature} well below task.student_temp ({self.student_temp:g}): 0.04 to 0.07 is usual."
+        if value > 0.07:
+            return f"Lower {temperature}; 0.04 to 0.07 is usual."
+        norm = "" if self.batch_norm else "; for small data or batches set task.batch_norm to true"
+        return f"Lower {rate} or {temperature}{norm}; or try another task.out_dim ({self.out_dim})."
+
+    def _center(self, rate: str) -> str:
+        if self.centering == "mean" and self.center_momentum > 0.99:
+            return f"The center hardly moves: lower task.center_momentum ({self.center_momentum:g}); 0.9 is usual."
+        temperature = f"task.teacher_temp ({self.teacher_temp:g})"
+        parts = [f"Lower {rate}, or raise data.global_batch_size or {temperature}"]
+        if not self.batch_norm:
+            parts.append("for small data set task.batch_norm to true")
+        if self.centering == "mean":
+            parts.append("task.centering: sinkhorn keeps all prototypes in use")
+        return "; ".join(parts) + "."
+
+
+def prototypes_for(images: int) -> int:
+    """The power of two nearest to one prototype per 20 images, from 256 to 65,536.
+
+    The paper's 65,536 for ImageNet; it found 1,024 to be 2 points of kNN worse there, so the number is not delicate.
+    """
+    return 2 ** min(max(round(math.log2(max(images, 1) / IMAGES_PER_PROTOTYPE)), 8), 16)
+
+
+def momentum_for(global_batch_size: int, total_steps: int) -> float:
+    """The teacher's first momentum.
+
+    The paper's 0.996 at a batch of 1024; an average over as many images at others (Busbridge et al. 2023, "How to
+    scale your EMA"); but over no more than a tenth of the run, which matters in short runs: on the digits two fifths
+    of it were worse than a tenth or a fortieth (docs/dino.md).
+    """
+    per_batch = PAPER_MOMENTUM ** (global_batch_size / PAPER_BATCH)
+    per_run = 1 - min(PARTS_OF_A_RUN / total_steps, 0.5)
+    return round(min(per_batch, per_run), 6)
+
+
+@dataclass
+@checked("task.")
+class IGPTSettings(TaskSettings):
+    """Predict the palette color of pixels (Chen et al. 2020)."""
+
+    # the paper's million steps of 128 images; the rate of igpt/small_cifar10
+    usual: ClassVar[Usual] = Usual(batch=128, epochs=100, images=1.28e8, base_lr=2e-3)
+    name: Literal["igpt"] = "igpt"
+    """Name of the task."""
+    objective: Literal["autoregressive", "bert"] = "autoregressive"
+    """Objective: autoregressive (each pixel from those before it, row by row) or bert (masked pixels from the others;
+    needs encoder.causal false and encoder.mask_token true).
+    """
+    mask_ratio: float = 0.15
+    """Fraction of pixels that the bert objective masks."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mask_ratio < 1:
+            raise ValueError(f"task.mask_ratio: {self.mask_ratio} must be in (0, 1) (the paper's is 0.15).")
+
+
+@dataclass
+@checked("task.")
+class SupervisedSettings(TaskSettings):
+    """A linear head on the pooled tokens; all weights move. The defaults are MAE's for ViT-B (He et al. 2022, A.1)."""
+
+    name: Literal["supervised"] = "supervised"
+    """Name of the task."""
+    classes: int | None = None
+    """Number of classes; null for as many as the shards name."""
+    val: str | None = None
+    """Labeled validation shards, which are never used to choose anything."""
+    allow_same_data: bool = False
+    """Take the images that are trained on for validation, whose scores say nothing of other images."""
+    validate_every: int | None = None
+    """Steps between two validations, rounded up to lines of metrics.jsonl; null for the last step alone, whose accuracy
+    is the reported one.
+    """
+    smoothing: float = 0.1
+    """Label smoothing (Szegedy et al. 2016)."""
+    mixup: float = 0.8
+    """Alpha of mixup (Zhang et al. 2018); 0 for none."""
+    cutmix: float = 1.0
+    """Alpha of CutMix (Yun et al. 2019); 0 for none. Where both are given, each batch uses one of them at random."""
+    erase: float = 0.25
+    """Probability of random erasing: a random box is filled with noise (Zhong et al. 2020)."""
+
+    def __post_init__(self) -> None:
+        self.val = self.val and expand_path(self.val)
+        check_bounds(self, "task.", "2 or more", "classes")
+        check_bounds(self, "task.", "1 or more", "validate_every")
+        check_bounds(self, "task.", "in [0, 1]", "smoothing", "erase")
+        check_bounds(self, "task.", "0 or more", "mixup", "cutmix")
+
+    def check_micro_batch(self, micro: int) -> None:
+        """Raise ValueError where there is no second image to mix with."""
+        if micro < 2 and (self.mixup or self.cutmix):
+            raise ValueError(
+                "task.mixup and task.cutmix mix images of one micro-batch: 1 is too few. Raise it, or set them to 0."
+            )
+
+    def fitted(
+        self, images: int, global_batch_size: int, total_steps: int, classes: int | None = None
+    ) -> SupervisedSettings:
+        """The same with the number of classes that the data has; ValueError where there are no labels, or others."""
+        if classes is None:
+            raise ValueError(
+                "--train: supervised training needs labels, and these images have none. Pack them from one folder per "
+                "class, or from a list with a column label: sslvit shards pack LIST.csv SHARDS"
+            )
+        if self.classes is not None and self.classes != classes:
+            raise ValueError(f"task.classes: {self.classes}, but the data has {classes}. Leave it out.")
+        return replace(self, classes=classes)

@@ -30,8 +30,6 @@ def check_backbone(settings: RunSettings, sides: list[int]) -> None:
             torch cannot synchronize over them.
     """
     encoder, train = settings.encoder, settings.train
-    if encoder.backbone is None:
-        return
     if train.strategy == "fsdp" and train.ranks > 1:
         raise ValueError(f"train.strategy: fsdp shards vision transformers, not {encoder.backbone}. Use ddp.")
     with rng.torch_seeded("check"):  # the run's own random numbers stay as they are
@@ -51,5 +49,5 @@ def refuse_transformer_keys(encoder: EncoderSettings, changes: dict[str, Any]) -
     """Raise ValueError for settings of the vision transformer that are given for another network."""
     for key, _ in leaves(RunSettings, changes):
         section, _, name = key.partition(".")
-        if encoder.backbone is not None and section == "encoder" and name not in OF_A_BACKBONE:
+        if section == "encoder" and name not in OF_A_BACKBONE:
             raise ValueError(f"--{key}: is of the vision transformer, and this is {encoder.backbone}. Leave it out.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -11,21 +10,9 @@ import torch._dynamo
 from torch import nn
 
 from sslvit.models.transformer import Block
-from sslvit.settings import TrainSettings
 from sslvit.tasks.base import Task
-from sslvit.train.hardware import trains_on_gpu
 
 MAX_PROGRAMS = 64  # of one function: one for each size of views, in training and in evaluation
-
-
-def compile_mode(train: TrainSettings) -> str | None:
-    """The mode that `train.compile` stands for; None for no compilation.
-
-    torch writes its kernels for GPUs in Triton, so `auto` needs that as well.
-    """
-    if train.compile == "auto":
-        return "default" if trains_on_gpu(train) and find_spec("triton") else None
-    return None if train.compile == "none" else train.compile
 
 
 def compile_task(task: Task, mode: str) -> None:

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from sslvit.data.batch import Batch
-from sslvit.data.views import Views
+from sslvit.data.views import view_sizes
 from sslvit.run_plan import RunPlan
 from sslvit.settings import RunSettings
 from sslvit.tasks import make_task
@@ -98,7 +98,7 @@ class FakeStep:
                         known.append(parameter.grad)
             with LiveBytes(known) as live:
                 for _ in range(passes):
-                    batch = self._example(images, largest_side(self.settings))
+                    batch = self._example(images, self.settings.data.largest_side)
                     with self._autocast():
                         loss = self.task.compute(batch, 0).objective
                     _backward(loss)
@@ -140,17 +140,6 @@ def example(settings: RunSettings, count: int = FEW, side: int | None = None) ->
     numbers = torch.zeros(count, dtype=torch.long)
     images = [torch.zeros(count, settings.encoder.channels, *size) for size in view_sizes(settings, side)]
     return Batch(images, numbers, numbers, torch.ones(count, dtype=torch.bool), numbers)
-
-
-def view_sizes(settings: RunSettings, side: int | None = None) -> list[tuple[int, int]]:
-    """Height and width of each view of an image; `side` is that of the main ones, None the encoder's own."""
-    views = Views(settings.data.view, settings.encoder.image_size, settings.encoder.interpolation)
-    return [(height, width) for (height, width), _ in views.specs([side] * 2 if side else None)]
-
-
-def largest_side(settings: RunSettings) -> int | None:
-    """The largest side of the main views in a run; None for the encoder's own size."""
-    return max(settings.data.resolutions) if settings.data.resolutions else None
 
 
 class LiveBytes(TorchDispatchMode):

@@ -30,11 +30,11 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
-from sslvit.data.python_data import is_given
 from sslvit.environment import describe_process
 from sslvit.files import new_file, printable, remove_stale_parts, to_json, write_atomically, write_error
 from sslvit.locks import lock_folder
 from sslvit.results import Result
+from sslvit.settings.data import is_given
 from sslvit.settings.load import MADE_BY, YAML_ERRORS, by_dotted_key
 from sslvit.sharded_checkpoint import SHARDS, check_checkpoint
 

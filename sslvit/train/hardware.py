@@ -1,4 +1,6 @@
-"""Which device a run takes, in which precision it computes there, how much memory is there, how fast a CPU is."""
+"""Which processes and devices a run takes, in which precision and how compiled it computes there, how much memory is
+there, how fast a CPU is.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +9,15 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from torch import nn
 
-from sslvit.settings.train import TrainSettings
+from sslvit.settings.run import TrainSettings
 
 # limit, use and caches that can be dropped, in control groups of version 2 and 1
 GROUP_FILES = [
@@ -20,6 +25,54 @@ GROUP_FILES = [
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file "),
 ]
 MEASURED_TOKENS = 2048  # some ten images
+
+
+def launched() -> tuple[str, int, int] | None:
+    """The launcher that started this process beside others, their number on each machine, and the number of machines.
+
+    None where no launcher has: then the run starts its own processes.
+
+    Raises:
+        ValueError: SLURM has reserved several tasks, and nothing has started them.
+    """
+    if TorchElasticEnvironment.detect():
+        world, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+        return "torchrun", local, world // local
+    if not is_slurm_job():
+        return None
+    tasks, nodes = int(os.environ["SLURM_NTASKS"]), int(os.environ.get("SLURM_NNODES", "1"))
+    if tasks > 1 and "SLURM_STEP_ID" not in os.environ:
+        raise ValueError(
+            f"train.devices: SLURM reserved {tasks} tasks (SLURM_NTASKS), and this command alone was started. Put srun "
+            "before it, or reserve one task."
+        )
+    return "srun", tasks // nodes, nodes
+
+
+def is_slurm_job() -> bool:
+    """Whether SLURM says which ranks there are; torchrun, which may run in a job of SLURM, comes first."""
+    return SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
+
+
+def resolve_processes(train: TrainSettings) -> TrainSettings:
+    """The settings with the number of processes that there are, or are to be.
+
+    Raises:
+        ValueError: Other numbers are given than a launcher has started.
+    """
+    found = launched()
+    if found is None:
+        return replace(train, devices=train.devices or 1, nodes=train.nodes or 1)
+    launcher, devices, nodes = found
+    for key, given, there, where in (
+        ("devices", train.devices, devices, "processes on each machine"), ("nodes", train.nodes, nodes, "machines")
+    ):  # fmt: skip
+        if given not in (None, there):
+            raise ValueError(
+                f"train.{key}: {given}, but {launcher} started {there} {where}. Give --train.{key} null, which takes "
+                f"what was started, or start {given}."
+            )
+    return replace(train, devices=devices, nodes=nodes)
 
 
 def trains_on_gpu(train: TrainSettings) -> bool:
@@ -36,6 +89,16 @@ def precision_of(train: TrainSettings) -> str:
         return "bf16" if has_bf16 else "float32"
     known: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return "bf16" if known.get("amx_bf16") or known.get("avx512_bf16") else "float32"
+
+
+def compile_mode(train: TrainSettings) -> str | None:
+    """The mode that `train.compile` stands for; None for no compilation.
+
+    torch writes its kernels for GPUs in Triton, so `auto` needs that as well.
+    """
+    if train.compile == "auto":
+        return "default" if trains_on_gpu(train) and find_spec("triton") else None
+    return None if train.compile == "none" else train.compile
 
 
 @contextmanager

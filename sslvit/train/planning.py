@@ -17,11 +17,10 @@ from sslvit.messages import for_python
 from sslvit.results import Result
 from sslvit.run_plan import RunPlan
 from sslvit.settings import RunSettings
+from sslvit.train.fitting import MicroBatch, choose_micro_batch, cpu_seconds, duration, fit_length
 from sslvit.train.forecast import PEAKS, Forecast, forecast, peak_of_gpu, plan_step
-from sslvit.train.hardware import cpu_memory, gpu_memory, trains_on_gpu
-from sslvit.train.length import cpu_seconds, duration, fit_length
-from sslvit.train.micro_batch import MicroBatch, choose_micro_batch
-from sslvit.train.prepare import check_machine, read_settings, resolve_processes, size_notice
+from sslvit.train.hardware import cpu_memory, gpu_memory, resolve_processes, trains_on_gpu
+from sslvit.train.prepare import check_machine, read_settings, size_notice
 from sslvit.train.timed_steps import TimedSteps, fit_budget, time_run
 
 LONG_SECONDS = 24 * 3600.0  # of a run on a CPU, from which on GPUs are named beside it
@@ -221,7 +220,7 @@ def plan(
         found = chosen.found
     if requested_batch is not None and found.run.global_batch_size != requested_batch:
         notes["batch size"] = f"{batch:,} instead of the recipe's {requested_batch:,} images, more than there are"
-    if notice := size_notice(settings, examples):
+    if notice := size_notice(settings, examples.location, examples.size):
         notes["image size"] = notice
     total_images = found.run.global_batch_size * found.run.total_steps
     if measure and measured is None:

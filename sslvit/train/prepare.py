@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
 from sslvit.checkpoint import load_encoder
-from sslvit.data.examples import Examples
 from sslvit.data.folders import check_labeled
 from sslvit.data.header import MODES
 from sslvit.data.mixture import Index, Plan
@@ -21,7 +19,7 @@ from sslvit.data.stream import StreamIndex
 from sslvit.data.transform import first_call, function_of, in_words
 from sslvit.files import expand_path
 from sslvit.run_plan import RunPlan
-from sslvit.settings import RunSettings, SupervisedSettings, TrainSettings
+from sslvit.settings import RunSettings, SupervisedSettings
 from sslvit.settings.encoder import ROTARY
 from sslvit.settings.load import brief, by_dotted_key, load_recipe, merge_recipe, recipe_names, takes_init
 from sslvit.settings.views import AugmentSettings, MultiCropSettings, TransformSettings
@@ -43,7 +41,8 @@ def read_settings(config: str | Path, changes: dict[str, Any]) -> RunSettings:
     """
     if not takes_init(config, changes):
         settings = load_recipe(config, changes)
-        refuse_transformer_keys(settings.encoder, changes)
+        if settings.encoder.backbone is not None:
+            refuse_transformer_keys(settings.encoder, changes)
         return settings
     init = merge_recipe(config, changes).get("init")
     if not isinstance(init, str):
@@ -54,52 +53,38 @@ def read_settings(config: str | Path, changes: dict[str, Any]) -> RunSettings:
     return load_recipe(config, changes, load_encoder(expand_path(init)).settings)
 
 
-def launched() -> tuple[str, int, int] | None:
-    """The launcher that started this process beside others, their number on each machine, and the number of machines.
+def pretraining_settings(
+    config: str | Path,
+    changes: dict[str, Any],
+    data: str | None = None,
+    out: str | Path | None = None,
+    init: str | os.PathLike[str] | None = None,
+) -> RunSettings:
+    """The settings of a pretraining run, from what its command or its caller gave.
 
-    None where no launcher has: then the run starts its own processes.
+    Args:
+        config: YAML file, or the name of a recipe.
+        changes: Other settings, by dotted key.
+        data: Where the images lie; None for the recipe's data.shards.
+        out: Run folder; None for the recipe's.
+        init: Encoder whose weights are the initialization; None for the recipe's.
 
     Raises:
-        ValueError: SLURM has reserved several tasks, and nothing has started them.
+        ValueError: Settings that do not fit, or a recipe that trains with labels.
     """
-    if TorchElasticEnvironment.detect():
-        world, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
-        return "torchrun", local, world // local
-    if not is_slurm_job():
-        return None
-    tasks, nodes = int(os.environ["SLURM_NTASKS"]), int(os.environ.get("SLURM_NNODES", "1"))
-    if tasks > 1 and "SLURM_STEP_ID" not in os.environ:
+    for key in ("data.shards", "data.mixture"):
+        if data is not None and key in changes:
+            raise ValueError(f"--data and --{key} exclude each other: give one of them.")
+    given = {"data.shards": data, "out": out, "init": init}
+    settings = read_settings(
+        config, changes | {key: os.fspath(value) for key, value in given.items() if value is not None}
+    )
+    if isinstance(settings.task, SupervisedSettings):
         raise ValueError(
-            f"train.devices: SLURM reserved {tasks} tasks (SLURM_NTASKS), and this command alone was started. Put srun "
-            "before it, or reserve one task."
+            f"--config {config}: trains with labels. Use: sslvit finetune ENCODER --train SHARDS --val SHARDS "
+            f"--out RUN --config {config} (--scratch for one without pretraining)."
         )
-    return "srun", tasks // nodes, nodes
-
-
-def is_slurm_job() -> bool:
-    """Whether SLURM says which ranks there are; torchrun, which may run in a job of SLURM, comes first."""
-    return SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
-
-
-def resolve_processes(train: TrainSettings) -> TrainSettings:
-    """The settings with the number of processes that there are, or are to be.
-
-    Raises:
-        ValueError: Other numbers are given than a launcher has started.
-    """
-    found = launched()
-    if found is None:
-        return replace(train, devices=train.devices or 1, nodes=train.nodes or 1)
-    launcher, devices, nodes = found
-    for key, given, there, where in (
-        ("devices", train.devices, devices, "processes on each machine"), ("nodes", train.nodes, nodes, "machines")
-    ):  # fmt: skip
-        if given not in (None, there):
-            raise ValueError(
-                f"train.{key}: {given}, but {launcher} started {there} {where}. Give --train.{key} null, which takes "
-                f"what was started, or start {given}."
-            )
-    return replace(train, devices=devices, nodes=nodes)
+    return settings
 
 
 def check_machine(settings: RunSettings, is_planned: bool = False) -> None:
@@ -117,7 +102,8 @@ def check_machine(settings: RunSettings, is_planned: bool = False) -> None:
     sides = [("data.resolutions", side) for side in data.resolutions or []]
     if isinstance(data.view, MultiCropSettings) and data.view.local_crops:
         sides.append(("data.view.local_size", data.view.local_size))
-    check_backbone(settings, [side for _, side in sides])
+    if encoder.backbone is not None:
+        check_backbone(settings, [side for _, side in sides])
     kinds = task_class(settings.task.name).view_kinds
     if isinstance(data.view, TransformSettings):
         function_of(data.view)  # refuses one that nobody has given
@@ -204,14 +190,15 @@ def look_at_views(settings: RunSettings, index: Index | StreamIndex) -> RunSetti
     return replace(settings, data=replace(settings.data, view=view))
 
 
-def size_notice(settings: RunSettings, examples: Examples) -> str | None:
+def size_notice(settings: RunSettings, location: str, size: tuple[int, int] | None) -> str | None:
     """That the images are seen at a far smaller or larger size than they have, with the remedy; None if they are not.
 
     Args:
         settings: Settings of the run.
-        examples: Some of its images.
+        location: Where its images lie.
+        size: Their height and width in pixels, the median where they differ; None where it is not known.
     """
-    encoder, size = settings.encoder, examples.size
+    encoder = settings.encoder
     if size is None:
         return None
     scale = min(size) / min(encoder.image_size)
@@ -222,11 +209,11 @@ def size_notice(settings: RunSettings, examples: Examples) -> str | None:
         own = f"{settings.task.name}/own_images"
         has_recipe = encoder.tokens == "patch" and own in recipe_names()
         remedy = f"Take {own}, or raise encoder.image_size." if has_recipe else "encoder.image_size says the size."
-        return f"{examples.location}: {seen}, {scale:.0f} times smaller, where what is small in them is lost. {remedy}"
+        return f"{location}: {seen}, {scale:.0f} times smaller, where what is small in them is lost. {remedy}"
     small = f"{settings.task.name}/vit_tiny_cifar10"
     recipe = f", or take a recipe for small images ({small})" if small in recipe_names() else ""
     return (
-        f"{examples.location}: {seen}, {1 / scale:.0f} times larger, which costs time and adds nothing. Lower "
+        f"{location}: {seen}, {1 / scale:.0f} times larger, which costs time and adds nothing. Lower "
         f"encoder.image_size with encoder.patch{recipe}."
     )
 

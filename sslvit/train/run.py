@@ -31,12 +31,11 @@ from sslvit.settings import RunSettings
 from sslvit.stopping import Interrupted, Preempted, RankLost, is_first_process, requeue, stopping_at_once
 from sslvit.tasks import make_task
 from sslvit.tasks.base import Task
-from sslvit.train.compilation import compile_mode, compile_task, undo_compilation
+from sslvit.train.compilation import compile_task, undo_compilation
+from sslvit.train.fitting import fit_length, fit_micro_batch
 from sslvit.train.folder import RunFolder
-from sslvit.train.hardware import tf32_beside_bf16
-from sslvit.train.length import fit_length
+from sslvit.train.hardware import compile_mode, resolve_processes, tf32_beside_bf16
 from sslvit.train.loggers import ended_on_failure, log_pictures, make_loggers
-from sslvit.train.micro_batch import fit_micro_batch
 from sslvit.train.pictures import plot_pictures
 from sslvit.train.prepare import (
     check_data,
@@ -44,7 +43,6 @@ from sslvit.train.prepare import (
     describe_resolved,
     look_at_views,
     resolve_defaults,
-    resolve_processes,
     size_notice,
 )
 from sslvit.train.report import write_own_report
@@ -137,7 +135,8 @@ def _pretrain(
         task._log_hyperparams = False  # the loggers are told all at once, and MLflow takes no parameter twice
         trainer.loggers = make_loggers(settings, folder, index, loggers)
         _announce(settings, data, task, trainer)
-        for notice in (memory, size_notice(settings, Examples.of(index))):
+        size = (index.image_size[0], index.image_size[1]) if index.image_size else Examples.of(index).size
+        for notice in (memory, size_notice(settings, index.location, size)):
             if notice:
                 logger.info(notice)
         if resolved := describe_resolved(requested, settings, run, {"train.epochs": length, "train.steps": length}):

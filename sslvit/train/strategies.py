@@ -35,15 +35,13 @@ LOCAL_ERRORS = r"(?i)address already in use|EADDRINUSE|invalid ?usage|out of mem
 NCCL_PATIENCE = 2  # times train.timeout_seconds
 
 
-def make_strategy(settings: TrainSettings, clock: Clock) -> DDPStrategy | str:
-    """Lightning's strategy for a run; with one process there is nothing to share.
+def make_strategy(settings: TrainSettings, clock: Clock) -> DDPStrategy:
+    """Lightning's strategy for a run of several processes.
 
     Args:
         settings: of the run.
         clock: is told when gradients are ready to be exchanged.
     """
-    if settings.ranks == 1:
-        return "auto"
     timeout = timedelta(seconds=settings.timeout_seconds)
     if settings.strategy == "fsdp":
         return Sharded(timeout=timeout)

@@ -20,14 +20,14 @@ from sslvit.data.module import ShardDataModule
 from sslvit.data.open import open_data
 from sslvit.run_plan import RunPlan
 from sslvit.settings import RunSettings
-from sslvit.settings.train import TrainSettings, read_duration
+from sslvit.settings.run import TrainSettings, read_duration
 from sslvit.stopping import Preempted
 from sslvit.tasks import make_task
 from sslvit.train.callbacks.base import StepCallback
-from sslvit.train.compilation import compile_mode, compile_task
+from sslvit.train.compilation import compile_task
+from sslvit.train.fitting import fit_micro_batch
 from sslvit.train.folder import RunFolder
-from sslvit.train.hardware import tf32_beside_bf16, trains_on_gpu
-from sslvit.train.micro_batch import fit_micro_batch
+from sslvit.train.hardware import compile_mode, tf32_beside_bf16, trains_on_gpu
 from sslvit.train.prepare import resolve_defaults
 from sslvit.train.trainer import make_trainer, silence_needless_warnings
 

@@ -16,8 +16,7 @@ from sslvit.settings import RunSettings
 from sslvit.train.callbacks import make_callbacks
 from sslvit.train.checkpoint_io import AtomicCheckpointIO
 from sslvit.train.folder import RunFolder
-from sslvit.train.hardware import precision_of, trains_on_gpu
-from sslvit.train.prepare import is_slurm_job
+from sslvit.train.hardware import is_slurm_job, precision_of, trains_on_gpu
 from sslvit.train.strategies import make_strategy
 from sslvit.train.timing import Clock
 
@@ -41,7 +40,7 @@ def make_trainer(
             accelerator=train.accelerator,
             devices=train.devices or 1,
             num_nodes=train.nodes or 1,
-            strategy=make_strategy(train, clock),
+            strategy=make_strategy(train, clock) if train.ranks > 1 else "auto",
             precision=PRECISIONS[precision_of(train)],
             max_epochs=1,  # steps, not epochs: one loader covers the whole run, so a resume is always mid-epoch
             max_steps=data.run.total_steps,

@@ -21,12 +21,12 @@ from sslvit.data.loader import TrainingBatches, encoder_views
 from sslvit.data.open import open_shards
 from sslvit.data.pack import pack
 from sslvit.data.plan import EpochPlan
-from sslvit.data.python_data import given_index, is_given, python_index, takes_datasets
+from sslvit.data.python_data import given_index, python_index, takes_datasets
 from sslvit.data.python_samples import as_content
 from sslvit.data.reader import ShardReader
 from sslvit.data.sources import Sample
 from sslvit.settings import EncoderSettings
-from sslvit.settings.data import IN_WORDS
+from sslvit.settings.data import IN_WORDS, is_given
 from sslvit.settings.views import CropSettings, MultiCropSettings
 
 COUNT = 12

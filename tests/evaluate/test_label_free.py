@@ -15,7 +15,7 @@ from sslvit.cli import main
 from sslvit.data.array_images import array_samples
 from sslvit.data.index import load_index
 from sslvit.data.pack import pack
-from sslvit.data.sources import evenly_spaced
+from sslvit.data.plan import evenly_spaced
 from sslvit.evaluate import health
 from sslvit.evaluate.attention import attention_measures, receptive_field
 from sslvit.evaluate.health import alignment, alpha_of_spectrum, feature_std, label_free, rankme, uniformity

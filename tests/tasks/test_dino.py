@@ -20,7 +20,7 @@ from sslvit.models.dino import (
 )
 from sslvit.run_plan import RunPlan
 from sslvit.settings import DINOSettings, EncoderSettings, OptimSettings
-from sslvit.settings.dino import momentum_for, prototypes_for
+from sslvit.settings.task import momentum_for, prototypes_for
 from sslvit.tasks.dino import DINO
 from sslvit.tasks.released import load_dino
 

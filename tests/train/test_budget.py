@@ -13,7 +13,7 @@ from run_fixtures import TINY, run
 
 import sslvit
 from sslvit.settings.load import load_recipe
-from sslvit.settings.train import TrainSettings, read_duration
+from sslvit.settings.run import TrainSettings, read_duration
 from sslvit.stopping import Preempted
 from sslvit.train import timed_steps
 from sslvit.train.timed_steps import TimedSteps

@@ -20,9 +20,9 @@ from sslvit.settings import TrainSettings
 from sslvit.settings.load import load_recipe
 from sslvit.tasks import make_task
 from sslvit.tasks.base import Task
-from sslvit.train.compilation import blocks, compile_mode, compile_task, undo_compilation
+from sslvit.train.compilation import blocks, compile_task, undo_compilation
 from sslvit.train.fake_step import example
-from sslvit.train.hardware import tf32_beside_bf16
+from sslvit.train.hardware import compile_mode, tf32_beside_bf16
 
 KINDS = {
     "mae": ("mae/digits", {"encoder.drop_path": 0.1}),
@@ -110,7 +110,7 @@ def test_auto_compiles_on_a_gpu_with_triton_alone(monkeypatch: pytest.MonkeyPatc
         (False, True, "auto", None),
     ):  # fmt: skip
         monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
-        monkeypatch.setattr("sslvit.train.compilation.find_spec", lambda _, has_triton=has_triton: found[has_triton])
+        monkeypatch.setattr("sslvit.train.hardware.find_spec", lambda _, has_triton=has_triton: found[has_triton])
         assert compile_mode(TrainSettings(accelerator=accelerator)) == expected
     assert compile_mode(TrainSettings(compile="none")) is None
     assert compile_mode(TrainSettings(compile="reduce-overhead")) == "reduce-overhead"

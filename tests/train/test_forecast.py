@@ -24,8 +24,8 @@ from sslvit.settings import RunSettings
 from sslvit.settings.load import load_recipe
 from sslvit.tasks import task_class
 from sslvit.train.fake_step import FEW, example
+from sslvit.train.fitting import duration
 from sslvit.train.forecast import Forecast, forecast, plan_step
-from sslvit.train.length import duration
 from sslvit.train.strategies import make_strategy
 from sslvit.train.timing import Clock
 

@@ -15,7 +15,7 @@ from run_fixtures import command, run, run_ranks, same
 from sslvit.api import resume
 from sslvit.settings import TrainSettings
 from sslvit.train.folder import RunFolder
-from sslvit.train.prepare import resolve_processes
+from sslvit.train.hardware import resolve_processes
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "3"}
 SRUN = {"SLURM_NTASKS": "8", "SLURM_NNODES": "2", "SLURM_STEP_ID": "0", "SLURM_JOB_NAME": "pretrain"}

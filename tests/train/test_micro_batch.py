@@ -18,8 +18,8 @@ from sslvit.settings import RunSettings, TrainSettings
 from sslvit.settings.load import load_recipe
 from sslvit.train import hardware, micro_batch
 from sslvit.train.fake_step import FakeStep
+from sslvit.train.fitting import FRAGMENTED, RESERVED, RESERVED_ON_CPU, choose_micro_batch, fit_micro_batch
 from sslvit.train.forecast import forecast, plan_step
-from sslvit.train.micro_batch import FRAGMENTED, RESERVED, RESERVED_ON_CPU, choose_micro_batch, fit_micro_batch
 
 GPU = {"train.accelerator": "gpu", "train.precision": "bf16", "data.global_batch_size": 12}
 LARGE = {"encoder.width": 128, "encoder.depth": 4}  # weights beside which activations are few

@@ -15,7 +15,7 @@ from sslvit.checkpoint import load_encoder
 from sslvit.data.array_images import array_samples
 from sslvit.data.index import load_index
 from sslvit.data.pack import pack
-from sslvit.data.sources import evenly_spaced
+from sslvit.data.plan import evenly_spaced
 from sslvit.evaluate.linear import fit_probe
 from sslvit.evaluate.sources import Features
 from sslvit.models import ViTEncoder

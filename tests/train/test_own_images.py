@@ -20,9 +20,9 @@ from sslvit.models import ViTEncoder
 from sslvit.run_plan import RunPlan
 from sslvit.settings import EncoderSettings, RunSettings, TrainSettings
 from sslvit.settings.load import load_recipe
-from sslvit.settings.mae import MAESettings
+from sslvit.settings.task import MAESettings
 from sslvit.train import length
-from sslvit.train.length import fit_length
+from sslvit.train.fitting import fit_length
 from sslvit.train.prepare import size_notice
 from sslvit.train.run import pretrain
 
@@ -157,11 +157,7 @@ def test_a_length_that_nobody_chose_is_no_plan() -> None:
 
 
 def notice_for(size: tuple[int, int], recipe: str, **changes) -> str | None:
-    class Known(Examples):
-        size = (0, 0)
-
-    Known.size = size
-    return size_notice(load_recipe(recipe, changes), Known("photos", 9, None, []))
+    return size_notice(load_recipe(recipe, changes), "photos", size)
 
 
 def test_images_that_shrink_tenfold_or_grow_sevenfold_are_said_with_the_remedy() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytorch_lightning as pl
 
 from sslvit.data.module import ShardDataModule
-from sslvit.settings import RunSettings
+from sslvit.settings import RunSettings, SupervisedSettings
 from sslvit.train.callbacks.checkpoints import Checkpoints
 from sslvit.train.callbacks.health import Health
 from sslvit.train.callbacks.incidents import Incidents
@@ -16,9 +16,10 @@ from sslvit.train.callbacks.page import Page
 from sslvit.train.callbacks.peers import Peers
 from sslvit.train.callbacks.preemption import Preemption
 from sslvit.train.callbacks.run_log import RunLog
-from sslvit.train.callbacks.scoring import scoring
+from sslvit.train.callbacks.scoring import OnlineProbe, Validation
 from sslvit.train.folder import RunFolder
 from sslvit.train.forecast import mfu_per_throughput
+from sslvit.train.hardware import trains_on_gpu
 from sslvit.train.timing import Clock, WaitForData
 
 
@@ -37,6 +38,12 @@ def make_callbacks(
     run, train, index = data.run, settings.train, data.index
     waits_every = (train.log_every, train.checkpoint_every, STEPS_BETWEEN_COUNTS)
     peers = Peers(folder, waits_every, run.total_steps, train.timeout_seconds, index.fingerprint())
+    scoring: list[pl.Callback] = []
+    if settings.online.train is not None:
+        scoring.append(OnlineProbe(settings, run.total_steps))
+    if isinstance(settings.task, SupervisedSettings) and settings.task.val is not None:
+        scoring.append(Validation(settings, settings.task, folder, index, run.total_steps))
+    mfu = mfu_per_throughput(settings, index) if train.peak_tflops or trains_on_gpu(train) else None
     return [
         clock,  # first: what the others take is not the optimizer's time
         peers,  # before anything waits for the device, which a lost rank would make endless
@@ -45,8 +52,8 @@ def make_callbacks(
         ),  # may end the run
         Incidents(folder, index, train.skip_limit),  # may end the run: before anything is said of the step
         Health(folder, run, train.log_every),  # records measures,
-        *scoring(settings, folder, index, run.total_steps),  # and these scores,
-        RunLog(folder, run, train.log_every, clock, mfu_per_throughput(settings, index)),  # before the line is written,
+        *scoring,  # and these scores,
+        RunLog(folder, run, train.log_every, clock, mfu),  # before the line is written,
         Page(folder, train.log_every),  # which the page shows,
         *others,  # may stop the run, which a checkpoint then ends
         Checkpoints(folder, train, run.total_steps),  # which a checkpoint of this step counts on

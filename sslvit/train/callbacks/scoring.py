@@ -21,7 +21,7 @@ from sslvit.data.index import ShardIndex
 from sslvit.data.mixture import Index
 from sslvit.data.open import open_shards
 from sslvit.data.overlap import check_same_data
-from sslvit.data.sources import evenly_spaced
+from sslvit.data.plan import evenly_spaced
 from sslvit.data.stream import StreamIndex
 from sslvit.evaluate.classify import Accuracy, accuracy
 from sslvit.evaluate.features import FeatureExtractor
@@ -165,15 +165,3 @@ class Validation(ScoringCallback):
             "seconds_since_start": time.monotonic() - self.start,
         }  # fmt: skip
         write_atomically(self.folder.scores, to_json(about, indent=1) + "\n")
-
-
-def scoring(
-    settings: RunSettings, folder: RunFolder, index: Index | StreamIndex, total_steps: int
-) -> list[pl.Callback]:
-    """What scores labeled images while the run trains."""
-    callbacks: list[pl.Callback] = []
-    if settings.online.train is not None:
-        callbacks.append(OnlineProbe(settings, total_steps))
-    if isinstance(settings.task, SupervisedSettings) and settings.task.val is not None:
-        callbacks.append(Validation(settings, settings.task, folder, index, total_steps))
-    return callbacks

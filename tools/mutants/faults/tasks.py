@@ -764,7 +764,7 @@ FAULTS = [
     ),
     Fault(
         "KoLeo of single images is accepted",
-        "sslvit/settings/dino.py",
+        "sslvit/settings/task.py",
         "if micro < 2 and self.koleo:",
         "if False:",
         OF_DINO,
@@ -778,7 +778,7 @@ FAULTS = [
     ),
     Fault(
         "A smaller batch has the teacher's momentum of the paper's batch",
-        "sslvit/settings/dino.py",
+        "sslvit/settings/task.py",
         "per_batch = PAPER_MOMENTUM ** (global_batch_size / PAPER_BATCH)",
         "per_batch = PAPER_MOMENTUM",
         OF_DINO,

@@ -1,4 +1,8 @@
-"""`train.micro_batch_size: auto`: as many images at once as memory holds, by the forecast of a step."""
+"""What is chosen for the machine where nothing is given: the length of a run, and how many images it sees at once.
+
+`train.epochs: null` is a length that suits the data set, and on a CPU ends within about an hour.
+`train.micro_batch_size: auto` is as many images as memory holds, by the forecast of a step.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,20 @@ import math
 from bisect import bisect_right
 from dataclasses import dataclass, replace
 
+from sslvit.data.views import view_sizes
 from sslvit.files import brief
 from sslvit.run_plan import RunPlan
-from sslvit.settings import RunSettings
-from sslvit.train.fake_step import FakeStep, largest_side, view_sizes
+from sslvit.settings import RunSettings, TrainSettings
+from sslvit.train.fake_step import FakeStep
 from sslvit.train.forecast import Forecast, forecast
-from sslvit.train.hardware import cpu_memory, gpu_memory, trains_on_gpu
+from sslvit.train.hardware import cpu_flops, cpu_memory, gpu_memory, trains_on_gpu
+
+CPU_SECONDS = 3600.0  # of a run whose length nobody gave: it shows the way
+# FLOP/s of a training step over those that `cpu_flops` measures: 0.8 to 1.0 in float32 and 0.45 to 0.9 in bf16, of MAE,
+# DINO and iGPT on two CPU cores
+STEP_EFFICIENCY = 0.75
+# FLOP/s of a process among several, which must all come to the same length
+ASSUMED_FLOPS = 5e10
 
 # What a forecast does not count. The CUDA context with its loaded kernels takes about half a GiB, the workspaces of
 # cuBLAS and cuDNN some 100 MiB, NCCL's buffers up to half a GiB, probes and pictures during training the rest.
@@ -23,6 +35,53 @@ FRAGMENTED = 0.1  # of the memory
 # Bytes that a step on a CPU holds for each token, number of its width and block: two to ten times what is counted.
 # Where even that is little beside the memory, the step is not counted, which takes a second.
 ROUGH_BYTES, LITTLE = 256, 0.05
+
+
+def fit_length(
+    settings: RunSettings, images: int, classes: int | None, steps_per_epoch: int, global_batch_size: int
+) -> tuple[TrainSettings, str]:
+    """The settings with a length where none is given, and what to say about it.
+
+    Args:
+        settings: Settings of the run.
+        images: Number of images in the data set.
+        classes: Number of its classes, where it has labels.
+        steps_per_epoch: Optimizer steps in one pass over the data.
+        global_batch_size: Images per step.
+    """
+    train = settings.train
+    fitted = train.fitted(settings.task.usual, images, steps_per_epoch)
+    if fitted is train or trains_on_gpu(train):
+        return fitted, ""
+    run = RunPlan.make(fitted, steps_per_epoch, global_batch_size, settings.seed)
+    try:
+        seconds = cpu_seconds(FakeStep(settings, run, images, classes))
+    except Exception:  # a task of one's own may do what fake tensors cannot
+        return fitted, ""
+    if seconds <= CPU_SECONDS:
+        return fitted, ""
+    epochs = max(1, round(run.total_steps * CPU_SECONDS / seconds)) / steps_per_epoch
+    note = (
+        f"about an hour on this machine's CPU, to show the way; a GPU would get {fitted.epochs:g} epochs, which take "
+        f"about {duration(seconds)} here. Set another length with --train.epochs"
+    )
+    return replace(train, epochs=epochs), note
+
+
+def duration(seconds: float) -> str:
+    """Hours in words; minutes below one hour."""
+    minutes = seconds / 60
+    if minutes >= 60:
+        return f"{minutes / 60:,.1f} hours"
+    return f"{minutes:.1f} minutes" if minutes >= 0.1 else "under 0.1 minutes"
+
+
+def cpu_seconds(step: FakeStep) -> float:
+    """Seconds of a run on the CPU of this machine, by the work of its step and a short measurement."""
+    run = step.run
+    one = run.ranks == 1
+    flops = STEP_EFFICIENCY * (cpu_flops(step.settings.encoder.width, step.precision) if one else ASSUMED_FLOPS)
+    return float(step.flops_per_image) * run.global_batch_size * run.total_steps / (flops * run.ranks)
 
 
 @dataclass(frozen=True)
@@ -126,7 +185,7 @@ def fit_micro_batch(
 def rough_bytes(settings: RunSettings, images: int) -> float:
     """What a step with so many images at once holds, roughly and rather too much."""
     encoder = settings.encoder
-    tokens = sum(math.prod(size) for size in view_sizes(settings, largest_side(settings))) / encoder.patch**2
+    tokens = sum(math.prod(size) for size in view_sizes(settings, settings.data.largest_side)) / encoder.patch**2
     return ROUGH_BYTES * images * tokens * encoder.width * (encoder.depth + 1)
 
 
