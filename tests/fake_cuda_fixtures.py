@@ -255,7 +255,7 @@ class _Event:
 def take_fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs in this process take the device, and so does what picks one; `train.accelerator` stays cpu for Lightning."""
     monkeypatch.setattr(CPUAccelerator, "setup_device", lambda self, device: None)
-    monkeypatch.setattr("sslvit.train.trainer.make_strategy", lambda *_: SingleDeviceStrategy(GPU))
+    monkeypatch.setattr("sslvit.train.trainer.strategy_of", lambda *_: SingleDeviceStrategy(GPU))
     for module in ("tasks.igpt", "evaluate.probe", "evaluate.layers", "evaluate.dense"):
         monkeypatch.setattr(f"sslvit.{module}.pick_device", lambda name="auto": str(GPU))
     for module in ("linear", "dense"):  # each iteration is like the others, and here they take long

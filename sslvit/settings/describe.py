@@ -38,7 +38,7 @@ def field_texts(kind: type) -> dict[str, str]:
 def option_texts(kind: type) -> dict[str, str]:
     """The same for the options of a command: with what stands for null, and with the default."""
     texts, hints = field_texts(kind), hints_of(kind)
-    for field in fields(kind):
+    for field in (one for one in fields(kind) if one.name in texts):
         default, choice = default_of(field), choice_of(hints[field.name])
         text = re.sub(r"[;,] null for ([^;]*)\.$", r" (default: \1).", texts[field.name])
         default_text = " ".join(map(str, default)) if isinstance(default, list) else in_yaml(default)

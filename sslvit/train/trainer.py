@@ -10,9 +10,10 @@ from typing import Any
 import pytorch_lightning as pl
 from lightning_fabric.plugins.environments import SLURMEnvironment
 from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.strategies import Strategy
 
 from sslvit.data.module import ShardDataModule
-from sslvit.settings import RunSettings
+from sslvit.settings import RunSettings, TrainSettings
 from sslvit.train.callbacks import make_callbacks
 from sslvit.train.checkpoint_io import AtomicCheckpointIO
 from sslvit.train.folder import RunFolder
@@ -40,7 +41,7 @@ def make_trainer(
             accelerator=train.accelerator,
             devices=train.devices or 1,
             num_nodes=train.nodes or 1,
-            strategy=make_strategy(train, clock) if train.ranks > 1 else "auto",
+            strategy=strategy_of(train, clock),
             precision=PRECISIONS[precision_of(train)],
             max_epochs=1,  # steps, not epochs: one loader covers the whole run, so a resume is always mid-epoch
             max_steps=data.run.total_steps,
@@ -57,6 +58,11 @@ def make_trainer(
             callbacks=make_callbacks(settings, folder, data, clock, callbacks),
             default_root_dir=folder.path,
         )
+
+
+def strategy_of(train: TrainSettings, clock: Clock) -> Strategy | str:
+    """How the ranks of a run share its work; one process has nothing to share."""
+    return make_strategy(train, clock) if train.ranks > 1 else "auto"
 
 
 def silence_needless_warnings() -> None:

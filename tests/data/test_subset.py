@@ -29,7 +29,8 @@ def test_a_limit_draws_by_the_seed_and_a_larger_one_holds_the_smaller(tmp_path: 
     assert drawn[5] < drawn[20] < drawn[39] < drawn[40] == set(range(40))
     assert set(numbers_of(limited(whole, seed=1, limit=20))) != drawn[20]
     assert numbers_of(limited(whole, limit=20)) == [n for n in numbers_of(whole) if n in drawn[20]]  # in their order
-    assert limited(whole) is whole
+    assert len(open_data(DataSettings(str(tmp_path), global_batch_size=4), 0)[0]) == 40
+    assert len(open_data(DataSettings(str(tmp_path), global_batch_size=4, limit=7), 0)[0]) == 7
 
 
 def test_labels_names_and_shards_stay_those_of_the_images(tmp_path: Path) -> None:

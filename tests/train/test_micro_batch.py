@@ -16,7 +16,7 @@ from sslvit.cli import main
 from sslvit.run_plan import RunPlan
 from sslvit.settings import RunSettings, TrainSettings
 from sslvit.settings.load import load_recipe
-from sslvit.train import hardware, micro_batch
+from sslvit.train import fitting, hardware
 from sslvit.train.fake_step import FakeStep
 from sslvit.train.fitting import FRAGMENTED, RESERVED, RESERVED_ON_CPU, choose_micro_batch, fit_micro_batch
 from sslvit.train.forecast import forecast, plan_step
@@ -47,8 +47,8 @@ def all_memory() -> int:
 
 def put_gpu_here(monkeypatch: pytest.MonkeyPatch, memory: float) -> None:
     """A GPU for the choice alone; the run stays on the CPU."""
-    monkeypatch.setattr(micro_batch, "trains_on_gpu", lambda _: True)
-    monkeypatch.setattr(micro_batch, "gpu_memory", lambda _: memory)
+    monkeypatch.setattr(fitting, "trains_on_gpu", lambda _: True)
+    monkeypatch.setattr(fitting, "gpu_memory", lambda _: memory)
 
 
 def test_the_largest_divisor_that_fits_is_chosen(step: FakeStep) -> None:
@@ -61,7 +61,7 @@ def test_the_largest_divisor_that_fits_is_chosen(step: FakeStep) -> None:
 
 
 def test_a_forecast_leaves_room_for_what_it_does_not_count() -> None:
-    gib = micro_batch.usable(80 * 2**30) / 2**30
+    gib = fitting.usable(80 * 2**30) / 2**30
     assert gib == pytest.approx(70.5)
 
 
@@ -116,7 +116,7 @@ def test_a_given_number_is_left_alone(given: int | None, monkeypatch: pytest.Mon
 
 
 def test_a_cpu_with_much_memory_takes_all_images_and_counts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(micro_batch, "FakeStep", None)
+    monkeypatch.setattr(fitting, "FakeStep", None)
     assert TrainSettings().micro_batch_size == "auto"
     assert RunPlan.make(TrainSettings(), 7, 12, 0).images_per_pass == 12
     settings = settings_of(**{"train.accelerator": "cpu"})
@@ -126,15 +126,15 @@ def test_a_cpu_with_much_memory_takes_all_images_and_counts_nothing(monkeypatch:
 def test_a_cpu_takes_what_its_free_memory_holds_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = settings_of(**{"train.accelerator": "cpu"})
     free = memory_for(plan_step(settings, 100), 4)
-    monkeypatch.setattr(micro_batch, "cpu_memory", lambda processes: free)
-    monkeypatch.setattr(micro_batch, "LITTLE", 0)
+    monkeypatch.setattr(fitting, "cpu_memory", lambda processes: free)
+    monkeypatch.setattr(fitting, "LITTLE", 0)
     plan, notice = fit_micro_batch(RUN, settings, 100, None)
     assert plan.images_per_pass == 4
     assert notice.startswith("train.micro_batch_size auto: 4 images at once, of 12 on each rank (")
     assert "GiB that are free on this machine can be planned with" in notice
-    monkeypatch.setattr(micro_batch, "cpu_memory", lambda processes: 1e12)
+    monkeypatch.setattr(fitting, "cpu_memory", lambda processes: 1e12)
     assert fit_micro_batch(RUN, settings, 100, None) == (replace(RUN, micro_batch_size=12), None)
-    monkeypatch.setattr(micro_batch, "cpu_memory", lambda processes: 2**20)  # what is free may grow: it is tried
+    monkeypatch.setattr(fitting, "cpu_memory", lambda processes: 2**20)  # what is free may grow: it is tried
     plan, notice = fit_micro_batch(RUN, settings, 100, None)
     assert plan.images_per_pass == 1
     assert "not even 1 image at once would fit" in notice
@@ -143,7 +143,7 @@ def test_a_cpu_takes_what_its_free_memory_holds_and_says_so(monkeypatch: pytest.
 @pytest.mark.parametrize("recipe", ["mae/digits", "dino/digits", "igpt/digits", "mae/vit_base_in1k"])
 def test_what_is_too_little_to_be_counted_is_estimated_too_high(recipe: str) -> None:
     settings = load_recipe(recipe, {"train.accelerator": "cpu", "data.global_batch_size": 4})
-    assert micro_batch.rough_bytes(settings, 4) > 1.5 * plan_step(settings, 100).peak(4, 1)
+    assert fitting.rough_bytes(settings, 4) > 1.5 * plan_step(settings, 100).peak(4, 1)
 
 
 def test_free_memory_is_within_the_limit_of_the_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +159,7 @@ def test_a_task_that_cannot_be_counted_takes_all_images_and_says_so(monkeypatch:
         raise TypeError("no values here")
 
     put_gpu_here(monkeypatch, 2**30)
-    monkeypatch.setattr(micro_batch, "FakeStep", fail)
+    monkeypatch.setattr(fitting, "FakeStep", fail)
     plan, notice = fit_micro_batch(RUN, settings_of(), 100, None)
     assert plan == RUN
     assert notice == "train.micro_batch_size auto: all 12 images of each rank at once (no values here)"

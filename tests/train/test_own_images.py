@@ -21,7 +21,7 @@ from sslvit.run_plan import RunPlan
 from sslvit.settings import EncoderSettings, RunSettings, TrainSettings
 from sslvit.settings.load import load_recipe
 from sslvit.settings.task import MAESettings
-from sslvit.train import length
+from sslvit.train import fitting
 from sslvit.train.fitting import fit_length
 from sslvit.train.prepare import size_notice
 from sslvit.train.run import pretrain
@@ -95,17 +95,17 @@ def test_a_run_on_a_gpu_is_as_long_as_its_data_set_asks_for() -> None:
 
 def test_a_run_on_a_cpu_takes_about_an_hour_and_says_how_to_change_that(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = load_recipe("mae/own_images", OWN | {"train.accelerator": "cpu"})
-    monkeypatch.setattr(length, "cpu_seconds", lambda step: 36_000.0 * step.run.total_steps / 10_000)
+    monkeypatch.setattr(fitting, "cpu_seconds", lambda step: 36_000.0 * step.run.total_steps / 10_000)
     train, note = fit_length(settings, 240, None, 7, 32)
     assert train.epochs * 7 == pytest.approx(1000, abs=1)
     for part in ("about an hour on this machine's CPU", "a GPU would get 1429 epochs", "10.0 hours", "--train.epochs"):
         assert part in note
-    monkeypatch.setattr(length, "cpu_seconds", lambda step: 60.0)
+    monkeypatch.setattr(fitting, "cpu_seconds", lambda step: 60.0)
     assert fit_length(settings, 240, None, 7, 32)[0].epochs == 1429
 
 
 def test_several_processes_come_to_the_same_length_without_a_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(length, "cpu_flops", None)
+    monkeypatch.setattr(fitting, "cpu_flops", None)
     settings = load_recipe("mae/own_images", {"train.accelerator": "cpu", "train.devices": 2})
     train, note = fit_length(settings, 240, None, 7, 32)
     assert 1 < train.epochs < 1429
@@ -121,7 +121,7 @@ def test_the_rate_grows_like_the_square_root_of_the_batch() -> None:
 def test_a_flat_folder_of_30_images_runs_and_every_choice_is_said_and_kept(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(length, "cpu_seconds", lambda step: 3600.0 * step.run.total_steps / 5)  # five steps in an hour
+    monkeypatch.setattr(fitting, "cpu_seconds", lambda step: 3600.0 * step.run.total_steps / 5)  # five steps in an hour
     folder = pretrain(own_images(photos, tmp_path / "run"))
     out = capsys.readouterr().out
     for part in ("5 steps of 4 images", "resolved for 30 images, 4 a step: data.global_batch_size 4;",
@@ -133,7 +133,7 @@ def test_a_flat_folder_of_30_images_runs_and_every_choice_is_said_and_kept(
     assert (folder.figures / "neighbors.png").exists()
 
     # a resumed run keeps what was chosen, on whatever machine it goes on
-    monkeypatch.setattr(length, "cpu_seconds", lambda step: 1.0)
+    monkeypatch.setattr(fitting, "cpu_seconds", lambda step: 1.0)
     monkeypatch.setattr(MAESettings, "usual", MAESettings.usual.__class__(2, 1, 1e9, 1.0))
     again = pretrain(own_images(photos, tmp_path / "run"), resume=True)
     found = yaml.safe_load(again.config.read_text())

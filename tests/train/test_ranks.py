@@ -24,8 +24,9 @@ from sslvit.sharded_checkpoint import read_checkpoint
 from sslvit.tasks import task_class
 from sslvit.train.fake_step import example
 from sslvit.train.folder import RunFolder
-from sslvit.train.strategies import is_peer_failure, make_strategy, shard
+from sslvit.train.strategies import Sharded, is_peer_failure, make_strategy, shard
 from sslvit.train.timing import Clock
+from sslvit.train.trainer import strategy_of
 
 WAYS = {
     "2 ranks, 2 passes": {"train.devices": 2, "train.micro_batch_size": 2},
@@ -295,7 +296,12 @@ def test_parts_in_bf16_train_as_whole_weights_do(shards: Path, tmp_path: Path, m
 
 def test_one_process_shares_nothing() -> None:
     settings = load_recipe("mae/digits", {"train.strategy": "fsdp"}).train
-    assert make_strategy(settings, Clock()) == "auto"
+    assert strategy_of(settings, Clock()) == "auto"
+    settings = load_recipe("mae/digits", {"train.strategy": "fsdp", "train.devices": 2}).train
+    assert isinstance(strategy_of(settings, Clock()), Sharded)
+
+
+def test_ranks_wait_as_long_as_the_settings_say() -> None:
     settings = load_recipe("mae/digits", {"train.devices": 2, "train.timeout_seconds": 5}).train
     assert make_strategy(settings, Clock())._timeout.total_seconds() == 5
 
