@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sslvit.models import ViTEncoder, preset
+from sslvit.models import ViTEncoder, preset, transformer
 from sslvit.models.positions import (
     RelativeBias,
     TokenLayout,
@@ -663,6 +663,31 @@ def test_weights_larger_than_their_queries_keys_and_values_are_not_kept_for_the_
     ):
         attention(tokens, TokenLayout((4, 4), 1))
     assert (2 * heads * 17 * 17 in kept) == keeps
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}])
+def test_attention_in_parts_of_a_batch_is_that_of_the_whole(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    attention, sizes = make(**options, heads=12).blocks[0].attn.train(), []
+    tokens = torch.randn(5, 17, 48, generator=torch.Generator().manual_seed(2))
+    weights = transformer._weights
+    monkeypatch.setattr(transformer, "_weights", lambda query, *rest: sizes.append(len(query)) or weights(query, *rest))
+
+    def run(most: int) -> list[torch.Tensor]:
+        monkeypatch.setattr(transformer, "WEIGHTS_AT_ONCE", most)
+        given = tokens.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = attention(given, TokenLayout((4, 4), 1))
+        return [mixed, *torch.autograd.grad(mixed.float().square().sum(), [given, *attention.parameters()])]
+
+    whole = run(2**21)
+    assert sizes == [5, 5]  # forward and backward
+    sizes.clear()
+    parts = run(2 * 12 * 17 * 17 * 2)  # bytes of two images, in bf16
+    assert sizes == [2, 2, 1] * 2
+    for one, other in zip(parts, whole, strict=True):
+        torch.testing.assert_close(one, other)
+    run(1)
+    assert sizes[6:] == [1] * 10  # at least one image
 
 
 @pytest.mark.parametrize(
