@@ -112,8 +112,8 @@ FAULTS = [
     Fault(
         "Tars that the index does not list are passed over in silence",
         "sslvit/data/open.py",
-        "        if notice := unlisted_warning(index):\n",
-        "        if (notice := unlisted_warning(index)) and False:\n",
+        "    if notice := unlisted_warning(index):\n",
+        "    if (notice := unlisted_warning(index)) and False:\n",
         (f"{OPEN}::test_tars_that_the_index_does_not_list_are_said",),
     ),
     Fault(

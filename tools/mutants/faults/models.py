@@ -686,4 +686,18 @@ FAULTS = [
     ),
     Fault("Resized tables shrink without smoothing", RESIZE, "new.interpolate_antialias", "False", OURS),
     Fault("Resized tables have no offset", RESIZE, "new.interpolate_offset", "0.0", OURS),
+    Fault(
+        "Keys and values of a part of the batch change places",
+        BLOCKS,
+        "return zip(*(one.split(images) for one in (query, *others)), strict=True)",
+        "return zip(*(one.split(images) for one in (query, *reversed(others))), strict=True)",
+        ("tests/models/test_encoder.py::test_attention_in_parts_of_a_batch_is_that_of_the_whole",),
+    ),
+    Fault(
+        "A batch whose attention weights exceed the cache is not cut into parts",
+        BLOCKS,
+        "images = max(WEIGHTS_AT_ONCE // (heads",
+        "images = max(2**40 // (heads",
+        ("tests/models/test_encoder.py::test_attention_in_parts_of_a_batch_is_that_of_the_whole",),
+    ),
 ]

@@ -16,7 +16,7 @@ RESUME = "sslvit/train/resume.py"
 COMPILATION, TRAINER = "sslvit/train/compilation.py", "sslvit/train/trainer.py"
 TIMED, BUDGET = "sslvit/train/timed_steps.py", "tests/train/test_budget.py"
 FOLDER, TIMING, FORECAST = "sslvit/train/folder.py", "sslvit/train/timing.py", "sslvit/train/forecast.py"
-FAKE_STEP, MICRO_BATCH = "sslvit/train/fake_step.py", "sslvit/train/micro_batch.py"
+FAKE_STEP, MICRO_BATCH = "sslvit/train/fake_step.py", "sslvit/train/fitting.py"
 CALLBACKS = "sslvit/train/callbacks"
 INCIDENTS, SCORING, HEALTH = f"{CALLBACKS}/incidents.py", f"{CALLBACKS}/scoring.py", f"{CALLBACKS}/health.py"
 RUN_LOG, LEDGERS = f"{CALLBACKS}/run_log.py", f"{CALLBACKS}/ledger.py"
@@ -27,7 +27,7 @@ BROKEN, KEPT = "tests/train/test_incidents.py", "tests/train/test_checkpoints.py
 LATE = f"{BROKEN}::test_what_a_device_finishes_late_is_counted_as_if_it_were_at_hand"
 GUARDED = "tests/optim/test_guard.py"
 PLANNED, MICRO_BATCHES = "tests/train/test_forecast.py", "tests/train/test_micro_batch.py"
-OWN_IMAGES, LENGTH = "tests/train/test_own_images.py", "sslvit/train/length.py"
+OWN_IMAGES, LENGTH = "tests/train/test_own_images.py", "sslvit/train/fitting.py"
 RESUMED = "tests/train/test_resume.py"
 SWEEP, SWEEPS = "sslvit/reports/sweep", "tests/reports/test_sweep.py"
 KEYS = "tests/train/test_resume_keys.py::test_a_key_changed_at_a_resume_is_refused_or_does_what_it_says"
@@ -147,7 +147,8 @@ FAULTS = [
           "  # type: ignore[method-assign]  # of this block alone\n",
           "  # type: ignore[method-assign]  # of this block alone\n        return\n", (COMPILED,)),
     Fault("On several ranks the loss is one program", COMPILATION, "if task.run.ranks == 1:", "if True:", (COMPILED,)),
-    Fault("train.compile auto compiles on a CPU", COMPILATION, "if trains_on_gpu(train) and find_spec", "if find_spec",
+    Fault("train.compile auto compiles on a CPU", "sslvit/train/hardware.py",
+          "if trains_on_gpu(train) and find_spec", "if find_spec",
           (f"{COMPILING}::test_auto_compiles_on_a_gpu_with_triton_alone",)),
     Fault("TF32 stands beside no precision", "sslvit/train/hardware.py",
           'precision_of(train) == "bf16":', 'precision_of(train) == "bf16-mixed":',
