@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from sslvit.environment import cpu_cores, pick_workers
 from sslvit.messages import for_python
 from sslvit.results import Result
 from sslvit.run_plan import RunPlan
-from sslvit.settings import RunSettings
+from sslvit.settings import IGPTSettings, RunSettings
 from sslvit.train.fitting import MicroBatch, choose_micro_batch, cpu_seconds, duration, fit_length
 from sslvit.train.forecast import PEAKS, Forecast, forecast, peak_of_gpu, plan_step
 from sslvit.train.hardware import cpu_memory, gpu_memory, resolve_processes, trains_on_gpu
@@ -29,6 +30,9 @@ LONG_SECONDS = 24 * 3600.0  # of a run on a CPU, from which on GPUs are named be
 ASSUMED_ONE_VIEW, ASSUMED_MANY_VIEWS = 500.0, 200.0
 STEPS_ON_GPU, STEPS_ON_CPU = 20, 4  # that --measure times
 SECONDS_ON_CPU = 2.0  # that each of them may take there, by the forecast
+# pixels per parameter at which next-pixel prediction makes the most of its compute: 10 to 20 times the 20 tokens of
+# language models (Yan et al. 2025, arXiv 2511.08704, figure 1)
+BEST_PIXELS = (200, 400)
 
 
 @dataclass
@@ -223,6 +227,8 @@ def plan(
     if notice := size_notice(settings, examples.location, examples.size):
         notes["image size"] = notice
     total_images = found.run.global_batch_size * found.run.total_steps
+    if notice := model_size_notice(settings, total_images, found.encoder):
+        notes["model size"] = notice
     if measure and measured is None:
         measured = _measure(settings, found.run, None if on_gpu else cpu_seconds(step) / total_images)
 
@@ -248,6 +254,31 @@ def plan(
         chosen,
         measured,
         notes,
+    )
+
+
+def model_size_notice(settings: RunSettings, images: int, parameters: int) -> str | None:
+    """What a scaling law says of the size of a model of pixels for such a run; None where it fits, or there is no law.
+
+    The law is one of compute, which grows with pixels times parameters, so at the same cost both change by the root.
+
+    Args:
+        settings: Settings of the run.
+        images: Images that it sees.
+        parameters: Those of the encoder.
+    """
+    if not isinstance(settings.task, IGPTSettings) or settings.task.objective != "autoregressive":
+        return None
+    encoder, sides = settings.encoder, settings.data.fractions_of_sides
+    grids = {side: encoder.grid if side is None else encoder.grid_of(side, side) for side in sides}
+    pixels = images * sum(fraction * math.prod(grids[side]) for side, fraction in sides.items())
+    fewest, most = BEST_PIXELS
+    if fewest <= pixels / parameters <= most:
+        return None
+    best = math.sqrt(pixels * parameters / math.sqrt(fewest * most))
+    return (
+        f"{pixels / parameters:,.0f} pixels per parameter; {fewest} to {most} make the most of the compute (arXiv "
+        f"2511.08704): at the same cost, about {best / 1e6:,.1f} M parameters"
     )
 
 

@@ -14,6 +14,7 @@ import sslvit
 from sslvit.cli import main
 from sslvit.data import examples
 from sslvit.data import open as opening
+from sslvit.settings.load import load_recipe
 from sslvit.train import planning
 from sslvit.train.planning import Loading
 
@@ -109,3 +110,22 @@ def test_a_set_that_is_decoded_once_has_no_loader_processes_on_a_gpu_either(
     found = sslvit.plan("mae/own_images", photos, memory_gib=80, **changes)
     assert found.loading is not None
     assert (found.loading.workers > 0) == has_workers
+
+
+def test_the_size_of_a_model_of_pixels_is_compared_with_a_scaling_law() -> None:
+    settings = load_recipe("igpt/digits", {"encoder.image_size": 10, "data.view.kind": "crop"})
+    assert planning.model_size_notice(settings, 3_000, 1_000) is None  # 300 pixels per parameter
+    assert planning.model_size_notice(settings, 2_000, 1_000) is None
+    assert planning.model_size_notice(settings, 4_000, 1_000) is None
+    few = planning.model_size_notice(settings, 100_000, 1_000_000)
+    assert few.startswith("10 pixels per parameter; 200 to 400 make the most of the compute")
+    assert few.endswith("at the same cost, about 0.2 M parameters")  # 188,000 see 5.3 times as many, 283 for each
+    many = planning.model_size_notice(settings, 10_000_000, 1_000_000)
+    assert many.startswith("1,000 pixels per parameter")
+    assert many.endswith("about 1.9 M parameters")
+    turns = {"data.resolutions": [5, 10], "data.resolution_fractions": [0.6, 0.4]}
+    mixed = load_recipe("igpt/digits", {"encoder.image_size": 10, "data.view.kind": "crop"} | turns)
+    assert planning.model_size_notice(mixed, 100_000, 1_000_000).startswith("6 pixels per parameter")  # 55 per image
+    assert planning.model_size_notice(load_recipe("mae/digits"), 1, 1_000_000) is None
+    bert = {"task.objective": "bert", "encoder.causal": False, "encoder.mask_token": True}
+    assert planning.model_size_notice(load_recipe("igpt/digits", bert), 1, 1_000_000) is None
