@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,18 +25,25 @@ from sslvit.checkpoint import provenance_of
 from sslvit.exporters import export_encoder
 from sslvit.exporters.card import OMITTED
 from sslvit.files import to_json, write_atomically
+from sslvit.models import ViTEncoder
+from sslvit.models.resize import resize_weights
 
 PACKAGE_BYTES = 3_000_000  # of the weights of an encoder that comes with the package
 
 
-def release(run: str, name: str, train: str, val: str, to: str | Path, license: str) -> Path:
-    """Write the files of an encoder, list it, and return its folder."""
+def release(run: str, name: str, train: str, val: str, to: str | Path, license: str, size: int | None = None) -> Path:
+    """Write the files of an encoder, for images of another size than it was trained on if one is given; list it."""
     folder = Path(to) / name
     encoder = sslvit.load_encoder(run)
-    size = 2 * sum(value.numel() for value in encoder.state_dict().values())
-    if folder.resolve().is_relative_to(zoo.FOLDER.resolve()) and size > PACKAGE_BYTES:
+    if size is not None:
+        settings = replace(encoder.settings, image_size=size)
+        weights = resize_weights(encoder.state_dict(), encoder.settings, settings)
+        encoder = ViTEncoder(settings).eval()
+        encoder.load_state_dict(weights)
+    weight_bytes = 2 * sum(value.numel() for value in encoder.state_dict().values())
+    if folder.resolve().is_relative_to(zoo.FOLDER.resolve()) and weight_bytes > PACKAGE_BYTES:
         raise ValueError(
-            f"{folder}: {size:,} bytes of weights are too many for the package. Write it elsewhere: --to FOLDER"
+            f"{folder}: {weight_bytes:,} bytes of weights are too many for the package. Write it elsewhere: --to FOLDER"
         )
     if folder.exists():
         raise ValueError(f"{folder}: already exists. Delete it, or choose another --to.")
@@ -45,19 +53,22 @@ def release(run: str, name: str, train: str, val: str, to: str | Path, license: 
     provenance = provenance_of(run)
     settings = provenance.get("settings") or {}
     provenance["settings"] = {key: value for key, value in settings.items() if key not in OMITTED}
+    for data in (provenance["settings"].get("data", {}), provenance.get("data", {})):
+        if data.get("shards") is not None:  # no place on this machine
+            data["shards"] = "/".join(Path(data["shards"]).parts[-2:])
     table = sslvit.probe(encoder, train, val, labels_per_class=10, neighbors=[20])
     with tempfile.TemporaryDirectory() as temporary:
         rounded, scores = Path(temporary, name.rpartition("/")[2]), Path(temporary, "probe.json")
         scores.write_text(to_json(table.to_dict(), indent=1))
         sslvit.save_encoder(encoder, rounded, provenance)
         export_encoder(rounded, folder, "safetensors", scores=[scores], license=license)
-    weights = folder / "encoder.safetensors"
-    save_file({key: value.half() for key, value in load_file(weights).items()}, weights)
-    files = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
+    file = folder / "encoder.safetensors"
+    save_file({key: value.half() for key, value in load_file(file).items()}, file)
+    files = {one.name: hashlib.sha256(one.read_bytes()).hexdigest() for one in sorted(folder.iterdir())}
     listed = zoo.encoders() | {name: files}
     write_atomically(zoo.FOLDER / "index.json", json.dumps(dict(sorted(listed.items())), indent=1) + "\n")
     print(table)
-    print(f"{folder}: {size:,} bytes of weights")
+    print(f"{folder}: {weight_bytes:,} bytes of weights")
     return folder
 
 
@@ -69,5 +80,6 @@ if __name__ == "__main__":
     parser.add_argument("--val", required=True, help="labeled shards that are scored")
     parser.add_argument("--to", default="exports", help="folder that gets DATA/NAME/")
     parser.add_argument("--license", default="apache-2.0", help="license on the card, in the Hugging Face hub's words")
+    parser.add_argument("--size", type=int, help="side of the images that it is for, where that is not the run's")
     given = parser.parse_args()
-    release(given.run, given.name, given.train, given.val, given.to, given.license)
+    release(given.run, given.name, given.train, given.val, given.to, given.license, given.size)

@@ -124,10 +124,11 @@ class WrittenOutAttention(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         """Gradients of query, key and value."""
-        query, key, value, bias, mixed = context.saved_tensors
+        *saved, bias, mixed = context.saved_tensors
         gradients = []
-        for part in _in_parts(query, key, value, mixed, grad):
-            gradients.append(WrittenOutAttention._gradients(*part, bias, context.scale))
+        for query, key, value, of_part, grad_of_part in _in_parts(*saved, mixed, grad):
+            found = WrittenOutAttention._gradients(query, key, value, of_part, grad_of_part, bias, context.scale)
+            gradients.append(found)
         of_query, of_key, of_value = (torch.cat(parts) for parts in zip(*gradients, strict=True))
         return of_query, of_key, of_value, None, None
 

@@ -691,7 +691,7 @@ FAULTS = [
         BLOCKS,
         "return zip(*(one.split(images) for one in (query, *others)), strict=True)",
         "return zip(*(one.split(images) for one in (query, *reversed(others))), strict=True)",
-        ("tests/models/test_encoder.py::test_attention_in_parts_of_a_batch_is_that_of_the_whole",),
+        ("tests/models/test_encoder.py::test_all_ways_of_attention_in_bf16_give_the_outputs_and_gradients_of_float32",),
     ),
     Fault(
         "A batch whose attention weights exceed the cache is not cut into parts",
