@@ -1,4 +1,4 @@
-"""The encoders of docs/record.md by name, such as zoo:cifar10/dino-30min.
+"""The encoders of docs/record.md by name, such as zoo:cifar10/dino.
 
 `index.json` lists them with the checksums of their files. Some lie in this folder and come with the package; the others
 are taken from the folder or address in $SSLVIT_ZOO. `tools/release_encoder.py` adds one.
