@@ -81,7 +81,8 @@ def open_data(
 
 
 def _open(source: str, settings: DataSettings) -> ShardIndex:
-    return open_indexed(source) or open_shards(source, shard_cache(settings))
+    indexed = open_indexed(source)  # needs no cache
+    return open_shards(source, shard_cache(settings)) if indexed is None else indexed
 
 
 def open_indexed(source: str | Path) -> ShardIndex | None:
