@@ -116,6 +116,8 @@ class _Operations(TorchDispatchMode):
                 self.where.waits[caller()] += 1
             elif places[1] == CPU:
                 self.where.transfers[caller()] += 1
+                if not (kwargs.get("non_blocking") or args[2:] == (True,)):
+                    self.where.waits[caller()] += 1
         is_by_mask = function in TAKES_CPU_INDICES and any(index.dtype == torch.bool for index in tensors(args[1]))
         if name in WAITS or is_by_mask:
             self.where.waits[caller()] += 1
@@ -178,6 +180,7 @@ class _Names(TorchFunctionMode):
             self.where.waits[caller()] += 1
         if function in FROM_HOST and asked is not None and asked.type == "cuda":
             self.where.transfers[caller()] += 1
+            self.where.waits[caller()] += 1
         waits = self.where.waits.copy()
         result = function(*args, **kwargs)
         if function is torch.nn.functional.one_hot:  # looks at its labels on a CPU alone
@@ -206,14 +209,17 @@ class _Names(TorchFunctionMode):
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
         if args or kwargs:
             tensor = torch.Tensor.to(tensor, *args, **kwargs)
-        return self.move(tensor, GPU if place.type == "cuda" else CPU)
+        return self.move(tensor, GPU if place.type == "cuda" else CPU, bool(kwargs.get("non_blocking")))
 
-    def move(self, tensor: torch.Tensor, place: torch.device) -> torch.Tensor:
+    def move(self, tensor: torch.Tensor, place: torch.device, non_blocking: bool = False) -> torch.Tensor:
         if self.where.of(tensor) == place:
             return tensor
         # torch's optimizers group tensors by where they truly lie, and move their numbers there
         if "/torch/optim/" not in sys._getframe(3).f_code.co_filename:
-            (self.where.waits if place == CPU else self.where.transfers)[caller()] += 1
+            if place == GPU:
+                self.where.transfers[caller()] += 1
+            if place == CPU or not non_blocking:
+                self.where.waits[caller()] += 1
         moved = tensor.clone()
         self.where.put(moved, place)
         return moved

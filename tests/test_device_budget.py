@@ -78,4 +78,4 @@ def test_a_step_of_fine_tuning_that_logs_nothing_waits_for_nothing(shards: Path,
         **{"data.global_batch_size": 10, "data.workers": 0, "task.erase": 0.5, "train.precision": "float32",
            "train.accelerator": "cpu", "encoder.image_size": 16},
     )  # fmt: skip
-    check(counts, most=3)  # the batch, which images are erased, and with what
+    check(counts, most=2)  # the batch, and what is erased with what

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -34,9 +35,11 @@ from sslvit.evaluate.samples import complete_images, sample_images
 from sslvit.evaluate.sources import Features, LabeledSet
 from sslvit.models import ViTEncoder
 from sslvit.models.sampling import complete
+from sslvit.models.tokens import TOKENIZERS
 from sslvit.palette import nearest_color, squared_error, uniform_palette
 from sslvit.run_plan import RunPlan
 from sslvit.settings import EncoderSettings, OptimSettings, ProbeSettings
+from sslvit.settings.encoder import PositionKind
 from sslvit.settings.load import load_recipe
 from sslvit.settings.protocols import PROTOCOLS
 from sslvit.settings.sample import SampleSettings
@@ -44,6 +47,7 @@ from sslvit.settings.views import MultiCropSettings
 from sslvit.tasks import task_class
 from sslvit.tasks.base import Task
 from sslvit.tasks.igpt import IGPT
+from sslvit.train.callbacks.health import measure
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*device_type of 'cuda'.*", "ignore:.*no accelerator is found.*")
 MIXED = "Expected all tensors to be on the same device"
@@ -124,6 +128,15 @@ def test_the_fake_device_refuses_kernels_that_cannot_repeat(
     on_gpu(3).long().cumsum(0)
     with pytest.raises(RuntimeError, match=NOT_REPEATABLE):
         kernel()
+
+
+def test_health_takes_the_spectrum_of_a_few_features_on_the_cpu(
+    fake_cuda: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr("sslvit.train.callbacks.health.label_free", lambda features: seen.append(features) or {})
+    measure({"features": on_gpu(4100, 8, dtype=torch.bfloat16)})
+    assert (seen[0].device.type, len(seen[0]), seen[0].dtype) == ("cpu", 456, torch.float32)  # every ninth of 4,100
 
 
 # ---- whole runs: steps, health, lines of metrics, checkpoints, scores, pictures ------------------------------------
@@ -207,8 +220,19 @@ def test_a_step_of_any_encoder_on_a_gpu_can_be_repeated(name: str, fake_cuda: No
             [found.patch_map() for found in encoder.intermediates(images, [2], attention=True)]
 
 
+@pytest.mark.parametrize("positions", get_args(PositionKind))
+@pytest.mark.parametrize("tokens", TOKENIZERS)
+def test_every_tokenizer_with_every_kind_of_positions_on_a_gpu(tokens: str, positions: str, fake_cuda: None) -> None:
+    kind = {"image_size": 8, "patch": 4, "width": 16, "depth": 1, "heads": 2, "tokens": tokens, "pos_embed": positions}
+    kind |= {"patch": 1, "causal": True, "class_token": False, "pooling": "mean"} if tokens == "pixel" else {}
+    encoder = ViTEncoder(EncoderSettings(**kind)).to(GPU).train()
+    seen = torch.rand(2, 3, 8, 8, device=GPU) if tokens != "pixel" else torch.zeros(2, 64, dtype=torch.long, device=GPU)
+    encoder.pool(encoder(seen)).square().sum().backward()
+    assert {parameter.grad.device for parameter in encoder.parameters() if parameter.grad is not None} == {GPU}
+
+
 @pytest.mark.parametrize(
-    "positions", ["learned_1d", "learned_2d", "sincos_1d", "rotary_2d", "rotary_2d_normalized", "relative_bias"]
+    "positions", ["none", "learned_1d", "learned_2d", "sincos_1d", "rotary_2d", "rotary_2d_normalized", "relative_bias"]
 )
 @pytest.mark.parametrize(("top_k", "top_p", "temperature"), [(None, 1.0, 1.0), (3, 0.9, 0.7), (None, 1.0, 0.0)])
 def test_pixels_drawn_on_a_gpu_can_be_repeated_and_are_those_of_a_cpu(

@@ -123,8 +123,7 @@ class DeviceBatches(TrainingBatches):
 
     def make(self, drawn: Drawn) -> Batch:
         """Views of a micro-batch."""
-        packed = drawn.packed.pin_memory() if self.device.type == "cuda" else drawn.packed
-        samples, *rest = packed.to(self.device).tensors()
+        samples, *rest = drawn.packed.send(self.device).tensors()
         views: list[Tensor] = []
         for size, count, boxes in drawn.groups:
             here = replace(boxes, numbers=rest.pop(0))

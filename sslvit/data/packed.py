@@ -57,6 +57,10 @@ class Packed:
         """The same in page-locked memory, from which a GPU copies without anyone waiting."""
         return Packed(self.buffer.pin_memory(), self.layout)
 
+    def send(self, device: torch.device) -> Packed:
+        """The same on a device, through page-locked memory where that is a GPU."""
+        return (self.pin_memory() if device.type == "cuda" else self).to(device)
+
     def to(self, device: torch.device) -> Packed:
         """The same on a device, by one copy; nobody waits for it where the memory is page-locked."""
         return Packed(self.buffer.to(device, non_blocking=device.type == "cuda"), self.layout)

@@ -18,6 +18,7 @@ from torchvision.transforms import v2
 
 from sslvit import rng
 from sslvit.data.batch import Batch
+from sslvit.data.packed import Packed
 from sslvit.models import Encoder
 from sslvit.models.classifier import Classifier, ClassifierLoss
 from sslvit.optim.groups import TOKENS
@@ -91,7 +92,7 @@ class Supervised(Task):
         for number, row in enumerate(rows):
             with rng.torch_seeded(self.run.seed, "erase", int(batch.epochs[row]), int(batch.samples[row])):
                 noise[number] = eraser(noise[number])
-        noise, erased = noise.to(images.device), torch.from_numpy(rows).to(images.device)
+        noise, erased = Packed.of([noise, torch.from_numpy(rows)]).send(images.device).tensors()
         images = images.clone()
         images[erased] = torch.where(noise.isnan(), images[erased], noise)
         return images

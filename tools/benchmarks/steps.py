@@ -66,13 +66,13 @@ def race(case: str, precision: str, options: argparse.Namespace) -> list[dict[st
             request = {} if who == "rate" else {"case": case, "steps": options.steps}
             python = options.peers if who in peers else sys.executable
             results.append(measure(options, python, who=who, precision=precision, **request))
+            if who in peers and len(results) == 1:
+                print("  " + check_parity(case, who, found["ours"][0]["parameters"], results[0]["parameters"]))
     ours, rates = found["ours"], [result["rate"] for result in found["rate"]]
     print(f"\n{work.about}, batch {work.batch}, {precision}; product {spread([r / 1e9 for r in rates], '.0f')} GFLOP/s")
     rows = []
     for who in ("ours", *peers):
         results = found[who]
-        if who != "ours":
-            print("  " + check_parity(case, who, ours[0]["parameters"], results[0]["parameters"]))
         seconds = [result["seconds"] for result in results]
         ratios = [theirs / result["seconds"] for theirs, result in zip(seconds, ours, strict=True)]
         shares = [flops / took / rate for took, rate in zip(seconds, rates, strict=True)]

@@ -8,7 +8,7 @@ from importlib import import_module
 from device_day_parts.common import Day
 
 NEEDED = ("torch", "torchvision", "pytorch_lightning", "einops", "jaxtyping", "webdataset", "braceexpand",
-          "simplejpeg", "filelock", "fsspec", "safetensors", "yaml", "scipy", "sklearn", "matplotlib", "tqdm", "pytest",
+          "simplejpeg", "filelock", "fsspec", "safetensors", "yaml", "scipy", "sklearn", "matplotlib", "pytest",
           "beartype", "sslvit.cli", "sslvit.train.run", "sslvit.evaluate.probe")  # fmt: skip
 
 

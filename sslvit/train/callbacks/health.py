@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 MIN_CHECKS = 3  # that a verdict rests on; in long runs as many as fit in one fiftieth of their steps
 RUN_PARTS = 50
-MAX_ROWS = 512  # of features, whose spectrum is taken on one CPU thread
+MAX_ROWS = 512  # of features, whose spectrum is taken on the CPU: a GPU decomposes small matrices more slowly
 CURVE_LOOKS = 20  # at the curve of the loss, in the second half of a run
 FAIL_FRACTION = 0.8  # of the last checks with a symptom make a collapse; as many without one make a recovery
 NOT_CHECKED, NOT_LEARNING, TOO_EARLY = "not checked", "not learning", "too early to say"
@@ -52,7 +52,7 @@ def measure(logged: dict[str, Tensor]) -> dict[str, float]:
         measures["unigram_entropy"] = float(-torch.xlogy(counts, counts / counts.sum()).sum() / counts.sum())
     if "features" in logged:
         features = logged["features"]
-        measures |= label_free(features[:: math.ceil(len(features) / MAX_ROWS)].float())
+        measures |= label_free(features[:: math.ceil(len(features) / MAX_ROWS)].float().cpu())
     if "entropy" in logged:
         measures |= {
             "teacher_entropy": float(logged["entropy"].double().mean()),
