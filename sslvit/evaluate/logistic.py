@@ -7,6 +7,8 @@ a gradient of g leaves weights within g / l2 of the best ones.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -86,6 +88,13 @@ class PenalizedLoss:
         rows = max(1, MAX_LOGITS // (len(row_weight) * len(target)))
         self.pieces = list(zip(values.split(rows), target.split(rows, 1), row_weight.split(rows, 1), strict=True))
 
+    def only(self, chosen: Bool[Tensor, "p"]) -> PenalizedLoss:
+        """The chosen problems alone."""
+        one = copy.copy(self)
+        one.penalty, one.shape = self.penalty[chosen], (int(chosen.sum()), *self.shape[1:])
+        one.pieces = [(x, right, weight[chosen]) for x, right, weight in self.pieces]
+        return one
+
     def __call__(self, theta: Float[Tensor, "p m"]) -> tuple[Float[Tensor, "p"], Float[Tensor, "p m"]]:
         """The loss and its gradient."""
         theta = theta.view(self.shape)
@@ -126,25 +135,32 @@ def minimize(
 ) -> tuple[Float[Tensor, "p m"], list[Step], Bool[Tensor, "p"]]:  # fmt: skip
     """L-BFGS (Liu and Nocedal 1989) on p independent smooth convex problems side by side.
 
-    A problem has converged when no entry of its gradient is above its tolerance. `steps` are the last ones of an
-    earlier search of these problems.
+    A problem has converged when no entry of its gradient is above its tolerance; the others go on without it. `steps`
+    are the last ones of an earlier search of these problems.
 
     Returns:
         Final parameters of each problem, its last steps, and whether it reached the tolerance.
     """
-    theta = start
+    found, is_solved = start.clone(), torch.zeros(len(start), dtype=torch.bool, device=start.device)
+    rows, theta = torch.arange(len(start), device=start.device), start  # those that have not converged
     value, gradient = objective(theta)
-    tiny, rounding = torch.finfo(theta.dtype).tiny, 10 * torch.finfo(theta.dtype).eps
+    inverse, tiny, rounding = theta, torch.finfo(theta.dtype).tiny, 10 * torch.finfo(theta.dtype).eps
     for iteration in track(range(max_iterations), "logistic regression", max_iterations, "iterations at most"):
+        is_open = gradient.abs().amax(1) > tolerance
+        if not is_open.all():
+            found[rows], is_solved[rows] = theta, ~is_open
+            if not is_open.any():
+                break
+            objective = objective.only(is_open)
+            theta, value, gradient, tolerance = (part[is_open] for part in (theta, value, gradient, tolerance))
+            steps, rows = [(s[is_open], change[is_open], w[is_open]) for s, change, w in steps], rows[is_open]
+            inverse = inverse[is_open]
         if iteration % REFRESH == 0:  # along the covariance's axes the curvature is nearly diagonal
             curvature = objective.curvature(theta)
             inverse = 1 / curvature.clamp(min=1e-3 * float(curvature.amax()) * rounding)
-        is_open = gradient.abs().amax(1) > tolerance
-        if not is_open.any():
-            break
         direction = -_quasi_newton(gradient, inverse, steps)
         slope = (direction * gradient).sum(1)
-        length = is_open.to(theta)
+        length = torch.ones_like(value)
         while True:
             new_theta = theta + length[:, None] * direction
             new_value, new_gradient = objective(new_theta)
@@ -161,7 +177,9 @@ def minimize(
         weight = torch.where(product > tiny, 1 / product, torch.zeros_like(product))
         steps = [*steps[1 - HISTORY :], (step, change, weight)]
         theta, value, gradient = new_theta, new_value, new_gradient
-    return theta, steps, gradient.abs().amax(1) <= tolerance
+    found[rows], is_solved[rows] = theta, gradient.abs().amax(1) <= tolerance
+    steps = [(_spread(s, rows, found), _spread(change, rows, found), _spread(w, rows, found)) for s, change, w in steps]
+    return found, steps, is_solved
 
 
 def principal_axes(values: Float[Tensor, "n d"]) -> Float[Tensor, "d m"]:
@@ -173,6 +191,11 @@ def principal_axes(values: Float[Tensor, "n d"]) -> Float[Tensor, "d m"]:
         return torch.linalg.svd(values, full_matrices=False).Vh.T
     some = values[:: max(1, len(values) // ROWS_FOR_AXES)]  # they only have to be about right
     return torch.linalg.eigh(some.T @ some / len(some)).eigenvectors
+
+
+def _spread(part: Float[Tensor, "open *k"], rows: Int[Tensor, "open"], every: Float[Tensor, "p m"]) -> Tensor:
+    """Rows of some problems among those of every one, whose others are 0."""
+    return part.new_zeros(len(every), *part.shape[1:]).index_copy_(0, rows, part)
 
 
 def _quasi_newton(gradient: Tensor, inverse: Tensor, steps: list[Step]) -> Tensor:

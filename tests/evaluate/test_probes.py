@@ -97,6 +97,27 @@ def test_many_problems_at_once_are_the_same_problems() -> None:
         torch.testing.assert_close(together[0][i], alone[0][0], atol=1e-5, rtol=1e-4)
 
 
+def test_a_problem_that_is_solved_costs_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sslvit.evaluate.logistic import PenalizedLoss
+
+    widths, of_all = [], PenalizedLoss.__call__
+
+    def count(self: PenalizedLoss, theta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        widths.append(len(theta))
+        return of_all(self, theta)
+
+    monkeypatch.setattr(PenalizedLoss, "__call__", count)
+    features, strengths = clouds(), torch.tensor([10, 1e-2, 1e-4]).double()
+    together = fit_logistic(features.values.double(), features.labels, 4, strengths)
+    assert together[2].all()
+    assert {3, 2, 1} == set(widths)
+    assert widths.count(3) < widths.count(1)
+    for i in range(3):
+        alone = fit_logistic(features.values.double(), features.labels, 4, strengths[i : i + 1])
+        torch.testing.assert_close(together[0][i], alone[0][0], atol=2e-3 * float(alone[0].abs().max()), rtol=0)
+        torch.testing.assert_close(together[1][i], alone[1][0], atol=1e-3, rtol=1e-3)
+
+
 def test_strength_is_chosen_by_held_out_training_images() -> None:
     """Labels that are noise call for the strongest penalty; clean ones for less."""
     features = clouds(noise=0.3)
