@@ -2,9 +2,9 @@
 
     import sslvit
 
-    run = sslvit.pretrain("mae/vit_tiny_cifar10", data="photos", out="runs/photos")
-    encoder = sslvit.load_encoder(run)
+    encoder = sslvit.load_encoder("zoo:cifar10/dino")
     features = encoder.features(encoder.preprocess("dog.jpg"))
+    run = sslvit.pretrain("mae/own_images", data="photos", out="runs/photos")
 
 Each function does what the command of its name does, takes the command's options as keywords, and returns an object
 that shows itself as the command prints it, with `to_dict()` for programs and the paths of the files it made.

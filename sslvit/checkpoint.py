@@ -32,6 +32,7 @@ from sslvit.layouts.unwrap import unwrap
 from sslvit.messages import for_python
 from sslvit.models import Backbone, Encoder, ViTEncoder
 from sslvit.models.networks import BackboneLike, given_backbone, make_network
+from sslvit.results import html_table
 from sslvit.settings import EncoderSettings
 from sslvit.settings.encoder import OF_A_BACKBONE, OWN
 from sslvit.settings.load import MADE_BY, YAML_ERRORS
@@ -68,6 +69,14 @@ class Preprocesses:
         """
         assert isinstance(self, nn.Module)
         return preprocess(images, self.settings).to(next(self.parameters()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The encoder's settings as plain values, as encoder.json holds them."""
+        assert isinstance(self, (ViTEncoder, Backbone))
+        return describe_encoder(self)
+
+    def _repr_html_(self) -> str:
+        return html_table(("", ""), self.to_dict().items())
 
 
 class LoadedEncoder(Preprocesses, ViTEncoder):

@@ -12,6 +12,9 @@ NUMBERS = ("-", "–", "nan", "inf")  # with what a cell of numbers begins that 
 MAX_CHARACTERS = 10_000  # largest length of an untrusted text in a table or a page
 
 
+FAR_OFF = 1e6  # from which on decimals say nothing
+
+
 class Result:
     """A result that shows itself as the command prints it.
 
@@ -35,6 +38,11 @@ class Result:
 
     def _repr_html_(self) -> str:
         return html_table(*self.cells())
+
+
+def decimals(value: float, places: int = 4) -> str:
+    """A number with so many decimals, or two digits of one that has gone far off."""
+    return f"{value:.{places}f}" if abs(value) < FAR_OFF or value != value else f"{value:.2g}"
 
 
 def text_table(titles: Sequence[object], rows: Iterable[Sequence[object]]) -> str:

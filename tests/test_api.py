@@ -421,7 +421,7 @@ def test_shards_are_checked_and_near_duplicates_named(
     assert checked.is_whole
     assert checked.near_duplicates is None
     assert checked.to_dict()["images"] == sum(checked.found.modes.values()) > 0
-    with pytest.raises(ValueError, match=r"against and .*near_duplicates=ENCODER|are for near_duplicates=ENCODER"):
+    with pytest.raises(ValueError, match="against=, write= and figure= are for near_duplicates=ENCODER"):
         sslvit.check(here / "train", write=tmp_path / "keep.txt")
     with monkeypatch.context() as patch:
         patch.setattr(shards_module, "check_shards", None)  # which would take hours first
@@ -464,7 +464,7 @@ def test_patches_and_reconstructions_are_shown(here: Path, tmp_path: Path, capsy
     for wrong in ("5", "a,b", "1,2,3"):
         with pytest.raises(ValueError, match=f'patch="?{wrong}"?: expected a row and a column'):
             sslvit.show("similarity", encoder, images, patch=wrong)
-    with pytest.raises(ValueError, match="patch is for show similarity|patch= is for show similarity"):
+    with pytest.raises(ValueError, match="patch= is for show similarity"):
         sslvit.show("pca", encoder, images, patch="1,1")
     with pytest.raises(ValueError, match="holds an encoder alone, without MAE's decoder"):
         sslvit.show("reconstruct", encoder, images)

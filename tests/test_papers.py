@@ -31,9 +31,11 @@ def test_links_of_the_readme_work_where_only_the_readme_is() -> None:
 def test_git_leaves_alone_what_documented_commands_make(page: str) -> None:
     if not (ROOT / ".git").exists():
         pytest.skip("not a checkout")
-    commands = re.findall(r"^(?:\$ )?sslvit (?:pretrain|finetune|export|import|shards pack|palette|sample|embed)\b.*",
-                          (ROOT / page).read_text(), re.MULTILINE)  # fmt: skip
-    made = {word for line in commands for word in re.findall(r"(?:--out|-o) ([\w./-]+)", line)}
+    text = (ROOT / page).read_text()
+    commands = re.findall(r"^(?:\$ )?(?:sslvit|python tools/\S+) .*", text, re.MULTILINE)
+    options = r"(?:--out|--output|--write|--figure|--html|--csv|-o|-d|--target) ([\w./-]+)"
+    made = {word for line in commands for word in re.findall(options, line)}
+    made |= set(re.findall(r"(?:\b(?:out|output|write|figure)=|\.save\w*\()\"([\w./-]+)\"", text))
     made |= {line.split()[3] for line in commands if re.match(r"sslvit (export|import) \S+ [\w/]+", line)}
     made |= {line.split()[4] for line in commands if re.match(r"sslvit shards pack \S+ [\w/]+", line)}
     for path in made:

@@ -51,7 +51,7 @@ class Recipe(Options):
 
 
 @dataclass(kw_only=True)
-class Resumable(Recipe):
+class Resumable(Reported, Recipe):
     """Options of a command that trains."""
 
     resume: bool = False

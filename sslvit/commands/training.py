@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from sslvit.commands.files import report
 from sslvit.commands.options import Options, Recipe, Reported, Resumable
@@ -13,6 +13,9 @@ from sslvit.settings import EncoderSettings
 from sslvit.settings.choices import Arg
 from sslvit.settings.data import one_source
 from sslvit.settings.load import check_changes, load_recipe, takes_init
+
+if TYPE_CHECKING:
+    from sslvit.train.folder import RunFolder
 
 NO_ENCODER = "none"  # in the place of ENCODER
 
@@ -80,7 +83,15 @@ def run_pretrain(options: PretrainOptions) -> None:
 
     data = one_source(options.data)
     settings = pretraining_settings(options.config, options.changes, data, options.out, options.init)
-    pretrain(settings, options.resume, options.overwrite)
+    report_run(options, pretrain(settings, options.resume, options.overwrite))
+
+
+def report_run(options: Reported, folder: RunFolder) -> None:
+    """Print the scores of a fine-tuning; with --json what the run folder of any training holds."""
+    from sslvit.ranks import is_first_rank
+
+    if is_first_rank() and (options.json or folder.scores.exists()):
+        report(options, folder.scores_in_words() if folder.scores.exists() else "", folder.to_dict())
 
 
 @dataclass(kw_only=True)
@@ -116,15 +127,15 @@ def run_finetune(options: FinetuneOptions) -> None:
     from sslvit.api import finetune
 
     encoder = None if options.encoder == NO_ENCODER else options.encoder
-    folder = finetune(
+    found = finetune(
         encoder, options.train, options.val, options.config, options.out, options.scratch, options.resume,
         options.overwrite, **options.changes,
     )  # fmt: skip
-    print(folder.scores_in_words())
+    report_run(options, found)
 
 
 @dataclass(kw_only=True)
-class ResumeOptions(Recipe):
+class ResumeOptions(Reported, Recipe):
     """Resume a run that has stopped, with its own settings.
 
     Settings may change, e.g. --train.steps 2000; changes are printed, and those that a run cannot take are refused.
@@ -143,9 +154,7 @@ def run_resume(options: ResumeOptions) -> None:
         check_changes(config, options.changes)
     from sslvit.api import resume
 
-    folder = resume(options.run, **options.changes)
-    if folder.scores.exists():
-        print(folder.scores_in_words())
+    report_run(options, resume(options.run, **options.changes))
 
 
 def wants_requeue(options: Options | None) -> bool:

@@ -1,12 +1,13 @@
-"""Are the images that are scored among those that heads are fitted on? Compared by their bytes, on a sample."""
+"""Are the images that are scored among those that heads are fitted on? Compared by bytes and names, on a sample."""
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from sslvit.data.index import ShardIndex
 from sslvit.data.plan import evenly_spaced
 from sslvit.data.python_data import PythonIndex
-from sslvit.files import printable
+from sslvit.files import expand_path, printable
 from sslvit.stopping import is_first_process
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,18 @@ def check_same_data(train: ShardIndex, val: ShardIndex, is_allowed: bool, option
         refuse_or_warn(names, is_allowed, option)
     elif not any(one.is_remote or isinstance(one, PythonIndex) for one in (train, val)):
         with stored(train) as one, stored(val) as other:
-            warn_of_shared(one, other, names)
+            is_shared = warn_of_shared(one, other, names)
+        if not is_shared and have_same_names(train, val) and is_first_process():
+            logger.warning(
+                f"{names}: {len(val):,} images of the same names in both; if they are the same in other files, these "
+                "scores say nothing of others"
+            )
+
+
+def check_same_source(train: str | None, val: str | None, is_allowed: bool, option: str) -> None:
+    """Refuse one folder as both, before it is packed; arguments and errors as of check_same_data."""
+    if train and val and not is_allowed and os.path.realpath(expand_path(train)) == os.path.realpath(expand_path(val)):
+        refuse_or_warn(f"{printable(train)} and {printable(val)}", is_allowed, option)
 
 
 def refuse_or_warn(names: str, is_allowed: bool, option: str) -> None:
@@ -64,11 +76,12 @@ def refuse_or_warn(names: str, is_allowed: bool, option: str) -> None:
         logger.warning(f"{names}: the same images, so these scores say nothing of others")
 
 
-def warn_of_shared(train: Stored, val: Stored, names: str) -> None:
-    """Warn of scored images that are among those of training."""
+def warn_of_shared(train: Stored, val: Stored, names: str) -> bool:
+    """Warn of scored images that are among those of training, and return whether there are any."""
     shared, compared = count_shared(train, val)
     if shared and is_first_process():
         logger.warning(f"{names}: {shared:,} of {compared:,} images to be scored that were compared are in both")
+    return shared > 0
 
 
 def count_shared(train: Stored, val: Stored) -> tuple[int, int]:
@@ -82,6 +95,17 @@ def count_shared(train: Stored, val: Stored) -> tuple[int, int]:
             return sum(val.read(int(number)) in found for number in chosen), count
         count //= 2
     return 0, 0
+
+
+def have_same_names(train: ShardIndex, val: ShardIndex) -> bool:
+    """Whether as many files have the same names, as two copies have that were encoded anew; numbers are no names."""
+    if len(train) != len(val):
+        return False
+    chosen = evenly_spaced(len(val), min(MAX_COMPARED, len(val)))
+    of_train, of_val = (
+        [PurePosixPath(index.key(int(number))).name.partition(".")[0] for number in chosen] for index in (train, val)
+    )
+    return of_train == of_val and not all(name.isdecimal() for name in of_val)
 
 
 @contextmanager

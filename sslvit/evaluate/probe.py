@@ -15,7 +15,7 @@ from sslvit.data.folders import check_labeled
 from sslvit.data.index import ShardIndex
 from sslvit.data.labels import brief_names, sorted_names
 from sslvit.data.open import check_present, open_shards
-from sslvit.data.overlap import check_same_data
+from sslvit.data.overlap import check_same_data, check_same_source
 from sslvit.environment import pick_device
 from sslvit.evaluate.cache import FeatureCache
 from sslvit.evaluate.differences import Difference, Right, differences, verdicts
@@ -296,6 +296,7 @@ def open_labeled(settings: ProbeSettings) -> tuple[ShardIndex, ShardIndex]:
     """The two data sets of a probe, refused unless their classes are the same and their images are not."""
     for key in ("train", "val"):
         check_labeled(f"--{key}", getattr(settings, key))  # before anything is packed
+    check_same_source(settings.train, settings.val, settings.allow_same_data, "--allow-same-data")
     train, val = (open_shards(source) for source in (settings.train, settings.val))
     check_classes(train, val, settings)
     check_same_data(train, val, settings.allow_same_data, "--allow-same-data")

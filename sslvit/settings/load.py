@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import yaml
 
 from sslvit.files import brief, expand_path, printable
+from sslvit.messages import for_python
 from sslvit.settings.build import EMPTY, MAX_KEY, build, check_keys, choice_of, convert, section_of
 from sslvit.settings.choices import hints_of
 from sslvit.settings.encoder import EncoderSettings
@@ -38,6 +39,7 @@ MAX_YAML_BYTES = 2**23
 MAX_YAML_VALUES = 500_000  # aliases make few bytes stand for any number of values
 
 
+@for_python
 def load_recipe(
     config: str | Path, changes: dict[str, Any] | None = None, base: EncoderSettings | None = None
 ) -> RunSettings:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from sslvit.messages import for_python
 from sslvit.settings.run import find_task
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def task_class(name: str) -> type[Task]:
     return getattr(import_module(module), attribute)
 
 
+@for_python
 def make_task(settings: RunSettings, run: RunPlan) -> Task:
     """The task that a run's settings describe."""
     return task_class(settings.task.name)(settings.task, settings.encoder, settings.optim, run)

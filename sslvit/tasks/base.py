@@ -242,8 +242,8 @@ class Task(pl.LightningModule):
         steps = trainer.max_steps if trainer.max_steps > 0 else epochs * run.steps_per_epoch
         if steps > run.total_steps or steps < 0:
             raise ValueError(
-                f"Trainer: {steps if steps > 0 else 'no end of'} steps, but the schedules end after {run.total_steps} "
-                f"(RunPlan.total_steps). Set max_steps={run.total_steps}, or plan for more."
+                f"Trainer: {steps if steps > 0 else 'no limit of'} steps, but the schedules end after "
+                f"{run.total_steps} (RunPlan.total_steps). Set max_steps={run.total_steps}, or plan for more."
             )
         if trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
@@ -257,9 +257,18 @@ class Task(pl.LightningModule):
 
         Dropout draws from torch's own generators. The key names the step and the micro-batch's first row in the global
         batch, so micro-batches and ranks drop different units, and a resumed run drops those of one that never stopped.
+
+        Raises:
+            ValueError: A loader's batches are of another size than the run plan says; only the last may be smaller.
         """
         if batch.first_row < 0:
             run, part = self.run, batch_idx % self.run.accumulation_steps
+            if len(batch) > run.images_per_pass or (batch_idx == 0 and len(batch) < run.images_per_pass):
+                raise ValueError(
+                    f"the loader gives {len(batch)} images at a time, but the run plan says {run.images_per_pass} "
+                    f"(a global batch of {run.global_batch_size} on {run.ranks} ranks in {run.accumulation_steps} "
+                    f"passes). Set its batch_size={run.images_per_pass}, or plan for another global_batch_size."
+                )
             batch.first_row = (self.trainer.global_rank * run.accumulation_steps + part) * run.images_per_pass
         self.seed_dropout(batch, self.global_step)
         if self._current_step != self.global_step:

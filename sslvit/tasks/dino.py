@@ -12,6 +12,7 @@ from sslvit.data.batch import Batch
 from sslvit.models import Encoder
 from sslvit.models.dino import DINOLosses, DINOModel
 from sslvit.optim import cosine, ema_update
+from sslvit.results import decimals
 from sslvit.settings import DINOSettings, EncoderSettings
 from sslvit.tasks.base import StepOutput, Task
 from sslvit.tasks.symptoms import MIN_IMAGES, STUCK_FRACTION, Symptom, feature_symptoms, lr_in_words
@@ -105,7 +106,7 @@ class DINO(Task):
         if entropy > EVEN_FRACTION * most:
             seen = (
                 f"the teacher spreads each image evenly over all prototypes (entropy {entropy:.3f} of at most "
-                f"{prototypes}, loss {loss:.3f})"
+                f"{prototypes}, loss {decimals(loss, 3)})"
             )
             return [Symptom("even", seen, self.settings.remedy("even", lr))]
         if abs(loss - most) < STUCK_FRACTION * most:

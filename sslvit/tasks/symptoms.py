@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sslvit.results import decimals
 from sslvit.settings import OptimSettings
 
 TRIVIAL_FRACTION = 0.98  # of the loss of a constant guess, from which on nothing else has been learned
@@ -65,7 +66,7 @@ def trivial_symptoms(measures: dict[str, float], reference: str, guess: str, opt
     features = feature_symptoms(measures, optim)
     if loss < TRIVIAL_FRACTION * trivial:
         return features
-    seen = f"the loss ({loss:.3f}) is no better than that of {guess} ({trivial:.3f})"
+    seen = f"the loss ({decimals(loss, 3)}) is no better than that of {guess} ({trivial:.3f})"
     suggestion = f"Change {lr_in_words(optim)}: lower it, or raise it if it is far below a recipe's."
     return [Symptom("trivial", seen, suggestion), *features]
 
@@ -98,7 +99,7 @@ def not_learning(losses: Sequence[float], since: int, optim: OptimSettings) -> S
     if fall > SURE * error or SURE * error > MAX_UNSEEN_FALL * level:
         return None
     moved = "has risen" if fall < -SURE * error else "has not fallen by more than its noise"
-    seen = f"the loss ({losses[-1]:.3f}) {moved} since step {since:,}"
+    seen = f"the loss ({decimals(losses[-1], 3)}) {moved} since step {since:,}"
     return Symptom(
         "not learning", seen, f"Change {lr_in_words(optim)}: raise it if it is below a recipe's, lower it otherwise; "
         "or the encoder may have learned what it can."

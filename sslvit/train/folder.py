@@ -33,7 +33,7 @@ import yaml
 from sslvit.environment import describe_process
 from sslvit.files import new_file, printable, remove_stale_parts, to_json, write_atomically, write_error
 from sslvit.locks import lock_folder
-from sslvit.results import Result
+from sslvit.results import Result, decimals
 from sslvit.settings.data import is_given
 from sslvit.settings.load import MADE_BY, YAML_ERRORS, by_dotted_key
 from sslvit.sharded_checkpoint import SHARDS, check_checkpoint
@@ -99,7 +99,7 @@ class RunFolder(Result):
         lines = [f"run folder {printable(self.path)}"]
         if last := found["metrics"]:
             loss = last.get("train/loss")
-            lines.append(f"step {last['step']:,}" + (f", loss {loss:.4f}" if loss is not None else ""))
+            lines.append(f"step {last['step']:,}" + (f", loss {decimals(loss)}" if loss is not None else ""))
         if found["health"]:
             lines.append(f"health: {found['health'].get('verdict')}")
         if found["scores"]:

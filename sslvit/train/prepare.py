@@ -15,6 +15,7 @@ from sslvit.data.folders import check_labeled
 from sslvit.data.header import MODES
 from sslvit.data.mixture import Index, Plan
 from sslvit.data.open import check_present
+from sslvit.data.overlap import check_same_source
 from sslvit.data.stream import StreamIndex
 from sslvit.data.transform import first_call, function_of, in_words
 from sslvit.files import expand_path
@@ -127,6 +128,7 @@ def check_machine(settings: RunSettings, is_planned: bool = False) -> None:
     if isinstance(settings.task, SupervisedSettings):
         check_labeled("--train", data.shards)
         check_labeled("--val", settings.task.val)
+        check_same_source(data.shards, settings.task.val, settings.task.allow_same_data, "--task.allow_same_data true")
     check_loggers(train)
     if train.accelerator == "gpu" and not is_planned and not torch.cuda.is_available():
         raise ValueError("train.accelerator: gpu, but torch sees none here. Use auto or cpu.")

@@ -18,6 +18,7 @@ import numpy as np
 from sslvit.evaluate.scores import read_scores
 from sslvit.pages.charts import line_chart, parts_chart
 from sslvit.pages.page import figure_row, heading, is_plain, picture, table, text, text_rows
+from sslvit.results import decimals
 from sslvit.settings.load import by_dotted_key, from_keywords
 from sslvit.settings.run import RunSettings
 from sslvit.train.folder import RunFolder, read_json
@@ -115,7 +116,7 @@ def _facts_of(files: RunFiles) -> dict[str, object]:
         "epochs": f"{epochs[-1]:.1f}" if len(epochs) else None,
         "training time": None if run.hours is None else _duration(run.hours),
         "images/s": f"{float(np.median(speeds)):,.0f} (median)" if len(speeds) else None,
-        "final loss": None if run.loss is None else f"{run.loss:.4f}",
+        "final loss": None if run.loss is None else decimals(run.loss),
         "started": first.get("date"), "host": first.get("host"), "command": first.get("command"),
         "resumed": f"{len(made) - 1} times" if len(made) > 1 else None,
         "software": ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else None,

@@ -15,7 +15,7 @@ from sslvit.evaluate.scores import csv_text
 from sslvit.files import expand_path, explain_os_error, printable, quoted, write_atomically
 from sslvit.locks import is_locked
 from sslvit.messages import for_python
-from sslvit.results import Result, text_table
+from sslvit.results import Result, decimals, text_table
 from sslvit.train.folder import LOCK, RunFolder, read_json, read_lines
 
 # what is measured on labeled images: key in metrics.jsonl or scores.json -> title of its column
@@ -86,7 +86,7 @@ class RunList(Result):
         return titles, [
             (
                 run.path, run.task or "–", run.data or "–", f"{_format(run.width)} x {_format(run.depth)}",
-                f"{run.steps:,} of {_format(run.total_steps)}", _format(run.loss, ".4f"),
+                f"{run.steps:,} of {_format(run.total_steps)}", _loss(run.loss),
                 *(_format(run.scores.get(name), ".1f") for name in names), run.health or "–",
                 _format(run.hours, ".2f"), run.state,
             )
@@ -289,6 +289,11 @@ def _split_numbers(path: str) -> list[tuple[bool, float, str]]:
     """A sort key by which depth=2 comes before depth=12."""
     pieces = re.split(r"(\d+(?:\.\d+)?)", path)
     return [(number % 2 == 1, float(piece) if number % 2 else 0.0, piece) for number, piece in enumerate(pieces)]
+
+
+def _loss(value: float | None) -> str:
+    """A loss in a cell."""
+    return _format(value) if value is None or not math.isfinite(value) else decimals(value)
 
 
 def _format(value: float | None, form: str = ",") -> str:

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from sslvit.data.array_images import array_samples
 from sslvit.data.index import ShardIndex
-from sslvit.data.overlap import check_same_data, count_shared, stored
+from sslvit.data.open import open_shards
+from sslvit.data.overlap import check_same_data, check_same_source, count_shared, stored
 from sslvit.data.pack import pack
 from sslvit.data.store import PackSettings
 
@@ -36,6 +38,15 @@ def test_shared_images_are_counted_in_any_order_and_shards(tmp_path: Path) -> No
     assert shared(train, packed(tmp_path / "again", IMAGES[:40])) == (40, 40)
 
 
+def test_one_folder_as_both_is_refused_before_it_is_packed(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "train")
+    for train, val in (("train", "train"), ("train", "link")):
+        with pytest.raises(ValueError, match=r"the same images\. .*pass --so"):
+            check_same_source(str(tmp_path / train), str(tmp_path / val), False, "--so")
+    check_same_source(str(tmp_path / "train"), str(tmp_path / "val"), False, "--so")
+    check_same_source(str(tmp_path / "train"), str(tmp_path / "train"), True, "--so")
+
+
 def test_of_large_sets_a_sample_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train, val = packed(tmp_path / "train", IMAGES), packed(tmp_path / "val", IMAGES[:30])
     monkeypatch.setattr("sslvit.data.overlap.MAX_COMPARED", 12)
@@ -55,3 +66,19 @@ def test_the_same_data_is_refused_unless_it_is_allowed_and_common_images_are_sai
     same, some = (record.getMessage() for record in caplog.records)
     assert same.endswith("train: the same images, so these scores say nothing of others")
     assert some.endswith("val: 7 of 20 images to be scored that were compared are in both")
+
+
+@pytest.mark.parametrize(("names", "is_said"), [(["cat_{}", "cat_{}"], True), (["cat_{}", "dog_{}"], False),
+                                                (["{}", "{}"], False)])  # fmt: skip
+def test_copies_that_were_encoded_anew_are_known_by_their_names(
+    names: list[str], is_said: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for folder, name, kind in zip(("train", "val"), names, ("png", "bmp"), strict=True):
+        (tmp_path / folder).mkdir()
+        for number, pixels in enumerate(IMAGES[:12]):
+            Image.fromarray(pixels).save(tmp_path / folder / f"{name.format(number)}.{kind}")
+    train, val = (open_shards(tmp_path / folder) for folder in ("train", "val"))
+    with caplog.at_level(logging.WARNING, "sslvit"):
+        check_same_data(train, val, False, "--so")
+    said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert ["12 images of the same names in both" in text for text in said] == [True] * is_said

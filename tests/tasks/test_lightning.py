@@ -183,7 +183,7 @@ def test_validation_loss_is_the_same_every_time_and_moves_nothing(shards: Path, 
     [
         ({"accumulate_grad_batches": 2}, r"accumulate_grad_batches=2.*Set accumulate_grad_batches=1"),
         ({"max_epochs": 3}, r"6 steps, but the schedules end after 4.*max_steps=4"),
-        ({"max_epochs": -1}, r"no end of steps"),
+        ({"max_epochs": -1}, r"Trainer: no limit of steps, .*max_steps=4"),
         ({"gradient_clip_val": 1.0}, r"gradient_clip_val=1.0.*OptimSettings.clip_grad"),
     ],
 )
@@ -195,6 +195,18 @@ def test_a_trainer_that_takes_other_steps_is_refused(options: dict, said: str, t
 def test_other_ranks_than_planned_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"1 processes, but the run plan says 2.*ranks=1"):
         quiet_trainer(tmp_path).fit(mae(ranks=2), loader())
+
+
+@pytest.mark.parametrize("size", [4, 16])
+def test_a_loader_of_other_batches_than_planned_is_refused(size: int, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"gives {size} images at a time, .* plan says 8 .*Set its batch_size=8"):
+        quiet_trainer(tmp_path).fit(mae(), loader(16, size))
+
+
+def test_the_last_batch_of_an_epoch_may_be_smaller(tmp_path: Path) -> None:
+    task = mae()
+    quiet_trainer(tmp_path).fit(task, loader(12, 8))
+    assert task.global_step == 4
 
 
 def test_what_is_no_batch_is_refused(tmp_path: Path) -> None:

@@ -463,5 +463,7 @@ def test_a_run_whose_reported_images_cannot_be_read_keeps_its_weights_and_is_sco
     assert "% on 30 images" in capsys.readouterr().out
     scores = json.loads((out / "scores.json").read_text())
     assert (scores["step"], scores["images"], scores["unreadable"]) == (2, 30, 0)
+    assert main(["resume", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["scores"] == scores
     assert (out / "checkpoints" / "last.ckpt").read_bytes() == checkpoint
     assert (out / "encoder" / "head.safetensors").exists()

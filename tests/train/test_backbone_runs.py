@@ -171,11 +171,13 @@ def test_a_run_of_a_module_from_python_opens_only_with_that_module(shards, tmp_p
         sslvit.resume(run)
 
 
-def test_dino_trains_a_network_by_its_name(shards, tmp_path) -> None:
+def test_dino_trains_a_network_by_its_name(shards, tmp_path, capsys) -> None:
     out, given = tmp_path / "run", words(DINO | {"encoder.backbone": CNN, "train.steps": 1})
-    assert (
-        main(["pretrain", "--config", "dino/digits", "--data", str(shards / "train"), "--out", str(out), *given]) == 0
-    )
+    given += ["--data", str(shards / "train"), "--out", str(out), "--json"]
+    assert main(["pretrain", "--config", "dino/digits", *given]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["path"], said["encoder"], said["scores"]) == (str(out), str(out / "encoder"), None)
+    assert said["metrics"]["step"] == 1
     assert (out / "figures" / "neighbors.png").exists()
     assert sslvit.load_encoder(out).settings.backbone == CNN
     assert json.loads((out / "encoder" / "encoder.json").read_text())["provenance"]["weights"] == "teacher"

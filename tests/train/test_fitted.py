@@ -13,9 +13,9 @@ from sslvit.cli import main
 from sslvit.data.array_images import array_samples
 from sslvit.data.open import open_data
 from sslvit.data.pack import pack
+from sslvit.results import decimals
 from sslvit.settings import DataSettings, EncoderSettings, OptimSettings
 from sslvit.settings.load import load_recipe
-from sslvit.train.callbacks.run_log import _short
 from sslvit.train.run import pretrain
 
 SMALL = {key: value for key, value in TINY.items() if key != "data.global_batch_size"} | {"train.steps": 2}
@@ -107,6 +107,7 @@ def test_photographs_keep_the_usual_mean_and_an_encoder_its_own() -> None:
 
 
 def test_a_loss_far_off_is_short() -> None:
-    assert [_short(value) for value in (0.5, 2.146e23, -3e9, float("nan"), float("inf"))] == [
+    assert [decimals(value) for value in (0.5, 2.146e23, -3e9, float("nan"), float("inf"))] == [
         "0.5000", "2.1e+23", "-3e+09", "nan", "inf",
     ]  # fmt: skip
+    assert decimals(0.5, 3) == "0.500"

@@ -67,7 +67,7 @@ def test_a_step_that_is_not_finite_changes_nothing(
     assert all(torch.equal(after["state_dict"][key], value) for key, value in before["state_dict"].items())
     assert str(after["optimizer_states"][0]["state"]) == str(before["optimizer_states"][0]["state"])
     lines = metrics(folder)
-    assert [line.get("skipped_steps") for line in lines] == [None] * 3 + [1.0] * 4
+    assert [line.get("train/skipped_steps") for line in lines] == [None] * 3 + [1.0] * 4
     assert math.isnan(lines[3]["train/loss"]) == (how == "pixel")  # otherwise it went wrong after it was recorded
     assert all(math.isfinite(line["train/loss"]) for line in lines[4:])
     assert all(value.isfinite().all() for value in weights(folder).values())
@@ -170,7 +170,7 @@ def test_what_is_replayed_is_the_step_that_was_skipped(
 def test_now_and_then_does_not_end_the_run(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken_at(monkeypatch, "mae", lambda step: step % 2 == 1, "loss")
     folder = run(shards, tmp_path / "run", **{"train.skip_limit": 2})
-    assert metrics(folder)[-1]["skipped_steps"] == 3
+    assert metrics(folder)[-1]["train/skipped_steps"] == 3
     assert not folder.incident.exists()
 
 
@@ -184,7 +184,7 @@ def test_what_a_device_finishes_late_is_counted_as_if_it_were_at_hand(
         folder = run(shards, tmp_path / "run", **{"train.log_every": 4, "train.keep_every": 3})
     checkpoint = torch.load(folder.checkpoint.with_name("step-00000003.ckpt"), weights_only=True)
     assert checkpoint["callbacks"]["Incidents"] == {"skipped": 1, "in_a_row": 0}
-    assert [(line["step"], line["skipped_steps"]) for line in metrics(folder)] == [(4, 2), (7, 2)]
+    assert [(line["step"], line["train/skipped_steps"]) for line in metrics(folder)] == [(4, 2), (7, 2)]
     broken_at(monkeypatch, "mae", lambda step: step >= 2, "loss")
     rare = {"train.log_every": 100, "train.checkpoint_every": 100, "train.skip_limit": 2}
     with pytest.raises(RuntimeError, match="step 4: 2 steps in a row"):
@@ -195,8 +195,8 @@ def test_the_count_goes_on_after_a_resume(shards: Path, tmp_path: Path, monkeypa
     broken_at(monkeypatch, "mae", lambda step: step in (1, 5), "loss")
     whole = run(shards, tmp_path / "whole")
     run(shards, tmp_path / "cut", **{"train.steps": 4})
-    assert metrics(run(shards, tmp_path / "cut", resume=True, **{"train.steps": 7}))[-1]["skipped_steps"] == 2
-    assert metrics(whole)[-1]["skipped_steps"] == 2
+    assert metrics(run(shards, tmp_path / "cut", resume=True, **{"train.steps": 7}))[-1]["train/skipped_steps"] == 2
+    assert metrics(whole)[-1]["train/skipped_steps"] == 2
 
 
 def test_a_replay_names_the_part_and_the_image(

@@ -48,6 +48,17 @@ def test_a_list_says_how_far_each_run_is_and_what_came_of_it(folder: Path, shard
     assert cut.scores == {}
 
 
+def test_a_loss_that_went_far_off_takes_few_digits_everywhere(folder: Path) -> None:
+    metrics = folder / "whole" / "metrics.jsonl"
+    *lines, last = metrics.read_text().splitlines()
+    last = json.dumps(json.loads(last) | {"train/loss": 2.146e23})
+    metrics.write_text("\n".join([*lines, last]) + "\n")
+    page = sslvit.report(folder / "whole").path
+    for text in (str(sslvit.runs(folder / "whole")), str(RunFolder(folder / "whole")), Path(page).read_text()):
+        assert "2.1e+23" in text
+        assert "214600" not in text
+
+
 def test_a_run_that_is_to_go_further_is_not_finished(folder: Path) -> None:
     config = folder / "whole" / "config.yaml"
     content = yaml.safe_load(config.read_text())

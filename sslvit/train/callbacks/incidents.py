@@ -85,7 +85,7 @@ class Incidents(StepCallback):
             if trainer.is_global_zero:
                 logger.info(f"step {outcome.step}: skipped, not finite ({where}; {self.skipped} so far)")
         if self.skipped:
-            module.record("skipped_steps", torch.tensor(float(self.skipped), dtype=torch.float64))
+            module.record("train/skipped_steps", torch.tensor(float(self.skipped), dtype=torch.float64))
 
     def before_checkpoint(self, trainer: pl.Trainer) -> None:
         """Count all steps that the checkpoint holds."""

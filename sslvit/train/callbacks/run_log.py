@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 
 from sslvit.progress import Bar, shows_bars, time_left
+from sslvit.results import decimals
 from sslvit.run_plan import RunPlan
 from sslvit.tasks.base import Task
 from sslvit.train.callbacks.base import StepCallback, mean_over_ranks
@@ -17,7 +18,6 @@ from sslvit.train.timing import Clock
 
 logger = logging.getLogger(__name__)
 
-FAR_OFF = 1e6  # a loss from which on its decimals say nothing
 MUCH_WAITING = 0.1  # of a step
 
 
@@ -106,18 +106,13 @@ class RunLog(StepCallback):
 
     def _show(self, line: dict[str, float]) -> None:
         loss, speed = line.get("train/loss", float("nan")), line["time/images_per_second"]
-        bits = f" ({_short(line['train/bits'])} bits)" if "train/bits" in line else ""
+        bits = f" ({decimals(line['train/bits'])} bits)" if "train/bits" in line else ""
         waiting = line["time/data"] * speed / self.run.global_batch_size
         mfu = f", MFU {line['time/mfu']:.0%}" if "time/mfu" in line else ""
         pace = f"{speed:,.0f} images/s{mfu}" + (f", {waiting:.0%} waiting for data" if waiting > MUCH_WAITING else "")
         if self.bar is not None:
-            self.note = f"loss {_short(loss)}{bits}, {pace}"
+            self.note = f"loss {decimals(loss)}{bits}, {pace}"
             return
         left = time_left(self.start, self.last, self.first_step, self.step, self.total_steps)
         logger.info("  ".join([f"step {self.step}/{self.total_steps}", f"epoch {line['epoch']:.1f}",
-                               f"loss {_short(loss)}{bits}", pace, *left]))  # fmt: skip
-
-
-def _short(value: float) -> str:
-    """Four decimals, or two digits of a number that has gone far off."""
-    return f"{value:.4f}" if abs(value) < FAR_OFF or value != value else f"{value:.2g}"
+                               f"loss {decimals(loss)}{bits}", pace, *left]))  # fmt: skip
