@@ -183,6 +183,12 @@ def bytes_text(count: float) -> str:
     return f"{count / 2**30:,.1f} GB"
 
 
+def counted(count: int, what: str) -> str:
+    """A number of things in words: 1 step, 2,000 steps, 1 pass, 2 passes."""
+    plural = what if count == 1 else f"{what}es" if what.endswith("s") else f"{what}s"
+    return f"{count:,} {plural}"
+
+
 def brief(value: object) -> str:
     """A value in a message: one line, and short however large the value is."""
     text = value[: 2 * MAX_VALUE] if isinstance(value, str) else _SHORT.repr(value)

@@ -713,5 +713,5 @@ def test_ctrl_c_while_modules_are_loaded_is_one_line(monkeypatch, capsys: pytest
 
 
 def test_a_bench_is_no_recipe_and_says_its_command() -> None:
-    with pytest.raises(ValueError, match="bench/cifar10: a bench, and no recipe. Run it: sslvit bench cifar10"):
+    with pytest.raises(ValueError, match="bench/cifar10.?: a bench, and no recipe. Run it: sslvit bench cifar10"):
         load_recipe("bench/cifar10")

@@ -135,7 +135,7 @@ class InfoOptions(Reported, ShardsArg):
     """
 
     global_batch_size: int | None = None
-    """Images per optimizer step; null for up to 4096."""
+    """Images per optimizer step; null for up to 4096, without a count of steps."""
 
 
 def run_info(options: InfoOptions) -> None:

@@ -18,7 +18,7 @@ from sslvit.data.index import ShardIndex, unlisted_warning
 from sslvit.data.parallel import in_parallel
 from sslvit.data.plan import EpochPlan
 from sslvit.data.records import sha256_of
-from sslvit.files import bytes_text, printable
+from sslvit.files import bytes_text, counted, printable
 from sslvit.results import Result
 from sslvit.run_plan import fitting_ranks
 
@@ -180,8 +180,8 @@ def describe_shards(index: ShardIndex, global_batch_size: int | None = None) -> 
         lines.append(f"  packed with: {printable(index.encoding)}")
     if index.skipped:
         reasons = Counter(index.skipped.values()).most_common()
-        counted = ", ".join(f"{count} x {printable(reason, 80)}" for reason, count in reasons[:10])
-        lines.append(f"  skipped: {counted}{', ...' if len(reasons) > 10 else ''} (by name in index.json)")
+        listed = ", ".join(f"{count} x {printable(reason, 80)}" for reason, count in reasons[:10])
+        lines.append(f"  skipped: {listed}{', ...' if len(reasons) > 10 else ''} (by name in index.json)")
     missing = index.missing_shards()
     lines += [f"  {printable(index.shard_label(n))}: {problem}" for n, problem in list(missing.items())[:10]]
     if notice := unlisted_warning(index):
@@ -199,7 +199,7 @@ def describe_shards(index: ShardIndex, global_batch_size: int | None = None) -> 
     plan = EpochPlan(index.shard_samples, batch)
     if global_batch_size is not None:
         lines.append(
-            f"  at a global batch of {batch:,}: {plan.steps_per_epoch:,} steps per epoch, each dropping "
+            f"  at a global batch of {batch:,}: {counted(plan.steps_per_epoch, 'step')} per epoch, each dropping "
             f"{plan.dropped_per_epoch:,} images; ranks that fit: {', '.join(map(str, fitting_ranks(batch, 1024)))}"
         )
     shard_bytes = max(shard.bytes for shard in index.shards)

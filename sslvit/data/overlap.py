@@ -61,7 +61,10 @@ def check_same_data(train: ShardIndex, val: ShardIndex, is_allowed: bool, option
 
 def check_same_source(train: str | None, val: str | None, is_allowed: bool, option: str) -> None:
     """Refuse one folder as both, before it is packed; arguments and errors as of check_same_data."""
-    if train and val and not is_allowed and os.path.realpath(expand_path(train)) == os.path.realpath(expand_path(val)):
+    if not train or not val or is_allowed:
+        return
+    one, other = (os.path.realpath(expand_path(path)) for path in (train, val))
+    if one == other and os.path.exists(one):
         refuse_or_warn(f"{printable(train)} and {printable(val)}", is_allowed, option)
 
 

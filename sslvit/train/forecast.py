@@ -12,6 +12,7 @@ import torch
 
 from sslvit.data.mixture import Index
 from sslvit.data.stream import StreamIndex
+from sslvit.files import counted
 from sslvit.models.transformer import Block
 from sslvit.run_plan import RunPlan
 from sslvit.settings import RunSettings
@@ -99,8 +100,8 @@ class Forecast:
             f"parameters   encoder {self.encoder:,}, trained {self.trained:,}, total {self.total_params:,}",
             f"FLOPs        {self.flops_per_image / 1e9:,.3f} G per image (forward and backward)",
             *memory[: 1 if run.ranks == 1 else 2],
-            f"batch        {run.global_batch_size:,} images: {run.ranks} ranks x {run.accumulation_steps} passes x "
-            f"{run.images_per_pass}",
+            f"batch        {run.global_batch_size:,} images: {counted(run.ranks, 'rank')} x "
+            f"{counted(run.accumulation_steps, 'pass')} x {run.images_per_pass}",
             f"steps        {run.total_steps:,} ({run.total_steps / run.steps_per_epoch:,.1f} epochs of "
             f"{self.images:,} images)",
         ])  # fmt: skip

@@ -18,7 +18,7 @@ from sslvit.data.open import check_present
 from sslvit.data.overlap import check_same_source
 from sslvit.data.stream import StreamIndex
 from sslvit.data.transform import first_call, function_of, in_words
-from sslvit.files import expand_path
+from sslvit.files import counted, expand_path
 from sslvit.run_plan import RunPlan
 from sslvit.settings import RunSettings, SupervisedSettings
 from sslvit.settings.encoder import ROTARY
@@ -273,7 +273,7 @@ def describe_resolved(
             continue
         text = f"{value:.4g}" if isinstance(value, float) else brief(value)
         if key.endswith("_epochs"):
-            text = f"{round(value * run.steps_per_epoch):,} steps ({value:.2g} epochs)"
+            text = f"{counted(round(value * run.steps_per_epoch), 'step')} ({value:.2g} epochs)"
         if before[key] is not None:
             was = before[key]
             text += f" instead of {was:g}" if isinstance(was, float) else f" instead of {brief(was)}"

@@ -167,7 +167,7 @@ def test_info_says_what_a_job_needs(tmp_path: Path, capsys: pytest.CaptureFixtur
     index = numbered_shards(tmp_path, 30, shard_mb=0.01)
     text = describe_shards(index, 24)
     assert "30 images (8x8, 1 channels, 2 classes)" in text
-    assert "at a global batch of 24: 1 steps per epoch, each dropping 6 images" in text
+    assert "at a global batch of 24: 1 step per epoch, each dropping 6 images" in text
     assert "ranks that fit: 1, 2, 3, 4, 6, 8, 12, 24" in text
     assert "images per class: 15\n" in text
     assert "cache" in text

@@ -39,6 +39,7 @@ def test_shared_images_are_counted_in_any_order_and_shards(tmp_path: Path) -> No
 
 
 def test_one_folder_as_both_is_refused_before_it_is_packed(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "train")
     for train, val in (("train", "train"), ("train", "link")):
         with pytest.raises(ValueError, match=r"the same images\. .*pass --so"):

@@ -212,7 +212,7 @@ def test_a_plan_for_a_gpus_memory_says_what_auto_would_choose(
     memory = ["--memory-gib", str(memory_for(step, 3) / 2**30)]
     assert main([*words, *memory]) == 0
     out = capsys.readouterr().out
-    assert "batch        12 images: 1 ranks x 4 passes x 3" in out
+    assert "batch        12 images: 1 rank x 4 passes x 3" in out
     assert "in bf16 on a GPU (" in out
     assert "micro-batch  train.micro_batch_size auto: 3 images at once, of 12 on each rank (" in out
     assert main([*words, *memory, "--train.micro_batch_size", "6", "--json"]) == 0
