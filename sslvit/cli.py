@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import sslvit
-from sslvit.commands import evaluation, in_and_out, packing, pixels, runs, training
+from sslvit.commands import evaluation, import_export, packing, pixels, runs, training
 from sslvit.commands.arguments import (
     Function,
     UnknownCommand,
@@ -55,8 +55,8 @@ COMMANDS: Mapping[str, Function] = {
     "bench": evaluation.run_bench,
     "sample": pixels.run_sample,
     "likelihood": pixels.run_likelihood,
-    "export": in_and_out.run_export,
-    "import": in_and_out.run_import,
+    "export": import_export.run_export,
+    "import": import_export.run_import,
 }
 GROUPS = {"shards": "Make and inspect WebDataset shards."}
 TRAINING = {"pretrain", "finetune", "resume"}

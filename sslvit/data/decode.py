@@ -103,8 +103,8 @@ def reduction_for(min_zoom: float, header: Header) -> int:
 
     Args:
         min_zoom: image pixels per view pixel, of the view that magnifies most.
-        header: of the image. One that is turned is only reduced by what divides its sides: the pixels at its far edge
-            would be incomplete, and turning would bring them to the near one.
+        header: The image's header. An image that is turned is only reduced by what divides its sides: the pixels at its
+            far edge would be incomplete, and turning would bring them to the near one.
     """
     return next(
         (

@@ -63,7 +63,7 @@ def labels_in(array: np.ndarray, images: int) -> list[Any]:
     """The labels that an array holds for so many images: of shape (n,) or (n, 1), numbers, booleans or text.
 
     Raises:
-        NotClasses: of another shape, fractional, or one-hot.
+        NotClasses: Labels of another shape, fractional or one-hot ones.
     """
     if array.ndim == 2 and array.shape[0] == images and array.shape[1] > 1:
         raise NotClasses(f"{array.shape[1]} values for each image; give one class number or name for each")

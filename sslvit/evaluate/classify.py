@@ -55,17 +55,17 @@ def accuracy(
     counts = torch.zeros(3, dtype=torch.long, device=device)  # right, right among the first k, images
     classes = len(data.classes)
     samples: list[Tensor] = []
-    bad: dict[str, str] = {}
+    unreadable: dict[str, str] = {}
     is_finite = torch.ones((), dtype=torch.bool, device=device)
     for piece in track(loader, "validation", len(data.samples), each=batch * world_size()):
         logits = logits_of(normalized_view(piece, settings, device)).float()
         valid, labels = (column.to(device, non_blocking=True)[:, None] for column in (piece.valid, labels_of(piece)))
         is_finite &= (logits.isfinite() | ~valid).all()  # the host asks once, at the end
         samples.append(all_gather(piece.samples)[all_gather(piece.valid)])
-        bad |= piece.unreadable
+        unreadable |= piece.unreadable
         is_right = (logits.topk(min(TOP_K, classes), dim=1).indices == labels) & valid
         counts += torch.stack([is_right[:, 0].sum(), is_right.any(1).sum(), valid.sum()])
-    data.account_for(torch.cat(samples), bad)
+    data.account_for(torch.cat(samples), unreadable)
     if not all(all_gather_objects(bool(is_finite))):
         raise NoScore(
             f"the classifier's logits are not finite on {data.index.location}: the weights are broken. Has the run "

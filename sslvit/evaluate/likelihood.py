@@ -178,11 +178,11 @@ def palette_images(model: IGPTModel, data: LabeledSet) -> np.ndarray:
     loader = evaluation_loader(data.reader, encoder.settings, subset=data.subset)
     pieces: list[np.ndarray] = []
     samples: list[Tensor] = []
-    bad: dict[str, str] = {}
+    unreadable: dict[str, str] = {}
     for batch in track(loader, "images into the palette", len(data.samples), each=256):
         indices = pixels.quantize(normalized_view(batch, encoder.settings, pixels.palette.device))[batch.valid]
         pieces.append(indices.cpu().numpy().astype(np.int32).reshape(-1, *encoder.settings.grid))
         samples.append(batch.samples[batch.valid])
-        bad |= batch.unreadable
-    data.account_for(torch.cat(samples), bad)
+        unreadable |= batch.unreadable
+    data.account_for(torch.cat(samples), unreadable)
     return np.concatenate(pieces)

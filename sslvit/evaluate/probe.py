@@ -48,7 +48,7 @@ class ProbeTable(Result):
     Args:
         scores: row -> column -> independent scores: each seed's mean, or the draws of labels of a single seed.
         about: what a reader needs to quote them.
-        differences: of several encoders, each against the first one.
+        differences: Differences of several encoders, each to the first one.
     """
 
     scores: Scores

@@ -1,6 +1,6 @@
 """DINO: "Emerging Properties in Self-Supervised Vision Transformers" (Caron et al. 2021), section 3.
 
-A student network names every crop of an image, the teacher the two large ones, by shares of K prototypes; the
+A student network names every crop of an image, the teacher the two large ones, by probabilities of K prototypes; the
 student learns to say of each crop what the teacher says of the other ones. The teacher is a moving average of the
 student. Two forces keep it from saying the same of every image: its outputs are centered (no prototype wins
 everywhere) and sharpened (not all prototypes win equally).
@@ -101,7 +101,7 @@ def runs_of_one_size(views: list[Tensor]) -> list[tuple[int, int]]:
 def center_and_sharpen(
     outputs: Float[Tensor, "v b k"], center: Float[Tensor, "k"], temperature: float | Tensor
 ) -> Float[Tensor, "v b k"]:
-    """The teacher's shares: softmax of its centered outputs at a low temperature (equations 1 and 4)."""
+    """The teacher's probabilities: softmax of its centered outputs at a low temperature (equations 1 and 4)."""
     return ((outputs - center) / temperature).softmax(-1)
 
 
@@ -127,14 +127,14 @@ def dino_loss(targets: Float[Tensor, "t b k"], logits: Float[Tensor, "s b k"]) -
     Equation 3.
 
     Args:
-        targets: the teacher's shares of the first t views.
+        targets: The teacher's probabilities for the first t views.
         logits: the student's, over its temperature.
     """
     t, s, b = len(targets), len(logits), targets.shape[1]
     # float32 also under autocast: a bf16 softmax over 65,536 prototypes loses its tail
     with torch.autocast(logits.device.type, enabled=False):
         # -sum of p log softmax(z) is logsumexp(z) - sum of p z, as p sums to one; a sum over pairs of products is a
-        # product of sums, so neither a logarithm of every share nor a pair is ever made
+        # product of sums, so neither a logarithm of every probability nor a pair is ever made
         logits = at_least_float32(logits)
         normalizers = logits.logsumexp(-1)  # s b
         agreement = (targets.sum(0) * logits.sum(0)).sum() - (targets * logits[:t]).sum()  # over all other views

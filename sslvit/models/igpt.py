@@ -29,7 +29,7 @@ def pixel_nll(
     Chen et al. 2020, section 2.1, L_AR and L_BERT divided by the number of pixels that they sum over.
 
     Args:
-        logits: of every color at every place.
+        logits: Logits of every color at every position.
         colors: palette index of every pixel.
         is_counted: True where a pixel counts; None for all.
     """

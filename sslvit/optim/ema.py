@@ -14,9 +14,9 @@ def ema_update(average: nn.Module, source: nn.Module, momentum: float, skip: Ten
     """average = momentum x average + (1 - momentum) x source, parameter by parameter; buffers stay as they are.
 
     Args:
-        average: Moves.
-        source: Of the same architecture.
-        momentum: Share of the average that stays.
+        average: The module that moves.
+        source: A module of the same architecture.
+        momentum: Fraction of the average that stays.
         skip: 1 where the average shall stay as it is, else 0; a number on the device, for which nothing waits.
     """
     for module in (*average.modules(), *source.modules()):

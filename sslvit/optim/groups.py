@@ -44,7 +44,7 @@ def layer_decay_groups(
     Args:
         named: parameters under the encoder's names; all others count as behind it.
         depth: Number of the encoder's blocks.
-        weight_decay: of matrices.
+        weight_decay: Weight decay of matrices.
         layer_decay: learning rate of a layer over that of the one behind it.
         spared: tokens and position tables that do not decay: none in the pretraining of MAE and DINO, whose released
             code spares what has one dimension or is a bias, and those that it has in MAE's fine-tuning.

@@ -18,7 +18,7 @@ class LARS(torch.optim.Optimizer):
         parameters: that move.
         lr: applied outside the momentum, so a changing rate acts on the whole history.
         weight_decay: added to the gradients of matrices.
-        momentum: of the scaled gradients.
+        momentum: Momentum of the scaled gradients.
         trust: length of a matrix's step, as a share of its own norm, at a rate of 1.
     """
 

@@ -22,7 +22,7 @@ def warmup_cosine(
         peak: value after the warm-up.
         final: value at total_steps.
         warmup_steps: steps of the straight part; its first one has the start value.
-        total_steps: of both parts.
+        total_steps: Number of steps of both parts.
         start: value at step zero.
         twice_at_peak: the straight part reaches the peak in its last step, and the cosine starts there again (DINO's
             released code); otherwise the cosine's first step is the first at the peak (MAE's).
@@ -44,7 +44,7 @@ def warmup_stable_decay(
         peak: value between the warm-up and the cooldown.
         final: value at total_steps.
         warmup_steps: steps of the straight part.
-        total_steps: of all parts.
+        total_steps: Number of steps of all parts.
         cooldown_steps: steps at the end in which the value falls; a warm-up that reaches into them goes first.
     """
     if step < warmup_steps:

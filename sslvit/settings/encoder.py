@@ -37,7 +37,7 @@ def crop_words(mode: str, fraction: float, size: list[int] | None = None) -> str
 
     Args:
         mode: center or squash, as in EncoderSettings.
-        fraction: of the box's sides.
+        fraction: Fraction of the box's sides.
         size: height and width whose proportions a centered box has, where they are to be said.
     """
     proportions = f" with the proportions of {size[0]} x {size[1]}" if size else ""

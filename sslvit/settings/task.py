@@ -52,14 +52,14 @@ class TaskSettings:
     def check_micro_batch(self, micro: int) -> None:
         """Raise ValueError where a task needs more images side by side."""
 
-    def remedy(self, sign: str, rate: str) -> str:
+    def suggestion(self, symptom: str, lr: str) -> str:
         """Which setting to change when training has failed.
 
         Args:
-            sign: Name of the symptom: even (all prototypes alike) or one prototype (tasks/dino.py).
-            rate: Key and value of the learning rate, in words.
+            symptom: Its name: even (all prototypes alike) or one prototype (tasks/dino.py).
+            lr: Key and value of the learning rate, in words.
         """
-        return f"Lower {rate}, or raise data.global_batch_size."
+        return f"Lower {lr}, or raise data.global_batch_size."
 
 
 @dataclass
@@ -185,11 +185,11 @@ class DINOSettings(TaskSettings):
                 "Raise train.micro_batch_size or data.global_batch_size, or set task.koleo to 0."
             )
 
-    def remedy(self, sign: str, rate: str) -> str:
+    def suggestion(self, symptom: str, lr: str) -> str:
         """The knob for a teacher that is too even, or that has one prototype for all."""
-        return self._sharpen(rate) if sign == "even" else self._center(rate)
+        return self._sharpen(lr) if symptom == "even" else self._center(lr)
 
-    def _sharpen(self, rate: str) -> str:
+    def _sharpen(self, lr: str) -> str:
         hottest = max(("teacher_temp", "warmup_teacher_temp"), key=lambda key: getattr(self, key))
         value = getattr(self, hottest)
         temperature = f"task.{hottest} ({value:g})"
@@ -198,13 +198,13 @@ class DINOSettings(TaskSettings):
         if value > 0.07:
             return f"Lower {temperature}; 0.04 to 0.07 is usual."
         norm = "" if self.batch_norm else "; for small data or batches set task.batch_norm to true"
-        return f"Lower {rate} or {temperature}{norm}; or try another task.out_dim ({self.out_dim})."
+        return f"Lower {lr} or {temperature}{norm}; or try another task.out_dim ({self.out_dim})."
 
-    def _center(self, rate: str) -> str:
+    def _center(self, lr: str) -> str:
         if self.centering == "mean" and self.center_momentum > 0.99:
             return f"The center hardly moves: lower task.center_momentum ({self.center_momentum:g}); 0.9 is usual."
         temperature = f"task.teacher_temp ({self.teacher_temp:g})"
-        parts = [f"Lower {rate}, or raise data.global_batch_size or {temperature}"]
+        parts = [f"Lower {lr}, or raise data.global_batch_size or {temperature}"]
         if not self.batch_norm:
             parts.append("for small data set task.batch_norm to true")
         if self.centering == "mean":

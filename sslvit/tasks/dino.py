@@ -108,13 +108,13 @@ class DINO(Task):
                 f"the teacher spreads each image evenly over all prototypes (entropy {entropy:.3f} of at most "
                 f"{prototypes}, loss {decimals(loss, 3)})"
             )
-            return [Symptom("even", seen, self.settings.remedy("even", lr))]
+            return [Symptom("even", seen, self.settings.suggestion("even", lr))]
         if abs(loss - most) < STUCK_FRACTION * most:
             seen = f"the loss sits at {prototypes}: the student says the same of every prototype"
             return [Symptom("stuck", seen, f"Change {lr}: lower it, or raise it if it is far below a recipe's.")]
         if measures["images"] >= MIN_IMAGES and share > MAX_PROTOTYPE_FRACTION:
             seen = f"the teacher gives {share:.0%} of the images to one prototype (entropy {entropy:.2f})"
-            return [Symptom("one prototype", seen, self.settings.remedy("one prototype", lr))]
+            return [Symptom("one prototype", seen, self.settings.suggestion("one prototype", lr))]
         return feature_symptoms(measures, self.optim)
 
     def start_from(self, start: Encoder, source: str) -> None:

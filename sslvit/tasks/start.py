@@ -39,7 +39,7 @@ def begin_with(
     """Load a trained encoder's weights into a new one, and say what is not as it was.
 
     Args:
-        encoder: of the run, with its first weights.
+        encoder: The run's encoder, with its first weights.
         start: the trained one.
         source: where that comes from, for messages.
         besides: settings that may differ (compatibility.check_same).
@@ -78,7 +78,7 @@ def begin_decoder(model: MAEModel, start: EncoderSettings, source: str) -> None:
     """Take over the decoder that a source holds beside its encoder where the settings of both agree, and say so.
 
     Args:
-        model: of the run, with its first weights.
+        model: The run's network, with its first weights.
         start: settings of the source's encoder.
         source: where that comes from; only a folder of transformers' ViTMAEForPreTraining states all of a decoder.
     """

@@ -57,7 +57,7 @@ def trivial_symptoms(measures: dict[str, float], reference: str, guess: str, opt
     """A loss no better than that of a constant guess, or features without rank.
 
     Args:
-        measures: Of the step.
+        measures: What was measured in one step.
         reference: Which of them is the loss of the guess.
         guess: The guess, in words.
         optim: Settings of the optimizer.
@@ -88,7 +88,7 @@ def not_learning(losses: Sequence[float], since: int, optim: OptimSettings) -> S
     """A loss that has not fallen by more than its noise, where a fall worth the name would stand out of it.
 
     Args:
-        losses: Of the part of the run that is judged, evenly spaced.
+        losses: Training losses, evenly spaced over the steps that are judged.
         since: Its first step.
         optim: Settings of the optimizer.
     """

@@ -89,7 +89,7 @@ class AtomicCheckpointIO(CheckpointIO):
             shutil.rmtree(
                 RunFolder(path.parents[1]).encoder, ignore_errors=True
             )  # of an earlier end: older from now on
-            keep_some(path, checkpoint["global_step"], self.settings.keep_last, self.settings.keep_every)
+            prune_checkpoints(path, checkpoint["global_step"], self.settings.keep_last, self.settings.keep_every)
             delete_orphaned_shards(path.parent)
 
     def _kept(self, values: dict[str, Any]) -> dict[str, Any]:
@@ -131,12 +131,12 @@ class AtomicCheckpointIO(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
 
-def keep_some(last: Path, step: int, keep_last: int, keep_every: int | None) -> None:
+def prune_checkpoints(last: Path, step: int, keep_last: int, keep_every: int | None) -> None:
     """Give the newest checkpoint a name by its step where it is one to keep, and let go of those that are not.
 
     Args:
         last: the newest; a kept one is the same file under two names.
-        step: of it.
+        step: Its step.
         keep_last: so many of the newest stay, this one included.
         keep_every: those whose step it divides stay for good.
     """

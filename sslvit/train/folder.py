@@ -188,11 +188,12 @@ class RunFolder(Result):
                 f"resume: {printable(self.path)} has no checkpoint (checkpoints/{self.checkpoint.name}). {instead}"
             )
         if not resume and not overwrite:
-            way_on = "It has no checkpoint to go on from: pass"
+            resume_hint = "It has no checkpoint to go on from: pass"
             if self.goes_on:
-                way_on = f"To go on with it: {printable(self.resume_command)}. Or pass"
+                resume_hint = f"To go on with it: {printable(self.resume_command)}. Or pass"
             raise ValueError(
-                f"{printable(self.path)}: already exists. {way_on} --overwrite to start anew, or choose another --out."
+                f"{printable(self.path)}: already exists. {resume_hint} --overwrite to start anew, or choose another "
+                "--out."
             )
         if overwrite and not self.is_run:
             raise ValueError(

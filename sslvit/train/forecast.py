@@ -31,13 +31,13 @@ class Forecast:
         encoder: parameters of the encoder.
         trained: parameters that the optimizer moves.
         total_params: numbers in the whole state, teacher and buffers included.
-        flops_per_image: of a step, forward and backward.
+        flops_per_image: FLOPs of a step per image, forward and backward.
         peak: most bytes that a step on one rank's micro-batch holds at once besides weights and moments.
         activations: the same without the weights' gradients, for several ranks; otherwise 0.
         block: numbers in the largest block of a network.
         outside: numbers of weights that lie in no block.
         images: in the data set.
-        precision: of the computation: float32, bf16 or float64.
+        precision: Precision of the computation: float32, bf16 or float64.
         on_gpu: whether memory is counted as a GPU's kernels hold it; otherwise as a CPU's.
         run: steps, batch sizes and ranks.
     """
@@ -160,8 +160,8 @@ def mfu_per_throughput(settings: RunSettings, index: Index | StreamIndex) -> flo
     The work is that of the model's products in a step, without what is computed again to save memory.
 
     Args:
-        settings: of a run.
-        index: of its data.
+        settings: Settings of a run.
+        index: Index of its data.
     """
     train = settings.train
     peak = train.peak_tflops

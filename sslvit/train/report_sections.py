@@ -230,9 +230,9 @@ def ledgers(named: Named) -> list[str]:
         epochs, dropped = (
             value if isinstance(value := found.get(key), int) else 0 for key in ("epochs_finished", "dropped_per_epoch")
         )
-        reasons = found.get("bad_by_reason")
-        bad = reasons.items() if isinstance(reasons, dict) else ()
-        left = "; ".join(f"{count} x {reason}" for reason, count in list(bad)[:MAX_REASONS])
+        reasons = found.get("unreadable_by_reason")
+        unreadable = reasons.items() if isinstance(reasons, dict) else ()
+        left = "; ".join(f"{count} x {reason}" for reason, count in list(unreadable)[:MAX_REASONS])
         made.append(
             text(
                 f"{name}: {found['samples_read']:,} images read, {epochs:,} epochs finished, "

@@ -81,7 +81,7 @@ def check_changes(old: dict[str, Any], new: dict[str, Any]) -> None:
     """Refuse settings that a run cannot change on its way.
 
     Args:
-        old: those of the run so far, by dotted key.
+        old: Settings of the run so far, by dotted key.
         new: those that it would go on with.
 
     Raises:

@@ -67,7 +67,7 @@ def pretrain(
         settings: what runs.
         resume: go on from the folder's newest whole checkpoint; at step 0 where the run ended before it wrote one.
         overwrite: delete an earlier run in the folder first.
-        callbacks: others, which act after those of the run.
+        callbacks: Further callbacks, which act after the run's own.
         loggers: others, beside those that the settings ask for.
 
     Raises:

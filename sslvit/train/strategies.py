@@ -39,7 +39,7 @@ def make_strategy(settings: TrainSettings, clock: Clock) -> DDPStrategy:
     """Lightning's strategy for a run of several processes.
 
     Args:
-        settings: of the run.
+        settings: Settings of the run.
         clock: is told when gradients are ready to be exchanged.
     """
     timeout = timedelta(seconds=settings.timeout_seconds)

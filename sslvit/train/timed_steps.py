@@ -85,13 +85,13 @@ class Ends(StepCallback):
     """Moments at which steps ended."""
 
     def __init__(self) -> None:
-        self.moments: list[float] = []
+        self.timestamps: list[float] = []
 
     def on_step(self, trainer: pl.Trainer, module: Any) -> None:
         """Note the moment."""
         if module.device.type == "cuda":
             torch.cuda.synchronize(module.device)
-        self.moments.append(perf_counter())
+        self.timestamps.append(perf_counter())
 
 
 def fit_budget(
@@ -192,7 +192,7 @@ def time_steps(settings: RunSettings, run: RunPlan, steps: int, log_every: int =
                 kind = type(error) if isinstance(error, Preempted) else KeyboardInterrupt
                 raise kind(again) from error
         waited = [line["time/data"] for line in run_folder.read_metrics()][LEFT_OUT:-1]
-    seconds = (ends.moments[-2] - ends.moments[LEFT_OUT - 1]) / steps
+    seconds = (ends.timestamps[-2] - ends.timestamps[LEFT_OUT - 1]) / steps
     waiting = min(median(waited) / seconds, 1.0) if waited else None
     on_gpu = trains_on_gpu(train)
     memory = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

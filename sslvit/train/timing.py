@@ -27,7 +27,7 @@ class Clock(pl.Callback):
 
     def __init__(self) -> None:
         self.is_gpu = False
-        self.moments: list[tuple[str, Any]] = []
+        self.timestamps: list[tuple[str, Any]] = []
         self.seconds: dict[str, float] = defaultdict(float)
         self.is_exchanging = False  # gradients are complete here, and the ranks exchange the last of them
 
@@ -37,8 +37,8 @@ class Clock(pl.Callback):
         if self.is_gpu:
             now = torch.cuda.Event(enable_timing=True)
             now.record()
-        self.moments.append((ended, now))
-        if len(self.moments) > MAX_TIMESTAMPS:
+        self.timestamps.append((ended, now))
+        if len(self.timestamps) > MAX_TIMESTAMPS:
             self._add_up(MAX_TIMESTAMPS // 2)  # long past, so nothing is waited for
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -74,21 +74,21 @@ class Clock(pl.Callback):
             self.is_exchanging = True
         return allreduce_hook(distributed.group.WORLD, bucket)  # type: ignore[arg-type]  # there is a group by now
 
-    def take(self) -> dict[str, float]:
+    def pop(self) -> dict[str, float]:
         """Seconds since the last call by what they went into; there may be others."""
-        self._add_up(len(self.moments))
+        self._add_up(len(self.timestamps))
         taken = {part: self.seconds[part] for part in PARTS}
         self.seconds.clear()
         return taken
 
     def _add_up(self, count: int) -> None:
         """The oldest moments; the last of them is where the next time begins."""
-        old = self.moments[:count]
+        old = self.timestamps[:count]
         if self.is_gpu and old:
             old[-1][1].synchronize()
         for (_, start), (ended, stop) in pairwise(old):
             self.seconds[ended] += start.elapsed_time(stop) / 1000 if self.is_gpu else stop - start
-        del self.moments[: count - 1]
+        del self.timestamps[: count - 1]
 
 
 class WaitForData(pl.Callback):

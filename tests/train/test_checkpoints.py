@@ -21,7 +21,7 @@ from sslvit.settings import TrainSettings
 from sslvit.sharded_checkpoint import check_checkpoint, read_checkpoint, write_checkpoint
 from sslvit.stopping import RankLost
 from sslvit.train import checkpoint_io
-from sslvit.train.checkpoint_io import AtomicCheckpointIO, keep_some
+from sslvit.train.checkpoint_io import AtomicCheckpointIO, prune_checkpoints
 
 
 def step_of(path: Path) -> int:
@@ -156,7 +156,7 @@ def test_some_checkpoints_are_kept_by_their_step(tmp_path: Path) -> None:
     ):
         for step in range(10, 101, 10):
             write_checkpoint({"global_step": step}, last)
-            keep_some(last, step, keep_last, keep_every)
+            prune_checkpoints(last, step, keep_last, keep_every)
         assert sorted(path.name for path in tmp_path.glob("step-0*")) == [f"step-{step:08d}.ckpt" for step in names]
         assert all(step_of(tmp_path / f"step-{step:08d}.ckpt") == step for step in names)
         assert (tmp_path / "step-best.ckpt").read_text() == "mine"
@@ -170,7 +170,7 @@ def test_kept_checkpoints_need_no_links(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(os, "link", refuse)
     write_checkpoint({"global_step": 5}, tmp_path / "last.ckpt")
-    keep_some(tmp_path / "last.ckpt", 5, 2, None)
+    prune_checkpoints(tmp_path / "last.ckpt", 5, 2, None)
     assert step_of(tmp_path / "step-00000005.ckpt") == 5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "step-00000005.ckpt"]
 

@@ -142,8 +142,8 @@ def test_broken_samples_are_named_counted_and_every_other_is_read_once_an_epoch(
     changes = {"data.max_unreadable_fraction": 0.1, "data.ledger": True, "train.steps": 9, "data.memory_limit_mb": 0}
     broken = pretrained(tmp_path / "run", Noise(broken=(4, 11)), **changes)
     ledger = json.loads(broken.ledger.read_text())
-    assert set(ledger["bad_by_reason"]) == {"OSError: the scanner was off"}
-    assert {entry["key"] for entry in ledger["bad"]} <= {"Noise[4]", "Noise[11]"}
+    assert set(ledger["unreadable_by_reason"]) == {"OSError: the scanner was off"}
+    assert {entry["key"] for entry in ledger["unreadable"]} <= {"Noise[4]", "Noise[11]"}
     for keys in read_keys(broken).values():
         assert len(keys) == len(set(keys)) == 24
     with pytest.raises(RuntimeError, match=r"more than data.max_unreadable_fraction .*Noise\[\d+\]: OSError: the scan"):

@@ -45,9 +45,9 @@ def test_bad_samples_of_all_ranks_and_of_earlier_parts_are_added_up(
     assert {key: entry["times"] for key, entry in merged.items()} == {"k0": 13, "k1": 4, "k2": 21}
     ledger.save(SimpleNamespace(is_global_zero=True, global_step=25))
     content = json.loads((tmp_path / "ledger.json").read_text())
-    about = {key: value for key, value in content.items() if key != "bad"}
+    about = {key: value for key, value in content.items() if key != "unreadable"}
     assert about == {"samples_read": 1250, "dropped_per_epoch": 7, "epochs_finished": 2,
-                     "bad_by_reason": {"reason 0": 2, "reason 1": 1}}  # fmt: skip
+                     "unreadable_by_reason": {"reason 0": 2, "reason 1": 1}}  # fmt: skip
 
 
 @pytest.mark.parametrize(

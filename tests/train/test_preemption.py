@@ -65,8 +65,8 @@ def test_ctrl_c_ends_the_step_and_writes_it_down(shards: Path, tmp_path: Path, m
     whole, before = run(shards, tmp_path / "whole"), signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         signaled(patch, [signal.SIGINT], at=4)
-        way_on = rf"interrupted at step 5 of 7; the checkpoint is whole: sslvit resume {tmp_path}/cut$"
-        with pytest.raises(KeyboardInterrupt, match=way_on):
+        resume_hint = rf"interrupted at step 5 of 7; the checkpoint is whole: sslvit resume {tmp_path}/cut$"
+        with pytest.raises(KeyboardInterrupt, match=resume_hint):
             run(shards, tmp_path / "cut")
     assert capfd.readouterr().err.startswith("interrupted: this step is finished and a checkpoint written")
     assert torch.load(RunFolder(tmp_path / "cut").checkpoint, weights_only=True)["global_step"] == 5

@@ -32,7 +32,7 @@ def test_a_run_leaves_everything_in_its_folder(shards: Path, tmp_path: Path) -> 
     assert (folder.figures / "loss.png").stat().st_size > 1000
     assert (folder.figures / "reconstruction.png").stat().st_size > 1000
     ledger = json.loads(folder.ledger.read_text())
-    assert (ledger["samples_read"], ledger["epochs_finished"], ledger["bad"]) == (56, 2, [])
+    assert (ledger["samples_read"], ledger["epochs_finished"], ledger["unreadable"]) == (56, 2, [])
     config = yaml.safe_load(folder.config.read_text())
     assert config["encoder"]["width"] == 16
     assert config["data"]["view"]["scale"] == [0.5, 1.0]
@@ -190,9 +190,9 @@ def test_bad_samples_are_counted_and_stop_the_run_only_above_the_limit(
             run(shards, tmp_path / "run", **{"data.max_unreadable_fraction": limit})
     else:
         run(shards, tmp_path / "run", **{"data.max_unreadable_fraction": limit})
-    bad = json.loads((tmp_path / "run" / "ledger.json").read_text())["bad"]
-    assert {entry["reason"] for entry in bad} == {"not an image (UnidentifiedImageError)"}
-    assert all(entry["key"].startswith("shard-000000.tar/0000") for entry in bad)
+    unreadable = json.loads((tmp_path / "run" / "ledger.json").read_text())["unreadable"]
+    assert {entry["reason"] for entry in unreadable} == {"not an image (UnidentifiedImageError)"}
+    assert all(entry["key"].startswith("shard-000000.tar/0000") for entry in unreadable)
 
 
 def test_the_python_door(shards: Path, tmp_path: Path) -> None:

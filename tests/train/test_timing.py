@@ -169,7 +169,7 @@ def test_gradients_that_are_exchanged_after_the_last_are_communication(monkeypat
     ):  # fmt: skip
         watch.now += seconds
         happens()
-    assert clock.take() == {"data": 1, "forward": 2, "backward": 12, "communication": 16, "optimizer": 32}
+    assert clock.pop() == {"data": 1, "forward": 2, "backward": 12, "communication": 16, "optimizer": 32}
     assert Clock().mark_gradients(None, SimpleNamespace(is_last=lambda: False)) == "averaged"
 
 
@@ -213,9 +213,9 @@ def test_many_moments_are_added_up_before_a_line_is_due(monkeypatch: pytest.Monk
     for _ in range(MAX_TIMESTAMPS):
         for ended in ("data", "forward", "callbacks"):
             clock.mark(ended)
-    assert len(clock.moments) <= MAX_TIMESTAMPS
-    assert clock.take() == {part: MAX_TIMESTAMPS if part in ("data", "forward") else 0 for part in PARTS}
-    assert clock.take() == dict.fromkeys(PARTS, 0)
+    assert len(clock.timestamps) <= MAX_TIMESTAMPS
+    assert clock.pop() == {part: MAX_TIMESTAMPS if part in ("data", "forward") else 0 for part in PARTS}
+    assert clock.pop() == dict.fromkeys(PARTS, 0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -225,7 +225,7 @@ def test_on_a_gpu_moments_are_those_of_its_stream() -> None:
     clock.mark("start")
     torch.cuda._sleep(200_000_000)  # cycles, a tenth of a second, which nothing here waits for
     clock.mark("forward")
-    assert clock.take()["forward"] > 0.02
+    assert clock.pop()["forward"] > 0.02
 
 
 def test_each_rank_counts_the_steps_between_two_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

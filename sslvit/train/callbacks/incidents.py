@@ -1,6 +1,6 @@
 """Numbers gone wrong: steps whose loss or gradient is not finite are skipped; too many in a row end the run.
 
-What such a run leaves in incident/ is enough to take the step again elsewhere (`sslvit replay`):
+What such a run leaves in incident/ is enough to re-run the step elsewhere (`sslvit replay`):
 
 config.yaml     the run's
 incident.json   step (the first is 1), seed, and which weights had gradients that are not finite
@@ -57,14 +57,14 @@ class Incidents(StepCallback):
         if self.in_a_row >= self.limit:
             self.save(trainer, module)
             trainer.strategy.barrier()
-            way_on = "start anew with --overwrite: there is no checkpoint from before"
+            resume_hint = "start anew with --overwrite: there is no checkpoint from before"
             if self.folder.goes_on:
-                way_on = f"go on from the last checkpoint: {self.folder.resume_command}"
+                resume_hint = f"go on from the last checkpoint: {self.folder.resume_command}"
             precise = "" if str(trainer.precision).startswith(("32", "64")) else " or train.precision float32"
             raise RuntimeError(
                 f"step {self.step}: {self.in_a_row} steps in a row were not finite (train.skip_limit). Look at the "
                 f"last: sslvit replay {shlex.quote(str(self.folder.incident))}. Then lower optim.base_lr, set "
-                f"optim.clip_grad{precise}, and {way_on}."
+                f"optim.clip_grad{precise}, and {resume_hint}."
             )
 
     def count(self, trainer: pl.Trainer, module: Task, wait: bool) -> None:

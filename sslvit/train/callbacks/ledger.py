@@ -102,8 +102,8 @@ class Ledger(StepCallback):
             content = {
                 "samples_read": trainer.global_step * self.plan.global_batch_size,
                 "dropped_per_epoch": self.plan.dropped_per_epoch, "epochs_finished": epochs,
-                "bad_by_reason": dict(Counter(entry["reason"] for entry in unreadable.values())),
-                "bad": list(unreadable.values()),
+                "unreadable_by_reason": dict(Counter(entry["reason"] for entry in unreadable.values())),
+                "unreadable": list(unreadable.values()),
             }  # fmt: skip
             write_atomically(self.folder.ledger, to_json(content, indent=1) + "\n")
 

@@ -34,9 +34,9 @@ class Preemption(StepCallback):
         save_checkpoint(trainer, self.folder.checkpoint, waits=True)
         trainer.strategy.barrier()  # no rank leaves before the checkpoint is whole
         where = f"at step {self.step} of {self.total_steps}"
-        way_on = f"the checkpoint is whole: {self.folder.resume_command}"
+        resume_hint = f"the checkpoint is whole: {self.folder.resume_command}"
         if self.peers.is_interrupted:
-            raise Interrupted(f"interrupted {where}; {way_on}")
+            raise Interrupted(f"interrupted {where}; {resume_hint}")
         received = self.peers.received
         why = f"received {received}" if received else "another rank received a signal"
-        raise Preempted(f"stopped {where}: {why}; {way_on}")
+        raise Preempted(f"stopped {where}: {why}; {resume_hint}")

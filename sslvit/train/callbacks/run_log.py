@@ -62,7 +62,7 @@ class RunLog(StepCallback):
             return
         line = {name: float(mean_over_ranks(trainer, values)) for name, values in module.records.items()}
         done, self.last_step = self.step - self.last_step, self.step  # on every rank
-        seconds = self.clock.take()
+        seconds = self.clock.pop()
         times = torch.tensor([value / done for value in seconds.values()], dtype=torch.float64)
         means = mean_over_ranks(trainer, [times]).tolist()
         if not trainer.is_global_zero:

@@ -1,6 +1,6 @@
 """Scores while a run trains: a probe of a pretext task's encoder, or the accuracy of a classifier.
 
-Both look at the module in evaluation mode and without gradients, and give torch's stream of chance back as it was, so a
+Both look at the module in evaluation mode and without gradients, and give torch's random state back as it was, so a
 run with them has the same weights as one without.
 """
 
@@ -45,7 +45,7 @@ IMAGES_AT_ONCE = 256
 
 @contextmanager
 def scored_copy(module: Task) -> Iterator[Task]:
-    """All weights in evaluation mode, in full float32; afterwards every part and torch's stream of chance as before."""
+    """All weights in evaluation mode, in full float32; afterwards every part and torch's random state as before."""
     # a loader draws its workers' seed when it starts
     with evaluating(module), torch.no_grad(), torch.random.fork_rng(devices=[]), full_float32():
         yield module.gather_full_copy()
