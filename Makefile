@@ -13,7 +13,7 @@ DATA ?= digits
 OUT ?= runs/demo$(if $(filter-out digits,$(DATA)),-$(DATA))
 READY := .venv/.ready
 
-.PHONY: demo test test-smoke test-all coverage lint types docs learn drill mutants clean
+.PHONY: demo test test-smoke test-all coverage lint docs learn drill mutants clean
 
 demo: $(READY)
 	.venv/bin/sslvit demo --data $(DATA) --out $(OUT) $(if $(ARCHIVE),--archive $(ARCHIVE)) $(if $(OVERWRITE),--overwrite)
@@ -28,7 +28,7 @@ test: $(READY)
 test-smoke: $(READY)
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m smoke
 
-test-all: $(READY) lint types
+test-all: $(READY) lint
 	$(SIDE_BY_SIDE)
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m slow
 
@@ -49,8 +49,6 @@ mutants: $(READY)
 lint: $(READY)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-
-types: $(READY)
 	.venv/bin/mypy
 
 $(READY): setup.cfg pyproject.toml constraints.txt

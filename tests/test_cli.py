@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import shtab
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -603,6 +604,15 @@ def test_each_commands_help_explains_its_options_and_ends_with_an_example(capsys
     for action in make_parser(name).get_default("parsers")[name]._actions:
         assert action.help, f"{name}: {action.dest}"
         assert action.dest == "help" or action.help[0].isupper(), action.help
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_a_shell_can_complete_commands_and_options(shell: str) -> None:
+    script = shtab.complete(make_parser(), shell)
+    assert "pretrain" in script
+    assert "neighbors" in script
+    if shell == "bash":
+        assert "--labels-per-class" in script
 
 
 def test_every_setting_has_a_sentence_of_its_own() -> None:

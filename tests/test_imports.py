@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import configparser
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -149,3 +151,36 @@ def test_what_is_typed_wrong_is_answered_before_torch_is_imported(tmp_path: Path
     for (line, expected), (exit_code, error, has_torch) in zip(WRONG.items(), json.loads(done.stdout), strict=True):
         assert expected in error, f"{line}: {error}"
         assert (exit_code, has_torch) == (1, False), line
+
+
+def test_the_map_names_every_file() -> None:
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    drawn = page.partition("```")[2].partition("```")[0]
+    files = {path.name for path in PACKAGE.rglob("*.py") if not path.name.startswith("__")}
+    assert files - set(re.findall(r"\w+\.py", drawn)) == set()
+    assert set(re.findall(r"\w+\.py", drawn)) - files == {"__init__.py", "__main__.py", "device_day.py"}
+
+
+DISTRIBUTIONS = {
+    "pytorch_lightning": "pytorch-lightning", "lightning_fabric": "pytorch-lightning", "yaml": "pyyaml",
+    "PIL": "pillow", "sklearn": "scikit-learn",
+}  # fmt: skip
+
+
+def imported(nodes: Iterable[ast.AST]) -> set[str]:
+    """Distributions that some statements import."""
+    names = {(node.module or "") for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 0}
+    names |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    roots = {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"sslvit"}
+    return {DISTRIBUTIONS.get(name, name) for name in roots}
+
+
+def test_the_package_installs_what_it_imports() -> None:
+    """What an extra brings is imported where it is needed, behind a message that names the extra."""
+    config = configparser.ConfigParser()
+    config.read(PACKAGE.parent / "setup.cfg")
+    installed = {re.split(r"[<>=]", line)[0] for line in config["options"]["install_requires"].split()}
+    trees = [ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")]
+    assert imported([node for tree in trees for node in tree.body]) <= installed
+    lightning_imports = {"wandb"}
+    assert installed <= imported([node for tree in trees for node in ast.walk(tree)]) | lightning_imports
