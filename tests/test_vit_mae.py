@@ -85,7 +85,7 @@ def test_the_complete_model_has_the_loss_of_transformers(tmp_path: Path, options
     theirs = model(images, noise=noise)
     torch.testing.assert_close(ours.loss(images, noise).loss, theirs.loss, atol=1e-5, rtol=1e-5)
     visible, _ = ours.mask(noise)
-    predicted = ours.decoder(ours.encoder(images, visible), visible)
+    predicted = ours.decoder(ours.encoder(images, visible), visible).pixels
     torch.testing.assert_close(predicted, theirs.logits, atol=1e-5, rtol=1e-5)
     assert load_mae(tmp_path, mask_ratio=0.5).settings.mask_ratio == 0.5
 

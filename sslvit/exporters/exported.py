@@ -65,7 +65,7 @@ class Exported(nn.Module):
         if self.outputs == "reconstruction":
             grid = self.mae.grid_of(images)
             visible, _ = self.mae.mask(masking_noise(len(images), grid[0] * grid[1]))
-            return self.mae.decoder(self.encoder(images, visible), visible, grid)
+            return self.mae.decoder(self.encoder(images, visible), visible, grid).pixels
         if self.outputs == "tokens":
             return self.encoder(images)
         if self.head is None:

@@ -96,5 +96,6 @@ def decoder_arguments(exported: Exported) -> dict[str, Any]:
 
 
 def decoder_state(exported: Exported) -> dict[str, Tensor]:
-    """The decoder's weights under the names of models/mae.py."""
-    return {f"decoder.{key}": value for key, value in exported.mae.decoder.state_dict().items()}
+    """The decoder's weights under the names of models/mae.py, without those that predict no pixels."""
+    state = exported.mae.decoder.state_dict()
+    return {f"decoder.{key}": value for key, value in state.items() if not key.startswith("hog.")}

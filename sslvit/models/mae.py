@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sslvit.models.encoder import ViTEncoder
+from sslvit.models.hog import hog_patches, hog_size
 from sslvit.models.positions import sincos_2d, sincos_table, table_on_grid
 from sslvit.models.tokens import gather_tokens
 from sslvit.models.transformer import Block, run_block
@@ -65,12 +66,24 @@ class MAELoss(NamedTuple):
     """What one pass of an MAEModel computes.
 
     Attributes:
-        loss: Mean squared error of the hidden patches.
+        loss: Mean squared error of the hidden patches; with their gradients, the weighted sum of both.
         features: Mean of the encoder's tokens, 'b d'.
     """
 
     loss: Tensor
     features: Tensor
+
+
+class Prediction(NamedTuple):
+    """What the decoder says of hidden patches.
+
+    Attributes:
+        pixels: 'b m pixels', each patch flattened as (row, column, channel).
+        hog: Histograms of their gradients 'b m k', where MAESettings.hog_weight asks for them.
+    """
+
+    pixels: Tensor
+    hog: Tensor | None
 
 
 class MAEDecoder(nn.Module):
@@ -97,6 +110,7 @@ class MAEDecoder(nn.Module):
         self.blocks = nn.ModuleList(Block(plain) for _ in range(settings.decoder_depth))
         self.norm = nn.LayerNorm(width, eps=encoder.norm_eps)
         self.pred = nn.Linear(width, encoder.patch**2 * encoder.channels)
+        self.hog = nn.Linear(width, hog_size(encoder.patch, encoder.channels)) if settings.hog_weight else None
         nn.init.normal_(self.mask_token, std=0.02)
         for module in self.modules():  # appendix A.1, as encoder.init: xavier
             if isinstance(module, nn.Linear):
@@ -106,8 +120,8 @@ class MAEDecoder(nn.Module):
     def forward(
         self, latent: Float[Tensor, "b t d"], visible: Int[Tensor, "b k"], grid: tuple[int, int] | None = None,
         wanted: Int[Tensor, "b m"] | None = None,
-    ) -> Float[Tensor, "b m pixels"]:  # fmt: skip
-        """Predicted pixels of the wanted patches; of every patch, row by row, for None.
+    ) -> Prediction:  # fmt: skip
+        """Predictions of the wanted patches; of every patch, row by row, for None.
 
         The grid may be another than the encoder's own.
         """
@@ -123,7 +137,8 @@ class MAEDecoder(nn.Module):
             assert isinstance(block, Block)
             last = wanted + self.prefix if number == len(self.blocks) else None  # the last MLP maps no others
             tokens = run_block(block, tokens, recompute=self.recompute, wanted=last)
-        return self.pred(self.norm(tokens))
+        tokens = self.norm(tokens)
+        return Prediction(self.pred(tokens), None if self.hog is None else self.hog(tokens))
 
     def positions(self, grid: tuple[int, int]) -> Float[Tensor, "1 t d"]:
         """The table of the encoder's own grid, resampled for others."""
@@ -160,15 +175,23 @@ class MAEModel(nn.Module):
         """
         visible, hidden = self.mask(noise)  # b k, b m
         latent = self.encoder(images, visible, path_noise=path_noise)  # b t d
-        predicted = self.decoder(latent, visible, self.grid_of(images), hidden)  # b m pixels
+        predicted: Prediction = self.decoder(latent, visible, self.grid_of(images), hidden)
         target = self.target(gather_tokens(patchify(images, self.encoder.settings.patch), hidden))  # b m pixels
-        return MAELoss(patch_mse(predicted, target), latent.mean(1))
+        loss = patch_mse(predicted.pixels, target)
+        if predicted.hog is not None:
+            target = gather_tokens(hog_patches(images, self.encoder.settings.patch), hidden)  # b m k
+            loss = loss + self.settings.hog_weight * patch_mse(predicted.hog, target)
+        return MAELoss(loss, latent.mean(1))
 
     def target_moments(
         self, images: Float[Tensor, "b c h w"], noise: Float[Tensor, "b n"]
     ) -> Float[Tensor, "3 pixels"]:
         """The mean patch, and of the hidden patches the mean and the mean square: the error of guessing that patch."""
         target = self.target(patchify(images, self.encoder.settings.patch))  # b n pixels
+        if self.settings.hog_weight:  # all in one, scaled so that its mean squared error is the loss
+            hog, pixels = hog_patches(images, self.encoder.settings.patch), target.shape[2]
+            hog = hog * (self.settings.hog_weight * pixels / hog.shape[2]) ** 0.5
+            target = torch.cat([target, hog], 2) * (1 + hog.shape[2] / pixels) ** 0.5
         hidden = gather_tokens(target, self.mask(noise)[1])  # b m pixels
         return torch.stack([target.mean((0, 1)), hidden.mean((0, 1)), hidden.square().mean((0, 1))])
 
@@ -194,7 +217,7 @@ class MAEModel(nn.Module):
         mean and deviation, which are taken from the image itself.
         """
         visible, hidden = self.mask(noise)
-        predicted = self.decoder(self.encoder(images, visible), visible, self.grid_of(images))
+        predicted = self.decoder(self.encoder(images, visible), visible, self.grid_of(images)).pixels
         is_hidden = mask_of(hidden, noise.shape[1])
         patch = self.encoder.settings.patch
         patches = patchify(images, patch)

@@ -75,6 +75,8 @@ class MAESettings(TaskSettings):
     """Fraction of patches hidden from the encoder."""
     target: Literal["normalized", "raw"] = "normalized"
     """Reconstruction target: normalized (each patch by its own mean and variance) or raw pixels."""
+    hog_weight: float = 0.0
+    """Weight of predicting the directions of a patch's edges (HOG; Wei et al. 2022) beside its pixels; 0 for none."""
     decoder_width: int = 512
     """Embedding dimension of the decoder."""
     decoder_depth: int = 8
@@ -88,6 +90,8 @@ class MAESettings(TaskSettings):
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f"task.mask_ratio: {self.mask_ratio} must be in (0, 1) (the paper's is 0.75).")
         check_bounds(self, "task.", "positive", "decoder_width", "decoder_depth", "decoder_heads", "decoder_mlp_ratio")
+        if not 0 <= self.hog_weight < math.inf:
+            raise ValueError(f"task.hog_weight: {self.hog_weight} must be a number from 0 up (1 is usual).")
         if self.decoder_width % 4:
             raise ValueError(f"task.decoder_width: positions need a multiple of 4, not {self.decoder_width}.")
         if self.decoder_width % self.decoder_heads:

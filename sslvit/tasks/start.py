@@ -101,7 +101,7 @@ def begin_decoder(model: MAEModel, start: EncoderSettings, source: str) -> None:
 
 def _decoder_settings(task: MAESettings, encoder: EncoderSettings) -> dict[str, Any]:
     """What decides whether a decoder's weights are those of a run, by dotted key."""
-    fields = ("decoder_width", "decoder_depth", "decoder_heads", "target")
+    fields = ("decoder_width", "decoder_depth", "decoder_heads", "target", "hog_weight")
     found = {f"task.{key}": getattr(task, key) for key in fields}
     found |= {f"encoder.{key}": getattr(encoder, key) for key in ("patch", "channels")}
     return found | {"task.decoder_mlp_ratio": task.decoder_mlp_ratio or encoder.mlp_ratio}

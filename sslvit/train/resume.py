@@ -39,6 +39,7 @@ FIXED = [
     ("optim.layer_decay", None, "the checkpoint's parameter groups hold each layer's rate"),
     ("task.decoder_heads", ("mae",), "it cuts the decoder's weights into heads"),
     ("task.target", ("mae",), "the decoder was trained for the other"),
+    ("task.hog_weight", ("mae",), "the decoder was trained with the other"),
     ("task.objective", ("igpt",), "the head was trained for the other"),
 ]
 

@@ -51,7 +51,7 @@ def test_the_encoder_sees_the_patches_that_the_mask_ratio_leaves_and_the_loss_is
     places, latent = seen[0]
     assert latent.shape[1] == 1 + visible
     expected = []
-    predicted = model.decoder(latent, places)
+    predicted = model.decoder(latent, places).pixels
     for image in range(3):
         order = sorted(range(16), key=lambda place: float(noise[image, place]))
         assert places[image].tolist() == order[:visible]  # the lowest noise

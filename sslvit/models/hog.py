@@ -1,0 +1,60 @@
+"""Histograms of oriented gradients (Dalal and Triggs 2005), a target of masked prediction beside pixels.
+
+"Masked Feature Prediction for Self-Supervised Visual Pre-Training" (Wei et al. 2022), section 3.2, predicts them in the
+place of pixels: what they keep of a patch is where its edges point, whatever the contrast.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+BINS = 9  # directions of an edge, from 0 up to pi
+FLAT = 1e-2  # length of a histogram, in normalized pixel values, below which its directions are noise
+MIN_CELL = 4  # pixels
+
+
+def hog_cell(patch: int) -> int:
+    """Side of a cell in pixels: half a patch where that leaves at least 4, otherwise the patch."""
+    return patch // 2 if patch % 2 == 0 and patch // 2 >= MIN_CELL else patch
+
+
+def hog_size(patch: int, channels: int) -> int:
+    """Numbers per patch: the bins of each cell and channel."""
+    return (patch // hog_cell(patch)) ** 2 * channels * BINS
+
+
+def hog_patches(images: Float[Tensor, "b c h w"], patch: int) -> Float[Tensor, "b n k"]:
+    """Histograms of the directions of each patch's gradients, patches row by row.
+
+    Each pixel and channel has the gradient of its central differences (at the border those of the repeated pixel) and
+    votes with the gradient's length for the two nearest directions. The histogram of a cell and channel has a length of
+    3, the root of the number of bins, so its mean square is 1, as that of normalized pixels; that of a flat cell is
+    shorter.
+
+    Args:
+        images: Normalized pixels.
+        patch: Side of a patch in pixels.
+    """
+    pixels, cell = images.to(torch.promote_types(images.dtype, torch.float32)), hog_cell(patch)
+    padded = F.pad(pixels, (1, 1, 1, 1), mode="replicate")
+    across = padded[:, :, 1:-1, 2:] - padded[:, :, 1:-1, :-2]
+    down = padded[:, :, 2:, 1:-1] - padded[:, :, :-2, 1:-1]
+    length = (across.square() + down.square()).sqrt()
+    direction = torch.atan2(down, across).remainder(math.pi) * (BINS / math.pi)  # in bins
+    votes = []
+    for one in range(BINS):
+        distance = (direction - one).abs()
+        distance = torch.minimum(distance, BINS - distance)  # the last bin is next to the first
+        votes.append(F.avg_pool2d((1 - distance).clamp(min=0) * length, cell))
+    histograms = torch.stack(votes, 2)  # b c bins rows cols
+    size = (histograms.square().sum(2, keepdim=True) + FLAT**2).sqrt()
+    side = patch // cell
+    return rearrange(
+        histograms / size * math.sqrt(BINS), "b c k (rows p) (cols q) -> b (rows cols) (p q c k)", p=side, q=side
+    )
