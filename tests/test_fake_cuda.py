@@ -143,6 +143,7 @@ def test_health_takes_the_spectrum_of_a_few_features_on_the_cpu(
 
 RUNS = {
     "mae": ("mae/digits", {}, ("reconstruction", "patches")),
+    "mae and edges": ("mae/digits", {"task.hog_weight": 1.0}, ("reconstruction", "patches")),
     "dino": ("dino/digits", {"task.koleo": 0.1, "task.batch_norm": True}, ("attention", "patches")),
     "dino sinkhorn": ("dino/digits", {"task.centering": "sinkhorn", "optim.clip_grad_by": "parameter"}, ("attention",)),
     "igpt": ("igpt/digits", {}, ("generated", "completed")),

@@ -16,6 +16,7 @@ GROUPS, SCHEDULES, EMA, LARS, GUARD = (
 )
 OF_TASKS = ("tests/tasks/test_mae.py", "tests/tasks/test_every_task.py")
 OF_MAE = ("tests/tasks/test_mae.py", "tests/tasks/test_mae_golden.py")
+HOG, OF_HOG = "sslvit/models/hog.py", ("tests/models/test_hog.py",)
 OF_DINO = ("tests/tasks/test_dino.py", "tests/tasks/test_dino_golden.py")
 OF_IGPT = ("tests/tasks/test_igpt.py", "tests/tasks/test_igpt_golden.py")
 OF_SAMPLING = ("tests/tasks/test_sampling.py",)
@@ -411,6 +412,41 @@ FAULTS = [
         OF_OPTIM,
     ),
     # ---- MAE
+    Fault("Directions of edges do not wrap", HOG, "torch.minimum(distance, BINS - distance)", "distance", OF_HOG),
+    Fault("Directions of edges are signed", HOG, ".remainder(math.pi)", ".abs()", OF_HOG),
+    Fault("Gradients at the border are those of an image on black", HOG, 'mode="replicate"', 'mode="constant"', OF_HOG),
+    Fault(
+        "Edges vote for the nearest direction alone", HOG, "(1 - distance).clamp(min=0)", "(distance <= 0.5)", OF_HOG
+    ),
+    Fault(
+        "Histograms are normalized over the patch",
+        HOG,
+        "histograms.square().sum(2, keepdim=True)",
+        "histograms.square().sum((2, 3, 4), keepdim=True)",
+        OF_HOG,
+    ),
+    Fault("Histograms of edges have a length of one", HOG, "/ size * math.sqrt(BINS)", "/ size", OF_HOG),
+    Fault(
+        "The weight of edges is left out",
+        MAE,
+        "loss + self.settings.hog_weight * patch_mse",
+        "loss + patch_mse",
+        OF_HOG,
+    ),
+    Fault(
+        "Edges are predicted of visible patches",
+        MAE,
+        "gather_tokens(hog_patches(images, self.encoder.settings.patch), hidden)",
+        "gather_tokens(hog_patches(images, self.encoder.settings.patch), visible)",
+        OF_HOG,
+    ),
+    Fault(
+        "The loss of the mean target leaves edges out",
+        MAE,
+        "target = torch.cat([target, hog], 2) * (1 + hog.shape[2] / pixels) ** 0.5",
+        "pass",
+        OF_HOG,
+    ),
     Fault(
         "Patches are normalized by the biased variance",
         MAE,
@@ -428,18 +464,17 @@ FAULTS = [
     Fault(
         "MAE's loss counts visible patches too",
         MAE,
-        "visible, self.grid_of(images), hidden)  # b m pixels\n"
+        "visible, self.grid_of(images), hidden)\n"
         "        target = self.target(gather_tokens(patchify(images, self.encoder.settings.patch), hidden))",
-        "visible, self.grid_of(images))  # b n pixels\n"
-        "        target = self.target(patchify(images, self.encoder.settings.patch))",
+        "visible, self.grid_of(images))\n        target = self.target(patchify(images, self.encoder.settings.patch))",
         OF_MAE,
     ),
     Fault(
         "MAE's loss counts visible patches only",
         MAE,
-        "visible, self.grid_of(images), hidden)  # b m pixels\n"
+        "visible, self.grid_of(images), hidden)\n"
         "        target = self.target(gather_tokens(patchify(images, self.encoder.settings.patch), hidden))",
-        "visible, self.grid_of(images), visible)  # b m pixels\n"
+        "visible, self.grid_of(images), visible)\n"
         "        target = self.target(gather_tokens(patchify(images, self.encoder.settings.patch), visible))",
         OF_MAE,
     ),
