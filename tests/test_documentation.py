@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import shlex
 import shutil
 import tarfile
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ from documentation import PAGES, ROOT, Snippet, snippets_of
 from hub_fixtures import Hub
 from PIL import Image
 from wheel_fixtures import run
+
+from sslvit.cli import read_command
 
 pytest_plugins = ["wheel_fixtures"]
 
@@ -197,3 +200,16 @@ def test_a_page_runs_as_it_is_written(page: Path, world: World) -> None:
             world.type(snippet.text)
     (world.folder / "snippets.py").write_text(f"{python}")
     world.type("python snippets.py")
+
+
+@pytest.mark.parametrize("page", sorted(str(page.relative_to(ROOT)) for page in [
+    ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("docs/learn/*.md")
+]))  # fmt: skip
+def test_commands_within_sentences_are_well_formed(page: str, capsys: pytest.CaptureFixture) -> None:
+    """They may leave out what the sentence is not about; blocks are typed in full by the slow tests."""
+    text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)
+    for span in re.findall(r"`sslvit ([^`]+)`", text):
+        try:
+            read_command(shlex.split(span))
+        except SystemExit:
+            assert re.search(r"arguments are required|expected one argument$", capsys.readouterr().err.strip()), span
