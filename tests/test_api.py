@@ -8,7 +8,7 @@ import io
 import json
 import shutil
 import typing
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -100,14 +100,33 @@ def test_keywords_are_the_fields_of_the_settings(keywords: Any, kinds: list[Any]
     assert set(typing.get_type_hints(keywords)) == names - positional
 
 
+RENAMED = {"shards pack": "pack", "shards check": "check", "palette": "fit_palette"}
+BOTH = (
+    "probe", "knn", "compare", "health", "embed", "sample", "likelihood", "pretrain", "resume", "finetune", "export",
+    "show", "shards pack", "shards check", "segment", "palette", "report", "plan", "sweep", "branch", "runs",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("command", BOTH)
+def test_a_default_is_the_same_from_python_and_from_the_command_line(command: str) -> None:
+    options = {field.name: field for field in fields(options_class(COMMANDS[command]))}
+    compared = 0
+    for name, parameter in inspect.signature(getattr(sslvit, RENAMED.get(command, command))).parameters.items():
+        if name not in options or parameter.default is inspect.Parameter.empty:
+            continue
+        field = options[name]
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        if default is not MISSING:  # what a command asks for and Python may leave out
+            assert (list(parameter.default) if isinstance(default, list) else parameter.default) == default, name
+            compared += 1
+    assert compared or command in ("probe", "knn", "compare", "sample", "runs", "resume", "shards pack", "report")
+
+
 def test_keywords_are_the_options_of_the_command() -> None:
     of_file = {"heads", "image_size", "palette", "layout", "weights"}  # load_encoder takes these
-    of_screen = {"quiet", "traceback", "json", "output", "changes", "plugin"}
-    renamed = {"shards pack": "pack", "shards check": "check", "palette": "fit_palette"}
-    for command in ("probe", "knn", "compare", "health", "embed", "sample", "likelihood", "pretrain", "resume",
-                    "finetune", "export", "show", "shards pack", "shards check", "segment", "palette",
-                    "report"):  # fmt: skip
-        function = getattr(sslvit, renamed.get(command, command))
+    of_screen = {"quiet", "traceback", "json", "output", "changes", "plugin", "list", "slurm", "csv"}
+    for command in BOTH:
+        function = getattr(sslvit, RENAMED.get(command, command))
         known = set(inspect.signature(function).parameters)
         hint = typing.get_type_hints(inspect.unwrap(function)).get("settings")
         known |= set(typing.get_type_hints(typing.get_args(hint)[0])) if hint else set()

@@ -15,7 +15,7 @@ from sslvit.data.open import open_shards
 from sslvit.data.reader import ShardReader
 from sslvit.figures import plot_images
 from sslvit.files import printable
-from sslvit.models.igpt import IGPTModel, completion_rows, to_display
+from sslvit.models.igpt import IGPTModel, completion_rows, display_colors
 from sslvit.models.sampling import complete
 from sslvit.results import Result
 from sslvit.settings.sample import SampleSettings
@@ -57,7 +57,7 @@ class SampledImages(Result):
 def sample_images(model: IGPTModel, count: int, settings: SampleSettings) -> SampledImages:
     """Sample images unconditionally."""
     nothing = torch.zeros(count, 0, dtype=torch.long)
-    images = to_display(model.encoder, complete(model.encoder, model.head, nothing, settings))
+    images = display_colors(model.encoder, complete(model.encoder, model.head, nothing, settings))
     rows = [images[start : start + COLUMNS] for start in range(0, count, COLUMNS)]
     return SampledImages(images, rows, [""] * len(rows))
 

@@ -148,14 +148,14 @@ def completion_rows(
     is_seen = (torch.arange(colors.shape[1], device=colors.device) < prefix_length).expand_as(colors)
     titles = ["input", *[f"completion {number + 1}" for number in range(len(completed))], "original"]
     rows = [
-        to_display(encoder, colors, is_seen),
-        *(to_display(encoder, part) for part in completed),
-        to_display(encoder, colors),
+        display_colors(encoder, colors, is_seen),
+        *(display_colors(encoder, part) for part in completed),
+        display_colors(encoder, colors),
     ]
     return titles, rows
 
 
-def to_display(
+def display_colors(
     encoder: ViTEncoder, colors: Int[Tensor, "b n"], is_seen: Bool[Tensor, "b n"] | None = None
 ) -> np.ndarray:
     """Palette indices as images 'b c h w' in [0, 1]; gray where a pixel is not seen."""

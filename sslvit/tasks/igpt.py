@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sslvit.data.batch import Batch
 from sslvit.environment import pick_device
-from sslvit.models.igpt import IGPTLoss, IGPTModel, completion_rows, to_display
+from sslvit.models.igpt import IGPTLoss, IGPTModel, completion_rows, display_colors
 from sslvit.models.sampling import complete
 from sslvit.settings import EncoderSettings, IGPTSettings
 from sslvit.settings.sample import SampleSettings
@@ -77,7 +77,8 @@ class IGPT(Task):
             states, colors, is_hidden = self.model.predict(images, noise.to(images.device))
             assert is_hidden is not None
             filled = torch.where(is_hidden, head(states).argmax(2), colors)
-            pictures = [to_display(encoder, colors, ~is_hidden), *(to_display(encoder, c) for c in (filled, colors))]
+            pictures = [display_colors(encoder, colors, ~is_hidden)]
+            pictures += [display_colors(encoder, part) for part in (filled, colors)]
             return {"filled": (["seen", "filled in", "original"], pictures)}
         colors = encoder.pixel_tokens.quantize(images)  # b n
         settings = SampleSettings(seed=self.run.seed)
@@ -86,4 +87,4 @@ class IGPT(Task):
         upper = colors[:, :prefix_length].repeat(COMPLETIONS, 1)
         completed = complete(encoder, head, upper, settings).chunk(COMPLETIONS)
         rows = completion_rows(encoder, colors, prefix_length, list(completed))
-        return {"generated": ([""] * 2, [to_display(encoder, part) for part in generated]), "completed": rows}
+        return {"generated": ([""] * 2, [display_colors(encoder, part) for part in generated]), "completed": rows}

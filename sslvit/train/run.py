@@ -132,7 +132,8 @@ def _pretrain(
     trainer = make_trainer(settings, folder, data, callbacks)
     if is_first:
         folder.start(asdict(settings), goes_on)
-        task._log_hyperparams = False  # the loggers are told all at once, and MLflow takes no parameter twice
+        # the loggers are told all at once, and MLflow takes no parameter twice
+        task.save_hyperparameters(dict(task.hparams), logger=False)
         trainer.loggers = make_loggers(settings, folder, index, loggers)
         _announce(settings, data, task, trainer)
         size = (index.image_size[0], index.image_size[1]) if index.image_size else Examples.of(index).size
