@@ -18,6 +18,7 @@ import torch
 
 from sslvit.data.module import ShardDataModule
 from sslvit.data.open import open_data
+from sslvit.progress import track_counter
 from sslvit.run_plan import RunPlan
 from sslvit.settings import RunSettings
 from sslvit.settings.run import TrainSettings, read_duration
@@ -182,7 +183,8 @@ def time_steps(settings: RunSettings, run: RunPlan, steps: int, log_every: int =
         run_folder.start(asdict(own), goes_on=False)
         trainer = make_trainer(own, run_folder, module, [ends])
         logger.info(f"timing {steps} steps of {batch} images")
-        with _silent(), tf32_beside_bf16(train), warnings.catch_warnings():
+        done = track_counter("timing steps", total, "steps", lambda: len(ends.timestamps))
+        with done, _silent(), tf32_beside_bf16(train), warnings.catch_warnings():
             silence_needless_warnings()
             try:
                 trainer.fit(task, datamodule=module)
@@ -202,10 +204,12 @@ def time_steps(settings: RunSettings, run: RunPlan, steps: int, log_every: int =
 @contextmanager
 def _silent() -> Iterator[None]:
     """What a run says of its health or its pace means nothing after a few steps."""
-    ours = logging.getLogger("sslvit")
+    ours, progress = logging.getLogger("sslvit"), logging.getLogger("sslvit.progress")
     level = ours.level
+    progress.setLevel(level)  # how far it is is said all the same
     ours.setLevel(logging.ERROR)
     try:
         yield
     finally:
         ours.setLevel(level)
+        progress.setLevel(logging.NOTSET)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import yaml
 from run_fixtures import TINY, run
 
 import sslvit
+from sslvit import progress
 from sslvit.settings.load import load_recipe
 from sslvit.settings.run import TrainSettings, read_duration
 from sslvit.stopping import Preempted
@@ -103,6 +106,23 @@ def test_a_signal_while_steps_are_timed_names_no_folder_that_is_gone(
     with pytest.raises(Preempted, match="^stopped while steps were timed, before the first one of a run"):
         run(shards, tmp_path / "run", **SHORT | {"train.budget": "4s"})
     assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_timed_steps_say_how_far_they_are_and_nothing_else(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(progress, "FIRST_REPORT_SECONDS", 0.01)
+    monkeypatch.setattr(progress, "MIN_INTERVAL_SECONDS", 0.01)
+    settings = load_recipe("mae/digits", TINY | {"data.shards": str(shards), "out": str(tmp_path / "run")})
+    logging.getLogger("sslvit").addHandler(caplog.handler)
+    try:
+        timed_steps.time_steps(settings, sslvit.RunPlan(1, 1, 8), 6)
+    finally:
+        logging.getLogger("sslvit").removeHandler(caplog.handler)
+    first, *others = [record.getMessage() for record in caplog.records]
+    assert first == "timing 6 steps of 8 images"
+    assert others
+    assert all(re.match(r"timing steps: \d+ of 9 steps", text) for text in others), others
 
 
 def test_steps_that_are_not_finite_are_timed_too(shards: Path, tmp_path: Path) -> None:
