@@ -295,7 +295,7 @@ class LabeledSet:
 
     @property
     def count_text(self) -> str:
-        """ "360 images", or "357 of 360 images (3 cannot be read)"."""
+        """How many images there are: "360 images", or "357 of 360 images (3 cannot be read)"."""
         if not self.unreadable:
             return f"{self.images:,} images"
         return f"{self.images:,} of {len(self.samples):,} images ({self.unreadable:,} cannot be read)"

@@ -115,8 +115,10 @@ def to_timm(encoder: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_transformers(encoder: dict[str, Tensor], key_bias: bool) -> dict[str, Tensor]:
-    """Convert to transformers' names. What it always has and we need not have is neutral there: a scale of one, a mask
-    token of zero, no registers."""
+    """Convert to transformers' names.
+
+    What it always has and we need not have is neutral there: a scale of one, a mask token of zero, no registers.
+    """
     block = TRANSFORMERS_BLOCK | ({} if is_gated(encoder) else {f"{TRANSFORMERS_GATED[1]}.": "mlp.fc1."})
     registers = {"reg_token": torch.zeros(1, 0, encoder["norm.weight"].shape[0])}
     parts = _parts(registers | with_neutral(encoder), TRANSFORMERS_GATED, {})

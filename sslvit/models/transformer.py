@@ -328,8 +328,10 @@ class Block(nn.Module):
         kv_cache: KVCache | None = None,
         wanted: Int[Tensor, "b k"] | None = None,
     ) -> Float[Tensor, "b k d"]:
-        """The block's output, of all tokens or of the `wanted` ones; a sample skips a branch where its `path_scale` is
-        zero."""
+        """The block's output, of all tokens or of the `wanted` ones.
+
+        A sample skips a branch where its `path_scale` is zero.
+        """
         attended = self.dropout(self.ls1(self.attn(self.norm1(tokens), layout, kv_cache)))
         tokens = gather_tokens(tokens + drop_path(attended, path_scale, 0), wanted)
         mixed = self.dropout(self.ls2(self.mlp(self.norm2(tokens))))
@@ -349,8 +351,10 @@ def run_block(
     recompute: bool = False,
     wanted: Int[Tensor, "b k"] | None = None,
 ) -> Float[Tensor, "b k d"]:
-    """A block's output; with `recompute` (encoder.activation_checkpointing) nothing inside it is kept for the
-    backward pass."""
+    """A block's output.
+
+    With `recompute` (encoder.activation_checkpointing) nothing inside it is kept for the backward pass.
+    """
     if recompute and block.training and torch.is_grad_enabled():
         return checkpoint(block, tokens, layout, path_scale, wanted=wanted, use_reentrant=False)
     return block(tokens, layout, path_scale, wanted=wanted)

@@ -1,6 +1,4 @@
-"""Which processes and devices a run takes, in which precision and how compiled it computes there, how much memory is
-there, how fast a CPU is.
-"""
+"""Which processes and devices a run takes, how it computes there, how much memory there is, how fast a CPU is."""
 
 from __future__ import annotations
 
