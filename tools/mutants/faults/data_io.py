@@ -16,6 +16,20 @@ STORE = "tests/data/test_store.py"
 TRANSFER = "tests/data/test_transfer.py"
 
 FAULTS = [
+    Fault(
+        "Numbers count as names of images",
+        "sslvit/data/overlap.py",
+        "not all(name.isdecimal() for name in of_val)",
+        "True",
+        ("tests/data/test_overlap.py",),
+    ),
+    Fault(
+        "Copies need not be as many",
+        "sslvit/data/overlap.py",
+        "return of_train == of_val and",
+        "return",
+        ("tests/data/test_overlap.py",),
+    ),
     # reading
     Fault(
         "A reader that nobody holds keeps its files open",

@@ -411,6 +411,27 @@ FAULTS = [
         '.add_(group["lr"] * change)\n                parameter.sub_(state["momentum"])',
         OF_OPTIM,
     ),
+    Fault(
+        "Batches larger than planned share their random rows",
+        BASE,
+        "if len(batch) > run.images_per_pass or (",
+        "if (",
+        ("tests/tasks/test_lightning.py",),
+    ),
+    Fault(
+        "The health check looks at every feature of all ranks",
+        "sslvit/train/callbacks/health.py",
+        "features[:: math.ceil(len(features) / MAX_ROWS)].float()",
+        "features.float()",
+        ("tests/test_fake_cuda.py",),
+    ),
+    Fault(
+        "Fine-tuning sends its noise in pieces",
+        SUPERVISED,
+        "noise, erased = Packed.of([noise, torch.from_numpy(rows)]).send(images.device).tensors()",
+        "noise, erased = noise.to(images.device), torch.from_numpy(rows).to(images.device)",
+        ("tests/test_device_budget.py",),
+    ),
     # ---- MAE
     Fault("Directions of edges do not wrap", HOG, "torch.minimum(distance, BINS - distance)", "distance", OF_HOG),
     Fault("Directions of edges are signed", HOG, ".remainder(math.pi)", ".abs()", OF_HOG),
