@@ -59,7 +59,7 @@ def load_recipe(
     """
     if base is None and takes_init(config, changes):
         raise ValueError(
-            f"encoder.preset: {INIT} means the encoder that --init names, and {brief(str(config))} is read without one."
+            f"encoder.preset: {INIT} means the encoder of --init, and {brief(str(config))} is read without one."
             " Give its settings as base: sslvit.load_recipe(..., base=encoder.settings)."
         )
     return build(RunSettings, merge_recipe(config, changes, base))
@@ -95,7 +95,7 @@ def merge_recipe(
     """The nested keys and values of a recipe with changes, not yet checked; arguments as those of `load_recipe`."""
     path, given = find_recipe(config), dict(leaves(RunSettings, changes or {}))
     if "base" in given:
-        raise ValueError("base: stands in a YAML file. --config names the recipe that all other settings change.")
+        raise ValueError("base: stands in a YAML file. The recipe that all other settings change is that of --config.")
     tree: dict[str, Any] = {} if base is None else {"encoder": asdict(base)}
     for file, content in _with_bases(path):
         recipe = dict(leaves(RunSettings, content))

@@ -121,8 +121,8 @@ def test_timed_steps_say_how_far_they_are_and_nothing_else(
         logging.getLogger("sslvit").removeHandler(caplog.handler)
     first, *others = [record.getMessage() for record in caplog.records]
     assert first == "timing 6 steps of 8 images"
-    assert others
-    assert all(re.match(r"timing steps: \d+ of 9 steps", text) for text in others), others
+    assert any(re.match(r"timing steps: \d+ of 9 steps", text) for text in others)
+    assert all(text.startswith(("timing steps: ", "decoding: ")) for text in others), others
 
 
 def test_steps_that_are_not_finite_are_timed_too(shards: Path, tmp_path: Path) -> None:

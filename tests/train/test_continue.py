@@ -176,7 +176,7 @@ def test_without_an_encoder_to_go_on_from_the_remedy_is_said(
     assert not Path("run").exists()
     assert main([*words.split(), "--config", "mae/continue", *data, "--encoder.with", "3"]) == 1
     assert "encoder.with: no such setting. Did you mean encoder.width?" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="encoder.preset: init means the encoder that --init names"):
+    with pytest.raises(ValueError, match="init means the encoder of init=, and mae/continue is read without one"):
         load_recipe("mae/continue")
 
 

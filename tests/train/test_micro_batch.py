@@ -220,5 +220,5 @@ def test_a_plan_for_a_gpus_memory_says_what_auto_would_choose(
     assert (found["run"]["micro_batch_size"], found["auto_micro_batch_size"]) == (6, 3)
     assert main([*words, "--memory-gib", "1"]) == 0
     out = capsys.readouterr().out
-    assert "passes x 12" in out
+    assert "1 pass x 12" in out
     assert "not even 1 image at once would fit" in out
