@@ -55,6 +55,7 @@ EXCEPTIONS = [
     ("evaluation.md", "torchrun", "eight GPUs; two ranks probe in tests/evaluate/test_probe_table.py"),
     ("runs.md", "sslvit branch", "a step that runs of two steps do not reach; tests/train/test_branch.py"),
     ("runs.md", "sslvit resume runs/short", "likewise"),
+    ("performance.md", "pip", "wheels for another machine's Python"),
     ("performance.md", "python", "benchmarks of hours, and a GPU; tests/test_device_day.py"),
 ]
 PRELUDE = {"lightning.md": "import torch\ndataset = [(torch.randn(3, 32, 32), 0)] * 128\n"}
