@@ -80,7 +80,7 @@ def test_what_a_base_cannot_be_is_one_line(capsys, tmp_path: Path, text: str, me
 
 def test_a_base_is_of_files_and_not_of_the_command_line(capsys) -> None:
     assert main(["plan", "--config", "mae/digits", "--images", "9", "--base", "dino/digits"]) == 1
-    assert "base: stands in a YAML file. --config names the recipe" in capsys.readouterr().err
+    assert "The recipe that all other settings change is that of --config." in capsys.readouterr().err
 
 
 def test_recipes_for_clusters_are_those_of_one_machine_elsewhere() -> None:
