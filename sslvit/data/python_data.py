@@ -28,7 +28,7 @@ from sslvit.data.measure import Measured
 from sslvit.data.python_labels import find_labels
 from sslvit.data.python_samples import Samples
 from sslvit.data.records import RECORD
-from sslvit.files import expand_path, printable
+from sslvit.files import counted, expand_path, printable
 from sslvit.settings.data import one_source
 
 LOOKED_AT = 64  # images that a data set is known by: their pixels, sizes and channels
@@ -152,7 +152,7 @@ def python_index(dataset: Any) -> PythonIndex:
     kind, count = printable(source.kind), len(source)
     labels = find_labels(source, examples, reads_samples=False)
     digest.update(repr((labels.classes, [label for _, label in sorted(examples.items())])).encode())
-    location = f"{kind} of {count:,} image{'s' if count > 1 else ''} given from Python ({digest.hexdigest()[:8]})"
+    location = f"{kind} of {counted(count, 'image')} given from Python ({digest.hexdigest()[:8]})"
     records = np.zeros(count, RECORD)
     records["offset"], records["label"] = np.arange(count), NO_LABEL if labels.numbers is None else labels.numbers
     return PythonIndex(

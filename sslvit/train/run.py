@@ -24,7 +24,7 @@ from sslvit.data.mixture import Plan
 from sslvit.data.module import ShardDataModule
 from sslvit.data.open import open_data
 from sslvit.environment import cpu_cores, limited_steps
-from sslvit.files import new_file
+from sslvit.files import counted, new_file
 from sslvit.ranks import ending_groups
 from sslvit.run_plan import RunPlan
 from sslvit.settings import RunSettings
@@ -209,8 +209,8 @@ def _announce(settings: RunSettings, data: ShardDataModule, task: Task, trainer:
     workers, cores = settings.data.workers or 0, cpu_cores()
     if workers > cores:
         logger.info(
-            f"data.workers: {workers} loader processes on each rank, but this one may use {cores} CPU "
-            f"core{'s' if cores > 1 else ''}. Lower it, or ask the scheduler for more cores."
+            f"data.workers: {workers} loader processes on each rank, but this one may use "
+            f"{counted(cores, 'CPU core')}. Lower it, or ask the scheduler for more cores."
         )
     if settings.encoder.backbone is not None:
         logger.info(

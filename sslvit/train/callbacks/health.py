@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 MIN_CHECKS = 3  # that a verdict rests on; in long runs as many as fit in one fiftieth of their steps
 RUN_PARTS = 50
-MAX_ROWS = 512  # of features, whose spectrum is taken on the CPU: a GPU decomposes small matrices more slowly
+MAX_ROWS = 512  # of features, whose spectrum is taken on the CPU
 CURVE_LOOKS = 20  # at the curve of the loss, in the second half of a run
 FAIL_FRACTION = 0.8  # of the last checks with a symptom make a collapse; as many without one make a recovery
 NOT_CHECKED, NOT_LEARNING, TOO_EARLY = "not checked", "not learning", "too early to say"

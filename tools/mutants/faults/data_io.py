@@ -24,7 +24,7 @@ FAULTS = [
         ("tests/data/test_overlap.py",),
     ),
     Fault(
-        "Copies need not be as many",
+        "Names of copies need not be alike",
         "sslvit/data/overlap.py",
         "return of_train == of_val and",
         "return",
