@@ -23,6 +23,7 @@ from sslvit import rng
 from sslvit.checkpoint import describe_encoder
 from sslvit.data.batch import Batch
 from sslvit.environment import keep_freed_memory
+from sslvit.files import counted
 from sslvit.models import Backbone, Encoder, ViTEncoder
 from sslvit.optim import StepGuard, cosine, layer_decay_groups, warmup_cosine, warmup_stable_decay
 from sslvit.run_plan import RunPlan
@@ -225,13 +226,14 @@ class Task(pl.LightningModule):
         if trainer.accumulate_grad_batches != run.accumulation_steps:
             raise ValueError(
                 f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}): the run plan says "
-                f"{run.accumulation_steps} passes of {run.images_per_pass} images for a global batch of "
-                f"{run.global_batch_size} on {run.ranks} ranks. Set accumulate_grad_batches={run.accumulation_steps}."
+                f"{counted(run.accumulation_steps, 'pass')} of {counted(run.images_per_pass, 'image')} for a global "
+                f"batch of {run.global_batch_size} on {counted(run.ranks, 'rank')}. Set "
+                f"accumulate_grad_batches={run.accumulation_steps}."
             )
         if trainer.world_size != run.ranks:
             raise ValueError(
-                f"Trainer: {trainer.world_size} processes, but the run plan says {run.ranks}. Make RunPlan with "
-                f"ranks={trainer.world_size}."
+                f"Trainer: {counted(trainer.world_size, 'process')}, but the run plan says {run.ranks}. Make "
+                f"RunPlan with ranks={trainer.world_size}."
             )
         if trainer.gradient_clip_val is not None:
             raise ValueError(
@@ -265,9 +267,10 @@ class Task(pl.LightningModule):
             run, part = self.run, batch_idx % self.run.accumulation_steps
             if len(batch) > run.images_per_pass or (batch_idx == 0 and len(batch) < run.images_per_pass):
                 raise ValueError(
-                    f"the loader gives {len(batch)} images at a time, but the run plan says {run.images_per_pass} "
-                    f"(a global batch of {run.global_batch_size} on {run.ranks} ranks in {run.accumulation_steps} "
-                    f"passes). Set its batch_size={run.images_per_pass}, or plan for another global_batch_size."
+                    f"the loader gives {counted(len(batch), 'image')} at a time, but the run plan says "
+                    f"{run.images_per_pass} (a global batch of {run.global_batch_size} on {counted(run.ranks, 'rank')} "
+                    f"in {counted(run.accumulation_steps, 'pass')}). Set its "
+                    f"batch_size={run.images_per_pass}, or plan for another global_batch_size."
                 )
             batch.first_row = (self.trainer.global_rank * run.accumulation_steps + part) * run.images_per_pass
         self.seed_dropout(batch, self.global_step)

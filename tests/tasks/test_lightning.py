@@ -193,7 +193,7 @@ def test_a_trainer_that_takes_other_steps_is_refused(options: dict, said: str, t
 
 
 def test_other_ranks_than_planned_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"1 processes, but the run plan says 2.*ranks=1"):
+    with pytest.raises(ValueError, match=r"Trainer: 1 process, but the run plan says 2.*ranks=1"):
         quiet_trainer(tmp_path).fit(mae(ranks=2), loader())
 
 
